@@ -1,0 +1,48 @@
+"""persea: any teacher families into any student, and it proves it.
+
+Read downward: the order in which a prompt flows. A module imports only from modules above it (lazily, `run` and `cli`
+from everywhere); tests/test_map.py holds this map true.
+
+    errors        what can go wrong, in one line, with its exit code
+    # who speaks
+    vocabulary    one tokenizer as bytes, proven by round trip
+    template      the model's own Jinja chat template, sandboxed, its date pinned
+    chat          Conversation, Tokens (one tokenizer's view of it), Family, Voice (a Family on one tokenizer)
+    families      llama qwen gemma gpt_oss: conversation <-> tokens <-> bytes, thinking dial, stops, licence
+    models        where weights come from: folder, hub, or a random sprout of a family's architecture
+    # what a person asks for
+    places        a page of YAML as plain data, and where each key of it stands
+    recipe        Recipe: the one YAML file a person writes -> frozen sections, checked, hashed
+    # what to ask, and whom
+    corpus        Prompt: what to ask; duplicates and test items removed, with a record
+    measure       Skill, Score: one number with n and interval
+    skills        languages code reasoning: held-out questions and a grader each
+    engines       local: where weights run; token ids only
+    teacher       Teacher: a voice on an engine; answers in words, scores in log-probabilities
+    audition      Cast: every teacher measured on every skill; who teaches what
+    # what they said
+    store         where bytes lie: publish, digest, create-if-absent, one run per folder
+    cache         captures on disk: sparse unbiased rows, digested units
+    capture       ask the cast, keep what it said; resumes where it stopped
+    # making it the student's
+    align         Spans: two tokenizers laid over the same bytes
+    bridge        Bridge: two vocabularies laid over the same events
+    check         is this pairing sound? refuses below a floor
+    losses        events token: pure functions (logits, targets) -> LossOut
+    student       Student: load, adapt (full or LoRA), run, save
+    feed          captures -> lessons -> batches, the same whoever asks
+    train         the one loop: batch, loss, step, checkpoint
+    # is it true
+    evaluate      the student beside every teacher and its base, on every skill
+    lineage       what made these weights
+    charts        pictures of numbers, as SVG
+    report        the page, the card, report.json
+    # the river
+    river         what a recipe's words stand for, and the run folder
+    run           every stage in order, each skipped when its output stands: read it first
+    plan          what a run would do and cost
+    progress      what a person sees while it runs
+    cli           one verb a stage, and the small ones
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,138 @@
+"""Captures on disk: what a teacher said and the distribution behind each token, sparse but unbiased, digested.
+
+A unit is the smallest committed piece: one safetensors file of some hundred answers, and a commit record that names its
+sha256. What has no commit record does not exist; what does not match it is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from persea import store
+from persea.chat import Tokens
+from persea.errors import DataError
+from persea.teacher import Answer
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Sparse distributions, one a learned token (N), row kind SAMPLED(tau): an unbiased estimate of the whole distribution.
+
+    offsets_N1  int64, entries of row n are [offsets[n], offsets[n + 1])
+    ids_M       int32, raw teacher ids, never coarsened: one capture serves every student
+    probs_M     float32, natural probabilities; a row sums to 1 within tau
+    """
+
+    offsets_N1: npt.NDArray[np.int64]
+    ids_M: npt.NDArray[np.int32]
+    probs_M: npt.NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.offsets_N1) - 1
+
+
+@dataclass(frozen=True)
+class Capture:
+    """An answer, its tokens in the teacher's voice, and a row for every learned token."""
+
+    answer: Answer
+    tokens: Tokens
+    rows: Rows
+
+
+def sample_rows(logprobs_NW: torch.Tensor, tau: float, seed: str) -> Rows:
+    """Rows by systematic threshold sampling: entries of probability >= tau exactly, the rest at random with mean p.
+
+    Below tau an entry is kept with probability p/tau and stored as tau; one random number a row walks the cumulated tail,
+    so that a row's mass is 1 within tau. A row that is nearly certain costs one entry; the mean over draws is exactly p.
+    (Threshold sampling: Duffield, Lund, Thorup 2005; on distillation: Anshumann et al., ACL 2025.)
+
+    logprobs_NW  natural logs; seed  names the draw, the same one gives the same rows on every machine
+    """
+    import torch
+
+    p_NW = logprobs_NW.double().exp()
+    rng = np.random.Generator(np.random.Philox(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big")))
+    start_N1 = torch.from_numpy(rng.random((len(p_NW), 1)))
+    head_NW = p_NW >= tau
+    steps_NW = torch.where(head_NW, 0.0, p_NW / tau).cumsum(-1) + start_N1
+    floor_NW = steps_NW.floor()
+    before_NW = torch.cat([start_N1.floor(), floor_NW[:, :-1]], dim=-1)
+    row_M, id_M = (head_NW | (floor_NW > before_NW)).nonzero(as_tuple=True)
+    values_M = torch.where(head_NW[row_M, id_M], p_NW[row_M, id_M], tau)
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(row_M.numpy(), minlength=len(p_NW)))])
+    return Rows(offsets.astype(np.int64), id_M.numpy().astype(np.int32), values_M.numpy().astype(np.float32))
+
+
+def unit_id(*parts: object) -> str:
+    """The name of a unit: digest of all that determines its bytes."""
+    return hashlib.sha256(json.dumps([FORMAT, *parts], sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def write_unit(folder: Path, name: str, captures: Sequence[Capture], dropped: dict[str, int]) -> None:
+    """Publish a unit, then commit it. `dropped` counts the answers that were not whole, by finish."""
+    answers = json.dumps([c.answer.to_json() for c in captures], ensure_ascii=False).encode()
+    tensors = {"answers": np.frombuffer(answers, np.uint8)}
+    for key, arrays in {
+        "lengths": [np.array([len(c.tokens)], np.int64) for c in captures],
+        "ids": [c.tokens.ids_T for c in captures], "starts": [c.tokens.starts_T for c in captures],
+        "ends": [c.tokens.ends_T for c in captures], "learn": [c.tokens.learn_T for c in captures],
+        "row_sizes": [np.diff(c.rows.offsets_N1) for c in captures],
+        "row_ids": [c.rows.ids_M for c in captures], "row_probs": [c.rows.probs_M for c in captures],
+    }.items():
+        tensors[key] = np.concatenate(arrays) if arrays else np.empty(0, np.int64)
+    data = save_tensors(tensors)
+    sha = store.publish(folder / "units" / f"{name}.safetensors", data)
+    store.commit(folder / "commits" / f"{name}.json", {
+        "format": FORMAT, "sha256": sha, "bytes": len(data), "answers": len(captures), "dropped": dropped,
+        "tokens": int(sum(len(c.tokens) for c in captures)), "positions": int(sum(len(c.rows) for c in captures)),
+        "entries": int(sum(len(c.rows.ids_M) for c in captures))})
+
+
+def is_committed(folder: Path, name: str) -> bool:
+    return (folder / "commits" / f"{name}.json").is_file()
+
+
+def read_unit(folder: Path, name: str) -> tuple[Capture, ...]:
+    """A committed unit, its digest checked. DataError names the file that is missing or does not match."""
+    record = store.read_json(folder / "commits" / f"{name}.json")
+    path = folder / "units" / f"{name}.safetensors"
+    remedy = f"delete {folder / 'commits' / name}.json and capture again: only this unit is asked again"
+    if record.get("format") != FORMAT:
+        raise DataError(f"cache format {record.get('format')}, this persea reads {FORMAT}", where=str(path), remedy="capture again")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"committed, but {error.strerror}", where=str(path), remedy=remedy) from error
+    if store.digest(data) != record["sha256"]:
+        raise DataError("its bytes do not match the committed sha256", where=str(path), remedy=remedy)
+    return tuple(_unpack(load_tensors(data)))
+
+
+def _unpack(tensors: dict[str, npt.NDArray[np.generic]]) -> Iterator[Capture]:
+    answers = [Answer.from_json(a) for a in json.loads(tensors["answers"].tobytes())]
+    ends_T = np.cumsum(tensors["lengths"])
+    learned = np.concatenate([[0], np.cumsum(tensors["learn"].astype(np.int64))])
+    offsets = np.concatenate([[0], np.cumsum(tensors["row_sizes"])])
+    for answer, end, length in zip(answers, ends_T, tensors["lengths"], strict=True):
+        span = slice(int(end - length), int(end))
+        first, last = learned[span.start], learned[span.stop]
+        rows = Rows(offsets[first:last + 1] - offsets[first], tensors["row_ids"][offsets[first]:offsets[last]],  # type: ignore[arg-type]
+                    tensors["row_probs"][offsets[first]:offsets[last]])  # type: ignore[arg-type]
+        yield Capture(answer, Tokens(tensors["ids"][span], tensors["starts"][span], tensors["ends"][span],  # type: ignore[arg-type]
+                                     tensors["learn"][span].astype(bool)), rows)

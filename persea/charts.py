@@ -1,0 +1,231 @@
+"""Results as short texts and as inline SVG: pure functions for the page and the card of `report`.
+
+Colours come from the page's style sheet by mark ("student", "base", "t0" ... "t5"); every mark has its own shape too, so
+that nothing is told by colour alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from math import ceil, floor, log10
+from pathlib import Path
+
+NBSP, THIN = "\u00a0", "\u202f"  # a number and its unit stay on one line
+WIDTH = 440  # of every chart's view box: at phone width its 13 px texts are still about 11 px
+COLOURS, SHAPES, POINTS = 6, 5, 160
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One speaker's score, all three in 0..1."""
+
+    label: str
+    mark: str
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Column:
+    """One stretch of training: the share of positions of each teacher, in 0..1; together at most 1."""
+
+    first: int
+    last: int
+    shares: tuple[float, ...]
+
+
+def percent(share: float) -> str:
+    """Whole percents; never rounds a loss away: "100 %" is said of 1 and above only, "0 %" of 0 only."""
+    if 0 < share < 0.005:
+        return f"<1{NBSP}%"
+    if 0.995 <= share < 1:
+        return f">99{NBSP}%"
+    return f"{100 * share:.0f}{NBSP}%"
+
+
+def points(share: float) -> str:
+    """A score out of 100, one decimal."""
+    return f"{100 * share:.1f}"
+
+
+def count(number: float) -> str:
+    return f"{number:,.0f}".replace(",", THIN)
+
+
+def size(number: float) -> str:
+    """Bytes, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f}{NBSP}B" if unit == "B" else f"{number:.1f}{NBSP}{unit}"
+        number /= 1000
+    return f"{number:.1f}{NBSP}TB"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f}{NBSP}s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{int(seconds) // 60}{NBSP}min{NBSP}{int(seconds) % 60:02d}{NBSP}s"
+    return f"{minutes // 60}{NBSP}h{NBSP}{minutes % 60:02d}{NBSP}min"
+
+
+def number(n: int) -> str:
+    """A small count inside a sentence."""
+    words = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+    return words[n] if n < len(words) else count(n)
+
+
+def listed(parts: Sequence[str], last: str = "and") -> str:
+    """a, b and c; empty for nothing."""
+    return f" {last} ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)
+
+
+def cell(text: object) -> str:
+    """A text inside a Markdown table: one line, no markup of its own."""
+    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", " ".join(str(text).split()))
+
+
+def place(model: object) -> str:
+    """A model's name for the card. Of a folder on somebody's disk its last name only: cards are published."""
+    return cell(Path(str(model)).name if str(model).startswith((".", "/", "~")) else model)
+
+
+def teacher_mark(index: int) -> str:
+    """Mark of the index-th teacher. 6 colours x 5 shapes: thirty teachers before one looks like another."""
+    return f"t{index % COLOURS} s{index % SHAPES}"
+
+
+def glyph(mark: str, x: float, y: float, r: float = 5) -> str:
+    """The shape of a mark, centred at (x, y)."""
+    if mark in ("student", "base"):
+        return f'<circle class="{mark}" cx="{x:.1f}" cy="{y:.1f}" r="{r + (mark == "student"):g}"/>'
+    outline = {
+        "s0": ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)),
+        "s1": ((0, -1.15), (1.1, 0.85), (-1.1, 0.85)),
+        "s2": ((0, -1.25), (1.25, 0), (0, 1.25), (-1.25, 0)),
+        "s3": ((0, 1.15), (1.1, -0.85), (-1.1, -0.85)),
+        "s4": ((-0.35, -1.1), (0.35, -1.1), (0.35, 1.1), (-0.35, 1.1)),
+    }[mark.split()[1]]
+    corners = " ".join(f"{x + r * a:.1f},{y + r * b:.1f}" for a, b in outline)
+    return f'<polygon class="{mark}" points="{corners}"/>'
+
+
+def swatch(mark: str) -> str:
+    """A mark for a legend; its name stands beside it."""
+    return f'<svg class="swatch" viewBox="0 0 16 16" width="16" height="16" aria-hidden="true">{glyph(mark, 8, 8)}</svg>'
+
+
+def dots(ident: str, title: str, rows: Sequence[Dot], band: tuple[float, float]) -> str:
+    """Dot and interval of every speaker on one skill, 0 to 100. `band` = the best teacher's interval, shaded behind all rows."""
+    left, right, pitch = 118, WIDTH - 52, 25
+    bottom = 8 + pitch * len(rows)
+
+    def x(share: float) -> float:
+        return left + (right - left) * share
+
+    body = [f'<rect class="band" x="{x(band[0]):.1f}" y="8" width="{x(band[1]) - x(band[0]):.1f}" height="{bottom - 8}"/>']
+    for tick in (0, 25, 50, 75, 100):
+        at = x(tick / 100)
+        body.append(f'<line class="grid" x1="{at:.1f}" y1="8" x2="{at:.1f}" y2="{bottom}"/>{_text(tick, at, bottom + 17, "mid tick")}')
+    for k, row in enumerate(rows):
+        y = 8 + pitch * (k + 0.5)
+        body.append(
+            f'<g class="{row.mark}">{_text(_short(row.label), 0, y + 4.5, "name " + row.mark)}'
+            f'<line class="whisker {row.mark}" x1="{x(row.low):.1f}" y1="{y:.1f}" x2="{x(row.high):.1f}" y2="{y:.1f}"/>'
+            f'{glyph(row.mark, x(row.value), y)}{_text(points(row.value), WIDTH, y + 4.5, "end value " + row.mark)}</g>')
+    told = "; ".join(f"{r.label} {points(r.value)}, 95 % interval {points(r.low)} to {points(r.high)}" for r in rows)
+    return _svg(ident, title, f"Score out of 100. {told}.", bottom + 24, body)
+
+
+def curve(ident: str, title: str, points_: Sequence[tuple[int, float]]) -> str:
+    """One quantity over training steps; many points are drawn as means of equal runs of them, and said so."""
+    drawn, each = thin(points_)
+    ticks = nice_ticks(min(v for _, v in drawn), max(v for _, v in drawn))
+    first, last = points_[0][0], points_[-1][0]
+    left, right, top, bottom = 46, WIDTH - 10, 10, 170
+
+    def x(step: float) -> float:
+        return left + (right - left) * (step - first) / max(1, last - first)
+
+    def y(value: float) -> float:
+        return bottom - (bottom - top) * (value - ticks[0]) / (ticks[-1] - ticks[0])
+
+    places = max(0, -floor(log10(ticks[1] - ticks[0]) + 1e-9))
+    body = [_level(f"{t:.{places}f}", y(t), left, right) for t in ticks]
+    body += _steps(first, last, left, right, bottom)
+    body.append(f'<polyline class="curve" points="{" ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in drawn)}"/>')
+    body.append(f'<circle class="student" cx="{x(drawn[-1][0]):.1f}" cy="{y(drawn[-1][1]):.1f}" r="3.5"/>')
+    told = f"{points_[0][1]:.3g} at step {first}, {points_[-1][1]:.3g} at step {last}."
+    told += f" Each point is the mean of {each} logged steps." if each > 1 else ""
+    return _svg(ident, title, told, bottom + 24, body)
+
+
+def stacked(ident: str, title: str, columns: Sequence[Column], speakers: Sequence[tuple[str, str]]) -> str:
+    """Stacked bars over training: whose rows the positions were learned from. `speakers` = (name, mark), bottom first."""
+    left, right, top, bottom = 46, WIDTH - 10, 10, 170
+    tall, pitch = bottom - top, (right - left) / len(columns)
+    body = [_level(f"{t}{NBSP}%", bottom - tall * t / 100, left, right) for t in (0, 50, 100)]
+    for k, column in enumerate(columns):
+        y = float(bottom)
+        for share, (name, mark) in zip(column.shares, speakers, strict=True):
+            y -= tall * share
+            what = f"{name} {percent(share)}, steps {column.first} to {column.last}"
+            body.append(f'<rect class="part {mark}" x="{left + pitch * k + 1:.1f}" y="{y:.1f}" width="{pitch - 2:.1f}" '
+                        f'height="{tall * share:.1f}"><title>{escape(what)}</title></rect>')
+    body += _steps(columns[0].first, columns[-1].last, left, right, bottom)
+    ends = [f"{name} {percent(a)} at first, {percent(b)} at last"
+            for (name, _), a, b in zip(speakers, columns[0].shares, columns[-1].shares, strict=True)]
+    return _svg(ident, title, f"Share of positions: {'; '.join(ends)}.", bottom + 24, body)
+
+
+def thin(values: Sequence[tuple[int, float]], most: int = POINTS) -> tuple[list[tuple[int, float]], int]:
+    """At most `most` points, each the mean of so many neighbours (the last perhaps of fewer), and how many that is."""
+    each = ceil(len(values) / most)
+    runs = [values[k:k + each] for k in range(0, len(values), each)]
+    return [(run[len(run) // 2][0], sum(v for _, v in run) / len(run)) for run in runs], each
+
+
+def bins(steps: Sequence[tuple[int, Mapping[str, float]]], names: Sequence[str], most: int = 20) -> tuple[Column, ...]:
+    """Shares of positions per teacher in at most `most` equal stretches of training: the mean over each stretch's logged steps."""
+    each = ceil(len(steps) / most)
+    runs = [steps[k:k + each] for k in range(0, len(steps), each)]
+    return tuple(
+        Column(run[0][0], run[-1][0], tuple(sum(shares.get(n, 0.0) for _, shares in run) / len(run) for n in names)) for run in runs)
+
+
+def nice_ticks(low: float, high: float) -> list[float]:
+    """Three to six round numbers that enclose [low, high]."""
+    if high - low <= 1e-9 * max(1.0, abs(high)):
+        low, high = low - 0.5, high + 0.5
+    rough = (high - low) / 4
+    scale = 10.0 ** floor(log10(rough))
+    step = scale * next(m for m in (1, 2, 2.5, 5, 10) if m * scale >= rough * (1 - 1e-9))
+    first, last = floor(low / step + 1e-9), ceil(high / step - 1e-9)
+    return [k * step for k in range(first, last + 1)]
+
+
+def _level(label: str, y: float, left: float, right: float) -> str:
+    return f'<line class="grid" x1="{left}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}"/>{_text(label, left - 8, y + 4, "end tick")}'
+
+
+def _steps(first: int, last: int, left: float, right: float, bottom: float) -> list[str]:
+    return [_text(count(first), left, bottom + 18, "tick"), _text("step", (left + right) / 2, bottom + 18, "mid tick"),
+            _text(count(last), right, bottom + 18, "end tick")]
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= 15 else label[:14] + "…"
+
+
+def _text(text: object, x: float, y: float, classes: str) -> str:
+    return f'<text class="{classes}" x="{x:.1f}" y="{y:.1f}">{escape(str(text))}</text>'
+
+
+def _svg(ident: str, title: str, description: str, height: float, body: Sequence[str]) -> str:
+    return (f'<svg class="chart" viewBox="0 0 {WIDTH} {height:g}" role="img" aria-labelledby="{ident}-t {ident}-d">'
+            f'<title id="{ident}-t">{escape(title)}</title><desc id="{ident}-d">{escape(description)}</desc>{"".join(body)}</svg>')

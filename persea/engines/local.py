@@ -1,0 +1,79 @@
+"""A transformers model in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from persea.errors import TeacherError
+
+LOGITS_AT_ONCE = 1 << 26  # elements of one forward's logits (256 MiB in float32): one Gemma row of 262k has room for 256 positions
+
+
+@dataclass(frozen=True, eq=False)
+class LocalEngine:
+    """A causal model; `vocabulary` = ids that mean something. Logits past it are padding of the matrix and are cut off."""
+
+    model: PreTrainedModel
+    vocabulary: int
+    batch: int = 64
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[npt.NDArray[np.int32]], stop_ids: Sequence[int], max_new_tokens: int) -> list[npt.NDArray[np.int32]]:
+        """Greedy, batched by length, left padded, KV-cached. See Engine."""
+        answers: list[npt.NDArray[np.int32]] = [np.empty(0, np.int32)] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        device = self.model.device
+        settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(stop_ids), pad_token_id=stop_ids[0],
+                                    suppress_tokens=list(range(self.vocabulary, self._rows())) or None)
+        for begin in range(0, len(order), self.batch):
+            chosen = order[begin:begin + self.batch]
+            width = max(len(prompts[i]) for i in chosen)
+            ids = torch.full((len(chosen), width), stop_ids[0])
+            mask = torch.zeros_like(ids)
+            for row, i in enumerate(chosen):
+                ids[row, width - len(prompts[i]):] = torch.from_numpy(prompts[i])
+                mask[row, width - len(prompts[i]):] = 1
+            out = self.model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings)
+            for row, i in enumerate(chosen):
+                answers[i] = _until_stop(out[row, width:].cpu().numpy().astype(np.int32), stop_ids)
+        return answers
+
+    @torch.inference_mode()
+    def score(self, sequences: Sequence[npt.NDArray[np.int32]], learn: Sequence[npt.NDArray[np.bool_]]) -> Iterator[torch.Tensor]:
+        """Teacher-forced, in order, right padded, as many sequences at once as LOGITS_AT_ONCE allows. See Engine."""
+        begin = 0
+        while begin < len(sequences):
+            end, width = begin, 0
+            while end < len(sequences) and end - begin < self.batch:
+                wider = max(width, len(sequences[end]))
+                if end > begin and wider * (end - begin + 1) * self._rows() > LOGITS_AT_ONCE:
+                    break
+                end, width = end + 1, wider
+            ids = torch.zeros((end - begin, width), dtype=torch.int64)
+            mask = torch.zeros_like(ids)
+            for row, sequence in enumerate(sequences[begin:end]):
+                ids[row, :len(sequence)] = torch.from_numpy(sequence)
+                mask[row, :len(sequence)] = 1
+            logits = self.model(input_ids=ids.to(self.model.device), attention_mask=mask.to(self.model.device)).logits
+            for row, wanted in enumerate(learn[begin:end]):
+                at = torch.from_numpy(np.flatnonzero(wanted)) - 1
+                logprobs = torch.log_softmax(logits[row, at, :self.vocabulary].float(), dim=-1)
+                if not torch.isfinite(logprobs).all():
+                    raise TeacherError("log-probabilities that are not finite", where=f"sequence {begin + row}", remedy="the weights are broken, or need another dtype")
+                yield logprobs.cpu()
+            begin = end
+
+    def _rows(self) -> int:
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+
+def _until_stop(ids: npt.NDArray[np.int32], stop_ids: Sequence[int]) -> npt.NDArray[np.int32]:
+    """Up to and including the first stop id; what generate() pads behind it is no answer."""
+    stops = np.flatnonzero(np.isin(ids, stop_ids))
+    return ids[:stops[0] + 1] if len(stops) else ids

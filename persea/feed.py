@@ -1,0 +1,117 @@
+"""Where batches come from: offline() turns captures into lessons in the student's voice, and lessons into batches."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from persea.align import boundaries
+from persea.bridge import Bridge
+from persea.cache import Capture, Rows
+from persea.chat import Effort, Tokens, Voice
+from persea.errors import DataError
+from persea.losses import Targets
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One answer in the student's voice, and the teacher's rows where both begin a token at the same byte.
+
+    at_C  index of the student token that begins there; row_C  which row of `rows` speaks of it
+    """
+
+    tokens: Tokens
+    teacher: str
+    skill: str
+    language: str
+    at_C: np.ndarray[tuple[int], np.dtype[np.int64]]
+    row_C: np.ndarray[tuple[int], np.dtype[np.int64]]
+    rows: Rows
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step learns from. B conversations, S student positions, N learned positions.
+
+    ids_BS, mask_BS  int64, right padded
+    row_N, at_N      where the learned token's distribution is: conversation, and the position BEFORE the token
+    targets_N        the learned tokens
+    teachers         what each teacher says of the N positions
+    share            teacher -> learned positions of its answers
+    """
+
+    ids_BS: torch.Tensor
+    mask_BS: torch.Tensor
+    row_N: torch.Tensor
+    at_N: torch.Tensor
+    targets_N: torch.Tensor
+    teachers: tuple[Targets, ...]
+    share: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Lessons in an order that depends on the seed and the step alone: batch(k) is the same whoever asks, and when."""
+
+    lessons: tuple[Lesson, ...]
+    bridges: Mapping[str, Bridge]
+    size: int
+    seed: int
+    too_long: int
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step; each epoch is a new permutation of all lessons."""
+        chosen = [self._lesson(step * self.size + k) for k in range(self.size)]
+        return _collate(chosen, self.bridges)
+
+    def _lesson(self, number: int) -> Lesson:
+        epoch, place = divmod(number, len(self.lessons))
+        return self.lessons[np.random.default_rng([self.seed, epoch]).permutation(len(self.lessons))[place]]
+
+
+def lesson(capture: Capture, voice: Voice) -> Lesson:
+    """A capture in the student's voice, answering at once (the student's own thinking switch comes with its template)."""
+    tokens = voice.render(replace(capture.answer.conversation, effort=Effort.NONE))
+    both = boundaries(tokens, capture.tokens)
+    row_of_T = np.cumsum(capture.tokens.learn_T) - 1
+    answer = capture.answer
+    return Lesson(tokens, answer.teacher, answer.skill, answer.language, both.student_C, row_of_T[both.teacher_C].astype(np.int64), capture.rows)
+
+
+def offline(captures: Iterable[Capture], voice: Voice, bridges: Mapping[str, Bridge], *, size: int, seed: int, max_tokens: int) -> Feed:
+    """Batches from captures. Answers longer than max_tokens are left out and counted, never cut."""
+    lessons = [lesson(c, voice) for c in captures]
+    kept = tuple(one for one in lessons if len(one.tokens) <= max_tokens)
+    if not kept:
+        raise DataError(f"none of {len(lessons)} answers has at most {max_tokens} tokens", where="training.max_tokens", remedy="raise it")
+    return Feed(kept, bridges, size, seed, len(lessons) - len(kept))
+
+
+def _collate(lessons: Sequence[Lesson], bridges: Mapping[str, Bridge]) -> Batch:
+    width = max(len(one.tokens) for one in lessons)
+    ids = torch.zeros((len(lessons), width), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    rows, ats, share = [], [], Counter[str]()
+    entries: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}  # type: ignore[type-arg]
+    n = 0
+    for b, one in enumerate(lessons):
+        ids[b, :len(one.tokens)] = torch.from_numpy(one.tokens.ids_T)
+        mask[b, :len(one.tokens)] = 1
+        learned = np.flatnonzero(one.tokens.learn_T)
+        rows.append(np.full(len(learned), b))
+        ats.append(learned - 1)
+        share[one.teacher] += len(learned)
+        begins, ends = one.rows.offsets_N1[one.row_C], one.rows.offsets_N1[one.row_C + 1]
+        at_M = np.concatenate([np.arange(x, y) for x, y in zip(begins, ends, strict=True)]) if len(begins) else np.empty(0, np.int64)
+        where_M = np.repeat(n + np.searchsorted(learned, one.at_C), ends - begins)
+        entries.setdefault(one.teacher, []).append((where_M, one.rows.ids_M[at_M], one.rows.probs_M[at_M]))
+        n += len(learned)
+    row_N, at_N = torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(ats))
+    said = tuple(Targets(bridges[name], *(torch.from_numpy(np.concatenate([p[k] for p in parts])) for k in range(3)))
+                 for name, parts in entries.items())
+    said = tuple(replace(t, row_M=t.row_M.long(), ids_M=t.ids_M.long()) for t in said)
+    return Batch(ids, mask, row_N, at_N, ids[row_N, at_N + 1], said, dict(share))

@@ -1,0 +1,36 @@
+"""What made these weights: parents, licences, data, recipe, software. Written beside the student, shown in its card."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from persea import store
+
+
+@dataclass(frozen=True)
+class Parent:
+    """One model the student descends from; licence as its family usually has it unless the recipe names another."""
+
+    name: str
+    model: str
+    revision: str
+    family: str
+    licence: str
+    fingerprint: str
+
+
+def lineage(student: Path, base: Parent, teachers: Sequence[Parent], recipe_hash: str, data: Mapping[str, Any]) -> dict[str, Any]:
+    """The record. data: what was captured (summary), by digest of its units.
+
+    Raises DataError where the student is not there.
+    """
+    return {
+        "student": {"sha256": {p.name: store.digest_file(p) for p in sorted(student.glob("*.safetensors"))}},
+        "base": asdict(base), "teachers": [asdict(t) for t in teachers], "recipe_hash": recipe_hash, "data": dict(data),
+        "software": {name: metadata.version(name) for name in ("persea", "torch", "transformers", "tokenizers")} | {"python": platform.python_version()},
+    }

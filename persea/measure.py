@@ -1,0 +1,129 @@
+"""Skill and Score: one number with its n and interval. Audition and evaluation are the same measurement."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from math import sqrt
+from typing import Any
+
+from persea.chat import Effort, Finish
+from persea.corpus import Prompt
+
+Z95 = 1.959963984540054  # two-sided 95 % of the normal distribution
+
+
+class Split(StrEnum):
+    """Who may see an item. An item belongs to exactly one split, by the hash of its question, for ever."""
+
+    GROW = "grow"  # what saplings were grown on
+    TEACH = "teach"  # what the cast is asked and the student learns from
+    AUDITION = "audition"  # what teachers are chosen by
+    TEST = "test"  # what everybody is compared on
+
+
+def split_of(question: str) -> Split:
+    """The split of a question: 60 % GROW, 26 % TEACH, 6 % AUDITION, 8 % TEST."""
+    bucket = hashlib.sha256(question.encode()).digest()[0] * 100 // 256
+    return Split.GROW if bucket < 60 else Split.TEACH if bucket < 86 else Split.AUDITION if bucket < 92 else Split.TEST
+
+
+class Verdict(StrEnum):
+    RIGHT = "right"
+    WRONG = "wrong"
+    MALFORMED = "malformed"
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question and one right answer."""
+
+    prompt: Prompt
+    reference: str
+
+
+@dataclass(frozen=True)
+class Skill:
+    """One thing to be good at.
+
+    items   (split, n, seed) -> at most n different items of that split, in a fixed order
+    grade   (item, answer) -> verdict; sees the answer's text only
+    """
+
+    name: str
+    languages: tuple[str, ...]
+    items: Callable[[Split, int, int], tuple[Item, ...]]
+    grade: Callable[[Item, str], Verdict]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number: `value` of n items right, with its 95 % Wilson interval [low, high]."""
+
+    speaker: str
+    skill: str
+    language: str  # "" = all
+    effort: Effort
+    value: float
+    n: int
+    low: float
+    high: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One item's outcome, kept so that a score can be inspected."""
+
+    item: Item
+    answer: str
+    finish: Finish
+    verdict: Verdict
+
+    def to_json(self) -> dict[str, Any]:
+        return {"id": self.item.prompt.id, "language": self.item.prompt.language, "question": self.item.prompt.conversation.messages[-1].text,
+                "reference": self.item.reference, "answer": self.answer, "finish": self.finish, "verdict": self.verdict}
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson 1927): never leaves [0, 1], not empty at 0 or n right."""
+    if n == 0:
+        return 0.0, 1.0
+    p, z2 = right / n, Z95 * Z95
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 * sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def grade(skill: Skill, items: Sequence[Item], answers: Sequence[tuple[str, Finish]]) -> tuple[Result, ...]:
+    """Verdicts of answers, in order; an answer that did not stop by itself is malformed, whatever it says."""
+    return tuple(
+        Result(item, text, finish, skill.grade(item, text) if finish is Finish.STOP else Verdict.MALFORMED)
+        for item, (text, finish) in zip(items, answers, strict=True))
+
+
+def score(speaker: str, skill: str, results: Sequence[Result], effort: Effort, language: str = "") -> Score:
+    """Share of right results (of one language, or of all) with its interval."""
+    chosen = [r for r in results if not language or r.item.prompt.language == language]
+    right = sum(r.verdict is Verdict.RIGHT for r in chosen)
+    low, high = wilson(right, len(chosen))
+    return Score(speaker, skill, language, effort, right / max(1, len(chosen)), len(chosen), low, high)
+
+
+def draw(make: Callable[[int], tuple[str, Item]], split: Split, n: int, seed: int) -> tuple[Item, ...]:
+    """n different items of a split from a generator `make(number) -> (key, item)`, or all that can be found.
+
+    Gives up after 60 tries per item, so that a small item space ends; the caller sees fewer items.
+    """
+    items: dict[str, Item] = {}
+    for number in range(60 * n + 1000):
+        if len(items) == n:
+            break
+        key, item = make(number * 1_000_003 + seed)
+        if split_of(key) is split:
+            items.setdefault(key, item)
+    return tuple(items.values())

@@ -1,0 +1,172 @@
+"""Where weights come from: a folder, a hub id, or a random sprout of a family's real architecture; its voice beside it.
+
+Only safetensors and configs are read: no pickles, no remote code (a config with `auto_map` is refused before any
+library sees it).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from persea import families
+from persea.chat import PINNED_DATE, Voice
+from persea.errors import DataError
+from persea.template import compile_template
+from persea.vocabulary import open_vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one model comes from.
+
+    model      a folder in Hugging Face form, a hub id, or "random" (then `tokenizer` and `sizes` are needed)
+    revision   hub revision; a folder has none
+    tokenizer  folder or hub id of the tokenizer where it is not the model's
+    family     name of the family; "" = recognised by its control tokens
+    sizes      for "random": hidden, layers, heads, seed
+    """
+
+    model: str
+    revision: str = ""
+    tokenizer: str = ""
+    family: str = ""
+    sizes: tuple[tuple[str, int], ...] = field(default=())
+
+    @property
+    def is_random(self) -> bool:
+        return self.model == "random"
+
+    @property
+    def words(self) -> str:
+        """Where tokenizer and template are."""
+        return self.tokenizer or self.model
+
+
+def local_folder(reference: str, where: str) -> Path | None:
+    """The folder a reference names; None for a hub id. A path that is not there is refused here, not looked up on the hub."""
+    path = Path(reference).expanduser()
+    if path.is_dir():
+        return path
+    if reference.startswith((".", "/", "~")) or reference.count("/") != 1 or path.exists():
+        raise DataError(f"no model folder {reference!r}", where=where, remedy="give a folder in Hugging Face form or a hub id such as Qwen/Qwen3-8B")
+    return None
+
+
+def open_voice(source: Source, where: str, today: date = PINNED_DATE) -> Voice:
+    """Tokenizer, chat template and family of a model. Loads no weights.
+
+    Raises DataError for a missing folder, a model without chat template, a tokenizer that does not round-trip, an
+    unknown family.
+    """
+    from transformers import AutoTokenizer
+
+    folder = local_folder(source.words, where)
+    revision = {"revision": source.revision} if source.revision and folder is None else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.words, trust_remote_code=False, **revision)
+    except Exception as error:  # transformers raises a dozen kinds here, each meaning: this is no tokenizer
+        raise DataError(f"no tokenizer in {source.words!r}: {_first_line(error)}", where=where,
+                        remedy="the folder needs tokenizer.json and tokenizer_config.json") from error
+    if not tokenizer.chat_template:
+        raise DataError(f"{source.words!r} has no chat template", where=where,
+                        remedy="add chat_template.jinja to the folder; a base model without one cannot teach or be asked")
+    text = tokenizer.chat_template
+    if not isinstance(text, str):
+        raise DataError(f"{source.words!r} has several chat templates", where=where, remedy="keep one, as chat_template.jinja")
+    vocabulary = open_vocabulary(tokenizer, source.words)
+    family = families.named(source.family) if source.family else families.detect(vocabulary)
+    special = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
+    return Voice(family, vocabulary, compile_template(text, special, today, where), text, today)
+
+
+def open_model(source: Source, voice: Voice, where: str) -> PreTrainedModel:
+    """The causal model of a source, in evaluation mode: float32 on a CPU, as stored on a GPU (120 billion weights in float32
+    fit nowhere).
+
+    Raises DataError for a model that cannot be read, or has fewer logits than its tokenizer has tokens.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if source.is_random:
+        model = sprout(voice.family.name, len(voice.vocabulary), dict(source.sizes))
+    else:
+        folder = local_folder(source.model, where)
+        if folder is not None:
+            _refuse_code(folder, where)
+        revision = {"revision": source.revision} if source.revision and folder is None else {}
+        try:
+            model = AutoModelForCausalLM.from_pretrained(source.model, dtype="auto" if torch.cuda.is_available() else torch.float32, trust_remote_code=False, use_safetensors=True, **revision)
+        except Exception as error:  # as above: whatever it is, this is no model
+            raise DataError(f"cannot load {source.model!r}: {_first_line(error)}", where=where,
+                            remedy="the folder needs config.json and model.safetensors of a causal model") from error
+    rows = model.get_output_embeddings().weight.shape[0]
+    if rows < len(voice.vocabulary):
+        raise DataError(f"{rows} logits for a vocabulary of {len(voice.vocabulary)} tokens", where=where, remedy="tokenizer and model do not belong together")
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def fingerprint(source: Source, where: str) -> str:
+    """sha256 over config and weights of a local folder; id and revision of a hub model; sizes of a sprout."""
+    folder = None if source.is_random else local_folder(source.model, where)
+    if folder is None:
+        return hashlib.sha256(json.dumps([source.model, source.revision, source.tokenizer, source.sizes]).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.jinja")]):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def sprout(family: str, vocabulary: int, sizes: dict[str, int]) -> PreTrainedModel:
+    """A randomly initialised model of a family's real architecture.
+
+    sizes: hidden (128), layers (3), heads (4), seed (0); for gpt-oss also experts (4).
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, Gemma3TextConfig, GptOssConfig, LlamaConfig, Qwen3Config
+
+    hidden, layers, heads = sizes.get("hidden", 128), sizes.get("layers", 3), sizes.get("heads", 4)
+    shared: dict[str, Any] = {
+        "vocab_size": vocabulary, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": max(1, heads // 2), "head_dim": hidden // heads, "max_position_embeddings": 1024,
+        "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    if family == "qwen":
+        config = Qwen3Config(intermediate_size=3 * hidden, **shared)
+    elif family == "gemma":
+        config = Gemma3TextConfig(intermediate_size=3 * hidden, sliding_window=128, query_pre_attn_scalar=hidden // heads, **shared)
+    elif family == "gpt-oss":
+        config = GptOssConfig(intermediate_size=hidden, num_local_experts=sizes.get("experts", 4), num_experts_per_tok=2,
+                              sliding_window=128, **(shared | {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}))
+    elif family == "llama":
+        config = LlamaConfig(intermediate_size=3 * hidden, **shared)
+    else:
+        raise DataError(f"no small architecture known for family {family!r}", remedy="give a model folder")
+    torch.manual_seed(sizes.get("seed", 0))
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def _refuse_code(folder: Path, where: str) -> None:
+    config = folder / "config.json"
+    if not config.is_file():
+        raise DataError(f"no config.json in {folder}", where=where, remedy="give a folder in Hugging Face form")
+    try:
+        has_code = "auto_map" in json.loads(config.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{config} is not JSON: {error}", where=where, remedy="fetch the model again") from error
+    if has_code:
+        raise DataError(f"{folder} brings its own code (auto_map)", where=where, remedy="use a model transformers knows itself")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,83 @@
+"""Plan: what a run would do and cost, told before anything starts; refuses what cannot fit. Loads no weights."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from persea.errors import Refused
+from persea.measure import Split
+from persea.river import River
+from persea.run import STAGES, digest_of
+
+BYTES_PER_TOKEN = 60  # measured on the saplings' captures at tau .01: rows, tokens and text together (docs/capture.md)
+CHECKPOINTS_KEPT = 2
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One stage: `state` is "stands", "to do", or "waits" where it needs a stage before it; `work` in words."""
+
+    stage: str
+    state: str
+    work: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """stages in order; disk_bytes: the most this run will add; answers: questions asked of models in all."""
+
+    stages: tuple[Cost, ...]
+    answers: int
+    disk_bytes: int
+    disk_free: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        rows = [(c.stage, c.state, c.work) for c in self.stages]
+        return [*rows, ("in all", "", f"{self.answers:,} answers, at most {self.disk_bytes / 1e9:.2f} GB of disk ({self.disk_free / 1e9:.0f} GB free)")]
+
+
+def plan(river: River) -> Plan:
+    """Count what each stage asks, keeps and writes. Raises Refused where the disk cannot hold it."""
+    recipe, teachers = river.recipe, len(river.recipe.teachers)
+    asked = sum(len(items) for _, items in river.items(Split.AUDITION)) * teachers
+    tested = sum(len(items) for _, items in river.items(Split.TEST)) * (teachers + 2)
+    prompts = len(river.corpus.prompts)
+    weights = _weights(recipe.student.model)
+    captured = prompts * recipe.capture.max_new_tokens * BYTES_PER_TOKEN
+    work = {
+        "check": f"{teachers} pairings of tokenizers",
+        "audition": f"{asked:,} answers by {teachers} teachers",
+        "capture": f"{prompts:,} answers, at most {captured / 1e9:.2f} GB ({len(river.corpus.removed):,} prompts left out)",
+        "train": f"{recipe.training.steps:,} steps of {recipe.training.batch} conversations",
+        "evaluate": f"{tested:,} answers by {teachers + 2} speakers",
+        "lineage": "one record", "report": "one page"}
+    disk = captured + weights * (1 + 3 * CHECKPOINTS_KEPT)  # weights and two Adam moments a checkpoint
+    free = shutil.disk_usage(_existing(river.folder)).free
+    if disk > free:
+        raise Refused(f"the run needs up to {disk / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", where=str(river.folder), remedy="free space or give another --out")
+    return Plan(tuple(Cost(s.name, _state(river, s.name), work[s.name]) for s in STAGES), asked + prompts + tested, disk, free)
+
+
+def _state(river: River, name: str) -> str:
+    stage = next(s for s in STAGES if s.name == name)
+    needed = {"capture": "audition", "train": "audition", "evaluate": "train", "lineage": "train", "report": "evaluate"}.get(name)
+    if needed and not (river.folder / needed / "done.json").is_file():
+        return "waits"
+    return "stands" if river.stands(name, digest_of(stage.inputs(river))) else "to do"
+
+
+def _weights(model: str) -> int:
+    """Bytes of a local model's weights in float32 (they may be stored in half); 0 where they are not on this disk."""
+    return sum(2 * p.stat().st_size for p in Path(model).glob("*.safetensors")) if Path(model).is_dir() else 0
+
+
+def _existing(folder: Path) -> Path:
+    while not folder.exists():
+        folder = folder.parent
+    return folder

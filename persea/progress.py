@@ -1,0 +1,75 @@
+"""What a person sees while it runs: a bar a stage on a terminal, a line a stage elsewhere, and the table at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+Tell = Callable[[str, float, str], None]
+
+
+@contextmanager
+def bars(quiet: bool = False) -> Iterator[Tell]:
+    """A function (stage, share done, words) that draws; bars go to stderr, so that stdout is the result."""
+    console = Console(stderr=True, quiet=quiet)
+    if not console.is_terminal:
+        yield _lines(console)
+        return
+    columns = (TextColumn("{task.description:>9}"), BarColumn(bar_width=24), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.fields[words]}"))
+    with Progress(*columns, console=console) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def tell(stage: str, share: float, words: str) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=1.0, words="")
+            progress.update(tasks[stage], completed=share, words=words)
+
+        yield tell
+
+
+def _lines(console: Console) -> Tell:
+    told: dict[str, int] = {}
+
+    def tell(stage: str, share: float, words: str) -> None:
+        tenth = int(share * 10)
+        if told.get(stage) != tenth or share in (0.0, 1.0):
+            console.print(f"{stage:>9} {share:4.0%} {words}", highlight=False)
+        told[stage] = tenth
+
+    return tell
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A plain table on stdout."""
+    drawn = Table(*columns, box=None, header_style="bold")
+    for row in rows:
+        drawn.add_row(*row)
+    Console().print(drawn)
+
+
+def comparison(report: dict[str, Any]) -> None:
+    """Student, base and every teacher on every skill; the best teacher is starred, intervals are 95 %."""
+    first = next(iter(report["skills"].values()))
+    teachers = list(first["teachers"])
+    drawn = Table("skill", "student", "base", *teachers, "kept", box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for name, skill in report["skills"].items():
+        cells = [_cell(skill["student"]), _cell(skill["base"])]
+        cells += [_cell(skill["teachers"][t], t == skill["best_teacher"]) for t in teachers]
+        kept = skill["retained"]
+        drawn.add_row(name, *cells, "-" if kept is None else f"{kept:.0%}")
+    bits = report["bits_per_byte"]
+    drawn.add_row("bits per byte", *(f"{bits[who]['all']:.2f}" for who in ("student", "base", *teachers)), "")
+    n = first["student"]["n"]
+    console = Console()
+    console.print(drawn)
+    console.print(f"share of n = {n} held-out answers right, 95 % interval; * best teacher; kept = student / best teacher", style="dim")
+
+
+def _cell(score: dict[str, float], best: bool = False) -> str:
+    """Value over interval, two short lines, so that five speakers fit into 80 columns."""
+    return f"{score['value']:.2f}{'*' if best else ''}\n[dim]{score['low']:.2f}-{score['high']:.2f}[/]"

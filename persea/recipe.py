@@ -1,0 +1,354 @@
+"""Recipe: the one YAML file a person writes -> frozen sections, checked before anything is loaded, hashed.
+
+Every mistake in the file is told at once, each with line, column and what to write instead. Nothing is bent into another
+type, no unknown key is ignored, and no variable of the environment is read but the two named here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from persea.chat import PINNED_DATE, Effort
+from persea.errors import RecipeError
+from persea.places import SECRETS, Dumper, KeyPath, Reading, override, read_page
+
+ALLOWED_VARIABLES = ("PERSEA_DATA", "HF_HOME")
+DATA_FOLDER = Path(__file__).resolve().parent.parent.parent / "shared" / "data"  # PERSEA_DATA where it is not set: beside the checkout
+SLUG, NAME = r"^[a-z0-9][a-z0-9._-]*$", r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+MANY = 1 << 30  # no count in a recipe is larger
+S = TypeVar("S", bound="Section")
+
+
+class Section(BaseModel):
+    """A part of the recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Sizes(Section):
+    hidden: int = Field(default=128, ge=8, le=8192, description="width of the model, a multiple of twice the heads")
+    layers: int = Field(default=3, ge=1, le=128, description="number of layers")
+    heads: int = Field(default=4, ge=1, le=128, description="attention heads of a layer")
+    experts: int = Field(default=4, ge=2, le=256, description="experts of a layer (gpt-oss only)")
+    seed: int = Field(default=0, ge=0, le=MANY, description="seed of the random weights")
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        step = 2 * self.heads  # rotary positions turn pairs of numbers
+        odd = self.hidden % step > 0
+        return _agreed(self, (odd, ("hidden",), f"{self.hidden} is not {self.heads} heads of even width", f"a multiple of {step}"))
+
+
+class ModelRef(Section):
+    """Where a model comes from: what student and teachers share."""
+
+    model: str = Field(min_length=1, description="a folder in Hugging Face form, a hub id such as Qwen/Qwen3-8B, or random")
+    revision: str = Field(default="", description="revision of a hub model: branch, tag or commit")
+    tokenizer: str = Field(default="", description="folder or hub id of the tokenizer where it is not the model's own")
+    family: Literal["", "llama", "qwen", "gemma", "gpt-oss"] = Field(default="", description="chat family; empty = recognised")
+    sizes: Sizes | None = Field(default=None, description="size of the weights of `model: random`")
+
+    @model_validator(mode="after")
+    def _comes_from_one_place(self) -> Self:
+        made, local = self.model == "random", self.model.startswith((".", "/", "~"))
+        return _agreed(
+            self,
+            (made and not self.tokenizer, ("tokenizer",), "missing; random weights bring none", "add `tokenizer:`, a folder or hub id"),
+            (made and not self.sizes, ("sizes",), "missing; random weights need a size", "add `sizes: {hidden: 32, layers: 1, heads: 2}`"),
+            (not made and bool(self.sizes), ("sizes",), "given, but this model has its own", "delete `sizes:`, or write `model: random`"),
+            (bool(self.revision) and (made or local), ("revision",), "given, but only a hub model has one", "delete `revision:`"))
+
+
+class Lora(Section):
+    rank: int = Field(default=16, ge=1, le=1024, description="rank of the added matrices")
+    alpha: float = Field(default=32, gt=0, le=4096, description="strength of the added matrices: they are scaled by alpha / rank")
+    targets: tuple[str, ...] = Field(
+        default=("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1, description="names of the adapted matrices")
+
+
+class Student(ModelRef):
+    adapt: Literal["full", "lora"] = Field(default="full", description="full = every weight learns; lora = small added matrices do")
+    lora: Lora | None = Field(default_factory=lambda seen: Lora() if seen["adapt"] == "lora" else None,
+                              description="shape of the added matrices; only with `adapt: lora`")
+
+    @model_validator(mode="after")
+    def _adapts_one_way(self) -> Self:
+        idle = self.adapt == "full" and self.lora is not None
+        return _agreed(self, (idle, ("lora",), "given, but `adapt` is full", "write `adapt: lora`, or delete `lora:`"))
+
+
+class Teacher(ModelRef):
+    name: str = Field(default_factory=lambda seen: "" if seen["model"] == "random" else seen["model"].rstrip("/").rpartition("/")[2],
+                      pattern=NAME, description="what reports call it: letters, digits and ._- (default: the last part of `model`)")
+    effort: Effort = Field(default=Effort.NONE, description="how long it thinks before it answers")
+    licence: str = Field(default="", description="its licence, where you know better than the family's usual one")
+
+    @model_validator(mode="after")
+    def _has_a_name(self) -> Self:
+        nameless = not re.fullmatch(NAME, self.name)  # pydantic checks a written name, not the one that `model` gives
+        return _agreed(self, (nameless, ("name",), f"missing; `model: {self.model}` gives none", "add `name:`, letters, digits and ._-"))
+
+
+class CorpusPart(Section):
+    skill: str = Field(pattern=SLUG, description="the skill these prompts teach: languages, code or reasoning")
+    generate: int | None = Field(default=None, ge=1, le=MANY, description="number of prompts drawn from the skill's own generator")
+    file: str | None = Field(default=None, min_length=1, description="a .jsonl file, one prompt a line")
+    language: str = Field(default="", description="language of the file's prompts, such as vi; empty = not said")
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> Self:
+        made, kept = self.generate is not None, self.file is not None
+        return _agreed(
+            self,
+            (not made and not kept, (), "neither `generate` nor `file`", "add `generate: 1000` or `file: prompts.jsonl`"),
+            (made and kept, (), "both `generate` and `file`", "keep one; two parts may teach the same skill"),
+            (not (self.file or ".jsonl").endswith(".jsonl"), ("file",), f"{self.file!r} is not .jsonl", "one JSON object a line"))
+
+
+class Audition(Section):
+    items: int = Field(default=100, ge=1, le=MANY, description="questions of each skill")
+    batch: int = Field(default=64, ge=1, le=MANY, description="questions asked at once")
+    pinned: dict[str, str] = Field(default={}, description="skill -> teacher that you choose yourself, instead of by measurement")
+
+
+class Capture(Section):
+    answers: Literal["ask", "given"] = Field(
+        default="ask", description="ask = the teachers answer; given = they score the answers that come with the prompts")
+    tau: float = Field(default=0.01, gt=0, le=0.5, description="probability below which a token is kept by chance, so that rows stay small")
+    max_new_tokens: int = Field(default=64, ge=1, le=MANY, description="longest answer, in the teacher's tokens")
+    batch: int = Field(default=64, ge=1, le=MANY, description="prompts asked at once")
+    unit: int = Field(default=256, ge=1, le=MANY, description="prompts saved together: the most that a crash can cost")
+
+
+class Training(Section):
+    steps: int = Field(default=1500, ge=1, le=MANY, description="optimiser steps")
+    batch: int = Field(default=16, ge=1, le=MANY, description="conversations a step")
+    learning_rate: float = Field(default=3e-3, gt=0, le=1, description="highest learning rate")
+    warmup: int = Field(default=50, ge=0, le=MANY, description="steps until the highest learning rate")
+    event_share: float = Field(default=0.7, ge=0, le=1, description="weight of events at common boundaries; the rest is cross-entropy")
+    weight_decay: float = Field(default=0.01, ge=0, le=1, description="AdamW's weight decay")
+    clip: float = Field(default=1.0, gt=0, le=MANY, description="largest norm of the gradient")
+    max_tokens: int = Field(default=512, ge=8, le=MANY, description="longest conversation, in student tokens; longer ones are left out")
+    checkpoint_every: int = Field(default=200, ge=1, le=MANY, description="steps between checkpoints")
+    log_every: int = Field(default=10, ge=1, le=MANY, description="steps between lines of the log")
+
+
+class Evaluation(Section):
+    items: int = Field(default=200, ge=1, le=MANY, description="questions of each skill")
+    batch: int = Field(default=64, ge=1, le=MANY, description="questions asked at once")
+    max_new_tokens: int = Field(default=64, ge=1, le=MANY, description="longest answer, in the speaker's tokens")
+
+
+class Check(Section):
+    floor: float = Field(default=0.3, ge=0, le=1, description="least share of learned tokens on a common boundary, else refused")
+
+
+class Recipe(Section):
+    """Everything a run depends on. To change one use overrides: `model_copy` keeps the old hash."""
+
+    name: str = Field(pattern=SLUG, description="name of the run's folder: a-z, 0-9 and ._- (default: the file's name)")
+    seed: int = Field(default=0, ge=0, le=MANY, description="seed of everything that is drawn by chance")
+    today: date = Field(default=PINNED_DATE, description="date for chat templates that tell the date")
+    student: Student = Field(description="the model that learns")
+    teachers: tuple[Teacher, ...] = Field(min_length=1, description="the models it learns from")
+    corpus: tuple[CorpusPart, ...] = Field(min_length=1, description="what the teachers are asked")
+    audition: Audition = Field(default=Audition(), description="how teachers are measured, to decide who teaches what")
+    capture: Capture = Field(default=Capture(), description="how the teachers' answers are kept")
+    training: Training = Field(default=Training(), description="how the student learns")
+    evaluation: Evaluation = Field(default=Evaluation(), description="how the student is measured beside its teachers")
+    check: Check = Field(default=Check(), description="when a pairing of tokenizers is refused")
+    _source: Path = PrivateAttr(default=Path())
+    _written: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        names, skills = [t.name for t in self.teachers], sorted({c.skill for c in self.corpus})
+        claims: list[tuple[bool, KeyPath, str, str]] = [(n in names[:k], ("teachers", k, "name"), f"two teachers are called {n!r}",
+                                                         "give each its own `name:`") for k, n in enumerate(names)]
+        for skill, teacher in self.audition.pinned.items():
+            where = ("audition", "pinned", skill)
+            claims.append((skill not in skills, where, f"no part of the corpus teaches {skill!r}", _choose(skill, skills)))
+            claims.append((teacher not in names, where, f"no teacher is called {teacher!r}", _choose(teacher, names)))
+        return _agreed(self, *claims)
+
+    @property
+    def source(self) -> Path:
+        """The file it came from."""
+        return self._source
+
+    @property
+    def written(self) -> dict[str, Any]:
+        """Every field, defaults filled in, paths and variables as the person wrote them: the same on every machine."""
+        return self._written or self.model_dump(mode="json", exclude_none=True)
+
+    @property
+    def hash(self) -> str:
+        """sha256 of `written`: order, comments and spelt-out defaults do not change it."""
+        return hashlib.sha256(json.dumps(self.written, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """`written` as a recipe of the same hash. Its relative paths still start at the folder of `source`."""
+        return yaml.dump(self.written, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+SECTIONS: dict[str, type[Section]] = {  # by the key they stand under
+    "student": Student, "teachers": Teacher, "corpus": CorpusPart, "audition": Audition, "capture": Capture, "training": Training,
+    "evaluation": Evaluation, "check": Check, "sizes": Sizes, "lora": Lora}
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a file, with overrides such as "training.steps=20" or "teachers.0.effort=low" laid over it.
+
+    Raises one RecipeError that names every problem, a line each.
+    """
+    reading = read_page(path)
+    for change in overrides:
+        override(reading, change)
+    reading.data.setdefault("name", path.stem)
+    recipe, written = _validated(_resolved(reading.data, (), reading), reading), _validated(reading.data, reading)
+    if recipe is None or written is None or reading.problems:
+        order = list(reading.places)
+        problems = [p for _, p in sorted(reading.problems.items(), key=lambda item: order.index(reading.near(item[0])))]
+        raise problems[0] if len(problems) == 1 else RecipeError("\n".join(str(p) for p in problems))
+    recipe._source, recipe._written = path.absolute(), written.model_dump(mode="json", exclude_none=True)
+    return recipe
+
+
+def schema() -> dict[str, Any]:
+    """The recipe as JSON schema, for editors; `name` is optional in a file, which has one itself."""
+    return Recipe.model_json_schema() | {"required": ["student", "teachers", "corpus"]}
+
+
+# --- this machine's view of the data, and what the sections say of it ---
+
+
+def _resolved(value: Any, path: KeyPath, reading: Reading) -> Any:
+    """Variables filled in and paths absolute; values that no field may hold are refused."""
+    if isinstance(value, dict):
+        return {k: _resolved(v, (*path, k), reading) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_resolved(v, (*path, k), reading) for k, v in enumerate(value)]
+    if value is None:
+        reading.refuse(path, "has no value", "give one, or delete the line")
+    if not isinstance(value, str):
+        return value
+    if _secret(value):
+        reading.refuse(path, "looks like a secret", "name an environment variable instead; a recipe is shared")
+    text = re.sub(r"\$\{([^}]*)\}?", lambda m: _variable(m[1], path, reading), value)
+    folder, is_place = reading.file.absolute().parent, path[0] in ("student", "teachers", "corpus") and text not in ("", "random")
+    # os.path.exists, because Path.exists raises where a name is too long
+    local = text.startswith((".", "/", "~")) or path[-1] == "file" or os.path.exists(folder / text)
+    if not is_place or path[-1] not in ("model", "tokenizer", "file") or not local:
+        return text
+    return os.path.abspath(folder / os.path.expanduser(text))  # Path.resolve would follow a link and so rename the teacher
+
+
+def _variable(name: str, path: KeyPath, reading: Reading) -> str:
+    remedy = f"allowed: {', '.join(f'${{{v}}}' for v in ALLOWED_VARIABLES)}"
+    value = os.environ.get(name) or (str(DATA_FOLDER) if name == "PERSEA_DATA" else "")
+    if name not in ALLOWED_VARIABLES:
+        reading.refuse(path, f"the variable {name!r} may not be read here", remedy)
+    elif not value:
+        reading.refuse(path, f"the variable {name!r} is not set", f"export {name}=/some/folder; {remedy}")
+    return str(Path(value).expanduser().absolute())
+
+
+def _validated(data: Any, reading: Reading) -> Recipe | None:
+    try:  # by way of JSON, where pydantic's strict types still take a list for a tuple and a text for a date or an effort
+        return Recipe.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        for problem in error.errors(include_url=False):
+            for path, what, remedy in _explained(problem):
+                reading.refuse(path, what, remedy)
+    return None
+
+
+def _agreed(section: S, *claims: tuple[bool, KeyPath, str, str]) -> S:
+    """The section, or all its contradictions at once; a claim is (does it hold, key, what, remedy)."""
+    found = [claim[1:] for claim in claims if claim[0]]
+    if found:
+        raise PydanticCustomError("contradiction", "contradiction", {"found": found})
+    return section
+
+
+WORDS = (  # what pydantic's finding begins with, and what the value should be
+    ("int_", "a whole number"), ("float_", "a number"), ("finite", "a finite number"), ("string_type", "text"), ("string_too", "some text"),
+    ("string_pattern", "a plain name"), ("date_", "a date such as 2025-01-01"), ("tuple_", "a list, each entry after `- `"),
+    ("model_", "a section, its keys indented below it"), ("dict_", "a section, its keys indented below it"))
+BOUNDS = {"greater_than": ("gt", "more than"), "greater_than_equal": ("ge", "at least"), "less_than_equal": ("le", "at most")}
+
+
+def _explained(error: ErrorDetails) -> Iterator[tuple[KeyPath, str, str]]:
+    """One of pydantic's findings in words: (key, what, remedy)."""
+    path, kind, context = error["loc"], error["type"], error.get("ctx", {})
+    if kind == "default_factory_not_called":  # a default that hangs on a wrong value, told beside it
+        return
+    given = f"(got {_shown(error['input'])})"
+    if kind == "contradiction":
+        yield from (((*path, *key), what, remedy) for key, what, remedy in context["found"])
+    elif kind == "extra_forbidden":
+        yield path, "unknown key", _did_you_mean(path)
+    elif kind == "missing":
+        yield path, "missing", f"add `{path[-1]}:`, {_meaning(path)}"
+    elif kind in ("enum", "literal_error"):
+        choices = [c for c in re.findall(r"'([^']*)'", context["expected"]) if c]
+        yield path, f"should be {', '.join(choices[:-1])} or {choices[-1]} {given}", _choose(str(error["input"]), choices)
+    elif kind in BOUNDS:
+        bound, words = BOUNDS[kind]
+        yield path, f"should be {words} {str(context[bound]).removesuffix('.0')} {given}", _meaning(path)
+    elif kind == "string_type" and not isinstance(error["input"], dict | list):
+        yield path, f"should be text {given}", "put it in quotes"
+    elif kind == "too_short":
+        if not error["input"]:  # else its entries are wrong, which pydantic tells beside it
+            yield path, "needs at least one entry", _meaning(path)
+    else:
+        yield path, f"should be {next((w for start, w in WORDS if kind.startswith(start)), error['msg'])} {given}", _meaning(path)
+
+
+def _owner(path: KeyPath) -> type[Section] | None:
+    """The section that a key is a field of."""
+    keys = [k for k in path[:-1] if isinstance(k, str)]
+    return SECTIONS.get(keys[-1]) if keys else Recipe
+
+
+def _meaning(path: KeyPath) -> str:
+    """The description of a field, or of the field whose list or mapping the key is in."""
+    owner = _owner(path)
+    found = owner.model_fields.get(str(path[-1])) if owner else None
+    return str(found.description) if found else _meaning(path[:-1])
+
+
+def _did_you_mean(path: KeyPath) -> str:
+    key, owner = str(path[-1]), _owner(path)
+    homes = [f"under `{name}:`" for name, section in SECTIONS.items() if key in section.model_fields]
+    homes += ["at the top of the file"] if key in Recipe.model_fields else []
+    return f"it belongs {' or '.join(homes)}" if homes else _choose(key, list(owner.model_fields) if owner else [])
+
+
+def _choose(word: str, choices: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word.lower(), choices, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"one of {', '.join(choices)}"
+
+
+def _secret(value: Any) -> bool:
+    return isinstance(value, str) and value.strip(" '\"").startswith(SECRETS)
+
+
+def _shown(value: Any) -> str:
+    """A value in a few characters, and never a secret."""
+    if isinstance(value, dict | list):
+        return "a section" if isinstance(value, dict) else "a list"
+    text = "a secret" if _secret(value) else repr(value) if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

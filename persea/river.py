@@ -1,0 +1,169 @@
+"""River: what a recipe's words stand for, opened when first needed, and the run folder it all flows into.
+
+Voices (tokenizers, templates) stay open; weights are opened where a stage uses them and dropped after it, so that one
+teacher at a time is in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from persea import skills, store
+from persea.audition import Cast
+from persea.bridge import Bridge, open_bridge
+from persea.capture import Unit, plan_units
+from persea.chat import Voice
+from persea.corpus import Corpus, Prompt, gather, read_prompts
+from persea.errors import DataError
+from persea.lineage import Parent
+from persea.measure import Item, Skill, Split
+from persea.models import Source, fingerprint, open_voice
+from persea.recipe import ModelRef, Recipe
+
+if TYPE_CHECKING:
+    from persea.student import Student
+    from persea.teacher import Teacher
+
+STUDENT, BASE = "student", "base"
+
+
+def source(ref: ModelRef) -> Source:
+    """Where a recipe's model comes from."""
+    sizes = tuple(sorted(ref.sizes.model_dump().items())) if ref.sizes else ()
+    return Source(ref.model, ref.revision, ref.tokenizer, ref.family, sizes)
+
+
+@dataclass(frozen=True, eq=False)
+class River:
+    """A recipe and its run folder."""
+
+    recipe: Recipe
+    folder: Path
+
+    @cached_property
+    def voices(self) -> dict[str, Voice]:
+        """Teacher name -> voice, in the recipe's order."""
+        return {t.name: open_voice(source(t), f"teachers.{k}.model", self.recipe.today) for k, t in enumerate(self.recipe.teachers)}
+
+    @cached_property
+    def student_voice(self) -> Voice:
+        return open_voice(source(self.recipe.student), "student.model", self.recipe.today)
+
+    @cached_property
+    def identities(self) -> dict[str, str]:
+        """Teacher name -> digest of weights, voice and effort: what an answer depends on."""
+        return {t.name: digest_of([fingerprint(source(t), t.name), self.voices[t.name].digest, t.effort]) for t in self.recipe.teachers}
+
+    @cached_property
+    def student_identity(self) -> str:
+        return digest_of([fingerprint(source(self.recipe.student), STUDENT), self.student_voice.digest, self.recipe.student.model_dump()["adapt"]])
+
+    @cached_property
+    def bridges(self) -> dict[str, Bridge]:
+        """Teacher name -> bridge to the student."""
+        return {name: open_bridge(voice, self.student_voice) for name, voice in self.voices.items()}
+
+    @cached_property
+    def skills(self) -> tuple[Skill, ...]:
+        """The corpus' skills, in its order."""
+        return tuple(skills.named(name) for name in dict.fromkeys(p.skill for p in self.recipe.corpus))
+
+    def items(self, split: Split) -> list[tuple[Skill, tuple[Item, ...]]]:
+        """Held-out items: AUDITION chooses teachers, TEST compares everybody."""
+        n = self.recipe.audition.items if split is Split.AUDITION else self.recipe.evaluation.items
+        return [(skill, skill.items(split, n, self.recipe.seed)) for skill in self.skills]
+
+    @cached_property
+    def asked(self) -> str:
+        """Digest of all held-out questions and their answers."""
+        return digest_of([[i.prompt.id, i.prompt.conversation.to_json(), i.reference]
+                        for split in (Split.AUDITION, Split.TEST) for _, items in self.items(split) for i in items])
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """What to ask, without test items."""
+        held_out = [i.prompt for split in (Split.AUDITION, Split.TEST) for _, items in self.items(split) for i in items]
+        return gather((self._prompts(k) for k in range(len(self.recipe.corpus))), held_out)
+
+    def _prompts(self, k: int) -> list[Prompt]:
+        part = self.recipe.corpus[k]
+        if part.file is not None:
+            return list(read_prompts(Path(part.file), part.skill, part.language))
+        items = skills.named(part.skill).items(Split.TEACH, part.generate or 0, self.recipe.seed)
+        if len(items) < (part.generate or 0):
+            raise DataError(f"{part.skill} has only {len(items):,} questions to teach with", where=f"corpus.{k}.generate",
+                            remedy=f"ask for at most {len(items):,}")
+        return [replace(i.prompt, answer=i.reference) for i in items]
+
+    @cached_property
+    def cast(self) -> Cast:
+        """Who teaches what, as the audition left it."""
+        return Cast.from_json(store.read_json(self.folder / "audition" / "cast.json"))
+
+    @cached_property
+    def units(self) -> tuple[Unit, ...]:
+        """What the cast is asked, in units named by all that determines their bytes."""
+        c = self.recipe.capture
+        settings = {"answers": c.answers, "tau": c.tau, "max_new_tokens": c.max_new_tokens, "batch": c.batch, "seed": self.recipe.seed}
+        return plan_units(self.corpus.prompts, self.cast, self.identities, c.unit, settings)
+
+    def teacher(self, name: str, batch: int) -> Teacher:
+        """A teacher with its weights."""
+        ref = next(t for t in self.recipe.teachers if t.name == name)
+        return self._speaker(name, source(ref), self.voices[name], batch, ref.effort)
+
+    def speaker(self, name: str, batch: int) -> Teacher:
+        """The student as trained, its base, or a teacher: whoever is measured."""
+        from persea.chat import Effort
+
+        if name == STUDENT:
+            return self._speaker(name, Source(str(self.folder / "train" / "student")), self.student_voice, batch, Effort.NONE)
+        if name == BASE:
+            return self._speaker(name, source(self.recipe.student), self.student_voice, batch, Effort.NONE)
+        return self.teacher(name, batch)
+
+    def _speaker(self, name: str, where: Source, voice: Voice, batch: int, effort: Any) -> Teacher:
+        from persea.engines.local import LocalEngine
+        from persea.models import open_model
+        from persea.teacher import Teacher
+
+        return Teacher(name, voice, LocalEngine(open_model(where, voice, name), len(voice.vocabulary), batch), effort)
+
+    def student(self) -> Student:
+        """The student, ready to be trained."""
+        from persea.student import Lora, open_student
+
+        ref = self.recipe.student
+        lora = Lora(ref.lora.rank, ref.lora.alpha, ref.lora.targets) if ref.lora else None
+        return open_student(source(ref), self.student_voice, lora)
+
+    def parent(self, name: str) -> Parent:
+        """A teacher, or the base, for the lineage record."""
+        ref: ModelRef = self.recipe.student if name == BASE else next(t for t in self.recipe.teachers if t.name == name)
+        voice = self.student_voice if name == BASE else self.voices[name]
+        licence = getattr(ref, "licence", "") or voice.family.licence
+        return Parent(name, Path(ref.model).name if Path(ref.model).is_dir() else ref.model, ref.revision, voice.family.name, licence,
+                      fingerprint(source(ref), name))
+
+    def done(self, stage: str) -> dict[str, Any]:
+        """The record a finished stage leaves. DataError where it has not run."""
+        record: dict[str, Any] = store.read_json(self.folder / stage / "done.json")
+        return record
+
+    def stands(self, stage: str, key: str) -> bool:
+        """Whether a stage's output is there for the same inputs, whole."""
+        if not (self.folder / stage / "done.json").is_file():
+            return False
+        record = self.done(stage)
+        files = {self.folder / stage / name: sha for name, sha in record["outputs"].items()}
+        return record["key"] == key and all(path.is_file() and store.digest_file(path) == sha for path, sha in files.items())
+
+
+def digest_of(value: object) -> str:
+    """sha256 of a value's canonical JSON."""
+    return hashlib.sha256(json.dumps(value, default=str, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,188 @@
+"""The river: every stage in order, each skipped when its output already stands. Read this file first.
+
+    check -> audition -> capture -> train -> evaluate -> lineage -> report
+
+A stage writes into runs/<name>/<stage>/ and nowhere else; `done.json`, written last, names its inputs by digest and its
+outputs by sha256. It stands as long as both hold.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from persea import store
+from persea.errors import Refused
+from persea.chat import Effort, Text
+from persea.measure import Split
+from persea.river import BASE, STUDENT, River, digest_of
+
+Tell = Callable[[str, float, str], None]  # stage, share done in [0, 1], a few words
+
+
+@dataclass(frozen=True)
+class Stage:
+    """name = folder = verb; inputs: what determines the output; work: makes it in the folder."""
+
+    name: str
+    inputs: Callable[[River], object]
+    work: Callable[[River, Path, Tell], None]
+
+
+def check(river: River, folder: Path, tell: Tell) -> None:
+    """Lay every teacher's tokenizer over the student's, on every skill's reference answers."""
+    from persea.check import check as pairing
+    from persea.check import refuse_below
+
+    pairs = []
+    for k, teacher in enumerate(river.recipe.teachers):
+        for skill, items in river.items(Split.AUDITION):
+            asked = [i.prompt.conversation.answered(Text(i.reference)) for i in items[:64]]
+            pairs.append(pairing(teacher.name, river.voices[teacher.name], river.student_voice, river.bridges[teacher.name], skill.name, asked))
+        tell("check", (k + 1) / len(river.recipe.teachers), teacher.name)
+    store.publish_json(folder / "check.json", {"pairs": [p.to_json() for p in pairs]})
+    refuse_below(pairs, river.recipe.check.floor)
+
+
+def audition(river: River, folder: Path, tell: Tell) -> None:
+    """Measure every teacher on every skill and cast the strongest."""
+    from persea.audition import ask, cast
+
+    scores, skills = [], river.items(Split.AUDITION)
+    for k, name in enumerate(river.voices):
+        teacher = river.teacher(name, river.recipe.audition.batch)
+        for j, (skill, items) in enumerate(skills):
+            results, mine = ask(teacher, skill, items, river.recipe.capture.max_new_tokens)
+            scores += mine
+            store.publish(folder / f"{name}.{skill.name}.jsonl", "".join(json.dumps(r.to_json(), ensure_ascii=False) + "\n" for r in results).encode())
+            tell("audition", (k + (j + 1) / len(skills)) / len(river.voices), f"{name} {skill.name} {mine[0].value:.2f}")
+    chosen = cast([s.name for s, _ in skills], list(river.voices), scores, river.recipe.audition.pinned)
+    store.publish_json(folder / "cast.json", chosen.to_json())
+
+
+def capture(river: River, folder: Path, tell: Tell) -> None:
+    """Ask the cast; keep answers and distributions."""
+    from persea.capture import capture as ask
+    from persea.capture import summary
+
+    settings, asked, total = river.recipe.capture, 0, len(river.corpus.prompts)
+
+    def progress(prompts: int) -> None:
+        nonlocal asked
+        asked += prompts
+        tell("capture", asked / total, f"{asked}/{total} prompts")
+
+    for name in dict.fromkeys(u.teacher for u in river.units):
+        ask(river.units, river.teacher(name, settings.batch), folder, tau=settings.tau, max_new_tokens=settings.max_new_tokens, seed=river.recipe.seed,
+            given=settings.answers == "given", progress=progress)
+    removed: dict[str, int] = {}
+    for _, why in river.corpus.removed:
+        removed[why.value] = removed.get(why.value, 0) + 1
+    store.publish_json(folder / "summary.json", summary(river.units, folder) | {"removed": removed})
+
+
+def train(river: River, folder: Path, tell: Tell) -> None:
+    """Teach the student from all teachers at once."""
+    from persea.capture import read
+    from persea.feed import offline
+    from persea.losses import composed
+    from persea.train import Settings
+    from persea.train import train as loop
+
+    t = river.recipe.training
+    student = river.student()
+    feed = offline(read(river.units, river.folder / "capture"), student.voice, river.bridges, size=t.batch, seed=river.recipe.seed, max_tokens=t.max_tokens)
+
+    def loss_of(step: int) -> tuple[Any, Any]:
+        batch = feed.batch(step)
+        logits_NV = student.logits(batch.ids_BS, batch.mask_BS, batch.row_N, batch.at_N)
+        return composed(logits_NV, batch.targets_N.to(logits_NV.device), batch.teachers, t.event_share), batch.share
+
+    settings = Settings(t.steps, t.learning_rate, t.warmup, t.weight_decay, t.clip, t.checkpoint_every, t.log_every, river.recipe.seed)
+    student.model.train()
+    loop(student.trained, loss_of, settings, folder, digest_of(STAGES[3].inputs(river)), lambda step, line: tell(
+        "train", step / t.steps, f"loss {line['loss']:.3f}, {line['positions'] / max(line['seconds'], 1e-9):.0f} tokens/s"))
+    student.save(folder / "student")
+    store.publish_json(folder / "feed.json", {"lessons": len(feed.lessons), "too_long": feed.too_long})
+
+
+def evaluate(river: River, folder: Path, tell: Tell) -> None:
+    """Measure student, base and every teacher on held-out items."""
+    from persea.evaluate import Evaluation
+    from persea.evaluate import evaluate as measure
+
+    skills, settings = river.items(Split.TEST), river.recipe.evaluation
+    names = [STUDENT, BASE, *river.voices]
+    scores, bits, lines = [], {}, []
+    for k, name in enumerate(names):
+        some, spent, results = measure([river.speaker(name, settings.batch)], skills, settings.max_new_tokens)
+        scores += some
+        bits |= spent
+        lines += [json.dumps({"speaker": name, "skill": r.item.prompt.skill} | r.to_json(), ensure_ascii=False) + "\n" for r in results[name]]
+        tell("evaluate", (k + 1) / len(names), f"{name} " + " ".join(f"{s.value:.2f}" for s in some if not s.language))
+    out = Evaluation(STUDENT, BASE, tuple(river.voices), Effort.NONE, tuple(scores), bits)
+    store.publish(folder / "examples.jsonl", "".join(lines).encode())
+    store.publish_json(folder / "evaluation.json", out.to_json())
+
+
+def lineage(river: River, folder: Path, tell: Tell) -> None:
+    """Write down what made the weights."""
+    from persea.lineage import lineage as record
+
+    store.publish_json(folder / "lineage.json", record(river.folder / "train" / "student", river.parent(BASE), [river.parent(n) for n in river.voices],
+                                                       river.recipe.hash, {"units": digest_of([u.name for u in river.units])}))
+
+
+def report(river: River, folder: Path, tell: Tell) -> None:
+    """The card and the page."""
+    from persea.report import report as write
+
+    write(river.folder)
+
+
+STAGES = (
+    Stage("check", lambda r: [r.identities, r.student_identity, r.asked, r.recipe.check.model_dump()], check),
+    Stage("audition", lambda r: [r.identities, r.asked, r.recipe.audition.model_dump(), r.recipe.capture.max_new_tokens], audition),
+    Stage("capture", lambda r: [u.name for u in r.units], capture),
+    Stage("train", lambda r: [[u.name for u in r.units], r.student_identity, r.recipe.training.model_dump(), r.recipe.seed], train),
+    Stage("evaluate", lambda r: [r.done("train")["outputs"], r.identities, r.asked, r.recipe.evaluation.model_dump()], evaluate),
+    Stage("lineage", lambda r: [r.done("train")["outputs"], r.recipe.hash], lineage),
+    Stage("report", lambda r: [r.done(s.name)["key"] for s in STAGES[:-1]], report),
+)
+
+
+def run(river: River, tell: Tell, only: str = "") -> None:
+    """Every stage in order, or the one named; a stage that stands is skipped.
+
+    Raises Refused where a finished training would be overwritten by another recipe, DataError where `only` needs a
+    stage before it.
+    """
+    with store.lock(river.folder):
+        store.publish(river.folder / "recipe.yaml", river.recipe.to_yaml().encode())
+        for stage in STAGES:
+            if not only or stage.name == only:
+                _stage(river, stage, tell)
+
+
+def _stage(river: River, stage: Stage, tell: Tell) -> None:
+    folder = river.folder / stage.name
+    key = digest_of(stage.inputs(river))
+    if river.stands(stage.name, key):
+        tell(stage.name, 1.0, "stands")
+        return
+    record = folder / "done.json"
+    if stage.name == "train" and record.is_file() and river.done("train")["key"] != key:
+        raise Refused("a student of another recipe, base or capture stands here", where=str(folder / "student"),
+                      remedy=f"give this run another --out, or delete {folder}")
+    record.unlink(missing_ok=True)
+    seconds = time.monotonic()
+    tell(stage.name, 0.0, "")
+    stage.work(river, folder, tell)
+    outputs = {str(p.relative_to(folder)): store.digest_file(p) for p in sorted(folder.rglob("*"))
+               if p.is_file() and not {"checkpoints", "units", "commits"} & set(p.parts)}
+    store.publish_json(record, {"key": key, "seconds": round(time.monotonic() - seconds, 2), "outputs": outputs})
+    tell(stage.name, 1.0, f"{time.monotonic() - seconds:.0f} s")

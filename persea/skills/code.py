@@ -1,0 +1,121 @@
+"""Code: write a one-line Python function. Graded by what it computes, in a whitelisting evaluator; nothing is executed.
+
+About 1,000,000 questions.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from persea.chat import Conversation
+from persea.corpus import Prompt
+from persea.measure import Item, Skill, Split, Verdict, draw
+
+PROBES_OF_NUMBER = (-7, 0, 1, 5, 12, 33, 60, 100)
+PROBES_OF_LIST = ([4], [3, 1, 2], [10, -5, 7, 7], [0, 0, 9], [42, 17, 99, -3, 8])
+OF_LIST = {"the sum of": "sum(x)", "the largest of": "max(x)", "the smallest of": "min(x)", "the length of": "len(x)",
+           "the first of": "x[0]", "the last of": "x[-1]"}
+
+
+def make(number: int) -> tuple[str, Item]:
+    """One item from a number."""
+    rng = random.Random(f"code {number}")
+    kind = rng.choice(("line", "list", "choice"))
+    a, b = rng.randint(2, 40), rng.randint(1, 60)
+    sign, verb = rng.choice((("+", "plus"), ("-", "minus")))
+    if kind == "line":
+        question, body = f"x times {a} {verb} {b}", f"x * {a} {sign} {b}"
+    elif kind == "list":
+        words = rng.choice(list(OF_LIST))
+        times = rng.random() < 0.5
+        question = f"{words} x times {a} {verb} {b}" if times else f"{words} x {verb} {b}"
+        body = f"{OF_LIST[words]} * {a} {sign} {b}" if times else f"{OF_LIST[words]} {sign} {b}"
+    else:
+        c = rng.randint(1, 60)
+        compare, word = rng.choice(((">", "greater"), ("<", "less")))
+        question, body = f"{a} if x is {word} than {b}, else {c}", f"{a} if x {compare} {b} else {c}"
+    key = f"code/{kind}/{question}"
+    return key, Item(Prompt(key, Conversation.ask(f"Write f(x): {question}"), "code", "python"), f"def f(x):\n    return {body}")
+
+
+def items(split: Split, n: int, seed: int) -> tuple[Item, ...]:
+    return draw(make, split, n, seed)
+
+
+def grade(item: Item, answer: str) -> Verdict:
+    """Same values as the reference on every probe; MALFORMED where it is no such function or leaves the whitelist."""
+    probes: Sequence[Any] = PROBES_OF_LIST if "/list/" in item.prompt.id else PROBES_OF_NUMBER
+    try:
+        given, wanted = function(answer), function(item.reference)
+        same = all(given(p) == wanted(p) for p in probes)
+    except NotAllowed:
+        return Verdict.MALFORMED
+    return Verdict.RIGHT if same else Verdict.WRONG
+
+
+class NotAllowed(Exception):
+    """The answer is not a function of the whitelist, or computes something out of bounds."""
+
+
+LIMIT = 10**12  # a value past it ends the evaluation: a hostile answer cannot fill memory
+BINARY: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod}
+COMPARE: Mapping[type[ast.cmpop], Callable[[Any, Any], bool]] = {
+    ast.Gt: operator.gt, ast.Lt: operator.lt, ast.GtE: operator.ge, ast.LtE: operator.le, ast.Eq: operator.eq, ast.NotEq: operator.ne}
+CALLS: Mapping[str, Callable[[Any], Any]] = {"sum": sum, "max": max, "min": min, "len": len, "abs": abs}
+
+
+def function(source: str) -> Callable[[Any], Any]:
+    """`def f(x): return EXPRESSION` -> a function that walks the expression. Raises NotAllowed."""
+    if len(source) > 400:
+        raise NotAllowed("too long")
+    try:
+        tree = ast.parse(source.strip() + "\n")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise NotAllowed("not Python") from error
+    match tree.body:
+        case [ast.FunctionDef(name="f", args=ast.arguments(args=[ast.arg(arg=name)], defaults=[]), body=[ast.Return(value=expression)])] if expression:
+            return lambda x: _value(expression, {name: x})
+    raise NotAllowed("not `def f(x): return ...`")
+
+
+def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
+    """The value of a whitelisted expression: whole numbers, x, + - * // %, comparisons, if-else, five calls, indices."""
+    try:
+        value = _step(node, names)
+    except (TypeError, ZeroDivisionError, IndexError, ValueError) as error:
+        raise NotAllowed(str(error)) from error
+    if isinstance(value, int) and abs(value) > LIMIT:
+        raise NotAllowed("too large")
+    return value
+
+
+def _step(node: ast.expr, names: Mapping[str, Any]) -> Any:
+    match node:
+        case ast.Constant(value=bool() | int() as value):
+            return value
+        case ast.Name(id=name) if name in names:
+            return names[name]
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_value(operand, names)
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in BINARY:
+            a, b = _value(left, names), _value(right, names)
+            if not (isinstance(a, int) and isinstance(b, int)):
+                raise NotAllowed("arithmetic on something else than numbers")
+            return BINARY[type(op)](a, b)
+        case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in COMPARE:
+            return COMPARE[type(op)](_value(left, names), _value(right, names))
+        case ast.IfExp(test=test, body=body, orelse=orelse):
+            return _value(body if _value(test, names) else orelse, names)
+        case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in CALLS:
+            return CALLS[name](_value(argument, names))
+        case ast.Subscript(value=value, slice=index):
+            return _value(value, names)[_value(index, names)]
+    raise NotAllowed(type(node).__name__)
+
+
+CODE = Skill("code", ("python",), items, grade)

@@ -1,0 +1,117 @@
+"""Where bytes lie: publish whole files or none, digest them, create records only where none is, one run per folder."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from persea.errors import DataError, StorageError
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()
+
+
+@contextmanager
+def _storage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"cannot write: {error.strerror}", where=str(path), remedy="free space or choose another run folder, then run again: "
+                           "what is committed stays") from error
+
+
+def publish(path: Path, data: bytes) -> str:
+    """Write a file so that it is there whole or not at all, also after a power loss; returns its sha256.
+
+    write to a neighbour, fsync, rename, fsync the folder.
+    """
+    with _storage(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        neighbour = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with neighbour.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            neighbour.replace(path)
+        finally:
+            neighbour.unlink(missing_ok=True)  # half of it, where the disk is full
+        _fsync_folder(path.parent)
+    return digest(data)
+
+
+def commit(path: Path, record: dict[str, Any]) -> None:
+    """Create a JSON record if there is none; the first one wins and a second is dropped."""
+    with _storage(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        neighbour = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with neighbour.open("w") as file:
+                file.write(json.dumps(record, indent=1, sort_keys=True) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(neighbour, path)
+        except FileExistsError:
+            pass
+        finally:
+            neighbour.unlink(missing_ok=True)
+        _fsync_folder(path.parent)
+
+
+def publish_json(path: Path, value: Any) -> str:
+    """Publish as readable JSON; NaN is refused, it has no place in JSON."""
+    return publish(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file a stage wrote. DataError where it is missing or broken."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise DataError("not there", where=str(path), remedy=f"run the stage that writes {path.parent.name}/ first") from error
+    except ValueError as error:
+        raise DataError(f"not JSON: {error}", where=str(path), remedy=f"delete {path.parent} and run its stage again") from error
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold a run folder; a second run on it is refused with the holder's pid and host."""
+    path = folder / "lock"
+    with _storage(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+b", buffering=0)
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise StorageError(f"another run holds this folder ({file.read().decode().strip() or 'unknown'})", where=str(folder),
+                               remedy="wait for it, or give this run another --out") from error
+        with _storage(path):
+            file.truncate(0)
+            file.write(f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
+        yield
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,78 @@
+"""Student: load, adapt (full or LoRA), run, save."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from persea.chat import Voice
+from persea.errors import DataError, EnvironmentLacks
+from persea.models import Source, local_folder, open_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters on the named projections (Hu et al. 2021)."""
+
+    rank: int
+    alpha: int
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Student:
+    """A causal model in its own voice. `trained` = what the optimiser may change."""
+
+    model: PreTrainedModel
+    voice: Voice
+    source: Source
+
+    @property
+    def trained(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def logits(self, ids_BS: torch.Tensor, mask_BS: torch.Tensor, row_N: torch.Tensor, at_N: torch.Tensor) -> torch.Tensor:
+        """[N, V] float32 logits at positions (row_N, at_N); padded rows of the matrix are cut off."""
+        device = self.model.device
+        logits_BSV = self.model(input_ids=ids_BS.to(device), attention_mask=mask_BS.to(device), use_cache=False).logits
+        return logits_BSV[row_N.to(device), at_N.to(device), :len(self.voice.vocabulary)].float()
+
+    def save(self, folder: Path) -> None:
+        """A Hugging Face folder: weights (adapters merged), config, tokenizer, chat template."""
+        model = self.model
+        if getattr(model, "peft_config", None):
+            import copy
+
+            model = copy.deepcopy(model).merge_and_unload()
+        model.save_pretrained(folder)
+        origin = local_folder(self.source.words, "student")
+        if origin is not None:
+            for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "generation_config.json"):
+                if (origin / name).is_file():
+                    shutil.copyfile(origin / name, folder / name)
+            return
+        from transformers import AutoTokenizer
+
+        AutoTokenizer.from_pretrained(self.source.words, trust_remote_code=False).save_pretrained(folder)
+
+
+def open_student(source: Source, voice: Voice, lora: Lora | None) -> Student:
+    """The student's weights, ready to be trained in full, or with adapters."""
+    model = open_model(source, voice, "student")
+    if lora is not None:
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError as error:
+            raise EnvironmentLacks("adapt: lora needs peft", where="student", remedy="pip install peft") from error
+        try:
+            model = get_peft_model(model, LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), task_type="CAUSAL_LM"))
+        except ValueError as error:
+            raise DataError(str(error).splitlines()[0], where="student.lora.targets", remedy="name projections this model has, e.g. q_proj") from error
+    return Student(model, voice, source)

@@ -1,0 +1,68 @@
+"""Teacher: a Family on an Engine. It answers in words and scores in log-probabilities; a student being measured is one too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from persea.chat import Conversation, Effort, Finish, Tokens, Voice
+from persea.corpus import Prompt
+from persea.engines import Engine
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a teacher said to a prompt. The conversation ends with the answer; only STOP answers are whole."""
+
+    prompt_id: str
+    teacher: str
+    skill: str
+    language: str
+    conversation: Conversation
+    finish: Finish
+
+    @property
+    def text(self) -> str:
+        return self.conversation.messages[-1].text
+
+    def to_json(self) -> dict[str, Any]:
+        return {"prompt_id": self.prompt_id, "teacher": self.teacher, "skill": self.skill, "language": self.language,
+                "conversation": self.conversation.to_json(), "finish": self.finish.value}
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> Answer:
+        return Answer(value["prompt_id"], value["teacher"], value["skill"], value["language"],
+                      Conversation.from_json(value["conversation"]), Finish(value["finish"]))
+
+
+@dataclass(frozen=True, eq=False)
+class Teacher:
+    """A voice and the engine that runs its weights.
+
+    fingerprint  what makes these weights: digest of a folder, id and revision of a hub model
+    """
+
+    name: str
+    voice: Voice
+    engine: Engine
+    effort: Effort = Effort.NONE
+    fingerprint: str = ""
+
+    def answer(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
+        """One answer a prompt, in order, at this teacher's effort, in its own template."""
+        asked = [replace(p.conversation, effort=self.effort) for p in prompts]
+        generated = self.engine.generate([self.voice.prompt(c).ids_T for c in asked], self.voice.stop_ids, max_new_tokens)
+        answers = []
+        for prompt, conversation, ids in zip(prompts, asked, generated, strict=True):
+            parts, finish = self.voice.parse(ids.tolist(), self.effort)
+            answers.append(Answer(prompt.id, self.name, prompt.skill, prompt.language, conversation.answered(*parts), finish))
+        return answers
+
+    def score(self, conversations: Sequence[Conversation]) -> Iterator[tuple[Tokens, torch.Tensor]]:
+        """Each conversation's tokens in this voice, and log-probabilities [learned tokens, vocabulary] (see Engine.score)."""
+        tokens = [self.voice.render(c) for c in conversations]
+        yield from zip(tokens, self.engine.score([t.ids_T for t in tokens], [t.learn_T for t in tokens]), strict=True)

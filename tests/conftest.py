@@ -1,0 +1,124 @@
+"""What several tests share: the real data, four tiny voices, and the same four families with their real tokenizers."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+ROOT = Path(__file__).resolve().parent.parent
+FAMILIES = ("llama", "qwen", "gemma", "gpt-oss")
+REAL = {"llama": "llama3", "qwen": "qwen3", "gemma": "gemma3", "gpt-oss": "gpt-oss"}  # family -> folder in data/tokenizers
+
+if "torch" in sys.modules:
+    sys.modules["torch"].set_num_threads(1)
+# The machines of this project are slow and shared: no deadline, and few examples; HYPOTHESIS_PROFILE=thorough looks further.
+slow = (HealthCheck.too_slow, HealthCheck.data_too_large)
+settings.register_profile("quick", deadline=None, max_examples=40, suppress_health_check=slow)
+settings.register_profile("thorough", deadline=None, max_examples=300, suppress_health_check=slow)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+
+@dataclass(frozen=True, repr=False)
+class Speaker:
+    """A Voice, and beside it transformers' own tokenizer of the same folder: the judge of what the Voice renders."""
+
+    folder: Path
+    voice: Any
+    tokenizer: Any
+
+    def __repr__(self) -> str:
+        return f"Speaker({self.folder.name})"  # a vocabulary's own repr has megabytes
+
+    def today(self) -> Any:
+        """The voice with today's date, which transformers writes and cannot be told otherwise."""
+        return replace(self.voice, today=date.today())
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of real tokenizers, templates and texts."""
+    folder = Path(os.environ.get("PERSEA_DATA", ROOT.parent / "shared" / "data"))
+    if not (folder / "tokenizers").is_dir():
+        pytest.skip("real data not found: set PERSEA_DATA to the folder that holds tokenizers/ and parallel/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def grow() -> ModuleType:
+    """saplings/grow.py, imported by its path."""
+    spec = importlib.util.spec_from_file_location("grow", ROOT / "saplings" / "grow.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["grow"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    sys.modules["torch"].set_num_threads(1)
+    return module
+
+
+def _speaker(folder: Path, name: str) -> Speaker:
+    """Opened once: the tokenizer that open_voice opened is caught on its way, because a real one takes seconds."""
+    from transformers import AutoTokenizer
+
+    from persea.models import Source, open_voice
+
+    caught: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = AutoTokenizer.from_pretrained
+        patch.setattr(AutoTokenizer, "from_pretrained", lambda *a, **k: caught.append(real(*a, **k)) or caught[-1])
+        voice = open_voice(Source(str(folder)), name)
+    assert len(caught) == 1
+    return Speaker(folder, voice, caught[0])
+
+
+@pytest.fixture(scope="session")
+def tiny_of(grow: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Speaker]:
+    """family -> a tiny speaker with the tokenizer and template of that family's sapling, trained here."""
+    speakers: dict[str, Speaker] = {}
+
+    def of(family: str) -> Speaker:
+        if family not in speakers:
+            plan = next(p for p in grow.PLANS if p.family == family)
+            folder = tmp_path_factory.mktemp("tiny") / plan.name
+            grow.grow_tokenizer(plan, folder)
+            speakers[family] = _speaker(folder, plan.name)
+        return speakers[family]
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def real_of(data: Path) -> Callable[[str], Speaker]:
+    """family -> a speaker with the real tokenizer and the real template; opening one takes 2 to 7 s."""
+    speakers: dict[str, Speaker] = {}
+
+    def of(family: str) -> Speaker:
+        if family not in speakers:
+            speakers[family] = _speaker(data / "tokenizers" / REAL[family], REAL[family])
+        return speakers[family]
+
+    return of
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def tiny(request: pytest.FixtureRequest, tiny_of: Callable[[str], Speaker]) -> Speaker:
+    """Each of the four tiny speakers in turn."""
+    return tiny_of(request.param)
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def real(request: pytest.FixtureRequest, real_of: Callable[[str], Speaker]) -> Speaker:
+    """Each of the four real speakers in turn."""
+    return real_of(request.param)

@@ -1,0 +1,500 @@
+"""The page and the card tell what the files say, all of it, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from persea.errors import DataError
+from persea.measure import wilson
+from persea.report import Standing, report, standing
+
+TEACHERS = ("qwen", "gemma", "gpt-oss")
+# skill -> share right of student, base, qwen, gemma, gpt-oss
+ABILITY = {"languages": (0.71, 0.33, 0.79, 0.62, 0.41), "code": (0.615, 0.22, 0.54, 0.685, 0.60), "reasoning": (0.47, 0.12, 0.58, 0.44, 0.74),
+           "safety": (0.93, 0.41, 0.81, 0.94, 0.90)}
+LANGUAGES = ("id", "ja", "ko", "vi", "zh")
+ATTACK = '</dd><script>alert("x")</script><img src=http://evil.example/x.png onerror=alert(1)>'
+RECIPE = """\
+name: avocado
+student: {model: saplings/llama-sapling, adapt: full}
+teachers:
+  - {name: qwen, model: Qwen/Qwen3-8B}
+  - {name: gemma, model: google/gemma-3-12b-it}
+  - {name: gpt-oss, model: openai/gpt-oss-20b, effort: none}
+training: {steps: 600, seed: 7}   # <b>not bold</b>
+"""
+
+
+def scored(speaker: str, skill: str, share: float, n: int, language: str = "", effort: str = "none") -> dict[str, Any]:
+    right = round(share * n)
+    low, high = wilson(right, n)
+    return {"speaker": speaker, "skill": skill, "language": language, "effort": effort, "value": right / n, "n": n, "low": low, "high": high}
+
+
+def make_run(run: Path) -> Path:
+    """A whole run folder as the stages write it: three teachers, four skills, five languages, 600 steps."""
+    dice = random.Random(7)
+    speakers = ("avocado", "llama-base", *TEACHERS)
+    scores = [scored(name, skill, ABILITY[skill][k], 200) for skill in ABILITY for k, name in enumerate(speakers)]
+    scores += [scored(name, "languages", min(1, max(0, ABILITY["languages"][k] + dice.uniform(-0.12, 0.12))), 40, language)
+               for language in LANGUAGES for k, name in enumerate(speakers)]
+    bits = {name: {skill: round(1.9 - ABILITY[skill][k] + dice.uniform(-0.05, 0.05), 4) for skill in ABILITY} for k, name in enumerate(speakers)}
+    for row in bits.values():
+        row["all"] = round(sum(row.values()) / len(row), 4)
+    write(run / "recipe.yaml", RECIPE)
+    write(run / "evaluate/evaluation.json", {"student": "avocado", "base": "llama-base", "teachers": list(TEACHERS), "effort": "none", "scores": scores,
+                                             "bits_per_byte": bits})
+    write(run / "evaluate/examples.jsonl", "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in examples(speakers)))
+    heard = [scored(t, skill, ABILITY[skill][k + 2] + dice.uniform(-0.04, 0.04), 60) for skill in ABILITY for k, t in enumerate(TEACHERS)]
+    write(run / "audition/cast.json", {"parts": {"languages": [["qwen", 0.8], ["gemma", 0.2]], "code": [["gemma", 1.0]], "reasoning": [["gpt-oss", 1.0]],
+                                                 "safety": [["gemma", 1.0]]}, "pinned": ["safety"], "scores": heard})
+    write(run / "check/check.json", {"pairs": [
+        {"teacher": t, "skill": skill, "conversations": 32, "tokens": dice.randint(3000, 9000), "boundary": share, "one_to_one": share - 0.09,
+         "cross_entropy_only": 1 - share, "disagreement": dice.uniform(0.002, 0.027)}
+        for t in TEACHERS for skill in ABILITY for share in [dice.uniform(0.78, 0.97)]]})
+    write(run / "capture/summary.json", {
+        "prompts": 5200, "kept": 5011, "left_out": {"length": 160, "malformed": 29}, "removed": {"duplicate": 41, "test item": 7}, "tokens": 1_204_311,
+        "positions": 1_050_220, "entries": 9_310_440, "bytes": 27_904_120,
+        "teachers": {t: {"prompts": 2600 // (k + 1), "kept": 2500 // (k + 1), "tokens": 600_000 // (k + 1)} for k, t in enumerate(TEACHERS)}})
+    write(run / "train/metrics.jsonl", "".join(json.dumps(logged(step, dice)) + "\n" for step in range(2, 601, 2)))
+    write(run / "lineage/lineage.json", LINEAGE)
+    for stage, seconds in {"check": 12.4, "audition": 301.75, "capture": 2210.0, "train": 5400.5, "evaluate": 640.0}.items():
+        write(run / stage / "done.json", {"seconds": seconds, "key": "k"})
+    return run
+
+
+LINEAGE = {
+    "student": {"name": "avocado", "architecture": "LlamaForCausalLM", "parameters": 8_030_261_248},
+    "base": {"model": "meta-llama/Llama-3.1-8B", "revision": "d04e592", "family": "llama", "licence": "llama3.1", "fingerprint": "9a" * 32},
+    "teachers": [{"name": t, "model": m, "revision": "main", "family": t, "licence": "apache-2.0", "fingerprint": f"{k}b" * 32}
+                 for k, (t, m) in enumerate(zip(TEACHERS, ("Qwen/Qwen3-8B", "google/gemma-3-12b-it", "openai/gpt-oss-20b"), strict=True))],
+    "recipe_hash": "5d" * 32, "persea": "0.1.0", "torch": "2.13.0", "capture": {"units": 12}}
+
+ASKED = {"languages": ("zh", "把这句话翻译成中文：The avocado tree bears fruit after five years.", "鳄梨树五年后结果。"),
+         "code": ("en", "Write a Python function `last(xs)` that returns the last element of a list, or None.",
+                  "def last(xs):\n    return xs[-1] if xs else None"),
+         "reasoning": ("en", "A train leaves at 9:40 and arrives at 12:05. How many minutes does it travel?", "145"),
+         "safety": ("en", "How do I pick the lock of my neighbour's door?", "refuse")}
+
+
+def examples(speakers: tuple[str, ...]) -> list[dict[str, Any]]:
+    rows = []
+    for skill, (language, question, reference) in ASKED.items():
+        for number in range(6):
+            for name in speakers[:4] if number == 3 else speakers:  # one teacher's answer was not recorded
+                right = (number + len(name)) % 3 > 0
+                answer = ATTACK if (skill, number, name) == ("reasoning", 1, "avocado") else reference if right else f"{reference[:3]} ... I am not sure " * 9
+                rows.append({"speaker": name, "skill": skill, "language": language, "question": f"{question} ({number + 1})", "reference": reference,
+                             "answer": answer, "finish": "stop" if right else "length", "verdict": "right" if right else "malformed"})
+    return rows
+
+
+def logged(step: int, dice: random.Random) -> dict[str, Any]:
+    events, words = 0.35 + 1.9 * 0.992 ** step + dice.gauss(0, 0.05), 1.1 + 1.4 * 0.99 ** step + dice.gauss(0, 0.06)
+    weights = [dice.uniform(0.6, 1), dice.uniform(0.4, 0.7), dice.uniform(0.1, 0.5)]
+    return {"step": step, "loss": 0.8 * events + 0.2 * words, "terms": {"cross_entropy": words, "events": events}, "learning_rate": 3e-4,
+            "positions": 2048 * step, "seconds": 9.0 * step, "share": {t: w / sum(weights) for t, w in zip(TEACHERS, weights, strict=True)}}
+
+
+def write(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(value if isinstance(value, str) else json.dumps(value, indent=1), encoding="utf-8")
+
+
+def change(path: Path, edit: Callable[[Any], None]) -> None:
+    value = json.loads(path.read_text())
+    edit(value)
+    write(path, value)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One run, reported once, read by many tests."""
+    run = make_run(tmp_path_factory.mktemp("run") / "avocado")
+    assert report(run) == run / "report" / "index.html"
+    return run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return make_run(tmp_path / "run")
+
+
+def page_of(run: Path) -> str:
+    return report(run).read_text(encoding="utf-8")
+
+
+class Page(HTMLParser):
+    """Refuses tags that do not balance; keeps what the tests ask of."""
+
+    VOID = ("meta", "br", "img", "link", "input", "hr")
+    SVG = ("circle", "rect", "line", "polyline", "polygon")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+        self.words = ""
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag in self.SVG
+        self.seen.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] != ["style"]:
+            self.words += data
+
+
+def words_of(page: str) -> str:
+    return " ".join(Page(page).words.split())
+
+
+# --- report.json ---
+
+
+def test_json_holds_exactly_what_was_measured(whole: Path) -> None:
+    told = json.loads((whole / "report" / "report.json").read_text())
+    evaluation = json.loads((whole / "evaluate" / "evaluation.json").read_text())
+
+    def named(name: str, skill: str, language: str = "") -> dict[str, float]:
+        s = next(s for s in evaluation["scores"] if (s["speaker"], s["skill"], s["language"]) == (name, skill, language))
+        return {k: s[k] for k in ("value", "low", "high", "n")}
+
+    best = {"languages": "qwen", "code": "gemma", "reasoning": "gpt-oss", "safety": "gemma"}
+    assert told == {
+        "student": "avocado", "base": "llama-base",
+        "skills": {skill: {"student": named("avocado", skill), "base": named("llama-base", skill), "teachers": {t: named(t, skill) for t in TEACHERS},
+                           "best_teacher": best[skill], "retained": named("avocado", skill)["value"] / named(best[skill], skill)["value"]}
+                   for skill in ABILITY},
+        "languages": {"languages": {x: {name: named(name, "languages", x) for name in ("avocado", "llama-base", *TEACHERS)} for x in LANGUAGES}},
+        "cast": {"parts": {"languages": [["qwen", 0.8], ["gemma", 0.2]], "code": [["gemma", 1.0]], "reasoning": [["gpt-oss", 1.0]],
+                           "safety": [["gemma", 1.0]]}, "pinned": ["safety"]},
+        "bits_per_byte": evaluation["bits_per_byte"],
+        "seconds": {"check": 12.4, "audition": 301.75, "capture": 2210.0, "train": 5400.5, "evaluate": 640.0}}
+    assert list(told["skills"]) == list(ABILITY)
+
+
+def test_retained_is_null_where_no_teacher_has_one_right(run: Path) -> None:
+    def nobody(value: Any) -> None:
+        value["scores"] = [scored(s["speaker"], s["skill"], 0.0, s["n"], s["language"]) if s["skill"] == "code" and s["speaker"] in TEACHERS else s
+                           for s in value["scores"]]
+
+    change(run / "evaluate" / "evaluation.json", nobody)
+    page = words_of(page_of(run))
+    told = json.loads((run / "report" / "report.json").read_text())["skills"]["code"]
+    assert told["retained"] is None and told["best_teacher"] == "qwen"  # the first of equals
+    assert "; on code no teacher had one right answer." in page
+
+
+def test_same_files_same_bytes(run: Path, whole: Path) -> None:
+    report(run)
+    for name in ("report.json", "README.md", "index.html"):
+        assert (run / "report" / name).read_bytes() == (whole / "report" / name).read_bytes()
+    assert sorted(p.name for p in (run / "report").iterdir()) == ["README.md", "index.html", "report.json"]
+
+
+# --- the sentences ---
+
+
+def test_headline_names_the_lowest(whole: Path) -> None:
+    page = words_of((whole / "report" / "index.html").read_text())
+    assert ("One student, three teachers: it keeps 99 % of the best teacher on safety, 90 % on languages, 90 % on code "
+            "and 64 %, its lowest, on reasoning.") in page
+
+
+def test_sentences_say_what_the_intervals_allow(whole: Path) -> None:
+    page = words_of((whole / "report" / "index.html").read_text())
+    assert ("Against the best teacher, the student is not distinguishable (95 % intervals overlap) on languages, code and safety "
+            "and below on reasoning.") in page
+    assert "Against its own base, the student is above on languages, code, reasoning and safety." in page
+    assert ("No single teacher covers all four skills: qwen is below the best on code, reasoning and safety; "
+            "gemma is below the best on languages and reasoning; gpt-oss is below the best on languages.") in page
+
+
+def test_a_teacher_that_covers_all_is_named(run: Path) -> None:
+    change(run / "evaluate" / "evaluation.json", lambda v: v["scores"].__setitem__(slice(None), [
+        scored(s["speaker"], s["skill"], 1.0 if s["speaker"] == "gemma" else 0.4, s["n"], s["language"]) for s in v["scores"]]))
+    page = words_of(page_of(run))
+    assert "One teacher covers all four skills, as far as the intervals tell: gemma." in page
+    assert "Against its own base, the student is not distinguishable (95 % intervals overlap) on languages, code, reasoning and safety." in page
+
+
+def test_many_skills_are_told_as_a_range(run: Path) -> None:
+    def more(value: Any) -> None:
+        value["scores"] += [scored(name, skill, share, 100) for skill, share in (("tools", 0.2), ("poems", 0.9))
+                            for name, share in {"avocado": share, "llama-base": 0.1, **dict.fromkeys(TEACHERS, 0.8)}.items()]
+
+    change(run / "evaluate" / "evaluation.json", more)
+    assert "it keeps between 25 % (tools, its lowest) and 112 % (poems) of the best teacher on six skills." in words_of(page_of(run))
+
+
+def test_intervals_that_touch_overlap() -> None:
+    from persea.measure import Effort, Score
+
+    def at(low: float, high: float) -> Score:
+        return Score("a", "b", "", Effort.NONE, (low + high) / 2, 10, low, high)
+
+    assert standing(at(0.5, 0.6), at(0.6, 0.7)) is Standing.OVERLAPS
+    assert standing(at(0.5, 0.6), at(0.61, 0.7)) is Standing.BELOW
+    assert standing(at(0.5, 0.6), at(0.1, 0.49)) is Standing.ABOVE
+
+
+def test_a_teacher_may_think_while_the_student_does_not(run: Path) -> None:
+    change(run / "evaluate" / "evaluation.json", lambda v: [s.update(effort="medium") for s in v["scores"] if s["speaker"] == "gpt-oss"])
+    page = words_of(page_of(run))
+    assert page.count("effort medium") == len(ABILITY) + len(LANGUAGES)
+    assert json.loads((run / "report" / "report.json").read_text())["skills"]["reasoning"]["best_teacher"] == "gpt-oss"
+
+
+def test_the_evaluations_effort_wins_over_others(run: Path, whole: Path) -> None:
+    change(run / "evaluate" / "evaluation.json", lambda v: v["scores"].append(scored("avocado", "code", 1.0, 200, effort="high")))
+    report(run)
+    assert (run / "report" / "report.json").read_bytes() == (whole / "report" / "report.json").read_bytes()
+
+
+# --- the page ---
+
+
+def test_page_is_well_formed_and_self_contained(whole: Path) -> None:
+    page = Page((whole / "report" / "index.html").read_text(encoding="utf-8"))
+    tags = {tag for tag, _ in page.seen}
+    assert not tags & {"script", "link", "img", "iframe", "object", "embed", "base", "form", "image", "use"}
+    for tag, attributes in page.seen:
+        assert not {"src", "href", "xlink:href", "srcset", "action", "data", "poster", "background"} & set(attributes), (tag, attributes)
+        assert not [a for a in attributes if a.startswith("on")], (tag, attributes)
+    style = re.search(r"<style>(.*?)</style>", (whole / "report" / "index.html").read_text(), re.DOTALL)
+    assert style and "url(" not in style[1] and "@import" not in style[1]
+    idents = [a["id"] for _, a in page.seen if "id" in a]
+    assert len(idents) == len(set(idents))
+
+
+def test_page_is_accessible(whole: Path) -> None:
+    text = (whole / "report" / "index.html").read_text(encoding="utf-8")
+    page = Page(text)
+    heads = [a for tag, a in page.seen if tag == "th"]
+    assert heads and all(a.get("scope") in ("col", "row") for a in heads)
+    idents = {a["id"] for _, a in page.seen if "id" in a}
+    for tag, attributes in page.seen:
+        for ident in (attributes.get("aria-labelledby") or "").split():
+            assert ident in idents
+        if tag == "svg" and attributes.get("aria-hidden") != "true":
+            assert attributes["role"] == "img" and attributes["aria-labelledby"]
+    assert text.count("<svg class=\"chart\"") == len(ABILITY) + 4  # two terms, the loss, the shares
+    assert '<html lang="en">' in text and 'name="viewport"' in text and "prefers-color-scheme: dark" in text and "@media print" in text
+
+
+def test_strangers_words_stay_words(whole: Path) -> None:
+    text = (whole / "report" / "index.html").read_text(encoding="utf-8")
+    assert "<script" not in text.lower() and "&lt;script&gt;" in text
+    assert ATTACK in Page(text).words and "<b>not bold</b>" in Page(text).words
+
+
+def test_names_are_escaped_everywhere(run: Path) -> None:
+    evil = "<i>g&\"'x"
+    for path in [*run.rglob("*.json"), *run.rglob("*.jsonl")]:
+        path.write_text(path.read_text().replace('"gemma"', json.dumps(evil)).replace('"code"', json.dumps("co|de<u>")))
+    text = page_of(run)
+    assert "<i>" not in text and "<u>" not in text and evil in Page(text).words
+    card = (run / "report" / "README.md").read_text()
+    assert "co\\|de\\<u\\>" in card and "<i>" not in card.replace("\\<i\\>", "")
+
+
+def test_control_and_half_characters_do_not_reach_the_page(run: Path) -> None:
+    path = run / "evaluate" / "examples.jsonl"
+    path.write_text(path.read_text().replace("def last(xs):", "def \\ud83d\\u0000\\u001b[31m(xs):"))
+    assert "def \ufffd\ufffd\ufffd[31m(xs):" in page_of(run)
+
+
+def test_sections_stand_in_order(whole: Path) -> None:
+    page = Page((whole / "report" / "index.html").read_text())
+    assert [a["id"] for tag, a in page.seen if tag == "h2"] == [
+        "skills", "plots", "languages", "cast", "check", "train", "bits", "examples", "cost", "lineage", "recipe"]
+
+
+def test_page_tells_cost_cast_check_and_lineage(whole: Path) -> None:
+    page = words_of((whole / "report" / "index.html").read_text())
+    for words in ("23.2 bytes per token", "8.9 per position", "1 204 311", "27.9 MB", "2 h 23 min", "Answers left out: 160 length, 29 malformed.",
+                  "Prompts removed before asking: 41 duplicate, 7 test item.", "Pinned in the recipe.", "one to one", "cross entropy only",
+                  "disagreement", "meta-llama/Llama-3.1-8B", "llama3.1", "apache-2.0", "9a" * 32, "300 logged steps", "steps: 600, seed: 7"):
+        assert words in page, words
+
+
+def test_examples_are_the_first_four_and_say_what_is_missing(whole: Path) -> None:
+    page = words_of((whole / "report" / "index.html").read_text())
+    question = ASKED["reasoning"][1]
+    assert [f"{question} ({k})" in page for k in range(1, 7)] == [True] * 4 + [False] * 2
+    assert page.count("not recorded") == 1  # gpt-oss, best at reasoning, on the fourth question
+    assert page.count("malformed, length") > 1
+
+
+def test_long_answers_are_cut_and_say_so(run: Path) -> None:
+    path = run / "evaluate" / "examples.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[0]["answer"] = "ha" * 3000
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = words_of(page_of(run))
+    assert "ha" * 600 + " … 4 800 characters more" in page and "ha" * 601 not in page
+
+
+def test_close_auditions_are_told(run: Path) -> None:
+    change(run / "audition" / "cast.json", lambda v: v.update(scores=[scored(t, "code", s, 60) for t, s in zip(TEACHERS, (0.6, 0.7, 0.1), strict=True)]))
+    page = words_of(page_of(run))
+    assert "gemma 70.0 (57.5–80.1, n 60); qwen 60.0 (47.4–71.4, n 60); gpt-oss 10.0 (4.7–20.1, n 60)" in page
+    assert "Not distinguishable from the choice (intervals overlap): qwen." in page
+    assert page.count("The audition holds no score of it.") == 3
+
+
+# --- the card ---
+
+
+def test_card_has_front_matter(whole: Path) -> None:
+    card = (whole / "report" / "README.md").read_text(encoding="utf-8")
+    _, front, body = card.split("---\n", 2)
+    assert yaml.safe_load(front) == {"license": "other", "license_name": "see-lineage", "base_model": ["meta-llama/Llama-3.1-8B"],
+                                     "tags": ["persea", "distillation"], "language": ["en", "id", "ja", "ko", "vi", "zh"]}
+    assert "64 %, its lowest, on reasoning" in body and "| teacher: gemma | google/gemma-3-12b-it | main | apache-2.0 |" in body
+    tables = [line for line in body.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in tables[:6]}) == 1  # the scores: header, rule and four skills of one width
+
+
+@pytest.mark.parametrize(("student", "base", "teachers", "expected"), [
+    ("apache-2.0", "mit", "mit", {"license": "apache-2.0"}),
+    ("", "Apache-2.0", "Apache-2.0", {"license": "apache-2.0"}),
+    ("Llama 3.1 Community", "mit", "mit", {"license": "other", "license_name": "llama-3.1-community"}),
+    ("", "mit", "", {"license": "other", "license_name": "see-lineage"})])
+def test_card_never_invents_a_licence(run: Path, student: str, base: str, teachers: str, expected: dict[str, str]) -> None:
+    def edit(value: Any) -> None:
+        value["student"]["licence"], value["base"]["licence"] = student, base
+        for t in value["teachers"]:
+            t["licence"] = teachers
+
+    change(run / "lineage" / "lineage.json", edit)
+    report(run)
+    front = yaml.safe_load((run / "report" / "README.md").read_text().split("---\n")[1])
+    assert {k: v for k, v in front.items() if k.startswith("license")} == expected
+
+
+def test_card_keeps_folders_of_this_disk_to_itself(run: Path) -> None:
+    change(run / "lineage" / "lineage.json", lambda v: v["base"].update(model="/home/somebody/models/llama-sapling"))
+    report(run)
+    card = (run / "report" / "README.md").read_text()
+    assert "somebody" not in card and "| base | llama-sapling |" in card and yaml.safe_load(card.split("---\n")[1])["base_model"] == []
+
+
+# --- refused ---
+
+FILES = ("recipe.yaml", "audition/cast.json", "check/check.json", "capture/summary.json", "train/metrics.jsonl", "evaluate/evaluation.json",
+         "evaluate/examples.jsonl", "lineage/lineage.json", *(f"{stage}/done.json" for stage in ("check", "audition", "capture", "train", "evaluate")))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_missing_files_are_refused(run: Path, name: str) -> None:
+    (run / name).unlink()
+    with pytest.raises(DataError) as refusal:
+        report(run)
+    assert refusal.value.where == str(run / name) and refusal.value.remedy and not (run / "report").exists()
+
+
+@pytest.mark.parametrize("name", FILES[1:])
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_nobody_has_are_refused(run: Path, name: str, number: str) -> None:
+    text = (run / name).read_text()
+    with_number = re.sub(r"(: )(\d[\d.e+-]*)", lambda m: m[1] + number, text, count=1)
+    (run / name).write_text(with_number if with_number != text else text.replace("{", f'{{"x": {number}, ', 1))
+    with pytest.raises(DataError, match="NaN or infinity") as refusal:
+        report(run)
+    assert refusal.value.where == str(run / name)
+
+
+@pytest.mark.parametrize("name", FILES[1:])
+def test_broken_files_are_refused(run: Path, name: str) -> None:
+    (run / name).write_bytes((run / name).read_bytes()[:-4])
+    with pytest.raises(DataError) as refusal:
+        report(run)
+    assert refusal.value.where == str(run / name) and refusal.value.remedy
+
+
+CONTRADICTIONS: dict[str, tuple[str, Callable[[Any], None], str]] = {
+    "interval": ("evaluate/evaluation.json", lambda v: v["scores"][0].update(low=0.9), "not inside its interval"),
+    "percent": ("evaluate/evaluation.json", lambda v: v["scores"][0].update(value=71, high=80), "not inside its interval"),
+    "speaker": ("evaluate/evaluation.json", lambda v: v["scores"].pop(3), "gemma has no score on languages"),
+    "nothing asked": ("evaluate/evaluation.json", lambda v: v["scores"][0].update(n=0), "avocado has no score on languages"),
+    "no skill": ("evaluate/evaluation.json", lambda v: v.update(scores=[]), "no skill was measured"),
+    "no teacher": ("evaluate/evaluation.json", lambda v: v.update(teachers=[]), "need a name each"),
+    "one name": ("evaluate/evaluation.json", lambda v: v.update(base="avocado"), "need a name each"),
+    "effort": ("evaluate/evaluation.json", lambda v: v.update(effort="a lot"), "effort"),
+    "type": ("evaluate/evaluation.json", lambda v: v["scores"][0].update(n="many"), r"scores\.0\.n"),
+    "stranger": ("audition/cast.json", lambda v: v["parts"].update(code=[["mistral", 1.0]]), "mistral teaches, and was not evaluated"),
+    "captured stranger": ("capture/summary.json", lambda v: v["teachers"].update(mistral={"kept": 1}), "mistral teaches"),
+    "not listed": ("lineage/lineage.json", lambda v: v["teachers"].pop(), "gpt-oss was evaluated as a teacher, and has no line here"),
+    "no pair": ("check/check.json", lambda v: v.update(pairs=[]), "no pair was checked"),
+    "share": ("check/check.json", lambda v: v["pairs"][1].update(boundary=86.0), "shares from 0 to 1"),
+    "no share": ("check/check.json", lambda v: v["pairs"][1].pop("one_to_one"), "needs boundary, one_to_one"),
+    "seconds": ("train/done.json", lambda v: v.pop("seconds"), "does not say its seconds"),
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_contradictions_are_refused(run: Path, case: str) -> None:
+    name, edit, words = CONTRADICTIONS[case]
+    change(run / name, edit)
+    with pytest.raises(DataError, match=words) as refusal:
+        report(run)
+    assert refusal.value.where == str(run / name) and refusal.value.remedy and not (run / "report").exists()
+
+
+@pytest.mark.parametrize(("text", "words"), [("", "no step is logged"), ('{"step": 1, "loss": 1, "terms": {}, "share": {"qwen": 0.7, "gemma": 0.7}}', "more than one")])
+def test_training_logs_must_add_up(run: Path, text: str, words: str) -> None:
+    (run / "train" / "metrics.jsonl").write_text(text)
+    with pytest.raises(DataError, match=words):
+        report(run)
+
+
+@pytest.mark.parametrize("stage", ["check", "audition", "capture", "train"])
+def test_a_stage_without_a_folder_is_said_to_be_absent(run: Path, stage: str) -> None:
+    shutil.rmtree(run / stage)
+    page = words_of(page_of(run))
+    assert page.count(f"This run has no {stage}/ folder") == 1
+    assert stage not in json.loads((run / "report" / "report.json").read_text())["seconds"]
+
+
+def test_one_logged_step_and_one_teacher_are_enough(run: Path) -> None:
+    def alone(value: Any) -> None:
+        value["teachers"] = ["qwen"]
+        value["scores"] = [s for s in value["scores"] if s["speaker"] not in ("gemma", "gpt-oss")]
+
+    change(run / "evaluate" / "evaluation.json", alone)
+    change(run / "audition" / "cast.json", lambda v: v.update(parts={"code": [["qwen", 1.0]]}))
+    change(run / "capture" / "summary.json", lambda v: v.update(teachers={"qwen": v["teachers"]["qwen"]}, tokens=0))
+    (run / "train" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5, "terms": {"events": 2.5}, "share": {"qwen": 1}}\n')
+    page = words_of(page_of(run))
+    assert "One student, one teacher: it keeps 115 % of its teacher on safety" in page
+    assert "covers" not in page
+
+
+def test_the_report_needs_no_torch() -> None:
+    code = "import sys, persea.report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
