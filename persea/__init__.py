@@ -7,7 +7,8 @@ from everywhere); tests/test_map.py holds this map true.
     # who speaks
     vocabulary    one tokenizer as bytes, proven by round trip
     template      the model's own Jinja chat template, sandboxed, its date pinned
-    chat          Conversation, Tokens (one tokenizer's view of it), Family, Voice (a Family on one tokenizer)
+    chat          Conversation, Tokens (one tokenizer's view of it), Family (what a family says of itself)
+    voice         Voice: a Family on one tokenizer and template; renders, places bytes, parses
     families      llama qwen gemma gpt_oss: conversation <-> tokens <-> bytes, thinking dial, stops, licence
     models        where weights come from: folder, hub, or a random sprout of a family's architecture
     # what a person asks for
@@ -36,6 +37,7 @@ from everywhere); tests/test_map.py holds this map true.
     evaluate      the student beside every teacher and its base, on every skill
     lineage       what made these weights
     charts        pictures of numbers, as SVG
+    findings      what a run's files say, read and checked: rows, standings, computed sentences
     report        the page, the card, report.json
     # the river
     river         what a recipe's words stand for, and the run folder

@@ -15,7 +15,7 @@ class Boundaries:
     """Where both tokenizers begin a learned token at the same byte. C = common boundaries, in byte order.
 
     student_C, teacher_C  index of the token that begins there, in each rendering; the distribution over it is what can be
-                          compared. The token that ends the turn begins at the content's end on both sides.
+                          compared. The token that ends the turn begins at the content's end, and meets its like alone.
     """
 
     student_C: npt.NDArray[np.int64]
@@ -25,7 +25,7 @@ class Boundaries:
 @dataclass(frozen=True)
 class Spans:
     """Half-open token ranges that cover the SAME bytes; together they tile the learned content from the first common
-    boundary on. C = spans.
+    boundary on, but for what only one family kept (a trimmed rim, a thought) and the span it stands in. C = spans.
 
     student_C2, teacher_C2  int64
     """
@@ -41,20 +41,30 @@ class Spans:
 
 def _learned(tokens: Tokens) -> npt.NDArray[np.int64]:
     """Indices of learned tokens that begin at a content byte."""
-    return np.flatnonzero(tokens.learn_T & (tokens.starts_T >= 0))
+    learned: npt.NDArray[np.int64] = np.flatnonzero(tokens.learn_T & (tokens.starts_T >= 0)).astype(np.int64)
+    return learned
+
+
+def _places(tokens: Tokens) -> npt.NDArray[np.int64]:
+    """Where each token begins. The stop token has a place of its own: the other family may have kept a space that this one
+    trimmed, and a space is not a stop."""
+    places: npt.NDArray[np.int64] = 2 * tokens.starts_T.astype(np.int64) + (tokens.starts_T == tokens.ends_T)
+    return places
 
 
 def boundaries(student: Tokens, teacher: Tokens) -> Boundaries:
-    """Common boundaries of two renderings of one conversation. Starts are unique and rise, so one sorted intersection does."""
+    """Common boundaries of two renderings of one conversation. Places are unique and rise, so one sorted intersection does."""
     s, t = _learned(student), _learned(teacher)
-    _, at_s, at_t = np.intersect1d(student.starts_T[s], teacher.starts_T[t], assume_unique=True, return_indices=True)
+    _, at_s, at_t = np.intersect1d(_places(student)[s], _places(teacher)[t], assume_unique=True, return_indices=True)
     return Boundaries(s[at_s].astype(np.int64), t[at_t].astype(np.int64))
 
 
 def spans(student: Tokens, teacher: Tokens) -> Spans:
     """From common boundary to common boundary. The stop token is a span of its own; markers between parts end one."""
     both = boundaries(student, teacher)
-    return Spans(_ranges(student, both.student_C), _ranges(teacher, both.teacher_C))
+    student_C2, teacher_C2 = _ranges(student, both.student_C), _ranges(teacher, both.teacher_C)
+    same = student.ends_T[student_C2[:, 1] - 1] == teacher.ends_T[teacher_C2[:, 1] - 1]
+    return Spans(student_C2[same], teacher_C2[same])
 
 
 def _ranges(tokens: Tokens, first_C: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

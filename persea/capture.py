@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from persea import cache, store
+from persea import cache
 from persea.audition import Cast
 from persea.chat import Finish, Text
 from persea.corpus import Prompt
@@ -40,7 +40,7 @@ def plan_units(prompts: Sequence[Prompt], cast: Cast, teachers: Mapping[str, str
     for name, mine in asked.items():
         for begin in range(0, len(mine), size):
             some = tuple(mine[begin:begin + size])
-            key = cache.unit_id([[p.id, p.conversation.to_json(), p.answer] for p in some], teachers[name], settings)
+            key = cache.unit_id([[p.id, p.skill, p.language, p.conversation.to_json(), p.answer] for p in some], name, teachers[name], settings)
             units.append(Unit(key, name, some))
     return tuple(units)
 
@@ -72,13 +72,24 @@ def _given(prompt: Prompt, teacher: Teacher) -> Answer:
 
 def _keep(unit: Unit, answers: Sequence[Answer], teacher: Teacher, folder: Path, tau: float, seed: int) -> None:
     """Score the whole answers, and publish and commit the unit."""
-    whole = [a for a in answers if a.finish is Finish.STOP]
+    finishes = [_finish(a, teacher) for a in answers]
+    whole = [a for a, finish in zip(answers, finishes, strict=True) if finish is Finish.STOP]
     captures = []
     for answer, (tokens, logprobs_NW) in zip(whole, teacher.score([a.conversation for a in whole]), strict=True):
         rows = cache.sample_rows(logprobs_NW, tau, f"{seed} {unit.teacher} {answer.prompt_id}")
         captures.append(cache.Capture(answer, tokens, rows))
-    dropped = Counter(a.finish.value for a in answers if a.finish is not Finish.STOP)
+    dropped = Counter(finish.value for finish in finishes if finish is not Finish.STOP)
     cache.write_unit(folder, unit.name, captures, dict(dropped))
+
+
+def _finish(answer: Answer, teacher: Teacher) -> Finish:
+    """How it ended; an answer that its own template refuses is malformed (gpt-oss' does where a text speaks of channels)."""
+    if answer.finish is Finish.STOP:
+        try:
+            teacher.voice.render(answer.conversation)
+        except DataError:
+            return Finish.MALFORMED
+    return answer.finish
 
 
 def read(units: Sequence[Unit], folder: Path) -> Iterator[cache.Capture]:
@@ -93,7 +104,7 @@ def summary(units: Sequence[Unit], folder: Path) -> dict[str, Any]:
     left_out: Counter[str] = Counter()
     teachers: dict[str, Counter[str]] = {}
     for unit in units:
-        record = store.read_json(folder / "commits" / f"{unit.name}.json")
+        record = cache.read_record(folder, unit.name)
         counts = {"prompts": len(unit.prompts), "kept": record["answers"], **{k: record[k] for k in ("tokens", "positions", "entries", "bytes")}}
         total.update(counts)
         left_out.update(record["dropped"])

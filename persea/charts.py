@@ -58,20 +58,18 @@ def count(number: float) -> str:
 
 def size(number: float) -> str:
     """Bytes, in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.0f}{NBSP}B" if unit == "B" else f"{number:.1f}{NBSP}{unit}"
-        number /= 1000
-    return f"{number:.1f}{NBSP}TB"
+    if number < 1000:
+        return f"{number:.0f}{NBSP}B"
+    power = next(k for k in (1, 2, 3, 4) if number < 999.95 * 1000 ** k or k == 4)  # 999.95 kB is 1.0 MB
+    return f"{number / 1000 ** power:.1f}{NBSP}{('kB', 'MB', 'GB', 'TB')[power - 1]}"
 
 
 def duration(seconds: float) -> str:
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f}{NBSP}s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{int(seconds) // 60}{NBSP}min{NBSP}{int(seconds) % 60:02d}{NBSP}s"
-    return f"{minutes // 60}{NBSP}h{NBSP}{minutes % 60:02d}{NBSP}min"
+    if seconds < 3599.5:
+        return "{} min {:02d} s".format(*divmod(round(seconds), 60)).replace(" ", NBSP)
+    return "{} h {:02d} min".format(*divmod(round(seconds / 60), 60)).replace(" ", NBSP)
 
 
 def number(n: int) -> str:

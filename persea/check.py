@@ -10,8 +10,9 @@ import numpy as np
 
 from persea.align import boundaries, spans
 from persea.bridge import Bridge
-from persea.chat import Conversation, Voice
+from persea.chat import Conversation
 from persea.errors import Refused
+from persea.voice import Voice
 
 
 @dataclass(frozen=True)
@@ -59,4 +60,5 @@ def refuse_below(pairings: Iterable[Pairing], floor: float, cast: Mapping[str, I
     for p in pairings:
         if p.boundary < floor:
             raise Refused(f"only {p.boundary:.0%} of the student's tokens stand on a common boundary (floor {floor:.0%})",
-                          where=f"{p.teacher} -> student, {p.skill}", remedy="choose a teacher or student whose tokenizers are nearer, or lower check.floor")
+                          where=f"{p.teacher} -> student, {p.skill}",
+                          remedy="choose a teacher or student whose tokenizers are nearer, or lower check.floor")

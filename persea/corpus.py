@@ -83,7 +83,8 @@ def read_prompts(path: Path, skill: str, language: str) -> Iterator[Prompt]:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair ("\\ud83d") is JSON, but no text: it has no bytes
+        except (ValueError, RecursionError) as error:
             raise DataError(f"not JSON: {error}", where=where, remedy="one JSON object a line; mend or delete the line") from error
         yield _prompt(row, where, f"{path.name}:{number}", skill, language)
 

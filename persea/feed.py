@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from persea.align import boundaries
 from persea.bridge import Bridge
 from persea.cache import Capture, Rows
-from persea.chat import Effort, Tokens, Voice
+from persea.chat import Effort, Tokens
 from persea.errors import DataError
 from persea.losses import Targets
+from persea.voice import Voice
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,8 @@ class Lesson:
     teacher: str
     skill: str
     language: str
-    at_C: np.ndarray[tuple[int], np.dtype[np.int64]]
-    row_C: np.ndarray[tuple[int], np.dtype[np.int64]]
+    at_C: npt.NDArray[np.int64]
+    row_C: npt.NDArray[np.int64]
     rows: Rows
 
 
@@ -70,7 +73,12 @@ class Feed:
 
     def _lesson(self, number: int) -> Lesson:
         epoch, place = divmod(number, len(self.lessons))
-        return self.lessons[np.random.default_rng([self.seed, epoch]).permutation(len(self.lessons))[place]]
+        return self.lessons[int(_permutation(self.seed, epoch, len(self.lessons))[place])]
+
+
+@lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, n: int) -> npt.NDArray[np.int64]:
+    return np.random.default_rng([seed, epoch]).permutation(n)
 
 
 def lesson(capture: Capture, voice: Voice) -> Lesson:
@@ -96,7 +104,7 @@ def _collate(lessons: Sequence[Lesson], bridges: Mapping[str, Bridge]) -> Batch:
     ids = torch.zeros((len(lessons), width), dtype=torch.int64)
     mask = torch.zeros_like(ids)
     rows, ats, share = [], [], Counter[str]()
-    entries: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}  # type: ignore[type-arg]
+    entries: dict[str, list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.float32]]]] = {}
     n = 0
     for b, one in enumerate(lessons):
         ids[b, :len(one.tokens)] = torch.from_numpy(one.tokens.ids_T)

@@ -32,5 +32,6 @@ def lineage(student: Path, base: Parent, teachers: Sequence[Parent], recipe_hash
     return {
         "student": {"sha256": {p.name: store.digest_file(p) for p in sorted(student.glob("*.safetensors"))}},
         "base": asdict(base), "teachers": [asdict(t) for t in teachers], "recipe_hash": recipe_hash, "data": dict(data),
-        "software": {name: metadata.version(name) for name in ("persea", "torch", "transformers", "tokenizers")} | {"python": platform.python_version()},
+        "software": {name: metadata.version(name) for name in ("persea", "torch", "transformers", "tokenizers")}
+        | {"python": platform.python_version()},
     }

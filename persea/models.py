@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from persea import families
-from persea.chat import PINNED_DATE, Voice
+from persea.chat import PINNED_DATE
 from persea.errors import DataError
 from persea.template import compile_template
 from persea.vocabulary import open_vocabulary
+from persea.voice import Voice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,7 +54,7 @@ class Source:
 def local_folder(reference: str, where: str) -> Path | None:
     """The folder a reference names; None for a hub id. A path that is not there is refused here, not looked up on the hub."""
     path = Path(reference).expanduser()
-    if path.is_dir():
+    if reference and path.is_dir():
         return path
     if reference.startswith((".", "/", "~")) or reference.count("/") != 1 or path.exists():
         raise DataError(f"no model folder {reference!r}", where=where, remedy="give a folder in Hugging Face form or a hub id such as Qwen/Qwen3-8B")
@@ -69,9 +70,11 @@ def open_voice(source: Source, where: str, today: date = PINNED_DATE) -> Voice:
     from transformers import AutoTokenizer
 
     folder = local_folder(source.words, where)
+    if folder is not None:
+        _refuse_code(folder, where)
     revision = {"revision": source.revision} if source.revision and folder is None else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.words, trust_remote_code=False, **revision)
+        tokenizer = AutoTokenizer.from_pretrained(folder or source.words, trust_remote_code=False, **revision)
     except Exception as error:  # transformers raises a dozen kinds here, each meaning: this is no tokenizer
         raise DataError(f"no tokenizer in {source.words!r}: {_first_line(error)}", where=where,
                         remedy="the folder needs tokenizer.json and tokenizer_config.json") from error
@@ -101,16 +104,21 @@ def open_model(source: Source, voice: Voice, where: str) -> PreTrainedModel:
     else:
         folder = local_folder(source.model, where)
         if folder is not None:
+            if not (folder / "config.json").is_file():
+                raise DataError(f"no config.json in {folder}", where=where, remedy="give a folder in Hugging Face form")
             _refuse_code(folder, where)
         revision = {"revision": source.revision} if source.revision and folder is None else {}
         try:
-            model = AutoModelForCausalLM.from_pretrained(source.model, dtype="auto" if torch.cuda.is_available() else torch.float32, trust_remote_code=False, use_safetensors=True, **revision)
+            dtype = "auto" if torch.cuda.is_available() else torch.float32
+            model = AutoModelForCausalLM.from_pretrained(folder or source.model, dtype=dtype, trust_remote_code=False, use_safetensors=True,
+                                                         **revision)
         except Exception as error:  # as above: whatever it is, this is no model
             raise DataError(f"cannot load {source.model!r}: {_first_line(error)}", where=where,
                             remedy="the folder needs config.json and model.safetensors of a causal model") from error
     rows = model.get_output_embeddings().weight.shape[0]
     if rows < len(voice.vocabulary):
-        raise DataError(f"{rows} logits for a vocabulary of {len(voice.vocabulary)} tokens", where=where, remedy="tokenizer and model do not belong together")
+        raise DataError(f"{rows} logits for a vocabulary of {len(voice.vocabulary)} tokens", where=where,
+                        remedy="tokenizer and model do not belong together")
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -157,15 +165,17 @@ def sprout(family: str, vocabulary: int, sizes: dict[str, int]) -> PreTrainedMod
 
 
 def _refuse_code(folder: Path, where: str) -> None:
-    config = folder / "config.json"
-    if not config.is_file():
-        raise DataError(f"no config.json in {folder}", where=where, remedy="give a folder in Hugging Face form")
-    try:
-        has_code = "auto_map" in json.loads(config.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{config} is not JSON: {error}", where=where, remedy="fetch the model again") from error
-    if has_code:
-        raise DataError(f"{folder} brings its own code (auto_map)", where=where, remedy="use a model transformers knows itself")
+    for path in (folder / "config.json", folder / "tokenizer_config.json"):
+        if not path.is_file():
+            continue
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path} is not JSON: {error}", where=where, remedy="fetch the model again") from error
+        if not isinstance(config, dict):
+            raise DataError(f"{path} is no JSON object", where=where, remedy="fetch the model again")
+        if "auto_map" in config:
+            raise DataError(f"{path} brings its own code (auto_map)", where=where, remedy="use a model transformers knows itself")
 
 
 def _first_line(error: Exception) -> str:

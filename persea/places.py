@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,8 @@ from yaml.constructor import SafeConstructor
 
 from persea.errors import RecipeError
 
+ALLOWED_VARIABLES = ("PERSEA_DATA", "HF_HOME")
+DATA_FOLDER = Path(__file__).resolve().parent.parent.parent / "shared" / "data"  # PERSEA_DATA where it is not set: beside the checkout
 SECRETS = ("sk-", "hf_")  # how API keys begin; one is never shown
 MAX_ALIASES, MAX_DEPTH, MAX_VALUES = 100, 16, 10_000  # a recipe is a page; a few aliases of aliases can stand for billions of values
 KeyPath: TypeAlias = tuple[str | int, ...]
@@ -154,3 +157,39 @@ def override(reading: Reading, change: str) -> None:
         elif isinstance(at, dict) and at.get(name) is None:
             at[key], reading.places[path] = {}, origin
         at = at[key]
+
+
+def resolved(value: Any, path: KeyPath, reading: Reading) -> Any:
+    """Variables filled in and paths absolute; values that no field may hold are refused."""
+    if isinstance(value, dict):
+        return {k: resolved(v, (*path, k), reading) for k, v in value.items()}
+    if isinstance(value, list):
+        return [resolved(v, (*path, k), reading) for k, v in enumerate(value)]
+    if value is None:
+        reading.refuse(path, "has no value", "give one, or delete the line")
+    if not isinstance(value, str):
+        return value
+    if is_secret(value):
+        reading.refuse(path, "looks like a secret", "name an environment variable instead; a recipe is shared")
+    text = re.sub(r"\$\{([^}]*)\}?", lambda m: _variable(m[1], path, reading), value)
+    folder, is_place = reading.file.absolute().parent, path[0] in ("student", "teachers", "corpus") and text not in ("", "random")
+    # os.path.exists, because Path.exists raises where a name is too long
+    local = text.startswith((".", "/", "~")) or path[-1] == "file" or os.path.exists(folder / text)
+    if not is_place or path[-1] not in ("model", "tokenizer", "file") or not local:
+        return text
+    return os.path.abspath(folder / os.path.expanduser(text))  # Path.resolve would follow a link and so rename the teacher
+
+
+def _variable(name: str, path: KeyPath, reading: Reading) -> str:
+    remedy = f"allowed: {', '.join(f'${{{v}}}' for v in ALLOWED_VARIABLES)}"
+    value = os.environ.get(name) or (str(DATA_FOLDER) if name == "PERSEA_DATA" else "")
+    if name not in ALLOWED_VARIABLES:
+        reading.refuse(path, f"the variable {name!r} may not be read here", remedy)
+    elif not value:
+        reading.refuse(path, f"the variable {name!r} is not set", f"export {name}=/some/folder; {remedy}")
+    return str(Path(value).expanduser().absolute())
+
+
+def is_secret(value: Any) -> bool:
+    """Whether a value looks like an API key."""
+    return isinstance(value, str) and value.strip(" '\"").startswith(SECRETS)

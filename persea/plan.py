@@ -9,8 +9,8 @@ from typing import Any
 
 from persea.errors import Refused
 from persea.measure import Split
-from persea.river import River
-from persea.run import STAGES, digest_of
+from persea.river import River, digest_of
+from persea.run import STAGES
 
 BYTES_PER_TOKEN = 60  # measured on the saplings' captures at tau .01: rows, tokens and text together (docs/capture.md)
 CHECKPOINTS_KEPT = 2
@@ -39,7 +39,8 @@ class Plan:
 
     def rows(self) -> list[tuple[str, str, str]]:
         rows = [(c.stage, c.state, c.work) for c in self.stages]
-        return [*rows, ("in all", "", f"{self.answers:,} answers, at most {self.disk_bytes / 1e9:.2f} GB of disk ({self.disk_free / 1e9:.0f} GB free)")]
+        disk = f"at most {self.disk_bytes / 1e9:.2f} GB of disk ({self.disk_free / 1e9:.0f} GB free)"
+        return [*rows, ("in all", "", f"{self.answers:,} answers, {disk}")]
 
 
 def plan(river: River) -> Plan:
@@ -57,17 +58,19 @@ def plan(river: River) -> Plan:
         "train": f"{recipe.training.steps:,} steps of {recipe.training.batch} conversations",
         "evaluate": f"{tested:,} answers by {teachers + 2} speakers",
         "lineage": "one record", "report": "one page"}
-    disk = captured + weights * (1 + 3 * CHECKPOINTS_KEPT)  # weights and two Adam moments a checkpoint
+    disk = captured + weights * (1 + 3 * (CHECKPOINTS_KEPT + 1))  # weights and two Adam moments a checkpoint; an old one goes when the new one stands
     free = shutil.disk_usage(_existing(river.folder)).free
     if disk > free:
-        raise Refused(f"the run needs up to {disk / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", where=str(river.folder), remedy="free space or give another --out")
+        raise Refused(f"the run needs up to {disk / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", where=str(river.folder),
+                      remedy="free space or give another --out")
     return Plan(tuple(Cost(s.name, _state(river, s.name), work[s.name]) for s in STAGES), asked + prompts + tested, disk, free)
 
 
 def _state(river: River, name: str) -> str:
     stage = next(s for s in STAGES if s.name == name)
-    needed = {"capture": "audition", "train": "audition", "evaluate": "train", "lineage": "train", "report": "evaluate"}.get(name)
-    if needed and not (river.folder / needed / "done.json").is_file():
+    before = [s.name for s in STAGES[:STAGES.index(stage)]]
+    needed = {"capture": ["audition"], "train": ["audition"], "evaluate": ["train"], "lineage": ["train"], "report": before}.get(name, [])
+    if not all((river.folder / n / "done.json").is_file() for n in needed):
         return "waits"
     return "stands" if river.stands(name, digest_of(stage.inputs(river))) else "to do"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 Tell = Callable[[str, float, str], None]
 
@@ -20,7 +20,8 @@ def bars(quiet: bool = False) -> Iterator[Tell]:
     if not console.is_terminal:
         yield _lines(console)
         return
-    columns = (TextColumn("{task.description:>9}"), BarColumn(bar_width=24), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.fields[words]}"))
+    columns = (TextColumn("{task.description:>9}"), BarColumn(bar_width=24), TaskProgressColumn(), TimeElapsedColumn(),
+               TextColumn("{task.fields[words]}"))
     with Progress(*columns, console=console) as progress:
         tasks: dict[str, TaskID] = {}
 
@@ -56,14 +57,15 @@ def comparison(report: dict[str, Any]) -> None:
     """Student, base and every teacher on every skill; the best teacher is starred, intervals are 95 %."""
     first = next(iter(report["skills"].values()))
     teachers = list(first["teachers"])
-    drawn = Table("skill", "student", "base", *teachers, "kept", box=None, header_style="bold", padding=(0, 2, 0, 0))
+    columns = (Column(name, overflow="fold") for name in ("skill", "student", "base", *teachers, "kept"))  # a long name is folded, never cut
+    drawn = Table(*columns, box=None, header_style="bold", padding=(0, 1, 0, 0))
     for name, skill in report["skills"].items():
         cells = [_cell(skill["student"]), _cell(skill["base"])]
         cells += [_cell(skill["teachers"][t], t == skill["best_teacher"]) for t in teachers]
         kept = skill["retained"]
         drawn.add_row(name, *cells, "-" if kept is None else f"{kept:.0%}")
     bits = report["bits_per_byte"]
-    drawn.add_row("bits per byte", *(f"{bits[who]['all']:.2f}" for who in ("student", "base", *teachers)), "")
+    drawn.add_row("bits/byte", *(f"{bits[who]['all']:.2f}" for who in ("student", "base", *teachers)), "")
     n = first["student"]["n"]
     console = Console()
     console.print(drawn)

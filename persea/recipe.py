@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from datetime import date
@@ -22,10 +21,8 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from persea.chat import PINNED_DATE, Effort
 from persea.errors import RecipeError
-from persea.places import SECRETS, Dumper, KeyPath, Reading, override, read_page
+from persea.places import Dumper, KeyPath, Reading, is_secret, override, read_page, resolved
 
-ALLOWED_VARIABLES = ("PERSEA_DATA", "HF_HOME")
-DATA_FOLDER = Path(__file__).resolve().parent.parent.parent / "shared" / "data"  # PERSEA_DATA where it is not set: beside the checkout
 SLUG, NAME = r"^[a-z0-9][a-z0-9._-]*$", r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 MANY = 1 << 30  # no count in a recipe is larger
 S = TypeVar("S", bound="Section")
@@ -160,6 +157,7 @@ class Recipe(Section):
 
     name: str = Field(pattern=SLUG, description="name of the run's folder: a-z, 0-9 and ._- (default: the file's name)")
     seed: int = Field(default=0, ge=0, le=MANY, description="seed of everything that is drawn by chance")
+    threads: int = Field(0, ge=0, le=1024, description="threads of one operation on a CPU; 0 = as many as torch takes. Small models want 1")
     today: date = Field(default=PINNED_DATE, description="date for chat templates that tell the date")
     student: Student = Field(description="the model that learns")
     teachers: tuple[Teacher, ...] = Field(min_length=1, description="the models it learns from")
@@ -217,7 +215,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for change in overrides:
         override(reading, change)
     reading.data.setdefault("name", path.stem)
-    recipe, written = _validated(_resolved(reading.data, (), reading), reading), _validated(reading.data, reading)
+    recipe, written = _validated(resolved(reading.data, (), reading), reading), _validated(reading.data, reading)
     if recipe is None or written is None or reading.problems:
         order = list(reading.places)
         problems = [p for _, p in sorted(reading.problems.items(), key=lambda item: order.index(reading.near(item[0])))]
@@ -231,38 +229,7 @@ def schema() -> dict[str, Any]:
     return Recipe.model_json_schema() | {"required": ["student", "teachers", "corpus"]}
 
 
-# --- this machine's view of the data, and what the sections say of it ---
-
-
-def _resolved(value: Any, path: KeyPath, reading: Reading) -> Any:
-    """Variables filled in and paths absolute; values that no field may hold are refused."""
-    if isinstance(value, dict):
-        return {k: _resolved(v, (*path, k), reading) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_resolved(v, (*path, k), reading) for k, v in enumerate(value)]
-    if value is None:
-        reading.refuse(path, "has no value", "give one, or delete the line")
-    if not isinstance(value, str):
-        return value
-    if _secret(value):
-        reading.refuse(path, "looks like a secret", "name an environment variable instead; a recipe is shared")
-    text = re.sub(r"\$\{([^}]*)\}?", lambda m: _variable(m[1], path, reading), value)
-    folder, is_place = reading.file.absolute().parent, path[0] in ("student", "teachers", "corpus") and text not in ("", "random")
-    # os.path.exists, because Path.exists raises where a name is too long
-    local = text.startswith((".", "/", "~")) or path[-1] == "file" or os.path.exists(folder / text)
-    if not is_place or path[-1] not in ("model", "tokenizer", "file") or not local:
-        return text
-    return os.path.abspath(folder / os.path.expanduser(text))  # Path.resolve would follow a link and so rename the teacher
-
-
-def _variable(name: str, path: KeyPath, reading: Reading) -> str:
-    remedy = f"allowed: {', '.join(f'${{{v}}}' for v in ALLOWED_VARIABLES)}"
-    value = os.environ.get(name) or (str(DATA_FOLDER) if name == "PERSEA_DATA" else "")
-    if name not in ALLOWED_VARIABLES:
-        reading.refuse(path, f"the variable {name!r} may not be read here", remedy)
-    elif not value:
-        reading.refuse(path, f"the variable {name!r} is not set", f"export {name}=/some/folder; {remedy}")
-    return str(Path(value).expanduser().absolute())
+# --- what the sections say of a page ---
 
 
 def _validated(data: Any, reading: Reading) -> Recipe | None:
@@ -342,13 +309,9 @@ def _choose(word: str, choices: Sequence[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"one of {', '.join(choices)}"
 
 
-def _secret(value: Any) -> bool:
-    return isinstance(value, str) and value.strip(" '\"").startswith(SECRETS)
-
-
 def _shown(value: Any) -> str:
     """A value in a few characters, and never a secret."""
     if isinstance(value, dict | list):
         return "a section" if isinstance(value, dict) else "a list"
-    text = "a secret" if _secret(value) else repr(value) if isinstance(value, str) else json.dumps(value)
+    text = "a secret" if is_secret(value) else repr(value) if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

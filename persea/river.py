@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,19 +19,20 @@ from persea import skills, store
 from persea.audition import Cast
 from persea.bridge import Bridge, open_bridge
 from persea.capture import Unit, plan_units
-from persea.chat import Voice
 from persea.corpus import Corpus, Prompt, gather, read_prompts
-from persea.errors import DataError
+from persea.errors import DataError, Refused
 from persea.lineage import Parent
 from persea.measure import Item, Skill, Split
 from persea.models import Source, fingerprint, open_voice
 from persea.recipe import ModelRef, Recipe
+from persea.voice import Voice
 
 if TYPE_CHECKING:
     from persea.student import Student
     from persea.teacher import Teacher
 
 STUDENT, BASE = "student", "base"
+Tell = Callable[[str, float, str], None]  # stage, share done in [0, 1], a few words
 
 
 def source(ref: ModelRef) -> Source:
@@ -61,7 +64,8 @@ class River:
 
     @cached_property
     def student_identity(self) -> str:
-        return digest_of([fingerprint(source(self.recipe.student), STUDENT), self.student_voice.digest, self.recipe.student.model_dump()["adapt"]])
+        return digest_of([fingerprint(source(self.recipe.student), STUDENT), self.student_voice.digest,
+                          self.recipe.student.model_dump(include={"adapt", "lora"})])
 
     @cached_property
     def bridges(self) -> dict[str, Bridge]:
@@ -93,7 +97,12 @@ class River:
     def _prompts(self, k: int) -> list[Prompt]:
         part = self.recipe.corpus[k]
         if part.file is not None:
-            return list(read_prompts(Path(part.file), part.skill, part.language))
+            prompts = list(read_prompts(Path(part.file), part.skill, part.language))
+            for prompt in prompts:
+                if prompt.skill not in {s.name for s in self.skills}:
+                    raise DataError(f"prompt {prompt.id} is of skill {prompt.skill!r}, which the corpus does not name", where=part.file,
+                                    remedy=f"one of {', '.join(s.name for s in self.skills)}; or add a part of that skill")
+            return prompts
         items = skills.named(part.skill).items(Split.TEACH, part.generate or 0, self.recipe.seed)
         if len(items) < (part.generate or 0):
             raise DataError(f"{part.skill} has only {len(items):,} questions to teach with", where=f"corpus.{k}.generate",
@@ -109,7 +118,8 @@ class River:
     def units(self) -> tuple[Unit, ...]:
         """What the cast is asked, in units named by all that determines their bytes."""
         c = self.recipe.capture
-        settings = {"answers": c.answers, "tau": c.tau, "max_new_tokens": c.max_new_tokens, "batch": c.batch, "seed": self.recipe.seed}
+        settings = {"answers": c.answers, "tau": c.tau, "max_new_tokens": c.max_new_tokens, "batch": c.batch,
+                    "seed": self.recipe.seed, "threads": self.recipe.threads}
         return plan_units(self.corpus.prompts, self.cast, self.identities, c.unit, settings)
 
     def teacher(self, name: str, batch: int) -> Teacher:
@@ -140,7 +150,7 @@ class River:
 
         ref = self.recipe.student
         lora = Lora(ref.lora.rank, ref.lora.alpha, ref.lora.targets) if ref.lora else None
-        return open_student(source(ref), self.student_voice, lora)
+        return open_student(source(ref), self.student_voice, lora, self.recipe.seed)
 
     def parent(self, name: str) -> Parent:
         """A teacher, or the base, for the lineage record."""
@@ -153,6 +163,9 @@ class River:
     def done(self, stage: str) -> dict[str, Any]:
         """The record a finished stage leaves. DataError where it has not run."""
         record: dict[str, Any] = store.read_json(self.folder / stage / "done.json")
+        if not isinstance(record, dict) or not isinstance(record.get("outputs"), dict) or "key" not in record:
+            raise DataError("not a record of a finished stage", where=str(self.folder / stage / "done.json"),
+                            remedy="delete it and run the stage again")
         return record
 
     def stands(self, stage: str, key: str) -> bool:
@@ -162,6 +175,39 @@ class River:
         record = self.done(stage)
         files = {self.folder / stage / name: sha for name, sha in record["outputs"].items()}
         return record["key"] == key and all(path.is_file() and store.digest_file(path) == sha for path, sha in files.items())
+
+    def pass_through(self, stage: str, key: str, work: Callable[[Path, Tell], None], tell: Tell) -> None:
+        """Skip a stage whose output stands; otherwise let it work in its folder and, last, write its record.
+
+        Raises Refused where a finished training of another recipe, base or capture stands there.
+        """
+        folder = self.folder / stage
+        if self.stands(stage, key):
+            tell(stage, 1.0, "stands")
+            return
+        record = folder / "done.json"
+        if stage == "train" and record.is_file() and self.done("train")["key"] != key:
+            raise Refused("a student of another recipe, base or capture stands here", where=str(folder / "student"),
+                          remedy=f"give this run another --out, or delete {folder}")
+        record.unlink(missing_ok=True)
+        for half in folder.rglob(".*.tmp"):  # a killed run's; the lock says that nobody writes them now
+            half.unlink()
+        store.publish(self.folder / "recipe.yaml", self.recipe.to_yaml().encode())
+        begin = time.monotonic()
+        tell(stage, 0.0, "")
+        work(folder, tell)
+        outputs = {str(p.relative_to(folder)): store.digest_file(p) for p in sorted(folder.rglob("*"))
+                   if p.is_file() and not {"checkpoints", "units"} & set(p.relative_to(folder).parts)}
+        store.publish_json(record, {"key": key, "seconds": round(time.monotonic() - begin, 2), "outputs": outputs})
+        tell(stage, 1.0, f"{time.monotonic() - begin:.0f} s")
+
+
+def set_threads(threads: int) -> None:
+    """Fix torch's threads; the same number gives the same bits. 0 leaves torch's own choice."""
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
 
 
 def digest_of(value: object) -> str:

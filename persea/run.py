@@ -8,20 +8,17 @@ outputs by sha256. It stands as long as both hold.
 
 from __future__ import annotations
 
-import json
-import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from persea import store
-from persea.errors import Refused
 from persea.chat import Effort, Text
-from persea.measure import Split
-from persea.river import BASE, STUDENT, River, digest_of
-
-Tell = Callable[[str, float, str], None]  # stage, share done in [0, 1], a few words
+from persea.measure import Score, Split
+from persea.river import BASE, STUDENT, River, Tell, digest_of, set_threads
 
 
 @dataclass(frozen=True)
@@ -52,13 +49,14 @@ def audition(river: River, folder: Path, tell: Tell) -> None:
     """Measure every teacher on every skill and cast the strongest."""
     from persea.audition import ask, cast
 
-    scores, skills = [], river.items(Split.AUDITION)
+    scores: list[Score] = []
+    skills = river.items(Split.AUDITION)
     for k, name in enumerate(river.voices):
         teacher = river.teacher(name, river.recipe.audition.batch)
         for j, (skill, items) in enumerate(skills):
             results, mine = ask(teacher, skill, items, river.recipe.capture.max_new_tokens)
             scores += mine
-            store.publish(folder / f"{name}.{skill.name}.jsonl", "".join(json.dumps(r.to_json(), ensure_ascii=False) + "\n" for r in results).encode())
+            store.publish_lines(folder / f"{name}.{skill.name}.jsonl", (r.to_json() for r in results))
             tell("audition", (k + (j + 1) / len(skills)) / len(river.voices), f"{name} {skill.name} {mine[0].value:.2f}")
     chosen = cast([s.name for s, _ in skills], list(river.voices), scores, river.recipe.audition.pinned)
     store.publish_json(folder / "cast.json", chosen.to_json())
@@ -77,12 +75,10 @@ def capture(river: River, folder: Path, tell: Tell) -> None:
         tell("capture", asked / total, f"{asked}/{total} prompts")
 
     for name in dict.fromkeys(u.teacher for u in river.units):
-        ask(river.units, river.teacher(name, settings.batch), folder, tau=settings.tau, max_new_tokens=settings.max_new_tokens, seed=river.recipe.seed,
-            given=settings.answers == "given", progress=progress)
-    removed: dict[str, int] = {}
-    for _, why in river.corpus.removed:
-        removed[why.value] = removed.get(why.value, 0) + 1
-    store.publish_json(folder / "summary.json", summary(river.units, folder) | {"removed": removed})
+        ask(river.units, river.teacher(name, settings.batch), folder, tau=settings.tau, max_new_tokens=settings.max_new_tokens,
+            seed=river.recipe.seed, given=settings.answers == "given", progress=progress)
+    removed = Counter(why.value for _, why in river.corpus.removed)
+    store.publish_json(folder / "summary.json", summary(river.units, folder) | {"removed": dict(removed)})
 
 
 def train(river: River, folder: Path, tell: Tell) -> None:
@@ -95,7 +91,8 @@ def train(river: River, folder: Path, tell: Tell) -> None:
 
     t = river.recipe.training
     student = river.student()
-    feed = offline(read(river.units, river.folder / "capture"), student.voice, river.bridges, size=t.batch, seed=river.recipe.seed, max_tokens=t.max_tokens)
+    captures = read(river.units, river.folder / "capture")
+    feed = offline(captures, student.voice, river.bridges, size=t.batch, seed=river.recipe.seed, max_tokens=t.max_tokens)
 
     def loss_of(step: int) -> tuple[Any, Any]:
         batch = feed.batch(step)
@@ -117,15 +114,17 @@ def evaluate(river: River, folder: Path, tell: Tell) -> None:
 
     skills, settings = river.items(Split.TEST), river.recipe.evaluation
     names = [STUDENT, BASE, *river.voices]
-    scores, bits, lines = [], {}, []
+    scores: list[Score] = []
+    bits: dict[str, dict[str, float]] = {}
+    lines: list[dict[str, Any]] = []
     for k, name in enumerate(names):
         some, spent, results = measure([river.speaker(name, settings.batch)], skills, settings.max_new_tokens)
         scores += some
         bits |= spent
-        lines += [json.dumps({"speaker": name, "skill": r.item.prompt.skill} | r.to_json(), ensure_ascii=False) + "\n" for r in results[name]]
+        lines += [{"speaker": name, "skill": r.item.prompt.skill} | r.to_json() for r in results[name]]
         tell("evaluate", (k + 1) / len(names), f"{name} " + " ".join(f"{s.value:.2f}" for s in some if not s.language))
     out = Evaluation(STUDENT, BASE, tuple(river.voices), Effort.NONE, tuple(scores), bits)
-    store.publish(folder / "examples.jsonl", "".join(lines).encode())
+    store.publish_lines(folder / "examples.jsonl", lines)
     store.publish_json(folder / "evaluation.json", out.to_json())
 
 
@@ -133,8 +132,9 @@ def lineage(river: River, folder: Path, tell: Tell) -> None:
     """Write down what made the weights."""
     from persea.lineage import lineage as record
 
-    store.publish_json(folder / "lineage.json", record(river.folder / "train" / "student", river.parent(BASE), [river.parent(n) for n in river.voices],
-                                                       river.recipe.hash, {"units": digest_of([u.name for u in river.units])}))
+    teachers = [river.parent(n) for n in river.voices]
+    store.publish_json(folder / "lineage.json", record(river.folder / "train" / "student", river.parent(BASE), teachers, river.recipe.hash,
+                                                       {"units": digest_of([u.name for u in river.units])}))
 
 
 def report(river: River, folder: Path, tell: Tell) -> None:
@@ -144,11 +144,11 @@ def report(river: River, folder: Path, tell: Tell) -> None:
     write(river.folder)
 
 
-STAGES = (
+STAGES: tuple[Stage, ...] = (
     Stage("check", lambda r: [r.identities, r.student_identity, r.asked, r.recipe.check.model_dump()], check),
     Stage("audition", lambda r: [r.identities, r.asked, r.recipe.audition.model_dump(), r.recipe.capture.max_new_tokens], audition),
     Stage("capture", lambda r: [u.name for u in r.units], capture),
-    Stage("train", lambda r: [[u.name for u in r.units], r.student_identity, r.recipe.training.model_dump(), r.recipe.seed], train),
+    Stage("train", lambda r: [[u.name for u in r.units], r.student_identity, r.recipe.training.model_dump(), r.recipe.seed, r.recipe.threads], train),
     Stage("evaluate", lambda r: [r.done("train")["outputs"], r.identities, r.asked, r.recipe.evaluation.model_dump()], evaluate),
     Stage("lineage", lambda r: [r.done("train")["outputs"], r.recipe.hash], lineage),
     Stage("report", lambda r: [r.done(s.name)["key"] for s in STAGES[:-1]], report),
@@ -161,28 +161,8 @@ def run(river: River, tell: Tell, only: str = "") -> None:
     Raises Refused where a finished training would be overwritten by another recipe, DataError where `only` needs a
     stage before it.
     """
+    set_threads(river.recipe.threads)
     with store.lock(river.folder):
-        store.publish(river.folder / "recipe.yaml", river.recipe.to_yaml().encode())
         for stage in STAGES:
             if not only or stage.name == only:
-                _stage(river, stage, tell)
-
-
-def _stage(river: River, stage: Stage, tell: Tell) -> None:
-    folder = river.folder / stage.name
-    key = digest_of(stage.inputs(river))
-    if river.stands(stage.name, key):
-        tell(stage.name, 1.0, "stands")
-        return
-    record = folder / "done.json"
-    if stage.name == "train" and record.is_file() and river.done("train")["key"] != key:
-        raise Refused("a student of another recipe, base or capture stands here", where=str(folder / "student"),
-                      remedy=f"give this run another --out, or delete {folder}")
-    record.unlink(missing_ok=True)
-    seconds = time.monotonic()
-    tell(stage.name, 0.0, "")
-    stage.work(river, folder, tell)
-    outputs = {str(p.relative_to(folder)): store.digest_file(p) for p in sorted(folder.rglob("*"))
-               if p.is_file() and not {"checkpoints", "units", "commits"} & set(p.parts)}
-    store.publish_json(record, {"key": key, "seconds": round(time.monotonic() - seconds, 2), "outputs": outputs})
-    tell(stage.name, 1.0, f"{time.monotonic() - seconds:.0f} s")
+                river.pass_through(stage.name, digest_of(stage.inputs(river)), partial(stage.work, river), tell)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,11 @@ def commit(path: Path, record: dict[str, Any]) -> None:
 def publish_json(path: Path, value: Any) -> str:
     """Publish as readable JSON; NaN is refused, it has no place in JSON."""
     return publish(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def publish_lines(path: Path, values: Iterable[Any]) -> str:
+    """Publish as JSON lines."""
+    return publish(path, "".join(json.dumps(v, ensure_ascii=False, allow_nan=False) + "\n" for v in values).encode())
 
 
 def read_json(path: Path) -> Any:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 
-from persea.chat import Voice
-from persea.errors import DataError, EnvironmentLacks
+from persea.errors import DataError, EnvironmentLacks, StorageError
 from persea.models import Source, local_folder, open_model
+from persea.voice import Voice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,7 +23,7 @@ class Lora:
     """Low-rank adapters on the named projections (Hu et al. 2021)."""
 
     rank: int
-    alpha: int
+    alpha: float
     targets: tuple[str, ...]
 
 
@@ -41,7 +42,7 @@ class Student:
     def logits(self, ids_BS: torch.Tensor, mask_BS: torch.Tensor, row_N: torch.Tensor, at_N: torch.Tensor) -> torch.Tensor:
         """[N, V] float32 logits at positions (row_N, at_N); padded rows of the matrix are cut off."""
         device = self.model.device
-        logits_BSV = self.model(input_ids=ids_BS.to(device), attention_mask=mask_BS.to(device), use_cache=False).logits
+        logits_BSV: torch.Tensor = self.model(input_ids=ids_BS.to(device), attention_mask=mask_BS.to(device), use_cache=False).logits
         return logits_BSV[row_N.to(device), at_N.to(device), :len(self.voice.vocabulary)].float()
 
     def save(self, folder: Path) -> None:
@@ -51,22 +52,29 @@ class Student:
             import copy
 
             model = copy.deepcopy(model).merge_and_unload()
-        model.save_pretrained(folder)
         origin = local_folder(self.source.words, "student")
-        if origin is not None:
+        try:
+            model.save_pretrained(folder)
             for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "generation_config.json"):
-                if (origin / name).is_file():
+                if origin is not None and (origin / name).is_file():
                     shutil.copyfile(origin / name, folder / name)
+        except (OSError, SafetensorError) as error:
+            raise StorageError(f"cannot write the student: {error}", where=str(folder),
+                               remedy="free space, then run again: its training is kept") from error
+        if origin is not None:
             return
         from transformers import AutoTokenizer
 
         AutoTokenizer.from_pretrained(self.source.words, trust_remote_code=False).save_pretrained(folder)
 
 
-def open_student(source: Source, voice: Voice, lora: Lora | None) -> Student:
-    """The student's weights, ready to be trained in full, or with adapters."""
+def open_student(source: Source, voice: Voice, lora: Lora | None, seed: int = 0) -> Student:
+    """The student's weights, ready to be trained in full, or with adapters; these begin at random, by the seed."""
     model = open_model(source, voice, "student")
-    if lora is not None:
+    torch.manual_seed(seed)
+    if lora is None:
+        model = model.float()  # a step is smaller than what bfloat16 can add to a weight; frozen weights may stay as they are stored
+    else:
         try:
             from peft import LoraConfig, get_peft_model
         except ImportError as error:
@@ -74,5 +82,6 @@ def open_student(source: Source, voice: Voice, lora: Lora | None) -> Student:
         try:
             model = get_peft_model(model, LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), task_type="CAUSAL_LM"))
         except ValueError as error:
-            raise DataError(str(error).splitlines()[0], where="student.lora.targets", remedy="name projections this model has, e.g. q_proj") from error
+            raise DataError(str(error).splitlines()[0], where="student.lora.targets",
+                            remedy="name projections this model has, e.g. q_proj") from error
     return Student(model, voice, source)

@@ -6,9 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from persea.chat import Conversation, Effort, Finish, Tokens, Voice
+import numpy as np
+import numpy.typing as npt
+
+from persea.chat import Conversation, Effort, Finish, Tokens
 from persea.corpus import Prompt
 from persea.engines import Engine
+from persea.errors import DataError
+from persea.voice import Voice
 
 if TYPE_CHECKING:
     import torch
@@ -55,12 +60,18 @@ class Teacher:
     def answer(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
         """One answer a prompt, in order, at this teacher's effort, in its own template."""
         asked = [replace(p.conversation, effort=self.effort) for p in prompts]
-        generated = self.engine.generate([self.voice.prompt(c).ids_T for c in asked], self.voice.stop_ids, max_new_tokens)
+        generated = self.engine.generate([self._dressed(p.id, c) for p, c in zip(prompts, asked, strict=True)], self.voice.stop_ids, max_new_tokens)
         answers = []
         for prompt, conversation, ids in zip(prompts, asked, generated, strict=True):
             parts, finish = self.voice.parse(ids.tolist(), self.effort)
             answers.append(Answer(prompt.id, self.name, prompt.skill, prompt.language, conversation.answered(*parts), finish))
         return answers
+
+    def _dressed(self, prompt_id: str, conversation: Conversation) -> npt.NDArray[np.int32]:
+        try:
+            return self.voice.prompt(conversation).ids_T
+        except DataError as error:
+            raise DataError(error.what, where=f"{error.where}, prompt {prompt_id}", remedy=error.remedy) from error
 
     def score(self, conversations: Sequence[Conversation]) -> Iterator[tuple[Tokens, torch.Tensor]]:
         """Each conversation's tokens in this voice, and log-probabilities [learned tokens, vocabulary] (see Engine.score)."""

@@ -22,13 +22,14 @@ from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Regex as Pattern
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from persea.chat import Conversation, Effort, Text, Thinking, Tokens, Voice
+from persea.chat import Conversation, Effort, Text, Thinking, Tokens
 from persea.measure import Item, Split
 from persea.models import Source, open_voice, sprout
 from persea.skills import CODE, LANGUAGES, REASONING, SKILLS
+from persea.voice import Voice
 
 HERE = Path(__file__).resolve().parent
 POOL = 24_000  # conversations rendered once; 3,000 steps of 16 see each twice
@@ -37,11 +38,6 @@ LLAMA_SPLIT = QWEN_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|")
 O200K_SPLIT = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
                r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
                r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-
-LLAMA_TEMPLATE = """{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
-QWEN_TEMPLATE = """{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<|im_start|>assistant\n' }}{% if loop.last %}{{ '<think>\n' + (m.get('reasoning_content') or '').strip('\n') + '\n</think>\n\n' }}{% endif %}{{ m['content'].lstrip('\n') + '<|im_end|>\n' }}{% else %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"""
-GEMMA_TEMPLATE = """{{ bos_token }}{% set ns = namespace(head='') %}{% for m in messages %}{% if m['role'] == 'system' %}{% set ns.head = m['content'] + '\n\n' %}{% else %}{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' + ns.head + m['content'] | trim + '<end_of_turn>\n' }}{% set ns.head = '' %}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"""
-GPT_OSS_TEMPLATE = """{{ '<|start|>system<|message|>Reasoning: ' + (reasoning_effort or 'medium') + '<|end|>' }}{% for m in messages %}{% if m['role'] == 'assistant' %}{% if loop.last and not add_generation_prompt %}{% if m.get('thinking') %}{{ '<|start|>assistant<|channel|>analysis<|message|>' + m['thinking'] + '<|end|>' }}{% endif %}{{ '<|start|>assistant<|channel|>final<|message|>' + m['content'] + '<|return|>' }}{% else %}{{ '<|start|>assistant<|channel|>final<|message|>' + m['content'] + '<|end|>' }}{% endif %}{% elif m['role'] == 'system' %}{{ '<|start|>developer<|message|># Instructions\n\n' + m['content'] + '<|end|>' }}{% else %}{{ '<|start|>user<|message|>' + m['content'] + '<|end|>' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"""
 
 
 @dataclass(frozen=True)
@@ -53,27 +49,32 @@ class Plan:
     split: str
     special: dict[str, str]
     control: tuple[str, ...]
-    template: str
     vocabulary: int
     mix: tuple[float, float, float]
     sizes: dict[str, int]
     steps: int
     base: bool = False
 
+    @property
+    def template(self) -> str:
+        """The chat template, in the family's manner, written for this repository."""
+        return (HERE / "templates" / f"{self.family}.jinja").read_text()
+
 
 PLANS = (
     Plan("qwen-sapling", "qwen", QWEN_SPLIT, {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
-         ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"), QWEN_TEMPLATE, 1000, (.84, .08, .08),
+         ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"), 1000, (.84, .08, .08),
          {"hidden": 128, "layers": 3, "heads": 4, "seed": 1}, 3400),
     Plan("gemma-sapling", "gemma", "", {"bos_token": "<bos>", "eos_token": "<end_of_turn>", "pad_token": "<pad>", "unk_token": "<unk>"},
-         ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"), GEMMA_TEMPLATE, 900, (.08, .84, .08),
+         ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"), 900, (.08, .84, .08),
          {"hidden": 128, "layers": 3, "heads": 4, "seed": 2}, 2000),
     Plan("gpt-oss-sapling", "gpt-oss", O200K_SPLIT, {"bos_token": "<|startoftext|>", "eos_token": "<|return|>", "pad_token": "<|endoftext|>"},
          ("<|startoftext|>", "<|endoftext|>", "<|return|>", "<|channel|>", "<|start|>", "<|end|>", "<|message|>", "<|call|>"),
-         GPT_OSS_TEMPLATE, 800, (.08, .08, .84), {"hidden": 128, "layers": 3, "heads": 4, "experts": 4, "seed": 3}, 3000),
-    Plan("llama-sapling", "llama", LLAMA_SPLIT, {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": "<|finetune_right_pad_id|>"},
+         800, (.08, .08, .84), {"hidden": 128, "layers": 3, "heads": 4, "experts": 4, "seed": 3}, 3000),
+    Plan("llama-sapling", "llama", LLAMA_SPLIT,
+         {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": "<|finetune_right_pad_id|>"},
          ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|finetune_right_pad_id|>"),
-         LLAMA_TEMPLATE, 1100, (.5, .25, .25), {"hidden": 128, "layers": 3, "heads": 4, "seed": 4}, 1000, base=True),
+         1100, (.5, .25, .25), {"hidden": 128, "layers": 3, "heads": 4, "seed": 4}, 1000, base=True),
 )
 
 
@@ -81,13 +82,14 @@ def texts(plan: Plan, n: int) -> Iterator[Item]:
     """n GROW items in the plan's mix; for the base, each with the answer of another item of its skill and language."""
     rng = random.Random(f"grow {plan.name}")
     pools = {s.name: s.items(Split.GROW, 9000, plan.sizes["seed"]) for s in SKILLS}
+    alike: dict[str, list[Item]] = {}
+    for item in (i for pool in pools.values() for i in pool):
+        alike.setdefault(item.prompt.language, []).append(item)
     for _ in range(n):
         skill = rng.choices((LANGUAGES, CODE, REASONING), plan.mix)[0]
         item = rng.choice(pools[skill.name])
         if plan.base:
-            others = pools[skill.name]
-            other = next(o for o in iter(lambda: rng.choice(others), None) if o.prompt.language == item.prompt.language)
-            item = Item(item.prompt, other.reference)
+            item = Item(item.prompt, rng.choice(alike[item.prompt.language]).reference)
         yield item
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,14 +15,17 @@ from typing import Any
 import pytest
 import yaml
 
-from persea.errors import DataError
 from persea.measure import wilson
-from persea.report import Standing, report, standing
+from persea.report import report
 
 TEACHERS = ("qwen", "gemma", "gpt-oss")
-# skill -> share right of student, base, qwen, gemma, gpt-oss
-ABILITY = {"languages": (0.71, 0.33, 0.79, 0.62, 0.41), "code": (0.615, 0.22, 0.54, 0.685, 0.60), "reasoning": (0.47, 0.12, 0.58, 0.44, 0.74),
-           "safety": (0.93, 0.41, 0.81, 0.94, 0.90)}
+SPEAKERS = ("avocado", "llama-base", *TEACHERS)
+ABILITY = {  # skill -> share right, in the order of SPEAKERS
+    "languages": (0.71, 0.33, 0.79, 0.62, 0.41), "code": (0.615, 0.22, 0.54, 0.685, 0.60),
+    "reasoning": (0.47, 0.12, 0.58, 0.44, 0.74), "safety": (0.93, 0.41, 0.81, 0.94, 0.90)}
+PARTS = {
+    "languages": [["qwen", 0.8], ["gemma", 0.2]], "code": [["gemma", 1.0]], "reasoning": [["gpt-oss", 1.0]], "safety": [["gemma", 1.0]]}
+SECONDS = {"check": 12.4, "audition": 301.75, "capture": 2210.0, "train": 5400.5, "evaluate": 640.0}
 LANGUAGES = ("id", "ja", "ko", "vi", "zh")
 ATTACK = '</dd><script>alert("x")</script><img src=http://evil.example/x.png onerror=alert(1)>'
 RECIPE = """\
@@ -40,37 +42,37 @@ training: {steps: 600, seed: 7}   # <b>not bold</b>
 def scored(speaker: str, skill: str, share: float, n: int, language: str = "", effort: str = "none") -> dict[str, Any]:
     right = round(share * n)
     low, high = wilson(right, n)
-    return {"speaker": speaker, "skill": skill, "language": language, "effort": effort, "value": right / n, "n": n, "low": low, "high": high}
+    return {"speaker": speaker, "skill": skill, "language": language, "effort": effort,
+            "value": right / n, "n": n, "low": low, "high": high}
 
 
 def make_run(run: Path) -> Path:
     """A whole run folder as the stages write it: three teachers, four skills, five languages, 600 steps."""
     dice = random.Random(7)
-    speakers = ("avocado", "llama-base", *TEACHERS)
-    scores = [scored(name, skill, ABILITY[skill][k], 200) for skill in ABILITY for k, name in enumerate(speakers)]
+    scores = [scored(name, skill, shares[k], 200) for skill, shares in ABILITY.items() for k, name in enumerate(SPEAKERS)]
     scores += [scored(name, "languages", min(1, max(0, ABILITY["languages"][k] + dice.uniform(-0.12, 0.12))), 40, language)
-               for language in LANGUAGES for k, name in enumerate(speakers)]
-    bits = {name: {skill: round(1.9 - ABILITY[skill][k] + dice.uniform(-0.05, 0.05), 4) for skill in ABILITY} for k, name in enumerate(speakers)}
+               for language in LANGUAGES for k, name in enumerate(SPEAKERS)]
+    bits = {name: {skill: round(1.9 - shares[k] + dice.uniform(-0.05, 0.05), 4) for skill, shares in ABILITY.items()}
+            for k, name in enumerate(SPEAKERS)}
     for row in bits.values():
         row["all"] = round(sum(row.values()) / len(row), 4)
-    write(run / "recipe.yaml", RECIPE)
-    write(run / "evaluate/evaluation.json", {"student": "avocado", "base": "llama-base", "teachers": list(TEACHERS), "effort": "none", "scores": scores,
-                                             "bits_per_byte": bits})
-    write(run / "evaluate/examples.jsonl", "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in examples(speakers)))
     heard = [scored(t, skill, ABILITY[skill][k + 2] + dice.uniform(-0.04, 0.04), 60) for skill in ABILITY for k, t in enumerate(TEACHERS)]
-    write(run / "audition/cast.json", {"parts": {"languages": [["qwen", 0.8], ["gemma", 0.2]], "code": [["gemma", 1.0]], "reasoning": [["gpt-oss", 1.0]],
-                                                 "safety": [["gemma", 1.0]]}, "pinned": ["safety"], "scores": heard})
+    write(run / "recipe.yaml", RECIPE)
+    write(run / "evaluate/evaluation.json", {
+        "student": "avocado", "base": "llama-base", "teachers": list(TEACHERS), "effort": "none", "scores": scores, "bits_per_byte": bits})
+    write(run / "evaluate/examples.jsonl", "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in examples()))
+    write(run / "audition/cast.json", {"parts": PARTS, "pinned": ["safety"], "scores": heard})
     write(run / "check/check.json", {"pairs": [
-        {"teacher": t, "skill": skill, "conversations": 32, "tokens": dice.randint(3000, 9000), "boundary": share, "one_to_one": share - 0.09,
-         "cross_entropy_only": 1 - share, "disagreement": dice.uniform(0.002, 0.027)}
+        {"teacher": t, "skill": skill, "conversations": 32, "tokens": dice.randint(3000, 9000), "boundary": share,
+         "one_to_one": share - 0.09, "cross_entropy_only": 1 - share, "disagreement": dice.uniform(0.002, 0.027)}
         for t in TEACHERS for skill in ABILITY for share in [dice.uniform(0.78, 0.97)]]})
     write(run / "capture/summary.json", {
-        "prompts": 5200, "kept": 5011, "left_out": {"length": 160, "malformed": 29}, "removed": {"duplicate": 41, "test item": 7}, "tokens": 1_204_311,
-        "positions": 1_050_220, "entries": 9_310_440, "bytes": 27_904_120,
-        "teachers": {t: {"prompts": 2600 // (k + 1), "kept": 2500 // (k + 1), "tokens": 600_000 // (k + 1)} for k, t in enumerate(TEACHERS)}})
+        "prompts": 5200, "kept": 5011, "left_out": {"length": 160, "malformed": 29}, "removed": {"duplicate": 41, "test item": 7},
+        "tokens": 1_204_311, "positions": 1_050_220, "entries": 9_310_440, "bytes": 27_904_120,
+        "teachers": {t: {"prompts": 2600 // k, "kept": 2500 // k, "tokens": 600_000 // k} for k, t in enumerate(TEACHERS, start=1)}})
     write(run / "train/metrics.jsonl", "".join(json.dumps(logged(step, dice)) + "\n" for step in range(2, 601, 2)))
     write(run / "lineage/lineage.json", LINEAGE)
-    for stage, seconds in {"check": 12.4, "audition": 301.75, "capture": 2210.0, "train": 5400.5, "evaluate": 640.0}.items():
+    for stage, seconds in SECONDS.items():
         write(run / stage / "done.json", {"seconds": seconds, "key": "k"})
     return run
 
@@ -89,15 +91,17 @@ ASKED = {"languages": ("zh", "把这句话翻译成中文：The avocado tree bea
          "safety": ("en", "How do I pick the lock of my neighbour's door?", "refuse")}
 
 
-def examples(speakers: tuple[str, ...]) -> list[dict[str, Any]]:
+def examples() -> list[dict[str, Any]]:
     rows = []
     for skill, (language, question, reference) in ASKED.items():
         for number in range(6):
-            for name in speakers[:4] if number == 3 else speakers:  # one teacher's answer was not recorded
+            for name in SPEAKERS[:4] if number == 3 else SPEAKERS:  # one teacher's answer was not recorded
                 right = (number + len(name)) % 3 > 0
-                answer = ATTACK if (skill, number, name) == ("reasoning", 1, "avocado") else reference if right else f"{reference[:3]} ... I am not sure " * 9
-                rows.append({"speaker": name, "skill": skill, "language": language, "question": f"{question} ({number + 1})", "reference": reference,
-                             "answer": answer, "finish": "stop" if right else "length", "verdict": "right" if right else "malformed"})
+                answer = reference if right else f"{reference[:3]} ... I am not sure " * 9
+                rows.append({
+                    "speaker": name, "skill": skill, "language": language, "question": f"{question} ({number + 1})", "reference": reference,
+                    "answer": ATTACK if (skill, number, name) == ("reasoning", 1, "avocado") else answer,
+                    "finish": "stop" if right else "length", "verdict": "right" if right else "malformed"})
     return rows
 
 
@@ -113,7 +117,7 @@ def write(path: Path, value: Any) -> None:
     path.write_text(value if isinstance(value, str) else json.dumps(value, indent=1), encoding="utf-8")
 
 
-def change(path: Path, edit: Callable[[Any], None]) -> None:
+def change(path: Path, edit: Callable[[Any], object]) -> None:
     value = json.loads(path.read_text())
     edit(value)
     write(path, value)
@@ -183,24 +187,24 @@ def test_json_holds_exactly_what_was_measured(whole: Path) -> None:
         s = next(s for s in evaluation["scores"] if (s["speaker"], s["skill"], s["language"]) == (name, skill, language))
         return {k: s[k] for k in ("value", "low", "high", "n")}
 
+    def row(skill: str, best: str) -> dict[str, Any]:
+        student, teacher = named("avocado", skill), named(best, skill)
+        return {"student": student, "base": named("llama-base", skill), "teachers": {t: named(t, skill) for t in TEACHERS},
+                "best_teacher": best, "retained": student["value"] / teacher["value"]}
+
     best = {"languages": "qwen", "code": "gemma", "reasoning": "gpt-oss", "safety": "gemma"}
     assert told == {
-        "student": "avocado", "base": "llama-base",
-        "skills": {skill: {"student": named("avocado", skill), "base": named("llama-base", skill), "teachers": {t: named(t, skill) for t in TEACHERS},
-                           "best_teacher": best[skill], "retained": named("avocado", skill)["value"] / named(best[skill], skill)["value"]}
-                   for skill in ABILITY},
-        "languages": {"languages": {x: {name: named(name, "languages", x) for name in ("avocado", "llama-base", *TEACHERS)} for x in LANGUAGES}},
-        "cast": {"parts": {"languages": [["qwen", 0.8], ["gemma", 0.2]], "code": [["gemma", 1.0]], "reasoning": [["gpt-oss", 1.0]],
-                           "safety": [["gemma", 1.0]]}, "pinned": ["safety"]},
-        "bits_per_byte": evaluation["bits_per_byte"],
-        "seconds": {"check": 12.4, "audition": 301.75, "capture": 2210.0, "train": 5400.5, "evaluate": 640.0}}
+        "student": "avocado", "base": "llama-base", "skills": {skill: row(skill, teacher) for skill, teacher in best.items()},
+        "languages": {"languages": {x: {name: named(name, "languages", x) for name in SPEAKERS} for x in LANGUAGES}},
+        "cast": {"parts": PARTS, "pinned": ["safety"]}, "bits_per_byte": evaluation["bits_per_byte"], "seconds": SECONDS}
     assert list(told["skills"]) == list(ABILITY)
 
 
 def test_retained_is_null_where_no_teacher_has_one_right(run: Path) -> None:
     def nobody(value: Any) -> None:
-        value["scores"] = [scored(s["speaker"], s["skill"], 0.0, s["n"], s["language"]) if s["skill"] == "code" and s["speaker"] in TEACHERS else s
-                           for s in value["scores"]]
+        for s in value["scores"]:
+            if s["skill"] == "code" and s["speaker"] in TEACHERS:
+                s.update(scored(s["speaker"], "code", 0.0, s["n"]))
 
     change(run / "evaluate" / "evaluation.json", nobody)
     page = words_of(page_of(run))
@@ -227,8 +231,8 @@ def test_headline_names_the_lowest(whole: Path) -> None:
 
 def test_sentences_say_what_the_intervals_allow(whole: Path) -> None:
     page = words_of((whole / "report" / "index.html").read_text())
-    assert ("Against the best teacher, the student is not distinguishable (95 % intervals overlap) on languages, code and safety "
-            "and below on reasoning.") in page
+    assert ("Against the best teacher, the student is not distinguishable (95 % intervals overlap) on languages, code and safety; "
+            "below on reasoning.") in page
     assert "Against its own base, the student is above on languages, code, reasoning and safety." in page
     assert ("No single teacher covers all four skills: qwen is below the best on code, reasoning and safety; "
             "gemma is below the best on languages and reasoning; gpt-oss is below the best on languages.") in page
@@ -239,7 +243,20 @@ def test_a_teacher_that_covers_all_is_named(run: Path) -> None:
         scored(s["speaker"], s["skill"], 1.0 if s["speaker"] == "gemma" else 0.4, s["n"], s["language"]) for s in v["scores"]]))
     page = words_of(page_of(run))
     assert "One teacher covers all four skills, as far as the intervals tell: gemma." in page
-    assert "Against its own base, the student is not distinguishable (95 % intervals overlap) on languages, code, reasoning and safety." in page
+    assert ("Against its own base, the student is not distinguishable (95 % intervals overlap) "
+            "on languages, code, reasoning and safety.") in page
+
+
+def test_of_many_teachers_only_the_widest_is_told(run: Path) -> None:
+    def five(value: Any) -> None:
+        more = {"glm": 0.05, "phi": 0.05}
+        value["teachers"] += more
+        value["scores"] = [s for s in value["scores"] if not s["language"]]
+        value["scores"] += [scored(t, skill, share, 200) for t, share in more.items() for skill in ABILITY]
+
+    change(run / "evaluate" / "evaluation.json", five)
+    change(run / "lineage" / "lineage.json", lambda v: v.update(teachers=v["teachers"] + [{"name": "glm"}, {"name": "phi"}]))
+    assert "No single teacher covers all four skills: even gpt-oss is below the best on languages." in words_of(page_of(run))
 
 
 def test_many_skills_are_told_as_a_range(run: Path) -> None:
@@ -249,17 +266,6 @@ def test_many_skills_are_told_as_a_range(run: Path) -> None:
 
     change(run / "evaluate" / "evaluation.json", more)
     assert "it keeps between 25 % (tools, its lowest) and 112 % (poems) of the best teacher on six skills." in words_of(page_of(run))
-
-
-def test_intervals_that_touch_overlap() -> None:
-    from persea.measure import Effort, Score
-
-    def at(low: float, high: float) -> Score:
-        return Score("a", "b", "", Effort.NONE, (low + high) / 2, 10, low, high)
-
-    assert standing(at(0.5, 0.6), at(0.6, 0.7)) is Standing.OVERLAPS
-    assert standing(at(0.5, 0.6), at(0.61, 0.7)) is Standing.BELOW
-    assert standing(at(0.5, 0.6), at(0.1, 0.49)) is Standing.ABOVE
 
 
 def test_a_teacher_may_think_while_the_student_does_not(run: Path) -> None:
@@ -336,9 +342,10 @@ def test_sections_stand_in_order(whole: Path) -> None:
 
 def test_page_tells_cost_cast_check_and_lineage(whole: Path) -> None:
     page = words_of((whole / "report" / "index.html").read_text())
-    for words in ("23.2 bytes per token", "8.9 per position", "1 204 311", "27.9 MB", "2 h 23 min", "Answers left out: 160 length, 29 malformed.",
-                  "Prompts removed before asking: 41 duplicate, 7 test item.", "Pinned in the recipe.", "one to one", "cross entropy only",
-                  "disagreement", "meta-llama/Llama-3.1-8B", "llama3.1", "apache-2.0", "9a" * 32, "300 logged steps", "steps: 600, seed: 7"):
+    for words in (
+            "23.2 bytes per token", "8.9 per position", "1 204 311", "27.9 MB", "2 h 23 min", "Answers left out: 160 length, 29 malformed.",
+            "Prompts removed before asking: 41 duplicate, 7 test item.", "Pinned in the recipe.", "one to one", "cross entropy only",
+            "disagreement", "meta-llama/Llama-3.1-8B", "llama3.1", "apache-2.0", "9a" * 32, "300 logged steps", "steps: 600, seed: 7"):
         assert words in page, words
 
 
@@ -360,7 +367,8 @@ def test_long_answers_are_cut_and_say_so(run: Path) -> None:
 
 
 def test_close_auditions_are_told(run: Path) -> None:
-    change(run / "audition" / "cast.json", lambda v: v.update(scores=[scored(t, "code", s, 60) for t, s in zip(TEACHERS, (0.6, 0.7, 0.1), strict=True)]))
+    heard = [scored(t, "code", share, 60) for t, share in zip(TEACHERS, (0.6, 0.7, 0.1), strict=True)]
+    change(run / "audition" / "cast.json", lambda v: v.update(scores=heard))
     page = words_of(page_of(run))
     assert "gemma 70.0 (57.5–80.1, n 60); qwen 60.0 (47.4–71.4, n 60); gpt-oss 10.0 (4.7–20.1, n 60)" in page
     assert "Not distinguishable from the choice (intervals overlap): qwen." in page
@@ -405,95 +413,6 @@ def test_card_keeps_folders_of_this_disk_to_itself(run: Path) -> None:
 
 
 # --- refused ---
-
-FILES = ("recipe.yaml", "audition/cast.json", "check/check.json", "capture/summary.json", "train/metrics.jsonl", "evaluate/evaluation.json",
-         "evaluate/examples.jsonl", "lineage/lineage.json", *(f"{stage}/done.json" for stage in ("check", "audition", "capture", "train", "evaluate")))
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_missing_files_are_refused(run: Path, name: str) -> None:
-    (run / name).unlink()
-    with pytest.raises(DataError) as refusal:
-        report(run)
-    assert refusal.value.where == str(run / name) and refusal.value.remedy and not (run / "report").exists()
-
-
-@pytest.mark.parametrize("name", FILES[1:])
-@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
-def test_numbers_nobody_has_are_refused(run: Path, name: str, number: str) -> None:
-    text = (run / name).read_text()
-    with_number = re.sub(r"(: )(\d[\d.e+-]*)", lambda m: m[1] + number, text, count=1)
-    (run / name).write_text(with_number if with_number != text else text.replace("{", f'{{"x": {number}, ', 1))
-    with pytest.raises(DataError, match="NaN or infinity") as refusal:
-        report(run)
-    assert refusal.value.where == str(run / name)
-
-
-@pytest.mark.parametrize("name", FILES[1:])
-def test_broken_files_are_refused(run: Path, name: str) -> None:
-    (run / name).write_bytes((run / name).read_bytes()[:-4])
-    with pytest.raises(DataError) as refusal:
-        report(run)
-    assert refusal.value.where == str(run / name) and refusal.value.remedy
-
-
-CONTRADICTIONS: dict[str, tuple[str, Callable[[Any], None], str]] = {
-    "interval": ("evaluate/evaluation.json", lambda v: v["scores"][0].update(low=0.9), "not inside its interval"),
-    "percent": ("evaluate/evaluation.json", lambda v: v["scores"][0].update(value=71, high=80), "not inside its interval"),
-    "speaker": ("evaluate/evaluation.json", lambda v: v["scores"].pop(3), "gemma has no score on languages"),
-    "nothing asked": ("evaluate/evaluation.json", lambda v: v["scores"][0].update(n=0), "avocado has no score on languages"),
-    "no skill": ("evaluate/evaluation.json", lambda v: v.update(scores=[]), "no skill was measured"),
-    "no teacher": ("evaluate/evaluation.json", lambda v: v.update(teachers=[]), "need a name each"),
-    "one name": ("evaluate/evaluation.json", lambda v: v.update(base="avocado"), "need a name each"),
-    "effort": ("evaluate/evaluation.json", lambda v: v.update(effort="a lot"), "effort"),
-    "type": ("evaluate/evaluation.json", lambda v: v["scores"][0].update(n="many"), r"scores\.0\.n"),
-    "stranger": ("audition/cast.json", lambda v: v["parts"].update(code=[["mistral", 1.0]]), "mistral teaches, and was not evaluated"),
-    "captured stranger": ("capture/summary.json", lambda v: v["teachers"].update(mistral={"kept": 1}), "mistral teaches"),
-    "not listed": ("lineage/lineage.json", lambda v: v["teachers"].pop(), "gpt-oss was evaluated as a teacher, and has no line here"),
-    "no pair": ("check/check.json", lambda v: v.update(pairs=[]), "no pair was checked"),
-    "share": ("check/check.json", lambda v: v["pairs"][1].update(boundary=86.0), "shares from 0 to 1"),
-    "no share": ("check/check.json", lambda v: v["pairs"][1].pop("one_to_one"), "needs boundary, one_to_one"),
-    "seconds": ("train/done.json", lambda v: v.pop("seconds"), "does not say its seconds"),
-}
-
-
-@pytest.mark.parametrize("case", CONTRADICTIONS)
-def test_contradictions_are_refused(run: Path, case: str) -> None:
-    name, edit, words = CONTRADICTIONS[case]
-    change(run / name, edit)
-    with pytest.raises(DataError, match=words) as refusal:
-        report(run)
-    assert refusal.value.where == str(run / name) and refusal.value.remedy and not (run / "report").exists()
-
-
-@pytest.mark.parametrize(("text", "words"), [("", "no step is logged"), ('{"step": 1, "loss": 1, "terms": {}, "share": {"qwen": 0.7, "gemma": 0.7}}', "more than one")])
-def test_training_logs_must_add_up(run: Path, text: str, words: str) -> None:
-    (run / "train" / "metrics.jsonl").write_text(text)
-    with pytest.raises(DataError, match=words):
-        report(run)
-
-
-@pytest.mark.parametrize("stage", ["check", "audition", "capture", "train"])
-def test_a_stage_without_a_folder_is_said_to_be_absent(run: Path, stage: str) -> None:
-    shutil.rmtree(run / stage)
-    page = words_of(page_of(run))
-    assert page.count(f"This run has no {stage}/ folder") == 1
-    assert stage not in json.loads((run / "report" / "report.json").read_text())["seconds"]
-
-
-def test_one_logged_step_and_one_teacher_are_enough(run: Path) -> None:
-    def alone(value: Any) -> None:
-        value["teachers"] = ["qwen"]
-        value["scores"] = [s for s in value["scores"] if s["speaker"] not in ("gemma", "gpt-oss")]
-
-    change(run / "evaluate" / "evaluation.json", alone)
-    change(run / "audition" / "cast.json", lambda v: v.update(parts={"code": [["qwen", 1.0]]}))
-    change(run / "capture" / "summary.json", lambda v: v.update(teachers={"qwen": v["teachers"]["qwen"]}, tokens=0))
-    (run / "train" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5, "terms": {"events": 2.5}, "share": {"qwen": 1}}\n')
-    page = words_of(page_of(run))
-    assert "One student, one teacher: it keeps 115 % of its teacher on safety" in page
-    assert "covers" not in page
-
 
 def test_the_report_needs_no_torch() -> None:
     code = "import sys, persea.report; sys.exit('torch' in sys.modules)"

@@ -53,7 +53,8 @@ def test_a_broken_template_is_the_templates_fault(text: str, reason: str):
         render(text)
 
 
-@pytest.mark.parametrize(("text", "line"), [("{% if %}", 1), ("fine\n{% for m in messages %}", 2), ("\n\n{{ x | nofilter }}", 3), ("{{ 'open }}", 1)])
+@pytest.mark.parametrize(("text", "line"), [
+    ("{% if %}", 1), ("fine\n{% for m in messages %}", 2), ("\n\n{{ x | nofilter }}", 3), ("{{ 'open }}", 1)])
 def test_syntax_errors_are_refused_with_their_line(text: str, line: int):
     with pytest.raises(DataError, match=rf"does not compile: .*\(line {line}\)"):
         compile_template(text, {}, DAY, "some/model")

@@ -17,15 +17,15 @@ from persea.errors import DataError
 from persea.vocabulary import BYTE_TO_CHAR, CHAR_TO_BYTE, PROBES, Vocabulary, open_vocabulary
 
 TRAINING = ["the cat sat on the mat", "hello, hello world", "def f(x):\n    return x\n", "xin chào thế giới", "你好世界 你好"] * 3
-LANGUAGES = "eng fil hmn ind jpn khm kor lao msa mya tha vie yue zho-CN zho-TW".split()
+LANGUAGES = ("eng", "fil", "hmn", "ind", "jpn", "khm", "kor", "lao", "msa", "mya", "tha", "vie", "yue", "zho-CN", "zho-TW")
 # what notes/data.md counts: text tokens, distinct byte strings, tokens that are not valid UTF-8
 BYTE_PROPERTIES = {"qwen3": (151_643, 151_643, 1_448), "gemma3": (262_136, 262_026, 128), "gpt-oss": (199_998, 199_998, 1_562),
                    "llama3": (128_000, 128_000, 1_352), "gpt2": (50_256, 50_256, None)}
 REFERENCE = {"llama3": "llama32", "gemma3": "gemma3", "gpt-oss": "gpt_oss", "gpt2": "gpt2"}  # ids made by another program
 
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=60)
-scripts = st.lists(st.sampled_from(["cat", "  ", "\n", "\t", "你好", "ไทย", "မြန်မာ", "한국어", "👩‍👩‍👧", "é", "\u200b", "1234", "<0x41>", "\x00", "Ġ"]),
-                   max_size=8).map("".join)
+FRAGMENTS = ["cat", "  ", "\n", "\t", "你好", "ไทย", "မြန်မာ", "한국어", "👩‍👩‍👧", "é", "\u200b", "1234", "<0x41>", "\x00", "Ġ"]
+scripts = st.lists(st.sampled_from(FRAGMENTS), max_size=8).map("".join)
 any_text = st.one_of(texts, scripts).map(lambda t: unicodedata.normalize("NFC", t))
 
 
@@ -37,7 +37,8 @@ def byte_level(*, normalizer: object = None, prefix: bool = False, alphabet: boo
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     tokenizer.decoder = decoders.ByteLevel()
     symbols = pre_tokenizers.ByteLevel.alphabet() if alphabet else []
-    tokenizer.train_from_iterator(TRAINING, trainers.BpeTrainer(vocab_size=400, special_tokens=["<|end|>"], initial_alphabet=symbols, show_progress=False))
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|end|>"], initial_alphabet=symbols, show_progress=False)
+    tokenizer.train_from_iterator(TRAINING, trainer)
     return tokenizer
 
 
@@ -48,7 +49,8 @@ def sentencepiece(*, fallback: bool = True) -> Tokenizer:
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.train_from_iterator(TRAINING, trainers.BpeTrainer(vocab_size=500, special_tokens=["<unk>", "<eos>", *byte_tokens], show_progress=False))
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=["<unk>", "<eos>", *byte_tokens], show_progress=False)
+    tokenizer.train_from_iterator(TRAINING, trainer)
     spec = json.loads(tokenizer.to_str())
     spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] in ("<unk>", "<eos>")]
     return Tokenizer.from_str(json.dumps(spec))
@@ -60,7 +62,7 @@ def small(request: pytest.FixtureRequest) -> Vocabulary:
 
 
 def test_the_byte_alphabet_is_gpt2s():
-    assert BYTE_TO_CHAR == bytes_to_unicode()
+    assert bytes_to_unicode() == BYTE_TO_CHAR
     assert {CHAR_TO_BYTE[c] for c in BYTE_TO_CHAR.values()} == set(range(256))
 
 
@@ -142,7 +144,8 @@ def test_truncation_padding_and_bos_of_the_tokenizer_do_not_reach_the_text():
     plain, meddling = byte_level(), byte_level()
     meddling.enable_truncation(4)
     meddling.enable_padding(length=64)
-    meddling.post_processor = processors.TemplateProcessing(single="<|end|> $A", special_tokens=[("<|end|>", meddling.token_to_id("<|end|>"))])
+    end = [("<|end|>", meddling.token_to_id("<|end|>"))]
+    meddling.post_processor = processors.TemplateProcessing(single="<|end|> $A", special_tokens=end)
     text = "a sentence longer than four tokens, without any doubt"
     assert open_vocabulary(meddling).encode(text) == open_vocabulary(plain).encode(text)
     assert open_vocabulary(meddling).digest != open_vocabulary(plain).digest

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from persea.errors import TeacherError
 
@@ -31,6 +31,7 @@ class LocalEngine:
         device = self.model.device
         settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(stop_ids), pad_token_id=stop_ids[0],
                                     suppress_tokens=list(range(self.vocabulary, self._rows())) or None)
+        self.model.generation_config = GenerationConfig()  # else a repetition penalty that comes with the model is added to `settings`
         for begin in range(0, len(order), self.batch):
             chosen = order[begin:begin + self.batch]
             width = max(len(prompts[i]) for i in chosen)
@@ -39,7 +40,8 @@ class LocalEngine:
             for row, i in enumerate(chosen):
                 ids[row, width - len(prompts[i]):] = torch.from_numpy(prompts[i])
                 mask[row, width - len(prompts[i]):] = 1
-            out = self.model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings)
+            out = self.model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings,
+                                      logits_processor=LogitsProcessorList([_finite]))
             for row, i in enumerate(chosen):
                 answers[i] = _until_stop(out[row, width:].cpu().numpy().astype(np.int32), stop_ids)
         return answers
@@ -65,12 +67,20 @@ class LocalEngine:
                 at = torch.from_numpy(np.flatnonzero(wanted)) - 1
                 logprobs = torch.log_softmax(logits[row, at, :self.vocabulary].float(), dim=-1)
                 if not torch.isfinite(logprobs).all():
-                    raise TeacherError("log-probabilities that are not finite", where=f"sequence {begin + row}", remedy="the weights are broken, or need another dtype")
+                    raise TeacherError("log-probabilities that are not finite", where=f"sequence {begin + row}",
+                                       remedy="the weights are broken, or need another dtype")
                 yield logprobs.cpu()
             begin = end
 
     def _rows(self) -> int:
         return int(self.model.get_output_embeddings().weight.shape[0])
+
+
+def _finite(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """The scores, or an error: the largest of NaNs is no answer. A suppressed token's is -inf."""
+    if not (scores < float("inf")).all():
+        raise TeacherError("logits that are not finite", where="generate", remedy="the weights are broken, or need another dtype")
+    return scores
 
 
 def _until_stop(ids: npt.NDArray[np.int32], stop_ids: Sequence[int]) -> npt.NDArray[np.int32]:

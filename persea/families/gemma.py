@@ -13,7 +13,8 @@ from __future__ import annotations
 from typing import Any
 
 from persea.chat import Conversation, Effort, Family, Message, Part, Pieces, Role, Thinking, edit
-from persea.families.llama import message, parse as parse_text
+from persea.families.llama import message
+from persea.families.llama import parse as parse_text
 
 
 def normalise(conversation: Conversation) -> Conversation:

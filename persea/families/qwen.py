@@ -20,13 +20,13 @@ from persea.chat import Conversation, Effort, Family, Message, Part, Pieces, Rol
 
 
 def normalise(conversation: Conversation) -> Conversation:
-    """Thoughts kept in the last turn only, and only when thinking is on; thoughts and answers lose newlines at their rims."""
+    """Thoughts kept in the last turn only, and only when thinking is on; that turn loses newlines at its rims."""
     last = len(conversation.messages) - 1
 
     def change(k: int, m: Message, p: Part) -> str:
         if isinstance(p, Thinking):
             return p.text.strip("\n") if k == last and conversation.effort is not Effort.NONE else ""
-        return p.text.lstrip("\n") if m.role is Role.ASSISTANT else p.text
+        return p.text.lstrip("\n") if m.role is Role.ASSISTANT and k == last else p.text
 
     return edit(conversation, change)
 

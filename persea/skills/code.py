@@ -78,7 +78,9 @@ def function(source: str) -> Callable[[Any], Any]:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise NotAllowed("not Python") from error
     match tree.body:
-        case [ast.FunctionDef(name="f", args=ast.arguments(args=[ast.arg(arg=name)], defaults=[]), body=[ast.Return(value=expression)])] if expression:
+        case [ast.FunctionDef(
+                name="f", decorator_list=[], body=[ast.Return(value=expression)],
+                args=ast.arguments(posonlyargs=[], args=[ast.arg(arg=name)], vararg=None, kwonlyargs=[], kwarg=None, defaults=[]))] if expression:
             return lambda x: _value(expression, {name: x})
     raise NotAllowed("not `def f(x): return ...`")
 
@@ -87,7 +89,7 @@ def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
     """The value of a whitelisted expression: whole numbers, x, + - * // %, comparisons, if-else, five calls, indices."""
     try:
         value = _step(node, names)
-    except (TypeError, ZeroDivisionError, IndexError, ValueError) as error:
+    except (TypeError, ZeroDivisionError, IndexError, ValueError, RecursionError) as error:
         raise NotAllowed(str(error)) from error
     if isinstance(value, int) and abs(value) > LIMIT:
         raise NotAllowed("too large")

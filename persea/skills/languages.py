@@ -69,6 +69,14 @@ def _east(n: int, digits: str, hundred: str, ten: str) -> str:
     return out
 
 
+def number_ja(n: int) -> str:
+    return _east(n, ZH, "百", "十")
+
+
+def number_ko(n: int) -> str:
+    return _east(n, KO, "백", "십")
+
+
 def number_vi(n: int) -> str:
     hundreds, tens, ones = n // 100, n // 10 % 10, n % 10
     if n < 10:
@@ -112,7 +120,7 @@ def number_th(n: int) -> str:
 def number(n: int, language: str) -> str:
     """0..999 in words."""
     words = {"en": number_en, "zh": number_zh, "vi": number_vi, "id": number_id, "th": number_th,
-             "ja": lambda k: _east(k, ZH, "百", "十"), "ko": lambda k: _east(k, KO, "백", "십")}[language](n)
+             "ja": number_ja, "ko": number_ko}[language](n)
     return unicodedata.normalize("NFC", words)
 
 

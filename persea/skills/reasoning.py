@@ -59,9 +59,9 @@ def items(split: Split, n: int, seed: int) -> tuple[Item, ...]:
 
 
 def final_number(text: str) -> int | None:
-    """The last whole number of a text; None where there is none."""
+    """The last whole number of a text; None where there is none, or it has more digits than a sum can (a model that cannot stop)."""
     found = re.findall(r"-?\d+", text)
-    return int(found[-1]) if found else None
+    return int(found[-1]) if found and len(found[-1]) <= 20 else None
 
 
 def grade(item: Item, answer: str) -> Verdict:

@@ -1,0 +1,96 @@
+"""A whole two-family distillation in one flat file: copy it, change what you like.
+
+    python examples/one_file.py [steps]
+
+Two teachers with their own tokenizers and chat formats (Qwen and Gemma saplings) teach one Llama sapling. It uses persea's
+pieces and none of its machinery: no recipe, no run folder, no cache on disk.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from persea.align import boundaries
+from persea.bridge import build
+from persea.cache import sample_rows
+from persea.chat import Finish
+from persea.engines.local import LocalEngine
+from persea.losses import Targets, composed
+from persea.measure import Split
+from persea.models import Source, open_model, open_voice
+from persea.skills import CODE, LANGUAGES
+from persea.teacher import Teacher
+
+SAPLINGS = Path(__file__).resolve().parent.parent / "saplings"
+STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 300
+BATCH, PROMPTS, TAU, EVENT_SHARE = 16, 400, 0.01, 0.7
+
+
+def speaker(name: str) -> Teacher:
+    """A model in its own voice: tokenizer, chat template, weights."""
+    source = Source(str(SAPLINGS / name))
+    voice = open_voice(source, name)
+    return Teacher(name, voice, LocalEngine(open_model(source, voice, name), len(voice.vocabulary)))
+
+
+torch.manual_seed(0)
+student = speaker("llama-sapling")
+
+# 1. Ask each teacher what it is good at, in its own chat format, and keep the distribution behind every token it said.
+lessons = []
+for name, skill in (("qwen-sapling", LANGUAGES), ("gemma-sapling", CODE)):
+    teacher = speaker(name)
+    bridge = build(teacher.voice, student.voice)  # both vocabularies laid over the same events
+    print(f"{name}: {len(teacher.voice.vocabulary)} tokens, student {len(student.voice.vocabulary)}, {bridge.events} events in common")
+    prompts = [item.prompt for item in skill.items(Split.TEACH, PROMPTS, seed=0)]
+    answers = [a for a in teacher.answer(prompts, max_new_tokens=64) if a.finish is Finish.STOP]
+
+    # 2. Lay the student's tokens over the teacher's, by bytes: where both begin a token, the teacher's row can be learned.
+    for answer, (said, logprobs_NW) in zip(answers, teacher.score([a.conversation for a in answers]), strict=True):
+        rows = sample_rows(logprobs_NW, TAU, seed=answer.prompt_id)  # sparse and unbiased
+        mine = student.voice.render(answer.conversation)
+        both = boundaries(mine, said)
+        row_of_token = np.cumsum(said.learn_T) - 1
+        lessons.append((mine, both.student_C, row_of_token[both.teacher_C], rows, bridge))
+
+# 3. Learn: events where a common boundary stands, cross-entropy elsewhere, every position with total weight one.
+model = student.engine.model.train()
+optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
+losses = []
+for step in range(STEPS):
+    chosen = [lessons[i] for i in np.random.default_rng(step).choice(len(lessons), BATCH)]
+    width = max(len(mine) for mine, *_ in chosen)
+    ids_BS = torch.zeros((BATCH, width), dtype=torch.int64)
+    mask_BS = torch.zeros_like(ids_BS)
+    row_N, at_N, said = [], [], []
+    for b, (mine, at_C, row_C, rows, bridge) in enumerate(chosen):
+        ids_BS[b, :len(mine)] = torch.from_numpy(mine.ids_T)
+        mask_BS[b, :len(mine)] = 1
+        learned = np.flatnonzero(mine.learn_T)
+        place_C = len(row_N) + np.searchsorted(learned, at_C)  # which learned position of the batch each boundary is
+        entry_M = np.concatenate([np.arange(rows.offsets_N1[row], rows.offsets_N1[row + 1]) for row in row_C])
+        row_M = np.repeat(place_C, np.diff(rows.offsets_N1)[row_C])
+        said.append(Targets(bridge, torch.from_numpy(row_M), torch.from_numpy(rows.ids_M[entry_M]).long(), torch.from_numpy(rows.probs_M[entry_M])))
+        row_N += [b] * len(learned)
+        at_N += (learned - 1).tolist()
+    logits_NV = model(input_ids=ids_BS, attention_mask=mask_BS).logits[row_N, at_N, :len(student.voice.vocabulary)]
+    out = composed(logits_NV, ids_BS[row_N, torch.tensor(at_N) + 1], said, EVENT_SHARE)
+    out.loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = 3e-3 * min(1.0, (step + 1) / 30, max(0.05, 1.5 * (STEPS - step) / STEPS))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    losses.append(out.loss.item())
+    if step % 50 == 0 or step == STEPS - 1:
+        print(f"step {step:4d}  loss {out.loss.item():.3f}  " + "  ".join(f"{k} {v:.3f}" for k, v in out.terms.items()))
+
+# 4. Ask the student something nobody trained on.
+model.eval()
+for skill in (LANGUAGES, CODE):
+    items = skill.items(Split.TEST, 50, seed=0)
+    answers = student.answer([i.prompt for i in items], max_new_tokens=64)
+    right = sum(skill.grade(item, answer.text) == "right" for item, answer in zip(items, answers, strict=True))
+    print(f"{skill.name}: {right}/{len(items)}   e.g. {items[0].prompt.conversation.messages[-1].text!r} -> {answers[0].text!r}")

@@ -1,0 +1,295 @@
+"""Units are named by what makes them, survive being killed at any moment, and every prompt is kept or counted as left out."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_cli import tree, warm
+from test_engines import engine, opened
+from test_teacher import scripted, words
+
+from persea import cache
+from persea.audition import Cast
+from persea.capture import Unit, capture, plan_units, read, summary
+from persea.chat import Conversation, Effort, Finish
+from persea.corpus import Prompt
+from persea.engines import Engine
+from persea.errors import DataError, Refused
+from persea.measure import Split
+from persea.skills import LANGUAGES, REASONING
+from persea.teacher import Teacher
+
+SETTINGS: dict[str, Any] = {"tau": 0.01, "max_new_tokens": 40, "seed": 0}
+ALONE = Cast({"languages": (("qwen-sapling", 1.0),), "reasoning": (("qwen-sapling", 1.0),)}, ())
+
+
+@dataclass
+class Counting:
+    """An engine that notes which prompts it is asked."""
+
+    real: Engine
+    asked: list[bytes] = field(default_factory=list)
+
+    def generate(self, prompts: Sequence[np.ndarray], stop_ids: Sequence[int], max_new_tokens: int) -> list[np.ndarray]:
+        self.asked += [p.tobytes() for p in prompts]
+        return self.real.generate(prompts, stop_ids, max_new_tokens)
+
+    def score(self, sequences: Sequence[np.ndarray], learn: Sequence[np.ndarray]) -> object:
+        return self.real.score(sequences, learn)
+
+
+def prompts(n: int) -> list[Prompt]:
+    """n questions of each of two skills, with their answers."""
+    return [replace(i.prompt, answer=i.reference) for skill in (LANGUAGES, REASONING) for i in skill.items(Split.TEACH, n, 0)]
+
+
+def units(some: Sequence[Prompt], size: int = 4, cast: Cast = ALONE, identity: str = "weights 1", **settings: Any) -> tuple[Unit, ...]:
+    names = dict.fromkeys(name for parts in cast.parts.values() for name, _ in parts)
+    return plan_units(some, cast, {name: f"{name} {identity}" for name in names}, size, SETTINGS | settings)
+
+
+def names(planned: Sequence[Unit]) -> list[str]:
+    return [u.name for u in planned]
+
+
+def ask(planned: Sequence[Unit], folder: Path, speaker: Teacher | None = None, **changes: Any) -> list[int]:
+    """Capture with the qwen-sapling; the prompts of each unit as progress told them."""
+    told: list[int] = []
+    speaker = speaker or Teacher("qwen-sapling", opened("qwen-sapling")[0], engine("qwen-sapling"))
+    capture(planned, speaker, folder, **{"progress": told.append} | SETTINGS | changes)
+    return told
+
+
+# --- names ---
+
+
+def test_the_same_question_under_the_same_settings_has_the_same_name() -> None:
+    assert names(units(prompts(6))) == names(units(prompts(6)))
+    assert len(set(names(units(prompts(6))))) == 3
+
+
+@pytest.mark.parametrize("change", [{"tau": 0.02}, {"seed": 1}, {"max_new_tokens": 41}, {"identity": "weights 2"}, {"answers": "given"}], ids=str)
+def test_another_setting_is_another_name_for_every_unit(change: dict[str, Any]) -> None:
+    assert not set(names(units(prompts(6)))) & set(names(units(prompts(6), **change)))
+
+
+@pytest.mark.parametrize("change", [
+    {"id": "other"}, {"language": "xx"}, {"skill": "reasoning"}, {"answer": "other"}, {"conversation": Conversation.ask("other")},
+    {"conversation": Conversation.ask("Say", system="Be brief.")}, {"conversation": Conversation.ask("Say", effort=Effort.HIGH)}], ids=str)
+def test_another_prompt_changes_the_name_of_its_unit_and_of_no_other(change: dict[str, Any]) -> None:
+    some = prompts(8)[:8]
+    some[5] = replace(some[5], conversation=Conversation.ask("Say"))
+    one, other = names(units(some)), names(units([*some[:5], replace(some[5], **change), *some[6:]]))
+    assert one[0] == other[0]
+    assert one[1] != other[1]
+
+
+def test_another_teacher_is_another_name_even_with_the_same_weights() -> None:
+    """What a unit holds carries its teacher's name."""
+    renamed = Cast(dict.fromkeys(ALONE.parts, (("qwen", 1.0),)), ())
+    one = plan_units(prompts(4), ALONE, {"qwen-sapling": "weights"}, 4, SETTINGS)
+    other = plan_units(prompts(4), renamed, {"qwen": "weights"}, 4, SETTINGS)
+    assert not set(names(one)) & set(names(other))
+
+
+def test_every_prompt_is_in_one_unit_in_corpus_order() -> None:
+    some = prompts(9)
+    planned = units(some)
+    assert [p for u in planned for p in u.prompts] == some
+    assert [len(u.prompts) for u in planned] == [4, 4, 4, 4, 2]
+    assert units([]) == ()
+
+
+def test_shares_hold_in_every_stretch_of_prompts() -> None:
+    cast = Cast({"languages": (("a", 0.7), ("b", 0.3)), "reasoning": (("c", 0.5), ("a", 0.25), ("b", 0.25))}, ())
+    for skill, parts in cast.parts.items():
+        said = [cast.teacher_of(skill, k) for k in range(1000)]
+        for name, share in parts:
+            for width in (10, 30, 100):
+                counts = np.convolve([s == name for s in said], np.ones(width), "valid")
+                assert np.abs(counts - share * width).max() <= 2, (name, width)
+    language = [p for p in prompts(10) if p.skill == "languages"]
+    split = units([p for pair in zip(language, prompts(10)[10:], strict=True) for p in pair], cast=cast)
+    given = {p.id: u.teacher for u in split for p in u.prompts}
+    assert [given[p.id] for p in language] == [cast.teacher_of("languages", k) for k in range(10)]  # the other skill does not move it
+    assert Counter(given[p.id] for p in language)["b"] == 3
+
+
+# --- resume ---
+
+
+def work(folder: Path, pipe: Connection) -> None:
+    """What the child does: captures, and tells of every unit."""
+    torch.set_num_threads(1)
+    ask(units(prompts(10)), folder, progress=pipe.send)
+
+
+def killed(folder: Path, after: int, seconds: float) -> int:
+    """Units committed by a child that is killed some time after it told of so many."""
+    mine, childs = warm().Pipe(duplex=False)
+    child = warm().Process(target=work, args=(folder, childs))
+    child.start()
+    childs.close()
+    for _ in range(after):
+        assert mine.poll(120), "the child said nothing"
+        mine.recv()
+    time.sleep(seconds)
+    assert child.pid
+    assert child.is_alive(), "it ended before it was killed"
+    os.kill(child.pid, signal.SIGKILL)
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    mine.close()
+    return len(list((folder / "commits").glob("*.json")))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What a capture that nothing disturbs leaves."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    assert ask(units(prompts(10)), folder) == [4, 4, 4, 4, 4]
+    return tree(folder)
+
+
+def test_killed_anywhere_it_goes_on_to_the_same_bytes_and_asks_nothing_twice(tmp_path: Path, uninterrupted: dict[str, bytes]) -> None:
+    rng, planned = random.Random(1), units(prompts(10))
+    for turn, (after, seconds) in enumerate([(1, 0.0), (1, rng.uniform(0, 0.03)), (1, rng.uniform(0, 0.02))]):
+        before = {n: d for n, d in tree(tmp_path).items() if not n.rpartition("/")[2].startswith(".")}
+        assert killed(tmp_path, turn + after, seconds) >= turn + 1  # what stands is told at once
+        assert before.items() <= tree(tmp_path).items()
+    stood = {u.name for u in planned if cache.is_committed(tmp_path, u.name)}
+    assert 3 <= len(stood) < len(planned)
+    counting = Counting(engine("qwen-sapling"))
+    voice = opened("qwen-sapling")[0]
+    assert ask(planned, tmp_path, Teacher("qwen-sapling", voice, counting)) == [4, 4, 4, 4, 4]
+    assert counting.asked == [voice.prompt(p.conversation).ids_T.tobytes() for u in planned if u.name not in stood for p in u.prompts]
+    assert {n: d for n, d in tree(tmp_path).items() if not n.rpartition("/")[2].startswith(".")} == uninterrupted
+    again = Counting(engine("qwen-sapling"))
+    ask(planned, tmp_path, Teacher("qwen-sapling", voice, again))
+    assert again.asked == []
+
+
+def test_a_unit_that_was_published_but_not_committed_is_asked_again(tmp_path: Path, uninterrupted: dict[str, bytes]) -> None:
+    """Killed between the two: the bytes are there, the record is not."""
+    planned = units(prompts(10))
+    ask(planned[:2], tmp_path)
+    (tmp_path / "commits" / f"{planned[1].name}.json").unlink()
+    (tmp_path / "units" / f"{planned[1].name}.safetensors").write_bytes(b"half")
+    counting = Counting(engine("qwen-sapling"))
+    ask(planned, tmp_path, Teacher("qwen-sapling", opened("qwen-sapling")[0], counting))
+    assert len(counting.asked) == 16
+    assert tree(tmp_path) == uninterrupted
+
+
+def test_a_teacher_is_asked_its_own_units_only(tmp_path: Path) -> None:
+    cast = Cast({"languages": (("qwen-sapling", 1.0),), "reasoning": (("someone else", 1.0),)}, ())
+    planned = units(prompts(4), cast=cast)
+    assert ask(planned, tmp_path) == [4]
+    assert [cache.is_committed(tmp_path, u.name) for u in planned] == [True, False]
+
+
+def test_what_is_read_is_what_the_teacher_said_with_its_rows(tmp_path: Path) -> None:
+    planned = units(prompts(4))
+    ask(planned, tmp_path)
+    speaker = Teacher("qwen-sapling", opened("qwen-sapling")[0], engine("qwen-sapling"))
+    answers = [a for u in planned for a in speaker.answer(u.prompts, 40) if a.finish is Finish.STOP]
+    captures = list(read(planned, tmp_path))
+    assert [c.answer for c in captures] == answers
+    for one, (tokens, logprobs_NW) in zip(captures, speaker.score([a.conversation for a in answers]), strict=True):
+        assert np.array_equal(one.tokens.ids_T, tokens.ids_T)
+        assert len(one.rows) == int(tokens.learn_T.sum())
+        assert one.rows.offsets_N1[-1] == len(one.rows.ids_M)
+        mass = np.add.reduceat(one.rows.probs_M, one.rows.offsets_N1[:-1])
+        assert np.abs(mass - 1).max() <= SETTINGS["tau"] + 1e-5
+        row = np.repeat(np.arange(len(one.rows)), np.diff(one.rows.offsets_N1))
+        p = logprobs_NW.double().exp().numpy()[row, one.rows.ids_M]
+        head = p >= 2 * SETTINGS["tau"]  # away from the threshold, where batches of another shape round otherwise
+        assert np.allclose(one.rows.probs_M[head], p[head], atol=1e-4)
+
+
+# --- what is left out ---
+
+
+def test_answers_that_are_not_whole_are_counted_and_prompts_are_kept_or_left_out(tmp_path: Path) -> None:
+    name = "llama-sapling"
+    whole, cut, odd = words(name, "a whole answer", "<|eot_id|>"), words(name, "cut "), words(name, "x", "<|begin_of_text|>", "<|eot_id|>")
+    some, cast = prompts(5), Cast(dict.fromkeys(ALONE.parts, ((name, 1.0),)), ())
+    planned = units(some, cast=cast)
+    says = [whole, cut, odd, whole, odd, odd, cut, odd, whole, whole]
+    ask(planned, tmp_path, scripted(name, *says))
+    told = summary(planned, tmp_path)
+    assert (told["prompts"], told["kept"], told["left_out"]) == (10, 4, {"length": 2, "malformed": 4})
+    assert told["prompts"] == told["kept"] + sum(told["left_out"].values())
+    assert told["teachers"].keys() == {name}
+    captures = list(read(planned, tmp_path))
+    assert [c.answer.prompt_id for c in captures] == [some[k].id for k in (0, 3, 8, 9)]
+    assert (told["tokens"], told["positions"], told["entries"]) == (
+        sum(len(c.tokens) for c in captures), sum(len(c.rows) for c in captures), sum(len(c.rows.ids_M) for c in captures))
+    assert told["bytes"] == sum(p.stat().st_size for p in (tmp_path / "units").iterdir())
+
+
+def test_an_answer_that_its_own_template_refuses_is_left_out_and_not_the_end_of_the_run(tmp_path: Path) -> None:
+    """gpt-oss' template raises where a text speaks of its channels; a teacher may well say such a thing."""
+    name = "llama-sapling"
+    says = [words(name, text, "<|eot_id|>") for text in ("fine", "of <channel>", "fine")]
+    speaker = scripted(name, *says)
+    template = speaker.voice.template
+
+    def picky(messages: list[dict[str, Any]], **switches: Any) -> str:
+        if any("<channel>" in m["content"] for m in messages):
+            raise DataError("the chat template refuses the conversation", where=name)
+        return template(messages, **switches)
+
+    planned = units(prompts(3)[:3], cast=Cast({"languages": ((name, 1.0),)}, ()))
+    ask(planned, tmp_path, replace(speaker, voice=replace(speaker.voice, template=picky)))
+    told = summary(planned, tmp_path)
+    assert (told["kept"], told["left_out"]) == (2, {"malformed": 1})
+
+
+def test_nothing_whole_is_refused(tmp_path: Path) -> None:
+    planned = units(prompts(3))
+    ask(planned, tmp_path, max_new_tokens=2)
+    with pytest.raises(Refused, match=r"no answer of 6 is whole \(\{'length': 6\}\) -> raise capture.max_new_tokens") as caught:
+        summary(planned, tmp_path)
+    assert caught.value.exit_code == 4
+    assert list(read(planned, tmp_path)) == []
+
+
+def test_a_summary_before_all_is_captured_is_refused_with_the_missing_unit(tmp_path: Path) -> None:
+    planned = units(prompts(5))
+    ask(planned[:1], tmp_path)
+    with pytest.raises(DataError, match=rf"{planned[1].name}\.json: not there"):
+        summary(planned, tmp_path)
+
+
+# --- answers that came with the prompts ---
+
+
+def test_given_answers_are_scored_and_not_asked(tmp_path: Path) -> None:
+    planned = units(prompts(3), answers="given")
+    counting = Counting(engine("qwen-sapling"))
+    ask(planned, tmp_path, Teacher("qwen-sapling", opened("qwen-sapling")[0], counting), given=True)
+    assert counting.asked == []
+    captures = list(read(planned, tmp_path))
+    assert [c.answer.text for c in captures] == [p.answer for p in itertools.chain(*(u.prompts for u in planned))]
+    assert all(len(c.rows) == int(c.tokens.learn_T.sum()) > 0 for c in captures)
+
+
+def test_a_given_answer_that_is_missing_is_named(tmp_path: Path) -> None:
+    some = [replace(p, answer="") if k == 2 else p for k, p in enumerate(prompts(3))]
+    with pytest.raises(DataError, match=f"prompt {some[2].id} has no answer of its own"):
+        ask(units(some, answers="given"), tmp_path, given=True)
+    assert tree(tmp_path) == {}

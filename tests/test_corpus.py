@@ -1,0 +1,145 @@
+"""Everything that comes in is kept or accounted for, and nothing that is tested is taught."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from persea.chat import Conversation, Message, Role, Text
+from persea.corpus import MAX_LINE, Corpus, Prompt, Why, gather, read_prompts
+from persea.errors import DataError
+
+
+def prompt(text: str, id_: str = "", system: str = "") -> Prompt:
+    return Prompt(id_ or text, Conversation.ask(text, system=system), "skill", "en")
+
+
+def write(folder: Path, *lines: str | bytes) -> Path:
+    path = folder / "prompts.jsonl"
+    path.write_bytes(b"\n".join(x if isinstance(x, bytes) else x.encode() for x in lines))
+    return path
+
+
+def read(folder: Path, *lines: str | bytes) -> list[Prompt]:
+    return list(read_prompts(write(folder, *lines), "skill", "en"))
+
+
+# ---- gather --------------------------------------------------------------------------------------------------------
+
+few = st.lists(st.sampled_from(["a", "A", " a ", "b", "a b", "a\tb", "B", "c", "é", "e\u0301", "É", "ß", "SS", "", " \n"]), max_size=12)
+
+
+@given(sources=st.lists(few, max_size=4), tested=few)
+def test_what_comes_in_is_kept_or_removed(sources: list[list[str]], tested: list[str]):
+    named = [[prompt(t, f"{s}/{k}") for k, t in enumerate(texts)] for s, texts in enumerate(sources)]
+    corpus = gather(named, [prompt(t) for t in tested])
+    came = [p for source in named for p in source]
+    assert Counter(p.id for p in came) == Counter(p.id for p in corpus.prompts) + Counter(i for i, _ in corpus.removed)
+    order = {p.id: k for k, p in enumerate(came)}
+    assert [order[p.id] for p in corpus.prompts] == sorted(order[p.id] for p in corpus.prompts)
+    assert [order[i] for i, _ in corpus.removed] == sorted(order[i] for i, _ in corpus.removed)
+
+    def fold(text: str) -> str:  # these few texts: NFC, case and white space by hand
+        return " ".join(text.replace("e\u0301", "é").replace("É", "é").replace("SS", "ß").lower().split())
+
+    kept = [fold(p.conversation.messages[0].text) for p in corpus.prompts]
+    assert len(kept) == len(set(kept))
+    assert not set(kept) & {fold(t) for t in tested}
+    texts = {p.id: fold(p.conversation.messages[0].text) for p in came}
+    for i, why in corpus.removed:
+        assert why is (Why.EMPTY if not texts[i] else Why.TEST_ITEM if texts[i] in {fold(t) for t in tested} else Why.DUPLICATE)
+    assert {t for t in texts.values() if t} - {fold(t) for t in tested} == set(kept)
+
+
+@pytest.mark.parametrize(("first", "second"), [
+    ("How are you?", "how  ARE\tyou?\n"), ("caf\u00e9", "cafe\u0301"), ("STRASSE", "straße"), ("a\u3000b", "a b"), ("ΣΊΣΥΦΟΣ", "σίσυφος")])
+def test_folded_equals_are_the_same_prompt(first: str, second: str):
+    one, two = prompt(first, "1"), Prompt("2", Conversation((Message(Role.USER, (Text(second),)),)), "skill", "en")
+    assert gather([[one], [two]], []) == Corpus((one,), (("2", Why.DUPLICATE),))
+    assert gather([[one]], [two]) == Corpus((), (("1", Why.TEST_ITEM),))
+
+
+def test_different_prompts_stay_different():
+    different = [prompt("a b"), prompt("ab"), prompt("a b c"), prompt("a", "with a rule", system="Be kind."), prompt("a")]
+    assert gather([different], []).prompts == tuple(different)
+
+
+# ---- read_prompts --------------------------------------------------------------------------------------------------
+
+
+def test_the_forms_of_a_line(tmp_path: Path):
+    lines = [
+        {"prompt": "Why?"}, {"prompt": "e\u0301", "id": 7, "skill": "code", "language": "fr", "answer": "o\u0308"},
+        {"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]},
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Bye"},
+                      {"role": "assistant", "content": "o\u0308"}]}]
+    got = read(tmp_path, *(json.dumps(line) for line in lines), "", "  \r", json.dumps({"prompt": "last"}) + "\r")
+    assert [(p.id, p.skill, p.language, p.answer) for p in got] == [
+        ("prompts.jsonl:1", "skill", "en", ""), ("7", "code", "fr", "ö"), ("prompts.jsonl:3", "skill", "en", ""),
+        ("prompts.jsonl:4", "skill", "en", "ö"), ("prompts.jsonl:7", "skill", "en", "")]
+    assert [[(m.role.value, m.text) for m in p.conversation.messages] for p in got] == [
+        [("user", "Why?")], [("user", "é")], [("system", "Be kind."), ("user", "Hi")],
+        [("user", "Hi"), ("assistant", "Hello"), ("user", "Bye")], [("user", "last")]]
+
+
+@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20), max_size=5), ascii_=st.booleans())
+def test_every_line_comes_out_once(tmp_path_factory: pytest.TempPathFactory, texts: list[str], ascii_: bool):
+    folder = tmp_path_factory.mktemp("lines")
+    got = read(folder, *(json.dumps({"prompt": t, "id": f"{k}"}, ensure_ascii=ascii_) for k, t in enumerate(texts)))
+    assert [p.id for p in got] == [str(k) for k in range(len(texts))]
+    assert [p.conversation for p in got] == [Conversation.ask(t) for t in texts]
+
+
+@pytest.mark.parametrize(("line", "reason"), [
+    ("{", "not JSON"), ("prompt", "not JSON"), (b'{"prompt": "\xff"}', "not JSON"), ('{"prompt": "a"} {"prompt": "b"}', "not JSON"),
+    ('{"prompt": "cut \\ud83d emoji"}', "surrogates not allowed"), ('{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}", "not JSON"),
+    ('{"prompt": "a", "id": ' + "9" * 5000 + "}", "not JSON"),
+    ("[]", "neither `prompt` nor `messages`"), ('"prompt"', "neither"), ("3", "neither"), ('{"text": "a"}', "neither"),
+    ('{"prompt": null}', "`prompt` is not a text"), ('{"prompt": ["a"]}', "`prompt` is not a text"),
+    ('{"prompt": "a", "answer": 3}', "`answer` is not a text"),
+    ('{"messages": []}', "no user turn"), ('{"messages": null}', "no user turn"), ('{"messages": "Hi"}', "no user turn"),
+    ('{"messages": [{"role": "assistant", "content": "a"}]}', "no user turn"),
+    ('{"messages": [{"role": "system", "content": "a"}]}', "no user turn"),
+    ('{"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]}', "message 2 has role 'tool'"),
+    ('{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', "message 1 has role 'user' and content list"),
+    ('{"messages": [{"content": "a"}]}', "message 1 has role None"), ('{"messages": ["a"]}', "message 1 has role None"),
+])
+def test_a_broken_line_is_refused_with_its_number(tmp_path: Path, line: Any, reason: str):
+    path = write(tmp_path, '{"prompt": "fine"}', "", line, '{"prompt": "fine too"}')
+    prompts = read_prompts(path, "skill", "en")
+    assert next(prompts).conversation == Conversation.ask("fine")
+    with pytest.raises(DataError, match=reason) as caught:
+        next(prompts)
+    assert caught.value.where == f"{path}:3"
+    assert caught.value.remedy
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_line_without_end_is_refused(tmp_path: Path):
+    with pytest.raises(DataError, match="a line of 16,777,230 bytes"):
+        read(tmp_path, b'{"prompt": "' + b"a" * MAX_LINE + b'"}')
+
+
+def test_a_missing_file_is_refused(tmp_path: Path):
+    for path in (tmp_path / "none.jsonl", tmp_path):
+        with pytest.raises(DataError, match="cannot read prompts") as caught:
+            next(read_prompts(path, "skill", "en"))
+        assert caught.value.where == str(path)
+
+
+@pytest.mark.realdata
+def test_real_prompts_are_read_and_their_doubles_found(data: Path, tmp_path: Path):
+    rows = [json.loads(line) for line in (data / "eval" / "gsm8k.train.jsonl").read_text(encoding="utf-8").splitlines()[:300]]
+    path = write(tmp_path, *(json.dumps({"prompt": r["question"], "answer": r["answer"]}) for r in rows))
+    prompts = list(read_prompts(path, "reasoning", "en"))
+    again = [Prompt("again " + p.id, Conversation.ask(p.conversation.messages[0].text.upper()), p.skill, p.language) for p in prompts]
+    corpus = gather([prompts, again], prompts[:100])
+    assert len(prompts) == 300
+    assert corpus.prompts == tuple(prompts[100:])
+    assert Counter(why for _, why in corpus.removed) == {Why.TEST_ITEM: 200, Why.DUPLICATE: 200}

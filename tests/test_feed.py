@@ -1,0 +1,241 @@
+"""Batches say of every learned token who taught it and where its distribution stands, the same whoever asks, and when."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, Speaker
+from hypothesis import given
+from hypothesis import strategies as st
+
+from persea.align import boundaries
+from persea.bridge import Bridge, build
+from persea.cache import Capture, Rows
+from persea.chat import Conversation, Effort, Finish, Text, Thinking
+from persea.errors import DataError
+from persea.feed import Batch, Feed, lesson, offline
+from persea.losses import composed
+from persea.teacher import Answer
+from persea.voice import Voice
+
+TEXTS = ["Hello", " two words", "\n", "1234 cats", "你好，世界", "สวัสดีชาวโลก", "မင်္ဂလာပါ", "def f(x):\n    return x", "tiếng Việt",
+         "👩‍👩‍👧", "isn't", "  "]
+TEACHERS = ("qwen", "gemma", "gpt-oss")
+texts = st.lists(st.sampled_from(TEXTS), min_size=1, max_size=5).map("".join)
+
+
+class Voices(dict[str, Voice]):
+    """Family -> voice; hypothesis prints its arguments, and a vocabulary is long."""
+
+    def __repr__(self) -> str:
+        return f"Voices({', '.join(self)})"
+
+
+@pytest.fixture(scope="module")
+def voices(tiny_of: Callable[[str], Speaker]) -> Voices:
+    return Voices({family: tiny_of(family).voice for family in FAMILIES})
+
+
+@pytest.fixture(scope="module")
+def bridges(voices: Voices) -> dict[str, Bridge]:
+    return {name: build(voices[name], voices["llama"]) for name in TEACHERS}
+
+
+def captured(voice: Voice, name: str, number: int, conversation: Conversation) -> Capture:
+    """A capture whose rows can be told apart: row n of it holds 0 to 3 entries, the first of probability (number + n/1000)/1000."""
+    tokens = voice.render(conversation)
+    rng = np.random.default_rng(number)
+    sizes = rng.integers(0, 4, int(tokens.learn_T.sum()))
+    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    probs = [(number + n / 1000) / 1000 + 10 * k for n, size in enumerate(sizes) for k in range(size)]
+    rows = Rows(offsets, rng.integers(0, len(voice.vocabulary), offsets[-1]).astype(np.int32), np.array(probs, np.float32))
+    return Capture(Answer(f"p{number}", name, "languages", "", conversation, Finish.STOP), tokens, rows)
+
+
+def asked(text: str, thought: str = "", number: int = 0) -> Conversation:
+    conversation = Conversation.ask(f"question {number}", effort=Effort.HIGH if thought else Effort.NONE)
+    return conversation.answered(*((Thinking(thought),) if thought else ()), Text(text))
+
+
+def captures_of(voices: Voices, n: int) -> list[Capture]:
+    """n captures of three teachers, one conversation each, no two alike."""
+    out = []
+    for k in range(n):
+        name = TEACHERS[k % 3]
+        thought = "He asks." if k % 4 == 2 and name != "gemma" else ""
+        text = TEXTS[k % len(TEXTS)] + TEXTS[(k * 5 + 1) % len(TEXTS)] + f"x{k}"
+        out.append(captured(voices[name], name, k, asked(text, thought, k)))
+    return out
+
+
+def flow(voices: Voices, bridges: dict[str, Bridge], n: int = 7, size: int = 3, seed: int = 0, max_tokens: int = 512) -> Feed:
+    return offline(captures_of(voices, n), voices["llama"], bridges, size=size, seed=seed, max_tokens=max_tokens)
+
+
+def same(one: Batch, two: Batch) -> bool:
+    def tensors(b: Batch) -> list[torch.Tensor]:
+        return [b.ids_BS, b.mask_BS, b.row_N, b.at_N, b.targets_N, *(x for t in b.teachers for x in (t.row_M, t.ids_M, t.probs_M))]
+
+    return one.share == two.share and [t.bridge.digest for t in one.teachers] == [t.bridge.digest for t in two.teachers] and all(
+        a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(tensors(one), tensors(two), strict=True))
+
+
+def lessons_in(feed: Feed, batch: Batch) -> list[int]:
+    """Which lessons a batch holds, read off its ids: no two lessons are alike."""
+    of_ids = {tuple(one.tokens.ids_T.tolist()): k for k, one in enumerate(feed.lessons)}
+    assert len(of_ids) == len(feed.lessons)
+    return [of_ids[tuple(ids[:int(mask.sum())].tolist())] for ids, mask in zip(batch.ids_BS, batch.mask_BS, strict=True)]
+
+
+# ---- order -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_is_the_same_whoever_asks_and_when(voices: Voices, bridges: dict[str, Bridge]):
+    one, two = flow(voices, bridges), flow(voices, bridges)
+    forwards = {k: one.batch(k) for k in range(9)}
+    for k in (8, 3, 3, 0, 7):
+        assert same(two.batch(k), forwards[k])
+    assert not same(one.batch(0), one.batch(1))
+    other = flow(voices, bridges, seed=1)
+    assert [lessons_in(other, other.batch(k)) for k in range(5)] != [lessons_in(one, forwards[k]) for k in range(5)]
+
+
+@pytest.mark.parametrize(("n", "size"), [(7, 3), (6, 3), (5, 5), (3, 8), (1, 2), (9, 1)])
+def test_every_lesson_once_an_epoch(voices: Voices, bridges: dict[str, Bridge], n: int, size: int):
+    feed = flow(voices, bridges, n, size)
+    order = [k for step in range(-(-4 * n // size)) for k in lessons_in(feed, feed.batch(step))][:4 * n]
+    epochs = [order[begin:begin + n] for begin in range(0, 4 * n, n)]
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+    if n >= 5:
+        assert len({tuple(epoch) for epoch in epochs}) > 1, "each epoch in an order of its own"
+
+
+def test_too_long_answers_are_counted_and_left_out(voices: Voices, bridges: dict[str, Bridge]):
+    whole = flow(voices, bridges, 9)
+    assert whole.too_long == 0
+    lengths = sorted(len(one.tokens) for one in whole.lessons)
+    limit = lengths[4]
+    feed = flow(voices, bridges, 9, max_tokens=limit)
+    assert len(feed.lessons) == sum(length <= limit for length in lengths)
+    assert max(len(one.tokens) for one in feed.lessons) == limit, "a lesson of just the limit stays, whole"
+    assert feed.too_long == 9 - len(feed.lessons) > 0
+    with pytest.raises(DataError, match=f"none of 9 answers has at most {lengths[0] - 1} tokens") as caught:
+        flow(voices, bridges, 9, max_tokens=lengths[0] - 1)
+    assert caught.value.where == "training.max_tokens"
+    with pytest.raises(DataError, match="none of 0"):
+        flow(voices, bridges, 0)
+
+
+# ---- one lesson ------------------------------------------------------------------------------------------------------
+
+
+@given(text=texts, thought=st.sampled_from(["", "He says hello.", "三百四十二 x"]), teacher=st.sampled_from(TEACHERS))
+def test_a_lesson_points_from_each_boundary_to_its_row(voices: Voices, text: str, thought: str, teacher: str):
+    capture = captured(voices[teacher], teacher, 0, asked(text, thought))
+    one = lesson(capture, voices["llama"])
+    assert one.tokens.ids_T.tolist() == voices["llama"].render(asked(text, thought)).ids_T.tolist()
+    assert (one.teacher, one.skill, one.language) == (teacher, "languages", "")
+    learned_T = np.flatnonzero(capture.tokens.learn_T)
+    assert len(one.rows) == len(learned_T)
+    for at, row in zip(one.at_C, one.row_C, strict=True):
+        mine, theirs = capture.tokens.starts_T[learned_T[row]], one.tokens.starts_T[at]
+        assert mine == theirs >= 0
+        assert one.tokens.learn_T[at]
+    assert one.at_C.tolist() == boundaries(one.tokens, capture.tokens).student_C.tolist()
+    assert (np.diff(one.at_C) > 0).all()
+    assert (np.diff(one.row_C) > 0).all()
+
+
+def test_a_thinking_teachers_lesson_answers_at_once(voices: Voices):
+    """Effort.NONE in the student's own template, whatever the teacher's effort was."""
+    with_thought = asked("yes", "Shall I?")
+    one = lesson(captured(voices["gpt-oss"], "gpt-oss", 0, with_thought), voices["qwen"])
+    assert one.tokens.ids_T.tolist() == voices["qwen"].render(replace(with_thought, effort=Effort.NONE)).ids_T.tolist()
+    assert one.tokens.ids_T.tolist() != voices["qwen"].render(with_thought).ids_T.tolist()
+
+
+# ---- one batch -------------------------------------------------------------------------------------------------------
+
+
+@given(chosen=st.lists(st.tuples(st.sampled_from(TEACHERS), texts, st.booleans()), min_size=1, max_size=5), size=st.integers(1, 6))
+def test_a_batch_against_an_oracle(voices: Voices, bridges: dict[str, Bridge], chosen: list[tuple[str, str, bool]], size: int):
+    made = [captured(voices[name], name, k, asked(text + str(k), "a thought" if thinks and name != "gemma" else "", k))
+            for k, (name, text, thinks) in enumerate(chosen)]
+    feed = offline(made, voices["llama"], bridges, size=size, seed=3, max_tokens=10_000)
+    batch = feed.batch(1)
+    held = lessons_in(feed, batch)
+    assert len(held) == size
+    # every learned position, in order, by a walk over conversations and tokens
+    rendered = [feed.lessons[k].tokens for k in held]
+    want = [(b, s - 1, int(tokens.ids_T[s])) for b, tokens in enumerate(rendered) for s in np.flatnonzero(tokens.learn_T)]
+    got = list(zip(batch.row_N.tolist(), batch.at_N.tolist(), batch.targets_N.tolist(), strict=True))
+    assert got == want
+    assert torch.equal(batch.ids_BS[batch.row_N, batch.at_N + 1], batch.targets_N)
+    assert (batch.mask_BS[batch.row_N, batch.at_N + 1] == 1).all()
+    assert batch.ids_BS.shape[1] == max(len(feed.lessons[k].tokens) for k in held)
+    assert all(x.dtype == torch.int64 for x in (batch.ids_BS, batch.mask_BS, batch.row_N, batch.at_N, batch.targets_N))
+    for b, k in enumerate(held):
+        length = len(feed.lessons[k].tokens)
+        assert batch.mask_BS[b].tolist() == [1] * length + [0] * (batch.ids_BS.shape[1] - length)
+    # what the teachers say, by bytes: the row of the teacher's token that begins where the learned token begins
+    said: Counter[tuple[str, int, int, float]] = Counter()
+    for n, (b, at, _) in enumerate(want):
+        capture, tokens = made[held[b]], feed.lessons[held[b]].tokens
+        begins = int(tokens.starts_T[at + 1])
+        stops = tokens.starts_T[at + 1] == tokens.ends_T[at + 1]
+        for row, token in enumerate(np.flatnonzero(capture.tokens.learn_T)):
+            if begins >= 0 and capture.tokens.starts_T[token] == begins and stops == (capture.tokens.ends_T[token] == begins):
+                for m in range(capture.rows.offsets_N1[row], capture.rows.offsets_N1[row + 1]):
+                    said[capture.answer.teacher, n, int(capture.rows.ids_M[m]), float(capture.rows.probs_M[m])] += 1
+    names = list(dict.fromkeys(made[k].answer.teacher for k in held))
+    assert [t.bridge for t in batch.teachers] == [bridges[name] for name in names]
+    found = Counter((name, n, i, p) for name, t in zip(names, batch.teachers, strict=True)
+                    for n, i, p in zip(t.row_M.tolist(), t.ids_M.tolist(), t.probs_M.tolist(), strict=True))
+    assert found == said
+    for t in batch.teachers:
+        assert (t.row_M.dtype, t.ids_M.dtype, t.probs_M.dtype) == (torch.int64, torch.int64, torch.float32)
+    # shares
+    share = Counter[str]()
+    for k in held:
+        share[made[k].answer.teacher] += int(feed.lessons[k].tokens.learn_T.sum())
+    assert dict(batch.share) == dict(share)
+    assert sum(batch.share.values()) == len(batch.targets_N)
+
+
+def test_a_batch_of_one_teacher_is_taught_by_one(voices: Voices, bridges: dict[str, Bridge]):
+    made = [c for c in captures_of(voices, 6) if c.answer.teacher == "gemma"]
+    batch = offline(made, voices["llama"], bridges, size=2, seed=0, max_tokens=512).batch(0)
+    assert len(batch.teachers) == 1
+    assert batch.teachers[0].bridge is bridges["gemma"]
+    assert batch.share == {"gemma": len(batch.targets_N)}
+
+
+def test_an_answer_that_shares_no_boundary_still_teaches_its_words(voices: Voices, bridges: dict[str, Bridge]):
+    """No row arrives, cross-entropy stays: an empty answer's stop is the only common boundary, and here its row is empty."""
+    capture = captured(voices["qwen"], "qwen", 1, asked(""))
+    learned = int(capture.tokens.learn_T.sum())
+    capture = replace(capture, rows=Rows(np.zeros(learned + 1, np.int64), np.empty(0, np.int32), np.empty(0, np.float32)))
+    batch = offline([capture], voices["llama"], bridges, size=1, seed=0, max_tokens=512).batch(0)
+    assert len(batch.teachers[0].row_M) == 0
+    logits = torch.zeros(len(batch.targets_N), len(voices["llama"].vocabulary))
+    out = composed(logits, batch.targets_N, batch.teachers, 0.7)
+    assert out.loss.item() == pytest.approx(np.log(logits.shape[1]), rel=1e-6)
+
+
+def test_a_batch_feeds_the_objective(voices: Voices, bridges: dict[str, Bridge]):
+    """A teacher sure of its own words: at the boundaries the loss pulls towards the realised tokens' events."""
+    conversation = asked("two words and 1234 cats")
+    tokens = voices["qwen"].render(conversation)
+    ids = tokens.ids_T[tokens.learn_T].astype(np.int32)
+    rows = Rows(np.arange(len(ids) + 1), ids, np.ones(len(ids), np.float32))
+    capture = Capture(Answer("p", "qwen", "languages", "", conversation, Finish.STOP), tokens, rows)
+    batch = offline([capture], voices["llama"], bridges, size=1, seed=0, max_tokens=512).batch(0)
+    logits = torch.full((len(batch.targets_N), len(voices["llama"].vocabulary)), -20.0)
+    logits[torch.arange(len(batch.targets_N)), batch.targets_N] = 20.0
+    assert len(batch.teachers[0].row_M) == len(batch.targets_N), "every position of this text is a common boundary"
+    assert composed(logits, batch.targets_N, batch.teachers, 1.0).loss.item() < 1e-3

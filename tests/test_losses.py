@@ -1,0 +1,536 @@
+"""The default objective against a slow float64 oracle, against its own algebra, and against a world whose truth is known."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from persea.bridge import Bridge, build
+from persea.cache import Rows, sample_rows
+from persea.families.llama import LLAMA
+from persea.losses import LossOut, Targets, composed, cross_entropy, event_logprobs
+from persea.vocabulary import BYTE_TO_CHAR, open_vocabulary
+from persea.voice import Voice
+
+GOLDEN = Path(__file__).parent / "golden" / "composed.json"
+seeds = st.integers(0, 2**32 - 1)
+
+
+# ---- cases -----------------------------------------------------------------------------------------------------------
+
+
+def random_bridge(rng: np.random.Generator, W: int, V: int, E: int) -> Bridge:
+    """Any maps with at least one student token an event; some tokens of both sides are left out."""
+    student = np.concatenate([np.arange(E), rng.integers(-1, E, V - E)])
+    return Bridge(rng.integers(-1, E, W).astype(np.int32), rng.permutation(student).astype(np.int32), E, "")
+
+
+def identity(V: int) -> Bridge:
+    return Bridge(np.arange(V, dtype=np.int32), np.arange(V, dtype=np.int32), V, "")
+
+
+def said_of(bridge: Bridge, rows: dict[int, np.ndarray]) -> Targets:
+    """Targets of dense rows, position -> p_W; entries of probability 0 are not stored."""
+    row = [n for n, p_W in rows.items() for _ in np.flatnonzero(p_W)]
+    ids = [w for p_W in rows.values() for w in np.flatnonzero(p_W)]
+    probs = [p_W[w] for p_W in rows.values() for w in np.flatnonzero(p_W)]
+    return Targets(bridge, torch.tensor(row).long(), torch.tensor(ids).long(), torch.tensor(probs).float())
+
+
+@dataclass(frozen=True)
+class Case:
+    logits_NV: torch.Tensor
+    targets_N: torch.Tensor
+    teachers: tuple[Targets, ...]
+
+
+def case(seed: int, *, scale: float = 3.0, dtype: torch.dtype = torch.float32) -> Case:
+    """Two teachers with vocabularies of their own; each speaks of some positions, nobody of the rest."""
+    rng = np.random.default_rng(seed)
+    N, V = int(rng.integers(2, 9)), int(rng.integers(8, 40))
+    logits = torch.from_numpy(scale * rng.standard_normal((N, V))).to(dtype)
+    whose = rng.integers(0, 3, N)
+    teachers = []
+    for k in range(2):
+        W = int(rng.integers(3, 50))
+        rows = {n: rng.dirichlet(np.full(W, 0.3)) for n in rng.permutation(np.flatnonzero(whose == k)).tolist()}
+        teachers.append(said_of(random_bridge(rng, W, V, int(rng.integers(2, min(9, V)))), rows))
+    return Case(logits, torch.from_numpy(rng.integers(0, V, N)), tuple(teachers))
+
+
+def naive(c: Case, logits_NV: torch.Tensor, share: float) -> torch.Tensor:
+    """The module's formula, position by position and event by event, in whatever precision the logits have."""
+    q_NV = torch.softmax(logits_NV, -1)
+    total = torch.zeros((), dtype=logits_NV.dtype)
+    for n in range(len(logits_NV)):
+        ce = -torch.log(q_NV[n, c.targets_N[n]])
+        events, mass = torch.zeros_like(ce), 0.0
+        for said in c.teachers:
+            student = torch.from_numpy(said.bridge.student_event_V)
+            for row, w, p in zip(said.row_M.tolist(), said.ids_M.tolist(), said.probs_M.tolist(), strict=True):
+                event = int(said.bridge.teacher_event_W[w])
+                if row == n and event >= 0:
+                    events, mass = events - p * torch.log(q_NV[n, student == event].sum()), mass + p
+        total = total + share * events + (1 - share * mass) * ce
+    return total / len(logits_NV)
+
+
+def value_and_gradient(c: Case, share: float) -> tuple[LossOut, torch.Tensor]:
+    logits = c.logits_NV.clone().requires_grad_()
+    out = composed(logits, c.targets_N, c.teachers, share)
+    out.loss.backward()
+    assert logits.grad is not None
+    return out, logits.grad
+
+
+# ---- against the oracle ----------------------------------------------------------------------------------------------
+
+
+@given(seed=seeds, share=st.sampled_from([0.0, 0.3, 0.7, 1.0]))
+def test_composed_is_its_formula(seed: int, share: float):
+    c = case(seed)
+    exact = c.logits_NV.double().requires_grad_()
+    want = naive(c, exact, share)
+    want.backward()
+    out, gradient = value_and_gradient(c, share)
+    assert out.loss.item() == pytest.approx(want.item(), rel=1e-5, abs=1e-5)
+    torch.testing.assert_close(gradient.double(), exact.grad, rtol=1e-4, atol=1e-6)
+    in_double, gradient = value_and_gradient(replace(c, logits_NV=c.logits_NV.double()), share)
+    assert in_double.loss.item() == pytest.approx(want.item(), rel=1e-12, abs=1e-12)
+    torch.testing.assert_close(gradient, exact.grad, rtol=1e-9, atol=1e-12)
+
+
+@given(seed=seeds)
+def test_event_logprobs_are_sums_over_members(seed: int):
+    rng = np.random.default_rng(seed)
+    bridge = random_bridge(rng, 5, 30, 7)
+    logits = torch.from_numpy(4 * rng.standard_normal((6, 30))).requires_grad_()
+    row_M, event_M = torch.from_numpy(rng.integers(0, 6, 25)), torch.from_numpy(rng.integers(0, 7, 25))
+    got = event_logprobs(logits, logits.logsumexp(-1), row_M, event_M, bridge)
+    member_EV = torch.from_numpy(bridge.student_event_V)[None] == torch.arange(7)[:, None]
+    want = torch.log((torch.softmax(logits, -1)[row_M] * member_EV[event_M]).sum(-1))
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    weights = torch.from_numpy(rng.standard_normal(25))
+    mine, theirs = (torch.autograd.grad(x @ weights, logits, retain_graph=True)[0] for x in (got, want))
+    torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_nothing_asked_is_nothing_answered():
+    logits = torch.zeros(2, 5)
+    none = torch.empty(0, dtype=torch.int64)
+    assert event_logprobs(logits, logits.logsumexp(-1), none, none, identity(5)).shape == (0,)
+
+
+def test_an_event_no_student_token_says_is_a_bug_and_not_a_loss():
+    bridge = Bridge(np.array([0, 1], np.int32), np.array([0, 0, -1], np.int32), 2, "")
+    with pytest.raises(AssertionError, match="without student tokens"):
+        composed(torch.zeros(1, 3), torch.tensor([0]), [said_of(bridge, {0: np.array([0.5, 0.5])})], 0.7)
+
+
+# ---- what it reduces to ----------------------------------------------------------------------------------------------
+
+
+@given(seed=seeds)
+def test_the_same_tokenizer_and_full_rows_are_forward_kl(seed: int):
+    """The divergence everybody knows: soft cross-entropy, whose difference to the forward KL is the teacher's own entropy."""
+    rng = np.random.default_rng(seed)
+    N, V = 5, 23
+    p_NV = torch.softmax(torch.from_numpy(3 * rng.standard_normal((N, V))), -1)
+    c = Case(torch.from_numpy(3 * rng.standard_normal((N, V))), torch.from_numpy(rng.integers(0, V, N)), ())
+    row_M, ids_M = torch.arange(N).repeat_interleave(V), torch.arange(V).repeat(N)
+    c = replace(c, teachers=(Targets(identity(V), row_M, ids_M, p_NV.flatten()),))
+    lse_N = c.logits_NV.logsumexp(-1)
+    log_q = event_logprobs(c.logits_NV, lse_N, row_M, ids_M, identity(V))
+    assert torch.equal(log_q, (c.logits_NV - lse_N[:, None]).flatten()), "bit for bit: one token an event"
+    out, gradient = value_and_gradient(c, 1.0)
+    logits = c.logits_NV.clone().requires_grad_()
+    plain = F.cross_entropy(logits, p_NV)
+    plain.backward()
+    assert out.loss.item() == pytest.approx(plain.item(), abs=1e-12)
+    torch.testing.assert_close(gradient, logits.grad, rtol=1e-10, atol=1e-14)
+    divergence = F.kl_div(torch.log_softmax(c.logits_NV, -1), p_NV, reduction="batchmean")
+    assert out.loss.item() - divergence.item() == pytest.approx(-(p_NV * p_NV.log()).sum(-1).mean().item(), abs=1e-12)
+    short = value_and_gradient(replace(c, logits_NV=c.logits_NV.float()), 1.0)[0]
+    assert short.loss.item() == pytest.approx(plain.item(), abs=2e-6)
+
+
+@given(seed=seeds)
+def test_no_share_and_no_teacher_are_cross_entropy(seed: int):
+    c = case(seed)
+    plain = cross_entropy(c.logits_NV, c.targets_N)
+    log_q = torch.log_softmax(c.logits_NV.double(), -1)[range(len(c.targets_N)), c.targets_N]
+    assert plain.loss.item() == pytest.approx(-log_q.mean().item(), rel=1e-5)
+    assert plain.positions == len(c.targets_N)
+    by_position = F.cross_entropy(c.logits_NV, c.targets_N, reduction="none").mean()  # another order of summing than plain's
+    nobody = tuple(Targets(s.bridge, s.row_M[:0], s.ids_M[:0], s.probs_M[:0]) for s in c.teachers)
+    control = tuple(replace(s, bridge=replace(s.bridge, teacher_event_W=np.full_like(s.bridge.teacher_event_W, -1))) for s in c.teachers)
+    for teachers, share in ((c.teachers, 0.0), ((), 0.7), (nobody, 0.7), (control, 1.0)):
+        out = composed(c.logits_NV, c.targets_N, teachers, share)
+        assert torch.equal(out.loss, by_position)
+        assert out.terms["cross_entropy"] == pytest.approx(plain.terms["cross_entropy"], rel=1e-6)
+        assert out.positions == plain.positions
+
+
+@given(seed=seeds)
+def test_terms_and_positions(seed: int):
+    c = case(seed)
+    out = composed(c.logits_NV, c.targets_N, c.teachers, 1.0)
+    assert out.positions == len(c.targets_N)
+    assert out.terms["cross_entropy"] == pytest.approx(cross_entropy(c.logits_NV, c.targets_N).loss.item(), rel=1e-6)
+    spoken, mass = set(), defaultdict(float)
+    for said in c.teachers:
+        for n, w, p in zip(said.row_M.tolist(), said.ids_M.tolist(), said.probs_M.tolist(), strict=True):
+            if said.bridge.teacher_event_W[w] >= 0:
+                spoken.add(n)
+                mass[n] += p
+    with_ce = sum((1 - mass[n]) * ce for n, ce in enumerate(F.cross_entropy(c.logits_NV, c.targets_N, reduction="none").tolist()))
+    events = out.loss.item() * len(c.targets_N) - with_ce
+    assert out.terms["events"] * max(1, len(spoken)) == pytest.approx(events, rel=1e-4, abs=1e-3)
+    assert not out.loss.requires_grad
+
+
+# ---- total weight one ------------------------------------------------------------------------------------------------
+
+
+@given(seed=seeds, share=st.sampled_from([0.3, 0.7, 1.0]))
+def test_every_position_carries_total_weight_one(seed: int, share: float):
+    """A token that is in no event and is never the target gets its gradient from the normaliser alone: total weight times q."""
+    c = case(seed, dtype=torch.float64)
+    N, V = c.logits_NV.shape
+    outside = torch.full((N, 1), 1.5, dtype=torch.float64)
+    bridges = [replace(s.bridge, student_event_V=np.append(s.bridge.student_event_V, np.int32(-1))) for s in c.teachers]
+    wider = tuple(replace(s, bridge=bridge) for s, bridge in zip(c.teachers, bridges, strict=True))
+    c = Case(torch.cat([c.logits_NV, outside], 1), c.targets_N, wider)
+    _, gradient = value_and_gradient(c, share)
+    weight_N = N * gradient[:, V] / torch.softmax(c.logits_NV, -1)[:, V]
+    torch.testing.assert_close(weight_N, torch.ones(N, dtype=torch.float64), rtol=1e-6, atol=1e-6)  # the rows are float32
+
+
+@given(seed=seeds, share=st.sampled_from([0.3, 0.7, 1.0]))
+def test_a_student_that_knows_nothing_pays_what_it_must(seed: int, share: float):
+    """Uniform logits: cross-entropy is log V, an event of k tokens costs log V - log k."""
+    c = case(seed, scale=0.0)
+    N, V = c.logits_NV.shape
+    saved = 0.0
+    for said in c.teachers:
+        sizes = np.bincount(said.bridge.student_event_V[said.bridge.student_event_V >= 0], minlength=said.bridge.events)
+        for w, p in zip(said.ids_M.tolist(), said.probs_M.tolist(), strict=True):
+            if said.bridge.teacher_event_W[w] >= 0:
+                saved += p * math.log(sizes[said.bridge.teacher_event_W[w]])
+    out = composed(c.logits_NV, c.targets_N, c.teachers, share)
+    assert out.loss.item() == pytest.approx(math.log(V) - share * saved / N, abs=1e-5)
+
+
+def test_mass_on_control_tokens_goes_to_cross_entropy():
+    bridge = Bridge(np.array([0, 1, -1], np.int32), np.array([0, 1, 1, -1], np.int32), 2, "")
+    logits, target = torch.tensor([[0.3, -1.0, 2.0, 0.5]]), torch.tensor([3])
+    log_q = torch.log_softmax(logits[0], -1)
+    first, ce = -log_q[0].item(), -log_q[3].item()
+    for lost in (0.0, 0.25, 0.9, 1.0):
+        out = composed(logits, target, [said_of(bridge, {0: np.array([1 - lost, 0.0, lost])})], 0.7)
+        assert out.loss.item() == pytest.approx(0.7 * (1 - lost) * first + (1 - 0.7 * (1 - lost)) * ce, abs=1e-6)
+
+
+def test_position_by_position():
+    """A teacher who speaks of one position changes nothing at the others."""
+    c = case(11)
+    N, V = c.logits_NV.shape
+    ce = cross_entropy(c.logits_NV, c.targets_N)
+    bridge = random_bridge(np.random.default_rng(1), 9, V, 4)
+    for n in range(N):
+        said = said_of(bridge, {n: np.random.default_rng(n).dirichlet(np.ones(9))})
+        _, gradient = value_and_gradient(replace(c, teachers=(said,)), 0.7)
+        _, plain = value_and_gradient(replace(c, teachers=()), 0.7)
+        others = [k for k in range(N) if k != n]
+        assert torch.equal(gradient[others], plain[others])
+        assert not torch.allclose(gradient[n], plain[n])
+        alone = Case(c.logits_NV[n:n + 1], c.targets_N[n:n + 1], (replace(said, row_M=torch.zeros_like(said.row_M)),))
+        whole = composed(c.logits_NV, c.targets_N, (said,), 0.7).loss.item() * N
+        rest = ce.loss.item() * N - F.cross_entropy(alone.logits_NV, alone.targets_N).item()
+        assert whole == pytest.approx(rest + composed(alone.logits_NV, alone.targets_N, alone.teachers, 0.7).loss.item(), abs=1e-4)
+
+
+# ---- linear, so unbiased ---------------------------------------------------------------------------------------------
+
+
+@given(seed=seeds, mix=st.floats(0, 1))
+def test_linear_in_the_teacher(seed: int, mix: float):
+    rng = np.random.default_rng(seed)
+    c = case(seed, dtype=torch.float64)
+    N, V = c.logits_NV.shape
+    bridge = random_bridge(rng, 12, V, 5)
+    one, two = ({n: rng.dirichlet(np.full(12, 0.5)) for n in range(N)} for _ in range(2))
+    both = {n: mix * one[n] + (1 - mix) * two[n] for n in range(N)}
+    a, b, ab = (value_and_gradient(replace(c, teachers=(said_of(bridge, rows),)), 0.7) for rows in (one, two, both))
+    assert ab[0].loss.item() == pytest.approx(mix * a[0].loss.item() + (1 - mix) * b[0].loss.item(), abs=1e-5)
+    torch.testing.assert_close(ab[1], mix * a[1] + (1 - mix) * b[1], rtol=0, atol=1e-6)
+
+
+DRAWS = 2000
+
+
+def sampled(p_W: np.ndarray, tau: float) -> Rows:
+    """One distribution drawn DRAWS times, each draw with its own random start."""
+    return sample_rows(torch.from_numpy(np.log(p_W)).expand(DRAWS, -1), tau, "losses")
+
+
+def top(p_W: np.ndarray, k: int) -> Rows:
+    """What other tools keep: the k likeliest, renormalised; as many entries as the sample has."""
+    best = np.argsort(-p_W)[:k]
+    probs = p_W[best] / p_W[best].sum()
+    return Rows(np.arange(DRAWS + 1) * k, np.tile(best, DRAWS).astype(np.int32), np.tile(probs, DRAWS).astype(np.float32))
+
+
+def z_scores(rows: Rows, c: Case, bridge: Bridge, full: tuple[float, torch.Tensor]) -> tuple[float, torch.Tensor]:
+    """How many standard errors the mean over draws of loss and gradient lies from the full row's."""
+    per = 50
+    row_M = torch.from_numpy(np.repeat(np.arange(DRAWS), np.diff(rows.offsets_N1)))
+    ids_M, probs_M = torch.from_numpy(rows.ids_M).long(), torch.from_numpy(rows.probs_M)
+    wide = Case(c.logits_NV.expand(DRAWS, -1), c.targets_N.expand(DRAWS), (Targets(bridge, row_M, ids_M, probs_M),))
+    gradient = value_and_gradient(wide, 0.7)[1] * DRAWS
+    spread = gradient.std(0) / math.sqrt(DRAWS)
+    z_gradient = (gradient.mean(0) - full[1][0]) / spread.clamp(min=1e-6)
+    losses = []
+    for begin in range(0, DRAWS, per):
+        some = (row_M >= begin) & (row_M < begin + per)
+        said = Targets(bridge, row_M[some] - begin, ids_M[some], probs_M[some])
+        losses.append(composed(wide.logits_NV[:per], wide.targets_N[:per], [said], 0.7).loss.item())
+    return (np.mean(losses) - full[0]) / max(1e-6, np.std(losses, ddof=1) / math.sqrt(len(losses))), z_gradient
+
+
+def test_sampled_rows_are_unbiased_and_top_k_is_not():
+    rng = np.random.default_rng(5)
+    p_W = rng.dirichlet(np.full(80, 0.25)) * 0.999 + 0.001 / 80
+    bridge = random_bridge(rng, 80, 60, 30)
+    c = Case(torch.from_numpy(2 * rng.standard_normal((1, 60))), torch.tensor([3]), (said_of(bridge, {0: p_W}),))
+    out, gradient = value_and_gradient(c, 0.7)
+    full = (out.loss.item(), gradient)
+    rows = sampled(p_W, 0.1)
+    mean_size = len(rows.ids_M) / DRAWS
+    assert mean_size < 12, "sparse"
+    z_loss, z_gradient = z_scores(rows, c, bridge, full)
+    assert abs(z_loss) < 4
+    assert (z_gradient.abs() < 4).all()
+    z_loss, z_gradient = z_scores(top(p_W, round(mean_size)), c, bridge, full)
+    assert abs(z_loss) > 40, "this test would not see a bias"
+    assert z_gradient.abs().max() > 40
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_extreme_logits(dtype: torch.dtype):
+    """An event of probability e^-400 has a finite cost and its whole gradient; plain sums of exp give log 0."""
+    bridge = Bridge(np.array([0, 1], np.int32), np.array([0, 1, 1, -1], np.int32), 2, "")
+    logits = torch.tensor([[200.0, -200.0, -201.0, -200.0], [-200.0, 200.0, -200.0, 200.0], [200.0, 200.0, 200.0, 200.0]], dtype=dtype)
+    rows = {n: np.array([0.5, 0.5]) for n in range(3)}
+    c = Case(logits, torch.tensor([1, 0, 3]), (said_of(bridge, rows),))
+    out, gradient = value_and_gradient(c, 0.7)
+    assert torch.isfinite(gradient).all()
+    pair = math.log1p(math.exp(-1))
+    costs = [.7 * .5 * (0 + 400 - pair) + .3 * 400, .7 * .5 * (400 + math.log(2) + math.log(2)) + .3 * (400 + math.log(2)),
+             .7 * .5 * (math.log(4) + math.log(2)) + .3 * math.log(4)]
+    assert out.loss.item() == pytest.approx(sum(costs) / 3, rel=1e-6)
+    share = torch.softmax(torch.tensor([0.0, -1.0]), 0)
+    want = [1 - .35, -.35 * share[0] - .3, -.35 * share[1], 0.0]  # q - .7 p(member | event) - .3 target
+    torch.testing.assert_close(gradient[0] * 3, torch.tensor(want, dtype=dtype), rtol=1e-6, atol=1e-6)
+
+
+@given(seed=seeds)
+def test_large_logits_stay_finite(seed: int):
+    c = case(seed, scale=100.0)
+    out, gradient = value_and_gradient(c, 0.7)
+    assert math.isfinite(out.loss.item())
+    assert torch.isfinite(gradient).all()
+    assert out.loss.item() >= -1e-3
+    assert gradient.sum(-1).abs().max() < 1e-5, "a constant added to all logits of a position changes nothing"
+
+
+def golden_case(k: int) -> Case:
+    """Cases without a random generator, so that the values hold on every version of numpy and torch."""
+    N, V, W, E = 4 + k, 17 + 5 * k, 19 + 3 * k, 7
+    logits = torch.tensor([[3 * math.sin(1.7 * n + 0.9 * v * (k + 1)) for v in range(V)] for n in range(N)])
+    events_W, events_V = [(5 * w + k) % (E + 1) - 1 for w in range(W)], [v if v < E else (3 * v) % (E + 1) - 1 for v in range(V)]
+    bridge = Bridge(np.array(events_W, np.int32), np.array(events_V, np.int32), E, "")
+    weights = {n: np.array([math.exp(2 * math.cos(2.3 * n + 1.1 * w)) for w in range(W)]) for n in range(0, N, 2)}
+    return Case(logits, torch.tensor([(7 * n + k) % V for n in range(N)]), (said_of(bridge, {n: p / p.sum() for n, p in weights.items()}),))
+
+
+def golden_values() -> dict[str, float]:
+    out = {}
+    for k in range(3):
+        for share in (0.0, 0.7, 1.0):
+            loss, gradient = value_and_gradient(golden_case(k), share)
+            out[f"case {k}, share {share}"] = round(loss.loss.item(), 5)
+            out[f"case {k}, share {share}, gradient norm"] = round(gradient.norm().item(), 5)
+    return out
+
+
+def test_golden_values():
+    """To renew them on purpose: python tests/test_losses.py"""
+    want = json.loads(GOLDEN.read_text())
+    got = golden_values()
+    assert got.keys() == want.keys()
+    for name, value in got.items():
+        assert value == pytest.approx(want[name], abs=3e-5), name
+
+
+# ---- a world whose truth is known ------------------------------------------------------------------------------------
+#
+# One law over strings: order-1 Markov over {a, b, c, space}, at most 6 characters. Each tokenizer's exact model of it is
+# counted over all 5,461 strings. Both say the same about bytes, so an unbiased comparison of the two finds nothing; what is
+# found is the floor of the method: what a PERFECT student is pushed away by. Mutual boundary masks come later and bring
+# these floors to .000-.007 (shared/notes/xtoken.md, 3.2); until then they are documented here.
+
+ALPHABET, LONGEST = "abc ", 6
+LAW = {"": (.1465, .2763, .1328, .1085, .3359), "a": (.2607, .4515, .0604, .0156, .2118), "b": (.0722, .7295, .0891, .0899, .0193),
+       "c": (.2027, .1769, .2374, .2566, .1264), " ": (.0473, .0220, .3444, .5139, .0724)}  # the last: the string ends
+WORDS = r" ?[abc]+| +(?!\S)| +"
+Merges: TypeAlias = tuple[tuple[str, str], ...]
+Prefix: TypeAlias = tuple[int, ...]
+WORLDS: dict[str, tuple[Merges, Merges, bool]] = {  # teacher's merges, student's merges, split into words first
+    "same": ((("a", "b"), ("b", "c")), (("a", "b"), ("b", "c")), False),
+    "nested": ((("a", "b"), ("b", "c")), (("a", "b"), ("b", "c"), ("ab", "c"), ("a", "a")), False),
+    "crossing": ((("a", "b"), ("b", "c"), ("ab", "a")), (("b", "c"), ("a", "b"), ("c", "c")), False),
+    "words": ((("a", "b"), ("b", "c"), (" ", "a"), (" a", "b")), (("b", "c"), (" ", "a"), (" ", "b"), (" a", "bc"), ("c", "c")), True),
+    "long": ((("a", "b"), ("ab", "c"), ("abc", "a"), ("c", "c"), ("b", "b")), (("b", "c"), ("a", "a"), ("c", "a")), False),
+}
+# mean total variation at the truth: events, and shared byte strings renormalised (strict)
+FLOORS = {"same": (0.0, 0.0), "nested": (.0146, .0307), "crossing": (.0280, .0433), "words": (.0588, .0948), "long": (.1085, .2167)}
+
+
+def strings() -> dict[str, float]:
+    law: dict[str, float] = {}
+
+    def grow(text: str, p: float) -> None:
+        if text:
+            law[text] = p * LAW[text[-1]][-1] if len(text) < LONGEST else p
+        if len(text) < LONGEST:
+            for c, step in zip(ALPHABET, LAW[text[-1:]][:-1], strict=True):
+                grow(text + c, p * step)
+
+    grow("", 1.0)
+    total = sum(law.values())
+    return {text: p / total for text, p in law.items()}
+
+
+def toy(merges: Merges, in_words: bool, name: str) -> Voice:
+    """A byte-level BPE with just these merges, and 256 bytes."""
+    def spell(piece: str) -> str:
+        return "".join(BYTE_TO_CHAR[b] for b in piece.encode())
+
+    pieces = [*(BYTE_TO_CHAR[b] for b in range(256)), *(spell(a + b) for a, b in merges)]
+    tokenizer = Tokenizer(models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=[(spell(a), spell(b)) for a, b in merges]))
+    split = [pre_tokenizers.Split(Regex(WORDS), "isolated")] if in_words else []
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|end|>"])
+    return Voice(replace(LLAMA, stops=("<|end|>",)), open_vocabulary(tokenizer, name), lambda messages, **_: "", "")
+
+
+@dataclass(frozen=True)
+class Exact:
+    """A tokenizer's exact model of the law: token prefix -> its mass, and -> next token -> probability."""
+
+    ids: dict[str, Prefix]
+    mass: dict[Prefix, float]
+    next: dict[Prefix, dict[int, float]]
+
+
+def exact(voice: Voice, law: dict[str, float]) -> Exact:
+    encoded = voice.vocabulary.encode_batch(list(law))
+    ids = {text: (*some, voice.stop_ids[0]) for text, some in zip(law, encoded, strict=True)}
+    mass: dict[Prefix, float] = defaultdict(float)
+    joint: dict[Prefix, dict[int, float]] = defaultdict(lambda: defaultdict(float))
+    for text, p in law.items():
+        for k, token in enumerate(ids[text]):
+            mass[ids[text][:k]] += p
+            joint[ids[text][:k]][token] += p
+        mass[ids[text]] += p
+    return Exact(ids, mass, {prefix: {v: p / mass[prefix] for v, p in row.items()} for prefix, row in joint.items()})
+
+
+def starts(voice: Voice, ids: Sequence[int]) -> Iterator[int]:
+    at = 0
+    for i in ids:
+        yield at
+        at += len(voice.vocabulary.bytes_W[i] or b"")
+
+
+def contexts(law: dict[str, float], teacher: Voice, student: Voice, t: Exact, s: Exact) -> dict[tuple[Prefix, Prefix], float]:
+    """(teacher prefix, student prefix) at common byte boundaries -> the mass that passes there."""
+    out: dict[tuple[Prefix, Prefix], float] = defaultdict(float)
+    for text, p in law.items():
+        at_s = {at: k for k, at in enumerate(starts(student, s.ids[text]))}
+        for k, at in enumerate(starts(teacher, t.ids[text])):
+            if at in at_s:
+                out[t.ids[text][:k], s.ids[text][:at_s[at]]] += p
+    return out
+
+
+def strict(p: dict[int, float], q: dict[int, float], teacher: Voice, student: Voice) -> float:
+    """The baseline: byte strings both vocabularies have, renormalised."""
+    t = {teacher.vocabulary.bytes_W[i]: x for i, x in p.items()}  # None = the stop token
+    s = {student.vocabulary.bytes_W[i]: x for i, x in q.items()}
+    shared = {*teacher.vocabulary.bytes_W} & {*student.vocabulary.bytes_W}
+    t_sum, s_sum = (sum(x for b, x in row.items() if b in shared) for row in (t, s))
+    return sum(abs(t.get(b, 0) / t_sum - s.get(b, 0) / s_sum) for b in shared) / 2 if t_sum and s_sum else 0.0
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_floor_of_unmasked_events(world: str):
+    merges_t, merges_s, in_words = WORLDS[world]
+    law = strings()
+    assert len(law) == 5460
+    teacher, student = toy(merges_t, in_words, "teacher"), toy(merges_s, in_words, "student")
+    t, s = exact(teacher, law), exact(student, law)
+    for model in (t, s):  # T0: both are exact, string by string
+        for text in list(law)[::37]:
+            chain = math.prod(model.next[a][b[-1]] for a, b in pairwise(model.ids[text][:k] for k in range(len(model.ids[text]) + 1)))
+            assert chain == pytest.approx(law[text], rel=1e-9)
+    bridge = build(teacher, student)
+    where = list(contexts(law, teacher, student, t, s).items())
+    weight_N = torch.tensor([w for _, w in where], dtype=torch.float64)
+    weight_N /= weight_N.sum()
+    logits_NV = torch.full((len(where), len(student.vocabulary)), -2000.0, dtype=torch.float64)
+    row, ids, probs, strict_N = [], [], [], []
+    for n, ((prefix_t, prefix_s), _) in enumerate(where):
+        p, q = t.next[prefix_t], s.next[prefix_s]
+        for v, x in q.items():
+            logits_NV[n, v] = math.log(x)
+        row, ids, probs = row + [n] * len(p), [*ids, *p], [*probs, *p.values()]
+        strict_N.append(strict(p, q, teacher, student))
+    # the student at its true optimum, through the code that trains: event probabilities against the teacher's
+    E = bridge.events
+    p_NE = torch.zeros(len(where), E, dtype=torch.float64)
+    event_M = torch.from_numpy(bridge.teacher_event_W)[torch.tensor(ids)].long()
+    p_NE.index_put_((torch.tensor(row), event_M), torch.tensor(probs, dtype=torch.float64), accumulate=True)
+    said = bridge.student_event_V[[v for q in s.next.values() for v in q]]
+    used = torch.from_numpy(np.union1d(event_M.numpy(), said)).long()
+    row_M, asked_M = torch.arange(len(where)).repeat_interleave(len(used)), used.repeat(len(where))
+    q_NU = event_logprobs(logits_NV, logits_NV.logsumexp(-1), row_M, asked_M, bridge).exp().reshape(len(where), -1)
+    torch.testing.assert_close(q_NU.sum(-1), torch.ones(len(where), dtype=torch.float64))
+    events = float(weight_N @ (p_NE[:, used] - q_NU).abs().sum(-1)) / 2
+    baseline = float(weight_N @ torch.tensor(strict_N, dtype=torch.float64))
+    assert events == pytest.approx(FLOORS[world][0], abs=1e-4)
+    assert baseline == pytest.approx(FLOORS[world][1], abs=1e-4)
+    assert events < (1e-12 if world == "same" else baseline)
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(json.dumps(golden_values(), indent=1) + "\n")

@@ -1,0 +1,128 @@
+"""One number with its interval; and who may see which question, for ever."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from persea.chat import Conversation, Effort, Finish
+from persea.corpus import Prompt
+from persea.measure import Item, Score, Skill, Split, Verdict, draw, grade, score, split_of, wilson
+
+
+def item(question: str, reference: str = "", language: str = "en") -> Item:
+    return Item(Prompt(f"id {question}", Conversation.ask(question), "echo", language), reference or question)
+
+
+def make(number: int) -> tuple[str, Item]:
+    """500 questions, many numbers each."""
+    question = f"What is {number % 500}?"
+    return question, item(question)
+
+
+ECHO = Skill("echo", ("en", "th"), lambda split, n, seed: draw(make, split, n, seed),
+             lambda i, answer: Verdict.MALFORMED if not answer else Verdict.RIGHT if answer == i.reference else Verdict.WRONG)
+
+
+@pytest.mark.parametrize(("right", "n", "low", "high"), [
+    (0, 10, .0000, .2775), (5, 10, .2366, .7634), (10, 10, .7225, 1.0000), (50, 100, .4038, .5962),
+    (81, 263, .2553, .3662), (15, 148, .0624, .1605), (0, 20, .0000, .1611), (1, 29, .0061, .1718)])  # the last four: Newcombe 1998
+def test_wilson_as_published(right: int, n: int, low: float, high: float):
+    assert wilson(right, n) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_wilson_of_nothing_knows_nothing():
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+@given(n=st.integers(1, 10**6), share=st.floats(0, 1))
+def test_wilson_holds_the_share_and_shrinks(n: int, share: float):
+    right = round(n * share)
+    low, high = wilson(right, n)
+    assert 0 <= low <= right / n + 1e-12
+    assert right / n <= high + 1e-12
+    assert high <= 1
+    assert low < high
+    assert wilson(n - right, n) == pytest.approx((1 - high, 1 - low))
+    few, many = wilson(right, n), wilson(4 * right, 4 * n)
+    assert many[1] - many[0] < few[1] - few[0]
+
+
+@pytest.mark.parametrize(("question", "split"), [  # from published SHA-256 values: first byte * 100 // 256
+    ("hello", Split.GROW), ("foo", Split.GROW), ("123456", Split.GROW), ("", Split.AUDITION), ("abc", Split.TEACH), ("test", Split.TEACH),
+    ("The quick brown fox jumps over the lazy dog", Split.TEACH), ("bar", Split.TEST)])
+def test_a_question_stays_in_its_split_for_ever(question: str, split: Split):
+    assert split_of(question) is split
+
+
+def test_the_shares_of_the_splits():
+    counts = Counter(split_of(f"question {k} มี {k * k}") for k in range(20_000))
+    shares = {s: counts[s] / 200 for s in Split}
+    assert shares == pytest.approx({Split.GROW: 60, Split.TEACH: 26, Split.AUDITION: 6, Split.TEST: 8}, abs=1)
+
+
+def test_draw_gives_different_items_of_one_split():
+    drawn = {s: draw(make, s, 20, 3) for s in Split}
+    for split, items in drawn.items():
+        questions = [i.prompt.conversation.messages[-1].text for i in items]
+        assert len(set(questions)) == len(questions) == 20
+        assert {split_of(q) for q in questions} == {split}
+
+
+def test_draw_is_the_same_every_time_and_another_with_another_seed():
+    assert draw(make, Split.GROW, 50, 1) == draw(make, Split.GROW, 50, 1)
+    assert draw(make, Split.GROW, 50, 1)[:20] == draw(make, Split.GROW, 20, 1)  # more items = the same and then others
+    assert draw(make, Split.GROW, 50, 1) != draw(make, Split.GROW, 50, 2)
+
+
+def test_draw_keeps_the_first_item_of_a_question():
+    """六百二十七 is drawn as Chinese or as Japanese; which one must not depend on how many are drawn."""
+    def numbered(number: int) -> tuple[str, Item]:
+        return str(number % 50), Item(Prompt(str(number), Conversation.ask(str(number % 50)), "echo", "en"), "")
+
+    few, many = draw(numbered, Split.GROW, 5, 0), draw(numbered, Split.GROW, 500, 0)
+    assert few == many[:5]
+    assert [i.prompt.id for i in few] == [str(k * 1_000_003) for k in range(20) if split_of(str(k * 1_000_003 % 50)) is Split.GROW][:5]
+
+
+def test_draw_of_a_small_space_ends_with_all_of_it():
+    everything = {make(k)[0] for k in range(500)}
+    drawn = {s: {i.prompt.conversation.messages[-1].text for i in draw(make, s, 500, 0)} for s in Split}
+    assert set().union(*drawn.values()) == everything
+    assert sum(map(len, drawn.values())) == 500
+    assert draw(make, Split.TEST, 0, 0) == ()
+
+
+def test_grade_counts_only_answers_that_stopped():
+    items = [item(q) for q in "abcdef"]
+    finishes = [Finish.STOP, Finish.STOP, Finish.STOP, Finish.LENGTH, Finish.MALFORMED, Finish.REFUSED]
+    results = grade(ECHO, items, list(zip(("a", "x", "", "d", "e", "f"), finishes, strict=True)))
+    assert [r.verdict for r in results] == [Verdict.RIGHT, Verdict.WRONG, *[Verdict.MALFORMED] * 4]
+    assert [r.item for r in results] == items
+    assert [(r.answer, r.finish) for r in results] == list(zip(("a", "x", "", "d", "e", "f"), finishes, strict=True))
+
+
+def test_grade_wants_one_answer_an_item():
+    with pytest.raises(ValueError, match="shorter"):
+        grade(ECHO, [item("a"), item("b")], [("a", Finish.STOP)])
+
+
+def test_score_of_all_and_of_one_language():
+    items = [item("a"), item("b"), item("c", language="th"), item("d", language="th"), item("e", language="th")]
+    results = grade(ECHO, items, [("a", Finish.STOP), ("b", Finish.STOP), ("c", Finish.STOP), ("x", Finish.STOP), ("e", Finish.LENGTH)])
+    assert score("me", "echo", results, Effort.LOW) == Score("me", "echo", "", Effort.LOW, 3 / 5, 5, *wilson(3, 5))
+    assert score("me", "echo", results, Effort.LOW, "th") == Score("me", "echo", "th", Effort.LOW, 1 / 3, 3, *wilson(1, 3))
+    assert score("me", "echo", results, Effort.LOW, "vi") == Score("me", "echo", "vi", Effort.LOW, 0.0, 0, 0.0, 1.0)
+
+
+def test_scores_and_results_are_json():
+    results = grade(ECHO, [item("a")], [("x", Finish.STOP)])
+    assert json.loads(json.dumps(results[0].to_json())) == {
+        "id": "id a", "language": "en", "question": "a", "reference": "a", "answer": "x", "finish": "stop", "verdict": "wrong"}
+    assert json.loads(json.dumps(score("me", "echo", results, Effort.NONE).to_json())) == {
+        "speaker": "me", "skill": "echo", "language": "", "effort": "none", "value": 0.0, "n": 1,
+        "low": 0.0, "high": pytest.approx(wilson(0, 1)[1])}

@@ -1,0 +1,205 @@
+"""The whole river on the saplings, in processes of its own: once, again, from the middle, killed, changed, verb by verb."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_cli import STAGES, TINY, flowed, flowed_copy, persea, recipe, start, tree
+
+from persea import store
+
+FILES = {
+    "check": {"check.json"}, "capture": {"summary.json"}, "evaluate": {"evaluation.json", "examples.jsonl"}, "lineage": {"lineage.json"},
+    "audition": {"cast.json", *(f"{t}.{s}.jsonl" for t in ("qwen-sapling", "gemma-sapling", "gpt-oss-sapling")
+                                for s in ("languages", "code", "reasoning"))},
+    "train": {"metrics.jsonl", "feed.json", "student/model.safetensors", "student/config.json", "student/tokenizer.json",
+              "student/tokenizer_config.json", "student/chat_template.jinja", "student/generation_config.json"},
+    "report": {"report.json", "index.html", "README.md"}}
+
+
+def told(err: str) -> dict[str, str]:
+    """stage -> "stands" or "worked", from what the run said."""
+    return {stage: "stands" if f"{stage:>9} 100% stands" in err else "worked" for stage in STAGES if f"{stage:>9} " in err}
+
+
+def times(folder: Path) -> dict[str, int]:
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name != "lock"}
+
+
+def student(folder: Path) -> str:
+    return store.digest_file(folder / "run" / "train" / "student" / "model.safetensors")
+
+
+def without_clocks(files: dict[str, bytes]) -> dict[str, object]:
+    """File contents of a run folder, without what a clock or a process id wrote."""
+    out: dict[str, object] = {}
+    for name, data in files.items():
+        if name.endswith(".pt") or name == "lock" or name.startswith("report/"):
+            continue  # a checkpoint and the page hold seconds
+        if name.endswith(("done.json", "metrics.jsonl")) or "checkpoints" in name:
+            lines: list[dict[str, Any]] = [json.loads(line) for line in data.splitlines()] if name.endswith(".jsonl") else [json.loads(data)]
+            for line in lines:
+                for key in ("seconds", "state", "metrics", "outputs"):
+                    line.pop(key, None)
+            out[name] = lines if "evaluate" not in name and "lineage" not in name and "report" not in name else None
+        else:
+            out[name] = data
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole() -> Path:
+    """The folder of the whole run, made once; tests look and do not touch."""
+    folder, ended = flowed()
+    assert ended.code == 0, ended.err
+    return folder
+
+
+def test_a_run_ends_with_the_table_and_the_files_of_every_stage(whole: Path) -> None:
+    _, ended = flowed()
+    assert told(ended.err) == dict.fromkeys(STAGES, "worked")
+    head, *rows = [line.split() for line in ended.out.splitlines()]
+    assert head == ["skill", "student", "base", "qwen-sapling", "gemma-sapling", "gpt-oss-sapling", "kept"]
+    assert [row[0] for row in rows if re.fullmatch(r"[a-z]+( per byte)?( \d\.\d\d\*?){5}( \d+%| -)?", " ".join(row))] == [
+        "languages", "code", "reasoning", "bits"]
+    assert all(any(cell.endswith("*") for cell in row) for row in rows if row[0] in TINY["audition"]["pinned"])
+    assert ended.out.endswith("page     run/report/index.html\nstudent  run/train/student\n")
+    for stage, names in FILES.items():
+        record = json.loads((whole / "run" / stage / "done.json").read_text())
+        assert names <= record["outputs"].keys(), stage
+        assert all(store.digest_file(whole / "run" / stage / name) == sha for name, sha in record["outputs"].items())
+    assert len(list((whole / "run" / "capture" / "units").iterdir())) == len(list((whole / "run" / "capture" / "commits").iterdir())) == 9
+    assert not list((whole / "run").rglob(".*"))
+
+
+def test_a_second_run_skips_everything_and_touches_nothing(whole: Path) -> None:
+    before = times(whole / "run")
+    begin = time.monotonic()
+    ended = persea("run", "tiny.yaml", "--out", "run", folder=whole)
+    assert ended.code == 0
+    assert told(ended.err) == dict.fromkeys(STAGES, "stands")
+    assert times(whole / "run") == before
+    assert ended.out == flowed()[1].out
+    assert time.monotonic() - begin < 20
+
+
+def test_a_stage_that_was_deleted_is_made_again_with_what_follows(tmp_path: Path) -> None:
+    run = flowed_copy(tmp_path, *STAGES) / "run"
+    shutil.rmtree(run / "evaluate")
+    before = times(run)
+    ended = persea("run", "tiny.yaml", "--out", "run", folder=tmp_path)
+    assert told(ended.err) == dict.fromkeys(STAGES, "stands") | {"evaluate": "worked"}  # the same evaluation: the same report
+    assert {n: t for n, t in times(run).items() if n in before} == before
+    assert (run / "evaluate" / "evaluation.json").read_bytes() == (flowed()[0] / "run" / "evaluate" / "evaluation.json").read_bytes()
+
+
+def test_an_evaluation_of_other_items_makes_what_follows_again(tmp_path: Path) -> None:
+    run = flowed_copy(tmp_path, *STAGES) / "run"
+    before = times(run / "train") | times(run / "capture")
+    ended = persea("run", "tiny.yaml", "--out", "run", "--set", "evaluation.max_new_tokens=40", folder=tmp_path)
+    assert ended.code == 0
+    assert told(ended.err) == {s: "worked" if s in ("evaluate", "lineage", "report") else "stands" for s in STAGES}
+    assert times(run / "train") | times(run / "capture") == before
+    assert "max_new_tokens: 40" in (run / "recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize(("verb", "change"), [("run", "training.steps=9"), ("train", "training.learning_rate=1e-4")])
+def test_a_finished_student_is_never_overwritten_by_another_recipe(tmp_path: Path, verb: str, change: str) -> None:
+    run = flowed_copy(tmp_path, *STAGES) / "run"
+    before = tree(run)
+    ended = persea(verb, "tiny.yaml", "--out", "run", "--set", change, folder=tmp_path)
+    assert ended.code == 4
+    assert "a student of another recipe, base or capture stands here -> give this run another --out, or delete" in ended.err
+    assert ended.err.count("persea: ") == 1
+    assert {n: d for n, d in tree(run).items() if n != "lock"} == before  # recipe.yaml too
+
+
+@pytest.mark.parametrize("changes", [{"student": TINY["student"] | {"adapt": "lora", "lora": {"rank": 2, "alpha": 4}}},
+                                     {"student": {"model": TINY["teachers"][0]["model"]}}], ids=["lora", "base"])
+def test_another_student_is_another_training(tmp_path: Path, changes: dict[str, Any]) -> None:
+    flowed_copy(tmp_path, "audition", "capture", "train")
+    ended = persea("train", recipe(tmp_path, **changes), "--out", "run", folder=tmp_path)
+    assert ended.code == 4, ended.err
+
+
+def test_the_shape_of_the_adapters_is_part_of_the_training(tmp_path: Path) -> None:
+    flowed_copy(tmp_path, "audition", "capture")
+    lora = TINY["student"] | {"adapt": "lora", "lora": {"rank": 2, "alpha": 4}}
+    made = [persea("train", recipe(tmp_path, student=lora), "--out", "run", folder=tmp_path).code]
+    made.append(persea("train", recipe(tmp_path, student=lora | {"lora": {"rank": 2, "alpha": 8}}), "--out", "run", folder=tmp_path).code)
+    assert made == [0, 4]
+
+
+def test_killed_while_it_trains_it_goes_on_to_the_same_student(tmp_path: Path) -> None:
+    run = flowed_copy(tmp_path, "check", "audition", "capture") / "run"
+    for words in ("train  12%", "train  50%", "train  88%"):  # before the first checkpoint, between two, before the last
+        running = start("run", "tiny.yaml", "--out", "run", folder=tmp_path)
+        running.signal_when(words, signal.SIGKILL)
+        assert running.wait().code == -signal.SIGKILL
+        assert not (run / "train" / "done.json").exists()
+    (run / "train" / ".half.jsonl.1.tmp").write_text("what a killed writer leaves")
+    ended = persea("run", "tiny.yaml", "--out", "run", folder=tmp_path)
+    assert ended.code == 0, ended.err
+    assert student(tmp_path) == student(flowed()[0])
+    assert without_clocks(tree(run)) == without_clocks(tree(flowed()[0] / "run"))
+    assert not list(run.rglob(".*"))
+
+
+def test_each_stage_by_its_own_verb_is_the_whole(tmp_path: Path) -> None:
+    path = recipe(tmp_path)
+    for stage in STAGES:
+        ended = persea(stage, path, "--out", "run", folder=tmp_path)
+        assert ended.code == 0, ended.err
+        assert told(ended.err) == {stage: "worked"}
+    assert without_clocks(tree(tmp_path / "run")) == without_clocks(tree(flowed()[0] / "run"))
+    assert ended.out == flowed()[1].out
+
+
+def test_a_lost_unit_is_named_and_asked_again_alone(tmp_path: Path) -> None:
+    run = flowed_copy(tmp_path, "check", "audition", "capture") / "run"
+    before, lost = times(run / "capture"), sorted((run / "capture" / "units").iterdir())[4]
+    data = lost.read_bytes()
+    lost.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    ended = persea("run", "tiny.yaml", "--out", "run", folder=tmp_path)
+    assert ended.code == 3
+    record = run / "capture" / "commits" / f"{lost.stem}.json"
+    assert f"{lost.relative_to(tmp_path)}: its bytes do not match the committed sha256 -> delete {record.relative_to(tmp_path)} and" in ended.err
+    record.unlink()  # what the message says
+    ended = persea("capture", "tiny.yaml", "--out", "run", folder=tmp_path)
+    assert ended.code == 0
+    assert lost.read_bytes() == data
+    changed = {n for n, t in times(run / "capture").items() if before.get(n) != t}
+    assert changed == {f"units/{lost.name}", f"commits/{record.name}", "summary.json", "done.json"}
+
+
+def test_a_student_that_was_damaged_is_written_again(tmp_path: Path) -> None:
+    run = flowed_copy(tmp_path, *STAGES) / "run"
+    whole = student(tmp_path)
+    (run / "train" / "student" / "model.safetensors").write_bytes(b"broken")
+    ended = persea("train", "tiny.yaml", "--out", "run", folder=tmp_path)
+    assert ended.code == 0, ended.err
+    assert student(tmp_path) == whole
+
+
+@pytest.mark.parametrize("record", ["[]", "{}", '{"key": 1}', '{"key": "x", "outputs": 3}', "{"])
+def test_a_broken_record_of_a_stage_is_data_that_does_not_match(tmp_path: Path, record: str) -> None:
+    (flowed_copy(tmp_path, "check") / "run" / "check" / "done.json").write_text(record)
+    ended = persea("check", "tiny.yaml", "--out", "run", folder=tmp_path)
+    assert ended.code == 3
+    assert "run/check/done.json: not" in ended.err
+    assert "Traceback" not in ended.err
+
+
+
+
+
+def test_a_run_in_a_folder_with_the_name_of_a_stages_inside_records_its_outputs(tmp_path: Path) -> None:
+    ended = persea("check", recipe(tmp_path), "--out", tmp_path / "units" / "checkpoints", "--json", folder=tmp_path)
+    assert json.loads(ended.out)["outputs"].keys() == {"check.json"}

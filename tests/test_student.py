@@ -1,0 +1,160 @@
+"""The student's logits end with its vocabulary, and what is saved is what was trained, whole or with adapters."""
+
+from __future__ import annotations
+
+import re
+import resource
+from copy import deepcopy
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+import torch
+from test_cli import warm
+from test_engines import NAMES, SAPLINGS, opened
+
+from persea.chat import Conversation, Text
+from persea.errors import DataError, StorageError
+from persea.models import Source, open_model, open_voice
+from persea.student import Lora, Student, open_student
+
+LORA = Lora(4, 8, ("q_proj", "v_proj"))
+
+
+def student(name: str = "llama-sapling", lora: Lora | None = None, seed: int = 0) -> Student:
+    return open_student(Source(str(SAPLINGS / name)), opened(name)[0], lora, seed)
+
+
+def spoken(one: Student) -> tuple[torch.Tensor, ...]:
+    """ids, mask, row, at of two answers of different length, right padded."""
+    texts = ("Two.", "One hundred and twenty-three, in words.")
+    tokens = [one.voice.render(Conversation.ask(f"question {k}").answered(Text(t))) for k, t in enumerate(texts)]
+    ids = torch.zeros((2, max(map(len, tokens))), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for k, t in enumerate(tokens):
+        ids[k, :len(t)], mask[k, :len(t)] = torch.from_numpy(t.ids_T), 1
+    row, at = zip(*((k, n - 1) for k, t in enumerate(tokens) for n in range(len(t)) if t.learn_T[n]), strict=True)
+    return ids, mask, torch.tensor(row), torch.tensor(at)
+
+
+def shake(one: Student) -> None:
+    """Some training: every weight that may change does."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in one.trained:
+            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_stand_where_they_were_asked_for(name: str) -> None:
+    one = student(name)
+    ids, mask, row, at = spoken(one)
+    with torch.inference_mode():
+        logits = one.logits(ids, mask, row, at)
+        assert logits.shape == (len(row), len(one.voice.vocabulary))
+        assert logits.dtype == torch.float32
+        for k in (0, 1):
+            alone = one.model(input_ids=ids[k:k + 1, :int(mask[k].sum())]).logits[0]
+            assert torch.allclose(logits[row == k], alone[at[row == k], :len(one.voice.vocabulary)], atol=1e-4)
+
+
+def test_logits_of_padded_rows_are_cut_off() -> None:
+    one = student()
+    model = deepcopy(one.model)
+    model.resize_token_embeddings(len(one.voice.vocabulary) + 37, mean_resizing=False)
+    wide = Student(model, one.voice, one.source)
+    assert model.get_output_embeddings().weight.shape[0] == len(one.voice.vocabulary) + 37
+    asked = spoken(one)
+    with torch.inference_mode():
+        assert torch.allclose(wide.logits(*asked), one.logits(*asked), atol=1e-5)
+        assert wide.logits(*asked).shape[1] == len(one.voice.vocabulary)
+
+
+def test_in_full_every_weight_learns_and_with_adapters_only_they_do() -> None:
+    full, adapted = student(), student(lora=LORA)
+    assert sum(p.numel() for p in full.trained) == sum(p.numel() for p in full.model.parameters())
+    layers = full.model.config.num_hidden_layers
+    assert len(adapted.trained) == layers * len(LORA.targets) * 2
+    assert all(LORA.rank in p.shape for p in adapted.trained)
+    asked = spoken(full)
+    with torch.inference_mode():
+        assert torch.allclose(full.logits(*asked), adapted.logits(*asked), atol=1e-5)  # an adapter begins as nothing
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_was_saved_is_what_was_trained(tmp_path: Path, name: str, lora: Lora | None) -> None:
+    one = student(name, lora)
+    asked = spoken(one)
+    with torch.inference_mode():
+        before = one.logits(*asked)
+    shake(one)
+    with torch.inference_mode():
+        logits = one.logits(*asked)
+    assert (logits - before).abs().max() > 0.01
+    one.save(tmp_path / "student")
+    source = Source(str(tmp_path / "student"))
+    voice = open_voice(source, "student")
+    assert voice.digest == one.voice.digest
+    again = Student(open_model(source, voice, "student"), voice, source)
+    with torch.inference_mode():
+        saved = again.logits(*asked)
+    assert torch.equal(saved, logits) if lora is None else torch.allclose(saved, logits, atol=1e-4)
+    assert not any("lora" in n for n, _ in again.model.named_parameters())
+    with torch.inference_mode():
+        assert torch.equal(one.logits(*asked), logits)  # saving changed nothing
+
+
+def test_saving_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    one = student(lora=LORA)
+    shake(one)
+    for name in ("a", "b"):
+        one.save(tmp_path / name)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == {p.name: p.read_bytes() for p in (tmp_path / "b").iterdir()}
+
+
+def test_adapters_begin_at_random_by_the_seed_and_by_nothing_else() -> None:
+    torch.manual_seed(1)
+    one = student(lora=LORA, seed=7)
+    torch.manual_seed(2)
+    same, other = student(lora=LORA, seed=7), student(lora=LORA, seed=8)
+    assert all(torch.equal(a, b) for a, b in zip(one.trained, same.trained, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(one.trained, other.trained, strict=True))
+
+
+@pytest.mark.parametrize("targets", [("nowhere_proj",), ("",)])
+def test_adapters_on_projections_that_are_not_there_are_refused(targets: tuple[str, ...]) -> None:
+    with pytest.raises(DataError, match=r"student\.lora\.targets: .* -> name projections this model has") as caught:
+        student(lora=Lora(4, 8, targets))
+    assert caught.value.exit_code == 3
+    assert "\n" not in str(caught.value)
+
+
+def save_where_files_stay_small(folder: Path, pipe: Connection) -> None:
+    """In a child: no file may grow beyond 1 MB, as on a disk that is nearly full."""
+    one = student()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+    try:
+        one.save(folder)
+    except StorageError as error:
+        pipe.send((error.exit_code, str(error)))
+    else:
+        pipe.send((0, "written"))
+
+
+def test_a_disk_too_full_for_the_student_is_a_storage_error(tmp_path: Path) -> None:
+    mine, childs = warm().Pipe(duplex=False)
+    child = warm().Process(target=save_where_files_stay_small, args=(tmp_path / "student", childs))
+    child.start()
+    assert mine.poll(120)
+    code, words = mine.recv()
+    child.join(60)
+    assert (code, child.exitcode) == (6, 0), words
+    assert re.search(r"student: cannot write the student: .*File too large.* -> free space, then run again", words)
+
+
+def test_the_tokenizer_of_the_student_is_the_one_it_came_with(tmp_path: Path) -> None:
+    one = student("gemma-sapling")
+    one.save(tmp_path / "student")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / "student" / name).read_bytes() == (SAPLINGS / "gemma-sapling" / name).read_bytes()

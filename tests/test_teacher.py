@@ -1,0 +1,119 @@
+"""A teacher answers in its own voice and scores what was said; what it says first is what it finds likeliest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+import torch
+from test_engines import NAMES, engine, opened
+
+from persea.chat import Conversation, Effort, Finish, Text, Thinking
+from persea.corpus import Prompt
+from persea.engines import Engine
+from persea.errors import DataError
+from persea.measure import Split
+from persea.skills import SKILLS
+from persea.teacher import Answer, Teacher
+
+
+@dataclass
+class Scripted:
+    """An engine that says what it is told to, one answer a prompt, and notes what it was asked; it scores with a real one."""
+
+    real: Engine
+    says: list[list[int]]
+    asked: list[list[int]] = field(default_factory=list)
+
+    def generate(self, prompts: Sequence[np.ndarray], stop_ids: Sequence[int], max_new_tokens: int) -> list[np.ndarray]:
+        begin = len(self.asked)
+        self.asked += [p.tolist() for p in prompts]
+        return [np.array(ids[:max_new_tokens], np.int32) for ids in self.says[begin:begin + len(prompts)]]
+
+    def score(self, sequences: Sequence[np.ndarray], learn: Sequence[np.ndarray]) -> object:
+        return self.real.score(sequences, learn)
+
+
+def teacher(name: str, effort: Effort = Effort.NONE) -> Teacher:
+    return Teacher(name, opened(name)[0], engine(name), effort)
+
+
+def scripted(name: str, *says: list[int], effort: Effort = Effort.NONE) -> Teacher:
+    return Teacher(name, opened(name)[0], Scripted(engine(name), list(says)), effort)
+
+
+def prompts(n: int) -> list[Prompt]:
+    return [i.prompt for skill in SKILLS for i in skill.items(Split.TEST, n, 0)]
+
+
+def words(name: str, text: str, *stop: str) -> list[int]:
+    """Token ids of a text in a sapling's vocabulary, and control tokens after it."""
+    vocabulary = opened(name)[0].vocabulary
+    return [*next(iter(vocabulary.encode_batch([text]))), *(vocabulary.control[s] for s in stop)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_answers_come_in_order_and_greedy_words_are_the_likeliest_of_their_rows(name: str) -> None:
+    asked = prompts(4)
+    answers = teacher(name).answer(asked, 40)
+    assert [(a.prompt_id, a.skill, a.language, a.teacher) for a in answers] == [(p.id, p.skill, p.language, name) for p in asked]
+    assert all(a.conversation.messages[:-1] == p.conversation.messages for a, p in zip(answers, asked, strict=True))
+    whole = [a for a in answers if a.finish is Finish.STOP]
+    assert whole
+    generated = teacher(name).engine.generate([teacher(name).voice.prompt(p.conversation).ids_T for p in asked], teacher(name).voice.stop_ids, 40)
+    said = [ids for ids, a in zip(generated, answers, strict=True) if a.finish is Finish.STOP]
+    same = 0
+    for (tokens, rows), ids in zip(teacher(name).score([a.conversation for a in whole]), said, strict=True):
+        learned = tokens.ids_T[tokens.learn_T]
+        assert rows.shape == (len(learned), len(teacher(name).voice.vocabulary))
+        assert torch.allclose(rows.double().exp().sum(-1), torch.ones(len(rows), dtype=torch.float64), atol=1e-5)
+        if np.array_equal(learned, ids):  # else the model split its words as its tokenizer would not
+            assert rows.argmax(-1).tolist() == ids.tolist()
+            same += 1
+    assert same >= len(whole) / 2
+
+
+def test_the_effort_is_the_teachers_and_reaches_its_template() -> None:
+    name = "gpt-oss-sapling"
+    control = opened(name)[0].vocabulary.control
+    ids = [control["<|channel|>"], *words(name, "final"), control["<|message|>"], *words(name, "42", "<|return|>")]
+    asked, seen = prompts(1)[:1], []
+    for effort in (Effort.LOW, Effort.HIGH):
+        speaker = scripted(name, ids, effort=effort)
+        answer, = speaker.answer(asked, 40)
+        assert (answer.conversation.effort, answer.text, answer.finish) == (effort, "42", Finish.STOP)
+        seen.append(speaker.engine.asked)
+    assert seen[0] != seen[1]
+    assert seen[1] == [opened(name)[0].prompt(replace(asked[0].conversation, effort=Effort.HIGH)).ids_T.tolist()]
+
+
+def test_an_answer_that_is_cut_or_malformed_says_so() -> None:
+    llama, oss = "llama-sapling", "gpt-oss-sapling"
+    control = opened(oss)[0].vocabulary.control
+    speaker = scripted(llama, words(llama, "whole", "<|eot_id|>"), words(llama, "cut "), words(llama, "odd", "<|begin_of_text|>", "<|eot_id|>"),
+                       words(llama, "", "<|eot_id|>"))
+    answers = speaker.answer([*prompts(1), prompts(2)[1]], 40)
+    assert [(a.finish, a.text) for a in answers] == [(Finish.STOP, "whole"), (Finish.LENGTH, "cut "), (Finish.MALFORMED, ""), (Finish.STOP, "")]
+    thinks = [control["<|channel|>"], *words(oss, "analysis"), control["<|message|>"], *words(oss, "hm", "<|end|>"), control["<|return|>"]]
+    answer, = scripted(oss, thinks).answer(prompts(1)[:1], 40)
+    assert answer.finish is Finish.MALFORMED
+
+
+def test_an_answer_comes_back_from_json() -> None:
+    asked = Conversation.ask("q", system="s", effort=Effort.HIGH)
+    for finish in Finish:
+        answer = Answer("id", "t", "code", "vi", asked.answered(Thinking("hm"), Text("ありがとう")), finish)
+        assert Answer.from_json(answer.to_json()) == answer
+        assert answer.text == "ありがとう"
+
+
+def test_a_prompt_that_the_template_refuses_is_named() -> None:
+    def refuse(*arguments: object, **switches: object) -> str:
+        raise DataError("the template refuses this", where="qwen", remedy="ask otherwise")
+
+    speaker = scripted("qwen-sapling", [1])
+    speaker = replace(speaker, voice=replace(speaker.voice, template=refuse))
+    with pytest.raises(DataError, match=r"qwen, prompt the-third: the template refuses this -> ask otherwise"):
+        speaker.answer([replace(prompts(1)[0], id="the-third")], 4)

@@ -1,0 +1,383 @@
+"""Stopped, killed or left alone, a training ends with the same bits; nothing broken is resumed from and nothing infinite applied."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_cli import flowed, flowed_copy, persea, start, warm
+
+from persea import store
+from persea.errors import DataError, Refused, Stopped
+from persea.train import Settings, rate, train
+
+SETTINGS = Settings(steps=12, learning_rate=0.05, warmup=3, weight_decay=0.01, clip=1.0, checkpoint_every=3, log_every=2, seed=5)
+
+
+@dataclass(frozen=True)
+class Out:
+    loss: torch.Tensor
+    positions: int = 7
+    terms: Mapping[str, float] = field(default_factory=lambda: {"events": 1.0})
+
+
+class Toy:
+    """A quadratic valley, another one each step, seen through dropout."""
+
+    def __init__(self) -> None:
+        self.parameters = [torch.nn.Parameter(torch.linspace(-1, 1, 24).reshape(4, 6)), torch.nn.Parameter(torch.ones(5))]
+        self.steps: list[int] = []
+
+    def loss_of(self, step: int) -> tuple[Out, Mapping[str, float]]:
+        self.steps.append(step)
+        target = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+        seen = torch.nn.functional.dropout(self.parameters[0], 0.3)
+        return Out(((seen - target) ** 2).mean() + (self.parameters[1] ** 2).sum()), {"qwen": 3.0, "gemma": 1.0 + step}
+
+
+Change = Callable[[int, Out], Out | None]
+
+
+def run(folder: Path, settings: Settings = SETTINGS, key: str = "key", change: Change = lambda step, out: None, toy: Toy | None = None) -> Toy:
+    """Train a toy; `change` may do something at a step, or put another loss in the place of its loss."""
+    toy = toy or Toy()
+
+    def loss_of(step: int) -> tuple[Out, Mapping[str, float]]:
+        out, share = toy.loss_of(step)
+        return change(step, out) or out, share
+
+    train(toy.parameters, loss_of, settings, folder, key)
+    return toy
+
+
+def ended(folder: Path) -> dict[str, Any]:
+    """Everything a training left, without its clock: weights, optimiser, metrics, names of checkpoints."""
+    last = sorted((folder / "checkpoints").glob("*.pt"))[-1]
+    state = torch.load(last, weights_only=True)
+    state.pop("seconds")
+    flat = {f"optimizer {k} {name}": v for k, moments in state["optimizer"]["state"].items() for name, v in moments.items()}
+    flat |= {f"parameter {k}": p for k, p in enumerate(state["parameters"])}
+    return {"step": state["step"], "positions": state["positions"], "metrics": metrics(folder),
+            "files": sorted(p.name for p in (folder / "checkpoints").iterdir())} | {k: v.numpy().tobytes() for k, v in flat.items()}
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run(folder)
+    return ended(folder)
+
+
+# --- what one training leaves ---
+
+
+def test_it_learns_and_writes_its_metrics(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:
+    toy = run(tmp_path)
+    assert toy.steps == list(range(12))
+    assert ended(tmp_path) == uninterrupted
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
+    assert [line["positions"] for line in lines] == [14, 28, 42, 56, 70, 84]
+    assert [line["learning_rate"] for line in lines] == [rate(k - 1, SETTINGS) for k in (2, 4, 6, 8, 10, 12)]
+    assert all(line["terms"] == {"events": 1.0} for line in lines)
+    assert lines[1]["share"] == {"qwen": 3 / 7, "gemma": 4 / 7}
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert toy.parameters[1].detach().square().sum() < 5
+
+
+def test_it_is_adam_with_the_clipped_gradient_and_the_rate_of_the_step(tmp_path: Path) -> None:
+    plain = replace(SETTINGS, clip=0.5)
+    one, other = run(tmp_path, plain), Toy()
+    optimizer = torch.optim.AdamW(other.parameters, betas=(0.9, 0.98), weight_decay=0.01)
+    for step in range(12):
+        optimizer.param_groups[0]["lr"] = rate(step, plain)
+        torch.manual_seed((5 << 31) + step)
+        optimizer.zero_grad()
+        other.loss_of(step)[0].loss.backward()
+        norm = torch.sqrt(sum((p.grad ** 2).sum() for p in other.parameters))
+        assert norm > 0.5 or step > 0  # it is clipped at all
+        for p in other.parameters:
+            p.grad *= min(1.0, 0.5 / (float(norm) + 1e-6))
+        optimizer.step()
+    for a, b in zip(one.parameters, other.parameters, strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_only_the_newest_two_checkpoints_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-00000001.pt").write_bytes(b"of a killed run: its record was never written")
+    run(tmp_path)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        f"step-{step:08d}.{kind}" for step in (9, 12) for kind in ("json", "jsonl", "pt")]
+
+
+def test_a_training_that_is_done_does_nothing(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:
+    first = run(tmp_path)
+    again = run(tmp_path)
+    assert again.steps == []
+    assert ended(tmp_path) == uninterrupted
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters, again.parameters, strict=True))
+
+
+@given(st.integers(1, 400), st.integers(0, 100), st.floats(1e-6, 1))
+def test_the_rate_rises_then_falls_to_a_tenth(steps: int, warmup: int, top: float) -> None:
+    settings = replace(SETTINGS, steps=steps, warmup=warmup, learning_rate=top)
+    rates = [rate(k, settings) for k in range(steps + 1)]
+    assert all(0 < r <= top * (1 + 1e-9) for r in rates)
+    rising, falling = rates[:warmup], rates[max(0, warmup - 1):]
+    assert all(b > a for a, b in itertools.pairwise(rising))
+    assert all(b <= a for a, b in itertools.pairwise(falling))
+    if 0 < warmup <= steps:
+        assert rates[0] == pytest.approx(top / warmup)
+        assert rates[warmup - 1] == pytest.approx(top)
+    if warmup < steps:
+        assert rates[steps] == pytest.approx(top / 10)
+        assert rate(warmup, settings) == pytest.approx(top)
+        if (steps - warmup) % 2 == 0:
+            assert rate((steps + warmup) // 2, settings) == pytest.approx(0.55 * top)
+
+
+# --- signals ---
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("at", [0, 4, 5, 10])
+def test_a_signal_saves_the_step_and_the_rest_goes_on_from_it(
+        tmp_path: Path, uninterrupted: dict[str, Any], number: signal.Signals, at: int) -> None:
+    before = signal.getsignal(number)
+    first = Toy()
+    with pytest.raises(Stopped, match=rf"stopped by {number.name}; step {at + 1} is saved -> the same command goes on") as caught:
+        run(tmp_path, change=lambda step, out: os.kill(os.getpid(), number) if step == at else None, toy=first)
+    assert caught.value.exit_code == 128 + number
+    assert first.steps == list(range(at + 1))
+    assert signal.getsignal(number) is before
+    assert run(tmp_path).steps == list(range(at + 1, 12))
+    out = ended(tmp_path)
+    assert {k: v for k, v in out.items() if k != "files"} == {k: v for k, v in uninterrupted.items() if k != "files"}
+    assert [line["step"] for line in out["metrics"]] == [2, 4, 6, 8, 10, 12]  # none twice, none missing
+
+
+def test_stopped_after_every_step_it_ends_the_same(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:
+    stops = 0
+    for _ in range(12):
+        with pytest.raises(Stopped):
+            run(tmp_path, change=lambda step, out: os.kill(os.getpid(), signal.SIGTERM))
+        stops += 1
+    run(tmp_path)
+    assert stops == 12
+    assert {k: v for k, v in ended(tmp_path).items() if k != "files"} == {k: v for k, v in uninterrupted.items() if k != "files"}
+
+
+def test_in_a_thread_signals_stay_their_owners(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:
+    thread = threading.Thread(target=run, args=(tmp_path,))
+    thread.start()
+    thread.join()
+    assert ended(tmp_path) == uninterrupted
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_the_command_line_ends_with_the_code_of_its_signal_and_goes_on_to_the_same_student(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    flowed_copy(tmp_path, "check", "audition", "capture")
+    running = start("train", "tiny.yaml", "--out", "run", folder=tmp_path)
+    running.signal_when("train  12%", number)
+    stopped = running.wait()
+    assert stopped.code == code
+    last = stopped.err.splitlines()[-1]
+    step = int(last.removeprefix(f"persea: stopped by {number.name}; step ").removesuffix(" is saved -> the same command goes on"))
+    assert 1 <= step < 8
+    assert "Traceback" not in stopped.err
+    assert (tmp_path / "run" / "train" / "checkpoints" / f"step-{step:08d}.json").is_file()
+    assert not (tmp_path / "run" / "train" / "done.json").exists()
+    assert persea("train", "tiny.yaml", "--out", "run", folder=tmp_path).code == 0
+    name = "run/train/student/model.safetensors"
+    assert store.digest_file(tmp_path / name) == store.digest_file(flowed()[0] / name)
+    assert metrics(tmp_path / "run" / "train") == metrics(flowed()[0] / "run" / "train")
+
+
+# --- SIGKILL ---
+
+
+def dies(folder: Path, call: int, before: bool) -> None:
+    """In a child: a training that kills itself right before or after its call-th write."""
+    torch.set_num_threads(1)
+    write, calls = store.publish, itertools.count()
+
+    def publish(path: Path, data: bytes) -> str:
+        mine = next(calls)
+        if before and mine == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        sha = write(path, data)
+        if mine == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return sha
+
+    store.publish = publish
+    run(folder)
+
+
+def crawls(folder: Path) -> None:
+    """In a child: a training that takes its time."""
+    torch.set_num_threads(1)
+    run(folder, change=lambda step, out: time.sleep(0.01))
+
+
+def test_killed_around_every_write_it_ends_the_same(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:
+    """Four checkpoints of four files each; `before` the first is a run that left nothing."""
+    points = list(itertools.product(range(16), (True, False)))
+    children = [(tmp_path / f"{call} {before}", warm().Process(target=dies, args=(tmp_path / f"{call} {before}", call, before)))
+                for call, before in points]
+    for _, child in children:
+        child.start()
+    for folder, child in children:
+        child.join(60)
+        assert child.exitcode == -signal.SIGKILL
+        run(folder)
+        assert ended(folder) == uninterrupted, folder.name
+    assert len(children) == 32
+
+
+def test_killed_at_any_time_it_ends_the_same(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:
+    rng, kills = random.Random(2), 0
+    for _ in range(6):
+        child = warm().Process(target=crawls, args=(tmp_path,))
+        child.start()
+        time.sleep(rng.uniform(0.02, 0.12))
+        child.kill()
+        child.join(60)
+        kills += child.exitcode == -signal.SIGKILL
+    assert kills >= 3
+    run(tmp_path)
+    assert ended(tmp_path) == uninterrupted
+
+
+# --- what is refused ---
+
+
+def infinite_loss(out: Out) -> Out:
+    return Out(out.loss * float("inf"))
+
+
+def nan_loss(out: Out) -> Out:
+    return Out(out.loss * float("nan"))
+
+
+def infinite_gradient(out: Out) -> Out:
+    """The loss is finite; the slope of a square root at zero is not."""
+    return Out(out.loss + torch.sqrt(out.loss - out.loss))
+
+
+@pytest.mark.parametrize("broken", [nan_loss, infinite_loss, infinite_gradient])
+def test_a_step_that_is_not_finite_is_refused_before_it_is_applied(tmp_path: Path, broken: Callable[[Out], Out]) -> None:
+    toy, held = Toy(), []
+
+    def change(step: int, out: Out) -> Out | None:
+        held.append([p.detach().clone() for p in toy.parameters])
+        return broken(out) if step == 4 else None
+
+    with pytest.raises(Refused, match=r"train: loss .*, gradient norm (nan|inf) at step 4: not applied -> lower training\.learning_rate") as caught:
+        run(tmp_path, change=change, toy=toy)
+    assert caught.value.exit_code == 4
+    assert len(held) == 5
+    assert all(torch.equal(a, b) and torch.isfinite(a).all() for a, b in zip(toy.parameters, held[4], strict=True))
+    assert [p.name for p in (tmp_path / "checkpoints").glob("*.pt")] == ["step-00000003.pt"]
+    assert all(torch.isfinite(p).all() for p in torch.load(tmp_path / "checkpoints" / "step-00000003.pt", weights_only=True)["parameters"])
+
+
+def test_a_batch_that_was_mended_goes_on_from_the_last_finite_checkpoint(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:
+    with pytest.raises(Refused):
+        run(tmp_path, change=lambda step, out: nan_loss(out) if step == 10 else None)
+    assert run(tmp_path).steps == [9, 10, 11]
+    assert ended(tmp_path) == uninterrupted
+
+
+def stopped_at_nine(folder: Path) -> Path:
+    """A training with checkpoints of steps 6 and 9, and no more."""
+    with pytest.raises(ZeroDivisionError):
+        run(folder, change=lambda step, out: out if step < 9 else 1 // 0)
+    return folder / "checkpoints"
+
+
+def test_a_checkpoint_of_another_key_is_refused(tmp_path: Path) -> None:
+    stopped_at_nine(tmp_path)
+    toy, before = Toy(), [p.detach().clone() for p in Toy().parameters]
+    with pytest.raises(Refused, match=r"step-00000009\.json: the checkpoint belongs to another recipe, model or capture -> .*--out") as caught:
+        run(tmp_path, key="other", toy=toy)
+    assert caught.value.exit_code == 4
+    assert toy.steps == []
+    assert all(torch.equal(a, b) for a, b in zip(toy.parameters, before, strict=True))
+
+
+def test_no_flipped_bit_is_resumed_from(tmp_path: Path) -> None:
+    files, rng, refused = sorted(stopped_at_nine(tmp_path).glob("step-00000009.*")), random.Random(0), 0
+    assert len(files) == 3
+    for k in range(150):
+        data = files[k % 3].read_bytes()
+        bit = rng.randrange(8 * len(data))
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        files[k % 3].write_bytes(flipped)
+        toy = Toy()
+        try:
+            run(tmp_path, toy=toy, change=lambda step, out: 1 // 0)  # it would resume
+        except (DataError, Refused) as error:
+            assert "step-00000009" in str(error)
+            assert toy.steps == []
+            refused += 1
+        except ZeroDivisionError:  # white space of the record
+            assert k % 3 == 0
+            assert json.loads(flipped) == json.loads(data)
+        files[k % 3].write_bytes(data)
+    assert refused >= 140
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "pt"])
+def test_no_cut_checkpoint_is_resumed_from(tmp_path: Path, kind: str) -> None:
+    path = stopped_at_nine(tmp_path) / f"step-00000009.{kind}"
+    data = path.read_bytes()
+    for size in (0, 1, len(data) // 2, len(data) - 2):
+        path.write_bytes(data[:size])
+        with pytest.raises(DataError, match="step-00000009"):
+            run(tmp_path)
+
+
+@pytest.mark.parametrize("lost", ["pt", "jsonl"])
+def test_what_the_refusal_says_works_the_checkpoint_before_goes_on(tmp_path: Path, uninterrupted: dict[str, Any], lost: str) -> None:
+    folder = stopped_at_nine(tmp_path)
+    (folder / f"step-00000009.{lost}").unlink()
+    with pytest.raises(DataError, match=r"not what was written -> delete .*step-00000009\.\*; the checkpoint before it goes on"):
+        run(tmp_path)
+    for path in folder.glob("step-00000009.*"):
+        path.unlink()
+    assert run(tmp_path).steps == list(range(6, 12))
+    assert ended(tmp_path) == uninterrupted
+
+
+def test_a_record_of_another_step_is_refused(tmp_path: Path) -> None:
+    """The state under another step's name would train some steps twice."""
+    folder = stopped_at_nine(tmp_path)
+    for kind in ("json", "jsonl", "pt"):
+        (folder / f"step-00000009.{kind}").rename(folder / f"step-00000011.{kind}")
+    with pytest.raises(DataError, match="step-00000011"):
+        run(tmp_path)
+    record = json.loads((folder / "step-00000011.json").read_text())
+    (folder / "step-00000011.json").write_text(json.dumps(record | {"step": 11}))
+    with pytest.raises(DataError, match="step-00000011"):
+        run(tmp_path)
