@@ -10,7 +10,7 @@ from typing import Any
 
 from persea import cache
 from persea.audition import Cast
-from persea.chat import Finish, Text
+from persea.chat import Finish, Text, Tokens
 from persea.corpus import Prompt
 from persea.errors import DataError, Refused
 from persea.teacher import Answer, Teacher
@@ -72,24 +72,26 @@ def _given(prompt: Prompt, teacher: Teacher) -> Answer:
 
 def _keep(unit: Unit, answers: Sequence[Answer], teacher: Teacher, folder: Path, tau: float, seed: int) -> None:
     """Score the whole answers, and publish and commit the unit."""
-    finishes = [_finish(a, teacher) for a in answers]
-    whole = [a for a, finish in zip(answers, finishes, strict=True) if finish is Finish.STOP]
+    rendered = [(a, _rendered(a, teacher)) for a in answers]
+    whole = [(a, tokens) for a, tokens in rendered if tokens is not None]
+    scored = teacher.engine.score([t.ids_T for _, t in whole], [t.learn_T for _, t in whole])
     captures = []
-    for answer, (tokens, logprobs_NW) in zip(whole, teacher.score([a.conversation for a in whole]), strict=True):
+    for (answer, tokens), logprobs_NW in zip(whole, scored, strict=True):
         rows = cache.sample_rows(logprobs_NW, tau, f"{seed} {unit.teacher} {answer.prompt_id}")
         captures.append(cache.Capture(answer, tokens, rows))
-    dropped = Counter(finish.value for finish in finishes if finish is not Finish.STOP)
+    dropped = Counter((Finish.MALFORMED if a.finish is Finish.STOP else a.finish).value for a, tokens in rendered if tokens is None)
     cache.write_unit(folder, unit.name, captures, dict(dropped))
 
 
-def _finish(answer: Answer, teacher: Teacher) -> Finish:
-    """How it ended; an answer that its own template refuses is malformed (gpt-oss' does where a text speaks of channels)."""
-    if answer.finish is Finish.STOP:
-        try:
-            teacher.voice.render(answer.conversation)
-        except DataError:
-            return Finish.MALFORMED
-    return answer.finish
+def _rendered(answer: Answer, teacher: Teacher) -> Tokens | None:
+    """A whole answer in the teacher's voice; None for one that did not stop, or that its own template refuses (gpt-oss' does
+    where a text speaks of channels): such an answer is malformed, and counted as that."""
+    if answer.finish is not Finish.STOP:
+        return None
+    try:
+        return teacher.voice.render(answer.conversation)
+    except DataError:
+        return None
 
 
 def read(units: Sequence[Unit], folder: Path) -> Iterator[cache.Capture]:

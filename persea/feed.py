@@ -58,13 +58,17 @@ class Batch:
 
 @dataclass(frozen=True)
 class Feed:
-    """Lessons in an order that depends on the seed and the step alone: batch(k) is the same whoever asks, and when."""
+    """Lessons in an order that depends on the seed and the step alone: batch(k) is the same whoever asks, and when.
+
+    too_long, unsayable  what was left out: answers past the limit, and why answers cannot be said in the student's voice
+    """
 
     lessons: tuple[Lesson, ...]
     bridges: Mapping[str, Bridge]
     size: int
     seed: int
     too_long: int
+    unsayable: tuple[str, ...] = ()
 
     def batch(self, step: int) -> Batch:
         """The batch of a step; each epoch is a new permutation of all lessons."""
@@ -91,12 +95,27 @@ def lesson(capture: Capture, voice: Voice) -> Lesson:
 
 
 def offline(captures: Iterable[Capture], voice: Voice, bridges: Mapping[str, Bridge], *, size: int, seed: int, max_tokens: int) -> Feed:
-    """Batches from captures. Answers longer than max_tokens are left out and counted, never cut."""
-    lessons = [lesson(c, voice) for c in captures]
-    kept = tuple(one for one in lessons if len(one.tokens) <= max_tokens)
+    """Batches from captures. Answers longer than max_tokens, or that the student's tokenizer or template cannot say (a
+    literal U+2581 in a SentencePiece student), are left out and counted; nothing is cut. Raises DataError where none is left.
+    """
+    kept: list[Lesson] = []
+    unsayable: list[str] = []
+    too_long = 0
+    for capture in captures:
+        try:
+            one = lesson(capture, voice)
+        except DataError as error:
+            unsayable.append(f"{capture.answer.prompt_id}: {error}")
+            continue
+        if len(one.tokens) <= max_tokens:
+            kept.append(one)
+        else:
+            too_long += 1
     if not kept:
-        raise DataError(f"none of {len(lessons)} answers has at most {max_tokens} tokens", where="training.max_tokens", remedy="raise it")
-    return Feed(kept, bridges, size, seed, len(lessons) - len(kept))
+        raise DataError(f"no answer is left: {too_long} have more than {max_tokens} tokens, {len(unsayable)} cannot be said by the student"
+                        + "".join(f" ({reason})" for reason in unsayable[:1]), where="train",
+                        remedy="raise training.max_tokens, or choose another student")
+    return Feed(tuple(kept), bridges, size, seed, too_long, tuple(unsayable))
 
 
 def _collate(lessons: Sequence[Lesson], bridges: Mapping[str, Bridge]) -> Batch:

@@ -11,7 +11,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -68,8 +68,8 @@ class Vocabulary:
 
     name: str
     backend: Tokenizer
-    bytes_W: tuple[bytes | None, ...]
-    control: Mapping[str, int]
+    bytes_W: tuple[bytes | None, ...] = field(repr=False)
+    control: Mapping[str, int] = field(repr=False)
     digest: str
     byte_level: bool
 

@@ -124,11 +124,21 @@ def test_too_long_answers_are_counted_and_left_out(voices: Voices, bridges: dict
     assert len(feed.lessons) == sum(length <= limit for length in lengths)
     assert max(len(one.tokens) for one in feed.lessons) == limit, "a lesson of just the limit stays, whole"
     assert feed.too_long == 9 - len(feed.lessons) > 0
-    with pytest.raises(DataError, match=f"none of 9 answers has at most {lengths[0] - 1} tokens") as caught:
+    with pytest.raises(DataError, match=f"no answer is left: 9 have more than {lengths[0] - 1} tokens, 0 cannot be said") as caught:
         flow(voices, bridges, 9, max_tokens=lengths[0] - 1)
-    assert caught.value.where == "training.max_tokens"
-    with pytest.raises(DataError, match="none of 0"):
+    assert "training.max_tokens" in caught.value.remedy
+    with pytest.raises(DataError, match="no answer is left: 0 have"):
         flow(voices, bridges, 0)
+
+
+def test_an_answer_the_student_cannot_say_is_left_out_with_its_reason(voices: Voices):
+    bridges = {"llama": build(voices["llama"], voices["gemma"])}
+    captures = [captured(voices["llama"], "llama", k, Conversation.ask(f"q{k}").answered(Text(text))) for k, text in enumerate(("a b", "a\u2581b"))]
+    feed = offline(captures, voices["gemma"], bridges, size=1, seed=0, max_tokens=512)
+    assert len(feed.lessons) == 1 and len(feed.unsayable) == 1
+    assert captures[1].answer.prompt_id in feed.unsayable[0] and "does not give the text back" in feed.unsayable[0]
+    with pytest.raises(DataError, match="1 cannot be said"):
+        offline(captures[1:], voices["gemma"], bridges, size=1, seed=0, max_tokens=512)
 
 
 # ---- one lesson ------------------------------------------------------------------------------------------------------

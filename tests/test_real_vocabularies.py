@@ -102,7 +102,7 @@ def test_the_river_flows_through_four_real_vocabularies(data: Path, real_of: Cal
 
     # and the student learned from all of them
     feed = json.loads((tmp_path / "run" / "train" / "feed.json").read_text())
-    assert feed == {"lessons": len(captured), "too_long": 0}
+    assert feed == {"lessons": len(captured), "too_long": 0, "unsayable": []}
     log = list(lines(tmp_path / "run" / "train" / "metrics.jsonl"))
     assert len(log) == STEPS
     taught = Counter[str]()

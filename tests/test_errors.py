@@ -1,0 +1,25 @@
+"""Every refusal is one line that says what, where and what to do, with its exit code."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from persea import errors
+
+
+@pytest.mark.parametrize(("kind", "code"), [
+    (errors.RecipeError, 2), (errors.DataError, 3), (errors.Refused, 4), (errors.TeacherError, 5), (errors.StorageError, 6),
+    (errors.EnvironmentLacks, 7)])
+def test_a_refusal_says_where_what_and_remedy(kind: type[errors.PerseaError], code: int) -> None:
+    error = kind("the door is shut", where="house:3", remedy="open it")
+    assert str(error) == "house:3: the door is shut -> open it"
+    assert (error.exit_code, error.what, error.where, error.remedy) == (code, "the door is shut", "house:3", "open it")
+    assert str(kind("alone")) == "alone"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_has_the_shells_exit_code(number: int, code: int) -> None:
+    assert errors.Stopped(number).exit_code == code
+    assert signal.Signals(number).name in str(errors.Stopped(number))
