@@ -1,6 +1,9 @@
 # make quickstart   the main job: three tiny teachers teach one student, with its own set-up
 # make test         the tests, with their own set-up (<= 6 minutes on 2 cores)
 # make lint         ruff and mypy
+# make chaos        a run killed again and again ends with the same student (about 10 minutes)
+# make results      the quickstart with three seeds (about 20 minutes)
+# make bench        what the objective costs (about 2 minutes)
 # PYTHON=python3.12 chooses the Python; TORCH_INDEX=URL takes torch from another index (README, "Installing")
 
 PYTHON ?= python3
@@ -10,7 +13,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test lint saplings clean
+.PHONY: quickstart test lint chaos results bench saplings clean
 .DELETE_ON_ERROR:
 
 .venv/persea: pyproject.toml
@@ -26,11 +29,20 @@ quickstart: .venv/persea
 	$(BIN)/persea quickstart
 
 test: .venv/persea
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: .venv/persea
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+chaos: .venv/persea
+	$(BIN)/python bench/chaos.py
+
+results: .venv/persea
+	$(BIN)/python bench/results.py
+
+bench: .venv/persea
+	$(BIN)/python bench/loss.py
 
 saplings: .venv/persea
 	$(BIN)/python saplings/grow.py

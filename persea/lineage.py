@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from persea import store
+from persea.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,11 @@ def lineage(student: Path, base: Parent, teachers: Sequence[Parent], recipe_hash
 
     Raises DataError where the student is not there.
     """
+    weights = {p.name: store.digest_file(p) for p in sorted(student.glob("*.safetensors"))}
+    if not weights:
+        raise DataError("no weights of a student", where=str(student), remedy="train first")
     return {
-        "student": {"sha256": {p.name: store.digest_file(p) for p in sorted(student.glob("*.safetensors"))}},
+        "student": {"sha256": weights},
         "base": asdict(base), "teachers": [asdict(t) for t in teachers], "recipe_hash": recipe_hash, "data": dict(data),
         "software": {name: metadata.version(name) for name in ("persea", "torch", "transformers", "tokenizers")}
         | {"python": platform.python_version()},

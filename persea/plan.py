@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from persea.errors import Refused
 from persea.measure import Split
 from persea.river import River, digest_of
-from persea.run import STAGES
+from persea.run import STAGES, Stage
 
 BYTES_PER_TOKEN = 60  # measured on the saplings' captures at tau .01: rows, tokens and text together (docs/capture.md)
 CHECKPOINTS_KEPT = 2
@@ -63,16 +64,17 @@ def plan(river: River) -> Plan:
     if disk > free:
         raise Refused(f"the run needs up to {disk / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", where=str(river.folder),
                       remedy="free space or give another --out")
-    return Plan(tuple(Cost(s.name, _state(river, s.name), work[s.name]) for s in STAGES), asked + prompts + tested, disk, free)
+    states: dict[str, str] = {}
+    for stage in STAGES:
+        states[stage.name] = _state(river, stage, states)
+    return Plan(tuple(Cost(s.name, states[s.name], work[s.name]) for s in STAGES), asked + prompts + tested, disk, free)
 
 
-def _state(river: River, name: str) -> str:
-    stage = next(s for s in STAGES if s.name == name)
-    before = [s.name for s in STAGES[:STAGES.index(stage)]]
-    needed = {"capture": ["audition"], "train": ["audition"], "evaluate": ["train"], "lineage": ["train"], "report": before}.get(name, [])
-    if not all((river.folder / n / "done.json").is_file() for n in needed):
+def _state(river: River, stage: Stage, before: Mapping[str, str]) -> str:
+    needed = {"capture": ("audition",), "train": ("capture",), "evaluate": ("train",), "lineage": ("train",), "report": tuple(before)}
+    if any(before[name] != "stands" for name in needed.get(stage.name, ())):
         return "waits"
-    return "stands" if river.stands(name, digest_of(stage.inputs(river))) else "to do"
+    return "stands" if river.stands(stage.name, digest_of(stage.inputs(river))) else "to do"
 
 
 def _weights(model: str) -> int:

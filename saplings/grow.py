@@ -63,7 +63,7 @@ class Plan:
 
 PLANS = (
     Plan("qwen-sapling", "qwen", QWEN_SPLIT, {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
-         ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"), 1000, (.84, .08, .08),
+         ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"), 1000, (.96, .02, .02),
          {"hidden": 128, "layers": 3, "heads": 4, "seed": 1}, 3400),
     Plan("gemma-sapling", "gemma", "", {"bos_token": "<bos>", "eos_token": "<end_of_turn>", "pad_token": "<pad>", "unk_token": "<unk>"},
          ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"), 900, (.08, .84, .08),

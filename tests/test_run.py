@@ -67,8 +67,8 @@ def test_a_run_ends_with_the_table_and_the_files_of_every_stage(whole: Path) -> 
     assert told(ended.err) == dict.fromkeys(STAGES, "worked")
     head, *rows = [line.split() for line in ended.out.splitlines()]
     assert head == ["skill", "student", "base", "qwen-sapling", "gemma-sapling", "gpt-oss-sapling", "kept"]
-    assert [row[0] for row in rows if re.fullmatch(r"[a-z]+( per byte)?( \d\.\d\d\*?){5}( \d+%| -)?", " ".join(row))] == [
-        "languages", "code", "reasoning", "bits"]
+    assert [row[0] for row in rows if re.fullmatch(r"[a-z/]+( \d\.\d\d\*?){5}( \d+%| -)?", " ".join(row))] == [
+        "languages", "code", "reasoning", "bits/byte"]
     assert all(any(cell.endswith("*") for cell in row) for row in rows if row[0] in TINY["audition"]["pinned"])
     assert ended.out.endswith("page     run/report/index.html\nstudent  run/train/student\n")
     for stage, names in FILES.items():
@@ -150,6 +150,22 @@ def test_killed_while_it_trains_it_goes_on_to_the_same_student(tmp_path: Path) -
     assert student(tmp_path) == student(flowed()[0])
     assert without_clocks(tree(run)) == without_clocks(tree(flowed()[0] / "run"))
     assert not list(run.rglob(".*"))
+
+
+def test_stopped_while_it_captures_it_says_so_and_goes_on(tmp_path: Path) -> None:
+    run = flowed_copy(tmp_path, "check", "audition") / "run"
+    for words, number in (("capture  11%", signal.SIGINT), ("capture  44%", signal.SIGTERM)):
+        running = start("capture", "tiny.yaml", "--out", "run", folder=tmp_path)
+        running.signal_when(words, number)
+        ended = running.wait()
+        assert ended.code == 128 + number
+        assert ended.err.splitlines()[-1] == f"persea: stopped by {number.name}; what is committed stays -> the same command goes on"
+        assert "Traceback" not in ended.err
+    kept = times(run / "capture" / "commits")
+    assert 4 <= len(kept) < 9
+    assert persea("capture", "tiny.yaml", "--out", "run", folder=tmp_path).code == 0
+    assert kept.items() <= times(run / "capture" / "commits").items()
+    assert without_clocks(tree(run / "capture")) == without_clocks(tree(flowed()[0] / "run" / "capture"))
 
 
 def test_each_stage_by_its_own_verb_is_the_whole(tmp_path: Path) -> None:
