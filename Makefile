@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is older than 3.11; say PYTHON=python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "make: this Python has no venv; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(if $(TORCH_INDEX),$(BIN)/pip install -q 'torch>=2.11,<2.14' --index-url $(TORCH_INDEX))
+	@[ -z '$(TORCH_INDEX)' ] || $(BIN)/pip install -q 'torch>=2.11,<2.14' --index-url '$(TORCH_INDEX)'
 	$(BIN)/pip install -q -e '.[dev]'
 	@touch $@
 
@@ -43,6 +43,7 @@ results: .venv/persea
 
 bench: .venv/persea
 	$(BIN)/python bench/loss.py
+	$(BIN)/python bench/help.py
 
 saplings: .venv/persea
 	$(BIN)/python saplings/grow.py

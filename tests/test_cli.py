@@ -162,15 +162,11 @@ def tree(folder: Path) -> dict[str, bytes]:
 # --- small verbs ---
 
 
-def test_help_comes_at_once() -> None:
-    seconds = [9.0]
-    while min(seconds) > 0.8 and len(seconds) < 8:  # the best of some: this machine is shared
-        begin = time.monotonic()
-        ended = command("--help", folder=ROOT)
-        seconds.append(time.monotonic() - begin)
-        assert ended.code == 0
+def test_help_names_every_verb() -> None:
+    """How quick it is depends on what it imports (next test) and on the machine: `make bench` tells."""
+    ended = command("--help", folder=ROOT)
+    assert ended.code == 0
     assert all(verb in ended.out for verb in (*STAGES, "run", "quickstart", "plan", "validate", "schema", "recipes"))
-    assert min(seconds) < 0.8
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"], ["recipes", "ls"], ["validate", "recipes/quickstart.yaml"],

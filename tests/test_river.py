@@ -1,0 +1,128 @@
+"""What a recipe's words stand for: identities that change when an answer could, questions that nobody is tested on, outputs that stand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_cli import SAPLINGS, STAGES, TINY, flowed, flowed_copy, recipe
+
+from persea import skills
+from persea.errors import DataError
+from persea.measure import Split
+from persea.recipe import load_recipe
+from persea.river import BASE, STUDENT, River, digest_of
+
+
+def river(folder: Path, *overrides: str, **sections: Any) -> River:
+    return River(load_recipe(recipe(folder, **sections), overrides), folder / "run")
+
+
+def test_a_digest_does_not_depend_on_the_order_of_keys() -> None:
+    assert digest_of({"a": 1, "b": [2, 3]}) == digest_of({"b": [2, 3], "a": 1})
+    assert len({digest_of(v) for v in ({"a": 1}, {"a": 2}, [1, 2], [2, 1], "1", 1)}) == 6
+
+
+def test_a_teachers_identity_changes_with_its_effort_and_its_files_and_not_with_its_place(tmp_path: Path) -> None:
+    one = river(tmp_path).identities
+    assert list(one) == ["qwen-sapling", "gemma-sapling", "gpt-oss-sapling"]
+    assert len(set(one.values())) == 3
+    other = river(tmp_path, "teachers.2.effort=high").identities
+    assert {n for n in one if one[n] != other[n]} == {"gpt-oss-sapling"}
+    moved = tmp_path / "elsewhere" / "qwen-sapling"
+    shutil.copytree(SAPLINGS / "qwen-sapling", moved)
+    teachers = [{"model": str(moved)}, *TINY["teachers"][1:]]
+    assert river(tmp_path, teachers=teachers).identities == one
+    for name in ("model.safetensors", "config.json"):
+        data = (moved / name).read_bytes()
+        (moved / name).write_bytes(data + b" ")
+        assert {n for n in one if one[n] != river(tmp_path, teachers=teachers).identities[n]} == {"qwen-sapling"}
+        (moved / name).write_bytes(data)
+    template = (moved / "chat_template.jinja").read_text()
+    (moved / "chat_template.jinja").write_text(template + "{# another #}")
+    assert river(tmp_path, teachers=teachers).identities["qwen-sapling"] != one["qwen-sapling"]
+
+
+def test_a_students_identity_changes_with_how_it_is_adapted(tmp_path: Path) -> None:
+    lora = {"adapt": "lora", "lora": {"rank": 2, "alpha": 4, "targets": ["q_proj"]}}
+    shapes = [{}, lora, lora | {"lora": lora["lora"] | {"rank": 4}}, lora | {"lora": lora["lora"] | {"alpha": 8}},
+              lora | {"lora": lora["lora"] | {"targets": ["v_proj"]}}]
+    assert len({river(tmp_path, student=TINY["student"] | shape).student_identity for shape in shapes}) == 5
+
+
+def test_nobody_is_taught_what_he_is_tested_on(tmp_path: Path) -> None:
+    held = river(tmp_path).items(Split.TEST)[0][1][0].prompt.conversation.messages[-1].text
+    lines = [{"prompt": held}, {"prompt": held.upper() + " "}, {"prompt": "What else?", "answer": "This."}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    corpus = river(tmp_path, corpus=[{"skill": "languages", "file": "p.jsonl"}, {"skill": "code", "generate": 5}], audition={}).corpus
+    assert [p.skill for p in corpus.prompts] == ["languages"] + ["code"] * 5
+    assert (corpus.prompts[0].conversation.messages[-1].text, corpus.prompts[0].answer) == ("What else?", "This.")
+    assert [why.value for _, why in corpus.removed] == ["test item", "test item"]
+    assert all(p.answer for p in corpus.prompts)  # a generator's questions bring their answers
+
+
+def test_more_questions_than_there_are_is_refused_with_their_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = replace(skills.REASONING, name="few", items=lambda split, n, seed: skills.REASONING.items(split, min(n, 7), seed))
+    monkeypatch.setattr(skills, "SKILLS", (few,))
+    with pytest.raises(DataError, match=r"corpus\.0\.generate: few has only 7 questions to teach with -> ask for at most 7"):
+        _ = river(tmp_path, corpus=[{"skill": "few", "generate": 8}], audition={}).corpus
+    assert len(river(tmp_path, corpus=[{"skill": "few", "generate": 7}], audition={}).corpus.prompts) == 7
+
+
+def test_the_questions_change_with_seed_and_number(tmp_path: Path) -> None:
+    asked = [river(tmp_path, *o).asked for o in ((), ("seed=1",), ("audition.items=9",), ("evaluation.items=9",))]
+    assert len(set(asked)) == 4
+    assert river(tmp_path, "training.steps=9").asked == asked[0]
+
+
+def test_a_stage_stands_for_its_key_as_long_as_its_files_are_whole(tmp_path: Path) -> None:
+    flowed_copy(tmp_path, "audition")
+    one = river(tmp_path)
+    key = one.done("audition")["key"]
+    assert one.stands("audition", key)
+    assert not one.stands("audition", "another")
+    assert not one.stands("check", key)
+    path = tmp_path / "run" / "audition" / "cast.json"
+    data = path.read_bytes()
+    path.write_bytes(data + b" ")
+    assert not one.stands("audition", key)
+    path.unlink()
+    assert not one.stands("audition", key)
+    path.write_bytes(data)
+    (tmp_path / "run" / "audition" / "other.txt").write_text("not ours")
+    assert one.stands("audition", key)
+
+
+def test_units_are_the_same_whoever_reads_them_and_change_with_what_they_hold(tmp_path: Path) -> None:
+    flowed_copy(tmp_path, "audition")
+    names = [u.name for u in river(tmp_path).units]
+    assert len(names) == 9
+    assert {p.stem for p in (flowed()[0] / "run" / "capture" / "units").iterdir()} == set(names)
+    for change in ("capture.tau=0.02", "capture.max_new_tokens=47", "capture.batch=7", "capture.answers=given"):
+        assert not set(names) & {u.name for u in river(tmp_path, change).units}, change
+    assert {u.name for u in river(tmp_path, "training.steps=9", "evaluation.items=9").units} == set(names)
+
+
+def test_the_student_speaks_with_its_new_weights_and_its_base_with_the_old(tmp_path: Path) -> None:
+    flowed_copy(tmp_path, *STAGES)
+    one = river(tmp_path)
+    student, base, teacher = (one.speaker(name, 4) for name in (STUDENT, BASE, "qwen-sapling"))
+    weights = [s.engine.model.get_input_embeddings().weight for s in (student, base, teacher)]
+    assert weights[0].shape == weights[1].shape
+    assert not (weights[0] == weights[1]).all()
+    assert [s.name for s in (student, base, teacher)] == [STUDENT, BASE, "qwen-sapling"]
+    assert teacher.voice is one.voices["qwen-sapling"]
+    assert student.voice is base.voice is one.student_voice
+
+
+def test_a_parent_has_the_licence_of_the_recipe_or_of_its_family(tmp_path: Path) -> None:
+    teachers = [TINY["teachers"][0] | {"licence": "MIT"}, *TINY["teachers"][1:]]
+    one = river(tmp_path, teachers=teachers)
+    qwen, gemma, base = (one.parent(n) for n in ("qwen-sapling", "gemma-sapling", BASE))
+    assert (qwen.licence, qwen.family, qwen.model) == ("MIT", "qwen", "qwen-sapling")
+    assert gemma.licence == one.voices["gemma-sapling"].family.licence != ""
+    assert base.model == "llama-sapling"
