@@ -48,7 +48,7 @@ def main() -> None:
         while len(stages) < kills:
             run = start(killed)
             try:
-                run.wait(timeout=rng.uniform(2.5, 2.5 + length / 6))
+                run.wait(timeout=rng.uniform(2.5, 2.5 + length / 2))
             except subprocess.TimeoutExpired:
                 run.send_signal(signal.SIGKILL)
             run.communicate()

@@ -6,6 +6,8 @@ template. `Voice.render` gives exactly the ids the model's own template gives, a
 
 from __future__ import annotations
 
+import json
+import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +18,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from persea.errors import DataError
+
 PINNED_DATE = date(2025, 1, 1)  # gpt-oss and Llama 3 templates write today's date: a cached prompt would change every midnight
 
 
@@ -23,6 +27,7 @@ class Role(StrEnum):
     SYSTEM = "system"
     USER = "user"
     ASSISTANT = "assistant"
+    TOOL = "tool"
 
 
 class Effort(StrEnum):
@@ -53,7 +58,98 @@ class Thinking:
     text: str
 
 
-Part: TypeAlias = Text | Thinking
+def canonical(value: str) -> str:
+    """A JSON object as every chat template's `tojson` writes it: keys in their order, one space behind comma and colon, no escapes
+    but JSON's own. Raises ValueError for what is no such object.
+    """
+    try:
+        found = json.loads(value, parse_constant=_no_constant)
+        text = json.dumps(found, ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(found, dict):
+        raise ValueError("not a JSON object")
+    return text
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+def _check_tool(name: str, text: str) -> None:
+    if not NAME.fullmatch(name):
+        raise DataError(f"{name[:80]!r} is no name of a tool", remedy="letters, digits, _ . and -, at most 64")
+    try:
+        same = canonical(text) == text
+    except ValueError as error:
+        raise DataError(f"the JSON of tool {name} is broken: {error}: {text[:60]!r}", remedy="give one JSON object, as a text") from error
+    if not same:
+        raise DataError(f"the JSON of tool {name} is not in its canonical spelling: {text[:60]!r}", remedy="pass it through chat.canonical()")
+
+
+@dataclass(frozen=True)
+class Tool:
+    """What the assistant may call. parameters: its JSON schema, spelled as `canonical` does."""
+
+    name: str
+    description: str
+    parameters: str
+
+    def __post_init__(self) -> None:
+        _check_tool(self.name, self.parameters)
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """The assistant calls a tool. arguments: a JSON object, spelled as `canonical` does; its content is that text, the name is marker."""
+
+    name: str
+    arguments: str
+
+    def __post_init__(self) -> None:
+        _check_tool(self.name, self.arguments)
+
+    @property
+    def text(self) -> str:
+        return self.arguments
+
+    @staticmethod
+    def read(name: object, arguments: object) -> ToolCall | None:
+        """A call as a model spelled it; None where it is malformed. arguments: JSON text, or what `json.loads` makes of it."""
+        try:
+            text = canonical(arguments if isinstance(arguments, str) else json.dumps(arguments))
+        except (ValueError, RecursionError):
+            return None
+        return ToolCall(name, text) if isinstance(name, str) and NAME.fullmatch(name) else None
+
+
+@dataclass(frozen=True)
+class ToolResult:
+    """What a tool answered. The tool's name is marker."""
+
+    name: str
+    text: str
+
+    def __post_init__(self) -> None:
+        _check_tool(self.name, "{}")
+
+
+Part: TypeAlias = Text | Thinking | ToolCall | ToolResult
+KINDS: Mapping[str, type[Part]] = {"text": Text, "thinking": Thinking, "call": ToolCall, "result": ToolResult}
+
+
+def with_text(part: Part, text: str) -> Part:
+    """The same part with another text."""
+    return replace(part, arguments=text) if isinstance(part, ToolCall) else replace(part, text=text)
+
+
+def _nfc(part: Part) -> Part:
+    text = unicodedata.normalize("NFC", part.text)
+    return with_text(part, canonical(text) if isinstance(part, ToolCall) else text)
 
 
 @dataclass(frozen=True)
@@ -70,11 +166,18 @@ class Message:
     def thinking(self) -> str:
         return "".join(p.text for p in self.parts if isinstance(p, Thinking))
 
+    @property
+    def calls(self) -> tuple[ToolCall, ...]:
+        return tuple(p for p in self.parts if isinstance(p, ToolCall))
+
 
 @dataclass(frozen=True)
 class Conversation:
+    """tools  what the assistant may call, told at the head of the conversation"""
+
     messages: tuple[Message, ...]
     effort: Effort = Effort.NONE
+    tools: tuple[Tool, ...] = ()
 
     @staticmethod
     def ask(question: str, *, system: str = "", effort: Effort = Effort.NONE) -> Conversation:
@@ -85,23 +188,26 @@ class Conversation:
 
     def answered(self, *parts: Part) -> Conversation:
         """This conversation with the assistant's answer at its end, NFC-normalised too: models do say decomposed text."""
-        said = tuple(replace(p, text=unicodedata.normalize("NFC", p.text)) for p in parts)
-        return replace(self, messages=(*self.messages, Message(Role.ASSISTANT, said)))
+        return replace(self, messages=(*self.messages, Message(Role.ASSISTANT, tuple(map(_nfc, parts)))))
 
     def parts(self) -> Iterator[Part]:
         for message in self.messages:
             yield from message.parts
 
     def to_json(self) -> dict[str, Any]:
-        kind = {Text: "text", Thinking: "thinking"}
-        return {"effort": self.effort.value, "messages": [
-            {"role": m.role.value, "parts": [{"kind": kind[type(p)], "text": p.text} for p in m.parts]} for m in self.messages]}
+        """Without `tools` where there are none: records from before tools were known keep their bytes."""
+        kind = {t: name for name, t in KINDS.items()}
+        value: dict[str, Any] = {"effort": self.effort.value, "messages": [
+            {"role": m.role.value, "parts": [{"kind": kind[type(p)], **vars(p)} for p in m.parts]} for m in self.messages]}
+        return value | ({"tools": [vars(t) for t in self.tools]} if self.tools else {})
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Conversation:
-        kind: dict[str, type[Text] | type[Thinking]] = {"text": Text, "thinking": Thinking}
-        return Conversation(tuple(
-            Message(Role(m["role"]), tuple(kind[p["kind"]](p["text"]) for p in m["parts"])) for m in value["messages"]), Effort(value["effort"]))
+        def part(kind: str, **fields: str) -> Part:
+            return KINDS[kind](**fields)
+
+        return Conversation(tuple(Message(Role(m["role"]), tuple(part(**p) for p in m["parts"])) for m in value["messages"]),
+                            Effort(value["effort"]), tuple(Tool(**t) for t in value.get("tools", ())))
 
 
 @dataclass(frozen=True)
@@ -130,6 +236,11 @@ class Tokens:
 Pieces: TypeAlias = Sequence["str | bytes"]  # control tokens (str) and runs of content bytes
 
 
+def as_parsed(parts: tuple[Part, ...], tools: tuple[Tool, ...]) -> tuple[Part, ...]:
+    """`Family.recall` of a notation that says without the tools what a call is."""
+    return parts
+
+
 @dataclass(frozen=True)
 class Family:
     """What a model family says of itself. Instances only, one a file in `families/`; no subclasses.
@@ -142,6 +253,12 @@ class Family:
     normalise   what this family keeps of a conversation: same messages and parts, a text trimmed or emptied
     inputs      conversation -> what its own Jinja template takes (messages and keyword arguments)
     parse       the pieces of an answer, stop token excluded -> parts, or None where they are malformed
+    template_mark  words that its chat templates hold, where several families share a signature; the longest wins
+    opening     what its prompt writes where an answer begins and its template leaves out of a finished conversation; put back
+    tool_bytes  whether its template writes the text of this call or result as it stands; where not, the part is scaffolding without
+                bytes (of a call: learned, like a <think>). None = it has no notation for tools: such a conversation is refused
+    recall      parts that `parse` read, once the declared tools are known -> parts, or None where they are malformed
+    unknown     what persea does not know of this family, in plain words; "" for one a person wrote
     """
 
     name: str
@@ -152,23 +269,33 @@ class Family:
     normalise: Callable[[Conversation], Conversation]
     inputs: Callable[[Conversation], tuple[list[dict[str, Any]], dict[str, Any]]]
     parse: Callable[[Pieces, Effort], tuple[Part, ...] | None]
+    template_mark: str = ""
+    opening: str = ""
+    tool_bytes: Callable[[Part], bool] | None = None
+    recall: Callable[[tuple[Part, ...], tuple[Tool, ...]], tuple[Part, ...] | None] = as_parsed
+    unknown: str = ""
 
 
 def edit(conversation: Conversation, change: Callable[[int, Message, Part], str]) -> Conversation:
     """The same conversation with each message's texts trimmed to `change(message index, message, text)`, its thoughts likewise.
 
-    A template sees the texts of one message as one, so `change` does too; each part keeps its share.
+    A template sees the texts of one message as one, so `change` does too; each part keeps its share. Tool results are changed one by
+    one; tool calls stay as they are.
     """
     return replace(conversation, messages=tuple(
-        replace(m, parts=_cut(m.parts, {type(p): (p.text, change(k, m, p)) for p in (Text(m.text), Thinking(m.thinking))}))
+        replace(m, parts=_cut(m.parts, {type(p): (p.text, change(k, m, p)) for p in (Text(m.text), Thinking(m.thinking))},
+                              lambda p, k=k, m=m: change(k, m, p)))  # type: ignore[misc]
         for k, m in enumerate(conversation.messages)))
 
 
-def _cut(parts: Sequence[Part], wholes: Mapping[type[Part], tuple[str, str]]) -> tuple[Part, ...]:
+def _cut(parts: Sequence[Part], wholes: Mapping[type[Part], tuple[str, str]], alone: Callable[[Part], str]) -> tuple[Part, ...]:
     """Each part's share of what is kept of all parts of its kind; wholes = kind -> (their texts laid end to end, what is kept of it)."""
     cut: list[Part] = []
     at = {kind: -max(0, whole.find(kept)) for kind, (whole, kept) in wholes.items()}
     for p in parts:
+        if isinstance(p, (ToolCall, ToolResult)):
+            cut.append(p if isinstance(p, ToolCall) else with_text(p, alone(p)))
+            continue
         begin, end = at[type(p)], at[type(p)] + len(p.text)
         cut.append(replace(p, text=wholes[type(p)][1][max(0, begin):max(0, end)]))
         at[type(p)] = end

@@ -109,7 +109,7 @@ def _from_messages(rows: Any, where: str, remedy: str) -> tuple[Conversation, st
     messages: list[Message] = []
     for row in rows if isinstance(rows, list) else []:
         role, content = (row.get("role"), row.get("content")) if isinstance(row, dict) else (None, None)
-        if role not in tuple(Role) or not isinstance(content, str):
+        if role not in (Role.SYSTEM, Role.USER, Role.ASSISTANT) or not isinstance(content, str):
             raise DataError(f"message {len(messages) + 1} has role {role!r} and content {type(content).__name__}", where=where, remedy=remedy)
         messages.append(Message(Role(role), (Text(unicodedata.normalize("NFC", content)),)))
     answer = messages.pop().text if messages and messages[-1].role is Role.ASSISTANT else ""

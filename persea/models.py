@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from persea import families
-from persea.chat import PINNED_DATE
+from persea.chat import PINNED_DATE, Conversation, Text
 from persea.errors import DataError
+from persea.families.generic import NAME as GENERIC
+from persea.families.generic import generic
 from persea.template import compile_template
 from persea.vocabulary import open_vocabulary
 from persea.voice import Voice
@@ -31,7 +34,7 @@ class Source:
     model      a folder in Hugging Face form, a hub id, or "random" (then `tokenizer` and `sizes` are needed)
     revision   hub revision; a folder has none
     tokenizer  folder or hub id of the tokenizer where it is not the model's
-    family     name of the family; "" = recognised by its control tokens
+    family     name of the family, or "generic"; "" = recognised by its control tokens and chat template
     sizes      for "random": hidden, layers, heads, seed
     """
 
@@ -62,10 +65,10 @@ def local_folder(reference: str, where: str) -> Path | None:
 
 
 def open_voice(source: Source, where: str, today: date = PINNED_DATE) -> Voice:
-    """Tokenizer, chat template and family of a model. Loads no weights.
+    """Tokenizer, chat template and family of a model. Loads no weights. A family persea does not know speaks through `generic`.
 
-    Raises DataError for a missing folder, a model without chat template, a tokenizer that does not round-trip, an
-    unknown family.
+    Raises DataError for a missing folder, a model without chat template, a tokenizer that does not round-trip, a
+    template that neither a family nor `generic` can follow.
     """
     from transformers import AutoTokenizer
 
@@ -85,9 +88,59 @@ def open_voice(source: Source, where: str, today: date = PINNED_DATE) -> Voice:
     if not isinstance(text, str):
         raise DataError(f"{source.words!r} has several chat templates", where=where, remedy="keep one, as chat_template.jinja")
     vocabulary = open_vocabulary(tokenizer, source.words)
-    family = families.named(source.family) if source.family else families.detect(vocabulary)
     special = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
-    return Voice(family, vocabulary, compile_template(text, special, today, where), text, today)
+    template = compile_template(text, special, today, where)
+    family = families.named(source.family) if source.family not in ("", GENERIC) else None
+    if not source.family:
+        family = families.detect(vocabulary, text)
+    if family is None:
+        ends = {vocabulary.control_names.get(i, "") for i in ends_of(source, where)} | {special.get("eos_token", "")}
+        family, template = generic(vocabulary, template, ends & vocabulary.control.keys(), where)
+    return Voice(family, vocabulary, template, text, today)
+
+
+def ends_of(source: Source, where: str) -> tuple[int, ...]:
+    """Ids with which the model's own configuration ends a text: generation_config.json's, else config.json's; none for a sprout."""
+    if source.is_random:
+        return ()
+    folder = local_folder(source.model, where)
+    for name in ("generation_config.json", "config.json"):
+        path = _from_hub(source, name) if folder is None else folder / name
+        if path is None or not path.is_file():
+            continue
+        config = _config(path, where)
+        inner = config.get("text_config")
+        said = config.get("eos_token_id", inner.get("eos_token_id") if isinstance(inner, dict) else None)
+        ids = tuple(i for i in (said if isinstance(said, list) else [said]) if isinstance(i, int))
+        if ids:
+            return ids
+    return ()
+
+
+def notes(source: Source, voice: Voice, where: str) -> str:
+    """What a person should know of this voice, in plain words; "" where nothing is odd. Nothing here stops a run.
+
+    A family persea does not know; a base model in a chat template (its configuration ends at another token than the
+    template's turns: it never learned the turn's end); a BOS that the tokenizer adds and the template does not.
+    """
+    vocabulary, found = voice.vocabulary, [voice.family.unknown] if voice.family.unknown else []
+    prompt = voice.prompt(Conversation.ask("Hi")).ids_T.tolist()
+    answered = voice.render(Conversation.ask("Hi").answered(Text("Hi")))
+    stop, ends = int(answered.ids_T[answered.learn_T][-1]), ends_of(source, where)
+
+    def name(ids: Sequence[int]) -> str:
+        return ", ".join(f"{vocabulary.control_names.get(i, 'no control token')} ({i})" for i in ids)
+
+    if ends and stop not in ends:
+        found.append(f"a base model in a chat template: its configuration ends at {name(ends)}, the template ends a turn with {name([stop])}; "
+                     "persea stops at the template's, which this model may never say by itself.")
+    plain, dressed = (vocabulary.backend.encode("Hi", add_special_tokens=a).ids for a in (False, True))
+    front = dressed[:next((k for k in range(len(dressed)) if dressed[k:k + len(plain)] == plain), 0)]
+    if front and prompt[:len(front)] != front:
+        found.append(f"its tokenizer puts {name(front)} before every text, its chat template does not; persea follows the template.")
+    if len(prompt) > 1 and prompt[0] == prompt[1] and prompt[0] in vocabulary.control_names:
+        found.append(f"its chat template begins with {name(prompt[:1])} twice; persea follows the template.")
+    return " ".join(found)
 
 
 def open_model(source: Source, voice: Voice, where: str) -> PreTrainedModel:
@@ -168,14 +221,29 @@ def _refuse_code(folder: Path, where: str) -> None:
     for path in (folder / "config.json", folder / "tokenizer_config.json"):
         if not path.is_file():
             continue
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path} is not JSON: {error}", where=where, remedy="fetch the model again") from error
-        if not isinstance(config, dict):
-            raise DataError(f"{path} is no JSON object", where=where, remedy="fetch the model again")
-        if "auto_map" in config:
+        if "auto_map" in _config(path, where):
             raise DataError(f"{path} brings its own code (auto_map)", where=where, remedy="use a model transformers knows itself")
+
+
+def _config(path: Path, where: str) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON: {error}", where=where, remedy="fetch the model again") from error
+    if not isinstance(config, dict):
+        raise DataError(f"{path} is no JSON object", where=where, remedy="fetch the model again")
+    return config
+
+
+def _from_hub(source: Source, name: str) -> Path | None:
+    """A small file of a hub model; None where it has none, or cannot be had: its weights will say why."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(source.model, name, revision=source.revision or None))
+    except (HfHubHTTPError, LocalEntryNotFoundError):
+        return None
 
 
 def _first_line(error: Exception) -> str:

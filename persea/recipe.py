@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
@@ -21,6 +21,8 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from persea.chat import PINNED_DATE, Effort
 from persea.errors import RecipeError
+from persea.families import FAMILIES
+from persea.families.generic import NAME as GENERIC
 from persea.places import Dumper, KeyPath, Reading, is_secret, override, read_page, resolved
 
 SLUG, NAME = r"^[a-z0-9][a-z0-9._-]*$", r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -48,13 +50,19 @@ class Sizes(Section):
         return _agreed(self, (odd, ("hidden",), f"{self.hidden} is not {self.heads} heads of even width", f"a multiple of {step}"))
 
 
+if TYPE_CHECKING:
+    FamilyName: TypeAlias = str
+else:
+    FamilyName = Literal[("", *(f.name for f in FAMILIES), GENERIC)]  # a new family is one line there, none here
+
+
 class ModelRef(Section):
     """Where a model comes from: what student and teachers share."""
 
     model: str = Field(min_length=1, description="a folder in Hugging Face form, a hub id such as Qwen/Qwen3-8B, or random")
     revision: str = Field(default="", description="revision of a hub model: branch, tag or commit")
     tokenizer: str = Field(default="", description="folder or hub id of the tokenizer where it is not the model's own")
-    family: Literal["", "llama", "qwen", "gemma", "gpt-oss"] = Field(default="", description="chat family; empty = recognised")
+    family: FamilyName = Field(default="", description="chat family; empty = recognised")
     sizes: Sizes | None = Field(default=None, description="size of the weights of `model: random`")
 
     @model_validator(mode="after")

@@ -23,7 +23,7 @@ from persea.corpus import Corpus, Prompt, gather, read_prompts
 from persea.errors import DataError, Refused
 from persea.lineage import Parent
 from persea.measure import Item, Skill, Split
-from persea.models import Source, fingerprint, open_voice
+from persea.models import Source, fingerprint, notes, open_voice
 from persea.recipe import ModelRef, Recipe
 from persea.voice import Voice
 
@@ -56,6 +56,13 @@ class River:
     @cached_property
     def student_voice(self) -> Voice:
         return open_voice(source(self.recipe.student), "student.model", self.recipe.today)
+
+    @cached_property
+    def families(self) -> dict[str, dict[str, Any]]:
+        """Speaker -> its family, whether persea recognised it or the recipe named it, and what a person should know of it."""
+        speakers = [(t.name, source(t), self.voices[t.name]) for t in self.recipe.teachers]
+        return {name: {"family": voice.family.name, "detected": not where.family, "note": notes(where, voice, name)}
+                for name, where, voice in [*speakers, (STUDENT, source(self.recipe.student), self.student_voice)]}
 
     @cached_property
     def identities(self) -> dict[str, str]:

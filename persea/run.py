@@ -40,8 +40,9 @@ def check(river: River, folder: Path, tell: Tell) -> None:
         for skill, items in river.items(Split.AUDITION):
             asked = [i.prompt.conversation.answered(Text(i.reference)) for i in items[:64]]
             pairs.append(pairing(teacher.name, river.voices[teacher.name], river.student_voice, river.bridges[teacher.name], skill.name, asked))
-        tell("check", (k + 1) / len(river.recipe.teachers), teacher.name)
-    store.publish_json(folder / "check.json", {"pairs": [p.to_json() for p in pairs]})
+        family, note = river.families[teacher.name]["family"], river.families[teacher.name]["note"]
+        tell("check", (k + 1) / len(river.recipe.teachers), f"{teacher.name} ({family}{', see its note in check.json' if note else ''})")
+    store.publish_json(folder / "check.json", {"pairs": [p.to_json() for p in pairs], "families": river.families})
     refuse_below(pairs, river.recipe.check.floor)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,6 +60,7 @@ class Student:
             for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "generation_config.json"):
                 if origin is not None and (origin / name).is_file():
                     shutil.copyfile(origin / name, folder / name)
+            _end_turns(folder / "generation_config.json", self.voice.stop_ids)
         except (OSError, SafetensorError) as error:
             raise StorageError(f"cannot write the student: {error}", where=str(folder),
                                remedy="free space, then run again: its training is kept") from error
@@ -66,6 +69,15 @@ class Student:
         from transformers import AutoTokenizer
 
         AutoTokenizer.from_pretrained(self.source.words, trust_remote_code=False).save_pretrained(folder)
+
+
+def _end_turns(path: Path, stop_ids: Sequence[int]) -> None:
+    """Let the saved configuration stop at the voice's ends too: a base model's own names its text's end only, and would run on."""
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    eos = config.get("eos_token_id")
+    own = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if set(stop_ids) - set(own):
+        path.write_text(json.dumps(config | {"eos_token_id": [*own, *(i for i in stop_ids if i not in own)]}, indent=2) + "\n", encoding="utf-8")
 
 
 def open_student(source: Source, voice: Voice, lora: Lora | None, seed: int = 0) -> Student:

@@ -63,7 +63,7 @@ class Teacher:
         generated = self.engine.generate([self._dressed(p.id, c) for p, c in zip(prompts, asked, strict=True)], self.voice.stop_ids, max_new_tokens)
         answers = []
         for prompt, conversation, ids in zip(prompts, asked, generated, strict=True):
-            parts, finish = self.voice.parse(ids.tolist(), self.effort)
+            parts, finish = self.voice.parse(ids.tolist(), self.effort, conversation.tools)
             answers.append(Answer(prompt.id, self.name, prompt.skill, prompt.language, conversation.answered(*parts), finish))
         return answers
 

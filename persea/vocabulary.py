@@ -22,8 +22,8 @@ from tokenizers import AddedToken, Tokenizer
 from persea.errors import DataError
 
 # An added token of this shape steers the model and is never text, also where its tokenizer does not call it special:
-# Qwen3's <think> and <tool_call>, Gemma's 6,242 <unusedN>, are "not special" in their tokenizer.json.
-CONTROL = re.compile(r"<\|.*\|>|</?(?:think|tool_call|tool_response|start_of_turn|end_of_turn)>|<unused\d+>|\[multimodal\]|<mask>", re.DOTALL)
+# Qwen3's <think> and <tool_call>, Gemma's 6,242 <unusedN>, DeepSeek's wide-barred <｜User｜>, are "not special" in their tokenizer.json.
+CONTROL = re.compile(r"<([|｜]).*\1>|</?(?:think|tool_call|tool_response|start_of_turn|end_of_turn)>|<unused\d+>|\[multimodal\]|<mask>", re.DOTALL)
 
 # Encoded and read back when a vocabulary is opened: scripts, split characters, spaces, controls.
 PROBES = (

@@ -24,10 +24,11 @@ REAL = {"llama": "llama3", "qwen": "qwen3", "gemma": "gemma3", "gpt-oss": "gpt-o
 
 if "torch" in sys.modules:
     sys.modules["torch"].set_num_threads(1)
-# The machines of this project are slow and shared: no deadline, and few examples; HYPOTHESIS_PROFILE=thorough looks further.
+# The machines of this project are slow and shared: no deadline, and few examples. HYPOTHESIS_PROFILE=thorough looks further: a thousand
+# a test, so that more than 10,000 conversations go through the families and back.
 slow = (HealthCheck.too_slow, HealthCheck.data_too_large)
 settings.register_profile("quick", deadline=None, max_examples=40, suppress_health_check=slow)
-settings.register_profile("thorough", deadline=None, max_examples=300, suppress_health_check=slow)
+settings.register_profile("thorough", deadline=None, max_examples=1000, suppress_health_check=slow)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 

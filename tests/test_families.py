@@ -47,21 +47,18 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
 
 
 def test_each_tiny_vocabulary_is_recognised(tiny: Speaker):
-    assert tiny.folder.name == f"{families.detect(tiny.voice.vocabulary).name}-sapling"
+    assert families.detect(tiny.voice.vocabulary, tiny.voice.template_text) is tiny.voice.family
+    assert tiny.folder.name == f"{tiny.voice.family.name}-sapling"
 
 
 @pytest.mark.parametrize("controls", [(), ("<s>", "</s>"), ("<|im_start|>", "<|channel|>"), tuple(f.signature for f in families.FAMILIES)])
-def test_none_or_several_signatures_are_refused(controls: tuple[str, ...]):
-    with pytest.raises(DataError, match="family is not recognised") as caught:
-        families.detect(vocabulary(*controls))
-    assert caught.value.where == "odd/model"
-    assert all(f.name in caught.value.what for f in families.FAMILIES if f.signature in controls)
-    assert "family:" in caught.value.remedy
+def test_none_or_several_signatures_are_no_family(controls: tuple[str, ...]):
+    assert families.detect(vocabulary(*controls), "") is None
 
 
-@pytest.mark.parametrize("family", families.FAMILIES, ids=FAMILIES)
-def test_a_signature_alone_is_enough(family):
-    assert families.detect(vocabulary(family.signature)) is family
+@pytest.mark.parametrize("family", families.FAMILIES, ids=lambda f: f.name)
+def test_a_signature_and_a_mark_are_enough(family):
+    assert families.detect(vocabulary(family.signature), family.template_mark) is family
 
 
 # ---- what is kept --------------------------------------------------------------------------------------------------

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, Speaker
+from test_generic import END, HEAD, ROLES, TURN, folder_of
+from transformers import AutoTokenizer, PreTrainedModel
 
-from persea.chat import PINNED_DATE, Conversation, Text
+from persea.bridge import build
+from persea.cache import Capture, Rows
+from persea.chat import PINNED_DATE, Conversation, Finish, Text
+from persea.engines.local import LocalEngine
 from persea.errors import DataError
-from persea.models import Source, fingerprint, local_folder, open_model, open_voice, sprout
+from persea.feed import Feed, offline
+from persea.losses import composed
+from persea.models import Source, ends_of, fingerprint, local_folder, notes, open_model, open_voice, sprout
+from persea.student import Student
+from persea.teacher import Answer
 from persea.voice import Voice
 
 SIZES = {"hidden": 32, "layers": 1, "heads": 2, "seed": 1, "experts": 2}
@@ -241,3 +253,203 @@ def test_fingerprints_of_what_is_not_here():
     assert len({fingerprint(s, "w") for s in variants}) == len(variants)
     with pytest.raises(DataError, match="no model folder"):
         fingerprint(Source("./none"), "w")
+
+
+# ---- where a model's own configuration misleads --------------------------------------------------------------------
+
+
+def configure(folder: Path, **files: dict[str, Any] | None) -> Source:
+    """The folder with these keys in its configurations; None takes the file away."""
+    for name, keys in files.items():
+        path = folder / f"{name}.json"
+        if keys is None:
+            path.unlink(missing_ok=True)
+        else:
+            path.write_text(json.dumps((json.loads(path.read_text()) if path.is_file() else {}) | keys))
+    return Source(str(folder))
+
+
+def test_a_base_model_in_a_chat_template_is_said(copy: Path, llama: tuple[Path, Voice]):
+    """As Qwen's base: its eos ends a text (151643), its template's turns end elsewhere (151645)."""
+    voice = llama[1]
+    text, turn = (voice.vocabulary.control[n] for n in ("<|end_of_text|>", "<|eot_id|>"))
+    assert {text, turn} <= set(voice.stop_ids)  # both end an answer, and that is not what is asked here
+    note = notes(configure(copy, generation_config={"eos_token_id": text}), voice, "w")
+    assert note.startswith("a base model in a chat template")
+    assert f"<|end_of_text|> ({text})" in note
+    assert f"<|eot_id|> ({turn})" in note
+    assert "\n" not in note
+    for eos in (turn, [text, turn]):
+        assert notes(configure(copy, generation_config={"eos_token_id": eos}), voice, "w") == ""
+    assert notes(Source("random", tokenizer=str(copy)), voice, "w") == ""  # a sprout ends nowhere
+
+
+def test_where_a_configuration_names_its_ends(copy: Path):
+    source = configure(copy, generation_config={"eos_token_id": [3, 0]}, config={"eos_token_id": 5})
+    assert ends_of(source, "w") == (3, 0)
+    assert ends_of(configure(copy, generation_config={"eos_token_id": None}), "w") == (5,)
+    assert ends_of(configure(copy, generation_config=None), "w") == (5,)
+    assert ends_of(configure(copy, config={"eos_token_id": 0}), "w") == (0,)
+    config = json.loads((copy / "config.json").read_text())
+    del config["eos_token_id"]
+    (copy / "config.json").write_text(json.dumps(config | {"text_config": {"eos_token_id": 7}}))
+    assert ends_of(source, "w") == (7,)
+    assert ends_of(configure(copy, config=None), "w") == ()
+    (copy / "generation_config.json").write_text("[")
+    with pytest.raises(DataError, match="is not JSON"):
+        ends_of(source, "w")
+
+
+def test_generation_stops_at_the_turns_end_whatever_the_configuration_says(copy: Path, llama: tuple[Path, Voice]):
+    """The model says the token it is asked to stop at first of all; its configuration would let it run on."""
+    voice = llama[1]
+    source = configure(copy, generation_config={"eos_token_id": voice.vocabulary.control["<|begin_of_text|>"], "min_new_tokens": 9})
+    model = always(open_model(source, voice, "w"), voice.vocabulary.control["<|eot_id|>"])
+    answer, = LocalEngine(model, len(voice.vocabulary)).generate([voice.prompt(Conversation.ask("Hi")).ids_T], voice.stop_ids, 20)
+    assert answer.tolist() == [voice.vocabulary.control["<|eot_id|>"]]
+
+
+def test_a_student_taught_to_end_its_turns_is_saved_so(copy: Path, llama: tuple[Path, Voice], tmp_path: Path):
+    voice = llama[1]
+    text = voice.vocabulary.control["<|end_of_text|>"]
+    for keys, want in (({"eos_token_id": text}, {text, *voice.stop_ids}), (None, set(voice.stop_ids)),
+                       ({"eos_token_id": [*voice.stop_ids, 0]}, {*voice.stop_ids, 0})):
+        source = configure(copy, generation_config=keys)
+        Student(open_model(source, voice, "w"), voice, source).save(tmp_path / "student")
+        saved = Source(str(tmp_path / "student"))
+        assert set(ends_of(saved, "w")) == want
+        assert set(np.ravel(open_model(saved, voice, "w").generation_config.eos_token_id)) == want
+        assert notes(saved, voice, "w") == ""
+
+
+def always(model: PreTrainedModel, token: int) -> PreTrainedModel:
+    """A model that says one token only."""
+    head = torch.nn.Linear(model.config.hidden_size, model.get_output_embeddings().weight.shape[0])
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.copy_(torch.nn.functional.one_hot(torch.tensor(token), len(head.bias)).float() * 9)
+    model.set_output_embeddings(head)
+    return model
+
+
+# ---- padded rows ---------------------------------------------------------------------------------------------------
+
+
+def widened(model: PreTrainedModel, folder: Path, rows: int) -> Path:
+    """The same weights in a matrix with more rows, as 151,936 and 152,064 rows for 151,665 tokens; the new ones are loud."""
+    wide = sprout("llama", model.config.vocab_size + rows, SIZES)
+    state = model.state_dict()
+    loud = 40 * state["lm_head.weight"].abs().max() * torch.randn((rows, model.config.hidden_size), generator=torch.Generator().manual_seed(5))
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        state[name] = torch.cat([state[name], loud])
+    wide.load_state_dict(state)
+    wide.save_pretrained(folder)
+    return folder
+
+
+def feed_of(voice: Voice, teacher: Voice) -> Feed:
+    """Three answers; the teacher is sure of each token it said."""
+    captures = []
+    for k, text in enumerate(("Hello there", "一二三", "x = [1]\n")):
+        talk = Conversation.ask(f"question {k}").answered(Text(text))
+        tokens = teacher.render(talk)
+        n = int(tokens.learn_T.sum())
+        rows = Rows(np.arange(n + 1, dtype=np.int64), tokens.ids_T[tokens.learn_T], np.full(n, 0.9, np.float32))
+        captures.append(Capture(Answer(f"p{k}", "t", "languages", "", talk, Finish.STOP), tokens, rows))
+    return offline(captures, voice, {"t": build(teacher, voice)}, size=3, seed=0, max_tokens=512)
+
+
+def test_padded_rows_change_no_loss_no_score_and_no_answer(llama: tuple[Path, Voice], tiny_of: Callable[[str], Speaker], tmp_path: Path):
+    folder, voice = llama
+    shutil.copytree(tiny_of("llama").folder, tmp_path / "wide")
+    small = open_model(Source(str(folder)), voice, "w")
+    source = Source(str(widened(small, tmp_path / "wide", 271)))
+    assert open_voice(source, "w").digest == voice.digest
+    wide = open_model(source, voice, "w")
+    assert wide.get_output_embeddings().weight.shape[0] == len(voice.vocabulary) + 271
+    batch = feed_of(voice, tiny_of("qwen").voice).batch(0)
+    losses, grads = [], []
+    for model in (small, wide):
+        student = Student(model, voice, source)
+        out = composed(student.logits(batch.ids_BS, batch.mask_BS, batch.row_N, batch.at_N), batch.targets_N, batch.teachers, 0.8)
+        losses.append(float(out.loss.detach()))
+        model.zero_grad()
+        out.loss.backward()
+        grads.append(model.get_input_embeddings().weight.grad)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert torch.allclose(grads[0], grads[1][:len(voice.vocabulary)], atol=1e-6)
+    assert not grads[1][len(voice.vocabulary):].any()
+    sequences, learn = [row[:int(m.sum())].numpy().astype(np.int32) for row, m in zip(batch.ids_BS, batch.mask_BS, strict=True)], []
+    for sequence in sequences:
+        learn.append(np.arange(len(sequence)) > 3)
+    engines = [LocalEngine(m, len(voice.vocabulary)) for m in (small, wide)]
+    for one, other in zip(*(e.score(sequences, learn) for e in engines), strict=True):
+        assert one.shape == other.shape
+        assert torch.allclose(one, other, atol=1e-6)
+    with torch.inference_mode():  # the trap is set
+        assert int(wide(input_ids=torch.from_numpy(sequences[0])[None].long()).logits[0, -1].argmax()) >= len(voice.vocabulary)
+    said = [[a.tolist() for a in e.generate([s[:9] for s in sequences], voice.stop_ids, 6)] for e in engines]
+    assert said[0] == said[1]
+
+
+# ---- pad == eos ----------------------------------------------------------------------------------------------------
+
+
+def test_the_stop_is_learned_and_scored_when_it_is_the_padding_too(copy: Path, tiny_of: Callable[[str], Speaker]):
+    """Many models pad with their eos; masking the labels of the padding would unlearn how to stop."""
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": "<|eot_id|>"}))
+    stop = open_voice(Source(str(copy)), "w").vocabulary.control["<|eot_id|>"]
+    source = configure(copy, config={"pad_token_id": stop, "eos_token_id": stop}, generation_config={"pad_token_id": stop, "eos_token_id": stop})
+    voice = open_voice(source, "w")
+    assert AutoTokenizer.from_pretrained(copy).pad_token_id == AutoTokenizer.from_pretrained(copy).eos_token_id == stop  # the trap is set
+    batch = feed_of(voice, tiny_of("qwen").voice).batch(0)
+    assert len({int(m.sum()) for m in batch.mask_BS}) > 1  # some rows are padded
+    stops = torch.isin(batch.targets_N, torch.tensor(voice.stop_ids))
+    assert sorted(batch.row_N[stops].tolist()) == [0, 1, 2]
+    model = open_model(source, voice, "w")
+    assert model.config.pad_token_id == stop
+    student = Student(model, voice, source)
+    taught = []
+    for row in range(3):  # alone, at equal weight, and with its gradient on the stop's logit
+        logits = student.logits(batch.ids_BS, batch.mask_BS, batch.row_N, batch.at_N)
+        logits.retain_grad()
+        composed(logits, batch.targets_N, batch.teachers, 0.8).loss.backward()
+        taught.append(float(logits.grad[torch.logical_and(stops, batch.row_N == row), stop]))
+    assert all(g < -0.5 / len(batch.targets_N) for g in taught)
+    sequences = [r[:int(m.sum())].numpy().astype(np.int32) for r, m in zip(batch.ids_BS, batch.mask_BS, strict=True)]
+    learn = [np.isin(np.arange(len(s)), batch.at_N[batch.row_N == k] + 1) for k, s in enumerate(sequences)]
+    engine = LocalEngine(model, len(voice.vocabulary))
+    for k, rows in enumerate(engine.score(sequences, learn)):
+        with torch.inference_mode():
+            alone = torch.log_softmax(model(input_ids=torch.from_numpy(sequences[k])[None].long()).logits[0], -1)
+        assert torch.allclose(rows, alone[np.flatnonzero(learn[k]) - 1], atol=1e-5)
+        assert sequences[k][np.flatnonzero(learn[k])[-1]] == stop
+    said = always(model, stop)
+    assert [a.tolist() for a in LocalEngine(said, len(voice.vocabulary)).generate([s[:5] for s in sequences], voice.stop_ids, 8)] == [[stop]] * 3
+
+
+# ---- BOS -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize(("front", "bos"), [("", 0), ("{{ bos_token }}", 1), ("<s>", 1), ("{{ bos_token }}<s>", 2)])
+def test_a_rendering_has_the_templates_bos_and_no_other(tmp_path: Path, front: str, bos: int, adds: bool):
+    folder = folder_of(tmp_path / "bos", front + HEAD + TURN + END, bos="<s>", eos="<|stop|>", controls=ROLES, adds_bos=adds)
+    source = Source(str(folder))
+    voice, tokenizer = open_voice(source, "w"), AutoTokenizer.from_pretrained(folder)
+    start = voice.vocabulary.control["<s>"]
+    assert (tokenizer("Hi").input_ids[0] == start) is adds  # the trap is set
+    for text in ("Hi", "<s> Hi"):
+        for tokens in (voice.prompt(Conversation.ask(text)), voice.render(Conversation.ask(text).answered(Text(text)))):
+            assert tokens.ids_T.tolist().count(start) == bos
+            assert tokens.ids_T[:bos].tolist() == [start] * bos
+    assert voice.prompt(Conversation.ask("Hi")).ids_T.tolist() == tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], add_generation_prompt=True, return_dict=False)
+    note = notes(source, voice, "w")
+    assert (f"puts <s> ({start}) before every text, its chat template does not" in note) == (adds and not bos)
+    assert (f"begins with <s> ({start}) twice" in note) == (bos == 2)
+
+
+def test_the_saplings_have_nothing_odd(tiny: Speaker):
+    assert notes(Source(str(tiny.folder)), tiny.voice, "w") == ""

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from persea.chat import PINNED_DATE, Effort
 from persea.errors import RecipeError
+from persea.families import FAMILIES
 from persea.places import ALLOWED_VARIABLES, DATA_FOLDER
 from persea.recipe import (
     SECTIONS,
@@ -394,7 +395,7 @@ BAD: list[tuple[str, str, str, str]] = [
      "teachers.0.effort: should be none, low, medium or high (got 'medum') -> did you mean 'medium'?"),
     ("effort off", S + "teachers: [{model: a/c, effort: false}]\n" + REST, "2:25", "should be none, low, medium or high (got false)"),
     ("family", "student: {model: a/b, family: gptoss}\n" + T + REST, "1:23",
-     "student.family: should be llama, qwen, gemma or gpt-oss (got 'gptoss') -> did you mean 'gpt-oss'?"),
+     f"student.family: should be {', '.join(f.name for f in FAMILIES)} or generic (got 'gptoss') -> did you mean 'gpt-oss'?"),
     ("adapt", "student: {model: a/b, adapt: qlora}\n" + T + REST, "1:23", "student.adapt: should be full or lora (got 'qlora')"),
     ("date", TWO + REST + "today: 2025-02-30\n", "4:1", "today: should be a date such as 2025-01-01 (got '2025-02-30')"),
     ("number as date", TWO + REST + "today: 20250101\n", "4:1", "today: should be a date such as 2025-01-01 (got 20250101)"),

@@ -10,7 +10,12 @@ from persea.families.llama import LLAMA
 from persea.families.qwen import QWEN
 from persea.vocabulary import Vocabulary
 
-FAMILIES = (LLAMA, QWEN, GEMMA, GPT_OSS)
+FAMILIES = (
+    LLAMA,
+    QWEN,
+    GEMMA,
+    GPT_OSS,
+)
 
 
 def named(name: str) -> Family:
@@ -18,14 +23,15 @@ def named(name: str) -> Family:
     for family in FAMILIES:
         if family.name == name:
             return family
-    raise DataError(f"unknown family {name!r}", remedy=f"known families: {', '.join(f.name for f in FAMILIES)}")
+    raise DataError(f"unknown family {name!r}", remedy=f"known families: {', '.join(f.name for f in FAMILIES)}; or generic")
 
 
-def detect(vocabulary: Vocabulary) -> Family:
-    """The family whose control tokens this vocabulary has; exactly one, or refused."""
-    found = [f for f in FAMILIES if f.signature in vocabulary.control]
-    if len(found) == 1:
-        return found[0]
-    raise DataError(
-        f"its family is not recognised: control tokens of {', '.join(f.name for f in found) or 'no known family'}", where=vocabulary.name,
-        remedy="name it in the recipe with `family:`, one of " + ", ".join(f.name for f in FAMILIES))
+def detect(vocabulary: Vocabulary, template_text: str) -> Family | None:
+    """The family whose signature the vocabulary has and whose mark the template holds; of several, the one with the longest mark.
+
+    None where no family fits or two fit equally well: such a model speaks through `generic`, never through a guess.
+    """
+    found = [f for f in FAMILIES if f.signature in vocabulary.control and f.template_mark in template_text]
+    longest = max((len(f.template_mark) for f in found), default=0)
+    best = [f for f in found if len(f.template_mark) == longest]
+    return best[0] if len(best) == 1 else None
