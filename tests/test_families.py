@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import unicodedata
+from pathlib import Path
 
 import pytest
 from conftest import FAMILIES, Speaker
@@ -22,6 +23,11 @@ from persea.families.llama import LLAMA
 from persea.families.qwen import QWEN
 from persea.vocabulary import Vocabulary, open_vocabulary
 
+FOUR = (LLAMA, QWEN, GEMMA, GPT_OSS)  # those whose tokenizers and saplings are at hand
+TEMPLATES = {"qwen2.5": "qwen2.5", "qwq-32b": "qwq", "qwen3": "qwen", "qwen3-coder": "qwen3-coder", "qwen3.5": "qwen3.5", "gemma2": "gemma",
+             "gemma3": "gemma", "gemma4": "gemma-4", "gemma4-interleaved": "gemma-4", "gpt-oss": "gpt-oss", "llama3.1": "llama", "llama3.2": "llama",
+             "llama3.3": "llama", "smollm3": None, "apertus": None, "deepseek-v3.1": None, "glm-4.6": None}
+
 
 def vocabulary(*controls: str) -> Vocabulary:
     """A byte-level vocabulary with these control tokens."""
@@ -36,7 +42,8 @@ def vocabulary(*controls: str) -> Vocabulary:
 
 
 def test_every_family_is_listed_and_found_by_name():
-    assert tuple(f.name for f in families.FAMILIES) == FAMILIES
+    assert set(FAMILIES) <= {f.name for f in families.FAMILIES}
+    assert len({f.name for f in families.FAMILIES}) == len(families.FAMILIES)
     assert [families.named(name) for name in FAMILIES] == [LLAMA, QWEN, GEMMA, GPT_OSS]
 
 
@@ -51,7 +58,7 @@ def test_each_tiny_vocabulary_is_recognised(tiny: Speaker):
     assert tiny.folder.name == f"{tiny.voice.family.name}-sapling"
 
 
-@pytest.mark.parametrize("controls", [(), ("<s>", "</s>"), ("<|im_start|>", "<|channel|>"), tuple(f.signature for f in families.FAMILIES)])
+@pytest.mark.parametrize("controls", [(), ("<s>", "</s>"), ("<|start_header_id|>", "<|channel|>"), tuple(f.signature for f in families.FAMILIES)])
 def test_none_or_several_signatures_are_no_family(controls: tuple[str, ...]):
     assert families.detect(vocabulary(*controls), "") is None
 
@@ -61,10 +68,19 @@ def test_a_signature_and_a_mark_are_enough(family):
     assert families.detect(vocabulary(family.signature), family.template_mark) is family
 
 
+@pytest.mark.realdata
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_every_real_template_is_told_apart(data: Path, template: str):
+    """By control tokens and mark; what persea does not know is no family, also where it speaks ChatML as SmolLM3 does."""
+    text = (data / "templates" / f"{template}.jinja").read_text()
+    found = families.detect(vocabulary(*{f.signature for f in families.FAMILIES if f.signature in text}), text)
+    assert (found and found.name) == TEMPLATES[template]
+
+
 # ---- what is kept --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", families.FAMILIES, ids=FAMILIES)
+@pytest.mark.parametrize("family", FOUR, ids=FAMILIES)
 @given(conversation=conversations(FRAGMENTS + LOOK_ALIKES))
 def test_normalising_twice_is_normalising_once(family, conversation: Conversation):
     once = family.normalise(conversation)
@@ -94,13 +110,13 @@ def test_what_each_family_keeps(family, effort: Effort, want: list[str]):
 
 
 def test_the_dial_of_each_family():
-    switches = {f.name: [f.inputs(talk(e))[1] for e in Effort] for f in families.FAMILIES}
+    switches = {f.name: [f.inputs(talk(e))[1] for e in Effort] for f in FOUR}
     assert switches == {
         "llama": [{}] * 4, "gemma": [{}] * 4,
         "qwen": [{"enable_thinking": e is not Effort.NONE} for e in Effort],
         "gpt-oss": [{"reasoning_effort": e} for e in ("low", "low", "medium", "high")]}
     assert set(DIAL) == set(Effort)
-    for f in families.FAMILIES:  # `efforts` are those the switches can tell apart
+    for f in FOUR:  # `efforts` are those the switches can tell apart
         assert len(f.efforts) == len({json.dumps(s) for s in switches[f.name]})
         assert len({json.dumps(f.inputs(talk(e))[1]) for e in f.efforts}) == len(f.efforts)
 
@@ -184,7 +200,7 @@ def test_plain_answers(family):
         assert family.parse((b"Hi", control, b"!"), Effort.NONE) is None
 
 
-@pytest.mark.parametrize("family", families.FAMILIES, ids=FAMILIES)
+@pytest.mark.parametrize("family", FOUR, ids=FAMILIES)
 def test_no_family_takes_its_own_opening_for_an_answer(family):
     assert family.parse((family.signature, b"user"), Effort.NONE) is None
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from persea.chat import Family
 from persea.errors import DataError
-from persea.families.gemma import GEMMA
+from persea.families.gemma import GEMMA, GEMMA4
 from persea.families.gpt_oss import GPT_OSS
 from persea.families.llama import LLAMA
-from persea.families.qwen import QWEN
+from persea.families.qwen import QWEN, QWEN3_CODER, QWEN25, QWEN35, QWQ
 from persea.vocabulary import Vocabulary
 
 FAMILIES = (
     LLAMA,
     QWEN,
+    QWEN25,
+    QWEN3_CODER,
+    QWEN35,
+    QWQ,
     GEMMA,
+    GEMMA4,
     GPT_OSS,
 )
 

@@ -258,7 +258,7 @@ STOPS = ("<|im_end|>", "<|endoftext|>")
 BOTH, SILENT = (Effort.NONE, Effort.HIGH), (Effort.NONE,)
 QWEN = Family(
     name="qwen", licence="Apache-2.0", signature="<|im_start|>", efforts=BOTH, stops=STOPS, normalise=normalise, inputs=inputs, parse=parse,
-    tool_bytes=as_written)
+    template_mark="enable_thinking is defined and", tool_bytes=as_written)
 QWEN25 = Family(
     name="qwen2.5", licence="Apache-2.0", signature="<|im_start|>", efforts=SILENT, stops=STOPS, normalise=normalise25, inputs=inputs25,
     parse=parse25, template_mark='or (message.role == "assistant" and not message.tool_calls)', tool_bytes=as_written)
