@@ -96,7 +96,7 @@ def open_voice(source: Source, where: str, today: date = PINNED_DATE) -> Voice:
     if family is None:
         ends = {vocabulary.control_names.get(i, "") for i in ends_of(source, where)} | {special.get("eos_token", "")}
         family, template = generic(vocabulary, template, ends & vocabulary.control.keys(), where)
-    return Voice(family, vocabulary, template, text, today)
+    return Voice(family, vocabulary, template, text, today, special)
 
 
 def ends_of(source: Source, where: str) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cached_property
 from itertools import count
@@ -50,6 +50,7 @@ class Voice:
     template: Callable[..., str]
     template_text: str
     today: date = PINNED_DATE
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
@@ -58,8 +59,8 @@ class Voice:
 
     @cached_property
     def digest(self) -> str:
-        """Changes whenever a rendering could change: tokenizer, template, family, pinned date."""
-        what = json.dumps([self.vocabulary.digest, self.template_text, self.family.name, self.today.isoformat()])
+        """Changes whenever a rendering could change: tokenizer, template and the special tokens it writes, family, pinned date."""
+        what = json.dumps([self.vocabulary.digest, self.template_text, sorted(self.special_tokens.items()), self.family.name, self.today.isoformat()])
         return hashlib.sha256(what.encode()).hexdigest()
 
     def prompt(self, conversation: Conversation) -> Tokens:

@@ -361,8 +361,8 @@ def test_every_spelling_of_the_stop_ends_the_answer(tiny: Speaker):
 def test_the_digest_changes_with_all_it_depends_on(tiny_of):
     llama, qwen = tiny_of("llama").voice, tiny_of("qwen").voice
     changed = (replace(llama, today=date(2025, 1, 2)), replace(llama, template_text="x"), replace(llama, family=qwen.family),
-               replace(llama, vocabulary=qwen.vocabulary))
-    assert len({llama.digest, *(v.digest for v in changed)}) == 5
+               replace(llama, vocabulary=qwen.vocabulary), replace(llama, special_tokens={"bos_token": "<s>"}))
+    assert len({llama.digest, *(v.digest for v in changed)}) == 6
     assert replace(llama).digest == llama.digest
 
 
