@@ -1,7 +1,6 @@
-"""Conversation, Tokens, Family, Voice: a conversation is bytes with roles; templates are clothing.
+"""Conversation, Tokens, Family: a conversation is bytes with roles; templates are clothing.
 
-A Family says how one model family dresses a conversation; a Voice is a Family bound to one tokenizer and one chat
-template. `Voice.render` gives exactly the ids the model's own template gives, and says where the content's bytes are.
+A Family says how one model family dresses a conversation; `voice.py` binds it to one tokenizer and one chat template.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -55,7 +55,7 @@ def check(teacher: str, voice: Voice, student: Voice, bridge: Bridge, skill: str
     return Pairing(teacher, skill, len(conversations), learned, share, ones / max(1, pieces), 1 - share, differ / max(1, common))
 
 
-def refuse_below(pairings: Iterable[Pairing], floor: float, cast: Mapping[str, Iterable[str]] | None = None) -> None:
+def refuse_below(pairings: Iterable[Pairing], floor: float) -> None:
     """Raises Refused for a pairing whose boundary share lies below the floor: nothing of the teacher would arrive."""
     for p in pairings:
         if p.boundary < floor:
