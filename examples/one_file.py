@@ -14,12 +14,12 @@ import torch
 
 from persea.align import boundaries
 from persea.bridge import build
-from persea.cache import sample_rows
 from persea.chat import Finish
 from persea.engines.local import LocalEngine
 from persea.losses import Targets, composed
 from persea.measure import Split
 from persea.models import Source, open_model, open_voice
+from persea.rows import sample_rows
 from persea.skills import CODE, LANGUAGES
 from persea.teacher import Teacher
 
@@ -49,7 +49,7 @@ for name, skill in (("qwen-sapling", LANGUAGES), ("gemma-sapling", CODE)):
 
     # 2. Lay the student's tokens over the teacher's, by bytes: where both begin a token, the teacher's row can be learned.
     for answer, (said, logprobs_NW) in zip(answers, teacher.score([a.conversation for a in answers]), strict=True):
-        rows = sample_rows(logprobs_NW, TAU, seed=answer.prompt_id)  # sparse and unbiased
+        rows = sample_rows(logprobs_NW, said.ids_T[said.learn_T], TAU, seed=answer.prompt_id)  # sparse and unbiased
         mine = student.voice.render(answer.conversation)
         both = boundaries(mine, said)
         row_of_token = np.cumsum(said.learn_T) - 1

@@ -22,6 +22,7 @@ from everywhere); tests/test_map.py holds this map true.
     teacher       Teacher: a voice on an engine; answers in words, scores in log-probabilities
     audition      Cast: every teacher measured on every skill; who teaches what
     # what they said
+    rows          Rows: one position's teacher distribution each, sparse; and of what kind
     store         where bytes lie: publish, digest, create-if-absent, one run per folder
     cache         captures on disk: sparse unbiased rows, digested units
     capture       ask the cast, keep what it said; resumes where it stopped

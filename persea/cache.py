@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,29 +21,10 @@ from safetensors.numpy import save as save_tensors
 from persea import store
 from persea.chat import Tokens
 from persea.errors import DataError
+from persea.rows import RowKind, Rows
 from persea.teacher import Answer
 
-if TYPE_CHECKING:
-    import torch
-
-FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Sparse distributions, one a learned token (N), row kind SAMPLED(tau): an unbiased estimate of the whole distribution.
-
-    offsets_N1  int64, entries of row n are [offsets[n], offsets[n + 1])
-    ids_M       int32, raw teacher ids, never coarsened: one capture serves every student
-    probs_M     float32, natural probabilities; a row sums to 1 within tau
-    """
-
-    offsets_N1: npt.NDArray[np.int64]
-    ids_M: npt.NDArray[np.int32]
-    probs_M: npt.NDArray[np.float32]
-
-    def __len__(self) -> int:
-        return len(self.offsets_N1) - 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -53,30 +34,6 @@ class Capture:
     answer: Answer
     tokens: Tokens
     rows: Rows
-
-
-def sample_rows(logprobs_NW: torch.Tensor, tau: float, seed: str) -> Rows:
-    """Rows by systematic threshold sampling: entries of probability >= tau exactly, the rest at random with mean p.
-
-    Below tau an entry is kept with probability p/tau and stored as tau; one random number a row walks the cumulated tail,
-    so that a row's mass is 1 within tau. A row that is nearly certain costs one entry; the mean over draws is exactly p.
-    (Threshold sampling: Duffield, Lund, Thorup 2005; on distillation: Anshumann et al., ACL 2025.)
-
-    logprobs_NW  natural logs; seed  names the draw, the same one gives the same rows on every machine
-    """
-    import torch
-
-    p_NW = logprobs_NW.double().exp()
-    rng = np.random.Generator(np.random.Philox(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big")))
-    start_N1 = torch.from_numpy(rng.random((len(p_NW), 1)))
-    head_NW = p_NW >= tau
-    steps_NW = torch.where(head_NW, 0.0, p_NW / tau).cumsum(-1) + start_N1
-    floor_NW = steps_NW.floor()
-    before_NW = torch.cat([start_N1.floor(), floor_NW[:, :-1]], dim=-1)
-    row_M, id_M = (head_NW | (floor_NW > before_NW)).nonzero(as_tuple=True)
-    values_M = torch.where(head_NW[row_M, id_M], p_NW[row_M, id_M], tau)
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(row_M.numpy(), minlength=len(p_NW)))])
-    return Rows(offsets.astype(np.int64), id_M.numpy().astype(np.int32), values_M.numpy().astype(np.float32))
 
 
 def unit_id(*parts: object) -> str:
@@ -94,6 +51,7 @@ def write_unit(folder: Path, name: str, captures: Sequence[Capture], dropped: di
         "ends": [c.tokens.ends_T for c in captures], "learn": [c.tokens.learn_T for c in captures],
         "row_sizes": [np.diff(c.rows.offsets_N1) for c in captures],
         "row_ids": [c.rows.ids_M for c in captures], "row_probs": [c.rows.probs_M for c in captures],
+        "realised": [c.rows.realised_N for c in captures],
     }
     for key, arrays in columns.items():
         tensors[key] = np.concatenate(arrays) if arrays else np.empty(0, np.int64)
@@ -154,5 +112,6 @@ def _unpack(tensors: dict[str, npt.NDArray[Any]]) -> Iterator[Capture]:
         span = slice(int(end - length), int(end))
         first, last = learned[span.start], learned[span.stop]
         entries = slice(int(offsets[first]), int(offsets[last]))
-        rows = Rows(offsets[first:last + 1] - offsets[first], tensors["row_ids"][entries], tensors["row_probs"][entries])
+        rows = Rows(offsets[first:last + 1] - offsets[first], tensors["row_ids"][entries], tensors["row_probs"][entries],
+                    tensors["realised"][first:last], RowKind.SAMPLED)
         yield Capture(answer, Tokens(tensors["ids"][span], tensors["starts"][span], tensors["ends"][span], tensors["learn"][span].astype(bool)), rows)

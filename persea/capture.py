@@ -13,6 +13,7 @@ from persea.audition import Cast
 from persea.chat import Finish, Text, Tokens
 from persea.corpus import Prompt
 from persea.errors import DataError, Refused
+from persea.rows import sample_rows
 from persea.teacher import Answer, Teacher
 
 
@@ -77,7 +78,7 @@ def _keep(unit: Unit, answers: Sequence[Answer], teacher: Teacher, folder: Path,
     scored = teacher.engine.score([t.ids_T for _, t in whole], [t.learn_T for _, t in whole])
     captures = []
     for (answer, tokens), logprobs_NW in zip(whole, scored, strict=True):
-        rows = cache.sample_rows(logprobs_NW, tau, f"{seed} {unit.teacher} {answer.prompt_id}")
+        rows = sample_rows(logprobs_NW, tokens.ids_T[tokens.learn_T], tau, f"{seed} {unit.teacher} {answer.prompt_id}")
         captures.append(cache.Capture(answer, tokens, rows))
     dropped = Counter((Finish.MALFORMED if a.finish is Finish.STOP else a.finish).value for a, tokens in rendered if tokens is None)
     cache.write_unit(folder, unit.name, captures, dict(dropped))

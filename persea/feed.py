@@ -13,10 +13,11 @@ import torch
 
 from persea.align import boundaries
 from persea.bridge import Bridge
-from persea.cache import Capture, Rows
+from persea.cache import Capture
 from persea.chat import Effort, Tokens
 from persea.errors import DataError
 from persea.losses import Targets
+from persea.rows import Rows
 from persea.voice import Voice
 
 

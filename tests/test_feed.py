@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 from persea.align import boundaries
 from persea.bridge import Bridge, build
-from persea.cache import Capture, Rows
+from persea.cache import Capture
 from persea.chat import Conversation, Effort, Finish, Text, Thinking
 from persea.errors import DataError
 from persea.feed import Batch, Feed, lesson, offline
 from persea.losses import composed
+from persea.rows import Rows
 from persea.teacher import Answer
 from persea.voice import Voice
 
@@ -53,7 +54,8 @@ def captured(voice: Voice, name: str, number: int, conversation: Conversation) -
     sizes = rng.integers(0, 4, int(tokens.learn_T.sum()))
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     probs = [(number + n / 1000) / 1000 + 10 * k for n, size in enumerate(sizes) for k in range(size)]
-    rows = Rows(offsets, rng.integers(0, len(voice.vocabulary), offsets[-1]).astype(np.int32), np.array(probs, np.float32))
+    rows = Rows(offsets, rng.integers(0, len(voice.vocabulary), offsets[-1]).astype(np.int32), np.array(probs, np.float32),
+                np.full(len(sizes), np.nan, np.float32))
     return Capture(Answer(f"p{number}", name, "languages", "", conversation, Finish.STOP), tokens, rows)
 
 
@@ -229,7 +231,8 @@ def test_an_answer_that_shares_no_boundary_still_teaches_its_words(voices: Voice
     """No row arrives, cross-entropy stays: an empty answer's stop is the only common boundary, and here its row is empty."""
     capture = captured(voices["qwen"], "qwen", 1, asked(""))
     learned = int(capture.tokens.learn_T.sum())
-    capture = replace(capture, rows=Rows(np.zeros(learned + 1, np.int64), np.empty(0, np.int32), np.empty(0, np.float32)))
+    capture = replace(capture, rows=Rows(np.zeros(learned + 1, np.int64), np.empty(0, np.int32), np.empty(0, np.float32),
+                                         np.full(learned, np.nan, np.float32)))
     batch = offline([capture], voices["llama"], bridges, size=1, seed=0, max_tokens=512).batch(0)
     assert len(batch.teachers[0].row_M) == 0
     logits = torch.zeros(len(batch.targets_N), len(voices["llama"].vocabulary))
@@ -242,7 +245,7 @@ def test_a_batch_feeds_the_objective(voices: Voices, bridges: dict[str, Bridge])
     conversation = asked("two words and 1234 cats")
     tokens = voices["qwen"].render(conversation)
     ids = tokens.ids_T[tokens.learn_T].astype(np.int32)
-    rows = Rows(np.arange(len(ids) + 1), ids, np.ones(len(ids), np.float32))
+    rows = Rows(np.arange(len(ids) + 1), ids, np.ones(len(ids), np.float32), np.zeros(len(ids), np.float32))
     capture = Capture(Answer("p", "qwen", "languages", "", conversation, Finish.STOP), tokens, rows)
     batch = offline([capture], voices["llama"], bridges, size=1, seed=0, max_tokens=512).batch(0)
     logits = torch.full((len(batch.targets_N), len(voices["llama"].vocabulary)), -20.0)

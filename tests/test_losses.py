@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from persea.bridge import Bridge, build
-from persea.cache import Rows, sample_rows
 from persea.families.llama import LLAMA
 from persea.losses import LossOut, Targets, composed, cross_entropy, event_logprobs
+from persea.rows import Rows, sample_rows
 from persea.vocabulary import BYTE_TO_CHAR, open_vocabulary
 from persea.voice import Voice
 
@@ -285,14 +285,15 @@ DRAWS = 2000
 
 def sampled(p_W: np.ndarray, tau: float) -> Rows:
     """One distribution drawn DRAWS times, each draw with its own random start."""
-    return sample_rows(torch.from_numpy(np.log(p_W)).expand(DRAWS, -1), tau, "losses")
+    return sample_rows(torch.from_numpy(np.log(p_W)).expand(DRAWS, -1), np.zeros(DRAWS, np.int64), tau, "losses")
 
 
 def top(p_W: np.ndarray, k: int) -> Rows:
     """What other tools keep: the k likeliest, renormalised; as many entries as the sample has."""
     best = np.argsort(-p_W)[:k]
     probs = p_W[best] / p_W[best].sum()
-    return Rows(np.arange(DRAWS + 1) * k, np.tile(best, DRAWS).astype(np.int32), np.tile(probs, DRAWS).astype(np.float32))
+    return Rows(np.arange(DRAWS + 1) * k, np.tile(best, DRAWS).astype(np.int32), np.tile(probs, DRAWS).astype(np.float32),
+                np.zeros(DRAWS, np.float32))
 
 
 def z_scores(rows: Rows, c: Case, bridge: Bridge, full: tuple[float, torch.Tensor]) -> tuple[float, torch.Tensor]:

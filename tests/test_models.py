@@ -18,13 +18,14 @@ from test_generic import END, HEAD, ROLES, TURN, folder_of
 from transformers import AutoTokenizer, PreTrainedModel
 
 from persea.bridge import build
-from persea.cache import Capture, Rows
+from persea.cache import Capture
 from persea.chat import PINNED_DATE, Conversation, Finish, Text
 from persea.engines.local import LocalEngine
 from persea.errors import DataError
 from persea.feed import Feed, offline
 from persea.losses import composed
 from persea.models import Source, ends_of, fingerprint, local_folder, notes, open_model, open_voice, sprout
+from persea.rows import Rows
 from persea.student import Student
 from persea.teacher import Answer
 from persea.voice import Voice
@@ -354,7 +355,7 @@ def feed_of(voice: Voice, teacher: Voice) -> Feed:
         talk = Conversation.ask(f"question {k}").answered(Text(text))
         tokens = teacher.render(talk)
         n = int(tokens.learn_T.sum())
-        rows = Rows(np.arange(n + 1, dtype=np.int64), tokens.ids_T[tokens.learn_T], np.full(n, 0.9, np.float32))
+        rows = Rows(np.arange(n + 1, dtype=np.int64), tokens.ids_T[tokens.learn_T], np.full(n, 0.9, np.float32), np.full(n, np.log(0.9), np.float32))
         captures.append(Capture(Answer(f"p{k}", "t", "languages", "", talk, Finish.STOP), tokens, rows))
     return offline(captures, voice, {"t": build(teacher, voice)}, size=3, seed=0, max_tokens=512)
 
