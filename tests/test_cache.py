@@ -146,7 +146,7 @@ def test_a_count_that_was_edited_is_refused(unit: Path) -> None:
 @pytest.mark.parametrize("value", ["[]", "3", "null", '"text"', "[[1, 2]]", "{}"])
 def test_a_record_that_is_no_record_is_refused(unit: Path, value: str) -> None:
     (unit / "commits" / "u.json").write_text(value)
-    with pytest.raises(DataError, match=r"u\.json: cache format None, this persea reads 1 -> delete"):
+    with pytest.raises(DataError, match=r"u\.json: cache format None, this persea reads 2 -> delete"):
         cache.read_unit(unit, "u")
 
 
@@ -168,8 +168,8 @@ def test_a_unit_without_a_commit_does_not_exist(unit: Path) -> None:
 
 def test_another_format_is_refused_by_its_number(unit: Path) -> None:
     path = unit / "commits" / "u.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
-    with pytest.raises(DataError, match="cache format 2, this persea reads 1") as caught:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 1}))
+    with pytest.raises(DataError, match="cache format 1, this persea reads 2") as caught:
         cache.read_unit(unit, "u")
     assert caught.value.exit_code == 3
 
