@@ -137,8 +137,8 @@ def event_kl(s: Stack, logits_RV: torch.Tensor) -> float:
 
 
 def spearman(x: list[float], y: list[float]) -> float:
-    ranks = [np.argsort(np.argsort(v)) for v in (x, y)]
-    return float(np.corrcoef(ranks)[0, 1])
+    a, b = (np.argsort(np.argsort(v)) - (len(v) - 1) / 2 for v in (x, y))  # no ties among these
+    return float(a @ b / np.sqrt((a @ a) * (b @ b)))
 
 
 def tilted_student(w: World, after: str, to: int, eps: float, longest: int) -> tuple[float, World]:
@@ -185,7 +185,8 @@ def objectives(w: World, masks: dict[str, Mask], share: float = 0.7) -> dict[str
         out[name] = s, baseline(s, w, name, share)
     for temperature in (1.0, 100.0):
         for exactly in (False, True):
-            out[f"chunk {'exact' if exactly else 'raw'}, temperature {temperature:g}"] = s, chunk(s, w, temperature=temperature, exact=exactly, share=share)
+            name = f"chunk {'exact' if exactly else 'raw'}, temperature {temperature:g}"
+            out[name] = s, chunk(s, w, temperature=temperature, exact=exactly, share=share)
     for name, mask in masks.items():
         s = stack(w, mask)
         out[f"events {name}"] = s, events(s, share)
@@ -256,149 +257,6 @@ def main() -> None:
     for m, each in found.items():
         for what, form in (("events", ".3f"), ("composed", ".3f"), ("monotone", ".2f"), ("floor", ".1e"), ("smallest", ".1e")):
             print(row(f"events {m}: {what}", [d[what] for d in each.values()], form))
-    out = {"strict": strict_tv(w), "uld": uld_tv(w), "bpm": mean_tv(w, (prefix_columns(w).tolist(), list(range(len(w.columns_V))))),
-           "longest common prefix": mean_tv(w, common_prefix_columns(w))}
-    for name, mask in masks.items():
-        out[f"events {name}"] = mean_tv(w, event_maps, mask)
-        out[f"first byte {name}"] = mean_tv(w, first_byte_columns(w), mask)
-        out[f"chunk {name}"] = chunk_nats(w, kept(w, mask))
-    out["maps disagree"] = sum(b.mass * b.disagree for b in w.boundaries) / total
-    for side in ("b_T", "b_S"):
-        out[side] = sum(b.mass * getattr(b, side) for b in w.boundaries) / total
-    return out
-
-
-# ---- detection ----------------------------------------------------------------------------------------------------------
-
-
-def event_kl(s: Stack, logits_RV: torch.Tensor) -> float:
-    """Mean over boundaries of KL(teacher || student) over events, both cut down to what the masks keep and renormalised."""
-    p_CE, q_CE = event_masses(s, torch.softmax(logits_RV, -1)[s.row_C])
-    p_CE, q_CE = (x / x.sum(-1, keepdim=True) for x in (p_CE, q_CE))
-    return float((s.mass_C * (torch.xlogy(p_CE, p_CE) - torch.xlogy(p_CE, q_CE.clamp(min=1e-300))).sum(-1)).sum() / s.mass_C.sum())
-
-
-def spearman(x: list[float], y: list[float]) -> float:
-    ranks = [np.argsort(np.argsort(v)) for v in (x, y)]
-    return float(np.corrcoef(ranks)[0, 1])
-
-
-def tilted_student(w: World, after: str, to: int, eps: float, longest: int) -> tuple[float, World]:
-    """(byte KL of the true law from the tilted one, the world whose student models the tilted law)."""
-    law = markov(tilted(after, to, eps), longest)
-    kl = sum(p * math.log(p / law[x]) for x, p in w.law.items())
-    return kl, World(w.name, w.law, w.teacher, w.student, w.t, exact(encode(w.student, list(law)), law))
-
-
-def detection(name: str, mask: Mask, longest: int = 5, sizes: tuple[float, ...] = (.1, .2, .4, .8)) -> dict[str, float]:
-    """Every row of the chain tilted every way, and every loss of the tilted student less the perfect one's, against the byte KL.
-
-    events: over boundaries only, so blind to what lies inside events and inside teacher tokens; composed: the objective;
-    floor: event loss of the perfect student; smallest: of the least tilted one; monotone: share of tilts along which the composed
-    loss rises with every size.
-    """
-    w = world(name, markov(longest=longest))
-    s = stack(w, mask)
-    whole = events(s)
-    start = float(whole(s.truth_logits))
-    floor, kls, alone, composed, rises = event_kl(s, s.truth_logits), [], [], [], []
-    for after in ALPHABET:
-        for to in range(5):
-            for eps in sizes:
-                kl, other = tilted_student(w, after, to, eps, longest)
-                truth = torch.from_numpy(np.array([other.row_V(other.s.next[prefix]) for prefix in s.number]))
-                logits = torch.where(truth > 0, truth.clamp(min=1e-300).log(), -60.0)
-                kls.append(kl)
-                alone.append(event_kl(s, logits))
-                composed.append(float(whole(logits)) - start)
-            last = [0.0, *composed[-len(sizes):]]
-            rises.append(all(x < y for x, y in pairwise(last)))
-    return {"events": spearman(kls, alone), "composed": spearman(kls, composed), "monotone": sum(rises) / len(rises), "floor": floor,
-            "smallest": min(alone), "smallest_composed": min(composed)}
-
-
-# ---- drift --------------------------------------------------------------------------------------------------------------
-
-
-def objectives(w: World, masks: dict[str, Mask], share: float = 0.7) -> dict[str, tuple[Stack, Objective]]:
-    out: dict[str, tuple[Stack, Objective]] = {}
-    s = stack(w, no_mask)
-    for name in ("strict", "uld", "bpm"):
-        out[name] = s, baseline(s, w, name, share)
-    for temperature in (1.0, 100.0):
-        for exactly in (False, True):
-            out[f"chunk {'exact' if exactly else 'raw'}, temperature {temperature:g}"] = s, chunk(s, w, temperature=temperature, exact=exactly, share=share)
-    for name, mask in masks.items():
-        s = stack(w, mask)
-        out[f"events {name}"] = s, events(s, share)
-        if name != "raw":
-            out[f"events {name}, renormalised"] = s, events(s, share, renormalised=True)
-    return out
-
-
-def drift(s: Stack, objective: Objective) -> dict[str, float]:
-    return {"push": push(objective, s), "byte_kl": byte_kl(s, descend(objective, s, s.truth_logits))}
-
-
-def where_it_ends(s: Stack, objective: Objective) -> dict[str, float]:
-    """The fixed point of an event objective, from the truth and from elsewhere."""
-    return {"from_truth": byte_kl(s, iterate(objective, s, s.truth_logits)), "from_elsewhere": byte_kl(s, iterate(objective, s, random_logits(s, 1))),
-            "elsewhere": byte_kl(s, random_logits(s, 1))}
-
-
-# ---- the table ----------------------------------------------------------------------------------------------------------
-
-
-def row(name: str, values: list[float], form: str = ".4f") -> str:
-    return f"{name:<44}" + "".join(f"{v:>12{form}}" for v in values)
-
-
-def print_floors(result: dict[str, dict[str, float]]) -> None:
-    print(f"\n{'floors at the truth (total variation; chunks: nats)':<44}" + "".join(f"{n:>12}" for n in result))
-    for name in dict.fromkeys(k for column in result.values() for k in column):
-        print(row(name, [column[name] for column in result.values()]), flush=True)
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-    with_trl = importlib.util.find_spec("trl") is not None
-    if not with_trl:
-        print("without GOLD: pip install 'persea[bench]'")
-    else:
-        from trl_worlds import gold_floor, gold_objective
-    table: dict[str, dict[str, float]] = {}
-    for name in WORLDS:
-        w = world(name)
-        table[name] = floors(w, MASKS)
-        for merge in ("observed", "bayesian") if with_trl else ():
-            table[name][f"gold {merge}"] = gold_floor(stack(w, no_mask), w, merge)["tv"]
-    print_floors(table)
-
-    print(f"\n{'started at the truth: byte KL, nats a string':<44}" + "".join(f"{n:>12}" for n in WORLDS))
-    short = {name: world(name, markov(longest=SHORT)) for name in WORLDS}
-    pairs = {name: objectives(w, MASKS) for name, w in short.items()}
-    for name, w in short.items() if with_trl else ():
-        s = stack(w, no_mask)
-        pairs[name] |= {f"gold {merge}": (s, gold_objective(s, w, merge)) for merge in ("observed", "bayesian")}
-    drifts: dict[str, dict[str, dict[str, float]]] = {}
-    for method in pairs["same"]:
-        drifts[method] = {name: drift(*pairs[name][method]) for name in WORLDS}
-        print(row(method, [d["byte_kl"] for d in drifts[method].values()], ".1e"), flush=True)
-    print(f"\n{'push: sum of |expected gradient| at the truth':<44}")
-    for method, each in drifts.items():
-        print(row(method, [d["push"] for d in each.values()], ".1e"))
-    print("\nfixed points: byte KL from the truth, from elsewhere")
-    ends = {f"events {m}": {name: where_it_ends(*pairs[name][f"events {m}"]) for name in WORLDS} for m in MASKS}
-    for method, each in ends.items():
-        print(row(method, [d["from_truth"] for d in each.values()], ".1e"))
-        print(row("  started elsewhere", [d["from_elsewhere"] for d in each.values()], ".1e"))
-    print("\ndetection: Spearman with the byte KL over 80 tilted students; floor; loss of the least tilted")
-    found = {m: {name: detection(name, mask) for name in WORLDS} for m, mask in MASKS.items()}
-    for m, each in found.items():
-        print(row(f"events {m}", [d["spearman"] for d in each.values()], ".3f"))
-        print(row("  floor", [d["floor"] for d in each.values()], ".1e"))
-        print(row("  least tilted", [d["smallest"] for d in each.values()], ".1e"))
     out = {"torch": torch.__version__, "gold": with_trl, "share": 0.7, "floors": table, "drift": drifts, "fixed_points": ends, "detection": found}
     (Path(__file__).parent / "results" / "bias.json").write_text(json.dumps(out, indent=1) + "\n")
 

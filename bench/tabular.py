@@ -9,6 +9,7 @@ Shapes: R student prefixes, C common boundaries, W and V teacher and student col
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -160,7 +161,7 @@ def baseline(s: Stack, world: World, name: str, share: float = 0.7) -> Objective
 def chunk(s: Stack, world: World, *, temperature: float = 100.0, exact: bool = False, share: float = 0.7) -> Objective:
     """baselines.chunk_likelihood over every chunk of every string, and (1 - share) cross-entropy everywhere. exact: debiased."""
     column = {int(i): v for v, i in enumerate(world.columns_V)}
-    found: dict[tuple[object, ...], float] = {}
+    found: dict[tuple[int, int, Prefix, Prefix], float] = {}
     for c in chunks(world):
         key = (c.begin, c.end, c.teacher_ids, c.student_ids)
         found[key] = found.get(key, 0.0) + c.weight
@@ -169,19 +170,19 @@ def chunk(s: Stack, world: World, *, temperature: float = 100.0, exact: bool = F
     weight = torch.tensor([found[k] for k in keys], dtype=torch.float64)
     begin, end = torch.tensor([k[0] for k in keys]), torch.tensor([k[1] for k in keys])
     correction = (b_T[end] - b_T[begin]) - (b_S[end] - b_S[begin]) if exact else torch.zeros_like(weight)
-    teacher, row, token, of_chunk = [], [], [], []
+    teacher: list[float] = []
+    where: list[tuple[int, int, int]] = []  # student row, token, chunk
     for n, (at, _, ids_t, ids_s) in enumerate(keys):
         prefix_t, prefix_s = world.boundaries[at].teacher, world.boundaries[at].student
-        teacher.append(np.log(world.t.mass[prefix_t + ids_t] / world.t.mass[prefix_t]))
+        teacher.append(math.log(world.t.mass[prefix_t + ids_t] / world.t.mass[prefix_t]))
         for k, i in enumerate(ids_s):
-            row, token, of_chunk = [*row, s.number[prefix_s + ids_s[:k]]], [*token, column[i]], [*of_chunk, n]
-    return _chunk(s, weight, torch.tensor(teacher, dtype=torch.float64), correction, (torch.tensor(row), torch.tensor(token), torch.tensor(of_chunk)),
-                  temperature, share)
+            where.append((s.number[prefix_s + ids_s[:k]], column[i], n))
+    return _chunk(s, weight, torch.tensor(teacher, dtype=torch.float64), correction, torch.tensor(where), temperature, share)
 
 
-def _chunk(s: Stack, weight_C: torch.Tensor, teacher_C: torch.Tensor, correction_C: torch.Tensor, where: tuple[torch.Tensor, ...], temperature: float,
+def _chunk(s: Stack, weight_C: torch.Tensor, teacher_C: torch.Tensor, correction_C: torch.Tensor, where_G3: torch.Tensor, temperature: float,
            share: float) -> Objective:
-    row_G, token_G, chunk_G = where
+    row_G, token_G, chunk_G = where_G3.unbind(-1)
 
     def of(logits_RV: torch.Tensor) -> torch.Tensor:
         log_q_RV = torch.log_softmax(logits_RV, -1)

@@ -7,12 +7,14 @@ tokenizers are given as the columns that occur, so that the share of matched tok
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from baselines import Sequence, gold, gold_loss
-from tabular import Objective, Stack, shared_columns
+from tabular import NOWHERE, Objective, Stack, shared_columns
 from worlds import Prefix, World, starts
 
 from persea.voice import Voice
@@ -21,7 +23,7 @@ from persea.voice import Voice
 class Columns:
     """A tokenizer as TRL sees it."""
 
-    def __init__(self, names: tuple[bytes | None, ...]):
+    def __init__(self, names: tuple[bytes | None, ...]) -> None:
         self.names = names
 
     def get_vocab(self) -> dict[str, int]:
@@ -33,31 +35,48 @@ def loss_of(world: World, merge: str, hybrid: bool = True) -> Any:
 
 
 def _sequence(voice: Voice, ids: Prefix, columns: dict[int, int], logits_TV: torch.Tensor) -> Sequence:
+    """The row after the stop token is uniform; nothing is learned there."""
+    logits_TV = torch.cat([logits_TV, torch.zeros_like(logits_TV[:1])])
     begin = list(starts(voice, ids))
-    learned = torch.tensor([False] + [True] * len(ids))
-    return Sequence(logits_TV, torch.tensor([0, *(columns[i] for i in ids)]), learned, torch.tensor([0, *begin]), torch.tensor([0, *begin[1:], begin[-1]]))
+    learned, ends = torch.tensor([False] + [True] * len(ids)), [*begin[1:], begin[-1]]
+    return Sequence(logits_TV, torch.tensor([0, *(columns[i] for i in ids)]), learned, torch.tensor([0, *begin]), torch.tensor([0, *ends]))
 
 
-def sequences(s: Stack, world: World, logits_RV: torch.Tensor) -> Iterator[tuple[float, int, Sequence, Sequence]]:
-    """(probability, student tokens, student, teacher) of every string; the row after the end is uniform, and never learned."""
-    columns_W, columns_V = ({int(i): n for n, i in enumerate(c)} for c in (world.columns_W, world.columns_V))
+@dataclass(frozen=True)
+class Told:
+    """One string: its probability, the student's rows and columns, and the teacher's side, which never changes."""
+
+    p: float
+    rows: list[int]
+    student: Prefix
+    teacher: Sequence
+
+
+def told(s: Stack, world: World) -> list[Told]:
+    columns = {int(i): n for n, i in enumerate(world.columns_W)}
+    out = []
     for text, p in world.law.items():
         t, v = world.t.ids[text], world.s.ids[text]
-        rows_t = torch.stack([torch.from_numpy(world.row_W(world.t.next[t[:k]])) for k in range(len(t))])
-        teacher = torch.where(rows_t > 0, rows_t.clamp(min=1e-300).log(), -60.0)
-        student = logits_RV[[s.number[v[:k]] for k in range(len(v))]]
-        over_t, over_v = torch.zeros(1, teacher.shape[1], dtype=torch.float64), torch.zeros(1, student.shape[1], dtype=torch.float64)
-        yield (p, len(v), _sequence(world.student, v, columns_V, torch.cat([student, over_v])),
-               _sequence(world.teacher, t, columns_W, torch.cat([teacher, over_t])))
+        rows_TW = torch.from_numpy(np.array([world.row_W(world.t.next[t[:k]]) for k in range(len(t))]))
+        logits_TW = torch.where(rows_TW > 0, rows_TW.clamp(min=1e-300).log(), NOWHERE)
+        out.append(Told(p, [s.number[v[:k]] for k in range(len(v))], v, _sequence(world.teacher, t, columns, logits_TW)))
+    return out
+
+
+def sequences(said: list[Told], world: World, logits_RV: torch.Tensor) -> Iterator[tuple[float, int, Sequence, Sequence]]:
+    """(probability, student tokens, student, teacher) of every string."""
+    columns = {int(i): n for n, i in enumerate(world.columns_V)}
+    for one in said:
+        yield one.p, len(one.rows), _sequence(world.student, one.student, columns, logits_RV[one.rows]), one.teacher
 
 
 def gold_objective(s: Stack, world: World, merge: str, share: float = 0.7) -> Objective:
     """share * TRL's mean over spans * tokens + (1 - share) * cross-entropy: every token has weight one, as everywhere here."""
-    loss = loss_of(world, merge)
+    loss, said = loss_of(world, merge), told(s, world)
 
     def of(logits_RV: torch.Tensor) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float64)
-        for p, tokens, student, teacher in sequences(s, world, logits_RV):
+        for p, tokens, student, teacher in sequences(said, world, logits_RV):
             total = total + p * tokens * gold_loss(loss, student, teacher)
         log_q_RV = torch.log_softmax(logits_RV, -1)
         return share * total - (1 - share) * (s.mass_R[:, None] * s.truth_RV * log_q_RV).sum()
@@ -82,7 +101,7 @@ def gold_floor(s: Stack, world: World, merge: str) -> dict[str, float]:
     width = int(max(rest_W.sum(), rest_V.sum()))
     value = distance = spans = 0.0
     with torch.no_grad():
-        for p, _, student, teacher in sequences(s, world, s.truth_logits):
+        for p, _, student, teacher in sequences(told(s, world), world, s.truth_logits):
             seen.clear()
             value += p * float(gold_loss(loss, student, teacher))
             for q_GV, p_GW in seen:

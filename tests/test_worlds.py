@@ -74,7 +74,7 @@ def test_both_models_say_the_law(name: str):
 def test_every_student_position_stands_somewhere(name: str):
     """At a common boundary or inside a teacher token; together they are all positions, once."""
     world = whole(name)
-    mass = {prefix: 0.0 for prefix in world.s.next}
+    mass = dict.fromkeys(world.s.next, 0.0)
     for place in (*world.boundaries, *world.insides):
         mass[place.student] += place.mass
     assert max(abs(m - world.s.mass[prefix]) for prefix, m in mass.items()) < 1e-12
@@ -266,7 +266,8 @@ def test_sampled_rows_have_the_full_rows_gradient(name: str, mask: Mask):
     full = gradients(p_W[None])[0]
     rows = sample_rows(p_W.clamp(min=1e-30).log().expand(DRAWS, -1), np.zeros(DRAWS, np.int64), 0.4, "worlds")
     p_DW = torch.zeros(DRAWS, len(p_W), dtype=torch.float64)
-    p_DW[torch.from_numpy(np.repeat(np.arange(DRAWS), np.diff(rows.offsets_N1))), torch.from_numpy(rows.ids_M).long()] = torch.from_numpy(rows.probs_M).double()
+    draw_M = torch.from_numpy(np.repeat(np.arange(DRAWS), np.diff(rows.offsets_N1)))
+    p_DW[draw_M, torch.from_numpy(rows.ids_M).long()] = torch.from_numpy(rows.probs_M).double()
     drawn = gradients(p_DW)
     assert (drawn.std(0) > 0.01).any(), "sparse: draws differ"
     z = (drawn.mean(0) - full) / (drawn.std(0) / math.sqrt(DRAWS)).clamp(min=1e-6)
