@@ -12,15 +12,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import worlds
 from hypothesis import given
 from hypothesis import strategies as st
-from worlds import WORLDS
 
 from persea.bridge import Bridge
 from persea.losses import LossOut, Targets, composed, cross_entropy, event_logprobs
 from persea.rows import Rows, sample_rows
-from persea.voice import Voice
 
 GOLDEN = Path(__file__).parent / "golden" / "composed.json"
 seeds = st.integers(0, 2**32 - 1)
@@ -385,53 +382,6 @@ def test_golden_values():
     assert got.keys() == want.keys()
     for name, value in got.items():
         assert value == pytest.approx(want[name], abs=3e-5), name
-
-
-# ---- a world whose truth is known: bench/worlds.py -------------------------------------------------------------------
-
-# mean total variation at the truth: events, and shared byte strings renormalised (strict); with masks: tests/test_worlds.py
-FLOORS = {"same": (0.0, 0.0), "nested": (.0146, .0307), "crossing": (.0280, .0433), "words": (.0588, .0948), "long": (.1085, .2167)}
-
-
-def strict(p: dict[int, float], q: dict[int, float], teacher: Voice, student: Voice) -> float:
-    """The baseline: byte strings both vocabularies have, renormalised."""
-    t = {teacher.vocabulary.bytes_W[i]: x for i, x in p.items()}  # None = the stop token
-    s = {student.vocabulary.bytes_W[i]: x for i, x in q.items()}
-    shared = {*teacher.vocabulary.bytes_W} & {*student.vocabulary.bytes_W}
-    t_sum, s_sum = (sum(x for b, x in row.items() if b in shared) for row in (t, s))
-    return sum(abs(t.get(b, 0) / t_sum - s.get(b, 0) / s_sum) for b in shared) / 2 if t_sum and s_sum else 0.0
-
-
-@pytest.mark.parametrize("name", WORLDS)
-def test_the_floor_of_unmasked_events(name: str):
-    world = worlds.world(name)
-    teacher, student, t, s, bridge = world.teacher, world.student, world.t, world.s, world.full_bridge
-    where = [((b.teacher, b.student), b.mass) for b in world.boundaries]
-    weight_N = torch.tensor([w for _, w in where], dtype=torch.float64)
-    weight_N /= weight_N.sum()
-    logits_NV = torch.full((len(where), len(student.vocabulary)), -2000.0, dtype=torch.float64)
-    row, ids, probs, strict_N = [], [], [], []
-    for n, ((prefix_t, prefix_s), _) in enumerate(where):
-        p, q = t.next[prefix_t], s.next[prefix_s]
-        for v, x in q.items():
-            logits_NV[n, v] = math.log(x)
-        row, ids, probs = row + [n] * len(p), [*ids, *p], [*probs, *p.values()]
-        strict_N.append(strict(p, q, teacher, student))
-    # the student at its true optimum, through the code that trains: event probabilities against the teacher's
-    E = bridge.events
-    p_NE = torch.zeros(len(where), E, dtype=torch.float64)
-    event_M = torch.from_numpy(bridge.teacher_event_W)[torch.tensor(ids)].long()
-    p_NE.index_put_((torch.tensor(row), event_M), torch.tensor(probs, dtype=torch.float64), accumulate=True)
-    said = bridge.student_event_V[[v for q in s.next.values() for v in q]]
-    used = torch.from_numpy(np.union1d(event_M.numpy(), said)).long()
-    row_M, asked_M = torch.arange(len(where)).repeat_interleave(len(used)), used.repeat(len(where))
-    q_NU = event_logprobs(logits_NV, logits_NV.logsumexp(-1), row_M, asked_M, bridge).exp().reshape(len(where), -1)
-    torch.testing.assert_close(q_NU.sum(-1), torch.ones(len(where), dtype=torch.float64))
-    events = float(weight_N @ (p_NE[:, used] - q_NU).abs().sum(-1)) / 2
-    baseline = float(weight_N @ torch.tensor(strict_N, dtype=torch.float64))
-    assert events == pytest.approx(FLOORS[name][0], abs=1e-4)
-    assert baseline == pytest.approx(FLOORS[name][1], abs=1e-4)
-    assert events < (1e-12 if name == "same" else baseline)
 
 
 if __name__ == "__main__":
