@@ -117,11 +117,19 @@ FLOORS = {
 }
 
 
+# what trains: events, first bytes (total variation), chunks (nats). Above the best masks only because a string is cut at six
+# characters, and no mask knows that nothing more can come (test_perseas_masks_are_the_best_there_are)
+PERSEA_FLOORS = {"same": (0.0, 0.0, 0.0), "nested": (0.0, 0.0, 0.0), "crossing": (.0063, .0020, .0041), "words": (.0026, 0.0, 0.0),
+                 "long": (.0098, .0098, .0217)}
+
+
 @pytest.mark.parametrize("name", WORLDS)
 def test_floors(name: str):
     got = bias.floors(whole(name), bias.MASKS)
     for method, floor in FLOORS[name].items():
         assert got[method] == pytest.approx(floor, abs=1e-4), method
+    for term, floor in zip(("events", "first byte", "chunk"), PERSEA_FLOORS[name], strict=True):
+        assert got[f"{term} persea's masks"] == pytest.approx(floor, abs=1e-4), term
     assert got["first byte exact"] < 1e-9
     assert got["chunk exact"] < 1e-9
     assert got["events exact"] <= got["maps disagree"] + 1e-12
@@ -241,17 +249,22 @@ def contexts(world: World) -> tuple[np.ndarray, np.ndarray]:
     return np.array(found[0]), np.array(found[1])
 
 
-def positions(world: World, masked: bool) -> Positions:
+def positions(world: World, masked: bool, kind: RowKind = RowKind.FULL, top: int | None = None) -> Positions:
+    """top: only so many of the likeliest teacher tokens; renormalised if the rows are to pass for whole ones."""
     s = stack(world, no_mask)
     at_C, target_C = (x.numpy() for x in s.both_CV.nonzero(as_tuple=True))
     at_R, target_R = s.rest_RV.nonzero(as_tuple=True)
     weight_N = torch.cat([s.mass_C[at_C] * s.both_CV[at_C, target_C], s.rest_RV[at_R, target_R]])
     target_N = torch.from_numpy(world.columns_V)[torch.cat([torch.from_numpy(target_C), target_R])]
-    p_NW = s.p_CW[at_C]
+    p_CW = s.p_CW
+    if top is not None:
+        p_CW = torch.where(p_CW >= p_CW.topk(top, -1).values[:, -1:], p_CW, 0.0)
+        p_CW = p_CW / (p_CW.sum(-1, keepdim=True) if kind is RowKind.FULL else 1)
+    p_NW = p_CW[at_C]
     row_M, column_M = (x.numpy() for x in p_NW.nonzero(as_tuple=True))
     before = [np.concatenate([c[at_C], np.full(len(at_R), FREE)]) for c in contexts(world)] if masked else [None, None]
     entries = standing(world.full_bridge, row_M, world.columns_W[column_M], p_NW[row_M, column_M].numpy(), student_N=before[0], teacher_N=before[1],
-                       kind=RowKind.FULL)
+                       kind=kind)
     return Positions(torch.cat([s.row_C[at_C], at_R]), target_N, weight_N, targets(world.full_bridge, entries, len(target_N)))
 
 
@@ -390,6 +403,20 @@ def test_what_trains_lets_a_perfect_student_be(name: str):
     for begin in (s.truth_logits, random_logits(s, 1)):
         end = byte_kl(s, iterate(composed_table(world, p), s, begin, 40))
         assert end == pytest.approx(PERSEA_STAYS[name], rel=0.05, abs=1e-6)
+
+
+# push at the truth, masked: the three likeliest teacher tokens and one rest event; the same three renormalised
+REST = {"same": (0.0, .82), "nested": (0.0, .81), "crossing": (.020, .75), "long": (.43, .58)}
+
+
+@pytest.mark.parametrize("name", REST)
+def test_top_k(name: str):
+    """With a rest it is unbiased only where every event is named whole or not at all: a rest that holds more teacher tokens of a
+    named event than the student's rest does pushes. Renormalised it pushes everywhere, one tokenizer or two."""
+    world = short(name)
+    s = stack(world, no_mask)
+    for kind, want in zip((RowKind.TOPK_REST, RowKind.FULL), REST[name], strict=True):
+        assert push(composed_table(world, positions(world, True, kind, 3)), s) == pytest.approx(want, abs=.01)
 
 
 # ---- T6: sampled rows -----------------------------------------------------------------------------------------------------
