@@ -1,6 +1,6 @@
 """What each method pushes a PERFECT student away by: the ground-truth table, over worlds whose truth is known.
 
-    make bench-bias        (python bench/bias.py; about ten minutes on one core, most of it GOLD's descents)
+    make bench-bias        (python bench/bias.py; 10 to 20 minutes on one core, most of it GOLD's descents)
 
 Floors: two exact models of the same byte law under two tokenizers are compared; mean total variation over common boundaries,
 nats over chunks. Zero = unbiased. Drift: a table of logits starts at the truth and follows each loss, composed alike (.7 of
