@@ -4,7 +4,7 @@
 # make chaos        a run killed again and again ends with the same student (about 10 minutes)
 # make results      the quickstart with three seeds (about 20 minutes)
 # make bench        what the objective costs (about 2 minutes)
-# make bench-bias   what each method pushes a perfect student away by (about 10 minutes; installs TRL for its GOLD)
+# make bench-bias   what each method pushes a perfect student away by (10 to 20 minutes; installs TRL for its GOLD)
 # PYTHON=python3.12 chooses the Python; TORCH_INDEX=URL takes torch from another index (README, "Installing")
 
 PYTHON ?= python3
