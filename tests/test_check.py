@@ -356,6 +356,6 @@ def test_real_vocabularies_have_boundaries_in_common(data: Path, real_of: Callab
         assert 100 * p.boundary >= BOUNDARY[family][TEXTS.index(name)], name
         assert p.boundary + p.completion + p.chunk + p.cross_entropy_only == pytest.approx(1)
         assert p.cross_entropy_only <= 0.01, f"{name}: every byte stands in both renderings, but for a rim of code that Llama trims"
-        assert p.completion >= 0.6 * (p.completion + p.chunk), name
+        assert p.chunk < 0.12, f"{name}: a teacher token mostly begins where the student begins one"
         assert 1 <= p.event_bytes <= p.token_bytes
         assert (0.11 < p.spaces < 0.2) == (name == "python"), (name, p.spaces)
