@@ -168,12 +168,12 @@ def bridges(student: Voice, teachers: dict[str, Voice]) -> tuple[dict[str, Any],
     return told, found
 
 
-def objective(logits: torch.Tensor, targets: torch.Tensor, bridge: Bridge, rows: torch.Tensor, ids: torch.Tensor, probs: torch.Tensor) -> Work:
+def objective(logits: torch.Tensor, tokens: torch.Tensor, bridge: Bridge, rows: np.ndarray, ids: np.ndarray, probs: np.ndarray) -> Work:
     """The event objective, forward and backward. All that this file knows of the losses' interface."""
-    from persea.losses import Targets, composed
+    from persea.losses import composed, standing, targets
 
-    said = Targets(bridge, rows, ids, probs)
-    return backward(logits, lambda: composed(logits, targets, [said], 0.7).loss)
+    said = targets(bridge, standing(bridge, rows, ids, probs), len(tokens))
+    return backward(logits, lambda: composed(logits, tokens, [said], 0.7).loss)
 
 
 def backward(logits: torch.Tensor, loss: Callable[[], torch.Tensor]) -> Work:
@@ -191,9 +191,9 @@ def case(n: int, bridge: Bridge) -> tuple[torch.Tensor, torch.Tensor, Work]:
     logits = torch.from_numpy(rng.normal(0, 3, (n, student)).astype(np.float32)).requires_grad_()
     targets = torch.from_numpy(rng.integers(0, student, n))
     sizes = rng.integers(1, 30, n)
-    rows = torch.from_numpy(np.repeat(np.arange(n), sizes))
-    probs = torch.from_numpy(np.concatenate([rng.dirichlet(np.ones(k)) for k in sizes]).astype(np.float32))
-    return logits, targets, objective(logits, targets, bridge, rows, torch.from_numpy(rng.integers(0, teacher, len(rows))), probs)
+    rows = np.repeat(np.arange(n), sizes)
+    probs = np.concatenate([rng.dirichlet(np.ones(k)) for k in sizes]).astype(np.float32)
+    return logits, targets, objective(logits, targets, bridge, rows, rng.integers(0, teacher, len(rows)), probs)
 
 
 def losses(bridge: Bridge) -> dict[str, Any]:
