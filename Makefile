@@ -3,7 +3,8 @@
 # make lint         ruff and mypy
 # make chaos        a run killed again and again ends with the same student (about 10 minutes)
 # make results      the quickstart with three seeds (about 20 minutes)
-# make bench        what alignment, bridges and the objective cost (about 8 minutes; with trl==1.16.0 installed, beside TRL)
+# make bench        what alignment, bridges and the objective cost, beside TRL (about 9 minutes; installs TRL)
+# make bench-bias   what each method pushes a perfect student away by (about 10 minutes; installs TRL for its GOLD)
 # PYTHON=python3.12 chooses the Python; TORCH_INDEX=URL takes torch from another index (README, "Installing")
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test lint chaos results bench saplings clean
+.PHONY: quickstart test lint chaos results bench bench-bias saplings clean
 .DELETE_ON_ERROR:
 
 .venv/persea: pyproject.toml
@@ -42,8 +43,13 @@ results: .venv/persea
 	$(BIN)/python bench/results.py
 
 bench: .venv/persea
+	$(BIN)/pip install -q -e '.[bench]'
 	$(BIN)/python bench/bridge.py
 	$(BIN)/python bench/help.py
+
+bench-bias: .venv/persea
+	$(BIN)/pip install -q -e '.[bench]'
+	$(BIN)/python bench/bias.py
 
 saplings: .venv/persea
 	$(BIN)/python saplings/grow.py

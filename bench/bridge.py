@@ -1,7 +1,7 @@
 """What laying two tokenizers over each other costs, beside TRL 1.16: alignment, bridges, the event objective. CPU seconds, one thread.
 
-    pip install trl==1.16.0                      (beside persea; without it TRL's columns are left out)
-    PERSEA_DATA=/folder python bench/bridge.py   (make bench)
+    pip install -e '.[bench]'                    (TRL; without it its columns are left out)
+    PERSEA_DATA=/folder python bench/bridge.py   (make bench does both)
 
 Real tokenizers (Llama 3 as student; Qwen 3, Gemma 3, gpt-oss as teachers), lines of NTREX in English, Chinese and Vietnamese and Python
 from MBPP, in texts of about 2,000 bytes. Each figure comes from interleaved pairs, so that a machine that drifts does not favour either
@@ -90,10 +90,10 @@ def trl() -> Any:
         from trl.experimental.gold.gold_trainer import ULDLoss
         from trl.experimental.utils import encode_with_byte_offsets
     except ModuleNotFoundError as error:
-        print(f"{error}: TRL's columns are left out; pip install trl==1.16.0", file=sys.stderr)
+        print(f"{error}: TRL's columns are left out; pip install -e '.[bench]'", file=sys.stderr)
         return None
     if __version__ != "1.16.0":
-        sys.exit(f"trl {__version__}: these figures are told of 1.16.0; pip install trl==1.16.0")
+        sys.exit(f"trl {__version__}: these figures are told of 1.16.0; pip install -e '.[bench]'")
     return types.SimpleNamespace(version=__version__, Loss=ULDLoss, encode=encode_with_byte_offsets, align=ULDLoss._align_by_byte_offsets)
 
 

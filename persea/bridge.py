@@ -58,6 +58,12 @@ class Bridge:
         sizes = np.bincount(self.student_event_V[order], minlength=self.events)
         return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64), order.astype(np.int64)
 
+    @cached_property
+    def identical(self) -> bool:
+        """The same tokenizer on both sides: every token is its own event."""
+        same = np.arange(self.events)
+        return np.array_equal(self.teacher_event_W, same) and np.array_equal(self.student_event_V, same)
+
     def event_of(self, ids_M: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
         """Events of raw teacher ids. Raises DataError for an id that is none of the teacher's: the rows come from another tokenizer."""
         wrong = (ids_M < 0) | (ids_M >= len(self.teacher_event_W))

@@ -2,7 +2,8 @@
 
 Both sides are masked to what can stand where both tokenizers have a boundary, and renormalised: they are then conditional
 distributions of the same future, equal for two exact models of one law wherever the maps agree. For training beside
-cross-entropy use `composed`, which needs no normaliser.
+cross-entropy use `composed`, which needs no normaliser. The same tokenizer on both sides gives the ordinary divergence, bit
+for bit.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 
 from persea.bridge import Bridge
 from persea.errors import DataError
-from persea.losses.token import Divergence, LossOut, between
+from persea.losses.token import Divergence, LossOut, between, same_vocabulary
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ def full(logits_NV: torch.Tensor, teacher_logprobs_NW: torch.Tensor, bridge: Bri
                                   ("teacher", teacher_logprobs_NW.shape[1], len(bridge.teacher_event_W))):
         if columns != tokens:
             raise DataError(f"{columns} {name} columns, but its tokenizer has {tokens} tokens", where="losses", remedy="cut the padded columns off")
+    if bridge.identical and student_dead is None and teacher_dead is None:
+        return same_vocabulary(logits_NV, teacher_logprobs_NW, divergence)
     event_V, event_W = (torch.from_numpy(e).long().to(logits_NV.device) for e in (bridge.student_event_V, bridge.teacher_event_W))
     log_q_NE = over_events(torch.log_softmax(logits_NV, -1), event_V, bridge.events, student_dead)
     log_p_NE = over_events(teacher_logprobs_NW, event_W, bridge.events, teacher_dead)
