@@ -179,6 +179,26 @@ def likelihood(teacher: Teacher, samples: Sequence[Sample]) -> list[Likelihood]:
     return [_likelihood(teacher.name, name, rows[(names == name) | (not name)]) for name in dict.fromkeys(["", *names.tolist()]) if len(rows)]
 
 
+def kept_by(teacher: Teacher, bridge: Bridge) -> Kept:
+    """What of a teacher's own distributions the boundary masks leave; one forward pass over every answer."""
+    def kept(mine: Sequence[Tokens], theirs: Sequence[Tokens], both: Boundaries) -> npt.NDArray[np.float64]:
+        mass_C = np.ones(len(both.student_C))
+        if bridge.teacher_mask is None:
+            return mass_C
+        begin_s, begin_t, at = 0, 0, 0
+        scored = teacher.engine.score([t.ids_T for t in theirs], [t.learn_T for t in theirs])
+        for s, t, logprobs_NW in zip(mine, theirs, scored, strict=True):
+            end = int(np.searchsorted(both.student_C, begin_s + len(s)))
+            contexts = bridge.teacher_mask.keeper.inner(s, both.student_C[at:end] - begin_s)
+            rows = (np.cumsum(t.learn_T) - 1)[both.teacher_C[at:end] - begin_t]
+            for c, (context, row) in enumerate(zip(contexts.tolist(), rows.tolist(), strict=True)):
+                mass_C[at + c] = 1 - float(logprobs_NW[row, bridge.teacher_mask.dead(context)].exp().sum())
+            begin_s, begin_t, at = begin_s + len(s), begin_t + len(t), end
+        return mass_C
+
+    return kept
+
+
 def _bare(voice: Voice, conversation: Conversation) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
     """Ids of a conversation without any template, and which of them are the answer's. A BOS stands where the template has one: some models
     say nothing sensible without.

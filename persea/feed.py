@@ -18,7 +18,7 @@ from persea.chat import Effort, Tokens
 from persea.completion import Completer, allows, open_completer, said_before
 from persea.errors import DataError
 from persea.losses import Entries, Targets, standing, targets, together
-from persea.masks import FREE, Keeper
+from persea.masks import FREE
 from persea.voice import Voice
 
 
@@ -97,26 +97,20 @@ def lesson(capture: Capture, voice: Voice, bridge: Bridge, completer: Completer 
     row_C, place_C = row_T[both.teacher_C], place_S[both.student_C]
     begins, sizes = rows.offsets_N1[row_C], np.diff(rows.offsets_N1)[row_C]
     at_M = np.repeat(begins - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
-    contexts = [None if mask is None else _contexts(mask.keeper, of, at, place_C, int(tokens.learn_T.sum())) for mask, of, at in (
-        (bridge.teacher_mask, tokens, both.student_C), (bridge.student_mask, capture.tokens, both.teacher_C))]
+    contexts = np.full((2, int(tokens.learn_T.sum())), FREE)
+    if bridge.teacher_mask is not None and bridge.student_mask is not None:
+        contexts[0, place_C] = bridge.teacher_mask.keeper.inner(tokens, both.student_C)
+        contexts[1, place_C] = bridge.student_mask.keeper.inner(capture.tokens, both.teacher_C)
     said = standing(bridge, np.repeat(place_C, sizes), rows.ids_M[at_M], rows.probs_M[at_M],
                     student_N=contexts[0], teacher_N=contexts[1], kind=rows.kind)
     if completer is not None and allows(rows.kind):
         at_I, in_I, said_I = (side[found.inside.common_I] for side in (found.inside.student_I, found.inside.teacher_I, found.inside.said_I))
         bytes_I = said_before(completer.teacher.vocabulary, capture.tokens.ids_T[in_I], said_I)
-        more = completer.complete(rows, row_T[in_I], bytes_I, completer.student.contexts(tokens.ids_T, at_I.tolist()))
+        more = completer.complete(rows, row_T[in_I], bytes_I, completer.student.inner(tokens, at_I))
         none = np.empty(0, np.int64)
         said = together([said, Entries(place_S[at_I][more.at_M], more.event_M, more.probs_M, more.entry_D, more.token_D, none,
                                        none.astype(np.float32), rows.kind)], [0, 0])
     return Lesson(tokens, answer.teacher, answer.skill, answer.language, said)
-
-
-def _contexts(keeper: Keeper, tokens: Tokens, at_C: npt.NDArray[np.int64], place_C: npt.NDArray[np.int64], positions: int) -> npt.NDArray[np.int64]:
-    """By learned position, the context a boundary stands in. What a prompt ends with is given, whatever comes after: no condition."""
-    found = np.full(positions, FREE)
-    inner = tokens.learn_T[np.maximum(at_C - 1, 0)] & (at_C > 0)
-    found[place_C[inner]] = keeper.contexts(tokens.ids_T, at_C[inner].tolist())
-    return found
 
 
 def offline(captures: Iterable[Capture], voice: Voice, bridges: Mapping[str, Bridge], *, size: int, seed: int, max_tokens: int,

@@ -21,6 +21,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from persea.chat import Tokens
 from persea.merges import Merges, derive, expand, offsets_of
 from persea.pretokens import BEFORE, Pretokens, characters, open_pretokens, places
 from persea.vocabulary import Vocabulary
@@ -108,6 +109,14 @@ class Keeper:
             word = raw[int(cuts[np.searchsorted(cuts, end, side="left") - 1]):end]
             found.append(self.number(int(ids_T[k - 1]), word))
         return np.array(found, np.int64)
+
+    def inner(self, tokens: Tokens, at_C: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+        """The contexts of some learned tokens of a rendering. FREE where the token before is not learned: what a prompt ends with is
+        given, whatever comes after."""
+        found = np.full(len(at_C), FREE, np.int64)
+        inner_C = tokens.learn_T[np.maximum(at_C - 1, 0)] & (at_C > 0)
+        found[inner_C] = self.contexts(tokens.ids_T, at_C[inner_C].tolist())
+        return found
 
     def _run(self, ids: npt.NDArray[np.integer]) -> tuple[bytes, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """The bytes of tokens, the byte places of their cuts, and where each token ends."""
