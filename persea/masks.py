@@ -27,6 +27,7 @@ from persea.vocabulary import Vocabulary
 
 FREE = -1  # a context after which every candidate can stand: an answer's beginning, a control token
 INSIDE = "inside"  # signature of a boundary in the middle of a character, where no word ends
+REMEMBERED = 4096  # contexts whose forbidden tokens are kept: some 25 kB each with real vocabularies
 PATIENCE = 400  # states looked at for one candidate; one that is not ruled out by then stays (of real ones, < 1 in 1,000)
 
 
@@ -38,6 +39,7 @@ class Keeper:
     merges: Merges
     pretokens: Pretokens
     _covers: dict[bytes, tuple[npt.NDArray[np.int64], tuple[int, ...]]] = field(default_factory=dict)
+    _cannot: dict[int, npt.NDArray[np.int64]] = field(default_factory=dict)
     _numbers: dict[tuple[int, str], int] = field(default_factory=dict)
     _contexts: list[tuple[int, str]] = field(default_factory=list)
 
@@ -123,7 +125,14 @@ class Keeper:
         return self._numbers[key]
 
     def cannot_follow(self, context: int) -> npt.NDArray[np.int64]:
-        """Tokens, sorted, that cannot stand in this context."""
+        """Tokens, sorted, that cannot stand in this context; remembered for a while."""
+        if context not in self._cannot:
+            if len(self._cannot) >= REMEMBERED:
+                self._cannot.clear()
+            self._cannot[context] = self._find(context)
+        return self._cannot[context]
+
+    def _find(self, context: int) -> npt.NDArray[np.int64]:
         token, word = self._contexts[context]
         crossing = self.merges.cannot_follow(token).astype(np.int64)
         if self.added:  # what begins with an added token stands wherever it begins, and an added token ends a word
@@ -179,7 +188,6 @@ class Mask:
     keeper: Keeper
     own: Keeper
     first_W: npt.NDArray[np.integer]
-    _cannot: dict[int, npt.NDArray[np.int64]] = field(default_factory=dict)
     _never: set[tuple[bool, int, bytes, int]] = field(default_factory=set)
 
     @cached_property
@@ -195,9 +203,7 @@ class Mask:
         """
         if context == FREE:
             return np.empty(0, np.int64)
-        if context not in self._cannot:
-            self._cannot[context] = self.keeper.cannot_follow(context)
-        cannot, longer = self._cannot[context], self.keeper.grown(context)
+        cannot, longer = self.keeper.cannot_follow(context), self.keeper.grown(context)
         if candidates is None:
             offsets, order = self._by_first
             some = order[expand(offsets, cannot)[0]].tolist()
