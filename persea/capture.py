@@ -81,7 +81,7 @@ def _keep(unit: Unit, answers: Sequence[Answer], teacher: Teacher, folder: Path,
         rows = sample_rows(logprobs_NW, tokens.ids_T[tokens.learn_T], tau, f"{seed} {unit.teacher} {answer.prompt_id}")
         captures.append(cache.Capture(answer, tokens, rows))
     dropped = Counter((Finish.MALFORMED if a.finish is Finish.STOP else a.finish).value for a, tokens in rendered if tokens is None)
-    cache.write_unit(folder, unit.name, captures, dict(dropped))
+    cache.write_unit(folder, unit.name, captures, dropped, tau=tau, about={"teacher": unit.teacher})
 
 
 def _rendered(answer: Answer, teacher: Teacher) -> Tokens | None:

@@ -169,11 +169,7 @@ class River:
 
     def done(self, stage: str) -> dict[str, Any]:
         """The record a finished stage leaves. DataError where it has not run."""
-        record: dict[str, Any] = store.read_json(self.folder / stage / "done.json")
-        if not isinstance(record, dict) or not isinstance(record.get("outputs"), dict) or "key" not in record:
-            raise DataError("not a record of a finished stage", where=str(self.folder / stage / "done.json"),
-                            remedy="delete it and run the stage again")
-        return record
+        return store.read_sealed(self.folder / stage / "done.json", "delete it and run the stage again")
 
     def stands(self, stage: str, key: str) -> bool:
         """Whether a stage's output is there for the same inputs, whole."""
@@ -205,7 +201,7 @@ class River:
         work(folder, tell)
         outputs = {str(p.relative_to(folder)): store.digest_file(p) for p in sorted(folder.rglob("*"))
                    if p.is_file() and not {"checkpoints", "units"} & set(p.relative_to(folder).parts)}
-        store.publish_json(record, {"key": key, "seconds": round(time.monotonic() - begin, 2), "outputs": outputs})
+        store.publish_sealed(record, {"key": key, "seconds": round(time.monotonic() - begin, 2), "outputs": outputs})
         tell(stage, 1.0, f"{time.monotonic() - begin:.0f} s")
 
 

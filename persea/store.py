@@ -7,10 +7,10 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from persea.errors import DataError, StorageError
 
@@ -36,8 +36,9 @@ def _storage(path: Path) -> Iterator[None]:
                            "what is committed stays") from error
 
 
-def publish(path: Path, data: bytes) -> str:
-    """Write a file so that it is there whole or not at all, also after a power loss; returns its sha256.
+@contextmanager
+def publishing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that is there whole or not at all, also after a power loss.
 
     write to a neighbour, fsync, rename, fsync the folder.
     """
@@ -46,13 +47,19 @@ def publish(path: Path, data: bytes) -> str:
         neighbour = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             with neighbour.open("wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             neighbour.replace(path)
         finally:
             neighbour.unlink(missing_ok=True)  # half of it, where the disk is full
         _fsync_folder(path.parent)
+
+
+def publish(path: Path, data: bytes) -> str:
+    """Publish bytes, whole or not at all; returns their sha256."""
+    with publishing(path) as file:
+        file.write(data)
     return digest(data)
 
 
@@ -63,7 +70,7 @@ def commit(path: Path, record: dict[str, Any]) -> None:
         neighbour = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             with neighbour.open("w") as file:
-                file.write(json.dumps(record, indent=1, sort_keys=True) + "\n")
+                file.write(_record_text(record))
                 file.flush()
                 os.fsync(file.fileno())
             os.link(neighbour, path)
@@ -72,6 +79,29 @@ def commit(path: Path, record: dict[str, Any]) -> None:
         finally:
             neighbour.unlink(missing_ok=True)
         _fsync_folder(path.parent)
+
+
+def _record_text(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, indent=1, sort_keys=True) + "\n"
+
+
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with the digest of everything it says."""
+    return {**record, "seal": digest(_record_text(record).encode())}
+
+
+def publish_sealed(path: Path, record: Mapping[str, Any]) -> None:
+    """Publish a record with its seal."""
+    publish(path, _record_text(sealed(record)).encode())
+
+
+def read_sealed(path: Path, remedy: str) -> dict[str, Any]:
+    """A record that was committed with its seal, without it. DataError where one byte is not as it was written."""
+    found = read_json(path)
+    record = {k: v for k, v in found.items() if k != "seal"} if isinstance(found, dict) else {}
+    if path.read_bytes() != _record_text(sealed(record)).encode():
+        raise DataError("not as it was written: the record does not match its own seal", where=str(path), remedy=remedy)
+    return record
 
 
 def publish_json(path: Path, value: Any) -> str:

@@ -213,11 +213,11 @@ def test_what_is_read_is_what_the_teacher_said_with_its_rows(tmp_path: Path) -> 
         assert len(one.rows) == int(tokens.learn_T.sum())
         assert one.rows.offsets_N1[-1] == len(one.rows.ids_M)
         mass = np.add.reduceat(one.rows.probs_M, one.rows.offsets_N1[:-1])
-        assert np.abs(mass - 1).max() <= SETTINGS["tau"] + 1e-5
+        assert np.abs(mass - 1).max() <= SETTINGS["tau"] + 1e-3
         row = np.repeat(np.arange(len(one.rows)), np.diff(one.rows.offsets_N1))
         p = logprobs_NW.double().exp().numpy()[row, one.rows.ids_M]
         head = p >= 2 * SETTINGS["tau"]  # away from the threshold, where batches of another shape round otherwise
-        assert np.allclose(one.rows.probs_M[head], p[head], atol=1e-4)
+        assert np.allclose(np.log(one.rows.probs_M[head]), np.log(p[head]), rtol=0, atol=1e-3)
 
 
 # --- what is left out ---
