@@ -82,12 +82,16 @@ def sample_rows(logprobs_NW: torch.Tensor, realised_N: npt.NDArray[np.integer], 
     """
     import torch
 
-    refuse_no_distribution(logprobs_NW, seed)
     rng = np.random.Generator(np.random.Philox(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big")))
     start_N1 = torch.from_numpy(rng.random((len(logprobs_NW), 1)))
     at_once = _at_once(logprobs_NW)
     spans = [slice(first, first + at_once) for first in range(0, max(1, len(logprobs_NW)), at_once)]
-    parts = [_sampled(logprobs_NW[span].double().exp(), start_N1[span], tau) for span in spans]
+    parts = []
+    for span in spans:
+        p_NW = logprobs_NW[span].double().exp()
+        if not bool((p_NW.sum(-1) <= 1 + MASS).all()):  # a NaN and a probability above 1 too
+            refuse_no_distribution(logprobs_NW, seed)
+        parts.append(_sampled(p_NW, start_N1[span], tau))
     sizes, ids, values = (np.concatenate(some) for some in zip(*parts, strict=True))
     at_N = torch.from_numpy(np.asarray(realised_N, np.int64))
     realised = logprobs_NW[torch.arange(len(at_N)), at_N].float().numpy()
