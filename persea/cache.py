@@ -178,8 +178,10 @@ def open_unit(folder: Path, name: str) -> OpenUnit:
     try:
         size = path.stat().st_size
         data = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
-    except OSError as error:
+    except FileNotFoundError as error:
         raise DataError(f"committed, but {error.strerror}", where=str(path), remedy=remedy) from error
+    except OSError as error:
+        raise store.cannot_read(path, error) from error
     if size != record["bytes"]:
         raise DataError(f"{size:,} bytes, where {record['bytes']:,} were committed", where=str(path), remedy=remedy)
     try:

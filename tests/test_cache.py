@@ -37,7 +37,7 @@ def captures(seed: int, count: int) -> list[Capture]:
         rows = sample_rows(logs, tokens.ids_T[learn], TAU, str(k))
         said = [(Text("ありがとう \x00 \ue000"),), (Thinking("hm\n"), Text("42")), (Text(""),)][k % 3]
         asked = Conversation.ask(f"question {k}", system="be brief" if k % 2 else "")
-        out.append(Capture(Answer(f"id/{k}", "teacher", "code", "th", asked.answered(*said), Finish.STOP), tokens, rows))
+        out.append(Capture(Answer(f"{seed} id/{k}", "teacher", "code", "th", asked.answered(*said), Finish.STOP), tokens, rows))
     return out
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +26,7 @@ def folder(tmp_path: Path) -> Path:
     """A finished stage of three units, one of them of nobody's answers."""
     place = tmp_path / "run" / "capture"
     for k, count in enumerate((4, 0, 7)):
-        some = [replace(c, answer=replace(c.answer, prompt_id=f"{k} {c.answer.prompt_id}")) for c in captures(k, count)]
-        cache.write_unit(place, f"unit{k}", some, {"length": 1}, tau=TAU, about={"teacher": "ab"[k > 0]})
+        cache.write_unit(place, f"unit{k}", captures(k, count), {"length": 1}, tau=TAU, about={"teacher": "ab"[k > 0]})
     store.publish_json(place / "summary.json", {"kept": 11})
     store.publish_sealed(place / "done.json", {"key": "k", "seconds": 1.0, "outputs": {
         str(p.relative_to(place)): store.digest_file(p) for p in (*(place / "commits").iterdir(), place / "summary.json")}})
