@@ -30,7 +30,7 @@ CONTEXTS = 16
 LEFT = (ONE * np.array([.001, .002, .004, .008, .016, .03, .06, .1, .2, .3, .4, .5, .7, .9, .999])).astype(np.int64)  # mass beside the realised token
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def _exp(bins: int) -> npt.NDArray[np.float64]:
     """exp(-STEP * bin) of the first `bins` bins, by products alone: numpy's exp differs by a bit from machine to machine."""
     factor = np.full(bins, float((-Decimal(STEP)).exp()))
@@ -95,8 +95,8 @@ def _walk(column: Columns, layout: Layout, count: int) -> dict[str, Ints]:
     if layout.kind is RowKind.WORDS:
         return out
     kept = take("kept", np.clip(surprise * STEP, -1, CONTEXTS - 2).astype(np.int64) + 1)  # is the realised token an entry of the tail
-    first_N = np.where(head_N > 0, _whole(head_N - 1), 0)
-    left_N = np.searchsorted(LEFT, ONE - first_N)
+    whole_H, left_H = _realised(int(head_N.max(initial=0)))
+    first_N, left_N = whole_H[head_N], left_H[head_N]
     others_N = take("others", left_N)
     row_O = np.repeat(np.arange(n), others_N)
     values_O = take("value", left_N[row_O])
@@ -120,6 +120,13 @@ def _whole(bins: Ints) -> Ints:
     size = 1 << max(12, int(bins.max()).bit_length())
     whole: Ints = (_exp(size)[bins] * ONE).astype(np.int64)
     return whole
+
+
+@lru_cache(maxsize=64)
+def _realised(highest: int) -> tuple[Ints, Ints]:
+    """Of a realised token's column "first": its probability in ONEs, and a context, the mass it leaves to others."""
+    whole_H = np.concatenate([[0], _whole(np.arange(highest))])
+    return whole_H, np.searchsorted(LEFT, ONE - whole_H)
 
 
 def _expected(rest_N: Ints, tau: float) -> tuple[Ints, Ints]:
@@ -277,10 +284,11 @@ def _usual(values_U: Ints, known: Sequence[Mapping[str, Ints]]) -> Ints:
     ids_T, covers_T = joined([c["token"] for c in known]), joined([c["place"] for c in known])
     covers_T = np.where(covers_T == 2, -1, 0)
     covers_T[covers_T == 0] = joined([c["covers"] for c in known])
-    pairs, counts = np.unique(np.stack([ids_T, covers_T]), axis=1, return_counts=True)
-    rising = np.lexsort((-pairs[1], counts))  # of each token, the last written is the most frequent
+    keys, counts = np.unique(ids_T << 33 | covers_T + (1 << 32), return_counts=True)
+    ids, covers = keys >> 33, (keys & (1 << 33) - 1) - (1 << 32)
+    rising = np.lexsort((-covers, counts))  # of each token, the last written is the most frequent
     usual_U = np.full(len(values_U), -1, np.int64)
-    usual_U[np.searchsorted(values_U, pairs[0][rising])] = pairs[1][rising]
+    usual_U[np.searchsorted(values_U, ids[rising])] = covers[rising]
     return usual_U
 
 
