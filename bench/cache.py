@@ -2,8 +2,9 @@
 
     python bench/cache.py                       (make bench-cache, about 10 minutes)
 
-Three parts. `student`: a small model's distributions over whole conversations teach a smaller one from each form of cache, three seeds. `synthetic`: rows of 152k-token vocabularies as long reasoning (nearly certain) and as web text (broad), made without a model;
-regimes as in the table that is printed. `speed`: CPU seconds of one thread. Writes bench/results/cache.json.
+Three parts. `student`: a small model's distributions over whole conversations teach a smaller one from each form of cache, three
+seeds. `synthetic`: rows of 152k-token vocabularies as long reasoning (nearly certain) and as web text (broad), made without a model.
+`speed`: CPU seconds of one thread. Writes bench/results/cache.json.
 """
 
 from __future__ import annotations

@@ -49,12 +49,13 @@ def unit_id(*parts: object) -> str:
 
 
 def write_unit(folder: Path, name: str, captures: Sequence[Capture], dropped: Mapping[str, int], *, tau: float,
-               kind: RowKind = RowKind.SAMPLED, about: Mapping[str, str] | None = None) -> None:
+               kind: RowKind = RowKind.SAMPLED, about: Mapping[str, str] | None = None, quarantine: Sequence[tuple[str, str]] = ()) -> None:
     """Publish a unit, then commit it.
 
     dropped  the answers that were not whole, by finish
     tau      of rows of kind SAMPLED: entries of exactly this probability are the sampled tail
     about    what else the unit says of itself: teacher, identity
+    quarantine  (prompt, why) of those among them that were not even asked
     Raises DataError for rows that are no distributions, or of another kind.
     """
     blocks = list(_blocks(captures))
@@ -62,7 +63,8 @@ def write_unit(folder: Path, name: str, captures: Sequence[Capture], dropped: Ma
     texts = [zlib.compress(json.dumps([c.answer.to_json() for c in b], ensure_ascii=False, separators=(",", ":")).encode(), 9) for b in blocks]
     words = [s.astype("<u4").tobytes() for s in streams]
     index = [(len(b), sum(len(c.tokens) for c in b), len(w), len(t)) for b, w, t in zip(blocks, words, texts, strict=True)]
-    says = {"format": FORMAT, "unit": name, "kind": kind.value, "tau": tau, "step": STEP, "about": dict(about or {})}
+    says = {"format": FORMAT, "unit": name, "kind": kind.value, "tau": tau, "step": STEP, "about": dict(about or {}),
+            "quarantine": [list(q) for q in quarantine]}
     data = save_tensors({
         "about": _bytes(json.dumps(says, sort_keys=True).encode()), "tables": _bytes(tables.to_bytes(layout.tables, layout.extents_U)),
         "index": np.array(index, np.int64).reshape(-1, 4), "words": _bytes(b"".join(words)), "texts": _bytes(b"".join(texts)),

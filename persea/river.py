@@ -23,7 +23,7 @@ from persea.corpus import Corpus, Prompt, gather, read_prompts
 from persea.errors import DataError, Refused
 from persea.lineage import Parent
 from persea.measure import Item, Skill, Split
-from persea.models import Source, fingerprint, notes, open_voice
+from persea.models import Source, fingerprint, notes, open_voice, stamp
 from persea.recipe import ModelRef, Recipe
 from persea.voice import Voice
 
@@ -67,7 +67,19 @@ class River:
     @cached_property
     def identities(self) -> dict[str, str]:
         """Teacher name -> digest of weights, voice and effort: what an answer depends on."""
+        assert self._stamps  # noted first: what is written while it is read is seen afterwards
         return {t.name: digest_of([fingerprint(source(t), t.name), self.voices[t.name].digest, t.effort]) for t in self.recipe.teachers}
+
+    @cached_property
+    def _stamps(self) -> dict[str, object]:
+        return {t.name: stamp(source(t), t.name) for t in self.recipe.teachers}
+
+    def refuse_changed(self, name: str) -> None:
+        """Raises Refused where a teacher's files are no longer those that its identity was made of."""
+        ref = next(t for t in self.recipe.teachers if t.name == name)
+        if stamp(source(ref), name) != self._stamps[name]:
+            raise Refused(f"the files of {name} changed while it was asked", where=ref.model,
+                          remedy="put back what was there, or give the changed teacher a run of its own (--out): what is committed stays")
 
     @cached_property
     def student_identity(self) -> str:
