@@ -1,8 +1,9 @@
 # make quickstart   the main job: three tiny teachers teach one student, with its own set-up
 # make test         the tests, with their own set-up (<= 6 minutes on 2 cores)
 # make lint         ruff and mypy
-# make chaos        a run killed again and again ends with the same student (about 10 minutes)
+# make chaos        runs and captures killed, cut, flipped, out of power and space end the same (about 15 minutes)
 # make results      the quickstart with three seeds (about 20 minutes)
+# make bench-cache  what the cache costs and what it is worth (about 10 minutes)
 # make bench        what the objective costs (about 2 minutes)
 # PYTHON=python3.12 chooses the Python; TORCH_INDEX=URL takes torch from another index (README, "Installing")
 
@@ -13,7 +14,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test lint chaos results bench saplings clean
+.PHONY: quickstart test lint chaos results bench bench-cache saplings clean
 .DELETE_ON_ERROR:
 
 .venv/persea: pyproject.toml
@@ -36,6 +37,7 @@ lint: .venv/persea
 	$(BIN)/mypy
 
 chaos: .venv/persea
+	$(BIN)/python bench/chaos_cache.py
 	$(BIN)/python bench/chaos.py
 
 results: .venv/persea
@@ -44,6 +46,9 @@ results: .venv/persea
 bench: .venv/persea
 	$(BIN)/python bench/loss.py
 	$(BIN)/python bench/help.py
+
+bench-cache: .venv/persea
+	$(BIN)/python bench/cache.py
 
 saplings: .venv/persea
 	$(BIN)/python saplings/grow.py

@@ -28,7 +28,7 @@ from everywhere); tests/test_map.py holds this map true.
     store         where bytes lie: publish, digest, create-if-absent, one run per folder
     cache         captures on disk: packed, digested, memory-mapped units
     reader        captures by number, in an order that seed and epoch decide; several caches mixed by share
-    shelf         a folder of units as a whole: info, verify, export
+    shelf         a folder of units as a whole: info, verify, merge, export
     capture       ask the cast, keep what it said; resumes where it stopped
     # making it the student's
     align         Spans: two tokenizers laid over the same bytes

@@ -204,6 +204,15 @@ def cache_export(folder: CachePath, to: Annotated[Path, typer.Argument(help="The
     typer.echo(f"{to}: {export(shelf(folder), to):,} answers")
 
 
+@cache.command("merge")
+def cache_merge(into: Annotated[Path, typer.Argument(help="The folder to copy into.", show_default=False)],
+                folders: Annotated[list[Path], typer.Argument(help="Run folders, or their capture/.", show_default=False)]) -> None:
+    """Copy the units of several caches into one folder; every byte is checked on the way, what stands there already stays."""
+    from persea.shelf import merge, shelf
+
+    typer.echo(f"{into}: {merge(into, [shelf(folder) for folder in folders]):,} new units")
+
+
 def _version(asked: bool) -> None:
     if asked:
         typer.echo(f"persea {__version__}")

@@ -1,4 +1,4 @@
-"""Shelf: a folder of units as a whole: what is in it, whether it is sound, and the same as Parquet.
+"""Shelf: a folder of units as a whole: what is in it, whether it is sound, several as one, and the same as Parquet.
 
 A unit is sound when its record is as it was written, its file is the one that the record names, and every block of it unpacks to
 the counts that were committed.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from persea import store
 from persea.cache import Capture, OpenUnit, open_unit, read_record, read_unit
-from persea.errors import DataError
+from persea.errors import DataError, Refused
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -106,6 +106,36 @@ def _records(folder: Path) -> list[Finding]:
         return [Finding(path, error.what, error.remedy)]
     outputs = {folder / name: sha for name, sha in done["outputs"].items()}
     return [Finding(at, "not as the stage wrote it", remedy) for at, sha in outputs.items() if not at.is_file() or store.digest_file(at) != sha]
+
+
+def merge(into: Path, folders: Sequence[Path]) -> int:
+    """Copy every unit of some caches into one, each byte checked on the way; how many were new.
+
+    A unit that stands there already is left as it is. Raises DataError for a unit that is not as it was written, or whose name stands
+    for other bytes; Refused where two caches mean different weights by one teacher's name.
+    """
+    identities: dict[str, tuple[str, Path]] = {}
+    for folder in (into, *folders):
+        for name in committed(folder):
+            about = read_record(folder, name)["about"]
+            identity, where = identities.setdefault(about.get("teacher", ""), (about.get("identity", ""), folder))
+            if identity != about.get("identity", ""):
+                raise Refused(f"{about['teacher']} is not the same teacher in {where}", where=str(folder), remedy="keep the two caches apart")
+    new = 0
+    with store.lock(into):
+        for folder in folders:
+            for name in committed(folder):
+                record = read_record(folder, name)
+                if name in committed(into):
+                    if read_record(into, name)["sha256"] != record["sha256"]:
+                        raise DataError(f"unit {name} is not the same in {folder}", where=str(into / "units" / f"{name}.safetensors"),
+                                        remedy="verify both caches; the same name is the same bytes")
+                    continue
+                read_unit(folder, name)
+                store.publish(into / "units" / f"{name}.safetensors", (folder / "units" / f"{name}.safetensors").read_bytes())
+                store.commit(into / "commits" / f"{name}.json", store.sealed(record))
+                new += 1
+    return new
 
 
 def export(folder: Path, path: Path) -> int:

@@ -16,9 +16,9 @@ from test_cli import flowed_copy, persea
 from persea import cache, store
 from persea.cache import Capture
 from persea.chat import Conversation, Tokens
-from persea.errors import DataError
+from persea.errors import DataError, Refused
 from persea.rows import Rows
-from persea.shelf import committed, export, info, shelf, verify
+from persea.shelf import committed, export, info, merge, shelf, verify
 
 
 @pytest.fixture
@@ -128,6 +128,41 @@ def test_an_export_of_a_damaged_cache_writes_nothing(folder: Path, tmp_path: Pat
     assert list((tmp_path / "out").iterdir()) == []
 
 
+# --- several as one ---
+
+
+def test_caches_are_merged_unit_by_unit_and_again_changes_nothing(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    cache.write_unit(other, "unit2", captures(2, 7), {"length": 1}, tau=TAU, about={"teacher": "b"})  # the same bytes
+    cache.write_unit(other, "unit9", captures(9, 2), {}, tau=TAU, about={"teacher": "b"})
+    into = tmp_path / "all"
+    assert merge(into, [folder, other]) == 4
+    assert committed(into) == ("unit0", "unit1", "unit2", "unit9")
+    assert told(into) == []
+    for name in committed(into):
+        source = folder if name != "unit9" else other
+        assert (into / "units" / f"{name}.safetensors").read_bytes() == (source / "units" / f"{name}.safetensors").read_bytes()
+        assert cache.read_record(into, name) == cache.read_record(source, name)
+    assert merge(into, [other, folder]) == 0
+
+
+def test_what_does_not_fit_together_is_not_merged(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    cache.write_unit(other, "unit2", captures(5, 1), {}, tau=TAU, about={"teacher": "b"})
+    with pytest.raises(DataError, match=r"unit2\.safetensors: unit unit2 is not the same in .*other"):
+        merge(folder, [other])
+    cache.write_unit(other, "unit8", captures(8, 1), {}, tau=TAU, about={"teacher": "a", "identity": "other weights"})
+    with pytest.raises(Refused, match=r"a is not the same teacher in .*capture -> keep the two caches apart"):
+        merge(folder, [other])
+    third = tmp_path / "third"
+    cache.write_unit(third, "unit7", captures(7, 1), {}, tau=TAU)
+    path = third / "units" / "unit7.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(DataError, match=r"third/units/unit7\.safetensors"):
+        merge(tmp_path / "new", [third])
+    assert committed(tmp_path / "new") == ()
+
+
 # --- the verbs ---
 
 
@@ -143,6 +178,7 @@ def test_the_verbs_on_a_captured_run(tmp_path: Path) -> None:
     assert (sound.code, sound.out) == (0, f"{said['units']} units, 0 findings\n")
     exported = persea("cache", "export", "run/capture", "all.parquet", folder=tmp_path)
     assert exported.out == f"all.parquet: {said['answers']} answers\n"
+    assert persea("cache", "merge", "all", "run", folder=tmp_path).out == f"all: {said['units']} new units\n"
     lost = next((tmp_path / "run/capture/units").iterdir())
     data = bytearray(lost.read_bytes())
     data[len(data) // 2] ^= 16
