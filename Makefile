@@ -4,7 +4,8 @@
 # make chaos        runs and captures killed, cut, flipped, out of power and space end the same (about 15 minutes)
 # make results      the quickstart with three seeds (about 20 minutes)
 # make bench-cache  what the cache costs and what it is worth (about 10 minutes)
-# make bench        what the objective costs (about 2 minutes)
+# make bench        what alignment, bridges and the objective cost, beside TRL (about 9 minutes; installs TRL)
+# make bench-bias   what each method pushes a perfect student away by (10 to 20 minutes; installs TRL for its GOLD)
 # PYTHON=python3.12 chooses the Python; TORCH_INDEX=URL takes torch from another index (README, "Installing")
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test lint chaos results bench bench-cache saplings clean
+.PHONY: quickstart test lint chaos results bench bench-bias bench-cache saplings clean
 .DELETE_ON_ERROR:
 
 .venv/persea: pyproject.toml
@@ -44,11 +45,16 @@ results: .venv/persea
 	$(BIN)/python bench/results.py
 
 bench: .venv/persea
-	$(BIN)/python bench/loss.py
+	$(BIN)/pip install -q -e '.[bench]'
+	$(BIN)/python bench/bridge.py
 	$(BIN)/python bench/help.py
 
 bench-cache: .venv/persea
 	$(BIN)/python bench/cache.py
+
+bench-bias: .venv/persea
+	$(BIN)/pip install -q -e '.[bench]'
+	$(BIN)/python bench/bias.py
 
 saplings: .venv/persea
 	$(BIN)/python saplings/grow.py

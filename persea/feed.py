@@ -11,30 +11,29 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from persea.align import boundaries
+from persea.align import align
 from persea.bridge import Bridge
 from persea.cache import Capture
 from persea.chat import Effort, Tokens
+from persea.completion import Completer, allows, open_completer, said_before
 from persea.errors import DataError
-from persea.losses import Targets
-from persea.rows import Rows
+from persea.losses import Entries, Targets, standing, targets, together
+from persea.masks import FREE
 from persea.voice import Voice
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """One answer in the student's voice, and the teacher's rows where both begin a token at the same byte.
+    """One answer in the student's voice, and what the teacher says of it where both begin a token at the same byte.
 
-    at_C  index of the student token that begins there; row_C  which row of `rows` speaks of it
+    said  over events; its positions are the learned tokens of `tokens`, in order
     """
 
     tokens: Tokens
     teacher: str
     skill: str
     language: str
-    at_C: npt.NDArray[np.int64]
-    row_C: npt.NDArray[np.int64]
-    rows: Rows
+    said: Entries
 
 
 @dataclass(frozen=True)
@@ -86,25 +85,46 @@ def _permutation(seed: int, epoch: int, n: int) -> npt.NDArray[np.int64]:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-def lesson(capture: Capture, voice: Voice) -> Lesson:
-    """A capture in the student's voice, answering at once (the student's own thinking switch comes with its template)."""
+def lesson(capture: Capture, voice: Voice, bridge: Bridge, completer: Completer | None = None) -> Lesson:
+    """A capture in the student's voice, answering at once (the student's own thinking switch comes with its template).
+
+    completer  for student tokens that begin inside a teacher token; None = these learn from the text
+    """
     tokens = voice.render(replace(capture.answer.conversation, effort=Effort.NONE))
-    both = boundaries(tokens, capture.tokens)
-    row_of_T = np.cumsum(capture.tokens.learn_T) - 1
-    answer = capture.answer
-    return Lesson(tokens, answer.teacher, answer.skill, answer.language, both.student_C, row_of_T[both.teacher_C].astype(np.int64), capture.rows)
+    found = align([tokens], [capture.tokens])
+    both, rows, answer = found.boundaries, capture.rows, capture.answer
+    place_S, row_T = np.cumsum(tokens.learn_T) - 1, np.cumsum(capture.tokens.learn_T) - 1
+    row_C, place_C = row_T[both.teacher_C], place_S[both.student_C]
+    begins, sizes = rows.offsets_N1[row_C], np.diff(rows.offsets_N1)[row_C]
+    at_M = np.repeat(begins - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
+    contexts = np.full((2, int(tokens.learn_T.sum())), FREE)
+    if bridge.teacher_mask is not None and bridge.student_mask is not None:
+        contexts[0, place_C] = bridge.teacher_mask.keeper.inner(tokens, both.student_C)
+        contexts[1, place_C] = bridge.student_mask.keeper.inner(capture.tokens, both.teacher_C)
+    said = standing(bridge, np.repeat(place_C, sizes), rows.ids_M[at_M], rows.probs_M[at_M],
+                    student_N=contexts[0], teacher_N=contexts[1], kind=rows.kind)
+    if completer is not None and allows(rows.kind):
+        at_I, in_I, said_I = (side[found.inside.common_I] for side in (found.inside.student_I, found.inside.teacher_I, found.inside.said_I))
+        bytes_I = said_before(completer.teacher.vocabulary, capture.tokens.ids_T[in_I], said_I)
+        more = completer.complete(rows, row_T[in_I], bytes_I, completer.student.inner(tokens, at_I))
+        none = np.empty(0, np.int64)
+        said = together([said, Entries(place_S[at_I][more.at_M], more.event_M, more.probs_M, more.entry_D, more.token_D, none,
+                                       none.astype(np.float32), rows.kind)], [0, 0])
+    return Lesson(tokens, answer.teacher, answer.skill, answer.language, said)
 
 
-def offline(captures: Iterable[Capture], voice: Voice, bridges: Mapping[str, Bridge], *, size: int, seed: int, max_tokens: int) -> Feed:
+def offline(captures: Iterable[Capture], voice: Voice, bridges: Mapping[str, Bridge], *, size: int, seed: int, max_tokens: int,
+            completion: bool = False) -> Feed:
     """Batches from captures. Answers longer than max_tokens, or that the student's tokenizer or template cannot say (a
     literal U+2581 in a SentencePiece student), are left out and counted; nothing is cut. Raises DataError where none is left.
     """
+    completers = {name: open_completer(bridge) if completion else None for name, bridge in bridges.items()}
     kept: list[Lesson] = []
     unsayable: list[str] = []
     too_long = 0
     for capture in captures:
         try:
-            one = lesson(capture, voice)
+            one = lesson(capture, voice, bridges[capture.answer.teacher], completers[capture.answer.teacher])
         except DataError as error:
             unsayable.append(f"{capture.answer.prompt_id}: {error}")
             continue
@@ -124,7 +144,7 @@ def _collate(lessons: Sequence[Lesson], bridges: Mapping[str, Bridge]) -> Batch:
     ids = torch.zeros((len(lessons), width), dtype=torch.int64)
     mask = torch.zeros_like(ids)
     rows, ats, share = [], [], Counter[str]()
-    entries: dict[str, list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.float32]]]] = {}
+    said: dict[str, list[tuple[Entries, int]]] = {}
     n = 0
     for b, one in enumerate(lessons):
         ids[b, :len(one.tokens)] = torch.from_numpy(one.tokens.ids_T)
@@ -133,13 +153,8 @@ def _collate(lessons: Sequence[Lesson], bridges: Mapping[str, Bridge]) -> Batch:
         rows.append(np.full(len(learned), b))
         ats.append(learned - 1)
         share[one.teacher] += len(learned)
-        begins, ends = one.rows.offsets_N1[one.row_C], one.rows.offsets_N1[one.row_C + 1]
-        at_M = np.concatenate([np.arange(x, y) for x, y in zip(begins, ends, strict=True)]) if len(begins) else np.empty(0, np.int64)
-        where_M = np.repeat(n + np.searchsorted(learned, one.at_C), ends - begins)
-        entries.setdefault(one.teacher, []).append((where_M, one.rows.ids_M[at_M], one.rows.probs_M[at_M]))
+        said.setdefault(one.teacher, []).append((one.said, n))
         n += len(learned)
     row_N, at_N = torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(ats))
-    said = tuple(Targets(bridges[name], *(torch.from_numpy(np.concatenate([p[k] for p in parts])) for k in range(3)))
-                 for name, parts in entries.items())
-    said = tuple(replace(t, row_M=t.row_M.long(), ids_M=t.ids_M.long()) for t in said)
-    return Batch(ids, mask, row_N, at_N, ids[row_N, at_N + 1], said, dict(share))
+    teachers = tuple(targets(bridges[name], together(*zip(*parts, strict=True)), n) for name, parts in said.items())
+    return Batch(ids, mask, row_N, at_N, ids[row_N, at_N + 1], teachers, dict(share))
