@@ -121,7 +121,8 @@ def read_record(folder: Path, name: str) -> dict[str, Any]:
     found = store.read_json(path)
     version = found.get("format") if isinstance(found, dict) else None
     if version != FORMAT:
-        raise DataError(f"cache format {version}, this persea reads {FORMAT}", where=str(path), remedy=_again(folder, name))
+        raise DataError(f"cache format {version}, this persea reads {FORMAT}", where=str(path),
+                        remedy=f"delete {folder} and capture again, or read it with the persea that wrote it")
     record = store.read_sealed(path, _again(folder, name))
     if record["unit"] != name:
         raise DataError(f"the record of unit {record['unit']}", where=str(path), remedy=_again(folder, name))

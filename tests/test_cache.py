@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
@@ -111,6 +112,17 @@ def test_the_name_of_a_unit_changes_with_everything_that_makes_it(monkeypatch: p
     monkeypatch.undo()
     names |= {cache.unit_id(["a", 2], {"tau": 0.1}), cache.unit_id(["a", 1], {"tau": 0.2}), cache.unit_id(["a"], 1, {"tau": 0.1})}
     assert len(names) == 5
+
+
+def test_a_unit_of_this_format_that_an_earlier_day_wrote_is_read_to_the_bit() -> None:
+    """tests/golden/cache holds one, written by `cache.write_unit(folder, "u", captures(1, 5), {"length": 2}, tau=TAU)`; when FORMAT changes it
+    must be refused by its number, and a new one takes its place."""
+    sha = hashlib.sha256()
+    for c in cache.read_unit(Path(__file__).parent / "golden" / "cache", "u"):
+        sha.update(json.dumps(c.answer.to_json()).encode())
+        for array in (*vars(c.tokens).values(), c.rows.offsets_N1, c.rows.ids_M, c.rows.probs_M, c.rows.realised_N):
+            sha.update(array.tobytes())
+    assert sha.hexdigest() == "1527af8f86d9b20faaf934627561ca7da81022e3d9504903e4cae8fc23534ede"
 
 
 # --- damage ---
