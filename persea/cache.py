@@ -79,11 +79,13 @@ def write_unit(folder: Path, name: str, captures: Sequence[Capture], dropped: Ma
 
 def _blocks(captures: Sequence[Capture]) -> Iterator[list[Capture]]:
     block: list[Capture] = []
+    tokens = 0
     for capture in captures:
         block.append(capture)
-        if sum(len(c.tokens) for c in block) >= BLOCK:
+        tokens += len(capture.tokens)
+        if tokens >= BLOCK:
             yield block
-            block = []
+            block, tokens = [], 0
     if block:
         yield block
 

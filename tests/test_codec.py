@@ -159,3 +159,15 @@ def test_what_cannot_be_kept_is_refused_by_its_place(change: str, reason: str) -
     with pytest.raises(DataError, match=f"unit 7, block 1: .*{reason or change}") as caught:
         pack([spoken(9, 2, 1.0, 0.01), [broken(change)]], RowKind.SAMPLED, 0.01, "unit 7")
     assert caught.value.exit_code == 3
+
+
+def test_a_stream_that_would_not_come_back_is_not_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is changed on the way back: `pack` reads what it wrote."""
+    def other(stream: object, layout: object, count: object) -> list[Spoken]:
+        (one, rows), *rest = unpack(stream, layout, count)  # type: ignore[arg-type]
+        return [(one, replace(rows, probs_M=rows.probs_M * np.float32(0.998))), *rest]
+
+    assert pack([spoken(4, 3, 1.0, 0.01)], RowKind.SAMPLED, 0.01, "here")
+    monkeypatch.setattr("persea.codec.unpack", other)
+    with pytest.raises(AssertionError, match="does not unpack"):
+        pack([spoken(4, 3, 1.0, 0.01)], RowKind.SAMPLED, 0.01, "here")
