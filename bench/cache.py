@@ -383,10 +383,31 @@ def capture_over_forward(name: str) -> float:
     return round(statistics.median(ratios), 3)
 
 
+def table(result: dict[str, Any]) -> str:
+    """Markdown, for docs/cache.md."""
+    lines = ["| a 152k-token vocabulary, synthetic | entries | bytes a position | with tokens | 236 billion tokens |", "|---|---|---|---|---|"]
+    for regime, rows in result["synthetic"].items():
+        lines += [f"| {regime}, {form} | {r['entries']} | {r['rows']} | {r.get('all', '-')} | {r.get('terabytes', '-')} TB |".replace("- TB", "-")
+                  for form, r in rows.items() if isinstance(r, dict) and "kl" not in r]
+    lines += ["", "| entries from p on, rest left over | entries | bytes a position | KL, the rest spread by frequency |", "|---|---|---|---|"]
+    for regime, rows in result["synthetic"].items():
+        lines += [f"| {regime}, {form[9:]} | {r['entries']} | {r['rows']} | {r['kl']} |" for form, r in rows.items() if isinstance(r, dict) and "kl" in r]
+    lines += ["", "| a student taught from | entries | bytes a position | bits a byte, 3 seeds | over full | gradient's variance | bias |",
+              "|---|---|---|---|---|---|---|"]
+    for form, r in result["student"]["forms"].items():
+        lines.append(f"| {form} | {r.get('entries', '-')} | {r.get('rows', '-')} | {r['mean']:.3f} ({min(r['bits_per_byte']):.3f}-"
+                     f"{max(r['bits_per_byte']):.3f}) | {r['over_full']:+.1%} | {r.get('gradient_variance', '-')} | {r.get('gradient_bias', '-')} |")
+    lines += ["", "| CPU, one thread | |", "|---|---|"]
+    for name, r in result["speed"].items():
+        lines += [f"| {name}: {what.replace('_', ' ')} | {value:,} |" for what, value in r.items()]
+    return "\n".join(lines)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     result = {"torch": torch.__version__, "student": student(), "synthetic": synthetic(), "speed": speed()}
     (ROOT / "bench" / "results" / "cache.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
 
 
 if __name__ == "__main__":
