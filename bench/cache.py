@@ -391,7 +391,8 @@ def table(result: dict[str, Any]) -> str:
                   for form, r in rows.items() if isinstance(r, dict) and "kl" not in r]
     lines += ["", "| entries from p on, rest left over | entries | bytes a position | KL, the rest spread by frequency |", "|---|---|---|---|"]
     for regime, rows in result["synthetic"].items():
-        lines += [f"| {regime}, {form[9:]} | {r['entries']} | {r['rows']} | {r['kl']} |" for form, r in rows.items() if isinstance(r, dict) and "kl" in r]
+        lines += [f"| {regime}, {form[9:]} | {r['entries']} | {r['rows']} | {r['kl']} |" for form, r in rows.items()
+                  if isinstance(r, dict) and "kl" in r]
     lines += ["", "| a student taught from | entries | bytes a position | bits a byte, 3 seeds | over full | gradient's variance | bias |",
               "|---|---|---|---|---|---|---|"]
     for form, r in result["student"]["forms"].items():
