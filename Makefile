@@ -1,8 +1,9 @@
 # make quickstart   the main job: three tiny teachers teach one student, with its own set-up
 # make test         the tests, with their own set-up (<= 6 minutes on 2 cores)
 # make lint         ruff and mypy
-# make chaos        a run killed again and again ends with the same student (about 10 minutes)
+# make chaos        runs and captures killed, cut, flipped, out of power and space end the same (about 15 minutes)
 # make results      the quickstart with three seeds (about 20 minutes)
+# make bench-cache  what the cache costs and what it is worth (about 10 minutes)
 # make bench        what alignment, bridges and the objective cost, beside TRL (about 9 minutes; installs TRL)
 # make bench-bias   what each method pushes a perfect student away by (10 to 20 minutes; installs TRL for its GOLD)
 # PYTHON=python3.12 chooses the Python; TORCH_INDEX=URL takes torch from another index (README, "Installing")
@@ -14,7 +15,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test lint chaos results bench bench-bias saplings clean
+.PHONY: quickstart test lint chaos results bench bench-bias bench-cache saplings clean
 .DELETE_ON_ERROR:
 
 .venv/persea: pyproject.toml
@@ -37,6 +38,7 @@ lint: .venv/persea
 	$(BIN)/mypy
 
 chaos: .venv/persea
+	$(BIN)/python bench/chaos_cache.py
 	$(BIN)/python bench/chaos.py
 
 results: .venv/persea
@@ -46,6 +48,9 @@ bench: .venv/persea
 	$(BIN)/pip install -q -e '.[bench]'
 	$(BIN)/python bench/bridge.py
 	$(BIN)/python bench/help.py
+
+bench-cache: .venv/persea
+	$(BIN)/python bench/cache.py
 
 bench-bias: .venv/persea
 	$(BIN)/pip install -q -e '.[bench]'
