@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from persea.align import align
+from persea.align import Taught, align
 from persea.bridge import Bridge
 from persea.cache import Capture
 from persea.chat import Effort, Tokens
@@ -26,7 +27,9 @@ from persea.voice import Voice
 class Lesson:
     """One answer in the student's voice, and what the teacher says of it where both begin a token at the same byte.
 
-    said  over events; its positions are the learned tokens of `tokens`, in order
+    said   over events; its positions are the learned tokens of `tokens`, in order
+    found  what `Feed.diagnosis` adds up: learned tokens by align.Taught (4), boundaries whose two realised tokens are different
+           events, the teacher's mass at boundaries, and what of it events and masks kept
     """
 
     tokens: Tokens
@@ -34,6 +37,7 @@ class Lesson:
     skill: str
     language: str
     said: Entries
+    found: npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,19 @@ class Feed:
         chosen = [self._lesson(step * self.size + k) for k in range(self.size)]
         return _collate(chosen, self.bridges)
 
+    def diagnosis(self) -> list[dict[str, Any]]:
+        """By teacher and language, what the lessons are taught by: shares of learned tokens, disagreement, the teacher's mass kept."""
+        sums: dict[tuple[str, str], npt.NDArray[np.float64]] = {}
+        for one in self.lessons:
+            sums[one.teacher, one.language] = sums.get((one.teacher, one.language), np.zeros(len(Taught) + 3)) + one.found
+        rows = []
+        for (teacher, language), found in sorted(sums.items()):
+            taught, (differ, mass, kept) = found[:len(Taught)], found[len(Taught):].tolist()
+            shares = {t.name.lower(): round(float(taught[t] / taught.sum()), 4) for t in Taught}
+            rows.append({"teacher": teacher, "language": language, "tokens": int(taught.sum()), **shares,
+                         "disagreement": round(differ / max(1.0, taught[Taught.EVENT]), 4), "mass_kept": round(kept / mass, 4) if mass else None})
+        return rows
+
     def _lesson(self, number: int) -> Lesson:
         epoch, place = divmod(number, len(self.lessons))
         return self.lessons[int(_permutation(self.seed, epoch, len(self.lessons))[place])]
@@ -103,6 +120,9 @@ def lesson(capture: Capture, voice: Voice, bridge: Bridge, completer: Completer 
         contexts[1, place_C] = bridge.student_mask.keeper.inner(capture.tokens, both.teacher_C)
     said = standing(bridge, np.repeat(place_C, sizes), rows.ids_M[at_M], rows.probs_M[at_M],
                     student_N=contexts[0], teacher_N=contexts[1], kind=rows.kind)
+    differ = bridge.student_event_V[tokens.ids_T[both.student_C]] != bridge.teacher_event_W[capture.tokens.ids_T[both.teacher_C]]
+    taught = np.bincount(found.taught_S[found.taught_S >= 0], minlength=len(Taught))
+    counts = np.array([*taught, differ.sum(), rows.probs_M[at_M].sum(), said.probs_M.sum()], np.float64)
     if completer is not None and allows(rows.kind):
         at_I, in_I, said_I = (side[found.inside.common_I] for side in (found.inside.student_I, found.inside.teacher_I, found.inside.said_I))
         bytes_I = said_before(completer.teacher.vocabulary, capture.tokens.ids_T[in_I], said_I)
@@ -110,7 +130,7 @@ def lesson(capture: Capture, voice: Voice, bridge: Bridge, completer: Completer 
         none = np.empty(0, np.int64)
         said = together([said, Entries(place_S[at_I][more.at_M], more.event_M, more.probs_M, more.entry_D, more.token_D, none,
                                        none.astype(np.float32), rows.kind)], [0, 0])
-    return Lesson(tokens, answer.teacher, answer.skill, answer.language, said)
+    return Lesson(tokens, answer.teacher, answer.skill, answer.language, said, counts)
 
 
 def offline(captures: Iterable[Capture], voice: Voice, bridges: Mapping[str, Bridge], *, size: int, seed: int, max_tokens: int,

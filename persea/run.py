@@ -110,7 +110,8 @@ def train(river: River, folder: Path, tell: Tell) -> None:
     loop(student.trained, loss_of, settings, folder, digest_of(STAGES[3].inputs(river)), lambda step, line: tell(
         "train", step / t.steps, f"loss {line['loss']:.3f}, {line['positions'] / max(line['seconds'], 1e-9):.0f} tokens/s"))
     student.save(folder / "student")
-    store.publish_json(folder / "feed.json", {"lessons": len(feed.lessons), "too_long": feed.too_long, "unsayable": feed.unsayable})
+    store.publish_json(folder / "feed.json", {"lessons": len(feed.lessons), "too_long": feed.too_long, "unsayable": feed.unsayable,
+                                              "taught": feed.diagnosis()})
 
 
 def evaluate(river: River, folder: Path, tell: Tell) -> None:

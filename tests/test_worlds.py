@@ -444,13 +444,13 @@ def test_completion_lets_a_perfect_student_be(name: str):
 
 
 # push at the truth, masked: the three likeliest teacher tokens and one rest event; the same three renormalised
-REST = {"same": (0.0, .82), "nested": (0.0, .81), "crossing": (.020, .75), "long": (.43, .58)}
+REST = {"same": (0.0, .82), "nested": (0.0, .81), "crossing": (.020, .75), "long": (.39, .58)}
 
 
 @pytest.mark.parametrize("name", REST)
 def test_top_k(name: str):
-    """With a rest it is unbiased only where every event is named whole or not at all: a rest that holds more teacher tokens of a
-    named event than the student's rest does pushes. Renormalised it pushes everywhere, one tokenizer or two."""
+    """With a rest it is unbiased with one tokenizer; between two the rest holds tokens that cannot stand, and nobody can tell how
+    much of it. Renormalised it pushes everywhere."""
     world = short(name)
     s = stack(world, no_mask)
     for kind, want in zip((RowKind.TOPK_REST, RowKind.FULL), REST[name], strict=True):
