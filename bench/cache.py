@@ -1,6 +1,6 @@
 """What the cache costs and what it is worth: bytes a position, the student's bits a byte, and positions a second.
 
-    python bench/cache.py                       (make bench-cache, about 10 minutes)
+    python bench/cache.py [student] [synthetic] [speed]        (make bench-cache, about 10 minutes; one part leaves the others' figures)
 
 Three parts. `student`: a small model's distributions over whole conversations teach a smaller one from each form of cache, three
 seeds. `synthetic`: rows of 152k-token vocabularies as long reasoning (nearly certain) and as web text (broad), made without a model.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import tempfile
 import time
 import zlib
@@ -406,8 +407,10 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     torch.set_num_threads(1)
-    result = {"torch": torch.__version__, "student": student(), "synthetic": synthetic(), "speed": speed()}
-    (ROOT / "bench" / "results" / "cache.json").write_text(json.dumps(result, indent=1) + "\n")
+    path, parts = ROOT / "bench" / "results" / "cache.json", {"student": student, "synthetic": synthetic, "speed": speed}
+    wanted = sys.argv[1:] or list(parts)
+    result = (json.loads(path.read_text()) if path.is_file() else {}) | {"torch": torch.__version__} | {name: parts[name]() for name in wanted}
+    path.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
 
 

@@ -129,12 +129,13 @@ def failures(place: Path) -> dict[str, object]:
                 except StorageError as told:
                     refused += told.exit_code == 6
                 store.DISK = store.Disk()
+                if disk.fired:
+                    fired += 1
+                    faults.work(folder)
+                    equal += faults.visible(folder) == whole
+                shutil.rmtree(folder)
                 if not disk.fired:
                     break
-                fired += 1
-                faults.work(folder)
-                equal += faults.visible(folder) == whole
-                shutil.rmtree(folder)
     return {"fired": fired, "refused_with_6": refused, "same_bytes_after": equal}
 
 
@@ -155,7 +156,7 @@ def main() -> None:
     damage, killed, lost, failed = result["damage"], result["kills"], result["power"], result["faults"]
     assert isinstance(damage, dict) and isinstance(killed, dict) and isinstance(lost, dict) and isinstance(failed, dict)
     sys.exit(not (damage["flips"] == damage["flips_found"] and damage["cuts"] == damage["cuts_found"] and killed["equal"]
-                  and lost["sound"] == lost["disks"] and failed["fired"] == failed["refused_with_6"] == failed["same_bytes_after"]))
+                  and lost["sound"] == lost["disks"] and failed["fired"] == failed["refused_with_6"] == failed["same_bytes_after"] > 400))
 
 
 if __name__ == "__main__":
