@@ -164,7 +164,8 @@ class River:
     def units(self) -> tuple[Unit, ...]:
         """What the cast is asked, in units named by all that determines their bytes."""
         c = self.recipe.capture
-        settings = {"answers": c.answers, "tau": c.tau, "max_new_tokens": c.max_new_tokens, "batch": c.batch,
+        kind = {"tau": c.tau} if c.rows == "sampled" else {"rows": c.rows, "kl": c.kl}
+        settings = {**kind, "answers": c.answers, "max_new_tokens": c.max_new_tokens, "batch": c.batch,
                     "seed": self.recipe.seed, "threads": self.recipe.threads}
         return plan_units(self.corpus.prompts, self.cast, self.identities, c.unit, settings)
 

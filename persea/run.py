@@ -79,9 +79,9 @@ def capture(river: River, folder: Path, tell: Tell) -> None:
     settings = river.recipe.capture
     pace = Pace(len(river.corpus.prompts), settings.tokens or 0, settings.hours or 0)
     for name in dict.fromkeys(u.teacher for u in river.units):
-        ask(river.units, river.teacher(name, settings.batch), folder, tau=settings.tau, max_new_tokens=settings.max_new_tokens,
-            seed=river.recipe.seed, given=settings.answers == "given", unchanged=partial(river.refuse_changed, name),
-            progress=lambda step: tell("capture", *pace.step(step)))
+        ask(river.units, river.teacher(name, settings.batch), folder, tau=settings.tau, kl=settings.kl,
+            max_new_tokens=settings.max_new_tokens, seed=river.recipe.seed, given=settings.answers == "given",
+            unchanged=partial(river.refuse_changed, name), progress=lambda step: tell("capture", *pace.step(step)))
     removed = Counter(why.value for _, why in river.corpus.removed)
     store.publish_json(folder / "summary.json", summary(river.units, folder) | {"removed": dict(removed)})
 

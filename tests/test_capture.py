@@ -29,6 +29,7 @@ from persea.corpus import Prompt
 from persea.engines import Engine
 from persea.errors import DataError, Refused
 from persea.measure import Split
+from persea.rows import RowKind
 from persea.skills import LANGUAGES, REASONING
 from persea.teacher import Teacher
 
@@ -218,6 +219,32 @@ def test_what_is_read_is_what_the_teacher_said_with_its_rows(tmp_path: Path) -> 
         p = logprobs_NW.double().exp().numpy()[row, one.rows.ids_M]
         head = p >= 2 * SETTINGS["tau"]  # away from the threshold, where batches of another shape round otherwise
         assert np.allclose(np.log(one.rows.probs_M[head]), np.log(p[head]), rtol=0, atol=1e-3)
+
+
+def test_the_likeliest_and_a_rest_are_kept_where_a_kl_is_asked_for(tmp_path: Path) -> None:
+    planned = units(prompts(4), kl=0.02)
+    ask(planned, tmp_path / "one", tau=None, kl=0.02)
+    ask(planned, tmp_path / "two", tau=None, kl=0.02)
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+    record = cache.read_record(tmp_path / "one", planned[0].name)
+    assert (record["kind"], record["about"]["kl"]) == ("topk", "0.02")
+    speaker = Teacher("qwen-sapling", opened("qwen-sapling")[0], engine("qwen-sapling"))
+    for unit in planned:
+        captures = cache.read_unit(tmp_path / "one", unit.name)
+        seen_W = 1.0 + np.bincount(np.concatenate([c.tokens.ids_T for c in captures]), minlength=len(speaker.voice.vocabulary))
+        for one, (_, logs_NW) in zip(captures, speaker.score([c.answer.conversation for c in captures]), strict=True):
+            assert one.rows.kind is RowKind.TOPK_REST
+            p_NW, row = logs_NW.double().exp().numpy(), np.repeat(np.arange(len(one.rows)), np.diff(one.rows.offsets_N1))
+            q_NW = np.zeros_like(p_NW)
+            q_NW[row, one.rows.ids_M] = one.rows.probs_M
+            spread_NW = np.where(q_NW > 0, 0, seen_W)
+            q_NW += (1 - q_NW.sum(1, keepdims=True)) * spread_NW / spread_NW.sum(1, keepdims=True)
+            assert (p_NW * (np.log(p_NW) - np.log(q_NW))).sum(1).max() <= 0.02 + 1e-4  # another batch rounds otherwise
+
+
+def test_rows_are_kept_in_one_way(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="by tau or by kl"):
+        ask(units(prompts(1)), tmp_path, tau=None)
 
 
 # --- what is left out ---
