@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from persea import cache
 from persea.audition import Cast
 from persea.chat import Finish, Text, Tokens
-from persea.corpus import MAX_LINE, Prompt
+from persea.corpus import MAX_LINE, Broken, Corpus, Prompt
 from persea.errors import DataError, Refused
 from persea.rows import RowKind, Rows, sample_rows, top_rows
 from persea.shelf import committed
@@ -119,7 +119,9 @@ def _refuse_another(mine: Sequence[Unit], folder: Path) -> None:
 
 
 def _sayable(prompts: Sequence[Prompt], teacher: Teacher) -> tuple[list[Prompt], list[tuple[str, str]]]:
-    """Prompts that the teacher's template and tokenizer can say; the others with the reason. One odd document does not end a capture."""
+    """Prompts that the teacher's template and tokenizer can say and its positions hold; the others with the reason.
+
+    One odd document does not end a capture."""
     sayable: list[Prompt] = []
     quarantine: list[tuple[str, str]] = []
     for prompt in prompts:
@@ -127,7 +129,9 @@ def _sayable(prompts: Sequence[Prompt], teacher: Teacher) -> tuple[list[Prompt],
             size = sum(len(part.text.encode()) for part in prompt.conversation.parts())
             if size > MAX_LINE:
                 raise DataError(f"{size:,} bytes, at most {MAX_LINE:,}")
-            teacher.voice.prompt(replace(prompt.conversation, effort=teacher.effort))
+            length = len(teacher.voice.prompt(replace(prompt.conversation, effort=teacher.effort)))
+            if 0 < teacher.context <= length:
+                raise DataError(f"{length:,} tokens, and {teacher.name} has positions for {teacher.context:,}, answer included")
         except (DataError, UnicodeError) as error:
             quarantine.append((prompt.id, str(error)[:300]))
         else:
@@ -147,6 +151,7 @@ def _keep(unit: Unit, answers: Sequence[Answer], quarantine: Sequence[tuple[str,
           unchanged: Callable[[], None]) -> None:
     """Score the whole answers, and publish and commit the unit."""
     rendered = [(a, _rendered(a, teacher)) for a in answers]
+    rendered = [(replace(a, finish=Finish.LENGTH), None) if t is not None and 0 < teacher.context < len(t) else (a, t) for a, t in rendered]
     whole = [(a, tokens) for a, tokens in rendered if tokens is not None]
     scored = teacher.engine.score([t.ids_T for _, t in whole], [t.learn_T for _, t in whole])
     seen_W = np.zeros(len(teacher.voice.vocabulary), np.int64)
@@ -195,6 +200,25 @@ def summary(units: Sequence[Unit], folder: Path) -> dict[str, Any]:
         raise Refused(f"no answer of {total['prompts']} is whole ({dict(left_out)})", where="capture",
                       remedy="raise capture.max_new_tokens, or look at the answers: the teachers may not know their templates")
     return {**total, "left_out": dict(left_out), "teachers": {k: dict(v) for k, v in teachers.items()}}
+
+
+SHOWN = 100  # of what was quarantined in the summary; the file beside it holds all
+
+
+def quarantined(units: Sequence[Unit], folder: Path, broken: Sequence[Broken]) -> list[dict[str, Any]]:
+    """Every line and prompt that was not asked, with the place and the reason."""
+    return [asdict(b) for b in broken] + [
+        {"where": f"prompt {prompt}, {unit.teacher}, unit {unit.name}", "why": why}
+        for unit in units for prompt, why in cache.read_record(folder, unit.name)["quarantine"]]
+
+
+def accounts(told: dict[str, Any], corpus: Corpus, aside: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What came in = what was kept, skipped and quarantined, counted where each was decided; AssertionError if not."""
+    skipped = len(corpus.removed) + sum(told["left_out"].values()) - told["left_out"].get(Finish.REFUSED.value, 0)
+    found = {"in": corpus.came, "kept": told["kept"], "skipped": skipped, "quarantined": len(aside)}
+    if found["in"] != told["kept"] + skipped + len(aside):
+        raise AssertionError(f"prompts were lost: {found}")
+    return found | {"quarantine": [{"where": q["where"], "why": q["why"]} for q in aside[:SHOWN]]}
 
 
 @dataclass

@@ -119,6 +119,8 @@ class CorpusPart(Section):
     generate: int | None = Field(default=None, ge=1, le=MANY, description="number of prompts drawn from the skill's own generator")
     file: str | None = Field(default=None, min_length=1, description="a .jsonl file, one prompt a line")
     language: str = Field(default="", description="language of the file's prompts, such as vi; empty = not said")
+    broken: Literal["refuse", "quarantine"] = Field(
+        default="refuse", description="a line of the file that is no prompt: refuse = ends the run; quarantine = is counted and left out")
 
     @model_validator(mode="after")
     def _has_one_source(self) -> Self:
@@ -127,6 +129,7 @@ class CorpusPart(Section):
             self,
             (not made and not kept, (), "neither `generate` nor `file`", "add `generate: 1000` or `file: prompts.jsonl`"),
             (made and kept, (), "both `generate` and `file`", "keep one; two parts may teach the same skill"),
+            (self.broken == "quarantine" and not kept, ("broken",), "given, but no `file` that could be broken", "delete `broken:`"),
             (not (self.file or ".jsonl").endswith(".jsonl"), ("file",), f"{self.file!r} is not .jsonl", "one JSON object a line"))
 
 

@@ -423,6 +423,8 @@ BAD: list[tuple[str, str, str, str]] = [
     # bounds
     ("no steps", TWO + REST + "training: {steps: 0}\n", "4:12", "training.steps: should be at least 1 (got 0)"),
     ("too many", TWO + REST + "capture: {unit: 99999999999}\n", "4:11", "capture.unit: should be at most 1073741824 (got 99999999999)"),
+    ("broken lines of no file", TWO + "corpus: [{skill: code, generate: 10, broken: quarantine}]\n", "3:38",
+     "corpus.0.broken: given, but no `file` that could be broken -> delete `broken:`"),
     ("kl of a sample", TWO + REST + "capture: {kl: 0.02}\n", "4:11",
      "capture.kl: given, but `rows` is sampled -> write `rows: topk`, or delete `kl:`"),
     ("tau of the likeliest", TWO + REST + "capture: {rows: topk, tau: 0.02}\n", "4:23",
