@@ -28,7 +28,7 @@ from persea.pretokens import open_pretokens
 from persea.vocabulary import BYTE_TO_CHAR, Vocabulary
 from persea.voice import Voice
 
-FORMAT = 2
+FORMAT = 3
 MERGES = ("left_V", "right_V", "rank_V", "time_V", "made_V", "pair_R2")
 
 
@@ -149,7 +149,7 @@ def fixpoints(own: Vocabulary, other: Vocabulary, other_of_own: npt.NDArray[np.i
         there = other_of_own[current[at]]
         back = own_of_other[there]
         for i, u, v in zip(at.tolist(), there.tolist(), back.tolist(), strict=True):
-            if own.bytes_W[v] == other.bytes_W[u]:
+            if own.bytes_W[v] == other.bytes_W[u] and other_of_own[v] == u:  # a token its own tokenizer would cut is no fixpoint
                 names[i] = other.bytes_W[u]
                 active[i] = False
             else:

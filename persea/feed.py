@@ -107,7 +107,14 @@ def lesson(capture: Capture, voice: Voice, bridge: Bridge, completer: Completer 
 
     completer  for student tokens that begin inside a teacher token; None = these learn from the text
     """
-    tokens = voice.render(replace(capture.answer.conversation, effort=Effort.NONE))
+    return _laid(capture, _said(capture, voice), bridge, completer)
+
+
+def _said(capture: Capture, voice: Voice) -> Tokens:
+    return voice.render(replace(capture.answer.conversation, effort=Effort.NONE))
+
+
+def _laid(capture: Capture, tokens: Tokens, bridge: Bridge, completer: Completer | None) -> Lesson:
     found = align([tokens], [capture.tokens])
     both, rows, answer = found.boundaries, capture.rows, capture.answer
     place_S, row_T = np.cumsum(tokens.learn_T) - 1, np.cumsum(capture.tokens.learn_T) - 1
@@ -130,7 +137,7 @@ def lesson(capture: Capture, voice: Voice, bridge: Bridge, completer: Completer 
         more = completer.complete(rows, row_T[in_I], bytes_I, completer.student.inner(tokens, at_I))
         none = np.empty(0, np.int64)
         said = together([said, Entries(place_S[at_I][more.at_M], more.event_M, more.probs_M, more.entry_D, more.token_D, none,
-                                       none.astype(np.float32), rows.kind)], [0, 0])
+                                       none.astype(np.float32), none, none, rows.kind)], [0, 0])
     return Lesson(tokens, answer.teacher, answer.skill, answer.language, said, counts)
 
 
@@ -145,10 +152,11 @@ def offline(captures: Iterable[Capture], voice: Voice, bridges: Mapping[str, Bri
     too_long = 0
     for capture in captures:
         try:
-            one = lesson(capture, voice, bridges[capture.answer.teacher], completers[capture.answer.teacher])
+            tokens = _said(capture, voice)
         except DataError as error:
             unsayable.append(f"{capture.answer.prompt_id}: {error}")
             continue
+        one = _laid(capture, tokens, bridges[capture.answer.teacher], completers[capture.answer.teacher])  # a broken row is refused
         if len(one.tokens) <= max_tokens:
             kept.append(one)
         else:

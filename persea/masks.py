@@ -17,6 +17,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
@@ -75,20 +76,28 @@ class Keeper:
     @cached_property
     def added(self) -> tuple[bytes, ...]:
         """Added tokens of text (Gemma's runs of newlines), which are cut out of a text before anything is merged."""
+        return tuple(sorted(self._added))
+
+    @cached_property
+    def _added(self) -> dict[bytes, bool]:
+        """Bytes of an added token of text -> whether it is cut out wherever it stands, and not only as a word, or with spaces around it."""
         tokens = self.vocabulary.backend.get_added_tokens_decoder().items()
-        texts = [t.content.encode() for i, t in tokens if i < len(self.vocabulary) and self.vocabulary.bytes_W[i] is not None]
+        texts = {t.content.encode(): not (t.single_word or t.lstrip or t.rstrip) for i, t in tokens
+                 if i < len(self.vocabulary) and self.vocabulary.bytes_W[i] is not None}
         # a run of SentencePiece signs is in no text: there stands a space
-        return tuple(sorted(raw for raw in texts if self.vocabulary.byte_level or "▁".encode() not in raw))
+        return {raw: always for raw, always in texts.items() if self.vocabulary.byte_level or "▁".encode() not in raw}
 
     @cached_property
     def _begins_added(self) -> npt.NDArray[np.bool_]:
-        return np.array([raw is not None and raw.startswith(self.added) for raw in self.vocabulary.bytes_W], np.bool_)
+        """Tokens that an added token may begin with or in: split by words, what stands around it is not what its neighbours are."""
+        return np.array([raw is not None and (raw.startswith(self.added) or (not self.pretokens.whole and any(
+            a.startswith(raw) or a in raw for a in self.added))) for raw in self.vocabulary.bytes_W], np.bool_)
 
     @cached_property
     def longer(self) -> dict[bytes, tuple[bytes, ...]]:
         """Of each beginning of an added token: what makes it whole."""
         found: dict[bytes, list[bytes]] = {}
-        for raw in self.added:
+        for raw in (raw for raw, always in self._added.items() if always):
             for n in range(1, len(raw)):
                 found.setdefault(raw[:n], []).append(raw[n:])
         return {k: tuple(v) for k, v in found.items()}
@@ -125,8 +134,17 @@ class Keeper:
     def _run(self, ids: npt.NDArray[np.integer]) -> tuple[bytes, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """The bytes of tokens, the byte places of their cuts, and where each token ends."""
         raw = b"".join(self.vocabulary.bytes_W[i] or b"" for i in ids.tolist())
-        text = "" if self.pretokens.whole else characters(raw)[0]
-        return raw, places(text, self.pretokens.cuts(text)) if text else np.zeros(1, np.int64), np.cumsum(self.vocabulary.lengths_W[ids])
+        ends_T = np.cumsum(self.vocabulary.lengths_W[ids])
+        if self.pretokens.whole:
+            return raw, np.zeros(1, np.int64), ends_T
+        # an added token is cut out first: what stands before and after it is split apart from it
+        edges = {0, len(raw)} | {int(e) for i, end in zip(ids.tolist(), ends_T.tolist(), strict=True) if self.vocabulary.bytes_W[i] in self.added
+                                 for e in (end - self.vocabulary.lengths_W[i], end)}
+        cuts: list[int] = []
+        for begin, end in pairwise(sorted(edges)):
+            text = characters(raw[begin:end])[0]
+            cuts += [begin, *(begin + places(text, self.pretokens.cuts(text))).tolist()]
+        return raw, np.unique(np.array(cuts, np.int64)), ends_T
 
     def number(self, token: int, word: bytes) -> int:
         """The number of a context: the last token, and the word so far, which ends with it."""
@@ -190,7 +208,7 @@ class Keeper:
         return self._may[key]
 
 
-@lru_cache(maxsize=8)  # a student's is shared by the bridges of all its teachers
+@lru_cache(maxsize=8)  # a student's derivations serve the bridges of all its teachers when these are built
 def open_keeper(vocabulary: Vocabulary) -> Keeper:
     """A tokenizer as a keeper of its boundaries."""
     return Keeper(vocabulary, derive(vocabulary), open_pretokens(vocabulary))

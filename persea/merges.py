@@ -3,7 +3,8 @@
 Byte-pair encoding merges the pair of lowest rank until none is left. Two neighbours a, u stay apart exactly when no merge
 ever joins a piece at a's right rim with a piece at u's left rim while both are there. The pieces at a rim follow one another
 in a's own derivation, each from the time it is made until the time it is merged on; so a crossing merge is found by
-comparing times, without encoding anything. Where two times are equal the answer is "can stand": nothing is deleted on doubt.
+comparing times, without encoding anything. Where two times are equal in one cascade the answer is "can stand": nothing is deleted on
+doubt. Equal ranks are the same pair twice, which merges from the left: aa|a stands, a|aa cannot.
 """
 
 from __future__ import annotations

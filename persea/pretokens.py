@@ -23,11 +23,14 @@ from persea.vocabulary import Vocabulary
 HEAD = 3  # characters of what comes after that can matter: the longest a pattern looks at behind a cut is a contraction, 'll
 # What may come after a token that ends: one of each kind, a mark, a digit, an apostrophe with and without its contraction.
 AFTER = ("", "a", "A", "1", ".", " ", " a", "\n", "\r", "'", "'s", "'ll", "/", "你", "\u0e31", "\u0301", "ʰ")
-BEFORE = ("", "a", "A", "1", "12", " ", "  ", ".", "'", ".'", "\n", "/", "你", "\u0e31", "\u0e31\u0e31")  # what may stand before
+BEFORE = ("", "a", "A", "1", "12", " ", "  ", ".", "'", ".'", "\n", "/", "你", "\u0e31", "\u0e31\u0e31",
+          "'l", "'r", "'v")  # what may stand before, a contraction begun by an earlier token too
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # ByteLevel's own
 PATTERNS = {"Digits": r"\p{N}", "Punctuation": r"\p{P}\p{S}"}
 CONTRACTION = re.compile(r"'\w+")
 SYNTAX = re.compile(r"\\[pP]\{\^?\w+\}|\\[rnsSdDwWtvf]|\(\?[a-z]*[:!=]|\{\d+(?:,\d*)?\}")
+LOOK_AHEAD = re.compile(r"(?:\\s| )\+\(\?!\\S\)")  # the one look-around every pattern has: of a run of spaces the last goes with the word
+LOOK_AROUND = re.compile(r"\(\?[^i:]")
 UNKNOWN = re.compile(r"\\[a-zA-Z]|\[:")  # what else a pattern may say of classes
 SPACE = frozenset("\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B))))
 
@@ -96,7 +99,8 @@ class Pretokens:
         key = (c, plain)
         if key not in self._class:
             literal = (c in SPACE or c in self.literals or c.casefold() in self.literals) and not (plain and c.isalpha())
-            kind = c if literal else repr([self._is(p, c) for p in self.properties] + [low <= c <= high for low, high in self.ranges])
+            in_ranges = [low <= x <= high for low, high in self.ranges for x in (c, c.lower(), c.upper())]  # a pattern may ignore case
+            kind = c if literal else repr([self._is(p, c) for p in self.properties] + in_ranges)
             self._class[key] = self._first.setdefault((kind, plain), c)
         return self._class[key]
 
@@ -113,7 +117,7 @@ def open_pretokens(vocabulary: Vocabulary) -> Pretokens:
     unknown = ", ".join(sorted({p["type"] for p in parts} - {"Split", "ByteLevel", *PATTERNS}))
     if any(p["type"] == "ByteLevel" and p.get("add_prefix_space") for p in parts):
         unknown = unknown or "ByteLevel with add_prefix_space"
-    if UNKNOWN.search(rest):
+    if UNKNOWN.search(rest) or LOOK_AROUND.search(LOOK_AHEAD.sub("", text)):
         unknown = unknown or f"pattern {text!r}"
     # SentencePiece: the normaliser has written a sign for every space before the pre-tokenizer looks for spaces
     signs = '"content": "▁"' in json.dumps(normaliser, ensure_ascii=False)

@@ -54,7 +54,7 @@ def captured(voice: Voice, name: str, number: int, conversation: Conversation) -
     rng = np.random.default_rng(number)
     sizes = rng.integers(0, 4, int(tokens.learn_T.sum()))
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    probs = [(number + n / 1000) / 1000 + 10 * k for n, size in enumerate(sizes) for k in range(size)]
+    probs = [(number + n / 1000) / 1000 + 0.1 * k for n, size in enumerate(sizes) for k in range(size)]
     rows = Rows(offsets, rng.integers(0, len(voice.vocabulary), offsets[-1]).astype(np.int32), np.array(probs, np.float32),
                 np.full(len(sizes), np.nan, np.float32))
     return Capture(Answer(f"p{number}", name, "languages", "", conversation, Finish.STOP), tokens, rows)
@@ -142,6 +142,18 @@ def test_an_answer_the_student_cannot_say_is_left_out_with_its_reason(voices: Vo
     assert captures[1].answer.prompt_id in feed.unsayable[0] and "does not give the text back" in feed.unsayable[0]
     with pytest.raises(DataError, match="1 cannot be said"):
         offline(captures[1:], voices["gemma"], bridges, size=1, seed=0, max_tokens=512)
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    (lambda rows: replace(rows, probs_M=np.full_like(rows.probs_M, np.nan)), "a teacher's probability is nan"),
+    (lambda rows: replace(rows, probs_M=rows.probs_M + 5), "a teacher's probability is 5"),
+    (lambda rows: replace(rows, ids_M=rows.ids_M + 100_000), "lies outside the vocabulary")])
+def test_a_broken_row_is_refused_and_not_left_out(voices: Voices, bridges: dict[str, Bridge], change: Callable[[Rows], Rows], reason: str):
+    captures = captures_of(voices, 3)
+    assert len(captures[1].rows.ids_M)
+    captures[1] = replace(captures[1], rows=change(captures[1].rows))
+    with pytest.raises(DataError, match=reason):
+        offline(captures, voices["llama"], bridges, size=1, seed=0, max_tokens=512)
 
 
 # ---- one lesson ------------------------------------------------------------------------------------------------------

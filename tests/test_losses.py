@@ -594,6 +594,65 @@ def test_masked_entries_and_members(seed: int, share: float):
     torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-6, atol=1e-8)
 
 
+def test_named_and_dropped_is_no_part_of_the_rest():
+    """The row names A .6, which cannot stand, and B .3; .1 is left for C. Of the rest's pull nothing goes to A, also where only A's
+    student token cannot stand."""
+    bridge = replace(identity(3), teacher_mask=Fixed({0: [0]}), student_mask=Fixed({0: []}))
+    also = replace(identity(3), teacher_mask=Fixed({0: []}), student_mask=Fixed({0: [0]}))
+    for pair in (bridge, also):
+        entries = standing(pair, np.array([0, 0]), np.array([0, 1]), np.array([0.6, 0.3], np.float32), student_N=np.array([0]),
+                           teacher_N=np.array([0]), kind=RowKind.TOPK_REST)
+        logits = torch.log(torch.tensor([[0.6, 0.3, 0.1]])).requires_grad_()
+        composed(logits, torch.tensor([1]), [targets(pair, entries, 1)], 1.0).loss.backward()
+        torch.testing.assert_close(logits.grad, torch.tensor([[0.6, 0.3 - 0.3 - 0.6, 0.1 - 0.1]]), rtol=1e-5, atol=1e-6)
+
+
+def test_a_rest_that_no_token_is_left_for_goes_to_the_text():
+    bridge = identity(2)
+    raw = standing(bridge, np.array([0, 0]), np.array([0, 1]), np.array([0.5, 0.499999], np.float32), kind=RowKind.TOPK_REST)
+    out = composed(torch.zeros(1, 2), torch.tensor([0]), [targets(bridge, raw, 1)], 1.0)
+    assert out.loss.item() == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_what_composed_cannot_mean_is_refused():
+    bridge = identity(3)
+    one = said_of(bridge, {0: np.array([0.5, 0.5, 0.0])}).targets
+    with pytest.raises(DataError, match="position 0: two teachers speak of one position"):
+        composed(torch.zeros(1, 3), torch.tensor([0]), [one, one], 0.7)
+    for logits, tokens in ((torch.zeros(1, 3, dtype=torch.bfloat16), torch.tensor([0])), (torch.zeros(0, 3), torch.empty(0, dtype=torch.int64))):
+        with pytest.raises(DataError, match="give float32 logits of what is learned"):
+            composed(logits, tokens, [], 0.7)
+    with pytest.raises(DataError, match="a row names a token twice"):
+        standing(bridge, np.array([0, 0]), np.array([1, 1]), np.array([0.1, 0.1], np.float32), kind=RowKind.TOPK_REST)
+
+
+def test_an_event_of_tiny_probability_counts_in_whole_distributions():
+    bridge = replace(identity(3), student_event_V=np.array([0, 1, 0], np.int32), teacher_event_W=np.array([0, 1, 0], np.int32), events=2)
+    logits = torch.tensor([[0.0, -120.0, 0.0]], requires_grad=True)
+    out = full(logits, torch.log(torch.tensor([[0.05, 0.9, 0.05]])), bridge)
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(0.9 * (120 + math.log(2)) + 0.9 * math.log(0.9) + 0.1 * math.log(0.1), rel=1e-5)
+    torch.testing.assert_close(logits.grad, torch.tensor([[0.45, -0.9, 0.45]]), rtol=1e-4, atol=1e-5)
+    nothing = Dead(torch.tensor([0, 0, 0]), torch.tensor([0, 1, 2]))
+    with pytest.raises(DataError, match="no event that both sides can say"):
+        full(logits, torch.log(torch.tensor([[0.05, 0.9, 0.05]])), bridge, student_dead=nothing)
+    with pytest.raises(RecipeError, match="reverse KL needs more"):
+        full(logits, torch.log(torch.tensor([[0.05, 0.9, 0.05]])), bridge, Divergence.REVERSE, kind=RowKind.SAMPLED)
+
+
+def test_a_chunk_of_a_student_certain_of_what_cannot_be():
+    logits = torch.tensor([[20.0, 3.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
+    dead = Dead(torch.tensor([0]), torch.tensor([0]))
+    whole = Chunks(torch.tensor([0]), torch.tensor([0]), torch.tensor([0]), torch.tensor([1]), torch.tensor([-0.5]))
+    out = chunk(logits, torch.tensor([1, 0]), whole, dead)
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx((math.log(1 / (1 + math.exp(-3))) + 0.5) ** 2 / 2, rel=1e-4)
+    assert torch.isfinite(logits.grad).all()
+    none = torch.empty(0, dtype=torch.int64)
+    with pytest.raises(DataError, match="no chunk"):
+        chunk(logits, torch.tensor([1, 0]), Chunks(none, none, none, none, torch.empty(0)), dead)
+
+
 # ---- chunks ----------------------------------------------------------------------------------------------------------
 
 

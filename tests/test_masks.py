@@ -107,6 +107,31 @@ def test_nothing_that_occurs_is_dropped(one: Vocabulary, two: Vocabulary):
     assert lost == 0
 
 
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+RIGHT_ALIGNED = r"\d{1,3}(?=(?:\d{3})*(?!\d))|\D+"
+
+
+def worded(chosen: list[tuple[int, int]], pattern: str, added: tuple[AddedToken, ...]) -> Vocabulary:
+    """Like byte_level, over an alphabet that real patterns care about."""
+    tokenizer = Tokenizer.from_str(byte_level(chosen, pattern, False, "'vsxl 1.").backend.to_str())
+    tokenizer.add_tokens(list(added))
+    return open_vocabulary(tokenizer, "worded")
+
+
+plain_added = st.sampled_from([(), (AddedToken("  ", normalized=False),), (AddedToken("vs", single_word=True),)])
+real_toys = st.builds(worded, chosen, st.sampled_from(["", GPT2, LLAMA, RIGHT_ALIGNED, r"(?i:[a-s]+)|."]), plain_added)
+
+
+@settings(max_examples=25)
+@given(one=real_toys, two=real_toys, seed=st.integers(0, 999))
+def test_nothing_is_dropped_under_real_patterns(one: Vocabulary, two: Vocabulary, seed: int):
+    """Contractions, digits, look-ahead, added tokens that stand among words: what occurs stays."""
+    rng = np.random.default_rng(seed)
+    some = ["".join(rng.choice(list("'vsxlVS 1.  "), int(rng.integers(2, 9)))) for _ in range(150)]
+    assert deleted(masks(one, two), [".  'sx", "a'vex", "12345", "GGvsx", *some])[0] == 0
+
+
 @settings(max_examples=15)
 @given(one=chosen, two=chosen)
 def test_what_never_occurs_is_dropped(one: list[tuple[int, int]], two: list[tuple[int, int]]):

@@ -96,6 +96,7 @@ def test_an_unknown_pre_tokenizer_may_cut_anywhere():
     odd = open_pretokens(open_vocabulary(tokenizer, "threes"))
     assert odd.unknown == "FixedLength"
     assert odd.may_cut(odd.signature("hel"), odd.heads(b"lo!"))
+    assert split_by(r"\d{1,3}(?=(?:\d{3})*(?!\d))|\D+").unknown, "a look-around may turn a join into a cut far behind"
     assert split_by(r"[[:alpha:]]+|.").unknown.startswith("pattern")
 
 

@@ -427,7 +427,8 @@ def completed(world: World, p: Positions) -> Positions:
     more = open_completer(world.full_bridge).complete(rows, np.arange(len(some)), [i.emitted for i in some], before)
     assert len(more.at_M) > 0
     none, row_M = np.empty(0, np.int64), np.array(at_N)[common][more.at_M]
-    said = Entries(row_M, more.event_M, more.probs_M, more.entry_D, more.token_D, none, none.astype(np.float32), RowKind.FULL)
+    said = Entries(row_M, more.event_M, more.probs_M, more.entry_D, more.token_D, none, none.astype(np.float32), none, none,
+                   RowKind.FULL)
     assert [number[i.student] for i, _ in cells] == p.row_N[list(at_N)].tolist()
     return replace(p, said=targets(world.full_bridge, together([p.entries, said], [0, 0]), len(p.row_N)))
 

@@ -4,7 +4,8 @@
 
 beta = the mass that can stand where BOTH tokenizers have a boundary (`Mask.dead`): each model's chain conditions on its own
 boundaries, and beta takes that condition out again. Without it two exact models of one law differ by .03-.23 nats a chunk,
-with exact beta by 0, with masks by 0-.016 (`make bench-bias`). The plain form is ALM's (Minixhofer et al. 2025).
+with exact beta by 0, with masks by 0-.022 (`make bench-bias`, which has the term as a table of its own). The plain form is ALM's
+(Minixhofer et al. 2025).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from persea.errors import DataError
 from persea.losses.full import Dead
 from persea.losses.token import LossOut
 
@@ -34,10 +36,13 @@ class Chunks:
 
 
 def log_standing(logprobs_NV: torch.Tensor, dead: Dead) -> torch.Tensor:
-    """log beta of each position, [N]: the mass that can stand. Differentiable; a position whose whole mass is dead gives -inf."""
+    """log beta of each position, [N]: the mass that can stand. Differentiable; a position whose whole mass is dead gives -inf.
+
+    Summed over what stands, not as 1 - dead, which has no digits left where the student is certain of what cannot be.
+    """
     row_D, token_D = (side.to(logprobs_NV.device) for side in (dead.row_D, dead.token_D))
-    lost_N = torch.zeros(len(logprobs_NV), dtype=logprobs_NV.dtype, device=logprobs_NV.device)
-    return torch.log1p(-lost_N.index_add(0, row_D, logprobs_NV[row_D, token_D].exp()))
+    nothing = torch.full((), -torch.inf, dtype=logprobs_NV.dtype, device=logprobs_NV.device)
+    return logprobs_NV.index_put((row_D, token_D), nothing).logsumexp(-1)
 
 
 def chunk(logits_NV: torch.Tensor, targets_N: torch.Tensor, chunks: Chunks, dead: Dead) -> LossOut:
@@ -46,6 +51,8 @@ def chunk(logits_NV: torch.Tensor, targets_N: torch.Tensor, chunks: Chunks, dead
     logits_NV, targets_N  student logits and the tokens that stand there
     dead                  student tokens that cannot stand, by position
     """
+    if not len(chunks.teacher_C):
+        raise DataError("no chunk", where="losses", remedy="ask for the chunk term only where there are chunks")
     logprobs_NV = torch.log_softmax(logits_NV, -1)
     chunk_P, position_P, begin_C, end_C = (
         side.to(logits_NV.device) for side in (chunks.chunk_P, chunks.position_P, chunks.begin_C, chunks.end_C))

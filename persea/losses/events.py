@@ -100,16 +100,25 @@ def composed(logits_NV: torch.Tensor, targets_N: torch.Tensor, teachers: Sequenc
     targets_N    the tokens that stand there
     teachers     what each teacher says; positions no teacher speaks of get full cross-entropy
     event_share  a, in [0, 1]
-    Raises DataError for logits of another vocabulary, AssertionError where two teachers with a rest speak of one position.
+    Raises DataError for logits of another vocabulary or of half precision, for no position at all, and where two teachers speak of
+    one position.
     """
+    if logits_NV.dtype not in (torch.float32, torch.float64) or not len(targets_N):
+        raise DataError(f"{len(targets_N)} positions of {logits_NV.dtype} logits", where="losses", remedy="give float32 logits of what is learned")
     with torch.no_grad():
         device, n_N = logits_NV.device, torch.arange(len(targets_N), device=logits_NV.device)
         lse_N = logsumexp_rows(logits_NV)
         ce_N = lse_N - logits_NV[n_N, targets_N]
         mass_N, events_N, scale_N = torch.zeros_like(ce_N), torch.zeros_like(ce_N), torch.ones_like(ce_N)
+        spoken_N = torch.zeros_like(ce_N, dtype=torch.bool)
         rows, tokens, pulls, unscaled = [n_N], [targets_N], [], [(n_N[:0], n_N[:0])]
         for said in teachers:
             refuse_other_vocabulary(logits_NV, said)
+            here_N = torch.zeros_like(spoken_N).index_fill(0, said.row_M.to(device), True)
+            if bool((spoken_N & here_N).any()):
+                raise DataError("two teachers speak of one position", where=f"position {int((spoken_N & here_N).nonzero()[0])}",
+                                remedy="an answer has one teacher: give each its own lesson")
+            spoken_N |= here_N
             row_M, probs_M = said.row_M.to(device), said.probs_M.to(device, ce_N.dtype)
             entry_G, token_G = said.entry_G.to(device), said.token_G.to(device)
             row_G = row_M[entry_G]
@@ -122,9 +131,11 @@ def composed(logits_NV: torch.Tensor, targets_N: torch.Tensor, teachers: Sequenc
             pulls.append(event_share * probs_M[entry_G] * (values_G - event_logprobs_M[entry_G]).exp())
             if said.kind is RowKind.TOPK_REST:
                 rest_N = said.rest_N.to(device, ce_N.dtype)
-                at, named, rest_R = _rest(logits_NV, lse_N, rest_N, row_G, token_G)
-                assert bool((scale_N[at] == 1).all()), "one rest a position"
-                mass_N += rest_N
+                apart = torch.cat([row_G, said.row_A.to(device)]), torch.cat([token_G, said.token_A.to(device)])
+                at, named, rest_R = _rest(logits_NV, lse_N, rest_N, *apart)
+                holds = rest_R > -torch.inf  # a rounding's worth of a rest that no student token is left for: the text has it
+                at, rest_R = at[holds], rest_R[holds]
+                mass_N[at] += rest_N[at]
                 events_N[at] -= rest_N[at] * rest_R
                 scale_N[at] -= event_share * rest_N[at] * (-rest_R).exp()  # the rest's own pull: a rest q(u) / q(rest)
                 unscaled.append(named)

@@ -15,7 +15,8 @@ import torch
 
 from persea.bridge import Bridge
 from persea.errors import DataError
-from persea.losses.token import Divergence, LossOut, between, same_vocabulary
+from persea.losses.token import Divergence, LossOut, between, refuse_divergence, same_vocabulary
+from persea.rows import RowKind
 
 
 @dataclass(frozen=True)
@@ -35,21 +36,26 @@ def over_events(logprobs_NX: torch.Tensor, event_X: torch.Tensor, events: int, d
         nothing = torch.full((), -torch.inf, dtype=logprobs_NX.dtype, device=logprobs_NX.device)
         logprobs_NX = logprobs_NX.index_put((dead.row_D.to(nothing.device), dead.token_D.to(nothing.device)), nothing)
     kept = event_X >= 0
-    top_N1 = logprobs_NX[:, kept].detach().amax(-1, keepdim=True)
-    mass_NE = torch.zeros(len(logprobs_NX), events, dtype=logprobs_NX.dtype, device=logprobs_NX.device)
-    mass_NE = mass_NE.index_add(1, event_X[kept], (logprobs_NX[:, kept] - top_N1).exp())
-    return torch.where(mass_NE > 0, mass_NE, 1.0).log().masked_fill(mass_NE == 0, -torch.inf) + top_N1
+    logprobs_NX, event_X = logprobs_NX[:, kept], event_X[kept]
+    none_NE = torch.full((len(logprobs_NX), events), -torch.inf, dtype=logprobs_NX.dtype, device=logprobs_NX.device)
+    top_NE = none_NE.scatter_reduce(1, event_X.expand(len(logprobs_NX), -1), logprobs_NX.detach(), "amax")  # an event of e^-120 counts too
+    nothing_NE = top_NE == -torch.inf
+    top_NE = top_NE.masked_fill(nothing_NE, 0)
+    mass_NE = torch.zeros_like(none_NE).index_add(1, event_X, (logprobs_NX - top_NE[:, event_X]).exp())
+    return mass_NE.masked_fill(nothing_NE, 1).log().masked_fill(nothing_NE, -torch.inf) + top_NE
 
 
 def full(logits_NV: torch.Tensor, teacher_logprobs_NW: torch.Tensor, bridge: Bridge, divergence: Divergence = Divergence.FORWARD, *,
-         student_dead: Dead | None = None, teacher_dead: Dead | None = None) -> LossOut:
+         kind: RowKind = RowKind.FULL, student_dead: Dead | None = None, teacher_dead: Dead | None = None) -> LossOut:
     """Mean divergence over events, nats per position.
 
     logits_NV            student logits at N common boundaries
     teacher_logprobs_NW  the teacher's natural log-probabilities there
     student_dead, teacher_dead  what cannot stand (`Mask.dead`); None = no masks
-    Raises DataError where a side has other columns than the bridge knows tokens.
+    kind                 what the teacher's rows are: anything but FULL is refused where the divergence needs more
+    Raises DataError where a side has other columns than the bridge knows tokens, or where nothing can stand at a position.
     """
+    refuse_divergence(kind, divergence)
     for name, columns, tokens in (("student", logits_NV.shape[1], len(bridge.student_event_V)),
                                   ("teacher", teacher_logprobs_NW.shape[1], len(bridge.teacher_event_W))):
         if columns != tokens:
@@ -59,6 +65,10 @@ def full(logits_NV: torch.Tensor, teacher_logprobs_NW: torch.Tensor, bridge: Bri
     event_V, event_W = (torch.from_numpy(e).long().to(logits_NV.device) for e in (bridge.student_event_V, bridge.teacher_event_W))
     log_q_NE = over_events(torch.log_softmax(logits_NV, -1), event_V, bridge.events, student_dead)
     log_p_NE = over_events(teacher_logprobs_NW.to(logits_NV.device), event_W, bridge.events, teacher_dead)
+    alive_N = ((log_p_NE > -torch.inf) & (log_q_NE > -torch.inf)).any(-1)
+    if not bool(alive_N.all()):
+        raise DataError("no event that both sides can say", where=f"position {int((~alive_N).nonzero()[0])}",
+                        remedy="leave the position to the text")
     nobody = (log_p_NE == -torch.inf) | (log_q_NE == -torch.inf)  # else a mask on one side alone makes a divergence infinite
     log_p_NE, log_q_NE = (_normalised(side.masked_fill(nobody, -torch.inf)) for side in (log_p_NE, log_q_NE))
     loss = between(log_p_NE, log_q_NE, divergence).mean()

@@ -26,6 +26,8 @@ class Entries:
     row_M, event_M, probs_M   position, event, natural probability; masked, never renormalised
     entry_D, token_D          student tokens of an entry's event that cannot stand where the teacher has its boundary
     row_R, rest_R             what rows of kind TOPK_REST do not name
+    row_A, token_A            student tokens that a rest does not hold though no entry names them: they cannot stand, or their event was
+                              named and dropped
     """
 
     row_M: npt.NDArray[np.int64]
@@ -35,6 +37,8 @@ class Entries:
     token_D: npt.NDArray[np.int64]
     row_R: npt.NDArray[np.int64]
     rest_R: npt.NDArray[np.float32]
+    row_A: npt.NDArray[np.int64]
+    token_A: npt.NDArray[np.int64]
     kind: RowKind = RowKind.SAMPLED
 
 
@@ -47,6 +51,7 @@ class Targets:
     entry_G    int64, which entry a student token belongs to: an entry is the event that any of its tokens is said
     token_G    int64, the token
     rest_N     natural probability of all that a row of kind TOPK_REST does not name; empty for the other kinds
+    row_A, token_A  student tokens that are no part of the rest, beside those of the entries
     vocabulary student tokens V: logits must have as many columns
     kind       FULL, SAMPLED, TOPK_REST, or WORDS (no entries)
     """
@@ -56,6 +61,8 @@ class Targets:
     entry_G: torch.Tensor
     token_G: torch.Tensor
     rest_N: torch.Tensor
+    row_A: torch.Tensor
+    token_A: torch.Tensor
     vocabulary: int
     kind: RowKind = RowKind.SAMPLED
 
@@ -68,10 +75,10 @@ def standing(bridge: Bridge, row_M: npt.NDArray[np.integer], ids_M: npt.NDArray[
     ids_M      raw teacher ids; those of control tokens without counterpart are dropped, their mass goes to the text
     student_N, teacher_N  by position, the contexts before it (`Keeper.contexts`); None = no masks
     A row of kind TOPK_REST names an event only where it names all of the event's teacher tokens; the others are in the rest.
-    Raises DataError for ids out of range, and for probabilities that are none: negative, NaN, or, in rows that are exact, of a
-    mass above 1 (a SAMPLED row is exact in the mean).
+    Raises DataError for ids out of range, and for probabilities that are none: negative, NaN, above 1, or, in rows that are exact, of a
+    mass above 1 (a SAMPLED row is exact in the mean) or named twice.
     """
-    _refuse_improbable(row_M, probs_M, kind)
+    _refuse_improbable(row_M, ids_M, probs_M, kind)
     event_M = bridge.event_of(ids_M)
     row_R = np.unique(row_M) if kind is RowKind.TOPK_REST else row_M[:0]
     if len(row_R):
@@ -81,6 +88,7 @@ def standing(bridge: Bridge, row_M: npt.NDArray[np.integer], ids_M: npt.NDArray[
     stays = event_M >= 0
     if student_N is not None and bridge.teacher_mask is not None:
         stays &= ~_dead(bridge.teacher_mask, student_N[row_M], ids_M)
+    dropped = [(row_M[~stays & (event_M >= 0)], event_M[~stays & (event_M >= 0)])]
     row_M, event_M, probs_M = row_M[stays], event_M[stays], probs_M[stays]
     entry_D = token_D = np.empty(0, np.int64)
     if teacher_N is not None and bridge.student_mask is not None and len(event_M):
@@ -90,23 +98,25 @@ def standing(bridge: Bridge, row_M: npt.NDArray[np.integer], ids_M: npt.NDArray[
         said = np.bincount(entry_G, ~dead_G, minlength=len(event_M)) > 0
         dead_G &= said[entry_G]
         entry_D, token_D = (np.cumsum(said) - 1)[entry_G[dead_G]], token_G[dead_G]
+        dropped.append((row_M[~said], event_M[~said]))
         row_M, event_M, probs_M = row_M[said], event_M[said], probs_M[said]
+    row_A, token_A = _apart(bridge, dropped, row_M[entry_D], token_D) if len(row_R) else (token_D[:0], token_D[:0])
     rest_R = np.maximum(1 - named_R, 0)  # float32 sums of exact rows may pass 1 by 1e-6
     return Entries(row_M.astype(np.int64), event_M, probs_M.astype(np.float32), entry_D.astype(np.int64), token_D.astype(np.int64),
-                   row_R.astype(np.int64), rest_R.astype(np.float32), kind)
+                   row_R.astype(np.int64), rest_R.astype(np.float32), row_A.astype(np.int64), token_A.astype(np.int64), kind)
 
 
 def together(parts: Sequence[Entries], first_of: Sequence[int]) -> Entries:
     """Entries of several lessons as those of one batch. first_of: the number of each lesson's first position in the batch."""
     entries = np.cumsum([0, *(len(p.row_M) for p in parts)])
-    shifted = [(p.row_M + n, p.event_M, p.probs_M, p.entry_D + m, p.token_D, p.row_R + n, p.rest_R)
+    shifted = [(p.row_M + n, p.event_M, p.probs_M, p.entry_D + m, p.token_D, p.row_R + n, p.rest_R, p.row_A + n, p.token_A)
                for p, n, m in zip(parts, first_of, entries[:-1].tolist(), strict=True)]
-    row, event, probs, entry, token, row_R, rest = (np.concatenate(column) for column in zip(*shifted, strict=True))
+    row, event, probs, entry, token, row_R, rest, row_A, token_A = (np.concatenate(column) for column in zip(*shifted, strict=True))
     kinds = {p.kind for p in parts}
     if len(kinds) > 1:
         raise DataError(f"rows of kinds {', '.join(sorted(kinds))} from one teacher in one batch", where="losses",
                         remedy="one capture of a teacher has one kind")
-    return Entries(row, event, probs, entry, token, row_R, rest, kinds.pop())
+    return Entries(row, event, probs, entry, token, row_R, rest, row_A, token_A, kinds.pop())
 
 
 def targets(bridge: Bridge, entries: Entries, positions: int) -> Targets:
@@ -118,8 +128,9 @@ def targets(bridge: Bridge, entries: Entries, positions: int) -> Targets:
         entry_G, token_G = entry_G[lives_G], token_G[lives_G]
     rest_N = np.zeros(positions if entries.kind is RowKind.TOPK_REST else 0, np.float32)
     rest_N[entries.row_R] = entries.rest_R
-    row, probs, entry, token, rest = (torch.from_numpy(a) for a in (entries.row_M, entries.probs_M, entry_G, token_G, rest_N))
-    return Targets(row, probs, entry, token, rest, V, entries.kind)
+    columns = (entries.row_M, entries.probs_M, entry_G, token_G, rest_N, entries.row_A, entries.token_A)
+    row, probs, entry, token, rest, row_A, token_A = (torch.from_numpy(column) for column in columns)
+    return Targets(row, probs, entry, token, rest, row_A, token_A, V, entries.kind)
 
 
 def _spelled(bridge: Bridge, event_M: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -131,6 +142,14 @@ def _spelled(bridge: Bridge, event_M: npt.NDArray[np.int64]) -> tuple[npt.NDArra
     entry_G = np.repeat(np.arange(len(event_M)), sizes_M)
     within_G = np.arange(len(entry_G)) - np.repeat(np.cumsum(sizes_M) - sizes_M, sizes_M)
     return entry_G.astype(np.int64), tokens[offsets[event_M][entry_G] + within_G]
+
+
+def _apart(bridge: Bridge, dropped: Sequence[tuple[npt.NDArray[np.integer], npt.NDArray[np.int64]]], row_D: npt.NDArray[np.integer],
+           token_D: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """(position, student token) of what was named and dropped: none of it is in the rest."""
+    row_M, event_M = (np.concatenate(side) for side in zip(*dropped, strict=True))
+    entry_G, token_G = _spelled(bridge, event_M)
+    return np.concatenate([row_M[entry_G], row_D]).astype(np.int64), np.concatenate([token_G, token_D])
 
 
 def _named_whole(bridge: Bridge, row_M: npt.NDArray[np.integer], event_M: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
@@ -159,10 +178,10 @@ def _dead(mask: Mask, context_P: npt.NDArray[np.integer], token_P: npt.NDArray[n
     return out
 
 
-def _refuse_improbable(row_M: npt.NDArray[np.integer], probs_M: npt.NDArray[np.floating], kind: RowKind) -> None:
+def _refuse_improbable(row_M: npt.NDArray[np.integer], ids_M: npt.NDArray[np.integer], probs_M: npt.NDArray[np.floating], kind: RowKind) -> None:
     if not len(probs_M):
         return
-    bad = ~(probs_M >= 0)  # NaN too
+    bad = ~((probs_M >= 0) & (probs_M <= 1 + MASS))  # NaN too
     if bad.any():
         raise DataError(f"a teacher's probability is {float(probs_M[bad][0]):g}", where=f"position {int(row_M[bad][0])}",
                         remedy="the rows are broken: capture again")
@@ -171,3 +190,6 @@ def _refuse_improbable(row_M: npt.NDArray[np.integer], probs_M: npt.NDArray[np.f
         if mass_N.max() > 1 + MASS:
             raise DataError(f"a teacher's probabilities sum to {mass_N.max():.4f}", where=f"position {int(mass_N.argmax())}",
                             remedy="rows of this kind are exact and never exceed 1: capture again")
+        _, times = np.unique(np.stack([row_M.astype(np.int64), ids_M.astype(np.int64)]), axis=1, return_counts=True)
+        if times.max() > 1:
+            raise DataError("a row names a token twice", where=f"a row of kind {kind.value}", remedy="the rows are broken: capture again")
