@@ -14,7 +14,7 @@ from persea.river import River, digest_of
 from persea.run import STAGES, Stage
 
 BYTES_PER_TOKEN = 60  # the most: broad text of a 152k vocabulary at tau .01 costs 53 without its text, reasoning 12 (docs/cache.md)
-BYTES_PER_TOP = 400  # with `rows: topk` at kl .01 broad text costs 325, reasoning 60
+BYTES_PER_TOP = 400  # with `rows: topk` at kl .01 broad text costs 316, reasoning 53 (docs/cache.md)
 CHECKPOINTS_KEPT = 2
 
 
