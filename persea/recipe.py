@@ -119,8 +119,7 @@ class CorpusPart(Section):
     generate: int | None = Field(default=None, ge=1, le=MANY, description="number of prompts drawn from the skill's own generator")
     file: str | None = Field(default=None, min_length=1, description="a .jsonl file, one prompt a line")
     language: str = Field(default="", description="language of the file's prompts, such as vi; empty = not said")
-    broken: Literal["refuse", "quarantine"] = Field(
-        default="refuse", description="a line of the file that is no prompt: refuse = ends the run; quarantine = is counted and left out")
+    broken: Literal["refuse", "quarantine"] = Field(default="refuse", description="a line that is no prompt ends the run, or is counted and left out")
 
     @model_validator(mode="after")
     def _has_one_source(self) -> Self:
