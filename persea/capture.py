@@ -35,8 +35,14 @@ class Unit:
     identity: str = ""
 
 
-def plan_units(prompts: Sequence[Prompt], cast: Cast, teachers: Mapping[str, str], size: int, settings: Mapping[str, Any]) -> tuple[Unit, ...]:
-    """Every prompt to the teacher the cast names, in units of `size` prompts, in corpus order.
+UNIT_TOKENS = 1 << 20  # the most tokens of a unit; a text has at most as many tokens as bytes, but for a template's few
+
+
+def plan_units(prompts: Sequence[Prompt], cast: Cast, teachers: Mapping[str, str], size: int, settings: Mapping[str, Any],
+               max_new_tokens: int | None = None) -> tuple[Unit, ...]:
+    """Every prompt to the teacher the cast names, in units of `size` prompts, fewer where they could pass 2^20 tokens, in corpus order.
+
+    A unit is closed before anything is asked, so what answers may come to counts: max_new_tokens each; None = the given ones' bytes.
 
     teachers  name -> identity: digest of weights, voice and effort
     settings  what else determines a unit's bytes: tau, seed, limits
@@ -48,11 +54,25 @@ def plan_units(prompts: Sequence[Prompt], cast: Cast, teachers: Mapping[str, str
         counts[prompt.skill] += 1
     units = []
     for name, mine in asked.items():
-        for begin in range(0, len(mine), size):
-            some = tuple(mine[begin:begin + size])
+        for some in _closed(mine, size, max_new_tokens):
             key = cache.unit_id([[p.id, p.skill, p.language, p.conversation.to_json(), p.answer] for p in some], name, teachers[name], settings)
             units.append(Unit(key, name, some, teachers[name]))
     return tuple(units)
+
+
+def _closed(prompts: Sequence[Prompt], size: int, max_new_tokens: int | None) -> Iterator[tuple[Prompt, ...]]:
+    some: list[Prompt] = []
+    tokens = 0
+    for prompt in prompts:
+        answer = len(prompt.answer.encode(errors="replace")) if max_new_tokens is None else max_new_tokens
+        more = answer + sum(len(part.text.encode(errors="replace")) for part in prompt.conversation.parts())
+        if some and (len(some) == size or tokens + more > UNIT_TOKENS):
+            yield tuple(some)
+            some, tokens = [], 0
+        some.append(prompt)
+        tokens += more
+    if some:
+        yield tuple(some)
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,7 @@ def cache_info(folder: CachePath, as_json: AsJson = False) -> None:
     names = ("units", "answers", "tokens", "positions", "entries", "bytes")
     rows = [*told["teachers"].items(), ("in all", told)]
     table(("teacher", *names), [(name, *(f"{counts.get(n, 0):,}" for n in names)) for name, counts in rows])
-    kinds = ", ".join(f"{r['kind']} (tau {r['tau']:g})" for r in told["rows"])
+    kinds = ", ".join(" ".join([r["kind"], *(f"({key} {r[key]:g})" for key in ("tau", "kl") if key in r)]) for r in told["rows"])
     typer.echo(f"rows: {kinds}; {told.get('bytes_per_position', 0)} bytes a position, text and tokens included")
 
 

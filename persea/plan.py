@@ -14,6 +14,7 @@ from persea.river import River, digest_of
 from persea.run import STAGES, Stage
 
 BYTES_PER_TOKEN = 60  # the most: broad text of a 152k vocabulary at tau .01 costs 53 without its text, reasoning 12 (docs/cache.md)
+BYTES_PER_TOP = 400  # with `rows: topk` at kl .01 broad text costs 316, reasoning 53 (docs/cache.md)
 CHECKPOINTS_KEPT = 2
 
 
@@ -51,7 +52,7 @@ def plan(river: River) -> Plan:
     tested = sum(len(items) for _, items in river.items(Split.TEST)) * (teachers + 2)
     prompts = len(river.corpus.prompts)
     weights = _weights(recipe.student.model)
-    captured = prompts * recipe.capture.max_new_tokens * BYTES_PER_TOKEN
+    captured = prompts * recipe.capture.max_new_tokens * (BYTES_PER_TOKEN if recipe.capture.rows == "sampled" else BYTES_PER_TOP)
     work = {
         "check": f"{teachers} pairings of tokenizers",
         "audition": f"{asked:,} answers by {teachers} teachers",

@@ -149,15 +149,15 @@ class Capture(Section):
                              description="nats a row may lose, its rest spread by how often tokens stand in the unit; only with `rows: topk`")
     max_new_tokens: int = Field(default=64, ge=1, le=MANY, description="longest answer, in the teacher's tokens")
     batch: int = Field(default=64, ge=1, le=MANY, description="prompts asked at once")
-    unit: int = Field(default=256, ge=1, le=MANY, description="prompts saved together: the most that a crash can cost")
+    unit: int = Field(default=256, ge=1, le=MANY,
+                      description="prompts saved together, fewer where they could exceed 2^20 tokens: the most that a crash can cost")
     tokens: int | None = Field(default=None, ge=1, description="stop, and say so, once this many tokens are kept; more goes on from there")
     hours: float | None = Field(default=None, gt=0, le=1e6, description="stop, and say so, once a run has asked for this long")
 
     @model_validator(mode="after")
     def _keeps_one_kind(self) -> Self:
-        return _agreed(self, *(
-            (self.rows != kind and value is not None, (key,), f"given, but `rows` is {self.rows}", f"write `rows: {kind}`, or delete `{key}:`")
-            for kind, key, value in (("sampled", "tau", self.tau), ("topk", "kl", self.kl))))
+        kind, key, idle = ("topk", "kl", self.kl) if self.rows == "sampled" else ("sampled", "tau", self.tau)
+        return _agreed(self, (idle is not None, (key,), f"given, but `rows` is {self.rows}", f"write `rows: {kind}`, or delete `{key}:`"))
 
 
 class Training(Section):
@@ -284,9 +284,8 @@ def _validated(data: Any, reading: Reading) -> Recipe | None:
 
 WORDS = (  # what pydantic's finding begins with, and what the value should be
     ("int_", "a whole number"), ("bool_", "true or false"), ("float_", "a number"), ("finite", "a finite number"), ("string_type", "text"),
-    ("string_too", "some text"),
-    ("string_pattern", "a plain name"), ("date_", "a date such as 2025-01-01"), ("tuple_", "a list, each entry after `- `"),
-    ("model_", "a section, its keys indented below it"), ("dict_", "a section, its keys indented below it"))
+    ("string_too", "some text"), ("string_pattern", "a plain name"), ("date_", "a date such as 2025-01-01"),
+    ("tuple_", "a list, each entry after `- `"), *((kind, "a section, its keys indented below it") for kind in ("model_", "dict_")))
 BOUNDS = {"greater_than": ("gt", "more than"), "greater_than_equal": ("ge", "at least"), "less_than_equal": ("le", "at most")}
 
 

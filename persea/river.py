@@ -169,7 +169,8 @@ class River:
         kind = {"tau": c.tau} if c.rows == "sampled" else {"rows": c.rows, "kl": c.kl}
         settings = {**kind, "answers": c.answers, "max_new_tokens": c.max_new_tokens, "batch": c.batch,
                     "seed": self.recipe.seed, "threads": self.recipe.threads}
-        return plan_units(self.corpus.prompts, self.cast, self.identities, c.unit, settings)
+        return plan_units(self.corpus.prompts, self.cast, self.identities, c.unit, settings,
+                          c.max_new_tokens if c.answers == "ask" else None)
 
     def teacher(self, name: str, batch: int) -> Teacher:
         """A teacher with its weights."""

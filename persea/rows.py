@@ -156,7 +156,7 @@ def _topped(logs_NW: npt.NDArray[np.float64], p_NW: npt.NDArray[np.float64], rea
     """Entries kept of each row: how many, which, their values in STEPs, and whether each is the realised token."""
     n, width = p_NW.shape
     mass_N = p_NW.sum(1)
-    lost_N = np.where(p_NW > 0, p_NW * (np.maximum(logs_NW, -1e4) - np.log(frequency_W)), 0).sum(1)
+    lost_N = (p_NW * (np.maximum(logs_NW, -1e4) - np.log(frequency_W))).sum(1)  # a probability of 0 loses nothing, and is no NaN
     some, todo, found = SOME, np.arange(n), [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64))]
     while len(todo):
         p_RW = p_NW[todo]

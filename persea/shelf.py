@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from persea import store
 from persea.cache import Capture, OpenUnit, open_unit, read_record, read_unit
 from persea.errors import DataError, Refused
+from persea.rows import RowKind
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -39,14 +40,16 @@ def committed(folder: Path) -> tuple[str, ...]:
 def info(folder: Path) -> dict[str, Any]:
     """What is in a cache: units and counts, in all and by teacher; bytes a learned position. Reads commit records only."""
     teachers: dict[str, Counter[str]] = {}
-    formats: set[tuple[str, float]] = set()
+    formats: set[tuple[str, tuple[tuple[str, float], ...]]] = set()  # kind, and how far it goes: tau of a sample, kl of a rest
     for name in committed(folder):
         record = read_record(folder, name)
-        formats.add((record["kind"], record["tau"]))
+        sampled, kl = record["kind"] == RowKind.SAMPLED, record["about"].get("kl")
+        formats.add((record["kind"], (("tau", record["tau"]),) if sampled else (("kl", float(kl)),) if kl else ()))
         teachers.setdefault(record["about"].get("teacher", ""), Counter()).update({"units": 1} | {k: record[k] for k in COUNTS})
     total: Counter[str] = sum(teachers.values(), Counter())
     each = {"bytes_per_position": round(total["bytes"] / total["positions"], 2)} if total["positions"] else {}
-    return {**total, **each, "rows": [{"kind": k, "tau": t} for k, t in sorted(formats)], "teachers": {k: dict(v) for k, v in teachers.items()}}
+    rows = [{"kind": kind, **dict(how)} for kind, how in sorted(formats)]
+    return {**total, **each, "rows": rows, "teachers": {k: dict(v) for k, v in teachers.items()}}
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,20 @@ def test_every_prompt_is_in_one_unit_in_corpus_order() -> None:
     assert units([]) == ()
 
 
+def test_a_unit_is_closed_before_it_could_pass_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = [Prompt(str(k), Conversation.ask("é" * n), "languages", "en", answer="a" * 30) for k, n in enumerate([10, 10, 10, 40, 100, 1])]
+    names_of = {"qwen-sapling": "weights"}
+
+    def sizes(size: int, longest: int | None) -> list[list[str]]:
+        return [[p.id for p in u.prompts] for u in plan_units(some, ALONE, names_of, size, SETTINGS, longest)]
+
+    assert sizes(4, 10) == [["0", "1", "2", "3"], ["4", "5"]]  # far from 2^20
+    monkeypatch.setattr("persea.capture.UNIT_TOKENS", 100)
+    assert sizes(4, 10) == [["0", "1", "2"], ["3"], ["4"], ["5"]]  # 20 + 10 each, then 90, 210 alone, 12
+    assert sizes(2, 10) == [["0", "1"], ["2"], ["3"], ["4"], ["5"]]
+    assert sizes(4, 30) == sizes(4, None) == [["0", "1"], ["2"], ["3"], ["4"], ["5"]]
+
+
 def test_shares_hold_in_every_stretch_of_prompts() -> None:
     cast = Cast({"languages": (("a", 0.7), ("b", 0.3)), "reasoning": (("c", 0.5), ("a", 0.25), ("b", 0.25))}, ())
     for skill, parts in cast.parts.items():

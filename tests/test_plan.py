@@ -11,7 +11,7 @@ import pytest
 from test_cli import STAGES, flowed_copy, recipe, tree
 
 from persea.errors import Refused
-from persea.plan import BYTES_PER_TOKEN, plan
+from persea.plan import BYTES_PER_TOKEN, BYTES_PER_TOP, plan
 from persea.recipe import load_recipe
 from persea.river import River
 
@@ -81,6 +81,13 @@ def test_a_prompt_that_is_left_out_is_told(tmp_path: Path) -> None:
     recipe(tmp_path, corpus=[{"skill": "languages", "file": "p.jsonl"}], audition={"items": 8})
     told = plan(river(tmp_path))
     assert next(c.work for c in told.stages if c.stage == "capture").startswith("2 answers, at most 0.00 GB (1 prompts left out)")
+
+
+def test_the_likeliest_tokens_within_a_kl_cost_more_disk(tmp_path: Path) -> None:
+    recipe(tmp_path)
+    captured = BYTES_PER_TOKEN * 72 * 48
+    more = plan(river(tmp_path, "capture.rows=topk")).disk_bytes - plan(river(tmp_path)).disk_bytes
+    assert more == pytest.approx(captured / BYTES_PER_TOKEN * (BYTES_PER_TOP - BYTES_PER_TOKEN))
 
 
 def test_a_run_that_the_disk_cannot_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from persea import cache, store
 from persea.cache import Capture
 from persea.chat import Conversation, Tokens
 from persea.errors import DataError, Refused
-from persea.rows import Rows
+from persea.rows import RowKind, Rows
 from persea.shelf import committed, export, info, merge, shelf, verify
 
 
@@ -50,6 +50,14 @@ def test_info_counts_what_was_committed(folder: Path) -> None:
     assert {k: v["answers"] for k, v in said["teachers"].items()} == {"a": 4, "b": 7}
     assert said["positions"] == sum(len(c.rows) for k in range(3) for c in cache.read_unit(folder, f"unit{k}"))
     assert said["bytes_per_position"] == round(said["bytes"] / said["positions"], 2)
+
+
+def test_info_says_how_far_each_kind_of_rows_goes(folder: Path) -> None:
+    kinds: list[tuple[RowKind, dict[str, str]]] = [(RowKind.WORDS, {}), (RowKind.TOPK_REST, {"kl": "0.02"}), (RowKind.TOPK_REST, {})]
+    for k, (kind, about) in enumerate(kinds):
+        cache.write_unit(folder, f"other{k}", [], {}, tau=0.0, kind=kind, about=about)
+    assert info(folder)["rows"] == [{"kind": "sampled", "tau": TAU}, {"kind": "topk"}, {"kind": "topk", "kl": 0.02}, {"kind": "words"}]
+
 
 
 def test_a_sound_cache_has_no_findings(folder: Path) -> None:
