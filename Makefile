@@ -4,6 +4,7 @@
 # make chaos        a run killed again and again ends with the same student (about 10 minutes)
 # make results      the quickstart with three seeds (about 20 minutes)
 # make bench        what the objective costs (about 2 minutes)
+# make bench-objectives   every method with trained models on real text, size xs (hours; goes on where it was)
 # PYTHON=python3.12 chooses the Python; TORCH_INDEX=URL takes torch from another index (README, "Installing")
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test lint chaos results bench saplings clean
+.PHONY: quickstart test lint chaos results bench bench-objectives saplings clean
 .DELETE_ON_ERROR:
 
 .venv/persea: pyproject.toml
@@ -44,6 +45,9 @@ results: .venv/persea
 bench: .venv/persea
 	$(BIN)/python bench/loss.py
 	$(BIN)/python bench/help.py
+
+bench-objectives: .venv/persea
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.objectives --size xs
 
 saplings: .venv/persea
 	$(BIN)/python saplings/grow.py

@@ -1,0 +1,127 @@
+"""bench/objectives in miniature: the whole experiment on real text with toy models, and the parts whose truth is known."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+pytestmark = pytest.mark.realdata
+
+arms = importlib.import_module("bench.objectives.arms")
+bench_data = importlib.import_module("bench.objectives.data")
+methods = importlib.import_module("bench.objectives.methods")
+models = importlib.import_module("bench.objectives.models")
+
+
+@pytest.fixture(scope="module")
+def world(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Teachers of four steps, on the real texts and the real tokenizers cut to 1,024 tokens."""
+    torch.set_num_threads(1)
+    made = arms.World(models.SIZES["toy"], tmp_path_factory.mktemp("objectives"))
+    made.grow()
+    return made
+
+
+def test_a_page_is_one_page_in_all_languages() -> None:
+    assert bench_data.page_of("python-newest.c-api--allocation/id.po") == bench_data.page_of("c-api/allocation.po")
+    assert bench_data.page_of("pages.zh_TW/common/tar.md") == bench_data.page_of("pages/common/tar.md")
+
+
+def test_parts_share_no_page(world: Any) -> None:
+    pages = {part: {w.page for pool in pools.values() for w in pool} for part, pools in world.text.items()}
+    assert all(pages.values())
+    for one, other in itertools.combinations(pages.values(), 2):
+        assert not one & other
+
+
+def test_windows_are_short_nfc_and_cover_the_document() -> None:
+    document = bench_data.Document("th", "p", "สวัสดีชาวโลก สามร้อย\n" * 40 + "x" * 700)
+    cut = bench_data.windows(document)
+    assert "".join(w.text for w in cut) == document.text
+    assert all(0 < len(w.text.encode()) <= bench_data.WINDOW for w in cut)
+
+
+def test_cut_vocabularies_say_every_text(world: Any) -> None:
+    for who, speaker in world.speakers.items():
+        size = world.size.vocabulary
+        assert size <= len(speaker.vocabulary) <= size + 30, who  # the last token's parts and two controls
+        texts = [w.text for d in bench_data.TEACHES.get(who, bench_data.DOMAINS) for w in world.text["test"][d][:20]]
+        speaker.vocabulary.encode_batch(texts)  # refuses a text whose bytes do not come back
+
+
+def batch_of(world: Any) -> Any:
+    return next(world.batches(arms.Arm("events", "full", 0.5, 1e-3, "unlimited", 1)))
+
+
+def test_whole_rows_written_densely_are_perseas_own_objective(world: Any) -> None:
+    """events_full against persea.losses.composed on rows with every entry; and sampled rows come near it on average."""
+    batch = batch_of(world)
+    torch.manual_seed(0)
+    logits = torch.randn(len(batch.targets_N), len(world.speakers["student"].vocabulary))
+    setting = methods.Setting("events", "full", 0.7)
+    losses = []
+    for rows in ("full", "top-k all"):
+        own = logits.clone().requires_grad_()
+        loss = methods.events(own, batch, world.pairs, replace(setting, rows=rows))
+        loss.backward()
+        losses.append((float(loss.detach()), own.grad))
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-4)
+    assert torch.allclose(losses[0][1], losses[1][1], atol=1e-7)
+    draws = float(methods.events(logits, batch, world.pairs, replace(setting, rows="sampled .01")))
+    assert draws == pytest.approx(losses[0][0], rel=0.02)
+
+
+@pytest.mark.parametrize("method", [m for m in methods.METHODS if m not in ("cross-entropy", "sft")])
+def test_share_zero_is_cross_entropy_and_every_method_has_a_gradient(world: Any, method: str) -> None:
+    batch = batch_of(world)
+    torch.manual_seed(0)
+    logits = torch.randn(len(batch.targets_N), len(world.speakers["student"].vocabulary), requires_grad=True)
+    rows = "full"
+    plain = methods.cross_entropy(logits, batch, {}, methods.Setting("cross-entropy", "none", 0.0))
+    alone = methods.METHODS[method](logits, batch, world.pairs, methods.Setting(method, rows, 0.0))
+    assert float(alone) == pytest.approx(float(plain), rel=1e-5)
+    mixed = methods.METHODS[method](logits, batch, world.pairs, methods.Setting(method, rows, 0.7))
+    (gradient,) = torch.autograd.grad(mixed, logits)
+    (of_plain,) = torch.autograd.grad(plain, logits)
+    assert bool(torch.isfinite(gradient).all())
+    assert not torch.allclose(gradient, of_plain, atol=1e-6)
+
+
+def test_bits_are_counted_by_hand(world: Any) -> None:
+    speaker, windows = world.speakers["student"], world.text["test"]["en"][:3]
+    model = models.make(world.size.student, len(speaker.vocabulary), seed=1)
+    bits = 0.0
+    for w in windows:
+        ids = [speaker.start, *speaker.vocabulary.encode(w.text)]
+        with torch.no_grad():
+            logprobs = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0].double(), -1)
+        bits -= sum(float(logprobs[k, i]) for k, i in enumerate(ids[1:])) / np.log(2)
+    found = arms.measure(model, speaker, windows).bits_per_byte()
+    assert found == {"en": pytest.approx(bits / sum(len(w.text.encode()) for w in windows), rel=1e-4)}
+
+
+def test_a_finished_run_is_skipped_and_a_seed_repeats(world: Any, tmp_path: Path) -> None:
+    arm = arms.Arm("events", "sampled .01", 0.7, 4e-3, "limited", 1)
+    first = arms.run_all(world, [arm], tmp_path / "a.jsonl")
+    again = arms.run_all(world, [arm], tmp_path / "a.jsonl")
+    assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 1
+    assert first == again
+    other = arms.run_all(world, [arm], tmp_path / "b.jsonl")
+    assert other[0]["bits_per_byte"] == first[0]["bits_per_byte"]
+    assert set(other[0]["bits_per_byte"]) == set(bench_data.DOMAINS)
+
+
+def test_sft_text_is_as_long_as_the_windows(world: Any) -> None:
+    for domain, pool in world.said.items():
+        assert len(pool) == len(world.windows("unlimited", 1.0)[domain])
+        assert all(0 < len(w.text.encode()) <= bench_data.WINDOW + 3 for w in pool)
