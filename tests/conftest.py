@@ -19,6 +19,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "bench"))  # worlds and baselines are tested like the package
 FAMILIES = ("llama", "qwen", "gemma", "gpt-oss")
 REAL = {"llama": "llama3", "qwen": "qwen3", "gemma": "gemma3", "gpt-oss": "gpt-oss"}  # family -> folder in data/tokenizers
 

@@ -5,25 +5,21 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import worlds
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from worlds import WORLDS
 
-from persea.bridge import Bridge, build
-from persea.families.llama import LLAMA
+from persea.bridge import Bridge
 from persea.losses import LossOut, Targets, composed, cross_entropy, event_logprobs
 from persea.rows import Rows, sample_rows
-from persea.vocabulary import BYTE_TO_CHAR, open_vocabulary
 from persea.voice import Voice
 
 GOLDEN = Path(__file__).parent / "golden" / "composed.json"
@@ -391,97 +387,10 @@ def test_golden_values():
         assert value == pytest.approx(want[name], abs=3e-5), name
 
 
-# ---- a world whose truth is known ------------------------------------------------------------------------------------
-#
-# One law over strings: order-1 Markov over {a, b, c, space}, at most 6 characters. Each tokenizer's exact model of it is
-# counted over all 5,461 strings. Both say the same about bytes, so an unbiased comparison of the two finds nothing; what is
-# found is the floor of the method: what a PERFECT student is pushed away by. Mutual boundary masks come later and bring
-# these floors to .000-.007 (shared/notes/xtoken.md, 3.2); until then they are documented here.
+# ---- a world whose truth is known: bench/worlds.py -------------------------------------------------------------------
 
-ALPHABET, LONGEST = "abc ", 6
-LAW = {"": (.1465, .2763, .1328, .1085, .3359), "a": (.2607, .4515, .0604, .0156, .2118), "b": (.0722, .7295, .0891, .0899, .0193),
-       "c": (.2027, .1769, .2374, .2566, .1264), " ": (.0473, .0220, .3444, .5139, .0724)}  # the last: the string ends
-WORDS = r" ?[abc]+| +(?!\S)| +"
-Merges: TypeAlias = tuple[tuple[str, str], ...]
-Prefix: TypeAlias = tuple[int, ...]
-WORLDS: dict[str, tuple[Merges, Merges, bool]] = {  # teacher's merges, student's merges, split into words first
-    "same": ((("a", "b"), ("b", "c")), (("a", "b"), ("b", "c")), False),
-    "nested": ((("a", "b"), ("b", "c")), (("a", "b"), ("b", "c"), ("ab", "c"), ("a", "a")), False),
-    "crossing": ((("a", "b"), ("b", "c"), ("ab", "a")), (("b", "c"), ("a", "b"), ("c", "c")), False),
-    "words": ((("a", "b"), ("b", "c"), (" ", "a"), (" a", "b")), (("b", "c"), (" ", "a"), (" ", "b"), (" a", "bc"), ("c", "c")), True),
-    "long": ((("a", "b"), ("ab", "c"), ("abc", "a"), ("c", "c"), ("b", "b")), (("b", "c"), ("a", "a"), ("c", "a")), False),
-}
-# mean total variation at the truth: events, and shared byte strings renormalised (strict)
+# mean total variation at the truth: events, and shared byte strings renormalised (strict); with masks: tests/test_worlds.py
 FLOORS = {"same": (0.0, 0.0), "nested": (.0146, .0307), "crossing": (.0280, .0433), "words": (.0588, .0948), "long": (.1085, .2167)}
-
-
-def strings() -> dict[str, float]:
-    law: dict[str, float] = {}
-
-    def grow(text: str, p: float) -> None:
-        if text:
-            law[text] = p * LAW[text[-1]][-1] if len(text) < LONGEST else p
-        if len(text) < LONGEST:
-            for c, step in zip(ALPHABET, LAW[text[-1:]][:-1], strict=True):
-                grow(text + c, p * step)
-
-    grow("", 1.0)
-    total = sum(law.values())
-    return {text: p / total for text, p in law.items()}
-
-
-def toy(merges: Merges, in_words: bool, name: str) -> Voice:
-    """A byte-level BPE with just these merges, and 256 bytes."""
-    def spell(piece: str) -> str:
-        return "".join(BYTE_TO_CHAR[b] for b in piece.encode())
-
-    pieces = [*(BYTE_TO_CHAR[b] for b in range(256)), *(spell(a + b) for a, b in merges)]
-    tokenizer = Tokenizer(models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=[(spell(a), spell(b)) for a, b in merges]))
-    split = [pre_tokenizers.Split(Regex(WORDS), "isolated")] if in_words else []
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|end|>"])
-    return Voice(replace(LLAMA, stops=("<|end|>",)), open_vocabulary(tokenizer, name), lambda messages, **_: "", "")
-
-
-@dataclass(frozen=True)
-class Exact:
-    """A tokenizer's exact model of the law: token prefix -> its mass, and -> next token -> probability."""
-
-    ids: dict[str, Prefix]
-    mass: dict[Prefix, float]
-    next: dict[Prefix, dict[int, float]]
-
-
-def exact(voice: Voice, law: dict[str, float]) -> Exact:
-    encoded = voice.vocabulary.encode_batch(list(law))
-    ids = {text: (*some, voice.stop_ids[0]) for text, some in zip(law, encoded, strict=True)}
-    mass: dict[Prefix, float] = defaultdict(float)
-    joint: dict[Prefix, dict[int, float]] = defaultdict(lambda: defaultdict(float))
-    for text, p in law.items():
-        for k, token in enumerate(ids[text]):
-            mass[ids[text][:k]] += p
-            joint[ids[text][:k]][token] += p
-        mass[ids[text]] += p
-    return Exact(ids, mass, {prefix: {v: p / mass[prefix] for v, p in row.items()} for prefix, row in joint.items()})
-
-
-def starts(voice: Voice, ids: Sequence[int]) -> Iterator[int]:
-    at = 0
-    for i in ids:
-        yield at
-        at += len(voice.vocabulary.bytes_W[i] or b"")
-
-
-def contexts(law: dict[str, float], teacher: Voice, student: Voice, t: Exact, s: Exact) -> dict[tuple[Prefix, Prefix], float]:
-    """(teacher prefix, student prefix) at common byte boundaries -> the mass that passes there."""
-    out: dict[tuple[Prefix, Prefix], float] = defaultdict(float)
-    for text, p in law.items():
-        at_s = {at: k for k, at in enumerate(starts(student, s.ids[text]))}
-        for k, at in enumerate(starts(teacher, t.ids[text])):
-            if at in at_s:
-                out[t.ids[text][:k], s.ids[text][:at_s[at]]] += p
-    return out
 
 
 def strict(p: dict[int, float], q: dict[int, float], teacher: Voice, student: Voice) -> float:
@@ -493,19 +402,11 @@ def strict(p: dict[int, float], q: dict[int, float], teacher: Voice, student: Vo
     return sum(abs(t.get(b, 0) / t_sum - s.get(b, 0) / s_sum) for b in shared) / 2 if t_sum and s_sum else 0.0
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_the_floor_of_unmasked_events(world: str):
-    merges_t, merges_s, in_words = WORLDS[world]
-    law = strings()
-    assert len(law) == 5460
-    teacher, student = toy(merges_t, in_words, "teacher"), toy(merges_s, in_words, "student")
-    t, s = exact(teacher, law), exact(student, law)
-    for model in (t, s):  # T0: both are exact, string by string
-        for text in list(law)[::37]:
-            chain = math.prod(model.next[a][b[-1]] for a, b in pairwise(model.ids[text][:k] for k in range(len(model.ids[text]) + 1)))
-            assert chain == pytest.approx(law[text], rel=1e-9)
-    bridge = build(teacher, student)
-    where = list(contexts(law, teacher, student, t, s).items())
+@pytest.mark.parametrize("name", WORLDS)
+def test_the_floor_of_unmasked_events(name: str):
+    world = worlds.world(name)
+    teacher, student, t, s, bridge = world.teacher, world.student, world.t, world.s, world.full_bridge
+    where = [((b.teacher, b.student), b.mass) for b in world.boundaries]
     weight_N = torch.tensor([w for _, w in where], dtype=torch.float64)
     weight_N /= weight_N.sum()
     logits_NV = torch.full((len(where), len(student.vocabulary)), -2000.0, dtype=torch.float64)
@@ -528,9 +429,9 @@ def test_the_floor_of_unmasked_events(world: str):
     torch.testing.assert_close(q_NU.sum(-1), torch.ones(len(where), dtype=torch.float64))
     events = float(weight_N @ (p_NE[:, used] - q_NU).abs().sum(-1)) / 2
     baseline = float(weight_N @ torch.tensor(strict_N, dtype=torch.float64))
-    assert events == pytest.approx(FLOORS[world][0], abs=1e-4)
-    assert baseline == pytest.approx(FLOORS[world][1], abs=1e-4)
-    assert events < (1e-12 if world == "same" else baseline)
+    assert events == pytest.approx(FLOORS[name][0], abs=1e-4)
+    assert baseline == pytest.approx(FLOORS[name][1], abs=1e-4)
+    assert events < (1e-12 if name == "same" else baseline)
 
 
 if __name__ == "__main__":
