@@ -21,6 +21,7 @@ arms = importlib.import_module("bench.objectives.arms")
 bench_data = importlib.import_module("bench.objectives.data")
 methods = importlib.import_module("bench.objectives.methods")
 models = importlib.import_module("bench.objectives.models")
+told = importlib.import_module("bench.objectives.report")
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +126,34 @@ def test_sft_text_is_as_long_as_the_windows(world: Any) -> None:
     for domain, pool in world.said.items():
         assert len(pool) == len(world.windows("unlimited", 1.0)[domain])
         assert all(0 < len(w.text.encode()) <= bench_data.WINDOW + 3 for w in pool)
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+
+def lines_of(seeds: int, better: float) -> list[dict[str, Any]]:
+    """Result lines of one method, `better` bits a byte below the same random pages."""
+    rng = np.random.default_rng(0)
+    pages = {d: [[float(b - better * 100), 100] for b in rng.normal(200, 20, 30)] for d in bench_data.DOMAINS}
+    return [{"seed": s, "pages": pages} for s in range(seeds)]
+
+
+def test_a_paired_difference_is_found_exactly_and_pages_drawn_alike_cancel() -> None:
+    gaps = told.paired(lines_of(2, 0.1), lines_of(2, 0.0))
+    for value, low, high in gaps.values():
+        assert value == pytest.approx(-0.1) and low == pytest.approx(-0.1) and high == pytest.approx(-0.1)
+
+
+@pytest.mark.parametrize(("reached", "said"), [(2.5, "1.0"), (2.25, "1.4"), (2.0, "2.0"), (2.6, "< 1")])
+def test_tokens_to_equal_quality(reached: float, said: str) -> None:
+    assert told.factor([(1.0, 2.5), (2.0, 2.0), (4.0, 1.9)], reached) == said
+    assert told.factor([(1.0, 2.5), (2.0, 2.0), (4.0, 2.1)], 1.8) == "not reached: best 2.000 at 2 times"
+
+
+def test_a_table_goes_between_its_marks_or_is_refused(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- one -->\nold\n<!-- end -->\nb\n")
+    told.written(page, {"one": "new"})
+    assert page.read_text() == "a\n<!-- one -->\nnew\n<!-- end -->\nb\n"
+    with pytest.raises(SystemExit, match="0 places"):
+        told.written(page, {"two": "x"})

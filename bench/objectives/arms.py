@@ -18,8 +18,9 @@ from transformers import LlamaForCausalLM
 
 from bench.objectives import data, models, vocabularies
 from bench.objectives.data import ASKED, DOMAINS, TEACHES, Window
+from bench.objectives.gold import gold, with_last
 from bench.objectives.lessons import Batch, Lesson, Teacher, collate, open_lessons
-from bench.objectives.methods import METHODS, Pair, Setting
+from bench.objectives.methods import METHODS, Pair, Setting, drawn
 from bench.objectives.models import Size, padded, states
 from bench.objectives.vocabularies import Speaker
 
@@ -110,7 +111,8 @@ class World:
             raise SystemExit(f"{arm.method}: lessons are kept for length 1 only")
         n = {d: len(p) for d, p in self.windows(arm.regime, arm.length).items()}
         for some in models.order({d: p[:n[d]] for d, p in self.lessons.items()}, self.size.batch, arm.seed):
-            yield collate(some, student)
+            batch = collate(some, student)
+            yield with_last(batch) if arm.method == "gold" else batch
 
 
 @lru_cache(maxsize=4)
@@ -161,9 +163,11 @@ def run(world: World, arm: Arm) -> dict[str, Any]:
     size, student = world.size, world.speakers["student"]
     model = models.make(size.student, len(student.vocabulary), arm.seed)
     adam, steps = models.optimizer(model, arm.rate), round(size.steps * arm.length)
-    setting, loss_of = Setting(arm.method, arm.rows, arm.share), METHODS[arm.method]
+    setting, loss_of = Setting(arm.method, arm.rows, arm.share), (METHODS | {"gold": gold})[arm.method]
     curve, tokens, cpu, of_loss = [], 0, 0.0, 0.0
     for step, batch in zip(range(steps), world.batches(arm), strict=False):
+        if arm.rows.startswith("sampled"):
+            drawn(batch, world.pairs, float(arm.rows.split()[1]))  # a capture's work, not a step's
         begun = time.process_time()
         logits_NV = states(model, batch.ids_BS, batch.learn_BS) @ model.lm_head.weight.T
         before = time.process_time()

@@ -180,6 +180,13 @@ def sparse(one: Lesson, pair: Pair, tau: float) -> tuple[np.ndarray, np.ndarray,
     return KEPT[id(one), tau]
 
 
+def drawn(batch: Batch, pairs: Mapping[str, Pair], tau: float) -> None:
+    """Draws the rows of a batch that are not drawn yet."""
+    for group in batch.groups:
+        for one in group.lessons:
+            sparse(one, pairs[group.who], tau)
+
+
 def events_sparse(logits_NV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setting: Setting) -> torch.Tensor:
     """persea's own objective on persea's own rows."""
     said = [targets(group, pairs[group.who], setting.rows) for group in batch.groups]

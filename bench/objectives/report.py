@@ -181,7 +181,8 @@ def curves(title: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> s
     colours = ("#246", "#c40", "#283", "#a3a", "#777", "#b80")
     body = [f'<text x="8" y="18" font-weight="bold">{escape(title)}</text>']
     for value in np.linspace(min(p[1] for p in points), max(p[1] for p in points), 5):
-        body.append(f'<text x="8" y="{y(value) + 4:.1f}">{value:.2f}</text><line x1="50" x2="520" y1="{y(value):.1f}" y2="{y(value):.1f}" stroke="#eee"/>')
+        body.append(f'<text x="8" y="{y(value) + 4:.1f}">{value:.2f}</text><line x1="50" x2="520" '
+                    f'y1="{y(value):.1f}" y2="{y(value):.1f}" stroke="#eee"/>')
     for tokens in sorted({p[0] for p in points})[::max(1, len({p[0] for p in points}) // 5)]:
         body.append(f'<text x="{x(math.log(tokens)):.1f}" y="352" text-anchor="middle">{tokens / 1000:.0f} k</text>')
     placed: list[float] = []
