@@ -78,6 +78,10 @@ class World:
     def pairs(self) -> dict[str, Pair]:
         return {who: Pair(teacher, self.speakers["student"]) for who, teacher in self.teachers.items()}
 
+    def student(self, arm: Arm) -> Path:
+        """Where a student of seed 1 is kept, for what is measured on it afterwards."""
+        return self.folder / f"student {arm.method}, {arm.rows}, {arm.regime}.pt"
+
     def windows(self, regime: str, length: float) -> dict[str, list[Window]]:
         """Training windows of a student by domain: every one is seen once in 'unlimited', and often in 'limited'."""
         n = self.size.limited if regime == "limited" else -(-round(self.size.steps * length) * self.size.batch // len(DOMAINS))
@@ -180,6 +184,8 @@ def run(world: World, arm: Arm) -> dict[str, Any]:
             raise SystemExit(f"{arm}: the loss is {float(loss.detach())} at step {step}")
         if (step + 1) % max(1, steps // 4) == 0:
             curve.append([tokens, round(measure(model, student, held_out(world, "dev", max(2, size.test // 6))).mean(), 4)])
+    if (arm.seed, arm.length, arm.part) == (1, 1.0, "test"):
+        torch.save(model.state_dict(), world.student(arm))
     found = measure(model, student, held_out(world, arm.part, size.test))
     return {"bits_per_byte": {d: round(v, 4) for d, v in found.bits_per_byte().items()}, "mean": round(found.mean(), 4),
             "calibration": round(found.calibration, 4), "tokens": tokens, "steps": steps, "curve": curve,
