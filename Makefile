@@ -5,6 +5,7 @@
 # make results      the quickstart with three seeds (about 20 minutes)
 # make bench        what the objective costs (about 2 minutes)
 # make bench-objectives   every method with trained models on real text, size xs (hours; goes on where it was)
+# make bench-bias   what each method pushes a perfect student away by (about 10 minutes; installs TRL for its GOLD)
 # PYTHON=python3.12 chooses the Python; TORCH_INDEX=URL takes torch from another index (README, "Installing")
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test lint chaos results bench bench-objectives saplings clean
+.PHONY: quickstart test lint chaos results bench bench-bias bench-objectives saplings clean
 .DELETE_ON_ERROR:
 
 .venv/persea: pyproject.toml
@@ -48,6 +49,10 @@ bench: .venv/persea
 
 bench-objectives: .venv/persea
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.objectives --size xs
+
+bench-bias: .venv/persea
+	$(BIN)/pip install -q -e '.[bench]'
+	$(BIN)/python bench/bias.py
 
 saplings: .venv/persea
 	$(BIN)/python saplings/grow.py

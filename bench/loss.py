@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from persea.bridge import Bridge
-from persea.losses import Targets, composed, cross_entropy
+from persea.losses import Targets, composed, cross_entropy, standing, targets
 
 V, W, PAIRS = 128_256, 262_144, 9
 
@@ -28,9 +28,10 @@ def case(n: int) -> tuple[torch.Tensor, torch.Tensor, Targets]:
     logits = torch.from_numpy(rng.normal(0, 3, (n, V)).astype(np.float32)).requires_grad_()
     bridge = Bridge(rng.integers(0, V, W).astype(np.int32), np.arange(V, dtype=np.int32), V, "synthetic")
     sizes = rng.integers(1, 30, n)
-    rows = torch.from_numpy(np.repeat(np.arange(n), sizes))
-    probs = torch.from_numpy(np.concatenate([rng.dirichlet(np.ones(k)) for k in sizes]).astype(np.float32))
-    return logits, torch.from_numpy(rng.integers(0, V, n)), Targets(bridge, rows, torch.from_numpy(rng.integers(0, W, len(rows))), probs)
+    rows = np.repeat(np.arange(n), sizes)
+    probs = np.concatenate([rng.dirichlet(np.ones(k)) for k in sizes]).astype(np.float32)
+    said = standing(bridge, rows, rng.integers(0, W, len(rows)), probs)
+    return logits, torch.from_numpy(rng.integers(0, V, n)), targets(bridge, said, n)
 
 
 def seconds(work: object) -> float:
@@ -43,13 +44,13 @@ def main() -> None:
     torch.set_num_threads(1)
     result = {}
     for n in (64, 128, 256):
-        logits, targets, said = case(n)
+        logits, tokens, said = case(n)
 
-        def plain(logits: torch.Tensor = logits, targets: torch.Tensor = targets) -> None:
+        def plain(logits: torch.Tensor = logits, targets: torch.Tensor = tokens) -> None:
             logits.grad = None
             cross_entropy(logits, targets).loss.backward()
 
-        def events(logits: torch.Tensor = logits, targets: torch.Tensor = targets, said: Targets = said) -> None:
+        def events(logits: torch.Tensor = logits, targets: torch.Tensor = tokens, said: Targets = said) -> None:
             logits.grad = None
             composed(logits, targets, [said], 0.7).loss.backward()
 

@@ -2,7 +2,7 @@
 
 Both models say the same about bytes, so an unbiased comparison of the two finds nothing; what it finds is the floor of the
 method: what a PERFECT student is pushed away by. Finite worlds are counted string by string (order-1 Markov over {a, b, c,
-space}, at most six characters, 5,460 strings); Tunstall worlds (bench/tunstall.py) have no longest string.
+space}, at most six characters, 5,460 strings); worlds without a longest string: bench/tunstall.py.
 
 A boundary that both tokenizers share tells the future: the teacher's row is conditioned on the teacher's boundary, the
 student's on the student's. `Boundary` holds both rows, and both again conditioned on BOTH boundaries, counted exactly.
@@ -293,11 +293,15 @@ def world(name: str, law: Law | None = None) -> World:
 class Chunk:
     """From one common boundary to the next, of one string; weight = the string's probability. Natural logs.
 
-    boundary indices name World.boundaries; the last chunk of a string is its stop token and ends at no boundary (end = -1)."""
+    begin, end  index into World.boundaries; -1 = the string is over
+    teacher_ids, student_ids  its tokens;  teacher, student  their log-probabilities
+    """
 
     weight: float
     begin: int
     end: int
+    teacher_ids: Prefix
+    student_ids: Prefix
     teacher: float
     student: float
 
@@ -309,6 +313,6 @@ def chunks(world: World) -> list[Chunk]:
         t, s = world.t.ids[text], world.s.ids[text]
         places = [*common(world, text), (len(t), len(s))]
         for (k, j), (k2, j2) in pairwise(places):
-            out.append(Chunk(p, number[t[:k], s[:j]], number.get((t[:k2], s[:j2]), -1),
+            out.append(Chunk(p, number[t[:k], s[:j]], number.get((t[:k2], s[:j2]), -1), t[k:k2], s[j:j2],
                              math.log(world.t.mass[t[:k2]] / world.t.mass[t[:k]]), math.log(world.s.mass[s[:j2]] / world.s.mass[s[:j]])))
     return out

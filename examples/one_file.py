@@ -16,7 +16,8 @@ from persea.align import boundaries
 from persea.bridge import build
 from persea.chat import Finish
 from persea.engines.local import LocalEngine
-from persea.losses import Targets, composed
+from persea.losses import composed, standing, targets, together
+from persea.masks import FREE
 from persea.measure import Split
 from persea.models import Source, open_model, open_voice
 from persea.rows import sample_rows
@@ -52,8 +53,16 @@ for name, skill in (("qwen-sapling", LANGUAGES), ("gemma-sapling", CODE)):
         rows = sample_rows(logprobs_NW, said.ids_T[said.learn_T], TAU, seed=answer.prompt_id)  # sparse and unbiased
         mine = student.voice.render(answer.conversation)
         both = boundaries(mine, said)
-        row_of_token = np.cumsum(said.learn_T) - 1
-        lessons.append((mine, both.student_C, row_of_token[both.teacher_C], rows, bridge))
+        row_C = (np.cumsum(said.learn_T) - 1)[both.teacher_C]
+        place_C = (np.cumsum(mine.learn_T) - 1)[both.student_C]  # which learned position of the answer each boundary is
+        entry_M = np.concatenate([np.arange(rows.offsets_N1[row], rows.offsets_N1[row + 1]) for row in row_C])
+        row_M = np.repeat(place_C, np.diff(rows.offsets_N1)[row_C])
+        contexts = []  # what stands before each boundary, in both tokenizers: it rules some tokens out
+        for mask, tokens, at_C in ((bridge.teacher_mask, mine, both.student_C), (bridge.student_mask, said, both.teacher_C)):
+            contexts.append(np.full(int(mine.learn_T.sum()), FREE))
+            contexts[-1][place_C[1:]] = mask.keeper.contexts(tokens.ids_T, at_C[1:])  # the first stands after the prompt, whatever comes
+        entries = standing(bridge, row_M, rows.ids_M[entry_M], rows.probs_M[entry_M], student_N=contexts[0], teacher_N=contexts[1])
+        lessons.append((mine, entries, bridge))
 
 # 3. Learn: events where a common boundary stands, cross-entropy elsewhere, every position with total weight one.
 model = student.engine.model.train()
@@ -64,17 +73,15 @@ for step in range(STEPS):
     width = max(len(mine) for mine, *_ in chosen)
     ids_BS = torch.zeros((BATCH, width), dtype=torch.int64)
     mask_BS = torch.zeros_like(ids_BS)
-    row_N, at_N, said = [], [], []
-    for b, (mine, at_C, row_C, rows, bridge) in enumerate(chosen):
+    row_N, at_N, first = [], [], []
+    for b, (mine, _, _) in enumerate(chosen):
         ids_BS[b, :len(mine)] = torch.from_numpy(mine.ids_T)
         mask_BS[b, :len(mine)] = 1
         learned = np.flatnonzero(mine.learn_T)
-        place_C = len(row_N) + np.searchsorted(learned, at_C)  # which learned position of the batch each boundary is
-        entry_M = np.concatenate([np.arange(rows.offsets_N1[row], rows.offsets_N1[row + 1]) for row in row_C])
-        row_M = np.repeat(place_C, np.diff(rows.offsets_N1)[row_C])
-        said.append(Targets(bridge, torch.from_numpy(row_M), torch.from_numpy(rows.ids_M[entry_M]).long(), torch.from_numpy(rows.probs_M[entry_M])))
+        first.append(len(row_N))
         row_N += [b] * len(learned)
         at_N += (learned - 1).tolist()
+    said = [targets(bridge, together([entries], [n]), len(row_N)) for (_, entries, bridge), n in zip(chosen, first, strict=True)]
     logits_NV = model(input_ids=ids_BS, attention_mask=mask_BS).logits[row_N, at_N, :len(student.voice.vocabulary)]
     out = composed(logits_NV, ids_BS[row_N, torch.tensor(at_N) + 1], said, EVENT_SHARE)
     out.loss.backward()

@@ -28,6 +28,9 @@ from everywhere); tests/test_map.py holds this map true.
     capture       ask the cast, keep what it said; resumes where it stopped
     # making it the student's
     align         Spans: two tokenizers laid over the same bytes
+    merges        Merges: how one tokenizer builds its tokens, and which can never stand side by side
+    pretokens     where a tokenizer cuts text into words before it merges
+    masks         Mask: what cannot stand next where the other tokenizer has a boundary
     bridge        Bridge: two vocabularies laid over the same events
     check         is this pairing sound? refuses below a floor
     losses        events token: pure functions (logits, targets) -> LossOut

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -22,10 +22,14 @@ from safetensors.numpy import save as save_tensors
 
 from persea import store
 from persea.errors import DataError
+from persea.masks import Keeper, Mask, open_keeper
+from persea.merges import Merges
+from persea.pretokens import open_pretokens
 from persea.vocabulary import BYTE_TO_CHAR, Vocabulary
 from persea.voice import Voice
 
-FORMAT = 1
+FORMAT = 2
+MERGES = ("left_V", "right_V", "rank_V", "time_V", "made_V", "pair_R2")
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,16 @@ class Bridge:
     teacher_event_W, student_event_V  int32, token id -> event
     events  number of events E; event 0 is "the turn ends", event 1 any run of spaces and tabs
     digest  of both vocabularies and their stop tokens
+    teacher_mask  teacher tokens that cannot stand where the student has a boundary; None where both have the same tokenizer
+    student_mask  student tokens that cannot stand where the teacher has one
     """
 
     teacher_event_W: npt.NDArray[np.int32]
     student_event_V: npt.NDArray[np.int32]
     events: int
     digest: str
+    teacher_mask: Mask | None = None
+    student_mask: Mask | None = None
 
     @cached_property
     def members(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -49,6 +57,21 @@ class Bridge:
         order = order[self.student_event_V[order] >= 0]
         sizes = np.bincount(self.student_event_V[order], minlength=self.events)
         return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64), order.astype(np.int64)
+
+    @cached_property
+    def identical(self) -> bool:
+        """The same tokenizer on both sides: every token is its own event."""
+        same = np.arange(self.events)
+        return np.array_equal(self.teacher_event_W, same) and np.array_equal(self.student_event_V, same)
+
+    def event_of(self, ids_M: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+        """Events of raw teacher ids. Raises DataError for an id that is none of the teacher's: the rows come from another tokenizer."""
+        wrong = (ids_M < 0) | (ids_M >= len(self.teacher_event_W))
+        if wrong.any():
+            raise DataError(f"teacher id {int(ids_M[wrong][0])} lies outside the vocabulary of {len(self.teacher_event_W)} tokens", where="bridge",
+                            remedy="the rows come from another tokenizer, or from logits whose padded rows were not cut off")
+        events: npt.NDArray[np.int64] = self.teacher_event_W[ids_M].astype(np.int64)
+        return events
 
 
 def bridge_digest(teacher: Voice, student: Voice) -> str:
@@ -64,11 +87,27 @@ def open_bridge(teacher: Voice, student: Voice) -> Bridge:
     data = path.read_bytes() if path.is_file() else b""
     if data and hashlib.sha256(data[32:]).digest() == data[:32]:  # else damaged: it is only a copy of what build() makes again
         kept = load_tensors(data[32:])
-        return Bridge(kept["teacher"], kept["student"], int(kept["events"][0]), digest)  # type: ignore[arg-type]
+        bridge = Bridge(kept["teacher"], kept["student"], int(kept["events"][0]), digest)  # type: ignore[arg-type]
+        if "teacher_first" not in kept:
+            return bridge
+        keepers = [Keeper(v.vocabulary, Merges(*(kept[f"{side}_{name}"] for name in MERGES)), open_pretokens(v.vocabulary))  # type: ignore[arg-type]
+                   for side, v in (("teacher", teacher), ("student", student))]
+        return _masked(bridge, keepers[0], keepers[1], kept["teacher_first"], kept["student_first"])
     bridge = build(teacher, student)
-    body = save_tensors({"teacher": bridge.teacher_event_W, "student": bridge.student_event_V, "events": np.array([bridge.events])})
+    tensors: dict[str, npt.NDArray[np.generic]] = {
+        "teacher": bridge.teacher_event_W, "student": bridge.student_event_V, "events": np.array([bridge.events])}
+    if bridge.teacher_mask and bridge.student_mask:
+        tensors |= {"teacher_first": bridge.teacher_mask.first_W, "student_first": bridge.student_mask.first_W}
+        for side, keeper in (("teacher", bridge.student_mask.keeper), ("student", bridge.teacher_mask.keeper)):
+            tensors |= {f"{side}_{name}": getattr(keeper.merges, name) for name in MERGES}
+    body = save_tensors(tensors)
     store.publish(path, hashlib.sha256(body).digest() + body)
     return bridge
+
+
+def _masked(bridge: Bridge, teacher: Keeper, student: Keeper, teacher_first_W: npt.NDArray[np.integer], student_first_V: npt.NDArray[np.integer]
+            ) -> Bridge:
+    return replace(bridge, teacher_mask=Mask(student, teacher, teacher_first_W), student_mask=Mask(teacher, student, student_first_V))
 
 
 def build(teacher: Voice, student: Voice) -> Bridge:
@@ -85,7 +124,7 @@ def build(teacher: Voice, student: Voice) -> Bridge:
     events_V = _number(names_V, numbers)
     events_W[list(teacher.stop_ids)] = 0
     events_V[list(student.stop_ids)] = 0
-    return Bridge(events_W, events_V, len(numbers) + 2, digest)
+    return _masked(Bridge(events_W, events_V, len(numbers) + 2, digest), open_keeper(t), open_keeper(s), s_of_W, t_of_V)
 
 
 def _number(names: Sequence[bytes | None], numbers: dict[bytes, int]) -> npt.NDArray[np.int32]:

@@ -16,25 +16,23 @@ from persea.bridge import Bridge
 from persea.cache import Capture
 from persea.chat import Effort, Tokens
 from persea.errors import DataError
-from persea.losses import Targets
-from persea.rows import Rows
+from persea.losses import Entries, Targets, standing, targets, together
+from persea.masks import FREE, Keeper
 from persea.voice import Voice
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """One answer in the student's voice, and the teacher's rows where both begin a token at the same byte.
+    """One answer in the student's voice, and what the teacher says of it where both begin a token at the same byte.
 
-    at_C  index of the student token that begins there; row_C  which row of `rows` speaks of it
+    said  over events; its positions are the learned tokens of `tokens`, in order
     """
 
     tokens: Tokens
     teacher: str
     skill: str
     language: str
-    at_C: npt.NDArray[np.int64]
-    row_C: npt.NDArray[np.int64]
-    rows: Rows
+    said: Entries
 
 
 @dataclass(frozen=True)
@@ -86,13 +84,28 @@ def _permutation(seed: int, epoch: int, n: int) -> npt.NDArray[np.int64]:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-def lesson(capture: Capture, voice: Voice) -> Lesson:
+def lesson(capture: Capture, voice: Voice, bridge: Bridge) -> Lesson:
     """A capture in the student's voice, answering at once (the student's own thinking switch comes with its template)."""
     tokens = voice.render(replace(capture.answer.conversation, effort=Effort.NONE))
     both = boundaries(tokens, capture.tokens)
-    row_of_T = np.cumsum(capture.tokens.learn_T) - 1
-    answer = capture.answer
-    return Lesson(tokens, answer.teacher, answer.skill, answer.language, both.student_C, row_of_T[both.teacher_C].astype(np.int64), capture.rows)
+    rows, answer = capture.rows, capture.answer
+    row_C = (np.cumsum(capture.tokens.learn_T) - 1)[both.teacher_C]
+    place_C = (np.cumsum(tokens.learn_T) - 1)[both.student_C]
+    begins, sizes = rows.offsets_N1[row_C], np.diff(rows.offsets_N1)[row_C]
+    at_M = np.repeat(begins - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
+    contexts = [None if mask is None else _contexts(mask.keeper, of, at, place_C, int(tokens.learn_T.sum())) for mask, of, at in (
+        (bridge.teacher_mask, tokens, both.student_C), (bridge.student_mask, capture.tokens, both.teacher_C))]
+    said = standing(bridge, np.repeat(place_C, sizes), rows.ids_M[at_M], rows.probs_M[at_M],
+                    student_N=contexts[0], teacher_N=contexts[1], kind=rows.kind)
+    return Lesson(tokens, answer.teacher, answer.skill, answer.language, said)
+
+
+def _contexts(keeper: Keeper, tokens: Tokens, at_C: npt.NDArray[np.int64], place_C: npt.NDArray[np.int64], positions: int) -> npt.NDArray[np.int64]:
+    """By learned position, the context a boundary stands in. What a prompt ends with is given, whatever comes after: no condition."""
+    found = np.full(positions, FREE)
+    inner = tokens.learn_T[np.maximum(at_C - 1, 0)] & (at_C > 0)
+    found[place_C[inner]] = keeper.contexts(tokens.ids_T, at_C[inner].tolist())
+    return found
 
 
 def offline(captures: Iterable[Capture], voice: Voice, bridges: Mapping[str, Bridge], *, size: int, seed: int, max_tokens: int) -> Feed:
@@ -104,7 +117,7 @@ def offline(captures: Iterable[Capture], voice: Voice, bridges: Mapping[str, Bri
     too_long = 0
     for capture in captures:
         try:
-            one = lesson(capture, voice)
+            one = lesson(capture, voice, bridges[capture.answer.teacher])
         except DataError as error:
             unsayable.append(f"{capture.answer.prompt_id}: {error}")
             continue
@@ -124,7 +137,7 @@ def _collate(lessons: Sequence[Lesson], bridges: Mapping[str, Bridge]) -> Batch:
     ids = torch.zeros((len(lessons), width), dtype=torch.int64)
     mask = torch.zeros_like(ids)
     rows, ats, share = [], [], Counter[str]()
-    entries: dict[str, list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.float32]]]] = {}
+    said: dict[str, list[tuple[Entries, int]]] = {}
     n = 0
     for b, one in enumerate(lessons):
         ids[b, :len(one.tokens)] = torch.from_numpy(one.tokens.ids_T)
@@ -133,13 +146,8 @@ def _collate(lessons: Sequence[Lesson], bridges: Mapping[str, Bridge]) -> Batch:
         rows.append(np.full(len(learned), b))
         ats.append(learned - 1)
         share[one.teacher] += len(learned)
-        begins, ends = one.rows.offsets_N1[one.row_C], one.rows.offsets_N1[one.row_C + 1]
-        at_M = np.concatenate([np.arange(x, y) for x, y in zip(begins, ends, strict=True)]) if len(begins) else np.empty(0, np.int64)
-        where_M = np.repeat(n + np.searchsorted(learned, one.at_C), ends - begins)
-        entries.setdefault(one.teacher, []).append((where_M, one.rows.ids_M[at_M], one.rows.probs_M[at_M]))
+        said.setdefault(one.teacher, []).append((one.said, n))
         n += len(learned)
     row_N, at_N = torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(ats))
-    said = tuple(Targets(bridges[name], *(torch.from_numpy(np.concatenate([p[k] for p in parts])) for k in range(3)))
-                 for name, parts in entries.items())
-    said = tuple(replace(t, row_M=t.row_M.long(), ids_M=t.ids_M.long()) for t in said)
-    return Batch(ids, mask, row_N, at_N, ids[row_N, at_N + 1], said, dict(share))
+    teachers = tuple(targets(bridges[name], together(*zip(*parts, strict=True)), n) for name, parts in said.items())
+    return Batch(ids, mask, row_N, at_N, ids[row_N, at_N + 1], teachers, dict(share))

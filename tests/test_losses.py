@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from worlds import WORLDS
 
 from persea.bridge import Bridge
-from persea.losses import LossOut, Targets, composed, cross_entropy, event_logprobs
+from persea.losses import LossOut, Targets, composed, cross_entropy, event_logprobs, standing, targets
 from persea.rows import Rows, sample_rows
 from persea.voice import Voice
 
@@ -39,19 +40,50 @@ def identity(V: int) -> Bridge:
     return Bridge(np.arange(V, dtype=np.int32), np.arange(V, dtype=np.int32), V, "")
 
 
-def said_of(bridge: Bridge, rows: dict[int, np.ndarray]) -> Targets:
-    """Targets of dense rows, position -> p_W; entries of probability 0 are not stored."""
+@dataclass(frozen=True)
+class Said:
+    """What a teacher says, raw, and the bridge it is to pass. M = entries."""
+
+    bridge: Bridge
+    row_M: np.ndarray
+    ids_M: np.ndarray
+    probs_M: np.ndarray
+
+    @property
+    def targets(self) -> Targets:
+        return targets(self.bridge, standing(self.bridge, self.row_M, self.ids_M, self.probs_M), 0)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Targets as they are: rows in double precision."""
+
+    targets: Targets
+
+
+def said_of(bridge: Bridge, rows: dict[int, np.ndarray]) -> Said:
+    """Dense rows, position -> p_W; entries of probability 0 are not stored."""
     row = [n for n, p_W in rows.items() for _ in np.flatnonzero(p_W)]
     ids = [w for p_W in rows.values() for w in np.flatnonzero(p_W)]
     probs = [p_W[w] for p_W in rows.values() for w in np.flatnonzero(p_W)]
-    return Targets(bridge, torch.tensor(row).long(), torch.tensor(ids).long(), torch.tensor(probs).float())
+    return Said(bridge, np.array(row, np.int64), np.array(ids, np.int64), np.array(probs, np.float32))
+
+
+def run(logits_NV: torch.Tensor, targets_N: torch.Tensor, teachers: Sequence[Said], share: float) -> LossOut:
+    return composed(logits_NV, targets_N, [said.targets for said in teachers], share)
+
+
+def asked(bridge: Bridge, row_M: np.ndarray, event_M: np.ndarray) -> Targets:
+    """Events asked for one by one: through a teacher whose tokens are the events."""
+    names = replace(bridge, teacher_event_W=np.arange(bridge.events, dtype=np.int32))
+    return Said(names, row_M, event_M, np.ones(len(row_M), np.float32)).targets
 
 
 @dataclass(frozen=True)
 class Case:
     logits_NV: torch.Tensor
     targets_N: torch.Tensor
-    teachers: tuple[Targets, ...]
+    teachers: tuple[Said, ...]
 
 
 def case(seed: int, *, scale: float = 3.0, dtype: torch.dtype = torch.float32) -> Case:
@@ -87,7 +119,7 @@ def naive(c: Case, logits_NV: torch.Tensor, share: float) -> torch.Tensor:
 
 def value_and_gradient(c: Case, share: float) -> tuple[LossOut, torch.Tensor]:
     logits = c.logits_NV.clone().requires_grad_()
-    out = composed(logits, c.targets_N, c.teachers, share)
+    out = run(logits, c.targets_N, c.teachers, share)
     out.loss.backward()
     assert logits.grad is not None
     return out, logits.grad
@@ -115,8 +147,8 @@ def test_event_logprobs_are_sums_over_members(seed: int):
     rng = np.random.default_rng(seed)
     bridge = random_bridge(rng, 5, 30, 7)
     logits = torch.from_numpy(4 * rng.standard_normal((6, 30))).requires_grad_()
-    row_M, event_M = torch.from_numpy(rng.integers(0, 6, 25)), torch.from_numpy(rng.integers(0, 7, 25))
-    got = event_logprobs(logits, logits.logsumexp(-1), row_M, event_M, bridge)
+    row_M, event_M = rng.integers(0, 6, 25), rng.integers(0, 7, 25)
+    got = event_logprobs(logits, logits.logsumexp(-1), asked(bridge, row_M, event_M))
     member_EV = torch.from_numpy(bridge.student_event_V)[None] == torch.arange(7)[:, None]
     want = torch.log((torch.softmax(logits, -1)[row_M] * member_EV[event_M]).sum(-1))
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
@@ -127,14 +159,14 @@ def test_event_logprobs_are_sums_over_members(seed: int):
 
 def test_nothing_asked_is_nothing_answered():
     logits = torch.zeros(2, 5)
-    none = torch.empty(0, dtype=torch.int64)
-    assert event_logprobs(logits, logits.logsumexp(-1), none, none, identity(5)).shape == (0,)
+    none = np.empty(0, np.int64)
+    assert event_logprobs(logits, logits.logsumexp(-1), asked(identity(5), none, none)).shape == (0,)
 
 
 def test_an_event_no_student_token_says_is_a_bug_and_not_a_loss():
     bridge = Bridge(np.array([0, 1], np.int32), np.array([0, 0, -1], np.int32), 2, "")
     with pytest.raises(AssertionError, match="without student tokens"):
-        composed(torch.zeros(1, 3), torch.tensor([0]), [said_of(bridge, {0: np.array([0.5, 0.5])})], 0.7)
+        run(torch.zeros(1, 3), torch.tensor([0]), [said_of(bridge, {0: np.array([0.5, 0.5])})], 0.7)
 
 
 # ---- what it reduces to ----------------------------------------------------------------------------------------------
@@ -147,10 +179,11 @@ def test_the_same_tokenizer_and_full_rows_are_forward_kl(seed: int):
     N, V = 5, 23
     p_NV = torch.softmax(torch.from_numpy(3 * rng.standard_normal((N, V))), -1)
     c = Case(torch.from_numpy(3 * rng.standard_normal((N, V))), torch.from_numpy(rng.integers(0, V, N)), ())
-    row_M, ids_M = torch.arange(N).repeat_interleave(V), torch.arange(V).repeat(N)
-    c = replace(c, teachers=(Targets(identity(V), row_M, ids_M, p_NV.flatten()),))
+    row_M, ids_M = np.arange(N).repeat(V), np.tile(np.arange(V), N)
+    exact_rows = replace(Said(identity(V), row_M, ids_M, p_NV.flatten().numpy()).targets, probs_M=p_NV.flatten())
+    c = replace(c, teachers=(Ready(exact_rows),))
     lse_N = c.logits_NV.logsumexp(-1)
-    log_q = event_logprobs(c.logits_NV, lse_N, row_M, ids_M, identity(V))
+    log_q = event_logprobs(c.logits_NV, lse_N, exact_rows)
     assert torch.equal(log_q, (c.logits_NV - lse_N[:, None]).flatten()), "bit for bit: one token an event"
     out, gradient = value_and_gradient(c, 1.0)
     logits = c.logits_NV.clone().requires_grad_()
@@ -172,11 +205,11 @@ def test_no_share_and_no_teacher_are_cross_entropy(seed: int):
     assert plain.loss.item() == pytest.approx(-log_q.mean().item(), rel=1e-5)
     assert plain.positions == len(c.targets_N)
     by_position = F.cross_entropy(c.logits_NV, c.targets_N, reduction="none").mean()  # another order of summing than plain's
-    nobody = tuple(Targets(s.bridge, s.row_M[:0], s.ids_M[:0], s.probs_M[:0]) for s in c.teachers)
+    nobody = tuple(Said(s.bridge, s.row_M[:0], s.ids_M[:0], s.probs_M[:0]) for s in c.teachers)
     control = tuple(replace(s, bridge=replace(s.bridge, teacher_event_W=np.full_like(s.bridge.teacher_event_W, -1))) for s in c.teachers)
     for teachers, share in ((c.teachers, 0.0), ((), 0.7), (nobody, 0.7), (control, 1.0)):
-        out = composed(c.logits_NV, c.targets_N, teachers, share)
-        assert torch.equal(out.loss, by_position)
+        out = run(c.logits_NV, c.targets_N, teachers, share)
+        torch.testing.assert_close(out.loss, by_position, rtol=1e-6, atol=1e-6)
         assert out.terms["cross_entropy"] == pytest.approx(plain.terms["cross_entropy"], rel=1e-6)
         assert out.positions == plain.positions
 
@@ -184,7 +217,7 @@ def test_no_share_and_no_teacher_are_cross_entropy(seed: int):
 @given(seed=seeds)
 def test_terms_and_positions(seed: int):
     c = case(seed)
-    out = composed(c.logits_NV, c.targets_N, c.teachers, 1.0)
+    out = run(c.logits_NV, c.targets_N, c.teachers, 1.0)
     assert out.positions == len(c.targets_N)
     assert out.terms["cross_entropy"] == pytest.approx(cross_entropy(c.logits_NV, c.targets_N).loss.item(), rel=1e-6)
     spoken, mass = set(), defaultdict(float)
@@ -227,7 +260,7 @@ def test_a_student_that_knows_nothing_pays_what_it_must(seed: int, share: float)
         for w, p in zip(said.ids_M.tolist(), said.probs_M.tolist(), strict=True):
             if said.bridge.teacher_event_W[w] >= 0:
                 saved += p * math.log(sizes[said.bridge.teacher_event_W[w]])
-    out = composed(c.logits_NV, c.targets_N, c.teachers, share)
+    out = run(c.logits_NV, c.targets_N, c.teachers, share)
     assert out.loss.item() == pytest.approx(math.log(V) - share * saved / N, abs=1e-5)
 
 
@@ -237,7 +270,7 @@ def test_mass_on_control_tokens_goes_to_cross_entropy():
     log_q = torch.log_softmax(logits[0], -1)
     first, ce = -log_q[0].item(), -log_q[3].item()
     for lost in (0.0, 0.25, 0.9, 1.0):
-        out = composed(logits, target, [said_of(bridge, {0: np.array([1 - lost, 0.0, lost])})], 0.7)
+        out = run(logits, target, [said_of(bridge, {0: np.array([1 - lost, 0.0, lost])})], 0.7)
         assert out.loss.item() == pytest.approx(0.7 * (1 - lost) * first + (1 - 0.7 * (1 - lost)) * ce, abs=1e-6)
 
 
@@ -254,10 +287,10 @@ def test_position_by_position():
         others = [k for k in range(N) if k != n]
         assert torch.equal(gradient[others], plain[others])
         assert not torch.allclose(gradient[n], plain[n])
-        alone = Case(c.logits_NV[n:n + 1], c.targets_N[n:n + 1], (replace(said, row_M=torch.zeros_like(said.row_M)),))
-        whole = composed(c.logits_NV, c.targets_N, (said,), 0.7).loss.item() * N
+        alone = Case(c.logits_NV[n:n + 1], c.targets_N[n:n + 1], (replace(said, row_M=np.zeros_like(said.row_M)),))
+        whole = run(c.logits_NV, c.targets_N, (said,), 0.7).loss.item() * N
         rest = ce.loss.item() * N - F.cross_entropy(alone.logits_NV, alone.targets_N).item()
-        assert whole == pytest.approx(rest + composed(alone.logits_NV, alone.targets_N, alone.teachers, 0.7).loss.item(), abs=1e-4)
+        assert whole == pytest.approx(rest + run(alone.logits_NV, alone.targets_N, alone.teachers, 0.7).loss.item(), abs=1e-4)
 
 
 # ---- linear, so unbiased ---------------------------------------------------------------------------------------------
@@ -295,17 +328,17 @@ def top(p_W: np.ndarray, k: int) -> Rows:
 def z_scores(rows: Rows, c: Case, bridge: Bridge, full: tuple[float, torch.Tensor]) -> tuple[float, torch.Tensor]:
     """How many standard errors the mean over draws of loss and gradient lies from the full row's."""
     per = 50
-    row_M = torch.from_numpy(np.repeat(np.arange(DRAWS), np.diff(rows.offsets_N1)))
-    ids_M, probs_M = torch.from_numpy(rows.ids_M).long(), torch.from_numpy(rows.probs_M)
-    wide = Case(c.logits_NV.expand(DRAWS, -1), c.targets_N.expand(DRAWS), (Targets(bridge, row_M, ids_M, probs_M),))
+    row_M = np.repeat(np.arange(DRAWS), np.diff(rows.offsets_N1))
+    ids_M, probs_M = rows.ids_M, rows.probs_M
+    wide = Case(c.logits_NV.expand(DRAWS, -1), c.targets_N.expand(DRAWS), (Said(bridge, row_M, ids_M, probs_M),))
     gradient = value_and_gradient(wide, 0.7)[1] * DRAWS
     spread = gradient.std(0) / math.sqrt(DRAWS)
     z_gradient = (gradient.mean(0) - full[1][0]) / spread.clamp(min=1e-6)
     losses = []
     for begin in range(0, DRAWS, per):
         some = (row_M >= begin) & (row_M < begin + per)
-        said = Targets(bridge, row_M[some] - begin, ids_M[some], probs_M[some])
-        losses.append(composed(wide.logits_NV[:per], wide.targets_N[:per], [said], 0.7).loss.item())
+        said = Said(bridge, row_M[some] - begin, ids_M[some], probs_M[some])
+        losses.append(run(wide.logits_NV[:per], wide.targets_N[:per], [said], 0.7).loss.item())
     return (np.mean(losses) - full[0]) / max(1e-6, np.std(losses, ddof=1) / math.sqrt(len(losses))), z_gradient
 
 
@@ -424,8 +457,8 @@ def test_the_floor_of_unmasked_events(name: str):
     p_NE.index_put_((torch.tensor(row), event_M), torch.tensor(probs, dtype=torch.float64), accumulate=True)
     said = bridge.student_event_V[[v for q in s.next.values() for v in q]]
     used = torch.from_numpy(np.union1d(event_M.numpy(), said)).long()
-    row_M, asked_M = torch.arange(len(where)).repeat_interleave(len(used)), used.repeat(len(where))
-    q_NU = event_logprobs(logits_NV, logits_NV.logsumexp(-1), row_M, asked_M, bridge).exp().reshape(len(where), -1)
+    row_M, asked_M = np.arange(len(where)).repeat(len(used)), np.tile(used.numpy(), len(where))
+    q_NU = event_logprobs(logits_NV, logits_NV.logsumexp(-1), asked(bridge, row_M, asked_M)).exp().reshape(len(where), -1)
     torch.testing.assert_close(q_NU.sum(-1), torch.ones(len(where), dtype=torch.float64))
     events = float(weight_N @ (p_NE[:, used] - q_NU).abs().sum(-1)) / 2
     baseline = float(weight_N @ torch.tensor(strict_N, dtype=torch.float64))

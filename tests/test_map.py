@@ -11,7 +11,7 @@ import persea
 PACKAGE = Path(persea.__file__).parent
 ROOT = PACKAGE.parent
 MAP = re.findall(r"^    ([a-z_]+) {2,}\S", persea.__doc__ or "", re.MULTILINE)
-ALONE = {"losses": {"rows", "align", "bridge", "losses"}}  # beside torch
+ALONE = {"losses": {"errors", "rows", "masks", "bridge", "losses"}}  # beside torch
 WHOLE_RECIPE = {"river", "run", "plan", "cli", "recipe"}
 
 

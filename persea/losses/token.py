@@ -1,12 +1,25 @@
-"""Losses over the student's own tokens."""
+"""Losses over the student's own tokens: the text, and a teacher of the same vocabulary."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 
 import torch
 import torch.nn.functional as F
+
+from persea.errors import RecipeError
+from persea.rows import RowKind
+
+
+class Divergence(StrEnum):
+    """From teacher p to student q. FORWARD: sum p log(p/q), covers all the teacher does; REVERSE: sum q log(q/p), does nothing the
+    teacher would not; JSD: half of each against the mean of both (Lin 1991)."""
+
+    FORWARD = "forward"
+    REVERSE = "reverse"
+    JSD = "jsd"
 
 
 @dataclass(frozen=True)
@@ -22,3 +35,43 @@ def cross_entropy(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> LossOut:
     """Mean negative log-likelihood, nats per position: -1/N sum_n log softmax(logits_n)[target_n]."""
     loss = F.cross_entropy(logits_NV, targets_N)
     return LossOut(loss, {"cross_entropy": float(loss.detach())}, len(targets_N))
+
+
+def refuse_divergence(kind: RowKind, divergence: Divergence) -> None:
+    """Raises RecipeError where a divergence needs more than a row of this kind knows.
+
+    Only forward KL is linear in the teacher's probabilities: of a sample, or of a head with a rest, anything else is biased.
+    """
+    if kind is RowKind.WORDS or (divergence is not Divergence.FORWARD and kind is not RowKind.FULL):
+        remedy = "teach from the text alone" if kind is RowKind.WORDS else "use forward KL, or rows of kind full (a teacher in the loop)"
+        raise RecipeError(f"{divergence.value} KL needs more than rows of kind {kind.value}", where="losses", remedy=remedy)
+
+
+def between(log_p_NE: torch.Tensor, log_q_NE: torch.Tensor, divergence: Divergence) -> torch.Tensor:
+    """Divergence of each row, nats, [N]. log_p, log_q: natural logs of distributions over the same E outcomes; -inf where p or q is 0.
+
+    An outcome that both rule out costs nothing; one that only q rules out costs forward KL infinity, and the reverse.
+    """
+    if divergence is Divergence.FORWARD:
+        return _kl(log_p_NE, log_q_NE)
+    if divergence is Divergence.REVERSE:
+        return _kl(log_q_NE, log_p_NE)
+    log_m_NE = torch.logaddexp(log_p_NE, log_q_NE) - torch.log(torch.tensor(2.0, dtype=log_p_NE.dtype))
+    return (_kl(log_p_NE, log_m_NE) + _kl(log_q_NE, log_m_NE)) / 2
+
+
+def _kl(log_a_NE: torch.Tensor, log_b_NE: torch.Tensor) -> torch.Tensor:
+    there = log_a_NE > -torch.inf
+    return torch.where(there, log_a_NE.exp() * (log_a_NE - log_b_NE), 0.0).sum(-1)
+
+
+def same_vocabulary(logits_NV: torch.Tensor, teacher_logprobs_NV: torch.Tensor, divergence: Divergence = Divergence.FORWARD) -> LossOut:
+    """Mean divergence between a teacher's and a student's distributions over the same tokens, nats per position.
+
+    Raises RecipeError where the vocabularies differ: then it takes a bridge (`losses.full`).
+    """
+    if logits_NV.shape != teacher_logprobs_NV.shape:
+        raise RecipeError(f"student logits {tuple(logits_NV.shape)}, teacher log-probabilities {tuple(teacher_logprobs_NV.shape)}", where="losses",
+                          remedy="between different vocabularies a bridge is needed")
+    loss = between(teacher_logprobs_NV, torch.log_softmax(logits_NV, -1), divergence).mean()
+    return LossOut(loss, {divergence.value: float(loss.detach())}, len(logits_NV))

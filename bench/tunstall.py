@@ -1,0 +1,93 @@
+"""Worlds without a longest string: two Tunstall codes over one Markov source.
+
+A Tunstall code's tokens are the leaves of a complete tree over the alphabet, so every text is parsed in one way, token by
+token, without look-ahead: a boundary tells nothing of what comes, and P(token | last byte) is a product of the source's steps.
+The common events of two such codes are the leaves of the trees' intersection, and both maps always agree. So every comparison
+of events, first bytes and chunks is exactly zero, however long the text: made for numerics and packing at length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from persea.bridge import Bridge
+from persea.chat import Tokens
+
+SOURCE: Mapping[str, Mapping[str, float]] = {  # after "" (the text begins), a, b, c
+    "": {"a": .5, "b": .3, "c": .2}, "a": {"a": .1, "b": .7, "c": .2}, "b": {"a": .6, "b": .1, "c": .3}, "c": {"a": .25, "b": .15, "c": .6}}
+
+
+def logprob(text: str, after: str = "", source: Mapping[str, Mapping[str, float]] = SOURCE) -> float:
+    """Natural log-probability of a text after a byte."""
+    return sum(math.log(source[a][b]) for a, b in zip(after + text[:-1] if after else ["", *text[:-1]], text, strict=True))
+
+
+def code(leaves: int, after: str) -> tuple[str, ...]:
+    """The likeliest leaf is opened until there are enough; likely as seen after one byte, so that two codes differ."""
+    tokens = {c: SOURCE[after][c] for c in SOURCE[""]}
+    while len(tokens) < leaves:
+        best = max(tokens, key=lambda t: (tokens[t], t))
+        p = tokens.pop(best)
+        tokens |= {best + c: p * step for c, step in SOURCE[best[-1]].items()}
+    return tuple(sorted(tokens))
+
+
+@dataclass(frozen=True)
+class Code:
+    """One tokenizer: its tokens, each the leaf of a complete prefix-free tree."""
+
+    tokens: tuple[str, ...]
+
+    @cached_property
+    def number(self) -> dict[str, int]:
+        return {t: i for i, t in enumerate(self.tokens)}
+
+    def parse(self, text: str) -> list[int]:
+        """The tokens of a text, up to the last whole one."""
+        ids, begin = [], 0
+        for end in range(1, len(text) + 1):
+            found = self.number.get(text[begin:end])
+            if found is not None:
+                ids.append(found)
+                begin = end
+        return ids
+
+    def row(self, after: str) -> npt.NDArray[np.float64]:
+        """Natural log-probability of every token after a byte, in closed form."""
+        return np.array([logprob(t, after) for t in self.tokens])
+
+    def laid(self, ids: list[int]) -> Tokens:
+        """The tokens over their bytes, all learned."""
+        ends = np.cumsum([len(self.tokens[i]) for i in ids])
+        starts = np.concatenate([[0], ends[:-1]])
+        return Tokens(np.array(ids, np.int32), starts.astype(np.int32), ends.astype(np.int32), np.ones(len(ids), np.bool_))
+
+
+def bridge(teacher: Code, student: Code) -> Bridge:
+    """Each token to the leaf of the trees' intersection on its path: its shortest prefix that is a token of either."""
+    leaves = {*teacher.tokens, *student.tokens}
+
+    def event(token: str) -> str:
+        return next(token[:n] for n in range(1, len(token) + 1) if token[:n] in leaves)
+
+    names = sorted({event(t) for t in leaves})
+    number = {name: i for i, name in enumerate(names)}
+    events_W, events_V = (np.array([number[event(t)] for t in side.tokens], np.int32) for side in (teacher, student))
+    return Bridge(events_W, events_V, len(names), "tunstall")
+
+
+def sample(length: int, seed: int) -> str:
+    rng = np.random.default_rng(seed)
+    letters, text = list(SOURCE[""]), ""
+    steps = {after: np.cumsum([row[c] for c in letters]) for after, row in SOURCE.items()}
+    out, last = [], ""
+    for u in rng.random(length).tolist():
+        last = letters[min(int(np.searchsorted(steps[last], u, side="right")), len(letters) - 1)]
+        out.append(last)
+    return text + "".join(out)

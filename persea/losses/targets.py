@@ -1,0 +1,155 @@
+"""Targets: what teachers say about learned positions, as sums over tokens the student can say.
+
+Raw rows become Entries once (events by the bridge, without what cannot stand); Entries become Targets batch by batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from persea.bridge import Bridge
+from persea.errors import DataError
+from persea.masks import FREE, Mask
+from persea.rows import MASS, RowKind
+
+
+@dataclass(frozen=True)
+class Entries:
+    """What one teacher says at some positions, over events. M = entries, D = exceptions, R = rests.
+
+    row_M, event_M, probs_M   position, event, natural probability; masked, never renormalised
+    entry_D, token_D          student tokens of an entry's event that cannot stand where the teacher has its boundary
+    row_R, rest_R             what rows of kind TOPK_REST do not name
+    """
+
+    row_M: npt.NDArray[np.int64]
+    event_M: npt.NDArray[np.int64]
+    probs_M: npt.NDArray[np.float32]
+    entry_D: npt.NDArray[np.int64]
+    token_D: npt.NDArray[np.int64]
+    row_R: npt.NDArray[np.int64]
+    rest_R: npt.NDArray[np.float32]
+    kind: RowKind = RowKind.SAMPLED
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What one teacher says about some of a batch's N learned positions. M = entries, G = student tokens of all entries.
+
+    row_M      int64, which learned position (0..N-1) an entry belongs to
+    probs_M    natural probabilities of the teacher, masked and never renormalised: those of a position sum to the mass kept
+    entry_G    int64, which entry a student token belongs to: an entry is the event that any of its tokens is said
+    token_G    int64, the token
+    rest_N     natural probability of all that a row of kind TOPK_REST does not name; empty for the other kinds
+    vocabulary student tokens V: logits must have as many columns
+    kind       FULL, SAMPLED, TOPK_REST, or WORDS (no entries)
+    """
+
+    row_M: torch.Tensor
+    probs_M: torch.Tensor
+    entry_G: torch.Tensor
+    token_G: torch.Tensor
+    rest_N: torch.Tensor
+    vocabulary: int
+    kind: RowKind = RowKind.SAMPLED
+
+
+def standing(bridge: Bridge, row_M: npt.NDArray[np.integer], ids_M: npt.NDArray[np.integer], probs_M: npt.NDArray[np.floating], *,
+             student_N: npt.NDArray[np.integer] | None = None, teacher_N: npt.NDArray[np.integer] | None = None,
+             kind: RowKind = RowKind.SAMPLED) -> Entries:
+    """Raw teacher entries over events, and where contexts are given, without what cannot stand there.
+
+    ids_M      raw teacher ids; those of control tokens without counterpart are dropped, their mass goes to the text
+    student_N, teacher_N  by position, the contexts before it (`Keeper.contexts`); None = no masks
+    Raises DataError for ids out of range, and for probabilities that are none: negative, NaN, or, in rows that are exact, of a
+    mass above 1 (a SAMPLED row is exact in the mean).
+    """
+    _refuse_improbable(row_M, probs_M, kind)
+    event_M = bridge.event_of(ids_M)
+    row_R = np.unique(row_M) if kind is RowKind.TOPK_REST else row_M[:0]
+    named_R = np.bincount(np.searchsorted(row_R, row_M), probs_M, minlength=len(row_R)) if len(row_R) else np.empty(0)
+    stays = event_M >= 0
+    if student_N is not None and bridge.teacher_mask is not None:
+        stays &= ~_dead(bridge.teacher_mask, student_N[row_M], ids_M)
+    row_M, event_M, probs_M = row_M[stays], event_M[stays], probs_M[stays]
+    entry_D = token_D = np.empty(0, np.int64)
+    if teacher_N is not None and bridge.student_mask is not None and len(event_M):
+        entry_G, token_G = _spelled(bridge, event_M)
+        dead_G = _dead(bridge.student_mask, teacher_N[row_M[entry_G]], token_G)
+        # an event none of whose tokens can stand where the teacher has its boundary: the maps disagree here, its mass goes to the text
+        said = np.bincount(entry_G, ~dead_G, minlength=len(event_M)) > 0
+        dead_G &= said[entry_G]
+        entry_D, token_D = (np.cumsum(said) - 1)[entry_G[dead_G]], token_G[dead_G]
+        row_M, event_M, probs_M = row_M[said], event_M[said], probs_M[said]
+    rest_R = np.maximum(1 - named_R, 0)  # float32 sums of exact rows may pass 1 by 1e-6
+    return Entries(row_M.astype(np.int64), event_M, probs_M.astype(np.float32), entry_D.astype(np.int64), token_D.astype(np.int64),
+                   row_R.astype(np.int64), rest_R.astype(np.float32), kind)
+
+
+def together(parts: Sequence[Entries], first_of: Sequence[int]) -> Entries:
+    """Entries of several lessons as those of one batch. first_of: the number of each lesson's first position in the batch."""
+    entries = np.cumsum([0, *(len(p.row_M) for p in parts)])
+    shifted = [(p.row_M + n, p.event_M, p.probs_M, p.entry_D + m, p.token_D, p.row_R + n, p.rest_R)
+               for p, n, m in zip(parts, first_of, entries[:-1].tolist(), strict=True)]
+    row, event, probs, entry, token, row_R, rest = (np.concatenate(column) for column in zip(*shifted, strict=True))
+    kinds = {p.kind for p in parts}
+    if len(kinds) > 1:
+        raise DataError(f"rows of kinds {', '.join(sorted(kinds))} from one teacher in one batch", where="losses",
+                        remedy="one capture of a teacher has one kind")
+    return Entries(row, event, probs, entry, token, row_R, rest, kinds.pop())
+
+
+def targets(bridge: Bridge, entries: Entries, positions: int) -> Targets:
+    """Entries as Targets of a batch with so many learned positions."""
+    entry_G, token_G = _spelled(bridge, entries.event_M)
+    V = len(bridge.student_event_V)
+    if len(entries.entry_D):
+        lives_G = ~np.isin(entry_G * V + token_G, entries.entry_D * V + entries.token_D)
+        entry_G, token_G = entry_G[lives_G], token_G[lives_G]
+    rest_N = np.zeros(positions if entries.kind is RowKind.TOPK_REST else 0, np.float32)
+    rest_N[entries.row_R] = entries.rest_R
+    row, probs, entry, token, rest = (torch.from_numpy(a) for a in (entries.row_M, entries.probs_M, entry_G, token_G, rest_N))
+    return Targets(row, probs, entry, token, rest, V, entries.kind)
+
+
+def _spelled(bridge: Bridge, event_M: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The student tokens of each event, laid end to end: (which of the M events, token)."""
+    offsets, tokens = bridge.members
+    sizes_M = offsets[event_M + 1] - offsets[event_M]
+    if (sizes_M == 0).any():
+        raise AssertionError("an event without student tokens: every fixpoint is a token of both vocabularies")
+    entry_G = np.repeat(np.arange(len(event_M)), sizes_M)
+    within_G = np.arange(len(entry_G)) - np.repeat(np.cumsum(sizes_M) - sizes_M, sizes_M)
+    return entry_G.astype(np.int64), tokens[offsets[event_M][entry_G] + within_G]
+
+
+def _dead(mask: Mask, context_P: npt.NDArray[np.integer], token_P: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
+    """Whether each of some tokens cannot stand in its context."""
+    out = np.zeros(len(token_P), bool)
+    order = np.argsort(context_P, kind="stable")
+    begins = np.flatnonzero(np.diff(context_P[order], prepend=FREE - 1)) if len(order) else order
+    for begin, end in zip(begins, np.append(begins[1:], len(order)), strict=True):
+        context = int(context_P[order[begin]])
+        if context != FREE:
+            asked = token_P[order[begin:end]]
+            out[order[begin:end]] = np.isin(asked, mask.dead(context, np.unique(asked)))
+    return out
+
+
+def _refuse_improbable(row_M: npt.NDArray[np.integer], probs_M: npt.NDArray[np.floating], kind: RowKind) -> None:
+    if not len(probs_M):
+        return
+    bad = ~(probs_M >= 0)  # NaN too
+    if bad.any():
+        raise DataError(f"a teacher's probability is {float(probs_M[bad][0]):g}", where=f"position {int(row_M[bad][0])}",
+                        remedy="the rows are broken: capture again")
+    if kind in (RowKind.FULL, RowKind.TOPK_REST):
+        mass_N = np.bincount(row_M, probs_M.astype(np.float64))
+        if mass_N.max() > 1 + MASS:
+            raise DataError(f"a teacher's probabilities sum to {mass_N.max():.4f}", where=f"position {int(mass_N.argmax())}",
+                            remedy="rows of this kind are exact and never exceed 1: capture again")
