@@ -20,7 +20,7 @@ from bench.objectives import data, models, vocabularies
 from bench.objectives.data import ASKED, DOMAINS, TEACHES, Window
 from bench.objectives.gold import gold, with_last
 from bench.objectives.lessons import Batch, Lesson, Teacher, collate, open_lessons
-from bench.objectives.methods import METHODS, Pair, Setting, drawn
+from bench.objectives.methods import METHODS, Pair, Setting, prepare
 from bench.objectives.models import Size, padded, states
 from bench.objectives.vocabularies import Speaker
 
@@ -170,8 +170,8 @@ def run(world: World, arm: Arm) -> dict[str, Any]:
     setting, loss_of = Setting(arm.method, arm.rows, arm.share), (METHODS | {"gold": gold})[arm.method]
     curve, tokens, cpu, of_loss = [], 0, 0.0, 0.0
     for step, batch in zip(range(steps), world.batches(arm), strict=False):
-        if arm.rows.startswith("sampled"):
-            drawn(batch, world.pairs, float(arm.rows.split()[1]))  # a capture's work, not a step's
+        if batch.groups:
+            prepare(batch, world.pairs, setting)
         begun = time.process_time()
         logits_NV = states(model, batch.ids_BS, batch.learn_BS) @ model.lm_head.weight.T
         before = time.process_time()

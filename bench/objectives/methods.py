@@ -12,14 +12,17 @@ from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
 from bench import baselines
-from bench.objectives.lessons import Batch, Group, Lesson, Teacher, sampled
+from bench.objectives.lessons import Batch, Group, Ints, Lesson, Teacher, sampled
 from bench.objectives.vocabularies import Speaker
-from persea.bridge import Bridge, build
-from persea.losses import Targets, composed
+from persea.bridge import Bridge, open_bridge
+from persea.losses import Entries, Targets, composed, standing, targets, together
+from persea.masks import FREE
+from persea.rows import RowKind
 
 TEMPERATURE = 100.0  # of the chunk likelihood, as published
 
@@ -33,7 +36,7 @@ class Pair:
 
     @cached_property
     def bridge(self) -> Bridge:
-        return build(self.teacher.speaker.voice, self.student.voice)
+        return open_bridge(self.teacher.speaker.voice, self.student.voice)
 
     @cached_property
     def shared(self) -> baselines.Shared:
@@ -152,45 +155,67 @@ def summed(values_NW: torch.Tensor, event_W: torch.Tensor, events: int) -> torch
     return torch.zeros(len(values_NW), events + 1).index_add(1, event_W, values_NW)[:, :events]
 
 
-def targets(group: Group, pair: Pair, rows: str) -> Targets:
-    """The teacher's sparse rows at the common boundaries, as persea's losses take them."""
+KEPT: dict[tuple[int, str, bool], Entries] = {}  # what a teacher says of a window is drawn once, as a capture and a feed keep it
+
+
+def entries(one: Lesson, pair: Pair, rows: str, masked: bool) -> Entries:
+    """A window's rows at its common boundaries over events, as persea.feed makes them; positions are the window's student tokens."""
+    key = (id(one), rows, masked)
+    if key not in KEPT:
+        places, ids_M, probs_M, kind = raw(one, pair, rows)
+        row_M = one.student_C[places]
+        contexts = boundary_contexts(one, pair.bridge) if masked else (None, None)
+        KEPT[key] = standing(pair.bridge, row_M, ids_M, probs_M, student_N=contexts[0], teacher_N=contexts[1], kind=kind)
+    return KEPT[key]
+
+
+def raw(one: Lesson, pair: Pair, rows: str) -> tuple[Ints, Ints, npt.NDArray[np.float32], RowKind]:
+    """Which common boundary, which teacher id, what probability, one an entry."""
     kind, value = rows.split()[:2]
     if kind == "sampled":
-        tables = [sparse(one, pair, float(value)) for one in group.lessons]
-        row_M, ids_M, probs_M = (np.concatenate([t[k] for t in tables]) for k in range(3))
-        row_M = row_M + np.repeat(group.first_student, [len(t[0]) for t in tables])
-        return Targets(pair.bridge, torch.from_numpy(row_M), torch.from_numpy(ids_M).long(), torch.from_numpy(probs_M))
+        drawn = sampled(one, pair.teacher, float(value))
+        begins, ends = drawn.offsets_N1[one.teacher_C], drawn.offsets_N1[one.teacher_C + 1]
+        at_M = np.concatenate([np.arange(a, b) for a, b in zip(begins, ends, strict=True)])
+        return np.repeat(np.arange(len(begins)), ends - begins), drawn.ids_M[at_M].astype(np.int64), drawn.probs_M[at_M], RowKind.SAMPLED
     k = len(pair.teacher.speaker.vocabulary) if value == "all" else int(value)
     with torch.no_grad():
-        top = pair.teacher.logprobs(group.states_TD[group.at_C]).exp().topk(k, -1)
+        top = pair.teacher.logprobs(one.states_TD[torch.from_numpy(one.teacher_C)]).exp().topk(k, -1)
     probs_CK = top.values / top.values.sum(-1, keepdim=True) if rows.endswith("renormalised") else top.values
-    return Targets(pair.bridge, torch.repeat_interleave(group.row_C, k), top.indices.reshape(-1), probs_CK.reshape(-1))
+    of_kind = RowKind.TOPK_REST if value != "all" and not rows.endswith("renormalised") else RowKind.FULL
+    return np.repeat(np.arange(len(top.values)), k), top.indices.reshape(-1).numpy(), probs_CK.reshape(-1).numpy(), of_kind
 
 
-KEPT: dict[tuple[int, float], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}  # a window's rows are drawn once, as a capture keeps them
+def boundary_contexts(one: Lesson, bridge: Bridge) -> tuple[Ints, Ints]:
+    """By student token, the context that each tokenizer's boundary there stands in."""
+    found = []
+    for mask, ids_T, at_C in ((bridge.teacher_mask, one.student.ids_T, one.student_C), (bridge.student_mask, one.spoken.ids_T, one.teacher_C)):
+        assert mask is not None, "two different tokenizers"
+        of_N = np.full(len(one.student), FREE, np.int64)
+        of_N[one.student_C] = mask.keeper.contexts(ids_T, at_C.tolist())
+        found.append(of_N)
+    return found[0], found[1]
 
 
-def sparse(one: Lesson, pair: Pair, tau: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(student token, teacher id, probability) of each entry at a common boundary."""
-    if (id(one), tau) not in KEPT:
-        rows = sampled(one, pair.teacher, tau)
-        begins, ends = rows.offsets_N1[one.teacher_C], rows.offsets_N1[one.teacher_C + 1]
-        at_M = np.concatenate([np.arange(a, b) for a, b in zip(begins, ends, strict=True)])
-        KEPT[id(one), tau] = (np.repeat(one.student_C, ends - begins), rows.ids_M[at_M], rows.probs_M[at_M])
-    return KEPT[id(one), tau]
-
-
-def drawn(batch: Batch, pairs: Mapping[str, Pair], tau: float) -> None:
-    """Draws the rows of a batch that are not drawn yet."""
+def prepare(batch: Batch, pairs: Mapping[str, Pair], setting: Setting) -> None:
+    """What a capture and a feed do before a step: draws and masks the batch's rows that are not kept yet."""
+    if setting.rows in ("none", "full"):
+        return
     for group in batch.groups:
         for one in group.lessons:
-            sparse(one, pairs[group.who], tau)
+            entries(one, pairs[group.who], setting.rows, "masks" in setting.method)
+
+
+def said_of(batch: Batch, pairs: Mapping[str, Pair], setting: Setting) -> list[Targets]:
+    out = []
+    for group in batch.groups:
+        parts = [entries(one, pairs[group.who], setting.rows, "masks" in setting.method) for one in group.lessons]
+        out.append(targets(pairs[group.who].bridge, together(parts, group.first_student), len(batch.targets_N)))
+    return out
 
 
 def events_sparse(logits_NV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setting: Setting) -> torch.Tensor:
     """persea's own objective on persea's own rows."""
-    said = [targets(group, pairs[group.who], setting.rows) for group in batch.groups]
-    return composed(logits_NV, batch.targets_N, said, setting.share).loss
+    return composed(logits_NV, batch.targets_N, said_of(batch, pairs, setting), setting.share).loss
 
 
 def events(logits_NV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setting: Setting) -> torch.Tensor:
@@ -206,4 +231,5 @@ METHODS: dict[str, Loss] = {
     "bpm": rowwise(lambda logits, probs, pair: baselines.bpm(logits, probs, pair.prefix_W), common),
     "chunk": chunk,
     "events": events,
+    "events + masks": events_sparse,
 }
