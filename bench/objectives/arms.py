@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
 from bench.objectives import data, models, vocabularies
+from bench.objectives.chunks import CHUNKED, gathered
 from bench.objectives.data import ASKED, DOMAINS, TEACHES, Window
 from bench.objectives.gold import gold, with_last
 from bench.objectives.lessons import Batch, Lesson, Teacher, collate, open_lessons
@@ -167,11 +168,13 @@ def run(world: World, arm: Arm) -> dict[str, Any]:
     size, student = world.size, world.speakers["student"]
     model = models.make(size.student, len(student.vocabulary), arm.seed)
     adam, steps = models.optimizer(model, arm.rate), round(size.steps * arm.length)
-    setting, loss_of = Setting(arm.method, arm.rows, arm.share), (METHODS | {"gold": gold})[arm.method]
+    setting, loss_of = Setting(arm.method, arm.rows, arm.share), (METHODS | CHUNKED | {"gold": gold})[arm.method]
     curve, tokens, cpu, of_loss = [], 0, 0.0, 0.0
     for step, batch in zip(range(steps), world.batches(arm), strict=False):
         if batch.groups:
             prepare(batch, world.pairs, setting)
+        if arm.method in CHUNKED:
+            gathered(batch, world.pairs)
         begun = time.process_time()
         logits_NV = states(model, batch.ids_BS, batch.learn_BS) @ model.lm_head.weight.T
         before = time.process_time()
