@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -132,8 +133,8 @@ def _dead(mask: Mask, context_P: npt.NDArray[np.integer], token_P: npt.NDArray[n
     """Whether each of some tokens cannot stand in its context."""
     out = np.zeros(len(token_P), bool)
     order = np.argsort(context_P, kind="stable")
-    begins = np.flatnonzero(np.diff(context_P[order], prepend=FREE - 1)) if len(order) else order
-    for begin, end in zip(begins, np.append(begins[1:], len(order)), strict=True):
+    begins = np.flatnonzero(np.diff(context_P[order], prepend=FREE - 1))
+    for begin, end in pairwise([*begins.tolist(), len(order)]):
         context = int(context_P[order[begin]])
         if context != FREE:
             asked = token_P[order[begin:end]]
