@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 pytestmark = pytest.mark.realdata
 
+chunks = importlib.import_module("bench.objectives.chunks")
 arms = importlib.import_module("bench.objectives.arms")
 bench_data = importlib.import_module("bench.objectives.data")
 methods = importlib.import_module("bench.objectives.methods")
@@ -176,3 +177,25 @@ def test_masks_only_take_away_and_never_what_stands_there(world: Any) -> None:
             stands = set(zip(one.student_C.tolist(), pair.bridge.teacher_event_W[one.spoken.ids_T[one.teacher_C]].tolist(), strict=True))
             assert stands <= set(zip(masked.row_M.tolist(), masked.event_M.tolist(), strict=True))
     assert taken > 0
+
+
+def test_chunks_cover_the_same_bytes_and_weight_zero_is_events_with_masks(world: Any) -> None:
+    batch = batch_of(world)
+    found, gone = chunks.gathered(batch, world.pairs)
+    n = 0
+    for group in batch.groups:
+        for one, first in zip(group.lessons, group.first_student, strict=True):
+            own = chunks.stretches(one, world.pairs[group.who])
+            for (a, b), ends in zip(own.student_C2, own.ends_C, strict=True):
+                assert one.student.starts_T[a] in one.spoken.starts_T and one.student.ends_T[b - 1] in one.spoken.ends_T
+                assert found.position_P[found.chunk_P == n].tolist() == list(range(first + a, first + b))
+                assert int(found.end_C[n]) == (first + b if ends else -1)
+                n += 1
+    assert n == len(found.teacher_C) > 0 and bool((found.teacher_C < 1e-4).all())
+    torch.manual_seed(0)
+    logits = torch.randn(len(batch.targets_N), len(world.speakers["student"].vocabulary))
+    assert not set(zip(gone.row_D.tolist(), gone.token_D.tolist(), strict=True)) & set(enumerate(batch.targets_N.tolist()))
+    setting = methods.Setting("events + masks", "sampled .01", 0.7)
+    without = methods.events_sparse(logits, batch, world.pairs, setting)
+    assert float(chunks.with_chunks(0.0)(logits, batch, world.pairs, setting)) == pytest.approx(float(without), rel=1e-6)
+    assert float(chunks.with_chunks(0.1)(logits, batch, world.pairs, setting)) > float(without)
