@@ -13,6 +13,7 @@ import torch
 from bench.objectives import report as told
 from bench.objectives.arms import Arm, World, read, run_all, teachers_measured
 from bench.objectives.chunks import CHUNKED
+from bench.objectives.gradients import measured
 from bench.objectives.models import SIZES
 from bench.objectives.report import Line
 
@@ -59,7 +60,7 @@ def stage(name: str, world: World, results: Path, seeds: Sequence[int]) -> None:
 
     if name == "teachers":
         world.grow()
-        (RESULTS / f"objectives_teachers_{world.size.name}.json").write_text(json.dumps(teachers_measured(world), indent=1) + "\n")
+        (results.parent / f"objectives_teachers_{world.size.name}.json").write_text(json.dumps(teachers_measured(world), indent=1) + "\n")
     elif name == "rates":
         print("learning rate:", rate(world, results), "for cross-entropy; for events", rate(world, results, "events", RATES[1:]), flush=True)
     elif name == "first":
@@ -74,6 +75,9 @@ def stage(name: str, world: World, results: Path, seeds: Sequence[int]) -> None:
         for seed in seeds:
             for method in ("cross-entropy", "events", "events + masks", *(CHUNKED if seed == SEEDS[0] else ())):
                 go(method, seed, "limited")
+    elif name == "gradients":
+        students = {"untrained": None} | {f"after {m}": arm(world, results, m, SEEDS[0]) for m in ("cross-entropy", "events")}
+        (results.parent / f"objectives_gradients_{world.size.name}.json").write_text(json.dumps(measured(world, students), indent=1) + "\n")
     elif name == "sft":
         for seed in seeds:
             go("sft", seed)
@@ -112,7 +116,7 @@ def report(lines: Sequence[Line], size: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.objectives")
-    parser.add_argument("stages", nargs="*", default=["teachers", "rates", "first", "again", "limited", "sft", "rows", "long", "report"])
+    parser.add_argument("stages", nargs="*", default=["teachers", "rates", "first", "again", "limited", "gradients", "sft", "rows", "long", "report"])
     parser.add_argument("--size", choices=SIZES, default="xs")
     parser.add_argument("--cache", type=Path, default=Path(os.environ.get("PERSEA_HOME", "~/.cache/persea")).expanduser() / "objectives")
     parser.add_argument("--results", type=Path, default=RESULTS / "objectives.jsonl")
