@@ -20,7 +20,7 @@ from bench.objectives.report import Line
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 RATES, SHARES, SEEDS = (2e-3, 4e-3, 8e-3, 1.6e-2), (0.3, 0.5, 0.7, 0.9), (1, 2, 3)
 OURS = "sampled .01"  # the rows persea keeps of a teacher; baselines see whole ones
-SEARCHED = ("events", "strict", "uld", "bpm", "chunk")
+SEARCHED = ("events", "strict", "bpm", "chunk")
 KINDS = ("full", "sampled .05", "sampled .2", "top-k 16", "top-k 4", "top-k 16 renormalised", "top-k 4 renormalised")
 
 
@@ -42,8 +42,8 @@ def rate(world: World, results: Path, method: str = "cross-entropy", rates: Sequ
 def share(world: World, results: Path, method: str) -> float:
     """Searched on dev; 'strict everywhere' takes strict's, all forms of events take that of events."""
     method = "strict" if method == "strict everywhere" else "events" if method.startswith("events") else method
-    if method == "gold":
-        return 0.5  # a search would take hours
+    if method in ("gold", "uld"):  # a search costs too much: TRL's loops take a second a step, sorting two vocabularies six times cross-entropy
+        return {"gold": 0.5, "uld": 0.3}[method]
     if method not in SEARCHED:
         return 0.0
     lr = rate(world, results)
@@ -65,7 +65,7 @@ def stage(name: str, world: World, results: Path, seeds: Sequence[int]) -> None:
         print("learning rate:", rate(world, results), "for cross-entropy; for events", rate(world, results, "events", RATES[1:]), flush=True)
     elif name == "first":
         for seed in seeds:
-            for method in ("cross-entropy", "events", "strict", "bpm", "strict everywhere", "chunk", "uld"):
+            for method in ("cross-entropy", "events", "strict", "bpm", "strict everywhere", "chunk", *(("uld",) if seed == SEEDS[0] else ())):
                 go(method, seed)
     elif name == "again":
         for seed in seeds:
