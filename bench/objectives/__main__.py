@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -67,6 +68,10 @@ def stage(name: str, world: World, results: Path, seeds: Sequence[int]) -> None:
         for seed in seeds:
             for method in ("cross-entropy", "events", "strict", "bpm", "strict everywhere", "chunk", *(("uld",) if seed == SEEDS[0] else ())):
                 go(method, seed)
+    elif name == "shares":  # the searches are short; what wins at length 1 (dev is the curve's last point) may be another share
+        for method, rows, share_ in (("events", "full", 0.7), ("events", "full", 0.9), ("events", OURS, 0.9), ("strict everywhere", "full", 0.7)):
+            for seed in seeds:
+                run_all(world, [replace(arm(world, results, method, seed), rows=rows, share=share_)], results)
     elif name == "again":
         for seed in seeds:
             for method in ("cross-entropy", "events", "events + masks", "strict everywhere", "strict"):
@@ -102,9 +107,11 @@ def report(lines: Sequence[Line], size: str) -> None:
     docs = RESULTS.parent.parent / "docs"
     found = told.chosen(lines, size=size, regime="unlimited", length=1.0)
     plain = found["cross-entropy"]
+    forms = [name for name in found if name.startswith(f"events, {OURS}")]
+    ours = min(forms, key=lambda name: found[name][0]["curve"][-1][1])  # chosen on dev, not on the pages the table is of
     told.written(docs / "results.md", {
         "teachers": told.teachers_table(json.loads((RESULTS / f"objectives_teachers_{size}.json").read_text())),
-        "unlimited": told.main_table(lines, size, "unlimited"), "pairs": told.first_everywhere(lines, size, f"events, {OURS}"),
+        "unlimited": told.main_table(lines, size, "unlimited"), "pairs": told.first_everywhere(lines, size, ours),
         "limited": told.main_table(lines, size, "limited"), "shortcut": told.shortcut(lines, size), "searches": told.searches(lines, size)})
     gaps = [(name, *told.paired(own, [x for x in plain if x["seed"] in {y["seed"] for y in own}])["mean"])
             for name, own in found.items() if name != "cross-entropy"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -26,12 +27,13 @@ def named(line: Line) -> str:
 
 
 def chosen(lines: Iterable[Line], **want: object) -> dict[str, list[Line]]:
-    """Test lines with these values, by method and rows, in the lines' order."""
-    out: dict[str, list[Line]] = {}
+    """Test lines with these values, by method, rows and, where there are several, share, in the lines' order."""
+    out: dict[tuple[str, float], list[Line]] = {}
     for line in lines:
         if line["part"] == "test" and all(line[k] == v for k, v in want.items()):
-            out.setdefault(named(line), []).append(line)
-    return out
+            out.setdefault((named(line), line["share"]), []).append(line)
+    names = Counter(name for name, _ in out)
+    return {name + (f" ({share:g})" if names[name] > 1 else ""): own for (name, share), own in out.items()}
 
 
 def pages_of(lines: Sequence[Line]) -> dict[str, np.ndarray]:
