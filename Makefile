@@ -3,9 +3,9 @@
 # make lint         ruff and mypy
 # make chaos        a run killed again and again ends with the same student (about 10 minutes)
 # make results      the quickstart with three seeds (about 20 minutes)
-# make bench        what the objective costs (about 2 minutes)
+# make bench        what alignment, bridges and the objective cost, beside TRL (about 9 minutes; installs TRL)
+# make bench-bias   what each method pushes a perfect student away by (10 to 20 minutes; installs TRL for its GOLD)
 # make bench-objectives   every method with trained models on real text, size xs (hours; goes on where it was)
-# make bench-bias   what each method pushes a perfect student away by (about 10 minutes; installs TRL for its GOLD)
 # PYTHON=python3.12 chooses the Python; TORCH_INDEX=URL takes torch from another index (README, "Installing")
 
 PYTHON ?= python3
@@ -44,7 +44,8 @@ results: .venv/persea
 	$(BIN)/python bench/results.py
 
 bench: .venv/persea
-	$(BIN)/python bench/loss.py
+	$(BIN)/pip install -q -e '.[bench]'
+	$(BIN)/python bench/bridge.py
 	$(BIN)/python bench/help.py
 
 bench-objectives: .venv/persea

@@ -1,6 +1,6 @@
 """What each method pushes a PERFECT student away by: the ground-truth table, over worlds whose truth is known.
 
-    make bench-bias        (python bench/bias.py; about ten minutes on one core, most of it GOLD's descents)
+    make bench-bias        (python bench/bias.py; 10 to 20 minutes on one core, most of it GOLD's descents)
 
 Floors: two exact models of the same byte law under two tokenizers are compared; mean total variation over common boundaries,
 nats over chunks. Zero = unbiased. Drift: a table of logits starts at the truth and follows each loss, composed alike (.7 of
@@ -15,9 +15,9 @@ import importlib.util
 import json
 import math
 import os
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from tabular import (
     exact_weights,
     iterate,
     no_mask,
+    persea_mask,
     prefix_columns,
     push,
     random_logits,
@@ -43,7 +44,7 @@ from tabular import (
 )
 from worlds import ALPHABET, WORLDS, Floats, World, chunks, encode, exact, markov, tilted, world
 
-MASKS: dict[str, Mask] = {"raw": no_mask, "0/1 masks": exact_mask, "exact": exact_weights}
+MASKS: dict[str, Mask] = {"raw": no_mask, "persea's masks": persea_mask, "best masks": exact_mask, "exact": exact_weights}
 SHORT = 4  # the longest string of the worlds that students descend in: 340 strings, 341 rows
 
 # ---- floors -------------------------------------------------------------------------------------------------------------
@@ -67,12 +68,24 @@ def first_byte_columns(w: World) -> tuple[list[int], list[int]]:
     return tuple([256 if raw is None else raw[0] for raw in side] for side in (w.bytes_W(), w.bytes_V()))  # type: ignore[return-value]
 
 
-def mean_tv(w: World, maps: tuple[list[int], list[int]], mask: Mask = no_mask) -> float:
-    """Mean over boundaries of the total variation between both rows, masked, renormalised, and mapped to the same names."""
+Kept: TypeAlias = list[tuple[Floats, Floats]]  # of each boundary, what a mask keeps
+
+
+def keeps(w: World, mask: Mask) -> Kept:
+    return [mask(w, b) for b in w.boundaries]
+
+
+def mean_tv(w: World, maps: tuple[list[int], list[int]], kept: Kept, room: int = 0) -> float:
+    """Mean over boundaries of the total variation between both rows, masked, renormalised, and mapped to the same names.
+
+    room: only boundaries at least so far below the longest string, where a mask's "some text may follow" is true.
+    """
+    longest = max(map(len, w.law))
     total = lost = 0.0
     size = 1 + max(max(maps[0]), max(maps[1]))
-    for b in w.boundaries:
-        ok_W, ok_V = mask(w, b)
+    for b, (ok_W, ok_V) in zip(w.boundaries, kept, strict=True):
+        if len(w.student.vocabulary.decode(b.student)) > longest - room:
+            continue
         p, q = (np.bincount(m, row * ok, size) for m, row, ok in zip(maps, (b.p_W, b.q_V), (ok_W, ok_V), strict=True))
         lost += b.mass * tv(p / p.sum(), q / q.sum())
         total += b.mass
@@ -93,33 +106,28 @@ def uld_tv(w: World) -> float:
     return lost / sum(b.mass for b in w.boundaries)
 
 
-def chunk_nats(w: World, weights: Callable[[int], tuple[float, float]]) -> float:
-    """Mean |log P_T(chunk) - log P_S(chunk)| with both boundaries' masses taken in: weights(boundary) -> (b_T, b_S)."""
+def chunk_nats(w: World, kept: Kept) -> float:
+    """Mean |log P_T(chunk) - log P_S(chunk)| with the masses kept at both ends taken in."""
+    mass = [(float(b.p_W @ ok_W), float(b.q_V @ ok_V)) for b, (ok_W, ok_V) in zip(w.boundaries, kept, strict=True)]
     total = lost = 0.0
     for c in chunks(w):
-        (t0, s0), (t1, s1) = weights(c.begin), weights(c.end) if c.end >= 0 else (1.0, 1.0)
+        (t0, s0), (t1, s1) = mass[c.begin], mass[c.end] if c.end >= 0 else (1.0, 1.0)
         lost += c.weight * abs(c.teacher + math.log(t1 / t0) - c.student - math.log(s1 / s0))
         total += c.weight
     return lost / total
 
 
-def kept(w: World, mask: Mask) -> Callable[[int], tuple[float, float]]:
-    masses = []
-    for b in w.boundaries:
-        ok_W, ok_V = mask(w, b)
-        masses.append((float(b.p_W @ ok_W), float(b.q_V @ ok_V)))
-    return masses.__getitem__
-
-
 def floors(w: World, masks: dict[str, Mask]) -> dict[str, float]:
-    event_maps = w.bridge.teacher_event_W.tolist(), w.bridge.student_event_V.tolist()
+    event_maps, every = (w.bridge.teacher_event_W.tolist(), w.bridge.student_event_V.tolist()), keeps(w, no_mask)
     total = sum(b.mass for b in w.boundaries)
-    out = {"strict": strict_tv(w), "uld": uld_tv(w), "bpm": mean_tv(w, (prefix_columns(w).tolist(), list(range(len(w.columns_V))))),
-           "longest common prefix": mean_tv(w, common_prefix_columns(w))}
+    out = {"strict": strict_tv(w), "uld": uld_tv(w), "bpm": mean_tv(w, (prefix_columns(w).tolist(), list(range(len(w.columns_V)))), every),
+           "longest common prefix": mean_tv(w, common_prefix_columns(w), every)}
     for name, mask in masks.items():
-        out[f"events {name}"] = mean_tv(w, event_maps, mask)
-        out[f"first byte {name}"] = mean_tv(w, first_byte_columns(w), mask)
-        out[f"chunk {name}"] = chunk_nats(w, kept(w, mask))
+        kept = keeps(w, mask)
+        out[f"events {name}"] = mean_tv(w, event_maps, kept)
+        out[f"events {name}, room for 3"] = mean_tv(w, event_maps, kept, 3)
+        out[f"first byte {name}"] = mean_tv(w, first_byte_columns(w), kept)
+        out[f"chunk {name}"] = chunk_nats(w, kept)
     out["maps disagree"] = sum(b.mass * b.disagree for b in w.boundaries) / total
     for side in ("b_T", "b_S"):
         out[side] = sum(b.mass * getattr(b, side) for b in w.boundaries) / total
@@ -227,8 +235,8 @@ def main() -> None:
     else:
         from trl_worlds import gold_floor, gold_objective
     table: dict[str, dict[str, float]] = {}
-    for name in WORLDS:
-        w = world(name)
+    whole = {name: world(name) for name in WORLDS}
+    for name, w in whole.items():
         table[name] = floors(w, MASKS)
         for merge in ("observed", "bayesian") if with_trl else ():
             table[name][f"gold {merge}"] = gold_floor(stack(w, no_mask), w, merge)["tv"]
@@ -247,8 +255,9 @@ def main() -> None:
     print(f"\n{'push: sum of |expected gradient| at the truth':<44}")
     for method, each in drifts.items():
         print(row(method, [d["push"] for d in each.values()], ".1e"))
-    print("\nfixed points: byte KL from the truth, from elsewhere")
-    ends = {f"events {m}": {name: where_it_ends(*pairs[name][f"events {m}"]) for name in WORLDS} for m in MASKS}
+    print("\nfixed points of the event objective, whole worlds: byte KL from the truth, from elsewhere")
+    stacks = {m: {name: stack(w, mask) for name, w in whole.items()} for m, mask in MASKS.items()}
+    ends = {f"events {m}": {name: where_it_ends(s, events(s)) for name, s in each.items()} for m, each in stacks.items()}
     for method, each in ends.items():
         print(row(method, [d["from_truth"] for d in each.values()], ".1e"))
         print(row("  started elsewhere", [d["from_elsewhere"] for d in each.values()], ".1e"))

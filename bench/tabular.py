@@ -19,6 +19,8 @@ import torch
 from baselines import Shared, bpm, chunk_likelihood, strict, uld
 from worlds import Boundary, Floats, Prefix, World, chunks
 
+from persea.masks import FREE
+
 NOWHERE = -60.0  # the logit of a token that never follows: e^-60 moves no figure given here, and keeps gradients finite
 
 Mask: TypeAlias = Callable[[World, Boundary], tuple[Floats, Floats]]
@@ -36,6 +38,18 @@ def exact_mask(world: World, b: Boundary) -> tuple[Floats, Floats]:
 def exact_weights(world: World, b: Boundary) -> tuple[Floats, Floats]:
     """The probability that the other boundary is kept: exact conditioning."""
     return b.leak_W, b.leak_V
+
+
+def persea_mask(world: World, b: Boundary) -> tuple[Floats, Floats]:
+    """What trains: 0 for tokens after which no text whatever keeps the other boundary (persea.masks). Knows nothing of the law."""
+    bridge = world.full_bridge
+    if bridge.teacher_mask is None or bridge.student_mask is None:
+        return no_mask(world, b)
+    found = []
+    for mask, prefix, columns in ((bridge.teacher_mask, b.student, world.columns_W), (bridge.student_mask, b.teacher, world.columns_V)):
+        context = mask.keeper.contexts(np.array(prefix, np.int64), [len(prefix)])[0] if prefix else FREE
+        found.append(1.0 - np.isin(columns, mask.dead(int(context), columns)))
+    return found[0], found[1]
 
 
 @dataclass(frozen=True)
@@ -206,7 +220,7 @@ def push(objective: Objective, s: Stack) -> float:
     return float(gradient(objective, s.truth_logits).abs().sum())
 
 
-def descend(objective: Objective, s: Stack, logits_RV: torch.Tensor, steps: int = 200, rate: float = 0.1) -> torch.Tensor:
+def descend(objective: Objective, s: Stack, logits_RV: torch.Tensor, steps: int = 100, rate: float = 0.1) -> torch.Tensor:
     """Gradient descent with momentum .9, its rate falling to zero, each row at its own pace: gradient over the row's probability."""
     logits, speed = logits_RV.clone(), torch.zeros_like(logits_RV)
     for k in range(steps):

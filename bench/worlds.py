@@ -133,7 +133,7 @@ def starts(voice: Voice, ids: Sequence[int]) -> Iterator[int]:
 # ---- both tokenizers over the same law ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Boundary:
     """Where both tokenizers stand at the same byte: a teacher prefix and a student prefix, over all strings that keep both.
 
@@ -161,7 +161,7 @@ class Boundary:
     joint: Mapping[tuple[int, int], float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Inside:
     """A student boundary inside a teacher token. rest_W: the teacher's tokens that go on with the bytes the student has written.
 

@@ -32,6 +32,7 @@ from everywhere); tests/test_map.py holds this map true.
     pretokens     where a tokenizer cuts text into words before it merges
     masks         Mask: what cannot stand next where the other tokenizer has a boundary
     bridge        Bridge: two vocabularies laid over the same events
+    completion    what a row says in the middle of a teacher token
     check         is this pairing sound? refuses below a floor
     losses        events token: pure functions (logits, targets) -> LossOut
     student       Student: load, adapt (full or LoRA), run, save

@@ -180,6 +180,16 @@ def first_tokens(source: Vocabulary, target: Vocabulary) -> npt.NDArray[np.int64
     return out
 
 
+def first_of_bytes(raw: bytes, source: Vocabulary, target: Vocabulary) -> int:
+    """First token of some bytes in the target's encoding, whether they are text or not. Raises DataError where it cannot say them."""
+    try:
+        ids = target.backend.encode(raw.decode(), add_special_tokens=False).ids
+    except UnicodeDecodeError:
+        ids = []
+    piece = target.bytes_W[ids[0]] if ids else None
+    return ids[0] if piece and raw.startswith(piece) else _first_of_bytes(raw, source, target)
+
+
 def _first_of_bytes(raw: bytes, source: Vocabulary, target: Vocabulary) -> int:
     if target.byte_level:
         tokens = target.backend.model.tokenize("".join(BYTE_TO_CHAR[b] for b in raw))

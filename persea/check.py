@@ -2,63 +2,255 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+import json
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import sqrt
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from persea.align import boundaries, spans
-from persea.bridge import Bridge
-from persea.chat import Conversation
-from persea.errors import Refused
+from persea.align import Boundaries, Taught, align
+from persea.bridge import Bridge, bridge_digest
+from persea.chat import Conversation, Text, Tokens
+from persea.errors import DataError, Refused
+from persea.measure import Z95, wilson
+from persea.teacher import Teacher
+from persea.vocabulary import Vocabulary
 from persea.voice import Voice
+
+# Bits per byte by which a chat template may be worse than no template. Measured on the qwen sapling (tests/test_check.py): the newlines of
+# its template lost cost it .03, its roles exchanged .81. A slip of wording passes, a notation it was not trained with does not.
+WORSE = 0.25
+
+TEXTS = "texts"  # what stands for a skill where a recipe's own texts are measured
+
+# The teacher's probability mass that boundary masks leave, at each common boundary of a batch: in [0, 1].
+Kept = Callable[[Sequence[Tokens], Sequence[Tokens], Boundaries], npt.NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Answered conversations of one kind: a skill's reference answers in one language, or the lines of a text.
+
+    names  what to call each in a message
+    """
+
+    skill: str
+    language: str
+    conversations: tuple[Conversation, ...]
+    names: tuple[str, ...]
+
+    def rendered(self, voice: Voice) -> list[Tokens]:
+        """In a voice. Raises DataError where its tokenizer or template cannot say one."""
+        out = []
+        for name, conversation in zip(self.names, self.conversations, strict=True):
+            try:
+                out.append(voice.render(conversation))
+            except DataError as error:
+                raise DataError(error.what, where=f"{error.where}, {name}", remedy=error.remedy) from error
+        return out
 
 
 @dataclass(frozen=True)
 class Pairing:
-    """One teacher against the student on one skill's reference answers; shares of learned student tokens, in [0, 1].
+    """One teacher against the student on one sample. Shares in [0, 1].
 
+    Of the student's learned tokens; the four add up to 1 (align.Taught):
     boundary            stand where both tokenizers begin a token: taught by events
+    completion          begin inside a teacher token that begins at a common boundary
+    chunk               stand in a span of which only the ends are common
+    cross_entropy_only  nothing of the teacher's reaches them
+
     one_to_one          of all spans, those of one student and one teacher token
-    cross_entropy_only  the rest: taught by cross-entropy; boundary + cross_entropy_only = 1
     disagreement        of the common boundaries, those where the two realised tokens map to different events
+    spaces              of the common boundaries, those where a run of spaces and tabs stands: an event that tells no length
+    event_bytes, token_bytes  bytes that the event tells and that the student token has, mean over common boundaries
+    kept_mean, kept_p5  teacher's mass that the boundary masks leave: mean, and what 95 % of the boundaries have more of;
+                        None where it was not measured
     """
 
     teacher: str
     skill: str
+    language: str
     conversations: int
     tokens: int
+    boundaries: int
     boundary: float
-    one_to_one: float
+    completion: float
+    chunk: float
     cross_entropy_only: float
+    one_to_one: float
     disagreement: float
+    spaces: float
+    event_bytes: float
+    token_bytes: float
+    kept_mean: float | None = None
+    kept_p5: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def check(teacher: str, voice: Voice, student: Voice, bridge: Bridge, skill: str, conversations: Sequence[Conversation]) -> Pairing:
-    """Lay both renderings of each answered conversation over each other. Raises DataError where bytes cannot be located."""
-    learned = common = ones = pieces = differ = 0
-    for conversation in conversations:
-        s, t = student.render(conversation), voice.render(conversation)
-        both, ranges = boundaries(s, t), spans(s, t)
-        learned += int(s.learn_T.sum())
-        common += len(both.student_C)
-        ones += ranges.one_to_one
-        pieces += len(ranges.student_C2)
-        event_s = bridge.student_event_V[s.ids_T[both.student_C]]
-        event_t = bridge.teacher_event_W[t.ids_T[both.teacher_C]]
-        differ += int(np.sum(event_s != event_t))
-    share = common / max(1, learned)
-    return Pairing(teacher, skill, len(conversations), learned, share, ones / max(1, pieces), 1 - share, differ / max(1, common))
+@dataclass(frozen=True)
+class Likelihood:
+    """A teacher's bits per byte on reference answers: asked in its own template, and after the bare question.
+
+    language  "" = all of them
+    low       lower end of the 95 % interval of template - bare, over conversations; None where there is one
+    """
+
+    teacher: str
+    language: str
+    conversations: int
+    bytes: int
+    template: float
+    bare: float
+    low: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
 
 
-def refuse_below(pairings: Iterable[Pairing], floor: float) -> None:
-    """Raises Refused for a pairing whose boundary share lies below the floor: nothing of the teacher would arrive."""
+def check(teacher: str, voice: Voice, student: Voice, bridge: Bridge, sample: Sample, mine: Sequence[Tokens], kept: Kept | None = None) -> Pairing:
+    """Lay the teacher's renderings over the student's (`mine`). Raises DataError where bytes cannot be located, or the bridge is another
+    pair's.
+    """
+    if bridge.digest != bridge_digest(voice, student):
+        raise DataError("this bridge was built for other tokenizers", where=f"{teacher} -> student", remedy="open the bridge of these two voices")
+    theirs = sample.rendered(voice)
+    found = align(mine, theirs)
+    both, ids_S, ids_T = found.boundaries, _ids(mine), _ids(theirs)
+    learned = int((found.taught_S >= 0).sum())
+    shares = np.bincount(found.taught_S[found.taught_S >= 0], minlength=len(Taught)) / max(1, learned)
+    token_C = ids_S[both.student_C]
+    event_C = bridge.student_event_V[token_C]
+    differ_C = event_C != bridge.teacher_event_W[ids_T[both.teacher_C]]
+    said_C = (student.vocabulary.lengths_W[token_C] > 0) & (event_C >= 0)
+    told_C = _event_bytes(bridge, student.vocabulary)[event_C[said_C]]
+    mass_C = kept(mine, theirs, both) if kept and len(token_C) else None
+    return Pairing(
+        teacher, sample.skill, sample.language, len(mine), learned, len(token_C),
+        float(shares[Taught.EVENT]), float(shares[Taught.COMPLETION]), float(shares[Taught.CHUNK]), float(shares[Taught.TEXT]) if learned else 1.0,
+        found.spans.one_to_one / max(1, len(found.spans.student_C2)), _mean(differ_C), _mean(_spaces(token_C, student.vocabulary)),
+        _mean(told_C), _mean(student.vocabulary.lengths_W[token_C[said_C]]),
+        None if mass_C is None else _mean(mass_C), None if mass_C is None else float(np.quantile(mass_C, 0.05)))
+
+
+def _ids(renderings: Sequence[Tokens]) -> npt.NDArray[np.int32]:
+    return np.concatenate([np.empty(0, np.int32), *(r.ids_T for r in renderings)])
+
+
+def _mean(values: npt.NDArray[Any]) -> float:
+    return float(values.mean()) if len(values) else 0.0
+
+
+def _event_bytes(bridge: Bridge, vocabulary: Vocabulary) -> npt.NDArray[np.int32]:
+    """Bytes of each event: those of its shortest student token, which begins all the others."""
+    offsets_E1, tokens = bridge.members
+    return np.minimum.reduceat(vocabulary.lengths_W[tokens], offsets_E1[:-1])
+
+
+def _spaces(ids: npt.NDArray[np.int32], vocabulary: Vocabulary) -> npt.NDArray[np.bool_]:
+    kinds, which = np.unique(ids, return_inverse=True)
+    pieces = [vocabulary.bytes_W[i] or b"x" for i in kinds.tolist()]
+    return np.array([not p.strip(b" \t") for p in pieces], np.bool_)[which]
+
+
+def likelihood(teacher: Teacher, samples: Sequence[Sample]) -> list[Likelihood]:
+    """Of the answers of all samples, then by language. The bare text is the question, a newline, and the answer.
+
+    Two forward passes over every answer; answers without a byte say nothing and are left out.
+    """
+    languages = [s.language for s in samples for _ in s.conversations]
+    asked = [replace(c, effort=teacher.effort) for s in samples for c in s.conversations]
+    bare = [_bare(teacher.voice, c) for c in asked]
+    plain = teacher.engine.score([ids for ids, _ in bare], [learn for _, learn in bare])
+    rows = np.zeros((len(asked), 3))
+    for k, ((tokens, logprobs), (ids, learn), bare_logprobs) in enumerate(zip(teacher.score(asked), bare, plain, strict=True)):
+        said = (tokens.starts_T >= 0) & (tokens.ends_T > tokens.starts_T)
+        size = (tokens.ends_T - tokens.starts_T)[said & tokens.learn_T].sum()
+        rows[k] = size, _bits(logprobs, tokens.ids_T[tokens.learn_T])[said[tokens.learn_T]].sum(), _bits(bare_logprobs, ids[learn]).sum()
+    names = np.array(languages, object)[rows[:, 0] > 0]
+    rows = rows[rows[:, 0] > 0]
+    return [_likelihood(teacher.name, name, rows[(names == name) | (not name)]) for name in dict.fromkeys(["", *names.tolist()]) if len(rows)]
+
+
+def _bare(voice: Voice, conversation: Conversation) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+    """Ids of a conversation without any template, and which of them are the answer's. A BOS stands where the template has one: some models
+    say nothing sensible without.
+    """
+    kept = voice.family.normalise(conversation)
+    question, answer = "\n".join(m.text for m in conversation.messages[:-1]) + "\n", kept.messages[-1].text
+    bos = voice.vocabulary.control.get(voice.special_tokens.get("bos_token", ""))
+    front = [bos] if bos is not None and int(voice.prompt(conversation).ids_T[0]) == bos else []
+    before, after = voice.vocabulary.encode_batch([question, answer])
+    ids = np.array([*front, *before, *after], np.int32)
+    return ids, np.arange(len(ids)) >= len(ids) - len(after)
+
+
+def _bits(logprobs: Any, ids_N: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
+    bits: npt.NDArray[np.float64] = -logprobs.numpy()[np.arange(len(ids_N)), ids_N].astype(np.float64) / np.log(2)
+    return bits
+
+
+def _likelihood(teacher: str, language: str, rows_N3: npt.NDArray[np.float64]) -> Likelihood:
+    """Totals of (bytes, bits in the template, bits of the bare text); the interval is that of a ratio of sums over conversations."""
+    size, template, bare = rows_N3.sum(axis=0)
+    excess = (template - bare) / size
+    n, rest = len(rows_N3), rows_N3[:, 1] - rows_N3[:, 2] - excess * rows_N3[:, 0]
+    low = excess - Z95 * sqrt(n * float(rest.var(ddof=1))) / size if n > 1 else None
+    return Likelihood(teacher, language, n, int(size), float(template / size), float(bare / size), None if low is None else float(low))
+
+
+def read_texts(language: str, reference: str, lines: int) -> Sample:
+    """The first lines of a text file, as answers to nothing. `FILE#key` takes that key of a JSON object on every line.
+
+    Raises DataError where the file is missing, no UTF-8, holds no text, or a line has no such key.
+    """
+    name, _, key = reference.partition("#")
+    where = f"check.texts.{language}, {name}"
+    texts: list[tuple[str, str]] = []
+    try:
+        rows = Path(name).read_text(encoding="utf-8-sig").split("\n")  # a line may end as on Windows; a stray sign of that is no text
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the text: {error}", where=where, remedy="give a UTF-8 file, one text a line") from error
+    for number, row in enumerate(rows, start=1):
+        if len(texts) < lines and row.strip():
+            texts.append((f"{Path(name).name}:{number}", _field(row, key, f"{where}:{number}") if key else row))
+    if not texts:
+        raise DataError("no line with a text", where=where, remedy="give a UTF-8 file, one text a line")
+    said = tuple(Conversation.ask("").answered(Text(unicodedata.normalize("NFC", text))) for _, text in texts)
+    return Sample(TEXTS, language, said, tuple(n for n, _ in texts))
+
+
+def _field(row: str, key: str, where: str) -> str:
+    try:
+        value = json.loads(row)
+    except (ValueError, RecursionError) as error:
+        raise DataError("not a JSON object", where=where, remedy="leave out the `#key` to take the line itself") from error
+    if not isinstance(value, dict) or not isinstance(value.get(key), str):
+        raise DataError(f"no text under {key!r}", where=where, remedy="name a key that holds a text on every line, after `#`")
+    return str(value[key])
+
+
+def refuse(pairings: Iterable[Pairing], likelihoods: Iterable[Likelihood], floor: float, most: float) -> None:
+    """Raises Refused for the first pairing whose boundary share lies below `floor`, or whose disagreement lies above `most` (with the
+    low end of its interval: a short sample proves nothing), and for a teacher that its template makes worse by WORSE.
+    """
     for p in pairings:
+        where = f"{p.teacher} -> student, {' '.join(filter(None, (p.skill, p.language)))}"
         if p.boundary < floor:
-            raise Refused(f"only {p.boundary:.0%} of the student's tokens stand on a common boundary (floor {floor:.0%})",
-                          where=f"{p.teacher} -> student, {p.skill}",
+            raise Refused(f"only {p.boundary:.0%} of the student's tokens stand on a common boundary (floor {floor:.0%})", where=where,
                           remedy="choose a teacher or student whose tokenizers are nearer, or lower check.floor")
+        if p.boundaries and wilson(round(p.disagreement * p.boundaries), p.boundaries)[0] > most:
+            raise Refused(f"{p.disagreement:.1%} of the common boundaries disagree on the event (at most {most:.1%})", where=where,
+                          remedy="choose a teacher or student whose tokenizers are nearer, or raise check.disagreement")
+    for one in likelihoods:
+        if not one.language and one.low is not None and one.low > WORSE:
+            raise Refused(f"its chat template costs it {one.template - one.bare:.2f} bits a byte: {one.template:.2f} on the reference answers, "
+                          f"{one.bare:.2f} without any template", where=f"{one.teacher}, {one.conversations} answers",
+                          remedy="the template is not the one it was trained with: give the model's own chat_template.jinja, or an instruct model")

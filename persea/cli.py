@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from persea import __version__
-from persea.errors import PerseaError, RecipeError, Stopped
+from persea.errors import PerseaError, RecipeError, Refused, Stopped
 
 if TYPE_CHECKING:
     from persea.recipe import Recipe
@@ -87,9 +87,16 @@ def quickstart(set_: Sets = [], out: Out = NOWHERE, as_json: AsJson = False) -> 
 def _verb(name: str, text: str) -> Callable[..., None]:
     def stage(recipe: RecipePath, set_: Sets = [], out: Out = NOWHERE, as_json: AsJson = False) -> None:  # noqa: B006
         river = _river(recipe, set_, out)
-        _flow(river, name, as_json)
+        try:
+            _flow(river, name, as_json)
+        except Refused:
+            if name == "check" and not as_json:
+                _show_check(river.folder)  # what was refused is seen best beside the rest
+            raise
         if as_json:
-            typer.echo(json.dumps(river.done(name), indent=1))
+            typer.echo(json.dumps(_checked(river.folder) if name == "check" else river.done(name), indent=1))
+        elif name == "check":
+            _show_check(river.folder)
         elif name == "report":
             _conclude(river.folder, as_json)
 
@@ -98,7 +105,7 @@ def _verb(name: str, text: str) -> Callable[..., None]:
 
 
 for _name, _text in (
-        ("check", "Is each pairing of tokenizers sound? Shares of common boundaries; refuses below the floor (exit 4)."),
+        ("check", "Is each pairing of tokenizers sound, by language? Refuses below a floor (exit 4). --json prints check.json."),
         ("audition", "Measure every teacher on every skill; cast the strongest."),
         ("capture", "Ask the cast; keep answers and distributions."),
         ("train", "Teach the student from all teachers at once."),
@@ -173,6 +180,17 @@ def _conclude(folder: Path, as_json: bool) -> None:
 
     comparison(report)
     typer.echo(f"page     {folder / 'report' / 'index.html'}\nstudent  {folder / 'train' / 'student'}")
+
+
+def _checked(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "check" / "check.json").read_text())
+    return found
+
+
+def _show_check(folder: Path) -> None:
+    from persea.progress import pairings
+
+    pairings(_checked(folder))
 
 
 def _stop(number: int, frame: object) -> None:

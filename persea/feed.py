@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from persea.align import boundaries
+from persea.align import align
 from persea.bridge import Bridge
 from persea.cache import Capture
 from persea.chat import Effort, Tokens
+from persea.completion import Completer, allows, open_completer, said_before
 from persea.errors import DataError
 from persea.losses import Entries, Targets, standing, targets, together
 from persea.masks import FREE, Keeper
@@ -84,19 +85,29 @@ def _permutation(seed: int, epoch: int, n: int) -> npt.NDArray[np.int64]:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-def lesson(capture: Capture, voice: Voice, bridge: Bridge) -> Lesson:
-    """A capture in the student's voice, answering at once (the student's own thinking switch comes with its template)."""
+def lesson(capture: Capture, voice: Voice, bridge: Bridge, completer: Completer | None = None) -> Lesson:
+    """A capture in the student's voice, answering at once (the student's own thinking switch comes with its template).
+
+    completer  for student tokens that begin inside a teacher token; None = these learn from the text
+    """
     tokens = voice.render(replace(capture.answer.conversation, effort=Effort.NONE))
-    both = boundaries(tokens, capture.tokens)
-    rows, answer = capture.rows, capture.answer
-    row_C = (np.cumsum(capture.tokens.learn_T) - 1)[both.teacher_C]
-    place_C = (np.cumsum(tokens.learn_T) - 1)[both.student_C]
+    found = align([tokens], [capture.tokens])
+    both, rows, answer = found.boundaries, capture.rows, capture.answer
+    place_S, row_T = np.cumsum(tokens.learn_T) - 1, np.cumsum(capture.tokens.learn_T) - 1
+    row_C, place_C = row_T[both.teacher_C], place_S[both.student_C]
     begins, sizes = rows.offsets_N1[row_C], np.diff(rows.offsets_N1)[row_C]
     at_M = np.repeat(begins - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
     contexts = [None if mask is None else _contexts(mask.keeper, of, at, place_C, int(tokens.learn_T.sum())) for mask, of, at in (
         (bridge.teacher_mask, tokens, both.student_C), (bridge.student_mask, capture.tokens, both.teacher_C))]
     said = standing(bridge, np.repeat(place_C, sizes), rows.ids_M[at_M], rows.probs_M[at_M],
                     student_N=contexts[0], teacher_N=contexts[1], kind=rows.kind)
+    if completer is not None and allows(rows.kind):
+        at_I, in_I, said_I = (side[found.inside.common_I] for side in (found.inside.student_I, found.inside.teacher_I, found.inside.said_I))
+        bytes_I = said_before(completer.teacher.vocabulary, capture.tokens.ids_T[in_I], said_I)
+        more = completer.complete(rows, row_T[in_I], bytes_I, completer.student.contexts(tokens.ids_T, at_I.tolist()))
+        none = np.empty(0, np.int64)
+        said = together([said, Entries(place_S[at_I][more.at_M], more.event_M, more.probs_M, more.entry_D, more.token_D, none,
+                                       none.astype(np.float32), rows.kind)], [0, 0])
     return Lesson(tokens, answer.teacher, answer.skill, answer.language, said)
 
 
@@ -108,16 +119,18 @@ def _contexts(keeper: Keeper, tokens: Tokens, at_C: npt.NDArray[np.int64], place
     return found
 
 
-def offline(captures: Iterable[Capture], voice: Voice, bridges: Mapping[str, Bridge], *, size: int, seed: int, max_tokens: int) -> Feed:
+def offline(captures: Iterable[Capture], voice: Voice, bridges: Mapping[str, Bridge], *, size: int, seed: int, max_tokens: int,
+            completion: bool = False) -> Feed:
     """Batches from captures. Answers longer than max_tokens, or that the student's tokenizer or template cannot say (a
     literal U+2581 in a SentencePiece student), are left out and counted; nothing is cut. Raises DataError where none is left.
     """
+    completers = {name: open_completer(bridge) if completion else None for name, bridge in bridges.items()}
     kept: list[Lesson] = []
     unsayable: list[str] = []
     too_long = 0
     for capture in captures:
         try:
-            one = lesson(capture, voice, bridges[capture.answer.teacher])
+            one = lesson(capture, voice, bridges[capture.answer.teacher], completers[capture.answer.teacher])
         except DataError as error:
             unsayable.append(f"{capture.answer.prompt_id}: {error}")
             continue

@@ -16,7 +16,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -163,6 +163,7 @@ class Keeper:
         return not cut_off and any(self.pretokens.may_cut(self.pretokens.signature(before + word), heads) for before in BEFORE)
 
 
+@lru_cache(maxsize=8)  # a student's is shared by the bridges of all its teachers
 def open_keeper(vocabulary: Vocabulary) -> Keeper:
     """A tokenizer as a keeper of its boundaries."""
     return Keeper(vocabulary, derive(vocabulary), open_pretokens(vocabulary))

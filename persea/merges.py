@@ -41,6 +41,10 @@ class Merges:
     pair_R2: npt.NDArray[np.int32]
 
     @cached_property
+    def _unmade(self) -> npt.NDArray[np.int32]:
+        return np.flatnonzero(~self.made_V).astype(np.int32)
+
+    @cached_property
     def _by_left(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Merges by their left part: (offsets, ranks)."""
         order = np.argsort(self.pair_R2[:, 0], kind="stable")
@@ -81,7 +85,7 @@ class Merges:
     def crosses(self, token: int, after: int) -> bool:
         """Whether `after` is among cannot_follow(token): a few microseconds, where that one takes half a millisecond."""
         if not (self.made_V[token] and self.made_V[after]):
-            return False
+            return True
         left, right, ranks, times = self._lists
         until = NEVER
         while token >= 0:
@@ -98,12 +102,15 @@ class Merges:
         return False
 
     def cannot_follow(self, token: int) -> npt.NDArray[np.int32]:
-        """Tokens, sorted, that never stand right after `token` within one word: a merge across the two comes first."""
+        """Tokens, sorted, that never stand right after `token` within one word: a merge across the two comes first.
+
+        What no merge makes (ignore_merges: it is a whole word, or nothing) stands beside nothing within a word.
+        """
         if not self.made_V[token]:
-            return np.empty(0, np.int32)
+            return np.arange(len(self.made_V), dtype=np.int32)
         offsets, ranks_R = self._by_left
         rim_offsets, rim_tokens, rim_untils, rim_ranks = self._left_rims
-        found = []
+        found = [self._unmade]
         for piece, until in self._right_rim(token):
             rank = ranks_R[offsets[piece]:offsets[piece + 1]]
             right = self.pair_R2[rank, 1]

@@ -8,6 +8,7 @@ representative of each class is asked, once, and whole vocabularies are answered
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -15,8 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import regex
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from persea.vocabulary import Vocabulary
 
@@ -26,9 +26,9 @@ AFTER = ("", "a", "A", "1", ".", " ", " a", "\n", "\r", "'", "'s", "'ll", "/", "
 BEFORE = ("", "a", "A", "1", "12", " ", "  ", ".", "'", ".'", "\n", "/", "你", "\u0e31", "\u0e31\u0e31")  # what may stand before
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # ByteLevel's own
 PATTERNS = {"Digits": r"\p{N}", "Punctuation": r"\p{P}\p{S}"}
-CONTRACTION = regex.compile(r"'\w+")
-SYNTAX = regex.compile(r"\\[pP]\{\^?\w+\}|\\[rnsSdDwWtvf]|\(\?[a-z]*[:!=]|\{\d+(?:,\d*)?\}")
-UNKNOWN = regex.compile(r"\\[a-zA-Z]|\[:")  # what else a pattern may say of classes
+CONTRACTION = re.compile(r"'\w+")
+SYNTAX = re.compile(r"\\[pP]\{\^?\w+\}|\\[rnsSdDwWtvf]|\(\?[a-z]*[:!=]|\{\d+(?:,\d*)?\}")
+UNKNOWN = re.compile(r"\\[a-zA-Z]|\[:")  # what else a pattern may say of classes
 SPACE = frozenset("\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B))))
 
 
@@ -45,6 +45,7 @@ class Pretokens:
     plain_letters: bool  # letters of the pattern matter behind an apostrophe only
     _class: dict[tuple[str, bool], str] = field(default_factory=dict)
     _first: dict[tuple[str, bool], str] = field(default_factory=dict)
+    _asked: dict[str, pre_tokenizers.Split] = field(default_factory=dict)
     _joined: dict[tuple[str, str], bool] = field(default_factory=dict)
 
     def cuts(self, text: str) -> list[int]:
@@ -84,12 +85,18 @@ class Pretokens:
             return ("".join([self._class_of(c, False) for c in whole[:HEAD]]),)
         return tuple(sorted({self._class_of(c, False) for c in _completions(rest)}))
 
+    def _is(self, wanted: str, c: str) -> bool:
+        """Whether the tokenizer's own engine finds a property in a character: another's Unicode may be newer by a script."""
+        if wanted not in self._asked:
+            self._asked[wanted] = pre_tokenizers.Split(Regex(wanted), "removed")
+        return not self._asked[wanted].pre_tokenize_str(c)
+
     def _class_of(self, c: str, plain: bool) -> str:
         """plain: a letter that the pattern names is a letter like any other."""
         key = (c, plain)
         if key not in self._class:
             literal = (c in SPACE or c in self.literals or c.casefold() in self.literals) and not (plain and c.isalpha())
-            kind = c if literal else repr([bool(regex.match(p, c)) for p in self.properties] + [low <= c <= high for low, high in self.ranges])
+            kind = c if literal else repr([self._is(p, c) for p in self.properties] + [low <= c <= high for low, high in self.ranges])
             self._class[key] = self._first.setdefault((kind, plain), c)
         return self._class[key]
 
@@ -110,9 +117,9 @@ def open_pretokens(vocabulary: Vocabulary) -> Pretokens:
     # SentencePiece: the normaliser has written a sign for every space before the pre-tokenizer looks for spaces
     signs = '"content": "▁"' in json.dumps(definition["normalizer"], ensure_ascii=False)
     whole = not unknown and (not patterns or (signs and set(patterns) == {" "}))
-    properties = tuple(sorted({rf"\p{{{name}}}" for name in regex.findall(r"\\[pP]\{\^?(\w+)\}", text)} | {r"\s", r"\w", r"\d"}))
+    properties = tuple(sorted({rf"\p{{{name}}}" for name in re.findall(r"\\[pP]\{\^?(\w+)\}", text)} | {r"\s", r"\w", r"\d"}))
     plain_letters = "'" in text and not any(c.isalpha() for c in CONTRACTION.sub("", rest))
-    ranges = tuple(sorted(set(regex.findall("(.)-(.)", rest, overlapped=True))))
+    ranges = tuple(sorted(set(re.findall("(?=(.)-(.))", rest))))
     return Pretokens(backend, whole, unknown, properties, frozenset(rest.casefold()), ranges, plain_letters)
 
 

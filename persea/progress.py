@@ -54,6 +54,29 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     Console().print(drawn)
 
 
+def pairings(checked: dict[str, Any]) -> None:
+    """What check found: a table a teacher, a row a skill and language; and how well each teacher's template suits it."""
+    console = Console()
+    for teacher in dict.fromkeys(p["teacher"] for p in checked["pairs"]):
+        rows = [p for p in checked["pairs"] if p["teacher"] == teacher]
+        kept = any(p["kept_mean"] is not None for p in rows)
+        names = ("text", "tokens", "events", "inside", "chunk", "alone", "1:1", "differ", "spaces", "bytes", *(("kept",) if kept else ()))
+        drawn = Table(*(Column(name, justify="left" if name == "text" else "right") for name in names), box=None, header_style="bold",
+                      title=f"{teacher} -> student", title_justify="left", padding=(0, 1, 0, 0))
+        for p in rows:
+            shares = (f"{p[k]:.0%}" for k in ("boundary", "completion", "chunk", "cross_entropy_only", "one_to_one"))
+            mass = (f"{p['kept_mean']:.1%}/{p['kept_p5']:.0%}",) if p["kept_mean"] is not None else ("",) if kept else ()
+            drawn.add_row(" ".join(filter(None, (p["skill"], p["language"]))), f"{p['tokens']:,}", *shares, f"{p['disagreement']:.1%}",
+                          f"{p['spaces']:.0%}", f"{p['event_bytes']:.1f}/{p['token_bytes']:.1f}", *mass)
+        console.print(drawn)
+    console.print("of the student's tokens: events + inside a teacher token + chunk + alone = 100 %; of the common boundaries: differ, spaces; "
+                  "bytes an event tells / a student token has", style="dim")
+    for one in checked["likelihoods"]:
+        if not one["language"]:
+            console.print(f"{one['teacher']}: {one['template']:.2f} bits a byte in its own template, {one['bare']:.2f} on the bare text",
+                          highlight=False)
+
+
 def comparison(report: dict[str, Any]) -> None:
     """Student, base and every teacher on every skill; the best teacher is starred, intervals are 95 %."""
     first = next(iter(report["skills"].values()))

@@ -158,6 +158,12 @@ class Evaluation(Section):
 
 class Check(Section):
     floor: float = Field(default=0.3, ge=0, le=1, description="least share of learned tokens on a common boundary, else refused")
+    disagreement: float = Field(default=0.1, ge=0, le=1, description="most common boundaries whose two tokens are different events, else refused")
+    texts: dict[str, str] = Field(
+        default={}, description="language -> a file to measure besides the skills' answers, one text a line; FILE#key = that key of JSON lines")
+    lines: int = Field(default=200, ge=1, le=MANY, description="lines of each text, at most")
+    likelihood: bool | None = Field(
+        default=None, description="open weights, to see whether a teacher's template suits it (default: those in a folder of at most 4 GB)")
 
 
 class Recipe(Section):
@@ -259,7 +265,8 @@ def _agreed(section: S, *claims: tuple[bool, KeyPath, str, str]) -> S:
 
 
 WORDS = (  # what pydantic's finding begins with, and what the value should be
-    ("int_", "a whole number"), ("float_", "a number"), ("finite", "a finite number"), ("string_type", "text"), ("string_too", "some text"),
+    ("int_", "a whole number"), ("bool_", "true or false"), ("float_", "a number"), ("finite", "a finite number"), ("string_type", "text"),
+    ("string_too", "some text"),
     ("string_pattern", "a plain name"), ("date_", "a date such as 2025-01-01"), ("tuple_", "a list, each entry after `- `"),
     ("model_", "a section, its keys indented below it"), ("dict_", "a section, its keys indented below it"))
 BOUNDS = {"greater_than": ("gt", "more than"), "greater_than_equal": ("ge", "at least"), "less_than_equal": ("le", "at most")}

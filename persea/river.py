@@ -19,11 +19,13 @@ from persea import skills, store
 from persea.audition import Cast
 from persea.bridge import Bridge, open_bridge
 from persea.capture import Unit, plan_units
+from persea.chat import Text
+from persea.check import Sample, read_texts
 from persea.corpus import Corpus, Prompt, gather, read_prompts
 from persea.errors import DataError, Refused
 from persea.lineage import Parent
 from persea.measure import Item, Skill, Split
-from persea.models import Source, fingerprint, notes, open_voice
+from persea.models import Source, fingerprint, local_folder, notes, open_voice
 from persea.recipe import ModelRef, Recipe
 from persea.voice import Voice
 
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from persea.teacher import Teacher
 
 STUDENT, BASE = "student", "base"
+SAMPLE = 64  # reference answers of one skill and language that check lays over each other; they are short and much alike
+SMALL = 4_000_000_000  # bytes of weights that check opens unasked: seconds, and 8 GB in float32. The stages after it open any size
 Tell = Callable[[str, float, str], None]  # stage, share done in [0, 1], a few words
 
 
@@ -39,6 +43,12 @@ def source(ref: ModelRef) -> Source:
     """Where a recipe's model comes from."""
     sizes = tuple(sorted(ref.sizes.model_dump().items())) if ref.sizes else ()
     return Source(ref.model, ref.revision, ref.tokenizer, ref.family, sizes)
+
+
+def is_small(where: Source) -> bool:
+    """Whether weights lie in a folder here and open in seconds. Those of a hub model may have to be fetched; random ones say nothing."""
+    folder = None if where.is_random else local_folder(where.model, "check.likelihood")
+    return folder is not None and sum(p.stat().st_size for p in folder.glob("*.safetensors")) <= SMALL
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +104,23 @@ class River:
         """Digest of all held-out questions and their answers."""
         return digest_of([[i.prompt.id, i.prompt.conversation.to_json(), i.reference]
                         for split in (Split.AUDITION, Split.TEST) for _, items in self.items(split) for i in items])
+
+    @cached_property
+    def samples(self) -> tuple[Sample, ...]:
+        """What check lays over each other: every skill's reference answers, by language, and the recipe's texts."""
+        samples = []
+        for skill, items in self.items(Split.AUDITION):
+            for language in dict.fromkeys(i.prompt.language for i in items):
+                some = [i for i in items if i.prompt.language == language][:SAMPLE]
+                said = tuple(i.prompt.conversation.answered(Text(i.reference)) for i in some)
+                samples.append(Sample(skill.name, language, said, tuple(i.prompt.id for i in some)))
+        check = self.recipe.check
+        return (*samples, *(read_texts(language, file, check.lines) for language, file in check.texts.items()))
+
+    @cached_property
+    def measured(self) -> str:
+        """Digest of what check lays over each other."""
+        return digest_of([[s.skill, s.language, [c.to_json() for c in s.conversations]] for s in self.samples])
 
     @cached_property
     def corpus(self) -> Corpus:

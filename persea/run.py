@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from persea import store
-from persea.chat import Effort, Text
+from persea.chat import Effort
 from persea.measure import Score, Split
-from persea.river import BASE, STUDENT, River, Tell, digest_of, set_threads
+from persea.river import BASE, STUDENT, River, Tell, digest_of, is_small, set_threads, source
 
 
 @dataclass(frozen=True)
@@ -31,19 +31,23 @@ class Stage:
 
 
 def check(river: River, folder: Path, tell: Tell) -> None:
-    """Lay every teacher's tokenizer over the student's, on every skill's reference answers."""
+    """Lay every teacher's tokenizer over the student's, on every skill's reference answers and the recipe's texts."""
+    from persea.check import TEXTS, likelihood, refuse
     from persea.check import check as pairing
-    from persea.check import refuse_below
 
-    pairs = []
-    for k, teacher in enumerate(river.recipe.teachers):
-        for skill, items in river.items(Split.AUDITION):
-            asked = [i.prompt.conversation.answered(Text(i.reference)) for i in items[:64]]
-            pairs.append(pairing(teacher.name, river.voices[teacher.name], river.student_voice, river.bridges[teacher.name], skill.name, asked))
+    samples, settings, teachers = river.samples, river.recipe.check, river.recipe.teachers
+    mine = [s.rendered(river.student_voice) for s in samples]
+    pairs, likelihoods = [], []
+    for k, teacher in enumerate(teachers):
+        voice, bridge = river.voices[teacher.name], river.bridges[teacher.name]
+        pairs += [pairing(teacher.name, voice, river.student_voice, bridge, s, said) for s, said in zip(samples, mine, strict=True)]
+        if is_small(source(teacher)) if settings.likelihood is None else settings.likelihood:
+            likelihoods += likelihood(river.teacher(teacher.name, river.recipe.audition.batch), [s for s in samples if s.skill != TEXTS])
         family, note = river.families[teacher.name]["family"], river.families[teacher.name]["note"]
-        tell("check", (k + 1) / len(river.recipe.teachers), f"{teacher.name} ({family}{', see its note in check.json' if note else ''})")
-    store.publish_json(folder / "check.json", {"pairs": [p.to_json() for p in pairs], "families": river.families})
-    refuse_below(pairs, river.recipe.check.floor)
+        tell("check", (k + 1) / len(teachers), f"{teacher.name} ({family}{', see its note in check.json' if note else ''})")
+    store.publish_json(folder / "check.json", {"pairs": [p.to_json() for p in pairs], "likelihoods": [one.to_json() for one in likelihoods],
+                                               "families": river.families})
+    refuse(pairs, likelihoods, settings.floor, settings.disagreement)
 
 
 def audition(river: River, folder: Path, tell: Tell) -> None:
@@ -146,7 +150,7 @@ def report(river: River, folder: Path, tell: Tell) -> None:
 
 
 STAGES: tuple[Stage, ...] = (
-    Stage("check", lambda r: [r.identities, r.student_identity, r.asked, r.recipe.check.model_dump()], check),
+    Stage("check", lambda r: [r.identities, r.student_identity, r.measured, r.recipe.check.model_dump()], check),
     Stage("audition", lambda r: [r.identities, r.asked, r.recipe.audition.model_dump(), r.recipe.capture.max_new_tokens], audition),
     Stage("capture", lambda r: [u.name for u in r.units], capture),
     Stage("train", lambda r: [[u.name for u in r.units], r.student_identity, r.recipe.training.model_dump(), r.recipe.seed, r.recipe.threads], train),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -13,8 +14,9 @@ from conftest import FAMILIES, Speaker
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from persea.align import boundaries, spans
+from persea.align import Taught, align, boundaries, spans
 from persea.chat import Conversation, Effort, Message, Part, Role, Text, Thinking, Tokens
+from persea.errors import DataError
 from persea.voice import Voice
 
 FRAGMENTS = ["Hello", " world", " ", "  ", "\n", "\n\n", "\t", "\r\n", "1234", "x = [1]\n    y", "你好，世界", "三百四十二",
@@ -297,3 +299,180 @@ def test_spans_are_as_fine_as_the_boundaries_allow(voices: Voices, text: str):
     for a, b in spans(s, t).student_C2.tolist():
         assert a in firsts
         assert not firsts & set(range(a + 1, b))
+
+
+# ---- whole batches ---------------------------------------------------------------------------------------------------
+
+
+@given(said=st.lists(conversations(), max_size=5))
+@example(said=[Conversation.ask("x").answered(Text(text)) for text in ("trailing  ", "", LOREM)])
+@example(said=[])
+def test_a_batch_is_its_conversations(voices: Voices, said: list[Conversation]):
+    for s, t in (("llama", "gemma"), ("gemma", "qwen"), ("qwen", "gpt-oss")):
+        ones, twos = ([voices[n].render(c) for c in said] for n in (s, t))
+        whole = align(ones, twos)
+        assert whole.student_B1.tolist() == np.cumsum([0, *map(len, ones)]).tolist()
+        single = [align([one], [two]) for one, two in zip(ones, twos, strict=True)]
+        for side in ("student", "teacher"):
+            first = getattr(whole, f"{side}_B1")[:-1]
+            for what, name in (("boundaries", f"{side}_C"), ("spans", f"{side}_C2"), ("inside", f"{side}_I")):
+                want = [getattr(getattr(one, what), name) + k for one, k in zip(single, first, strict=True)]
+                assert getattr(getattr(whole, what), name).tolist() == np.concatenate([getattr(getattr(whole, what), name)[:0], *want]).tolist()
+        for of in (lambda a: a.inside.said_I, lambda a: a.inside.common_I, lambda a: a.taught_S):
+            assert of(whole).tolist() == [k for one in single for k in of(one).tolist()]
+
+
+@given(conversation=conversations())
+@example(conversation=Conversation.ask("x", effort=Effort.HIGH).answered(Thinking(LOREM), Text(LOREM)))
+@example(conversation=Conversation.ask("x", effort=Effort.HIGH).answered(Thinking("a thought\n"), Text("\n\n text")))
+def test_every_learned_token_is_taught_in_one_way(voices: Voices, conversation: Conversation):
+    """Judged token by token, by plain loops over the two renderings."""
+    rendered = {name: voice.render(conversation) for name, voice in voices.items()}
+    for s, one in rendered.items():
+        for t, two in rendered.items():
+            found = align([one], [two])
+            covers = {k: (int(two.starts_T[k]), int(two.ends_T[k])) for k in np.flatnonzero(two.learn_T) if two.starts_T[k] >= 0}
+            met = dict(zip(found.boundaries.student_C.tolist(), found.boundaries.teacher_C.tolist(), strict=True))
+            in_span = {k for a, b in found.spans.student_C2.tolist() for k in range(a, b)}
+            inside = dict(zip(found.inside.student_I.tolist(), zip(found.inside.teacher_I.tolist(), found.inside.said_I.tolist(), strict=True),
+                              strict=True))
+            for k in range(len(one)):
+                if not one.learn_T[k]:
+                    assert found.taught_S[k] == -1
+                    continue
+                place = int(one.starts_T[k])
+                over = [j for j, (a, b) in covers.items() if a < place < b and place < one.ends_T[k]]
+                assert k in met or (inside.get(k, (None,))[0] == (over[0] if over else None)), (s, t)
+                if k in met:
+                    want = Taught.EVENT
+                elif over and over[0] in met.values():
+                    want = Taught.COMPLETION
+                    assert inside[k] == (over[0], place - covers[over[0]][0])
+                else:
+                    want = Taught.CHUNK if k in in_span else Taught.TEXT
+                assert found.taught_S[k] == want, (s, t, k)
+
+
+def test_all_four_ways_occur(voices: Voices):
+    conversation = answered(Thinking("one two"), Text(LOREM), effort=Effort.HIGH)
+    ways = {way for s in FAMILIES for t in FAMILIES for way in align([voices[s].render(conversation)], [voices[t].render(conversation)]).taught_S}
+    assert ways == {-1, *Taught}
+
+
+def test_no_token_is_taught_where_the_other_side_learns_nothing(voices: Voices):
+    s, t = voices["llama"].render(answered(Text("Hi"))), voices["qwen"].prompt(Conversation.ask("Hi"))
+    found = align([s], [t])
+    assert set(found.taught_S[s.learn_T]) == {Taught.TEXT}
+    assert len(found.boundaries.student_C) == len(found.spans.teacher_C2) == len(found.inside.said_I) == 0
+
+
+def test_what_is_no_pair_of_renderings_is_refused(voices: Voices):
+    s = voices["llama"].render(answered(Text(LOREM)))
+    with pytest.raises(DataError, match="2 renderings of the student against 1"):
+        align([s, s], [s])
+    learned = np.flatnonzero(s.learn_T)
+    for k, j in ((learned[3], learned[2]), (learned[2], learned[3])):
+        starts = s.starts_T.copy()
+        starts[k] = starts[j]
+        with pytest.raises(DataError, match="begin at the same byte"):
+            align([Tokens(s.ids_T, starts, s.ends_T, s.learn_T)], [s])
+
+
+# ---- strings that break others ---------------------------------------------------------------------------------------
+
+HARD = {
+    "emoji": "👩‍👩‍👧‍👦🏳️‍🌈👍🏽 🇻🇳", "burmese": "မြန်မာစာ၊ မင်္ဂလာပါ", "khmer": "ភាសាខ្មែរ​សួស្តី", "zwj": "क्‍ष a‍b ‌",
+    "crlf": "a\r\n\r\nb\r\rc \r\n", "digits": "1 12 123 1234 12345678901234567890 3.14159 ๑๒๓ １２３", "bom": "\ufeffBOM \ufeff twice",
+    "spaces": "a b  c   d    e\t\tf \t g\u3000h\u00a0i" + " " * 40 + "j",
+    "code": "def f(x):\n        if x:\n\t\treturn {'a': [1,  2]}\n\n\n    # end",
+    "look-alikes": "<|im_end|> <end_of_turn> <|eot_id|><think></think> <0x0A> [INST] <bos> Ġ Ċ",
+    "contractions": "I'LL don't they've 'tis I'm o'clock",
+    "decomposed": "Tie\u0302\u0301ng Vie\u0323\u0302t e\u0301 n\u0303",
+    "replacement": "\ufffd\ufffd \x00\x01\x7f", "marks": "\u0301 \u1037 \u0e49",
+}
+
+
+def check_bytes(conversation: Conversation, one: Tokens, two: Tokens, voices: tuple[Voice, Voice]) -> None:
+    """Every span covers the same bytes on both sides, and these are the bytes its tokens have."""
+    content = b"\xff".join(p.text.encode() for p in conversation.parts())
+    found = spans(one, two)
+    for ranges in zip(found.student_C2.tolist(), found.teacher_C2.tolist(), strict=True):
+        places = []
+        for tokens, voice, (a, b) in zip((one, two), voices, ranges, strict=True):
+            covered: list[int] = []
+            for k in range(a, b):
+                begin, end = int(tokens.starts_T[k]), int(tokens.ends_T[k])
+                if 0 <= begin < end:
+                    assert (voice.vocabulary.bytes_W[tokens.ids_T[k]] or b"").startswith(content[begin:end])
+                    covered += range(begin, end)
+                elif begin >= 0:
+                    covered.append(-1)
+            places.append(covered)
+        assert places[0] == places[1]
+
+
+def check_all(voices: Voices, conversation: Conversation, cut: tuple[int, int] = (0, 0)) -> None:
+    rendered = {name: voice.render(conversation) for name, voice in voices.items()}
+    for s, one in rendered.items():
+        for t, two in rendered.items():
+            shorter = [Tokens(*(getattr(x, f)[:max(0, len(x) - n)] for f in ("ids_T", "starts_T", "ends_T", "learn_T")))
+                       for x, n in zip((one, two), cut, strict=True)]
+            check_bytes(conversation, shorter[0], shorter[1], (voices[s], voices[t]))
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_hard_strings_cover_the_same_bytes(voices: Voices, name: str):
+    check_all(voices, answered(Text(HARD[name])))
+    one, two = (voices[n].render(answered(Text(HARD[name]))) for n in ("llama", "gemma"))
+    assert len(spans(one, two).student_C2) > 1, "the last is the stop, and there must be another"
+
+
+@given(conversation=conversations(), cut=st.tuples(st.integers(0, 12), st.integers(0, 12)))
+@example(conversation=Conversation.ask("x").answered(Text(HARD["emoji"])), cut=(2, 0))
+@example(conversation=Conversation.ask("x").answered(Text("Hi")), cut=(1, 0))
+def test_a_cap_cuts_either_side_anywhere(voices: Voices, conversation: Conversation, cut: tuple[int, int]):
+    check_all(voices, conversation, cut)
+
+
+def test_a_cut_inside_a_character_loses_the_last_span_alone(voices: Voices):
+    """The student's rendering ends inside an emoji: the span it stands in has no common end, all before it stay."""
+    conversation = answered(Text("Hello there 👩 x"))
+    one, two = voices["llama"].render(conversation), voices["gemma"].render(conversation)
+    whole = spans(one, two).student_C2.tolist()
+    at = len("Hi") + 1 + len("Hello there ")
+    inside = [k for k in np.flatnonzero(one.learn_T) if at < one.starts_T[k] < at + 4]
+    assert inside, "the case is not there any more"
+    for k in inside:
+        shorter = Tokens(one.ids_T[:k], one.starts_T[:k], one.ends_T[:k], one.learn_T[:k])
+        kept = spans(shorter, two).student_C2.tolist()
+        assert kept == [x for x in whole if x[1] <= k][:len(kept)]
+        assert len([x for x in whole if x[1] <= k]) - len(kept) <= 1
+
+
+# ---- the real tokenizers ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real_voices(real_of: Callable[[str], Speaker]) -> Voices:
+    return Voices({family: real_of(family).voice for family in FAMILIES})
+
+
+@pytest.mark.realdata
+@given(conversation=conversations(), cut=st.tuples(st.integers(0, 6), st.integers(0, 6)))
+@example(conversation=Conversation.ask("x", effort=Effort.HIGH).answered(Thinking(LOREM), Text(LOREM)), cut=(0, 0))
+def test_real_spans_cover_the_same_bytes(real_voices: Voices, conversation: Conversation, cut: tuple[int, int]):
+    check_all(real_voices, conversation)
+    check_all(real_voices, conversation, cut)
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize("name", HARD)
+def test_real_hard_strings_cover_the_same_bytes(real_voices: Voices, name: str):
+    check_all(real_voices, answered(Text(HARD[name])))
+
+
+@pytest.mark.realdata
+def test_real_lines_of_every_language_cover_the_same_bytes(data: Path, real_voices: Voices):
+    for file in sorted((data / "parallel").glob("ntrex.*.txt")):
+        lines = [unicodedata.normalize("NFC", line) for line in file.read_text(encoding="utf-8").split("\n")[:6] if "▁" not in line]
+        check_all(real_voices, answered(Text("\n".join(lines))))

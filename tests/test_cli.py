@@ -314,7 +314,7 @@ BAD: dict[str, tuple[Callable[[Path], list[object]], int, str]] = {
     "a line of another skill": (lambda f: prompts(f, '{"prompt": "x", "skill": "poetry"}'), 3,
                                 r".*p\.jsonl: prompt p\.jsonl:3 is of skill 'poetry', .*"),
     "unknown skill": (unknown_skill, 3, r"unknown skill 'poetry' -> known skills: languages, .*"),
-    "high floor": (checked_high, 4, r"[a-z-]+-sapling -> student, [a-z]+: only \d+% .* \(floor 99%\) -> .*lower check\.floor"),
+    "high floor": (checked_high, 4, r"[a-z-]+-sapling -> student, [a-z]+ [a-z]+: only \d+% .* \(floor 99%\) -> .*lower check\.floor"),
     "a file in place of the folder": (file_in_place, 6, r"taken/?.*: cannot write: .* -> .*"),
     "report before all": (lambda f: ["report", recipe(f)], 3, r"runs/tiny/check/done\.json: not there -> run the stage that writes check/ first"),
     "train before audition": (lambda f: ["train", recipe(f)], 3, r"runs/tiny/audition/.*: not there -> run the stage that writes audition/ first")}

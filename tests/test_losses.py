@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,25 @@ from hypothesis import strategies as st
 from worlds import WORLDS
 
 from persea.bridge import Bridge
-from persea.losses import LossOut, Targets, composed, cross_entropy, event_logprobs, standing, targets
-from persea.rows import Rows, sample_rows
+from persea.errors import DataError, RecipeError
+from persea.losses import (
+    Chunks,
+    Dead,
+    Divergence,
+    LossOut,
+    Targets,
+    chunk,
+    composed,
+    cross_entropy,
+    event_logprobs,
+    full,
+    refuse_divergence,
+    same_vocabulary,
+    standing,
+    targets,
+    together,
+)
+from persea.rows import RowKind, Rows, sample_rows
 from persea.voice import Voice
 
 GOLDEN = Path(__file__).parent / "golden" / "composed.json"
@@ -358,6 +376,249 @@ def test_sampled_rows_are_unbiased_and_top_k_is_not():
     z_loss, z_gradient = z_scores(top(p_W, round(mean_size)), c, bridge, full)
     assert abs(z_loss) > 40, "this test would not see a bias"
     assert z_gradient.abs().max() > 40
+
+
+# ---- a head with a rest ----------------------------------------------------------------------------------------------
+
+
+def top_said(bridge: Bridge, rows: dict[int, np.ndarray], k: int) -> Said:
+    """The k likeliest entries of dense rows, as a server gives them: exact, never renormalised."""
+    return said_of(bridge, {n: np.where(p_W >= np.sort(p_W)[-k], p_W, 0.0) for n, p_W in rows.items()})
+
+
+@given(seed=seeds, share=st.sampled_from([0.3, 0.7, 1.0]), k=st.integers(1, 4))
+def test_a_rest_is_one_event(seed: int, share: float, k: int):
+    """By brute force: what is not named is one event, of all tokens of no named event."""
+    rng = np.random.default_rng(seed)
+    N, V, W = 4, 24, 15
+    bridge = random_bridge(rng, W, V, 6)
+    rows = {n: rng.dirichlet(np.full(W, 0.4)) for n in (0, 2, 3)}
+    raw = top_said(bridge, rows, k)
+    said = targets(bridge, standing(bridge, raw.row_M, raw.ids_M, raw.probs_M, kind=RowKind.TOPK_REST), N)
+    logits, tokens = torch.from_numpy(2 * rng.standard_normal((N, V))), torch.from_numpy(rng.integers(0, V, N))
+    mine, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    q_NV, want = torch.softmax(theirs, -1), torch.zeros((), dtype=torch.float64)
+    for n in range(N):
+        ce, events, mass, named = -q_NV[n, tokens[n]].log(), torch.zeros((), dtype=torch.float64), 0.0, torch.zeros(V, dtype=torch.bool)
+        total = sum(p for row, p in zip(raw.row_M, raw.probs_M.tolist(), strict=True) if row == n)
+        for row, w, p in zip(raw.row_M, raw.ids_M, raw.probs_M.tolist(), strict=True):
+            event = int(bridge.teacher_event_W[w])
+            if row == n and event >= 0:
+                member = torch.from_numpy(bridge.student_event_V == event)
+                events, mass, named = events - p * q_NV[n, member].sum().log(), mass + p, named | member
+        if n in rows:
+            rest = max(0.0, 1 - total)
+            events, mass = events - rest * q_NV[n, ~named].sum().log(), mass + rest
+        want = want + share * events + (1 - share * mass) * ce
+    (want / N).backward()
+    out = composed(mine, tokens, [said], share)
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(want.item() / N, rel=1e-5)
+    torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_a_rest_keeps_its_digits_where_the_student_is_certain():
+    bridge = identity(4)
+    raw = Said(bridge, np.array([0]), np.array([0]), np.array([0.75], np.float32))
+    said = targets(bridge, standing(bridge, raw.row_M, raw.ids_M, raw.probs_M, kind=RowKind.TOPK_REST), 1)
+    logits = torch.tensor([[60.0, 0.0, 0.0, 1.0]], requires_grad=True)  # q(rest) = 4e-26: 1 - q(0) is 0 in float32, and in float64
+    out = composed(logits, torch.tensor([0]), [said], 1.0)
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(0.25 * (60 - math.log(2 + math.e)), rel=1e-6)
+    rest = torch.softmax(torch.tensor([0.0, 0.0, 1.0]), 0)
+    torch.testing.assert_close(logits.grad, torch.tensor([[0.25, *(-0.25 * rest).tolist()]]), rtol=1e-5, atol=1e-6)
+
+
+def test_rows_without_a_rest_have_none():
+    bridge = identity(5)
+    said = standing(bridge, np.array([1, 1]), np.array([0, 3]), np.array([0.5, 0.25], np.float32), kind=RowKind.TOPK_REST)
+    assert said.row_R.tolist() == [1] and said.rest_R.tolist() == [0.25]
+    assert targets(bridge, said, 3).rest_N.tolist() == [0.0, 0.25, 0.0]
+    assert len(targets(bridge, standing(bridge, np.array([1]), np.array([0]), np.array([0.5], np.float32)), 3).rest_N) == 0
+
+
+# ---- what a row's kind allows ----------------------------------------------------------------------------------------
+
+
+def test_only_full_rows_allow_other_divergences_than_forward():
+    for kind, divergence in product(RowKind, Divergence):
+        if kind is RowKind.FULL or (divergence is Divergence.FORWARD and kind is not RowKind.WORDS):
+            refuse_divergence(kind, divergence)
+        else:
+            with pytest.raises(RecipeError, match=f"{divergence.value} KL needs more than rows of kind {kind.value}") as caught:
+                refuse_divergence(kind, divergence)
+            assert caught.value.exit_code == 2 and caught.value.remedy
+
+
+@pytest.mark.parametrize(("ids", "probs", "kind", "reason"), [
+    ([0, 9], [0.5, 0.5], RowKind.SAMPLED, "teacher id 9 lies outside the vocabulary of 9 tokens"),
+    ([0, -1], [0.5, 0.5], RowKind.SAMPLED, "teacher id -1 lies outside"),
+    ([0, 1], [0.5, float("nan")], RowKind.SAMPLED, "a teacher's probability is nan"),
+    ([0, 1], [0.5, -0.1], RowKind.SAMPLED, r"a teacher's probability is -0\.1"),
+    ([0, 1], [0.9, 0.2], RowKind.FULL, r"a teacher's probabilities sum to 1\.1"),
+    ([0, 1], [0.9, 0.2], RowKind.TOPK_REST, r"a teacher's probabilities sum to 1\.1")])
+def test_what_is_no_row_is_refused(ids: list[int], probs: list[float], kind: RowKind, reason: str):
+    bridge = random_bridge(np.random.default_rng(0), 9, 12, 4)
+    with pytest.raises(DataError, match=reason) as caught:
+        standing(bridge, np.array([3, 3]), np.array(ids), np.array(probs, np.float32), kind=kind)
+    assert caught.value.exit_code == 3 and caught.value.remedy and "\n" not in str(caught.value)
+
+
+def test_a_sampled_row_may_exceed_one():
+    standing(identity(4), np.array([0, 0]), np.array([0, 1]), np.array([0.9, 0.2], np.float32))
+
+
+@pytest.mark.parametrize("columns", [11, 13])
+def test_logits_of_another_vocabulary_are_refused(columns: int):
+    bridge = random_bridge(np.random.default_rng(0), 9, 12, 4)
+    said = said_of(bridge, {0: np.full(9, 1 / 9)}).targets
+    with pytest.raises(DataError, match=f"{columns} logits a position, but the student's tokenizer has 12 tokens"):
+        composed(torch.zeros(1, columns), torch.tensor([0]), [said], 0.7)
+    with pytest.raises(DataError, match=f"{columns} student columns"):
+        full(torch.zeros(1, columns), torch.zeros(1, 9), bridge)
+    with pytest.raises(DataError, match=f"{columns} teacher columns"):
+        full(torch.zeros(1, 12), torch.zeros(1, columns), bridge)
+
+
+def test_entries_of_two_kinds_do_not_mix():
+    bridge = identity(4)
+    one, two = (standing(bridge, np.array([0]), np.array([0]), np.array([0.5], np.float32), kind=kind) for kind in (RowKind.SAMPLED, RowKind.FULL))
+    with pytest.raises(DataError, match="rows of kinds full, sampled from one teacher"):
+        together([one, two], [0, 1])
+
+
+# ---- whole distributions ---------------------------------------------------------------------------------------------
+
+
+def dead_of(rng: np.random.Generator, N: int, size: int) -> tuple[Dead, np.ndarray]:
+    """Some tokens that cannot stand, never the first: (as pairs, as a mask of those that can)."""
+    stands = rng.random((N, size)) < 0.7
+    stands[:, 0] = True
+    row, token = np.nonzero(~stands)
+    return Dead(torch.from_numpy(row), torch.from_numpy(token)), stands
+
+
+@given(seed=seeds, divergence=st.sampled_from(list(Divergence)), masked=st.booleans())
+def test_any_divergence_over_events(seed: int, divergence: Divergence, masked: bool):
+    rng = np.random.default_rng(seed)
+    N, V, W = 3, 20, 17
+    bridge = random_bridge(rng, W, V, 5)
+    bridge = replace(bridge, teacher_event_W=np.concatenate([np.arange(5), bridge.teacher_event_W[5:]]).astype(np.int32))
+    logits, rows = torch.from_numpy(2 * rng.standard_normal((N, V))).requires_grad_(), torch.from_numpy(rng.dirichlet(np.ones(W), N))
+    student_dead, stands_NV = dead_of(rng, N, V) if masked else (None, np.ones((N, V), bool))
+    teacher_dead, stands_NW = dead_of(rng, N, W) if masked else (None, np.ones((N, W), bool))
+    sides = []
+    for probs, stands, events in ((rows, stands_NW, bridge.teacher_event_W), (torch.softmax(logits, -1), stands_NV, bridge.student_event_V)):
+        mass = torch.stack([(probs * torch.from_numpy(stands & (events == e))).sum(-1) for e in range(5)], -1)
+        sides.append(mass / mass.sum(-1, keepdim=True))
+    p, q = sides
+    if masked:  # an event that only one side can say: infinite, and that is what it must be
+        finite = {"forward": bool(((p == 0) | (q > 0)).all()), "reverse": bool(((q == 0) | (p > 0)).all()), "jsd": True}[divergence.value]
+    else:
+        finite = True
+    m = (p + q) / 2
+    want = {"forward": torch.special.xlogy(p, p / q), "reverse": torch.special.xlogy(q, q / p),
+            "jsd": (torch.special.xlogy(p, p / m) + torch.special.xlogy(q, q / m)) / 2}[divergence.value]
+    want = want.nan_to_num(0, posinf=torch.inf).sum(-1).mean()
+    got = full(logits, rows.log(), bridge, divergence, student_dead=student_dead, teacher_dead=teacher_dead)
+    if not finite:
+        assert got.loss.item() == math.inf
+        return
+    assert got.loss.item() == pytest.approx(want.item(), rel=1e-9, abs=1e-12)
+    mine, = torch.autograd.grad(got.loss, logits, retain_graph=True)
+    if not masked:
+        theirs, = torch.autograd.grad(want, logits)
+        torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-10)
+    assert torch.isfinite(mine).all()
+
+
+@given(seed=seeds, divergence=st.sampled_from(list(Divergence)), dtype=st.sampled_from([torch.float32, torch.float64]))
+def test_the_same_tokenizer_is_the_ordinary_divergence_bit_for_bit(seed: int, divergence: Divergence, dtype: torch.dtype):
+    rng = np.random.default_rng(seed)
+    logits, teacher = (torch.from_numpy(3 * rng.standard_normal((4, 19))).to(dtype) for _ in range(2))
+    log_p, log_q = torch.log_softmax(teacher, -1), torch.log_softmax(logits, -1)
+    got = full(logits, log_p, identity(19), divergence)
+    assert torch.equal(got.loss, same_vocabulary(logits, log_p, divergence).loss)
+    plain = {"forward": (log_q, log_p), "reverse": (log_p, log_q)}.get(divergence.value)
+    if plain:
+        assert torch.equal(got.loss, F.kl_div(*plain, reduction="none", log_target=True).sum(-1).mean())
+    assert full(logits, log_q, identity(19), divergence).loss.abs() < (1e-6 if dtype is torch.float32 else 1e-14)
+
+
+def test_same_vocabulary_refuses_another():
+    with pytest.raises(RecipeError, match=r"student logits \(2, 5\), teacher log-probabilities \(2, 6\)"):
+        same_vocabulary(torch.zeros(2, 5), torch.zeros(2, 6))
+
+
+# ---- masks -----------------------------------------------------------------------------------------------------------
+
+
+class Fixed:
+    """A mask that is written down: context -> tokens that cannot stand."""
+
+    def __init__(self, dead: dict[int, list[int]]) -> None:
+        self.table = dead
+
+    def dead(self, context: int, candidates: np.ndarray) -> np.ndarray:
+        return np.intersect1d(self.table[context], candidates)
+
+
+@given(seed=seeds, share=st.sampled_from([0.3, 1.0]))
+def test_masked_entries_and_members(seed: int, share: float):
+    """The module's formula with what cannot stand crossed out by hand, on both sides; nothing is renormalised."""
+    rng = np.random.default_rng(seed)
+    N, V, W = 5, 22, 14
+    bridge = random_bridge(rng, W, V, 6)
+    dead_W, dead_V = ({c: sorted(rng.permutation(size)[:size // 3].tolist()) for c in range(3)} for size in (W, V))
+    bridge = replace(bridge, teacher_mask=Fixed(dead_W), student_mask=Fixed(dead_V))
+    contexts = rng.integers(-1, 3, (2, N))  # -1: nothing is ruled out
+    rows = {n: rng.dirichlet(np.full(W, 0.5)) for n in range(N)}
+    raw = said_of(bridge, rows)
+    entries = standing(bridge, raw.row_M, raw.ids_M, raw.probs_M, student_N=contexts[0], teacher_N=contexts[1])
+    said = targets(bridge, together([entries, entries], [0, N]), 2 * N)
+    logits, tokens = torch.from_numpy(2 * rng.standard_normal((N, V))).repeat(2, 1), torch.from_numpy(rng.integers(0, V, N)).repeat(2)
+    mine, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    q_NV, want = torch.softmax(theirs, -1), torch.zeros((), dtype=torch.float64)
+    for n in range(2 * N):
+        ce, events, mass = -q_NV[n, tokens[n]].log(), torch.zeros((), dtype=torch.float64), 0.0
+        students, teachers = contexts[:, n % N].tolist()
+        for w, p in enumerate(np.float32(rows[n % N]).tolist()):
+            event = int(bridge.teacher_event_W[w])
+            member = [v for v in np.flatnonzero(bridge.student_event_V == event).tolist() if v not in dead_V.get(teachers, [])]
+            if event >= 0 and member and w not in dead_W.get(students, []):
+                events, mass = events - p * q_NV[n, member].sum().log(), mass + p
+        want = want + share * events + (1 - share * mass) * ce
+    (want / (2 * N)).backward()
+    out = composed(mine, tokens, [said], share)
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(want.item() / (2 * N), rel=1e-6)
+    torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-6, atol=1e-8)
+
+
+# ---- chunks ----------------------------------------------------------------------------------------------------------
+
+
+@given(seed=seeds)
+def test_the_chunk_term_is_its_formula(seed: int):
+    rng = np.random.default_rng(seed)
+    N, V = 9, 12
+    logits, tokens = torch.from_numpy(rng.standard_normal((N, V))).requires_grad_(), torch.from_numpy(rng.integers(0, V, N))
+    dead, stands = dead_of(rng, N, V)
+    ranges = [(0, 2), (2, 3), (3, 7), (7, 9)]  # the last one ends the turn
+    teacher = torch.from_numpy(-rng.random(4) * 3)
+    which = torch.tensor([c for c, (a, b) in enumerate(ranges) for _ in range(a, b)])
+    at = torch.tensor([n for a, b in ranges for n in range(a, b)])
+    begin, end = torch.tensor([a for a, _ in ranges]), torch.tensor([b if b < N else -1 for _, b in ranges])
+    out = chunk(logits, tokens, Chunks(which, at, begin, end, teacher), dead)
+    q = torch.softmax(logits, -1)
+    beta = (q * torch.from_numpy(stands)).sum(-1)
+    terms = [sum(q[n, tokens[n]].log() for n in range(a, b)) + (beta[b].log() if b < N else 0) - beta[a].log() for a, b in ranges]
+    want = sum((x - t) ** 2 for x, t in zip(terms, teacher, strict=True)) / 8
+    assert out.loss.item() == pytest.approx(want.item(), rel=1e-9)
+    assert out.positions == 4
+    torch.testing.assert_close(*(torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (out.loss, want)), rtol=1e-7, atol=1e-10)
+    right = Chunks(which, at, begin, end, torch.stack(terms).detach())
+    assert chunk(logits, tokens, right, dead).loss.item() < 1e-20, "a student that agrees costs nothing"
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -52,7 +53,9 @@ def test_two_tokens_stand_side_by_side_or_cannot(chosen: list[tuple[int, int]]):
         assert after == sorted(set(after))
         for b in tokens:
             assert (b in after) == merges.crosses(a, b)
-            if merges.made_V[a] and merges.made_V[b]:
+            if not (merges.made_V[a] and merges.made_V[b]):
+                assert b in after
+            else:
                 assert (said(vocabulary, a, b) == [a, b]) == (b not in after), (vocabulary.bytes_W[a], vocabulary.bytes_W[b])
 
 
@@ -61,7 +64,7 @@ def test_a_sequence_is_canonical_if_every_pair_is(chosen: list[tuple[int, int]],
     vocabulary = byte_pairs(chosen)
     merges = derive(vocabulary)
     ids = vocabulary.encode(text)
-    assert not any(merges.crosses(a, b) for a, b in zip(ids, ids[1:], strict=False))
+    assert not any(merges.crosses(a, b) for a, b in pairwise(ids))
     cut = len(ids) // 2  # two parts encoded apart: the whole is their chain, or a merge crosses where they meet
     left, right = (vocabulary.encode(vocabulary.decode(part).decode()) for part in (ids[:cut], ids[cut:]) if part) if cut else ([], ids)
     other = vocabulary.encode("".join(reversed(text)))
@@ -98,7 +101,7 @@ def test_a_familys_derivations(tiny_of: Callable[[str], Speaker], family: str):
     if family == "gemma":
         byte = vocabulary.backend.token_to_id("<0x41>")
         assert merges.made_V[byte]
-        assert not len(merges.cannot_follow(byte))
+        assert not merges.made_V[merges.cannot_follow(byte)].any()
 
 
 def test_expand_lays_lists_end_to_end():
@@ -124,6 +127,6 @@ def test_real_pairs(real: Speaker):
         some = [*rng.choice(made, 30).tolist(), *(rng.choice(after, 30).tolist() if len(after) else [])]
         cannot = set(after.tolist())
         for b in some:
-            assert (said(vocabulary, a, b) == [a, b]) == (b not in cannot)
+            assert (said(vocabulary, a, b) == [a, b]) == (b not in cannot) or vocabulary.bytes_W[b] is None
             crossing, standing = crossing + (b in cannot), standing + (b not in cannot)
     assert crossing > 1000 and standing > 1000

@@ -180,6 +180,17 @@ def test_paths_are_relative_to_the_recipe_and_hub_ids_are_left_alone(write: Any,
     assert recipe.corpus[0].file == str(tmp_path / "p.jsonl")
 
 
+def test_texts_to_check_are_files_beside_the_recipe(write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PERSEA_DATA", str(tmp_path / "data"))
+    page = TWO + REST + "check: {texts: {vi: vi.txt, py: 'sub/a.jsonl#code', random: random, th: '${PERSEA_DATA}/th.txt'}}\n"
+    recipe = load_recipe(write(page))
+    assert recipe.check.texts == {"vi": str(tmp_path / "vi.txt"), "py": str(tmp_path / "sub" / "a.jsonl#code"), "random": str(tmp_path / "random"),
+                                  "th": str(tmp_path / "data" / "th.txt")}
+    assert recipe.check.likelihood is None
+    assert recipe.written["check"]["texts"]["th"] == "${PERSEA_DATA}/th.txt"
+    assert "likelihood" not in recipe.written["check"]
+
+
 def test_a_link_keeps_its_name(write: Any, tmp_path: Path) -> None:
     (tmp_path / "v17").mkdir()
     (tmp_path / "latest").symlink_to("v17")
@@ -410,6 +421,10 @@ BAD: list[tuple[str, str, str, str]] = [
     ("share", TWO + REST + "training: {event_share: 1.5}\n", "4:12",
      "training.event_share: should be at most 1 (got 1.5) -> weight of events"),
     ("floor", TWO + REST + "check: {floor: -0.1}\n", "4:9", "check.floor: should be at least 0 (got -0.1)"),
+    ("disagreement", TWO + REST + "check: {disagreement: 2}\n", "4:9", "check.disagreement: should be at most 1 (got 2)"),
+    ("likelihood", TWO + REST + "check: {likelihood: maybe}\n", "4:9", "check.likelihood: should be true or false (got 'maybe') -> open weights"),
+    ("text of texts", TWO + REST + "check: {texts: {vi: 3}}\n", "4:17", "check.texts.vi: should be text (got 3)"),
+    ("texts in a list", TWO + REST + "check: {texts: [a]}\n", "4:9", "check.texts: should be a section, its keys indented below it (got a list)"),
     ("learning rate", TWO + REST + "training: {learning_rate: 0}\n", "4:12", "training.learning_rate: should be more than 0"),
     ("nothing generated", TWO + "corpus: [{skill: code, generate: 0}]\n", "3:24", "corpus.0.generate: should be at least 1"),
     ("rank", "student: {model: a/b, adapt: lora, lora: {rank: 0}}\n" + T + REST, "1:43", "student.lora.rank: should be at least 1"),

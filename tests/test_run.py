@@ -218,4 +218,46 @@ def test_a_broken_record_of_a_stage_is_data_that_does_not_match(tmp_path: Path, 
 
 def test_a_run_in_a_folder_with_the_name_of_a_stages_inside_records_its_outputs(tmp_path: Path) -> None:
     ended = persea("check", recipe(tmp_path), "--out", tmp_path / "units" / "checkpoints", "--json", folder=tmp_path)
-    assert json.loads(ended.out)["outputs"].keys() == {"check.json"}
+    assert json.loads(ended.out) == json.loads((tmp_path / "units" / "checkpoints" / "check" / "check.json").read_text())
+    assert json.loads((tmp_path / "units" / "checkpoints" / "check" / "done.json").read_text())["outputs"].keys() == {"check.json"}
+
+
+def test_check_prints_a_table_a_teacher_and_what_its_template_is_worth(tmp_path: Path) -> None:
+    ended = persea("check", recipe(tmp_path), "--out", "run", folder=tmp_path)
+    assert ended.code == 0, ended.err
+    found = json.loads((tmp_path / "run" / "check" / "check.json").read_text())
+    lines = ended.out.splitlines()
+    assert [line.split()[0] for line in lines if " -> student" in line] == ["qwen-sapling", "gemma-sapling", "gpt-oss-sapling"]
+    rows = [line for line in lines if re.match(r"(languages|code|reasoning) [a-z]+ ", line)]
+    assert len(rows) == len(found["pairs"]) > 6
+    for row, pair in zip(rows, found["pairs"], strict=True):
+        assert row.split()[:3] == [pair["skill"], pair["language"], f"{pair['tokens']:,}"]
+        assert abs(sum(int(share) for share in re.findall(r"(\d+)%", row)[:4]) - 100) <= 2
+    assert len({(p["teacher"], p["skill"], p["language"]) for p in found["pairs"]}) == len(found["pairs"])
+    every = {one["teacher"]: one for one in found["likelihoods"] if not one["language"]}
+    assert list(every) == ["qwen-sapling", "gemma-sapling", "gpt-oss-sapling"]
+    for name, one in every.items():
+        assert one["template"] < one["bare"], "a sapling knows its own template"
+        assert f"{name}: {one['template']:.2f} bits a byte in its own template, {one['bare']:.2f} on the bare text" in lines
+
+
+def test_what_check_refuses_is_shown_beside_the_rest(tmp_path: Path) -> None:
+    ended = persea("check", recipe(tmp_path), "--set", "check.floor=0.99", "--set", "check.likelihood=false", "--out", "run", folder=tmp_path)
+    assert ended.code == 4
+    assert "floor 99%" in ended.err
+    assert "gpt-oss-sapling -> student" in ended.out
+    assert "bits a byte" not in ended.out
+
+
+def test_check_is_done_again_when_a_text_changes(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("xin chào\n")
+    path = recipe(tmp_path, check={"texts": {"vi": "mine.txt"}, "likelihood": False})
+    for text, tells in (("xin chào\n", "worked"), ("xin chào\n", "stands"), ("chào buổi sáng\n", "worked")):
+        (tmp_path / "mine.txt").write_text(text)
+        ended = persea("check", path, "--out", "run", folder=tmp_path)
+        assert (ended.code, told(ended.err)) == (0, {"check": tells}), ended.err
+        assert re.search(r"^texts vi ", ended.out, re.MULTILINE)
+    (tmp_path / "mine.txt").unlink()
+    ended = persea("check", path, "--out", "run", folder=tmp_path)
+    assert ended.code == 3
+    assert "check.texts.vi" in ended.err

@@ -74,11 +74,11 @@ def stage(name: str, world: World, results: Path, seeds: Sequence[int]) -> None:
                 run_all(world, [replace(arm(world, results, method, seed), rows=rows, share=share_)], results)
     elif name == "again":
         for seed in seeds:
-            for method in ("cross-entropy", "events", "events + masks", "strict everywhere", "strict"):
+            for method in ("cross-entropy", "events", "events + masks", "events + masks + completion", "strict everywhere", "strict"):
                 go(method, seed)
     elif name == "limited":
         for seed in seeds:
-            for method in ("cross-entropy", "events", "events + masks", *(CHUNKED if seed == SEEDS[0] else ())):
+            for method in ("cross-entropy", "events", "events + masks", "events + masks + completion", *(CHUNKED if seed == SEEDS[0] else ())):
                 go(method, seed, "limited")
     elif name == "gradients":
         students = {"untrained": None} | {f"after {m}": arm(world, results, m, SEEDS[0]) for m in ("cross-entropy", "events")}

@@ -21,7 +21,7 @@ from bench.objectives.chunks import CHUNKED, gathered
 from bench.objectives.data import ASKED, DOMAINS, TEACHES, Window
 from bench.objectives.gold import gold, with_last
 from bench.objectives.lessons import Batch, Lesson, Teacher, collate, open_lessons
-from bench.objectives.methods import METHODS, Pair, Setting, prepare
+from bench.objectives.methods import KEPT, METHODS, Pair, Setting, keep, open_kept, prepare
 from bench.objectives.models import Size, padded, states
 from bench.objectives.vocabularies import Speaker
 
@@ -208,7 +208,12 @@ def run_all(world: World, arms: Sequence[Arm], results: Path) -> list[dict[str, 
     for arm in arms:
         key = arm.key(world.size)
         if key not in read(results):
+            if "masks" in arm.method and not KEPT:
+                open_kept(world.folder / "masked.pt")
+            before = len(KEPT)
             line = {"key": key, "size": world.size.name, **asdict(arm), **run(world, arm)}
+            if "masks" in arm.method and len(KEPT) > before:
+                keep(world.folder / "masked.pt")
             with results.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             print(f"{line['mean']:.4f} {line['calibration']:.3f} {line['cpu_per_step']:.3f} s/step  {key}", flush=True)

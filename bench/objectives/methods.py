@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -19,10 +20,12 @@ import torch.nn.functional as F
 from bench import baselines
 from bench.objectives.lessons import Batch, Group, Ints, Lesson, Teacher, sampled
 from bench.objectives.vocabularies import Speaker
+from persea.align import align
 from persea.bridge import Bridge, open_bridge
+from persea.completion import Completer, open_completer, said_before
 from persea.losses import Entries, Targets, composed, standing, targets, together
 from persea.masks import FREE
-from persea.rows import RowKind
+from persea.rows import RowKind, Rows
 
 TEMPERATURE = 100.0  # of the chunk likelihood, as published
 
@@ -37,6 +40,12 @@ class Pair:
     @cached_property
     def bridge(self) -> Bridge:
         return open_bridge(self.teacher.speaker.voice, self.student.voice)
+
+    @cached_property
+    def completer(self) -> Completer:
+        found = open_completer(self.bridge)
+        assert found is not None, "two different tokenizers"
+        return found
 
     @cached_property
     def shared(self) -> baselines.Shared:
@@ -155,18 +164,49 @@ def summed(values_NW: torch.Tensor, event_W: torch.Tensor, events: int) -> torch
     return torch.zeros(len(values_NW), events + 1).index_add(1, event_W, values_NW)[:, :events]
 
 
-KEPT: dict[tuple[int, str, bool], Entries] = {}  # what a teacher says of a window is drawn once, as a capture and a feed keep it
+KEPT: dict[tuple[str, str, bool, bool], Entries] = {}  # what a teacher says of a window is drawn once, as a capture and a feed keep it
 
 
-def entries(one: Lesson, pair: Pair, rows: str, masked: bool) -> Entries:
-    """A window's rows at its common boundaries over events, as persea.feed makes them; positions are the window's student tokens."""
-    key = (id(one), rows, masked)
+def entries(one: Lesson, pair: Pair, rows: str, masked: bool, completed: bool = False) -> Entries:
+    """A window's rows over events, as persea.feed makes them; positions are the window's student tokens.
+
+    Where both begin a token; completed: inside a teacher token that begins where both do, too.
+    """
+    key = (one.window.text, rows, masked, completed)
     if key not in KEPT:
-        places, ids_M, probs_M, kind = raw(one, pair, rows)
-        row_M = one.student_C[places]
-        contexts = boundary_contexts(one, pair.bridge) if masked else (None, None)
-        KEPT[key] = standing(pair.bridge, row_M, ids_M, probs_M, student_N=contexts[0], teacher_N=contexts[1], kind=kind)
+        if completed:
+            KEPT[key] = together([entries(one, pair, rows, masked), inside(one, pair, rows)], [0, 0])
+        else:
+            places, ids_M, probs_M, kind = raw(one, pair, rows)
+            contexts = boundary_contexts(one, pair.bridge) if masked else (None, None)
+            KEPT[key] = standing(pair.bridge, one.student_C[places], ids_M, probs_M, student_N=contexts[0], teacher_N=contexts[1], kind=kind)
     return KEPT[key]
+
+
+def inside(one: Lesson, pair: Pair, rows: str) -> Entries:
+    """persea's completion: what a row says of student tokens in the middle of its teacher token."""
+    places, ids_M, probs_M, kind = raw(one, pair, rows)
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(places, minlength=len(one.teacher_C)))])
+    drawn = Rows(offsets, ids_M.astype(np.int32), probs_M, np.zeros(len(offsets) - 1, np.float32), kind)
+    found = align([one.student], [one.spoken]).inside
+    at_I, in_I, said_I = (side[found.common_I] for side in (found.student_I, found.teacher_I, found.said_I))
+    completer = pair.completer
+    bytes_I = said_before(completer.teacher.vocabulary, one.spoken.ids_T[in_I], said_I)
+    row_I = np.searchsorted(one.teacher_C, in_I)
+    more = completer.complete(drawn, row_I, bytes_I, np.array(completer.student.contexts(one.student.ids_T, at_I.tolist()), np.int64))
+    none = np.empty(0, np.int64)
+    return Entries(at_I[more.at_M], more.event_M, more.probs_M, more.entry_D, more.token_D, none, none.astype(np.float32), kind)
+
+
+def open_kept(path: Path) -> None:
+    """Masked entries from an earlier process: they take longer than a run."""
+    if path.is_file():
+        KEPT.update(torch.load(path, weights_only=False))
+
+
+def keep(path: Path) -> None:
+    masked = {key: said for key, said in KEPT.items() if key[2]}
+    torch.save(masked, path)
 
 
 def raw(one: Lesson, pair: Pair, rows: str) -> tuple[Ints, Ints, npt.NDArray[np.float32], RowKind]:
@@ -202,13 +242,13 @@ def prepare(batch: Batch, pairs: Mapping[str, Pair], setting: Setting) -> None:
         return
     for group in batch.groups:
         for one in group.lessons:
-            entries(one, pairs[group.who], setting.rows, "masks" in setting.method)
+            entries(one, pairs[group.who], setting.rows, "masks" in setting.method, "completion" in setting.method)
 
 
 def said_of(batch: Batch, pairs: Mapping[str, Pair], setting: Setting) -> list[Targets]:
     out = []
     for group in batch.groups:
-        parts = [entries(one, pairs[group.who], setting.rows, "masks" in setting.method) for one in group.lessons]
+        parts = [entries(one, pairs[group.who], setting.rows, "masks" in setting.method, "completion" in setting.method) for one in group.lessons]
         out.append(targets(pairs[group.who].bridge, together(parts, group.first_student), len(batch.targets_N)))
     return out
 
@@ -232,4 +272,6 @@ METHODS: dict[str, Loss] = {
     "chunk": chunk,
     "events": events,
     "events + masks": events_sparse,
+    "events + completion": events_sparse,
+    "events + masks + completion": events_sparse,
 }

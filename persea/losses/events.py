@@ -66,19 +66,20 @@ def refuse_other_vocabulary(logits_NV: torch.Tensor, said: Targets) -> None:
 class _Known(torch.autograd.Function):
     """A loss whose gradient is known: softmax, scaled by row, less what is pulled up at some tokens.
 
-    pull_G belongs to (row_G, token_G); scale_N is 1 but for rows with a rest (TOPK_REST).
+    pull_G belongs to (row_G, token_G); scale_N is 1 but for rows with a rest (TOPK_REST), whose named tokens (row_S, token_S) are not
+    scaled: set, not added, for where the student is certain the scale is 1e25 and would leave no digits.
     """
 
     @staticmethod
     def forward(ctx: Any, logits_NV: torch.Tensor, loss: torch.Tensor, lse_N: torch.Tensor, scale_N: torch.Tensor, row_G: torch.Tensor,
-                token_G: torch.Tensor, pull_G: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(logits_NV, lse_N, scale_N, row_G, token_G, pull_G)
+                token_G: torch.Tensor, pull_G: torch.Tensor, row_S: torch.Tensor, token_S: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(logits_NV, lse_N, scale_N, row_G, token_G, pull_G, row_S, token_S)
         return loss.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        logits_NV, lse_N, scale_N, row_G, token_G, pull_G = ctx.saved_tensors
+        logits_NV, lse_N, scale_N, row_G, token_G, pull_G, row_S, token_S = ctx.saved_tensors
         scale = out / len(logits_NV)
         gradient_NV = torch.empty_like(logits_NV)
         rows = max(1, CHUNK // max(1, logits_NV.shape[1]))
@@ -86,8 +87,10 @@ class _Known(torch.autograd.Function):
             some = slice(begin, begin + rows)
             torch.sub(logits_NV[some], lse_N[some, None], out=gradient_NV[some])
             gradient_NV[some].exp_().mul_((scale_N[some] * scale)[:, None])
+        if len(row_S):
+            gradient_NV[row_S, token_S] = (logits_NV[row_S, token_S] - lse_N[row_S]).exp() * scale
         gradient_NV.index_put_((row_G, token_G), pull_G * -scale, accumulate=True)
-        return gradient_NV, None, None, None, None, None, None
+        return gradient_NV, None, None, None, None, None, None, None, None
 
 
 def composed(logits_NV: torch.Tensor, targets_N: torch.Tensor, teachers: Sequence[Targets], event_share: float) -> LossOut:
@@ -104,7 +107,7 @@ def composed(logits_NV: torch.Tensor, targets_N: torch.Tensor, teachers: Sequenc
         lse_N = logsumexp_rows(logits_NV)
         ce_N = lse_N - logits_NV[n_N, targets_N]
         mass_N, events_N, scale_N = torch.zeros_like(ce_N), torch.zeros_like(ce_N), torch.ones_like(ce_N)
-        rows, tokens, pulls = [n_N], [targets_N], []
+        rows, tokens, pulls, unscaled = [n_N], [targets_N], [], [(n_N[:0], n_N[:0])]
         for said in teachers:
             refuse_other_vocabulary(logits_NV, said)
             row_M, probs_M = said.row_M.to(device), said.probs_M.to(device, ce_N.dtype)
@@ -123,17 +126,15 @@ def composed(logits_NV: torch.Tensor, targets_N: torch.Tensor, teachers: Sequenc
                 assert bool((scale_N[at] == 1).all()), "one rest a position"
                 mass_N += rest_N
                 events_N[at] -= rest_N[at] * rest_R
-                share_N = torch.zeros_like(ce_N).index_put((at,), event_share * rest_N[at] * (-rest_R).exp())  # a rest / q(rest)
-                scale_N -= share_N
-                rows.append(named[0])
-                tokens.append(named[1])
-                pulls.append(-share_N[named[0]] * (logits_NV[named] - lse_N[named[0]]).exp())  # what is named is no part of the rest
+                scale_N[at] -= event_share * rest_N[at] * (-rest_R).exp()  # the rest's own pull: a rest q(u) / q(rest)
+                unscaled.append(named)
         text_N = 1 - event_share * mass_N
         loss = (event_share * events_N + text_N * ce_N).mean()
         spoken = max(1, int((mass_N > 0).sum()))
         terms = {"cross_entropy": float(ce_N.mean()), "events": float(events_N.sum() / spoken)}
         pull_G = torch.cat([text_N, *pulls])
-    known = _Known.apply(logits_NV, loss, lse_N, scale_N, torch.cat(rows), torch.cat(tokens), pull_G)  # type: ignore[no-untyped-call]
+        row_S, token_S = (torch.cat(side) for side in zip(*unscaled, strict=True))
+    known = _Known.apply(logits_NV, loss, lse_N, scale_N, torch.cat(rows), torch.cat(tokens), pull_G, row_S, token_S)  # type: ignore[no-untyped-call]
     return LossOut(known, terms, len(targets_N))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -56,13 +57,15 @@ def between(log_p_NE: torch.Tensor, log_q_NE: torch.Tensor, divergence: Divergen
         return _kl(log_p_NE, log_q_NE)
     if divergence is Divergence.REVERSE:
         return _kl(log_q_NE, log_p_NE)
-    log_m_NE = torch.logaddexp(log_p_NE, log_q_NE) - torch.log(torch.tensor(2.0, dtype=log_p_NE.dtype))
+    nobody = (log_p_NE == -torch.inf) & (log_q_NE == -torch.inf)  # 0 there, or the gradient of logaddexp is NaN
+    log_m_NE = torch.logaddexp(log_p_NE.masked_fill(nobody, 0), log_q_NE.masked_fill(nobody, 0)) - math.log(2)
     return (_kl(log_p_NE, log_m_NE) + _kl(log_q_NE, log_m_NE)) / 2
 
 
 def _kl(log_a_NE: torch.Tensor, log_b_NE: torch.Tensor) -> torch.Tensor:
-    there = log_a_NE > -torch.inf
-    return torch.where(there, log_a_NE.exp() * (log_a_NE - log_b_NE), 0.0).sum(-1)
+    nowhere = log_a_NE == -torch.inf
+    log_a_NE = log_a_NE.masked_fill(nowhere, 0)
+    return (log_a_NE.exp() * (log_a_NE - log_b_NE.masked_fill(nowhere, 0))).masked_fill(nowhere, 0).sum(-1)
 
 
 def same_vocabulary(logits_NV: torch.Tensor, teacher_logprobs_NV: torch.Tensor, divergence: Divergence = Divergence.FORWARD) -> LossOut:
