@@ -93,9 +93,10 @@ def stage(name: str, world: World, results: Path, seeds: Sequence[int]) -> None:
         for length in (2.0, 4.0):
             for regime in ("unlimited", "limited"):
                 go("cross-entropy", SEEDS[0], regime, length)
-    elif name == "gold":  # TRL's loops take about a second a step: half a length, and beside it what it is to be compared with
-        for method in ("gold", "cross-entropy", "events"):
-            go(method, SEEDS[0], length=0.5)
+    elif name == "gold":  # TRL's loops take about a second a step: as long as a search, beside which it is told
+        lr = rate(world, results)
+        for method in ("gold", "cross-entropy"):
+            run_all(world, [Arm(method, rows_of(method), share(world, results, method), lr, "unlimited", 0, 0.3, "dev")], results)
     elif name == "report":
         report(list(read(results).values()), world.size.name)
     else:

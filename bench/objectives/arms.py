@@ -208,7 +208,7 @@ def run_all(world: World, arms: Sequence[Arm], results: Path) -> list[dict[str, 
     for arm in arms:
         key = arm.key(world.size)
         if key not in read(results):
-            if "masks" in arm.method and not KEPT:
+            if "masks" in arm.method and not any(masked for _, _, masked, _ in KEPT):
                 open_kept(world.folder / "masked.pt")
             before = len(KEPT)
             line = {"key": key, "size": world.size.name, **asdict(arm), **run(world, arm)}
