@@ -113,7 +113,9 @@ def report(lines: Sequence[Line], size: str) -> None:
     told.written(docs / "results.md", {
         "teachers": told.teachers_table(json.loads((RESULTS / f"objectives_teachers_{size}.json").read_text())),
         "unlimited": told.main_table(lines, size, "unlimited"), "pairs": told.first_everywhere(lines, size, ours),
-        "limited": told.main_table(lines, size, "limited"), "shortcut": told.shortcut(lines, size), "searches": told.searches(lines, size)})
+        "limited": told.main_table(lines, size, "limited"), "shortcut": told.shortcut(lines, size),
+        "gradients": told.gradients_table(json.loads((RESULTS / f"objectives_gradients_{size}.json").read_text())),
+        "searches": told.searches(lines, size)})
     gaps = [(name, *told.paired(own, [x for x in plain if x["seed"] in {y["seed"] for y in own}])["mean"])
             for name, own in found.items() if name != "cross-entropy"]
     (docs / "img").mkdir(exist_ok=True)

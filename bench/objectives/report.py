@@ -103,8 +103,9 @@ def first_everywhere(lines: Sequence[Line], size: str, ours: str, regime: str = 
         for d in (*DOMAINS, "mean"):
             value, low, high = gaps[d]
             cells.append(f"{value:+.3f}" + ("" if low <= 0 <= high else " *"))
-        rows.append((gaps["mean"][0], [name, str(len(both)), *cells]))
-    return table([f"{ours} less ...", "seeds", *DOMAINS, "mean"], [r for _, r in sorted(rows)])
+        means = [{x["seed"]: x["mean"] for x in side} for side in (found[ours], own)]
+        rows.append((gaps["mean"][0], [name, *cells, " / ".join(f"{means[0][k] - means[1][k]:+.3f}" for k in sorted(both))]))
+    return table([f"{ours} less ...", *DOMAINS, "mean", "mean of each seed"], [r for _, r in sorted(rows)])
 
 
 def shortcut(lines: Sequence[Line], size: str) -> str:
@@ -142,6 +143,12 @@ def teachers_table(record: Mapping[str, Any]) -> str:
     rows = [[who, f"{t['non_embedding'] / 1e6:.2f} M", f"{t['tokens'] / 1e6:.2f} M", str(t["cpu_seconds"]),
              ", ".join(f"{d} {v:.2f}" for d, v in t["bits_per_byte"].items())] for who, t in record.items()]
     return table(["teacher", "parameters without embedding", "tokens of training", "CPU s", "held-out bits per byte where it is asked"], rows)
+
+
+def gradients_table(record: Mapping[str, Any]) -> str:
+    rows = [[student, kind, *(f"{m:.3f} ±{s:.3f}" for m, s in (values["cosine"], values["norm_ratio"]))]
+            for student, kinds in record.items() for kind, values in kinds.items()]
+    return table(["student", "chunk term", "cosine with events' gradient", "norm, times events'"], rows)
 
 
 def written(page: Path, tables: Mapping[str, str]) -> None:
