@@ -5,7 +5,7 @@
 # make results      the quickstart with three seeds (about 20 minutes)
 # make bench        what alignment, bridges and the objective cost, beside TRL (about 9 minutes; installs TRL)
 # make bench-bias   what each method pushes a perfect student away by (10 to 20 minutes; installs TRL for its GOLD)
-# make bench-objectives   every method with trained models on real text, size xs (hours; goes on where it was)
+# make bench-objectives   every method with trained models on real text, size xs (hours; goes on where it was; installs TRL)
 # PYTHON=python3.12 chooses the Python; TORCH_INDEX=URL takes torch from another index (README, "Installing")
 
 PYTHON ?= python3
@@ -49,6 +49,7 @@ bench: .venv/persea
 	$(BIN)/python bench/help.py
 
 bench-objectives: .venv/persea
+	$(BIN)/pip install -q -e '.[bench]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.objectives --size xs
 
 bench-bias: .venv/persea

@@ -22,6 +22,7 @@ RESULTS = Path(__file__).resolve().parent.parent / "results"
 RATES, SHARES, SEEDS = (2e-3, 4e-3, 8e-3, 1.6e-2), (0.3, 0.5, 0.7, 0.9), (1, 2, 3)
 OURS = "sampled .01"  # the rows persea keeps of a teacher; baselines see whole ones
 SEARCHED = ("events", "strict", "bpm", "chunk")
+STAGES = ("teachers", "rates", "first", "shares", "again", "limited", "gradients", "sft", "rows", "long", "gold", "report")
 KINDS = ("full", "sampled .05", "sampled .2", "top-k 16", "top-k 4", "top-k 16 renormalised", "top-k 4 renormalised")
 
 
@@ -69,9 +70,10 @@ def stage(name: str, world: World, results: Path, seeds: Sequence[int]) -> None:
             for method in ("cross-entropy", "events", "strict", "bpm", "strict everywhere", "chunk", *(("uld",) if seed == SEEDS[0] else ())):
                 go(method, seed)
     elif name == "shares":  # the searches are short; what wins at length 1 (dev is the curve's last point) may be another share
-        for method, rows, share_ in (("events", "full", 0.7), ("events", "full", 0.9), ("events", OURS, 0.9), ("strict everywhere", "full", 0.7)):
-            for seed in seeds:
-                run_all(world, [replace(arm(world, results, method, seed), rows=rows, share=share_)], results)
+        first = (("events", "full", 0.7), ("events", "full", 0.9), ("strict everywhere", "full", 0.7))
+        for seed in seeds:
+            for method, rows, value in (("events", OURS, 0.9), *(first if seed == SEEDS[0] else ())):
+                run_all(world, [replace(arm(world, results, method, seed), rows=rows, share=value)], results)
     elif name == "again":
         for seed in seeds:
             for method in ("cross-entropy", "events", "events + masks", "events + masks + completion", "strict everywhere", "strict"):
@@ -126,7 +128,7 @@ def report(lines: Sequence[Line], size: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.objectives")
-    parser.add_argument("stages", nargs="*", default=["teachers", "rates", "first", "again", "limited", "gradients", "sft", "rows", "long", "report"])
+    parser.add_argument("stages", nargs="*", default=STAGES)
     parser.add_argument("--size", choices=SIZES, default="xs")
     parser.add_argument("--cache", type=Path, default=Path(os.environ.get("PERSEA_HOME", "~/.cache/persea")).expanduser() / "objectives")
     parser.add_argument("--results", type=Path, default=RESULTS / "objectives.jsonl")
