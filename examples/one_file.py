@@ -17,7 +17,6 @@ from persea.bridge import build
 from persea.chat import Finish
 from persea.engines.local import LocalEngine
 from persea.losses import composed, standing, targets, together
-from persea.masks import FREE
 from persea.measure import Split
 from persea.models import Source, open_model, open_voice
 from persea.rows import sample_rows
@@ -57,10 +56,10 @@ for name, skill in (("qwen-sapling", LANGUAGES), ("gemma-sapling", CODE)):
         place_C = (np.cumsum(mine.learn_T) - 1)[both.student_C]  # which learned position of the answer each boundary is
         entry_M = np.concatenate([np.arange(rows.offsets_N1[row], rows.offsets_N1[row + 1]) for row in row_C])
         row_M = np.repeat(place_C, np.diff(rows.offsets_N1)[row_C])
-        contexts = []  # what stands before each boundary, in both tokenizers: it rules some tokens out
-        for mask, tokens, at_C in ((bridge.teacher_mask, mine, both.student_C), (bridge.student_mask, said, both.teacher_C)):
-            contexts.append(np.full(int(mine.learn_T.sum()), FREE))
-            contexts[-1][place_C[1:]] = mask.keeper.contexts(tokens.ids_T, at_C[1:])  # the first stands after the prompt, whatever comes
+        # what stands before each boundary, in both tokenizers: it rules some tokens out
+        contexts = np.zeros((2, int(mine.learn_T.sum())), np.int64)
+        contexts[0, place_C] = bridge.teacher_mask.keeper.inner(mine, both.student_C)
+        contexts[1, place_C] = bridge.student_mask.keeper.inner(said, both.teacher_C)
         entries = standing(bridge, row_M, rows.ids_M[entry_M], rows.probs_M[entry_M], student_N=contexts[0], teacher_N=contexts[1])
         lessons.append((mine, entries, bridge))
 

@@ -6,7 +6,7 @@ import json
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from math import sqrt
+from math import log, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from persea.voice import Voice
 # Bits per byte by which a chat template may be worse than no template. Measured on the qwen sapling (tests/test_check.py): the newlines of
 # its template lost cost it .03, its roles exchanged .81. A slip of wording passes, a notation it was not trained with does not.
 WORSE = 0.25
+
+LIKELY = 1e-3  # tokens below it are taken to stand where a teacher's kept mass is counted
 
 TEXTS = "texts"  # what stands for a skill where a recipe's own texts are measured
 
@@ -177,6 +179,30 @@ def likelihood(teacher: Teacher, samples: Sequence[Sample]) -> list[Likelihood]:
     names = np.array(languages, object)[rows[:, 0] > 0]
     rows = rows[rows[:, 0] > 0]
     return [_likelihood(teacher.name, name, rows[(names == name) | (not name)]) for name in dict.fromkeys(["", *names.tolist()]) if len(rows)]
+
+
+def kept_by(teacher: Teacher, bridge: Bridge) -> Kept:
+    """What of a teacher's own distributions the boundary masks leave; one forward pass over every answer.
+
+    Counted over tokens of probability LIKELY or more: with a real vocabulary there are some ten of these at a boundary, and 262,144 in all.
+    """
+    def kept(mine: Sequence[Tokens], theirs: Sequence[Tokens], both: Boundaries) -> npt.NDArray[np.float64]:
+        mass_C = np.ones(len(both.student_C))
+        if bridge.teacher_mask is None:
+            return mass_C
+        begin_s, begin_t, at = 0, 0, 0
+        scored = teacher.engine.score([t.ids_T for t in theirs], [t.learn_T for t in theirs])
+        for s, t, logprobs_NW in zip(mine, theirs, scored, strict=True):
+            end = int(np.searchsorted(both.student_C, begin_s + len(s)))
+            contexts = bridge.teacher_mask.keeper.inner(s, both.student_C[at:end] - begin_s)
+            rows = (np.cumsum(t.learn_T) - 1)[both.teacher_C[at:end] - begin_t]
+            for c, (context, row) in enumerate(zip(contexts.tolist(), rows.tolist(), strict=True)):
+                likely = np.flatnonzero(logprobs_NW[row].numpy() >= log(LIKELY))
+                mass_C[at + c] = 1 - float(logprobs_NW[row, bridge.teacher_mask.dead(context, likely)].exp().sum())
+            begin_s, begin_t, at = begin_s + len(s), begin_t + len(t), end
+        return mass_C
+
+    return kept
 
 
 def _bare(voice: Voice, conversation: Conversation) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:

@@ -45,7 +45,7 @@ class Completer:
     bridge: Bridge
     teacher: Keeper
     student: Keeper
-    _firsts: dict[bytes, tuple[int, frozenset[int]]] = field(default_factory=dict)
+    _firsts: dict[bytes, tuple[int, npt.NDArray[np.int64]]] = field(default_factory=dict)
     _stands: dict[tuple[bytes, int], tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]] = field(default_factory=dict)
 
     def complete(self, rows: Rows, row_I: npt.NDArray[np.integer], said_I: list[bytes], context_I: npt.NDArray[np.integer]) -> Completed:
@@ -57,7 +57,7 @@ class Completer:
         """
         at, events, probs, entries, tokens = list[int](), list[int](), list[float](), list[int](), list[int]()
         for i, (row, said, context) in enumerate(zip(row_I.tolist(), said_I, context_I.tolist(), strict=True)):
-            cannot = frozenset[int]() if context == FREE else frozenset(self.student.cannot_follow(context).tolist())
+            cannot = np.empty(0, np.int64) if context == FREE else self.student.cannot_follow(context)
             for m in range(rows.offsets_N1[row], rows.offsets_N1[row + 1]):
                 raw = self.teacher.vocabulary.bytes_W[rows.ids_M[m]]
                 if raw is None or len(raw) <= len(said) or not raw.startswith(said):
@@ -75,7 +75,7 @@ class Completer:
         return Completed(np.array(at, np.int64), np.array(events, np.int64), np.array(probs, np.float32), np.array(entries, np.int64),
                          np.array(tokens, np.int64))
 
-    def _event(self, raw: bytes, cannot: frozenset[int]) -> int:
+    def _event(self, raw: bytes, cannot: npt.NDArray[np.int64]) -> int:
         """The event that some bytes begin with where certain student tokens cannot stand; -1 where none can, or several events could.
 
         It is that of their first token in the student's own encoding. Where that one cannot stand, a longer token must, which merges
@@ -84,13 +84,14 @@ class Completer:
         if raw not in self._firsts:
             covering, starts = self.student.covers(raw)
             first = first_of_bytes(raw, self.teacher.vocabulary, self.student.vocabulary)
-            self._firsts[raw] = first, frozenset((*covering.tolist(), *starts))
+            self._firsts[raw] = first, np.union1d(covering, np.array(starts, np.int64))
         first, firsts = self._firsts[raw]
         events = self.bridge.student_event_V
-        if first not in cannot:
+        at = int(np.searchsorted(cannot, first))
+        if at == len(cannot) or cannot[at] != first:
             return int(events[first])
-        found = {int(events[u]) for u in firsts - cannot}
-        return found.pop() if len(found) == 1 else -1
+        found = np.unique(events[np.setdiff1d(firsts, cannot, assume_unique=True)])
+        return int(found[0]) if len(found) == 1 else -1
 
     def _members(self, said: bytes, event: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
         """Student tokens of an event, and which of them some longer teacher token goes on with after these bytes."""

@@ -6,19 +6,20 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from persea.align import align
+from persea.align import Taught, align
 from persea.bridge import Bridge
 from persea.cache import Capture
 from persea.chat import Effort, Tokens
 from persea.completion import Completer, allows, open_completer, said_before
 from persea.errors import DataError
 from persea.losses import Entries, Targets, standing, targets, together
-from persea.masks import FREE, Keeper
+from persea.masks import FREE
 from persea.voice import Voice
 
 
@@ -26,7 +27,9 @@ from persea.voice import Voice
 class Lesson:
     """One answer in the student's voice, and what the teacher says of it where both begin a token at the same byte.
 
-    said  over events; its positions are the learned tokens of `tokens`, in order
+    said   over events; its positions are the learned tokens of `tokens`, in order
+    found  what `Feed.diagnosis` adds up: learned tokens by align.Taught (4), boundaries whose two realised tokens are different
+           events, the teacher's mass at boundaries, and what of it events and masks kept
     """
 
     tokens: Tokens
@@ -34,6 +37,7 @@ class Lesson:
     skill: str
     language: str
     said: Entries
+    found: npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,19 @@ class Feed:
         chosen = [self._lesson(step * self.size + k) for k in range(self.size)]
         return _collate(chosen, self.bridges)
 
+    def diagnosis(self) -> list[dict[str, Any]]:
+        """By teacher and language, what the lessons are taught by: shares of learned tokens, disagreement, the teacher's mass kept."""
+        sums: dict[tuple[str, str], npt.NDArray[np.float64]] = {}
+        for one in self.lessons:
+            sums[one.teacher, one.language] = sums.get((one.teacher, one.language), np.zeros(len(Taught) + 3)) + one.found
+        rows = []
+        for (teacher, language), found in sorted(sums.items()):
+            taught, (differ, mass, kept) = found[:len(Taught)], found[len(Taught):].tolist()
+            shares = {t.name.lower(): round(float(taught[t] / taught.sum()), 4) for t in Taught}
+            rows.append({"teacher": teacher, "language": language, "tokens": int(taught.sum()), **shares,
+                         "disagreement": round(differ / max(1.0, taught[Taught.EVENT]), 4), "mass_kept": round(kept / mass, 4) if mass else None})
+        return rows
+
     def _lesson(self, number: int) -> Lesson:
         epoch, place = divmod(number, len(self.lessons))
         return self.lessons[int(_permutation(self.seed, epoch, len(self.lessons))[place])]
@@ -97,26 +114,23 @@ def lesson(capture: Capture, voice: Voice, bridge: Bridge, completer: Completer 
     row_C, place_C = row_T[both.teacher_C], place_S[both.student_C]
     begins, sizes = rows.offsets_N1[row_C], np.diff(rows.offsets_N1)[row_C]
     at_M = np.repeat(begins - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
-    contexts = [None if mask is None else _contexts(mask.keeper, of, at, place_C, int(tokens.learn_T.sum())) for mask, of, at in (
-        (bridge.teacher_mask, tokens, both.student_C), (bridge.student_mask, capture.tokens, both.teacher_C))]
+    contexts = np.full((2, int(tokens.learn_T.sum())), FREE)
+    if bridge.teacher_mask is not None and bridge.student_mask is not None:
+        contexts[0, place_C] = bridge.teacher_mask.keeper.inner(tokens, both.student_C)
+        contexts[1, place_C] = bridge.student_mask.keeper.inner(capture.tokens, both.teacher_C)
     said = standing(bridge, np.repeat(place_C, sizes), rows.ids_M[at_M], rows.probs_M[at_M],
                     student_N=contexts[0], teacher_N=contexts[1], kind=rows.kind)
+    differ = bridge.student_event_V[tokens.ids_T[both.student_C]] != bridge.teacher_event_W[capture.tokens.ids_T[both.teacher_C]]
+    taught = np.bincount(found.taught_S[found.taught_S >= 0], minlength=len(Taught))
+    counts = np.array([*taught, differ.sum(), rows.probs_M[at_M].sum(), said.probs_M.sum()], np.float64)
     if completer is not None and allows(rows.kind):
         at_I, in_I, said_I = (side[found.inside.common_I] for side in (found.inside.student_I, found.inside.teacher_I, found.inside.said_I))
         bytes_I = said_before(completer.teacher.vocabulary, capture.tokens.ids_T[in_I], said_I)
-        more = completer.complete(rows, row_T[in_I], bytes_I, completer.student.contexts(tokens.ids_T, at_I.tolist()))
+        more = completer.complete(rows, row_T[in_I], bytes_I, completer.student.inner(tokens, at_I))
         none = np.empty(0, np.int64)
         said = together([said, Entries(place_S[at_I][more.at_M], more.event_M, more.probs_M, more.entry_D, more.token_D, none,
                                        none.astype(np.float32), rows.kind)], [0, 0])
-    return Lesson(tokens, answer.teacher, answer.skill, answer.language, said)
-
-
-def _contexts(keeper: Keeper, tokens: Tokens, at_C: npt.NDArray[np.int64], place_C: npt.NDArray[np.int64], positions: int) -> npt.NDArray[np.int64]:
-    """By learned position, the context a boundary stands in. What a prompt ends with is given, whatever comes after: no condition."""
-    found = np.full(positions, FREE)
-    inner = tokens.learn_T[np.maximum(at_C - 1, 0)] & (at_C > 0)
-    found[place_C[inner]] = keeper.contexts(tokens.ids_T, at_C[inner].tolist())
-    return found
+    return Lesson(tokens, answer.teacher, answer.skill, answer.language, said, counts)
 
 
 def offline(captures: Iterable[Capture], voice: Voice, bridges: Mapping[str, Bridge], *, size: int, seed: int, max_tokens: int,

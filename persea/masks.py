@@ -14,20 +14,24 @@ another is decided by merges.py inside a word, and by pretokens.py where a word 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from persea.chat import Tokens
 from persea.merges import Merges, derive, expand, offsets_of
 from persea.pretokens import BEFORE, Pretokens, characters, open_pretokens, places
 from persea.vocabulary import Vocabulary
 
 FREE = -1  # a context after which every candidate can stand: an answer's beginning, a control token
 INSIDE = "inside"  # signature of a boundary in the middle of a character, where no word ends
-PATIENCE = 400  # states looked at for one candidate; one that is not ruled out by then stays (of real ones, < 1 in 1,000)
+REMEMBERED = 4096  # contexts whose forbidden tokens are kept: some 25 kB each with real vocabularies
+State: TypeAlias = tuple[bool, int, bytes, int]  # whose turn it is (True = the keeper's), its last token, what it must cover, the other's last
+PATIENCE = 20_000  # tokens asked for one candidate, some 20 ms; one that is not ruled out by then stays
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +42,11 @@ class Keeper:
     merges: Merges
     pretokens: Pretokens
     _covers: dict[bytes, tuple[npt.NDArray[np.int64], tuple[int, ...]]] = field(default_factory=dict)
+    _cannot: dict[int, npt.NDArray[np.int64]] = field(default_factory=dict)
     _numbers: dict[tuple[int, str], int] = field(default_factory=dict)
     _contexts: list[tuple[int, str]] = field(default_factory=list)
+    _endings: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    _may: dict[tuple[tuple[str, ...], int], bool] = field(default_factory=dict)
 
     @cached_property
     def ordered(self) -> tuple[list[bytes], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -51,7 +58,7 @@ class Keeper:
         return [raw for raw, _ in pairs], token, place
 
     @cached_property
-    def _by_bytes(self) -> dict[bytes, tuple[int, ...]]:
+    def by_bytes(self) -> dict[bytes, tuple[int, ...]]:
         found: dict[bytes, tuple[int, ...]] = {}
         for i, raw in enumerate(self.vocabulary.bytes_W):
             if raw:
@@ -107,6 +114,14 @@ class Keeper:
             found.append(self.number(int(ids_T[k - 1]), word))
         return np.array(found, np.int64)
 
+    def inner(self, tokens: Tokens, at_C: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+        """The contexts of some learned tokens of a rendering. FREE where the token before is not learned: what a prompt ends with is
+        given, whatever comes after."""
+        found = np.full(len(at_C), FREE, np.int64)
+        inner_C = tokens.learn_T[np.maximum(at_C - 1, 0)] & (at_C > 0)
+        found[inner_C] = self.contexts(tokens.ids_T, at_C[inner_C].tolist())
+        return found
+
     def _run(self, ids: npt.NDArray[np.integer]) -> tuple[bytes, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """The bytes of tokens, the byte places of their cuts, and where each token ends."""
         raw = b"".join(self.vocabulary.bytes_W[i] or b"" for i in ids.tolist())
@@ -123,7 +138,14 @@ class Keeper:
         return self._numbers[key]
 
     def cannot_follow(self, context: int) -> npt.NDArray[np.int64]:
-        """Tokens, sorted, that cannot stand in this context."""
+        """Tokens, sorted, that cannot stand in this context; remembered for a while."""
+        if context not in self._cannot:
+            if len(self._cannot) >= REMEMBERED:
+                self._cannot.clear()
+            self._cannot[context] = self._find(context)
+        return self._cannot[context]
+
+    def _find(self, context: int) -> npt.NDArray[np.int64]:
         token, word = self._contexts[context]
         crossing = self.merges.cannot_follow(token).astype(np.int64)
         if self.added:  # what begins with an added token stands wherever it begins, and an added token ends a word
@@ -146,7 +168,7 @@ class Keeper:
             ordered, token, _ = self.ordered
             low, after = bisect_left(ordered, raw), raw.rstrip(b"\xff")
             high = bisect_left(ordered, after[:-1] + bytes([after[-1] + 1])) if after else len(ordered)
-            self._covers[raw] = token[low:high], tuple(u for n in range(1, len(raw)) for u in self._by_bytes.get(raw[:n], ()))
+            self._covers[raw] = token[low:high], tuple(u for n in range(1, len(raw)) for u in self.by_bytes.get(raw[:n], ()))
         return self._covers[raw]
 
     def may_follow(self, token: int, after: int) -> bool:
@@ -158,9 +180,14 @@ class Keeper:
             return True
         if self.pretokens.whole or rest[0] & 0xC0 == 0x80:
             return False
-        word, cut_off = characters(raw.lstrip(bytes(range(0x80, 0xC0))))
-        heads = self.pretokens.heads(rest)
-        return not cut_off and any(self.pretokens.may_cut(self.pretokens.signature(before + word), heads) for before in BEFORE)
+        if token not in self._endings:
+            word, cut_off = characters(raw.lstrip(bytes(range(0x80, 0xC0))))
+            self._endings[token] = () if cut_off else tuple(dict.fromkeys(self.pretokens.signature(before + word) for before in BEFORE))
+        of, heads = self._heads
+        key = self._endings[token], int(of[after])
+        if key not in self._may:  # asked millions of times, of some thousand different ones
+            self._may[key] = any(self.pretokens.may_cut(ending, heads[key[1]]) for ending in key[0])
+        return self._may[key]
 
 
 @lru_cache(maxsize=8)  # a student's is shared by the bridges of all its teachers
@@ -179,8 +206,7 @@ class Mask:
     keeper: Keeper
     own: Keeper
     first_W: npt.NDArray[np.integer]
-    _cannot: dict[int, npt.NDArray[np.int64]] = field(default_factory=dict)
-    _never: set[tuple[bool, int, bytes, int]] = field(default_factory=set)
+    _never: set[State] = field(default_factory=set)
 
     @cached_property
     def _by_first(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -195,9 +221,7 @@ class Mask:
         """
         if context == FREE:
             return np.empty(0, np.int64)
-        if context not in self._cannot:
-            self._cannot[context] = self.keeper.cannot_follow(context)
-        cannot, longer = self._cannot[context], self.keeper.grown(context)
+        cannot, longer = self.keeper.cannot_follow(context), self.keeper.grown(context)
         if candidates is None:
             offsets, order = self._by_first
             some = order[expand(offsets, cannot)[0]].tolist()
@@ -214,36 +238,45 @@ class Mask:
         return np.array(sorted(found), np.int64)
 
     def _meet(self, cannot: npt.NDArray[np.int64], candidate: int) -> bool:
-        """Whether there is a text over which both tokenizers go on from here, the own one by the candidate, until they meet.
-
-        A state: whose turn it is (True = the keeper's), its last token, what it must cover, the last token of the other.
-        """
+        """Whether there is a text over which both tokenizers go on from here, the own one by the candidate, until they meet."""
         raw = self.own.vocabulary.bytes_W[candidate] or b""
         covering, starts = self.keeper.covers(raw)
-        first = [*np.array(starts, np.int64)[~np.isin(starts, cannot)].tolist(), *np.setdiff1d(covering, cannot).tolist()]
-        todo = [self._after(True, u, raw, candidate) for u in first]
-        seen: set[tuple[bool, int, bytes, int]] = set()
-        while todo:
-            state = todo.pop()
-            keepers, last, rest, other = state
-            if not rest:
-                return True
-            if state in seen or state in self._never:
+        first = [*_without(np.array(starts, np.int64), cannot), *_without(covering, cannot)]
+        ways: list[Iterator[State]] = [iter([self._after(True, u, raw, candidate) for u in first])]
+        seen: set[State] = set()
+        asked = [0]
+        while ways:
+            state = next(ways[-1], None)
+            if state is None:
+                ways.pop()
                 continue
-            seen.add(state)
-            if len(seen) > PATIENCE:
+            if not state[2] or asked[0] > PATIENCE:
                 return True
-            side = self.keeper if keepers else self.own
-            covering, starts = side.covers(rest)
-            for u in (*covering.tolist(), *starts):
-                if side.may_follow(last, u):
-                    if side.vocabulary.bytes_W[u] == rest:
-                        return True
-                    todo.append(self._after(keepers, u, rest, other))
+            if state not in seen and state not in self._never:
+                seen.add(state)
+                ways.append(self._onward(state, asked))
         self._never.update(seen)
         return False
 
-    def _after(self, keepers: bool, token: int, rest: bytes, other: int) -> tuple[bool, int, bytes, int]:
+    def _onward(self, state: State, asked: list[int]) -> Iterator[State]:
+        """The states after one, those first where both meet; `asked` counts the tokens looked at."""
+        keepers, last, rest, other = state
+        side = self.keeper if keepers else self.own
+        covering, starts = side.covers(rest)
+        for u in (*side.by_bytes.get(rest, ()), *starts, *covering.tolist()):
+            asked[0] += 1
+            if asked[0] > PATIENCE or side.may_follow(last, u):
+                yield self._after(keepers, u, rest, other)
+
+    def _after(self, keepers: bool, token: int, rest: bytes, other: int) -> State:
         """The state after one side has said `token` over `rest`: its own again where bytes are left, else the other's."""
         raw = (self.keeper if keepers else self.own).vocabulary.bytes_W[token] or b""
         return (keepers, token, rest[len(raw):], other) if len(raw) < len(rest) else (not keepers, other, raw[len(rest):], token)
+
+
+def _without(some: npt.NDArray[np.int64], ordered: npt.NDArray[np.int64]) -> list[int]:
+    """Those of some tokens that are not among sorted ones: by binary search, for there are up to a whole vocabulary of these."""
+    if not len(ordered):
+        return [int(u) for u in some]
+    at = np.minimum(np.searchsorted(ordered, some), len(ordered) - 1)
+    return [int(u) for u in some[ordered[at] != some]]

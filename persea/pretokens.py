@@ -104,8 +104,9 @@ class Pretokens:
 def open_pretokens(vocabulary: Vocabulary) -> Pretokens:
     """What a tokenizer's own definition says of its cuts."""
     backend = vocabulary.backend
-    definition = json.loads(backend.to_str())
-    parts = list(_flat(definition["pre_tokenizer"]))
+    # their own state, not the whole tokenizer's: that is 20 MB of JSON
+    definition, normaliser = (json.loads(part.__getstate__()) if part else None for part in (backend.pre_tokenizer, backend.normalizer))
+    parts = list(_flat(definition))
     patterns = [p for part in parts for p in _patterns(part)]
     text = "".join(patterns)
     rest = SYNTAX.sub("", text)
@@ -115,7 +116,7 @@ def open_pretokens(vocabulary: Vocabulary) -> Pretokens:
     if UNKNOWN.search(rest):
         unknown = unknown or f"pattern {text!r}"
     # SentencePiece: the normaliser has written a sign for every space before the pre-tokenizer looks for spaces
-    signs = '"content": "▁"' in json.dumps(definition["normalizer"], ensure_ascii=False)
+    signs = '"content": "▁"' in json.dumps(normaliser, ensure_ascii=False)
     whole = not unknown and (not patterns or (signs and set(patterns) == {" "}))
     properties = tuple(sorted({rf"\p{{{name}}}" for name in re.findall(r"\\[pP]\{\^?(\w+)\}", text)} | {r"\s", r"\w", r"\d"}))
     plain_letters = "'" in text and not any(c.isalpha() for c in CONTRACTION.sub("", rest))

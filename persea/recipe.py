@@ -143,6 +143,7 @@ class Training(Section):
     learning_rate: float = Field(default=3e-3, gt=0, le=1, description="highest learning rate")
     warmup: int = Field(default=50, ge=0, le=MANY, description="steps until the highest learning rate")
     event_share: float = Field(default=0.7, ge=0, le=1, description="weight of events at common boundaries; the rest is cross-entropy")
+    completion: bool = Field(default=False, description="let a teacher's row speak in the middle of its token too; else the text alone does")
     weight_decay: float = Field(default=0.01, ge=0, le=1, description="AdamW's weight decay")
     clip: float = Field(default=1.0, gt=0, le=MANY, description="largest norm of the gradient")
     max_tokens: int = Field(default=512, ge=8, le=MANY, description="longest conversation, in student tokens; longer ones are left out")

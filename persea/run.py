@@ -32,7 +32,7 @@ class Stage:
 
 def check(river: River, folder: Path, tell: Tell) -> None:
     """Lay every teacher's tokenizer over the student's, on every skill's reference answers and the recipe's texts."""
-    from persea.check import TEXTS, likelihood, refuse
+    from persea.check import TEXTS, kept_by, likelihood, refuse
     from persea.check import check as pairing
 
     samples, settings, teachers = river.samples, river.recipe.check, river.recipe.teachers
@@ -40,9 +40,13 @@ def check(river: River, folder: Path, tell: Tell) -> None:
     pairs, likelihoods = [], []
     for k, teacher in enumerate(teachers):
         voice, bridge = river.voices[teacher.name], river.bridges[teacher.name]
-        pairs += [pairing(teacher.name, voice, river.student_voice, bridge, s, said) for s, said in zip(samples, mine, strict=True)]
+        kept = None
         if is_small(source(teacher)) if settings.likelihood is None else settings.likelihood:
-            likelihoods += likelihood(river.teacher(teacher.name, river.recipe.audition.batch), [s for s in samples if s.skill != TEXTS])
+            opened = river.teacher(teacher.name, river.recipe.audition.batch)
+            likelihoods += likelihood(opened, [s for s in samples if s.skill != TEXTS])
+            kept = kept_by(opened, bridge)
+        pairs += [pairing(teacher.name, voice, river.student_voice, bridge, s, said, kept if s.skill != TEXTS else None)
+                  for s, said in zip(samples, mine, strict=True)]
         family, note = river.families[teacher.name]["family"], river.families[teacher.name]["note"]
         tell("check", (k + 1) / len(teachers), f"{teacher.name} ({family}{', see its note in check.json' if note else ''})")
     store.publish_json(folder / "check.json", {"pairs": [p.to_json() for p in pairs], "likelihoods": [one.to_json() for one in likelihoods],
@@ -97,7 +101,8 @@ def train(river: River, folder: Path, tell: Tell) -> None:
     t = river.recipe.training
     student = river.student()
     captures = read(river.units, river.folder / "capture")
-    feed = offline(captures, student.voice, river.bridges, size=t.batch, seed=river.recipe.seed, max_tokens=t.max_tokens)
+    feed = offline(captures, student.voice, river.bridges, size=t.batch, seed=river.recipe.seed, max_tokens=t.max_tokens,
+                   completion=t.completion)
 
     def loss_of(step: int) -> tuple[Any, Any]:
         batch = feed.batch(step)
@@ -109,7 +114,8 @@ def train(river: River, folder: Path, tell: Tell) -> None:
     loop(student.trained, loss_of, settings, folder, digest_of(STAGES[3].inputs(river)), lambda step, line: tell(
         "train", step / t.steps, f"loss {line['loss']:.3f}, {line['positions'] / max(line['seconds'], 1e-9):.0f} tokens/s"))
     student.save(folder / "student")
-    store.publish_json(folder / "feed.json", {"lessons": len(feed.lessons), "too_long": feed.too_long, "unsayable": feed.unsayable})
+    store.publish_json(folder / "feed.json", {"lessons": len(feed.lessons), "too_long": feed.too_long, "unsayable": feed.unsayable,
+                                              "taught": feed.diagnosis()})
 
 
 def evaluate(river: River, folder: Path, tell: Tell) -> None:

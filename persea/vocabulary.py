@@ -135,7 +135,11 @@ class Vocabulary:
                 where=self.name, remedy="the text was cut inside a character; mend it or leave it out") from error
 
     def _check(self, text: str, ids: Sequence[int]) -> None:
-        want, got = text.encode(), b"".join(self.bytes_W[i] or b"" for i in ids)
+        want = text.encode()
+        try:  # a tenth of encoding and aligning; quicker than asking every token whether it has bytes
+            got = b"".join(map(self.bytes_W.__getitem__, ids))  # type: ignore[arg-type]
+        except TypeError:  # a control token has none
+            got = b"".join(self.bytes_W[i] or b"" for i in ids)
         if want == got:
             return
         at = next((k for k, (a, b) in enumerate(zip(want, got, strict=False)) if a != b), min(len(want), len(got)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persea import skills
-from persea.align import Boundaries, Taught, align
+from persea.align import Boundaries, Taught, align, boundaries
 from persea.bridge import Bridge, build
 from persea.chat import Conversation, Effort, Text, Thinking, Tokens
-from persea.check import WORSE, Kept, Likelihood, Pairing, Sample, check, likelihood, read_texts, refuse
+from persea.check import WORSE, Kept, Likelihood, Pairing, Sample, check, kept_by, likelihood, read_texts, refuse
 from persea.engines.local import LocalEngine
 from persea.errors import DataError, Refused
 from persea.measure import Split
@@ -124,6 +125,39 @@ def test_mass_that_masks_keep_is_told_where_somebody_measures_it(pair_of: Callab
     assert seen == [(2, 2, found.boundaries)]
     assert (found.kept_mean, found.kept_p5) == pytest.approx((0.75, 0.525))
     assert pairing(pair, [], kept).kept_mean is None
+
+
+class Drawn:
+    """An engine whose log-probabilities are drawn once for all."""
+
+    def __init__(self, size: int) -> None:
+        self.logprobs_W = torch.log_softmax(3 * torch.randn(size, generator=torch.Generator().manual_seed(3)), -1)
+
+    def score(self, sequences: Sequence[np.ndarray], learn: Sequence[np.ndarray]) -> Iterator[torch.Tensor]:
+        for wanted in learn:
+            yield self.logprobs_W.expand(int(wanted.sum()), -1)
+
+
+def test_the_mass_that_masks_keep_is_measured(to_llama: Pair):
+    """Against the masks asked one by one; the first boundary stands after the prompt and keeps all."""
+    teacher, student, bridge = to_llama
+    engine = Drawn(len(teacher.vocabulary))
+    measured = kept_by(Teacher("t", teacher, engine), bridge)
+    said = answered("Hello, two words.", "สวัสดี你好 12345", "def f(x):\n    return x")
+    mine, theirs = [student.render(c) for c in said], [teacher.render(c) for c in said]
+    both = align(mine, theirs).boundaries
+    got, want, less = measured(mine, theirs, both), [], 0
+    for s, t in zip(mine, theirs, strict=True):
+        one = boundaries(s, t)
+        for at in one.student_C.tolist():
+            context = -1 if not s.learn_T[at - 1] else int(bridge.teacher_mask.keeper.contexts(s.ids_T, [at])[0])
+            dead = [i for i in bridge.teacher_mask.dead(context).tolist() if engine.logprobs_W[i] >= math.log(1e-3)]
+            want.append(1 - float(engine.logprobs_W[dead].exp().sum()))
+            less += bool(dead)
+    assert got == pytest.approx(want, abs=1e-6)
+    assert less > 3 and got[0] == 1
+    found = pairing(to_llama, said, measured)
+    assert found.kept_mean == pytest.approx(float(np.mean(want)), abs=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -176,6 +176,13 @@ def test_a_lesson_has_each_boundarys_row(voices: Voices, bridges: dict[str, Brid
     unmasked = lesson(capture, voices["llama"], replace(bridge, teacher_mask=None, student_mask=None)).said
     assert Counter(zip(unmasked.row_M.tolist(), unmasked.event_M.tolist(), unmasked.probs_M.tolist(), strict=True)) == +plain
     assert not len(unmasked.token_D)
+    # what is told of it
+    (row,) = offline([capture], voices["llama"], bridges, size=1, seed=0, max_tokens=9999).diagnosis()
+    assert (row["teacher"], row["language"], row["tokens"]) == (teacher, "", len(learned_S))
+    assert row["event"] == pytest.approx(len(both.student_C) / len(learned_S), abs=1e-4)
+    assert row["event"] + row["completion"] + row["chunk"] + row["text"] == pytest.approx(1, abs=3e-4)
+    whole = sum(float(rows.probs_M[m]) for at in both.teacher_C.tolist() for m in range(*rows.offsets_N1[learned_T.index(at):][:2].tolist()))
+    assert row["mass_kept"] == (pytest.approx(sum(p * k for (_, _, p), k in masked.items()) / whole, abs=1e-4) if whole else None)
 
 
 def test_a_thinking_teachers_lesson_answers_at_once(voices: Voices):

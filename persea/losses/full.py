@@ -1,7 +1,8 @@
 """Any divergence over common events, from a teacher's whole distributions (rows of kind FULL, a teacher in the loop).
 
-Both sides are masked to what can stand where both tokenizers have a boundary, and renormalised: they are then conditional
-distributions of the same future, equal for two exact models of one law wherever the maps agree. For training beside
+Both sides are masked to what can stand where both tokenizers have a boundary, an event that only one of them can still say is
+dropped, and both are renormalised: they are then conditional distributions of the same future, equal for two exact models of one
+law wherever the maps agree. For training beside
 cross-entropy use `composed`, which needs no normaliser. The same tokenizer on both sides gives the ordinary divergence, bit
 for bit.
 """
@@ -26,9 +27,9 @@ class Dead:
 
 
 def over_events(logprobs_NX: torch.Tensor, event_X: torch.Tensor, events: int, dead: Dead | None = None) -> torch.Tensor:
-    """Natural logs of a distribution over events [N, E] from one over tokens, renormalised over what can stand; differentiable.
+    """Natural logs of the mass of each event [N, E], from log-probabilities over tokens; -inf where nothing of it can stand.
 
-    event_X  event of each token, -1 = left out. Linear in positions: one segment sum, no sort.
+    event_X  event of each token, -1 = left out. Differentiable; linear in positions: one segment sum, no sort.
     """
     if dead is not None and len(dead.row_D):
         logprobs_NX = logprobs_NX.index_put((dead.row_D, dead.token_D), torch.full((), -torch.inf, dtype=logprobs_NX.dtype))
@@ -36,7 +37,7 @@ def over_events(logprobs_NX: torch.Tensor, event_X: torch.Tensor, events: int, d
     top_N1 = logprobs_NX[:, kept].detach().amax(-1, keepdim=True)
     mass_NE = torch.zeros(len(logprobs_NX), events, dtype=logprobs_NX.dtype, device=logprobs_NX.device)
     mass_NE = mass_NE.index_add(1, event_X[kept], (logprobs_NX[:, kept] - top_N1).exp())
-    return torch.where(mass_NE > 0, mass_NE, 1.0).log().masked_fill(mass_NE == 0, -torch.inf) - mass_NE.sum(-1, keepdim=True).log()
+    return torch.where(mass_NE > 0, mass_NE, 1.0).log().masked_fill(mass_NE == 0, -torch.inf) + top_N1
 
 
 def full(logits_NV: torch.Tensor, teacher_logprobs_NW: torch.Tensor, bridge: Bridge, divergence: Divergence = Divergence.FORWARD, *,
@@ -57,5 +58,11 @@ def full(logits_NV: torch.Tensor, teacher_logprobs_NW: torch.Tensor, bridge: Bri
     event_V, event_W = (torch.from_numpy(e).long().to(logits_NV.device) for e in (bridge.student_event_V, bridge.teacher_event_W))
     log_q_NE = over_events(torch.log_softmax(logits_NV, -1), event_V, bridge.events, student_dead)
     log_p_NE = over_events(teacher_logprobs_NW, event_W, bridge.events, teacher_dead)
+    nobody = (log_p_NE == -torch.inf) | (log_q_NE == -torch.inf)  # else a mask on one side alone makes a divergence infinite
+    log_p_NE, log_q_NE = (_normalised(side.masked_fill(nobody, -torch.inf)) for side in (log_p_NE, log_q_NE))
     loss = between(log_p_NE, log_q_NE, divergence).mean()
     return LossOut(loss, {divergence.value: float(loss.detach())}, len(logits_NV))
+
+
+def _normalised(log_NE: torch.Tensor) -> torch.Tensor:
+    return log_NE - log_NE.logsumexp(-1, keepdim=True)

@@ -67,12 +67,16 @@ def standing(bridge: Bridge, row_M: npt.NDArray[np.integer], ids_M: npt.NDArray[
 
     ids_M      raw teacher ids; those of control tokens without counterpart are dropped, their mass goes to the text
     student_N, teacher_N  by position, the contexts before it (`Keeper.contexts`); None = no masks
+    A row of kind TOPK_REST names an event only where it names all of the event's teacher tokens; the others are in the rest.
     Raises DataError for ids out of range, and for probabilities that are none: negative, NaN, or, in rows that are exact, of a
     mass above 1 (a SAMPLED row is exact in the mean).
     """
     _refuse_improbable(row_M, probs_M, kind)
     event_M = bridge.event_of(ids_M)
     row_R = np.unique(row_M) if kind is RowKind.TOPK_REST else row_M[:0]
+    if len(row_R):
+        whole = _named_whole(bridge, row_M, event_M)
+        row_M, ids_M, probs_M, event_M = row_M[whole], ids_M[whole], probs_M[whole], event_M[whole]
     named_R = np.bincount(np.searchsorted(row_R, row_M), probs_M, minlength=len(row_R)) if len(row_R) else np.empty(0)
     stays = event_M >= 0
     if student_N is not None and bridge.teacher_mask is not None:
@@ -127,6 +131,19 @@ def _spelled(bridge: Bridge, event_M: npt.NDArray[np.int64]) -> tuple[npt.NDArra
     entry_G = np.repeat(np.arange(len(event_M)), sizes_M)
     within_G = np.arange(len(entry_G)) - np.repeat(np.cumsum(sizes_M) - sizes_M, sizes_M)
     return entry_G.astype(np.int64), tokens[offsets[event_M][entry_G] + within_G]
+
+
+def _named_whole(bridge: Bridge, row_M: npt.NDArray[np.integer], event_M: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Entries of events all of whose teacher tokens the row names, and of control tokens.
+
+    Of any other event the rest holds a part: it belongs there whole, or it looks less likely than it is. What the rest holds of dead
+    tokens nobody can tell; so a rest stays biased between tokenizers (tests/test_worlds.py pins how far).
+    """
+    sizes = np.bincount(bridge.teacher_event_W[bridge.teacher_event_W >= 0], minlength=bridge.events)
+    key, which, named = np.unique(row_M.astype(np.int64) * (bridge.events + 1) + event_M + 1, return_inverse=True, return_counts=True)
+    event = key % (bridge.events + 1) - 1
+    whole: npt.NDArray[np.bool_] = ((event < 0) | (named == sizes[event]))[which]
+    return whole
 
 
 def _dead(mask: Mask, context_P: npt.NDArray[np.integer], token_P: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
