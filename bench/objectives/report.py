@@ -23,6 +23,8 @@ NAMES = {"sft": "SFT on teacher samples", "strict": "strict, 1:1 positions", "st
 
 def named(line: Line) -> str:
     rows = "" if line["rows"] in ("none", "full") and line["method"] != "events" else f", {line['rows']}"
+    if rows.startswith(", top-k") and not rows.endswith("renormalised"):
+        rows += " + rest"
     return NAMES.get(line["method"], line["method"]) + rows
 
 
