@@ -1,8 +1,9 @@
 # make quickstart   the main job: three tiny teachers teach one student, with its own set-up
 # make test         the tests, with their own set-up (<= 6 minutes on 2 cores)
 # make lint         ruff and mypy
-# make chaos        a run killed again and again ends with the same student (about 10 minutes)
+# make chaos        runs and captures killed, cut, flipped, out of power and space end the same (about 15 minutes)
 # make results      the quickstart with three seeds (about 20 minutes)
+# make bench-cache  what the cache costs and what it is worth (about 10 minutes)
 # make bench        what alignment, bridges and the objective cost, beside TRL (about 9 minutes; installs TRL)
 # make bench-bias   what each method pushes a perfect student away by (10 to 20 minutes; installs TRL for its GOLD)
 # make bench-objectives   every method with trained models on real text, size xs (hours; goes on where it was; installs TRL)
@@ -15,7 +16,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test lint chaos results bench bench-bias bench-objectives saplings clean
+.PHONY: quickstart test lint chaos results bench bench-bias bench-cache bench-objectives saplings clean
 .DELETE_ON_ERROR:
 
 .venv/persea: pyproject.toml
@@ -38,6 +39,7 @@ lint: .venv/persea
 	$(BIN)/mypy
 
 chaos: .venv/persea
+	$(BIN)/python bench/chaos_cache.py
 	$(BIN)/python bench/chaos.py
 
 results: .venv/persea
@@ -51,6 +53,9 @@ bench: .venv/persea
 bench-objectives: .venv/persea
 	$(BIN)/pip install -q -e '.[bench]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.objectives --size xs
+
+bench-cache: .venv/persea
+	$(BIN)/python bench/cache.py
 
 bench-bias: .venv/persea
 	$(BIN)/pip install -q -e '.[bench]'

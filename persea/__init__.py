@@ -23,8 +23,12 @@ from everywhere); tests/test_map.py holds this map true.
     audition      Cast: every teacher measured on every skill; who teaches what
     # what they said
     rows          Rows: one position's teacher distribution each, sparse; and of what kind
+    tables        how often each value of a column stands in a unit, and the entropy coder under it
+    codec         tokens and rows <-> entropy-coded streams
     store         where bytes lie: publish, digest, create-if-absent, one run per folder
-    cache         captures on disk: sparse unbiased rows, digested units
+    cache         captures on disk: packed, digested, memory-mapped units
+    reader        captures by number, in an order that seed and epoch decide; several caches mixed by share
+    shelf         a folder of units as a whole: info, verify, merge, export
     capture       ask the cast, keep what it said; resumes where it stopped
     # making it the student's
     align         Spans: two tokenizers laid over the same bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,19 +12,21 @@ from typing import Any
 from persea import cache
 from persea.audition import Cast
 from persea.chat import Finish, Text, Tokens
-from persea.corpus import Prompt
+from persea.corpus import MAX_LINE, Prompt
 from persea.errors import DataError, Refused
 from persea.rows import sample_rows
+from persea.shelf import committed
 from persea.teacher import Answer, Teacher
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Some prompts for one teacher; `name` is the digest of all that determines the unit's bytes."""
+    """Some prompts for one teacher of some identity; `name` is the digest of all that determines the unit's bytes."""
 
     name: str
     teacher: str
     prompts: tuple[Prompt, ...]
+    identity: str = ""
 
 
 def plan_units(prompts: Sequence[Prompt], cast: Cast, teachers: Mapping[str, str], size: int, settings: Mapping[str, Any]) -> tuple[Unit, ...]:
@@ -42,25 +45,64 @@ def plan_units(prompts: Sequence[Prompt], cast: Cast, teachers: Mapping[str, str
         for begin in range(0, len(mine), size):
             some = tuple(mine[begin:begin + size])
             key = cache.unit_id([[p.id, p.skill, p.language, p.conversation.to_json(), p.answer] for p in some], name, teachers[name], settings)
-            units.append(Unit(key, name, some))
+            units.append(Unit(key, name, some, teachers[name]))
     return tuple(units)
 
 
+@dataclass(frozen=True)
+class Step:
+    """A unit is done: `prompts` in it and `tokens` kept; asked = it was not there before."""
+
+    prompts: int
+    tokens: int
+    asked: bool
+
+
 def capture(units: Sequence[Unit], teacher: Teacher, folder: Path, *, tau: float, max_new_tokens: int, seed: int, given: bool = False,
-            progress: Callable[[int], None] = lambda prompts: None) -> None:
+            unchanged: Callable[[], None] = lambda: None, progress: Callable[[Step], None] = lambda step: None) -> None:
     """Ask one teacher every unit of its own that is not committed yet; no prompt is asked twice.
 
-    given     score the answers that came with the prompts instead of asking for new ones
-    progress  called after each unit with the prompts in it
-    Raises DataError for a prompt without answer where they are to be given.
+    given      score the answers that came with the prompts instead of asking for new ones
+    unchanged  raises where the teacher is no longer what the units' names say; called before each commit
+    progress   called after each unit
+    Raises DataError for a prompt without answer where they are to be given, Refused where units of the same name's other weights,
+    tokenizer or template stand in the folder.
     """
-    for unit in units:
-        if unit.teacher != teacher.name:
-            continue
-        if not cache.is_committed(folder, unit.name):
-            answers = [_given(p, teacher) for p in unit.prompts] if given else teacher.answer(unit.prompts, max_new_tokens)
-            _keep(unit, answers, teacher, folder, tau, seed)
-        progress(len(unit.prompts))
+    mine = [u for u in units if u.teacher == teacher.name]
+    _refuse_another(mine, folder)
+    for unit in mine:
+        asked = not cache.is_committed(folder, unit.name)
+        if asked:
+            sayable, quarantine = _sayable(unit.prompts, teacher)
+            answers = [_given(p, teacher) for p in sayable] if given else teacher.answer(sayable, max_new_tokens)
+            _keep(unit, answers, quarantine, teacher, folder, tau, seed, unchanged)
+        progress(Step(len(unit.prompts), cache.read_record(folder, unit.name)["tokens"], asked))
+
+
+def _refuse_another(mine: Sequence[Unit], folder: Path) -> None:
+    identities = {u.teacher: u.identity for u in mine}
+    for name in committed(folder):
+        about = cache.read_record(folder, name)["about"]
+        if about.get("identity", "") != identities.get(about.get("teacher", ""), about.get("identity", "")):
+            raise Refused(f"units of another {about['teacher']} stand here: its weights, tokenizer, template or effort changed", where=str(folder),
+                          remedy=f"give this run another --out, or delete {folder}")
+
+
+def _sayable(prompts: Sequence[Prompt], teacher: Teacher) -> tuple[list[Prompt], list[tuple[str, str]]]:
+    """Prompts that the teacher's template and tokenizer can say; the others with the reason. One odd document does not end a capture."""
+    sayable: list[Prompt] = []
+    quarantine: list[tuple[str, str]] = []
+    for prompt in prompts:
+        try:
+            size = sum(len(part.text.encode()) for part in prompt.conversation.parts())
+            if size > MAX_LINE:
+                raise DataError(f"{size:,} bytes, at most {MAX_LINE:,}")
+            teacher.voice.prompt(replace(prompt.conversation, effort=teacher.effort))
+        except (DataError, UnicodeError) as error:
+            quarantine.append((prompt.id, str(error)[:300]))
+        else:
+            sayable.append(prompt)
+    return sayable, quarantine
 
 
 def _given(prompt: Prompt, teacher: Teacher) -> Answer:
@@ -71,7 +113,8 @@ def _given(prompt: Prompt, teacher: Teacher) -> Answer:
     return Answer(prompt.id, teacher.name, prompt.skill, prompt.language, conversation, Finish.STOP)
 
 
-def _keep(unit: Unit, answers: Sequence[Answer], teacher: Teacher, folder: Path, tau: float, seed: int) -> None:
+def _keep(unit: Unit, answers: Sequence[Answer], quarantine: Sequence[tuple[str, str]], teacher: Teacher, folder: Path, tau: float, seed: int,
+          unchanged: Callable[[], None]) -> None:
     """Score the whole answers, and publish and commit the unit."""
     rendered = [(a, _rendered(a, teacher)) for a in answers]
     whole = [(a, tokens) for a, tokens in rendered if tokens is not None]
@@ -80,8 +123,11 @@ def _keep(unit: Unit, answers: Sequence[Answer], teacher: Teacher, folder: Path,
     for (answer, tokens), logprobs_NW in zip(whole, scored, strict=True):
         rows = sample_rows(logprobs_NW, tokens.ids_T[tokens.learn_T], tau, f"{seed} {unit.teacher} {answer.prompt_id}")
         captures.append(cache.Capture(answer, tokens, rows))
-    dropped = Counter((Finish.MALFORMED if a.finish is Finish.STOP else a.finish).value for a, tokens in rendered if tokens is None)
-    cache.write_unit(folder, unit.name, captures, dict(dropped))
+    dropped = Counter[str]((Finish.MALFORMED if a.finish is Finish.STOP else a.finish).value for a, tokens in rendered if tokens is None)
+    if quarantine:
+        dropped[Finish.REFUSED.value] += len(quarantine)
+    unchanged()
+    cache.write_unit(folder, unit.name, captures, dropped, tau=tau, about={"teacher": unit.teacher, "identity": unit.identity}, quarantine=quarantine)
 
 
 def _rendered(answer: Answer, teacher: Teacher) -> Tokens | None:
@@ -116,3 +162,43 @@ def summary(units: Sequence[Unit], folder: Path) -> dict[str, Any]:
         raise Refused(f"no answer of {total['prompts']} is whole ({dict(left_out)})", where="capture",
                       remedy="raise capture.max_new_tokens, or look at the answers: the teachers may not know their templates")
     return {**total, "left_out": dict(left_out), "teachers": {k: dict(v) for k, v in teachers.items()}}
+
+
+@dataclass
+class Pace:
+    """How quickly a capture goes, and when it has cost enough.
+
+    prompts        of the whole capture
+    tokens, hours  the most it may cost: tokens kept in all, hours of this run; 0 = no limit
+    """
+
+    prompts: int
+    tokens: int = 0
+    hours: float = 0
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
+        self._begin, self._done, self._asked, self._kept, self._new = self.clock(), 0, 0, 0, 0
+
+    def step(self, step: Step) -> tuple[float, str]:
+        """Share done, and a few words: prompts, tokens a second, time left. Raises Refused where a limit is reached and prompts are left."""
+        self._done += step.prompts
+        self._kept += step.tokens
+        self._asked += step.prompts if step.asked else 0
+        self._new += step.tokens if step.asked else 0
+        seconds = self.clock() - self._begin
+        for limit, spent, key, words in ((self.tokens, self._kept, "capture.tokens", f"{self._kept:,} tokens"),
+                                         (self.hours, seconds / 3600, "capture.hours", f"{seconds / 3600:.2f} hours")):
+            if limit and spent >= limit and self._done < self.prompts:
+                raise Refused(f"the budget is spent: {words} for {self._done:,} of {self.prompts:,} prompts", where=key,
+                              remedy=f"raise {key} and run again: what is committed stays")
+        words = f"{self._done}/{self.prompts} prompts"
+        if self._asked and seconds > 0:
+            left = (self.prompts - self._done) * seconds / self._asked
+            words += f", {self._new / seconds:,.0f} tokens/s" + (f", {_spoken(left)} left" if left else "")
+        return self._done / self.prompts, words
+
+
+def _spoken(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"

@@ -23,6 +23,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
                   help="Distil several open-weight model families at once into one student, although each has its own tokenizer and chat format.")
 recipes = typer.Typer(no_args_is_help=True, help="The recipes that come with persea.")
 app.add_typer(recipes, name="recipes")
+cache = typer.Typer(no_args_is_help=True, help="What the teachers said, as it lies on disk: a run folder, or its capture/.")
+app.add_typer(cache, name="cache")
 
 RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
 Sets = Annotated[list[str], typer.Option("--set", help="Change one key, e.g. --set training.steps=200.", show_default=False)]
@@ -158,6 +160,64 @@ def recipes_show(name: Annotated[str, typer.Argument(help="Name of a bundled rec
     if not path.is_file():
         raise RecipeError(f"no recipe {name!r}", remedy="persea recipes ls lists them")
     typer.echo(path.read_text(), nl=False)
+
+
+CachePath = Annotated[Path, typer.Argument(help="A run folder, or its capture/.", show_default=False)]
+
+
+@cache.command("info")
+def cache_info(folder: CachePath, as_json: AsJson = False) -> None:
+    """Units, answers, positions and bytes, in all and by teacher. Reads the commit records only."""
+    from persea.shelf import info, shelf
+
+    told = info(shelf(folder))
+    if as_json:
+        typer.echo(json.dumps(told, indent=1))
+        return
+    from persea.progress import table
+
+    names = ("units", "answers", "tokens", "positions", "entries", "bytes")
+    rows = [*told["teachers"].items(), ("in all", told)]
+    table(("teacher", *names), [(name, *(f"{counts.get(n, 0):,}" for n in names)) for name, counts in rows])
+    kinds = ", ".join(f"{r['kind']} (tau {r['tau']:g})" for r in told["rows"])
+    typer.echo(f"rows: {kinds}; {told.get('bytes_per_position', 0)} bytes a position, text and tokens included")
+
+
+@cache.command("verify")
+def cache_verify(folder: CachePath, as_json: AsJson = False) -> None:
+    """Read and unpack every byte; tell everything that is not as it was written (exit 3)."""
+    from persea.errors import DataError
+    from persea.shelf import committed, shelf, verify
+
+    where = shelf(folder)
+    found = verify(where)
+    wrong = [f for f in found if not f.harmless]
+    if as_json:
+        typer.echo(json.dumps([{"where": str(f.where), "what": f.what, "remedy": f.remedy, "harmless": f.harmless} for f in found], indent=1))
+    else:
+        for f in found:
+            typer.echo(f"{f.where}: {f.what} -> {f.remedy}")
+        typer.echo(f"{len(committed(where))} units, {len(wrong)} findings")
+    if wrong:
+        raise DataError(f"{len(wrong)} of {len(committed(where))} units or records are not as they were written", where=str(where),
+                        remedy="each is named above with its remedy")
+
+
+@cache.command("export")
+def cache_export(folder: CachePath, to: Annotated[Path, typer.Argument(help="The Parquet file to write.", show_default=False)]) -> None:
+    """The whole cache as one Parquet file, a row an answer; every byte is checked on the way."""
+    from persea.shelf import export, shelf
+
+    typer.echo(f"{to}: {export(shelf(folder), to):,} answers")
+
+
+@cache.command("merge")
+def cache_merge(into: Annotated[Path, typer.Argument(help="The folder to copy into.", show_default=False)],
+                folders: Annotated[list[Path], typer.Argument(help="Run folders, or their capture/.", show_default=False)]) -> None:
+    """Copy the units of several caches into one folder; every byte is checked on the way, what stands there already stays."""
+    from persea.shelf import merge, shelf
+
+    typer.echo(f"{into}: {merge(into, [shelf(folder) for folder in folders]):,} new units")
 
 
 def _version(asked: bool) -> None:

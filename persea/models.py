@@ -181,12 +181,22 @@ def fingerprint(source: Source, where: str) -> str:
     if folder is None:
         return hashlib.sha256(json.dumps([source.model, source.revision, source.tokenizer, source.sizes]).encode()).hexdigest()
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.jinja")]):
+    for path in _files(folder):
         digest.update(path.name.encode())
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def stamp(source: Source, where: str) -> tuple[tuple[str, int, int], ...]:
+    """Name, size and time of each file that the fingerprint reads: what tells at once that a folder was written to. None of a hub model."""
+    folder = None if source.is_random else local_folder(source.model, where)
+    return tuple((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in _files(folder)) if folder else ()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.jinja")])
 
 
 def sprout(family: str, vocabulary: int, sizes: dict[str, int]) -> PreTrainedModel:

@@ -135,6 +135,8 @@ class Capture(Section):
     max_new_tokens: int = Field(default=64, ge=1, le=MANY, description="longest answer, in the teacher's tokens")
     batch: int = Field(default=64, ge=1, le=MANY, description="prompts asked at once")
     unit: int = Field(default=256, ge=1, le=MANY, description="prompts saved together: the most that a crash can cost")
+    tokens: int | None = Field(default=None, ge=1, description="stop, and say so, once this many tokens are kept; more goes on from there")
+    hours: float | None = Field(default=None, gt=0, le=1e6, description="stop, and say so, once a run has asked for this long")
 
 
 class Training(Section):

@@ -25,7 +25,7 @@ from persea.corpus import Corpus, Prompt, gather, read_prompts
 from persea.errors import DataError, Refused
 from persea.lineage import Parent
 from persea.measure import Item, Skill, Split
-from persea.models import Source, fingerprint, local_folder, notes, open_voice
+from persea.models import Source, fingerprint, local_folder, notes, open_voice, stamp
 from persea.recipe import ModelRef, Recipe
 from persea.voice import Voice
 
@@ -77,7 +77,19 @@ class River:
     @cached_property
     def identities(self) -> dict[str, str]:
         """Teacher name -> digest of weights, voice and effort: what an answer depends on."""
+        assert self._stamps  # noted first: what is written while it is read is seen afterwards
         return {t.name: digest_of([fingerprint(source(t), t.name), self.voices[t.name].digest, t.effort]) for t in self.recipe.teachers}
+
+    @cached_property
+    def _stamps(self) -> dict[str, object]:
+        return {t.name: stamp(source(t), t.name) for t in self.recipe.teachers}
+
+    def refuse_changed(self, name: str) -> None:
+        """Raises Refused where a teacher's files are no longer those that its identity was made of."""
+        ref = next(t for t in self.recipe.teachers if t.name == name)
+        if stamp(source(ref), name) != self._stamps[name]:
+            raise Refused(f"the files of {name} changed while it was asked", where=ref.model,
+                          remedy="put back what was there, or give the changed teacher a run of its own (--out): what is committed stays")
 
     @cached_property
     def student_identity(self) -> str:
@@ -196,11 +208,7 @@ class River:
 
     def done(self, stage: str) -> dict[str, Any]:
         """The record a finished stage leaves. DataError where it has not run."""
-        record: dict[str, Any] = store.read_json(self.folder / stage / "done.json")
-        if not isinstance(record, dict) or not isinstance(record.get("outputs"), dict) or "key" not in record:
-            raise DataError("not a record of a finished stage", where=str(self.folder / stage / "done.json"),
-                            remedy="delete it and run the stage again")
-        return record
+        return store.read_sealed(self.folder / stage / "done.json", "delete it and run the stage again")
 
     def stands(self, stage: str, key: str) -> bool:
         """Whether a stage's output is there for the same inputs, whole."""
@@ -232,7 +240,7 @@ class River:
         work(folder, tell)
         outputs = {str(p.relative_to(folder)): store.digest_file(p) for p in sorted(folder.rglob("*"))
                    if p.is_file() and not {"checkpoints", "units"} & set(p.relative_to(folder).parts)}
-        store.publish_json(record, {"key": key, "seconds": round(time.monotonic() - begin, 2), "outputs": outputs})
+        store.publish_sealed(record, {"key": key, "seconds": round(time.monotonic() - begin, 2), "outputs": outputs})
         tell(stage, 1.0, f"{time.monotonic() - begin:.0f} s")
 
 

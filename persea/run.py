@@ -73,19 +73,15 @@ def audition(river: River, folder: Path, tell: Tell) -> None:
 
 def capture(river: River, folder: Path, tell: Tell) -> None:
     """Ask the cast; keep answers and distributions."""
+    from persea.capture import Pace, summary
     from persea.capture import capture as ask
-    from persea.capture import summary
 
-    settings, asked, total = river.recipe.capture, 0, len(river.corpus.prompts)
-
-    def progress(prompts: int) -> None:
-        nonlocal asked
-        asked += prompts
-        tell("capture", asked / total, f"{asked}/{total} prompts")
-
+    settings = river.recipe.capture
+    pace = Pace(len(river.corpus.prompts), settings.tokens or 0, settings.hours or 0)
     for name in dict.fromkeys(u.teacher for u in river.units):
         ask(river.units, river.teacher(name, settings.batch), folder, tau=settings.tau, max_new_tokens=settings.max_new_tokens,
-            seed=river.recipe.seed, given=settings.answers == "given", progress=progress)
+            seed=river.recipe.seed, given=settings.answers == "given", unchanged=partial(river.refuse_changed, name),
+            progress=lambda step: tell("capture", *pace.step(step)))
     removed = Counter(why.value for _, why in river.corpus.removed)
     store.publish_json(folder / "summary.json", summary(river.units, folder) | {"removed": dict(removed)})
 

@@ -7,10 +7,10 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from persea.errors import DataError, StorageError
 
@@ -36,42 +36,116 @@ def _storage(path: Path) -> Iterator[None]:
                            "what is committed stays") from error
 
 
-def publish(path: Path, data: bytes) -> str:
-    """Write a file so that it is there whole or not at all, also after a power loss; returns its sha256.
+class Disk:
+    """The calls that change what lies on a disk, and no other: what records them, fails them or dies between them sees everything.
+
+    tests/disks.py has such disks.
+    """
+
+    def make(self, folder: Path) -> None:
+        folder.mkdir()
+
+    def create(self, path: Path) -> BinaryIO:
+        return path.open("wb")
+
+    def sync(self, file: BinaryIO) -> None:
+        file.flush()
+        os.fsync(file.fileno())
+
+    def replace(self, path: Path, by: Path) -> None:
+        by.replace(path)
+
+    def link(self, path: Path, to: Path) -> None:
+        os.link(to, path)
+
+    def remove(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+
+    def sync_folder(self, folder: Path) -> None:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+DISK = Disk()
+
+
+def _folder(folder: Path) -> None:
+    """Make a folder that is still there after a power loss: each new one is in a parent that was told to the disk."""
+    if not folder.is_dir():
+        _folder(folder.parent)
+        with suppress(FileExistsError):  # another process was quicker
+            DISK.make(folder)
+        DISK.sync_folder(folder.parent)
+
+
+@contextmanager
+def _neighbour(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
+    """A file beside `path` to write to; synced when all is written, gone in the end."""
+    _folder(path.parent)
+    neighbour = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with DISK.create(neighbour) as file:
+            yield file, neighbour
+    finally:
+        DISK.remove(neighbour)  # half of it, where the disk is full
+
+
+@contextmanager
+def publishing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that is there whole or not at all, also after a power loss.
 
     write to a neighbour, fsync, rename, fsync the folder.
     """
     with _storage(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        neighbour = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with neighbour.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            neighbour.replace(path)
-        finally:
-            neighbour.unlink(missing_ok=True)  # half of it, where the disk is full
-        _fsync_folder(path.parent)
+        with _neighbour(path) as (file, neighbour):
+            yield file
+            DISK.sync(file)
+            DISK.replace(path, neighbour)
+        DISK.sync_folder(path.parent)
+
+
+def publish(path: Path, data: bytes) -> str:
+    """Publish bytes, whole or not at all; returns their sha256."""
+    with publishing(path) as file:
+        file.write(data)
     return digest(data)
 
 
-def commit(path: Path, record: dict[str, Any]) -> None:
+def commit(path: Path, record: Mapping[str, Any]) -> None:
     """Create a JSON record if there is none; the first one wins and a second is dropped."""
     with _storage(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        neighbour = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with neighbour.open("w") as file:
-                file.write(json.dumps(record, indent=1, sort_keys=True) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.link(neighbour, path)
-        except FileExistsError:
-            pass
-        finally:
-            neighbour.unlink(missing_ok=True)
-        _fsync_folder(path.parent)
+        with _neighbour(path) as (file, neighbour):
+            file.write(_record_text(record).encode())
+            DISK.sync(file)
+            with suppress(FileExistsError):
+                DISK.link(path, neighbour)
+        DISK.sync_folder(path.parent)
+
+
+def _record_text(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, indent=1, sort_keys=True) + "\n"
+
+
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with the digest of everything it says."""
+    return {**record, "seal": digest(_record_text(record).encode())}
+
+
+def publish_sealed(path: Path, record: Mapping[str, Any]) -> None:
+    """Publish a record with its seal."""
+    publish(path, _record_text(sealed(record)).encode())
+
+
+def read_sealed(path: Path, remedy: str) -> dict[str, Any]:
+    """A record that was committed with its seal, without it. DataError where one byte is not as it was written."""
+    found = read_json(path)
+    record = {k: v for k, v in found.items() if k != "seal"} if isinstance(found, dict) else {}
+    if path.read_bytes() != _record_text(sealed(record)).encode():
+        raise DataError("not as it was written: the record does not match its own seal", where=str(path), remedy=remedy)
+    return record
 
 
 def publish_json(path: Path, value: Any) -> str:
@@ -84,12 +158,19 @@ def publish_lines(path: Path, values: Iterable[Any]) -> str:
     return publish(path, "".join(json.dumps(v, ensure_ascii=False, allow_nan=False) + "\n" for v in values).encode())
 
 
+def cannot_read(path: Path, error: OSError) -> StorageError:
+    """What a disk, or a limit of this machine, says instead of the bytes: they may be as good as they were."""
+    return StorageError(f"cannot read: {error.strerror}", where=str(path), remedy="look at the disk and at `ulimit -n`, then run again")
+
+
 def read_json(path: Path) -> Any:
     """A JSON file a stage wrote. DataError where it is missing or broken."""
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise DataError("not there", where=str(path), remedy=f"run the stage that writes {path.parent.name}/ first") from error
+    except OSError as error:
+        raise cannot_read(path, error) from error
     except ValueError as error:
         raise DataError(f"not JSON: {error}", where=str(path), remedy=f"delete {path.parent} and run its stage again") from error
 
@@ -99,7 +180,7 @@ def lock(folder: Path) -> Iterator[None]:
     """Hold a run folder; a second run on it is refused with the holder's pid and host."""
     path = folder / "lock"
     with _storage(path):
-        folder.mkdir(parents=True, exist_ok=True)
+        _folder(folder)
         file = path.open("a+b", buffering=0)
     with file:
         try:
@@ -112,11 +193,3 @@ def lock(folder: Path) -> Iterator[None]:
             file.truncate(0)
             file.write(f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

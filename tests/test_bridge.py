@@ -445,3 +445,19 @@ def test_real_same_tokenizer_is_the_identity(real_of: Callable[[str], Speaker]):
     assert (bridge.teacher_event_W == bridge.student_event_V).all()
 
 
+
+
+# the texts of shared/notes/xtoken.md 3.3, small: (teacher, student, text, per cent of common boundaries that may disagree)
+UDHR = (("gemma", "llama", "ind", 1.2), ("gpt-oss", "llama", "ind", 2.2), ("gemma", "qwen", "tha", 1.0))
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize(("teacher", "student", "language", "most"), UDHR)
+def test_real_declarations_of_human_rights(data: Path, real_of: Callable[[str], Speaker], real_home: Path, teacher: str, student: str,
+                                           language: str, most: float):
+    t, s = real_of(teacher).voice, real_of(student).voice
+    bridge, _ = real_bridge(t, s, real_home)
+    lines = (data / "corpus" / "udhr" / f"{language}.txt").read_text(encoding="utf-8").split("\n")
+    shared = {b for b in t.vocabulary.bytes_W if b} & {b for b in s.vocabulary.bytes_W if b}
+    by_events, _, _ = disagreement(bridge, t.vocabulary, s.vocabulary, shared, [unicodedata.normalize("NFC", line) for line in lines if line])
+    assert 0.3 < by_events <= most

@@ -23,8 +23,8 @@ from test_teacher import scripted, words
 
 from persea import cache
 from persea.audition import Cast
-from persea.capture import Unit, capture, plan_units, read, summary
-from persea.chat import Conversation, Effort, Finish
+from persea.capture import Pace, Step, Unit, capture, plan_units, read, summary
+from persea.chat import Conversation, Effort, Finish, Message, Role, Text
 from persea.corpus import Prompt
 from persea.engines import Engine
 from persea.errors import DataError, Refused
@@ -69,7 +69,7 @@ def ask(planned: Sequence[Unit], folder: Path, speaker: Teacher | None = None, *
     """Capture with the qwen-sapling; the prompts of each unit as progress told them."""
     told: list[int] = []
     speaker = speaker or Teacher("qwen-sapling", opened("qwen-sapling")[0], engine("qwen-sapling"))
-    capture(planned, speaker, folder, **{"progress": told.append} | SETTINGS | changes)
+    capture(planned, speaker, folder, **{"progress": lambda step: told.append(step.prompts)} | SETTINGS | changes)
     return told
 
 
@@ -213,11 +213,11 @@ def test_what_is_read_is_what_the_teacher_said_with_its_rows(tmp_path: Path) -> 
         assert len(one.rows) == int(tokens.learn_T.sum())
         assert one.rows.offsets_N1[-1] == len(one.rows.ids_M)
         mass = np.add.reduceat(one.rows.probs_M, one.rows.offsets_N1[:-1])
-        assert np.abs(mass - 1).max() <= SETTINGS["tau"] + 1e-5
+        assert np.abs(mass - 1).max() <= SETTINGS["tau"] + 1e-3
         row = np.repeat(np.arange(len(one.rows)), np.diff(one.rows.offsets_N1))
         p = logprobs_NW.double().exp().numpy()[row, one.rows.ids_M]
         head = p >= 2 * SETTINGS["tau"]  # away from the threshold, where batches of another shape round otherwise
-        assert np.allclose(one.rows.probs_M[head], p[head], atol=1e-4)
+        assert np.allclose(np.log(one.rows.probs_M[head]), np.log(p[head]), rtol=0, atol=1e-3)
 
 
 # --- what is left out ---
@@ -293,3 +293,76 @@ def test_a_given_answer_that_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"prompt {some[2].id} has no answer of its own"):
         ask(units(some, answers="given"), tmp_path, given=True)
     assert tree(tmp_path) == {}
+
+
+# --- hostile documents, changed teachers, budgets ---
+
+HOSTILE = ("", " \n\t ", "x", "NUL \x00 inside", "half a pair \ud83d", "<|im_start|><|im_end|><|endoftext|>", "\u200f\u202e\u0639",
+           "\U0001f469\u200d\U0001f469\u200d\U0001f467", "e\u0301\u0301\u0301", "\ufffd\ufffe\U0010ffff", "\u2581\u2581", "x" * (16 << 20) + "y")
+
+
+def test_of_hostile_documents_each_is_kept_or_counted_as_left_out(tmp_path: Path) -> None:
+    some = [replace(prompts(1)[0], id=f"hostile {k}", conversation=Conversation((Message(Role.USER, (Text(text),)),)))
+            for k, text in enumerate(HOSTILE)]
+    planned = units(some, size=5)
+    ask(planned, tmp_path, max_new_tokens=30)
+    told = summary(planned, tmp_path) if any(cache.read_record(tmp_path, u.name)["answers"] for u in planned) else None
+    records = [cache.read_record(tmp_path, u.name) for u in planned]
+    assert sum(r["answers"] + sum(r["dropped"].values()) for r in records) == len(HOSTILE)
+    refused = {name: why for r in records for name, why in r["quarantine"]}
+    assert {"hostile 4", "hostile 11"} <= set(refused)
+    assert "surrogates not allowed" in refused["hostile 4"]
+    assert "bytes, at most 16,777,216" in refused["hostile 11"]
+    assert sum(r["dropped"].get("refused", 0) for r in records) == len(refused)
+    assert told is None or told["prompts"] == told["kept"] + sum(told["left_out"].values())
+    assert len(refused) < len(HOSTILE) - 6  # the odd ones are asked
+
+
+def test_a_teacher_that_changed_half_way_is_refused_and_what_stands_stays(tmp_path: Path) -> None:
+    ask(units(prompts(6))[:1], tmp_path)
+    before = tree(tmp_path)
+    with pytest.raises(Refused, match=r"units of another qwen-sapling stand here: .* -> give this run another --out") as caught:
+        ask(units(prompts(6), identity="weights 2"), tmp_path)
+    assert caught.value.exit_code == 4
+    assert tree(tmp_path) == before
+    ask(units(prompts(6), tau=0.02), tmp_path, tau=0.02)  # the same teacher, other settings
+
+
+def test_a_teacher_that_changes_while_it_is_asked_commits_nothing_more(tmp_path: Path) -> None:
+    checks: list[int] = []
+
+    def unchanged() -> None:
+        checks.append(len(cache_records(tmp_path)))
+        if len(checks) == 2:
+            raise Refused("changed")
+
+    with pytest.raises(Refused, match="changed"):
+        ask(units(prompts(6)), tmp_path, unchanged=unchanged)
+    assert checks == [0, 1]
+    assert len(cache_records(tmp_path)) == 1
+
+
+def cache_records(folder: Path) -> list[Path]:
+    return list((folder / "commits").glob("*.json")) if (folder / "commits").is_dir() else []
+
+
+def test_progress_tells_tokens_a_second_and_the_time_that_is_left() -> None:
+    seconds = iter([0.0, 1.0, 10.0, 30.0, 400.0])
+    pace = Pace(1000, clock=lambda: next(seconds))
+    assert pace.step(Step(200, 900, asked=False)) == (0.2, "200/1000 prompts")  # it stood there: says nothing of the pace
+    assert pace.step(Step(100, 500, asked=True)) == (0.3, "300/1000 prompts, 50 tokens/s, 70 s left")
+    assert pace.step(Step(100, 1000, asked=True)) == (0.4, "400/1000 prompts, 50 tokens/s, 90 s left")
+    assert pace.step(Step(600, 2500, asked=True)) == (1.0, "1000/1000 prompts, 10 tokens/s")
+
+
+@pytest.mark.parametrize(("limit", "reason"), [
+    ({"tokens": 1000}, r"capture\.tokens: the budget is spent: 1,100 tokens for 20 of 30 prompts -> raise capture\.tokens"),
+    ({"hours": 0.5}, r"capture\.hours: the budget is spent: 0\.56 hours for 20 of 30 prompts -> raise capture\.hours and run again")])
+def test_a_budget_that_is_spent_stops_the_capture_unless_it_is_done(limit: dict[str, float], reason: str) -> None:
+    seconds = iter([0.0, 1000.0, 2000.0, 3000.0])
+    pace = Pace(30, clock=lambda: next(seconds), **limit)  # type: ignore[arg-type]
+    pace.step(Step(10, 500, asked=True))
+    with pytest.raises(Refused, match=reason) as caught:
+        pace.step(Step(10, 600, asked=True))
+    assert caught.value.exit_code == 4
+    assert pace.step(Step(10, 600, asked=True))[0] == 1.0

@@ -113,3 +113,33 @@ def test_what_is_no_distribution_is_refused(change: object, reason: str) -> None
     assert caught.value.exit_code == 3
     assert caught.value.where == "qwen p17"
     assert "softmax" in caught.value.remedy
+
+
+@pytest.mark.parametrize("at_once", [1, 301, 900, 1 << 20])
+def test_how_many_rows_are_worked_on_at_once_changes_nothing(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    logs = logprobs(4, 23, 300, 1.5)
+    whole = sample_rows(logs, 0.03, "chunks")
+    monkeypatch.setattr("persea.rows.AT_ONCE", at_once)
+    some = sample_rows(logs, 0.03, "chunks")
+    for field in ("offsets_N1", "ids_M", "probs_M"):
+        assert np.array_equal(getattr(whole, field), getattr(some, field))
+    logs[17, 3] = float("nan")
+    with pytest.raises(DataError, match="row 17 of 23 is no distribution: NaN"):
+        sample_rows(logs, 0.03, "chunks")
+
+
+def test_the_memory_of_sampling_does_not_grow_with_the_answer() -> None:
+    """A vocabulary of 262,144: what is allocated beside the log-probabilities stays under 64 MiB and a little."""
+    logs = torch.log_softmax(torch.randn(24, 262_144, generator=torch.Generator().manual_seed(0)), -1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        sample_rows(logs, 0.01, "memory")
+    held = most = 0
+    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    assert 8 << 20 < most < 72 << 20, most / 2**20
+
+
+def test_an_answer_without_learned_tokens_has_no_rows() -> None:
+    assert len(sample_rows(torch.empty(0, 300), 0.01, "nothing")) == 0

@@ -46,7 +46,7 @@ def without_clocks(files: dict[str, bytes]) -> dict[str, object]:
         if name.endswith(("done.json", "metrics.jsonl")) or "checkpoints" in name:
             lines: list[dict[str, Any]] = [json.loads(line) for line in data.splitlines()] if name.endswith(".jsonl") else [json.loads(data)]
             for line in lines:
-                for key in ("seconds", "state", "metrics", "outputs"):
+                for key in ("seconds", "state", "metrics", "outputs", "seal"):
                     line.pop(key, None)
             out[name] = lines if "evaluate" not in name and "lineage" not in name and "report" not in name else None
         else:

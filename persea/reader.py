@@ -1,0 +1,126 @@
+"""Reader: captures by number, from memory-mapped units, in an order that a seed and an epoch decide and nothing else.
+
+A block of answers is decoded when one of them is wanted and kept for a while. An epoch shuffles the blocks, and then the answers
+within windows of so many blocks as are kept: a small cache is simply shuffled, a large one is read once an epoch and not once an
+answer, and no worker, no order of completion and no restart changes what comes when.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from persea.cache import Capture, OpenUnit, open_unit
+from persea.errors import DataError
+
+WINDOW = 64       # blocks shuffled together: some 260,000 tokens
+KEPT = 2 * WINDOW  # decoded blocks in memory, about 40 bytes a token: 20 MB
+UNITS = 128       # units open at once; each holds a file descriptor, and 256 is the least limit in use
+GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, fill [0, 1) evenly in every stretch
+
+
+@dataclass(frozen=True, eq=False)
+class Reader(Sequence[Capture]):
+    """Answers of some units, numbered in the order in which the units were named.
+
+    Each unit's head is checked when it is opened, each block whenever it is decoded: DataError names the file and the remedy.
+    """
+
+    folder: Path
+    names: tuple[str, ...]
+    firsts_B1: npt.NDArray[np.int64]  # number of the first answer of each block, and of all answers
+    places_B: tuple[tuple[int, int], ...]  # (unit, block within it) of each block
+    _open: Callable[[int], OpenUnit] = field(init=False, repr=False)
+    _decoded: Callable[[int], tuple[Capture, ...]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_open", lru_cache(UNITS)(lambda unit: open_unit(self.folder, self.names[unit])))
+        object.__setattr__(self, "_decoded", lru_cache(KEPT)(self._block))
+
+    def _block(self, b: int) -> tuple[Capture, ...]:
+        unit, block = self.places_B[b]
+        return self._open(unit).block(block)
+
+    def __len__(self) -> int:
+        return int(self.firsts_B1[-1])
+
+    def __getitem__(self, number: int) -> Capture:  # type: ignore[override]  # one answer at a time; a slice would hide what it costs
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"answer {number} of {len(self)}")
+        b = bisect_right(self.firsts_B1, number % len(self)) - 1
+        return self._decoded(b)[number % len(self) - int(self.firsts_B1[b])]
+
+    def __iter__(self) -> Iterator[Capture]:
+        for b in range(len(self.places_B)):
+            yield from self._decoded(b)
+
+    def order(self, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+        """Every answer's number once, shuffled: the same for the same seed and epoch, whoever asks and when."""
+        rng = np.random.default_rng([seed, epoch])
+        blocks = rng.permutation(len(self.places_B))
+        windows = [np.concatenate([np.arange(self.firsts_B1[b], self.firsts_B1[b + 1]) for b in blocks[begin:begin + WINDOW]])
+                   for begin in range(0, len(blocks), WINDOW)]
+        return np.concatenate([rng.permutation(w) for w in windows] or [np.empty(0, np.int64)])
+
+
+def open_reader(folder: Path, names: Sequence[str]) -> Reader:
+    """The answers of committed units. Opens every unit once, so that none is missing; DataError names the first that is."""
+    sizes, places = [], []
+    for unit, name in enumerate(names):
+        answers_B = open_unit(folder, name).index_B4[:, 0]
+        sizes.append(answers_B)
+        places += [(unit, block) for block in range(len(answers_B))]
+    return Reader(folder, tuple(names), np.concatenate([[0], np.cumsum(np.concatenate(sizes or [np.empty(0, np.int64)]))]), tuple(places))
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """Several caches drawn from by share, without end: draw(n) depends on n, the shares and the seed alone.
+
+    Shares hold in every stretch of draws, without chance, as the cast's do; each cache is read epoch after epoch in its own order.
+    """
+
+    readers: tuple[Reader, ...]
+    shares: tuple[float, ...]
+    seed: int
+
+    def __post_init__(self) -> None:
+        if len(self.readers) != len(self.shares) or not all(s > 0 for s in self.shares) or not all(len(r) for r in self.readers):
+            raise DataError(f"{len(self.readers)} caches of {[len(r) for r in self.readers]} answers with shares {self.shares}", where="mixture",
+                            remedy="give each cache that holds an answer one share above 0")
+
+    def draw(self, number: int) -> Capture:
+        """The number-th capture to learn from."""
+        k, at = self.place(number)
+        reader = self.readers[k]
+        epoch, at = divmod(at, len(reader))
+        return reader[int(_order(reader, self.seed, epoch)[at])]
+
+    def place(self, number: int) -> tuple[int, int]:
+        """Which cache the number-th draw is from, and how many draws before it were from the same."""
+        piece, at = divmod(number, PIECE)
+        before = sum((np.bincount(_sources(self.shares, p), minlength=len(self.shares)) for p in range(piece)), np.zeros(len(self.shares), np.int64))
+        sources = _sources(self.shares, piece)
+        k = int(sources[at])
+        return k, int(before[k] + np.count_nonzero(sources[:at] == k))
+
+
+PIECE = 1 << 20  # draws counted at once: 10 ms
+
+
+@lru_cache(maxsize=64)
+def _sources(shares: tuple[float, ...], piece: int) -> npt.NDArray[np.int64]:
+    ends = np.cumsum(shares) / np.sum(shares)
+    turns = np.arange(piece * PIECE + 1, (piece + 1) * PIECE + 1) * GOLDEN % 1
+    return np.minimum(np.searchsorted(ends, turns, side="right"), len(shares) - 1)
+
+
+@lru_cache(maxsize=16)
+def _order(reader: Reader, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    return reader.order(seed, epoch)
