@@ -126,7 +126,8 @@ def report(lines: Sequence[Line], size: str) -> None:
             for name, own in found.items() if name != "cross-entropy"]
     (docs / "img").mkdir(exist_ok=True)
     (docs / "img" / "objectives.svg").write_text(told.dots("bits per byte less cross-entropy's (95 % over pages)", sorted(gaps, key=lambda g: g[1])))
-    drawn = {name: own[0]["curve"] for name, own in found.items() if own[0]["seed"] == SEEDS[0] and not name.startswith("events, top-k")}
+    others = {name for name in found if name.startswith("events, ") or "completion" in name} - {form("events")}
+    drawn = {name: own[0]["curve"] for name, own in found.items() if own[0]["seed"] == SEEDS[0] and name not in others}
     (docs / "img" / "objectives_curves.svg").write_text(told.curves("dev bits per byte against tokens, seed 1, one schedule each", drawn))
 
 

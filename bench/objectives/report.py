@@ -174,7 +174,7 @@ def dots(title: str, rows: Sequence[tuple[str, float, float, float]]) -> str:
     """A dot and an interval a row; the line at zero is cross-entropy."""
     low, high = min(0.0, *(r[2] for r in rows)), max(0.0, *(r[3] for r in rows))
     pad = (high - low) * 0.05
-    x = axis(low - pad, high + pad, 230, 700)
+    x = axis(low - pad, high + pad, 300, 700)
     body, bottom = [f'<text x="8" y="18" font-weight="bold">{escape(title)}</text>'], 40 + 22 * len(rows)
     body.append(f'<line x1="{x(0):.1f}" x2="{x(0):.1f}" y1="30" y2="{bottom}" stroke="#888"/>')
     for k, (name, value, a, b) in enumerate(rows):
@@ -189,7 +189,7 @@ def curves(title: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> s
     points = [p for line in series.values() for p in line]
     x = axis(math.log(min(p[0] for p in points)), math.log(max(p[0] for p in points)), 60, 520)
     y = axis(min(p[1] for p in points), max(p[1] for p in points), 330, 40)
-    colours = ("#246", "#c40", "#283", "#a3a", "#777", "#b80")
+    colours = ("#246", "#c40", "#283", "#a3a", "#777", "#b80", "#08a", "#844", "#000")
     body = [f'<text x="8" y="18" font-weight="bold">{escape(title)}</text>']
     for value in np.linspace(min(p[1] for p in points), max(p[1] for p in points), 5):
         body.append(f'<text x="8" y="{y(value) + 4:.1f}">{value:.2f}</text><line x1="50" x2="520" '
@@ -202,9 +202,9 @@ def curves(title: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> s
         at = y(line[-1][1])
         at = max([at, *(p + 15 for p in placed if p > at - 15)])
         placed.append(at)
-        body.append(f'<polyline points="{path}" fill="none" stroke="{colours[k % 6]}" stroke-width="2"/>'
-                    f'<text x="528" y="{at + 4:.1f}" fill="{colours[k % 6]}">{escape(name)}</text>')
-    return svg(770, 362, body)
+        body.append(f'<polyline points="{path}" fill="none" stroke="{colours[k % len(colours)]}" stroke-width="2"/>'
+                    f'<text x="528" y="{at + 4:.1f}" fill="{colours[k % len(colours)]}">{escape(name)}</text>')
+    return svg(820, 362, body)
 
 
 def svg(width: int, height: int, body: Sequence[str]) -> str:
