@@ -137,8 +137,9 @@ def factor(curve: Sequence[tuple[float, float]], reached: float) -> str:
 
 def searches(lines: Sequence[Line], size: str) -> str:
     """Everything measured on dev: learning rates and shares, half a length, one seed."""
-    rows = [[named(x), f"{x['rate']:g}", f"{x['share']:g}", f"{x['mean']:.3f}"] for x in lines if x["part"] == "dev" and x["size"] == size]
-    return table(["method, rows", "learning rate", "share", "dev bits per byte"], sorted(rows))
+    rows = [[named(x), *(f"{x[k]:g}" for k in ("length", "rate", "share")), f"{x['mean']:.3f}"]
+            for x in lines if x["part"] == "dev" and x["size"] == size]
+    return table(["method, rows", "length", "learning rate", "share", "dev bits per byte"], sorted(rows))
 
 
 def teachers_table(record: Mapping[str, Any]) -> str:
