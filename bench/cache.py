@@ -29,7 +29,7 @@ from persea.chat import Conversation, Finish, Text, Tokens
 from persea.engines.local import LocalEngine
 from persea.measure import Split
 from persea.models import Source, open_model, open_voice, sprout
-from persea.rows import RowKind, Rows, sample_rows
+from persea.rows import STEP, RowKind, Rows, fewest, sample_rows
 from persea.skills import SKILLS
 from persea.teacher import Answer
 
@@ -293,6 +293,21 @@ def sampled_rows(at: Positions, tau: float) -> tuple[Tokens, Rows]:
     return as_rows(at, head | took[:, :-1], np.where(head, at.p_NK, np.float32(tau)), extra_N, tau, RowKind.SAMPLED)
 
 
+def top_rows(at: Positions, kl: float, coarser: bool = True) -> tuple[Tokens, Rows]:
+    """As rows.top_rows does: the mass over the vocabulary lies there as frequency does, and is never named."""
+    order = np.argsort(-at.p_NK, 1, kind="stable")
+    ids_NK, p_NK = np.take_along_axis(at.ids_NK, order, 1), np.take_along_axis(at.p_NK, order, 1)
+    often_NK = OF_ID[ids_NK] * (p_NK > 0)
+    lost_N = np.where(p_NK > 0, p_NK * np.log(np.maximum(p_NK, 1e-300) / OF_ID[ids_NK]), 0).sum(1) + at.left_N * np.log(np.maximum(at.left_N, 1e-300))
+    count_N, bins_NK = fewest(p_NK, often_NK, (ids_NK == at.real_N[:, None]) & (p_NK > 0), np.ones(len(p_NK)), lost_N, kl)
+    if not count_N.all():
+        raise AssertionError("a row whose candidates are not enough")
+    back = np.argsort(order, 1)
+    kept_NK = np.take_along_axis(np.arange(p_NK.shape[1]) < count_N[:, None], back, 1)
+    values_NK = np.exp(np.take_along_axis(bins_NK, back, 1) * -STEP) if coarser else at.p_NK
+    return as_rows(at, kept_NK, values_NK, np.zeros(len(p_NK), np.int64), 1e-9, RowKind.TOPK_REST)
+
+
 def synthetic(answers: int = 64, length: int = 4096) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for regime in REGIMES:
@@ -316,6 +331,10 @@ def synthetic(answers: int = 64, length: int = 4096) -> dict[str, Any]:
             spoken = [as_rows(at, at.p_NK >= least, at.p_NK, none, 1e-9, RowKind.TOPK_REST) for at in made]
             here[f"all from {least:g}"] = cost(spoken, RowKind.TOPK_REST, 1e-9) | {"kl": round(float(np.mean(kl)), 4)}
             print(regime, least, here[f"all from {least:g}"], flush=True)
+        for target, coarser in ((0.1, True), (0.03, True), (0.01, True), (0.01, False)):
+            form = f"at most {target:g}" + ("" if coarser else ", finest values")
+            here[form] = cost([top_rows(at, target, coarser) for at in made], RowKind.TOPK_REST, 1e-9) | {"kl_at_most": target}
+            print(regime, form, here[form], flush=True)
         unique = np.mean([(1 - (1 - at.p_NK) ** 50).sum(1) + 50 * at.left_N for at in made])
         here["50 draws, 25 bits a unique token"] = {"entries": round(float(unique), 2), "rows": round(float(unique) * 25 / 8, 2)}
         for k in (16, 64):
@@ -389,11 +408,15 @@ def table(result: dict[str, Any]) -> str:
     lines = ["| a 152k-token vocabulary, synthetic | entries | bytes a position | with tokens | 236 billion tokens |", "|---|---|---|---|---|"]
     for regime, rows in result["synthetic"].items():
         lines += [f"| {regime}, {form} | {r['entries']} | {r['rows']} | {r.get('all', '-')} | {r.get('terabytes', '-')} TB |".replace("- TB", "-")
-                  for form, r in rows.items() if isinstance(r, dict) and "kl" not in r]
+                  for form, r in rows.items() if isinstance(r, dict) and not {"kl", "kl_at_most"} & r.keys()]
     lines += ["", "| entries from p on, rest left over | entries | bytes a position | KL, the rest spread by frequency |", "|---|---|---|---|"]
     for regime, rows in result["synthetic"].items():
         lines += [f"| {regime}, {form[9:]} | {r['entries']} | {r['rows']} | {r['kl']} |" for form, r in rows.items()
                   if isinstance(r, dict) and "kl" in r]
+    lines += ["", "| the fewest entries, KL of each row | entries | bytes a position | with tokens |", "|---|---|---|---|"]
+    for regime, rows in result["synthetic"].items():
+        lines += [f"| {regime}, {form} | {r['entries']} | {r['rows']} | {r['all']} |" for form, r in rows.items()
+                  if isinstance(r, dict) and "kl_at_most" in r]
     lines += ["", "| a student taught from | entries | bytes a position | bits a byte, 3 seeds | over full | gradient's variance | bias |",
               "|---|---|---|---|---|---|---|"]
     for form, r in result["student"]["forms"].items():

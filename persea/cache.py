@@ -22,9 +22,9 @@ from safetensors.numpy import save as save_tensors
 
 from persea import store, tables
 from persea.chat import Tokens
-from persea.codec import STEP, Layout, pack, unpack
+from persea.codec import Layout, pack, unpack
 from persea.errors import DataError
-from persea.rows import RowKind, Rows
+from persea.rows import STEP, RowKind, Rows
 from persea.teacher import Answer
 
 FORMAT = 3

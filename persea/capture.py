@@ -5,18 +5,24 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from persea import cache
 from persea.audition import Cast
 from persea.chat import Finish, Text, Tokens
-from persea.corpus import MAX_LINE, Prompt
+from persea.corpus import MAX_LINE, Broken, Corpus, Prompt
 from persea.errors import DataError, Refused
-from persea.rows import sample_rows
+from persea.rows import RowKind, Rows, sample_rows, top_rows
 from persea.shelf import committed
 from persea.teacher import Answer, Teacher
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,28 @@ def plan_units(prompts: Sequence[Prompt], cast: Cast, teachers: Mapping[str, str
 
 
 @dataclass(frozen=True)
+class Keeping:
+    """What is kept of each distribution: by tau a sample, by kl the likeliest tokens and a rest; one of the two."""
+
+    seed: int
+    tau: float | None = None
+    kl: float | None = None
+
+    @property
+    def kind(self) -> RowKind:
+        return RowKind.SAMPLED if self.kl is None else RowKind.TOPK_REST
+
+    def rows(self, unit: Unit, answer: Answer, tokens: Tokens, logprobs_NW: torch.Tensor, seen_W: npt.NDArray[np.int64]) -> Rows:
+        """seen_W: how often each token stands in the unit's answers. One more of each, and it says how a rest is spread."""
+        realised_N = tokens.ids_T[tokens.learn_T]
+        if self.kl is not None:
+            return top_rows(logprobs_NW, realised_N, self.kl, (seen_W + 1) / (seen_W + 1).sum(), f"prompt {answer.prompt_id}")
+        if self.tau is None:
+            raise AssertionError("rows are kept by tau or by kl")
+        return sample_rows(logprobs_NW, realised_N, self.tau, f"{self.seed} {unit.teacher} {answer.prompt_id}")
+
+
+@dataclass(frozen=True)
 class Step:
     """A unit is done: `prompts` in it and `tokens` kept; asked = it was not there before."""
 
@@ -58,10 +86,12 @@ class Step:
     asked: bool
 
 
-def capture(units: Sequence[Unit], teacher: Teacher, folder: Path, *, tau: float, max_new_tokens: int, seed: int, given: bool = False,
-            unchanged: Callable[[], None] = lambda: None, progress: Callable[[Step], None] = lambda step: None) -> None:
+def capture(units: Sequence[Unit], teacher: Teacher, folder: Path, *, max_new_tokens: int, seed: int, tau: float | None = None,
+            kl: float | None = None, given: bool = False, unchanged: Callable[[], None] = lambda: None,
+            progress: Callable[[Step], None] = lambda step: None) -> None:
     """Ask one teacher every unit of its own that is not committed yet; no prompt is asked twice.
 
+    tau, kl    one of them: rows sampled below tau, or the likeliest up to a KL of kl and a rest
     given      score the answers that came with the prompts instead of asking for new ones
     unchanged  raises where the teacher is no longer what the units' names say; called before each commit
     progress   called after each unit
@@ -75,7 +105,7 @@ def capture(units: Sequence[Unit], teacher: Teacher, folder: Path, *, tau: float
         if asked:
             sayable, quarantine = _sayable(unit.prompts, teacher)
             answers = [_given(p, teacher) for p in sayable] if given else teacher.answer(sayable, max_new_tokens)
-            _keep(unit, answers, quarantine, teacher, folder, tau, seed, unchanged)
+            _keep(unit, answers, quarantine, teacher, folder, Keeping(seed, tau, kl), unchanged)
         progress(Step(len(unit.prompts), cache.read_record(folder, unit.name)["tokens"], asked))
 
 
@@ -89,7 +119,9 @@ def _refuse_another(mine: Sequence[Unit], folder: Path) -> None:
 
 
 def _sayable(prompts: Sequence[Prompt], teacher: Teacher) -> tuple[list[Prompt], list[tuple[str, str]]]:
-    """Prompts that the teacher's template and tokenizer can say; the others with the reason. One odd document does not end a capture."""
+    """Prompts that the teacher's template and tokenizer can say and its positions hold; the others with the reason.
+
+    One odd document does not end a capture."""
     sayable: list[Prompt] = []
     quarantine: list[tuple[str, str]] = []
     for prompt in prompts:
@@ -97,7 +129,9 @@ def _sayable(prompts: Sequence[Prompt], teacher: Teacher) -> tuple[list[Prompt],
             size = sum(len(part.text.encode()) for part in prompt.conversation.parts())
             if size > MAX_LINE:
                 raise DataError(f"{size:,} bytes, at most {MAX_LINE:,}")
-            teacher.voice.prompt(replace(prompt.conversation, effort=teacher.effort))
+            length = len(teacher.voice.prompt(replace(prompt.conversation, effort=teacher.effort)))
+            if 0 < teacher.context <= length:
+                raise DataError(f"{length:,} tokens, and {teacher.name} has positions for {teacher.context:,}, answer included")
         except (DataError, UnicodeError) as error:
             quarantine.append((prompt.id, str(error)[:300]))
         else:
@@ -113,21 +147,25 @@ def _given(prompt: Prompt, teacher: Teacher) -> Answer:
     return Answer(prompt.id, teacher.name, prompt.skill, prompt.language, conversation, Finish.STOP)
 
 
-def _keep(unit: Unit, answers: Sequence[Answer], quarantine: Sequence[tuple[str, str]], teacher: Teacher, folder: Path, tau: float, seed: int,
+def _keep(unit: Unit, answers: Sequence[Answer], quarantine: Sequence[tuple[str, str]], teacher: Teacher, folder: Path, how: Keeping,
           unchanged: Callable[[], None]) -> None:
     """Score the whole answers, and publish and commit the unit."""
     rendered = [(a, _rendered(a, teacher)) for a in answers]
+    rendered = [(replace(a, finish=Finish.LENGTH), None) if t is not None and 0 < teacher.context < len(t) else (a, t) for a, t in rendered]
     whole = [(a, tokens) for a, tokens in rendered if tokens is not None]
     scored = teacher.engine.score([t.ids_T for _, t in whole], [t.learn_T for _, t in whole])
-    captures = []
-    for (answer, tokens), logprobs_NW in zip(whole, scored, strict=True):
-        rows = sample_rows(logprobs_NW, tokens.ids_T[tokens.learn_T], tau, f"{seed} {unit.teacher} {answer.prompt_id}")
-        captures.append(cache.Capture(answer, tokens, rows))
+    seen_W = np.zeros(len(teacher.voice.vocabulary), np.int64)
+    for _, tokens in whole:
+        seen_W += np.bincount(tokens.ids_T, minlength=len(seen_W))
+    captures = [cache.Capture(answer, tokens, how.rows(unit, answer, tokens, logprobs_NW, seen_W))
+                for (answer, tokens), logprobs_NW in zip(whole, scored, strict=True)]
     dropped = Counter[str]((Finish.MALFORMED if a.finish is Finish.STOP else a.finish).value for a, tokens in rendered if tokens is None)
     if quarantine:
         dropped[Finish.REFUSED.value] += len(quarantine)
     unchanged()
-    cache.write_unit(folder, unit.name, captures, dropped, tau=tau, about={"teacher": unit.teacher, "identity": unit.identity}, quarantine=quarantine)
+    about = {"teacher": unit.teacher, "identity": unit.identity}
+    cache.write_unit(folder, unit.name, captures, dropped, tau=how.tau or 0.0, kind=how.kind,
+                     about=about | ({"kl": f"{how.kl:g}"} if how.kl else {}), quarantine=quarantine)
 
 
 def _rendered(answer: Answer, teacher: Teacher) -> Tokens | None:
@@ -162,6 +200,25 @@ def summary(units: Sequence[Unit], folder: Path) -> dict[str, Any]:
         raise Refused(f"no answer of {total['prompts']} is whole ({dict(left_out)})", where="capture",
                       remedy="raise capture.max_new_tokens, or look at the answers: the teachers may not know their templates")
     return {**total, "left_out": dict(left_out), "teachers": {k: dict(v) for k, v in teachers.items()}}
+
+
+SHOWN = 100  # of what was quarantined in the summary; the file beside it holds all
+
+
+def quarantined(units: Sequence[Unit], folder: Path, broken: Sequence[Broken]) -> list[dict[str, Any]]:
+    """Every line and prompt that was not asked, with the place and the reason."""
+    return [asdict(b) for b in broken] + [
+        {"where": f"prompt {prompt}, {unit.teacher}, unit {unit.name}", "why": why}
+        for unit in units for prompt, why in cache.read_record(folder, unit.name)["quarantine"]]
+
+
+def accounts(told: dict[str, Any], corpus: Corpus, aside: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What came in = what was kept, skipped and quarantined, counted where each was decided; AssertionError if not."""
+    skipped = len(corpus.removed) + sum(told["left_out"].values()) - told["left_out"].get(Finish.REFUSED.value, 0)
+    found = {"in": corpus.came, "kept": told["kept"], "skipped": skipped, "quarantined": len(aside)}
+    if found["in"] != told["kept"] + skipped + len(aside):
+        raise AssertionError(f"prompts were lost: {found}")
+    return found | {"quarantine": [{"where": q["where"], "why": q["why"]} for q in aside[:SHOWN]]}
 
 
 @dataclass

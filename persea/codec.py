@@ -20,11 +20,10 @@ import numpy.typing as npt
 
 from persea.chat import Tokens
 from persea.errors import DataError
-from persea.rows import RowKind, Rows
+from persea.rows import STEP, RowKind, Rows
 from persea.tables import Columns, Decoded, Ints, Table, Tables, Taken, Words, encoded, joined
 
-STEP = 1 / 512  # nats between log-probabilities kept: none moves by more than 0.00098
-TOLERANCE = STEP / 2 + 1e-6
+TOLERANCE = STEP / 2 + 1e-6  # no log-probability moves by more than 0.00098
 ONE = 1 << 30   # probability 1 in integers
 NONE, ZERO = -1, -2  # a realised log-probability the teacher did not give; one of minus infinity
 CONTEXTS = 16
@@ -174,7 +173,7 @@ def _columns(block: Sequence[tuple[Tokens, Rows]], kind: RowKind, tau: float, wh
     kept_N[row_M[real_M & tail_M]] = 1
     others, tails = ~real_M & ~tail_M, ~real_M & tail_M
     rest_N = ONE - np.bincount(row_M[~tail_M], weights=_whole(bins_M[~tail_M]), minlength=len(rows)).astype(np.int64)
-    base_N, _ = _expected(rest_N, tau)
+    base_N = _expected(rest_N, tau)[0] if kind is RowKind.SAMPLED else np.zeros(len(rows), np.int64)
     surprise_N = np.where(np.isnan(logs_N), NONE, np.where(np.isneginf(logs_N), ZERO, np.maximum(_bins(np.nan_to_num(logs_N, neginf=0)), 0)))
     known |= {
         "first": first_N, "realised": surprise_N[first_N == 0], "kept": kept_N[first_N == 0],

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from persea.bridge import Bridge, first_of_bytes
+from persea.errors import RecipeError
 from persea.masks import FREE, Keeper
 from persea.rows import RowKind, Rows
 from persea.vocabulary import Vocabulary
@@ -116,9 +117,11 @@ def open_completer(bridge: Bridge) -> Completer | None:
     return Completer(bridge, bridge.teacher_mask.own, bridge.teacher_mask.keeper)
 
 
-def allows(kind: RowKind) -> bool:
-    """Whether rows of a kind can be completed: a rest event has no bytes to begin with, and words have no rows."""
-    return kind in (RowKind.FULL, RowKind.SAMPLED)
+def refuse_incomplete(kind: RowKind) -> None:
+    """Raises RecipeError for rows that cannot be completed: a rest event has no bytes to begin with, and words have no rows."""
+    if kind not in (RowKind.FULL, RowKind.SAMPLED):
+        raise RecipeError(f"rows of kind {kind.value} say nothing in the middle of a token", where="training.completion",
+                          remedy="capture with `rows: sampled`, or delete `completion:`")
 
 
 def said_before(vocabulary: Vocabulary, ids_I: npt.NDArray[np.integer], said_I: npt.NDArray[np.integer]) -> list[bytes]:

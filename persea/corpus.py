@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -14,6 +14,7 @@ from persea.chat import Conversation, Message, Role, Text
 from persea.errors import DataError
 
 MAX_LINE = 16 << 20  # bytes; a longer row is a broken file, not a prompt
+BEGINS = 200  # bytes of a broken line that are kept to recognise it by; the file has the rest
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,26 @@ class Why(StrEnum):
 
 
 @dataclass(frozen=True)
+class Broken:
+    """A line that is no prompt: where it stands (file:line), why, and how it begins."""
+
+    where: str
+    why: str
+    bytes: int
+    begins: str
+
+
+@dataclass(frozen=True)
 class Corpus:
-    """What to ask, and what was left out: len(prompts) + len(removed) = everything that came in."""
+    """What to ask, and what was left out: len(prompts) + len(removed) + len(broken) = everything that came in."""
 
     prompts: tuple[Prompt, ...]
     removed: tuple[tuple[str, Why], ...]
+    broken: tuple[Broken, ...] = ()
+
+    @property
+    def came(self) -> int:
+        return len(self.prompts) + len(self.removed) + len(self.broken)
 
 
 def gather(sources: Iterable[Iterable[Prompt]], held_out: Iterable[Prompt]) -> Corpus:
@@ -64,29 +80,39 @@ def gather(sources: Iterable[Iterable[Prompt]], held_out: Iterable[Prompt]) -> C
     return Corpus(tuple(kept), tuple(removed))
 
 
-def read_prompts(path: Path, skill: str, language: str) -> Iterator[Prompt]:
+def read_prompts(path: Path, skill: str, language: str, broken: Callable[[Broken], None] | None = None) -> Iterator[Prompt]:
     """Prompts of a .jsonl file, one object a line: {"prompt": "...", "answer": "..."} or {"messages": [{"role", "content"}, ...]}.
 
     The answer, or the assistant's turn at the end of `messages`, is kept beside the prompt: it is asked for only where
     the recipe says `capture.answers: given`. Optional "id", "skill", "language".
-    A broken line is refused with its number; nothing is skipped in silence.
+    A broken line is refused with its number, or handed to `broken`; nothing is skipped in silence.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read prompts: {error.strerror}", where=str(path), remedy="check `corpus:` in the recipe") from error
     for number, line in enumerate(data.split(b"\n"), start=1):
-        where = f"{path}:{number}"
-        if len(line) > MAX_LINE:
-            raise DataError(f"a line of {len(line):,} bytes", where=where, remedy=f"a prompt has at most {MAX_LINE:,}")
-        if not line.strip():
+        if len(line) <= MAX_LINE and not line.strip():
             continue
         try:
-            row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair ("\\ud83d") is JSON, but no text: it has no bytes
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"not JSON: {error}", where=where, remedy="one JSON object a line; mend or delete the line") from error
-        yield _prompt(row, where, f"{path.name}:{number}", skill, language)
+            prompt = _of_line(line, f"{path}:{number}", f"{path.name}:{number}", skill, language)
+        except DataError as error:
+            if broken is None:
+                raise
+            broken(Broken(error.where, error.what[:300], len(line), line[:BEGINS].decode(errors="backslashreplace")))
+        else:
+            yield prompt
+
+
+def _of_line(line: bytes, where: str, fallback_id: str, skill: str, language: str) -> Prompt:
+    if len(line) > MAX_LINE:
+        raise DataError(f"a line of {len(line):,} bytes", where=where, remedy=f"a prompt has at most {MAX_LINE:,}")
+    try:
+        row = json.loads(line)
+        json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair ("\\ud83d") is JSON, but no text: it has no bytes
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"not JSON: {error}", where=where, remedy="one JSON object a line; mend or delete the line") from error
+    return _prompt(row, where, fallback_id, skill, language)
 
 
 def _prompt(row: Any, where: str, fallback_id: str, skill: str, language: str) -> Prompt:

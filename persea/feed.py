@@ -16,7 +16,7 @@ from persea.align import Taught, align
 from persea.bridge import Bridge
 from persea.cache import Capture
 from persea.chat import Effort, Tokens
-from persea.completion import Completer, allows, open_completer, said_before
+from persea.completion import Completer, open_completer, refuse_incomplete, said_before
 from persea.errors import DataError
 from persea.losses import Entries, Targets, standing, targets, together
 from persea.masks import FREE
@@ -123,7 +123,8 @@ def lesson(capture: Capture, voice: Voice, bridge: Bridge, completer: Completer 
     differ = bridge.student_event_V[tokens.ids_T[both.student_C]] != bridge.teacher_event_W[capture.tokens.ids_T[both.teacher_C]]
     taught = np.bincount(found.taught_S[found.taught_S >= 0], minlength=len(Taught))
     counts = np.array([*taught, differ.sum(), rows.probs_M[at_M].sum(), said.probs_M.sum()], np.float64)
-    if completer is not None and allows(rows.kind):
+    if completer is not None:
+        refuse_incomplete(rows.kind)
         at_I, in_I, said_I = (side[found.inside.common_I] for side in (found.inside.student_I, found.inside.teacher_I, found.inside.said_I))
         bytes_I = said_before(completer.teacher.vocabulary, capture.tokens.ids_T[in_I], said_I)
         more = completer.complete(rows, row_T[in_I], bytes_I, completer.student.inner(tokens, at_I))

@@ -55,7 +55,7 @@ def plan(river: River) -> Plan:
     work = {
         "check": f"{teachers} pairings of tokenizers",
         "audition": f"{asked:,} answers by {teachers} teachers",
-        "capture": f"{prompts:,} answers, at most {captured / 1e9:.2f} GB ({len(river.corpus.removed):,} prompts left out)",
+        "capture": f"{prompts:,} answers, at most {captured / 1e9:.2f} GB ({river.corpus.came - prompts:,} prompts left out)",
         "train": f"{recipe.training.steps:,} steps of {recipe.training.batch} conversations",
         "evaluate": f"{tested:,} answers by {teachers + 2} speakers",
         "lineage": "one record", "report": "one page"}

@@ -36,6 +36,14 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+def _agreed(section: S, *claims: tuple[bool, KeyPath, str, str]) -> S:
+    """The section, or all its contradictions at once; a claim is (does it hold, key, what, remedy)."""
+    found = [claim[1:] for claim in claims if claim[0]]
+    if found:
+        raise PydanticCustomError("contradiction", "contradiction", {"found": found})
+    return section
+
+
 class Sizes(Section):
     hidden: int = Field(default=128, ge=8, le=8192, description="width of the model, a multiple of twice the heads")
     layers: int = Field(default=3, ge=1, le=128, description="number of layers")
@@ -111,6 +119,7 @@ class CorpusPart(Section):
     generate: int | None = Field(default=None, ge=1, le=MANY, description="number of prompts drawn from the skill's own generator")
     file: str | None = Field(default=None, min_length=1, description="a .jsonl file, one prompt a line")
     language: str = Field(default="", description="language of the file's prompts, such as vi; empty = not said")
+    broken: Literal["refuse", "quarantine"] = Field(default="refuse", description="a line that is no prompt ends the run, or is counted and left out")
 
     @model_validator(mode="after")
     def _has_one_source(self) -> Self:
@@ -119,6 +128,7 @@ class CorpusPart(Section):
             self,
             (not made and not kept, (), "neither `generate` nor `file`", "add `generate: 1000` or `file: prompts.jsonl`"),
             (made and kept, (), "both `generate` and `file`", "keep one; two parts may teach the same skill"),
+            (self.broken == "quarantine" and not kept, ("broken",), "given, but no `file` that could be broken", "delete `broken:`"),
             (not (self.file or ".jsonl").endswith(".jsonl"), ("file",), f"{self.file!r} is not .jsonl", "one JSON object a line"))
 
 
@@ -131,12 +141,23 @@ class Audition(Section):
 class Capture(Section):
     answers: Literal["ask", "given"] = Field(
         default="ask", description="ask = the teachers answer; given = they score the answers that come with the prompts")
-    tau: float = Field(default=0.01, gt=0, le=0.5, description="probability below which a token is kept by chance, so that rows stay small")
+    rows: Literal["sampled", "topk"] = Field(
+        default="sampled", description="sampled = an unbiased sample of each distribution; topk = its likeliest tokens up to `kl`, and a rest")
+    tau: float | None = Field(default_factory=lambda seen: 0.01 if seen["rows"] == "sampled" else None, gt=0, le=0.5, validate_default=True,
+                              description="probability below which a token is kept by chance, so that rows stay small; only with `rows: sampled`")
+    kl: float | None = Field(default_factory=lambda seen: 0.01 if seen["rows"] == "topk" else None, ge=0.003, le=10, validate_default=True,
+                             description="nats a row may lose, its rest spread by how often tokens stand in the unit; only with `rows: topk`")
     max_new_tokens: int = Field(default=64, ge=1, le=MANY, description="longest answer, in the teacher's tokens")
     batch: int = Field(default=64, ge=1, le=MANY, description="prompts asked at once")
     unit: int = Field(default=256, ge=1, le=MANY, description="prompts saved together: the most that a crash can cost")
     tokens: int | None = Field(default=None, ge=1, description="stop, and say so, once this many tokens are kept; more goes on from there")
     hours: float | None = Field(default=None, gt=0, le=1e6, description="stop, and say so, once a run has asked for this long")
+
+    @model_validator(mode="after")
+    def _keeps_one_kind(self) -> Self:
+        return _agreed(self, *(
+            (self.rows != kind and value is not None, (key,), f"given, but `rows` is {self.rows}", f"write `rows: {kind}`, or delete `{key}:`")
+            for kind, key, value in (("sampled", "tau", self.tau), ("topk", "kl", self.kl))))
 
 
 class Training(Section):
@@ -196,6 +217,8 @@ class Recipe(Section):
             where = ("audition", "pinned", skill)
             claims.append((skill not in skills, where, f"no part of the corpus teaches {skill!r}", _choose(skill, skills)))
             claims.append((teacher not in names, where, f"no teacher is called {teacher!r}", _choose(teacher, names)))
+        claims.append((self.training.completion and self.capture.rows == "topk", ("training", "completion"),
+                       "true, but nobody can say what a rest holds inside a token", "write `completion: false`, or `capture: {rows: sampled}`"))
         return _agreed(self, *claims)
 
     @property
@@ -257,14 +280,6 @@ def _validated(data: Any, reading: Reading) -> Recipe | None:
             for path, what, remedy in _explained(problem):
                 reading.refuse(path, what, remedy)
     return None
-
-
-def _agreed(section: S, *claims: tuple[bool, KeyPath, str, str]) -> S:
-    """The section, or all its contradictions at once; a claim is (does it hold, key, what, remedy)."""
-    found = [claim[1:] for claim in claims if claim[0]]
-    if found:
-        raise PydanticCustomError("contradiction", "contradiction", {"found": found})
-    return section
 
 
 WORDS = (  # what pydantic's finding begins with, and what the value should be

@@ -21,7 +21,7 @@ from persea.bridge import Bridge, open_bridge
 from persea.capture import Unit, plan_units
 from persea.chat import Text
 from persea.check import Sample, read_texts
-from persea.corpus import Corpus, Prompt, gather, read_prompts
+from persea.corpus import Broken, Corpus, Prompt, gather, read_prompts
 from persea.errors import DataError, Refused
 from persea.lineage import Parent
 from persea.measure import Item, Skill, Split
@@ -138,12 +138,14 @@ class River:
     def corpus(self) -> Corpus:
         """What to ask, without test items."""
         held_out = [i.prompt for split in (Split.AUDITION, Split.TEST) for _, items in self.items(split) for i in items]
-        return gather((self._prompts(k) for k in range(len(self.recipe.corpus))), held_out)
+        broken: list[Broken] = []
+        corpus = gather([self._prompts(k, broken) for k in range(len(self.recipe.corpus))], held_out)
+        return replace(corpus, broken=tuple(broken))
 
-    def _prompts(self, k: int) -> list[Prompt]:
+    def _prompts(self, k: int, broken: list[Broken]) -> list[Prompt]:
         part = self.recipe.corpus[k]
         if part.file is not None:
-            prompts = list(read_prompts(Path(part.file), part.skill, part.language))
+            prompts = list(read_prompts(Path(part.file), part.skill, part.language, broken.append if part.broken == "quarantine" else None))
             for prompt in prompts:
                 if prompt.skill not in {s.name for s in self.skills}:
                     raise DataError(f"prompt {prompt.id} is of skill {prompt.skill!r}, which the corpus does not name", where=part.file,
@@ -164,7 +166,8 @@ class River:
     def units(self) -> tuple[Unit, ...]:
         """What the cast is asked, in units named by all that determines their bytes."""
         c = self.recipe.capture
-        settings = {"answers": c.answers, "tau": c.tau, "max_new_tokens": c.max_new_tokens, "batch": c.batch,
+        kind = {"tau": c.tau} if c.rows == "sampled" else {"rows": c.rows, "kl": c.kl}
+        settings = {**kind, "answers": c.answers, "max_new_tokens": c.max_new_tokens, "batch": c.batch,
                     "seed": self.recipe.seed, "threads": self.recipe.threads}
         return plan_units(self.corpus.prompts, self.cast, self.identities, c.unit, settings)
 
@@ -188,7 +191,9 @@ class River:
         from persea.models import open_model
         from persea.teacher import Teacher
 
-        return Teacher(name, voice, LocalEngine(open_model(where, voice, name), len(voice.vocabulary), batch), effort)
+        model = open_model(where, voice, name)
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        return Teacher(name, voice, LocalEngine(model, len(voice.vocabulary), batch), effort, context=context or 0)
 
     def student(self) -> Student:
         """The student, ready to be trained."""

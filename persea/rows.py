@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 AT_ONCE = 1 << 20  # elements: eight megabytes of float64, and seven arrays of them at most
+STEP = 1 / 512  # nats between log-probabilities that the codec keeps
 MASS = 1e-3  # a row's probabilities may exceed 1 by this much: float32 sums of 262k terms stay within 1e-5, float16 servers within 5e-4
 
 
@@ -111,3 +112,104 @@ def _sampled(p_NW: torch.Tensor, start_N1: torch.Tensor, tau: float) -> tuple[np
     p_M = p_NW[row_M, id_M]
     values_M = torch.where(p_M >= tau, p_M, tau)
     return np.bincount(row_M.numpy(), minlength=len(p_NW)), id_M.numpy().astype(np.int32), values_M.numpy().astype(np.float32)
+
+
+# --- the likeliest, and how much is left over ---
+
+COARSER = (1, 4, 8, 16, 32, 64, 128)  # STEPs between values: a row takes the coarsest that costs it no entry
+SOME = 32     # candidates looked at first; a row that needs more looks at four times as many
+NOTHING = 1e-9  # mass that is the rounding of a float32 softmax
+
+
+def top_rows(logprobs_NW: torch.Tensor, realised_N: npt.NDArray[np.integer], kl: float, frequency_W: npt.NDArray[np.float64], where: str) -> Rows:
+    """Rows of kind TOPK_REST: of each the fewest likeliest entries (one at least, of equals the lower ids) with KL(p || q) <= kl.
+
+    q is what a reader can rebuild: the values as stored, and what they leave of 1 spread over the unnamed tokens by frequency_W, as
+    nothing names them better. (Evenly spread, a tail of 152k tokens would cost nats that no reader need pay; as one event without
+    inside the KL would not count what is lost.) Values lie on the codec's grid, so that it moves none of them; the likeliest and the
+    realised token's on its finest, the likeliest rounded down so that a rest stays, the others' on the coarsest at which no further
+    entry is needed. The realised log-probability of a named token is its entry's.
+
+    frequency_W  how often each token is expected, above 0, sums to 1. kl >= .003: rounding alone may cost that. Each row depends on
+    itself alone. Raises DataError for rows that are no distributions.
+    """
+    import torch
+
+    real_N: npt.NDArray[np.int64] = np.asarray(realised_N, np.int64)
+    parts = []
+    at_once = _at_once(logprobs_NW)
+    for first in range(0, max(1, len(logprobs_NW)), at_once):
+        logs_NW = logprobs_NW[first:first + at_once].double()
+        p_NW = logs_NW.exp()
+        if not bool((p_NW.sum(-1) <= 1 + MASS).all()):
+            refuse_no_distribution(logprobs_NW, where)
+        parts.append(_topped(logs_NW.numpy(), p_NW.numpy(), real_N[first:first + at_once], kl, frequency_W))
+    sizes, ids, bins, real = (np.concatenate(some) for some in zip(*parts, strict=True))
+    realised = logprobs_NW[torch.arange(len(real_N)), torch.from_numpy(real_N)].float().numpy()
+    realised[np.repeat(np.arange(len(sizes)), sizes)[real]] = bins[real] * -STEP
+    return Rows(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64), ids, np.exp(bins * -STEP).astype(np.float32), realised, RowKind.TOPK_REST)
+
+
+def _topped(logs_NW: npt.NDArray[np.float64], p_NW: npt.NDArray[np.float64], realised_N: npt.NDArray[np.int64], kl: float,
+            frequency_W: npt.NDArray[np.float64],
+            ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Entries kept of each row: how many, which, their values in STEPs, and whether each is the realised token."""
+    n, width = p_NW.shape
+    mass_N = p_NW.sum(1)
+    lost_N = np.where(p_NW > 0, p_NW * (np.maximum(logs_NW, -1e4) - np.log(frequency_W)), 0).sum(1)
+    some, todo, found = SOME, np.arange(n), [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64))]
+    while len(todo):
+        p_RW = p_NW[todo]
+        least_R = -np.partition(-p_RW, min(some, width) - 1, 1)[:, min(some, width) - 1]
+        row, ids = np.nonzero((p_RW >= least_R[:, None]) & (p_RW > 0))  # equals of the last come all, so that how many are looked at decides nothing
+        order = np.lexsort((ids, -p_RW[row, ids], row))
+        row, ids = row[order], ids[order]
+        sizes = np.bincount(row, minlength=len(todo))
+        place = np.arange(len(row)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        id_RK = np.zeros((len(todo), int(sizes.max())), np.int64)
+        id_RK[row, place] = ids
+        real = np.arange(id_RK.shape[1]) < sizes[:, None]
+        p_RK = np.where(real, np.take_along_axis(p_RW, id_RK, 1), 0)
+        count_R, bins_RK = fewest(p_RK, np.where(real, frequency_W[id_RK], 0), id_RK == realised_N[todo][:, None], mass_N[todo], lost_N[todo], kl)
+        done_R = (count_R > 0) & (count_R <= sizes)
+        if some >= width and not done_R.all():
+            raise AssertionError(f"a row all of whose tokens are named is further than {kl} from itself")
+        r, k = np.nonzero((np.arange(id_RK.shape[1]) < count_R[:, None]) & done_R[:, None])
+        found.append((todo[r], id_RK[r, k], bins_RK[r, k]))
+        todo, some = todo[~done_R], some * 4
+    row, ids, bins = (np.concatenate(column) for column in zip(*found, strict=True))
+    order = np.lexsort((ids, row))
+    row, ids, bins = row[order], ids[order], bins[order]
+    return np.bincount(row, minlength=n), ids.astype(np.int32), bins, ids == realised_N[row]
+
+
+def fewest(p_NK: npt.NDArray[np.float64], frequency_NK: npt.NDArray[np.float64], real_NK: npt.NDArray[np.bool_], mass_N: npt.NDArray[np.float64],
+           lost_N: npt.NDArray[np.float64], kl: float) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Of each row's candidates, likeliest first, how many must be named (0 = all are not enough), and their values in STEPs.
+
+    p, frequency  0 past a row's candidates; real = is it the realised token; mass = of the whole row;
+    lost = KL of the whole row against frequency alone, sum p ln(p / frequency)
+    """
+    there_NK = p_NK > 0
+    logs_NK = np.log(np.where(there_NK, p_NK, 1))
+    shape_NK = p_NK * (logs_NK - np.log(np.where(there_NK, frequency_NK, 1)))
+    left_NK = mass_N[:, None] - p_NK.cumsum(1)
+    nothing_NK = left_NK <= NOTHING
+    inside_NK = np.where(nothing_NK, 0, lost_N[:, None] - shape_NK.cumsum(1))
+    unnamed_NK = np.maximum(1 - frequency_NK.cumsum(1), 1e-300)
+    finest_NK = np.maximum(np.rint(logs_NK / -STEP), 0)
+    finest_NK[:, :1] = np.ceil(logs_NK[:, :1].clip(max=0) / -STEP)
+    fixed_NK = real_NK | (np.arange(p_NK.shape[1]) == 0)
+    count_N, chosen_NK = np.full(len(p_NK), p_NK.shape[1] + 1), finest_NK
+    for coarse in COARSER:
+        bins_NK = np.where(fixed_NK, finest_NK, np.rint(logs_NK / (-STEP * coarse)) * coarse)
+        named_NK = np.where(there_NK, np.exp(bins_NK * -STEP), 0).cumsum(1)
+        rest_NK = 1 - named_NK
+        valid_NK = (rest_NK > 0) | (nothing_NK & (named_NK <= 1 + MASS / 2))
+        spread_NK = np.where(nothing_NK | ~valid_NK, 0, left_NK * np.log(np.where(rest_NK > 0, rest_NK, 1) / unnamed_NK))
+        kl_NK = (p_NK * (logs_NK + bins_NK * STEP)).cumsum(1) + inside_NK - spread_NK
+        near_NK = valid_NK & (kl_NK <= kl)
+        here_N = np.where(near_NK.any(1), near_NK.argmax(1) + 1, p_NK.shape[1] + 1)
+        better_N = here_N <= count_N
+        count_N, chosen_NK = np.where(better_N, here_N, count_N), np.where(better_N[:, None], bins_NK, chosen_NK)
+    return np.where(count_N <= p_NK.shape[1], count_N, 0), chosen_NK.astype(np.int64)

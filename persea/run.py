@@ -73,17 +73,21 @@ def audition(river: River, folder: Path, tell: Tell) -> None:
 
 def capture(river: River, folder: Path, tell: Tell) -> None:
     """Ask the cast; keep answers and distributions."""
-    from persea.capture import Pace, summary
+    from persea.capture import Pace, accounts, quarantined, summary
     from persea.capture import capture as ask
 
     settings = river.recipe.capture
     pace = Pace(len(river.corpus.prompts), settings.tokens or 0, settings.hours or 0)
     for name in dict.fromkeys(u.teacher for u in river.units):
-        ask(river.units, river.teacher(name, settings.batch), folder, tau=settings.tau, max_new_tokens=settings.max_new_tokens,
-            seed=river.recipe.seed, given=settings.answers == "given", unchanged=partial(river.refuse_changed, name),
-            progress=lambda step: tell("capture", *pace.step(step)))
+        ask(river.units, river.teacher(name, settings.batch), folder, tau=settings.tau, kl=settings.kl,
+            max_new_tokens=settings.max_new_tokens, seed=river.recipe.seed, given=settings.answers == "given",
+            unchanged=partial(river.refuse_changed, name), progress=lambda step: tell("capture", *pace.step(step)))
     removed = Counter(why.value for _, why in river.corpus.removed)
-    store.publish_json(folder / "summary.json", summary(river.units, folder) | {"removed": dict(removed)})
+    told, aside = summary(river.units, folder), quarantined(river.units, folder, river.corpus.broken)
+    (folder / "quarantine.jsonl").unlink(missing_ok=True)
+    if aside:
+        store.publish_lines(folder / "quarantine.jsonl", aside)
+    store.publish_json(folder / "summary.json", told | {"removed": dict(removed)} | accounts(told, river.corpus, aside))
 
 
 def train(river: River, folder: Path, tell: Tell) -> None:
@@ -154,7 +158,7 @@ def report(river: River, folder: Path, tell: Tell) -> None:
 STAGES: tuple[Stage, ...] = (
     Stage("check", lambda r: [r.identities, r.student_identity, r.measured, r.recipe.check.model_dump()], check),
     Stage("audition", lambda r: [r.identities, r.asked, r.recipe.audition.model_dump(), r.recipe.capture.max_new_tokens], audition),
-    Stage("capture", lambda r: [u.name for u in r.units], capture),
+    Stage("capture", lambda r: [*(u.name for u in r.units), *([b.where, b.why] for b in r.corpus.broken)], capture),
     Stage("train", lambda r: [[u.name for u in r.units], r.student_identity, r.recipe.training.model_dump(), r.recipe.seed, r.recipe.threads], train),
     Stage("evaluate", lambda r: [r.done("train")["outputs"], r.identities, r.asked, r.recipe.evaluation.model_dump()], evaluate),
     Stage("lineage", lambda r: [r.done("train")["outputs"], r.recipe.hash], lineage),

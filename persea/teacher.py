@@ -49,6 +49,7 @@ class Teacher:
     """A voice and the engine that runs its weights.
 
     fingerprint  what makes these weights: digest of a folder, id and revision of a hub model
+    context      the most tokens its positions reach; 0 where its configuration says none
     """
 
     name: str
@@ -56,6 +57,7 @@ class Teacher:
     engine: Engine
     effort: Effort = Effort.NONE
     fingerprint: str = ""
+    context: int = 0
 
     def answer(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
         """One answer a prompt, in order, at this teacher's effort, in its own template."""

@@ -92,11 +92,10 @@ class Vocabulary:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` for many texts at once."""
-        for text in texts:
-            self._refuse_surrogates(text)
+        raws = [self._bytes(text) for text in texts]
         batches = [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-        for text, ids in zip(texts, batches, strict=True):
-            self._check(text, ids)
+        for text, raw, ids in zip(texts, raws, batches, strict=True):
+            self._check(text, raw, ids)
         return batches
 
     def decode(self, ids: Sequence[int]) -> bytes:
@@ -126,16 +125,15 @@ class Vocabulary:
                 out.append(piece)
         return tuple(out)
 
-    def _refuse_surrogates(self, text: str) -> None:
+    def _bytes(self, text: str) -> bytes:
         try:
-            text.encode()
+            return text.encode()
         except UnicodeEncodeError as error:
             raise DataError(
                 f"half a surrogate pair (\\u{ord(text[error.start]):04x}) at character {error.start} has no bytes",
                 where=self.name, remedy="the text was cut inside a character; mend it or leave it out") from error
 
-    def _check(self, text: str, ids: Sequence[int]) -> None:
-        want = text.encode()
+    def _check(self, text: str, want: bytes, ids: Sequence[int]) -> None:
         try:  # a tenth of encoding and aligning; quicker than asking every token whether it has bytes
             got = b"".join(map(self.bytes_W.__getitem__, ids))  # type: ignore[arg-type]
         except TypeError:  # a control token has none

@@ -23,12 +23,13 @@ from test_teacher import scripted, words
 
 from persea import cache
 from persea.audition import Cast
-from persea.capture import Pace, Step, Unit, capture, plan_units, read, summary
+from persea.capture import Pace, Step, Unit, accounts, capture, plan_units, quarantined, read, summary
 from persea.chat import Conversation, Effort, Finish, Message, Role, Text
-from persea.corpus import Prompt
+from persea.corpus import Broken, Corpus, Prompt, Why
 from persea.engines import Engine
 from persea.errors import DataError, Refused
 from persea.measure import Split
+from persea.rows import RowKind
 from persea.skills import LANGUAGES, REASONING
 from persea.teacher import Teacher
 
@@ -220,6 +221,32 @@ def test_what_is_read_is_what_the_teacher_said_with_its_rows(tmp_path: Path) -> 
         assert np.allclose(np.log(one.rows.probs_M[head]), np.log(p[head]), rtol=0, atol=1e-3)
 
 
+def test_the_likeliest_and_a_rest_are_kept_where_a_kl_is_asked_for(tmp_path: Path) -> None:
+    planned = units(prompts(4), kl=0.02)
+    ask(planned, tmp_path / "one", tau=None, kl=0.02)
+    ask(planned, tmp_path / "two", tau=None, kl=0.02)
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+    record = cache.read_record(tmp_path / "one", planned[0].name)
+    assert (record["kind"], record["about"]["kl"]) == ("topk", "0.02")
+    speaker = Teacher("qwen-sapling", opened("qwen-sapling")[0], engine("qwen-sapling"))
+    for unit in planned:
+        captures = cache.read_unit(tmp_path / "one", unit.name)
+        seen_W = 1.0 + np.bincount(np.concatenate([c.tokens.ids_T for c in captures]), minlength=len(speaker.voice.vocabulary))
+        for one, (_, logs_NW) in zip(captures, speaker.score([c.answer.conversation for c in captures]), strict=True):
+            assert one.rows.kind is RowKind.TOPK_REST
+            p_NW, row = logs_NW.double().exp().numpy(), np.repeat(np.arange(len(one.rows)), np.diff(one.rows.offsets_N1))
+            q_NW = np.zeros_like(p_NW)
+            q_NW[row, one.rows.ids_M] = one.rows.probs_M
+            spread_NW = np.where(q_NW > 0, 0, seen_W)
+            q_NW += (1 - q_NW.sum(1, keepdims=True)) * spread_NW / spread_NW.sum(1, keepdims=True)
+            assert (p_NW * (np.log(p_NW) - np.log(q_NW))).sum(1).max() <= 0.02 + 1e-4  # another batch rounds otherwise
+
+
+def test_rows_are_kept_in_one_way(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="by tau or by kl"):
+        ask(units(prompts(1)), tmp_path, tau=None)
+
+
 # --- what is left out ---
 
 
@@ -316,6 +343,40 @@ def test_of_hostile_documents_each_is_kept_or_counted_as_left_out(tmp_path: Path
     assert sum(r["dropped"].get("refused", 0) for r in records) == len(refused)
     assert told is None or told["prompts"] == told["kept"] + sum(told["left_out"].values())
     assert len(refused) < len(HOSTILE) - 6  # the odd ones are asked
+
+
+def test_a_prompt_past_the_models_positions_is_not_asked_and_an_answer_past_them_not_kept(tmp_path: Path) -> None:
+    some = prompts(3)[:3]
+    speaker = Teacher("qwen-sapling", opened("qwen-sapling")[0], engine("qwen-sapling"))
+    lengths = [len(speaker.voice.prompt(p.conversation)) for p in some]
+    whole = [len(speaker.voice.render(p.conversation.answered(Text(p.answer)))) for p in some]
+    planned = units(some, answers="given")
+    context = max(lengths)
+    counting = Counting(engine("qwen-sapling"))
+    ask(units(some), tmp_path / "ask", replace(speaker, engine=counting, context=context))
+    assert len(counting.asked) == sum(n < context for n in lengths) < 3
+    record = cache.read_record(tmp_path / "ask", units(some)[0].name)
+    assert [name for name, _ in record["quarantine"]] == [p.id for p, n in zip(some, lengths, strict=True) if n == context]
+    assert f"{context:,} tokens, and qwen-sapling has positions for {context:,}" in record["quarantine"][0][1]
+    ask(planned, tmp_path / "given", replace(speaker, context=max(whole) - 1), given=True)
+    record = cache.read_record(tmp_path / "given", planned[0].name)
+    assert (record["answers"], record["dropped"]) == (sum(n < max(whole) for n in whole), {"length": whole.count(max(whole))})
+    ask(planned, tmp_path / "all", replace(speaker, context=max(whole)), given=True)
+    assert cache.read_record(tmp_path / "all", planned[0].name)["answers"] == 3
+
+
+def test_what_came_in_is_kept_skipped_or_set_aside(tmp_path: Path) -> None:
+    hostile = Conversation((Message(Role.USER, (Text("half \ud83d"),)),))
+    some = [*prompts(3)[:3], replace(prompts(1)[0], id="hostile", conversation=hostile)]
+    corpus = Corpus(tuple(some), (("twice", Why.DUPLICATE),), (Broken("p.jsonl:7", "not JSON", 9, "{"),))
+    ask(units(some), tmp_path)
+    told, aside = summary(units(some), tmp_path), quarantined(units(some), tmp_path, corpus.broken)
+    found = accounts(told, corpus, aside)
+    assert (found["in"], found["kept"], found["skipped"], found["quarantined"]) == (6, told["kept"], 4 - told["kept"], 2)
+    assert found["quarantine"][0] == {"where": "p.jsonl:7", "why": "not JSON"}
+    assert found["quarantine"][1]["where"].startswith("prompt hostile, qwen-sapling, unit ")
+    with pytest.raises(AssertionError, match=r"prompts were lost: .*'in': 6"):
+        accounts(told, corpus, aside[1:])
 
 
 def test_a_teacher_that_changed_half_way_is_refused_and_what_stands_stays(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from persea.chat import Tokens
-from persea.codec import STEP, TOLERANCE, pack, unpack
+from persea.codec import TOLERANCE, pack, unpack
 from persea.errors import DataError
-from persea.rows import RowKind, Rows, sample_rows
+from persea.rows import STEP, RowKind, Rows, sample_rows
 
 W = 300
 Spoken = tuple[Tokens, Rows]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persea.chat import Conversation, Message, Role, Text
-from persea.corpus import MAX_LINE, Corpus, Prompt, Why, gather, read_prompts
+from persea.corpus import BEGINS, MAX_LINE, Broken, Corpus, Prompt, Why, gather, read_prompts
 from persea.errors import DataError
 
 
@@ -124,6 +124,21 @@ def test_a_broken_line_is_refused_with_its_number(tmp_path: Path, line: Any, rea
 def test_a_line_without_end_is_refused(tmp_path: Path):
     with pytest.raises(DataError, match="a line of 16,777,230 bytes"):
         read(tmp_path, b'{"prompt": "' + b"a" * MAX_LINE + b'"}')
+
+
+def test_a_broken_line_is_set_aside_where_somebody_takes_it(tmp_path: Path):
+    lines = ['{"prompt": "one"}', "{", b'{"prompt": "\xff"}', '{"prompt": "cut \\ud83d emoji"}', b'{"prompt": "NUL \x00"}', "", '{"text": "a"}',
+             b'{"prompt": "' + b"a" * MAX_LINE + b'"}', '{"prompt": "NUL \\u0000 as JSON writes it"}']
+    path, aside = write(tmp_path, *lines), list[Broken]()
+    got = list(read_prompts(path, "skill", "en", aside.append))
+    assert [p.id for p in got] == ["prompts.jsonl:1", "prompts.jsonl:9"]
+    assert [b.where for b in aside] == [f"{path}:{n}" for n in (2, 3, 4, 5, 7, 8)]
+    reasons = ("not JSON", "not JSON", "surrogates not allowed", "not JSON", "neither `prompt` nor", "16,777,230 bytes")
+    for one, reason in zip(aside, reasons, strict=True):
+        assert reason in one.why
+    assert [b.bytes for b in aside] == [len(lines[n - 1]) for n in (2, 3, 4, 5, 7, 8)]
+    assert (aside[1].begins, len(aside[-1].begins)) == ('{"prompt": "\\xff"}', BEGINS)
+    assert len(got) + len(aside) == sum(1 for line in lines if line)
 
 
 def test_a_missing_file_is_refused(tmp_path: Path):

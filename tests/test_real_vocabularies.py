@@ -103,7 +103,12 @@ def test_the_river_flows_through_four_real_vocabularies(data: Path, real_of: Cal
 
     # and the student learned from all of them
     feed = json.loads((tmp_path / "run" / "train" / "feed.json").read_text())
+    laid = feed.pop("taught")
     assert feed == {"lessons": len(captured), "too_long": 0, "unsayable": []}
+    assert {row["teacher"] for row in laid} == set(river.voices)
+    for row in laid:
+        assert row["event"] + row["completion"] + row["chunk"] + row["text"] == pytest.approx(1, abs=3e-4)
+        assert 0.9 < row["mass_kept"] <= 1  # random weights: what cannot stand is as likely as any other token
     log = list(lines(tmp_path / "run" / "train" / "metrics.jsonl"))
     assert len(log) == STEPS
     taught = Counter[str]()

@@ -130,6 +130,13 @@ def test_lora_has_defaults_only_where_it_is_asked_for(write: Any) -> None:
     assert load_recipe(write(GOOD), ["student.adapt=lora", "student.lora.rank=8"]).student.lora == Lora(rank=8)
 
 
+def test_rows_of_one_kind_have_the_key_of_that_kind(write: Any) -> None:
+    sampled, top = (load_recipe(write(GOOD), some).capture for some in ([], ["capture.rows=topk"]))
+    assert (sampled.rows, sampled.tau, sampled.kl) == ("sampled", 0.01, None)
+    assert (top.rows, top.tau, top.kl) == ("topk", None, 0.01)
+    assert load_recipe(write(load_recipe(write(GOOD), ["capture.rows=topk"]).to_yaml())).capture == top
+
+
 def test_a_recipe_can_be_made_in_python() -> None:
     part = CorpusPart(skill="code", generate=3)
     recipe = Recipe(name="mine", student=Student(model="a/b"), teachers=(Teacher(model="c/d"),), corpus=(part,))
@@ -235,8 +242,8 @@ def test_order_comments_and_spelt_out_defaults_do_not_change_the_hash(write: Any
 
 @pytest.mark.parametrize("override", [
     "seed=1", "name=x", "today=2025-01-02", "student.model=org/x", "student.adapt=lora", "teachers.0.effort=low", "teachers.0.licence=MIT",
-    "corpus.0.generate=11", "audition.items=9", "audition.pinned.code=two", "capture.tau=0.02", "training.steps=31", "evaluation.batch=2",
-    "check.floor=0.1"])
+    "corpus.0.generate=11", "audition.items=9", "audition.pinned.code=two", "capture.tau=0.02", "capture.rows=topk", "training.steps=31",
+    "evaluation.batch=2", "check.floor=0.1"])
 def test_any_field_changes_the_hash(write: Any, override: str) -> None:
     path = write(GOOD)
     assert load_recipe(path, [override]).hash != load_recipe(path).hash
@@ -416,6 +423,16 @@ BAD: list[tuple[str, str, str, str]] = [
     # bounds
     ("no steps", TWO + REST + "training: {steps: 0}\n", "4:12", "training.steps: should be at least 1 (got 0)"),
     ("too many", TWO + REST + "capture: {unit: 99999999999}\n", "4:11", "capture.unit: should be at most 1073741824 (got 99999999999)"),
+    ("broken lines of no file", TWO + "corpus: [{skill: code, generate: 10, broken: quarantine}]\n", "3:38",
+     "corpus.0.broken: given, but no `file` that could be broken -> delete `broken:`"),
+    ("kl of a sample", TWO + REST + "capture: {kl: 0.02}\n", "4:11",
+     "capture.kl: given, but `rows` is sampled -> write `rows: topk`, or delete `kl:`"),
+    ("tau of the likeliest", TWO + REST + "capture: {rows: topk, tau: 0.02}\n", "4:23",
+     "capture.tau: given, but `rows` is topk -> write `rows: sampled`, or delete `tau:`"),
+    ("kl 0", TWO + REST + "capture: {rows: topk, kl: 0}\n", "4:23", "capture.kl: should be at least 0.003 (got 0)"),
+    ("rows", TWO + REST + "capture: {rows: full}\n", "4:11", "capture.rows: should be sampled or topk (got 'full')"),
+    ("completion of the likeliest", TWO + REST + "capture: {rows: topk}\ntraining: {completion: true}\n", "5:12",
+     "training.completion: true, but nobody can say what a rest holds inside a token"),
     ("tau 0", TWO + REST + "capture: {tau: 0}\n", "4:11", "capture.tau: should be more than 0 (got 0)"),
     ("tau 0.6", TWO + REST + "capture: {tau: 0.6}\n", "4:11", "capture.tau: should be at most 0.5 (got 0.6)"),
     ("share", TWO + REST + "training: {event_share: 1.5}\n", "4:12",

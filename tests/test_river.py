@@ -65,6 +65,22 @@ def test_nobody_is_taught_what_he_is_tested_on(tmp_path: Path) -> None:
     assert all(p.answer for p in corpus.prompts)  # a generator's questions bring their answers
 
 
+def test_a_broken_line_ends_the_run_unless_the_recipe_sets_it_aside(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_bytes(b'{"prompt": "one"}\n{"prompt": "\xff"}\n{"prompt": "ONE"}\n{"prompt": "two"}\n')
+    part = {"skill": "languages", "file": "p.jsonl"}
+    with pytest.raises(DataError, match=r"p\.jsonl:2: not JSON"):
+        _ = river(tmp_path, corpus=[part], audition={}).corpus
+    corpus = river(tmp_path, corpus=[part | {"broken": "quarantine"}], audition={}).corpus
+    assert (len(corpus.prompts), len(corpus.removed), [b.where for b in corpus.broken]) == (2, 1, [str(tmp_path / "p.jsonl:2")])
+    assert corpus.came == 4
+
+
+def test_a_speaker_knows_how_far_its_positions_reach(tmp_path: Path) -> None:
+    flowed_copy(tmp_path, "audition")
+    one = river(tmp_path)
+    assert [one.teacher(name, 4).context for name in one.voices] == [1024, 1024, 1024]
+
+
 def test_more_questions_than_there_are_is_refused_with_their_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = replace(skills.REASONING, name="few", items=lambda split, n, seed: skills.REASONING.items(split, min(n, 7), seed))
     monkeypatch.setattr(skills, "SKILLS", (few,))
@@ -102,7 +118,7 @@ def test_units_are_the_same_whoever_reads_them_and_change_with_what_they_hold(tm
     names = [u.name for u in river(tmp_path).units]
     assert len(names) == 9
     assert {p.stem for p in (flowed()[0] / "run" / "capture" / "units").iterdir()} == set(names)
-    for change in ("capture.tau=0.02", "capture.max_new_tokens=47", "capture.batch=7", "capture.answers=given"):
+    for change in ("capture.tau=0.02", "capture.max_new_tokens=47", "capture.batch=7", "capture.answers=given", "capture.rows=topk"):
         assert not set(names) & {u.name for u in river(tmp_path, change).units}, change
     assert {u.name for u in river(tmp_path, "training.steps=9", "evaluation.items=9").units} == set(names)
 

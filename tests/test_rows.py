@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from persea.errors import DataError
-from persea.rows import RowKind, Rows, refuse_no_distribution
+from persea.rows import STEP, RowKind, Rows, refuse_no_distribution, top_rows
 from persea.rows import sample_rows as draw
 
 EPS = 1e-5
@@ -143,3 +143,84 @@ def test_the_memory_of_sampling_does_not_grow_with_the_answer() -> None:
 
 def test_an_answer_without_learned_tokens_has_no_rows() -> None:
     assert len(sample_rows(torch.empty(0, 300), 0.01, "nothing")) == 0
+
+
+# --- the likeliest, and a rest ---
+
+
+def frequency(seed: int, width: int) -> np.ndarray:
+    counts = np.random.default_rng(seed).zipf(1.5, width).astype(np.float64).clip(max=1e6)
+    return counts / counts.sum()
+
+
+def lost(p: np.ndarray, rows: Rows, spread: np.ndarray) -> np.ndarray:
+    """KL(p || what can be rebuilt), written out token by token."""
+    q = dense(rows, p.shape[1])
+    for n in range(len(p)):
+        unnamed = np.setdiff1d(np.arange(p.shape[1]), rows.ids_M[rows.offsets_N1[n]:rows.offsets_N1[n + 1]])
+        q[n, unnamed] = max(0.0, 1 - q[n].sum()) * spread[unnamed] / spread[unnamed].sum() if len(unnamed) else 0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(p > 1e-9, p * np.log(p / q), 0).sum(1)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 5), st.integers(2, 300), st.floats(0, 12), st.sampled_from((0.003, 0.01, 0.1, 1.0)))
+@example(0, 2, 300, 0.0, 0.003)  # flat: nearly all are named
+@example(0, 2, 2, 0.0, 0.01)
+def test_the_fewest_likeliest_entries_within_the_kl(seed: int, n: int, width: int, heat: float, kl: float) -> None:
+    logs, spread = logprobs(seed, n, width, heat), frequency(seed, width)
+    p, real = logs.double().exp().numpy(), np.random.default_rng(seed).integers(0, width, n)
+    rows = top_rows(logs, real, kl, spread, "here")
+    q = dense(rows, width)
+    assert rows.kind is RowKind.TOPK_REST
+    assert (rows.offsets_N1.dtype, rows.ids_M.dtype, rows.probs_M.dtype, rows.realised_N.dtype) == (np.int64, np.int32, np.float32, np.float32)
+    assert (np.diff(rows.offsets_N1) >= 1).all()
+    assert q.sum(1).max() <= 1 + 1e-3
+    assert lost(p, rows, spread).max() <= kl + 2e-5
+    for k in range(n):
+        span = slice(rows.offsets_N1[k], rows.offsets_N1[k + 1])
+        named = rows.ids_M[span]
+        assert named.tolist() == sorted(np.argsort(-p[k], kind="stable")[:len(named)].tolist())
+        if len(named) > 1:  # one fewer, unrounded, is not enough, or misses by what rounding the likeliest down costs
+            fewer = named[named != np.argsort(-p[k], kind="stable")[len(named) - 1]]
+            exact = Rows(np.array([0, len(fewer)]), fewer, p[k, fewer].astype(np.float32), np.zeros(1, np.float32))
+            assert lost(p[k:k + 1], exact, spread)[0] > kl - 0.003
+        bins = np.log(rows.probs_M[span].astype(np.float64)) / -STEP
+        assert np.abs(bins - np.rint(bins)).max() < 2e-3  # on the codec's grid
+        if real[k] in named:
+            assert abs(rows.realised_N[k] - np.log(q[k, real[k]])) < 1e-5
+            assert abs(rows.realised_N[k] - float(logs[k, real[k]])) <= STEP + 1e-5
+        else:
+            assert rows.realised_N[k] == logs[k, real[k]].numpy()
+
+
+@pytest.mark.parametrize("at_once", [1, 301, 900])
+def test_likeliest_entries_do_not_hang_on_how_many_rows_are_worked_on(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    logs = torch.cat([logprobs(4, 20, 300, 1.5), torch.full((3, 300), -np.log(300)).float()])  # and rows of equals
+    some = [top_rows(logs, np.zeros(23, np.int64), 0.01, frequency(1, 300), "chunks")]
+    monkeypatch.setattr("persea.rows.AT_ONCE", at_once)
+    some.append(top_rows(logs, np.zeros(23, np.int64), 0.01, frequency(1, 300), "chunks"))
+    monkeypatch.setattr("persea.rows.SOME", 7)
+    some.append(top_rows(logs, np.zeros(23, np.int64), 0.01, frequency(1, 300), "chunks"))
+    for other in some[1:]:
+        for field in ("offsets_N1", "ids_M", "probs_M", "realised_N"):
+            assert np.array_equal(getattr(some[0], field), getattr(other, field)), field
+
+
+def test_values_are_coarser_where_the_kl_allows_it() -> None:
+    logs = logprobs(5, 300, 2000, 3.0)
+    rows = top_rows(logs, np.zeros(300, np.int64), 0.1, np.full(2000, 1 / 2000), "coarse")
+    bins = np.rint(np.log(rows.probs_M.astype(np.float64)) / -STEP).astype(int)
+    assert (bins % 16 == 0).mean() > 0.5
+
+
+def test_what_is_no_distribution_is_no_top_either() -> None:
+    logs = logprobs(1, 6, 50, 1.0)
+    logs[3, 7] = float("nan")
+    with pytest.raises(DataError, match="row 3 of 6 is no distribution: NaN"):
+        top_rows(logs, np.zeros(6, np.int64), 0.01, np.full(50, 0.02), "here")
+    assert len(top_rows(torch.empty(0, 50), np.zeros(0, np.int64), 0.01, np.full(50, 0.02), "nothing")) == 0
+
+
+def test_a_target_that_rounding_alone_misses_is_not_reached_in_silence() -> None:
+    with pytest.raises(AssertionError, match="further than 1e-12"):
+        top_rows(logprobs(1, 6, 50, 1.0), np.zeros(6, np.int64), 1e-12, np.full(50, 0.02), "here")

@@ -178,6 +178,25 @@ def test_each_stage_by_its_own_verb_is_the_whole(tmp_path: Path) -> None:
     assert ended.out == flowed()[1].out
 
 
+def test_broken_lines_are_set_aside_with_place_and_reason(tmp_path: Path) -> None:
+    lines = [b'{"prompt": "Count: 1 2 3"}', b'{"prompt": "\xff"}', b"{", b'{"prompt": "COUNT: 1 2 3"}', b'{"prompt": "' + b"a b " * 2000 + b'"}']
+    (tmp_path / "p.jsonl").write_bytes(b"\n".join(lines))
+    corpus = [*TINY["corpus"], {"skill": "languages", "file": "p.jsonl", "broken": "quarantine"}]
+    recipe(tmp_path, corpus=corpus)
+    shutil.copytree(flowed()[0] / "run", tmp_path / "run")
+    for stage in ("capture", "train", "evaluate", "lineage", "report"):
+        shutil.rmtree(tmp_path / "run" / stage)
+    ended = persea("capture", "tiny.yaml", "--out", "run", folder=tmp_path)
+    assert ended.code == 0, ended.err
+    told = json.loads((tmp_path / "run" / "capture" / "summary.json").read_text())
+    assert told["in"] == told["kept"] + told["skipped"] + told["quarantined"] == 72 + len(lines)
+    aside = [json.loads(line) for line in (tmp_path / "run" / "capture" / "quarantine.jsonl").read_text().splitlines()]
+    assert [q["where"].rpartition("/")[2] for q in aside[:2]] == ["p.jsonl:2", "p.jsonl:3"]
+    assert aside[2]["where"].startswith("prompt p.jsonl:5, ") and "positions for 1,024" in aside[2]["why"]
+    assert (len(aside), told["quarantined"], told["quarantine"]) == (3, 3, [{k: q[k] for k in ("where", "why")} for q in aside])
+    assert told["removed"]["duplicate"] >= 1
+
+
 def test_a_lost_unit_is_named_and_asked_again_alone(tmp_path: Path) -> None:
     run = flowed_copy(tmp_path, "check", "audition", "capture") / "run"
     before, lost = times(run / "capture"), sorted((run / "capture" / "units").iterdir())[4]

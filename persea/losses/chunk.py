@@ -35,7 +35,7 @@ class Chunks:
 
 def log_standing(logprobs_NV: torch.Tensor, dead: Dead) -> torch.Tensor:
     """log beta of each position, [N]: the mass that can stand. Differentiable; a position whose whole mass is dead gives -inf."""
-    row_D, token_D = dead.row_D, dead.token_D
+    row_D, token_D = (side.to(logprobs_NV.device) for side in (dead.row_D, dead.token_D))
     lost_N = torch.zeros(len(logprobs_NV), dtype=logprobs_NV.dtype, device=logprobs_NV.device)
     return torch.log1p(-lost_N.index_add(0, row_D, logprobs_NV[row_D, token_D].exp()))
 
@@ -47,11 +47,13 @@ def chunk(logits_NV: torch.Tensor, targets_N: torch.Tensor, chunks: Chunks, dead
     dead                  student tokens that cannot stand, by position
     """
     logprobs_NV = torch.log_softmax(logits_NV, -1)
+    chunk_P, position_P, begin_C, end_C = (
+        side.to(logits_NV.device) for side in (chunks.chunk_P, chunks.position_P, chunks.begin_C, chunks.end_C))
     said_N = logprobs_NV.gather(1, targets_N[:, None]).squeeze(1)
     standing_N = log_standing(logprobs_NV, dead)
     student_C = torch.zeros(len(chunks.teacher_C), dtype=said_N.dtype, device=said_N.device)
-    student_C = student_C.index_add(0, chunks.chunk_P, said_N[chunks.position_P]) - standing_N[chunks.begin_C]
-    ends = chunks.end_C >= 0
-    student_C = student_C.index_add(0, torch.nonzero(ends).squeeze(-1), standing_N[chunks.end_C[ends]])
+    student_C = student_C.index_add(0, chunk_P, said_N[position_P]) - standing_N[begin_C]
+    ends = end_C >= 0
+    student_C = student_C.index_add(0, torch.nonzero(ends).squeeze(-1), standing_N[end_C[ends]])
     loss = (student_C - chunks.teacher_C.to(student_C)).square().mean() / 2
     return LossOut(loss, {"chunk": float(loss.detach())}, len(chunks.teacher_C))

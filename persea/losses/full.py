@@ -32,7 +32,8 @@ def over_events(logprobs_NX: torch.Tensor, event_X: torch.Tensor, events: int, d
     event_X  event of each token, -1 = left out. Differentiable; linear in positions: one segment sum, no sort.
     """
     if dead is not None and len(dead.row_D):
-        logprobs_NX = logprobs_NX.index_put((dead.row_D, dead.token_D), torch.full((), -torch.inf, dtype=logprobs_NX.dtype))
+        nothing = torch.full((), -torch.inf, dtype=logprobs_NX.dtype, device=logprobs_NX.device)
+        logprobs_NX = logprobs_NX.index_put((dead.row_D.to(nothing.device), dead.token_D.to(nothing.device)), nothing)
     kept = event_X >= 0
     top_N1 = logprobs_NX[:, kept].detach().amax(-1, keepdim=True)
     mass_NE = torch.zeros(len(logprobs_NX), events, dtype=logprobs_NX.dtype, device=logprobs_NX.device)
@@ -57,7 +58,7 @@ def full(logits_NV: torch.Tensor, teacher_logprobs_NW: torch.Tensor, bridge: Bri
         return same_vocabulary(logits_NV, teacher_logprobs_NW, divergence)
     event_V, event_W = (torch.from_numpy(e).long().to(logits_NV.device) for e in (bridge.student_event_V, bridge.teacher_event_W))
     log_q_NE = over_events(torch.log_softmax(logits_NV, -1), event_V, bridge.events, student_dead)
-    log_p_NE = over_events(teacher_logprobs_NW, event_W, bridge.events, teacher_dead)
+    log_p_NE = over_events(teacher_logprobs_NW.to(logits_NV.device), event_W, bridge.events, teacher_dead)
     nobody = (log_p_NE == -torch.inf) | (log_q_NE == -torch.inf)  # else a mask on one side alone makes a divergence infinite
     log_p_NE, log_q_NE = (_normalised(side.masked_fill(nobody, -torch.inf)) for side in (log_p_NE, log_q_NE))
     loss = between(log_p_NE, log_q_NE, divergence).mean()
