@@ -70,7 +70,7 @@ def stage(name: str, world: World, results: Path, seeds: Sequence[int]) -> None:
             for method in ("cross-entropy", "events", "strict", "bpm", "strict everywhere", "chunk", *(("uld",) if seed == SEEDS[0] else ())):
                 go(method, seed)
     elif name == "shares":  # the searches are short; what wins at length 1 (dev is the curve's last point) may be another share
-        first = (("events", "full", 0.7), ("events", "full", 0.9), ("strict everywhere", "full", 0.7))
+        first = (("events", "full", 0.7), ("events", "full", 0.9), ("events + masks", OURS, 0.9), ("strict everywhere", "full", 0.7))
         for seed in seeds:
             for method, rows, value in (("events", OURS, 0.9), *(first if seed == SEEDS[0] else ())):
                 run_all(world, [replace(arm(world, results, method, seed), rows=rows, share=value)], results)
@@ -95,7 +95,8 @@ def stage(name: str, world: World, results: Path, seeds: Sequence[int]) -> None:
         for length in (2.0, 4.0):
             for regime in ("unlimited", "limited"):
                 go("cross-entropy", SEEDS[0], regime, length)
-    elif name == "gold":  # TRL's loops take about a second a step: as long as a search, beside which it is told
+    elif name == "gold":  # TRL's loops take nearly a second a step: one whole run, and one as long as a search, beside which it is told
+        go("gold", SEEDS[0])
         lr = rate(world, results)
         for method in ("gold", "cross-entropy"):
             run_all(world, [Arm(method, rows_of(method), share(world, results, method), lr, "unlimited", 0, 0.3, "dev")], results)
