@@ -6,6 +6,7 @@
 # make bench-cache  what the cache costs and what it is worth (about 10 minutes)
 # make bench        what alignment, bridges and the objective cost, beside TRL (about 9 minutes; installs TRL)
 # make bench-bias   what each method pushes a perfect student away by (10 to 20 minutes; installs TRL for its GOLD)
+# make bench-objectives   every method with trained models on real text, size xs (hours; goes on where it was; installs TRL)
 # PYTHON=python3.12 chooses the Python; TORCH_INDEX=URL takes torch from another index (README, "Installing")
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test lint chaos results bench bench-bias bench-cache saplings clean
+.PHONY: quickstart test lint chaos results bench bench-bias bench-cache bench-objectives saplings clean
 .DELETE_ON_ERROR:
 
 .venv/persea: pyproject.toml
@@ -48,6 +49,10 @@ bench: .venv/persea
 	$(BIN)/pip install -q -e '.[bench]'
 	$(BIN)/python bench/bridge.py
 	$(BIN)/python bench/help.py
+
+bench-objectives: .venv/persea
+	$(BIN)/pip install -q -e '.[bench]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.objectives --size xs
 
 bench-cache: .venv/persea
 	$(BIN)/python bench/cache.py

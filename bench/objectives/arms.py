@@ -1,0 +1,231 @@
+"""The experiment: runs of students, one JSON line each; a run whose line stands is skipped."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import LlamaForCausalLM
+
+from bench.objectives import data, models, vocabularies
+from bench.objectives.chunks import CHUNKED, gathered
+from bench.objectives.data import ASKED, DOMAINS, TEACHES, Window
+from bench.objectives.gold import gold, with_last
+from bench.objectives.lessons import Batch, Lesson, Teacher, collate, open_lessons
+from bench.objectives.methods import KEPT, METHODS, Pair, Setting, keep, open_kept, prepare
+from bench.objectives.models import Size, padded, states
+from bench.objectives.vocabularies import Speaker
+
+BINS = 15  # of the calibration error
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run. length: in units of the size's steps; regime: 'limited' (each window several times) or 'unlimited' (once);
+    part: what it is measured on, 'dev' while settings are searched, 'test' for tables."""
+
+    method: str
+    rows: str
+    share: float
+    rate: float
+    regime: str
+    seed: int
+    length: float = 1.0
+    part: str = "test"
+
+    def key(self, size: Size) -> str:
+        return json.dumps({"size": size.name, **asdict(self)})
+
+
+@dataclass(frozen=True, eq=False)
+class World:
+    """All that runs share, opened once from the cache folder."""
+
+    size: Size
+    folder: Path
+
+    @cached_property
+    def text(self) -> dict[str, dict[str, list[Window]]]:
+        return {part: data.pools(data.data_folder(), part, per_document=None if part == "train" else 2) for part in ("train", "dev", "test")}
+
+    @cached_property
+    def speakers(self) -> dict[str, Speaker]:
+        return vocabularies.open_speakers(self.folder, self.size.vocabulary, self.texts_of)
+
+    def texts_of(self, who: str) -> list[str]:
+        return [w.text for d in TEACHES.get(who, DOMAINS) for w in self.text["train"][d][:self.size.seen]]
+
+    def grow(self) -> None:
+        """Trains the teachers that do not stand yet."""
+        for who, domains in TEACHES.items():
+            path = self.folder / f"{who}.pt"
+            if not path.is_file():
+                models.train_teacher(self.speakers[who], {d: self.text["train"][d] for d in domains}, self.size, who, path)
+
+    @cached_property
+    def teachers(self) -> dict[str, Teacher]:
+        return {who: Teacher(self.speakers[who], models.open_teacher(self.speakers[who], self.size, self.folder / f"{who}.pt")) for who in TEACHES}
+
+    @cached_property
+    def pairs(self) -> dict[str, Pair]:
+        return {who: Pair(teacher, self.speakers["student"]) for who, teacher in self.teachers.items()}
+
+    def student(self, arm: Arm) -> Path:
+        """Where a student of seed 1 is kept, for what is measured on it afterwards."""
+        return self.folder / f"student {arm.method}, {arm.rows}, {arm.regime}.pt"
+
+    def windows(self, regime: str, length: float) -> dict[str, list[Window]]:
+        """Training windows of a student by domain: every one is seen once in 'unlimited', and often in 'limited'."""
+        n = self.size.limited if regime == "limited" else -(-round(self.size.steps * length) * self.size.batch // len(DOMAINS))
+        return {d: self.text["train"][d][:n] for d in DOMAINS}
+
+    @cached_property
+    def lessons(self) -> dict[str, list[Lesson]]:
+        """What the teachers say of all windows of length 1, and of those of regime 'limited', which are their beginning."""
+        pools = self.windows("unlimited", 1.0)
+        flat = open_lessons(self.folder / "lessons.pt", [w for d in DOMAINS for w in pools[d]], self.speakers["student"], self.teachers)
+        found = iter(flat)
+        return {d: [next(found) for _ in pools[d]] for d in DOMAINS}
+
+    @cached_property
+    def said(self) -> dict[str, list[Window]]:
+        """As many windows as in `lessons`, their first part as it was, the rest in the teacher's own words."""
+        from bench.objectives.words import open_said
+
+        return open_said(self.folder / "said.json", self.windows("unlimited", 1.0), self.teachers)
+
+    def batches(self, arm: Arm) -> Iterator[Batch]:
+        student = self.speakers["student"]
+        if arm.method in ("cross-entropy", "sft"):
+            pools = self.said if arm.method == "sft" else self.windows(arm.regime, arm.length)
+            if arm.method == "sft" and arm.regime == "limited":
+                pools = {d: p[:self.size.limited] for d, p in pools.items()}
+            for chosen in models.order(pools, self.size.batch, arm.seed):
+                ids_BS, learn_BS = padded(student.vocabulary.encode_batch([w.text for w in chosen]), student.start)
+                yield Batch(ids_BS, learn_BS, ids_BS[:, 1:][learn_BS[:, :-1]], ())
+        if arm.length > 1:
+            raise SystemExit(f"{arm.method}: lessons are kept for length 1 only")
+        n = {d: len(p) for d, p in self.windows(arm.regime, arm.length).items()}
+        for some in models.order({d: p[:n[d]] for d, p in self.lessons.items()}, self.size.batch, arm.seed):
+            batch = collate(some, student)
+            yield with_last(batch) if arm.method == "gold" else batch
+
+
+@lru_cache(maxsize=4)
+def held_out(world: World, part: str, windows: int) -> tuple[Window, ...]:
+    return tuple(w for d in DOMAINS for w in world.text[part][d][:windows])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Bits and bytes by domain and page; expected calibration error: |confidence - accuracy| of the likeliest token, over BINS bins."""
+
+    pages: Mapping[str, Mapping[str, tuple[float, int]]]
+    calibration: float
+
+    def bits_per_byte(self) -> dict[str, float]:
+        return {d: sum(b for b, _ in pages.values()) / sum(n for _, n in pages.values()) for d, pages in self.pages.items()}
+
+    def mean(self) -> float:
+        return float(np.mean(list(self.bits_per_byte().values())))
+
+
+def measure(model: LlamaForCausalLM, speaker: Speaker, windows: Sequence[Window]) -> Measured:
+    pages: dict[str, dict[str, tuple[float, int]]] = defaultdict(dict)
+    bins = np.zeros((BINS, 3))
+    for at in range(0, len(windows), 32):
+        some = windows[at:at + 32]
+        ids = speaker.vocabulary.encode_batch([w.text for w in some])
+        ids_BS, learn_BS = padded(ids, speaker.start)
+        with torch.no_grad():
+            logprobs_NV = torch.log_softmax(states(model, ids_BS, learn_BS) @ model.lm_head.weight.T, -1)
+            targets_N = ids_BS[:, 1:][learn_BS[:, :-1]]
+            bits_N = (F.nll_loss(logprobs_NV, targets_N, reduction="none") / np.log(2)).double().numpy()
+            top = logprobs_NV.max(-1)
+        sure_N, right_N = top.values.exp().numpy(), (top.indices == targets_N).numpy()
+        which_N = np.minimum((sure_N * BINS).astype(int), BINS - 1)
+        for column, values_N in enumerate((np.ones(len(sure_N)), sure_N, right_N)):
+            np.add.at(bins[:, column], which_N, values_N)
+        n = 0
+        for w, one in zip(some, ids, strict=True):
+            bits, length = pages[w.domain].get(w.page, (0.0, 0))
+            pages[w.domain][w.page] = (bits + float(bits_N[n:n + len(one)].sum()), length + len(w.text.encode()))
+            n += len(one)
+    return Measured(pages, float(np.abs(bins[:, 1] - bins[:, 2]).sum() / bins[:, 0].sum()))
+
+
+def run(world: World, arm: Arm) -> dict[str, Any]:
+    """Trains one student and measures it."""
+    size, student = world.size, world.speakers["student"]
+    model = models.make(size.student, len(student.vocabulary), arm.seed)
+    adam, steps = models.optimizer(model, arm.rate), round(size.steps * arm.length)
+    setting, loss_of = Setting(arm.method, arm.rows, arm.share), (METHODS | CHUNKED | {"gold": gold})[arm.method]
+    curve, tokens, cpu, of_loss = [], 0, 0.0, 0.0
+    for step, batch in zip(range(steps), world.batches(arm), strict=False):
+        if batch.groups:
+            prepare(batch, world.pairs, setting)
+        if arm.method in CHUNKED:
+            gathered(batch, world.pairs)
+        begun = time.process_time()
+        logits_NV = states(model, batch.ids_BS, batch.learn_BS) @ model.lm_head.weight.T
+        before = time.process_time()
+        loss = loss_of(logits_NV, batch, world.pairs if batch.groups else {}, setting)
+        of_loss += time.process_time() - before
+        models.step_with(adam, model, loss, models.rate(step, steps, arm.rate))
+        cpu += time.process_time() - begun
+        tokens += len(batch.targets_N)
+        if not bool(torch.isfinite(loss.detach())):
+            raise SystemExit(f"{arm}: the loss is {float(loss.detach())} at step {step}")
+        if (step + 1) % max(1, steps // 4) == 0:
+            curve.append([tokens, round(measure(model, student, held_out(world, "dev", max(2, size.test // 6))).mean(), 4)])
+    if (arm.seed, arm.length, arm.part) == (1, 1.0, "test"):
+        torch.save(model.state_dict(), world.student(arm))
+    found = measure(model, student, held_out(world, arm.part, size.test))
+    return {"bits_per_byte": {d: round(v, 4) for d, v in found.bits_per_byte().items()}, "mean": round(found.mean(), 4),
+            "calibration": round(found.calibration, 4), "tokens": tokens, "steps": steps, "curve": curve,
+            "cpu_per_step": round(cpu / steps, 4), "loss_cpu_per_step": round(of_loss / steps, 4),
+            "pages": {d: [[round(b, 1), n] for b, n in pages.values()] for d, pages in found.pages.items()}}
+
+
+def read(results: Path) -> dict[str, dict[str, Any]]:
+    """key -> line"""
+    lines = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
+    return {line["key"]: line for line in lines}
+
+
+def run_all(world: World, arms: Sequence[Arm], results: Path) -> list[dict[str, Any]]:
+    """Runs what does not stand in the results yet, in order; the lines of all these arms."""
+    out = []
+    for arm in arms:
+        key = arm.key(world.size)
+        if key not in read(results):
+            if "masks" in arm.method and not any(masked for _, _, masked, _ in KEPT):
+                open_kept(world.folder / "masked.pt")
+            before = len(KEPT)
+            line = {"key": key, "size": world.size.name, **asdict(arm), **run(world, arm)}
+            if "masks" in arm.method and len(KEPT) > before:
+                keep(world.folder / "masked.pt")
+            with results.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(f"{line['mean']:.4f} {line['calibration']:.3f} {line['cpu_per_step']:.3f} s/step  {key}", flush=True)
+        out.append(read(results)[key])
+    return out
+
+
+def teachers_measured(world: World) -> dict[str, Any]:
+    """Bits per byte of every teacher on what it is asked, beside what its training cost."""
+    out = {}
+    for who, teacher in world.teachers.items():
+        windows = [w for w in held_out(world, "test", world.size.test) if ASKED[w.domain] == who]
+        record = json.loads((world.folder / f"{who}.json").read_text())
+        out[who] = record | {"bits_per_byte": {d: round(v, 4) for d, v in measure(teacher.model, teacher.speaker, windows).bits_per_byte().items()}}
+    return out

@@ -1,0 +1,108 @@
+"""persea's debiased chunk term beside its events: the stretches between two common boundaries that are not one token against one.
+
+A second term, weighted by itself: composed(...) + weight x chunk. What cannot stand at a boundary (whole vocabularies, by persea's
+masks) is found once a context; the teacher's side of every chunk once a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from bench.objectives.lessons import Batch, Ints, Lesson
+from bench.objectives.methods import Loss, Pair, Setting, boundary_contexts, said_of
+from persea.losses import Chunks, Dead, composed
+from persea.losses import chunk as chunk_term
+from persea.masks import Mask
+
+WEIGHTS = (0.01, 0.03, 0.1)
+
+
+@dataclass(frozen=True)
+class Stretches:
+    """Of one window, in its own numbering. C chunks.
+
+    student_C2  student tokens of each; ends_C: whether a common boundary stands at its end (else the window ends there)
+    teacher_C   the teacher's log-probability, its betas included
+    row_D, token_D  student tokens that cannot stand at the boundaries that begin or end a chunk
+    """
+
+    student_C2: Ints
+    ends_C: np.ndarray
+    teacher_C: np.ndarray
+    row_D: Ints
+    token_D: Ints
+
+
+DEAD: dict[tuple[int, int], Ints] = {}
+KEPT: dict[int, Stretches] = {}
+
+
+def dead(mask: Mask, context: int) -> Ints:
+    """All candidates that cannot stand in a context; each context is asked once."""
+    if (id(mask), context) not in DEAD:
+        DEAD[id(mask), context] = mask.dead(context)
+    return DEAD[id(mask), context]
+
+
+def stretches(one: Lesson, pair: Pair) -> Stretches:
+    if id(one) in KEPT:
+        return KEPT[id(one)]
+    bridge = pair.bridge
+    assert bridge.teacher_mask is not None and bridge.student_mask is not None
+    s0, s1, t0, t1 = one.spans_C4.T
+    mixed = (s1 - s0 != 1) | (t1 - t0 != 1)
+    s0, s1, t0, t1 = s0[mixed], s1[mixed], t0[mixed], t1[mixed]
+    teacher_of = dict(zip(one.student_C.tolist(), one.teacher_C.tolist(), strict=True))
+    ends_C = np.array([int(s) in teacher_of for s in s1], bool)
+    of_student, of_teacher = boundary_contexts(one, bridge)
+    places = sorted({*s0.tolist(), *s1[ends_C].tolist()})
+    beta = {}
+    rows, tokens = [], []
+    for s in places:
+        gone = dead(bridge.teacher_mask, int(of_student[s]))
+        p_W = pair.teacher.logprobs(one.states_TD[teacher_of[s]][None])[0]
+        beta[s] = float(torch.log1p(-p_W[torch.from_numpy(gone)].exp().sum()))
+        own = dead(bridge.student_mask, int(of_teacher[s]))
+        rows.append(np.full(len(own), s))
+        tokens.append(own)
+    said = np.concatenate([[0.0], np.cumsum(one.realised_T.double().numpy())])
+    value = [said[b] - said[a] - beta[int(x)] + (beta[int(y)] if end else 0.0) for a, b, x, y, end in zip(t0, t1, s0, s1, ends_C, strict=True)]
+    empty = np.empty(0, np.int64)
+    KEPT[id(one)] = Stretches(np.stack([s0, s1], 1), ends_C, np.array(value, np.float32), np.concatenate([empty, *rows]),
+                              np.concatenate([empty, *tokens]))
+    return KEPT[id(one)]
+
+
+def gathered(batch: Batch, pairs: Mapping[str, Pair]) -> tuple[Chunks, Dead]:
+    """The chunks of a batch in its own numbering."""
+    chunk_P, position_P, begin, end, teacher, row_D, token_D = [], [], [], [], [], [], []
+    n = 0
+    for group in batch.groups:
+        for one, first in zip(group.lessons, group.first_student, strict=True):
+            own = stretches(one, pairs[group.who])
+            sizes = own.student_C2[:, 1] - own.student_C2[:, 0]
+            chunk_P.append(np.repeat(np.arange(n, n + len(sizes)), sizes))
+            position_P.append(np.concatenate([np.empty(0, np.int64), *(np.arange(a, b) for a, b in own.student_C2)]) + first)
+            begin.append(own.student_C2[:, 0] + first)
+            end.append(np.where(own.ends_C, own.student_C2[:, 1] + first, -1))
+            teacher.append(own.teacher_C)
+            row_D.append(own.row_D + first)
+            token_D.append(own.token_D)
+            n += len(sizes)
+    a, b, c, d, e, r, t = (torch.from_numpy(np.concatenate(x)) for x in (chunk_P, position_P, begin, end, teacher, row_D, token_D))
+    return Chunks(a, b, c, d, e), Dead(r, t)
+
+
+def with_chunks(weight: float) -> Loss:
+    def loss(logits_NV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setting: Setting) -> torch.Tensor:
+        chunks, gone = gathered(batch, pairs)
+        events = composed(logits_NV, batch.targets_N, said_of(batch, pairs, setting), setting.share).loss
+        return events + weight * chunk_term(logits_NV, batch.targets_N, chunks, gone).loss
+    return loss
+
+
+CHUNKED: dict[str, Callable[..., torch.Tensor]] = {f"events + masks + {w:g} chunk": with_chunks(w) for w in WEIGHTS}

@@ -1,0 +1,213 @@
+"""docs/results.md from the result lines: the tables between their marks, and two charts. The words around them are a person's."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from bench.objectives.data import DOMAINS
+
+Line: TypeAlias = Mapping[str, Any]
+DRAWS = 2000
+NAMES = {"sft": "SFT on teacher samples", "strict": "strict, 1:1 positions", "strict everywhere": "strict, all common boundaries", "uld": "ULD",
+         "gold": "GOLD (TRL)", "bpm": "longest prefix (BPM)", "chunk": "plain chunk likelihood"}
+
+
+def named(line: Line) -> str:
+    rows = "" if line["rows"] in ("none", "full") and line["method"] != "events" else f", {line['rows']}"
+    if rows.startswith(", top-k") and not rows.endswith("renormalised"):
+        rows += " + rest"
+    return NAMES.get(line["method"], line["method"]) + rows
+
+
+def chosen(lines: Iterable[Line], **want: object) -> dict[str, list[Line]]:
+    """Test lines with these values, by method, rows and, where there are several, share, in the lines' order."""
+    out: dict[tuple[str, float], list[Line]] = {}
+    for line in lines:
+        if line["part"] == "test" and all(line[k] == v for k, v in want.items()):
+            out.setdefault((named(line), line["share"]), []).append(line)
+    names = Counter(name for name, _ in out)
+    return {name + (f" ({share:g})" if names[name] > 1 else ""): own for (name, share), own in out.items()}
+
+
+def pages_of(lines: Sequence[Line]) -> dict[str, np.ndarray]:
+    """Domain -> [pages, 2]: bits (mean over the seeds) and bytes of every held-out page."""
+    return {d: np.mean([np.array(line["pages"][d], float) for line in lines], 0) for d in lines[0]["pages"]}
+
+
+def paired(ours: Sequence[Line], theirs: Sequence[Line], seed: int = 0) -> dict[str, tuple[float, float, float]]:
+    """Difference of bits per byte, ours - theirs, by domain and 'mean': (value, low, high), 95 % over pages drawn anew, the same for both."""
+    a, b = pages_of(ours), pages_of(theirs)
+    rng, draws, out = np.random.default_rng(seed), [], {}
+    for d in DOMAINS:
+        n = len(a[d])
+        at = rng.integers(0, n, (DRAWS, n))
+        size = a[d][at, 1].sum(1)
+        drawn = (a[d][at, 0].sum(1) - b[d][at, 0].sum(1)) / size
+        draws.append(drawn)
+        value = float((a[d][:, 0].sum() - b[d][:, 0].sum()) / a[d][:, 1].sum())
+        out[d] = (value, *(float(x) for x in np.quantile(drawn, (.025, .975))))
+    mean = np.mean(draws, 0)
+    out["mean"] = (float(np.mean([out[d][0] for d in DOMAINS])), *(float(x) for x in np.quantile(mean, (.025, .975))))
+    return out
+
+
+def spread(values: Sequence[float], places: int = 3) -> str:
+    """Mean, and half the range over the seeds."""
+    half = (max(values) - min(values)) / 2
+    return f"{np.mean(values):.{places}f}" + (f" ±{half:.{places}f}" if len(values) > 1 else "")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(r) + " |" for r in (head, ["---"] * len(head), *rows))
+
+
+def main_table(lines: Sequence[Line], size: str, regime: str) -> str:
+    """Methods of one regime at length 1, best first: mean and each domain, calibration, cost, and the paired difference to cross-entropy."""
+    found = chosen(lines, size=size, regime=regime, length=1.0)
+    plain = found.get("cross-entropy")
+    rows = []
+    for name, own in sorted(found.items(), key=lambda kv: float(np.mean([line["mean"] for line in kv[1]]))):
+        versus = paired_same_seeds(own, plain) if plain and name != "cross-entropy" else ""
+        rows.append([name, f"{own[0]['share']:g}" if own[0]["share"] else "", str(len(own)), spread([line["mean"] for line in own]), versus,
+                     *(f"{np.mean([line['bits_per_byte'][d] for line in own]):.3f}" for d in DOMAINS),
+                     f"{np.mean([line['calibration'] for line in own]):.3f}", f"{np.mean([line['cpu_per_step'] for line in own]):.3f}"])
+    return table(["method, rows", "share", "seeds", "mean", "less cross-entropy (95 % over pages)", *DOMAINS, "ECE", "CPU s/step"], rows)
+
+
+def paired_same_seeds(own: Sequence[Line], other: Sequence[Line]) -> str:
+    """The difference, over the seeds that both have."""
+    both = {line["seed"] for line in own} & {line["seed"] for line in other}
+    if not both:
+        return ""
+    value, low, high = paired([line for line in own if line["seed"] in both], [line for line in other if line["seed"] in both])["mean"]
+    return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def first_everywhere(lines: Sequence[Line], size: str, ours: str, regime: str = "unlimited") -> str:
+    """Of `ours` against every other method, domain by domain: wins, losses, and how many intervals exclude zero."""
+    found = chosen(lines, size=size, regime=regime, length=1.0)
+    rows = []
+    for name, own in found.items():
+        both = {line["seed"] for line in own} & {line["seed"] for line in found[ours]}
+        if name == ours or not both:
+            continue
+        gaps = paired([x for x in found[ours] if x["seed"] in both], [x for x in own if x["seed"] in both])
+        cells = []
+        for d in (*DOMAINS, "mean"):
+            value, low, high = gaps[d]
+            cells.append(f"{value:+.3f}" + ("" if low <= 0 <= high else " *"))
+        means = [{x["seed"]: x["mean"] for x in side} for side in (found[ours], own)]
+        rows.append((gaps["mean"][0], [name, *cells, " / ".join(f"{means[0][k] - means[1][k]:+.3f}" for k in sorted(both))]))
+    return table([f"{ours} less ...", *DOMAINS, "mean", "mean of each seed"], [r for _, r in sorted(rows)])
+
+
+def shortcut(lines: Sequence[Line], size: str) -> str:
+    """How many of cross-entropy's tokens buy what each method reaches in one length; runs of their own schedule, log-linear between them."""
+    rows = []
+    for regime in ("unlimited", "limited"):
+        plain = [x for x in lines if x["part"] == "test" and x["size"] == size and x["regime"] == regime and x["method"] == "cross-entropy"]
+        lengths = sorted({x["length"] for x in plain})
+        curve = [(n, float(np.mean([x["mean"] for x in plain if x["length"] == n]))) for n in lengths]
+        for name, own in chosen(lines, size=size, regime=regime, length=1.0).items():
+            reached = float(np.mean([x["mean"] for x in own]))
+            rows.append([regime, name, str(len(own)), f"{reached:.3f}", factor(curve, reached)])
+        rows.append([regime, "cross-entropy's own curve (length: bits)", "", "", ", ".join(f"{n:g}: {v:.3f}" for n, v in curve)])
+    return table(["regime", "method, rows", "seeds", "bits per byte at length 1", "cross-entropy needs, times the tokens"], rows)
+
+
+def factor(curve: Sequence[tuple[float, float]], reached: float) -> str:
+    if reached > curve[0][1] + 1e-9:
+        return "< 1" if curve[0][0] >= 1 else f"< {curve[0][0]:g}"
+    for (n0, v0), (n1, v1) in itertools.pairwise(curve):
+        if v1 <= reached <= v0:
+            part = (v0 - reached) / (v0 - v1) if v0 > v1 else 0.0
+            return f"{math.exp(math.log(n0) + part * (math.log(n1) - math.log(n0))):.1f}"
+    best = min(curve, key=lambda nv: nv[1])
+    return f"not reached: best {best[1]:.3f} at {best[0]:g} times"
+
+
+def searches(lines: Sequence[Line], size: str) -> str:
+    """Everything measured on dev: learning rates and shares, half a length, one seed."""
+    rows = [[named(x), *(f"{x[k]:g}" for k in ("length", "rate", "share")), f"{x['mean']:.3f}"]
+            for x in lines if x["part"] == "dev" and x["size"] == size]
+    return table(["method, rows", "length", "learning rate", "share", "dev bits per byte"], sorted(rows))
+
+
+def teachers_table(record: Mapping[str, Any]) -> str:
+    rows = [[who, f"{t['non_embedding'] / 1e6:.2f} M", f"{t['tokens'] / 1e6:.2f} M", str(t["cpu_seconds"]),
+             ", ".join(f"{d} {v:.2f}" for d, v in t["bits_per_byte"].items())] for who, t in record.items()]
+    return table(["teacher", "parameters without embedding", "tokens of training", "CPU s", "held-out bits per byte where it is asked"], rows)
+
+
+def gradients_table(record: Mapping[str, Any]) -> str:
+    rows = [[student, kind, *(f"{m:.3f} ±{s:.3f}" for m, s in (values["cosine"], values["norm_ratio"]))]
+            for student, kinds in record.items() for kind, values in kinds.items()]
+    return table(["student", "chunk term", "cosine with events' gradient", "norm, times events'"], rows)
+
+
+def written(page: Path, tables: Mapping[str, str]) -> None:
+    """Puts each table between its marks. A mark that is not in the page is an error."""
+    text = page.read_text()
+    for name, body in tables.items():
+        text, n = re.subn(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text, flags=re.DOTALL)  # type: ignore[misc]
+        if n != 1:
+            raise SystemExit(f"{page}: {n} places for the table {name}")
+    page.write_text(text)
+
+
+# ---- charts ----------------------------------------------------------------------------------------------------------
+
+
+def axis(low: float, high: float, a: float, b: float) -> Callable[[float], float]:
+    return lambda value: a + (b - a) * (value - low) / (high - low)
+
+
+def dots(title: str, rows: Sequence[tuple[str, float, float, float]]) -> str:
+    """A dot and an interval a row; the line at zero is cross-entropy."""
+    low, high = min(0.0, *(r[2] for r in rows)), max(0.0, *(r[3] for r in rows))
+    pad = (high - low) * 0.05
+    x = axis(low - pad, high + pad, 300, 700)
+    body, bottom = [f'<text x="8" y="18" font-weight="bold">{escape(title)}</text>'], 40 + 22 * len(rows)
+    body.append(f'<line x1="{x(0):.1f}" x2="{x(0):.1f}" y1="30" y2="{bottom}" stroke="#888"/>')
+    for k, (name, value, a, b) in enumerate(rows):
+        y = 44 + 22 * k
+        body.append(f'<text x="8" y="{y + 4}">{escape(name)}</text><line x1="{x(a):.1f}" x2="{x(b):.1f}" y1="{y}" y2="{y}" stroke="#246"/>'
+                    f'<circle cx="{x(value):.1f}" cy="{y}" r="4" fill="#246"/><text x="708" y="{y + 4}">{value:+.3f}</text>')
+    return svg(770, bottom + 8, body)
+
+
+def curves(title: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    """Bits per byte on dev against tokens; each line's name stands at its end."""
+    points = [p for line in series.values() for p in line]
+    x = axis(math.log(min(p[0] for p in points)), math.log(max(p[0] for p in points)), 60, 520)
+    y = axis(min(p[1] for p in points), max(p[1] for p in points), 330, 40)
+    colours = ("#246", "#c40", "#283", "#a3a", "#777", "#b80", "#08a", "#844", "#000")
+    body = [f'<text x="8" y="18" font-weight="bold">{escape(title)}</text>']
+    for value in np.linspace(min(p[1] for p in points), max(p[1] for p in points), 5):
+        body.append(f'<text x="8" y="{y(value) + 4:.1f}">{value:.2f}</text><line x1="50" x2="520" '
+                    f'y1="{y(value):.1f}" y2="{y(value):.1f}" stroke="#eee"/>')
+    for tokens in sorted({p[0] for p in points})[::max(1, len({p[0] for p in points}) // 5)]:
+        body.append(f'<text x="{x(math.log(tokens)):.1f}" y="352" text-anchor="middle">{tokens / 1000:.0f} k</text>')
+    placed: list[float] = []
+    for k, (name, line) in enumerate(sorted(series.items(), key=lambda kv: kv[1][-1][1], reverse=True)):
+        path = " ".join(f"{x(math.log(n)):.1f},{y(v):.1f}" for n, v in line)
+        at = y(line[-1][1])
+        at = max([at, *(p + 15 for p in placed if p > at - 15)])
+        placed.append(at)
+        body.append(f'<polyline points="{path}" fill="none" stroke="{colours[k % len(colours)]}" stroke-width="2"/>'
+                    f'<text x="528" y="{at + 4:.1f}" fill="{colours[k % len(colours)]}">{escape(name)}</text>')
+    return svg(820, 362, body)
+
+
+def svg(width: int, height: int, body: Sequence[str]) -> str:
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="13">'
+            f'<rect width="{width}" height="{height}" fill="#fff"/>{"".join(body)}</svg>\n')
