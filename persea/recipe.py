@@ -161,6 +161,7 @@ class Capture(Section):
 
 
 class Training(Section):
+    """event_share and completion as docs/results.md decided them (points 5 and 7)."""
     steps: int = Field(default=1500, ge=1, le=MANY, description="optimiser steps")
     batch: int = Field(default=16, ge=1, le=MANY, description="conversations a step")
     learning_rate: float = Field(default=3e-3, gt=0, le=1, description="highest learning rate")
