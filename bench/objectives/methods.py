@@ -195,7 +195,7 @@ def inside(one: Lesson, pair: Pair, rows: str) -> Entries:
     row_I = np.searchsorted(one.teacher_C, in_I)
     more = completer.complete(drawn, row_I, bytes_I, np.array(completer.student.contexts(one.student.ids_T, at_I.tolist()), np.int64))
     none = np.empty(0, np.int64)
-    return Entries(at_I[more.at_M], more.event_M, more.probs_M, more.entry_D, more.token_D, none, none.astype(np.float32), kind)
+    return Entries(at_I[more.at_M], more.event_M, more.probs_M, more.entry_D, more.token_D, none, none.astype(np.float32), none, none, kind)
 
 
 def open_kept(path: Path) -> None:
