@@ -23,7 +23,7 @@ from safetensors.numpy import save as save_tensors
 from persea import store
 from persea.errors import DataError
 from persea.masks import Keeper, Mask, open_keeper
-from persea.merges import Merges
+from persea.merges import Merges, expand
 from persea.pretokens import open_pretokens
 from persea.vocabulary import BYTE_TO_CHAR, Vocabulary
 from persea.voice import Voice
@@ -57,6 +57,12 @@ class Bridge:
         order = order[self.student_event_V[order] >= 0]
         sizes = np.bincount(self.student_event_V[order], minlength=self.events)
         return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64), order.astype(np.int64)
+
+    def tokens_of(self, event_M: npt.NDArray[np.integer]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The student tokens of each event, laid end to end: (which of the M events, token)."""
+        offsets, tokens = self.members
+        at_G, entry_G = expand(offsets, event_M)
+        return entry_G, tokens[at_G]
 
     @cached_property
     def identical(self) -> bool:

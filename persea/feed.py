@@ -20,6 +20,7 @@ from persea.completion import Completer, open_completer, refuse_incomplete, said
 from persea.errors import DataError
 from persea.losses import Entries, Targets, standing, targets, together
 from persea.masks import FREE
+from persea.merges import expand
 from persea.voice import Voice
 
 
@@ -119,13 +120,12 @@ def _laid(capture: Capture, tokens: Tokens, bridge: Bridge, completer: Completer
     both, rows, answer = found.boundaries, capture.rows, capture.answer
     place_S, row_T = np.cumsum(tokens.learn_T) - 1, np.cumsum(capture.tokens.learn_T) - 1
     row_C, place_C = row_T[both.teacher_C], place_S[both.student_C]
-    begins, sizes = rows.offsets_N1[row_C], np.diff(rows.offsets_N1)[row_C]
-    at_M = np.repeat(begins - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
+    at_M, which_M = expand(rows.offsets_N1, row_C)
     contexts = np.full((2, int(tokens.learn_T.sum())), FREE)
     if bridge.teacher_mask is not None and bridge.student_mask is not None:
         contexts[0, place_C] = bridge.teacher_mask.keeper.inner(tokens, both.student_C)
         contexts[1, place_C] = bridge.student_mask.keeper.inner(capture.tokens, both.teacher_C)
-    said = standing(bridge, np.repeat(place_C, sizes), rows.ids_M[at_M], rows.probs_M[at_M],
+    said = standing(bridge, place_C[which_M], rows.ids_M[at_M], rows.probs_M[at_M],
                     student_N=contexts[0], teacher_N=contexts[1], kind=rows.kind)
     differ = bridge.student_event_V[tokens.ids_T[both.student_C]] != bridge.teacher_event_W[capture.tokens.ids_T[both.teacher_C]]
     taught = np.bincount(found.taught_S[found.taught_S >= 0], minlength=len(Taught))

@@ -3,8 +3,8 @@
 At a common boundary each model speaks on a condition of its own: that ITS tokenizer begins a token here. A teacher's token
 after which no text whatever keeps the student's boundary belongs to a future the student's condition has ruled out, and the
 other way round. Dropping these on both sides takes away the bias a boundary brings (on exact worlds total variation .015-.109
-falls to .000-.007; `make bench-bias`). Only what is impossible is dropped: encoding last token + candidate alone looks no
-further than the candidate, and deletes 1-3 % of realised tokens in Thai, Japanese and Indonesian.
+falls to .000-.010; `make bench-bias`). Only what is impossible is dropped: encoding last token + candidate alone looks no
+further than the candidate, and deletes .6-1.5 % of realised tokens in Japanese and Thai under Qwen (`bench/masks.py`).
 
 A candidate c stays if both tokenizers can go on to a place where they meet: the keeper from its last token over c, the
 candidate's own tokenizer from c over whatever the keeper's token covers beyond it, in turn. Whether one token may follow

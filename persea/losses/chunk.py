@@ -3,7 +3,7 @@
     L = sum of log-probabilities of the stretch's tokens + log beta_end - log beta_start
 
 beta = the mass that can stand where BOTH tokenizers have a boundary (`Mask.dead`): each model's chain conditions on its own
-boundaries, and beta takes that condition out again. Without it two exact models of one law differ by .03-.23 nats a chunk,
+boundaries, and beta takes that condition out again. Without it two exact models of one law differ by .03-.20 nats a chunk,
 with exact beta by 0, with masks by 0-.022 (`make bench-bias`, which has the term as a table of its own). The plain form is ALM's
 (Minixhofer et al. 2025).
 """

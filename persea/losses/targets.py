@@ -80,6 +80,9 @@ def standing(bridge: Bridge, row_M: npt.NDArray[np.integer], ids_M: npt.NDArray[
     """
     _refuse_improbable(row_M, ids_M, probs_M, kind)
     event_M = bridge.event_of(ids_M)
+    sizes_E = np.diff(bridge.members[0])
+    if (sizes_E[event_M[event_M >= 0]] == 0).any():
+        raise AssertionError("an event without student tokens: every fixpoint is a token of both vocabularies")
     row_R = np.unique(row_M) if kind is RowKind.TOPK_REST else row_M[:0]
     if len(row_R):
         whole = _named_whole(bridge, row_M, event_M)
@@ -92,7 +95,7 @@ def standing(bridge: Bridge, row_M: npt.NDArray[np.integer], ids_M: npt.NDArray[
     row_M, event_M, probs_M = row_M[stays], event_M[stays], probs_M[stays]
     entry_D = token_D = np.empty(0, np.int64)
     if teacher_N is not None and bridge.student_mask is not None and len(event_M):
-        entry_G, token_G = _spelled(bridge, event_M)
+        entry_G, token_G = bridge.tokens_of(event_M)
         dead_G = _dead(bridge.student_mask, teacher_N[row_M[entry_G]], token_G)
         # an event none of whose tokens can stand where the teacher has its boundary: the maps disagree here, its mass goes to the text
         said = np.bincount(entry_G, ~dead_G, minlength=len(event_M)) > 0
@@ -121,7 +124,7 @@ def together(parts: Sequence[Entries], first_of: Sequence[int]) -> Entries:
 
 def targets(bridge: Bridge, entries: Entries, positions: int) -> Targets:
     """Entries as Targets of a batch with so many learned positions."""
-    entry_G, token_G = _spelled(bridge, entries.event_M)
+    entry_G, token_G = bridge.tokens_of(entries.event_M)
     V = len(bridge.student_event_V)
     if len(entries.entry_D):
         lives_G = ~np.isin(entry_G * V + token_G, entries.entry_D * V + entries.token_D)
@@ -133,22 +136,11 @@ def targets(bridge: Bridge, entries: Entries, positions: int) -> Targets:
     return Targets(row, probs, entry, token, rest, row_A, token_A, V, entries.kind)
 
 
-def _spelled(bridge: Bridge, event_M: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The student tokens of each event, laid end to end: (which of the M events, token)."""
-    offsets, tokens = bridge.members
-    sizes_M = offsets[event_M + 1] - offsets[event_M]
-    if (sizes_M == 0).any():
-        raise AssertionError("an event without student tokens: every fixpoint is a token of both vocabularies")
-    entry_G = np.repeat(np.arange(len(event_M)), sizes_M)
-    within_G = np.arange(len(entry_G)) - np.repeat(np.cumsum(sizes_M) - sizes_M, sizes_M)
-    return entry_G.astype(np.int64), tokens[offsets[event_M][entry_G] + within_G]
-
-
 def _apart(bridge: Bridge, dropped: Sequence[tuple[npt.NDArray[np.integer], npt.NDArray[np.int64]]], row_D: npt.NDArray[np.integer],
            token_D: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """(position, student token) of what was named and dropped: none of it is in the rest."""
     row_M, event_M = (np.concatenate(side) for side in zip(*dropped, strict=True))
-    entry_G, token_G = _spelled(bridge, event_M)
+    entry_G, token_G = bridge.tokens_of(event_M)
     return np.concatenate([row_M[entry_G], row_D]).astype(np.int64), np.concatenate([token_G, token_D])
 
 
