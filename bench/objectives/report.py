@@ -190,13 +190,13 @@ def curves(title: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> s
     points = [p for line in series.values() for p in line]
     x = axis(math.log(min(p[0] for p in points)), math.log(max(p[0] for p in points)), 60, 520)
     y = axis(min(p[1] for p in points), max(p[1] for p in points), 330, 40)
-    colours = ("#246", "#c40", "#283", "#a3a", "#777", "#b80", "#08a", "#844", "#000")
+    colours = ("#246", "#c40", "#283", "#a3a", "#777", "#b80", "#08a", "#844", "#000", "#7c0")
     body = [f'<text x="8" y="18" font-weight="bold">{escape(title)}</text>']
     for value in np.linspace(min(p[1] for p in points), max(p[1] for p in points), 5):
         body.append(f'<text x="8" y="{y(value) + 4:.1f}">{value:.2f}</text><line x1="50" x2="520" '
                     f'y1="{y(value):.1f}" y2="{y(value):.1f}" stroke="#eee"/>')
-    for tokens in sorted({p[0] for p in points})[::max(1, len({p[0] for p in points}) // 5)]:
-        body.append(f'<text x="{x(math.log(tokens)):.1f}" y="352" text-anchor="middle">{tokens / 1000:.0f} k</text>')
+    for tokens in np.geomspace(min(p[0] for p in points), max(p[0] for p in points), 4):  # evenly: two lines' own places run into each other
+        body.append(f'<text x="{x(math.log(tokens)):.1f}" y="352" text-anchor="end">{tokens / 1000:.0f} k</text>')
     placed: list[float] = []
     for k, (name, line) in enumerate(sorted(series.items(), key=lambda kv: kv[1][-1][1], reverse=True)):
         path = " ".join(f"{x(math.log(n)):.1f},{y(v):.1f}" for n, v in line)
@@ -205,7 +205,7 @@ def curves(title: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> s
         placed.append(at)
         body.append(f'<polyline points="{path}" fill="none" stroke="{colours[k % len(colours)]}" stroke-width="2"/>'
                     f'<text x="528" y="{at + 4:.1f}" fill="{colours[k % len(colours)]}">{escape(name)}</text>')
-    return svg(820, 362, body)
+    return svg(820, 392, body)
 
 
 def svg(width: int, height: int, body: Sequence[str]) -> str:
