@@ -26,7 +26,8 @@ from persea.errors import DataError, Refused
 from persea.lineage import Parent
 from persea.measure import Item, Skill, Split
 from persea.models import Source, fingerprint, local_folder, notes, open_voice, stamp
-from persea.recipe import ModelRef, Recipe
+from persea.recipe import Recipe
+from persea.sections import ModelRef
 from persea.voice import Voice
 
 if TYPE_CHECKING:

@@ -10,29 +10,17 @@ import subprocess
 import sys
 from datetime import date
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import yaml
-from pydantic import ValidationError
 
 from persea.chat import PINNED_DATE, Effort
 from persea.errors import RecipeError
 from persea.families import FAMILIES
 from persea.places import ALLOWED_VARIABLES, DATA_FOLDER
-from persea.recipe import (
-    SECTIONS,
-    CorpusPart,
-    Lora,
-    ModelRef,
-    Recipe,
-    Section,
-    Sizes,
-    Student,
-    Teacher,
-    load_recipe,
-    schema,
-)
+from persea.recipe import Recipe, load_recipe, schema
+from persea.sections import CorpusPart, Lora, Sizes, Student, Teacher
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -125,16 +113,9 @@ def test_scalars_are_what_they_look_like(write: Any) -> None:
     assert (recipe.today, recipe.student.revision) == (date(2026, 2, 3), "1:30")
 
 
-def test_lora_has_defaults_only_where_it_is_asked_for(write: Any) -> None:
-    assert load_recipe(write(GOOD), ["student.adapt=lora"]).student.lora == Lora()
-    assert load_recipe(write(GOOD), ["student.adapt=lora", "student.lora.rank=8"]).student.lora == Lora(rank=8)
-
-
-def test_rows_of_one_kind_have_the_key_of_that_kind(write: Any) -> None:
-    sampled, top = (load_recipe(write(GOOD), some).capture for some in ([], ["capture.rows=topk"]))
-    assert (sampled.rows, sampled.tau, sampled.kl) == ("sampled", 0.01, None)
-    assert (top.rows, top.tau, top.kl) == ("topk", None, 0.01)
-    assert load_recipe(write(load_recipe(write(GOOD), ["capture.rows=topk"]).to_yaml())).capture == top
+def test_the_key_of_a_kind_survives_yaml(write: Any) -> None:
+    top = load_recipe(write(GOOD), ["capture.rows=topk"])
+    assert load_recipe(write(top.to_yaml())).capture == top.capture
 
 
 def test_a_recipe_can_be_made_in_python() -> None:
@@ -142,26 +123,6 @@ def test_a_recipe_can_be_made_in_python() -> None:
     recipe = Recipe(name="mine", student=Student(model="a/b"), teachers=(Teacher(model="c/d"),), corpus=(part,))
     assert recipe.teachers[0].name == "d"
     assert len(recipe.hash) == 64 and yaml.safe_load(recipe.to_yaml())["student"]["model"] == "a/b"
-
-
-def test_sections_cannot_be_changed(write: Any) -> None:
-    recipe = load_recipe(write(GOOD))
-    with pytest.raises(ValidationError):
-        recipe.training.steps = 3  # type: ignore[misc]
-
-
-def test_every_field_says_what_it_is() -> None:
-    for name, section in {**SECTIONS, "recipe": Recipe}.items():
-        for key, described in section.model_fields.items():
-            assert described.description, f"{name}.{key}"
-
-
-def test_every_section_is_found_by_the_key_it_stands_under() -> None:
-    """SECTIONS is written by hand: it must name each section that a field of a section holds."""
-    held = {key: (f.annotation, *get_args(f.annotation)) for s in (Recipe, *SECTIONS.values()) for key, f in s.model_fields.items()}
-    sections = {key: kind for key, kinds in held.items() for kind in kinds if kind in SECTIONS.values()}
-    assert sections == SECTIONS
-    assert set(Section.__subclasses__()) | set(ModelRef.__subclasses__()) == {*SECTIONS.values(), ModelRef, Recipe}
 
 
 def test_the_schema_is_for_the_file_a_person_writes() -> None:

@@ -1,0 +1,53 @@
+"""The command line: one verb a stage, and the small ones. torch is imported only by verbs that run a model.
+
+stages  the river and what is asked before a run; caches  persea cache; options  what they share
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import Annotated
+
+import typer
+
+from persea import __version__
+from persea.cli import caches, stages
+from persea.cli.options import app
+from persea.errors import PerseaError, RecipeError, Stopped
+
+__all__ = ["app", "caches", "main", "stages"]
+USAGE: type[Exception] = typer.BadParameter.__mro__[1]  # click's UsageError, whichever click typer brings; it has no public name there
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"persea {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")] = False) -> None:
+    pass
+
+
+def _stop(number: int, frame: object) -> None:
+    raise Stopped(number)
+
+
+def main() -> None:
+    """Entry point: every refusal is one line on stderr and an exit code; a traceback means a bug of ours."""
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, _stop)
+    try:
+        sys.exit(app(standalone_mode=False))
+    except (PerseaError, Stopped) as error:
+        sys.stderr.write(f"persea: {error}\n")
+        sys.exit(error.exit_code)
+    except USAGE as error:
+        if said := error.format_message():  # type: ignore[attr-defined]  # nothing is said where no verb is given: that prints the help
+            sys.stderr.write(f"persea: {said} -> persea --help\n")
+        sys.exit(RecipeError.exit_code)
+    except Exception:
+        sys.stderr.write("persea: this is a bug of persea; please report it with what follows and the recipe\n")
+        raise

@@ -1,0 +1,5 @@
+"""python -m persea.cli: the command line without the installed script."""
+
+from persea.cli import main
+
+main()

@@ -1,0 +1,47 @@
+"""What the verbs share: the app they belong to, their options, how a recipe is loaded and a river opened, where bundled files lie."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from persea.recipe import Recipe
+    from persea.river import River
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+                  help="Distil several open-weight model families at once into one student, although each has its own tokenizer and chat format.")
+
+RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
+Sets = Annotated[list[str], typer.Option("--set", help="Change one key, e.g. --set training.steps=200.", show_default=False)]
+Out = Annotated[Path, typer.Option("--out", help="The run folder; default runs/<name of the recipe>.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output, one JSON value.")]
+NOWHERE = Path()
+
+
+def bundled(kind: str) -> Path:
+    """The recipes or saplings that come with persea: beside the package in a checkout, inside it when installed."""
+    here = Path(__file__).resolve().parent.parent
+    inside = here / "bundled" / kind
+    return inside if inside.is_dir() else here.parent / kind
+
+
+def load(path: Path, sets: list[str]) -> Recipe:
+    from persea.recipe import load_recipe
+
+    return load_recipe(path, sets)
+
+
+def open_river(path: Path, sets: list[str], out: Path) -> River:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    recipe = load(path, sets)
+    from transformers.utils import logging
+
+    from persea.river import River
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return River(recipe, Path("runs") / recipe.name if out == NOWHERE else out)

@@ -1,0 +1,144 @@
+"""The river by its verbs: the whole of it, stage by stage, and what is asked before a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from persea.cli.options import NOWHERE, AsJson, Out, RecipePath, Sets, app, bundled, load, open_river
+from persea.errors import RecipeError, Refused
+
+if TYPE_CHECKING:
+    from persea.river import River
+
+recipes = typer.Typer(no_args_is_help=True, help="The recipes that come with persea.")
+app.add_typer(recipes, name="recipes")
+
+
+def _flow(river: River, only: str, as_json: bool) -> None:
+    """Run one stage or all, with a bar a stage on a terminal and a line a stage elsewhere."""
+    from persea.progress import bars
+    from persea.run import run
+
+    with bars(quiet=as_json) as tell:
+        run(river, tell, only)
+
+
+@app.command(rich_help_panel="The whole river")
+def run(recipe: RecipePath, set_: Sets = [], out: Out = NOWHERE, as_json: AsJson = False,  # noqa: B006 (typer copies it)
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and stop: persea plan.")] = False) -> None:
+    """Check, audition, capture, train, evaluate, report: every stage in order; what already stands is skipped."""
+    if dry_run:
+        plan(recipe, set_, out, as_json)
+        return
+    river = open_river(recipe, set_, out)
+    _flow(river, "", as_json)
+    _conclude(river.folder, as_json)
+
+
+@app.command(rich_help_panel="The whole river")
+def quickstart(set_: Sets = [], out: Out = NOWHERE, as_json: AsJson = False) -> None:  # noqa: B006
+    """Three tiny bundled teachers of three families teach one student, on this machine, in minutes."""
+    run(bundled("recipes") / "quickstart.yaml", set_, out, as_json)
+
+
+def _verb(name: str, text: str) -> Callable[..., None]:
+    def stage(recipe: RecipePath, set_: Sets = [], out: Out = NOWHERE, as_json: AsJson = False) -> None:  # noqa: B006
+        river = open_river(recipe, set_, out)
+        try:
+            _flow(river, name, as_json)
+        except Refused:
+            if name == "check" and not as_json:
+                _show_check(river.folder)  # what was refused is seen best beside the rest
+            raise
+        if as_json:
+            typer.echo(json.dumps(_checked(river.folder) if name == "check" else river.done(name), indent=1))
+        elif name == "check":
+            _show_check(river.folder)
+        elif name == "report":
+            _conclude(river.folder, as_json)
+
+    stage.__doc__ = text
+    return app.command(name, rich_help_panel="Stage by stage")(stage)
+
+
+for _name, _text in (
+        ("check", "Is each pairing of tokenizers sound, by language? Refuses below a floor (exit 4). --json prints check.json."),
+        ("audition", "Measure every teacher on every skill; cast the strongest."),
+        ("capture", "Ask the cast; keep answers and distributions."),
+        ("train", "Teach the student from all teachers at once."),
+        ("evaluate", "The student beside its base and every teacher, on held-out items."),
+        ("lineage", "Write down what made the weights."),
+        ("report", "The page, the model card, report.json.")):
+    _verb(_name, _text)
+
+
+@app.command(rich_help_panel="Before a run")
+def plan(recipe: RecipePath, set_: Sets = [], out: Out = NOWHERE, as_json: AsJson = False) -> None:  # noqa: B006
+    """What a run would do and cost: stages that stand, prompts, positions, gigabytes. Loads no weights."""
+    from persea.plan import plan as estimate
+
+    told = estimate(open_river(recipe, set_, out))
+    if as_json:
+        typer.echo(json.dumps(told.to_json(), indent=1))
+        return
+    from persea.progress import table
+
+    table(("stage", "state", "work"), told.rows())
+
+
+@app.command(rich_help_panel="Before a run")
+def validate(recipe: RecipePath, set_: Sets = [], as_json: AsJson = False) -> None:  # noqa: B006
+    """Read a recipe and tell all its mistakes at once. Touches no model."""
+    loaded = load(recipe, set_)
+    typer.echo(json.dumps({"name": loaded.name, "hash": loaded.hash}) if as_json else f"{recipe}: a valid recipe, {loaded.name} {loaded.hash[:12]}")
+
+
+@app.command(rich_help_panel="Before a run")
+def schema() -> None:
+    """The recipe's JSON schema, for completion in an editor."""
+    from persea.recipe import schema as describe
+
+    typer.echo(json.dumps(describe(), indent=1))
+
+
+@recipes.command("ls")
+def recipes_ls() -> None:
+    """List the bundled recipes with their first line."""
+    for path in sorted(bundled("recipes").glob("*.yaml")):
+        typer.echo(f"{path.stem:20} {path.read_text().splitlines()[0].lstrip('# ')}")
+
+
+@recipes.command("show")
+def recipes_show(name: Annotated[str, typer.Argument(help="Name of a bundled recipe.")]) -> None:
+    """Print a bundled recipe, to start from: persea recipes show avocado > mine.yaml"""
+    path = bundled("recipes") / f"{name}.yaml"
+    if not path.is_file():
+        raise RecipeError(f"no recipe {name!r}", remedy="persea recipes ls lists them")
+    typer.echo(path.read_text(), nl=False)
+
+
+def _conclude(folder: Path, as_json: bool) -> None:
+    report: dict[str, Any] = json.loads((folder / "report" / "report.json").read_text())
+    if as_json:
+        typer.echo(json.dumps(report, indent=1))
+        return
+    from persea.progress import comparison
+
+    comparison(report)
+    typer.echo(f"page     {folder / 'report' / 'index.html'}\nstudent  {folder / 'train' / 'student'}")
+
+
+def _checked(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "check" / "check.json").read_text())
+    return found
+
+
+def _show_check(folder: Path) -> None:
+    from persea.progress import pairings
+
+    pairings(_checked(folder))

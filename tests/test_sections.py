@@ -1,0 +1,43 @@
+"""The sections of a recipe: defaults that hang together, meanings for every key, nothing that can be changed."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+from pydantic import ValidationError
+
+from persea.recipe import SECTIONS, Recipe
+from persea.sections import Capture, Lora, ModelRef, Section, Student, Training
+
+
+def test_lora_has_defaults_only_where_it_is_asked_for() -> None:
+    assert Student(model="org/student").lora is None
+    assert Student(model="org/student", adapt="lora").lora == Lora()
+    assert Student(model="org/student", adapt="lora", lora=Lora(rank=8)).lora == Lora(rank=8)
+
+
+def test_rows_of_one_kind_have_the_key_of_that_kind() -> None:
+    sampled, top = Capture(), Capture(rows="topk")
+    assert (sampled.rows, sampled.tau, sampled.kl) == ("sampled", 0.01, None)
+    assert (top.rows, top.tau, top.kl) == ("topk", None, 0.01)
+
+
+def test_sections_cannot_be_changed() -> None:
+    section = Training()
+    with pytest.raises(ValidationError):
+        section.steps = 3  # type: ignore[misc]
+
+
+def test_every_field_says_what_it_is() -> None:
+    for name, section in {**SECTIONS, "recipe": Recipe}.items():
+        for key, described in section.model_fields.items():
+            assert described.description, f"{name}.{key}"
+
+
+def test_every_section_is_found_by_the_key_it_stands_under() -> None:
+    """SECTIONS is written by hand: it must name each section that a field of a section holds."""
+    held = {key: (f.annotation, *get_args(f.annotation)) for s in (Recipe, *SECTIONS.values()) for key, f in s.model_fields.items()}
+    sections = {key: kind for key, kinds in held.items() for kind in kinds if kind in SECTIONS.values()}
+    assert sections == SECTIONS
+    assert set(Section.__subclasses__()) | set(ModelRef.__subclasses__()) == {*SECTIONS.values(), ModelRef, Recipe}
