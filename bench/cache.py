@@ -116,7 +116,7 @@ class Said:
 def conversations(name: str, split: Split, n: int) -> list[Said]:
     """n of each skill, without distributions yet."""
     voice = open_voice(Source(str(ROOT / "saplings" / name)), name)
-    whole = [i.prompt.conversation.answered(Text(i.reference)) for skill in SKILLS for i in skill.items(split, n, 0)]
+    whole = [i.answered for skill in SKILLS for i in skill.items(split, n, 0)]
     out = []
     for c in whole:
         t = voice.render(c)
@@ -379,7 +379,7 @@ def capture_over_forward(name: str) -> float:
     source = Source(str(ROOT / "saplings" / name))
     voice = open_voice(source, name)
     engine = LocalEngine(open_model(source, voice, name), len(voice.vocabulary))
-    whole = [i.prompt.conversation.answered(Text(i.reference)) for skill in SKILLS for i in skill.items(Split.TEACH, 128, 0)]
+    whole = [i.answered for skill in SKILLS for i in skill.items(Split.TEACH, 128, 0)]
     tokens = [voice.render(c) for c in whole]
     ratios = []
     for _ in range(5):

@@ -47,7 +47,7 @@ class Cast:
 def ask(speaker: Teacher, skill: Skill, items: Sequence[Item], max_new_tokens: int) -> tuple[tuple[Result, ...], tuple[Score, ...]]:
     """One speaker on one skill: results, and scores over all and, where there are several, per language."""
     answers = speaker.answer([i.prompt for i in items], max_new_tokens)
-    results = grade(skill, items, [(a.text, a.finish) for a in answers])
+    results = grade(skill, items, [(a.conversation.messages[-1], a.finish) for a in answers])
     languages = sorted({i.prompt.language for i in items})
     scores = [score(speaker.name, skill.name, results, speaker.effort)]
     if len(languages) > 1:

@@ -156,6 +156,11 @@ class Message:
     role: Role
     parts: tuple[Part, ...]
 
+    @staticmethod
+    def said(text: str) -> Message:
+        """An assistant's words alone."""
+        return Message(Role.ASSISTANT, (Text(text),))
+
     @property
     def text(self) -> str:
         """What is said, without what was thought."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from persea.audition import ask
-from persea.chat import Effort, Text
+from persea.chat import Effort
 from persea.measure import Item, Result, Score, Skill
 from persea.teacher import Teacher
 
@@ -38,13 +38,13 @@ def bits_per_byte(speaker: Teacher, items: Sequence[Item]) -> tuple[float, int]:
     Per byte and not per token, so that tokenizers compare. Markers of a template between content are left out.
     """
     bits, size = 0.0, 0
-    conversations = [i.prompt.conversation.answered(Text(i.reference)) for i in items]
+    conversations = [i.answered for i in items]
     for tokens, logprobs_NW in speaker.score(conversations):
         learned = np.flatnonzero(tokens.learn_T)
         content = tokens.starts_T[learned] >= 0
         picked = logprobs_NW[torch.arange(len(learned)), torch.from_numpy(tokens.ids_T[learned]).long()].numpy()
         bits -= float(picked[content].astype(np.float64).sum()) / math.log(2)
-    size = sum(len(i.reference.encode()) for i in items)
+    size = sum(len(p.text.encode()) for c in conversations for p in c.messages[-1].parts)
     return bits, size
 
 

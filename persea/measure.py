@@ -9,7 +9,7 @@ from enum import StrEnum
 from math import sqrt
 from typing import Any
 
-from persea.chat import Effort, Finish
+from persea.chat import Conversation, Effort, Finish, Message, Text, ToolCall
 from persea.corpus import Prompt
 
 Z95 = 1.959963984540054  # two-sided 95 % of the normal distribution
@@ -38,10 +38,25 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Item:
-    """A question and one right answer."""
+    """A question and one right answer.
+
+    reference  the right answer's words
+    calls      the right answer's tool calls, behind its words
+    choices    what to choose among by likelihood, the reference one of them; empty = the answer is written freely
+    key        what the grader must know beyond the reference, in a form of its skill's own (tests, constraints)
+    """
 
     prompt: Prompt
     reference: str
+    calls: tuple[ToolCall, ...] = ()
+    choices: tuple[str, ...] = ()
+    key: str = ""
+
+    @property
+    def answered(self) -> Conversation:
+        """The question with its right answer."""
+        words = (Text(self.reference),) if self.reference or not self.calls else ()
+        return self.prompt.conversation.answered(*words, *self.calls)
 
 
 @dataclass(frozen=True)
@@ -49,13 +64,13 @@ class Skill:
     """One thing to be good at.
 
     items   (split, n, seed) -> at most n different items of that split, in a fixed order
-    grade   (item, answer) -> verdict; sees the answer's text only
+    grade   (item, the assistant's message) -> verdict
     """
 
     name: str
     languages: tuple[str, ...]
     items: Callable[[Split, int, int], tuple[Item, ...]]
-    grade: Callable[[Item, str], Verdict]
+    grade: Callable[[Item, Message], Verdict]
 
 
 @dataclass(frozen=True)
@@ -80,13 +95,16 @@ class Result:
     """One item's outcome, kept so that a score can be inspected."""
 
     item: Item
-    answer: str
+    answer: Message
     finish: Finish
     verdict: Verdict
 
     def to_json(self) -> dict[str, Any]:
+        """Thinking and calls only where there are some."""
+        said = {"thinking": self.answer.thinking, "calls": [vars(c) for c in self.answer.calls]}
         return {"id": self.item.prompt.id, "language": self.item.prompt.language, "question": self.item.prompt.conversation.messages[-1].text,
-                "reference": self.item.reference, "answer": self.answer, "finish": self.finish, "verdict": self.verdict}
+                "reference": self.item.reference, "answer": self.answer.text, "finish": self.finish, "verdict": self.verdict,
+                **{name: value for name, value in said.items() if value}}
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
@@ -99,11 +117,11 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def grade(skill: Skill, items: Sequence[Item], answers: Sequence[tuple[str, Finish]]) -> tuple[Result, ...]:
+def grade(skill: Skill, items: Sequence[Item], answers: Sequence[tuple[Message, Finish]]) -> tuple[Result, ...]:
     """Verdicts of answers, in order; an answer that did not stop by itself is malformed, whatever it says."""
     return tuple(
-        Result(item, text, finish, skill.grade(item, text) if finish is Finish.STOP else Verdict.MALFORMED)
-        for item, (text, finish) in zip(items, answers, strict=True))
+        Result(item, said, finish, skill.grade(item, said) if finish is Finish.STOP else Verdict.MALFORMED)
+        for item, (said, finish) in zip(items, answers, strict=True))
 
 
 def score(speaker: str, skill: str, results: Sequence[Result], effort: Effort, language: str = "") -> Score:

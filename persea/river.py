@@ -19,7 +19,6 @@ from persea import skills, store
 from persea.audition import Cast
 from persea.bridge import Bridge, open_bridge
 from persea.capture import Unit, plan_units
-from persea.chat import Text
 from persea.check import Sample, read_texts
 from persea.corpus import Broken, Corpus, Prompt, gather, read_prompts
 from persea.errors import DataError, Refused
@@ -115,7 +114,7 @@ class River:
     @cached_property
     def asked(self) -> str:
         """Digest of all held-out questions and their answers."""
-        return digest_of([[i.prompt.id, i.prompt.conversation.to_json(), i.reference]
+        return digest_of([[i.prompt.id, i.prompt.conversation.to_json(), i.reference, i.calls, i.choices, i.key]
                         for split in (Split.AUDITION, Split.TEST) for _, items in self.items(split) for i in items])
 
     @cached_property
@@ -125,7 +124,7 @@ class River:
         for skill, items in self.items(Split.AUDITION):
             for language in dict.fromkeys(i.prompt.language for i in items):
                 some = [i for i in items if i.prompt.language == language][:SAMPLE]
-                said = tuple(i.prompt.conversation.answered(Text(i.reference)) for i in some)
+                said = tuple(i.answered for i in some)
                 samples.append(Sample(skill.name, language, said, tuple(i.prompt.id for i in some)))
         check = self.recipe.check
         return (*samples, *(read_texts(language, file, check.lines) for language, file in check.texts.items()))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persea.chat import Conversation, Effort, Finish
+from persea.chat import Conversation, Effort, Finish, Message
 from persea.corpus import Prompt
 from persea.measure import Item, Score, Skill, Split, Verdict, draw, grade, score, split_of, wilson
 
@@ -25,7 +25,7 @@ def make(number: int) -> tuple[str, Item]:
 
 
 ECHO = Skill("echo", ("en", "th"), lambda split, n, seed: draw(make, split, n, seed),
-             lambda i, answer: Verdict.MALFORMED if not answer else Verdict.RIGHT if answer == i.reference else Verdict.WRONG)
+             lambda i, said: Verdict.MALFORMED if not said.text else Verdict.RIGHT if said.text == i.reference else Verdict.WRONG)
 
 
 @pytest.mark.parametrize(("right", "n", "low", "high"), [
@@ -100,27 +100,27 @@ def test_draw_of_a_small_space_ends_with_all_of_it():
 def test_grade_counts_only_answers_that_stopped():
     items = [item(q) for q in "abcdef"]
     finishes = [Finish.STOP, Finish.STOP, Finish.STOP, Finish.LENGTH, Finish.MALFORMED, Finish.REFUSED]
-    results = grade(ECHO, items, list(zip(("a", "x", "", "d", "e", "f"), finishes, strict=True)))
+    results = grade(ECHO, items, list(zip(map(Message.said, ("a", "x", "", "d", "e", "f")), finishes, strict=True)))
     assert [r.verdict for r in results] == [Verdict.RIGHT, Verdict.WRONG, *[Verdict.MALFORMED] * 4]
     assert [r.item for r in results] == items
-    assert [(r.answer, r.finish) for r in results] == list(zip(("a", "x", "", "d", "e", "f"), finishes, strict=True))
+    assert [(r.answer, r.finish) for r in results] == list(zip(map(Message.said, ("a", "x", "", "d", "e", "f")), finishes, strict=True))
 
 
 def test_grade_wants_one_answer_an_item():
     with pytest.raises(ValueError, match="shorter"):
-        grade(ECHO, [item("a"), item("b")], [("a", Finish.STOP)])
+        grade(ECHO, [item("a"), item("b")], [(Message.said("a"), Finish.STOP)])
 
 
 def test_score_of_all_and_of_one_language():
     items = [item("a"), item("b"), item("c", language="th"), item("d", language="th"), item("e", language="th")]
-    results = grade(ECHO, items, [("a", Finish.STOP), ("b", Finish.STOP), ("c", Finish.STOP), ("x", Finish.STOP), ("e", Finish.LENGTH)])
+    results = grade(ECHO, items, [(Message.said("a"), Finish.STOP), (Message.said("b"), Finish.STOP), (Message.said("c"), Finish.STOP), (Message.said("x"), Finish.STOP), (Message.said("e"), Finish.LENGTH)])
     assert score("me", "echo", results, Effort.LOW) == Score("me", "echo", "", Effort.LOW, 3 / 5, 5, *wilson(3, 5))
     assert score("me", "echo", results, Effort.LOW, "th") == Score("me", "echo", "th", Effort.LOW, 1 / 3, 3, *wilson(1, 3))
     assert score("me", "echo", results, Effort.LOW, "vi") == Score("me", "echo", "vi", Effort.LOW, 0.0, 0, 0.0, 1.0)
 
 
 def test_scores_and_results_are_json():
-    results = grade(ECHO, [item("a")], [("x", Finish.STOP)])
+    results = grade(ECHO, [item("a")], [(Message.said("x"), Finish.STOP)])
     assert json.loads(json.dumps(results[0].to_json())) == {
         "id": "id a", "language": "en", "question": "a", "reference": "a", "answer": "x", "finish": "stop", "verdict": "wrong"}
     assert json.loads(json.dumps(score("me", "echo", results, Effort.NONE).to_json())) == {

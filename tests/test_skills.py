@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persea import skills
+from persea.chat import Message
 from persea.errors import DataError
 from persea.measure import Item, Skill, Split, Verdict
 from persea.skills import CODE, LANGUAGES, REASONING, SKILLS
@@ -57,8 +58,8 @@ def test_items_are_tagged_different_and_normalised(drawn):
 def test_references_are_right(drawn):
     skill, by_split = drawn
     for items in by_split.values():
-        assert {skill.grade(i, i.reference) for i in items} == {Verdict.RIGHT}
-        assert {skill.grade(i, f"\n{i.reference} \n") for i in items} == {Verdict.RIGHT}
+        assert {skill.grade(i, Message.said(i.reference)) for i in items} == {Verdict.RIGHT}
+        assert {skill.grade(i, Message.said(f"\n{i.reference} \n")) for i in items} == {Verdict.RIGHT}
 
 
 def test_nothing_and_noise_are_never_right(drawn):
@@ -66,7 +67,7 @@ def test_nothing_and_noise_are_never_right(drawn):
     for i in by_split[Split.TEST]:
         for answer in ("", " ", "I do not know.", "Sure!", question(i), "\x00", "๙" * 5000, "9" * 5000):
             lucky = skill is REASONING and final_number(answer) == final_number(i.reference)  # the question ends with its answer
-            assert lucky or skill.grade(i, answer) is not Verdict.RIGHT
+            assert lucky or skill.grade(i, Message.said(answer)) is not Verdict.RIGHT
 
 
 def test_no_question_is_in_two_splits(drawn):
@@ -151,10 +152,10 @@ def test_english_months_are_the_calendars():
 
 def test_translations_are_exact_or_wrong():
     for i in LANGUAGES.items(Split.AUDITION, 100, 1):
-        assert LANGUAGES.grade(i, unicodedata.normalize("NFD", i.reference)) is Verdict.RIGHT
-        assert LANGUAGES.grade(i, i.reference + ".") is Verdict.WRONG
-        assert LANGUAGES.grade(i, i.reference[:-1]) is Verdict.WRONG
-        assert LANGUAGES.grade(i, i.reference.upper() + "!") is Verdict.WRONG
+        assert LANGUAGES.grade(i, Message.said(unicodedata.normalize("NFD", i.reference))) is Verdict.RIGHT
+        assert LANGUAGES.grade(i, Message.said(i.reference + ".")) is Verdict.WRONG
+        assert LANGUAGES.grade(i, Message.said(i.reference[:-1])) is Verdict.WRONG
+        assert LANGUAGES.grade(i, Message.said(i.reference.upper() + "!")) is Verdict.WRONG
 
 
 def test_translations_go_both_ways_and_say_where_to():
@@ -195,10 +196,10 @@ def test_sums_are_right_wrong_or_no_number():
     for i in REASONING.items(Split.TEST, 60, 1):
         right = final_number(i.reference)
         assert right is not None
-        assert REASONING.grade(i, f"So it is {right}.") is Verdict.RIGHT
-        assert REASONING.grade(i, f"Answer: {right + 1}") is Verdict.WRONG
-        assert REASONING.grade(i, f"Answer: -{right + 1}") is Verdict.WRONG
-        assert REASONING.grade(i, "Answer: many") is Verdict.MALFORMED
+        assert REASONING.grade(i, Message.said(f"So it is {right}.")) is Verdict.RIGHT
+        assert REASONING.grade(i, Message.said(f"Answer: {right + 1}")) is Verdict.WRONG
+        assert REASONING.grade(i, Message.said(f"Answer: -{right + 1}")) is Verdict.WRONG
+        assert REASONING.grade(i, Message.said("Answer: many")) is Verdict.MALFORMED
 
 
 # ---- code ----------------------------------------------------------------------------------------------------------
@@ -222,9 +223,9 @@ def test_programs_are_graded_by_their_values(line: Item):
     body = line.reference.partition("return ")[2]
     for right in (f"def f(x): return {body}", f"def f(y):\n    return {body.replace('x', 'y')}", f"def f(x):\n  return 0 + ({body}) * 1",
                   f"def f(x: int) -> int:\n    return {body}"):
-        assert CODE.grade(line, right) is Verdict.RIGHT
+        assert CODE.grade(line, Message.said(right)) is Verdict.RIGHT
     for wrong in ("def f(x):\n    return x", f"def f(x):\n    return {body} + 1", f"def f(x):\n    return {body} if x < 90 else 0"):
-        assert CODE.grade(line, wrong) is Verdict.WRONG
+        assert CODE.grade(line, Message.said(wrong)) is Verdict.WRONG
 
 
 @pytest.mark.parametrize("source", [
@@ -261,7 +262,7 @@ def test_hostile_programs_are_refused_at_once(line: Item, expression: str):
     begin = time.process_time()
     with pytest.raises(NotAllowed):
         function(f"def f(x):\n    return {expression}")(3)
-    assert CODE.grade(line, f"def f(x):\n    return {expression}") is Verdict.MALFORMED
+    assert CODE.grade(line, Message.said(f"def f(x):\n    return {expression}")) is Verdict.MALFORMED
     assert time.process_time() - begin < 0.1
 
 
@@ -333,5 +334,5 @@ def _largest(expression: str, x: int) -> int:
 
 @given(source=st.text(max_size=60))
 def test_noise_is_never_an_error(line: Item, source: str):
-    assert CODE.grade(line, source) in (Verdict.MALFORMED, Verdict.WRONG)
-    assert CODE.grade(line, f"def f(x):\n    return {source}") in tuple(Verdict)
+    assert CODE.grade(line, Message.said(source)) in (Verdict.MALFORMED, Verdict.WRONG)
+    assert CODE.grade(line, Message.said(f"def f(x):\n    return {source}")) in tuple(Verdict)

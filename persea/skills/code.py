@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from persea.chat import Conversation
+from persea.chat import Conversation, Message
 from persea.corpus import Prompt
 from persea.measure import Item, Skill, Split, Verdict, draw
 
@@ -46,11 +46,11 @@ def items(split: Split, n: int, seed: int) -> tuple[Item, ...]:
     return draw(make, split, n, seed)
 
 
-def grade(item: Item, answer: str) -> Verdict:
+def grade(item: Item, said: Message) -> Verdict:
     """Same values as the reference on every probe; MALFORMED where it is no such function or leaves the whitelist."""
     probes: Sequence[Any] = PROBES_OF_LIST if "/list/" in item.prompt.id else PROBES_OF_NUMBER
     try:
-        given, wanted = function(answer), function(item.reference)
+        given, wanted = function(said.text), function(item.reference)
         same = all(given(p) == wanted(p) for p in probes)
     except NotAllowed:
         return Verdict.MALFORMED

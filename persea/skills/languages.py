@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import unicodedata
 
-from persea.chat import Conversation
+from persea.chat import Conversation, Message
 from persea.corpus import Prompt
 from persea.measure import Item, Skill, Split, Verdict, draw
 
@@ -160,9 +160,9 @@ def items(split: Split, n: int, seed: int) -> tuple[Item, ...]:
     return draw(make, split, n, seed)
 
 
-def grade(item: Item, answer: str) -> Verdict:
+def grade(item: Item, said: Message) -> Verdict:
     """Exact, after NFC and trimming."""
-    return Verdict.RIGHT if unicodedata.normalize("NFC", answer.strip()) == item.reference else Verdict.WRONG
+    return Verdict.RIGHT if unicodedata.normalize("NFC", said.text.strip()) == item.reference else Verdict.WRONG
 
 
 LANGUAGES = Skill("languages", tuple(NAMES), items, grade)

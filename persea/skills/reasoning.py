@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import re
 
-from persea.chat import Conversation
+from persea.chat import Conversation, Message
 from persea.corpus import Prompt
 from persea.measure import Item, Skill, Split, Verdict, draw
 
@@ -64,9 +64,9 @@ def final_number(text: str) -> int | None:
     return int(found[-1]) if found and len(found[-1]) <= 20 else None
 
 
-def grade(item: Item, answer: str) -> Verdict:
+def grade(item: Item, said: Message) -> Verdict:
     """The last number of the answer is the reference's."""
-    number = final_number(answer)
+    number = final_number(said.text)
     if number is None:
         return Verdict.MALFORMED
     return Verdict.RIGHT if number == final_number(item.reference) else Verdict.WRONG
