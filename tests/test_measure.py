@@ -113,7 +113,8 @@ def test_grade_wants_one_answer_an_item():
 
 def test_score_of_all_and_of_one_language():
     items = [item("a"), item("b"), item("c", language="th"), item("d", language="th"), item("e", language="th")]
-    results = grade(ECHO, items, [(Message.said("a"), Finish.STOP), (Message.said("b"), Finish.STOP), (Message.said("c"), Finish.STOP), (Message.said("x"), Finish.STOP), (Message.said("e"), Finish.LENGTH)])
+    answers = [*((Message.said(text), Finish.STOP) for text in "abcx"), (Message.said("e"), Finish.LENGTH)]
+    results = grade(ECHO, items, answers)
     assert score("me", "echo", results, Effort.LOW) == Score("me", "echo", "", Effort.LOW, 3 / 5, 5, *wilson(3, 5))
     assert score("me", "echo", results, Effort.LOW, "th") == Score("me", "echo", "th", Effort.LOW, 1 / 3, 3, *wilson(1, 3))
     assert score("me", "echo", results, Effort.LOW, "vi") == Score("me", "echo", "vi", Effort.LOW, 0.0, 0, 0.0, 1.0)
