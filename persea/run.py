@@ -173,6 +173,7 @@ def run(river: River, tell: Tell, only: str = "") -> None:
     stage before it.
     """
     set_threads(river.recipe.threads)
+    river.refuse_modes()
     with store.lock(river.folder):
         for stage in STAGES:
             if not only or stage.name == only:

@@ -61,16 +61,13 @@ class Student:
                 if origin is not None and (origin / name).is_file():
                     shutil.copyfile(origin / name, folder / name)
             _end_turns(folder / "generation_config.json", self.voice.stop_ids)
-            if origin is not None and self.source.thinking:
-                _speak_as(folder, self.voice.template_text)
         except (OSError, SafetensorError) as error:
             raise StorageError(f"cannot write the student: {error}", where=str(folder),
                                remedy="free space, then run again: its training is kept") from error
-        if origin is not None:
-            return
-        from transformers import AutoTokenizer
+        if origin is None:
+            from transformers import AutoTokenizer
 
-        AutoTokenizer.from_pretrained(self.source.words, trust_remote_code=False).save_pretrained(folder)
+            AutoTokenizer.from_pretrained(self.source.words, trust_remote_code=False).save_pretrained(folder)
         if self.source.thinking:
             _speak_as(folder, self.voice.template_text)
 
