@@ -19,6 +19,10 @@ from everywhere); tests/test_map.py holds this map true.
     # what to ask, and whom
     corpus        Prompt: what to ask; duplicates and test items removed, with a record
     measure       Skill, Score: one number with n and interval
+    jail          what runs inside the sandbox first: it builds the walls, then keeps watch
+    exam          what runs inside two of them: tests on one side, the tested program on the other
+    sandbox       where strangers' code runs, or is refused
+    trial         a program against its tests, each in a sandbox of its own
     skills        languages code reasoning: held-out questions and a grader each
     engines       local: where weights run; token ids only
     teacher       Teacher: a voice on an engine; answers in words, scores in log-probabilities
