@@ -71,7 +71,7 @@ def hear(speaker: Speaker, effort: Effort, skill: Skill, items: Sequence[Item], 
     reused = 0
     for some in _parts(freely):
         def ask(some: Sequence[Item] = some) -> list[Any]:
-            answers = replace(speaker.open(), effort=effort).answer([i.prompt for i in some], max_new_tokens)
+            answers = speaker.open().answer([replace(i.prompt, effort=effort) for i in some], max_new_tokens)
             return [[Conversation((a.conversation.messages[-1],)).to_json(), a.finish.value] for a in answers]
 
         lines, old = _kept(["answers", speaker.identity, effort, max_new_tokens, dict(speaker.settings), [_asked(i) for i in some]], ask)

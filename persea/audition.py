@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from bisect import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import accumulate
 from typing import Any
 
 from persea.chat import Effort
 from persea.contest import Course, Dial, Ended, beaten, mean
+from persea.corpus import GOLDEN, in_turn
 from persea.errors import Refused
 from persea.intervals import CONFIDENCE
 from persea.measure import Score, score
-
-GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, fill [0, 1) evenly in every stretch
 
 
 @dataclass(frozen=True)
@@ -50,8 +47,7 @@ class Cast:
 
     def teacher_of(self, part: str, number: int) -> str:
         """Who is asked the number-th prompt of a part: shares hold in every stretch of prompts, without chance."""
-        names, shares = zip(*self.parts[part], strict=True)
-        return str(names[min(len(names) - 1, bisect(list(accumulate(shares)), (number + 1) * GOLDEN % 1))])
+        return in_turn(self.parts[part], number, GOLDEN)
 
     def to_json(self) -> dict[str, Any]:
         return {"parts": {k: [list(p) for p in v] for k, v in self.parts.items()}, "pinned": list(self.pinned),
