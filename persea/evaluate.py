@@ -26,7 +26,6 @@ class Evaluation:
     bits_per_byte         speaker -> skill (and "all") -> bits, on held-out reference answers
     compared              the student beside each other speaker, at each of its efforts, on the same items
     regressions           where it is below its own base with confidence
-    asked, reused         answers in all, and those that had been kept from before
     """
 
     student: str
@@ -38,12 +37,10 @@ class Evaluation:
     yardsticks: tuple[str, ...] = ()
     compared: tuple[Paired, ...] = ()
     regressions: tuple[Paired, ...] = ()
-    asked: int = 0
-    reused: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return {"student": self.student, "base": self.base, "teachers": list(self.teachers), "yardsticks": list(self.yardsticks),
-                "effort": self.effort, "asked": self.asked, "reused": self.reused, "scores": [s.to_json() for s in self.scores],
+                "effort": self.effort, "scores": [s.to_json() for s in self.scores],
                 "bits_per_byte": {k: dict(v) for k, v in self.bits_per_byte.items()}, "compared": [p.to_json() for p in self.compared],
                 "regressions": [p.to_json() for p in self.regressions]}
 
@@ -92,7 +89,8 @@ def listen(heard: Heard, speaker: Speaker, skills: Sequence[tuple[Skill, Sequenc
         spent.append(bits(speaker, items))
         if spent[-1][1]:
             heard.bits_per_byte[speaker.name][skill.name] = spent[-1][0] / spent[-1][1]
-        done((k + 1) / len(skills), f"{speaker.name} {skill.name} {score(speaker.name, skill.name, results, effort).value:.2f}")
+        told = score(speaker.name, skill.name, results, effort).value
+        done((k + 1) / len(skills), f"{speaker.name} {skill.name} {told:.2f}{', as kept' * (reused == len(results))}")
     size = sum(n for _, n in spent)
     if size:
         heard.bits_per_byte[speaker.name]["all"] = sum(b for b, _ in spent) / size

@@ -38,8 +38,6 @@ class Evaluated:
     compared: tuple[Paired, ...]
     regressions: tuple[Paired, ...]
     yardsticks: tuple[str, ...] = ()
-    asked: int = 0
-    reused: int = 0
 
     @property
     def speakers(self) -> tuple[str, ...]:

@@ -56,7 +56,7 @@ def summary(files: Files, found: Sequence[Row], standard: Sequence[Standard]) ->
             "contests": {part: asdict(c) for part, c in files.cast.contests.items()}} if files.cast else None
     return {"student": e.student, "base": e.base, "yardsticks": list(e.yardsticks), "skills": skills, "languages": languages, "efforts": efforts,
             "regressions": [p.to_json() for p in e.regressions], "cast": cast, "bits_per_byte": e.bits_per_byte,
-            "standard": [asdict(s) for s in standard], "answers": {"asked": e.asked, "reused": e.reused}, "seconds": files.seconds}
+            "standard": [asdict(s) for s in standard], "seconds": files.seconds}
 
 
 def shown(files: Files, found: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:

@@ -136,7 +136,7 @@ def evaluate(river: River, folder: Path, tell: Tell) -> None:
         listen(heard, river.heard_as(name, settings.batch, settings.efforts, load), skills, settings.max_new_tokens,
                lambda share, words, k=k: tell("evaluate", (k + share) / len(names), words))  # type: ignore[misc]
     out = Evaluation(STUDENT, BASE, tuple(river.voices), Effort.NONE, tuple(heard.scores()), heard.bits_per_byte, (), beside(heard, STUDENT),
-                     regressions(heard, STUDENT, BASE), heard.asked, heard.reused)
+                     regressions(heard, STUDENT, BASE))
     store.publish_lines(folder / "examples.jsonl", heard.lines())
     store.publish_json(folder / "evaluation.json", out.to_json())
 

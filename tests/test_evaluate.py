@@ -126,10 +126,10 @@ def test_an_evaluation_is_plain_json() -> None:
     heard = Heard()
     listen(heard, speaker("qwen-sapling"), ITEMS[2:], 40)
     pair = Paired("student", "base", "code", "", Effort.NONE, 3, -0.5, -0.9, -0.1, None, None, None)
-    out = Evaluation("student", "base", ("qwen-sapling",), Effort.NONE, tuple(heard.scores()), heard.bits_per_byte, ("gpt",), (pair,), (pair,), 6, 2)
+    out = Evaluation("student", "base", ("qwen-sapling",), Effort.NONE, tuple(heard.scores()), heard.bits_per_byte, ("gpt",), (pair,), (pair,))
     value = out.to_json()
     assert json.loads(json.dumps(value, allow_nan=False)) == value
-    assert (value["effort"], value["yardsticks"], value["asked"], value["reused"]) == ("none", ["gpt"], 6, 2)
+    assert (value["effort"], value["yardsticks"]) == ("none", ["gpt"])
     assert set(value["bits_per_byte"]["qwen-sapling"]) == {"reasoning", "all"}
     assert [Paired(**p) for p in value["compared"]] == [pair]
     assert Finish.STOP in {r.finish for r in heard.of("qwen-sapling", Effort.NONE, "reasoning")}

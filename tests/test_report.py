@@ -231,7 +231,7 @@ def test_json_holds_exactly_what_was_measured(whole: Path) -> None:
     best = {"languages": "qwen", "code": "gemma", "reasoning": "gpt-oss", "safety": "gemma"}
     assert told == {
         "student": "avocado", "base": "llama-base", "yardsticks": [], "efforts": {}, "regressions": [], "standard": [],
-        "answers": {"asked": 0, "reused": 0}, "skills": {skill: row(skill, teacher) for skill, teacher in best.items()},
+        "skills": {skill: row(skill, teacher) for skill, teacher in best.items()},
         "languages": {"languages": {x: {name: named(name, "languages", x) for name in SPEAKERS} for x in LANGUAGES}},
         "cast": {"parts": PARTS, "pinned": ["safety"], "contests": CONTESTS}, "bits_per_byte": evaluation["bits_per_byte"], "seconds": SECONDS}
     assert list(told["skills"]) == list(ABILITY)
@@ -310,11 +310,6 @@ def test_a_loss_on_the_base_is_at_the_top(run: Path) -> None:
 def test_broken_graders_are_told(run: Path) -> None:
     evaluated(run, lambda v: [s.update(failed=2) for s in v["scores"] if s["speaker"] == "avocado" and not s["language"]])
     assert "Graders broke on 8 answers; each counts as wrong and is named in examples.jsonl." in words_of(page_of(run))
-
-
-def test_kept_answers_are_told(run: Path) -> None:
-    evaluated(run, lambda v: v.update(asked=4000, reused=2400))
-    assert "2 400 of the 4 000 answers of the evaluation had been kept from before" in words_of(page_of(run)).replace("\u202f", " ")
 
 
 def test_standard_tasks_join_page_card_and_json(run: Path, tmp_path: Path) -> None:
