@@ -51,6 +51,7 @@ class Batch:
     targets_N        the learned tokens
     teachers         what each teacher says of the N positions
     share            teacher -> learned positions of its answers
+    by_B             the teacher of each conversation
     """
 
     ids_BS: torch.Tensor
@@ -60,6 +61,7 @@ class Batch:
     targets_N: torch.Tensor
     teachers: tuple[Targets, ...]
     share: Mapping[str, int]
+    by_B: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -110,9 +112,37 @@ class Feed:
     _recent: OrderedDict[tuple[int, int], Lesson] = field(default_factory=OrderedDict, repr=False)
     _weight: list[int] = field(default_factory=lambda: [0], repr=False)
 
-    def batch(self, step: int) -> Batch:
-        """The batch of a step: draws step * size and on of the mixture."""
-        return collate([self.lesson(step * self.size + k) for k in range(self.size)], self.bridges)
+    def __len__(self) -> int:
+        """Lessons."""
+        return sum(map(len, self.mixture.readers))
+
+    def batch(self, step: int, part: int = 0, parts: int = 1) -> Batch:
+        """The batch of a step, draws step * size and on of the mixture; or a part of it: parts are slices in order, so that together they
+        are the same batch however many there are."""
+        begin, end = self.size * part // parts, self.size * (part + 1) // parts
+        return collate([self.lesson(step * self.size + k) for k in range(begin, end)], self.bridges)
+
+    def set_aside(self, share: float) -> tuple[Feed, Feed]:
+        """(what is learned, what is held out): a share of the lessons, drawn by the seed, in whole batches and at least one of each.
+
+        Raises DataError where there are not enough lessons for that.
+        """
+        mixture = self.mixture
+        n = max(1, round(len(self) * share / self.size)) * self.size
+        if len(self) - n < self.size:
+            raise DataError(f"{len(self)} lessons are too few to hold out {n} and learn from batches of {self.size}", where="training.held_out",
+                            remedy="a larger corpus, a smaller training.batch, or training.evaluate_every: 0")
+        held_L = np.zeros(len(self), np.bool_)
+        held_L[np.random.default_rng([mixture.seed, n]).permutation(len(self))[:n]] = True
+        edges = np.cumsum([len(reader) for reader in mixture.readers])[:-1]
+        sides = []
+        for chosen_L in (~held_L, held_L):
+            parts = [(Chosen(reader, np.flatnonzero(mine)), old) for reader, old, mine in
+                     zip(mixture.readers, mixture.shares, np.split(chosen_L, edges), strict=True) if mine.any()]
+            readers, shares = zip(*parts, strict=True)
+            sides.append(replace(self, mixture=Mixture(readers, shares if chosen_L is not held_L else tuple(map(len, readers)), mixture.seed),
+                                 _recent=OrderedDict(), _weight=[0]))
+        return sides[0], sides[1]
 
     def lesson(self, number: int) -> Lesson:
         """The lesson of a draw."""
@@ -237,4 +267,4 @@ def collate(lessons: Sequence[Lesson], bridges: Mapping[str, Bridge]) -> Batch:
         n += len(learned)
     row_N, at_N = torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(ats))
     teachers = tuple(targets(bridges[name], together(*zip(*parts, strict=True)), n) for name, parts in said.items())
-    return Batch(ids, mask, row_N, at_N, ids[row_N, at_N + 1], teachers, dict(share))
+    return Batch(ids, mask, row_N, at_N, ids[row_N, at_N + 1], teachers, dict(share), tuple(one.teacher for one in lessons))

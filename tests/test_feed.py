@@ -200,6 +200,31 @@ def test_caches_are_mixed_by_share_and_each_is_read_epoch_after_epoch(voices: Vo
     assert (left.survey.left_out, left.survey.too_long) == ({"qwen": 4}, 4)
 
 
+def test_parts_of_a_batch_are_the_batch(voices: Voices, bridges: dict[str, Bridge]):
+    feed = flow(voices, bridges, 7, size=5)
+    whole = feed.batch(2)
+    assert whole.by_B == tuple(feed.lesson(10 + k).teacher for k in range(5))
+    for parts in (1, 2, 3, 5):
+        some = [feed.batch(2, part, parts) for part in range(parts)]
+        assert [name for one in some for name in one.by_B] == list(whole.by_B)
+        assert torch.equal(torch.cat([one.targets_N for one in some]), whole.targets_N)
+
+
+def test_a_share_of_the_lessons_is_held_out_in_whole_batches(voices: Voices, bridges: dict[str, Bridge]):
+    captures = captures_of(voices, 12)
+    caches = [(Held(c for c in captures if c.answer.teacher == name), share) for name, share in zip(TEACHERS, (60, 30, 10), strict=True)]
+    feed = offline(caches, voices["llama"], bridges, size=2, seed=1, max_tokens=512)
+    learned, held = feed.set_aside(0.3)
+    ids = [{one.tokens.ids_T.tobytes() for one in lessons_of(side)} for side in (learned, held)]
+    assert (len(feed), len(learned), len(held)) == (12, 8, 4)
+    assert not ids[0] & ids[1] and len(ids[0] | ids[1]) == 12
+    assert {learned.lesson(k).tokens.ids_T.tobytes() for k in range(100)} == ids[0]
+    assert {held.lesson(k).tokens.ids_T.tobytes() for k in range(12)} == ids[1]
+    assert [one.tokens.ids_T.tobytes() for one in lessons_of(feed.set_aside(0.3)[1])] == [one.tokens.ids_T.tobytes() for one in lessons_of(held)]
+    with pytest.raises(DataError, match="12 lessons are too few to hold out 12"):
+        feed.set_aside(0.95)
+
+
 def test_only_the_last_lessons_are_kept_and_what_is_made_anew_is_the_same(voices: Voices, bridges: dict[str, Bridge],
                                                                           monkeypatch: pytest.MonkeyPatch):
     whole = flow(voices, bridges, 9)
