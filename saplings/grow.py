@@ -73,8 +73,8 @@ PLANS = (
          800, (.08, .08, .84), {"hidden": 128, "layers": 3, "heads": 4, "experts": 4, "seed": 3}, 3000),
     Plan("llama-sapling", "llama", LLAMA_SPLIT,
          {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": "<|finetune_right_pad_id|>"},
-         ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|finetune_right_pad_id|>"),
-         1100, (.5, .25, .25), {"hidden": 128, "layers": 3, "heads": 4, "seed": 4}, 1000, base=True),
+         ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|finetune_right_pad_id|>",
+          "<think>", "</think>"), 1100, (.5, .25, .25), {"hidden": 128, "layers": 3, "heads": 4, "seed": 4}, 1000, base=True),
 )
 
 
