@@ -50,7 +50,7 @@ def plan(river: River) -> Plan:
     river.refuse_modes()
     recipe, teachers = river.recipe, len(river.recipe.teachers)
     asked = sum(len(items) for _, items in river.items(Split.AUDITION)) * teachers
-    tested = sum(len(items) for _, items in river.items(Split.TEST)) * (teachers + 2)
+    tested = sum(len(items) * (teachers + 2 + len(river.modes.get(skill.name, ()))) for skill, items in river.items(Split.TEST))
     prompts = len(river.corpus.prompts)
     weights = _weights(recipe.student.model)
     captured = prompts * recipe.capture.max_new_tokens * (BYTES_PER_TOKEN if recipe.capture.rows == "sampled" else BYTES_PER_TOP)

@@ -14,7 +14,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
-from persea import charts, store
+from persea import charts, hybrid_page, store
 from persea.audition import Cast
 from persea.findings import (
     PAIR,
@@ -145,7 +145,7 @@ def report(run: Path) -> Path:
     Same inputs, same bytes. Raises DataError, before anything is written, for a file that is missing, broken, holds NaN
     or contradicts another.
     """
-    files = read(run)
+    files, modes = read(run), hybrid_page.read(run)
     found = rows(files.evaluated, str(run / "evaluate" / "evaluation.json"))
     e, (training, shares) = files.evaluated, curves(files)
     skills = dict.fromkeys(skill for bits in e.bits_per_byte.values() for skill in bits)
@@ -155,10 +155,10 @@ def report(run: Path) -> Path:
         "cast": why(files.cast) if files.cast else None, "examples": shown(files, found), "plots": plots(e, found), "training": training,
         "shares": shares, "lowest": lowest, "record": json.dumps(files.record, indent=1, ensure_ascii=False),
         "front_matter": front_matter(files), "standing": standing, "swatch": lambda name: Markup(charts.swatch(e.mark(name))),
-        "PAIR": PAIR, "MODEL": MODEL, "LONGEST": LONGEST}
+        "hybrid": hybrid_page.section(modes), "PAIR": PAIR, "MODEL": MODEL, "LONGEST": LONGEST}
     page, card = _render("report.html.jinja", context), _render("card.md.jinja", context)
     folder = run / "report"
-    store.publish_json(folder / "report.json", summary(files, found))
+    store.publish_json(folder / "report.json", summary(files, found) | ({"modes": modes.to_json()} if modes else {}))
     store.publish(folder / "README.md", card)
     store.publish(folder / "index.html", page)
     return folder / "index.html"

@@ -175,6 +175,14 @@ class River:
         return "; ".join(f"{name} knows {', '.join(e for e in Effort if knows(voice, e))}" for name, voice in self.voices.items())
 
     @cached_property
+    def modes(self) -> dict[str, tuple[Effort, ...]]:
+        """Skill -> the efforts that the corpus teaches it in; empty where no part has modes."""
+        taught: dict[str, set[Effort]] = {}
+        for part in self.recipe.corpus:
+            taught.setdefault(part.skill, set()).update(part.modes)
+        return {skill: tuple(e for e in Effort if e in efforts) for skill, efforts in taught.items() if efforts}
+
+    @cached_property
     def cast(self) -> Cast:
         """Who teaches what, as the audition left it."""
         return Cast.from_json(store.read_json(self.folder / "audition" / "cast.json"))

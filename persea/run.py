@@ -9,7 +9,7 @@ outputs by sha256. It stands as long as both hold.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -135,6 +135,20 @@ def evaluate(river: River, folder: Path, tell: Tell) -> None:
     out = Evaluation(STUDENT, BASE, tuple(river.voices), Effort.NONE, tuple(scores), bits)
     store.publish_lines(folder / "examples.jsonl", lines)
     store.publish_json(folder / "evaluation.json", out.to_json())
+    _modes(river, folder, lines, tell)
+
+
+def _modes(river: River, folder: Path, lines: Sequence[Mapping[str, Any]], tell: Tell) -> None:
+    """The student in each mode that the corpus teaches; lines: every speaker's answers at once, as examples.jsonl has them."""
+    if not river.modes:
+        return
+    from persea.modes import measure
+
+    settings = river.recipe.evaluation
+    direct = [x for x in lines if x["speaker"] == STUDENT and x["skill"] not in river.modes]
+    found = measure(river.speaker(STUDENT, settings.batch), river.items(Split.TEST), river.modes, settings.max_new_tokens, direct,
+                    lambda words: tell("evaluate", 0.99, words))
+    store.publish_json(folder / "modes.json", found.to_json())
 
 
 def lineage(river: River, folder: Path, tell: Tell) -> None:
