@@ -54,8 +54,10 @@ from everywhere); tests/test_map.py holds this map true.
     train         the one loop: batch, loss, step, checkpoint
     # is it true
     evaluate      the student beside every teacher and its base, on every skill
+    modes         the hybrid student in each mode: score, leaks, length and language of its thoughts
     lineage       what made these weights
     charts        pictures of numbers, as SVG
+    hybrid_page   what is told of a hybrid student: rows, sentences, the page's section
     findings      what a run's files say, read and checked: rows, standings
     sentences     what the numbers and their intervals allow to say
     lm_eval       standard tasks as lm-eval measured them: its results file, read

@@ -15,7 +15,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
-from persea import charts, store
+from persea import charts, hybrid_page, store
 from persea.audition import COLUMNS, table
 from persea.chat import Effort
 from persea.contest import Ended
@@ -155,7 +155,7 @@ def report(run: Path, lm_eval: Mapping[str, Path] | None = None) -> Path:
     Same inputs, same bytes. Raises DataError, before anything is written, for a file that is missing, broken, holds NaN
     or contradicts another.
     """
-    files = read(run)
+    files, modes = read(run), hybrid_page.read(run)
     standard = [s for name, path in (lm_eval or {}).items() for s in read_standard(name, path)]
     found = rows(files.evaluated, str(run / "evaluate" / "evaluation.json"))
     e, (training, shares) = files.evaluated, curves(files)
@@ -169,10 +169,10 @@ def report(run: Path, lm_eval: Mapping[str, Path] | None = None) -> Path:
         "whole": whole, "way": way, "spoken": spoken, "standard": standard, "examples": shown(files, found), "plots": plots(e, found),
         "training": training, "shares": shares, "lowest": lowest, "record": json.dumps(files.record, indent=1, ensure_ascii=False),
         "front_matter": front_matter(files), "stands": stands, "swatch": lambda name: Markup(charts.swatch(e.mark(name))),
-        "PAIR": PAIR, "MODEL": MODEL, "LONGEST": LONGEST}
+        "hybrid": hybrid_page.section(modes), "PAIR": PAIR, "MODEL": MODEL, "LONGEST": LONGEST}
     page, card = _render("report.html.jinja", context), _render("card.md.jinja", context)
     folder = run / "report"
-    store.publish_json(folder / "report.json", summary(files, found, standard))
+    store.publish_json(folder / "report.json", summary(files, found, standard) | ({"modes": modes.to_json()} if modes else {}))
     store.publish(folder / "README.md", card)
     store.publish(folder / "index.html", page)
     return folder / "index.html"

@@ -176,6 +176,14 @@ class River:
         return "; ".join(f"{name} knows {', '.join(e for e in Effort if knows(voice, e))}" for name, voice in self.voices.items())
 
     @cached_property
+    def modes(self) -> dict[str, tuple[Effort, ...]]:
+        """Skill -> the efforts that the corpus teaches it in; empty where no part has modes."""
+        taught: dict[str, set[Effort]] = {}
+        for part in self.recipe.corpus:
+            taught.setdefault(part.skill, set()).update(part.modes)
+        return {skill: tuple(e for e in Effort if e in efforts) for skill, efforts in taught.items() if efforts}
+
+    @cached_property
     def lm_eval(self) -> dict[str, str]:
         """Speaker -> digest of the file of standard results that joins the page. DataError where it is not there."""
         found = {}

@@ -9,7 +9,7 @@ outputs by sha256. It stands as long as both hold.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -97,7 +97,7 @@ def capture(river: River, folder: Path, tell: Tell) -> None:
 
 def train(river: River, folder: Path, tell: Tell) -> None:
     """Teach the student from all teachers at once."""
-    from persea.capture import read
+    from persea.capture import caches
     from persea.feed import offline
     from persea.losses import composed_head
     from persea.train import Settings
@@ -105,9 +105,8 @@ def train(river: River, folder: Path, tell: Tell) -> None:
 
     t = river.recipe.training
     student = river.student()
-    captures = read(river.units, river.folder / "capture")
-    feed = offline(captures, student.voice, river.bridges, size=t.batch, seed=river.recipe.seed, max_tokens=t.max_tokens,
-                   completion=t.completion)
+    feed = offline(caches(river.units, river.folder / "capture"), student.voice, river.bridges, size=t.batch, seed=river.recipe.seed,
+                   max_tokens=t.max_tokens, completion=t.completion)
 
     def loss_of(step: int) -> tuple[Any, Any]:
         batch = feed.batch(step)
@@ -119,8 +118,7 @@ def train(river: River, folder: Path, tell: Tell) -> None:
     loop(student.trained, loss_of, settings, folder, digest_of(STAGES[3].inputs(river)), lambda step, line: tell(
         "train", step / t.steps, f"loss {line['loss']:.3f}, {line['positions'] / max(line['seconds'], 1e-9):.0f} tokens/s"))
     student.save(folder / "student")
-    store.publish_json(folder / "feed.json", {"lessons": len(feed.lessons), "too_long": feed.too_long, "unsayable": feed.unsayable,
-                                              "taught": feed.diagnosis()})
+    store.publish_json(folder / "feed.json", feed.survey.to_json())
 
 
 def evaluate(river: River, folder: Path, tell: Tell) -> None:
@@ -137,8 +135,23 @@ def evaluate(river: River, folder: Path, tell: Tell) -> None:
                lambda share, words, k=k: tell("evaluate", (k + share) / len(names), words))  # type: ignore[misc]
     out = Evaluation(STUDENT, BASE, tuple(river.voices), Effort.NONE, tuple(heard.scores()), heard.bits_per_byte, (), beside(heard, STUDENT),
                      regressions(heard, STUDENT, BASE))
-    store.publish_lines(folder / "examples.jsonl", heard.lines())
+    lines = list(heard.lines())
+    store.publish_lines(folder / "examples.jsonl", lines)
     store.publish_json(folder / "evaluation.json", out.to_json())
+    _modes(river, folder, lines, tell)
+
+
+def _modes(river: River, folder: Path, lines: Sequence[Mapping[str, Any]], tell: Tell) -> None:
+    """The student in each mode that the corpus teaches; lines: every speaker's answers at once, as examples.jsonl has them."""
+    if not river.modes:
+        return
+    from persea.modes import measure
+
+    settings = river.recipe.evaluation
+    direct = [x for x in lines if (x["speaker"], x["effort"]) == (STUDENT, Effort.NONE) and x["skill"] not in river.modes]
+    found = measure(river.speaker(STUDENT, settings.batch), river.items(Split.TEST), river.modes, settings.max_new_tokens, direct,
+                    lambda words: tell("evaluate", 0.99, words))
+    store.publish_json(folder / "modes.json", found.to_json())
 
 
 def lineage(river: River, folder: Path, tell: Tell) -> None:

@@ -133,9 +133,13 @@ def _conclude(folder: Path, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(report, indent=1))
         return
-    from persea.progress import comparison
+    from persea import hybrid_page
+    from persea.progress import comparison, table
 
     comparison(report)
+    if (modes := hybrid_page.read(folder)) is not None:
+        table(hybrid_page.COLUMNS, hybrid_page.rows(modes))
+        typer.echo("\n".join(hybrid_page.sentences(modes)))
     typer.echo(f"page     {folder / 'report' / 'index.html'}\nstudent  {folder / 'train' / 'student'}")
 
 
