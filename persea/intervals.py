@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 CONFIDENCE = 0.95
 Z95 = 1.959963984540054  # two-sided 95 % of the normal distribution
-BETS = 64  # stakes that `evidence` lays at once; 16 and 256 decide within one item of it (bench/audition.py)
+BETS = 64  # stakes that `evidence` lays at once: nine wins of nine are worth 102.3, of 16 stakes 101.9, of any number 102.3
 Values: TypeAlias = Sequence[float] | npt.NDArray[np.float64]
 
 
