@@ -9,7 +9,7 @@ from everywhere); tests/test_map.py holds this map true.
     template      the model's own Jinja chat template, sandboxed, its date pinned
     chat          Conversation, Tokens (one tokenizer's view of it), Family (what a family says of itself)
     voice         Voice: a Family on one tokenizer and template; renders, places bytes, parses
-    families      llama qwen gemma gpt_oss: conversation <-> tokens <-> bytes, thinking dial, stops, licence; hybrid: a switch before any template; generic: any other model
+    families      llama qwen gemma gpt_oss: conversation <-> tokens <-> bytes, dial, stops, licence; hybrid: a switch; generic: any other model
     models        where weights come from: folder, hub, or a random sprout of a family's architecture
     # what a person asks for
     places        a page of YAML as plain data, and where each key of it stands
@@ -19,11 +19,11 @@ from everywhere); tests/test_map.py holds this map true.
     corpus        Prompt: what to ask; duplicates and test items removed, with a record
     measure       Skill, Score: one number with n and interval
     skills        languages code reasoning: held-out questions and a grader each
-    engines       local: where weights run; token ids only
+    rows          Rows: one position's teacher distribution each, sparse; and of what kind
+    engines       local vllm endpoint talk: where weights run, here or behind a server; what each can give
     teacher       Teacher: a voice on an engine; answers in words, scores in log-probabilities
     audition      Cast: every teacher measured on every skill; who teaches what
     # what they said
-    rows          Rows: one position's teacher distribution each, sparse; and of what kind
     tables        how often each value of a column stands in a unit, and the entropy coder under it
     codec         tokens and rows <-> entropy-coded streams
     store         where bytes lie: publish, digest, create-if-absent, one run per folder
@@ -49,6 +49,7 @@ from everywhere); tests/test_map.py holds this map true.
     charts        pictures of numbers, as SVG
     findings      what a run's files say, read and checked: rows, standings, computed sentences
     report        the page, the card, report.json
+    serve         a model behind OpenAI's routes, with real log-probabilities
     # the river
     river         what a recipe's words stand for, and the run folder
     run           every stage in order, each skipped when its output stands: read it first

@@ -65,7 +65,8 @@ def cast(skills: Sequence[str], teachers: Sequence[str], scores: Sequence[Score]
         if skill in pinned:
             parts[skill] = ((pinned[skill], 1.0),)
             continue
-        ranked = sorted((s for s in scores if s.skill == skill and not s.language), key=lambda s: (-s.value, teachers.index(s.speaker)))
+        mine = (s for s in scores if s.skill == skill and not s.language and s.speaker in teachers)  # a yardstick is measured, and never chosen
+        ranked = sorted(mine, key=lambda s: (-s.value, teachers.index(s.speaker)))
         if not ranked or ranked[0].value == 0:
             raise Refused(f"no teacher has a right answer on {skill} (n = {ranked[0].n if ranked else 0})", where="audition",
                           remedy=f"add a teacher who can, leave {skill} out of the corpus, or pin one with audition.pinned.{skill}")

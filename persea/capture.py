@@ -16,6 +16,7 @@ from persea import cache
 from persea.audition import Cast
 from persea.chat import Finish, Text, Tokens
 from persea.corpus import MAX_LINE, Broken, Corpus, Prompt
+from persea.engines import Failed, Namer
 from persea.errors import DataError, Refused
 from persea.rows import RowKind, Rows, sample_rows, top_rows
 from persea.shelf import committed
@@ -125,6 +126,8 @@ def capture(units: Sequence[Unit], teacher: Teacher, folder: Path, *, max_new_to
         if asked:
             sayable, quarantine = _sayable(unit.prompts, teacher)
             answers = [_given(p, teacher) for p in sayable] if given else teacher.answer(sayable, max_new_tokens)
+            quarantine += [(a.prompt_id, a.why) for a in answers if a.why]
+            answers = [a for a in answers if not a.why]
             _keep(unit, answers, quarantine, teacher, folder, Keeping(seed, tau, kl), unchanged)
         progress(Step(len(unit.prompts), cache.read_record(folder, unit.name)["tokens"], asked))
 
@@ -173,19 +176,34 @@ def _keep(unit: Unit, answers: Sequence[Answer], quarantine: Sequence[tuple[str,
     rendered = [(a, _rendered(a, teacher)) for a in answers]
     rendered = [(replace(a, finish=Finish.LENGTH), None) if t is not None and 0 < teacher.context < len(t) else (a, t) for a, t in rendered]
     whole = [(a, tokens) for a, tokens in rendered if tokens is not None]
-    scored = teacher.engine.score([t.ids_T for _, t in whole], [t.learn_T for _, t in whole])
-    seen_W = np.zeros(len(teacher.voice.vocabulary), np.int64)
-    for _, tokens in whole:
-        seen_W += np.bincount(tokens.ids_T, minlength=len(seen_W))
-    captures = [cache.Capture(answer, tokens, how.rows(unit, answer, tokens, logprobs_NW, seen_W))
-                for (answer, tokens), logprobs_NW in zip(whole, scored, strict=True)]
+    rows = [(a, t, r) for (a, t), r in zip(whole, _rows(unit, whole, teacher, how), strict=True)]
+    captures = [cache.Capture(answer, tokens, said) for answer, tokens, said in rows if isinstance(said, Rows)]
+    quarantine = [*quarantine, *((answer.prompt_id, said.why) for answer, _, said in rows if isinstance(said, Failed))]
     dropped = Counter[str]((Finish.MALFORMED if a.finish is Finish.STOP else a.finish).value for a, tokens in rendered if tokens is None)
     if quarantine:
         dropped[Finish.REFUSED.value] += len(quarantine)
     unchanged()
     about = {"teacher": unit.teacher, "identity": unit.identity}
+    if isinstance(teacher.engine, Namer):
+        able = teacher.engine.abilities
+        cache.write_unit(folder, unit.name, captures, dropped, tau=0.0, kind=able.kind,
+                         about=about | ({"top": str(able.top)} if able.top else {}), quarantine=quarantine)
+        return
     cache.write_unit(folder, unit.name, captures, dropped, tau=how.tau or 0.0, kind=how.kind,
                      about=about | ({"kl": f"{how.kl:g}"} if how.kl else {}), quarantine=quarantine)
+
+
+def _rows(unit: Unit, whole: Sequence[tuple[Answer, Tokens]], teacher: Teacher, how: Keeping) -> Iterator[Rows | Failed]:
+    """Rows of each answer: as the engine names them, or what is kept of its whole distributions."""
+    ids, learn = [t.ids_T for _, t in whole], [t.learn_T for _, t in whole]
+    if isinstance(teacher.engine, Namer):
+        yield from teacher.engine.named(ids, learn)
+        return
+    seen_W = np.zeros(len(teacher.voice.vocabulary), np.int64)
+    for one in ids:
+        seen_W += np.bincount(one, minlength=len(seen_W))
+    for (answer, tokens), logprobs_NW in zip(whole, teacher.engine.score(ids, learn), strict=True):
+        yield how.rows(unit, answer, tokens, logprobs_NW, seen_W)
 
 
 def _rendered(answer: Answer, teacher: Teacher) -> Tokens | None:

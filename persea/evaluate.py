@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from persea.audition import ask
 from persea.chat import Effort
@@ -39,11 +38,9 @@ def bits_per_byte(speaker: Teacher, items: Sequence[Item]) -> tuple[float, int]:
     """
     bits, size = 0.0, 0
     conversations = [i.answered for i in items]
-    for tokens, logprobs_NW in speaker.score(conversations):
-        learned = np.flatnonzero(tokens.learn_T)
-        content = tokens.starts_T[learned] >= 0
-        picked = logprobs_NW[torch.arange(len(learned)), torch.from_numpy(tokens.ids_T[learned]).long()].numpy()
-        bits -= float(picked[content].astype(np.float64).sum()) / math.log(2)
+    for tokens, picked_N in speaker.realised(conversations):
+        content = tokens.starts_T[tokens.learn_T] >= 0
+        bits -= float(picked_N[content].astype(np.float64).sum()) / math.log(2)
     size = sum(len(p.text.encode()) for c in conversations for p in c.messages[-1].parts)
     return bits, size
 
@@ -62,9 +59,11 @@ def evaluate(speakers: Sequence[Teacher], skills: Sequence[tuple[Skill, Sequence
             some, mine = ask(speaker, skill, items, max_new_tokens)
             scores += mine
             results[speaker.name] += some
-            bits, size = bits_per_byte(speaker, items)
-            spent[speaker.name][skill.name] = bits / size
-            bits_all, bytes_all = bits_all + bits, bytes_all + size
+            if not speaker.is_mute:
+                bits, size = bits_per_byte(speaker, items)
+                spent[speaker.name][skill.name] = bits / size
+                bits_all, bytes_all = bits_all + bits, bytes_all + size
             done(speaker.name, skill.name)
-        spent[speaker.name]["all"] = bits_all / bytes_all
+        if bytes_all:
+            spent[speaker.name]["all"] = bits_all / bytes_all
     return tuple(scores), spent, results

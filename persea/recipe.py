@@ -22,7 +22,24 @@ from pydantic_core import ErrorDetails
 from persea.chat import PINNED_DATE
 from persea.errors import RecipeError
 from persea.places import Dumper, KeyPath, Reading, is_secret, override, read_page, resolved
-from persea.sections import MANY, SLUG, Audition, Capture, Check, CorpusPart, Evaluation, Lora, Section, Sizes, Student, Teacher, Training, agreed
+from persea.sections import (
+    MANY,
+    SLUG,
+    Audition,
+    Capture,
+    Check,
+    CorpusPart,
+    Endpoint,
+    Evaluation,
+    Generation,
+    Lora,
+    Section,
+    Sizes,
+    Student,
+    Teacher,
+    Training,
+    agreed,
+)
 
 
 class Recipe(Section):
@@ -54,6 +71,15 @@ class Recipe(Section):
             claims.append((teacher not in names, where, f"no teacher is called {teacher!r}", _choose(teacher, names)))
         claims.append((self.training.completion and self.capture.rows == "topk", ("training", "completion"),
                        "true, but nobody can say what a rest holds inside a token", "write `completion: false`, or `capture: {rows: sampled}`"))
+        teach = [t.name for t in self.teachers if not t.yardstick]
+        claims += [(t in names and t not in teach, ("audition", "pinned", s), f"{t} is a yardstick, which never teaches", _choose(t, teach or names))
+                   for s, t in self.audition.pinned.items()]
+        claims.append((not teach, ("teachers", 0, "yardstick"), "true of every teacher, so that nobody teaches", "delete it in one of them"))
+        far = [t for t in self.teachers if not t.yardstick and (t.endpoint is not None or t.engine != "local")]
+        claims += [(self.training.completion, ("training", "completion"),
+                    f"true, but {t.name} does not give the whole rows that it needs", "write `completion: false`") for t in far]
+        claims += [(t.endpoint is not None and t.endpoint.protocol == "chat" and self.capture.answers == "given", ("capture", "answers"),
+                    f"given, but {t.name} tells nothing of words that are not its own", "write `answers: ask`") for t in far]
         return agreed(self, *claims)
 
     @property
@@ -78,7 +104,7 @@ class Recipe(Section):
 
 SECTIONS: dict[str, type[Section]] = {  # by the key they stand under
     "student": Student, "teachers": Teacher, "corpus": CorpusPart, "audition": Audition, "capture": Capture, "training": Training,
-    "evaluation": Evaluation, "check": Check, "sizes": Sizes, "lora": Lora}
+    "evaluation": Evaluation, "check": Check, "sizes": Sizes, "lora": Lora, "endpoint": Endpoint, "generation": Generation}
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

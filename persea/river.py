@@ -26,8 +26,9 @@ from persea.lineage import Parent
 from persea.measure import Item, Skill, Split
 from persea.models import Source, fingerprint, local_folder, notes, open_voice, stamp
 from persea.recipe import Recipe
-from persea.sections import ModelRef
+from persea.sections import WORDS, Generation, ModelRef
 from persea.sections import Student as StudentRef
+from persea.sections import Teacher as TeacherRef
 from persea.voice import Voice
 
 if TYPE_CHECKING:
@@ -61,8 +62,19 @@ class River:
 
     @cached_property
     def voices(self) -> dict[str, Voice]:
-        """Teacher name -> voice, in the recipe's order."""
-        return {t.name: open_voice(source(t), f"teachers.{k}.model", self.recipe.today) for k, t in enumerate(self.recipe.teachers)}
+        """Teacher name -> voice, in the recipe's order. Words of a teacher whose tokenizer nobody knows are laid in the student's."""
+        return {t.name: self.student_voice if t.model == WORDS else open_voice(source(t), f"teachers.{k}.model", self.recipe.today)
+                for k, t in enumerate(self.recipe.teachers)}
+
+    @property
+    def teaching(self) -> tuple[str, ...]:
+        """Those who teach, yardsticks left out."""
+        return tuple(t.name for t in self.recipe.teachers if not t.yardstick)
+
+    @cached_property
+    def endpoints(self) -> dict[str, Any]:
+        """Teacher name -> engine of its server, filled when it is first asked: one connection, one handshake, one budget a run."""
+        return {}
 
     @cached_property
     def student_voice(self) -> Voice:
@@ -71,7 +83,7 @@ class River:
     @cached_property
     def families(self) -> dict[str, dict[str, Any]]:
         """Speaker -> its family, whether persea recognised it or the recipe named it, and what a person should know of it."""
-        speakers = [(t.name, source(t), self.voices[t.name]) for t in self.recipe.teachers]
+        speakers = [(t.name, source(t), self.voices[t.name]) for t in self.recipe.teachers if t.model != WORDS]
         return {name: {"family": voice.family.name, "detected": not where.family, "note": notes(where, voice, name)}
                 for name, where, voice in [*speakers, (STUDENT, source(self.recipe.student), self.student_voice)]}
 
@@ -79,15 +91,23 @@ class River:
     def identities(self) -> dict[str, str]:
         """Teacher name -> digest of weights, voice and effort: what an answer depends on."""
         assert self._stamps  # noted first: what is written while it is read is seen afterwards
-        return {t.name: digest_of([fingerprint(source(t), t.name), self.voices[t.name].digest, t.effort]) for t in self.recipe.teachers}
+        def what(t: TeacherRef) -> list[Any]:
+            own = [t.model, t.revision, t.endpoint.protocol, t.endpoint.served, t.endpoint.top, t.endpoint.dial] if t.endpoint else None
+            how = [t.generation.model_dump()] if t.generation != Generation() else []
+            return [own or fingerprint(source(t), t.name), self.voices[t.name].digest, t.effort, *how, *([t.engine] if t.engine != "local" else [])]
+
+        return {t.name: digest_of(what(t)) for t in self.recipe.teachers}
 
     @cached_property
     def _stamps(self) -> dict[str, object]:
-        return {t.name: stamp(source(t), t.name) for t in self.recipe.teachers}
+        return {t.name: () if t.endpoint else stamp(source(t), t.name) for t in self.recipe.teachers}
 
     def refuse_changed(self, name: str) -> None:
-        """Raises Refused where a teacher's files are no longer those that its identity was made of."""
+        """Raises Refused where a teacher's files are no longer those that its identity was made of, TeacherError where its server is another's."""
         ref = next(t for t in self.recipe.teachers if t.name == name)
+        if ref.endpoint:
+            self.endpoints[name].again()
+            return
         if stamp(source(ref), name) != self._stamps[name]:
             raise Refused(f"the files of {name} changed while it was asked", where=ref.model,
                           remedy="put back what was there, or give the changed teacher a run of its own (--out): what is committed stays")
@@ -100,7 +120,7 @@ class River:
     @cached_property
     def bridges(self) -> dict[str, Bridge]:
         """Teacher name -> bridge to the student."""
-        return {name: open_bridge(voice, self.student_voice) for name, voice in self.voices.items()}
+        return {name: open_bridge(self.voices[name], self.student_voice) for name in self.teaching}
 
     @cached_property
     def skills(self) -> tuple[Skill, ...]:
@@ -170,13 +190,37 @@ class River:
         kind = {"tau": c.tau} if c.rows == "sampled" else {"rows": c.rows, "kl": c.kl}
         settings = {**kind, "answers": c.answers, "max_new_tokens": c.max_new_tokens, "batch": c.batch,
                     "seed": self.recipe.seed, "threads": self.recipe.threads}
-        return plan_units(self.corpus.prompts, self.cast, self.identities, c.unit, settings,
-                          c.max_new_tokens if c.answers == "ask" else None)
+        longest = max(t.generation.max_new_tokens or c.max_new_tokens for t in self.recipe.teachers)
+        return plan_units(self.corpus.prompts, self.cast, self.identities, c.unit, settings, longest if c.answers == "ask" else None)
 
     def teacher(self, name: str, batch: int) -> Teacher:
         """A teacher with its weights."""
         ref = next(t for t in self.recipe.teachers if t.name == name)
-        return self._speaker(name, source(ref), self.voices[name], batch, ref.effort)
+        longest = ref.generation.max_new_tokens or 0
+        if ref.endpoint or ref.engine != "local":
+            from persea.teacher import Teacher
+
+            return Teacher(name, self.voices[name], self._far(ref), ref.effort, longest=longest)
+        return self._speaker(name, source(ref), self.voices[name], batch, ref.effort, ref.generation)
+
+    def _far(self, ref: TeacherRef) -> Any:
+        """The engine of a teacher whose weights are not opened here. The first handshake of a run folder is kept, and holds for all later ones."""
+        from persea.engines.endpoint import Fingerprint
+        from persea.engines.open import open_endpoint, sampling_of
+        from persea.engines.vllm import open_vllm
+
+        if ref.name in self.endpoints:
+            return self.endpoints[ref.name]
+        voice, sampling = self.voices[ref.name], sampling_of(ref.generation)
+        if not ref.endpoint:
+            return self.endpoints.setdefault(ref.name, open_vllm(ref.model, ref.revision, len(voice.vocabulary), sampling))
+        engine = open_endpoint(ref.name, ref.endpoint, ref.effort, sampling, voice)
+        kept = self.folder / "endpoints" / f"{ref.name}.json"
+        if kept.is_file():
+            Fingerprint.from_json(store.read_json(kept)).refuse_another(engine.first[0], f"{ref.name}, {ref.endpoint.url}")
+        else:
+            store.publish_json(kept, engine.first[0].to_json())
+        return self.endpoints.setdefault(ref.name, engine)
 
     def speaker(self, name: str, batch: int) -> Teacher:
         """The student as trained, its base, or a teacher: whoever is measured."""
@@ -188,14 +232,17 @@ class River:
             return self._speaker(name, source(self.recipe.student), self.student_voice, batch, Effort.NONE)
         return self.teacher(name, batch)
 
-    def _speaker(self, name: str, where: Source, voice: Voice, batch: int, effort: Any) -> Teacher:
+    def _speaker(self, name: str, where: Source, voice: Voice, batch: int, effort: Any, generation: Generation | None = None) -> Teacher:
         from persea.engines.local import LocalEngine
+        from persea.engines.open import sampling_of
         from persea.models import open_model
         from persea.teacher import Teacher
 
         model = open_model(where, voice, name)
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        return Teacher(name, voice, LocalEngine(model, len(voice.vocabulary), batch), effort, context=context or 0)
+        how = generation or Generation()
+        engine = LocalEngine(model, len(voice.vocabulary), batch, sampling_of(how))
+        return Teacher(name, voice, engine, effort, context=context or 0, longest=how.max_new_tokens or 0)
 
     def student(self) -> Student:
         """The student, ready to be trained."""
@@ -209,7 +256,13 @@ class River:
         """A teacher, or the base, for the lineage record."""
         ref: ModelRef = self.recipe.student if name == BASE else next(t for t in self.recipe.teachers if t.name == name)
         voice = self.student_voice if name == BASE else self.voices[name]
-        licence = getattr(ref, "licence", "") or voice.family.licence
+        licence = getattr(ref, "licence", "") or ("not known" if ref.model == WORDS else voice.family.licence)
+        kept = self.folder / "endpoints" / f"{name}.json"
+        if getattr(ref, "endpoint", None):
+            family = WORDS if ref.model == WORDS else voice.family.name
+            seen = store.read_json(kept)
+            return Parent(name, str(seen["model"]) if ref.model == WORDS else Path(ref.model).name if Path(ref.model).is_dir() else ref.model,
+                          ref.revision, family, licence, digest_of(seen))
         return Parent(name, Path(ref.model).name if Path(ref.model).is_dir() else ref.model, ref.revision, voice.family.name, licence,
                       fingerprint(source(ref), name))
 

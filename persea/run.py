@@ -35,20 +35,21 @@ def check(river: River, folder: Path, tell: Tell) -> None:
     from persea.check import TEXTS, kept_by, likelihood, refuse
     from persea.check import check as pairing
 
-    samples, settings, teachers = river.samples, river.recipe.check, river.recipe.teachers
+    samples, settings, teachers = river.samples, river.recipe.check, [t for t in river.recipe.teachers if not t.yardstick]
     mine = [s.rendered(river.student_voice) for s in samples]
     pairs, likelihoods = [], []
     for k, teacher in enumerate(teachers):
         voice, bridge = river.voices[teacher.name], river.bridges[teacher.name]
         kept = None
-        if is_small(source(teacher)) if settings.likelihood is None else settings.likelihood:
+        here = teacher.endpoint is None and teacher.engine == "local"  # whole distributions are looked at, which no server gives
+        if here and (is_small(source(teacher)) if settings.likelihood is None else settings.likelihood):
             opened = river.teacher(teacher.name, river.recipe.audition.batch)
             likelihoods += likelihood(opened, [s for s in samples if s.skill != TEXTS])
             kept = kept_by(opened, bridge)
         pairs += [pairing(teacher.name, voice, river.student_voice, bridge, s, said, kept if s.skill != TEXTS else None)
                   for s, said in zip(samples, mine, strict=True)]
-        family, note = river.families[teacher.name]["family"], river.families[teacher.name]["note"]
-        tell("check", (k + 1) / len(teachers), f"{teacher.name} ({family}{', see its note in check.json' if note else ''})")
+        family, note = (river.families.get(teacher.name, {}).get(key, "") for key in ("family", "note"))
+        tell("check", (k + 1) / len(teachers), f"{teacher.name} ({family or 'words'}{', see its note in check.json' if note else ''})")
     store.publish_json(folder / "check.json", {"pairs": [p.to_json() for p in pairs], "likelihoods": [one.to_json() for one in likelihoods],
                                                "families": river.families})
     refuse(pairs, likelihoods, settings.floor, settings.disagreement)
@@ -67,7 +68,7 @@ def audition(river: River, folder: Path, tell: Tell) -> None:
             scores += mine
             store.publish_lines(folder / f"{name}.{skill.name}.jsonl", (r.to_json() for r in results))
             tell("audition", (k + (j + 1) / len(skills)) / len(river.voices), f"{name} {skill.name} {mine[0].value:.2f}")
-    chosen = cast([s.name for s, _ in skills], list(river.voices), scores, river.recipe.audition.pinned)
+    chosen = cast([s.name for s, _ in skills], river.teaching, scores, river.recipe.audition.pinned)
     store.publish_json(folder / "cast.json", chosen.to_json())
 
 
@@ -134,7 +135,7 @@ def evaluate(river: River, folder: Path, tell: Tell) -> None:
         bits |= spent
         lines += [{"speaker": name, "skill": r.item.prompt.skill} | r.to_json() for r in results[name]]
         tell("evaluate", (k + 1) / len(names), f"{name} " + " ".join(f"{s.value:.2f}" for s in some if not s.language))
-    out = Evaluation(STUDENT, BASE, tuple(river.voices), Effort.NONE, tuple(scores), bits)
+    out = Evaluation(STUDENT, BASE, river.teaching, Effort.NONE, tuple(scores), bits)
     store.publish_lines(folder / "examples.jsonl", lines)
     store.publish_json(folder / "evaluation.json", out.to_json())
 
@@ -143,7 +144,7 @@ def lineage(river: River, folder: Path, tell: Tell) -> None:
     """Write down what made the weights."""
     from persea.lineage import lineage as record
 
-    teachers = [river.parent(n) for n in river.voices]
+    teachers = [river.parent(n) for n in river.teaching]
     store.publish_json(folder / "lineage.json", record(river.folder / "train" / "student", river.parent(BASE), teachers, river.recipe.hash,
                                                        {"units": digest_of([u.name for u in river.units])}))
 
