@@ -80,6 +80,8 @@ class Recipe(Section):
                     f"true, but {t.name} does not give the whole rows that it needs", "write `completion: false`") for t in far]
         claims += [(t.endpoint is not None and t.endpoint.protocol == "chat" and self.capture.answers == "given", ("capture", "answers"),
                     f"given, but {t.name} tells nothing of words that are not its own", "write `answers: ask`") for t in far]
+        claims += [(bool(part.modes) and self.capture.answers == "given", ("corpus", k, "modes"), "given, but nobody is asked: answers that came "
+                    "with the prompts have no thought", "delete `modes:`, or write `capture: {answers: ask}`") for k, part in enumerate(self.corpus)]
         return agreed(self, *claims)
 
     @property
@@ -152,7 +154,7 @@ BOUNDS = {"greater_than": ("gt", "more than"), "greater_than_equal": ("ge", "at 
 
 def _explained(error: ErrorDetails) -> Iterator[tuple[KeyPath, str, str]]:
     """One of pydantic's findings in words: (key, what, remedy)."""
-    path, kind, context = error["loc"], error["type"], error.get("ctx", {})
+    path, kind, context = tuple(k for k in error["loc"] if k != "[key]"), error["type"], error.get("ctx", {})
     if kind == "default_factory_not_called":  # a default that hangs on a wrong value, told beside it
         return
     given = f"(got {_shown(error['input'])})"

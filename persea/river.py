@@ -19,9 +19,11 @@ from persea import skills, store
 from persea.audition import Cast
 from persea.bridge import Bridge, open_bridge
 from persea.capture import Unit, plan_units
+from persea.chat import Effort
 from persea.check import Sample, read_texts
-from persea.corpus import Broken, Corpus, Prompt, gather, read_prompts
-from persea.errors import DataError, Refused
+from persea.corpus import Broken, Corpus, Prompt, gather, in_modes, read_prompts
+from persea.errors import DataError, RecipeError, Refused
+from persea.far import is_far, open_far, sampling_of, what_answers
 from persea.lineage import Parent
 from persea.measure import Item, Skill, Split
 from persea.models import Source, fingerprint, local_folder, notes, open_voice, stamp
@@ -72,8 +74,8 @@ class River:
         return tuple(t.name for t in self.recipe.teachers if not t.yardstick)
 
     @cached_property
-    def endpoints(self) -> dict[str, Any]:
-        """Teacher name -> engine of its server, filled when it is first asked: one connection, one handshake, one budget a run."""
+    def far(self) -> dict[str, Any]:
+        """Teacher name -> engine of its server, filled when it is first asked: one handshake, one budget a run."""
         return {}
 
     @cached_property
@@ -92,9 +94,8 @@ class River:
         """Teacher name -> digest of weights, voice and effort: what an answer depends on."""
         assert self._stamps  # noted first: what is written while it is read is seen afterwards
         def what(t: TeacherRef) -> list[Any]:
-            own = [t.model, t.revision, t.endpoint.protocol, t.endpoint.served, t.endpoint.top, t.endpoint.dial] if t.endpoint else None
             how = [t.generation.model_dump()] if t.generation != Generation() else []
-            return [own or fingerprint(source(t), t.name), self.voices[t.name].digest, t.effort, *how, *([t.engine] if t.engine != "local" else [])]
+            return [what_answers(t) or fingerprint(source(t), t.name), self.voices[t.name].digest, t.effort, *how, *([t.engine] if is_far(t) else [])]
 
         return {t.name: digest_of(what(t)) for t in self.recipe.teachers}
 
@@ -106,7 +107,7 @@ class River:
         """Raises Refused where a teacher's files are no longer those that its identity was made of, TeacherError where its server is another's."""
         ref = next(t for t in self.recipe.teachers if t.name == name)
         if ref.endpoint:
-            self.endpoints[name].again()
+            self.far[name].again()
             return
         if stamp(source(ref), name) != self._stamps[name]:
             raise Refused(f"the files of {name} changed while it was asked", where=ref.model,
@@ -171,12 +172,27 @@ class River:
                 if prompt.skill not in {s.name for s in self.skills}:
                     raise DataError(f"prompt {prompt.id} is of skill {prompt.skill!r}, which the corpus does not name", where=part.file,
                                     remedy=f"one of {', '.join(s.name for s in self.skills)}; or add a part of that skill")
-            return prompts
+            return in_modes(prompts, part.modes)
         items = skills.named(part.skill).items(Split.TEACH, part.generate or 0, self.recipe.seed)
         if len(items) < (part.generate or 0):
             raise DataError(f"{part.skill} has only {len(items):,} questions to teach with", where=f"corpus.{k}.generate",
                             remedy=f"ask for at most {len(items):,}")
-        return [replace(i.prompt, answer=i.reference) for i in items]
+        return in_modes((replace(i.prompt, answer=i.reference) for i in items), part.modes)
+
+    def refuse_modes(self) -> None:
+        """Raises RecipeError where the student cannot learn a mode of the corpus, or nobody who may be cast for it can be asked in it."""
+        for k, part in enumerate(self.recipe.corpus):
+            for effort in part.modes:
+                where, pinned = f"corpus.{k}.modes", self.recipe.audition.pinned.get(part.skill)
+                if effort not in self.student_voice.family.efforts:
+                    raise RecipeError(f"{effort} is asked for, and the student's template cannot tell it", where=where,
+                                      remedy="write `thinking: true` under `student:`, or choose another student")
+                if not any(knows(self.voices[name], effort) for name in ([pinned] if pinned else self.voices)):
+                    raise RecipeError(f"{effort} is asked for, and no teacher of {part.skill} knows it: {self._efforts()}", where=where,
+                                      remedy="choose among the efforts of the teacher, or add one that knows it")
+
+    def _efforts(self) -> str:
+        return "; ".join(f"{name} knows {', '.join(e for e in Effort if knows(voice, e))}" for name, voice in self.voices.items())
 
     @cached_property
     def cast(self) -> Cast:
@@ -191,41 +207,27 @@ class River:
         settings = {**kind, "answers": c.answers, "max_new_tokens": c.max_new_tokens, "batch": c.batch,
                     "seed": self.recipe.seed, "threads": self.recipe.threads}
         longest = max(t.generation.max_new_tokens or c.max_new_tokens for t in self.recipe.teachers)
-        return plan_units(self.corpus.prompts, self.cast, self.identities, c.unit, settings, longest if c.answers == "ask" else None)
+        units = plan_units(self.corpus.prompts, self.cast, self.identities, c.unit, settings, longest if c.answers == "ask" else None)
+        for name, skill, effort in sorted({(u.teacher, p.skill, p.effort) for u in units for p in u.prompts if p.effort is not None}):
+            if not knows(self.voices[name], effort):
+                raise RecipeError(f"{name} was cast for {skill}, which is to be asked at {effort} effort: {self._efforts()}", where="corpus.modes",
+                                   remedy=f"change the modes of {skill}, or pin a teacher who knows them: audition.pinned.{skill}")
+        return units
 
     def teacher(self, name: str, batch: int) -> Teacher:
         """A teacher with its weights."""
         ref = next(t for t in self.recipe.teachers if t.name == name)
         longest = ref.generation.max_new_tokens or 0
-        if ref.endpoint or ref.engine != "local":
+        if is_far(ref):
             from persea.teacher import Teacher
 
-            return Teacher(name, self.voices[name], self._far(ref), ref.effort, longest=longest)
+            if name not in self.far:
+                self.far[name] = open_far(ref, self.voices[name], self.folder / "endpoints" / f"{name}.json")
+            return Teacher(name, self.voices[name], self.far[name], ref.effort, longest=longest)
         return self._speaker(name, source(ref), self.voices[name], batch, ref.effort, ref.generation)
-
-    def _far(self, ref: TeacherRef) -> Any:
-        """The engine of a teacher whose weights are not opened here. The first handshake of a run folder is kept, and holds for all later ones."""
-        from persea.engines.endpoint import Fingerprint
-        from persea.engines.open import open_endpoint, sampling_of
-        from persea.engines.vllm import open_vllm
-
-        if ref.name in self.endpoints:
-            return self.endpoints[ref.name]
-        voice, sampling = self.voices[ref.name], sampling_of(ref.generation)
-        if not ref.endpoint:
-            return self.endpoints.setdefault(ref.name, open_vllm(ref.model, ref.revision, len(voice.vocabulary), sampling))
-        engine = open_endpoint(ref.name, ref.endpoint, ref.effort, sampling, voice)
-        kept = self.folder / "endpoints" / f"{ref.name}.json"
-        if kept.is_file():
-            Fingerprint.from_json(store.read_json(kept)).refuse_another(engine.first[0], f"{ref.name}, {ref.endpoint.url}")
-        else:
-            store.publish_json(kept, engine.first[0].to_json())
-        return self.endpoints.setdefault(ref.name, engine)
 
     def speaker(self, name: str, batch: int) -> Teacher:
         """The student as trained, its base, or a teacher: whoever is measured."""
-        from persea.chat import Effort
-
         if name == STUDENT:
             return self._speaker(name, Source(str(self.folder / "train" / "student")), self.student_voice, batch, Effort.NONE)
         if name == BASE:
@@ -234,7 +236,6 @@ class River:
 
     def _speaker(self, name: str, where: Source, voice: Voice, batch: int, effort: Any, generation: Generation | None = None) -> Teacher:
         from persea.engines.local import LocalEngine
-        from persea.engines.open import sampling_of
         from persea.models import open_model
         from persea.teacher import Teacher
 
@@ -302,6 +303,13 @@ class River:
                    if p.is_file() and not {"checkpoints", "units"} & set(p.relative_to(folder).parts)}
         store.publish_sealed(record, {"key": key, "seconds": round(time.monotonic() - begin, 2), "outputs": outputs})
         tell(stage, 1.0, f"{time.monotonic() - begin:.0f} s")
+
+
+def knows(voice: Voice, effort: Effort) -> bool:
+    """Whether a teacher can be asked at an effort. Everybody can be asked to answer at once: gpt-oss, which always thinks, then thinks at
+    its lowest effort, and the student does not see what it thought.
+    """
+    return effort is Effort.NONE or effort in voice.family.efforts
 
 
 def set_threads(threads: int) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from persea import store
 from persea.chat import Effort
+from persea.far import is_far
 from persea.measure import Score, Split
 from persea.river import BASE, STUDENT, River, Tell, digest_of, is_small, set_threads, source
 
@@ -41,8 +42,7 @@ def check(river: River, folder: Path, tell: Tell) -> None:
     for k, teacher in enumerate(teachers):
         voice, bridge = river.voices[teacher.name], river.bridges[teacher.name]
         kept = None
-        here = teacher.endpoint is None and teacher.engine == "local"  # whole distributions are looked at, which no server gives
-        if here and (is_small(source(teacher)) if settings.likelihood is None else settings.likelihood):
+        if not is_far(teacher) and (is_small(source(teacher)) if settings.likelihood is None else settings.likelihood):
             opened = river.teacher(teacher.name, river.recipe.audition.batch)
             likelihoods += likelihood(opened, [s for s in samples if s.skill != TEXTS])
             kept = kept_by(opened, bridge)
@@ -95,7 +95,7 @@ def train(river: River, folder: Path, tell: Tell) -> None:
     """Teach the student from all teachers at once."""
     from persea.capture import read
     from persea.feed import offline
-    from persea.losses import composed
+    from persea.losses import composed_head
     from persea.train import Settings
     from persea.train import train as loop
 
@@ -107,8 +107,8 @@ def train(river: River, folder: Path, tell: Tell) -> None:
 
     def loss_of(step: int) -> tuple[Any, Any]:
         batch = feed.batch(step)
-        logits_NV = student.logits(batch.ids_BS, batch.mask_BS, batch.row_N, batch.at_N)
-        return composed(logits_NV, batch.targets_N.to(logits_NV.device), batch.teachers, t.event_share), batch.share
+        hidden_ND = student.hidden(batch.ids_BS, batch.mask_BS, batch.row_N, batch.at_N)
+        return composed_head(hidden_ND, student.head, batch.targets_N, batch.teachers, t.event_share), batch.share
 
     settings = Settings(t.steps, t.learning_rate, t.warmup, t.weight_decay, t.clip, t.checkpoint_every, t.log_every, river.recipe.seed)
     student.model.train()
@@ -174,6 +174,7 @@ def run(river: River, tell: Tell, only: str = "") -> None:
     stage before it.
     """
     set_threads(river.recipe.threads)
+    river.refuse_modes()
     with store.lock(river.folder):
         for stage in STAGES:
             if not only or stage.name == only:

@@ -8,18 +8,22 @@ import functools
 import json
 import os
 import socket
-import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import uvicorn
+from test_cli import warm
+
+from persea import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,27 +31,37 @@ ROOT = Path(__file__).resolve().parent.parent
 @dataclass(frozen=True)
 class Served:
     url: str
-    process: subprocess.Popen[str]
+    process: BaseProcess
 
 
-def start_serve(model: Path, *options: str, **environment: str) -> Served:
-    """`persea serve` on a free port; the caller ends it."""
-    command = [sys.executable, "-m", "persea.cli", "serve", str(model), "--port", "0", "--threads", "1", *options]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    assert process.stdout
-    line = process.stdout.readline()
-    if " listens on " not in line:
-        _, err = process.communicate()
-        raise RuntimeError(f"serve ended with {process.returncode}: {err}")
-    served = Served(line.rsplit(" ", 1)[1].strip(), process)
-    until = time.monotonic() + 60
+def _enter(arguments: tuple[str, ...], said: str, variables: dict[str, str]) -> None:
+    """What the child does: the command line's entry point, its outputs in a file."""
+    os.environ |= variables
+    descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.argv = ["persea", *arguments]
+    cli.main()
+
+
+def start_serve(model: Path, *options: str, **variables: str) -> Served:
+    """`persea serve` on a free port, a process of its own; the caller ends it."""
+    said = Path(tempfile.mkdtemp()) / "said"
+    arguments = ("serve", str(model), "--port", "0", "--threads", "1", *options)
+    process = warm().Process(target=_enter, args=(arguments, str(said), variables), daemon=True)
+    process.start()
+    until = time.monotonic() + 120
     while time.monotonic() < until:
-        try:
-            assert httpx2.get(f"{served.url}/health", trust_env=False).status_code == 200
-            return served
-        except httpx2.TransportError:
-            time.sleep(0.05)
+        line = next((row for row in said.read_text().splitlines() if " listens on " in row), "") if said.exists() else ""
+        if line:
+            url = line.rsplit(" ", 1)[1]
+            try:
+                assert httpx2.get(f"{url}/health", trust_env=False).status_code == 200
+                return Served(url, process)
+            except httpx2.TransportError:
+                pass
+        assert process.is_alive(), said.read_text()
+        time.sleep(0.05)
     raise RuntimeError("serve does not answer")
 
 

@@ -109,13 +109,16 @@ class Line:
         return answer
 
     async def _all(self, jobs: Sequence[Job[T]]) -> list[T | Failed]:
+        tasks: list[asyncio.Task[T | Failed]] = []
         self._heard = self.clock()
         self._until = min(self._until, self._heard + LONGEST)
         slots = asyncio.Semaphore(self.manners.concurrency)
         async with self._client() as client:
             try:
                 async with asyncio.TaskGroup() as group:
-                    tasks = [group.create_task(self._until_done(client, slots, job)) for job in jobs]
+                    for job in jobs:
+                        work = self._until_done(client, slots, job)
+                        tasks.append(group.create_task(work))
             except BaseExceptionGroup as error:
                 raise error.exceptions[0] from None  # the first that ended it; the others were cancelled
         return [t.result() for t in tasks]

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -114,16 +114,17 @@ def routes(app: FastAPI, speaker: Speaker, caps: Caps) -> None:
         if asked.stream:
             top, usage = head("chat.completion.chunk", "chatcmpl"), asked.stream_options is not None and asked.stream_options.include_usage
 
-            async def events() -> AsyncIterator[dict[str, Any]]:
+            async def events() -> AsyncGenerator[dict[str, Any], None]:
                 yield top | {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]}
                 async with aclosing(steps):
                     async for token in steps:
                         if delta := heard.add(token):
                             yield top | {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
                 more, calls, how = finish()
+                last: dict[str, Any] = dict(more)
                 if calls:
-                    more = more | {"tool_calls": [call | {"index": k} for k, call in enumerate(calls)]}  # type: ignore[dict-item]
-                yield top | {"choices": [{"index": 0, "delta": more, "finish_reason": how}]}
+                    last["tool_calls"] = [call | {"index": k} for k, call in enumerate(calls)]
+                yield top | {"choices": [{"index": 0, "delta": last, "finish_reason": how}]}
                 if usage:
                     yield top | {"choices": [], "usage": _usage(len(prompt), len(heard.ids))}
 
@@ -199,9 +200,9 @@ def _usage(prompt: int, said: int) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": said, "total_tokens": prompt + said}
 
 
-async def _watched(steps: AsyncIterator[int], request: Request) -> AsyncIterator[int]:
+async def _watched(steps: AsyncGenerator[int, None], request: Request) -> AsyncGenerator[int, None]:
     """Tokens, for as long as somebody waits for them."""
-    async with aclosing(steps):  # type: ignore[type-var]
+    async with aclosing(steps):
         count = 0
         async for token in steps:
             yield token
@@ -210,12 +211,12 @@ async def _watched(steps: AsyncIterator[int], request: Request) -> AsyncIterator
                 return
 
 
-async def _spoken(top: dict[str, Any], speaker: Speaker, steps: AsyncIterator[int], stops: tuple[int, ...], prompt: list[int], with_ids: bool,
-                  usage: bool) -> AsyncIterator[dict[str, Any]]:
+async def _spoken(top: dict[str, Any], speaker: Speaker, steps: AsyncGenerator[int, None], stops: tuple[int, ...], prompt: list[int], with_ids: bool,
+                  usage: bool) -> AsyncGenerator[dict[str, Any], None]:
     """An answer's tokens and characters, one event a token; half a character waits for its other half."""
     ids: list[int] = []
     told = ""
-    async with aclosing(steps):  # type: ignore[type-var]
+    async with aclosing(steps):
         async for token in steps:
             ids.append(token)
             raw = plain(speaker.voice, ids)
@@ -241,9 +242,9 @@ def _is_half(raw: bytes) -> bool:
     return False
 
 
-def _streamed(events: AsyncIterator[dict[str, Any]]) -> StreamingResponse:
+def _streamed(events: AsyncGenerator[dict[str, Any], None]) -> StreamingResponse:
     async def lines() -> AsyncIterator[str]:
-        async with aclosing(events):  # type: ignore[type-var]
+        async with aclosing(events):
             async for event in events:
                 yield f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
         yield "data: [DONE]\n\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,7 +31,7 @@ class Speaker:
     context: int
     _one: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    async def steps(self, prompt: Sequence[int], stops: Sequence[int], most: int, sampling: Sampling) -> AsyncIterator[int]:
+    async def steps(self, prompt: Sequence[int], stops: Sequence[int], most: int, sampling: Sampling) -> AsyncGenerator[int, None]:
         """Tokens as they come; many answers take turns."""
         steps = self.engine.stream(np.array(prompt, np.int32), stops, most, sampling)
         while True:
