@@ -18,7 +18,8 @@ from persea.chat import Effort, Finish, Text, Tokens
 from persea.corpus import MAX_LINE, Broken, Corpus, Prompt
 from persea.engines import Failed, Namer
 from persea.errors import DataError, Refused
-from persea.rows import RowKind, Rows, sample_rows, top_rows
+from persea.reader import Reader, open_reader
+from persea.rows import RowKind, Rows, joined, sample_rows, top_rows
 from persea.shelf import committed
 from persea.teacher import Answer, Teacher
 
@@ -51,8 +52,9 @@ def plan_units(prompts: Sequence[Prompt], cast: Cast, teachers: Mapping[str, str
     asked: dict[str, list[Prompt]] = {name: [] for name in teachers}
     counts: Counter[str] = Counter()
     for prompt in prompts:
-        asked[cast.teacher_of(prompt.skill, counts[prompt.skill])].append(prompt)
-        counts[prompt.skill] += 1
+        part = cast.part_of(prompt.skill, prompt.language)
+        asked[cast.teacher_of(part, counts[part])].append(prompt)
+        counts[part] += 1
     units = []
     for name, mine in asked.items():
         for some in _closed(mine, size, max_new_tokens):
@@ -89,14 +91,16 @@ class Keeping:
     def kind(self) -> RowKind:
         return RowKind.SAMPLED if self.kl is None else RowKind.TOPK_REST
 
-    def rows(self, unit: Unit, answer: Answer, tokens: Tokens, logprobs_NW: torch.Tensor, seen_W: npt.NDArray[np.int64]) -> Rows:
-        """seen_W: how often each token stands in the unit's answers. One more of each, and it says how a rest is spread."""
-        realised_N = tokens.ids_T[tokens.learn_T]
+    def rows(self, unit: Unit, answer: Answer, tokens: Tokens, logprobs_NW: torch.Tensor, seen_W: npt.NDArray[np.int64], first: int = 0) -> Rows:
+        """The answer's rows from its `first` on, of as many as there are log-probabilities.
+
+        seen_W: how often each token stands in the unit's answers. One more of each, and it says how a rest is spread."""
+        realised_N = tokens.ids_T[tokens.learn_T][first:first + len(logprobs_NW)]
         if self.kl is not None:
             return top_rows(logprobs_NW, realised_N, self.kl, (seen_W + 1) / (seen_W + 1).sum(), f"prompt {answer.prompt_id}")
         if self.tau is None:
             raise AssertionError("rows are kept by tau or by kl")
-        return sample_rows(logprobs_NW, realised_N, self.tau, f"{self.seed} {unit.teacher} {answer.prompt_id}")
+        return sample_rows(logprobs_NW, realised_N, self.tau, f"{self.seed} {unit.teacher} {answer.prompt_id}", first)
 
 
 @dataclass(frozen=True)
@@ -203,8 +207,10 @@ def _rows(unit: Unit, whole: Sequence[tuple[Answer, Tokens]], teacher: Teacher, 
     seen_W = np.zeros(len(teacher.voice.vocabulary), np.int64)
     for one in ids:
         seen_W += np.bincount(one, minlength=len(seen_W))
-    for (answer, tokens), logprobs_NW in zip(whole, teacher.engine.score(ids, learn), strict=True):
-        yield how.rows(unit, answer, tokens, logprobs_NW, seen_W)
+    parts: list[list[Rows]] = [[] for _ in whole]
+    for k, logprobs_NW in teacher.engine.pieces(ids, learn):
+        parts[k].append(how.rows(unit, *whole[k], logprobs_NW, seen_W, sum(map(len, parts[k]))))
+    yield from map(joined, parts)
 
 
 THOUGHTLESS = "thoughtless"  # beside the ways to finish: asked to think, and answered at once. A student would learn that the switch means nothing
@@ -232,10 +238,10 @@ def _rendered(answer: Answer, teacher: Teacher) -> Tokens | None:
         return None
 
 
-def read(units: Sequence[Unit], folder: Path) -> Iterator[cache.Capture]:
-    """All captures of the units, in order, every digest checked."""
-    for unit in units:
-        yield from cache.read_unit(folder, unit.name)
+def caches(units: Sequence[Unit], folder: Path) -> tuple[tuple[Reader, int], ...]:
+    """Each teacher's captures, and its share: how many prompts the cast gave it. A teacher that was asked nothing has none."""
+    return tuple((open_reader(folder, [u.name for u in units if u.teacher == name]), sum(len(u.prompts) for u in units if u.teacher == name))
+                 for name in dict.fromkeys(u.teacher for u in units))
 
 
 def summary(units: Sequence[Unit], folder: Path) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from persea.engines.line import Line, Manners
 from persea.engines.talk import TalkEngine
 from persea.engines.vllm import VllmEngine, open_vllm
 from persea.errors import EnvironmentLacks
-from persea.sections import Generation, Teacher
+from persea.lineage import Parent
+from persea.sections import WORDS, Generation, Teacher
 from persea.voice import Voice
 
 
@@ -30,6 +33,20 @@ def what_answers(ref: Teacher) -> list[Any]:
     """Of a teacher behind a server, what its answers depend on; not where it stands, nor how patiently it is asked."""
     at = ref.endpoint
     return [] if at is None else [ref.model, ref.revision, at.protocol, at.served, at.top, at.dial]
+
+
+def how_answered(ref: Teacher) -> list[Any]:
+    """What a teacher's identity says beside that; nothing where it answers as all do."""
+    return ([ref.generation.model_dump()] if ref.generation != Generation() else []) + ([ref.engine] if ref.engine != "local" else [])
+
+
+def far_parent(ref: Teacher, voice: Voice, kept: Path) -> Parent:
+    """A teacher behind a server, for the lineage record: which model answered, as its first handshake found."""
+    seen, words = store.read_json(kept), ref.model == WORDS
+    model = str(seen["model"]) if words else Path(ref.model).name if Path(ref.model).is_dir() else ref.model
+    digest = hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()
+    return Parent(ref.name, model, ref.revision, WORDS if words else voice.family.name,
+                  ref.licence or ("not known" if words else voice.family.licence), digest)
 
 
 def open_far(ref: Teacher, voice: Voice, kept: Path) -> EndpointEngine | TalkEngine | VllmEngine:

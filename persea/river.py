@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from persea import skills, store
+from persea.asking import Speaker
 from persea.audition import Cast
 from persea.bridge import Bridge, open_bridge
 from persea.capture import Unit, plan_units
@@ -23,7 +24,7 @@ from persea.chat import Effort
 from persea.check import Sample, read_texts
 from persea.corpus import Broken, Corpus, Prompt, gather, in_modes, read_prompts
 from persea.errors import DataError, RecipeError, Refused
-from persea.far import is_far, open_far, sampling_of, what_answers
+from persea.far import far_parent, how_answered, is_far, open_far, sampling_of, what_answers
 from persea.lineage import Parent
 from persea.measure import Item, Skill, Split
 from persea.models import Source, fingerprint, local_folder, notes, open_voice, stamp
@@ -93,11 +94,8 @@ class River:
     def identities(self) -> dict[str, str]:
         """Teacher name -> digest of weights, voice and effort: what an answer depends on."""
         assert self._stamps  # noted first: what is written while it is read is seen afterwards
-        def what(t: TeacherRef) -> list[Any]:
-            how = [t.generation.model_dump()] if t.generation != Generation() else []
-            return [what_answers(t) or fingerprint(source(t), t.name), self.voices[t.name].digest, t.effort, *how, *([t.engine] if is_far(t) else [])]
-
-        return {t.name: digest_of(what(t)) for t in self.recipe.teachers}
+        return {t.name: digest_of([*(what_answers(t) or [fingerprint(source(t), t.name)]), self.voices[t.name].digest, t.effort, *how_answered(t)])
+                for t in self.recipe.teachers}
 
     @cached_property
     def _stamps(self) -> dict[str, object]:
@@ -195,6 +193,24 @@ class River:
         return "; ".join(f"{name} knows {', '.join(e for e in Effort if knows(voice, e))}" for name, voice in self.voices.items())
 
     @cached_property
+    def modes(self) -> dict[str, tuple[Effort, ...]]:
+        """Skill -> the efforts that the corpus teaches it in; empty where no part has modes."""
+        taught: dict[str, set[Effort]] = {}
+        for part in self.recipe.corpus:
+            taught.setdefault(part.skill, set()).update(part.modes)
+        return {skill: tuple(e for e in Effort if e in efforts) for skill, efforts in taught.items() if efforts}
+
+    @cached_property
+    def lm_eval(self) -> dict[str, str]:
+        """Speaker -> digest of the file of standard results that joins the page. DataError where it is not there."""
+        found = {}
+        for name, file in self.recipe.evaluation.lm_eval.items():
+            if not Path(file).is_file():
+                raise DataError("not there", where=file, remedy=f"run lm_eval on {name} first (docs/evaluate.md), or delete the line")
+            found[name] = store.digest_file(Path(file))
+        return found
+
+    @cached_property
     def cast(self) -> Cast:
         """Who teaches what, as the audition left it."""
         return Cast.from_json(store.read_json(self.folder / "audition" / "cast.json"))
@@ -217,13 +233,11 @@ class River:
     def teacher(self, name: str, batch: int) -> Teacher:
         """A teacher with its weights."""
         ref = next(t for t in self.recipe.teachers if t.name == name)
-        longest = ref.generation.max_new_tokens or 0
         if is_far(ref):
             from persea.teacher import Teacher
 
-            if name not in self.far:
-                self.far[name] = open_far(ref, self.voices[name], self.folder / "endpoints" / f"{name}.json")
-            return Teacher(name, self.voices[name], self.far[name], ref.effort, longest=longest)
+            self.far[name] = self.far.get(name) or open_far(ref, self.voices[name], self.folder / "endpoints" / f"{name}.json")
+            return Teacher(name, self.voices[name], self.far[name], ref.effort, longest=ref.generation.max_new_tokens or 0)
         return self._speaker(name, source(ref), self.voices[name], batch, ref.effort, ref.generation)
 
     def speaker(self, name: str, batch: int) -> Teacher:
@@ -233,6 +247,21 @@ class River:
         if name == BASE:
             return self._speaker(name, source(self.recipe.student), self.student_voice, batch, Effort.NONE)
         return self.teacher(name, batch)
+
+    def heard_as(self, name: str, batch: int, efforts: Sequence[Effort], load: Callable[[str], Teacher]) -> Speaker:
+        """A speaker to be measured at its own effort and those of `efforts` that it has. Weights are not loaded for that; a server says who it is."""
+        voice = self.voices.get(name, self.student_voice)
+        where = Source(str(self.folder / "train" / "student")) if name == STUDENT else source(self.recipe.student)
+        identity = self.identities[name] if name in self.voices else digest_of([fingerprint(where, name), voice.digest])
+        at = next((t.endpoint for t in self.recipe.teachers if t.name == name), None)
+        identity = digest_of([identity, load(name) and self.far[name].first[0].to_json()]) if at else identity  # another model's words are its own
+        settings = {"batch": batch, "threads": self.recipe.threads}
+        return Speaker(name, identity, self.efforts(name, efforts), partial(load, name), settings, at is not None and at.protocol == "chat")
+
+    def efforts(self, name: str, efforts: Sequence[Effort]) -> tuple[Effort, ...]:
+        """A speaker's own effort, and those of `efforts` that it has."""
+        own = next((t.effort for t in self.recipe.teachers if t.name == name), Effort.NONE)
+        return tuple(dict.fromkeys([own, *(e for e in efforts if e in self.voices.get(name, self.student_voice).family.efforts)]))
 
     def _speaker(self, name: str, where: Source, voice: Voice, batch: int, effort: Any, generation: Generation | None = None) -> Teacher:
         from persea.engines.local import LocalEngine
@@ -257,13 +286,9 @@ class River:
         """A teacher, or the base, for the lineage record."""
         ref: ModelRef = self.recipe.student if name == BASE else next(t for t in self.recipe.teachers if t.name == name)
         voice = self.student_voice if name == BASE else self.voices[name]
-        licence = getattr(ref, "licence", "") or ("not known" if ref.model == WORDS else voice.family.licence)
-        kept = self.folder / "endpoints" / f"{name}.json"
-        if getattr(ref, "endpoint", None):
-            family = WORDS if ref.model == WORDS else voice.family.name
-            seen = store.read_json(kept)
-            return Parent(name, str(seen["model"]) if ref.model == WORDS else Path(ref.model).name if Path(ref.model).is_dir() else ref.model,
-                          ref.revision, family, licence, digest_of(seen))
+        if isinstance(ref, TeacherRef) and ref.endpoint:
+            return far_parent(ref, voice, self.folder / "endpoints" / f"{name}.json")
+        licence = getattr(ref, "licence", "") or voice.family.licence
         return Parent(name, Path(ref.model).name if Path(ref.model).is_dir() else ref.model, ref.revision, voice.family.name, licence,
                       fingerprint(source(ref), name))
 

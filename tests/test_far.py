@@ -57,9 +57,10 @@ def test_the_mixed_recipe_runs_and_every_teacher_is_kept_for_what_it_gives(tmp_p
     assert taught["gemma-far"]["mass_kept"] > 0
     assert (taught["oss-words"]["text"], taught["oss-words"]["event"], taught["oss-words"]["mass_kept"]) == (1.0, 0.0, None)
     cast = json.loads((run / "audition" / "cast.json").read_text())
-    assert {s["speaker"] for s in cast["scores"]} == {"qwen-sapling", "gemma-far", "oss-words", "yard"}
+    assert {s["speaker"] for s in cast["scores"]} == {"qwen-sapling", "gemma-far", "oss-words"}
     evaluated = json.loads((run / "evaluate" / "evaluation.json").read_text())
     assert evaluated["teachers"] == ["qwen-sapling", "gemma-far", "oss-words"]
+    assert evaluated["yardsticks"] == ["yard"]
     assert {s["speaker"] for s in evaluated["scores"]} >= {"yard", "student", "base"}
     assert [bool(evaluated["bits_per_byte"][n]) for n in ("qwen-sapling", "gemma-far", "oss-words", "yard")] == [True, True, False, False]
     parents = {p["name"]: p for p in json.loads((run / "lineage" / "lineage.json").read_text())["teachers"]}
