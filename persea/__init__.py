@@ -63,6 +63,7 @@ from everywhere); tests/test_map.py holds this map true.
     sentences     what the numbers and their intervals allow to say
     lm_eval       standard tasks as lm-eval measured them: its results file, read
     report        the page, the card, report.json
+    compare       two runs beside each other, on the same items, and what differs in their recipes
     serve         a model behind OpenAI's routes, with real log-probabilities
     # the river
     river         what a recipe's words stand for, and the run folder
