@@ -42,6 +42,7 @@ from everywhere); tests/test_map.py holds this map true.
     losses        targets events token full chunk: pure functions (logits, targets) -> LossOut
     student       Student: load, adapt (full or LoRA), run, save
     feed          captures -> lessons -> batches, the same whoever asks
+    rollouts      what the student says itself, beside its teachers' distributions
     train         the one loop: batch, loss, step, checkpoint
     # is it true
     evaluate      the student beside every teacher and its base, on every skill

@@ -49,16 +49,22 @@ def plan_units(prompts: Sequence[Prompt], cast: Cast, teachers: Mapping[str, str
     settings  what else determines a unit's bytes: tau, seed, limits
     """
     asked: dict[str, list[Prompt]] = {name: [] for name in teachers}
-    counts: Counter[str] = Counter()
-    for prompt in prompts:
-        asked[cast.teacher_of(prompt.skill, counts[prompt.skill])].append(prompt)
-        counts[prompt.skill] += 1
+    for prompt, name in assigned(prompts, cast):
+        asked[name].append(prompt)
     units = []
     for name, mine in asked.items():
         for some in _closed(mine, size, max_new_tokens):
             key = cache.unit_id([[p.id, p.skill, p.language, p.conversation.to_json(), p.answer] for p in some], name, teachers[name], settings)
             units.append(Unit(key, name, some, teachers[name]))
     return tuple(units)
+
+
+def assigned(prompts: Sequence[Prompt], cast: Cast) -> Iterator[tuple[Prompt, str]]:
+    """Each prompt and the teacher that the cast gives it, in corpus order."""
+    counts: Counter[str] = Counter()
+    for prompt in prompts:
+        yield prompt, cast.teacher_of(prompt.skill, counts[prompt.skill])
+        counts[prompt.skill] += 1
 
 
 def _closed(prompts: Sequence[Prompt], size: int, max_new_tokens: int | None) -> Iterator[tuple[Prompt, ...]]:

@@ -103,7 +103,11 @@ def train(river: River, folder: Path, tell: Tell) -> None:
     feed = offline(caches(river.units, river.folder / "capture"), student.voice, river.bridges, size=t.batch, seed=river.recipe.seed,
                    max_tokens=t.max_tokens, completion=t.completion)
 
+    rollouts = river.rollouts(student)
+
     def loss_of(step: int) -> tuple[Any, Any]:
+        if rollouts is not None and rollouts.due(step):
+            return rollouts.loss(step)
         batch = feed.batch(step)
         logits_NV = student.logits(batch.ids_BS, batch.mask_BS, batch.row_N, batch.at_N)
         return composed(logits_NV, batch.targets_N.to(logits_NV.device), batch.teachers, t.event_share), batch.share
@@ -111,7 +115,7 @@ def train(river: River, folder: Path, tell: Tell) -> None:
     settings = Settings(t.steps, t.learning_rate, t.warmup, t.weight_decay, t.clip, t.checkpoint_every, t.log_every, river.recipe.seed)
     student.model.train()
     loop(student.trained, loss_of, settings, folder, digest_of(STAGES[3].inputs(river)), lambda step, line: tell(
-        "train", step / t.steps, f"loss {line['loss']:.3f}, {line['positions'] / max(line['seconds'], 1e-9):.0f} tokens/s"))
+        "train", step / t.steps, f"loss {line['loss']:.3f}, {line['positions'] / max(line['seconds'], 1e-9):.0f} tokens/s"), source=rollouts)
     student.save(folder / "student")
     store.publish_json(folder / "feed.json", feed.survey.to_json())
 
