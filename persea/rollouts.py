@@ -47,6 +47,11 @@ class Task:
     prompt: Prompt
     teacher: str
 
+    @property
+    def asked(self) -> Conversation:
+        """As the student is asked: in the prompt's mode, to answer at once where it has none."""
+        return replace(self.prompt.conversation, effort=self.prompt.effort or Effort.NONE)
+
 
 @dataclass(frozen=True)
 class Said:
@@ -115,8 +120,8 @@ def heard(task: Task, voice: Voice, ids: npt.NDArray[np.int32], terms: OnPolicy,
     loop       it ends in a loop (`repeats`)    spelling  its tokens cannot be placed over its bytes
     unsayable  its template cannot write it     long      more than max_tokens tokens
     """
-    asked = replace(task.prompt.conversation, effort=Effort.NONE)
-    parts, finish = voice.parse(ids.tolist(), Effort.NONE, asked.tools)
+    asked = task.asked
+    parts, finish = voice.parse(ids.tolist(), asked.effort, asked.tools)
     if finish is Finish.MALFORMED or not len(ids):
         return "malformed"
     if finish is Finish.LENGTH and (terms.truncated == "drop" or not parts):
@@ -174,7 +179,7 @@ class Rollouts:
         """Reverse KL of a step, or a part of it, and each teacher's positions. Refused where nothing the student said can be learned from."""
         import torch
 
-        from persea.losses import Divergence, LossOut, full
+        from persea.losses import Divergence, LossOut, Sides, divergence_head
 
         said, left_out, lengths = self._said(step, part, parts)
         beside = self._beside(said, left_out)
@@ -189,10 +194,11 @@ class Rollouts:
         row_N, at_N = (torch.from_numpy(np.concatenate(side)) for side in ([np.full(len(at), b) for b, at in enumerate(learned)], learned))
         share = {name: len(one.place_C) for name, one in beside.items()}
         all_C, total = torch.cat([one.place_C for one in beside.values()]), sum(share.values())
-        logits_CV = self.student.logits(ids_BS, mask_BS, row_N[all_C], at_N[all_C])
-        loss = torch.zeros((), device=logits_CV.device)
-        for (name, one), mine_CV in zip(beside.items(), logits_CV.split(list(share.values())), strict=True):
-            out = full(mine_CV, one.logprobs_CW, self.bridges[name], Divergence.REVERSE, student_dead=one.student_dead, teacher_dead=one.teacher_dead)
+        hidden_CD = self.student.hidden(ids_BS, mask_BS, row_N[all_C], at_N[all_C])
+        loss = torch.zeros((), device=hidden_CD.device)
+        for (name, one), mine_CD in zip(beside.items(), hidden_CD.split(list(share.values())), strict=True):
+            out = divergence_head(mine_CD, self.student.head, one.logprobs_CW, Sides(self.bridges[name], one.student_dead, one.teacher_dead),
+                                  Divergence.REVERSE)
             loss = loss + out.loss * (share[name] / total)
         heard_from = len(said) + sum(left_out.values())
         terms = {"reverse": float(loss.detach()), "rollout_tokens": float(np.mean(lengths)), "rollouts_left_out": sum(left_out.values()) / heard_from,
@@ -235,7 +241,7 @@ class Rollouts:
         from persea.engines.local import LocalEngine
 
         voice, model = self.student.voice, self.student.model
-        asked = [voice.prompt(replace(self._task(number, k).prompt.conversation, effort=Effort.NONE)).ids_T for k in range(self.terms.rollouts)]
+        asked = [voice.prompt(self._task(number, k).asked).ids_T for k in range(self.terms.rollouts)]
         training = model.training
         model.eval()
         seed = int(np.random.default_rng([self.seed, step, 2]).integers(1 << 62))
@@ -250,7 +256,7 @@ class Rollouts:
         for one in list(said):
             teacher = self.teachers[one.task.teacher]
             try:
-                theirs = teacher.voice.render(replace(one.conversation, effort=teacher.effort))
+                theirs = teacher.voice.render(replace(one.conversation, effort=one.task.prompt.effort or teacher.effort))
             except DataError:
                 theirs = None
             if theirs is None or 0 < teacher.context < len(theirs):
@@ -265,11 +271,11 @@ class Rollouts:
         found = {}
         for name, some in spoken.items():
             beside = self._of(name, some, [firsts[id(one)] for one, _ in some])
-            if beside is not None:
+            if len(beside.place_C):
                 found[name] = beside
         return found
 
-    def _of(self, name: str, some: list[tuple[Said, Tokens]], firsts: list[int]) -> Beside | None:
+    def _of(self, name: str, some: list[tuple[Said, Tokens]], firsts: list[int]) -> Beside:
         import torch
 
         bridge = self.bridges[name]
@@ -288,23 +294,22 @@ class Rollouts:
             pieces[k].append(some_NW[torch.from_numpy(mine)])
             at[k] += len(some_NW)
         place_C, logprobs_CW = np.concatenate(places), torch.cat([piece for parts in pieces for piece in parts])
-        if not len(place_C):
-            return None
         if not contexts:
-            none = self._standing(None, np.zeros(0, np.int64))
-            return Beside(torch.from_numpy(place_C), logprobs_CW, none, none)
-        of_student, of_teacher = (np.concatenate(side) for side in zip(*contexts, strict=True))
-        return Beside(torch.from_numpy(place_C), logprobs_CW, self._standing(bridge.student_mask, of_student),
-                      self._standing(bridge.teacher_mask, of_teacher))
+            return Beside(torch.from_numpy(place_C), logprobs_CW, self._dead_in([]), self._dead_in([]))
+        assert bridge.student_mask is not None and bridge.teacher_mask is not None
+        of_student, of_teacher = ([self._gone(mask, context) for context in np.concatenate(side).tolist()] for mask, side in zip(
+            (bridge.student_mask, bridge.teacher_mask), zip(*contexts, strict=True), strict=True))
+        fits = np.array([_agree(bridge, *dead) for dead in zip(of_student, of_teacher, strict=True)])
+        of_student, of_teacher = ([dead for dead, good in zip(side, fits.tolist(), strict=True) if good] for side in (of_student, of_teacher))
+        return Beside(torch.from_numpy(place_C[fits]), logprobs_CW[torch.from_numpy(fits)], self._dead_in(of_student), self._dead_in(of_teacher))
 
-    def _standing(self, mask: Mask | None, context_C: npt.NDArray[np.int64]) -> Dead:
+    def _dead_in(self, dead_C: Sequence[npt.NDArray[np.int64]]) -> Dead:
         import torch
 
         from persea.losses import Dead
 
-        dead = [self._gone(mask, context) for context in context_C.tolist()] if mask is not None else []
-        row_D = np.repeat(np.arange(len(dead)), [len(d) for d in dead])
-        return Dead(torch.from_numpy(row_D), torch.from_numpy(np.concatenate([np.empty(0, np.int64), *dead])))
+        row_D = np.repeat(np.arange(len(dead_C)), [len(d) for d in dead_C])
+        return Dead(torch.from_numpy(row_D), torch.from_numpy(np.concatenate([np.empty(0, np.int64), *dead_C])))
 
     def _gone(self, mask: Mask, context: int) -> npt.NDArray[np.int64]:
         """What cannot stand in a context, the whole vocabulary; each context is asked once."""
@@ -312,3 +317,10 @@ class Rollouts:
         if key not in self._dead:
             self._dead[key] = mask.dead(context)
         return self._dead[key]
+
+
+def _agree(bridge: Bridge, dead_V: npt.NDArray[np.int64], dead_W: npt.NDArray[np.int64]) -> bool:
+    """Whether some event is left that both sides can say."""
+    left = [np.bincount(event_X[event_X >= 0], minlength=bridge.events) - np.bincount(event_X[dead][event_X[dead] >= 0], minlength=bridge.events)
+            for event_X, dead in ((bridge.student_event_V, dead_V), (bridge.teacher_event_W, dead_W))]
+    return bool((np.minimum(*left) > 0).any())

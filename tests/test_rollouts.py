@@ -178,13 +178,32 @@ def test_each_teacher_speaks_in_its_own_template_of_the_common_boundaries_alone(
             p = torch.log_softmax(opened(teacher.name)[1](input_ids=torch.from_numpy(theirs.ids_T)[None].long()).logits[0].float(), -1)
             q = own.student.model(input_ids=torch.from_numpy(one.tokens.ids_T)[None].long()).logits[0].float()
         between, b = own._of(teacher.name, [(one, theirs)], [0]), bridge(teacher.name)
-        assert between is not None and len(between.place_C) == len(both.student_C)
+        assert len(between.place_C) == len(both.student_C)
         assert torch.allclose(between.logprobs_CW, p[both.teacher_C - 1, :len(b.teacher_event_W)], atol=1e-4)
         alone = full(q[both.student_C - 1, :len(b.student_event_V)], between.logprobs_CW, b, Divergence.REVERSE,
                      student_dead=between.student_dead, teacher_dead=between.teacher_dead)
         total, n = total + float(alone.loss) * len(both.student_C), n + len(both.student_C)
     assert n == out.positions
     assert float(out.loss.detach()) == pytest.approx(total / n, rel=1e-3)
+
+
+def test_a_position_where_no_event_is_left_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = source("qwen-sapling")
+    (one, *_), _, _ = own._said(3, 0, 1)
+    theirs = own.teachers["qwen-sapling"].voice.render(one.conversation)
+    whole = own._of("qwen-sapling", [(one, theirs)], [0])
+    mask, asked = bridge("qwen-sapling").student_mask, list[int]()
+    assert mask is not None and len(whole.place_C) > 2
+
+    def gone(some: Any, context: int) -> np.ndarray:
+        asked.append(context)
+        return np.arange(len(own.student.voice.vocabulary)) if some is mask and context == asked[0] else np.empty(0, np.int64)
+
+    monkeypatch.setattr(own, "_gone", gone)
+    less = own._of("qwen-sapling", [(one, theirs)], [0])
+    n = asked[:len(whole.place_C)].count(asked[0])
+    assert 0 < n < len(whole.place_C)
+    assert len(less.place_C) == len(less.logprobs_CW) == len(whole.place_C) - n
 
 
 def test_steps_on_its_own_words_bring_the_student_nearer() -> None:
@@ -239,7 +258,7 @@ def test_what_is_in_flight_is_carried_by_a_checkpoint() -> None:
         resumed.loss(5)
     resumed.restore((kept,))
     assert resumed.state() == kept
-    assert float(resumed.loss(5)[0].loss) == float(second.loss) != float(first.loss)
+    assert resumed.loss(5)[0].loss.item() == second.loss.item() != first.loss.item()
     own.loss(7)
     assert own._round is not None and (own._round.number, own._round.step) == (1, 7)
     assert Rollouts(**{k: v for k, v in vars(own).items() if not k.startswith("_")}).state() == b""
