@@ -86,7 +86,8 @@ def main() -> None:
         print(f"{row['of']:10} {row['case']:32} n {row['n']:3}  persea {row['persea']:.3f}  bootstrap {row.get('bootstrap', float('nan')):.3f}")
     usual = [r for r in rows if r.get("apart", APART) >= APART]
     inside = sum(0.93 <= r["persea"] <= 0.97 for r in usual)
-    told = {"rounds": rounds, "usual": {"cases": len(usual), "from_93_to_97": inside, "least": min(r["persea"] for r in usual), "most": max(r["persea"] for r in usual),
+    told = {"rounds": rounds, "usual": {"cases": len(usual), "from_93_to_97": inside,
+                                        "least": min(r["persea"] for r in usual), "most": max(r["persea"] for r in usual),
                                         "bootstrap_least": min(r["bootstrap"] for r in usual if "bootstrap" in r)},
             "few_apart": {"cases": len(rows) - len(usual), "least": min((r["persea"] for r in rows if r not in usual), default=None)}, "rows": rows}
     print(json.dumps({k: v for k, v in told.items() if k != "rows"}, indent=1))
