@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -71,7 +72,14 @@ def _at_once(logprobs_NW: torch.Tensor) -> int:
     return max(1, AT_ONCE // max(1, logprobs_NW.shape[1]))
 
 
-def sample_rows(logprobs_NW: torch.Tensor, realised_N: npt.NDArray[np.integer], tau: float, seed: str) -> Rows:
+def joined(parts: Sequence[Rows]) -> Rows:
+    """Rows of one kind laid end to end; at least one part."""
+    sizes_N = np.concatenate([np.diff(p.offsets_N1) for p in parts])
+    ids_M, probs_M, realised_N = (np.concatenate(column) for column in zip(*((p.ids_M, p.probs_M, p.realised_N) for p in parts), strict=True))
+    return Rows(np.concatenate([[0], np.cumsum(sizes_N)]).astype(np.int64), ids_M, probs_M, realised_N, parts[0].kind)
+
+
+def sample_rows(logprobs_NW: torch.Tensor, realised_N: npt.NDArray[np.integer], tau: float, seed: str, first: int = 0) -> Rows:
     """Rows by systematic threshold sampling: entries of probability >= tau exactly, the rest at random with mean p.
 
     Below tau an entry is kept with probability p/tau and stored as tau; one random number a row walks the cumulated tail,
@@ -79,12 +87,13 @@ def sample_rows(logprobs_NW: torch.Tensor, realised_N: npt.NDArray[np.integer], 
     (Threshold sampling: Duffield, Lund, Thorup 2005; on distillation: Anshumann et al., ACL 2025.)
 
     logprobs_NW  natural logs; realised_N  the tokens that stand there; seed  names the draw, the same one gives the same
-    rows on every machine. Raises DataError for rows that are no distributions.
+    rows on every machine; first  how many rows of the same draw came before these: pieces give what the whole would.
+    Raises DataError for rows that are no distributions.
     """
     import torch
 
     rng = np.random.Generator(np.random.Philox(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big")))
-    start_N1 = torch.from_numpy(rng.random((len(logprobs_NW), 1)))
+    start_N1 = torch.from_numpy(rng.random((first + len(logprobs_NW), 1))[first:])
     at_once = _at_once(logprobs_NW)
     spans = [slice(first, first + at_once) for first in range(0, max(1, len(logprobs_NW)), at_once)]
     parts = []
@@ -115,6 +124,29 @@ def _sampled(p_NW: torch.Tensor, start_N1: torch.Tensor, tau: float) -> tuple[np
 
 
 # --- the likeliest, and how much is left over ---
+
+
+def named_rows(ids_NK: npt.NDArray[np.integer], logs_NK: npt.NDArray[np.floating], tokens_N: npt.NDArray[np.integer],
+               realised_N: npt.NDArray[np.floating]) -> Rows:
+    """Rows of kind TOPK_REST of what a server named: K tokens a row, and the realised token's own log-probability, named or not.
+
+    Exact, but for a row whose mass passes 1 by more than float32 sums do: its values go to the codec's grid, the next below, so that
+    the codec's rounding does not carry it past 1 + MASS.
+    """
+    order = np.argsort(ids_NK, axis=1)
+    ids_NK, logs_NK = np.take_along_axis(ids_NK, order, 1), np.take_along_axis(logs_NK, order, 1).astype(np.float64)
+    above_N1 = np.exp(logs_NK).sum(1, keepdims=True) > 1 + MASS / 100
+    logs_NK = np.where(above_N1, np.ceil(logs_NK / -STEP) * -STEP, logs_NK)
+    real_NK = ids_NK == tokens_N[:, None]
+    realised = np.where(real_NK.any(1), np.where(real_NK, logs_NK, 0).sum(1), realised_N).astype(np.float32)
+    offsets_N1 = np.arange(len(ids_NK) + 1, dtype=np.int64) * ids_NK.shape[1]
+    return Rows(offsets_N1, ids_NK.ravel().astype(np.int32), np.exp(logs_NK).ravel().astype(np.float32), realised, RowKind.TOPK_REST)
+
+
+def word_rows(n: int) -> Rows:
+    """n rows of kind WORDS, of which nothing is known."""
+    return Rows(np.zeros(n + 1, np.int64), np.empty(0, np.int32), np.empty(0, np.float32), np.full(n, np.nan, np.float32), RowKind.WORDS)
+
 
 COARSER = (1, 4, 8, 16, 32, 64, 128)  # STEPs between values: a row takes the coarsest that costs it no entry
 SOME = 32     # candidates looked at first; a row that needs more looks at four times as many
