@@ -71,6 +71,7 @@ from everywhere); tests/test_map.py holds this map true.
     run           every stage in order, each skipped when its output stands: read it first
     plan          what a run would do and cost
     progress      what a person sees while it runs
+    talk          a conversation with one model: switches, history, words as they come
     cli           one verb a stage, and the small ones
 """
 
