@@ -51,6 +51,7 @@ from everywhere); tests/test_map.py holds this map true.
     hidden        what a causal model gives to its head, and makes of the head's output
     student       Student: load, adapt (full or LoRA), run, save
     feed          captures -> lessons -> batches, the same whoever asks
+    rollouts      what the student says itself, beside its teachers' distributions
     train         the one loop: batch, loss, step, checkpoint
     # is it true
     evaluate      the student beside every teacher and its base, on every skill
@@ -63,6 +64,7 @@ from everywhere); tests/test_map.py holds this map true.
     sentences     what the numbers and their intervals allow to say
     lm_eval       standard tasks as lm-eval measured them: its results file, read
     report        the page, the card, report.json
+    compare       two runs beside each other, on the same items, and what differs in their recipes
     serve         a model behind OpenAI's routes, with real log-probabilities
     # the river
     river         what a recipe's words stand for, and the run folder

@@ -50,11 +50,8 @@ def plan_units(prompts: Sequence[Prompt], cast: Cast, teachers: Mapping[str, str
     settings  what else determines a unit's bytes: tau, seed, limits
     """
     asked: dict[str, list[Prompt]] = {name: [] for name in teachers}
-    counts: Counter[str] = Counter()
-    for prompt in prompts:
-        part = cast.part_of(prompt.skill, prompt.language)
-        asked[cast.teacher_of(part, counts[part])].append(prompt)
-        counts[part] += 1
+    for prompt, name in assigned(prompts, cast):
+        asked[name].append(prompt)
     units = []
     for name, mine in asked.items():
         for some in _closed(mine, size, max_new_tokens):
@@ -62,6 +59,15 @@ def plan_units(prompts: Sequence[Prompt], cast: Cast, teachers: Mapping[str, str
             key = cache.unit_id(asked_of, name, teachers[name], settings)
             units.append(Unit(key, name, some, teachers[name]))
     return tuple(units)
+
+
+def assigned(prompts: Sequence[Prompt], cast: Cast) -> Iterator[tuple[Prompt, str]]:
+    """Each prompt and the teacher that the cast gives it, in corpus order."""
+    counts: Counter[str] = Counter()
+    for prompt in prompts:
+        part = cast.part_of(prompt.skill, prompt.language)
+        yield prompt, cast.teacher_of(part, counts[part])
+        counts[part] += 1
 
 
 def _closed(prompts: Sequence[Prompt], size: int, max_new_tokens: int | None) -> Iterator[tuple[Prompt, ...]]:

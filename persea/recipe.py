@@ -33,6 +33,7 @@ from persea.sections import (
     Evaluation,
     Generation,
     Lora,
+    OnPolicy,
     Section,
     Sizes,
     Student,
@@ -106,7 +107,8 @@ class Recipe(Section):
 
 SECTIONS: dict[str, type[Section]] = {  # by the key they stand under
     "student": Student, "teachers": Teacher, "corpus": CorpusPart, "audition": Audition, "capture": Capture, "training": Training,
-    "evaluation": Evaluation, "check": Check, "sizes": Sizes, "lora": Lora, "endpoint": Endpoint, "generation": Generation}
+    "evaluation": Evaluation, "check": Check, "sizes": Sizes, "lora": Lora, "endpoint": Endpoint, "generation": Generation,
+    "on_policy": OnPolicy}
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

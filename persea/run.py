@@ -108,8 +108,11 @@ def train(river: River, folder: Path, tell: Tell) -> None:
     student = river.student()
     feed = offline(caches(river.units, river.folder / "capture"), student.voice, river.bridges, size=t.batch, seed=river.recipe.seed,
                    max_tokens=t.max_tokens, completion=t.completion)
+    rollouts = river.rollouts(student)
 
     def loss_of(step: int) -> tuple[Any, Any]:
+        if rollouts is not None and rollouts.due(step):
+            return rollouts.loss(step)
         batch = feed.batch(step)
         hidden_ND = student.hidden(batch.ids_BS, batch.mask_BS, batch.row_N, batch.at_N)
         return composed_head(hidden_ND, student.head, batch.targets_N, batch.teachers, t.event_share), batch.share
@@ -117,7 +120,7 @@ def train(river: River, folder: Path, tell: Tell) -> None:
     settings = Settings(t.steps, t.learning_rate, t.warmup, t.weight_decay, t.clip, t.checkpoint_every, t.log_every, river.recipe.seed)
     student.model.train()
     loop(student.trained, loss_of, settings, folder, digest_of(STAGES[3].inputs(river)), lambda step, line: tell(
-        "train", step / t.steps, f"loss {line['loss']:.3f}, {line['positions'] / max(line['seconds'], 1e-9):.0f} tokens/s"))
+        "train", step / t.steps, f"loss {line['loss']:.3f}, {line['positions'] / max(line['seconds'], 1e-9):.0f} tokens/s"), source=rollouts)
     student.save(folder / "student")
     store.publish_json(folder / "feed.json", feed.survey.to_json())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeAlias, TypeVar
 
@@ -208,6 +209,16 @@ class Capture(Section):
         return agreed(self, (idle is not None, (key,), f"given, but `rows` is {self.rows}", f"write `rows: {kind}`, or delete `{key}:`"))
 
 
+class OnPolicy(Section):
+    after: int = Field(ge=0, le=MANY, description="steps on the teachers' answers first: a student must be able to answer before it is heard")
+    share: float = Field(default=0.5, gt=0, le=1, description="share of the steps from then on that learn from the student's own answers")
+    rollouts: int = Field(default=64, ge=1, le=MANY, description="answers drawn at once; `batch` of them are used up a step")
+    refresh: int = Field(default=8, ge=0, le=MANY, description="steps after which an answer is stale and refused")
+    max_new_tokens: int = Field(default=64, ge=1, le=MANY, description="longest answer, in the student's tokens")
+    temperature: float = Field(default=1.0, gt=0, le=2, description="of drawing; 1 is the student's own distribution")
+    truncated: Literal["keep", "drop"] = Field(default="keep", description="what an answer cut at `max_new_tokens` said so far is learned, or not")
+
+
 class Training(Section):
     """event_share and completion as docs/results.md decided them (points 5 and 7)."""
     steps: int = Field(default=1500, ge=1, le=MANY, description="optimiser steps")
@@ -221,6 +232,20 @@ class Training(Section):
     max_tokens: int = Field(default=512, ge=8, le=MANY, description="longest conversation, in student tokens; longer ones are left out")
     checkpoint_every: int = Field(default=200, ge=1, le=MANY, description="steps between checkpoints")
     log_every: int = Field(default=10, ge=1, le=MANY, description="steps between lines of the log")
+    on_policy: OnPolicy | None = Field(default=None, description="learn from the student's own answers too; not given = never")
+
+    @model_validator(mode="after")
+    def _hears_in_time(self) -> Self:
+        on = self.on_policy
+        if on is None:
+            return self
+        oldest = math.ceil((on.rollouts / self.batch - 1) / on.share)
+        return agreed(
+            self,
+            (on.after >= self.steps, ("on_policy", "after"), f"{on.after}, but there are {self.steps} steps", "fewer, or more `steps`"),
+            (on.rollouts % self.batch > 0, ("on_policy", "rollouts"), f"{on.rollouts} is no multiple of `batch`, {self.batch}", "a multiple of it"),
+            (oldest > on.refresh, ("on_policy", "refresh"), f"{on.refresh}, but the last of {on.rollouts} answers is {oldest} steps old when used",
+             "a larger `refresh`, fewer `rollouts`, or a larger `batch` or `share`"))
 
 
 class Evaluation(Section):

@@ -28,17 +28,29 @@ class LocalEngine:
     sampling: Sampling = GREEDY
     abilities: ClassVar[Abilities] = WHOLE
 
-    @torch.inference_mode()
+    @torch.no_grad()  # and not inference_mode: a student is asked between two steps of its training
     def generate(self, prompts: Sequence[npt.NDArray[np.int32]], stop_ids: Sequence[int], max_new_tokens: int) -> list[npt.NDArray[np.int32]]:
         """Batched by length, left padded, KV-cached. See Engine. Drawn answers come one by one, from chance that prompt and seed decide."""
         if self.sampling.temperature:
             drawn = [list(self.stream(p, stop_ids, max_new_tokens, self.sampling)) for p in prompts]
             return [np.array(ids, np.int32) for ids in drawn]
+        return self.rollouts(prompts, stop_ids, max_new_tokens, temperature=0.0, seed=0)
+
+    @torch.no_grad()
+    def rollouts(self, prompts: Sequence[npt.NDArray[np.int32]], stop_ids: Sequence[int], max_new_tokens: int, *, temperature: float,
+                 seed: int) -> list[npt.NDArray[np.int32]]:
+        """One answer a prompt, all of a batch drawn at once; temperature 0 = the likeliest token each time.
+
+        temperature  above 0: drawn from the model's own distribution, softmax(logits / temperature), nothing cut off; the same seed, prompts
+                     and batch draw the same, and torch's own random state is left as it was
+        """
         answers: list[npt.NDArray[np.int32]] = [np.empty(0, np.int32)] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         device = self.model.device
-        settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(stop_ids), pad_token_id=stop_ids[0],
+        how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+        settings = GenerationConfig(**how, max_new_tokens=max_new_tokens, eos_token_id=list(stop_ids), pad_token_id=stop_ids[0],
                                     suppress_tokens=list(range(self.vocabulary, self._rows())) or None)
+        own = self.model.generation_config
         self.model.generation_config = GenerationConfig()  # else a repetition penalty that comes with the model is added to `settings`
         for begin in range(0, len(order), self.batch):
             chosen = order[begin:begin + self.batch]
@@ -48,10 +60,13 @@ class LocalEngine:
             for row, i in enumerate(chosen):
                 ids[row, width - len(prompts[i]):] = torch.from_numpy(prompts[i])
                 mask[row, width - len(prompts[i]):] = 1
-            out = self.model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings,
-                                      logits_processor=LogitsProcessorList([_finite]))
+            with torch.random.fork_rng([device] if device.type != "cpu" else []):
+                torch.manual_seed(seed + begin)
+                out = self.model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings,
+                                          logits_processor=LogitsProcessorList([_finite]))
             for row, i in enumerate(chosen):
                 answers[i] = _until_stop(out[row, width:].cpu().numpy().astype(np.int32), stop_ids)
+        self.model.generation_config = own  # a student is saved with it
         return answers
 
     def score(self, sequences: Sequence[npt.NDArray[np.int32]], learn: Sequence[npt.NDArray[np.bool_]]) -> Iterator[torch.Tensor]:
