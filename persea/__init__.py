@@ -44,7 +44,7 @@ from everywhere); tests/test_map.py holds this map true.
     bridge        Bridge: two vocabularies laid over the same events
     completion    what a row says in the middle of a teacher token
     check         is this pairing sound? refuses below a floor
-    losses        targets events token full chunk: pure functions (logits, targets) -> LossOut; head: the same from hidden states
+    losses        targets events token full chunk: pure functions (logits, targets) -> LossOut; head: the same from hidden states; fused: on a GPU
     hidden        what a causal model gives to its head, and makes of the head's output
     student       Student: load, adapt (full or LoRA), run, save
     feed          captures -> lessons -> batches, the same whoever asks
