@@ -178,17 +178,17 @@ def quickstart(steps: int = 6) -> dict[str, Any]:
 
         return some
 
-    def events(batch: Any) -> torch.Tensor:
-        hidden = student.hidden(batch.ids_BS, batch.mask_BS, batch.row_N, batch.at_N)
-        return composed_head(hidden, student.head, batch.targets_N, batch.teachers, 0.7).loss
+    def events(batch: Any, ways: Student = student) -> torch.Tensor:
+        states = ways.hidden(batch.ids_BS, batch.mask_BS, batch.row_N, batch.at_N)
+        return composed_head(*states, batch.targets_N, batch.teachers, 0.7).loss
 
     def plain(batch: Any) -> torch.Tensor:
         logits = student.model(input_ids=batch.ids_BS, attention_mask=batch.mask_BS, use_cache=False).logits
         return F.cross_entropy(logits[batch.row_N, batch.at_N], batch.targets_N)
 
     def sft(batch: Any) -> torch.Tensor:
-        hidden = student.hidden(batch.ids_BS, batch.mask_BS, batch.row_N, batch.at_N)
-        return composed_head(hidden, student.head, batch.targets_N, [], 0.7).loss
+        states = student.hidden(batch.ids_BS, batch.mask_BS, batch.row_N, batch.at_N)
+        return composed_head(*states, batch.targets_N, [], 0.7).loss
 
     found: dict[str, Any] = {"steps": steps, "batch": 16}
     for name, other in (("whole_logits", plain), ("head", sft)):

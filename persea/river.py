@@ -249,11 +249,11 @@ class River:
 
     def student(self) -> Student:
         """The student, ready to be trained."""
-        from persea.student import Lora, open_student
+        from persea.student import Lora, Ways, open_student
 
-        ref = self.recipe.student
+        ref, t = self.recipe.student, self.recipe.training
         lora = Lora(ref.lora.rank, ref.lora.alpha, ref.lora.targets) if ref.lora else None
-        return open_student(source(ref), self.student_voice, lora, self.recipe.seed)
+        return open_student(source(ref), self.student_voice, lora, self.recipe.seed, Ways(t.precision == "bfloat16", t.recompute, t.packing))
 
     def parent(self, name: str) -> Parent:
         """A teacher, or the base, for the lineage record."""

@@ -165,11 +165,22 @@ class Training(Section):
     warmup: int = Field(default=50, ge=0, le=MANY, description="steps until the highest learning rate")
     event_share: float = Field(default=0.7, ge=0, le=1, description="weight of events at common boundaries; the rest is cross-entropy")
     completion: bool = Field(default=False, description="let a teacher's row speak in the middle of its token too; else the text alone does")
+    objective: Literal["events", "sft"] = Field(
+        default="events", description="events = the teachers' distributions and their text; sft = their text alone (supervised fine-tuning)")
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of matrix products; weights and the optimiser's moments are float32 in both")
+    recompute: bool = Field(default=False, description="make activations again in the backward pass: less memory, about a third more time")
+    packing: bool = Field(default=False, description="let short conversations share a row, blind to each other, instead of padding them")
     weight_decay: float = Field(default=0.01, ge=0, le=1, description="AdamW's weight decay")
     clip: float = Field(default=1.0, gt=0, le=MANY, description="largest norm of the gradient")
     max_tokens: int = Field(default=512, ge=8, le=MANY, description="longest conversation, in student tokens; longer ones are left out")
     checkpoint_every: int = Field(default=200, ge=1, le=MANY, description="steps between checkpoints")
     log_every: int = Field(default=10, ge=1, le=MANY, description="steps between lines of the log")
+
+    @model_validator(mode="after")
+    def _learns_from_what_it_names(self) -> Self:
+        idle = self.objective == "sft" and self.completion
+        return agreed(self, (idle, ("completion",), "given, but `objective` is sft", "write `objective: events`, or delete `completion:`"))
 
 
 class Evaluation(Section):
