@@ -136,7 +136,8 @@ def evaluate(river: River, folder: Path, tell: Tell) -> None:
                lambda share, words, k=k: tell("evaluate", (k + share) / len(names), words))  # type: ignore[misc]
     out = Evaluation(STUDENT, BASE, tuple(river.voices), Effort.NONE, tuple(heard.scores()), heard.bits_per_byte, (), beside(heard, STUDENT),
                      regressions(heard, STUDENT, BASE))
-    store.publish_lines(folder / "examples.jsonl", heard.lines())
+    lines = list(heard.lines())
+    store.publish_lines(folder / "examples.jsonl", lines)
     store.publish_json(folder / "evaluation.json", out.to_json())
     _modes(river, folder, lines, tell)
 
@@ -148,7 +149,7 @@ def _modes(river: River, folder: Path, lines: Sequence[Mapping[str, Any]], tell:
     from persea.modes import measure
 
     settings = river.recipe.evaluation
-    direct = [x for x in lines if x["speaker"] == STUDENT and x["skill"] not in river.modes]
+    direct = [x for x in lines if (x["speaker"], x["effort"]) == (STUDENT, Effort.NONE) and x["skill"] not in river.modes]
     found = measure(river.speaker(STUDENT, settings.batch), river.items(Split.TEST), river.modes, settings.max_new_tokens, direct,
                     lambda words: tell("evaluate", 0.99, words))
     store.publish_json(folder / "modes.json", found.to_json())
