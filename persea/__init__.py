@@ -11,6 +11,7 @@ from everywhere); tests/test_map.py holds this map true.
     voice         Voice: a Family on one tokenizer and template; renders, places bytes, parses
     families      llama qwen gemma gpt_oss: conversation <-> tokens <-> bytes, thinking dial, stops, licence; generic: any other model;
                   hybrid: a thinking switch before any template
+    placement     fewer bits a weight, and main memory beside a GPU's; or why not
     models        where weights come from: folder, hub, or a random sprout of a family's architecture
     # what a person asks for
     places        a page of YAML as plain data, and where each key of it stands

@@ -30,6 +30,7 @@ from persea.models import Source, fingerprint, local_folder, notes, open_voice, 
 from persea.recipe import Recipe
 from persea.sections import ModelRef
 from persea.sections import Student as StudentRef
+from persea.sections import Teacher as TeacherRef
 from persea.voice import Voice
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ Tell = Callable[[str, float, str], None]  # stage, share done in [0, 1], a few w
 def source(ref: ModelRef) -> Source:
     """Where a recipe's model comes from."""
     sizes = tuple(sorted(ref.sizes.model_dump().items())) if ref.sizes else ()
-    return Source(ref.model, ref.revision, ref.tokenizer, ref.family, sizes, isinstance(ref, StudentRef) and ref.thinking)
+    found = Source(ref.model, ref.revision, ref.tokenizer, ref.family, sizes, isinstance(ref, StudentRef) and ref.thinking)
+    return replace(found, quantize=ref.quantize, offload=ref.offload) if isinstance(ref, TeacherRef) else found
 
 
 def is_small(where: Source) -> bool:

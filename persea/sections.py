@@ -97,6 +97,15 @@ class Teacher(ModelRef):
                       pattern=NAME, description="what reports call it: letters, digits and ._- (default: the last part of `model`)")
     effort: Effort = Field(default=Effort.NONE, description="how long it thinks before it answers")
     licence: str = Field(default="", description="its licence, where you know better than the family's usual one")
+    quantize: Literal["none", "8bit", "4bit", "mxfp4"] = Field(
+        default="none", description="load its weights in fewer bits, on a GPU (8bit, 4bit: bitsandbytes; mxfp4: gpt-oss as it is stored)")
+    offload: bool = Field(default=False, description="keep in main memory what the GPU has no room for; slow, and never needed on a CPU")
+
+    @model_validator(mode="after")
+    def _has_weights_to_place(self) -> Self:
+        made = self.model == "random"
+        return agreed(self, (made and self.quantize != "none", ("quantize",), "given, but these are random weights", "delete `quantize:`"),
+                      (made and self.offload, ("offload",), "given, but these are random weights", "delete `offload:`"))
 
     @model_validator(mode="after")
     def _has_a_name(self) -> Self:

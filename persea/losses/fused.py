@@ -22,7 +22,7 @@ KINDS = {Divergence.FORWARD: 0, Divergence.REVERSE: 1, Divergence.JSD: 2}
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _lse(row, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _lse(row, columns, BLOCK: tl.constexpr) -> tl.tensor:  # type: ignore[no-untyped-def]
     """log sum exp of a row, in one pass."""
     top = tl.full((), -float("inf"), tl.float32)
     total = tl.full((), 0.0, tl.float32)
@@ -36,8 +36,8 @@ def _lse(row, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # 
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _composed(logits, stride, columns, target, first_entry, first_token, token, prob, pull, loss, text, events, mass,  # type: ignore[no-untyped-def]  # noqa: ANN202
-              share, BLOCK: tl.constexpr, FEW: tl.constexpr):
+def _composed(logits, stride, columns, target, first_entry, first_token, token, prob, pull, loss, text, events, mass,  # type: ignore[no-untyped-def]
+              share, BLOCK: tl.constexpr, FEW: tl.constexpr) -> None:
     n = tl.program_id(0).to(tl.int64)
     row = logits + n * stride
     lse = _lse(row, columns, BLOCK)
@@ -86,7 +86,7 @@ def _composed(logits, stride, columns, target, first_entry, first_token, token, 
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _same(logits, stride, teacher, teacher_stride, columns, loss, BLOCK: tl.constexpr, KIND: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _same(logits, stride, teacher, teacher_stride, columns, loss, BLOCK: tl.constexpr, KIND: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
     n = tl.program_id(0).to(tl.int64)
     row, other = logits + n * stride, teacher + n * teacher_stride
     s_lse, t_lse = _lse(row, columns, BLOCK), _lse(other, columns, BLOCK)
