@@ -1,7 +1,7 @@
 """What a training step costs beside plain cross-entropy, and beside TRL 1.16's DistillationTrainer. CPU seconds, one thread.
 
     pip install -e '.[bench]'                   (TRL; without it its columns are left out)
-    PERSEA_DATA=/folder python bench/train.py   (make bench-train does both)
+    PERSEA_DATA=/folder python bench/train.py   (make bench-train does both; quickstart, workspace_mib, heads: these parts alone)
 
 Heads: forward and backward from hidden states through a head of Llama 3's 128,256 tokens (width 512, 256 positions, float32), so that
 matrix products weigh little and all that a loss does beside them weighs much. The measure is cross-entropy from whole logits. Cached
@@ -10,7 +10,7 @@ teacher in the loop has the same vocabulary and width; TRL gets the same. Ratios
 interval. Workspace: most bytes of tensors at once beside the gradients, counted operation by operation (bench/memory.py).
 
 Step: the quickstart's own models and batch size, whole training steps from cached rows (collating the batch, forward, loss, backward,
-clipping, AdamW) beside the same with cross-entropy from whole logits. Writes bench/results/train.json.
+clipping, AdamW) beside cross-entropy on batches that need no collating; texts packed and padded; two ways to attend. Writes bench/results/train.json.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from persea.losses import Divergence, Head, Targets, composed_head, divergence_h
 from persea.measure import Split
 from persea.models import Source, open_model, open_voice
 from persea.rows import sample_rows
-from persea.student import Student, open_student
+from persea.student import Student, Ways, open_student
 from persea.teacher import Answer, Teacher
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,6 +146,15 @@ def workspace() -> dict[str, Any]:
 # ---- the quickstart's step -------------------------------------------------------------------------------------------
 
 
+class Listed(tuple[Capture, ...]):
+    """Captures in memory."""
+
+    __slots__ = ()
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        return np.random.default_rng([seed, epoch]).permutation(len(self))
+
+
 def lessons(student: Student, size: int) -> Feed:
     """Reference answers of each skill, scored by the sapling that teaches it, sampled as the quickstart's capture samples them."""
     captures, bridges = [], {}
@@ -157,21 +167,22 @@ def lessons(student: Student, size: int) -> Feed:
             sampled = sample_rows(logprobs, tokens.ids_T[tokens.learn_T], 0.01, f"{name} {k}")
             captures.append(Capture(Answer(f"{skill}-{k}", name, skill, "", talk, Finish.STOP), tokens, sampled))
         bridges[name] = open_bridge(voice, student.voice)
-    return offline(captures, student.voice, bridges, size=size, seed=0, max_tokens=512)
+    return offline([(Listed(captures), 1.0)], student.voice, bridges, size=size, seed=0, max_tokens=512)
 
 
 def quickstart(steps: int = 6) -> dict[str, Any]:
-    """Seconds of a few steps: events from cached rows, and cross-entropy from logits, of one student."""
+    """Seconds of a step: events with all that making its batch from captures costs, and cross-entropy from batches that are there."""
     source = Source(str(ROOT / "saplings" / "llama-sapling"))
     student = open_student(source, open_voice(source, "student"), None)
     feed = lessons(student, 16)
     optimizer = torch.optim.AdamW(student.trained, lr=1e-5)
     student.model.train()
+    made = [feed.batch(step) for step in range(steps)]
 
-    def work(loss_of: Any) -> Work:
+    def work(loss_of: Any, batch: Any = made.__getitem__) -> Work:
         def some() -> None:
             for step in range(steps):
-                loss_of(feed.batch(step)).backward()
+                loss_of(batch(step)).backward()
                 torch.nn.utils.clip_grad_norm_(student.trained, 1.0)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -192,9 +203,22 @@ def quickstart(steps: int = 6) -> dict[str, Any]:
 
     found: dict[str, Any] = {"steps": steps, "batch": 16}
     for name, other in (("whole_logits", plain), ("head", sft)):
-        pair = compare(work(other), work(events))
+        pair = compare(work(other), work(events, feed.batch))
         found[f"cross_entropy_{name}"] = {"cross_entropy": rounded(pair["ours"] / steps), "events": rounded(pair["theirs"] / steps),
                                           "times_cross_entropy": spread(pair)}
+    packing = replace(student, ways=Ways(packing=True))
+    pair = compare(work(events), work(lambda batch: events(batch, packing)))
+    found["packing"] = {"padded": rounded(pair["ours"] / steps), "packed": rounded(pair["theirs"] / steps), "times_padded": spread(pair)}
+    student.model.set_attn_implementation("eager")
+    eager = work(events)
+
+    def sdpa() -> None:
+        student.model.set_attn_implementation("sdpa")
+        work(events)()
+        student.model.set_attn_implementation("eager")
+
+    pair = compare(sdpa, eager)
+    found["attention"] = {"sdpa": rounded(pair["ours"] / steps), "eager": rounded(pair["theirs"] / steps), "times_sdpa": spread(pair)}
     print("quickstart", found, flush=True)
     return found
 
@@ -207,9 +231,13 @@ def main() -> None:
         events = open_bridge(teacher, student)
     else:
         print("real data not found: the column of events over real vocabularies is left out; set PERSEA_DATA", file=sys.stderr)
-    out: dict[str, Any] = {"torch": torch.__version__, "trl": "1.16.0" if peer else None, "quickstart": quickstart(), "workspace_mib": workspace()}
-    out["heads"] = heads(events, peer)
-    (Path(__file__).parent / "results" / "train.json").write_text(json.dumps(out, indent=1) + "\n")
+    path = Path(__file__).parent / "results" / "train.json"
+    out: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    out |= {"torch": torch.__version__, "trl": "1.16.0" if peer else out.get("trl")}
+    for name, part in {"quickstart": quickstart, "workspace_mib": workspace, "heads": lambda: heads(events, peer)}.items():
+        if not sys.argv[1:] or name in sys.argv[1:]:
+            out[name] = part()
+            path.write_text(json.dumps(out, indent=1) + "\n")
 
 
 if __name__ == "__main__":
