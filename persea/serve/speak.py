@@ -14,9 +14,9 @@ from persea.chat import Effort, Finish, Part, Pieces, Text, Thinking, Tool, Tool
 from persea.engines import Sampling
 from persea.engines.local import LocalEngine
 from persea.errors import DataError
+from persea.families.hybrid import CLOSE, OPEN
 from persea.voice import Voice
 
-OPEN, CLOSE = "<think>", "</think>"
 LOGITS = 1 << 28  # numbers of one scored prompt: a gibibyte in float32
 # What could end a thought that has begun, so that it can be read before its end is said: Qwen's block, the same as text, harmony's channel.
 ENDS: tuple[tuple[str | bytes, ...], ...] = (
@@ -86,7 +86,7 @@ class Heard:
     told: dict[str, str] = field(default_factory=lambda: {"reasoning_content": "", "content": ""})
 
     def add(self, token: int) -> dict[str, str]:
-        """The new piece of each. Half a character, white space at the end, and what may become a call wait for more."""
+        """The new piece of each. Half a character or marker, white space at the end, and what may become a call wait for more."""
         self.ids.append(token)
         if token in self.voice.stop_ids:
             return {}
