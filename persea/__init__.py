@@ -23,6 +23,7 @@ from everywhere); tests/test_map.py holds this map true.
     sandbox       where strangers' code runs, or is refused
     trial         a program against its tests, each in a sandbox of its own
     skills        languages code reasoning: held-out questions and a grader each
+    sets          published questions for real models, read in place: languages reasoning code safety tools instructions
     engines       local: where weights run; token ids only
     teacher       Teacher: a voice on an engine; answers in words, scores in log-probabilities
     audition      Cast: every teacher measured on every skill; who teaches what

@@ -189,8 +189,8 @@ def free_names(tests: str) -> set[str]:
     return {n.id for n in nodes if isinstance(n, ast.Name)} - defined - set(dir(builtins))
 
 
-def examine(fd: int, verdict: int, nonce: str, tests: str) -> None:
-    """Run the tests, their free names answered by the program; write the nonce and how it ended to `verdict`."""
+def examine(fd: int, verdict: int, nonce: str, tests: str, names: Sequence[str]) -> None:
+    """Run the tests, their free names and `names` answered by the program; write the nonce and how it ended to `verdict`."""
     channel = socket.socket(fileno=fd)
 
     def mine(value: Any) -> Any:
@@ -216,7 +216,7 @@ def examine(fd: int, verdict: int, nonce: str, tests: str) -> None:
         raise Strange("not a message")
 
     try:
-        exec(compile(tests, "<tests>", "exec"), {"__name__": "tests"} | {name: Named(name, ask) for name in free_names(tests)})
+        exec(compile(tests, "<tests>", "exec"), {"__name__": "tests"} | {name: Named(name, ask) for name in {*names, *free_names(tests)}})
     except AssertionError as error:
         outcome, why = "wrong", str(error)
     except Exception as error:
