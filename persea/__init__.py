@@ -9,7 +9,8 @@ from everywhere); tests/test_map.py holds this map true.
     template      the model's own Jinja chat template, sandboxed, its date pinned
     chat          Conversation, Tokens (one tokenizer's view of it), Family (what a family says of itself)
     voice         Voice: a Family on one tokenizer and template; renders, places bytes, parses
-    families      llama qwen gemma gpt_oss: conversation <-> tokens <-> bytes, thinking dial, stops, licence; hybrid: a switch before any template; generic: any other model
+    families      llama qwen gemma gpt_oss: conversation <-> tokens <-> bytes, thinking dial, stops, licence; generic: any other model;
+                  hybrid: a thinking switch before any template
     models        where weights come from: folder, hub, or a random sprout of a family's architecture
     # what a person asks for
     places        a page of YAML as plain data, and where each key of it stands
@@ -44,7 +45,8 @@ from everywhere); tests/test_map.py holds this map true.
     bridge        Bridge: two vocabularies laid over the same events
     completion    what a row says in the middle of a teacher token
     check         is this pairing sound? refuses below a floor
-    losses        targets events token full chunk: pure functions (logits, targets) -> LossOut
+    losses        targets events token full chunk: pure functions (logits, targets) -> LossOut; head: the same from hidden states
+    hidden        what a causal model gives to its head, and makes of the head's output
     student       Student: load, adapt (full or LoRA), run, save
     feed          captures -> lessons -> batches, the same whoever asks
     train         the one loop: batch, loss, step, checkpoint
