@@ -9,12 +9,17 @@ from fractions import Fraction
 COMMA = frozenset("vi id de es fr it pt ru nl tr pl".split())  # languages whose decimal sign is the comma; ms, jv follow Indonesia or Britain
 UNITS = {"万": 4, "萬": 4, "만": 4, "亿": 8, "億": 8, "억": 8}  # ten thousand, hundred million
 DIGITS = 400  # of a number; one with more is a model that cannot stop
-NUMBER = re.compile(r"(?<![\d.,])[-+−–]?\s?(?:[$€£¥฿₫₩]|US\$|Rp\.?\s?)?\s?\d[\d.,  ']*(?:\s?[万萬만亿億억])?(?:\s?/\s?\d+)?")
+NUMBER = re.compile(r"(?<![0-9A-Za-z.,])[-+−–]?\s?(?:[$€£¥฿₫₩]|US\$|Rp\.?\s?)?\s?\d[\d.,  ']*+(?![eE][-+]?\d|[xX]\d)"
+                    r"(?:\s?[万萬만亿億억])?(?:\s?/\s?\d+)?")
+
+
+SUPERSCRIPT = re.compile("([⁰¹²³⁴-⁹]+)")
 
 
 def western(text: str) -> str:
-    """Every script's digits as 0-9."""
-    return "".join(str(unicodedata.digit(c)) if c.isdecimal() and not c.isascii() else c for c in unicodedata.normalize("NFKC", text))
+    """Every script's digits as 0-9, ½ as 1/2, ² as ^2."""
+    plain = unicodedata.normalize("NFKC", SUPERSCRIPT.sub(r"^\1", text)).replace("\N{FRACTION SLASH}", "/")
+    return "".join(str(unicodedata.digit(c)) if c.isdecimal() and not c.isascii() else c for c in plain)
 
 
 def found(text: str) -> list[str]:

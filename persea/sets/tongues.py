@@ -11,8 +11,9 @@ NAMES = {"en": "English", "zh": "Chinese", "ja": "Japanese", "ko": "Korean", "vi
          "km": "Khmer", "lo": "Lao", "my": "Burmese", "tl": "Filipino", "jv": "Javanese", "bn": "Bengali", "ar": "Arabic", "sw": "Swahili",
          "it": "Italian", "de": "German", "fr": "French", "es": "Spanish", "ru": "Russian", "hi": "Hindi"}
 ALIKE = ({"id", "ms", "jv"}, {"zh", "yue"}, {"tl", "fil"})  # py3langid and its peers cannot tell these apart in a sentence or two
-SCRIPTS = {"THAI": "th", "KHMER": "km", "LAO": "lo", "MYANMAR": "my", "HANGUL": "ko", "HIRAGANA": "ja", "KATAKANA": "ja", "CJK": "zh",
-           "BENGALI": "bn", "TAMIL": "ta", "TELUGU": "te", "GUJARATI": "gu", "KANNADA": "kn", "GURMUKHI": "pa"}  # scripts of one language, near enough
+SCRIPTS = {  # of one language each, near enough
+           "THAI": "th", "KHMER": "km", "LAO": "lo", "MYANMAR": "my", "HANGUL": "ko", "HIRAGANA": "ja", "KATAKANA": "ja",
+           "CJK": "zh", "BENGALI": "bn", "TAMIL": "ta", "TELUGU": "te", "GUJARATI": "gu", "KANNADA": "kn", "GURMUKHI": "pa"}
 KANA = 0.05  # share of kana from which a text with Chinese characters is Japanese
 FENCED = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|\$[^$\n]*\$|https?://\S+", re.DOTALL)  # code, formulas and addresses are in no language
 
