@@ -17,7 +17,8 @@ from everywhere); tests/test_map.py holds this map true.
     sections      the sections of a recipe: keys, bounds, meanings, contradictions
     recipe        Recipe: the one YAML file a person writes -> frozen sections, checked, hashed
     # what to ask, and whom
-    corpus        Prompt: what to ask; duplicates and test items removed, with a record
+    hygiene       what a text shares with another: runs of words that are tested, near-duplicates
+    corpus        Prompt: what to ask; duplicates and test items removed, kept aside with the reason
     measure       Skill, Score: one number with n and interval
     jail          what runs inside the sandbox first: it builds the walls, then keeps watch
     exam          what runs inside two of them: tests on one side, the tested program on the other

@@ -22,7 +22,23 @@ from pydantic_core import ErrorDetails
 from persea.chat import PINNED_DATE
 from persea.errors import RecipeError
 from persea.places import Dumper, KeyPath, Reading, is_secret, override, read_page, resolved
-from persea.sections import MANY, SLUG, Audition, Capture, Check, CorpusPart, Evaluation, Lora, Section, Sizes, Student, Teacher, Training, agreed
+from persea.sections import (
+    MANY,
+    SLUG,
+    Audition,
+    Capture,
+    Check,
+    CorpusPart,
+    Evaluation,
+    Lora,
+    PublishedSet,
+    Section,
+    Sizes,
+    Student,
+    Teacher,
+    Training,
+    agreed,
+)
 
 
 class Recipe(Section):
@@ -80,7 +96,7 @@ class Recipe(Section):
 
 SECTIONS: dict[str, type[Section]] = {  # by the key they stand under
     "student": Student, "teachers": Teacher, "corpus": CorpusPart, "audition": Audition, "capture": Capture, "training": Training,
-    "evaluation": Evaluation, "check": Check, "sizes": Sizes, "lora": Lora}
+    "evaluation": Evaluation, "check": Check, "sets": PublishedSet, "sizes": Sizes, "lora": Lora}
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

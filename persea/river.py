@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persea import skills, store
+from persea import sets, skills, store
 from persea.audition import Cast
 from persea.bridge import Bridge, open_bridge
 from persea.capture import Unit, plan_units
@@ -27,8 +27,10 @@ from persea.lineage import Parent
 from persea.measure import Item, Skill, Split
 from persea.models import Source, fingerprint, local_folder, notes, open_voice, stamp
 from persea.recipe import Recipe
-from persea.sections import ModelRef
+from persea.sections import ModelRef, PublishedSet
 from persea.sections import Student as StudentRef
+from persea.sets.reading import HUB
+from persea.sets.reading import Source as QuestionFile
 from persea.voice import Voice
 
 if TYPE_CHECKING:
@@ -104,9 +106,24 @@ class River:
         return {name: open_bridge(voice, self.student_voice) for name, voice in self.voices.items()}
 
     @cached_property
+    def published(self) -> tuple[sets.Opened, ...]:
+        """The recipe's published sets, read. Raises DataError with file and line, EnvironmentLacks where one cannot be graded here."""
+        def where(s: PublishedSet) -> QuestionFile:
+            return QuestionFile(s.file or f"{HUB}{s.hub}", s.answers or "", s.language, s.config, s.split)
+
+        return tuple(sets.open_set(sets.named(s.set), where(s), s.skill) for s in self.recipe.evaluation.sets)
+
+    @cached_property
     def skills(self) -> tuple[Skill, ...]:
-        """The corpus' skills, in its order."""
-        return tuple(skills.named(name) for name in dict.fromkeys(p.skill for p in self.recipe.corpus))
+        """The corpus' skills, in its order, each by published sets where the recipe names some for it; then what else those measure."""
+        measured = {s.name: s for s in sets.skills(self.published)}
+        taught = [measured.pop(name) if name in measured else skills.named(name) for name in self.taught]
+        return (*taught, *measured.values())
+
+    @cached_property
+    def taught(self) -> tuple[str, ...]:
+        """Names of the corpus' skills, in its order."""
+        return tuple(dict.fromkeys(p.skill for p in self.recipe.corpus))
 
     def items(self, split: Split) -> list[tuple[Skill, tuple[Item, ...]]]:
         """Held-out items: AUDITION chooses teachers, TEST compares everybody."""
@@ -124,8 +141,9 @@ class River:
         """What check lays over each other: every skill's reference answers, by language, and the recipe's texts."""
         samples = []
         for skill, items in self.items(Split.AUDITION):
-            for language in dict.fromkeys(i.prompt.language for i in items):
-                some = [i for i in items if i.prompt.language == language][:SAMPLE]
+            answered = [i for i in items if i.reference or i.calls]  # some published questions have no right answer to look at
+            for language in dict.fromkeys(i.prompt.language for i in answered):
+                some = [i for i in answered if i.prompt.language == language][:SAMPLE]
                 said = tuple(i.answered for i in some)
                 samples.append(Sample(skill.name, language, said, tuple(i.prompt.id for i in some)))
         check = self.recipe.check
@@ -140,8 +158,9 @@ class River:
     def corpus(self) -> Corpus:
         """What to ask, without test items."""
         held_out = [i.prompt for split in (Split.AUDITION, Split.TEST) for _, items in self.items(split) for i in items]
+        held_out += [i.prompt for opened in self.published for i in opened.items]  # asked this time or not
         broken: list[Broken] = []
-        corpus = gather([self._prompts(k, broken) for k in range(len(self.recipe.corpus))], held_out)
+        corpus = gather([self._prompts(k, broken) for k in range(len(self.recipe.corpus))], held_out, [part.near for part in self.recipe.corpus])
         return replace(corpus, broken=tuple(broken))
 
     def _prompts(self, k: int, broken: list[Broken]) -> list[Prompt]:
@@ -149,11 +168,11 @@ class River:
         if part.file is not None:
             prompts = list(read_prompts(Path(part.file), part.skill, part.language, broken.append if part.broken == "quarantine" else None))
             for prompt in prompts:
-                if prompt.skill not in {s.name for s in self.skills}:
+                if prompt.skill not in self.taught:
                     raise DataError(f"prompt {prompt.id} is of skill {prompt.skill!r}, which the corpus does not name", where=part.file,
-                                    remedy=f"one of {', '.join(s.name for s in self.skills)}; or add a part of that skill")
+                                    remedy=f"one of {', '.join(self.taught)}; or add a part of that skill")
             return in_modes(prompts, part.modes)
-        items = skills.named(part.skill).items(Split.TEACH, part.generate or 0, self.recipe.seed)
+        items = next(s for s in self.skills if s.name == part.skill).items(Split.TEACH, part.generate or 0, self.recipe.seed)
         if len(items) < (part.generate or 0):
             raise DataError(f"{part.skill} has only {len(items):,} questions to teach with", where=f"corpus.{k}.generate",
                             remedy=f"ask for at most {len(items):,}")

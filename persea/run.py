@@ -67,7 +67,7 @@ def audition(river: River, folder: Path, tell: Tell) -> None:
             scores += mine
             store.publish_lines(folder / f"{name}.{skill.name}.jsonl", (r.to_json() for r in results))
             tell("audition", (k + (j + 1) / len(skills)) / len(river.voices), f"{name} {skill.name} {mine[0].value:.2f}")
-    chosen = cast([s.name for s, _ in skills], list(river.voices), scores, river.recipe.audition.pinned)
+    chosen = cast(river.taught, list(river.voices), scores, river.recipe.audition.pinned)
     store.publish_json(folder / "cast.json", chosen.to_json())
 
 
@@ -82,7 +82,8 @@ def capture(river: River, folder: Path, tell: Tell) -> None:
         ask(river.units, river.teacher(name, settings.batch), folder, tau=settings.tau, kl=settings.kl,
             max_new_tokens=settings.max_new_tokens, seed=river.recipe.seed, given=settings.answers == "given",
             unchanged=partial(river.refuse_changed, name), progress=lambda step: tell("capture", *pace.step(step)))
-    removed = Counter(why.value for _, why in river.corpus.removed)
+    removed = Counter(r.why.value for r in river.corpus.removed)
+    store.publish_lines(folder / "removed.jsonl", (r.to_json() for r in river.corpus.removed))
     told, aside = summary(river.units, folder), quarantined(river.units, folder, river.corpus.broken)
     (folder / "quarantine.jsonl").unlink(missing_ok=True)
     if aside:

@@ -35,7 +35,7 @@ def named(name: str) -> Published:
     for one in SETS:
         if one.name == name:
             return one
-    raise DataError(f"unknown set {name!r}", remedy=f"known sets: {', '.join(s.name for s in SETS)}")
+    raise DataError(f"unknown set {name!r}", where="evaluation.sets", remedy=f"known sets: {', '.join(s.name for s in SETS)}")
 
 
 def open_set(published: Published, source: Source, skill: str = "") -> Opened:
