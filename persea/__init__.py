@@ -38,6 +38,7 @@ from everywhere); tests/test_map.py holds this map true.
     reader        captures by number, in an order that seed and epoch decide; several caches mixed by share
     shelf         a folder of units as a whole: info, verify, merge, export
     capture       ask the cast, keep what it said; resumes where it stopped
+    sift          a teacher's answers before they teach: wrong ones are kept aside
     # making it the student's
     align         Spans: two tokenizers laid over the same bytes
     merges        Merges: how one tokenizer builds its tokens, and which can never stand side by side

@@ -9,7 +9,7 @@ outputs by sha256. It stands as long as both hold.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -73,7 +73,7 @@ def audition(river: River, folder: Path, tell: Tell) -> None:
 
 def capture(river: River, folder: Path, tell: Tell) -> None:
     """Ask the cast; keep answers and distributions."""
-    from persea.capture import Pace, accounts, quarantined, summary
+    from persea.capture import Pace, accounts, caches, quarantined, summary
     from persea.capture import capture as ask
 
     settings = river.recipe.capture
@@ -88,7 +88,14 @@ def capture(river: River, folder: Path, tell: Tell) -> None:
     (folder / "quarantine.jsonl").unlink(missing_ok=True)
     if aside:
         store.publish_lines(folder / "quarantine.jsonl", aside)
-    store.publish_json(folder / "summary.json", told | {"removed": dict(removed)} | accounts(told, river.corpus, aside))
+    verified: dict[str, Any] = {}
+    if settings.verify:
+        from persea.sift import sift
+
+        sifted = sift([reader for reader, _ in caches(river.units, folder)], river.corpus.prompts, {s.name: s for s in river.skills})
+        store.publish_json(folder / "wrong.json", sifted.aside)
+        verified = {"verified": sifted.to_json()}
+    store.publish_json(folder / "summary.json", told | {"removed": dict(removed)} | verified | accounts(told, river.corpus, aside))
 
 
 def train(river: River, folder: Path, tell: Tell) -> None:
@@ -96,13 +103,17 @@ def train(river: River, folder: Path, tell: Tell) -> None:
     from persea.capture import caches
     from persea.feed import offline
     from persea.losses import composed_head
+    from persea.reader import Ordered
+    from persea.sift import left
     from persea.train import Settings
     from persea.train import train as loop
 
     t = river.recipe.training
     student = river.student()
-    feed = offline(caches(river.units, river.folder / "capture"), student.voice, river.bridges, size=t.batch, seed=river.recipe.seed,
-                   max_tokens=t.max_tokens, completion=t.completion)
+    heard: Sequence[tuple[Ordered, float]] = caches(river.units, river.folder / "capture")
+    if river.recipe.capture.verify:
+        heard = left(heard, store.read_json(river.folder / "capture" / "wrong.json"))
+    feed = offline(heard, student.voice, river.bridges, size=t.batch, seed=river.recipe.seed, max_tokens=t.max_tokens, completion=t.completion)
 
     def loss_of(step: int) -> tuple[Any, Any]:
         batch = feed.batch(step)
@@ -154,11 +165,18 @@ def report(river: River, folder: Path, tell: Tell) -> None:
     write(river.folder)
 
 
+def verified(river: River) -> list[str]:
+    """What verifying left out of the lessons, by digest; nothing where nobody verifies."""
+    return [river.done("capture")["outputs"]["wrong.json"]] if river.recipe.capture.verify else []
+
+
 STAGES: tuple[Stage, ...] = (
     Stage("check", lambda r: [r.identities, r.student_identity, r.measured, r.recipe.check.model_dump()], check),
     Stage("audition", lambda r: [r.identities, r.asked, r.recipe.audition.model_dump(), r.recipe.capture.max_new_tokens], audition),
-    Stage("capture", lambda r: [*(u.name for u in r.units), *([b.where, b.why] for b in r.corpus.broken)], capture),
-    Stage("train", lambda r: [[u.name for u in r.units], r.student_identity, r.recipe.training.model_dump(), r.recipe.seed, r.recipe.threads], train),
+    Stage("capture", lambda r: [*(u.name for u in r.units), *([b.where, b.why] for b in r.corpus.broken), *["verify"] * r.recipe.capture.verify],
+          capture),
+    Stage("train", lambda r: [[u.name for u in r.units], r.student_identity, r.recipe.training.model_dump(), r.recipe.seed, r.recipe.threads,
+                              *verified(r)], train),
     Stage("evaluate", lambda r: [r.done("train")["outputs"], r.identities, r.asked, r.recipe.evaluation.model_dump()], evaluate),
     Stage("lineage", lambda r: [r.done("train")["outputs"], r.recipe.hash], lineage),
     Stage("report", lambda r: [r.done(s.name)["key"] for s in STAGES[:-1]], report),

@@ -149,13 +149,15 @@ class Capture(Section):
     batch: int = Field(default=64, ge=1, le=MANY, description="prompts asked at once")
     unit: int = Field(default=256, ge=1, le=MANY,
                       description="prompts saved together, fewer where they could exceed 2^20 tokens: the most that a crash can cost")
+    verify: bool = Field(default=False, description="teach no answer that the skill's own grader calls wrong, where the prompt brought a right one")
     tokens: int | None = Field(default=None, ge=1, description="stop, and say so, once this many tokens are kept; more goes on from there")
     hours: float | None = Field(default=None, gt=0, le=1e6, description="stop, and say so, once a run has asked for this long")
 
     @model_validator(mode="after")
     def _keeps_one_kind(self) -> Self:
         kind, key, idle = ("topk", "kl", self.kl) if self.rows == "sampled" else ("sampled", "tau", self.tau)
-        return agreed(self, (idle is not None, (key,), f"given, but `rows` is {self.rows}", f"write `rows: {kind}`, or delete `{key}:`"))
+        return agreed(self, (idle is not None, (key,), f"given, but `rows` is {self.rows}", f"write `rows: {kind}`, or delete `{key}:`"),
+                      (self.verify and self.answers == "given", ("verify",), "true, but the answers are the given ones", "delete `verify:`"))
 
 
 class Training(Section):
