@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from persea.chat import Message
 from persea.measure import Grade, Item, Verdict
 from persea.sets.reading import Asked, Published, Row, Source, every, item, json_lines, malformed, rows
-from persea.sets.tongues import same, tongue
+from persea.tongues import same, tongue
 
 Check: TypeAlias = Callable[..., bool]
 RELATIONS: Mapping[str, Callable[[int, int], bool]] = {"at least": operator.ge, "less than": operator.lt}
@@ -200,4 +200,4 @@ def grade_instructions(item: Item, said: Message) -> Grade:
     return Grade(Verdict.WRONG if missed else Verdict.RIGHT, 1 - len(missed) / len(wanted), f"not: {', '.join(missed)}" if missed else "")
 
 
-SETS = (Published("ifeval", "en", ifeval, grade_instructions, ("py3langid",)),)
+SETS = (Published("ifeval", "en", ifeval, grade_instructions),)

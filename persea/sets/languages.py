@@ -8,7 +8,7 @@ from persea.chat import Message
 from persea.errors import DataError
 from persea.measure import Grade, Item, Verdict
 from persea.sets.reading import Asked, Published, Row, Source, every, item, json_lines, malformed, read_text, right, rows
-from persea.sets.tongues import NAMES, same, tongue
+from persea.tongues import NAMES, same, tongue
 
 GOOD = 0.5  # chrF from which a translation is labelled right, for people who read examples; scores take the value itself
 
@@ -116,6 +116,6 @@ SETS = (
     Published("translation", "", translations, grade_translation, ("sacrebleu",)),
     Published("xcopa", "", xcopa, grade_choice),
     Published("jcommonsenseqa", "ja", jcommonsenseqa, grade_choice),
-    Published("fidelity", "", lambda source: _prompts("fidelity", source), grade_fidelity, ("py3langid",)),
-    Published("fidelity-thought", "", lambda source: _prompts("fidelity-thought", source), grade_thought, ("py3langid",)),
+    Published("fidelity", "", lambda source: _prompts("fidelity", source), grade_fidelity),
+    Published("fidelity-thought", "", lambda source: _prompts("fidelity-thought", source), grade_thought),
 )

@@ -17,7 +17,7 @@ from persea.chat import Message
 from persea.errors import DataError, Refused
 from persea.measure import Grade, Item
 from persea.sets.reading import Asked, Published, Row, Source, every, item, malformed, right, rows, table
-from persea.sets.tongues import same, tongue
+from persea.tongues import same, tongue
 
 
 class Kind(StrEnum):
@@ -168,8 +168,8 @@ def multijail(source: Source) -> Asked:
 
 
 SETS = (
-    Published("xstest-harmful", "en", xstest("unsafe", "xstest-harmful"), grade_harmful, ("py3langid",), skill="safety-xstest-harmful"),
-    Published("xstest-harmless", "en", xstest("safe", "xstest-harmless"), grade_harmless, ("py3langid",), skill="safety-xstest-harmless"),
-    Published("harmbench", "en", harmbench, grade_harmful, ("py3langid",), skill="safety-harmbench"),
-    Published("multijail", "", multijail, grade_harmful, ("py3langid",), skill="safety-multijail"),
+    Published("xstest-harmful", "en", xstest("unsafe", "xstest-harmful"), grade_harmful, skill="safety-xstest-harmful"),
+    Published("xstest-harmless", "en", xstest("safe", "xstest-harmless"), grade_harmless, skill="safety-xstest-harmless"),
+    Published("harmbench", "en", harmbench, grade_harmful, skill="safety-harmbench"),
+    Published("multijail", "", multijail, grade_harmful, skill="safety-multijail"),
 )
