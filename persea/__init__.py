@@ -29,13 +29,13 @@ from everywhere); tests/test_map.py holds this map true.
     trial         a program against its tests, each in a sandbox of its own
     skills        languages code reasoning: held-out questions and a grader each
     sets          published questions for real models, read in place: languages reasoning code safety tools instructions
-    engines       local: where weights run; token ids only
+    rows          Rows: one position's teacher distribution each, sparse; and of what kind
+    engines       local vllm endpoint talk: where weights run, here or behind a server; what each can give
     teacher       Teacher: a voice on an engine; answers in words, scores in log-probabilities
     asking        one speaker on one skill's questions: asked once, kept, graded anew
     contest       every teacher on every skill, in rounds, until the ranking is settled
     audition      Cast: every teacher measured on every skill; who teaches what
     # what they said
-    rows          Rows: one position's teacher distribution each, sparse; and of what kind
     tables        how often each value of a column stands in a unit, and the entropy coder under it
     codec         tokens and rows <-> entropy-coded streams
     cache         captures on disk: packed, digested, memory-mapped units
@@ -51,21 +51,26 @@ from everywhere); tests/test_map.py holds this map true.
     bridge        Bridge: two vocabularies laid over the same events
     completion    what a row says in the middle of a teacher token
     check         is this pairing sound? refuses below a floor
+    questions     what a recipe asks with: skills by generators or published sets, prompts, reference answers
     losses        targets events token full chunk: pure functions (logits, targets) -> LossOut; head: the same from hidden states
     hidden        what a causal model gives to its head, and makes of the head's output
     student       Student: load, adapt (full or LoRA), run, save
     feed          captures -> lessons -> batches, the same whoever asks
+    rollouts      what the student says itself, beside its teachers' distributions
     train         the one loop: batch, loss, step, checkpoint
     # is it true
     evaluate      the student beside every teacher and its base, on every skill
     modes         the hybrid student in each mode: score, leaks, length and language of its thoughts
     lineage       what made these weights
+    far           teachers whose weights are not opened here: behind a server, or in vLLM
     charts        pictures of numbers, as SVG
     hybrid_page   what is told of a hybrid student: rows, sentences, the page's section
     findings      what a run's files say, read and checked: rows, standings
     sentences     what the numbers and their intervals allow to say
     lm_eval       standard tasks as lm-eval measured them: its results file, read
     report        the page, the card, report.json
+    compare       two runs beside each other, on the same items, and what differs in their recipes
+    serve         a model behind OpenAI's routes, with real log-probabilities
     # the river
     river         what a recipe's words stand for, and the run folder
     run           every stage in order, each skipped when its output stands: read it first

@@ -19,7 +19,7 @@ import numpy as np
 
 from persea import store
 from persea.chat import Conversation, Effort, Finish, Message, Text
-from persea.errors import DataError
+from persea.errors import DataError, TeacherError
 from persea.measure import Item, Result, Skill, grade
 from persea.teacher import Teacher
 
@@ -35,6 +35,7 @@ class Speaker:
     efforts   the efforts it is measured at, its own first
     open      loads its weights; called where something has to be asked, and only there
     settings  what else may move a last digit: batch, threads
+    mute      it has words alone, and no log-probabilities
     """
 
     name: str
@@ -42,6 +43,7 @@ class Speaker:
     efforts: tuple[Effort, ...]
     open: Callable[[], Teacher]
     settings: Mapping[str, int]
+    mute: bool = False
 
 
 def one_at_a_time(load: Callable[[str], Teacher]) -> Callable[[str], Teacher]:
@@ -72,6 +74,10 @@ def hear(speaker: Speaker, effort: Effort, skill: Skill, items: Sequence[Item], 
     for some in _parts(freely):
         def ask(some: Sequence[Item] = some) -> list[Any]:
             answers = speaker.open().answer([replace(i.prompt, effort=effort) for i in some], max_new_tokens)
+            for a in answers:
+                if a.why:  # a server's failure is no answer, and is not kept as one
+                    raise TeacherError(a.why, where=f"{speaker.name}, {a.prompt_id}",
+                                       remedy="look at the server, then run again: what was heard is kept")
             return [[Conversation((a.conversation.messages[-1],)).to_json(), a.finish.value] for a in answers]
 
         lines, old = _kept(["answers", speaker.identity, effort, max_new_tokens, dict(speaker.settings), [_asked(i) for i in some]], ask)
@@ -97,9 +103,11 @@ def bits(speaker: Speaker, items: Sequence[Item]) -> tuple[float, int]:
     """(bits, bytes) a speaker spends on the reference answers in its own voice: content tokens and the stop token.
 
     Per byte and not per token, so that tokenizers compare. Markers of a template between content are left out, and so are items whose
-    right answer is not a text.
+    right answer is not a text. (0, 0) of a speaker that tells no log-probabilities.
     """
     spent, size = 0.0, 0
+    if speaker.mute:
+        return spent, size
     for some in _parts([i for i in items if i.reference or i.calls]):
         said = [i.answered for i in some]
         nats, _ = _kept(["bits", speaker.identity, dict(speaker.settings), [c.to_json() for c in said]],
@@ -111,10 +119,8 @@ def bits(speaker: Speaker, items: Sequence[Item]) -> tuple[float, int]:
 
 def surprises(teacher: Teacher, conversations: Sequence[Conversation]) -> Iterator[float]:
     """Nats each conversation's last message costs in this voice: its content tokens and the stop token."""
-    for tokens, logprobs_NW in teacher.score(conversations):
-        learned = np.flatnonzero(tokens.learn_T)
-        picked_N = logprobs_NW.numpy()[np.arange(len(learned)), tokens.ids_T[learned]]
-        yield -float(picked_N[tokens.starts_T[learned] >= 0].astype(np.float64).sum())
+    for tokens, picked_N in teacher.realised(conversations):
+        yield -float(picked_N[tokens.starts_T[tokens.learn_T] >= 0].astype(np.float64).sum())
 
 
 def _asked(item: Item) -> list[Any]:

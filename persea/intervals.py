@@ -79,6 +79,13 @@ def of_ratio(ones: Values, others: Values, confidence: float = CONFIDENCE) -> tu
     return max(0.0, c / (b + root)), (b + root) / a if a > 0 else inf
 
 
+def of_gap(ones: Values, others: Values) -> tuple[float, float]:
+    """95 % interval of mean(ones) - mean(others), each over items of its own (Newcombe 1998, method 10): wider than of pairs."""
+    (one, low, high), (other, least, most) = ((float(np.mean(v)), *of_mean(v)) for v in (ones, others))
+    gap = one - other
+    return gap - sqrt((one - low) ** 2 + (most - other) ** 2), gap + sqrt((high - one) ** 2 + (other - least) ** 2)
+
+
 def evidence(differences: Values) -> npt.NDArray[np.float64]:
     """Betting's wealth against "the mean is at most 0" after each item: differences in [-1, 1], in the order they came.
 

@@ -177,7 +177,7 @@ def resolved(value: Any, path: KeyPath, reading: Reading) -> Any:
     is_place = is_text or is_set or (path[0] in ("student", "teachers", "corpus") and path[-1] in ("model", "tokenizer", "file"))
     # os.path.exists, because Path.exists raises where a name is too long
     local = is_text or text.startswith((".", "/", "~")) or path[-1] == "file" or is_set or os.path.exists(folder / text)
-    if not is_place or (text in ("", "random") and not is_text) or not local:
+    if not is_place or (text in ("", "random", "words") and not is_text) or not local:
         return text
     return os.path.abspath(folder / os.path.expanduser(text))  # Path.resolve would follow a link and so rename the teacher
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from persea import store
 from persea.chat import Effort
+from persea.far import is_far
 from persea.measure import Paired, Split
 from persea.river import BASE, STUDENT, River, Tell, digest_of, is_small, set_threads, source
 
@@ -35,20 +36,20 @@ def check(river: River, folder: Path, tell: Tell) -> None:
     from persea.check import TEXTS, kept_by, likelihood, refuse
     from persea.check import check as pairing
 
-    samples, settings, teachers = river.samples, river.recipe.check, river.recipe.teachers
+    samples, settings, teachers = river.samples, river.recipe.check, [t for t in river.recipe.teachers if not t.yardstick]
     mine = [s.rendered(river.student_voice) for s in samples]
     pairs, likelihoods = [], []
     for k, teacher in enumerate(teachers):
         voice, bridge = river.voices[teacher.name], river.bridges[teacher.name]
         kept = None
-        if is_small(source(teacher)) if settings.likelihood is None else settings.likelihood:
+        if not is_far(teacher) and (is_small(source(teacher)) if settings.likelihood is None else settings.likelihood):
             opened = river.teacher(teacher.name, river.recipe.audition.batch)
             likelihoods += likelihood(opened, [s for s in samples if s.skill != TEXTS])
             kept = kept_by(opened, bridge)
         pairs += [pairing(teacher.name, voice, river.student_voice, bridge, s, said, kept if s.skill != TEXTS else None)
                   for s, said in zip(samples, mine, strict=True)]
-        family, note = river.families[teacher.name]["family"], river.families[teacher.name]["note"]
-        tell("check", (k + 1) / len(teachers), f"{teacher.name} ({family}{', see its note in check.json' if note else ''})")
+        family, note = (river.families.get(teacher.name, {}).get(key, "") for key in ("family", "note"))
+        tell("check", (k + 1) / len(teachers), f"{teacher.name} ({family or 'words'}{', see its note in check.json' if note else ''})")
     store.publish_json(folder / "check.json", {"pairs": [p.to_json() for p in pairs], "likelihoods": [one.to_json() for one in likelihoods],
                                                "families": river.families})
     refuse(pairs, likelihoods, settings.floor, settings.disagreement)
@@ -62,7 +63,7 @@ def audition(river: River, folder: Path, tell: Tell) -> None:
 
     settings, most = river.recipe.audition, river.recipe.capture.max_new_tokens
     load = one_at_a_time(lambda name: river.teacher(name, settings.batch))
-    speakers = {name: river.heard_as(name, settings.batch, settings.efforts, load) for name in river.voices}
+    speakers = {name: river.heard_as(name, settings.batch, settings.efforts, load) for name in river.teaching}
     skills = river.items(Split.AUDITION)
     courses = contest(list(speakers), skills, river.recipe.seed, lambda name, skill, items: hear(
         speakers[name], speakers[name].efforts[0], skill, items, most)[0], lambda share, words: tell("audition", share, words))
@@ -71,7 +72,7 @@ def audition(river: River, folder: Path, tell: Tell) -> None:
     for (name, skill, effort), results in said.items():
         other = "" if effort is speakers[name].efforts[0] else f".{effort}"
         store.publish_lines(folder / f"{name}.{skill}{other}.jsonl", (r.to_json() for r in results))
-    chosen = cast(courses, {n: s.efforts[0] for n, s in speakers.items()}, settings.pinned, settings.floor, dials, river.taught)
+    chosen = cast(courses, {n: s.efforts[0] for n, s in speakers.items()}, settings.pinned, settings.floor, dials, river.recipe.taught)
     store.publish_json(folder / "cast.json", chosen.to_json())
     store.publish(folder / "table.md", markdown(chosen).encode())
 
@@ -119,8 +120,11 @@ def train(river: River, folder: Path, tell: Tell) -> None:
     if river.recipe.capture.verify:
         heard = left(heard, store.read_json(river.folder / "capture" / "wrong.json"))
     feed = offline(heard, student.voice, river.bridges, size=t.batch, seed=river.recipe.seed, max_tokens=t.max_tokens, completion=t.completion)
+    rollouts = river.rollouts(student)
 
     def loss_of(step: int) -> tuple[Any, Any]:
+        if rollouts is not None and rollouts.due(step):
+            return rollouts.loss(step)
         batch = feed.batch(step)
         hidden_ND = student.hidden(batch.ids_BS, batch.mask_BS, batch.row_N, batch.at_N)
         return composed_head(hidden_ND, student.head, batch.targets_N, batch.teachers, t.event_share), batch.share
@@ -128,7 +132,7 @@ def train(river: River, folder: Path, tell: Tell) -> None:
     settings = Settings(t.steps, t.learning_rate, t.warmup, t.weight_decay, t.clip, t.checkpoint_every, t.log_every, river.recipe.seed)
     student.model.train()
     loop(student.trained, loss_of, settings, folder, digest_of(STAGES[3].inputs(river)), lambda step, line: tell(
-        "train", step / t.steps, f"loss {line['loss']:.3f}, {line['positions'] / max(line['seconds'], 1e-9):.0f} tokens/s"))
+        "train", step / t.steps, f"loss {line['loss']:.3f}, {line['positions'] / max(line['seconds'], 1e-9):.0f} tokens/s"), source=rollouts)
     student.save(folder / "student")
     store.publish_json(folder / "feed.json", feed.survey.to_json())
 
@@ -145,7 +149,8 @@ def evaluate(river: River, folder: Path, tell: Tell) -> None:
     for k, name in enumerate(names):
         listen(heard, river.heard_as(name, settings.batch, settings.efforts, load), skills, settings.max_new_tokens,
                lambda share, words, k=k: tell("evaluate", (k + share) / len(names), words))  # type: ignore[misc]
-    out = Evaluation(STUDENT, BASE, tuple(river.voices), Effort.NONE, tuple(heard.scores()), heard.bits_per_byte, (), beside(heard, STUDENT),
+    yardsticks = tuple(name for name in river.voices if name not in river.teaching)
+    out = Evaluation(STUDENT, BASE, river.teaching, Effort.NONE, tuple(heard.scores()), heard.bits_per_byte, yardsticks, beside(heard, STUDENT),
                      regressions(heard, STUDENT, BASE))
     lines = list(heard.lines())
     store.publish_lines(folder / "examples.jsonl", lines)
@@ -170,7 +175,7 @@ def lineage(river: River, folder: Path, tell: Tell) -> None:
     """Write down what made the weights."""
     from persea.lineage import lineage as record
 
-    teachers = [river.parent(n) for n in river.voices]
+    teachers = [river.parent(n) for n in river.teaching]
     store.publish_json(folder / "lineage.json", record(river.folder / "train" / "student", river.parent(BASE), teachers, river.recipe.hash,
                                                        {"units": digest_of([u.name for u in river.units])}))
 

@@ -295,17 +295,16 @@ def test_a_thinking_teachers_lesson_answers_at_once(voices: Voices):
 @pytest.mark.parametrize("mode", Effort)
 def test_a_lesson_is_learned_in_the_mode_it_was_asked_in(voices: Voices, bridges: dict[str, Bridge], teacher: str, mode: Effort):
     """The thought has rows of its own, and goes where the mode is to answer at once."""
-    said = asked("It is 1234 cats", "He asks about cats.")
-    capture = captured(voices[teacher], teacher, 0, replace(said, effort=mode if mode is not Effort.NONE else Effort.LOW))
-    one = lesson(replace(capture, answer=replace(capture.answer, mode=mode)), voices["llama"], bridges[teacher])
-    want = voices["llama"].render(replace(said, effort=mode))
-    assert one.tokens.ids_T.tolist() == want.ids_T.tolist()
+    talk = asked("It is 1234 cats", "He asks about cats.")
+    capture = captured(voices[teacher], teacher, 0, replace(talk, effort=mode if mode is not Effort.NONE else Effort.LOW))
+    learned = lesson(replace(capture, answer=replace(capture.answer, mode=mode)), voices["llama"], bridges[teacher])
+    want = voices["llama"].render(replace(talk, effort=mode))
+    assert learned.tokens.ids_T.tolist() == want.ids_T.tolist()
     think = voices["llama"].vocabulary.control["<think>"]
-    assert (think in one.tokens.ids_T) is (mode is not Effort.NONE)
+    assert (think in learned.tokens.ids_T) is (mode is not Effort.NONE)
     begin = len(b"question 0") + 1
     thought = {n for n, k in enumerate(want.starts_T[want.learn_T].tolist()) if begin <= k < begin + len(b"He asks about cats.")}
-    assert bool(thought & set(one.said.row_M.tolist())) is (mode is not Effort.NONE)
-
+    assert bool(thought & set(learned.said.row_M.tolist())) is (mode is not Effort.NONE)
 
 
 # ---- one batch -------------------------------------------------------------------------------------------------------

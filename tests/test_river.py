@@ -214,7 +214,7 @@ def test_published_sets_are_skills_beside_the_corpus_or_for_it(tmp_path: Path) -
     one = {"set": "gsm8k", "file": gsm(tmp_path)}
     beside = river(tmp_path, evaluation={"sets": [one], "items": 5}, audition={"items": 3})
     assert [s.name for s in beside.skills] == ["languages", "code", "reasoning", "gsm8k"]
-    assert beside.taught == ("languages", "code", "reasoning")
+    assert beside.recipe.taught == ("languages", "code", "reasoning")
     drawn = {split: beside.items(split)[3][1] for split in (Split.AUDITION, Split.TEST)}
     assert [len(items) for items in drawn.values()] == [3, 5]
     assert not {i.prompt.id for i in drawn[Split.AUDITION]} & {i.prompt.id for i in drawn[Split.TEST]}

@@ -12,7 +12,8 @@ SAID = {"en": "The weather is nice today and we are going out.", "vi": "Hôm nay
     "id": "Hari ini cuacanya cerah dan kami akan pergi.",
         "th": "วันนี้อากาศดีมาก", "zh": "今天天气很好", "ja": "今日は天気がいいです", "ko": "오늘은 날씨가 좋아요", "km": "ថ្ងៃនេះអាកាសធាតុល្អ",
         "lo": "ມື້ນີ້ອາກາດດີ",
-        "my": "ဒီနေ့ရာသီဥတုကောင်းတယ်", "bn": "আজ আবহাওয়া ভালো", "it": "Oggi il tempo è bello e noi usciamo.", "ar": "الطقس جميل اليوم وسوف نخرج معا إلى الحديقة بعد الظهر"}
+        "my": "ဒီနေ့ရာသီဥတုကောင်းတယ်", "bn": "আজ আবহাওয়া ভালো", "it": "Oggi il tempo è bello e noi usciamo.",
+        "ar": "الطقس جميل اليوم وسوف نخرج معا إلى الحديقة بعد الظهر"}
 
 
 @pytest.mark.parametrize("language", SAID)
