@@ -11,6 +11,7 @@ from everywhere); tests/test_map.py holds this map true.
     voice         Voice: a Family on one tokenizer and template; renders, places bytes, parses
     families      llama qwen gemma gpt_oss: conversation <-> tokens <-> bytes, thinking dial, stops, licence; generic: any other model;
                   hybrid: a thinking switch before any template
+    placement     fewer bits a weight, and main memory beside a GPU's; or why not
     models        where weights come from: folder, hub, or a random sprout of a family's architecture
     # what a person asks for
     places        a page of YAML as plain data, and where each key of it stands
@@ -52,7 +53,7 @@ from everywhere); tests/test_map.py holds this map true.
     completion    what a row says in the middle of a teacher token
     check         is this pairing sound? refuses below a floor
     questions     what a recipe asks with: skills by generators or published sets, prompts, reference answers
-    losses        targets events token full chunk: pure functions (logits, targets) -> LossOut; head: the same from hidden states
+    losses        targets events token full chunk: pure functions (logits, targets) -> LossOut; head: the same from hidden states; fused: on a GPU
     hidden        what a causal model gives to its head, and makes of the head's output
     student       Student: load, adapt (full or LoRA), run, save
     feed          captures -> lessons -> batches, the same whoever asks
@@ -76,6 +77,7 @@ from everywhere); tests/test_map.py holds this map true.
     run           every stage in order, each skipped when its output stands: read it first
     plan          what a run would do and cost
     progress      what a person sees while it runs
+    talk          a conversation with one model: switches, history, words as they come
     cli           one verb a stage, and the small ones
 """
 

@@ -48,7 +48,8 @@ Tell = Callable[[str, float, str], None]  # stage, share done in [0, 1], a few w
 def source(ref: ModelRef) -> Source:
     """Where a recipe's model comes from."""
     sizes = tuple(sorted(ref.sizes.model_dump().items())) if ref.sizes else ()
-    return Source(ref.model, ref.revision, ref.tokenizer, ref.family, sizes, isinstance(ref, StudentRef) and ref.thinking)
+    found = Source(ref.model, ref.revision, ref.tokenizer, ref.family, sizes, isinstance(ref, StudentRef) and ref.thinking)
+    return replace(found, quantize=ref.quantize, offload=ref.offload) if isinstance(ref, TeacherRef) else found
 
 
 def is_small(where: Source) -> bool:
@@ -262,11 +263,11 @@ class River:
 
     def student(self) -> Student:
         """The student, ready to be trained."""
-        from persea.student import Lora, open_student
+        from persea.student import Lora, Ways, open_student
 
-        ref = self.recipe.student
+        ref, t = self.recipe.student, self.recipe.training
         lora = Lora(ref.lora.rank, ref.lora.alpha, ref.lora.targets) if ref.lora else None
-        return open_student(source(ref), self.student_voice, lora, self.recipe.seed)
+        return open_student(source(ref), self.student_voice, lora, self.recipe.seed, Ways(t.precision == "bfloat16", t.recompute, t.packing))
 
     def rollouts(self, student: Student) -> Rollouts | None:
         """What the student says itself, with every teacher of the cast open beside it; None where the recipe does not ask for it."""

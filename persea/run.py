@@ -126,8 +126,9 @@ def train(river: River, folder: Path, tell: Tell) -> None:
         if rollouts is not None and rollouts.due(step):
             return rollouts.loss(step)
         batch = feed.batch(step)
-        hidden_ND = student.hidden(batch.ids_BS, batch.mask_BS, batch.row_N, batch.at_N)
-        return composed_head(hidden_ND, student.head, batch.targets_N, batch.teachers, t.event_share), batch.share
+        states = student.hidden(batch.ids_BS, batch.mask_BS, batch.row_N, batch.at_N)
+        teachers = batch.teachers if t.objective == "events" else ()
+        return composed_head(*states, batch.targets_N, teachers, t.event_share), batch.share
 
     settings = Settings(t.steps, t.learning_rate, t.warmup, t.weight_decay, t.clip, t.checkpoint_every, t.log_every, river.recipe.seed)
     student.model.train()

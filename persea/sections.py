@@ -140,10 +140,23 @@ class Teacher(ModelRef):
                       pattern=NAME, description="what reports call it: letters, digits and ._- (default: the last part of `model`)")
     effort: Effort = Field(default=Effort.NONE, description="how long it thinks before it answers")
     licence: str = Field(default="", description="its licence, where you know better than the family's usual one")
+    quantize: Literal["none", "8bit", "4bit", "mxfp4"] = Field(
+        default="none", description="load its weights in fewer bits, on a GPU (8bit, 4bit: bitsandbytes; mxfp4: gpt-oss as it is stored)")
+    offload: bool = Field(default=False, description="keep in main memory what the GPU has no room for; slow, and never needed on a CPU")
     engine: Literal["local", "vllm"] = Field(default="local", description="what runs its weights on this machine")
     endpoint: Endpoint | None = Field(default=None, description="a server that runs it; then no weights are loaded here")
     generation: Generation = Field(default=Generation(), description="how it answers, where not as the others")
     yardstick: bool = Field(default=False, description="measured beside the student in the evaluation, and never teaches")
+
+    @model_validator(mode="after")
+    def _has_weights_to_place(self) -> Self:
+        made = self.model == "random"
+        afar = self.endpoint is not None or self.engine != "local"
+        placed = self.quantize != "none" or self.offload
+        return agreed(self, (afar and placed, ("quantize" if self.quantize != "none" else "offload",),
+                             "given, but persea does not load these weights", "tell the server instead"),
+                      (made and self.quantize != "none", ("quantize",), "given, but these are random weights", "delete `quantize:`"),
+                      (made and self.offload, ("offload",), "given, but these are random weights", "delete `offload:`"))
 
     @model_validator(mode="after")
     def _has_a_name(self) -> Self:
@@ -232,6 +245,12 @@ class Training(Section):
     warmup: int = Field(default=50, ge=0, le=MANY, description="steps until the highest learning rate")
     event_share: float = Field(default=0.7, ge=0, le=1, description="weight of events at common boundaries; the rest is cross-entropy")
     completion: bool = Field(default=False, description="let a teacher's row speak in the middle of its token too; else the text alone does")
+    objective: Literal["events", "sft"] = Field(
+        default="events", description="events = the teachers' distributions and their text; sft = their text alone (supervised fine-tuning)")
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of matrix products; weights and the optimiser's moments are float32 in both")
+    recompute: bool = Field(default=False, description="make activations again in the backward pass: less memory, about a third more time")
+    packing: bool = Field(default=False, description="let short conversations share a row, blind to each other, instead of padding them")
     weight_decay: float = Field(default=0.01, ge=0, le=1, description="AdamW's weight decay")
     clip: float = Field(default=1.0, gt=0, le=MANY, description="largest norm of the gradient")
     max_tokens: int = Field(default=512, ge=8, le=MANY, description="longest conversation, in student tokens; longer ones are left out")
@@ -251,6 +270,11 @@ class Training(Section):
             (on.rollouts % self.batch > 0, ("on_policy", "rollouts"), f"{on.rollouts} is no multiple of `batch`, {self.batch}", "a multiple of it"),
             (oldest > on.refresh, ("on_policy", "refresh"), f"{on.refresh}, but the last of {on.rollouts} answers is {oldest} steps old when used",
              "a larger `refresh`, fewer `rollouts`, or a larger `batch` or `share`"))
+
+    @model_validator(mode="after")
+    def _learns_from_what_it_names(self) -> Self:
+        idle = self.objective == "sft" and self.completion
+        return agreed(self, (idle, ("completion",), "given, but `objective` is sft", "write `objective: events`, or delete `completion:`"))
 
 
 class PublishedSet(Section):

@@ -73,10 +73,19 @@ def humaneval(source: Source) -> Asked:
             raise row.broken("`prompt` does not hold the function's head")
         question = f"Complete this Python function. Answer with the whole function in one ```python block.\n\n```python\n{head.strip()}\n```"
         solution = _fenced(head + str(row.value("canonical_solution", str)))
-        key = "\0".join((entry, "", f"{tests}\ncheck({entry})"))
+        # what the head defines beside the function is the tests' own, so that no answer redefines what it is judged by
+        helpers = "\n".join(ast.unparse(n) for n in _body(head, row) if not (isinstance(n, ast.FunctionDef) and n.name == entry))
+        key = "\0".join((entry, "", f"{helpers}\n{tests}\ncheck({entry})"))
         return item("humaneval", _named(row, "task_id"), "python", question, solution, key=key)
 
     return every(map(one, rows(source, json_lines)), source)
+
+
+def _body(head: str, row: Row) -> list[ast.stmt]:
+    try:
+        return ast.parse(head).body
+    except SyntaxError as error:
+        raise row.broken(f"`prompt` is no Python: {error.msg}") from error
 
 
 def _named(row: Row, key: str) -> Row:
