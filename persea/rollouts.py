@@ -194,10 +194,10 @@ class Rollouts:
         row_N, at_N = (torch.from_numpy(np.concatenate(side)) for side in ([np.full(len(at), b) for b, at in enumerate(learned)], learned))
         share = {name: len(one.place_C) for name, one in beside.items()}
         all_C, total = torch.cat([one.place_C for one in beside.values()]), sum(share.values())
-        hidden_CD = self.student.hidden(ids_BS, mask_BS, row_N[all_C], at_N[all_C])
+        hidden_CD, head = self.student.hidden(ids_BS, mask_BS, row_N[all_C], at_N[all_C])
         loss = torch.zeros((), device=hidden_CD.device)
         for (name, one), mine_CD in zip(beside.items(), hidden_CD.split(list(share.values())), strict=True):
-            out = divergence_head(mine_CD, self.student.head, one.logprobs_CW, Sides(self.bridges[name], one.student_dead, one.teacher_dead),
+            out = divergence_head(mine_CD, head, one.logprobs_CW, Sides(self.bridges[name], one.student_dead, one.teacher_dead),
                                   Divergence.REVERSE)
             loss = loss + out.loss * (share[name] / total)
         heard_from = len(said) + sum(left_out.values())
