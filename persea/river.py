@@ -126,7 +126,9 @@ class River:
     @cached_property
     def published(self) -> tuple[Opened, ...]:
         """The recipe's published sets, read."""
-        return questions.published(self.recipe.evaluation.sets)
+        evaluation, teachers = self.recipe.evaluation, self.recipe.teachers
+        by = questions.judge(evaluation.judge, teachers, lambda name: self.voices[name].family.name, partial(self.teacher, batch=1))
+        return questions.published(evaluation.sets, by)
 
     @cached_property
     def skills(self) -> tuple[Skill, ...]:

@@ -156,6 +156,7 @@ def evaluate(river: River, folder: Path, tell: Tell) -> None:
     lines = list(heard.lines())
     store.publish_lines(folder / "examples.jsonl", lines)
     store.publish_json(folder / "evaluation.json", out.to_json())
+    store.publish_json(folder / "sets.json", [o.to_json() for o in river.published])
     _modes(river, folder, lines, tell)
 
 
