@@ -6,8 +6,6 @@ teacher at a time is in memory.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -28,11 +26,13 @@ from persea.far import far_parent, how_answered, is_far, open_far, sampling_of, 
 from persea.lineage import Parent
 from persea.measure import Item, Skill, Split
 from persea.models import Source, fingerprint, local_folder, notes, open_voice, stamp
+from persea.models import set_threads as set_threads
 from persea.recipe import Recipe
 from persea.sections import WORDS, Generation, ModelRef
 from persea.sections import Student as StudentRef
 from persea.sections import Teacher as TeacherRef
 from persea.sets import Opened
+from persea.store import digest_of as digest_of
 from persea.voice import Voice
 
 if TYPE_CHECKING:
@@ -335,16 +335,3 @@ def knows(voice: Voice, effort: Effort) -> bool:
     its lowest effort, and the student does not see what it thought.
     """
     return effort is Effort.NONE or effort in voice.family.efforts
-
-
-def set_threads(threads: int) -> None:
-    """Fix torch's threads; the same number gives the same bits. 0 leaves torch's own choice."""
-    if threads:
-        import torch
-
-        torch.set_num_threads(threads)
-
-
-def digest_of(value: object) -> str:
-    """sha256 of a value's canonical JSON."""
-    return hashlib.sha256(json.dumps(value, default=str, sort_keys=True).encode()).hexdigest()
