@@ -100,6 +100,7 @@ def capture(river: River, folder: Path, tell: Tell) -> None:
 
         sifted = sift([reader for reader, _ in caches(river.units, folder)], river.corpus.prompts, {s.name: s for s in river.skills})
         store.publish_json(folder / "wrong.json", sifted.aside)
+        sifted.refuse_nothing()
         verified = {"verified": sifted.to_json()}
     store.publish_json(folder / "summary.json", told | {"removed": dict(removed)} | verified | accounts(told, river.corpus, aside))
 
@@ -156,6 +157,7 @@ def evaluate(river: River, folder: Path, tell: Tell) -> None:
     lines = list(heard.lines())
     store.publish_lines(folder / "examples.jsonl", lines)
     store.publish_json(folder / "evaluation.json", out.to_json())
+    store.publish_json(folder / "sets.json", [o.to_json() for o in river.published])
     _modes(river, folder, lines, tell)
 
 

@@ -306,6 +306,7 @@ class Evaluation(Section):
     efforts: tuple[Effort, ...] = Field(default=(), description="efforts to measure everybody at besides their own, where they have them")
     allow_regression: bool = Field(default=False, description="whether a student less safe than its base ends the run well; else exit 4")
     lm_eval: dict[str, str] = Field(default={}, description="speaker -> a results file of lm-eval that joins the page")
+    judge: str = Field(default="", description="a yardstick that grades safety sets instead of rules; none of a teacher's family")
     sets: tuple[PublishedSet, ...] = Field(default=(), description="published question sets that teachers are chosen and everybody is compared by")
 
 
