@@ -307,3 +307,11 @@ def _from_hub(source: Source, name: str) -> Path | None:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def set_threads(threads: int) -> None:
+    """Fix torch's threads; the same number gives the same bits. 0 leaves torch's own choice."""
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)

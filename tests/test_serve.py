@@ -250,6 +250,13 @@ def test_what_cannot_be_obeyed_is_refused_with_the_reason(strict: Served, path: 
     assert words in found["message"] + str(found["param"])
 
 
+def test_a_request_that_names_no_length_gets_what_is_allowed(strict: Served) -> None:
+    answer = httpx2.post(f"{strict.url}/v1/chat/completions", headers=HEAD, trust_env=False, timeout=60,
+                         json={"model": "llama-sapling", "messages": [{"role": "user", "content": "x"}]})
+    assert answer.status_code == 200
+    assert answer.json()["usage"]["completion_tokens"] <= 64
+
+
 def test_without_the_key_nothing_but_health_is_answered(strict: Served) -> None:
     assert httpx2.get(f"{strict.url}/health", trust_env=False).status_code == 200
     for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic a-secret"}, {"authorization": "a-secret"}):

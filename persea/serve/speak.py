@@ -54,7 +54,7 @@ class Speaker:
 
     def room(self, prompt: Sequence[int], wanted: int | None, default: int, most: int) -> int:
         """New tokens that are allowed. Raises DataError where prompt and answer have no room."""
-        new = default if wanted is None else wanted
+        new = min(default, most) if wanted is None else wanted
         if new > most:
             raise DataError(f"{new:,} new tokens are asked, at most {most:,} are given", where="max_tokens", remedy="ask for fewer")
         if self.context and wanted is None:
