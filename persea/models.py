@@ -14,6 +14,8 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from persea import families
 from persea.chat import PINNED_DATE, Conversation, Family, Text
 from persea.errors import DataError
@@ -70,6 +72,24 @@ def local_folder(reference: str, where: str) -> Path | None:
     if reference.startswith((".", "/", "~")) or reference.count("/") != 1 or path.exists():
         raise DataError(f"no model folder {reference!r}", where=where, remedy="give a folder in Hugging Face form or a hub id such as Qwen/Qwen3-8B")
     return None
+
+
+def find(reference: str, where: str) -> tuple[Source, date]:
+    """What a person points at, and the date its template tells: the student of a run folder, or a model folder or hub id.
+
+    Raises DataError for a path that is neither, and for a run without a student.
+    """
+    folder = Path(reference).expanduser()
+    if not folder.exists() and folder.parent != Path() and folder.parent.is_dir():
+        raise DataError(f"no model folder and no run {reference!r}", where=where, remedy="give a run folder, a model folder or a hub id")
+    student, recipe = folder / "train" / "student", folder / "recipe.yaml"
+    if not student.is_dir() and not recipe.is_file():
+        return Source(reference), PINNED_DATE
+    if not student.is_dir():
+        raise DataError("this run has no student yet", where=str(folder), remedy="train it first: persea run with the same recipe and --out")
+    written = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
+    told = written.get("today", PINNED_DATE)
+    return Source(str(student), family=written.get("student", {}).get("family", "")), told if isinstance(told, date) else date.fromisoformat(told)
 
 
 def open_voice(source: Source, where: str, today: date = PINNED_DATE) -> Voice:
@@ -287,3 +307,11 @@ def _from_hub(source: Source, name: str) -> Path | None:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def set_threads(threads: int) -> None:
+    """Fix torch's threads; the same number gives the same bits. 0 leaves torch's own choice."""
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
