@@ -227,14 +227,15 @@ class River:
 
     def rollouts(self, student: Student) -> Rollouts | None:
         """What the student says itself, with every teacher of the cast open beside it; None where the recipe does not ask for it."""
+        from persea.beside import Pair
         from persea.rollouts import Rollouts, Task
 
         t = self.recipe.training
         if t.on_policy is None:
             return None
         tasks = tuple(Task(prompt, name) for prompt, name in assigned(self.corpus.prompts, self.cast))
-        teachers = {name: self.teacher(name, t.batch) for name in dict.fromkeys(task.teacher for task in tasks)}
-        return Rollouts(student, tasks, teachers, self.bridges, t.on_policy, t.batch, self.recipe.seed, t.max_tokens)
+        pairs = {name: Pair(self.teacher(name, t.batch), self.bridges[name]) for name in dict.fromkeys(task.teacher for task in tasks)}
+        return Rollouts(student, tasks, pairs, t.on_policy, t.batch, self.recipe.seed, t.max_tokens)
 
     def parent(self, name: str) -> Parent:
         """A teacher, or the base, for the lineage record."""
