@@ -32,7 +32,7 @@ def main() -> None:
 
     def pace(batch: int, prompts: int, seed: int) -> float:
         begin = time.process_time()
-        said = LocalEngine(model, len(voice.vocabulary), batch).generate(asked[:prompts], voice.stop_ids, NEW, temperature=1.0, seed=seed)
+        said = LocalEngine(model, len(voice.vocabulary), batch).rollouts(asked[:prompts], voice.stop_ids, NEW, temperature=1.0, seed=seed)
         return sum(map(len, said)) / (time.process_time() - begin)
 
     pace(TOGETHER, TOGETHER, 99)

@@ -17,21 +17,24 @@ from everywhere); tests/test_map.py holds this map true.
     sections      the sections of a recipe: keys, bounds, meanings, contradictions
     recipe        Recipe: the one YAML file a person writes -> frozen sections, checked, hashed
     # what to ask, and whom
+    store         where bytes lie: publish, digest, create-if-absent, one run per folder
     corpus        Prompt: what to ask; duplicates and test items removed, with a record
-    measure       Skill, Score: one number with n and interval
+    intervals     what n values allow to say: of a mean, of two speakers on the same items, at any time
+    measure       Skill, Score: one number with n and interval; Paired: two speakers on the same items
     jail          what runs inside the sandbox first: it builds the walls, then keeps watch
     exam          what runs inside two of them: tests on one side, the tested program on the other
     sandbox       where strangers' code runs, or is refused
     trial         a program against its tests, each in a sandbox of its own
     skills        languages code reasoning: held-out questions and a grader each
-    engines       local: where weights run; token ids only
+    rows          Rows: one position's teacher distribution each, sparse; and of what kind
+    engines       local vllm endpoint talk: where weights run, here or behind a server; what each can give
     teacher       Teacher: a voice on an engine; answers in words, scores in log-probabilities
+    asking        one speaker on one skill's questions: asked once, kept, graded anew
+    contest       every teacher on every skill, in rounds, until the ranking is settled
     audition      Cast: every teacher measured on every skill; who teaches what
     # what they said
-    rows          Rows: one position's teacher distribution each, sparse; and of what kind
     tables        how often each value of a column stands in a unit, and the entropy coder under it
     codec         tokens and rows <-> entropy-coded streams
-    store         where bytes lie: publish, digest, create-if-absent, one run per folder
     cache         captures on disk: packed, digested, memory-mapped units
     reader        captures by number, in an order that seed and epoch decide; several caches mixed by share
     shelf         a folder of units as a whole: info, verify, merge, export
@@ -53,10 +56,17 @@ from everywhere); tests/test_map.py holds this map true.
     train         the one loop: batch, loss, step, checkpoint
     # is it true
     evaluate      the student beside every teacher and its base, on every skill
+    modes         the hybrid student in each mode: score, leaks, length and language of its thoughts
     lineage       what made these weights
+    far           teachers whose weights are not opened here: behind a server, or in vLLM
     charts        pictures of numbers, as SVG
-    findings      what a run's files say, read and checked: rows, standings, computed sentences
+    hybrid_page   what is told of a hybrid student: rows, sentences, the page's section
+    findings      what a run's files say, read and checked: rows, standings
+    sentences     what the numbers and their intervals allow to say
+    lm_eval       standard tasks as lm-eval measured them: its results file, read
     report        the page, the card, report.json
+    compare       two runs beside each other, on the same items, and what differs in their recipes
+    serve         a model behind OpenAI's routes, with real log-probabilities
     # the river
     river         what a recipe's words stand for, and the run folder
     run           every stage in order, each skipped when its output stands: read it first

@@ -16,6 +16,8 @@ import torch
 from persea.align import Alignment, align
 from persea.bridge import Bridge
 from persea.chat import Tokens
+from persea.engines import Failed, Namer
+from persea.errors import TeacherError
 from persea.losses import Chunks, Dead
 from persea.masks import Mask
 from persea.teacher import Teacher
@@ -115,6 +117,20 @@ class Pair:
             of = self._dead(own, theirs, found) if self.bridge.teacher_mask is not None else [(NONE, NONE)] * len(found.boundaries.teacher_C)
             dead.append(dict(zip(found.boundaries.teacher_C.tolist(), (both[1] for both in of), strict=True)))
         betas: list[dict[int, float]] = [{} for _ in some]
+        engine = self.teacher.engine
+        if isinstance(engine, Namer):
+            ids, learn = [theirs.ids_T for _, theirs in some], [theirs.learn_T for _, theirs in some]
+            for k, rows in enumerate(engine.named(ids, learn)):
+                if isinstance(rows, Failed):
+                    raise TeacherError(f"an answer of the student could not be scored: {rows.why}", where=self.teacher.name,
+                                       remedy="look at the server, and run again: the last checkpoint stands")
+                said[k] = rows.realised_N.astype(np.float64)
+                of_row = {row: token for row, token in enumerate(np.flatnonzero(learn[k]).tolist()) if token in dead[k]}
+                for row, token in of_row.items():  # of what cannot stand only what is named is known: the rest of it is taken to be nothing
+                    here = slice(rows.offsets_N1[row], rows.offsets_N1[row + 1])
+                    lost = rows.probs_M[here][np.isin(rows.ids_M[here], dead[k][token])].astype(np.float64).sum()
+                    betas[k][token] = float(np.log1p(-lost))
+            return said, betas
         for k, first, some_NW in self._pieces(some):
             theirs = some[k][1]
             learned = np.flatnonzero(theirs.learn_T)[first:first + len(some_NW)]

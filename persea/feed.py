@@ -22,6 +22,7 @@ from persea.losses import Entries, Targets, standing, targets, together
 from persea.masks import FREE
 from persea.merges import expand
 from persea.reader import Chosen, Mixture, Ordered
+from persea.rows import RowKind
 from persea.voice import Voice
 
 
@@ -187,6 +188,8 @@ def _laid(capture: Capture, tokens: Tokens, bridge: Bridge, completer: Completer
                     student_N=contexts[0], teacher_N=contexts[1], kind=rows.kind)
     differ = bridge.student_event_V[tokens.ids_T[both.student_C]] != bridge.teacher_event_W[capture.tokens.ids_T[both.teacher_C]]
     taught = np.bincount(found.taught_S[found.taught_S >= 0], minlength=len(Taught))
+    if rows.kind is RowKind.WORDS:  # boundaries meet, and nothing is known there
+        taught = np.bincount([Taught.TEXT], [taught.sum()], minlength=len(Taught))
     counts = np.array([*taught, differ.sum(), rows.probs_M[at_M].sum(), said.probs_M.sum()], np.float64)
     if completer is not None:
         refuse_incomplete(rows.kind)

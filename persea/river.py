@@ -9,30 +9,32 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from persea import skills, store
+from persea.asking import Speaker
 from persea.audition import Cast
 from persea.bridge import Bridge, open_bridge
-from persea.capture import Unit, assigned, plan_units
+from persea.capture import Unit, plan_units
 from persea.chat import Effort
 from persea.check import Sample, read_texts
 from persea.corpus import Broken, Corpus, Prompt, gather, in_modes, read_prompts
 from persea.errors import DataError, RecipeError, Refused
+from persea.far import far_parent, how_answered, is_far, open_far, sampling_of, what_answers
 from persea.lineage import Parent
 from persea.measure import Item, Skill, Split
 from persea.models import Source, fingerprint, local_folder, notes, open_voice, stamp
 from persea.recipe import Recipe
-from persea.sections import ModelRef
+from persea.sections import WORDS, Generation, ModelRef
 from persea.sections import Student as StudentRef
+from persea.sections import Teacher as TeacherRef
 from persea.voice import Voice
 
 if TYPE_CHECKING:
-    from persea.rollouts import Rollouts
     from persea.student import Student
     from persea.teacher import Teacher
 
@@ -63,8 +65,19 @@ class River:
 
     @cached_property
     def voices(self) -> dict[str, Voice]:
-        """Teacher name -> voice, in the recipe's order."""
-        return {t.name: open_voice(source(t), f"teachers.{k}.model", self.recipe.today) for k, t in enumerate(self.recipe.teachers)}
+        """Teacher name -> voice, in the recipe's order. Words of a teacher whose tokenizer nobody knows are laid in the student's."""
+        return {t.name: self.student_voice if t.model == WORDS else open_voice(source(t), f"teachers.{k}.model", self.recipe.today)
+                for k, t in enumerate(self.recipe.teachers)}
+
+    @property
+    def teaching(self) -> tuple[str, ...]:
+        """Those who teach, yardsticks left out."""
+        return tuple(t.name for t in self.recipe.teachers if not t.yardstick)
+
+    @cached_property
+    def far(self) -> dict[str, Any]:
+        """Teacher name -> engine of its server, filled when it is first asked: one handshake, one budget a run."""
+        return {}
 
     @cached_property
     def student_voice(self) -> Voice:
@@ -73,7 +86,7 @@ class River:
     @cached_property
     def families(self) -> dict[str, dict[str, Any]]:
         """Speaker -> its family, whether persea recognised it or the recipe named it, and what a person should know of it."""
-        speakers = [(t.name, source(t), self.voices[t.name]) for t in self.recipe.teachers]
+        speakers = [(t.name, source(t), self.voices[t.name]) for t in self.recipe.teachers if t.model != WORDS]
         return {name: {"family": voice.family.name, "detected": not where.family, "note": notes(where, voice, name)}
                 for name, where, voice in [*speakers, (STUDENT, source(self.recipe.student), self.student_voice)]}
 
@@ -81,15 +94,19 @@ class River:
     def identities(self) -> dict[str, str]:
         """Teacher name -> digest of weights, voice and effort: what an answer depends on."""
         assert self._stamps  # noted first: what is written while it is read is seen afterwards
-        return {t.name: digest_of([fingerprint(source(t), t.name), self.voices[t.name].digest, t.effort]) for t in self.recipe.teachers}
+        return {t.name: digest_of([*(what_answers(t) or [fingerprint(source(t), t.name)]), self.voices[t.name].digest, t.effort, *how_answered(t)])
+                for t in self.recipe.teachers}
 
     @cached_property
     def _stamps(self) -> dict[str, object]:
-        return {t.name: stamp(source(t), t.name) for t in self.recipe.teachers}
+        return {t.name: () if t.endpoint else stamp(source(t), t.name) for t in self.recipe.teachers}
 
     def refuse_changed(self, name: str) -> None:
-        """Raises Refused where a teacher's files are no longer those that its identity was made of."""
+        """Raises Refused where a teacher's files are no longer those that its identity was made of, TeacherError where its server is another's."""
         ref = next(t for t in self.recipe.teachers if t.name == name)
+        if ref.endpoint:
+            self.far[name].again()
+            return
         if stamp(source(ref), name) != self._stamps[name]:
             raise Refused(f"the files of {name} changed while it was asked", where=ref.model,
                           remedy="put back what was there, or give the changed teacher a run of its own (--out): what is committed stays")
@@ -102,7 +119,7 @@ class River:
     @cached_property
     def bridges(self) -> dict[str, Bridge]:
         """Teacher name -> bridge to the student."""
-        return {name: open_bridge(voice, self.student_voice) for name, voice in self.voices.items()}
+        return {name: open_bridge(self.voices[name], self.student_voice) for name in self.teaching}
 
     @cached_property
     def skills(self) -> tuple[Skill, ...]:
@@ -176,6 +193,24 @@ class River:
         return "; ".join(f"{name} knows {', '.join(e for e in Effort if knows(voice, e))}" for name, voice in self.voices.items())
 
     @cached_property
+    def modes(self) -> dict[str, tuple[Effort, ...]]:
+        """Skill -> the efforts that the corpus teaches it in; empty where no part has modes."""
+        taught: dict[str, set[Effort]] = {}
+        for part in self.recipe.corpus:
+            taught.setdefault(part.skill, set()).update(part.modes)
+        return {skill: tuple(e for e in Effort if e in efforts) for skill, efforts in taught.items() if efforts}
+
+    @cached_property
+    def lm_eval(self) -> dict[str, str]:
+        """Speaker -> digest of the file of standard results that joins the page. DataError where it is not there."""
+        found = {}
+        for name, file in self.recipe.evaluation.lm_eval.items():
+            if not Path(file).is_file():
+                raise DataError("not there", where=file, remedy=f"run lm_eval on {name} first (docs/evaluate.md), or delete the line")
+            found[name] = store.digest_file(Path(file))
+        return found
+
+    @cached_property
     def cast(self) -> Cast:
         """Who teaches what, as the audition left it."""
         return Cast.from_json(store.read_json(self.folder / "audition" / "cast.json"))
@@ -187,18 +222,23 @@ class River:
         kind = {"tau": c.tau} if c.rows == "sampled" else {"rows": c.rows, "kl": c.kl}
         settings = {**kind, "answers": c.answers, "max_new_tokens": c.max_new_tokens, "batch": c.batch,
                     "seed": self.recipe.seed, "threads": self.recipe.threads}
-        units = plan_units(self.corpus.prompts, self.cast, self.identities, c.unit, settings,
-                           c.max_new_tokens if c.answers == "ask" else None)
+        longest = max(t.generation.max_new_tokens or c.max_new_tokens for t in self.recipe.teachers)
+        units = plan_units(self.corpus.prompts, self.cast, self.identities, c.unit, settings, longest if c.answers == "ask" else None)
         for name, skill, effort in sorted({(u.teacher, p.skill, p.effort) for u in units for p in u.prompts if p.effort is not None}):
             if not knows(self.voices[name], effort):
                 raise RecipeError(f"{name} was cast for {skill}, which is to be asked at {effort} effort: {self._efforts()}", where="corpus.modes",
-                                  remedy=f"change the modes of {skill}, or pin a teacher who knows them: audition.pinned.{skill}")
+                                   remedy=f"change the modes of {skill}, or pin a teacher who knows them: audition.pinned.{skill}")
         return units
 
     def teacher(self, name: str, batch: int) -> Teacher:
         """A teacher with its weights."""
         ref = next(t for t in self.recipe.teachers if t.name == name)
-        return self._speaker(name, source(ref), self.voices[name], batch, ref.effort)
+        if is_far(ref):
+            from persea.teacher import Teacher
+
+            self.far[name] = self.far.get(name) or open_far(ref, self.voices[name], self.folder / "endpoints" / f"{name}.json")
+            return Teacher(name, self.voices[name], self.far[name], ref.effort, longest=ref.generation.max_new_tokens or 0)
+        return self._speaker(name, source(ref), self.voices[name], batch, ref.effort, ref.generation)
 
     def speaker(self, name: str, batch: int) -> Teacher:
         """The student as trained, its base, or a teacher: whoever is measured."""
@@ -208,14 +248,31 @@ class River:
             return self._speaker(name, source(self.recipe.student), self.student_voice, batch, Effort.NONE)
         return self.teacher(name, batch)
 
-    def _speaker(self, name: str, where: Source, voice: Voice, batch: int, effort: Any) -> Teacher:
+    def heard_as(self, name: str, batch: int, efforts: Sequence[Effort], load: Callable[[str], Teacher]) -> Speaker:
+        """A speaker to be measured at its own effort and those of `efforts` that it has. Weights are not loaded for that; a server says who it is."""
+        voice = self.voices.get(name, self.student_voice)
+        where = Source(str(self.folder / "train" / "student")) if name == STUDENT else source(self.recipe.student)
+        identity = self.identities[name] if name in self.voices else digest_of([fingerprint(where, name), voice.digest])
+        at = next((t.endpoint for t in self.recipe.teachers if t.name == name), None)
+        identity = digest_of([identity, load(name) and self.far[name].first[0].to_json()]) if at else identity  # another model's words are its own
+        settings = {"batch": batch, "threads": self.recipe.threads}
+        return Speaker(name, identity, self.efforts(name, efforts), partial(load, name), settings, at is not None and at.protocol == "chat")
+
+    def efforts(self, name: str, efforts: Sequence[Effort]) -> tuple[Effort, ...]:
+        """A speaker's own effort, and those of `efforts` that it has."""
+        own = next((t.effort for t in self.recipe.teachers if t.name == name), Effort.NONE)
+        return tuple(dict.fromkeys([own, *(e for e in efforts if e in self.voices.get(name, self.student_voice).family.efforts)]))
+
+    def _speaker(self, name: str, where: Source, voice: Voice, batch: int, effort: Any, generation: Generation | None = None) -> Teacher:
         from persea.engines.local import LocalEngine
         from persea.models import open_model
         from persea.teacher import Teacher
 
         model = open_model(where, voice, name)
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        return Teacher(name, voice, LocalEngine(model, len(voice.vocabulary), batch), effort, context=context or 0)
+        how = generation or Generation()
+        engine = LocalEngine(model, len(voice.vocabulary), batch, sampling_of(how))
+        return Teacher(name, voice, engine, effort, context=context or 0, longest=how.max_new_tokens or 0)
 
     def student(self) -> Student:
         """The student, ready to be trained."""
@@ -225,22 +282,12 @@ class River:
         lora = Lora(ref.lora.rank, ref.lora.alpha, ref.lora.targets) if ref.lora else None
         return open_student(source(ref), self.student_voice, lora, self.recipe.seed)
 
-    def rollouts(self, student: Student) -> Rollouts | None:
-        """What the student says itself, with every teacher of the cast open beside it; None where the recipe does not ask for it."""
-        from persea.beside import Pair
-        from persea.rollouts import Rollouts, Task
-
-        t = self.recipe.training
-        if t.on_policy is None:
-            return None
-        tasks = tuple(Task(prompt, name) for prompt, name in assigned(self.corpus.prompts, self.cast))
-        pairs = {name: Pair(self.teacher(name, t.batch), self.bridges[name]) for name in dict.fromkeys(task.teacher for task in tasks)}
-        return Rollouts(student, tasks, pairs, t.on_policy, t.batch, self.recipe.seed, t.max_tokens)
-
     def parent(self, name: str) -> Parent:
         """A teacher, or the base, for the lineage record."""
         ref: ModelRef = self.recipe.student if name == BASE else next(t for t in self.recipe.teachers if t.name == name)
         voice = self.student_voice if name == BASE else self.voices[name]
+        if isinstance(ref, TeacherRef) and ref.endpoint:
+            return far_parent(ref, voice, self.folder / "endpoints" / f"{name}.json")
         licence = getattr(ref, "licence", "") or voice.family.licence
         return Parent(name, Path(ref.model).name if Path(ref.model).is_dir() else ref.model, ref.revision, voice.family.name, licence,
                       fingerprint(source(ref), name))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -26,15 +26,18 @@ import numpy.typing as npt
 from persea.beside import Pair
 from persea.chat import Conversation, Effort, Finish, Tokens
 from persea.corpus import Prompt
-from persea.errors import DataError, Refused
+from persea.errors import DataError, RecipeError, Refused
+from persea.rows import RowKind
 from persea.sections import OnPolicy
 from persea.voice import Voice
 
 if TYPE_CHECKING:
     import torch
 
+    from persea.bridge import Bridge
     from persea.losses import LossOut
     from persea.student import Student
+    from persea.teacher import Teacher
 
 LOOP = 4        # times in a row that a stretch may not be said
 STRETCH = 64    # longest stretch of tokens looked at
@@ -158,6 +161,15 @@ class Rollouts:
     max_tokens: int
     _round: Round | None = None
 
+    def __post_init__(self) -> None:
+        for name, pair in self.pairs.items():
+            kind = pair.teacher.engine.abilities.kind
+            if kind is RowKind.WORDS or (kind is not RowKind.FULL and self.terms.objective == "events"):
+                raise RecipeError(f"{name} gives rows of kind {kind.value}, and reverse KL over events needs whole ones" if kind is not RowKind.WORDS
+                                  else f"{name} gives words alone: it cannot say how likely it finds what the student said",
+                                  where="training.on_policy.objective", remedy="teach from captures, or with a teacher whose weights are here"
+                                  + ("" if kind is RowKind.WORDS else "; or `objective: chunk`"))
+
     def due(self, step: int) -> bool:
         """Whether the step learns from rollouts: from `after` on, `share` of the steps, evenly."""
         since = step - self.terms.after
@@ -236,7 +248,7 @@ class Rollouts:
         training = model.training
         model.eval()
         seed = int(np.random.default_rng([self.seed, step, 2]).integers(1 << 62))
-        said = LocalEngine(model, len(voice.vocabulary), self.terms.rollouts).generate(
+        said = LocalEngine(model, len(voice.vocabulary), self.terms.rollouts).rollouts(
             [asked[k] for k in some], voice.stop_ids, self.terms.max_new_tokens, temperature=self.terms.temperature, seed=seed)
         model.train(training)
         answers = dict(zip(some, said, strict=True))
@@ -281,3 +293,11 @@ class Rollouts:
         hidden_CD = student.hidden(ids_BS, mask_BS, row_N[beside.place_C], at_N[beside.place_C])
         sides = Sides(pair.bridge, beside.student_dead, beside.teacher_dead)
         return divergence_head(hidden_CD, student.head, beside.logprobs_CW, sides, Divergence.REVERSE).loss, len(beside.place_C)
+
+
+def open_rollouts(asked: Iterable[tuple[Prompt, str]], student: Student, teacher: Callable[[str], Teacher], bridges: Mapping[str, Bridge],
+                  terms: OnPolicy, size: int, seed: int, max_tokens: int) -> Rollouts:
+    """Each prompt with the teacher that the cast gives it (capture.assigned), all of these open at once."""
+    tasks = tuple(Task(prompt, name) for prompt, name in asked)
+    pairs = {name: Pair(teacher(name), bridges[name]) for name in dict.fromkeys(task.teacher for task in tasks)}
+    return Rollouts(student, tasks, pairs, terms, size, seed, max_tokens)

@@ -16,6 +16,7 @@ from persea.places import KeyPath
 
 SLUG, NAME = r"^[a-z0-9][a-z0-9._-]*$", r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 MANY = 1 << 30  # no count in a recipe is larger
+WORDS = "words"  # model of a teacher whose tokenizer nobody knows here
 S = TypeVar("S", bound="Section")
 
 
@@ -56,7 +57,7 @@ else:
 class ModelRef(Section):
     """Where a model comes from: what student and teachers share."""
 
-    model: str = Field(min_length=1, description="a folder in Hugging Face form, a hub id such as Qwen/Qwen3-8B, or random")
+    model: str = Field(min_length=1, description="a folder in Hugging Face form, a hub id such as Qwen/Qwen3-8B, random, or words")
     revision: str = Field(default="", description="revision of a hub model: branch, tag or commit")
     tokenizer: str = Field(default="", description="folder or hub id of the tokenizer where it is not the model's own")
     family: FamilyName = Field(default="", description="chat family; empty = recognised")
@@ -67,9 +68,12 @@ class ModelRef(Section):
         made, local = self.model == "random", self.model.startswith((".", "/", "~"))
         return agreed(
             self,
+            (self.model == WORDS and bool(self.tokenizer or self.revision or self.family or self.sizes), ("model",),
+             "words, and a tokenizer, revision, family or sizes beside it", "delete them, or name the model they belong to"),
             (made and not self.tokenizer, ("tokenizer",), "missing; random weights bring none", "add `tokenizer:`, a folder or hub id"),
             (made and not self.sizes, ("sizes",), "missing; random weights need a size", "add `sizes: {hidden: 32, layers: 1, heads: 2}`"),
-            (not made and bool(self.sizes), ("sizes",), "given, but this model has its own", "delete `sizes:`, or write `model: random`"),
+            (not made and self.model != WORDS and bool(self.sizes), ("sizes",), "given, but this model has its own",
+             "delete `sizes:`, or write `model: random`"),
             (bool(self.revision) and (made or local), ("revision",), "given, but only a hub model has one", "delete `revision:`"))
 
 
@@ -93,16 +97,63 @@ class Student(ModelRef):
         return agreed(self, (idle, ("lora",), "given, but `adapt` is full", "write `adapt: lora`, or delete `lora:`"))
 
 
+class Endpoint(Section):
+    """A server that runs a teacher. Its key is never here, only the name of the variable that holds it."""
+    url: str = Field(pattern=r"^https?://[^/@\s]+(/[^@\s]*)?$", description="where it is, without the route: http://127.0.0.1:8000")
+    protocol: Literal["tokens", "completions", "sglang", "chat"] = Field(
+        default="tokens", description="tokens = vLLM's and persea's token route; completions = with echo and token ids; sglang; chat = words alone")
+    served: str = Field(default="", description="what the server calls the model; empty = it has only one")
+    key_env: str = Field(default="", pattern=r"^([A-Z_][A-Z0-9_]*)?$", description="variable of the environment that holds the key; empty = none")
+    top: int | None = Field(default_factory=lambda seen: None if seen["protocol"] == "chat" else 20, ge=1, le=1024, validate_default=True,
+                            description="tokens named at each position, exactly; the rest stays a rest")
+    dial: bool | None = Field(default_factory=lambda seen: False if seen["protocol"] == "chat" else None, validate_default=True,
+                              description="send the effort as reasoning_effort and enable_thinking; only with `protocol: chat`")
+    concurrency: int = Field(default=8, ge=1, le=1024, description="requests at once")
+    attempts: int = Field(default=5, ge=1, le=100, description="attempts of one request before its prompt is set aside")
+    stall: float = Field(default=60, gt=0, le=86400, description="seconds without a token after which a request is broken off and made again")
+    patience: float = Field(default=600, gt=0, le=86400, description="seconds without any answer after which the server is given up")
+    budget: int = Field(default=0, ge=0, description="tokens, asked and said, after which a run stops and says so; 0 = no limit")
+
+    @model_validator(mode="after")
+    def _speaks_one_protocol(self) -> Self:
+        chat = self.protocol == "chat"
+        return agreed(
+            self, (chat and self.top is not None, ("top",), "given, but a chat route names no tokens of given words", "delete `top:`"),
+            (not chat and self.dial is not None, ("dial",), f"given, but `protocol` is {self.protocol}", "delete `dial:`; the template has it"))
+
+
+class Generation(Section):
+    """How one teacher answers, where it is not as the others."""
+    max_new_tokens: int | None = Field(default=None, ge=1, le=MANY, description="longest answer, in its own tokens, wherever it is asked")
+    temperature: float = Field(default=0, ge=0, le=10, description="0 = the likeliest token each time")
+    top_p: float = Field(default=1, gt=0, le=1, description="drawn from the likeliest tokens of this mass")
+    seed: int = Field(default=0, ge=0, le=MANY, description="seed of what is drawn")
+
+    @model_validator(mode="after")
+    def _draws_or_not(self) -> Self:
+        idle = not self.temperature and (self.top_p < 1 or self.seed > 0)
+        return agreed(self, (idle, ("temperature",), "0, so nothing is drawn", "give a temperature, or delete `top_p:` and `seed:`"))
+
+
 class Teacher(ModelRef):
-    name: str = Field(default_factory=lambda seen: "" if seen["model"] == "random" else seen["model"].rstrip("/").rpartition("/")[2],
+    name: str = Field(default_factory=lambda seen: "" if seen["model"] in ("random", WORDS) else seen["model"].rstrip("/").rpartition("/")[2],
                       pattern=NAME, description="what reports call it: letters, digits and ._- (default: the last part of `model`)")
     effort: Effort = Field(default=Effort.NONE, description="how long it thinks before it answers")
     licence: str = Field(default="", description="its licence, where you know better than the family's usual one")
+    engine: Literal["local", "vllm"] = Field(default="local", description="what runs its weights on this machine")
+    endpoint: Endpoint | None = Field(default=None, description="a server that runs it; then no weights are loaded here")
+    generation: Generation = Field(default=Generation(), description="how it answers, where not as the others")
+    yardstick: bool = Field(default=False, description="measured beside the student in the evaluation, and never teaches")
 
     @model_validator(mode="after")
     def _has_a_name(self) -> Self:
         nameless = not re.fullmatch(NAME, self.name)  # pydantic checks a written name, not the one that `model` gives
-        return agreed(self, (nameless, ("name",), f"missing; `model: {self.model}` gives none", "add `name:`, letters, digits and ._-"))
+        chat = self.endpoint is not None and self.endpoint.protocol == "chat"
+        return agreed(
+            self, (nameless, ("name",), f"missing; `model: {self.model}` gives none", "add `name:`, letters, digits and ._-"),
+            (self.model == WORDS and not chat, ("model",), "words, but no chat route that says them", "add `endpoint: {url: ..., protocol: chat}`"),
+            (self.endpoint is not None and self.model == "random", ("endpoint",), "given, but random weights run here", "delete `endpoint:`"),
+            (self.endpoint is not None and self.engine != "local", ("engine",), f"{self.engine}, but an endpoint runs it", "delete `engine:`"))
 
 
 class CorpusPart(Section):
@@ -129,8 +180,10 @@ class CorpusPart(Section):
 
 
 class Audition(Section):
-    items: int = Field(default=100, ge=1, le=MANY, description="questions of each skill")
+    items: int = Field(default=100, ge=1, le=MANY, description="most questions of each skill; fewer where the ranking is settled sooner")
     batch: int = Field(default=64, ge=1, le=MANY, description="questions asked at once")
+    floor: float = Field(default=0.05, ge=0, le=1, description="least score of a teacher that teaches a skill")
+    efforts: tuple[Effort, ...] = Field(default=(), description="efforts to measure teachers at besides their own, where they have them")
     pinned: dict[str, str] = Field(default={}, description="skill -> teacher that you choose yourself, instead of by measurement")
 
 
@@ -201,6 +254,9 @@ class Evaluation(Section):
     items: int = Field(default=200, ge=1, le=MANY, description="questions of each skill")
     batch: int = Field(default=64, ge=1, le=MANY, description="questions asked at once")
     max_new_tokens: int = Field(default=64, ge=1, le=MANY, description="longest answer, in the speaker's tokens")
+    efforts: tuple[Effort, ...] = Field(default=(), description="efforts to measure everybody at besides their own, where they have them")
+    allow_regression: bool = Field(default=False, description="whether a student less safe than its base ends the run well; else exit 4")
+    lm_eval: dict[str, str] = Field(default={}, description="speaker -> a results file of lm-eval that joins the page")
 
 
 class Check(Section):

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from test_engines import opened
-from test_rollouts import STUDENT, bridge, pair
+from test_rollouts import STUDENT, TERMS, bridge, pair
 
 from persea.align import align
 from persea.beside import Pair
 from persea.chat import Conversation, Text, Tokens
-from persea.engines import Engine
+from persea.engines import Abilities, Engine, Failed
+from persea.errors import RecipeError, TeacherError
+from persea.rollouts import Rollouts
+from persea.rows import RowKind, Rows
 from persea.voice import Voice
 
 ANSWERS = ("two words and 1234 cats", "你好，世界", "def f(x):\n    return x")
@@ -114,3 +119,58 @@ def test_chunks_by_a_walk_over_the_spans(name: str) -> None:
         assert set(zip(dead.row_D.tolist(), dead.token_D.tolist(), strict=True)) == gone
         assert len(dead.row_D) == len(gone)
         assert gone or name == "gemma-sapling", "something cannot stand"
+
+
+@dataclass(frozen=True)
+class Naming:
+    """An engine that names the likeliest tokens, as a server does."""
+
+    real: Engine
+    top: int
+    fails: bool = False
+
+    @property
+    def abilities(self) -> Abilities:
+        return Abilities(RowKind.TOPK_REST, self.top)
+
+    def named(self, sequences: Sequence[np.ndarray], learn: Sequence[np.ndarray]) -> Iterator[Rows | Failed]:
+        for ids, wanted, logs_NW in zip(sequences, learn, self.real.score(sequences, learn), strict=True):
+            if self.fails:
+                yield Failed("500")
+                continue
+            order = np.sort(logs_NW.topk(self.top, -1).indices.numpy(), 1)
+            real = logs_NW[range(len(logs_NW)), ids[wanted].astype(np.int64)].numpy()
+            yield Rows(np.arange(len(order) + 1) * self.top, order.reshape(-1).astype(np.int32),
+                       np.exp(np.take_along_axis(logs_NW.numpy(), order, 1)).reshape(-1), real, RowKind.TOPK_REST)
+
+
+def naming(name: str, top: int, fails: bool = False) -> Pair:
+    whole = pair(name)
+    return Pair(replace(whole.teacher, engine=Naming(whole.teacher.engine, top, fails)), whole.bridge)  # type: ignore[arg-type]
+
+
+def test_a_server_that_names_tokens_can_teach_chunks() -> None:
+    name = "qwen-sapling"
+    some, (whole, dead) = spoken(name), pair(name).chunks(spoken(name))
+    every, same = naming(name, len(opened(name)[0].vocabulary)).chunks(some)
+    assert torch.allclose(every.teacher_C, whole.teacher_C, atol=1e-4)
+    assert torch.equal(same.token_D, dead.token_D) and torch.equal(every.position_P, whole.position_P)
+    few, _ = naming(name, 5).chunks(some)
+    assert torch.isfinite(few.teacher_C).all()
+    assert (few.teacher_C - whole.teacher_C).abs().max() < 0.5  # of what cannot stand only what is named is taken out
+    with pytest.raises(TeacherError, match="could not be scored: 500"):
+        naming(name, 5, fails=True).chunks(some)
+
+
+@pytest.mark.parametrize(("kind", "objective", "why"), [
+    (RowKind.TOPK_REST, "events", "reverse KL over events needs whole ones"), (RowKind.WORDS, "chunk", "words alone"),
+    (RowKind.TOPK_REST, "chunk", "")])
+def test_a_teacher_that_knows_too_little_is_refused(kind: RowKind, objective: str, why: str) -> None:
+    engine = SimpleNamespace(abilities=Abilities(kind, 5))
+    pairs = {"far": Pair(replace(pair("qwen-sapling").teacher, engine=engine), bridge("qwen-sapling"))}  # type: ignore[arg-type]
+    make = partial(Rollouts, None, (), pairs, TERMS.model_copy(update={"objective": objective}), 2, 0, 512)
+    if why:
+        with pytest.raises(RecipeError, match=why):
+            make()
+    else:
+        assert make().state() == b""

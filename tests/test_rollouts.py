@@ -293,14 +293,14 @@ def test_drawing_is_the_models_own_distribution(name: str) -> None:
     voice, model = opened(name)
     prompt = voice.prompt(Conversation.ask("Hi")).ids_T
     before = torch.get_rng_state()
-    drawn = engine(name, 600).generate([prompt] * 600, voice.stop_ids, 1, temperature=1.5, seed=5)
+    drawn = engine(name, 600).rollouts([prompt] * 600, voice.stop_ids, 1, temperature=1.5, seed=5)
     assert torch.equal(torch.get_rng_state(), before)
     with torch.no_grad():
         p = torch.softmax(model(input_ids=torch.from_numpy(prompt)[None].long()).logits[0, -1, :len(voice.vocabulary)].double() / 1.5, -1).numpy()
     found = np.bincount([int(d[0]) for d in drawn], minlength=len(p)) / 600
     assert np.abs(found - p).max() < 5 * np.sqrt(0.25 / 600)
     assert (p[found > 0] > 1e-6).all()
-    again = engine(name, 600).generate([prompt] * 600, voice.stop_ids, 1, temperature=1.5, seed=5)
+    again = engine(name, 600).rollouts([prompt] * 600, voice.stop_ids, 1, temperature=1.5, seed=5)
     assert [d.tolist() for d in again] == [d.tolist() for d in drawn]
-    other = engine(name, 600).generate([prompt] * 600, voice.stop_ids, 1, temperature=1.5, seed=6)
+    other = engine(name, 600).rollouts([prompt] * 600, voice.stop_ids, 1, temperature=1.5, seed=6)
     assert [d.tolist() for d in other] != [d.tolist() for d in drawn]
