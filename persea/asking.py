@@ -63,12 +63,17 @@ def hear(speaker: Speaker, effort: Effort, skill: Skill, items: Sequence[Item], 
     """Graded answers in order, and how many of them had been kept.
 
     An item with choices is not answered in words: the choice that is likeliest per byte is the answer (see `surprises`).
-    Raises DataError where two items have one id, or nothing is asked.
+    Raises DataError where two items have one id, a choice is empty, or nothing is asked; TeacherError where a mute speaker would have to choose.
     """
     if not items or len({i.prompt.id for i in items}) < len(items):
         raise DataError("two questions have one id" if items else "no question is left to ask", where=skill.name,
                         remedy="give each line of the set an id of its own" if items else "ask for more items, or leave the skill out")
     freely, chosen = [i for i in items if not i.choices], [i for i in items if i.choices]
+    if empty := next((i for i in chosen if not all(i.choices)), None):
+        raise DataError("one of its choices is empty", where=f"{skill.name}, {empty.prompt.id}", remedy="mend that line of the set")
+    if chosen and speaker.mute:
+        raise TeacherError(f"tells words alone, and {skill.name} asks which of several answers it finds likeliest", where=speaker.name,
+                           remedy="leave that set out, or reach the model by a route that tells log-probabilities (docs/engines.md)")
     said: dict[str, tuple[Message, Finish, tuple[float, ...]]] = {}
     reused = 0
     for some in _parts(freely):

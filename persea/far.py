@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -44,9 +42,8 @@ def far_parent(ref: Teacher, voice: Voice, kept: Path) -> Parent:
     """A teacher behind a server, for the lineage record: which model answered, as its first handshake found."""
     seen, words = store.read_json(kept), ref.model == WORDS
     model = str(seen["model"]) if words else Path(ref.model).name if Path(ref.model).is_dir() else ref.model
-    digest = hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()
     return Parent(ref.name, model, ref.revision, WORDS if words else voice.family.name,
-                  ref.licence or ("not known" if words else voice.family.licence), digest)
+                  ref.licence or ("not known" if words else voice.family.licence), store.digest_of(seen))
 
 
 def open_far(ref: Teacher, voice: Voice, kept: Path) -> EndpointEngine | TalkEngine | VllmEngine:

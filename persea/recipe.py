@@ -34,6 +34,7 @@ from persea.sections import (
     Generation,
     Lora,
     OnPolicy,
+    PublishedSet,
     Section,
     Sizes,
     Student,
@@ -86,6 +87,11 @@ class Recipe(Section):
         return agreed(self, *claims)
 
     @property
+    def taught(self) -> tuple[str, ...]:
+        """Names of the corpus' skills, in its order."""
+        return tuple(dict.fromkeys(p.skill for p in self.corpus))
+
+    @property
     def source(self) -> Path:
         """The file it came from."""
         return self._source
@@ -107,7 +113,7 @@ class Recipe(Section):
 
 SECTIONS: dict[str, type[Section]] = {  # by the key they stand under
     "student": Student, "teachers": Teacher, "corpus": CorpusPart, "audition": Audition, "capture": Capture, "training": Training,
-    "evaluation": Evaluation, "check": Check, "sizes": Sizes, "lora": Lora, "endpoint": Endpoint, "generation": Generation,
+    "evaluation": Evaluation, "check": Check, "sets": PublishedSet, "sizes": Sizes, "lora": Lora, "endpoint": Endpoint, "generation": Generation,
     "on_policy": OnPolicy}
 
 

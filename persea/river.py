@@ -6,8 +6,6 @@ teacher at a time is in memory.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,23 +13,26 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persea import skills, store
+from persea import questions, store
 from persea.asking import Speaker
 from persea.audition import Cast
 from persea.bridge import Bridge, open_bridge
 from persea.capture import Unit, plan_units
 from persea.chat import Effort
-from persea.check import Sample, read_texts
-from persea.corpus import Broken, Corpus, Prompt, gather, in_modes, read_prompts
+from persea.check import Sample
+from persea.corpus import Broken, Corpus, gather
 from persea.errors import DataError, RecipeError, Refused
 from persea.far import far_parent, how_answered, is_far, open_far, sampling_of, what_answers
 from persea.lineage import Parent
 from persea.measure import Item, Skill, Split
 from persea.models import Source, fingerprint, local_folder, notes, open_voice, stamp
+from persea.models import set_threads as set_threads
 from persea.recipe import Recipe
 from persea.sections import WORDS, Generation, ModelRef
 from persea.sections import Student as StudentRef
 from persea.sections import Teacher as TeacherRef
+from persea.sets import Opened
+from persea.store import digest_of as digest_of
 from persea.voice import Voice
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from persea.teacher import Teacher
 
 STUDENT, BASE = "student", "base"
-SAMPLE = 64  # reference answers of one skill and language that check lays over each other; they are short and much alike
 SMALL = 4_000_000_000  # bytes of weights that check opens unasked: seconds, and 8 GB in float32. The stages after it open any size
 Tell = Callable[[str, float, str], None]  # stage, share done in [0, 1], a few words
 
@@ -47,7 +47,8 @@ Tell = Callable[[str, float, str], None]  # stage, share done in [0, 1], a few w
 def source(ref: ModelRef) -> Source:
     """Where a recipe's model comes from."""
     sizes = tuple(sorted(ref.sizes.model_dump().items())) if ref.sizes else ()
-    return Source(ref.model, ref.revision, ref.tokenizer, ref.family, sizes, isinstance(ref, StudentRef) and ref.thinking)
+    found = Source(ref.model, ref.revision, ref.tokenizer, ref.family, sizes, isinstance(ref, StudentRef) and ref.thinking)
+    return replace(found, quantize=ref.quantize, offload=ref.offload) if isinstance(ref, TeacherRef) else found
 
 
 def is_small(where: Source) -> bool:
@@ -122,9 +123,14 @@ class River:
         return {name: open_bridge(self.voices[name], self.student_voice) for name in self.teaching}
 
     @cached_property
+    def published(self) -> tuple[Opened, ...]:
+        """The recipe's published sets, read."""
+        return questions.published(self.recipe.evaluation.sets)
+
+    @cached_property
     def skills(self) -> tuple[Skill, ...]:
-        """The corpus' skills, in its order."""
-        return tuple(skills.named(name) for name in dict.fromkeys(p.skill for p in self.recipe.corpus))
+        """The corpus' skills, in its order; then what published sets measure besides."""
+        return questions.measured(self.recipe.taught, self.published)
 
     def items(self, split: Split) -> list[tuple[Skill, tuple[Item, ...]]]:
         """Held-out items: AUDITION chooses teachers, TEST compares everybody."""
@@ -140,14 +146,7 @@ class River:
     @cached_property
     def samples(self) -> tuple[Sample, ...]:
         """What check lays over each other: every skill's reference answers, by language, and the recipe's texts."""
-        samples = []
-        for skill, items in self.items(Split.AUDITION):
-            for language in dict.fromkeys(i.prompt.language for i in items):
-                some = [i for i in items if i.prompt.language == language][:SAMPLE]
-                said = tuple(i.answered for i in some)
-                samples.append(Sample(skill.name, language, said, tuple(i.prompt.id for i in some)))
-        check = self.recipe.check
-        return (*samples, *(read_texts(language, file, check.lines) for language, file in check.texts.items()))
+        return questions.samples(self.items(Split.AUDITION), self.recipe.check.texts, self.recipe.check.lines)
 
     @cached_property
     def measured(self) -> str:
@@ -158,24 +157,11 @@ class River:
     def corpus(self) -> Corpus:
         """What to ask, without test items."""
         held_out = [i.prompt for split in (Split.AUDITION, Split.TEST) for _, items in self.items(split) for i in items]
+        held_out += [i.prompt for opened in self.published for i in opened.items]  # asked this time or not
         broken: list[Broken] = []
-        corpus = gather([self._prompts(k, broken) for k in range(len(self.recipe.corpus))], held_out)
-        return replace(corpus, broken=tuple(broken))
-
-    def _prompts(self, k: int, broken: list[Broken]) -> list[Prompt]:
-        part = self.recipe.corpus[k]
-        if part.file is not None:
-            prompts = list(read_prompts(Path(part.file), part.skill, part.language, broken.append if part.broken == "quarantine" else None))
-            for prompt in prompts:
-                if prompt.skill not in {s.name for s in self.skills}:
-                    raise DataError(f"prompt {prompt.id} is of skill {prompt.skill!r}, which the corpus does not name", where=part.file,
-                                    remedy=f"one of {', '.join(s.name for s in self.skills)}; or add a part of that skill")
-            return in_modes(prompts, part.modes)
-        items = skills.named(part.skill).items(Split.TEACH, part.generate or 0, self.recipe.seed)
-        if len(items) < (part.generate or 0):
-            raise DataError(f"{part.skill} has only {len(items):,} questions to teach with", where=f"corpus.{k}.generate",
-                            remedy=f"ask for at most {len(items):,}")
-        return in_modes((replace(i.prompt, answer=i.reference) for i in items), part.modes)
+        parts = [questions.prompts(part, f"corpus.{k}.generate", self.skills, self.recipe.taught, self.recipe.seed, broken.append)
+                 for k, part in enumerate(self.recipe.corpus)]
+        return replace(gather(parts, held_out, [part.near for part in self.recipe.corpus]), broken=tuple(broken))
 
     def refuse_modes(self) -> None:
         """Raises RecipeError where the student cannot learn a mode of the corpus, or nobody who may be cast for it can be asked in it."""
@@ -276,11 +262,11 @@ class River:
 
     def student(self) -> Student:
         """The student, ready to be trained."""
-        from persea.student import Lora, open_student
+        from persea.student import Lora, Ways, open_student
 
-        ref = self.recipe.student
+        ref, t = self.recipe.student, self.recipe.training
         lora = Lora(ref.lora.rank, ref.lora.alpha, ref.lora.targets) if ref.lora else None
-        return open_student(source(ref), self.student_voice, lora, self.recipe.seed)
+        return open_student(source(ref), self.student_voice, lora, self.recipe.seed, Ways(t.precision == "bfloat16", t.recompute, t.packing))
 
     def parent(self, name: str) -> Parent:
         """A teacher, or the base, for the lineage record."""
@@ -335,16 +321,3 @@ def knows(voice: Voice, effort: Effort) -> bool:
     its lowest effort, and the student does not see what it thought.
     """
     return effort is Effort.NONE or effort in voice.family.efforts
-
-
-def set_threads(threads: int) -> None:
-    """Fix torch's threads; the same number gives the same bits. 0 leaves torch's own choice."""
-    if threads:
-        import torch
-
-        torch.set_num_threads(threads)
-
-
-def digest_of(value: object) -> str:
-    """sha256 of a value's canonical JSON."""
-    return hashlib.sha256(json.dumps(value, default=str, sort_keys=True).encode()).hexdigest()

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import torch
 
     from persea.bridge import Bridge
-    from persea.losses import LossOut
+    from persea.losses import Head, LossOut
     from persea.student import Student
     from persea.teacher import Teacher
 
@@ -145,6 +145,16 @@ def heard(task: Task, voice: Voice, ids: npt.NDArray[np.int32], terms: OnPolicy,
     return "long" if len(tokens) > max_tokens else Said(task, tokens, conversation, finish)
 
 
+@dataclass(frozen=True)
+class Taught:
+    """place_P  learned positions, counted through a teacher's answers; weight  how many the loss is the mean of (chunk: stretches);
+    loss  from hidden states and targets at these positions, and the head"""
+
+    place_P: torch.Tensor
+    weight: int
+    loss: Callable[[torch.Tensor, Head, torch.Tensor], torch.Tensor]
+
+
 @dataclass(eq=False)
 class Rollouts:
     """A source of steps: the student's own answers. What a step draws depends on seed, step and the student's weights alone.
@@ -183,19 +193,24 @@ class Rollouts:
 
         said, left_out, lengths = self._said(step, part, parts)
         spoken = self._spoken(said, left_out)
-        width = max((len(own) for some in spoken.values() for own, _ in some), default=0)
-        found_of: list[tuple[torch.Tensor, int]] = []
-        share: dict[str, int] = {}
-        for name, some in spoken.items():
-            found = self._lost(name, some, width)
-            if found is not None:
-                share[name] = found[1]
-                found_of.append(found)
-        if not found_of:
+        taught = {name: self._taught(name, some) for name, some in spoken.items()}
+        share = {name: one.weight for name, one in taught.items() if one.weight}
+        if not share:
             raise Refused(f"of {len(lengths)} answers of the student none can be learned from ({dict(left_out)})", where=f"train, step {step}",
                           remedy="raise training.on_policy.after, so that it can answer before it is heard, or max_new_tokens")
-        total = sum(share.values())
-        loss = torch.stack([one * (n / total) for one, n in found_of]).sum()
+        answers = [own for name in share for own, _ in spoken[name]]
+        ids_BS, mask_BS, learn_BS = torch.zeros((3, len(answers), max(map(len, answers))), dtype=torch.int64)
+        for b, own in enumerate(answers):
+            ids_BS[b, :len(own)], mask_BS[b, :len(own)], learn_BS[b, :len(own)] = torch.from_numpy(own.ids_T), 1, torch.from_numpy(own.learn_T)
+        row_N, at_N = learn_BS.nonzero(as_tuple=True)
+        firsts = np.cumsum([0, *(sum(int(own.learn_T.sum()) for own, _ in spoken[name]) for name in share)]).tolist()
+        places = [taught[name].place_P + first for name, first in zip(share, firsts[:-1], strict=True)]
+        all_P, total = torch.cat(places), sum(share.values())
+        hidden_PD, head = self.student.hidden(ids_BS, mask_BS, row_N[all_P], at_N[all_P] - 1)  # once: processes must run a model equally often
+        targets_P = ids_BS[row_N[all_P], at_N[all_P]].to(hidden_PD.device)
+        losses = [taught[name].loss(hidden, head, targets) * (share[name] / total) for name, hidden, targets in zip(
+            share, hidden_PD.split([len(p) for p in places]), targets_P.split([len(p) for p in places]), strict=True)]
+        loss = torch.stack(losses).sum()
         heard_from = len(lengths)
         terms = {"reverse" if self.terms.objective == "events" else "chunk": float(loss.detach()), "rollout_tokens": float(np.mean(lengths)),
                  "rollouts_left_out": sum(left_out.values()) / heard_from,
@@ -269,30 +284,21 @@ class Rollouts:
             spoken.setdefault(one.task.teacher, []).append((one.tokens, theirs))
         return spoken
 
-    def _lost(self, name: str, some: Sequence[tuple[Tokens, Tokens]], width: int) -> tuple[torch.Tensor, int] | None:
-        """One teacher's loss and positions (of `chunk`: stretches); None where it shares no boundary with the student."""
+    def _taught(self, name: str, some: Sequence[tuple[Tokens, Tokens]]) -> Taught:
+        """What one teacher says of its answers, and the loss against it."""
         import torch
 
         from persea.losses import Divergence, Sides, chunk, divergence_head
 
-        pair, student = self.pairs[name], self.student
-        ids_BS, mask_BS = torch.zeros((2, len(some), width), dtype=torch.int64)
-        for b, (own, _) in enumerate(some):
-            ids_BS[b, :len(own)], mask_BS[b, :len(own)] = torch.from_numpy(own.ids_T), 1
-        at = [np.flatnonzero(own.learn_T) - 1 for own, _ in some]
-        row_N, at_N = (torch.from_numpy(np.concatenate(side)) for side in ([np.full(len(one), b) for b, one in enumerate(at)], at))
+        pair = self.pairs[name]
         if self.terms.objective == "chunk":
             chunks, dead = pair.chunks(some)
-            if not len(chunks.teacher_C):
-                return None
-            targets_N = ids_BS[row_N, at_N + 1].to(student.model.device)
-            return chunk(student.logits(ids_BS, mask_BS, row_N, at_N), targets_N, chunks, dead).loss, len(chunks.teacher_C)
+            every_P = torch.arange(sum(int(own.learn_T.sum()) for own, _ in some))
+            return Taught(every_P, len(chunks.teacher_C), lambda hidden, head, targets: chunk(head.logits(hidden), targets, chunks, dead).loss)
         beside = pair.rows(some)
-        if not len(beside.place_C):
-            return None
-        hidden_CD = student.hidden(ids_BS, mask_BS, row_N[beside.place_C], at_N[beside.place_C])
         sides = Sides(pair.bridge, beside.student_dead, beside.teacher_dead)
-        return divergence_head(hidden_CD, student.head, beside.logprobs_CW, sides, Divergence.REVERSE).loss, len(beside.place_C)
+        return Taught(beside.place_C, len(beside.place_C), lambda hidden, head, targets: divergence_head(
+            hidden, head, beside.logprobs_CW, sides, Divergence.REVERSE).loss)
 
 
 def open_rollouts(asked: Iterable[tuple[Prompt, str]], student: Student, teacher: Callable[[str], Teacher], bridges: Mapping[str, Bridge],

@@ -72,14 +72,14 @@ def audition(river: River, folder: Path, tell: Tell) -> None:
     for (name, skill, effort), results in said.items():
         other = "" if effort is speakers[name].efforts[0] else f".{effort}"
         store.publish_lines(folder / f"{name}.{skill}{other}.jsonl", (r.to_json() for r in results))
-    chosen = cast(courses, {n: s.efforts[0] for n, s in speakers.items()}, settings.pinned, settings.floor, dials)
+    chosen = cast(courses, {n: s.efforts[0] for n, s in speakers.items()}, settings.pinned, settings.floor, dials, river.recipe.taught)
     store.publish_json(folder / "cast.json", chosen.to_json())
     store.publish(folder / "table.md", markdown(chosen).encode())
 
 
 def capture(river: River, folder: Path, tell: Tell) -> None:
     """Ask the cast; keep answers and distributions."""
-    from persea.capture import Pace, accounts, quarantined, summary
+    from persea.capture import Pace, accounts, caches, quarantined, summary
     from persea.capture import capture as ask
 
     settings = river.recipe.capture
@@ -88,12 +88,20 @@ def capture(river: River, folder: Path, tell: Tell) -> None:
         ask(river.units, river.teacher(name, settings.batch), folder, tau=settings.tau, kl=settings.kl,
             max_new_tokens=settings.max_new_tokens, seed=river.recipe.seed, given=settings.answers == "given",
             unchanged=partial(river.refuse_changed, name), progress=lambda step: tell("capture", *pace.step(step)))
-    removed = Counter(why.value for _, why in river.corpus.removed)
+    removed = Counter(r.why.value for r in river.corpus.removed)
+    store.publish_lines(folder / "removed.jsonl", (r.to_json() for r in river.corpus.removed))
     told, aside = summary(river.units, folder), quarantined(river.units, folder, river.corpus.broken)
     (folder / "quarantine.jsonl").unlink(missing_ok=True)
     if aside:
         store.publish_lines(folder / "quarantine.jsonl", aside)
-    store.publish_json(folder / "summary.json", told | {"removed": dict(removed)} | accounts(told, river.corpus, aside))
+    verified: dict[str, Any] = {}
+    if settings.verify:
+        from persea.sift import sift
+
+        sifted = sift([reader for reader, _ in caches(river.units, folder)], river.corpus.prompts, {s.name: s for s in river.skills})
+        store.publish_json(folder / "wrong.json", sifted.aside)
+        verified = {"verified": sifted.to_json()}
+    store.publish_json(folder / "summary.json", told | {"removed": dict(removed)} | verified | accounts(told, river.corpus, aside))
 
 
 def train(river: River, folder: Path, tell: Tell) -> None:
@@ -101,14 +109,18 @@ def train(river: River, folder: Path, tell: Tell) -> None:
     from persea.capture import assigned, caches
     from persea.feed import offline
     from persea.losses import composed_head
+    from persea.reader import Ordered
     from persea.rollouts import open_rollouts
+    from persea.sift import left
     from persea.train import Settings
     from persea.train import train as loop
 
     t = river.recipe.training
     student = river.student()
-    feed = offline(caches(river.units, river.folder / "capture"), student.voice, river.bridges, size=t.batch, seed=river.recipe.seed,
-                   max_tokens=t.max_tokens, completion=t.completion)
+    heard: Sequence[tuple[Ordered, float]] = caches(river.units, river.folder / "capture")
+    if river.recipe.capture.verify:
+        heard = left(heard, store.read_json(river.folder / "capture" / "wrong.json"))
+    feed = offline(heard, student.voice, river.bridges, size=t.batch, seed=river.recipe.seed, max_tokens=t.max_tokens, completion=t.completion)
     rollouts = None if t.on_policy is None else open_rollouts(
         assigned(river.corpus.prompts, river.cast), student, lambda name: river.teacher(name, t.batch), river.bridges, t.on_policy, t.batch,
         river.recipe.seed, t.max_tokens)
@@ -117,8 +129,9 @@ def train(river: River, folder: Path, tell: Tell) -> None:
         if rollouts is not None and rollouts.due(step):
             return rollouts.loss(step)
         batch = feed.batch(step)
-        hidden_ND = student.hidden(batch.ids_BS, batch.mask_BS, batch.row_N, batch.at_N)
-        return composed_head(hidden_ND, student.head, batch.targets_N, batch.teachers, t.event_share), batch.share
+        states = student.hidden(batch.ids_BS, batch.mask_BS, batch.row_N, batch.at_N)
+        teachers = batch.teachers if t.objective == "events" else ()
+        return composed_head(*states, batch.targets_N, teachers, t.event_share), batch.share
 
     settings = Settings(t.steps, t.learning_rate, t.warmup, t.weight_decay, t.clip, t.checkpoint_every, t.log_every, river.recipe.seed)
     student.model.train()
@@ -178,12 +191,19 @@ def report(river: River, folder: Path, tell: Tell) -> None:
     write(river.folder, {name: Path(file) for name, file in river.recipe.evaluation.lm_eval.items()})
 
 
+def verified(river: River) -> list[str]:
+    """What verifying left out of the lessons, by digest; nothing where nobody verifies."""
+    return [river.done("capture")["outputs"]["wrong.json"]] if river.recipe.capture.verify else []
+
+
 AFTERWARDS = {"allow_regression", "lm_eval"}  # what the recipe says of an evaluation once it is there
 STAGES: tuple[Stage, ...] = (
     Stage("check", lambda r: [r.identities, r.student_identity, r.measured, r.recipe.check.model_dump()], check),
     Stage("audition", lambda r: [r.identities, r.asked, r.recipe.audition.model_dump(), r.recipe.capture.max_new_tokens], audition),
-    Stage("capture", lambda r: [*(u.name for u in r.units), *([b.where, b.why] for b in r.corpus.broken)], capture),
-    Stage("train", lambda r: [[u.name for u in r.units], r.student_identity, r.recipe.training.model_dump(), r.recipe.seed, r.recipe.threads], train),
+    Stage("capture", lambda r: [*(u.name for u in r.units), *([b.where, b.why] for b in r.corpus.broken), *["verify"] * r.recipe.capture.verify],
+          capture),
+    Stage("train", lambda r: [[u.name for u in r.units], r.student_identity, r.recipe.training.model_dump(), r.recipe.seed, r.recipe.threads,
+                              *verified(r)], train),
     Stage("evaluate", lambda r: [r.done("train")["outputs"], r.identities, r.asked, r.recipe.evaluation.model_dump(exclude=AFTERWARDS)], evaluate),
     Stage("lineage", lambda r: [r.done("train")["outputs"], r.recipe.hash], lineage),
     Stage("report", lambda r: [*(r.done(s.name)["key"] for s in STAGES[:-1]), r.lm_eval], report),

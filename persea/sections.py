@@ -140,10 +140,23 @@ class Teacher(ModelRef):
                       pattern=NAME, description="what reports call it: letters, digits and ._- (default: the last part of `model`)")
     effort: Effort = Field(default=Effort.NONE, description="how long it thinks before it answers")
     licence: str = Field(default="", description="its licence, where you know better than the family's usual one")
+    quantize: Literal["none", "8bit", "4bit", "mxfp4"] = Field(
+        default="none", description="load its weights in fewer bits, on a GPU (8bit, 4bit: bitsandbytes; mxfp4: gpt-oss as it is stored)")
+    offload: bool = Field(default=False, description="keep in main memory what the GPU has no room for; slow, and never needed on a CPU")
     engine: Literal["local", "vllm"] = Field(default="local", description="what runs its weights on this machine")
     endpoint: Endpoint | None = Field(default=None, description="a server that runs it; then no weights are loaded here")
     generation: Generation = Field(default=Generation(), description="how it answers, where not as the others")
     yardstick: bool = Field(default=False, description="measured beside the student in the evaluation, and never teaches")
+
+    @model_validator(mode="after")
+    def _has_weights_to_place(self) -> Self:
+        made = self.model == "random"
+        afar = self.endpoint is not None or self.engine != "local"
+        placed = self.quantize != "none" or self.offload
+        return agreed(self, (afar and placed, ("quantize" if self.quantize != "none" else "offload",),
+                             "given, but persea does not load these weights", "tell the server instead"),
+                      (made and self.quantize != "none", ("quantize",), "given, but these are random weights", "delete `quantize:`"),
+                      (made and self.offload, ("offload",), "given, but these are random weights", "delete `offload:`"))
 
     @model_validator(mode="after")
     def _has_a_name(self) -> Self:
@@ -164,6 +177,8 @@ class CorpusPart(Section):
     modes: dict[Effort, Annotated[float, Field(gt=0, le=1)]] = Field(
         default={}, description="effort -> share of these prompts that are asked, and learned, at it, such as {none: 0.5, low: 0.2, high: 0.3}; "
                                 "empty = asked at the teacher's effort, learned as an answer at once")
+    near: float | None = Field(default_factory=lambda seen: 0.8 if seen.get("file") else None, ge=0.3, le=1, validate_default=True,
+                               description="share of common runs of words from which a file's prompt repeats one before it, and is left out")
     broken: Literal["refuse", "quarantine"] = Field(default="refuse", description="a line that is no prompt ends the run, or is counted and left out")
 
     @model_validator(mode="after")
@@ -175,6 +190,7 @@ class CorpusPart(Section):
             (made and kept, (), "both `generate` and `file`", "keep one; two parts may teach the same skill"),
             (bool(self.modes) and abs(sum(self.modes.values()) - 1) > 1e-6, ("modes",), f"shares that sum to {sum(self.modes.values()):g}",
              "let them sum to 1"),
+            (self.near is not None and not kept, ("near",), "given, but no `file`; a generator's questions differ by design", "delete `near:`"),
             (self.broken == "quarantine" and not kept, ("broken",), "given, but no `file` that could be broken", "delete `broken:`"),
             (not (self.file or ".jsonl").endswith(".jsonl"), ("file",), f"{self.file!r} is not .jsonl", "one JSON object a line"))
 
@@ -200,13 +216,15 @@ class Capture(Section):
     batch: int = Field(default=64, ge=1, le=MANY, description="prompts asked at once")
     unit: int = Field(default=256, ge=1, le=MANY,
                       description="prompts saved together, fewer where they could exceed 2^20 tokens: the most that a crash can cost")
+    verify: bool = Field(default=False, description="teach no answer that the skill's own grader calls wrong, where the prompt brought a right one")
     tokens: int | None = Field(default=None, ge=1, description="stop, and say so, once this many tokens are kept; more goes on from there")
     hours: float | None = Field(default=None, gt=0, le=1e6, description="stop, and say so, once a run has asked for this long")
 
     @model_validator(mode="after")
     def _keeps_one_kind(self) -> Self:
         kind, key, idle = ("topk", "kl", self.kl) if self.rows == "sampled" else ("sampled", "tau", self.tau)
-        return agreed(self, (idle is not None, (key,), f"given, but `rows` is {self.rows}", f"write `rows: {kind}`, or delete `{key}:`"))
+        return agreed(self, (idle is not None, (key,), f"given, but `rows` is {self.rows}", f"write `rows: {kind}`, or delete `{key}:`"),
+                      (self.verify and self.answers == "given", ("verify",), "true, but the answers are the given ones", "delete `verify:`"))
 
 
 class OnPolicy(Section):
@@ -229,6 +247,12 @@ class Training(Section):
     warmup: int = Field(default=50, ge=0, le=MANY, description="steps until the highest learning rate")
     event_share: float = Field(default=0.7, ge=0, le=1, description="weight of events at common boundaries; the rest is cross-entropy")
     completion: bool = Field(default=False, description="let a teacher's row speak in the middle of its token too; else the text alone does")
+    objective: Literal["events", "sft"] = Field(
+        default="events", description="events = the teachers' distributions and their text; sft = their text alone (supervised fine-tuning)")
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of matrix products; weights and the optimiser's moments are float32 in both")
+    recompute: bool = Field(default=False, description="make activations again in the backward pass: less memory, about a third more time")
+    packing: bool = Field(default=False, description="let short conversations share a row, blind to each other, instead of padding them")
     weight_decay: float = Field(default=0.01, ge=0, le=1, description="AdamW's weight decay")
     clip: float = Field(default=1.0, gt=0, le=MANY, description="largest norm of the gradient")
     max_tokens: int = Field(default=512, ge=8, le=MANY, description="longest conversation, in student tokens; longer ones are left out")
@@ -249,6 +273,33 @@ class Training(Section):
             (oldest > on.refresh, ("on_policy", "refresh"), f"{on.refresh}, but the last of {on.rollouts} answers is {oldest} steps old when used",
              "a larger `refresh`, fewer `rollouts`, or a larger `batch` or `share`"))
 
+    @model_validator(mode="after")
+    def _learns_from_what_it_names(self) -> Self:
+        idle = self.objective == "sft" and self.completion
+        return agreed(self, (idle, ("completion",), "given, but `objective` is sft", "write `objective: events`, or delete `completion:`"))
+
+
+class PublishedSet(Section):
+    """One file of a published question set (docs/sets.md)."""
+
+    set: str = Field(pattern=SLUG, description="which published set: gsm8k, mgsm, xcopa, ifeval ... (docs/sets.md)")
+    file: str | None = Field(default=None, min_length=1, description="its file, in the form it was published in")
+    answers: str | None = Field(default=None, min_length=1, description="the file of its answers, where they are published apart")
+    hub: str | None = Field(default=None, min_length=1, description="a hub data set such as openai/gsm8k, instead of a file")
+    config: str = Field(default="", description="configuration of a hub data set")
+    split: str = Field(default="test", min_length=1, description="split of a hub data set")
+    language: str = Field(default="", description="language of its answers, such as vi; empty = the set's own")
+    skill: str = Field(default="", description="the skill it measures, where that is not the set's own name; sets of one skill go together")
+
+    @model_validator(mode="after")
+    def _comes_from_one_place(self) -> Self:
+        return agreed(
+            self,
+            (self.file is None and self.hub is None, (), "neither `file` nor `hub`", "add `file: path/to/the/set.jsonl`"),
+            (self.file is not None and self.hub is not None, (), "both `file` and `hub`", "keep one"),
+            (self.config != "" and self.hub is None, ("config",), "given, but no `hub`", "delete `config:`"),
+            (not re.fullmatch(SLUG, self.skill or "a"), ("skill",), f"{self.skill!r} is no plain name", "a-z, 0-9 and ._-"))
+
 
 class Evaluation(Section):
     items: int = Field(default=200, ge=1, le=MANY, description="questions of each skill")
@@ -257,6 +308,7 @@ class Evaluation(Section):
     efforts: tuple[Effort, ...] = Field(default=(), description="efforts to measure everybody at besides their own, where they have them")
     allow_regression: bool = Field(default=False, description="whether a student less safe than its base ends the run well; else exit 4")
     lm_eval: dict[str, str] = Field(default={}, description="speaker -> a results file of lm-eval that joins the page")
+    sets: tuple[PublishedSet, ...] = Field(default=(), description="published question sets that teachers are chosen and everybody is compared by")
 
 
 class Check(Section):

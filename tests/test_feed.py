@@ -157,6 +157,15 @@ def test_too_long_answers_are_counted_and_left_out(voices: Voices, bridges: dict
         flow(voices, bridges, 0)
 
 
+def test_modes_and_thoughts_that_are_not_learned_are_counted(voices: Voices, bridges: dict[str, Bridge]):
+    modes = (None, Effort.NONE, Effort.HIGH, Effort.HIGH, None)
+    thoughts = ("", "hm, so.", "hm, so.", "hm, so.", "hm, so.")
+    made = [captured(voices["gpt-oss"], "gpt-oss", k, asked(f"x{k}", thought, k)) for k, thought in enumerate(thoughts)]
+    made = [replace(c, answer=replace(c.answer, mode=mode)) for c, mode in zip(made, modes, strict=True)]
+    told = offline(one(made), voices["llama"], bridges, size=1, seed=0, max_tokens=512).survey.to_json()
+    assert (told["modes"], told["thoughts_dropped"]) == ({"none": 3, "high": 2}, 2)
+
+
 def test_an_answer_the_student_cannot_say_is_left_out_with_its_reason(voices: Voices):
     bridges = {"llama": build(voices["llama"], voices["gemma"])}
     captures = [captured(voices["llama"], "llama", k, Conversation.ask(f"q{k}").answered(Text(text))) for k, text in enumerate(("a b", "a\u2581b"))]

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from persea.recipe import SECTIONS, Recipe
-from persea.sections import Capture, Lora, ModelRef, OnPolicy, Section, Student, Training
+from persea.sections import Capture, Lora, ModelRef, OnPolicy, Section, Sizes, Student, Teacher, Training
 
 
 def test_lora_has_defaults_only_where_it_is_asked_for() -> None:
@@ -52,3 +52,17 @@ def test_every_section_is_found_by_the_key_it_stands_under() -> None:
     sections = {key: kind for key, kinds in held.items() for kind in kinds if kind in SECTIONS.values()}
     assert sections == SECTIONS
     assert set(Section.__subclasses__()) | set(ModelRef.__subclasses__()) == {*SECTIONS.values(), ModelRef, Recipe}
+
+
+def test_the_text_alone_has_no_rows_to_complete() -> None:
+    with pytest.raises(ValidationError) as caught:
+        Training(objective="sft", completion=True)
+    assert "`objective` is sft" in str(caught.value.errors()[0]["ctx"])
+
+
+def test_weights_that_persea_does_not_load_are_not_quantised() -> None:
+    for more in ({"model": "random", "name": "t", "tokenizer": "./t", "sizes": Sizes(), "quantize": "4bit"},
+                 {"model": "a/b", "engine": "vllm", "quantize": "8bit"}, {"model": "a/b", "engine": "vllm", "offload": True}):
+        with pytest.raises(ValidationError) as caught:
+            Teacher(**more)
+        assert "given, but" in str(caught.value.errors()[0]["ctx"])

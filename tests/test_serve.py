@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import numpy as np
@@ -21,8 +24,9 @@ from persea.chat import Conversation, Effort, Finish, Role, Text, Thinking, Tool
 from persea.engines import Sampling
 from persea.errors import DataError, Refused
 from persea.measure import Split
+from persea.models import Source, open_voice
 from persea.serve.app import make_app, open_speaker, serve
-from persea.serve.guard import Caps, is_loopback
+from persea.serve.guard import Caps, Guard, is_loopback
 from persea.serve.schema import Chat
 from persea.serve.speak import Heard
 from persea.skills import SKILLS
@@ -120,6 +124,24 @@ def test_half_characters_are_held_back_and_no_piece_is_told_twice(name: str) -> 
         assert (pieces["content"] + more.get("content", ""), calls, finish) == (message.text, (), Finish.STOP)
         assert pieces["reasoning_content"] + more.get("reasoning_content", "") == message.thinking
         assert count > 5
+
+
+def test_a_hybrid_students_thought_is_told_apart_also_where_its_markers_are_text(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(SAPLINGS / "gemma-sapling", tmp_path / "maple"))
+    (folder / "chat_template.jinja").write_text(
+        "{%- for m in messages %}{{- '<start_of_turn>' + m['role'] + '\n' + m['content'] + '<end_of_turn>\n' }}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<start_of_turn>assistant\n' }}{%- endif %}")
+    for source in (Source(str(folder), family="generic", thinking=True), Source(str(SAPLINGS / "llama-sapling"), thinking=True)):
+        voice = open_voice(source, "student")
+        for parts in ((Thinking("a < b, 三 so"), Text("x = 1 <t")), (Text("<"),)):
+            answer = voice.render(Conversation.ask("q", effort=Effort.HIGH).answered(*parts))
+            heard, told = Heard(voice, Effort.HIGH, ()), list[str]()
+            for token in answer.ids_T[answer.learn_T].tolist():
+                told += heard.add(token)
+            _, calls, finish = heard.end()
+            assert (heard.told, calls, finish) == ({"reasoning_content": "a < b, 三 so" if len(parts) > 1 else "", "content": parts[-1].text}, (),
+                                                   Finish.STOP)
+            assert len(parts) == 1 or told.count("reasoning_content") > 2
 
 
 @pytest.mark.realdata
@@ -228,6 +250,13 @@ def test_what_cannot_be_obeyed_is_refused_with_the_reason(strict: Served, path: 
     assert words in found["message"] + str(found["param"])
 
 
+def test_a_request_that_names_no_length_gets_what_is_allowed(strict: Served) -> None:
+    answer = httpx2.post(f"{strict.url}/v1/chat/completions", headers=HEAD, trust_env=False, timeout=60,
+                         json={"model": "llama-sapling", "messages": [{"role": "user", "content": "x"}]})
+    assert answer.status_code == 200
+    assert answer.json()["usage"]["completion_tokens"] <= 64
+
+
 def test_without_the_key_nothing_but_health_is_answered(strict: Served) -> None:
     assert httpx2.get(f"{strict.url}/health", trust_env=False).status_code == 200
     for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic a-secret"}, {"authorization": "a-secret"}):
@@ -255,20 +284,48 @@ def test_bodies_are_capped_in_size_and_time(strict: Served) -> None:
         assert time.monotonic() - begin < 5
 
 
-def test_more_requests_than_are_answered_get_429(strict: Served) -> None:
-    host, port = strict.url.removeprefix("http://").split(":")
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer a-secret\r\ncontent-length: 50\r\n\r\n{"
-    waiting = [socket.create_connection((host, int(port)), timeout=10) for _ in range(2)]
-    try:
-        for one in waiting:
-            one.sendall(head)
-        time.sleep(0.2)
-        answer = httpx2.get(f"{strict.url}/v1/models", headers=HEAD, trust_env=False)
-        assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
-        assert httpx2.get(f"{strict.url}/health", trust_env=False).status_code == 200
-    finally:
-        for one in waiting:
-            one.close()
+def test_more_requests_than_are_answered_get_429_and_a_slow_reader_is_left() -> None:
+    """The guard alone, around an application that answers when it is told to."""
+    async def play() -> list[list[Any]]:
+        go = asyncio.Event()
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            assert (await receive())["body"] == b"whole"
+            await go.wait()
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+
+        async def ask(guard: Guard, *bodies: bytes, stuck: bool = False) -> list[Any]:
+            parts, sent = list(bodies), list[Any]()
+
+            async def receive() -> Any:
+                if not parts:
+                    await asyncio.sleep(60)
+                return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts) or len(bodies) == 1}
+
+            async def send(message: Any) -> None:
+                if stuck:
+                    await asyncio.sleep(60)
+                sent.append(message)
+
+            await guard({"type": "http", "path": "/x", "headers": []}, receive, send)
+            return sent
+
+        guard = Guard(app, "", Caps(seconds=0.3, at_once=2))
+        slow = [asyncio.create_task(ask(guard, b"half")) for _ in range(5)]  # bodies that never come hold nobody up
+        held = [asyncio.create_task(ask(guard, b"who", b"le")), asyncio.create_task(ask(guard, b"who", b"le", stuck=True))]
+        await asyncio.sleep(0.05)
+        turned_away = await ask(guard, b"whole", b"")
+        go.set()
+        told = [*await asyncio.gather(*held), turned_away, *await asyncio.gather(*slow)]
+        assert (guard.running, guard.reading) == (0, 0)
+        return told
+
+    kept, stuck, turned_away, *slow = asyncio.run(play())
+    assert [m["status"] for m in kept] == [200]
+    assert stuck == []  # left after 0.3 s, the place free again
+    assert turned_away[0]["status"] == 429
+    assert (b"retry-after", b"1") in turned_away[0]["headers"]
+    assert [s[0]["status"] for s in slow] == [408] * 5
 
 
 def test_without_a_key_only_this_machine_is_answered() -> None:

@@ -119,6 +119,8 @@ class TalkEngine:
             ended = ended or str(told.get("finish_reason") or "")
         if ended not in ENDED:
             raise Malformed(f"the answer ended with {ended or 'nothing'!r}")
+        if self.line.manners.budget and not cost:
+            raise Malformed("the server does not say how many tokens it took, and its endpoint has a budget")
         if "\ufffd" in texts["content"] + texts["reasoning_content"]:
             raise Malformed("half characters: the server decodes token by token, and bytes are lost")
         parts = tuple(make(texts[key]) for key, make in (("reasoning_content", Thinking), ("content", Text)) if texts[key])

@@ -18,10 +18,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from persea.chat import PINNED_DATE, Finish
+from persea.chat import Finish
 from persea.engines.local import LocalEngine
 from persea.errors import DataError, EnvironmentLacks, PerseaError, Refused
-from persea.models import Source, open_model, open_voice
+from persea.models import find, open_model, open_voice
 from persea.serve.guard import Caps, Guard, error, is_loopback, patient
 from persea.serve.schema import Chat, Completion, TokenRequest
 from persea.serve.scores import candidates, echoed, prompt_logprobs
@@ -33,10 +33,8 @@ SHORT, LONG = 16, 256  # new tokens where a request names none: OpenAI's complet
 
 def open_speaker(model: str, name: str = "") -> Speaker:
     """A model folder or hub id, or a run folder: then its student. Raises DataError where there is neither."""
-    folder = Path(model).expanduser()
-    student = folder / "train" / "student"
-    source = Source(str(student) if student.is_dir() else model)
-    voice = open_voice(source, "serve", PINNED_DATE)
+    folder, (source, today) = Path(model).expanduser(), find(model, "serve")
+    voice = open_voice(source, "serve", today)
     weights = open_model(source, voice, "serve")
     context = getattr(weights.config.get_text_config(), "max_position_embeddings", None) or 0
     return Speaker(name or (folder.resolve().name if folder.is_dir() else model), voice, LocalEngine(weights, len(voice.vocabulary)), context)

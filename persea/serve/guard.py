@@ -89,14 +89,15 @@ class Guard:
         if not self.key and not is_loopback(headers.get(b"host", b"localhost").decode("latin-1")):
             await refuse(send, 403, "without a key this server answers as localhost alone")  # a page of elsewhere whose name points here
             return
+        body = await self._body(headers, receive, send)  # before it counts as one: a body that never comes holds nobody up
+        if body is None:
+            return
         if self.running >= self.caps.at_once and scope["path"] not in OPEN:
             await refuse(send, 429, f"{self.caps.at_once} requests are being answered", ((b"retry-after", b"1"),))
             return
         self.running += 1
         try:
-            body = await self._body(headers, receive, send)
-            if body is not None:
-                await self.app(scope, _replayed(body, receive), self._sending(send))
+            await self.app(scope, _replayed(body, receive), self._sending(send))
         except TimeoutError:  # the client reads too slowly: uvicorn ends the connection where a response ends before its end
             return
         finally:

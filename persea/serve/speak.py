@@ -14,11 +14,13 @@ from persea.chat import Effort, Finish, Part, Pieces, Text, Thinking, Tool, Tool
 from persea.engines import Sampling
 from persea.engines.local import LocalEngine
 from persea.errors import DataError
+from persea.families.hybrid import CLOSE, OPEN
 from persea.voice import Voice
 
 LOGITS = 1 << 28  # numbers of one scored prompt: a gibibyte in float32
-# What could end a thought that has begun, so that it can be read before its end is said: Qwen's block, harmony's channel.
-ENDS: tuple[tuple[str | bytes, ...], ...] = ((), ("</think>",), ("<|end|>", "<|start|>", b"assistant", "<|channel|>", b"final", "<|message|>"))
+# What could end a thought that has begun, so that it can be read before its end is said: Qwen's block, the same as text, harmony's channel.
+ENDS: tuple[tuple[str | bytes, ...], ...] = (
+    (), (CLOSE,), (CLOSE.encode(),), ("<|end|>", "<|start|>", b"assistant", "<|channel|>", b"final", "<|message|>"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +54,7 @@ class Speaker:
 
     def room(self, prompt: Sequence[int], wanted: int | None, default: int, most: int) -> int:
         """New tokens that are allowed. Raises DataError where prompt and answer have no room."""
-        new = default if wanted is None else wanted
+        new = min(default, most) if wanted is None else wanted
         if new > most:
             raise DataError(f"{new:,} new tokens are asked, at most {most:,} are given", where="max_tokens", remedy="ask for fewer")
         if self.context and wanted is None:
@@ -84,15 +86,18 @@ class Heard:
     told: dict[str, str] = field(default_factory=lambda: {"reasoning_content": "", "content": ""})
 
     def add(self, token: int) -> dict[str, str]:
-        """The new piece of each. Half a character, white space at the end, and what may become a call wait for more."""
+        """The new piece of each. Half a character or marker, white space at the end, and what may become a call wait for more."""
         self.ids.append(token)
         if token in self.voice.stop_ids:
             return {}
         pieces = self.voice.vocabulary.pieces(self.ids)
         parts = next((p for end in ENDS if (p := self._read((*pieces, *end))) is not None), None)
         whole = _texts(parts or ())
-        if self.tools and whole["content"].lstrip().startswith("{"):
+        words, thought = whole["content"].lstrip(), whole["reasoning_content"]
+        if (self.tools and words.startswith("{")) or OPEN.startswith(words):  # where markers are text, half of one may be the whole's beginning
             whole["content"] = ""
+        half = next((n for n in range(len(CLOSE), 0, -1) if thought.endswith(CLOSE[:n])), 0)
+        whole["reasoning_content"] = thought[:len(thought) - half]
         return self._more({key: text.rstrip() for key, text in whole.items()})
 
     def end(self) -> tuple[dict[str, str], tuple[ToolCall, ...], Finish]:
