@@ -57,6 +57,7 @@ from everywhere); tests/test_map.py holds this map true.
     hidden        what a causal model gives to its head, and makes of the head's output
     student       Student: load, adapt (full or LoRA), run, save
     feed          captures -> lessons -> batches, the same whoever asks
+    beside        what a teacher says of a student's own tokens: whole rows, or chunks
     rollouts      what the student says itself, beside its teachers' distributions
     train         the one loop: batch, loss, step, checkpoint
     # is it true

@@ -17,7 +17,7 @@ from persea import questions, store
 from persea.asking import Speaker
 from persea.audition import Cast
 from persea.bridge import Bridge, open_bridge
-from persea.capture import Unit, assigned, plan_units
+from persea.capture import Unit, plan_units
 from persea.chat import Effort
 from persea.check import Sample
 from persea.corpus import Broken, Corpus, gather
@@ -36,7 +36,6 @@ from persea.store import digest_of as digest_of
 from persea.voice import Voice
 
 if TYPE_CHECKING:
-    from persea.rollouts import Rollouts
     from persea.student import Student
     from persea.teacher import Teacher
 
@@ -270,17 +269,6 @@ class River:
         ref, t = self.recipe.student, self.recipe.training
         lora = Lora(ref.lora.rank, ref.lora.alpha, ref.lora.targets) if ref.lora else None
         return open_student(source(ref), self.student_voice, lora, self.recipe.seed, Ways(t.precision == "bfloat16", t.recompute, t.packing))
-
-    def rollouts(self, student: Student) -> Rollouts | None:
-        """What the student says itself, with every teacher of the cast open beside it; None where the recipe does not ask for it."""
-        from persea.rollouts import Rollouts, Task
-
-        t = self.recipe.training
-        if t.on_policy is None:
-            return None
-        tasks = tuple(Task(prompt, name) for prompt, name in assigned(self.corpus.prompts, self.cast))
-        teachers = {name: self.teacher(name, t.batch) for name in dict.fromkeys(task.teacher for task in tasks)}
-        return Rollouts(student, tasks, teachers, self.bridges, t.on_policy, t.batch, self.recipe.seed, t.max_tokens)
 
     def parent(self, name: str) -> Parent:
         """A teacher, or the base, for the lineage record."""

@@ -107,10 +107,11 @@ def capture(river: River, folder: Path, tell: Tell) -> None:
 
 def train(river: River, folder: Path, tell: Tell) -> None:
     """Teach the student from all teachers at once."""
-    from persea.capture import caches
+    from persea.capture import assigned, caches
     from persea.feed import offline
     from persea.losses import composed_head
     from persea.reader import Ordered
+    from persea.rollouts import open_rollouts
     from persea.sift import left
     from persea.train import Settings
     from persea.train import train as loop
@@ -121,7 +122,9 @@ def train(river: River, folder: Path, tell: Tell) -> None:
     if river.recipe.capture.verify:
         heard = left(heard, store.read_json(river.folder / "capture" / "wrong.json"))
     feed = offline(heard, student.voice, river.bridges, size=t.batch, seed=river.recipe.seed, max_tokens=t.max_tokens, completion=t.completion)
-    rollouts = river.rollouts(student)
+    rollouts = None if t.on_policy is None else open_rollouts(
+        assigned(river.corpus.prompts, river.cast), student, lambda name: river.teacher(name, t.batch), river.bridges, t.on_policy, t.batch,
+        river.recipe.seed, t.max_tokens)
 
     def loss_of(step: int) -> tuple[Any, Any]:
         if rollouts is not None and rollouts.due(step):

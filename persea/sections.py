@@ -234,6 +234,8 @@ class OnPolicy(Section):
     refresh: int = Field(default=8, ge=0, le=MANY, description="steps after which an answer is stale and refused")
     max_new_tokens: int = Field(default=64, ge=1, le=MANY, description="longest answer, in the student's tokens")
     temperature: float = Field(default=1.0, gt=0, le=2, description="of drawing; 1 is the student's own distribution")
+    objective: Literal["events", "chunk"] = Field(
+        default="events", description="events = reverse KL at every common boundary; chunk = how likely both find each stretch between two")
     truncated: Literal["keep", "drop"] = Field(default="keep", description="what an answer cut at `max_new_tokens` said so far is learned, or not")
 
 
