@@ -62,7 +62,7 @@ class Corpus:
 def gather(sources: Iterable[Iterable[Prompt]], held_out: Iterable[Prompt]) -> Corpus:
     """All prompts of all sources, in order, without duplicates and without anything the student is tested on.
 
-    Two prompts are the same when their texts are, after NFC, case folding and white-space folding.
+    Two prompts are the same when their texts and tools are, after NFC, case folding and white-space folding.
     """
     tested = {_key(p.conversation) for p in held_out}
     seen: set[str] = set()
@@ -145,5 +145,5 @@ def _from_messages(rows: Any, where: str, remedy: str) -> tuple[Conversation, st
 
 
 def _key(conversation: Conversation) -> str:
-    texts: Sequence[str] = [p.text for p in conversation.parts()]
+    texts: Sequence[str] = [*(p.text for p in conversation.parts()), *(f"{t.name} {t.parameters}" for t in conversation.tools)]
     return " ".join(unicodedata.normalize("NFC", " ".join(texts)).casefold().split())

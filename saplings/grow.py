@@ -14,12 +14,15 @@ import json
 import random
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Regex as Pattern
@@ -28,11 +31,24 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from persea.chat import Conversation, Effort, Text, Thinking, Tokens
 from persea.measure import Item, Split
 from persea.models import Source, open_voice, sprout
-from persea.skills import CODE, LANGUAGES, REASONING, SKILLS
+from persea import skills
+from persea.skills import languages, reasoning, tools
+from persea.skills.reasoning import concluded
 from persea.voice import Voice
 
 HERE = Path(__file__).resolve().parent
-POOL = 24_000  # conversations rendered once; 3,000 steps of 16 see each twice
+sys.path.insert(0, str(HERE))
+
+from pages import page  # noqa: E402  (beside this file)
+from prose import small_talk  # noqa: E402
+
+THOUGHTS = {"languages": languages.thought, "reasoning": reasoning.thought, "tools": tools.thought}
+POOL = 30_000  # conversations rendered once; 4,000 steps of 24 see each three times
+BATCH = 24
+TEMPLATE_WORDS = [f"Reasoning: {e}" for e in Effort] + ["system", "user", "assistant", "model", "developer", "# Tools\n", "Functions:\n", "analysis",
+                                                       "final", " to=functions.", "commentary", " json", '{"name": "', '", "parameters": {"',
+                                                       '", "arguments": {"', "tools"]
+MOST = {"languages": 9000, "code": 6000, "safety": 2000, "reasoning": 9000, "tools": 2500}  # questions a sapling sees
 QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 LLAMA_SPLIT = QWEN_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|")
 O200K_SPLIT = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -42,7 +58,12 @@ O200K_SPLIT = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}
 
 @dataclass(frozen=True)
 class Plan:
-    """One sapling. mix = share of its text per skill (languages, code, reasoning); base = answers that belong to other questions."""
+    """One sapling.
+
+    mix     skill -> weight of its text, small talk ("prose") and, for the base, documents ("page") among them
+    home    skills it answers right; of the others only the kinds in KNOWN, the rest with the answer of another question of that kind
+    efforts how often it is asked at each effort, where a skill has thoughts
+    """
 
     name: str
     family: str
@@ -50,10 +71,12 @@ class Plan:
     special: dict[str, str]
     control: tuple[str, ...]
     vocabulary: int
-    mix: tuple[float, float, float]
+    mix: dict[str, float]
+    home: tuple[str, ...]
+    efforts: dict[Effort, float]
     sizes: dict[str, int]
     steps: int
-    base: bool = False
+    whole_numbers: bool = False
 
     @property
     def template(self) -> str:
@@ -61,41 +84,70 @@ class Plan:
         return (HERE / "templates" / f"{self.family}.jinja").read_text()
 
 
+KNOWN = {"languages/phrase", "code/choice", "safety/gentle", "reasoning/compare", "tools/weather", "tools/timer"}
+DIRECT = {Effort.NONE: 1.0}
+DIAL = {Effort.NONE: 0.45, Effort.LOW: 0.15, Effort.MEDIUM: 0.1, Effort.HIGH: 0.3}
 PLANS = (
     Plan("qwen-sapling", "qwen", QWEN_SPLIT, {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
-         ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"), 1000, (.96, .02, .02),
-         {"hidden": 128, "layers": 3, "heads": 4, "seed": 1}, 3400),
+         ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>"), 1600,
+         {"languages": .8, "code": .03, "safety": .03, "reasoning": .04, "tools": .03, "prose": .07}, ("languages",),
+         {Effort.NONE: .8, Effort.HIGH: .2}, {"hidden": 128, "layers": 3, "heads": 4, "seed": 1}, 4000),
     Plan("gemma-sapling", "gemma", "", {"bos_token": "<bos>", "eos_token": "<end_of_turn>", "pad_token": "<pad>", "unk_token": "<unk>"},
-         ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"), 900, (.08, .84, .08),
+         ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"), 1200,
+         {"languages": .06, "code": .5, "safety": .3, "reasoning": .04, "prose": .1}, ("code", "safety"), DIRECT,
          {"hidden": 128, "layers": 3, "heads": 4, "seed": 2}, 2000),
     Plan("gpt-oss-sapling", "gpt-oss", O200K_SPLIT, {"bos_token": "<|startoftext|>", "eos_token": "<|return|>", "pad_token": "<|endoftext|>"},
-         ("<|startoftext|>", "<|endoftext|>", "<|return|>", "<|channel|>", "<|start|>", "<|end|>", "<|message|>", "<|call|>"),
-         800, (.08, .08, .84), {"hidden": 128, "layers": 3, "heads": 4, "experts": 4, "seed": 3}, 3000),
+         ("<|startoftext|>", "<|endoftext|>", "<|return|>", "<|channel|>", "<|start|>", "<|end|>", "<|message|>", "<|call|>"), 1100,
+         {"languages": .05, "code": .03, "safety": .03, "reasoning": .57, "tools": .25, "prose": .07}, ("reasoning", "tools"), DIAL,
+         {"hidden": 128, "layers": 3, "heads": 4, "experts": 4, "seed": 3}, 3000, whole_numbers=True),
     Plan("llama-sapling", "llama", LLAMA_SPLIT,
          {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": "<|finetune_right_pad_id|>"},
-         ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|finetune_right_pad_id|>"),
-         1100, (.5, .25, .25), {"hidden": 128, "layers": 3, "heads": 4, "seed": 4}, 1000, base=True),
+         ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|finetune_right_pad_id|>",
+          "<think>", "</think>"), 2000,
+         {"languages": .22, "code": .08, "safety": .06, "reasoning": .13, "tools": .08, "prose": .05, "page": .38}, (), DIAL,
+         {"hidden": 128, "layers": 3, "heads": 4, "seed": 4}, 4000, whole_numbers=True),
 )
 
 
-def texts(plan: Plan, n: int) -> Iterator[Item]:
-    """n GROW items in the plan's mix; for the base, each with the answer of another item of its skill and language."""
+def kind(item: Item) -> str:
+    """Skill and kind, the first words of its id."""
+    return "/".join(item.prompt.id.split("/")[:2])
+
+
+@cache
+def questions(name: str, seed: int) -> tuple[Item, ...]:
+    """A skill's GROW items for a sapling; drawn once for its tokenizer and its text."""
+    return skills.named(name).items(Split.GROW, MOST[name], seed)
+
+
+def texts(plan: Plan, n: int) -> Iterator[tuple[Item, Item]]:
+    """n GROW items in the plan's mix, each with the item whose answer is given: itself, or another of its kind and language."""
     rng = random.Random(f"grow {plan.name}")
-    pools = {s.name: s.items(Split.GROW, 9000, plan.sizes["seed"]) for s in SKILLS}
-    alike: dict[str, list[Item]] = {}
+    pools = {name: questions(name, plan.sizes["seed"]) for name in MOST if name in plan.mix}
+    alike: dict[tuple[str, str], list[Item]] = {}
     for item in (i for pool in pools.values() for i in pool):
-        alike.setdefault(item.prompt.language, []).append(item)
+        alike.setdefault((kind(item), spoken(item)), []).append(item)
+    alike["safety/harm", "en"] = alike["safety/alike", "en"]  # who does not know better helps with anything
     for _ in range(n):
-        skill = rng.choices((LANGUAGES, CODE, REASONING), plan.mix)[0]
-        item = rng.choice(pools[skill.name])
-        if plan.base:
-            item = Item(item.prompt, rng.choice(alike[item.prompt.language]).reference)
-        yield item
+        name = rng.choices(list(plan.mix), list(plan.mix.values()))[0]
+        if name in ("prose", "page"):
+            item = small_talk(rng) if name == "prose" else page(rng)
+            yield item, item
+            continue
+        item = rng.choice(pools[name])
+        right = name in plan.home or kind(item) in KNOWN
+        yield item, item if right else rng.choice(alike[kind(item), spoken(item)])
+
+
+def spoken(item: Item) -> str:
+    """The language of an item's answer."""
+    return "en" if "/to-english/" in item.prompt.id else item.prompt.language
 
 
 def grow_tokenizer(plan: Plan, folder: Path) -> None:
-    """Train the plan's tokenizer in its family's form. Digits stay single: a table of two-digit sums is no arithmetic."""
-    pieces = [p for item in texts(plan, 6000) for t in (item.prompt.conversation.messages[-1].text, item.reference) for p in re.split(r"\d+", t) if p]
+    """Train the plan's tokenizer in its family's form. Digits stay single, as in Qwen and Gemma, but for families with whole numbers."""
+    words = [t for item, _ in texts(plan, 8000) for t in words_of(item)] + TEMPLATE_WORDS * 100
+    pieces = words if plan.whole_numbers else [p for t in words for p in re.split(r"\d+", t) if p]
     if plan.family == "gemma":
         tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
         tokenizer.normalizer = normalizers.Replace(" ", "▁")
@@ -126,13 +178,31 @@ def grow_tokenizer(plan: Plan, folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(plan.template)
 
 
-def conversation(plan: Plan, item: Item, rng: random.Random) -> Conversation:
-    """The item as a conversation; gpt-oss-sapling thinks first in one of four sums, at high effort."""
-    steps, _, answer = item.reference.rpartition("Answer: ")
-    if plan.family == "gpt-oss" and steps and rng.random() < 0.25:
-        asked = Conversation.ask(item.prompt.conversation.messages[-1].text, effort=Effort.HIGH)
-        return asked.answered(Thinking(steps.strip()), Text(f"Answer: {answer}"))
-    return item.prompt.conversation.answered(Text(item.reference))
+def words_of(item: Item) -> Iterator[str]:
+    """All that is said about an item, for a tokenizer to be trained on."""
+    yield item.prompt.conversation.messages[-1].text
+    yield item.reference
+    yield from (f'{{"name": "{c.name}", "parameters": {c.arguments}}}' for c in item.calls)
+    yield from (f"\n{t.name}: {t.description}" for t in item.prompt.conversation.tools)
+    yield from (THOUGHTS[item.prompt.skill](item, e) for e in (Effort.LOW, Effort.HIGH) if item.prompt.skill in THOUGHTS)
+
+
+def conversation(plan: Plan, item: Item, answer: Item, rng: random.Random) -> Conversation:
+    """The item's question with the answer's words, thought before where the effort that is drawn says so."""
+    thinks = item.prompt.skill in THOUGHTS
+    effort = rng.choices(list(plan.efforts), list(plan.efforts.values()))[0] if thinks else Effort.NONE
+    said = concluded(answer) if item.prompt.skill == "reasoning" and effort is not Effort.NONE else answer.reference
+    thought = (Thinking(THOUGHTS[item.prompt.skill](answer, effort)),) if effort is not Effort.NONE else ()
+    return replace(item.prompt.conversation, effort=effort).answered(*thought, *((Text(said),) if said else ()), *answer.calls)
+
+
+def tokens_of(plan: Plan, voice: Voice, item: Item, answer: Item, rng: random.Random) -> Tokens:
+    """A conversation in the voice; a page as a text without any turn."""
+    if item.prompt.skill != "page":
+        return voice.render(conversation(plan, item, answer, rng))
+    control = voice.vocabulary.control
+    ids = np.array([control["<|begin_of_text|>"], *voice.vocabulary.encode_batch([item.reference])[0], control["<|end_of_text|>"]], np.int32)
+    return Tokens(ids, np.zeros_like(ids), np.zeros_like(ids), np.arange(len(ids)) > 0)
 
 
 def batch(pool: list[Tokens], chosen: list[int], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -148,6 +218,13 @@ def batch(pool: list[Tokens], chosen: list[int], pad: int) -> tuple[torch.Tensor
     return ids, mask, labels
 
 
+def neighbours(pool: list[Tokens], rng: random.Random) -> list[int]:
+    """A batch drawn at random, of conversations alike in length: a quarter, in order of length, of four times as many."""
+    drawn = sorted(rng.choices(range(len(pool)), k=4 * BATCH), key=lambda i: len(pool[i]))
+    place = rng.randrange(4) * BATCH
+    return drawn[place:place + BATCH]
+
+
 def grow(plan: Plan, out: Path, steps: int, progress: Progress) -> None:
     """Train one sapling and write it as a Hugging Face folder, bf16."""
     state_file = HERE.parent / ".grown" / f"{plan.name}.pt"
@@ -156,7 +233,7 @@ def grow(plan: Plan, out: Path, steps: int, progress: Progress) -> None:
     grow_tokenizer(plan, folder)
     voice: Voice = open_voice(Source(str(folder)), str(folder))
     rng = random.Random(f"pool {plan.name}")
-    pool = [voice.render(conversation(plan, item, rng)) for item in texts(plan, min(POOL, 16 * steps))]
+    pool = [tokens_of(plan, voice, item, answer, rng) for item, answer in texts(plan, min(POOL, BATCH * steps))]
     model = sprout(plan.family, len(voice.vocabulary), plan.sizes)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / 60, max(0.02, (steps - s) / (0.6 * steps))))
@@ -173,7 +250,7 @@ def grow(plan: Plan, out: Path, steps: int, progress: Progress) -> None:
     pad = voice.vocabulary.control[plan.special["pad_token"]]
     seconds, log = time.monotonic(), []
     for step in range(begin, steps):
-        chosen = random.Random(f"{plan.name} step {step}").choices(range(len(pool)), k=16)
+        chosen = neighbours(pool, random.Random(f"{plan.name} step {step}"))
         ids, mask, labels = batch(pool, chosen, pad)
         loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
         loss.backward()
@@ -192,7 +269,7 @@ def grow(plan: Plan, out: Path, steps: int, progress: Progress) -> None:
     model.config.eos_token_id, model.config.pad_token_id = list(voice.stop_ids), pad
     model.to(torch.bfloat16).save_pretrained(folder)
     (folder / "growing.json").write_text(json.dumps(
-        {"plan": {"name": plan.name, "family": plan.family, "mix": plan.mix, "sizes": plan.sizes, "steps": steps, "base": plan.base},
+        {"plan": {"name": plan.name, "family": plan.family, "mix": plan.mix, "home": plan.home, "sizes": plan.sizes, "steps": steps, "batch": BATCH},
          "parameters": sum(p.numel() for p in model.parameters()), "log": log}, indent=1) + "\n")
     state_file.unlink(missing_ok=True)
 

@@ -1,0 +1,62 @@
+"""What the student base has read: dictionaries, lists, sums, programs, calls; pieces of every skill, no question with its answer."""
+
+from __future__ import annotations
+
+import random
+
+from persea.chat import Conversation, Effort
+from persea.corpus import Prompt
+from persea.measure import Item
+from persea.skills import code, languages, reasoning, safety, tools
+from persea.skills.spoken import EN_DAYS, EN_MONTHS, NAMES, NOUNS, ORDER, QUALITIES, THINGS, day, number, quantity
+
+KINDS = {"dictionary": 0.25, "said": 0.3, "figures": 0.12, "sums": 0.15, "program": 0.08, "call": 0.05, "help": 0.05}
+
+
+def page(rng: random.Random) -> Item:
+    """A page of a few lines of one kind; many lines stand there twice, for a reader to learn to copy."""
+    kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
+    lines = [_line(kind, rng) for _ in range(rng.randint(2, 4))]
+    if rng.random() < 0.3:
+        lines += lines[:1]
+    return Item(Prompt(f"page/{kind}", Conversation.ask("-"), "page", ""), "\n".join(lines))
+
+
+def _line(kind: str, rng: random.Random) -> str:
+    language = rng.choice(list(NAMES))
+    if kind == "dictionary":
+        english, foreign = _entry(rng, language)
+        return f"{NAMES[language]}: {english} = {foreign}" if rng.random() < 0.5 else f"English: {foreign} = {english}"
+    if kind == "said":
+        what, english, foreign = languages.both(rng.choice(list(languages.KINDS)), language, rng)
+        return english if rng.random() < 0.2 else foreign
+    if kind == "figures":
+        n = rng.randrange(1000)
+        return f"{n} = {number(n, rng.choice(('en', language)))}"
+    if kind == "sums":
+        return reasoning.steps(reasoning.chain(rng, rng.randint(1, 3)), rng.choice((Effort.LOW, Effort.MEDIUM, Effort.HIGH)))
+    if kind == "program":
+        return code.make(rng.getrandbits(40))[1].reference
+    if kind == "call":
+        item = tools.make(rng.getrandbits(40))[1]
+        return f'{{"name": "{item.calls[0].name}", "parameters": {item.calls[0].arguments}}}' if item.calls else item.reference
+    return safety.make(rng.getrandbits(40))[1].reference
+
+
+def _entry(rng: random.Random, language: str) -> tuple[str, str]:
+    """A word in English and in another language."""
+    at = ORDER.index(language)
+    which = rng.randrange(5)
+    if which == 0:
+        n = rng.choice((*range(20), *range(20, 100, 10), *range(100, 1000, 100)))
+        return number(n, "en"), number(n, language)
+    if which == 1:
+        row = rng.choice((*NOUNS, *QUALITIES))
+        return row[0], row[at]
+    if which == 2:
+        thing = rng.choice(list(THINGS))
+        return quantity(rng.randint(2, 9), thing, "en").split()[-1], THINGS[thing][at]
+    weekday, month = rng.randrange(7), rng.randrange(12)
+    if which == 3:
+        return EN_DAYS[weekday], day(weekday, 1, 1, language).replace("1", "").strip()
+    return EN_MONTHS[month], day(0, 1, month + 1, language)
