@@ -9,7 +9,7 @@ from everywhere); tests/test_map.py holds this map true.
     template      the model's own Jinja chat template, sandboxed, its date pinned
     chat          Conversation, Tokens (one tokenizer's view of it), Family (what a family says of itself)
     voice         Voice: a Family on one tokenizer and template; renders, places bytes, parses
-    families      llama qwen gemma gpt_oss: conversation <-> tokens <-> bytes, thinking dial, stops, licence; generic: any other model
+    families      llama qwen gemma gpt_oss: conversation <-> tokens <-> bytes, thinking dial, stops, licence; hybrid: a switch before any template; generic: any other model
     models        where weights come from: folder, hub, or a random sprout of a family's architecture
     # what a person asks for
     places        a page of YAML as plain data, and where each key of it stands

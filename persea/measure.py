@@ -34,6 +34,20 @@ class Verdict(StrEnum):
     RIGHT = "right"
     WRONG = "wrong"
     MALFORMED = "malformed"
+    FAILED = "failed"  # the grader itself broke on this answer: counted and named, never right
+
+
+@dataclass(frozen=True)
+class Grade:
+    """A verdict and how good the answer is: value in [0, 1], such as chrF / 100; `why` says what the grader saw, where that helps."""
+
+    verdict: Verdict
+    value: float
+    why: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.value <= 1:  # false of NaN too
+            raise ValueError(f"a grade of {self.value}, not in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -64,18 +78,18 @@ class Skill:
     """One thing to be good at.
 
     items   (split, n, seed) -> at most n different items of that split, in a fixed order
-    grade   (item, the assistant's message) -> verdict
+    grade   (item, the assistant's message) -> verdict, or a Grade where an answer may be good in part; a verdict alone is worth 1 if RIGHT, else 0
     """
 
     name: str
     languages: tuple[str, ...]
     items: Callable[[Split, int, int], tuple[Item, ...]]
-    grade: Callable[[Item, Message], Verdict]
+    grade: Callable[[Item, Message], Verdict | Grade]
 
 
 @dataclass(frozen=True)
 class Score:
-    """One number: `value` of n items right, with its 95 % Wilson interval [low, high]."""
+    """One number: the mean value of n items (a share, where each is right or not), with its 95 % interval [low, high]."""
 
     speaker: str
     skill: str
@@ -98,16 +112,18 @@ class Result:
     answer: Message
     finish: Finish
     verdict: Verdict
+    value: float
+    why: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Thinking and calls only where there are some."""
-        said = {"thinking": self.answer.thinking, "calls": [vars(c) for c in self.answer.calls]}
+        """Thinking, calls and the grader's words only where there are some."""
+        said = {"thinking": self.answer.thinking, "calls": [vars(c) for c in self.answer.calls], "why": self.why}
         return {"id": self.item.prompt.id, "language": self.item.prompt.language, "question": self.item.prompt.conversation.messages[-1].text,
                 "reference": self.item.reference, "answer": self.answer.text, "finish": self.finish, "verdict": self.verdict,
-                **{name: value for name, value in said.items() if value}}
+                "value": self.value, **{name: value for name, value in said.items() if value}}
 
 
-def wilson(right: int, n: int) -> tuple[float, float]:
+def wilson(right: float, n: int) -> tuple[float, float]:
     """95 % interval of a proportion (Wilson 1927): never leaves [0, 1], not empty at 0 or n right."""
     if n == 0:
         return 0.0, 1.0
@@ -117,19 +133,39 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of a mean of values in [0, 1]: Wilson's for shares.
+
+    For values between, Wilson's too, whose variance p (1 - p) no spread in [0, 1] of the same mean exceeds: never too narrow.
+    """
+    return wilson(sum(values), len(values))
+
+
 def grade(skill: Skill, items: Sequence[Item], answers: Sequence[tuple[Message, Finish]]) -> tuple[Result, ...]:
-    """Verdicts of answers, in order; an answer that did not stop by itself is malformed, whatever it says."""
-    return tuple(
-        Result(item, said, finish, skill.grade(item, said) if finish is Finish.STOP else Verdict.MALFORMED)
-        for item, (said, finish) in zip(items, answers, strict=True))
+    """Results of answers, in order; an answer that did not stop by itself is malformed, whatever it says.
+
+    A grader that raises does not end a run: its answer is FAILED, worth 0, and `why` names the exception.
+    """
+    results = []
+    for item, (said, finish) in zip(items, answers, strict=True):
+        found = _graded(skill, item, said) if finish is Finish.STOP else Grade(Verdict.MALFORMED, 0.0)
+        results.append(Result(item, said, finish, found.verdict, found.value, found.why))
+    return tuple(results)
+
+
+def _graded(skill: Skill, item: Item, said: Message) -> Grade:
+    try:
+        found = skill.grade(item, said)
+        return found if isinstance(found, Grade) else Grade(found, float(found is Verdict.RIGHT))
+    except Exception as error:
+        return Grade(Verdict.FAILED, 0.0, f"{type(error).__name__}: {error}"[:300])
 
 
 def score(speaker: str, skill: str, results: Sequence[Result], effort: Effort, language: str = "") -> Score:
-    """Share of right results (of one language, or of all) with its interval."""
-    chosen = [r for r in results if not language or r.item.prompt.language == language]
-    right = sum(r.verdict is Verdict.RIGHT for r in chosen)
-    low, high = wilson(right, len(chosen))
-    return Score(speaker, skill, language, effort, right / max(1, len(chosen)), len(chosen), low, high)
+    """Mean value of results (of one language, or of all) with its interval."""
+    values = [r.value for r in results if not language or r.item.prompt.language == language]
+    low, high = interval(values)
+    return Score(speaker, skill, language, effort, sum(values) / max(1, len(values)), len(values), low, high)
 
 
 def draw(make: Callable[[int], tuple[str, Item]], split: Split, n: int, seed: int) -> tuple[Item, ...]:

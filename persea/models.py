@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from persea import families
-from persea.chat import PINNED_DATE, Conversation, Text
+from persea.chat import PINNED_DATE, Conversation, Family, Text
 from persea.errors import DataError
 from persea.families.generic import NAME as GENERIC
 from persea.families.generic import generic
+from persea.families.hybrid import has_switch, hybrid, speaks_llama, switched
 from persea.template import compile_template
 from persea.vocabulary import open_vocabulary
 from persea.voice import Voice
@@ -36,6 +37,7 @@ class Source:
     tokenizer  folder or hub id of the tokenizer where it is not the model's
     family     name of the family, or "generic"; "" = recognised by its control tokens and chat template
     sizes      for "random": hidden, layers, heads, seed
+    thinking   give a model whose template has no thinking switch the hybrid template
     """
 
     model: str
@@ -43,6 +45,7 @@ class Source:
     tokenizer: str = ""
     family: str = ""
     sizes: tuple[tuple[str, int], ...] = field(default=())
+    thinking: bool = False
 
     @property
     def is_random(self) -> bool:
@@ -81,22 +84,38 @@ def open_voice(source: Source, where: str, today: date = PINNED_DATE) -> Voice:
     except Exception as error:  # transformers raises a dozen kinds here, each meaning: this is no tokenizer
         raise DataError(f"no tokenizer in {source.words!r}: {_first_line(error)}", where=where,
                         remedy="the folder needs tokenizer.json and tokenizer_config.json") from error
-    if not tokenizer.chat_template:
-        raise DataError(f"{source.words!r} has no chat template", where=where,
-                        remedy="add chat_template.jinja to the folder; a base model without one cannot teach or be asked")
-    text = tokenizer.chat_template
+    text = tokenizer.chat_template or ""
     if not isinstance(text, str):
         raise DataError(f"{source.words!r} has several chat templates", where=where, remedy="keep one, as chat_template.jinja")
     vocabulary = open_vocabulary(tokenizer, source.words)
+    if not text and not (source.thinking and speaks_llama(vocabulary)):
+        raise DataError(f"{source.words!r} has no chat template", where=where,
+                        remedy="add chat_template.jinja to the folder; a base model without one cannot teach or be asked")
     special = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
     template = compile_template(text, special, today, where)
+    if source.thinking and not has_switch(template):
+        text = switched(text, vocabulary)
+        template = compile_template(text, special, today, where)
     family = families.named(source.family) if source.family not in ("", GENERIC) else None
     if not source.family:
         family = families.detect(vocabulary, text)
     if family is None:
         ends = {vocabulary.control_names.get(i, "") for i in ends_of(source, where)} | {special.get("eos_token", "")}
         family, template = generic(vocabulary, template, ends & vocabulary.control.keys(), where)
+    thinks = has_switch(template)
+    if source.thinking and (len(family.efforts) > 1 or not thinks):
+        _refuse_switch(family, where)
+    if len(family.efforts) == 1 and thinks:
+        family = hybrid(family, vocabulary)
     return Voice(family, vocabulary, template, text, today, special)
+
+
+def _refuse_switch(family: Family, where: str) -> None:
+    if len(family.efforts) > 1:
+        raise DataError(f"`thinking: true`, but {family.name} has a thinking switch of its own: {', '.join(family.efforts)}", where=where,
+                        remedy="delete `thinking:`")
+    raise DataError(f"`thinking: true`, but the template of {family.name} does not take the effort before the system's text and the thought "
+                    "before the answer", where=where, remedy="choose a student whose template takes a system text and writes answers as they are")
 
 
 def ends_of(source: Source, where: str) -> tuple[int, ...]:

@@ -27,6 +27,7 @@ from persea.measure import Item, Skill, Split
 from persea.models import Source, fingerprint, local_folder, notes, open_voice, stamp
 from persea.recipe import Recipe
 from persea.sections import ModelRef
+from persea.sections import Student as StudentRef
 from persea.voice import Voice
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ Tell = Callable[[str, float, str], None]  # stage, share done in [0, 1], a few w
 def source(ref: ModelRef) -> Source:
     """Where a recipe's model comes from."""
     sizes = tuple(sorted(ref.sizes.model_dump().items())) if ref.sizes else ()
-    return Source(ref.model, ref.revision, ref.tokenizer, ref.family, sizes)
+    return Source(ref.model, ref.revision, ref.tokenizer, ref.family, sizes, isinstance(ref, StudentRef) and ref.thinking)
 
 
 def is_small(where: Source) -> bool:

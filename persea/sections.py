@@ -80,6 +80,8 @@ class Lora(Section):
 
 
 class Student(ModelRef):
+    thinking: bool = Field(default=False, description="give a model whose template has no thinking switch the hybrid template: it learns to "
+                                                      "think or answer at once, as the prompt says")
     adapt: Literal["full", "lora"] = Field(default="full", description="full = every weight learns; lora = small added matrices do")
     lora: Lora | None = Field(default_factory=lambda seen: Lora() if seen["adapt"] == "lora" else None,
                               description="shape of the added matrices; only with `adapt: lora`")

@@ -61,6 +61,8 @@ class Student:
                 if origin is not None and (origin / name).is_file():
                     shutil.copyfile(origin / name, folder / name)
             _end_turns(folder / "generation_config.json", self.voice.stop_ids)
+            if origin is not None and self.source.thinking:
+                _speak_as(folder, self.voice.template_text)
         except (OSError, SafetensorError) as error:
             raise StorageError(f"cannot write the student: {error}", where=str(folder),
                                remedy="free space, then run again: its training is kept") from error
@@ -69,6 +71,17 @@ class Student:
         from transformers import AutoTokenizer
 
         AutoTokenizer.from_pretrained(self.source.words, trust_remote_code=False).save_pretrained(folder)
+        if self.source.thinking:
+            _speak_as(folder, self.voice.template_text)
+
+
+def _speak_as(folder: Path, template_text: str) -> None:
+    """The template that the student was taught in, where it is not the one that came with it."""
+    (folder / "chat_template.jinja").write_text(template_text, encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if config.pop("chat_template", None) is not None:
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _end_turns(path: Path, stop_ids: Sequence[int]) -> None:

@@ -23,7 +23,7 @@ FRAGMENTS = ["Hello", " world", " ", "  ", "\n", "\n\n", "\t", "\r\n", "1234", "
              "สวัสดี", "မင်္ဂလာပါ", "안녕", "こんにちは", "tiếng Việt", "👩‍👩‍👧", "é", "\u3000", "Answer: 7", "<|im_end|>", "<end_of_turn>"]
 # what stands between the last marker before a text and the text, in each family's own template
 BEFORE_TEXT = {"llama": b"\n\n", "qwen": b"\n\n", "gemma": b"model\n", "gpt-oss": b""}
-BEFORE_THOUGHT = {"qwen": b"\n", "gpt-oss": b""}
+BEFORE_THOUGHT = {"llama": b"\n", "qwen": b"\n", "gpt-oss": b""}
 LOREM = ("Từ ngày mai, 12345 con mèo   sẽ ngủ.\n\tdef f(x): return x ** 2\n\n三百四十二只猫。 "
          "สวัสดีชาวโลก မင်္ဂလာပါ 안녕하세요 セカイ 👩‍👩‍👧‍👦 isn't it?")
 
@@ -67,7 +67,8 @@ def kept(family: str, conversation: Conversation) -> list[tuple[str, int, str]]:
         for part in message.parts:
             whole, who = part.text, "thought" if isinstance(part, Thinking) else message.role.value
             if who == "thought":
-                left = {"qwen": whole.strip("\n") if conversation.effort is not Effort.NONE else "", "gpt-oss": whole}.get(family, "")
+                left = {"llama": whole.strip() if conversation.effort is not Effort.NONE else "",
+                        "qwen": whole.strip("\n") if conversation.effort is not Effort.NONE else "", "gpt-oss": whole}.get(family, "")
             elif family == "llama" or (family == "gemma" and who != "system"):
                 left = whole.strip()
             else:
@@ -102,7 +103,7 @@ def places(voice: Voice, tokens: Tokens, conversation: Conversation) -> Places:
 
     lay(run_before(stop), stop, BEFORE_TEXT[family], *parts["assistant"])
     if parts.get("thought", (0, b""))[1]:
-        marker = voice.vocabulary.control[{"qwen": "</think>", "gpt-oss": "<|end|>"}[family]]
+        marker = voice.vocabulary.control[{"llama": "</think>", "qwen": "</think>", "gpt-oss": "<|end|>"}[family]]
         end = max(k for k in range(stop) if tokens.ids_T[k] == marker)
         lay(run_before(end), end, BEFORE_THOUGHT[family], *parts["thought"])
     return out
@@ -259,21 +260,22 @@ def test_boundaries_inside_a_character(voices: Voices):
 def test_a_thought_the_student_drops_is_not_aligned_and_the_text_is(voices: Voices, teacher: str):
     thought, text = "He says hello. I say it back.", "Hello, hello world 三百"
     conversation = answered(Thinking(thought), Text(text), effort=Effort.HIGH)
-    s, t = voices["llama"].render(conversation), voices[teacher].render(conversation)
+    s, t = voices["gemma"].render(conversation), voices[teacher].render(conversation)
     text_at = len(b"Hi") + 1 + len(thought.encode()) + 1
     both = boundaries(s, t)
     assert starts(t, both.teacher_C)[0] == text_at
     assert (t.learn_T & (t.starts_T >= 0) & (t.starts_T < text_at)).sum() > 5, "the teacher learns its thought"
     without = answered(Text(text))
-    plain_s, plain_t = voices["llama"].render(without), voices[teacher].render(without)
+    plain_s, plain_t = voices["gemma"].render(without), voices[teacher].render(without)
     moved = len(thought.encode()) + 1
     assert starts(s, both.student_C) == [k + moved for k in starts(plain_s, boundaries(plain_s, plain_t).student_C)]
     assert spans(s, t).one_to_one == spans(plain_s, plain_t).one_to_one
 
 
-def test_two_that_think_are_aligned_in_the_thought_too(voices: Voices):
+@pytest.mark.parametrize(("student", "teacher"), [("qwen", "gpt-oss"), ("llama", "qwen"), ("llama", "gpt-oss")])
+def test_two_that_think_are_aligned_in_the_thought_too(voices: Voices, student: str, teacher: str):
     conversation = answered(Thinking("one two three"), Text("one two three"), effort=Effort.HIGH)
-    s, t = voices["qwen"].render(conversation), voices["gpt-oss"].render(conversation)
+    s, t = voices[student].render(conversation), voices[teacher].render(conversation)
     at = starts(s, boundaries(s, t).student_C)
     text_at = len("Hi") + 1 + len("one two three") + 1
     in_thought, in_text = [k - 3 for k in at if k < text_at], [k - text_at for k in at if k >= text_at]

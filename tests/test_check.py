@@ -191,11 +191,11 @@ def test_disagreement_is_seen(pair_of: Callable[[str, str], Pair]):
 
 
 def test_a_dropped_thought_is_no_part_of_the_share(pair_of: Callable[[str, str], Pair]):
-    """llama cannot think: its shares are those of the answer alone."""
+    """gemma cannot think: its shares are those of the answer alone."""
     asked = Conversation.ask("Hi", effort=Effort.HIGH)
     with_thought = [asked.answered(Thinking("A greeting, I greet back."), Text("Hello there"))]
-    found = pairing(pair_of("gpt-oss", "llama"), with_thought)
-    assert found == pairing(pair_of("gpt-oss", "llama"), [asked.answered(Text("Hello there"))])
+    found = pairing(pair_of("gpt-oss", "gemma"), with_thought)
+    assert found == pairing(pair_of("gpt-oss", "gemma"), [asked.answered(Text("Hello there"))])
     assert found.boundary > 0.3
 
 

@@ -54,7 +54,8 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
 
 
 def test_each_tiny_vocabulary_is_recognised(tiny: Speaker):
-    assert families.detect(tiny.voice.vocabulary, tiny.voice.template_text) is tiny.voice.family
+    found = families.detect(tiny.voice.vocabulary, tiny.voice.template_text)
+    assert found and found.name == tiny.voice.family.name
     assert tiny.folder.name == f"{tiny.voice.family.name}-sapling"
 
 

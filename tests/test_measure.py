@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from persea.chat import Conversation, Effort, Finish, Message
 from persea.corpus import Prompt
-from persea.measure import Item, Score, Skill, Split, Verdict, draw, grade, score, split_of, wilson
+from persea.measure import Grade, Item, Score, Skill, Split, Verdict, draw, grade, score, split_of, wilson
 
 
 def item(question: str, reference: str = "", language: str = "en") -> Item:
@@ -106,6 +107,38 @@ def test_grade_counts_only_answers_that_stopped():
     assert [(r.answer, r.finish) for r in results] == list(zip(map(Message.said, ("a", "x", "", "d", "e", "f")), finishes, strict=True))
 
 
+def test_a_grader_that_breaks_is_counted_and_named_and_ends_nothing():
+    def moody(i: Item, said: Message) -> Verdict | Grade:
+        if said.text == "boom":
+            raise ZeroDivisionError("no digits here")
+        return Grade(Verdict.RIGHT, 7.0) if said.text == "seven" else Verdict.RIGHT
+
+    answers = [(Message.said(text), Finish.STOP) for text in ("fine", "boom", "seven")]
+    results = grade(replace(ECHO, grade=moody), [item(q) for q in "abc"], answers)
+    assert [(r.verdict, r.value) for r in results] == [(Verdict.RIGHT, 1.0), (Verdict.FAILED, 0.0), (Verdict.FAILED, 0.0)]
+    assert results[1].why == "ZeroDivisionError: no digits here"
+    assert "not in [0, 1]" in results[2].why
+    assert json.loads(json.dumps(results[1].to_json()))["why"] == results[1].why
+    assert score("me", "echo", results, Effort.NONE).value == 1 / 3
+
+
+def test_an_answer_may_be_good_in_part():
+    skill = replace(ECHO, grade=lambda i, said: Grade(Verdict.RIGHT if said.text == "1.0" else Verdict.WRONG, float(said.text), "chrF"))
+    values = (0.0, 0.25, 0.625, 1.0)
+    results = grade(skill, [item(q) for q in "abcd"], [(Message.said(str(v)), Finish.STOP) for v in values])
+    assert tuple(r.value for r in results) == values
+    assert [r.why for r in results] == ["chrF"] * 4
+    told = score("me", "echo", results, Effort.NONE)
+    assert (told.value, told.n) == (sum(values) / 4, 4)
+    assert 0 <= told.low < told.value < told.high <= 1
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), float("inf")])
+def test_a_grade_outside_its_bounds_is_none(value: float):
+    with pytest.raises(ValueError, match=r"not in \[0, 1\]"):
+        Grade(Verdict.RIGHT, value)
+
+
 def test_grade_wants_one_answer_an_item():
     with pytest.raises(ValueError, match="shorter"):
         grade(ECHO, [item("a"), item("b")], [(Message.said("a"), Finish.STOP)])
@@ -123,7 +156,8 @@ def test_score_of_all_and_of_one_language():
 def test_scores_and_results_are_json():
     results = grade(ECHO, [item("a")], [(Message.said("x"), Finish.STOP)])
     assert json.loads(json.dumps(results[0].to_json())) == {
-        "id": "id a", "language": "en", "question": "a", "reference": "a", "answer": "x", "finish": "stop", "verdict": "wrong"}
+        "id": "id a", "language": "en", "question": "a", "reference": "a", "answer": "x", "finish": "stop", "verdict": "wrong",
+        "value": 0.0}
     assert json.loads(json.dumps(score("me", "echo", results, Effort.NONE).to_json())) == {
         "speaker": "me", "skill": "echo", "language": "", "effort": "none", "value": 0.0, "n": 1,
         "low": 0.0, "high": pytest.approx(wilson(0, 1)[1])}

@@ -341,7 +341,7 @@ def test_gemma3_refuses_tools_and_does_not_lose_them(form_of: Callable[[str], Fo
             form_of("gemma3").voice.prompt(conversation)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen", "gpt-oss"])
+@pytest.mark.parametrize("family", ["qwen", "gpt-oss"])
 def test_a_template_without_tools_is_told_from_one_with_them(tiny_of: Callable[[str], Speaker], family: str):
     """The saplings' templates have none, whatever their families can say."""
     for conversation in (Conversation((ASKED,), tools=(WEATHER,)), Conversation((ASKED, CALLED, ASKED))):

@@ -50,13 +50,20 @@ def conversations(draw: st.DrawFn, fragments: list[str] = FRAGMENTS) -> Conversa
     return Conversation(tuple(messages), draw(st.sampled_from(Effort)))
 
 
+def form(voice: Voice) -> str:
+    """A family's name; a Llama with the hybrid template keeps other things than one without."""
+    return "hybrid" if voice.family.name == "llama" and len(voice.family.efforts) > 1 else voice.family.name
+
+
 # ---- what transformers says ----------------------------------------------------------------------------------------
 
 
 def theirs(speaker: Speaker, conversation: Conversation, *, generate: bool, tokenize: bool = True) -> Any:
     """transformers' own rendering of the texts as they were given: no trimming, no dropping by persea."""
-    family = speaker.voice.family.name
+    family = form(speaker.voice)
     switches: dict[str, Any] = {}
+    if family == "hybrid":
+        switches = {"reasoning_effort": conversation.effort.value}
     if family == "qwen":
         switches = {"enable_thinking": conversation.effort is not Effort.NONE}
     if family == "gpt-oss":
@@ -85,11 +92,13 @@ def assume_no_look_alike(speaker: Speaker, conversation: Conversation) -> None:
 
 def trimmed(family: str, m: Message, kind: type[Part], whole: str, last: bool, effort: Effort) -> tuple[int, int]:
     """[begin, end) of what a family keeps of a message's texts, or of its thoughts, laid end to end."""
+    if kind is Thinking and family == "hybrid" and last and effort is not Effort.NONE:
+        return len(whole) - len(whole.lstrip()), len(whole.rstrip())
     if kind is Thinking and family == "qwen" and last and effort is not Effort.NONE:
         return len(whole) - len(whole.lstrip("\n")), len(whole.rstrip("\n"))
     if kind is Thinking:
         return (0, len(whole)) if family == "gpt-oss" and last else (0, 0)
-    if family == "llama" or (family == "gemma" and m.role is not Role.SYSTEM):
+    if family in ("llama", "hybrid") or (family == "gemma" and m.role is not Role.SYSTEM):
         return len(whole) - len(whole.lstrip()), len(whole.rstrip())
     return (len(whole) - len(whole.lstrip("\n")) if family == "qwen" and m.role is Role.ASSISTANT and last else 0), len(whole)
 
@@ -130,7 +139,7 @@ def content_bytes(conversation: Conversation) -> bytes:
 
 def check_places(voice: Voice, conversation: Conversation, tokens: Tokens) -> None:
     """Every token's bytes are the content's bytes at its place, and every kept byte has exactly one token."""
-    content, spans = content_bytes(conversation), places(voice.family.name, conversation)
+    content, spans = content_bytes(conversation), places(form(voice), conversation)
     covered = np.zeros(len(content) + 1, int)
     stops = 0
     for i, start, end, learn in zip(tokens.ids_T, tokens.starts_T, tokens.ends_T, tokens.learn_T, strict=True):
@@ -223,7 +232,7 @@ def test_what_is_learned_is_the_last_answer_and_its_stop(tiny: Speaker, conversa
 def test_parse_gives_the_answer_back(tiny: Speaker, conversation: Conversation):
     parts, finish = tiny.voice.parse(generated(tiny.voice.render(conversation)), conversation.effort)
     answer = conversation.messages[-1].parts
-    texts_kept = kept(tiny.voice.family.name, conversation)[-len(answer):]
+    texts_kept = kept(form(tiny.voice), conversation)[-len(answer):]
     want = [replace(p, text=t) for p, t in zip(answer, texts_kept, strict=True) if t]
     assert [p for p in parts if p.text] == want
     assert finish is Finish.STOP
@@ -256,7 +265,7 @@ def test_look_alikes_bring_no_control_token(tiny: Speaker, conversation: Convers
     def controls(c: Conversation) -> list[int]:
         return [i for i in tiny.voice.render(c).ids_T.tolist() if tiny.voice.vocabulary.bytes_W[i] is None]
 
-    said = iter(kept(tiny.voice.family.name, conversation))
+    said = iter(kept(form(tiny.voice), conversation))
     plain = replace(conversation, messages=tuple(
         replace(m, parts=tuple(replace(p, text="x" if next(said) else "") for p in m.parts)) for m in conversation.messages))
     assert controls(conversation) == controls(plain)

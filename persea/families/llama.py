@@ -6,7 +6,7 @@
 
     Hi!<|eot_id|>
 
-No thinking: a thought in a conversation is dropped. Texts are trimmed by the template.
+No thinking: a thought in a conversation is dropped; with the hybrid template a Llama thinks (`hybrid.py`). Texts are trimmed by the template.
 
 Tools stand before the first question. A call is the whole answer, as plain text: {"name": "f", "parameters": {"x": 1}}; so a text of
 that shape is a call where tools were declared, and nowhere else. One call a turn, no words beside it; results are quoted.
