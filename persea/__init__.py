@@ -9,7 +9,7 @@ from everywhere); tests/test_map.py holds this map true.
     template      the model's own Jinja chat template, sandboxed, its date pinned
     chat          Conversation, Tokens (one tokenizer's view of it), Family (what a family says of itself)
     voice         Voice: a Family on one tokenizer and template; renders, places bytes, parses
-    families      llama qwen gemma gpt_oss: conversation <-> tokens <-> bytes, thinking dial, stops, licence; hybrid: a switch before any template; generic: any other model
+    families      llama qwen gemma gpt_oss: conversation <-> tokens <-> bytes, thinking dial, stops; hybrid: a switch before any template; generic: any other
     models        where weights come from: folder, hub, or a random sprout of a family's architecture
     # what a person asks for
     places        a page of YAML as plain data, and where each key of it stands
@@ -18,7 +18,7 @@ from everywhere); tests/test_map.py holds this map true.
     # what to ask, and whom
     corpus        Prompt: what to ask; duplicates and test items removed, with a record
     measure       Skill, Score: one number with n and interval
-    skills        languages code reasoning: held-out questions and a grader each
+    skills        languages code safety reasoning tools: held-out questions and a grader each
     engines       local: where weights run; token ids only
     teacher       Teacher: a voice on an engine; answers in words, scores in log-probabilities
     audition      Cast: every teacher measured on every skill; who teaches what

@@ -46,6 +46,10 @@ class Sample:
     conversations: tuple[Conversation, ...]
     names: tuple[str, ...]
 
+    def suits(self, voice: Voice) -> bool:
+        """Whether it needs no notation for tools that this voice's family lacks: such a teacher is not asked, and has nothing to check."""
+        return voice.family.tool_bytes is not None or not any(c.tools for c in self.conversations)
+
     def rendered(self, voice: Voice) -> list[Tokens]:
         """In a voice. Raises DataError where its tokenizer or template cannot say one."""
         out = []

@@ -35,10 +35,11 @@ class Evaluation:
 def bits_per_byte(speaker: Teacher, items: Sequence[Item]) -> tuple[float, int]:
     """(bits, bytes) a speaker spends on the reference answers in its own voice: content tokens and the stop token.
 
-    Per byte and not per token, so that tokenizers compare. Markers of a template between content are left out.
+    Per byte and not per token, so that tokenizers compare. Markers of a template between content are left out, and so are items that
+    its template cannot say; where it can say none, (0, 0).
     """
     bits, size = 0.0, 0
-    conversations = [i.answered for i in items]
+    conversations = [i.answered for i in items if speaker.can_say(i.answered)]
     for tokens, logprobs_NW in speaker.score(conversations):
         learned = np.flatnonzero(tokens.learn_T)
         content = tokens.starts_T[learned] >= 0
@@ -63,8 +64,10 @@ def evaluate(speakers: Sequence[Teacher], skills: Sequence[tuple[Skill, Sequence
             scores += mine
             results[speaker.name] += some
             bits, size = bits_per_byte(speaker, items)
-            spent[speaker.name][skill.name] = bits / size
+            if size:
+                spent[speaker.name][skill.name] = bits / size
             bits_all, bytes_all = bits_all + bits, bytes_all + size
             done(speaker.name, skill.name)
-        spent[speaker.name]["all"] = bits_all / bytes_all
+        if bytes_all:
+            spent[speaker.name]["all"] = bits_all / bytes_all
     return tuple(scores), spent, results

@@ -60,20 +60,32 @@ class Teacher:
     context: int = 0
 
     def answer(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
-        """One answer a prompt, in order, at this teacher's effort, in its own template."""
+        """One answer a prompt, in order, at this teacher's effort, in its own template.
+
+        A prompt that its template or tokenizer cannot say has an empty answer that ends REFUSED: tools, asked of a family without them.
+        """
         asked = [replace(p.conversation, effort=self.effort) for p in prompts]
-        generated = self.engine.generate([self._dressed(p.id, c) for p, c in zip(prompts, asked, strict=True)], self.voice.stop_ids, max_new_tokens)
+        dressed = [self._dressed(c) for c in asked]
+        generated = iter(self.engine.generate([d for d in dressed if d is not None], self.voice.stop_ids, max_new_tokens))
         answers = []
-        for prompt, conversation, ids in zip(prompts, asked, generated, strict=True):
-            parts, finish = self.voice.parse(ids.tolist(), self.effort, conversation.tools)
+        for prompt, conversation, said in zip(prompts, asked, dressed, strict=True):
+            parts, finish = ((), Finish.REFUSED) if said is None else self.voice.parse(next(generated).tolist(), self.effort, conversation.tools)
             answers.append(Answer(prompt.id, self.name, prompt.skill, prompt.language, conversation.answered(*parts), finish))
         return answers
 
-    def _dressed(self, prompt_id: str, conversation: Conversation) -> npt.NDArray[np.int32]:
+    def _dressed(self, conversation: Conversation) -> npt.NDArray[np.int32] | None:
         try:
             return self.voice.prompt(conversation).ids_T
-        except DataError as error:
-            raise DataError(error.what, where=f"{error.where}, prompt {prompt_id}", remedy=error.remedy) from error
+        except DataError:
+            return None
+
+    def can_say(self, conversation: Conversation) -> bool:
+        """Whether this voice can say a whole conversation, its answer included."""
+        try:
+            self.voice.render(conversation)
+        except DataError:
+            return False
+        return True
 
     def score(self, conversations: Sequence[Conversation]) -> Iterator[tuple[Tokens, torch.Tensor]]:
         """Each conversation's tokens in this voice, and log-probabilities [learned tokens, vocabulary] (see Engine.score)."""

@@ -10,6 +10,7 @@ from the generators in persea/skills (GROW items only), so nothing third-party i
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import random
 import re
@@ -28,12 +29,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Regex as Pattern
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from persea.chat import Conversation, Effort, Text, Thinking, Tokens
-from persea.measure import Item, Split
-from persea.models import Source, open_voice, sprout
 from persea import skills
+from persea.chat import Conversation, Effort, Text, Thinking, Tokens
+from persea.engines.local import LocalEngine
+from persea.measure import Item, Split, grade, score
+from persea.models import Source, open_model, open_voice, sprout
 from persea.skills import languages, reasoning, tools
 from persea.skills.reasoning import concluded
+from persea.teacher import Teacher
 from persea.voice import Voice
 
 HERE = Path(__file__).resolve().parent
@@ -272,6 +275,43 @@ def grow(plan: Plan, out: Path, steps: int, progress: Progress) -> None:
         {"plan": {"name": plan.name, "family": plan.family, "mix": plan.mix, "home": plan.home, "sizes": plan.sizes, "steps": steps, "batch": BATCH},
          "parameters": sum(p.numel() for p in model.parameters()), "log": log}, indent=1) + "\n")
     state_file.unlink(missing_ok=True)
+    told = json.loads((folder / "growing.json").read_text()) | measured(plan, folder)
+    told["sha256"] = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    (folder / "growing.json").write_text(json.dumps(told, indent=1) + "\n")
+
+
+def speaker(plan: Plan, folder: Path, effort: Effort = Effort.NONE) -> Teacher:
+    """A grown sapling, ready to be asked."""
+    source = Source(str(folder))
+    voice = open_voice(source, plan.name)
+    return Teacher(plan.name, voice, LocalEngine(open_model(source, voice, plan.name), len(voice.vocabulary), 128), effort)
+
+
+def measured(plan: Plan, folder: Path, n: int = 100) -> dict[str, Any]:
+    """What a grown sapling knows of each skill's AUDITION items, at each of its efforts; and its mean entropy, nats a learned token,
+    on small talk it has not seen and on reference answers.
+    """
+    found: dict[str, Any] = {"scores": {}, "entropy": {}, "thought": {}}
+    one = speaker(plan, folder)
+    rng = random.Random("held out")
+    found["entropy"]["prose"] = entropy(one, [small_talk(rng).answered for _ in range(n)])
+    for skill in skills.SKILLS:
+        items = skill.items(Split.AUDITION, n, 1)
+        said = [i.answered for i in items if one.can_say(i.answered)]
+        if said:
+            found["entropy"][skill.name] = entropy(one, said)
+        for effort in plan.efforts if skill.name in THOUGHTS else (Effort.NONE,):
+            answers = replace(one, effort=effort).answer([i.prompt for i in items], 80)
+            results = grade(skill, items, [(a.conversation.messages[-1], a.finish) for a in answers])
+            found["scores"][f"{skill.name} {effort}"] = score(plan.name, skill.name, results, effort).value
+            found["thought"][f"{skill.name} {effort}"] = sum(len(r.answer.thinking) for r in results) / len(results)
+    return found
+
+
+def entropy(one: Teacher, conversations: list[Conversation]) -> float:
+    """Mean entropy of a speaker's distributions, nats a learned token."""
+    rows = [-(logprobs.exp() * logprobs).sum(-1) for _, logprobs in one.score(conversations)]
+    return round(float(torch.cat(rows).mean()), 3)
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ def _line(kind: str, rng: random.Random) -> str:
         english, foreign = _entry(rng, language)
         return f"{NAMES[language]}: {english} = {foreign}" if rng.random() < 0.5 else f"English: {foreign} = {english}"
     if kind == "said":
-        what, english, foreign = languages.both(rng.choice(list(languages.KINDS)), language, rng)
+        _, english, foreign = languages.both(rng.choice(list(languages.KINDS)), language, rng)
         return english if rng.random() < 0.2 else foreign
     if kind == "figures":
         n = rng.randrange(1000)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from functools import cache
 
 from persea.chat import Conversation, Effort, Message, Tool, ToolCall, canonical
 from persea.corpus import Prompt
@@ -19,7 +20,8 @@ SONGS = ("Moon", "Rain", "Home", "River", "Dance", "Stars", "Summer", "Train", "
 PEOPLE = ("Ana", "Ben", "Mia", "Tom", "Kim", "Lee", "Eva", "Max", "Zoe", "Ian")
 GOODS = ("rice", "milk", "bread", "tea", "fish", "salt", "eggs", "soap", "paper", "sugar")
 ARGUMENTS = {"city": CITIES, "song": SONGS, "person": PEOPLE, "item": GOODS}
-NEEDS = {"weather": "city", "timer": "minutes", "play": "song", "call": "person", "light": "percent", "train": "city", "price": "item", "order": "item"}
+NEEDS = {"weather": "city", "timer": "minutes", "play": "song", "call": "person", "light": "percent", "train": "city", "price": "item",
+         "order": "item"}
 QUESTIONS = {
     "weather": ("How is the weather in {}?", "Weather in {}, please."), "timer": ("Wake me in {} minutes.", "Set a timer: {} minutes."),
     "play": ("Play {} for me.", "I want to hear {}."), "call": ("Call {} now.", "Get {} on the phone."),
@@ -31,6 +33,7 @@ NONE = ("I have no tool for that.", "No tool fits.", "Sorry, none of my tools ca
 REFUSED = re.compile("|".join(f"{re.escape(n[:-1])}[.!]?" for n in NONE))
 
 
+@cache
 def tool(name: str) -> Tool:
     """A declaration with one argument."""
     kind = "integer" if NEEDS[name] in ("minutes", "percent") else "string"
