@@ -9,7 +9,8 @@ from everywhere); tests/test_map.py holds this map true.
     template      the model's own Jinja chat template, sandboxed, its date pinned
     chat          Conversation, Tokens (one tokenizer's view of it), Family (what a family says of itself)
     voice         Voice: a Family on one tokenizer and template; renders, places bytes, parses
-    families      llama qwen gemma gpt_oss: conversation <-> tokens <-> bytes, thinking dial, stops; hybrid: a switch before any template; generic: any other
+    families      llama qwen gemma gpt_oss: conversation <-> tokens <-> bytes, thinking dial, stops, licence; generic: any other model;
+                  hybrid: a thinking switch before any template
     models        where weights come from: folder, hub, or a random sprout of a family's architecture
     # what a person asks for
     places        a page of YAML as plain data, and where each key of it stands
@@ -18,6 +19,10 @@ from everywhere); tests/test_map.py holds this map true.
     # what to ask, and whom
     corpus        Prompt: what to ask; duplicates and test items removed, with a record
     measure       Skill, Score: one number with n and interval
+    jail          what runs inside the sandbox first: it builds the walls, then keeps watch
+    exam          what runs inside two of them: tests on one side, the tested program on the other
+    sandbox       where strangers' code runs, or is refused
+    trial         a program against its tests, each in a sandbox of its own
     skills        languages code safety reasoning tools: held-out questions and a grader each
     engines       local: where weights run; token ids only
     teacher       Teacher: a voice on an engine; answers in words, scores in log-probabilities
@@ -39,7 +44,8 @@ from everywhere); tests/test_map.py holds this map true.
     bridge        Bridge: two vocabularies laid over the same events
     completion    what a row says in the middle of a teacher token
     check         is this pairing sound? refuses below a floor
-    losses        targets events token full chunk: pure functions (logits, targets) -> LossOut
+    losses        targets events token full chunk: pure functions (logits, targets) -> LossOut; head: the same from hidden states
+    hidden        what a causal model gives to its head, and makes of the head's output
     student       Student: load, adapt (full or LoRA), run, save
     feed          captures -> lessons -> batches, the same whoever asks
     train         the one loop: batch, loss, step, checkpoint

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 from persea.chat import Effort
+from persea.corpus import GOLDEN, in_turn
 from persea.errors import Refused
 from persea.measure import Item, Result, Score, Skill, grade, score
 from persea.teacher import Teacher
-
-GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, fill [0, 1) evenly in every stretch
 
 
 @dataclass(frozen=True)
@@ -31,8 +28,7 @@ class Cast:
 
     def teacher_of(self, skill: str, number: int) -> str:
         """Who is asked the number-th prompt of a skill: shares hold in every stretch of prompts, without chance."""
-        names, shares = zip(*self.parts[skill], strict=True)
-        return str(names[min(len(names) - 1, bisect(list(accumulate(shares)), (number + 1) * GOLDEN % 1))])
+        return in_turn(self.parts[skill], number, GOLDEN)
 
     def to_json(self) -> dict[str, Any]:
         return {"parts": {k: [list(p) for p in v] for k, v in self.parts.items()}, "pinned": list(self.pinned),

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from persea import cache
 from persea.audition import Cast
-from persea.chat import Finish, Text, Tokens
+from persea.chat import Effort, Finish, Text, Tokens
 from persea.corpus import MAX_LINE, Broken, Corpus, Prompt
 from persea.errors import DataError, Refused
 from persea.rows import RowKind, Rows, sample_rows, top_rows
@@ -55,7 +55,8 @@ def plan_units(prompts: Sequence[Prompt], cast: Cast, teachers: Mapping[str, str
     units = []
     for name, mine in asked.items():
         for some in _closed(mine, size, max_new_tokens):
-            key = cache.unit_id([[p.id, p.skill, p.language, p.conversation.to_json(), p.answer] for p in some], name, teachers[name], settings)
+            asked_of = [[p.id, p.skill, p.language, p.conversation.to_json(), p.answer, *([p.effort.value] if p.effort else [])] for p in some]
+            key = cache.unit_id(asked_of, name, teachers[name], settings)
             units.append(Unit(key, name, some, teachers[name]))
     return tuple(units)
 
@@ -149,7 +150,7 @@ def _sayable(prompts: Sequence[Prompt], teacher: Teacher) -> tuple[list[Prompt],
             size = sum(len(part.text.encode()) for part in prompt.conversation.parts())
             if size > MAX_LINE:
                 raise DataError(f"{size:,} bytes, at most {MAX_LINE:,}")
-            length = len(teacher.voice.prompt(replace(prompt.conversation, effort=teacher.effort)))
+            length = len(teacher.voice.prompt(teacher.asked(prompt)))
             if 0 < teacher.context <= length:
                 raise DataError(f"{length:,} tokens, and {teacher.name} has positions for {teacher.context:,}, answer included")
         except (DataError, UnicodeError) as error:
@@ -163,8 +164,8 @@ def _given(prompt: Prompt, teacher: Teacher) -> Answer:
     if not prompt.answer:
         raise DataError(f"prompt {prompt.id} has no answer of its own", where="capture.answers: given",
                         remedy="add an assistant turn or an \"answer\" to it, or let the teachers answer: capture.answers: ask")
-    conversation = replace(prompt.conversation, effort=teacher.effort).answered(Text(prompt.answer))
-    return Answer(prompt.id, teacher.name, prompt.skill, prompt.language, conversation, Finish.STOP)
+    conversation = teacher.asked(prompt).answered(Text(prompt.answer))
+    return Answer(prompt.id, teacher.name, prompt.skill, prompt.language, conversation, Finish.STOP, prompt.effort)
 
 
 def _keep(unit: Unit, answers: Sequence[Answer], quarantine: Sequence[tuple[str, str]], teacher: Teacher, folder: Path, how: Keeping,
@@ -179,7 +180,7 @@ def _keep(unit: Unit, answers: Sequence[Answer], quarantine: Sequence[tuple[str,
         seen_W += np.bincount(tokens.ids_T, minlength=len(seen_W))
     captures = [cache.Capture(answer, tokens, how.rows(unit, answer, tokens, logprobs_NW, seen_W))
                 for (answer, tokens), logprobs_NW in zip(whole, scored, strict=True)]
-    dropped = Counter[str]((Finish.MALFORMED if a.finish is Finish.STOP else a.finish).value for a, tokens in rendered if tokens is None)
+    dropped = Counter[str](_why(a) for a, tokens in rendered if tokens is None)
     if quarantine:
         dropped[Finish.REFUSED.value] += len(quarantine)
     unchanged()
@@ -188,10 +189,24 @@ def _keep(unit: Unit, answers: Sequence[Answer], quarantine: Sequence[tuple[str,
                      about=about | ({"kl": f"{how.kl:g}"} if how.kl else {}), quarantine=quarantine)
 
 
-def _rendered(answer: Answer, teacher: Teacher) -> Tokens | None:
-    """A whole answer in the teacher's voice; None for one that did not stop, or that its own template refuses (gpt-oss' does
-    where a text speaks of channels): such an answer is malformed, and counted as that."""
+THOUGHTLESS = "thoughtless"  # beside the ways to finish: asked to think, and answered at once. A student would learn that the switch means nothing
+
+
+def _is_thoughtless(answer: Answer) -> bool:
+    return answer.mode not in (None, Effort.NONE) and not answer.conversation.messages[-1].thinking
+
+
+def _why(answer: Answer) -> str:
+    """Why an answer is not kept."""
     if answer.finish is not Finish.STOP:
+        return answer.finish.value
+    return THOUGHTLESS if _is_thoughtless(answer) else Finish.MALFORMED.value
+
+
+def _rendered(answer: Answer, teacher: Teacher) -> Tokens | None:
+    """A whole answer in the teacher's voice; None for one that did not stop, that has no thought where its mode asks for one, or that its
+    own template refuses (gpt-oss' does where a text speaks of channels): such an answer is malformed, and counted as that."""
+    if answer.finish is not Finish.STOP or _is_thoughtless(answer):
         return None
     try:
         return teacher.voice.render(answer.conversation)

@@ -4,28 +4,52 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from bisect import bisect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from persea.chat import Conversation, Message, Role, Text
+from persea.chat import Conversation, Effort, Message, Role, Text
 from persea.errors import DataError
 
+GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, fill [0, 1) evenly in every stretch
+SILVER = 0.41421356237309515  # so do these, and the pairs of both the square: who is asked and how long to think stay independent
 MAX_LINE = 16 << 20  # bytes; a longer row is a broken file, not a prompt
 BEGINS = 200  # bytes of a broken line that are kept to recognise it by; the file has the rest
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """id is unique within a corpus; `conversation` ends with the user's turn; `answer` is the source's own, where it has one."""
+    """id is unique within a corpus; `conversation` ends with the user's turn; `answer` is the source's own, where it has one.
+
+    effort  the mode it is asked in, and learned in; None = the teacher's own effort, and the student learns to answer at once
+    """
 
     id: str
     conversation: Conversation
     skill: str
     language: str
     answer: str = ""
+    effort: Effort | None = None
+
+
+Choice = TypeVar("Choice")
+
+
+def in_turn(shares: Sequence[tuple[Choice, float]], number: int, step: float) -> Choice:
+    """Which of several has the number-th turn: shares, which sum to 1, hold in every stretch of numbers, without chance."""
+    choices, parts = zip(*shares, strict=True)
+    found: Choice = choices[min(len(choices) - 1, bisect(list(accumulate(parts)), (number + 1) * step % 1))]
+    return found
+
+
+def in_modes(prompts: Iterable[Prompt], modes: Mapping[Effort, float]) -> list[Prompt]:
+    """Prompts with the effort each is asked at, by the modes' shares, however these are ordered; without modes, as they are."""
+    shares = [(effort, modes[effort]) for effort in Effort if effort in modes]
+    return [replace(p, effort=in_turn(shares, k, SILVER)) if shares else p for k, p in enumerate(prompts)]
 
 
 class Why(StrEnum):

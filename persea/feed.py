@@ -104,7 +104,7 @@ def _permutation(seed: int, epoch: int, n: int) -> npt.NDArray[np.int64]:
 
 
 def lesson(capture: Capture, voice: Voice, bridge: Bridge, completer: Completer | None = None) -> Lesson:
-    """A capture in the student's voice, answering at once (the student's own thinking switch comes with its template).
+    """A capture in the student's voice: at the effort it was asked at by its mode, answering at once where it has none.
 
     completer  for student tokens that begin inside a teacher token; None = these learn from the text
     """
@@ -112,7 +112,7 @@ def lesson(capture: Capture, voice: Voice, bridge: Bridge, completer: Completer 
 
 
 def _said(capture: Capture, voice: Voice) -> Tokens:
-    return voice.render(replace(capture.answer.conversation, effort=Effort.NONE))
+    return voice.render(replace(capture.answer.conversation, effort=capture.answer.mode or Effort.NONE))
 
 
 def _laid(capture: Capture, tokens: Tokens, bridge: Bridge, completer: Completer | None) -> Lesson:

@@ -46,7 +46,8 @@ class Plan:
 
 
 def plan(river: River) -> Plan:
-    """Count what each stage asks, keeps and writes. Raises Refused where the disk cannot hold it."""
+    """Count what each stage asks, keeps and writes. Raises Refused where the disk cannot hold it, RecipeError for a mode nobody knows."""
+    river.refuse_modes()
     recipe, teachers = river.recipe, len(river.recipe.teachers)
     asked = sum(len(items) for _, items in river.items(Split.AUDITION)) * teachers
     tested = sum(len(items) for _, items in river.items(Split.TEST)) * (teachers + 2)

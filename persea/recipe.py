@@ -54,6 +54,8 @@ class Recipe(Section):
             claims.append((teacher not in names, where, f"no teacher is called {teacher!r}", _choose(teacher, names)))
         claims.append((self.training.completion and self.capture.rows == "topk", ("training", "completion"),
                        "true, but nobody can say what a rest holds inside a token", "write `completion: false`, or `capture: {rows: sampled}`"))
+        claims += [(bool(part.modes) and self.capture.answers == "given", ("corpus", k, "modes"), "given, but nobody is asked: answers that came "
+                    "with the prompts have no thought", "delete `modes:`, or write `capture: {answers: ask}`") for k, part in enumerate(self.corpus)]
         return agreed(self, *claims)
 
     @property
@@ -126,7 +128,7 @@ BOUNDS = {"greater_than": ("gt", "more than"), "greater_than_equal": ("ge", "at 
 
 def _explained(error: ErrorDetails) -> Iterator[tuple[KeyPath, str, str]]:
     """One of pydantic's findings in words: (key, what, remedy)."""
-    path, kind, context = error["loc"], error["type"], error.get("ctx", {})
+    path, kind, context = tuple(k for k in error["loc"] if k != "[key]"), error["type"], error.get("ctx", {})
     if kind == "default_factory_not_called":  # a default that hangs on a wrong value, told beside it
         return
     given = f"(got {_shown(error['input'])})"

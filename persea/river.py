@@ -19,9 +19,10 @@ from persea import skills, store
 from persea.audition import Cast
 from persea.bridge import Bridge, open_bridge
 from persea.capture import Unit, plan_units
+from persea.chat import Effort
 from persea.check import Sample, read_texts
-from persea.corpus import Broken, Corpus, Prompt, gather, read_prompts
-from persea.errors import DataError, Refused
+from persea.corpus import Broken, Corpus, Prompt, gather, in_modes, read_prompts
+from persea.errors import DataError, RecipeError, Refused
 from persea.lineage import Parent
 from persea.measure import Item, Skill, Split
 from persea.models import Source, fingerprint, local_folder, notes, open_voice, stamp
@@ -151,12 +152,27 @@ class River:
                 if prompt.skill not in {s.name for s in self.skills}:
                     raise DataError(f"prompt {prompt.id} is of skill {prompt.skill!r}, which the corpus does not name", where=part.file,
                                     remedy=f"one of {', '.join(s.name for s in self.skills)}; or add a part of that skill")
-            return prompts
+            return in_modes(prompts, part.modes)
         items = skills.named(part.skill).items(Split.TEACH, part.generate or 0, self.recipe.seed)
         if len(items) < (part.generate or 0):
             raise DataError(f"{part.skill} has only {len(items):,} questions to teach with", where=f"corpus.{k}.generate",
                             remedy=f"ask for at most {len(items):,}")
-        return [replace(i.prompt, answer=i.reference) for i in items]
+        return in_modes((replace(i.prompt, answer=i.reference) for i in items), part.modes)
+
+    def refuse_modes(self) -> None:
+        """Raises RecipeError where the student cannot learn a mode of the corpus, or nobody who may be cast for it can be asked in it."""
+        for k, part in enumerate(self.recipe.corpus):
+            for effort in part.modes:
+                where, pinned = f"corpus.{k}.modes", self.recipe.audition.pinned.get(part.skill)
+                if effort not in self.student_voice.family.efforts:
+                    raise RecipeError(f"{effort} is asked for, and the student's template cannot tell it", where=where,
+                                      remedy="write `thinking: true` under `student:`, or choose another student")
+                if not any(knows(self.voices[name], effort) for name in ([pinned] if pinned else self.voices)):
+                    raise RecipeError(f"{effort} is asked for, and no teacher of {part.skill} knows it: {self._efforts()}", where=where,
+                                      remedy="choose among the efforts of the teacher, or add one that knows it")
+
+    def _efforts(self) -> str:
+        return "; ".join(f"{name} knows {', '.join(e for e in Effort if knows(voice, e))}" for name, voice in self.voices.items())
 
     @cached_property
     def cast(self) -> Cast:
@@ -170,8 +186,13 @@ class River:
         kind = {"tau": c.tau} if c.rows == "sampled" else {"rows": c.rows, "kl": c.kl}
         settings = {**kind, "answers": c.answers, "max_new_tokens": c.max_new_tokens, "batch": c.batch,
                     "seed": self.recipe.seed, "threads": self.recipe.threads}
-        return plan_units(self.corpus.prompts, self.cast, self.identities, c.unit, settings,
-                          c.max_new_tokens if c.answers == "ask" else None)
+        units = plan_units(self.corpus.prompts, self.cast, self.identities, c.unit, settings,
+                           c.max_new_tokens if c.answers == "ask" else None)
+        for name, skill, effort in sorted({(u.teacher, p.skill, p.effort) for u in units for p in u.prompts if p.effort is not None}):
+            if not knows(self.voices[name], effort):
+                raise RecipeError(f"{name} was cast for {skill}, which is to be asked at {effort} effort: {self._efforts()}", where="corpus.modes",
+                                  remedy=f"change the modes of {skill}, or pin a teacher who knows them: audition.pinned.{skill}")
+        return units
 
     def teacher(self, name: str, batch: int) -> Teacher:
         """A teacher with its weights."""
@@ -180,8 +201,6 @@ class River:
 
     def speaker(self, name: str, batch: int) -> Teacher:
         """The student as trained, its base, or a teacher: whoever is measured."""
-        from persea.chat import Effort
-
         if name == STUDENT:
             return self._speaker(name, Source(str(self.folder / "train" / "student")), self.student_voice, batch, Effort.NONE)
         if name == BASE:
@@ -249,6 +268,13 @@ class River:
                    if p.is_file() and not {"checkpoints", "units"} & set(p.relative_to(folder).parts)}
         store.publish_sealed(record, {"key": key, "seconds": round(time.monotonic() - begin, 2), "outputs": outputs})
         tell(stage, 1.0, f"{time.monotonic() - begin:.0f} s")
+
+
+def knows(voice: Voice, effort: Effort) -> bool:
+    """Whether a teacher can be asked at an effort. Everybody can be asked to answer at once: gpt-oss, which always thinks, then thinks at
+    its lowest effort, and the student does not see what it thought.
+    """
+    return effort is Effort.NONE or effort in voice.family.efforts
 
 
 def set_threads(threads: int) -> None:

@@ -94,7 +94,7 @@ def train(river: River, folder: Path, tell: Tell) -> None:
     """Teach the student from all teachers at once."""
     from persea.capture import read
     from persea.feed import offline
-    from persea.losses import composed
+    from persea.losses import composed_head
     from persea.train import Settings
     from persea.train import train as loop
 
@@ -106,8 +106,8 @@ def train(river: River, folder: Path, tell: Tell) -> None:
 
     def loss_of(step: int) -> tuple[Any, Any]:
         batch = feed.batch(step)
-        logits_NV = student.logits(batch.ids_BS, batch.mask_BS, batch.row_N, batch.at_N)
-        return composed(logits_NV, batch.targets_N.to(logits_NV.device), batch.teachers, t.event_share), batch.share
+        hidden_ND = student.hidden(batch.ids_BS, batch.mask_BS, batch.row_N, batch.at_N)
+        return composed_head(hidden_ND, student.head, batch.targets_N, batch.teachers, t.event_share), batch.share
 
     settings = Settings(t.steps, t.learning_rate, t.warmup, t.weight_decay, t.clip, t.checkpoint_every, t.log_every, river.recipe.seed)
     student.model.train()
@@ -173,6 +173,7 @@ def run(river: River, tell: Tell, only: str = "") -> None:
     stage before it.
     """
     set_threads(river.recipe.threads)
+    river.refuse_modes()
     with store.lock(river.folder):
         for stage in STAGES:
             if not only or stage.name == only:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Literal, Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -109,6 +109,9 @@ class CorpusPart(Section):
     generate: int | None = Field(default=None, ge=1, le=MANY, description="number of prompts drawn from the skill's own generator")
     file: str | None = Field(default=None, min_length=1, description="a .jsonl file, one prompt a line")
     language: str = Field(default="", description="language of the file's prompts, such as vi; empty = not said")
+    modes: dict[Effort, Annotated[float, Field(gt=0, le=1)]] = Field(
+        default={}, description="effort -> share of these prompts that are asked, and learned, at it, such as {none: 0.5, low: 0.2, high: 0.3}; "
+                                "empty = asked at the teacher's effort, learned as an answer at once")
     broken: Literal["refuse", "quarantine"] = Field(default="refuse", description="a line that is no prompt ends the run, or is counted and left out")
 
     @model_validator(mode="after")
@@ -118,6 +121,8 @@ class CorpusPart(Section):
             self,
             (not made and not kept, (), "neither `generate` nor `file`", "add `generate: 1000` or `file: prompts.jsonl`"),
             (made and kept, (), "both `generate` and `file`", "keep one; two parts may teach the same skill"),
+            (bool(self.modes) and abs(sum(self.modes.values()) - 1) > 1e-6, ("modes",), f"shares that sum to {sum(self.modes.values()):g}",
+             "let them sum to 1"),
             (self.broken == "quarantine" and not kept, ("broken",), "given, but no `file` that could be broken", "delete `broken:`"),
             (not (self.file or ".jsonl").endswith(".jsonl"), ("file",), f"{self.file!r} is not .jsonl", "one JSON object a line"))
 

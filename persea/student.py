@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ import torch
 from safetensors import SafetensorError
 
 from persea.errors import DataError, EnvironmentLacks, StorageError
+from persea.hidden import Scaling, head_of, hidden_states, scaling_of
+from persea.losses import Head
 from persea.models import Source, local_folder, open_model
 from persea.voice import Voice
 
@@ -41,11 +44,23 @@ class Student:
     def trained(self) -> list[torch.nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
+    @cached_property
+    def _scaling(self) -> Scaling:
+        return scaling_of(self.model, len(self.voice.vocabulary), "student")
+
+    @property
+    def head(self) -> Head:
+        """From what `hidden` gives to logits; padded rows of the matrix are cut off."""
+        return head_of(self.model, len(self.voice.vocabulary), self._scaling)
+
+    def hidden(self, ids_BS: torch.Tensor, mask_BS: torch.Tensor, row_N: torch.Tensor, at_N: torch.Tensor) -> torch.Tensor:
+        """[N, D] what the head is given at positions (row_N, at_N)."""
+        hidden_BSD = hidden_states(self.model, ids_BS, mask_BS)
+        return hidden_BSD[row_N.to(hidden_BSD.device), at_N.to(hidden_BSD.device)]
+
     def logits(self, ids_BS: torch.Tensor, mask_BS: torch.Tensor, row_N: torch.Tensor, at_N: torch.Tensor) -> torch.Tensor:
-        """[N, V] float32 logits at positions (row_N, at_N); padded rows of the matrix are cut off."""
-        device = self.model.device
-        logits_BSV: torch.Tensor = self.model(input_ids=ids_BS.to(device), attention_mask=mask_BS.to(device), use_cache=False).logits
-        return logits_BSV[row_N.to(device), at_N.to(device), :len(self.voice.vocabulary)].float()
+        """[N, V] float32 logits at positions (row_N, at_N), all at once: training goes through `hidden` and `head` instead."""
+        return self.head.logits(self.hidden(ids_BS, mask_BS, row_N, at_N))
 
     def save(self, folder: Path) -> None:
         """A Hugging Face folder: weights (adapters merged), config, tokenizer, chat template."""
@@ -61,16 +76,13 @@ class Student:
                 if origin is not None and (origin / name).is_file():
                     shutil.copyfile(origin / name, folder / name)
             _end_turns(folder / "generation_config.json", self.voice.stop_ids)
-            if origin is not None and self.source.thinking:
-                _speak_as(folder, self.voice.template_text)
         except (OSError, SafetensorError) as error:
             raise StorageError(f"cannot write the student: {error}", where=str(folder),
                                remedy="free space, then run again: its training is kept") from error
-        if origin is not None:
-            return
-        from transformers import AutoTokenizer
+        if origin is None:
+            from transformers import AutoTokenizer
 
-        AutoTokenizer.from_pretrained(self.source.words, trust_remote_code=False).save_pretrained(folder)
+            AutoTokenizer.from_pretrained(self.source.words, trust_remote_code=False).save_pretrained(folder)
         if self.source.thinking:
             _speak_as(folder, self.voice.template_text)
 
@@ -109,4 +121,6 @@ def open_student(source: Source, voice: Voice, lora: Lora | None, seed: int = 0)
         except ValueError as error:
             raise DataError(str(error).splitlines()[0], where="student.lora.targets",
                             remedy="name projections this model has, e.g. q_proj") from error
-    return Student(model, voice, source)
+    student = Student(model, voice, source)
+    assert student.head  # one that cannot be trained is refused here, not at the first step
+    return student

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a teacher said to a prompt. The conversation ends with the answer; only STOP answers are whole."""
+    """What a teacher said to a prompt. The conversation ends with the answer; only STOP answers are whole.
+
+    mode  the effort that the prompt was to be asked at; None = the teacher's own
+    """
 
     prompt_id: str
     teacher: str
@@ -29,19 +32,22 @@ class Answer:
     language: str
     conversation: Conversation
     finish: Finish
+    mode: Effort | None = None
 
     @property
     def text(self) -> str:
         return self.conversation.messages[-1].text
 
     def to_json(self) -> dict[str, Any]:
-        return {"prompt_id": self.prompt_id, "teacher": self.teacher, "skill": self.skill, "language": self.language,
+        """Without `mode` where there is none: records from before modes were known keep their bytes."""
+        told = {"prompt_id": self.prompt_id, "teacher": self.teacher, "skill": self.skill, "language": self.language,
                 "conversation": self.conversation.to_json(), "finish": self.finish.value}
+        return told if self.mode is None else told | {"mode": self.mode.value}
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> Answer:
         return Answer(value["prompt_id"], value["teacher"], value["skill"], value["language"],
-                      Conversation.from_json(value["conversation"]), Finish(value["finish"]))
+                      Conversation.from_json(value["conversation"]), Finish(value["finish"]), Effort(value["mode"]) if "mode" in value else None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,18 +66,22 @@ class Teacher:
     context: int = 0
 
     def answer(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
-        """One answer a prompt, in order, at this teacher's effort, in its own template.
+        """One answer a prompt, in order, each at its prompt's effort or else at this teacher's, in its own template.
 
         A prompt that its template or tokenizer cannot say has an empty answer that ends REFUSED: tools, asked of a family without them.
         """
-        asked = [replace(p.conversation, effort=self.effort) for p in prompts]
+        asked = [self.asked(p) for p in prompts]
         dressed = [self._dressed(c) for c in asked]
         generated = iter(self.engine.generate([d for d in dressed if d is not None], self.voice.stop_ids, max_new_tokens))
         answers = []
         for prompt, conversation, said in zip(prompts, asked, dressed, strict=True):
-            parts, finish = ((), Finish.REFUSED) if said is None else self.voice.parse(next(generated).tolist(), self.effort, conversation.tools)
-            answers.append(Answer(prompt.id, self.name, prompt.skill, prompt.language, conversation.answered(*parts), finish))
+            parts, finish = ((), Finish.REFUSED) if said is None else self.voice.parse(next(generated).tolist(), conversation.effort, conversation.tools)
+            answers.append(Answer(prompt.id, self.name, prompt.skill, prompt.language, conversation.answered(*parts), finish, prompt.effort))
         return answers
+
+    def asked(self, prompt: Prompt) -> Conversation:
+        """The prompt as this teacher is asked it."""
+        return replace(prompt.conversation, effort=self.effort if prompt.effort is None else prompt.effort)
 
     def _dressed(self, conversation: Conversation) -> npt.NDArray[np.int32] | None:
         try:

@@ -89,7 +89,8 @@ def test_another_setting_is_another_name_for_every_unit(change: dict[str, Any]) 
 
 @pytest.mark.parametrize("change", [
     {"id": "other"}, {"language": "xx"}, {"skill": "reasoning"}, {"answer": "other"}, {"conversation": Conversation.ask("other")},
-    {"conversation": Conversation.ask("Say", system="Be brief.")}, {"conversation": Conversation.ask("Say", effort=Effort.HIGH)}], ids=str)
+    {"conversation": Conversation.ask("Say", system="Be brief.")}, {"conversation": Conversation.ask("Say", effort=Effort.HIGH)},
+    {"effort": Effort.NONE}, {"effort": Effort.HIGH}], ids=str)
 def test_another_prompt_changes_the_name_of_its_unit_and_of_no_other(change: dict[str, Any]) -> None:
     some = prompts(8)[:8]
     some[5] = replace(some[5], conversation=Conversation.ask("Say"))
@@ -280,6 +281,22 @@ def test_answers_that_are_not_whole_are_counted_and_prompts_are_kept_or_left_out
     assert (told["tokens"], told["positions"], told["entries"]) == (
         sum(len(c.tokens) for c in captures), sum(len(c.rows) for c in captures), sum(len(c.rows.ids_M) for c in captures))
     assert told["bytes"] == sum(p.stat().st_size for p in (tmp_path / "units").iterdir())
+
+
+def test_an_answer_without_the_thought_it_was_asked_for_is_left_out(tmp_path: Path) -> None:
+    """Cut thoughts are counted as cut answers; a prompt without a mode may be answered either way."""
+    name = "qwen-sapling"
+    control = opened(name)[0].vocabulary.control
+    thinks = [control["<think>"], *words(name, "hm"), control["</think>"], *words(name, "42", "<|im_end|>")]
+    direct, cut = words(name, "42", "<|im_end|>"), [control["<think>"], *words(name, "hm and hm")]
+    cases = [(Effort.HIGH, thinks), (Effort.HIGH, direct), (Effort.HIGH, cut), (Effort.NONE, direct), (None, direct), (Effort.LOW, direct)]
+    some = [replace(p, effort=effort) for p, (effort, _) in zip(prompts(6), cases, strict=False)]
+    planned = units(some, size=6)
+    ask(planned, tmp_path, scripted(name, *(says for _, says in cases)))
+    told = summary(planned, tmp_path)
+    assert (told["kept"], told["left_out"]) == (3, {"thoughtless": 2, "length": 1})
+    assert [(c.answer.mode, c.answer.conversation.effort) for c in read(planned, tmp_path)] == [
+        (Effort.HIGH, Effort.HIGH), (Effort.NONE, Effort.NONE), (None, Effort.NONE)]
 
 
 def test_an_answer_that_its_own_template_refuses_is_left_out_and_not_the_end_of_the_run(tmp_path: Path) -> None:

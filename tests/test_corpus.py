@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persea.chat import Conversation, Message, Role, Text
-from persea.corpus import BEGINS, MAX_LINE, Broken, Corpus, Prompt, Why, gather, read_prompts
+from persea.chat import Conversation, Effort, Message, Role, Text
+from persea.corpus import BEGINS, GOLDEN, MAX_LINE, SILVER, Broken, Corpus, Prompt, Why, gather, in_modes, in_turn, read_prompts
 from persea.errors import DataError
 
 
@@ -139,6 +139,30 @@ def test_a_broken_line_is_set_aside_where_somebody_takes_it(tmp_path: Path):
     assert [b.bytes for b in aside] == [len(lines[n - 1]) for n in (2, 3, 4, 5, 7, 8)]
     assert (aside[1].begins, len(aside[-1].begins)) == ('{"prompt": "\\xff"}', BEGINS)
     assert len(got) + len(aside) == sum(1 for line in lines if line)
+
+
+@given(st.dictionaries(st.sampled_from(Effort), st.floats(0.01, 1), min_size=1), st.integers(0, 5000), st.integers(20, 300))
+def test_modes_hold_their_shares_in_every_stretch(weights: dict[Effort, float], begin: int, n: int):
+    modes = {effort: w / sum(weights.values()) for effort, w in weights.items()}
+    some = in_modes((prompt(str(k)) for k in range(begin + n)), modes)
+    counts = Counter(p.effort for p in some[begin:])
+    assert counts.keys() <= modes.keys()
+    assert all(abs(counts[effort] - share * n) < 4 for effort, share in modes.items())
+    assert [p.id for p in some] == [str(k) for k in range(begin + n)]
+    assert some == in_modes((prompt(str(k)) for k in range(begin + n)), dict(reversed(modes.items())))
+
+
+def test_without_modes_a_prompt_has_no_effort_of_its_own():
+    assert [p.effort for p in in_modes([prompt("a"), prompt("b")], {})] == [None, None]
+
+
+def test_who_is_asked_and_how_long_to_think_are_independent():
+    """With one step for both, each teacher would get one mode alone."""
+    halves = [("a", 0.5), ("b", 0.5)]
+    pairs = Counter((in_turn(halves, k, GOLDEN), in_turn(halves, k, SILVER)) for k in range(400))
+    assert len(pairs) == 4
+    assert all(abs(count - 100) <= 6 for count in pairs.values())
+    assert len({(in_turn(halves, k, GOLDEN), in_turn(halves, k, GOLDEN)) for k in range(400)}) == 2
 
 
 def test_a_missing_file_is_refused(tmp_path: Path):

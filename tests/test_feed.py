@@ -165,7 +165,7 @@ def test_a_lesson_has_each_boundarys_row(voices: Voices, bridges: dict[str, Brid
     capture = captured(voices[teacher], teacher, 0, asked(text, thought))
     bridge = bridges[teacher]
     one = lesson(capture, voices["llama"], bridge)
-    assert one.tokens.ids_T.tolist() == voices["llama"].render(asked(text, thought)).ids_T.tolist()
+    assert one.tokens.ids_T.tolist() == voices["llama"].render(replace(asked(text, thought), effort=Effort.NONE)).ids_T.tolist()
     assert (one.teacher, one.skill, one.language) == (teacher, "languages", "")
     learned_S, learned_T = (np.flatnonzero(x.learn_T).tolist() for x in (one.tokens, capture.tokens))
     both = boundaries(one.tokens, capture.tokens)
@@ -203,6 +203,23 @@ def test_a_thinking_teachers_lesson_answers_at_once(voices: Voices):
     one = lesson(captured(voices["gpt-oss"], "gpt-oss", 0, with_thought), voices["qwen"], build(voices["gpt-oss"], voices["qwen"]))
     assert one.tokens.ids_T.tolist() == voices["qwen"].render(replace(with_thought, effort=Effort.NONE)).ids_T.tolist()
     assert one.tokens.ids_T.tolist() != voices["qwen"].render(with_thought).ids_T.tolist()
+
+
+@pytest.mark.parametrize("teacher", ["qwen", "gpt-oss"])
+@pytest.mark.parametrize("mode", Effort)
+def test_a_lesson_is_learned_in_the_mode_it_was_asked_in(voices: Voices, bridges: dict[str, Bridge], teacher: str, mode: Effort):
+    """The thought has rows of its own, and goes where the mode is to answer at once."""
+    said = asked("It is 1234 cats", "He asks about cats.")
+    capture = captured(voices[teacher], teacher, 0, replace(said, effort=mode if mode is not Effort.NONE else Effort.LOW))
+    one = lesson(replace(capture, answer=replace(capture.answer, mode=mode)), voices["llama"], bridges[teacher])
+    want = voices["llama"].render(replace(said, effort=mode))
+    assert one.tokens.ids_T.tolist() == want.ids_T.tolist()
+    think = voices["llama"].vocabulary.control["<think>"]
+    assert (think in one.tokens.ids_T) is (mode is not Effort.NONE)
+    begin = len(b"question 0") + 1
+    thought = {n for n, k in enumerate(want.starts_T[want.learn_T].tolist()) if begin <= k < begin + len(b"He asks about cats.")}
+    assert bool(thought & set(one.said.row_M.tolist())) is (mode is not Effort.NONE)
+
 
 
 # ---- one batch -------------------------------------------------------------------------------------------------------

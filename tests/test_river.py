@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,13 @@ import pytest
 from test_cli import SAPLINGS, STAGES, TINY, flowed, flowed_copy, recipe
 
 from persea import skills
-from persea.errors import DataError
+from persea.chat import Effort
+from persea.errors import DataError, RecipeError
 from persea.measure import Split
+from persea.plan import plan
 from persea.recipe import load_recipe
-from persea.river import BASE, STUDENT, River, digest_of
+from persea.river import BASE, STUDENT, River, digest_of, knows
+from persea.run import run
 
 
 def river(folder: Path, *overrides: str, **sections: Any) -> River:
@@ -121,6 +126,57 @@ def test_units_are_the_same_whoever_reads_them_and_change_with_what_they_hold(tm
     for change in ("capture.tau=0.02", "capture.max_new_tokens=47", "capture.batch=7", "capture.answers=given", "capture.rows=topk"):
         assert not set(names) & {u.name for u in river(tmp_path, change).units}, change
     assert {u.name for u in river(tmp_path, "training.steps=9", "evaluation.items=9").units} == set(names)
+
+
+HYBRID = {"model": str(SAPLINGS / "llama-sapling"), "thinking": True}
+SUMS = {"skill": "reasoning", "generate": 24, "modes": {"none": 0.5, "high": 0.5}}
+
+
+def test_prompts_have_the_modes_of_their_part(tmp_path: Path) -> None:
+    one = river(tmp_path, student=HYBRID, corpus=[*TINY["corpus"][:2], SUMS])
+    efforts = Counter((p.skill, p.effort) for p in one.corpus.prompts)
+    assert efforts == {("languages", None): 24, ("code", None): 24, ("reasoning", Effort.NONE): 12, ("reasoning", Effort.HIGH): 12}
+
+
+def test_modes_change_the_units_of_their_part_alone(tmp_path: Path) -> None:
+    flowed_copy(tmp_path, "audition")
+    plain, mixed = (river(tmp_path, student=HYBRID, corpus=[*TINY["corpus"][:2], part]).units for part in (TINY["corpus"][2], SUMS))
+    same = {u.name for u in plain} & {u.name for u in mixed}
+    assert {u.teacher for u in plain if u.name in same} == {"qwen-sapling", "gemma-sapling"}
+    assert {u.teacher for u in plain if u.name not in same} == {"gpt-oss-sapling"}
+
+
+@pytest.mark.parametrize(("student", "modes", "pinned", "what", "remedy"), [
+    ({"thinking": False}, {"none": 0.5, "high": 0.5}, "gpt-oss-sapling", "high is asked for, and the student's template cannot tell it",
+     "thinking: true"),
+    ({}, {"low": 1.0}, "qwen-sapling", "low is asked for, and no teacher of reasoning knows it: qwen-sapling knows none, high", "choose among"),
+    ({}, {"high": 1.0}, "gemma-sapling", "high is asked for, and no teacher", "choose among")])
+def test_a_mode_that_somebody_does_not_know_is_refused_before_anything_starts(
+        tmp_path: Path, student: dict[str, Any], modes: dict[str, float], pinned: str, what: str, remedy: str) -> None:
+    one = river(tmp_path, student=HYBRID | student, corpus=[SUMS | {"modes": modes}], audition={"pinned": {"reasoning": pinned}})
+    for start in (lambda: run(one, lambda *_: None), lambda: plan(one)):
+        with pytest.raises(RecipeError, match=f"{re.escape(what)}.*{remedy}") as caught:
+            start()
+        assert caught.value.where == "corpus.0.modes"
+    assert not (one.folder / "check").exists()
+
+
+def test_a_teacher_who_is_cast_for_a_mode_he_does_not_know_is_refused(tmp_path: Path) -> None:
+    flowed_copy(tmp_path, "audition")
+    one = river(tmp_path, student=HYBRID, corpus=[SUMS | {"modes": {"none": 0.5, "low": 0.5}}], audition={})
+    one.refuse_modes()  # gpt-oss could be cast
+    cast = json.loads((one.folder / "audition" / "cast.json").read_text())
+    assert len(river(tmp_path, student=HYBRID, corpus=[SUMS], audition={}).units) == 3
+    cast["parts"]["reasoning"] = [["qwen-sapling", 1.0]]
+    (one.folder / "audition" / "cast.json").write_text(json.dumps(cast))
+    with pytest.raises(RecipeError, match=r"qwen-sapling was cast for reasoning, which is to be asked at low effort.*audition\.pinned\.reasoning"):
+        _ = one.units
+
+
+def test_everybody_can_be_asked_to_answer_at_once(tmp_path: Path) -> None:
+    one = river(tmp_path)
+    assert {name: [e.value for e in Effort if knows(voice, e)] for name, voice in one.voices.items()} == {
+        "qwen-sapling": ["none", "high"], "gemma-sapling": ["none"], "gpt-oss-sapling": ["none", "low", "medium", "high"]}
 
 
 def test_the_student_speaks_with_its_new_weights_and_its_base_with_the_old(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import resource
 from copy import deepcopy
@@ -13,7 +14,7 @@ import torch
 from test_cli import warm
 from test_engines import NAMES, SAPLINGS, opened
 
-from persea.chat import Conversation, Text
+from persea.chat import Conversation, Effort, Text
 from persea.errors import DataError, StorageError
 from persea.models import Source, open_model, open_voice
 from persea.student import Lora, Student, open_student
@@ -68,6 +69,21 @@ def test_logits_of_padded_rows_are_cut_off() -> None:
     with torch.inference_mode():
         assert torch.allclose(wide.logits(*asked), one.logits(*asked), atol=1e-5)
         assert wide.logits(*asked).shape[1] == len(one.voice.vocabulary)
+
+
+def test_a_student_that_was_given_the_switch_is_saved_with_it(tmp_path: Path) -> None:
+    source = Source(str(SAPLINGS / "llama-sapling"), thinking=True)
+    voice = open_voice(source, "student")
+    open_student(source, voice, None).save(tmp_path / "student")
+    saved = Source(str(tmp_path / "student"))
+    again = open_voice(saved, "student")
+    assert again.template_text == voice.template_text == (tmp_path / "student" / "chat_template.jinja").read_text()
+    assert again.family.efforts == tuple(Effort)
+    config = tmp_path / "student" / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": "old"}))
+    open_student(Source(str(tmp_path / "student"), thinking=True), again, None).save(tmp_path / "twice")
+    assert "chat_template" not in json.loads((tmp_path / "twice" / "tokenizer_config.json").read_text())
+    assert open_voice(Source(str(tmp_path / "twice")), "student").template_text == voice.template_text
 
 
 def test_in_full_every_weight_learns_and_with_adapters_only_they_do() -> None:

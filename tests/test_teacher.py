@@ -89,6 +89,23 @@ def test_the_effort_is_the_teachers_and_reaches_its_template() -> None:
     assert seen[1] == [opened(name)[0].prompt(replace(asked[0].conversation, effort=Effort.HIGH)).ids_T.tolist()]
 
 
+def test_each_prompt_is_asked_at_its_own_effort() -> None:
+    """In one batch: what a prompt does not say is the teacher's to say."""
+    name = "qwen-sapling"
+    asked = [replace(p, effort=effort) for p, effort in zip(prompts(2), (None, Effort.NONE, Effort.HIGH), strict=False)]
+    control = opened(name)[0].vocabulary.control
+    thinks = [control["<think>"], *words(name, "\nhm\n"), control["</think>"], *words(name, "\n\n42", "<|im_end|>")]
+    speaker = scripted(name, thinks, words(name, "42", "<|im_end|>"), thinks, effort=Effort.LOW)
+    answers = speaker.answer(asked, 40)
+    assert [(a.conversation.effort, a.mode) for a in answers] == [(Effort.LOW, None), (Effort.NONE, Effort.NONE), (Effort.HIGH, Effort.HIGH)]
+    assert [a.conversation.messages[-1].parts for a in answers] == [(Thinking("hm"), Text("42")), (Text("42"),), (Thinking("hm"), Text("42"))]
+    voice = opened(name)[0]
+    assert speaker.engine.asked == [voice.prompt(replace(p.conversation, effort=p.effort or Effort.LOW)).ids_T.tolist() for p in asked]
+    assert len({len(ids) - len(voice.prompt(p.conversation).ids_T) for ids, p in zip(speaker.engine.asked, asked, strict=True)}) == 2
+    assert [Answer.from_json(a.to_json()) for a in answers] == answers
+    assert ["mode" in a.to_json() for a in answers] == [False, True, True]
+
+
 def test_an_answer_that_is_cut_or_malformed_says_so() -> None:
     llama, oss = "llama-sapling", "gpt-oss-sapling"
     control = opened(oss)[0].vocabulary.control

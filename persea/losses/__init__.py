@@ -2,14 +2,16 @@
 
 composed() is the default objective, for rows of every kind; cross_entropy() is supervised fine-tuning on the same answers;
 full() is any divergence over events from whole distributions; chunk() the debiased chunk term; same_vocabulary() the
-ordinary divergences.
+ordinary divergences. composed_head() and divergence_head() are the same from hidden states and a head, for training.
 """
 
 from persea.losses.chunk import Chunks, chunk
 from persea.losses.events import composed, event_logprobs
-from persea.losses.full import Dead, full
-from persea.losses.targets import Entries, Targets, standing, targets, together
+from persea.losses.full import Dead, Sides, full
+from persea.losses.head import Head, composed_head, divergence_head
+from persea.losses.targets import Entries, Targets, split, standing, targets, together
 from persea.losses.token import Divergence, LossOut, cross_entropy, refuse_divergence, same_vocabulary
 
-__all__ = ["Chunks", "Dead", "Divergence", "Entries", "LossOut", "Targets", "chunk", "composed", "cross_entropy", "event_logprobs", "full",
-           "refuse_divergence", "same_vocabulary", "standing", "targets", "together"]
+__all__ = ["Chunks", "Dead", "Divergence", "Entries", "Head", "LossOut", "Sides", "Targets", "chunk", "composed", "composed_head",
+           "cross_entropy", "divergence_head", "event_logprobs", "full", "refuse_divergence", "same_vocabulary", "split", "standing", "targets",
+           "together"]

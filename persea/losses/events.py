@@ -18,6 +18,7 @@ The gradient with respect to the logits is q - pull: passes and memory are cross
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,13 +29,18 @@ from persea.losses.targets import Targets
 from persea.losses.token import LossOut
 from persea.rows import RowKind
 
-CHUNK = 1 << 24  # elements of logits worked on at once: 64 MiB in float32
+PIECE = 1 << 18  # elements of logits worked on at once: 1 MiB in float32, which a core's own cache holds
+
+
+def pieces(rows: int, columns: int) -> list[slice]:
+    """Rows of a matrix, so many at a time that one operation's result stays in a core's cache."""
+    step = max(1, PIECE // max(1, columns))
+    return [slice(begin, min(rows, begin + step)) for begin in range(0, rows, step)]
 
 
 def logsumexp_rows(logits_NV: torch.Tensor) -> torch.Tensor:
     """log sum exp of each row, [N], some rows at a time."""
-    rows = max(1, CHUNK // max(1, logits_NV.shape[1]))
-    return torch.cat([some.logsumexp(-1) for some in torch.split(logits_NV, rows)])
+    return torch.cat([logits_NV[some].logsumexp(-1) for some in pieces(*logits_NV.shape)])
 
 
 def grouped_logsumexp(values_G: torch.Tensor, entry_G: torch.Tensor, m: int) -> torch.Tensor:
@@ -63,34 +69,54 @@ def refuse_other_vocabulary(logits_NV: torch.Tensor, said: Targets) -> None:
                         remedy="cut the padded columns off; where columns are missing, the tokenizer is another model's")
 
 
-class _Known(torch.autograd.Function):
-    """A loss whose gradient is known: softmax, scaled by row, less what is pulled up at some tokens.
+@dataclass(frozen=True)
+class Known:
+    """What N positions cost, nats, and what the gradient of each is made of: softmax, scaled by row, less what is pulled up at some tokens.
 
-    pull_G belongs to (row_G, token_G); scale_N is 1 but for rows with a rest (TOPK_REST), whose named tokens (row_S, token_S) are not
+    pull_G belongs to (row_G, token_G); scale_N is None but where rows have a rest (TOPK_REST), whose named tokens (row_S, token_S) are not
     scaled: set, not added, for where the student is certain the scale is 1e25 and would leave no digits.
     """
 
+    loss_N: torch.Tensor
+    text_N: torch.Tensor
+    events_N: torch.Tensor
+    spoken_N: torch.Tensor
+    lse_N: torch.Tensor
+    scale_N: torch.Tensor | None
+    row_G: torch.Tensor
+    token_G: torch.Tensor
+    pull_G: torch.Tensor
+    row_S: torch.Tensor
+    token_S: torch.Tensor
+
+    def gradient(self, logits_NV: torch.Tensor, into_NV: torch.Tensor) -> None:
+        """Write the gradient of loss_N.sum() with respect to the logits; `into_NV` may be the logits themselves."""
+        kept_S = logits_NV[self.row_S, self.token_S] - self.lse_N[self.row_S]
+        for some in pieces(*logits_NV.shape):
+            torch.sub(logits_NV[some], self.lse_N[some, None], out=into_NV[some]).exp_()
+            if self.scale_N is not None:
+                into_NV[some].mul_(self.scale_N[some, None])
+        if self.scale_N is not None:
+            into_NV[self.row_S, self.token_S] = kept_S.exp()
+        into_NV.index_put_((self.row_G, self.token_G), -self.pull_G, accumulate=True)
+
+
+class _Composed(torch.autograd.Function):
+    """The mean of losses whose gradient is known."""
+
     @staticmethod
-    def forward(ctx: Any, logits_NV: torch.Tensor, loss: torch.Tensor, lse_N: torch.Tensor, scale_N: torch.Tensor, row_G: torch.Tensor,
-                token_G: torch.Tensor, pull_G: torch.Tensor, row_S: torch.Tensor, token_S: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(logits_NV, lse_N, scale_N, row_G, token_G, pull_G, row_S, token_S)
-        return loss.clone()
+    def forward(ctx: Any, logits_NV: torch.Tensor, known: Known) -> torch.Tensor:
+        ctx.save_for_backward(logits_NV)
+        ctx.known = known
+        return known.loss_N.mean()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        logits_NV, lse_N, scale_N, row_G, token_G, pull_G, row_S, token_S = ctx.saved_tensors
-        scale = out / len(logits_NV)
+        (logits_NV,) = ctx.saved_tensors
         gradient_NV = torch.empty_like(logits_NV)
-        rows = max(1, CHUNK // max(1, logits_NV.shape[1]))
-        for begin in range(0, len(logits_NV), rows):
-            some = slice(begin, begin + rows)
-            torch.sub(logits_NV[some], lse_N[some, None], out=gradient_NV[some])
-            gradient_NV[some].exp_().mul_((scale_N[some] * scale)[:, None])
-        if len(row_S):
-            gradient_NV[row_S, token_S] = (logits_NV[row_S, token_S] - lse_N[row_S]).exp() * scale
-        gradient_NV.index_put_((row_G, token_G), pull_G * -scale, accumulate=True)
-        return gradient_NV, None, None, None, None, None, None, None, None
+        ctx.known.gradient(logits_NV, gradient_NV)
+        return gradient_NV.mul_(out / len(logits_NV)), None
 
 
 def composed(logits_NV: torch.Tensor, targets_N: torch.Tensor, teachers: Sequence[Targets], event_share: float) -> LossOut:
@@ -103,50 +129,59 @@ def composed(logits_NV: torch.Tensor, targets_N: torch.Tensor, teachers: Sequenc
     Raises DataError for logits of another vocabulary or of half precision, for no position at all, and where two teachers speak of
     one position.
     """
+    known = composed_rows(logits_NV, targets_N, teachers, event_share)
+    loss = _Composed.apply(logits_NV, known)  # type: ignore[no-untyped-call]
+    return LossOut(loss, composed_terms(known.text_N, known.events_N, known.spoken_N), len(targets_N))
+
+
+def composed_terms(text_N: torch.Tensor, events_N: torch.Tensor, spoken_N: torch.Tensor) -> dict[str, float]:
+    """Cross-entropy of each position, and the event term of each that a teacher speaks of, nats."""
+    return {"cross_entropy": float(text_N.mean()), "events": float(events_N.sum() / max(1, int(spoken_N.sum())))}
+
+
+@torch.no_grad()
+def composed_rows(logits_NV: torch.Tensor, targets_N: torch.Tensor, teachers: Sequence[Targets], event_share: float) -> Known:
+    """`composed`, position by position."""
     if logits_NV.dtype not in (torch.float32, torch.float64) or not len(targets_N):
         raise DataError(f"{len(targets_N)} positions of {logits_NV.dtype} logits", where="losses", remedy="give float32 logits of what is learned")
-    with torch.no_grad():
-        device, n_N = logits_NV.device, torch.arange(len(targets_N), device=logits_NV.device)
-        lse_N = logsumexp_rows(logits_NV)
-        ce_N = lse_N - logits_NV[n_N, targets_N]
-        mass_N, events_N, scale_N = torch.zeros_like(ce_N), torch.zeros_like(ce_N), torch.ones_like(ce_N)
-        spoken_N = torch.zeros_like(ce_N, dtype=torch.bool)
-        rows, tokens, pulls, unscaled = [n_N], [targets_N], [], [(n_N[:0], n_N[:0])]
-        for said in teachers:
-            refuse_other_vocabulary(logits_NV, said)
-            here_N = torch.zeros_like(spoken_N).index_fill(0, said.row_M.to(device), True)
-            if bool((spoken_N & here_N).any()):
-                raise DataError("two teachers speak of one position", where=f"position {int((spoken_N & here_N).nonzero()[0])}",
-                                remedy="an answer has one teacher: give each its own lesson")
-            spoken_N |= here_N
-            row_M, probs_M = said.row_M.to(device), said.probs_M.to(device, ce_N.dtype)
-            entry_G, token_G = said.entry_G.to(device), said.token_G.to(device)
-            row_G = row_M[entry_G]
-            values_G = logits_NV[row_G, token_G] - lse_N[row_G]
-            event_logprobs_M = grouped_logsumexp(values_G, entry_G, len(row_M))
-            mass_N.index_add_(0, row_M, probs_M)
-            events_N.index_add_(0, row_M, -probs_M * event_logprobs_M)
-            rows.append(row_G)
-            tokens.append(token_G)
-            pulls.append(event_share * probs_M[entry_G] * (values_G - event_logprobs_M[entry_G]).exp())
-            if said.kind is RowKind.TOPK_REST:
-                rest_N = said.rest_N.to(device, ce_N.dtype)
-                apart = torch.cat([row_G, said.row_A.to(device)]), torch.cat([token_G, said.token_A.to(device)])
-                at, named, rest_R = _rest(logits_NV, lse_N, rest_N, *apart)
-                holds = rest_R > -torch.inf  # a rounding's worth of a rest that no student token is left for: the text has it
-                at, rest_R = at[holds], rest_R[holds]
-                mass_N[at] += rest_N[at]
-                events_N[at] -= rest_N[at] * rest_R
-                scale_N[at] -= event_share * rest_N[at] * (-rest_R).exp()  # the rest's own pull: a rest q(u) / q(rest)
-                unscaled.append(named)
-        text_N = 1 - event_share * mass_N
-        loss = (event_share * events_N + text_N * ce_N).mean()
-        spoken = max(1, int((mass_N > 0).sum()))
-        terms = {"cross_entropy": float(ce_N.mean()), "events": float(events_N.sum() / spoken)}
-        pull_G = torch.cat([text_N, *pulls])
-        row_S, token_S = (torch.cat(side) for side in zip(*unscaled, strict=True))
-    known = _Known.apply(logits_NV, loss, lse_N, scale_N, torch.cat(rows), torch.cat(tokens), pull_G, row_S, token_S)  # type: ignore[no-untyped-call]
-    return LossOut(known, terms, len(targets_N))
+    device, n_N = logits_NV.device, torch.arange(len(targets_N), device=logits_NV.device)
+    lse_N = logsumexp_rows(logits_NV)
+    text_N = lse_N - logits_NV[n_N, targets_N]
+    mass_N, events_N, scale_N = torch.zeros_like(text_N), torch.zeros_like(text_N), torch.ones_like(text_N)
+    spoken_N = torch.zeros_like(text_N, dtype=torch.bool)
+    rows, tokens, pulls, unscaled = [n_N], [targets_N], [], [(n_N[:0], n_N[:0])]
+    for said in teachers:
+        refuse_other_vocabulary(logits_NV, said)
+        here_N = torch.zeros_like(spoken_N).index_fill(0, said.row_M.to(device), True)
+        if bool((spoken_N & here_N).any()):
+            raise DataError("two teachers speak of one position", where=f"position {int((spoken_N & here_N).nonzero()[0])}",
+                            remedy="an answer has one teacher: give each its own lesson")
+        spoken_N |= here_N
+        row_M, probs_M = said.row_M.to(device), said.probs_M.to(device, text_N.dtype)
+        entry_G, token_G = said.entry_G.to(device), said.token_G.to(device)
+        row_G = row_M[entry_G]
+        values_G = logits_NV[row_G, token_G] - lse_N[row_G]
+        event_logprobs_M = grouped_logsumexp(values_G, entry_G, len(row_M))
+        mass_N.index_add_(0, row_M, probs_M)
+        events_N.index_add_(0, row_M, -probs_M * event_logprobs_M)
+        rows.append(row_G)
+        tokens.append(token_G)
+        pulls.append(event_share * probs_M[entry_G] * (values_G - event_logprobs_M[entry_G]).exp())
+        if said.kind is RowKind.TOPK_REST:
+            rest_N = said.rest_N.to(device, text_N.dtype)
+            apart = torch.cat([row_G, said.row_A.to(device)]), torch.cat([token_G, said.token_A.to(device)])
+            at, named, rest_R = _rest(logits_NV, lse_N, rest_N, *apart)
+            holds = rest_R > -torch.inf  # a rounding's worth of a rest that no student token is left for: the text has it
+            at, rest_R = at[holds], rest_R[holds]
+            mass_N[at] += rest_N[at]
+            events_N[at] -= rest_N[at] * rest_R
+            scale_N[at] -= event_share * rest_N[at] * (-rest_R).exp()  # the rest's own pull: a rest q(u) / q(rest)
+            unscaled.append(named)
+    left_N = 1 - event_share * mass_N
+    row_S, token_S = (torch.cat(side) for side in zip(*unscaled, strict=True))
+    rests = any(said.kind is RowKind.TOPK_REST for said in teachers)
+    return Known(event_share * events_N + left_N * text_N, text_N, events_N, mass_N > 0, lse_N, scale_N if rests else None,
+                 torch.cat(rows), torch.cat(tokens), torch.cat([left_N, *pulls]), row_S, token_S)
 
 
 def _rest(logits_NV: torch.Tensor, lse_N: torch.Tensor, rest_N: torch.Tensor, row_G: torch.Tensor, token_G: torch.Tensor
@@ -160,11 +195,11 @@ def _rest(logits_NV: torch.Tensor, lse_N: torch.Tensor, rest_N: torch.Tensor, ro
     pairs = torch.unique(torch.stack([row_G[has_N[row_G]], token_G[has_N[row_G]]]), dim=1)
     place_N = torch.zeros_like(rest_N, dtype=torch.int64).index_put((at,), torch.arange(len(at), device=at.device))
     out = []
-    rows = max(1, CHUNK // max(1, logits_NV.shape[1]))
-    for begin in range(0, len(at), rows):
-        some = logits_NV[at[begin:begin + rows]]
-        where = (place_N[pairs[0]] >= begin) & (place_N[pairs[0]] < begin + rows)
-        some[place_N[pairs[0][where]] - begin, pairs[1][where]] = -torch.inf
+    place_P = place_N[pairs[0]]
+    for few in pieces(len(at), logits_NV.shape[1]):
+        some = logits_NV[at[few]]
+        begin, end = torch.searchsorted(place_P, torch.tensor([few.start, few.stop], device=at.device)).tolist()
+        some[place_P[begin:end] - few.start, pairs[1][begin:end]] = -torch.inf
         out.append(some.logsumexp(-1))
     rest_R = torch.cat(out) - lse_N[at] if out else lse_N[:0]
     return at, (pairs[0], pairs[1]), rest_R

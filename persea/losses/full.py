@@ -45,6 +45,27 @@ def over_events(logprobs_NX: torch.Tensor, event_X: torch.Tensor, events: int, d
     return mass_NE.masked_fill(nothing_NE, 1).log().masked_fill(nothing_NE, -torch.inf) + top_NE
 
 
+@dataclass(frozen=True, eq=False)
+class Sides:
+    """How a teacher's whole distributions lie over a student's.
+
+    student_dead, teacher_dead  what cannot stand (`Mask.dead`); None = no masks
+    """
+
+    bridge: Bridge
+    student_dead: Dead | None = None
+    teacher_dead: Dead | None = None
+
+    @property
+    def same(self) -> bool:
+        """Whether both sides are one vocabulary and nothing is masked: then this is the ordinary divergence."""
+        return self.bridge.identical and self.student_dead is None and self.teacher_dead is None
+
+    def ordered(self) -> Sides:
+        """The same, what is dead in the order of positions."""
+        return Sides(self.bridge, *(None if dead is None else _in_order(dead) for dead in (self.student_dead, self.teacher_dead)))
+
+
 def full(logits_NV: torch.Tensor, teacher_logprobs_NW: torch.Tensor, bridge: Bridge, divergence: Divergence = Divergence.FORWARD, *,
          kind: RowKind = RowKind.FULL, student_dead: Dead | None = None, teacher_dead: Dead | None = None) -> LossOut:
     """Mean divergence over events, nats per position.
@@ -56,23 +77,50 @@ def full(logits_NV: torch.Tensor, teacher_logprobs_NW: torch.Tensor, bridge: Bri
     Raises DataError where a side has other columns than the bridge knows tokens, or where nothing can stand at a position.
     """
     refuse_divergence(kind, divergence)
-    for name, columns, tokens in (("student", logits_NV.shape[1], len(bridge.student_event_V)),
-                                  ("teacher", teacher_logprobs_NW.shape[1], len(bridge.teacher_event_W))):
-        if columns != tokens:
-            raise DataError(f"{columns} {name} columns, but its tokenizer has {tokens} tokens", where="losses", remedy="cut the padded columns off")
-    if bridge.identical and student_dead is None and teacher_dead is None:
+    sides = Sides(bridge, student_dead, teacher_dead)
+    if sides.same:
+        _refuse_columns(logits_NV, teacher_logprobs_NW, bridge)
         return same_vocabulary(logits_NV, teacher_logprobs_NW, divergence)
+    loss = full_rows(logits_NV, teacher_logprobs_NW, sides, divergence).mean()
+    return LossOut(loss, {divergence.value: float(loss.detach())}, len(logits_NV))
+
+
+def full_rows(logits_NV: torch.Tensor, teacher_logprobs_NW: torch.Tensor, sides: Sides, divergence: Divergence, some: slice | None = None
+              ) -> torch.Tensor:
+    """`full`, position by position [N]. some: which of the positions that `sides` masks, in order, these are; None = all."""
+    bridge = sides.bridge
+    _refuse_columns(logits_NV, teacher_logprobs_NW, bridge)
     event_V, event_W = (torch.from_numpy(e).long().to(logits_NV.device) for e in (bridge.student_event_V, bridge.teacher_event_W))
+    student_dead, teacher_dead = (_within(dead, some) for dead in (sides.student_dead, sides.teacher_dead))
     log_q_NE = over_events(torch.log_softmax(logits_NV, -1), event_V, bridge.events, student_dead)
     log_p_NE = over_events(teacher_logprobs_NW.to(logits_NV.device), event_W, bridge.events, teacher_dead)
     alive_N = ((log_p_NE > -torch.inf) & (log_q_NE > -torch.inf)).any(-1)
     if not bool(alive_N.all()):
-        raise DataError("no event that both sides can say", where=f"position {int((~alive_N).nonzero()[0])}",
+        raise DataError("no event that both sides can say", where=f"position {(some.start if some else 0) + int((~alive_N).nonzero()[0])}",
                         remedy="leave the position to the text")
     nobody = (log_p_NE == -torch.inf) | (log_q_NE == -torch.inf)  # else a mask on one side alone makes a divergence infinite
     log_p_NE, log_q_NE = (_normalised(side.masked_fill(nobody, -torch.inf)) for side in (log_p_NE, log_q_NE))
-    loss = between(log_p_NE, log_q_NE, divergence).mean()
-    return LossOut(loss, {divergence.value: float(loss.detach())}, len(logits_NV))
+    return between(log_p_NE, log_q_NE, divergence)
+
+
+def _in_order(dead: Dead) -> Dead:
+    row_D, order_D = dead.row_D.sort()
+    return Dead(row_D, dead.token_D[order_D])
+
+
+def _within(dead: Dead | None, some: slice | None) -> Dead | None:
+    """What is dead at some positions, counted from the first of them; `dead` is in order."""
+    if dead is None or some is None:
+        return dead
+    begin, end = torch.searchsorted(dead.row_D, torch.tensor([some.start, some.stop], device=dead.row_D.device)).tolist()
+    return Dead(dead.row_D[begin:end] - some.start, dead.token_D[begin:end])
+
+
+def _refuse_columns(logits_NV: torch.Tensor, teacher_logprobs_NW: torch.Tensor, bridge: Bridge) -> None:
+    for name, columns, tokens in (("student", logits_NV.shape[1], len(bridge.student_event_V)),
+                                  ("teacher", teacher_logprobs_NW.shape[1], len(bridge.teacher_event_W))):
+        if columns != tokens:
+            raise DataError(f"{columns} {name} columns, but its tokenizer has {tokens} tokens", where="losses", remedy="cut the padded columns off")
 
 
 def _normalised(log_NE: torch.Tensor) -> torch.Tensor:

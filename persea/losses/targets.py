@@ -136,6 +136,25 @@ def targets(bridge: Bridge, entries: Entries, positions: int) -> Targets:
     return Targets(row, probs, entry, token, rest, row_A, token_A, V, entries.kind)
 
 
+def split(said: Targets, bounds: Sequence[int]) -> list[Targets]:
+    """Targets of a batch as those of consecutive positions bounds[k] .. bounds[k + 1]: entries sorted once, then cut."""
+    order_M = said.row_M.argsort(stable=True)
+    row_M, probs_M = said.row_M[order_M], said.probs_M[order_M]
+    entry_G = torch.empty_like(order_M).index_put((order_M,), torch.arange(len(order_M), device=order_M.device))[said.entry_G]
+    entry_G, order_G = entry_G.sort(stable=True)
+    token_G = said.token_G[order_G]
+    row_A, order_A = said.row_A.sort(stable=True)
+    token_A = said.token_A[order_A]
+    edges = torch.tensor(bounds, device=row_M.device)
+    at_M = torch.searchsorted(row_M, edges)
+    at_G, at_A = torch.searchsorted(entry_G, at_M).tolist(), torch.searchsorted(row_A, edges).tolist()
+    parts = []
+    for (begin, end), (m, m_end), (g, g_end), (a, a_end) in zip(*(pairwise(x) for x in (bounds, at_M.tolist(), at_G, at_A)), strict=True):
+        parts.append(Targets(row_M[m:m_end] - begin, probs_M[m:m_end], entry_G[g:g_end] - m, token_G[g:g_end], said.rest_N[begin:end],
+                             row_A[a:a_end] - begin, token_A[a:a_end], said.vocabulary, said.kind))
+    return parts
+
+
 def _apart(bridge: Bridge, dropped: Sequence[tuple[npt.NDArray[np.integer], npt.NDArray[np.int64]]], row_D: npt.NDArray[np.integer],
            token_D: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """(position, student token) of what was named and dropped: none of it is in the rest."""

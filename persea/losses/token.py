@@ -25,11 +25,13 @@ class Divergence(StrEnum):
 
 @dataclass(frozen=True)
 class LossOut:
-    """loss: scalar tensor to minimise; terms: its parts, detached, nats per learned position; positions: how many."""
+    """loss: scalar tensor to minimise; terms: its parts, detached, nats per learned position; positions: how many; loss_N: what each
+    of them cost, detached, where the loss came from a head."""
 
     loss: torch.Tensor
     terms: Mapping[str, float]
     positions: int
+    loss_N: torch.Tensor | None = None
 
 
 def cross_entropy(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> LossOut:
@@ -78,3 +80,35 @@ def same_vocabulary(logits_NV: torch.Tensor, teacher_logprobs_NV: torch.Tensor, 
                           remedy="between different vocabularies a bridge is needed")
     loss = between(teacher_logprobs_NV, torch.log_softmax(logits_NV, -1), divergence).mean()
     return LossOut(loss, {divergence.value: float(loss.detach())}, len(logits_NV))
+
+
+@torch.no_grad()
+def same_rows(logits_NV: torch.Tensor, teacher_logits_NV: torch.Tensor, divergence: Divergence) -> torch.Tensor:
+    """`same_vocabulary` position by position [N], from logits of both sides; the student's are overwritten by the gradient of the sum,
+    the teacher's by no matter what. A teacher's logit may be -inf, a student's not.
+
+    With t, s natural log-probabilities of p, q, and m = (p + q) / 2, the gradient of a position is
+        forward  q - p
+        reverse  q (s - t - KL(q|p))
+        jsd      q (s - log m - KL(q|m)) / 2
+    """
+    t_NV = teacher_logits_NV.sub_(teacher_logits_NV.logsumexp(-1, keepdim=True))
+    s_NV = logits_NV.sub_(logits_NV.logsumexp(-1, keepdim=True))
+    if divergence is Divergence.FORWARD:
+        p_NV = t_NV.exp()
+        never = t_NV == -torch.inf  # there p log p is 0
+        loss_N: torch.Tensor = torch.linalg.vecdot(p_NV, t_NV.masked_fill_(never, 0).sub_(s_NV))
+        s_NV.exp_().sub_(p_NV)
+        return loss_N
+    q_NV = s_NV.exp()
+    if divergence is Divergence.REVERSE:
+        s_NV.sub_(t_NV)
+        loss_N = torch.linalg.vecdot(q_NV, s_NV)
+        s_NV.sub_(loss_N[:, None]).mul_(q_NV)
+        return loss_N
+    p_NV = t_NV.exp()
+    log_m_NV = torch.logaddexp(t_NV, s_NV).sub_(math.log(2))  # in logs: where both are below e^-104, p + q has no digits
+    towards_N = torch.linalg.vecdot(q_NV, s_NV.sub_(log_m_NV))
+    loss_N = torch.linalg.vecdot(p_NV, t_NV.sub_(log_m_NV).masked_fill_(p_NV == 0, 0)).add_(towards_N).div_(2)
+    s_NV.sub_(towards_N[:, None]).mul_(q_NV).div_(2)
+    return loss_N

@@ -1,0 +1,107 @@
+"""What a causal model gives to its head, and what it makes of the head's output: found in any model of transformers, and proven.
+
+The model's own forward runs, wrapped or not, so that every hook of it fires; only its head is passed by, and with it the largest
+matrix of all, [positions, vocabulary].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from persea.errors import Refused
+from persea.losses import Head
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere; Falcon-H1; a multiplier of the head's output
+PROBE = 5  # tokens; a scale or a cap shows in one
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What a model makes of its head's output z: cap tanh(scale z / cap); cap = 0: scale z."""
+
+    scale: float = 1.0
+    cap: float = 0.0
+
+
+def hidden_states(model: PreTrainedModel, ids_BS: torch.Tensor, mask_BS: torch.Tensor | None, positions_BS: torch.Tensor | None = None
+                  ) -> torch.Tensor:
+    """What the head is given, [B, S, D].
+
+    mask_BS       1 = a token, 0 = padding; None = no padding
+    positions_BS  where several texts follow each other in a row (mask_BS None): each token's place in its own text, so that none
+                  sees another; None = the model counts
+    """
+    inputs: dict[str, Any] = {"input_ids": ids_BS.to(model.device), "use_cache": False}
+    if mask_BS is not None:
+        inputs["attention_mask"] = mask_BS.to(model.device)
+    if positions_BS is not None:
+        inputs["position_ids"] = positions_BS.to(model.device)
+    with _passed_by(model.get_output_embeddings()) as given:
+        model(**inputs)
+    (hidden_BSD,) = given
+    return hidden_BSD
+
+
+@contextmanager
+def _passed_by(linear: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+    """While it lasts, the head hands on what it is given and keeps it."""
+    given: list[torch.Tensor] = []
+
+    def forward(hidden_BSD: torch.Tensor) -> torch.Tensor:
+        given.append(hidden_BSD)
+        return hidden_BSD
+
+    before = linear.__dict__.get("forward")  # accelerate's hooks replace it too
+    linear.forward = forward
+    try:
+        yield given
+    finally:
+        del linear.forward
+        if before is not None:
+            linear.forward = before
+
+
+def head_of(model: PreTrainedModel, vocabulary: int, scaling: Scaling) -> Head:
+    """The model's head as it is now, of so many tokens. Weights are read anew each time: a wrapper may exchange them."""
+    linear = model.get_output_embeddings()
+    return Head(linear.weight, vocabulary, linear.bias, scaling.scale, scaling.cap)
+
+
+@torch.no_grad()
+def scaling_of(model: PreTrainedModel, vocabulary: int, where: str) -> Scaling:
+    """What the model makes of its head's output, by its configuration; a probe proves it.
+
+    Raises Refused for a head that is more than a linear map (an adapter, a quantised one), and for a model whose logits are not
+    what its configuration says.
+    """
+    linear = model.get_output_embeddings()
+    if type(linear) is not torch.nn.Linear:
+        raise Refused(f"its head is a {type(linear).__module__}.{type(linear).__name__}, and persea trains through a plain linear map", where=where,
+                      remedy="leave the head (lm_head) out of lora.targets and of quantisation")
+    config = model.config.get_text_config()
+    scale = 1 / getattr(config, "logits_scaling", 1.0)  # Granite divides
+    for name in SCALES:
+        scale *= getattr(config, name, None) or 1.0
+    scaling = Scaling(scale, getattr(config, "final_logit_softcapping", None) or 0.0)
+    ids = torch.arange(min(PROBE, vocabulary))[None]
+    trains = model.training
+    model.eval()
+    try:
+        hidden_SD = hidden_states(model, ids, None)[0]
+        wanted_SV = model(input_ids=ids.to(model.device), use_cache=False).logits[0, :, :vocabulary].float()
+    finally:
+        model.train(trains)
+    found_SV = head_of(model, vocabulary, scaling).logits(hidden_SD)
+    digits = 1e-4 if hidden_SD.dtype is torch.float32 else 2e-2
+    if not torch.allclose(found_SV, wanted_SV, rtol=digits, atol=digits * float(wanted_SV.abs().max())):
+        raise Refused(f"{type(model).__name__} makes something else of its head's output than its configuration says", where=where,
+                      remedy=f"persea knows final_logit_softcapping, logits_scaling, {', '.join(SCALES)}; this model cannot be trained by it")
+    return scaling
