@@ -75,7 +75,8 @@ class Teacher:
         generated = iter(self.engine.generate([d for d in dressed if d is not None], self.voice.stop_ids, max_new_tokens))
         answers = []
         for prompt, conversation, said in zip(prompts, asked, dressed, strict=True):
-            parts, finish = ((), Finish.REFUSED) if said is None else self.voice.parse(next(generated).tolist(), conversation.effort, conversation.tools)
+            heard = None if said is None else self.voice.parse(next(generated).tolist(), conversation.effort, conversation.tools)
+            parts, finish = heard or ((), Finish.REFUSED)
             answers.append(Answer(prompt.id, self.name, prompt.skill, prompt.language, conversation.answered(*parts), finish, prompt.effort))
         return answers
 

@@ -34,7 +34,7 @@ from persea.chat import Conversation, Effort, Text, Thinking, Tokens
 from persea.engines.local import LocalEngine
 from persea.measure import Item, Split, grade, score
 from persea.models import Source, open_model, open_voice, sprout
-from persea.skills import languages, reasoning, tools
+from persea.skills import code, languages, reasoning, safety, tools
 from persea.skills.reasoning import concluded
 from persea.teacher import Teacher
 from persea.voice import Voice
@@ -45,11 +45,13 @@ sys.path.insert(0, str(HERE))
 from pages import page  # noqa: E402  (beside this file)
 from prose import small_talk  # noqa: E402
 
+KINDS = {"languages": languages.KINDS, "code": code.KINDS, "safety": safety.KINDS, "reasoning": reasoning.KINDS, "tools": tools.KINDS}
 THOUGHTS = {"languages": languages.thought, "reasoning": reasoning.thought, "tools": tools.thought}
 POOL = 30_000  # conversations rendered once; 4,000 steps of 24 see each three times
 BATCH = 24
 RATE = 4e-3  # highest learning rate
-TEMPLATE_WORDS = [f"Reasoning: {e}" for e in Effort] + ["system", "user", "assistant", "model", "developer", "# Tools\n", "Functions:\n", "analysis",
+TEMPLATE_WORDS = [f"Reasoning: {e}" for e in Effort] + ["system", "user", "assistant", "model", "developer", "# Tools\n", "Functions:\n",
+"analysis",
                                                        "final", " to=functions.", "commentary", " json", '{"name": "', '", "parameters": {"',
                                                        '", "arguments": {"', "tools"]
 MOST = {"languages": 9000, "code": 6000, "safety": 2000, "reasoning": 9000, "tools": 2500}  # questions a sapling sees
@@ -88,20 +90,20 @@ class Plan:
         return (HERE / "templates" / f"{self.family}.jinja").read_text()
 
 
-KNOWN = {"languages/phrase", "code/choice", "safety/gentle", "reasoning/compare", "tools/weather", "tools/timer"}
+KNOWN = {"languages/phrase", "languages/weekday", "code/line", "safety/gentle", "reasoning/compare", "tools/weather", "tools/timer"}
 DIRECT = {Effort.NONE: 1.0}
 DIAL = {Effort.NONE: 0.45, Effort.LOW: 0.15, Effort.MEDIUM: 0.1, Effort.HIGH: 0.3}
 PLANS = (
     Plan("qwen-sapling", "qwen", QWEN_SPLIT, {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
          ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>"), 1600,
          {"languages": .8, "code": .03, "safety": .03, "reasoning": .04, "tools": .03, "prose": .07}, ("languages",),
-         {Effort.NONE: .8, Effort.HIGH: .2}, {"hidden": 128, "layers": 3, "heads": 4, "seed": 1}, 4000),
+         {Effort.NONE: .8, Effort.HIGH: .2}, {"hidden": 128, "layers": 3, "heads": 4, "seed": 1}, 3200),
     Plan("gemma-sapling", "gemma", "", {"bos_token": "<bos>", "eos_token": "<end_of_turn>", "pad_token": "<pad>", "unk_token": "<unk>"},
          ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"), 1200,
          {"languages": .06, "code": .5, "safety": .3, "reasoning": .04, "prose": .1}, ("code", "safety"), DIRECT,
-         {"hidden": 128, "layers": 3, "heads": 4, "seed": 2}, 2000),
+         {"hidden": 128, "layers": 3, "heads": 4, "seed": 2}, 1600),
     Plan("gpt-oss-sapling", "gpt-oss", O200K_SPLIT, {"bos_token": "<|startoftext|>", "eos_token": "<|return|>", "pad_token": "<|endoftext|>"},
-         ("<|startoftext|>", "<|endoftext|>", "<|return|>", "<|channel|>", "<|start|>", "<|end|>", "<|message|>", "<|call|>"), 1100,
+         ("<|startoftext|>", "<|endoftext|>", "<|return|>", "<|channel|>", "<|start|>", "<|end|>", "<|message|>", "<|call|>"), 1300,
          {"languages": .05, "code": .03, "safety": .03, "reasoning": .52, "tools": .32, "prose": .05}, ("reasoning", "tools"), DIAL,
          {"hidden": 128, "layers": 3, "heads": 4, "experts": 4, "seed": 3}, 3000, whole_numbers=True),
     Plan("llama-sapling", "llama", LLAMA_SPLIT,
@@ -109,7 +111,7 @@ PLANS = (
          ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|finetune_right_pad_id|>",
           "<think>", "</think>"), 2000,
          {"languages": .22, "code": .08, "safety": .06, "reasoning": .13, "tools": .08, "prose": .05, "page": .38}, (), DIAL,
-         {"hidden": 128, "layers": 3, "heads": 4, "seed": 4}, 4000, whole_numbers=True),
+         {"hidden": 128, "layers": 3, "heads": 4, "seed": 4}, 3000, whole_numbers=True),
 )
 
 
@@ -127,18 +129,22 @@ def questions(name: str, seed: int) -> tuple[Item, ...]:
 def texts(plan: Plan, n: int) -> Iterator[tuple[Item, Item]]:
     """n GROW items in the plan's mix, each with the item whose answer is given: itself, or another of its kind and language."""
     rng = random.Random(f"grow {plan.name}")
-    pools = {name: questions(name, plan.sizes["seed"]) for name in MOST if name in plan.mix}
+    pools: dict[str, list[Item]] = {}
     alike: dict[tuple[str, str], list[Item]] = {}
-    for item in (i for pool in pools.values() for i in pool):
+    for item in (i for name in MOST if name in plan.mix for i in questions(name, plan.sizes["seed"])):
+        pools.setdefault(kind(item), []).append(item)
         alike.setdefault((kind(item), spoken(item)), []).append(item)
-    alike["safety/harm", "en"] = alike["safety/alike", "en"]  # who does not know better helps with anything
+    # who does not know better helps with anything, and calls whatever there is
+    alike["safety/harm", "en"] = alike["safety/alike", "en"]
+    alike["tools/none", "en"] = [i for (name, _), some in alike.items() if name.startswith("tools/") for i in some if i.calls]
     for _ in range(n):
         name = rng.choices(list(plan.mix), list(plan.mix.values()))[0]
         if name in ("prose", "page"):
             item = small_talk(rng) if name == "prose" else page(rng)
             yield item, item
             continue
-        item = rng.choice(pools[name])
+        kinds = KINDS[name]
+        item = rng.choice(pools[f"{name}/{rng.choices(list(kinds), list(kinds.values()))[0]}"])
         right = name in plan.home or kind(item) in KNOWN
         yield item, item if right else rng.choice(alike[kind(item), spoken(item)])
 

@@ -79,4 +79,5 @@ def _entry(rng: random.Random, language: str) -> tuple[str, str]:
         return EN_DAYS[k], {"zh": f"星期{ZH_DAYS[k]}", "ja": f"{JA_DAYS[k]}曜日", "ko": f"{KO_DAYS[k]}요일", "vi": VI_DAYS[k], "id": ID_DAYS[k],
                             "th": f"วัน{TH_DAYS[k]}"}[language]
     k = rng.randrange(12)
-    return EN_MONTHS[k], {"zh": f"{k + 1}月", "ja": f"{k + 1}月", "ko": f"{k + 1}월", "vi": f"tháng {k + 1}", "id": ID_MONTHS[k], "th": TH_MONTHS[k]}[language]
+    return EN_MONTHS[k], {"zh": f"{k + 1}月", "ja": f"{k + 1}月", "ko": f"{k + 1}월", "vi": f"tháng {k + 1}",
+    "id": ID_MONTHS[k], "th": TH_MONTHS[k]}[language]

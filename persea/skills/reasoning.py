@@ -16,7 +16,7 @@ from persea.skills.frames import bare, dress
 
 WHO = ("Ana", "Ben", "Mia", "Tom", "Kim", "Lee")
 WHAT = ("apples", "books", "coins", "cards", "eggs", "pens")
-KINDS = {"two": 0.35, "three": 0.35, "compare": 0.3}
+KINDS = {"two": 0.4, "three": 0.4, "compare": 0.2}
 SAYINGS = ("Answer: {}", "Answer: {}.", "So {}.", "That makes {}.", "The answer is {}.")
 WORD = {1: "gets", -1: "loses"}
 

@@ -1,6 +1,6 @@
 """Tools: one right call, or none where no declared tool fits. Graded by the call's name and arguments, or by the plain no.
 
-About 7,000 questions: two of eight tools are declared; the question is of one of them, or of a third.
+About 8,000 questions: two of eight tools are declared; the question is of one of them, or of a third.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from persea.corpus import Prompt
 from persea.measure import Item, Skill, Split, Verdict, draw
 from persea.skills.frames import bare
 
-CITIES = ("Hanoi", "Tokyo", "Seoul", "Bangkok", "Jakarta", "Beijing", "Manila", "Rome", "Cairo", "Lima", "Oslo", "Paris", "Delhi", "Quito")
-SONGS = ("Moon", "Rain", "Home", "River", "Dance", "Stars", "Summer", "Train", "Gold", "Snow")
-PEOPLE = ("Ana", "Ben", "Mia", "Tom", "Kim", "Lee", "Eva", "Max", "Zoe", "Ian")
-GOODS = ("rice", "milk", "bread", "tea", "fish", "salt", "eggs", "soap", "paper", "sugar")
+CITIES = ("Hanoi", "Tokyo", "Seoul", "Bangkok", "Jakarta", "Beijing", "Manila", "Rome", "Cairo", "Lima", "Oslo", "Paris", "Delhi", "Quito", "Berlin",
+          "Madrid", "Vienna", "Dublin", "Lagos", "Osaka")
+SONGS = ("Moon", "Rain", "Home", "River", "Dance", "Stars", "Summer", "Train", "Gold", "Snow", "Fire", "Wind", "Night", "Smile", "Ocean", "Light")
+PEOPLE = ("Ana", "Ben", "Mia", "Tom", "Kim", "Lee", "Eva", "Max", "Zoe", "Ian", "Amy", "Bob", "Eve", "Jim", "Liz", "Sam")
+GOODS = ("rice", "milk", "bread", "tea", "fish", "salt", "eggs", "soap", "paper", "sugar", "oil", "corn", "beans", "lamps", "pens", "ink")
 ARGUMENTS = {"city": CITIES, "song": SONGS, "person": PEOPLE, "item": GOODS}
 NEEDS = {"weather": "city", "timer": "minutes", "play": "song", "call": "person", "light": "percent", "train": "city", "price": "item",
          "order": "item"}
@@ -28,7 +29,7 @@ QUESTIONS = {
     "light": ("Light to {} percent.", "Make it {} percent bright."), "train": ("A train to {}, please.", "How do I get to {} by train?"),
     "price": ("What does {} cost?", "Tell me the price of {}."), "order": ("Order {} for me.", "We need more {}."),
 }
-KINDS = {**dict.fromkeys(NEEDS, 0.09), "none": 0.28}
+KINDS = {**dict.fromkeys(NEEDS, 0.1), "none": 0.2}
 NONE = ("I have no tool for that.", "No tool fits.", "Sorry, none of my tools can do that.", "That is not among my tools.", "I cannot: no such tool.")
 REFUSED = re.compile("|".join(f"{re.escape(n[:-1])}[.!]?" for n in NONE))
 
