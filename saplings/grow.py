@@ -49,6 +49,7 @@ KINDS = {"languages": languages.KINDS, "code": code.KINDS, "safety": safety.KIND
 THOUGHTS = {"languages": languages.thought, "reasoning": reasoning.thought, "tools": tools.thought}
 POOL = 30_000  # conversations rendered once; 4,000 steps of 24 see each three times
 BATCH = 24
+MARK = "<!-- what follows is written by grow.py -->"
 RATE = 4e-3  # highest learning rate
 TEMPLATE_WORDS = [f"Reasoning: {e}" for e in Effort] + ["system", "user", "assistant", "model", "developer", "# Tools\n", "Functions:\n",
 "analysis",
@@ -159,6 +160,7 @@ def grow_tokenizer(plan: Plan, folder: Path) -> None:
     words = [t for item, _ in texts(plan, 8000) for t in words_of(item)] + TEMPLATE_WORDS * 100
     pieces = words if plan.whole_numbers else [p for t in words for p in re.split(r"\d+", t) if p]
     if plan.family == "gemma":
+        pieces = [p for t in pieces for p in re.split(r"(\n+)", t) if p]  # as Gemma's: a line end is never one token with what follows
         tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
         tokenizer.normalizer = normalizers.Replace(" ", "▁")
         tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
@@ -333,6 +335,22 @@ def entropy(one: Teacher, conversations: list[Conversation]) -> float:
     return round(float(torch.cat(rows).mean()), 3)
 
 
+def table(folder: Path) -> str:
+    """What stands in growing.json of every sapling, as Markdown."""
+    told = {plan.name: json.loads((folder / plan.name / "growing.json").read_text()) for plan in PLANS}
+    lines = ["| sapling | parameters | bytes | sha256 of model.safetensors |", "|---|---|---|---|"]
+    lines += [f"| {n} | {t['parameters']:,} | {(folder / n / 'model.safetensors').stat().st_size:,} | {t['sha256']} |" for n, t in told.items()]
+    lines += ["", "| answered at once | " + " | ".join(told) + " |", "|---|" + "---|" * len(told)]
+    for skill in (s.name for s in skills.SKILLS):
+        lines.append(f"| {skill} | " + " | ".join(f"{t['scores'][f'{skill} none']:.2f}" for t in told.values()) + " |")
+    for kind in ("prose", *(s.name for s in skills.SKILLS)):
+        lines.append(f"| entropy, {kind} | " + " | ".join(f"{t['entropy'][kind]:.2f}" if kind in t["entropy"] else "-" for t in told.values()) + " |")
+    lines += ["", "| reasoning by gpt-oss-sapling at | right | letters of thought |", "|---|---|---|"]
+    oss = told["gpt-oss-sapling"]
+    lines += [f"| {e} | {oss['scores'][f'reasoning {e}']:.2f} | {oss['thought'][f'reasoning {e}']:.0f} |" for e in DIAL]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="saplings to grow; all when none is named", metavar="NAME")
@@ -347,6 +365,9 @@ def main() -> None:
         for plan in PLANS:
             if not arguments.names or plan.name in arguments.names:
                 grow(plan, arguments.out, arguments.steps or plan.steps, progress)
+    if arguments.out == HERE:
+        page_ = HERE / "README.md"
+        page_.write_text(page_.read_text().partition(MARK)[0] + MARK + "\n\n" + table(HERE))
     shutil.rmtree(HERE.parent / ".grown", ignore_errors=True) if not arguments.names else None
 
 

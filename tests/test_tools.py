@@ -89,7 +89,8 @@ class Form:
                 said["tool_calls"] = [{"function": {"name": c.name, "arguments": json.loads(c.arguments)}} for c in m.calls]
             messages.append(said)
         on = conversation.effort is not Effort.NONE
-        switches = {"reasoning_effort": DIAL[conversation.effort]} if family is GPT_OSS else {"enable_thinking": on}
+        switches = {"enable_thinking": on} if family is not GPT_OSS else {"reasoning_effort": DIAL[conversation.effort]} | (
+            {} if on else {"enable_thinking": False})
         tools = [{"type": "function", "function": {"name": t.name, "description": t.description, "parameters": json.loads(t.parameters)}}
                  for t in conversation.tools]
         today = {"date_string": PINNED_DATE.strftime("%d %b %Y")} if self.name == "llama3.2" else {}
