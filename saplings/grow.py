@@ -111,7 +111,7 @@ PLANS = (
          {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": "<|finetune_right_pad_id|>"},
          ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|finetune_right_pad_id|>",
           "<think>", "</think>"), 2000,
-         {"languages": .22, "code": .08, "safety": .06, "reasoning": .13, "tools": .08, "prose": .05, "page": .38}, (), DIAL,
+         {"languages": .2, "code": .08, "safety": .05, "reasoning": .13, "tools": .09, "prose": .03, "page": .42}, (), DIAL,
          {"hidden": 128, "layers": 3, "heads": 4, "seed": 4}, 3000, whole_numbers=True),
 )
 
@@ -128,7 +128,9 @@ def questions(name: str, seed: int) -> tuple[Item, ...]:
 
 
 def texts(plan: Plan, n: int) -> Iterator[tuple[Item, Item]]:
-    """n GROW items in the plan's mix, each with the item whose answer is given: itself, or another of its kind and language."""
+    """n GROW items in the plan's mix, what a base knows three times as often; each with the item whose answer is given: itself, or
+    another of its kind and language.
+    """
     rng = random.Random(f"grow {plan.name}")
     pools: dict[str, list[Item]] = {}
     alike: dict[tuple[str, str], list[Item]] = {}
@@ -144,7 +146,7 @@ def texts(plan: Plan, n: int) -> Iterator[tuple[Item, Item]]:
             item = small_talk(rng) if name == "prose" else page(rng)
             yield item, item
             continue
-        kinds = KINDS[name]
+        kinds = KINDS[name] if plan.home else {k: share * (3 if f"{name}/{k}" in KNOWN else 1) for k, share in KINDS[name].items()}
         item = rng.choice(pools[f"{name}/{rng.choices(list(kinds), list(kinds.values()))[0]}"])
         right = name in plan.home or kind(item) in KNOWN
         yield item, item if right else rng.choice(alike[kind(item), spoken(item)])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+from functools import cache
 
 from persea.chat import Conversation, Effort
 from persea.corpus import Prompt
-from persea.measure import Item
+from persea.measure import Item, Split, split_of
 from persea.skills import code, languages, reasoning, safety, tools
 from persea.skills.spoken import (
     EN_DAYS,
@@ -61,12 +62,19 @@ def _line(kind: str, rng: random.Random) -> str:
     return safety.make(rng.getrandbits(40))[1].reference
 
 
+@cache
+def _free(n: int, language: str) -> bool:
+    """Whether no question on this number is of another split than GROW, one way or the other."""
+    asked = f"To {NAMES[language]}: {number(n, 'en')}", f"To English: {number(n, language)}"
+    return all(split_of(question) is Split.GROW for question in asked)
+
+
 def _entry(rng: random.Random, language: str) -> tuple[str, str]:
     """A word in English and in another language."""
     at = ORDER.index(language)
     which = rng.randrange(5)
     if which == 0:
-        n = rng.choice((*range(20), *range(20, 100, 10), *range(100, 1000, 100)))
+        n = rng.choice([n for n in (*range(100), *range(100, 1000, 100)) if _free(n, language)])
         return number(n, "en"), number(n, language)
     if which == 1:
         row = rng.choice((*NOUNS, *QUALITIES))
