@@ -1,21 +1,23 @@
 """What the cache costs and what it is worth: bytes a position, the student's bits a byte, and positions a second.
 
-    python bench/cache.py [student] [synthetic] [speed]        (make bench-cache, about 10 minutes; one part leaves the others' figures)
+    python bench/cache.py [student] [synthetic] [bound] [speed] [feed]   (make bench-cache, about 15 minutes; one part leaves the others' figures)
 
-Three parts. `student`: a small model's distributions over whole conversations teach a smaller one from each form of cache, three
+Five parts. `student`: a small model's distributions over whole conversations teach a smaller one from each form of cache, three
 seeds. `synthetic`: rows of 152k-token vocabularies as long reasoning (nearly certain) and as web text (broad), made without a model.
-`speed`: CPU seconds of one thread. Writes bench/results/cache.json.
+`bound`: what naming tokens costs at least in those. `speed`: CPU seconds of one thread. `feed`: from the capture to the student's
+batches, beside the training step, and memory. Writes bench/results/cache.json.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from persea.skills import SKILLS
 from persea.teacher import Answer
 
 ROOT = Path(__file__).resolve().parent.parent
+TAU = 0.02  # the recipe's default
 SHARE, STEPS, BATCH, SEEDS = 0.7, 400, 16, 3
 WEB_TOKENS = 236e9
 
@@ -343,6 +346,61 @@ def synthetic(answers: int = 64, length: int = 4096) -> dict[str, Any]:
     return result
 
 
+# --- what naming tokens costs at least ---
+
+
+def bound(answers: int = 8, length: int = 4096) -> dict[str, Any]:
+    """Bytes a position that no code can go below on average, for naming tokens alone, values not counted.
+
+    Tokens of these rows are drawn one by one from RARER and independent of all else, so whatever a code knows (rows before it, the text,
+    values, contexts) a set of k tokens costs sum -log2 RARER(token) - log2 k! bits; if their values differ, and each must have its own,
+    log2 k! more. The realised token is free, the text names it. A row's KL is that of `rows.top_rows`, values exact.
+    """
+    p_W = np.diff(RARER, prepend=0)
+    cost_W = np.empty(V)
+    cost_W[PLACE] = -np.log2(p_W)
+    orders_K = np.array([math.lgamma(k + 1) / math.log(2) for k in range(300)])
+    result: dict[str, Any] = {"bits_a_token": round(float((p_W * -np.log2(p_W)).sum()), 2)}
+    for regime in REGIMES:
+        curves = [_curves(positions(regime, length, 1000 + k), cost_W) for k in range(answers)]
+        kl_NK, bits_NK, others_NK = (np.concatenate(column) for column in zip(*curves, strict=True))
+        result[regime] = {}
+        for kl in (0.1, 0.03, 0.01):
+            each_N = (kl_NK <= kl).argmax(1)
+            for form, cost_NK in (("named", bits_NK - orders_K[others_NK]), ("named, each with its value", bits_NK)):
+                for how, at_N in (("each row", each_N), ("the mean", _allotted(cost_NK, kl_NK, kl))):
+                    chosen = np.arange(len(at_N)), at_N
+                    result[regime][f"{how} at most {kl:g}, {form}"] = {
+                        "other_tokens": round(float(others_NK[chosen].mean()), 2), "ids_at_least": round(float(cost_NK[chosen].mean()) / 8, 2)}
+        print(regime, json.dumps(result[regime], indent=1), flush=True)
+    return result
+
+
+def _curves(at: Positions, cost_W: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each row with its 0 to K likeliest tokens named: KL, bits to name them one after the other, and how many beside the realised."""
+    order = np.argsort(-at.p_NK, 1, kind="stable")
+    ids_NK, p_NK = np.take_along_axis(at.ids_NK, order, 1), np.take_along_axis(at.p_NK, order, 1)
+    there_NK = p_NK > 0
+    often_NK = np.where(there_NK, OF_ID[ids_NK], 0)
+    against_NK = np.where(there_NK, p_NK * np.log(np.where(there_NK, p_NK, 1) / OF_ID[ids_NK]), 0)
+    lost_N = against_NK.sum(1) + at.left_N * np.log(np.maximum(at.left_N, 1e-300))
+    left_NK, unnamed_NK = np.maximum(1 - p_NK.cumsum(1), 1e-15), np.maximum(1 - often_NK.cumsum(1), 1e-300)
+    kl_NK = np.concatenate([lost_N[:, None], lost_N[:, None] - against_NK.cumsum(1) - left_NK * np.log(left_NK / unnamed_NK)], 1).clip(0)
+    other_NK = ids_NK != at.real_N[:, None]
+    bits_NK, others_NK = (np.pad(column.cumsum(1), ((0, 0), (1, 0))) for column in (cost_W[ids_NK] * other_NK, other_NK))
+    return kl_NK, bits_NK, others_NK
+
+
+def _allotted(cost_NK: np.ndarray, kl_NK: np.ndarray, kl: float) -> np.ndarray:
+    """How many each row names where the mean KL may be `kl` and the cost is least: one price a nat for all rows, found by halving."""
+    low, high = 1e-3, 1e7
+    for _ in range(60):
+        price = math.sqrt(low * high)
+        at_N = (cost_NK + price * kl_NK).argmin(1)
+        low, high = (price, high) if kl_NK[np.arange(len(at_N)), at_N].mean() > kl else (low, price)
+    return at_N
+
+
 # --- speed ---
 
 
@@ -374,6 +432,13 @@ def speed() -> dict[str, Any]:
     return result
 
 
+def given(name: str, engine: LocalEngine, whole: list[Conversation], tokens: list[Tokens]) -> Iterator[Capture]:
+    """Given answers as the sapling scores them; each is short enough to come in one piece."""
+    for k, logs_NW in engine.pieces([t.ids_T for t in tokens], [t.learn_T for t in tokens]):
+        rows = sample_rows(logs_NW, tokens[k].ids_T[tokens[k].learn_T], TAU, str(k))
+        yield Capture(Answer(str(k), name, "s", "", whole[k], Finish.STOP), tokens[k], rows)
+
+
 def capture_over_forward(name: str) -> float:
     """Scoring, sampling and packing of given answers over the forward passes that they need."""
     source = Source(str(ROOT / "saplings" / name))
@@ -393,12 +458,8 @@ def capture_over_forward(name: str) -> float:
                 engine.model(input_ids=ids, attention_mask=mask)
         forward = time.process_time() - begin
         begin = time.process_time()
-        captures = []
-        for c, t, logs_NW in zip(whole, tokens, engine.score([t.ids_T for t in tokens], [t.learn_T for t in tokens]), strict=True):
-            rows = sample_rows(logs_NW, t.ids_T[t.learn_T], 0.01, str(len(captures)))
-            captures.append(Capture(Answer(str(len(captures)), name, "s", "", c, Finish.STOP), t, rows))
         with tempfile.TemporaryDirectory() as folder:
-            cache.write_unit(Path(folder), "u", captures, {}, tau=0.01)
+            cache.write_unit(Path(folder), "u", list(given(name, engine, whole, tokens)), {}, tau=TAU)
         ratios.append((time.process_time() - begin) / forward)
     return round(statistics.median(ratios), 3)
 
@@ -422,15 +483,22 @@ def table(result: dict[str, Any]) -> str:
     for form, r in result["student"]["forms"].items():
         lines.append(f"| {form} | {r.get('entries', '-')} | {r.get('rows', '-')} | {r['mean']:.3f} ({min(r['bits_per_byte']):.3f}-"
                      f"{max(r['bits_per_byte']):.3f}) | {r['over_full']:+.1%} | {r.get('gradient_variance', '-')} | {r.get('gradient_bias', '-')} |")
+    bits = result["bound"]["bits_a_token"]
+    lines += ["", f"| ids at least, {bits} bits a token | tokens beside the realised | bytes a position |", "|---|---|---|"]
+    for regime in REGIMES:
+        lines += [f"| {regime}, {form} | {r['other_tokens']} | {r['ids_at_least']} |" for form, r in result["bound"][regime].items()]
     lines += ["", "| CPU, one thread | |", "|---|---|"]
-    for name, r in result["speed"].items():
+    for name, r in [*result["speed"].items(), *result["feed"].items()]:
         lines += [f"| {name}: {what.replace('_', ' ')} | {value:,} |" for what, value in r.items()]
     return "\n".join(lines)
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    path, parts = ROOT / "bench" / "results" / "cache.json", {"student": student, "synthetic": synthetic, "speed": speed}
+    from feed import feed
+
+    path = ROOT / "bench" / "results" / "cache.json"
+    parts = {"student": student, "synthetic": synthetic, "bound": bound, "speed": speed, "feed": feed}
     wanted = sys.argv[1:] or list(parts)
     result = (json.loads(path.read_text()) if path.is_file() else {}) | {"torch": torch.__version__} | {name: parts[name]() for name in wanted}
     path.write_text(json.dumps(result, indent=1) + "\n")

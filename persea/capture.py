@@ -17,7 +17,8 @@ from persea.audition import Cast
 from persea.chat import Effort, Finish, Text, Tokens
 from persea.corpus import MAX_LINE, Broken, Corpus, Prompt
 from persea.errors import DataError, Refused
-from persea.rows import RowKind, Rows, sample_rows, top_rows
+from persea.reader import Reader, open_reader
+from persea.rows import RowKind, Rows, joined, sample_rows, top_rows
 from persea.shelf import committed
 from persea.teacher import Answer, Teacher
 
@@ -88,14 +89,16 @@ class Keeping:
     def kind(self) -> RowKind:
         return RowKind.SAMPLED if self.kl is None else RowKind.TOPK_REST
 
-    def rows(self, unit: Unit, answer: Answer, tokens: Tokens, logprobs_NW: torch.Tensor, seen_W: npt.NDArray[np.int64]) -> Rows:
-        """seen_W: how often each token stands in the unit's answers. One more of each, and it says how a rest is spread."""
-        realised_N = tokens.ids_T[tokens.learn_T]
+    def rows(self, unit: Unit, answer: Answer, tokens: Tokens, logprobs_NW: torch.Tensor, seen_W: npt.NDArray[np.int64], first: int = 0) -> Rows:
+        """The answer's rows from its `first` on, of as many as there are log-probabilities.
+
+        seen_W: how often each token stands in the unit's answers. One more of each, and it says how a rest is spread."""
+        realised_N = tokens.ids_T[tokens.learn_T][first:first + len(logprobs_NW)]
         if self.kl is not None:
             return top_rows(logprobs_NW, realised_N, self.kl, (seen_W + 1) / (seen_W + 1).sum(), f"prompt {answer.prompt_id}")
         if self.tau is None:
             raise AssertionError("rows are kept by tau or by kl")
-        return sample_rows(logprobs_NW, realised_N, self.tau, f"{self.seed} {unit.teacher} {answer.prompt_id}")
+        return sample_rows(logprobs_NW, realised_N, self.tau, f"{self.seed} {unit.teacher} {answer.prompt_id}", first)
 
 
 @dataclass(frozen=True)
@@ -174,12 +177,13 @@ def _keep(unit: Unit, answers: Sequence[Answer], quarantine: Sequence[tuple[str,
     rendered = [(a, _rendered(a, teacher)) for a in answers]
     rendered = [(replace(a, finish=Finish.LENGTH), None) if t is not None and 0 < teacher.context < len(t) else (a, t) for a, t in rendered]
     whole = [(a, tokens) for a, tokens in rendered if tokens is not None]
-    scored = teacher.engine.score([t.ids_T for _, t in whole], [t.learn_T for _, t in whole])
     seen_W = np.zeros(len(teacher.voice.vocabulary), np.int64)
     for _, tokens in whole:
         seen_W += np.bincount(tokens.ids_T, minlength=len(seen_W))
-    captures = [cache.Capture(answer, tokens, how.rows(unit, answer, tokens, logprobs_NW, seen_W))
-                for (answer, tokens), logprobs_NW in zip(whole, scored, strict=True)]
+    parts: list[list[Rows]] = [[] for _ in whole]
+    for k, logprobs_NW in teacher.engine.pieces([t.ids_T for _, t in whole], [t.learn_T for _, t in whole]):
+        parts[k].append(how.rows(unit, *whole[k], logprobs_NW, seen_W, sum(map(len, parts[k]))))
+    captures = [cache.Capture(answer, tokens, joined(rows)) for (answer, tokens), rows in zip(whole, parts, strict=True)]
     dropped = Counter[str](_why(a) for a, tokens in rendered if tokens is None)
     if quarantine:
         dropped[Finish.REFUSED.value] += len(quarantine)
@@ -214,10 +218,10 @@ def _rendered(answer: Answer, teacher: Teacher) -> Tokens | None:
         return None
 
 
-def read(units: Sequence[Unit], folder: Path) -> Iterator[cache.Capture]:
-    """All captures of the units, in order, every digest checked."""
-    for unit in units:
-        yield from cache.read_unit(folder, unit.name)
+def caches(units: Sequence[Unit], folder: Path) -> tuple[tuple[Reader, int], ...]:
+    """Each teacher's captures, and its share: how many prompts the cast gave it. A teacher that was asked nothing has none."""
+    return tuple((open_reader(folder, [u.name for u in units if u.teacher == name]), sum(len(u.prompts) for u in units if u.teacher == name))
+                 for name in dict.fromkeys(u.teacher for u in units))
 
 
 def summary(units: Sequence[Unit], folder: Path) -> dict[str, Any]:

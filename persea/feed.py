@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from array import array
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from persea.errors import DataError
 from persea.losses import Entries, Targets, standing, targets, together
 from persea.masks import FREE
 from persea.merges import expand
+from persea.reader import Chosen, Mixture, Ordered
 from persea.voice import Voice
 
 
@@ -50,6 +51,7 @@ class Batch:
     targets_N        the learned tokens
     teachers         what each teacher says of the N positions
     share            teacher -> learned positions of its answers
+    by_B             the teacher of each conversation
     """
 
     ids_BS: torch.Tensor
@@ -59,48 +61,104 @@ class Batch:
     targets_N: torch.Tensor
     teachers: tuple[Targets, ...]
     share: Mapping[str, int]
+    by_B: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Feed:
-    """Lessons in an order that depends on the seed and the step alone: batch(k) is the same whoever asks, and when.
+class Survey:
+    """What one pass over the captures found, before the first step.
 
-    too_long, unsayable  what was left out: answers past the limit, and why answers cannot be said in the student's voice
+    lessons, left_out    by teacher: answers to learn from, and answers left out
+    too_long, unsayable  answers past the limit, and answers that cannot be said in the student's voice; `why` of the first SHOWN of these
+    taught               by teacher and language, what `Lesson.found` adds up to
     """
 
-    lessons: tuple[Lesson, ...]
-    bridges: Mapping[str, Bridge]
-    size: int
-    seed: int
+    lessons: Mapping[str, int]
+    left_out: Mapping[str, int]
     too_long: int
-    unsayable: tuple[str, ...] = ()
+    unsayable: int
+    why: tuple[str, ...]
+    taught: Mapping[tuple[str, str], npt.NDArray[np.float64]]
 
-    def batch(self, step: int) -> Batch:
-        """The batch of a step; each epoch is a new permutation of all lessons."""
-        chosen = [self._lesson(step * self.size + k) for k in range(self.size)]
-        return _collate(chosen, self.bridges)
-
-    def diagnosis(self) -> list[dict[str, Any]]:
-        """By teacher and language, what the lessons are taught by: shares of learned tokens, disagreement, the teacher's mass kept."""
-        sums: dict[tuple[str, str], npt.NDArray[np.float64]] = {}
-        for one in self.lessons:
-            sums[one.teacher, one.language] = sums.get((one.teacher, one.language), np.zeros(len(Taught) + 3)) + one.found
+    def to_json(self) -> dict[str, Any]:
+        """taught: by teacher and language, shares of learned tokens, disagreement, the teacher's mass kept."""
         rows = []
-        for (teacher, language), found in sorted(sums.items()):
+        for (teacher, language), found in sorted(self.taught.items()):
             taught, (differ, mass, kept) = found[:len(Taught)], found[len(Taught):].tolist()
             shares = {t.name.lower(): round(float(taught[t] / taught.sum()), 4) for t in Taught}
             rows.append({"teacher": teacher, "language": language, "tokens": int(taught.sum()), **shares,
                          "disagreement": round(differ / max(1.0, taught[Taught.EVENT]), 4), "mass_kept": round(kept / mass, 4) if mass else None})
-        return rows
-
-    def _lesson(self, number: int) -> Lesson:
-        epoch, place = divmod(number, len(self.lessons))
-        return self.lessons[int(_permutation(self.seed, epoch, len(self.lessons))[place])]
+        return {"lessons": dict(self.lessons), "left_out": dict(self.left_out), "too_long": self.too_long, "unsayable": self.unsayable,
+                "why": list(self.why), "taught": rows}
 
 
-@lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, n: int) -> npt.NDArray[np.int64]:
-    return np.random.default_rng([seed, epoch]).permutation(n)
+SHOWN = 100          # of what cannot be said
+RECENT = 1 << 21     # tokens and entries of lessons that are kept: some 100 MB, and all of the quickstart's
+EACH = 64            # what a lesson counts beside them: its arrays' own bookkeeping, 2 kB
+
+
+@dataclass(frozen=True, eq=False)
+class Feed:
+    """Lessons in an order that depends on the seed and the step alone: batch(k) is the same whoever asks, and when.
+
+    A lesson is made when a step wants it, and the last ones are kept: memory does not grow with the captures but by 8 bytes an answer.
+    """
+
+    mixture: Mixture
+    make: Callable[[Capture], Lesson]
+    bridges: Mapping[str, Bridge]
+    size: int
+    survey: Survey
+    _recent: OrderedDict[tuple[int, int], Lesson] = field(default_factory=OrderedDict, repr=False)
+    _weight: list[int] = field(default_factory=lambda: [0], repr=False)
+
+    def __len__(self) -> int:
+        """Lessons."""
+        return sum(map(len, self.mixture.readers))
+
+    def batch(self, step: int, part: int = 0, parts: int = 1) -> Batch:
+        """The batch of a step, draws step * size and on of the mixture; or a part of it: parts are slices in order, so that together they
+        are the same batch however many there are."""
+        begin, end = self.size * part // parts, self.size * (part + 1) // parts
+        return collate([self.lesson(step * self.size + k) for k in range(begin, end)], self.bridges)
+
+    def set_aside(self, share: float) -> tuple[Feed, Feed]:
+        """(what is learned, what is held out): a share of the lessons, drawn by the seed, in whole batches and at least one of each.
+
+        Raises DataError where there are not enough lessons for that.
+        """
+        mixture = self.mixture
+        n = max(1, round(len(self) * share / self.size)) * self.size
+        if len(self) - n < self.size:
+            raise DataError(f"{len(self)} lessons are too few to hold out {n} and learn from batches of {self.size}", where="training.held_out",
+                            remedy="a larger corpus, a smaller training.batch, or training.evaluate_every: 0")
+        held_L = np.zeros(len(self), np.bool_)
+        held_L[np.random.default_rng([mixture.seed, n]).permutation(len(self))[:n]] = True
+        edges = np.cumsum([len(reader) for reader in mixture.readers])[:-1]
+        sides = []
+        for chosen_L in (~held_L, held_L):
+            parts = [(Chosen(reader, np.flatnonzero(mine)), old) for reader, old, mine in
+                     zip(mixture.readers, mixture.shares, np.split(chosen_L, edges), strict=True) if mine.any()]
+            readers, shares = zip(*parts, strict=True)
+            sides.append(replace(self, mixture=Mixture(readers, shares if chosen_L is not held_L else tuple(map(len, readers)), mixture.seed),
+                                 _recent=OrderedDict(), _weight=[0]))
+        return sides[0], sides[1]
+
+    def lesson(self, number: int) -> Lesson:
+        """The lesson of a draw."""
+        key = self.mixture.answer(number)
+        one = self._recent.pop(key, None)
+        if one is None:
+            one = self.make(self.mixture.readers[key[0]][key[1]])
+            self._weight[0] += _weighs(one)
+        self._recent[key] = one
+        while self._weight[0] > RECENT and len(self._recent) > 1:
+            self._weight[0] -= _weighs(self._recent.popitem(last=False)[1])
+        return one
+
+
+def _weighs(one: Lesson) -> int:
+    return len(one.tokens) + len(one.said.row_M) + EACH
 
 
 def lesson(capture: Capture, voice: Voice, bridge: Bridge, completer: Completer | None = None) -> Lesson:
@@ -141,34 +199,57 @@ def _laid(capture: Capture, tokens: Tokens, bridge: Bridge, completer: Completer
     return Lesson(tokens, answer.teacher, answer.skill, answer.language, said, counts)
 
 
-def offline(captures: Iterable[Capture], voice: Voice, bridges: Mapping[str, Bridge], *, size: int, seed: int, max_tokens: int,
+def offline(caches: Sequence[tuple[Ordered, float]], voice: Voice, bridges: Mapping[str, Bridge], *, size: int, seed: int, max_tokens: int,
             completion: bool = False) -> Feed:
-    """Batches from captures. Answers longer than max_tokens, or that the student's tokenizer or template cannot say (a
-    literal U+2581 in a SentencePiece student), are left out and counted; nothing is cut. Raises DataError where none is left.
+    """Batches from captures, mixed by share. One pass over them first: answers longer than max_tokens, or that the student's tokenizer or
+    template cannot say (a literal U+2581 in a SentencePiece student), are left out and counted; nothing is cut.
+
+    caches  captures and their share: however many of them are left out, so large a part of the lessons is from there, and each cache
+            is read epoch after epoch. One of which nothing is left is no part of the mixture; Survey says so
+    Raises DataError where none is left, and for a broken row.
     """
     completers = {name: open_completer(bridge) if completion else None for name, bridge in bridges.items()}
-    kept: list[Lesson] = []
-    unsayable: list[str] = []
-    too_long = 0
-    for capture in captures:
-        try:
-            tokens = _said(capture, voice)
-        except DataError as error:
-            unsayable.append(f"{capture.answer.prompt_id}: {error}")
-            continue
-        one = _laid(capture, tokens, bridges[capture.answer.teacher], completers[capture.answer.teacher])  # a broken row is refused
-        if len(one.tokens) <= max_tokens:
-            kept.append(one)
-        else:
-            too_long += 1
-    if not kept:
-        raise DataError(f"no answer is left: {too_long} have more than {max_tokens} tokens, {len(unsayable)} cannot be said by the student"
-                        + "".join(f" ({reason})" for reason in unsayable[:1]), where="train",
+
+    def make(capture: Capture) -> Lesson:
+        return lesson(capture, voice, bridges[capture.answer.teacher], completers[capture.answer.teacher])
+
+    lessons, left_out, why = Counter[str](), Counter[str](), list[str]()
+    taught: dict[tuple[str, str], npt.NDArray[np.float64]] = {}
+    too_long = unsayable = 0
+    parts: list[tuple[Chosen, float]] = []
+    for captures, share in caches:
+        kept = array("q")
+        for number in range(len(captures)):
+            capture = captures[number]
+            answer = capture.answer
+            try:
+                tokens = _said(capture, voice)
+            except DataError as error:
+                unsayable += 1
+                left_out[answer.teacher] += 1
+                why += [f"{answer.prompt_id}: {error}"] if len(why) < SHOWN else []
+                continue
+            one = _laid(capture, tokens, bridges[answer.teacher], completers[answer.teacher])  # a broken row is refused
+            if len(tokens) > max_tokens:
+                too_long += 1
+                left_out[answer.teacher] += 1
+                continue
+            kept.append(number)
+            lessons[answer.teacher] += 1
+            key = answer.teacher, answer.language
+            taught[key] = taught.get(key, np.zeros(len(Taught) + 3)) + one.found
+        if len(kept):
+            parts.append((Chosen(captures, np.array(kept, np.int64)), share))
+    if not parts:
+        raise DataError(f"no answer is left: {too_long} have more than {max_tokens} tokens, {unsayable} cannot be said by the student"
+                        + "".join(f" ({reason})" for reason in why[:1]), where="train",
                         remedy="raise training.max_tokens, or choose another student")
-    return Feed(tuple(kept), bridges, size, seed, too_long, tuple(unsayable))
+    readers, shares = zip(*parts, strict=True)
+    return Feed(Mixture(readers, shares, seed), make, bridges, size, Survey(lessons, left_out, too_long, unsayable, tuple(why), taught))
 
 
-def _collate(lessons: Sequence[Lesson], bridges: Mapping[str, Bridge]) -> Batch:
+def collate(lessons: Sequence[Lesson], bridges: Mapping[str, Bridge]) -> Batch:
+    """Lessons as one batch, in order."""
     width = max(len(one.tokens) for one in lessons)
     ids = torch.zeros((len(lessons), width), dtype=torch.int64)
     mask = torch.zeros_like(ids)
@@ -186,4 +267,4 @@ def _collate(lessons: Sequence[Lesson], bridges: Mapping[str, Bridge]) -> Batch:
         n += len(learned)
     row_N, at_N = torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(ats))
     teachers = tuple(targets(bridges[name], together(*zip(*parts, strict=True)), n) for name, parts in said.items())
-    return Batch(ids, mask, row_N, at_N, ids[row_N, at_N + 1], teachers, dict(share))
+    return Batch(ids, mask, row_N, at_N, ids[row_N, at_N + 1], teachers, dict(share), tuple(one.teacher for one in lessons))

@@ -13,7 +13,7 @@ from persea.measure import Split
 from persea.river import River, digest_of
 from persea.run import STAGES, Stage
 
-BYTES_PER_TOKEN = 60  # the most: broad text of a 152k vocabulary at tau .01 costs 53 without its text, reasoning 12 (docs/cache.md)
+BYTES_PER_TOKEN = 40  # the most: broad text of a 152k vocabulary at tau .02 costs 34 without its text, reasoning 9 (docs/cache.md)
 BYTES_PER_TOP = 400  # with `rows: topk` at kl .01 broad text costs 316, reasoning 53 (docs/cache.md)
 CHECKPOINTS_KEPT = 2
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,14 @@ WINDOW = 64       # blocks shuffled together: some 260,000 tokens
 KEPT = 2 * WINDOW  # decoded blocks in memory, about 40 bytes a token: 20 MB
 UNITS = 128       # units open at once; each holds a file descriptor, and 256 is the least limit in use
 GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, fill [0, 1) evenly in every stretch
+
+
+class Ordered(Protocol):
+    """Captures by number, and every number once in an order that seed and epoch decide."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, number: int, /) -> Capture: ...
+    def order(self, seed: int, epoch: int) -> npt.NDArray[np.int64]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,13 +89,32 @@ def open_reader(folder: Path, names: Sequence[str]) -> Reader:
 
 
 @dataclass(frozen=True, eq=False)
+class Chosen:
+    """Some answers of a cache (`numbers`, rising), in the order in which the whole of it is read."""
+
+    whole: Ordered
+    numbers: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, number: int) -> Capture:
+        return self.whole[int(self.numbers[number])]
+
+    def order(self, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+        """Every number of these once."""
+        order = self.whole.order(seed, epoch)
+        return np.searchsorted(self.numbers, order[np.isin(order, self.numbers)])
+
+
+@dataclass(frozen=True, eq=False)
 class Mixture:
     """Several caches drawn from by share, without end: draw(n) depends on n, the shares and the seed alone.
 
     Shares hold in every stretch of draws, without chance, as the cast's do; each cache is read epoch after epoch in its own order.
     """
 
-    readers: tuple[Reader, ...]
+    readers: tuple[Ordered, ...]
     shares: tuple[float, ...]
     seed: int
 
@@ -97,30 +125,43 @@ class Mixture:
 
     def draw(self, number: int) -> Capture:
         """The number-th capture to learn from."""
+        k, at = self.answer(number)
+        return self.readers[k][at]
+
+    def answer(self, number: int) -> tuple[int, int]:
+        """The number-th draw: which cache, and the answer's number in it."""
         k, at = self.place(number)
-        reader = self.readers[k]
-        epoch, at = divmod(at, len(reader))
-        return reader[int(_order(reader, self.seed, epoch)[at])]
+        epoch, at = divmod(at, len(self.readers[k]))
+        return k, int(_order(self.readers[k], self.seed, epoch)[at])
 
     def place(self, number: int) -> tuple[int, int]:
         """Which cache the number-th draw is from, and how many draws before it were from the same."""
         piece, at = divmod(number, PIECE)
-        before = sum((np.bincount(_sources(self.shares, p), minlength=len(self.shares)) for p in range(piece)), np.zeros(len(self.shares), np.int64))
-        sources = _sources(self.shares, piece)
-        k = int(sources[at])
-        return k, int(before[k] + np.count_nonzero(sources[:at] == k))
+        source_D, before_D = _drawn(self.shares, piece)
+        k = int(source_D[at])
+        return k, int(before_D[at]) + sum(_counts(self.shares, p)[k] for p in range(piece))
 
 
-PIECE = 1 << 20  # draws counted at once: 10 ms
+PIECE = 1 << 20  # draws counted at once: 60 ms, and 5 MB each
 
 
-@lru_cache(maxsize=64)
-def _sources(shares: tuple[float, ...], piece: int) -> npt.NDArray[np.int64]:
+@lru_cache(maxsize=8)
+def _drawn(shares: tuple[float, ...], piece: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
+    """Of each draw of a piece (D) its cache, and how many of the piece's draws before it were from the same."""
     ends = np.cumsum(shares) / np.sum(shares)
     turns = np.arange(piece * PIECE + 1, (piece + 1) * PIECE + 1) * GOLDEN % 1
-    return np.minimum(np.searchsorted(ends, turns, side="right"), len(shares) - 1)
+    source_D = np.minimum(np.searchsorted(ends, turns, side="right"), len(shares) - 1).astype(np.uint8)
+    before_D = np.empty(PIECE, np.int32)
+    for k in range(len(shares)):
+        before_D[source_D == k] = np.arange(np.count_nonzero(source_D == k))
+    return source_D, before_D
+
+
+@lru_cache(maxsize=4096)
+def _counts(shares: tuple[float, ...], piece: int) -> tuple[int, ...]:
+    return tuple(np.bincount(_drawn(shares, piece)[0], minlength=len(shares)).tolist())
 
 
 @lru_cache(maxsize=16)
-def _order(reader: Reader, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+def _order(reader: Ordered, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     return reader.order(seed, epoch)

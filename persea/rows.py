@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -71,7 +72,14 @@ def _at_once(logprobs_NW: torch.Tensor) -> int:
     return max(1, AT_ONCE // max(1, logprobs_NW.shape[1]))
 
 
-def sample_rows(logprobs_NW: torch.Tensor, realised_N: npt.NDArray[np.integer], tau: float, seed: str) -> Rows:
+def joined(parts: Sequence[Rows]) -> Rows:
+    """Rows of one kind laid end to end; at least one part."""
+    sizes_N = np.concatenate([np.diff(p.offsets_N1) for p in parts])
+    ids_M, probs_M, realised_N = (np.concatenate(column) for column in zip(*((p.ids_M, p.probs_M, p.realised_N) for p in parts), strict=True))
+    return Rows(np.concatenate([[0], np.cumsum(sizes_N)]).astype(np.int64), ids_M, probs_M, realised_N, parts[0].kind)
+
+
+def sample_rows(logprobs_NW: torch.Tensor, realised_N: npt.NDArray[np.integer], tau: float, seed: str, first: int = 0) -> Rows:
     """Rows by systematic threshold sampling: entries of probability >= tau exactly, the rest at random with mean p.
 
     Below tau an entry is kept with probability p/tau and stored as tau; one random number a row walks the cumulated tail,
@@ -79,12 +87,13 @@ def sample_rows(logprobs_NW: torch.Tensor, realised_N: npt.NDArray[np.integer], 
     (Threshold sampling: Duffield, Lund, Thorup 2005; on distillation: Anshumann et al., ACL 2025.)
 
     logprobs_NW  natural logs; realised_N  the tokens that stand there; seed  names the draw, the same one gives the same
-    rows on every machine. Raises DataError for rows that are no distributions.
+    rows on every machine; first  how many rows of the same draw came before these: pieces give what the whole would.
+    Raises DataError for rows that are no distributions.
     """
     import torch
 
     rng = np.random.Generator(np.random.Philox(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big")))
-    start_N1 = torch.from_numpy(rng.random((len(logprobs_NW), 1)))
+    start_N1 = torch.from_numpy(rng.random((first + len(logprobs_NW), 1))[first:])
     at_once = _at_once(logprobs_NW)
     spans = [slice(first, first + at_once) for first in range(0, max(1, len(logprobs_NW)), at_once)]
     parts = []

@@ -92,7 +92,7 @@ def capture(river: River, folder: Path, tell: Tell) -> None:
 
 def train(river: River, folder: Path, tell: Tell) -> None:
     """Teach the student from all teachers at once."""
-    from persea.capture import read
+    from persea.capture import caches
     from persea.feed import offline
     from persea.losses import composed_head
     from persea.train import Settings
@@ -100,9 +100,8 @@ def train(river: River, folder: Path, tell: Tell) -> None:
 
     t = river.recipe.training
     student = river.student()
-    captures = read(river.units, river.folder / "capture")
-    feed = offline(captures, student.voice, river.bridges, size=t.batch, seed=river.recipe.seed, max_tokens=t.max_tokens,
-                   completion=t.completion)
+    feed = offline(caches(river.units, river.folder / "capture"), student.voice, river.bridges, size=t.batch, seed=river.recipe.seed,
+                   max_tokens=t.max_tokens, completion=t.completion)
 
     def loss_of(step: int) -> tuple[Any, Any]:
         batch = feed.batch(step)
@@ -114,8 +113,7 @@ def train(river: River, folder: Path, tell: Tell) -> None:
     loop(student.trained, loss_of, settings, folder, digest_of(STAGES[3].inputs(river)), lambda step, line: tell(
         "train", step / t.steps, f"loss {line['loss']:.3f}, {line['positions'] / max(line['seconds'], 1e-9):.0f} tokens/s"))
     student.save(folder / "student")
-    store.publish_json(folder / "feed.json", {"lessons": len(feed.lessons), "too_long": feed.too_long, "unsayable": feed.unsayable,
-                                              "taught": feed.diagnosis()})
+    store.publish_json(folder / "feed.json", feed.survey.to_json())
 
 
 def evaluate(river: River, folder: Path, tell: Tell) -> None:

@@ -138,7 +138,7 @@ class Capture(Section):
         default="ask", description="ask = the teachers answer; given = they score the answers that come with the prompts")
     rows: Literal["sampled", "topk"] = Field(
         default="sampled", description="sampled = an unbiased sample of each distribution; topk = its likeliest tokens up to `kl`, and a rest")
-    tau: float | None = Field(default_factory=lambda seen: 0.01 if seen["rows"] == "sampled" else None, gt=0, le=0.5, validate_default=True,
+    tau: float | None = Field(default_factory=lambda seen: 0.02 if seen["rows"] == "sampled" else None, gt=0, le=0.5, validate_default=True,
                               description="probability below which a token is kept by chance, so that rows stay small; only with `rows: sampled`")
     kl: float | None = Field(default_factory=lambda seen: 0.01 if seen["rows"] == "topk" else None, ge=0.003, le=10, validate_default=True,
                              description="nats a row may lose, its rest spread by how often tokens stand in the unit; only with `rows: topk`")

@@ -23,7 +23,7 @@ from test_teacher import scripted, words
 
 from persea import cache
 from persea.audition import Cast
-from persea.capture import Pace, Step, Unit, accounts, capture, plan_units, quarantined, read, summary
+from persea.capture import Pace, Step, Unit, accounts, caches, capture, plan_units, quarantined, summary
 from persea.chat import Conversation, Effort, Finish, Message, Role, Text
 from persea.corpus import Broken, Corpus, Prompt, Why
 from persea.engines import Engine
@@ -51,6 +51,9 @@ class Counting:
     def score(self, sequences: Sequence[np.ndarray], learn: Sequence[np.ndarray]) -> object:
         return self.real.score(sequences, learn)
 
+    def pieces(self, sequences: Sequence[np.ndarray], learn: Sequence[np.ndarray]) -> object:
+        return self.real.pieces(sequences, learn)
+
 
 def prompts(n: int) -> list[Prompt]:
     """n questions of each of two skills, with their answers."""
@@ -64,6 +67,10 @@ def units(some: Sequence[Prompt], size: int = 4, cast: Cast = ALONE, identity: s
 
 def names(planned: Sequence[Unit]) -> list[str]:
     return [u.name for u in planned]
+
+
+def read(planned: Sequence[Unit], folder: Path) -> list[cache.Capture]:
+    return [c for unit in planned for c in cache.read_unit(folder, unit.name)]
 
 
 def ask(planned: Sequence[Unit], folder: Path, speaker: Teacher | None = None, **changes: Any) -> list[int]:
@@ -331,6 +338,35 @@ def test_a_summary_before_all_is_captured_is_refused_with_the_missing_unit(tmp_p
     ask(planned[:1], tmp_path)
     with pytest.raises(DataError, match=rf"{planned[1].name}\.json: not there"):
         summary(planned, tmp_path)
+
+
+def test_each_teachers_captures_are_a_cache_of_their_own_with_the_casts_share(tmp_path: Path) -> None:
+    both = Cast({"languages": (("qwen-sapling", 1.0),), "reasoning": (("gemma-sapling", 1.0),)}, ())
+    planned = units(prompts(5), cast=both)
+    for name in ("qwen-sapling", "gemma-sapling"):
+        ask(planned, tmp_path, Teacher(name, opened(name)[0], engine(name)))
+    (one, share), (other, rest) = caches(planned, tmp_path)
+    assert (share, rest) == (5, 5)
+    for read_, name in ((one, "qwen-sapling"), (other, "gemma-sapling")):
+        assert [c.answer for c in read_] == [c.answer for c in read([u for u in planned if u.teacher == name], tmp_path)]
+
+
+def test_an_answer_that_comes_in_pieces_gives_the_same_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never [learned tokens, vocabulary] of a whole answer: the most rows that are handed over at once is told by the pieces."""
+    planned = units(prompts(3)[:3], answers="given")
+    ask(planned, tmp_path / "whole", given=True)
+    sizes: list[int] = []
+
+    class Cut(Counting):
+        def pieces(self, sequences: Sequence[np.ndarray], learn: Sequence[np.ndarray]) -> object:
+            for k, some in self.real.pieces(sequences, learn):
+                for piece in torch.split(some, 2):
+                    sizes.append(len(piece))
+                    yield k, piece
+
+    ask(planned, tmp_path / "cut", Teacher("qwen-sapling", opened("qwen-sapling")[0], Cut(engine("qwen-sapling"))), given=True)
+    assert max(sizes) == 2 and len(sizes) > 6
+    assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
 
 
 # --- answers that came with the prompts ---

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -13,18 +13,20 @@ from conftest import FAMILIES, Speaker
 from hypothesis import given
 from hypothesis import strategies as st
 
+import persea.feed as feed_module
 from persea.align import boundaries
 from persea.bridge import Bridge, build
 from persea.cache import Capture
 from persea.chat import Conversation, Effort, Finish, Text, Thinking
 from persea.errors import DataError
-from persea.feed import Batch, Feed, lesson, offline
+from persea.feed import Batch, Feed, Lesson, lesson, offline
 from persea.losses import composed
 from persea.masks import FREE
 from persea.rows import Rows
 from persea.teacher import Answer
 from persea.voice import Voice
 
+said_by = feed_module._said
 TEXTS = ["Hello", " two words", "\n", "1234 cats", "你好，世界", "สวัสดีชาวโลก", "မင်္ဂလာပါ", "def f(x):\n    return x", "tiếng Việt",
          "👩‍👩‍👧", "isn't", "  "]
 TEACHERS = ("qwen", "gemma", "gpt-oss")
@@ -76,8 +78,27 @@ def captures_of(voices: Voices, n: int) -> list[Capture]:
     return out
 
 
+class Held(tuple[Capture, ...]):
+    """Captures in memory, in an order as a cache has one."""
+
+    __slots__ = ()
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        return np.random.default_rng([seed, epoch]).permutation(len(self))
+
+
+def one(captures: Iterable[Capture]) -> list[tuple[Held, float]]:
+    """A single cache."""
+    return [(Held(captures), 1.0)]
+
+
+def lessons_of(feed: Feed) -> list[Lesson]:
+    """All of them, cache by cache, in the order of the captures."""
+    return [feed.make(reader[k]) for reader in feed.mixture.readers for k in range(len(reader))]
+
+
 def flow(voices: Voices, bridges: dict[str, Bridge], n: int = 7, size: int = 3, seed: int = 0, max_tokens: int = 512) -> Feed:
-    return offline(captures_of(voices, n), voices["llama"], bridges, size=size, seed=seed, max_tokens=max_tokens)
+    return offline(one(captures_of(voices, n)), voices["llama"], bridges, size=size, seed=seed, max_tokens=max_tokens)
 
 
 def same(one: Batch, two: Batch) -> bool:
@@ -90,8 +111,9 @@ def same(one: Batch, two: Batch) -> bool:
 
 def lessons_in(feed: Feed, batch: Batch) -> list[int]:
     """Which lessons a batch holds, read off its ids: no two lessons are alike."""
-    of_ids = {tuple(one.tokens.ids_T.tolist()): k for k, one in enumerate(feed.lessons)}
-    assert len(of_ids) == len(feed.lessons)
+    lessons = lessons_of(feed)
+    of_ids = {tuple(lesson.tokens.ids_T.tolist()): k for k, lesson in enumerate(lessons)}
+    assert len(of_ids) == len(lessons)
     return [of_ids[tuple(ids[:int(mask.sum())].tolist())] for ids, mask in zip(batch.ids_BS, batch.mask_BS, strict=True)]
 
 
@@ -120,13 +142,14 @@ def test_every_lesson_once_an_epoch(voices: Voices, bridges: dict[str, Bridge], 
 
 def test_too_long_answers_are_counted_and_left_out(voices: Voices, bridges: dict[str, Bridge]):
     whole = flow(voices, bridges, 9)
-    assert whole.too_long == 0
-    lengths = sorted(len(one.tokens) for one in whole.lessons)
+    assert (whole.survey.too_long, sum(whole.survey.lessons.values()), sum(whole.survey.left_out.values())) == (0, 9, 0)
+    lengths = sorted(len(lesson.tokens) for lesson in lessons_of(whole))
     limit = lengths[4]
     feed = flow(voices, bridges, 9, max_tokens=limit)
-    assert len(feed.lessons) == sum(length <= limit for length in lengths)
-    assert max(len(one.tokens) for one in feed.lessons) == limit, "a lesson of just the limit stays, whole"
-    assert feed.too_long == 9 - len(feed.lessons) > 0
+    kept = [len(lesson.tokens) for lesson in lessons_of(feed)]
+    assert len(kept) == sum(feed.survey.lessons.values()) == sum(length <= limit for length in lengths)
+    assert max(kept) == limit, "a lesson of just the limit stays, whole"
+    assert feed.survey.too_long == sum(feed.survey.left_out.values()) == 9 - len(kept) > 0
     with pytest.raises(DataError, match=f"no answer is left: 9 have more than {lengths[0] - 1} tokens, 0 cannot be said") as caught:
         flow(voices, bridges, 9, max_tokens=lengths[0] - 1)
     assert "training.max_tokens" in caught.value.remedy
@@ -137,11 +160,12 @@ def test_too_long_answers_are_counted_and_left_out(voices: Voices, bridges: dict
 def test_an_answer_the_student_cannot_say_is_left_out_with_its_reason(voices: Voices):
     bridges = {"llama": build(voices["llama"], voices["gemma"])}
     captures = [captured(voices["llama"], "llama", k, Conversation.ask(f"q{k}").answered(Text(text))) for k, text in enumerate(("a b", "a\u2581b"))]
-    feed = offline(captures, voices["gemma"], bridges, size=1, seed=0, max_tokens=512)
-    assert len(feed.lessons) == 1 and len(feed.unsayable) == 1
-    assert captures[1].answer.prompt_id in feed.unsayable[0] and "does not give the text back" in feed.unsayable[0]
+    feed = offline(one(captures), voices["gemma"], bridges, size=1, seed=0, max_tokens=512)
+    told = feed.survey
+    assert (len(lessons_of(feed)), told.unsayable, told.lessons, told.left_out) == (1, 1, {"llama": 1}, {"llama": 1})
+    assert captures[1].answer.prompt_id in told.why[0] and "does not give the text back" in told.why[0]
     with pytest.raises(DataError, match="1 cannot be said"):
-        offline(captures[1:], voices["gemma"], bridges, size=1, seed=0, max_tokens=512)
+        offline(one(captures[1:]), voices["gemma"], bridges, size=1, seed=0, max_tokens=512)
 
 
 @pytest.mark.parametrize(("change", "reason"), [
@@ -153,7 +177,69 @@ def test_a_broken_row_is_refused_and_not_left_out(voices: Voices, bridges: dict[
     assert len(captures[1].rows.ids_M)
     captures[1] = replace(captures[1], rows=change(captures[1].rows))
     with pytest.raises(DataError, match=reason):
-        offline(captures, voices["llama"], bridges, size=1, seed=0, max_tokens=512)
+        offline(one(captures), voices["llama"], bridges, size=1, seed=0, max_tokens=512)
+
+
+def test_caches_are_mixed_by_share_and_each_is_read_epoch_after_epoch(voices: Voices, bridges: dict[str, Bridge]):
+    """What is left out of a cache changes nothing of its share; a cache of which nothing is left has none."""
+    captures = captures_of(voices, 12)
+    parts = [Held(c for c in captures if c.answer.teacher == name) for name in TEACHERS]
+    feed = offline(list(zip(parts, (60, 30, 10), strict=True)), voices["llama"], bridges, size=5, seed=0, max_tokens=512)
+    assert feed.survey.lessons == dict.fromkeys(TEACHERS, 4)
+    drawn = [feed.lesson(k) for k in range(200)]
+    counts = Counter(d.teacher for d in drawn)
+    assert all(abs(counts[name] - n) <= 1 for name, n in zip(TEACHERS, (120, 60, 20), strict=True))
+    for name in TEACHERS:
+        mine = [d.tokens.ids_T.tobytes() for d in drawn if d.teacher == name]
+        epochs = [mine[k:k + 4] for k in range(0, len(mine) - 3, 4)]
+        assert all(set(epoch) == set(epochs[0]) and len(set(epoch)) == 4 for epoch in epochs)
+        assert len({tuple(epoch) for epoch in epochs}) > 1
+    long = [replace(c, answer=replace(c.answer, conversation=asked("x " * 600))) for c in parts[0]]
+    left = offline([(Held(long), 60), (parts[1], 30)], voices["llama"], bridges, size=5, seed=0, max_tokens=512)
+    assert {left.lesson(k).teacher for k in range(20)} == {"gemma"}
+    assert (left.survey.left_out, left.survey.too_long) == ({"qwen": 4}, 4)
+
+
+def test_parts_of_a_batch_are_the_batch(voices: Voices, bridges: dict[str, Bridge]):
+    feed = flow(voices, bridges, 7, size=5)
+    whole = feed.batch(2)
+    assert whole.by_B == tuple(feed.lesson(10 + k).teacher for k in range(5))
+    for parts in (1, 2, 3, 5):
+        some = [feed.batch(2, part, parts) for part in range(parts)]
+        assert [name for one in some for name in one.by_B] == list(whole.by_B)
+        assert torch.equal(torch.cat([one.targets_N for one in some]), whole.targets_N)
+
+
+def test_a_share_of_the_lessons_is_held_out_in_whole_batches(voices: Voices, bridges: dict[str, Bridge]):
+    captures = captures_of(voices, 12)
+    caches = [(Held(c for c in captures if c.answer.teacher == name), share) for name, share in zip(TEACHERS, (60, 30, 10), strict=True)]
+    feed = offline(caches, voices["llama"], bridges, size=2, seed=1, max_tokens=512)
+    learned, held = feed.set_aside(0.3)
+    ids = [{one.tokens.ids_T.tobytes() for one in lessons_of(side)} for side in (learned, held)]
+    assert (len(feed), len(learned), len(held)) == (12, 8, 4)
+    assert not ids[0] & ids[1] and len(ids[0] | ids[1]) == 12
+    assert {learned.lesson(k).tokens.ids_T.tobytes() for k in range(100)} == ids[0]
+    assert {held.lesson(k).tokens.ids_T.tobytes() for k in range(12)} == ids[1]
+    assert [one.tokens.ids_T.tobytes() for one in lessons_of(feed.set_aside(0.3)[1])] == [one.tokens.ids_T.tobytes() for one in lessons_of(held)]
+    with pytest.raises(DataError, match="12 lessons are too few to hold out 12"):
+        feed.set_aside(0.95)
+
+
+def test_only_the_last_lessons_are_kept_and_what_is_made_anew_is_the_same(voices: Voices, bridges: dict[str, Bridge],
+                                                                          monkeypatch: pytest.MonkeyPatch):
+    whole = flow(voices, bridges, 9)
+    before = [whole.batch(k) for k in range(6)]
+    assert len(whole._recent) == 9
+    made: list[str] = []
+    monkeypatch.setattr(feed_module, "_said", lambda capture, voice: made.append(capture.answer.prompt_id) or said_by(capture, voice))
+    weights = [feed_module._weighs(x) for x in lessons_of(whole)]
+    monkeypatch.setattr(feed_module, "RECENT", sum(sorted(weights)[-3:]))
+    few = flow(voices, bridges, 9)
+    made.clear()
+    for k in range(6):
+        assert same(few.batch(k), before[k])
+        assert few._weight[0] == sum(map(feed_module._weighs, few._recent.values())) <= feed_module.RECENT
+    assert len(made) > 9, "some were made twice"
 
 
 # ---- one lesson ------------------------------------------------------------------------------------------------------
@@ -164,16 +250,16 @@ def test_a_lesson_has_each_boundarys_row(voices: Voices, bridges: dict[str, Brid
     """Entry by entry, by a walk over the boundaries; masks drop just what their own definition drops."""
     capture = captured(voices[teacher], teacher, 0, asked(text, thought))
     bridge = bridges[teacher]
-    one = lesson(capture, voices["llama"], bridge)
-    assert one.tokens.ids_T.tolist() == voices["llama"].render(replace(asked(text, thought), effort=Effort.NONE)).ids_T.tolist()
-    assert (one.teacher, one.skill, one.language) == (teacher, "languages", "")
-    learned_S, learned_T = (np.flatnonzero(x.learn_T).tolist() for x in (one.tokens, capture.tokens))
-    both = boundaries(one.tokens, capture.tokens)
+    said = lesson(capture, voices["llama"], bridge)
+    assert said.tokens.ids_T.tolist() == voices["llama"].render(replace(asked(text, thought), effort=Effort.NONE)).ids_T.tolist()
+    assert (said.teacher, said.skill, said.language) == (teacher, "languages", "")
+    learned_S, learned_T = (np.flatnonzero(x.learn_T).tolist() for x in (said.tokens, capture.tokens))
+    both = boundaries(said.tokens, capture.tokens)
     plain, masked, exceptions = Counter[tuple[int, int, float]](), Counter[tuple[int, int, float]](), 0
     for at_s, at_t in zip(both.student_C.tolist(), both.teacher_C.tolist(), strict=True):
         rows, row = capture.rows, learned_T.index(at_t)
         contexts = [FREE if at - 1 not in learned else int(mask.keeper.contexts(tokens.ids_T, [at])[0]) for mask, tokens, at, learned in (
-            (bridge.teacher_mask, one.tokens, at_s, learned_S), (bridge.student_mask, capture.tokens, at_t, learned_T))]
+            (bridge.teacher_mask, said.tokens, at_s, learned_S), (bridge.student_mask, capture.tokens, at_t, learned_T))]
         dead_W, dead_V = set(bridge.teacher_mask.dead(contexts[0]).tolist()), set(bridge.student_mask.dead(contexts[1]).tolist())
         for m in range(rows.offsets_N1[row], rows.offsets_N1[row + 1]):
             event = int(bridge.teacher_event_W[rows.ids_M[m]])
@@ -183,13 +269,13 @@ def test_a_lesson_has_each_boundarys_row(voices: Voices, bridges: dict[str, Brid
             if event >= 0 and int(rows.ids_M[m]) not in dead_W and members - dead_V:
                 masked[entry] += 1
                 exceptions += len(members & dead_V)
-    assert Counter(zip(one.said.row_M.tolist(), one.said.event_M.tolist(), one.said.probs_M.tolist(), strict=True)) == masked
-    assert len(one.said.token_D) == exceptions
+    assert Counter(zip(said.said.row_M.tolist(), said.said.event_M.tolist(), said.said.probs_M.tolist(), strict=True)) == masked
+    assert len(said.said.token_D) == exceptions
     unmasked = lesson(capture, voices["llama"], replace(bridge, teacher_mask=None, student_mask=None)).said
     assert Counter(zip(unmasked.row_M.tolist(), unmasked.event_M.tolist(), unmasked.probs_M.tolist(), strict=True)) == +plain
     assert not len(unmasked.token_D)
     # what is told of it
-    (row,) = offline([capture], voices["llama"], bridges, size=1, seed=0, max_tokens=9999).diagnosis()
+    (row,) = offline(one([capture]), voices["llama"], bridges, size=1, seed=0, max_tokens=9999).survey.to_json()["taught"]
     assert (row["teacher"], row["language"], row["tokens"]) == (teacher, "", len(learned_S))
     assert row["event"] == pytest.approx(len(both.student_C) / len(learned_S), abs=1e-4)
     assert row["event"] + row["completion"] + row["chunk"] + row["text"] == pytest.approx(1, abs=3e-4)
@@ -200,9 +286,9 @@ def test_a_lesson_has_each_boundarys_row(voices: Voices, bridges: dict[str, Brid
 def test_a_thinking_teachers_lesson_answers_at_once(voices: Voices):
     """Effort.NONE in the student's own template, whatever the teacher's effort was."""
     with_thought = asked("yes", "Shall I?")
-    one = lesson(captured(voices["gpt-oss"], "gpt-oss", 0, with_thought), voices["qwen"], build(voices["gpt-oss"], voices["qwen"]))
-    assert one.tokens.ids_T.tolist() == voices["qwen"].render(replace(with_thought, effort=Effort.NONE)).ids_T.tolist()
-    assert one.tokens.ids_T.tolist() != voices["qwen"].render(with_thought).ids_T.tolist()
+    said = lesson(captured(voices["gpt-oss"], "gpt-oss", 0, with_thought), voices["qwen"], build(voices["gpt-oss"], voices["qwen"]))
+    assert said.tokens.ids_T.tolist() == voices["qwen"].render(replace(with_thought, effort=Effort.NONE)).ids_T.tolist()
+    assert said.tokens.ids_T.tolist() != voices["qwen"].render(with_thought).ids_T.tolist()
 
 
 @pytest.mark.parametrize("teacher", ["qwen", "gpt-oss"])
@@ -230,26 +316,26 @@ def test_a_batch_against_an_oracle(voices: Voices, bridges: dict[str, Bridge], c
     bridges = {name: replace(bridge, teacher_mask=None, student_mask=None) for name, bridge in bridges.items()}
     made = [captured(voices[name], name, k, asked(text + str(k), "a thought" if thinks and name != "gemma" else "", k))
             for k, (name, text, thinks) in enumerate(chosen)]
-    feed = offline(made, voices["llama"], bridges, size=size, seed=3, max_tokens=10_000)
-    batch = feed.batch(1)
+    feed = offline(one(made), voices["llama"], bridges, size=size, seed=3, max_tokens=10_000)
+    batch, lessons = feed.batch(1), lessons_of(feed)
     held = lessons_in(feed, batch)
     assert len(held) == size
     # every learned position, in order, by a walk over conversations and tokens
-    rendered = [feed.lessons[k].tokens for k in held]
+    rendered = [lessons[k].tokens for k in held]
     want = [(b, s - 1, int(tokens.ids_T[s])) for b, tokens in enumerate(rendered) for s in np.flatnonzero(tokens.learn_T)]
     got = list(zip(batch.row_N.tolist(), batch.at_N.tolist(), batch.targets_N.tolist(), strict=True))
     assert got == want
     assert torch.equal(batch.ids_BS[batch.row_N, batch.at_N + 1], batch.targets_N)
     assert (batch.mask_BS[batch.row_N, batch.at_N + 1] == 1).all()
-    assert batch.ids_BS.shape[1] == max(len(feed.lessons[k].tokens) for k in held)
+    assert batch.ids_BS.shape[1] == max(len(lessons[k].tokens) for k in held)
     assert all(x.dtype == torch.int64 for x in (batch.ids_BS, batch.mask_BS, batch.row_N, batch.at_N, batch.targets_N))
     for b, k in enumerate(held):
-        length = len(feed.lessons[k].tokens)
+        length = len(lessons[k].tokens)
         assert batch.mask_BS[b].tolist() == [1] * length + [0] * (batch.ids_BS.shape[1] - length)
     # what the teachers say, by bytes: the row of the teacher's token that begins where the learned token begins
     said: Counter[tuple[str, int, int, float]] = Counter()
     for n, (b, at, _) in enumerate(want):
-        capture, tokens = made[held[b]], feed.lessons[held[b]].tokens
+        capture, tokens = made[held[b]], lessons[held[b]].tokens
         begins = int(tokens.starts_T[at + 1])
         stops = tokens.starts_T[at + 1] == tokens.ends_T[at + 1]
         for row, token in enumerate(np.flatnonzero(capture.tokens.learn_T)):
@@ -272,14 +358,14 @@ def test_a_batch_against_an_oracle(voices: Voices, bridges: dict[str, Bridge], c
     # shares
     share = Counter[str]()
     for k in held:
-        share[made[k].answer.teacher] += int(feed.lessons[k].tokens.learn_T.sum())
+        share[made[k].answer.teacher] += int(lessons[k].tokens.learn_T.sum())
     assert dict(batch.share) == dict(share)
     assert sum(batch.share.values()) == len(batch.targets_N)
 
 
 def test_a_batch_of_one_teacher_is_taught_by_one(voices: Voices, bridges: dict[str, Bridge]):
     made = [c for c in captures_of(voices, 6) if c.answer.teacher == "gemma"]
-    batch = offline(made, voices["llama"], bridges, size=2, seed=0, max_tokens=512).batch(0)
+    batch = offline(one(made), voices["llama"], bridges, size=2, seed=0, max_tokens=512).batch(0)
     assert len(batch.teachers) == 1
     assert batch.teachers[0].vocabulary == len(bridges["gemma"].student_event_V)
     assert batch.share == {"gemma": len(batch.targets_N)}
@@ -291,7 +377,7 @@ def test_an_answer_that_shares_no_boundary_still_teaches_its_words(voices: Voice
     learned = int(capture.tokens.learn_T.sum())
     capture = replace(capture, rows=Rows(np.zeros(learned + 1, np.int64), np.empty(0, np.int32), np.empty(0, np.float32),
                                          np.full(learned, np.nan, np.float32)))
-    batch = offline([capture], voices["llama"], bridges, size=1, seed=0, max_tokens=512).batch(0)
+    batch = offline(one([capture]), voices["llama"], bridges, size=1, seed=0, max_tokens=512).batch(0)
     assert len(batch.teachers[0].row_M) == 0
     logits = torch.zeros(len(batch.targets_N), len(voices["llama"].vocabulary))
     out = composed(logits, batch.targets_N, batch.teachers, 0.7)
@@ -305,7 +391,7 @@ def test_a_batch_feeds_the_objective(voices: Voices, bridges: dict[str, Bridge])
     ids = tokens.ids_T[tokens.learn_T].astype(np.int32)
     rows = Rows(np.arange(len(ids) + 1), ids, np.ones(len(ids), np.float32), np.zeros(len(ids), np.float32))
     capture = Capture(Answer("p", "qwen", "languages", "", conversation, Finish.STOP), tokens, rows)
-    batch = offline([capture], voices["llama"], bridges, size=1, seed=0, max_tokens=512).batch(0)
+    batch = offline(one([capture]), voices["llama"], bridges, size=1, seed=0, max_tokens=512).batch(0)
     logits = torch.full((len(batch.targets_N), len(voices["llama"].vocabulary)), -20.0)
     logits[torch.arange(len(batch.targets_N)), batch.targets_N] = 20.0
     assert len(batch.teachers[0].row_M) == len(batch.targets_N), "every position of this text is a common boundary"

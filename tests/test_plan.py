@@ -43,7 +43,7 @@ def test_after_all_everything_stands_until_something_changes(tmp_path: Path) -> 
     flowed_copy(tmp_path, *STAGES)
     assert states(tmp_path) == but()
     assert states(tmp_path, "evaluation.max_new_tokens=40") == but(evaluate="to do", lineage="to do", report="waits")
-    assert states(tmp_path, "capture.tau=0.02") == but(capture="to do", train="waits", evaluate="waits", lineage="waits", report="waits")
+    assert states(tmp_path, "capture.tau=0.05") == but(capture="to do", train="waits", evaluate="waits", lineage="waits", report="waits")
     assert states(tmp_path, "check.floor=0.2") == but(check="to do", lineage="to do", report="waits")
     for name in ("lineage", "evaluate"):
         shutil.rmtree(tmp_path / "run" / name)

@@ -13,7 +13,7 @@ from test_cache import TAU, assert_same, captures
 from persea import cache, reader
 from persea.cache import Capture
 from persea.errors import DataError
-from persea.reader import Mixture, open_reader
+from persea.reader import Chosen, Mixture, open_reader
 
 SIZES = (7, 0, 12, 5)
 
@@ -101,9 +101,26 @@ def test_a_damaged_or_missing_unit_is_named(folder: Path) -> None:
 # --- several caches ---
 
 
+def forget() -> None:
+    """What was counted under another PIECE."""
+    reader._drawn.cache_clear()
+    reader._counts.cache_clear()
+
+
+def test_chosen_answers_come_in_the_order_of_the_whole(folder: Path) -> None:
+    read = open_reader(folder, NAMES)
+    numbers = np.array([0, 3, 8, 9, 17, 23])
+    some = Chosen(read, numbers)
+    assert len(some) == 6
+    for k, number in enumerate(numbers.tolist()):
+        assert_same(some[k], read[number])
+    for epoch in range(3):
+        assert numbers[some.order(5, epoch)].tolist() == [n for n in read.order(5, epoch).tolist() if n in numbers]
+
+
 def test_shares_hold_in_every_stretch_and_a_draw_depends_on_its_number_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "PIECE", 64)
-    reader._sources.cache_clear()
+    forget()
     readers = tuple(open_reader(folder, [name]) for name in ("u0", "u2", "u3"))
     mixed = Mixture(readers, (0.5, 0.3, 0.2), seed=4)
     places = [mixed.place(n) for n in range(500)]
@@ -113,13 +130,13 @@ def test_shares_hold_in_every_stretch_and_a_draw_depends_on_its_number_alone(fol
         for width in (10, 50, 100):
             counts = np.convolve([source == k for source, _ in places], np.ones(width), "valid")
             assert np.abs(counts - share * width).max() <= 2.5
-    reader._sources.cache_clear()
+    forget()
     said = [mixed.draw(n).answer for n in range(60)]
     again = Mixture(tuple(open_reader(folder, [name]) for name in ("u0", "u2", "u3")), (0.5, 0.3, 0.2), seed=4)
     assert [again.draw(n).answer for n in (59, 7, 30)] == [said[59], said[7], said[30]]  # resumed from any step
     first = [a for n, a in enumerate(said) if places[n][0] == 0]
     assert Counter(a.prompt_id for a in first[:7]) == Counter(c.answer.prompt_id for c in captures(0, 7))  # an epoch
-    reader._sources.cache_clear()
+    forget()
 
 
 @pytest.mark.parametrize(("names", "shares"), [(["u0"], (0.5, 0.5)), (["u0", "u1"], (0.5, 0.5)), (["u0", "u2"], (1.0, 0.0))])

@@ -72,7 +72,7 @@ def test_a_short_recipe_gets_every_default(write: Any) -> None:
     assert [t.effort for t in recipe.teachers] == [Effort.NONE, Effort.HIGH]
     assert (recipe.student.adapt, recipe.student.lora, recipe.student.sizes) == ("full", None, None)
     assert (recipe.training.steps, recipe.training.learning_rate, recipe.training.event_share) == (30, 3e-3, 0.7)
-    assert (recipe.audition.items, recipe.audition.pinned, recipe.capture.tau, recipe.capture.unit) == (100, {}, 0.01, 256)
+    assert (recipe.audition.items, recipe.audition.pinned, recipe.capture.tau, recipe.capture.unit) == (100, {}, 0.02, 256)
     assert (recipe.evaluation.items, recipe.check.floor) == (200, 0.3)
     assert [(c.skill, c.generate, c.language) for c in recipe.corpus] == [("code", 10, ""), ("languages", None, "vi")]
 
@@ -203,7 +203,7 @@ def test_order_comments_and_spelt_out_defaults_do_not_change_the_hash(write: Any
 
 @pytest.mark.parametrize("override", [
     "seed=1", "name=x", "today=2025-01-02", "student.model=org/x", "student.adapt=lora", "teachers.0.effort=low", "teachers.0.licence=MIT",
-    "corpus.0.generate=11", "audition.items=9", "audition.pinned.code=two", "capture.tau=0.02", "capture.rows=topk", "training.steps=31",
+    "corpus.0.generate=11", "audition.items=9", "audition.pinned.code=two", "capture.tau=0.05", "capture.rows=topk", "training.steps=31",
     "evaluation.batch=2", "check.floor=0.1"])
 def test_any_field_changes_the_hash(write: Any, override: str) -> None:
     path = write(GOOD)

@@ -123,7 +123,7 @@ def test_units_are_the_same_whoever_reads_them_and_change_with_what_they_hold(tm
     names = [u.name for u in river(tmp_path).units]
     assert len(names) == 9
     assert {p.stem for p in (flowed()[0] / "run" / "capture" / "units").iterdir()} == set(names)
-    for change in ("capture.tau=0.02", "capture.max_new_tokens=47", "capture.batch=7", "capture.answers=given", "capture.rows=topk"):
+    for change in ("capture.tau=0.05", "capture.max_new_tokens=47", "capture.batch=7", "capture.answers=given", "capture.rows=topk"):
         assert not set(names) & {u.name for u in river(tmp_path, change).units}, change
     assert {u.name for u in river(tmp_path, "training.steps=9", "evaluation.items=9").units} == set(names)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from persea.errors import DataError
-from persea.rows import STEP, RowKind, Rows, refuse_no_distribution, top_rows
+from persea.rows import STEP, RowKind, Rows, joined, refuse_no_distribution, top_rows
 from persea.rows import sample_rows as draw
 
 EPS = 1e-5
@@ -51,6 +53,18 @@ def test_a_row_keeps_the_head_exactly_and_its_mass(seed: int, n: int, width: int
     assert set(np.unique(q[p < tau]).tolist()) <= {0.0, float(np.float32(tau))}
     for k in range(n):  # ids rise, so no token stands twice in a row
         assert (np.diff(rows.ids_M[rows.offsets_N1[k]:rows.offsets_N1[k + 1]]) > 0).all()
+
+
+@given(st.integers(0, 10**6), st.integers(1, 12), st.lists(st.integers(0, 12), max_size=4), st.floats(0, 8), taus)
+def test_pieces_are_drawn_as_the_whole_is(seed: int, n: int, cuts: list[int], heat: float, tau: float) -> None:
+    logs, real_N = logprobs(seed, n, 50, heat), np.arange(n) % 50
+    edges = [0, *sorted(min(c, n) for c in cuts), n]
+    parts = [draw(logs[a:b], real_N[a:b], tau, str(seed), a) for a, b in pairwise(edges)]
+    one, other = draw(logs, real_N, tau, str(seed)), joined(parts)
+    for field in ("offsets_N1", "ids_M", "probs_M", "realised_N"):
+        assert getattr(one, field).tobytes() == getattr(other, field).tobytes()
+        assert getattr(one, field).dtype == getattr(other, field).dtype
+    assert joined(parts[:1]).kind is RowKind.SAMPLED
 
 
 @given(st.integers(0, 10**6), st.floats(0, 8), taus)

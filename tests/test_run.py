@@ -205,7 +205,7 @@ def test_a_lost_unit_is_named_and_asked_again_alone(tmp_path: Path) -> None:
     ended = persea("run", "tiny.yaml", "--out", "run", folder=tmp_path)
     assert ended.code == 3
     record = run / "capture" / "commits" / f"{lost.stem}.json"
-    assert f"{lost.relative_to(tmp_path)}: its bytes do not match the committed sha256 -> delete {record.relative_to(tmp_path)} and" in ended.err
+    assert f"{lost.relative_to(tmp_path)}: the bytes of block 0 do not match their digest -> delete {record.relative_to(tmp_path)} and" in ended.err
     record.unlink()  # what the message says
     ended = persea("capture", "tiny.yaml", "--out", "run", folder=tmp_path)
     assert ended.code == 0

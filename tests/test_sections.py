@@ -19,7 +19,7 @@ def test_lora_has_defaults_only_where_it_is_asked_for() -> None:
 
 def test_rows_of_one_kind_have_the_key_of_that_kind() -> None:
     sampled, top = Capture(), Capture(rows="topk")
-    assert (sampled.rows, sampled.tau, sampled.kl) == ("sampled", 0.01, None)
+    assert (sampled.rows, sampled.tau, sampled.kl) == ("sampled", 0.02, None)
     assert (top.rows, top.tau, top.kl) == ("topk", None, 0.01)
 
 

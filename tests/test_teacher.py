@@ -35,6 +35,9 @@ class Scripted:
     def score(self, sequences: Sequence[np.ndarray], learn: Sequence[np.ndarray]) -> object:
         return self.real.score(sequences, learn)
 
+    def pieces(self, sequences: Sequence[np.ndarray], learn: Sequence[np.ndarray]) -> object:
+        return self.real.pieces(sequences, learn)
+
 
 def teacher(name: str, effort: Effort = Effort.NONE) -> Teacher:
     return Teacher(name, opened(name)[0], engine(name), effort)

@@ -46,9 +46,20 @@ class LocalEngine:
                 answers[i] = _until_stop(out[row, width:].cpu().numpy().astype(np.int32), stop_ids)
         return answers
 
-    @torch.inference_mode()
     def score(self, sequences: Sequence[npt.NDArray[np.int32]], learn: Sequence[npt.NDArray[np.bool_]]) -> Iterator[torch.Tensor]:
-        """Teacher-forced, in order, right padded, as many sequences at once as LOGITS_AT_ONCE allows. See Engine."""
+        """The pieces of each sequence laid end to end. See Engine."""
+        begun: dict[int, list[torch.Tensor]] = {}
+        done = 0
+        for number, some_NW in self.pieces(sequences, learn):
+            begun.setdefault(number, []).append(some_NW)
+            while done in begun and sum(map(len, begun[done])) == int(learn[done].sum()):
+                yield torch.cat(begun.pop(done))
+                done += 1
+
+    @torch.inference_mode()
+    def pieces(self, sequences: Sequence[npt.NDArray[np.int32]], learn: Sequence[npt.NDArray[np.bool_]]) -> Iterator[tuple[int, torch.Tensor]]:
+        """Teacher-forced, in order, right padded, as many sequences at once as LOGITS_AT_ONCE allows; where one alone is too long for
+        it, position by position behind a cache of keys and values. See Engine."""
         begin = 0
         while begin < len(sequences):
             end, width = begin, 0
@@ -57,20 +68,37 @@ class LocalEngine:
                 if end > begin and wider * (end - begin + 1) * self._rows() > LOGITS_AT_ONCE:
                     break
                 end, width = end + 1, wider
-            ids = torch.zeros((end - begin, width), dtype=torch.int64)
+            ids = torch.zeros((end - begin, width), dtype=torch.int64, device=self.model.device)
             mask = torch.zeros_like(ids)
             for row, sequence in enumerate(sequences[begin:end]):
                 ids[row, :len(sequence)] = torch.from_numpy(sequence)
                 mask[row, :len(sequence)] = 1
-            logits = self.model(input_ids=ids.to(self.model.device), attention_mask=mask.to(self.model.device)).logits
-            for row, wanted in enumerate(learn[begin:end]):
-                at = torch.from_numpy(np.flatnonzero(wanted)) - 1
-                logprobs = torch.log_softmax(logits[row, at, :self.vocabulary].float(), dim=-1)
-                if not torch.isfinite(logprobs).all():
-                    raise TeacherError("log-probabilities that are not finite", where=f"sequence {begin + row}",
-                                       remedy="the weights are broken, or need another dtype")
-                yield logprobs.cpu()
+            for first, logits in self._logits(ids, mask):
+                for row, wanted in enumerate(learn[begin:end]):
+                    at = np.flatnonzero(wanted) - 1 - first
+                    here = torch.from_numpy(at[(at >= 0) & (at < logits.shape[1])])
+                    if len(here) or (first == 0 and not len(at)):
+                        yield begin + row, self._logprobs(logits[row, here], f"sequence {begin + row}")
             begin = end
+
+    def _logits(self, ids: torch.Tensor, mask: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """Logits of one batch: (first position, [sequences, some positions, rows of the matrix])."""
+        at_once = max(1, LOGITS_AT_ONCE // (len(ids) * self._rows()))
+        if ids.shape[1] <= at_once:
+            yield 0, self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            return
+        past = None
+        for first in range(0, ids.shape[1], at_once):
+            upto = min(first + at_once, ids.shape[1])
+            out = self.model(input_ids=ids[:, first:upto], attention_mask=mask[:, :upto], past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            yield first, out.logits
+
+    def _logprobs(self, logits_NR: torch.Tensor, where: str) -> torch.Tensor:
+        logprobs = torch.log_softmax(logits_NR[:, :self.vocabulary].float(), dim=-1)
+        if not torch.isfinite(logprobs).all():
+            raise TeacherError("log-probabilities that are not finite", where=where, remedy="the weights are broken, or need another dtype")
+        return logprobs.cpu()
 
     def _rows(self) -> int:
         return int(self.model.get_output_embeddings().weight.shape[0])

@@ -1,0 +1,115 @@
+"""From the capture to the student's batches: what the reader gives and what training takes, and what lessons weigh.
+
+A part of bench/cache.py: `python bench/cache.py feed`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from cache import ROOT, SHARE, TAU, given
+
+from persea import cache
+from persea.bridge import open_bridge
+from persea.engines.local import LocalEngine
+from persea.feed import lesson, offline
+from persea.losses import composed
+from persea.measure import Split
+from persea.models import Source, open_model, open_voice
+from persea.reader import open_reader
+from persea.skills import SKILLS
+from persea.student import open_student
+
+TEACHERS = ("qwen-sapling", "gemma-sapling", "gpt-oss-sapling")
+
+
+def kept_answers(folder: Path, each: int, times: int) -> list[list[str]]:
+    """Units of `each` given answers of every skill by every sapling, written `times` times; names of each sapling's."""
+    names = []
+    for name in TEACHERS:
+        source = Source(str(ROOT / "saplings" / name))
+        voice = open_voice(source, name)
+        engine = LocalEngine(open_model(source, voice, name), len(voice.vocabulary))
+        whole = [i.answered for skill in SKILLS for i in skill.items(Split.TEACH, each, 0)]
+        captures = list(given(name, engine, whole, [voice.render(c) for c in whole]))
+        names.append([f"{name}-{k}" for k in range(times)])
+        for unit in names[-1]:
+            cache.write_unit(folder, unit, captures, {}, tau=TAU)
+    return names
+
+
+def resident() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+
+
+def grown(folder: Path, names: list[list[str]], draws: int, told: Any) -> None:
+    """In a process of its own: megabytes that lessons take, made as steps want them (draws > 0) or all at once."""
+    voice = open_voice(Source(str(ROOT / "saplings" / "llama-sapling")), "student")
+    bridges = {name: open_bridge(open_voice(Source(str(ROOT / "saplings" / name)), name), voice) for name in TEACHERS}
+    readers = [open_reader(folder, mine) for mine in names]
+    for read, name in zip(readers, TEACHERS, strict=True):
+        for number in range(0, len(read), max(1, len(read) // 64)):  # what masks remember is theirs, and does not count here
+            lesson(read[number], voice, bridges[name])
+    before = resident()
+    if draws:
+        feed = offline([(read, 1.0) for read in readers], voice, bridges, size=16, seed=0, max_tokens=512)
+        for number in range(draws):
+            feed.lesson(number)
+    else:
+        held = [lesson(capture, voice, bridges[name]) for read, name in zip(readers, TEACHERS, strict=True) for capture in read]
+        assert held
+    told.put(resident() - before)
+
+
+def feed(each: int = 1000, times: int = 5) -> dict[str, Any]:
+    """CPU seconds of one thread on the saplings: reading, lessons and the llama-sapling's training step; megabytes of lessons."""
+    where = Source(str(ROOT / "saplings" / "llama-sapling"))
+    voice = open_voice(where, "student")
+    student = open_student(where, voice, None)
+    result: dict[str, Any] = {}
+    bridges = {name: open_bridge(open_voice(Source(str(ROOT / "saplings" / name)), name), voice) for name in TEACHERS}
+    with tempfile.TemporaryDirectory() as kept:
+        names = kept_answers(Path(kept), each, times)
+        readers = [open_reader(Path(kept), mine[:1]) for mine in names]
+        begin = time.process_time()
+        for read in readers:
+            for number in read.order(0, 0).tolist():
+                read[number]
+        seconds = time.process_time() - begin
+        positions = sum(cache.read_record(Path(kept), mine[0])["positions"] for mine in names)
+        begin = time.process_time()
+        fed = offline([(read, 1.0) for read in readers], voice, bridges, size=16, seed=0, max_tokens=512)
+        survey = time.process_time() - begin
+        lessons, steps, learned = [], [], 0
+        for step in range(100):
+            begin = time.process_time()
+            batch = fed.batch(step)
+            lessons.append(time.process_time() - begin)
+            learned += len(batch.targets_N)
+            begin = time.process_time()
+            logits_NV = student.logits(batch.ids_BS, batch.mask_BS, batch.row_N, batch.at_N)
+            composed(logits_NV, batch.targets_N, batch.teachers, SHARE).loss.backward()
+            steps.append(time.process_time() - begin)
+        consumed = learned / sum(steps)
+        result["saplings"] = {
+            "read_positions_per_second": round(positions / seconds), "training_positions_per_second": round(consumed),
+            "reader_over_training": round(positions / seconds / consumed, 1),
+            "survey_ms_an_answer": round(1e3 * survey / sum(fed.survey.lessons.values()), 2),
+            "lesson_ms_a_step": round(1e3 * statistics.median(lessons), 1), "training_ms_a_step": round(1e3 * statistics.median(steps), 1)}
+        print(result["saplings"], flush=True)
+        apart = multiprocessing.get_context("spawn")
+        for how, draws in (("as steps want them", 20_000), ("all at once", 0)):
+            for some in (1, times):
+                told = apart.Queue()
+                child = apart.Process(target=grown, args=(Path(kept), [mine[:some] for mine in names], draws, told))
+                child.start()
+                result[f"{9 * each * some:,} answers, lessons {how}"] = {"megabytes": round(told.get(timeout=3600))}
+                child.join()
+                print(result, flush=True)
+    return result
