@@ -9,43 +9,48 @@ from persea.chat import Conversation
 from persea.corpus import Prompt
 from persea.measure import Item
 
-ASK = {"en": "Tell me something.", "zh": "说点什么吧。", "ja": "何か話して。", "ko": "아무 말이나 해 봐요.", "vi": "Nói gì đó đi.",
-       "id": "Ceritakan sesuatu.", "th": "เล่าอะไรหน่อย"}
-# one choice a slot; each sentence of a language is about as likely as any other
-SLOTS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "en": (("Today ", "This morning ", "Yesterday ", "In May ", "At night ", "Now and then "),
-           ("the market ", "the river ", "our street ", "the old house ", "the city ", "my room "),
-           ("is quiet", "is full of people", "looks new", "smells of rain", "feels cold", "is big"),
-           (", and ", ", but ", "; so ", ", while "),
-           ("my sister ", "the baker ", "a cat ", "everybody ", "the teacher ", "nobody "),
-           ("sings.", "buys tea.", "waits.", "reads a letter.", "goes home.", "laughs.")),
-    "zh": (("今天", "早上", "昨天", "五月", "晚上", "有时"), ("市场", "河边", "这条街", "老房子", "城市", "我的房间"),
-           ("很安静", "人很多", "很新", "下着雨", "很冷", "很大"), ("，", "，但是", "，所以", "，而且"),
-           ("妹妹", "老师", "一只猫", "大家", "朋友", "他"), ("在唱歌。", "买茶。", "等着。", "看信。", "回家。", "笑了。")),
-    "ja": (("今日は", "今朝は", "昨日は", "五月は", "夜は", "時々"), ("市場が", "川が", "この道が", "古い家が", "町が", "部屋が"),
-           ("静かで", "にぎやかで", "新しくて", "雨で", "寒くて", "大きくて"), ("、", "、でも", "、だから", "、それに"),
-           ("妹が", "先生が", "猫が", "みんなが", "友だちが", "彼が"), ("歌う。", "お茶を買う。", "待つ。", "手紙を読む。", "帰る。", "笑う。")),
-    "ko": (("오늘은 ", "아침에는 ", "어제는 ", "오월에는 ", "밤에는 ", "가끔 "), ("시장이 ", "강이 ", "이 길이 ", "낡은 집이 ", "도시가 ", "방이 "),
-           ("조용하고", "붐비고", "새롭고", "비가 오고", "춥고", "크고"), (", ", ", 그래도 ", ", 그래서 ", ", 또 "),
-           ("동생이 ", "선생님이 ", "고양이가 ", "모두 ", "친구가 ", "그가 "),
-           ("노래해요.", "차를 사요.", "기다려요.", "편지를 읽어요.", "집에 가요.", "웃어요.")),
-    "vi": (("Hôm nay ", "Sáng nay ", "Hôm qua ", "Tháng năm ", "Buổi tối ", "Đôi khi "),
-           ("khu chợ ", "dòng sông ", "con đường ", "ngôi nhà cũ ", "thành phố ", "căn phòng "),
-           ("yên tĩnh", "đông người", "trông mới", "có mưa", "lạnh", "rất lớn"), (", và ", ", nhưng ", ", nên ", ", còn "),
-           ("em tôi ", "cô giáo ", "con mèo ", "mọi người ", "bạn tôi ", "anh ấy "), ("hát.", "mua trà.", "chờ.", "đọc thư.", "về nhà.", "cười.")),
-    "id": (("Hari ini ", "Pagi ini ", "Kemarin ", "Bulan Mei ", "Malam ini ", "Kadang "),
-           ("pasar ", "sungai ", "jalan ini ", "rumah lama ", "kota ", "kamar saya "),
-           ("sepi", "ramai", "tampak baru", "hujan", "dingin", "sangat besar"), (", dan ", ", tetapi ", ", jadi ", ", lalu "),
-           ("adik saya ", "guru ", "kucing ", "semua orang ", "teman saya ", "dia "),
-           ("bernyanyi.", "membeli teh.", "menunggu.", "membaca surat.", "pulang.", "tertawa.")),
-    "th": (("วันนี้", "เช้านี้", "เมื่อวาน", "เดือนพฤษภาคม", "ตอนกลางคืน", "บางที"), ("ตลาด", "แม่น้ำ", "ถนนนี้", "บ้านเก่า", "เมือง", "ห้อง"),
-           ("เงียบ", "คนเยอะ", "ดูใหม่", "ฝนตก", "เย็น", "ใหญ่มาก"), (" และ", " แต่", " ดังนั้น", " แล้ว"),
-           ("น้องสาว", "ครู", "แมว", "ทุกคน", "เพื่อน", "เขา"), ("ร้องเพลง", "ซื้อชา", "รอ", "อ่านจดหมาย", "กลับบ้าน", "หัวเราะ")),
+# language -> the question; then what each place of a sentence may hold, all of it equally likely
+TALK = {
+    "en": ("Tell me something.",
+           "Today |Tonight |Often |Sometimes |Now |Later |Mostly |Again |Still |Maybe ",
+           "markets |rivers |streets |houses |rooms |towns |fields |shops |parks |roads ",
+           "sleep|wake|shine|wait|change|grow|fade|hide|stay|rise", ", and |, but |; |, so |, while |, yet ",
+           "cats |bakers |birds |children |friends |teachers |dogs |singers |guests |cooks ",
+           "sing.|read.|laugh.|walk.|work.|rest.|listen.|dance.|eat.|play."),
+    "zh": ("说点什么吧。",
+           "今天|明天|晚上|早上|有时|常常|现在|后来|也许|仍然", "市场|河水|街道|房子|城市|田野|商店|公园|山上|海边",
+           "很静|很亮|很冷|很大|很新|很旧|很远|很热|很美|很好", "，|，但|，所以|，而|；|，又", "猫|鸟|孩子|朋友|老师|客人|妹妹|医生|狗|大家",
+           "唱歌。|看书。|笑了。|走路。|工作。|休息。|听着。|跳舞。|吃饭。|回家。"),
+    "ja": ("何か話して。",
+           "今日は|明日は|夜は|朝は|時々|よく|今は|後で|多分|また", "市場が|川が|道が|家が|町が|畑が|店が|公園が|山が|海が",
+           "静かで|明るく|寒く|大きく|新しく|古く|遠く|暑く|美しく|暗く", "、|、でも|、だから|、そして|、今|、また",
+           "猫が|鳥が|子が|友が|先生が|客が|妹が|医者が|犬が|皆が", "歌う。|読む。|笑う。|歩く。|働く。|休む。|聞く。|踊る。|食べる。|帰る。"),
+    "ko": ("아무 말이나 해 봐요.",
+           "오늘 |내일 |밤에 |아침에 |가끔 |자주 |지금 |나중에 |아마 |다시 ",
+           "시장이 |강이 |길이 |집이 |도시가 |밭이 |가게가 |공원이 |산이 |바다가 ",
+           "조용하고|밝고|춥고|크고|새롭고|낡고|멀고|덥고|예쁘고|어둡고", ", | |, 또 |, 늘 |, 곧 |, 더 ",
+           "고양이가 |새가 |아이가 |친구가 |선생님이 |손님이 |동생이 |의사가 |개가 |모두 ",
+           "노래해요.|읽어요.|웃어요.|걸어요.|일해요.|쉬어요.|들어요.|춤춰요.|먹어요.|가요."),
+    "vi": ("Nói gì đó đi.",
+           "Hôm nay |Ngày mai |Tối nay |Sáng nay |Đôi khi |Thường |Bây giờ |Sau đó |Có lẽ |Lại ",
+           "chợ |sông |đường |nhà |phố |đồng |quán |vườn |núi |biển ", "yên|sáng|lạnh|lớn|mới|cũ|xa|nóng|đẹp|tối",
+           ", và |, nhưng |, nên |, còn |; |, rồi ", "mèo |chim |trẻ em |bạn |cô giáo |khách |em |bác sĩ |chó |ai cũng ",
+           "hát.|đọc.|cười.|đi bộ.|làm việc.|nghỉ.|nghe.|múa.|ăn.|về."),
+    "id": ("Ceritakan sesuatu.",
+           "Hari ini |Besok |Nanti |Tadi |Kadang |Sering |Kini |Lalu |Mungkin |Lagi ",
+           "pasar |sungai |jalan |rumah |kota |sawah |toko |taman |gunung |laut ", "sepi|terang|dingin|besar|baru|tua|jauh|panas|indah|gelap",
+           ", dan |, tetapi |, jadi |, lalu |; |, namun ", "kucing |burung |anak |teman |guru |tamu |adik |dokter |anjing |semua ",
+           "bernyanyi.|membaca.|tertawa.|berjalan.|bekerja.|tidur.|mendengar.|menari.|makan.|pulang."),
+    "th": ("เล่าอะไรหน่อย",
+           "วันนี้|พรุ่งนี้|คืนนี้|เช้านี้|บางที|มัก|ตอนนี้|ต่อมา|อาจ|ยัง", "ตลาด|แม่น้ำ|ถนน|บ้าน|เมือง|นา|ร้าน|สวน|ภูเขา|ทะเล",
+           "เงียบ|สว่าง|เย็น|ใหญ่|ใหม่|เก่า|ไกล|ร้อน|สวย|มืด", " และ| แต่| เลย| ส่วน| แล้ว| ", "แมว|นก|เด็ก|เพื่อน|ครู|แขก|น้อง|หมอ|หมา|ทุกคน",
+           "ร้องเพลง|อ่าน|หัวเราะ|เดิน|ทำงาน|พัก|ฟัง|เต้นรำ|กิน|กลับ"),
 }
 
 
 def small_talk(rng: random.Random, language: str = "") -> Item:
     """One sentence of small talk, and the question before it."""
-    language = language or rng.choice(list(SLOTS))
-    said = unicodedata.normalize("NFC", "".join(rng.choice(slot) for slot in SLOTS[language]))
-    return Item(Prompt(f"prose/talk/{language}/{said}", Conversation.ask(ASK[language]), "prose", language), said)
+    language = language or rng.choice(list(TALK))
+    question, *places = TALK[language]
+    said = unicodedata.normalize("NFC", "".join(rng.choice(place.split("|")) for place in places)).strip()
+    return Item(Prompt(f"prose/talk/{language}/{said}", Conversation.ask(question), "prose", language), said)
