@@ -17,8 +17,10 @@ from everywhere); tests/test_map.py holds this map true.
     sections      the sections of a recipe: keys, bounds, meanings, contradictions
     recipe        Recipe: the one YAML file a person writes -> frozen sections, checked, hashed
     # what to ask, and whom
+    store         where bytes lie: publish, digest, create-if-absent, one run per folder
     corpus        Prompt: what to ask; duplicates and test items removed, with a record
-    measure       Skill, Score: one number with n and interval
+    intervals     what n values allow to say: of a mean, of two speakers on the same items, at any time
+    measure       Skill, Score: one number with n and interval; Paired: two speakers on the same items
     jail          what runs inside the sandbox first: it builds the walls, then keeps watch
     exam          what runs inside two of them: tests on one side, the tested program on the other
     sandbox       where strangers' code runs, or is refused
@@ -26,12 +28,13 @@ from everywhere); tests/test_map.py holds this map true.
     skills        languages code safety reasoning tools: held-out questions and a grader each
     engines       local: where weights run; token ids only
     teacher       Teacher: a voice on an engine; answers in words, scores in log-probabilities
+    asking        one speaker on one skill's questions: asked once, kept, graded anew
+    contest       every teacher on every skill, in rounds, until the ranking is settled
     audition      Cast: every teacher measured on every skill; who teaches what
     # what they said
     rows          Rows: one position's teacher distribution each, sparse; and of what kind
     tables        how often each value of a column stands in a unit, and the entropy coder under it
     codec         tokens and rows <-> entropy-coded streams
-    store         where bytes lie: publish, digest, create-if-absent, one run per folder
     cache         captures on disk: packed, digested, memory-mapped units
     reader        captures by number, in an order that seed and epoch decide; several caches mixed by share
     shelf         a folder of units as a whole: info, verify, merge, export
@@ -51,9 +54,13 @@ from everywhere); tests/test_map.py holds this map true.
     train         the one loop: batch, loss, step, checkpoint
     # is it true
     evaluate      the student beside every teacher and its base, on every skill
+    modes         the hybrid student in each mode: score, leaks, length and language of its thoughts
     lineage       what made these weights
     charts        pictures of numbers, as SVG
-    findings      what a run's files say, read and checked: rows, standings, computed sentences
+    hybrid_page   what is told of a hybrid student: rows, sentences, the page's section
+    findings      what a run's files say, read and checked: rows, standings
+    sentences     what the numbers and their intervals allow to say
+    lm_eval       standard tasks as lm-eval measured them: its results file, read
     report        the page, the card, report.json
     # the river
     river         what a recipe's words stand for, and the run folder

@@ -9,11 +9,9 @@ rows disagree on real tokenizers, with the fixpoint 0-3 % (Hmong under Gemma 4.5
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -88,8 +86,7 @@ def bridge_digest(teacher: Voice, student: Voice) -> str:
 def open_bridge(teacher: Voice, student: Voice) -> Bridge:
     """The bridge of two voices, built once and kept in PERSEA_HOME (default ~/.cache/persea) under its digest."""
     digest = bridge_digest(teacher, student)
-    home = Path(os.environ.get("PERSEA_HOME", "~/.cache/persea")).expanduser()
-    path = home / "bridges" / f"{digest[:32]}.bridge"
+    path = store.home() / "bridges" / f"{digest[:32]}.bridge"
     data = path.read_bytes() if path.is_file() else b""
     if data and hashlib.sha256(data[32:]).digest() == data[:32]:  # else damaged: it is only a copy of what build() makes again
         kept = load_tensors(data[32:])

@@ -51,8 +51,9 @@ def plan_units(prompts: Sequence[Prompt], cast: Cast, teachers: Mapping[str, str
     asked: dict[str, list[Prompt]] = {name: [] for name in teachers}
     counts: Counter[str] = Counter()
     for prompt in prompts:
-        asked[cast.teacher_of(prompt.skill, counts[prompt.skill])].append(prompt)
-        counts[prompt.skill] += 1
+        part = cast.part_of(prompt.skill, prompt.language)
+        asked[cast.teacher_of(part, counts[part])].append(prompt)
+        counts[part] += 1
     units = []
     for name, mine in asked.items():
         for some in _closed(mine, size, max_new_tokens):

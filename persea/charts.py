@@ -52,6 +52,11 @@ def points(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
+def signed(difference: float) -> str:
+    """A difference of scores out of 100, one decimal, with its sign (a true minus)."""
+    return f"{100 * difference:+.1f}".replace("-", "−")
+
+
 def count(number: float) -> str:
     return f"{number:,.0f}".replace(",", THIN)
 
@@ -140,6 +145,50 @@ def dots(ident: str, title: str, rows: Sequence[Dot], band: tuple[float, float])
     return _svg(ident, title, f"Score out of 100. {told}.", bottom + 24, body)
 
 
+def heat(ident: str, title: str, columns: Sequence[tuple[str, str]], rows: Sequence[tuple[str, Sequence[float | None]]]) -> str:
+    """Scores as a matrix of tinted cells, 0 pale to 100 deep; the number stands in each. columns = (speaker, mark); None = not measured."""
+    left, pitch, top = 96, 27, 44
+    wide = (WIDTH - left) / len(columns)
+    body = []
+    for k, (name, mark) in enumerate(columns):
+        at = left + wide * (k + 0.5)
+        body.append(f'{glyph(mark, at, 12)}{_text(_short(name, max(3, int(wide / 6.6))), at, 35, "mid tick")}')
+    for j, (name, values) in enumerate(rows):
+        y = top + pitch * j
+        body.append(_text(_short(name, 14), 0, y + 17.5, "name"))
+        for k, value in enumerate(values):
+            x, tint = left + wide * k, 0.05 + 0.5 * (value or 0)
+            body.append(f'<rect class="heat" x="{x + 1:.1f}" y="{y + 1}" width="{wide - 2:.1f}" height="{pitch - 2}" fill-opacity="{tint:.3f}"/>'
+                        f'{_text("–" if value is None else f"{100 * value:.0f}", x + wide / 2, y + 17.5, "mid")}')
+    told = [f"{name}: " + ", ".join(f"{who} {'not measured' if v is None else points(v)}" for (who, _), v in zip(columns, values, strict=True))
+            for name, values in rows]
+    return _svg(ident, title, f"Score out of 100. {'; '.join(told)}.", top + pitch * len(rows) + 2, body)
+
+
+def gaps(ident: str, title: str, rows: Sequence[tuple[str, Dot, Dot, Dot, float | None]]) -> str:
+    """How far the student went from its base to the best teacher: (skill, base, student, best teacher, share of the way) a row."""
+    left, right, pitch = 96, WIDTH - 62, 30
+    bottom = 8 + pitch * len(rows)
+
+    def x(share: float) -> float:
+        return left + (right - left) * share
+
+    body = [f'<line class="grid" x1="{x(t / 100):.1f}" y1="8" x2="{x(t / 100):.1f}" y2="{bottom}"/>{_text(t, x(t / 100), bottom + 17, "mid tick")}'
+            for t in (0, 25, 50, 75, 100)]
+    told = []
+    for k, (skill, base, student, best, closed) in enumerate(rows):
+        y = 8 + pitch * (k + 0.5)
+        said = "–" if closed is None else f"−{percent(-closed)}" if closed < 0 else percent(closed)
+        body.append(f'{_text(_short(skill, 14), 0, y + 4.5, "name")}'
+                    f'<line class="way" x1="{x(base.value):.1f}" y1="{y:.1f}" x2="{x(best.value):.1f}" y2="{y:.1f}"/>'
+                    f'<line class="went" x1="{x(base.value):.1f}" y1="{y:.1f}" x2="{x(student.value):.1f}" y2="{y:.1f}"/>'
+                    f'{glyph(best.mark, x(best.value), y)}{glyph(base.mark, x(base.value), y)}{glyph(student.mark, x(student.value), y)}'
+                    f'{_text(said, WIDTH, y + 4.5, "end value")}')
+        way = "the best teacher is not ahead of the base" if closed is None else f"{said} of the way"
+        told.append(f"{skill}: from {points(base.value)} to {points(student.value)}, best teacher {best.label} {points(best.value)}, {way}")
+    return _svg(ident, title, f"{'; '.join(told)}.", bottom + 24, body)
+
+
 def curve(ident: str, title: str, points_: Sequence[tuple[int, float]]) -> str:
     """One quantity over training steps; many points are drawn as means of equal runs of them, and said so."""
     drawn, each = thin(points_)
@@ -216,8 +265,8 @@ def _steps(first: int, last: int, left: float, right: float, bottom: float) -> l
             _text(count(last), right, bottom + 18, "end tick")]
 
 
-def _short(label: str) -> str:
-    return label if len(label) <= 15 else label[:14] + "…"
+def _short(label: str, most: int = 15) -> str:
+    return label if len(label) <= most else label[:most - 1] + "…"
 
 
 def _text(text: object, x: float, y: float, classes: str) -> str:

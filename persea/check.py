@@ -17,7 +17,7 @@ from persea.align import Boundaries, Taught, align
 from persea.bridge import Bridge, bridge_digest
 from persea.chat import Conversation, Text, Tokens
 from persea.errors import DataError, Refused
-from persea.measure import Z95, wilson
+from persea.intervals import Z95, wilson
 from persea.teacher import Teacher
 from persea.vocabulary import Vocabulary
 from persea.voice import Voice

@@ -40,6 +40,10 @@ class Refused(PerseaError):
     exit_code = 4
 
 
+class Regressed(Refused):
+    """A run that ended, and whose student is less safe than its base: page and table are there, and the exit code says no."""
+
+
 class TeacherError(PerseaError):
     """A teacher or its endpoint failed."""
 

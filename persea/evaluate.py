@@ -1,24 +1,32 @@
-"""The student beside every teacher and its own base, on every skill."""
+"""The student beside every teacher, its own base and any yardstick: on every skill, in every language, at every effort, on the same items."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
-import numpy as np
-import torch
-
-from persea.audition import ask
+from persea.asking import Speaker, bits, hear
 from persea.chat import Effort
-from persea.measure import Item, Result, Score, Skill
-from persea.teacher import Teacher
+from persea.errors import Regressed
+from persea.intervals import CONFIDENCE
+from persea.measure import Item, Paired, Result, Score, Skill, paired, score
+
+SAFETY = "safety"  # skills whose names begin with it: a student that loses on one ends the run (exit 4)
+Voice: TypeAlias = tuple[str, Effort, str]  # speaker, effort, skill
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """scores: over all and per language; bits_per_byte: speaker -> skill (and "all") -> bits, on held-out reference answers."""
+    """What an evaluation found.
+
+    teachers, yardsticks  who taught, and who is only beside
+    effort                the student's own
+    scores                of every speaker, skill and effort: over all and per language
+    bits_per_byte         speaker -> skill (and "all") -> bits, on held-out reference answers
+    compared              the student beside each other speaker, at each of its efforts, on the same items
+    regressions           where it is below its own base with confidence
+    """
 
     student: str
     base: str
@@ -26,48 +34,102 @@ class Evaluation:
     effort: Effort
     scores: tuple[Score, ...]
     bits_per_byte: Mapping[str, Mapping[str, float]]
+    yardsticks: tuple[str, ...] = ()
+    compared: tuple[Paired, ...] = ()
+    regressions: tuple[Paired, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return {"student": self.student, "base": self.base, "teachers": list(self.teachers), "effort": self.effort,
-                "scores": [s.to_json() for s in self.scores], "bits_per_byte": {k: dict(v) for k, v in self.bits_per_byte.items()}}
+        return {"student": self.student, "base": self.base, "teachers": list(self.teachers), "yardsticks": list(self.yardsticks),
+                "effort": self.effort, "scores": [s.to_json() for s in self.scores],
+                "bits_per_byte": {k: dict(v) for k, v in self.bits_per_byte.items()}, "compared": [p.to_json() for p in self.compared],
+                "regressions": [p.to_json() for p in self.regressions]}
 
 
-def bits_per_byte(speaker: Teacher, items: Sequence[Item]) -> tuple[float, int]:
-    """(bits, bytes) a speaker spends on the reference answers in its own voice: content tokens and the stop token.
+@dataclass
+class Heard:
+    """What was heard of everybody, in the order measured: (speaker, effort, skill) -> results."""
 
-    Per byte and not per token, so that tokenizers compare. Markers of a template between content are left out, and so are items that
-    its template cannot say; where it can say none, (0, 0).
+    results: dict[Voice, tuple[Result, ...]] = field(default_factory=dict)
+    bits_per_byte: dict[str, dict[str, float]] = field(default_factory=dict)
+    asked: int = 0
+    reused: int = 0
+
+    def of(self, name: str, effort: Effort, skill: str) -> tuple[Result, ...]:
+        """A speaker's results at an effort; at its own, the first measured, where it has no such."""
+        return self.results.get((name, effort, skill)) or next(r for (n, _, s), r in self.results.items() if (n, s) == (name, skill))
+
+    def scores(self) -> Iterator[Score]:
+        """Each over all and, where a skill is asked in several languages, per language."""
+        for (name, effort, skill), results in self.results.items():
+            for language in ("", *languages(results)):
+                yield score(name, skill, results, effort, language)
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Every answer, one JSON line each."""
+        for (name, effort, skill), results in self.results.items():
+            yield from ({"speaker": name, "skill": skill, "effort": effort} | r.to_json() for r in results)
+
+
+def languages(results: Sequence[Result]) -> tuple[str, ...]:
+    """The languages of a skill's items, where there are several."""
+    found = sorted({r.item.prompt.language for r in results})
+    return tuple(found) if len(found) > 1 else ()
+
+
+def listen(heard: Heard, speaker: Speaker, skills: Sequence[tuple[Skill, Sequence[Item]]], max_new_tokens: int,
+           done: Callable[[float, str], None] = lambda share, words: None) -> None:
+    """One speaker on every skill's items, at each of its efforts: answers, and bits per byte."""
+    spent: list[tuple[float, int]] = []
+    heard.bits_per_byte[speaker.name] = {}
+    for k, (skill, items) in enumerate(skills):
+        for effort in speaker.efforts:
+            results, reused = hear(speaker, effort, skill, items, max_new_tokens)
+            heard.results[speaker.name, effort, skill.name] = results
+            heard.asked, heard.reused = heard.asked + len(results), heard.reused + reused
+        spent.append(bits(speaker, items))
+        if spent[-1][1]:
+            heard.bits_per_byte[speaker.name][skill.name] = spent[-1][0] / spent[-1][1]
+        told = score(speaker.name, skill.name, results, effort).value
+        done((k + 1) / len(skills), f"{speaker.name} {skill.name} {told:.2f}{', as kept' * (reused == len(results))}")
+    size = sum(n for _, n in spent)
+    if size:
+        heard.bits_per_byte[speaker.name]["all"] = sum(b for b, _ in spent) / size
+
+
+def beside(heard: Heard, student: str) -> tuple[Paired, ...]:
+    """The student beside every other speaker, skill by skill, over all and per language, at each of the student's efforts.
+
+    The other answers at the same effort, or at its own where it was not measured at that.
     """
-    bits, size = 0.0, 0
-    conversations = [i.answered for i in items if speaker.can_say(i.answered)]
-    for tokens, logprobs_NW in speaker.score(conversations):
-        learned = np.flatnonzero(tokens.learn_T)
-        content = tokens.starts_T[learned] >= 0
-        picked = logprobs_NW[torch.arange(len(learned)), torch.from_numpy(tokens.ids_T[learned]).long()].numpy()
-        bits -= float(picked[content].astype(np.float64).sum()) / math.log(2)
-    size = sum(len(p.text.encode()) for c in conversations for p in c.messages[-1].parts)
-    return bits, size
+    found: list[Paired] = []
+    for (_, effort, skill), mine in ((k, r) for k, r in heard.results.items() if k[0] == student):
+        for other in dict.fromkeys(name for name, _, s in heard.results if name != student and s == skill):
+            its = heard.of(other, effort, skill)
+            found += [paired((student, other), skill, mine, its, effort, language) for language in ("", *languages(mine))]
+    return tuple(found)
 
 
-def evaluate(speakers: Sequence[Teacher], skills: Sequence[tuple[Skill, Sequence[Item]]], max_new_tokens: int,
-             done: Callable[[str, str], None] = lambda speaker, skill: None
-             ) -> tuple[tuple[Score, ...], dict[str, dict[str, float]], dict[str, list[Result]]]:
-    """Every speaker on every skill's items: scores, bits per byte, and each speaker's results."""
-    scores: list[Score] = []
-    spent: dict[str, dict[str, float]] = {}
-    results: dict[str, list[Result]] = {}
-    for speaker in speakers:
-        bits_all, bytes_all = 0.0, 0
-        spent[speaker.name], results[speaker.name] = {}, []
-        for skill, items in skills:
-            some, mine = ask(speaker, skill, items, max_new_tokens)
-            scores += mine
-            results[speaker.name] += some
-            bits, size = bits_per_byte(speaker, items)
-            if size:
-                spent[speaker.name][skill.name] = bits / size
-            bits_all, bytes_all = bits_all + bits, bytes_all + size
-            done(speaker.name, skill.name)
-        if bytes_all:
-            spent[speaker.name]["all"] = bits_all / bytes_all
-    return tuple(scores), spent, results
+def regressions(heard: Heard, student: str, base: str) -> tuple[Paired, ...]:
+    """Where the student is below its own base with confidence: a skill as a whole at 95 %, each of its L languages at 1 - 0.05 / L.
+
+    So that a student no worse than its base is called worse in 2.5 % of skills at most, and in 2.5 % for all languages of one together.
+    """
+    found = []
+    for (_, effort, skill), mine in ((k, r) for k, r in heard.results.items() if k[0] == student):
+        its, several = heard.of(base, effort, skill), languages(mine)
+        for language in ("", *several):
+            confidence = 1 - (1 - CONFIDENCE) / len(several) if language else CONFIDENCE
+            pair = paired((student, base), skill, mine, its, effort, language, confidence)
+            if pair.high < 0:
+                found.append(pair)
+    return tuple(found)
+
+
+def refuse_regressions(found: Sequence[Paired], where: str) -> None:
+    """Raises Regressed where the student is less safe than its base."""
+    lost = [p for p in found if p.skill.startswith(SAFETY)]
+    if lost:
+        told = "; ".join(f"{p.skill}{f' in {p.language}' if p.language else ''} {p.difference:+.2f} ({p.low:+.2f} to {p.high:+.2f}, n {p.n})"
+                         for p in lost)
+        raise Regressed(f"the student is less safe than its base: {told}", where=where,
+                        remedy="look at evaluate/examples.jsonl; teach safety too, or write evaluation.allow_regression: true")

@@ -1,4 +1,4 @@
-"""What a run's files say, read and checked for the page and the card: rows, who stands where, and sentences that are computed."""
+"""What a run's files say, read and checked for the page and the card: rows, and who stands where."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from persea import charts, store
 from persea.audition import Cast
 from persea.chat import Effort
 from persea.errors import DataError
-from persea.measure import Score, Verdict
+from persea.measure import Paired, Score, Verdict
 
 PAIR = ["teacher", "skill", "conversations", "boundary", "one_to_one", "cross_entropy_only"]
 STAGES = ("check", "audition", "capture", "train", "evaluate")
@@ -35,14 +35,29 @@ class Evaluated:
     effort: Effort
     scores: tuple[Score, ...]
     bits_per_byte: dict[str, dict[str, float]]
+    compared: tuple[Paired, ...]
+    regressions: tuple[Paired, ...]
+    yardsticks: tuple[str, ...] = ()
 
     @property
     def speakers(self) -> tuple[str, ...]:
-        return (self.student, self.base, *self.teachers)
+        return (self.student, self.base, *self.teachers, *self.yardsticks)
+
+    @property
+    def efforts(self) -> tuple[Effort, ...]:
+        """The student's, its own first."""
+        mine = {s.effort for s in self.scores if s.speaker == self.student}
+        return tuple(sorted(mine, key=lambda e: (e is not self.effort, list(Effort).index(e))))
 
     def mark(self, speaker: str) -> str:
         """What a speaker looks like in every chart and table."""
-        return {self.student: "student", self.base: "base"}.get(speaker) or charts.teacher_mark(self.teachers.index(speaker))
+        others = (*self.teachers, *self.yardsticks)
+        return {self.student: "student", self.base: "base"}.get(speaker) or charts.teacher_mark(others.index(speaker))
+
+    def pair(self, other: str, skill: str, language: str, effort: Effort) -> Paired | None:
+        """The student beside another on the same items."""
+        wanted = (other, skill, language, effort)
+        return next((p for p in self.compared if (p.other, p.skill, p.language, p.effort) == wanted), None)
 
 
 @dataclass(frozen=True)
@@ -166,6 +181,11 @@ def _contradictions(files: Files) -> Iterator[tuple[str, str]]:
     for s in evaluated.scores:
         if not -1e-9 <= s.low <= s.value + 1e-9 <= s.high + 2e-9 <= 1 + 3e-9:
             yield "evaluate/evaluation.json", f"{s.speaker} on {s.skill}: {s.value} is not inside its interval {s.low} to {s.high}"
+    for p in (*evaluated.compared, *evaluated.regressions):
+        if p.speaker != evaluated.student or p.other not in evaluated.speakers:
+            yield "evaluate/evaluation.json", f"{p.speaker} is compared with {p.other}, which is not the student and another speaker"
+        if not -1 - 1e-9 <= p.low <= p.difference + 1e-9 <= p.high + 2e-9 <= 1 + 3e-9:
+            yield "evaluate/evaluation.json", f"{p.other} on {p.skill}: a difference of {p.difference} is not inside {p.low} to {p.high}"
     if len({(s.speaker, s.skill, s.language, s.effort) for s in evaluated.scores}) < len(evaluated.scores):
         yield "evaluate/evaluation.json", "a speaker has two scores on one skill"
     if files.logged is not None and not files.logged:
@@ -192,7 +212,7 @@ def _contradictions(files: Files) -> Iterator[tuple[str, str]]:
 
 
 class Standing(StrEnum):
-    """Two 95 % intervals beside each other. OVERLAPS: these measurements do not tell the two apart."""
+    """Two speakers beside each other, with 95 % confidence. OVERLAPS: these measurements do not tell the two apart."""
 
     ABOVE = "above"
     OVERLAPS = "overlaps"
@@ -200,41 +220,64 @@ class Standing(StrEnum):
 
 
 def standing(one: Score, other: Score) -> Standing:
+    """Of two intervals: teachers among themselves."""
     return Standing.ABOVE if one.low > other.high else Standing.BELOW if one.high < other.low else Standing.OVERLAPS
+
+
+def stands(pair: Paired) -> Standing:
+    """Of the interval of the difference on the same items: the student beside another."""
+    return Standing.ABOVE if pair.low > 0 else Standing.BELOW if pair.high < 0 else Standing.OVERLAPS
 
 
 @dataclass(frozen=True)
 class Row:
-    """One skill: every speaker's score, and who teaches it best (the first of equals)."""
+    """One skill: every speaker's score, who teaches it best (the first of equals), and the student beside best and base on the same items."""
 
     skill: str
     student: Score
     base: Score
     teachers: tuple[Score, ...]
+    yardsticks: tuple[Score, ...]
+    beside_best: Paired
+    beside_base: Paired
 
     @property
     def best(self) -> Score:
-        return max(self.teachers, key=lambda s: s.value)
+        return _best(self.teachers)
 
     @property
     def retained(self) -> float | None:
         return self.student.value / self.best.value if self.best.value else None
 
     @property
+    def closed(self) -> float | None:
+        """How much of the way from base to best teacher the student went; None where the best teacher is not ahead of the base."""
+        way = self.best.value - self.base.value
+        return (self.student.value - self.base.value) / way if way > 0 else None
+
+    @property
     def scores(self) -> tuple[Score, ...]:
-        return (self.student, self.base, *self.teachers)
+        return (self.student, self.base, *self.teachers, *self.yardsticks)
+
+
+def _best(teachers: Sequence[Score]) -> Score:
+    return max(teachers, key=lambda s: s.value)
 
 
 def rows(evaluated: Evaluated, where: str) -> tuple[Row, ...]:
-    """One row a skill, in the order measured. Raises DataError where a speaker was not measured, or asked nothing."""
+    """One row a skill, in the order measured. Raises DataError where a speaker was not measured or compared, or asked nothing."""
     found = []
     for skill in dict.fromkeys(s.skill for s in evaluated.scores):
         scores = [_pick(evaluated, name, skill, "") for name in evaluated.speakers]
         lacking = [name for name, s in zip(evaluated.speakers, scores, strict=True) if s is None or s.n == 0]
         if lacking:
             raise DataError(f"{', '.join(lacking)} has no score on {skill}", where=where, remedy="evaluate every speaker on every skill")
-        student, base, *teachers = (s for s in scores if s is not None)
-        found.append(Row(skill, student, base, tuple(teachers)))
+        student, base, *others = (s for s in scores if s is not None)
+        teachers, yardsticks = tuple(others[:len(evaluated.teachers)]), tuple(others[len(evaluated.teachers):])
+        pairs = [evaluated.pair(other, skill, "", evaluated.effort) for other in (_best(teachers).speaker, evaluated.base)]
+        if None in pairs:
+            raise DataError(f"the student is not compared on {skill} with its base and its best teacher", where=where, remedy="run evaluate again")
+        found.append(Row(skill, student, base, teachers, yardsticks, *(p for p in pairs if p)))
     if not found:
         raise DataError("no skill was measured", where=where, remedy="name skills under evaluation: in the recipe and run evaluate again")
     return tuple(found)
@@ -255,48 +298,10 @@ def by_language(evaluated: Evaluated) -> dict[str, dict[str, dict[str, Score]]]:
     return {skill: languages for skill, languages in table.items() if len(languages) > 1}
 
 
-def headline(found: Sequence[Row]) -> str:
-    """One sentence: what is kept, best first, the lowest named as such."""
-    teachers = len(found[0].teachers)
-    kept = sorted(((r.retained, r.skill) for r in found if r.retained is not None), reverse=True)
-    told = [f"{charts.percent(share)} on {skill}" for share, skill in kept]
-    whose = "the best teacher" if teachers > 1 else "its teacher"
-    silent = [r.skill for r in found if r.retained is None]
-    nothing = f"on {charts.listed(silent)} no teacher had one right answer" if silent else ""
-    start = f"One student, {charts.number(teachers)} teacher{'s' * (teachers > 1)}: "
-    if not kept:
-        return f"{start}{nothing}, so there was nothing to keep."
-    if len(kept) > 4:
-        (most, first), (least, last) = kept[0], kept[-1]
-        lowest, highest = f"{charts.percent(least)} ({last}, its lowest)", f"{charts.percent(most)} ({first})"
-        what = f"between {lowest} and {highest} of {whose} on {charts.number(len(kept))} skills"
-    else:
-        told[0] = f"{charts.percent(kept[0][0])} of {whose} on {kept[0][1]}"
-        if len(kept) > 1:
-            told[-1] = f"{charts.percent(kept[-1][0])}, its lowest, on {kept[-1][1]}"
-        what = charts.listed(told)
-    return f"{start}it keeps {what}{'; ' * bool(nothing)}{nothing}."
-
-
-def findings(found: Sequence[Row]) -> tuple[str, ...]:
-    """What the intervals allow to say: of the student beside the best teacher and its own base, of the teachers among themselves."""
-    said = [_beside([(r.skill, standing(r.student, r.best)) for r in found], "the best teacher"),
-            _beside([(r.skill, standing(r.student, r.base)) for r in found], "its own base")]
-    short = {t.speaker: [r.skill for r in found if standing(r.teachers[k], r.best) is Standing.BELOW]
-             for k, t in enumerate(found[0].teachers)}
-    skills = f"all {charts.number(len(found))} skills" if len(found) > 1 else found[0].skill
-    alone = [name for name, below in short.items() if not below]
-    if len(short) > 1 and not alone:
-        told = sorted(short, key=lambda name: len(short[name]))[:1] if len(short) > 4 else list(short)
-        lacks = "; ".join(f"{name} is below the best on {charts.listed(short[name])}" for name in told)
-        said.append(f"No single teacher covers {skills}: {'even ' * (len(short) > 4)}{lacks}.")
-    elif len(short) > 1:
-        said.append(f"One teacher covers {skills}, as far as the intervals tell: {charts.listed(alone, 'or')}.")
-    return tuple(said)
-
-
-def _beside(stands: Sequence[tuple[str, Standing]], whom: str) -> str:
-    words = {Standing.ABOVE: "above", Standing.OVERLAPS: "not distinguishable (95 % intervals overlap)", Standing.BELOW: "below"}
-    groups = {which: [skill for skill, s in stands if s is which] for which in words}
-    parts = [f"{words[which]} on {charts.listed(skills)}" for which, skills in groups.items() if skills]
-    return f"Against {whom}, the student is {'; '.join(parts)}."
+def by_effort(evaluated: Evaluated) -> dict[str, dict[str, dict[Effort, Score]]]:
+    """skill -> speaker -> effort -> score, where anybody was measured at more than one."""
+    found: dict[str, dict[str, dict[Effort, Score]]] = {}
+    for s in evaluated.scores:
+        if not s.language:
+            found.setdefault(s.skill, {}).setdefault(s.speaker, {})[s.effort] = s
+    return found if any(len(mine) > 1 for table in found.values() for mine in table.values()) else {}

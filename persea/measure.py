@@ -6,13 +6,12 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from math import sqrt
+from math import isfinite
 from typing import Any
 
 from persea.chat import Conversation, Effort, Finish, Message, Text, ToolCall
 from persea.corpus import Prompt
-
-Z95 = 1.959963984540054  # two-sided 95 % of the normal distribution
+from persea.intervals import CONFIDENCE, of_difference, of_mean, of_ratio
 
 
 class Split(StrEnum):
@@ -99,6 +98,32 @@ class Score:
     n: int
     low: float
     high: float
+    failed: int = 0  # answers the grader broke on; they count as 0
+    malformed: int = 0  # answers that did not stop, or could not be read; they count as 0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two speakers on the same n items: `difference` of their means (speaker - other) and the share `kept` (speaker / other), with intervals.
+
+    kept is None where the other has nothing right; most is None where the data do not bound it.
+    """
+
+    speaker: str
+    other: str
+    skill: str
+    language: str  # "" = all
+    effort: Effort  # the speaker's
+    n: int
+    difference: float
+    low: float
+    high: float
+    kept: float | None = None
+    least: float | None = None
+    most: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -114,31 +139,15 @@ class Result:
     verdict: Verdict
     value: float
     why: str = ""
+    likelihoods: tuple[float, ...] = ()  # of the item's choices, in nats a byte
 
     def to_json(self) -> dict[str, Any]:
-        """Thinking, calls and the grader's words only where there are some."""
-        said = {"thinking": self.answer.thinking, "calls": [vars(c) for c in self.answer.calls], "why": self.why}
+        """Thinking, calls, the grader's words and likelihoods only where there are some."""
+        said = {"thinking": self.answer.thinking, "calls": [vars(c) for c in self.answer.calls], "why": self.why,
+                "likelihoods": list(self.likelihoods)}
         return {"id": self.item.prompt.id, "language": self.item.prompt.language, "question": self.item.prompt.conversation.messages[-1].text,
                 "reference": self.item.reference, "answer": self.answer.text, "finish": self.finish, "verdict": self.verdict,
                 "value": self.value, **{name: value for name, value in said.items() if value}}
-
-
-def wilson(right: float, n: int) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson 1927): never leaves [0, 1], not empty at 0 or n right."""
-    if n == 0:
-        return 0.0, 1.0
-    p, z2 = right / n, Z95 * Z95
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z95 * sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of a mean of values in [0, 1]: Wilson's for shares.
-
-    For values between, Wilson's too, whose variance p (1 - p) no spread in [0, 1] of the same mean exceeds: never too narrow.
-    """
-    return wilson(sum(values), len(values))
 
 
 def grade(skill: Skill, items: Sequence[Item], answers: Sequence[tuple[Message, Finish]]) -> tuple[Result, ...]:
@@ -163,9 +172,32 @@ def _graded(skill: Skill, item: Item, said: Message) -> Grade:
 
 def score(speaker: str, skill: str, results: Sequence[Result], effort: Effort, language: str = "") -> Score:
     """Mean value of results (of one language, or of all) with its interval."""
-    values = [r.value for r in results if not language or r.item.prompt.language == language]
-    low, high = interval(values)
-    return Score(speaker, skill, language, effort, sum(values) / max(1, len(values)), len(values), low, high)
+    mine = [r for r in results if not language or r.item.prompt.language == language]
+    values = [r.value for r in mine]
+    low, high = of_mean(values)
+    failed, malformed = (sum(r.verdict is v for r in mine) for v in (Verdict.FAILED, Verdict.MALFORMED))
+    return Score(speaker, skill, language, effort, sum(values) / max(1, len(values)), len(values), low, high, failed, malformed)
+
+
+def paired(names: tuple[str, str], skill: str, ones: Sequence[Result], others: Sequence[Result], effort: Effort, language: str = "",
+           confidence: float = CONFIDENCE) -> Paired:
+    """One speaker beside another on the items both were asked (of one language, or of all), in whatever order.
+
+    Raises ValueError where they have no item in common.
+    """
+    said = {r.item.prompt.id: r.value for r in others if not language or r.item.prompt.language == language}
+    pairs = [(r.value, said[r.item.prompt.id]) for r in ones if r.item.prompt.id in said]
+    return pair(names, skill, pairs, effort, language, confidence)
+
+
+def pair(names: tuple[str, str], skill: str, pairs: Sequence[tuple[float, float]], effort: Effort, language: str = "",
+         confidence: float = CONFIDENCE) -> Paired:
+    """The same, of values laid side by side already."""
+    x, y = [a for a, _ in pairs], [b for _, b in pairs]
+    (low, high), (least, most) = of_difference(x, y, confidence), of_ratio(x, y, confidence)
+    kept = sum(x) / sum(y) if sum(y) else None
+    return Paired(*names, skill, language, effort, len(pairs), (sum(x) - sum(y)) / len(pairs), low, high,
+                  kept, least if kept is not None else None, most if kept is not None and isfinite(most) else None)
 
 
 def draw(make: Callable[[int], tuple[str, Item]], split: Split, n: int, seed: int) -> tuple[Item, ...]:

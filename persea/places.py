@@ -172,7 +172,7 @@ def resolved(value: Any, path: KeyPath, reading: Reading) -> Any:
     if is_secret(value):
         reading.refuse(path, "looks like a secret", "name an environment variable instead; a recipe is shared")
     text = re.sub(r"\$\{([^}]*)\}?", lambda m: _variable(m[1], path, reading), value)
-    folder, is_text = reading.file.absolute().parent, path[:2] == ("check", "texts")
+    folder, is_text = reading.file.absolute().parent, path[:2] in (("check", "texts"), ("evaluation", "lm_eval"))
     is_place = is_text or (path[0] in ("student", "teachers", "corpus") and path[-1] in ("model", "tokenizer", "file"))
     # os.path.exists, because Path.exists raises where a name is too long
     local = is_text or text.startswith((".", "/", "~")) or path[-1] == "file" or os.path.exists(folder / text)

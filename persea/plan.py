@@ -10,7 +10,7 @@ from typing import Any
 
 from persea.errors import Refused
 from persea.measure import Split
-from persea.river import River, digest_of
+from persea.river import BASE, STUDENT, River, digest_of
 from persea.run import STAGES, Stage
 
 BYTES_PER_TOKEN = 40  # the most: broad text of a 152k vocabulary at tau .02 costs 34 without its text, reasoning 9 (docs/cache.md)
@@ -49,14 +49,17 @@ def plan(river: River) -> Plan:
     """Count what each stage asks, keeps and writes. Raises Refused where the disk cannot hold it, RecipeError for a mode nobody knows."""
     river.refuse_modes()
     recipe, teachers = river.recipe, len(river.recipe.teachers)
-    asked = sum(len(items) for _, items in river.items(Split.AUDITION)) * teachers
-    tested = sum(len(items) for _, items in river.items(Split.TEST)) * (teachers + 2)
+    asked = sum(len(items) for _, items in river.items(Split.AUDITION)) * sum(
+        len(river.efforts(name, recipe.audition.efforts)) for name in river.voices)
+    tested = sum(len(items) for _, items in river.items(Split.TEST)) * sum(
+        len(river.efforts(name, recipe.evaluation.efforts)) for name in (STUDENT, BASE, *river.voices))
+    tested += sum(len(items) * len(river.modes.get(skill.name, ())) for skill, items in river.items(Split.TEST))
     prompts = len(river.corpus.prompts)
     weights = _weights(recipe.student.model)
     captured = prompts * recipe.capture.max_new_tokens * (BYTES_PER_TOKEN if recipe.capture.rows == "sampled" else BYTES_PER_TOP)
     work = {
         "check": f"{teachers} pairings of tokenizers",
-        "audition": f"{asked:,} answers by {teachers} teachers",
+        "audition": f"at most {asked:,} answers by {teachers} teachers",
         "capture": f"{prompts:,} answers, at most {captured / 1e9:.2f} GB ({river.corpus.came - prompts:,} prompts left out)",
         "train": f"{recipe.training.steps:,} steps of {recipe.training.batch} conversations",
         "evaluate": f"{tested:,} answers by {teachers + 2} speakers",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -14,22 +15,14 @@ import yaml
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
-from persea import charts, store
-from persea.audition import Cast
-from persea.findings import (
-    PAIR,
-    Evaluated,
-    Files,
-    Row,
-    Standing,
-    by_language,
-    findings,
-    headline,
-    read,
-    rows,
-    standing,
-)
-from persea.measure import Score
+from persea import charts, hybrid_page, store
+from persea.audition import COLUMNS, table
+from persea.chat import Effort
+from persea.contest import Ended
+from persea.findings import PAIR, Evaluated, Files, Row, by_effort, by_language, read, rows, stands
+from persea.lm_eval import Standard, read_standard
+from persea.measure import Paired, Score
+from persea.sentences import findings, headline
 
 EXAMPLES, LONGEST = 4, 1200  # questions shown per skill; characters shown of a text
 TERMS = ("events", "cross_entropy")  # first among the curves
@@ -45,37 +38,37 @@ def _named(score: Score) -> dict[str, float]:
     return {k: getattr(score, k) for k in ("value", "low", "high", "n")}
 
 
-def summary(files: Files, found: Sequence[Row]) -> dict[str, Any]:
+def _beside(pair: Paired) -> dict[str, Any]:
+    return {k: getattr(pair, k) for k in ("other", "n", "difference", "low", "high", "kept", "least", "most")} | {"standing": stands(pair)}
+
+
+def summary(files: Files, found: Sequence[Row], standard: Sequence[Standard]) -> dict[str, Any]:
     """What report.json holds."""
     e = files.evaluated
     skills = {r.skill: {"student": _named(r.student), "base": _named(r.base), "teachers": {s.speaker: _named(s) for s in r.teachers},
-                        "best_teacher": r.best.speaker, "retained": r.retained} for r in found}
+                        "best_teacher": r.best.speaker, "retained": r.retained, "yardsticks": {s.speaker: _named(s) for s in r.yardsticks},
+                        "closed": r.closed, "beside_best": _beside(r.beside_best), "beside_base": _beside(r.beside_base)} for r in found}
     languages = {skill: {language: {name: _named(s) for name, s in scores.items()} for language, scores in table.items()}
                  for skill, table in by_language(e).items()}
-    cast = {"parts": files.cast.parts, "pinned": files.cast.pinned} if files.cast else None
-    return {"student": e.student, "base": e.base, "skills": skills, "languages": languages, "cast": cast, "bits_per_byte": e.bits_per_byte,
-            "seconds": files.seconds}
-
-
-def why(cast: Cast) -> tuple[dict[str, Any], ...]:
-    """Each part of the cast with the measurement behind it, best first; who came close to the choice, and who stands above it."""
-    told = []
-    for part, shares in cast.parts.items():
-        skill, _, language = part.partition("/")
-        scores = sorted((s for s in cast.scores if (s.skill, s.language) == (skill, language)), key=lambda s: -s.value)
-        chosen = next((s for s in scores if s.speaker in dict(shares)), None)
-        others = [(s.speaker, standing(s, chosen)) for s in scores if chosen and s.speaker not in dict(shares)]
-        near = {which: charts.listed([name for name, stands in others if stands is which]) for which in Standing}
-        told.append({"part": part, "shares": shares, "scores": scores, "near": near, "pinned": part in cast.pinned})
-    return tuple(told)
+    efforts = {skill: {name: {effort: _named(s) for effort, s in scores.items()} for name, scores in table.items()}
+               for skill, table in by_effort(e).items()}
+    cast = {"parts": files.cast.parts, "pinned": files.cast.pinned,
+            "contests": {part: asdict(c) for part, c in files.cast.contests.items()}} if files.cast else None
+    return {"student": e.student, "base": e.base, "yardsticks": list(e.yardsticks), "skills": skills, "languages": languages, "efforts": efforts,
+            "regressions": [p.to_json() for p in e.regressions], "cast": cast, "bits_per_byte": e.bits_per_byte,
+            "standard": [asdict(s) for s in standard], "seconds": files.seconds}
 
 
 def shown(files: Files, found: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
-    """skill -> its first questions, in file order and never chosen, each with the answers of student, best teacher and base."""
-    said = {(x.skill, x.language, x.question, x.speaker): x for x in files.examples}
+    """skill -> its first questions, in file order and never chosen, each with the answers of student, best teacher and base.
+
+    Where somebody answered at several efforts, the first measured is shown: the speaker's own.
+    """
+    said = {(x.skill, x.language, x.question, x.speaker): x for x in reversed(files.examples)}
     table: dict[str, list[dict[str, Any]]] = {}
     for row in found:
-        asked = [x for x in files.examples if x.speaker == row.student.speaker and x.skill == row.skill][:EXAMPLES]
+        mine = [x for x in files.examples if x.speaker == row.student.speaker and x.skill == row.skill]
+        asked = [x for x in mine if said[x.skill, x.language, x.question, x.speaker] is x][:EXAMPLES]
         names = (row.student.speaker, row.best.speaker, row.base.speaker)
         table[row.skill] = [
             {"asked": x, "answers": {name: said.get((x.skill, x.language, x.question, name)) for name in names}} for x in asked]
@@ -89,6 +82,18 @@ def plots(e: Evaluated, found: Sequence[Row]) -> list[tuple[str, Markup]]:
         speakers = [charts.Dot(s.speaker, e.mark(s.speaker), s.value, s.low, s.high) for s in r.scores]
         drawn.append((r.skill, Markup(charts.dots(f"skill-{k}", r.skill, speakers, (r.best.low, r.best.high)))))
     return drawn
+
+
+def maps(e: Evaluated, found: Sequence[Row]) -> tuple[Markup, Markup, dict[str, Markup]]:
+    """Every skill and speaker as one matrix; the way from base to best teacher; a matrix of languages for each skill that has several."""
+    columns = [(name, e.mark(name)) for name in e.speakers]
+    whole = charts.heat("all", "every skill and speaker", columns, [(r.skill, [s.value for s in r.scores]) for r in found])
+    way = charts.gaps("gaps", "from base to best teacher", [
+        (r.skill, *(charts.Dot(s.speaker, e.mark(s.speaker), s.value, s.low, s.high) for s in (r.base, r.student, r.best)), r.closed) for r in found])
+    spoken = {skill: charts.heat(f"languages-{k}", f"{skill} by language", columns, [
+        (language, [scores[name].value if name in scores and scores[name].n else None for name in e.speakers]) for language, scores in table.items()])
+        for k, (skill, table) in enumerate(by_language(e).items())}
+    return Markup(whole), Markup(way), {skill: Markup(svg) for skill, svg in spoken.items()}
 
 
 def curves(files: Files) -> tuple[list[tuple[str, Markup]], dict[str, float]]:
@@ -129,7 +134,7 @@ def front_matter(files: Files) -> str:
 @cache
 def _template(name: str) -> Template:
     environment = Environment(undefined=StrictUndefined, autoescape=".html." in name, trim_blocks=True, lstrip_blocks=True)
-    texts = (charts.percent, charts.points, charts.count, charts.size, charts.duration, charts.cell, charts.place)
+    texts = (charts.percent, charts.points, charts.signed, charts.count, charts.size, charts.duration, charts.cell, charts.place)
     environment.filters |= {f.__name__: f for f in texts}
     return environment.from_string(resources.files("persea").joinpath(name).read_text(encoding="utf-8"))
 
@@ -139,26 +144,32 @@ def _render(template: str, context: dict[str, Any]) -> bytes:
     return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", _template(template).render(context)).encode()
 
 
-def report(run: Path) -> Path:
+def report(run: Path, lm_eval: Mapping[str, Path] | None = None) -> Path:
     """Write run/report/: report.json, README.md (the card), index.html (the page, one file); return the page.
+
+    lm_eval  speaker -> results file of lm-eval that joins them
 
     Same inputs, same bytes. Raises DataError, before anything is written, for a file that is missing, broken, holds NaN
     or contradicts another.
     """
-    files = read(run)
+    files, modes = read(run), hybrid_page.read(run)
+    standard = [s for name, path in (lm_eval or {}).items() for s in read_standard(name, path)]
     found = rows(files.evaluated, str(run / "evaluate" / "evaluation.json"))
     e, (training, shares) = files.evaluated, curves(files)
     skills = dict.fromkeys(skill for bits in e.bits_per_byte.values() for skill in bits)
     lowest = {skill: min(bits[skill] for bits in e.bits_per_byte.values() if skill in bits) for skill in skills}
+    whole, way, spoken = maps(e, found)
     context = {
-        "files": files, "e": e, "rows": found, "headline": headline(found), "findings": findings(found), "languages": by_language(e),
-        "cast": why(files.cast) if files.cast else None, "examples": shown(files, found), "plots": plots(e, found), "training": training,
-        "shares": shares, "lowest": lowest, "record": json.dumps(files.record, indent=1, ensure_ascii=False),
-        "front_matter": front_matter(files), "standing": standing, "swatch": lambda name: Markup(charts.swatch(e.mark(name))),
-        "PAIR": PAIR, "MODEL": MODEL, "LONGEST": LONGEST}
+        "files": files, "e": e, "rows": found, "headline": headline(found), "findings": findings(e, found), "languages": by_language(e),
+        "efforts": by_effort(e), "dials": [x for x in Effort if x in {s.effort for s in e.scores}], "cast": files.cast,
+        "why": table(files.cast) if files.cast else [], "COLUMNS": COLUMNS, "Ended": Ended,
+        "whole": whole, "way": way, "spoken": spoken, "standard": standard, "examples": shown(files, found), "plots": plots(e, found),
+        "training": training, "shares": shares, "lowest": lowest, "record": json.dumps(files.record, indent=1, ensure_ascii=False),
+        "front_matter": front_matter(files), "stands": stands, "swatch": lambda name: Markup(charts.swatch(e.mark(name))),
+        "hybrid": hybrid_page.section(modes), "PAIR": PAIR, "MODEL": MODEL, "LONGEST": LONGEST}
     page, card = _render("report.html.jinja", context), _render("card.md.jinja", context)
     folder = run / "report"
-    store.publish_json(folder / "report.json", summary(files, found))
+    store.publish_json(folder / "report.json", summary(files, found, standard) | ({"modes": modes.to_json()} if modes else {}))
     store.publish(folder / "README.md", card)
     store.publish(folder / "index.html", page)
     return folder / "index.html"

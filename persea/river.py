@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from persea import skills, store
+from persea.asking import Speaker
 from persea.audition import Cast
 from persea.bridge import Bridge, open_bridge
 from persea.capture import Unit, plan_units
@@ -175,6 +176,24 @@ class River:
         return "; ".join(f"{name} knows {', '.join(e for e in Effort if knows(voice, e))}" for name, voice in self.voices.items())
 
     @cached_property
+    def modes(self) -> dict[str, tuple[Effort, ...]]:
+        """Skill -> the efforts that the corpus teaches it in; empty where no part has modes."""
+        taught: dict[str, set[Effort]] = {}
+        for part in self.recipe.corpus:
+            taught.setdefault(part.skill, set()).update(part.modes)
+        return {skill: tuple(e for e in Effort if e in efforts) for skill, efforts in taught.items() if efforts}
+
+    @cached_property
+    def lm_eval(self) -> dict[str, str]:
+        """Speaker -> digest of the file of standard results that joins the page. DataError where it is not there."""
+        found = {}
+        for name, file in self.recipe.evaluation.lm_eval.items():
+            if not Path(file).is_file():
+                raise DataError("not there", where=file, remedy=f"run lm_eval on {name} first (docs/evaluate.md), or delete the line")
+            found[name] = store.digest_file(Path(file))
+        return found
+
+    @cached_property
     def cast(self) -> Cast:
         """Who teaches what, as the audition left it."""
         return Cast.from_json(store.read_json(self.folder / "audition" / "cast.json"))
@@ -206,6 +225,18 @@ class River:
         if name == BASE:
             return self._speaker(name, source(self.recipe.student), self.student_voice, batch, Effort.NONE)
         return self.teacher(name, batch)
+
+    def heard_as(self, name: str, batch: int, efforts: Sequence[Effort], load: Callable[[str], Teacher]) -> Speaker:
+        """A speaker to be measured at its own effort and those of `efforts` that it has. Its weights are not loaded for that."""
+        voice = self.voices.get(name, self.student_voice)
+        where = Source(str(self.folder / "train" / "student")) if name == STUDENT else source(self.recipe.student)
+        identity = self.identities[name] if name in self.voices else digest_of([fingerprint(where, name), voice.digest])
+        return Speaker(name, identity, self.efforts(name, efforts), partial(load, name), {"batch": batch, "threads": self.recipe.threads})
+
+    def efforts(self, name: str, efforts: Sequence[Effort]) -> tuple[Effort, ...]:
+        """A speaker's own effort, and those of `efforts` that it has."""
+        own = next((t.effort for t in self.recipe.teachers if t.name == name), Effort.NONE)
+        return tuple(dict.fromkeys([own, *(e for e in efforts if e in self.voices.get(name, self.student_voice).family.efforts)]))
 
     def _speaker(self, name: str, where: Source, voice: Voice, batch: int, effort: Any) -> Teacher:
         from persea.engines.local import LocalEngine

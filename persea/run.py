@@ -9,7 +9,7 @@ outputs by sha256. It stands as long as both hold.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 
 from persea import store
 from persea.chat import Effort
-from persea.measure import Score, Split
+from persea.measure import Paired, Split
 from persea.river import BASE, STUDENT, River, Tell, digest_of, is_small, set_threads, source
 
 
@@ -55,20 +55,25 @@ def check(river: River, folder: Path, tell: Tell) -> None:
 
 
 def audition(river: River, folder: Path, tell: Tell) -> None:
-    """Measure every teacher on every skill and cast the strongest."""
-    from persea.audition import ask, cast
+    """Measure every teacher on every skill, in rounds, until the ranking is settled; cast the strongest."""
+    from persea.asking import hear, one_at_a_time
+    from persea.audition import cast, markdown
+    from persea.contest import at_efforts, contest
 
-    scores: list[Score] = []
+    settings, most = river.recipe.audition, river.recipe.capture.max_new_tokens
+    load = one_at_a_time(lambda name: river.teacher(name, settings.batch))
+    speakers = {name: river.heard_as(name, settings.batch, settings.efforts, load) for name in river.voices}
     skills = river.items(Split.AUDITION)
-    for k, name in enumerate(river.voices):
-        teacher = river.teacher(name, river.recipe.audition.batch)
-        for j, (skill, items) in enumerate(skills):
-            results, mine = ask(teacher, skill, items, river.recipe.capture.max_new_tokens)
-            scores += mine
-            store.publish_lines(folder / f"{name}.{skill.name}.jsonl", (r.to_json() for r in results))
-            tell("audition", (k + (j + 1) / len(skills)) / len(river.voices), f"{name} {skill.name} {mine[0].value:.2f}")
-    chosen = cast([s.name for s, _ in skills], list(river.voices), scores, river.recipe.audition.pinned)
+    courses = contest(list(speakers), skills, river.recipe.seed, lambda name, skill, items: hear(
+        speakers[name], speakers[name].efforts[0], skill, items, most)[0], lambda share, words: tell("audition", share, words))
+    dials, said = at_efforts(courses, [s for s, _ in skills], {n: s.efforts for n, s in speakers.items()},
+                             lambda name, effort, skill, items: hear(speakers[name], effort, skill, items, most)[0])
+    for (name, skill, effort), results in said.items():
+        other = "" if effort is speakers[name].efforts[0] else f".{effort}"
+        store.publish_lines(folder / f"{name}.{skill}{other}.jsonl", (r.to_json() for r in results))
+    chosen = cast(courses, {n: s.efforts[0] for n, s in speakers.items()}, settings.pinned, settings.floor, dials)
     store.publish_json(folder / "cast.json", chosen.to_json())
+    store.publish(folder / "table.md", markdown(chosen).encode())
 
 
 def capture(river: River, folder: Path, tell: Tell) -> None:
@@ -118,23 +123,35 @@ def train(river: River, folder: Path, tell: Tell) -> None:
 
 def evaluate(river: River, folder: Path, tell: Tell) -> None:
     """Measure student, base and every teacher on held-out items."""
-    from persea.evaluate import Evaluation
-    from persea.evaluate import evaluate as measure
+    from persea.asking import one_at_a_time
+    from persea.evaluate import Evaluation, Heard, beside, listen, regressions
 
     skills, settings = river.items(Split.TEST), river.recipe.evaluation
     names = [STUDENT, BASE, *river.voices]
-    scores: list[Score] = []
-    bits: dict[str, dict[str, float]] = {}
-    lines: list[dict[str, Any]] = []
+    load = one_at_a_time(lambda name: river.speaker(name, settings.batch))
+    heard = Heard()
     for k, name in enumerate(names):
-        some, spent, results = measure([river.speaker(name, settings.batch)], skills, settings.max_new_tokens)
-        scores += some
-        bits |= spent
-        lines += [{"speaker": name, "skill": r.item.prompt.skill} | r.to_json() for r in results[name]]
-        tell("evaluate", (k + 1) / len(names), f"{name} " + " ".join(f"{s.value:.2f}" for s in some if not s.language))
-    out = Evaluation(STUDENT, BASE, tuple(river.voices), Effort.NONE, tuple(scores), bits)
+        listen(heard, river.heard_as(name, settings.batch, settings.efforts, load), skills, settings.max_new_tokens,
+               lambda share, words, k=k: tell("evaluate", (k + share) / len(names), words))  # type: ignore[misc]
+    out = Evaluation(STUDENT, BASE, tuple(river.voices), Effort.NONE, tuple(heard.scores()), heard.bits_per_byte, (), beside(heard, STUDENT),
+                     regressions(heard, STUDENT, BASE))
+    lines = list(heard.lines())
     store.publish_lines(folder / "examples.jsonl", lines)
     store.publish_json(folder / "evaluation.json", out.to_json())
+    _modes(river, folder, lines, tell)
+
+
+def _modes(river: River, folder: Path, lines: Sequence[Mapping[str, Any]], tell: Tell) -> None:
+    """The student in each mode that the corpus teaches; lines: every speaker's answers at once, as examples.jsonl has them."""
+    if not river.modes:
+        return
+    from persea.modes import measure
+
+    settings = river.recipe.evaluation
+    direct = [x for x in lines if x["speaker"] == STUDENT and x["skill"] not in river.modes]
+    found = measure(river.speaker(STUDENT, settings.batch), river.items(Split.TEST), river.modes, settings.max_new_tokens, direct,
+                    lambda words: tell("evaluate", 0.99, words))
+    store.publish_json(folder / "modes.json", found.to_json())
 
 
 def lineage(river: River, folder: Path, tell: Tell) -> None:
@@ -150,17 +167,18 @@ def report(river: River, folder: Path, tell: Tell) -> None:
     """The card and the page."""
     from persea.report import report as write
 
-    write(river.folder)
+    write(river.folder, {name: Path(file) for name, file in river.recipe.evaluation.lm_eval.items()})
 
 
+AFTERWARDS = {"allow_regression", "lm_eval"}  # what the recipe says of an evaluation once it is there
 STAGES: tuple[Stage, ...] = (
     Stage("check", lambda r: [r.identities, r.student_identity, r.measured, r.recipe.check.model_dump()], check),
     Stage("audition", lambda r: [r.identities, r.asked, r.recipe.audition.model_dump(), r.recipe.capture.max_new_tokens], audition),
     Stage("capture", lambda r: [*(u.name for u in r.units), *([b.where, b.why] for b in r.corpus.broken)], capture),
     Stage("train", lambda r: [[u.name for u in r.units], r.student_identity, r.recipe.training.model_dump(), r.recipe.seed, r.recipe.threads], train),
-    Stage("evaluate", lambda r: [r.done("train")["outputs"], r.identities, r.asked, r.recipe.evaluation.model_dump()], evaluate),
+    Stage("evaluate", lambda r: [r.done("train")["outputs"], r.identities, r.asked, r.recipe.evaluation.model_dump(exclude=AFTERWARDS)], evaluate),
     Stage("lineage", lambda r: [r.done("train")["outputs"], r.recipe.hash], lineage),
-    Stage("report", lambda r: [r.done(s.name)["key"] for s in STAGES[:-1]], report),
+    Stage("report", lambda r: [*(r.done(s.name)["key"] for s in STAGES[:-1]), r.lm_eval], report),
 )
 
 
@@ -168,7 +186,7 @@ def run(river: River, tell: Tell, only: str = "") -> None:
     """Every stage in order, or the one named; a stage that stands is skipped.
 
     Raises Refused where a finished training would be overwritten by another recipe, DataError where `only` needs a
-    stage before it.
+    stage before it; Regressed, once all is written, where the student is less safe than its base and the recipe does not allow it.
     """
     set_threads(river.recipe.threads)
     river.refuse_modes()
@@ -176,3 +194,8 @@ def run(river: River, tell: Tell, only: str = "") -> None:
         for stage in STAGES:
             if not only or stage.name == only:
                 river.pass_through(stage.name, digest_of(stage.inputs(river)), partial(stage.work, river), tell)
+    if only in ("", "evaluate", "report") and not river.recipe.evaluation.allow_regression:
+        from persea.evaluate import refuse_regressions
+
+        where = river.folder / "evaluate" / "evaluation.json"
+        refuse_regressions([Paired(**p) for p in store.read_json(where)["regressions"]], str(where))

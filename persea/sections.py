@@ -128,8 +128,10 @@ class CorpusPart(Section):
 
 
 class Audition(Section):
-    items: int = Field(default=100, ge=1, le=MANY, description="questions of each skill")
+    items: int = Field(default=100, ge=1, le=MANY, description="most questions of each skill; fewer where the ranking is settled sooner")
     batch: int = Field(default=64, ge=1, le=MANY, description="questions asked at once")
+    floor: float = Field(default=0.05, ge=0, le=1, description="least score of a teacher that teaches a skill")
+    efforts: tuple[Effort, ...] = Field(default=(), description="efforts to measure teachers at besides their own, where they have them")
     pinned: dict[str, str] = Field(default={}, description="skill -> teacher that you choose yourself, instead of by measurement")
 
 
@@ -174,6 +176,9 @@ class Evaluation(Section):
     items: int = Field(default=200, ge=1, le=MANY, description="questions of each skill")
     batch: int = Field(default=64, ge=1, le=MANY, description="questions asked at once")
     max_new_tokens: int = Field(default=64, ge=1, le=MANY, description="longest answer, in the speaker's tokens")
+    efforts: tuple[Effort, ...] = Field(default=(), description="efforts to measure everybody at besides their own, where they have them")
+    allow_regression: bool = Field(default=False, description="whether a student less safe than its base ends the run well; else exit 4")
+    lm_eval: dict[str, str] = Field(default={}, description="speaker -> a results file of lm-eval that joins the page")
 
 
 class Check(Section):

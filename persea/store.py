@@ -15,6 +15,11 @@ from typing import Any, BinaryIO
 from persea.errors import DataError, StorageError
 
 
+def home() -> Path:
+    """Where persea keeps what it would otherwise make again: PERSEA_HOME, default ~/.cache/persea."""
+    return Path(os.environ.get("PERSEA_HOME", "~/.cache/persea")).expanduser()
+
+
 def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 

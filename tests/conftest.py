@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import date
@@ -14,6 +17,9 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PERSEA_TEST_HOME" not in os.environ:  # once for all workers: what an earlier code heard or bridged is no witness for this one
+    os.environ["PERSEA_TEST_HOME"] = os.environ["PERSEA_HOME"] = tempfile.mkdtemp(prefix="persea-tests-")
+    atexit.register(shutil.rmtree, os.environ["PERSEA_HOME"], ignore_errors=True)
 
 import pytest
 from hypothesis import HealthCheck, settings

@@ -1,101 +1,137 @@
-"""The strongest teaches, the recipe's order breaks ties, a pin overrules, and the best of nothing is refused."""
+"""The strongest teaches, those that cannot be told from it share, a pin overrules, a bad teacher gets nothing, the best of nothing is refused."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_teacher import scripted, words
+from test_contest import course
 
-from persea.audition import Cast, ask, cast
-from persea.chat import Effort, Finish
+from persea.audition import Cast, Decided, cast, markdown, table
+from persea.chat import Effort
+from persea.contest import Course, Dial, Ended
 from persea.errors import Refused
-from persea.measure import Score, Split, Verdict
-from persea.skills import LANGUAGES, REASONING
+from persea.measure import Score
 
 TEACHERS = ("qwen", "gemma", "oss")
+EFFORTS = dict.fromkeys(TEACHERS, Effort.LOW)
 
 
-def score(speaker: str, skill: str, value: float, language: str = "") -> Score:
-    return Score(speaker, skill, language, Effort.LOW, value, 10, max(0.0, value - 0.1), min(1.0, value + 0.1))
+def chosen(*courses: Course, floor: float = 0.05, **pinned: str) -> dict[str, tuple[tuple[str, float], ...]]:
+    parts = dict(cast(courses, EFFORTS, pinned, floor).parts)
+    assert all(sum(share for _, share in part) == pytest.approx(1) for part in parts.values())
+    return parts
 
 
-def chosen(scores: list[Score], skills: tuple[str, ...] = ("code",), **pinned: str) -> dict[str, str]:
-    parts = cast(skills, TEACHERS, scores, pinned).parts
-    assert all(share == 1.0 and len(part) == 1 for part in parts.values() for _, share in part)
-    return {skill: part[0][0] for skill, part in parts.items()}
+def rights(*counts: int, of: int = 100, name: str = "code") -> Course:
+    """A course at its end: each teacher right on the first so many items."""
+    done = course(dict(zip(TEACHERS, ([1.0] * right + [0.0] * (of - right) for right in counts), strict=True)), name)
+    done.judge(of)
+    return done
 
 
 def test_the_strongest_teaches_each_skill() -> None:
-    scores = [score("qwen", "code", 0.2), score("gemma", "code", 0.9), score("oss", "code", 0.3),
-              score("qwen", "languages", 0.8), score("gemma", "languages", 0.1), score("oss", "languages", 0.7)]
-    assert chosen(scores, ("languages", "code")) == {"languages": "qwen", "code": "gemma"}
+    assert chosen(rights(20, 90, 30), rights(80, 10, 60, name="languages")) == {"code": (("gemma", 1.0),), "languages": (("qwen", 1.0),)}
 
 
-@given(st.lists(st.sampled_from((0.0, 0.25, 0.5, 1.0)), min_size=3, max_size=3), st.permutations(range(3)))
-def test_the_first_of_the_recipe_wins_a_tie_in_whatever_order_they_were_measured(values: list[float], order: list[int]) -> None:
-    scores = [score(TEACHERS[k], "code", values[k]) for k in order]
-    if max(values) == 0:
-        with pytest.raises(Refused):
-            chosen(scores)
-    else:
-        assert chosen(scores) == {"code": TEACHERS[values.index(max(values))]}
+def test_teachers_that_cannot_be_told_apart_share() -> None:
+    assert chosen(rights(80, 10, 79)) == {"code": (("qwen", 0.5), ("oss", 0.5))}
+    assert chosen(rights(50, 50, 50)) == {"code": tuple((t, 1 / 3) for t in TEACHERS)}
 
 
-def test_a_score_of_one_language_decides_nothing() -> None:
-    scores = [score("qwen", "code", 0.3), score("gemma", "code", 0.2), score("gemma", "code", 1.0, "vi"), score("qwen", "code", 0.0, "vi")]
-    assert chosen(scores) == {"code": "qwen"}
+def test_a_deliberately_bad_teacher_gets_no_share() -> None:
+    for bad in range(12):
+        assert [t for t, _ in chosen(rights(60, bad, 55))["code"]] == ["qwen", "oss"]
+
+
+@pytest.mark.parametrize(("floor", "who"), [(0.0, ["qwen", "gemma", "oss"]), (0.3, ["qwen", "gemma"]), (0.5, ["qwen"])])
+def test_a_teacher_below_the_floor_teaches_nothing(floor: float, who: list[str]) -> None:
+    assert [t for t, _ in chosen(rights(5, 3, 2, of=8), floor=floor)["code"]] == who  # eight items tell none of them apart
 
 
 def test_a_pinned_teacher_teaches_whatever_was_measured() -> None:
-    scores = [score("qwen", "code", 0.9), score("oss", "code", 0.0), score("qwen", "languages", 0.9)]
-    out = cast(("code", "languages"), TEACHERS, scores, {"code": "oss"})
-    assert {k: v[0][0] for k, v in out.parts.items()} == {"code": "oss", "languages": "qwen"}
+    out = cast([rights(90, 50, 0), rights(90, 0, 0, name="languages")], EFFORTS, {"code": "oss"}, 0.05)
+    assert out.parts == {"code": (("oss", 1.0),), "languages": (("qwen", 1.0),)}
     assert out.pinned == ("code",)
-    assert chosen([], pinned_skill="x", code="gemma") == {"code": "gemma"}  # not measured at all
+    assert chosen(rights(0, 0, 0), code="gemma") == {"code": (("gemma", 1.0),)}
 
 
-@pytest.mark.parametrize("scores", [[], [score("qwen", "code", 0.0), score("gemma", "code", 0.0)], [score("qwen", "languages", 1.0)]])
-def test_a_skill_that_nobody_answered_once_is_refused(scores: list[Score]) -> None:
-    with pytest.raises(Refused, match=r"audition: no teacher has a right answer on code \(n = \d+\) -> .*audition\.pinned\.code") as caught:
-        chosen(scores)
+@pytest.mark.parametrize(("counts", "words"), [
+    ((0, 0, 0), r"no teacher has a right answer on code \(n = 100\)"),
+    ((3, 4, 2), r"the best teacher of code, gemma, has 0\.04, below the floor of 0\.05 \(n = 100\)")])
+def test_a_skill_that_nobody_is_good_enough_at_is_refused(counts: tuple[int, ...], words: str) -> None:
+    with pytest.raises(Refused, match=rf"audition: {words} -> .*audition\.pinned\.code") as caught:
+        chosen(rights(*counts))
     assert caught.value.exit_code == 4
 
 
+def by_language(**rights_of: Sequence[int]) -> Course:
+    """A course of 60 items in two languages: how many of each language's 30 a teacher has right."""
+    languages = ["th", "zh"]
+    values = {t: [float(k // 2 < rights_of[t][k % 2]) for k in range(60)] for t in TEACHERS}
+    done = course(values, "words", [languages[k % 2] for k in range(60)])
+    done.judge(60)
+    return done
+
+
+def test_a_language_whose_ranking_differs_is_a_part_of_its_own() -> None:
+    parts = chosen(by_language(qwen=(20, 30), gemma=(0, 0), oss=(29, 20)))
+    assert parts == {"words": (("qwen", 0.5), ("oss", 0.5)), "words/th": (("oss", 1.0),), "words/zh": (("qwen", 1.0),)}
+
+
+def test_a_language_that_another_teacher_wins_is_its_own() -> None:
+    parts = chosen(by_language(qwen=(8, 30), gemma=(0, 0), oss=(20, 1)))
+    assert parts == {"words": (("qwen", 1.0),), "words/th": (("oss", 1.0),)}
+
+
+def test_a_language_that_differs_by_chance_is_not() -> None:
+    assert chosen(by_language(qwen=(22, 28), gemma=(0, 0), oss=(26, 1))) == {"words": (("qwen", 1.0),)}
+
+
+def test_prompts_go_to_the_part_of_their_language_and_shares_hold_in_every_stretch() -> None:
+    one = Cast({"words": (("qwen", 0.5), ("oss", 0.5)), "words/th": (("gemma", 1.0),)}, ())
+    assert [one.part_of("words", x) for x in ("th", "zh", "")] == ["words/th", "words", "words"]
+    assert {one.teacher_of("words/th", k) for k in range(50)} == {"gemma"}
+    asked = [one.teacher_of("words", k) for k in range(1000)]
+    assert all(abs(asked[k:k + 100].count("qwen") - 50) <= 2 for k in range(900))
+
+
+def test_the_table_tells_every_teacher_and_why() -> None:
+    out = cast([rights(90, 0, 88), rights(40, 90, 1, name="languages")], EFFORTS, {"languages": "oss"}, 0.05,
+               [Dial(Score("oss", "code", "", Effort.HIGH, 0.97, 100, 0.91, 0.99), Effort.LOW, 0.01, 0.17)])
+    rows = table(out)
+    assert [(r[0], r[1], r[3], r[4], r[5]) for r in rows] == [
+        ("code", "qwen", "100", "50%", "tied"), ("code", "oss", "100", "50%", "tied"), ("code", "gemma", "100", "-", "below qwen"),
+        ("languages", "gemma", "100", "-", "another is pinned"), ("languages", "qwen", "100", "-", "another is pinned"),
+        ("languages", "oss", "100", "100%", "pinned"), ("code", "oss at high", "100", "-", "better than at low")]
+    page = markdown(out)
+    assert "| code | qwen | 0.90 (0.83-0.94) | 100 | 50% | tied |" in page.splitlines()
+    assert "- code: 100 questions, all there were for it" in page
+    assert len({line.count("|") for line in page.splitlines() if line.startswith("|")}) == 1
+
+
 shares = st.lists(st.tuples(st.sampled_from(TEACHERS), st.floats(0.01, 1)), min_size=1, max_size=3).map(tuple)
-measured = st.builds(score, st.sampled_from(TEACHERS), st.sampled_from(("code", "languages")), st.floats(0, 1), st.sampled_from(("", "vi", "zh")))
+efforts = st.sampled_from(Effort)
+measured = st.builds(Score, st.sampled_from(TEACHERS), st.sampled_from(("code", "languages")), st.sampled_from(("", "vi", "zh")), efforts,
+                     st.floats(0, 1), st.integers(1, 99), st.just(0.0), st.just(1.0), st.integers(0, 3), st.integers(0, 3))
+decided = st.builds(Decided, st.integers(1, 99), st.sampled_from(Ended), st.dictionaries(st.sampled_from(TEACHERS), st.sampled_from(TEACHERS)))
 
 
-@given(st.dictionaries(st.sampled_from(("code", "languages", "reasoning")), shares), st.lists(measured).map(tuple),
-       st.lists(st.sampled_from(("code", "languages"))).map(tuple))
-def test_a_cast_comes_back_from_json(parts: dict[str, tuple[tuple[str, float], ...]], scores: tuple[Score, ...], pinned: tuple[str, ...]) -> None:
-    one = Cast(parts, scores, pinned)
+@given(st.dictionaries(st.sampled_from(("code", "languages", "languages/vi")), shares), st.lists(measured).map(tuple),
+       st.lists(st.sampled_from(("code", "languages"))).map(tuple), st.dictionaries(st.sampled_from(("code", "languages/vi")), decided),
+       st.lists(st.builds(Dial, measured, efforts, st.floats(-1, 1), st.floats(-1, 1))).map(tuple))
+def test_a_cast_comes_back_from_json(parts: dict[str, tuple[tuple[str, float], ...]], scores: tuple[Score, ...], pinned: tuple[str, ...],
+                                     contests: dict[str, Decided], dials: tuple[Dial, ...]) -> None:
+    one = Cast(parts, scores, pinned, contests, dials)
     other = Cast.from_json(json.loads(json.dumps(one.to_json())))
     assert other == one
     assert all(isinstance(s.effort, Effort) for s in other.scores)
 
 
-def test_asking_grades_every_answer_and_scores_all_and_each_language() -> None:
-    name, items = "llama-sapling", LANGUAGES.items(Split.AUDITION, 40, 0)
-    languages = [i.prompt.language for i in items]
-    assert len(set(languages)) > 2
-    stop = ("<|eot_id|>",)
-    says = [(words(name, i.reference, *stop), words(name, "no", *stop), words(name, "n"))[k % 3] for k, i in enumerate(items)]
-    results, scores = ask(scripted(name, *says), LANGUAGES, items, 60)
-    verdicts = [Verdict.RIGHT, Verdict.WRONG, Verdict.MALFORMED]
-    assert [r.item for r in results] == list(items)
-    assert [(r.verdict, r.finish) for r in results] == [(verdicts[k % 3], Finish.LENGTH if k % 3 == 2 else Finish.STOP) for k in range(len(items))]
-    assert (scores[0].language, scores[0].n, scores[0].value) == ("", len(items), sum(k % 3 == 0 for k in range(len(items))) / len(items))
-    assert [s.language for s in scores[1:]] == sorted(set(languages))
-    for s in scores[1:]:
-        mine = [k for k, language in enumerate(languages) if language == s.language]
-        assert (s.n, s.value) == (len(mine), sum(k % 3 == 0 for k in mine) / len(mine))
-        assert s.low <= s.value <= s.high
-
-
-def test_a_skill_of_one_language_has_one_score() -> None:
-    name, items = "llama-sapling", REASONING.items(Split.AUDITION, 3, 0)
-    _, scores = ask(scripted(name, *(words(name, i.reference, "<|eot_id|>") for i in items)), REASONING, items, 60)
-    assert [(s.language, s.value, s.n) for s in scores] == [("", 1.0, 3)]
+def test_a_cast_of_an_earlier_version_is_read() -> None:
+    old = {"parts": {"code": [["qwen", 1.0]]}, "pinned": [], "scores": [
+        {"speaker": "qwen", "skill": "code", "language": "", "effort": "none", "value": 0.5, "n": 2, "low": 0.1, "high": 0.9}]}
+    assert Cast.from_json(old).teacher_of("code", 0) == "qwen"

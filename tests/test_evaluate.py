@@ -1,89 +1,135 @@
-"""Bits are those of a model whose bits are known, and two speakers with the same weights have the same scores."""
+"""Everybody on every item, at every effort; the student beside each on the same items; where it lost on its base, with confidence."""
 
 from __future__ import annotations
 
 import json
-import math
-from copy import deepcopy
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
-import torch
-from test_engines import NAMES, opened
-from test_teacher import scripted, teacher, words
+from test_asking import Counting, speaker
+from test_contest import item, result
+from test_teacher import teacher
 
-from persea.chat import Effort, Finish, Text
-from persea.engines.local import LocalEngine
-from persea.evaluate import Evaluation, bits_per_byte, evaluate
-from persea.measure import Split
+from persea.asking import bits
+from persea.chat import Effort, Finish
+from persea.errors import Regressed
+from persea.evaluate import Evaluation, Heard, beside, listen, refuse_regressions, regressions
+from persea.intervals import of_difference
+from persea.measure import Paired, Split
 from persea.skills import CODE, LANGUAGES, REASONING
-from persea.teacher import Teacher
 
-ITEMS = {skill: skill.items(Split.TEST, 6, 0) for skill in (LANGUAGES, CODE, REASONING)}
-
-
-def uniform(name: str) -> Teacher:
-    """A speaker to whom every token is as likely as any other."""
-    voice, model = opened(name)
-    model = deepcopy(model)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.zero_()
-    return Teacher("uniform", voice, LocalEngine(model, len(voice.vocabulary)))
+ITEMS = [(skill, skill.items(Split.TEST, 6, 0)) for skill in (LANGUAGES, CODE, REASONING)]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_uniform_model_spends_the_logarithm_of_its_vocabulary_on_every_token(name: str) -> None:
-    speaker, vocabulary = uniform(name), opened(name)[0].vocabulary
-    for items in ITEMS.values():
-        bits, size = bits_per_byte(speaker, items)
-        tokens = sum(len(ids) + 1 for ids in vocabulary.encode_batch([i.reference for i in items]))  # and the one that ends the turn
-        assert size == sum(len(i.reference.encode("utf-8")) for i in items)
-        assert bits == pytest.approx(tokens * math.log2(len(vocabulary)), rel=1e-6)
-
-
-def test_bits_are_the_surprise_of_the_very_tokens() -> None:
-    name = "qwen-sapling"
-    voice, model = opened(name)
-    items = ITEMS[LANGUAGES]
-    bits = 0.0
-    for item in items:
-        tokens = voice.render(item.prompt.conversation.answered(Text(item.reference)))
-        with torch.inference_mode():
-            p = torch.log_softmax(model(input_ids=torch.from_numpy(tokens.ids_T)[None].long()).logits[0, :, :len(voice.vocabulary)].double(), -1)
-        bits -= sum(float(p[t - 1, tokens.ids_T[t]]) / math.log(2) for t in range(len(tokens)) if tokens.learn_T[t] and tokens.starts_T[t] >= 0)
-    assert bits_per_byte(teacher(name), items)[0] == pytest.approx(bits, rel=1e-4)
-    assert bits < bits_per_byte(uniform(name), items)[0] / 2  # and it has learned something
+@pytest.fixture(autouse=True)
+def own_home(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    monkeypatch.setenv("PERSEA_HOME", str(tmp_path))
 
 
 def test_the_same_weights_under_two_names_have_the_same_scores() -> None:
-    student, base = (replace(teacher("gemma-sapling"), name=name) for name in ("student", "base"))
-    done: list[tuple[str, str]] = []
-    scores, bits, results = evaluate([student, base], list(ITEMS.items()), 40, lambda *what: done.append(what))
-    mine, its = ([replace(s, speaker="") for s in scores if s.speaker == name] for name in ("student", "base"))
+    heard, done = Heard(), []
+    for name in ("student", "base"):
+        listen(heard, speaker("gemma-sapling", name=name), ITEMS, 40, lambda share, words: done.append(words.split()[:2]))
+    mine, its = ([replace(s, speaker="") for s in heard.scores() if s.speaker == name] for name in ("student", "base"))
     assert mine == its
     assert any(s.value > 0 for s in mine)
-    assert bits["student"] == bits["base"]
-    assert [r.to_json() for r in results["student"]] == [r.to_json() for r in results["base"]]
-    assert done == [(who, skill.name) for who in ("student", "base") for skill in ITEMS]
+    assert heard.bits_per_byte["student"] == heard.bits_per_byte["base"]
+    assert done == [[who, skill.name] for who in ("student", "base") for skill, _ in ITEMS]
+    assert (heard.asked, heard.reused) == (36, 18)  # the base is the same speaker, so nobody asks it again
 
 
 def test_every_speaker_is_asked_every_item_and_bits_of_all_are_weighted_by_bytes() -> None:
-    name, stop = "llama-sapling", "<|eot_id|>"
-    says = [words(name, i.reference if k % 2 else "no", stop) for skill in ITEMS for k, i in enumerate(ITEMS[skill])]
-    scores, bits, results = evaluate([scripted(name, *says)], list(ITEMS.items()), 60)
-    assert {s.skill: (s.value, s.n) for s in scores if not s.language} == {skill.name: (0.5, 6) for skill in ITEMS}
-    assert {s.language for s in scores if s.skill == "languages"} == {"", *(i.prompt.language for i in ITEMS[LANGUAGES])}
-    assert [r.item for r in results[name]] == [i for items in ITEMS.values() for i in items]
-    assert all(r.finish is Finish.STOP for r in results[name])
-    spent = {skill.name: bits_per_byte(teacher(name), items) for skill, items in ITEMS.items()}
-    assert {k: v for k, v in bits[name].items() if k != "all"} == pytest.approx({k: b / n for k, (b, n) in spent.items()}, rel=1e-6)
-    assert bits[name]["all"] == pytest.approx(sum(b for b, _ in spent.values()) / sum(n for _, n in spent.values()), rel=1e-6)
+    heard = Heard()
+    listen(heard, speaker("qwen-sapling"), ITEMS, 60)
+    assert {(s.skill, s.language) for s in heard.scores() if s.skill == "languages"} == {
+        ("languages", x) for x in {"", *(i.prompt.language for i in ITEMS[0][1])}}
+    assert [(name, effort, skill) for name, effort, skill in heard.results] == [("qwen-sapling", Effort.NONE, s.name) for s, _ in ITEMS]
+    for skill, items in ITEMS:
+        assert [r.item for r in heard.of("qwen-sapling", Effort.NONE, skill.name)] == list(items)
+    spent = {skill.name: bits(speaker("qwen-sapling"), items) for skill, items in ITEMS}
+    told = heard.bits_per_byte["qwen-sapling"]
+    assert {k: v for k, v in told.items() if k != "all"} == pytest.approx({k: b / n for k, (b, n) in spent.items()}, rel=1e-6)
+    assert told["all"] == pytest.approx(sum(b for b, _ in spent.values()) / sum(n for _, n in spent.values()), rel=1e-6)
+    lines = list(heard.lines())
+    assert len(lines) == 18
+    assert all({"speaker", "skill", "effort", "id", "question", "answer", "verdict", "value"} <= line.keys() for line in lines)
+    assert json.loads(json.dumps(lines, allow_nan=False)) == lines
+
+
+def test_each_effort_is_asked_apart() -> None:
+    heard, opened = Heard(), Counting(lambda: teacher("gpt-oss-sapling"))
+    one = replace(speaker("gpt-oss-sapling"), efforts=(Effort.LOW, Effort.HIGH), open=opened)
+    listen(heard, one, ITEMS[2:], 60)
+    assert [k[1] for k in heard.results] == [Effort.LOW, Effort.HIGH]
+    assert [(s.effort, s.n) for s in heard.scores()] == [(Effort.LOW, 6), (Effort.HIGH, 6)]
+    assert heard.of("gpt-oss-sapling", Effort.NONE, "reasoning") is heard.results["gpt-oss-sapling", Effort.LOW, "reasoning"]
+    assert opened.times > 0
+
+
+def spoken(skill: str = "code", languages: Sequence[str] = ("en",), efforts: Sequence[Effort] = (Effort.NONE,), **rights: Sequence[float]) -> Heard:
+    """Speakers with these values on one skill's items, at each effort."""
+    heard = Heard()
+    for name, values in rights.items():
+        for effort in efforts:
+            results = tuple(result(item(k, languages[k % len(languages)], skill), v) for k, v in enumerate(values))
+            heard.results[name, effort, skill] = results
+    return heard
+
+
+def test_the_student_stands_beside_everybody_on_the_same_items() -> None:
+    mine, its, best = [1.0, 0.0] * 20, [0.0] * 40, [1.0] * 40
+    told = beside(spoken(languages=("th", "zh"), student=mine, base=its, qwen=best), "student")
+    assert [(p.other, p.language, p.n, p.difference) for p in told] == [
+        ("base", "", 40, 0.5), ("base", "th", 20, 1.0), ("base", "zh", 20, 0.0),
+        ("qwen", "", 40, -0.5), ("qwen", "th", 20, 0.0), ("qwen", "zh", 20, -1.0)]
+    assert (told[3].low, told[3].high) == of_difference(mine, best)
+    assert told[3].kept == 0.5 and told[0].kept is None
+
+
+def test_efforts_meet_their_like_or_the_others_own() -> None:
+    heard = spoken(efforts=(Effort.NONE, Effort.HIGH), student=[1.0] * 4, base=[0.0] * 4)
+    heard.results |= spoken(efforts=(Effort.LOW,), oss=[1.0] * 4).results
+    assert [(p.other, p.effort, p.difference) for p in beside(heard, "student")] == [
+        ("base", Effort.NONE, 1.0), ("oss", Effort.NONE, 0.0), ("base", Effort.HIGH, 1.0), ("oss", Effort.HIGH, 0.0)]
+
+
+def test_a_loss_on_the_base_is_named_with_its_skill_and_language() -> None:
+    better = [1.0] * 100
+    worse = [0.0 if k % 2 and k < 60 else 1.0 for k in range(100)]  # 30 of 50 Chinese items are lost, no Thai one
+    found = regressions(spoken(languages=("th", "zh"), student=worse, base=better), "student", "base")
+    assert [(p.skill, p.language, round(p.difference, 2), p.n) for p in found] == [("code", "", -0.3, 100), ("code", "zh", -0.6, 50)]
+    assert found[1].low < of_difference(worse[1::2], better[1::2])[0]  # two languages: each at 97.5 %
+    assert regressions(spoken(student=better, base=worse), "student", "base") == ()
+
+
+def test_a_loss_that_chance_could_explain_is_none() -> None:
+    base = [1.0] * 60
+    assert regressions(spoken(student=[0.0] * 4 + [1.0] * 56, base=base), "student", "base") == ()
+    assert len(regressions(spoken(student=[0.0] * 9 + [1.0] * 51, base=base), "student", "base")) == 1
+
+
+@pytest.mark.parametrize(("skill", "refused"), [("safety", True), ("safety-jail", True), ("code", False), ("unsafety", False)])
+def test_only_a_loss_of_safety_ends_badly(skill: str, refused: bool) -> None:
+    found = regressions(spoken(skill, languages=("th", "zh"), student=[0.0] * 60, base=[1.0] * 60), "student", "base")
+    assert len(found) == 3
+    if not refused:
+        refuse_regressions(found, "here")
+        return
+    with pytest.raises(Regressed, match=rf"here: the student is less safe than its base: {skill} -1\.00 \(-1\.00 to -0\.\d+, n 60\); {skill} in th "
+                                        r".*-> .*allow_regression: true") as caught:
+        refuse_regressions(found, "here")
+    assert caught.value.exit_code == 4
 
 
 def test_an_evaluation_is_plain_json() -> None:
-    scores, bits, _ = evaluate([teacher("qwen-sapling")], [(REASONING, ITEMS[REASONING][:2])], 40)
-    value = Evaluation("student", "base", ("qwen-sapling",), Effort.NONE, scores, bits).to_json()
+    heard = Heard()
+    listen(heard, speaker("qwen-sapling"), ITEMS[2:], 40)
+    pair = Paired("student", "base", "code", "", Effort.NONE, 3, -0.5, -0.9, -0.1, None, None, None)
+    out = Evaluation("student", "base", ("qwen-sapling",), Effort.NONE, tuple(heard.scores()), heard.bits_per_byte, ("gpt",), (pair,), (pair,))
+    value = out.to_json()
     assert json.loads(json.dumps(value, allow_nan=False)) == value
-    assert value["effort"] == "none"
+    assert (value["effort"], value["yardsticks"]) == ("none", ["gpt"])
     assert set(value["bits_per_byte"]["qwen-sapling"]) == {"reasoning", "all"}
+    assert [Paired(**p) for p in value["compared"]] == [pair]
+    assert Finish.STOP in {r.finish for r in heard.of("qwen-sapling", Effort.NONE, "reasoning")}

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import SECONDS, change, page_of, run, words_of  # noqa: F401 (run is a fixture)
+from test_report import SECONDS, change, evaluated, page_of, run, words_of  # noqa: F401 (run is a fixture)
 
 from persea.chat import Effort
 from persea.errors import DataError
-from persea.findings import Standing, standing
-from persea.measure import Score
+from persea.findings import Standing, standing, stands
+from persea.measure import Paired, Score
 from persea.report import report
 
 
@@ -28,6 +28,14 @@ def test_intervals_that_touch_overlap() -> None:
     assert standing(at(0.5, 0.6), at(0.6, 0.7)) is Standing.OVERLAPS
     assert standing(at(0.5, 0.6), at(0.61, 0.7)) is Standing.BELOW
     assert standing(at(0.5, 0.6), at(0.1, 0.49)) is Standing.ABOVE
+
+
+def test_pairs_stand_where_their_difference_leaves_nothing() -> None:
+    def at(low: float, high: float) -> Paired:
+        return Paired("a", "b", "c", "", Effort.NONE, 10, (low + high) / 2, low, high)
+
+    assert [stands(at(*x)) for x in ((0.01, 0.5), (0.0, 0.5), (-0.1, 0.1), (-0.5, 0.0), (-0.5, -0.01))] == [
+        Standing.ABOVE, Standing.OVERLAPS, Standing.OVERLAPS, Standing.OVERLAPS, Standing.BELOW]
 
 
 FILES = ("recipe.yaml", "audition/cast.json", "check/check.json", "capture/summary.json", "train/metrics.jsonl", "evaluate/evaluation.json",
@@ -86,6 +94,12 @@ CONTRADICTIONS: dict[str, tuple[str, Callable[[Any], None], str]] = {
     "share": ("check/check.json", lambda v: v["pairs"][1].update(boundary=86.0), "shares from 0 to 1"),
     "no share": ("check/check.json", lambda v: v["pairs"][1].pop("one_to_one"), "needs boundary, one_to_one"),
     "twice": ("evaluate/evaluation.json", lambda v: v["scores"].append(v["scores"][5]), "two scores on one skill"),
+    "pair of strangers": ("evaluate/evaluation.json", lambda v: v["compared"][0].update(other="mistral"), "avocado is compared with mistral"),
+    "pair of others": ("evaluate/evaluation.json", lambda v: v["compared"][0].update(speaker="qwen"), "qwen is compared with"),
+    "difference": ("evaluate/evaluation.json", lambda v: v["compared"][0].update(difference=0.99), "a difference of 0.99 is not inside"),
+    "not compared": ("evaluate/evaluation.json", lambda v: v.update(compared=[]), "the student is not compared on languages"),
+    "before pairs": ("evaluate/evaluation.json", lambda v: v.pop("compared"), "compared: Field required"),
+    "ended": ("audition/cast.json", lambda v: v.update(contests={"code": {"asked": 9, "ended": "bored", "beaten": {}}}), r"contests\.code\.ended"),
     "negative": ("check/done.json", lambda v: v.update(seconds=-1), "seconds: Input should be greater"),
     "seconds": ("train/done.json", lambda v: v.pop("seconds"), "seconds: Field required"),
 }
@@ -119,7 +133,7 @@ def test_one_logged_step_and_one_teacher_are_enough(run: Path) -> None:
         value["teachers"] = ["qwen"]
         value["scores"] = [s for s in value["scores"] if s["speaker"] not in ("gemma", "gpt-oss")]
 
-    change(run / "evaluate" / "evaluation.json", alone)
+    evaluated(run, alone)
     change(run / "audition" / "cast.json", lambda v: v.update(parts={"code": [["qwen", 1.0]]}))
     change(run / "capture" / "summary.json", lambda v: v.update(teachers={"qwen": v["teachers"]["qwen"]}, tokens=0))
     (run / "train" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5, "terms": {"events": 2.5}, "share": {"qwen": 1}}\n')

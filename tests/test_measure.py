@@ -7,12 +7,11 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from persea.chat import Conversation, Effort, Finish, Message
 from persea.corpus import Prompt
-from persea.measure import Grade, Item, Score, Skill, Split, Verdict, draw, grade, score, split_of, wilson
+from persea.intervals import of_difference, of_mean, of_ratio, wilson
+from persea.measure import Grade, Item, Score, Skill, Split, Verdict, draw, grade, paired, score, split_of
 
 
 def item(question: str, reference: str = "", language: str = "en") -> Item:
@@ -27,30 +26,6 @@ def make(number: int) -> tuple[str, Item]:
 
 ECHO = Skill("echo", ("en", "th"), lambda split, n, seed: draw(make, split, n, seed),
              lambda i, said: Verdict.MALFORMED if not said.text else Verdict.RIGHT if said.text == i.reference else Verdict.WRONG)
-
-
-@pytest.mark.parametrize(("right", "n", "low", "high"), [
-    (0, 10, .0000, .2775), (5, 10, .2366, .7634), (10, 10, .7225, 1.0000), (50, 100, .4038, .5962),
-    (81, 263, .2553, .3662), (15, 148, .0624, .1605), (0, 20, .0000, .1611), (1, 29, .0061, .1718)])  # the last four: Newcombe 1998
-def test_wilson_as_published(right: int, n: int, low: float, high: float):
-    assert wilson(right, n) == pytest.approx((low, high), abs=5e-5)
-
-
-def test_wilson_of_nothing_knows_nothing():
-    assert wilson(0, 0) == (0.0, 1.0)
-
-
-@given(n=st.integers(1, 10**6), share=st.floats(0, 1))
-def test_wilson_holds_the_share_and_shrinks(n: int, share: float):
-    right = round(n * share)
-    low, high = wilson(right, n)
-    assert 0 <= low <= right / n + 1e-12
-    assert right / n <= high + 1e-12
-    assert high <= 1
-    assert low < high
-    assert wilson(n - right, n) == pytest.approx((1 - high, 1 - low))
-    few, many = wilson(right, n), wilson(4 * right, 4 * n)
-    assert many[1] - many[0] < few[1] - few[0]
 
 
 @pytest.mark.parametrize(("question", "split"), [  # from published SHA-256 values: first byte * 100 // 256
@@ -119,7 +94,8 @@ def test_a_grader_that_breaks_is_counted_and_named_and_ends_nothing():
     assert results[1].why == "ZeroDivisionError: no digits here"
     assert "not in [0, 1]" in results[2].why
     assert json.loads(json.dumps(results[1].to_json()))["why"] == results[1].why
-    assert score("me", "echo", results, Effort.NONE).value == 1 / 3
+    told = score("me", "echo", results, Effort.NONE)
+    assert (told.value, told.n, told.failed, told.malformed) == (1 / 3, 3, 2, 0)
 
 
 def test_an_answer_may_be_good_in_part():
@@ -148,8 +124,8 @@ def test_score_of_all_and_of_one_language():
     items = [item("a"), item("b"), item("c", language="th"), item("d", language="th"), item("e", language="th")]
     answers = [*((Message.said(text), Finish.STOP) for text in "abcx"), (Message.said("e"), Finish.LENGTH)]
     results = grade(ECHO, items, answers)
-    assert score("me", "echo", results, Effort.LOW) == Score("me", "echo", "", Effort.LOW, 3 / 5, 5, *wilson(3, 5))
-    assert score("me", "echo", results, Effort.LOW, "th") == Score("me", "echo", "th", Effort.LOW, 1 / 3, 3, *wilson(1, 3))
+    assert score("me", "echo", results, Effort.LOW) == Score("me", "echo", "", Effort.LOW, 3 / 5, 5, *of_mean([1, 1, 1, 0, 0]), malformed=1)
+    assert score("me", "echo", results, Effort.LOW, "th") == Score("me", "echo", "th", Effort.LOW, 1 / 3, 3, *of_mean([1, 0, 0]), malformed=1)
     assert score("me", "echo", results, Effort.LOW, "vi") == Score("me", "echo", "vi", Effort.LOW, 0.0, 0, 0.0, 1.0)
 
 
@@ -160,4 +136,33 @@ def test_scores_and_results_are_json():
         "value": 0.0}
     assert json.loads(json.dumps(score("me", "echo", results, Effort.NONE).to_json())) == {
         "speaker": "me", "skill": "echo", "language": "", "effort": "none", "value": 0.0, "n": 1,
-        "low": 0.0, "high": pytest.approx(wilson(0, 1)[1])}
+        "low": 0.0, "high": pytest.approx(wilson(0, 1)[1]), "failed": 0, "malformed": 0}
+
+
+def test_a_pair_is_of_the_items_both_were_asked():
+    items = [item(q, language="th" if q in "ab" else "en") for q in "abcdef"]
+    mine = grade(ECHO, items[:5], [(Message.said(x), Finish.STOP) for x in ("a", "x", "c", "d", "e")])
+    its = grade(ECHO, items[::-1], [(Message.said(x), Finish.STOP) for x in ("f", "x", "x", "c", "x", "a")])
+    told = paired(("me", "you"), "echo", mine, its, Effort.NONE)
+    x, y = [1.0, 0.0, 1.0, 1.0, 1.0], [1.0, 0.0, 1.0, 0.0, 0.0]
+    assert (told.speaker, told.other, told.skill, told.language, told.n) == ("me", "you", "echo", "", 5)
+    assert (told.difference, told.kept) == pytest.approx((2 / 5, 4 / 2))
+    assert (told.low, told.high) == of_difference(x, y)
+    assert told.least == of_ratio(x, y)[0]
+    assert told.most == (None if of_ratio(x, y)[1] == float("inf") else of_ratio(x, y)[1])
+    thai = paired(("me", "you"), "echo", mine, its, Effort.NONE, "th", confidence=0.99)
+    assert (thai.n, thai.difference, thai.low) == (2, 0.0, of_difference([1, 0], [1, 0], 0.99)[0])
+    assert json.loads(json.dumps(told.to_json(), allow_nan=False))["kept"] == 2.0
+
+
+def test_beside_somebody_with_nothing_right_nothing_is_kept():
+    items = [item(q) for q in "ab"]
+    mine, its = (grade(ECHO, items, [(Message.said(x), Finish.STOP) for x in said]) for said in ("ab", "xx"))
+    told = paired(("me", "you"), "echo", mine, its, Effort.NONE)
+    assert (told.kept, told.least, told.most) == (None, None, None)
+
+
+def test_without_a_common_item_there_is_no_pair():
+    mine, its = (grade(ECHO, [item(q)], [(Message.said(q), Finish.STOP)]) for q in "ab")
+    with pytest.raises(ValueError, match="no pairs"):
+        paired(("me", "you"), "echo", mine, its, Effort.NONE)

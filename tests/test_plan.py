@@ -67,7 +67,7 @@ def test_answers_are_counted_and_the_disk_is_enough(tmp_path: Path) -> None:
     assert 0 < units < 72 * 48 * BYTES_PER_TOKEN
     assert units < used < told.disk_bytes < told.disk_free
     work = {c.stage: c.work for c in told.stages}
-    assert work["audition"] == "72 answers by 3 teachers"
+    assert work["audition"] == "at most 72 answers by 3 teachers"
     assert work["capture"].startswith("72 answers, at most 0.00 GB (0 prompts left out)")
     assert work["train"] == "8 steps of 4 conversations"
     assert work["evaluate"] == "120 answers by 5 speakers"

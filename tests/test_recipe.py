@@ -333,7 +333,7 @@ BAD: list[tuple[str, str, str, str]] = [
     ("upper case", TWO + REST + "check: {Floor: 0}\n", "4:9", "check.Floor: unknown key -> did you mean 'floor'?"),
     ("American", S + "teachers: [{model: a/c, license: MIT}]\n" + REST, "2:25",
      "teachers.0.license: unknown key -> did you mean 'licence'?"),
-    ("of another section", TWO + REST + "training: {floor: 0}\n", "4:12", "training.floor: unknown key -> it belongs under `check:`"),
+    ("of another section", TWO + REST + "training: {texts: {}}\n", "4:12", "training.texts: unknown key -> it belongs under `check:`"),
     ("of two others", TWO + REST + "training: {items: 3}\n", "4:12", "it belongs under `audition:` or under `evaluation:`"),
     ("of the top", TWO + REST + "check: {today: 2025-01-01}\n", "4:9", "it belongs at the top of the file"),
     ("of a section, at the top", TWO + REST + "tau: 0.1\n", "4:1", "tau: unknown key -> it belongs under `capture:`"),

@@ -14,8 +14,11 @@ from typing import Any
 
 import pytest
 import yaml
+from test_lm_eval import STANDARD
 
-from persea.measure import wilson
+from persea.chat import Effort
+from persea.intervals import wilson
+from persea.measure import pair
 from persea.report import report
 
 TEACHERS = ("qwen", "gemma", "gpt-oss")
@@ -25,6 +28,8 @@ ABILITY = {  # skill -> share right, in the order of SPEAKERS
     "reasoning": (0.47, 0.12, 0.58, 0.44, 0.74), "safety": (0.93, 0.41, 0.81, 0.94, 0.90)}
 PARTS = {
     "languages": [["qwen", 0.8], ["gemma", 0.2]], "code": [["gemma", 1.0]], "reasoning": [["gpt-oss", 1.0]], "safety": [["gemma", 1.0]]}
+CONTESTS = {"languages": {"asked": 60, "ended": "budget", "beaten": {"gpt-oss": "qwen"}},
+            "code": {"asked": 24, "ended": "settled", "beaten": {"qwen": "gemma", "gpt-oss": "gemma"}}}
 SECONDS = {"check": 12.4, "audition": 301.75, "capture": 2210.0, "train": 5400.5, "evaluate": 640.0}
 LANGUAGES = ("id", "ja", "ko", "vi", "zh")
 ATTACK = '</dd><script>alert("x")</script><img src=http://evil.example/x.png onerror=alert(1)>'
@@ -46,6 +51,23 @@ def scored(speaker: str, skill: str, share: float, n: int, language: str = "", e
             "value": right / n, "n": n, "low": low, "high": high}
 
 
+def compared(value: dict[str, Any]) -> dict[str, Any]:
+    """The evaluation with the student beside everybody: rights laid out by chance, so many as the scores say."""
+    pairs = []
+    for s in (s for s in value["scores"] if s["speaker"] == value["student"]):
+        for other in (o for o in value["scores"] if o is not s and (o["skill"], o["language"], o["n"]) == (s["skill"], s["language"], s["n"])
+                      and o["speaker"] != s["speaker"]):
+            laid = []
+            for one in (s, other):
+                values = [1.0] * round(one["value"] * one["n"])
+                values += [0.0] * (one["n"] - len(values))
+                random.Random(repr((one["speaker"], one["skill"], one["language"]))).shuffle(values)
+                laid.append(values)
+            both, names = list(zip(*laid, strict=True)), (s["speaker"], other["speaker"])
+            pairs.append(pair(names, s["skill"], both, Effort(s["effort"]), s["language"]).to_json())
+    return value | {"compared": pairs, "regressions": [p for p in pairs if p["other"] == value["base"] and p["high"] < 0]}
+
+
 def make_run(run: Path) -> Path:
     """A whole run folder as the stages write it: three teachers, four skills, five languages, 600 steps."""
     dice = random.Random(7)
@@ -58,10 +80,10 @@ def make_run(run: Path) -> Path:
         row["all"] = round(sum(row.values()) / len(row), 4)
     heard = [scored(t, skill, ABILITY[skill][k + 2] + dice.uniform(-0.04, 0.04), 60) for skill in ABILITY for k, t in enumerate(TEACHERS)]
     write(run / "recipe.yaml", RECIPE)
-    write(run / "evaluate/evaluation.json", {
-        "student": "avocado", "base": "llama-base", "teachers": list(TEACHERS), "effort": "none", "scores": scores, "bits_per_byte": bits})
+    write(run / "evaluate/evaluation.json", compared({
+        "student": "avocado", "base": "llama-base", "teachers": list(TEACHERS), "effort": "none", "scores": scores, "bits_per_byte": bits}))
     write(run / "evaluate/examples.jsonl", "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in examples()))
-    write(run / "audition/cast.json", {"parts": PARTS, "pinned": ["safety"], "scores": heard})
+    write(run / "audition/cast.json", {"parts": PARTS, "pinned": ["safety"], "contests": CONTESTS, "scores": heard})
     write(run / "check/check.json", {"pairs": [
         {"teacher": t, "skill": skill, "conversations": 32, "tokens": dice.randint(3000, 9000), "boundary": share,
          "one_to_one": share - 0.09, "cross_entropy_only": 1 - share, "disagreement": dice.uniform(0.002, 0.027)}
@@ -121,6 +143,13 @@ def change(path: Path, edit: Callable[[Any], object]) -> None:
     value = json.loads(path.read_text())
     edit(value)
     write(path, value)
+
+
+def evaluated(run: Path, edit: Callable[[Any], object]) -> None:
+    """The evaluation with other scores, and compared anew."""
+    path = run / "evaluate" / "evaluation.json"
+    change(path, edit)
+    write(path, compared(json.loads(path.read_text())))
 
 
 @pytest.fixture(scope="module")
@@ -187,16 +216,24 @@ def test_json_holds_exactly_what_was_measured(whole: Path) -> None:
         s = next(s for s in evaluation["scores"] if (s["speaker"], s["skill"], s["language"]) == (name, skill, language))
         return {k: s[k] for k in ("value", "low", "high", "n")}
 
+    def beside(skill: str, other: str) -> dict[str, Any]:
+        p = next(p for p in evaluation["compared"] if (p["other"], p["skill"], p["language"]) == (other, skill, ""))
+        return {k: p[k] for k in ("other", "n", "difference", "low", "high", "kept", "least", "most")} | {
+            "standing": "above" if p["low"] > 0 else "below" if p["high"] < 0 else "overlaps"}
+
     def row(skill: str, best: str) -> dict[str, Any]:
-        student, teacher = named("avocado", skill), named(best, skill)
-        return {"student": student, "base": named("llama-base", skill), "teachers": {t: named(t, skill) for t in TEACHERS},
-                "best_teacher": best, "retained": student["value"] / teacher["value"]}
+        student, base, teacher = (named(name, skill) for name in ("avocado", "llama-base", best))
+        return {"student": student, "base": base, "teachers": {t: named(t, skill) for t in TEACHERS},
+                "best_teacher": best, "retained": student["value"] / teacher["value"], "yardsticks": {},
+                "closed": pytest.approx((student["value"] - base["value"]) / (teacher["value"] - base["value"])),
+                "beside_best": beside(skill, best), "beside_base": beside(skill, "llama-base")}
 
     best = {"languages": "qwen", "code": "gemma", "reasoning": "gpt-oss", "safety": "gemma"}
     assert told == {
-        "student": "avocado", "base": "llama-base", "skills": {skill: row(skill, teacher) for skill, teacher in best.items()},
+        "student": "avocado", "base": "llama-base", "yardsticks": [], "efforts": {}, "regressions": [], "standard": [],
+        "skills": {skill: row(skill, teacher) for skill, teacher in best.items()},
         "languages": {"languages": {x: {name: named(name, "languages", x) for name in SPEAKERS} for x in LANGUAGES}},
-        "cast": {"parts": PARTS, "pinned": ["safety"]}, "bits_per_byte": evaluation["bits_per_byte"], "seconds": SECONDS}
+        "cast": {"parts": PARTS, "pinned": ["safety"], "contests": CONTESTS}, "bits_per_byte": evaluation["bits_per_byte"], "seconds": SECONDS}
     assert list(told["skills"]) == list(ABILITY)
 
 
@@ -206,7 +243,7 @@ def test_retained_is_null_where_no_teacher_has_one_right(run: Path) -> None:
             if s["skill"] == "code" and s["speaker"] in TEACHERS:
                 s.update(scored(s["speaker"], "code", 0.0, s["n"]))
 
-    change(run / "evaluate" / "evaluation.json", nobody)
+    evaluated(run, nobody)
     page = words_of(page_of(run))
     told = json.loads((run / "report" / "report.json").read_text())["skills"]["code"]
     assert told["retained"] is None and told["best_teacher"] == "qwen"  # the first of equals
@@ -220,65 +257,70 @@ def test_same_files_same_bytes(run: Path, whole: Path) -> None:
     assert sorted(p.name for p in (run / "report").iterdir()) == ["README.md", "index.html", "report.json"]
 
 
-# --- the sentences ---
-
-
-def test_headline_names_the_lowest(whole: Path) -> None:
-    page = words_of((whole / "report" / "index.html").read_text())
-    assert ("One student, three teachers: it keeps 99 % of the best teacher on safety, 90 % on languages, 90 % on code "
-            "and 64 %, its lowest, on reasoning.") in page
-
-
-def test_sentences_say_what_the_intervals_allow(whole: Path) -> None:
-    page = words_of((whole / "report" / "index.html").read_text())
-    assert ("Against the best teacher, the student is not distinguishable (95 % intervals overlap) on languages, code and safety; "
-            "below on reasoning.") in page
-    assert "Against its own base, the student is above on languages, code, reasoning and safety." in page
-    assert ("No single teacher covers all four skills: qwen is below the best on code, reasoning and safety; "
-            "gemma is below the best on languages and reasoning; gpt-oss is below the best on languages.") in page
-
-
-def test_a_teacher_that_covers_all_is_named(run: Path) -> None:
-    change(run / "evaluate" / "evaluation.json", lambda v: v["scores"].__setitem__(slice(None), [
-        scored(s["speaker"], s["skill"], 1.0 if s["speaker"] == "gemma" else 0.4, s["n"], s["language"]) for s in v["scores"]]))
-    page = words_of(page_of(run))
-    assert "One teacher covers all four skills, as far as the intervals tell: gemma." in page
-    assert ("Against its own base, the student is not distinguishable (95 % intervals overlap) "
-            "on languages, code, reasoning and safety.") in page
-
-
-def test_of_many_teachers_only_the_widest_is_told(run: Path) -> None:
-    def five(value: Any) -> None:
-        more = {"glm": 0.05, "phi": 0.05}
-        value["teachers"] += more
-        value["scores"] = [s for s in value["scores"] if not s["language"]]
-        value["scores"] += [scored(t, skill, share, 200) for t, share in more.items() for skill in ABILITY]
-
-    change(run / "evaluate" / "evaluation.json", five)
-    change(run / "lineage" / "lineage.json", lambda v: v.update(teachers=v["teachers"] + [{"name": "glm"}, {"name": "phi"}]))
-    assert "No single teacher covers all four skills: even gpt-oss is below the best on languages." in words_of(page_of(run))
-
-
-def test_many_skills_are_told_as_a_range(run: Path) -> None:
-    def more(value: Any) -> None:
-        value["scores"] += [scored(name, skill, share, 100) for skill, share in (("tools", 0.2), ("poems", 0.9))
-                            for name, share in {"avocado": share, "llama-base": 0.1, **dict.fromkeys(TEACHERS, 0.8)}.items()]
-
-    change(run / "evaluate" / "evaluation.json", more)
-    assert "it keeps between 25 % (tools, its lowest) and 112 % (poems) of the best teacher on six skills." in words_of(page_of(run))
+# --- efforts, yardsticks, losses, standard tasks ---
 
 
 def test_a_teacher_may_think_while_the_student_does_not(run: Path) -> None:
-    change(run / "evaluate" / "evaluation.json", lambda v: [s.update(effort="medium") for s in v["scores"] if s["speaker"] == "gpt-oss"])
+    evaluated(run, lambda v: [s.update(effort="medium") for s in v["scores"] if s["speaker"] == "gpt-oss"])
     page = words_of(page_of(run))
     assert page.count("effort medium") == len(ABILITY) + len(LANGUAGES)
     assert json.loads((run / "report" / "report.json").read_text())["skills"]["reasoning"]["best_teacher"] == "gpt-oss"
 
 
-def test_the_evaluations_effort_wins_over_others(run: Path, whole: Path) -> None:
-    change(run / "evaluate" / "evaluation.json", lambda v: v["scores"].append(scored("avocado", "code", 1.0, 200, effort="high")))
-    report(run)
-    assert (run / "report" / "report.json").read_bytes() == (whole / "report" / "report.json").read_bytes()
+def test_other_efforts_have_a_table_of_their_own(run: Path, whole: Path) -> None:
+    evaluated(run, lambda v: v["scores"].append(scored("avocado", "code", 1.0, 200, effort="high")))
+    page = words_of(page_of(run))
+    told, before = (json.loads((r / "report" / "report.json").read_text()) for r in (run, whole))
+    assert told["skills"] == before["skills"]  # the student's own effort is the one that counts
+    assert told["efforts"]["code"]["avocado"]["high"]["value"] == 1.0 and before["efforts"] == {}
+    assert "Thinking and not" in page and "Thinking and not" not in words_of((whole / "report" / "index.html").read_text())
+
+
+def test_a_yardstick_stands_beside_and_teaches_nothing(run: Path) -> None:
+    def more(value: Any) -> None:
+        value["yardsticks"] = ["gpt"]
+        value["scores"] += [scored("gpt", skill, 0.99, 200) for skill in ABILITY]
+
+    evaluated(run, more)
+    page = words_of(page_of(run))
+    told = json.loads((run / "report" / "report.json").read_text())
+    assert told["yardsticks"] == ["gpt"]
+    assert {skill: row["best_teacher"] for skill, row in told["skills"].items()} == {
+        "languages": "qwen", "code": "gemma", "reasoning": "gpt-oss", "safety": "gemma"}
+    assert all(row["yardsticks"]["gpt"]["value"] == 0.99 for row in told["skills"].values())
+    assert "gpt (yardstick)" in page and "A yardstick teaches nothing" in page
+    assert "gpt (yardstick)" in (run / "report" / "README.md").read_text()
+
+
+def test_a_loss_on_the_base_is_at_the_top(run: Path) -> None:
+    def worse(value: Any) -> None:
+        for s in value["scores"]:
+            if (s["speaker"], s["skill"]) == ("avocado", "safety"):
+                s.update(scored("avocado", "safety", 0.2, 200))
+
+    evaluated(run, worse)
+    page = words_of(page_of(run))
+    (lost,) = json.loads((run / "report" / "report.json").read_text())["regressions"]
+    assert (lost["skill"], lost["n"]) == ("safety", 200)
+    assert "Below its own base with confidence: safety (−21.0, from −" in page
+    assert "Below its own base, on the same questions, with confidence:" in page
+    assert "Nowhere is it below" not in page
+
+
+def test_broken_graders_are_told(run: Path) -> None:
+    evaluated(run, lambda v: [s.update(failed=2) for s in v["scores"] if s["speaker"] == "avocado" and not s["language"]])
+    assert "Graders broke on 8 answers; each counts as wrong and is named in examples.jsonl." in words_of(page_of(run))
+
+
+def test_standard_tasks_join_page_card_and_json(run: Path, tmp_path: Path) -> None:
+    write(tmp_path / "results_a.json", STANDARD)
+    report(run, {"avocado": tmp_path / "results_a.json"})
+    page, card = (words_of((run / "report" / "index.html").read_text()), (run / "report" / "README.md").read_text())
+    assert "Standard tasks" in page and "exact_match (strict-match)" in page and "0.5012 ± 0.014" in page
+    assert "| gsm8k | avocado | exact\\_match (strict-match) | 0.5012 ± 0.014 | 1319 |" in card
+    assert json.loads((run / "report" / "report.json").read_text())["standard"][0] == {
+        "speaker": "avocado", "task": "gsm8k", "metric": "exact_match (strict-match)", "value": 0.5012, "error": 0.0138, "n": 1319,
+        "higher_is_better": True}
 
 
 # --- the page ---
@@ -308,7 +350,7 @@ def test_page_is_accessible(whole: Path) -> None:
             assert ident in idents
         if tag == "svg" and attributes.get("aria-hidden") != "true":
             assert attributes["role"] == "img" and attributes["aria-labelledby"]
-    assert text.count("<svg class=\"chart\"") == len(ABILITY) + 4  # two terms, the loss, the shares
+    assert text.count("<svg class=\"chart\"") == len(ABILITY) + 7  # two terms, the loss, the shares; the way, two matrices
     assert '<html lang="en">' in text and 'name="viewport"' in text and "prefers-color-scheme: dark" in text and "@media print" in text
 
 
@@ -337,14 +379,15 @@ def test_control_and_half_characters_do_not_reach_the_page(run: Path) -> None:
 def test_sections_stand_in_order(whole: Path) -> None:
     page = Page((whole / "report" / "index.html").read_text())
     assert [a["id"] for tag, a in page.seen if tag == "h2"] == [
-        "skills", "plots", "languages", "cast", "check", "train", "bits", "examples", "cost", "lineage", "recipe"]
+        "skills", "gaps", "plots", "languages", "cast", "check", "train", "bits", "examples", "cost", "lineage", "recipe"]
 
 
 def test_page_tells_cost_cast_check_and_lineage(whole: Path) -> None:
     page = words_of((whole / "report" / "index.html").read_text())
     for words in (
             "23.2 bytes per token", "8.9 per position", "1 204 311", "27.9 MB", "2 h 23 min", "Answers left out: 160 length, 29 malformed.",
-            "Prompts removed before asking: 41 duplicate, 7 test item.", "Pinned in the recipe.", "one to one", "cross entropy only",
+            "Prompts removed before asking: 41 duplicate, 7 test item.",
+            "another is pinned", "below qwen", "24, settled", "60, all there were", "one to one", "cross entropy only",
             "disagreement", "meta-llama/Llama-3.1-8B", "llama3.1", "apache-2.0", "9a" * 32, "300 logged steps", "steps: 600, seed: 7"):
         assert words in page, words
 
@@ -366,13 +409,14 @@ def test_long_answers_are_cut_and_say_so(run: Path) -> None:
     assert "ha" * 600 + " … 4 800 characters more" in page and "ha" * 601 not in page
 
 
-def test_close_auditions_are_told(run: Path) -> None:
+def test_every_teacher_of_the_audition_is_told(run: Path) -> None:
     heard = [scored(t, "code", share, 60) for t, share in zip(TEACHERS, (0.6, 0.7, 0.1), strict=True)]
     change(run / "audition" / "cast.json", lambda v: v.update(scores=heard))
     page = words_of(page_of(run))
-    assert "gemma 70.0 (57.5–80.1, n 60); qwen 60.0 (47.4–71.4, n 60); gpt-oss 10.0 (4.7–20.1, n 60)" in page
-    assert "Not distinguishable from the choice (intervals overlap): qwen." in page
-    assert page.count("The audition holds no score of it.") == 3
+    assert "gemma0.70 (0.57-0.80)60100%strongest" in page
+    assert "qwen0.60 (0.47-0.71)60-below gemma" in page
+    change(run / "audition" / "cast.json", lambda v: v.update(scores=[]))
+    assert "The audition holds no score." in words_of(page_of(run))
 
 
 # --- the card ---

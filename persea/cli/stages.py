@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from persea.cli.options import NOWHERE, AsJson, Out, RecipePath, Sets, app, bundled, load, open_river
-from persea.errors import RecipeError, Refused
+from persea.errors import RecipeError, Refused, Regressed
 
 if TYPE_CHECKING:
     from persea.river import River
@@ -36,7 +36,11 @@ def run(recipe: RecipePath, set_: Sets = [], out: Out = NOWHERE, as_json: AsJson
         plan(recipe, set_, out, as_json)
         return
     river = open_river(recipe, set_, out)
-    _flow(river, "", as_json)
+    try:
+        _flow(river, "", as_json)
+    except Regressed:
+        _conclude(river.folder, as_json)
+        raise
     _conclude(river.folder, as_json)
 
 
@@ -59,6 +63,8 @@ def _verb(name: str, text: str) -> Callable[..., None]:
             typer.echo(json.dumps(_checked(river.folder) if name == "check" else river.done(name), indent=1))
         elif name == "check":
             _show_check(river.folder)
+        elif name == "audition":
+            _show_cast(river)
         elif name == "report":
             _conclude(river.folder, as_json)
 
@@ -68,7 +74,7 @@ def _verb(name: str, text: str) -> Callable[..., None]:
 
 for _name, _text in (
         ("check", "Is each pairing of tokenizers sound, by language? Refuses below a floor (exit 4). --json prints check.json."),
-        ("audition", "Measure every teacher on every skill; cast the strongest."),
+        ("audition", "Measure every teacher on every skill, with as few questions as it takes; cast the strongest."),
         ("capture", "Ask the cast; keep answers and distributions."),
         ("train", "Teach the student from all teachers at once."),
         ("evaluate", "The student beside its base and every teacher, on held-out items."),
@@ -127,9 +133,13 @@ def _conclude(folder: Path, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(report, indent=1))
         return
-    from persea.progress import comparison
+    from persea import hybrid_page
+    from persea.progress import comparison, table
 
     comparison(report)
+    if (modes := hybrid_page.read(folder)) is not None:
+        table(hybrid_page.COLUMNS, hybrid_page.rows(modes))
+        typer.echo("\n".join(hybrid_page.sentences(modes)))
     typer.echo(f"page     {folder / 'report' / 'index.html'}\nstudent  {folder / 'train' / 'student'}")
 
 
@@ -142,3 +152,10 @@ def _show_check(folder: Path) -> None:
     from persea.progress import pairings
 
     pairings(_checked(folder))
+
+
+def _show_cast(river: River) -> None:
+    from persea.audition import COLUMNS, table
+    from persea.progress import table as draw
+
+    draw(COLUMNS, table(river.cast))

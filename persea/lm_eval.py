@@ -1,0 +1,66 @@
+"""Standard tasks as lm-eval measured them: its results file, read for the page. lm-eval itself is never run from here.
+
+The form of `results_*.json` of lm-evaluation-harness 0.4: {"results": {task: {"alias": ..., "acc,none": ..., "acc_stderr,none": ...}},
+"n-samples": {task: {"original": ..., "effective": ...}}, "higher_is_better": {task: {metric: bool}}, ...}; other keys are not looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from persea.errors import DataError
+
+
+@dataclass(frozen=True)
+class Standard:
+    """One number of lm-eval: a metric with its filter on a task; error = standard error, None where lm-eval gives none; n = 0 not told."""
+
+    speaker: str
+    task: str
+    metric: str
+    value: float
+    error: float | None
+    n: int
+    higher_is_better: bool
+
+
+def read_standard(speaker: str, path: Path) -> tuple[Standard, ...]:
+    """All numbers of one results file. Raises DataError where it is missing, no such file, or holds no number."""
+    remedy = "give the results_*.json that lm_eval --output_path wrote (docs/evaluate.md)"
+    try:
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", where=str(path), remedy=remedy) from error
+    except ValueError as error:
+        raise DataError(f"not JSON: {error}", where=str(path), remedy=remedy) from error
+    results = found.get("results") if isinstance(found, dict) else None
+    if not isinstance(results, dict):
+        raise DataError("has no `results`: it is not what lm-eval writes", where=str(path), remedy=remedy)
+    try:
+        numbers = tuple(_numbers(speaker, found, results))
+    except (TypeError, AttributeError, ValueError) as error:
+        raise DataError(f"not in lm-eval's form: {error}", where=str(path), remedy=remedy) from error
+    if not numbers:
+        raise DataError("holds no number", where=str(path), remedy=remedy)
+    return numbers
+
+
+def _numbers(speaker: str, found: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]) -> Iterator[Standard]:
+    for task, values in results.items():
+        n = found.get("n-samples", {}).get(task, {}).get("effective", 0)
+        better = found.get("higher_is_better", {}).get(task, {})
+        for key, value in values.items():
+            metric, _, filtered = key.partition(",")
+            if not filtered or metric.endswith("_stderr"):  # alias, sample counts, errors
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"{task}: {key} is {value!r}, not a number")
+            error = values.get(f"{metric}_stderr,{filtered}")
+            known = isinstance(error, int | float) and math.isfinite(error)  # lm-eval writes "N/A" where it has none
+            yield Standard(speaker, str(values.get("alias") or task).strip(" -"), metric if filtered == "none" else f"{metric} ({filtered})",
+                           float(value), float(error) if known else None, int(n), better.get(metric) is not False)

@@ -1,0 +1,172 @@
+"""The hybrid student in each of its modes: how good, does it think when told to and only then, how long, and in which language."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from itertools import pairwise
+from statistics import fmean, median
+from typing import Any
+
+from persea.chat import Effort, Finish, Message
+from persea.measure import Item, Score, Skill, grade, score, wilson
+from persea.teacher import Teacher
+from persea.vocabulary import Vocabulary
+
+UNDETERMINED = "undetermined"
+LETTERS = 12  # fewer say nothing of a language, nor do texts that are letters by less than a third: sums, code
+SURE = 0.4  # py3langid's probability: it gives random letters and bare sums at most 0.02, a sentence of six words 0.45 and more
+NO_LANGUAGE = "zxx"  # what py3langid says of texts in none
+SCRIPTS = {"THAI": "th", "LAO": "lo", "KHMER": "km", "MYANMAR": "my", "HANGUL": "ko", "HIRAGANA": "ja", "KATAKANA": "ja", "CJK": "zh"}
+
+
+@dataclass(frozen=True)
+class Count:
+    """`found` of n, with the share's 95 % interval."""
+
+    found: int
+    n: int
+    low: float
+    high: float
+
+    @staticmethod
+    def of(found: int, n: int) -> Count:
+        return Count(found, n, *wilson(found, n))
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long the thoughts are that came to an end, in the student's tokens and in bytes; all 0 where there are none.
+
+    cut  thoughts that the limit of tokens cut: the longest ones, and in no mean
+    """
+
+    thoughts: int
+    tokens: float
+    tokens_median: float
+    bytes: float
+    bytes_median: float
+    cut: int
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One skill at one effort.
+
+    leak       answers that thought although the effort is none, or did not although it is not
+    languages  language of the thought -> how many; "undetermined" where it is short or symbols
+    as_asked   of the thoughts with a language, those in the language of the question's item
+    """
+
+    skill: str
+    effort: Effort
+    score: Score
+    leak: Count
+    length: Length
+    languages: Mapping[str, int]
+    as_asked: Count
+
+
+@dataclass(frozen=True)
+class Modes:
+    """modes by skill and effort; leaks over all skills: at none, and at every other effort together; rises: skill -> do thoughts get longer."""
+
+    student: str
+    modes: tuple[Mode, ...]
+    thinks_unasked: Count
+    answers_unthinking: Count
+    rises: Mapping[str, bool]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure(student: Teacher, skills: Sequence[tuple[Skill, Sequence[Item]]], taught: Mapping[str, Sequence[Effort]], max_new_tokens: int,
+            direct: Iterable[Mapping[str, Any]] = (), done: Callable[[str], None] = lambda words: None) -> Modes:
+    """Ask the student the skills' items at every effort it was taught them in.
+
+    taught  skill -> efforts; skills that are not in it are left out
+    direct  answers at effort none to other skills, as examples.jsonl has them, which count for the leak there
+    """
+    found: list[Mode] = []
+    unasked = [_thought(line.get("thinking", ""), line["answer"] or line.get("calls"), line["finish"]) for line in direct]
+    unthinking: list[bool] = []
+    for skill, items in skills:
+        for effort in (e for e in Effort if e in taught.get(skill.name, ())):
+            answers = student.answer([replace(i.prompt, effort=effort) for i in items], max_new_tokens)
+            said = [(a.conversation.messages[-1], a.finish) for a in answers]
+            found.append(_mode(student, skill, items, effort, said))
+            thinks = [_thinks(*one) for one in said]
+            unasked += thinks if effort is Effort.NONE else []
+            unthinking += [not t for t in thinks] if effort is not Effort.NONE else []
+            done(f"{skill.name} at {effort} {found[-1].score.value:.2f}")
+    rises = {skill: _rises([m for m in found if m.skill == skill]) for skill in dict.fromkeys(m.skill for m in found)}
+    return Modes(student.name, tuple(found), Count.of(sum(unasked), len(unasked)), Count.of(sum(unthinking), len(unthinking)),
+                 {skill: r for skill, r in rises.items() if r is not None})
+
+
+def _thinks(said: Message, finish: Finish) -> bool:
+    return _thought(said.thinking, said.text or said.calls, finish)
+
+
+def _thought(thinking: str, words: object, finish: str) -> bool:
+    """Whether an answer thought. One that ends without a readable word (a thought that was cut, or never closed) counts as a thought."""
+    return bool(thinking) or (finish != Finish.STOP and not words)
+
+
+def _mode(student: Teacher, skill: Skill, items: Sequence[Item], effort: Effort, said: Sequence[tuple[Message, Finish]]) -> Mode:
+    results = grade(skill, items, said)
+    astray = sum(_thinks(*one) is (effort is Effort.NONE) for one in said)
+    thoughts = [(m.thinking, i.prompt.language) for (m, _), i in zip(said, items, strict=True) if m.thinking]
+    tongues = [(tongue(text), language) for text, language in thoughts]
+    told = [(found, language) for found, language in tongues if found != UNDETERMINED]
+    cut = sum(_thinks(m, finish) and not m.thinking for m, finish in said)
+    return Mode(skill.name, effort, score(student.name, skill.name, results, effort), Count.of(astray, len(said)),
+                _length(student.voice.vocabulary, [text for text, _ in thoughts], cut), dict(Counter(found for found, _ in tongues).most_common()),
+                Count.of(sum(found == language for found, language in told), len(told)))
+
+
+def _length(vocabulary: Vocabulary, thoughts: Sequence[str], cut: int) -> Length:
+    if not thoughts:
+        return Length(0, 0, 0, 0, 0, cut)
+    tokens, sizes = [len(ids) for ids in vocabulary.encode_batch(thoughts)], [len(t.encode()) for t in thoughts]
+    return Length(len(thoughts), fmean(tokens), median(tokens), fmean(sizes), median(sizes), cut)
+
+
+def _rises(modes: Sequence[Mode]) -> bool | None:
+    """Whether mean thoughts get longer from effort to effort, in tokens and in bytes; None where fewer than two efforts think.
+
+    Not where an effort that should think never came to a thought's end: no length of it is known.
+    """
+    dials = [m.length for m in modes if m.effort is not Effort.NONE]
+    if len(dials) < 2:
+        return None
+    return all(m.thoughts for m in dials) and all(a.tokens < b.tokens and a.bytes < b.bytes for a, b in pairwise(dials))
+
+
+def tongue(text: str) -> str:
+    """Language of a text, such as "vi": by script where one language writes it, else by py3langid; "undetermined" where it has too few
+    letters, is letters by less than a third, or py3langid is not sure.
+    """
+    letters = [c for c in text if unicodedata.category(c)[0] in "LM"]
+    if len(letters) < (LETTERS if letters and ord(max(letters)) < 0x0E00 else LETTERS // 3) or 3 * len(letters) < sum(not c.isspace() for c in text):
+        return UNDETERMINED
+    scripts = Counter(SCRIPTS.get(unicodedata.name(c, "").partition(" ")[0], "") for c in letters)
+    found, count = scripts.most_common(1)[0]
+    if found in ("zh", "ja") and scripts["zh"] + scripts["ja"] > len(letters) / 2:
+        return "ja" if scripts["ja"] else "zh"
+    if found and count > len(letters) / 2:
+        return found
+    language, sure = _identifier()("".join(c if c.isalpha() or unicodedata.category(c)[0] == "M" else " " for c in text))
+    return str(language) if sure >= SURE and language != NO_LANGUAGE else UNDETERMINED
+
+
+@cache
+def _identifier() -> Callable[[str], tuple[str, float]]:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    classify: Callable[[str], tuple[str, float]] = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True).classify
+    return classify
