@@ -12,7 +12,8 @@ from statistics import fmean, median
 from typing import Any
 
 from persea.chat import Effort, Finish, Message
-from persea.measure import Item, Score, Skill, grade, score, wilson
+from persea.intervals import wilson
+from persea.measure import Item, Score, Skill, grade, score
 from persea.teacher import Teacher
 from persea.vocabulary import Vocabulary
 
