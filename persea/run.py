@@ -148,7 +148,7 @@ def _modes(river: River, folder: Path, lines: Sequence[Mapping[str, Any]], tell:
     from persea.modes import measure
 
     settings = river.recipe.evaluation
-    direct = [x for x in lines if x["speaker"] == STUDENT and x["skill"] not in river.modes]
+    direct = [x for x in lines if (x["speaker"], x["effort"]) == (STUDENT, Effort.NONE) and x["skill"] not in river.modes]
     found = measure(river.speaker(STUDENT, settings.batch), river.items(Split.TEST), river.modes, settings.max_new_tokens, direct,
                     lambda words: tell("evaluate", 0.99, words))
     store.publish_json(folder / "modes.json", found.to_json())
