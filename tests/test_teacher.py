@@ -15,7 +15,7 @@ from persea.corpus import Prompt
 from persea.engines import Engine
 from persea.errors import DataError
 from persea.measure import Split
-from persea.skills import CODE, SKILLS, TOOLS
+from persea.skills import CODE, LANGUAGES, REASONING, TOOLS
 from persea.teacher import Answer, Teacher
 
 
@@ -48,7 +48,7 @@ def scripted(name: str, *says: list[int], effort: Effort = Effort.NONE) -> Teach
 
 
 def prompts(n: int) -> list[Prompt]:
-    return [i.prompt for skill in SKILLS for i in skill.items(Split.TEST, n, 0)]
+    return [i.prompt for skill in (LANGUAGES, CODE, REASONING) for i in skill.items(Split.TEST, n, 0)]
 
 
 def words(name: str, text: str, *stop: str) -> list[int]:
