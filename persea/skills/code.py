@@ -105,13 +105,13 @@ def function(source: str) -> Callable[[Any], Any]:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise NotAllowed("not Python") from error
     match tree.body:
-        case [ast.Assign(targets=[ast.Name(id="f")], value=ast.Lambda(
-                body=expression, args=ast.arguments(posonlyargs=[], args=[ast.arg(arg=name)], vararg=None, kwonlyargs=[], kwarg=None, defaults=[])))]:
-            return lambda x: _value(expression, {name: x})
         case [ast.FunctionDef(
-                name="f", decorator_list=[], body=[ast.Return(value=expression)],
-                args=ast.arguments(posonlyargs=[], args=[ast.arg(arg=name)], vararg=None, kwonlyargs=[], kwarg=None, defaults=[]))] if expression:
+                name="f", decorator_list=[], body=[ast.Return(value=ast.expr() as expression)],
+                args=ast.arguments(posonlyargs=[], args=[ast.arg(arg=name)], vararg=None, kwonlyargs=[], kwarg=None, defaults=[]))]:
             return lambda x: _value(expression, {name: x})
+        case [ast.Assign(targets=[ast.Name(id="f")], value=ast.Lambda(
+                body=body, args=ast.arguments(posonlyargs=[], args=[ast.arg(arg=name)], vararg=None, kwonlyargs=[], kwarg=None, defaults=[])))]:
+            return lambda x: _value(body, {name: x})
     raise NotAllowed("not `def f(x): return ...`")
 
 

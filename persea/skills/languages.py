@@ -33,8 +33,8 @@ def both(kind: str, language: str, rng: random.Random) -> tuple[str, str, str]:
     if kind == "phrase":
         what = rng.randrange(len(NOUNS)), rng.randrange(len(QUALITIES))
         return "{}-{}".format(*what), sentence(*what, "en"), sentence(*what, language)
-    when = rng.randrange(7), rng.randint(1, 12)
-    return "{}-{}".format(*when), meeting(*when, "en"), meeting(*when, language)
+    weekday, hour = rng.randrange(7), rng.randint(1, 12)
+    return f"{weekday}-{hour}", meeting(weekday, hour, "en"), meeting(weekday, hour, language)
 
 
 def make(number_of_item: int) -> tuple[str, Item]:
