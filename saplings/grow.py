@@ -196,7 +196,7 @@ def words_of(item: Item) -> Iterator[str]:
     """All that is said about an item, for a tokenizer to be trained on."""
     yield item.prompt.conversation.messages[-1].text
     yield item.reference
-    yield from (f'{{"name": "{c.name}", "parameters": {c.arguments}}}' for c in item.calls)
+    yield from (f'{{"name": "{c.name}", "parameters": {c.arguments} }}' for c in item.calls)
     yield from (f"\n{t.name}: {t.description}" for t in item.prompt.conversation.tools)
     yield from (THOUGHTS[item.prompt.skill](item, e) for e in (Effort.LOW, Effort.HIGH) if item.prompt.skill in THOUGHTS)
 

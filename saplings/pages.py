@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections.abc import Callable
 from functools import cache
 
 from persea.chat import Conversation, Effort
@@ -29,7 +31,7 @@ from persea.skills.spoken import (
     quantity,
 )
 
-KINDS = {"dictionary": 0.25, "said": 0.3, "figures": 0.12, "sums": 0.15, "program": 0.08, "call": 0.05, "help": 0.05}
+KINDS = {"dictionary": 0.45, "said": 0.05, "figures": 0.08, "sums": 0.18, "program": 0.08, "call": 0.12, "help": 0.04}
 
 
 def page(rng: random.Random) -> Item:
@@ -44,7 +46,7 @@ def page(rng: random.Random) -> Item:
 def _line(kind: str, rng: random.Random) -> str:
     language = rng.choice(list(NAMES))
     if kind == "dictionary":
-        english, foreign = _entry(rng, language)
+        english, foreign = _entry(rng, language) if rng.random() < 0.4 else _parallel(rng, language)
         return f"{NAMES[language]}: {english} = {foreign}" if rng.random() < 0.5 else f"English: {foreign} = {english}"
     if kind == "said":
         _, english, foreign = languages.both(rng.choice(list(languages.KINDS)), language, rng)
@@ -53,12 +55,16 @@ def _line(kind: str, rng: random.Random) -> str:
         n = rng.randrange(1000)
         return f"{n} = {number(n, rng.choice(('en', language)))}"
     if kind == "sums":
-        return reasoning.steps(reasoning.chain(rng, rng.randint(1, 3)), rng.choice((Effort.LOW, Effort.MEDIUM, Effort.HIGH)))
+        return reasoning.thought(_grown(reasoning.make, rng), rng.choice((Effort.LOW, Effort.MEDIUM, Effort.HIGH)))
     if kind == "program":
-        return code.make(rng.getrandbits(40))[1].reference
+        return _grown(code.make, rng).reference
     if kind == "call":
-        item = tools.make(rng.getrandbits(40))[1]
-        return f'{{"name": "{item.calls[0].name}", "parameters": {item.calls[0].arguments}}}' if item.calls else item.reference
+        item = _grown(tools.make, rng)
+        asked = ", ".join(t.name for t in item.prompt.conversation.tools)
+        if not item.calls:
+            return f"{asked}: {item.reference}"
+        (call,), (argument,) = item.calls, json.loads(item.calls[0].arguments).values()
+        return f'{asked}, {argument}: {{"name": "{call.name}", "parameters": {call.arguments} }}'
     return safety.make(rng.getrandbits(40))[1].reference
 
 
@@ -67,6 +73,22 @@ def _free(n: int, language: str) -> bool:
     """Whether no question on this number is of another split than GROW, one way or the other."""
     asked = f"To {NAMES[language]}: {number(n, 'en')}", f"To English: {number(n, language)}"
     return all(split_of(question) is Split.GROW for question in asked)
+
+
+def _grown(make: Callable[[int], tuple[str, Item]], rng: random.Random) -> Item:
+    """An item of the GROW split."""
+    while True:
+        key, item = make(rng.getrandbits(40))
+        if split_of(key) is Split.GROW:
+            return item
+
+
+def _parallel(rng: random.Random, language: str) -> tuple[str, str]:
+    """Something said in English and in another language, about which no question is of another split than GROW."""
+    while True:
+        _, english, foreign = languages.both(rng.choices(list(languages.KINDS), list(languages.KINDS.values()))[0], language, rng)
+        if all(split_of(asked) is Split.GROW for asked in (f"To {NAMES[language]}: {english}", f"To English: {foreign}")):
+            return english, foreign
 
 
 def _entry(rng: random.Random, language: str) -> tuple[str, str]:

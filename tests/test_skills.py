@@ -260,7 +260,7 @@ def test_every_sum_is_right_by_another_reading():
         else:
             assert i.key == str(total)
         assert total >= 0
-        for effort in (Effort.MEDIUM, Effort.HIGH):
+        for effort in (Effort.LOW, Effort.MEDIUM, Effort.HIGH):
             sums = re.findall(r"\d+[+-]\d+=\d+", reasoning.thought(i, effort))
             assert len(sums) == len(signs) and all(eval(one.replace("=", "==")) for one in sums)
         kinds.add((len(figures), len(signs)))
@@ -268,7 +268,8 @@ def test_every_sum_is_right_by_another_reading():
 
 
 def test_more_effort_writes_more_steps():
-    assert [steps((12, 5, -3), e) for e in Effort] == ["17,14", "17,14", "12+5=17,17-3=14", "start 12,12+5=17,17-3=14,end 14"]
+    assert [steps((12, 5, -3), e) for e in Effort] == [
+        "12+5=17,17-3=14", "12+5=17,17-3=14", "start 12,12+5=17,17-3=14", "start 12,12+5=17,17-3=14,end 14"]
     for i in REASONING.items(Split.TEST, 100, 1):
         low, medium, high = (len(reasoning.thought(i, e)) for e in (Effort.LOW, Effort.MEDIUM, Effort.HIGH))
         assert low < medium < high

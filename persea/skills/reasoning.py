@@ -1,7 +1,7 @@
 """Reasoning: sums of two and three steps, and comparisons, in words. Graded by the final answer, whatever is written before it.
 
-About 50,000 questions; a question is its figures, another name or thing is not another question. Answered at once, the results of
-the steps stand before the answer, for a model of this size has nowhere else to think; thinking, they stand in the thought.
+About 50,000 questions; a question is its figures, another name or thing is not another question. Answered at once, the sums
+stand before the answer, for a model of this size has nowhere else to think; thinking, they stand in the thought.
 """
 
 from __future__ import annotations
@@ -22,15 +22,13 @@ WORD = {1: "gets", -1: "loses"}
 
 
 def steps(figures: tuple[int, ...], effort: Effort) -> str:
-    """A chain of signed figures worked out: low, and none, the results alone; medium, the sums; high, every step from its start."""
+    """A chain of signed figures worked out: low, and none, the sums; medium, from the start; high, from the start to the end."""
     total, sums = figures[0], []
     for figure in figures[1:]:
-        sums.append((total, "+" if figure > 0 else "-", abs(figure), total + figure))
+        sums.append(f"{total}{'+' if figure > 0 else '-'}{abs(figure)}={total + figure}")
         total += figure
-    if effort in (Effort.NONE, Effort.LOW):
-        return ",".join(str(r) for *_, r in sums)
-    worked = ",".join(f"{a}{sign}{b}={r}" for a, sign, b, r in sums)
-    return worked if effort is Effort.MEDIUM else f"start {figures[0]},{worked},end {total}"
+    start = [f"start {figures[0]}"] if effort in (Effort.MEDIUM, Effort.HIGH) else []
+    return ",".join([*start, *sums, *([f"end {total}"] if effort is Effort.HIGH else [])])
 
 
 def chain(rng: random.Random, length: int) -> tuple[int, ...]:
