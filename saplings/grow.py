@@ -112,7 +112,7 @@ PLANS = (
          ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|finetune_right_pad_id|>",
           "<think>", "</think>"), 2000,
          {"languages": .2, "code": .08, "safety": .05, "reasoning": .13, "tools": .09, "prose": .03, "page": .42}, (), DIAL,
-         {"hidden": 128, "layers": 3, "heads": 4, "seed": 4}, 3000, whole_numbers=True),
+         {"hidden": 128, "layers": 3, "heads": 4, "seed": 4}, 2600, whole_numbers=True),
 )
 
 
