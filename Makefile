@@ -5,8 +5,10 @@
 # make results      the quickstart with three seeds (about 20 minutes)
 # make bench-cache  what the cache costs and what it is worth (about 10 minutes)
 # make bench        what alignment, bridges and the objective cost, beside TRL (about 9 minutes; installs TRL)
+# make bench-train  what a training step costs beside cross-entropy and TRL's DistillationTrainer (about 15 minutes; installs TRL)
 # make bench-bias   what each method pushes a perfect student away by (10 to 20 minutes; installs TRL for its GOLD)
 # make bench-objectives   every method with trained models on real text, size xs (hours; goes on where it was; installs TRL)
+# make soak         a bad minute for `persea serve` (about 2 minutes)
 # PYTHON=python3.12 chooses the Python; TORCH_INDEX=URL takes torch from another index (README, "Installing")
 
 PYTHON ?= python3
@@ -16,7 +18,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test lint chaos results bench bench-bias bench-cache bench-objectives saplings clean
+.PHONY: quickstart test lint chaos results bench bench-bias bench-cache bench-train bench-objectives soak saplings clean
 .DELETE_ON_ERROR:
 
 .venv/persea: pyproject.toml
@@ -57,9 +59,16 @@ bench-objectives: .venv/persea
 bench-cache: .venv/persea
 	$(BIN)/python bench/cache.py
 
+bench-train: .venv/persea
+	$(BIN)/pip install -q -e '.[bench]'
+	$(BIN)/python bench/train.py
+
 bench-bias: .venv/persea
 	$(BIN)/pip install -q -e '.[bench]'
 	$(BIN)/python bench/bias.py
+
+soak: .venv/persea
+	$(BIN)/python bench/soak.py
 
 saplings: .venv/persea
 	$(BIN)/python saplings/grow.py

@@ -49,7 +49,7 @@ def resident() -> float:
 
 
 def grown(folder: Path, names: list[list[str]], draws: int, told: Any) -> None:
-    """In a process of its own: megabytes that lessons take, made as steps want them (draws > 0) or all at once."""
+    """In a process of its own: megabytes that so many draws leave, lessons and blocks that are kept."""
     voice = open_voice(Source(str(ROOT / "saplings" / "llama-sapling")), "student")
     bridges = {name: open_bridge(open_voice(Source(str(ROOT / "saplings" / name)), name), voice) for name in TEACHERS}
     readers = [open_reader(folder, mine) for mine in names]
@@ -57,13 +57,9 @@ def grown(folder: Path, names: list[list[str]], draws: int, told: Any) -> None:
         for number in range(0, len(read), max(1, len(read) // 64)):  # what masks remember is theirs, and does not count here
             lesson(read[number], voice, bridges[name])
     before = resident()
-    if draws:
-        feed = offline([(read, 1.0) for read in readers], voice, bridges, size=16, seed=0, max_tokens=512)
-        for number in range(draws):
-            feed.lesson(number)
-    else:
-        held = [lesson(capture, voice, bridges[name]) for read, name in zip(readers, TEACHERS, strict=True) for capture in read]
-        assert held
+    feed = offline([(read, 1.0) for read in readers], voice, bridges, size=16, seed=0, max_tokens=512)
+    for number in range(draws):
+        feed.lesson(number)
     told.put(resident() - before)
 
 
@@ -104,12 +100,11 @@ def feed(each: int = 1000, times: int = 5) -> dict[str, Any]:
             "lesson_ms_a_step": round(1e3 * statistics.median(lessons), 1), "training_ms_a_step": round(1e3 * statistics.median(steps), 1)}
         print(result["saplings"], flush=True)
         apart = multiprocessing.get_context("spawn")
-        for how, draws in (("as steps want them", 20_000), ("all at once", 0)):
-            for some in (1, times):
-                told = apart.Queue()
-                child = apart.Process(target=grown, args=(Path(kept), [mine[:some] for mine in names], draws, told))
-                child.start()
-                result[f"{9 * each * some:,} answers, lessons {how}"] = {"megabytes": round(told.get(timeout=3600))}
-                child.join()
-                print(result, flush=True)
+        for some in (1, times):
+            told = apart.Queue()
+            child = apart.Process(target=grown, args=(Path(kept), [mine[:some] for mine in names], 20_000, told))
+            child.start()
+            result[f"{9 * each * some:,} answers, lessons as steps want them"] = {"megabytes": round(told.get(timeout=3600))}
+            child.join()
+            print(result, flush=True)
     return result

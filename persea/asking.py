@@ -19,7 +19,7 @@ import numpy as np
 
 from persea import store
 from persea.chat import Conversation, Effort, Finish, Message, Text
-from persea.errors import DataError
+from persea.errors import DataError, TeacherError
 from persea.measure import Item, Result, Skill, grade
 from persea.teacher import Teacher
 
@@ -35,6 +35,7 @@ class Speaker:
     efforts   the efforts it is measured at, its own first
     open      loads its weights; called where something has to be asked, and only there
     settings  what else may move a last digit: batch, threads
+    mute      it has words alone, and no log-probabilities
     """
 
     name: str
@@ -42,6 +43,7 @@ class Speaker:
     efforts: tuple[Effort, ...]
     open: Callable[[], Teacher]
     settings: Mapping[str, int]
+    mute: bool = False
 
 
 def one_at_a_time(load: Callable[[str], Teacher]) -> Callable[[str], Teacher]:
@@ -61,17 +63,26 @@ def hear(speaker: Speaker, effort: Effort, skill: Skill, items: Sequence[Item], 
     """Graded answers in order, and how many of them had been kept.
 
     An item with choices is not answered in words: the choice that is likeliest per byte is the answer (see `surprises`).
-    Raises DataError where two items have one id, or nothing is asked.
+    Raises DataError where two items have one id, a choice is empty, or nothing is asked; TeacherError where a mute speaker would have to choose.
     """
     if not items or len({i.prompt.id for i in items}) < len(items):
         raise DataError("two questions have one id" if items else "no question is left to ask", where=skill.name,
                         remedy="give each line of the set an id of its own" if items else "ask for more items, or leave the skill out")
     freely, chosen = [i for i in items if not i.choices], [i for i in items if i.choices]
+    if empty := next((i for i in chosen if not all(i.choices)), None):
+        raise DataError("one of its choices is empty", where=f"{skill.name}, {empty.prompt.id}", remedy="mend that line of the set")
+    if chosen and speaker.mute:
+        raise TeacherError(f"tells words alone, and {skill.name} asks which of several answers it finds likeliest", where=speaker.name,
+                           remedy="leave that set out, or reach the model by a route that tells log-probabilities (docs/engines.md)")
     said: dict[str, tuple[Message, Finish, tuple[float, ...]]] = {}
     reused = 0
     for some in _parts(freely):
         def ask(some: Sequence[Item] = some) -> list[Any]:
             answers = speaker.open().answer([replace(i.prompt, effort=effort) for i in some], max_new_tokens)
+            for a in answers:
+                if a.why:  # a server's failure is no answer, and is not kept as one
+                    raise TeacherError(a.why, where=f"{speaker.name}, {a.prompt_id}",
+                                       remedy="look at the server, then run again: what was heard is kept")
             return [[Conversation((a.conversation.messages[-1],)).to_json(), a.finish.value] for a in answers]
 
         lines, old = _kept(["answers", speaker.identity, effort, max_new_tokens, dict(speaker.settings), [_asked(i) for i in some]], ask)
@@ -97,9 +108,11 @@ def bits(speaker: Speaker, items: Sequence[Item]) -> tuple[float, int]:
     """(bits, bytes) a speaker spends on the reference answers in its own voice: content tokens and the stop token.
 
     Per byte and not per token, so that tokenizers compare. Markers of a template between content are left out, and so are items
-    that its template cannot say: (0, 0) where it can say none.
+    that its template cannot say: (0, 0) where it can say none, and of a speaker that tells no log-probabilities.
     """
     spent, size = 0.0, 0
+    if speaker.mute:
+        return spent, size
     for some in _parts([i for i in items if i.reference or i.calls]):
         said = [i.answered for i in some]
         nats, _ = _kept(["bits", speaker.identity, dict(speaker.settings), [c.to_json() for c in said]],
@@ -118,10 +131,8 @@ def _weighed(teacher: Teacher, conversations: Sequence[Conversation]) -> list[fl
 
 def surprises(teacher: Teacher, conversations: Sequence[Conversation]) -> Iterator[float]:
     """Nats each conversation's last message costs in this voice: its content tokens and the stop token."""
-    for tokens, logprobs_NW in teacher.score(conversations):
-        learned = np.flatnonzero(tokens.learn_T)
-        picked_N = logprobs_NW.numpy()[np.arange(len(learned)), tokens.ids_T[learned]]
-        yield -float(picked_N[tokens.starts_T[learned] >= 0].astype(np.float64).sum())
+    for tokens, picked_N in teacher.realised(conversations):
+        yield -float(picked_N[tokens.starts_T[tokens.learn_T] >= 0].astype(np.float64).sum())
 
 
 def _asked(item: Item) -> list[Any]:

@@ -77,9 +77,11 @@ def scores(course: Course, efforts: Mapping[str, Effort]) -> Iterator[Score]:
                 yield told
 
 
-def cast(courses: Sequence[Course], efforts: Mapping[str, Effort], pinned: Mapping[str, str], floor: float, dials: Sequence[Dial] = ()) -> Cast:
+def cast(courses: Sequence[Course], efforts: Mapping[str, Effort], pinned: Mapping[str, str], floor: float, dials: Sequence[Dial] = (),
+         taught: Sequence[str] | None = None) -> Cast:
     """The strongest teacher of each skill, those that cannot be told from it sharing alike; or the one a person pinned.
 
+    taught  the skills that prompts teach; others are measured and have no part. None = all
     A language becomes a part of its own where one of the skill's teachers is beaten in it with confidence (alpha shared among the
     languages). A teacher whose score is 0, or below the floor, teaches nothing.
     Raises Refused for a skill nobody is good enough at: copying the best of nothing teaches nothing.
@@ -88,6 +90,8 @@ def cast(courses: Sequence[Course], efforts: Mapping[str, Effort], pinned: Mappi
     contests: dict[str, Decided] = {}
     for course in courses:
         name, ended = course.skill, course.ended or Ended.BUDGET
+        if taught is not None and name not in taught:
+            continue
         contests[name] = Decided(max(map(len, course.values.values())), ended, dict(course.out))
         if name in pinned:
             parts[name] = ((pinned[name], 1.0),)

@@ -16,6 +16,7 @@ from persea import cache
 from persea.audition import Cast
 from persea.chat import Effort, Finish, Text, Tokens
 from persea.corpus import MAX_LINE, Broken, Corpus, Prompt
+from persea.engines import Failed, Namer
 from persea.errors import DataError, Refused
 from persea.reader import Reader, open_reader
 from persea.rows import RowKind, Rows, joined, sample_rows, top_rows
@@ -49,11 +50,8 @@ def plan_units(prompts: Sequence[Prompt], cast: Cast, teachers: Mapping[str, str
     settings  what else determines a unit's bytes: tau, seed, limits
     """
     asked: dict[str, list[Prompt]] = {name: [] for name in teachers}
-    counts: Counter[str] = Counter()
-    for prompt in prompts:
-        part = cast.part_of(prompt.skill, prompt.language)
-        asked[cast.teacher_of(part, counts[part])].append(prompt)
-        counts[part] += 1
+    for prompt, name in assigned(prompts, cast):
+        asked[name].append(prompt)
     units = []
     for name, mine in asked.items():
         for some in _closed(mine, size, max_new_tokens):
@@ -61,6 +59,15 @@ def plan_units(prompts: Sequence[Prompt], cast: Cast, teachers: Mapping[str, str
             key = cache.unit_id(asked_of, name, teachers[name], settings)
             units.append(Unit(key, name, some, teachers[name]))
     return tuple(units)
+
+
+def assigned(prompts: Sequence[Prompt], cast: Cast) -> Iterator[tuple[Prompt, str]]:
+    """Each prompt and the teacher that the cast gives it, in corpus order."""
+    counts: Counter[str] = Counter()
+    for prompt in prompts:
+        part = cast.part_of(prompt.skill, prompt.language)
+        yield prompt, cast.teacher_of(part, counts[part])
+        counts[part] += 1
 
 
 def _closed(prompts: Sequence[Prompt], size: int, max_new_tokens: int | None) -> Iterator[tuple[Prompt, ...]]:
@@ -130,6 +137,8 @@ def capture(units: Sequence[Unit], teacher: Teacher, folder: Path, *, max_new_to
         if asked:
             sayable, quarantine = _sayable(unit.prompts, teacher)
             answers = [_given(p, teacher) for p in sayable] if given else teacher.answer(sayable, max_new_tokens)
+            quarantine += [(a.prompt_id, a.why) for a in answers if a.why]
+            answers = [a for a in answers if not a.why]
             _keep(unit, answers, quarantine, teacher, folder, Keeping(seed, tau, kl), unchanged)
         progress(Step(len(unit.prompts), cache.read_record(folder, unit.name)["tokens"], asked))
 
@@ -178,20 +187,36 @@ def _keep(unit: Unit, answers: Sequence[Answer], quarantine: Sequence[tuple[str,
     rendered = [(a, _rendered(a, teacher)) for a in answers]
     rendered = [(replace(a, finish=Finish.LENGTH), None) if t is not None and 0 < teacher.context < len(t) else (a, t) for a, t in rendered]
     whole = [(a, tokens) for a, tokens in rendered if tokens is not None]
-    seen_W = np.zeros(len(teacher.voice.vocabulary), np.int64)
-    for _, tokens in whole:
-        seen_W += np.bincount(tokens.ids_T, minlength=len(seen_W))
-    parts: list[list[Rows]] = [[] for _ in whole]
-    for k, logprobs_NW in teacher.engine.pieces([t.ids_T for _, t in whole], [t.learn_T for _, t in whole]):
-        parts[k].append(how.rows(unit, *whole[k], logprobs_NW, seen_W, sum(map(len, parts[k]))))
-    captures = [cache.Capture(answer, tokens, joined(rows)) for (answer, tokens), rows in zip(whole, parts, strict=True)]
+    rows = [(a, t, r) for (a, t), r in zip(whole, _rows(unit, whole, teacher, how), strict=True)]
+    captures = [cache.Capture(answer, tokens, said) for answer, tokens, said in rows if isinstance(said, Rows)]
+    quarantine = [*quarantine, *((answer.prompt_id, said.why) for answer, _, said in rows if isinstance(said, Failed))]
     dropped = Counter[str](_why(a) for a, tokens in rendered if tokens is None)
     if quarantine:
         dropped[Finish.REFUSED.value] += len(quarantine)
     unchanged()
     about = {"teacher": unit.teacher, "identity": unit.identity}
+    if isinstance(teacher.engine, Namer):
+        able = teacher.engine.abilities
+        cache.write_unit(folder, unit.name, captures, dropped, tau=0.0, kind=able.kind,
+                         about=about | ({"top": str(able.top)} if able.top else {}), quarantine=quarantine)
+        return
     cache.write_unit(folder, unit.name, captures, dropped, tau=how.tau or 0.0, kind=how.kind,
                      about=about | ({"kl": f"{how.kl:g}"} if how.kl else {}), quarantine=quarantine)
+
+
+def _rows(unit: Unit, whole: Sequence[tuple[Answer, Tokens]], teacher: Teacher, how: Keeping) -> Iterator[Rows | Failed]:
+    """Rows of each answer: as the engine names them, or what is kept of its whole distributions."""
+    ids, learn = [t.ids_T for _, t in whole], [t.learn_T for _, t in whole]
+    if isinstance(teacher.engine, Namer):
+        yield from teacher.engine.named(ids, learn)
+        return
+    seen_W = np.zeros(len(teacher.voice.vocabulary), np.int64)
+    for one in ids:
+        seen_W += np.bincount(one, minlength=len(seen_W))
+    parts: list[list[Rows]] = [[] for _ in whole]
+    for k, logprobs_NW in teacher.engine.pieces(ids, learn):
+        parts[k].append(how.rows(unit, *whole[k], logprobs_NW, seen_W, sum(map(len, parts[k]))))
+    yield from map(joined, parts)
 
 
 THOUGHTLESS = "thoughtless"  # beside the ways to finish: asked to think, and answered at once. A student would learn that the switch means nothing

@@ -178,10 +178,11 @@ def gaps(ident: str, title: str, rows: Sequence[tuple[str, Dot, Dot, Dot, float 
     told = []
     for k, (skill, base, student, best, closed) in enumerate(rows):
         y = 8 + pitch * (k + 0.5)
+        went = "went" if student.value >= base.value else "fell"
         said = "–" if closed is None else f"−{percent(-closed)}" if closed < 0 else percent(closed)
         body.append(f'{_text(_short(skill, 14), 0, y + 4.5, "name")}'
                     f'<line class="way" x1="{x(base.value):.1f}" y1="{y:.1f}" x2="{x(best.value):.1f}" y2="{y:.1f}"/>'
-                    f'<line class="went" x1="{x(base.value):.1f}" y1="{y:.1f}" x2="{x(student.value):.1f}" y2="{y:.1f}"/>'
+                    f'<line class="{went}" x1="{x(base.value):.1f}" y1="{y:.1f}" x2="{x(student.value):.1f}" y2="{y:.1f}"/>'
                     f'{glyph(best.mark, x(best.value), y)}{glyph(base.mark, x(base.value), y)}{glyph(student.mark, x(student.value), y)}'
                     f'{_text(said, WIDTH, y + 4.5, "end value")}')
         way = "the best teacher is not ahead of the base" if closed is None else f"{said} of the way"

@@ -1,4 +1,4 @@
-"""Prompt: what to ask, tagged with skill and language; near test items removed, with a record of what went and why."""
+"""Prompt: what to ask, tagged with skill and language; what repeats another prompt or holds a test item is removed, kept aside with the reason."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from persea.chat import Conversation, Effort, Message, Role, Text
 from persea.errors import DataError
+from persea.hygiene import HeldOut, Near, folded
 
 GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, fill [0, 1) evenly in every stretch
 SILVER = 0.41421356237309515  # so do these, and the pairs of both the square: who is asked and how long to think stay independent
@@ -56,8 +57,24 @@ class Why(StrEnum):
     """Why a prompt was left out."""
 
     DUPLICATE = "duplicate"
+    NEAR = "near-duplicate"
     TEST_ITEM = "test item"
+    CONTAMINATED = "holds a test item"
     EMPTY = "empty"
+
+
+@dataclass(frozen=True)
+class Removed:
+    """A prompt that is not asked: `of` is the prompt it repeats, or the test item it is or holds."""
+
+    prompt: Prompt
+    why: Why
+    of: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        p = self.prompt
+        return {"id": p.id, "why": self.why, "of": self.of, "skill": p.skill, "language": p.language, "conversation": p.conversation.to_json(),
+                "answer": p.answer}
 
 
 @dataclass(frozen=True)
@@ -75,7 +92,7 @@ class Corpus:
     """What to ask, and what was left out: len(prompts) + len(removed) + len(broken) = everything that came in."""
 
     prompts: tuple[Prompt, ...]
-    removed: tuple[tuple[str, Why], ...]
+    removed: tuple[Removed, ...]
     broken: tuple[Broken, ...] = ()
 
     @property
@@ -83,24 +100,37 @@ class Corpus:
         return len(self.prompts) + len(self.removed) + len(self.broken)
 
 
-def gather(sources: Iterable[Iterable[Prompt]], held_out: Iterable[Prompt]) -> Corpus:
+def gather(sources: Iterable[Iterable[Prompt]], held_out: Iterable[Prompt], near: Sequence[float | None] = ()) -> Corpus:
     """All prompts of all sources, in order, without duplicates and without anything the student is tested on.
 
-    Two prompts are the same when their texts and tools are, after NFC, case folding and white-space folding.
+    Two prompts are the same when their texts and tools are, after NFC, case folding and white-space folding. A prompt holds a test item where it, or
+    its answer, shares 13 words on end with one (hygiene.HeldOut).
+
+    near  for each source, the share of common word runs from which a prompt repeats another of such sources; None, or no entry = not looked for
     """
-    tested = {_key(p.conversation) for p in held_out}
-    seen: set[str] = set()
+    tested = HeldOut((p.id, _text(p.conversation)) for p in held_out)
+    seen: dict[str, str] = {}
+    alike = Near()
     kept: list[Prompt] = []
-    removed: list[tuple[str, Why]] = []
-    for source in sources:
+    removed: list[Removed] = []
+    for k, source in enumerate(sources):
+        share = near[k] if k < len(near) else None
         for prompt in source:
-            key = _key(prompt.conversation)
-            why = Why.EMPTY if not key else Why.TEST_ITEM if key in tested else Why.DUPLICATE if key in seen else None
-            if why is not None:
-                removed.append((prompt.id, why))
-                continue
-            seen.add(key)
-            kept.append(prompt)
+            text = _text(prompt.conversation)
+            key = folded(text)
+            if not key:
+                removed.append(Removed(prompt, Why.EMPTY))
+            elif of := tested.same(text):
+                removed.append(Removed(prompt, Why.TEST_ITEM, of))
+            elif key in seen:
+                removed.append(Removed(prompt, Why.DUPLICATE, seen[key]))
+            elif of := tested.shared(text) or tested.shared(prompt.answer):
+                removed.append(Removed(prompt, Why.CONTAMINATED, of))
+            elif share is not None and (of := alike.add(prompt.id, text, share)):
+                removed.append(Removed(prompt, Why.NEAR, of))
+            else:
+                seen[key] = prompt.id
+                kept.append(prompt)
     return Corpus(tuple(kept), tuple(removed))
 
 
@@ -168,6 +198,6 @@ def _from_messages(rows: Any, where: str, remedy: str) -> tuple[Conversation, st
     return Conversation(tuple(messages)), answer
 
 
-def _key(conversation: Conversation) -> str:
-    texts: Sequence[str] = [*(p.text for p in conversation.parts()), *(f"{t.name} {t.parameters}" for t in conversation.tools)]
-    return " ".join(unicodedata.normalize("NFC", " ".join(texts)).casefold().split())
+def _text(conversation: Conversation) -> str:
+    """What is said, and what tools there are: the same question with other tools is another."""
+    return "\n".join([*(p.text for p in conversation.parts()), *(t.name for t in conversation.tools)])

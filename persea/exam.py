@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import ast
 import builtins
+import importlib
 import json
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -143,7 +145,9 @@ def serve(fd: int, source: str) -> None:
         return ["kept", len(kept) - 1]
 
     def known(value: list[Any]) -> Any:
-        return names[value[1]] if value[0] == "name" else kept[value[1]]
+        if value[0] == "kept":
+            return kept[value[1]]
+        return names[value[1]] if value[1] in names else getattr(builtins, value[1])
 
     exec(compile(source, "<answer>", "exec"), names)
     while True:
@@ -189,8 +193,15 @@ def free_names(tests: str) -> set[str]:
     return {n.id for n in nodes if isinstance(n, ast.Name)} - defined - set(dir(builtins))
 
 
-def examine(fd: int, verdict: int, nonce: str, tests: str) -> None:
-    """Run the tests, their free names answered by the program; write the nonce and how it ended to `verdict`."""
+def modules(tests: str) -> set[str]:
+    """The modules of the standard library that tests use without importing them: theirs, not what a program may call so."""
+    nodes = list(ast.walk(ast.parse(tests)))
+    used = {n.value.id for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)}
+    return used & sys.stdlib_module_names & free_names(tests)
+
+
+def examine(fd: int, verdict: int, nonce: str, tests: str, names: Sequence[str]) -> None:
+    """Run the tests, their free names and `names` answered by the program; write the nonce and how it ended to `verdict`."""
     channel = socket.socket(fileno=fd)
 
     def mine(value: Any) -> Any:
@@ -198,6 +209,8 @@ def examine(fd: int, verdict: int, nonce: str, tests: str) -> None:
             return ["name", value.name]
         if isinstance(value, Kept):
             return ["kept", value.number]
+        if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
+            return ["name", value.__name__]
         raise Strange(f"a {type(value).__name__} cannot be handed over")
 
     def theirs(value: list[Any]) -> Any:
@@ -216,7 +229,9 @@ def examine(fd: int, verdict: int, nonce: str, tests: str) -> None:
         raise Strange("not a message")
 
     try:
-        exec(compile(tests, "<tests>", "exec"), {"__name__": "tests"} | {name: Named(name, ask) for name in free_names(tests)})
+        theirs_alone = {name: Named(name, ask) for name in {*names, *free_names(tests)}}
+        ours = {name: importlib.import_module(name) for name in modules(tests) - set(names)}
+        exec(compile(tests, "<tests>", "exec"), {"__name__": "tests"} | theirs_alone | ours)
     except AssertionError as error:
         outcome, why = "wrong", str(error)
     except Exception as error:

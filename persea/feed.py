@@ -22,6 +22,7 @@ from persea.losses import Entries, Targets, standing, targets, together
 from persea.masks import FREE
 from persea.merges import expand
 from persea.reader import Chosen, Mixture, Ordered
+from persea.rows import RowKind
 from persea.voice import Voice
 
 
@@ -71,6 +72,8 @@ class Survey:
     lessons, left_out    by teacher: answers to learn from, and answers left out
     too_long, unsayable  answers past the limit, and answers that cannot be said in the student's voice; `why` of the first SHOWN of these
     taught               by teacher and language, what `Lesson.found` adds up to
+    modes                lessons by the effort they are learned at
+    thoughts_dropped     lessons to answer at once, of teachers that thought first: the student does not see what they thought
     """
 
     lessons: Mapping[str, int]
@@ -79,6 +82,8 @@ class Survey:
     unsayable: int
     why: tuple[str, ...]
     taught: Mapping[tuple[str, str], npt.NDArray[np.float64]]
+    modes: Mapping[str, int]
+    thoughts_dropped: int
 
     def to_json(self) -> dict[str, Any]:
         """taught: by teacher and language, shares of learned tokens, disagreement, the teacher's mass kept."""
@@ -89,7 +94,7 @@ class Survey:
             rows.append({"teacher": teacher, "language": language, "tokens": int(taught.sum()), **shares,
                          "disagreement": round(differ / max(1.0, taught[Taught.EVENT]), 4), "mass_kept": round(kept / mass, 4) if mass else None})
         return {"lessons": dict(self.lessons), "left_out": dict(self.left_out), "too_long": self.too_long, "unsayable": self.unsayable,
-                "why": list(self.why), "taught": rows}
+                "why": list(self.why), "taught": rows, "modes": dict(self.modes), "thoughts_dropped": self.thoughts_dropped}
 
 
 SHOWN = 100          # of what cannot be said
@@ -170,7 +175,11 @@ def lesson(capture: Capture, voice: Voice, bridge: Bridge, completer: Completer 
 
 
 def _said(capture: Capture, voice: Voice) -> Tokens:
-    return voice.render(replace(capture.answer.conversation, effort=capture.answer.mode or Effort.NONE))
+    return voice.render(replace(capture.answer.conversation, effort=_mode(capture)))
+
+
+def _mode(capture: Capture) -> Effort:
+    return capture.answer.mode or Effort.NONE
 
 
 def _laid(capture: Capture, tokens: Tokens, bridge: Bridge, completer: Completer | None) -> Lesson:
@@ -187,6 +196,8 @@ def _laid(capture: Capture, tokens: Tokens, bridge: Bridge, completer: Completer
                     student_N=contexts[0], teacher_N=contexts[1], kind=rows.kind)
     differ = bridge.student_event_V[tokens.ids_T[both.student_C]] != bridge.teacher_event_W[capture.tokens.ids_T[both.teacher_C]]
     taught = np.bincount(found.taught_S[found.taught_S >= 0], minlength=len(Taught))
+    if rows.kind is RowKind.WORDS:  # boundaries meet, and nothing is known there
+        taught = np.bincount([Taught.TEXT], [taught.sum()], minlength=len(Taught))
     counts = np.array([*taught, differ.sum(), rows.probs_M[at_M].sum(), said.probs_M.sum()], np.float64)
     if completer is not None:
         refuse_incomplete(rows.kind)
@@ -215,7 +226,8 @@ def offline(caches: Sequence[tuple[Ordered, float]], voice: Voice, bridges: Mapp
 
     lessons, left_out, why = Counter[str](), Counter[str](), list[str]()
     taught: dict[tuple[str, str], npt.NDArray[np.float64]] = {}
-    too_long = unsayable = 0
+    modes = Counter[str]()
+    too_long = unsayable = dropped = 0
     parts: list[tuple[Chosen, float]] = []
     for captures, share in caches:
         kept = array("q")
@@ -236,6 +248,8 @@ def offline(caches: Sequence[tuple[Ordered, float]], voice: Voice, bridges: Mapp
                 continue
             kept.append(number)
             lessons[answer.teacher] += 1
+            modes[_mode(capture).value] += 1
+            dropped += bool(_mode(capture) is Effort.NONE and answer.conversation.messages[-1].thinking)
             key = answer.teacher, answer.language
             taught[key] = taught.get(key, np.zeros(len(Taught) + 3)) + one.found
         if len(kept):
@@ -245,7 +259,8 @@ def offline(caches: Sequence[tuple[Ordered, float]], voice: Voice, bridges: Mapp
                         + "".join(f" ({reason})" for reason in why[:1]), where="train",
                         remedy="raise training.max_tokens, or choose another student")
     readers, shares = zip(*parts, strict=True)
-    return Feed(Mixture(readers, shares, seed), make, bridges, size, Survey(lessons, left_out, too_long, unsayable, tuple(why), taught))
+    survey = Survey(lessons, left_out, too_long, unsayable, tuple(why), taught, modes, dropped)
+    return Feed(Mixture(readers, shares, seed), make, bridges, size, survey)
 
 
 def collate(lessons: Sequence[Lesson], bridges: Mapping[str, Bridge]) -> Batch:

@@ -73,6 +73,20 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Said:
+    """One answer as it was graded: what two runs are compared by."""
+
+    id: str
+    speaker: str
+    skill: str
+    language: str
+    effort: Effort
+    question: str
+    reference: str
+    value: Share
+
+
+@dataclass(frozen=True)
 class Checked:
     pairs: tuple[dict[str, Any], ...]
 
@@ -171,6 +185,15 @@ def read(run: Path) -> Files:
         stage = name.partition("/")[0]
         raise DataError(what, where=str(run / name), remedy=f"delete {run / stage} and run it and the stages after it again")
     return files
+
+
+def read_answers(run: Path) -> tuple[Evaluated, tuple[Said, ...]]:
+    """A run's evaluation and its graded answers. Raises DataError where they are missing, broken, or nothing was answered."""
+    where = run / "evaluate" / "examples.jsonl"
+    evaluated, said = _read(run / "evaluate" / "evaluation.json", Evaluated), _read(where, tuple[Said, ...])
+    if not said:
+        raise DataError("holds no answer", where=str(where), remedy="evaluate again")
+    return evaluated, said
 
 
 def _contradictions(files: Files) -> Iterator[tuple[str, str]]:

@@ -69,12 +69,6 @@ def _passed_by(linear: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
             linear.forward = before
 
 
-def head_of(model: PreTrainedModel, vocabulary: int, scaling: Scaling) -> Head:
-    """The model's head as it is now, of so many tokens. Weights are read anew each time: a wrapper may exchange them."""
-    linear = model.get_output_embeddings()
-    return Head(linear.weight, vocabulary, linear.bias, scaling.scale, scaling.cap)
-
-
 @torch.no_grad()
 def scaling_of(model: PreTrainedModel, vocabulary: int, where: str) -> Scaling:
     """What the model makes of its head's output, by its configuration; a probe proves it.
@@ -91,17 +85,59 @@ def scaling_of(model: PreTrainedModel, vocabulary: int, where: str) -> Scaling:
     for name in SCALES:
         scale *= getattr(config, name, None) or 1.0
     scaling = Scaling(scale, getattr(config, "final_logit_softcapping", None) or 0.0)
-    ids = torch.arange(min(PROBE, vocabulary))[None]
-    trains = model.training
-    model.eval()
-    try:
-        hidden_SD = hidden_states(model, ids, None)[0]
-        wanted_SV = model(input_ids=ids.to(model.device), use_cache=False).logits[0, :, :vocabulary].float()
-    finally:
-        model.train(trains)
-    found_SV = head_of(model, vocabulary, scaling).logits(hidden_SD)
-    digits = 1e-4 if hidden_SD.dtype is torch.float32 else 2e-2
-    if not torch.allclose(found_SV, wanted_SV, rtol=digits, atol=digits * float(wanted_SV.abs().max())):
+    ids_BS = torch.arange(min(PROBE, vocabulary))[None]
+    with _asleep(model):
+        hidden_SD = hidden_states(model, ids_BS, None)[0]
+        wanted_SV = model(input_ids=ids_BS.to(model.device), use_cache=False).logits[0, :, :vocabulary].float()
+    if not _near(Head(linear.weight, vocabulary, linear.bias, scaling.scale, scaling.cap).logits(hidden_SD), wanted_SV, hidden_SD.dtype):
         raise Refused(f"{type(model).__name__} makes something else of its head's output than its configuration says", where=where,
                       remedy=f"persea knows final_logit_softcapping, logits_scaling, {', '.join(SCALES)}; this model cannot be trained by it")
     return scaling
+
+
+@torch.no_grad()
+def refuse_packing(model: PreTrainedModel, vocabulary: int, where: str) -> None:
+    """Raises Refused where a text changes when another stands before it in its row (a state that runs through, attention without
+    masks): packed, they would teach each other's prompts."""
+    one_BS, two_BS = (torch.arange(n)[None] % vocabulary for n in (PROBE + 1, PROBE))
+    with _asleep(model):
+        alone_SD = hidden_states(model, two_BS, None)[0]
+        both_SD = hidden_states(model, torch.cat([one_BS, two_BS], 1), None, torch.cat([torch.arange(PROBE + 1), torch.arange(PROBE)])[None])[0]
+    if not _near(both_SD[PROBE + 1:], alone_SD, alone_SD.dtype):
+        raise Refused(f"in {type(model).__name__} texts in one row see each other", where=where, remedy="packing: false")
+
+
+def packed(ids_BS: torch.Tensor, mask_BS: torch.Tensor, row_N: torch.Tensor, at_N: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Right-padded texts in as few rows of the same width as first-fit finds, longest first: (ids, each token's place in its own text,
+    row_N, at_N). What is left of a row is a text of its own that nobody learns from."""
+    width, lengths_B = ids_BS.shape[1], mask_BS.sum(1).tolist()
+    used: list[int] = []
+    place_B: list[tuple[int, int]] = [(0, 0)] * len(lengths_B)
+    for b in sorted(range(len(lengths_B)), key=lambda b: -lengths_B[b]):
+        row = next((r for r, full in enumerate(used) if full + lengths_B[b] <= width), len(used))
+        used += [0] if row == len(used) else []
+        place_B[b] = row, used[row]
+        used[row] += lengths_B[b]
+    ids_PS = torch.zeros((len(used), width), dtype=torch.int64)
+    positions_PS = torch.stack([torch.arange(width) - full for full in used])
+    for b, (row, begin) in enumerate(place_B):
+        ids_PS[row, begin:begin + lengths_B[b]] = ids_BS[b, :lengths_B[b]]
+        positions_PS[row, begin:begin + lengths_B[b]] = torch.arange(lengths_B[b])
+    row_B, begin_B = torch.tensor(place_B).T
+    return ids_PS, positions_PS, row_B[row_N], at_N + begin_B[row_N]
+
+
+@contextmanager
+def _asleep(model: PreTrainedModel) -> Iterator[None]:
+    """Without dropout, for a moment."""
+    trains = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(trains)
+
+
+def _near(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> bool:
+    digits = 1e-4 if dtype is torch.float32 else 2e-2
+    return torch.allclose(found, wanted, rtol=digits, atol=digits * float(wanted.abs().max()))

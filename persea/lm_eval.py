@@ -61,6 +61,6 @@ def _numbers(speaker: str, found: Mapping[str, Any], results: Mapping[str, Mappi
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise ValueError(f"{task}: {key} is {value!r}, not a number")
             error = values.get(f"{metric}_stderr,{filtered}")
-            known = isinstance(error, int | float) and math.isfinite(error)  # lm-eval writes "N/A" where it has none
+            known = float(error) if isinstance(error, int | float) and math.isfinite(error) else None  # lm-eval writes "N/A" where it has none
             yield Standard(speaker, str(values.get("alias") or task).strip(" -"), metric if filtered == "none" else f"{metric} ({filtered})",
-                           float(value), float(error) if known else None, int(n), better.get(metric) is not False)
+                           float(value), known, int(n), better.get(metric) is not False)

@@ -14,12 +14,15 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from persea import families
 from persea.chat import PINNED_DATE, Conversation, Family, Text
 from persea.errors import DataError
 from persea.families.generic import NAME as GENERIC
 from persea.families.generic import generic
 from persea.families.hybrid import has_switch, hybrid, speaks_llama, switched
+from persea.placement import placement
 from persea.template import compile_template
 from persea.vocabulary import open_vocabulary
 from persea.voice import Voice
@@ -38,6 +41,8 @@ class Source:
     family     name of the family, or "generic"; "" = recognised by its control tokens and chat template
     sizes      for "random": hidden, layers, heads, seed
     thinking   give a model whose template has no thinking switch the hybrid template
+    quantize   8bit, 4bit, mxfp4: fewer bits a weight, on a GPU; none = as stored
+    offload    what the GPU has no room for stays in main memory
     """
 
     model: str
@@ -46,6 +51,8 @@ class Source:
     family: str = ""
     sizes: tuple[tuple[str, int], ...] = field(default=())
     thinking: bool = False
+    quantize: str = "none"
+    offload: bool = False
 
     @property
     def is_random(self) -> bool:
@@ -65,6 +72,24 @@ def local_folder(reference: str, where: str) -> Path | None:
     if reference.startswith((".", "/", "~")) or reference.count("/") != 1 or path.exists():
         raise DataError(f"no model folder {reference!r}", where=where, remedy="give a folder in Hugging Face form or a hub id such as Qwen/Qwen3-8B")
     return None
+
+
+def find(reference: str, where: str) -> tuple[Source, date]:
+    """What a person points at, and the date its template tells: the student of a run folder, or a model folder or hub id.
+
+    Raises DataError for a path that is neither, and for a run without a student.
+    """
+    folder = Path(reference).expanduser()
+    if not folder.exists() and folder.parent != Path() and folder.parent.is_dir():
+        raise DataError(f"no model folder and no run {reference!r}", where=where, remedy="give a run folder, a model folder or a hub id")
+    student, recipe = folder / "train" / "student", folder / "recipe.yaml"
+    if not student.is_dir() and not recipe.is_file():
+        return Source(reference), PINNED_DATE
+    if not student.is_dir():
+        raise DataError("this run has no student yet", where=str(folder), remedy="train it first: persea run with the same recipe and --out")
+    written = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
+    told = written.get("today", PINNED_DATE)
+    return Source(str(student), family=written.get("student", {}).get("family", "")), told if isinstance(told, date) else date.fromisoformat(told)
 
 
 def open_voice(source: Source, where: str, today: date = PINNED_DATE) -> Voice:
@@ -166,11 +191,13 @@ def open_model(source: Source, voice: Voice, where: str) -> PreTrainedModel:
     """The causal model of a source, in evaluation mode: float32 on a CPU, as stored on a GPU (120 billion weights in float32
     fit nowhere).
 
-    Raises DataError for a model that cannot be read, or has fewer logits than its tokenizer has tokens.
+    Raises DataError for a model that cannot be read, or has fewer logits than its tokenizer has tokens; EnvironmentLacks where the machine
+    cannot hold it as asked (`placement`).
     """
     import torch
     from transformers import AutoModelForCausalLM
 
+    placed = placement(source.quantize, source.offload, where)
     if source.is_random:
         model = sprout(voice.family.name, len(voice.vocabulary), dict(source.sizes))
     else:
@@ -183,7 +210,7 @@ def open_model(source: Source, voice: Voice, where: str) -> PreTrainedModel:
         try:
             dtype = "auto" if torch.cuda.is_available() else torch.float32
             model = AutoModelForCausalLM.from_pretrained(folder or source.model, dtype=dtype, trust_remote_code=False, use_safetensors=True,
-                                                         **revision)
+                                                         **revision, **placed)
         except Exception as error:  # as above: whatever it is, this is no model
             raise DataError(f"cannot load {source.model!r}: {_first_line(error)}", where=where,
                             remedy="the folder needs config.json and model.safetensors of a causal model") from error
@@ -191,15 +218,18 @@ def open_model(source: Source, voice: Voice, where: str) -> PreTrainedModel:
     if rows < len(voice.vocabulary):
         raise DataError(f"{rows} logits for a vocabulary of {len(voice.vocabulary)} tokens", where=where,
                         remedy="tokenizer and model do not belong together")
+    if placed:  # where each weight lies is decided
+        return model.eval()
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def fingerprint(source: Source, where: str) -> str:
-    """sha256 over config and weights of a local folder; id and revision of a hub model; sizes of a sprout."""
+    """sha256 over config and weights of a local folder; id and revision of a hub model; sizes of a sprout; and in how few bits, if in fewer."""
     folder = None if source.is_random else local_folder(source.model, where)
+    bits = [] if source.quantize == "none" else [source.quantize]
     if folder is None:
-        return hashlib.sha256(json.dumps([source.model, source.revision, source.tokenizer, source.sizes]).encode()).hexdigest()
-    digest = hashlib.sha256()
+        return hashlib.sha256(json.dumps([source.model, source.revision, source.tokenizer, source.sizes, *bits]).encode()).hexdigest()
+    digest = hashlib.sha256("".join(bits).encode())
     for path in _files(folder):
         digest.update(path.name.encode())
         with path.open("rb") as file:
@@ -277,3 +307,11 @@ def _from_hub(source: Source, name: str) -> Path | None:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def set_threads(threads: int) -> None:
+    """Fix torch's threads; the same number gives the same bits. 0 leaves torch's own choice."""
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
@@ -15,13 +13,10 @@ from persea.chat import Effort, Finish, Message
 from persea.intervals import wilson
 from persea.measure import Item, Score, Skill, grade, score
 from persea.teacher import Teacher
+from persea.tongues import tongue as known_tongue
 from persea.vocabulary import Vocabulary
 
 UNDETERMINED = "undetermined"
-LETTERS = 12  # fewer say nothing of a language, nor do texts that are letters by less than a third: sums, code
-SURE = 0.4  # py3langid's probability: it gives random letters and bare sums at most 0.02, a sentence of six words 0.45 and more
-NO_LANGUAGE = "zxx"  # what py3langid says of texts in none
-SCRIPTS = {"THAI": "th", "LAO": "lo", "KHMER": "km", "MYANMAR": "my", "HANGUL": "ko", "HIRAGANA": "ja", "KATAKANA": "ja", "CJK": "zh"}
 
 
 @dataclass(frozen=True)
@@ -149,25 +144,5 @@ def _rises(modes: Sequence[Mode]) -> bool | None:
 
 
 def tongue(text: str) -> str:
-    """Language of a text, such as "vi": by script where one language writes it, else by py3langid; "undetermined" where it has too few
-    letters, is letters by less than a third, or py3langid is not sure.
-    """
-    letters = [c for c in text if unicodedata.category(c)[0] in "LM"]
-    if len(letters) < (LETTERS if letters and ord(max(letters)) < 0x0E00 else LETTERS // 3) or 3 * len(letters) < sum(not c.isspace() for c in text):
-        return UNDETERMINED
-    scripts = Counter(SCRIPTS.get(unicodedata.name(c, "").partition(" ")[0], "") for c in letters)
-    found, count = scripts.most_common(1)[0]
-    if found in ("zh", "ja") and scripts["zh"] + scripts["ja"] > len(letters) / 2:
-        return "ja" if scripts["ja"] else "zh"
-    if found and count > len(letters) / 2:
-        return found
-    language, sure = _identifier()("".join(c if c.isalpha() or unicodedata.category(c)[0] == "M" else " " for c in text))
-    return str(language) if sure >= SURE and language != NO_LANGUAGE else UNDETERMINED
-
-
-@cache
-def _identifier() -> Callable[[str], tuple[str, float]]:
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-    classify: Callable[[str], tuple[str, float]] = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True).classify
-    return classify
+    """Language of a text, such as "vi"; "undetermined" where nobody can say (see tongues.tongue)."""
+    return known_tongue(text) or UNDETERMINED

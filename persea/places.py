@@ -173,10 +173,11 @@ def resolved(value: Any, path: KeyPath, reading: Reading) -> Any:
         reading.refuse(path, "looks like a secret", "name an environment variable instead; a recipe is shared")
     text = re.sub(r"\$\{([^}]*)\}?", lambda m: _variable(m[1], path, reading), value)
     folder, is_text = reading.file.absolute().parent, path[:2] in (("check", "texts"), ("evaluation", "lm_eval"))
-    is_place = is_text or (path[0] in ("student", "teachers", "corpus") and path[-1] in ("model", "tokenizer", "file"))
+    is_set = path[:2] == ("evaluation", "sets") and path[-1] in ("file", "answers")
+    is_place = is_text or is_set or (path[0] in ("student", "teachers", "corpus") and path[-1] in ("model", "tokenizer", "file"))
     # os.path.exists, because Path.exists raises where a name is too long
-    local = is_text or text.startswith((".", "/", "~")) or path[-1] == "file" or os.path.exists(folder / text)
-    if not is_place or (text in ("", "random") and not is_text) or not local:
+    local = is_text or text.startswith((".", "/", "~")) or path[-1] == "file" or is_set or os.path.exists(folder / text)
+    if not is_place or (text in ("", "random", "words") and not is_text) or not local:
         return text
     return os.path.abspath(folder / os.path.expanduser(text))  # Path.resolve would follow a link and so rename the teacher
 

@@ -48,9 +48,9 @@ class Plan:
 def plan(river: River) -> Plan:
     """Count what each stage asks, keeps and writes. Raises Refused where the disk cannot hold it, RecipeError for a mode nobody knows."""
     river.refuse_modes()
-    recipe, teachers = river.recipe, len(river.recipe.teachers)
+    recipe, teachers = river.recipe, len(river.teaching)
     asked = sum(len(items) for _, items in river.items(Split.AUDITION)) * sum(
-        len(river.efforts(name, recipe.audition.efforts)) for name in river.voices)
+        len(river.efforts(name, recipe.audition.efforts)) for name in river.teaching)
     tested = sum(len(items) for _, items in river.items(Split.TEST)) * sum(
         len(river.efforts(name, recipe.evaluation.efforts)) for name in (STUDENT, BASE, *river.voices))
     tested += sum(len(items) * len(river.modes.get(skill.name, ())) for skill, items in river.items(Split.TEST))
@@ -62,7 +62,7 @@ def plan(river: River) -> Plan:
         "audition": f"at most {asked:,} answers by {teachers} teachers",
         "capture": f"{prompts:,} answers, at most {captured / 1e9:.2f} GB ({river.corpus.came - prompts:,} prompts left out)",
         "train": f"{recipe.training.steps:,} steps of {recipe.training.batch} conversations",
-        "evaluate": f"{tested:,} answers by {teachers + 2} speakers",
+        "evaluate": f"{tested:,} answers by {len(river.voices) + 2} speakers",
         "lineage": "one record", "report": "one page"}
     disk = captured + weights * (1 + 3 * (CHECKPOINTS_KEPT + 1))  # weights and two Adam moments a checkpoint; an old one goes when the new one stands
     free = shutil.disk_usage(_existing(river.folder)).free

@@ -89,7 +89,7 @@ def comparison(report: dict[str, Any]) -> None:
         kept = skill["retained"]
         drawn.add_row(name, *cells, "-" if kept is None else f"{kept:.0%}")
     bits = report["bits_per_byte"]
-    drawn.add_row("bits/byte", *(f"{bits[who]['all']:.2f}" for who in ("student", "base", *teachers)), "")
+    drawn.add_row("bits/byte", *(f"{bits[who]['all']:.2f}" if "all" in bits[who] else "-" for who in ("student", "base", *teachers)), "")
     n = first["student"]["n"]
     console = Console()
     console.print(drawn)

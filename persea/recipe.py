@@ -22,7 +22,26 @@ from pydantic_core import ErrorDetails
 from persea.chat import PINNED_DATE
 from persea.errors import RecipeError
 from persea.places import Dumper, KeyPath, Reading, is_secret, override, read_page, resolved
-from persea.sections import MANY, SLUG, Audition, Capture, Check, CorpusPart, Evaluation, Lora, Section, Sizes, Student, Teacher, Training, agreed
+from persea.sections import (
+    MANY,
+    SLUG,
+    Audition,
+    Capture,
+    Check,
+    CorpusPart,
+    Endpoint,
+    Evaluation,
+    Generation,
+    Lora,
+    OnPolicy,
+    PublishedSet,
+    Section,
+    Sizes,
+    Student,
+    Teacher,
+    Training,
+    agreed,
+)
 
 
 class Recipe(Section):
@@ -54,9 +73,23 @@ class Recipe(Section):
             claims.append((teacher not in names, where, f"no teacher is called {teacher!r}", _choose(teacher, names)))
         claims.append((self.training.completion and self.capture.rows == "topk", ("training", "completion"),
                        "true, but nobody can say what a rest holds inside a token", "write `completion: false`, or `capture: {rows: sampled}`"))
+        teach = [t.name for t in self.teachers if not t.yardstick]
+        claims += [(t in names and t not in teach, ("audition", "pinned", s), f"{t} is a yardstick, which never teaches", _choose(t, teach or names))
+                   for s, t in self.audition.pinned.items()]
+        claims.append((not teach, ("teachers", 0, "yardstick"), "true of every teacher, so that nobody teaches", "delete it in one of them"))
+        far = [t for t in self.teachers if not t.yardstick and (t.endpoint is not None or t.engine != "local")]
+        claims += [(self.training.completion, ("training", "completion"),
+                    f"true, but {t.name} does not give the whole rows that it needs", "write `completion: false`") for t in far]
+        claims += [(t.endpoint is not None and t.endpoint.protocol == "chat" and self.capture.answers == "given", ("capture", "answers"),
+                    f"given, but {t.name} tells nothing of words that are not its own", "write `answers: ask`") for t in far]
         claims += [(bool(part.modes) and self.capture.answers == "given", ("corpus", k, "modes"), "given, but nobody is asked: answers that came "
                     "with the prompts have no thought", "delete `modes:`, or write `capture: {answers: ask}`") for k, part in enumerate(self.corpus)]
         return agreed(self, *claims)
+
+    @property
+    def taught(self) -> tuple[str, ...]:
+        """Names of the corpus' skills, in its order."""
+        return tuple(dict.fromkeys(p.skill for p in self.corpus))
 
     @property
     def source(self) -> Path:
@@ -80,7 +113,8 @@ class Recipe(Section):
 
 SECTIONS: dict[str, type[Section]] = {  # by the key they stand under
     "student": Student, "teachers": Teacher, "corpus": CorpusPart, "audition": Audition, "capture": Capture, "training": Training,
-    "evaluation": Evaluation, "check": Check, "sizes": Sizes, "lora": Lora}
+    "evaluation": Evaluation, "check": Check, "sets": PublishedSet, "sizes": Sizes, "lora": Lora, "endpoint": Endpoint, "generation": Generation,
+    "on_policy": OnPolicy}
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

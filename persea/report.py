@@ -75,11 +75,15 @@ def shown(files: Files, found: Sequence[Row]) -> dict[str, list[dict[str, Any]]]
     return table
 
 
+def _dot(e: Evaluated, s: Score) -> charts.Dot:
+    return charts.Dot(s.speaker, e.mark(s.speaker), s.value, s.low, s.high)
+
+
 def plots(e: Evaluated, found: Sequence[Row]) -> list[tuple[str, Markup]]:
     """A dot-and-interval plot a skill: its name and inline SVG."""
     drawn = []
     for k, r in enumerate(found):
-        speakers = [charts.Dot(s.speaker, e.mark(s.speaker), s.value, s.low, s.high) for s in r.scores]
+        speakers = [_dot(e, s) for s in r.scores]
         drawn.append((r.skill, Markup(charts.dots(f"skill-{k}", r.skill, speakers, (r.best.low, r.best.high)))))
     return drawn
 
@@ -88,8 +92,7 @@ def maps(e: Evaluated, found: Sequence[Row]) -> tuple[Markup, Markup, dict[str, 
     """Every skill and speaker as one matrix; the way from base to best teacher; a matrix of languages for each skill that has several."""
     columns = [(name, e.mark(name)) for name in e.speakers]
     whole = charts.heat("all", "every skill and speaker", columns, [(r.skill, [s.value for s in r.scores]) for r in found])
-    way = charts.gaps("gaps", "from base to best teacher", [
-        (r.skill, *(charts.Dot(s.speaker, e.mark(s.speaker), s.value, s.low, s.high) for s in (r.base, r.student, r.best)), r.closed) for r in found])
+    way = charts.gaps("gaps", "from base to best teacher", [(r.skill, _dot(e, r.base), _dot(e, r.student), _dot(e, r.best), r.closed) for r in found])
     spoken = {skill: charts.heat(f"languages-{k}", f"{skill} by language", columns, [
         (language, [scores[name].value if name in scores and scores[name].n else None for name in e.speakers]) for language, scores in table.items()])
         for k, (skill, table) in enumerate(by_language(e).items())}

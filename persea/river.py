@@ -6,8 +6,6 @@ teacher at a time is in memory.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,29 +13,34 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persea import skills, store
+from persea import questions, store
 from persea.asking import Speaker
 from persea.audition import Cast
 from persea.bridge import Bridge, open_bridge
-from persea.capture import Unit, plan_units
+from persea.capture import Unit, assigned, plan_units
 from persea.chat import Effort
-from persea.check import Sample, read_texts
-from persea.corpus import Broken, Corpus, Prompt, gather, in_modes, read_prompts
+from persea.check import Sample
+from persea.corpus import Broken, Corpus, gather
 from persea.errors import DataError, RecipeError, Refused
+from persea.far import far_parent, how_answered, is_far, open_far, sampling_of, what_answers
 from persea.lineage import Parent
 from persea.measure import Item, Skill, Split
 from persea.models import Source, fingerprint, local_folder, notes, open_voice, stamp
+from persea.models import set_threads as set_threads
 from persea.recipe import Recipe
-from persea.sections import ModelRef
+from persea.sections import WORDS, Generation, ModelRef
 from persea.sections import Student as StudentRef
+from persea.sections import Teacher as TeacherRef
+from persea.sets import Opened
+from persea.store import digest_of as digest_of
 from persea.voice import Voice
 
 if TYPE_CHECKING:
+    from persea.rollouts import Rollouts
     from persea.student import Student
     from persea.teacher import Teacher
 
 STUDENT, BASE = "student", "base"
-SAMPLE = 64  # reference answers of one skill and language that check lays over each other; they are short and much alike
 SMALL = 4_000_000_000  # bytes of weights that check opens unasked: seconds, and 8 GB in float32. The stages after it open any size
 Tell = Callable[[str, float, str], None]  # stage, share done in [0, 1], a few words
 
@@ -45,7 +48,8 @@ Tell = Callable[[str, float, str], None]  # stage, share done in [0, 1], a few w
 def source(ref: ModelRef) -> Source:
     """Where a recipe's model comes from."""
     sizes = tuple(sorted(ref.sizes.model_dump().items())) if ref.sizes else ()
-    return Source(ref.model, ref.revision, ref.tokenizer, ref.family, sizes, isinstance(ref, StudentRef) and ref.thinking)
+    found = Source(ref.model, ref.revision, ref.tokenizer, ref.family, sizes, isinstance(ref, StudentRef) and ref.thinking)
+    return replace(found, quantize=ref.quantize, offload=ref.offload) if isinstance(ref, TeacherRef) else found
 
 
 def is_small(where: Source) -> bool:
@@ -63,8 +67,19 @@ class River:
 
     @cached_property
     def voices(self) -> dict[str, Voice]:
-        """Teacher name -> voice, in the recipe's order."""
-        return {t.name: open_voice(source(t), f"teachers.{k}.model", self.recipe.today) for k, t in enumerate(self.recipe.teachers)}
+        """Teacher name -> voice, in the recipe's order. Words of a teacher whose tokenizer nobody knows are laid in the student's."""
+        return {t.name: self.student_voice if t.model == WORDS else open_voice(source(t), f"teachers.{k}.model", self.recipe.today)
+                for k, t in enumerate(self.recipe.teachers)}
+
+    @property
+    def teaching(self) -> tuple[str, ...]:
+        """Those who teach, yardsticks left out."""
+        return tuple(t.name for t in self.recipe.teachers if not t.yardstick)
+
+    @cached_property
+    def far(self) -> dict[str, Any]:
+        """Teacher name -> engine of its server, filled when it is first asked: one handshake, one budget a run."""
+        return {}
 
     @cached_property
     def student_voice(self) -> Voice:
@@ -73,7 +88,7 @@ class River:
     @cached_property
     def families(self) -> dict[str, dict[str, Any]]:
         """Speaker -> its family, whether persea recognised it or the recipe named it, and what a person should know of it."""
-        speakers = [(t.name, source(t), self.voices[t.name]) for t in self.recipe.teachers]
+        speakers = [(t.name, source(t), self.voices[t.name]) for t in self.recipe.teachers if t.model != WORDS]
         return {name: {"family": voice.family.name, "detected": not where.family, "note": notes(where, voice, name)}
                 for name, where, voice in [*speakers, (STUDENT, source(self.recipe.student), self.student_voice)]}
 
@@ -81,15 +96,19 @@ class River:
     def identities(self) -> dict[str, str]:
         """Teacher name -> digest of weights, voice and effort: what an answer depends on."""
         assert self._stamps  # noted first: what is written while it is read is seen afterwards
-        return {t.name: digest_of([fingerprint(source(t), t.name), self.voices[t.name].digest, t.effort]) for t in self.recipe.teachers}
+        return {t.name: digest_of([*(what_answers(t) or [fingerprint(source(t), t.name)]), self.voices[t.name].digest, t.effort, *how_answered(t)])
+                for t in self.recipe.teachers}
 
     @cached_property
     def _stamps(self) -> dict[str, object]:
-        return {t.name: stamp(source(t), t.name) for t in self.recipe.teachers}
+        return {t.name: () if t.endpoint else stamp(source(t), t.name) for t in self.recipe.teachers}
 
     def refuse_changed(self, name: str) -> None:
-        """Raises Refused where a teacher's files are no longer those that its identity was made of."""
+        """Raises Refused where a teacher's files are no longer those that its identity was made of, TeacherError where its server is another's."""
         ref = next(t for t in self.recipe.teachers if t.name == name)
+        if ref.endpoint:
+            self.far[name].again()
+            return
         if stamp(source(ref), name) != self._stamps[name]:
             raise Refused(f"the files of {name} changed while it was asked", where=ref.model,
                           remedy="put back what was there, or give the changed teacher a run of its own (--out): what is committed stays")
@@ -102,12 +121,17 @@ class River:
     @cached_property
     def bridges(self) -> dict[str, Bridge]:
         """Teacher name -> bridge to the student."""
-        return {name: open_bridge(voice, self.student_voice) for name, voice in self.voices.items()}
+        return {name: open_bridge(self.voices[name], self.student_voice) for name in self.teaching}
+
+    @cached_property
+    def published(self) -> tuple[Opened, ...]:
+        """The recipe's published sets, read."""
+        return questions.published(self.recipe.evaluation.sets)
 
     @cached_property
     def skills(self) -> tuple[Skill, ...]:
-        """The corpus' skills, in its order."""
-        return tuple(skills.named(name) for name in dict.fromkeys(p.skill for p in self.recipe.corpus))
+        """The corpus' skills, in its order; then what published sets measure besides."""
+        return questions.measured(self.recipe.taught, self.published)
 
     def items(self, split: Split) -> list[tuple[Skill, tuple[Item, ...]]]:
         """Held-out items: AUDITION chooses teachers, TEST compares everybody."""
@@ -123,14 +147,7 @@ class River:
     @cached_property
     def samples(self) -> tuple[Sample, ...]:
         """What check lays over each other: every skill's reference answers, by language, and the recipe's texts."""
-        samples = []
-        for skill, items in self.items(Split.AUDITION):
-            for language in dict.fromkeys(i.prompt.language for i in items):
-                some = [i for i in items if i.prompt.language == language][:SAMPLE]
-                said = tuple(i.answered for i in some)
-                samples.append(Sample(skill.name, language, said, tuple(i.prompt.id for i in some)))
-        check = self.recipe.check
-        return (*samples, *(read_texts(language, file, check.lines) for language, file in check.texts.items()))
+        return questions.samples(self.items(Split.AUDITION), self.recipe.check.texts, self.recipe.check.lines)
 
     @cached_property
     def measured(self) -> str:
@@ -141,24 +158,11 @@ class River:
     def corpus(self) -> Corpus:
         """What to ask, without test items."""
         held_out = [i.prompt for split in (Split.AUDITION, Split.TEST) for _, items in self.items(split) for i in items]
+        held_out += [i.prompt for opened in self.published for i in opened.items]  # asked this time or not
         broken: list[Broken] = []
-        corpus = gather([self._prompts(k, broken) for k in range(len(self.recipe.corpus))], held_out)
-        return replace(corpus, broken=tuple(broken))
-
-    def _prompts(self, k: int, broken: list[Broken]) -> list[Prompt]:
-        part = self.recipe.corpus[k]
-        if part.file is not None:
-            prompts = list(read_prompts(Path(part.file), part.skill, part.language, broken.append if part.broken == "quarantine" else None))
-            for prompt in prompts:
-                if prompt.skill not in {s.name for s in self.skills}:
-                    raise DataError(f"prompt {prompt.id} is of skill {prompt.skill!r}, which the corpus does not name", where=part.file,
-                                    remedy=f"one of {', '.join(s.name for s in self.skills)}; or add a part of that skill")
-            return in_modes(prompts, part.modes)
-        items = skills.named(part.skill).items(Split.TEACH, part.generate or 0, self.recipe.seed)
-        if len(items) < (part.generate or 0):
-            raise DataError(f"{part.skill} has only {len(items):,} questions to teach with", where=f"corpus.{k}.generate",
-                            remedy=f"ask for at most {len(items):,}")
-        return in_modes((replace(i.prompt, answer=i.reference) for i in items), part.modes)
+        parts = [questions.prompts(part, f"corpus.{k}.generate", self.skills, self.recipe.taught, self.recipe.seed, broken.append)
+                 for k, part in enumerate(self.recipe.corpus)]
+        return replace(gather(parts, held_out, [part.near for part in self.recipe.corpus]), broken=tuple(broken))
 
     def refuse_modes(self) -> None:
         """Raises RecipeError where the student cannot learn a mode of the corpus, or nobody who may be cast for it can be asked in it."""
@@ -205,18 +209,23 @@ class River:
         kind = {"tau": c.tau} if c.rows == "sampled" else {"rows": c.rows, "kl": c.kl}
         settings = {**kind, "answers": c.answers, "max_new_tokens": c.max_new_tokens, "batch": c.batch,
                     "seed": self.recipe.seed, "threads": self.recipe.threads}
-        units = plan_units(self.corpus.prompts, self.cast, self.identities, c.unit, settings,
-                           c.max_new_tokens if c.answers == "ask" else None)
+        longest = max(t.generation.max_new_tokens or c.max_new_tokens for t in self.recipe.teachers)
+        units = plan_units(self.corpus.prompts, self.cast, self.identities, c.unit, settings, longest if c.answers == "ask" else None)
         for name, skill, effort in sorted({(u.teacher, p.skill, p.effort) for u in units for p in u.prompts if p.effort is not None}):
             if not knows(self.voices[name], effort):
                 raise RecipeError(f"{name} was cast for {skill}, which is to be asked at {effort} effort: {self._efforts()}", where="corpus.modes",
-                                  remedy=f"change the modes of {skill}, or pin a teacher who knows them: audition.pinned.{skill}")
+                                   remedy=f"change the modes of {skill}, or pin a teacher who knows them: audition.pinned.{skill}")
         return units
 
     def teacher(self, name: str, batch: int) -> Teacher:
         """A teacher with its weights."""
         ref = next(t for t in self.recipe.teachers if t.name == name)
-        return self._speaker(name, source(ref), self.voices[name], batch, ref.effort)
+        if is_far(ref):
+            from persea.teacher import Teacher
+
+            self.far[name] = self.far.get(name) or open_far(ref, self.voices[name], self.folder / "endpoints" / f"{name}.json")
+            return Teacher(name, self.voices[name], self.far[name], ref.effort, longest=ref.generation.max_new_tokens or 0)
+        return self._speaker(name, source(ref), self.voices[name], batch, ref.effort, ref.generation)
 
     def speaker(self, name: str, batch: int) -> Teacher:
         """The student as trained, its base, or a teacher: whoever is measured."""
@@ -227,38 +236,56 @@ class River:
         return self.teacher(name, batch)
 
     def heard_as(self, name: str, batch: int, efforts: Sequence[Effort], load: Callable[[str], Teacher]) -> Speaker:
-        """A speaker to be measured at its own effort and those of `efforts` that it has. Its weights are not loaded for that."""
+        """A speaker to be measured at its own effort and those of `efforts` that it has. Weights are not loaded for that; a server says who it is."""
         voice = self.voices.get(name, self.student_voice)
         where = Source(str(self.folder / "train" / "student")) if name == STUDENT else source(self.recipe.student)
         identity = self.identities[name] if name in self.voices else digest_of([fingerprint(where, name), voice.digest])
-        return Speaker(name, identity, self.efforts(name, efforts), partial(load, name), {"batch": batch, "threads": self.recipe.threads})
+        at = next((t.endpoint for t in self.recipe.teachers if t.name == name), None)
+        identity = digest_of([identity, load(name) and self.far[name].first[0].to_json()]) if at else identity  # another model's words are its own
+        settings = {"batch": batch, "threads": self.recipe.threads}
+        return Speaker(name, identity, self.efforts(name, efforts), partial(load, name), settings, at is not None and at.protocol == "chat")
 
     def efforts(self, name: str, efforts: Sequence[Effort]) -> tuple[Effort, ...]:
         """A speaker's own effort, and those of `efforts` that it has."""
         own = next((t.effort for t in self.recipe.teachers if t.name == name), Effort.NONE)
         return tuple(dict.fromkeys([own, *(e for e in efforts if e in self.voices.get(name, self.student_voice).family.efforts)]))
 
-    def _speaker(self, name: str, where: Source, voice: Voice, batch: int, effort: Any) -> Teacher:
+    def _speaker(self, name: str, where: Source, voice: Voice, batch: int, effort: Any, generation: Generation | None = None) -> Teacher:
         from persea.engines.local import LocalEngine
         from persea.models import open_model
         from persea.teacher import Teacher
 
         model = open_model(where, voice, name)
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        return Teacher(name, voice, LocalEngine(model, len(voice.vocabulary), batch), effort, context=context or 0)
+        how = generation or Generation()
+        engine = LocalEngine(model, len(voice.vocabulary), batch, sampling_of(how))
+        return Teacher(name, voice, engine, effort, context=context or 0, longest=how.max_new_tokens or 0)
 
     def student(self) -> Student:
         """The student, ready to be trained."""
-        from persea.student import Lora, open_student
+        from persea.student import Lora, Ways, open_student
 
-        ref = self.recipe.student
+        ref, t = self.recipe.student, self.recipe.training
         lora = Lora(ref.lora.rank, ref.lora.alpha, ref.lora.targets) if ref.lora else None
-        return open_student(source(ref), self.student_voice, lora, self.recipe.seed)
+        return open_student(source(ref), self.student_voice, lora, self.recipe.seed, Ways(t.precision == "bfloat16", t.recompute, t.packing))
+
+    def rollouts(self, student: Student) -> Rollouts | None:
+        """What the student says itself, with every teacher of the cast open beside it; None where the recipe does not ask for it."""
+        from persea.rollouts import Rollouts, Task
+
+        t = self.recipe.training
+        if t.on_policy is None:
+            return None
+        tasks = tuple(Task(prompt, name) for prompt, name in assigned(self.corpus.prompts, self.cast))
+        teachers = {name: self.teacher(name, t.batch) for name in dict.fromkeys(task.teacher for task in tasks)}
+        return Rollouts(student, tasks, teachers, self.bridges, t.on_policy, t.batch, self.recipe.seed, t.max_tokens)
 
     def parent(self, name: str) -> Parent:
         """A teacher, or the base, for the lineage record."""
         ref: ModelRef = self.recipe.student if name == BASE else next(t for t in self.recipe.teachers if t.name == name)
         voice = self.student_voice if name == BASE else self.voices[name]
+        if isinstance(ref, TeacherRef) and ref.endpoint:
+            return far_parent(ref, voice, self.folder / "endpoints" / f"{name}.json")
         licence = getattr(ref, "licence", "") or voice.family.licence
         return Parent(name, Path(ref.model).name if Path(ref.model).is_dir() else ref.model, ref.revision, voice.family.name, licence,
                       fingerprint(source(ref), name))
@@ -306,16 +333,3 @@ def knows(voice: Voice, effort: Effort) -> bool:
     its lowest effort, and the student does not see what it thought.
     """
     return effort is Effort.NONE or effort in voice.family.efforts
-
-
-def set_threads(threads: int) -> None:
-    """Fix torch's threads; the same number gives the same bits. 0 leaves torch's own choice."""
-    if threads:
-        import torch
-
-        torch.set_num_threads(threads)
-
-
-def digest_of(value: object) -> str:
-    """sha256 of a value's canonical JSON."""
-    return hashlib.sha256(json.dumps(value, default=str, sort_keys=True).encode()).hexdigest()

@@ -125,6 +125,29 @@ def _sampled(p_NW: torch.Tensor, start_N1: torch.Tensor, tau: float) -> tuple[np
 
 # --- the likeliest, and how much is left over ---
 
+
+def named_rows(ids_NK: npt.NDArray[np.integer], logs_NK: npt.NDArray[np.floating], tokens_N: npt.NDArray[np.integer],
+               realised_N: npt.NDArray[np.floating]) -> Rows:
+    """Rows of kind TOPK_REST of what a server named: K tokens a row, and the realised token's own log-probability, named or not.
+
+    Exact, but for a row whose mass passes 1 by more than float32 sums do: its values go to the codec's grid, the next below, so that
+    the codec's rounding does not carry it past 1 + MASS.
+    """
+    order = np.argsort(ids_NK, axis=1)
+    ids_NK, logs_NK = np.take_along_axis(ids_NK, order, 1), np.take_along_axis(logs_NK, order, 1).astype(np.float64)
+    above_N1 = np.exp(logs_NK).sum(1, keepdims=True) > 1 + MASS / 100
+    logs_NK = np.where(above_N1, np.ceil(logs_NK / -STEP) * -STEP, logs_NK)
+    real_NK = ids_NK == tokens_N[:, None]
+    realised = np.where(real_NK.any(1), np.where(real_NK, logs_NK, 0).sum(1), realised_N).astype(np.float32)
+    offsets_N1 = np.arange(len(ids_NK) + 1, dtype=np.int64) * ids_NK.shape[1]
+    return Rows(offsets_N1, ids_NK.ravel().astype(np.int32), np.exp(logs_NK).ravel().astype(np.float32), realised, RowKind.TOPK_REST)
+
+
+def word_rows(n: int) -> Rows:
+    """n rows of kind WORDS, of which nothing is known."""
+    return Rows(np.zeros(n + 1, np.int64), np.empty(0, np.int32), np.empty(0, np.float32), np.full(n, np.nan, np.float32), RowKind.WORDS)
+
+
 COARSER = (1, 4, 8, 16, 32, 64, 128)  # STEPs between values: a row takes the coarsest that costs it no entry
 SOME = 32     # candidates looked at first; a row that needs more looks at four times as many
 NOTHING = 1e-9  # mass that is the rounding of a float32 softmax

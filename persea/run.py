@@ -17,6 +17,7 @@ from typing import Any
 
 from persea import store
 from persea.chat import Effort
+from persea.far import is_far
 from persea.measure import Paired, Split
 from persea.river import BASE, STUDENT, River, Tell, digest_of, is_small, set_threads, source
 
@@ -35,20 +36,20 @@ def check(river: River, folder: Path, tell: Tell) -> None:
     from persea.check import TEXTS, kept_by, likelihood, refuse
     from persea.check import check as pairing
 
-    samples, settings, teachers = river.samples, river.recipe.check, river.recipe.teachers
+    samples, settings, teachers = river.samples, river.recipe.check, [t for t in river.recipe.teachers if not t.yardstick]
     mine = [s.rendered(river.student_voice) for s in samples]
     pairs, likelihoods = [], []
     for k, teacher in enumerate(teachers):
         voice, bridge = river.voices[teacher.name], river.bridges[teacher.name]
         kept = None
-        if is_small(source(teacher)) if settings.likelihood is None else settings.likelihood:
+        if not is_far(teacher) and (is_small(source(teacher)) if settings.likelihood is None else settings.likelihood):
             opened = river.teacher(teacher.name, river.recipe.audition.batch)
             likelihoods += likelihood(opened, [s for s in samples if s.skill != TEXTS and s.suits(voice)])
             kept = kept_by(opened, bridge)
         pairs += [pairing(teacher.name, voice, river.student_voice, bridge, s, said, kept if s.skill != TEXTS else None)
                   for s, said in zip(samples, mine, strict=True) if s.suits(voice)]
-        family, note = river.families[teacher.name]["family"], river.families[teacher.name]["note"]
-        tell("check", (k + 1) / len(teachers), f"{teacher.name} ({family}{', see its note in check.json' if note else ''})")
+        family, note = (river.families.get(teacher.name, {}).get(key, "") for key in ("family", "note"))
+        tell("check", (k + 1) / len(teachers), f"{teacher.name} ({family or 'words'}{', see its note in check.json' if note else ''})")
     store.publish_json(folder / "check.json", {"pairs": [p.to_json() for p in pairs], "likelihoods": [one.to_json() for one in likelihoods],
                                                "families": river.families})
     refuse(pairs, likelihoods, settings.floor, settings.disagreement)
@@ -62,7 +63,7 @@ def audition(river: River, folder: Path, tell: Tell) -> None:
 
     settings, most = river.recipe.audition, river.recipe.capture.max_new_tokens
     load = one_at_a_time(lambda name: river.teacher(name, settings.batch))
-    speakers = {name: river.heard_as(name, settings.batch, settings.efforts, load) for name in river.voices}
+    speakers = {name: river.heard_as(name, settings.batch, settings.efforts, load) for name in river.teaching}
     skills = river.items(Split.AUDITION)
     courses = contest(list(speakers), skills, river.recipe.seed, lambda name, skill, items: hear(
         speakers[name], speakers[name].efforts[0], skill, items, most)[0], lambda share, words: tell("audition", share, words))
@@ -71,14 +72,14 @@ def audition(river: River, folder: Path, tell: Tell) -> None:
     for (name, skill, effort), results in said.items():
         other = "" if effort is speakers[name].efforts[0] else f".{effort}"
         store.publish_lines(folder / f"{name}.{skill}{other}.jsonl", (r.to_json() for r in results))
-    chosen = cast(courses, {n: s.efforts[0] for n, s in speakers.items()}, settings.pinned, settings.floor, dials)
+    chosen = cast(courses, {n: s.efforts[0] for n, s in speakers.items()}, settings.pinned, settings.floor, dials, river.recipe.taught)
     store.publish_json(folder / "cast.json", chosen.to_json())
     store.publish(folder / "table.md", markdown(chosen).encode())
 
 
 def capture(river: River, folder: Path, tell: Tell) -> None:
     """Ask the cast; keep answers and distributions."""
-    from persea.capture import Pace, accounts, quarantined, summary
+    from persea.capture import Pace, accounts, caches, quarantined, summary
     from persea.capture import capture as ask
 
     settings = river.recipe.capture
@@ -87,12 +88,20 @@ def capture(river: River, folder: Path, tell: Tell) -> None:
         ask(river.units, river.teacher(name, settings.batch), folder, tau=settings.tau, kl=settings.kl,
             max_new_tokens=settings.max_new_tokens, seed=river.recipe.seed, given=settings.answers == "given",
             unchanged=partial(river.refuse_changed, name), progress=lambda step: tell("capture", *pace.step(step)))
-    removed = Counter(why.value for _, why in river.corpus.removed)
+    removed = Counter(r.why.value for r in river.corpus.removed)
+    store.publish_lines(folder / "removed.jsonl", (r.to_json() for r in river.corpus.removed))
     told, aside = summary(river.units, folder), quarantined(river.units, folder, river.corpus.broken)
     (folder / "quarantine.jsonl").unlink(missing_ok=True)
     if aside:
         store.publish_lines(folder / "quarantine.jsonl", aside)
-    store.publish_json(folder / "summary.json", told | {"removed": dict(removed)} | accounts(told, river.corpus, aside))
+    verified: dict[str, Any] = {}
+    if settings.verify:
+        from persea.sift import sift
+
+        sifted = sift([reader for reader, _ in caches(river.units, folder)], river.corpus.prompts, {s.name: s for s in river.skills})
+        store.publish_json(folder / "wrong.json", sifted.aside)
+        verified = {"verified": sifted.to_json()}
+    store.publish_json(folder / "summary.json", told | {"removed": dict(removed)} | verified | accounts(told, river.corpus, aside))
 
 
 def train(river: River, folder: Path, tell: Tell) -> None:
@@ -100,23 +109,31 @@ def train(river: River, folder: Path, tell: Tell) -> None:
     from persea.capture import caches
     from persea.feed import offline
     from persea.losses import composed_head
+    from persea.reader import Ordered
+    from persea.sift import left
     from persea.train import Settings
     from persea.train import train as loop
 
     t = river.recipe.training
     student = river.student()
-    feed = offline(caches(river.units, river.folder / "capture"), student.voice, river.bridges, size=t.batch, seed=river.recipe.seed,
-                   max_tokens=t.max_tokens, completion=t.completion)
+    heard: Sequence[tuple[Ordered, float]] = caches(river.units, river.folder / "capture")
+    if river.recipe.capture.verify:
+        heard = left(heard, store.read_json(river.folder / "capture" / "wrong.json"))
+    feed = offline(heard, student.voice, river.bridges, size=t.batch, seed=river.recipe.seed, max_tokens=t.max_tokens, completion=t.completion)
+    rollouts = river.rollouts(student)
 
     def loss_of(step: int) -> tuple[Any, Any]:
+        if rollouts is not None and rollouts.due(step):
+            return rollouts.loss(step)
         batch = feed.batch(step)
-        hidden_ND = student.hidden(batch.ids_BS, batch.mask_BS, batch.row_N, batch.at_N)
-        return composed_head(hidden_ND, student.head, batch.targets_N, batch.teachers, t.event_share), batch.share
+        states = student.hidden(batch.ids_BS, batch.mask_BS, batch.row_N, batch.at_N)
+        teachers = batch.teachers if t.objective == "events" else ()
+        return composed_head(*states, batch.targets_N, teachers, t.event_share), batch.share
 
     settings = Settings(t.steps, t.learning_rate, t.warmup, t.weight_decay, t.clip, t.checkpoint_every, t.log_every, river.recipe.seed)
     student.model.train()
     loop(student.trained, loss_of, settings, folder, digest_of(STAGES[3].inputs(river)), lambda step, line: tell(
-        "train", step / t.steps, f"loss {line['loss']:.3f}, {line['positions'] / max(line['seconds'], 1e-9):.0f} tokens/s"))
+        "train", step / t.steps, f"loss {line['loss']:.3f}, {line['positions'] / max(line['seconds'], 1e-9):.0f} tokens/s"), source=rollouts)
     student.save(folder / "student")
     store.publish_json(folder / "feed.json", feed.survey.to_json())
 
@@ -133,7 +150,8 @@ def evaluate(river: River, folder: Path, tell: Tell) -> None:
     for k, name in enumerate(names):
         listen(heard, river.heard_as(name, settings.batch, settings.efforts, load), skills, settings.max_new_tokens,
                lambda share, words, k=k: tell("evaluate", (k + share) / len(names), words))  # type: ignore[misc]
-    out = Evaluation(STUDENT, BASE, tuple(river.voices), Effort.NONE, tuple(heard.scores()), heard.bits_per_byte, (), beside(heard, STUDENT),
+    yardsticks = tuple(name for name in river.voices if name not in river.teaching)
+    out = Evaluation(STUDENT, BASE, river.teaching, Effort.NONE, tuple(heard.scores()), heard.bits_per_byte, yardsticks, beside(heard, STUDENT),
                      regressions(heard, STUDENT, BASE))
     lines = list(heard.lines())
     store.publish_lines(folder / "examples.jsonl", lines)
@@ -158,7 +176,7 @@ def lineage(river: River, folder: Path, tell: Tell) -> None:
     """Write down what made the weights."""
     from persea.lineage import lineage as record
 
-    teachers = [river.parent(n) for n in river.voices]
+    teachers = [river.parent(n) for n in river.teaching]
     store.publish_json(folder / "lineage.json", record(river.folder / "train" / "student", river.parent(BASE), teachers, river.recipe.hash,
                                                        {"units": digest_of([u.name for u in river.units])}))
 
@@ -170,12 +188,19 @@ def report(river: River, folder: Path, tell: Tell) -> None:
     write(river.folder, {name: Path(file) for name, file in river.recipe.evaluation.lm_eval.items()})
 
 
+def verified(river: River) -> list[str]:
+    """What verifying left out of the lessons, by digest; nothing where nobody verifies."""
+    return [river.done("capture")["outputs"]["wrong.json"]] if river.recipe.capture.verify else []
+
+
 AFTERWARDS = {"allow_regression", "lm_eval"}  # what the recipe says of an evaluation once it is there
 STAGES: tuple[Stage, ...] = (
     Stage("check", lambda r: [r.identities, r.student_identity, r.measured, r.recipe.check.model_dump()], check),
     Stage("audition", lambda r: [r.identities, r.asked, r.recipe.audition.model_dump(), r.recipe.capture.max_new_tokens], audition),
-    Stage("capture", lambda r: [*(u.name for u in r.units), *([b.where, b.why] for b in r.corpus.broken)], capture),
-    Stage("train", lambda r: [[u.name for u in r.units], r.student_identity, r.recipe.training.model_dump(), r.recipe.seed, r.recipe.threads], train),
+    Stage("capture", lambda r: [*(u.name for u in r.units), *([b.where, b.why] for b in r.corpus.broken), *["verify"] * r.recipe.capture.verify],
+          capture),
+    Stage("train", lambda r: [[u.name for u in r.units], r.student_identity, r.recipe.training.model_dump(), r.recipe.seed, r.recipe.threads,
+                              *verified(r)], train),
     Stage("evaluate", lambda r: [r.done("train")["outputs"], r.identities, r.asked, r.recipe.evaluation.model_dump(exclude=AFTERWARDS)], evaluate),
     Stage("lineage", lambda r: [r.done("train")["outputs"], r.recipe.hash], lineage),
     Stage("report", lambda r: [*(r.done(s.name)["key"] for s in STAGES[:-1]), r.lm_eval], report),

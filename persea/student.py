@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError
 
-from persea.errors import DataError, EnvironmentLacks, StorageError
-from persea.hidden import Scaling, head_of, hidden_states, scaling_of
+from persea.errors import DataError, EnvironmentLacks, Refused, StorageError
+from persea.hidden import Scaling, hidden_states, packed, refuse_packing, scaling_of
 from persea.losses import Head
 from persea.models import Source, local_folder, open_model
 from persea.voice import Voice
@@ -32,13 +32,47 @@ class Lora:
     targets: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Ways:
+    """How a step is computed; none changes what is computed but by rounding.
+
+    half       matrix products in bfloat16; weights, sums and the optimiser's moments stay in float32
+    recompute  activations are made again in the backward pass instead of kept: less memory, about a third more time
+    packing    short texts share a row, each blind to the others, instead of being padded
+    """
+
+    half: bool = False
+    recompute: bool = False
+    packing: bool = False
+
+
+class Forward(torch.nn.Module):
+    """What a training step runs of a model, as one module: what is spread over processes is wrapped around its forward, so all that a
+    step uses comes out of it, the head's weight too (under DDP a parameter that is not reached from an output counts as unused)."""
+
+    def __init__(self, model: PreTrainedModel, ways: Ways) -> None:
+        super().__init__()
+        self.model, self.ways = model, ways
+
+    def forward(self, ids_BS: torch.Tensor, place_BS: torch.Tensor, row_N: torch.Tensor, at_N: torch.Tensor
+                ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Hidden states [N, D], weight and bias of the head. place_BS: the mask, or each token's place in its text where texts are packed."""
+        mask_BS, positions_BS = (None, place_BS) if self.ways.packing else (place_BS, None)
+        with torch.autocast(ids_BS.device.type, torch.bfloat16, enabled=self.ways.half):
+            hidden_ND = hidden_states(self.model, ids_BS, mask_BS, positions_BS)[row_N, at_N]
+        linear = self.model.get_output_embeddings()
+        return hidden_ND.bfloat16() if self.ways.half else hidden_ND, linear.weight, linear.bias
+
+
 @dataclass(frozen=True, eq=False)
 class Student:
-    """A causal model in its own voice. `trained` = what the optimiser may change."""
+    """A causal model in its own voice. `trained` = what the optimiser may change; `runs` = its Forward, where that is wrapped."""
 
     model: PreTrainedModel
     voice: Voice
     source: Source
+    ways: Ways = field(default=Ways())
+    runs: torch.nn.Module | None = None
 
     @property
     def trained(self) -> list[torch.nn.Parameter]:
@@ -48,19 +82,16 @@ class Student:
     def _scaling(self) -> Scaling:
         return scaling_of(self.model, len(self.voice.vocabulary), "student")
 
-    @property
-    def head(self) -> Head:
-        """From what `hidden` gives to logits; padded rows of the matrix are cut off."""
-        return head_of(self.model, len(self.voice.vocabulary), self._scaling)
-
-    def hidden(self, ids_BS: torch.Tensor, mask_BS: torch.Tensor, row_N: torch.Tensor, at_N: torch.Tensor) -> torch.Tensor:
-        """[N, D] what the head is given at positions (row_N, at_N)."""
-        hidden_BSD = hidden_states(self.model, ids_BS, mask_BS)
-        return hidden_BSD[row_N.to(hidden_BSD.device), at_N.to(hidden_BSD.device)]
+    def hidden(self, ids_BS: torch.Tensor, mask_BS: torch.Tensor, row_N: torch.Tensor, at_N: torch.Tensor) -> tuple[torch.Tensor, Head]:
+        """[N, D] what the head is given at positions (row_N, at_N) of right-padded texts, and the head; its padded rows are cut off."""
+        runs, device, inputs = self.runs or Forward(self.model, self.ways), self.model.device, (ids_BS, mask_BS, row_N, at_N)
+        hidden_ND, weight_VD, bias_V = runs(*(side.to(device) for side in (packed(*inputs) if self.ways.packing else inputs)))
+        return hidden_ND, Head(weight_VD, len(self.voice.vocabulary), bias_V, self._scaling.scale, self._scaling.cap)
 
     def logits(self, ids_BS: torch.Tensor, mask_BS: torch.Tensor, row_N: torch.Tensor, at_N: torch.Tensor) -> torch.Tensor:
-        """[N, V] float32 logits at positions (row_N, at_N), all at once: training goes through `hidden` and `head` instead."""
-        return self.head.logits(self.hidden(ids_BS, mask_BS, row_N, at_N))
+        """[N, V] float32 logits at positions (row_N, at_N), all at once: training goes through `hidden` instead."""
+        hidden_ND, head = self.hidden(ids_BS, mask_BS, row_N, at_N)
+        return head.logits(hidden_ND)
 
     def save(self, folder: Path) -> None:
         """A Hugging Face folder: weights (adapters merged), config, tokenizer, chat template."""
@@ -105,7 +136,7 @@ def _end_turns(path: Path, stop_ids: Sequence[int]) -> None:
         path.write_text(json.dumps(config | {"eos_token_id": [*own, *(i for i in stop_ids if i not in own)]}, indent=2) + "\n", encoding="utf-8")
 
 
-def open_student(source: Source, voice: Voice, lora: Lora | None, seed: int = 0) -> Student:
+def open_student(source: Source, voice: Voice, lora: Lora | None, seed: int = 0, ways: Ways = Ways()) -> Student:
     """The student's weights, ready to be trained in full, or with adapters; these begin at random, by the seed."""
     model = open_model(source, voice, "student")
     torch.manual_seed(seed)
@@ -121,6 +152,12 @@ def open_student(source: Source, voice: Voice, lora: Lora | None, seed: int = 0)
         except ValueError as error:
             raise DataError(str(error).splitlines()[0], where="student.lora.targets",
                             remedy="name projections this model has, e.g. q_proj") from error
-    student = Student(model, voice, source)
-    assert student.head  # one that cannot be trained is refused here, not at the first step
+    if ways.recompute:
+        if not model.supports_gradient_checkpointing:
+            raise Refused(f"{type(model).__name__} cannot make its activations again", where="training.recompute", remedy="recompute: false")
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    student = Student(model, voice, source, ways)
+    assert student._scaling  # one that cannot be trained is refused here, not at the first step
+    if ways.packing:
+        refuse_packing(model, len(voice.vocabulary), "training.packing")
     return student

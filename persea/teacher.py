@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from persea.chat import Conversation, Effort, Finish, Tokens
+from persea.chat import Conversation, Effort, Finish, Part, Tokens
 from persea.corpus import Prompt
-from persea.engines import Engine
-from persea.errors import DataError
+from persea.engines import Engine, Failed, Namer, Talker
+from persea.errors import DataError, TeacherError
+from persea.rows import RowKind, Rows
 from persea.voice import Voice
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ class Answer:
     """What a teacher said to a prompt. The conversation ends with the answer; only STOP answers are whole.
 
     mode  the effort that the prompt was to be asked at; None = the teacher's own
+    why   nothing could be got of it: REFUSED
     """
 
     prompt_id: str
@@ -33,6 +35,7 @@ class Answer:
     conversation: Conversation
     finish: Finish
     mode: Effort | None = None
+    why: str = ""
 
     @property
     def text(self) -> str:
@@ -56,6 +59,7 @@ class Teacher:
 
     fingerprint  what makes these weights: digest of a folder, id and revision of a hub model
     context      the most tokens its positions reach; 0 where its configuration says none
+    longest      tokens of its longest answer, whatever it is asked for; 0 = as it is asked
     """
 
     name: str
@@ -64,6 +68,12 @@ class Teacher:
     effort: Effort = Effort.NONE
     fingerprint: str = ""
     context: int = 0
+    longest: int = 0
+
+    @property
+    def is_mute(self) -> bool:
+        """Whether it tells no log-probabilities: its words are all there is."""
+        return isinstance(self.engine, Namer) and self.engine.abilities.kind is RowKind.WORDS
 
     def answer(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
         """One answer a prompt, in order, each at its prompt's effort or else at this teacher's, in its own template.
@@ -71,24 +81,31 @@ class Teacher:
         A prompt that its template or tokenizer cannot say has an empty answer that ends REFUSED: tools, asked of a family without them.
         """
         asked = [self.asked(p) for p in prompts]
-        dressed = [self._dressed(c) for c in asked]
-        generated = iter(self.engine.generate([d for d in dressed if d is not None], self.voice.stop_ids, max_new_tokens))
+        most = self.longest or max_new_tokens
+        if isinstance(self.engine, Talker):
+            said = self.engine.say(asked, most)
+        else:
+            dressed = [self._dressed(c) for c in asked]
+            heard = iter(self.engine.generate([d for d in dressed if not isinstance(d, Failed)], self.voice.stop_ids, most))
+            said = [self._read(d if isinstance(d, Failed) else next(heard), c) for d, c in zip(dressed, asked, strict=True)]
         answers = []
-        for prompt, conversation, said in zip(prompts, asked, dressed, strict=True):
-            heard = None if said is None else self.voice.parse(next(generated).tolist(), conversation.effort, conversation.tools)
-            parts, finish = heard or ((), Finish.REFUSED)
-            answers.append(Answer(prompt.id, self.name, prompt.skill, prompt.language, conversation.answered(*parts), finish, prompt.effort))
+        for prompt, conversation, one in zip(prompts, asked, said, strict=True):
+            parts, finish, why = ((), Finish.REFUSED, one.why) if isinstance(one, Failed) else (*one, "")
+            answers.append(Answer(prompt.id, self.name, prompt.skill, prompt.language, conversation.answered(*parts), finish, prompt.effort, why))
         return answers
 
     def asked(self, prompt: Prompt) -> Conversation:
         """The prompt as this teacher is asked it."""
         return replace(prompt.conversation, effort=self.effort if prompt.effort is None else prompt.effort)
 
-    def _dressed(self, conversation: Conversation) -> npt.NDArray[np.int32] | None:
+    def _dressed(self, conversation: Conversation) -> npt.NDArray[np.int32] | Failed:
         try:
             return self.voice.prompt(conversation).ids_T
-        except DataError:
-            return None
+        except DataError as error:
+            return Failed(str(error))
+
+    def _read(self, ids: npt.NDArray[np.int32] | Failed, conversation: Conversation) -> tuple[tuple[Part, ...], Finish] | Failed:
+        return ids if isinstance(ids, Failed) else self.voice.parse(ids.tolist(), conversation.effort, conversation.tools)
 
     def can_say(self, conversation: Conversation) -> bool:
         """Whether this voice can say a whole conversation, its answer included."""
@@ -102,3 +119,20 @@ class Teacher:
         """Each conversation's tokens in this voice, and log-probabilities [learned tokens, vocabulary] (see Engine.score)."""
         tokens = [self.voice.render(c) for c in conversations]
         yield from zip(tokens, self.engine.score([t.ids_T for t in tokens], [t.learn_T for t in tokens]), strict=True)
+
+    def realised(self, conversations: Sequence[Conversation]) -> Iterator[tuple[Tokens, npt.NDArray[np.float32]]]:
+        """Each conversation's tokens in this voice, and the log-probability of each learned token, however little else the engine tells.
+
+        Raises TeacherError where it tells none (`is_mute`), or not of this conversation."""
+        tokens = [self.voice.render(c) for c in conversations]
+        ids, learn = [t.ids_T for t in tokens], [t.learn_T for t in tokens]
+        if not isinstance(self.engine, Namer):
+            for one, logprobs_NW in zip(tokens, self.engine.score(ids, learn), strict=True):
+                learned = one.ids_T[one.learn_T]
+                yield one, logprobs_NW[np.arange(len(learned)), learned].numpy()
+            return
+        for one, rows in zip(tokens, self.engine.named(ids, learn), strict=True):
+            if not isinstance(rows, Rows) or np.isnan(rows.realised_N).any():
+                raise TeacherError(rows.why if isinstance(rows, Failed) else "it tells no log-probabilities", where=self.name,
+                                   remedy="docs/engines.md says what each server gives")
+            yield one, rows.realised_N

@@ -45,6 +45,16 @@ class Step(Protocol):
     def positions(self) -> int: ...
 
 
+class Source(Protocol):
+    """A source of batches that carries something from step to step (rollouts in flight), which a checkpoint must hold.
+
+    state    asked after a step; restore  told before the first step what every process of the saving world gave
+    """
+
+    def state(self) -> bytes: ...
+    def restore(self, states: tuple[bytes, ...]) -> None: ...
+
+
 def rate(step: int, settings: Settings) -> float:
     """Learning rate: linear warm-up, then half a cosine down to a tenth."""
     warm = min(1.0, (step + 1) / max(1, settings.warmup))
@@ -54,17 +64,18 @@ def rate(step: int, settings: Settings) -> float:
 
 def train(parameters: list[torch.nn.Parameter], loss_of: Callable[[int], tuple[Step, Mapping[str, float]]], settings: Settings, folder: Path,
           key: str,
-          progress: Callable[[int, Mapping[str, Any]], None] = lambda step, line: None) -> None:
+          progress: Callable[[int, Mapping[str, Any]], None] = lambda step, line: None, *, source: Source | None = None) -> None:
     """Minimise loss_of(step) for settings.steps steps, from the last checkpoint in `folder` if one stands for `key`.
 
     parameters  what may change
     loss_of     step -> (loss, learned positions per teacher); the same step gives the same loss for the same weights
     key         digest of recipe and data; a checkpoint of another key is refused
+    source      what carries something from step to step
     Writes metrics.jsonl and checkpoints/. Raises Refused before a step whose loss or gradient is not finite is applied,
     Stopped after a signal, with the state saved.
     """
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay)
-    begin, seconds, positions, log = _resume(folder, key, parameters, optimizer)
+    begin, seconds, positions, log = _resume(folder, key, parameters, optimizer, source)
     clock = time.monotonic() - seconds
     with _signals() as asked:
         for step in range(begin, settings.steps):
@@ -88,17 +99,18 @@ def train(parameters: list[torch.nn.Parameter], loss_of: Callable[[int], tuple[S
                 log.append(line)
             progress(step + 1, line)
             if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps or asked:
-                _checkpoint(folder, key, line, parameters, optimizer, log)
+                _checkpoint(folder, key, line, parameters, optimizer, log, source.state() if source else b"")
             if asked:
                 raise Stopped(asked[0], f"step {step + 1} is saved")
 
 
 def _checkpoint(folder: Path, key: str, line: Mapping[str, Any], parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer,
-                log: list[dict[str, Any]]) -> None:
-    """Publish state and metrics, then the record that makes them count; the newest two are kept. line: this step's metrics."""
+                log: list[dict[str, Any]], carried: bytes) -> None:
+    """Publish state and metrics, then the record that makes them count; the newest two are kept. line: this step's metrics; carried: from
+    step to step, by the source."""
     buffer, step = io.BytesIO(), line["step"]
     torch.save({"parameters": [p.detach() for p in parameters], "optimizer": optimizer.state_dict(), "step": step, "positions": line["positions"],
-                "seconds": line["seconds"]}, buffer)
+                "seconds": line["seconds"], "carried": torch.tensor(list(carried), dtype=torch.uint8)}, buffer)
     name = f"step-{step:08d}"
     metrics = "".join(json.dumps(line) + "\n" for line in log).encode()
     shas = {"state": store.publish(folder / "checkpoints" / f"{name}.pt", buffer.getvalue()),
@@ -115,7 +127,7 @@ def _forget_old(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _resume(folder: Path, key: str, parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer
+def _resume(folder: Path, key: str, parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, source: Source | None
             ) -> tuple[int, float, int, list[dict[str, Any]]]:
     """(steps done, seconds, positions, log) of the last checkpoint, its state put into parameters and optimizer."""
     records = sorted((folder / "checkpoints").glob("step-*.json"))
@@ -141,6 +153,8 @@ def _resume(folder: Path, key: str, parameters: list[torch.nn.Parameter], optimi
         for parameter, value in zip(parameters, state["parameters"], strict=True):
             parameter.copy_(value)
     optimizer.load_state_dict(state["optimizer"])
+    if source is not None:
+        source.restore((bytes(state["carried"].tolist()),))
     _forget_old(folder)
     return int(state["step"]), float(state["seconds"]), int(state["positions"]), [json.loads(line) for line in metrics.splitlines()]
 

@@ -7,6 +7,7 @@ import os
 import secrets
 import signal
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -33,8 +34,8 @@ class Trial:
     seconds: float
 
 
-def attempt(sandbox: Sandbox, program: str, tests: str) -> Trial:
-    """Run a program's functions on tests. A name that tests use and do not define is the program's.
+def attempt(sandbox: Sandbox, program: str, tests: str, names: Sequence[str] = ()) -> Trial:
+    """Run a program's functions on tests. A name that tests use and do not define is the program's; so are `names`, Python's own or not.
 
     The tests' side alone holds the nonce and the pipe it is written to. Raises EnvironmentLacks where the walls do not stand.
     """
@@ -44,7 +45,7 @@ def attempt(sandbox: Sandbox, program: str, tests: str) -> Trial:
     with here, there:
         answering = sandbox.start(f"{inside}\nserve(3, {program!r})\n", [there.fileno()])
         try:
-            asking = sandbox.start(f"{inside}\nexamine(3, 4, {nonce!r}, {tests!r})\n", [here.fileno(), write])
+            asking = sandbox.start(f"{inside}\nexamine(3, 4, {nonce!r}, {tests!r}, {list(names)!r})\n", [here.fileno(), write])
         except BaseException:
             os.close(read)
             answering.finish()

@@ -19,7 +19,7 @@ from persea.asking import PART, Speaker, bits, hear, one_at_a_time, surprises
 from persea.chat import Conversation, Effort, Finish, Text
 from persea.corpus import Prompt
 from persea.engines.local import LocalEngine
-from persea.errors import DataError
+from persea.errors import DataError, TeacherError
 from persea.measure import Item, Skill, Split, Verdict
 from persea.skills import CODE, LANGUAGES, REASONING, TOOLS
 from persea.teacher import Teacher
@@ -186,6 +186,15 @@ def test_the_likeliest_choice_per_byte_is_the_answer() -> None:
     assert results[0].verdict is Verdict.RIGHT  # the sapling was grown on numbers
     assert results[2].likelihoods == () and "likelihoods" not in results[2].to_json()
     assert hear(speaker("qwen-sapling", one), Effort.NONE, skill, items, 40) == (results, 4)
+
+
+def test_an_empty_choice_and_a_speaker_of_words_alone_are_refused() -> None:
+    skill = replace(LANGUAGES, name="choices")
+    with pytest.raises(DataError, match=r"choices, choice/.*: one of its choices is empty"):
+        hear(speaker("qwen-sapling"), Effort.NONE, skill, [chooser("a", "a", "")], 40)
+    with pytest.raises(TeacherError, match="qwen-sapling: tells words alone, and choices asks which") as caught:
+        hear(replace(speaker("qwen-sapling"), mute=True), Effort.NONE, skill, [chooser("a", "a", "b")], 40)
+    assert caught.value.exit_code == 5
 
 
 # --- bits ---

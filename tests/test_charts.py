@@ -151,3 +151,41 @@ def test_any_finite_curve_can_be_drawn(values: list[float]) -> None:
     svg = charts.curve("l", "x", list(enumerate(values)))
     assert "nan" not in svg and "inf" not in svg
     parsed(svg)
+
+
+def test_differences_have_their_sign() -> None:
+    assert [charts.signed(d) for d in (0.214, -0.05, 0.0)] == ["+21.4", "−5.0", "+0.0"]
+
+
+def test_a_matrix_is_deeper_where_the_score_is_higher_and_says_so() -> None:
+    columns, rows = [("student", "student"), ("qwen", "t0 s0"), ("a teacher of a long name", "t1 s1")], [
+        ("code", (0.2, 0.9, None)), ("a skill of a long name", (0.0, 1.0, 0.5))]
+    svg = parsed(charts.heat("h", "all", columns, rows))
+    cells = of_class(svg, "rect", "heat")
+    depth = [float(c.get("fill-opacity", "")) for c in cells]
+    assert len(cells) == 6
+    assert depth[1] > depth[0] > depth[3] == depth[2] and depth[4] == max(depth) <= 0.6
+    assert all(0 <= float(c.get("x", "")) and float(c.get("x", "")) + float(c.get("width", "")) <= charts.WIDTH for c in cells)
+    words = [t.text for t in svg.iter("text")]
+    assert {"20", "90", "–", "0", "100", "50", "code"} <= set(words) and any(w and w.endswith("…") for w in words)
+    (told,) = svg.iter("desc")
+    assert told.text == ("Score out of 100. code: student 20.0, qwen 90.0, a teacher of a long name not measured; "
+                         "a skill of a long name: student 0.0, qwen 100.0, a teacher of a long name 50.0.")
+
+
+def test_the_way_from_base_to_best_is_drawn_as_far_as_it_was_gone() -> None:
+    def dot(label: str, mark: str, value: float) -> Dot:
+        return Dot(label, mark, value, value, value)
+
+    def row(skill: str, base: float, student: float, best: float, closed: float | None) -> tuple[str, Dot, Dot, Dot, float | None]:
+        return skill, dot("base", "base", base), dot("me", "student", student), dot("qwen", "t0 s0", best), closed
+
+    svg = parsed(charts.gaps("g", "way", [row("code", 0.2, 0.6, 1.0, 0.5), row("safety", 0.5, 0.3, 0.9, -0.5), row("none", 0.9, 0.9, 0.1, None)]))
+    went, fell, ways = of_class(svg, "line", "went"), of_class(svg, "line", "fell"), of_class(svg, "line", "way")
+    assert (len(went), len(fell), len(ways)) == (2, 1, 3)
+    assert float(went[0].get("x2", "")) - float(went[0].get("x1", "")) == pytest.approx(
+        (float(ways[0].get("x2", "")) - float(ways[0].get("x1", ""))) / 2, abs=0.2)
+    assert float(fell[0].get("x2", "")) < float(fell[0].get("x1", ""))
+    assert [t.text for t in of_class(svg, "text", "value")] == [x.replace(" ", charts.NBSP) for x in ("50 %", "−50 %", "–")]
+    (told,) = svg.iter("desc")
+    assert told.text and "code: from 20.0 to 60.0, best teacher qwen 100.0, 50" in told.text and "is not ahead of the base" in told.text

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persea.chat import Conversation, Effort, Message, Role, Text
-from persea.corpus import BEGINS, GOLDEN, MAX_LINE, SILVER, Broken, Corpus, Prompt, Why, gather, in_modes, in_turn, read_prompts
+from persea.corpus import BEGINS, GOLDEN, MAX_LINE, SILVER, Broken, Corpus, Prompt, Removed, Why, gather, in_modes, in_turn, read_prompts
 from persea.errors import DataError
 
 
@@ -40,10 +40,10 @@ def test_what_comes_in_is_kept_or_removed(sources: list[list[str]], tested: list
     named = [[prompt(t, f"{s}/{k}") for k, t in enumerate(texts)] for s, texts in enumerate(sources)]
     corpus = gather(named, [prompt(t) for t in tested])
     came = [p for source in named for p in source]
-    assert Counter(p.id for p in came) == Counter(p.id for p in corpus.prompts) + Counter(i for i, _ in corpus.removed)
+    assert Counter(p.id for p in came) == Counter(p.id for p in corpus.prompts) + Counter(r.prompt.id for r in corpus.removed)
     order = {p.id: k for k, p in enumerate(came)}
     assert [order[p.id] for p in corpus.prompts] == sorted(order[p.id] for p in corpus.prompts)
-    assert [order[i] for i, _ in corpus.removed] == sorted(order[i] for i, _ in corpus.removed)
+    assert [order[r.prompt.id] for r in corpus.removed] == sorted(order[r.prompt.id] for r in corpus.removed)
 
     def fold(text: str) -> str:  # these few texts: NFC, case and white space by hand
         return " ".join(text.replace("e\u0301", "é").replace("É", "é").replace("SS", "ß").lower().split())
@@ -52,8 +52,10 @@ def test_what_comes_in_is_kept_or_removed(sources: list[list[str]], tested: list
     assert len(kept) == len(set(kept))
     assert not set(kept) & {fold(t) for t in tested}
     texts = {p.id: fold(p.conversation.messages[0].text) for p in came}
-    for i, why in corpus.removed:
-        assert why is (Why.EMPTY if not texts[i] else Why.TEST_ITEM if texts[i] in {fold(t) for t in tested} else Why.DUPLICATE)
+    for r in corpus.removed:
+        text = texts[r.prompt.id]
+        assert r.why is (Why.EMPTY if not text else Why.TEST_ITEM if text in {fold(t) for t in tested} else Why.DUPLICATE)
+        assert bool(r.of) is (r.why is not Why.EMPTY)
     assert {t for t in texts.values() if t} - {fold(t) for t in tested} == set(kept)
 
 
@@ -61,13 +63,42 @@ def test_what_comes_in_is_kept_or_removed(sources: list[list[str]], tested: list
     ("How are you?", "how  ARE\tyou?\n"), ("caf\u00e9", "cafe\u0301"), ("STRASSE", "straße"), ("a\u3000b", "a b"), ("ΣΊΣΥΦΟΣ", "σίσυφος")])
 def test_folded_equals_are_the_same_prompt(first: str, second: str):
     one, two = prompt(first, "1"), Prompt("2", Conversation((Message(Role.USER, (Text(second),)),)), "skill", "en")
-    assert gather([[one], [two]], []) == Corpus((one,), (("2", Why.DUPLICATE),))
-    assert gather([[one]], [two]) == Corpus((), (("1", Why.TEST_ITEM),))
+    assert gather([[one], [two]], []) == Corpus((one,), (Removed(two, Why.DUPLICATE, "1"),))
+    assert gather([[one]], [two]) == Corpus((), (Removed(one, Why.TEST_ITEM, "2"),))
 
 
 def test_different_prompts_stay_different():
     different = [prompt("a b"), prompt("ab"), prompt("a b c"), prompt("a", "with a rule", system="Be kind."), prompt("a")]
     assert gather([different], []).prompts == tuple(different)
+
+
+QUESTION = "A farmer has seventeen sheep and buys four times as many goats; how many animals stand in the field?"
+
+
+@pytest.mark.parametrize(("text", "answer", "why"), [
+    (f"Solve this for me, please. {QUESTION} Thank you.", "", Why.CONTAMINATED),
+    ("What do you know of farms?", f"I know this: {QUESTION}", Why.CONTAMINATED),
+    ("has seventeen sheep and buys four times as many goats; how many", "", None),  # twelve words of it
+    ("has SEVENTEEN sheep, and buys four times as many goats: how many animals stand", "", Why.CONTAMINATED), (QUESTION.upper(), "", Why.TEST_ITEM),
+    ("A farmer has seven sheep and buys twice as many goats; how many animals stand in the field?", "", None)])
+def test_a_prompt_that_holds_a_test_item_is_removed(text: str, answer: str, why: Why | None):
+    one = Prompt("1", Conversation.ask(text), "skill", "en", answer)
+    corpus = gather([[one]], [prompt(QUESTION, "test/7")])
+    assert corpus == (Corpus((), (Removed(one, why, "test/7"),)) if why else Corpus((one,), ()))
+
+
+def test_near_duplicates_are_removed_where_they_are_looked_for():
+    first, second = prompt(QUESTION, "1"), prompt(QUESTION.replace("A farmer", "The farmer"), "2")
+    other = prompt("How many animals are there?", "3")
+    assert gather([[first, second, other]], []).removed == ()
+    assert gather([[first, second, other]], [], [0.8]) == Corpus((first, other), (Removed(second, Why.NEAR, "1"),))
+    assert gather([[first], [second, other]], [], [0.8, None]).removed == ()
+    assert gather([[first], [second, other]], [], [None, 0.8]).removed == ()  # a generator's questions are no measure
+    assert gather([[first], [second]], [], [0.8, 0.8]).removed == (Removed(second, Why.NEAR, "1"),)
+    assert gather([[first, second]], [], [1.0]).removed == ()
+    assert Removed(second, Why.NEAR, "1").to_json() == {
+        "id": "2", "why": "near-duplicate", "of": "1", "skill": "skill", "language": "en", "conversation": second.conversation.to_json(),
+        "answer": ""}
 
 
 # ---- read_prompts --------------------------------------------------------------------------------------------------
@@ -181,4 +212,4 @@ def test_real_prompts_are_read_and_their_doubles_found(data: Path, tmp_path: Pat
     corpus = gather([prompts, again], prompts[:100])
     assert len(prompts) == 300
     assert corpus.prompts == tuple(prompts[100:])
-    assert Counter(why for _, why in corpus.removed) == {Why.TEST_ITEM: 200, Why.DUPLICATE: 200}
+    assert Counter(r.why for r in corpus.removed) == {Why.TEST_ITEM: 200, Why.DUPLICATE: 200}

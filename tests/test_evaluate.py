@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from test_asking import Counting, speaker
+from test_cli import recipe
 from test_contest import item, result
 from test_teacher import teacher
 
+from persea import run, store
 from persea.asking import bits
 from persea.chat import Effort, Finish
 from persea.errors import Regressed
 from persea.evaluate import Evaluation, Heard, beside, listen, refuse_regressions, regressions
 from persea.intervals import of_difference
 from persea.measure import Paired, Split
+from persea.recipe import load_recipe
+from persea.river import River
+from persea.run import Stage
 from persea.skills import CODE, LANGUAGES, REASONING
 
 ITEMS = [(skill, skill.items(Split.TEST, 6, 0)) for skill in (LANGUAGES, CODE, REASONING)]
@@ -120,6 +127,30 @@ def test_only_a_loss_of_safety_ends_badly(skill: str, refused: bool) -> None:
                                         r".*-> .*allow_regression: true") as caught:
         refuse_regressions(found, "here")
     assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize(("only", "allowed", "refused"), [
+    ("", False, True), ("evaluate", False, True), ("report", False, True), ("", True, False), ("train", False, False)])
+def test_a_run_ends_badly_once_all_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, only: str, allowed: bool, refused: bool) -> None:
+    """The stages run to the last one first: what was measured is there to be looked at."""
+    river = River(load_recipe(recipe(tmp_path), [f"evaluation.allow_regression={str(allowed).lower()}"]), tmp_path / "run")
+    worked: list[str] = []
+    lost = Paired("student", "base", "safety", "th", Effort.NONE, 30, -0.5, -0.7, -0.2).to_json()
+
+    def work(name: str, folder: Path, tell: object) -> None:
+        worked.append(name)
+        if name == "evaluate":
+            store.publish_json(folder / "evaluation.json", {"regressions": [lost]})
+
+    stages = tuple(Stage(s.name, lambda r: 0, lambda r, folder, tell, name=s.name: work(name, folder, tell)) for s in run.STAGES)
+    monkeypatch.setattr(run, "STAGES", stages)
+    if only == "report":
+        run.run(replace(river, recipe=load_recipe(recipe(tmp_path), ["evaluation.allow_regression=true"])), lambda *a: None)
+        worked.clear()
+        (tmp_path / "run" / "report" / "done.json").unlink()
+    with pytest.raises(Regressed, match="safety in th") if refused else nullcontext():
+        run.run(river, lambda *a: None, only)
+    assert worked == ([only] if only else [s.name for s in stages])
 
 
 def test_an_evaluation_is_plain_json() -> None:

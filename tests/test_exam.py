@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persea.exam import Strange, free_names, pack, unpack
+from persea.exam import Strange, free_names, modules, pack, unpack
 
 plain = st.recursive(
     st.none() | st.booleans() | st.integers(-10**40, 10**40) | st.floats(allow_nan=False) | st.text(max_size=9) | st.binary(max_size=9) |
@@ -44,3 +44,5 @@ def test_the_names_that_tests_leave_open():
     tests = ("import math as m\nfrom os import path\nx = 1\ndef check(candidate, *, k=top):\n    with a as b: return [c for c in d]\n"
              "assert f(x, m.pi) == len(path)")
     assert free_names(tests) == {"top", "a", "d", "f"}
+    assert modules("assert math.pi == f(sys) and heapq(3) and mine.x") == {"math"}
+    assert modules("import math\nassert math.pi") == set()

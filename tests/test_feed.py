@@ -157,6 +157,15 @@ def test_too_long_answers_are_counted_and_left_out(voices: Voices, bridges: dict
         flow(voices, bridges, 0)
 
 
+def test_modes_and_thoughts_that_are_not_learned_are_counted(voices: Voices, bridges: dict[str, Bridge]):
+    modes = (None, Effort.NONE, Effort.HIGH, Effort.HIGH, None)
+    thoughts = ("", "hm, so.", "hm, so.", "hm, so.", "hm, so.")
+    made = [captured(voices["gpt-oss"], "gpt-oss", k, asked(f"x{k}", thought, k)) for k, thought in enumerate(thoughts)]
+    made = [replace(c, answer=replace(c.answer, mode=mode)) for c, mode in zip(made, modes, strict=True)]
+    told = offline(one(made), voices["llama"], bridges, size=1, seed=0, max_tokens=512).survey.to_json()
+    assert (told["modes"], told["thoughts_dropped"]) == ({"none": 3, "high": 2}, 2)
+
+
 def test_an_answer_the_student_cannot_say_is_left_out_with_its_reason(voices: Voices):
     bridges = {"llama": build(voices["llama"], voices["gemma"])}
     captures = [captured(voices["llama"], "llama", k, Conversation.ask(f"q{k}").answered(Text(text))) for k, text in enumerate(("a b", "a\u2581b"))]
@@ -295,17 +304,16 @@ def test_a_thinking_teachers_lesson_answers_at_once(voices: Voices):
 @pytest.mark.parametrize("mode", Effort)
 def test_a_lesson_is_learned_in_the_mode_it_was_asked_in(voices: Voices, bridges: dict[str, Bridge], teacher: str, mode: Effort):
     """The thought has rows of its own, and goes where the mode is to answer at once."""
-    said = asked("It is 1234 cats", "He asks about cats.")
-    capture = captured(voices[teacher], teacher, 0, replace(said, effort=mode if mode is not Effort.NONE else Effort.LOW))
-    one = lesson(replace(capture, answer=replace(capture.answer, mode=mode)), voices["llama"], bridges[teacher])
-    want = voices["llama"].render(replace(said, effort=mode))
-    assert one.tokens.ids_T.tolist() == want.ids_T.tolist()
+    talk = asked("It is 1234 cats", "He asks about cats.")
+    capture = captured(voices[teacher], teacher, 0, replace(talk, effort=mode if mode is not Effort.NONE else Effort.LOW))
+    learned = lesson(replace(capture, answer=replace(capture.answer, mode=mode)), voices["llama"], bridges[teacher])
+    want = voices["llama"].render(replace(talk, effort=mode))
+    assert learned.tokens.ids_T.tolist() == want.ids_T.tolist()
     think = voices["llama"].vocabulary.control["<think>"]
-    assert (think in one.tokens.ids_T) is (mode is not Effort.NONE)
+    assert (think in learned.tokens.ids_T) is (mode is not Effort.NONE)
     begin = len(b"question 0") + 1
     thought = {n for n, k in enumerate(want.starts_T[want.learn_T].tolist()) if begin <= k < begin + len(b"He asks about cats.")}
-    assert bool(thought & set(one.said.row_M.tolist())) is (mode is not Effort.NONE)
-
+    assert bool(thought & set(learned.said.row_M.tolist())) is (mode is not Effort.NONE)
 
 
 # ---- one batch -------------------------------------------------------------------------------------------------------

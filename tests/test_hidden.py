@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, CohereConfig, FalconH1Config, Gemma2Config, GPTNeoXConfig, GraniteConfig, LlamaConfig, PreTrainedModel
 
 from persea.errors import Refused
-from persea.hidden import Scaling, head_of, hidden_states, scaling_of
+from persea.hidden import Scaling, hidden_states, packed, refuse_packing, scaling_of
+from persea.losses import Head
 
 V = 50
 SIZES: dict[str, Any] = {"vocab_size": V + 3, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -40,7 +41,8 @@ def test_head_and_hidden_states_make_the_models_own_logits(config: type, more: d
     mask = torch.ones_like(ids)
     mask[1, 5:] = 0
     wanted = model(input_ids=ids, attention_mask=mask).logits
-    logits = head_of(model, V, found).logits(hidden_states(model, ids, mask)[mask.bool()])
+    linear = model.get_output_embeddings()
+    logits = Head(linear.weight, V, linear.bias, found.scale, found.cap).logits(hidden_states(model, ids, mask)[mask.bool()])
     torch.testing.assert_close(logits, wanted[mask.bool()][:, :V], rtol=1e-5, atol=1e-5)
     assert "forward" not in model.get_output_embeddings().__dict__  # the head works again
     assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, wanted)
@@ -104,3 +106,21 @@ def test_a_hybrid_is_known_too():
     model = tiny(FalconH1Config, lm_head_multiplier=0.5, mamba_d_ssm=32, mamba_n_heads=2, mamba_d_state=8, mamba_n_groups=1,
                  num_key_value_heads=2)
     assert scaling_of(model, V, "student") == Scaling(scale=0.5)
+    with pytest.raises(Refused, match="texts in one row see each other"):  # its state runs through
+        refuse_packing(model, V, "training.packing")
+
+
+def test_packing_keeps_every_text_whole_and_knows_where_it_went():
+    rng = torch.Generator().manual_seed(0)
+    lengths = [7, 3, 4, 2, 5]
+    ids, mask = torch.zeros(5, 7, dtype=torch.int64), torch.zeros(5, 7, dtype=torch.int64)
+    for b, n in enumerate(lengths):
+        ids[b, :n], mask[b, :n] = torch.randint(1, V, (n,), generator=rng), 1
+    row, at = mask.nonzero(as_tuple=True)
+    packed_ids, positions, row_N, at_N = packed(ids, mask, row, at)
+    assert packed_ids.shape == (3, 7)  # 7, 5 + 2, 4 + 3
+    assert torch.equal(packed_ids[row_N, at_N], ids[row, at])
+    assert torch.equal(positions[row_N, at_N], at)  # each counts from its own begin
+    assert len({(int(r), int(a)) for r, a in zip(row_N, at_N, strict=True)}) == sum(lengths)
+    one_row = packed(ids[:2], mask[:2], *mask[:2].nonzero(as_tuple=True))
+    assert one_row[1].tolist() == [[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 0, 1, 2, 3]]  # what is left counts anew: a text of its own

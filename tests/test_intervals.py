@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persea.intervals import evidence, of_difference, of_mean, of_ratio, wilson
+from persea.intervals import evidence, of_difference, of_gap, of_mean, of_ratio, wilson
 
 shares = st.lists(st.sampled_from((0.0, 1.0)), min_size=1, max_size=60)
 graded = st.lists(st.floats(0, 1), min_size=1, max_size=60)
@@ -62,6 +62,12 @@ def test_a_difference_as_worked_by_hand(x: int, y: int, n: int, low: float, high
     ones = [1.0] * x + [0.0] * y + [1.0] * (n - x - y)
     others = [0.0] * x + [1.0] * y + [1.0] * (n - x - y)
     assert of_difference(ones, others) == pytest.approx((low, high), abs=6e-4)
+
+
+@pytest.mark.parametrize(("x", "m", "y", "n", "low", "high"), [  # Newcombe 1998, table II, method 10
+    (56, 70, 48, 80, .0524, .3339), (9, 10, 3, 10, .1705, .8090), (10, 10, 0, 10, .6075, 1.0)])
+def test_a_gap_as_published(x: int, m: int, y: int, n: int, low: float, high: float):
+    assert of_gap([1.0] * x + [0.0] * (m - x), [1.0] * y + [0.0] * (n - y)) == pytest.approx((low, high), abs=1e-4)
 
 
 @given(pairs)

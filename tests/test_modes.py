@@ -13,7 +13,8 @@ from test_teacher import Scripted
 
 from persea.cache import read_unit
 from persea.chat import Effort, Text, Thinking
-from persea.measure import Split, wilson
+from persea.intervals import wilson
+from persea.measure import Split
 from persea.models import Source, open_voice
 from persea.modes import UNDETERMINED, Modes, measure, tongue
 from persea.shelf import committed, shelf

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from test_cli import STAGES, flowed_copy, recipe, tree
 
-from persea.errors import Refused
+from persea.errors import DataError, Refused
 from persea.plan import BYTES_PER_TOKEN, BYTES_PER_TOP, plan
 from persea.recipe import load_recipe
 from persea.river import River
@@ -51,6 +51,15 @@ def test_after_all_everything_stands_until_something_changes(tmp_path: Path) -> 
         assert states(tmp_path)["report"] == "waits"
     shutil.rmtree(tmp_path / "run" / "train")
     assert states(tmp_path) == but(train="to do", evaluate="waits", lineage="waits", report="waits")
+
+
+def test_what_is_said_of_an_evaluation_afterwards_measures_nothing_again(tmp_path: Path) -> None:
+    flowed_copy(tmp_path, *STAGES)
+    (tmp_path / "results.json").write_text("{}")
+    assert states(tmp_path, "evaluation.allow_regression=true") == but()
+    assert states(tmp_path, "evaluation.lm_eval.student=results.json") == but(report="to do")
+    with pytest.raises(DataError, match=r"gone\.json: not there -> run lm_eval on student first"):
+        states(tmp_path, "evaluation.lm_eval.student=gone.json")
 
 
 def test_a_damaged_output_is_to_do(tmp_path: Path) -> None:

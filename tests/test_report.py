@@ -273,7 +273,7 @@ def test_other_efforts_have_a_table_of_their_own(run: Path, whole: Path) -> None
     told, before = (json.loads((r / "report" / "report.json").read_text()) for r in (run, whole))
     assert told["skills"] == before["skills"]  # the student's own effort is the one that counts
     assert told["efforts"]["code"]["avocado"]["high"]["value"] == 1.0 and before["efforts"] == {}
-    assert "Thinking and not" in page and "Thinking and not" not in words_of((whole / "report" / "index.html").read_text())
+    assert "At other efforts" in page and "At other efforts" not in words_of((whole / "report" / "index.html").read_text())
 
 
 def test_a_yardstick_stands_beside_and_teaches_nothing(run: Path) -> None:

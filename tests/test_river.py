@@ -66,7 +66,7 @@ def test_nobody_is_taught_what_he_is_tested_on(tmp_path: Path) -> None:
     corpus = river(tmp_path, corpus=[{"skill": "languages", "file": "p.jsonl"}, {"skill": "code", "generate": 5}], audition={}).corpus
     assert [p.skill for p in corpus.prompts] == ["languages"] + ["code"] * 5
     assert (corpus.prompts[0].conversation.messages[-1].text, corpus.prompts[0].answer) == ("What else?", "This.")
-    assert [why.value for _, why in corpus.removed] == ["test item", "test item"]
+    assert [r.why.value for r in corpus.removed] == ["test item", "test item"]
     assert all(p.answer for p in corpus.prompts)  # a generator's questions bring their answers
 
 
@@ -199,3 +199,52 @@ def test_a_parent_has_the_licence_of_the_recipe_or_of_its_family(tmp_path: Path)
     assert (qwen.licence, qwen.family, qwen.model) == ("MIT", "qwen", "qwen-sapling")
     assert gemma.licence == one.voices["gemma-sapling"].family.licence != ""
     assert base.model == "llama-sapling"
+
+
+# --- published sets ---
+
+
+def gsm(folder: Path, n: int = 40) -> str:
+    lines = [json.dumps({"question": f"Ann has {k} figs and buys {k + 1}. How many?",
+        "answer": f"{k} + {k + 1}\n#### {2 * k + 1}"}) for k in range(n)]
+    (folder / "gsm.jsonl").write_text("\n".join(lines))
+    return str(folder / "gsm.jsonl")
+
+
+def test_published_sets_are_skills_beside_the_corpus_or_for_it(tmp_path: Path) -> None:
+    one = {"set": "gsm8k", "file": gsm(tmp_path)}
+    beside = river(tmp_path, evaluation={"sets": [one], "items": 5}, audition={"items": 3})
+    assert [s.name for s in beside.skills] == ["languages", "code", "reasoning", "gsm8k"]
+    assert beside.recipe.taught == ("languages", "code", "reasoning")
+    drawn = {split: beside.items(split)[3][1] for split in (Split.AUDITION, Split.TEST)}
+    assert [len(items) for items in drawn.values()] == [3, 5]
+    assert not {i.prompt.id for i in drawn[Split.AUDITION]} & {i.prompt.id for i in drawn[Split.TEST]}
+    assert "gsm8k" in {s.skill for s in beside.samples}
+    instead = river(tmp_path, evaluation={"sets": [one | {"skill": "reasoning"}]}, corpus=[*TINY["corpus"][:2], {"skill": "reasoning",
+        "file": "p.jsonl"}])
+    assert [s.name for s in instead.skills] == ["languages", "code", "reasoning"]
+    assert {i.prompt.id.split("/")[0] for i in instead.skills[2].items(Split.TEST, 99, 0)} == {"gsm8k"}
+    assert river(tmp_path).asked != beside.asked
+    with pytest.raises(DataError, match="reasoning has only 0 questions to teach with"):
+        _ = river(tmp_path, evaluation={"sets": [one | {"skill": "reasoning"}]}).corpus
+
+
+def test_nothing_of_a_published_set_is_taught_asked_or_not(tmp_path: Path) -> None:
+    file = gsm(tmp_path)
+    known = [json.loads(line)["question"] for line in Path(file).read_text().splitlines()[:9]]
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": text}) for text in [*known, "Another?"]))
+    part = {"skill": "reasoning", "file": "p.jsonl"}
+    corpus = river(tmp_path, corpus=[part], audition={}, evaluation={"items": 1, "sets": [{"set": "gsm8k", "file": file}]}).corpus
+    assert [p.conversation.messages[-1].text for p in corpus.prompts] == ["Another?"]
+    assert len(river(tmp_path, corpus=[part], audition={}).corpus.prompts) == 10
+
+
+@pytest.mark.parametrize(("one", "reason"), [
+    ({"set": "gsm9k", "file": "gsm.jsonl"}, "evaluation.sets: unknown set 'gsm9k' -> known sets: translation, xcopa"),
+    ({"set": "mgsm", "file": "gsm.jsonl"}, "the set mgsm does not say its language"), ({"set": "gsm8k", "file": "none.jsonl"}, "cannot read the set"),
+    ({"set": "bfcl", "file": "gsm.jsonl"}, "no file of possible answers")])
+def test_a_set_that_cannot_be_used_ends_a_run_at_its_start(tmp_path: Path, one: dict[str, str], reason: str) -> None:
+    gsm(tmp_path)
+    with pytest.raises(DataError) as caught:
+        _ = river(tmp_path, evaluation={"sets": [one]}).samples
+    assert reason in str(caught.value)

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,18 @@ def test_a_stage_that_was_deleted_is_made_again_with_what_follows(tmp_path: Path
     assert told(ended.err) == dict.fromkeys(STAGES, "stands") | {"evaluate": "worked"}  # the same evaluation: the same report
     assert {n: t for n, t in times(run).items() if n in before} == before
     assert (run / "evaluate" / "evaluation.json").read_bytes() == (flowed()[0] / "run" / "evaluate" / "evaluation.json").read_bytes()
+
+
+def test_fine_tuning_on_the_text_alone_and_other_ways_to_compute_a_step(tmp_path: Path) -> None:
+    run = flowed_copy(tmp_path, "check", "audition", "capture") / "run"
+    options = [word for pair in ("training.objective=sft", "training.steps=2", "training.log_every=1", "training.precision=bfloat16",
+                                 "training.recompute=true", "training.packing=true") for word in ("--set", pair)]
+    ended = persea("train", "tiny.yaml", "--out", "run", *options, folder=tmp_path)
+    assert ended.code == 0, ended.err
+    lines = [json.loads(line) for line in (run / "train" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(line["terms"]["events"] == 0 and line["loss"] == pytest.approx(line["terms"]["cross_entropy"]) for line in lines)
+    assert all(sum(line["share"].values()) == pytest.approx(1) for line in lines)
 
 
 def test_an_evaluation_of_other_items_makes_what_follows_again(tmp_path: Path) -> None:
@@ -196,6 +209,25 @@ def test_broken_lines_are_set_aside_with_place_and_reason(tmp_path: Path) -> Non
     assert aside[2]["where"].startswith("prompt p.jsonl:5, ") and "positions for 1,024" in aside[2]["why"]
     assert (len(aside), told["quarantined"], told["quarantine"]) == (3, 3, [{k: q[k] for k in ("where", "why")} for q in aside])
     assert told["removed"]["duplicate"] >= 1
+
+
+def test_wrong_answers_are_heard_and_not_taught(tmp_path: Path) -> None:
+    """The tiny run's own answers, verified: nobody is asked again, what is wrong is aside, the lessons are the rest."""
+    run = flowed_copy(tmp_path, "check", "audition", "capture") / "run"
+    units = {p.name: p.read_bytes() for p in (run / "capture" / "units").iterdir()}
+    ended = persea("capture", "tiny.yaml", "--out", "run", "--set", "capture.verify=true", folder=tmp_path)
+    assert ended.code == 0, ended.err
+    assert {p.name: p.read_bytes() for p in (run / "capture" / "units").iterdir()} == units
+    told, wrong = (json.loads((run / "capture" / name).read_text()) for name in ("summary.json", "wrong.json"))
+    assert told["verified"] == {"right": told["kept"] - len(wrong), "unverified": 0, "aside": dict(Counter(w["verdict"] for w in wrong))}
+    assert 0 < len(wrong) < told["kept"]
+    assert (run / "capture" / "removed.jsonl").is_file()
+    ended = persea("train", "tiny.yaml", "--out", "run", "--set", "capture.verify=true", folder=tmp_path)
+    assert ended.code == 0, ended.err
+    feed = json.loads((run / "train" / "feed.json").read_text())
+    assert sum(feed["lessons"].values()) == told["verified"]["right"]
+    ended = persea("train", "tiny.yaml", "--out", "run", folder=tmp_path)  # another corpus of answers: not over this student
+    assert ended.code != 0
 
 
 def test_a_lost_unit_is_named_and_asked_again_alone(tmp_path: Path) -> None:

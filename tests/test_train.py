@@ -121,6 +121,40 @@ def test_it_is_adam_with_the_clipped_gradient_and_the_rate_of_the_step(tmp_path:
         assert torch.allclose(a, b, atol=1e-6)
 
 
+def test_what_a_source_carries_from_step_to_step_is_in_the_checkpoint(tmp_path: Path) -> None:
+    class Carrying(Toy):
+        """Each step depends on what the one before left."""
+
+        told: tuple[bytes, ...] = ()
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.left = b""
+
+        def loss_of(self, step: int) -> tuple[Out, Mapping[str, float]]:
+            out, share = super().loss_of(step)
+            self.left = bytes([*self.left, step])
+            return replace(out, loss=out.loss * len(self.left)), share
+
+        def state(self) -> bytes:
+            return self.left
+
+        def restore(self, states: tuple[bytes, ...]) -> None:
+            self.told, self.left = states, states[0]
+
+    def go(folder: Path, settings: Settings) -> Carrying:
+        toy = Carrying()
+        train(toy.parameters, toy.loss_of, settings, folder, "key", source=toy)
+        return toy
+
+    whole = go(tmp_path / "whole", SETTINGS)
+    assert (whole.told, whole.left) == ((), bytes(range(12)))
+    go(tmp_path / "cut", replace(SETTINGS, steps=5))
+    toy = go(tmp_path / "cut", SETTINGS)
+    assert toy.told == (bytes(range(5)),)
+    assert toy.left == bytes(range(12))
+
+
 def test_only_the_newest_two_checkpoints_are_kept(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "step-00000001.pt").write_bytes(b"of a killed run: its record was never written")

@@ -89,6 +89,16 @@ def test_no_other_program_passes(box: Sandbox, name: str):
     assert trial.outcome in (Outcome.WRONG, Outcome.RAISED), trial
 
 
+def test_a_module_that_tests_use_is_not_the_programs(box: Sandbox):
+    """`math` and `sys` in tests that import nothing are the library's, and a function of the program's may be called as Python's own."""
+    faked = "class math:\n    isclose = lambda *a: True\nclass sys:\n    getsizeof = lambda *a: 0\ndef add(a, b): return 0"
+    assert attempt(box, faked, "assert math.isclose(add(1, 2), 3)").outcome is Outcome.WRONG
+    assert attempt(box, faked, "assert add((1,), 0) == sys.getsizeof((1,))").outcome is Outcome.WRONG
+    assert attempt(box, RIGHT["plain"], "assert math.isclose(add(1, 2), 3)").outcome is Outcome.PASSED
+    assert attempt(box, "def sum(a, b): return a - b\ndef kinds(x, t): return [v for v in x if type(v) == t]",
+                   "assert sum(3, 2) == 1\nassert kinds([1, 'a'], int) == [1]", ["sum"]).outcome is Outcome.PASSED
+
+
 @pytest.mark.parametrize("program", ["while True: pass", "def add(a, b):\n    while True: pass", "import time\ndef add(a, b): time.sleep(100)"])
 def test_no_answer_in_time(box: Sandbox, program: str):
     assert attempt(box, program, TESTS).outcome is Outcome.TIMEOUT

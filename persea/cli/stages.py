@@ -55,18 +55,14 @@ def _verb(name: str, text: str) -> Callable[..., None]:
         river = open_river(recipe, set_, out)
         try:
             _flow(river, name, as_json)
-        except Refused:
-            if name == "check" and not as_json:
-                _show_check(river.folder)  # what was refused is seen best beside the rest
+        except Refused as error:
+            if not as_json and (name == "check" or isinstance(error, Regressed)):
+                _show(name, river)  # what was refused is seen best beside the rest
             raise
         if as_json:
             typer.echo(json.dumps(_checked(river.folder) if name == "check" else river.done(name), indent=1))
-        elif name == "check":
-            _show_check(river.folder)
-        elif name == "audition":
-            _show_cast(river)
-        elif name == "report":
-            _conclude(river.folder, as_json)
+        else:
+            _show(name, river)
 
     stage.__doc__ = text
     return app.command(name, rich_help_panel="Stage by stage")(stage)
@@ -143,6 +139,18 @@ def _conclude(folder: Path, as_json: bool) -> None:
     typer.echo(f"page     {folder / 'report' / 'index.html'}\nstudent  {folder / 'train' / 'student'}")
 
 
+def _show(stage: str, river: River) -> None:
+    """What a person wants to see of a stage that ended."""
+    if stage == "check":
+        _show_check(river.folder)
+    elif stage == "audition":
+        _show_cast(river)
+    elif stage == "evaluate":
+        _show_scores(river.folder)
+    elif stage == "report":
+        _conclude(river.folder, as_json=False)
+
+
 def _checked(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "check" / "check.json").read_text())
     return found
@@ -159,3 +167,17 @@ def _show_cast(river: River) -> None:
     from persea.progress import table as draw
 
     draw(COLUMNS, table(river.cast))
+
+
+def _show_scores(folder: Path) -> None:
+    from persea.progress import table
+
+    found = json.loads((folder / "evaluate" / "evaluation.json").read_text())
+    beside = {(p["other"], p["skill"], p["language"], p["effort"]): p for p in found["compared"]}
+    rows = []
+    for s in found["scores"]:
+        pair = beside.get((s["speaker"], s["skill"], s["language"], s["effort"]))
+        rows.append((s["skill"], s["language"] or "all", s["speaker"], s["effort"], f"{s['value']:.3f}", f"{s['low']:.3f}-{s['high']:.3f}",
+                     str(s["n"]), f"{pair['difference']:+.3f} ({pair['low']:+.3f} to {pair['high']:+.3f})" if pair else ""))
+    rows.sort(key=lambda row: (row[0], row[1] != "all", row[1]))
+    table(("skill", "language", "speaker", "effort", "score", "95 %", "n", "student beside it"), rows)

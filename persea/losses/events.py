@@ -69,6 +69,16 @@ def refuse_other_vocabulary(logits_NV: torch.Tensor, said: Targets) -> None:
                         remedy="cut the padded columns off; where columns are missing, the tokenizer is another model's")
 
 
+def refuse_two_teachers(teachers: Sequence[Targets], positions: int) -> None:
+    """Raises DataError where two teachers speak of one of so many positions."""
+    spoken_N = torch.zeros(positions, dtype=torch.int64)
+    for said in teachers:
+        spoken_N += torch.zeros_like(spoken_N).index_fill(0, said.row_M.cpu(), 1)
+    if bool((spoken_N > 1).any()):
+        raise DataError("two teachers speak of one position", where=f"position {int((spoken_N > 1).nonzero()[0])}",
+                        remedy="an answer has one teacher: give each its own lesson")
+
+
 @dataclass(frozen=True)
 class Known:
     """What N positions cost, nats, and what the gradient of each is made of: softmax, scaled by row, less what is pulled up at some tokens.
@@ -148,15 +158,10 @@ def composed_rows(logits_NV: torch.Tensor, targets_N: torch.Tensor, teachers: Se
     lse_N = logsumexp_rows(logits_NV)
     text_N = lse_N - logits_NV[n_N, targets_N]
     mass_N, events_N, scale_N = torch.zeros_like(text_N), torch.zeros_like(text_N), torch.ones_like(text_N)
-    spoken_N = torch.zeros_like(text_N, dtype=torch.bool)
+    refuse_two_teachers(teachers, len(targets_N))
     rows, tokens, pulls, unscaled = [n_N], [targets_N], [], [(n_N[:0], n_N[:0])]
     for said in teachers:
         refuse_other_vocabulary(logits_NV, said)
-        here_N = torch.zeros_like(spoken_N).index_fill(0, said.row_M.to(device), True)
-        if bool((spoken_N & here_N).any()):
-            raise DataError("two teachers speak of one position", where=f"position {int((spoken_N & here_N).nonzero()[0])}",
-                            remedy="an answer has one teacher: give each its own lesson")
-        spoken_N |= here_N
         row_M, probs_M = said.row_M.to(device), said.probs_M.to(device, text_N.dtype)
         entry_G, token_G = said.entry_G.to(device), said.token_G.to(device)
         row_G = row_M[entry_G]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
@@ -25,6 +26,7 @@ from persea.losses.events import composed_rows, composed_terms, pieces
 from persea.losses.full import Sides, full_rows
 from persea.losses.targets import Targets, split
 from persea.losses.token import Divergence, LossOut, same_rows
+from persea.rows import RowKind
 
 WORKSPACE = {"cpu": 48 << 20, "cuda": 768 << 20}  # bytes of a chunk's logits, teacher's included; 64 MiB and 1 GiB hold what stands beside
 Columns = tuple[torch.Tensor, ...]
@@ -63,8 +65,13 @@ def composed_head(hidden_ND: torch.Tensor, head: Head, targets_N: torch.Tensor, 
     bounds = _bounds(head, hidden_ND, head.vocabulary)
     targets_N = targets_N.to(hidden_ND.device)
     parts = [split(said, bounds) for said in teachers]
+    rests = any(said.kind is RowKind.TOPK_REST for said in teachers)
 
     def rows(logits_CV: torch.Tensor, k: int, some: slice) -> Columns:
+        if not rests and on_gpu(logits_CV):
+            from persea.losses.fused import fused_composed
+
+            return fused_composed(logits_CV, targets_N[some], [part[k] for part in parts], event_share)
         known = composed_rows(logits_CV, targets_N[some], [part[k] for part in parts], event_share)
         known.gradient(logits_CV, logits_CV)
         return known.loss_N, known.text_N, known.events_N, known.spoken_N
@@ -91,6 +98,10 @@ def divergence_head(hidden_ND: torch.Tensor, head: Head, teacher: torch.Tensor |
 
     def rows(logits_CV: torch.Tensor, k: int, some: slice) -> Columns:
         teacher_CW = run.logits(some) if run is not None else teacher_NX[some].to(logits_CV, copy=True)
+        if (sides is None or sides.same) and on_gpu(logits_CV):
+            from persea.losses.fused import fused_same
+
+            return (fused_same(logits_CV, teacher_CW, divergence),)
         if sides is None or sides.same:
             return (torch.cat([same_rows(logits_CV[few], teacher_CW[few], divergence) for few in pieces(*logits_CV.shape)]),)
         out = []
@@ -105,6 +116,11 @@ def divergence_head(hidden_ND: torch.Tensor, head: Head, teacher: torch.Tensor |
 
     loss, (loss_N,) = _chunked(hidden_ND, head, bounds, rows, weight_N)
     return LossOut(loss, {divergence.value: float(loss_N.mean())}, len(hidden_ND), loss_N)
+
+
+def on_gpu(logits_CV: torch.Tensor) -> bool:
+    """Whether Triton's kernels take these logits (torch brings Triton along where it brings CUDA)."""
+    return logits_CV.is_cuda and logits_CV.dtype is torch.float32 and find_spec("triton") is not None
 
 
 def _bounds(head: Head, hidden_ND: torch.Tensor, columns: int) -> list[int]:

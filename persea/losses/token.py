@@ -92,21 +92,26 @@ def same_rows(logits_NV: torch.Tensor, teacher_logits_NV: torch.Tensor, divergen
         reverse  q (s - t - KL(q|p))
         jsd      q (s - log m - KL(q|m)) / 2
     """
-    t_NV = teacher_logits_NV.sub_(teacher_logits_NV.logsumexp(-1, keepdim=True))
-    s_NV = logits_NV.sub_(logits_NV.logsumexp(-1, keepdim=True))
+    t_NV, s_NV = (side.sub_(side.amax(-1, keepdim=True)) for side in (teacher_logits_NV, logits_NV))
+    p_NV, q_NV = t_NV.exp(), None if divergence is Divergence.FORWARD else s_NV.exp()  # not normalised: one exp of each side is all there is
+    of_t_N1 = p_NV.sum(-1, keepdim=True)
     if divergence is Divergence.FORWARD:
-        p_NV = t_NV.exp()
-        never = t_NV == -torch.inf  # there p log p is 0
-        loss_N: torch.Tensor = torch.linalg.vecdot(p_NV, t_NV.masked_fill_(never, 0).sub_(s_NV))
-        s_NV.exp_().sub_(p_NV)
-        return loss_N
-    q_NV = s_NV.exp()
+        loss_N: torch.Tensor = torch.linalg.vecdot(p_NV, t_NV.sub_(s_NV))
+        if not bool(loss_N.isfinite().all()):  # where p is 0, p log p is: not looked for before it shows, for it seldom does
+            loss_N = torch.linalg.vecdot(p_NV, t_NV.masked_fill_(p_NV == 0, 0))
+        of_s_N1 = s_NV.exp_().sum(-1, keepdim=True)
+        s_NV.div_(of_s_N1).sub_(p_NV.div_(of_t_N1))
+        return (loss_N[:, None] / of_t_N1 - of_t_N1.log() + of_s_N1.log()).squeeze(-1)
+    assert q_NV is not None
+    of_s_N1 = q_NV.sum(-1, keepdim=True)
+    t_NV.sub_(of_t_N1.log())
+    s_NV.sub_(of_s_N1.log())
+    q_NV.div_(of_s_N1)
     if divergence is Divergence.REVERSE:
-        s_NV.sub_(t_NV)
-        loss_N = torch.linalg.vecdot(q_NV, s_NV)
+        loss_N = torch.linalg.vecdot(q_NV, s_NV.sub_(t_NV))
         s_NV.sub_(loss_N[:, None]).mul_(q_NV)
         return loss_N
-    p_NV = t_NV.exp()
+    p_NV.div_(of_t_N1)
     log_m_NV = torch.logaddexp(t_NV, s_NV).sub_(math.log(2))  # in logs: where both are below e^-104, p + q has no digits
     towards_N = torch.linalg.vecdot(q_NV, s_NV.sub_(log_m_NV))
     loss_N = torch.linalg.vecdot(p_NV, t_NV.sub_(log_m_NV).masked_fill_(p_NV == 0, 0)).add_(towards_N).div_(2)

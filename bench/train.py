@@ -1,0 +1,244 @@
+"""What a training step costs beside plain cross-entropy, and beside TRL 1.16's DistillationTrainer. CPU seconds, one thread.
+
+    pip install -e '.[bench]'                   (TRL; without it its columns are left out)
+    PERSEA_DATA=/folder python bench/train.py   (make bench-train does both; quickstart, workspace_mib, heads: these parts alone)
+
+Heads: forward and backward from hidden states through a head of Llama 3's 128,256 tokens (width 512, 256 positions, float32), so that
+matrix products weigh little and all that a loss does beside them weighs much. The measure is cross-entropy from whole logits. Cached
+targets have 1 to 29 entries a row, as a capture's: of the student's own vocabulary, and of Qwen 3's over events with a real bridge. The
+teacher in the loop has the same vocabulary and width; TRL gets the same. Ratios come from interleaved pairs: the median and its 96 %
+interval. Workspace: most bytes of tensors at once beside the gradients, counted operation by operation (bench/memory.py).
+
+Step: the quickstart's own models and batch size, whole training steps from cached rows (collating the batch, forward, loss, backward,
+clipping, AdamW) beside cross-entropy on batches that need no collating; texts packed and padded; two ways to attend. Writes bench/results/train.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from bridge import DATA, Work, compare, rounded, spread
+from memory import Peak
+
+from persea import skills
+from persea.bridge import Bridge, open_bridge
+from persea.cache import Capture
+from persea.chat import Finish
+from persea.engines.local import LocalEngine
+from persea.feed import Feed, offline
+from persea.losses import Divergence, Head, Targets, composed_head, divergence_head, standing, targets
+from persea.measure import Split
+from persea.models import Source, open_model, open_voice
+from persea.rows import sample_rows
+from persea.student import Student, Ways, open_student
+from persea.teacher import Answer, Teacher
+
+ROOT = Path(__file__).resolve().parent.parent
+V, D, N = 128_256, 512, 256
+BETAS = {Divergence.FORWARD: 0.0, Divergence.JSD: 0.5, Divergence.REVERSE: 1.0}  # what TRL calls them
+TAUGHT = {"qwen-sapling": "languages", "gemma-sapling": "code", "gpt-oss-sapling": "reasoning"}
+
+
+def trl() -> Any:
+    """The loss of TRL's DistillationTrainer, or None where TRL is not installed."""
+    try:
+        from trl import __version__
+        from trl.trainer.distillation_trainer import _chunked_divergence_loss
+    except ModuleNotFoundError as error:
+        print(f"{error}: TRL's columns are left out; pip install -e '.[bench]'", file=sys.stderr)
+        return None
+    if __version__ != "1.16.0":
+        sys.exit(f"trl {__version__}: these figures are told of 1.16.0; pip install -e '.[bench]'")
+    return _chunked_divergence_loss
+
+
+# ---- heads -----------------------------------------------------------------------------------------------------------
+
+
+def parts(n: int = N, width: int = D) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states and a head's weight whose logits are as spread as a model's (standard deviation 3)."""
+    generator = torch.Generator().manual_seed(width)
+    hidden = torch.randn(n, width, generator=generator)
+    weight = torch.randn(V, width, generator=generator) * (3 / width ** 0.5)
+    return hidden.requires_grad_(), weight.requires_grad_()
+
+
+def backward(hidden: torch.Tensor, weight: torch.Tensor, loss: Any) -> Work:
+    def work() -> None:
+        hidden.grad = weight.grad = None
+        loss().backward()
+
+    return work
+
+
+def rows(n: int, bridge: Bridge, seed: int = 0) -> Targets:
+    """1 to 29 entries at every position."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(1, 30, n)
+    probs = np.concatenate([rng.dirichlet(np.ones(k)) for k in sizes]).astype(np.float32)
+    ids = rng.integers(0, len(bridge.teacher_event_W), len(probs))
+    return targets(bridge, standing(bridge, np.repeat(np.arange(n), sizes), ids, probs), n)
+
+
+def heads(events: Bridge | None, peer: Any) -> dict[str, Any]:
+    hidden, weight = parts()
+    tokens = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(1))
+    thinks, theirs = (part.detach() for part in parts(N, D))
+    thinks = thinks + 0.3 * torch.randn(N, D, generator=torch.Generator().manual_seed(2))
+    head, teacher = Head(weight, V), (thinks, Head(theirs, V))
+    identity = Bridge(np.arange(V, dtype=np.int32), np.arange(V, dtype=np.int32), V, "")
+    said = {"cached": rows(N, identity)} | ({"events": rows(N, events)} if events else {})
+    plain = backward(hidden, weight, lambda: F.cross_entropy(hidden @ weight.T, tokens))
+    found: dict[str, Any] = {"vocabulary": V, "width": D, "positions": N}
+    works = {"cross_entropy_head": backward(hidden, weight, lambda: composed_head(hidden, head, tokens, [], 0.7).loss)}
+    works |= {name: backward(hidden, weight, lambda one=one: composed_head(hidden, head, tokens, [one], 0.7).loss) for name, one in said.items()}
+    works |= {f"online_{d.value}": backward(hidden, weight, lambda d=d: divergence_head(hidden, head, teacher, divergence=d).loss)
+              for d in Divergence}
+    for name, work in works.items():
+        pair = compare(plain, work)
+        found[name] = {"cross_entropy": rounded(pair["ours"]), "seconds": rounded(pair["theirs"]), "times_cross_entropy": spread(pair)}
+        print(name, found[name], flush=True)
+    if peer is not None:
+        mask = torch.ones(1, N)
+        for d, beta in BETAS.items():
+            def loss(beta: float = beta) -> torch.Tensor:
+                return peer(hidden[None], thinks[None], weight, theirs, mask, beta)[0]
+
+            mine = divergence_head(hidden, head, teacher, divergence=d).loss
+            assert abs(float(mine.detach() - loss().detach())) < 1e-4, "both find the same loss"
+            pair = compare(works[f"online_{d.value}"], backward(hidden, weight, loss), pairs=5)
+            found[f"trl_{d.value}"] = {"persea": rounded(pair["ours"]), "trl": rounded(pair["theirs"]), "times_persea": spread(pair)}
+            print(f"trl_{d.value}", found[f"trl_{d.value}"], flush=True)
+    return found
+
+
+def workspace() -> dict[str, Any]:
+    """MiB at once beside the gradients of hidden states and weight; the targets' own tokens are counted too."""
+    identity = Bridge(np.arange(V, dtype=np.int32), np.arange(V, dtype=np.int32), V, "")
+    found: dict[str, Any] = {}
+    for n, teachers in ((128, 1), (512, 1), (512, 4)):
+        hidden, weight = parts(n)
+        tokens, head, floor = torch.zeros(n, dtype=torch.int64), Head(weight, V), 4 * (V * D + n * D)
+        said = [rows(n // teachers, identity, k) for k in range(teachers)]
+        said = [Targets(t.row_M + k * (n // teachers), t.probs_M, t.entry_G, t.token_G, t.rest_N, t.row_A, t.token_A, V) for k, t in enumerate(said)]
+        with Peak() as cached:
+            composed_head(hidden, head, tokens, said, 0.7)
+        with Peak() as online:
+            divergence_head(hidden, head, (hidden.detach(), Head(weight.detach(), V)))
+        with Peak() as whole:
+            F.cross_entropy(hidden @ weight.T, tokens).backward()
+        found[f"{n} positions, {teachers} teachers"] = {name: rounded((peak.bytes - floor) / 2**20)
+                                                       for name, peak in (("cached", cached), ("online", online), ("whole_logits", whole))}
+    print("workspace", found, flush=True)
+    return found
+
+
+# ---- the quickstart's step -------------------------------------------------------------------------------------------
+
+
+class Listed(tuple[Capture, ...]):
+    """Captures in memory."""
+
+    __slots__ = ()
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        return np.random.default_rng([seed, epoch]).permutation(len(self))
+
+
+def lessons(student: Student, size: int) -> Feed:
+    """Reference answers of each skill, scored by the sapling that teaches it, sampled as the quickstart's capture samples them."""
+    captures, bridges = [], {}
+    for name, skill in TAUGHT.items():
+        source = Source(str(ROOT / "saplings" / name))
+        voice = open_voice(source, name)
+        teacher = Teacher(name, voice, LocalEngine(open_model(source, voice, name), len(voice.vocabulary)))
+        talks = [item.answered for item in skills.named(skill).items(Split.TEACH, 64, 0)]
+        for k, (talk, (tokens, logprobs)) in enumerate(zip(talks, teacher.score(talks), strict=True)):
+            sampled = sample_rows(logprobs, tokens.ids_T[tokens.learn_T], 0.01, f"{name} {k}")
+            captures.append(Capture(Answer(f"{skill}-{k}", name, skill, "", talk, Finish.STOP), tokens, sampled))
+        bridges[name] = open_bridge(voice, student.voice)
+    return offline([(Listed(captures), 1.0)], student.voice, bridges, size=size, seed=0, max_tokens=512)
+
+
+def quickstart(steps: int = 6) -> dict[str, Any]:
+    """Seconds of a step: events with all that making its batch from captures costs, and cross-entropy from batches that are there."""
+    source = Source(str(ROOT / "saplings" / "llama-sapling"))
+    student = open_student(source, open_voice(source, "student"), None)
+    feed = lessons(student, 16)
+    optimizer = torch.optim.AdamW(student.trained, lr=1e-5)
+    student.model.train()
+    made = [feed.batch(step) for step in range(steps)]
+
+    def work(loss_of: Any, batch: Any = made.__getitem__) -> Work:
+        def some() -> None:
+            for step in range(steps):
+                loss_of(batch(step)).backward()
+                torch.nn.utils.clip_grad_norm_(student.trained, 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+        return some
+
+    def events(batch: Any, ways: Student = student) -> torch.Tensor:
+        states = ways.hidden(batch.ids_BS, batch.mask_BS, batch.row_N, batch.at_N)
+        return composed_head(*states, batch.targets_N, batch.teachers, 0.7).loss
+
+    def plain(batch: Any) -> torch.Tensor:
+        logits = student.model(input_ids=batch.ids_BS, attention_mask=batch.mask_BS, use_cache=False).logits
+        return F.cross_entropy(logits[batch.row_N, batch.at_N], batch.targets_N)
+
+    def sft(batch: Any) -> torch.Tensor:
+        states = student.hidden(batch.ids_BS, batch.mask_BS, batch.row_N, batch.at_N)
+        return composed_head(*states, batch.targets_N, [], 0.7).loss
+
+    found: dict[str, Any] = {"steps": steps, "batch": 16}
+    for name, other in (("whole_logits", plain), ("head", sft)):
+        pair = compare(work(other), work(events, feed.batch))
+        found[f"cross_entropy_{name}"] = {"cross_entropy": rounded(pair["ours"] / steps), "events": rounded(pair["theirs"] / steps),
+                                          "times_cross_entropy": spread(pair)}
+    packing = replace(student, ways=Ways(packing=True))
+    pair = compare(work(events), work(lambda batch: events(batch, packing)))
+    found["packing"] = {"padded": rounded(pair["ours"] / steps), "packed": rounded(pair["theirs"] / steps), "times_padded": spread(pair)}
+    student.model.set_attn_implementation("eager")
+    eager = work(events)
+
+    def sdpa() -> None:
+        student.model.set_attn_implementation("sdpa")
+        work(events)()
+        student.model.set_attn_implementation("eager")
+
+    pair = compare(sdpa, eager)
+    found["attention"] = {"sdpa": rounded(pair["ours"] / steps), "eager": rounded(pair["theirs"] / steps), "times_sdpa": spread(pair)}
+    print("quickstart", found, flush=True)
+    return found
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    peer, events = trl(), None
+    if (DATA / "tokenizers").is_dir():
+        student, teacher = (open_voice(Source(str(DATA / "tokenizers" / name)), name) for name in ("llama3", "qwen3"))
+        events = open_bridge(teacher, student)
+    else:
+        print("real data not found: the column of events over real vocabularies is left out; set PERSEA_DATA", file=sys.stderr)
+    path = Path(__file__).parent / "results" / "train.json"
+    out: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    out |= {"torch": torch.__version__, "trl": "1.16.0" if peer else out.get("trl")}
+    for name, part in {"quickstart": quickstart, "workspace_mib": workspace, "heads": lambda: heads(events, peer)}.items():
+        if not sys.argv[1:] or name in sys.argv[1:]:
+            out[name] = part()
+            path.write_text(json.dumps(out, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

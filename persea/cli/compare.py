@@ -1,0 +1,29 @@
+"""persea compare: two runs beside each other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from persea.cli.options import AsJson, app
+
+
+@app.command(rich_help_panel="After a run")
+def compare(run_a: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
+            run_b: Annotated[Path, typer.Argument(help="Another one.", show_default=False)], as_json: AsJson = False) -> None:
+    """The students of two runs, skill by skill and language by language, on the items that both were asked; and what their recipes change."""
+    from persea.compare import COLUMNS
+    from persea.compare import compare as lay
+    from persea.progress import table
+
+    told = lay(run_a, run_b)
+    if as_json:
+        typer.echo(json.dumps(told.to_json(), indent=1, ensure_ascii=False))
+        return
+    table(COLUMNS, told.rows())
+    for key, (a, b) in told.recipes.items():
+        typer.echo(f"{key}: {a} -> {b}")
+    typer.echo(told.note())

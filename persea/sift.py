@@ -1,0 +1,75 @@
+"""A teacher's answers before they teach: the skill's own grader looks at each whose prompt brought a right answer; wrong ones are kept aside."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from persea.cache import Capture
+from persea.chat import Finish, Message
+from persea.corpus import Prompt
+from persea.errors import Refused
+from persea.measure import Item, Skill, Verdict, grade
+from persea.reader import Chosen, Ordered
+
+
+@dataclass(frozen=True)
+class Sifted:
+    """right, unverified: how many are taught, and how many of all had nothing to be verified by; aside: what is not taught, one record each."""
+
+    right: int
+    unverified: int
+    aside: tuple[dict[str, Any], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"right": self.right, "unverified": self.unverified, "aside": dict(Counter(a["verdict"] for a in self.aside))}
+
+
+def sift(caches: Sequence[Ordered], prompts: Sequence[Prompt], skills: Mapping[str, Skill]) -> Sifted:
+    """Grade every captured answer by its prompt's own. A grader that raises does not end the run: its answer is aside, with the exception's name.
+
+    Raises Refused where nothing is left to teach.
+    """
+    asked = {p.conversation.messages: p for p in prompts}
+    aside: list[dict[str, Any]] = []
+    right = unverified = 0
+    for cache, number, capture in _all(caches):
+        *before, said = capture.answer.conversation.messages
+        prompt = asked[tuple(before)]
+        if not prompt.answer:
+            unverified += 1
+            continue
+        verdict, why = _graded(skills[prompt.skill], prompt, said)
+        if verdict is Verdict.RIGHT:
+            right += 1
+            continue
+        aside.append({"cache": cache, "number": number, "id": prompt.id, "teacher": capture.answer.teacher, "verdict": verdict, "why": why,
+                      "reference": prompt.answer, "answer": said.text})
+    if aside and not right and not unverified:
+        raise Refused(f"no answer of {len(aside):,} is right ({aside[0]['id']}: {aside[0]['why'] or aside[0]['verdict']})", where="capture.verify",
+                      remedy="look at capture/wrong.json's reasons; the prompts' answers may be of another form than the skill's grader reads")
+    return Sifted(right, unverified, tuple(aside))
+
+
+def _all(caches: Sequence[Ordered]) -> Iterator[tuple[int, int, Capture]]:
+    for k, cache in enumerate(caches):
+        for number in range(len(cache)):
+            yield k, number, cache[number]
+
+
+def _graded(skill: Skill, prompt: Prompt, said: Message) -> tuple[Verdict, str]:
+    (result,) = grade(skill, [Item(prompt, prompt.answer)], [(said, Finish.STOP)])
+    return result.verdict, result.why
+
+
+def left(caches: Sequence[tuple[Ordered, float]], aside: Sequence[Mapping[str, Any]]) -> tuple[tuple[Ordered, float], ...]:
+    """The caches without what is aside; their shares stay, so that a teacher that errs more is not heard less on what it knows."""
+    out: list[tuple[Ordered, float]] = []
+    for k, (cache, share) in enumerate(caches):
+        wrong = {a["number"] for a in aside if a["cache"] == k}
+        out.append((Chosen(cache, np.array([n for n in range(len(cache)) if n not in wrong], np.int64)), share))
+    return tuple(out)

@@ -1,0 +1,153 @@
+"""Servers for tests: `persea serve` in a process of its own, and one that plays a script of faults. Both on real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import functools
+import json
+import os
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import uvicorn
+from test_cli import warm
+
+from persea import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Served:
+    url: str
+    process: BaseProcess
+
+
+def _enter(arguments: tuple[str, ...], said: str, variables: dict[str, str]) -> None:
+    """What the child does: the command line's entry point, its outputs in a file."""
+    os.environ |= variables
+    descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.argv = ["persea", *arguments]
+    cli.main()
+
+
+def start_serve(model: Path, *options: str, **variables: str) -> Served:
+    """`persea serve` on a free port, a process of its own; the caller ends it."""
+    said = Path(tempfile.mkdtemp()) / "said"
+    arguments = ("serve", str(model), "--port", "0", "--threads", "1", *options)
+    process = warm().Process(target=_enter, args=(arguments, str(said), variables), daemon=True)
+    process.start()
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        line = next((row for row in said.read_text().splitlines() if " listens on " in row), "") if said.exists() else ""
+        if line:
+            url = line.rsplit(" ", 1)[1]
+            try:
+                assert httpx2.get(f"{url}/health", trust_env=False).status_code == 200
+                return Served(url, process)
+            except httpx2.TransportError:
+                pass
+        assert process.is_alive(), said.read_text()
+        time.sleep(0.05)
+    raise RuntimeError("serve does not answer")
+
+
+@functools.cache
+def serving(name: str) -> str:
+    """URL of a server of that sapling, one a session of tests."""
+    served = start_serve(ROOT / "saplings" / name)
+    atexit.register(served.process.kill)
+    return served.url
+
+
+# --- faults ---
+
+Scope = dict[str, Any]
+Handler = Callable[[str, Any, "Script"], Any]  # (path, body) -> a JSON value, bytes, or an Answer
+
+
+@dataclass
+class Answer:
+    """What the script server sends: bytes in pieces with pauses between them, then the end or a broken connection."""
+
+    body: bytes = b""
+    status: int = 200
+    headers: tuple[tuple[str, str], ...] = ()
+    pieces: tuple[tuple[float, bytes], ...] = ()
+    cut: bool = False
+
+
+@dataclass
+class Script:
+    """handler answers; fault(n, path, body), where it gives something, comes before it. asked: every body in order, with its time."""
+
+    handler: Callable[[str, Any], Any]
+    fault: Callable[[int, str, Any], Any] = lambda n, path, body: None
+    asked: list[tuple[float, str, Any]] = field(default_factory=list)
+    url: str = ""
+
+    async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await receive()
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+            await send({"type": "lifespan.shutdown.complete"})
+            return
+        raw, more = b"", True
+        while more:
+            message = await receive()
+            raw, more = raw + message.get("body", b""), message.get("more_body", False)
+        body = json.loads(raw) if raw else None
+        self.asked.append((time.monotonic(), scope["path"], body))
+        self.headers = dict(scope["headers"])
+        said = self.fault(len(self.asked), scope["path"], body)
+        if said is None:
+            said = self.handler(scope["path"], body)
+        if not isinstance(said, Answer):
+            said = Answer(said if isinstance(said, bytes) else json.dumps(said).encode())
+        headers = [(b"content-type", b"application/json"), *((k.encode(), v.encode()) for k, v in said.headers)]
+        pieces = said.pieces or ((0.0, said.body),)
+        if said.cut:
+            headers.append((b"content-length", str(sum(len(p) for _, p in pieces) + 100).encode()))
+        await send({"type": "http.response.start", "status": said.status, "headers": headers})
+        for pause, piece in pieces:
+            await asyncio.sleep(pause)
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        if not said.cut:
+            await send({"type": "http.response.body", "body": b""})
+
+
+@contextmanager
+def playing(script: Script) -> Iterator[Script]:
+    """The script behind a real socket, in a thread."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(script, log_level="critical", ws="none", lifespan="off", timeout_graceful_shutdown=0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    script.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    try:
+        while not server.started:
+            time.sleep(0.005)
+        yield script
+    finally:
+        server.should_exit = True
+        thread.join(10)
+
+
+def events(*said: Any) -> bytes:
+    """A stream, whole."""
+    return b"".join(b"data: " + json.dumps(e).encode() + b"\n\n" for e in said) + b"data: [DONE]\n\n"

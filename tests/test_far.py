@@ -1,0 +1,154 @@
+"""A teacher here, one behind a server with log-probabilities, one that only speaks, and a yardstick: one run, real servers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from servers import serving
+from test_cli import SAPLINGS, TINY, persea
+
+from persea.cache import read_unit
+from persea.errors import EnvironmentLacks, RecipeError
+from persea.far import open_far, what_answers
+from persea.recipe import load_recipe
+from persea.river import River
+from persea.rows import RowKind
+from persea.sections import Generation, Teacher
+from persea.shelf import committed
+
+RECIPES = SAPLINGS.parent / "recipes"
+SMALL: dict[str, Any] = {
+    "corpus": [{"skill": "languages", "generate": 6}, {"skill": "code", "generate": 6}, {"skill": "reasoning", "generate": 6}],
+    "audition": {"items": 2, "pinned": {"languages": "qwen-sapling", "code": "gemma-far", "reasoning": "oss-words"}},
+    "training": {"steps": 4, "batch": 6, "warmup": 1}, "evaluation": {"items": 2, "max_new_tokens": 64}}
+
+
+def mixed(folder: Path) -> Path:
+    """recipes/mixed.yaml, smaller, with this session's servers, and one who is measured and never teaches."""
+    page = yaml.safe_load((RECIPES / "mixed.yaml").read_text()) | SMALL
+    page["student"]["model"] = str(SAPLINGS / "llama-sapling")
+    here, far, words = page["teachers"]
+    here["model"], far["model"] = str(SAPLINGS / "qwen-sapling"), str(SAPLINGS / "gemma-sapling")
+    far["endpoint"]["url"], words["endpoint"]["url"] = serving("gemma-sapling"), serving("gpt-oss-sapling")
+    page["teachers"].append({"model": "words", "name": "yard", "yardstick": True, "endpoint": {"url": serving("qwen-sapling"), "protocol": "chat"}})
+    path = folder / "mixed.yaml"
+    path.write_text(yaml.safe_dump(page, sort_keys=False))
+    return path
+
+
+def test_the_mixed_recipe_runs_and_every_teacher_is_kept_for_what_it_gives(tmp_path: Path) -> None:
+    recipe = mixed(tmp_path)
+    ended = persea("run", recipe, "--out", "run", folder=tmp_path)
+    assert ended.code == 0, ended.err
+    run = tmp_path / "run"
+    kinds: dict[str, set[RowKind]] = {}
+    for unit in committed(run / "capture"):
+        for capture in read_unit(run / "capture", unit):
+            kinds.setdefault(capture.answer.teacher, set()).add(capture.rows.kind)
+            sizes = {len(capture.rows.ids_M) // max(1, len(capture.rows))}
+            assert capture.answer.teacher != "gemma-far" or sizes == {20}
+    assert kinds == {"qwen-sapling": {RowKind.SAMPLED}, "gemma-far": {RowKind.TOPK_REST}, "oss-words": {RowKind.WORDS}}
+    taught = {row["teacher"]: row for row in json.loads((run / "train" / "feed.json").read_text())["taught"]}
+    assert taught["gemma-far"]["event"] > 0.5
+    assert taught["gemma-far"]["mass_kept"] > 0
+    assert (taught["oss-words"]["text"], taught["oss-words"]["event"], taught["oss-words"]["mass_kept"]) == (1.0, 0.0, None)
+    cast = json.loads((run / "audition" / "cast.json").read_text())
+    assert {s["speaker"] for s in cast["scores"]} == {"qwen-sapling", "gemma-far", "oss-words"}
+    evaluated = json.loads((run / "evaluate" / "evaluation.json").read_text())
+    assert evaluated["teachers"] == ["qwen-sapling", "gemma-far", "oss-words"]
+    assert evaluated["yardsticks"] == ["yard"]
+    assert {s["speaker"] for s in evaluated["scores"]} >= {"yard", "student", "base"}
+    assert [bool(evaluated["bits_per_byte"][n]) for n in ("qwen-sapling", "gemma-far", "oss-words", "yard")] == [True, True, False, False]
+    parents = {p["name"]: p for p in json.loads((run / "lineage" / "lineage.json").read_text())["teachers"]}
+    assert list(parents) == ["qwen-sapling", "gemma-far", "oss-words"]
+    assert (parents["oss-words"]["family"], parents["oss-words"]["model"], parents["oss-words"]["licence"]) == (
+        "words", "gpt-oss-sapling", "Apache-2.0")
+    again = persea("run", recipe, "--out", "run", folder=tmp_path)
+    assert again.code == 0
+    assert again.err.count("stands") == 7, again.err
+    (run / "capture" / "done.json").unlink()
+    for unit in (run / "capture" / "commits").iterdir():
+        unit.unlink()
+    swapped = persea("capture", recipe, "--out", "run", "--set", f"teachers.2.endpoint.url={serving('gemma-sapling')}",
+                     "--set", "teachers.2.endpoint.dial=false", folder=tmp_path)
+    assert swapped.code == 5  # the same run, another model behind the words
+    assert "another model is there now: 'gemma-sapling' answers, it was 'gpt-oss-sapling'" in swapped.err
+
+
+def river(folder: Path, *changes: str) -> River:
+    return River(load_recipe(mixed(folder), changes), folder / "run")
+
+
+def test_where_a_server_stands_changes_no_identity_and_what_it_gives_does(tmp_path: Path) -> None:
+    one = river(tmp_path).identities
+    elsewhere = ("url=http://elsewhere:1", "stall=5", "key_env=K")
+    assert river(tmp_path, *(f"teachers.1.endpoint.{change}" for change in elsewhere)).identities == one
+    for change, name in (("teachers.1.endpoint.top=5", "gemma-far"), ("teachers.1.endpoint.protocol=completions", "gemma-far"),
+                         ("teachers.1.endpoint.served=m", "gemma-far"), ("teachers.2.generation.temperature=0.5", "oss-words"),
+                         ("teachers.0.generation.max_new_tokens=9", "qwen-sapling"), ("teachers.2.endpoint.dial=false", "oss-words")):
+        other = river(tmp_path, change).identities
+        assert {n for n in one if one[n] != other[n]} == {name}, change
+    assert river(tmp_path).teaching == ("qwen-sapling", "gemma-far", "oss-words")
+
+
+def test_generation_is_each_teachers_own(tmp_path: Path) -> None:
+    one = river(tmp_path, "teachers.0.generation.max_new_tokens=3", "teachers.0.generation.temperature=1.5", "teachers.0.generation.seed=4")
+    teacher = one.teacher("qwen-sapling", 4)
+    assert (teacher.longest, teacher.engine.sampling.temperature, teacher.engine.sampling.seed) == (3, 1.5, 4)
+    prompts = [p for p in one.corpus.prompts if p.skill == "languages"][:3]
+    answers, same = teacher.answer(prompts, 50), teacher.answer(prompts, 50)
+    assert answers == same  # drawn by chance that the prompt and the seed decide
+    assert all(len(teacher.voice.vocabulary.encode(a.text)) <= 3 for a in answers)
+
+
+def test_a_key_is_never_in_a_recipe_and_must_be_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAR_KEY", "sk-abc")
+    recipe = load_recipe(mixed(tmp_path), ["teachers.1.endpoint.key_env=FAR_KEY"])
+    assert "sk-abc" not in recipe.to_yaml()
+    monkeypatch.setenv("FAR_KEY", "sk-other")
+    assert load_recipe(mixed(tmp_path), ["teachers.1.endpoint.key_env=FAR_KEY"]).hash == recipe.hash
+    monkeypatch.delenv("FAR_KEY")
+    with pytest.raises(EnvironmentLacks, match="FAR_KEY holds no key") as caught:
+        open_far(recipe.teachers[1], None, tmp_path / "kept.json")  # type: ignore[arg-type]
+    assert caught.value.exit_code == 7
+    assert what_answers(recipe.teachers[0]) == []
+
+
+@pytest.mark.parametrize(("teacher", "why"), [
+    ({"model": "words", "name": "w"}, "no chat route"), ({"model": "words", "endpoint": {"url": "http://x", "protocol": "chat"}}, "missing"),
+    ({"model": "a/b", "endpoint": {"url": "http://me:pw@x"}}, "url"), ({"model": "a/b", "endpoint": {"url": "x:80"}}, "url"),
+    ({"model": "a/b", "endpoint": {"url": "http://x", "protocol": "chat", "top": 5}}, "delete `top:`"),
+    ({"model": "a/b", "endpoint": {"url": "http://x", "dial": True}}, "delete `dial:`"),
+    ({"model": "a/b", "endpoint": {"url": "http://x", "key_env": "sk-1234"}}, "key_env"),
+    ({"model": "a/b", "engine": "vllm", "endpoint": {"url": "http://x"}}, "delete `engine:`"),
+    ({"model": "a/b", "generation": {"top_p": 0.5}}, "nothing is drawn"),
+    ({"model": "a/b", "yardstick": True}, "nobody teaches"),
+    ({"model": "random", "name": "r", "tokenizer": "a/b", "sizes": {"hidden": 32, "layers": 1, "heads": 2}, "endpoint": {"url": "http://x"}},
+     "random weights run here")])
+def test_contradictions_are_told(tmp_path: Path, teacher: dict[str, Any], why: str) -> None:
+    path = tmp_path / "r.yaml"
+    page = {k: TINY[k] for k in ("student", "corpus")}
+    path.write_text(yaml.safe_dump(page | {"teachers": [teacher]}))
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert why in str(caught.value)
+
+
+def test_what_a_far_teacher_cannot_give_is_not_asked(tmp_path: Path) -> None:
+    for change, why in (("training.completion=true", "does not give the whole rows"), ("capture.answers=given", "words that are not its own"),
+                        ("audition.pinned.code=yard", "yard is a yardstick")):
+        with pytest.raises(RecipeError, match=why):
+            load_recipe(mixed(tmp_path), [change])
+
+
+def test_defaults_hang_on_the_protocol() -> None:
+    chat, tokens = ({"url": "http://x", "protocol": p} for p in ("chat", "tokens"))
+    one, other = (Teacher.model_validate({"model": "a/b", "endpoint": e}).endpoint for e in (chat, tokens))
+    assert one is not None
+    assert other is not None
+    assert (one.top, one.dial, other.top, other.dial) == (None, False, 20, None)
+    assert Teacher(model="a/b").generation == Generation()

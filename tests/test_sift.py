@@ -1,0 +1,71 @@
+"""What teaches: right answers, and those nobody can verify; wrong ones are kept aside with the grader's word."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from persea.cache import Capture
+from persea.chat import Conversation, Finish, Message
+from persea.corpus import Prompt
+from persea.errors import Refused
+from persea.measure import Item, Skill, Verdict
+from persea.sift import Sifted, left, sift
+from persea.skills.reasoning import REASONING
+from persea.teacher import Answer
+
+
+class Held(list[Any]):
+    """Captures in memory, read in the order of their numbers."""
+
+    def order(self, seed: int, epoch: int) -> Any:
+        return np.arange(len(self))
+
+
+def prompt(k: int, answer: str = "Answer: 4", skill: str = "reasoning") -> Prompt:
+    return Prompt(f"p{k}", Conversation.ask(f"Question {k}?"), skill, "en", answer)
+
+
+def said(asked: Prompt, text: str, teacher: str = "a") -> Any:
+    conversation = replace(asked.conversation).answered(*Message.said(text).parts)
+    return Capture(Answer(asked.id, teacher, asked.skill, "en", conversation, Finish.STOP), None, None)  # type: ignore[arg-type]
+
+
+def breaks(item: Item, message: Message) -> Verdict:
+    raise ZeroDivisionError("no grade")
+
+
+SKILLS = {"reasoning": REASONING, "broken": Skill("broken", (), lambda *_: (), breaks)}
+
+
+def test_wrong_answers_are_aside_and_the_rest_teaches():
+    prompts = [prompt(0), prompt(1), prompt(2), prompt(3, answer=""), prompt(4, skill="broken")]
+    first = Held([said(prompts[0], "2 + 2. Answer: 4"), said(prompts[1], "Answer: 5")])
+    second = Held([said(prompts[2], "I do not know", "b"), said(prompts[3], "Anything", "b"), said(prompts[4], "4", "b")])
+    sifted = sift([first, second], prompts, SKILLS)
+    assert (sifted.right, sifted.unverified) == (1, 1)
+    assert [(a["cache"], a["number"], a["id"], a["teacher"], a["verdict"], a["answer"]) for a in sifted.aside] == [
+        (0, 1, "p1", "a", "wrong", "Answer: 5"), (1, 0, "p2", "b", "malformed", "I do not know"), (1, 2, "p4", "b", "failed", "4")]
+    assert sifted.aside[2]["why"] == "ZeroDivisionError: no grade"
+    assert all(a["reference"] == "Answer: 4" for a in sifted.aside)
+    assert sifted.to_json() == {"right": 1, "unverified": 1, "aside": {"wrong": 1, "malformed": 1, "failed": 1}}
+    caches = left([(first, 3.0), (second, 7.0)], sifted.aside)
+    assert [share for _, share in caches] == [3.0, 7.0]
+    assert [[c[n].answer.prompt_id for n in range(len(c))] for c, _ in caches] == [["p0"], ["p3"]]
+
+
+def test_nothing_left_to_teach_is_refused():
+    prompts = [prompt(0), prompt(1)]
+    with pytest.raises(Refused, match=r"no answer of 2 is right \(p0: wrong\)") as caught:
+        sift([Held([said(p, "Answer: 5") for p in prompts])], prompts, SKILLS)
+    assert caught.value.where == "capture.verify"
+    assert sift([Held()], [], SKILLS) == Sifted(0, 0, ())
+
+
+def test_prompts_are_known_by_their_words_not_by_their_names():
+    one, other = prompt(0), replace(prompt(1, answer="Answer: 5"), id="p0")
+    sifted = sift([Held([said(one, "Answer: 4"), said(other, "Answer: 5")])], [one, other], SKILLS)
+    assert (sifted.right, sifted.aside) == (2, ())
