@@ -25,7 +25,7 @@ class Answer:
     """What a teacher said to a prompt. The conversation ends with the answer; only STOP answers are whole.
 
     mode  the effort that the prompt was to be asked at; None = the teacher's own
-    why   nothing could be got of it: REFUSED
+    why   nothing could be got of it, for this reason: REFUSED; without a reason, its template cannot say the prompt
     """
 
     prompt_id: str
@@ -101,8 +101,8 @@ class Teacher:
     def _dressed(self, conversation: Conversation) -> npt.NDArray[np.int32] | Failed:
         try:
             return self.voice.prompt(conversation).ids_T
-        except DataError as error:
-            return Failed(str(error))
+        except DataError:
+            return Failed("")  # nobody's failure: counted as refused where it is measured, quarantined with the reason where it is captured
 
     def _read(self, ids: npt.NDArray[np.int32] | Failed, conversation: Conversation) -> tuple[tuple[Part, ...], Finish] | Failed:
         return ids if isinstance(ids, Failed) else self.voice.parse(ids.tolist(), conversation.effort, conversation.tools)
