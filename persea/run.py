@@ -44,10 +44,10 @@ def check(river: River, folder: Path, tell: Tell) -> None:
         kept = None
         if not is_far(teacher) and (is_small(source(teacher)) if settings.likelihood is None else settings.likelihood):
             opened = river.teacher(teacher.name, river.recipe.audition.batch)
-            likelihoods += likelihood(opened, [s for s in samples if s.skill != TEXTS])
+            likelihoods += likelihood(opened, [s for s in samples if s.skill != TEXTS and s.suits(voice)])
             kept = kept_by(opened, bridge)
         pairs += [pairing(teacher.name, voice, river.student_voice, bridge, s, said, kept if s.skill != TEXTS else None)
-                  for s, said in zip(samples, mine, strict=True)]
+                  for s, said in zip(samples, mine, strict=True) if s.suits(voice)]
         family, note = (river.families.get(teacher.name, {}).get(key, "") for key in ("family", "note"))
         tell("check", (k + 1) / len(teachers), f"{teacher.name} ({family or 'words'}{', see its note in check.json' if note else ''})")
     store.publish_json(folder / "check.json", {"pairs": [p.to_json() for p in pairs], "likelihoods": [one.to_json() for one in likelihoods],

@@ -170,7 +170,7 @@ class Teacher(ModelRef):
 
 
 class CorpusPart(Section):
-    skill: str = Field(pattern=SLUG, description="the skill these prompts teach: languages, code or reasoning")
+    skill: str = Field(pattern=SLUG, description="the skill these prompts teach: languages, code, safety, reasoning or tools")
     generate: int | None = Field(default=None, ge=1, le=MANY, description="number of prompts drawn from the skill's own generator")
     file: str | None = Field(default=None, min_length=1, description="a .jsonl file, one prompt a line")
     language: str = Field(default="", description="language of the file's prompts, such as vi; empty = not said")
