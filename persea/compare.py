@@ -61,7 +61,7 @@ class Comparison:
     def rows(self) -> list[tuple[str, ...]]:
         """What a person sees, a line a place, and bits per byte last."""
         several = len({p.effort for p in self.places}) > 1
-        told = [(p.skill, " ".join(filter(None, (p.language or "all", several and f"at {p.effort}"))), f"{p.a:.3f}", f"{p.b:.3f}",
+        told = [(p.skill, " ".join(filter(None, (p.language or "all", f"at {p.effort}" if several else ""))), f"{p.a:.3f}", f"{p.b:.3f}",
                  f"{p.difference:+.3f}", f"{p.low:+.2f} to {p.high:+.2f}", str(p.pairs) if p.pairs else f"{p.a_n}, {p.b_n}", p.words)
                 for p in self.places]
         bits = [("bits/byte", skill, *("-" if x is None else f"{x:.3f}" for x in both), "", "", "", "")
