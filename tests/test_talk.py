@@ -123,7 +123,8 @@ def test_half_a_marker_waits():
     """Where <think> is plain text, neither it nor its end is ever shown, however the model cuts them."""
     from persea.models import Source, open_voice
 
-    voice = open_voice(Source(str(SAPLINGS / "llama-sapling"), thinking=True), "student")
+    voice = open_voice(Source(str(SAPLINGS / "gemma-sapling"), thinking=True), "student")
+    assert "<think>" not in voice.vocabulary.control
     for answer in ("<think>\nso it is\n</think>\n\nHi <b>", "<thinly said"):
         ids = [i for c in answer for i in voice.vocabulary.encode(c)]
         thoughts, pieces, _ = heard(voice, [*ids, voice.stop_ids[0]], Effort.HIGH)
@@ -144,7 +145,7 @@ def test_a_question_is_answered_as_the_teacher_answers_it():
     want, = speaker.answer([replace(REASONING.items(Split.TEACH, 1, 0)[0].prompt)], 100)
     assert "".join(screen.thought) == want.conversation.messages[-1].thinking != ""
     assert "".join(screen.said) == want.text != ""
-    assert len([p for p in screen.said if p]) > 2
+    assert len([p for p in screen.said if p]) > 1
     assert screen.ends == [""]
     assert one.messages == list(want.conversation.messages)
 
