@@ -77,8 +77,9 @@ def test_logits_of_padded_rows_are_cut_off() -> None:
 
 
 def test_a_student_that_was_given_the_switch_is_saved_with_it(tmp_path: Path) -> None:
-    source = Source(str(SAPLINGS / "llama-sapling"), thinking=True)
+    source = Source(str(SAPLINGS / "gemma-sapling"), thinking=True)
     voice = open_voice(source, "student")
+    assert voice.template_text != (SAPLINGS / "gemma-sapling" / "chat_template.jinja").read_text()
     open_student(source, voice, None).save(tmp_path / "student")
     saved = Source(str(tmp_path / "student"))
     again = open_voice(saved, "student")
