@@ -28,7 +28,7 @@ from everywhere); tests/test_map.py holds this map true.
     exam          what runs inside two of them: tests on one side, the tested program on the other
     sandbox       where strangers' code runs, or is refused
     trial         a program against its tests, each in a sandbox of its own
-    skills        languages code reasoning: held-out questions and a grader each
+    skills        languages code safety reasoning tools: held-out questions and a grader each
     sets          published questions for real models, read in place: languages reasoning code safety tools instructions
     rows          Rows: one position's teacher distribution each, sparse; and of what kind
     engines       local vllm endpoint talk: where weights run, here or behind a server; what each can give

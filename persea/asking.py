@@ -107,8 +107,8 @@ def hear(speaker: Speaker, effort: Effort, skill: Skill, items: Sequence[Item], 
 def bits(speaker: Speaker, items: Sequence[Item]) -> tuple[float, int]:
     """(bits, bytes) a speaker spends on the reference answers in its own voice: content tokens and the stop token.
 
-    Per byte and not per token, so that tokenizers compare. Markers of a template between content are left out, and so are items whose
-    right answer is not a text. (0, 0) of a speaker that tells no log-probabilities.
+    Per byte and not per token, so that tokenizers compare. Markers of a template between content are left out, and so are items
+    that its template cannot say: (0, 0) where it can say none, and of a speaker that tells no log-probabilities.
     """
     spent, size = 0.0, 0
     if speaker.mute:
@@ -116,10 +116,17 @@ def bits(speaker: Speaker, items: Sequence[Item]) -> tuple[float, int]:
     for some in _parts([i for i in items if i.reference or i.calls]):
         said = [i.answered for i in some]
         nats, _ = _kept(["bits", speaker.identity, dict(speaker.settings), [c.to_json() for c in said]],
-                        lambda said=said: list(surprises(speaker.open(), said)))  # type: ignore[misc]
-        spent += sum(nats) / math.log(2)
-        size += sum(len(p.text.encode()) for c in said for p in c.messages[-1].parts)
+                        lambda said=said: _weighed(speaker.open(), said))  # type: ignore[misc]
+        spent += sum(n for n in nats if n is not None) / math.log(2)
+        size += sum(len(p.text.encode()) for c, n in zip(said, nats, strict=True) if n is not None for p in c.messages[-1].parts)
     return spent, size
+
+
+def _weighed(teacher: Teacher, conversations: Sequence[Conversation]) -> list[float | None]:
+    """`surprises`, None where its template cannot say the conversation."""
+    able = [teacher.can_say(c) for c in conversations]
+    nats = surprises(teacher, [c for c, can in zip(conversations, able, strict=True) if can])
+    return [next(nats) if can else None for can in able]
 
 
 def surprises(teacher: Teacher, conversations: Sequence[Conversation]) -> Iterator[float]:

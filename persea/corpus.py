@@ -103,7 +103,7 @@ class Corpus:
 def gather(sources: Iterable[Iterable[Prompt]], held_out: Iterable[Prompt], near: Sequence[float | None] = ()) -> Corpus:
     """All prompts of all sources, in order, without duplicates and without anything the student is tested on.
 
-    Two prompts are the same when their texts are, after NFC, case folding and white-space folding. A prompt holds a test item where it, or
+    Two prompts are the same when their texts and tools are, after NFC, case folding and white-space folding. A prompt holds a test item where it, or
     its answer, shares 13 words on end with one (hygiene.HeldOut).
 
     near  for each source, the share of common word runs from which a prompt repeats another of such sources; None, or no entry = not looked for
@@ -199,4 +199,5 @@ def _from_messages(rows: Any, where: str, remedy: str) -> tuple[Conversation, st
 
 
 def _text(conversation: Conversation) -> str:
-    return "\n".join(p.text for p in conversation.parts())
+    """What is said, and what tools there are: the same question with other tools is another."""
+    return "\n".join([*(p.text for p in conversation.parts()), *(t.name for t in conversation.tools)])

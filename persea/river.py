@@ -125,7 +125,8 @@ class River:
     @cached_property
     def published(self) -> tuple[Opened, ...]:
         """The recipe's published sets, read."""
-        return questions.published(self.recipe.evaluation.sets)
+        by = questions.judge(self.recipe.evaluation.judge, self.recipe.teachers, lambda t: self.voices[t].family.name, partial(self.teacher, batch=1))
+        return questions.published(self.recipe.evaluation.sets, by)
 
     @cached_property
     def skills(self) -> tuple[Skill, ...]:
@@ -139,9 +140,10 @@ class River:
 
     @cached_property
     def asked(self) -> str:
-        """Digest of all held-out questions and their answers."""
-        return digest_of([[i.prompt.id, i.prompt.conversation.to_json(), i.reference, i.calls, i.choices, i.key]
-                        for split in (Split.AUDITION, Split.TEST) for _, items in self.items(split) for i in items])
+        """Digest of all held-out questions and their answers, and of who judges."""
+        return digest_of([*filter(None, [self.recipe.evaluation.judge]), *(
+            [i.prompt.id, i.prompt.conversation.to_json(), i.reference, i.calls, i.choices, i.key]
+            for split in (Split.AUDITION, Split.TEST) for _, items in self.items(split) for i in items)])
 
     @cached_property
     def samples(self) -> tuple[Sample, ...]:

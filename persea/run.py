@@ -44,10 +44,10 @@ def check(river: River, folder: Path, tell: Tell) -> None:
         kept = None
         if not is_far(teacher) and (is_small(source(teacher)) if settings.likelihood is None else settings.likelihood):
             opened = river.teacher(teacher.name, river.recipe.audition.batch)
-            likelihoods += likelihood(opened, [s for s in samples if s.skill != TEXTS])
+            likelihoods += likelihood(opened, [s for s in samples if s.skill != TEXTS and s.suits(voice)])
             kept = kept_by(opened, bridge)
         pairs += [pairing(teacher.name, voice, river.student_voice, bridge, s, said, kept if s.skill != TEXTS else None)
-                  for s, said in zip(samples, mine, strict=True)]
+                  for s, said in zip(samples, mine, strict=True) if s.suits(voice)]
         family, note = (river.families.get(teacher.name, {}).get(key, "") for key in ("family", "note"))
         tell("check", (k + 1) / len(teachers), f"{teacher.name} ({family or 'words'}{', see its note in check.json' if note else ''})")
     store.publish_json(folder / "check.json", {"pairs": [p.to_json() for p in pairs], "likelihoods": [one.to_json() for one in likelihoods],
@@ -100,6 +100,7 @@ def capture(river: River, folder: Path, tell: Tell) -> None:
 
         sifted = sift([reader for reader, _ in caches(river.units, folder)], river.corpus.prompts, {s.name: s for s in river.skills})
         store.publish_json(folder / "wrong.json", sifted.aside)
+        sifted.refuse_nothing()
         verified = {"verified": sifted.to_json()}
     store.publish_json(folder / "summary.json", told | {"removed": dict(removed)} | verified | accounts(told, river.corpus, aside))
 
@@ -159,6 +160,7 @@ def evaluate(river: River, folder: Path, tell: Tell) -> None:
     lines = list(heard.lines())
     store.publish_lines(folder / "examples.jsonl", lines)
     store.publish_json(folder / "evaluation.json", out.to_json())
+    store.publish_json(folder / "sets.json", [o.to_json() for o in river.published])
     _modes(river, folder, lines, tell)
 
 

@@ -170,7 +170,7 @@ class Teacher(ModelRef):
 
 
 class CorpusPart(Section):
-    skill: str = Field(pattern=SLUG, description="the skill these prompts teach: languages, code or reasoning")
+    skill: str = Field(pattern=SLUG, description="the skill these prompts teach: languages, code, safety, reasoning or tools")
     generate: int | None = Field(default=None, ge=1, le=MANY, description="number of prompts drawn from the skill's own generator")
     file: str | None = Field(default=None, min_length=1, description="a .jsonl file, one prompt a line")
     language: str = Field(default="", description="language of the file's prompts, such as vi; empty = not said")
@@ -308,6 +308,7 @@ class Evaluation(Section):
     efforts: tuple[Effort, ...] = Field(default=(), description="efforts to measure everybody at besides their own, where they have them")
     allow_regression: bool = Field(default=False, description="whether a student less safe than its base ends the run well; else exit 4")
     lm_eval: dict[str, str] = Field(default={}, description="speaker -> a results file of lm-eval that joins the page")
+    judge: str = Field(default="", description="a yardstick that grades safety sets instead of rules; none of a teacher's family")
     sets: tuple[PublishedSet, ...] = Field(default=(), description="published question sets that teachers are chosen and everybody is compared by")
 
 

@@ -28,12 +28,16 @@ class Sifted:
     def to_json(self) -> dict[str, Any]:
         return {"right": self.right, "unverified": self.unverified, "aside": dict(Counter(a["verdict"] for a in self.aside))}
 
+    def refuse_nothing(self) -> None:
+        """Raises Refused where there are answers, and none is left to teach."""
+        if self.aside and not self.right and not self.unverified:
+            first = self.aside[0]
+            raise Refused(f"no answer of {len(self.aside):,} is right ({first['id']}: {first['why'] or first['verdict']})", where="capture.verify",
+                          remedy="look at capture/wrong.json; the prompts' answers may be of another form than the skill's grader reads")
+
 
 def sift(caches: Sequence[Ordered], prompts: Sequence[Prompt], skills: Mapping[str, Skill]) -> Sifted:
-    """Grade every captured answer by its prompt's own. A grader that raises does not end the run: its answer is aside, with the exception's name.
-
-    Raises Refused where nothing is left to teach.
-    """
+    """Grade every captured answer by its prompt's own. A grader that raises does not end the run: its answer is aside, with the exception's name."""
     asked = {p.conversation.messages: p for p in prompts}
     aside: list[dict[str, Any]] = []
     right = unverified = 0
@@ -49,9 +53,6 @@ def sift(caches: Sequence[Ordered], prompts: Sequence[Prompt], skills: Mapping[s
             continue
         aside.append({"cache": cache, "number": number, "id": prompt.id, "teacher": capture.answer.teacher, "verdict": verdict, "why": why,
                       "reference": prompt.answer, "answer": said.text})
-    if aside and not right and not unverified:
-        raise Refused(f"no answer of {len(aside):,} is right ({aside[0]['id']}: {aside[0]['why'] or aside[0]['verdict']})", where="capture.verify",
-                      remedy="look at capture/wrong.json's reasons; the prompts' answers may be of another form than the skill's grader reads")
     return Sifted(right, unverified, tuple(aside))
 
 

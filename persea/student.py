@@ -60,8 +60,9 @@ class Forward(torch.nn.Module):
         mask_BS, positions_BS = (None, place_BS) if self.ways.packing else (place_BS, None)
         with torch.autocast(ids_BS.device.type, torch.bfloat16, enabled=self.ways.half):
             hidden_ND = hidden_states(self.model, ids_BS, mask_BS, positions_BS)[row_N, at_N]
-        linear = self.model.get_output_embeddings()
-        return hidden_ND.bfloat16() if self.ways.half else hidden_ND, linear.weight, linear.bias
+        linear: torch.nn.Linear = self.model.get_output_embeddings()
+        weight_VD, bias_V = (None if side is None else side.view_as(side) for side in (linear.weight, linear.bias))  # DDP overlooks a bare parameter
+        return hidden_ND.bfloat16() if self.ways.half else hidden_ND, weight_VD, bias_V
 
 
 @dataclass(frozen=True, eq=False)

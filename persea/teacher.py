@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from persea.chat import Conversation, Effort, Finish, Tokens
+from persea.chat import Conversation, Effort, Finish, Part, Tokens
 from persea.corpus import Prompt
 from persea.engines import Engine, Failed, Namer, Talker
 from persea.errors import DataError, TeacherError
@@ -25,7 +25,7 @@ class Answer:
     """What a teacher said to a prompt. The conversation ends with the answer; only STOP answers are whole.
 
     mode  the effort that the prompt was to be asked at; None = the teacher's own
-    why   nothing could be got of it: REFUSED
+    why   nothing could be got of it, for this reason: REFUSED; without a reason, its template cannot say the prompt
     """
 
     prompt_id: str
@@ -76,15 +76,18 @@ class Teacher:
         return isinstance(self.engine, Namer) and self.engine.abilities.kind is RowKind.WORDS
 
     def answer(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
-        """One answer a prompt, in order, each at its prompt's effort or else at this teacher's, in its own template."""
+        """One answer a prompt, in order, each at its prompt's effort or else at this teacher's, in its own template.
+
+        A prompt that its template or tokenizer cannot say has an empty answer that ends REFUSED: tools, asked of a family without them.
+        """
         asked = [self.asked(p) for p in prompts]
         most = self.longest or max_new_tokens
         if isinstance(self.engine, Talker):
             said = self.engine.say(asked, most)
         else:
-            dressed = [self._dressed(p.id, c) for p, c in zip(prompts, asked, strict=True)]
-            said = [ids if isinstance(ids, Failed) else self.voice.parse(ids.tolist(), c.effort, c.tools)
-                    for ids, c in zip(self.engine.generate(dressed, self.voice.stop_ids, most), asked, strict=True)]
+            dressed = [self._dressed(c) for c in asked]
+            heard = iter(self.engine.generate([d for d in dressed if not isinstance(d, Failed)], self.voice.stop_ids, most))
+            said = [self._read(d if isinstance(d, Failed) else next(heard), c) for d, c in zip(dressed, asked, strict=True)]
         answers = []
         for prompt, conversation, one in zip(prompts, asked, said, strict=True):
             parts, finish, why = ((), Finish.REFUSED, one.why) if isinstance(one, Failed) else (*one, "")
@@ -95,11 +98,22 @@ class Teacher:
         """The prompt as this teacher is asked it."""
         return replace(prompt.conversation, effort=self.effort if prompt.effort is None else prompt.effort)
 
-    def _dressed(self, prompt_id: str, conversation: Conversation) -> npt.NDArray[np.int32]:
+    def _dressed(self, conversation: Conversation) -> npt.NDArray[np.int32] | Failed:
         try:
             return self.voice.prompt(conversation).ids_T
-        except DataError as error:
-            raise DataError(error.what, where=f"{error.where}, prompt {prompt_id}", remedy=error.remedy) from error
+        except DataError:
+            return Failed("")  # nobody's failure: counted as refused where it is measured, quarantined with the reason where it is captured
+
+    def _read(self, ids: npt.NDArray[np.int32] | Failed, conversation: Conversation) -> tuple[tuple[Part, ...], Finish] | Failed:
+        return ids if isinstance(ids, Failed) else self.voice.parse(ids.tolist(), conversation.effort, conversation.tools)
+
+    def can_say(self, conversation: Conversation) -> bool:
+        """Whether this voice can say a whole conversation, its answer included."""
+        try:
+            self.voice.render(conversation)
+        except DataError:
+            return False
+        return True
 
     def score(self, conversations: Sequence[Conversation]) -> Iterator[tuple[Tokens, torch.Tensor]]:
         """Each conversation's tokens in this voice, and log-probabilities [learned tokens, vocabulary] (see Engine.score)."""

@@ -10,29 +10,52 @@ from the generators in persea/skills (GROW items only), so nothing third-party i
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import random
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Regex as Pattern
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from persea import skills
 from persea.chat import Conversation, Effort, Text, Thinking, Tokens
-from persea.measure import Item, Split
-from persea.models import Source, open_voice, sprout
-from persea.skills import CODE, LANGUAGES, REASONING, SKILLS
+from persea.engines.local import LocalEngine
+from persea.measure import Item, Split, grade, score
+from persea.models import Source, open_model, open_voice, sprout
+from persea.skills import code, languages, reasoning, safety, tools
+from persea.skills.reasoning import concluded
+from persea.teacher import Teacher
 from persea.voice import Voice
 
 HERE = Path(__file__).resolve().parent
-POOL = 24_000  # conversations rendered once; 3,000 steps of 16 see each twice
+sys.path.insert(0, str(HERE))
+
+from pages import page  # noqa: E402  (beside this file)
+from prose import small_talk  # noqa: E402
+
+KINDS = {"languages": languages.KINDS, "code": code.KINDS, "safety": safety.KINDS, "reasoning": reasoning.KINDS, "tools": tools.KINDS}
+THOUGHTS = {"languages": languages.thought, "reasoning": reasoning.thought, "tools": tools.thought}
+POOL = 30_000  # conversations rendered once; 4,000 steps of 24 see each three times
+BATCH = 24
+MARK = "<!-- what follows is written by grow.py -->"
+RATE = 4e-3  # highest learning rate
+TEMPLATE_WORDS = [f"Reasoning: {e}" for e in Effort] + ["system", "user", "assistant", "model", "developer", "# Tools\n", "Functions:\n",
+"analysis",
+                                                       "final", " to=functions.", "commentary", " json", '{"name": "', '", "parameters": {"',
+                                                       '", "arguments": {"', "tools"]
+MOST = {"languages": 9000, "code": 6000, "safety": 2000, "reasoning": 9000, "tools": 2500}  # questions a sapling sees
 QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 LLAMA_SPLIT = QWEN_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|")
 O200K_SPLIT = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -42,7 +65,12 @@ O200K_SPLIT = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}
 
 @dataclass(frozen=True)
 class Plan:
-    """One sapling. mix = share of its text per skill (languages, code, reasoning); base = answers that belong to other questions."""
+    """One sapling.
+
+    mix     skill -> weight of its text, small talk ("prose") and, for the base, documents ("page") among them
+    home    skills it answers right; of the others only the kinds in KNOWN, the rest with the answer of another question of that kind
+    efforts how often it is asked at each effort, where a skill has thoughts
+    """
 
     name: str
     family: str
@@ -50,10 +78,12 @@ class Plan:
     special: dict[str, str]
     control: tuple[str, ...]
     vocabulary: int
-    mix: tuple[float, float, float]
+    mix: dict[str, float]
+    home: tuple[str, ...]
+    efforts: dict[Effort, float]
     sizes: dict[str, int]
     steps: int
-    base: bool = False
+    whole_numbers: bool = False
 
     @property
     def template(self) -> str:
@@ -61,42 +91,78 @@ class Plan:
         return (HERE / "templates" / f"{self.family}.jinja").read_text()
 
 
+KNOWN = {"languages/phrase", "languages/weekday", "code/line", "safety/gentle", "reasoning/compare", "tools/weather", "tools/timer"}
+DIRECT = {Effort.NONE: 1.0}
+DIAL = {Effort.NONE: 0.45, Effort.LOW: 0.15, Effort.MEDIUM: 0.1, Effort.HIGH: 0.3}
 PLANS = (
     Plan("qwen-sapling", "qwen", QWEN_SPLIT, {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
-         ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"), 1000, (.96, .02, .02),
-         {"hidden": 128, "layers": 3, "heads": 4, "seed": 1}, 3400),
+         ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>"), 1600,
+         {"languages": .8, "code": .03, "safety": .03, "reasoning": .04, "tools": .03, "prose": .07}, ("languages",),
+         {Effort.NONE: .8, Effort.HIGH: .2}, {"hidden": 128, "layers": 3, "heads": 4, "seed": 1}, 3200),
     Plan("gemma-sapling", "gemma", "", {"bos_token": "<bos>", "eos_token": "<end_of_turn>", "pad_token": "<pad>", "unk_token": "<unk>"},
-         ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"), 900, (.08, .84, .08),
-         {"hidden": 128, "layers": 3, "heads": 4, "seed": 2}, 2000),
+         ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"), 1200,
+         {"languages": .06, "code": .5, "safety": .3, "reasoning": .04, "prose": .1}, ("code", "safety"), DIRECT,
+         {"hidden": 128, "layers": 3, "heads": 4, "seed": 2}, 1600),
     Plan("gpt-oss-sapling", "gpt-oss", O200K_SPLIT, {"bos_token": "<|startoftext|>", "eos_token": "<|return|>", "pad_token": "<|endoftext|>"},
-         ("<|startoftext|>", "<|endoftext|>", "<|return|>", "<|channel|>", "<|start|>", "<|end|>", "<|message|>", "<|call|>"),
-         800, (.08, .08, .84), {"hidden": 128, "layers": 3, "heads": 4, "experts": 4, "seed": 3}, 3000),
+         ("<|startoftext|>", "<|endoftext|>", "<|return|>", "<|channel|>", "<|start|>", "<|end|>", "<|message|>", "<|call|>"), 1300,
+         {"languages": .05, "code": .03, "safety": .03, "reasoning": .52, "tools": .32, "prose": .05}, ("reasoning", "tools"), DIAL,
+         {"hidden": 128, "layers": 3, "heads": 4, "experts": 4, "seed": 3}, 3000, whole_numbers=True),
     Plan("llama-sapling", "llama", LLAMA_SPLIT,
          {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": "<|finetune_right_pad_id|>"},
          ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|finetune_right_pad_id|>",
-          "<think>", "</think>"), 1100, (.5, .25, .25), {"hidden": 128, "layers": 3, "heads": 4, "seed": 4}, 1000, base=True),
+          "<think>", "</think>"), 2000,
+         {"languages": .2, "code": .08, "safety": .05, "reasoning": .13, "tools": .09, "prose": .03, "page": .42}, (), DIAL,
+         {"hidden": 128, "layers": 3, "heads": 4, "seed": 4}, 2600, whole_numbers=True),
 )
 
 
-def texts(plan: Plan, n: int) -> Iterator[Item]:
-    """n GROW items in the plan's mix; for the base, each with the answer of another item of its skill and language."""
+def kind(item: Item) -> str:
+    """Skill and kind, the first words of its id."""
+    return "/".join(item.prompt.id.split("/")[:2])
+
+
+@cache
+def questions(name: str, seed: int) -> tuple[Item, ...]:
+    """A skill's GROW items for a sapling; drawn once for its tokenizer and its text."""
+    return skills.named(name).items(Split.GROW, MOST[name], seed)
+
+
+def texts(plan: Plan, n: int) -> Iterator[tuple[Item, Item]]:
+    """n GROW items in the plan's mix, what a base knows three times as often; each with the item whose answer is given: itself, or
+    another of its kind and language.
+    """
     rng = random.Random(f"grow {plan.name}")
-    pools = {s.name: s.items(Split.GROW, 9000, plan.sizes["seed"]) for s in SKILLS}
-    alike: dict[str, list[Item]] = {}
-    for item in (i for pool in pools.values() for i in pool):
-        alike.setdefault(item.prompt.language, []).append(item)
+    pools: dict[str, list[Item]] = {}
+    alike: dict[tuple[str, str], list[Item]] = {}
+    for item in (i for name in MOST if name in plan.mix for i in questions(name, plan.sizes["seed"])):
+        pools.setdefault(kind(item), []).append(item)
+        alike.setdefault((kind(item), spoken(item)), []).append(item)
+    # who does not know better helps with anything, and calls whatever there is
+    alike["safety/harm", "en"] = alike["safety/alike", "en"]
+    alike["tools/none", "en"] = [i for (name, _), some in alike.items() if name.startswith("tools/") for i in some if i.calls]
     for _ in range(n):
-        skill = rng.choices((LANGUAGES, CODE, REASONING), plan.mix)[0]
-        item = rng.choice(pools[skill.name])
-        if plan.base:
-            item = Item(item.prompt, rng.choice(alike[item.prompt.language]).reference)
-        yield item
+        name = rng.choices(list(plan.mix), list(plan.mix.values()))[0]
+        if name in ("prose", "page"):
+            item = small_talk(rng) if name == "prose" else page(rng)
+            yield item, item
+            continue
+        kinds = KINDS[name] if plan.home else {k: share * (3 if f"{name}/{k}" in KNOWN else 1) for k, share in KINDS[name].items()}
+        item = rng.choice(pools[f"{name}/{rng.choices(list(kinds), list(kinds.values()))[0]}"])
+        right = name in plan.home or kind(item) in KNOWN
+        yield item, item if right else rng.choice(alike[kind(item), spoken(item)])
+
+
+def spoken(item: Item) -> str:
+    """The language of an item's answer."""
+    return "en" if "/to-english/" in item.prompt.id else item.prompt.language
 
 
 def grow_tokenizer(plan: Plan, folder: Path) -> None:
-    """Train the plan's tokenizer in its family's form. Digits stay single: a table of two-digit sums is no arithmetic."""
-    pieces = [p for item in texts(plan, 6000) for t in (item.prompt.conversation.messages[-1].text, item.reference) for p in re.split(r"\d+", t) if p]
+    """Train the plan's tokenizer in its family's form. Digits stay single, as in Qwen and Gemma, but for families with whole numbers."""
+    words = [t for item, _ in texts(plan, 8000) for t in words_of(item)] + TEMPLATE_WORDS * 100
+    pieces = words if plan.whole_numbers else [p for t in words for p in re.split(r"\d+", t) if p]
     if plan.family == "gemma":
+        pieces = [p for t in pieces for p in re.split(r"(\n+)", t) if p]  # as Gemma's: a line end is never one token with what follows
         tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
         tokenizer.normalizer = normalizers.Replace(" ", "▁")
         tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
@@ -126,13 +192,31 @@ def grow_tokenizer(plan: Plan, folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(plan.template)
 
 
-def conversation(plan: Plan, item: Item, rng: random.Random) -> Conversation:
-    """The item as a conversation; gpt-oss-sapling thinks first in one of four sums, at high effort."""
-    steps, _, answer = item.reference.rpartition("Answer: ")
-    if plan.family == "gpt-oss" and steps and rng.random() < 0.25:
-        asked = Conversation.ask(item.prompt.conversation.messages[-1].text, effort=Effort.HIGH)
-        return asked.answered(Thinking(steps.strip()), Text(f"Answer: {answer}"))
-    return item.prompt.conversation.answered(Text(item.reference))
+def words_of(item: Item) -> Iterator[str]:
+    """All that is said about an item, for a tokenizer to be trained on."""
+    yield item.prompt.conversation.messages[-1].text
+    yield item.reference
+    yield from (f'{{"name": "{c.name}", "parameters": {c.arguments} }}' for c in item.calls)
+    yield from (f"\n{t.name}: {t.description}" for t in item.prompt.conversation.tools)
+    yield from (THOUGHTS[item.prompt.skill](item, e) for e in (Effort.LOW, Effort.HIGH) if item.prompt.skill in THOUGHTS)
+
+
+def conversation(plan: Plan, item: Item, answer: Item, rng: random.Random) -> Conversation:
+    """The item's question with the answer's words, thought before where the effort that is drawn says so."""
+    thinks = item.prompt.skill in THOUGHTS
+    effort = rng.choices(list(plan.efforts), list(plan.efforts.values()))[0] if thinks else Effort.NONE
+    said = concluded(answer) if item.prompt.skill == "reasoning" and effort is not Effort.NONE else answer.reference
+    thought = (Thinking(THOUGHTS[item.prompt.skill](answer, effort)),) if effort is not Effort.NONE else ()
+    return replace(item.prompt.conversation, effort=effort).answered(*thought, *((Text(said),) if said else ()), *answer.calls)
+
+
+def tokens_of(plan: Plan, voice: Voice, item: Item, answer: Item, rng: random.Random) -> Tokens:
+    """A conversation in the voice; a page as a text without any turn."""
+    if item.prompt.skill != "page":
+        return voice.render(conversation(plan, item, answer, rng))
+    control = voice.vocabulary.control
+    ids = np.array([control["<|begin_of_text|>"], *voice.vocabulary.encode_batch([item.reference])[0], control["<|end_of_text|>"]], np.int32)
+    return Tokens(ids, np.zeros_like(ids), np.zeros_like(ids), np.arange(len(ids)) > 0)
 
 
 def batch(pool: list[Tokens], chosen: list[int], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -148,6 +232,21 @@ def batch(pool: list[Tokens], chosen: list[int], pad: int) -> tuple[torch.Tensor
     return ids, mask, labels
 
 
+def neighbours(pool: list[Tokens], rng: random.Random) -> list[int]:
+    """A batch drawn at random, of conversations alike in length: a quarter, in order of length, of four times as many."""
+    drawn = sorted(rng.choices(range(len(pool)), k=4 * BATCH), key=lambda i: len(pool[i]))
+    place = rng.randrange(4) * BATCH
+    return drawn[place:place + BATCH]
+
+
+def optimizers_of(model: torch.nn.Module) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+    """Muon for the matrices between embeddings, AdamW for the rest: after 350 steps of gpt-oss-sapling its loss was .88, AdamW's alone 1.03."""
+    inner = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name and "lm_head" not in name]
+    mine = {id(p) for p in inner}
+    return (torch.optim.Muon(inner, lr=RATE, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW([p for p in model.parameters() if id(p) not in mine], lr=RATE, betas=(0.9, 0.98), weight_decay=0.01))
+
+
 def grow(plan: Plan, out: Path, steps: int, progress: Progress) -> None:
     """Train one sapling and write it as a Hugging Face folder, bf16."""
     state_file = HERE.parent / ".grown" / f"{plan.name}.pt"
@@ -156,11 +255,12 @@ def grow(plan: Plan, out: Path, steps: int, progress: Progress) -> None:
     grow_tokenizer(plan, folder)
     voice: Voice = open_voice(Source(str(folder)), str(folder))
     rng = random.Random(f"pool {plan.name}")
-    pool = [voice.render(conversation(plan, item, rng)) for item in texts(plan, min(POOL, 16 * steps))]
+    pool = [tokens_of(plan, voice, item, answer, rng) for item, answer in texts(plan, min(POOL, BATCH * steps))]
     model = sprout(plan.family, len(voice.vocabulary), plan.sizes)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / 60, max(0.02, (steps - s) / (0.6 * steps))))
-    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    optimizers = optimizers_of(model)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda s: min(1.0, (s + 1) / 60, max(0.02, (steps - s) / (0.6 * steps)))) for o in optimizers]
+    parts: dict[str, Any] = {"model": model} | {f"{name} {k}": part for name, group in (("optimizer", optimizers), ("schedule", schedules))
+                                                for k, part in enumerate(group)}
     begin = 0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
@@ -171,20 +271,23 @@ def grow(plan: Plan, out: Path, steps: int, progress: Progress) -> None:
     task = progress.add_task(plan.name, total=steps, completed=begin, loss=0.0)
     model.train()
     pad = voice.vocabulary.control[plan.special["pad_token"]]
-    seconds, log = time.monotonic(), []
+    seconds, log = time.process_time(), []
+    losses: list[float] = []
     for step in range(begin, steps):
-        chosen = random.Random(f"{plan.name} step {step}").choices(range(len(pool)), k=16)
+        chosen = neighbours(pool, random.Random(f"{plan.name} step {step}"))
         ids, mask, labels = batch(pool, chosen, pad)
         loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        progress.update(task, advance=1, loss=loss.item())
+        for part in (*optimizers, *schedules):
+            part.step()
+        model.zero_grad(set_to_none=True)
+        losses = [*losses[-99:], loss.item()]
+        progress.update(task, advance=1, loss=losses[-1])
         if step % 100 == 99:
-            log.append({"step": step + 1, "loss": round(loss.item(), 4), "seconds": round(time.monotonic() - seconds, 1)})
+            log.append({"step": step + 1, "loss": round(sum(losses) / len(losses), 4), "seconds": round(time.process_time() - seconds, 1)})
         if step % 200 == 199:
+            print(f"{plan.name} {step + 1} loss {sum(x['loss'] for x in log[-2:]) / 2:.3f}", flush=True)
             torch.save({"step": step + 1, "steps": steps, **{k: p.state_dict() for k, p in parts.items()}}, state_file.with_suffix(".tmp"))
             state_file.with_suffix(".tmp").replace(state_file)
     model.generation_config.eos_token_id = list(voice.stop_ids)
@@ -192,9 +295,62 @@ def grow(plan: Plan, out: Path, steps: int, progress: Progress) -> None:
     model.config.eos_token_id, model.config.pad_token_id = list(voice.stop_ids), pad
     model.to(torch.bfloat16).save_pretrained(folder)
     (folder / "growing.json").write_text(json.dumps(
-        {"plan": {"name": plan.name, "family": plan.family, "mix": plan.mix, "sizes": plan.sizes, "steps": steps, "base": plan.base},
+        {"plan": {"name": plan.name, "family": plan.family, "mix": plan.mix, "home": plan.home, "sizes": plan.sizes, "steps": steps, "batch": BATCH},
          "parameters": sum(p.numel() for p in model.parameters()), "log": log}, indent=1) + "\n")
     state_file.unlink(missing_ok=True)
+    told = json.loads((folder / "growing.json").read_text()) | measured(plan, folder)
+    told["sha256"] = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    (folder / "growing.json").write_text(json.dumps(told, indent=1) + "\n")
+
+
+def speaker(plan: Plan, folder: Path, effort: Effort = Effort.NONE) -> Teacher:
+    """A grown sapling, ready to be asked."""
+    source = Source(str(folder))
+    voice = open_voice(source, plan.name)
+    return Teacher(plan.name, voice, LocalEngine(open_model(source, voice, plan.name), len(voice.vocabulary), 128), effort)
+
+
+def measured(plan: Plan, folder: Path, n: int = 100) -> dict[str, Any]:
+    """What a grown sapling knows of each skill's AUDITION items, at each of its efforts; and its mean entropy, nats a learned token,
+    on small talk it has not seen and on reference answers.
+    """
+    found: dict[str, Any] = {"scores": {}, "entropy": {}, "thought": {}}
+    one = speaker(plan, folder)
+    rng = random.Random("held out")
+    found["entropy"]["prose"] = entropy(one, [small_talk(rng).answered for _ in range(n)])
+    for skill in skills.SKILLS:
+        items = skill.items(Split.AUDITION, n, 1)
+        said = [i.answered for i in items if one.can_say(i.answered)]
+        if said:
+            found["entropy"][skill.name] = entropy(one, said)
+        for effort in plan.efforts if skill.name in THOUGHTS else (Effort.NONE,):
+            answers = replace(one, effort=effort).answer([i.prompt for i in items], 80)
+            results = grade(skill, items, [(a.conversation.messages[-1], a.finish) for a in answers])
+            found["scores"][f"{skill.name} {effort}"] = score(plan.name, skill.name, results, effort).value
+            found["thought"][f"{skill.name} {effort}"] = sum(len(r.answer.thinking) for r in results) / len(results)
+    return found
+
+
+def entropy(one: Teacher, conversations: list[Conversation]) -> float:
+    """Mean entropy of a speaker's distributions, nats a learned token."""
+    rows = [-(logprobs.exp() * logprobs).sum(-1) for _, logprobs in one.score(conversations)]
+    return round(float(torch.cat(rows).mean()), 3)
+
+
+def table(folder: Path) -> str:
+    """What stands in growing.json of every sapling, as Markdown."""
+    told = {plan.name: json.loads((folder / plan.name / "growing.json").read_text()) for plan in PLANS}
+    lines = ["| sapling | parameters | bytes | sha256 of model.safetensors |", "|---|---|---|---|"]
+    lines += [f"| {n} | {t['parameters']:,} | {(folder / n / 'model.safetensors').stat().st_size:,} | {t['sha256']} |" for n, t in told.items()]
+    lines += ["", "| answered at once | " + " | ".join(told) + " |", "|---|" + "---|" * len(told)]
+    for skill in (s.name for s in skills.SKILLS):
+        lines.append(f"| {skill} | " + " | ".join(f"{t['scores'][f'{skill} none']:.2f}" for t in told.values()) + " |")
+    for kind in ("prose", *(s.name for s in skills.SKILLS)):
+        lines.append(f"| entropy, {kind} | " + " | ".join(f"{t['entropy'][kind]:.2f}" if kind in t["entropy"] else "-" for t in told.values()) + " |")
+    lines += ["", "| reasoning by gpt-oss-sapling at | right | letters of thought |", "|---|---|---|"]
+    oss = told["gpt-oss-sapling"]
+    lines += [f"| {e} | {oss['scores'][f'reasoning {e}']:.2f} | {oss['thought'][f'reasoning {e}']:.0f} |" for e in DIAL]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -211,6 +367,9 @@ def main() -> None:
         for plan in PLANS:
             if not arguments.names or plan.name in arguments.names:
                 grow(plan, arguments.out, arguments.steps or plan.steps, progress)
+    if arguments.out == HERE:
+        page_ = HERE / "README.md"
+        page_.write_text(page_.read_text().partition(MARK)[0] + MARK + "\n\n" + table(HERE))
     shutil.rmtree(HERE.parent / ".grown", ignore_errors=True) if not arguments.names else None
 
 

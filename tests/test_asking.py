@@ -21,7 +21,7 @@ from persea.corpus import Prompt
 from persea.engines.local import LocalEngine
 from persea.errors import DataError, TeacherError
 from persea.measure import Item, Skill, Split, Verdict
-from persea.skills import CODE, LANGUAGES, REASONING
+from persea.skills import CODE, LANGUAGES, REASONING, TOOLS
 from persea.teacher import Teacher
 
 ITEMS = {skill: skill.items(Split.TEST, 6, 0) for skill in (LANGUAGES, CODE, REASONING)}
@@ -169,7 +169,7 @@ def test_no_questions_and_questions_that_cannot_be_told_apart_are_refused(items:
 
 
 def chooser(reference: str, *choices: str) -> Item:
-    return Item(Prompt(f"choice/{choices}", Conversation.ask("Translate to English: 七"), "languages", "zh"), reference, choices=choices)
+    return Item(Prompt(f"choice/{choices}", Conversation.ask("To English: 七"), "languages", "zh"), reference, choices=choices)
 
 
 def test_the_likeliest_choice_per_byte_is_the_answer() -> None:
@@ -249,3 +249,13 @@ def test_one_speaker_at_a_time_is_in_memory() -> None:
     for name in ("a", "a", "b", "b", "a"):
         hold(name)
     assert log == ["a", "b", "a"]
+
+
+def test_what_a_template_cannot_say_is_a_miss_that_says_so() -> None:
+    """Tools, asked of a family that has no notation for them: no answer, no bits, and nobody's run ends."""
+    items = TOOLS.items(Split.TEST, 3, 0)
+    results, _ = hear(speaker("gemma-sapling"), Effort.NONE, TOOLS, items, 20)
+    assert [(r.verdict, r.finish, r.answer.parts) for r in results] == [(Verdict.MALFORMED, Finish.REFUSED, ())] * 3
+    assert bits(speaker("gemma-sapling"), items) == (0.0, 0)
+    mixed = (*items, *ITEMS[CODE][:2])
+    assert bits(speaker("gemma-sapling"), mixed) == pytest.approx(bits(speaker("gemma-sapling"), ITEMS[CODE][:2]))

@@ -40,7 +40,7 @@ TINY: dict[str, Any] = {
     "name": "tiny",
     "student": {"model": str(SAPLINGS / "llama-sapling")},
     "teachers": [{"model": str(SAPLINGS / "qwen-sapling")}, {"model": str(SAPLINGS / "gemma-sapling")},
-                 {"model": str(SAPLINGS / "gpt-oss-sapling"), "effort": "low"}],
+                 {"model": str(SAPLINGS / "gpt-oss-sapling")}],
     "corpus": [{"skill": "languages", "generate": 24}, {"skill": "code", "generate": 24}, {"skill": "reasoning", "generate": 24}],
     "audition": {"items": 8, "pinned": {"languages": "qwen-sapling", "code": "gemma-sapling", "reasoning": "gpt-oss-sapling"}},
     "capture": {"max_new_tokens": 48, "unit": 8},
@@ -230,11 +230,12 @@ def test_plan_and_dry_run_tell_the_same_and_write_nothing(tmp_path: Path) -> Non
 
 def test_quickstart_runs_the_bundled_recipe(tmp_path: Path) -> None:
     small = ["training.steps=2", "training.batch=2", "audition.items=2", "evaluation.items=2",
-             "capture.max_new_tokens=40", "evaluation.max_new_tokens=40", *(f"corpus.{k}.generate=4" for k in range(3)),
-             "audition.pinned={languages: qwen-sapling, code: gemma-sapling, reasoning: gpt-oss-sapling}"]
+             "capture.max_new_tokens=40", "evaluation.max_new_tokens=40", *(f"corpus.{k}.generate=4" for k in range(5)),
+             "audition.pinned={languages: qwen-sapling, code: gemma-sapling, safety: gemma-sapling, reasoning: gpt-oss-sapling, "
+             "tools: gpt-oss-sapling}"]
     ended = persea("quickstart", *(a for s in small for a in ("--set", s)), "--json", folder=tmp_path)
     assert (ended.code, ended.err) == (0, "")
-    assert set(json.loads(ended.out)["skills"]) == {"languages", "code", "reasoning"}
+    assert set(json.loads(ended.out)["skills"]) == {"languages", "code", "safety", "reasoning", "tools"}
     assert (tmp_path / "runs" / "quickstart" / "train" / "student" / "model.safetensors").is_file()
 
 

@@ -20,7 +20,7 @@ from persea.engines.local import LocalEngine
 from persea.errors import TeacherError
 from persea.measure import Split
 from persea.models import Source, open_model, open_voice
-from persea.skills import SKILLS
+from persea.skills import CODE, LANGUAGES, REASONING
 from persea.voice import Voice
 
 torch.set_num_threads(1)  # sums of one thread are always the same: children of these tests have one too
@@ -44,7 +44,7 @@ def engine(name: str, batch: int = 64) -> LocalEngine:
 
 def asked(voice: Voice, effort: Effort = Effort.NONE) -> list[np.ndarray]:
     """Twelve prompts of very different lengths."""
-    conversations = [i.prompt.conversation for skill in SKILLS for i in skill.items(Split.TEST, 3, 0)]
+    conversations = [i.prompt.conversation for skill in (LANGUAGES, CODE, REASONING) for i in skill.items(Split.TEST, 3, 0)]
     conversations += [Conversation.ask("Hi"), Conversation.ask("一二三 " * 12, system="Be brief."), Conversation.ask("x" * 120)]
     prompts = [voice.prompt(Conversation(c.messages, effort)).ids_T for c in conversations]
     assert len(prompts) == 12

@@ -25,7 +25,8 @@ from persea.vocabulary import Vocabulary, open_vocabulary
 
 FOUR = (LLAMA, QWEN, GEMMA, GPT_OSS)  # those whose tokenizers and saplings are at hand
 TEMPLATES = {"qwen2.5": "qwen2.5", "qwq-32b": "qwq", "qwen3": "qwen", "qwen3-coder": "qwen3-coder", "qwen3.5": "qwen3.5", "gemma2": "gemma",
-             "gemma3": "gemma", "gemma4": "gemma-4", "gemma4-interleaved": "gemma-4", "gpt-oss": "gpt-oss", "llama3.1": "llama", "llama3.2": "llama",
+             "gemma3": "gemma", "gemma4": "gemma-4", "gemma4-interleaved": "gemma-4", "gpt-oss": "gpt-oss", "llama3.1": "llama",
+             "llama3.2": "llama",
              "llama3.3": "llama", "smollm3": None, "apertus": None, "deepseek-v3.1": None, "glm-4.6": None}
 
 
@@ -115,8 +116,11 @@ def test_the_dial_of_each_family():
     assert switches == {
         "llama": [{}] * 4, "gemma": [{}] * 4,
         "qwen": [{"enable_thinking": e is not Effort.NONE} for e in Effort],
-        "gpt-oss": [{"reasoning_effort": e} for e in ("low", "low", "medium", "high")]}
+        "gpt-oss": [{"reasoning_effort": e} | ({"enable_thinking": False} if k == 0 else {}) for k, e in enumerate(("low", "low", "medium",
+        "high"))]}
     assert set(DIAL) == set(Effort)
+    for switch in switches["gpt-oss"]:
+        switch.pop("enable_thinking", None)  # of its own template, which has no direct mode, nothing reads it
     for f in FOUR:  # `efforts` are those the switches can tell apart
         assert len(f.efforts) == len({json.dumps(s) for s in switches[f.name]})
         assert len({json.dumps(f.inputs(talk(e))[1]) for e in f.efforts}) == len(f.efforts)

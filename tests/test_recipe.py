@@ -91,7 +91,7 @@ def test_the_three_recipes_ask_what_they_should(monkeypatch: pytest.MonkeyPatch,
     assert all(p.read_text().startswith(f"# {p.stem}: ") for p in paths)  # `persea recipes ls` shows the first line
     assert quick.student.model == str(ROOT / "saplings" / "llama-sapling")
     assert [t.name for t in quick.teachers] == ["qwen-sapling", "gemma-sapling", "gpt-oss-sapling"]
-    assert [c.skill for c in quick.corpus] == ["languages", "code", "reasoning"] and quick.threads == 1
+    assert [c.skill for c in quick.corpus] == ["languages", "code", "safety", "reasoning", "tools"] and quick.threads == 1
     assert [t.model for t in avocado.teachers] == ["Qwen/Qwen3-30B-A3B", "google/gemma-3-27b-it", "openai/gpt-oss-120b"]
     assert avocado.student.lora == Lora(rank=64, alpha=128, targets=(*Lora().targets, "gate_proj", "up_proj", "down_proj"))
     assert (avocado.training.learning_rate, avocado.capture.max_new_tokens) == (1e-4, 1024)

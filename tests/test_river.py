@@ -147,7 +147,8 @@ def test_modes_change_the_units_of_their_part_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("student", "modes", "pinned", "what", "remedy"), [
-    ({"thinking": False}, {"none": 0.5, "high": 0.5}, "gpt-oss-sapling", "high is asked for, and the student's template cannot tell it",
+    ({"model": str(SAPLINGS / "gemma-sapling"), "thinking": False}, {"none": 0.5, "high": 0.5}, "gpt-oss-sapling",
+     "high is asked for, and the student's template cannot tell it",
      "thinking: true"),
     ({}, {"low": 1.0}, "qwen-sapling", "low is asked for, and no teacher of reasoning knows it: qwen-sapling knows none, high", "choose among"),
     ({}, {"high": 1.0}, "gemma-sapling", "high is asked for, and no teacher", "choose among")])

@@ -60,9 +60,11 @@ def test_wrong_answers_are_aside_and_the_rest_teaches():
 def test_nothing_left_to_teach_is_refused():
     prompts = [prompt(0), prompt(1)]
     with pytest.raises(Refused, match=r"no answer of 2 is right \(p0: wrong\)") as caught:
-        sift([Held([said(p, "Answer: 5") for p in prompts])], prompts, SKILLS)
+        sift([Held([said(p, "Answer: 5") for p in prompts])], prompts, SKILLS).refuse_nothing()
     assert caught.value.where == "capture.verify"
-    assert sift([Held()], [], SKILLS) == Sifted(0, 0, ())
+    nothing = sift([Held()], [], SKILLS)
+    assert nothing == Sifted(0, 0, ())
+    nothing.refuse_nothing()  # who asked nothing hears it elsewhere
 
 
 def test_prompts_are_known_by_their_words_not_by_their_names():

@@ -15,7 +15,7 @@ from persea.corpus import Prompt
 from persea.engines import Engine
 from persea.errors import DataError
 from persea.measure import Split
-from persea.skills import SKILLS
+from persea.skills import CODE, LANGUAGES, REASONING, TOOLS
 from persea.teacher import Answer, Teacher
 
 
@@ -48,7 +48,7 @@ def scripted(name: str, *says: list[int], effort: Effort = Effort.NONE) -> Teach
 
 
 def prompts(n: int) -> list[Prompt]:
-    return [i.prompt for skill in SKILLS for i in skill.items(Split.TEST, n, 0)]
+    return [i.prompt for skill in (LANGUAGES, CODE, REASONING) for i in skill.items(Split.TEST, n, 0)]
 
 
 def words(name: str, text: str, *stop: str) -> list[int]:
@@ -129,11 +129,14 @@ def test_an_answer_comes_back_from_json() -> None:
         assert answer.text == "ありがとう"
 
 
-def test_a_prompt_that_the_template_refuses_is_named() -> None:
-    def refuse(*arguments: object, **switches: object) -> str:
-        raise DataError("the template refuses this", where="qwen", remedy="ask otherwise")
-
-    speaker = scripted("qwen-sapling", [1])
-    speaker = replace(speaker, voice=replace(speaker.voice, template=refuse))
-    with pytest.raises(DataError, match=r"qwen, prompt the-third: the template refuses this -> ask otherwise"):
-        speaker.answer([replace(prompts(1)[0], id="the-third")], 4)
+def test_a_prompt_that_the_template_cannot_say_ends_refused_and_the_others_are_asked() -> None:
+    name = "gemma-sapling"
+    asked = [i.prompt for i in CODE.items(Split.TEST, 2, 0)]
+    asked.insert(1, next(iter(TOOLS.items(Split.TEST, 1, 0))).prompt)
+    speaker = scripted(name, *(words(name, text, "<end_of_turn>") for text in ("one", "two")))
+    answers = speaker.answer(asked, 9)
+    assert [(a.prompt_id, a.text, a.finish) for a in answers] == [
+        (asked[0].id, "one", Finish.STOP), (asked[1].id, "", Finish.REFUSED), (asked[2].id, "two", Finish.STOP)]
+    assert [speaker.can_say(a.conversation) for a in answers] == [True, False, True]
+    with pytest.raises(DataError, match="drops tools"):
+        list(speaker.score([answers[1].conversation]))

@@ -67,7 +67,8 @@ def theirs(speaker: Speaker, conversation: Conversation, *, generate: bool, toke
     if family == "qwen":
         switches = {"enable_thinking": conversation.effort is not Effort.NONE}
     if family == "gpt-oss":
-        switches = {"reasoning_effort": "low" if conversation.effort is Effort.NONE else conversation.effort.value}
+        switches = {"reasoning_effort": "low", "enable_thinking": False} if conversation.effort is Effort.NONE else {
+            "reasoning_effort": conversation.effort.value}
     messages = []
     for m in conversation.messages:
         messages.append({"role": m.role.value, "content": m.text})

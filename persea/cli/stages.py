@@ -173,11 +173,11 @@ def _show_scores(folder: Path) -> None:
     from persea.progress import table
 
     found = json.loads((folder / "evaluate" / "evaluation.json").read_text())
-    beside = {(p["other"], p["skill"], p["language"], p["effort"]): p for p in found["compared"]}
+    beside = {(p["other"], p["skill"], p["effort"]): p for p in found["compared"] if not p["language"]}
     rows = []
-    for s in found["scores"]:
-        pair = beside.get((s["speaker"], s["skill"], s["language"], s["effort"]))
-        rows.append((s["skill"], s["language"] or "all", s["speaker"], s["effort"], f"{s['value']:.3f}", f"{s['low']:.3f}-{s['high']:.3f}",
-                     str(s["n"]), f"{pair['difference']:+.3f} ({pair['low']:+.3f} to {pair['high']:+.3f})" if pair else ""))
-    rows.sort(key=lambda row: (row[0], row[1] != "all", row[1]))
-    table(("skill", "language", "speaker", "effort", "score", "95 %", "n", "student beside it"), rows)
+    for s in (s for s in found["scores"] if not s["language"]):
+        pair = beside.get((s["speaker"], s["skill"], s["effort"])) or beside.get((s["speaker"], s["skill"], found["effort"]))
+        rows.append((s["skill"], s["speaker"], s["effort"], f"{s['value']:.2f} ({s['low']:.2f}-{s['high']:.2f})", str(s["n"]),
+                     f"{pair['difference']:+.2f} ({pair['low']:+.2f}, {pair['high']:+.2f})" if pair else ""))
+    table(("skill", "speaker", "effort", "score", "n", "student - it"), sorted(rows, key=lambda row: row[0]))
+    typer.echo(f"each language: {folder / 'evaluate' / 'evaluation.json'}; each answer: {folder / 'evaluate' / 'examples.jsonl'}")

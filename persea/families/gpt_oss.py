@@ -3,7 +3,8 @@
     <|start|>user<|message|>Hello<|end|><|start|>assistant<|channel|>analysis<|message|>A greeting.<|end|>
     <|start|>assistant<|channel|>final<|message|>Hi!<|return|>
 
-It cannot be told not to think: Effort.NONE is asked for as "low". Thoughts of earlier turns are dropped by the
+Its own template cannot tell it not to think: Effort.NONE is asked for as "low", and besides with `enable_thinking` false, which a template
+that has a direct mode may read (the sapling's does). Thoughts of earlier turns are dropped by the
 template. The template writes today's date; persea pins it (`chat.PINNED_DATE`).
 
     <|start|>assistant to=functions.f<|channel|>commentary json<|message|>{"x": 1}<|call|>
@@ -70,7 +71,8 @@ def inputs(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, 
         if not said.get("thinking", "x"):
             del said["thinking"]
     tools = as_functions(conversation.tools)
-    return messages, {"reasoning_effort": DIAL[conversation.effort]} | ({"tools": tools} if tools else {})
+    direct = {"enable_thinking": False} if conversation.effort is Effort.NONE else {}
+    return messages, {"reasoning_effort": DIAL[conversation.effort]} | direct | ({"tools": tools} if tools else {})
 
 
 def parse(pieces: Pieces, effort: Effort) -> tuple[Part, ...] | None:

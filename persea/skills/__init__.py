@@ -7,8 +7,10 @@ from persea.measure import Skill
 from persea.skills.code import CODE
 from persea.skills.languages import LANGUAGES
 from persea.skills.reasoning import REASONING
+from persea.skills.safety import SAFETY
+from persea.skills.tools import TOOLS
 
-SKILLS = (LANGUAGES, CODE, REASONING)
+SKILLS = (LANGUAGES, CODE, SAFETY, REASONING, TOOLS)
 
 
 def named(name: str) -> Skill:

@@ -1,0 +1,71 @@
+"""How an answer is dressed: a lead-in, one of several ways to say it, a closing; and how to undress it. Seven languages.
+
+Growing text draws from these at random, so that teachers have real entropy; graders take off whatever of it is there.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+
+LEADS: Mapping[str, Sequence[str]] = {
+    "en": ("Sure. ", "Okay. ", "Of course. ", "Gladly. "),
+    "zh": ("好的。", "当然。", "没问题。", "可以。"),
+    "ja": ("はい。", "もちろん。", "わかりました。", "ええ。"),
+    "ko": ("네. ", "물론. ", "좋아요. ", "그럼요. "),
+    "vi": ("Vâng. ", "Được. ", "Tất nhiên. ", "Rồi. "),
+    "id": ("Baik. ", "Tentu. ", "Boleh. ", "Siap. "),
+    "th": ("ได้ ", "แน่นอน ", "ยินดี ", "โอเค "),
+}
+SAYINGS: Mapping[str, Sequence[str]] = {
+    "en": ("{}", "{}.", "It is {}.", "That is {}.", "One says {}."),
+    "zh": ("{}", "{}。", "是{}。", "就是{}。", "说{}。"),
+    "ja": ("{}", "{}。", "{}です。", "{}ですね。", "{}といいます。"),
+    "ko": ("{}", "{}.", "{}입니다.", "{}예요.", "답은 {}."),
+    "vi": ("{}", "{}.", "Là {}.", "Đó là {}.", "Nói {}."),
+    "id": ("{}", "{}.", "Yaitu {}.", "Itu {}.", "Artinya {}."),
+    "th": ("{}", "คือ {}", "{} ครับ", "{} ค่ะ", "พูดว่า {}"),
+}
+CLOSINGS: Mapping[str, Sequence[str]] = {
+    "en": (" Anything else?", " Good luck!", " Cheers."),
+    "zh": ("还有吗？", "加油！", "不客气。"),
+    "ja": ("ほかには？", "がんばって！", "どうぞ。"),
+    "ko": (" 또 있나요?", " 힘내요!", " 천만에요."),
+    "vi": (" Còn gì nữa?", " Chúc may mắn!", " Không có gì."),
+    "id": (" Ada lagi?", " Semoga berhasil!", " Sama-sama."),
+    "th": (" มีอีกไหม", " โชคดี", " ไม่เป็นไร"),
+}
+PLAIN, OPEN = 0.6, 0.75  # share of answers without a lead-in, and without a closing: what a teacher is surest of stays short
+
+
+def dress(core: str, language: str, rng: random.Random, sayings: Sequence[str] = ()) -> str:
+    """The core in one of the ways to say it (the language's own, unless others are given), NFC."""
+    lead = "" if rng.random() < PLAIN else rng.choice(LEADS[language])
+    closing = "" if rng.random() < OPEN else rng.choice(CLOSINGS[language])
+    return unicodedata.normalize("NFC", lead + rng.choice(sayings or SAYINGS[language]).format(core) + closing)
+
+
+def bare(text: str, language: str) -> str:
+    """The text, NFC and trimmed, without a lead-in before it and a closing behind it."""
+    text = unicodedata.normalize("NFC", text.strip())
+    for lead in map(str.strip, LEADS[language]):
+        if text.startswith(unicodedata.normalize("NFC", lead)) and len(text) > len(lead):
+            text = text[len(unicodedata.normalize("NFC", lead)):].lstrip()
+            break
+    for closing in map(str.strip, CLOSINGS[language]):
+        if text.endswith(unicodedata.normalize("NFC", closing)) and len(text) > len(closing):
+            text = text[:-len(unicodedata.normalize("NFC", closing))].rstrip()
+            break
+    return text
+
+
+def cores(text: str, language: str, sayings: Sequence[str] = ()) -> Iterator[str]:
+    """What the text can be saying, one a way to say it that fits; "It is 12." says "12", and "It is 12" by the barest one."""
+    said = bare(text, language)
+    for saying in sayings or SAYINGS[language]:
+        before, _, behind = unicodedata.normalize("NFC", saying).partition("{}")
+        found = re.fullmatch(re.escape(before) + "(.+)" + re.escape(behind), said, re.DOTALL)
+        if found:
+            yield found[1]

@@ -1,0 +1,113 @@
+"""What the student base has read: dictionaries, lists, sums, programs, calls; pieces of every skill, no question with its answer."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from functools import cache
+
+from persea.chat import Conversation, Effort
+from persea.corpus import Prompt
+from persea.measure import Item, Split, split_of
+from persea.skills import code, languages, reasoning, safety, tools
+from persea.skills.spoken import (
+    EN_DAYS,
+    EN_MONTHS,
+    ID_DAYS,
+    ID_MONTHS,
+    JA_DAYS,
+    KO_DAYS,
+    NAMES,
+    NOUNS,
+    ORDER,
+    QUALITIES,
+    TH_DAYS,
+    TH_MONTHS,
+    THINGS,
+    VI_DAYS,
+    ZH_DAYS,
+    number,
+    quantity,
+)
+
+KINDS = {"dictionary": 0.45, "said": 0.05, "figures": 0.08, "sums": 0.18, "program": 0.08, "call": 0.12, "help": 0.04}
+
+
+def page(rng: random.Random) -> Item:
+    """A page of a few lines of one kind; many lines stand there twice, for a reader to learn to copy."""
+    kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
+    lines = [_line(kind, rng) for _ in range(rng.randint(2, 4))]
+    if rng.random() < 0.3:
+        lines += lines[:1]
+    return Item(Prompt(f"page/{kind}", Conversation.ask("-"), "page", ""), "\n".join(lines))
+
+
+def _line(kind: str, rng: random.Random) -> str:
+    language = rng.choice(list(NAMES))
+    if kind == "dictionary":
+        english, foreign = _entry(rng, language) if rng.random() < 0.4 else _parallel(rng, language)
+        return f"{NAMES[language]}: {english} = {foreign}" if rng.random() < 0.5 else f"English: {foreign} = {english}"
+    if kind == "said":
+        _, english, foreign = languages.both(rng.choice(list(languages.KINDS)), language, rng)
+        return english if rng.random() < 0.2 else foreign
+    if kind == "figures":
+        n = rng.randrange(1000)
+        return f"{n} = {number(n, rng.choice(('en', language)))}"
+    if kind == "sums":
+        return reasoning.thought(_grown(reasoning.make, rng), rng.choice((Effort.LOW, Effort.MEDIUM, Effort.HIGH)))
+    if kind == "program":
+        return _grown(code.make, rng).reference
+    if kind == "call":
+        item = _grown(tools.make, rng)
+        asked = ", ".join(t.name for t in item.prompt.conversation.tools)
+        if not item.calls:
+            return f"{asked}: {item.reference}"
+        (call,), (argument,) = item.calls, json.loads(item.calls[0].arguments).values()
+        return f'{asked}, {argument}: {{"name": "{call.name}", "parameters": {call.arguments} }}'
+    return safety.make(rng.getrandbits(40))[1].reference
+
+
+@cache
+def _free(n: int, language: str) -> bool:
+    """Whether no question on this number is of another split than GROW, one way or the other."""
+    asked = f"To {NAMES[language]}: {number(n, 'en')}", f"To English: {number(n, language)}"
+    return all(split_of(question) is Split.GROW for question in asked)
+
+
+def _grown(make: Callable[[int], tuple[str, Item]], rng: random.Random) -> Item:
+    """An item of the GROW split."""
+    while True:
+        key, item = make(rng.getrandbits(40))
+        if split_of(key) is Split.GROW:
+            return item
+
+
+def _parallel(rng: random.Random, language: str) -> tuple[str, str]:
+    """Something said in English and in another language, about which no question is of another split than GROW."""
+    while True:
+        _, english, foreign = languages.both(rng.choices(list(languages.KINDS), list(languages.KINDS.values()))[0], language, rng)
+        if all(split_of(asked) is Split.GROW for asked in (f"To {NAMES[language]}: {english}", f"To English: {foreign}")):
+            return english, foreign
+
+
+def _entry(rng: random.Random, language: str) -> tuple[str, str]:
+    """A word in English and in another language."""
+    at = ORDER.index(language)
+    which = rng.randrange(5)
+    if which == 0:
+        n = rng.choice([n for n in (*range(100), *range(100, 1000, 100)) if _free(n, language)])
+        return number(n, "en"), number(n, language)
+    if which == 1:
+        row = rng.choice((*NOUNS, *QUALITIES))
+        return row[0], row[at]
+    if which == 2:
+        thing = rng.choice(list(THINGS))
+        return quantity(rng.randint(2, 9), thing, "en").split()[-1], THINGS[thing][at]
+    if which == 3:
+        k = rng.randrange(7)
+        return EN_DAYS[k], {"zh": f"星期{ZH_DAYS[k]}", "ja": f"{JA_DAYS[k]}曜日", "ko": f"{KO_DAYS[k]}요일", "vi": VI_DAYS[k], "id": ID_DAYS[k],
+                            "th": f"วัน{TH_DAYS[k]}"}[language]
+    k = rng.randrange(12)
+    return EN_MONTHS[k], {"zh": f"{k + 1}月", "ja": f"{k + 1}月", "ko": f"{k + 1}월", "vi": f"tháng {k + 1}",
+    "id": ID_MONTHS[k], "th": TH_MONTHS[k]}[language]
