@@ -8,7 +8,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from persea import sets, skills
-from persea.chat import Conversation, Effort
+from persea.chat import Conversation, Effort, Message
 from persea.check import Sample, read_texts
 from persea.corpus import Broken, Prompt, in_modes, read_prompts
 from persea.errors import DataError
@@ -78,6 +78,13 @@ def prompts(part: CorpusPart, where: str, known: Sequence[Skill], taught: Sequen
     if len(items) < (part.generate or 0):
         raise DataError(f"{part.skill} has only {len(items):,} questions to teach with", where=where, remedy=f"ask for at most {len(items):,}")
     return in_modes((replace(i.prompt, answer=i.reference) for i in items), part.modes)
+
+
+def known(parts: Iterable[CorpusPart], skills: Sequence[Skill], prompts: Iterable[Prompt], seed: int) -> dict[tuple[Message, ...], Item]:
+    """Messages -> what a prompt's answers are graded by: a generator's own item, or a file's answer as reference and key."""
+    made = {i.prompt.conversation.messages: i for part in parts if part.generate for s in skills if s.name == part.skill
+            for i in s.items(Split.TEACH, part.generate, seed)}
+    return {p.conversation.messages: made.get(p.conversation.messages) or Item(p, p.answer, key=p.answer) for p in prompts}
 
 
 def samples(held_out: Iterable[tuple[Skill, Sequence[Item]]], texts: Mapping[str, str], lines: int) -> tuple[Sample, ...]:

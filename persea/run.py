@@ -96,9 +96,11 @@ def capture(river: River, folder: Path, tell: Tell) -> None:
         store.publish_lines(folder / "quarantine.jsonl", aside)
     verified: dict[str, Any] = {}
     if settings.verify:
+        from persea.questions import known
         from persea.sift import sift
 
-        sifted = sift([reader for reader, _ in caches(river.units, folder)], river.corpus.prompts, {s.name: s for s in river.skills})
+        items = known(river.recipe.corpus, river.skills, river.corpus.prompts, river.recipe.seed)
+        sifted = sift([reader for reader, _ in caches(river.units, folder)], items, {s.name: s for s in river.skills})
         store.publish_json(folder / "wrong.json", sifted.aside)
         sifted.refuse_nothing()
         verified = {"verified": sifted.to_json()}

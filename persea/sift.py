@@ -11,7 +11,6 @@ import numpy as np
 
 from persea.cache import Capture
 from persea.chat import Finish, Message
-from persea.corpus import Prompt
 from persea.errors import Refused
 from persea.measure import Item, Skill, Verdict, grade
 from persea.reader import Chosen, Ordered
@@ -36,23 +35,26 @@ class Sifted:
                           remedy="look at capture/wrong.json; the prompts' answers may be of another form than the skill's grader reads")
 
 
-def sift(caches: Sequence[Ordered], prompts: Sequence[Prompt], skills: Mapping[str, Skill]) -> Sifted:
-    """Grade every captured answer by its prompt's own. A grader that raises does not end the run: its answer is aside, with the exception's name."""
-    asked = {p.conversation.messages: p for p in prompts}
+def sift(caches: Sequence[Ordered], items: Mapping[tuple[Message, ...], Item], skills: Mapping[str, Skill]) -> Sifted:
+    """Grade every captured answer by the item that stands for its question (items: messages -> item).
+
+    A grader that raises does not end the run: its answer is aside, with the exception's name.
+    """
     aside: list[dict[str, Any]] = []
     right = unverified = 0
     for cache, number, capture in _all(caches):
         *before, said = capture.answer.conversation.messages
-        prompt = asked[tuple(before)]
-        if not prompt.answer:
+        item = items[tuple(before)]
+        if not item.reference and not item.calls:
             unverified += 1
             continue
-        verdict, why = _graded(skills[prompt.skill], prompt, said)
+        (result,) = grade(skills[item.prompt.skill], [item], [(said, Finish.STOP)])
+        verdict, why = result.verdict, result.why
         if verdict is Verdict.RIGHT:
             right += 1
             continue
-        aside.append({"cache": cache, "number": number, "id": prompt.id, "teacher": capture.answer.teacher, "verdict": verdict, "why": why,
-                      "reference": prompt.answer, "answer": said.text})
+        aside.append({"cache": cache, "number": number, "id": item.prompt.id, "teacher": capture.answer.teacher, "verdict": verdict, "why": why,
+                      "reference": item.reference, "answer": said.text})
     return Sifted(right, unverified, tuple(aside))
 
 
@@ -60,11 +62,6 @@ def _all(caches: Sequence[Ordered]) -> Iterator[tuple[int, int, Capture]]:
     for k, cache in enumerate(caches):
         for number in range(len(cache)):
             yield k, number, cache[number]
-
-
-def _graded(skill: Skill, prompt: Prompt, said: Message) -> tuple[Verdict, str]:
-    (result,) = grade(skill, [Item(prompt, prompt.answer)], [(said, Finish.STOP)])
-    return result.verdict, result.why
 
 
 def left(caches: Sequence[tuple[Ordered, float]], aside: Sequence[Mapping[str, Any]]) -> tuple[tuple[Ordered, float], ...]:

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from persea.chat import Effort, Message
+from persea.chat import Conversation, Effort, Message
 from persea.corpus import Broken, Prompt
 from persea.errors import DataError, Refused
-from persea.measure import Split
-from persea.questions import SAMPLE, judge, measured, prompts, published, samples
+from persea.measure import Split, Verdict
+from persea.questions import SAMPLE, judge, known, measured, prompts, published, samples
 from persea.sections import CorpusPart, PublishedSet, Teacher
 from persea.skills import CODE, REASONING
 
@@ -109,3 +109,14 @@ def test_a_judge_is_a_yardstick_of_a_known_family(tmp_path: Path, name: str, tea
     with pytest.raises(RecipeError, match=r"evaluation\.judge") as caught:
         load_recipe(tmp_path / "r.yaml")
     assert reason in str(caught.value)
+
+
+def test_answers_are_graded_by_a_generators_own_item_or_a_files_answer(tmp_path: Path):
+    part = CorpusPart(skill="reasoning", generate=20)
+    made = prompts(part, "here", [REASONING], ["reasoning"], 0, lambda b: None)
+    mine = Prompt("mine", Conversation.ask("Two and two?"), "reasoning", "en", "4")
+    items = known([part], [REASONING], [*made, mine], 0)
+    assert len(items) == 21
+    for item in items.values():
+        assert REASONING.grade(item, item.answered.messages[-1]) is Verdict.RIGHT or item.prompt.id == "mine"
+    assert (items[mine.conversation.messages].reference, items[mine.conversation.messages].key) == ("4", "4")
