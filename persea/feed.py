@@ -50,6 +50,7 @@ class Batch:
     targets_N        the learned tokens
     teachers         what each teacher says of the N positions
     share            teacher -> learned positions of its answers
+    by_B             the teacher of each conversation
     """
 
     ids_BS: torch.Tensor
@@ -59,6 +60,7 @@ class Batch:
     targets_N: torch.Tensor
     teachers: tuple[Targets, ...]
     share: Mapping[str, int]
+    by_B: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,26 @@ class Feed:
     too_long: int
     unsayable: tuple[str, ...] = ()
 
-    def batch(self, step: int) -> Batch:
-        """The batch of a step; each epoch is a new permutation of all lessons."""
-        chosen = [self._lesson(step * self.size + k) for k in range(self.size)]
-        return _collate(chosen, self.bridges)
+    def batch(self, step: int, part: int = 0, parts: int = 1) -> Batch:
+        """The batch of a step, or a part of it: parts are slices in order, so that together they are the same batch however many there are.
+
+        Each epoch is a new permutation of all lessons.
+        """
+        begin, end = self.size * part // parts, self.size * (part + 1) // parts
+        return _collate([self._lesson(step * self.size + k) for k in range(begin, end)], self.bridges)
+
+    def set_aside(self, share: float) -> tuple[Feed, Feed]:
+        """(what is learned, what is held out): a share of the lessons, drawn by the seed, in whole batches and at least one of each.
+
+        Raises DataError where there are not enough lessons for that.
+        """
+        n = max(1, round(len(self.lessons) * share / self.size)) * self.size
+        if len(self.lessons) - n < self.size:
+            raise DataError(f"{len(self.lessons)} lessons are too few to hold out {n} and learn {self.size} at once", where="training.held_out",
+                            remedy="a larger corpus, a smaller training.batch, or training.evaluate_every: 0")
+        order = np.random.default_rng([self.seed, n]).permutation(len(self.lessons))
+        held, kept = (tuple(self.lessons[k] for k in sorted(some.tolist())) for some in (order[:n], order[n:]))
+        return replace(self, lessons=kept), replace(self, lessons=held)
 
     def diagnosis(self) -> list[dict[str, Any]]:
         """By teacher and language, what the lessons are taught by: shares of learned tokens, disagreement, the teacher's mass kept."""
@@ -186,4 +204,4 @@ def _collate(lessons: Sequence[Lesson], bridges: Mapping[str, Bridge]) -> Batch:
         n += len(learned)
     row_N, at_N = torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(ats))
     teachers = tuple(targets(bridges[name], together(*zip(*parts, strict=True)), n) for name, parts in said.items())
-    return Batch(ids, mask, row_N, at_N, ids[row_N, at_N + 1], teachers, dict(share))
+    return Batch(ids, mask, row_N, at_N, ids[row_N, at_N + 1], teachers, dict(share), tuple(one.teacher for one in lessons))

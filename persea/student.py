@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from persea.errors import DataError, EnvironmentLacks, StorageError
 from persea.models import Source, local_folder, open_model
+from persea.ranks import Shard, World
 from persea.voice import Voice
 
 if TYPE_CHECKING:
@@ -29,13 +30,27 @@ class Lora:
     targets: tuple[str, ...]
 
 
+class Forward(torch.nn.Module):
+    """What a training step runs of a model, as one module: processes that share a student average gradients, and gather what is sharded,
+    around this module's forward. Whatever else of the model a step uses (hidden states, the head) is to be used in here."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids_BS: torch.Tensor, mask_BS: torch.Tensor, row_N: torch.Tensor, at_N: torch.Tensor) -> torch.Tensor:
+        logits_BSV: torch.Tensor = self.model(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False).logits
+        return logits_BSV[row_N, at_N]
+
+
 @dataclass(frozen=True, eq=False)
 class Student:
-    """A causal model in its own voice. `trained` = what the optimiser may change."""
+    """A causal model in its own voice. `trained` = what the optimiser may change; `runs` = its Forward, spread over processes or not."""
 
     model: PreTrainedModel
     voice: Voice
     source: Source
+    runs: torch.nn.Module | None = None
 
     @property
     def trained(self) -> list[torch.nn.Parameter]:
@@ -43,9 +58,31 @@ class Student:
 
     def logits(self, ids_BS: torch.Tensor, mask_BS: torch.Tensor, row_N: torch.Tensor, at_N: torch.Tensor) -> torch.Tensor:
         """[N, V] float32 logits at positions (row_N, at_N); padded rows of the matrix are cut off."""
-        device = self.model.device
-        logits_BSV: torch.Tensor = self.model(input_ids=ids_BS.to(device), attention_mask=mask_BS.to(device), use_cache=False).logits
-        return logits_BSV[row_N.to(device), at_N.to(device), :len(self.voice.vocabulary)].float()
+        device, runs = self.model.device, self.runs or Forward(self.model)
+        logits_NV: torch.Tensor = runs(ids_BS.to(device), mask_BS.to(device), row_N.to(device), at_N.to(device))
+        return logits_NV[:, :len(self.voice.vocabulary)].float()
+
+    def spread(self, world: World, shard: Shard) -> Student:
+        """This student as one of a world's processes holds it: backward averages the gradients of all. Every process calls it."""
+        if world.size == 1:
+            return self
+        forward = Forward(self.model)
+        if shard is Shard.DDP:
+            from torch.nn.parallel import DistributedDataParallel
+
+            # Looking for unused parameters keeps the buckets as they are from the first step on. Otherwise DDP orders them anew after one step,
+            # and a resumed training would add up the gradients of three processes in another order than one that went through.
+            return replace(self, runs=DistributedDataParallel(forward, find_unused_parameters=True))
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(self.model.device.type, (world.size,))
+        layers = set(self.model._no_split_modules or ())
+        for module in list(forward.modules()):
+            if type(module).__name__ in layers:
+                fully_shard(module, mesh=mesh)
+        fully_shard(forward, mesh=mesh)
+        return replace(self, runs=forward)
 
     def save(self, folder: Path) -> None:
         """A Hugging Face folder: weights (adapters merged), config, tokenizer, chat template."""

@@ -1,6 +1,6 @@
 """The command line: one verb a stage, and the small ones. torch is imported only by verbs that run a model.
 
-stages  the river and what is asked before a run; caches  persea cache; options  what they share
+stages  the river and what is asked before a run; caches  persea cache; watching  persea status; options  what they share
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Annotated
 import typer
 
 from persea import __version__
-from persea.cli import caches, stages
+from persea.cli import caches, stages, watching
 from persea.cli.options import app
 from persea.errors import PerseaError, RecipeError, Stopped
 
-__all__ = ["app", "caches", "main", "stages"]
+__all__ = ["app", "caches", "main", "stages", "watching"]
 USAGE: type[Exception] = typer.BadParameter.__mro__[1]  # click's UsageError, whichever click typer brings; it has no public name there
 
 

@@ -140,13 +140,14 @@ def composed(logits_NV: torch.Tensor, targets_N: torch.Tensor, teachers: Sequenc
                 scale_N[at] -= event_share * rest_N[at] * (-rest_R).exp()  # the rest's own pull: a rest q(u) / q(rest)
                 unscaled.append(named)
         text_N = 1 - event_share * mass_N
-        loss = (event_share * events_N + text_N * ce_N).mean()
+        each_N = event_share * events_N + text_N * ce_N
+        loss = each_N.mean()
         spoken = max(1, int((mass_N > 0).sum()))
         terms = {"cross_entropy": float(ce_N.mean()), "events": float(events_N.sum() / spoken)}
         pull_G = torch.cat([text_N, *pulls])
         row_S, token_S = (torch.cat(side) for side in zip(*unscaled, strict=True))
     known = _Known.apply(logits_NV, loss, lse_N, scale_N, torch.cat(rows), torch.cat(tokens), pull_G, row_S, token_S)  # type: ignore[no-untyped-call]
-    return LossOut(known, terms, len(targets_N))
+    return LossOut(known, terms, len(targets_N), each_N)
 
 
 def _rest(logits_NV: torch.Tensor, lse_N: torch.Tensor, rest_N: torch.Tensor, row_G: torch.Tensor, token_G: torch.Tensor

@@ -25,11 +25,13 @@ class Divergence(StrEnum):
 
 @dataclass(frozen=True)
 class LossOut:
-    """loss: scalar tensor to minimise; terms: its parts, detached, nats per learned position; positions: how many."""
+    """loss: scalar tensor to minimise; terms: its parts, detached, nats per learned position; positions: how many; each_N: the loss of
+    each, detached, where the objective says it."""
 
     loss: torch.Tensor
     terms: Mapping[str, float]
     positions: int
+    each_N: torch.Tensor | None = None
 
 
 def cross_entropy(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> LossOut:
