@@ -23,6 +23,15 @@ def test_rows_of_one_kind_have_the_key_of_that_kind() -> None:
     assert (top.rows, top.tau, top.kl) == ("topk", None, 0.01)
 
 
+def test_a_schedule_and_what_is_held_out_have_their_keys_only_where_they_are_asked_for() -> None:
+    plain, asked = Training(), Training(schedule="wsd", evaluate_every=100)
+    assert (plain.cooldown, plain.held_out, plain.report_to) == (None, None, None)
+    assert (asked.cooldown, asked.held_out) == (0.2, 0.05)
+    for idle in ({"cooldown": 0.1}, {"held_out": 0.1}, {"accumulate": 17}):
+        with pytest.raises(ValidationError, match="contradiction"):
+            Training(**idle)  # type: ignore[arg-type]
+
+
 def test_sections_cannot_be_changed() -> None:
     section = Training()
     with pytest.raises(ValidationError):
