@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from persea.recipe import SECTIONS, Recipe
+from persea.schedule import Schedule
 from persea.sections import Capture, Lora, ModelRef, Section, Student, Training
 
 
@@ -24,7 +25,7 @@ def test_rows_of_one_kind_have_the_key_of_that_kind() -> None:
 
 
 def test_a_schedule_and_what_is_held_out_have_their_keys_only_where_they_are_asked_for() -> None:
-    plain, asked = Training(), Training(schedule="wsd", evaluate_every=100)
+    plain, asked = Training(), Training(schedule=Schedule.WSD, evaluate_every=100)
     assert (plain.cooldown, plain.held_out, plain.report_to) == (None, None, None)
     assert (asked.cooldown, asked.held_out) == (0.2, 0.05)
     for idle in ({"cooldown": 0.1}, {"held_out": 0.1}, {"accumulate": 17}):
