@@ -71,6 +71,8 @@ def journal(folder: Path, name: str, tell: Tell) -> Iterator[Tell]:
     now: dict[str, Any] = {"life": Life.RUNS, "stage": "", "share": 0.0, "words": "", "left": None, "error": ""}
     first: dict[str, tuple[float, float]] = {}
     written = [0.0]
+    for half in folder.glob(".*.tmp"):  # a killed run's; the lock says that nobody writes them now
+        store.DISK.remove(half)
 
     def write() -> None:
         written[0] = time.monotonic()

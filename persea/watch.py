@@ -102,9 +102,9 @@ class Watch:
                     beat = self.store.get(f"beat/{rank}")
                     if rank not in heard or heard[rank][0] != beat:
                         heard[rank] = beat, now
-                        _, pid, host = beat.decode().split()
+                        _, who, host = beat.decode().split()
                         if self.silent and rank != self.world.rank and host == socket.gethostname():
-                            self.pids.add(int(pid))
+                            self.pids.add(int(who))
                     elif now - heard[rank][1] > SILENT:
                         self._tell_silent(rank, beat)
                 if self.store.check(["failed"]):

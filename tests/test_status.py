@@ -85,6 +85,9 @@ def test_a_killed_run_is_dead_by_its_files_alone(tmp_path: Path) -> None:
     assert (alive.life, dead.life, dead.holder) == (Life.RUNS, Life.DIED, "")
     assert dead.error.startswith(f"it ended without a word (killed, out of memory, or the power went): pid {run.pid} on ")
     assert said(tmp_path / "run")["life"] == "runs"  # what it said itself
+    (tmp_path / "run" / ".status.json.1.tmp").write_text("what a killed writer leaves")
+    with journal(tmp_path / "run", "x", silent):
+        assert not list((tmp_path / "run").glob(".*"))
 
 
 def test_looking_never_keeps_a_run_from_its_folder(tmp_path: Path) -> None:
