@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from persea.lineage import Parent
 from persea.measure import Item, Skill, Split
 from persea.models import Source, fingerprint, local_folder, notes, open_voice, stamp
 from persea.models import set_threads as set_threads
+from persea.ranks import How, World
 from persea.recipe import Recipe
 from persea.sections import WORDS, Generation, ModelRef
 from persea.sections import Student as StudentRef
@@ -59,10 +60,12 @@ def is_small(where: Source) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class River:
-    """A recipe and its run folder."""
+    """A recipe and its run folder; how its training is spread over processes, and which of them this is."""
 
     recipe: Recipe
     folder: Path
+    how: How = field(default_factory=How)
+    world: World = field(default_factory=World)
 
     @cached_property
     def voices(self) -> dict[str, Voice]:
@@ -292,18 +295,22 @@ class River:
         files = {self.folder / stage / name: sha for name, sha in record["outputs"].items()}
         return record["key"] == key and all(path.is_file() and store.digest_file(path) == sha for path, sha in files.items())
 
-    def pass_through(self, stage: str, key: str, work: Callable[[Path, Tell], None], tell: Tell) -> None:
+    def pass_through(self, stage: str, inputs: object, work: Callable[[Path, Tell], None], tell: Tell) -> None:
         """Skip a stage whose output stands; otherwise let it work in its folder and, last, write its record.
 
-        Raises Refused where a finished training of another recipe, base or capture stands there.
+        Raises Refused where a finished training of another recipe, base or capture stands there, with what differs.
         """
-        folder = self.folder / stage
+        folder, key = self.folder / stage, digest_of(inputs)
         if self.stands(stage, key):
             tell(stage, 1.0, "stands")
             return
         record = folder / "done.json"
         if stage == "train" and record.is_file() and self.done("train")["key"] != key:
-            raise Refused("a student of another recipe, base or capture stands here", where=str(folder / "student"),
+            from persea.checkpoints import differs
+
+            different = differs(folder, inputs) if isinstance(inputs, dict) else ""
+            raise Refused(f"a student of another recipe, base or capture stands here ({different or 'no checkpoint tells which'})",
+                          where=str(folder / "student"),
                           remedy=f"give this run another --out, or delete {folder}")
         record.unlink(missing_ok=True)
         for half in folder.rglob(".*.tmp"):  # a killed run's; the lock says that nobody writes them now
@@ -323,3 +330,11 @@ def knows(voice: Voice, effort: Effort) -> bool:
     its lowest effort, and the student does not see what it thought.
     """
     return effort is Effort.NONE or effort in voice.family.efforts
+
+
+def quieten() -> None:
+    """Let transformers say only what is an error: persea has bars of its own."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
