@@ -209,7 +209,7 @@ class Rollouts:
         hidden_PD, head = self.student.hidden(ids_BS, mask_BS, row_N[all_P], at_N[all_P] - 1)  # once: processes must run a model equally often
         targets_P = ids_BS[row_N[all_P], at_N[all_P]].to(hidden_PD.device)
         losses = [taught[name].loss(hidden, head, targets) * (share[name] / total) for name, hidden, targets in zip(
-            share, hidden_PD.split([len(p) for p in places]), targets_P.split([len(p) for p in places]), strict=True)]
+            share, *(torch.split(side, [len(p) for p in places]) for side in (hidden_PD, targets_P)), strict=True)]
         loss = torch.stack(losses).sum()
         heard_from = len(lengths)
         terms = {"reverse" if self.terms.objective == "events" else "chunk": float(loss.detach()), "rollout_tokens": float(np.mean(lengths)),

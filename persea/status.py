@@ -132,7 +132,7 @@ def lines(told: Status, now: float) -> list[str]:
     """The status in words, a line each."""
     ago = f", {_time(now - told.heard)} ago" if told.heard else ""
     at = f" in {told.stage} ({told.share:.0%})" if told.stage and told.life is not Life.DONE else ""
-    rows = [f"{told.life.value:8} {at.strip()}{ago}" + (f", held by {told.holder}" if told.holder else "")]
+    rows = [f"{' '.join(filter(None, (told.life.value, at.strip())))}{ago}" + (f", held by {told.holder}" if told.holder else "")]
     rows += [f"{stage:>9} {'stands, ' + _time(told.stands[stage]) if stage in told.stands else _doing(told, stage)}" for stage in STAGES]
     return rows + ([f"    error {told.error}"] if told.error else [])
 

@@ -113,9 +113,9 @@ class Watch:
                         self.end()
             except RuntimeError:  # the store is gone, and with it the launcher: nobody would look after these processes, stopped ones included
                 if not self.over.is_set():
-                    for pid in self.pids:
+                    for stopped in self.pids:
                         with suppress(ProcessLookupError):
-                            os.kill(pid, signal.SIGKILL)
+                            os.kill(stopped, signal.SIGKILL)
                     os._exit(EnvironmentLacks.exit_code)
 
     def _tell_silent(self, rank: int, beat: bytes) -> None:
