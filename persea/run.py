@@ -208,7 +208,7 @@ STAGES: tuple[Stage, ...] = (
                               *verified(r)], train),
     Stage("evaluate", lambda r: [r.done("train")["outputs"], r.identities, r.asked, r.recipe.evaluation.model_dump(exclude=AFTERWARDS)], evaluate),
     Stage("lineage", lambda r: [r.done("train")["outputs"], r.recipe.hash], lineage),
-    Stage("report", lambda r: [*(r.done(s.name)["key"] for s in STAGES[:-1]), r.lm_eval], report),
+    Stage("report", lambda r: [*(r.done(s.name)["key"] for s in STAGES[:-1]), r.lm_eval()], report),
 )
 
 
@@ -220,6 +220,7 @@ def run(river: River, tell: Tell, only: str = "") -> None:
     """
     set_threads(river.recipe.threads)
     river.refuse_modes()
+    river.lm_eval()
     with store.lock(river.folder):
         for stage in STAGES:
             if not only or stage.name == only:
