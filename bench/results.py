@@ -79,14 +79,15 @@ def surprise(speaker: Teacher, said: list[Any]) -> float:
 ALL = River(load_recipe(RECIPE), RUNS).skills
 
 
-def one_seed(seed: int, items: int) -> dict[str, Any]:
-    """Every student of a seed, measured."""
+def one_seed(seed: int, items: int, so_far: list[dict[str, Any]]) -> dict[str, Any]:
+    """Every student of a seed, measured; what is measured so far is written down beside the seeds before."""
     folder, sets = RUNS / str(seed), [f"seed={seed}"]
     main = made(folder / "student", sets, "audition", "capture", "train")
     teachers, corpus = list(main.voices), main.recipe.corpus
     cast = {skill: parts[0][0] for skill, parts in main.cast.parts.items()}
     found = {name: measured(main, name, items) for name in (STUDENT, BASE, *teachers)}
     found["sft"] = measured(made(folder / "sft", [*sets, "training.event_share=0"], "train", reuse=main.folder), STUDENT, items)
+    write(items, {"runs": [*so_far, found]})
     for name in teachers:
         pinned = json.dumps(dict.fromkeys(cast, name))
         only = made(folder / f"only-{name}", [*sets, f"audition.pinned={pinned}"], "audition", "capture", "train")
@@ -95,7 +96,12 @@ def one_seed(seed: int, items: int) -> dict[str, Any]:
         if mine:
             routed = made(folder / f"oracle-{name}", [*sets, f"corpus={json.dumps(mine)}"], "capture", "train", reuse=main.folder)
             found[f"oracle {name}"] = measured(routed, STUDENT, items)
+        write(items, {"runs": [*so_far, found]})
     return found
+
+
+def write(items: int, found: dict[str, Any]) -> None:
+    OUT.write_text(json.dumps({"seeds": len(found["runs"]), "items": items, **found}, indent=1) + "\n")
 
 
 def told(seeds: list[dict[str, Any]]) -> dict[str, Any]:
@@ -118,10 +124,10 @@ def main() -> None:
     seeds, items = (int(a) for a in (*sys.argv[1:], *("3", "400")[len(sys.argv) - 1:]))
     found = []
     for seed in range(seeds):
-        found.append(one_seed(seed, items))
+        found.append(one_seed(seed, items, found))
         table = told(found)
         bits = {name: sum(one[name]["bits_per_byte"] for one in found) / len(found) for name in found[0]}
-        OUT.write_text(json.dumps({"seeds": len(found), "items": items, "skills": table, "bits_per_byte": bits, "runs": found}, indent=1) + "\n")
+        write(items, {"skills": table, "bits_per_byte": bits, "runs": found})
     print("skill      student base  teacher oracle sft   kept headroom  best student of one teacher, kept")
     for skill, row in table.items():
         print(f"{skill:10} {row['student']:.3f}   {row['base']:.3f} {row['best_teacher']:.3f}   {row['oracle']:.3f}  {row['sft']:.3f}"
