@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from persea.cache import Capture
-from persea.chat import Finish, Message
+from persea.chat import Conversation, Finish, Message, Tool
 from persea.errors import Refused
 from persea.measure import Item, Skill, Verdict, grade
 from persea.reader import Chosen, Ordered
@@ -35,8 +35,16 @@ class Sifted:
                           remedy="look at capture/wrong.json; the prompts' answers may be of another form than the skill's grader reads")
 
 
-def sift(caches: Sequence[Ordered], items: Mapping[tuple[Message, ...], Item], skills: Mapping[str, Skill]) -> Sifted:
-    """Grade every captured answer by the item that stands for its question (items: messages -> item).
+Question: TypeAlias = tuple[tuple[Message, ...], tuple[Tool, ...]]
+
+
+def question(asked: Conversation) -> Question:
+    """What is asked, at whatever effort: with other tools the same words want another answer."""
+    return asked.messages, asked.tools
+
+
+def sift(caches: Sequence[Ordered], items: Mapping[Question, Item], skills: Mapping[str, Skill]) -> Sifted:
+    """Grade every captured answer by the item that stands for its question.
 
     A grader that raises does not end the run: its answer is aside, with the exception's name.
     """
@@ -44,7 +52,7 @@ def sift(caches: Sequence[Ordered], items: Mapping[tuple[Message, ...], Item], s
     right = unverified = 0
     for cache, number, capture in _all(caches):
         *before, said = capture.answer.conversation.messages
-        item = items[tuple(before)]
+        item = items[tuple(before), capture.answer.conversation.tools]
         if not item.reference and not item.calls:
             unverified += 1
             continue
