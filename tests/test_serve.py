@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import Speaker
 from servers import Served, serving, start_serve
+from test_cli import persea
 from test_engines import NAMES, engine, opened
 
 from persea.chat import Conversation, Effort, Finish, Role, Text, Thinking, ToolCall, ToolResult
@@ -26,7 +27,7 @@ from persea.engines import Sampling
 from persea.errors import DataError, Refused
 from persea.measure import Split
 from persea.models import Source, open_voice
-from persea.serve.app import make_app, open_speaker, serve
+from persea.serve.app import key_for, make_app, open_speaker
 from persea.serve.guard import Caps, Guard, is_loopback
 from persea.serve.schema import Chat
 from persea.serve.scores import echoed
@@ -407,11 +408,19 @@ def test_without_a_key_only_this_machine_is_answered() -> None:
     assert not any(is_loopback(h) for h in ("0.0.0.0", "10.0.0.1:80", "evil.example", "localhost.evil.example", "::", ""))
 
 
-def test_other_addresses_need_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_addresses_need_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PERSEA_SERVE_KEY", raising=False)
     with pytest.raises(Refused, match="PERSEA_SERVE_KEY holds no key") as caught:
-        serve(None, "0.0.0.0", 0, "PERSEA_SERVE_KEY", Caps(), print)  # type: ignore[arg-type]
+        key_for("0.0.0.0", "PERSEA_SERVE_KEY")
     assert caught.value.exit_code == 4
+    assert key_for("127.0.0.1", "PERSEA_SERVE_KEY") == ""
+    monkeypatch.setenv("PERSEA_SERVE_KEY", " \n")
+    with pytest.raises(Refused):
+        key_for("::", "PERSEA_SERVE_KEY")
+    monkeypatch.setenv("PERSEA_SERVE_KEY", "a-secret\n")  # as a file ends
+    assert key_for("0.0.0.0", "PERSEA_SERVE_KEY") == "a-secret"
+    ended = persea("serve", tmp_path / "nowhere", "--host", "0.0.0.0", "--key-env", "NO_SUCH_KEY", folder=tmp_path)
+    assert (ended.code, "NO_SUCH_KEY holds no key" in ended.err) == (4, True)  # told before the model is looked for
 
 
 def test_a_run_folder_is_its_student(tmp_path: Path) -> None:
