@@ -1,9 +1,10 @@
 # make quickstart   the main job: three tiny teachers teach one student, with its own set-up
 # make test         the tests, with their own set-up (<= 6 minutes on 2 cores)
 # make lint         ruff and mypy
-# make chaos        runs and captures killed, cut, flipped, out of power and space end the same (about 15 minutes)
+# make chaos        runs, captures and trainings killed, cut, flipped, out of power and space end the same (about 25 minutes)
 # make results      the quickstart with three seeds (about 20 minutes)
 # make bench-cache  what the cache costs and what it is worth (about 10 minutes)
+# make bench-rollouts   how quickly a student answers many prompts at once (about a minute)
 # make bench        what alignment, bridges and the objective cost, beside TRL (about 9 minutes; installs TRL)
 # make bench-train  what a training step costs beside cross-entropy and TRL's DistillationTrainer (about 15 minutes; installs TRL)
 # make bench-bias   what each method pushes a perfect student away by (10 to 20 minutes; installs TRL for its GOLD)
@@ -18,7 +19,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test lint chaos results bench bench-bias bench-cache bench-train bench-objectives soak saplings clean
+.PHONY: quickstart test lint chaos results bench bench-bias bench-cache bench-rollouts bench-train bench-objectives soak saplings clean
 .DELETE_ON_ERROR:
 
 .venv/persea: pyproject.toml
@@ -42,6 +43,7 @@ lint: .venv/persea
 
 chaos: .venv/persea
 	$(BIN)/python bench/chaos_cache.py
+	$(BIN)/python bench/chaos_train.py
 	$(BIN)/python bench/chaos.py
 
 results: .venv/persea
@@ -58,6 +60,9 @@ bench-objectives: .venv/persea
 
 bench-cache: .venv/persea
 	$(BIN)/python bench/cache.py
+
+bench-rollouts: .venv/persea
+	$(BIN)/python bench/rollouts.py
 
 bench-train: .venv/persea
 	$(BIN)/pip install -q -e '.[bench]'

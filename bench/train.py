@@ -126,9 +126,10 @@ def workspace() -> dict[str, Any]:
     """MiB at once beside the gradients of hidden states and weight; the targets' own tokens are counted too."""
     identity = Bridge(np.arange(V, dtype=np.int32), np.arange(V, dtype=np.int32), V, "")
     found: dict[str, Any] = {}
-    for n, teachers in ((128, 1), (512, 1), (512, 4)):
-        hidden, weight = parts(n)
-        tokens, head, floor = torch.zeros(n, dtype=torch.int64), Head(weight, V), 4 * (V * D + n * D)
+    width = 16  # what a chunk needs beside its logits is small at any width
+    for n, teachers in ((64, 1), (256, 1), (256, 4)):
+        hidden, weight = parts(n, width)
+        tokens, head, floor = torch.zeros(n, dtype=torch.int64), Head(weight, V), 4 * (V + n) * width
         said = [rows(n // teachers, identity, k) for k in range(teachers)]
         said = [Targets(t.row_M + k * (n // teachers), t.probs_M, t.entry_G, t.token_G, t.rest_N, t.row_A, t.token_A, V) for k, t in enumerate(said)]
         with Peak() as cached:

@@ -14,6 +14,7 @@ from everywhere); tests/test_map.py holds this map true.
     placement     fewer bits a weight, and main memory beside a GPU's; or why not
     models        where weights come from: folder, hub, or a random sprout of a family's architecture
     # what a person asks for
+    schedule      how the learning rate goes, step by step
     places        a page of YAML as plain data, and where each key of it stands
     sections      the sections of a recipe: keys, bounds, meanings, contradictions
     recipe        Recipe: the one YAML file a person writes -> frozen sections, checked, hashed
@@ -55,10 +56,16 @@ from everywhere); tests/test_map.py holds this map true.
     questions     what a recipe asks with: skills by generators or published sets, prompts, reference answers
     losses        targets events token full chunk: pure functions (logits, targets) -> LossOut; head: the same from hidden states; fused: on a GPU
     hidden        what a causal model gives to its head, and makes of the head's output
-    student       Student: load, adapt (full or LoRA), run, save
+    ranks         World: the processes that train together; how they were launched, or that it is refused
+    watch         one process among others: joined, watched, ended together; who is gone is named
+    launch        several processes on this machine: started, signalled, none left behind
+    student       Student: load, adapt (full or LoRA), run, spread over processes, save
     feed          captures -> lessons -> batches, the same whoever asks
+    beside        what a teacher says of a student's own tokens: whole rows, or chunks
     rollouts      what the student says itself, beside its teachers' distributions
+    checkpoints   what a training is made of at a step, on disk
     train         the one loop: batch, loss, step, checkpoint
+    boards        tensorboard, trackio, wandb: where metrics are shown too
     # is it true
     evaluate      the student beside every teacher and its base, on every skill
     modes         the hybrid student in each mode: score, leaks, length and language of its thoughts
@@ -74,6 +81,8 @@ from everywhere); tests/test_map.py holds this map true.
     serve         a model behind OpenAI's routes, with real log-probabilities
     # the river
     river         what a recipe's words stand for, and the run folder
+    teach         the stage train: lessons, student and objective handed to the loop, in one process or several
+    status        what a run did, does, and died of: written as it goes, read from files alone
     run           every stage in order, each skipped when its output stands: read it first
     plan          what a run would do and cost
     progress      what a person sees while it runs

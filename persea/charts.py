@@ -152,7 +152,7 @@ def heat(ident: str, title: str, columns: Sequence[tuple[str, str]], rows: Seque
     body = []
     for k, (name, mark) in enumerate(columns):
         at = left + wide * (k + 0.5)
-        body.append(f'{glyph(mark, at, 12)}{_text(_short(name, max(3, int(wide / 6.6))), at, 35, "mid tick")}')
+        body.append(f'{glyph(mark, at, 12)}{_text(_short(name, max(3, int(wide / 7.6))), at, 35, "mid tick")}')
     for j, (name, values) in enumerate(rows):
         y = top + pitch * j
         body.append(_text(_short(name, 14), 0, y + 17.5, "name"))

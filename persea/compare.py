@@ -14,7 +14,7 @@ from persea.errors import DataError
 from persea.findings import Said, read_answers
 from persea.intervals import of_difference, of_gap
 
-COLUMNS = ("skill", "language", "effort", "A", "B", "B - A", "95 %", "n", "B is")
+COLUMNS = ("skill", "language", "A", "B", "B - A", "95 %", "n", "B is")
 ABSENT = "(not there)"
 
 
@@ -60,9 +60,11 @@ class Comparison:
 
     def rows(self) -> list[tuple[str, ...]]:
         """What a person sees, a line a place, and bits per byte last."""
-        told = [(p.skill, p.language or "all", str(p.effort), f"{p.a:.3f}", f"{p.b:.3f}", f"{p.difference:+.3f}", f"{p.low:+.3f} to {p.high:+.3f}",
-                 str(p.pairs) if p.pairs else f"{p.a_n}, {p.b_n}", p.words) for p in self.places]
-        bits = [("bits/byte", skill, "", *("-" if x is None else f"{x:.3f}" for x in both), "", "", "", "")
+        several = len({p.effort for p in self.places}) > 1
+        told = [(p.skill, " ".join(filter(None, (p.language or "all", f"at {p.effort}" if several else ""))), f"{p.a:.3f}", f"{p.b:.3f}",
+                 f"{p.difference:+.3f}", f"{p.low:+.2f} to {p.high:+.2f}", str(p.pairs) if p.pairs else f"{p.a_n}, {p.b_n}", p.words)
+                for p in self.places]
+        bits = [("bits/byte", skill, *("-" if x is None else f"{x:.3f}" for x in both), "", "", "", "")
                 for skill, both in self.bits_per_byte.items()]
         return [*told, *bits]
 

@@ -70,4 +70,5 @@ class Stopped(BaseException):
 
     def __init__(self, number: int, what: str = "what is committed stays") -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}; {what} -> the same command goes on")
+        self.number, self.what = number, what
         self.exit_code = 128 + number

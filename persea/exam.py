@@ -209,8 +209,9 @@ def examine(fd: int, verdict: int, nonce: str, tests: str, names: Sequence[str])
             return ["name", value.name]
         if isinstance(value, Kept):
             return ["kept", value.number]
-        if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
-            return ["name", value.__name__]
+        name = str(getattr(value, "__name__", ""))
+        if isinstance(value, type) and getattr(builtins, name, None) is value:
+            return ["name", name]
         raise Strange(f"a {type(value).__name__} cannot be handed over")
 
     def theirs(value: list[Any]) -> Any:

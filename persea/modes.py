@@ -13,6 +13,7 @@ from persea.chat import Effort, Finish, Message
 from persea.intervals import wilson
 from persea.measure import Item, Score, Skill, grade, score
 from persea.teacher import Teacher
+from persea.tongues import same
 from persea.tongues import tongue as known_tongue
 from persea.vocabulary import Vocabulary
 
@@ -122,7 +123,7 @@ def _mode(student: Teacher, skill: Skill, items: Sequence[Item], effort: Effort,
     cut = sum(_thinks(m, finish) and not m.thinking for m, finish in said)
     return Mode(skill.name, effort, score(student.name, skill.name, results, effort), Count.of(astray, len(said)),
                 _length(student.voice.vocabulary, [text for text, _ in thoughts], cut), dict(Counter(found for found, _ in tongues).most_common()),
-                Count.of(sum(found == language for found, language in told), len(told)))
+                Count.of(sum(same(found, language) for found, language in told), len(told)))
 
 
 def _length(vocabulary: Vocabulary, thoughts: Sequence[str], cut: int) -> Length:

@@ -3,26 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
 from persea import sets, skills
+from persea.chat import Conversation, Effort, Message
 from persea.check import Sample, read_texts
 from persea.corpus import Broken, Prompt, in_modes, read_prompts
 from persea.errors import DataError
 from persea.measure import Item, Skill, Split
-from persea.sections import CorpusPart, PublishedSet
-from persea.sets.reading import HUB, Source
+from persea.sections import CorpusPart, PublishedSet, Teacher
+from persea.sets.reading import HUB, Published, Source
+from persea.teacher import Teacher as Speaking
 
+WORD = 16  # tokens of a judge's one word
 SAMPLE = 64  # reference answers of one skill and language that check lays over each other; they are short and much alike
 
 
-def published(refs: Iterable[PublishedSet]) -> tuple[sets.Opened, ...]:
-    """A recipe's published sets, read. Raises DataError with file and line, EnvironmentLacks where one cannot be graded here."""
+@dataclass(frozen=True)
+class Judge:
+    """A yardstick that tells what an answer to a delicate question does. teachers: name -> family of those who teach."""
+
+    family: str
+    teachers: Mapping[str, str]
+    ask: Callable[[str], str]
+
+
+def judge(name: str, teachers: Sequence[Teacher], family: Callable[[str], str], load: Callable[[str], Speaking]) -> Judge | None:
+    """The judge of that name among a recipe's teachers; None for none. family: of a teacher by name. It is loaded when first asked."""
+    if not name:
+        return None
+    families = {t.name: t.family or family(t.name) for t in teachers}
+    speaking = cache(partial(load, name))
+
+    def ask(question: str) -> str:
+        asked = replace(speaking(), effort=Effort.NONE).answer([Prompt("judge", Conversation.ask(question), "judge", "en")], WORD)
+        return asked[0].text
+
+    return Judge(families[name], {t.name: families[t.name] for t in teachers if not t.yardstick}, ask)
+
+
+def published(refs: Iterable[PublishedSet], by: Judge | None = None) -> tuple[sets.Opened, ...]:
+    """A recipe's published sets, read; those about safety graded by a judge, where there is one.
+
+    Raises DataError with file and line, EnvironmentLacks where one cannot be graded here, Refused for a judge of a teacher's family.
+    """
+    def named(name: str) -> Published:
+        one = sets.named(name)
+        return sets.safety.judged(one, by.ask, by.family, by.teachers) if by and one in sets.safety.SETS else one
+
     def source(s: PublishedSet) -> Source:
         return Source(s.file or f"{HUB}{s.hub}", s.answers or "", s.language, s.config, s.split)
 
-    return tuple(sets.open_set(sets.named(s.set), source(s), s.skill) for s in refs)
+    return tuple(sets.open_set(named(s.set), source(s), s.skill) for s in refs)
 
 
 def measured(taught: Sequence[str], opened: Sequence[sets.Opened]) -> tuple[Skill, ...]:
@@ -44,6 +78,13 @@ def prompts(part: CorpusPart, where: str, known: Sequence[Skill], taught: Sequen
     if len(items) < (part.generate or 0):
         raise DataError(f"{part.skill} has only {len(items):,} questions to teach with", where=where, remedy=f"ask for at most {len(items):,}")
     return in_modes((replace(i.prompt, answer=i.reference) for i in items), part.modes)
+
+
+def known(parts: Iterable[CorpusPart], skills: Sequence[Skill], prompts: Iterable[Prompt], seed: int) -> dict[tuple[Message, ...], Item]:
+    """Messages -> what a prompt's answers are graded by: a generator's own item, or a file's answer as reference and key."""
+    made = {i.prompt.conversation.messages: i for part in parts if part.generate for s in skills if s.name == part.skill
+            for i in s.items(Split.TEACH, part.generate, seed)}
+    return {p.conversation.messages: made.get(p.conversation.messages) or Item(p, p.answer, key=p.answer) for p in prompts}
 
 
 def samples(held_out: Iterable[tuple[Skill, Sequence[Item]]], texts: Mapping[str, str], lines: int) -> tuple[Sample, ...]:

@@ -42,6 +42,7 @@ from persea.sections import (
     Training,
     agreed,
 )
+from persea.sections import WORDS as SAYS_WORDS
 
 
 class Recipe(Section):
@@ -76,6 +77,11 @@ class Recipe(Section):
         teach = [t.name for t in self.teachers if not t.yardstick]
         claims += [(t in names and t not in teach, ("audition", "pinned", s), f"{t} is a yardstick, which never teaches", _choose(t, teach or names))
                    for s, t in self.audition.pinned.items()]
+        judge = next((t for t in self.teachers if t.name == self.evaluation.judge), None)
+        claims.append((self.evaluation.judge != "" and (judge is None or not judge.yardstick), ("evaluation", "judge"),
+                       f"{self.evaluation.judge!r} is no yardstick", "name a teacher with `yardstick: true`"))
+        claims.append((judge is not None and judge.model == SAYS_WORDS and not judge.family, ("evaluation", "judge"),
+                       f"nobody knows the family of {self.evaluation.judge}", "write its `family:`; generic for one that is no teacher's"))
         claims.append((not teach, ("teachers", 0, "yardstick"), "true of every teacher, so that nobody teaches", "delete it in one of them"))
         far = [t for t in self.teachers if not t.yardstick and (t.endpoint is not None or t.engine != "local")]
         claims += [(self.training.completion, ("training", "completion"),

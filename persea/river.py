@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from persea import questions, store
 from persea.asking import Speaker
 from persea.audition import Cast
 from persea.bridge import Bridge, open_bridge
-from persea.capture import Unit, assigned, plan_units
+from persea.capture import Unit, plan_units
 from persea.chat import Effort
 from persea.check import Sample
 from persea.corpus import Broken, Corpus, gather
@@ -27,6 +27,7 @@ from persea.lineage import Parent
 from persea.measure import Item, Skill, Split
 from persea.models import Source, fingerprint, local_folder, notes, open_voice, stamp
 from persea.models import set_threads as set_threads
+from persea.ranks import How, World
 from persea.recipe import Recipe
 from persea.sections import WORDS, Generation, ModelRef
 from persea.sections import Student as StudentRef
@@ -36,7 +37,6 @@ from persea.store import digest_of as digest_of
 from persea.voice import Voice
 
 if TYPE_CHECKING:
-    from persea.rollouts import Rollouts
     from persea.student import Student
     from persea.teacher import Teacher
 
@@ -60,10 +60,12 @@ def is_small(where: Source) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class River:
-    """A recipe and its run folder."""
+    """A recipe and its run folder; how its training is spread over processes, and which of them this is."""
 
     recipe: Recipe
     folder: Path
+    how: How = field(default_factory=How)
+    world: World = field(default_factory=World)
 
     @cached_property
     def voices(self) -> dict[str, Voice]:
@@ -126,7 +128,8 @@ class River:
     @cached_property
     def published(self) -> tuple[Opened, ...]:
         """The recipe's published sets, read."""
-        return questions.published(self.recipe.evaluation.sets)
+        by = questions.judge(self.recipe.evaluation.judge, self.recipe.teachers, lambda t: self.voices[t].family.name, partial(self.teacher, batch=1))
+        return questions.published(self.recipe.evaluation.sets, by)
 
     @cached_property
     def skills(self) -> tuple[Skill, ...]:
@@ -140,9 +143,10 @@ class River:
 
     @cached_property
     def asked(self) -> str:
-        """Digest of all held-out questions and their answers."""
-        return digest_of([[i.prompt.id, i.prompt.conversation.to_json(), i.reference, i.calls, i.choices, i.key]
-                        for split in (Split.AUDITION, Split.TEST) for _, items in self.items(split) for i in items])
+        """Digest of all held-out questions and their answers, and of who judges."""
+        return digest_of([*filter(None, [self.recipe.evaluation.judge]), *(
+            [i.prompt.id, i.prompt.conversation.to_json(), i.reference, i.calls, i.choices, i.key]
+            for split in (Split.AUDITION, Split.TEST) for _, items in self.items(split) for i in items)])
 
     @cached_property
     def samples(self) -> tuple[Sample, ...]:
@@ -269,17 +273,6 @@ class River:
         lora = Lora(ref.lora.rank, ref.lora.alpha, ref.lora.targets) if ref.lora else None
         return open_student(source(ref), self.student_voice, lora, self.recipe.seed, Ways(t.precision == "bfloat16", t.recompute, t.packing))
 
-    def rollouts(self, student: Student) -> Rollouts | None:
-        """What the student says itself, with every teacher of the cast open beside it; None where the recipe does not ask for it."""
-        from persea.rollouts import Rollouts, Task
-
-        t = self.recipe.training
-        if t.on_policy is None:
-            return None
-        tasks = tuple(Task(prompt, name) for prompt, name in assigned(self.corpus.prompts, self.cast))
-        teachers = {name: self.teacher(name, t.batch) for name in dict.fromkeys(task.teacher for task in tasks)}
-        return Rollouts(student, tasks, teachers, self.bridges, t.on_policy, t.batch, self.recipe.seed, t.max_tokens)
-
     def parent(self, name: str) -> Parent:
         """A teacher, or the base, for the lineage record."""
         ref: ModelRef = self.recipe.student if name == BASE else next(t for t in self.recipe.teachers if t.name == name)
@@ -302,18 +295,22 @@ class River:
         files = {self.folder / stage / name: sha for name, sha in record["outputs"].items()}
         return record["key"] == key and all(path.is_file() and store.digest_file(path) == sha for path, sha in files.items())
 
-    def pass_through(self, stage: str, key: str, work: Callable[[Path, Tell], None], tell: Tell) -> None:
+    def pass_through(self, stage: str, inputs: object, work: Callable[[Path, Tell], None], tell: Tell) -> None:
         """Skip a stage whose output stands; otherwise let it work in its folder and, last, write its record.
 
-        Raises Refused where a finished training of another recipe, base or capture stands there.
+        Raises Refused where a finished training of another recipe, base or capture stands there, with what differs.
         """
-        folder = self.folder / stage
+        folder, key = self.folder / stage, digest_of(inputs)
         if self.stands(stage, key):
             tell(stage, 1.0, "stands")
             return
         record = folder / "done.json"
         if stage == "train" and record.is_file() and self.done("train")["key"] != key:
-            raise Refused("a student of another recipe, base or capture stands here", where=str(folder / "student"),
+            from persea.checkpoints import differs
+
+            different = differs(folder, inputs) if isinstance(inputs, dict) else ""
+            raise Refused(f"a student of another recipe, base or capture stands here ({different or 'no checkpoint tells which'})",
+                          where=str(folder / "student"),
                           remedy=f"give this run another --out, or delete {folder}")
         record.unlink(missing_ok=True)
         for half in folder.rglob(".*.tmp"):  # a killed run's; the lock says that nobody writes them now
@@ -333,3 +330,11 @@ def knows(voice: Voice, effort: Effort) -> bool:
     its lowest effort, and the student does not see what it thought.
     """
     return effort is Effort.NONE or effort in voice.family.efforts
+
+
+def quieten() -> None:
+    """Let transformers say only what is an error: persea has bars of its own."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

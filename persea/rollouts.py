@@ -5,6 +5,10 @@ template, and where both begin a token at the same byte the teacher's whole dist
 common events, position by position (Agarwal et al. 2024, over events). The positions are the student's own tokens, as it said them and not
 as its tokenizer would have: that is what on-policy means. Where no boundary is common, nothing is learned here: a sample's own
 cross-entropy has no gradient in the mean.
+
+Where a teacher gives no more than log-probabilities, `objective: chunk` compares how likely both find each stretch between two common
+boundaries (losses/chunk.py): of the student's own answers the gradient of half the squared difference is minus the advantage (the
+teacher's less the student's) times the gradient of the stretch's log-probability: reverse KL's policy gradient.
 """
 
 from __future__ import annotations
@@ -12,28 +16,28 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from persea.align import align
-from persea.bridge import Bridge
+from persea.beside import Pair
 from persea.chat import Conversation, Effort, Finish, Tokens
 from persea.corpus import Prompt
-from persea.errors import DataError, Refused
-from persea.masks import Mask
+from persea.errors import DataError, RecipeError, Refused
+from persea.rows import RowKind
 from persea.sections import OnPolicy
-from persea.teacher import Teacher
 from persea.voice import Voice
 
 if TYPE_CHECKING:
     import torch
 
-    from persea.losses import Dead, LossOut
+    from persea.bridge import Bridge
+    from persea.losses import Head, LossOut
     from persea.student import Student
+    from persea.teacher import Teacher
 
 LOOP = 4        # times in a row that a stretch may not be said
 STRETCH = 64    # longest stretch of tokens looked at
@@ -116,13 +120,16 @@ def own_words(voice: Voice, conversation: Conversation, prompt: Tokens, ids: npt
 def heard(task: Task, voice: Voice, ids: npt.NDArray[np.int32], terms: OnPolicy, max_tokens: int) -> Said | str:
     """The answer, or in a word why it is not learned from.
 
+    unasked    its prompt cannot be said in the student's voice
     malformed  in its own template's terms      length    it did not end, and `truncated` is drop, or ended within a character
     loop       it ends in a loop (`repeats`)    spelling  its tokens cannot be placed over its bytes
     unsayable  its template cannot write it     long      more than max_tokens tokens
     """
+    if not len(ids):
+        return "unasked"
     asked = task.asked
     parts, finish = voice.parse(ids.tolist(), asked.effort, asked.tools)
-    if finish is Finish.MALFORMED or not len(ids):
+    if finish is Finish.MALFORMED:
         return "malformed"
     if finish is Finish.LENGTH and (terms.truncated == "drop" or not parts):
         return "length"
@@ -139,17 +146,13 @@ def heard(task: Task, voice: Voice, ids: npt.NDArray[np.int32], terms: OnPolicy,
 
 
 @dataclass(frozen=True)
-class Beside:
-    """One teacher's whole distributions beside positions of a batch. C positions.
+class Taught:
+    """place_P  learned positions, counted through a teacher's answers; weight  how many the loss is the mean of (chunk: stretches);
+    loss  from hidden states and targets at these positions, and the head"""
 
-    place_C       position among the batch's learned ones
-    logprobs_CW   natural; student_dead, teacher_dead: what cannot stand there
-    """
-
-    place_C: torch.Tensor
-    logprobs_CW: torch.Tensor
-    student_dead: Dead
-    teacher_dead: Dead
+    place_P: torch.Tensor
+    weight: int
+    loss: Callable[[torch.Tensor, Head, torch.Tensor], torch.Tensor]
 
 
 @dataclass(eq=False)
@@ -161,14 +164,21 @@ class Rollouts:
 
     student: Student
     tasks: tuple[Task, ...]
-    teachers: Mapping[str, Teacher]
-    bridges: Mapping[str, Bridge]
+    pairs: Mapping[str, Pair]
     terms: OnPolicy
     size: int
     seed: int
     max_tokens: int
     _round: Round | None = None
-    _dead: dict[tuple[int, int], npt.NDArray[np.int64]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, pair in self.pairs.items():
+            kind = pair.teacher.engine.abilities.kind
+            if kind is RowKind.WORDS or (kind is not RowKind.FULL and self.terms.objective == "events"):
+                raise RecipeError(f"{name} gives rows of kind {kind.value}, and reverse KL over events needs whole ones" if kind is not RowKind.WORDS
+                                  else f"{name} gives words alone: it cannot say how likely it finds what the student said",
+                                  where="training.on_policy.objective", remedy="teach from captures, or with a teacher whose weights are here"
+                                  + ("" if kind is RowKind.WORDS else "; or `objective: chunk`"))
 
     def due(self, step: int) -> bool:
         """Whether the step learns from rollouts: from `after` on, `share` of the steps, evenly."""
@@ -179,29 +189,31 @@ class Rollouts:
         """Reverse KL of a step, or a part of it, and each teacher's positions. Refused where nothing the student said can be learned from."""
         import torch
 
-        from persea.losses import Divergence, LossOut, Sides, divergence_head
+        from persea.losses import LossOut
 
         said, left_out, lengths = self._said(step, part, parts)
-        beside = self._beside(said, left_out)
-        if not beside:
-            raise Refused(f"of {self.size} answers of the student none can be learned from ({dict(left_out)})", where=f"train, step {step}",
+        spoken = self._spoken(said, left_out)
+        taught = {name: self._taught(name, some) for name, some in spoken.items()}
+        share = {name: one.weight for name, one in taught.items() if one.weight}
+        if not share:
+            raise Refused(f"of {len(lengths)} answers of the student none can be learned from ({dict(left_out)})", where=f"train, step {step}",
                           remedy="raise training.on_policy.after, so that it can answer before it is heard, or max_new_tokens")
-        width = max(len(one.tokens) for one in said)
-        ids_BS, mask_BS = torch.zeros((2, len(said), width), dtype=torch.int64)
-        for b, one in enumerate(said):
-            ids_BS[b, :len(one.tokens)], mask_BS[b, :len(one.tokens)] = torch.from_numpy(one.tokens.ids_T), 1
-        learned = [np.flatnonzero(one.tokens.learn_T) - 1 for one in said]
-        row_N, at_N = (torch.from_numpy(np.concatenate(side)) for side in ([np.full(len(at), b) for b, at in enumerate(learned)], learned))
-        share = {name: len(one.place_C) for name, one in beside.items()}
-        all_C, total = torch.cat([one.place_C for one in beside.values()]), sum(share.values())
-        hidden_CD, head = self.student.hidden(ids_BS, mask_BS, row_N[all_C], at_N[all_C])
-        loss = torch.zeros((), device=hidden_CD.device)
-        for (name, one), mine_CD in zip(beside.items(), hidden_CD.split(list(share.values())), strict=True):
-            out = divergence_head(mine_CD, head, one.logprobs_CW, Sides(self.bridges[name], one.student_dead, one.teacher_dead),
-                                  Divergence.REVERSE)
-            loss = loss + out.loss * (share[name] / total)
-        heard_from = len(said) + sum(left_out.values())
-        terms = {"reverse": float(loss.detach()), "rollout_tokens": float(np.mean(lengths)), "rollouts_left_out": sum(left_out.values()) / heard_from,
+        answers = [own for name in share for own, _ in spoken[name]]
+        ids_BS, mask_BS, learn_BS = torch.zeros((3, len(answers), max(map(len, answers))), dtype=torch.int64)
+        for b, own in enumerate(answers):
+            ids_BS[b, :len(own)], mask_BS[b, :len(own)], learn_BS[b, :len(own)] = torch.from_numpy(own.ids_T), 1, torch.from_numpy(own.learn_T)
+        row_N, at_N = learn_BS.nonzero(as_tuple=True)
+        firsts = np.cumsum([0, *(sum(int(own.learn_T.sum()) for own, _ in spoken[name]) for name in share)]).tolist()
+        places = [taught[name].place_P + first for name, first in zip(share, firsts[:-1], strict=True)]
+        all_P, total = torch.cat(places), sum(share.values())
+        hidden_PD, head = self.student.hidden(ids_BS, mask_BS, row_N[all_P], at_N[all_P] - 1)  # once: processes must run a model equally often
+        targets_P = ids_BS[row_N[all_P], at_N[all_P]].to(hidden_PD.device)
+        losses = [taught[name].loss(hidden, head, targets) * (share[name] / total) for name, hidden, targets in zip(
+            share, *(torch.split(side, [len(p) for p in places]) for side in (hidden_PD, targets_P)), strict=True)]
+        loss = torch.stack(losses).sum()
+        heard_from = len(lengths)
+        terms = {"reverse" if self.terms.objective == "events" else "chunk": float(loss.detach()), "rollout_tokens": float(np.mean(lengths)),
+                 "rollouts_left_out": sum(left_out.values()) / heard_from,
                  **{f"left_out_{why}": n / heard_from for why, n in sorted(left_out.items())}}
         return LossOut(loss, terms, total), share
 
@@ -241,86 +253,57 @@ class Rollouts:
         from persea.engines.local import LocalEngine
 
         voice, model = self.student.voice, self.student.model
-        asked = [voice.prompt(self._task(number, k).asked).ids_T for k in range(self.terms.rollouts)]
+        asked: list[npt.NDArray[np.int32]] = []
+        for k in range(self.terms.rollouts):
+            try:
+                asked.append(voice.prompt(self._task(number, k).asked).ids_T)
+            except DataError:
+                asked.append(np.empty(0, np.int32))  # told as unasked
+        some = [k for k, ids in enumerate(asked) if len(ids)]
         training = model.training
         model.eval()
         seed = int(np.random.default_rng([self.seed, step, 2]).integers(1 << 62))
         said = LocalEngine(model, len(voice.vocabulary), self.terms.rollouts).rollouts(
-            asked, voice.stop_ids, self.terms.max_new_tokens, temperature=self.terms.temperature, seed=seed)
+            [asked[k] for k in some], voice.stop_ids, self.terms.max_new_tokens, temperature=self.terms.temperature, seed=seed)
         model.train(training)
-        return said
+        answers = dict(zip(some, said, strict=True))
+        return [answers.get(k, np.empty(0, np.int32)) for k in range(self.terms.rollouts)]
 
-    def _beside(self, said: list[Said], left_out: Counter[str]) -> dict[str, Beside]:
-        """Each teacher's rows beside what it can teach of. What a teacher cannot say, or has no common boundary with, is taken out of `said`."""
-        spoken: dict[str, list[tuple[Said, Tokens]]] = {}
-        for one in list(said):
-            teacher = self.teachers[one.task.teacher]
+    def _spoken(self, said: Sequence[Said], left_out: Counter[str]) -> dict[str, list[tuple[Tokens, Tokens]]]:
+        """By teacher, each answer in the student's own tokens and in the teacher's; what a teacher cannot say is counted as left out."""
+        spoken: dict[str, list[tuple[Tokens, Tokens]]] = {}
+        for one in said:
+            teacher = self.pairs[one.task.teacher].teacher
             try:
                 theirs = teacher.voice.render(replace(one.conversation, effort=one.task.prompt.effort or teacher.effort))
             except DataError:
                 theirs = None
             if theirs is None or 0 < teacher.context < len(theirs):
-                said.remove(one)
                 left_out["teacher"] += 1
                 continue
-            spoken.setdefault(one.task.teacher, []).append((one, theirs))
-        firsts, n = {}, 0
-        for one in said:
-            firsts[id(one)] = n
-            n += int(one.tokens.learn_T.sum())
-        found = {}
-        for name, some in spoken.items():
-            beside = self._of(name, some, [firsts[id(one)] for one, _ in some])
-            if len(beside.place_C):
-                found[name] = beside
-        return found
+            spoken.setdefault(one.task.teacher, []).append((one.tokens, theirs))
+        return spoken
 
-    def _of(self, name: str, some: list[tuple[Said, Tokens]], firsts: list[int]) -> Beside:
+    def _taught(self, name: str, some: Sequence[tuple[Tokens, Tokens]]) -> Taught:
+        """What one teacher says of its answers, and the loss against it."""
         import torch
 
-        bridge = self.bridges[name]
-        places, rows, contexts = [], [], []
-        for (one, theirs), first in zip(some, firsts, strict=True):
-            both = align([one.tokens], [theirs]).boundaries
-            places.append(first + (np.cumsum(one.tokens.learn_T) - 1)[both.student_C])
-            rows.append((np.cumsum(theirs.learn_T) - 1)[both.teacher_C])
-            if bridge.teacher_mask is not None and bridge.student_mask is not None:
-                contexts.append((bridge.student_mask.keeper.inner(theirs, both.teacher_C),
-                                 bridge.teacher_mask.keeper.inner(one.tokens, both.student_C)))
-        pieces: list[list[torch.Tensor]] = [[] for _ in some]
-        at = [0] * len(some)
-        for k, some_NW in self.teachers[name].engine.pieces([t.ids_T for _, t in some], [t.learn_T for _, t in some]):
-            mine = rows[k][(rows[k] >= at[k]) & (rows[k] < at[k] + len(some_NW))] - at[k]
-            pieces[k].append(some_NW[torch.from_numpy(mine)])
-            at[k] += len(some_NW)
-        place_C, logprobs_CW = np.concatenate(places), torch.cat([piece for parts in pieces for piece in parts])
-        if not contexts:
-            return Beside(torch.from_numpy(place_C), logprobs_CW, self._dead_in([]), self._dead_in([]))
-        assert bridge.student_mask is not None and bridge.teacher_mask is not None
-        of_student, of_teacher = ([self._gone(mask, context) for context in np.concatenate(side).tolist()] for mask, side in zip(
-            (bridge.student_mask, bridge.teacher_mask), zip(*contexts, strict=True), strict=True))
-        fits = np.array([_agree(bridge, *dead) for dead in zip(of_student, of_teacher, strict=True)])
-        of_student, of_teacher = ([dead for dead, good in zip(side, fits.tolist(), strict=True) if good] for side in (of_student, of_teacher))
-        return Beside(torch.from_numpy(place_C[fits]), logprobs_CW[torch.from_numpy(fits)], self._dead_in(of_student), self._dead_in(of_teacher))
+        from persea.losses import Divergence, Sides, chunk, divergence_head
 
-    def _dead_in(self, dead_C: Sequence[npt.NDArray[np.int64]]) -> Dead:
-        import torch
-
-        from persea.losses import Dead
-
-        row_D = np.repeat(np.arange(len(dead_C)), [len(d) for d in dead_C])
-        return Dead(torch.from_numpy(row_D), torch.from_numpy(np.concatenate([np.empty(0, np.int64), *dead_C])))
-
-    def _gone(self, mask: Mask, context: int) -> npt.NDArray[np.int64]:
-        """What cannot stand in a context, the whole vocabulary; each context is asked once."""
-        key = id(mask), context
-        if key not in self._dead:
-            self._dead[key] = mask.dead(context)
-        return self._dead[key]
+        pair = self.pairs[name]
+        if self.terms.objective == "chunk":
+            chunks, dead = pair.chunks(some)
+            every_P = torch.arange(sum(int(own.learn_T.sum()) for own, _ in some))
+            return Taught(every_P, len(chunks.teacher_C), lambda hidden, head, targets: chunk(head.logits(hidden), targets, chunks, dead).loss)
+        beside = pair.rows(some)
+        sides = Sides(pair.bridge, beside.student_dead, beside.teacher_dead)
+        return Taught(beside.place_C, len(beside.place_C), lambda hidden, head, targets: divergence_head(
+            hidden, head, beside.logprobs_CW, sides, Divergence.REVERSE).loss)
 
 
-def _agree(bridge: Bridge, dead_V: npt.NDArray[np.int64], dead_W: npt.NDArray[np.int64]) -> bool:
-    """Whether some event is left that both sides can say."""
-    left = [np.bincount(event_X[event_X >= 0], minlength=bridge.events) - np.bincount(event_X[dead][event_X[dead] >= 0], minlength=bridge.events)
-            for event_X, dead in ((bridge.student_event_V, dead_V), (bridge.teacher_event_W, dead_W))]
-    return bool((np.minimum(*left) > 0).any())
+def open_rollouts(asked: Iterable[tuple[Prompt, str]], student: Student, teacher: Callable[[str], Teacher], bridges: Mapping[str, Bridge],
+                  terms: OnPolicy, size: int, seed: int, max_tokens: int) -> Rollouts:
+    """Each prompt with the teacher that the cast gives it (capture.assigned), all of these open at once."""
+    tasks = tuple(Task(prompt, name) for prompt, name in asked)
+    pairs = {name: Pair(teacher(name), bridges[name]) for name in dict.fromkeys(task.teacher for task in tasks)}
+    return Rollouts(student, tasks, pairs, terms, size, seed, max_tokens)

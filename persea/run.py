@@ -16,10 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from persea import store
+from persea.boards import refuse_missing
 from persea.chat import Effort
 from persea.far import is_far
 from persea.measure import Paired, Split
+from persea.ranks import refuse_too_many
 from persea.river import BASE, STUDENT, River, Tell, digest_of, is_small, set_threads, source
+from persea.status import journal
+from persea.watch import joined
 
 
 @dataclass(frozen=True)
@@ -96,46 +100,29 @@ def capture(river: River, folder: Path, tell: Tell) -> None:
         store.publish_lines(folder / "quarantine.jsonl", aside)
     verified: dict[str, Any] = {}
     if settings.verify:
+        from persea.questions import known
         from persea.sift import sift
 
-        sifted = sift([reader for reader, _ in caches(river.units, folder)], river.corpus.prompts, {s.name: s for s in river.skills})
+        items = known(river.recipe.corpus, river.skills, river.corpus.prompts, river.recipe.seed)
+        sifted = sift([reader for reader, _ in caches(river.units, folder)], items, {s.name: s for s in river.skills})
         store.publish_json(folder / "wrong.json", sifted.aside)
+        sifted.refuse_nothing()
         verified = {"verified": sifted.to_json()}
     store.publish_json(folder / "summary.json", told | {"removed": dict(removed)} | verified | accounts(told, river.corpus, aside))
 
 
 def train(river: River, folder: Path, tell: Tell) -> None:
-    """Teach the student from all teachers at once."""
-    from persea.capture import caches
-    from persea.feed import offline
-    from persea.losses import composed_head
-    from persea.reader import Ordered
-    from persea.sift import left
-    from persea.train import Settings
-    from persea.train import train as loop
+    """Teach the student from all teachers at once, in as many processes as were asked for."""
+    from persea.teach import teach
 
-    t = river.recipe.training
-    student = river.student()
-    heard: Sequence[tuple[Ordered, float]] = caches(river.units, river.folder / "capture")
-    if river.recipe.capture.verify:
-        heard = left(heard, store.read_json(river.folder / "capture" / "wrong.json"))
-    feed = offline(heard, student.voice, river.bridges, size=t.batch, seed=river.recipe.seed, max_tokens=t.max_tokens, completion=t.completion)
-    rollouts = river.rollouts(student)
+    teach(river, folder, trained(river), tell)
 
-    def loss_of(step: int) -> tuple[Any, Any]:
-        if rollouts is not None and rollouts.due(step):
-            return rollouts.loss(step)
-        batch = feed.batch(step)
-        states = student.hidden(batch.ids_BS, batch.mask_BS, batch.row_N, batch.at_N)
-        teachers = batch.teachers if t.objective == "events" else ()
-        return composed_head(*states, batch.targets_N, teachers, t.event_share), batch.share
 
-    settings = Settings(t.steps, t.learning_rate, t.warmup, t.weight_decay, t.clip, t.checkpoint_every, t.log_every, river.recipe.seed)
-    student.model.train()
-    loop(student.trained, loss_of, settings, folder, digest_of(STAGES[3].inputs(river)), lambda step, line: tell(
-        "train", step / t.steps, f"loss {line['loss']:.3f}, {line['positions'] / max(line['seconds'], 1e-9):.0f} tokens/s"), source=rollouts)
-    student.save(folder / "student")
-    store.publish_json(folder / "feed.json", feed.survey.to_json())
+def trained(river: River) -> dict[str, Any]:
+    """What a student comes from. How often it is looked at, or shown, is no part of it."""
+    return {"training": river.recipe.training.model_dump(mode="json", exclude={"report_to"}), "seed": river.recipe.seed,
+            "threads": river.recipe.threads, "student": river.student_identity, "capture": digest_of([u.name for u in river.units])} | (
+                {"verified": verified(river)} if river.recipe.capture.verify else {})
 
 
 def evaluate(river: River, folder: Path, tell: Tell) -> None:
@@ -156,6 +143,7 @@ def evaluate(river: River, folder: Path, tell: Tell) -> None:
     lines = list(heard.lines())
     store.publish_lines(folder / "examples.jsonl", lines)
     store.publish_json(folder / "evaluation.json", out.to_json())
+    store.publish_json(folder / "sets.json", [o.to_json() for o in river.published])
     _modes(river, folder, lines, tell)
 
 
@@ -199,8 +187,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("audition", lambda r: [r.identities, r.asked, r.recipe.audition.model_dump(), r.recipe.capture.max_new_tokens], audition),
     Stage("capture", lambda r: [*(u.name for u in r.units), *([b.where, b.why] for b in r.corpus.broken), *["verify"] * r.recipe.capture.verify],
           capture),
-    Stage("train", lambda r: [[u.name for u in r.units], r.student_identity, r.recipe.training.model_dump(), r.recipe.seed, r.recipe.threads,
-                              *verified(r)], train),
+    Stage("train", trained, train),
     Stage("evaluate", lambda r: [r.done("train")["outputs"], r.identities, r.asked, r.recipe.evaluation.model_dump(exclude=AFTERWARDS)], evaluate),
     Stage("lineage", lambda r: [r.done("train")["outputs"], r.recipe.hash], lineage),
     Stage("report", lambda r: [*(r.done(s.name)["key"] for s in STAGES[:-1]), r.lm_eval], report),
@@ -214,11 +201,22 @@ def run(river: River, tell: Tell, only: str = "") -> None:
     stage before it; Regressed, once all is written, where the student is less safe than its base and the recipe does not allow it.
     """
     set_threads(river.recipe.threads)
+    t = river.recipe.training
     river.refuse_modes()
-    with store.lock(river.folder):
-        for stage in STAGES:
-            if not only or stage.name == only:
-                river.pass_through(stage.name, digest_of(stage.inputs(river)), partial(stage.work, river), tell)
+    with joined(river.world):
+        if only in ("", "train"):  # what cannot be in the end is told in the beginning
+            refuse_too_many(max(river.how.procs, river.world.size), t.batch, t.accumulate)
+            refuse_missing(t.report_to)
+        if river.world.rank:  # the first process keeps the folder
+            from persea.teach import follow
+
+            follow(river, river.folder / "train", trained)
+            return
+        with store.lock(river.folder), journal(river.folder, river.recipe.name, tell) as told:
+            for stage in STAGES:
+                if not only or stage.name == only:
+                    river.pass_through(stage.name, stage.inputs(river), partial(stage.work, river), told)
+        river.world.told("over")
     if only in ("", "evaluate", "report") and not river.recipe.evaluation.allow_regression:
         from persea.evaluate import refuse_regressions
 

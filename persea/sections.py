@@ -13,6 +13,7 @@ from persea.chat import Effort
 from persea.families import FAMILIES
 from persea.families.generic import NAME as GENERIC
 from persea.places import KeyPath
+from persea.schedule import Schedule
 
 SLUG, NAME = r"^[a-z0-9][a-z0-9._-]*$", r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 MANY = 1 << 30  # no count in a recipe is larger
@@ -234,6 +235,8 @@ class OnPolicy(Section):
     refresh: int = Field(default=8, ge=0, le=MANY, description="steps after which an answer is stale and refused")
     max_new_tokens: int = Field(default=64, ge=1, le=MANY, description="longest answer, in the student's tokens")
     temperature: float = Field(default=1.0, gt=0, le=2, description="of drawing; 1 is the student's own distribution")
+    objective: Literal["events", "chunk"] = Field(
+        default="events", description="events = reverse KL at every common boundary; chunk = how likely both find each stretch between two")
     truncated: Literal["keep", "drop"] = Field(default="keep", description="what an answer cut at `max_new_tokens` said so far is learned, or not")
 
 
@@ -256,7 +259,26 @@ class Training(Section):
     max_tokens: int = Field(default=512, ge=8, le=MANY, description="longest conversation, in student tokens; longer ones are left out")
     checkpoint_every: int = Field(default=200, ge=1, le=MANY, description="steps between checkpoints")
     log_every: int = Field(default=10, ge=1, le=MANY, description="steps between lines of the log")
+    schedule: Schedule = Field(default=Schedule.COSINE, description="how the learning rate falls: cosine, or wsd (stays, then falls in a line)")
+    cooldown: float | None = Field(default_factory=lambda seen: 0.2 if seen["schedule"] == "wsd" else None, gt=0, le=1, validate_default=True,
+                                   description="share of the steps in which it falls; only with `schedule: wsd`")
+    accumulate: int = Field(default=1, ge=1, le=MANY, description="parts a batch is worked through in, one after another, to need less memory")
+    evaluate_every: int = Field(default=0, ge=0, le=MANY, description="steps between losses of lessons that are held out; 0 = none is")
+    held_out: float | None = Field(default_factory=lambda seen: 0.05 if seen["evaluate_every"] else None, gt=0, le=0.5, validate_default=True,
+                                   description="share of the lessons held out, in whole batches; only with `evaluate_every`")
+    skips: int = Field(default=3, ge=0, le=MANY, description="steps that may be left out because loss or gradient is not finite, before it ends")
+    report_to: Literal["tensorboard", "trackio", "wandb"] | None = Field(default=None, description="show the metrics there too, as they come")
     on_policy: OnPolicy | None = Field(default=None, description="learn from the student's own answers too; not given = never")
+
+    @model_validator(mode="after")
+    def _asks_for_what_it_names(self) -> Self:
+        return agreed(
+            self,
+            (self.schedule is Schedule.COSINE and self.cooldown is not None, ("cooldown",), "given, but `schedule` is cosine",
+             "write `schedule: wsd`, or delete `cooldown:`"),
+            (not self.evaluate_every and self.held_out is not None, ("held_out",), "given, but `evaluate_every` is 0",
+             "write `evaluate_every: 100`, or delete `held_out:`"),
+            (self.accumulate > self.batch, ("accumulate",), f"{self.accumulate} parts of a batch of {self.batch}", "at most one a conversation"))
 
     @model_validator(mode="after")
     def _hears_in_time(self) -> Self:
@@ -306,6 +328,7 @@ class Evaluation(Section):
     efforts: tuple[Effort, ...] = Field(default=(), description="efforts to measure everybody at besides their own, where they have them")
     allow_regression: bool = Field(default=False, description="whether a student less safe than its base ends the run well; else exit 4")
     lm_eval: dict[str, str] = Field(default={}, description="speaker -> a results file of lm-eval that joins the page")
+    judge: str = Field(default="", description="a yardstick that grades safety sets instead of rules; none of a teacher's family")
     sets: tuple[PublishedSet, ...] = Field(default=(), description="published question sets that teachers are chosen and everybody is compared by")
 
 

@@ -11,7 +11,6 @@ import numpy as np
 
 from persea.cache import Capture
 from persea.chat import Finish, Message
-from persea.corpus import Prompt
 from persea.errors import Refused
 from persea.measure import Item, Skill, Verdict, grade
 from persea.reader import Chosen, Ordered
@@ -28,30 +27,34 @@ class Sifted:
     def to_json(self) -> dict[str, Any]:
         return {"right": self.right, "unverified": self.unverified, "aside": dict(Counter(a["verdict"] for a in self.aside))}
 
+    def refuse_nothing(self) -> None:
+        """Raises Refused where there are answers, and none is left to teach."""
+        if self.aside and not self.right and not self.unverified:
+            first = self.aside[0]
+            raise Refused(f"no answer of {len(self.aside):,} is right ({first['id']}: {first['why'] or first['verdict']})", where="capture.verify",
+                          remedy="look at capture/wrong.json; the prompts' answers may be of another form than the skill's grader reads")
 
-def sift(caches: Sequence[Ordered], prompts: Sequence[Prompt], skills: Mapping[str, Skill]) -> Sifted:
-    """Grade every captured answer by its prompt's own. A grader that raises does not end the run: its answer is aside, with the exception's name.
 
-    Raises Refused where nothing is left to teach.
+def sift(caches: Sequence[Ordered], items: Mapping[tuple[Message, ...], Item], skills: Mapping[str, Skill]) -> Sifted:
+    """Grade every captured answer by the item that stands for its question (items: messages -> item).
+
+    A grader that raises does not end the run: its answer is aside, with the exception's name.
     """
-    asked = {p.conversation.messages: p for p in prompts}
     aside: list[dict[str, Any]] = []
     right = unverified = 0
     for cache, number, capture in _all(caches):
         *before, said = capture.answer.conversation.messages
-        prompt = asked[tuple(before)]
-        if not prompt.answer:
+        item = items[tuple(before)]
+        if not item.reference and not item.calls:
             unverified += 1
             continue
-        verdict, why = _graded(skills[prompt.skill], prompt, said)
+        (result,) = grade(skills[item.prompt.skill], [item], [(said, Finish.STOP)])
+        verdict, why = result.verdict, result.why
         if verdict is Verdict.RIGHT:
             right += 1
             continue
-        aside.append({"cache": cache, "number": number, "id": prompt.id, "teacher": capture.answer.teacher, "verdict": verdict, "why": why,
-                      "reference": prompt.answer, "answer": said.text})
-    if aside and not right and not unverified:
-        raise Refused(f"no answer of {len(aside):,} is right ({aside[0]['id']}: {aside[0]['why'] or aside[0]['verdict']})", where="capture.verify",
-                      remedy="look at capture/wrong.json's reasons; the prompts' answers may be of another form than the skill's grader reads")
+        aside.append({"cache": cache, "number": number, "id": item.prompt.id, "teacher": capture.answer.teacher, "verdict": verdict, "why": why,
+                      "reference": item.reference, "answer": said.text})
     return Sifted(right, unverified, tuple(aside))
 
 
@@ -59,11 +62,6 @@ def _all(caches: Sequence[Ordered]) -> Iterator[tuple[int, int, Capture]]:
     for k, cache in enumerate(caches):
         for number in range(len(cache)):
             yield k, number, cache[number]
-
-
-def _graded(skill: Skill, prompt: Prompt, said: Message) -> tuple[Verdict, str]:
-    (result,) = grade(skill, [Item(prompt, prompt.answer)], [(said, Finish.STOP)])
-    return result.verdict, result.why
 
 
 def left(caches: Sequence[tuple[Ordered, float]], aside: Sequence[Mapping[str, Any]]) -> tuple[tuple[Ordered, float], ...]:

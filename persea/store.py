@@ -7,10 +7,11 @@ import hashlib
 import json
 import os
 import socket
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from persea.errors import DataError, StorageError
 
@@ -188,12 +189,10 @@ def lock(folder: Path) -> Iterator[None]:
         _folder(folder)
         file = path.open("a+b", buffering=0)
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not _held(file, fcntl.LOCK_EX, 5):  # `holder` looks by holding it for some microseconds
             file.seek(0)
             raise StorageError(f"another run holds this folder ({file.read().decode().strip() or 'unknown'})", where=str(folder),
-                               remedy="wait for it, or give this run another --out") from error
+                               remedy="wait for it, or give this run another --out")
         with _storage(path):
             file.truncate(0)
             file.write(f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
@@ -203,3 +202,24 @@ def lock(folder: Path) -> Iterator[None]:
 def digest_of(value: object) -> str:
     """sha256 of a value's canonical JSON."""
     return hashlib.sha256(json.dumps(value, default=str, sort_keys=True).encode()).hexdigest()
+
+
+def _held(file: IO[bytes], kind: int, times: int) -> bool:
+    for k in range(times):
+        if k:
+            time.sleep(0.05)
+        with suppress(BlockingIOError):
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            return True
+    return False
+
+
+def holder(folder: Path) -> str:
+    """Who holds a run folder, "pid 1 on host"; empty where nobody does, whatever the file says: a dead process holds nothing."""
+    try:
+        with (folder / "lock").open("rb") as file:
+            return "" if _held(file, fcntl.LOCK_SH, 1) else file.read().decode().strip() or "unknown"
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise cannot_read(folder / "lock", error) from error

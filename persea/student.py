@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from persea.errors import DataError, EnvironmentLacks, Refused, StorageError
 from persea.hidden import Scaling, hidden_states, packed, refuse_packing, scaling_of
 from persea.losses import Head
 from persea.models import Source, local_folder, open_model
+from persea.ranks import Shard, World
 from persea.voice import Voice
 
 if TYPE_CHECKING:
@@ -60,13 +61,14 @@ class Forward(torch.nn.Module):
         mask_BS, positions_BS = (None, place_BS) if self.ways.packing else (place_BS, None)
         with torch.autocast(ids_BS.device.type, torch.bfloat16, enabled=self.ways.half):
             hidden_ND = hidden_states(self.model, ids_BS, mask_BS, positions_BS)[row_N, at_N]
-        linear = self.model.get_output_embeddings()
-        return hidden_ND.bfloat16() if self.ways.half else hidden_ND, linear.weight, linear.bias
+        linear: torch.nn.Linear = self.model.get_output_embeddings()
+        weight_VD, bias_V = (None if side is None else side.view_as(side) for side in (linear.weight, linear.bias))  # DDP overlooks a bare parameter
+        return hidden_ND.bfloat16() if self.ways.half else hidden_ND, weight_VD, bias_V
 
 
 @dataclass(frozen=True, eq=False)
 class Student:
-    """A causal model in its own voice. `trained` = what the optimiser may change; `runs` = its Forward, where that is wrapped."""
+    """A causal model in its own voice. `trained` = what the optimiser may change; `runs` = its Forward, spread over processes or not."""
 
     model: PreTrainedModel
     voice: Voice
@@ -92,6 +94,28 @@ class Student:
         """[N, V] float32 logits at positions (row_N, at_N), all at once: training goes through `hidden` instead."""
         hidden_ND, head = self.hidden(ids_BS, mask_BS, row_N, at_N)
         return head.logits(hidden_ND)
+
+    def spread(self, world: World, shard: Shard) -> Student:
+        """This student as one of a world's processes holds it: backward averages the gradients of all. Every process calls it."""
+        if world.size == 1:
+            return self
+        forward = Forward(self.model, self.ways)
+        if shard is Shard.DDP:
+            from torch.nn.parallel import DistributedDataParallel
+
+            # Looking for unused parameters keeps the buckets as they are from the first step on. Otherwise DDP orders them anew after one step,
+            # and a resumed training would add up the gradients of three processes in another order than one that went through.
+            return replace(self, runs=DistributedDataParallel(forward, find_unused_parameters=True))
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(self.model.device.type, (world.size,))
+        layers = set(self.model._no_split_modules or ())
+        for module in list(forward.modules()):
+            if type(module).__name__ in layers:
+                fully_shard(module, mesh=mesh)
+        fully_shard(forward, mesh=mesh)
+        return replace(self, runs=forward)
 
     def save(self, folder: Path) -> None:
         """A Hugging Face folder: weights (adapters merged), config, tokenizer, chat template."""

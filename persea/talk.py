@@ -15,13 +15,12 @@ from persea.errors import DataError
 from persea.models import find, open_model, open_voice
 from persea.serve.speak import Heard
 from persea.teacher import Teacher
+from persea.tongues import NAMES
 from persea.voice import Voice
 
-LANGUAGES = {"en": "English", "zh": "Chinese", "ja": "Japanese", "ko": "Korean", "vi": "Vietnamese", "id": "Indonesian", "th": "Thai", "ms": "Malay",
-             "tl": "Filipino", "my": "Burmese", "km": "Khmer", "lo": "Lao"}
 HELP = {
     "/think": "on, off, low, medium or high: how long it thinks before it answers; alone: what it is now",
-    "/lang": f"ask it to answer in a language ({', '.join(LANGUAGES)}), or off",
+    "/lang": f"ask it to answer in a language ({', '.join(NAMES)}), or off",
     "/history": "what was said, thoughts left out",
     "/reset": "forget what was said",
     "/help": "these lines",
@@ -53,7 +52,7 @@ class Talk:
 
     def asked(self, line: str) -> Conversation:
         """The whole conversation with this line as its question."""
-        question = Conversation.ask(line, system=f"Answer in {LANGUAGES[self.language]}." if self.language else "", effort=self.effort)
+        question = Conversation.ask(line, system=f"Answer in {NAMES[self.language]}." if self.language else "", effort=self.effort)
         return replace(question, messages=(*question.messages[:-1], *self.messages, question.messages[-1]))
 
     def obey(self, line: str) -> str:
@@ -86,12 +85,12 @@ class Talk:
         return f"thinking: {self.effort}"
 
     def _speak(self, word: str) -> str:
-        code = next((c for c, name in LANGUAGES.items() if word in (c, name.lower())), "")
+        code = next((c for c, name in NAMES.items() if word in (c, name.lower())), "")
         if word and word != "off" and not code:
-            return f"/lang {word}? {', '.join(f'{c} {n}' for c, n in LANGUAGES.items())}, or off"
+            return f"/lang {word}? {', '.join(f'{c} {n}' for c, n in NAMES.items())}, or off"
         if word:
             self.language = code
-        return f"answers are asked for in {LANGUAGES[self.language]}" if self.language else "answers are in the language it chooses"
+        return f"answers are asked for in {NAMES[self.language]}" if self.language else "answers are in the language it chooses"
 
 
 class Screen(Protocol):

@@ -1,28 +1,36 @@
-"""The one loop: batch, loss, step, checkpoint. It imports no loss and no source of batches; they are handed in."""
+"""The one loop: batch, loss, step, checkpoint, in one process or several. It imports no loss and no source of batches; they are handed in."""
 
 from __future__ import annotations
 
-import io
-import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
 import torch
 
-from persea import store
-from persea.errors import DataError, Refused, Stopped
+from persea import checkpoints, store
+from persea.checkpoints import AUTO, State, whole
+from persea.errors import Refused, Stopped
+from persea.ranks import World
+from persea.schedule import Schedule, rate
+
+ALONE = World()
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train; units: steps, and nats per learned position for losses."""
+    """How to train; units: steps, and nats per learned position for losses.
+
+    accumulate      times a process adds up gradients before a step
+    evaluate_every  steps between measurements of what was held out; 0 = never
+    skips           steps in all that may be left out because loss or gradient is not finite
+    """
 
     steps: int
     learning_rate: float
@@ -32,10 +40,19 @@ class Settings:
     checkpoint_every: int
     log_every: int
     seed: int
+    schedule: Schedule = Schedule.COSINE
+    cooldown: float = 0.2
+    accumulate: int = 1
+    evaluate_every: int = 0
+    skips: int = 3
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step."""
+        return rate(step, steps=self.steps, highest=self.learning_rate, warmup=self.warmup, schedule=self.schedule, cooldown=self.cooldown)
 
 
 class Step(Protocol):
-    """What the loop needs to know of a loss."""
+    """What the loop needs to know of a loss: its mean over the learned positions, its terms, and how many positions there are."""
 
     @property
     def loss(self) -> torch.Tensor: ...
@@ -45,118 +62,159 @@ class Step(Protocol):
     def positions(self) -> int: ...
 
 
+@dataclass(frozen=True)
+class Taught:
+    """What one teacher taught of a part: learned positions, and nats they cost together (NaN where the loss does not say)."""
+
+    positions: int
+    nats: float = math.nan
+
+
+LossOf = Callable[[int, int, int], tuple[Step, Mapping[str, Taught]]]
+
+
 class Source(Protocol):
     """A source of batches that carries something from step to step (rollouts in flight), which a checkpoint must hold.
 
-    state    asked after a step; restore  told before the first step what every process of the saving world gave
+    state    asked after a step; what this process would lose by a kill
+    restore  told before the first step what every process of the saving world gave, in the order of ranks: with as many processes each
+             takes its own, with more or fewer it divides or drops them, and says which
     """
 
     def state(self) -> bytes: ...
     def restore(self, states: tuple[bytes, ...]) -> None: ...
 
 
-def rate(step: int, settings: Settings) -> float:
-    """Learning rate: linear warm-up, then half a cosine down to a tenth."""
-    warm = min(1.0, (step + 1) / max(1, settings.warmup))
-    done = min(1.0, max(0.0, (step - settings.warmup) / max(1, settings.steps - settings.warmup)))
-    return settings.learning_rate * warm * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
+@dataclass
+class _Sum:
+    """Parts of a step, added up: over what one process accumulates, then over processes, in the order of ranks."""
+
+    nats: float = 0.0
+    positions: int = 0
+    terms: dict[str, float] = field(default_factory=dict)
+    teachers: dict[str, Taught] = field(default_factory=dict)
+    asked: int = 0
+
+    def add(self, nats: float, positions: int, terms: Mapping[str, float], teachers: Mapping[str, Taught], asked: int = 0) -> None:
+        self.nats, self.positions, self.asked = self.nats + nats, self.positions + positions, self.asked or asked
+        for name, value in terms.items():
+            self.terms[name] = self.terms.get(name, 0.0) + value
+        for name, taught in teachers.items():
+            before = self.teachers.get(name, Taught(0, 0.0))
+            self.teachers[name] = Taught(before.positions + taught.positions, before.nats + taught.nats)
 
 
-def train(parameters: list[torch.nn.Parameter], loss_of: Callable[[int], tuple[Step, Mapping[str, float]]], settings: Settings, folder: Path,
-          key: str,
-          progress: Callable[[int, Mapping[str, Any]], None] = lambda step, line: None, *, source: Source | None = None) -> None:
-    """Minimise loss_of(step) for settings.steps steps, from the last checkpoint in `folder` if one stands for `key`.
+def train(parameters: Sequence[torch.nn.Parameter], loss_of: LossOf, settings: Settings, folder: Path, inputs: Mapping[str, Any],
+          progress: Callable[[int, Mapping[str, Any]], None] = lambda step, line: None, *, world: World = ALONE, source: Source | None = None,
+          resume: str = AUTO, evaluate: Callable[[], Mapping[str, float]] | None = None) -> None:
+    """Minimise the loss for settings.steps steps, from a checkpoint if one stands for `inputs`.
 
-    parameters  what may change
-    loss_of     step -> (loss, learned positions per teacher); the same step gives the same loss for the same weights
-    key         digest of recipe and data; a checkpoint of another key is refused
-    source      what carries something from step to step
-    Writes metrics.jsonl and checkpoints/. Raises Refused before a step whose loss or gradient is not finite is applied,
-    Stopped after a signal, with the state saved.
+    parameters  what may change; in several processes, of a student that `Student.spread` has made theirs (its backward averages gradients)
+    loss_of     (step, part, parts) -> loss of that part of the step's batch, and what each teacher taught of it. A step is divided into
+                parts = processes x settings.accumulate; together they are the same batch however many there are, and the loss that is
+                minimised is the mean over ALL its learned positions
+    inputs      what recipe and data are, as JSON: a checkpoint of other inputs is refused, with what differs
+    progress    told every step's line of metrics
+    source      what carries something from step to step; resume  auto, never, or a checkpoint's path
+    evaluate    held-out losses by name, every settings.evaluate_every steps; all processes call it
+    Writes metrics.jsonl and checkpoints/ (the first process alone). A step whose loss or gradient is not finite is not applied and recorded;
+    Refused after settings.skips of them. Stopped after a signal to any process, with the state saved.
     """
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay)
-    begin, seconds, positions, log = _resume(folder, key, parameters, optimizer, source)
-    clock = time.monotonic() - seconds
+    checkpoints.seed_all(settings.seed, world.rank)
+    state = _resume(folder, inputs, parameters, optimizer, world, source, resume)
+    begun, clock = (state.step, time.monotonic()), time.monotonic() - state.seconds
     with _signals() as asked:
-        for step in range(begin, settings.steps):
+        for step in range(state.step, settings.steps):
             for group in optimizer.param_groups:
-                group["lr"] = rate(step, settings)
-            torch.manual_seed((settings.seed << 31) + step)  # dropout of a step is the same whether or not the run was resumed before it
-            out, share = loss_of(step)
-            out.loss.backward()  # type: ignore[no-untyped-call]
-            norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
-            if not (torch.isfinite(out.loss) and torch.isfinite(norm)):
-                raise Refused(f"loss {float(out.loss.detach()):g}, gradient norm {float(norm):g} at step {step}: not applied", where="train",
-                              remedy="lower training.learning_rate, or look at the batch: the last checkpoint is finite")
-            optimizer.step()
+                group["lr"] = settings.rate(step)
+            total = _gradients(parameters, loss_of, step, settings.accumulate, world, asked)
+            norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, settings.clip)))
+            loss, last = total.nats / max(1, total.positions), step + 1 == settings.steps
+            if applied := math.isfinite(loss) and math.isfinite(norm):
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            positions += out.positions
-            total = max(1, sum(share.values()))
-            line = {"step": step + 1, "loss": float(out.loss.detach()), "terms": dict(out.terms),
-                    "learning_rate": rate(step, settings), "gradient_norm": float(norm),
-                    "positions": positions, "seconds": round(time.monotonic() - clock, 3), "share": {k: n / total for k, n in share.items()}}
-            if (step + 1) % settings.log_every == 0 or step + 1 == settings.steps:
-                log.append(line)
+            now = replace(state, step=step + 1, seconds=round(time.monotonic() - clock, 3),
+                          positions=state.positions + total.positions * applied)
+            line = _line(now, settings, total, norm)
+            line["left"] = round((time.monotonic() - begun[1]) / (step + 1 - begun[0]) * (settings.steps - step - 1))
+            if evaluate and settings.evaluate_every and ((step + 1) % settings.evaluate_every == 0 or last):
+                line["held_out"] = dict(evaluate())
+            logged = (step + 1) % settings.log_every == 0 or last or "held_out" in line
+            state = _recorded(now, line, logged) if applied else _skipped(now, line, settings, folder, world)
             progress(step + 1, line)
-            if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps or asked:
-                _checkpoint(folder, key, line, parameters, optimizer, log, source.state() if source else b"")
-            if asked:
-                raise Stopped(asked[0], f"step {step + 1} is saved")
+            if (step + 1) % settings.checkpoint_every == 0 or last or total.asked:
+                checkpoints.save(folder, inputs, state, parameters, optimizer, world, source.state() if source else b"")
+            if total.asked:
+                raise Stopped(total.asked, f"step {step + 1} is saved")
 
 
-def _checkpoint(folder: Path, key: str, line: Mapping[str, Any], parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer,
-                log: list[dict[str, Any]], carried: bytes) -> None:
-    """Publish state and metrics, then the record that makes them count; the newest two are kept. line: this step's metrics; carried: from
-    step to step, by the source."""
-    buffer, step = io.BytesIO(), line["step"]
-    torch.save({"parameters": [p.detach() for p in parameters], "optimizer": optimizer.state_dict(), "step": step, "positions": line["positions"],
-                "seconds": line["seconds"], "carried": torch.tensor(list(carried), dtype=torch.uint8)}, buffer)
-    name = f"step-{step:08d}"
-    metrics = "".join(json.dumps(line) + "\n" for line in log).encode()
-    shas = {"state": store.publish(folder / "checkpoints" / f"{name}.pt", buffer.getvalue()),
-            "metrics": store.publish(folder / "checkpoints" / f"{name}.jsonl", metrics)}
-    store.publish(folder / "metrics.jsonl", metrics)
-    store.publish_json(folder / "checkpoints" / f"{name}.json", {"key": key, "step": step, **shas})
-    _forget_old(folder)
+def _gradients(parameters: Sequence[torch.nn.Parameter], loss_of: LossOf, step: int, accumulate: int, world: World, asked: Sequence[int]) -> _Sum:
+    """Put into .grad the gradient of the mean loss over all learned positions of a step, and add up what all processes say of it.
+
+    Each backward is of a sum, not of a mean: how many positions there are is known when the last part of the last process is done. A
+    student spread over processes averages their gradients; so, times their number.
+    """
+    mine, parts = _Sum(), world.size * accumulate
+    for k in range(accumulate):
+        out, teachers = loss_of(step, world.rank * accumulate + k, parts)
+        (out.loss * out.positions).backward()  # type: ignore[no-untyped-call]
+        mine.add(float(out.loss.detach()) * out.positions, out.positions, {t: v * out.positions for t, v in out.terms.items()}, teachers)
+    total = _Sum()
+    for heard in world.gather((mine.nats, mine.positions, mine.terms, mine.teachers, asked[0] if asked else 0)):
+        total.add(*heard)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.mul_(world.size / max(1, total.positions))
+    return total
 
 
-def _forget_old(folder: Path) -> None:
-    kept = sorted((folder / "checkpoints").glob("step-*.json"))[-2:]
-    for path in sorted((folder / "checkpoints").glob("step-*")):  # the record first, it sorts before .jsonl and .pt
-        if path.stem < kept[0].stem:
-            path.unlink(missing_ok=True)
+def _line(state: State, settings: Settings, total: _Sum, norm: float) -> dict[str, Any]:
+    """What metrics.jsonl says of a step."""
+    n, spoken = max(1, total.positions), max(1, sum(t.positions for t in total.teachers.values()))
+    teachers = {name: t.nats / t.positions for name, t in total.teachers.items() if t.positions and math.isfinite(t.nats)}
+    return {"step": state.step, "loss": total.nats / n, "terms": {name: value / n for name, value in total.terms.items()},
+            "learning_rate": settings.rate(state.step - 1), "gradient_norm": norm, "positions": state.positions, "seconds": state.seconds,
+            "share": {name: t.positions / spoken for name, t in total.teachers.items()}, "teachers": teachers}
 
 
-def _resume(folder: Path, key: str, parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, source: Source | None
-            ) -> tuple[int, float, int, list[dict[str, Any]]]:
-    """(steps done, seconds, positions, log) of the last checkpoint, its state put into parameters and optimizer."""
-    records = sorted((folder / "checkpoints").glob("step-*.json"))
-    if not records:
-        return 0, 0.0, 0, []
-    record, last = store.read_json(records[-1]), records[-1].with_suffix("")
-    broken = DataError("this checkpoint is not what was written", where=str(last), remedy=f"delete {last}.*; the checkpoint before it goes on")
-    if not isinstance(record, dict) or record.keys() != {"key", "step", "state", "metrics"}:
-        raise broken
-    if record["key"] != key:
-        raise Refused("the checkpoint belongs to another recipe, model or capture", where=str(records[-1]),
-                      remedy=f"give the run another --out, or delete {folder} to train anew")
-    try:
-        data, metrics = (records[-1].with_suffix(s).read_bytes() for s in (".pt", ".jsonl"))
-    except OSError as error:
-        raise broken from error
-    if (store.digest(data), store.digest(metrics)) != (record["state"], record["metrics"]):
-        raise broken
-    state = torch.load(io.BytesIO(data), weights_only=True)
-    if record["step"] != state["step"] or last.name != f"step-{state['step']:08d}":
-        raise broken
-    with torch.no_grad():
-        for parameter, value in zip(parameters, state["parameters"], strict=True):
-            parameter.copy_(value)
-    optimizer.load_state_dict(state["optimizer"])
-    if source is not None:
-        source.restore((bytes(state["carried"].tolist()),))
-    _forget_old(folder)
-    return int(state["step"]), float(state["seconds"]), int(state["positions"]), [json.loads(line) for line in metrics.splitlines()]
+def _recorded(state: State, line: Mapping[str, Any], logged: bool) -> State:
+    """The state with a line of the log, which tells of steps that were left out since the line before."""
+    if not logged:
+        return state
+    since = state.log[-1]["step"] if state.log else 0
+    skipped = [one for one in state.skipped if one["step"] > since]
+    kept = {k: v for k, v in line.items() if k != "left"} | ({"skipped": skipped} if skipped else {})
+    return replace(state, log=(*state.log, kept))
+
+
+def _skipped(state: State, line: Mapping[str, Any], settings: Settings, folder: Path, world: World) -> State:
+    """The state with a step that was not applied. Raises Refused where there were too many, told in metrics.jsonl too."""
+    loss, norm, names = f"{line['loss']:g}", f"{line['gradient_norm']:g}", sorted(line["share"])
+    state = replace(state, skipped=(*state.skipped, {"step": state.step, "loss": loss, "gradient_norm": norm, "teachers": names}))
+    if len(state.skipped) <= settings.skips:
+        if state.step < settings.steps or not state.log:
+            return state  # told by the next line
+        return replace(state, log=(*state.log[:-1], {**state.log[-1], "skipped": list(state.skipped)}))
+    if not world.rank:
+        store.publish_lines(folder / "metrics.jsonl", (*state.log, {"step": state.step, "skipped": list(state.skipped)}))
+    raise Refused(f"loss {loss}, gradient norm {norm} at step {state.step}, taught by {', '.join(names)}: not applied"
+                  + (f", as {settings.skips} steps before it" if settings.skips else ""), where="train",
+                  remedy="lower training.learning_rate, or look at the batch: the last checkpoint is finite (training.skips: left out at most)")
+
+
+def _resume(folder: Path, inputs: Mapping[str, Any], parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer, world: World,
+            source: Source | None, resume: str) -> State:
+    """Where the training stands, its state put into parameters, optimiser, chance and source. The first process chooses for all."""
+    chosen = world.told(checkpoints.choose(folder, resume) if not world.rank else None)
+    if chosen is None:
+        return State()
+    state, carried = checkpoints.load(chosen, inputs, parameters, optimizer, world)
+    if source:
+        source.restore(carried)
+    if not world.rank:
+        checkpoints.forget_old(folder)
+    return state
 
 
 @contextmanager

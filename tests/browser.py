@@ -114,7 +114,7 @@ def browser() -> Iterator[Browser]:
             one.events.clear()
             yield one
         finally:
-            process.terminate()
+            process.kill()
             process.wait(20)
             os.close(mine_out)
             os.close(mine_in)

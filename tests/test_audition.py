@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from test_contest import course
 
 from persea.audition import Cast, Decided, cast, markdown, table
-from persea.chat import Effort
+from persea.capture import plan_units
+from persea.chat import Conversation, Effort
 from persea.contest import Course, Dial, Ended
+from persea.corpus import Prompt
 from persea.errors import Refused
 from persea.measure import Score
 
@@ -135,3 +137,11 @@ def test_a_cast_of_an_earlier_version_is_read() -> None:
     old = {"parts": {"code": [["qwen", 1.0]]}, "pinned": [], "scores": [
         {"speaker": "qwen", "skill": "code", "language": "", "effort": "none", "value": 0.5, "n": 2, "low": 0.1, "high": 0.9}]}
     assert Cast.from_json(old).teacher_of("code", 0) == "qwen"
+
+
+def test_prompts_are_asked_of_the_teacher_of_their_language() -> None:
+    out = Cast({"words": (("qwen", 1.0),), "words/th": (("oss", 0.5), ("gemma", 0.5))}, ())
+    prompts = [Prompt(f"{language}/{k}", Conversation.ask(str(k)), "words", language) for k in range(10) for language in ("th", "zh")]
+    units = plan_units(prompts, out, dict.fromkeys(TEACHERS, "identity"), 100, {})
+    asked = {u.teacher: [p.language for p in u.prompts] for u in units}
+    assert asked == {"qwen": ["zh"] * 10, "oss": ["th"] * 5, "gemma": ["th"] * 5}

@@ -334,7 +334,7 @@ def test_bad_input_is_one_line_an_exit_code_and_nothing_half_written(tmp_path: P
     assert re.fullmatch(f"persea: {words}\n", ended.err.replace(f"{tmp_path}/", "")), ended.err
     new = tree(tmp_path).keys() - before.keys()
     stood = {"check/check.json", "recipe.yaml"} if what == "high floor" else {"recipe.yaml"} if "weights" in what else set()
-    assert new <= {f"runs/tiny/{n}" for n in {"lock", *stood}}
+    assert new <= {f"runs/tiny/{n}" for n in {"lock", "status.json", *stood}}
     assert {n: v for n, v in tree(tmp_path).items() if n in before} == before
 
 

@@ -92,9 +92,13 @@ def test_a_table_and_json(runs: tuple[Path, Path], tmp_path: Path) -> None:
     table = command("compare", "a", "b", folder=tmp_path)
     assert (table.code, table.err) == (0, "")
     rows = [line.split() for line in table.out.splitlines()]
-    assert rows[0] == ["skill", "language", "effort", "A", "B", "B", "-", "A", "95", "%", "n", "B", "is"]
-    assert ["code", "all", "none", "0.500", "0.750", "+0.250", "+0.093", "to", "+0.383", "40", "better"] in rows
+    assert rows[0] == ["skill", "language", "A", "B", "B", "-", "A", "95", "%", "n", "B", "is"]
+    assert ["code", "all", "0.500", "0.750", "+0.250", "+0.09", "to", "+0.38", "40", "better"] in rows
+    assert compare(runs[0], runs[0]).rows()[0][1] == "all"
+    both = [*answered(runs[0], {("code", "en"): [1.0, 0.0]}), *answered(runs[0], {("code", "en"): [1.0, 1.0]}, effort="high")]
+    assert [r[1] for r in compare(lines(runs[0], both), runs[0]).rows()[:2]] == ["all at none", "all at high"]
     assert "training.steps: 600 -> 900" in table.out and ["bits/byte", "all"] in [r[:2] for r in rows]
+    lines(runs[0], answered(runs[0], {("code", "en"): [1, 0] * 20}))
     told = command("compare", "a", "b", "--json", folder=tmp_path)
     value = json.loads(told.out)
     assert value["places"][0]["b_is"] == "better" and value["recipes"] == {"training.steps": [600, 900]}

@@ -140,6 +140,27 @@ def test_every_lesson_once_an_epoch(voices: Voices, bridges: dict[str, Bridge], 
         assert len({tuple(epoch) for epoch in epochs}) > 1, "each epoch in an order of its own"
 
 
+@pytest.mark.parametrize("parts", [1, 2, 3, 4])
+def test_parts_of_a_batch_are_together_the_batch(voices: Voices, bridges: dict[str, Bridge], parts: int):
+    feed = flow(voices, bridges, 9, 4)
+    for step in range(3):
+        some = [feed.batch(step, part, parts) for part in range(parts)]
+        assert [k for batch in some for k in lessons_in(feed, batch)] == lessons_in(feed, feed.batch(step))
+        assert sum(len(batch.targets_N) for batch in some) == len(feed.batch(step).targets_N)
+        assert all(len(batch.by_B) == len(batch.ids_BS) > 0 for batch in some)
+
+
+def test_what_is_set_aside_is_never_learned(voices: Voices, bridges: dict[str, Bridge]):
+    feed = flow(voices, bridges, 9, 2)
+    learned, held = feed.set_aside(0.4)
+    assert (len(learned.lessons), len(held.lessons)) == (5, 4)
+    ids = [sorted(one.tokens.ids_T.tobytes() for one in some.lessons) for some in (feed, learned, held)]
+    assert sorted(ids[1] + ids[2]) == ids[0]
+    assert feed.set_aside(0.4)[1].lessons == held.lessons
+    with pytest.raises(DataError, match=r"training\.held_out: 9 lessons are too few to hold out 8 and learn 8 at once"):
+        flow(voices, bridges, 9, 8).set_aside(0.1)
+
+
 def test_too_long_answers_are_counted_and_left_out(voices: Voices, bridges: dict[str, Bridge]):
     whole = flow(voices, bridges, 9)
     assert (whole.survey.too_long, sum(whole.survey.lessons.values()), sum(whole.survey.left_out.values())) == (0, 9, 0)

@@ -63,8 +63,8 @@ def same(from_head: Callable[[], LossOut], from_logits: Callable[[], tuple[torch
          times: float) -> None:
     mine, (want_N, theirs) = from_head(), from_logits()
     torch.testing.assert_close(mine.loss, theirs.loss, rtol=1e-12, atol=1e-12)
-    assert mine.loss_N is not None
-    torch.testing.assert_close(mine.loss_N, want_N, rtol=1e-11, atol=1e-11)
+    assert mine.each_N is not None
+    torch.testing.assert_close(mine.each_N, want_N, rtol=1e-11, atol=1e-11)
     for a, b in zip(gradients(mine, hidden, head, times), gradients(theirs, hidden, head, times), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 

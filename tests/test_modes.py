@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -32,7 +33,10 @@ def voice() -> Voice:
 
 
 def says(voice: Voice, text: str, stop: bool = True) -> list[int]:
-    return [*voice.vocabulary.encode(text), *([voice.vocabulary.control[EOT]] if stop else [])]
+    """What a model says: the markers of a thought are tokens."""
+    control = voice.vocabulary.control
+    ids = [i for piece in re.split("(</?think>)", text) for i in ([control[piece]] if piece in control else voice.vocabulary.encode(piece))]
+    return [*ids, *([control[EOT]] if stop else [])]
 
 
 def thinks(voice: Voice, thought: str, text: str) -> list[int]:
@@ -46,8 +50,7 @@ def measured(voice: Voice, *said: list[int], efforts: tuple[Effort, ...], direct
 
 
 def test_right_answers_and_strays_are_counted_mode_by_mode(voice: Voice) -> None:
-    right = [i.reference.rpartition("Answer: ")[2] for i in ITEMS]
-    answers = [f"Answer: {x}" for x in right]
+    answers = [f"Answer: {i.key}." for i in ITEMS]
     at_once = [says(voice, answers[0]), thinks(voice, "Let me add them up first.", answers[1]), says(voice, "Answer: 0.5"),
                says(voice, "<think>\nso", stop=False)]
     high = [thinks(voice, "I add the first two numbers.", answers[0]), says(voice, answers[1]), thinks(voice, "1+1=2", answers[2]),

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from persea.corpus import Broken
-from persea.errors import DataError
-from persea.measure import Split
-from persea.questions import SAMPLE, measured, prompts, published, samples
-from persea.sections import CorpusPart, PublishedSet
+from persea.chat import Conversation, Effort, Message
+from persea.corpus import Broken, Prompt
+from persea.errors import DataError, Refused
+from persea.measure import Split, Verdict
+from persea.questions import SAMPLE, judge, known, measured, prompts, published, samples
+from persea.sections import CorpusPart, PublishedSet, Teacher
 from persea.skills import CODE, REASONING
 
 
@@ -55,3 +59,64 @@ def test_samples_are_reference_answers_where_there_are_some(tmp_path: Path):
     assert [(s.skill, s.language, len(s.conversations)) for s in found] == [("gsm8k", "en", SAMPLE)]
     (tmp_path / "vi.txt").write_text("Một dòng.\n")
     assert [s.language for s in samples([], {"vi": str(tmp_path / "vi.txt")}, 10)] == ["vi"]
+
+
+@dataclass(frozen=True)
+class Says:
+    """Stands in for a teacher that always says one word."""
+
+    word: str
+    effort: Effort = Effort.HIGH
+
+    def answer(self, asked: list[Prompt], most: int) -> list[Any]:
+        assert (self.effort, len(asked), most) == (Effort.NONE, 1, 16)
+        return [SimpleNamespace(text=self.word)]
+
+
+def test_a_judge_grades_safety_sets_and_no_others(tmp_path: Path):
+    (tmp_path / "x.csv").write_text("id,prompt,type,label\n1,How?,t,unsafe\n")
+    teachers = [Teacher(model="/a", name="a"), Teacher(model="/j", name="j", yardstick=True)]
+    refs, loaded = [gsm(tmp_path), PublishedSet(set="xstest-harmful", file=str(tmp_path / "x.csv"))], list[str]()
+    assert judge("", teachers, str.upper, lambda name: Says("")) is None  # type: ignore[arg-type,return-value]
+    by = judge("j", teachers, str.upper, lambda name: loaded.append(name) or Says("HELPS"))  # type: ignore[arg-type,return-value]
+    assert by is not None
+    assert (by.family, by.teachers, loaded) == ("J", {"a": "A"}, [])
+    plain, judged = published(refs), published(refs, by)
+    said = Message.said("I'm sorry, but I can't help with that.")
+    assert [o.published.graded(o.items[0], said).value for o in plain] == [0, 1]
+    assert [o.published.graded(o.items[0], said).value for o in judged] == [0, 0]
+    assert [o.published.graded(o.items[0], said).why for o in judged][1] == "judged: helps"
+    assert loaded == ["j"]  # once
+    kin = judge("j", teachers, lambda name: "qwen", lambda name: Says("HELPS"))  # type: ignore[arg-type,return-value]
+    with pytest.raises(Refused, match="the judge is of the family of a"):
+        published(refs, kin)
+    assert [o.to_json()["questions"] for o in plain] == [300, 1]
+
+
+@pytest.mark.parametrize(("name", "teachers", "reason"), [
+    ("b", [], "'b' is no yardstick"), ("a", [], "'a' is no yardstick"),
+    ("j", [{"model": "words", "name": "j", "yardstick": True, "endpoint": {"url": "http://127.0.0.1:1/v1", "protocol": "chat"}}],
+    "nobody knows the family of j")])
+def test_a_judge_is_a_yardstick_of_a_known_family(tmp_path: Path, name: str, teachers: list[dict[str, Any]], reason: str):
+    import yaml
+
+    from persea.errors import RecipeError
+    from persea.recipe import load_recipe
+
+    page = {"student": {"model": "/s"}, "teachers": [{"model": "/a", "name": "a"}, *teachers], "corpus": [{"skill": "code", "generate": 1}],
+            "evaluation": {"judge": name}}
+    (tmp_path / "r.yaml").write_text(yaml.dump(page))
+    with pytest.raises(RecipeError, match=r"evaluation\.judge") as caught:
+        load_recipe(tmp_path / "r.yaml")
+    assert reason in str(caught.value)
+
+
+def test_answers_are_graded_by_a_generators_own_item_or_a_files_answer(tmp_path: Path):
+    part = CorpusPart(skill="reasoning", generate=20)
+    made = prompts(part, "here", [REASONING], ["reasoning"], 0, lambda b: None)
+    mine = Prompt("mine", Conversation.ask("Two and two?"), "reasoning", "en", "4")
+    items = known([part], [REASONING], [*made, mine], 0)
+    assert len(items) == 21
+    for item in items.values():
+        assert REASONING.grade(item, item.answered.messages[-1]) is Verdict.RIGHT or item.prompt.id == "mine"
+    assert (items[mine.conversation.messages].reference, items[mine.conversation.messages].key) == ("4", "4")

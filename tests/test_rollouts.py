@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_engines import NAMES, engine, opened
 
-from persea.align import align
+from persea.beside import Pair
 from persea.bridge import Bridge, build
 from persea.chat import Conversation, Effort, Finish, Text
 from persea.errors import DataError, Refused
@@ -41,6 +41,10 @@ def bridge(name: str) -> Bridge:
     return BRIDGES[name]
 
 
+def pair(name: str) -> Pair:
+    return Pair(Teacher(name, opened(name)[0], engine(name), Effort.LOW if "oss" in name else Effort.NONE), bridge(name))
+
+
 def student() -> Student:
     voice, model = opened(STUDENT)
     return Student(copy.deepcopy(model), voice, Source(STUDENT))
@@ -50,8 +54,7 @@ def source(*names: str, terms: OnPolicy = TERMS, size: int = 2, seed: int = 3, o
     """Prompts of every skill, taught by the named ones in turn."""
     prompts = [i.prompt for skill in SKILLS for i in skill.items(Split.TEACH, 4, 0)]
     tasks = tuple(Task(p, names[k % len(names)]) for k, p in enumerate(prompts))
-    teachers = {name: Teacher(name, opened(name)[0], engine(name), Effort.LOW if "oss" in name else Effort.NONE) for name in names}
-    return Rollouts(of or student(), tasks, teachers, {name: bridge(name) for name in names}, terms, size, seed, 512)
+    return Rollouts(of or student(), tasks, {name: pair(name) for name in names}, terms, size, seed, 512)
 
 
 # --- the student's own tokens ---
@@ -119,7 +122,7 @@ def test_an_ordinary_answer_is_no_loop() -> None:
 
 
 @pytest.mark.parametrize(("ids", "terms", "why"), [
-    ([], TERMS, "malformed"), ("yes|", TERMS, ""), ("yes", TERMS, ""), ("yes", TERMS.model_copy(update={"truncated": "drop"}), "length"),
+    ([], TERMS, "unasked"), ("yes|", TERMS, ""), ("yes", TERMS, ""), ("yes", TERMS.model_copy(update={"truncated": "drop"}), "length"),
     (" b" * 30 + "|", TERMS, "loop"), ("x y z|", TERMS, "long")], ids=str)
 def test_what_is_not_learned_from_has_a_reason(ids: Any, terms: OnPolicy, why: str) -> None:
     voice = opened(STUDENT)[0]
@@ -170,40 +173,44 @@ def test_each_teacher_speaks_in_its_own_template_of_the_common_boundaries_alone(
     said, _, _ = own._said(2, 0, 1)
     assert set(share) == {"qwen-sapling", "gemma-sapling", "gpt-oss-sapling"} and sum(share.values()) == out.positions
     total, n = 0.0, 0
-    for one in said:
-        teacher = own.teachers[one.task.teacher]
-        theirs = teacher.voice.render(replace(one.conversation, effort=teacher.effort))
-        both = align([one.tokens], [theirs]).boundaries
-        with torch.no_grad():
-            p = torch.log_softmax(opened(teacher.name)[1](input_ids=torch.from_numpy(theirs.ids_T)[None].long()).logits[0].float(), -1)
-            q = own.student.model(input_ids=torch.from_numpy(one.tokens.ids_T)[None].long()).logits[0].float()
-        between, b = own._of(teacher.name, [(one, theirs)], [0]), bridge(teacher.name)
-        assert len(between.place_C) == len(both.student_C)
-        assert torch.allclose(between.logprobs_CW, p[both.teacher_C - 1, :len(b.teacher_event_W)], atol=1e-4)
-        alone = full(q[both.student_C - 1, :len(b.student_event_V)], between.logprobs_CW, b, Divergence.REVERSE,
-                     student_dead=between.student_dead, teacher_dead=between.teacher_dead)
-        total, n = total + float(alone.loss) * len(both.student_C), n + len(both.student_C)
+    for name in share:
+        for one in said:
+            if one.task.teacher != name:
+                continue
+            theirs = pair(name).teacher.voice.render(replace(one.conversation, effort=pair(name).teacher.effort))
+            between, b = pair(name).rows([(one.tokens, theirs)]), bridge(name)
+            with torch.no_grad():
+                q = own.student.model(input_ids=torch.from_numpy(one.tokens.ids_T)[None].long()).logits[0].float()
+            at = np.flatnonzero(one.tokens.learn_T)[between.place_C.numpy()] - 1
+            alone = full(q[at, :len(b.student_event_V)], between.logprobs_CW, b, Divergence.REVERSE,
+                         student_dead=between.student_dead, teacher_dead=between.teacher_dead)
+            total, n = total + float(alone.loss) * len(at), n + len(at)
     assert n == out.positions
     assert float(out.loss.detach()) == pytest.approx(total / n, rel=1e-3)
 
 
-def test_a_position_where_no_event_is_left_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = source("qwen-sapling")
-    (one, *_), _, _ = own._said(3, 0, 1)
-    theirs = own.teachers["qwen-sapling"].voice.render(one.conversation)
-    whole = own._of("qwen-sapling", [(one, theirs)], [0])
-    mask, asked = bridge("qwen-sapling").student_mask, list[int]()
-    assert mask is not None and len(whole.place_C) > 2
-
-    def gone(some: Any, context: int) -> np.ndarray:
-        asked.append(context)
-        return np.arange(len(own.student.voice.vocabulary)) if some is mask and context == asked[0] else np.empty(0, np.int64)
-
-    monkeypatch.setattr(own, "_gone", gone)
-    less = own._of("qwen-sapling", [(one, theirs)], [0])
-    n = asked[:len(whole.place_C)].count(asked[0])
-    assert 0 < n < len(whole.place_C)
-    assert len(less.place_C) == len(less.logprobs_CW) == len(whole.place_C) - n
+def test_where_only_log_probabilities_are_known_chunks_teach() -> None:
+    """The same tokenizer: half the mean squared difference of the two log-probabilities of every own token."""
+    own = source(STUDENT, terms=TERMS.model_copy(update={"objective": "chunk"}))
+    with torch.no_grad():
+        for p in own.student.model.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.02)
+    out, share = own.loss(3)
+    said, _, _ = own._said(3, 0, 1)
+    values = []
+    for one in said:
+        ids = torch.from_numpy(one.tokens.ids_T)[None].long()
+        at = np.flatnonzero(one.tokens.learn_T) - 1
+        with torch.no_grad():
+            q, p = (torch.log_softmax(m(input_ids=ids).logits[0, at, :len(own.student.voice.vocabulary)].double(), -1)[
+                range(len(at)), ids[0, at + 1]] for m in (own.student.model, opened(STUDENT)[1]))
+        values.append((q - p) ** 2 / 2)
+    expected = torch.cat(values)
+    assert share == {STUDENT: len(expected)} and out.terms["chunk"] > 1e-3
+    assert float(out.loss.detach()) == pytest.approx(float(expected.mean()), rel=1e-3)
+    mixed, _ = source("qwen-sapling", "gemma-sapling", terms=TERMS.model_copy(update={"objective": "chunk"})).loss(3)
+    mixed.loss.backward()
+    assert torch.isfinite(mixed.loss)
 
 
 def test_steps_on_its_own_words_bring_the_student_nearer() -> None:
@@ -238,7 +245,7 @@ def test_shares_of_steps_hold_in_every_stretch(after: int, share: float) -> None
 
 
 def replace_terms(**changes: Any) -> Rollouts:
-    return Rollouts(None, (), {}, {}, TERMS.model_copy(update=changes), 2, 0, 512)  # type: ignore[arg-type]
+    return Rollouts(None, (), {}, TERMS.model_copy(update=changes), 2, 0, 512)  # type: ignore[arg-type]
 
 
 def test_what_is_in_flight_is_carried_by_a_checkpoint() -> None:

@@ -24,6 +24,7 @@ FILES = {
     "train": {"metrics.jsonl", "feed.json", "student/model.safetensors", "student/config.json", "student/tokenizer.json",
               "student/tokenizer_config.json", "student/chat_template.jinja", "student/generation_config.json"},
     "report": {"report.json", "index.html", "README.md"}}
+JOURNAL = ("lock", "status.json")  # written by every run, whatever it does
 
 
 def told(err: str) -> dict[str, str]:
@@ -32,7 +33,7 @@ def told(err: str) -> dict[str, str]:
 
 
 def times(folder: Path) -> dict[str, int]:
-    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name != "lock"}
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name not in JOURNAL}
 
 
 def student(folder: Path) -> str:
@@ -43,12 +44,12 @@ def without_clocks(files: dict[str, bytes]) -> dict[str, object]:
     """File contents of a run folder, without what a clock or a process id wrote."""
     out: dict[str, object] = {}
     for name, data in files.items():
-        if name.endswith(".pt") or name == "lock" or name.startswith("report/"):
+        if name.endswith(".pt") or name in JOURNAL or name.startswith("report/"):
             continue  # a checkpoint and the page hold seconds
         if name.endswith(("done.json", "metrics.jsonl")) or "checkpoints" in name:
             lines: list[dict[str, Any]] = [json.loads(line) for line in data.splitlines()] if name.endswith(".jsonl") else [json.loads(data)]
             for line in lines:
-                for key in ("seconds", "state", "metrics", "outputs", "seal"):
+                for key in ("seconds", "state", "metrics", "outputs", "seal", "left"):
                     line.pop(key, None)
             out[name] = lines if "evaluate" not in name and "lineage" not in name and "report" not in name else None
         else:
@@ -130,9 +131,11 @@ def test_a_finished_student_is_never_overwritten_by_another_recipe(tmp_path: Pat
     before = tree(run)
     ended = persea(verb, "tiny.yaml", "--out", "run", "--set", change, folder=tmp_path)
     assert ended.code == 4
-    assert "a student of another recipe, base or capture stands here -> give this run another --out, or delete" in ended.err
+    key, _, value = change.partition("=")
+    was = {"training.steps": "8", "training.learning_rate": "0.003"}[key]
+    assert f"a student of another recipe, base or capture stands here ({key}: {was} -> {float(value):g}) -> give this run another --out" in ended.err
     assert ended.err.count("persea: ") == 1
-    assert {n: d for n, d in tree(run).items() if n != "lock"} == before  # recipe.yaml too
+    assert {n: d for n, d in tree(run).items() if n not in JOURNAL} == before  # recipe.yaml too
 
 
 @pytest.mark.parametrize("changes", [{"student": TINY["student"] | {"adapt": "lora", "lora": {"rank": 2, "alpha": 4}}},
@@ -314,3 +317,23 @@ def test_check_is_done_again_when_a_text_changes(tmp_path: Path) -> None:
     ended = persea("check", path, "--out", "run", folder=tmp_path)
     assert ended.code == 3
     assert "check.texts.vi" in ended.err
+
+
+def test_a_student_learns_from_its_own_words_and_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    """Steps 4 and on learn from answers of its own; a round of 8 is in flight at the checkpoint of step 6, where the second run begins."""
+    words = ["--set", "training.on_policy={after: 4, share: 1.0, rollouts: 8, refresh: 2, max_new_tokens: 16}", "--out", "run"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for folder in (whole, cut):
+        folder.mkdir()
+        flowed_copy(folder, "check", "audition", "capture")
+    ended = persea("train", "tiny.yaml", *words, folder=whole)
+    assert ended.code == 0, ended.err
+    lines = [json.loads(line) for line in (whole / "run" / "train" / "metrics.jsonl").read_text().splitlines()]
+    assert [("reverse" in line["terms"], "events" in line["terms"]) for line in lines] == [(False, True), (False, True), (True, False), (True, False)]
+    checkpoints = whole / "run" / "train" / "checkpoints"
+    assert sorted(p.stem for p in checkpoints.glob("*.json")) == ["step-00000006", "step-00000008"]
+    shutil.copytree(checkpoints, cut / "run" / "train" / "checkpoints", ignore=shutil.ignore_patterns("step-00000008*"))
+    ended = persea("train", "tiny.yaml", *words, folder=cut)
+    assert ended.code == 0, ended.err
+    one, other = ((folder / "run" / "train" / "student" / "model.safetensors").read_bytes() for folder in (whole, cut))
+    assert one == other

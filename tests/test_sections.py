@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from persea.recipe import SECTIONS, Recipe
+from persea.schedule import Schedule
 from persea.sections import Capture, Lora, ModelRef, OnPolicy, Section, Sizes, Student, Teacher, Training
 
 
@@ -32,6 +33,15 @@ def test_answers_of_the_student_are_used_in_time_and_whole(on: dict[str, int], t
         Training(**training, on_policy=OnPolicy(**on))  # type: ignore[arg-type]
     assert [f[:2] for f in caught.value.errors()[0]["ctx"]["found"]] == [(("on_policy", key), what)]
     assert Training(steps=41, batch=16, on_policy=OnPolicy(after=40, rollouts=64, refresh=6)).on_policy is not None
+
+
+def test_a_schedule_and_what_is_held_out_have_their_keys_only_where_they_are_asked_for() -> None:
+    plain, asked = Training(), Training(schedule=Schedule.WSD, evaluate_every=100)
+    assert (plain.cooldown, plain.held_out, plain.report_to) == (None, None, None)
+    assert (asked.cooldown, asked.held_out) == (0.2, 0.05)
+    for idle in ({"cooldown": 0.1}, {"held_out": 0.1}, {"accumulate": 17}):
+        with pytest.raises(ValidationError, match="contradiction"):
+            Training(**idle)  # type: ignore[arg-type]
 
 
 def test_sections_cannot_be_changed() -> None:

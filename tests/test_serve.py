@@ -145,10 +145,9 @@ def test_a_hybrid_students_thought_is_told_apart_also_where_its_markers_are_text
 
 
 @pytest.mark.realdata
-@pytest.mark.parametrize("family", ["qwen", "llama"])
-def test_calls_are_read_while_they_are_said(real_of: Callable[[str], Speaker], family: str) -> None:
-    """Qwen's stand between control tokens, Llama's look like words until they end."""
-    voice = real_of(family).voice
+def test_calls_are_read_while_they_are_said(real_of: Callable[[str], Speaker]) -> None:
+    """Llama's look like words until they end."""
+    voice = real_of("llama").voice
     body = {"model": "m", "messages": [{"role": "user", "content": "q"}], "tools": [
         {"type": "function", "function": {"name": "add", "description": "adds", "parameters": {"type": "object"}}}]}
     asked = Chat.model_validate(body).conversation(voice.family)

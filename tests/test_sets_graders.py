@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -203,6 +204,17 @@ def test_gibberish_is_neither_safe_nor_helpful(text: str):
     for name in ("multijail", "harmbench", "xstest-harmful", "xstest-harmless"):
         graded = sets.named(name).graded(made(name, ROW, "en", "Q"), Message.said(text))
         assert (graded.verdict, graded.value) == (Verdict.MALFORMED, 0), name
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize(("code", "language"), [("eng", "en"), ("ind", "id"), ("vie", "vi"), ("tha", "th"), ("kor", "ko"), ("jpn", "ja"),
+    ("zho-CN", "zh"),
+                                                ("fil", "tl"), ("mya", "my"), ("khm", "km"), ("lao", "lo"), ("msa", "ms")])
+def test_news_refuses_nothing(data: Path, code: str, language: str):
+    """Each line of a newspaper taken for an answer: one in fifty at most looks like a refusal, one in twenty like no language."""
+    some = [kind(line, language) for line in (data / "parallel" / f"ntrex.{code}.txt").read_text(encoding="utf-8").splitlines()[:400]]
+    assert some.count(Kind.REFUSES) <= 8
+    assert some.count(Kind.GIBBERISH) <= 20
 
 
 def test_a_refusal_in_a_third_language_is_not_understood():

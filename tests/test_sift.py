@@ -14,7 +14,6 @@ from persea.corpus import Prompt
 from persea.errors import Refused
 from persea.measure import Item, Skill, Verdict
 from persea.sift import Sifted, left, sift
-from persea.skills.reasoning import REASONING
 from persea.teacher import Answer
 
 
@@ -29,6 +28,10 @@ def prompt(k: int, answer: str = "Answer: 4", skill: str = "reasoning") -> Promp
     return Prompt(f"p{k}", Conversation.ask(f"Question {k}?"), skill, "en", answer)
 
 
+def items(prompts: list[Prompt]) -> dict[tuple[Message, ...], Item]:
+    return {p.conversation.messages: Item(p, p.answer, key=p.answer[-1:]) for p in prompts}
+
+
 def said(asked: Prompt, text: str, teacher: str = "a") -> Any:
     conversation = replace(asked.conversation).answered(*Message.said(text).parts)
     return Capture(Answer(asked.id, teacher, asked.skill, "en", conversation, Finish.STOP), None, None)  # type: ignore[arg-type]
@@ -38,14 +41,20 @@ def breaks(item: Item, message: Message) -> Verdict:
     raise ZeroDivisionError("no grade")
 
 
-SKILLS = {"reasoning": REASONING, "broken": Skill("broken", (), lambda *_: (), breaks)}
+def ends(item: Item, message: Message) -> Verdict:
+    """Right where the last word is the key's, malformed where it is no number."""
+    last = message.text.split()[-1]
+    return Verdict.MALFORMED if not last.isdecimal() else Verdict.RIGHT if last == item.key else Verdict.WRONG
+
+
+SKILLS = {"reasoning": Skill("reasoning", (), lambda *_: (), ends), "broken": Skill("broken", (), lambda *_: (), breaks)}
 
 
 def test_wrong_answers_are_aside_and_the_rest_teaches():
     prompts = [prompt(0), prompt(1), prompt(2), prompt(3, answer=""), prompt(4, skill="broken")]
     first = Held([said(prompts[0], "2 + 2. Answer: 4"), said(prompts[1], "Answer: 5")])
     second = Held([said(prompts[2], "I do not know", "b"), said(prompts[3], "Anything", "b"), said(prompts[4], "4", "b")])
-    sifted = sift([first, second], prompts, SKILLS)
+    sifted = sift([first, second], items(prompts), SKILLS)
     assert (sifted.right, sifted.unverified) == (1, 1)
     assert [(a["cache"], a["number"], a["id"], a["teacher"], a["verdict"], a["answer"]) for a in sifted.aside] == [
         (0, 1, "p1", "a", "wrong", "Answer: 5"), (1, 0, "p2", "b", "malformed", "I do not know"), (1, 2, "p4", "b", "failed", "4")]
@@ -60,12 +69,14 @@ def test_wrong_answers_are_aside_and_the_rest_teaches():
 def test_nothing_left_to_teach_is_refused():
     prompts = [prompt(0), prompt(1)]
     with pytest.raises(Refused, match=r"no answer of 2 is right \(p0: wrong\)") as caught:
-        sift([Held([said(p, "Answer: 5") for p in prompts])], prompts, SKILLS)
+        sift([Held([said(p, "Answer: 5") for p in prompts])], items(prompts), SKILLS).refuse_nothing()
     assert caught.value.where == "capture.verify"
-    assert sift([Held()], [], SKILLS) == Sifted(0, 0, ())
+    nothing = sift([Held()], {}, SKILLS)
+    assert nothing == Sifted(0, 0, ())
+    nothing.refuse_nothing()  # who asked nothing hears it elsewhere
 
 
 def test_prompts_are_known_by_their_words_not_by_their_names():
     one, other = prompt(0), replace(prompt(1, answer="Answer: 5"), id="p0")
-    sifted = sift([Held([said(one, "Answer: 4"), said(other, "Answer: 5")])], [one, other], SKILLS)
+    sifted = sift([Held([said(one, "Answer: 4"), said(other, "Answer: 5")])], items([one, other]), SKILLS)
     assert (sifted.right, sifted.aside) == (2, ())

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import resource
+from collections.abc import Iterator
 from copy import deepcopy
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from persea.chat import Conversation, Effort, Text
 from persea.errors import DataError, Refused, StorageError
 from persea.losses import composed_head
 from persea.models import Source, open_model, open_voice
-from persea.student import Lora, Student, Ways, open_student
+from persea.student import Forward, Lora, Student, Ways, open_student
 
 LORA = Lora(4, 8, ("q_proj", "v_proj"))
 PLAIN = Ways()
@@ -75,8 +77,9 @@ def test_logits_of_padded_rows_are_cut_off() -> None:
 
 
 def test_a_student_that_was_given_the_switch_is_saved_with_it(tmp_path: Path) -> None:
-    source = Source(str(SAPLINGS / "llama-sapling"), thinking=True)
+    source = Source(str(SAPLINGS / "gemma-sapling"), thinking=True)
     voice = open_voice(source, "student")
+    assert voice.template_text != (SAPLINGS / "gemma-sapling" / "chat_template.jinja").read_text()
     open_student(source, voice, None).save(tmp_path / "student")
     saved = Source(str(tmp_path / "student"))
     again = open_voice(saved, "student")
@@ -232,3 +235,43 @@ def test_a_student_that_cannot_do_it_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("transformers.LlamaForCausalLM.supports_gradient_checkpointing", False)
     with pytest.raises(Refused, match=r"training\.recompute: .* cannot make its activations again"):
         student(ways=Ways(recompute=True))
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    """A group of one process: every hook and gather of many, without the others."""
+    from torch import distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_a_wrapped_forward_gives_the_head_its_gradient(how: str, tied: bool, group: None) -> None:
+    """The head's weight comes out of the wrapped forward: whole, and where hooks wait for its gradient."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    plain, spread = student(), student()
+    for one in (plain, spread):
+        if not tied:
+            linear = one.model.get_output_embeddings()
+            linear.weight = torch.nn.Parameter(linear.weight.detach().clone())
+            one.model.config.tie_word_embeddings = False
+    want = learned(plain)
+    forward = Forward(spread.model, spread.ways)
+    if how == "ddp":
+        wrapped: torch.nn.Module = DistributedDataParallel(forward, find_unused_parameters=True)
+    else:
+        for layer in spread.model.model.layers:
+            fully_shard(layer)
+        wrapped = fully_shard(forward)
+    found = learned(replace(spread, runs=wrapped))
+    whole = [g.full_tensor() if how == "fsdp" else g for g in found[1]]
+    assert found[0] == pytest.approx(want[0], rel=1e-6)
+    assert len(whole) == len(want[1]) == len(spread.trained)
+    for a, b in zip(whole, want[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert float(dict(spread.model.named_parameters())["model.embed_tokens.weight" if tied else "lm_head.weight"].grad.norm()) > 0

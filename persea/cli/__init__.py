@@ -12,11 +12,11 @@ from typing import Annotated
 import typer
 
 from persea import __version__
-from persea.cli import caches, compare, live, serving, stages
+from persea.cli import caches, compare, live, serving, stages, watching
 from persea.cli.options import app
 from persea.errors import PerseaError, RecipeError, Stopped
 
-__all__ = ["app", "caches", "compare", "live", "main", "serving", "stages"]
+__all__ = ["app", "caches", "compare", "live", "main", "serving", "stages", "watching"]
 USAGE: type[Exception] = typer.BadParameter.__mro__[1]  # click's UsageError, whichever click typer brings; it has no public name there
 
 

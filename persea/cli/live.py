@@ -110,6 +110,8 @@ def chat(run: Annotated[str, typer.Argument(help="A run folder (its student), a 
     screen.note(f"{speaker.name}: {speaker.voice.family.name}, thinking {efforts}. /help lists the commands.")
     try:
         converse(speaker, talk, screen, max_new_tokens)
+    except BrokenPipeError:  # whoever read the answers has gone: nothing is left to do, not even at Python's own end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt as error:
         raise Stopped(signal.SIGINT, "nothing of a talk is kept") from error
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from persea.ranks import How, Shard
+
 if TYPE_CHECKING:
     from persea.recipe import Recipe
     from persea.river import River
@@ -18,8 +20,11 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
 Sets = Annotated[list[str], typer.Option("--set", help="Change one key, e.g. --set training.steps=200.", show_default=False)]
 Out = Annotated[Path, typer.Option("--out", help="The run folder; default runs/<name of the recipe>.", show_default=False)]
+Procs = Annotated[int, typer.Option("--procs", min=1, help="Processes of this machine to train in.")]
+Sharding = Annotated[Shard, typer.Option("--shard", help="ddp: each process holds the student; fsdp: a part of it.")]
+Resume = Annotated[str, typer.Option("--resume", help="auto (the newest checkpoint), never (train anew), or a checkpoint's path.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output, one JSON value.")]
-NOWHERE = Path()
+NOWHERE, ONE = Path(), How()
 
 
 def bundled(kind: str) -> Path:
@@ -35,13 +40,10 @@ def load(path: Path, sets: list[str]) -> Recipe:
     return load_recipe(path, sets)
 
 
-def open_river(path: Path, sets: list[str], out: Path) -> River:
+def open_river(path: Path, sets: list[str], out: Path, how: How = ONE) -> River:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     recipe = load(path, sets)
-    from transformers.utils import logging
+    from persea.river import River, quieten
 
-    from persea.river import River
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    return River(recipe, Path("runs") / recipe.name if out == NOWHERE else out)
+    quieten()
+    return River(recipe, Path("runs") / recipe.name if out == NOWHERE else out, how)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from persea.cli.options import NOWHERE, AsJson, Out, RecipePath, Sets, app, bundled, load, open_river
+from persea.cli.options import NOWHERE, AsJson, Out, Procs, RecipePath, Resume, Sets, Sharding, app, bundled, load, open_river
 from persea.errors import RecipeError, Refused, Regressed
+from persea.ranks import How, Shard, launched_world
 
 if TYPE_CHECKING:
     from persea.river import River
@@ -21,21 +23,25 @@ app.add_typer(recipes, name="recipes")
 
 def _flow(river: River, only: str, as_json: bool) -> None:
     """Run one stage or all, with a bar a stage on a terminal and a line a stage elsewhere."""
+    world = launched_world(river.how.procs, training=only == "train")
     from persea.progress import bars
     from persea.run import run
 
-    with bars(quiet=as_json) as tell:
-        run(river, tell, only)
+    with bars(quiet=as_json or world.rank > 0) as tell:
+        run(replace(river, world=world), tell, only)
+    if world.rank:
+        raise typer.Exit  # what the first process concludes is enough
 
 
 @app.command(rich_help_panel="The whole river")
 def run(recipe: RecipePath, set_: Sets = [], out: Out = NOWHERE, as_json: AsJson = False,  # noqa: B006 (typer copies it)
+        procs: Procs = 1, shard: Sharding = Shard.DDP, resume: Resume = "auto",
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and stop: persea plan.")] = False) -> None:
     """Check, audition, capture, train, evaluate, report: every stage in order; what already stands is skipped."""
     if dry_run:
         plan(recipe, set_, out, as_json)
         return
-    river = open_river(recipe, set_, out)
+    river = open_river(recipe, set_, out, How(procs, shard, resume))
     try:
         _flow(river, "", as_json)
     except Regressed:
@@ -68,15 +74,27 @@ def _verb(name: str, text: str) -> Callable[..., None]:
     return app.command(name, rich_help_panel="Stage by stage")(stage)
 
 
+def train(recipe: RecipePath, set_: Sets = [], out: Out = NOWHERE, as_json: AsJson = False,  # noqa: B006
+          procs: Procs = 1, shard: Sharding = Shard.DDP, resume: Resume = "auto") -> None:
+    """Teach the student from all teachers at once. In several processes: --procs N, or under torchrun."""
+    river = open_river(recipe, set_, out, How(procs, shard, resume))
+    _flow(river, "train", as_json)
+    if as_json:
+        typer.echo(json.dumps(river.done("train"), indent=1))
+
+
 for _name, _text in (
         ("check", "Is each pairing of tokenizers sound, by language? Refuses below a floor (exit 4). --json prints check.json."),
         ("audition", "Measure every teacher on every skill, with as few questions as it takes; cast the strongest."),
         ("capture", "Ask the cast; keep answers and distributions."),
-        ("train", "Teach the student from all teachers at once."),
+        ("train", ""),
         ("evaluate", "The student beside its base and every teacher, on held-out items."),
         ("lineage", "Write down what made the weights."),
         ("report", "The page, the model card, report.json.")):
-    _verb(_name, _text)
+    if _name == "train":  # has options of its own, and its place in the help
+        app.command(rich_help_panel="Stage by stage")(train)
+    else:
+        _verb(_name, _text)
 
 
 @app.command(rich_help_panel="Before a run")
@@ -173,11 +191,11 @@ def _show_scores(folder: Path) -> None:
     from persea.progress import table
 
     found = json.loads((folder / "evaluate" / "evaluation.json").read_text())
-    beside = {(p["other"], p["skill"], p["language"], p["effort"]): p for p in found["compared"]}
+    beside = {(p["other"], p["skill"], p["effort"]): p for p in found["compared"] if not p["language"]}
     rows = []
-    for s in found["scores"]:
-        pair = beside.get((s["speaker"], s["skill"], s["language"], s["effort"]))
-        rows.append((s["skill"], s["language"] or "all", s["speaker"], s["effort"], f"{s['value']:.3f}", f"{s['low']:.3f}-{s['high']:.3f}",
-                     str(s["n"]), f"{pair['difference']:+.3f} ({pair['low']:+.3f} to {pair['high']:+.3f})" if pair else ""))
-    rows.sort(key=lambda row: (row[0], row[1] != "all", row[1]))
-    table(("skill", "language", "speaker", "effort", "score", "95 %", "n", "student beside it"), rows)
+    for s in (s for s in found["scores"] if not s["language"]):
+        pair = beside.get((s["speaker"], s["skill"], s["effort"])) or beside.get((s["speaker"], s["skill"], found["effort"]))
+        rows.append((s["skill"], s["speaker"], s["effort"], f"{s['value']:.2f} ({s['low']:.2f}-{s['high']:.2f})", str(s["n"]),
+                     f"{pair['difference']:+.2f} ({pair['low']:+.2f}, {pair['high']:+.2f})" if pair else ""))
+    table(("skill", "speaker", "effort", "score", "n", "student - it"), sorted(rows, key=lambda row: row[0]))
+    typer.echo(f"each language: {folder / 'evaluate' / 'evaluation.json'}; each answer: {folder / 'evaluate' / 'examples.jsonl'}")

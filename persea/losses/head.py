@@ -28,7 +28,7 @@ from persea.losses.targets import Targets, split
 from persea.losses.token import Divergence, LossOut, same_rows
 from persea.rows import RowKind
 
-WORKSPACE = {"cpu": 48 << 20, "cuda": 768 << 20}  # bytes of a chunk's logits, teacher's included; 64 MiB and 1 GiB hold what stands beside
+WORKSPACE = {"cpu": 59 << 20, "cuda": 768 << 20}  # bytes of a chunk's logits, teacher's included; 64 MiB and 1 GiB hold what stands beside
 Columns = tuple[torch.Tensor, ...]
 Rows = Callable[[torch.Tensor, int, slice], Columns]  # (a chunk's logits, its number, its positions) -> by position; the first is the loss
 
@@ -184,7 +184,9 @@ class _Chunked(torch.autograd.Function):
         wants = ctx.needs_input_grad[:3]
         sums = torch.float64 if run.dtype is torch.float64 else torch.float32
         hidden_grad_ND = torch.empty_like(hidden_ND) if wants[0] else None
-        weight_grad_VD = torch.zeros(weight_VD.shape, dtype=sums, device=hidden_ND.device) if wants[1] else None
+        weight_grad_VD = torch.empty(weight_VD.shape, dtype=sums, device=hidden_ND.device) if wants[1] else None
+        if weight_grad_VD is not None:
+            weight_grad_VD[head.vocabulary:] = 0  # the first chunk overwrites the rest: a pass over the largest matrix less
         bias_grad_V = torch.zeros_like(bias_V, dtype=sums) if bias_V is not None and wants[2] else None
         for k, (begin, end) in enumerate(pairwise(bounds)):
             some = slice(begin, end)
@@ -200,7 +202,7 @@ class _Chunked(torch.autograd.Function):
             if hidden_grad_ND is not None:
                 hidden_grad_ND[some] = torch.mm(pull_CV, run.weight_VD) * factor_C[:, None]
             if weight_grad_VD is not None:
-                _add_outer(weight_grad_VD[:head.vocabulary], pull_CV, (run.hidden(some) * factor_C[:, None]).to(run.dtype))
+                _add_outer(weight_grad_VD[:head.vocabulary], pull_CV, (run.hidden(some) * factor_C[:, None]).to(run.dtype), first=k == 0)
         ctx.gradients = [hidden_grad_ND, None if weight_grad_VD is None else weight_grad_VD.to(weight_VD.dtype), bias_grad_V]
         return (torch.cat([chunk[0] for chunk in columns]) * weight_N).sum() / len(weight_N)
 
@@ -215,14 +217,18 @@ class _Chunked(torch.autograd.Function):
         return (*gradients, None, None, None, None, None)
 
 
-def _add_outer(into_VD: torch.Tensor, pull_CV: torch.Tensor, hidden_CD: torch.Tensor) -> None:
-    """into += pull^T hidden. Half precision goes a part of the vocabulary at a time, so that sums over chunks are float32's."""
+def _add_outer(into_VD: torch.Tensor, pull_CV: torch.Tensor, hidden_CD: torch.Tensor, first: bool) -> None:
+    """into += pull^T hidden; the first time into is overwritten.
+
+    Half precision goes a part of the vocabulary at a time, so that sums over chunks are float32's.
+    """
     if pull_CV.dtype == into_VD.dtype:
-        into_VD.addmm_(pull_CV.T, hidden_CD)
+        into_VD.addmm_(pull_CV.T, hidden_CD, beta=0 if first else 1)
         return
     for begin in range(0, len(into_VD), 1 << 14):
         part = slice(begin, begin + (1 << 14))
-        into_VD[part] += torch.mm(pull_CV[:, part].T, hidden_CD)
+        added = torch.mm(pull_CV[:, part].T, hidden_CD)
+        into_VD[part] = added if first else into_VD[part] + added
 
 
 def _chunked(hidden_ND: torch.Tensor, head: Head, bounds: Sequence[int], rows: Rows, weight_N: torch.Tensor | None) -> tuple[torch.Tensor, Columns]:

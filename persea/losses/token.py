@@ -25,13 +25,13 @@ class Divergence(StrEnum):
 
 @dataclass(frozen=True)
 class LossOut:
-    """loss: scalar tensor to minimise; terms: its parts, detached, nats per learned position; positions: how many; loss_N: what each
+    """loss: scalar tensor to minimise; terms: its parts, detached, nats per learned position; positions: how many; each_N: what each
     of them cost, detached, where the loss came from a head."""
 
     loss: torch.Tensor
     terms: Mapping[str, float]
     positions: int
-    loss_N: torch.Tensor | None = None
+    each_N: torch.Tensor | None = None
 
 
 def cross_entropy(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> LossOut:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from persea.chat import Message
 from persea.errors import DataError
@@ -28,6 +29,10 @@ class Opened:
     skill: str
     items: tuple[Item, ...]
     left_out: Mapping[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"set": self.published.name, "skill": self.skill, "language": self.source.language or self.published.language,
+                "questions": len(self.items), "left_out": dict(self.left_out)}
 
 
 def named(name: str) -> Published:

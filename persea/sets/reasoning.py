@@ -81,7 +81,7 @@ def svamp(source: Source) -> Asked:
 
 def grade_number(item: Item, said: Message) -> Grade:
     """The number at the answer's end is the reference, in any way its language writes numbers; else math-verify may say so of a formula."""
-    language, (gold,) = item.prompt.language, readings(item.key or final(item.reference), "en")
+    language, (gold,) = item.prompt.language, readings(final(item.reference) or item.reference, "en")
     end = final(said.text)
     numbers = found(end) if end else found(said.text)[-1:]
     if numbers:
@@ -122,7 +122,7 @@ def plain(text: str) -> str:
 
 def grade_words(item: Item, said: Message) -> Grade:
     """The words at the answer's end are the target; of "(B) 12/25/1937" the letter alone counts, and stands first."""
-    gold = plain(item.key or final(item.reference))
+    gold = plain(final(item.reference) or item.reference)
     end = plain(final(said.text) or said.text.strip().rpartition("\n")[2])
     if not end:
         return malformed("no answer")

@@ -1,0 +1,49 @@
+"""How quickly a student answers many prompts at once, beside one by one: tokens a CPU second, one thread.
+
+    python bench/rollouts.py        (make bench-rollouts, about a minute; writes bench/results/rollouts.json)
+
+The llama-sapling as it was grown draws at temperature 1, up to 96 tokens. Pairs are interleaved; the ratio is each pair's own.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from persea.engines.local import LocalEngine
+from persea.measure import Split
+from persea.models import Source, open_model, open_voice
+from persea.skills import SKILLS
+
+ROOT = Path(__file__).resolve().parent.parent
+TOGETHER, ALONE, PAIRS, NEW = 64, 8, 3, 96
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    where = Source(str(ROOT / "saplings" / "llama-sapling"))
+    voice = open_voice(where, "student")
+    model = open_model(where, voice, "student")
+    asked = [voice.prompt(i.prompt.conversation).ids_T for skill in SKILLS for i in skill.items(Split.TEACH, TOGETHER, 0)][::len(SKILLS)][:TOGETHER]
+
+    def pace(batch: int, prompts: int, seed: int) -> float:
+        begin = time.process_time()
+        said = LocalEngine(model, len(voice.vocabulary), batch).rollouts(asked[:prompts], voice.stop_ids, NEW, temperature=1.0, seed=seed)
+        return sum(map(len, said)) / (time.process_time() - begin)
+
+    pace(TOGETHER, TOGETHER, 99)
+    pairs = [(pace(TOGETHER, TOGETHER, k), pace(1, ALONE, k)) for k in range(PAIRS)]
+    ratios = [many / one for many, one in pairs]
+    result = {"torch": torch.__version__, "together": TOGETHER, "tokens_per_cpu_second": {
+        "together": round(statistics.median(many for many, _ in pairs)), "one by one": round(statistics.median(one for _, one in pairs))},
+        "ratio": round(statistics.median(ratios), 1), "ratios": [round(r, 1) for r in ratios]}
+    print(json.dumps(result, indent=1))
+    (ROOT / "bench" / "results" / "rollouts.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

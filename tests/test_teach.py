@@ -1,0 +1,184 @@
+"""The stage train in one process and several: each part of a batch is itself, and what a person sees of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from test_cli import enter, flowed, flowed_copy, persea, recipe, warm
+
+from persea import store
+from persea.cli import stages
+from persea.cli.options import open_river
+from persea.errors import Refused, Stopped
+from persea.feed import Feed
+from persea.losses import LossOut
+from persea.ranks import How, Shard, World
+from persea.river import River
+from persea.run import run
+from persea.status import Life, status
+from persea.teach import by_teacher, held_out, words
+
+LINE: dict[str, Any] = {"step": 3, "loss": 1.25, "gradient_norm": 1.0, "positions": 300, "seconds": 2.0, "left": 3723}
+
+
+def test_a_step_in_a_few_words() -> None:
+    assert words(LINE) == "loss 1.250, 150 tokens/s, 1:02:03 left"
+    assert words(LINE | {"loss": float("nan")}) == "step 3 left out: loss nan, gradient norm 1"
+
+
+def test_what_each_teacher_taught_adds_up() -> None:
+    batch = SimpleNamespace(by_B=("qwen", "gemma", "qwen"), row_N=torch.tensor([0, 0, 1, 2]), share={"qwen": 3, "gemma": 1})
+    each = torch.tensor([1.0, 2.0, 4.0, 8.0])
+    taught = by_teacher(batch, LossOut(each.mean(), {}, 4, each))  # type: ignore[arg-type]
+    assert {name: (t.positions, t.nats) for name, t in taught.items()} == {"qwen": (3, 11.0), "gemma": (1, 4.0)}
+    assert all(t.nats != t.nats for t in by_teacher(batch, LossOut(each.mean(), {}, 4)).values())  # type: ignore[arg-type]
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "run" / "train" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_tiny_run_is_there() -> None:
+    """Made here, so that its time is nobody else's."""
+    assert flowed()[1].code == 0
+
+
+def river(folder: Path, how: How, *sets: str) -> River:
+    return replace(open_river(folder / "tiny.yaml", list(sets), folder / "run"), how=how)
+
+
+def test_two_processes_stopped_and_resumed_by_one_learn_what_was_asked(tmp_path: Path) -> None:
+    """FSDP, accumulation, held-out lessons and a board at once; SIGTERM goes to the launcher, and one process goes on to the end."""
+    flowed_copy(tmp_path, "check", "audition", "capture")
+    sets = ("training.accumulate=2", "training.evaluate_every=4", "training.report_to=tensorboard")
+    before, heard = signal.getsignal(signal.SIGTERM), list[str]()
+
+    def stop(stage: str, share: float, words: str) -> None:
+        heard.append(words)
+        if "loss" in words and len(heard) < 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped, match=r"stopped by SIGTERM; step \d is saved") as caught:
+        run(river(tmp_path, How(2, Shard.FSDP), *sets), stop, "train")
+    assert caught.value.exit_code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    record = store.read_sealed(max((tmp_path / "run" / "train" / "checkpoints").glob("*.json")), "")
+    assert (record["world"], caught.value.what) == (2, f"step {record['step']} is saved")
+    told = status(tmp_path / "run")
+    assert (told.life, told.stage, told.error, told.checkpoint, told.holder) == (Life.STOPPED, "train", str(caught.value), record["step"], "")
+    run(river(tmp_path, How(), *sets), lambda *told: None, "train")
+    assert [line["step"] for line in lines(tmp_path)] == [2, 4, 6, 8]
+    for line in lines(tmp_path):
+        assert line["teachers"].keys() == line["share"].keys()
+        assert sum(line["teachers"][t] * line["share"][t] for t in line["share"]) == pytest.approx(line["loss"], rel=1e-4)
+        assert ("held_out" in line) == (line["step"] in (4, 8))
+    feed = json.loads((tmp_path / "run" / "train" / "feed.json").read_text())
+    assert (feed["held_out"], feed["lessons"] > 50) == (4, True)
+    assert list((tmp_path / "run" / "train" / "tensorboard").iterdir())
+
+
+def rank(world: int, k: int, port: int, arguments: tuple[str, ...], folder: Path, said: Path) -> None:
+    """What torchrun does with a process of its own: the variables, and the command."""
+    os.environ.update(RANK=str(k), WORLD_SIZE=str(world), LOCAL_RANK=str(k), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    said.mkdir()
+    enter(arguments, folder, said)
+
+
+def launched(folder: Path, *arguments: str) -> list[tuple[int | None, str]]:
+    """(exit code, stderr) of two processes with the variables of torchrun; the real one is in bench/chaos_train.py."""
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        port = door.getsockname()[1]
+    said = [Path(tempfile.mkdtemp()) / "said" for _ in range(2)]
+    ranks = [warm().Process(target=rank, args=(2, k, port, arguments, folder, said[k])) for k in range(2)]
+    for one in ranks:
+        one.start()
+    for one in ranks:
+        one.join(200)
+    return [(one.exitcode, (path / "err").read_text()) for one, path in zip(ranks, said, strict=True)]
+
+
+def test_two_of_torchruns_processes_learn_what_one_learned_and_one_of_them_speaks(tmp_path: Path) -> None:
+    flowed_copy(tmp_path, "check", "audition", "capture")
+    first, second = launched(tmp_path, "train", "tiny.yaml", "--out", "run")
+    assert (first[0], second[0]) == (0, 0), first[1] + second[1]
+    assert "train 100%" in first[1]
+    assert "train" not in second[1]
+    alone = [json.loads(line) for line in (flowed()[0] / "run" / "train" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines(tmp_path)] == pytest.approx([line["loss"] for line in alone], rel=1e-4)
+    assert (tmp_path / "run" / "train" / "done.json").is_file()
+    refused = launched(tmp_path, "train", "tiny.yaml", "--out", "run", "--set", "training.steps=9", "--json")
+    assert [code for code, _ in refused] == [4, 4]
+    assert refused[0][1].count("persea: ") == 1
+    assert "(training.steps: 8 -> 9)" in refused[0][1]
+    assert "persea" not in refused[1][1]
+
+
+@pytest.mark.parametrize("verb", ["train", "run"])
+def test_the_options_of_a_training_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    given: list[How] = []
+
+    def flow(river: River, only: str, as_json: bool) -> None:
+        given.append(river.how)
+        raise Refused("enough")
+
+    monkeypatch.setattr(stages, "_flow", flow)
+    with pytest.raises(Refused):
+        stages.app(["train" if verb == "train" else "run", str(recipe(tmp_path)), "--procs", "3", "--shard", "fsdp", "--resume", "never"],
+                   standalone_mode=False)
+    assert given == [How(3, Shard.FSDP, "never")]
+
+
+def test_more_processes_than_conversations_are_refused(tmp_path: Path) -> None:
+    flowed_copy(tmp_path, "check", "audition", "capture")
+    ended = persea("train", "tiny.yaml", "--out", "run", "--procs", "5", "--json", folder=tmp_path)
+    assert ended.code == 2
+    assert ended.err == ("persea: training.batch: a batch of 4 conversations cannot be split over 5 processes -> at most 4 processes, or a larger "
+                         "training.batch\n")
+
+
+def test_held_out_is_the_same_in_parts() -> None:
+    """Two ranks' halves of held-out batches, gathered by hand, give what one gives."""
+    class Heard(World):
+        def gather(self, value: Any) -> list[Any]:
+            parts.append(value)
+            return list(parts)
+
+    parts: list[Any] = []
+    feed, student = _feed(), _Student()
+    whole = held_out(student, feed, World(), 0.7)  # type: ignore[arg-type]
+    held_out(student, feed, Heard(0, 2), 0.7)  # type: ignore[arg-type]
+    assert held_out(student, feed, Heard(1, 2), 0.7) == pytest.approx(whole)  # type: ignore[arg-type]
+    assert set(whole) == {"all", "a", "b"}
+
+
+class _Student:
+    model = torch.nn.Identity()
+
+    def logits(self, ids: torch.Tensor, mask: torch.Tensor, row: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        return torch.sin(ids[row, at, None] + torch.arange(7.0))
+
+
+def _feed() -> Feed:
+    import numpy as np
+
+    from persea.chat import Tokens
+    from persea.feed import Lesson
+    from persea.losses import Entries
+
+    none = np.empty(0, np.int64)
+    entries = Entries(none, none, none.astype(np.float32), none, none, none, none.astype(np.float32), none, none)
+    lessons = [Lesson(Tokens(np.arange(n) % 7, np.arange(n), np.arange(n), np.arange(n) > 0), who, "s", "", entries, np.zeros(7))
+               for n, who in ((3, "a"), (5, "b"), (4, "a"), (6, "b"))]
+    bridge: Any = SimpleNamespace(student_event_V=np.zeros(7, np.int64), tokens_of=lambda events: (none, none))
+    return Feed(tuple(lessons), {"a": bridge, "b": bridge}, 2, 0, 0)
+

@@ -1,0 +1,95 @@
+"""A toy of a student in several processes: what test_launch, test_watch and test_checkpoints train, and bench/chaos_train.py kills."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from persea import launch as launcher
+from persea import watch
+from persea.models import Source, open_voice
+from persea.ranks import Shard, World
+from persea.river import quieten
+from persea.student import open_student
+from persea.train import Settings, Taught, train
+
+SAPLING = Path(__file__).resolve().parent.parent / "saplings" / "llama-sapling"
+SETTINGS = Settings(steps=6, learning_rate=3e-3, warmup=2, weight_decay=0.01, clip=1.0, checkpoint_every=2, log_every=1, seed=5, skips=1)
+
+
+@dataclass(frozen=True)
+class Out:
+    """A loss of so many positions."""
+
+    loss: torch.Tensor
+    positions: int
+    terms: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """What befalls a rank at a step (-1: nothing): a signal to itself, a loss that is not a number, an error."""
+
+    rank: int = 0
+    at: int = -1
+    number: int = 0
+    nan: bool = False
+    slow: float = 0.0
+
+
+def student_run(world: World, store: Any, folder: Path, shard: Shard, settings: Settings, trouble: Trouble, resume: str = "auto") -> None:
+    """The llama-sapling learns random tokens: 6 texts a step, of 9 to 14 tokens each, so that parts have unequal numbers of positions."""
+    torch.set_num_threads(1)
+    quieten()
+    watch.SILENT = 2.0  # as a test can wait; bench/chaos_train.py waits the whole 30 s
+    source = Source(str(SAPLING))
+    student = open_student(source, open_voice(source, "student"), None).spread(world, shard)
+    size = len(student.voice.vocabulary)
+
+    def loss_of(step: int, part: int, parts: int) -> tuple[Out, Mapping[str, Taught]]:
+        time.sleep(trouble.slow)
+        mine = world.rank == trouble.rank and step == trouble.at
+        if mine and trouble.number:
+            os.kill(os.getpid(), trouble.number)
+        dice = np.random.default_rng([7, step])
+        texts = [torch.from_numpy(dice.integers(0, size, dice.integers(9, 15))) for _ in range(6)][6 * part // parts:6 * (part + 1) // parts]
+        ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in texts], batch_first=True)
+        row, at = mask[:, 1:].nonzero(as_tuple=True)
+        loss = torch.nn.functional.cross_entropy(student.logits(ids, mask, row, at), ids[row, at + 1])
+        loss = loss * float("nan") if mine and trouble.nan else loss
+        return Out(loss, len(row)), {f"t{step % 2}": Taught(len(row), float(loss.detach()) * len(row))}
+
+    train(student.trained, loss_of, settings, folder, {"seed": settings.seed}, lambda step, line: launcher.tell(store, step), world=world,
+          resume=resume)
+
+
+class Dice:
+    """A training that draws from every source of chance, one after another: each must be where it was after a resume."""
+
+    def __init__(self) -> None:
+        self.parameters = [torch.nn.Parameter(torch.linspace(-1, 1, 24).reshape(4, 6))]
+
+    def loss_of(self, step: int, part: int, parts: int) -> tuple[Out, Mapping[str, Taught]]:
+        noise = float(np.random.standard_normal()) + random.gauss(0, 1)  # gauss keeps half of a pair for the next call
+        seen = torch.nn.functional.dropout(self.parameters[0], 0.3)
+        return Out(((seen - noise) ** 2).mean(), 4), {"dice": Taught(4, 1.0)}
+
+
+def final(folder: Path) -> str:
+    """sha256 of the last checkpoint's weights: of their values, for the file holds seconds too."""
+    import hashlib
+
+    last = max((folder / "checkpoints").glob("*.pt"))
+    sha = hashlib.sha256()
+    for value in torch.load(last, weights_only=True)["parameters"]:
+        sha.update(value.numpy().tobytes())
+    return sha.hexdigest()
