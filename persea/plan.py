@@ -47,6 +47,7 @@ class Plan:
 
 def plan(river: River) -> Plan:
     """Count what each stage asks, keeps and writes. Raises Refused where the disk cannot hold it, RecipeError for a mode nobody knows."""
+    river.lm_eval()  # told now and not after hours
     river.refuse_modes()
     recipe, teachers = river.recipe, len(river.teaching)
     asked = sum(len(items) for _, items in river.items(Split.AUDITION)) * sum(

@@ -191,7 +191,6 @@ class River:
             taught.setdefault(part.skill, set()).update(part.modes)
         return {skill: tuple(e for e in Effort if e in efforts) for skill, efforts in taught.items() if efforts}
 
-    @cached_property
     def lm_eval(self) -> dict[str, str]:
         """Speaker -> digest of the file of standard results that joins the page. DataError where it is not there."""
         found = {}

@@ -190,7 +190,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("train", trained, train),
     Stage("evaluate", lambda r: [r.done("train")["outputs"], r.identities, r.asked, r.recipe.evaluation.model_dump(exclude=AFTERWARDS)], evaluate),
     Stage("lineage", lambda r: [r.done("train")["outputs"], r.recipe.hash], lineage),
-    Stage("report", lambda r: [*(r.done(s.name)["key"] for s in STAGES[:-1]), r.lm_eval], report),
+    Stage("report", lambda r: [*(r.done(s.name)["key"] for s in STAGES[:-1]), r.lm_eval()], report),
 )
 
 
@@ -203,6 +203,7 @@ def run(river: River, tell: Tell, only: str = "") -> None:
     set_threads(river.recipe.threads)
     t = river.recipe.training
     river.refuse_modes()
+    river.lm_eval()
     with joined(river.world):
         if only in ("", "train"):  # what cannot be in the end is told in the beginning
             refuse_too_many(max(river.how.procs, river.world.size), t.batch, t.accumulate)
