@@ -139,7 +139,10 @@ class River:
     def items(self, split: Split) -> list[tuple[Skill, tuple[Item, ...]]]:
         """Held-out items: AUDITION chooses teachers, TEST compares everybody."""
         n = self.recipe.audition.items if split is Split.AUDITION else self.recipe.evaluation.items
-        return [(skill, skill.items(split, n, self.recipe.seed)) for skill in self.skills]
+        found = [(skill, skill.items(split, n, self.recipe.seed)) for skill in self.skills]
+        if empty := [skill.name for skill, some in found if not some]:
+            raise DataError(f"no question of {', '.join(empty)} is left for the {split}", where="evaluation.sets", remedy="a set with more rows")
+        return found
 
     @cached_property
     def asked(self) -> str:
@@ -176,12 +179,19 @@ class River:
                 if effort not in self.student_voice.family.efforts:
                     raise RecipeError(f"{effort} is asked for, and the student's template cannot tell it", where=where,
                                       remedy="write `thinking: true` under `student:`, or choose another student")
-                if not any(knows(self.voices[name], effort) for name in ([pinned] if pinned else self.voices)):
+                if not any(self.knows(name, effort) for name in ([pinned] if pinned else self.teaching)):
                     raise RecipeError(f"{effort} is asked for, and no teacher of {part.skill} knows it: {self._efforts()}", where=where,
                                       remedy="choose among the efforts of the teacher, or add one that knows it")
 
     def _efforts(self) -> str:
-        return "; ".join(f"{name} knows {', '.join(e for e in Effort if knows(voice, e))}" for name, voice in self.voices.items())
+        return "; ".join(f"{name} knows {', '.join(e for e in Effort if self.knows(name, e))}" for name in self.teaching)
+
+    def knows(self, name: str, effort: Effort) -> bool:
+        """Whether a teacher can be asked at an effort; a chat route without a dial is sent none, and has its own alone."""
+        return knows(self.voices[name], effort) and (effort is Effort.NONE or effort in self.efforts(name, (effort,)))
+
+    def _has_dial(self, name: str) -> bool:
+        return not any(t.name == name and t.endpoint and t.endpoint.protocol == "chat" and not t.endpoint.dial for t in self.recipe.teachers)
 
     @cached_property
     def modes(self) -> dict[str, tuple[Effort, ...]]:
@@ -215,7 +225,7 @@ class River:
         longest = max(t.generation.max_new_tokens or c.max_new_tokens for t in self.recipe.teachers)
         units = plan_units(self.corpus.prompts, self.cast, self.identities, c.unit, settings, longest if c.answers == "ask" else None)
         for name, skill, effort in sorted({(u.teacher, p.skill, p.effort) for u in units for p in u.prompts if p.effort is not None}):
-            if not knows(self.voices[name], effort):
+            if not self.knows(name, effort):
                 raise RecipeError(f"{name} was cast for {skill}, which is to be asked at {effort} effort: {self._efforts()}", where="corpus.modes",
                                    remedy=f"change the modes of {skill}, or pin a teacher who knows them: audition.pinned.{skill}")
         return units
@@ -251,7 +261,8 @@ class River:
     def efforts(self, name: str, efforts: Sequence[Effort]) -> tuple[Effort, ...]:
         """A speaker's own effort, and those of `efforts` that it has."""
         own = next((t.effort for t in self.recipe.teachers if t.name == name), Effort.NONE)
-        return tuple(dict.fromkeys([own, *(e for e in efforts if e in self.voices.get(name, self.student_voice).family.efforts)]))
+        known = self.voices.get(name, self.student_voice).family.efforts if self._has_dial(name) else ()
+        return tuple(dict.fromkeys([own, *(e for e in efforts if e in known)]))
 
     def _speaker(self, name: str, where: Source, voice: Voice, batch: int, effort: Any, generation: Generation | None = None) -> Teacher:
         from persea.engines.local import LocalEngine

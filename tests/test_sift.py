@@ -13,7 +13,7 @@ from persea.chat import Conversation, Finish, Message
 from persea.corpus import Prompt
 from persea.errors import Refused
 from persea.measure import Item, Skill, Verdict
-from persea.sift import Sifted, left, sift
+from persea.sift import Question, Sifted, left, question, sift
 from persea.teacher import Answer
 
 
@@ -28,8 +28,8 @@ def prompt(k: int, answer: str = "Answer: 4", skill: str = "reasoning") -> Promp
     return Prompt(f"p{k}", Conversation.ask(f"Question {k}?"), skill, "en", answer)
 
 
-def items(prompts: list[Prompt]) -> dict[tuple[Message, ...], Item]:
-    return {p.conversation.messages: Item(p, p.answer, key=p.answer[-1:]) for p in prompts}
+def items(prompts: list[Prompt]) -> dict[Question, Item]:
+    return {question(p.conversation): Item(p, p.answer, key=p.answer[-1:]) for p in prompts}
 
 
 def said(asked: Prompt, text: str, teacher: str = "a") -> Any:
