@@ -85,8 +85,7 @@ def measure(student: Teacher, skills: Sequence[tuple[Skill, Sequence[Item]]], ta
             direct: Iterable[Mapping[str, Any]] = (), done: Callable[[str], None] = lambda words: None) -> Modes:
     """Ask the student the skills' items at every effort it was taught them in.
 
-    skills  items with choices are left out: they are weighed, and answered in words nowhere
-    taught  skill -> efforts; skills that are not in it are left out
+    taught  skill -> efforts; skills that are not in it are left out, and so are items with choices, which are not answered in words
     direct  answers at effort none to other skills, as examples.jsonl has them, which count for the leak there
     """
     found: list[Mode] = []

@@ -11,7 +11,7 @@ from persea import sets, skills
 from persea.chat import Conversation, Effort
 from persea.check import Sample, read_texts
 from persea.corpus import Broken, Prompt, in_modes, read_prompts
-from persea.errors import DataError
+from persea.errors import DataError, TeacherError
 from persea.measure import Item, Skill, Split
 from persea.sections import CorpusPart, PublishedSet, Teacher
 from persea.sets.reading import HUB, Published, Source
@@ -39,8 +39,10 @@ def judge(name: str, teachers: Sequence[Teacher], family: Callable[[str], str], 
     speaking = cache(partial(load, name))
 
     def ask(question: str) -> str:
-        asked = replace(speaking(), effort=Effort.NONE).answer([Prompt("judge", Conversation.ask(question), "judge", "en")], WORD)
-        return asked[0].text
+        (said,) = replace(speaking(), effort=Effort.NONE).answer([Prompt("judge", Conversation.ask(question), "judge", "en")], WORD)
+        if said.why:  # a server's failure is no judgement
+            raise TeacherError(said.why, where=name, remedy="look at the server, then run again: what was heard is kept")
+        return said.text
 
     return Judge(families[name], {t.name: families[t.name] for t in teachers if not t.yardstick}, ask)
 
@@ -82,7 +84,7 @@ def prompts(part: CorpusPart, where: str, known: Sequence[Skill], taught: Sequen
 
 
 def known(parts: Iterable[CorpusPart], skills: Sequence[Skill], prompts: Iterable[Prompt], seed: int) -> dict[Question, Item]:
-    """Question -> what its answers are graded by: a generator's own item, or a file's answer as reference and key."""
+    """Question -> what a prompt's answers are graded by: a generator's own item, or a file's answer as reference and key."""
     made = {question(i.prompt.conversation): i for part in parts if part.generate for s in skills if s.name == part.skill
             for i in s.items(Split.TEACH, part.generate, seed)}
     return {question(p.conversation): made.get(question(p.conversation)) or Item(p, p.answer, key=p.answer) for p in prompts}

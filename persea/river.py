@@ -139,7 +139,10 @@ class River:
     def items(self, split: Split) -> list[tuple[Skill, tuple[Item, ...]]]:
         """Held-out items: AUDITION chooses teachers, TEST compares everybody."""
         n = self.recipe.audition.items if split is Split.AUDITION else self.recipe.evaluation.items
-        return [(skill, skill.items(split, n, self.recipe.seed)) for skill in self.skills]
+        found = [(skill, skill.items(split, n, self.recipe.seed)) for skill in self.skills]
+        if empty := [skill.name for skill, some in found if not some]:
+            raise DataError(f"no question of {', '.join(empty)} is left for the {split}", where="evaluation.sets", remedy="a set with more rows")
+        return found
 
     @cached_property
     def asked(self) -> str:

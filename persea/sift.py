@@ -15,6 +15,13 @@ from persea.errors import Refused
 from persea.measure import Item, Skill, Verdict, grade
 from persea.reader import Chosen, Ordered
 
+Question: TypeAlias = tuple[tuple[Message, ...], tuple[Tool, ...]]
+
+
+def question(conversation: Conversation) -> Question:
+    """What tells a question from another: with other tools the same words have another right answer."""
+    return conversation.messages, conversation.tools
+
 
 @dataclass(frozen=True)
 class Sifted:
@@ -35,16 +42,8 @@ class Sifted:
                           remedy="look at capture/wrong.json; the prompts' answers may be of another form than the skill's grader reads")
 
 
-Question: TypeAlias = tuple[tuple[Message, ...], tuple[Tool, ...]]
-
-
-def question(asked: Conversation) -> Question:
-    """What is asked, at whatever effort: with other tools the same words want another answer."""
-    return asked.messages, asked.tools
-
-
 def sift(caches: Sequence[Ordered], items: Mapping[Question, Item], skills: Mapping[str, Skill]) -> Sifted:
-    """Grade every captured answer by the item that stands for its question.
+    """Grade every captured answer by the item that stands for its question (items: question -> item).
 
     A grader that raises does not end the run: its answer is aside, with the exception's name.
     """

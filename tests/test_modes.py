@@ -100,6 +100,14 @@ def test_thoughts_rise_or_are_said_not_to(voice: Voice, low: str, high: str | No
     assert found.rises == {"reasoning": rises}
 
 
+def test_who_chooses_by_likelihood_is_not_asked_in_words(voice: Voice) -> None:
+    scripted, chosen = Scripted(engine("llama-sapling"), [says(voice, "x")]), [replace(i, choices=("a", "b")) for i in ITEMS[1:]]
+    found = measure(Teacher("student", voice, scripted), [(REASONING, [ITEMS[0], *chosen])], {"reasoning": (Effort.NONE,)}, 40)
+    assert [(m.score.n, m.leak.n) for m in found.modes] == [(1, 1)]
+    assert measure(Teacher("student", voice, scripted), [(REASONING, chosen)], {"reasoning": (Effort.NONE,)}, 40).modes == ()
+    assert len(scripted.asked) == 1
+
+
 def test_a_skill_without_modes_is_not_asked(voice: Voice) -> None:
     scripted = Scripted(engine("llama-sapling"), [])
     found = measure(Teacher("student", voice, scripted), [(REASONING, ITEMS)], {}, 40)
