@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from persea.chat import Finish
 from persea.engines.local import LocalEngine
-from persea.errors import DataError, EnvironmentLacks, PerseaError, Refused
+from persea.errors import DataError, EnvironmentLacks, PerseaError, Refused, TeacherError
 from persea.models import find, open_model, open_voice
 from persea.serve.guard import Caps, Guard, error, is_loopback, patient
 from persea.serve.schema import Chat, Completion, TokenRequest
@@ -61,7 +61,8 @@ def make_app(speaker: Speaker, key: str, caps: Caps) -> Guard:
 
     async def refused(request: Request, problem: Exception) -> Response:
         assert isinstance(problem, PerseaError)
-        return JSONResponse(error(400, f"{problem.what} -> {problem.remedy}", problem.where or None), 400)
+        status = 500 if isinstance(problem, TeacherError) else 400  # weights that give no numbers are no client's fault
+        return JSONResponse(error(status, f"{problem.what} -> {problem.remedy}", problem.where or None), status)
 
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(StarletteHTTPException, wrong)
