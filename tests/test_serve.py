@@ -7,6 +7,7 @@ import base64
 import io
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -261,20 +262,24 @@ def test_offsets_count_whole_characters_and_no_markers() -> None:
 
 def test_what_a_client_that_went_had_begun_holds_the_model_until_it_is_over() -> None:
     speaker = open_speaker(str(SAPLINGS / "llama-sapling"))
-    running, most = 0, 0
+    running, most, go = 0, 0, threading.Event()
 
     def slow() -> None:
         nonlocal running, most
         running += 1
         most = max(most, running)
-        time.sleep(0.05)
+        assert go.wait(30)
         running -= 1
 
     async def play() -> None:
         gone = asyncio.create_task(speaker._alone(slow))
-        await asyncio.sleep(0.01)
+        while not running:
+            await asyncio.sleep(0.001)
         gone.cancel()
-        await asyncio.gather(gone, speaker._alone(slow), speaker._alone(slow), return_exceptions=True)
+        others = [asyncio.create_task(speaker._alone(slow)) for _ in range(2)]
+        await asyncio.sleep(0.05)  # in which they would have begun
+        go.set()
+        await asyncio.gather(*others)
         assert gone.cancelled()
 
     asyncio.run(play())
