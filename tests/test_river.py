@@ -275,8 +275,9 @@ def test_a_yardstick_of_words_alone_that_would_have_to_choose_is_refused_before_
     words = {"model": "words", "name": "w", "yardstick": True, "endpoint": {"url": "http://127.0.0.1:1", "protocol": "chat"}}
     sets = [{"set": "xcopa", "file": str(tmp_path / "x.jsonl"), "language": "id"}]
     one = river(tmp_path, teachers=[*TINY["teachers"], words], evaluation={"sets": sets})
-    with pytest.raises(TeacherError, match="w: tells words alone, and xcopa asks which"):
-        run(one, lambda *_: None)
+    for start in (lambda: run(one, lambda *_: None), lambda: plan(one)):
+        with pytest.raises(TeacherError, match="w: tells words alone, and xcopa asks which"):
+            start()
     assert not one.folder.exists()
 
 
