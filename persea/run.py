@@ -194,7 +194,7 @@ def refuse_mute(river: River) -> None:
 AFTERWARDS = {"allow_regression", "lm_eval"}  # what the recipe says of an evaluation once it is there
 STAGES: tuple[Stage, ...] = (
     Stage("check", lambda r: [r.identities, r.student_identity, r.measured, r.recipe.check.model_dump()], check),
-    Stage("audition", lambda r: [r.identities, r.asked, r.recipe.audition.model_dump(), r.recipe.capture.max_new_tokens], audition),
+    Stage("audition", lambda r: [r.identities, r.asked, r.recipe.taught, r.recipe.audition.model_dump(), r.recipe.capture.max_new_tokens], audition),
     Stage("capture", lambda r: [*(u.name for u in r.units), *([b.where, b.why] for b in r.corpus.broken), *["verify"] * r.recipe.capture.verify],
           capture),
     Stage("train", trained, train),

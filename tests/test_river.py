@@ -20,6 +20,7 @@ from persea.measure import Split
 from persea.plan import plan
 from persea.recipe import load_recipe
 from persea.river import BASE, STUDENT, River, digest_of, knows
+from persea.run import STAGES as STREAM
 from persea.run import run
 
 
@@ -246,6 +247,17 @@ def test_published_sets_are_skills_beside_the_corpus_or_for_it(tmp_path: Path) -
     assert river(tmp_path).asked != beside.asked
     with pytest.raises(DataError, match="reasoning has only 0 questions to teach with"):
         _ = river(tmp_path, evaluation={"sets": [one | {"skill": "reasoning"}]}).corpus
+
+
+def test_a_measured_skill_that_is_taught_from_now_on_is_cast_anew(tmp_path: Path) -> None:
+    """The questions are the same; the cast that stands has no part of that skill."""
+    sets = {"sets": [{"set": "gsm8k", "file": gsm(tmp_path)}]}
+    (tmp_path / "p.jsonl").write_text('{"prompt": "One and one?"}')
+    before = river(tmp_path, evaluation=sets)
+    after = river(tmp_path, evaluation=sets, corpus=[*TINY["corpus"], {"skill": "gsm8k", "file": "p.jsonl"}])
+    inputs = next(s.inputs for s in STREAM if s.name == "audition")
+    assert before.asked == after.asked
+    assert digest_of(inputs(before)) != digest_of(inputs(after))
 
 
 def test_nothing_of_a_published_set_is_taught_asked_or_not(tmp_path: Path) -> None:
