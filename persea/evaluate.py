@@ -23,7 +23,7 @@ class Evaluation:
     teachers, yardsticks  who taught, and who is only beside
     effort                the student's own
     scores                of every speaker, skill and effort: over all and per language
-    bits_per_byte         speaker -> skill (and "all") -> bits, on held-out reference answers
+    bits_per_byte         speaker -> skill (and "all", of who can say every one) -> bits, on held-out reference answers
     compared              the student beside each other speaker, at each of its efforts, on the same items
     regressions           where it is below its own base with confidence
     """
@@ -92,7 +92,8 @@ def listen(heard: Heard, speaker: Speaker, skills: Sequence[tuple[Skill, Sequenc
         told = score(speaker.name, skill.name, results, effort).value
         done((k + 1) / len(skills), f"{speaker.name} {skill.name} {told:.2f}{', as kept' * (reused == len(results))}")
     size = sum(n for _, n in spent)
-    if size:
+    whole = sum(len(p.text.encode()) for _, items in skills for i in items if i.reference or i.calls for p in i.answered.messages[-1].parts)
+    if 0 < size == whole:  # who cannot say all of it spends its bits on other texts than the others, and does not compare
         heard.bits_per_byte[speaker.name]["all"] = sum(b for b, _ in spent) / size
 
 

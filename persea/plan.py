@@ -11,7 +11,7 @@ from typing import Any
 from persea.errors import Refused
 from persea.measure import Split
 from persea.river import BASE, STUDENT, River, digest_of
-from persea.run import STAGES, Stage
+from persea.run import STAGES, Stage, refuse_mute
 
 BYTES_PER_TOKEN = 40  # the most: broad text of a 152k vocabulary at tau .02 costs 34 without its text, reasoning 9 (docs/cache.md)
 BYTES_PER_TOP = 400  # with `rows: topk` at kl .01 broad text costs 316, reasoning 53 (docs/cache.md)
@@ -48,6 +48,7 @@ def plan(river: River) -> Plan:
     """Count what each stage asks, keeps and writes. Raises Refused where the disk cannot hold it, RecipeError for a mode nobody knows."""
     river.lm_eval()  # told now and not after hours
     river.refuse_modes()
+    refuse_mute(river)
     from persea.checkpoints import KEPT  # torch comes with it
 
     recipe, teachers = river.recipe, len(river.teaching)

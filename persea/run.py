@@ -182,7 +182,7 @@ def verified(river: River) -> list[str]:
     return [river.done("capture")["outputs"]["wrong.json"]] if river.recipe.capture.verify else []
 
 
-def _refuse_mute(river: River) -> None:
+def refuse_mute(river: River) -> None:
     """Raises TeacherError, before anything is trained, where a chat route would be asked in the end what it cannot tell."""
     from persea.asking import refuse_choices
 
@@ -194,7 +194,7 @@ def _refuse_mute(river: River) -> None:
 AFTERWARDS = {"allow_regression", "lm_eval"}  # what the recipe says of an evaluation once it is there
 STAGES: tuple[Stage, ...] = (
     Stage("check", lambda r: [r.identities, r.student_identity, r.measured, r.recipe.check.model_dump()], check),
-    Stage("audition", lambda r: [r.identities, r.asked, r.recipe.audition.model_dump(), r.recipe.capture.max_new_tokens], audition),
+    Stage("audition", lambda r: [r.identities, r.asked, r.recipe.taught, r.recipe.audition.model_dump(), r.recipe.capture.max_new_tokens], audition),
     Stage("capture", lambda r: [*(u.name for u in r.units), *([b.where, b.why] for b in r.corpus.broken), *["verify"] * r.recipe.capture.verify],
           capture),
     Stage("train", trained, train),
@@ -214,7 +214,7 @@ def run(river: River, tell: Tell, only: str = "") -> None:
     t = river.recipe.training
     river.refuse_modes()
     river.lm_eval()
-    _refuse_mute(river)
+    refuse_mute(river)
     with joined(river.world):
         if only in ("", "train"):  # what cannot be in the end is told in the beginning
             refuse_too_many(max(river.how.procs, river.world.size), t.batch, t.accumulate)
