@@ -56,7 +56,7 @@ def plan(river: River) -> Plan:
         len(river.efforts(name, recipe.audition.efforts)) for name in river.teaching)
     tested = sum(len(items) for _, items in river.items(Split.TEST)) * sum(
         len(river.efforts(name, recipe.evaluation.efforts)) for name in (STUDENT, BASE, *river.voices))
-    tested += sum(len(items) * len(river.modes.get(skill.name, ())) for skill, items in river.items(Split.TEST))
+    tested += sum(sum(not i.choices for i in items) * len(river.modes.get(skill.name, ())) for skill, items in river.items(Split.TEST))
     prompts = len(river.corpus.prompts)
     weights = _weights(recipe.student.model)
     captured = prompts * recipe.capture.max_new_tokens * (BYTES_PER_TOKEN if recipe.capture.rows == "sampled" else BYTES_PER_TOP)
