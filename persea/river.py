@@ -27,7 +27,7 @@ from persea.lineage import Parent
 from persea.measure import Item, Skill, Split
 from persea.models import Source, fingerprint, local_folder, notes, open_voice, stamp
 from persea.models import set_threads as set_threads
-from persea.ranks import How, World
+from persea.ranks import How, World, refuse_too_many, refuse_unheard
 from persea.recipe import Recipe
 from persea.sections import WORDS, Generation, ModelRef
 from persea.sections import Student as StudentRef
@@ -179,6 +179,13 @@ class River:
                 if not any(knows(self.voices[name], effort) for name in ([pinned] if pinned else self.voices)):
                     raise RecipeError(f"{effort} is asked for, and no teacher of {part.skill} knows it: {self._efforts()}", where=where,
                                       remedy="choose among the efforts of the teacher, or add one that knows it")
+
+    def refuse_processes(self) -> None:
+        """Raises RecipeError where its training cannot be spread over as many processes as were asked for."""
+        t, procs = self.recipe.training, max(self.how.procs, self.world.size)
+        refuse_too_many(procs, t.batch, t.accumulate)
+        if t.on_policy:
+            refuse_unheard(procs, self.how.shard, [far.name for far in self.recipe.teachers if far.endpoint and far.endpoint.budget])
 
     def _efforts(self) -> str:
         return "; ".join(f"{name} knows {', '.join(e for e in Effort if knows(voice, e))}" for name, voice in self.voices.items())
