@@ -34,7 +34,7 @@ def evaluate(river: River) -> object:
 
 
 def lineage(river: River) -> object:
-    return [river.done("train")["outputs"], river.recipe.hash]
+    return [river.done("train")["outputs"], river.recipe.hash, river.cast.parts, river.cast.pinned]
 
 
 def report(river: River) -> object:

@@ -13,10 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from persea import inputs, store
-from persea.boards import refuse_missing
+from persea import beforehand, inputs, questions, store
 from persea.chat import Effort
 from persea.far import is_far
 from persea.measure import Split
@@ -96,12 +94,11 @@ def capture(river: River, folder: Path, tell: Tell) -> None:
     (folder / "quarantine.jsonl").unlink(missing_ok=True)
     if aside:
         store.publish_lines(folder / "quarantine.jsonl", aside)
-    verified: dict[str, Any] = {}
+    verified: dict[str, object] = {}
     if settings.verify:
-        from persea.questions import known
         from persea.sift import verify
 
-        items = known(river.recipe.corpus, river.skills, river.corpus.prompts, river.recipe.seed)
+        items = questions.known(river.recipe.corpus, river.skills, river.corpus.prompts, river.recipe.seed)
         verified = {"verified": verify([reader for reader, _ in caches(river.units, folder)], items, river.skills, folder)}
     removed = dict(Counter(r.why.value for r in river.corpus.removed))
     store.publish_json(folder / "summary.json", told | {"removed": removed} | verified | accounts(told, river.corpus, aside))
@@ -147,7 +144,7 @@ def lineage(river: River, folder: Path, tell: Tell) -> None:
 
     teachers = [river.parent(n) for n in river.teaching]
     store.publish_json(folder / "lineage.json", record(river.folder / "train" / "student", river.parent(BASE), teachers, river.recipe.hash,
-                                                       {"units": digest_of([u.name for u in river.units])}))
+                                                       {"units": digest_of([u.name for u in river.units])}, river.cast))
 
 
 def report(river: River, folder: Path, tell: Tell) -> None:
@@ -177,10 +174,10 @@ def run(river: River, tell: Tell, only: str = "") -> None:
     set_threads(river.recipe.threads)
     river.refuse_modes()
     river.lm_eval()
+    beforehand.refuse_mute(river)
     with joined(river.world):
         if only in ("", "train"):  # what cannot be in the end is told in the beginning
-            river.refuse_processes()
-            refuse_missing(river.recipe.training.report_to)
+            beforehand.refuse_training(river)
         if river.world.rank:  # the first process keeps the folder
             from persea.teach import follow
 
