@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from persea.beforehand import refuse_mute
 from persea.errors import Refused
 from persea.measure import Split
 from persea.river import BASE, STUDENT, River, digest_of
-from persea.run import STAGES, Stage, refuse_mute
+from persea.run import STAGES, Stage
 
 BYTES_PER_TOKEN = 40  # the most: broad text of a 152k vocabulary at tau .02 costs 34 without its text, reasoning 9 (docs/cache.md)
 BYTES_PER_TOP = 400  # with `rows: topk` at kl .01 broad text costs 316, reasoning 53 (docs/cache.md)
