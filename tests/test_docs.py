@@ -43,7 +43,7 @@ def unknown_verbs(text: str) -> list[str]:
 def unknown_options(text: str) -> set[str]:
     known = {o for c in COMMANDS.commands.values() for one in (c, *getattr(c, "commands", {}).values()) for p in one.params for o in p.opts}
     lines = re.findall(r"`persea [^`]*`", text)
-    return {option for line in lines for option in re.findall(r"(?<!\S)--[a-z][a-z-]*", line)} - known
+    return {option for line in lines for option in re.findall(r"(?<!\S)--[a-z][a-z-]*", line)} - known - {"--help"}
 
 
 def unknown_targets(text: str) -> set[str]:

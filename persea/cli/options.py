@@ -21,8 +21,8 @@ PANELS = ("The whole river", "Before a run", "Stage by stage", "While it runs", 
 class Panels(TyperGroup):
     """The verbs in the order in which they are wanted, whatever the order in which their files are imported."""
 
-    def list_commands(self, ctx: typer.Context) -> list[str]:
-        return sorted(self.commands, key=lambda name: PANELS.index(str(self.commands[name].rich_help_panel)))  # type: ignore[attr-defined]
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]  # typer's own click is not public
+        return sorted(self.commands, key=lambda name: PANELS.index(str(getattr(self.commands[name], "rich_help_panel"))))  # noqa: B009
 
 
 app = typer.Typer(cls=Panels, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
