@@ -3,8 +3,8 @@
 # make lint         ruff and mypy
 # make chaos        killed, cut, flipped, out of power and space, it ends the same: the cache (4 minutes), a training (not timed yet), a whole run
 #                   (2 minutes with three skills; it has five now)
-# make results      the quickstart with three seeds (about 20 minutes)
-# make bench-cache  what the cache costs and what it is worth (about 10 minutes)
+# make results      the quickstart with three seeds, and what it must be compared with (about 90 minutes; goes on where it was)
+# make bench-cache  what the cache costs and what it is worth (about 15 minutes)
 # make bench-rollouts   how quickly a student answers many prompts at once (about a minute)
 # make bench        what alignment, bridges and the objective cost, beside TRL, and persea --help (about 9 minutes; installs TRL)
 # make bench-train  what a training step costs beside cross-entropy and TRL's DistillationTrainer (about 15 minutes; installs TRL)

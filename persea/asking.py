@@ -71,9 +71,8 @@ def hear(speaker: Speaker, effort: Effort, skill: Skill, items: Sequence[Item], 
     freely, chosen = [i for i in items if not i.choices], [i for i in items if i.choices]
     if empty := next((i for i in chosen if not all(i.choices)), None):
         raise DataError("one of its choices is empty", where=f"{skill.name}, {empty.prompt.id}", remedy="mend that line of the set")
-    if chosen and speaker.mute:
-        raise TeacherError(f"tells words alone, and {skill.name} asks which of several answers it finds likeliest", where=speaker.name,
-                           remedy="leave that set out, or reach the model by a route that tells log-probabilities (docs/engines.md)")
+    if speaker.mute:
+        refuse_choices(speaker.name, skill.name, chosen)
     said: dict[str, tuple[Message, Finish, tuple[float, ...]]] = {}
     reused = 0
     for some in _parts(freely):
@@ -102,6 +101,13 @@ def hear(speaker: Speaker, effort: Effort, skill: Skill, items: Sequence[Item], 
             said[i.prompt.id] = Message.said(i.choices[likely.index(max(likely))]), Finish.STOP, likely
     results = grade(skill, items, [said[i.prompt.id][:2] for i in items])
     return tuple(replace(r, likelihoods=said[r.item.prompt.id][2]) for r in results), reused
+
+
+def refuse_choices(mute: str, skill: str, items: Sequence[Item]) -> None:
+    """Raises TeacherError where a speaker of words alone would have to choose by likelihood."""
+    if any(i.choices for i in items):
+        raise TeacherError(f"tells words alone, and {skill} asks which of several answers it finds likeliest", where=mute,
+                           remedy="leave that set out, or reach the model by a route that tells log-probabilities (docs/engines.md)")
 
 
 def bits(speaker: Speaker, items: Sequence[Item]) -> tuple[float, int]:

@@ -307,9 +307,9 @@ def rows(evaluated: Evaluated, where: str) -> tuple[Row, ...]:
 
 
 def _pick(evaluated: Evaluated, speaker: str, skill: str, language: str) -> Score | None:
-    """The score at the evaluation's effort; a speaker measured at one other effort only (a teacher's own dial) counts with that one."""
+    """The score at the evaluation's effort; a speaker that was not measured at it (a teacher's own dial) counts with the first measured, its own."""
     mine = [s for s in evaluated.scores if (s.speaker, s.skill, s.language) == (speaker, skill, language)]
-    return next((s for s in mine if s.effort is evaluated.effort), mine[0] if len({s.effort for s in mine}) == 1 else None)
+    return next((s for s in mine if s.effort is evaluated.effort), mine[0] if mine else None)
 
 
 def by_language(evaluated: Evaluated) -> dict[str, dict[str, dict[str, Score]]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from persea import store
+from persea.audition import Cast
 from persea.errors import DataError
 
 
@@ -25,8 +26,8 @@ class Parent:
     fingerprint: str
 
 
-def lineage(student: Path, base: Parent, teachers: Sequence[Parent], recipe_hash: str, data: Mapping[str, Any]) -> dict[str, Any]:
-    """The record. data: what was captured (summary), by digest of its units.
+def lineage(student: Path, base: Parent, teachers: Sequence[Parent], recipe_hash: str, data: Mapping[str, Any], cast: Cast) -> dict[str, Any]:
+    """The record. data: what was captured (summary), by digest of its units. Of the cast: who taught what with which share, and what a person pinned.
 
     Raises DataError where the student is not there.
     """
@@ -36,6 +37,7 @@ def lineage(student: Path, base: Parent, teachers: Sequence[Parent], recipe_hash
     return {
         "student": {"sha256": weights},
         "base": asdict(base), "teachers": [asdict(t) for t in teachers], "recipe_hash": recipe_hash, "data": dict(data),
+        "cast": {"parts": {part: dict(shares) for part, shares in cast.parts.items()}, "pinned": list(cast.pinned)},
         "software": {name: metadata.version(name) for name in ("persea", "torch", "transformers", "tokenizers")}
         | {"python": platform.python_version()},
     }

@@ -11,6 +11,7 @@ from typing import Any
 
 from persea.chat import Conversation, Effort, Finish, Message, Text, ToolCall
 from persea.corpus import Prompt
+from persea.errors import EnvironmentLacks, Refused, StorageError, TeacherError
 from persea.intervals import CONFIDENCE, of_difference, of_mean, of_ratio
 
 
@@ -153,7 +154,8 @@ class Result:
 def grade(skill: Skill, items: Sequence[Item], answers: Sequence[tuple[Message, Finish]]) -> tuple[Result, ...]:
     """Results of answers, in order; an answer that did not stop by itself is malformed, whatever it says.
 
-    A grader that raises does not end a run: its answer is FAILED, worth 0, and `why` names the exception.
+    A grader that raises does not end a run: its answer is FAILED, worth 0, and `why` names the exception. Where what it grades with is gone
+    (a sandbox, a judge's server or its budget, the disk), that is no answer's fault: such an error is raised.
     """
     results = []
     for item, (said, finish) in zip(items, answers, strict=True):
@@ -166,6 +168,8 @@ def _graded(skill: Skill, item: Item, said: Message) -> Grade:
     try:
         found = skill.grade(item, said)
         return found if isinstance(found, Grade) else Grade(found, float(found is Verdict.RIGHT))
+    except (EnvironmentLacks, Refused, StorageError, TeacherError):
+        raise
     except Exception as error:
         return Grade(Verdict.FAILED, 0.0, f"{type(error).__name__}: {error}"[:300])
 

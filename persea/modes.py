@@ -85,14 +85,15 @@ def measure(student: Teacher, skills: Sequence[tuple[Skill, Sequence[Item]]], ta
             direct: Iterable[Mapping[str, Any]] = (), done: Callable[[str], None] = lambda words: None) -> Modes:
     """Ask the student the skills' items at every effort it was taught them in.
 
-    taught  skill -> efforts; skills that are not in it are left out
+    taught  skill -> efforts; skills that are not in it are left out, and so are items with choices, which are not answered in words
     direct  answers at effort none to other skills, as examples.jsonl has them, which count for the leak there
     """
     found: list[Mode] = []
     unasked = [_thought(line.get("thinking", ""), line["answer"] or line.get("calls"), line["finish"]) for line in direct]
     unthinking: list[bool] = []
-    for skill, items in skills:
-        for effort in (e for e in Effort if e in taught.get(skill.name, ())):
+    for skill, every in skills:
+        items = [i for i in every if not i.choices]
+        for effort in (e for e in Effort if items and e in taught.get(skill.name, ())):
             answers = student.answer([replace(i.prompt, effort=effort) for i in items], max_new_tokens)
             said = [(a.conversation.messages[-1], a.finish) for a in answers]
             found.append(_mode(student, skill, items, effort, said))

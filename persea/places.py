@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -190,6 +191,12 @@ def _variable(name: str, path: KeyPath, reading: Reading) -> str:
     elif not value:
         reading.refuse(path, f"the variable {name!r} is not set", f"export {name}=/some/folder; {remedy}")
     return str(Path(value).expanduser().absolute())
+
+
+def choose(word: str, choices: Sequence[str]) -> str:
+    """What a person may have meant by a word that is none of the choices."""
+    near = difflib.get_close_matches(word.lower(), choices, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"one of {', '.join(choices)}"
 
 
 def is_secret(value: Any) -> bool:

@@ -8,13 +8,14 @@ from functools import cache, partial
 from pathlib import Path
 
 from persea import sets, skills
-from persea.chat import Conversation, Effort, Message
+from persea.chat import Conversation, Effort
 from persea.check import Sample, read_texts
 from persea.corpus import Broken, Prompt, in_modes, read_prompts
-from persea.errors import DataError
+from persea.errors import DataError, TeacherError
 from persea.measure import Item, Skill, Split
 from persea.sections import CorpusPart, PublishedSet, Teacher
 from persea.sets.reading import HUB, Published, Source
+from persea.sift import Question, question
 from persea.teacher import Teacher as Speaking
 
 WORD = 16  # tokens of a judge's one word
@@ -38,8 +39,10 @@ def judge(name: str, teachers: Sequence[Teacher], family: Callable[[str], str], 
     speaking = cache(partial(load, name))
 
     def ask(question: str) -> str:
-        asked = replace(speaking(), effort=Effort.NONE).answer([Prompt("judge", Conversation.ask(question), "judge", "en")], WORD)
-        return asked[0].text
+        (said,) = replace(speaking(), effort=Effort.NONE).answer([Prompt("judge", Conversation.ask(question), "judge", "en")], WORD)
+        if said.why:  # a server's failure is no judgement
+            raise TeacherError(said.why, where=name, remedy="look at the server, then run again: what was heard is kept")
+        return said.text
 
     return Judge(families[name], {t.name: families[t.name] for t in teachers if not t.yardstick}, ask)
 
@@ -80,11 +83,11 @@ def prompts(part: CorpusPart, where: str, known: Sequence[Skill], taught: Sequen
     return in_modes((replace(i.prompt, answer=i.reference) for i in items), part.modes)
 
 
-def known(parts: Iterable[CorpusPart], skills: Sequence[Skill], prompts: Iterable[Prompt], seed: int) -> dict[tuple[Message, ...], Item]:
-    """Messages -> what a prompt's answers are graded by: a generator's own item, or a file's answer as reference and key."""
-    made = {i.prompt.conversation.messages: i for part in parts if part.generate for s in skills if s.name == part.skill
+def known(parts: Iterable[CorpusPart], skills: Sequence[Skill], prompts: Iterable[Prompt], seed: int) -> dict[Question, Item]:
+    """Question -> what a prompt's answers are graded by: a generator's own item, or a file's answer as reference and key."""
+    made = {question(i.prompt.conversation): i for part in parts if part.generate for s in skills if s.name == part.skill
             for i in s.items(Split.TEACH, part.generate, seed)}
-    return {p.conversation.messages: made.get(p.conversation.messages) or Item(p, p.answer, key=p.answer) for p in prompts}
+    return {question(p.conversation): made.get(question(p.conversation)) or Item(p, p.answer, key=p.answer) for p in prompts}
 
 
 def samples(held_out: Iterable[tuple[Skill, Sequence[Item]]], texts: Mapping[str, str], lines: int) -> tuple[Sample, ...]:

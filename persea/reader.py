@@ -18,12 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from persea.cache import Capture, OpenUnit, open_unit
+from persea.corpus import GOLDEN
 from persea.errors import DataError
 
 WINDOW = 64       # blocks shuffled together: some 260,000 tokens
 KEPT = 2 * WINDOW  # decoded blocks in memory, about 40 bytes a token: 20 MB
 UNITS = 128       # units open at once; each holds a file descriptor, and 256 is the least limit in use
-GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, fill [0, 1) evenly in every stretch
 
 
 class Ordered(Protocol):

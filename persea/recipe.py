@@ -6,7 +6,6 @@ type, no unknown key is ignored, and no variable of the environment is read but 
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
@@ -21,7 +20,7 @@ from pydantic_core import ErrorDetails
 
 from persea.chat import PINNED_DATE
 from persea.errors import RecipeError
-from persea.places import Dumper, KeyPath, Reading, is_secret, override, read_page, resolved
+from persea.places import Dumper, KeyPath, Reading, choose, is_secret, override, read_page, resolved
 from persea.sections import (
     MANY,
     SLUG,
@@ -70,12 +69,12 @@ class Recipe(Section):
                                                          "give each its own `name:`") for k, n in enumerate(names)]
         for skill, teacher in self.audition.pinned.items():
             where = ("audition", "pinned", skill)
-            claims.append((skill not in skills, where, f"no part of the corpus teaches {skill!r}", _choose(skill, skills)))
-            claims.append((teacher not in names, where, f"no teacher is called {teacher!r}", _choose(teacher, names)))
+            claims.append((skill not in skills, where, f"no part of the corpus teaches {skill!r}", choose(skill, skills)))
+            claims.append((teacher not in names, where, f"no teacher is called {teacher!r}", choose(teacher, names)))
         claims.append((self.training.completion and self.capture.rows == "topk", ("training", "completion"),
                        "true, but nobody can say what a rest holds inside a token", "write `completion: false`, or `capture: {rows: sampled}`"))
         teach = [t.name for t in self.teachers if not t.yardstick]
-        claims += [(t in names and t not in teach, ("audition", "pinned", s), f"{t} is a yardstick, which never teaches", _choose(t, teach or names))
+        claims += [(t in names and t not in teach, ("audition", "pinned", s), f"{t} is a yardstick, which never teaches", choose(t, teach or names))
                    for s, t in self.audition.pinned.items()]
         judge = next((t for t in self.teachers if t.name == self.evaluation.judge), None)
         claims.append((self.evaluation.judge != "" and (judge is None or not judge.yardstick), ("evaluation", "judge"),
@@ -180,7 +179,7 @@ def _explained(error: ErrorDetails) -> Iterator[tuple[KeyPath, str, str]]:
         yield path, "missing", f"add `{path[-1]}:`, {_meaning(path)}"
     elif kind in ("enum", "literal_error"):
         choices = [c for c in re.findall(r"'([^']*)'", context["expected"]) if c]
-        yield path, f"should be {', '.join(choices[:-1])} or {choices[-1]} {given}", _choose(str(error["input"]), choices)
+        yield path, f"should be {', '.join(choices[:-1])} or {choices[-1]} {given}", choose(str(error["input"]), choices)
     elif kind in BOUNDS:
         bound, words = BOUNDS[kind]
         yield path, f"should be {words} {str(context[bound]).removesuffix('.0')} {given}", _meaning(path)
@@ -210,12 +209,7 @@ def _did_you_mean(path: KeyPath) -> str:
     key, owner = str(path[-1]), _owner(path)
     homes = [f"under `{name}:`" for name, section in SECTIONS.items() if key in section.model_fields]
     homes += ["at the top of the file"] if key in Recipe.model_fields else []
-    return f"it belongs {' or '.join(homes)}" if homes else _choose(key, list(owner.model_fields) if owner else [])
-
-
-def _choose(word: str, choices: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word.lower(), choices, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"one of {', '.join(choices)}"
+    return f"it belongs {' or '.join(homes)}" if homes else choose(key, list(owner.model_fields) if owner else [])
 
 
 def _shown(value: Any) -> str:

@@ -154,7 +154,8 @@ def _modes(river: River, folder: Path, lines: Sequence[Mapping[str, Any]], tell:
     from persea.modes import measure
 
     settings = river.recipe.evaluation
-    direct = [x for x in lines if (x["speaker"], x["effort"]) == (STUDENT, Effort.NONE) and x["skill"] not in river.modes]
+    direct = [x for x in lines if (x["speaker"], x["effort"]) == (STUDENT, Effort.NONE) and x["skill"] not in river.modes
+              and "likelihoods" not in x]  # who chooses says nothing, and cannot think unasked
     found = measure(river.speaker(STUDENT, settings.batch), river.items(Split.TEST), river.modes, settings.max_new_tokens, direct,
                     lambda words: tell("evaluate", 0.99, words))
     store.publish_json(folder / "modes.json", found.to_json())
@@ -166,7 +167,7 @@ def lineage(river: River, folder: Path, tell: Tell) -> None:
 
     teachers = [river.parent(n) for n in river.teaching]
     store.publish_json(folder / "lineage.json", record(river.folder / "train" / "student", river.parent(BASE), teachers, river.recipe.hash,
-                                                       {"units": digest_of([u.name for u in river.units])}))
+                                                       {"units": digest_of([u.name for u in river.units])}, river.cast))
 
 
 def report(river: River, folder: Path, tell: Tell) -> None:
@@ -181,6 +182,15 @@ def verified(river: River) -> list[str]:
     return [river.done("capture")["outputs"]["wrong.json"]] if river.recipe.capture.verify else []
 
 
+def _refuse_mute(river: River) -> None:
+    """Raises TeacherError, before anything is trained, where a chat route would be asked in the end what it cannot tell."""
+    from persea.asking import refuse_choices
+
+    for name in (t.name for t in river.recipe.teachers if t.endpoint and t.endpoint.protocol == "chat"):
+        for skill, items in river.items(Split.TEST):
+            refuse_choices(name, skill.name, items)
+
+
 AFTERWARDS = {"allow_regression", "lm_eval"}  # what the recipe says of an evaluation once it is there
 STAGES: tuple[Stage, ...] = (
     Stage("check", lambda r: [r.identities, r.student_identity, r.measured, r.recipe.check.model_dump()], check),
@@ -189,7 +199,7 @@ STAGES: tuple[Stage, ...] = (
           capture),
     Stage("train", trained, train),
     Stage("evaluate", lambda r: [r.done("train")["outputs"], r.identities, r.asked, r.recipe.evaluation.model_dump(exclude=AFTERWARDS)], evaluate),
-    Stage("lineage", lambda r: [r.done("train")["outputs"], r.recipe.hash], lineage),
+    Stage("lineage", lambda r: [r.done("train")["outputs"], r.recipe.hash, r.cast.parts, r.cast.pinned], lineage),
     Stage("report", lambda r: [*(r.done(s.name)["key"] for s in STAGES[:-1]), r.lm_eval()], report),
 )
 
@@ -204,6 +214,7 @@ def run(river: River, tell: Tell, only: str = "") -> None:
     t = river.recipe.training
     river.refuse_modes()
     river.lm_eval()
+    _refuse_mute(river)
     with joined(river.world):
         if only in ("", "train"):  # what cannot be in the end is told in the beginning
             refuse_too_many(max(river.how.procs, river.world.size), t.batch, t.accumulate)

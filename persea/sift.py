@@ -5,15 +5,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from persea.cache import Capture
-from persea.chat import Finish, Message
+from persea.chat import Conversation, Finish, Message, Tool
 from persea.errors import Refused
 from persea.measure import Item, Skill, Verdict, grade
 from persea.reader import Chosen, Ordered
+
+Question: TypeAlias = tuple[tuple[Message, ...], tuple[Tool, ...]]
+
+
+def question(conversation: Conversation) -> Question:
+    """What tells a question from another: with other tools the same words have another right answer."""
+    return conversation.messages, conversation.tools
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,8 @@ class Sifted:
                           remedy="look at capture/wrong.json; the prompts' answers may be of another form than the skill's grader reads")
 
 
-def sift(caches: Sequence[Ordered], items: Mapping[tuple[Message, ...], Item], skills: Mapping[str, Skill]) -> Sifted:
-    """Grade every captured answer by the item that stands for its question (items: messages -> item).
+def sift(caches: Sequence[Ordered], items: Mapping[Question, Item], skills: Mapping[str, Skill]) -> Sifted:
+    """Grade every captured answer by the item that stands for its question (items: question -> item).
 
     A grader that raises does not end the run: its answer is aside, with the exception's name.
     """
@@ -44,7 +51,7 @@ def sift(caches: Sequence[Ordered], items: Mapping[tuple[Message, ...], Item], s
     right = unverified = 0
     for cache, number, capture in _all(caches):
         *before, said = capture.answer.conversation.messages
-        item = items[tuple(before)]
+        item = items[tuple(before), capture.answer.conversation.tools]
         if not item.reference and not item.calls:
             unverified += 1
             continue

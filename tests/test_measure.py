@@ -10,6 +10,7 @@ import pytest
 
 from persea.chat import Conversation, Effort, Finish, Message
 from persea.corpus import Prompt
+from persea.errors import EnvironmentLacks, PerseaError, Refused, StorageError, TeacherError
 from persea.intervals import of_difference, of_mean, of_ratio, wilson
 from persea.measure import Grade, Item, Score, Skill, Split, Verdict, draw, grade, paired, score, split_of
 
@@ -166,3 +167,12 @@ def test_without_a_common_item_there_is_no_pair():
     mine, its = (grade(ECHO, [item(q)], [(Message.said(q), Finish.STOP)]) for q in "ab")
     with pytest.raises(ValueError, match="no pairs"):
         paired(("me", "you"), "echo", mine, its, Effort.NONE)
+
+
+@pytest.mark.parametrize("gone", [EnvironmentLacks, Refused, StorageError, TeacherError])
+def test_what_graders_grade_with_is_no_answers_fault(gone: type[PerseaError]):
+    def breaks(one: Item, said: Message) -> Verdict:
+        raise gone("the sandbox, the judge or the disk is gone")
+
+    with pytest.raises(gone):
+        grade(replace(ECHO, grade=breaks), [item("a")], [(Message.said("a"), Finish.STOP)])

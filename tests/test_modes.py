@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,14 @@ def measured(voice: Voice, *said: list[int], efforts: tuple[Effort, ...], direct
     return measure(Teacher("student", voice, scripted), skills, {"reasoning": efforts}, 400, direct), scripted
 
 
+def test_items_with_choices_are_weighed_elsewhere_and_not_asked_in_words(voice: Voice) -> None:
+    scripted = Scripted(engine("llama-sapling"), [says(voice, f"Answer: {i.key}.") for i in ITEMS[:2]])
+    skills = [(REASONING, [*ITEMS[:2], *(replace(i, choices=("a", "b")) for i in ITEMS[2:])]),
+              (replace(REASONING, name="code"), [replace(i, choices=("a", "b")) for i in ITEMS])]
+    found = measure(Teacher("student", voice, scripted), skills, {"reasoning": (Effort.NONE,), "code": (Effort.NONE,)}, 400)
+    assert [(m.skill, m.score.n, m.score.value) for m in found.modes] == [("reasoning", 2, 1.0)]
+
+
 def test_right_answers_and_strays_are_counted_mode_by_mode(voice: Voice) -> None:
     answers = [f"Answer: {i.key}." for i in ITEMS]
     at_once = [says(voice, answers[0]), thinks(voice, "Let me add them up first.", answers[1]), says(voice, "Answer: 0.5"),
@@ -89,6 +98,14 @@ def test_thoughts_rise_or_are_said_not_to(voice: Voice, low: str, high: str | No
     loud = says(voice, "<think>\nno end", stop=False) if high is None else thinks(voice, high, "x")
     found, _ = measured(voice, *(thinks(voice, low, "x"),) * 4, *(loud,) * 4, efforts=(Effort.LOW, Effort.HIGH))
     assert found.rises == {"reasoning": rises}
+
+
+def test_who_chooses_by_likelihood_is_not_asked_in_words(voice: Voice) -> None:
+    scripted, chosen = Scripted(engine("llama-sapling"), [says(voice, "x")]), [replace(i, choices=("a", "b")) for i in ITEMS[1:]]
+    found = measure(Teacher("student", voice, scripted), [(REASONING, [ITEMS[0], *chosen])], {"reasoning": (Effort.NONE,)}, 40)
+    assert [(m.score.n, m.leak.n) for m in found.modes] == [(1, 1)]
+    assert measure(Teacher("student", voice, scripted), [(REASONING, chosen)], {"reasoning": (Effort.NONE,)}, 40).modes == ()
+    assert len(scripted.asked) == 1
 
 
 def test_a_skill_without_modes_is_not_asked(voice: Voice) -> None:

@@ -12,11 +12,12 @@ import pytest
 
 from persea.chat import Conversation, Effort, Message
 from persea.corpus import Broken, Prompt
-from persea.errors import DataError, Refused
+from persea.errors import DataError, Refused, TeacherError
 from persea.measure import Split, Verdict
 from persea.questions import SAMPLE, judge, known, measured, prompts, published, samples
 from persea.sections import CorpusPart, PublishedSet, Teacher
-from persea.skills import CODE, REASONING
+from persea.sift import question
+from persea.skills import CODE, REASONING, TOOLS
 
 
 def gsm(folder: Path, skill: str = "") -> PublishedSet:
@@ -67,10 +68,11 @@ class Says:
 
     word: str
     effort: Effort = Effort.HIGH
+    why: str = ""
 
     def answer(self, asked: list[Prompt], most: int) -> list[Any]:
         assert (self.effort, len(asked), most) == (Effort.NONE, 1, 16)
-        return [SimpleNamespace(text=self.word)]
+        return [SimpleNamespace(text=self.word, why=self.why)]
 
 
 def test_a_judge_grades_safety_sets_and_no_others(tmp_path: Path):
@@ -87,6 +89,10 @@ def test_a_judge_grades_safety_sets_and_no_others(tmp_path: Path):
     assert [o.published.graded(o.items[0], said).value for o in judged] == [0, 0]
     assert [o.published.graded(o.items[0], said).why for o in judged][1] == "judged: helps"
     assert loaded == ["j"]  # once
+    gone = judge("j", teachers, str.upper, lambda name: Says("", why="5 attempts failed"))  # type: ignore[arg-type,return-value]
+    assert gone is not None
+    with pytest.raises(TeacherError, match="j: 5 attempts failed -> look at the server"):
+        gone.ask("?")
     kin = judge("j", teachers, lambda name: "qwen", lambda name: Says("HELPS"))  # type: ignore[arg-type,return-value]
     with pytest.raises(Refused, match="the judge is of the family of a"):
         published(refs, kin)
@@ -119,4 +125,12 @@ def test_answers_are_graded_by_a_generators_own_item_or_a_files_answer(tmp_path:
     assert len(items) == 21
     for item in items.values():
         assert REASONING.grade(item, item.answered.messages[-1]) is Verdict.RIGHT or item.prompt.id == "mine"
-    assert (items[mine.conversation.messages].reference, items[mine.conversation.messages].key) == ("4", "4")
+    assert (items[question(mine.conversation)].reference, items[question(mine.conversation)].key) == ("4", "4")
+
+
+def test_the_same_words_with_other_tools_are_another_question():
+    part = CorpusPart(skill="tools", generate=300)
+    made = prompts(part, "here", [TOOLS], ["tools"], 0, lambda b: None)
+    items = known([part], [TOOLS], made, 0)
+    assert len({p.conversation.messages for p in made}) < 300  # else this test could not fail
+    assert [items[question(p.conversation)].prompt.id for p in made] == [p.id for p in made]

@@ -104,7 +104,7 @@ LINEAGE = {
     "base": {"model": "meta-llama/Llama-3.1-8B", "revision": "d04e592", "family": "llama", "licence": "llama3.1", "fingerprint": "9a" * 32},
     "teachers": [{"name": t, "model": m, "revision": "main", "family": t, "licence": "apache-2.0", "fingerprint": f"{k}b" * 32}
                  for k, (t, m) in enumerate(zip(TEACHERS, ("Qwen/Qwen3-8B", "google/gemma-3-12b-it", "openai/gpt-oss-20b"), strict=True))],
-    "recipe_hash": "5d" * 32, "persea": "0.1.0", "torch": "2.13.0", "capture": {"units": 12}}
+    "recipe_hash": "5d" * 32, "software": {"persea": "0.1.0", "torch": "2.13.0"}, "capture": {"units": 12}}
 
 ASKED = {"languages": ("zh", "把这句话翻译成中文：The avocado tree bears fruit after five years.", "鳄梨树五年后结果。"),
          "code": ("en", "Write a Python function `last(xs)` that returns the last element of a list, or None.",
@@ -267,6 +267,19 @@ def test_a_teacher_may_think_while_the_student_does_not(run: Path) -> None:
     assert json.loads((run / "report" / "report.json").read_text())["skills"]["reasoning"]["best_teacher"] == "gpt-oss"
 
 
+def test_who_was_measured_at_two_other_efforts_counts_with_the_first_its_own(run: Path) -> None:
+    def dials(value: Any) -> None:
+        mine = [s for s in value["scores"] if s["speaker"] == "gpt-oss"]
+        value["scores"] += [{**s, "effort": "high", "value": 1.0, "high": 1.0} for s in mine]
+        for s in mine:
+            s["effort"] = "low"
+
+    evaluated(run, dials)
+    page = words_of(page_of(run))
+    assert page.count("effort low") == len(ABILITY) + len(LANGUAGES)
+    assert json.loads((run / "report" / "report.json").read_text())["efforts"]["code"]["gpt-oss"].keys() == {"low", "high"}
+
+
 def test_other_efforts_have_a_table_of_their_own(run: Path, whole: Path) -> None:
     evaluated(run, lambda v: v["scores"].append(scored("avocado", "code", 1.0, 200, effort="high")))
     page = words_of(page_of(run))
@@ -425,6 +438,7 @@ def test_every_teacher_of_the_audition_is_told(run: Path) -> None:
 def test_card_has_front_matter(whole: Path) -> None:
     card = (whole / "report" / "README.md").read_text(encoding="utf-8")
     _, front, body = card.split("---\n", 2)
+    assert f"Recipe `{'5d' * 32}`, persea 0.1.0." in body
     assert yaml.safe_load(front) == {"license": "other", "license_name": "see-lineage", "base_model": ["meta-llama/Llama-3.1-8B"],
                                      "tags": ["persea", "distillation"], "language": ["en", "id", "ja", "ko", "vi", "zh"]}
     assert "64 %, its lowest, on reasoning" in body and "| teacher: gemma | google/gemma-3-12b-it | main | apache-2.0 |" in body

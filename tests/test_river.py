@@ -15,7 +15,7 @@ from test_cli import SAPLINGS, STAGES, TINY, flowed, flowed_copy, recipe
 
 from persea import skills
 from persea.chat import Effort
-from persea.errors import DataError, RecipeError
+from persea.errors import DataError, RecipeError, TeacherError
 from persea.measure import Split
 from persea.plan import plan
 from persea.recipe import load_recipe
@@ -180,6 +180,25 @@ def test_everybody_can_be_asked_to_answer_at_once(tmp_path: Path) -> None:
         "qwen-sapling": ["none", "high"], "gemma-sapling": ["none"], "gpt-oss-sapling": ["none", "low", "medium", "high"]}
 
 
+def test_a_teacher_that_is_sent_no_effort_is_measured_and_asked_at_its_own_alone(tmp_path: Path) -> None:
+    def talks(**more: Any) -> River:
+        far = {"model": str(SAPLINGS / "gpt-oss-sapling"), "effort": "low", "endpoint": {"url": "http://127.0.0.1:1", "protocol": "chat"} | more}
+        return river(tmp_path, teachers=[*TINY["teachers"][:2], far])
+
+    deaf, dialled = talks(), talks(dial=True)
+    assert deaf.efforts("gpt-oss-sapling", tuple(Effort)) == (Effort.LOW,)
+    assert [e for e in Effort if deaf.can_be_asked("gpt-oss-sapling", e)] == [Effort.NONE, Effort.LOW]
+    assert set(dialled.efforts("gpt-oss-sapling", tuple(Effort))) == {Effort.LOW, Effort.MEDIUM, Effort.HIGH}
+    assert all(dialled.can_be_asked("gpt-oss-sapling", e) for e in Effort)
+
+
+def test_a_yardstick_does_not_make_a_mode_known(tmp_path: Path) -> None:
+    teachers = [*TINY["teachers"][:2], TINY["teachers"][2] | {"yardstick": True}]
+    one = river(tmp_path, student=HYBRID, teachers=teachers, corpus=[SUMS | {"modes": {"low": 1.0}}], audition={})
+    with pytest.raises(RecipeError, match="no teacher of reasoning knows it"):
+        one.refuse_modes()
+
+
 def test_the_student_speaks_with_its_new_weights_and_its_base_with_the_old(tmp_path: Path) -> None:
     flowed_copy(tmp_path, *STAGES)
     one = river(tmp_path)
@@ -248,3 +267,20 @@ def test_a_set_that_cannot_be_used_ends_a_run_at_its_start(tmp_path: Path, one: 
     with pytest.raises(DataError) as caught:
         _ = river(tmp_path, evaluation={"sets": [one]}).samples
     assert reason in str(caught.value)
+
+
+def test_a_yardstick_of_words_alone_that_would_have_to_choose_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    row = {"premise": "Itu jatuh.", "choice1": "a", "choice2": "b", "question": "cause", "label": 0}
+    (tmp_path / "x.jsonl").write_text("\n".join(json.dumps(row | {"id": k}) for k in range(40)))
+    words = {"model": "words", "name": "w", "yardstick": True, "endpoint": {"url": "http://127.0.0.1:1", "protocol": "chat"}}
+    sets = [{"set": "xcopa", "file": str(tmp_path / "x.jsonl"), "language": "id"}]
+    one = river(tmp_path, teachers=[*TINY["teachers"], words], evaluation={"sets": sets})
+    with pytest.raises(TeacherError, match="w: tells words alone, and xcopa asks which"):
+        run(one, lambda *_: None)
+    assert not one.folder.exists()
+
+
+def test_a_set_too_small_for_a_split_is_told_at_the_start(tmp_path: Path) -> None:
+    one = river(tmp_path, evaluation={"sets": [{"set": "gsm8k", "file": gsm(tmp_path, 1)}]})
+    with pytest.raises(DataError, match=r"evaluation\.sets: no question of gsm8k is left for the (audition|test)"):
+        _ = one.asked

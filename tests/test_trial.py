@@ -89,6 +89,11 @@ def test_no_other_program_passes(box: Sandbox, name: str):
     assert trial.outcome in (Outcome.WRONG, Outcome.RAISED), trial
 
 
+def test_a_program_cannot_end_a_tests_loop_early(box: Sandbox):
+    trial = attempt(box, "def good(x): raise StopIteration", "assert all(map(good, [1, 2]))", ["good"])
+    assert (trial.outcome, "StopIteration" in trial.why) == (Outcome.RAISED, True)
+
+
 def test_a_module_that_tests_use_is_not_the_programs(box: Sandbox):
     """`math` and `sys` in tests that import nothing are the library's, and a function of the program's may be called as Python's own."""
     faked = "class math:\n    isclose = lambda *a: True\nclass sys:\n    getsizeof = lambda *a: 0\ndef add(a, b): return 0"

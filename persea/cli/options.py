@@ -47,8 +47,11 @@ def bundled(kind: str) -> Path:
 
 def load(path: Path, sets: list[str]) -> Recipe:
     from persea.recipe import load_recipe
+    from persea.sets import refuse_unknown
 
-    return load_recipe(path, sets)
+    recipe = load_recipe(path, sets)
+    refuse_unknown(recipe.evaluation.sets, recipe.corpus, str(path))
+    return recipe
 
 
 def open_river(path: Path, sets: list[str], out: Path, how: How = ONE) -> River:

@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from persea.chat import Message
-from persea.errors import DataError
+from persea.errors import DataError, RecipeError
 from persea.measure import Grade, Item, Skill, Split
+from persea.places import choose
 from persea.sandbox import open_sandbox
+from persea.sections import CorpusPart, PublishedSet
 from persea.sets import code, instructions, languages, reasoning, safety, tools
 from persea.sets.reading import Published, Source, require, split
+from persea.skills import SKILLS
 
 SETS = (*languages.SETS, *reasoning.SETS, *code.SETS, *safety.SETS, *tools.SETS, *instructions.SETS)
 
@@ -41,6 +44,19 @@ def named(name: str) -> Published:
         if one.name == name:
             return one
     raise DataError(f"unknown set {name!r}", where="evaluation.sets", remedy=f"known sets: {', '.join(s.name for s in SETS)}")
+
+
+def refuse_unknown(refs: Sequence[PublishedSet], corpus: Sequence[CorpusPart], where: str) -> None:
+    """Raises RecipeError, a line for each set, or else for each skill of the corpus, that nobody knows. Opens no file."""
+    sets = {s.name: s for s in SETS}
+    wrong = [(f"evaluation.sets.{k}.set", f"unknown set {r.set!r}", choose(r.set, list(sets))) for k, r in enumerate(refs) if r.set not in sets]
+    if not wrong:
+        skills = [*(s.name for s in SKILLS), *(r.skill or sets[r.set].skill or r.set for r in refs)]
+        wrong = [(f"corpus.{k}.skill", f"unknown skill {part.skill!r}", choose(part.skill, skills))
+                 for k, part in enumerate(corpus) if part.skill not in skills]
+    told = [RecipeError(what, where=f"{where}: {key}", remedy=remedy) for key, what, remedy in wrong]
+    if told:
+        raise told[0] if len(told) == 1 else RecipeError("\n".join(map(str, told)))
 
 
 def open_set(published: Published, source: Source, skill: str = "") -> Opened:
