@@ -219,6 +219,10 @@ def run(river: River, tell: Tell, only: str = "") -> None:
         if only in ("", "train"):  # what cannot be in the end is told in the beginning
             refuse_too_many(max(river.how.procs, river.world.size), t.batch, t.accumulate)
             refuse_missing(t.report_to)
+            if river.how.resume not in ("auto", "never"):
+                from persea.checkpoints import choose
+
+                choose(river.folder / "train", river.how.resume)  # a path is looked at now, not after a capture of hours
         if river.world.rank:  # the first process keeps the folder
             from persea.teach import follow
 

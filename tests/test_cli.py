@@ -306,6 +306,7 @@ BAD: dict[str, tuple[Callable[[Path], list[object]], int, str]] = {
     "unknown verb": (lambda f: ["frobnicate"], 2, r"No such command 'frobnicate'\. -> persea --help"),
     "no argument": (lambda f: ["run"], 2, r"Missing argument 'recipe'\. -> persea --help"),
     "unknown option": (lambda f: ["run", recipe(f), "--outt", "x"], 2, r"No such option: --outt .*--out.* -> persea --help"),
+    "no checkpoint": (lambda f: ["run", recipe(f), "--resume", "step-7"], 3, r"step-7: no checkpoint is there -> name a checkpoints/.*"),
     "unknown recipe": (lambda f: ["recipes", "show", "avocados"], 2, r"no recipe 'avocados' -> persea recipes ls lists them"),
     "missing model": (lambda f: ["run", recipe(f), "--set", "student.model=./nowhere"], 3, r"student.*: no model folder '.*nowhere' -> .*"),
     "no chat template": (no_template, 3, r"teachers\.0\.model: '.*broken' has no chat template -> add chat_template\.jinja .*"),
