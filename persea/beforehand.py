@@ -16,6 +16,10 @@ def refuse_training(river: River) -> None:
     if t.on_policy:
         refuse_unheard(procs, river.how.shard, [far.name for far in river.recipe.teachers if far.endpoint and far.endpoint.budget])
     refuse_missing(t.report_to)
+    if river.how.resume not in ("auto", "never"):
+        from persea.checkpoints import choose
+
+        choose(river.folder / "train", river.how.resume)  # a path is looked at now, not after a capture of hours
 
 
 def refuse_mute(river: River) -> None:
