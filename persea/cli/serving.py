@@ -11,7 +11,7 @@ from persea.cli.options import app
 from persea.errors import EnvironmentLacks
 
 
-@app.command(rich_help_panel="The small ones")
+@app.command(rich_help_panel="After a run")
 def serve(model: Annotated[str, typer.Argument(help="A model folder, a hub id, or a run folder: then its student.", show_default=False)],
           host: Annotated[str, typer.Option(help="Address to listen on; any but this machine's own needs a key.")] = "127.0.0.1",
           port: Annotated[int, typer.Option(min=0, max=65535, help="0 = any free one.")] = 8000,
