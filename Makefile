@@ -2,7 +2,7 @@
 # make test         the tests, with their own set-up (<= 6 minutes on 2 cores)
 # make lint         ruff and mypy
 # make chaos        runs, captures and trainings killed, cut, flipped, out of power and space end the same (15 minutes, and trainings: not timed yet)
-# make results      the quickstart with three seeds (about 20 minutes)
+# make results      the quickstart with three seeds, and what it must be compared with (about 90 minutes; goes on where it was)
 # make bench-cache  what the cache costs and what it is worth (about 10 minutes)
 # make bench-rollouts   how quickly a student answers many prompts at once (about a minute)
 # make bench        what alignment, bridges and the objective cost, beside TRL (about 9 minutes; installs TRL)

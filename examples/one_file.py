@@ -98,5 +98,5 @@ model.eval()
 for skill in (LANGUAGES, CODE):
     items = skill.items(Split.TEST, 50, seed=0)
     answers = student.answer([i.prompt for i in items], max_new_tokens=64)
-    right = sum(skill.grade(item, answer.text) == "right" for item, answer in zip(items, answers, strict=True))
+    right = sum(skill.grade(item, answer.conversation.messages[-1]) == "right" for item, answer in zip(items, answers, strict=True))
     print(f"{skill.name}: {right}/{len(items)}   e.g. {items[0].prompt.conversation.messages[-1].text!r} -> {answers[0].text!r}")

@@ -118,6 +118,9 @@ class Step:
     asked: bool
 
 
+FILTERED = "the server refused to answer: its content filter"  # what its own template cannot say is not asked
+
+
 def capture(units: Sequence[Unit], teacher: Teacher, folder: Path, *, max_new_tokens: int, seed: int, tau: float | None = None,
             kl: float | None = None, given: bool = False, unchanged: Callable[[], None] = lambda: None,
             progress: Callable[[Step], None] = lambda step: None) -> None:
@@ -137,8 +140,8 @@ def capture(units: Sequence[Unit], teacher: Teacher, folder: Path, *, max_new_to
         if asked:
             sayable, quarantine = _sayable(unit.prompts, teacher)
             answers = [_given(p, teacher) for p in sayable] if given else teacher.answer(sayable, max_new_tokens)
-            quarantine += [(a.prompt_id, a.why) for a in answers if a.why]
-            answers = [a for a in answers if not a.why]
+            quarantine += [(a.prompt_id, a.why or FILTERED) for a in answers if a.finish is Finish.REFUSED]
+            answers = [a for a in answers if a.finish is not Finish.REFUSED]
             _keep(unit, answers, quarantine, teacher, folder, Keeping(seed, tau, kl), unchanged)
         progress(Step(len(unit.prompts), cache.read_record(folder, unit.name)["tokens"], asked))
 

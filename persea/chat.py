@@ -222,8 +222,8 @@ class Tokens:
     part and the start of the next are different places. A family that drops a part has no token there.
 
     ids_T     int32
-    starts_T  int32, first content byte of the token; -1 = marker with no bytes. The token that ends the turn stands
-              at the end of the content with no bytes (start = end).
+    starts_T  int32, first content byte of the token; -1 = marker with no bytes, or a token that the template's text shares, on
+              whatever side. The token that ends the turn stands at the end of the content with no bytes (start = end).
     ends_T    int32, one past its last content byte; -1 = marker
     learn_T   bool, the last assistant turn: what a model in this voice must produce itself, its stop token included
     """

@@ -157,6 +157,14 @@ def forget_old(folder: Path, kept: int = KEPT) -> None:
             store.DISK.remove(path)
 
 
+def forget_later(folder: Path, step: int) -> None:
+    """Remove what was saved after a step, once the training has gone back to it: it is no longer what this training did, and would be taken
+    for its newest."""
+    for path in sorted((folder / "checkpoints").glob("step-*")):
+        if path.stem > f"step-{step:08d}":
+            store.DISK.remove(path)
+
+
 # --- reading ---
 
 
@@ -176,10 +184,6 @@ def choose(folder: Path, resume: str) -> Path | None:
     chosen = max(inside, default=None) if path.is_dir() else named
     if chosen is None or not chosen.is_file():
         raise DataError("no checkpoint is there", where=resume, remedy="name a checkpoints/step-N.json, or say --resume auto")
-    if chosen.parent.resolve() == (folder / "checkpoints").resolve():
-        for later in sorted((folder / "checkpoints").glob("step-*")):
-            if later.stem > chosen.stem:  # gone back: what came after is no longer what this training did
-                store.DISK.remove(later)
     return chosen
 
 

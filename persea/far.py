@@ -27,6 +27,11 @@ def is_far(ref: Teacher) -> bool:
     return ref.endpoint is not None or ref.engine != "local"
 
 
+def is_undialled(ref: Teacher) -> bool:
+    """Whether nothing of its effort is told to the server: a chat route without `dial`."""
+    return ref.endpoint is not None and ref.endpoint.dial is False
+
+
 def what_answers(ref: Teacher) -> list[Any]:
     """Of a teacher behind a server, what its answers depend on; not where it stands, nor how patiently it is asked."""
     at = ref.endpoint
@@ -55,7 +60,9 @@ def open_far(ref: Teacher, voice: Voice, kept: Path) -> EndpointEngine | TalkEng
         return open_vllm(ref.model, ref.revision, len(voice.vocabulary), sampling_of(ref.generation))
     engine = _open(ref, voice)
     if kept.is_file():
-        Fingerprint.from_json(store.read_json(kept)).refuse_another(engine.first[0], f"{ref.name}, {ref.endpoint.url}")
+        before = Fingerprint.from_json(store.read_json(kept))
+        before.refuse_another(engine.first[0], f"{ref.name}, {ref.endpoint.url}")
+        engine.first[:] = [before]  # its last digits are no other speaker's: what was heard before holds, and no drift adds up from run to run
     else:
         store.publish_json(kept, engine.first[0].to_json())
     return engine
@@ -68,6 +75,9 @@ def _open(ref: Teacher, voice: Voice) -> EndpointEngine | TalkEngine:
     if at.key_env and not key:
         raise EnvironmentLacks(f"the variable {at.key_env} holds no key", where=f"{ref.name}, {at.url}",
                                remedy=f"export {at.key_env}=...; a recipe holds none")
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise EnvironmentLacks(f"the variable {at.key_env} holds what no header can carry", where=f"{ref.name}, {at.url}",
+                               remedy=f"export {at.key_env}=... with the key alone: no line break, no space, no letter beyond ASCII")
     line = Line(at.url, ref.name, Manners(at.concurrency, at.attempts, at.stall, at.patience, at.budget), key)
     engine: EndpointEngine | TalkEngine
     if at.protocol == "chat":

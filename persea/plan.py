@@ -15,7 +15,6 @@ from persea.run import STAGES, Stage, refuse_mute
 
 BYTES_PER_TOKEN = 40  # the most: broad text of a 152k vocabulary at tau .02 costs 34 without its text, reasoning 9 (docs/cache.md)
 BYTES_PER_TOP = 400  # with `rows: topk` at kl .01 broad text costs 316, reasoning 53 (docs/cache.md)
-CHECKPOINTS_KEPT = 2
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,8 @@ def plan(river: River) -> Plan:
     river.lm_eval()  # told now and not after hours
     river.refuse_modes()
     refuse_mute(river)
+    from persea.checkpoints import KEPT  # torch comes with it
+
     recipe, teachers = river.recipe, len(river.teaching)
     asked = sum(len(items) for _, items in river.items(Split.AUDITION)) * sum(
         len(river.efforts(name, recipe.audition.efforts)) for name in river.teaching)
@@ -66,7 +67,7 @@ def plan(river: River) -> Plan:
         "train": f"{recipe.training.steps:,} steps of {recipe.training.batch} conversations",
         "evaluate": f"{tested:,} answers by {len(river.voices) + 2} speakers",
         "lineage": "one record", "report": "one page"}
-    disk = captured + weights * (1 + 3 * (CHECKPOINTS_KEPT + 1))  # weights and two Adam moments a checkpoint; an old one goes when the new one stands
+    disk = captured + weights * (1 + 3 * (KEPT + 1))  # weights and two Adam moments a checkpoint; an old one goes when the new one stands
     free = shutil.disk_usage(_existing(river.folder)).free
     if disk > free:
         raise Refused(f"the run needs up to {disk / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", where=str(river.folder),

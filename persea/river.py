@@ -22,7 +22,7 @@ from persea.chat import Effort
 from persea.check import Sample
 from persea.corpus import Broken, Corpus, gather
 from persea.errors import DataError, RecipeError, Refused
-from persea.far import far_parent, how_answered, is_far, open_far, sampling_of, what_answers
+from persea.far import far_parent, how_answered, is_far, is_undialled, open_far, sampling_of, what_answers
 from persea.lineage import Parent
 from persea.measure import Item, Skill, Split
 from persea.models import Source, fingerprint, local_folder, notes, open_voice, stamp
@@ -179,19 +179,17 @@ class River:
                 if effort not in self.student_voice.family.efforts:
                     raise RecipeError(f"{effort} is asked for, and the student's template cannot tell it", where=where,
                                       remedy="write `thinking: true` under `student:`, or choose another student")
-                if not any(self.knows(name, effort) for name in ([pinned] if pinned else self.teaching)):
+                if not any(self.can_be_asked(name, effort) for name in ([pinned] if pinned else self.teaching)):
                     raise RecipeError(f"{effort} is asked for, and no teacher of {part.skill} knows it: {self._efforts()}", where=where,
                                       remedy="choose among the efforts of the teacher, or add one that knows it")
 
     def _efforts(self) -> str:
-        return "; ".join(f"{name} knows {', '.join(e for e in Effort if self.knows(name, e))}" for name in self.teaching)
+        return "; ".join(f"{name} knows {', '.join(e for e in Effort if self.can_be_asked(name, e))}" for name in self.teaching)
 
-    def knows(self, name: str, effort: Effort) -> bool:
-        """Whether a teacher can be asked at an effort; a chat route without a dial is sent none, and has its own alone."""
-        return knows(self.voices[name], effort) and (effort is Effort.NONE or effort in self.efforts(name, (effort,)))
-
-    def _has_dial(self, name: str) -> bool:
-        return not any(t.name == name and t.endpoint and t.endpoint.protocol == "chat" and not t.endpoint.dial for t in self.recipe.teachers)
+    def can_be_asked(self, name: str, effort: Effort) -> bool:
+        """Whether a teacher knows an effort, and is told it: a chat route without `dial` answers in one way, whatever it is asked for."""
+        ref = next(t for t in self.recipe.teachers if t.name == name)
+        return knows(self.voices[name], effort) and (effort in (Effort.NONE, ref.effort) or not is_undialled(ref))
 
     @cached_property
     def modes(self) -> dict[str, tuple[Effort, ...]]:
@@ -225,7 +223,7 @@ class River:
         longest = max(t.generation.max_new_tokens or c.max_new_tokens for t in self.recipe.teachers)
         units = plan_units(self.corpus.prompts, self.cast, self.identities, c.unit, settings, longest if c.answers == "ask" else None)
         for name, skill, effort in sorted({(u.teacher, p.skill, p.effort) for u in units for p in u.prompts if p.effort is not None}):
-            if not self.knows(name, effort):
+            if not self.can_be_asked(name, effort):
                 raise RecipeError(f"{name} was cast for {skill}, which is to be asked at {effort} effort: {self._efforts()}", where="corpus.modes",
                                    remedy=f"change the modes of {skill}, or pin a teacher who knows them: audition.pinned.{skill}")
         return units
@@ -236,8 +234,10 @@ class River:
         if is_far(ref):
             from persea.teacher import Teacher
 
-            self.far[name] = self.far.get(name) or open_far(ref, self.voices[name], self.folder / "endpoints" / f"{name}.json")
-            return Teacher(name, self.voices[name], self.far[name], ref.effort, longest=ref.generation.max_new_tokens or 0)
+            engine = self.far.get(name) or open_far(ref, self.voices[name], self.folder / "endpoints" / f"{name}.json")
+            if ref.endpoint:  # weights in vLLM are dropped after their stage, as all that are here
+                self.far[name] = engine
+            return Teacher(name, self.voices[name], engine, ref.effort, longest=ref.generation.max_new_tokens or 0)
         return self._speaker(name, source(ref), self.voices[name], batch, ref.effort, ref.generation)
 
     def speaker(self, name: str, batch: int) -> Teacher:
@@ -260,9 +260,9 @@ class River:
 
     def efforts(self, name: str, efforts: Sequence[Effort]) -> tuple[Effort, ...]:
         """A speaker's own effort, and those of `efforts` that it has."""
-        own = next((t.effort for t in self.recipe.teachers if t.name == name), Effort.NONE)
-        known = self.voices.get(name, self.student_voice).family.efforts if self._has_dial(name) else ()
-        return tuple(dict.fromkeys([own, *(e for e in efforts if e in known)]))
+        ref = next((t for t in self.recipe.teachers if t.name == name), None)
+        own, efforts = (Effort.NONE, efforts) if ref is None else (ref.effort, () if is_undialled(ref) else efforts)
+        return tuple(dict.fromkeys([own, *(e for e in efforts if e in self.voices.get(name, self.student_voice).family.efforts)]))
 
     def _speaker(self, name: str, where: Source, voice: Voice, batch: int, effort: Any, generation: Generation | None = None) -> Teacher:
         from persea.engines.local import LocalEngine

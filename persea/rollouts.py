@@ -186,18 +186,29 @@ class Rollouts:
         return since >= 0 and math.floor((since + 1) * self.terms.share) > math.floor(since * self.terms.share)
 
     def loss(self, step: int, part: int = 0, parts: int = 1) -> tuple[LossOut, dict[str, int]]:
-        """Reverse KL of a step, or a part of it, and each teacher's positions. Refused where nothing the student said can be learned from."""
+        """Reverse KL of a step, or a part of it, and each teacher's positions. What is left out is told of the whole step, in every part alike.
+
+        Refused where nothing the student said in this step can be learned from. A part of which that is so costs nothing and has no positions:
+        the others go on without it.
+        """
         import torch
 
         from persea.losses import LossOut
 
-        said, left_out, lengths = self._said(step, part, parts)
-        spoken = self._spoken(said, left_out)
-        taught = {name: self._taught(name, some) for name, some in spoken.items()}
-        share = {name: one.weight for name, one in taught.items() if one.weight}
-        if not share:
+        everything, left_out, lengths = self._said(step, 0, 1)
+        spoken = self._spoken(everything, left_out)
+        if not spoken:
             raise Refused(f"of {len(lengths)} answers of the student none can be learned from ({dict(left_out)})", where=f"train, step {step}",
                           remedy="raise training.on_policy.after, so that it can answer before it is heard, or max_new_tokens")
+        if parts > 1:
+            spoken = self._spoken(self._said(step, part, parts)[0], Counter())
+        taught = {name: self._taught(name, some) for name, some in spoken.items()}
+        share = {name: one.weight for name, one in taught.items() if one.weight}
+        heard_from = len(lengths)
+        terms = {"rollout_tokens": float(np.mean(lengths)), "rollouts_left_out": sum(left_out.values()) / heard_from,
+                 **{f"left_out_{why}": n / heard_from for why, n in sorted(left_out.items())}}
+        if not share:
+            return LossOut(self._nothing(), terms, 0), {}
         answers = [own for name in share for own, _ in spoken[name]]
         ids_BS, mask_BS, learn_BS = torch.zeros((3, len(answers), max(map(len, answers))), dtype=torch.int64)
         for b, own in enumerate(answers):
@@ -211,11 +222,15 @@ class Rollouts:
         losses = [taught[name].loss(hidden, head, targets) * (share[name] / total) for name, hidden, targets in zip(
             share, *(torch.split(side, [len(p) for p in places]) for side in (hidden_PD, targets_P)), strict=True)]
         loss = torch.stack(losses).sum()
-        heard_from = len(lengths)
-        terms = {"reverse" if self.terms.objective == "events" else "chunk": float(loss.detach()), "rollout_tokens": float(np.mean(lengths)),
-                 "rollouts_left_out": sum(left_out.values()) / heard_from,
-                 **{f"left_out_{why}": n / heard_from for why, n in sorted(left_out.items())}}
-        return LossOut(loss, terms, total), share
+        return LossOut(loss, {"reverse" if self.terms.objective == "events" else "chunk": float(loss.detach())} | terms, total), share
+
+    def _nothing(self) -> torch.Tensor:
+        """0, from a forward whose every output is in it: processes must run a model equally often, and each backward reach every weight."""
+        import torch
+
+        two_BS, first_N = torch.zeros((1, 2), dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+        hidden_ND, head = self.student.hidden(two_BS, torch.ones_like(two_BS), first_N, first_N)
+        return torch.stack([side.sum().float() * 0 for side in (hidden_ND, head.weight_VD, head.bias_V) if side is not None]).sum()
 
     def state(self) -> bytes:
         """Answers in flight, with the step that drew them; empty where there are none."""

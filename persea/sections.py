@@ -108,7 +108,7 @@ class Endpoint(Section):
     top: int | None = Field(default_factory=lambda seen: None if seen["protocol"] == "chat" else 20, ge=1, le=1024, validate_default=True,
                             description="tokens named at each position, exactly; the rest stays a rest")
     dial: bool | None = Field(default_factory=lambda seen: False if seen["protocol"] == "chat" else None, validate_default=True,
-                              description="send the effort as reasoning_effort and enable_thinking; only with `protocol: chat`")
+                              description="send the effort as reasoning_effort and enable_thinking; false = it has one; only with `protocol: chat`")
     concurrency: int = Field(default=8, ge=1, le=1024, description="requests at once")
     attempts: int = Field(default=5, ge=1, le=100, description="attempts of one request before its prompt is set aside")
     stall: float = Field(default=60, gt=0, le=86400, description="seconds without a token after which a request is broken off and made again")

@@ -162,7 +162,7 @@ def _shown(river: River, folder: Path, progress: Progress) -> Progress:
     t = river.recipe.training
     if t.report_to is None or river.world.rank:
         return progress
-    newest = checkpoints.choose(folder, checkpoints.AUTO)
+    newest = checkpoints.choose(folder, river.how.resume)
     done = int(newest.stem.partition("-")[2]) if newest else 0
     board = open_board(t.report_to, river.recipe.name, folder / "tensorboard", done, t.model_dump(mode="json"))
 

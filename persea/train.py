@@ -130,7 +130,7 @@ def train(parameters: Sequence[torch.nn.Parameter], loss_of: LossOf, settings: S
                 group["lr"] = settings.rate(step)
             total = _gradients(parameters, loss_of, step, settings.accumulate, world, asked)
             norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, settings.clip)))
-            loss, last = total.nats / max(1, total.positions), step + 1 == settings.steps
+            loss, last = total.nats / total.positions, step + 1 == settings.steps
             if applied := math.isfinite(loss) and math.isfinite(norm):
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -139,7 +139,7 @@ def train(parameters: Sequence[torch.nn.Parameter], loss_of: LossOf, settings: S
             line = _line(now, settings, total, norm)
             line["left"] = round((time.monotonic() - begun[1]) / (step + 1 - begun[0]) * (settings.steps - step - 1))
             if evaluate and settings.evaluate_every and ((step + 1) % settings.evaluate_every == 0 or last):
-                line["held_out"] = dict(evaluate())
+                line["held_out"] = _finite(evaluate(), step)
             logged = (step + 1) % settings.log_every == 0 or last or "held_out" in line
             state = _recorded(now, line, logged) if applied else _skipped(now, line, settings, folder, world)
             progress(step + 1, line)
@@ -163,15 +163,26 @@ def _gradients(parameters: Sequence[torch.nn.Parameter], loss_of: LossOf, step: 
     total = _Sum()
     for heard in world.gather((mine.nats, mine.positions, mine.terms, mine.teachers, asked[0] if asked else 0)):
         total.add(*heard)
+    if not total.positions:
+        raise Refused("nothing of this step can be learned from", where=f"train, step {step}",
+                      remedy="with training.on_policy no teacher's token begins where one of the student's answers does: raise `after`, or `batch`")
     for parameter in parameters:
         if parameter.grad is not None:
-            parameter.grad.mul_(world.size / max(1, total.positions))
+            parameter.grad.mul_(world.size / total.positions)
     return total
+
+
+def _finite(held_out: Mapping[str, float], step: int) -> dict[str, float]:
+    """Held-out losses; Refused where one is not finite: the step before it was, and the last checkpoint stands."""
+    if wrong := [f"{name} {value:g}" for name, value in held_out.items() if not math.isfinite(value)]:
+        raise Refused(f"held-out loss is not finite after step {step + 1}: {', '.join(wrong)}", where="train",
+                      remedy="lower training.learning_rate; the last checkpoint goes on")
+    return dict(held_out)
 
 
 def _line(state: State, settings: Settings, total: _Sum, norm: float) -> dict[str, Any]:
     """What metrics.jsonl says of a step."""
-    n, spoken = max(1, total.positions), max(1, sum(t.positions for t in total.teachers.values()))
+    n, spoken = total.positions, max(1, sum(t.positions for t in total.teachers.values()))
     teachers = {name: t.nats / t.positions for name, t in total.teachers.items() if t.positions and math.isfinite(t.nats)}
     return {"step": state.step, "loss": total.nats / n, "terms": {name: value / n for name, value in total.terms.items()},
             "learning_rate": settings.rate(state.step - 1), "gradient_norm": norm, "positions": state.positions, "seconds": state.seconds,
@@ -213,6 +224,7 @@ def _resume(folder: Path, inputs: Mapping[str, Any], parameters: Sequence[torch.
     if source:
         source.restore(carried)
     if not world.rank:
+        checkpoints.forget_later(folder, state.step)
         checkpoints.forget_old(folder)
     return state
 

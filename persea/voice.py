@@ -37,6 +37,8 @@ from persea.chat import (
 from persea.errors import DataError
 from persea.vocabulary import Vocabulary
 
+PLACES = 2  # how tokens are placed over content, as captures keep it; 1: a token that ran on into the clothing had a start
+
 
 @dataclass(frozen=True, eq=False)
 class Voice:
@@ -60,7 +62,8 @@ class Voice:
     @cached_property
     def digest(self) -> str:
         """Changes whenever a rendering could change: tokenizer, template and the special tokens it writes, family, pinned date."""
-        what = json.dumps([self.vocabulary.digest, self.template_text, sorted(self.special_tokens.items()), self.family.name, self.today.isoformat()])
+        what = json.dumps([self.vocabulary.digest, self.template_text, sorted(self.special_tokens.items()), self.family.name, self.today.isoformat(),
+                           PLACES])
         return hashlib.sha256(what.encode()).hexdigest()
 
     def prompt(self, conversation: Conversation) -> Tokens:
@@ -231,7 +234,9 @@ class _Run:
 
 def _place(vocabulary: Vocabulary, ids: Sequence[int], run: _Run, origins: Mapping[int, int], opening: int, stopped: bool
            ) -> npt.NDArray[np.int64]:
-    """[tokens, 4]: id, start and end in the content's bytes (-1 where there are none), learned."""
+    """[tokens, 4]: id, start and end in the content's bytes (-1 where there are none), learned. A token that the template's text shares
+    has no start: `.` and newline at the end of a thought are often one token, and a teacher that says `.` does not mean that one.
+    """
     ends = np.cumsum(vocabulary.lengths_W[np.asarray(ids, np.int64)])
     starts = ends - vocabulary.lengths_W[np.asarray(ids, np.int64)]
     table = np.full((len(ids), 4), -1, np.int64)
@@ -242,11 +247,14 @@ def _place(vocabulary: Vocabulary, ids: Sequence[int], run: _Run, origins: Mappi
         raise DataError(f"one token covers the end of the prompt and the start of the answer {answer!r}",
                         where=vocabulary.name, remedy="no model asked with this prompt can say this answer; leave it out")
     table[:, 3] = (starts >= first) & (not stopped)
+    inside = np.zeros(len(ids), np.int64)  # bytes of content in each token
     for a, b, part in run.spans:
         begins = (starts >= a) & (starts < b)
         table[begins, 1] = starts[begins] - a + origins[part]
         touches = (ends > a) & (starts < b)
         table[touches, 2] = np.minimum(ends[touches], b) - a + origins[part]
+        inside += np.clip(np.minimum(ends, b) - np.maximum(starts, a), 0, None)
+    table[inside < ends - starts, 1] = -1
     return table
 
 

@@ -31,7 +31,7 @@ from persea.errors import DataError, Refused
 from persea.measure import Split
 from persea.rows import RowKind
 from persea.skills import LANGUAGES, REASONING
-from persea.teacher import Teacher
+from persea.teacher import Answer, Teacher
 
 SETTINGS: dict[str, Any] = {"tau": 0.01, "max_new_tokens": 40, "seed": 0}
 ALONE = Cast({"languages": (("qwen-sapling", 1.0),), "reasoning": (("qwen-sapling", 1.0),)}, ())
@@ -444,6 +444,21 @@ def test_what_came_in_is_kept_skipped_or_set_aside(tmp_path: Path) -> None:
     assert found["quarantine"][1]["where"].startswith("prompt hostile, qwen-sapling, unit ")
     with pytest.raises(AssertionError, match=r"prompts were lost: .*'in': 6"):
         accounts(told, corpus, aside[1:])
+
+
+def test_an_answer_that_a_server_filtered_is_set_aside_with_that_reason(tmp_path: Path) -> None:
+    some = prompts(2)[:2]
+
+    class Filtering(Teacher):
+        def answer(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
+            first, *rest = super().answer(prompts, max_new_tokens)
+            return [replace(first, finish=Finish.REFUSED), *rest]
+
+    ask(units(some), tmp_path, Filtering("qwen-sapling", opened("qwen-sapling")[0], engine("qwen-sapling")))
+    told, aside = summary(units(some), tmp_path), quarantined(units(some), tmp_path, ())
+    assert told["left_out"] == {"refused": 1}
+    assert [a["why"] for a in aside] == ["the server refused to answer: its content filter"]
+    assert accounts(told, Corpus(tuple(some), ()), aside)["quarantined"] == 1
 
 
 def test_a_teacher_that_changed_half_way_is_refused_and_what_stands_stays(tmp_path: Path) -> None:

@@ -135,6 +135,18 @@ def test_never_begins_anew_and_a_path_goes_on_from_there(tmp_path: Path) -> None
         run(tmp_path / "back", resume="nowhere")
 
 
+def test_what_came_later_goes_once_the_step_gone_back_to_is_read_and_not_before(tmp_path: Path) -> None:
+    run(tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+    (tmp_path / "broken" / "checkpoints" / "step-00000004.pt").write_bytes(b"broken")
+    with pytest.raises(DataError, match="this checkpoint is not what was written"):
+        run(tmp_path / "broken", resume=str(tmp_path / "broken" / "checkpoints" / "step-00000004"))
+    assert steps(tmp_path / "broken") == [4, 6]
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    stopped(tmp_path / "again", 4, resume=str(tmp_path / "whole" / "checkpoints" / "step-00000004"))  # of another folder
+    assert steps(tmp_path / "again") == [4, 5]  # and not 6, which is of the training before
+
+
 def test_what_differs_is_told_key_by_key(tmp_path: Path) -> None:
     run(tmp_path)
     other = {"training": {"steps": 7, "targets": ("k_proj",), "clip": 1.0}, "seed": 3, "capture": "d" * 64}

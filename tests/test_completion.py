@@ -12,6 +12,7 @@ import pytest
 import worlds
 from conftest import Speaker
 from test_bridge import real_bridge, real_home
+from test_feed import one
 from worlds import Inside, World
 
 from persea.align import align
@@ -180,9 +181,9 @@ def test_a_lesson_with_completion(pair_of: Callable[[str, str], tuple[Voice, Voi
         assert (np.bincount(more.row_M, more.probs_M) < 1 + 1e-3).all()
         assert (more.entry_D < len(more.row_M)).all()
         added += len(more.row_M) - n
-        feed = offline([capture], s, {teacher: bridge}, size=2, seed=0, max_tokens=999, completion=True)
+        feed = offline(one([capture]), s, {teacher: bridge}, size=2, seed=0, max_tokens=999, completion=True)
         assert len(feed.batch(0).teachers[0].row_M) == 2 * len(more.row_M)
-    assert added > 5 or teacher == "qwen"  # the qwen sapling's tokens cut where llama's do
+    assert added > 5 or teacher != "gemma"  # the other saplings' tokens cut where llama's do
 
 
 # ---- real text -------------------------------------------------------------------------------------------------------

@@ -53,7 +53,8 @@ def endpoint(url: str, name: str, dialect: Dialect = TOKENS, top: int = 5, manne
 
 
 def asked(name: str, n: int = 2) -> list[np.ndarray]:
-    return [opened(name)[0].prompt(i.prompt.conversation).ids_T for skill in SKILLS for i in skill.items(Split.TEST, n, 0)]
+    return [opened(name)[0].prompt(i.prompt.conversation).ids_T for skill in SKILLS for i in skill.items(Split.TEST, n, 0)
+            if not i.prompt.conversation.tools or opened(name)[0].family.tool_bytes is not None]
 
 
 # --- against `persea serve` ---

@@ -12,6 +12,7 @@ from servers import serving
 from test_cli import SAPLINGS, TINY, persea
 
 from persea.cache import read_unit
+from persea.chat import Effort
 from persea.errors import EnvironmentLacks, RecipeError
 from persea.far import open_far, what_answers
 from persea.recipe import load_recipe
@@ -116,6 +117,46 @@ def test_a_key_is_never_in_a_recipe_and_must_be_set(tmp_path: Path, monkeypatch:
         open_far(recipe.teachers[1], None, tmp_path / "kept.json")  # type: ignore[arg-type]
     assert caught.value.exit_code == 7
     assert what_answers(recipe.teachers[0]) == []
+
+
+@pytest.mark.parametrize("key", ["sk-a\nbc", "sk abc", "sk-\xe4bc", "sk-\x07bc"])
+def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("FAR_KEY", key)
+    recipe = load_recipe(mixed(tmp_path), ["teachers.1.endpoint.key_env=FAR_KEY"])
+    with pytest.raises(EnvironmentLacks, match="FAR_KEY holds what no header can carry") as caught:
+        open_far(recipe.teachers[1], None, tmp_path / "kept.json")  # type: ignore[arg-type]
+    assert "bc" not in str(caught.value)
+
+
+def test_the_first_handshake_is_who_answers_also_in_the_next_run(tmp_path: Path) -> None:
+    """A server's last digits move; what was heard of it stays heard."""
+    kept, one = tmp_path / "run" / "endpoints" / "gemma-far.json", river(tmp_path)
+    first = one.heard_as("gemma-far", 4, (), lambda name: one.teacher(name, 4))
+    told = json.loads(kept.read_text())
+    kept.write_text(json.dumps(told | {"logs": [x - 0.01 for x in told["logs"]]}))  # as another batch would have had it
+    two, three = river(tmp_path), river(tmp_path)
+    moved = two.heard_as("gemma-far", 4, (), lambda name: two.teacher(name, 4))
+    assert moved.identity != first.identity
+    assert moved.identity == three.heard_as("gemma-far", 4, (), lambda name: three.teacher(name, 4)).identity
+    assert two.far["gemma-far"].first[0].to_json() == json.loads(kept.read_text())
+
+
+def test_a_chat_route_without_dial_has_one_effort(tmp_path: Path) -> None:
+    thinking, low = "student.thinking=true", "teachers.2.effort=low"
+    for dial, known in (("true", {"none", "low", "medium", "high"}), ("false", {"none", "low"})):
+        one = river(tmp_path, thinking, low, f"teachers.2.endpoint.dial={dial}")
+        assert {e.value for e in Effort if one.can_be_asked("oss-words", e)} == known
+        assert one.efforts("oss-words", (Effort.HIGH,)) == ((Effort.LOW, Effort.HIGH) if dial == "true" else (Effort.LOW,))
+    assert one.efforts("student", (Effort.HIGH,)) == (Effort.NONE, Effort.HIGH)
+
+
+def test_weights_in_vllm_are_not_kept_after_their_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[object] = []
+    monkeypatch.setattr("persea.river.open_far", lambda *a: opened.append(object()) or opened[-1])
+    one = river(tmp_path, "teachers.0.engine=vllm")
+    assert one.teacher("qwen-sapling", 4).engine is not one.teacher("qwen-sapling", 4).engine
+    assert one.teacher("gemma-far", 4).engine is one.teacher("gemma-far", 4).engine
+    assert (len(opened), list(one.far)) == (3, ["gemma-far"])
 
 
 @pytest.mark.parametrize(("teacher", "why"), [

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, Speaker
+from test_feed import one as single
 from test_generic import END, HEAD, ROLES, TURN, folder_of
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -357,7 +358,7 @@ def feed_of(voice: Voice, teacher: Voice) -> Feed:
         n = int(tokens.learn_T.sum())
         rows = Rows(np.arange(n + 1, dtype=np.int64), tokens.ids_T[tokens.learn_T], np.full(n, 0.9, np.float32), np.full(n, np.log(0.9), np.float32))
         captures.append(Capture(Answer(f"p{k}", "t", "languages", "", talk, Finish.STOP), tokens, rows))
-    return offline(captures, voice, {"t": build(teacher, voice)}, size=3, seed=0, max_tokens=512)
+    return offline(single(captures), voice, {"t": build(teacher, voice)}, size=3, seed=0, max_tokens=512)
 
 
 def test_padded_rows_change_no_loss_no_score_and_no_answer(llama: tuple[Path, Voice], tiny_of: Callable[[str], Speaker], tmp_path: Path):

@@ -50,6 +50,14 @@ def measured(voice: Voice, *said: list[int], efforts: tuple[Effort, ...], direct
     return measure(Teacher("student", voice, scripted), skills, {"reasoning": efforts}, 400, direct), scripted
 
 
+def test_items_with_choices_are_weighed_elsewhere_and_not_asked_in_words(voice: Voice) -> None:
+    scripted = Scripted(engine("llama-sapling"), [says(voice, f"Answer: {i.key}.") for i in ITEMS[:2]])
+    skills = [(REASONING, [*ITEMS[:2], *(replace(i, choices=("a", "b")) for i in ITEMS[2:])]),
+              (replace(REASONING, name="code"), [replace(i, choices=("a", "b")) for i in ITEMS])]
+    found = measure(Teacher("student", voice, scripted), skills, {"reasoning": (Effort.NONE,), "code": (Effort.NONE,)}, 400)
+    assert [(m.skill, m.score.n, m.score.value) for m in found.modes] == [("reasoning", 2, 1.0)]
+
+
 def test_right_answers_and_strays_are_counted_mode_by_mode(voice: Voice) -> None:
     answers = [f"Answer: {i.key}." for i in ITEMS]
     at_once = [says(voice, answers[0]), thinks(voice, "Let me add them up first.", answers[1]), says(voice, "Answer: 0.5"),

@@ -188,9 +188,9 @@ def test_a_teacher_that_is_sent_no_effort_is_measured_and_asked_at_its_own_alone
 
     deaf, dialled = talks(), talks(dial=True)
     assert deaf.efforts("gpt-oss-sapling", tuple(Effort)) == (Effort.LOW,)
-    assert [e for e in Effort if deaf.knows("gpt-oss-sapling", e)] == [Effort.NONE, Effort.LOW]
+    assert [e for e in Effort if deaf.can_be_asked("gpt-oss-sapling", e)] == [Effort.NONE, Effort.LOW]
     assert set(dialled.efforts("gpt-oss-sapling", tuple(Effort))) == {Effort.LOW, Effort.MEDIUM, Effort.HIGH}
-    assert all(dialled.knows("gpt-oss-sapling", e) for e in Effort)
+    assert all(dialled.can_be_asked("gpt-oss-sapling", e) for e in Effort)
 
 
 def test_a_yardstick_does_not_make_a_mode_known(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_engines import NAMES, engine, opened
 
+from persea import rollouts
 from persea.beside import Pair
 from persea.bridge import Bridge, build
 from persea.chat import Conversation, Effort, Finish, Text
@@ -51,8 +52,8 @@ def student() -> Student:
 
 
 def source(*names: str, terms: OnPolicy = TERMS, size: int = 2, seed: int = 3, of: Student | None = None) -> Rollouts:
-    """Prompts of every skill, taught by the named ones in turn."""
-    prompts = [i.prompt for skill in SKILLS for i in skill.items(Split.TEACH, 4, 0)]
+    """Prompts of three skills, taught by the named ones in turn; a call of a tool has no bytes to meet at in some families."""
+    prompts = [i.prompt for skill in SKILLS if skill.name in ("languages", "code", "reasoning") for i in skill.items(Split.TEACH, 4, 0)]
     tasks = tuple(Task(p, names[k % len(names)]) for k, p in enumerate(prompts))
     return Rollouts(of or student(), tasks, {name: pair(name) for name in names}, terms, size, seed, 512)
 
@@ -152,7 +153,7 @@ def test_with_the_same_tokenizer_it_is_the_ordinary_reverse_kl_of_every_own_toke
     values = []
     for one in said:
         ids = torch.from_numpy(one.tokens.ids_T)[None].long()
-        at = np.flatnonzero(one.tokens.learn_T) - 1
+        at = np.flatnonzero(one.tokens.learn_T & (one.tokens.starts_T >= 0)) - 1  # a call's markers have no bytes, and no common boundary
         with torch.no_grad():
             q, p = (torch.log_softmax(m(input_ids=ids).logits[0, at, :len(own.student.voice.vocabulary)].double(), -1)
                     for m in (own.student.model, opened(STUDENT)[1]))
@@ -190,7 +191,7 @@ def test_each_teacher_speaks_in_its_own_template_of_the_common_boundaries_alone(
 
 
 def test_where_only_log_probabilities_are_known_chunks_teach() -> None:
-    """The same tokenizer: half the mean squared difference of the two log-probabilities of every own token."""
+    """The same tokenizer: half the mean squared difference of the two log-probabilities of every own token of content."""
     own = source(STUDENT, terms=TERMS.model_copy(update={"objective": "chunk"}))
     with torch.no_grad():
         for p in own.student.model.parameters():
@@ -200,7 +201,7 @@ def test_where_only_log_probabilities_are_known_chunks_teach() -> None:
     values = []
     for one in said:
         ids = torch.from_numpy(one.tokens.ids_T)[None].long()
-        at = np.flatnonzero(one.tokens.learn_T) - 1
+        at = np.flatnonzero(one.tokens.learn_T & (one.tokens.starts_T >= 0)) - 1
         with torch.no_grad():
             q, p = (torch.log_softmax(m(input_ids=ids).logits[0, at, :len(own.student.voice.vocabulary)].double(), -1)[
                 range(len(at)), ids[0, at + 1]] for m in (own.student.model, opened(STUDENT)[1]))
@@ -224,6 +225,28 @@ def test_steps_on_its_own_words_bring_the_student_nearer() -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < 0.85 * losses[0]
+
+
+def test_a_part_of_which_nothing_can_be_learned_has_no_positions_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with `--procs 2` where all of one process' answers loop: each still runs the model once, and its backward reaches every weight."""
+    real = rollouts.heard
+    first: list[Task] = []
+
+    def deaf(task: Task, *rest: Any) -> Said | str:
+        first[:] = first or [task]
+        return "loop" if task is first[0] else real(task, *rest)
+
+    monkeypatch.setattr(rollouts, "heard", deaf)
+    own = source("qwen-sapling")
+    (none, nobody), (some, share) = (own.loss(3, part, 2) for part in range(2))
+    whole, _ = own.loss(3)
+    assert (none.positions, float(none.loss.detach()), nobody) == (0, 0.0, {})
+    assert some.positions == whole.positions == share["qwen-sapling"] > 0
+    none.loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in own.student.trained)
+    for name in ("rollouts_left_out", "left_out_loop", "rollout_tokens"):  # of the step, whoever tells it
+        assert none.terms[name] == some.terms[name] == whole.terms[name]
+    assert whole.terms["left_out_loop"] == 0.5
 
 
 def test_where_nothing_can_be_learned_the_run_is_refused() -> None:

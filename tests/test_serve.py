@@ -16,6 +16,7 @@ import httpx2
 import numpy as np
 import openai
 import pytest
+import torch
 from conftest import Speaker
 from servers import Served, serving, start_serve
 from test_engines import NAMES, engine, opened
@@ -28,6 +29,7 @@ from persea.models import Source, open_voice
 from persea.serve.app import make_app, open_speaker, serve
 from persea.serve.guard import Caps, Guard, is_loopback
 from persea.serve.schema import Chat
+from persea.serve.scores import echoed
 from persea.serve.speak import Heard
 from persea.skills import SKILLS
 
@@ -170,6 +172,12 @@ def test_messages_become_a_conversation() -> None:
     assert found.messages[1].text == "é"
     assert found.messages[2].parts == (Thinking("hm"), ToolCall("f", '{"a": 1}'))
     assert found.messages[3].parts == (ToolResult("f", "42"),)
+    for parameters in ({"x": float("nan")}, {"x": "half \ud83d"}):  # both are JSON to Python, and to nobody else
+        tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+        with pytest.raises(DataError, match="no plain JSON"):
+            Chat.model_validate({"model": "m", "messages": messages[:2], "tools": tools}).conversation(family)
+    with pytest.raises(DataError, match="knows no low effort -> one of none, high"):
+        Chat.model_validate({"model": "m", "messages": messages[:2], "reasoning_effort": "low"}).conversation(family)
     for broken, why in (([{"role": "tool", "tool_call_id": "9", "content": "x"}], "result of no call"),
                         ([{"role": "user", "content": "x", "reasoning_content": "y"}], "only the assistant"),
                         ([{"role": "assistant", "content": "x"}], "assistant's own")):
@@ -202,6 +210,41 @@ def test_streamed_tokens_are_those_of_the_engine_and_drawn_ones_repeat() -> None
     assert drawn[0] == drawn[1] != drawn[2]
     narrow = post(serving("qwen-sapling"), "/v1/completions", **body, seed=1, top_p=1e-9).json()["choices"][0]["token_ids"]
     assert narrow == list(engine("qwen-sapling").stream(prompt, (), 12, Sampling()))  # the fewest likeliest are one
+
+
+def test_offsets_count_whole_characters_and_no_markers() -> None:
+    """Half characters and control tokens are spelled in `tokens`, and are not in the text."""
+    voice, _ = opened("qwen-sapling")
+    ids = [*voice.vocabulary.encode("a 𓀀 b"), voice.stop_ids[0], *voice.vocabulary.encode("c")]
+    rows = torch.log_softmax(torch.randn(len(ids) - 1, len(voice.vocabulary), generator=torch.Generator().manual_seed(0)), -1)
+    found = echoed(voice, ids, rows, 0, 0, False)
+    assert any(token.startswith("bytes:") for token in found["tokens"])
+    text = "a 𓀀 bc"
+    whole = [(token, at) for token, at in zip(found["tokens"], found["text_offset"], strict=True) if token in text]
+    assert len(whole) > 2
+    assert all(text[at:].startswith(token) for token, at in whole)
+
+
+def test_what_a_client_that_went_had_begun_holds_the_model_until_it_is_over() -> None:
+    speaker = open_speaker(str(SAPLINGS / "llama-sapling"))
+    running, most = 0, 0
+
+    def slow() -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        time.sleep(0.05)
+        running -= 1
+
+    async def play() -> None:
+        gone = asyncio.create_task(speaker._alone(slow))
+        await asyncio.sleep(0.01)
+        gone.cancel()
+        await asyncio.gather(gone, speaker._alone(slow), speaker._alone(slow), return_exceptions=True)
+        assert gone.cancelled()
+
+    asyncio.run(play())
+    assert (running, most) == (0, 1)
 
 
 # --- who may ask, and how much ---
@@ -327,8 +370,37 @@ def test_more_requests_than_are_answered_get_429_and_a_slow_reader_is_left() -> 
     assert [s[0]["status"] for s in slow] == [408] * 5
 
 
+def test_many_bodies_that_were_begun_are_capped_together() -> None:
+    """Each below the cap of one, all begun when nothing was read yet."""
+    async def play() -> list[Any]:
+        guard, sent = Guard(None, "", Caps(body=10, seconds=0.2)), list[Any]()  # type: ignore[arg-type]
+
+        async def ask() -> None:
+            parts = [b"x" * 9]
+
+            async def receive() -> Any:
+                await asyncio.sleep(0 if parts else 60)
+                return {"type": "http.request", "body": parts.pop(), "more_body": True}
+
+            async def send(message: Any) -> None:
+                sent.append(message)
+
+            await guard({"type": "http", "path": "/x", "headers": []}, receive, send)
+
+        await asyncio.gather(*(ask() for _ in range(20)))
+        assert guard.reading == 0
+        return sent
+
+    starts = [m for m in asyncio.run(play()) if "status" in m]
+    refused = [m for m in starts if m["status"] == 429]
+    assert (len(starts), len(refused)) == (20, 12)  # 8 of 9 bytes fit into 80
+    assert all((b"retry-after", b"1") in m["headers"] for m in refused)
+
+
 def test_without_a_key_only_this_machine_is_answered() -> None:
     url = serving("qwen-sapling")
+    for origin, status in (("https://evil.example", 403), ("null", 403), ("http://localhost:3000", 200), ("http://127.0.0.1", 200)):
+        assert httpx2.get(f"{url}/v1/models", headers={"origin": origin}, trust_env=False).status_code == status
     assert httpx2.get(f"{url}/v1/models", headers={"host": "evil.example"}, trust_env=False).status_code == 403
     loopback = ("localhost", "localhost:80", "127.0.0.1", "127.8.1.1:80", "[::1]:80", "::1")
     assert [is_loopback(h) for h in loopback] == [True] * 6

@@ -70,6 +70,15 @@ def test_references_are_right(drawn):
         assert {skill.grade(i, m) for i, m in zip(items, spaced, strict=True)} == {Verdict.RIGHT}
 
 
+def test_an_item_without_its_key_is_graded_by_its_reference(drawn):
+    """As a captured answer is that is verified by its prompt's own."""
+    skill, by_split = drawn
+    for items in by_split.values():
+        for i, other in pairwise(items):
+            bare, said = replace(i, key=""), (i.answered.messages[-1], other.answered.messages[-1])
+            assert [skill.grade(bare, m) for m in said] == [skill.grade(i, m) for m in said]
+
+
 def test_the_answer_to_another_question_is_hardly_ever_right(drawn):
     skill, by_split = drawn
     items = by_split[Split.TEST]

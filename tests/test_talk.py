@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import re
@@ -27,6 +28,7 @@ from test_voice import FRAGMENTS, generated, texts
 
 from persea import cli, talk
 from persea.chat import Conversation, Effort, Finish, Text, Thinking, ToolCall
+from persea.cli.live import Pipe
 from persea.engines.local import LocalEngine
 from persea.errors import DataError
 from persea.measure import Split
@@ -255,6 +257,22 @@ def test_a_run_is_its_student_and_a_folder_is_a_model(tmp_path: Path):
         find(str(tmp_path), "chat")
     with pytest.raises(DataError, match="no model folder and no run"):
         find(str(tmp_path / "nowhere"), "chat")
+
+
+@pytest.mark.parametrize(("terminal", "shown"), [(True, "\ufffd[2Jx"), (False, "\x1b[2Jx")])
+def test_a_pipe_whose_other_end_is_a_terminal_steers_it_no_more_than_a_talk_there(monkeypatch: pytest.MonkeyPatch, terminal: bool, shown: str):
+    out, err = io.StringIO(), io.StringIO()
+    for name, stream in (("stdout", out), ("stderr", err)):
+        monkeypatch.setattr(stream, "isatty", lambda: terminal)
+        monkeypatch.setattr(f"sys.{name}", stream)
+    Pipe().say("\x1b[2Jx", "\x1b[2Jx")
+    assert (out.getvalue(), err.getvalue()) == (shown, shown)
+
+
+def test_a_line_that_is_no_text_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), "utf-8"))
+    with pytest.raises(DataError, match="a line is no UTF-8"):
+        Pipe().read()
 
 
 # ---- processes of their own ----------------------------------------------------------------------------------------

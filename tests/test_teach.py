@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_cli import enter, flowed, flowed_copy, persea, recipe, warm
@@ -21,10 +22,11 @@ from persea.cli import stages
 from persea.cli.options import open_river
 from persea.errors import Refused, Stopped
 from persea.feed import Feed
-from persea.losses import LossOut
+from persea.losses import Head, LossOut
 from persea.ranks import How, Shard, World
 from persea.river import River
 from persea.run import run
+from persea.sections import Training
 from persea.status import Life, status
 from persea.teach import by_teacher, held_out, words
 
@@ -154,31 +156,46 @@ def test_held_out_is_the_same_in_parts() -> None:
             return list(parts)
 
     parts: list[Any] = []
-    feed, student = _feed(), _Student()
-    whole = held_out(student, feed, World(), 0.7)  # type: ignore[arg-type]
-    held_out(student, feed, Heard(0, 2), 0.7)  # type: ignore[arg-type]
-    assert held_out(student, feed, Heard(1, 2), 0.7) == pytest.approx(whole)  # type: ignore[arg-type]
+    feed, student, how = _feed(), _Student(), Training(batch=2)
+    whole = held_out(student, feed, World(), how)  # type: ignore[arg-type]
+    held_out(student, feed, Heard(0, 2), how)  # type: ignore[arg-type]
+    assert held_out(student, feed, Heard(1, 2), how) == pytest.approx(whole)  # type: ignore[arg-type]
     assert set(whole) == {"all", "a", "b"}
+    assert student.asleep == [True] * 6 and student.model.training  # without dropout, and back to where training needs it
 
 
 class _Student:
-    model = torch.nn.Identity()
+    def __init__(self) -> None:
+        self.model, self.asleep = torch.nn.Identity(), list[bool]()
 
-    def logits(self, ids: torch.Tensor, mask: torch.Tensor, row: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-        return torch.sin(ids[row, at, None] + torch.arange(7.0))
+    def hidden(self, ids: torch.Tensor, mask: torch.Tensor, row: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, Head]:
+        self.asleep.append(not self.model.training)
+        return torch.sin(ids[row, at, None] + torch.arange(7.0)), Head(torch.eye(7), 7)
 
 
 def _feed() -> Feed:
-    import numpy as np
-
     from persea.chat import Tokens
-    from persea.feed import Lesson
+    from persea.feed import Lesson, Survey
     from persea.losses import Entries
+    from persea.reader import Mixture
+    from persea.rows import RowKind
 
     none = np.empty(0, np.int64)
-    entries = Entries(none, none, none.astype(np.float32), none, none, none, none.astype(np.float32), none, none)
+    entries = Entries(none, none, none.astype(np.float32), none, none, none, none.astype(np.float32), none, none, RowKind.SAMPLED)
     lessons = [Lesson(Tokens(np.arange(n) % 7, np.arange(n), np.arange(n), np.arange(n) > 0), who, "s", "", entries, np.zeros(7))
                for n, who in ((3, "a"), (5, "b"), (4, "a"), (6, "b"))]
     bridge: Any = SimpleNamespace(student_event_V=np.zeros(7, np.int64), tokens_of=lambda events: (none, none))
-    return Feed(tuple(lessons), {"a": bridge, "b": bridge}, 2, 0, 0)
+    made = {id(one): one for one in lessons}
+    reader: Any = _Lessons([id(one) for one in lessons])
+    survey = Survey({}, {}, 0, 0, (), {}, {}, 0)
+    return Feed(Mixture((reader,), (1.0,), 0), made.__getitem__, {"a": bridge, "b": bridge}, 2, survey)  # type: ignore[arg-type]
+
+
+class _Lessons(list[int]):
+    """Lessons by number; a lesson stands for its own capture."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+    def order(self, seed: int, epoch: int) -> Any:
+        return np.arange(len(self))
 

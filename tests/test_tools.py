@@ -138,10 +138,12 @@ def check_bytes(form: Form, conversation: Conversation, tokens: Tokens) -> None:
         if piece is None or end < 0:
             continue
         begun = start >= 0
-        start = start if begun else max(a for a, _ in parts if a < end)  # a token may begin in the scaffolding, or end there
+        if not begun:  # it begins in the scaffolding, or ends there
+            part = max(a for a, _ in parts if a < end)
+            start = part if content[part:end] in piece else part + int(np.argmin(covered[part:end]))
         said = content[start:end].replace(b"\xff", b"")
-        assert piece.startswith(said) if begun else said in piece
-        assert len(said) == len(piece) or not begun or end in [a + len(text) for a, text in parts]
+        assert said == piece if begun else said in piece and len(said) < len(piece)
+        assert begun or piece.endswith(said) or end in [a + len(text) for a, text in parts]
         covered[start:end] += np.frombuffer(content[start:end], np.uint8) != 0xff
     want = np.zeros(len(content) + 1, int)
     for at, text in parts:

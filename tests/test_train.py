@@ -134,7 +134,7 @@ def test_what_a_source_carries_from_step_to_step_is_in_the_checkpoint(tmp_path: 
             super().__init__()
             self.left = b""
 
-        def loss_of(self, step: int) -> tuple[Out, Mapping[str, float]]:
+        def loss_of(self, step: int) -> tuple[Out, Mapping[str, Taught]]:
             out, share = super().loss_of(step)
             self.left = bytes([*self.left, step])
             return replace(out, loss=out.loss * len(self.left)), share
@@ -147,7 +147,7 @@ def test_what_a_source_carries_from_step_to_step_is_in_the_checkpoint(tmp_path: 
 
     def go(folder: Path, settings: Settings) -> Carrying:
         toy = Carrying()
-        train(toy.parameters, toy.loss_of, settings, folder, "key", source=toy)
+        run(folder, settings, toy=toy, source=toy)
         return toy
 
     whole = go(tmp_path / "whole", SETTINGS)
@@ -321,6 +321,19 @@ def test_a_step_that_is_not_finite_is_refused_before_it_is_applied(tmp_path: Pat
     assert all(torch.equal(a, b) and torch.isfinite(a).all() for a, b in zip(toy.parameters, held[4], strict=True))
     assert [p.name for p in (tmp_path / "checkpoints").glob("*.pt")] == ["step-00000003.pt"]
     assert all(torch.isfinite(p).all() for p in torch.load(tmp_path / "checkpoints" / "step-00000003.pt", weights_only=True)["parameters"])
+
+
+def test_a_step_of_no_positions_is_refused_and_not_taken_for_a_loss_of_nothing(tmp_path: Path) -> None:
+    toy, before = Toy(), [p.detach().clone() for p in Toy().parameters]
+    with pytest.raises(Refused, match=r"train, step 0: nothing of this step can be learned from"):
+        run(tmp_path, change=lambda step, out: replace(out, positions=0), toy=toy)
+    assert all(torch.equal(a, b) for a, b in zip(toy.parameters, before, strict=True))
+
+
+def test_a_held_out_loss_that_is_not_finite_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=r"train: held-out loss is not finite after step 4: qwen nan -> lower training\.learning_rate"):
+        run(tmp_path, replace(SETTINGS, evaluate_every=4), evaluate=lambda: {"all": 1.0, "qwen": float("nan")})
+    assert [p.name for p in (tmp_path / "checkpoints").glob("*.pt")] == ["step-00000003.pt"]
 
 
 def test_a_batch_that_was_mended_goes_on_from_the_last_finite_checkpoint(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:

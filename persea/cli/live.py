@@ -7,13 +7,13 @@ import signal
 import sys
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
 from persea.chat import Effort
 from persea.cli.options import app
-from persea.errors import RecipeError, Stopped
+from persea.errors import DataError, RecipeError, Stopped
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -69,12 +69,15 @@ class Pipe:
     """Lines in, answers out, one after the other; thoughts and notes go to stderr."""
 
     def read(self) -> str | None:
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise DataError(f"a line is no UTF-8: {error.reason}", where="stdin", remedy="write the lines as UTF-8") from error
         return line.rstrip("\n") if line else None
 
     def say(self, thought: str, text: str) -> None:
-        sys.stderr.write(thought)
-        sys.stdout.write(text)
+        _write(sys.stderr, thought)
+        _write(sys.stdout, text)
         sys.stdout.flush()
 
     def close(self, note: str) -> None:
@@ -83,7 +86,14 @@ class Pipe:
         sys.stderr.write(f"\n({note})\n" if note else "\n")
 
     def note(self, text: str) -> None:
-        sys.stderr.write(f"{text}\n")
+        _write(sys.stderr, f"{text}\n")
+
+
+def _write(stream: TextIO, text: str) -> None:
+    """The text as it is; where a terminal is at the other end, without what could steer it."""
+    from persea.talk import printable
+
+    stream.write(printable(text) if stream.isatty() else text)
 
 
 @app.command(rich_help_panel="After a run")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
@@ -98,7 +99,7 @@ def routes(app: FastAPI, speaker: Speaker, caps: Caps) -> None:
     async def chat(asked: Chat, request: Request) -> Response:
         known(asked.model)
         conversation = asked.conversation(voice.family)
-        prompt = voice.prompt(conversation).ids_T.tolist()
+        prompt = (await asyncio.to_thread(voice.prompt, conversation)).ids_T.tolist()
         most = speaker.room(prompt, asked.max_completion_tokens or asked.max_tokens, LONG, caps.tokens)
         heard = Heard(voice, conversation.effort, conversation.tools)
         steps = speaker.steps(prompt, voice.stop_ids, most, asked.sampling)
@@ -141,7 +142,7 @@ def routes(app: FastAPI, speaker: Speaker, caps: Caps) -> None:
     @app.post("/v1/completions")
     async def completions(asked: Completion, request: Request) -> Response:
         known(asked.model)
-        prompt = speaker.ids(asked.prompt)
+        prompt = await asyncio.to_thread(speaker.ids, asked.prompt)
         top, prompt_top = capped(asked.logprobs, "logprobs"), capped(asked.prompt_logprobs, "prompt_logprobs")
         most = speaker.room(prompt, asked.max_tokens, SHORT, caps.tokens)
         stops = (*(() if asked.ignore_eos else voice.stop_ids), *(asked.stop_token_ids or ()))
@@ -158,9 +159,10 @@ def routes(app: FastAPI, speaker: Speaker, caps: Caps) -> None:
         if asked.logprobs is not None or asked.prompt_logprobs is not None:
             rows = await speaker.score(whole)
             if asked.logprobs is not None:
-                choice["logprobs"] = echoed(voice, whole, rows, top, 0 if asked.echo else len(prompt), asked.return_tokens_as_token_ids)
+                choice["logprobs"] = await asyncio.to_thread(echoed, voice, whole, rows, top, 0 if asked.echo else len(prompt),
+                                                             asked.return_tokens_as_token_ids)
             if asked.prompt_logprobs is not None:
-                choice["prompt_logprobs"] = prompt_logprobs(voice, prompt, rows[:len(prompt) - 1], prompt_top)
+                choice["prompt_logprobs"] = await asyncio.to_thread(prompt_logprobs, voice, prompt, rows[:len(prompt) - 1], prompt_top)
         if asked.return_token_ids:
             choice |= {"prompt_token_ids": prompt, "token_ids": ids}
         return JSONResponse(head("text_completion", "cmpl") | {"choices": [choice], "usage": _usage(len(prompt), len(ids))})
@@ -186,7 +188,7 @@ def routes(app: FastAPI, speaker: Speaker, caps: Caps) -> None:
         if scored:
             rows = await speaker.score(prompt)
             if params.prompt_logprobs is not None:
-                about["prompt_logprobs"] = prompt_logprobs(voice, prompt, rows, top)
+                about["prompt_logprobs"] = await asyncio.to_thread(prompt_logprobs, voice, prompt, rows, top)
             if params.prompt_logprob_token_ids is not None:
                 about["prompt_token_id_logprobs"] = candidates(rows, params.prompt_logprob_token_ids, params.prompt_logprob_start or 0)
         if asked.return_token_ids:
@@ -254,7 +256,7 @@ def serve(speaker: Speaker, host: str, port: int, key_env: str, caps: Caps, told
     """Answer until a signal comes. told: where it listens, once it does; port 0 = any free one.
 
     Raises Refused for an address that others reach where no key is set, EnvironmentLacks where the address cannot be had."""
-    key = os.environ.get(key_env, "")
+    key = os.environ.get(key_env, "").strip()
     if not key and not is_loopback(host):
         raise Refused(f"{host} is reached from other machines, and {key_env} holds no key", where="serve",
                       remedy=f"export {key_env}=..., or serve on 127.0.0.1")

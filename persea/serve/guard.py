@@ -41,6 +41,7 @@ class Caps:
 
 
 BODIES = 8
+LATER = ((b"retry-after", b"1"),)
 
 
 def is_loopback(host: str) -> bool:
@@ -89,11 +90,15 @@ class Guard:
         if not self.key and not is_loopback(headers.get(b"host", b"localhost").decode("latin-1")):
             await refuse(send, 403, "without a key this server answers as localhost alone")  # a page of elsewhere whose name points here
             return
+        origin = headers.get(b"origin", b"http://localhost").decode("latin-1")
+        if not self.key and not is_loopback(origin.partition("://")[2]):
+            await refuse(send, 403, "without a key this server answers no page of elsewhere")  # which may post here, if not read what comes of it
+            return
         body = await self._body(headers, receive, send)  # before it counts as one: a body that never comes holds nobody up
         if body is None:
             return
         if self.running >= self.caps.at_once and scope["path"] not in OPEN:
-            await refuse(send, 429, f"{self.caps.at_once} requests are being answered", ((b"retry-after", b"1"),))
+            await refuse(send, 429, f"{self.caps.at_once} requests are being answered", LATER)
             return
         self.running += 1
         try:
@@ -117,9 +122,8 @@ class Guard:
     async def _body(self, headers: MutableMapping[bytes, bytes], receive: Receive, send: Send) -> bytes | None:
         """The whole body; None where it was refused, or never came."""
         said = headers.get(b"content-length", b"0")
-        if (said.isdigit() and int(said) > self.caps.body) or self.reading > BODIES * self.caps.body:
-            whose = "it" if said.isdigit() and int(said) > self.caps.body else "all bodies being read"
-            await refuse(send, 413 if whose == "it" else 429, f"the body is too large: at most {self.caps.body:,} bytes, {whose} had more")
+        if said.isdigit() and int(said) > self.caps.body:
+            await refuse(send, 413, f"the body is too large: at most {self.caps.body:,} bytes")
             return None
         parts: list[bytes] = []
         size = 0
@@ -134,6 +138,9 @@ class Guard:
                     self.reading += len(parts[-1])
                     if size > self.caps.body:
                         await refuse(send, 413, f"the body is too large: at most {self.caps.body:,} bytes")
+                        return None
+                    if self.reading > BODIES * self.caps.body:  # asked at every piece: many small beginnings are a flood too
+                        await refuse(send, 429, f"{BODIES * self.caps.body:,} bytes of bodies are being read", LATER)
                         return None
                     if not message.get("more_body", False):
                         return b"".join(parts)

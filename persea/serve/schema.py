@@ -163,8 +163,11 @@ class Chat(Request):
                 messages.append(Message(role, parts))
         if messages[-1].role is Role.ASSISTANT:
             raise DataError("the last message is the assistant's own", where="messages", remedy="end with a question or a tool's result")
-        tools = () if self.tool_choice == "none" else tuple(
-            Tool(t.function.name, t.function.description, canonical(json.dumps(t.function.parameters))) for t in self.tools or ())
+        try:
+            tools = () if self.tool_choice == "none" else tuple(
+                Tool(t.function.name, t.function.description, canonical(json.dumps(t.function.parameters))) for t in self.tools or ())
+        except (ValueError, RecursionError) as problem:  # NaN, half a surrogate pair, a thousand brackets: JSON to Python, and to no template
+            raise DataError("a tool's parameters are no plain JSON", where="tools", remedy="send a JSON schema") from problem
         return Conversation(tuple(messages), self.effort(family), tools)
 
     def effort(self, family: Family) -> Effort:
@@ -182,6 +185,8 @@ class Chat(Request):
             raise DataError("this model does not think", where="reasoning_effort", remedy="leave it out, or send none")
         if asked is None:
             return thinks[-1] if switch else Effort.NONE
+        if asked not in (Effort.NONE, *thinks):
+            raise DataError(f"this model knows no {asked.value} effort", where="reasoning_effort", remedy=f"one of {', '.join(family.efforts)}")
         return asked
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from codecs import getincrementaldecoder
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,7 +66,10 @@ def candidates(rows: torch.Tensor, wanted: Sequence[Sequence[int]], start: int) 
 
 
 def echoed(voice: Voice, ids: Sequence[int], rows: torch.Tensor, top: int, first: int, as_id: bool) -> dict[str, Any]:
-    """OpenAI's `logprobs` of the tokens from `first` on; the very first of a text has none."""
+    """OpenAI's `logprobs` of the tokens from `first` on; the very first of a text has none.
+
+    text_offset: how many whole characters stand before a token; control tokens write none, half a character counts where it is whole."""
+    characters = getincrementaldecoder("utf-8")("replace")
     tokens, own, tops, offsets, at = [], list[float | None](), list[dict[str, float] | None](), list[int](), 0
     for t, token in enumerate(ids):
         text = spelled(voice, token, as_id)
@@ -75,5 +79,5 @@ def echoed(voice: Voice, ids: Sequence[int], rows: torch.Tensor, top: int, first
             own.append(float(rows[t - 1, token]) if t else None)
             entries = likeliest(rows[t - 1], top) if t and top else []
             tops.append({spelled(voice, i, as_id): x for i, x in entries} if t else None)
-        at += len(spelled(voice, token, False))
+        at += len(characters.decode(voice.vocabulary.bytes_W[token] or b""))
     return {"tokens": tokens, "token_logprobs": own, "top_logprobs": tops, "text_offset": offsets}

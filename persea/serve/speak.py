@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ from persea.errors import DataError
 from persea.families.hybrid import CLOSE, OPEN
 from persea.voice import Voice
 
+T = TypeVar("T")
 LOGITS = 1 << 28  # numbers of one scored prompt: a gibibyte in float32
 # What could end a thought that has begun, so that it can be read before its end is said: Qwen's block, the same as text, harmony's channel.
 ENDS: tuple[tuple[str | bytes, ...], ...] = (
@@ -36,11 +38,7 @@ class Speaker:
     async def steps(self, prompt: Sequence[int], stops: Sequence[int], most: int, sampling: Sampling) -> AsyncGenerator[int, None]:
         """Tokens as they come; many answers take turns."""
         steps = self.engine.stream(np.array(prompt, np.int32), stops, most, sampling)
-        while True:
-            async with self._one:
-                token = await asyncio.to_thread(next, steps, None)
-            if token is None:
-                return
+        while (token := await self._alone(lambda: next(steps, None))) is not None:
             yield token
 
     async def score(self, ids: Sequence[int]) -> torch.Tensor:
@@ -49,8 +47,14 @@ class Speaker:
             raise DataError(f"{len(ids):,} tokens of {len(self.voice.vocabulary):,} log-probabilities are too many", where="prompt",
                             remedy=f"score at most {LOGITS // len(self.voice.vocabulary):,} tokens at once")
         sequence, learn = np.array(ids, np.int32), np.arange(len(ids)) > 0
-        async with self._one:
-            return await asyncio.to_thread(lambda: next(iter(self.engine.score([sequence], [learn]))))
+        return await self._alone(lambda: next(iter(self.engine.score([sequence], [learn]))))
+
+    async def _alone(self, work: Callable[[], T]) -> T:
+        """One piece of work at a time: a thread cannot be cancelled, so what a client that went had begun holds the model until it is over."""
+        await self._one.acquire()
+        begun = asyncio.ensure_future(asyncio.to_thread(work))
+        begun.add_done_callback(lambda done: self._one.release())
+        return await asyncio.shield(begun)
 
     def room(self, prompt: Sequence[int], wanted: int | None, default: int, most: int) -> int:
         """New tokens that are allowed. Raises DataError where prompt and answer have no room."""

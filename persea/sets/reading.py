@@ -196,18 +196,25 @@ def table(path: str, delimiter: str, columns: Sequence[str] = ()) -> Iterator[Ro
     text = read_text(path)
     file = io.StringIO(text, newline="")
     reader = csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE if columns else csv.QUOTE_MINIMAL, strict=True)
-    before = csv.field_size_limit(max(len(text) + 1, 1))
     try:
-        head = list(columns) or next(reader, [])
-        for number, cells in enumerate(reader):
-            where = f"{path}:{reader.line_num}"
-            if not cells:
-                continue
-            if len(cells) != len(head):
-                raise DataError(f"{len(cells)} columns, not {len(head)} ({', '.join(head)})", where=where, remedy="mend or delete the row")
-            yield Row(where, number, dict(zip(head, cells, strict=True)))
+        cells_of = _read(reader, len(text))
     except csv.Error as error:
         raise DataError(f"not a table: {error}", where=f"{path}:{reader.line_num}", remedy="mend the file, or fetch it again") from error
+    head = list(columns) or (cells_of.pop(0)[1] if cells_of else [])
+    for number, (line, cells) in enumerate(cells_of):
+        where = f"{path}:{line}"
+        if not cells:
+            continue
+        if len(cells) != len(head):
+            raise DataError(f"{len(cells)} columns, not {len(head)} ({', '.join(head)})", where=where, remedy="mend or delete the row")
+        yield Row(where, number, dict(zip(head, cells, strict=True)))
+
+
+def _read(reader: Any, longest: int) -> list[tuple[int, list[str]]]:
+    """(line, cells) of all rows. At once, because the longest cell that csv takes is a setting of the whole process."""
+    before = csv.field_size_limit(longest + 1)
+    try:
+        return [(reader.line_num, cells) for cells in reader]
     finally:
         csv.field_size_limit(before)
 

@@ -74,10 +74,12 @@ def program(text: str) -> str:
 
 
 def grade(item: Item, said: Message) -> Verdict:
-    """Same values as the expression on every probe; MALFORMED where it is no such function or leaves the whitelist."""
+    """Same values as the expression, or without a key as the reference, on every probe; MALFORMED where it is no such function or
+    leaves the whitelist.
+    """
     probes: Sequence[Any] = PROBES_OF_LIST if item.prompt.id.startswith("code/list/") else PROBES_OF_NUMBER
     try:
-        given, wanted = function(program(said.text)), function(f"f = lambda x: {item.key}")
+        given, wanted = function(program(said.text)), function(f"f = lambda x: {item.key}" if item.key else program(item.reference))
         same = all(given(p) == wanted(p) for p in probes)
     except NotAllowed:
         return Verdict.MALFORMED

@@ -91,11 +91,12 @@ def final(text: str) -> str | None:
 
 
 def grade(item: Item, said: Message) -> Verdict:
-    """The answer at the end, as a number or as a name; a thought is not graded."""
+    """The answer at the end, as a number or as a name; a thought is not graded. Without a key the reference's is right."""
     found = final(said.text)
     if found is None or not (found.isdecimal() or found in WHO):
         return Verdict.MALFORMED
-    same = int(found) == int(item.key) if found.isdecimal() and item.key.isdecimal() else found == item.key
+    right = item.key or final(item.reference) or ""
+    same = int(found) == int(right) if found.isdecimal() and right.isdecimal() else found == right
     return Verdict.RIGHT if same else Verdict.WRONG
 
 
