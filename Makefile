@@ -1,15 +1,18 @@
 # make quickstart   the main job: three tiny teachers teach one student, with its own set-up
 # make test         the tests, with their own set-up (<= 6 minutes on 2 cores)
 # make lint         ruff and mypy
-# make chaos        runs, captures and trainings killed, cut, flipped, out of power and space end the same (15 minutes, and trainings: not timed yet)
+# make chaos        killed, cut, flipped, out of power and space, it ends the same: the cache (4 minutes), a training (not timed yet), a whole run
+#                   (2 minutes with three skills; it has five now)
 # make results      the quickstart with three seeds, and what it must be compared with (about 90 minutes; goes on where it was)
-# make bench-cache  what the cache costs and what it is worth (about 10 minutes)
+# make bench-cache  what the cache costs and what it is worth (about 15 minutes)
 # make bench-rollouts   how quickly a student answers many prompts at once (about a minute)
-# make bench        what alignment, bridges and the objective cost, beside TRL (about 9 minutes; installs TRL)
+# make bench        what alignment, bridges and the objective cost, beside TRL, and persea --help (about 9 minutes; installs TRL)
 # make bench-train  what a training step costs beside cross-entropy and TRL's DistillationTrainer (about 15 minutes; installs TRL)
 # make bench-bias   what each method pushes a perfect student away by (10 to 20 minutes; installs TRL for its GOLD)
 # make bench-objectives   every method with trained models on real text, size xs (hours; goes on where it was; installs TRL)
 # make soak         a bad minute for `persea serve` (about 2 minutes)
+# make saplings     the bundled models grown anew (about 30 minutes)
+# python bench/audition.py, coverage.py, masks.py, sandbox.py have no target: their first lines say what they tell and how long they take
 # PYTHON=python3.12 chooses the Python; TORCH_INDEX=URL takes torch from another index (README, "Installing")
 
 PYTHON ?= python3

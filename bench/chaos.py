@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["corpus.0.generate=240", "corpus.1.generate=120", "corpus.2.generate=120", "capture.unit=40", "audition.items=30", "evaluation.items=30",
-         "training.steps=60", "training.checkpoint_every=7"]
+SMALL = ["corpus.0.generate=160", "corpus.1.generate=80", "corpus.2.generate=80", "corpus.3.generate=80", "corpus.4.generate=80", "capture.unit=40",
+         "audition.items=30", "evaluation.items=30", "training.steps=60", "training.checkpoint_every=7"]
 
 
 def start(out: Path) -> subprocess.Popen[bytes]:

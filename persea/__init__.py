@@ -70,7 +70,6 @@ from everywhere); tests/test_map.py holds this map true.
     evaluate      the student beside every teacher and its base, on every skill
     modes         the hybrid student in each mode: score, leaks, length and language of its thoughts
     lineage       what made these weights
-    far           teachers whose weights are not opened here: behind a server, or in vLLM
     charts        pictures of numbers, as SVG
     hybrid_page   what is told of a hybrid student: rows, sentences, the page's section
     findings      what a run's files say, read and checked: rows, standings
@@ -78,15 +77,19 @@ from everywhere); tests/test_map.py holds this map true.
     lm_eval       standard tasks as lm-eval measured them: its results file, read
     report        the page, the card, report.json
     compare       two runs beside each other, on the same items, and what differs in their recipes
+    # a model at work
     serve         a model behind OpenAI's routes, with real log-probabilities
+    talk          a conversation with one model: switches, history, words as they come
     # the river
+    far           teachers whose weights are not opened here: behind a server, or in vLLM
     river         what a recipe's words stand for, and the run folder
     teach         the stage train: lessons, student and objective handed to the loop, in one process or several
     status        what a run did, does, and died of: written as it goes, read from files alone
+    inputs        what the output of each stage depends on
+    beforehand    what cannot be in the end, told in the beginning
     run           every stage in order, each skipped when its output stands: read it first
     plan          what a run would do and cost
     progress      what a person sees while it runs
-    talk          a conversation with one model: switches, history, words as they come
     cli           one verb a stage, and the small ones
 """
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias
 
+from persea import store
 from persea.asking import Speaker, bits, hear
 from persea.chat import Effort
 from persea.errors import Regressed
@@ -124,6 +126,11 @@ def regressions(heard: Heard, student: str, base: str) -> tuple[Paired, ...]:
             if pair.high < 0:
                 found.append(pair)
     return tuple(found)
+
+
+def refuse_regressed(written: Path) -> None:
+    """`refuse_regressions` of an evaluation.json."""
+    refuse_regressions([Paired(**p) for p in store.read_json(written)["regressions"]], str(written))
 
 
 def refuse_regressions(found: Sequence[Paired], where: str) -> None:

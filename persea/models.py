@@ -107,8 +107,9 @@ def open_voice(source: Source, where: str, today: date = PINNED_DATE) -> Voice:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder or source.words, trust_remote_code=False, **revision)
     except Exception as error:  # transformers raises a dozen kinds here, each meaning: this is no tokenizer
-        raise DataError(f"no tokenizer in {source.words!r}: {_first_line(error)}", where=where,
-                        remedy="the folder needs tokenizer.json and tokenizer_config.json") from error
+        raise DataError(f"no tokenizer in {source.words!r}: {_first_line(error).rstrip(':')}", where=where,
+                        remedy="the folder needs tokenizer.json and tokenizer_config.json" if folder is not None else
+                        "fetch it first where there is network (`hf download`), accept its licence there, or give a folder") from error
     text = tokenizer.chat_template or ""
     if not isinstance(text, str):
         raise DataError(f"{source.words!r} has several chat templates", where=where, remedy="keep one, as chat_template.jinja")

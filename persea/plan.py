@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from persea.beforehand import refuse_mute
 from persea.errors import Refused
 from persea.measure import Split
 from persea.river import BASE, STUDENT, River, digest_of
-from persea.run import STAGES, Stage, refuse_mute
+from persea.run import STAGES, Stage
 
 BYTES_PER_TOKEN = 40  # the most: broad text of a 152k vocabulary at tau .02 costs 34 without its text, reasoning 9 (docs/cache.md)
 BYTES_PER_TOP = 400  # with `rows: topk` at kl .01 broad text costs 316, reasoning 53 (docs/cache.md)
@@ -56,7 +57,7 @@ def plan(river: River) -> Plan:
         len(river.efforts(name, recipe.audition.efforts)) for name in river.teaching)
     tested = sum(len(items) for _, items in river.items(Split.TEST)) * sum(
         len(river.efforts(name, recipe.evaluation.efforts)) for name in (STUDENT, BASE, *river.voices))
-    tested += sum(len(items) * len(river.modes.get(skill.name, ())) for skill, items in river.items(Split.TEST))
+    tested += sum(sum(not i.choices for i in items) * len(river.modes.get(skill.name, ())) for skill, items in river.items(Split.TEST))
     prompts = len(river.corpus.prompts)
     weights = _weights(recipe.student.model)
     captured = prompts * recipe.capture.max_new_tokens * (BYTES_PER_TOKEN if recipe.capture.rows == "sampled" else BYTES_PER_TOP)

@@ -166,7 +166,8 @@ def test_help_names_every_verb() -> None:
     """How quick it is depends on what it imports (next test) and on the machine: `make bench` tells."""
     ended = command("--help", folder=ROOT)
     assert ended.code == 0
-    assert all(verb in ended.out for verb in (*STAGES, "run", "quickstart", "plan", "validate", "schema", "recipes"))
+    verbs = ("run", "quickstart", "plan", "validate", "schema", "recipes", *STAGES, "status", "compare", "chat", "serve", "cache")
+    assert re.findall(r"^│ ([a-z]+) ", ended.out, re.MULTILINE) == list(verbs)  # in the order in which they are wanted
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"], ["recipes", "ls"], ["validate", "recipes/quickstart.yaml"],
@@ -305,6 +306,7 @@ BAD: dict[str, tuple[Callable[[Path], list[object]], int, str]] = {
     "unknown verb": (lambda f: ["frobnicate"], 2, r"No such command 'frobnicate'\. -> persea --help"),
     "no argument": (lambda f: ["run"], 2, r"Missing argument 'recipe'\. -> persea --help"),
     "unknown option": (lambda f: ["run", recipe(f), "--outt", "x"], 2, r"No such option: --outt .*--out.* -> persea --help"),
+    "no checkpoint": (lambda f: ["run", recipe(f), "--resume", "step-7"], 3, r"step-7: no checkpoint is there -> name a checkpoints/.*"),
     "unknown recipe": (lambda f: ["recipes", "show", "avocados"], 2, r"no recipe 'avocados' -> persea recipes ls lists them"),
     "missing model": (lambda f: ["run", recipe(f), "--set", "student.model=./nowhere"], 3, r"student.*: no model folder '.*nowhere' -> .*"),
     "no chat template": (no_template, 3, r"teachers\.0\.model: '.*broken' has no chat template -> add chat_template\.jinja .*"),

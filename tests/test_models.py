@@ -455,3 +455,12 @@ def test_a_rendering_has_the_templates_bos_and_no_other(tmp_path: Path, front: s
 
 def test_the_saplings_have_nothing_odd(tiny: Speaker):
     assert notes(Source(str(tiny.folder)), tiny.voice, "w") == ""
+
+
+def test_a_hub_model_that_cannot_be_fetched_is_not_told_to_mend_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*names: object, **options: object) -> None:
+        raise OSError("We couldn't connect:\nand more")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", offline)
+    with pytest.raises(DataError, match=r"no tokenizer in 'some/model': We couldn't connect -> fetch it first"):
+        open_voice(Source("some/model"), "teachers.0")

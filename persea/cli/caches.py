@@ -12,7 +12,7 @@ from persea.cli.options import AsJson, app
 from persea.errors import DataError
 
 cache = typer.Typer(no_args_is_help=True, help="What the teachers said, as it lies on disk: a run folder, or its capture/.")
-app.add_typer(cache, name="cache")
+app.add_typer(cache, name="cache", rich_help_panel="After a run")
 CachePath = Annotated[Path, typer.Argument(help="A run folder, or its capture/.", show_default=False)]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer.core import TyperGroup
 
 from persea.ranks import How, Shard
 
@@ -14,7 +15,17 @@ if TYPE_CHECKING:
     from persea.recipe import Recipe
     from persea.river import River
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+PANELS = ("The whole river", "Before a run", "Stage by stage", "While it runs", "After a run")
+
+
+class Panels(TyperGroup):
+    """The verbs in the order in which they are wanted, whatever the order in which their files are imported."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]  # typer's own click is not public
+        return sorted(self.commands, key=lambda name: PANELS.index(str(getattr(self.commands[name], "rich_help_panel"))))  # noqa: B009
+
+
+app = typer.Typer(cls=Panels, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   help="Distil several open-weight model families at once into one student, although each has its own tokenizer and chat format.")
 
 RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]

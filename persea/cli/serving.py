@@ -11,7 +11,7 @@ from persea.cli.options import app
 from persea.errors import EnvironmentLacks
 
 
-@app.command(rich_help_panel="The small ones")
+@app.command(rich_help_panel="After a run")
 def serve(model: Annotated[str, typer.Argument(help="A model folder, a hub id, or a run folder: then its student.", show_default=False)],
           host: Annotated[str, typer.Option(help="Address to listen on; any but this machine's own needs a key.")] = "127.0.0.1",
           port: Annotated[int, typer.Option(min=0, max=65535, help="0 = any free one.")] = 8000,
@@ -29,13 +29,14 @@ def serve(model: Annotated[str, typer.Argument(help="A model folder, a hub id, o
     from transformers.utils import logging
 
     from persea.river import set_threads
-    from persea.serve.app import open_speaker
+    from persea.serve.app import key_for, open_speaker
     from persea.serve.app import serve as listen
     from persea.serve.guard import Caps
 
+    key = key_for(host, key_env)  # before minutes of loading
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     set_threads(threads)
     caps = Caps(max_body << 20, seconds, concurrency, max_tokens, max_logprobs)
     speaker = open_speaker(model, name)
-    listen(speaker, host, port, key_env, caps, lambda where: typer.echo(f"{speaker.name} listens on {where}"))
+    listen(speaker, host, port, key, caps, lambda where: typer.echo(f"{speaker.name} listens on {where}"))

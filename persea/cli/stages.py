@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from persea.river import River
 
 recipes = typer.Typer(no_args_is_help=True, help="The recipes that come with persea.")
-app.add_typer(recipes, name="recipes")
+app.add_typer(recipes, name="recipes", rich_help_panel="Before a run")
 
 
 def _flow(river: River, only: str, as_json: bool) -> None:
@@ -37,7 +37,7 @@ def _flow(river: River, only: str, as_json: bool) -> None:
 def run(recipe: RecipePath, set_: Sets = [], out: Out = NOWHERE, as_json: AsJson = False,  # noqa: B006 (typer copies it)
         procs: Procs = 1, shard: Sharding = Shard.DDP, resume: Resume = "auto",
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and stop: persea plan.")] = False) -> None:
-    """Check, audition, capture, train, evaluate, report: every stage in order; what already stands is skipped."""
+    """Check, audition, capture, train, evaluate, lineage, report: every stage in order; what already stands is skipped."""
     if dry_run:
         plan(recipe, set_, out, as_json)
         return
