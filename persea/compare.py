@@ -44,7 +44,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Comparison:
-    """a, b: the folders; recipes: key -> its values in A and B, where they differ; alone: skills only one of the two was asked."""
+    """a, b: the folders; recipes: key -> its values in A and B, where they differ; alone: what only one was asked."""
 
     a: str
     b: str
@@ -88,10 +88,21 @@ def compare(a: Path, b: Path) -> Comparison:
             raise DataError("holds no answer of its student", where=str(folder / "evaluate" / "examples.jsonl"), remedy="evaluate again")
     skills = list(dict.fromkeys(s.skill for s in (*mine, *yours)))
     bits = [e.bits_per_byte.get(e.student, {}) for e in (one, other)]
-    alone = {skill: which for skill in skills for which, said in (("A", yours), ("B", mine)) if not any(s.skill == skill for s in said)}
     return Comparison(
         str(a), str(b), tuple(place for skill in skills for place in _places(skill, mine, yours)), _differences(_recipe(a), _recipe(b)),
-        {skill: (bits[0].get(skill), bits[1].get(skill)) for skill in dict.fromkeys((*bits[0], *bits[1]))}, alone)
+        {skill: (bits[0].get(skill), bits[1].get(skill)) for skill in dict.fromkeys((*bits[0], *bits[1]))},
+        {what: which for which, here, there in (("A", mine, yours), ("B", yours, mine)) for what in _alone(here, there)})
+
+
+def _alone(here: Sequence[Said], there: Sequence[Said]) -> Iterator[str]:
+    """Skills that only the first of two was asked; of the others the efforts and languages that it alone was asked in."""
+    skills, efforts, languages = {s.skill for s in there}, {(s.skill, s.effort) for s in there}, {(s.skill, s.language) for s in there}
+    for s in here:
+        if s.skill not in skills:
+            yield s.skill
+        else:
+            yield from [f"{s.skill} at {s.effort}"] if (s.skill, s.effort) not in efforts else []
+            yield from [f"{s.skill} in {s.language}"] if (s.skill, s.language) not in languages else []
 
 
 def _places(skill: str, mine: Sequence[Said], yours: Sequence[Said]) -> Iterator[Place]:

@@ -73,7 +73,7 @@ def test_what_only_one_was_asked_is_said(runs: tuple[Path, Path]) -> None:
     a, b = runs
     lines(b, answered(b, {("safety", "en"): [1.0] * 5, ("code", "en"): [1.0] * 5}) + answered(b, {("code", "en"): [1.0] * 5}, effort="high"))
     told = compare(a, b)
-    assert told.alone == {"words": "A", "safety": "B"}
+    assert told.alone == {"words": "A", "safety": "B", "code at high": "B"}
     assert [(p.skill, p.effort) for p in told.places] == [("code", "none")]
     assert "words: only A was asked; safety: only B was asked" in told.note()
 
