@@ -85,6 +85,8 @@ from everywhere); tests/test_map.py holds this map true.
     river         what a recipe's words stand for, and the run folder
     teach         the stage train: lessons, student and objective handed to the loop, in one process or several
     status        what a run did, does, and died of: written as it goes, read from files alone
+    inputs        what the output of each stage depends on
+    beforehand    what cannot be in the end, told in the beginning
     run           every stage in order, each skipped when its output stands: read it first
     plan          what a run would do and cost
     progress      what a person sees while it runs

@@ -139,10 +139,12 @@ def table(cast: Cast) -> list[tuple[str, ...]]:
         for s in sorted((s for s in cast.scores if (s.skill, s.language) == (skill, language)), key=lambda s: -s.value):
             share = dict(shares).get(s.speaker, 0)
             by = contest.beaten.get(s.speaker) if contest else None
+            over_all = cast.contests[skill].beaten.get(s.speaker) if language else None
             if skill in cast.pinned:
                 why = "pinned" if share else "another is pinned"
             else:
-                why = ("tied" if share < 1 else "strongest") if share else f"below {by}" if by else "below the floor" if contest else "not chosen"
+                below = f"below {by}" if by else f"below {over_all} in all" if over_all else "below the floor" if contest else "not chosen"
+                why = ("tied" if share < 1 else "strongest") if share else below
             rows.append((part, s.speaker, f"{s.value:.2f} ({s.low:.2f}-{s.high:.2f})", str(s.n), f"{share:.0%}" if share else "-", why))
     for d in cast.dials:
         word = "better" if d.low > 0 else "worse" if d.high < 0 else "not told apart from it"

@@ -181,8 +181,10 @@ def _prompt(row: Any, where: str, fallback_id: str, skill: str, language: str) -
             raise DataError("`answer` is not a text", where=where, remedy=remedy)
     else:
         conversation, answer = _from_messages(row["messages"], where, remedy)
-    return Prompt(str(row.get("id", fallback_id)), conversation, str(row.get("skill", skill)), str(row.get("language", language)),
-                  unicodedata.normalize("NFC", answer))
+    def said(key: str, default: str) -> str:
+        return default if row.get(key) is None else str(row[key])  # exports fill what is not there with null
+
+    return Prompt(said("id", fallback_id), conversation, said("skill", skill), said("language", language), unicodedata.normalize("NFC", answer))
 
 
 def _from_messages(rows: Any, where: str, remedy: str) -> tuple[Conversation, str]:

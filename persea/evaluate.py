@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias
 
+from persea import store
 from persea.asking import Speaker, bits, hear
 from persea.chat import Effort
 from persea.errors import Regressed
@@ -23,7 +25,7 @@ class Evaluation:
     teachers, yardsticks  who taught, and who is only beside
     effort                the student's own
     scores                of every speaker, skill and effort: over all and per language
-    bits_per_byte         speaker -> skill (and "all") -> bits, on held-out reference answers
+    bits_per_byte         speaker -> skill (and "all", of who can say every one) -> bits, on held-out reference answers
     compared              the student beside each other speaker, at each of its efforts, on the same items
     regressions           where it is below its own base with confidence
     """
@@ -92,7 +94,8 @@ def listen(heard: Heard, speaker: Speaker, skills: Sequence[tuple[Skill, Sequenc
         told = score(speaker.name, skill.name, results, effort).value
         done((k + 1) / len(skills), f"{speaker.name} {skill.name} {told:.2f}{', as kept' * (reused == len(results))}")
     size = sum(n for _, n in spent)
-    if size:
+    whole = sum(len(p.text.encode()) for _, items in skills for i in items if i.reference or i.calls for p in i.answered.messages[-1].parts)
+    if 0 < size == whole:  # who cannot say all of it spends its bits on other texts than the others, and does not compare
         heard.bits_per_byte[speaker.name]["all"] = sum(b for b, _ in spent) / size
 
 
@@ -123,6 +126,11 @@ def regressions(heard: Heard, student: str, base: str) -> tuple[Paired, ...]:
             if pair.high < 0:
                 found.append(pair)
     return tuple(found)
+
+
+def refuse_regressed(written: Path) -> None:
+    """`refuse_regressions` of an evaluation.json."""
+    refuse_regressions([Paired(**p) for p in store.read_json(written)["regressions"]], str(written))
 
 
 def refuse_regressions(found: Sequence[Paired], where: str) -> None:

@@ -225,8 +225,9 @@ def examine(fd: int, verdict: int, nonce: str, tests: str, names: Sequence[str])
             case {"error": [str(kind), str(text)]}:
                 known = getattr(builtins, kind, None)
                 # a StopIteration of the program's would end a map() of the tests' early, as if all had held
-                may = isinstance(known, type) and issubclass(known, Exception) and not issubclass(known, StopIteration | StopAsyncIteration)
-                raise known(text) if may else Strange(f"{kind}: {text}")
+                if not (isinstance(known, type) and issubclass(known, Exception)) or issubclass(known, StopIteration | StopAsyncIteration):
+                    raise Strange(f"{kind}: {text}")
+                raise known(text)
             case {"value": value}:
                 return unpack(value, theirs)
         raise Strange("not a message")

@@ -106,6 +106,12 @@ def measure(student: Teacher, skills: Sequence[tuple[Skill, Sequence[Item]]], ta
                  {skill: r for skill, r in rises.items() if r is not None})
 
 
+def at_once(lines: Iterable[Mapping[str, Any]], speaker: str, taught: Mapping[str, object]) -> list[Mapping[str, Any]]:
+    """Of everybody's answers, as examples.jsonl has them, a speaker's at effort none to skills without modes: what `measure` calls direct."""
+    return [line for line in lines if (line["speaker"], line["effort"]) == (speaker, Effort.NONE) and line["skill"] not in taught
+            and "likelihoods" not in line]  # who chooses says nothing, and cannot think unasked
+
+
 def _thinks(said: Message, finish: Finish) -> bool:
     return _thought(said.thinking, said.text or said.calls, finish)
 

@@ -18,6 +18,7 @@ from persea.errors import RecipeError
 ALLOWED_VARIABLES = ("PERSEA_DATA", "HF_HOME")
 DATA_FOLDER = Path(__file__).resolve().parent.parent.parent / "shared" / "data"  # PERSEA_DATA where it is not set: beside the checkout
 SECRETS = ("sk-", "hf_")  # how API keys begin; one is never shown
+KEYED = re.compile(r"https?://(?:[^/\s]*@|\S*\?)")
 MAX_ALIASES, MAX_DEPTH, MAX_VALUES = 100, 16, 10_000  # a recipe is a page; a few aliases of aliases can stand for billions of values
 KeyPath: TypeAlias = tuple[str | int, ...]
 
@@ -200,5 +201,5 @@ def choose(word: str, choices: Sequence[str]) -> str:
 
 
 def is_secret(value: Any) -> bool:
-    """Whether a value looks like an API key."""
-    return isinstance(value, str) and value.strip(" '\"").startswith(SECRETS)
+    """Whether a value looks like an API key, or like an address that holds one: https://user:key@host, https://host?key=..."""
+    return isinstance(value, str) and (value.strip(" '\"").startswith(SECRETS) or KEYED.match(value.strip(" '\"")) is not None)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from persea.beforehand import refuse_mute
 from persea.errors import Refused
 from persea.measure import Split
 from persea.river import BASE, STUDENT, River, digest_of
@@ -48,6 +49,7 @@ def plan(river: River) -> Plan:
     """Count what each stage asks, keeps and writes. Raises Refused where the disk cannot hold it, RecipeError for a mode nobody knows."""
     river.lm_eval()  # told now and not after hours
     river.refuse_modes()
+    refuse_mute(river)
     from persea.checkpoints import KEPT  # torch comes with it
 
     recipe, teachers = river.recipe, len(river.teaching)
@@ -55,7 +57,7 @@ def plan(river: River) -> Plan:
         len(river.efforts(name, recipe.audition.efforts)) for name in river.teaching)
     tested = sum(len(items) for _, items in river.items(Split.TEST)) * sum(
         len(river.efforts(name, recipe.evaluation.efforts)) for name in (STUDENT, BASE, *river.voices))
-    tested += sum(len(items) * len(river.modes.get(skill.name, ())) for skill, items in river.items(Split.TEST))
+    tested += sum(sum(not i.choices for i in items) * len(river.modes.get(skill.name, ())) for skill, items in river.items(Split.TEST))
     prompts = len(river.corpus.prompts)
     weights = _weights(recipe.student.model)
     captured = prompts * recipe.capture.max_new_tokens * (BYTES_PER_TOKEN if recipe.capture.rows == "sampled" else BYTES_PER_TOP)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeVar
@@ -111,3 +111,16 @@ def refuse_too_many(world: int, batch: int, accumulate: int) -> None:
         raise RecipeError(f"a batch of {batch} conversations cannot be split over {world} processes"
                           + (f" that accumulate {accumulate} times" if accumulate > 1 else ""), where="training.batch",
                           remedy=f"at most {batch // accumulate or 1} processes, or a larger training.batch")
+
+
+def refuse_unheard(world: int, shard: Shard, budgets: Sequence[str]) -> None:
+    """Raises RecipeError where a student's own answers cannot be heard in so many processes.
+
+    budgets  who teaches from behind a server with a budget: each process would spend it anew
+    """
+    if world > 1 and shard is Shard.FSDP:
+        raise RecipeError("a student of which each process holds a part cannot answer for itself", where="training.on_policy",
+                          remedy="--shard ddp, or one process")
+    if world > 1 and budgets:
+        raise RecipeError(f"each of {world} processes would spend the budget of {', '.join(budgets)}", where="training.on_policy",
+                          remedy="one process, or delete `budget:` of the endpoint")

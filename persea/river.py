@@ -234,7 +234,7 @@ class River:
         if is_far(ref):
             from persea.teacher import Teacher
 
-            engine = self.far.get(name) or open_far(ref, self.voices[name], self.folder / "endpoints" / f"{name}.json")
+            engine: Any = self.far.get(name) or open_far(ref, self.voices[name], self.folder / "endpoints" / f"{name}.json")
             if ref.endpoint:  # weights in vLLM are dropped after their stage, as all that are here
                 self.far[name] = engine
             return Teacher(name, self.voices[name], engine, ref.effort, longest=ref.generation.max_new_tokens or 0)

@@ -9,18 +9,15 @@ outputs by sha256. It stands as long as both hold.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from persea import store
-from persea.boards import refuse_missing
+from persea import beforehand, inputs, questions, store
 from persea.chat import Effort
 from persea.far import is_far
-from persea.measure import Paired, Split
-from persea.ranks import refuse_too_many
+from persea.measure import Split
 from persea.river import BASE, STUDENT, River, Tell, digest_of, is_small, set_threads, source
 from persea.status import journal
 from persea.watch import joined
@@ -52,8 +49,8 @@ def check(river: River, folder: Path, tell: Tell) -> None:
             kept = kept_by(opened, bridge)
         pairs += [pairing(teacher.name, voice, river.student_voice, bridge, s, said, kept if s.skill != TEXTS else None)
                   for s, said in zip(samples, mine, strict=True) if s.suits(voice)]
-        family, note = (river.families.get(teacher.name, {}).get(key, "") for key in ("family", "note"))
-        tell("check", (k + 1) / len(teachers), f"{teacher.name} ({family or 'words'}{', see its note in check.json' if note else ''})")
+        about = river.families.get(teacher.name, {"family": "words", "note": ""})
+        tell("check", (k + 1) / len(teachers), f"{teacher.name} ({about['family']}{', see its note in check.json' if about['note'] else ''})")
     store.publish_json(folder / "check.json", {"pairs": [p.to_json() for p in pairs], "likelihoods": [one.to_json() for one in likelihoods],
                                                "families": river.families})
     refuse(pairs, likelihoods, settings.floor, settings.disagreement)
@@ -92,37 +89,26 @@ def capture(river: River, folder: Path, tell: Tell) -> None:
         ask(river.units, river.teacher(name, settings.batch), folder, tau=settings.tau, kl=settings.kl,
             max_new_tokens=settings.max_new_tokens, seed=river.recipe.seed, given=settings.answers == "given",
             unchanged=partial(river.refuse_changed, name), progress=lambda step: tell("capture", *pace.step(step)))
-    removed = Counter(r.why.value for r in river.corpus.removed)
     store.publish_lines(folder / "removed.jsonl", (r.to_json() for r in river.corpus.removed))
     told, aside = summary(river.units, folder), quarantined(river.units, folder, river.corpus.broken)
     (folder / "quarantine.jsonl").unlink(missing_ok=True)
     if aside:
         store.publish_lines(folder / "quarantine.jsonl", aside)
-    verified: dict[str, Any] = {}
+    verified: dict[str, object] = {}
     if settings.verify:
-        from persea.questions import known
-        from persea.sift import sift
+        from persea.sift import verify
 
-        items = known(river.recipe.corpus, river.skills, river.corpus.prompts, river.recipe.seed)
-        sifted = sift([reader for reader, _ in caches(river.units, folder)], items, {s.name: s for s in river.skills})
-        store.publish_json(folder / "wrong.json", sifted.aside)
-        sifted.refuse_nothing()
-        verified = {"verified": sifted.to_json()}
-    store.publish_json(folder / "summary.json", told | {"removed": dict(removed)} | verified | accounts(told, river.corpus, aside))
+        items = questions.known(river.recipe.corpus, river.skills, river.corpus.prompts, river.recipe.seed)
+        verified = {"verified": verify([reader for reader, _ in caches(river.units, folder)], items, river.skills, folder)}
+    removed = dict(Counter(r.why.value for r in river.corpus.removed))
+    store.publish_json(folder / "summary.json", told | {"removed": removed} | verified | accounts(told, river.corpus, aside))
 
 
 def train(river: River, folder: Path, tell: Tell) -> None:
     """Teach the student from all teachers at once, in as many processes as were asked for."""
     from persea.teach import teach
 
-    teach(river, folder, trained(river), tell)
-
-
-def trained(river: River) -> dict[str, Any]:
-    """What a student comes from. How often it is looked at, or shown, is no part of it."""
-    return {"training": river.recipe.training.model_dump(mode="json", exclude={"report_to"}), "seed": river.recipe.seed,
-            "threads": river.recipe.threads, "student": river.student_identity, "capture": digest_of([u.name for u in river.units])} | (
-                {"verified": verified(river)} if river.recipe.capture.verify else {})
+    teach(river, folder, inputs.train(river), tell)
 
 
 def evaluate(river: River, folder: Path, tell: Tell) -> None:
@@ -144,21 +130,12 @@ def evaluate(river: River, folder: Path, tell: Tell) -> None:
     store.publish_lines(folder / "examples.jsonl", lines)
     store.publish_json(folder / "evaluation.json", out.to_json())
     store.publish_json(folder / "sets.json", [o.to_json() for o in river.published])
-    _modes(river, folder, lines, tell)
+    if river.modes:
+        from persea.modes import at_once, measure
 
-
-def _modes(river: River, folder: Path, lines: Sequence[Mapping[str, Any]], tell: Tell) -> None:
-    """The student in each mode that the corpus teaches; lines: every speaker's answers at once, as examples.jsonl has them."""
-    if not river.modes:
-        return
-    from persea.modes import measure
-
-    settings = river.recipe.evaluation
-    direct = [x for x in lines if (x["speaker"], x["effort"]) == (STUDENT, Effort.NONE) and x["skill"] not in river.modes
-              and "likelihoods" not in x]  # who chooses says nothing, and cannot think unasked
-    found = measure(river.speaker(STUDENT, settings.batch), river.items(Split.TEST), river.modes, settings.max_new_tokens, direct,
-                    lambda words: tell("evaluate", 0.99, words))
-    store.publish_json(folder / "modes.json", found.to_json())
+        straight = at_once(lines, STUDENT, river.modes)
+        store.publish_json(folder / "modes.json", measure(river.speaker(STUDENT, settings.batch), skills, river.modes, settings.max_new_tokens,
+                                                          straight, lambda words: tell("evaluate", 0.99, words)).to_json())
 
 
 def lineage(river: River, folder: Path, tell: Tell) -> None:
@@ -177,30 +154,14 @@ def report(river: River, folder: Path, tell: Tell) -> None:
     write(river.folder, {name: Path(file) for name, file in river.recipe.evaluation.lm_eval.items()})
 
 
-def verified(river: River) -> list[str]:
-    """What verifying left out of the lessons, by digest; nothing where nobody verifies."""
-    return [river.done("capture")["outputs"]["wrong.json"]] if river.recipe.capture.verify else []
-
-
-def _refuse_mute(river: River) -> None:
-    """Raises TeacherError, before anything is trained, where a chat route would be asked in the end what it cannot tell."""
-    from persea.asking import refuse_choices
-
-    for name in (t.name for t in river.recipe.teachers if t.endpoint and t.endpoint.protocol == "chat"):
-        for skill, items in river.items(Split.TEST):
-            refuse_choices(name, skill.name, items)
-
-
-AFTERWARDS = {"allow_regression", "lm_eval"}  # what the recipe says of an evaluation once it is there
 STAGES: tuple[Stage, ...] = (
-    Stage("check", lambda r: [r.identities, r.student_identity, r.measured, r.recipe.check.model_dump()], check),
-    Stage("audition", lambda r: [r.identities, r.asked, r.recipe.audition.model_dump(), r.recipe.capture.max_new_tokens], audition),
-    Stage("capture", lambda r: [*(u.name for u in r.units), *([b.where, b.why] for b in r.corpus.broken), *["verify"] * r.recipe.capture.verify],
-          capture),
-    Stage("train", trained, train),
-    Stage("evaluate", lambda r: [r.done("train")["outputs"], r.identities, r.asked, r.recipe.evaluation.model_dump(exclude=AFTERWARDS)], evaluate),
-    Stage("lineage", lambda r: [r.done("train")["outputs"], r.recipe.hash, r.cast.parts, r.cast.pinned], lineage),
-    Stage("report", lambda r: [*(r.done(s.name)["key"] for s in STAGES[:-1]), r.lm_eval()], report),
+    Stage("check", inputs.check, check),
+    Stage("audition", inputs.audition, audition),
+    Stage("capture", inputs.capture, capture),
+    Stage("train", inputs.train, train),
+    Stage("evaluate", inputs.evaluate, evaluate),
+    Stage("lineage", inputs.lineage, lineage),
+    Stage("report", inputs.report, report),
 )
 
 
@@ -211,22 +172,16 @@ def run(river: River, tell: Tell, only: str = "") -> None:
     stage before it; Regressed, once all is written, where the student is less safe than its base and the recipe does not allow it.
     """
     set_threads(river.recipe.threads)
-    t = river.recipe.training
     river.refuse_modes()
     river.lm_eval()
-    _refuse_mute(river)
+    beforehand.refuse_mute(river)
     with joined(river.world):
         if only in ("", "train"):  # what cannot be in the end is told in the beginning
-            refuse_too_many(max(river.how.procs, river.world.size), t.batch, t.accumulate)
-            refuse_missing(t.report_to)
-            if river.how.resume not in ("auto", "never"):
-                from persea.checkpoints import choose
-
-                choose(river.folder / "train", river.how.resume)  # a path is looked at now, not after a capture of hours
+            beforehand.refuse_training(river)
         if river.world.rank:  # the first process keeps the folder
             from persea.teach import follow
 
-            follow(river, river.folder / "train", trained)
+            follow(river, river.folder / "train", inputs.train)
             return
         with store.lock(river.folder), journal(river.folder, river.recipe.name, tell) as told:
             for stage in STAGES:
@@ -234,7 +189,6 @@ def run(river: River, tell: Tell, only: str = "") -> None:
                     river.pass_through(stage.name, stage.inputs(river), partial(stage.work, river), told)
         river.world.told("over")
     if only in ("", "evaluate", "report") and not river.recipe.evaluation.allow_regression:
-        from persea.evaluate import refuse_regressions
+        from persea.evaluate import refuse_regressed
 
-        where = river.folder / "evaluate" / "evaluation.json"
-        refuse_regressions([Paired(**p) for p in store.read_json(where)["regressions"]], str(where))
+        refuse_regressed(river.folder / "evaluate" / "evaluation.json")

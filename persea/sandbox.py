@@ -258,7 +258,9 @@ def prove(sandbox: Sandbox) -> None:
     """Try to break out by each way we know. Raises EnvironmentLacks that names every wall that does not hold."""
     with tempfile.NamedTemporaryFile() as canary, socket.create_server(("127.0.0.1", 0)) as server:
         limits, needed = sandbox.limits, _binds(sandbox.python)
-        hidden = [canary.name, *(str(p) for p in Path.home().iterdir() if not any(f"{b}/".startswith(f"{p}/") for b in needed))]
+        home = Path.home()
+        own = sorted(home.iterdir()) if os.access(home, os.R_OK | os.X_OK) else []  # a user without a home has nothing there to hide
+        hidden = [canary.name, *(str(p) for p in own if not any(f"{b}/".startswith(f"{p}/") for b in needed))]
         probe = PROBE.format(host="127.0.0.1", port=server.getsockname()[1], hidden=hidden[:100], file=limits.file,
                              processes=limits.processes, memory=limits.memory)
         ran = sandbox.run(probe)

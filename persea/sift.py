@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from persea import store
 from persea.cache import Capture
 from persea.chat import Conversation, Finish, Message, Tool
 from persea.errors import Refused
@@ -40,6 +42,14 @@ class Sifted:
             first = self.aside[0]
             raise Refused(f"no answer of {len(self.aside):,} is right ({first['id']}: {first['why'] or first['verdict']})", where="capture.verify",
                           remedy="look at capture/wrong.json; the prompts' answers may be of another form than the skill's grader reads")
+
+
+def verify(caches: Sequence[Ordered], items: Mapping[Question, Item], skills: Sequence[Skill], folder: Path) -> dict[str, Any]:
+    """`sift`, what is aside written to wrong.json. Refused where nothing is left to teach."""
+    sifted = sift(caches, items, {skill.name: skill for skill in skills})
+    store.publish_json(folder / "wrong.json", sifted.aside)
+    sifted.refuse_nothing()
+    return sifted.to_json()
 
 
 def sift(caches: Sequence[Ordered], items: Mapping[Question, Item], skills: Mapping[str, Skill]) -> Sifted:

@@ -25,7 +25,8 @@ class Answer:
     """What a teacher said to a prompt. The conversation ends with the answer; only STOP answers are whole.
 
     mode  the effort that the prompt was to be asked at; None = the teacher's own
-    why   nothing could be got of it, for this reason: REFUSED; without a reason, its template cannot say the prompt
+    why   nothing could be got of it, for this reason: REFUSED; without a reason, its template cannot say the prompt, or its server's filter did
+          not let it
     """
 
     prompt_id: str

@@ -89,6 +89,17 @@ def test_a_language_that_another_teacher_wins_is_its_own() -> None:
     assert parts == {"words": (("qwen", 1.0),), "words/th": (("oss", 1.0),)}
 
 
+def test_who_is_left_out_of_a_language_is_not_said_to_be_below_the_floor() -> None:
+    out = cast([by_language(qwen=(20, 30), gemma=(13, 13), oss=(29, 20))], EFFORTS, {}, 0.05)
+    why = {(r[0], r[1]): r[5] for r in table(out)}
+    assert out.contests["words"].beaten.keys() == {"gemma"}
+    assert why["words", "gemma"].startswith("below ") and "floor" not in why["words/th", "gemma"] + why["words/zh", "gemma"]
+    assert why["words/th", "gemma"].startswith("below ")
+    left = Cast({"words": (("qwen", 1.0),), "words/th": (("qwen", 1.0),)}, (Score("oss", "words", "th", Effort.LOW, 0.4, 9, 0.1, 0.8),), (),
+                {"words": Decided(60, Ended.BUDGET, {"oss": "qwen"}), "words/th": Decided(9, Ended.BUDGET, {"gemma": "qwen"})})
+    assert [r[5] for r in table(left)] == ["below qwen in all"]
+
+
 def test_a_language_that_differs_by_chance_is_not() -> None:
     assert chosen(by_language(qwen=(22, 28), gemma=(0, 0), oss=(26, 1))) == {"words": (("qwen", 1.0),)}
 

@@ -337,7 +337,7 @@ def test_the_margin_lies_between_a_slip_and_a_foreign_template():
     slip = bits(lambda text: text.replace("user\n", "user ").replace("assistant\n", "assistant "))
     foreign = bits(lambda text: text.replace("<think>\n\n</think>\n\n", ""))
     print(f"\nown {own.template:.2f}, newlines lost {slip.template:.2f}, without the thought {foreign.template:.2f}, bare {own.bare:.2f}")
-    assert own.template < own.bare - 0.5
+    assert own.template < own.bare - 0.2
     assert own.bare == slip.bare == foreign.bare
     assert slip.template - own.template < WORSE < foreign.template - own.template
 

@@ -213,3 +213,9 @@ def test_real_prompts_are_read_and_their_doubles_found(data: Path, tmp_path: Pat
     assert len(prompts) == 300
     assert corpus.prompts == tuple(prompts[100:])
     assert Counter(r.why for r in corpus.removed) == {Why.TEST_ITEM: 200, Why.DUPLICATE: 200}
+
+
+def test_null_is_what_is_not_there(tmp_path: Path) -> None:
+    (one,) = read(tmp_path, json.dumps({"prompt": "Why?", "id": None, "skill": None, "language": None}))
+    (other,) = read(tmp_path, json.dumps({"prompt": "Why?"}))
+    assert one == other

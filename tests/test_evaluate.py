@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from servers import serving
 from test_asking import Counting, speaker
-from test_cli import recipe
+from test_cli import SAPLINGS, recipe
 from test_contest import item, result
 from test_teacher import teacher
 
@@ -24,7 +26,7 @@ from persea.measure import Paired, Split
 from persea.recipe import load_recipe
 from persea.river import River
 from persea.run import Stage
-from persea.skills import CODE, LANGUAGES, REASONING
+from persea.skills import CODE, LANGUAGES, REASONING, TOOLS
 
 ITEMS = [(skill, skill.items(Split.TEST, 6, 0)) for skill in (LANGUAGES, CODE, REASONING)]
 
@@ -62,6 +64,32 @@ def test_every_speaker_is_asked_every_item_and_bits_of_all_are_weighted_by_bytes
     assert len(lines) == 18
     assert all({"speaker", "skill", "effort", "id", "question", "answer", "verdict", "value"} <= line.keys() for line in lines)
     assert json.loads(json.dumps(lines, allow_nan=False)) == lines
+
+
+def test_who_cannot_say_every_answer_has_no_bits_of_all() -> None:
+    heard, some = Heard(), [(TOOLS, TOOLS.items(Split.TEST, 3, 0)), ITEMS[1]]
+    listen(heard, speaker("gemma-sapling"), some, 8)
+    assert set(heard.bits_per_byte["gemma-sapling"]) == {"code"}  # its template has no tools
+
+
+def test_prompt_files_are_evaluated_beside_teachers_behind_a_server(tmp_path: Path) -> None:
+    """One by its words, one by its tokens: the same model, so the same score where both are asked at one effort."""
+    rows = [{"key": k, "prompt": f"Say {k}.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]} for k in range(12)]
+    (tmp_path / "ifeval.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    url, path = serving("gpt-oss-sapling"), str(SAPLINGS / "gpt-oss-sapling")
+    teachers = [{"name": "words", "model": "words", "effort": "low", "endpoint": {"url": url, "protocol": "chat", "dial": True}},
+                {"name": "far", "model": path, "effort": "low", "endpoint": {"url": url}}]
+    one = River(load_recipe(recipe(tmp_path, teachers=teachers, corpus=[{"skill": "reasoning", "generate": 4}], audition={}, evaluation={
+        "items": 3, "max_new_tokens": 60, "sets": [{"set": "ifeval", "file": str(tmp_path / "ifeval.jsonl")}]})), tmp_path / "run")
+    shutil.copytree(SAPLINGS / "llama-sapling", one.folder / "train" / "student")
+    (one.folder / "evaluate").mkdir()
+    run.evaluate(one, one.folder / "evaluate", lambda *_: None)
+    told = json.loads((one.folder / "evaluate" / "evaluation.json").read_text())
+    scores = {(s["speaker"], s["skill"]): s["value"] for s in told["scores"]}
+    assert {who for who, _ in scores} == {"student", "base", "words", "far"}
+    assert scores["words", "reasoning"] == scores["far", "reasoning"] > 0
+    assert all(s["n"] == 3 and not s["failed"] for s in told["scores"])
+    assert told["bits_per_byte"]["words"] == {} and told["bits_per_byte"]["far"]["reasoning"] > 0
 
 
 def test_each_effort_is_asked_apart() -> None:

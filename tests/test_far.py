@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,12 @@ def test_a_chat_route_without_dial_has_one_effort(tmp_path: Path) -> None:
         assert {e.value for e in Effort if one.can_be_asked("oss-words", e)} == known
         assert one.efforts("oss-words", (Effort.HIGH,)) == ((Effort.LOW, Effort.HIGH) if dial == "true" else (Effort.LOW,))
     assert one.efforts("student", (Effort.HIGH,)) == (Effort.NONE, Effort.HIGH)
+    for dial in ("true", "false"):
+        one = river(tmp_path, thinking, f"teachers.2.endpoint.dial={dial}", "corpus.2.modes={high: 1.0}")
+        with nullcontext() if dial == "true" else pytest.raises(RecipeError, match="no teacher of reasoning knows it") as caught:
+            one.refuse_modes()
+    assert "oss-words knows none" in str(caught.value)
+    assert "yard knows" not in str(caught.value)  # it teaches nobody
 
 
 def test_weights_in_vllm_are_not_kept_after_their_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

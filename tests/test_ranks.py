@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from persea.errors import RecipeError
-from persea.ranks import World, launched_world, refuse_too_many
+from persea.ranks import Shard, World, launched_world, refuse_too_many, refuse_unheard
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 FIRST = TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0"}
@@ -61,3 +61,15 @@ def test_a_batch_has_a_conversation_for_each_process_each_time(world: int, batch
         return
     with pytest.raises(RecipeError, match=rf"training\.batch: a batch of {batch} conversations cannot be split over {world} processes"):
         refuse_too_many(world, batch, accumulate)
+
+
+@pytest.mark.parametrize(("world", "shard", "budgets", "words"), [
+    (1, Shard.FSDP, ("far",), ""), (2, Shard.DDP, (), ""), (2, Shard.DDP, ("far",), "each of 2 processes would spend the budget of far"),
+    (2, Shard.FSDP, (), "a student of which each process holds a part cannot answer for itself")])
+def test_own_answers_are_heard_where_each_process_holds_the_student_and_nothing_is_spent_twice(
+        world: int, shard: Shard, budgets: tuple[str, ...], words: str) -> None:
+    if not words:
+        refuse_unheard(world, shard, budgets)
+        return
+    with pytest.raises(RecipeError, match=rf"training\.on_policy: {words} -> "):
+        refuse_unheard(world, shard, budgets)

@@ -442,6 +442,9 @@ BAD: list[tuple[str, str, str, str]] = [
     # secrets and variables
     ("key of an API", TWO + REST + "api_key: sk-abcdef\n", "4:1", "api_key: looks like a secret -> name an environment variable instead"),
     ("hub token", "student: {model: a/b, revision: hf_abcdef}\n" + T + REST, "1:23", "student.revision: looks like a secret"),
+    ("key before a host", "student: {model: 'https://me:abcdef@host/m'}\n" + T + REST, "1:11", "student.model: looks like a secret"),
+    ("key in an address", S + "teachers: [{model: a/c, endpoint: {url: 'http://host/v1?key=abcdef'}}]\n" + REST, "2:36",
+     "teachers.0.endpoint.url: looks like a secret"),
     ("secret for a number", TWO + REST + "seed: ' sk-abcdef'\n", "4:1", "seed: looks like a secret"),
     ("strange variable", "student: {model: '${HOME}/m'}\n" + T + REST, "1:11",
      "student.model: the variable 'HOME' may not be read here -> allowed: ${PERSEA_DATA}, ${HF_HOME}"),

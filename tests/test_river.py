@@ -20,6 +20,7 @@ from persea.measure import Split
 from persea.plan import plan
 from persea.recipe import load_recipe
 from persea.river import BASE, STUDENT, River, digest_of, knows
+from persea.run import STAGES as STREAM
 from persea.run import run
 
 
@@ -248,6 +249,17 @@ def test_published_sets_are_skills_beside_the_corpus_or_for_it(tmp_path: Path) -
         _ = river(tmp_path, evaluation={"sets": [one | {"skill": "reasoning"}]}).corpus
 
 
+def test_a_measured_skill_that_is_taught_from_now_on_is_cast_anew(tmp_path: Path) -> None:
+    """The questions are the same; the cast that stands has no part of that skill."""
+    sets = {"sets": [{"set": "gsm8k", "file": gsm(tmp_path)}]}
+    (tmp_path / "p.jsonl").write_text('{"prompt": "One and one?"}')
+    before = river(tmp_path, evaluation=sets)
+    after = river(tmp_path, evaluation=sets, corpus=[*TINY["corpus"], {"skill": "gsm8k", "file": "p.jsonl"}])
+    inputs = next(s.inputs for s in STREAM if s.name == "audition")
+    assert before.asked == after.asked
+    assert digest_of(inputs(before)) != digest_of(inputs(after))
+
+
 def test_nothing_of_a_published_set_is_taught_asked_or_not(tmp_path: Path) -> None:
     file = gsm(tmp_path)
     known = [json.loads(line)["question"] for line in Path(file).read_text().splitlines()[:9]]
@@ -275,8 +287,9 @@ def test_a_yardstick_of_words_alone_that_would_have_to_choose_is_refused_before_
     words = {"model": "words", "name": "w", "yardstick": True, "endpoint": {"url": "http://127.0.0.1:1", "protocol": "chat"}}
     sets = [{"set": "xcopa", "file": str(tmp_path / "x.jsonl"), "language": "id"}]
     one = river(tmp_path, teachers=[*TINY["teachers"], words], evaluation={"sets": sets})
-    with pytest.raises(TeacherError, match="w: tells words alone, and xcopa asks which"):
-        run(one, lambda *_: None)
+    for start in (lambda: run(one, lambda *_: None), lambda: plan(one)):
+        with pytest.raises(TeacherError, match="w: tells words alone, and xcopa asks which"):
+            start()
     assert not one.folder.exists()
 
 

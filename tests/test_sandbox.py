@@ -305,3 +305,8 @@ def test_a_python_that_cannot_be_started_is_refused(proven: Sandbox):
 
 def test_what_a_run_tells():
     assert Ran(End.EXIT, 0, b"", 0.1) == Ran(End("exit"), 0, b"", 0.1)
+
+
+def test_a_user_without_a_home_has_a_sandbox_too(proven: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/nonexistent")
+    prove(proven)

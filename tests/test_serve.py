@@ -9,6 +9,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 import torch
 from conftest import Speaker
 from servers import Served, serving, start_serve
+from test_cli import persea
 from test_engines import NAMES, engine, opened
 
 from persea.chat import Conversation, Effort, Finish, Role, Text, Thinking, ToolCall, ToolResult
@@ -26,7 +28,7 @@ from persea.engines import Sampling
 from persea.errors import DataError, Refused
 from persea.measure import Split
 from persea.models import Source, open_voice
-from persea.serve.app import make_app, open_speaker, serve
+from persea.serve.app import key_for, make_app, open_speaker
 from persea.serve.guard import Caps, Guard, is_loopback
 from persea.serve.schema import Chat
 from persea.serve.scores import echoed
@@ -94,9 +96,6 @@ def test_thoughts_come_apart_from_words_and_the_switch_is_obeyed() -> None:
                 pieces.append(delta[key])
     assert {key: "".join(p) for key, p in seen.items()} == {"reasoning_content": thought, "content": words}
     assert len(seen["reasoning_content"]) > 3  # thought aloud, not in one piece at its end
-    odd = one.chat.completions.create(model=name, messages=[{"role": "user", "content": "Ana has 48 eggs, and 3 are in a box. Which is more?"}],
-                                      reasoning_effort="high").choices[0]
-    assert (odd.finish_reason, odd.message.content) == ("malformed", "")  # it never gave a final answer, and nobody made one up
     for switch in ({"reasoning_effort": "none"}, {"chat_template_kwargs": {"enable_thinking": False}}):
         refused = post(serving(name), "/v1/chat/completions", model=name, messages=messages, **switch)
         assert refused.status_code == 400
@@ -178,11 +177,46 @@ def test_messages_become_a_conversation() -> None:
             Chat.model_validate({"model": "m", "messages": messages[:2], "tools": tools}).conversation(family)
     with pytest.raises(DataError, match="knows no low effort -> one of none, high"):
         Chat.model_validate({"model": "m", "messages": messages[:2], "reasoning_effort": "low"}).conversation(family)
+    with pytest.raises(DataError, match="does not think"):
+        Chat.model_validate({"model": "m", "messages": messages[:2], "reasoning_effort": "high"}).conversation(opened("gemma-sapling")[0].family)
     for broken, why in (([{"role": "tool", "tool_call_id": "9", "content": "x"}], "result of no call"),
                         ([{"role": "user", "content": "x", "reasoning_content": "y"}], "only the assistant"),
                         ([{"role": "assistant", "content": "x"}], "assistant's own")):
         with pytest.raises(DataError, match=why):
             Chat.model_validate({"model": "m", "messages": broken}).conversation(family)
+
+
+def inside(speaker: Any, path: str, **body: object) -> httpx2.Response:
+    """An answer of the application in this process."""
+    async def ask() -> httpx2.Response:
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=make_app(speaker, "", Caps())), base_url="http://localhost") as one:
+            return await one.post(path, json={"model": speaker.name} | body)
+
+    return asyncio.run(ask())
+
+
+def test_a_thought_without_an_answer_is_malformed_and_nobody_makes_one_up() -> None:
+    voice, _ = opened("gpt-oss-sapling")
+    names = {text: i for i, text in voice.vocabulary.control_names.items()}
+    ids = [names["<|channel|>"], *voice.vocabulary.encode("analysis"), names["<|message|>"], *voice.vocabulary.encode("hm"), names["<|return|>"]]
+
+    class Says:
+        def stream(self, *asked: object) -> Iterator[int]:
+            yield from ids
+
+    speaker = replace(open_speaker(str(SAPLINGS / "gpt-oss-sapling")), engine=Says())  # type: ignore[arg-type]
+    answer = inside(speaker, "/v1/chat/completions", messages=[{"role": "user", "content": "q"}], reasoning_effort="high").json()
+    assert (answer["choices"][0]["finish_reason"], answer["choices"][0]["message"]["content"]) == ("malformed", "")
+    assert answer["usage"]["completion_tokens"] == len(ids)
+
+
+def test_weights_that_give_no_numbers_are_not_the_clients_fault() -> None:
+    speaker = open_speaker(str(SAPLINGS / "llama-sapling"))
+    with torch.no_grad():
+        speaker.engine.model.get_input_embeddings().weight.fill_(float("nan"))
+    answer = inside(speaker, "/v1/completions", prompt="x")
+    assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+    assert "not finite" in answer.json()["error"]["message"]
 
 
 # --- log-probabilities ---
@@ -280,8 +314,8 @@ HEAD = {"authorization": "Bearer a-secret"}
     ("/inference/v1/generate", {"token_ids": [5, 6], "sampling_params": {"prompt_logprob_token_ids": [[1], [2]]}}, 400, "rows of candidates"),
     ("/inference/v1/generate", {"token_ids": [5, 6], "sampling_params": {"prompt_logprob_token_ids": [[1] * 6]}}, 400, "at most 5"),
     ("/v1/chat/completions", {"model": "llama-sapling", "messages": []}, 422, "messages"),
-    ("/v1/chat/completions", {"model": "llama-sapling", "messages": [{"role": "user", "content": "x"}], "reasoning_effort": "high"}, 400,
-     "does not think"),
+    ("/v1/chat/completions", {"model": "llama-sapling", "messages": [{"role": "user", "content": "x"}], "tools": [
+        {"type": "function", "function": {"name": "my tool", "parameters": {}}}]}, 400, "no name of a tool"),
     ("/v1/embeddings", {}, 404, "no such route"),
 ])
 def test_what_cannot_be_obeyed_is_refused_with_the_reason(strict: Served, path: str, body: object, status: int, words: str) -> None:
@@ -407,11 +441,19 @@ def test_without_a_key_only_this_machine_is_answered() -> None:
     assert not any(is_loopback(h) for h in ("0.0.0.0", "10.0.0.1:80", "evil.example", "localhost.evil.example", "::", ""))
 
 
-def test_other_addresses_need_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_addresses_need_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PERSEA_SERVE_KEY", raising=False)
     with pytest.raises(Refused, match="PERSEA_SERVE_KEY holds no key") as caught:
-        serve(None, "0.0.0.0", 0, "PERSEA_SERVE_KEY", Caps(), print)  # type: ignore[arg-type]
+        key_for("0.0.0.0", "PERSEA_SERVE_KEY")
     assert caught.value.exit_code == 4
+    assert key_for("127.0.0.1", "PERSEA_SERVE_KEY") == ""
+    monkeypatch.setenv("PERSEA_SERVE_KEY", " \n")
+    with pytest.raises(Refused):
+        key_for("::", "PERSEA_SERVE_KEY")
+    monkeypatch.setenv("PERSEA_SERVE_KEY", "a-secret\n")  # as a file ends
+    assert key_for("0.0.0.0", "PERSEA_SERVE_KEY") == "a-secret"
+    ended = persea("serve", tmp_path / "nowhere", "--host", "0.0.0.0", "--key-env", "NO_SUCH_KEY", folder=tmp_path)
+    assert (ended.code, "NO_SUCH_KEY holds no key" in ended.err) == (4, True)  # told before the model is looked for
 
 
 def test_a_run_folder_is_its_student(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from test_cli import enter, flowed, flowed_copy, persea, recipe, warm
 from persea import store
 from persea.cli import stages
 from persea.cli.options import open_river
-from persea.errors import Refused, Stopped
+from persea.errors import RecipeError, Refused, Stopped
 from persea.feed import Feed
 from persea.losses import Head, LossOut
 from persea.ranks import How, Shard, World
@@ -87,6 +87,28 @@ def test_two_processes_stopped_and_resumed_by_one_learn_what_was_asked(tmp_path:
     feed = json.loads((tmp_path / "run" / "train" / "feed.json").read_text())
     assert (feed["held_out"], feed["lessons"] > 50) == (4, True)
     assert list((tmp_path / "run" / "train" / "tensorboard").iterdir())
+
+
+def test_two_processes_hear_the_students_own_answers_as_one_does(tmp_path: Path) -> None:
+    """Each draws the whole round, with the same weights and chance, and learns from its half: the loss is the mean over both halves' positions."""
+    sets = ("training.on_policy={after: 2, share: 0.5, rollouts: 8, refresh: 4, max_new_tokens: 12}", "training.log_every=1")
+    told = {}
+    for procs in (1, 2):
+        folder = tmp_path / str(procs)
+        folder.mkdir()
+        flowed_copy(folder, "check", "audition", "capture")
+        run(river(folder, How(procs), *sets), lambda *told: None, "train")
+        told[procs] = lines(folder)
+    own = [line["step"] for line in told[2] if "reverse" in line["terms"]]
+    assert own == [4, 6, 8]
+    for one, two in zip(told[1], told[2], strict=True):
+        assert two["positions"] == one["positions"]
+        assert two["share"] == one["share"]
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+        assert two["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-2)
+        assert two["terms"] == pytest.approx(one["terms"], rel=1e-3, abs=1e-6)  # what is left out is told of the whole step
+    with pytest.raises(RecipeError, match=r"training\.on_policy: a student of which each process holds a part cannot answer for itself"):
+        run(river(tmp_path / "2", How(2, Shard.FSDP), *sets), lambda *told: None, "train")
 
 
 def rank(world: int, k: int, port: int, arguments: tuple[str, ...], folder: Path, said: Path) -> None:

@@ -29,13 +29,14 @@ def serve(model: Annotated[str, typer.Argument(help="A model folder, a hub id, o
     from transformers.utils import logging
 
     from persea.river import set_threads
-    from persea.serve.app import open_speaker
+    from persea.serve.app import key_for, open_speaker
     from persea.serve.app import serve as listen
     from persea.serve.guard import Caps
 
+    key = key_for(host, key_env)  # before minutes of loading
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     set_threads(threads)
     caps = Caps(max_body << 20, seconds, concurrency, max_tokens, max_logprobs)
     speaker = open_speaker(model, name)
-    listen(speaker, host, port, key_env, caps, lambda where: typer.echo(f"{speaker.name} listens on {where}"))
+    listen(speaker, host, port, key, caps, lambda where: typer.echo(f"{speaker.name} listens on {where}"))

@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from persea.chat import Finish
 from persea.engines.local import LocalEngine
-from persea.errors import DataError, EnvironmentLacks, PerseaError, Refused
+from persea.errors import DataError, EnvironmentLacks, PerseaError, Refused, TeacherError
 from persea.models import find, open_model, open_voice
 from persea.serve.guard import Caps, Guard, error, is_loopback, patient
 from persea.serve.schema import Chat, Completion, TokenRequest
@@ -61,7 +61,8 @@ def make_app(speaker: Speaker, key: str, caps: Caps) -> Guard:
 
     async def refused(request: Request, problem: Exception) -> Response:
         assert isinstance(problem, PerseaError)
-        return JSONResponse(error(400, f"{problem.what} -> {problem.remedy}", problem.where or None), 400)
+        status = 500 if isinstance(problem, TeacherError) else 400  # weights that give no numbers are no client's fault
+        return JSONResponse(error(status, f"{problem.what} -> {problem.remedy}", problem.where or None), status)
 
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(StarletteHTTPException, wrong)
@@ -252,14 +253,19 @@ def _streamed(events: AsyncGenerator[dict[str, Any], None]) -> StreamingResponse
     return StreamingResponse(lines(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
 
 
-def serve(speaker: Speaker, host: str, port: int, key_env: str, caps: Caps, told: Callable[[str], None]) -> None:
-    """Answer until a signal comes. told: where it listens, once it does; port 0 = any free one.
-
-    Raises Refused for an address that others reach where no key is set, EnvironmentLacks where the address cannot be had."""
+def key_for(host: str, key_env: str) -> str:
+    """The key that the environment holds, "" for none. Raises Refused for an address that others reach where none is set."""
     key = os.environ.get(key_env, "").strip()
     if not key and not is_loopback(host):
         raise Refused(f"{host} is reached from other machines, and {key_env} holds no key", where="serve",
                       remedy=f"export {key_env}=..., or serve on 127.0.0.1")
+    return key
+
+
+def serve(speaker: Speaker, host: str, port: int, key: str, caps: Caps, told: Callable[[str], None]) -> None:
+    """Answer until a signal comes. told: where it listens, once it does; port 0 = any free one. key: see `key_for`.
+
+    Raises EnvironmentLacks where the address cannot be had."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
