@@ -19,12 +19,13 @@ def refuse_missing(name: str | None) -> None:
                                remedy=f"pip install 'persea[{name}]', or delete `report_to:`; metrics.jsonl is always written")
 
 
-def open_board(name: str, run: str, folder: Path, step: int, settings: Mapping[str, Any]) -> Board:
+def open_board(name: str, run: str, folder: Path, step: int, settings: Mapping[str, Any], last: int) -> Board:
     """A function (step, line of metrics) that shows it there.
 
     folder    where tensorboard's files go; the others keep their own
     step      steps done: what a board shows past it was of a run that was killed, and is dropped where the board can
     settings  shown beside the curves: nothing but the recipe's training
+    last      the step after whose line the run is over: wandb and trackio send in the background, and a rank ends without waiting for them
     """
     board = importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
     if name == "tensorboard":
@@ -40,6 +41,8 @@ def open_board(name: str, run: str, folder: Path, step: int, settings: Mapping[s
 
     def logged(at: int, line: Mapping[str, Any]) -> None:
         board.log(dict(flat(line)), step=at)
+        if at == last:
+            board.finish()
 
     return logged
 

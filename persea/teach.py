@@ -164,7 +164,7 @@ def _shown(river: River, folder: Path, progress: Progress) -> Progress:
         return progress
     newest = checkpoints.choose(folder, river.how.resume)
     done = int(newest.stem.partition("-")[2]) if newest else 0
-    board = open_board(t.report_to, river.recipe.name, folder / "tensorboard", done, t.model_dump(mode="json"))
+    board = open_board(t.report_to, river.recipe.name, folder / "tensorboard", done, t.model_dump(mode="json"), t.steps)
 
     def both(step: int, line: Mapping[str, Any]) -> None:
         progress(step, line)

@@ -24,7 +24,7 @@ def test_tensorboard_shows_it(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     refuse_missing("tensorboard")
-    board = open_board("tensorboard", "run", tmp_path, 0, {})
+    board = open_board("tensorboard", "run", tmp_path, 0, {}, 8)
     board(2, LINE)
     board(4, LINE | {"loss": 1.25})
     shown = EventAccumulator(str(tmp_path)).Reload()
@@ -36,11 +36,14 @@ def test_tensorboard_shows_it(tmp_path: Path) -> None:
 def test_the_others_are_begun_and_fed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
     """In place of the package a module that notes what it is told: how both are called is their documentation's."""
     said: list[Any] = []
-    monkeypatch.setitem(sys.modules, name, SimpleNamespace(init=lambda **k: said.append(k), log=lambda line, step: said.append((step, line))))
-    board = open_board(name, "run", tmp_path, 0, {"steps": 8})
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(
+        init=lambda **k: said.append(k), log=lambda line, step: said.append((step, line)), finish=lambda: said.append("over")))
+    board = open_board(name, "run", tmp_path, 0, {"steps": 8}, 8)
     board(2, LINE)
     assert said[0] == {"project": "persea", "name": "run", "config": {"steps": 8}, "resume": "allow"}
-    assert said[1] == (2, {"loss": 1.5, "terms/events": 2.0, "teachers/qwen": 0.5})
+    assert said[1:] == [(2, {"loss": 1.5, "terms/events": 2.0, "teachers/qwen": 0.5})]
+    board(8, {"step": 8, "loss": 1.0})
+    assert said[2:] == [(8, {"loss": 1.0}), "over"]
 
 
 def test_a_board_that_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -246,7 +246,8 @@ def test_terms_and_positions(seed: int):
                 mass[n] += p
     with_ce = sum((1 - mass[n]) * ce for n, ce in enumerate(F.cross_entropy(c.logits_NV, c.targets_N, reduction="none").tolist()))
     events = out.loss.item() * len(c.targets_N) - with_ce
-    assert out.terms["events"] * max(1, len(spoken)) == pytest.approx(events, rel=1e-4, abs=1e-3)
+    assert out.terms["events"] * len(c.targets_N) == pytest.approx(events, rel=1e-4, abs=1e-3)
+    assert out.terms["spoken"] == pytest.approx(len([n for n in spoken if mass[n] > 0]) / len(c.targets_N))
     assert not out.loss.requires_grad
 
 

@@ -145,8 +145,9 @@ def composed(logits_NV: torch.Tensor, targets_N: torch.Tensor, teachers: Sequenc
 
 
 def composed_terms(text_N: torch.Tensor, events_N: torch.Tensor, spoken_N: torch.Tensor) -> dict[str, float]:
-    """Cross-entropy of each position, and the event term of each that a teacher speaks of, nats."""
-    return {"cross_entropy": float(text_N.mean()), "events": float(events_N.sum() / max(1, int(spoken_N.sum())))}
+    """Cross-entropy and event term, nats, and the share of positions that a teacher speaks of: each a mean over ALL positions, so that parts of a
+    batch, weighted by their positions, add up to the whole (the event term where a teacher speaks is events / spoken)."""
+    return {"cross_entropy": float(text_N.mean()), "events": float(events_N.mean()), "spoken": float(spoken_N.double().mean())}
 
 
 @torch.no_grad()
