@@ -10,17 +10,16 @@ from persea.river import River
 
 
 def refuse_training(river: River) -> None:
-    """Raises RecipeError where it cannot be spread over as many processes as were asked for, EnvironmentLacks without its board, DataError
-    where --resume names what is not there."""
+    """Raises RecipeError where it cannot be spread over as many processes as were asked for, EnvironmentLacks without its board."""
     t, procs = river.recipe.training, max(river.how.procs, river.world.size)
     refuse_too_many(procs, t.batch, t.accumulate)
     if t.on_policy:
         refuse_unheard(procs, river.how.shard, [far.name for far in river.recipe.teachers if far.endpoint and far.endpoint.budget])
     refuse_missing(t.report_to)
-    if river.how.resume not in ("auto", "never"):  # looked at now, not after a capture of hours
+    if river.how.resume not in ("auto", "never"):
         from persea.checkpoints import choose
 
-        choose(river.folder / "train", river.how.resume)
+        choose(river.folder / "train", river.how.resume)  # a path is looked at now, not after a capture of hours
 
 
 def refuse_mute(river: River) -> None:

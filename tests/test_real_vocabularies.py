@@ -105,7 +105,7 @@ def test_the_river_flows_through_four_real_vocabularies(data: Path, real_of: Cal
     feed = json.loads((tmp_path / "run" / "train" / "feed.json").read_text())
     laid = feed.pop("taught")
     assert sum(feed.pop("lessons").values()) == len(captured)
-    assert feed == {"left_out": {}, "too_long": 0, "unsayable": 0, "why": []}
+    assert feed == {"left_out": {}, "too_long": 0, "unsayable": 0, "why": [], "modes": {"none": len(captured)}, "thoughts_dropped": 0, "held_out": 0}
     assert {row["teacher"] for row in laid} == set(river.voices)
     for row in laid:
         assert row["event"] + row["completion"] + row["chunk"] + row["text"] == pytest.approx(1, abs=3e-4)
