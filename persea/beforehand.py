@@ -10,8 +10,7 @@ from persea.river import River
 
 
 def refuse_training(river: River) -> None:
-    """Raises RecipeError where it cannot be spread over as many processes as were asked for, EnvironmentLacks without its board, DataError
-    where --resume names what is not there."""
+    """Raises RecipeError where it cannot be spread over as many processes as were asked for, EnvironmentLacks without its board."""
     t, procs = river.recipe.training, max(river.how.procs, river.world.size)
     refuse_too_many(procs, t.batch, t.accumulate)
     if t.on_policy:
