@@ -36,7 +36,9 @@ from test_cli import Started, enter, flowed, flowed_copy, start, warm  # noqa: E
 
 from persea import store  # noqa: E402
 
-MODES: dict[str, tuple[str, ...]] = {"offline": ()}  # what each mode adds to the command; an on-policy one belongs here
+MODES: dict[str, tuple[str, ...]] = {  # what each mode adds to the command
+    "offline": (),
+    "on-policy": ("--set", "training.on_policy={after: 2, share: 1.0, rollouts: 8, refresh: 2, max_new_tokens: 16}")}  # a round is two steps
 
 
 @dataclass(frozen=True)
