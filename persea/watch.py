@@ -58,6 +58,7 @@ def joined(world: World, *, silent: bool = False) -> Iterator[Store | None]:
         watch.over.set()
         told = watch.reason(error)
         if watch.claim(told) and not silent:
+            watch.linger()
             if told is error:
                 raise
             raise told from error
@@ -149,9 +150,20 @@ class Watch:
             return bool(self.store.compare_set("failed", "", mine) == mine.encode())
         return True
 
+    def linger(self) -> None:
+        """Where the store is the first process' own and ends with it, give the others the time to read why: those that wait in a library are
+        woken by their own watch after 5 beats."""
+        others = [f"heard/{rank}" for rank in range(self.world.size) if rank != self.world.rank]
+        until = time.monotonic() + (0 if self.world.rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 8 * BEAT)
+        with suppress(RuntimeError):
+            while time.monotonic() < until and not self.store.check(others):
+                time.sleep(0.1)
+
     def end(self) -> None:
         """End with the code of what was claimed: at once, for libraries wait in their own threads."""
         sys.stderr.flush()
+        with suppress(RuntimeError):
+            self.store.set(f"heard/{self.world.rank}", "")
         with suppress(RuntimeError):
             os._exit(json.loads(self.store.get("failed"))["code"])
         os._exit(EnvironmentLacks.exit_code)
