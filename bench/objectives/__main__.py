@@ -43,6 +43,8 @@ def rate(world: World, results: Path, method: str = "cross-entropy", rates: Sequ
 
 def share(world: World, results: Path, method: str) -> float:
     """Searched on dev; 'strict everywhere' takes strict's, all forms of events take that of events."""
+    if world.size.of:
+        return share(World(SIZES[world.size.of], world.folder), results, method)
     method = "strict" if method == "strict everywhere" else "events" if method.startswith("events") else method
     if method in ("gold", "uld"):  # a search costs too much: TRL's loops take a second a step, sorting two vocabularies six times cross-entropy
         return {"gold": 0.5, "uld": 0.3}[method]
@@ -95,6 +97,12 @@ def stage(name: str, world: World, results: Path, seeds: Sequence[int]) -> None:
         for length in (2.0, 4.0):
             for regime in ("unlimited", "limited"):
                 go("cross-entropy", SEEDS[0], regime, length)
+    elif name == "larger":
+        for seed in seeds:
+            for method in told.LARGER:
+                go(method, seed)
+            for length in (2.0, 4.0):
+                go("cross-entropy", seed, length=length)
     elif name == "gold":  # TRL's loops take nearly a second a step: one whole run, and one as long as a search, beside which it is told
         go("gold", SEEDS[0])
         lr = rate(world, results)
@@ -109,6 +117,7 @@ def stage(name: str, world: World, results: Path, seeds: Sequence[int]) -> None:
 def report(lines: Sequence[Line], size: str) -> None:
     """The tables and charts of docs/results.md."""
     docs = RESULTS.parent.parent / "docs"
+    shapes = {n: f"{s.student.layers} layers, width {s.student.hidden}" for n, s in SIZES.items() if size in (n, s.of)}
     found = told.chosen(lines, size=size, regime="unlimited", length=1.0)
     plain = found["cross-entropy"]
 
@@ -122,6 +131,7 @@ def report(lines: Sequence[Line], size: str) -> None:
         "masks": told.first_everywhere(lines, size, form("events + masks")),
         "limited": told.main_table(lines, size, "limited"), "shortcut": told.shortcut(lines, size),
         "gradients": told.gradients_table(json.loads((RESULTS / f"objectives_gradients_{size}.json").read_text())),
+        "larger": told.larger_table(lines, shapes),
         "searches": told.searches(lines, size)})
     gaps = [(name, *told.paired(own, [x for x in plain if x["seed"] in {y["seed"] for y in own}])["mean"])
             for name, own in found.items() if name != "cross-entropy"]
@@ -141,7 +151,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     said = parser.parse_args()
     torch.set_num_threads(1)
-    world = World(SIZES[said.size], said.cache / said.size)
+    world = World(SIZES[said.size], said.cache / (SIZES[said.size].of or said.size))
     for name in said.stages:
         stage(name, world, said.results, said.seeds)
     print(len(read(said.results)), "lines in", said.results)

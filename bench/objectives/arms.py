@@ -81,7 +81,7 @@ class World:
 
     def student(self, arm: Arm) -> Path:
         """Where a student of seed 1 is kept, for what is measured on it afterwards."""
-        return self.folder / f"student {arm.method}, {arm.rows}, {arm.regime}.pt"
+        return self.folder / f"student {self.size.name if self.size.of else ''}{arm.method}, {arm.rows}, {arm.regime}.pt"
 
     def windows(self, regime: str, length: float) -> dict[str, list[Window]]:
         """Training windows of a student by domain: every one is seen once in 'unlimited', and often in 'limited'."""

@@ -38,6 +38,7 @@ class Size:
     limited       training windows a domain in the regime 'limited'
     test          held-out windows a domain
     seen          training windows a domain by which the vocabularies are cut
+    of            the size whose vocabularies, teachers, lessons and shares this one takes: only its student is another
     """
 
     name: str
@@ -51,11 +52,14 @@ class Size:
     limited: int
     test: int
     seen: int = 1300
+    of: str = ""
 
 
 SIZES = {s.name: s for s in (
     Size("toy", Shape(32, 1, 2, 64), Shape(32, 1, 2, 64), 1024, 4, 11, {"A": 4, "B": 4, "C": 4}, 8, 4, 4, 40),
     Size("xs", Shape(160, 3, 4, 448), Shape(96, 2, 4, 256), 8192, 240, 11, {"A": 900, "B": 600, "C": 450}, 16, 48, 60),
+    *(Size(f"xs-{name}", Shape(160, 3, 4, 448), student, 8192, 240, 11, {"A": 900, "B": 600, "C": 450}, 16, 48, 60, of="xs")
+      for name, student in (("wide", Shape(160, 3, 4, 448)), ("wider", Shape(256, 4, 4, 704)))),
     Size("s", Shape(384, 6, 6, 1024), Shape(192, 4, 4, 512), 16384, 1200, 66, {"A": 8000, "B": 5000, "C": 4000}, 64, 320, 80),
     Size("m", Shape(768, 10, 12, 2048), Shape(384, 8, 6, 1024), 16384, 4000, 132, {"A": 20000, "B": 10000, "C": 8000}, 128, 640, 80),
 )}

@@ -17,6 +17,7 @@ from bench.objectives.data import DOMAINS
 
 Line: TypeAlias = Mapping[str, Any]
 DRAWS = 2000
+LARGER = ("cross-entropy", "events + masks", "strict everywhere")  # asked of larger students too: sizes xs-wide and xs-wider
 NAMES = {"sft": "SFT on teacher samples", "strict": "strict, 1:1 positions", "strict everywhere": "strict, all common boundaries", "uld": "ULD",
          "gold": "GOLD (TRL)", "bpm": "longest prefix (BPM)", "chunk": "plain chunk likelihood"}
 
@@ -122,6 +123,25 @@ def shortcut(lines: Sequence[Line], size: str) -> str:
             rows.append([regime, name, str(len(own)), f"{reached:.3f}", factor(curve, reached)])
         rows.append([regime, "cross-entropy's own curve (length: bits)", "", "", ", ".join(f"{n:g}: {v:.3f}" for n, v in curve)])
     return table(["regime", "method, rows", "seeds", "bits per byte at length 1", "cross-entropy needs, times the tokens"], rows)
+
+
+def larger_table(lines: Sequence[Line], shapes: Mapping[str, str]) -> str:
+    """Students of several widths under the same teachers: what the gain over cross-entropy and the shortcut become. shapes: size -> its words."""
+    rows = []
+    for size, words in shapes.items():
+        found = chosen(lines, size=size, regime="unlimited", length=1.0)
+        plain = [x for x in lines if x["part"] == "test" and x["size"] == size and x["regime"] == "unlimited" and x["method"] == "cross-entropy"]
+        curve = [(n, float(np.mean([x["mean"] for x in plain if x["length"] == n]))) for n in sorted({x["length"] for x in plain})]
+        for name, own in found.items():
+            if own[0]["method"] not in LARGER or (own[0]["share"] not in (0.0, 0.7) and own[0]["method"].startswith("events")):
+                continue
+            versus = paired_same_seeds(own, found["cross-entropy"]) if own[0]["method"] != "cross-entropy" else ""
+            reached = float(np.mean([x["mean"] for x in own]))
+            rows.append([words, f"{own[0]['rate']:g}", name, str(len(own)), spread([x["mean"] for x in own]), versus, factor(curve, reached)])
+        rows.append([words, "", "cross-entropy's own curve (length: bits)", "", ", ".join(f"{n:g}: {v:.3f}" for n, v in curve), "", ""])
+    head = ("student", "learning rate", "method, rows", "seeds", "mean", "less cross-entropy (95 % over pages)",
+            "cross-entropy needs, times the tokens")
+    return table(head, rows)
 
 
 def factor(curve: Sequence[tuple[float, float]], reached: float) -> str:
