@@ -1,6 +1,6 @@
 """Kill a training at every named point and at random, in one process and in two, and see that the student comes out the same, byte for byte.
 
-    python bench/chaos_train.py [random kills] [seed]        (make chaos)
+    python bench/chaos_train.py [random kills] [seed] [part ...]        (make chaos)
 
 A tiny recipe on the bundled saplings is captured once; every training after that is a process of its own which begins from the same capture.
 - points: SIGKILL at each of POINTS, then the same command again; the student's sha256 must be that of an uninterrupted training. Every
@@ -9,7 +9,7 @@ A tiny recipe on the bundled saplings is captured once; every training after tha
 - two: two processes. Their launcher is killed, which must leave nobody behind, and the same command must end with the bytes of two
   uninterrupted processes; a rank is stopped (SIGSTOP), which must be named within 60 s.
 - torchrun: the real one, whose losses must be those of one process.
-Writes bench/results/chaos-train.json as it goes.
+Writes bench/results/chaos-train.json as it goes. Parts are offline, on-policy, two, torchrun; those not named stay as they were measured.
 """
 
 from __future__ import annotations
@@ -204,17 +204,17 @@ def until(running: Started, words: str) -> list[int]:
 
 
 def two(place: Path, mode: str) -> dict[str, Any]:
-    command = arguments(mode, "--procs", "2", "--set", "training.steps=40")
+    command = arguments(mode, "--procs", "2", "--set", "training.steps=160")
     whole = finish(begin(place, "two whole"), *command)
     folder = begin(place, "two killed")
     running = start(*command, folder=folder)
-    ranks = until(running, "train  1")
+    ranks = until(running, "loss")
     running.process.kill()
     running.wait()
     time.sleep(5)
     left = [pid for pid in ranks if Path(f"/proc/{pid}").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text()]
     running = start(*command, folder=folder)
-    ranks = until(running, "train  3")
+    ranks = until(running, "loss")
     os.kill(ranks[1], signal.SIGSTOP)
     clock = time.monotonic()
     ended = running.wait()
@@ -236,20 +236,25 @@ def torchrun(place: Path) -> dict[str, Any]:
 def main() -> None:
     kills = int(sys.argv[1]) if len(sys.argv) > 1 else 8
     rng = random.Random(int(sys.argv[2]) if len(sys.argv) > 2 else 0)
-    clock, result = time.monotonic(), dict[str, Any]()
+    parts, where = sys.argv[3:] or [*MODES, "two", "torchrun"], ROOT / "bench" / "results" / "chaos-train.json"
+    clock, result = time.monotonic(), dict[str, Any](json.loads(where.read_text()) if sys.argv[3:] else {})
 
     def keep(**part: Any) -> None:
-        result.update(part, seconds=round(time.monotonic() - clock))
-        (ROOT / "bench" / "results" / "chaos-train.json").write_text(json.dumps(result, indent=1) + "\n")
+        nonlocal clock
+        result.update(part, seconds=result.get("seconds", 0) + round(time.monotonic() - clock))
+        clock = time.monotonic()
+        where.write_text(json.dumps(result, indent=1) + "\n")
         print(json.dumps(part), flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        for mode in MODES:
+        for mode in (m for m in MODES if m in parts):
             whole = finish(begin(place, f"{mode} whole"), *arguments(mode))
             keep(**{mode: {"uninterrupted": whole, "points": points(place, mode, whole), "random": at_random(place, mode, whole, kills, rng)}})
-        keep(two=two(place, "offline"))
-        keep(torchrun=torchrun(place))
+        if "two" in parts:
+            keep(two=two(place, "offline"))
+        if "torchrun" in parts:
+            keep(torchrun=torchrun(place))
     alike = all(result[m]["random"]["equal"] and all(p["fired"] and p["equal"] for p in result[m]["points"].values()) for m in MODES)
     both = result["two"]
     sys.exit(not (alike and both["equal"] and not both["orphans"] and both["hung"]["seconds"] <= 60 and both["hung"]["code"] == 7
