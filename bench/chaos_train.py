@@ -19,6 +19,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -219,7 +220,7 @@ def two(place: Path, mode: str) -> dict[str, Any]:
     clock = time.monotonic()
     ended = running.wait()
     told = {"ranks": len(ranks), "orphans": len(left), "hung": {"seconds": round(time.monotonic() - clock, 1), "code": ended.code,
-                                                              "said": ended.err.splitlines()[-1].replace(str(folder), "")}}
+                                                              "said": ended.err.splitlines()[-1].replace(f" on {socket.gethostname()}", "")}}
     return told | {"equal": finish(folder, *command) == whole}
 
 
