@@ -132,12 +132,14 @@ def larger_table(lines: Sequence[Line], shapes: Mapping[str, str]) -> str:
         found = chosen(lines, size=size, regime="unlimited", length=1.0)
         plain = [x for x in lines if x["part"] == "test" and x["size"] == size and x["regime"] == "unlimited" and x["method"] == "cross-entropy"]
         curve = [(n, float(np.mean([x["mean"] for x in plain if x["length"] == n]))) for n in sorted({x["length"] for x in plain})]
+        if not plain:
+            continue
         for name, own in found.items():
             if own[0]["method"] not in LARGER or (own[0]["share"] not in (0.0, 0.7) and own[0]["method"].startswith("events")):
                 continue
             versus = paired_same_seeds(own, found["cross-entropy"]) if own[0]["method"] != "cross-entropy" else ""
             reached = float(np.mean([x["mean"] for x in own]))
-            rows.append([words, f"{own[0]['rate']:g}", name, str(len(own)), spread([x["mean"] for x in own]), versus, factor(curve, reached)])
+            rows.append([words, f"{own[0]['rate']:g}", name, str(len(own)), spread([x["mean"] for x in own]), versus, factor(curve, reached) if versus else "1"])
         rows.append([words, "", "cross-entropy's own curve (length: bits)", "", ", ".join(f"{n:g}: {v:.3f}" for n, v in curve), "", ""])
     head = ("student", "learning rate", "method, rows", "seeds", "mean", "less cross-entropy (95 % over pages)",
             "cross-entropy needs, times the tokens")
