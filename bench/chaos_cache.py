@@ -35,7 +35,7 @@ from persea.errors import StorageError  # noqa: E402
 from persea.shelf import committed, verify  # noqa: E402
 
 SMALL = ["corpus.0.generate=120", "corpus.1.generate=40", "corpus.2.generate=40", "corpus.3.generate=40", "corpus.4.generate=40", "capture.unit=10",
-         "audition.items=5", "evaluation.items=5"]
+         "audition.items=20", "evaluation.items=5"]
 
 
 def start(verb: str, out: Path) -> subprocess.Popen[bytes]:

@@ -139,7 +139,8 @@ def larger_table(lines: Sequence[Line], shapes: Mapping[str, str]) -> str:
                 continue
             versus = paired_same_seeds(own, found["cross-entropy"]) if own[0]["method"] != "cross-entropy" else ""
             reached = float(np.mean([x["mean"] for x in own]))
-            rows.append([words, f"{own[0]['rate']:g}", name, str(len(own)), spread([x["mean"] for x in own]), versus, factor(curve, reached) if versus else "1"])
+            rows.append([words, f"{own[0]['rate']:g}", name, str(len(own)), spread([x["mean"] for x in own]), versus,
+                         factor(curve, reached) if versus else "1"])
         rows.append([words, "", "cross-entropy's own curve (length: bits)", "", ", ".join(f"{n:g}: {v:.3f}" for n, v in curve), "", ""])
     head = ("student", "learning rate", "method, rows", "seeds", "mean", "less cross-entropy (95 % over pages)",
             "cross-entropy needs, times the tokens")
