@@ -88,7 +88,7 @@ def kills(place: Path, rounds: int, rng: random.Random) -> dict[str, object]:
 
 def flips_and_cuts(capture: Path, rng: random.Random, flips: int) -> dict[str, object]:
     """On a copy of some units of a finished capture, with the records beside them."""
-    files = sorted(p for p in capture.rglob("*") if p.is_file())
+    files = sorted(p for p in capture.rglob("*") if p.is_file() and p.stat().st_size)  # a list of nothing removed has no byte to flip
     kinds = {"/".join(p.relative_to(capture).parts[:-1]) or p.name for p in files}
     found = 0
     for k in range(flips):
