@@ -28,6 +28,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PAR
 import numpy as np
 import torch
 import torch.nn.functional as F
+from peer import TRL, has_trl
 
 from persea.align import align
 from persea.bridge import Bridge, build, open_bridge
@@ -85,16 +86,12 @@ def laid(vocabulary: Vocabulary, said: Sequence[str]) -> list[Tokens]:
 
 def trl() -> Any:
     """TRL's cross-tokenizer code, or None where TRL is not installed."""
-    try:
-        from trl import __version__
-        from trl.experimental.gold.gold_trainer import ULDLoss
-        from trl.experimental.utils import encode_with_byte_offsets
-    except ModuleNotFoundError as error:
-        print(f"{error}: TRL's columns are left out; pip install -e '.[bench]'", file=sys.stderr)
+    if not has_trl():
         return None
-    if __version__ != "1.16.0":
-        sys.exit(f"trl {__version__}: these figures are told of 1.16.0; pip install -e '.[bench]'")
-    return types.SimpleNamespace(version=__version__, Loss=ULDLoss, encode=encode_with_byte_offsets, align=ULDLoss._align_by_byte_offsets)
+    from trl.experimental.gold.gold_trainer import ULDLoss
+    from trl.experimental.utils import encode_with_byte_offsets
+
+    return types.SimpleNamespace(version=TRL, Loss=ULDLoss, encode=encode_with_byte_offsets, align=ULDLoss._align_by_byte_offsets)
 
 
 def uld(peer: Any, student: Vocabulary, teacher: Vocabulary) -> Any:

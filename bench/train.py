@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from bridge import DATA, Work, compare, rounded, spread
 from memory import Peak
+from peer import TRL, has_trl
 
 from persea import skills
 from persea.bridge import Bridge, open_bridge
@@ -51,14 +52,10 @@ TAUGHT = {"qwen-sapling": "languages", "gemma-sapling": "code", "gpt-oss-sapling
 
 def trl() -> Any:
     """The loss of TRL's DistillationTrainer, or None where TRL is not installed."""
-    try:
-        from trl import __version__
-        from trl.trainer.distillation_trainer import _chunked_divergence_loss
-    except ModuleNotFoundError as error:
-        print(f"{error}: TRL's columns are left out; pip install -e '.[bench]'", file=sys.stderr)
+    if not has_trl():
         return None
-    if __version__ != "1.16.0":
-        sys.exit(f"trl {__version__}: these figures are told of 1.16.0; pip install -e '.[bench]'")
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
     return _chunked_divergence_loss
 
 
@@ -234,7 +231,7 @@ def main() -> None:
         print("real data not found: the column of events over real vocabularies is left out; set PERSEA_DATA", file=sys.stderr)
     path = Path(__file__).parent / "results" / "train.json"
     out: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    out |= {"torch": torch.__version__, "trl": "1.16.0" if peer else out.get("trl")}
+    out |= {"torch": torch.__version__, "trl": TRL if peer else out.get("trl")}
     for name, part in {"quickstart": quickstart, "workspace_mib": workspace, "heads": lambda: heads(events, peer)}.items():
         if not sys.argv[1:] or name in sys.argv[1:]:
             out[name] = part()

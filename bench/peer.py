@@ -1,0 +1,19 @@
+"""Which TRL the figures are told of."""
+
+from __future__ import annotations
+
+import sys
+
+TRL = "1.16.0"
+
+
+def has_trl() -> bool:
+    """Whether TRL is installed, said where it is not. Ends where it is another than the one measured: what it does is what is told."""
+    try:
+        from trl import __version__
+    except ModuleNotFoundError as error:
+        print(f"{error}: TRL's columns are left out; pip install -e '.[bench]'", file=sys.stderr)
+        return False
+    if __version__ != TRL:
+        sys.exit(f"trl {__version__}: these figures are told of {TRL}; pip install -e '.[bench]'")
+    return True
