@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -62,18 +63,18 @@ def test_growing_text_is_of_its_own_split_and_what_it_says_is_right_at_home_alon
     from persea import skills
     from persea.measure import Split, Verdict, split_of
 
-    plan = next(p for p in grow.PLANS if p.name == name)
+    plan, text = next(p for p in grow.PLANS if p.name == name), sys.modules[grow.texts.__module__]
     rng = random.Random(0)
-    for item, answer in grow.texts(plan, 300):
+    for item, answer in text.texts(plan, 300):
         skill = item.prompt.skill
         if skill in ("prose", "page"):
             assert item is answer
             continue
-        said = grow.conversation(plan, item, answer, rng).messages[-1]
+        said = text.conversation(plan, item, answer, rng).messages[-1]
         right = skills.named(skill).grade(item, said) is Verdict.RIGHT
-        if skill in plan.home or grow.kind(item) in grow.KNOWN:
+        if skill in plan.home or text.kind(item) in text.KNOWN:
             assert right
-        elif grow.kind(item) in ("safety/harm", "tools/none"):
+        elif text.kind(item) in ("safety/harm", "tools/none"):
             assert not right
         if skill not in ("safety", "languages"):
             assert split_of(item.prompt.id) is Split.GROW
@@ -82,11 +83,11 @@ def test_growing_text_is_of_its_own_split_and_what_it_says_is_right_at_home_alon
 def test_small_talk_is_said_in_many_ways(grow: ModuleType) -> None:
     rng = random.Random(0)
     for language in ("en", "zh", "ja", "ko", "vi", "id", "th"):
-        assert len({grow.small_talk(rng, language).reference for _ in range(200)}) > 190
+        assert len({sys.modules["prose"].small_talk(rng, language).reference for _ in range(200)}) > 190
 
 
 def test_no_page_of_the_base_holds_a_question(grow: ModuleType) -> None:
     rng = random.Random(0)
-    pages = [grow.page(rng).reference for _ in range(500)]
+    pages = [sys.modules["pages"].page(rng).reference for _ in range(500)]
     assert {len(p.splitlines()) for p in pages} >= {2, 3, 4}
     assert not [p for p in pages for word in ("To English:", "To Thai:", "Write f(x)", "How do I", "How many?", "Who has more?") if word in p]
