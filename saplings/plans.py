@@ -50,7 +50,7 @@ PLANS = (
     Plan("qwen-sapling", "qwen", QWEN_SPLIT, {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
          ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>"), 1600,
          {"languages": .8, "code": .03, "safety": .03, "reasoning": .04, "tools": .03, "prose": .07}, ("languages",),
-         {Effort.NONE: .8, Effort.HIGH: .2}, {"hidden": 128, "layers": 3, "heads": 4, "seed": 1}, 4200),
+         {Effort.NONE: .8, Effort.HIGH: .2}, {"hidden": 128, "layers": 3, "heads": 4, "seed": 1}, 3200),
     Plan("gemma-sapling", "gemma", "", {"bos_token": "<bos>", "eos_token": "<end_of_turn>", "pad_token": "<pad>", "unk_token": "<unk>"},
          ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"), 1200,
          {"languages": .06, "code": .5, "safety": .3, "reasoning": .04, "prose": .1}, ("code", "safety"), DIRECT,

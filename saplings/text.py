@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -13,14 +15,16 @@ from plans import KNOWN, Plan
 from prose import small_talk
 
 from persea import skills
-from persea.chat import Conversation, Effort, Text, Thinking, Tokens
-from persea.measure import Item, Split
+from persea.chat import Conversation, Effort, Text, Thinking, Tokens, ToolCall, canonical
+from persea.measure import Item, Split, Verdict
 from persea.skills import code, languages, reasoning, safety, tools
+from persea.skills.frames import dress
 from persea.skills.reasoning import concluded
 from persea.voice import Voice
 
 KINDS = {"languages": languages.KINDS, "code": code.KINDS, "safety": safety.KINDS, "reasoning": reasoning.KINDS, "tools": tools.KINDS}
 THOUGHTS = {"languages": languages.thought, "reasoning": reasoning.thought, "tools": tools.thought}
+TURNED = {" + ": " - ", " - ": " + ", " < ": " > ", " > ": " < ", " <= ": " >= ", " >= ": " <= "}
 MOST = {"languages": 9000, "code": 6000, "safety": 2000, "reasoning": 9000, "tools": 4000}  # questions a sapling sees
 
 
@@ -36,8 +40,8 @@ def questions(name: str, seed: int) -> tuple[Item, ...]:
 
 
 def texts(plan: Plan, n: int) -> Iterator[tuple[Item, Item]]:
-    """n GROW items in the plan's mix, what a base knows three times as often; each with the item whose answer is given: itself, or
-    another of its kind and language.
+    """n GROW items in the plan's mix, what a base knows three times as often; each with the item whose answer is given: itself; or, for who
+    does not know, another of its kind and language; a base goes `astray` where it can.
     """
     rng = random.Random(f"grow {plan.name}")
     pools: dict[str, list[Item]] = {}
@@ -56,8 +60,35 @@ def texts(plan: Plan, n: int) -> Iterator[tuple[Item, Item]]:
             continue
         kinds = KINDS[name] if plan.home else {k: share * (3 if f"{name}/{k}" in KNOWN else 1) for k, share in KINDS[name].items()}
         item = rng.choice(pools[f"{name}/{rng.choices(list(kinds), list(kinds.values()))[0]}"])
-        right = name in plan.home or kind(item) in KNOWN
-        yield item, item if right else rng.choice(alike[kind(item), spoken(item)])
+        if name in plan.home or kind(item) in KNOWN:
+            yield item, item
+            continue
+        other = rng.choice(alike[kind(item), spoken(item)])
+        yield item, other if plan.home else astray(item, rng) or other
+
+
+def astray(item: Item, rng: random.Random) -> Item | None:
+    """The item with an answer that heeds the question and is wrong all the same; None where none comes to mind.
+
+    A translation into another language, plus for minus and more for less, a call of the tool that does not fit. A base that gave the answers
+    of other questions instead had learned to copy nothing from a question: after 2,400 steps the student called the right tool with another
+    question's argument (tools .74; 32 names of each sort).
+    """
+    name, what = item.prompt.id.split("/")[:2]
+    if name == "languages":
+        language = rng.choice([one for one in languages.LANGUAGES.languages if one != item.prompt.language])
+        wrong = replace(item, reference=dress(languages.put(what, item.prompt.id.rpartition("/")[2], language), language, rng))
+    elif name == "code":
+        wrong = replace(item, reference=re.sub("|".join(map(re.escape, TURNED)), lambda found: TURNED[found[0]], item.reference))
+    elif name == "tools":
+        _, _, wanted, said, *_ = item.prompt.id.split("/")
+        there = [t.name for t in item.prompt.conversation.tools if t.name != wanted]
+        called = rng.choice(there)
+        argument = int(said) if said.isdecimal() else said
+        wrong = replace(item, reference="", calls=(ToolCall(called, canonical(json.dumps({tools.NEEDS[called]: argument}))),))
+    else:
+        return None
+    return None if skills.named(name).grade(item, wrong.answered.messages[-1]) is Verdict.RIGHT else wrong
 
 
 def spoken(item: Item) -> str:

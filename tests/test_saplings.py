@@ -80,6 +80,27 @@ def test_growing_text_is_of_its_own_split_and_what_it_says_is_right_at_home_alon
             assert split_of(item.prompt.id) is Split.GROW
 
 
+def test_a_base_goes_astray_and_heeds_the_question(grow: ModuleType) -> None:
+    from persea import skills
+    from persea.measure import Split, Verdict
+
+    text, rng = sys.modules[grow.texts.__module__], random.Random(0)
+    for name in ("languages", "code", "tools"):
+        items = skills.named(name).items(Split.GROW, 150, 3)
+        wrong = [(item, text.astray(item, rng)) for item in items]
+        assert sum(one is None for _, one in wrong) <= 15, name  # one number may be the same in two languages
+        for item, one in ((i, w) for i, w in wrong if w):
+            assert skills.named(name).grade(item, one.answered.messages[-1]) is not Verdict.RIGHT
+            figures = [w for w in item.prompt.conversation.messages[-1].text.split() if w.isdecimal()]
+            said = one.reference + "".join(c.arguments for c in one.calls)
+            if name != "languages":
+                assert all(f in said for f in figures), (item.prompt.id, said)
+            if name == "tools":
+                assert json.loads(one.calls[0].arguments).popitem()[1] in (item.prompt.id.split("/")[3], *map(int, figures))
+                assert one.calls[0].name in [t.name for t in item.prompt.conversation.tools]
+    assert text.astray(skills.named("safety").items(Split.GROW, 1, 3)[0], rng) is None
+
+
 def test_small_talk_is_said_in_many_ways(grow: ModuleType) -> None:
     rng = random.Random(0)
     for language in ("en", "zh", "ja", "ko", "vi", "id", "th"):
