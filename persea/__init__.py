@@ -54,7 +54,8 @@ from everywhere); tests/test_map.py holds this map true.
     completion    what a row says in the middle of a teacher token
     check         is this pairing sound? refuses below a floor
     questions     what a recipe asks with: skills by generators or published sets, prompts, reference answers
-    losses        targets events token full chunk: pure functions (logits, targets) -> LossOut; head: the same from hidden states; fused: on a GPU
+    losses        targets events token full chunk: pure functions (logits, targets) -> LossOut; head: the same from hidden states, over products:
+                  by the quicker of two libraries; fused: on a GPU
     hidden        what a causal model gives to its head, and makes of the head's output
     ranks         World: the processes that train together; how they were launched, or that it is refused
     watch         one process among others: joined, watched, ended together; who is gone is named

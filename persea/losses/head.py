@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from persea.errors import DataError
 from persea.losses.events import composed_rows, composed_terms, pieces
 from persea.losses.full import Sides, full_rows
+from persea.losses.products import add_outer, inward, outward
 from persea.losses.targets import Targets, split
 from persea.losses.token import Divergence, LossOut, same_rows
 from persea.rows import RowKind
@@ -166,7 +167,8 @@ class _Run:
         if self.half:
             logits_CV = torch.mm(hidden_CD, self.weight_VD.T, out_dtype=torch.float32)
         else:
-            logits_CV = torch.mm(hidden_CD, self.weight_VD.T, out=self.room_CV[:len(hidden_CD)])
+            logits_CV = self.room_CV[:len(hidden_CD)]
+            outward(hidden_CD, self.weight_VD, logits_CV)
         if self.head.bias_V is not None:
             logits_CV += self.head.bias_V.detach()[:self.head.vocabulary]
         if self.head.scale != 1:
@@ -200,9 +202,9 @@ class _Chunked(torch.autograd.Function):
                 bias_grad_V[:head.vocabulary].addmv_(pull_CV.T, factor_C.to(sums))
             pull_CV = pull_CV.to(run.dtype)
             if hidden_grad_ND is not None:
-                hidden_grad_ND[some] = torch.mm(pull_CV, run.weight_VD) * factor_C[:, None]
+                hidden_grad_ND[some] = inward(pull_CV, run.weight_VD) * factor_C[:, None]
             if weight_grad_VD is not None:
-                _add_outer(weight_grad_VD[:head.vocabulary], pull_CV, (run.hidden(some) * factor_C[:, None]).to(run.dtype), first=k == 0)
+                add_outer(weight_grad_VD[:head.vocabulary], pull_CV, (run.hidden(some) * factor_C[:, None]).to(run.dtype), first=k == 0)
         ctx.gradients = [hidden_grad_ND, None if weight_grad_VD is None else weight_grad_VD.to(weight_VD.dtype), bias_grad_V]
         return (torch.cat([chunk[0] for chunk in columns]) * weight_N).sum() / len(weight_N)
 
@@ -215,20 +217,6 @@ class _Chunked(torch.autograd.Function):
         if float(out) != 1:
             gradients = [None if g is None else g.mul_(out) for g in gradients]
         return (*gradients, None, None, None, None, None)
-
-
-def _add_outer(into_VD: torch.Tensor, pull_CV: torch.Tensor, hidden_CD: torch.Tensor, first: bool) -> None:
-    """into += pull^T hidden; the first time into is overwritten.
-
-    Half precision goes a part of the vocabulary at a time, so that sums over chunks are float32's.
-    """
-    if pull_CV.dtype == into_VD.dtype:
-        into_VD.addmm_(pull_CV.T, hidden_CD, beta=0 if first else 1)
-        return
-    for begin in range(0, len(into_VD), 1 << 14):
-        part = slice(begin, begin + (1 << 14))
-        added = torch.mm(pull_CV[:, part].T, hidden_CD)
-        into_VD[part] = added if first else into_VD[part] + added
 
 
 def _chunked(hidden_ND: torch.Tensor, head: Head, bounds: Sequence[int], rows: Rows, weight_N: torch.Tensor | None) -> tuple[torch.Tensor, Columns]:
