@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -148,6 +148,10 @@ class Feed:
             sides.append(replace(self, mixture=Mixture(readers, shares if chosen_L is not held_L else tuple(map(len, readers)), mixture.seed),
                                  _recent=OrderedDict(), _weight=[0]))
         return sides[0], sides[1]
+
+    def prompts(self) -> Iterator[str]:
+        """Which prompts its lessons answer, by id."""
+        return (reader[k].answer.prompt_id for reader in self.mixture.readers for k in range(len(reader)))
 
     def lesson(self, number: int) -> Lesson:
         """The lesson of a draw."""

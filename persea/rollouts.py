@@ -3,8 +3,8 @@
 Some prompts are answered by the student, drawn from its own distribution, many at once. Each answer is then said in its teacher's own
 template, and where both begin a token at the same byte the teacher's whole distribution stands beside the student's: reverse KL over
 common events, position by position (Agarwal et al. 2024, over events). The positions are the student's own tokens, as it said them and not
-as its tokenizer would have: that is what on-policy means. Where no boundary is common, nothing is learned here: a sample's own
-cross-entropy has no gradient in the mean.
+as its tokenizer would have: that is what on-policy means. A run of tokens without bytes (where a thought ends) is compared as a whole
+(beside.py). Where no boundary is common, nothing is learned here: a sample's own cross-entropy has no gradient in the mean.
 
 Where a teacher gives no more than log-probabilities, `objective: chunk` compares how likely both find each stretch between two common
 boundaries (losses/chunk.py): of the student's own answers the gradient of half the squared difference is minus the advantage (the
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import torch
 
     from persea.bridge import Bridge
-    from persea.losses import Head, LossOut
+    from persea.losses import Chunks, Dead, Head, LossOut
     from persea.student import Student
     from persea.teacher import Teacher
 
@@ -311,9 +311,33 @@ class Rollouts:
             every_P = torch.arange(sum(int(own.learn_T.sum()) for own, _ in some))
             return Taught(every_P, len(chunks.teacher_C), lambda hidden, head, targets: chunk(head.logits(hidden), targets, chunks, dead).loss)
         beside = pair.rows(some)
-        sides = Sides(pair.bridge, beside.student_dead, beside.teacher_dead)
-        return Taught(beside.place_C, len(beside.place_C), lambda hidden, head, targets: divergence_head(
-            hidden, head, beside.logprobs_CW, sides, Divergence.REVERSE).loss)
+        sides, events = Sides(pair.bridge, beside.student_dead, beside.teacher_dead), len(beside.place_C)
+        every_P, marks, dead = _among(beside.marks, beside.marks_dead)
+        runs = len(marks.teacher_C)
+
+        def loss(hidden: torch.Tensor, head: Head, targets: torch.Tensor) -> torch.Tensor:
+            """The mean over common boundaries and runs of markers: each has the gradient of its reverse KL."""
+            parts = []
+            if events:
+                parts.append(divergence_head(hidden[:events], head, beside.logprobs_CW, sides, Divergence.REVERSE).loss * events)
+            if runs:
+                parts.append(chunk(head.logits(hidden[events:]), targets[events:], marks, dead).loss * runs)
+            return torch.stack(parts).sum() / (events + runs)
+
+        return Taught(torch.cat([beside.place_C, every_P]), events + runs, loss)
+
+
+def _among(chunks: Chunks, dead: Dead) -> tuple[torch.Tensor, Chunks, Dead]:
+    """Chunks of many positions as those of the few they need: (these, chunks, dead)."""
+    import torch
+
+    from persea.losses import Chunks, Dead
+
+    n, c, end_C = len(chunks.position_P), len(chunks.begin_C), chunks.end_C.clone()
+    few_P, place_Q = torch.unique(torch.cat([chunks.position_P, chunks.begin_C, end_C[end_C >= 0]]), return_inverse=True)
+    end_C[end_C >= 0] = place_Q[n + c:]
+    said = Chunks(chunks.chunk_P, place_Q[:n], place_Q[n:n + c], end_C, chunks.teacher_C)
+    return few_P, said, Dead(torch.searchsorted(few_P, dead.row_D), dead.token_D)
 
 
 def open_rollouts(asked: Iterable[tuple[Prompt, str]], student: Student, teacher: Callable[[str], Teacher], bridges: Mapping[str, Bridge],

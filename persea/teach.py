@@ -88,7 +88,7 @@ def share(river: River, folder: Path, inputs: Mapping[str, Any], progress: Progr
     feed = offline(_heard(river), student.voice, river.bridges, size=t.batch, seed=river.recipe.seed, max_tokens=t.max_tokens,
                    completion=t.completion)
     learned, held = feed.set_aside(t.held_out) if t.held_out else (feed, None)
-    rollouts = _rollouts(river, student)
+    rollouts = _rollouts(river, student, held)
 
     def loss_of(step: int, part: int, parts: int) -> tuple[LossOut, dict[str, Taught]]:
         if rollouts is not None and rollouts.due(step):
@@ -114,12 +114,15 @@ def _heard(river: River) -> Sequence[tuple[Ordered, float]]:
     return left(heard, store.read_json(river.folder / "capture" / "wrong.json")) if river.recipe.capture.verify else heard
 
 
-def _rollouts(river: River, student: Student) -> Rollouts | None:
-    """The student's own answers, where the recipe wants them taught."""
+def _rollouts(river: River, student: Student, held: Feed | None) -> Rollouts | None:
+    """The student's own answers, where the recipe wants them taught; never to a question whose lesson is held out."""
     t = river.recipe.training
-    return None if t.on_policy is None else open_rollouts(
-        assigned(river.corpus.prompts, river.cast), student, lambda name: river.teacher(name, t.batch), river.bridges, t.on_policy, t.batch,
-        river.recipe.seed, t.max_tokens)
+    if t.on_policy is None:
+        return None
+    unseen = frozenset(held.prompts()) if held else frozenset()
+    asked = ((prompt, name) for prompt, name in assigned(river.corpus.prompts, river.cast) if prompt.id not in unseen)
+    return open_rollouts(asked, student, lambda name: river.teacher(name, t.batch), river.bridges, t.on_policy, t.batch,
+                         river.recipe.seed, t.max_tokens)
 
 
 def _objective(student: Student, batch: Batch, t: Training) -> LossOut:

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from test_engines import NAMES, engine, opened
 
 from persea import rollouts
-from persea.beside import Pair
+from persea.beside import Pair, marks
 from persea.bridge import Bridge, build
-from persea.chat import Conversation, Effort, Finish, Text
+from persea.chat import Conversation, Effort, Finish, Text, Thinking
 from persea.errors import DataError, Refused
 from persea.losses import Divergence, full
 from persea.measure import Split
@@ -188,6 +188,44 @@ def test_each_teacher_speaks_in_its_own_template_of_the_common_boundaries_alone(
             total, n = total + float(alone.loss) * len(at), n + len(at)
     assert n == out.positions
     assert float(out.loss.detach()) == pytest.approx(total / n, rel=1e-3)
+
+
+def test_where_a_thought_ends_is_taught_too() -> None:
+    """The same tokenizer: reverse KL of every own token of content, and of each run of markers half the squared difference of its likelihoods."""
+    own = source(STUDENT)
+    with torch.no_grad():
+        for p in own.student.model.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.02)
+    voice = own.student.voice
+    tasks = tuple(Task(replace(task.prompt, effort=Effort.HIGH), STUDENT) for task in own.tasks)
+    own = replace(own, tasks=tasks, pairs={STUDENT: replace(own.pairs[STUDENT], teacher=replace(own.pairs[STUDENT].teacher, effort=Effort.HIGH))})
+    ids = []
+    for k in range(TERMS.rollouts):
+        asked = own._task(0, k).asked
+        whole, prompt = voice.render(asked.answered(Thinking("one. two."), Text(f"it is {k}"))), voice.prompt(asked)
+        last = int(np.flatnonzero(np.isin(whole.ids_T[len(prompt):], voice.stop_ids))[0])
+        ids.append(whole.ids_T[len(prompt):len(prompt) + last + 1])
+    own._round = rollouts.Round(0, 2, tuple(ids))
+    own._draw = lambda number, step: list(ids)  # type: ignore[method-assign]
+    out, share = own.loss(3)
+    said, left_out, _ = own._said(3, 0, 1)
+    assert len(said) == 2 and not left_out
+    values = []
+    for one in said:
+        tokens, found = one.tokens, marks(one.tokens, one.tokens)[0]
+        assert len(found) == 2  # it opens, and it ends
+        with torch.no_grad():
+            q, p = (torch.log_softmax(m(input_ids=torch.from_numpy(tokens.ids_T)[None].long()).logits[0, :, :len(voice.vocabulary)].double(), -1)
+                    for m in (own.student.model, opened(STUDENT)[1]))
+        at = np.flatnonzero(tokens.learn_T & (tokens.starts_T >= 0)) - 1
+        values += (q[at].exp() * (q[at] - p[at])).sum(-1).tolist()
+        for a, b in found.tolist():
+            here = range(a - 1, b - 1), torch.from_numpy(tokens.ids_T[a:b]).long()
+            values.append(float((q[here] - p[here]).sum() ** 2 / 2))
+    assert (out.positions, share) == (len(values), {STUDENT: len(values)})
+    assert float(out.loss.detach()) == pytest.approx(float(np.mean(values)), rel=1e-4)
+    out.loss.backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in own.student.trained)
 
 
 def test_where_only_log_probabilities_are_known_chunks_teach() -> None:

@@ -17,11 +17,11 @@ import pytest
 import torch
 from test_cli import enter, flowed, flowed_copy, persea, recipe, warm
 
-from persea import store
+from persea import store, teach
 from persea.cli import stages
 from persea.cli.options import open_river
 from persea.errors import RecipeError, Refused, Stopped
-from persea.feed import Feed
+from persea.feed import Feed, offline
 from persea.losses import Head, LossOut
 from persea.ranks import How, Shard, World
 from persea.river import River
@@ -168,6 +168,42 @@ def test_more_processes_than_conversations_are_refused(tmp_path: Path) -> None:
     assert ended.code == 2
     assert ended.err == ("persea: training.batch: a batch of 4 conversations cannot be split over 5 processes -> at most 4 processes, or a larger "
                          "training.batch\n")
+
+
+def test_a_question_whose_lesson_is_held_out_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flowed_copy(tmp_path, "check", "audition", "capture")
+    here = river(tmp_path, How(), "training.evaluate_every=4", "training.on_policy={after: 0, rollouts: 8}")
+    asked = list[str]()
+    monkeypatch.setattr(teach, "open_rollouts", lambda some, *rest: asked.extend(prompt.id for prompt, _ in some))
+    student = here.student()
+    t = here.recipe.training
+    feed = offline(teach._heard(here), student.voice, here.bridges, size=t.batch, seed=0, max_tokens=t.max_tokens)
+    learned, held = feed.set_aside(t.held_out)
+    teach._rollouts(here, student, held)
+    unseen, seen = set(held.prompts()), set(learned.prompts())
+    assert len(unseen) == len(held) > 0 and unseen & set(asked) == set() == unseen & seen
+    assert set(asked) >= seen and set(asked) | unseen == {prompt.id for prompt in here.corpus.prompts}
+    asked.clear()
+    teach._rollouts(here, student, None)
+    assert set(asked) >= unseen
+
+
+def test_a_finished_training_is_trained_anew_where_that_is_asked_for(tmp_path: Path) -> None:
+    """`--resume never` began anew only where a training was half done; a finished one was said to stand, and so was a refused one."""
+    flowed_copy(tmp_path, "check", "audition", "capture", "train")
+    student = tmp_path / "run" / "train" / "student" / "model.safetensors"
+    before, first = student.read_bytes(), student.stat().st_mtime_ns
+    heard = list[str]()
+    run(river(tmp_path, How(resume="auto")), lambda stage, share, words: heard.append(words), "train")
+    assert heard == ["stands"] and student.stat().st_mtime_ns == first
+    heard.clear()
+    run(river(tmp_path, How(resume="never")), lambda stage, share, words: heard.append(words), "train")
+    assert "stands" not in heard and any("loss" in words for words in heard)
+    assert student.stat().st_mtime_ns > first and student.read_bytes() == before
+    run(river(tmp_path, How(resume="never"), "training.steps=2"), lambda *told: None, "train")  # another recipe's too
+    assert [line["step"] for line in lines(tmp_path)] == [2] and student.read_bytes() != before
+    with pytest.raises(Refused, match="a student of another recipe, base or capture stands here"):
+        run(river(tmp_path, How()), lambda *told: None, "train")
 
 
 def test_held_out_is_the_same_in_parts() -> None:
