@@ -7,6 +7,7 @@ For each seed (prompts, order and sampling of rows change; saplings stay), besid
     only NAME    a student of that teacher alone, asked every prompt of the recipe
     oracle NAME  a student of that teacher's own skills alone, as many steps; the routed oracle takes the best of these, skill by skill
     sft          a student of the same answers, by cross-entropy alone (training.event_share = 0)
+    balance HOW  a student of the same answers, teachers' skills balanced as the recipe's student is not (training.balance)
 
 Goes on where it was: every student stands in runs/results/SEED/, measured.json beside it. Writes bench/results/quickstart.json and prints
 the table. Headroom reached = (student - base) / (oracle - base).
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from persea.balance import Balance
 from persea.measure import Split, grade, score
 from persea.recipe import load_recipe
 from persea.river import BASE, STUDENT, River, set_threads
@@ -87,6 +89,9 @@ def one_seed(seed: int, items: int, so_far: list[dict[str, Any]]) -> dict[str, A
     cast = {skill: parts[0][0] for skill, parts in main.cast.parts.items()}
     found = {name: measured(main, name, items) for name in (STUDENT, BASE, *teachers)}
     found["sft"] = measured(made(folder / "sft", [*sets, "training.event_share=0"], "train", reuse=main.folder), STUDENT, items)
+    for how in (b for b in Balance if b is not main.recipe.training.balance):
+        other = made(folder / f"balance-{how}", [*sets, f"training.balance={how}"], "train", reuse=main.folder)
+        found[f"balance {how}"] = measured(other, STUDENT, items)
     write(items, {"runs": [*so_far, found]})
     for name in teachers:
         pinned = json.dumps(dict.fromkeys(cast, name))
@@ -115,6 +120,7 @@ def told(seeds: list[dict[str, Any]]) -> dict[str, Any]:
         best, oracle = max(map(mean, teachers)), max(mean(n) for n in seeds[0] if n.startswith("oracle "))
         table[skill] = {"student": mean(STUDENT), "base": mean(BASE), "best_teacher": best, "oracle": oracle, "sft": mean("sft"),
                         "kept": mean(STUDENT) / best, "headroom": (mean(STUDENT) - mean(BASE)) / (oracle - mean(BASE)),
+                        "balance": {n.split()[1]: mean(n) for n in seeds[0] if n.startswith("balance ")},
                         "only": {n: mean(f"only {n}") / best for n in teachers},
                         "seeds": [one[STUDENT]["scores"][skill]["value"] for one in seeds]}
     return table
@@ -131,7 +137,8 @@ def main() -> None:
     print("skill      student base  teacher oracle sft   kept headroom  best student of one teacher, kept")
     for skill, row in table.items():
         print(f"{skill:10} {row['student']:.3f}   {row['base']:.3f} {row['best_teacher']:.3f}   {row['oracle']:.3f}  {row['sft']:.3f}"
-              f" {row['kept']:4.0%} {row['headroom']:7.0%}    {'  '.join(f'{n} {share:.0%}' for n, share in row['only'].items())}")
+              f" {row['kept']:4.0%} {row['headroom']:7.0%}    {'  '.join(f'{n} {share:.0%}' for n, share in row['only'].items())}"
+              f"    balance {', '.join(f'{how} {value:.3f}' for how, value in row['balance'].items())}")
     print("bits/byte  " + "  ".join(f"{name} {value:.3f}" for name, value in bits.items()))
 
 
