@@ -6,6 +6,7 @@ For each seed (prompts, order and sampling of rows change; saplings stay), arm b
 
     student      the quickstart's own; with it base and teachers are measured
     sft          a student of the same answers, by cross-entropy alone (training.event_share = 0)
+    balance      a student of the same answers, its groups balanced as the recipe's student is not (training.balance)
     oracle       a student of each teacher's own skills alone, as many steps; the routed oracle takes the best of these, skill by skill
     only         a student of each teacher alone, asked every prompt of the recipe
 
@@ -26,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from persea.balance import Balance
 from persea.measure import Split, grade, score
 from persea.recipe import load_recipe
 from persea.river import BASE, STUDENT, River, set_threads
@@ -87,7 +89,7 @@ def surprise(speaker: Teacher, said: list[Any]) -> float:
 
 
 ALL = River(load_recipe(RECIPE), RUNS).skills
-ARMS = ("student", "sft", "oracle", "only")
+ARMS = ("student", "sft", "balance", "oracle", "only")
 
 
 def measurements(arm: str, seed: int, items: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -100,6 +102,10 @@ def measurements(arm: str, seed: int, items: int) -> Iterator[tuple[str, dict[st
             yield name, measured(main, name, items)
     elif arm == "sft":
         yield arm, measured(made(folder / "sft", [*sets, "training.event_share=0"], "train", reuse=main.folder), STUDENT, items)
+    elif arm == "balance":
+        for how in (b for b in Balance if b is not main.recipe.training.balance):
+            other = made(folder / f"balance-{how}", [*sets, f"training.balance={how}"], "train", reuse=main.folder)
+            yield f"balance {how}", measured(other, STUDENT, items)
     for name in main.voices if arm in ("oracle", "only") else ():
         if arm == "only":
             pinned = f"audition.pinned={json.dumps(dict.fromkeys(cast, name))}"
@@ -117,7 +123,7 @@ def told(runs: list[dict[str, Any]]) -> dict[str, Any]:
         def mean(name: str, having: str = STUDENT, skill: str = skill) -> float:
             return float(np.mean([one[name]["scores"][skill]["value"] for one in runs if name in one and any(n.startswith(having) for n in one)]))
 
-        names = [n for n in runs[0] if "only" not in n and "oracle" not in n and n not in (STUDENT, BASE, "sft")]
+        names = [n for n in runs[0] if " " not in n and n not in (STUDENT, BASE, "sft")]
         best = max(map(mean, names))
         row = {"student": mean(STUDENT), "base": mean(BASE), "best_teacher": best, "kept": mean(STUDENT) / best,
                "seeds": [one[STUDENT]["scores"][skill]["value"] for one in runs]}
@@ -126,6 +132,7 @@ def told(runs: list[dict[str, Any]]) -> dict[str, Any]:
         if oracles := [n for n in runs[0] if n.startswith("oracle ")]:
             row["oracle"] = max(map(mean, oracles))
             row["headroom"] = (mean(STUDENT, "oracle ") - mean(BASE, "oracle ")) / (row["oracle"] - mean(BASE, "oracle "))
+        row |= {n: mean(n) for n in runs[0] if n.startswith("balance ")}
         if only := [n for n in runs[0] if n.startswith("only ")]:
             row["only"] = {n.removeprefix("only "): mean(n) / best for n in only}
         table[skill] = row
@@ -156,6 +163,7 @@ def main() -> None:
         forms = {"sft": ".3f", "oracle": ".3f", "headroom": ".0%"}
         sft, oracle, headroom = (f"{row[key]:{form}}" if key in row else "-" for key, form in forms.items())
         alone = "  ".join(f"{n} {share:.0%}" for n, share in row.get("only", {}).items())
+        alone += "".join(f"  {key} {value:.3f}" for key, value in row.items() if key.startswith("balance "))
         print(f"{skill:10} {row['student']:.3f}   {row['base']:.3f} {row['best_teacher']:.3f}   {row['kept']:4.0%}  {sft:5} {oracle:6} {headroom:8}"
               f"  {alone}")
     print("bits/byte  " + "  ".join(f"{name} {value:.3f}" for name, value in done["bits_per_byte"].items()))
