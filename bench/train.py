@@ -1,17 +1,19 @@
 """What a training step costs beside plain cross-entropy, and beside TRL 1.16's DistillationTrainer. CPU seconds, one thread.
 
     pip install -e '.[bench]'                   (TRL; without it its columns are left out)
-    PERSEA_DATA=/folder python bench/train.py   (make bench-train does both; quickstart, workspace_mib, heads: these parts alone)
+    PERSEA_DATA=/folder python bench/train.py   (make bench-train does both; quickstart, workspace_mib, heads, compile: these parts alone)
 
 Heads: forward and backward from hidden states through a head of Llama 3's 128,256 tokens (width 512, 256 positions, float32), so that
 matrix products weigh little and all that a loss does beside them weighs much. The measure is cross-entropy from whole logits. Cached
 targets have 1 to 29 entries a row, as a capture's: of the student's own vocabulary, and of Qwen 3's over events with a real bridge. The
 teacher in the loop has the same vocabulary and width; TRL gets the same. Ratios come from interleaved pairs: the median and its 96 %
-interval. Workspace: most bytes of tensors at once beside the gradients, counted operation by operation (bench/memory.py).
+interval. Beside cross-entropy through the same head the products count alone: four for three. "mkl" leaves oneDNN out (losses/products.py).
+Workspace: most bytes of tensors at once beside the gradients, counted operation by operation (bench/memory.py).
 
 Step: the quickstart's own models and batch size, whole training steps from cached rows (collating the batch, forward, loss, backward,
 clipping, AdamW) beside cross-entropy on batches that need no collating; groups weighed and told; texts packed and padded; two ways to attend.
-Writes bench/results/train.json.
+Compile: torch.compile of cross-entropy from whole logits, of a step's forward and backward (it needs a C++ compiler). Writes
+bench/results/train.json.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
+os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1",
+               "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 import numpy as np
 import torch
@@ -107,6 +110,9 @@ def heads(events: Bridge | None, peer: Any) -> dict[str, Any]:
         pair = compare(plain, work)
         found[name] = {"cross_entropy": rounded(pair["ours"]), "seconds": rounded(pair["theirs"]), "times_cross_entropy": spread(pair)}
         print(name, found[name], flush=True)
+    found["online_forward"]["times_head"] = spread(compare(works["cross_entropy_head"], works["online_forward"]))
+    found["mkl"] = {name: spread(compare(plain, without_onednn(works[name]), pairs=5)) for name in ("cross_entropy_head", "online_forward")}
+    print("online beside the head", found["online_forward"]["times_head"], "without oneDNN", found["mkl"], flush=True)
     if peer is not None:
         mask = torch.ones(1, N)
         for d, beta in BETAS.items():
@@ -119,6 +125,15 @@ def heads(events: Bridge | None, peer: Any) -> dict[str, Any]:
             found[f"trl_{d.value}"] = {"persea": rounded(pair["ours"]), "trl": rounded(pair["theirs"]), "times_persea": spread(pair)}
             print(f"trl_{d.value}", found[f"trl_{d.value}"], flush=True)
     return found
+
+
+def without_onednn(work: Work) -> Work:
+    def some() -> None:
+        torch.backends.mkldnn.enabled = False
+        work()
+        torch.backends.mkldnn.enabled = True
+
+    return some
 
 
 def workspace() -> dict[str, Any]:
@@ -235,6 +250,37 @@ def quickstart(steps: int = 6) -> dict[str, Any]:
     return found
 
 
+def compiled() -> dict[str, Any]:
+    """torch.compile against none: seconds to compile, and times what is not compiled. Steps of one shape, which flatters it: each new one
+    is compiled anew, or all with sizes left open."""
+    hidden, weight = parts()
+    tokens = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(1))
+
+    def naive(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(hidden @ weight.T, tokens)
+
+    source = Source(str(ROOT / "saplings" / "llama-sapling"))
+    student = open_student(source, open_voice(source, "student"), None)
+    ids = torch.randint(0, len(student.voice.vocabulary), (16, 96), generator=torch.Generator().manual_seed(2))
+    student.model.train()
+
+    def step(model: Any) -> torch.Tensor:
+        return F.cross_entropy(model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+    found: dict[str, Any] = {}
+    quick_loss, quick_model = torch.compile(naive), torch.compile(student.model)
+    for name, eager, quick in (("cross_entropy", lambda: naive(hidden, weight), lambda: quick_loss(hidden, weight)),
+                               ("student", lambda: step(student.model), lambda: step(quick_model))):
+        work = backward(hidden, weight, quick)
+        before = os.times()[:4]
+        work()
+        first = sum(os.times()[:4]) - sum(before)  # the compiler's own too, which is another process
+        pair = compare(backward(hidden, weight, eager), work, pairs=5)
+        found[name] = {"compiling": rounded(first), "plain": rounded(pair["ours"]), "compiled": rounded(pair["theirs"]), "times_plain": spread(pair)}
+        print("compile", name, found[name], flush=True)
+    return found
+
+
 def main() -> None:
     torch.set_num_threads(1)
     peer, events = trl(), None
@@ -244,9 +290,9 @@ def main() -> None:
     else:
         print("real data not found: the column of events over real vocabularies is left out; set PERSEA_DATA", file=sys.stderr)
     path = Path(__file__).parent / "results" / "train.json"
-    out: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    out |= {"torch": torch.__version__, "trl": TRL if peer else out.get("trl")}
-    for name, part in {"quickstart": quickstart, "workspace_mib": workspace, "heads": lambda: heads(events, peer)}.items():
+    out: dict[str, Any] = json.loads(path.read_text()) if sys.argv[1:] and path.is_file() else {}  # a whole run keeps nothing of another
+    out |= {"torch": torch.__version__, "trl": TRL if peer else out.get("trl"), "processor": torch.backends.cpu.get_cpu_capability()}
+    for name, part in {"quickstart": quickstart, "workspace_mib": workspace, "heads": lambda: heads(events, peer), "compile": compiled}.items():
         if not sys.argv[1:] or name in sys.argv[1:]:
             out[name] = part()
             path.write_text(json.dumps(out, indent=1) + "\n")

@@ -17,8 +17,9 @@ STRIP = 2048  # rows of the weight at once: what is made of them is added or lai
 
 def onednn(like_XY: torch.Tensor) -> bool:
     """Whether matrices like this one are multiplied by oneDNN."""
-    return (like_XY.dtype is torch.float32 and like_XY.device.type == "cpu" and torch.backends.mkldnn.is_available()
-            and bool(torch.backends.mkldnn.enabled) and torch.backends.cpu.get_cpu_capability() == "AVX512")
+    if like_XY.dtype is not torch.float32 or like_XY.device.type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    return bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)  # type: ignore[no-untyped-call]
 
 
 def outward(hidden_CD: torch.Tensor, weight_VD: torch.Tensor, into_CV: torch.Tensor) -> None:

@@ -97,6 +97,7 @@ def same_rows(logits_NV: torch.Tensor, teacher_logits_NV: torch.Tensor, divergen
     t_NV, s_NV = (side.sub_(side.amax(-1, keepdim=True)) for side in (teacher_logits_NV, logits_NV))
     p_NV, q_NV = (side.softmax(-1) for side in (t_NV, s_NV))  # one pass of torch's own: half of what exp alone takes
     of_t_N1, of_s_N1 = (-side.amax(-1, keepdim=True).log() for side in (p_NV, q_NV))  # log normalisers: the likeliest token's logit is 0
+    loss_N: torch.Tensor
     if divergence is Divergence.FORWARD:
         loss_N = _expected(p_NV, t_NV.sub_(s_NV))
         torch.sub(q_NV, p_NV, out=s_NV)
