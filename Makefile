@@ -61,6 +61,10 @@ bench: .venv/persea
 bench-objectives: .venv/persea
 	$(BIN)/pip install -q -e '.[bench]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.objectives --size xs
+	for size in xs-wide xs-wider; do OMP_NUM_THREADS=1 $(BIN)/python -m bench.objectives larger --size $$size; done
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.objectives teachers scripts --size scripts
+	for size in scripts-met scripts-512 scripts-2048; do OMP_NUM_THREADS=1 $(BIN)/python -m bench.objectives extension --size $$size; done
+	$(BIN)/python -m bench.objectives report
 
 bench-cache: .venv/persea
 	$(BIN)/python bench/cache.py

@@ -11,8 +11,9 @@ interval. Beside cross-entropy through the same head the products count alone: f
 Workspace: most bytes of tensors at once beside the gradients, counted operation by operation (bench/memory.py).
 
 Step: the quickstart's own models and batch size, whole training steps from cached rows (collating the batch, forward, loss, backward,
-clipping, AdamW) beside cross-entropy on batches that need no collating; texts packed and padded; two ways to attend. Compile: torch.compile
-of cross-entropy from whole logits, of a step's forward and backward (it needs a C++ compiler). Writes bench/results/train.json.
+clipping, AdamW) beside cross-entropy on batches that need no collating; groups weighed and told; texts packed and padded; two ways to attend.
+Compile: torch.compile of cross-entropy from whole logits, of a step's forward and backward (it needs a C++ compiler). Writes
+bench/results/train.json.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from bridge import DATA, Work, compare, rounded, spread
 from memory import Peak
 from peer import TRL, has_trl
 
-from persea import skills
+from persea import balance, skills
 from persea.bridge import Bridge, open_bridge
 from persea.cache import Capture
 from persea.chat import Finish
@@ -46,6 +47,7 @@ from persea.measure import Split
 from persea.models import Source, open_model, open_voice
 from persea.rows import sample_rows
 from persea.student import Student, Ways, open_student
+from persea.teach import by_group
 from persea.teacher import Answer, Teacher
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -220,6 +222,18 @@ def quickstart(steps: int = 6) -> dict[str, Any]:
         pair = compare(work(other), work(events, feed.batch))
         found[f"cross_entropy_{name}"] = {"cross_entropy": rounded(pair["ours"] / steps), "events": rounded(pair["theirs"] / steps),
                                           "times_cross_entropy": spread(pair)}
+    scales: dict[balance.Group, balance.Scale] = {}
+
+    def balanced(batch: Any) -> torch.Tensor:
+        told = balance.weights(scales)
+        states = student.hidden(batch.ids_BS, batch.mask_BS, batch.row_N, batch.at_N)
+        weight_N = torch.tensor([told.get(group, 1.0) for group in batch.by_B])[batch.row_N]
+        out = composed_head(*states, batch.targets_N, batch.teachers, 0.7, weight_N)
+        scales.update(balance.heard(scales, by_group(batch, out)))
+        return out.loss
+
+    pair = compare(work(events), work(balanced))
+    found["balance"] = {"plain": rounded(pair["ours"] / steps), "balanced": rounded(pair["theirs"] / steps), "times_plain": spread(pair)}
     packing = replace(student, ways=Ways(packing=True))
     pair = compare(work(events), work(lambda batch: events(batch, packing)))
     found["packing"] = {"padded": rounded(pair["ours"] / steps), "packed": rounded(pair["theirs"] / steps), "times_padded": spread(pair)}

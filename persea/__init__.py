@@ -15,6 +15,7 @@ from everywhere); tests/test_map.py holds this map true.
     models        where weights come from: folder, hub, or a random sprout of a family's architecture
     # what a person asks for
     schedule      how the learning rate goes, step by step
+    balance       what a position counts for, so that no teacher and no skill drowns the others
     places        a page of YAML as plain data, and where each key of it stands
     sections      the sections of a recipe: keys, bounds, meanings, contradictions
     recipe        Recipe: the one YAML file a person writes -> frozen sections, checked, hashed

@@ -139,8 +139,13 @@ def test_weights_count_positions():
     with room(300):
         out = composed_head(hidden, head, c.targets_N, said, 0.7, weight)
     torch.testing.assert_close(out.loss, want)
-    for a, b in zip(gradients(out, hidden, head), gradients(replace(out, loss=want), hidden, head), strict=True):
+    theirs = gradients(replace(out, loss=want), hidden, head)
+    for a, b in zip(gradients(out, hidden, head), theirs, strict=True):
         torch.testing.assert_close(a, b)
+    torch.testing.assert_close(out.pull_N, theirs[0].norm(dim=1) * N)
+    assert out.each_N is not None
+    torch.testing.assert_close((out.each_N * weight).mean(), out.loss.detach())  # what each cost is without its weight
+    assert composed_head(hidden.detach(), head, c.targets_N, said, 0.7).pull_N is None
 
 
 # ---- whole distributions ---------------------------------------------------------------------------------------------

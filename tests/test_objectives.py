@@ -20,6 +20,7 @@ pytestmark = pytest.mark.realdata
 chunks = importlib.import_module("bench.objectives.chunks")
 arms = importlib.import_module("bench.objectives.arms")
 bench_data = importlib.import_module("bench.objectives.data")
+extension = importlib.import_module("bench.objectives.extension")
 methods = importlib.import_module("bench.objectives.methods")
 models = importlib.import_module("bench.objectives.models")
 told = importlib.import_module("bench.objectives.report")
@@ -130,6 +131,79 @@ def test_sft_text_is_as_long_as_the_windows(world: Any) -> None:
     for domain, pool in world.said.items():
         assert len(pool) == len(world.windows("unlimited", 1.0)[domain])
         assert all(0 < len(w.text.encode()) <= bench_data.WINDOW + 3 for w in pool)
+
+
+# ---- scripts that the student breaks into bytes, and its vocabulary extended ------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scripts(world: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The same miniature in the world of scripts; its students have met eight windows a domain and know 64 tokens more."""
+    size = replace(models.SIZES["toy"], name="toy-scripts", teaches=bench_data.SCRIPTS, batch=4, vocabulary=3000, seen=200, per_page=6, met=8,
+                   extended=64)
+    made = arms.World(size, tmp_path_factory.mktemp("scripts"))
+    made.grow()
+    return made
+
+
+def test_learned_merges_are_the_most_frequent_pairs_by_hand() -> None:
+    spec = {"version": "1.0", "added_tokens": [], "normalizer": None, "post_processor": None, "decoder": None,
+            "pre_tokenizer": {"type": "WhitespaceSplit"},
+            "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "c": 2, "ab": 3}, "merges": [["a", "b"]], "dropout": None, "unk_token": None,
+                      "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False}}
+    backend = extension.Tokenizer.from_str(extension.json.dumps(spec))
+    found = extension.learned(backend, ["abc abc abca", "cc cc", "aaa"], 3)  # abc 3 times; then c c, a a and abc a: 2 of each but the last
+    assert found[0] == ("ab", "c") and set(found[1:]) == {("c", "c"), ("a", "a")}
+    longer = extension.Tokenizer.from_str(extension.json.dumps(extension.extended(spec, found)))
+    assert longer.encode("abca").tokens == ["abc", "a"] and longer.encode("aaa").tokens == ["aa", "a"]
+    assert extension.learned(backend, ["abc"], 3) == []  # once is not often
+
+
+def test_an_extended_student_says_the_same_bytes_in_fewer_tokens(scripts: Any) -> None:
+    old, new = scripts.real["student"].vocabulary, scripts.speakers["student"].vocabulary
+    assert len(new) == len(old) + 64
+    texts = [w.text for d in ("km", "my", "lo") for w in scripts.text["test"][d][:20]]
+    before, after = old.encode_batch(texts), new.encode_batch(texts)  # refuses a text whose bytes do not come back
+    assert sum(map(len, after)) < 0.8 * sum(map(len, before))
+    english = ["def f(x):\n    return x + 1", "All human beings are born free."]
+    assert [old.decode([i]) for one in old.encode_batch(english) for i in one] == [new.decode([i]) for one in new.encode_batch(english) for i in one]
+
+
+def test_new_rows_are_the_mean_of_their_pieces_and_old_ones_stay(scripts: Any) -> None:
+    plain, longer = scripts.real["student"], scripts.speakers["student"]
+    model = models.make(scripts.size.student, len(plain.vocabulary), seed=3)
+    rows = model.get_input_embeddings().weight.detach().clone()
+    made = extension.carried(model, plain, longer)
+    assert made.lm_head.weight is made.get_input_embeddings().weight and len(made.lm_head.weight) == len(longer.vocabulary)
+    fresh = 0
+    for i in range(len(longer.vocabulary)):
+        raw = longer.vocabulary.bytes_W[i]
+        pieces = [plain.start] if i == longer.start else plain.vocabulary.encode(raw.decode()) if raw and _is_text(raw) else None
+        if pieces is not None and (len(pieces) > 1 or i == longer.start):
+            fresh += len(pieces) > 1
+            assert torch.allclose(made.lm_head.weight[i], rows[pieces].mean(0)), i
+    assert fresh > 20
+
+
+def _is_text(raw: bytes) -> bool:
+    try:
+        return bool(raw.decode())
+    except UnicodeDecodeError:
+        return False
+
+
+def test_students_of_scripts_begin_as_the_one_that_has_met_other_windows(scripts: Any, tmp_path: Path) -> None:
+    one, other = scripts.begun(1), scripts.begun(2)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    taught = {w.text for pool in scripts.windows("unlimited", 1.0).values() for w in pool}
+    assert not taught & {w.text for d in scripts.size.domains for w in scripts.text["train"][d][-8:]}
+    never, plain = (arms.Arm("cross-entropy", "none", 0.0, 4e-3, "unlimited", 1, length) for length in (0.0, 1.0))
+    inside = arms.Arm("events + masks + completion", "sampled .01", 0.7, 4e-3, "unlimited", 1)
+    lines = arms.run_all(scripts, [never, plain, inside], tmp_path / "a.jsonl")
+    assert lines[0]["bytes"] == 0 and lines[1]["bytes"] == lines[2]["bytes"] > 0 and lines[1]["mean"] < lines[0]["mean"]
+    assert set(lines[1]["bits_per_byte"]) == {"km", "my", "lo", "tha"}
+    said = told.extension_table(lines, {"toy-scripts": "64"}).splitlines()
+    assert len(said) == 5 and said[2].startswith("| 64 | cross-entropy |  | 0 | 1 |  | 0 | 0 |")
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------

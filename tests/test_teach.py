@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ import torch
 from test_cli import enter, flowed, flowed_copy, persea, recipe, warm
 
 from persea import store, teach
+from persea.balance import Group, Taught
 from persea.cli import stages
 from persea.cli.options import open_river
 from persea.errors import RecipeError, Refused, Stopped
@@ -28,7 +30,7 @@ from persea.river import River
 from persea.run import run
 from persea.sections import Training
 from persea.status import Life, status
-from persea.teach import by_teacher, held_out, words
+from persea.teach import by_group, held_out, words
 
 LINE: dict[str, Any] = {"step": 3, "loss": 1.25, "gradient_norm": 1.0, "positions": 300, "seconds": 2.0, "left": 3723}
 
@@ -38,12 +40,12 @@ def test_a_step_in_a_few_words() -> None:
     assert words(LINE | {"loss": float("nan")}) == "step 3 left out: loss nan, gradient norm 1"
 
 
-def test_what_each_teacher_taught_adds_up() -> None:
-    batch = SimpleNamespace(by_B=("qwen", "gemma", "qwen"), row_N=torch.tensor([0, 0, 1, 2]), share={"qwen": 3, "gemma": 1})
+def test_what_each_group_taught_adds_up() -> None:
+    qwen, gemma = Group("qwen", "languages"), Group("gemma", "code")
+    batch: Any = SimpleNamespace(by_B=(qwen, gemma, qwen), row_N=torch.tensor([0, 0, 1, 2]), share={qwen: 3, gemma: 1})
     each = torch.tensor([1.0, 2.0, 4.0, 8.0])
-    taught = by_teacher(batch, LossOut(each.mean(), {}, 4, each))  # type: ignore[arg-type]
-    assert {name: (t.positions, t.nats) for name, t in taught.items()} == {"qwen": (3, 11.0), "gemma": (1, 4.0)}
-    assert all(t.nats != t.nats for t in by_teacher(batch, LossOut(each.mean(), {}, 4)).values())  # type: ignore[arg-type]
+    assert by_group(batch, LossOut(each.mean(), {}, 4, each, each / 2)) == {qwen: Taught(3, 11.0, 69.0, 5.5), gemma: Taught(1, 4.0, 16.0, 2.0)}
+    assert all(math.isnan(t.pull) and t.nats for t in by_group(batch, LossOut(each.mean(), {}, 4, each)).values())  # without a gradient
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -62,7 +64,7 @@ def river(folder: Path, how: How, *sets: str) -> River:
 def test_two_processes_stopped_and_resumed_by_one_learn_what_was_asked(tmp_path: Path) -> None:
     """FSDP, accumulation, held-out lessons and a board at once; SIGTERM goes to the launcher, and one process goes on to the end."""
     flowed_copy(tmp_path, "check", "audition", "capture")
-    sets = ("training.accumulate=2", "training.evaluate_every=4", "training.report_to=tensorboard")
+    sets = ("training.accumulate=2", "training.evaluate_every=4", "training.report_to=tensorboard", "training.balance=deviation")
     before, heard = signal.getsignal(signal.SIGTERM), list[str]()
 
     def stop(stage: str, share: float, words: str) -> None:
@@ -83,6 +85,10 @@ def test_two_processes_stopped_and_resumed_by_one_learn_what_was_asked(tmp_path:
     for line in lines(tmp_path):
         assert line["teachers"].keys() == line["share"].keys()
         assert sum(line["teachers"][t] * line["share"][t] for t in line["share"]) == pytest.approx(line["loss"], rel=1e-4)
+        parts = [part for skills in line["groups"].values() for part in skills.values()]
+        for kind in ("positions", "loss", "gradient"):
+            assert sum(part[kind] for part in parts) == pytest.approx(1)
+        assert any(part["weight"] != 1 for part in parts)
         assert ("held_out" in line) == (line["step"] in (4, 8))
     feed = json.loads((tmp_path / "run" / "train" / "feed.json").read_text())
     assert (feed["held_out"], sum(feed["lessons"].values()) > 50) == (4, True)
@@ -91,7 +97,8 @@ def test_two_processes_stopped_and_resumed_by_one_learn_what_was_asked(tmp_path:
 
 def test_two_processes_hear_the_students_own_answers_as_one_does(tmp_path: Path) -> None:
     """Each draws the whole round, with the same weights and chance, and learns from its half: the loss is the mean over both halves' positions."""
-    sets = ("training.on_policy={after: 2, share: 0.5, rollouts: 8, refresh: 4, max_new_tokens: 12}", "training.log_every=1")
+    sets = ("training.on_policy={after: 2, share: 0.5, rollouts: 8, refresh: 4, max_new_tokens: 12}", "training.log_every=1",
+            "training.balance=deviation")
     told = {}
     for procs in (1, 2):
         folder = tmp_path / str(procs)
@@ -107,6 +114,12 @@ def test_two_processes_hear_the_students_own_answers_as_one_does(tmp_path: Path)
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
         assert two["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-2)
         assert two["terms"] == pytest.approx(one["terms"], rel=1e-3, abs=1e-6)  # what is left out is told of the whole step
+        assert two["groups"].keys() == one["groups"].keys()
+        for name, skills in one["groups"].items():
+            for skill, part in skills.items():
+                assert two["groups"][name][skill] == pytest.approx(part, rel=1e-2)
+    weighed = [line["step"] for line in told[1] if any(part["weight"] != 1 for skills in line["groups"].values() for part in skills.values())]
+    assert 2 in weighed and own[-1] in weighed
     with pytest.raises(RecipeError, match=r"training\.on_policy: a student of which each process holds a part cannot answer for itself"):
         run(river(tmp_path / "2", How(2, Shard.FSDP), *sets), lambda *told: None, "train")
 

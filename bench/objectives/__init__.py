@@ -6,6 +6,7 @@ Downward, in the order of use:
 
     data          PERSEA_DATA -> documents by domain, split by page over all languages -> windows of at most 256 bytes
     vocabularies  the real tokenizers, cut to the tokens that this text uses (closed under merging), as persea voices
+    extension     the student's vocabulary extended by tokens of scripts that it breaks into bytes
     models        sizes, small Llama models, training of teachers, their cached states
     lessons       windows in the student's tokens beside the teacher's, and what the teacher says at common boundaries
     words         text in the teachers' own words

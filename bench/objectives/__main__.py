@@ -14,6 +14,7 @@ import torch
 from bench.objectives import report as told
 from bench.objectives.arms import Arm, World, read, run_all, teachers_measured
 from bench.objectives.chunks import CHUNKED
+from bench.objectives.data import SCRIPTS
 from bench.objectives.gradients import measured
 from bench.objectives.models import SIZES
 from bench.objectives.report import Line
@@ -22,7 +23,9 @@ RESULTS = Path(__file__).resolve().parent.parent / "results"
 RATES, SHARES, SEEDS = (2e-3, 4e-3, 8e-3, 1.6e-2), (0.3, 0.5, 0.7, 0.9), (1, 2, 3)
 OURS = "sampled .01"  # the rows persea keeps of a teacher; baselines see whole ones
 SEARCHED = ("events", "strict", "bpm", "chunk")
-STAGES = ("teachers", "rates", "first", "shares", "again", "limited", "gradients", "sft", "rows", "long", "gold", "report")
+STAGES = ("teachers", "rates", "first", "shares", "again", "limited", "gradients", "sft", "rows", "long", "gold")  # of size xs
+INSIDE = "events + masks + completion"
+SCRIPT_METHODS = ("cross-entropy", "events", "events + masks", INSIDE, "strict everywhere")
 KINDS = ("full", "sampled .05", "sampled .2", "top-k 16", "top-k 4", "top-k 16 renormalised", "top-k 4 renormalised")
 
 
@@ -38,6 +41,8 @@ def best(world: World, results: Path, arms: Sequence[Arm]) -> Arm:
 
 def rate(world: World, results: Path, method: str = "cross-entropy", rates: Sequence[float] = RATES) -> float:
     share = 0.7 if method == "events" else 0.0
+    if world.size.teaches is SCRIPTS:  # who knows something already needs no high one, who knows nothing no low one
+        rates = rates[:3] if world.size.met else rates[1:]
     return best(world, results, [Arm(method, rows_of(method), share, r, "unlimited", 0, 0.5, "dev") for r in rates]).rate
 
 
@@ -45,13 +50,17 @@ def share(world: World, results: Path, method: str) -> float:
     """Searched on dev; 'strict everywhere' takes strict's, all forms of events take that of events."""
     if world.size.of:
         return share(World(SIZES[world.size.of], world.folder), results, method)
-    method = "strict" if method == "strict everywhere" else "events" if method.startswith("events") else method
+    if world.size.teaches is not SCRIPTS:
+        method = "strict" if method == "strict everywhere" else "events" if method.startswith("events") else method
+    elif method.startswith("events") and method != INSIDE:  # where few boundaries are common, completion speaks at most positions: a share of its own
+        method = "events"
     if method in ("gold", "uld"):  # a search costs too much: TRL's loops take a second a step, sorting two vocabularies six times cross-entropy
         return {"gold": 0.5, "uld": 0.3}[method]
-    if method not in SEARCHED:
+    if method not in (*SEARCHED, INSIDE, "strict everywhere"):
         return 0.0
     lr = rate(world, results)
-    return best(world, results, [Arm(method, rows_of(method), s, lr, "unlimited", 0, 0.3, "dev") for s in SHARES]).share
+    tried = SHARES[1:] if world.size.teaches is SCRIPTS else SHARES
+    return best(world, results, [Arm(method, rows_of(method), s, lr, "unlimited", 0, 0.3, "dev") for s in tried]).share
 
 
 def arm(world: World, results: Path, method: str, seed: int, regime: str = "unlimited", length: float = 1.0, rows: str | None = None) -> Arm:
@@ -108,6 +117,18 @@ def stage(name: str, world: World, results: Path, seeds: Sequence[int]) -> None:
         lr = rate(world, results)
         for method in ("gold", "cross-entropy"):
             run_all(world, [Arm(method, rows_of(method), share(world, results, method), lr, "unlimited", 0, 0.3, "dev")], results)
+    elif name == "scripts":  # --size scripts
+        for seed in seeds:
+            for method in SCRIPT_METHODS:
+                go(method, seed)
+        go("cross-entropy", SEEDS[0], length=2.0)
+    elif name == "extension":  # --size scripts-met, then its extended ones: the same text for each, and the plain one at the CPU of the extended
+        for seed in seeds:
+            for method in ("cross-entropy", "events", *(() if world.size.extended else (INSIDE,))):
+                go(method, seed)
+        go("cross-entropy", SEEDS[0], length=0.0)
+        if not world.size.extended:
+            go("cross-entropy", SEEDS[0], length=0.5)
     elif name == "report":
         report(list(read(results).values()), world.size.name)
     else:
@@ -132,6 +153,10 @@ def report(lines: Sequence[Line], size: str) -> None:
         "limited": told.main_table(lines, size, "limited"), "shortcut": told.shortcut(lines, size),
         "gradients": told.gradients_table(json.loads((RESULTS / f"objectives_gradients_{size}.json").read_text())),
         "larger": told.larger_table(lines, shapes),
+        "scripts": told.main_table(lines, "scripts", "unlimited"), "scripts-pairs": told.first_everywhere(lines, "scripts", f"{INSIDE}, {OURS}"),
+        "scripts-teachers": told.teachers_table(json.loads((RESULTS / "objectives_teachers_scripts.json").read_text())),
+        "scripts-searches": told.searches(lines, "scripts"),
+        "extension": told.extension_table(lines, {n: str(s.extended) for n, s in SIZES.items() if s.met}),
         "searches": told.searches(lines, size)})
     gaps = [(name, *told.paired(own, [x for x in plain if x["seed"] in {y["seed"] for y in own}])["mean"])
             for name, own in found.items() if name != "cross-entropy"]

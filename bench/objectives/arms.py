@@ -18,7 +18,8 @@ from transformers import LlamaForCausalLM
 
 from bench.objectives import data, models, vocabularies
 from bench.objectives.chunks import CHUNKED, gathered
-from bench.objectives.data import ASKED, DOMAINS, TEACHES, Window
+from bench.objectives.data import ASKED, Window
+from bench.objectives.extension import carried, open_extended
 from bench.objectives.gold import gold, with_last
 from bench.objectives.lessons import Batch, Lesson, Teacher, collate, open_lessons
 from bench.objectives.methods import KEPT, METHODS, Pair, Setting, keep, open_kept, prepare
@@ -55,25 +56,52 @@ class World:
 
     @cached_property
     def text(self) -> dict[str, dict[str, list[Window]]]:
-        return {part: data.pools(data.data_folder(), part, per_document=None if part == "train" else 2) for part in ("train", "dev", "test")}
+        return {part: data.pools(data.data_folder(), part, per_document=None if part == "train" else self.size.per_page, domains=self.size.domains)
+                for part in ("train", "dev", "test")}
 
     @cached_property
     def speakers(self) -> dict[str, Speaker]:
-        return vocabularies.open_speakers(self.folder, self.size.vocabulary, self.texts_of)
+        return self.real | ({"student": open_extended(self.folder, self.size.extended, self.texts_of("student"))} if self.size.extended else {})
+
+    @cached_property
+    def real(self) -> dict[str, Speaker]:
+        """The speakers before the student's vocabulary is extended."""
+        return vocabularies.open_speakers(self.folder, self.size.vocabulary, self.texts_of, (*self.size.teaches, "student"))
 
     def texts_of(self, who: str) -> list[str]:
-        return [w.text for d in TEACHES.get(who, DOMAINS) for w in self.text["train"][d][:self.size.seen]]
+        return [w.text for d in self.size.teaches.get(who, self.size.domains) for w in self.text["train"][d][:self.size.seen]]
+
+    def kept(self, name: str) -> Path:
+        """A file that depends on the student's vocabulary."""
+        return self.folder / f"{name}{f'+{self.size.extended}' if self.size.extended else ''}.pt"
+
+    def begun(self, seed: int) -> LlamaForCausalLM:
+        """A student before it is taught: new, or the one that has met some text, its vocabulary extended."""
+        size, plain = self.size, self.real["student"]
+        if not size.met:
+            return models.make(size.student, len(plain.vocabulary), seed)
+        path, model = self.folder / f"met {size.met}.pt", models.make(size.student, len(plain.vocabulary), seed=1)
+        if not path.is_file():
+            pools, n = {d: self.text["train"][d][-size.met:] for d in size.domains}, self.taught("unlimited", 1.0)
+            if any(n + size.met > len(self.text["train"][d]) for d in size.domains):
+                raise SystemExit(f"{size.name}: too little text for {size.met} windows beside those it is taught on")
+            steps = size.met * len(size.domains) // size.batch
+            models.read_through(model, plain, models.order(pools, size.batch, seed=1), steps, 8e-3, "student")
+            torch.save(model.state_dict(), path)
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return carried(model, plain, self.speakers["student"])
 
     def grow(self) -> None:
         """Trains the teachers that do not stand yet."""
-        for who, domains in TEACHES.items():
+        for who, domains in self.size.teaches.items():
             path = self.folder / f"{who}.pt"
             if not path.is_file():
                 models.train_teacher(self.speakers[who], {d: self.text["train"][d] for d in domains}, self.size, who, path)
 
     @cached_property
     def teachers(self) -> dict[str, Teacher]:
-        return {who: Teacher(self.speakers[who], models.open_teacher(self.speakers[who], self.size, self.folder / f"{who}.pt")) for who in TEACHES}
+        return {who: Teacher(self.speakers[who], models.open_teacher(self.speakers[who], self.size, self.folder / f"{who}.pt"))
+                for who in self.size.teaches}
 
     @cached_property
     def pairs(self) -> dict[str, Pair]:
@@ -85,16 +113,19 @@ class World:
 
     def windows(self, regime: str, length: float) -> dict[str, list[Window]]:
         """Training windows of a student by domain: every one is seen once in 'unlimited', and often in 'limited'."""
-        n = self.size.limited if regime == "limited" else -(-round(self.size.steps * length) * self.size.batch // len(DOMAINS))
-        return {d: self.text["train"][d][:n] for d in DOMAINS}
+        return {d: self.text["train"][d][:self.taught(regime, length)] for d in self.size.domains}
+
+    def taught(self, regime: str, length: float) -> int:
+        """Windows a domain."""
+        return self.size.limited if regime == "limited" else -(-round(self.size.steps * length) * self.size.batch // len(self.size.domains))
 
     @cached_property
     def lessons(self) -> dict[str, list[Lesson]]:
         """What the teachers say of all windows of length 1, and of those of regime 'limited', which are their beginning."""
         pools = self.windows("unlimited", 1.0)
-        flat = open_lessons(self.folder / "lessons.pt", [w for d in DOMAINS for w in pools[d]], self.speakers["student"], self.teachers)
+        flat = open_lessons(self.kept("lessons"), [w for pool in pools.values() for w in pool], self.speakers["student"], self.teachers)
         found = iter(flat)
-        return {d: [next(found) for _ in pools[d]] for d in DOMAINS}
+        return {d: [next(found) for _ in pool] for d, pool in pools.items()}
 
     @cached_property
     def said(self) -> dict[str, list[Window]]:
@@ -122,7 +153,7 @@ class World:
 
 @lru_cache(maxsize=4)
 def held_out(world: World, part: str, windows: int) -> tuple[Window, ...]:
-    return tuple(w for d in DOMAINS for w in world.text[part][d][:windows])
+    return tuple(w for d in world.size.domains for w in world.text[part][d][:windows])
 
 
 @dataclass(frozen=True)
@@ -166,10 +197,10 @@ def measure(model: LlamaForCausalLM, speaker: Speaker, windows: Sequence[Window]
 def run(world: World, arm: Arm) -> dict[str, Any]:
     """Trains one student and measures it."""
     size, student = world.size, world.speakers["student"]
-    model = models.make(size.student, len(student.vocabulary), arm.seed)
+    model = world.begun(arm.seed)
     adam, steps = models.optimizer(model, arm.rate), round(size.steps * arm.length)
     setting, loss_of = Setting(arm.method, arm.rows, arm.share), (METHODS | CHUNKED | {"gold": gold})[arm.method]
-    curve, tokens, cpu, of_loss = [], 0, 0.0, 0.0
+    curve, tokens, raw, cpu, of_loss = [], 0, 0, 0.0, 0.0
     for step, batch in zip(range(steps), world.batches(arm), strict=False):
         if batch.groups:
             prepare(batch, world.pairs, setting)
@@ -183,6 +214,7 @@ def run(world: World, arm: Arm) -> dict[str, Any]:
         models.step_with(adam, model, loss, models.rate(step, steps, arm.rate))
         cpu += time.process_time() - begun
         tokens += len(batch.targets_N)
+        raw += int(student.vocabulary.lengths_W[batch.targets_N.numpy()].sum())
         if not bool(torch.isfinite(loss.detach())):
             raise SystemExit(f"{arm}: the loss is {float(loss.detach())} at step {step}")
         if (step + 1) % max(1, steps // 4) == 0:
@@ -191,8 +223,8 @@ def run(world: World, arm: Arm) -> dict[str, Any]:
         torch.save(model.state_dict(), world.student(arm))
     found = measure(model, student, held_out(world, arm.part, size.test))
     return {"bits_per_byte": {d: round(v, 4) for d, v in found.bits_per_byte().items()}, "mean": round(found.mean(), 4),
-            "calibration": round(found.calibration, 4), "tokens": tokens, "steps": steps, "curve": curve,
-            "cpu_per_step": round(cpu / steps, 4), "loss_cpu_per_step": round(of_loss / steps, 4),
+            "calibration": round(found.calibration, 4), "tokens": tokens, "bytes": raw, "steps": steps, "curve": curve,
+            "cpu_per_step": round(cpu / max(1, steps), 4), "loss_cpu_per_step": round(of_loss / max(1, steps), 4),
             "pages": {d: [[round(b, 1), n] for b, n in pages.values()] for d, pages in found.pages.items()}}
 
 
@@ -209,11 +241,11 @@ def run_all(world: World, arms: Sequence[Arm], results: Path) -> list[dict[str, 
         key = arm.key(world.size)
         if key not in read(results):
             if "masks" in arm.method and not any(masked for _, _, masked, _ in KEPT):
-                open_kept(world.folder / "masked.pt")
+                open_kept(world.kept("masked"))
             before = len(KEPT)
             line = {"key": key, "size": world.size.name, **asdict(arm), **run(world, arm)}
             if "masks" in arm.method and len(KEPT) > before:
-                keep(world.folder / "masked.pt")
+                keep(world.kept("masked"))
             with results.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             print(f"{line['mean']:.4f} {line['calibration']:.3f} {line['cpu_per_step']:.3f} s/step  {key}", flush=True)

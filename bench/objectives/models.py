@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.objectives.data import Window
+from bench.objectives.data import SCRIPTS, TEACHES, Window, domains_of
 from bench.objectives.vocabularies import Speaker
 
 
@@ -39,6 +39,10 @@ class Size:
     test          held-out windows a domain
     seen          training windows a domain by which the vocabularies are cut
     of            the size whose vocabularies, teachers, lessons and shares this one takes: only its student is another
+    teaches       teacher -> its domains
+    per_page      held-out windows of a page, at most
+    met           windows a domain that every student has met, by cross-entropy, before it is taught: others than those it is taught on; 0 = none
+    extended      tokens learned on top of the student's vocabulary, in which its lessons then are
     """
 
     name: str
@@ -53,6 +57,14 @@ class Size:
     test: int
     seen: int = 1300
     of: str = ""
+    teaches: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: TEACHES)
+    per_page: int = 2
+    met: int = 0
+    extended: int = 0
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        return domains_of(self.teaches)
 
 
 SIZES = {s.name: s for s in (
@@ -60,6 +72,10 @@ SIZES = {s.name: s for s in (
     Size("xs", Shape(160, 3, 4, 448), Shape(96, 2, 4, 256), 8192, 240, 11, {"A": 900, "B": 600, "C": 450}, 16, 48, 60),
     *(Size(f"xs-{name}", Shape(160, 3, 4, 448), student, 8192, 240, 11, {"A": 900, "B": 600, "C": 450}, 16, 48, 60, of="xs")
       for name, student in (("wide", Shape(160, 3, 4, 448)), ("wider", Shape(256, 4, 4, 704)))),
+    *(Size(name, Shape(160, 3, 4, 448), Shape(96, 2, 4, 256), 8192, 240, 8, {"B": 500}, 16, 48, 60, of=of, teaches=SCRIPTS, per_page=6, met=met,
+           extended=extended)
+      for name, of, met, extended in (("scripts", "", 0, 0), ("scripts-met", "scripts", 640, 0), ("scripts-512", "scripts", 640, 512),
+                                      ("scripts-2048", "scripts", 640, 2048))),
     Size("s", Shape(384, 6, 6, 1024), Shape(192, 4, 4, 512), 16384, 1200, 66, {"A": 8000, "B": 5000, "C": 4000}, 64, 320, 80),
     Size("m", Shape(768, 10, 12, 2048), Shape(384, 8, 6, 1024), 16384, 4000, 132, {"A": 20000, "B": 10000, "C": 8000}, 128, 640, 80),
 )}
@@ -127,18 +143,24 @@ def order(pools: Mapping[str, Sequence[Window]], batch: int, seed: int) -> Itera
         yield chosen
 
 
-def train_teacher(speaker: Speaker, pools: Mapping[str, Sequence[Window]], size: Size, who: str, path: Path) -> None:
-    """Plain cross-entropy on all of its domains' training text; saved once, with a record of how long it took."""
-    model = make(size.teacher, len(speaker.vocabulary), seed=1)
-    adam, steps, begun, tokens = optimizer(model, 3e-3), size.teacher_steps[who], time.process_time(), 0
-    for step, chosen in zip(range(steps), order(pools, size.teacher_batch, seed=1), strict=False):
+def read_through(model: LlamaForCausalLM, speaker: Speaker, batches: Iterator[list[Window]], steps: int, top: float, who: str) -> int:
+    """Plain cross-entropy; the number of tokens."""
+    adam, begun, tokens = optimizer(model, top), time.process_time(), 0
+    for step, chosen in zip(range(steps), batches, strict=False):
         ids_BS, learn_BS = padded(speaker.vocabulary.encode_batch([w.text for w in chosen]), speaker.start)
         logits = states(model, ids_BS, learn_BS) @ model.lm_head.weight.T
         loss = F.cross_entropy(logits, ids_BS[:, 1:][learn_BS[:, :-1]])
-        step_with(adam, model, loss, rate(step, steps, 3e-3))
+        step_with(adam, model, loss, rate(step, steps, top))
         tokens += int(learn_BS.sum())
         if step % 50 == 49:
             print(f"{who} {step + 1}/{steps} {float(loss.detach()) / math.log(2):.3f} bits/token, {time.process_time() - begun:.0f} s", flush=True)
+    return tokens
+
+
+def train_teacher(speaker: Speaker, pools: Mapping[str, Sequence[Window]], size: Size, who: str, path: Path) -> None:
+    """Plain cross-entropy on all of its domains' training text; saved once, with a record of how long it took."""
+    model, steps, begun = make(size.teacher, len(speaker.vocabulary), seed=1), size.teacher_steps[who], time.process_time()
+    tokens = read_through(model, speaker, order(pools, size.teacher_batch, seed=1), steps, 3e-3, who)
     record = {"teacher": who, "size": size.name, "steps": steps, "tokens": tokens, "cpu_seconds": round(time.process_time() - begun),
               "parameters": sum(p.numel() for p in model.parameters()), "non_embedding": sum(p.numel() for p in model.model.layers.parameters())}
     torch.save(model.state_dict(), path)

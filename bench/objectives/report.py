@@ -13,8 +13,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from bench.objectives.data import DOMAINS
-
 Line: TypeAlias = Mapping[str, Any]
 DRAWS = 2000
 LARGER = ("cross-entropy", "events + masks", "strict everywhere")  # asked of larger students too: sizes xs-wide and xs-wider
@@ -39,6 +37,11 @@ def chosen(lines: Iterable[Line], **want: object) -> dict[str, list[Line]]:
     return {name + (f" ({share:g})" if names[name] > 1 else ""): own for (name, share), own in out.items()}
 
 
+def domains_in(found: Mapping[str, Sequence[Line]]) -> list[str]:
+    """The domains of some runs, in their world's order."""
+    return list(next(iter(found.values()))[0]["bits_per_byte"]) if found else []
+
+
 def pages_of(lines: Sequence[Line]) -> dict[str, np.ndarray]:
     """Domain -> [pages, 2]: bits (mean over the seeds) and bytes of every held-out page."""
     return {d: np.mean([np.array(line["pages"][d], float) for line in lines], 0) for d in lines[0]["pages"]}
@@ -48,7 +51,7 @@ def paired(ours: Sequence[Line], theirs: Sequence[Line], seed: int = 0) -> dict[
     """Difference of bits per byte, ours - theirs, by domain and 'mean': (value, low, high), 95 % over pages drawn anew, the same for both."""
     a, b = pages_of(ours), pages_of(theirs)
     rng, draws, out = np.random.default_rng(seed), [], {}
-    for d in DOMAINS:
+    for d in a:
         n = len(a[d])
         at = rng.integers(0, n, (DRAWS, n))
         size = a[d][at, 1].sum(1)
@@ -57,7 +60,7 @@ def paired(ours: Sequence[Line], theirs: Sequence[Line], seed: int = 0) -> dict[
         value = float((a[d][:, 0].sum() - b[d][:, 0].sum()) / a[d][:, 1].sum())
         out[d] = (value, *(float(x) for x in np.quantile(drawn, (.025, .975))))
     mean = np.mean(draws, 0)
-    out["mean"] = (float(np.mean([out[d][0] for d in DOMAINS])), *(float(x) for x in np.quantile(mean, (.025, .975))))
+    out["mean"] = (float(np.mean([out[d][0] for d in a])), *(float(x) for x in np.quantile(mean, (.025, .975))))
     return out
 
 
@@ -74,14 +77,14 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def main_table(lines: Sequence[Line], size: str, regime: str) -> str:
     """Methods of one regime at length 1, best first: mean and each domain, calibration, cost, and the paired difference to cross-entropy."""
     found = chosen(lines, size=size, regime=regime, length=1.0)
-    plain = found.get("cross-entropy")
+    plain, domains = found.get("cross-entropy"), domains_in(found)
     rows = []
     for name, own in sorted(found.items(), key=lambda kv: float(np.mean([line["mean"] for line in kv[1]]))):
         versus = paired_same_seeds(own, plain) if plain and name != "cross-entropy" else ""
         rows.append([name, f"{own[0]['share']:g}" if own[0]["share"] else "", str(len(own)), spread([line["mean"] for line in own]), versus,
-                     *(f"{np.mean([line['bits_per_byte'][d] for line in own]):.3f}" for d in DOMAINS),
+                     *(f"{np.mean([line['bits_per_byte'][d] for line in own]):.3f}" for d in domains),
                      f"{np.mean([line['calibration'] for line in own]):.3f}", f"{np.mean([line['cpu_per_step'] for line in own]):.3f}"])
-    return table(["method, rows", "share", "seeds", "mean", "less cross-entropy (95 % over pages)", *DOMAINS, "ECE", "CPU s/step"], rows)
+    return table(["method, rows", "share", "seeds", "mean", "less cross-entropy (95 % over pages)", *domains, "ECE", "CPU s/step"], rows)
 
 
 def paired_same_seeds(own: Sequence[Line], other: Sequence[Line]) -> str:
@@ -96,19 +99,19 @@ def paired_same_seeds(own: Sequence[Line], other: Sequence[Line]) -> str:
 def first_everywhere(lines: Sequence[Line], size: str, ours: str, regime: str = "unlimited") -> str:
     """Of `ours` against every other method, domain by domain: wins, losses, and how many intervals exclude zero."""
     found = chosen(lines, size=size, regime=regime, length=1.0)
-    rows = []
+    domains, rows = domains_in(found), []
     for name, own in found.items():
         both = {line["seed"] for line in own} & {line["seed"] for line in found[ours]}
         if name == ours or not both:
             continue
         gaps = paired([x for x in found[ours] if x["seed"] in both], [x for x in own if x["seed"] in both])
         cells = []
-        for d in (*DOMAINS, "mean"):
+        for d in (*domains, "mean"):
             value, low, high = gaps[d]
             cells.append(f"{value:+.3f}" + ("" if low <= 0 <= high else " *"))
         means = [{x["seed"]: x["mean"] for x in side} for side in (found[ours], own)]
         rows.append((gaps["mean"][0], [name, *cells, " / ".join(f"{means[0][k] - means[1][k]:+.3f}" for k in sorted(both))]))
-    return table([f"{ours} less ...", *DOMAINS, "mean", "mean of each seed"], [r for _, r in sorted(rows)])
+    return table([f"{ours} less ...", *domains, "mean", "mean of each seed"], [r for _, r in sorted(rows)])
 
 
 def shortcut(lines: Sequence[Line], size: str) -> str:
@@ -145,6 +148,23 @@ def larger_table(lines: Sequence[Line], shapes: Mapping[str, str]) -> str:
     head = ("student", "learning rate", "method, rows", "seeds", "mean", "less cross-entropy (95 % over pages)",
             "cross-entropy needs, times the tokens")
     return table(head, rows)
+
+
+def extension_table(lines: Sequence[Line], sizes: Mapping[str, str]) -> str:
+    """Students by the tokens their vocabulary was extended by, of every method and length: what a byte costs, what it comes to.
+    sizes: size -> how many tokens more."""
+    rows, domains = [], list[str]()
+    for size, more in sizes.items():
+        for length in sorted({x["length"] for x in lines if x["size"] == size and x["part"] == "test"}):
+            for name, own in chosen(lines, size=size, length=length).items():
+                domains = domains_in({name: own})
+                text = sum(x["bytes"] for x in own)
+                costs = [f"{sum(x['tokens'] for x in own) / text:.3f}", f"{text / len(own) / 1000:.0f}",
+                         spread([x["cpu_per_step"] * x["steps"] for x in own], 1)] if text else ["", "0", "0"]
+                rows.append([more, name, f"{own[0]['rate']:g}" if text else "", f"{length:g}", str(len(own)), *costs,
+                             spread([x["mean"] for x in own]), *(f"{np.mean([x['bits_per_byte'][d] for x in own]):.3f}" for d in domains)])
+    head = ("tokens more", "method, rows", "learning rate", "length", "seeds", "positions a byte", "kB of text", "CPU s", "mean")
+    return table([*head, *domains], rows)
 
 
 def factor(curve: Sequence[tuple[float, float]], reached: float) -> str:

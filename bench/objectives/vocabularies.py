@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,10 +96,11 @@ def no_template(*_: object, **__: object) -> str:
     raise AssertionError("plain text has no template")
 
 
-def open_speakers(folder: Path, size: int, texts_of: Callable[[str], Sequence[str]]) -> dict[str, Speaker]:
-    """The three teachers' and the student's cut tokenizers, made once and kept in `folder`. texts_of(who) = the text it is cut for."""
+def open_speakers(folder: Path, size: int, texts_of: Callable[[str], Sequence[str]], names: Iterable[str] = TOKENIZERS) -> dict[str, Speaker]:
+    """The teachers' and the student's cut tokenizers, made once and kept in `folder`. texts_of(who) = the text it is cut for."""
     out = {}
-    for who, source in TOKENIZERS.items():
+    for who in names:
+        source = TOKENIZERS[who]
         path = folder / f"{who}.tokenizer.json"
         if not path.is_file():
             spec = json.loads((data.data_folder() / "tokenizers" / source / "tokenizer.json").read_text())

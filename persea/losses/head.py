@@ -77,8 +77,8 @@ def composed_head(hidden_ND: torch.Tensor, head: Head, targets_N: torch.Tensor, 
         known.gradient(logits_CV, logits_CV)
         return known.loss_N, known.text_N, known.events_N, known.spoken_N
 
-    loss, (loss_N, text_N, events_N, spoken_N) = _chunked(hidden_ND, head, bounds, rows, weight_N)
-    return LossOut(loss, composed_terms(text_N, events_N, spoken_N), len(targets_N), loss_N)
+    loss, pull_N, (loss_N, text_N, events_N, spoken_N) = _chunked(hidden_ND, head, bounds, rows, weight_N)
+    return LossOut(loss, composed_terms(text_N, events_N, spoken_N), len(targets_N), loss_N, pull_N)
 
 
 def divergence_head(hidden_ND: torch.Tensor, head: Head, teacher: torch.Tensor | tuple[torch.Tensor, Head], sides: Sides | None = None,
@@ -115,8 +115,8 @@ def divergence_head(hidden_ND: torch.Tensor, head: Head, teacher: torch.Tensor |
             out.append(loss_F.detach())
         return (torch.cat(out),)
 
-    loss, (loss_N,) = _chunked(hidden_ND, head, bounds, rows, weight_N)
-    return LossOut(loss, {divergence.value: float(loss_N.mean())}, len(hidden_ND), loss_N)
+    loss, pull_N, (loss_N,) = _chunked(hidden_ND, head, bounds, rows, weight_N)
+    return LossOut(loss, {divergence.value: float(loss_N.mean())}, len(hidden_ND), loss_N, pull_N)
 
 
 def on_gpu(logits_CV: torch.Tensor) -> bool:
@@ -198,7 +198,7 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, head: Head, bounds: Sequence[int],
-                rows: Rows, weight_N: torch.Tensor, columns: list[Columns]) -> torch.Tensor:
+                rows: Rows, weight_N: torch.Tensor, columns: list[Columns], pulls: list[torch.Tensor]) -> torch.Tensor:
         run = _Run(head, hidden_ND, bounds)
         wants = ctx.needs_input_grad[:3]
         sums = torch.float64 if run.dtype is torch.float64 else torch.float32
@@ -222,6 +222,8 @@ class _Chunked(torch.autograd.Function):
                 hidden_grad_ND[some] = inward(pull_PV, run.weight_VD)[:end - begin] * factor_C[:, None]
             if weight_grad_VD is not None:
                 add_outer(weight_grad_VD[:head.vocabulary], pull_PV, run.hidden(some, factor_C), first=k == 0)
+        if hidden_grad_ND is not None:
+            pulls.append(torch.linalg.vector_norm(hidden_grad_ND, dim=1, dtype=sums) * len(weight_N))
         ctx.gradients = [hidden_grad_ND, None if weight_grad_VD is None else weight_grad_VD.to(weight_VD.dtype), bias_grad_V]
         return (torch.cat([chunk[0] for chunk in columns]) * weight_N).sum() / len(weight_N)
 
@@ -233,15 +235,16 @@ class _Chunked(torch.autograd.Function):
             raise RuntimeError("a head's gradient can be had once: compute the loss again")
         if float(out) != 1:
             gradients = [None if g is None else g.mul_(out) for g in gradients]
-        return (*gradients, None, None, None, None, None)
+        return (*gradients, None, None, None, None, None, None)
 
 
-def _chunked(hidden_ND: torch.Tensor, head: Head, bounds: Sequence[int], rows: Rows, weight_N: torch.Tensor | None) -> tuple[torch.Tensor, Columns]:
-    """(loss, by position what `rows` said of it)."""
-    columns: list[Columns] = []
+def _chunked(hidden_ND: torch.Tensor, head: Head, bounds: Sequence[int], rows: Rows, weight_N: torch.Tensor | None
+             ) -> tuple[torch.Tensor, torch.Tensor | None, Columns]:
+    """(loss, by position its pull where hidden states get a gradient, and what `rows` said of it)."""
+    columns, pulls = list[Columns](), list[torch.Tensor]()
     sums = torch.float64 if hidden_ND.dtype is torch.float64 else torch.float32
     weight_N = torch.ones(len(hidden_ND), dtype=sums, device=hidden_ND.device) if weight_N is None else weight_N.to(hidden_ND.device, sums)
     with torch.autocast(hidden_ND.device.type, enabled=False):  # precision is decided here, product by product
         loss: torch.Tensor = _Chunked.apply(  # type: ignore[no-untyped-call]
-            hidden_ND, head.weight_VD, head.bias_V, head, bounds, rows, weight_N, columns)
-    return loss, tuple(torch.cat(column) for column in zip(*columns, strict=True))
+            hidden_ND, head.weight_VD, head.bias_V, head, bounds, rows, weight_N, columns, pulls)
+    return loss, pulls[0] if pulls else None, tuple(torch.cat(column) for column in zip(*columns, strict=True))

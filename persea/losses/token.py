@@ -26,12 +26,14 @@ class Divergence(StrEnum):
 @dataclass(frozen=True)
 class LossOut:
     """loss: scalar tensor to minimise; terms: its parts, detached, nats per learned position; positions: how many; each_N: what each
-    of them cost, detached, where the loss came from a head."""
+    of them cost before its weight, detached; pull_N: where the loss came from a head, the norm of the gradient of N x loss with respect to
+    each hidden state, weight included."""
 
     loss: torch.Tensor
     terms: Mapping[str, float]
     positions: int
     each_N: torch.Tensor | None = None
+    pull_N: torch.Tensor | None = None
 
 
 def cross_entropy(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> LossOut:
