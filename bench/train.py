@@ -42,6 +42,7 @@ from persea.chat import Finish
 from persea.engines.local import LocalEngine
 from persea.feed import Feed, offline
 from persea.losses import Divergence, Head, Targets, composed_head, divergence_head, standing, targets
+from persea.losses.products import add_outer, inward, outward
 from persea.measure import Split
 from persea.models import Source, open_model, open_voice
 from persea.rows import sample_rows
@@ -250,9 +251,27 @@ def quickstart(steps: int = 6) -> dict[str, Any]:
     return found
 
 
+class ByOneDNN(torch.autograd.Function):
+    """A linear layer whose three products are those of the head (losses/products.py)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        out = x.new_empty(x.shape[:-1].numel(), len(weight))
+        outward(x.flatten(0, -2), weight, out)
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, pull: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, weight = ctx.saved_tensors
+        flat, gradient = pull.flatten(0, -2).contiguous(), torch.empty_like(weight)
+        add_outer(gradient, flat, x.flatten(0, -2), first=True)
+        return inward(flat, weight).view_as(x), gradient
+
+
 def compiled() -> dict[str, Any]:
-    """torch.compile against none: seconds to compile, and times what is not compiled. Steps of one shape, which flatters it: each new one
-    is compiled anew, or all with sizes left open."""
+    """torch.compile against none: seconds to compile, and times what is not compiled; steps of one shape, which flatters it. And the student's own
+    layers by oneDNN, which the library does not do."""
     hidden, weight = parts()
     tokens = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(1))
 
@@ -278,6 +297,16 @@ def compiled() -> dict[str, Any]:
         pair = compare(backward(hidden, weight, eager), work, pairs=5)
         found[name] = {"compiling": rounded(first), "plain": rounded(pair["ours"]), "compiled": rounded(pair["theirs"]), "times_plain": spread(pair)}
         print("compile", name, found[name], flush=True)
+    linear = torch.nn.Linear.forward
+
+    def by_onednn() -> None:
+        torch.nn.Linear.forward = lambda layer, x: ByOneDNN.apply(x, layer.weight) if layer.bias is None else linear(layer, x)  # type: ignore
+        step(student.model).backward()
+        torch.nn.Linear.forward = linear  # type: ignore[method-assign]
+
+    pair = compare(lambda: step(student.model).backward(), by_onednn, pairs=5)
+    found["student_by_onednn"] = {"plain": rounded(pair["ours"]), "onednn": rounded(pair["theirs"]), "times_plain": spread(pair)}
+    print("compile", "student_by_onednn", found["student_by_onednn"], flush=True)
     return found
 
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persea.losses import products
-from persea.losses.products import STRIP, add_outer, inward, onednn, outward
+from persea.losses import Divergence, Head, divergence_head, products
+from persea.losses.products import STRIP, add_outer, inward, most_rows, onednn, outward, rows_for
 
 SIZES = st.sampled_from([1, 7, STRIP, STRIP + 1, 2 * STRIP + 5])
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
@@ -74,3 +74,36 @@ def test_half_precision_is_summed_in_float32():
         add_outer(into_VD, pull_CV, hidden_CD, first=k == 0)
     want = torch.einsum("kcv,kcd->vd", pulls.double(), hiddens.double())
     assert (into_VD.double() - want).abs().max() < 0.15  # each of 64 products is rounded to 8 bits; a sum kept in them would be off by .5 and more
+
+
+@given(count=st.integers(1, 100_000))
+def test_there_are_few_numbers_of_rows(count: int):
+    """Eight in an octave from 128 on, multiples of 16 below: oneDNN keeps a routine for each."""
+    like = torch.zeros(1)
+    if not onednn(like):
+        assert rows_for(count, like) == most_rows(count, like) == count
+        return
+    rows = rows_for(count, like)
+    assert count <= rows < count + max(16, count / 8 + 1) and rows % 16 == 0
+    assert rows_for(rows, like) == rows
+    few = most_rows(count, like)
+    assert 1 <= few <= count and (few == rows_for(few, like) or count < 16)
+    assert few > count - max(16, count / 8 + 1)
+    double = torch.zeros(1, dtype=torch.float64)
+    assert rows_for(count, double) == most_rows(count, double) == count
+
+
+@pytest.mark.skipif(not HAS_ONEDNN, reason="a processor without AVX-512")
+def test_batches_of_ever_other_sizes_ask_for_few_shapes(monkeypatch: pytest.MonkeyPatch):
+    shapes, real = set[tuple[torch.Size, torch.Size]](), products._times
+
+    def seen(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        shapes.add((left.shape, right.shape))
+        return real(left, right)
+
+    monkeypatch.setattr(products, "_times", seen)
+    weight, theirs = torch.randn(50, 4, requires_grad=True), torch.randn(50, 4)
+    for n in range(100, 257):
+        hidden = torch.randn(n, 4, requires_grad=True)
+        divergence_head(hidden, Head(weight, 50), (torch.randn(n, 4), Head(theirs, 50)), divergence=Divergence.FORWARD).loss.backward()
+    assert len(shapes) == 3 * len({rows_for(n, weight) for n in range(100, 257)}) <= 36

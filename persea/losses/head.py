@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from persea.errors import DataError
 from persea.losses.events import composed_rows, composed_terms, pieces
 from persea.losses.full import Sides, full_rows
-from persea.losses.products import add_outer, inward, outward
+from persea.losses.products import add_outer, inward, most_rows, outward, rows_for
 from persea.losses.targets import Targets, split
 from persea.losses.token import Divergence, LossOut, same_rows
 from persea.rows import RowKind
@@ -125,12 +125,20 @@ def on_gpu(logits_CV: torch.Tensor) -> bool:
 
 
 def _bounds(head: Head, hidden_ND: torch.Tensor, columns: int) -> list[int]:
-    """Where chunks of positions begin and end: even ones, of as many positions as WORKSPACE holds rows of so many columns."""
+    """Where chunks of positions begin and end: of as many positions as WORKSPACE holds rows of so many columns, the last of what is left."""
     _refuse_parts(head, hidden_ND)
-    size = 8 if hidden_ND.dtype is torch.float64 else 4
-    at_once = max(1, WORKSPACE[hidden_ND.device.type] // (size * (columns + (head.vocabulary if head.cap else 0))))
-    count = -(-len(hidden_ND) // at_once)
-    return [len(hidden_ND) * k // count for k in range(count + 1)]
+    dtype = _precision(hidden_ND)
+    size = 8 if dtype is torch.float64 else 4
+    fits = WORKSPACE[hidden_ND.device.type] // (size * (columns + (head.vocabulary if head.cap else 0)))
+    at_once = most_rows(max(1, fits), hidden_ND.new_empty(0, dtype=dtype))
+    return [*range(0, len(hidden_ND), at_once), len(hidden_ND)]
+
+
+def _precision(hidden_ND: torch.Tensor) -> torch.dtype:
+    """Half precision is multiplied as it is on a GPU, with sums in float32; on a CPU in float32, through a copy of the weight where that is
+    half."""
+    exact = hidden_ND.device.type == "cpu" or hidden_ND.dtype is torch.float32
+    return torch.float64 if hidden_ND.dtype is torch.float64 else torch.float32 if exact else hidden_ND.dtype
 
 
 def _refuse_parts(head: Head, hidden_ND: torch.Tensor) -> None:
@@ -146,29 +154,38 @@ def _refuse_parts(head: Head, hidden_ND: torch.Tensor) -> None:
 
 
 class _Run:
-    """A head run over chunks of hidden states into the same memory again and again. Half precision is multiplied as it is on a GPU,
-    with sums in float32; on a CPU in float32, through a copy of the weight where that is half."""
+    """A head run over chunks of hidden states into the same memory again and again, with as many rows of zeros more as products want."""
 
     def __init__(self, head: Head, hidden_ND: torch.Tensor, bounds: Sequence[int]) -> None:
-        exact = hidden_ND.device.type == "cpu" or hidden_ND.dtype is torch.float32
-        self.dtype = torch.float64 if hidden_ND.dtype is torch.float64 else torch.float32 if exact else hidden_ND.dtype
+        self.dtype = _precision(hidden_ND)
         self.half = self.dtype in (torch.bfloat16, torch.float16)
         self.head, self.hidden_ND = head, hidden_ND.detach()
         self.weight_VD = head.weight_VD.detach()[:head.vocabulary].to(self.dtype)
-        longest = max(end - begin for begin, end in pairwise(bounds))
-        self.room_CV = torch.empty((0 if self.half else longest, head.vocabulary), dtype=self.dtype, device=hidden_ND.device)
+        longest = rows_for(max(end - begin for begin, end in pairwise(bounds)), self.weight_VD)
+        self.room_PV = torch.empty((0 if self.half else longest, head.vocabulary), dtype=self.dtype, device=hidden_ND.device)
 
-    def hidden(self, some: slice) -> torch.Tensor:
-        return self.hidden_ND[some].to(self.dtype)
+    def hidden(self, some: slice, factor_C: torch.Tensor | None = None) -> torch.Tensor:
+        """[P, D]: each position's times its factor, then zeros."""
+        hidden_CD = self.hidden_ND[some].to(self.dtype)
+        hidden_CD = hidden_CD if factor_C is None else (hidden_CD * factor_C[:, None]).to(self.dtype)
+        return torch.nn.functional.pad(hidden_CD, (0, 0, 0, rows_for(len(hidden_CD), self.weight_VD) - len(hidden_CD)))
+
+    def wide(self, pull_CV: torch.Tensor) -> torch.Tensor:
+        """[P, vocabulary]: the gradient of the logits that stand, then zeros."""
+        if self.half:
+            return pull_CV.to(self.dtype)
+        wide_PV = self.room_PV[:rows_for(len(pull_CV), self.weight_VD)]
+        wide_PV[len(pull_CV):] = 0
+        return wide_PV
 
     def logits(self, some: slice) -> torch.Tensor:
         """[C, vocabulary], float32 or float64; stands until the next call."""
-        hidden_CD = self.hidden(some)
+        hidden_PD = self.hidden(some)
         if self.half:
-            logits_CV = torch.mm(hidden_CD, self.weight_VD.T, out_dtype=torch.float32)
+            logits_CV = torch.mm(hidden_PD, self.weight_VD.T, out_dtype=torch.float32)
         else:
-            logits_CV = self.room_CV[:len(hidden_CD)]
-            outward(hidden_CD, self.weight_VD, logits_CV)
+            outward(hidden_PD, self.weight_VD, self.room_PV[:len(hidden_PD)])
+            logits_CV = self.room_PV[:some.stop - some.start]
         if self.head.bias_V is not None:
             logits_CV += self.head.bias_V.detach()[:self.head.vocabulary]
         if self.head.scale != 1:
@@ -200,11 +217,11 @@ class _Chunked(torch.autograd.Function):
             factor_C = weight_N[some] * (head.scale / len(weight_N))
             if bias_grad_V is not None:
                 bias_grad_V[:head.vocabulary].addmv_(pull_CV.T, factor_C.to(sums))
-            pull_CV = pull_CV.to(run.dtype)
+            pull_PV = run.wide(pull_CV)
             if hidden_grad_ND is not None:
-                hidden_grad_ND[some] = inward(pull_CV, run.weight_VD) * factor_C[:, None]
+                hidden_grad_ND[some] = inward(pull_PV, run.weight_VD)[:end - begin] * factor_C[:, None]
             if weight_grad_VD is not None:
-                add_outer(weight_grad_VD[:head.vocabulary], pull_CV, (run.hidden(some) * factor_C[:, None]).to(run.dtype), first=k == 0)
+                add_outer(weight_grad_VD[:head.vocabulary], pull_PV, run.hidden(some, factor_C), first=k == 0)
         if hidden_grad_ND is not None:
             pulls.append(torch.linalg.vector_norm(hidden_grad_ND, dim=1, dtype=sums) * len(weight_N))
         ctx.gradients = [hidden_grad_ND, None if weight_grad_VD is None else weight_grad_VD.to(weight_VD.dtype), bias_grad_V]
