@@ -72,9 +72,8 @@ def texts(plan: Plan, n: int) -> Iterator[tuple[Item, Item]]:
 def astray(item: Item, rng: random.Random) -> Item | None:
     """The item with an answer that heeds the question and is wrong all the same; None where none comes to mind.
 
-    A translation into another language, plus for minus and more for less, a call of the tool that does not fit. A base that gave the answers
-    of other questions instead had learned to copy nothing from a question: after 2,400 steps the student called the right tool with another
-    question's argument (tools .74; 32 names of each sort).
+    A translation into another language, plus for minus and more for less, a call of the tool that does not fit: what a student must learn is
+    which of the things it can do is wanted. A base that answers other questions learns to copy nothing from the one it is asked.
     """
     name, what = item.prompt.id.split("/")[:2]
     if name == "languages":
