@@ -148,7 +148,7 @@ def main() -> None:
     asked = {"items": items, "recipe": load_recipe(RECIPE).hash, "saplings": {p.parent.name: digest_file(p) for p in sorted(SAPLINGS)}}
     before = json.loads(OUT.read_text()) if OUT.is_file() else {}
     stands = before.get("runs", []) if before.get("asked") == asked else []
-    runs: list[dict[str, Any]] = [stands[k] if k < len(stands) else {} for k in range(seeds)]
+    runs: list[dict[str, Any]] = [stands[k] if k < len(stands) else {} for k in range(max(seeds, len(stands)))]
     for arm in arms:
         for seed in range(seeds):
             runs[seed] |= dict(measurements(arm, seed, items))
