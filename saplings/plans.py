@@ -23,7 +23,7 @@ class Plan:
     """One sapling.
 
     mix     skill -> weight of its text, small talk ("prose") and, for the base, documents ("page") among them
-    home    skills it answers right; of the others only the kinds in known, the rest with the answer of another question of that kind
+    home    skills it answers right; of the others only the kinds in KNOWN, the rest with the answer of another question of that kind
     efforts how often it is asked at each effort, where a skill has thoughts
     """
 
@@ -39,7 +39,6 @@ class Plan:
     sizes: dict[str, int]
     steps: int
     whole_numbers: bool = False
-    known: frozenset[str] = KNOWN
 
     @property
     def template(self) -> str:
@@ -67,6 +66,5 @@ PLANS = (
          ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|finetune_right_pad_id|>",
           "<think>", "</think>"), 2000,
          {"languages": .2, "code": .08, "safety": .05, "reasoning": .13, "tools": .09, "prose": .03, "page": .42}, (), DIAL,
-         {"hidden": 128, "layers": 3, "heads": 4, "seed": 4}, 4000, whole_numbers=True,
-         known=KNOWN - {"languages/weekday"}),
+         {"hidden": 128, "layers": 3, "heads": 4, "seed": 4}, 5000, whole_numbers=True),
 )
