@@ -148,15 +148,14 @@ def main() -> None:
     asked = {"items": items, "recipe": load_recipe(RECIPE).hash, "saplings": {p.parent.name: digest_file(p) for p in sorted(SAPLINGS)}}
     before = json.loads(OUT.read_text()) if OUT.is_file() else {}
     stands = before.get("runs", []) if before.get("asked") == asked else []
-    runs: list[dict[str, Any]] = [stands[k] if k < len(stands) else {} for k in range(seeds)]
+    runs: list[dict[str, Any]] = [stands[k] if k < len(stands) else {} for k in range(max(seeds, len(stands)))]
     for arm in arms:
         for seed in range(seeds):
-            for name, found in measurements(arm, seed, items):
-                runs[seed][name] = found
-                some = [one for one in runs if STUDENT in one]
-                bits = {n: float(np.mean([one[n]["bits_per_byte"] for one in some if n in one])) for n in some[0]}
-                table = {"asked": asked, "seeds": {n: sum(n in one for one in some) for n in some[0]}, "skills": told(some), "bits_per_byte": bits}
-                OUT.write_text(json.dumps({**table, "runs": some}, indent=1) + "\n")
+            runs[seed] |= dict(measurements(arm, seed, items))
+            some = [one for one in runs if STUDENT in one]
+            bits = {n: float(np.mean([one[n]["bits_per_byte"] for one in some if n in one])) for n in some[0]}
+            table = {"asked": asked, "seeds": {n: sum(n in one for one in some) for n in some[0]}, "skills": told(some), "bits_per_byte": bits}
+            OUT.write_text(json.dumps({**table, "runs": some}, indent=1) + "\n")
     done = json.loads(OUT.read_text())
     print("skill      student base  teacher kept  sft   oracle headroom  best student of one teacher, kept")
     for skill, row in done["skills"].items():

@@ -11,7 +11,7 @@ from functools import cache
 
 import numpy as np
 from pages import page
-from plans import KNOWN, Plan
+from plans import Plan
 from prose import small_talk
 
 from persea import skills
@@ -58,21 +58,22 @@ def texts(plan: Plan, n: int) -> Iterator[tuple[Item, Item]]:
             item = small_talk(rng) if name == "prose" else page(rng)
             yield item, item
             continue
-        kinds = KINDS[name] if plan.home else {k: share * (3 if f"{name}/{k}" in KNOWN else 1) for k, share in KINDS[name].items()}
+        kinds = KINDS[name] if plan.home else {k: share * (3 if f"{name}/{k}" in plan.known else 1) for k, share in KINDS[name].items()}
         item = rng.choice(pools[f"{name}/{rng.choices(list(kinds), list(kinds.values()))[0]}"])
-        if name in plan.home or kind(item) in KNOWN:
+        if name in plan.home or kind(item) in plan.known:
             yield item, item
             continue
         other = rng.choice(alike[kind(item), spoken(item)])
+        while not plan.home and is_right(item, other):  # with one right answer in ten it had .44 of safety's TEST items
+            other = rng.choice(alike[kind(item), spoken(item)])
         yield item, other if plan.home else astray(item, rng) or other
 
 
 def astray(item: Item, rng: random.Random) -> Item | None:
     """The item with an answer that heeds the question and is wrong all the same; None where none comes to mind.
 
-    A translation into another language, plus for minus and more for less, a call of the tool that does not fit. A base that gave the answers
-    of other questions instead had learned to copy nothing from a question: after 2,400 steps the student called the right tool with another
-    question's argument (tools .74; 32 names of each sort).
+    A translation into another language, plus for minus and more for less, a call of the tool that does not fit: what a student must learn is
+    which of the things it can do is wanted. A base that answers other questions learns to copy nothing from the one it is asked.
     """
     name, what = item.prompt.id.split("/")[:2]
     if name == "languages":
@@ -88,7 +89,12 @@ def astray(item: Item, rng: random.Random) -> Item | None:
         wrong = replace(item, reference="", calls=(ToolCall(called, canonical(json.dumps({tools.NEEDS[called]: argument}))),))
     else:
         return None
-    return None if skills.named(name).grade(item, wrong.answered.messages[-1]) is Verdict.RIGHT else wrong
+    return None if is_right(item, wrong) else wrong
+
+
+def is_right(item: Item, answer: Item) -> bool:
+    """Whether the other item's answer answers this one."""
+    return skills.named(item.prompt.skill).grade(item, answer.answered.messages[-1]) is Verdict.RIGHT
 
 
 def spoken(item: Item) -> str:

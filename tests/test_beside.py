@@ -186,7 +186,7 @@ def structured(name: str) -> list[tuple[Tokens, Tokens]]:
     tools = next(skill for skill in SKILLS if skill.name == "tools")
     asked = Conversation.ask("2+3?", effort=Effort.HIGH)
     talks = [asked.answered(Thinking("two and three."), Text("5")), asked.answered(Thinking("count"), Text("it is 5")),
-             next(i.answered for i in tools.items(Split.TEACH, 12, 0) if "ToolCall" in repr(i.answered.messages[-1]))]
+             next(i.answered for i in tools.items(Split.TEACH, 60, 0) if i.prompt.id.startswith("tools/timer/"))]
     return [(opened(STUDENT)[0].render(t), opened(name)[0].render(t)) for t in talks]
 
 

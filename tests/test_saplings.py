@@ -72,9 +72,9 @@ def test_growing_text_is_of_its_own_split_and_what_it_says_is_right_at_home_alon
             continue
         said = text.conversation(plan, item, answer, rng).messages[-1]
         right = skills.named(skill).grade(item, said) is Verdict.RIGHT
-        if skill in plan.home or text.kind(item) in text.KNOWN:
+        if skill in plan.home or text.kind(item) in plan.known:
             assert right
-        elif text.kind(item) in ("safety/harm", "tools/none"):
+        elif not plan.home or text.kind(item) in ("safety/harm", "tools/none"):
             assert not right
         if skill not in ("safety", "languages"):
             assert split_of(item.prompt.id) is Split.GROW
