@@ -8,6 +8,7 @@
 # make bench-rollouts   how quickly a student answers many prompts at once (about a minute)
 # make bench        what alignment, bridges and the objective cost, beside TRL, and persea --help (about 9 minutes; installs TRL)
 # make bench-train  what a training step costs beside cross-entropy and TRL's DistillationTrainer (about 15 minutes; installs TRL)
+# make bench-onpolicy   the student's own answers or its teachers', equal steps, three seeds (about 15 minutes a seed; goes on where it was)
 # make bench-bias   what each method pushes a perfect student away by (10 to 20 minutes; installs TRL for its GOLD)
 # make bench-objectives   every method with trained models on real text, size xs (hours; goes on where it was; installs TRL)
 # make soak         a bad minute for `persea serve` (about 2 minutes)
@@ -22,7 +23,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test lint chaos results bench bench-bias bench-cache bench-rollouts bench-train bench-objectives soak saplings clean
+.PHONY: quickstart test lint chaos results bench bench-bias bench-cache bench-rollouts bench-train bench-onpolicy bench-objectives soak saplings clean
 .DELETE_ON_ERROR:
 
 .venv/persea: pyproject.toml
@@ -74,6 +75,9 @@ bench-rollouts: .venv/persea
 bench-train: .venv/persea
 	$(BIN)/pip install -q -e '.[bench]'
 	$(BIN)/python bench/train.py
+
+bench-onpolicy: .venv/persea
+	$(BIN)/python bench/onpolicy.py
 
 bench-bias: .venv/persea
 	$(BIN)/pip install -q -e '.[bench]'

@@ -1,15 +1,17 @@
 """The quickstart with several seeds, and what it must be compared with: does the table stand, and is one student of three teachers worth it?
 
-    python bench/results.py [seeds] [items]     (make results: 3 seeds, 400 items a skill)
+    python bench/results.py [seeds] [items] [arm ...]     (make results: 3 seeds, 400 items a skill, every arm)
 
-For each seed (prompts, order and sampling of rows change; saplings stay), beside the quickstart's own student:
+For each seed (prompts, order and sampling of rows change; saplings stay), arm by arm:
 
-    only NAME    a student of that teacher alone, asked every prompt of the recipe
-    oracle NAME  a student of that teacher's own skills alone, as many steps; the routed oracle takes the best of these, skill by skill
+    student      the quickstart's own; with it base and teachers are measured
     sft          a student of the same answers, by cross-entropy alone (training.event_share = 0)
+    balance      a student of the same answers, its groups balanced as the recipe's student is not (training.balance)
+    oracle       a student of each teacher's own skills alone, as many steps; the routed oracle takes the best of these, skill by skill
+    only         a student of each teacher alone, asked every prompt of the recipe
 
-Goes on where it was: every student stands in runs/results/SEED/, measured.json beside it. Writes bench/results/quickstart.json and prints
-the table. Headroom reached = (student - base) / (oracle - base).
+Goes on where it was: every student stands in runs/results/SEED/, what was measured beside it. Writes bench/results/quickstart.json and
+prints the table. Headroom reached = (student - base) / (oracle - base), over the seeds that have both.
 """
 
 from __future__ import annotations
@@ -19,20 +21,24 @@ import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from persea.balance import Balance
 from persea.measure import Split, grade, score
 from persea.recipe import load_recipe
 from persea.river import BASE, STUDENT, River, set_threads
+from persea.store import digest_file
 from persea.teacher import Teacher
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
 RUNS = ROOT / "runs" / "results"
 OUT = ROOT / "bench" / "results" / "quickstart.json"
+SAPLINGS = (ROOT / "saplings").glob("*/model.safetensors")
 
 
 def made(out: Path, sets: list[str], *verbs: str, reuse: Path | None = None) -> River:
@@ -48,9 +54,9 @@ def made(out: Path, sets: list[str], *verbs: str, reuse: Path | None = None) -> 
 
 def measured(river: River, name: str, items: int) -> dict[str, Any]:
     """Scores with intervals, and bits per byte of the held-out reference answers, of one speaker of a run; kept beside its weights."""
-    path = river.folder / f"measured-{name}-{items}.json"
-    if path.is_file():
-        return dict(json.loads(path.read_text()))
+    path, weights = river.folder / f"measured-{name}-{items}.json", digest_file(_weights(river, name))
+    if path.is_file() and (stands := dict(json.loads(path.read_text()))).pop("weights") == weights:
+        return stands
     set_threads(river.recipe.threads)
     speaker, settings = river.speaker(name, 200), river.recipe.evaluation
     scores, bits, size = {}, 0.0, 0
@@ -62,8 +68,14 @@ def measured(river: River, name: str, items: int) -> dict[str, Any]:
         bits += surprise(speaker, said)
         size += sum(len(p.text.encode()) for c in said for p in c.messages[-1].parts)
     found = {"scores": scores, "bits_per_byte": bits / size}
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    path.write_text(json.dumps(found | {"weights": weights}, indent=1) + "\n")
     return found
+
+
+def _weights(river: River, name: str) -> Path:
+    r = river.recipe
+    model = {STUDENT: str(river.folder / "train" / "student"), BASE: r.student.model}.get(name) or next(t.model for t in r.teachers if t.name == name)
+    return Path(model) / "model.safetensors"
 
 
 def surprise(speaker: Teacher, said: list[Any]) -> float:
@@ -77,62 +89,83 @@ def surprise(speaker: Teacher, said: list[Any]) -> float:
 
 
 ALL = River(load_recipe(RECIPE), RUNS).skills
+ARMS = ("student", "sft", "balance", "oracle", "only")
 
 
-def one_seed(seed: int, items: int, so_far: list[dict[str, Any]]) -> dict[str, Any]:
-    """Every student of a seed, measured; what is measured so far is written down beside the seeds before."""
+def measurements(arm: str, seed: int, items: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every speaker of an arm, and what was measured of it."""
     folder, sets = RUNS / str(seed), [f"seed={seed}"]
     main = made(folder / "student", sets, "audition", "capture", "train")
-    teachers, corpus = list(main.voices), main.recipe.corpus
     cast = {skill: parts[0][0] for skill, parts in main.cast.parts.items()}
-    found = {name: measured(main, name, items) for name in (STUDENT, BASE, *teachers)}
-    found["sft"] = measured(made(folder / "sft", [*sets, "training.event_share=0"], "train", reuse=main.folder), STUDENT, items)
-    write(items, {"runs": [*so_far, found]})
-    for name in teachers:
-        pinned = json.dumps(dict.fromkeys(cast, name))
-        only = made(folder / f"only-{name}", [*sets, f"audition.pinned={pinned}"], "audition", "capture", "train")
-        found[f"only {name}"] = measured(only, STUDENT, items)
-        mine = [p.model_dump(exclude_defaults=True, mode="json") for p in corpus if cast[p.skill] == name]
-        if mine:
+    if arm == "student":
+        for name in (STUDENT, BASE, *main.voices):
+            yield name, measured(main, name, items)
+    elif arm == "sft":
+        yield arm, measured(made(folder / "sft", [*sets, "training.event_share=0"], "train", reuse=main.folder), STUDENT, items)
+    elif arm == "balance":
+        for how in (b for b in Balance if b is not main.recipe.training.balance):
+            other = made(folder / f"balance-{how}", [*sets, f"training.balance={how}"], "train", reuse=main.folder)
+            yield f"balance {how}", measured(other, STUDENT, items)
+    for name in main.voices if arm in ("oracle", "only") else ():
+        if arm == "only":
+            pinned = f"audition.pinned={json.dumps(dict.fromkeys(cast, name))}"
+            alone = made(folder / f"only-{name}", [*sets, pinned], "audition", "capture", "train")
+            yield f"only {name}", measured(alone, STUDENT, items)
+        elif mine := [p.model_dump(exclude_defaults=True, mode="json") for p in main.recipe.corpus if cast[p.skill] == name]:
             routed = made(folder / f"oracle-{name}", [*sets, f"corpus={json.dumps(mine)}"], "capture", "train", reuse=main.folder)
-            found[f"oracle {name}"] = measured(routed, STUDENT, items)
-        write(items, {"runs": [*so_far, found]})
-    return found
+            yield f"oracle {name}", measured(routed, STUDENT, items)
 
 
-def write(items: int, found: dict[str, Any]) -> None:
-    OUT.write_text(json.dumps({"seeds": len(found["runs"]), "items": items, **found}, indent=1) + "\n")
-
-
-def told(seeds: list[dict[str, Any]]) -> dict[str, Any]:
-    """skill -> means over seeds: student, base, best teacher, oracle, SFT, share kept, headroom reached."""
+def told(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """skill -> means over the seeds that have what is compared: student, base, best teacher, oracle, SFT, share kept, headroom reached."""
     table = {}
     for skill in (s.name for s in ALL):
-        def mean(name: str, skill: str = skill) -> float:
-            return sum(one[name]["scores"][skill]["value"] for one in seeds) / len(seeds)
+        def mean(name: str, having: str = STUDENT, skill: str = skill) -> float:
+            return float(np.mean([one[name]["scores"][skill]["value"] for one in runs if name in one and any(n.startswith(having) for n in one)]))
 
-        teachers = [n for n in seeds[0] if f"only {n}" in seeds[0]]
-        best, oracle = max(map(mean, teachers)), max(mean(n) for n in seeds[0] if n.startswith("oracle "))
-        table[skill] = {"student": mean(STUDENT), "base": mean(BASE), "best_teacher": best, "oracle": oracle, "sft": mean("sft"),
-                        "kept": mean(STUDENT) / best, "headroom": (mean(STUDENT) - mean(BASE)) / (oracle - mean(BASE)),
-                        "only": {n: mean(f"only {n}") / best for n in teachers},
-                        "seeds": [one[STUDENT]["scores"][skill]["value"] for one in seeds]}
+        names = [n for n in runs[0] if " " not in n and n not in (STUDENT, BASE, "sft")]
+        best = max(map(mean, names))
+        row = {"student": mean(STUDENT), "base": mean(BASE), "best_teacher": best, "kept": mean(STUDENT) / best,
+               "seeds": [one[STUDENT]["scores"][skill]["value"] for one in runs]}
+        if any("sft" in one for one in runs):
+            row["sft"] = mean("sft")
+        if oracles := [n for n in runs[0] if n.startswith("oracle ")]:
+            row["oracle"] = max(map(mean, oracles))
+            row["headroom"] = (mean(STUDENT, "oracle ") - mean(BASE, "oracle ")) / (row["oracle"] - mean(BASE, "oracle "))
+        row |= {n: mean(n) for n in runs[0] if n.startswith("balance ")}
+        if only := [n for n in runs[0] if n.startswith("only ")]:
+            row["only"] = {n.removeprefix("only "): mean(n) / best for n in only}
+        table[skill] = row
     return table
 
 
 def main() -> None:
-    seeds, items = (int(a) for a in (*sys.argv[1:], *("3", "400")[len(sys.argv) - 1:]))
-    found = []
-    for seed in range(seeds):
-        found.append(one_seed(seed, items, found))
-        table = told(found)
-        bits = {name: sum(one[name]["bits_per_byte"] for one in found) / len(found) for name in found[0]}
-        write(items, {"skills": table, "bits_per_byte": bits, "runs": found})
-    print("skill      student base  teacher oracle sft   kept headroom  best student of one teacher, kept")
-    for skill, row in table.items():
-        print(f"{skill:10} {row['student']:.3f}   {row['base']:.3f} {row['best_teacher']:.3f}   {row['oracle']:.3f}  {row['sft']:.3f}"
-              f" {row['kept']:4.0%} {row['headroom']:7.0%}    {'  '.join(f'{n} {share:.0%}' for n, share in row['only'].items())}")
-    print("bits/byte  " + "  ".join(f"{name} {value:.3f}" for name, value in bits.items()))
+    given = sys.argv[1:]
+    seeds, items = (int(a) for a in (*given[:2], *("3", "400")[len(given[:2]):]))
+    arms = given[2:] or ARMS
+    if unknown := set(arms) - set(ARMS):
+        raise SystemExit(f"no arm {sorted(unknown)}; there are {', '.join(ARMS)}")
+    asked = {"items": items, "recipe": load_recipe(RECIPE).hash, "saplings": {p.parent.name: digest_file(p) for p in sorted(SAPLINGS)}}
+    before = json.loads(OUT.read_text()) if OUT.is_file() else {}
+    stands = before.get("runs", []) if before.get("asked") == asked else []
+    runs: list[dict[str, Any]] = [stands[k] if k < len(stands) else {} for k in range(max(seeds, len(stands)))]
+    for arm in arms:
+        for seed in range(seeds):
+            runs[seed] |= dict(measurements(arm, seed, items))
+            some = [one for one in runs if STUDENT in one]
+            bits = {n: float(np.mean([one[n]["bits_per_byte"] for one in some if n in one])) for n in some[0]}
+            table = {"asked": asked, "seeds": {n: sum(n in one for one in some) for n in some[0]}, "skills": told(some), "bits_per_byte": bits}
+            OUT.write_text(json.dumps({**table, "runs": some}, indent=1) + "\n")
+    done = json.loads(OUT.read_text())
+    print("skill      student base  teacher kept  sft   oracle headroom  best student of one teacher, kept")
+    for skill, row in done["skills"].items():
+        forms = {"sft": ".3f", "oracle": ".3f", "headroom": ".0%"}
+        sft, oracle, headroom = (f"{row[key]:{form}}" if key in row else "-" for key, form in forms.items())
+        alone = "  ".join(f"{n} {share:.0%}" for n, share in row.get("only", {}).items())
+        alone += "".join(f"  {key} {value:.3f}" for key, value in row.items() if key.startswith("balance "))
+        print(f"{skill:10} {row['student']:.3f}   {row['base']:.3f} {row['best_teacher']:.3f}   {row['kept']:4.0%}  {sft:5} {oracle:6} {headroom:8}"
+              f"  {alone}")
+    print("bits/byte  " + "  ".join(f"{name} {value:.3f}" for name, value in done["bits_per_byte"].items()))
 
 
 if __name__ == "__main__":

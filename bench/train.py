@@ -1,16 +1,19 @@
 """What a training step costs beside plain cross-entropy, and beside TRL 1.16's DistillationTrainer. CPU seconds, one thread.
 
     pip install -e '.[bench]'                   (TRL; without it its columns are left out)
-    PERSEA_DATA=/folder python bench/train.py   (make bench-train does both; quickstart, workspace_mib, heads: these parts alone)
+    PERSEA_DATA=/folder python bench/train.py   (make bench-train does both; quickstart, workspace_mib, heads, compile: these parts alone)
 
 Heads: forward and backward from hidden states through a head of Llama 3's 128,256 tokens (width 512, 256 positions, float32), so that
 matrix products weigh little and all that a loss does beside them weighs much. The measure is cross-entropy from whole logits. Cached
 targets have 1 to 29 entries a row, as a capture's: of the student's own vocabulary, and of Qwen 3's over events with a real bridge. The
 teacher in the loop has the same vocabulary and width; TRL gets the same. Ratios come from interleaved pairs: the median and its 96 %
-interval. Workspace: most bytes of tensors at once beside the gradients, counted operation by operation (bench/memory.py).
+interval. Beside cross-entropy through the same head the products count alone: four for three. "mkl" leaves oneDNN out (losses/products.py).
+Workspace: most bytes of tensors at once beside the gradients, counted operation by operation (bench/memory.py).
 
 Step: the quickstart's own models and batch size, whole training steps from cached rows (collating the batch, forward, loss, backward,
-clipping, AdamW) beside cross-entropy on batches that need no collating; texts packed and padded; two ways to attend. Writes bench/results/train.json.
+clipping, AdamW) beside cross-entropy on batches that need no collating; groups weighed and told; texts packed and padded; two ways to attend.
+Compile: torch.compile of cross-entropy from whole logits, of a step's forward and backward (it needs a C++ compiler). Writes
+bench/results/train.json.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
+os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1",
+               "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 import numpy as np
 import torch
@@ -31,17 +35,19 @@ from bridge import DATA, Work, compare, rounded, spread
 from memory import Peak
 from peer import TRL, has_trl
 
-from persea import skills
+from persea import balance, skills
 from persea.bridge import Bridge, open_bridge
 from persea.cache import Capture
 from persea.chat import Finish
 from persea.engines.local import LocalEngine
 from persea.feed import Feed, offline
 from persea.losses import Divergence, Head, Targets, composed_head, divergence_head, standing, targets
+from persea.losses.products import add_outer, inward, outward
 from persea.measure import Split
 from persea.models import Source, open_model, open_voice
 from persea.rows import sample_rows
 from persea.student import Student, Ways, open_student
+from persea.teach import by_group
 from persea.teacher import Answer, Teacher
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,6 +111,9 @@ def heads(events: Bridge | None, peer: Any) -> dict[str, Any]:
         pair = compare(plain, work)
         found[name] = {"cross_entropy": rounded(pair["ours"]), "seconds": rounded(pair["theirs"]), "times_cross_entropy": spread(pair)}
         print(name, found[name], flush=True)
+    found["online_forward"]["times_head"] = spread(compare(works["cross_entropy_head"], works["online_forward"]))
+    found["mkl"] = {name: spread(compare(plain, without_onednn(works[name]), pairs=5)) for name in ("cross_entropy_head", "online_forward")}
+    print("online beside the head", found["online_forward"]["times_head"], "without oneDNN", found["mkl"], flush=True)
     if peer is not None:
         mask = torch.ones(1, N)
         for d, beta in BETAS.items():
@@ -117,6 +126,15 @@ def heads(events: Bridge | None, peer: Any) -> dict[str, Any]:
             found[f"trl_{d.value}"] = {"persea": rounded(pair["ours"]), "trl": rounded(pair["theirs"]), "times_persea": spread(pair)}
             print(f"trl_{d.value}", found[f"trl_{d.value}"], flush=True)
     return found
+
+
+def without_onednn(work: Work) -> Work:
+    def some() -> None:
+        torch.backends.mkldnn.enabled = False
+        work()
+        torch.backends.mkldnn.enabled = True
+
+    return some
 
 
 def workspace() -> dict[str, Any]:
@@ -204,6 +222,18 @@ def quickstart(steps: int = 6) -> dict[str, Any]:
         pair = compare(work(other), work(events, feed.batch))
         found[f"cross_entropy_{name}"] = {"cross_entropy": rounded(pair["ours"] / steps), "events": rounded(pair["theirs"] / steps),
                                           "times_cross_entropy": spread(pair)}
+    scales: dict[balance.Group, balance.Scale] = {}
+
+    def balanced(batch: Any) -> torch.Tensor:
+        told = balance.weights(scales)
+        states = student.hidden(batch.ids_BS, batch.mask_BS, batch.row_N, batch.at_N)
+        weight_N = torch.tensor([told.get(group, 1.0) for group in batch.by_B])[batch.row_N]
+        out = composed_head(*states, batch.targets_N, batch.teachers, 0.7, weight_N)
+        scales.update(balance.heard(scales, by_group(batch, out)))
+        return out.loss
+
+    pair = compare(work(events), work(balanced))
+    found["balance"] = {"plain": rounded(pair["ours"] / steps), "balanced": rounded(pair["theirs"] / steps), "times_plain": spread(pair)}
     packing = replace(student, ways=Ways(packing=True))
     pair = compare(work(events), work(lambda batch: events(batch, packing)))
     found["packing"] = {"padded": rounded(pair["ours"] / steps), "packed": rounded(pair["theirs"] / steps), "times_padded": spread(pair)}
@@ -221,6 +251,65 @@ def quickstart(steps: int = 6) -> dict[str, Any]:
     return found
 
 
+class ByOneDNN(torch.autograd.Function):
+    """A linear layer whose three products are those of the head (losses/products.py)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        out = x.new_empty(x.shape[:-1].numel(), len(weight))
+        outward(x.flatten(0, -2), weight, out)
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, pull: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, weight = ctx.saved_tensors
+        flat, gradient = pull.flatten(0, -2).contiguous(), torch.empty_like(weight)
+        add_outer(gradient, flat, x.flatten(0, -2), first=True)
+        return inward(flat, weight).view_as(x), gradient
+
+
+def compiled() -> dict[str, Any]:
+    """torch.compile against none: seconds to compile, and times what is not compiled; steps of one shape, which flatters it. And the student's own
+    layers by oneDNN, which the library does not do."""
+    hidden, weight = parts()
+    tokens = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(1))
+
+    def naive(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(hidden @ weight.T, tokens)
+
+    source = Source(str(ROOT / "saplings" / "llama-sapling"))
+    student = open_student(source, open_voice(source, "student"), None)
+    ids = torch.randint(0, len(student.voice.vocabulary), (16, 96), generator=torch.Generator().manual_seed(2))
+    student.model.train()
+
+    def step(model: Any) -> torch.Tensor:
+        return F.cross_entropy(model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+    found: dict[str, Any] = {}
+    quick_loss, quick_model = torch.compile(naive), torch.compile(student.model)
+    for name, eager, quick in (("cross_entropy", lambda: naive(hidden, weight), lambda: quick_loss(hidden, weight)),
+                               ("student", lambda: step(student.model), lambda: step(quick_model))):
+        work = backward(hidden, weight, quick)
+        before = os.times()[:4]
+        work()
+        first = sum(os.times()[:4]) - sum(before)  # the compiler's own too, which is another process
+        pair = compare(backward(hidden, weight, eager), work, pairs=5)
+        found[name] = {"compiling": rounded(first), "plain": rounded(pair["ours"]), "compiled": rounded(pair["theirs"]), "times_plain": spread(pair)}
+        print("compile", name, found[name], flush=True)
+    linear = torch.nn.Linear.forward
+
+    def by_onednn() -> None:
+        torch.nn.Linear.forward = lambda layer, x: ByOneDNN.apply(x, layer.weight) if layer.bias is None else linear(layer, x)  # type: ignore
+        step(student.model).backward()
+        torch.nn.Linear.forward = linear  # type: ignore[method-assign]
+
+    pair = compare(lambda: step(student.model).backward(), by_onednn, pairs=5)
+    found["student_by_onednn"] = {"plain": rounded(pair["ours"]), "onednn": rounded(pair["theirs"]), "times_plain": spread(pair)}
+    print("compile", "student_by_onednn", found["student_by_onednn"], flush=True)
+    return found
+
+
 def main() -> None:
     torch.set_num_threads(1)
     peer, events = trl(), None
@@ -230,9 +319,9 @@ def main() -> None:
     else:
         print("real data not found: the column of events over real vocabularies is left out; set PERSEA_DATA", file=sys.stderr)
     path = Path(__file__).parent / "results" / "train.json"
-    out: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    out |= {"torch": torch.__version__, "trl": TRL if peer else out.get("trl")}
-    for name, part in {"quickstart": quickstart, "workspace_mib": workspace, "heads": lambda: heads(events, peer)}.items():
+    out: dict[str, Any] = json.loads(path.read_text()) if sys.argv[1:] and path.is_file() else {}  # a whole run keeps nothing of another
+    out |= {"torch": torch.__version__, "trl": TRL if peer else out.get("trl"), "processor": torch.backends.cpu.get_cpu_capability()}
+    for name, part in {"quickstart": quickstart, "workspace_mib": workspace, "heads": lambda: heads(events, peer), "compile": compiled}.items():
         if not sys.argv[1:] or name in sys.argv[1:]:
             out[name] = part()
             path.write_text(json.dumps(out, indent=1) + "\n")

@@ -15,6 +15,7 @@ from everywhere); tests/test_map.py holds this map true.
     models        where weights come from: folder, hub, or a random sprout of a family's architecture
     # what a person asks for
     schedule      how the learning rate goes, step by step
+    balance       what a position counts for, so that no teacher and no skill drowns the others
     places        a page of YAML as plain data, and where each key of it stands
     sections      the sections of a recipe: keys, bounds, meanings, contradictions
     recipe        Recipe: the one YAML file a person writes -> frozen sections, checked, hashed
@@ -54,7 +55,8 @@ from everywhere); tests/test_map.py holds this map true.
     completion    what a row says in the middle of a teacher token
     check         is this pairing sound? refuses below a floor
     questions     what a recipe asks with: skills by generators or published sets, prompts, reference answers
-    losses        targets events token full chunk: pure functions (logits, targets) -> LossOut; head: the same from hidden states; fused: on a GPU
+    losses        targets events token full chunk: pure functions (logits, targets) -> LossOut; head: the same from hidden states, over products:
+                  by the quicker of two libraries; fused: on a GPU
     hidden        what a causal model gives to its head, and makes of the head's output
     ranks         World: the processes that train together; how they were launched, or that it is refused
     watch         one process among others: joined, watched, ended together; who is gone is named

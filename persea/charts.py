@@ -31,7 +31,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Column:
-    """One stretch of training: the share of positions of each teacher, in 0..1; together at most 1."""
+    """One stretch of training: the share of each teacher, in 0..1; together at most 1."""
 
     first: int
     last: int
@@ -214,7 +214,7 @@ def curve(ident: str, title: str, points_: Sequence[tuple[int, float]]) -> str:
 
 
 def stacked(ident: str, title: str, columns: Sequence[Column], speakers: Sequence[tuple[str, str]]) -> str:
-    """Stacked bars over training: whose rows the positions were learned from. `speakers` = (name, mark), bottom first."""
+    """Stacked bars over training: each teacher's share of what the title says. `speakers` = (name, mark), bottom first."""
     left, right, top, bottom = 46, WIDTH - 10, 10, 170
     tall, pitch = bottom - top, (right - left) / len(columns)
     body = [_level(f"{t}{NBSP}%", bottom - tall * t / 100, left, right) for t in (0, 50, 100)]
@@ -228,7 +228,7 @@ def stacked(ident: str, title: str, columns: Sequence[Column], speakers: Sequenc
     body += _steps(columns[0].first, columns[-1].last, left, right, bottom)
     ends = [f"{name} {percent(a)} at first, {percent(b)} at last"
             for (name, _), a, b in zip(speakers, columns[0].shares, columns[-1].shares, strict=True)]
-    return _svg(ident, title, f"Share of positions: {'; '.join(ends)}.", bottom + 24, body)
+    return _svg(ident, title, f"{title.capitalize()}: {'; '.join(ends)}.", bottom + 24, body)
 
 
 def thin(values: Sequence[tuple[int, float]], most: int = POINTS) -> tuple[list[tuple[int, float]], int]:
@@ -239,7 +239,7 @@ def thin(values: Sequence[tuple[int, float]], most: int = POINTS) -> tuple[list[
 
 
 def bins(steps: Sequence[tuple[int, Mapping[str, float]]], names: Sequence[str], most: int = 20) -> tuple[Column, ...]:
-    """Shares of positions per teacher in at most `most` equal stretches of training: the mean over each stretch's logged steps."""
+    """Shares per teacher in at most `most` equal stretches of training: the mean over each stretch's logged steps."""
     each = ceil(len(steps) / most)
     runs = [steps[k:k + each] for k in range(0, len(steps), each)]
     return tuple(

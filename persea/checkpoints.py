@@ -11,7 +11,7 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from persea import store
+from persea.balance import Group, Scale
 from persea.errors import DataError, Refused
 from persea.ranks import World
 
@@ -35,6 +36,7 @@ class State:
     seconds    spent so far
     skipped    steps that were not applied: what was not finite there
     log        lines of metrics.jsonl
+    scales     how large the losses of each group have been
     """
 
     step: int = 0
@@ -42,6 +44,7 @@ class State:
     seconds: float = 0.0
     skipped: tuple[Mapping[str, Any], ...] = ()
     log: tuple[Mapping[str, Any], ...] = ()
+    scales: Mapping[Group, Scale] = field(default_factory=dict)
 
 
 # --- chance ---
@@ -138,7 +141,8 @@ def save(folder: Path, inputs: Mapping[str, Any], state: State, parameters: Sequ
         digesting: Any = _Digesting(file)
         try:
             torch.save({"parameters": tensors, "optimizer": moments, "step": state.step, "positions": state.positions, "seconds": state.seconds,
-                        "skipped": list(state.skipped), "chance": [c for c, _ in everybodys], "carried": [c for _, c in everybodys]}, digesting)
+                        "skipped": list(state.skipped), "scales": [(tuple(group), astuple(scale)) for group, scale in state.scales.items()],
+                        "chance": [c for c, _ in everybodys], "carried": [c for _, c in everybodys]}, digesting)
         except RuntimeError as error:
             raise digesting.error or error from error
     metrics = "".join(json.dumps(line, allow_nan=False) + "\n" for line in state.log).encode()
@@ -261,5 +265,6 @@ def load(path: Path, inputs: Mapping[str, Any], parameters: Sequence[torch.nn.Pa
         if world.rank < len(state["chance"]):
             restore_chance(state["chance"][world.rank])
     log = tuple(json.loads(line) for line in metrics.splitlines())
-    done = State(int(state["step"]), int(state["positions"]), float(state["seconds"]), tuple(state["skipped"]), log)
+    done = State(int(state["step"]), int(state["positions"]), float(state["seconds"]), tuple(state["skipped"]), log,
+                 {Group(*group): Scale(*scale) for group, scale in state["scales"]})
     return done, tuple(c.numpy().tobytes() for c in state["carried"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from persea.align import Taught, align
+from persea.balance import Group
 from persea.bridge import Bridge
 from persea.cache import Capture
 from persea.chat import Effort, Tokens
@@ -51,8 +52,8 @@ class Batch:
     row_N, at_N      where the learned token's distribution is: conversation, and the position BEFORE the token
     targets_N        the learned tokens
     teachers         what each teacher says of the N positions
-    share            teacher -> learned positions of its answers
-    by_B             the teacher of each conversation
+    share            learned positions of each group: a teacher's answers of a skill
+    by_B             the group of each conversation
     """
 
     ids_BS: torch.Tensor
@@ -61,8 +62,8 @@ class Batch:
     at_N: torch.Tensor
     targets_N: torch.Tensor
     teachers: tuple[Targets, ...]
-    share: Mapping[str, int]
-    by_B: tuple[str, ...]
+    share: Mapping[Group, int]
+    by_B: tuple[Group, ...]
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,10 @@ class Feed:
             sides.append(replace(self, mixture=Mixture(readers, shares if chosen_L is not held_L else tuple(map(len, readers)), mixture.seed),
                                  _recent=OrderedDict(), _weight=[0]))
         return sides[0], sides[1]
+
+    def prompts(self) -> Iterator[str]:
+        """Which prompts its lessons answer, by id."""
+        return (reader[k].answer.prompt_id for reader in self.mixture.readers for k in range(len(reader)))
 
     def lesson(self, number: int) -> Lesson:
         """The lesson of a draw."""
@@ -268,7 +273,8 @@ def collate(lessons: Sequence[Lesson], bridges: Mapping[str, Bridge]) -> Batch:
     width = max(len(one.tokens) for one in lessons)
     ids = torch.zeros((len(lessons), width), dtype=torch.int64)
     mask = torch.zeros_like(ids)
-    rows, ats, share = [], [], Counter[str]()
+    by_B = tuple(Group(one.teacher, one.skill) for one in lessons)
+    rows, ats, share = [], [], Counter[Group]()
     said: dict[str, list[tuple[Entries, int]]] = {}
     n = 0
     for b, one in enumerate(lessons):
@@ -277,9 +283,9 @@ def collate(lessons: Sequence[Lesson], bridges: Mapping[str, Bridge]) -> Batch:
         learned = np.flatnonzero(one.tokens.learn_T)
         rows.append(np.full(len(learned), b))
         ats.append(learned - 1)
-        share[one.teacher] += len(learned)
+        share[by_B[b]] += len(learned)
         said.setdefault(one.teacher, []).append((one.said, n))
         n += len(learned)
     row_N, at_N = torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(ats))
     teachers = tuple(targets(bridges[name], together(*zip(*parts, strict=True)), n) for name, parts in said.items())
-    return Batch(ids, mask, row_N, at_N, ids[row_N, at_N + 1], teachers, dict(share), tuple(one.teacher for one in lessons))
+    return Batch(ids, mask, row_N, at_N, ids[row_N, at_N + 1], teachers, dict(share), by_B)

@@ -19,6 +19,7 @@ from persea.errors import DataError
 from persea.measure import Paired, Score, Verdict
 
 PAIR = ["teacher", "skill", "conversations", "boundary", "one_to_one", "cross_entropy_only"]
+PARTS = ("positions", "loss", "gradient")  # what a teacher's skill has shares of
 STAGES = ("check", "audition", "capture", "train", "evaluate")
 Share: TypeAlias = Annotated[float, Field(ge=0, le=1 + 1e-9)]
 Shape = TypeVar("Shape")
@@ -105,11 +106,27 @@ class Captured:
 
 
 @dataclass(frozen=True)
+class Part:
+    """What one teacher's skill was of a step: shares of positions, loss and gradient, and what one of its positions counted for."""
+
+    positions: Share
+    weight: Annotated[float, Field(ge=0)]
+    loss: Share | None = None
+    gradient: Share | None = None
+
+
+@dataclass(frozen=True)
 class Logged:
     step: int
     loss: float
     terms: dict[str, float]
     share: dict[str, Share]
+    groups: dict[str, dict[str, Part]] = field(default_factory=dict)
+
+    def shares(self, kind: str) -> dict[str, float]:
+        """teacher -> its share of a kind; empty where the step does not tell it."""
+        found = {t: [getattr(part, kind) for part in parts.values()] for t, parts in self.groups.items()}
+        return {t: sum(told) for t, told in found.items()} if all(None not in told for told in found.values()) else {}
 
 
 @dataclass(frozen=True)
@@ -214,8 +231,9 @@ def _contradictions(files: Files) -> Iterator[tuple[str, str]]:
     if files.logged is not None and not files.logged:
         yield "train/metrics.jsonl", "no step is logged"
     for line in files.logged or ():
-        if sum(line.share.values()) > 1 + 1e-6:
-            yield "train/metrics.jsonl", f"the shares of positions of step {line.step} are more than one together"
+        for kind, shares in (("positions", line.share), *((kind, line.shares(kind)) for kind in PARTS)):
+            if sum(shares.values()) > 1 + 1e-6:
+                yield "train/metrics.jsonl", f"the shares of {kind} of step {line.step} are more than one together"
     if files.pairs is not None and not files.pairs:
         yield "check/check.json", "no pair was checked"
     for pair in files.pairs or ():
@@ -223,7 +241,7 @@ def _contradictions(files: Files) -> Iterator[tuple[str, str]]:
             yield "check/check.json", f"{pair.get('teacher')} on {pair.get('skill')}: needs {', '.join(PAIR[3:])}, shares from 0 to 1"
     named = {"audition/cast.json": {t for part in files.cast.parts.values() for t, _ in part} if files.cast else set(),
              "capture/summary.json": set(files.captured.teachers) if files.captured else set(),
-             "train/metrics.jsonl": {t for line in files.logged or () for t in line.share}}
+             "train/metrics.jsonl": {t for line in files.logged or () for t in (*line.share, *line.groups)}}
     for name, teachers in named.items():
         if teachers - known:
             yield name, f"{', '.join(sorted(teachers - known))} teaches, and was not evaluated"

@@ -19,7 +19,7 @@ from persea import charts, hybrid_page, store
 from persea.audition import COLUMNS, table
 from persea.chat import Effort
 from persea.contest import Ended
-from persea.findings import PAIR, Evaluated, Files, Row, by_effort, by_language, read, rows, stands
+from persea.findings import PAIR, PARTS, Evaluated, Files, Logged, Row, by_effort, by_language, read, rows, stands
 from persea.lm_eval import Standard, read_standard
 from persea.measure import Paired, Score
 from persea.sentences import findings, headline
@@ -99,20 +99,47 @@ def maps(e: Evaluated, found: Sequence[Row]) -> tuple[Markup, Markup, dict[str, 
     return Markup(whole), Markup(way), {skill: Markup(svg) for skill, svg in spoken.items()}
 
 
-def curves(files: Files) -> tuple[list[tuple[str, Markup]], dict[str, float]]:
-    """A curve a loss term, the whole loss, whose positions were learned: title and inline SVG; and each teacher's mean share."""
-    e = files.evaluated
-    lines = sorted({line.step: line for line in files.logged or ()}.values(), key=lambda line: line.step)  # a redone step counts once
+def once(files: Files) -> list[Logged]:
+    """Logged steps in order; a redone one counts once."""
+    return sorted({line.step: line for line in files.logged or ()}.values(), key=lambda line: line.step)
+
+
+def curves(files: Files) -> tuple[list[tuple[str, Markup]], dict[str, dict[str, float]]]:
+    """A curve a loss term, the whole loss, whose positions, loss and gradient it was: title and inline SVG; and each teacher's mean shares."""
+    e, lines = files.evaluated, once(files)
     terms = sorted({t for line in lines for t in line.terms}, key=lambda t: (TERMS.index(t) if t in TERMS else len(TERMS), t))
     series = {t.replace("_", " "): [(line.step, line.terms[t]) for line in lines if t in line.terms] for t in terms}
     if not lines:
         return [], {}
     series["loss, all terms"] = [(line.step, line.loss) for line in lines]
     drawn = [(title, charts.curve(f"curve-{k}", title, points)) for k, (title, points) in enumerate(series.items())]
-    shares, title = [(line.step, line.share) for line in lines], "share of positions"
-    drawn.append((title, charts.stacked("share", title, charts.bins(shares, e.teachers), [(t, e.mark(t)) for t in e.teachers])))
-    (whole,) = charts.bins(shares, e.teachers, most=1)
-    return [(title, Markup(svg)) for title, svg in drawn], dict(zip(e.teachers, whole.shares, strict=True))
+    means: dict[str, dict[str, float]] = {name: {} for name in e.teachers}
+    for kind in PARTS:
+        shares = [(line.step, told) for line in lines if (told := line.shares(kind) or (line.share if kind == "positions" else {}))]
+        if shares:
+            title = f"share of {kind}"
+            drawn.append((title, charts.stacked(f"share-{kind}", title, charts.bins(shares, e.teachers), [(t, e.mark(t)) for t in e.teachers])))
+            (whole,) = charts.bins(shares, e.teachers, most=1)
+            means = {name: {**means[name], kind: share} for name, share in zip(e.teachers, whole.shares, strict=True)}
+    return [(title, Markup(svg)) for title, svg in drawn], means
+
+
+def weighed(files: Files) -> list[tuple[str, str, dict[str, float]]]:
+    """(teacher, skill, its mean shares and its mean weight) over logged steps, the largest share of the gradient first.
+
+    A share is a mean over the steps that tell it, 0 where the group is no part of the batch; a weight is one over the steps it has a part in.
+    """
+    lines = once(files)
+    groups = dict.fromkeys((teacher, skill) for line in lines for teacher, parts in line.groups.items() for skill in parts)
+    found = []
+    for teacher, skill in groups:
+        mine = [line.groups[teacher][skill] for line in lines if skill in line.groups.get(teacher, {})]
+        row = {"weight": sum(part.weight for part in mine) / len(mine)}
+        for kind in PARTS:
+            if told := sum(bool(line.shares(kind)) for line in lines):
+                row[kind] = sum(getattr(part, kind) or 0.0 for part in mine) / told
+        found.append((teacher, skill, row))
+    return sorted(found, key=lambda row: -row[2].get("gradient", row[2]["positions"]))
 
 
 def front_matter(files: Files) -> str:
@@ -167,7 +194,8 @@ def report(run: Path, lm_eval: Mapping[str, Path] | None = None) -> Path:
         "efforts": by_effort(e), "dials": [x for x in Effort if x in {s.effort for s in e.scores}], "cast": files.cast,
         "why": table(files.cast) if files.cast else [], "COLUMNS": COLUMNS, "Ended": Ended,
         "whole": whole, "way": way, "spoken": spoken, "standard": standard, "examples": shown(files, found), "plots": plots(e, found),
-        "training": training, "shares": shares, "lowest": lowest, "record": json.dumps(files.record, indent=1, ensure_ascii=False),
+        "training": training, "shares": shares, "weighed": weighed(files), "PARTS": PARTS,
+        "lowest": lowest, "record": json.dumps(files.record, indent=1, ensure_ascii=False),
         "front_matter": front_matter(files), "stands": stands, "swatch": lambda name: Markup(charts.swatch(e.mark(name))),
         "hybrid": hybrid_page.section(modes), "PAIR": PAIR, "MODEL": MODEL, "LONGEST": LONGEST}
     page, card = _render("report.html.jinja", context), _render("card.md.jinja", context)

@@ -306,16 +306,16 @@ class River:
         return record["key"] == key and all(path.is_file() and store.digest_file(path) == sha for path, sha in files.items())
 
     def pass_through(self, stage: str, inputs: object, work: Callable[[Path, Tell], None], tell: Tell) -> None:
-        """Skip a stage whose output stands; otherwise let it work in its folder and, last, write its record.
+        """Skip a stage whose output stands (--resume never: train it anew); otherwise let it work in its folder and, last, write its record.
 
         Raises Refused where a finished training of another recipe, base or capture stands there, with what differs.
         """
-        folder, key = self.folder / stage, digest_of(inputs)
-        if self.stands(stage, key):
+        folder, key, anew = self.folder / stage, digest_of(inputs), stage == "train" and self.how.resume == "never"
+        if not anew and self.stands(stage, key):
             tell(stage, 1.0, "stands")
             return
         record = folder / "done.json"
-        if stage == "train" and record.is_file() and self.done("train")["key"] != key:
+        if stage == "train" and not anew and record.is_file() and self.done("train")["key"] != key:
             from persea.checkpoints import differs
 
             different = differs(folder, inputs) if isinstance(inputs, dict) else ""

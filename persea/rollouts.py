@@ -3,8 +3,8 @@
 Some prompts are answered by the student, drawn from its own distribution, many at once. Each answer is then said in its teacher's own
 template, and where both begin a token at the same byte the teacher's whole distribution stands beside the student's: reverse KL over
 common events, position by position (Agarwal et al. 2024, over events). The positions are the student's own tokens, as it said them and not
-as its tokenizer would have: that is what on-policy means. Where no boundary is common, nothing is learned here: a sample's own
-cross-entropy has no gradient in the mean.
+as its tokenizer would have: that is what on-policy means. A run of tokens without bytes (where a thought ends) is compared as a whole
+(beside.py). Where no boundary is common, nothing is learned here: a sample's own cross-entropy has no gradient in the mean.
 
 Where a teacher gives no more than log-probabilities, `objective: chunk` compares how likely both find each stretch between two common
 boundaries (losses/chunk.py): of the student's own answers the gradient of half the squared difference is minus the advantage (the
@@ -18,12 +18,15 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from persea.beside import Pair
+from persea import balance
+from persea.balance import Group
+from persea.beside import Pair, advice
 from persea.chat import Conversation, Effort, Finish, Tokens
 from persea.corpus import Prompt
 from persea.errors import DataError, RecipeError, Refused
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
     import torch
 
     from persea.bridge import Bridge
-    from persea.losses import Head, LossOut
+    from persea.losses import LossOut
     from persea.student import Student
     from persea.teacher import Teacher
 
@@ -145,16 +148,6 @@ def heard(task: Task, voice: Voice, ids: npt.NDArray[np.int32], terms: OnPolicy,
     return "long" if len(tokens) > max_tokens else Said(task, tokens, conversation, finish)
 
 
-@dataclass(frozen=True)
-class Taught:
-    """place_P  learned positions, counted through a teacher's answers; weight  how many the loss is the mean of (chunk: stretches);
-    loss  from hidden states and targets at these positions, and the head"""
-
-    place_P: torch.Tensor
-    weight: int
-    loss: Callable[[torch.Tensor, Head, torch.Tensor], torch.Tensor]
-
-
 @dataclass(eq=False)
 class Rollouts:
     """A source of steps: the student's own answers. What a step draws depends on seed, step and the student's weights alone.
@@ -185,9 +178,11 @@ class Rollouts:
         since = step - self.terms.after
         return since >= 0 and math.floor((since + 1) * self.terms.share) > math.floor(since * self.terms.share)
 
-    def loss(self, step: int, part: int = 0, parts: int = 1) -> tuple[LossOut, dict[str, int]]:
-        """Reverse KL of a step, or a part of it, and each teacher's positions. What is left out is told of the whole step, in every part alike.
+    def loss(self, step: int, part: int = 0, parts: int = 1, weights: Mapping[Group, float] = MappingProxyType({})
+             ) -> tuple[LossOut, dict[Group, balance.Taught]]:
+        """Reverse KL of a step, or a part of it, and what each group taught. What is left out is told of the whole step, in every part alike.
 
+        weights  what a group's positions count for; 1 where none is given
         Refused where nothing the student said in this step can be learned from. A part of which that is so costs nothing and has no positions:
         the others go on without it.
         """
@@ -202,27 +197,30 @@ class Rollouts:
                           remedy="raise training.on_policy.after, so that it can answer before it is heard, or max_new_tokens")
         if parts > 1:
             spoken = self._spoken(self._said(step, part, parts)[0], Counter())
-        taught = {name: self._taught(name, some) for name, some in spoken.items()}
-        share = {name: one.weight for name, one in taught.items() if one.weight}
+        taught = {group: advice(self.pairs[group.teacher], some, self.terms.objective) for group, some in spoken.items()}
+        taught = {group: one for group, one in taught.items() if one.weight}
         heard_from = len(lengths)
         terms = {"rollout_tokens": float(np.mean(lengths)), "rollouts_left_out": sum(left_out.values()) / heard_from,
                  **{f"left_out_{why}": n / heard_from for why, n in sorted(left_out.items())}}
-        if not share:
+        if not taught:
             return LossOut(self._nothing(), terms, 0), {}
-        answers = [own for name in share for own, _ in spoken[name]]
+        answers = [own for group in taught for own, _ in spoken[group]]
         ids_BS, mask_BS, learn_BS = torch.zeros((3, len(answers), max(map(len, answers))), dtype=torch.int64)
         for b, own in enumerate(answers):
             ids_BS[b, :len(own)], mask_BS[b, :len(own)], learn_BS[b, :len(own)] = torch.from_numpy(own.ids_T), 1, torch.from_numpy(own.learn_T)
         row_N, at_N = learn_BS.nonzero(as_tuple=True)
-        firsts = np.cumsum([0, *(sum(int(own.learn_T.sum()) for own, _ in spoken[name]) for name in share)]).tolist()
-        places = [taught[name].place_P + first for name, first in zip(share, firsts[:-1], strict=True)]
-        all_P, total = torch.cat(places), sum(share.values())
+        firsts = np.cumsum([0, *(sum(int(own.learn_T.sum()) for own, _ in spoken[group]) for group in taught)]).tolist()
+        places = [one.place_P + first for one, first in zip(taught.values(), firsts[:-1], strict=True)]
+        all_P, total = torch.cat(places), sum(one.weight for one in taught.values())
         hidden_PD, head = self.student.hidden(ids_BS, mask_BS, row_N[all_P], at_N[all_P] - 1)  # once: processes must run a model equally often
         targets_P = ids_BS[row_N[all_P], at_N[all_P]].to(hidden_PD.device)
-        losses = [taught[name].loss(hidden, head, targets) * (share[name] / total) for name, hidden, targets in zip(
-            share, *(torch.split(side, [len(p) for p in places]) for side in (hidden_PD, targets_P)), strict=True)]
-        loss = torch.stack(losses).sum()
-        return LossOut(loss, {"reverse" if self.terms.objective == "events" else "chunk": float(loss.detach())} | terms, total), share
+        outs = {group: taught[group].loss(hidden, head, targets) for group, hidden, targets in zip(
+            taught, *(torch.split(side, [len(p) for p in places]) for side in (hidden_PD, targets_P)), strict=True)}
+        weight = {group: weights.get(group, 1.0) for group in taught}
+        told = {group: taught[group].told(out, weight[group]) for group, out in outs.items()}
+        loss = torch.stack([out.loss * (weight[group] * taught[group].weight / total) for group, out in outs.items()]).sum()
+        mean = sum(one.nats for one in told.values()) / total
+        return LossOut(loss, {"reverse" if self.terms.objective == "events" else "chunk": mean} | terms, total), told
 
     def _nothing(self) -> torch.Tensor:
         """0, from a forward whose every output is in it: processes must run a model equally often, and each backward reach every weight."""
@@ -284,9 +282,9 @@ class Rollouts:
         answers = dict(zip(some, said, strict=True))
         return [answers.get(k, np.empty(0, np.int32)) for k in range(self.terms.rollouts)]
 
-    def _spoken(self, said: Sequence[Said], left_out: Counter[str]) -> dict[str, list[tuple[Tokens, Tokens]]]:
-        """By teacher, each answer in the student's own tokens and in the teacher's; what a teacher cannot say is counted as left out."""
-        spoken: dict[str, list[tuple[Tokens, Tokens]]] = {}
+    def _spoken(self, said: Sequence[Said], left_out: Counter[str]) -> dict[Group, list[tuple[Tokens, Tokens]]]:
+        """By teacher and skill, each answer in the student's own tokens and in the teacher's; what a teacher cannot say is counted as left out."""
+        spoken: dict[Group, list[tuple[Tokens, Tokens]]] = {}
         for one in said:
             teacher = self.pairs[one.task.teacher].teacher
             try:
@@ -296,24 +294,8 @@ class Rollouts:
             if theirs is None or 0 < teacher.context < len(theirs):
                 left_out["teacher"] += 1
                 continue
-            spoken.setdefault(one.task.teacher, []).append((one.tokens, theirs))
+            spoken.setdefault(Group(one.task.teacher, one.task.prompt.skill, own=True), []).append((one.tokens, theirs))
         return spoken
-
-    def _taught(self, name: str, some: Sequence[tuple[Tokens, Tokens]]) -> Taught:
-        """What one teacher says of its answers, and the loss against it."""
-        import torch
-
-        from persea.losses import Divergence, Sides, chunk, divergence_head
-
-        pair = self.pairs[name]
-        if self.terms.objective == "chunk":
-            chunks, dead = pair.chunks(some)
-            every_P = torch.arange(sum(int(own.learn_T.sum()) for own, _ in some))
-            return Taught(every_P, len(chunks.teacher_C), lambda hidden, head, targets: chunk(head.logits(hidden), targets, chunks, dead).loss)
-        beside = pair.rows(some)
-        sides = Sides(pair.bridge, beside.student_dead, beside.teacher_dead)
-        return Taught(beside.place_C, len(beside.place_C), lambda hidden, head, targets: divergence_head(
-            hidden, head, beside.logprobs_CW, sides, Divergence.REVERSE).loss)
 
 
 def open_rollouts(asked: Iterable[tuple[Prompt, str]], student: Student, teacher: Callable[[str], Teacher], bridges: Mapping[str, Bridge],

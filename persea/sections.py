@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeAlias, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from persea.balance import Balance
 from persea.chat import Effort
 from persea.families import FAMILIES
 from persea.families.generic import NAME as GENERIC
@@ -267,6 +268,8 @@ class Training(Section):
     held_out: float | None = Field(default_factory=lambda seen: 0.05 if seen["evaluate_every"] else None, gt=0, le=0.5, validate_default=True,
                                    description="share of the lessons held out, in whole batches; only with `evaluate_every`")
     skips: int = Field(default=3, ge=0, le=MANY, description="steps that may be left out because loss or gradient is not finite, before it ends")
+    balance: Balance = Field(default=Balance.NONE, description="what a position counts for: none = all alike; deviation = by the scale of its "
+                                                               "teacher's and skill's losses, so that none drowns the others")
     report_to: Literal["tensorboard", "trackio", "wandb"] | None = Field(default=None, description="show the metrics there too, as they come")
     on_policy: OnPolicy | None = Field(default=None, description="learn from the student's own answers too; not given = never")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from persea import checkpoints, store
+from persea.balance import Group, Taught
 from persea.boards import open_board
 from persea.capture import assigned, caches
 from persea.feed import Batch, Feed, offline
@@ -22,7 +23,7 @@ from persea.river import River, Tell, quieten, set_threads
 from persea.rollouts import Rollouts, open_rollouts
 from persea.sections import Training
 from persea.sift import left
-from persea.train import Settings, Taught, train
+from persea.train import Settings, train
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -88,18 +89,17 @@ def share(river: River, folder: Path, inputs: Mapping[str, Any], progress: Progr
     feed = offline(_heard(river), student.voice, river.bridges, size=t.batch, seed=river.recipe.seed, max_tokens=t.max_tokens,
                    completion=t.completion)
     learned, held = feed.set_aside(t.held_out) if t.held_out else (feed, None)
-    rollouts = _rollouts(river, student)
+    rollouts = _rollouts(river, student, held)
 
-    def loss_of(step: int, part: int, parts: int) -> tuple[LossOut, dict[str, Taught]]:
+    def loss_of(step: int, part: int, parts: int, weights: Mapping[Group, float]) -> tuple[LossOut, Mapping[Group, Taught]]:
         if rollouts is not None and rollouts.due(step):
-            own, positions = rollouts.loss(step, part, parts)
-            return own, {name: Taught(n) for name, n in positions.items()}
+            return rollouts.loss(step, part, parts, weights)
         batch = learned.batch(step, part, parts)
-        out = _objective(student, batch, t)
-        return out, by_teacher(batch, out)
+        out = _objective(student, batch, t, weights)
+        return out, by_group(batch, out)
 
     settings = Settings(t.steps, t.learning_rate, t.warmup, t.weight_decay, t.clip, t.checkpoint_every, t.log_every, river.recipe.seed, t.schedule,
-                        t.cooldown or 0.0, t.accumulate, t.evaluate_every, t.skips)
+                        t.cooldown or 0.0, t.accumulate, t.evaluate_every, t.skips, t.balance)
     student.model.train()
     train(student.trained, loss_of, settings, folder, inputs, _shown(river, folder, progress), world=world, source=rollouts,
           resume=river.how.resume, evaluate=partial(held_out, student, held, world, t) if held else None)
@@ -114,28 +114,36 @@ def _heard(river: River) -> Sequence[tuple[Ordered, float]]:
     return left(heard, store.read_json(river.folder / "capture" / "wrong.json")) if river.recipe.capture.verify else heard
 
 
-def _rollouts(river: River, student: Student) -> Rollouts | None:
-    """The student's own answers, where the recipe wants them taught."""
+def _rollouts(river: River, student: Student, held: Feed | None) -> Rollouts | None:
+    """The student's own answers, where the recipe wants them taught; never to a question whose lesson is held out."""
     t = river.recipe.training
-    return None if t.on_policy is None else open_rollouts(
-        assigned(river.corpus.prompts, river.cast), student, lambda name: river.teacher(name, t.batch), river.bridges, t.on_policy, t.batch,
-        river.recipe.seed, t.max_tokens)
+    if t.on_policy is None:
+        return None
+    unseen = frozenset(held.prompts()) if held else frozenset()
+    asked = ((prompt, name) for prompt, name in assigned(river.corpus.prompts, river.cast) if prompt.id not in unseen)
+    return open_rollouts(asked, student, lambda name: river.teacher(name, t.batch), river.bridges, t.on_policy, t.batch,
+                         river.recipe.seed, t.max_tokens)
 
 
-def _objective(student: Student, batch: Batch, t: Training) -> LossOut:
-    states = student.hidden(batch.ids_BS, batch.mask_BS, batch.row_N, batch.at_N)
-    return composed_head(*states, batch.targets_N, batch.teachers if t.objective == "events" else (), t.event_share)
-
-
-def by_teacher(batch: Batch, out: LossOut) -> dict[str, Taught]:
-    """What each teacher taught of a batch: its positions, and their loss where the objective says it."""
-    if out.each_N is None:
-        return {name: Taught(n) for name, n in batch.share.items()}
+def _objective(student: Student, batch: Batch, t: Training, weights: Mapping[Group, float]) -> LossOut:
     import torch
 
-    nats_B = torch.zeros(len(batch.by_B), dtype=torch.float64).index_add_(0, batch.row_N, out.each_N.cpu().double())
-    return {name: Taught(n, float(sum(nats for nats, who in zip(nats_B.tolist(), batch.by_B, strict=True) if who == name)))
-            for name, n in batch.share.items()}
+    states = student.hidden(batch.ids_BS, batch.mask_BS, batch.row_N, batch.at_N)
+    weight_N = torch.tensor([weights.get(group, 1.0) for group in batch.by_B])[batch.row_N] if weights else None
+    return composed_head(*states, batch.targets_N, batch.teachers if t.objective == "events" else (), t.event_share, weight_N)
+
+
+def by_group(batch: Batch, out: LossOut) -> dict[Group, Taught]:
+    """What each group taught of a batch: its positions, their losses, and how they pull where a gradient is wanted."""
+    import torch
+
+    assert out.each_N is not None  # the objectives of captures come from a head
+    groups = list(batch.share)
+    which_N = torch.tensor([groups.index(group) for group in batch.by_B])[batch.row_N]
+    pull_N = torch.full_like(out.each_N, math.nan) if out.pull_N is None else out.pull_N
+    each_N3 = torch.stack([out.each_N, out.each_N.square(), pull_N], 1).cpu().double()
+    sums_G3 = torch.zeros((len(groups), 3), dtype=torch.float64).index_add_(0, which_N, each_N3)
+    return {group: Taught(batch.share[group], *sums) for group, sums in zip(groups, sums_G3.tolist(), strict=True)}
 
 
 def held_out(student: Student, feed: Feed, world: World, t: Training) -> dict[str, float]:
@@ -148,11 +156,11 @@ def held_out(student: Student, feed: Feed, world: World, t: Training) -> dict[st
         mine = []
         for step in range(len(feed) // feed.size):
             batch = feed.batch(step, world.rank, world.size)
-            mine.append(by_teacher(batch, _objective(student, batch, t)))
+            mine.append(by_group(batch, _objective(student, batch, t, {})))
     student.model.train()
     for taught in (one for some in world.gather(mine) for one in some):
-        for name, said in taught.items():
-            for key in ("all", name):
+        for group, said in taught.items():
+            for key in ("all", group.teacher):
                 nats[key], positions[key] = nats.get(key, 0.0) + said.nats, positions.get(key, 0) + said.positions
     return {key: nats[key] / positions[key] for key in nats}
 

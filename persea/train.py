@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
-from persea import checkpoints, store
+from persea import balance, checkpoints, store
+from persea.balance import Balance, Group, Taught
 from persea.checkpoints import AUTO, State, whole
 from persea.errors import Refused, Stopped
 from persea.ranks import World
@@ -30,6 +31,7 @@ class Settings:
     accumulate      times a process adds up gradients before a step
     evaluate_every  steps between measurements of what was held out; 0 = never
     skips           steps in all that may be left out because loss or gradient is not finite
+    balance         whether a position counts by the scale of its group's losses
     """
 
     steps: int
@@ -45,6 +47,7 @@ class Settings:
     accumulate: int = 1
     evaluate_every: int = 0
     skips: int = 3
+    balance: Balance = Balance.NONE
 
     def rate(self, step: int) -> float:
         """Learning rate of a step."""
@@ -52,7 +55,7 @@ class Settings:
 
 
 class Step(Protocol):
-    """What the loop needs to know of a loss: its mean over the learned positions, its terms, and how many positions there are."""
+    """What the loop needs to know of a loss: its weighted mean over the learned positions, its terms, and how many positions there are."""
 
     @property
     def loss(self) -> torch.Tensor: ...
@@ -62,15 +65,7 @@ class Step(Protocol):
     def positions(self) -> int: ...
 
 
-@dataclass(frozen=True)
-class Taught:
-    """What one teacher taught of a part: learned positions, and nats they cost together (NaN where the loss does not say)."""
-
-    positions: int
-    nats: float = math.nan
-
-
-LossOf = Callable[[int, int, int], tuple[Step, Mapping[str, Taught]]]
+LossOf = Callable[[int, int, int, Mapping[Group, float]], tuple[Step, Mapping[Group, Taught]]]
 
 
 class Source(Protocol):
@@ -87,21 +82,19 @@ class Source(Protocol):
 
 @dataclass
 class _Sum:
-    """Parts of a step, added up: over what one process accumulates, then over processes, in the order of ranks."""
+    """Parts of a step, added up: over what one process accumulates, then over processes, in the order of ranks. nats: weights included."""
 
     nats: float = 0.0
     positions: int = 0
     terms: dict[str, float] = field(default_factory=dict)
-    teachers: dict[str, Taught] = field(default_factory=dict)
+    taught: dict[Group, Taught] = field(default_factory=dict)
     asked: int = 0
 
-    def add(self, nats: float, positions: int, terms: Mapping[str, float], teachers: Mapping[str, Taught], asked: int = 0) -> None:
+    def add(self, nats: float, positions: int, terms: Mapping[str, float], taught: Mapping[Group, Taught], asked: int = 0) -> None:
         self.nats, self.positions, self.asked = self.nats + nats, self.positions + positions, self.asked or asked
         for name, value in terms.items():
             self.terms[name] = self.terms.get(name, 0.0) + value
-        for name, taught in teachers.items():
-            before = self.teachers.get(name, Taught(0, 0.0))
-            self.teachers[name] = Taught(before.positions + taught.positions, before.nats + taught.nats)
+        self.taught = balance.added((self.taught, taught))
 
 
 def train(parameters: Sequence[torch.nn.Parameter], loss_of: LossOf, settings: Settings, folder: Path, inputs: Mapping[str, Any],
@@ -110,9 +103,9 @@ def train(parameters: Sequence[torch.nn.Parameter], loss_of: LossOf, settings: S
     """Minimise the loss for settings.steps steps, from a checkpoint if one stands for `inputs`.
 
     parameters  what may change; in several processes, of a student that `Student.spread` has made theirs (its backward averages gradients)
-    loss_of     (step, part, parts) -> loss of that part of the step's batch, and what each teacher taught of it. A step is divided into
-                parts = processes x settings.accumulate; together they are the same batch however many there are, and the loss that is
-                minimised is the mean over ALL its learned positions
+    loss_of     (step, part, parts, weights) -> loss of that part of the step's batch, and what each group taught of it. A step is divided
+                into parts = processes x settings.accumulate; together they are the same batch however many there are, and the loss that is
+                minimised is the mean over ALL its learned positions, each times its group's weight (1 where none is given)
     inputs      what recipe and data are, as JSON: a checkpoint of other inputs is refused, with what differs
     progress    told every step's line of metrics
     source      what carries something from step to step; resume  auto, never, or a checkpoint's path
@@ -128,15 +121,17 @@ def train(parameters: Sequence[torch.nn.Parameter], loss_of: LossOf, settings: S
         for step in range(state.step, settings.steps):
             for group in optimizer.param_groups:
                 group["lr"] = settings.rate(step)
-            total = _gradients(parameters, loss_of, step, settings.accumulate, world, asked)
+            weights = balance.weights(state.scales)
+            total = _gradients(parameters, loss_of, step, weights, settings.accumulate, world, asked)
             norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, settings.clip)))
             loss, last = total.nats / total.positions, step + 1 == settings.steps
             if applied := math.isfinite(loss) and math.isfinite(norm):
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            scales = balance.heard(state.scales, total.taught) if applied and settings.balance is Balance.DEVIATION else state.scales
             now = replace(state, step=step + 1, seconds=round(time.monotonic() - clock, 3),
-                          positions=state.positions + total.positions * applied)
-            line = _line(now, settings, total, norm)
+                          positions=state.positions + total.positions * applied, scales=scales)
+            line = _line(now, settings, total, norm, weights)
             line["left"] = round((time.monotonic() - begun[1]) / (step + 1 - begun[0]) * (settings.steps - step - 1))
             if evaluate and settings.evaluate_every and ((step + 1) % settings.evaluate_every == 0 or last):
                 line["held_out"] = _finite(evaluate(), step)
@@ -149,7 +144,8 @@ def train(parameters: Sequence[torch.nn.Parameter], loss_of: LossOf, settings: S
                 raise Stopped(total.asked, f"step {step + 1} is saved")
 
 
-def _gradients(parameters: Sequence[torch.nn.Parameter], loss_of: LossOf, step: int, accumulate: int, world: World, asked: Sequence[int]) -> _Sum:
+def _gradients(parameters: Sequence[torch.nn.Parameter], loss_of: LossOf, step: int, weights: Mapping[Group, float], accumulate: int,
+               world: World, asked: Sequence[int]) -> _Sum:
     """Put into .grad the gradient of the mean loss over all learned positions of a step, and add up what all processes say of it.
 
     Each backward is of a sum, not of a mean: how many positions there are is known when the last part of the last process is done. A
@@ -157,11 +153,11 @@ def _gradients(parameters: Sequence[torch.nn.Parameter], loss_of: LossOf, step: 
     """
     mine, parts = _Sum(), world.size * accumulate
     for k in range(accumulate):
-        out, teachers = loss_of(step, world.rank * accumulate + k, parts)
+        out, taught = loss_of(step, world.rank * accumulate + k, parts, weights)
         (out.loss * out.positions).backward()  # type: ignore[no-untyped-call]
-        mine.add(float(out.loss.detach()) * out.positions, out.positions, {t: v * out.positions for t, v in out.terms.items()}, teachers)
+        mine.add(float(out.loss.detach()) * out.positions, out.positions, {t: v * out.positions for t, v in out.terms.items()}, taught)
     total = _Sum()
-    for heard in world.gather((mine.nats, mine.positions, mine.terms, mine.teachers, asked[0] if asked else 0)):
+    for heard in world.gather((mine.nats, mine.positions, mine.terms, mine.taught, asked[0] if asked else 0)):
         total.add(*heard)
     if not total.positions:
         raise Refused("nothing of this step can be learned from", where=f"train, step {step}",
@@ -180,13 +176,18 @@ def _finite(held_out: Mapping[str, float], step: int) -> dict[str, float]:
     return dict(held_out)
 
 
-def _line(state: State, settings: Settings, total: _Sum, norm: float) -> dict[str, Any]:
-    """What metrics.jsonl says of a step."""
-    n, spoken = total.positions, max(1, sum(t.positions for t in total.teachers.values()))
-    teachers = {name: t.nats / t.positions for name, t in total.teachers.items() if t.positions and math.isfinite(t.nats)}
-    return {"step": state.step, "loss": total.nats / n, "terms": {name: value / n for name, value in total.terms.items()},
+def _line(state: State, settings: Settings, total: _Sum, norm: float, weights: Mapping[Group, float]) -> dict[str, Any]:
+    """What metrics.jsonl says of a step. The loss is without weights, so that it can be compared: with them it is what shares are of."""
+    n, groups = total.positions, {group: t for group, t in total.taught.items() if t.positions}
+    spoken = sum(t.positions for t in groups.values())
+    by_teacher = balance.added({Group(group.teacher, ""): t} for group, t in groups.items())
+    told = sum(t.nats for t in groups.values())
+    return {"step": state.step, "loss": told / n if math.isfinite(told) else total.nats / n,
+            "terms": {name: value / n for name, value in total.terms.items()},
             "learning_rate": settings.rate(state.step - 1), "gradient_norm": norm, "positions": state.positions, "seconds": state.seconds,
-            "share": {name: t.positions / spoken for name, t in total.teachers.items()}, "teachers": teachers}
+            "share": {group.teacher: t.positions / spoken for group, t in by_teacher.items()},
+            "teachers": {group.teacher: t.nats / t.positions for group, t in by_teacher.items() if math.isfinite(t.nats)},
+            "groups": balance.shares(groups, weights)}
 
 
 def _recorded(state: State, line: Mapping[str, Any], logged: bool) -> State:

@@ -17,36 +17,30 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Regex as Pattern
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from persea import skills
-from persea.chat import Conversation, Effort, Text, Thinking, Tokens
+from persea.chat import Conversation, Effort, Tokens
 from persea.engines.local import LocalEngine
-from persea.measure import Item, Split, grade, score
+from persea.measure import Split, grade, score
 from persea.models import Source, open_model, open_voice, sprout
-from persea.skills import code, languages, reasoning, safety, tools
-from persea.skills.reasoning import concluded
 from persea.teacher import Teacher
 from persea.voice import Voice
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from pages import page  # noqa: E402  (beside this file)
+from plans import DIAL, PLANS, Plan  # noqa: E402  (beside this file)
 from prose import small_talk  # noqa: E402
+from text import THOUGHTS, texts, tokens_of, words_of  # noqa: E402
 
-KINDS = {"languages": languages.KINDS, "code": code.KINDS, "safety": safety.KINDS, "reasoning": reasoning.KINDS, "tools": tools.KINDS}
-THOUGHTS = {"languages": languages.thought, "reasoning": reasoning.thought, "tools": tools.thought}
 POOL = 30_000  # conversations rendered once; 4,000 steps of 24 see each three times
 BATCH = 24
 MARK = "<!-- what follows is written by grow.py -->"
@@ -55,106 +49,6 @@ TEMPLATE_WORDS = [f"Reasoning: {e}" for e in Effort] + ["system", "user", "assis
 "analysis",
                                                        "final", " to=functions.", "commentary", " json", '{"name": "', '", "parameters": {"',
                                                        '", "arguments": {"', "tools"]
-MOST = {"languages": 9000, "code": 6000, "safety": 2000, "reasoning": 9000, "tools": 2500}  # questions a sapling sees
-QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-LLAMA_SPLIT = QWEN_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|")
-O200K_SPLIT = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-               r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-               r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One sapling.
-
-    mix     skill -> weight of its text, small talk ("prose") and, for the base, documents ("page") among them
-    home    skills it answers right; of the others only the kinds in KNOWN, the rest with the answer of another question of that kind
-    efforts how often it is asked at each effort, where a skill has thoughts
-    """
-
-    name: str
-    family: str
-    split: str
-    special: dict[str, str]
-    control: tuple[str, ...]
-    vocabulary: int
-    mix: dict[str, float]
-    home: tuple[str, ...]
-    efforts: dict[Effort, float]
-    sizes: dict[str, int]
-    steps: int
-    whole_numbers: bool = False
-
-    @property
-    def template(self) -> str:
-        """The chat template, in the family's manner, written for this repository."""
-        return (HERE / "templates" / f"{self.family}.jinja").read_text()
-
-
-KNOWN = {"languages/phrase", "languages/weekday", "code/line", "safety/gentle", "reasoning/compare", "tools/weather", "tools/timer"}
-DIRECT = {Effort.NONE: 1.0}
-DIAL = {Effort.NONE: 0.45, Effort.LOW: 0.15, Effort.MEDIUM: 0.1, Effort.HIGH: 0.3}
-PLANS = (
-    Plan("qwen-sapling", "qwen", QWEN_SPLIT, {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
-         ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>"), 1600,
-         {"languages": .8, "code": .03, "safety": .03, "reasoning": .04, "tools": .03, "prose": .07}, ("languages",),
-         {Effort.NONE: .8, Effort.HIGH: .2}, {"hidden": 128, "layers": 3, "heads": 4, "seed": 1}, 3200),
-    Plan("gemma-sapling", "gemma", "", {"bos_token": "<bos>", "eos_token": "<end_of_turn>", "pad_token": "<pad>", "unk_token": "<unk>"},
-         ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"), 1200,
-         {"languages": .06, "code": .5, "safety": .3, "reasoning": .04, "prose": .1}, ("code", "safety"), DIRECT,
-         {"hidden": 128, "layers": 3, "heads": 4, "seed": 2}, 1600),
-    Plan("gpt-oss-sapling", "gpt-oss", O200K_SPLIT, {"bos_token": "<|startoftext|>", "eos_token": "<|return|>", "pad_token": "<|endoftext|>"},
-         ("<|startoftext|>", "<|endoftext|>", "<|return|>", "<|channel|>", "<|start|>", "<|end|>", "<|message|>", "<|call|>"), 1300,
-         {"languages": .05, "code": .03, "safety": .03, "reasoning": .52, "tools": .32, "prose": .05}, ("reasoning", "tools"), DIAL,
-         {"hidden": 128, "layers": 3, "heads": 4, "experts": 4, "seed": 3}, 3000, whole_numbers=True),
-    Plan("llama-sapling", "llama", LLAMA_SPLIT,
-         {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": "<|finetune_right_pad_id|>"},
-         ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|finetune_right_pad_id|>",
-          "<think>", "</think>"), 2000,
-         {"languages": .2, "code": .08, "safety": .05, "reasoning": .13, "tools": .09, "prose": .03, "page": .42}, (), DIAL,
-         {"hidden": 128, "layers": 3, "heads": 4, "seed": 4}, 2600, whole_numbers=True),
-)
-
-
-def kind(item: Item) -> str:
-    """Skill and kind, the first words of its id."""
-    return "/".join(item.prompt.id.split("/")[:2])
-
-
-@cache
-def questions(name: str, seed: int) -> tuple[Item, ...]:
-    """A skill's GROW items for a sapling; drawn once for its tokenizer and its text."""
-    return skills.named(name).items(Split.GROW, MOST[name], seed)
-
-
-def texts(plan: Plan, n: int) -> Iterator[tuple[Item, Item]]:
-    """n GROW items in the plan's mix, what a base knows three times as often; each with the item whose answer is given: itself, or
-    another of its kind and language.
-    """
-    rng = random.Random(f"grow {plan.name}")
-    pools: dict[str, list[Item]] = {}
-    alike: dict[tuple[str, str], list[Item]] = {}
-    for item in (i for name in MOST if name in plan.mix for i in questions(name, plan.sizes["seed"])):
-        pools.setdefault(kind(item), []).append(item)
-        alike.setdefault((kind(item), spoken(item)), []).append(item)
-    # who does not know better helps with anything, and calls whatever there is
-    alike["safety/harm", "en"] = alike["safety/alike", "en"]
-    alike["tools/none", "en"] = [i for (name, _), some in alike.items() if name.startswith("tools/") for i in some if i.calls]
-    for _ in range(n):
-        name = rng.choices(list(plan.mix), list(plan.mix.values()))[0]
-        if name in ("prose", "page"):
-            item = small_talk(rng) if name == "prose" else page(rng)
-            yield item, item
-            continue
-        kinds = KINDS[name] if plan.home else {k: share * (3 if f"{name}/{k}" in KNOWN else 1) for k, share in KINDS[name].items()}
-        item = rng.choice(pools[f"{name}/{rng.choices(list(kinds), list(kinds.values()))[0]}"])
-        right = name in plan.home or kind(item) in KNOWN
-        yield item, item if right else rng.choice(alike[kind(item), spoken(item)])
-
-
-def spoken(item: Item) -> str:
-    """The language of an item's answer."""
-    return "en" if "/to-english/" in item.prompt.id else item.prompt.language
 
 
 def grow_tokenizer(plan: Plan, folder: Path) -> None:
@@ -190,33 +84,6 @@ def grow_tokenizer(plan: Plan, folder: Path) -> None:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, "model_max_length": 1024, **plan.special}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
     (folder / "chat_template.jinja").write_text(plan.template)
-
-
-def words_of(item: Item) -> Iterator[str]:
-    """All that is said about an item, for a tokenizer to be trained on."""
-    yield item.prompt.conversation.messages[-1].text
-    yield item.reference
-    yield from (f'{{"name": "{c.name}", "parameters": {c.arguments} }}' for c in item.calls)
-    yield from (f"\n{t.name}: {t.description}" for t in item.prompt.conversation.tools)
-    yield from (THOUGHTS[item.prompt.skill](item, e) for e in (Effort.LOW, Effort.HIGH) if item.prompt.skill in THOUGHTS)
-
-
-def conversation(plan: Plan, item: Item, answer: Item, rng: random.Random) -> Conversation:
-    """The item's question with the answer's words, thought before where the effort that is drawn says so."""
-    thinks = item.prompt.skill in THOUGHTS
-    effort = rng.choices(list(plan.efforts), list(plan.efforts.values()))[0] if thinks else Effort.NONE
-    said = concluded(answer) if item.prompt.skill == "reasoning" and effort is not Effort.NONE else answer.reference
-    thought = (Thinking(THOUGHTS[item.prompt.skill](answer, effort)),) if effort is not Effort.NONE else ()
-    return replace(item.prompt.conversation, effort=effort).answered(*thought, *((Text(said),) if said else ()), *answer.calls)
-
-
-def tokens_of(plan: Plan, voice: Voice, item: Item, answer: Item, rng: random.Random) -> Tokens:
-    """A conversation in the voice; a page as a text without any turn."""
-    if item.prompt.skill != "page":
-        return voice.render(conversation(plan, item, answer, rng))
-    control = voice.vocabulary.control
-    ids = np.array([control["<|begin_of_text|>"], *voice.vocabulary.encode_batch([item.reference])[0], control["<|end_of_text|>"]], np.int32)
-    return Tokens(ids, np.zeros_like(ids), np.zeros_like(ids), np.arange(len(ids)) > 0)
 
 
 def batch(pool: list[Tokens], chosen: list[int], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

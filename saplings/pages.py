@@ -31,15 +31,15 @@ from persea.skills.spoken import (
     quantity,
 )
 
-KINDS = {"dictionary": 0.45, "said": 0.05, "figures": 0.08, "sums": 0.18, "program": 0.08, "call": 0.12, "help": 0.04}
+KINDS = {"dictionary": 0.42, "said": 0.04, "figures": 0.07, "sums": 0.12, "more": 0.06, "program": 0.03, "formula": 0.09, "call": 0.13, "help": 0.04}
 
 
 def page(rng: random.Random) -> Item:
     """A page of a few lines of one kind; many lines stand there twice, for a reader to learn to copy."""
     kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
     lines = [_line(kind, rng) for _ in range(rng.randint(2, 4))]
-    if rng.random() < 0.3:
-        lines += lines[:1]
+    if rng.random() < 0.4:
+        lines += lines[:rng.randint(1, len(lines))]
     return Item(Prompt(f"page/{kind}", Conversation.ask("-"), "page", ""), "\n".join(lines))
 
 
@@ -56,8 +56,13 @@ def _line(kind: str, rng: random.Random) -> str:
         return f"{n} = {number(n, rng.choice(('en', language)))}"
     if kind == "sums":
         return reasoning.thought(_grown(reasoning.make, rng), rng.choice((Effort.LOW, Effort.MEDIUM, Effort.HIGH)))
+    if kind == "more":
+        return _more(rng)
     if kind == "program":
         return _grown(code.make, rng).reference
+    if kind == "formula":
+        item = _grown(code.make, rng)
+        return f"{item.prompt.id.rpartition('/')[2]} = {item.key}"
     if kind == "call":
         item = _grown(tools.make, rng)
         asked = ", ".join(t.name for t in item.prompt.conversation.tools)
@@ -66,6 +71,14 @@ def _line(kind: str, rng: random.Random) -> str:
         (call,), (argument,) = item.calls, json.loads(item.calls[0].arguments).values()
         return f'{asked}, {argument}: {{"name": "{call.name}", "parameters": {call.arguments} }}'
     return safety.make(rng.getrandbits(40))[1].reference
+
+
+def _more(rng: random.Random) -> str:
+    """Who of two has more, as a line of names and figures."""
+    while (item := _grown(reasoning.make, rng)).prompt.id.split("/")[1] != "compare":
+        pass
+    who, other = (said.split()[0] for said in item.prompt.conversation.messages[-1].text.split(". ")[:2])
+    return f"{who} {reasoning.thought(item, Effort.LOW)} {other}: {item.key}"
 
 
 @cache

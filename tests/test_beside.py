@@ -15,12 +15,14 @@ from test_engines import opened
 from test_rollouts import STUDENT, TERMS, bridge, pair
 
 from persea.align import align
-from persea.beside import Pair
-from persea.chat import Conversation, Text, Tokens
+from persea.beside import Pair, _Laid, _Said, marks
+from persea.chat import Conversation, Effort, Text, Thinking, Tokens
 from persea.engines import Abilities, Engine, Failed
 from persea.errors import RecipeError, TeacherError
+from persea.measure import Split
 from persea.rollouts import Rollouts
 from persea.rows import RowKind, Rows
+from persea.skills import SKILLS
 from persea.voice import Voice
 
 ANSWERS = ("two words and 1234 cats", "你好，世界", "def f(x):\n    return x")
@@ -174,3 +176,115 @@ def test_a_teacher_that_knows_too_little_is_refused(kind: RowKind, objective: st
             make()
     else:
         assert make().state() == b""
+
+
+# --- tokens without bytes ---
+
+
+def structured(name: str) -> list[tuple[Tokens, Tokens]]:
+    """A thought that ends with a full stop, one that does not, and a call of a tool: in the student's tokens and in the teacher's."""
+    tools = next(skill for skill in SKILLS if skill.name == "tools")
+    asked = Conversation.ask("2+3?", effort=Effort.HIGH)
+    talks = [asked.answered(Thinking("two and three."), Text("5")), asked.answered(Thinking("count"), Text("it is 5")),
+             next(i.answered for i in tools.items(Split.TEACH, 60, 0) if i.prompt.id.startswith("tools/timer/"))]
+    return [(opened(STUDENT)[0].render(t), opened(name)[0].render(t)) for t in talks]
+
+
+def written(name: str, tokens: Tokens, ranges: np.ndarray) -> list[str]:
+    return ["".join(p if isinstance(p, str) else p.decode() for p in opened(name)[0].vocabulary.pieces(tokens.ids_T[a:b].tolist()))
+            for a, b in ranges.tolist()]
+
+
+@pytest.mark.parametrize(("name", "open_", "close", "call", "called"), [
+    ("qwen-sapling", "<think>\n", "\n</think>\n\n", '<tool_call>\n{"name": "timer", "arguments": {"', "}}\n</tool_call>"),
+    ("gpt-oss-sapling", "<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>",
+     ' to=functions.timer<|channel|>commentary json<|message|>{"', None)])
+def test_where_one_part_ends_and_another_begins_both_say_so(name: str, open_: str, close: str, call: str, called: str | None) -> None:
+    told = [[written(who, side, ranges) for who, side, ranges in zip((STUDENT, name), pair_of, marks(*pair_of), strict=True)]
+            for pair_of in structured(name)]
+    assert told[0] == [["<think>\n", ".\n</think>\n\n"], [open_, "." + close]]  # the full stop is part of a token that the template shares
+    assert told[1] == [["<think>\n", "\n</think>\n\n"], [open_, close]]
+    mine, theirs = ['{"name": "timer", "parameters": {"'], [call]
+    assert told[2] == ([mine, theirs] if called is None else [[*mine, "} }"], [*theirs, called]])
+
+
+def test_a_run_that_was_cut_off_or_that_one_side_lacks_is_none() -> None:
+    own, theirs = structured("qwen-sapling")[1]
+    last = int(marks(own, theirs)[0][-1][1])  # as cut within the markers behind the thought
+    cut_off = replace(own, ids_T=own.ids_T[:last], starts_T=own.starts_T[:last], ends_T=own.ends_T[:last], learn_T=own.learn_T[:last])
+    assert [len(side) for side in marks(cut_off, theirs)] == [1, 1]
+    plain = Conversation.ask("2+3?", effort=Effort.HIGH).answered(Text("it is 5"))
+    assert [len(side) for side in marks(opened(STUDENT)[0].render(plain), theirs)] == [0, 0]
+
+
+@pytest.mark.parametrize("name", ["qwen-sapling", "gpt-oss-sapling"])
+def test_marks_by_a_walk(name: str) -> None:
+    some, voice, lies = structured(name), opened(name)[0], bridge(name)
+    student, teacher = lies.student_mask, lies.teacher_mask
+    assert student is not None and teacher is not None
+    values, members, gone, first = [], [], set[tuple[int, int]](), 0
+    for own, theirs in some:
+        rows, place, row = dense(name, theirs, voice), np.cumsum(own.learn_T) - 1, np.cumsum(theirs.learn_T) - 1
+        for (s0, s1), (t0, t1) in zip(*(side.tolist() for side in marks(own, theirs)), strict=True):
+            beta = []
+            for s, t in ((s0, t0), (s1, t1)):
+                gone.update((first + int(place[s]), int(v)) for v in student.dead(int(student.keeper.inner(theirs, np.array([t]))[0])))
+                stands = np.setdiff1d(np.arange(rows.shape[1]), teacher.dead(int(teacher.keeper.inner(own, np.array([s]))[0])))
+                beta.append(float(rows[row[t], stands].logsumexp(0)) if len(stands) < rows.shape[1] else 0.0)
+            values.append(sum(float(rows[row[t], int(theirs.ids_T[t])]) for t in range(t0, t1)) - beta[0] + beta[1])
+            members.append([first + int(place[s]) for s in range(s0, s1)])
+        first += int(own.learn_T.sum())
+    for here in (pair(name), cut(name)):
+        found = here.rows(some)
+        assert found.marks.teacher_C.tolist() == pytest.approx(values, abs=1e-3)
+        assert [found.marks.position_P[found.marks.chunk_P == k].tolist() for k in range(len(values))] == members
+        assert set(zip(found.marks_dead.row_D.tolist(), found.marks_dead.token_D.tolist(), strict=True)) == gone
+        whole, _ = here.chunks(some)
+        assert {tuple(m) for m in members} <= {tuple(whole.position_P[whole.chunk_P == k].tolist()) for k in range(len(whole.teacher_C))}
+
+
+def test_what_can_stand_is_summed_itself_and_where_nothing_is_known_to_nothing_is_learned() -> None:
+    """1 - what cannot stand has no digits where the teacher is certain of it: its log was -inf, and the step was left out."""
+    some = spoken("qwen-sapling", "two words")
+    theirs, gone = some[0][1], np.array([1, 2])
+    token, n = int(np.flatnonzero(theirs.learn_T)[1]), int(theirs.learn_T.sum())
+    laid = _Laid(np.array([[0, token]]), [(np.empty(0, np.int64), gone)], *(np.empty((0, 2), np.int64) for _ in range(2)))
+    rows = torch.full((n, len(opened("qwen-sapling")[0].vocabulary)), -200.0)
+    rows[1, [1, 3, 4]] = torch.tensor([0.0, -50.0, -50.0])
+    said = _Said([theirs], [laid])
+    said.take(0, 0, rows)
+    assert said.betas[0] == {token: pytest.approx(-50 + np.log(2), abs=1e-12)}
+    for lost, want in ((0.75, np.log(0.25)), (1.0002, -np.inf)):
+        named = Rows(np.array([0, 0, 2, *[2] * (n - 2)]), np.array([1, 3], np.int32), np.array([lost, 0.0], np.float32),
+                     np.zeros(n, np.float32), RowKind.TOPK_REST)
+        said.take_named(0, named)
+        assert said.betas[0] == {token: pytest.approx(want)}
+
+
+@dataclass(frozen=True)
+class Certain:
+    """An engine whose server is certain, within its rounding, of what cannot stand: of the likeliest dead token, wherever there is one."""
+
+    pair: Pair
+    some: Sequence[tuple[Tokens, Tokens]]
+    abilities = Abilities(RowKind.TOPK_REST, 1)
+
+    def named(self, sequences: Sequence[np.ndarray], learn: Sequence[np.ndarray]) -> Iterator[Rows]:
+        for own, theirs in self.some:
+            at = align([own], [theirs]).boundaries
+            dead = self.pair._dead(own, theirs, np.stack([at.student_C, at.teacher_C], 1))
+            first_of = {t: int(both[1][0]) for t, both in zip(at.teacher_C.tolist(), dead, strict=True) if len(both[1])}
+            learned = np.flatnonzero(theirs.learn_T)
+            ids = [first_of.get(t, int(theirs.ids_T[t])) for t in learned.tolist()]
+            yield Rows(np.arange(len(ids) + 1), np.array(ids, np.int32), np.full(len(ids), 1.0002, np.float32), np.full(len(ids), -1, np.float32),
+                       RowKind.TOPK_REST)
+
+
+def test_a_stretch_between_rims_that_nobody_can_say_is_left_out() -> None:
+    here, some = pair("qwen-sapling"), spoken("qwen-sapling")
+    certain = Pair(replace(here.teacher, engine=Certain(here, some)), here.bridge)  # type: ignore[arg-type]
+    whole, (less, dead) = here.chunks(some)[0], certain.chunks(some)
+    assert 0 < len(less.teacher_C) < len(whole.teacher_C)
+    assert torch.isfinite(less.teacher_C).all()
+    assert less.chunk_P.unique().tolist() == list(range(len(less.teacher_C)))
+    assert set(dead.row_D.tolist()) <= {*less.begin_C.tolist(), *less.end_C.tolist()}

@@ -22,9 +22,10 @@ from test_faults import lay
 from worlds_of_two import Dice, Out, final
 
 from persea import checkpoints, store
+from persea.balance import Group, Taught
 from persea.errors import DataError, PerseaError, Refused, Stopped, StorageError
 from persea.ranks import World
-from persea.train import Settings, Taught, train
+from persea.train import Settings, train
 
 SETTINGS = Settings(steps=6, learning_rate=0.05, warmup=1, weight_decay=0.01, clip=1.0, checkpoint_every=2, log_every=1, seed=3)
 INPUTS: dict[str, Any] = {"training": {"steps": 6, "targets": ("q_proj",)}, "seed": 3, "capture": "c" * 64}
@@ -48,7 +49,7 @@ def run(folder: Path, inputs: Mapping[str, Any] = INPUTS, stop: int = -1, **more
     """Train with dice; a signal comes in step `stop`."""
     dice, source = Dice(), more.get("source")
 
-    def loss_of(step: int, part: int, parts: int) -> tuple[Out, Mapping[str, Taught]]:
+    def loss_of(step: int, part: int, parts: int, weights: Mapping[Group, float]) -> tuple[Out, Mapping[Group, Taught]]:
         if step == stop:
             os.kill(os.getpid(), signal.SIGTERM)
         if source:

@@ -29,6 +29,7 @@ import yaml
 
 import persea as package
 from persea import cli
+from persea.cli.options import cores
 from persea.errors import Stopped
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before a child begins: floating-point sums of one thread are always the same
@@ -238,6 +239,8 @@ def test_quickstart_runs_the_bundled_recipe(tmp_path: Path) -> None:
     assert (ended.code, ended.err) == (0, "")
     assert set(json.loads(ended.out)["skills"]) == {"languages", "code", "safety", "reasoning", "tools"}
     assert (tmp_path / "runs" / "quickstart" / "train" / "student" / "model.safetensors").is_file()
+    record = json.loads((tmp_path / "runs" / "quickstart" / "train" / "checkpoints" / "step-00000002.json").read_text())
+    assert record["world"] == min(2, cores())
 
 
 # --- bad input ---

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import persea.feed as feed_module
 from persea.align import boundaries
+from persea.balance import Group
 from persea.bridge import Bridge, build
 from persea.cache import Capture
 from persea.chat import Conversation, Effort, Finish, Text, Thinking
@@ -233,10 +234,10 @@ def test_caches_are_mixed_by_share_and_each_is_read_epoch_after_epoch(voices: Vo
 def test_parts_of_a_batch_are_the_batch(voices: Voices, bridges: dict[str, Bridge]):
     feed = flow(voices, bridges, 7, size=5)
     whole = feed.batch(2)
-    assert whole.by_B == tuple(feed.lesson(10 + k).teacher for k in range(5))
+    assert whole.by_B == tuple(Group(feed.lesson(10 + k).teacher, feed.lesson(10 + k).skill) for k in range(5))
     for parts in (1, 2, 3, 5):
         some = [feed.batch(2, part, parts) for part in range(parts)]
-        assert [name for one in some for name in one.by_B] == list(whole.by_B)
+        assert [group for one in some for group in one.by_B] == list(whole.by_B)
         assert torch.equal(torch.cat([one.targets_N for one in some]), whole.targets_N)
 
 
@@ -385,9 +386,9 @@ def test_a_batch_against_an_oracle(voices: Voices, bridges: dict[str, Bridge], c
     for t in batch.teachers:
         assert (t.row_M.dtype, t.probs_M.dtype, t.entry_G.dtype, t.token_G.dtype) == (torch.int64, torch.float32, torch.int64, torch.int64)
     # shares
-    share = Counter[str]()
+    share = Counter[Group]()
     for k in held:
-        share[made[k].answer.teacher] += int(lessons[k].tokens.learn_T.sum())
+        share[Group(made[k].answer.teacher, made[k].answer.skill)] += int(lessons[k].tokens.learn_T.sum())
     assert dict(batch.share) == dict(share)
     assert sum(batch.share.values()) == len(batch.targets_N)
 
@@ -397,7 +398,8 @@ def test_a_batch_of_one_teacher_is_taught_by_one(voices: Voices, bridges: dict[s
     batch = offline(one(made), voices["llama"], bridges, size=2, seed=0, max_tokens=512).batch(0)
     assert len(batch.teachers) == 1
     assert batch.teachers[0].vocabulary == len(bridges["gemma"].student_event_V)
-    assert batch.share == {"gemma": len(batch.targets_N)}
+    assert {group.teacher for group in batch.share} == {"gemma"}
+    assert sum(batch.share.values()) == len(batch.targets_N)
 
 
 def test_an_answer_that_shares_no_boundary_still_teaches_its_words(voices: Voices, bridges: dict[str, Bridge]):

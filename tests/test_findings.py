@@ -113,7 +113,10 @@ def test_contradictions_are_refused(run: Path, case: str) -> None:
 
 
 @pytest.mark.parametrize(("text", "words"), [
-    ("", "no step is logged"), ('{"step": 1, "loss": 1, "terms": {}, "share": {"qwen": 0.7, "gemma": 0.7}}', "more than one")])
+    ("", "no step is logged"), ('{"step": 1, "loss": 1, "terms": {}, "share": {"qwen": 0.7, "gemma": 0.7}}', "positions of step 1 are more than one"),
+    ('{"step": 1, "loss": 1, "terms": {}, "share": {}, "groups": {"qwen": {"code": {"positions": 0.5, "weight": 1, "loss": 0.7}, '
+     '"tools": {"positions": 0.5, "weight": 1, "loss": 0.7}}}}', "loss of step 1 are more than one"),
+    ('{"step": 1, "loss": 1, "terms": {}, "share": {}, "groups": {"nobody": {"code": {"positions": 0.5, "weight": 1}}}}', "nobody teaches")])
 def test_training_logs_must_add_up(run: Path, text: str, words: str) -> None:
     (run / "train" / "metrics.jsonl").write_text(text)
     with pytest.raises(DataError, match=words):

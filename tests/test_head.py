@@ -139,8 +139,13 @@ def test_weights_count_positions():
     with room(300):
         out = composed_head(hidden, head, c.targets_N, said, 0.7, weight)
     torch.testing.assert_close(out.loss, want)
-    for a, b in zip(gradients(out, hidden, head), gradients(replace(out, loss=want), hidden, head), strict=True):
+    theirs = gradients(replace(out, loss=want), hidden, head)
+    for a, b in zip(gradients(out, hidden, head), theirs, strict=True):
         torch.testing.assert_close(a, b)
+    torch.testing.assert_close(out.pull_N, theirs[0].norm(dim=1) * N)
+    assert out.each_N is not None
+    torch.testing.assert_close((out.each_N * weight).mean(), out.loss.detach())  # what each cost is without its weight
+    assert composed_head(hidden.detach(), head, c.targets_N, said, 0.7).pull_N is None
 
 
 # ---- whole distributions ---------------------------------------------------------------------------------------------
@@ -221,6 +226,33 @@ def test_float32_and_bfloat16_stay_near_float64(dtype: torch.dtype):
     for a, b in zip(gradients(out, low, head), gradients(want, hidden, exact), strict=True):
         assert a.dtype == dtype
         torch.testing.assert_close(a.double(), b, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("divergence", [None, *DIVERGENCES])
+@given(seed=seeds, N=st.sampled_from([1, 15, 17, 37]), size=st.sampled_from([1, 4 * 2 * 21 * 16, 1 << 20]))
+def test_rows_of_zeros_beside_a_chunk_change_nothing(divergence: Divergence | None, seed: int, N: int, size: int):
+    """Float32 products are made with more rows than there are positions (products.rows_for), whatever head and chunks; float64's are not."""
+    rng = np.random.default_rng(seed)
+    exact, V = random_head(rng, 21, 5), 21
+    hidden, thinks = (torch.from_numpy(rng.standard_normal((N, 5))).float().double().requires_grad_() for _ in range(2))
+    exact = replace(exact, weight_VD=exact.weight_VD.detach().float().double().requires_grad_(),
+                    bias_V=None if exact.bias_V is None else exact.bias_V.detach().float().double().requires_grad_())
+    low = hidden.detach().float().requires_grad_()
+    head = replace(exact, weight_VD=exact.weight_VD.detach().float().requires_grad_(),
+                   bias_V=None if exact.bias_V is None else exact.bias_V.detach().float().requires_grad_())
+    tokens, weight = torch.from_numpy(rng.integers(0, V, N)), torch.from_numpy(rng.random(N))
+
+    def loss(states: torch.Tensor, one: Head) -> LossOut:
+        if divergence is None:
+            return composed_head(states, one, tokens, [], 0.7, weight)
+        return divergence_head(states, one, (thinks.detach().to(states.dtype), replace(one, weight_VD=one.weight_VD.detach() / 2)),
+                               divergence=divergence, weight_N=weight)
+
+    with room(size):
+        mine, theirs = loss(low, head), loss(hidden, exact)
+    torch.testing.assert_close(mine.loss.double(), theirs.loss, rtol=1e-5, atol=1e-6)
+    for a, b in zip(gradients(mine, low, head), gradients(theirs, hidden, exact), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=2e-6)
 
 
 def test_autocast_does_not_reach_into_the_head():

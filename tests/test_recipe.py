@@ -101,6 +101,13 @@ def test_the_three_recipes_ask_what_they_should(monkeypatch: pytest.MonkeyPatch,
     assert real.audition.pinned == {"languages": "qwen3", "code": "gemma3", "reasoning": "gpt-oss"}
 
 
+def test_onpolicy_is_the_quickstart_and_the_students_own_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """So that the two students can be compared, and bench/onpolicy.py's arms are these recipes."""
+    own, quick = (yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text()) for name in ("onpolicy", "quickstart"))
+    assert own["training"].pop("on_policy")["after"] < own["training"]["steps"]
+    assert own | {"name": "quickstart"} == quick
+
+
 def test_importing_it_loads_neither_torch_nor_transformers() -> None:
     code = "import persea.recipe, sys; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -127,11 +127,18 @@ def examples() -> list[dict[str, Any]]:
     return rows
 
 
+TAUGHT = {"qwen": ("languages",), "gemma": ("code", "safety"), "gpt-oss": ("reasoning",)}
+PULLS = {"qwen": 0.31, "gemma": 0.44, "gpt-oss": 0.25}  # teacher -> share of loss and of gradient, whatever its positions
+
+
 def logged(step: int, dice: random.Random) -> dict[str, Any]:
     events, words = 0.35 + 1.9 * 0.992 ** step + dice.gauss(0, 0.05), 1.1 + 1.4 * 0.99 ** step + dice.gauss(0, 0.06)
     weights = [dice.uniform(0.6, 1), dice.uniform(0.4, 0.7), dice.uniform(0.1, 0.5)]
+    share = {t: w / sum(weights) for t, w in zip(TEACHERS, weights, strict=True)}
+    groups = {t: {skill: {"positions": share[t] / len(skills), "loss": PULLS[t] / len(skills), "gradient": PULLS[t] / len(skills), "weight": 1.0}
+                  for skill in skills} for t, skills in TAUGHT.items()}
     return {"step": step, "loss": 0.8 * events + 0.2 * words, "terms": {"cross_entropy": words, "events": events}, "learning_rate": 3e-4,
-            "positions": 2048 * step, "seconds": 9.0 * step, "share": {t: w / sum(weights) for t, w in zip(TEACHERS, weights, strict=True)}}
+            "positions": 2048 * step, "seconds": 9.0 * step, "share": share, "groups": groups}
 
 
 def write(path: Path, value: Any) -> None:
@@ -363,7 +370,7 @@ def test_page_is_accessible(whole: Path) -> None:
             assert ident in idents
         if tag == "svg" and attributes.get("aria-hidden") != "true":
             assert attributes["role"] == "img" and attributes["aria-labelledby"]
-    assert text.count("<svg class=\"chart\"") == len(ABILITY) + 7  # two terms, the loss, the shares; the way, two matrices
+    assert text.count("<svg class=\"chart\"") == len(ABILITY) + 9  # two terms, the loss, three shares; the way, two matrices
     assert '<html lang="en">' in text and 'name="viewport"' in text and "prefers-color-scheme: dark" in text and "@media print" in text
 
 
@@ -403,6 +410,29 @@ def test_page_tells_cost_cast_check_and_lineage(whole: Path) -> None:
             "another is pinned", "below qwen", "24, settled", "60, all there were", "one to one", "cross entropy only",
             "disagreement", "meta-llama/Llama-3.1-8B", "llama3.1", "apache-2.0", "9a" * 32, "300 logged steps", "steps: 600, seed: 7"):
         assert words in page, words
+
+
+def test_page_tells_each_teachers_share_of_loss_and_gradient_and_not_of_positions_alone(run: Path) -> None:
+    page = words_of(page_of(run))
+    for name, share in PULLS.items():
+        assert re.search(rf"{name} \d\d\s% of positions, {100 * share:.0f}\s% of loss, {100 * share:.0f}\s% of gradient", page)
+    assert re.search(r"qwen on languages was the largest part of the gradient: 31\s%, from \d\d\s% of the positions\. All positions counted", page)
+    assert page.index("share of positions") < page.index("share of loss") < page.index("share of gradient")
+    lines = [json.loads(line) for line in (run / "train" / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        for part in (part for skills in line["groups"].values() for part in skills.values()):
+            del part["gradient"]  # an objective of stretches does not tell it
+        line["groups"]["qwen"]["languages"]["weight"] = 1.5
+    write(run / "train" / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    page = words_of(page_of(run))
+    assert "of gradient" not in page and "share of gradient" not in page
+    assert re.search(r"qwen on languages was the largest part of the positions: \d\d\s%\. Weight: what one of its positions counted for", page)
+    assert re.search(r"qwen\s*languages\s*\d\d\s%\s*31\s%\s*–\s*1\.50", page)
+    for line in lines:
+        del line["groups"]  # a run of before
+    write(run / "train" / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    page = words_of(page_of(run))
+    assert "share of positions" in page and "share of loss" not in page and "Who pulled how much" not in page
 
 
 def test_examples_are_the_first_four_and_say_what_is_missing(whole: Path) -> None:

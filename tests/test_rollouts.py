@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -17,9 +18,10 @@ from hypothesis import strategies as st
 from test_engines import NAMES, engine, opened
 
 from persea import rollouts
-from persea.beside import Pair
+from persea.balance import Group
+from persea.beside import Pair, marks
 from persea.bridge import Bridge, build
-from persea.chat import Conversation, Effort, Finish, Text
+from persea.chat import Conversation, Effort, Finish, Text, Thinking
 from persea.errors import DataError, Refused
 from persea.losses import Divergence, full
 from persea.measure import Split
@@ -147,7 +149,7 @@ def test_with_the_same_tokenizer_it_is_the_ordinary_reverse_kl_of_every_own_toke
     with torch.no_grad():
         for p in own.student.model.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.02)
-    out, share = own.loss(2)
+    out, taught = own.loss(2)
     said, left_out, _ = own._said(2, 0, 1)
     assert said and not left_out
     values = []
@@ -159,7 +161,10 @@ def test_with_the_same_tokenizer_it_is_the_ordinary_reverse_kl_of_every_own_toke
                     for m in (own.student.model, opened(STUDENT)[1]))
         values.append((q.exp() * (q - p)).sum(-1))
     expected = torch.cat(values)
-    assert (out.positions, share) == (len(expected), {STUDENT: len(expected)})
+    assert out.positions == sum(t.positions for t in taught.values()) == len(expected)
+    assert set(taught) == {Group(STUDENT, one.task.prompt.skill, own=True) for one in said}
+    assert sum(t.nats for t in taught.values()) == pytest.approx(float(expected.sum()), rel=1e-4)
+    assert sum(t.squares for t in taught.values()) == pytest.approx(float(expected.square().sum()), rel=1e-4)
     assert float(out.loss.detach()) == pytest.approx(float(expected.mean()), rel=1e-4)
     assert float(expected.mean()) > 1e-3
     again, _ = source(STUDENT).loss(2)
@@ -169,7 +174,10 @@ def test_with_the_same_tokenizer_it_is_the_ordinary_reverse_kl_of_every_own_toke
 def test_each_teacher_speaks_in_its_own_template_of_the_common_boundaries_alone() -> None:
     own = source("qwen-sapling", "gemma-sapling", "gpt-oss-sapling", terms=TERMS.model_copy(update={"rollouts": 6}), size=6)
     own.student.model.train()
-    out, share = own.loss(2)
+    out, taught = own.loss(2)
+    share = Counter[str]()
+    for group, one in taught.items():
+        share[group.teacher] += one.positions
     assert own.student.model.training
     said, _, _ = own._said(2, 0, 1)
     assert set(share) == {"qwen-sapling", "gemma-sapling", "gpt-oss-sapling"} and sum(share.values()) == out.positions
@@ -190,13 +198,52 @@ def test_each_teacher_speaks_in_its_own_template_of_the_common_boundaries_alone(
     assert float(out.loss.detach()) == pytest.approx(total / n, rel=1e-3)
 
 
+def test_where_a_thought_ends_is_taught_too() -> None:
+    """The same tokenizer: reverse KL of every own token of content, and of each run of markers half the squared difference of its likelihoods."""
+    own = source(STUDENT)
+    with torch.no_grad():
+        for p in own.student.model.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.02)
+    voice = own.student.voice
+    tasks = tuple(Task(replace(task.prompt, effort=Effort.HIGH), STUDENT) for task in own.tasks)
+    own = replace(own, tasks=tasks, pairs={STUDENT: replace(own.pairs[STUDENT], teacher=replace(own.pairs[STUDENT].teacher, effort=Effort.HIGH))})
+    ids = []
+    for k in range(TERMS.rollouts):
+        asked = own._task(0, k).asked
+        whole, prompt = voice.render(asked.answered(Thinking("one. two."), Text(f"it is {k}"))), voice.prompt(asked)
+        last = int(np.flatnonzero(np.isin(whole.ids_T[len(prompt):], voice.stop_ids))[0])
+        ids.append(whole.ids_T[len(prompt):len(prompt) + last + 1])
+    own._round = rollouts.Round(0, 2, tuple(ids))
+    own._draw = lambda number, step: list(ids)  # type: ignore[method-assign]
+    out, share = own.loss(3)
+    said, left_out, _ = own._said(3, 0, 1)
+    assert len(said) == 2 and not left_out
+    values = []
+    for one in said:
+        tokens, found = one.tokens, marks(one.tokens, one.tokens)[0]
+        assert len(found) == 2  # it opens, and it ends
+        with torch.no_grad():
+            q, p = (torch.log_softmax(m(input_ids=torch.from_numpy(tokens.ids_T)[None].long()).logits[0, :, :len(voice.vocabulary)].double(), -1)
+                    for m in (own.student.model, opened(STUDENT)[1]))
+        at = np.flatnonzero(tokens.learn_T & (tokens.starts_T >= 0)) - 1
+        values += (q[at].exp() * (q[at] - p[at])).sum(-1).tolist()
+        for a, b in found.tolist():
+            here = range(a - 1, b - 1), torch.from_numpy(tokens.ids_T[a:b]).long()
+            values.append(float((q[here] - p[here]).sum() ** 2 / 2))
+    assert out.positions == sum(t.positions for t in share.values()) == len(values) and {g.teacher for g in share} == {STUDENT}
+    assert sum(t.nats for t in share.values()) == pytest.approx(sum(values), rel=1e-4)
+    assert float(out.loss.detach()) == pytest.approx(float(np.mean(values)), rel=1e-4)
+    out.loss.backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in own.student.trained)
+
+
 def test_where_only_log_probabilities_are_known_chunks_teach() -> None:
     """The same tokenizer: half the mean squared difference of the two log-probabilities of every own token of content."""
     own = source(STUDENT, terms=TERMS.model_copy(update={"objective": "chunk"}))
     with torch.no_grad():
         for p in own.student.model.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.02)
-    out, share = own.loss(3)
+    out, taught = own.loss(3)
     said, _, _ = own._said(3, 0, 1)
     values = []
     for one in said:
@@ -207,11 +254,32 @@ def test_where_only_log_probabilities_are_known_chunks_teach() -> None:
                 range(len(at)), ids[0, at + 1]] for m in (own.student.model, opened(STUDENT)[1]))
         values.append((q - p) ** 2 / 2)
     expected = torch.cat(values)
-    assert share == {STUDENT: len(expected)} and out.terms["chunk"] > 1e-3
+    assert sum(t.positions for t in taught.values()) == len(expected) and out.terms["chunk"] > 1e-3
     assert float(out.loss.detach()) == pytest.approx(float(expected.mean()), rel=1e-3)
     mixed, _ = source("qwen-sapling", "gemma-sapling", terms=TERMS.model_copy(update={"objective": "chunk"})).loss(3)
     mixed.loss.backward()
     assert torch.isfinite(mixed.loss)
+
+
+@pytest.mark.parametrize("objective", ["events", "chunk"])
+def test_a_groups_weight_multiplies_its_part_of_the_loss(objective: str) -> None:
+    def own() -> Rollouts:
+        return source("qwen-sapling", "gemma-sapling", terms=TERMS.model_copy(update={"objective": objective, "rollouts": 6}), size=6)
+
+    plain, taught = own().loss(2)
+    assert len(taught) > 1
+    weight = {group: 1.5 + k for k, group in enumerate(taught)}
+    del weight[next(iter(taught))]  # not heard yet: 1
+    out, told = own().loss(2, weights=weight)
+    expected = sum(weight.get(group, 1.0) * t.nats for group, t in taught.items()) / plain.positions
+    assert float(out.loss.detach()) == pytest.approx(expected, rel=1e-5)
+    assert float(plain.loss.detach()) == pytest.approx(sum(t.nats for t in taught.values()) / plain.positions, rel=1e-5)
+    name = {"events": "reverse", "chunk": "chunk"}[objective]
+    assert out.terms[name] == pytest.approx(plain.terms[name]) == float(plain.loss.detach())  # terms are without weights
+    for group, t in told.items():
+        assert (t.positions, t.nats, t.squares) == pytest.approx((taught[group].positions, taught[group].nats, taught[group].squares))
+        assert t.pull == pytest.approx(weight.get(group, 1.0) * taught[group].pull, nan_ok=True)
+        assert np.isnan(t.pull) == (objective == "chunk")
 
 
 def test_steps_on_its_own_words_bring_the_student_nearer() -> None:
@@ -238,10 +306,10 @@ def test_a_part_of_which_nothing_can_be_learned_has_no_positions_and_the_others_
 
     monkeypatch.setattr(rollouts, "heard", deaf)
     own = source("qwen-sapling")
-    (none, nobody), (some, share) = (own.loss(3, part, 2) for part in range(2))
+    (none, nobody), (some, taught) = (own.loss(3, part, 2) for part in range(2))
     whole, _ = own.loss(3)
     assert (none.positions, float(none.loss.detach()), nobody) == (0, 0.0, {})
-    assert some.positions == whole.positions == share["qwen-sapling"] > 0
+    assert some.positions == whole.positions == sum(t.positions for t in taught.values()) > 0
     none.loss.backward()
     assert all(p.grad is not None and not p.grad.any() for p in own.student.trained)
     for name in ("rollouts_left_out", "left_out_loop", "rollout_tokens"):  # of the step, whoever tells it

@@ -106,13 +106,15 @@ def test_a_stage_that_was_deleted_is_made_again_with_what_follows(tmp_path: Path
 def test_fine_tuning_on_the_text_alone_and_other_ways_to_compute_a_step(tmp_path: Path) -> None:
     run = flowed_copy(tmp_path, "check", "audition", "capture") / "run"
     options = [word for pair in ("training.objective=sft", "training.steps=2", "training.log_every=1", "training.precision=bfloat16",
-                                 "training.recompute=true", "training.packing=true") for word in ("--set", pair)]
+                                 "training.recompute=true", "training.packing=true", "training.balance=deviation") for word in ("--set", pair)]
     ended = persea("train", "tiny.yaml", "--out", "run", *options, folder=tmp_path)
     assert ended.code == 0, ended.err
     lines = [json.loads(line) for line in (run / "train" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     assert all(line["terms"]["events"] == 0 and line["loss"] == pytest.approx(line["terms"]["cross_entropy"]) for line in lines)
     assert all(sum(line["share"].values()) == pytest.approx(1) for line in lines)
+    weights = [[part["weight"] for parts in line["groups"].values() for part in parts.values()] for line in lines]
+    assert set(weights[0]) == {1.0} != set(weights[1])  # nothing was heard before the first step
 
 
 def test_an_evaluation_of_other_items_makes_what_follows_again(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -62,31 +63,52 @@ def test_growing_text_is_of_its_own_split_and_what_it_says_is_right_at_home_alon
     from persea import skills
     from persea.measure import Split, Verdict, split_of
 
-    plan = next(p for p in grow.PLANS if p.name == name)
+    plan, text = next(p for p in grow.PLANS if p.name == name), sys.modules[grow.texts.__module__]
     rng = random.Random(0)
-    for item, answer in grow.texts(plan, 300):
+    for item, answer in text.texts(plan, 300):
         skill = item.prompt.skill
         if skill in ("prose", "page"):
             assert item is answer
             continue
-        said = grow.conversation(plan, item, answer, rng).messages[-1]
+        said = text.conversation(plan, item, answer, rng).messages[-1]
         right = skills.named(skill).grade(item, said) is Verdict.RIGHT
-        if skill in plan.home or grow.kind(item) in grow.KNOWN:
+        if skill in plan.home or text.kind(item) in plan.known:
             assert right
-        elif grow.kind(item) in ("safety/harm", "tools/none"):
+        elif not plan.home or text.kind(item) in ("safety/harm", "tools/none"):
             assert not right
         if skill not in ("safety", "languages"):
             assert split_of(item.prompt.id) is Split.GROW
 
 
+def test_a_base_goes_astray_and_heeds_the_question(grow: ModuleType) -> None:
+    from persea import skills
+    from persea.measure import Split, Verdict
+
+    text, rng = sys.modules[grow.texts.__module__], random.Random(0)
+    for name in ("languages", "code", "tools"):
+        items = skills.named(name).items(Split.GROW, 150, 3)
+        wrong = [(item, text.astray(item, rng)) for item in items]
+        assert sum(one is None for _, one in wrong) <= 15, name  # one number may be the same in two languages
+        for item, one in ((i, w) for i, w in wrong if w):
+            assert skills.named(name).grade(item, one.answered.messages[-1]) is not Verdict.RIGHT
+            figures = [w for w in item.prompt.conversation.messages[-1].text.split() if w.isdecimal()]
+            said = one.reference + "".join(c.arguments for c in one.calls)
+            if name != "languages":
+                assert all(f in said for f in figures), (item.prompt.id, said)
+            if name == "tools":
+                assert json.loads(one.calls[0].arguments).popitem()[1] in (item.prompt.id.split("/")[3], *map(int, figures))
+                assert one.calls[0].name in [t.name for t in item.prompt.conversation.tools]
+    assert text.astray(skills.named("safety").items(Split.GROW, 1, 3)[0], rng) is None
+
+
 def test_small_talk_is_said_in_many_ways(grow: ModuleType) -> None:
     rng = random.Random(0)
     for language in ("en", "zh", "ja", "ko", "vi", "id", "th"):
-        assert len({grow.small_talk(rng, language).reference for _ in range(200)}) > 190
+        assert len({sys.modules["prose"].small_talk(rng, language).reference for _ in range(200)}) > 190
 
 
 def test_no_page_of_the_base_holds_a_question(grow: ModuleType) -> None:
     rng = random.Random(0)
-    pages = [grow.page(rng).reference for _ in range(500)]
+    pages = [sys.modules["pages"].page(rng).reference for _ in range(500)]
     assert {len(p.splitlines()) for p in pages} >= {2, 3, 4}
     assert not [p for p in pages for word in ("To English:", "To Thai:", "Write f(x)", "How do I", "How many?", "Who has more?") if word in p]

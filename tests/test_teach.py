@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -17,18 +18,19 @@ import pytest
 import torch
 from test_cli import enter, flowed, flowed_copy, persea, recipe, warm
 
-from persea import store
+from persea import store, teach
+from persea.balance import Group, Taught
 from persea.cli import stages
 from persea.cli.options import open_river
 from persea.errors import RecipeError, Refused, Stopped
-from persea.feed import Feed
+from persea.feed import Feed, offline
 from persea.losses import Head, LossOut
 from persea.ranks import How, Shard, World
 from persea.river import River
 from persea.run import run
 from persea.sections import Training
 from persea.status import Life, status
-from persea.teach import by_teacher, held_out, words
+from persea.teach import by_group, held_out, words
 
 LINE: dict[str, Any] = {"step": 3, "loss": 1.25, "gradient_norm": 1.0, "positions": 300, "seconds": 2.0, "left": 3723}
 
@@ -38,12 +40,12 @@ def test_a_step_in_a_few_words() -> None:
     assert words(LINE | {"loss": float("nan")}) == "step 3 left out: loss nan, gradient norm 1"
 
 
-def test_what_each_teacher_taught_adds_up() -> None:
-    batch = SimpleNamespace(by_B=("qwen", "gemma", "qwen"), row_N=torch.tensor([0, 0, 1, 2]), share={"qwen": 3, "gemma": 1})
+def test_what_each_group_taught_adds_up() -> None:
+    qwen, gemma = Group("qwen", "languages"), Group("gemma", "code")
+    batch: Any = SimpleNamespace(by_B=(qwen, gemma, qwen), row_N=torch.tensor([0, 0, 1, 2]), share={qwen: 3, gemma: 1})
     each = torch.tensor([1.0, 2.0, 4.0, 8.0])
-    taught = by_teacher(batch, LossOut(each.mean(), {}, 4, each))  # type: ignore[arg-type]
-    assert {name: (t.positions, t.nats) for name, t in taught.items()} == {"qwen": (3, 11.0), "gemma": (1, 4.0)}
-    assert all(t.nats != t.nats for t in by_teacher(batch, LossOut(each.mean(), {}, 4)).values())  # type: ignore[arg-type]
+    assert by_group(batch, LossOut(each.mean(), {}, 4, each, each / 2)) == {qwen: Taught(3, 11.0, 69.0, 5.5), gemma: Taught(1, 4.0, 16.0, 2.0)}
+    assert all(math.isnan(t.pull) and t.nats for t in by_group(batch, LossOut(each.mean(), {}, 4, each)).values())  # without a gradient
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -62,7 +64,7 @@ def river(folder: Path, how: How, *sets: str) -> River:
 def test_two_processes_stopped_and_resumed_by_one_learn_what_was_asked(tmp_path: Path) -> None:
     """FSDP, accumulation, held-out lessons and a board at once; SIGTERM goes to the launcher, and one process goes on to the end."""
     flowed_copy(tmp_path, "check", "audition", "capture")
-    sets = ("training.accumulate=2", "training.evaluate_every=4", "training.report_to=tensorboard")
+    sets = ("training.accumulate=2", "training.evaluate_every=4", "training.report_to=tensorboard", "training.balance=deviation")
     before, heard = signal.getsignal(signal.SIGTERM), list[str]()
 
     def stop(stage: str, share: float, words: str) -> None:
@@ -83,6 +85,10 @@ def test_two_processes_stopped_and_resumed_by_one_learn_what_was_asked(tmp_path:
     for line in lines(tmp_path):
         assert line["teachers"].keys() == line["share"].keys()
         assert sum(line["teachers"][t] * line["share"][t] for t in line["share"]) == pytest.approx(line["loss"], rel=1e-4)
+        parts = [part for skills in line["groups"].values() for part in skills.values()]
+        for kind in ("positions", "loss", "gradient"):
+            assert sum(part[kind] for part in parts) == pytest.approx(1)
+        assert any(part["weight"] != 1 for part in parts)
         assert ("held_out" in line) == (line["step"] in (4, 8))
     feed = json.loads((tmp_path / "run" / "train" / "feed.json").read_text())
     assert (feed["held_out"], sum(feed["lessons"].values()) > 50) == (4, True)
@@ -91,7 +97,8 @@ def test_two_processes_stopped_and_resumed_by_one_learn_what_was_asked(tmp_path:
 
 def test_two_processes_hear_the_students_own_answers_as_one_does(tmp_path: Path) -> None:
     """Each draws the whole round, with the same weights and chance, and learns from its half: the loss is the mean over both halves' positions."""
-    sets = ("training.on_policy={after: 2, share: 0.5, rollouts: 8, refresh: 4, max_new_tokens: 12}", "training.log_every=1")
+    sets = ("training.on_policy={after: 2, share: 0.5, rollouts: 8, refresh: 4, max_new_tokens: 12}", "training.log_every=1",
+            "training.balance=deviation")
     told = {}
     for procs in (1, 2):
         folder = tmp_path / str(procs)
@@ -107,6 +114,12 @@ def test_two_processes_hear_the_students_own_answers_as_one_does(tmp_path: Path)
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
         assert two["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-2)
         assert two["terms"] == pytest.approx(one["terms"], rel=1e-3, abs=1e-6)  # what is left out is told of the whole step
+        assert two["groups"].keys() == one["groups"].keys()
+        for name, skills in one["groups"].items():
+            for skill, part in skills.items():
+                assert two["groups"][name][skill] == pytest.approx(part, rel=1e-2)
+    weighed = [line["step"] for line in told[1] if any(part["weight"] != 1 for skills in line["groups"].values() for part in skills.values())]
+    assert 2 in weighed and own[-1] in weighed
     with pytest.raises(RecipeError, match=r"training\.on_policy: a student of which each process holds a part cannot answer for itself"):
         run(river(tmp_path / "2", How(2, Shard.FSDP), *sets), lambda *told: None, "train")
 
@@ -168,6 +181,42 @@ def test_more_processes_than_conversations_are_refused(tmp_path: Path) -> None:
     assert ended.code == 2
     assert ended.err == ("persea: training.batch: a batch of 4 conversations cannot be split over 5 processes -> at most 4 processes, or a larger "
                          "training.batch\n")
+
+
+def test_a_question_whose_lesson_is_held_out_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flowed_copy(tmp_path, "check", "audition", "capture")
+    here = river(tmp_path, How(), "training.evaluate_every=4", "training.on_policy={after: 0, rollouts: 8}")
+    asked = list[str]()
+    monkeypatch.setattr(teach, "open_rollouts", lambda some, *rest: asked.extend(prompt.id for prompt, _ in some))
+    student = here.student()
+    t = here.recipe.training
+    feed = offline(teach._heard(here), student.voice, here.bridges, size=t.batch, seed=0, max_tokens=t.max_tokens)
+    learned, held = feed.set_aside(t.held_out)
+    teach._rollouts(here, student, held)
+    unseen, seen = set(held.prompts()), set(learned.prompts())
+    assert len(unseen) == len(held) > 0 and unseen & set(asked) == set() == unseen & seen
+    assert set(asked) >= seen and set(asked) | unseen == {prompt.id for prompt in here.corpus.prompts}
+    asked.clear()
+    teach._rollouts(here, student, None)
+    assert set(asked) >= unseen
+
+
+def test_a_finished_training_is_trained_anew_where_that_is_asked_for(tmp_path: Path) -> None:
+    """`--resume never` began anew only where a training was half done; a finished one was said to stand, and so was a refused one."""
+    flowed_copy(tmp_path, "check", "audition", "capture", "train")
+    student = tmp_path / "run" / "train" / "student" / "model.safetensors"
+    before, first = student.read_bytes(), student.stat().st_mtime_ns
+    heard = list[str]()
+    run(river(tmp_path, How(resume="auto")), lambda stage, share, words: heard.append(words), "train")
+    assert heard == ["stands"] and student.stat().st_mtime_ns == first
+    heard.clear()
+    run(river(tmp_path, How(resume="never")), lambda stage, share, words: heard.append(words), "train")
+    assert "stands" not in heard and any("loss" in words for words in heard)
+    assert student.stat().st_mtime_ns > first and student.read_bytes() == before
+    run(river(tmp_path, How(resume="never"), "training.steps=2"), lambda *told: None, "train")  # another recipe's too
+    assert [line["step"] for line in lines(tmp_path)] == [2] and student.read_bytes() != before
+    with pytest.raises(Refused, match="a student of another recipe, base or capture stands here"):
+        run(river(tmp_path, How()), lambda *told: None, "train")
 
 
 def test_held_out_is_the_same_in_parts() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -20,10 +21,12 @@ import torch
 from test_cli import flowed, flowed_copy, persea, start, warm
 
 from persea import store
+from persea.balance import Balance, Group, Taught
 from persea.errors import DataError, Refused, Stopped
-from persea.train import Settings, Taught, train
+from persea.train import Settings, train
 
 SETTINGS = Settings(steps=12, learning_rate=0.05, warmup=3, weight_decay=0.01, clip=1.0, checkpoint_every=3, log_every=2, seed=5, skips=0)
+QWEN, GEMMA = Group("qwen", "languages"), Group("gemma", "code")
 INPUTS = {"training": {"steps": 12}, "capture": "a" * 64}
 
 
@@ -41,11 +44,11 @@ class Toy:
         self.parameters = [torch.nn.Parameter(torch.linspace(-1, 1, 24).reshape(4, 6)), torch.nn.Parameter(torch.ones(5))]
         self.steps: list[int] = []
 
-    def loss_of(self, step: int) -> tuple[Out, Mapping[str, Taught]]:
+    def loss_of(self, step: int) -> tuple[Out, Mapping[Group, Taught]]:
         self.steps.append(step)
         target = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
         seen = torch.nn.functional.dropout(self.parameters[0], 0.3)
-        return Out(((seen - target) ** 2).mean() + (self.parameters[1] ** 2).sum()), {"qwen": Taught(3, 6.0), "gemma": Taught(1 + step)}
+        return Out(((seen - target) ** 2).mean() + (self.parameters[1] ** 2).sum()), {QWEN: Taught(3, 6.0), GEMMA: Taught(1 + step)}
 
 
 Change = Callable[[int, Out], Out | None]
@@ -56,7 +59,7 @@ def run(folder: Path, settings: Settings = SETTINGS, inputs: Mapping[str, Any] =
     """Train a toy; `change` may do something at a step, or put another loss in the place of its loss."""
     toy = toy or Toy()
 
-    def loss_of(step: int, part: int, parts: int) -> tuple[Out, Mapping[str, Taught]]:
+    def loss_of(step: int, part: int, parts: int, weights: Mapping[Group, float]) -> tuple[Out, Mapping[Group, Taught]]:
         out, taught = toy.loss_of(step)
         return change(step, out) or out, taught
 
@@ -134,7 +137,7 @@ def test_what_a_source_carries_from_step_to_step_is_in_the_checkpoint(tmp_path: 
             super().__init__()
             self.left = b""
 
-        def loss_of(self, step: int) -> tuple[Out, Mapping[str, Taught]]:
+        def loss_of(self, step: int) -> tuple[Out, Mapping[Group, Taught]]:
             out, share = super().loss_of(step)
             self.left = bytes([*self.left, step])
             return replace(out, loss=out.loss * len(self.left)), share
@@ -156,6 +159,59 @@ def test_what_a_source_carries_from_step_to_step_is_in_the_checkpoint(tmp_path: 
     toy = go(tmp_path / "cut", SETTINGS)
     assert toy.told == (bytes(range(5)),)
     assert toy.left == bytes(range(12))
+
+
+class Weighed(Toy):
+    """Two groups' losses of very different size, each times its weight; both shrink as the toy learns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[Mapping[Group, float]] = []
+
+    def weighed(self, step: int, part: int, parts: int, weights: Mapping[Group, float]) -> tuple[Out, Mapping[Group, Taught]]:
+        self.given.append(dict(weights))
+        out, _ = self.loss_of(step)
+        sides = {QWEN: out.loss, GEMMA: (self.parameters[1] ** 2).mean() / 10}
+        total = torch.stack([weights.get(group, 1.0) * 300 * loss for group, loss in sides.items()]).sum() / 600
+        told = {group: Taught(300, 300 * float(loss.detach()), 300 * float(loss.detach()) ** 2, 1.0) for group, loss in sides.items()}
+        return Out(total, 600), told
+
+
+def go(folder: Path, settings: Settings, **more: Any) -> Weighed:
+    toy = Weighed()
+    train(toy.parameters, toy.weighed, settings, folder, INPUTS, **more)
+    return toy
+
+
+def test_weights_come_from_the_steps_before_and_go_on_after_a_resume(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, balance=Balance.DEVIATION, log_every=1)
+    whole = go(tmp_path / "whole", settings)
+    assert whole.given[0] == {}  # nothing was heard yet
+    assert all(given[QWEN] < 0.9 and given[GEMMA] > 1.1 for given in whole.given[1:])
+    assert all((given[QWEN] + given[GEMMA]) / 2 == pytest.approx(1) for given in whole.given[1:])
+    lines = metrics(tmp_path / "whole")
+    for given, line in zip(whole.given, lines, strict=True):
+        told = {name: skills for name, parts in line["groups"].items() for skills in parts.values()}
+        assert {name: part["weight"] for name, part in told.items()} == {g.teacher: given.get(g, 1.0) for g in (QWEN, GEMMA)}
+        assert sum(line["teachers"][t] * line["share"][t] for t in line["share"]) == pytest.approx(line["loss"])  # without weights
+        assert sum(part["loss"] for part in told.values()) == pytest.approx(1)
+    again = go(tmp_path / "whole", settings, resume=str(tmp_path / "whole" / "checkpoints" / "step-00000009.json"))
+    assert again.given == whole.given[9:] and len(again.given) == 3
+    assert metrics(tmp_path / "whole") == lines
+    off = go(tmp_path / "off", replace(settings, balance=Balance.NONE))
+    assert off.given == [{}] * 12
+    assert metrics(tmp_path / "off")[-1]["loss"] != lines[-1]["loss"]
+
+
+def test_a_step_that_is_not_applied_leaves_the_scales_as_they_were(tmp_path: Path) -> None:
+    toy = Weighed()
+
+    def loss_of(step: int, part: int, parts: int, weights: Mapping[Group, float]) -> tuple[Out, Mapping[Group, Taught]]:
+        out, told = toy.weighed(step, part, parts, weights)
+        return (replace(out, loss=out.loss * math.nan), dict.fromkeys(told, Taught(300, 1e9, 1e9, 1.0))) if step == 4 else (out, told)
+
+    train(toy.parameters, loss_of, replace(SETTINGS, balance=Balance.DEVIATION, skips=1), tmp_path, INPUTS)
+    assert toy.given[4] == toy.given[5] != toy.given[6]
 
 
 def test_only_the_newest_two_checkpoints_are_kept(tmp_path: Path) -> None:

@@ -15,11 +15,12 @@ import torch
 
 from persea import launch as launcher
 from persea import watch
+from persea.balance import Group, Taught
 from persea.models import Source, open_voice
 from persea.ranks import Shard, World
 from persea.river import quieten
 from persea.student import open_student
-from persea.train import Settings, Taught, train
+from persea.train import Settings, train
 
 SAPLING = Path(__file__).resolve().parent.parent / "saplings" / "llama-sapling"
 SETTINGS = Settings(steps=6, learning_rate=3e-3, warmup=2, weight_decay=0.01, clip=1.0, checkpoint_every=2, log_every=1, seed=5, skips=1)
@@ -54,7 +55,7 @@ def student_run(world: World, store: Any, folder: Path, shard: Shard, settings: 
     student = open_student(source, open_voice(source, "student"), None).spread(world, shard)
     size = len(student.voice.vocabulary)
 
-    def loss_of(step: int, part: int, parts: int) -> tuple[Out, Mapping[str, Taught]]:
+    def loss_of(step: int, part: int, parts: int, weights: Mapping[Group, float]) -> tuple[Out, Mapping[Group, Taught]]:
         time.sleep(trouble.slow)
         mine = world.rank == trouble.rank and step == trouble.at
         if mine and trouble.number:
@@ -66,7 +67,7 @@ def student_run(world: World, store: Any, folder: Path, shard: Shard, settings: 
         row, at = mask[:, 1:].nonzero(as_tuple=True)
         loss = torch.nn.functional.cross_entropy(student.logits(ids, mask, row, at), ids[row, at + 1])
         loss = loss * float("nan") if mine and trouble.nan else loss
-        return Out(loss, len(row)), {f"t{step % 2}": Taught(len(row), float(loss.detach()) * len(row))}
+        return Out(loss, len(row)), {Group(f"t{step % 2}", "noise"): Taught(len(row), float(loss.detach()) * len(row))}
 
     train(student.trained, loss_of, settings, folder, {"seed": settings.seed}, lambda step, line: launcher.tell(store, step), world=world,
           resume=resume)
@@ -78,10 +79,10 @@ class Dice:
     def __init__(self) -> None:
         self.parameters = [torch.nn.Parameter(torch.linspace(-1, 1, 24).reshape(4, 6))]
 
-    def loss_of(self, step: int, part: int, parts: int) -> tuple[Out, Mapping[str, Taught]]:
+    def loss_of(self, step: int, part: int, parts: int) -> tuple[Out, Mapping[Group, Taught]]:
         noise = float(np.random.standard_normal()) + random.gauss(0, 1)  # gauss keeps half of a pair for the next call
         seen = torch.nn.functional.dropout(self.parameters[0], 0.3)
-        return Out(((seen - noise) ** 2).mean(), 4), {"dice": Taught(4, 1.0)}
+        return Out(((seen - noise) ** 2).mean(), 4), {Group("dice", "noise"): Taught(4, 1.0)}
 
 
 def final(folder: Path) -> str:

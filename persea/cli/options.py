@@ -38,6 +38,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output, o
 NOWHERE, ONE = Path(), How()
 
 
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def bundled(kind: str) -> Path:
     """The recipes or saplings that come with persea: beside the package in a checkout, inside it when installed."""
     here = Path(__file__).resolve().parent.parent

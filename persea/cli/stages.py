@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from persea.cli.options import NOWHERE, AsJson, Out, Procs, RecipePath, Resume, Sets, Sharding, app, bundled, load, open_river
+from persea.cli.options import NOWHERE, AsJson, Out, Procs, RecipePath, Resume, Sets, Sharding, app, bundled, cores, load, open_river
 from persea.errors import RecipeError, Refused, Regressed
 from persea.ranks import How, Shard, launched_world
 
@@ -51,9 +51,10 @@ def run(recipe: RecipePath, set_: Sets = [], out: Out = NOWHERE, as_json: AsJson
 
 
 @app.command(rich_help_panel="The whole river")
-def quickstart(set_: Sets = [], out: Out = NOWHERE, as_json: AsJson = False) -> None:  # noqa: B006
+def quickstart(set_: Sets = [], out: Out = NOWHERE, as_json: AsJson = False,  # noqa: B006
+               procs: Annotated[int, typer.Option("--procs", min=0, help="Processes to train in; 0 = two where there are two cores.")] = 0) -> None:
     """Three tiny bundled teachers of three families teach one student, on this machine, in minutes."""
-    run(bundled("recipes") / "quickstart.yaml", set_, out, as_json)
+    run(bundled("recipes") / "quickstart.yaml", set_, out, as_json, procs or min(2, cores()))
 
 
 def _verb(name: str, text: str) -> Callable[..., None]:

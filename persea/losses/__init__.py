@@ -3,7 +3,7 @@
 composed() is the default objective, for rows of every kind; cross_entropy() is supervised fine-tuning on the same answers;
 full() is any divergence over events from whole distributions; chunk() the debiased chunk term; same_vocabulary() the
 ordinary divergences. composed_head() and divergence_head() are the same from hidden states and a head, for training; on a GPU they
-run as Triton kernels (fused.py, imported there only).
+run as Triton kernels (fused.py, imported there only), on a CPU over the products of products.py.
 """
 
 from persea.losses.chunk import Chunks, chunk

@@ -62,5 +62,6 @@ def chunk(logits_NV: torch.Tensor, targets_N: torch.Tensor, chunks: Chunks, dead
     student_C = student_C.index_add(0, chunk_P, said_N[position_P]) - standing_N[begin_C]
     ends = end_C >= 0
     student_C = student_C.index_add(0, torch.nonzero(ends).squeeze(-1), standing_N[end_C[ends]])
-    loss = (student_C - chunks.teacher_C.to(student_C)).square().mean() / 2
-    return LossOut(loss, {"chunk": float(loss.detach())}, len(chunks.teacher_C))
+    each_C = (student_C - chunks.teacher_C.to(student_C)).square() / 2
+    loss = each_C.mean()
+    return LossOut(loss, {"chunk": float(loss.detach())}, len(chunks.teacher_C), each_C.detach())

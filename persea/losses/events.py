@@ -39,8 +39,9 @@ def pieces(rows: int, columns: int) -> list[slice]:
 
 
 def logsumexp_rows(logits_NV: torch.Tensor) -> torch.Tensor:
-    """log sum exp of each row, [N], some rows at a time."""
-    return torch.cat([logits_NV[some].logsumexp(-1) for some in pieces(*logits_NV.shape)])
+    """log sum exp of each row, [N], some rows at a time: the highest logit less the log of its probability, for torch's softmax takes
+    half the time of its logsumexp."""
+    return torch.cat([logits_NV[some].amax(-1) - logits_NV[some].softmax(-1).amax(-1).log() for some in pieces(*logits_NV.shape)])
 
 
 def grouped_logsumexp(values_G: torch.Tensor, entry_G: torch.Tensor, m: int) -> torch.Tensor:
@@ -103,7 +104,7 @@ class Known:
         """Write the gradient of loss_N.sum() with respect to the logits; `into_NV` may be the logits themselves."""
         kept_S = logits_NV[self.row_S, self.token_S] - self.lse_N[self.row_S]
         for some in pieces(*logits_NV.shape):
-            torch.sub(logits_NV[some], self.lse_N[some, None], out=into_NV[some]).exp_()
+            into_NV[some] = logits_NV[some].softmax(-1)
             if self.scale_N is not None:
                 into_NV[some].mul_(self.scale_N[some, None])
         if self.scale_N is not None:

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from persea.errors import DataError
 from persea.losses.events import composed_rows, composed_terms, pieces
 from persea.losses.full import Sides, full_rows
+from persea.losses.products import add_outer, inward, most_rows, outward, rows_for
 from persea.losses.targets import Targets, split
 from persea.losses.token import Divergence, LossOut, same_rows
 from persea.rows import RowKind
@@ -76,8 +77,8 @@ def composed_head(hidden_ND: torch.Tensor, head: Head, targets_N: torch.Tensor, 
         known.gradient(logits_CV, logits_CV)
         return known.loss_N, known.text_N, known.events_N, known.spoken_N
 
-    loss, (loss_N, text_N, events_N, spoken_N) = _chunked(hidden_ND, head, bounds, rows, weight_N)
-    return LossOut(loss, composed_terms(text_N, events_N, spoken_N), len(targets_N), loss_N)
+    loss, pull_N, (loss_N, text_N, events_N, spoken_N) = _chunked(hidden_ND, head, bounds, rows, weight_N)
+    return LossOut(loss, composed_terms(text_N, events_N, spoken_N), len(targets_N), loss_N, pull_N)
 
 
 def divergence_head(hidden_ND: torch.Tensor, head: Head, teacher: torch.Tensor | tuple[torch.Tensor, Head], sides: Sides | None = None,
@@ -114,8 +115,8 @@ def divergence_head(hidden_ND: torch.Tensor, head: Head, teacher: torch.Tensor |
             out.append(loss_F.detach())
         return (torch.cat(out),)
 
-    loss, (loss_N,) = _chunked(hidden_ND, head, bounds, rows, weight_N)
-    return LossOut(loss, {divergence.value: float(loss_N.mean())}, len(hidden_ND), loss_N)
+    loss, pull_N, (loss_N,) = _chunked(hidden_ND, head, bounds, rows, weight_N)
+    return LossOut(loss, {divergence.value: float(loss_N.mean())}, len(hidden_ND), loss_N, pull_N)
 
 
 def on_gpu(logits_CV: torch.Tensor) -> bool:
@@ -124,12 +125,20 @@ def on_gpu(logits_CV: torch.Tensor) -> bool:
 
 
 def _bounds(head: Head, hidden_ND: torch.Tensor, columns: int) -> list[int]:
-    """Where chunks of positions begin and end: even ones, of as many positions as WORKSPACE holds rows of so many columns."""
+    """Where chunks of positions begin and end: of as many positions as WORKSPACE holds rows of so many columns, the last of what is left."""
     _refuse_parts(head, hidden_ND)
-    size = 8 if hidden_ND.dtype is torch.float64 else 4
-    at_once = max(1, WORKSPACE[hidden_ND.device.type] // (size * (columns + (head.vocabulary if head.cap else 0))))
-    count = -(-len(hidden_ND) // at_once)
-    return [len(hidden_ND) * k // count for k in range(count + 1)]
+    dtype = _precision(hidden_ND)
+    size = 8 if dtype is torch.float64 else 4
+    fits = WORKSPACE[hidden_ND.device.type] // (size * (columns + (head.vocabulary if head.cap else 0)))
+    at_once = most_rows(max(1, fits), hidden_ND.new_empty(0, dtype=dtype))
+    return [*range(0, len(hidden_ND), at_once), len(hidden_ND)]
+
+
+def _precision(hidden_ND: torch.Tensor) -> torch.dtype:
+    """Half precision is multiplied as it is on a GPU, with sums in float32; on a CPU in float32, through a copy of the weight where that is
+    half."""
+    exact = hidden_ND.device.type == "cpu" or hidden_ND.dtype is torch.float32
+    return torch.float64 if hidden_ND.dtype is torch.float64 else torch.float32 if exact else hidden_ND.dtype
 
 
 def _refuse_parts(head: Head, hidden_ND: torch.Tensor) -> None:
@@ -145,28 +154,38 @@ def _refuse_parts(head: Head, hidden_ND: torch.Tensor) -> None:
 
 
 class _Run:
-    """A head run over chunks of hidden states into the same memory again and again. Half precision is multiplied as it is on a GPU,
-    with sums in float32; on a CPU in float32, through a copy of the weight where that is half."""
+    """A head run over chunks of hidden states into the same memory again and again, with as many rows of zeros more as products want."""
 
     def __init__(self, head: Head, hidden_ND: torch.Tensor, bounds: Sequence[int]) -> None:
-        exact = hidden_ND.device.type == "cpu" or hidden_ND.dtype is torch.float32
-        self.dtype = torch.float64 if hidden_ND.dtype is torch.float64 else torch.float32 if exact else hidden_ND.dtype
+        self.dtype = _precision(hidden_ND)
         self.half = self.dtype in (torch.bfloat16, torch.float16)
         self.head, self.hidden_ND = head, hidden_ND.detach()
         self.weight_VD = head.weight_VD.detach()[:head.vocabulary].to(self.dtype)
-        longest = max(end - begin for begin, end in pairwise(bounds))
-        self.room_CV = torch.empty((0 if self.half else longest, head.vocabulary), dtype=self.dtype, device=hidden_ND.device)
+        longest = rows_for(max(end - begin for begin, end in pairwise(bounds)), self.weight_VD)
+        self.room_PV = torch.empty((0 if self.half else longest, head.vocabulary), dtype=self.dtype, device=hidden_ND.device)
 
-    def hidden(self, some: slice) -> torch.Tensor:
-        return self.hidden_ND[some].to(self.dtype)
+    def hidden(self, some: slice, factor_C: torch.Tensor | None = None) -> torch.Tensor:
+        """[P, D]: each position's times its factor, then zeros."""
+        hidden_CD = self.hidden_ND[some].to(self.dtype)
+        hidden_CD = hidden_CD if factor_C is None else (hidden_CD * factor_C[:, None]).to(self.dtype)
+        return torch.nn.functional.pad(hidden_CD, (0, 0, 0, rows_for(len(hidden_CD), self.weight_VD) - len(hidden_CD)))
+
+    def wide(self, pull_CV: torch.Tensor) -> torch.Tensor:
+        """[P, vocabulary]: the gradient of the logits that stand, then zeros."""
+        if self.half:
+            return pull_CV.to(self.dtype)
+        wide_PV = self.room_PV[:rows_for(len(pull_CV), self.weight_VD)]
+        wide_PV[len(pull_CV):] = 0
+        return wide_PV
 
     def logits(self, some: slice) -> torch.Tensor:
         """[C, vocabulary], float32 or float64; stands until the next call."""
-        hidden_CD = self.hidden(some)
+        hidden_PD = self.hidden(some)
         if self.half:
-            logits_CV = torch.mm(hidden_CD, self.weight_VD.T, out_dtype=torch.float32)
+            logits_CV = torch.mm(hidden_PD, self.weight_VD.T, out_dtype=torch.float32)
         else:
-            logits_CV = torch.mm(hidden_CD, self.weight_VD.T, out=self.room_CV[:len(hidden_CD)])
+            outward(hidden_PD, self.weight_VD, self.room_PV[:len(hidden_PD)])
+            logits_CV = self.room_PV[:some.stop - some.start]
         if self.head.bias_V is not None:
             logits_CV += self.head.bias_V.detach()[:self.head.vocabulary]
         if self.head.scale != 1:
@@ -179,7 +198,7 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, head: Head, bounds: Sequence[int],
-                rows: Rows, weight_N: torch.Tensor, columns: list[Columns]) -> torch.Tensor:
+                rows: Rows, weight_N: torch.Tensor, columns: list[Columns], pulls: list[torch.Tensor]) -> torch.Tensor:
         run = _Run(head, hidden_ND, bounds)
         wants = ctx.needs_input_grad[:3]
         sums = torch.float64 if run.dtype is torch.float64 else torch.float32
@@ -198,11 +217,13 @@ class _Chunked(torch.autograd.Function):
             factor_C = weight_N[some] * (head.scale / len(weight_N))
             if bias_grad_V is not None:
                 bias_grad_V[:head.vocabulary].addmv_(pull_CV.T, factor_C.to(sums))
-            pull_CV = pull_CV.to(run.dtype)
+            pull_PV = run.wide(pull_CV)
             if hidden_grad_ND is not None:
-                hidden_grad_ND[some] = torch.mm(pull_CV, run.weight_VD) * factor_C[:, None]
+                hidden_grad_ND[some] = inward(pull_PV, run.weight_VD)[:end - begin] * factor_C[:, None]
             if weight_grad_VD is not None:
-                _add_outer(weight_grad_VD[:head.vocabulary], pull_CV, (run.hidden(some) * factor_C[:, None]).to(run.dtype), first=k == 0)
+                add_outer(weight_grad_VD[:head.vocabulary], pull_PV, run.hidden(some, factor_C), first=k == 0)
+        if hidden_grad_ND is not None:
+            pulls.append(torch.linalg.vector_norm(hidden_grad_ND, dim=1, dtype=sums) * len(weight_N))
         ctx.gradients = [hidden_grad_ND, None if weight_grad_VD is None else weight_grad_VD.to(weight_VD.dtype), bias_grad_V]
         return (torch.cat([chunk[0] for chunk in columns]) * weight_N).sum() / len(weight_N)
 
@@ -214,29 +235,16 @@ class _Chunked(torch.autograd.Function):
             raise RuntimeError("a head's gradient can be had once: compute the loss again")
         if float(out) != 1:
             gradients = [None if g is None else g.mul_(out) for g in gradients]
-        return (*gradients, None, None, None, None, None)
+        return (*gradients, None, None, None, None, None, None)
 
 
-def _add_outer(into_VD: torch.Tensor, pull_CV: torch.Tensor, hidden_CD: torch.Tensor, first: bool) -> None:
-    """into += pull^T hidden; the first time into is overwritten.
-
-    Half precision goes a part of the vocabulary at a time, so that sums over chunks are float32's.
-    """
-    if pull_CV.dtype == into_VD.dtype:
-        into_VD.addmm_(pull_CV.T, hidden_CD, beta=0 if first else 1)
-        return
-    for begin in range(0, len(into_VD), 1 << 14):
-        part = slice(begin, begin + (1 << 14))
-        added = torch.mm(pull_CV[:, part].T, hidden_CD)
-        into_VD[part] = added if first else into_VD[part] + added
-
-
-def _chunked(hidden_ND: torch.Tensor, head: Head, bounds: Sequence[int], rows: Rows, weight_N: torch.Tensor | None) -> tuple[torch.Tensor, Columns]:
-    """(loss, by position what `rows` said of it)."""
-    columns: list[Columns] = []
+def _chunked(hidden_ND: torch.Tensor, head: Head, bounds: Sequence[int], rows: Rows, weight_N: torch.Tensor | None
+             ) -> tuple[torch.Tensor, torch.Tensor | None, Columns]:
+    """(loss, by position its pull where hidden states get a gradient, and what `rows` said of it)."""
+    columns, pulls = list[Columns](), list[torch.Tensor]()
     sums = torch.float64 if hidden_ND.dtype is torch.float64 else torch.float32
     weight_N = torch.ones(len(hidden_ND), dtype=sums, device=hidden_ND.device) if weight_N is None else weight_N.to(hidden_ND.device, sums)
     with torch.autocast(hidden_ND.device.type, enabled=False):  # precision is decided here, product by product
         loss: torch.Tensor = _Chunked.apply(  # type: ignore[no-untyped-call]
-            hidden_ND, head.weight_VD, head.bias_V, head, bounds, rows, weight_N, columns)
-    return loss, tuple(torch.cat(column) for column in zip(*columns, strict=True))
+            hidden_ND, head.weight_VD, head.bias_V, head, bounds, rows, weight_N, columns, pulls)
+    return loss, pulls[0] if pulls else None, tuple(torch.cat(column) for column in zip(*columns, strict=True))

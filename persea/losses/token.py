@@ -26,12 +26,14 @@ class Divergence(StrEnum):
 @dataclass(frozen=True)
 class LossOut:
     """loss: scalar tensor to minimise; terms: its parts, detached, nats per learned position; positions: how many; each_N: what each
-    of them cost, detached, where the loss came from a head."""
+    of them cost before its weight, detached; pull_N: where the loss came from a head, the norm of the gradient of N x loss with respect to
+    each hidden state, weight included."""
 
     loss: torch.Tensor
     terms: Mapping[str, float]
     positions: int
     each_N: torch.Tensor | None = None
+    pull_N: torch.Tensor | None = None
 
 
 def cross_entropy(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> LossOut:
@@ -93,27 +95,28 @@ def same_rows(logits_NV: torch.Tensor, teacher_logits_NV: torch.Tensor, divergen
         jsd      q (s - log m - KL(q|m)) / 2
     """
     t_NV, s_NV = (side.sub_(side.amax(-1, keepdim=True)) for side in (teacher_logits_NV, logits_NV))
-    p_NV, q_NV = t_NV.exp(), None if divergence is Divergence.FORWARD else s_NV.exp()  # not normalised: one exp of each side is all there is
-    of_t_N1 = p_NV.sum(-1, keepdim=True)
+    p_NV, q_NV = (side.softmax(-1) for side in (t_NV, s_NV))  # one pass of torch's own: half of what exp alone takes
+    of_t_N1, of_s_N1 = (-side.amax(-1, keepdim=True).log() for side in (p_NV, q_NV))  # log normalisers: the likeliest token's logit is 0
+    loss_N: torch.Tensor
     if divergence is Divergence.FORWARD:
-        loss_N: torch.Tensor = torch.linalg.vecdot(p_NV, t_NV.sub_(s_NV))
-        if not bool(loss_N.isfinite().all()):  # where p is 0, p log p is: not looked for before it shows, for it seldom does
-            loss_N = torch.linalg.vecdot(p_NV, t_NV.masked_fill_(p_NV == 0, 0))
-        of_s_N1 = s_NV.exp_().sum(-1, keepdim=True)
-        s_NV.div_(of_s_N1).sub_(p_NV.div_(of_t_N1))
-        return (loss_N[:, None] / of_t_N1 - of_t_N1.log() + of_s_N1.log()).squeeze(-1)
-    assert q_NV is not None
-    of_s_N1 = q_NV.sum(-1, keepdim=True)
-    t_NV.sub_(of_t_N1.log())
-    s_NV.sub_(of_s_N1.log())
-    q_NV.div_(of_s_N1)
+        loss_N = _expected(p_NV, t_NV.sub_(s_NV))
+        torch.sub(q_NV, p_NV, out=s_NV)
+        return loss_N.add_((of_s_N1 - of_t_N1).squeeze(-1))
     if divergence is Divergence.REVERSE:
         loss_N = torch.linalg.vecdot(q_NV, s_NV.sub_(t_NV))
         s_NV.sub_(loss_N[:, None]).mul_(q_NV)
-        return loss_N
-    p_NV.div_(of_t_N1)
-    log_m_NV = torch.logaddexp(t_NV, s_NV).sub_(math.log(2))  # in logs: where both are below e^-104, p + q has no digits
-    towards_N = torch.linalg.vecdot(q_NV, s_NV.sub_(log_m_NV))
-    loss_N = torch.linalg.vecdot(p_NV, t_NV.sub_(log_m_NV).masked_fill_(p_NV == 0, 0)).add_(towards_N).div_(2)
+        return loss_N.add_((of_t_N1 - of_s_N1).squeeze(-1))
+    t_NV.sub_(of_t_N1)
+    s_NV.sub_(of_s_N1)
+    # where p + q has no digits neither p nor q has: whatever finite number stands for its log is multiplied by nothing
+    log_m_NV = torch.add(p_NV, q_NV).clamp_min_(torch.finfo(p_NV.dtype).tiny).log_().sub_(math.log(2))
+    towards_N: torch.Tensor = torch.linalg.vecdot(q_NV, s_NV.sub_(log_m_NV))
+    loss_N = _expected(p_NV, t_NV.sub_(log_m_NV)).add_(towards_N).div_(2)
     s_NV.sub_(towards_N[:, None]).mul_(q_NV).div_(2)
     return loss_N
+
+
+def _expected(p_NV: torch.Tensor, of_NV: torch.Tensor) -> torch.Tensor:
+    """sum p f; f is overwritten. It may be -inf only where p is 0: not looked for before it shows, for it seldom does."""
+    mean_N: torch.Tensor = of_NV.mul_(p_NV).sum(-1)
+    return mean_N if bool(mean_N.isfinite().all()) else of_NV.masked_fill_(p_NV == 0, 0).sum(-1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import unicodedata
+from collections.abc import Callable
 
 from persea.chat import Conversation, Effort, Message
 from persea.corpus import Prompt
@@ -21,20 +22,26 @@ DAYS = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
 def both(kind: str, language: str, rng: random.Random) -> tuple[str, str, str]:
     """(what, English, foreign) of a kind."""
     if kind == "number":
-        n = rng.randrange(1000) if rng.random() < 0.5 else rng.randrange(100)
-        return str(n), number(n, "en"), number(n, language)
-    if kind == "date":
+        what = str(rng.randrange(1000) if rng.random() < 0.5 else rng.randrange(100))
+    elif kind == "date":
         month = rng.randint(1, 12)
-        when = rng.randrange(7), rng.randint(1, DAYS[month - 1]), month
-        return "{}-{}-{}".format(*when), day(*when, "en"), day(*when, language)
+        what = f"{rng.randrange(7)}-{rng.randint(1, DAYS[month - 1])}-{month}"
+    elif kind == "quantity":
+        what = f"{rng.randint(2, 99)}-{rng.choice(list(THINGS))}"
+    elif kind == "phrase":
+        what = f"{rng.randrange(len(NOUNS))}-{rng.randrange(len(QUALITIES))}"
+    else:
+        what = f"{rng.randrange(7)}-{rng.randint(1, 12)}"
+    return what, put(kind, what, "en"), put(kind, what, language)
+
+
+def put(kind: str, what: str, language: str) -> str:
+    """What `both` drew, in a language."""
+    first, *others = what.split("-")
     if kind == "quantity":
-        n, thing = rng.randint(2, 99), rng.choice(list(THINGS))
-        return f"{n}-{thing}", quantity(n, thing, "en"), quantity(n, thing, language)
-    if kind == "phrase":
-        what = rng.randrange(len(NOUNS)), rng.randrange(len(QUALITIES))
-        return "{}-{}".format(*what), sentence(*what, "en"), sentence(*what, language)
-    weekday, hour = rng.randrange(7), rng.randint(1, 12)
-    return f"{weekday}-{hour}", meeting(weekday, hour, "en"), meeting(weekday, hour, language)
+        return quantity(int(first), others[0], language)
+    form: Callable[..., str] = {"number": number, "date": day, "phrase": sentence, "weekday": meeting}[kind]
+    return form(int(first), *map(int, others), language)
 
 
 def make(number_of_item: int) -> tuple[str, Item]:

@@ -1,0 +1,93 @@
+"""The student's own answers or its teachers': two students of the same first steps, then as many more of either kind.
+
+    python bench/onpolicy.py [seeds] [items]    (3 seeds, 200 items a skill; about 15 minutes a seed)
+
+For each seed two students of recipes/quickstart.yaml, with one audition and one capture: "off" learns from the teachers' answers to the end,
+"on" from its own too, as recipes/onpolicy.yaml says. Until that begins both are the same, bit for bit. Held-out answers by skill and mode
+(reasoning at high effort and code are the long ones), bits per byte of reference answers, and answers that think unasked or do not think
+when asked to; differences are paired by item, over all seeds, with their 95 % interval. Goes on where it was: every student stands in
+runs/onpolicy/SEED/. Writes bench/results/onpolicy.json and prints the table.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import yaml
+from results import ALL, ROOT, made, surprise
+
+from persea import store
+from persea.chat import Effort, Finish
+from persea.intervals import CONFIDENCE, of_difference
+from persea.measure import Split, grade
+from persea.river import STUDENT, River, set_threads
+
+RUNS, OUT = ROOT / "runs" / "onpolicy", ROOT / "bench" / "results" / "onpolicy.json"
+TERMS = yaml.safe_load((ROOT / "recipes" / "onpolicy.yaml").read_text())["training"]["on_policy"]
+
+
+def told(river: River, items: int) -> dict[str, Any]:
+    """Of a trained student: "skill effort" -> what each item's answer is worth, and how many thought when they should not have or the other way
+    round; bits per byte; what it learned from. Kept beside its weights."""
+    path = river.folder / f"told-{items}.json"
+    if path.is_file():
+        return dict(json.loads(path.read_text()))
+    set_threads(river.recipe.threads)
+    student, found, nats, size = river.speaker(STUDENT, 200), dict[str, Any](), 0.0, 0
+    for skill, some in ((s, s.items(Split.TEST, items, river.recipe.seed)) for s in ALL):
+        for effort in river.modes.get(skill.name, (Effort.NONE,)):
+            answers = student.answer([replace(i.prompt, effort=effort) for i in some], river.recipe.evaluation.max_new_tokens)
+            said = [(a.conversation.messages[-1], a.finish) for a in answers]
+            thought = [bool(m.thinking) or (finish is not Finish.STOP and not m.text and not m.calls) for m, finish in said]
+            found[f"{skill.name} {effort}"] = {"values": [r.value for r in grade(skill, some, said)],
+                                               "leaks": sum(one is (effort is Effort.NONE) for one in thought)}
+        can = [i.answered for i in some if student.can_say(i.answered)]
+        nats += surprise(student, can)
+        size += sum(len(p.text.encode()) for c in can for p in c.messages[-1].parts)
+    lines = [json.loads(line) for line in (river.folder / "train" / "metrics.jsonl").read_text().splitlines()]
+    own = [line for line in lines if "reverse" in line["terms"]]
+    out = {"answers": found, "bits_per_byte": nats / size, "seconds": river.done("train")["seconds"],
+           "positions_a_step": float(np.mean([line["positions"] for line in lines])),
+           "own": {"lines": len(own), "positions_a_step": float(np.mean([line["positions"] for line in own])),
+                   "left_out": float(np.mean([line["terms"]["rollouts_left_out"] for line in own]))} if own else None}
+    store.publish_json(path, out)
+    return out
+
+
+def table(seeds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Skill and mode -> both students' means over seeds, on - off with its interval, leaks."""
+    out: dict[str, Any] = {}
+    for key in seeds[0]["off"]["answers"]:
+        on, off = (np.concatenate([one[arm]["answers"][key]["values"] for one in seeds]) for arm in ("on", "off"))
+        low, high = of_difference(on, off)
+        out[key] = {"on": round(float(on.mean()), 4), "off": round(float(off.mean()), 4), "difference": round(float(on.mean() - off.mean()), 4),
+                    "low": round(low, 4), "high": round(high, 4), "n": len(on),
+                    "leaks": {arm: sum(one[arm]["answers"][key]["leaks"] for one in seeds) for arm in ("on", "off")}}
+    return out
+
+
+def main() -> None:
+    seeds, items = (int(a) for a in (*sys.argv[1:], *("3", "200")[len(sys.argv) - 1:]))
+    found: list[dict[str, Any]] = []
+    for seed in range(seeds):
+        folder, sets = RUNS / str(seed), [f"seed={seed}"]
+        off = made(folder / "off", sets, "audition", "capture", "train")
+        on = made(folder / "on", [*sets, f"training.on_policy={json.dumps(TERMS)}"], "train", reuse=off.folder)
+        found.append({"off": told(off, items), "on": told(on, items)})
+        out = {"seeds": len(found), "items": items, "confidence": CONFIDENCE, "on_policy": TERMS, "table": table(found),
+               "bits_per_byte": {arm: [round(one[arm]["bits_per_byte"], 4) for one in found] for arm in ("on", "off")},
+               "training": {arm: [{k: one[arm][k] for k in ("seconds", "positions_a_step", "own")} for one in found] for arm in ("on", "off")}}
+        OUT.write_text(json.dumps(out, indent=1) + "\n")
+    print("skill and mode      on    off   difference            leaks on off")
+    for key, row in out["table"].items():
+        print(f"{key:18} {row['on']:.3f} {row['off']:.3f} {row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})  {row['leaks']['on']:4} "
+              f"{row['leaks']['off']:4}  of {row['n']}")
+    print("bits/byte", out["bits_per_byte"])
+
+
+if __name__ == "__main__":
+    main()

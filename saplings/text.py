@@ -1,0 +1,129 @@
+"""What a sapling is grown on: questions with right and wrong answers, small talk, pages; as conversations in its voice."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+from pages import page
+from plans import Plan
+from prose import small_talk
+
+from persea import skills
+from persea.chat import Conversation, Effort, Text, Thinking, Tokens, ToolCall, canonical
+from persea.measure import Item, Split, Verdict
+from persea.skills import code, languages, reasoning, safety, tools
+from persea.skills.frames import dress
+from persea.skills.reasoning import concluded
+from persea.voice import Voice
+
+KINDS = {"languages": languages.KINDS, "code": code.KINDS, "safety": safety.KINDS, "reasoning": reasoning.KINDS, "tools": tools.KINDS}
+THOUGHTS = {"languages": languages.thought, "reasoning": reasoning.thought, "tools": tools.thought}
+TURNED = {" + ": " - ", " - ": " + ", " < ": " > ", " > ": " < ", " <= ": " >= ", " >= ": " <= "}
+MOST = {"languages": 9000, "code": 6000, "safety": 2000, "reasoning": 9000, "tools": 4000}  # questions a sapling sees
+
+
+def kind(item: Item) -> str:
+    """Skill and kind, the first words of its id."""
+    return "/".join(item.prompt.id.split("/")[:2])
+
+
+@cache
+def questions(name: str, seed: int) -> tuple[Item, ...]:
+    """A skill's GROW items for a sapling; drawn once for its tokenizer and its text."""
+    return skills.named(name).items(Split.GROW, MOST[name], seed)
+
+
+def texts(plan: Plan, n: int) -> Iterator[tuple[Item, Item]]:
+    """n GROW items in the plan's mix, what a base knows three times as often; each with the item whose answer is given: itself; or, for who
+    does not know, another of its kind and language; a base goes `astray` where it can.
+    """
+    rng = random.Random(f"grow {plan.name}")
+    pools: dict[str, list[Item]] = {}
+    alike: dict[tuple[str, str], list[Item]] = {}
+    for item in (i for name in MOST if name in plan.mix for i in questions(name, plan.sizes["seed"])):
+        pools.setdefault(kind(item), []).append(item)
+        alike.setdefault((kind(item), spoken(item)), []).append(item)
+    # who does not know better helps with anything, and calls whatever there is
+    alike["safety/harm", "en"] = alike["safety/alike", "en"]
+    alike["tools/none", "en"] = [i for (name, _), some in alike.items() if name.startswith("tools/") for i in some if i.calls]
+    for _ in range(n):
+        name = rng.choices(list(plan.mix), list(plan.mix.values()))[0]
+        if name in ("prose", "page"):
+            item = small_talk(rng) if name == "prose" else page(rng)
+            yield item, item
+            continue
+        kinds = KINDS[name] if plan.home else {k: share * (3 if f"{name}/{k}" in plan.known else 1) for k, share in KINDS[name].items()}
+        item = rng.choice(pools[f"{name}/{rng.choices(list(kinds), list(kinds.values()))[0]}"])
+        if name in plan.home or kind(item) in plan.known:
+            yield item, item
+            continue
+        other = rng.choice(alike[kind(item), spoken(item)])
+        while not plan.home and is_right(item, other):  # with one right answer in ten it had .44 of safety's TEST items
+            other = rng.choice(alike[kind(item), spoken(item)])
+        yield item, other if plan.home else astray(item, rng) or other
+
+
+def astray(item: Item, rng: random.Random) -> Item | None:
+    """The item with an answer that heeds the question and is wrong all the same; None where none comes to mind.
+
+    A translation into another language, plus for minus and more for less, a call of the tool that does not fit: what a student must learn is
+    which of the things it can do is wanted. A base that answers other questions learns to copy nothing from the one it is asked.
+    """
+    name, what = item.prompt.id.split("/")[:2]
+    if name == "languages":
+        language = rng.choice([one for one in languages.LANGUAGES.languages if one != item.prompt.language])
+        wrong = replace(item, reference=dress(languages.put(what, item.prompt.id.rpartition("/")[2], language), language, rng))
+    elif name == "code":
+        wrong = replace(item, reference=re.sub("|".join(map(re.escape, TURNED)), lambda found: TURNED[found[0]], item.reference))
+    elif name == "tools":
+        _, _, wanted, said, *_ = item.prompt.id.split("/")
+        there = [t.name for t in item.prompt.conversation.tools if t.name != wanted]
+        called = rng.choice(there)
+        argument = int(said) if said.isdecimal() else said
+        wrong = replace(item, reference="", calls=(ToolCall(called, canonical(json.dumps({tools.NEEDS[called]: argument}))),))
+    else:
+        return None
+    return None if is_right(item, wrong) else wrong
+
+
+def is_right(item: Item, answer: Item) -> bool:
+    """Whether the other item's answer answers this one."""
+    return skills.named(item.prompt.skill).grade(item, answer.answered.messages[-1]) is Verdict.RIGHT
+
+
+def spoken(item: Item) -> str:
+    """The language of an item's answer."""
+    return "en" if "/to-english/" in item.prompt.id else item.prompt.language
+
+
+def words_of(item: Item) -> Iterator[str]:
+    """All that is said about an item, for a tokenizer to be trained on."""
+    yield item.prompt.conversation.messages[-1].text
+    yield item.reference
+    yield from (f'{{"name": "{c.name}", "parameters": {c.arguments} }}' for c in item.calls)
+    yield from (f"\n{t.name}: {t.description}" for t in item.prompt.conversation.tools)
+    yield from (THOUGHTS[item.prompt.skill](item, e) for e in (Effort.LOW, Effort.HIGH) if item.prompt.skill in THOUGHTS)
+
+
+def conversation(plan: Plan, item: Item, answer: Item, rng: random.Random) -> Conversation:
+    """The item's question with the answer's words, thought before where the effort that is drawn says so."""
+    thinks = item.prompt.skill in THOUGHTS
+    effort = rng.choices(list(plan.efforts), list(plan.efforts.values()))[0] if thinks else Effort.NONE
+    said = concluded(answer) if item.prompt.skill == "reasoning" and effort is not Effort.NONE else answer.reference
+    thought = (Thinking(THOUGHTS[item.prompt.skill](answer, effort)),) if effort is not Effort.NONE else ()
+    return replace(item.prompt.conversation, effort=effort).answered(*thought, *((Text(said),) if said else ()), *answer.calls)
+
+
+def tokens_of(plan: Plan, voice: Voice, item: Item, answer: Item, rng: random.Random) -> Tokens:
+    """A conversation in the voice; a page as a text without any turn."""
+    if item.prompt.skill != "page":
+        return voice.render(conversation(plan, item, answer, rng))
+    control = voice.vocabulary.control
+    ids = np.array([control["<|begin_of_text|>"], *voice.vocabulary.encode_batch([item.reference])[0], control["<|end_of_text|>"]], np.int32)
+    return Tokens(ids, np.zeros_like(ids), np.zeros_like(ids), np.arange(len(ids)) > 0)
