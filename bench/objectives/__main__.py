@@ -24,8 +24,8 @@ RATES, SHARES, SEEDS = (2e-3, 4e-3, 8e-3, 1.6e-2), (0.3, 0.5, 0.7, 0.9), (1, 2, 
 OURS = "sampled .01"  # the rows persea keeps of a teacher; baselines see whole ones
 SEARCHED = ("events", "strict", "bpm", "chunk")
 STAGES = ("teachers", "rates", "first", "shares", "again", "limited", "gradients", "sft", "rows", "long", "gold")  # of size xs
-INSIDE = "events + masks + completion"
-SCRIPT_METHODS = ("cross-entropy", "events", "events + masks", INSIDE, "strict everywhere")
+INSIDE = "events + completion"
+SCRIPT_METHODS = ("cross-entropy", "events", INSIDE, "strict everywhere", "events + masks", "events + masks + completion")
 KINDS = ("full", "sampled .05", "sampled .2", "top-k 16", "top-k 4", "top-k 16 renormalised", "top-k 4 renormalised")
 
 
@@ -40,27 +40,26 @@ def best(world: World, results: Path, arms: Sequence[Arm]) -> Arm:
 
 
 def rate(world: World, results: Path, method: str = "cross-entropy", rates: Sequence[float] = RATES) -> float:
+    if world.size.met:
+        return rate(World(SIZES[world.size.of], world.folder), results)
     share = 0.7 if method == "events" else 0.0
-    if world.size.teaches is SCRIPTS:  # who knows something already needs no high one, who knows nothing no low one
-        rates = rates[:3] if world.size.met else rates[1:]
+    # xs wants .008, xs-wide .004 or .002 (.0007 apart): the widest, of which a run takes minutes, is asked at the two lowest
+    rates = rates[1:] if world.size.teaches is SCRIPTS else rates[:2] if world.size.name == "xs-wider" else rates
     return best(world, results, [Arm(method, rows_of(method), share, r, "unlimited", 0, 0.5, "dev") for r in rates]).rate
 
 
 def share(world: World, results: Path, method: str) -> float:
-    """Searched on dev; 'strict everywhere' takes strict's, all forms of events take that of events."""
-    if world.size.of:
-        return share(World(SIZES[world.size.of], world.folder), results, method)
-    if world.size.teaches is not SCRIPTS:
-        method = "strict" if method == "strict everywhere" else "events" if method.startswith("events") else method
-    elif method.startswith("events") and method != INSIDE:  # where few boundaries are common, completion speaks at most positions: a share of its own
-        method = "events"
+    """Searched on dev; 'strict everywhere' takes strict's, all forms of events take that of events, students of other sizes that of xs."""
+    if world.size.of or world.size.teaches is SCRIPTS:
+        of = world.size.of or "xs"
+        return share(World(SIZES[of], world.folder.parent / of), results, method)
+    method = "strict" if method == "strict everywhere" else "events" if method.startswith("events") else method
     if method in ("gold", "uld"):  # a search costs too much: TRL's loops take a second a step, sorting two vocabularies six times cross-entropy
         return {"gold": 0.5, "uld": 0.3}[method]
-    if method not in (*SEARCHED, INSIDE, "strict everywhere"):
+    if method not in SEARCHED:
         return 0.0
     lr = rate(world, results)
-    tried = SHARES[1:] if world.size.teaches is SCRIPTS else SHARES
-    return best(world, results, [Arm(method, rows_of(method), s, lr, "unlimited", 0, 0.3, "dev") for s in tried]).share
+    return best(world, results, [Arm(method, rows_of(method), s, lr, "unlimited", 0, 0.3, "dev") for s in SHARES]).share
 
 
 def arm(world: World, results: Path, method: str, seed: int, regime: str = "unlimited", length: float = 1.0, rows: str | None = None) -> Arm:
