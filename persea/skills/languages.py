@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from persea.chat import Conversation, Effort, Message
 from persea.corpus import Prompt
@@ -40,8 +40,8 @@ def put(kind: str, what: str, language: str) -> str:
     first, *others = what.split("-")
     if kind == "quantity":
         return quantity(int(first), others[0], language)
-    form: Callable[..., str] = {"number": number, "date": day, "phrase": sentence, "weekday": meeting}[kind]
-    return form(int(first), *map(int, others), language)
+    forms: Mapping[str, Callable[..., str]] = {"number": number, "date": day, "phrase": sentence, "weekday": meeting}
+    return forms[kind](int(first), *map(int, others), language)
 
 
 def make(number_of_item: int) -> tuple[str, Item]:
