@@ -4,8 +4,9 @@
 places, for teachers of which no more is known than log-probabilities. Both know what cannot stand beside the other's boundary.
 
 Tokens without bytes (a thought's ends, a call's frame) are other tokens in every template and have no event in common, but they say the same:
-here this part ends and that one begins. A run of them between the same two bytes on both sides is a stretch too: of the student's own
-answers the gradient of its chunk term is that of reverse KL. Without it nobody tells the student where a thought ends.
+here this part ends and that one begins. A run of them with the first content behind it is a stretch too: of the student's own answers the
+gradient of its chunk term is that of reverse KL. Without it nobody tells the student where a thought ends, nor whether to call: a teacher that
+says "text" by a marker gives the call no mass in the row behind it, and a student that chose text was told so again (tools .97 -> .57).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from persea.align import align
+from persea.align import Boundaries, align
 from persea.balance import Taught
 from persea.bridge import Bridge
 from persea.chat import Tokens
@@ -77,7 +78,7 @@ class Pair:
 
     def rows(self, some: Sequence[tuple[Tokens, Tokens]]) -> Beside:
         """Of answers (the student's tokens, the teacher's), every common boundary at which an event is left that both can say."""
-        laid = [align([own], [theirs]).boundaries for own, theirs in some]
+        laid = [_free_of_runs(own, theirs) for own, theirs in some]
         marked = [self._lay(own, theirs, MARKS) for own, theirs in some]
         firsts = np.cumsum([0, *(int(own.learn_T.sum()) for own, _ in some)])
         place_C = np.concatenate([NONE, *(first + _rows_of(own)[found.student_C]
@@ -152,7 +153,9 @@ class Pair:
         """kind: MARKS, runs of markers alone; ALL, the spans that cover the same bytes too."""
         found, (mine_X2, other_X2) = align([own], [theirs]), marks(own, theirs)
         if kind == ALL:
-            mine_X2, other_X2 = np.concatenate([found.spans.student_C2, mine_X2]), np.concatenate([found.spans.teacher_C2, other_X2])
+            spans = found.spans
+            free_C = ~_behind(own, spans.student_C2[:, 0], theirs, spans.teacher_C2[:, 0])
+            mine_X2, other_X2 = np.concatenate([spans.student_C2[free_C], mine_X2]), np.concatenate([spans.teacher_C2[free_C], other_X2])
         order_X = np.argsort(mine_X2[:, 0], kind="stable")
         mine_X2, other_X2 = mine_X2[order_X], other_X2[order_X]
         at_C2 = np.unique(np.concatenate([np.stack([found.boundaries.student_C, found.boundaries.teacher_C], 1),
@@ -222,23 +225,40 @@ class _Said:
 
 
 def marks(own: Tokens, theirs: Tokens) -> tuple[Ints, Ints]:
-    """The shortest stretches around runs of learned tokens without bytes that begin and end at the same bytes on both sides, with one run in
-    them on each: (student's, teacher's) half-open ranges of tokens.
+    """The shortest stretches around runs of learned tokens without bytes that begin and end at the same bytes on both sides, with at most one
+    run in them on each and, where there is any, some content behind it: (student's, teacher's) half-open ranges of tokens.
 
-    A token that content and template share (the full stop and newline behind a thought) counts as one of a run, so that a stretch may hold
-    some content beside. A run that nothing follows was cut off, and says nothing yet.
+    Content behind, because one side's markers may be nothing on the other: what an answer begins with (text, a call) gpt-oss says by a channel,
+    the student by its first word. A token that content and template share (the full stop and newline behind a thought) counts as one of a
+    run. A run that nothing follows was cut off, and says nothing yet.
     """
     (mine, begin_s), (others, begin_t) = (_runs(side) for side in (own, theirs))
-    common, found = sorted(begin_s.keys() & begin_t.keys()), []
-    for before_s, after_s in mine:
-        for before_t, after_t in others:
-            if before_t < after_s and before_s < after_t:
-                first = max((place for place in common if place <= min(before_s, before_t)), default=None)
-                last = min((place for place in common if place >= max(after_s, after_t)), default=None)
-                if first is not None and last is not None and all(sum(first <= run[0] < last for run in runs) == 1 for runs in (mine, others)):
-                    found.append((begin_s[first], begin_s[last], begin_t[first], begin_t[last]))
-    both = np.array(found, np.int64).reshape(-1, 4)
+    common, found = sorted(begin_s.keys() & begin_t.keys()), set[tuple[int, int, int, int]]()
+    for before, after in {*mine, *others}:
+        beside = [run for run in (*mine, *others) if run[0] < after and before < run[1]]
+        begins, ends = min(run[0] for run in beside), max(run[1] for run in beside)
+        first = max((place for place in common if place <= begins), default=None)
+        last = min((place for place in common if place > ends), default=max(common, default=None))
+        if first is None or last is None or last < ends or begin_s[last] <= begin_s[first] or begin_t[last] <= begin_t[first]:
+            continue
+        if all(sum(first <= run[0] < last for run in runs) <= 1 for runs in (mine, others)):
+            found.add((begin_s[first], begin_s[last], begin_t[first], begin_t[last]))
+    both = np.array(sorted(found), np.int64).reshape(-1, 4)
     return both[:, :2], both[:, 2:]
+
+
+def _free_of_runs(own: Tokens, theirs: Tokens) -> Boundaries:
+    """Common boundaries, but for those right behind a run of markers."""
+    found = align([own], [theirs]).boundaries
+    free_C = ~_behind(own, found.student_C, theirs, found.teacher_C)
+    return Boundaries(found.student_C[free_C], found.teacher_C[free_C])
+
+
+def _behind(own: Tokens, at_S: Ints, theirs: Tokens, at_T: Ints) -> npt.NDArray[np.bool_]:
+    """Which boundaries stand right behind a run of markers, on either side: there one side may have decided already what comes (text, a call, a
+    thought) and the other has not, so that the row of the one says nothing of the other's choice."""
+    return np.logical_or(*((at_X > 0) & tokens.learn_T[at_X - 1] & (tokens.starts_T[at_X - 1] < 0)
+                           for tokens, at_X in ((own, at_S), (theirs, at_T))))
 
 
 def _runs(tokens: Tokens) -> tuple[list[tuple[int, int]], dict[int, int]]:
@@ -252,7 +272,7 @@ def _runs(tokens: Tokens) -> tuple[list[tuple[int, int]], dict[int, int]]:
     edges = np.flatnonzero(np.diff(np.concatenate([[False], starts_L < 0, [False]]).astype(np.int8))).reshape(-1, 2)
     runs = [(2 * int(ends_L[a - 1]) if a else -2, int(place_L[b])) for a, b in edges.tolist() if b < len(learned)]
     begins = {int(place): int(token) for place, token in zip(place_L[starts_L >= 0], learned[starts_L >= 0], strict=True)}
-    return runs, begins | {before: int(learned[a]) for (before, _), (a, _) in zip(runs, edges.tolist(), strict=False)}
+    return runs, {-2: int(learned[0])} | begins | {before: int(learned[a]) for (before, _), (a, _) in zip(runs, edges.tolist(), strict=False)}
 
 
 def _rows_of(tokens: Tokens) -> Ints:

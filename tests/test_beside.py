@@ -68,7 +68,9 @@ def test_rows_are_the_teachers_own_at_every_common_boundary(name: str) -> None:
             both = align([own], [theirs]).boundaries
             place, row = np.cumsum(own.learn_T) - 1, np.cumsum(theirs.learn_T) - 1
             rows = dense(name, theirs, voice)
-            want += [(first + int(place[s]), rows[row[t]]) for s, t in zip(both.student_C, both.teacher_C, strict=True)]
+            free = [(s, t) for s, t in zip(both.student_C, both.teacher_C, strict=True) if not (marker(own, s - 1) or marker(theirs, t - 1))]
+            assert len(free) < len(both.student_C) or name != "gpt-oss-sapling"  # its channel says that text comes
+            want += [(first + int(place[s]), rows[row[t]]) for s, t in free]
             first += int(own.learn_T.sum())
         assert found.place_C.tolist() == [place for place, _ in want]
         assert torch.allclose(found.logprobs_CW.double(), torch.stack([row for _, row in want]), atol=1e-4)
@@ -181,6 +183,10 @@ def test_a_teacher_that_knows_too_little_is_refused(kind: RowKind, objective: st
 # --- tokens without bytes ---
 
 
+def marker(tokens: Tokens, at: int) -> bool:
+    return bool(tokens.learn_T[at] and tokens.starts_T[at] < 0)
+
+
 def structured(name: str) -> list[tuple[Tokens, Tokens]]:
     """A thought that ends with a full stop, one that does not, and a call of a tool: in the student's tokens and in the teacher's."""
     tools = next(skill for skill in SKILLS if skill.name == "tools")
@@ -198,23 +204,33 @@ def written(name: str, tokens: Tokens, ranges: np.ndarray) -> list[str]:
 @pytest.mark.parametrize(("name", "open_", "close", "call", "called"), [
     ("qwen-sapling", "<think>\n", "\n</think>\n\n", '<tool_call>\n{"name": "timer", "arguments": {"', "}}\n</tool_call>"),
     ("gpt-oss-sapling", "<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>",
-     ' to=functions.timer<|channel|>commentary json<|message|>{"', None)])
-def test_where_one_part_ends_and_another_begins_both_say_so(name: str, open_: str, close: str, call: str, called: str | None) -> None:
+     ' to=functions.timer<|channel|>commentary json<|message|>{"', "}")])
+def test_where_one_part_ends_and_another_begins_both_say_so(name: str, open_: str, close: str, call: str, called: str) -> None:
+    """With the first content behind it; the full stop of a thought is part of a token that the student's template shares."""
     told = [[written(who, side, ranges) for who, side, ranges in zip((STUDENT, name), pair_of, marks(*pair_of), strict=True)]
             for pair_of in structured(name)]
-    assert told[0] == [["<think>\n", ".\n</think>\n\n"], [open_, "." + close]]  # the full stop is part of a token that the template shares
-    assert told[1] == [["<think>\n", "\n</think>\n\n"], [open_, close]]
-    mine, theirs = ['{"name": "timer", "parameters": {"'], [call]
-    assert told[2] == ([mine, theirs] if called is None else [[*mine, "} }"], [*theirs, called]])
+    assert told[0] == [["<think>\ntwo", ".\n</think>\n\n5"], [f"{open_}two", f".{close}5"]]
+    assert told[1] == [["<think>\nc", "\n</think>\n\nit"], [f"{open_}c", f"{close}it"]]
+    assert told[2] == [['{"name": "timer", "parameters": {"minutes', "} }"], [f"{call}minutes", called]]
 
 
-def test_a_run_that_was_cut_off_or_that_one_side_lacks_is_none() -> None:
+def test_markers_that_one_side_has_alone_are_said_by_the_others_first_word() -> None:
+    """gpt-oss says by a channel that text comes, the student by beginning it: a row behind the channel knows nothing of a call."""
+    asked = Conversation.ask("2+3?").answered(Text("it is 5"))
+    own, theirs = (opened(name)[0].render(asked) for name in (STUDENT, "gpt-oss-sapling"))
+    mine, others = marks(own, theirs)
+    assert (written(STUDENT, own, mine), written("gpt-oss-sapling", theirs, others)) == (["it"], ["<|channel|>final<|message|>it"])
+    first = int(np.flatnonzero(own.learn_T)[0])
+    assert first in align([own], [theirs]).boundaries.student_C.tolist()
+    assert 0 not in pair("gpt-oss-sapling").rows([(own, theirs)]).place_C.tolist()
+
+
+def test_a_run_that_was_cut_off_is_none() -> None:
     own, theirs = structured("qwen-sapling")[1]
-    last = int(marks(own, theirs)[0][-1][1])  # as cut within the markers behind the thought
+    last = max(k for k in range(len(own)) if marker(own, k)) + 1  # as cut within the markers behind the thought
     cut_off = replace(own, ids_T=own.ids_T[:last], starts_T=own.starts_T[:last], ends_T=own.ends_T[:last], learn_T=own.learn_T[:last])
+    assert [len(side) for side in marks(own, theirs)] == [2, 2]
     assert [len(side) for side in marks(cut_off, theirs)] == [1, 1]
-    plain = Conversation.ask("2+3?", effort=Effort.HIGH).answered(Text("it is 5"))
-    assert [len(side) for side in marks(opened(STUDENT)[0].render(plain), theirs)] == [0, 0]
 
 
 @pytest.mark.parametrize("name", ["qwen-sapling", "gpt-oss-sapling"])

@@ -23,7 +23,7 @@ from persea.beside import Pair, marks
 from persea.bridge import Bridge, build
 from persea.chat import Conversation, Effort, Finish, Text, Thinking
 from persea.errors import DataError, Refused
-from persea.losses import Divergence, full
+from persea.losses import Divergence, chunk, full
 from persea.measure import Split
 from persea.models import Source
 from persea.rollouts import Rollouts, Said, Task, heard, own_words, repeats
@@ -193,7 +193,12 @@ def test_each_teacher_speaks_in_its_own_template_of_the_common_boundaries_alone(
             at = np.flatnonzero(one.tokens.learn_T)[between.place_C.numpy()] - 1
             alone = full(q[at, :len(b.student_event_V)], between.logprobs_CW, b, Divergence.REVERSE,
                          student_dead=between.student_dead, teacher_dead=between.teacher_dead)
-            total, n = total + float(alone.loss) * len(at), n + len(at)
+            learned = np.flatnonzero(one.tokens.learn_T)
+            found, targets = [alone], torch.from_numpy(one.tokens.ids_T[learned]).long()
+            if len(between.marks.teacher_C):
+                found.append(chunk(q[learned - 1, :len(b.student_event_V)], targets, between.marks, between.marks_dead))
+            assert (len(found) == 2) is (name == "gpt-oss-sapling")  # its channel, and the first word behind it
+            total, n = total + sum(float(part.loss) * part.positions for part in found), n + sum(part.positions for part in found)
     assert n == out.positions
     assert float(out.loss.detach()) == pytest.approx(total / n, rel=1e-3)
 
@@ -226,6 +231,7 @@ def test_where_a_thought_ends_is_taught_too() -> None:
             q, p = (torch.log_softmax(m(input_ids=torch.from_numpy(tokens.ids_T)[None].long()).logits[0, :, :len(voice.vocabulary)].double(), -1)
                     for m in (own.student.model, opened(STUDENT)[1]))
         at = np.flatnonzero(tokens.learn_T & (tokens.starts_T >= 0)) - 1
+        at = at[~(tokens.learn_T[at] & (tokens.starts_T[at] < 0))]  # right behind a run its stretch speaks
         values += (q[at].exp() * (q[at] - p[at])).sum(-1).tolist()
         for a, b in found.tolist():
             here = range(a - 1, b - 1), torch.from_numpy(tokens.ids_T[a:b]).long()
