@@ -51,9 +51,8 @@ def told(river: River, items: int) -> dict[str, Any]:
     lines = [json.loads(line) for line in (river.folder / "train" / "metrics.jsonl").read_text().splitlines()]
     own = [line for line in lines if "reverse" in line["terms"]]
     out = {"answers": found, "bits_per_byte": nats / size, "seconds": river.done("train")["seconds"],
-           "positions_a_step": float(np.mean([line["positions"] for line in lines])),
-           "own": {"lines": len(own), "positions_a_step": float(np.mean([line["positions"] for line in own])),
-                   "left_out": float(np.mean([line["terms"]["rollouts_left_out"] for line in own]))} if own else None}
+           "positions": lines[-1]["positions"],
+           "own": {"lines": len(own), "left_out": float(np.mean([line["terms"]["rollouts_left_out"] for line in own]))} if own else None}
     store.publish_json(path, out)
     return out
 
@@ -80,7 +79,7 @@ def main() -> None:
         found.append({"off": told(off, items), "on": told(on, items)})
         out = {"seeds": len(found), "items": items, "confidence": CONFIDENCE, "on_policy": TERMS, "table": table(found),
                "bits_per_byte": {arm: [round(one[arm]["bits_per_byte"], 4) for one in found] for arm in ("on", "off")},
-               "training": {arm: [{k: one[arm][k] for k in ("seconds", "positions_a_step", "own")} for one in found] for arm in ("on", "off")}}
+               "training": {arm: [{k: one[arm][k] for k in ("seconds", "positions", "own")} for one in found] for arm in ("on", "off")}}
         OUT.write_text(json.dumps(out, indent=1) + "\n")
     print("skill and mode      on    off   difference            leaks on off")
     for key, row in out["table"].items():
