@@ -21,7 +21,7 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from persea.balance import Balance
 from persea.measure import Split, grade, score
 from persea.recipe import load_recipe
 from persea.river import BASE, STUDENT, River, set_threads
+from persea.sections import CorpusPart
 from persea.store import digest_file
 from persea.teacher import Teacher
 
@@ -109,11 +110,22 @@ def measurements(arm: str, seed: int, items: int) -> Iterator[tuple[str, dict[st
     for name in main.voices if arm in ("oracle", "only") else ():
         if arm == "only":
             pinned = f"audition.pinned={json.dumps(dict.fromkeys(cast, name))}"
-            alone = made(folder / f"only-{name}", [*sets, pinned], "audition", "capture", "train")
+            asked = f"corpus={json.dumps([_known(plain(p), main.voices[name].family.efforts) for p in main.recipe.corpus])}"
+            alone = made(folder / f"only-{name}", [*sets, pinned, asked], "audition", "capture", "train")
             yield f"only {name}", measured(alone, STUDENT, items)
         elif mine := [p.model_dump(exclude_defaults=True, mode="json") for p in main.recipe.corpus if cast[p.skill] == name]:
             routed = made(folder / f"oracle-{name}", [*sets, f"corpus={json.dumps(mine)}"], "capture", "train", reuse=main.folder)
             yield f"oracle {name}", measured(routed, STUDENT, items)
+
+
+def plain(part: CorpusPart) -> dict[str, Any]:
+    return part.model_dump(exclude_defaults=True, exclude_none=True, mode="json")
+
+
+def _known(part: dict[str, Any], efforts: Collection[str]) -> dict[str, Any]:
+    """The part asked in the modes that one teacher knows, in the same proportion."""
+    modes = {mode: share for mode, share in part.get("modes", {}).items() if mode in efforts}
+    return {k: v for k, v in part.items() if k != "modes"} | ({"modes": {m: s / sum(modes.values()) for m, s in modes.items()}} if modes else {})
 
 
 def told(runs: list[dict[str, Any]]) -> dict[str, Any]:
