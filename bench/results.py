@@ -125,6 +125,8 @@ def plain(part: CorpusPart) -> dict[str, Any]:
 def _known(part: dict[str, Any], efforts: Collection[str]) -> dict[str, Any]:
     """The part asked in the modes that one teacher knows, in the same proportion."""
     modes = {mode: share for mode, share in part.get("modes", {}).items() if mode in efforts}
+    if modes == part.get("modes", {}):
+        return part
     return {k: v for k, v in part.items() if k != "modes"} | ({"modes": {m: s / sum(modes.values()) for m, s in modes.items()}} if modes else {})
 
 
