@@ -12,7 +12,7 @@
 # make bench-bias   what each method pushes a perfect student away by (10 to 20 minutes; installs TRL for its GOLD)
 # make bench-objectives   every method with trained models on real text, size xs (hours; goes on where it was; installs TRL)
 # make soak         a bad minute for `persea serve` (about 2 minutes)
-# make saplings     the bundled models grown anew (about 30 minutes)
+# make saplings     the bundled models grown anew (about 40 minutes)
 # python bench/audition.py, coverage.py, masks.py, sandbox.py have no target: their first lines say what they tell and how long they take
 # PYTHON=python3.12 chooses the Python; TORCH_INDEX=URL takes torch from another index (README, "Installing")
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -325,10 +325,14 @@ def advice(pair: Pair, some: Sequence[tuple[Tokens, Tokens]], objective: str) ->
         if events:
             parts.append(divergence_head(hidden[:events], head, beside.logprobs_CW, sides, Divergence.REVERSE))
         if runs:
-            parts.append(chunk(head.logits(hidden[events:]), targets[events:], marks, dead))
+            own_PD = hidden[events:]
+            said = chunk(head.logits(own_PD), targets[events:], marks, dead)
+            (pull_PD,) = torch.autograd.grad(said.loss, own_PD, retain_graph=True) if own_PD.requires_grad else (None,)
+            parts.append(said if pull_PD is None else replace(said, pull_N=torch.linalg.vector_norm(pull_PD.float(), dim=1) * said.positions))
         mean = torch.stack([one.loss * one.positions for one in parts]).sum() / (events + runs)
         each_N = torch.cat([one.each_N for one in parts if one.each_N is not None])
-        return LossOut(mean, {}, events + runs, each_N, None if runs else parts[0].pull_N)
+        pulls = [one.pull_N for one in parts if one.pull_N is not None]
+        return LossOut(mean, {}, events + runs, each_N, torch.cat(pulls) if len(pulls) == len(parts) else None)
 
     return Advice(torch.cat([beside.place_C, every_P]), events + runs, loss)
 

@@ -285,7 +285,7 @@ def test_a_groups_weight_multiplies_its_part_of_the_loss(objective: str) -> None
     for group, t in told.items():
         assert (t.positions, t.nats, t.squares) == pytest.approx((taught[group].positions, taught[group].nats, taught[group].squares))
         assert t.pull == pytest.approx(weight.get(group, 1.0) * taught[group].pull, nan_ok=True)
-        assert np.isnan(t.pull) or objective == "events"  # a stretch's pull is not known
+        assert np.isnan(t.pull) == (objective == "chunk")
 
 
 def test_steps_on_its_own_words_bring_the_student_nearer() -> None:
