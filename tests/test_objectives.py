@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from persea.bridge import open_bridge
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 pytestmark = pytest.mark.realdata
@@ -23,6 +25,7 @@ bench_data = importlib.import_module("bench.objectives.data")
 extension = importlib.import_module("bench.objectives.extension")
 methods = importlib.import_module("bench.objectives.methods")
 models = importlib.import_module("bench.objectives.models")
+onpolicy = importlib.import_module("bench.objectives.onpolicy")
 told = importlib.import_module("bench.objectives.report")
 
 
@@ -273,3 +276,47 @@ def test_chunks_cover_the_same_bytes_and_weight_zero_is_events_with_masks(world:
     without = methods.events_sparse(logits, batch, world.pairs, setting)
     assert float(chunks.with_chunks(0.0)(logits, batch, world.pairs, setting)) == pytest.approx(float(without), rel=1e-6)
     assert float(chunks.with_chunks(0.1)(logits, batch, world.pairs, setting)) > float(without)
+
+
+def test_own_words_are_heard_as_their_teacher_says_and_a_run_learns(world: Any, tmp_path: Path) -> None:
+    """Every token of what a student said lies where its bytes are, the loss is that of persea's own rows, and a step moves the weights."""
+    begun = onpolicy.Begun(world, arms.Arm("events", "sampled .01", 0.7, 4e-3, "unlimited", 1))
+    model, student, pairs = begun.student(1), world.speakers["student"], begun.pairs()
+    windows = [w for pool in begun.windows.values() for w in pool]
+    assert not {w.text for w in windows} & {w.text for pool in world.windows("unlimited", 1.0).values() for w in pool}
+    some = [own for own in onpolicy.said_by(model, student, windows, seed=1) if own is not None]
+    assert len(some) > len(windows) // 3
+    for own in some:
+        teacher, raw = world.speakers[bench_data.ASKED[own.window.domain]], own.text.encode()
+        for tokens, speaker in zip(onpolicy.both_tokens(own, student, teacher), (student, teacher), strict=True):
+            placed = zip(tokens.starts_T[1:], tokens.ends_T[1:], tokens.ids_T[1:], strict=True)
+            assert all(raw[a:b] == speaker.vocabulary.bytes_W[i] for a, b, i in placed)
+            assert tokens.ends_T[-1] == len(raw)
+        assert own.window.text.startswith(student.vocabulary.decode(own.ids[:own.prefix]).decode())
+    loss = onpolicy.heard(model, world.speakers, some, pairs)
+    assert float(loss.detach()) > 0
+    (line,) = onpolicy.run_all(world, begun.arm, [onpolicy.More("own", 1e-3, 1)], tmp_path / "lines.jsonl")
+    (before,) = onpolicy.run_all(world, begun.arm, [onpolicy.More("none", 1e-3, 1)], tmp_path / "lines.jsonl")
+    assert line["tokens"] > 0 == before["tokens"] and line["bits_per_byte"] != before["bits_per_byte"]
+    assert all(taught >= 0 and own >= 0 and size > 0 for taught, own, size in filter(None, line["continued"]))
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn_of_its_own_words(world: Any) -> None:
+    """With one vocabulary and one model on both sides the loss is zero, and both spend the same bits."""
+    who = "B"
+    teacher = world.teachers[who]
+    speakers = world.speakers | {"student": teacher.speaker}
+    pair = onpolicy.Pair(onpolicy.asked(who, teacher), open_bridge(teacher.speaker.voice, teacher.speaker.voice))
+    windows = [w for d in bench_data.TEACHES[who] for w in world.text["test"][d][:3]]
+    some = [onpolicy.own_words(teacher.speaker, w, teacher.speaker.vocabulary.encode(w.text)) for w in windows]  # as its tokenizer spells it
+    assert abs(float(onpolicy.heard(teacher.model, speakers, some, {who: pair}).detach())) < 1e-5
+
+
+def test_own_words_are_compared_window_by_window() -> None:
+    """Windows that one run could not continue are left out of all; a difference that is the same everywhere has no spread."""
+    text = {"continued": [[10.0, 4.0, 10], [30.0, 12.0, 20], None], "seed": 1}
+    better = {"continued": [[9.0, 4.0, 10], [28.0, 12.0, 20], [1.0, 1.0, 1]], "seed": 1}
+    assert told.spread_of_own([better], [text]) == "-0.100 [-0.100, -0.100]"
+    lines = [dict(line, on=on, part="test", rate=.001, mean=2.0, taught=.9, calibration=.1, tokens=1000) | {"self": .4}
+             for on, line in (("text", text), ("own", better))]
+    assert "| own | 0.001 | 1 | 2.000 | 0.900 | 0.400 | 0.500 | -0.100 [-0.100, -0.100] | 0.100 | 1 |" in told.onpolicy_table(lines)

@@ -17,13 +17,16 @@ from bench.objectives.chunks import CHUNKED
 from bench.objectives.data import SCRIPTS
 from bench.objectives.gradients import measured
 from bench.objectives.models import SIZES
+from bench.objectives.onpolicy import ON, More
+from bench.objectives.onpolicy import run_all as gone_on
 from bench.objectives.report import Line
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 RATES, SHARES, SEEDS = (2e-3, 4e-3, 8e-3, 1.6e-2), (0.3, 0.5, 0.7, 0.9), (1, 2, 3)
+MORE_RATES = (1e-3, 3e-3)  # of a student that goes on
 OURS = "sampled .01"  # the rows persea keeps of a teacher; baselines see whole ones
 SEARCHED = ("events", "strict", "bpm", "chunk")
-STAGES = ("teachers", "rates", "first", "shares", "again", "limited", "gradients", "sft", "rows", "long", "gold")  # of size xs
+STAGES = ("teachers", "rates", "first", "shares", "again", "limited", "gradients", "sft", "rows", "long", "gold", "onpolicy")  # of size xs
 INSIDE = "events + completion"
 SCRIPT_METHODS = ("cross-entropy", "events", INSIDE, "strict everywhere", "events + masks", "events + masks + completion")
 KINDS = ("full", "sampled .05", "sampled .2", "top-k 16", "top-k 4", "top-k 16 renormalised", "top-k 4 renormalised")
@@ -77,12 +80,13 @@ def stage(name: str, world: World, results: Path, seeds: Sequence[int]) -> None:
         print("learning rate:", rate(world, results), "for cross-entropy; for events", rate(world, results, "events", RATES[1:]), flush=True)
     elif name == "first":
         for seed in seeds:
-            for method in ("cross-entropy", "events", "strict", "bpm", "strict everywhere", "chunk", *(("uld",) if seed == SEEDS[0] else ())):
+            for method in ("cross-entropy", "events", "strict", "bpm", "strict everywhere", "chunk", "uld"):
                 go(method, seed)
     elif name == "shares":  # the searches are short; what wins at length 1 (dev is the curve's last point) may be another share
-        first = (("events", "full", 0.7), ("events", "full", 0.9), ("events + masks", OURS, 0.9), ("strict everywhere", "full", 0.7))
+        others = (("events", OURS, 0.9), ("events", "full", 0.7), ("events", "full", 0.9), ("events + masks", OURS, 0.9),
+                  ("strict everywhere", "full", 0.7))
         for seed in seeds:
-            for method, rows, value in (("events", OURS, 0.9), *(first if seed == SEEDS[0] else ())):
+            for method, rows, value in others:
                 run_all(world, [replace(arm(world, results, method, seed), rows=rows, share=value)], results)
     elif name == "again":
         for seed in seeds:
@@ -90,7 +94,7 @@ def stage(name: str, world: World, results: Path, seeds: Sequence[int]) -> None:
                 go(method, seed)
     elif name == "limited":
         for seed in seeds:
-            for method in ("cross-entropy", "events", "events + masks", "events + masks + completion", *(CHUNKED if seed == SEEDS[0] else ())):
+            for method in ("cross-entropy", "events", "events + masks", "events + masks + completion", *CHUNKED):
                 go(method, seed, "limited")
     elif name == "gradients":
         students = {"untrained": None} | {f"after {m}": arm(world, results, m, SEEDS[0]) for m in ("cross-entropy", "events")}
@@ -99,20 +103,23 @@ def stage(name: str, world: World, results: Path, seeds: Sequence[int]) -> None:
         for seed in seeds:
             go("sft", seed)
     elif name == "rows":
-        for kind in KINDS:
-            go("events", SEEDS[0], rows=kind)
+        for seed in seeds:
+            for kind in KINDS:
+                go("events", seed, rows=kind)
     elif name == "long":
-        for length in (2.0, 4.0):
-            for regime in ("unlimited", "limited"):
-                go("cross-entropy", SEEDS[0], regime, length)
+        for seed in seeds:
+            for regime, length in (("unlimited", 2.0), ("unlimited", 4.0), ("unlimited", 6.0), ("limited", 2.0), ("limited", 4.0)):
+                go("cross-entropy", seed, regime, length)
+            go("events", seed, length=2.0)
     elif name == "larger":
         for seed in seeds:
             for method in told.LARGER:
                 go(method, seed)
             for length in (2.0, 4.0):
                 go("cross-entropy", seed, length=length)
-    elif name == "gold":  # TRL's loops take nearly a second a step: one whole run, and one as long as a search, beside which it is told
-        go("gold", SEEDS[0])
+    elif name == "gold":  # TRL's loops take nearly a second a step: whole runs, and one as long as a search, beside which it is told
+        for seed in seeds:
+            go("gold", seed)
         lr = rate(world, results)
         for method in ("gold", "cross-entropy"):
             run_all(world, [Arm(method, rows_of(method), share(world, results, method), lr, "unlimited", 0, 0.3, "dev")], results)
@@ -128,6 +135,11 @@ def stage(name: str, world: World, results: Path, seeds: Sequence[int]) -> None:
         go("cross-entropy", SEEDS[0], length=0.0)
         if not world.size.extended:
             go("cross-entropy", SEEDS[0], length=0.5)
+    elif name == "onpolicy":  # its own measures, and so its own lines
+        arm0, own = arm(world, results, "events", 0), results.with_name(f"{results.stem}_onpolicy.jsonl")
+        tops = {on: min(gone_on(world, arm0, [More(on, top, 0, "dev") for top in MORE_RATES], own), key=lambda line: line["mean" if on == "text" else
+                "taught"])["rate"] for on in ("text", "own")}
+        gone_on(world, arm0, [More(on, tops["text" if on in ("none", "text") else "own"], seed) for seed in seeds for on in ON], own)
     elif name == "report":
         report(list(read(results).values()), world.size.name)
     else:
@@ -156,6 +168,7 @@ def report(lines: Sequence[Line], size: str) -> None:
         "scripts-teachers": told.teachers_table(json.loads((RESULTS / "objectives_teachers_scripts.json").read_text())),
         "scripts-searches": told.searches(lines, "scripts"),
         "extension": told.extension_table(lines, {n: str(s.extended) for n, s in SIZES.items() if s.met}),
+        "onpolicy": told.onpolicy_table([x for x in read(RESULTS / "objectives_onpolicy.jsonl").values() if json.loads(x["key"])["size"] == size]),
         "searches": told.searches(lines, size)})
     gaps = [(name, *told.paired(own, [x for x in plain if x["seed"] in {y["seed"] for y in own}])["mean"])
             for name, own in found.items() if name != "cross-entropy"]

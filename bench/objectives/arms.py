@@ -119,17 +119,22 @@ class World:
         """Windows a domain."""
         return self.size.limited if regime == "limited" else -(-round(self.size.steps * length) * self.size.batch // len(self.size.domains))
 
-    @cached_property
-    def lessons(self) -> dict[str, list[Lesson]]:
-        """What the teachers say of all windows of length 1, and of those of regime 'limited', which are their beginning."""
-        pools = self.windows("unlimited", 1.0)
-        flat = open_lessons(self.kept("lessons"), [w for pool in pools.values() for w in pool], self.speakers["student"], self.teachers)
-        found = iter(flat)
+    def lessons(self, begin: float, end: float) -> dict[str, list[Lesson]]:
+        """What the teachers say of the windows of `unlimited` from one length to another; kept."""
+        first = self.taught("unlimited", begin)
+        pools = {d: pool[first:] for d, pool in self.windows("unlimited", end).items()}
+        name = "lessons" + ("" if (begin, end) == (0, 1) else f" {begin:g} to {end:g}")
+        found = iter(open_lessons(self.kept(name), [w for pool in pools.values() for w in pool], self.speakers["student"], self.teachers))
         return {d: [next(found) for _ in pool] for d, pool in pools.items()}
 
     @cached_property
+    def first(self) -> dict[str, list[Lesson]]:
+        """Those of length 1; the windows of regime 'limited' are their beginning."""
+        return self.lessons(0, 1)
+
+    @cached_property
     def said(self) -> dict[str, list[Window]]:
-        """As many windows as in `lessons`, their first part as it was, the rest in the teacher's own words."""
+        """As many windows as in `first`, their first part as it was, the rest in the teacher's own words."""
         from bench.objectives.words import open_said
 
         return open_said(self.folder / "said.json", self.windows("unlimited", 1.0), self.teachers)
@@ -143,10 +148,11 @@ class World:
             for chosen in models.order(pools, self.size.batch, arm.seed):
                 ids_BS, learn_BS = padded(student.vocabulary.encode_batch([w.text for w in chosen]), student.start)
                 yield Batch(ids_BS, learn_BS, ids_BS[:, 1:][learn_BS[:, :-1]], ())
-        if arm.length > 1:
-            raise SystemExit(f"{arm.method}: lessons are kept for length 1 only")
+        found = self.first
+        if arm.regime == "unlimited" and arm.length > 1:
+            found = {d: [*found[d], *more] for d, more in self.lessons(1, arm.length).items()}
         n = {d: len(p) for d, p in self.windows(arm.regime, arm.length).items()}
-        for some in models.order({d: p[:n[d]] for d, p in self.lessons.items()}, self.size.batch, arm.seed):
+        for some in models.order({d: p[:n[d]] for d, p in found.items()}, self.size.batch, arm.seed):
             batch = collate(some, student)
             yield with_last(batch) if arm.method == "gold" else batch
 

@@ -1,4 +1,4 @@
-"""Text in the teachers' own words, for SFT: the first quarter of a window as it was, the rest sampled at temperature 1."""
+"""Text in a model's own words, the teachers' for SFT: the first quarter of a window as it was, the rest sampled at temperature 1."""
 
 from __future__ import annotations
 
@@ -32,7 +32,12 @@ def open_said(path: Path, pools: Mapping[str, Sequence[Window]], teachers: Mappi
 
 
 def continued(teacher: Teacher, windows: Sequence[Window], seed: int) -> list[str]:
-    """Each window's first quarter in the teacher's tokens, then samples up to the window's own number of bytes."""
+    """Each window's first quarter, then what the teacher says, up to the window's own number of bytes."""
+    return [text_of(teacher.speaker, ids, len(w.text.encode())) for w, ids in zip(windows, drawn(teacher, windows, seed), strict=True)]
+
+
+def drawn(teacher: Teacher, windows: Sequence[Window], seed: int) -> list[list[int]]:
+    """Each window's first quarter in the model's tokens, then samples: as many bytes as the longest window has, or 256 tokens."""
     speaker, generator = teacher.speaker, torch.Generator().manual_seed(seed)
     lengths_W = torch.from_numpy(speaker.vocabulary.lengths_W)
     sizes_B = torch.tensor([len(w.text.encode()) for w in windows])
@@ -50,7 +55,7 @@ def continued(teacher: Teacher, windows: Sequence[Window], seed: int) -> list[st
                 last_B[b] = prefix[len(written[b])]
             written[b].append(int(last_B[b]))
         bytes_B += lengths_W[last_B]
-    return [text_of(speaker, ids, int(size)) for ids, size in zip(written, sizes_B, strict=True)]
+    return written
 
 
 def given(window: Window, speaker: Speaker) -> list[int]:

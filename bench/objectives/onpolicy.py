@@ -1,0 +1,238 @@
+"""Own words or real text: a student that events have taught goes on for half as many steps, on text, on what it says itself, or on both in turn.
+
+All see the same windows, none of which it has met: "text" with what the teacher says of it, "own" its first quarter, continued by the student
+and heard by persea's own on-policy objective (persea.beside.advice: whole rows, reverse KL over events, masks, stretches), "both" every
+second step. Measured on held-out windows: bits per byte of the real text; and of each window's first quarter as the student continues it,
+what the teacher spends on a byte of that (`taught`), and what the student does (`self`): their difference is the reverse KL of whole
+continuations, a byte, by one sample each. The teacher's tokens are those of its tokenizer, not every way to spell the text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaForCausalLM
+
+from bench.objectives.arms import Arm, World, held_out, measure
+from bench.objectives.data import ASKED, Window
+from bench.objectives.lessons import Lesson, Teacher, collate, plain
+from bench.objectives.methods import Setting, events, prepare
+from bench.objectives.models import optimizer, order, padded, rate, states, step_with
+from bench.objectives.vocabularies import Speaker
+from bench.objectives.words import AT_ONCE, drawn, given
+from persea.beside import Pair, advice
+from persea.chat import Tokens
+from persea.engines.local import LocalEngine
+from persea.losses import Head
+from persea.teacher import Teacher as Asked
+
+ON = ("none", "text", "both", "own")
+MORE = 0.5     # of a size's steps
+REFRESH = 8    # steps that one drawing of the student's words lasts
+
+
+@dataclass(frozen=True)
+class More:
+    """One run: what it learns from, the learning rate's top, the student's seed; part as in Arm."""
+
+    on: str
+    rate: float
+    seed: int
+    part: str = "test"
+
+    def key(self, size: str) -> str:
+        return json.dumps({"size": size, **asdict(self)})
+
+
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """What the runs share: the world, how its students began, the windows and lessons they go on with."""
+
+    world: World
+    arm: Arm
+
+    def student(self, seed: int) -> LlamaForCausalLM:
+        """Taught by events on `unlimited` text, once a seed and kept."""
+        size, path = self.world.size, self.world.folder / f"begun {self.arm.method} {self.arm.rate} {seed}.pt"
+        model = self.world.begun(seed)
+        if not path.is_file():
+            adam, arm = optimizer(model, self.arm.rate), Arm(**asdict(self.arm) | {"seed": seed})
+            for step, batch in zip(range(size.steps), self.world.batches(arm), strict=False):
+                learn(adam, model, self.world, batch, Setting(arm.method, arm.rows, arm.share), rate(step, size.steps, arm.rate))
+            torch.save(model.state_dict(), path)
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return model
+
+    @cached_property
+    def lessons(self) -> dict[str, list[Lesson]]:
+        """By domain, of the windows behind those of length 1."""
+        return self.world.lessons(1, 1 + MORE)
+
+    @property
+    def windows(self) -> dict[str, list[Window]]:
+        return {d: [one.window for one in pool] for d, pool in self.lessons.items()}
+
+    def pairs(self) -> dict[str, Pair]:
+        """Each teacher as persea asks one whose weights are here."""
+        return {who: Pair(asked(who, teacher), self.world.pairs[who].bridge) for who, teacher in self.world.teachers.items()}
+
+
+def asked(who: str, teacher: Teacher) -> Asked:
+    return Asked(who, teacher.speaker.voice, LocalEngine(teacher.model, len(teacher.speaker.vocabulary)))
+
+
+def learn(adam: torch.optim.AdamW, model: LlamaForCausalLM, world: World, batch: Any, setting: Setting, lr: float) -> None:
+    prepare(batch, world.pairs, setting)
+    logits_NV = states(model, batch.ids_BS, batch.learn_BS) @ model.lm_head.weight.T
+    step_with(adam, model, events(logits_NV, batch, world.pairs, setting), lr)
+
+
+@dataclass(frozen=True)
+class Own:
+    """A window's first quarter and what was said behind it, in the speaker's own tokens: whole characters, composed (NFC) as tokenizers want it."""
+
+    window: Window
+    text: str
+    prefix: int
+    ids: tuple[int, ...]
+
+
+def own_words(speaker: Speaker, window: Window, ids: Sequence[int]) -> Own | None:
+    """None where less than a token of it is text."""
+    prefix, size = len(given(window, speaker)), len(window.text.encode())
+    ends_T = np.cumsum(speaker.vocabulary.lengths_W[np.array(ids)])
+    for n in range(int(np.searchsorted(ends_T, size, "right")), prefix, -1):
+        try:
+            text = speaker.vocabulary.decode(ids[:n]).decode()
+        except UnicodeDecodeError:
+            continue
+        return Own(window, text, prefix, tuple(ids[:n])) if unicodedata.is_normalized("NFC", text) else None
+    return None
+
+
+def both_tokens(own: Own, student: Speaker, teacher: Speaker) -> tuple[Tokens, Tokens]:
+    """What was said, in the student's tokens and in the teacher's, behind a start token each; learned from where the student began."""
+    begins = int(student.vocabulary.lengths_W[list(own.ids[:own.prefix])].sum())
+    found = []
+    for speaker, ids in ((student, own.ids), (teacher, teacher.vocabulary.encode(own.text))):
+        said = plain(ids, speaker)
+        nowhere = np.full(1, -1, np.int32)
+        found.append(Tokens(np.concatenate([np.full(1, speaker.start, np.int32), said.ids_T]), np.concatenate([nowhere, said.starts_T]),
+                            np.concatenate([nowhere, said.ends_T]), np.concatenate([np.zeros(1, bool), said.starts_T >= begins])))
+    return found[0], found[1]
+
+
+def said_by(model: LlamaForCausalLM, speaker: Speaker, windows: Sequence[Window], seed: int) -> list[Own | None]:
+    model.eval()
+    ids = [one for at in range(0, len(windows), AT_ONCE) for one in drawn(Teacher(speaker, model), windows[at:at + AT_ONCE], seed + at)]
+    model.train()
+    return [own_words(speaker, w, one) for w, one in zip(windows, ids, strict=True)]
+
+
+def heard(model: LlamaForCausalLM, speakers: Mapping[str, Speaker], some: Sequence[Own], pairs: Mapping[str, Pair]) -> torch.Tensor:
+    """persea's loss of the student's own words, as persea.rollouts puts it together."""
+    student, spoken = speakers["student"], dict[str, list[tuple[Tokens, Tokens]]]()
+    for own in some:
+        who = ASKED[own.window.domain]
+        spoken.setdefault(who, []).append(both_tokens(own, student, speakers[who]))
+    said = {who: advice(pairs[who], members, "events") for who, members in spoken.items()}
+    answers = [mine for members in spoken.values() for mine, _ in members]
+    ids_BS, _ = padded([a.ids_T[1:].tolist() for a in answers], student.start)
+    learn_BS = torch.zeros_like(ids_BS, dtype=torch.bool)
+    for b, one in enumerate(answers):
+        learn_BS[b, :len(one) - 1] = torch.from_numpy(one.learn_T[1:])
+    hidden_ND, targets_N = states(model, ids_BS, learn_BS), ids_BS[:, 1:][learn_BS[:, :-1]]
+    head, first, total = Head(model.lm_head.weight, len(student.vocabulary)), 0, sum(one.weight for one in said.values())
+    loss = torch.zeros(())
+    for who, one in said.items():
+        place_P = one.place_P + first
+        loss = loss + one.loss(hidden_ND[place_P], head, targets_N[place_P]).loss * (one.weight / total)
+        first += sum(int(mine.learn_T.sum()) for mine, _ in spoken[who])
+    return loss
+
+
+def batches(begun: Begun, model: LlamaForCausalLM, seed: int, steps: int) -> Iterator[list[Own]]:
+    """The student's words, REFRESH steps of them drawn at once; what is no text is left out."""
+    size, student = begun.world.size, begun.world.speakers["student"]
+    walk = order(begun.windows, size.batch, seed)
+    for at in range(0, steps, REFRESH):
+        n = min(REFRESH, steps - at)
+        chosen = [next(walk) for _ in range(n)]
+        said = iter(said_by(model, student, [w for some in chosen for w in some], seed=1000 * seed + at))
+        for some in chosen:
+            yield [own for own in (next(said) for _ in some) if own is not None]
+
+
+def run(begun: Begun, more: More, pairs: Mapping[str, Pair]) -> dict[str, Any]:
+    world, size = begun.world, begun.world.size
+    model, student = begun.student(more.seed), world.speakers["student"]
+    adam, steps = optimizer(model, more.rate), round(size.steps * MORE)
+    setting = Setting(begun.arm.method, begun.arm.rows, begun.arm.share)
+    text = order(begun.lessons, size.batch, more.seed)
+    own = batches(begun, model, more.seed, steps if more.on == "own" else steps // 2)
+    tokens, left_out = 0, 0
+    for step in range(steps if more.on != "none" else 0):
+        lr = rate(step, steps, more.rate)
+        if more.on == "own" or (more.on == "both" and step % 2):
+            some = next(own)
+            left_out += size.batch - len(some)
+            tokens += sum(len(one.ids) - one.prefix for one in some)
+            step_with(adam, model, heard(model, world.speakers, some, pairs), lr)
+        else:
+            batch = collate(next(text), student)
+            tokens += len(batch.targets_N)
+            learn(adam, model, world, batch, setting, lr)
+    windows = held_out(world, more.part, size.test)
+    found = measure(model, student, windows)
+    return {"mean": round(found.mean(), 4), "bits_per_byte": {d: round(v, 4) for d, v in found.bits_per_byte().items()},
+            "calibration": round(found.calibration, 4), "tokens": tokens, "left_out": left_out} | spoken_by(model, world.speakers, windows, pairs)
+
+
+def spoken_by(model: LlamaForCausalLM, speakers: Mapping[str, Speaker], windows: Sequence[Window], pairs: Mapping[str, Pair]) -> dict[str, Any]:
+    """Of each window, continued: (bits the teacher spends, bits the student spends, bytes), from where both begin a token; None where it was
+    no text."""
+    student, out = speakers["student"], list[Any]()
+    for own in said_by(model, student, windows, seed=7):
+        if own is None:
+            out.append(None)
+            continue
+        who = ASKED[own.window.domain]
+        mine, theirs = both_tokens(own, student, speakers[who])
+        common = set(mine.starts_T[mine.learn_T].tolist()) & set(theirs.starts_T[theirs.learn_T].tolist())
+        if not common:
+            out.append(None)
+            continue
+        bits = []
+        for engine, tokens in ((pairs[who].teacher.engine, theirs), (LocalEngine(model, len(student.vocabulary)), mine)):
+            counted_T = tokens.starts_T >= min(common)
+            (logprobs_NW,) = engine.score([tokens.ids_T], [counted_T])
+            said_N = logprobs_NW[torch.arange(len(logprobs_NW)), torch.from_numpy(tokens.ids_T[counted_T]).long()]
+            bits.append(-float(said_N.double().sum()) / math.log(2))
+        out.append([round(bits[0], 2), round(bits[1], 2), len(own.text.encode()) - min(common)])
+    taught, own_bits, size = (sum(one[k] for one in out if one is not None) for k in range(3))
+    return {"taught": round(taught / size, 4), "self": round(own_bits / size, 4), "no_text": out.count(None), "continued": out}
+
+
+def run_all(world: World, arm: Arm, runs: Sequence[More], results: Path) -> list[dict[str, Any]]:
+    """Runs what does not stand in the results yet; the lines of all."""
+    begun, out = Begun(world, arm), []
+    pairs = begun.pairs()
+    for more in runs:
+        stands = {line["key"]: line for line in map(json.loads, results.read_text().splitlines())} if results.is_file() else {}
+        key = more.key(world.size.name)
+        if key not in stands:
+            stands[key] = {"key": key, **asdict(more), **run(begun, more, pairs)}
+            with results.open("a") as file:
+                file.write(json.dumps(stands[key]) + "\n")
+            print({k: v for k, v in stands[key].items() if k not in ("continued", "bits_per_byte", "key")}, flush=True)
+        out.append(stands[key])
+    return out
