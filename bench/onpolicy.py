@@ -1,12 +1,12 @@
 """The student's own answers or its teachers': two students of the same first steps, then as many more of either kind.
 
-    python bench/onpolicy.py [seeds] [items]    (3 seeds, 200 items a skill; about 15 minutes a seed)
+    python bench/onpolicy.py [seeds] [items]    (3 seeds, 200 items a skill; about 15 minutes a seed, 8 where bench/results.py has run)
 
 For each seed two students of recipes/quickstart.yaml, with one audition and one capture: "off" learns from the teachers' answers to the end,
 "on" from its own too, as recipes/onpolicy.yaml says. Until that begins both are the same, bit for bit. Held-out answers by skill and mode
 (reasoning at high effort and code are the long ones), bits per byte of reference answers, and answers that think unasked or do not think
 when asked to; differences are paired by item, over all seeds, with their 95 % interval. Goes on where it was: every student stands in
-runs/onpolicy/SEED/. Writes bench/results/onpolicy.json and prints the table.
+runs/onpolicy/SEED/, the first of them in runs/results/SEED/ as bench/results.py leaves it. Writes bench/results/onpolicy.json and prints the table.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import yaml
 from results import ALL, ROOT, made, surprise
+from results import RUNS as OFF
 
 from persea import store
 from persea.chat import Effort, Finish
@@ -73,9 +74,9 @@ def main() -> None:
     seeds, items = (int(a) for a in (*sys.argv[1:], *("3", "200")[len(sys.argv) - 1:]))
     found: list[dict[str, Any]] = []
     for seed in range(seeds):
-        folder, sets = RUNS / str(seed), [f"seed={seed}"]
-        off = made(folder / "off", sets, "audition", "capture", "train")
-        on = made(folder / "on", [*sets, f"training.on_policy={json.dumps(TERMS)}"], "train", reuse=off.folder)
+        sets = [f"seed={seed}"]
+        off = made(OFF / str(seed) / "student", sets, "audition", "capture", "train")
+        on = made(RUNS / str(seed) / "on", [*sets, f"training.on_policy={json.dumps(TERMS)}"], "train", reuse=off.folder)
         found.append({"off": told(off, items), "on": told(on, items)})
         out = {"seeds": len(found), "items": items, "confidence": CONFIDENCE, "on_policy": TERMS, "table": table(found),
                "bits_per_byte": {arm: [round(one[arm]["bits_per_byte"], 4) for one in found] for arm in ("on", "off")},
