@@ -23,7 +23,7 @@ from bench.objectives.report import Line
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 RATES, SHARES, SEEDS = (2e-3, 4e-3, 8e-3, 1.6e-2), (0.3, 0.5, 0.7, 0.9), (1, 2, 3)
-MORE_RATES = (1e-3, 3e-3)  # of a student that goes on
+MORE_RATES = (1e-3, 3e-3, 6e-3)  # of a student that goes on
 OURS = "sampled .01"  # the rows persea keeps of a teacher; baselines see whole ones
 SEARCHED = ("events", "strict", "bpm", "chunk")
 STAGES = ("teachers", "rates", "first", "shares", "again", "limited", "gradients", "sft", "rows", "long", "gold", "onpolicy")  # of size xs
