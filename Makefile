@@ -11,6 +11,7 @@
 # make bench-onpolicy   the student's own answers or its teachers', equal steps, three seeds (about 15 minutes a seed; goes on where it was)
 # make bench-bias   what each method pushes a perfect student away by (10 to 20 minutes; installs TRL for its GOLD)
 # make bench-objectives   every method with trained models on real text, size xs (hours; goes on where it was; installs TRL)
+# make bench-extension  tokens a byte of real tokenizers with more tokens, by language (below two minutes; needs PERSEA_DATA)
 # make soak         a bad minute for `persea serve` (about 2 minutes)
 # make saplings     the bundled models grown anew (about 40 minutes)
 # python bench/audition.py, coverage.py, masks.py, sandbox.py have no target: their first lines say what they tell and how long they take
@@ -23,7 +24,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test lint chaos results bench bench-bias bench-cache bench-rollouts bench-train bench-onpolicy bench-objectives soak saplings clean
+.PHONY: quickstart test lint chaos results bench bench-bias bench-cache bench-rollouts bench-train bench-onpolicy bench-objectives bench-extension soak saplings clean
 .DELETE_ON_ERROR:
 
 .venv/persea: pyproject.toml
@@ -82,6 +83,9 @@ bench-onpolicy: .venv/persea
 bench-bias: .venv/persea
 	$(BIN)/pip install -q -e '.[bench]'
 	$(BIN)/python bench/bias.py
+
+bench-extension: .venv/persea
+	$(BIN)/python bench/extension.py
 
 soak: .venv/persea
 	$(BIN)/python bench/soak.py

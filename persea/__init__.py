@@ -58,6 +58,8 @@ from everywhere); tests/test_map.py holds this map true.
     losses        targets events token full chunk: pure functions (logits, targets) -> LossOut; head: the same from hidden states, over products:
                   by the quicker of two libraries; fused: on a GPU
     hidden        what a causal model gives to its head, and makes of the head's output
+    extension     a tokenizer's merges gone on with: what it spells by bytes becomes tokens, and no known id moves
+    longer        a model given a row for each of them, saved for a recipe to name
     ranks         World: the processes that train together; how they were launched, or that it is refused
     watch         one process among others: joined, watched, ended together; who is gone is named
     launch        several processes on this machine: started, signalled, none left behind

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from math import log, sqrt
 from pathlib import Path
 from typing import Any
@@ -242,20 +245,33 @@ def read_texts(language: str, reference: str, lines: int) -> Sample:
 
     Raises DataError where the file is missing, no UTF-8, holds no text, or a line has no such key.
     """
-    name, _, key = reference.partition("#")
+    name, _, _ = reference.partition("#")
     where = f"check.texts.{language}, {name}"
-    texts: list[tuple[str, str]] = []
+    texts = read_lines(reference, where, lines)
+    said = tuple(Conversation.ask("").answered(Text(text)) for _, text in texts)
+    return Sample(TEXTS, language, said, tuple(f"{Path(name).name}:{number}" for number, _ in texts))
+
+
+def read_lines(reference: str, where: str, most: int = sys.maxsize) -> list[tuple[int, str]]:
+    """(line number, text in NFC) of a text file's first lines that hold one: `FILE`, or `FILE#key` for that key of a JSON object on every line.
+
+    Raises DataError as `read_texts` does.
+    """
+    name, _, key = reference.partition("#")
+    remedy = "give a UTF-8 file, one text a line"
     try:
-        rows = Path(name).read_text(encoding="utf-8-sig").split("\n")  # a line may end as on Windows; a stray sign of that is no text
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read the text: {error}", where=where, remedy="give a UTF-8 file, one text a line") from error
-    for number, row in enumerate(rows, start=1):
-        if len(texts) < lines and row.strip():
-            texts.append((f"{Path(name).name}:{number}", _field(row, key, f"{where}:{number}") if key else row))
+        raw = Path(name).read_bytes().removeprefix(codecs.BOM_UTF8)
+        rows = raw.decode().replace("\r\n", "\n").replace("\r", "\n").split("\n")  # a stray sign of a line's end is no text
+    except OSError as error:
+        raise DataError(f"cannot read the text: {error}", where=where, remedy=remedy) from error
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(f"cannot read the text: not UTF-8 at byte {error.start:,}", where=f"{where}:{line}", remedy=remedy) from error
+    filled = ((number, row) for number, row in enumerate(rows, start=1) if row.strip())
+    texts = [(n, unicodedata.normalize("NFC", _field(row, key, f"{where}:{n}") if key else row)) for n, row in islice(filled, most)]
     if not texts:
-        raise DataError("no line with a text", where=where, remedy="give a UTF-8 file, one text a line")
-    said = tuple(Conversation.ask("").answered(Text(unicodedata.normalize("NFC", text))) for _, text in texts)
-    return Sample(TEXTS, language, said, tuple(n for n, _ in texts))
+        raise DataError("no line with a text", where=where, remedy=remedy)
+    return texts
 
 
 def _field(row: str, key: str, where: str) -> str:
@@ -265,7 +281,10 @@ def _field(row: str, key: str, where: str) -> str:
         raise DataError("not a JSON object", where=where, remedy="leave out the `#key` to take the line itself") from error
     if not isinstance(value, dict) or not isinstance(value.get(key), str):
         raise DataError(f"no text under {key!r}", where=where, remedy="name a key that holds a text on every line, after `#`")
-    return str(value[key])
+    text: str = value[key]
+    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+        raise DataError("half a surrogate pair has no bytes", where=where, remedy="the text was cut inside a character; mend it or leave it out")
+    return text
 
 
 def refuse(pairings: Iterable[Pairing], likelihoods: Iterable[Likelihood], floor: float, most: float) -> None:

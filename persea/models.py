@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -92,12 +93,8 @@ def find(reference: str, where: str) -> tuple[Source, date]:
     return Source(str(student), family=written.get("student", {}).get("family", "")), told if isinstance(told, date) else date.fromisoformat(told)
 
 
-def open_voice(source: Source, where: str, today: date = PINNED_DATE) -> Voice:
-    """Tokenizer, chat template and family of a model. Loads no weights. A family persea does not know speaks through `generic`.
-
-    Raises DataError for a missing folder, a model without chat template, a tokenizer that does not round-trip, a
-    template that neither a family nor `generic` can follow.
-    """
+def open_tokenizer(source: Source, where: str) -> Any:
+    """transformers' tokenizer of a model. Raises DataError for a missing folder, one that brings code, and what is no tokenizer."""
     from transformers import AutoTokenizer
 
     folder = local_folder(source.words, where)
@@ -105,11 +102,20 @@ def open_voice(source: Source, where: str, today: date = PINNED_DATE) -> Voice:
         _refuse_code(folder, where)
     revision = {"revision": source.revision} if source.revision and folder is None else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder or source.words, trust_remote_code=False, **revision)
+        return AutoTokenizer.from_pretrained(folder or source.words, trust_remote_code=False, **revision)
     except Exception as error:  # transformers raises a dozen kinds here, each meaning: this is no tokenizer
         raise DataError(f"no tokenizer in {source.words!r}: {_first_line(error).rstrip(':')}", where=where,
                         remedy="the folder needs tokenizer.json and tokenizer_config.json" if folder is not None else
                         "fetch it first where there is network (`hf download`), accept its licence there, or give a folder") from error
+
+
+def open_voice(source: Source, where: str, today: date = PINNED_DATE) -> Voice:
+    """Tokenizer, chat template and family of a model. Loads no weights. A family persea does not know speaks through `generic`.
+
+    Raises DataError for a missing folder, a model without chat template, a tokenizer that does not round-trip, a
+    template that neither a family nor `generic` can follow.
+    """
+    tokenizer = open_tokenizer(source, where)
     text = tokenizer.chat_template or ""
     if not isinstance(text, str):
         raise DataError(f"{source.words!r} has several chat templates", where=where, remedy="keep one, as chat_template.jinja")
@@ -196,25 +202,12 @@ def open_model(source: Source, voice: Voice, where: str) -> PreTrainedModel:
     cannot hold it as asked (`placement`).
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     placed = placement(source.quantize, source.offload, where)
     if source.is_random:
         model = sprout(voice.family.name, len(voice.vocabulary), dict(source.sizes))
     else:
-        folder = local_folder(source.model, where)
-        if folder is not None:
-            if not (folder / "config.json").is_file():
-                raise DataError(f"no config.json in {folder}", where=where, remedy="give a folder in Hugging Face form")
-            _refuse_code(folder, where)
-        revision = {"revision": source.revision} if source.revision and folder is None else {}
-        try:
-            dtype = "auto" if torch.cuda.is_available() else torch.float32
-            model = AutoModelForCausalLM.from_pretrained(folder or source.model, dtype=dtype, trust_remote_code=False, use_safetensors=True,
-                                                         **revision, **placed)
-        except Exception as error:  # as above: whatever it is, this is no model
-            raise DataError(f"cannot load {source.model!r}: {_first_line(error)}", where=where,
-                            remedy="the folder needs config.json and model.safetensors of a causal model") from error
+        model = read_weights(source, where, dtype="auto" if torch.cuda.is_available() else torch.float32, **placed)
     rows = model.get_output_embeddings().weight.shape[0]
     if rows < len(voice.vocabulary):
         raise DataError(f"{rows} logits for a vocabulary of {len(voice.vocabulary)} tokens", where=where,
@@ -222,6 +215,23 @@ def open_model(source: Source, voice: Voice, where: str) -> PreTrainedModel:
     if placed:  # where each weight lies is decided
         return model.eval()
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def read_weights(source: Source, where: str, **how: Any) -> Any:
+    """What transformers makes of a model's safetensors, read as `how` says. Raises DataError for a model that cannot be read."""
+    from transformers import AutoModelForCausalLM
+
+    folder = local_folder(source.model, where)
+    if folder is not None:
+        if not (folder / "config.json").is_file():
+            raise DataError(f"no config.json in {folder}", where=where, remedy="give a folder in Hugging Face form")
+        _refuse_code(folder, where)
+    revision = {"revision": source.revision} if source.revision and folder is None else {}
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder or source.model, trust_remote_code=False, use_safetensors=True, **revision, **how)
+    except Exception as error:  # as above: whatever it is, this is no model
+        raise DataError(f"cannot load {source.model!r}: {_first_line(error)}", where=where,
+                        remedy="the folder needs config.json and model.safetensors of a causal model") from error
 
 
 def fingerprint(source: Source, where: str) -> str:
@@ -275,6 +285,26 @@ def sprout(family: str, vocabulary: int, sizes: dict[str, int]) -> PreTrainedMod
         raise DataError(f"no small architecture known for family {family!r}", remedy="give a model folder")
     torch.manual_seed(sizes.get("seed", 0))
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def whole_folder(source: Source, where: str) -> Path:
+    """The folder of a model, fetched from the hub where it is a hub's. Raises DataError where it cannot be had."""
+    folder = local_folder(source.model, where)
+    if folder is not None:
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source.model, revision=source.revision or None, allow_patterns=["*.safetensors", "*.json", "*.jinja"]))
+    except Exception as error:  # a dozen kinds: not there, no network, no licence
+        raise DataError(f"cannot fetch {source.model!r}: {_first_line(error)}", where=where, remedy="give a folder in Hugging Face form") from error
+
+
+def copy_words(origin: Path, folder: Path) -> None:
+    """Tokenizer, chat template and how to generate, from one model folder to another."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "generation_config.json"):
+        if (origin / name).is_file():
+            shutil.copyfile(origin / name, folder / name)
 
 
 def _refuse_code(folder: Path, where: str) -> None:

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -110,6 +111,25 @@ def publishing(path: Path) -> Iterator[BinaryIO]:
             yield file
             DISK.sync(file)
             DISK.replace(path, neighbour)
+        DISK.sync_folder(path.parent)
+
+
+@contextmanager
+def publishing_folder(path: Path) -> Iterator[Path]:
+    """A folder to write to that is there whole or not at all, also after a power loss. At `path` stands nothing yet, or an empty folder."""
+    neighbour = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _storage(path):
+        _folder(path.parent)
+        DISK.make(neighbour)
+        try:
+            yield neighbour
+            for part in sorted(neighbour.iterdir()):
+                with part.open("rb") as file:
+                    DISK.sync(file)
+            DISK.sync_folder(neighbour)
+            DISK.replace(path, neighbour)
+        finally:
+            shutil.rmtree(neighbour, ignore_errors=True)
         DISK.sync_folder(path.parent)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,7 +15,7 @@ from safetensors import SafetensorError
 from persea.errors import DataError, EnvironmentLacks, Refused, StorageError
 from persea.hidden import Scaling, hidden_states, packed, refuse_packing, scaling_of
 from persea.losses import Head
-from persea.models import Source, local_folder, open_model
+from persea.models import Source, copy_words, local_folder, open_model
 from persea.ranks import Shard, World
 from persea.voice import Voice
 
@@ -127,9 +126,8 @@ class Student:
         origin = local_folder(self.source.words, "student")
         try:
             model.save_pretrained(folder)
-            for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "generation_config.json"):
-                if origin is not None and (origin / name).is_file():
-                    shutil.copyfile(origin / name, folder / name)
+            if origin is not None:
+                copy_words(origin, folder)
             _end_turns(folder / "generation_config.json", self.voice.stop_ids)
         except (OSError, SafetensorError) as error:
             raise StorageError(f"cannot write the student: {error}", where=str(folder),

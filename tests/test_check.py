@@ -356,7 +356,7 @@ def test_texts_are_read_line_by_line(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("reference", "data", "words"), [
-    ("missing.txt", None, "cannot read the text: .*No such file"), ("a.txt", b"\xff\xfe", "cannot read the text"),
+    ("missing.txt", None, "cannot read the text: .*No such file"), ("a.txt", b"a\r\n\xff\xfe", r"a\.txt:2: cannot read the text: not UTF-8"),
     ("a.txt", b"", "no line with a text"), ("a.txt", b"\n \n", "no line with a text"),
     ("a.txt#code", b"plain", r"a\.txt:1: not a JSON object"), ("a.txt#code", b"[1]", "no text under 'code'"),
     ("a.txt#n", b'{"n": 1}', "no text under 'n'")])

@@ -167,7 +167,7 @@ def test_help_names_every_verb() -> None:
     """How quick it is depends on what it imports (next test) and on the machine: `make bench` tells."""
     ended = command("--help", folder=ROOT)
     assert ended.code == 0
-    verbs = ("run", "quickstart", "plan", "validate", "schema", "recipes", *STAGES, "status", "compare", "chat", "serve", "cache")
+    verbs = ("run", "quickstart", "plan", "validate", "schema", "extend", "recipes", *STAGES, "status", "compare", "chat", "serve", "cache")
     assert re.findall(r"^│ ([a-z]+) ", ended.out, re.MULTILINE) == list(verbs)  # in the order in which they are wanted
 
 

@@ -102,6 +102,22 @@ def test_publish_survives_a_power_loss(tmp_path: Path, monkeypatch: pytest.Monke
     assert order == [f".record.{os.getpid()}.tmp", "link", tmp_path.name]
 
 
+def test_a_folder_is_published_whole_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    order: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (order.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd)))
+    monkeypatch.setattr(Path, "replace", lambda self, to: (order.append("replace"), replace(self, to)))
+    with store.publishing_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("a")
+        assert not list((tmp_path / "out").iterdir())
+    neighbour = f".out.{os.getpid()}.tmp"
+    assert order[-4:] == ["a", neighbour, "replace", tmp_path.name] and (tmp_path / "out" / "a").read_text() == "a"
+    with pytest.raises(StorageError, match="not empty"), store.publishing_folder(tmp_path / "out") as folder:
+        (folder / "b").write_text("b")
+    assert sorted(os.listdir(tmp_path)) == ["out"] and os.listdir(tmp_path / "out") == ["a"]
+
+
 # --- commit ---
 
 

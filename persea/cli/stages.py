@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from persea.errors import RecipeError, Refused, Regressed
 from persea.ranks import How, Shard, launched_world
 
 if TYPE_CHECKING:
+    from persea.longer import Extension
     from persea.river import River
 
 recipes = typer.Typer(no_args_is_help=True, help="The recipes that come with persea.")
@@ -127,6 +129,38 @@ def schema() -> None:
     typer.echo(json.dumps(describe(), indent=1))
 
 
+@app.command(rich_help_panel="Before a run")
+def extend(model: Annotated[str, typer.Argument(help="A model folder, a hub id, or a run folder: then its student.", show_default=False)],
+           texts: Annotated[list[str], typer.Option(help="A text file, one text a line, or FILE#key for JSON lines; give it again for each.",
+                                                    show_default=False)],
+           tokens: Annotated[int, typer.Option(min=1, help="How many more.", show_default=False)],
+           out: Annotated[Path, typer.Option(help="The folder to write: new, or empty.", show_default=False)] = NOWHERE,
+           dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be gained; write nothing.")] = False,
+           as_json: AsJson = False) -> None:
+    """Give a student more tokens for scripts that it spells by bytes: a folder to name as `student.model`. docs/extend.md."""
+    if out == NOWHERE and not dry_run:
+        raise RecipeError("no folder to write to", where="extend", remedy="--out FOLDER, or --dry-run")
+    if out != NOWHERE and (out.is_symlink() or out.exists()) and not (out.is_dir() and not any(out.iterdir())):
+        raise RecipeError("something is there already", where=str(out), remedy="give a folder that is new or empty")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from persea import longer
+    from persea.models import find
+    from persea.progress import bars
+    from persea.river import quieten
+
+    quieten()
+    source, _ = find(model, "extend")
+    with bars(quiet=as_json) as tell:
+        found = longer.extend(source, texts, tokens, tell)
+        if not dry_run:
+            longer.write(found, out.resolve(), tell)
+    if as_json:
+        typer.echo(json.dumps({**found.to_json(), "asked": tokens, "out": "" if dry_run else str(out)}, indent=1, ensure_ascii=False))
+        return
+    _show_extension(found, tokens)
+    typer.echo("nothing is written (--dry-run)" if dry_run else f"{out}: name it as student.model")
+
+
 @recipes.command("ls")
 def recipes_ls() -> None:
     """List the bundled recipes with their first line."""
@@ -141,6 +175,16 @@ def recipes_show(name: Annotated[str, typer.Argument(help="Name of a bundled rec
     if not path.is_file():
         raise RecipeError(f"no recipe {name!r}", remedy="persea recipes ls lists them")
     typer.echo(path.read_text(), nl=False)
+
+
+def _show_extension(found: Extension, asked: int) -> None:
+    from persea.progress import table
+
+    table(("text", "held-out lines", "bytes a token", "after", "tokens"), [
+        (Path(c.file).name, f"{c.lines:,}", f"{c.bytes / c.before:.2f}", f"{c.bytes / c.after:.2f}", f"{c.after / c.before - 1:+.0%}")
+        for c in found.costs])
+    few = f" ({asked:,} asked for: no other pair is seen twice)" if len(found.pieces) < asked else ""
+    typer.echo(f"{len(found.pieces):,} tokens more{few}, from id {min(found.pieces):,} on; rows: {found.rows[0]:,} -> {found.rows[1]:,}")
 
 
 def _conclude(folder: Path, as_json: bool) -> None:

@@ -1,0 +1,95 @@
+"""What a longer vocabulary saves: tokens a byte on held-out lines, by language, with 512, 2,048 and 8,192 tokens more. Nothing is trained.
+
+    PERSEA_DATA=... python bench/extension.py          writes bench/results/extension.json (below two minutes)
+
+The real tokenizers of Llama 3, Qwen 3 and gpt-oss, their merges gone on with on nine tenths of the Khmer, Burmese, Lao and Thai lines of the
+parallel text; measured on the last tenth of these and of every other language there. `balance`: Llama 3, 512 tokens more, learned on Khmer and
+a tenth or a fiftieth as much Lao: each file counting as much as the other, and both as one text.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from persea.extension import Merge, Texts, cost, extended, learned, prove, read, words_of
+from persea.vocabulary import Vocabulary, open_vocabulary
+
+DATA = Path(os.environ.get("PERSEA_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+TOKENIZERS = ("llama3", "qwen3", "gpt-oss")
+LEARNED_ON = ("khm", "mya", "lao", "tha")
+SIZES = (512, 2048, 8192)
+FEW = (10, 50)
+
+
+def texts() -> dict[str, Texts]:
+    files = sorted((DATA / "parallel").glob("ntrex.*.txt"))
+    return {file.stem.removeprefix("ntrex."): one for file, one in zip(files, read([str(f) for f in files]), strict=True)}
+
+
+def shorter(spec: Mapping[str, Any], merges: Sequence[Merge], tokens: int) -> list[Merge]:
+    """The first of these merges, those that make so many new tokens: what is learned for fewer is the beginning of what is learned for more."""
+    known, fresh = set(spec["model"]["vocab"]), 0
+    for k, (one, other) in enumerate(merges):
+        fresh += one + other not in known
+        known.add(one + other)
+        if fresh == tokens:
+            return list(merges[:k + 1])
+    raise AssertionError(f"only {fresh} of {tokens} tokens were learned")
+
+
+def longer(backend: Tokenizer, spec: Mapping[str, Any], merges: Sequence[Merge], old: Vocabulary) -> Vocabulary:
+    new = open_vocabulary(Tokenizer.from_str(json.dumps(extended(spec, merges))), old.name)
+    prove(old, new, old.name)
+    return new
+
+
+def tokens_a_byte(files: Mapping[str, Texts], old: Vocabulary, new: Vocabulary) -> dict[str, float]:
+    return {name: round(told.after / told.bytes, 4) for name, told in ((name, cost(one, old, new)) for name, one in files.items())}
+
+
+def measured(name: str, files: Mapping[str, Texts]) -> dict[str, Any]:
+    backend = Tokenizer.from_file(str(DATA / "tokenizers" / name / "tokenizer.json"))
+    old, spec = open_vocabulary(backend, name), json.loads(backend.to_str())
+    clock = time.process_time()
+    merges = learned(backend, words_of(backend, [files[language].learn for language in LEARNED_ON]), max(SIZES))
+    seconds, told = round(time.process_time() - clock, 1), {"0": tokens_a_byte(files, old, old)}
+    for size in SIZES:
+        told[str(size)] = tokens_a_byte(files, old, longer(backend, spec, shorter(spec, merges, size), old))
+    return {"known": len(old), "cpu_seconds": seconds, "tokens_a_byte": told}
+
+
+def balance(files: Mapping[str, Texts]) -> Iterator[dict[str, Any]]:
+    backend = Tokenizer.from_file(str(DATA / "tokenizers" / "llama3" / "tokenizer.json"))
+    old, spec = open_vocabulary(backend, "llama3"), json.loads(backend.to_str())
+    two = {name: files[name] for name in ("khm", "lao")}
+    for few in FEW:
+        khmer, lao = files["khm"].learn, files["lao"].learn[:len(files["lao"].learn) // few]
+        for way, learn in (("by file", [khmer, lao]), ("as one", [[*khmer, *lao]])):
+            new = longer(backend, spec, learned(backend, words_of(backend, learn), 512), old)
+            yield {"lao": f"1/{few}", "counted": way, "tokens_a_byte": tokens_a_byte(two, old, new)}
+
+
+def main() -> None:
+    files = texts()
+    result: dict[str, Any] = {"learned_on": LEARNED_ON, "held_out_bytes": {n: sum(len(t.encode()) for t in one.held) for n, one in files.items()},
+                              "tokenizers": {}}
+    for name in TOKENIZERS:
+        told = result["tokenizers"][name] = measured(name, files)
+        print(f"{name}: tokens a byte with {', '.join(told['tokens_a_byte'])} tokens more ({told['cpu_seconds']} s to learn)")
+        for language in (*LEARNED_ON, *(n for n in files if n not in LEARNED_ON)):
+            print(f"  {language:7}", *(f"{row[language]:.3f}" for row in told["tokens_a_byte"].values()), flush=True)
+    result["balance"] = list(balance(files))
+    for row in result["balance"]:
+        print(row)
+    (Path(__file__).parent / "results" / "extension.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
