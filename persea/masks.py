@@ -33,6 +33,8 @@ INSIDE = "inside"  # signature of a boundary in the middle of a character, where
 REMEMBERED = 4096  # contexts whose forbidden tokens are kept: some 25 kB each with real vocabularies
 State: TypeAlias = tuple[bool, int, bytes, int]  # whose turn it is (True = the keeper's), its last token, what it must cover, the other's last
 PATIENCE = 20_000  # tokens asked for one candidate, some 20 ms; one that is not ruled out by then stays
+WITNESSES = 8       # of each candidate: tokens of the keeper's over it that are known to go on, and so have not to be searched again
+STATES = 1_000_000  # remembered, some 250 bytes each; then all are forgotten
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,12 +221,20 @@ class Mask:
     """Which candidates (tokens of `own`) cannot stand where the keeper (the other tokenizer) has a boundary.
 
     first_W  first token of each candidate's bytes in the keeper's own encoding (bridge.first_tokens); -1 = control token
+
+    Whether both go on from a keeper's token over a candidate does not depend on the context, only whether that token may stand in it does.
     """
 
     keeper: Keeper
     own: Keeper
     first_W: npt.NDArray[np.integer]
-    _never: set[State] = field(default_factory=set)
+    _never: set[State] = field(default_factory=set)  # both never meet from there
+    _meets: set[State] = field(default_factory=set)  # they do
+
+    @cached_property
+    def _witness_WK(self) -> npt.NDArray[np.int32]:
+        """By candidate: keeper's tokens from which both meet, as found so far; -1 = none."""
+        return np.full((len(self.first_W), WITNESSES), -1, np.int32)
 
     @cached_property
     def _by_first(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -240,38 +250,54 @@ class Mask:
         if context == FREE:
             return np.empty(0, np.int64)
         cannot, longer = self.keeper.cannot_follow(context), self.keeper.grown(context)
+        blocked_W = np.zeros(len(self.keeper.vocabulary) + 1, np.bool_)
+        blocked_W[cannot] = blocked_W[-1] = True  # the last is what first_W and witnesses of -1 find
         if candidates is None:
             offsets, order = self._by_first
-            some = order[expand(offsets, cannot)[0]].tolist()
+            some = order[expand(offsets, cannot)[0]]
         else:  # one whose own bytes the keeper can say here, first token first, can stand: no need to look further
             first = self.first_W[candidates]
-            at = np.searchsorted(cannot, first)
-            hit = (at < len(cannot)) & (first >= 0)
-            hit[hit] = cannot[at[hit]] == first[hit]
-            some = candidates[hit].tolist()
-        found = {c for c in some if not self._meet(cannot, c)}
+            some = candidates[(first >= 0) & blocked_W[first]]
+        some = some[blocked_W[self._witness_WK[some]].all(-1)]  # .1 ms for 200 candidates; to search them anew takes 100
+        found = {c for c in some.tolist() if not self._meet(blocked_W, c)}
         if longer:
             among = range(len(self.first_W)) if candidates is None else candidates.tolist()
             found |= {c for c in among if (self.own.vocabulary.bytes_W[c] or b"").startswith(longer)}
         return np.array(sorted(found), np.int64)
 
-    def _meet(self, cannot: npt.NDArray[np.int64], candidate: int) -> bool:
+    def _meet(self, blocked_W: npt.NDArray[np.bool_], candidate: int) -> bool:
         """Whether there is a text over which both tokenizers go on from here, the own one by the candidate, until they meet."""
         raw = self.own.vocabulary.bytes_W[candidate] or b""
         covering, starts = self.keeper.covers(raw)
-        first = [*_without(np.array(starts, np.int64), cannot), *_without(covering, cannot)]
-        ways: list[Iterator[State]] = [iter([self._after(True, u, raw, candidate) for u in first])]
-        seen: set[State] = set()
         asked = [0]
+        for u in (*self.keeper.by_bytes.get(raw, ()), *starts, *covering.tolist()):
+            if not blocked_W[u] and self._goes_on(self._after(True, u, raw, candidate), asked):
+                known_K = self._witness_WK[candidate]
+                known_K[:] = [u, *known_K[:-1].tolist()]
+                return True
+        return False
+
+    def _goes_on(self, root: State, asked: list[int]) -> bool:
+        """Whether both meet from a state, or that was not ruled out; `asked` counts the tokens looked at."""
+        if not root[2] or root in self._meets:
+            return True
+        if root in self._never:
+            return False
+        if len(self._never) + len(self._meets) > STATES:
+            self._never.clear()
+            self._meets.clear()
+        seen, path, ways = {root}, [root], [self._onward(root, asked)]
         while ways:
             state = next(ways[-1], None)
             if state is None:
                 ways.pop()
-                continue
-            if not state[2] or asked[0] > PATIENCE:
+                path.pop()
+            elif not state[2] or state in self._meets or asked[0] > PATIENCE:
+                self._meets.update(path)
                 return True
-            if state not in seen and state not in self._never:
+            elif state not in seen and state not in self._never:
                 seen.add(state)
+                path.append(state)
                 ways.append(self._onward(state, asked))
         self._never.update(seen)
         return False
@@ -290,11 +316,3 @@ class Mask:
         """The state after one side has said `token` over `rest`: its own again where bytes are left, else the other's."""
         raw = (self.keeper if keepers else self.own).vocabulary.bytes_W[token] or b""
         return (keepers, token, rest[len(raw):], other) if len(raw) < len(rest) else (not keepers, other, raw[len(rest):], token)
-
-
-def _without(some: npt.NDArray[np.int64], ordered: npt.NDArray[np.int64]) -> list[int]:
-    """Those of some tokens that are not among sorted ones: by binary search, for there are up to a whole vocabulary of these."""
-    if not len(ordered):
-        return [int(u) for u in some]
-    at = np.minimum(np.searchsorted(ordered, some), len(ordered) - 1)
-    return [int(u) for u in some[ordered[at] != some]]

@@ -25,8 +25,9 @@ import numpy as np
 import numpy.typing as npt
 
 from persea import balance
+from persea.advice import Advice, advice
 from persea.balance import Group
-from persea.beside import Pair, advice
+from persea.beside import LIKELY, Pair, likely
 from persea.chat import Conversation, Effort, Finish, Tokens
 from persea.corpus import Prompt
 from persea.errors import DataError, RecipeError, Refused
@@ -38,13 +39,15 @@ if TYPE_CHECKING:
     import torch
 
     from persea.bridge import Bridge
-    from persea.losses import LossOut
+    from persea.losses import Head, LossOut
     from persea.student import Student
     from persea.teacher import Teacher
 
 LOOP = 4        # times in a row that a stretch may not be said
 STRETCH = 64    # longest stretch of tokens looked at
 SHORTEST = 12   # tokens that a loop fills at least: "ha ha ha ha" is none
+# what a process with no answer of its own runs its model on
+NOTHING = Tokens(np.zeros(2, np.int32), np.array([0, 1], np.int32), np.array([1, 2], np.int32), np.array([False, True]))
 
 
 @dataclass(frozen=True)
@@ -197,38 +200,33 @@ class Rollouts:
                           remedy="raise training.on_policy.after, so that it can answer before it is heard, or max_new_tokens")
         if parts > 1:
             spoken = self._spoken(self._said(step, part, parts)[0], Counter())
-        taught = {group: advice(self.pairs[group.teacher], some, self.terms.objective) for group, some in spoken.items()}
-        taught = {group: one for group, one in taught.items() if one.weight}
         heard_from = len(lengths)
         terms = {"rollout_tokens": float(np.mean(lengths)), "rollouts_left_out": sum(left_out.values()) / heard_from,
                  **{f"left_out_{why}": n / heard_from for why, n in sorted(left_out.items())}}
-        if not taught:
-            return LossOut(self._nothing(), terms, 0), {}
-        answers = [own for group in taught for own, _ in spoken[group]]
+        answers = [own for members in spoken.values() for own, _ in members] or [NOTHING]
         ids_BS, mask_BS, learn_BS = torch.zeros((3, len(answers), max(map(len, answers))), dtype=torch.int64)
         for b, own in enumerate(answers):
             ids_BS[b, :len(own)], mask_BS[b, :len(own)], learn_BS[b, :len(own)] = torch.from_numpy(own.ids_T), 1, torch.from_numpy(own.learn_T)
-        row_N, at_N = learn_BS.nonzero(as_tuple=True)
-        firsts = np.cumsum([0, *(sum(int(own.learn_T.sum()) for own, _ in spoken[group]) for group in taught)]).tolist()
-        places = [one.place_P + first for one, first in zip(taught.values(), firsts[:-1], strict=True)]
-        all_P, total = torch.cat(places), sum(one.weight for one in taught.values())
-        hidden_PD, head = self.student.hidden(ids_BS, mask_BS, row_N[all_P], at_N[all_P] - 1)  # once: processes must run a model equally often
-        targets_P = ids_BS[row_N[all_P], at_N[all_P]].to(hidden_PD.device)
-        outs = {group: taught[group].loss(hidden, head, targets) for group, hidden, targets in zip(
-            taught, *(torch.split(side, [len(p) for p in places]) for side in (hidden_PD, targets_P)), strict=True)}
+        row_L, at_L = learn_BS.nonzero(as_tuple=True)
+        hidden_LD, head = self.student.hidden(ids_BS, mask_BS, row_L, at_L - 1)  # once: processes must run a model equally often
+        targets_L = ids_BS[row_L, at_L].to(hidden_LD.device)
+        masked = any(self.pairs[group.teacher].bridge.student_mask is not None for group in spoken)
+        found = likely(hidden_LD, head) if masked else None
+        ends = np.cumsum([0, *(sum(int(own.learn_T.sum()) for own, _ in members) for members in spoken.values())]).tolist()
+        taught, outs = dict[Group, Advice](), dict[Group, LossOut]()
+        for (group, some), first, last in zip(spoken.items(), ends[:-1], ends[1:], strict=True):
+            one = advice(self.pairs[group.teacher], some, self.terms.objective, found and found.within(first, last))
+            if one.weight:
+                taught[group] = one
+                outs[group] = one.loss(hidden_LD[first:last][one.place_P], head, targets_L[first:last][one.place_P])
+        if not taught:
+            return LossOut(_nothing(hidden_LD, head), terms, 0), {}
+        total = sum(one.weight for one in taught.values())
         weight = {group: weights.get(group, 1.0) for group in taught}
         told = {group: taught[group].told(out, weight[group]) for group, out in outs.items()}
         loss = torch.stack([out.loss * (weight[group] * taught[group].weight / total) for group, out in outs.items()]).sum()
         mean = sum(one.nats for one in told.values()) / total
         return LossOut(loss, {"reverse" if self.terms.objective == "events" else "chunk": mean} | terms, total), told
-
-    def _nothing(self) -> torch.Tensor:
-        """0, from a forward whose every output is in it: processes must run a model equally often, and each backward reach every weight."""
-        import torch
-
-        two_BS, first_N = torch.zeros((1, 2), dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-        hidden_ND, head = self.student.hidden(two_BS, torch.ones_like(two_BS), first_N, first_N)
-        return torch.stack([side.sum().float() * 0 for side in (hidden_ND, head.weight_VD, head.bias_V) if side is not None]).sum()
 
     def state(self) -> bytes:
         """Answers in flight, with the step that drew them; empty where there are none."""
@@ -298,9 +296,16 @@ class Rollouts:
         return spoken
 
 
+def _nothing(hidden_LD: torch.Tensor, head: Head) -> torch.Tensor:
+    """0, in which every output of a forward is: each backward must reach every weight."""
+    import torch
+
+    return torch.stack([side.sum().float() * 0 for side in (hidden_LD, head.weight_VD, head.bias_V) if side is not None]).sum()
+
+
 def open_rollouts(asked: Iterable[tuple[Prompt, str]], student: Student, teacher: Callable[[str], Teacher], bridges: Mapping[str, Bridge],
                   terms: OnPolicy, size: int, seed: int, max_tokens: int) -> Rollouts:
     """Each prompt with the teacher that the cast gives it (capture.assigned), all of these open at once."""
     tasks = tuple(Task(prompt, name) for prompt, name in asked)
-    pairs = {name: Pair(teacher(name), bridges[name]) for name in dict.fromkeys(task.teacher for task in tasks)}
+    pairs = {name: Pair(teacher(name), bridges[name], LIKELY) for name in dict.fromkeys(task.teacher for task in tasks)}
     return Rollouts(student, tasks, pairs, terms, size, seed, max_tokens)

@@ -15,10 +15,12 @@ from test_engines import opened
 from test_rollouts import STUDENT, TERMS, bridge, pair
 
 from persea.align import align
-from persea.beside import UNEVEN, Pair, _Laid, _Said, marks
+from persea.beside import UNEVEN, Pair, _Laid, _Said, likely
 from persea.chat import Conversation, Effort, Text, Thinking, Tokens
 from persea.engines import Abilities, Engine, Failed
 from persea.errors import RecipeError, TeacherError
+from persea.losses import Head
+from persea.marks import marks
 from persea.measure import Split
 from persea.rollouts import Rollouts
 from persea.rows import RowKind, Rows
@@ -81,7 +83,7 @@ def test_a_position_where_no_event_is_left_is_left_out(monkeypatch: pytest.Monke
     some, here = spoken("qwen-sapling", ANSWERS[0]), pair("qwen-sapling")
     whole, mask, asked = here.rows(some), bridge("qwen-sapling").student_mask, list[int]()
 
-    def gone(self: Pair, which: Any, context: int) -> np.ndarray:
+    def gone(self: Pair, which: Any, context: int, likely: Any) -> np.ndarray:
         asked.extend([context] if which is mask else [])
         return np.arange(len(opened(STUDENT)[0].vocabulary)) if which is mask and context == asked[0] else np.empty(0, np.int64)
 
@@ -198,43 +200,6 @@ def structured(name: str) -> list[tuple[Tokens, Tokens]]:
     return [(opened(STUDENT)[0].render(t), opened(name)[0].render(t)) for t in talks]
 
 
-def written(name: str, tokens: Tokens, ranges: np.ndarray) -> list[str]:
-    return ["".join(p if isinstance(p, str) else p.decode() for p in opened(name)[0].vocabulary.pieces(tokens.ids_T[a:b].tolist()))
-            for a, b in ranges.tolist()]
-
-
-@pytest.mark.parametrize(("name", "open_", "close", "call", "called"), [
-    ("qwen-sapling", "<think>\n", "\n</think>\n\n", '<tool_call>\n{"name": "timer", "arguments": {"', "}}\n</tool_call>"),
-    ("gpt-oss-sapling", "<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>",
-     ' to=functions.timer<|channel|>commentary json<|message|>{"', "}")])
-def test_where_one_part_ends_and_another_begins_both_say_so(name: str, open_: str, close: str, call: str, called: str) -> None:
-    """With the first content behind it; the full stop of a thought is part of a token that the student's template shares."""
-    told = [[written(who, side, ranges) for who, side, ranges in zip((STUDENT, name), pair_of, marks(*pair_of), strict=True)]
-            for pair_of in structured(name)]
-    assert told[0] == [["<think>\ntwo", ".\n</think>\n\n5"], [f"{open_}two", f".{close}5"]]
-    assert told[1] == [["<think>\nc", "\n</think>\n\nit"], [f"{open_}c", f"{close}it"]]
-    assert told[2] == [['{"name": "timer", "parameters": {"minutes', "} }"], [f"{call}minutes", called]]
-
-
-def test_markers_that_one_side_has_alone_are_said_by_the_others_first_word() -> None:
-    """gpt-oss says by a channel that text comes, the student by beginning it: a row behind the channel knows nothing of a call."""
-    asked = Conversation.ask("2+3?").answered(Text("it is 5"))
-    own, theirs = (opened(name)[0].render(asked) for name in (STUDENT, "gpt-oss-sapling"))
-    mine, others = marks(own, theirs)
-    assert (written(STUDENT, own, mine), written("gpt-oss-sapling", theirs, others)) == (["it"], ["<|channel|>final<|message|>it"])
-    first = int(np.flatnonzero(own.learn_T)[0])
-    assert first in align([own], [theirs]).boundaries.student_C.tolist()
-    assert 0 not in pair("gpt-oss-sapling").rows([(own, theirs)]).place_C.tolist()
-
-
-def test_a_run_that_was_cut_off_is_none() -> None:
-    own, theirs = structured("qwen-sapling")[1]
-    last = max(k for k in range(len(own)) if marker(own, k)) + 1  # as cut within the markers behind the thought
-    cut_off = replace(own, ids_T=own.ids_T[:last], starts_T=own.starts_T[:last], ends_T=own.ends_T[:last], learn_T=own.learn_T[:last])
-    assert [len(side) for side in marks(own, theirs)] == [2, 2]
-    assert [len(side) for side in marks(cut_off, theirs)] == [1, 1]
-
-
 @pytest.mark.parametrize("name", ["qwen-sapling", "gpt-oss-sapling"])
 def test_marks_by_a_walk(name: str) -> None:
     some, voice, lies = structured(name), opened(name)[0], bridge(name)
@@ -268,10 +233,12 @@ def test_what_can_stand_is_summed_itself_and_where_nothing_is_known_to_nothing_i
     some = spoken("qwen-sapling", "two words")
     theirs, gone = some[0][1], np.array([1, 2])
     token, n = int(np.flatnonzero(theirs.learn_T)[1]), int(theirs.learn_T.sum())
-    laid = _Laid(np.array([[0, token]]), [(np.empty(0, np.int64), gone)], *(np.empty((0, 2), np.int64) for _ in range(2)))
+    laid = _Laid(np.array([[0, token]]), np.array([[0, 7]]), *(np.empty((0, 2), np.int64) for _ in range(2)))
+    knows: Any = SimpleNamespace(bridge=SimpleNamespace(teacher_mask=None), likely_in=lambda row: None,
+                                 gone=lambda mask, context, likely: gone if context == 7 else np.empty(0, np.int64))
     rows = torch.full((n, len(opened("qwen-sapling")[0].vocabulary)), -200.0)
     rows[1, [1, 3, 4]] = torch.tensor([0.0, -50.0, -50.0])
-    said = _Said([theirs], [laid])
+    said = _Said(knows, [theirs], [laid])
     said.take(0, 0, rows)
     assert said.betas[0] == {token: pytest.approx(-50 + np.log(2), abs=1e-12)}
     for lost, want in ((0.75, np.log(0.25)), (1.0002, -np.inf)):
@@ -292,8 +259,9 @@ class Certain:
     def named(self, sequences: Sequence[np.ndarray], learn: Sequence[np.ndarray]) -> Iterator[Rows]:
         for own, theirs in self.some:
             at = align([own], [theirs]).boundaries
-            dead = self.pair._dead(own, theirs, np.stack([at.student_C, at.teacher_C], 1))
-            first_of = {t: int(both[1][0]) for t, both in zip(at.teacher_C.tolist(), dead, strict=True) if len(both[1])}
+            contexts = self.pair._contexts(own, theirs, np.stack([at.student_C, at.teacher_C], 1))[:, 1].tolist()
+            dead = [self.pair.gone(self.pair.bridge.teacher_mask, context, None) for context in contexts]
+            first_of = {t: int(one[0]) for t, one in zip(at.teacher_C.tolist(), dead, strict=True) if one is not None and len(one)}
             learned = np.flatnonzero(theirs.learn_T)
             ids = [first_of.get(t, int(theirs.ids_T[t])) for t in learned.tolist()]
             yield Rows(np.arange(len(ids) + 1), np.array(ids, np.int32), np.full(len(ids), 1.0002, np.float32), np.full(len(ids), -1, np.float32),
@@ -308,3 +276,39 @@ def test_a_stretch_between_rims_that_nobody_can_say_is_left_out() -> None:
     assert torch.isfinite(less.teacher_C).all()
     assert less.chunk_P.unique().tolist() == list(range(len(less.teacher_C)))
     assert set(dead.row_D.tolist()) <= {*less.begin_C.tolist(), *less.end_C.tolist()}
+
+
+@pytest.mark.parametrize("name", ["qwen-sapling", "gpt-oss-sapling"])
+def test_what_cannot_stand_is_found_among_likely_tokens(name: str) -> None:
+    """Rows, places and stretches as with every token asked; of what cannot stand, all that either side finds likely, and nothing else."""
+    some, whole = spoken(name), pair(name)
+    least, learned = 1e-3, sum(int(own.learn_T.sum()) for own, _ in some)
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(learned, len(opened(STUDENT)[0].vocabulary))
+    found = likely(logits, Head(torch.eye(logits.shape[1]), logits.shape[1]), least)
+    for place in range(learned):
+        assert found.at(place).tolist() == np.flatnonzero(torch.softmax(logits[place], -1).numpy() >= least).tolist()
+    want, few = whole.rows(some), replace(whole, least=least).rows(some, found)
+    assert few.place_C.tolist() == want.place_C.tolist() and torch.equal(few.logprobs_CW, want.logprobs_CW)
+    assert want.student_dead and want.teacher_dead and few.student_dead and few.teacher_dead
+    for every, some_of, sure in ((want.student_dead, few.student_dead, lambda c, i: i in found.at(int(want.place_C[c]))),
+                                 (want.teacher_dead, few.teacher_dead, lambda c, i: want.logprobs_CW[c, i] >= np.log(least))):
+        pairs = [list(zip(d.row_D.tolist(), d.token_D.tolist(), strict=True)) for d in (every, some_of)]
+        assert pairs[1] == [(c, i) for c, i in pairs[0] if sure(c, i)]
+        assert len(pairs[1]) < len(pairs[0])
+    assert few.student_dead.row_D.numel() and [c.tolist() for c in (few.marks.position_P, few.marks.begin_C)] == [
+        c.tolist() for c in (want.marks.position_P, want.marks.begin_C)]
+
+
+def test_where_all_that_is_likely_cannot_stand_nothing_is_learned() -> None:
+    """What is left there is below what was asked: whether it can stand nobody knows, and it would be blown up to a whole distribution."""
+    some, whole = spoken("qwen-sapling", ANSWERS[0]), pair("qwen-sapling")
+    want = whole.rows(some)
+    assert want.student_dead is not None
+    c = int(want.student_dead.row_D[0])
+    token = int(want.student_dead.token_D[0])
+    learned, size = int(some[0][0].learn_T.sum()), len(opened(STUDENT)[0].vocabulary)
+    logits = torch.zeros(learned, size)
+    logits[int(want.place_C[c]), token] = 40.0
+    few = replace(whole, least=1e-4).rows(some, likely(logits, Head(torch.eye(size), size)))
+    assert few.place_C.tolist() == [p for k, p in enumerate(want.place_C.tolist()) if k != c]

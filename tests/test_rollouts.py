@@ -19,11 +19,12 @@ from test_engines import NAMES, engine, opened
 
 from persea import rollouts
 from persea.balance import Group
-from persea.beside import Pair, marks
+from persea.beside import Pair
 from persea.bridge import Bridge, build
 from persea.chat import Conversation, Effort, Finish, Text, Thinking
 from persea.errors import DataError, Refused
 from persea.losses import Divergence, chunk, full
+from persea.marks import marks
 from persea.measure import Split
 from persea.models import Source
 from persea.rollouts import Rollouts, Said, Task, heard, own_words, repeats

@@ -1,7 +1,7 @@
 """Own words or real text: a student that events have taught goes on for half as many steps, on text, on what it says itself, or on both in turn.
 
 All see the same windows, none of which it has met: "text" with what the teacher says of it, "own" its first quarter, continued by the student
-and heard by persea's own on-policy objective (persea.beside.advice: whole rows, reverse KL over events, masks, stretches), "both" every
+and heard by persea's own on-policy objective (persea.advice: whole rows, reverse KL over events, masks, stretches), "both" every
 second step. Measured on held-out windows: bits per byte of the real text; and of each window's first quarter as the student continues it,
 what the teacher spends on a byte of that (`taught`), and what the student does (`self`): their difference is the reverse KL of whole
 continuations, a byte, by one sample each. The teacher's tokens are those of its tokenizer, not every way to spell the text.
@@ -29,7 +29,8 @@ from bench.objectives.methods import Setting, events, prepare
 from bench.objectives.models import optimizer, order, padded, rate, states, step_with
 from bench.objectives.vocabularies import Speaker
 from bench.objectives.words import AT_ONCE, drawn, given
-from persea.beside import Pair, advice
+from persea.advice import advice
+from persea.beside import LIKELY, Pair, likely
 from persea.chat import Tokens
 from persea.engines.local import LocalEngine
 from persea.losses import Head
@@ -83,7 +84,7 @@ class Begun:
 
     def pairs(self) -> dict[str, Pair]:
         """Each teacher as persea asks one whose weights are here."""
-        return {who: Pair(asked(who, teacher), self.world.pairs[who].bridge) for who, teacher in self.world.teachers.items()}
+        return {who: Pair(asked(who, teacher), self.world.pairs[who].bridge, LIKELY) for who, teacher in self.world.teachers.items()}
 
 
 def asked(who: str, teacher: Teacher) -> Asked:
@@ -140,24 +141,26 @@ def said_by(model: LlamaForCausalLM, speaker: Speaker, windows: Sequence[Window]
 
 def heard(model: LlamaForCausalLM, speakers: Mapping[str, Speaker], some: Sequence[Own], pairs: Mapping[str, Pair]) -> torch.Tensor:
     """persea's loss of the student's own words, as persea.rollouts puts it together."""
-    student, spoken = speakers["student"], dict[str, list[tuple[Tokens, Tokens]]]()
+    student, spoken, first = speakers["student"], dict[str, list[tuple[Tokens, Tokens]]](), 0
     for own in some:
         who = ASKED[own.window.domain]
-        spoken.setdefault(who, []).append(both_tokens(own, student, speakers[who]))
-    said = {who: advice(pairs[who], members, "events") for who, members in spoken.items()}
+        mine, theirs = both_tokens(own, student, speakers[who])
+        if mine.learn_T.any() and theirs.learn_T.any():  # a few bytes may all lie in a token that began before them
+            spoken.setdefault(who, []).append((mine, theirs))
     answers = [mine for members in spoken.values() for mine, _ in members]
     ids_BS, _ = padded([a.ids_T[1:].tolist() for a in answers], student.start)
     learn_BS = torch.zeros_like(ids_BS, dtype=torch.bool)
     for b, one in enumerate(answers):
         learn_BS[b, :len(one) - 1] = torch.from_numpy(one.learn_T[1:])
-    hidden_ND, targets_N = states(model, ids_BS, learn_BS), ids_BS[:, 1:][learn_BS[:, :-1]]
-    head, first, total = Head(model.lm_head.weight, len(student.vocabulary)), 0, sum(one.weight for one in said.values())
-    loss = torch.zeros(())
-    for who, one in said.items():
-        place_P = one.place_P + first
-        loss = loss + one.loss(hidden_ND[place_P], head, targets_N[place_P]).loss * (one.weight / total)
-        first += sum(int(mine.learn_T.sum()) for mine, _ in spoken[who])
-    return loss
+    hidden_LD, targets_L = states(model, ids_BS, learn_BS), ids_BS[:, 1:][learn_BS[:, :-1]]
+    head, parts = Head(model.lm_head.weight, len(student.vocabulary)), list[tuple[torch.Tensor, int]]()
+    found = likely(hidden_LD, head)
+    for who, members in spoken.items():
+        last = first + sum(int(mine.learn_T.sum()) for mine, _ in members)
+        said = advice(pairs[who], members, "events", found.within(first, last))
+        parts.append((said.loss(hidden_LD[first:last][said.place_P], head, targets_L[first:last][said.place_P]).loss, said.weight))
+        first = last
+    return torch.stack([loss * weight for loss, weight in parts]).sum() / sum(weight for _, weight in parts)
 
 
 def batches(begun: Begun, model: LlamaForCausalLM, seed: int, steps: int) -> Iterator[list[Own]]:
