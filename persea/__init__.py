@@ -65,6 +65,7 @@ from everywhere); tests/test_map.py holds this map true.
     launch        several processes on this machine: started, signalled, none left behind
     student       Student: load, adapt (full or LoRA), run, spread over processes, save
     feed          captures -> lessons -> batches, the same whoever asks
+    likely        of many distributions the tokens worth asking about
     marks         runs of tokens without bytes in two renderings of one answer
     beside        what a teacher says of a student's own tokens: whole rows, or chunks
     advice        the same as a loss

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from persea.balance import Taught
-from persea.beside import Likely, Pair
+from persea.beside import Pair
 from persea.chat import Tokens
+from persea.likely import Likely
 from persea.losses import Chunks, Dead, Divergence, Head, LossOut, Sides, chunk, divergence_head
 
 
@@ -49,7 +50,7 @@ def advice(pair: Pair, some: Sequence[tuple[Tokens, Tokens]], objective: str, fo
         """The mean over common boundaries and runs of markers: each has the gradient of its reverse KL."""
         parts = []
         if events:
-            parts.append(divergence_head(hidden[:events], head, beside.logprobs_CW, sides, Divergence.REVERSE))
+            parts.append(divergence_head(hidden[:events], head, beside.teacher, sides, Divergence.REVERSE))
         if runs:
             own_PD = hidden[events:]
             said = chunk(head.logits(own_PD), targets[events:], marks, dead)

@@ -11,13 +11,12 @@ says "text" by a marker gives the call no mass in the row behind it, and a stude
 Rows compare events. Where one token of the student's is several of the teacher's ("27" and "2", "7"), all of an event are alike to them; which of
 these it is, the span tells as a stretch. Without it a student forgot figures (code .97 -> .81).
 
-What cannot stand is looked for among tokens that either finds likelier than LIKELY. To ask for every token of a real vocabulary takes
+What cannot stand is looked for among tokens that either finds likelier than LIKELY (likely.py). To ask for every token of a real vocabulary takes
 seconds a boundary (bench/beside.py); what is missed is the mass of the impossible ones below it.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,7 +29,10 @@ from persea.align import align
 from persea.bridge import Bridge
 from persea.chat import Tokens
 from persea.engines import Failed, Namer
-from persea.errors import TeacherError
+from persea.engines.local import LocalEngine
+from persea.errors import Refused, TeacherError
+from persea.hidden import hidden_states, scaling_of
+from persea.likely import AT_ONCE, Likely, likely_in
 from persea.losses import Chunks, Dead, Head
 from persea.marks import behind, free_of_runs, marks
 from persea.masks import FREE, Mask
@@ -40,8 +42,6 @@ from persea.teacher import Teacher
 Ints = npt.NDArray[np.int64]
 NONE = np.empty(0, np.int64)
 UNEVEN, ALL = 0, 1  # which spans: those of several tokens on a side, or every one
-LIKELY = 1e-4
-AT_ONCE = 1 << 24  # logits that stand at once while likely tokens are looked for: 64 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,22 @@ class Beside:
     """A teacher's whole distributions beside some learned positions, and stretches for what these do not know. C positions.
 
     place_C                     learned position of the student, counted through the answers laid end to end
-    logprobs_CW                 natural
+    teacher                     its natural log-probabilities [C, W]; of a model that is open here what its head is given [C, D], and the head
     student_dead, teacher_dead  what cannot stand there; None where both have one tokenizer
     marks, marks_dead           runs of markers and spans of several tokens on a side, over the same positions; what cannot stand at their ends
     """
 
     place_C: torch.Tensor
-    logprobs_CW: torch.Tensor
+    teacher: torch.Tensor | tuple[torch.Tensor, Head]
     student_dead: Dead | None
     teacher_dead: Dead | None
     marks: Chunks
     marks_dead: Dead
+
+    @property
+    def logprobs_CW(self) -> torch.Tensor:
+        """All of them at once: to look at, not to train by."""
+        return self.teacher if isinstance(self.teacher, torch.Tensor) else torch.log_softmax(self.teacher[1].logits(self.teacher[0]), -1)
 
 
 @dataclass(frozen=True)
@@ -75,31 +80,6 @@ class _Laid:
     context_C2: Ints
     student_X2: Ints
     teacher_X2: Ints
-
-
-@dataclass(frozen=True)
-class Likely:
-    """By learned position of the student, counted through the answers: its likely tokens, sorted."""
-
-    offsets_L1: Ints
-    ids_M: Ints
-
-    def at(self, place: int) -> Ints:
-        return self.ids_M[self.offsets_L1[place]:self.offsets_L1[place + 1]]
-
-    def within(self, first: int, last: int) -> Likely:
-        return Likely(self.offsets_L1[first:last + 1], self.ids_M)
-
-
-@torch.no_grad()
-def likely(hidden_LD: torch.Tensor, head: Head, least: float = LIKELY) -> Likely:
-    """The tokens of probability `least` or more behind each of the hidden states that the head is given."""
-    counts, ids = [NONE], [NONE]
-    for some_ND in torch.split(hidden_LD, max(1, AT_ONCE // head.vocabulary)):
-        row_M, id_M = (torch.log_softmax(head.logits(some_ND), -1) >= math.log(least)).nonzero(as_tuple=True)
-        counts.append(torch.bincount(row_M, minlength=len(some_ND)).cpu().numpy())
-        ids.append(id_M.cpu().numpy())
-    return Likely(np.concatenate([[0], np.cumsum(np.concatenate(counts))]), np.concatenate(ids))
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,17 +103,18 @@ class Pair:
         places = [first + _rows_of(own)[one.student_C] for (own, _), one, first in zip(some, laid, firsts[:-1].tolist(), strict=True)]
         said = _Said(self, [theirs for _, theirs in some], marked)
         pieces, gone_W = [list[torch.Tensor]() for _ in some], [list[Ints | None]() for _ in some]
-        for k, first, some_NW in self._pieces(some):
-            wanted = _rows_of(some[k][1])[laid[k].teacher_C]
+        for k, first, some_NW, some_NX in self._pieces(some):
+            wanted, likely = _rows_of(some[k][1])[laid[k].teacher_C], self.likely_in(some_NW)
             here_C = (wanted >= first) & (wanted < first + len(some_NW))
-            pieces[k].append(some_NW[torch.from_numpy(wanted[here_C] - first)])
-            gone_W[k] += [self.gone(self.bridge.teacher_mask, context, self.likely_in(row_W))
-                          for context, row_W in zip(contexts[k][here_C, 1].tolist(), pieces[k][-1], strict=True)]
-            said.take(k, first, some_NW)
-        place_C, logprobs_CW = np.concatenate([NONE, *places]), torch.cat([piece for mine in pieces for piece in mine])
+            row_C = wanted[here_C] - first
+            pieces[k].append(some_NX[torch.from_numpy(row_C)])
+            gone_W[k] += [self.gone(self.bridge.teacher_mask, context, None if likely is None else likely.at(row))
+                          for context, row in zip(contexts[k][here_C, 1].tolist(), row_C.tolist(), strict=True)]
+            said.take(k, first, some_NW, likely)
+        place_C, teacher_CX = np.concatenate([NONE, *places]), torch.cat([piece for mine in pieces for piece in mine])
         marks_ = self._chunks(some, marked, said, found)
         if self.bridge.teacher_mask is None or self.bridge.student_mask is None:
-            return Beside(torch.from_numpy(place_C), logprobs_CW, None, None, *marks_)
+            return Beside(torch.from_numpy(place_C), self._headed(teacher_CX), None, None, *marks_)
         context_C = np.concatenate([NONE, *(one[:, 0] for one in contexts)])
         gone_V = [self.gone(self.bridge.student_mask, context, None if found is None else found.at(place))
                   for context, place in zip(context_C.tolist(), place_C.tolist(), strict=True)]
@@ -141,7 +122,7 @@ class Pair:
         fit = {c: (v, w) for c, (v, w) in both if v is not None and w is not None and self._agree(v, w)}
         fits_C = np.array(list(fit), np.int64)
         dead_V, dead_W = (_as_dead(range(len(fit)), [sides[which] for sides in fit.values()]) for which in (0, 1))
-        return Beside(torch.from_numpy(place_C[fits_C]), logprobs_CW[torch.from_numpy(fits_C)], dead_V, dead_W, *marks_)
+        return Beside(torch.from_numpy(place_C[fits_C]), self._headed(teacher_CX[torch.from_numpy(fits_C)]), dead_V, dead_W, *marks_)
 
     def chunks(self, some: Sequence[tuple[Tokens, Tokens]], found: Likely | None = None) -> tuple[Chunks, Dead]:
         """Of answers, the stretches that cover the same bytes (align.Spans) and the runs of markers, and what the student cannot say where one
@@ -161,8 +142,8 @@ class Pair:
                                        remedy="look at the server, and run again: the last checkpoint stands")
                 said.take_named(k, rows)
         else:
-            for k, first, some_NW in self._pieces(some):
-                said.take(k, first, some_NW)
+            for k, first, some_NW, _ in self._pieces(some):
+                said.take(k, first, some_NW, self.likely_in(some_NW))
         return self._chunks(some, laid, said, found)
 
     def _chunks(self, some: Sequence[tuple[Tokens, Tokens]], laid: Sequence[_Laid], said: _Said, likely: Likely | None) -> tuple[Chunks, Dead]:
@@ -208,12 +189,46 @@ class Pair:
         at_C2 = at_C2[np.isin(at_C2[:, 0], mine_X2)]  # a mask costs: where no stretch begins or ends none is asked
         return _Laid(at_C2, self._contexts(own, theirs, at_C2), mine_X2, other_X2)
 
-    def _pieces(self, some: Sequence[tuple[Tokens, Tokens]]) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """(answer, its first row, rows) as the engine hands them over."""
-        at = [0] * len(some)
-        for k, some_NW in self.teacher.engine.pieces([theirs.ids_T for _, theirs in some], [theirs.learn_T for _, theirs in some]):
-            yield k, at[k], some_NW
-            at[k] += len(some_NW)
+    @cached_property
+    def _head(self) -> Head | None:
+        """Of a model that is open here; None where it is more than a linear map (quantised): then its whole rows are kept."""
+        engine = self.teacher.engine
+        if not isinstance(engine, LocalEngine):
+            return None
+        try:
+            scaling = scaling_of(engine.model, engine.vocabulary, self.teacher.name)
+        except Refused:
+            return None
+        linear = engine.model.get_output_embeddings()
+        return Head(linear.weight, engine.vocabulary, linear.bias, scaling.scale, scaling.cap)
+
+    def _headed(self, teacher_CX: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, Head]:
+        return teacher_CX if self._head is None else (teacher_CX, self._head)
+
+    @torch.no_grad()
+    def _pieces(self, some: Sequence[tuple[Tokens, Tokens]]) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
+        """(answer, its first row, rows of log-probabilities, what is kept of them), some at a time."""
+        at, engine = [0] * len(some), self.teacher.engine
+        if self._head is None or not isinstance(engine, LocalEngine):
+            for k, some_NW in engine.pieces([theirs.ids_T for _, theirs in some], [theirs.learn_T for _, theirs in some]):
+                yield k, at[k], some_NW, some_NW
+                at[k] += len(some_NW)
+            return
+        for begin in range(0, len(some), engine.batch):
+            few = [theirs for _, theirs in some[begin:begin + engine.batch]]
+            ids_BS, mask_BS = torch.zeros((2, len(few), max(map(len, few))), dtype=torch.int64)
+            for b, theirs in enumerate(few):
+                ids_BS[b, :len(theirs)], mask_BS[b, :len(theirs)] = torch.from_numpy(theirs.ids_T), 1
+            hidden_BSD = hidden_states(engine.model, ids_BS, mask_BS)
+            for b, theirs in enumerate(few):
+                states_ND = hidden_BSD[b, torch.from_numpy(np.flatnonzero(theirs.learn_T) - 1)]
+                for some_ND in torch.split(states_ND, max(1, AT_ONCE // self._head.vocabulary)):
+                    logprobs_NW = torch.log_softmax(self._head.logits(some_ND), -1)
+                    if not torch.isfinite(logprobs_NW).all():
+                        raise TeacherError("log-probabilities that are not finite", where=self.teacher.name,
+                                           remedy="the weights are broken, or need another dtype")
+                    yield begin + b, at[begin + b], logprobs_NW, some_ND
+                    at[begin + b] += len(some_ND)
 
     def _contexts(self, own: Tokens, theirs: Tokens, at_C2: Ints) -> Ints:
         """At each common boundary the contexts in which the student's tokens stand, and the teacher's; FREE where both have one tokenizer."""
@@ -222,9 +237,9 @@ class Pair:
             return np.full((len(at_C2), 2), FREE, np.int64)
         return np.stack([student.keeper.inner(theirs, at_C2[:, 1]), teacher.keeper.inner(own, at_C2[:, 0])], 1)
 
-    def likely_in(self, logprobs_W: torch.Tensor) -> Ints | None:
-        """The tokens of a row to be asked whether they can stand; None = all."""
-        return np.flatnonzero(logprobs_W.numpy() >= math.log(self.least)) if self.least else None
+    def likely_in(self, logprobs_NW: torch.Tensor) -> Likely | None:
+        """The tokens of some rows to be asked whether they can stand; None = all."""
+        return likely_in(logprobs_NW, self.least) if self.least else None
 
     def gone(self, mask: Mask | None, context: int, likely: Ints | None) -> Ints | None:
         """What of the likely tokens cannot stand in a context, sorted. None: none of them can, so that nothing is known of what stands there."""
@@ -270,16 +285,21 @@ class _Said:
         self.realised = [np.zeros(int(tokens.learn_T.sum())) for tokens in theirs]
         self.betas: list[dict[int, float]] = [{} for _ in theirs]
 
-    def take(self, k: int, first: int, some_NW: torch.Tensor) -> None:
-        """Some rows of answer k, whole. What stands is summed itself: 1 - dead has no digits where the teacher is certain of what cannot be."""
+    def take(self, k: int, first: int, some_NW: torch.Tensor, likely: Likely | None) -> None:
+        """Some rows of answer k, whole, and their likely tokens. What stands is summed itself: 1 - dead has no digits where the teacher is
+        certain of what cannot be."""
         tokens = self.theirs[k]
         learned = np.flatnonzero(tokens.learn_T)[first:first + len(some_NW)]
-        self.realised[k][first:first + len(some_NW)] = some_NW[range(len(learned)), torch.from_numpy(tokens.ids_T[learned]).long()].double().numpy()
+        said_N = some_NW[range(len(learned)), torch.from_numpy(tokens.ids_T[learned]).long()]
+        self.realised[k][first:first + len(some_NW)] = said_N.double().cpu().numpy()
         for row, token in enumerate(learned.tolist()):
             if token in self.context[k]:
-                gone = self.pair.gone(self.pair.bridge.teacher_mask, self.context[k][token], self.pair.likely_in(some_NW[row]))
-                left_W = some_NW[row].double().index_fill(0, torch.from_numpy(gone), -torch.inf) if gone is not None and len(gone) else None
-                self.betas[k][token] = -np.inf if gone is None else 0.0 if left_W is None else float(left_W.logsumexp(0))
+                gone = self.pair.gone(self.pair.bridge.teacher_mask, self.context[k][token], None if likely is None else likely.at(row))
+                if gone is None or not len(gone):
+                    self.betas[k][token] = -np.inf if gone is None else 0.0
+                else:
+                    gone_M = torch.from_numpy(gone).to(some_NW.device)
+                    self.betas[k][token] = float(some_NW[row].double().index_fill(0, gone_M, -torch.inf).logsumexp(0))
 
     def take_named(self, k: int, rows: Rows) -> None:
         """Rows of answer k that name some tokens. Of what cannot stand only what is named is known: the rest of it is taken to be nothing.

@@ -27,10 +27,11 @@ import numpy.typing as npt
 from persea import balance
 from persea.advice import Advice, advice
 from persea.balance import Group
-from persea.beside import LIKELY, Pair, likely
+from persea.beside import Pair
 from persea.chat import Conversation, Effort, Finish, Tokens
 from persea.corpus import Prompt
 from persea.errors import DataError, RecipeError, Refused
+from persea.likely import LIKELY, likely_behind
 from persea.rows import RowKind
 from persea.sections import OnPolicy
 from persea.voice import Voice
@@ -211,7 +212,7 @@ class Rollouts:
         hidden_LD, head = self.student.hidden(ids_BS, mask_BS, row_L, at_L - 1)  # once: processes must run a model equally often
         targets_L = ids_BS[row_L, at_L].to(hidden_LD.device)
         masked = any(self.pairs[group.teacher].bridge.student_mask is not None for group in spoken)
-        found = likely(hidden_LD, head) if masked else None
+        found = likely_behind(hidden_LD, head) if masked else None
         ends = np.cumsum([0, *(sum(int(own.learn_T.sum()) for own, _ in members) for members in spoken.values())]).tolist()
         taught, outs = dict[Group, Advice](), dict[Group, LossOut]()
         for (group, some), first, last in zip(spoken.items(), ends[:-1], ends[1:], strict=True):

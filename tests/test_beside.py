@@ -15,10 +15,11 @@ from test_engines import opened
 from test_rollouts import STUDENT, TERMS, bridge, pair
 
 from persea.align import align
-from persea.beside import UNEVEN, Pair, _Laid, _Said, likely
+from persea.beside import UNEVEN, Pair, _Laid, _Said
 from persea.chat import Conversation, Effort, Text, Thinking, Tokens
 from persea.engines import Abilities, Engine, Failed
 from persea.errors import RecipeError, TeacherError
+from persea.likely import NONE, likely_behind
 from persea.losses import Head
 from persea.marks import marks
 from persea.measure import Split
@@ -234,12 +235,11 @@ def test_what_can_stand_is_summed_itself_and_where_nothing_is_known_to_nothing_i
     theirs, gone = some[0][1], np.array([1, 2])
     token, n = int(np.flatnonzero(theirs.learn_T)[1]), int(theirs.learn_T.sum())
     laid = _Laid(np.array([[0, token]]), np.array([[0, 7]]), *(np.empty((0, 2), np.int64) for _ in range(2)))
-    knows: Any = SimpleNamespace(bridge=SimpleNamespace(teacher_mask=None), likely_in=lambda row: None,
-                                 gone=lambda mask, context, likely: gone if context == 7 else np.empty(0, np.int64))
+    knows: Any = SimpleNamespace(bridge=SimpleNamespace(teacher_mask=None), gone=lambda mask, context, likely: gone if context == 7 else NONE)
     rows = torch.full((n, len(opened("qwen-sapling")[0].vocabulary)), -200.0)
     rows[1, [1, 3, 4]] = torch.tensor([0.0, -50.0, -50.0])
     said = _Said(knows, [theirs], [laid])
-    said.take(0, 0, rows)
+    said.take(0, 0, rows, None)
     assert said.betas[0] == {token: pytest.approx(-50 + np.log(2), abs=1e-12)}
     for lost, want in ((0.75, np.log(0.25)), (1.0002, -np.inf)):
         named = Rows(np.array([0, 0, 2, *[2] * (n - 2)]), np.array([1, 3], np.int32), np.array([lost, 0.0], np.float32),
@@ -285,9 +285,7 @@ def test_what_cannot_stand_is_found_among_likely_tokens(name: str) -> None:
     least, learned = 1e-3, sum(int(own.learn_T.sum()) for own, _ in some)
     torch.manual_seed(0)
     logits = 3 * torch.randn(learned, len(opened(STUDENT)[0].vocabulary))
-    found = likely(logits, Head(torch.eye(logits.shape[1]), logits.shape[1]), least)
-    for place in range(learned):
-        assert found.at(place).tolist() == np.flatnonzero(torch.softmax(logits[place], -1).numpy() >= least).tolist()
+    found = likely_behind(logits, Head(torch.eye(logits.shape[1]), logits.shape[1]), least)
     want, few = whole.rows(some), replace(whole, least=least).rows(some, found)
     assert few.place_C.tolist() == want.place_C.tolist() and torch.equal(few.logprobs_CW, want.logprobs_CW)
     assert want.student_dead and want.teacher_dead and few.student_dead and few.teacher_dead
@@ -310,5 +308,5 @@ def test_where_all_that_is_likely_cannot_stand_nothing_is_learned() -> None:
     learned, size = int(some[0][0].learn_T.sum()), len(opened(STUDENT)[0].vocabulary)
     logits = torch.zeros(learned, size)
     logits[int(want.place_C[c]), token] = 40.0
-    few = replace(whole, least=1e-4).rows(some, likely(logits, Head(torch.eye(size), size)))
+    few = replace(whole, least=1e-4).rows(some, likely_behind(logits, Head(torch.eye(size), size)))
     assert few.place_C.tolist() == [p for k, p in enumerate(want.place_C.tolist()) if k != c]

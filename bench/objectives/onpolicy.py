@@ -30,9 +30,10 @@ from bench.objectives.models import optimizer, order, padded, rate, states, step
 from bench.objectives.vocabularies import Speaker
 from bench.objectives.words import AT_ONCE, drawn, given
 from persea.advice import advice
-from persea.beside import LIKELY, Pair, likely
+from persea.beside import Pair
 from persea.chat import Tokens
 from persea.engines.local import LocalEngine
+from persea.likely import LIKELY, likely_behind
 from persea.losses import Head
 from persea.teacher import Teacher as Asked
 
@@ -154,7 +155,7 @@ def heard(model: LlamaForCausalLM, speakers: Mapping[str, Speaker], some: Sequen
         learn_BS[b, :len(one) - 1] = torch.from_numpy(one.learn_T[1:])
     hidden_LD, targets_L = states(model, ids_BS, learn_BS), ids_BS[:, 1:][learn_BS[:, :-1]]
     head, parts = Head(model.lm_head.weight, len(student.vocabulary)), list[tuple[torch.Tensor, int]]()
-    found = likely(hidden_LD, head)
+    found = likely_behind(hidden_LD, head)
     for who, members in spoken.items():
         last = first + sum(int(mine.learn_T.sum()) for mine, _ in members)
         said = advice(pairs[who], members, "events", found.within(first, last))

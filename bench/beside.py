@@ -1,0 +1,105 @@
+"""What it costs to find what cannot stand beside the other tokenizer's boundary, with real vocabularies: on-policy, of a student's own answers.
+
+    PERSEA_DATA=... python bench/beside.py    (about 5 minutes, the first time 2 more for bridges)
+
+Lines of parallel text stand for a Llama 3 student's answers; a row is half the token that comes next, half how often each token stands in
+that language: more likely tokens than a model that is unsure has. For each teacher, milliseconds a common boundary (both sides), over all of
+them and over the last, when most searches have been made; seconds a boundary where every token of both vocabularies is asked, before
+anything was searched; and how much mass cannot stand, found among likely tokens and left below them. Writes bench/results/beside.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import unicodedata
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from persea.align import align
+from persea.bridge import open_bridge
+from persea.chat import Conversation, Text
+from persea.likely import LIKELY
+from persea.masks import FREE, Mask
+from persea.models import Source, open_voice
+from persea.voice import Voice
+
+DATA = Path(os.environ.get("PERSEA_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+OUT = Path(__file__).resolve().parent / "results" / "beside.json"
+TEACHERS = ("qwen3", "gemma3", "gpt-oss")
+LANGUAGES = ("eng", "vie", "zho-CN", "jpn", "tha")
+LINES, SEEN, WHOLE = 60, 400, 3  # lines of each language asked; lines that frequencies are counted in; boundaries at which every token is asked
+
+
+def voice(name: str) -> Voice:
+    return open_voice(Source("random", tokenizer=str(DATA / "tokenizers" / name)), name)
+
+
+def lines(language: str) -> list[str]:
+    text = unicodedata.normalize("NFC", (DATA / "parallel" / f"ntrex.{language}.txt").read_text(encoding="utf-8"))
+    return [line for line in text.split("\n") if line]
+
+
+def frequencies(speaker: Voice, texts: list[str]) -> npt.NDArray[np.float64]:
+    counts = Counter(i for text in texts for i in speaker.vocabulary.encode(text))
+    found = np.zeros(len(speaker.vocabulary))
+    found[list(counts)] = list(counts.values())
+    return found / found.sum()
+
+
+def main() -> None:
+    student, out = voice("llama3"), dict[str, object]()
+    common = {language: frequencies(student, lines(language)[:SEEN]) for language in LANGUAGES}
+    for name in TEACHERS:
+        teacher = voice(name)
+        bridge = open_bridge(teacher, student)
+        assert bridge.student_mask is not None and bridge.teacher_mask is not None
+        spent, boundaries, missed, found_mass, asked, curve = 0.0, 0, 0.0, 0.0, 0, list[tuple[int, float]]()
+        whole = list[float]()
+        rare = {language: frequencies(teacher, lines(language)[:SEEN]) for language in LANGUAGES}
+        for k in range(LINES):
+            for language in LANGUAGES:
+                talk = Conversation.ask("?").answered(Text(lines(language)[k]))
+                own, theirs = student.render(talk), teacher.render(talk)
+                at = align([own], [theirs]).boundaries
+                begun = time.process_time()
+                contexts = [(bridge.student_mask, c, s, own, common[language]) for c, s in zip(
+                    bridge.student_mask.keeper.inner(theirs, at.teacher_C).tolist(), at.student_C.tolist(), strict=True)]
+                contexts += [(bridge.teacher_mask, c, t, theirs, rare[language]) for c, t in zip(
+                    bridge.teacher_mask.keeper.inner(own, at.student_C).tolist(), at.teacher_C.tolist(), strict=True)]
+                spent += time.process_time() - begun
+                for mask, context, token, tokens, often in contexts:
+                    row = often / 2
+                    row[int(tokens.ids_T[token])] += 0.5
+                    likely = np.flatnonzero(row >= LIKELY)
+                    if k == 0 and language == "eng" and len(whole) < 2 * WHOLE and context != FREE:
+                        whole.append(every(mask, context))
+                    begun = time.process_time()
+                    dead = mask.dead(context, likely)
+                    spent += time.process_time() - begun
+                    asked += len(likely)
+                    if boundaries % 50 == 0 and context != FREE:
+                        rest = np.flatnonzero((row > 0) & (row < LIKELY))
+                        missed, found_mass = missed + float(row[mask.dead(context, rest)].sum()), found_mass + float(row[dead].sum())
+                boundaries += len(at.student_C)
+            curve.append((boundaries, spent))
+        out[name] = {"boundaries": boundaries, "likely_tokens": round(asked / 2 / boundaries), "ms": round(1e3 * spent / boundaries, 2),
+                     "ms_last_lines": round(1e3 * (spent - curve[-11][1]) / (boundaries - curve[-11][0]), 2),
+                     "every_token_s": round(2 * float(np.mean(whole)), 2),
+                     "dead_mass": {"found": round(found_mass / (2 * boundaries / 50), 5), "missed": round(missed / (2 * boundaries / 50), 5)}}
+        print(name, out[name], flush=True)
+        OUT.write_text(json.dumps({"likely": LIKELY, "student": "llama3", "teachers": out}, indent=1) + "\n")
+
+
+def every(mask: Mask, context: int) -> float:
+    begun = time.process_time()
+    mask.dead(context)
+    return time.process_time() - begun
+
+
+if __name__ == "__main__":
+    main()
