@@ -14,7 +14,7 @@
 # make bench-extension  tokens a byte of real tokenizers with more tokens, by language (below two minutes; needs PERSEA_DATA)
 # make soak         a bad minute for `persea serve` (about 2 minutes)
 # make saplings     the bundled models grown anew (about 40 minutes)
-# python bench/audition.py, coverage.py, masks.py, sandbox.py have no target: their first lines say what they tell and how long they take
+# python bench/audition.py, beside.py, coverage.py, masks.py, sandbox.py have no target: their first lines say what they tell and how long they take
 # PYTHON=python3.12 chooses the Python; TORCH_INDEX=URL takes torch from another index (README, "Installing")
 
 PYTHON ?= python3
