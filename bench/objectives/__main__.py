@@ -23,7 +23,7 @@ from bench.objectives.report import Line
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 RATES, SHARES, SEEDS = (2e-3, 4e-3, 8e-3, 1.6e-2), (0.3, 0.5, 0.7, 0.9), (1, 2, 3)
-MORE_RATES = (1e-3, 3e-3, 6e-3)  # of a student that goes on
+MORE_RATES = {"text": (1e-3, 3e-3, 6e-3), "own": (3e-4, 1e-3, 3e-3)}  # of a student that goes on
 OURS = "sampled .01"  # the rows persea keeps of a teacher; baselines see whole ones
 SEARCHED = ("events", "strict", "bpm", "chunk")
 STAGES = ("teachers", "rates", "first", "shares", "again", "limited", "gradients", "sft", "rows", "long", "gold", "onpolicy")  # of size xs
@@ -137,8 +137,9 @@ def stage(name: str, world: World, results: Path, seeds: Sequence[int]) -> None:
             go("cross-entropy", SEEDS[0], length=0.5)
     elif name == "onpolicy":  # its own measures, and so its own lines
         arm0, own = arm(world, results, "events", 0), results.with_name(f"{results.stem}_onpolicy.jsonl")
-        tops = {on: min(gone_on(world, arm0, [More(on, top, 0, "dev") for top in MORE_RATES], own), key=lambda line: line["mean" if on == "text" else
-                "taught"])["rate"] for on in ("text", "own")}
+        told_by = {"text": lambda line: line["mean"], "own": lambda line: line["taught"] - line["self"]}
+        tops = {on: min(gone_on(world, arm0, [More(on, top, 0, "dev") for top in rates], own), key=told_by[on])["rate"]
+                for on, rates in MORE_RATES.items()}
         gone_on(world, arm0, [More(on, tops["text" if on in ("none", "text") else "own"], seed) for seed in seeds for on in ON], own)
     elif name == "report":
         report(list(read(results).values()), world.size.name)
