@@ -18,17 +18,9 @@ from torch.autograd.function import once_differentiable
 from persea.bridge import Bridge
 from persea.errors import DataError
 from persea.losses.events import pieces
-from persea.losses.groups import Groups, kept, laid
+from persea.losses.groups import Dead, Groups, kept, laid
 from persea.losses.token import Divergence, LossOut, refuse_divergence, same_rows, same_vocabulary
 from persea.rows import RowKind
-
-
-@dataclass(frozen=True)
-class Dead:
-    """Tokens that cannot stand, by position: row_D, token_D (int64)."""
-
-    row_D: torch.Tensor
-    token_D: torch.Tensor
 
 
 def over_events(logprobs_NX: torch.Tensor, event_X: torch.Tensor, events: int, dead: Dead | None = None) -> torch.Tensor:
@@ -98,7 +90,7 @@ class _OverEvents(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logprobs_NX: torch.Tensor, groups: Groups, dead: Dead | None) -> torch.Tensor:
-        log_NE, share_NG = groups.masses(logprobs_NX if dead is None else _ruled(logprobs_NX.clone(), dead))
+        log_NE, share_NG = groups.masses(logprobs_NX, dead)
         ctx.groups = groups
         ctx.save_for_backward(log_NE, share_NG)
         return log_NE
@@ -120,8 +112,9 @@ class _Rows(torch.autograd.Function):
         found = []
         for few in pieces(len(logits_NV), logits_NV.shape[1] + teacher_NW.shape[1]):
             here = slice(some.start + few.start, some.start + few.stop)
-            log_p_FE, _ = teacher.masses(_ruled(_from_top(teacher_NW[few].to(logits_NV)), _within(sides.teacher_dead, here)))
-            log_q_FE, share_FG = student.masses(_ruled(_from_top(logits_NV[few]), _within(sides.student_dead, here)))
+            theirs_FW, mine_FV = teacher_NW[few].to(logits_NV), logits_NV[few]
+            log_p_FE, _ = teacher.masses(theirs_FW, _within(sides.teacher_dead, here), _top(theirs_FW), shares=False)
+            log_q_FE, share_FG = student.masses(mine_FV, _within(sides.student_dead, here), _top(mine_FV))
             _drop(log_p_FE, log_q_FE, here.start)
             found.append((same_rows(log_q_FE, log_p_FE, divergence), log_q_FE, share_FG))
         loss_N, pull_NE, share_NG = (column[0] if len(column) == 1 else torch.cat(column) for column in zip(*found, strict=True))
@@ -137,16 +130,9 @@ class _Rows(torch.autograd.Function):
         return found[0] if len(found) == 1 else torch.cat(found), None, None, None, None
 
 
-def _from_top(logs_NX: torch.Tensor) -> torch.Tensor:
-    """The same, the likeliest token's 0: a copy. A constant more in a whole row changes no distribution, only how many digits are left."""
-    return logs_NX - logs_NX.amax(-1, keepdim=True).clamp_min_(torch.finfo(logs_NX.dtype).min)
-
-
-def _ruled(logs_NX: torch.Tensor, dead: Dead | None) -> torch.Tensor:
-    """The same memory, -inf at what is dead."""
-    if dead is None or not len(dead.row_D):
-        return logs_NX
-    return logs_NX.index_put_((dead.row_D.to(logs_NX.device), dead.token_D.to(logs_NX.device)), logs_NX.new_full((), -torch.inf))
+def _top(logs_NX: torch.Tensor) -> torch.Tensor:
+    """The likeliest token's [N, 1]: less it a row is the same distribution, and has more digits."""
+    return logs_NX.amax(-1, keepdim=True).clamp_min_(torch.finfo(logs_NX.dtype).min)
 
 
 def _drop(log_p_NE: torch.Tensor, log_q_NE: torch.Tensor, first: int) -> None:

@@ -13,22 +13,32 @@ import numpy.typing as npt
 import torch
 
 
+@dataclass(frozen=True)
+class Dead:
+    """Tokens that cannot stand, by position: row_D, token_D (int64)."""
+
+    row_D: torch.Tensor
+    token_D: torch.Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Groups:
     """X tokens over E events, of which M hold several: G tokens, event by event. Indices are int32 where torch gathers by them: a third faster.
 
     event_X  event of each token; of one that is left out, any
     left_L   tokens that are left out
-    token_E  a token of each event; of an event without tokens, any
     none_U   events without tokens
+    token_Z  what is gathered, Z = E + G: a token of each event (of one without tokens, any), then token_G
+    slot_X   where in that each token counts: at its event, or among the G; -1 = left out
     token_G, of_G     token, and which of the M it belongs to
     event_M, size_M   event, and how many tokens
     """
 
     event_X: torch.Tensor
     left_L: torch.Tensor
-    token_E: torch.Tensor
     none_U: torch.Tensor
+    token_Z: torch.Tensor
+    slot_X: torch.Tensor
     token_G: torch.Tensor
     of_G: torch.Tensor
     event_M: torch.Tensor
@@ -37,13 +47,23 @@ class Groups:
     def to(self, device: torch.device) -> Groups:
         return Groups(**{name: side.to(device) for name, side in vars(self).items()})
 
-    def masses(self, logs_NX: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logs of each event's mass [N, E], -inf where there is none, and each shared event's tokens' shares of it [N, G]; no graph.
+    def masses(self, logs_NX: torch.Tensor, dead: Dead | None = None, top_N1: torch.Tensor | None = None, shares: bool = True
+               ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logs of each event's mass [N, E], -inf where there is none, and each shared event's tokens' shares of it [N, G] if `shares`; no graph.
 
-        Each event's own maximum is taken out: an event of e^-120 counts too. segment_reduce adds up in the order of tokens, on a GPU
-        too, where index_add's order is never the same.
+        top_N1 is taken from every log. What is dead is struck out of what was gathered: nothing as large as X is copied. Each event's own
+        maximum is taken out: an event of e^-120 counts too. segment_reduce adds up in the order of tokens, on a GPU too, where index_add's
+        order is never the same.
         """
-        log_NE, share_NG = pick(logs_NX, self.token_E), pick(logs_NX, self.token_G)
+        logs_NZ = pick(logs_NX, self.token_Z)
+        if top_N1 is not None:
+            logs_NZ.sub_(top_N1)
+        if dead is not None and len(dead.row_D):
+            slot_D = self.slot_X[dead.token_D.to(logs_NX.device)]
+            known_D = slot_D >= 0
+            logs_NZ.index_put_((dead.row_D.to(logs_NX.device)[known_D], slot_D[known_D]), logs_NZ.new_full((), -torch.inf))
+        events = len(self.token_Z) - len(self.token_G)
+        log_NE, share_NG = logs_NZ[:, :events], logs_NZ[:, events:]
         if len(self.none_U):
             log_NE.index_fill_(1, self.none_U, -torch.inf)
         if len(self.event_M):
@@ -51,7 +71,8 @@ class Groups:
             top_NM.masked_fill_(top_NM == -torch.inf, 0)
             mass_NM = self._reduced(share_NG.sub_(pick(top_NM, self.of_G)).exp_(), "sum")
             _put(log_NE, self.event_M, mass_NM.log().add_(top_NM))
-            share_NG.div_(pick(mass_NM.masked_fill_(mass_NM == 0, 1), self.of_G))
+            if shares:
+                share_NG.div_(pick(mass_NM.masked_fill_(mass_NM == 0, 1), self.of_G))
         return log_NE, share_NG
 
     def to_tokens(self, pull_NE: torch.Tensor, share_NG: torch.Tensor) -> torch.Tensor:
@@ -94,8 +115,10 @@ def laid(event_X: torch.Tensor, events: int) -> Groups:
     token_G = order[several_E[event_X[order]]]
     size_M = size_E[several_E]
     of_G = torch.arange(len(size_M)).repeat_interleave(size_M)
-    return Groups(event_X.clamp(min=0).int(), (~kept_X).nonzero().flatten(), token_E.int(), (size_E == 0).nonzero().flatten(), token_G.int(),
-                  of_G.int(), several_E.nonzero().flatten(), size_M)
+    slot_X = event_X.clone()
+    slot_X[token_G] = torch.arange(len(token_G)) + events
+    return Groups(event_X.clamp(min=0).int(), (~kept_X).nonzero().flatten(), (size_E == 0).nonzero().flatten(), torch.cat([token_E, token_G]).int(),
+                  slot_X, token_G.int(), of_G.int(), several_E.nonzero().flatten(), size_M)
 
 
 _KEPT: dict[tuple[int, torch.device], Groups] = {}
