@@ -79,6 +79,8 @@ def full_rows(logits_NV: torch.Tensor, teacher_logprobs_NW: torch.Tensor, sides:
     some  which of the positions that `sides` masks, in order, these are; None = all
     """
     _refuse_columns(logits_NV, teacher_logprobs_NW, sides.bridge)
+    if not len(logits_NV):
+        return logits_NV.sum(-1)
     if some is None:
         sides, some = sides.ordered(), slice(0, len(logits_NV))
     loss_N: torch.Tensor = _Rows.apply(logits_NV, teacher_logprobs_NW.detach(), sides, divergence, some)  # type: ignore[no-untyped-call]
