@@ -1,12 +1,13 @@
 """What a training step costs beside plain cross-entropy, and beside TRL 1.16's DistillationTrainer. CPU seconds, one thread.
 
     pip install -e '.[bench]'                   (TRL; without it its columns are left out)
-    PERSEA_DATA=/folder python bench/train.py   (make bench-train does both; quickstart, workspace_mib, heads, compile: these parts alone)
+    PERSEA_DATA=/folder python bench/train.py   (make bench-train does both; of the parts quickstart ... compile, see main, those named alone)
 
 Heads: forward and backward from hidden states through a head of Llama 3's 128,256 tokens (width 512, 256 positions, float32), so that
 matrix products weigh little and all that a loss does beside them weighs much. The measure is cross-entropy from whole logits. Cached
 targets have 1 to 29 entries a row, as a capture's: of the student's own vocabulary, and of Qwen 3's over events with a real bridge. The
-teacher in the loop has the same vocabulary and width; TRL gets the same. Ratios come from interleaved pairs: the median and its 96 %
+teacher in the loop has the same vocabulary and width; TRL gets the same. "online_events" is a teacher of Qwen 3's vocabulary, with DEAD
+tokens of either side that cannot stand at each position. Ratios come from interleaved pairs: the median and its 96 %
 interval. Beside cross-entropy through the same head the products count alone: four for three. "mkl" leaves oneDNN out (losses/products.py).
 Workspace: most bytes of tensors at once beside the gradients, counted operation by operation (bench/memory.py).
 
@@ -41,7 +42,7 @@ from persea.cache import Capture
 from persea.chat import Finish
 from persea.engines.local import LocalEngine
 from persea.feed import Feed, offline
-from persea.losses import Divergence, Head, Targets, composed_head, divergence_head, standing, targets
+from persea.losses import Dead, Divergence, Head, Sides, Targets, composed_head, divergence_head, standing, targets
 from persea.losses.products import add_outer, inward, outward
 from persea.measure import Split
 from persea.models import Source, open_model, open_voice
@@ -51,7 +52,7 @@ from persea.teach import by_group
 from persea.teacher import Answer, Teacher
 
 ROOT = Path(__file__).resolve().parent.parent
-V, D, N = 128_256, 512, 256
+V, D, N, DEAD = 128_256, 512, 256, 200
 BETAS = {Divergence.FORWARD: 0.0, Divergence.JSD: 0.5, Divergence.REVERSE: 1.0}  # what TRL calls them
 TAUGHT = {"qwen-sapling": "languages", "gemma-sapling": "code", "gpt-oss-sapling": "reasoning"}
 
@@ -91,6 +92,23 @@ def rows(n: int, bridge: Bridge, seed: int = 0) -> Targets:
     probs = np.concatenate([rng.dirichlet(np.ones(k)) for k in sizes]).astype(np.float32)
     ids = rng.integers(0, len(bridge.teacher_event_W), len(probs))
     return targets(bridge, standing(bridge, np.repeat(np.arange(n), sizes), ids, probs), n)
+
+
+def online_events(events: Bridge | None) -> dict[str, Any] | None:
+    """A teacher of another vocabulary in the loop, as on-policy."""
+    if events is None:
+        return None
+    (hidden, weight), size, generator = parts(), len(events.teacher_event_W), torch.Generator().manual_seed(3)
+    head, theirs = Head(weight, V), Head(torch.randn(size, D, generator=generator) * (3 / D ** 0.5), size)
+    thinks = torch.randn(N, D, generator=generator)
+    row = torch.arange(N).repeat_interleave(DEAD)
+    sides = Sides(events, *(Dead(row, torch.randint(0, of, (N * DEAD,), generator=generator)) for of in (V, size)))
+    plain, found = backward(hidden, weight, lambda: F.cross_entropy(hidden @ weight.T, row[::DEAD])), dict[str, Any]()
+    for d in (Divergence.FORWARD, Divergence.REVERSE):
+        pair = compare(plain, backward(hidden, weight, lambda d=d: divergence_head(hidden, head, (thinks, theirs), sides, d).loss), pairs=5)
+        found[d.value] = {"cross_entropy": rounded(pair["ours"]), "seconds": rounded(pair["theirs"]), "times_cross_entropy": spread(pair)}
+        print("online over events", d.value, found[d.value], flush=True)
+    return found
 
 
 def heads(events: Bridge | None, peer: Any) -> dict[str, Any]:
@@ -321,7 +339,8 @@ def main() -> None:
     path = Path(__file__).parent / "results" / "train.json"
     out: dict[str, Any] = json.loads(path.read_text()) if sys.argv[1:] and path.is_file() else {}  # a whole run keeps nothing of another
     out |= {"torch": torch.__version__, "trl": TRL if peer else out.get("trl"), "processor": torch.backends.cpu.get_cpu_capability()}
-    for name, part in {"quickstart": quickstart, "workspace_mib": workspace, "heads": lambda: heads(events, peer), "compile": compiled}.items():
+    for name, part in {"quickstart": quickstart, "workspace_mib": workspace, "heads": lambda: heads(events, peer),
+                       "online_events": lambda: online_events(events), "compile": compiled}.items():
         if not sys.argv[1:] or name in sys.argv[1:]:
             out[name] = part()
             path.write_text(json.dumps(out, indent=1) + "\n")

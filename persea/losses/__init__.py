@@ -8,7 +8,8 @@ run as Triton kernels (fused.py, imported there only), on a CPU over the product
 
 from persea.losses.chunk import Chunks, chunk
 from persea.losses.events import composed, event_logprobs
-from persea.losses.full import Dead, Sides, full
+from persea.losses.full import Sides, full
+from persea.losses.groups import Dead
 from persea.losses.head import Head, composed_head, divergence_head
 from persea.losses.targets import Entries, Targets, split, standing, targets, together
 from persea.losses.token import Divergence, LossOut, cross_entropy, refuse_divergence, same_vocabulary

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from persea.errors import DataError
-from persea.losses.full import Dead
+from persea.losses.groups import Dead
 from persea.losses.token import LossOut
 
 

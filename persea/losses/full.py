@@ -10,39 +10,26 @@ for bit.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from persea.bridge import Bridge
 from persea.errors import DataError
-from persea.losses.token import Divergence, LossOut, between, refuse_divergence, same_vocabulary
+from persea.losses.events import pieces
+from persea.losses.groups import Dead, Groups, kept, laid
+from persea.losses.token import Divergence, LossOut, refuse_divergence, same_rows, same_vocabulary
 from persea.rows import RowKind
-
-
-@dataclass(frozen=True)
-class Dead:
-    """Tokens that cannot stand, by position: row_D, token_D (int64)."""
-
-    row_D: torch.Tensor
-    token_D: torch.Tensor
 
 
 def over_events(logprobs_NX: torch.Tensor, event_X: torch.Tensor, events: int, dead: Dead | None = None) -> torch.Tensor:
     """Natural logs of the mass of each event [N, E], from log-probabilities over tokens; -inf where nothing of it can stand.
 
-    event_X  event of each token, -1 = left out. Differentiable; linear in positions: one segment sum, no sort.
+    event_X  event of each token, -1 = left out. Differentiable, once; linear in positions, what it costs more is one sort of event_X.
     """
-    if dead is not None and len(dead.row_D):
-        nothing = torch.full((), -torch.inf, dtype=logprobs_NX.dtype, device=logprobs_NX.device)
-        logprobs_NX = logprobs_NX.index_put((dead.row_D.to(nothing.device), dead.token_D.to(nothing.device)), nothing)
-    kept = event_X >= 0
-    logprobs_NX, event_X = logprobs_NX[:, kept], event_X[kept]
-    none_NE = torch.full((len(logprobs_NX), events), -torch.inf, dtype=logprobs_NX.dtype, device=logprobs_NX.device)
-    top_NE = none_NE.scatter_reduce(1, event_X.expand(len(logprobs_NX), -1), logprobs_NX.detach(), "amax")  # an event of e^-120 counts too
-    nothing_NE = top_NE == -torch.inf
-    top_NE = top_NE.masked_fill(nothing_NE, 0)
-    mass_NE = torch.zeros_like(none_NE).index_add(1, event_X, (logprobs_NX - top_NE[:, event_X]).exp())
-    return mass_NE.masked_fill(nothing_NE, 1).log().masked_fill(nothing_NE, -torch.inf) + top_NE
+    masses: torch.Tensor = _OverEvents.apply(logprobs_NX, laid(event_X, events).to(logprobs_NX.device), dead)  # type: ignore[no-untyped-call]
+    return masses
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,20 +74,81 @@ def full(logits_NV: torch.Tensor, teacher_logprobs_NW: torch.Tensor, bridge: Bri
 
 def full_rows(logits_NV: torch.Tensor, teacher_logprobs_NW: torch.Tensor, sides: Sides, divergence: Divergence, some: slice | None = None
               ) -> torch.Tensor:
-    """`full`, position by position [N]. some: which of the positions that `sides` masks, in order, these are; None = all."""
-    bridge = sides.bridge
-    _refuse_columns(logits_NV, teacher_logprobs_NW, bridge)
-    event_V, event_W = (torch.from_numpy(e).long().to(logits_NV.device) for e in (bridge.student_event_V, bridge.teacher_event_W))
-    student_dead, teacher_dead = (_within(dead, some) for dead in (sides.student_dead, sides.teacher_dead))
-    log_q_NE = over_events(torch.log_softmax(logits_NV, -1), event_V, bridge.events, student_dead)
-    log_p_NE = over_events(teacher_logprobs_NW.to(logits_NV.device), event_W, bridge.events, teacher_dead)
-    alive_N = ((log_p_NE > -torch.inf) & (log_q_NE > -torch.inf)).any(-1)
-    if not bool(alive_N.all()):
-        raise DataError("no event that both sides can say", where=f"position {(some.start if some else 0) + int((~alive_N).nonzero()[0])}",
+    """`full`, position by position [N]. Gradient with respect to logits_NV only, once; the teacher's logs need no normaliser.
+
+    some  which of the positions that `sides` masks, in order, these are; None = all
+    """
+    _refuse_columns(logits_NV, teacher_logprobs_NW, sides.bridge)
+    if not len(logits_NV):
+        return logits_NV.sum(-1)
+    if some is None:
+        sides, some = sides.ordered(), slice(0, len(logits_NV))
+    loss_N: torch.Tensor = _Rows.apply(logits_NV, teacher_logprobs_NW.detach(), sides, divergence, some)  # type: ignore[no-untyped-call]
+    return loss_N
+
+
+class _OverEvents(torch.autograd.Function):
+    """`over_events`, whose gradient is a gather: a token belongs to one event, of which it is a share."""
+
+    @staticmethod
+    def forward(ctx: Any, logprobs_NX: torch.Tensor, groups: Groups, dead: Dead | None) -> torch.Tensor:
+        log_NE, share_NG = groups.masses(logprobs_NX, dead)
+        ctx.groups = groups
+        ctx.save_for_backward(log_NE, share_NG)
+        return log_NE
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, pull_NE: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        log_NE, share_NG = ctx.saved_tensors
+        return ctx.groups.to_tokens(pull_NE.masked_fill(log_NE == -torch.inf, 0), share_NG), None, None
+
+
+class _Rows(torch.autograd.Function):
+    """What positions cost, some at a time; what is kept of them for the gradient is as large as events and the tokens that share one."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: torch.Tensor, teacher_NW: torch.Tensor, sides: Sides, divergence: Divergence, some: slice) -> torch.Tensor:
+        bridge, device = sides.bridge, logits_NV.device
+        student, teacher = (kept(event_X, bridge.events, device) for event_X in (bridge.student_event_V, bridge.teacher_event_W))
+        found = []
+        for few in pieces(len(logits_NV), logits_NV.shape[1] + teacher_NW.shape[1]):
+            here = slice(some.start + few.start, some.start + few.stop)
+            theirs_FW, mine_FV = teacher_NW[few].to(logits_NV), logits_NV[few]
+            log_p_FE, _ = teacher.masses(theirs_FW, _within(sides.teacher_dead, here), _top(theirs_FW), shares=False)
+            log_q_FE, share_FG = student.masses(mine_FV, _within(sides.student_dead, here), _top(mine_FV))
+            _drop(log_p_FE, log_q_FE, here.start)
+            found.append((same_rows(log_q_FE, log_p_FE, divergence), log_q_FE, share_FG))
+        loss_N, pull_NE, share_NG = (column[0] if len(column) == 1 else torch.cat(column) for column in zip(*found, strict=True))
+        ctx.groups = student
+        ctx.save_for_backward(pull_NE, share_NG)
+        return loss_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, out_N: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        pull_NE, share_NG = ctx.saved_tensors
+        found = [ctx.groups.to_tokens(pull_NE[few] * out_N[few, None], share_NG[few]) for few in pieces(*pull_NE.shape)]
+        return found[0] if len(found) == 1 else torch.cat(found), None, None, None, None
+
+
+def _top(logs_NX: torch.Tensor) -> torch.Tensor:
+    """The likeliest token's [N, 1]: less it a row is the same distribution, and has more digits."""
+    return logs_NX.amax(-1, keepdim=True).clamp_min_(torch.finfo(logs_NX.dtype).min)
+
+
+def _drop(log_p_NE: torch.Tensor, log_q_NE: torch.Tensor, first: int) -> None:
+    """Leave out, in place, the events that one side cannot say; else a mask on one side alone makes a divergence infinite."""
+    lower_NE = torch.minimum(log_p_NE, log_q_NE)
+    if bool(lower_NE.amin() > -torch.inf):
+        return
+    empty_N = lower_NE.amax(-1) == -torch.inf
+    if bool(empty_N.any()):
+        raise DataError("no event that both sides can say", where=f"position {first + int(empty_N.nonzero()[0])}",
                         remedy="leave the position to the text")
-    nobody = (log_p_NE == -torch.inf) | (log_q_NE == -torch.inf)  # else a mask on one side alone makes a divergence infinite
-    log_p_NE, log_q_NE = (_normalised(side.masked_fill(nobody, -torch.inf)) for side in (log_p_NE, log_q_NE))
-    return between(log_p_NE, log_q_NE, divergence)
+    nobody_NE = lower_NE == -torch.inf
+    for side in (log_p_NE, log_q_NE):
+        side.masked_fill_(nobody_NE, torch.finfo(side.dtype).min / 4)  # a log of 0 that `same_rows` can take from another, as it cannot -inf
 
 
 def _in_order(dead: Dead) -> Dead:
@@ -121,7 +169,3 @@ def _refuse_columns(logits_NV: torch.Tensor, teacher_logprobs_NW: torch.Tensor, 
                                   ("teacher", teacher_logprobs_NW.shape[1], len(bridge.teacher_event_W))):
         if columns != tokens:
             raise DataError(f"{columns} {name} columns, but its tokenizer has {tokens} tokens", where="losses", remedy="cut the padded columns off")
-
-
-def _normalised(log_NE: torch.Tensor) -> torch.Tensor:
-    return log_NE - log_NE.logsumexp(-1, keepdim=True)

@@ -108,9 +108,9 @@ def divergence_head(hidden_ND: torch.Tensor, head: Head, teacher: torch.Tensor |
         out = []
         for few in pieces(len(logits_CV), logits_CV.shape[1] + columns):
             with torch.enable_grad():
-                leaf_FV = logits_CV[few].clone().requires_grad_()
+                leaf_FV = logits_CV[few].detach().requires_grad_()  # read once: its gradient is made of sums over events
                 here = slice(some.start + few.start, some.start + few.stop)
-                loss_F = full_rows(leaf_FV, torch.log_softmax(teacher_CW[few], -1), sides, divergence, here)
+                loss_F = full_rows(leaf_FV, teacher_CW[few], sides, divergence, here)
                 (logits_CV[few],) = torch.autograd.grad(loss_F.sum(), leaf_FV)
             out.append(loss_F.detach())
         return (torch.cat(out),)
