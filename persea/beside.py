@@ -191,9 +191,9 @@ class Pair:
 
     @cached_property
     def _head(self) -> Head | None:
-        """Of a model that is open here; None where it is more than a linear map (quantised): then its whole rows are kept."""
+        """Of a model that is open here; None where it is more than a linear map (quantised), or offloaded: then its whole rows are kept."""
         engine = self.teacher.engine
-        if not isinstance(engine, LocalEngine):
+        if not isinstance(engine, LocalEngine) or engine.model.get_output_embeddings().weight.is_meta:  # offloaded: it is here in a forward alone
             return None
         try:
             scaling = scaling_of(engine.model, engine.vocabulary, self.teacher.name)

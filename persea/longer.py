@@ -144,7 +144,7 @@ def extend(source: Source, references: Sequence[str], tokens: int, tell: Tell) -
     """
     texts, where = read(references), source.model
     tell("open", 0.0, where)
-    source = Source(str(whole_folder(source, where)))
+    asked, source = source, Source(str(whole_folder(source, where, weights=False)))
     tokenizer = open_tokenizer(source, where)
     old, spec = open_vocabulary(tokenizer, where), json.loads(tokenizer.backend_tokenizer.to_str())
     refuse_tokenizer(old, spec, where)
@@ -161,7 +161,7 @@ def extend(source: Source, references: Sequence[str], tokens: int, tell: Tell) -
         raise DataError("no two neighbouring tokens are seen twice, in no text", where=", ".join(references), remedy="give more text")
     prove(old, new, where)
     costs = tuple(cost(one, old, new) for one in texts)
-    return Extension(Path(where).resolve().name, source, old, spec, tuple(merges), pieces, (rows, max(rows, len(new))), costs)
+    return Extension(Path(where).resolve().name, asked, old, spec, tuple(merges), pieces, (rows, max(rows, len(new))), costs)
 
 
 def write(extension: Extension, out: Path, tell: Tell) -> None:
@@ -171,7 +171,8 @@ def write(extension: Extension, out: Path, tell: Tell) -> None:
     """
     from safetensors import SafetensorError
 
-    source, where = extension.source, extension.source.model
+    where = extension.source.model
+    source = Source(str(whole_folder(extension.source, where)))
     tell("write", 0.0, str(out))
     model = read_exactly(source, where)
     lengthen(model, extension.pieces)
@@ -180,7 +181,7 @@ def write(extension: Extension, out: Path, tell: Tell) -> None:
             model.save_pretrained(folder)
         except SafetensorError as error:
             raise StorageError(f"cannot write the weights: {error}", where=str(out), remedy="free space, then run again") from error
-        copy_words(Path(where), folder)
+        copy_words(Path(source.model), folder)
         (folder / "tokenizer.json").write_text(json.dumps(extension.spec, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         record = {**extension.to_json(), "fingerprint": fingerprint(source, where)}
         (folder / "extension.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -230,6 +230,7 @@ class Mask:
     first_W: npt.NDArray[np.integer]
     _never: set[State] = field(default_factory=set)  # both never meet from there
     _meets: set[State] = field(default_factory=set)  # they do
+    _unsure: set[State] = field(default_factory=set)  # first states that PATIENCE was not enough for: not searched again
 
     @cached_property
     def _witness_WK(self) -> npt.NDArray[np.int32]:
@@ -271,28 +272,39 @@ class Mask:
         covering, starts = self.keeper.covers(raw)
         asked = [0]
         for u in (*self.keeper.by_bytes.get(raw, ()), *starts, *covering.tolist()):
-            if not blocked_W[u] and self._goes_on(self._after(True, u, raw, candidate), asked):
+            if blocked_W[u]:
+                continue
+            root = self._after(True, u, raw, candidate)
+            if root in self._unsure:
+                return True
+            goes_on = self._goes_on(root, asked)
+            if goes_on is None:
+                self._unsure.add(root)
+                return True
+            if goes_on:
                 known_K = self._witness_WK[candidate]
                 known_K[:] = [u, *known_K[:-1].tolist()]
                 return True
         return False
 
-    def _goes_on(self, root: State, asked: list[int]) -> bool:
-        """Whether both meet from a state, or that was not ruled out; `asked` counts the tokens looked at."""
+    def _goes_on(self, root: State, asked: list[int]) -> bool | None:
+        """Whether both meet from a state; None where that is not known after PATIENCE. `asked` counts the tokens looked at."""
         if not root[2] or root in self._meets:
             return True
         if root in self._never:
             return False
         if len(self._never) + len(self._meets) > STATES:
-            self._never.clear()
-            self._meets.clear()
+            for some in (self._never, self._meets, self._unsure):
+                some.clear()
         seen, path, ways = {root}, [root], [self._onward(root, asked)]
         while ways:
             state = next(ways[-1], None)
             if state is None:
                 ways.pop()
                 path.pop()
-            elif not state[2] or state in self._meets or asked[0] > PATIENCE:
+            elif asked[0] > PATIENCE:  # what comes then was not asked whether it may follow
+                return None
+            elif not state[2] or state in self._meets:
                 self._meets.update(path)
                 return True
             elif state not in seen and state not in self._never:

@@ -287,15 +287,16 @@ def sprout(family: str, vocabulary: int, sizes: dict[str, int]) -> PreTrainedMod
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def whole_folder(source: Source, where: str) -> Path:
-    """The folder of a model, fetched from the hub where it is a hub's. Raises DataError where it cannot be had."""
+def whole_folder(source: Source, where: str, weights: bool = True) -> Path:
+    """The folder of a model, fetched from the hub where it is a hub's, with or without its weights. Raises DataError where it cannot be had."""
     folder = local_folder(source.model, where)
     if folder is not None:
         return folder
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source.model, revision=source.revision or None, allow_patterns=["*.safetensors", "*.json", "*.jinja"]))
+        kinds = ["*.json", "*.jinja", *(["model*.safetensors"] if weights else [])]
+        return Path(snapshot_download(source.model, revision=source.revision or None, allow_patterns=kinds, ignore_patterns=["*/*"]))
     except Exception as error:  # a dozen kinds: not there, no network, no licence
         raise DataError(f"cannot fetch {source.model!r}: {_first_line(error)}", where=where, remedy="give a folder in Hugging Face form") from error
 

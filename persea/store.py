@@ -120,10 +120,11 @@ def publishing_folder(path: Path) -> Iterator[Path]:
     neighbour = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with _storage(path):
         _folder(path.parent)
+        shutil.rmtree(neighbour, ignore_errors=True)  # of a process of this number that was killed
         DISK.make(neighbour)
         try:
             yield neighbour
-            for part in sorted(neighbour.iterdir()):
+            for part in sorted(part for part in neighbour.rglob("*") if part.is_file()):
                 with part.open("rb") as file:
                     DISK.sync(file)
             DISK.sync_folder(neighbour)

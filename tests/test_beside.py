@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +19,7 @@ from persea.align import align
 from persea.beside import UNEVEN, Pair, _Laid, _Said
 from persea.chat import Conversation, Effort, Text, Thinking, Tokens
 from persea.engines import Abilities, Engine, Failed
+from persea.engines.local import LocalEngine
 from persea.errors import RecipeError, TeacherError
 from persea.likely import NONE, likely_behind
 from persea.losses import Head
@@ -310,3 +312,17 @@ def test_where_all_that_is_likely_cannot_stand_nothing_is_learned() -> None:
     logits[int(want.place_C[c]), token] = 40.0
     few = replace(whole, least=1e-4).rows(some, likely_behind(logits, Head(torch.eye(size), size)))
     assert few.place_C.tolist() == [p for k, p in enumerate(want.place_C.tolist()) if k != c]
+
+
+def test_a_teacher_whose_head_is_elsewhere_gives_whole_rows() -> None:
+    """Offloaded, its weight is here in a forward alone."""
+    from accelerate import cpu_offload
+
+    here, some = pair("qwen-sapling"), spoken("qwen-sapling", ANSWERS[0])
+    model = copy.deepcopy(opened("qwen-sapling")[1])
+    cpu_offload(model.get_output_embeddings())
+    far = replace(here, teacher=replace(here.teacher, engine=LocalEngine(model, len(opened("qwen-sapling")[0].vocabulary))))
+    assert model.get_output_embeddings().weight.is_meta
+    want, found = here.rows(some), far.rows(some)
+    assert isinstance(found.teacher, torch.Tensor) and not isinstance(want.teacher, torch.Tensor)
+    assert found.place_C.tolist() == want.place_C.tolist() and torch.allclose(found.logprobs_CW, want.logprobs_CW, atol=1e-4)

@@ -294,6 +294,7 @@ def test_fewer_pairs_than_asked_for_are_told(run: Callable[..., Ended]):
 
 @pytest.mark.parametrize(("arguments", "code", "words"), [
     (("--tokens", 0, "--dry-run"), 2, "'--tokens': Input should be greater than or equal to 1"), (("--tokens", 9), 2, "no folder to write to"),
+    (("--tokens", 9, "--out", f"{__file__}/x"), 2, "nothing can be written into"),
     (("--tokens", "many", "--dry-run"), 2, "'--tokens': Input should be a valid integer"), (("--dry-run",), 2, "Missing option '--tokens'")])
 def test_usage_is_refused_in_one_line(run: Callable[..., Ended], arguments: tuple[object, ...], code: int, words: str):
     ended = run(*arguments)

@@ -211,6 +211,51 @@ def test_no_realised_token_of_a_family_is_dropped(tiny_masks: Callable[[str, str
         assert deleted(tiny_masks(teacher, student), [text])[0] == 0
 
 
+def fresh(mask: Mask) -> Mask:
+    """The same, nothing searched yet."""
+    return Mask(mask.keeper, mask.own, mask.first_W)
+
+
+@pytest.mark.parametrize("teacher", ["qwen", "gpt-oss"])
+def test_what_was_searched_before_changes_nothing(monkeypatch: pytest.MonkeyPatch, tiny_masks: Callable[[str, str], tuple[Mask, Mask]],
+                                                  teacher: str):
+    """Contexts in one order, in the other, each on its own, and where a few states are all that is remembered."""
+    for mask in tiny_masks(teacher, "llama"):
+        ids = np.array(mask.keeper.vocabulary.encode(TEXTS[0] + TEXTS[1]))
+        contexts = sorted(set(mask.keeper.contexts(ids, range(1, len(ids))).tolist()))[:12]
+        alone = [fresh(mask).dead(context).tolist() for context in contexts]
+        assert any(alone)
+        for order in (contexts, contexts[::-1]):
+            used = fresh(mask)
+            found = {context: used.dead(context).tolist() for context in order}
+            assert [found[context] for context in contexts] == alone
+        assert (used._witness_WK >= 0).any() and used._meets and used._never, "something was remembered"
+        monkeypatch.setattr("persea.masks.STATES", 20)
+        used = fresh(mask)
+        assert [used.dead(context).tolist() for context in contexts] == alone
+        monkeypatch.undo()
+
+
+def test_what_patience_was_not_enough_for_stays_and_is_never_taken_for_known(monkeypatch: pytest.MonkeyPatch,
+                                                                             tiny_masks: Callable[[str, str], tuple[Mask, Mask]]):
+    """Impatient, a mask drops nothing that a patient one keeps; what it could not decide is no witness and no state where both meet."""
+    mask = tiny_masks("gpt-oss", "llama")[1]
+    ids = np.array(mask.keeper.vocabulary.encode(TEXTS[0] + TEXTS[1]))
+    contexts = sorted(set(mask.keeper.contexts(ids, range(1, len(ids))).tolist()))[:12]
+    patient, hasty = fresh(mask), fresh(mask)
+    whole = [set(patient.dead(context).tolist()) for context in contexts]
+    monkeypatch.setattr("persea.masks.PATIENCE", 3)
+    less = [set(hasty.dead(context).tolist()) for context in contexts]
+    assert all(few <= every for few, every in zip(less, whole, strict=True)) and sum(map(len, less)) < sum(map(len, whole))
+    assert hasty._unsure
+    monkeypatch.undo()
+    for state in hasty._meets:
+        assert patient._goes_on(state, [0])
+    for candidate in np.flatnonzero((hasty._witness_WK >= 0).any(1)).tolist():
+        raw = mask.own.vocabulary.bytes_W[candidate] or b""
+        assert all(patient._goes_on(patient._after(True, u, raw, candidate), [0]) for u in hasty._witness_WK[candidate].tolist() if u >= 0)
+
+
 @pytest.mark.parametrize("teacher", ["qwen", "gemma", "gpt-oss"])
 def test_asked_for_some_or_for_all(tiny_masks: Callable[[str, str], tuple[Mask, Mask]], teacher: str):
     """The same answer; control tokens never are in it, and after a control token nothing is."""
@@ -223,7 +268,7 @@ def test_asked_for_some_or_for_all(tiny_masks: Callable[[str, str], tuple[Mask, 
             for context in keeper.contexts(ids, range(1, len(ids))).tolist():
                 dead = mask.dead(context)
                 everything = np.arange(len(own))
-                assert np.array_equal(dead, mask.dead(context, everything))
+                assert np.array_equal(dead, fresh(mask).dead(context, everything))
                 assert all(own.bytes_W[i] is not None for i in dead.tolist())
                 dropped += len(dead)
     assert dropped > 100

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, Speaker
+from huggingface_hub.utils import filter_repo_objects
 from test_feed import one as single
 from test_generic import END, HEAD, ROLES, TURN, folder_of
 from transformers import AutoTokenizer, PreTrainedModel
@@ -25,7 +26,7 @@ from persea.engines.local import LocalEngine
 from persea.errors import DataError
 from persea.feed import Feed, offline
 from persea.losses import composed
-from persea.models import Source, ends_of, fingerprint, local_folder, notes, open_model, open_voice, sprout
+from persea.models import Source, ends_of, fingerprint, local_folder, notes, open_model, open_voice, sprout, whole_folder
 from persea.rows import Rows
 from persea.student import Student
 from persea.teacher import Answer
@@ -464,3 +465,15 @@ def test_a_hub_model_that_cannot_be_fetched_is_not_told_to_mend_a_folder(monkeyp
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", offline)
     with pytest.raises(DataError, match=r"no tokenizer in 'some/model': We couldn't connect -> fetch it first"):
         open_voice(Source("some/model"), "teachers.0")
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_of_a_hub_model_no_more_is_fetched_than_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, weights: bool) -> None:
+    """Weights only where they are read, and not those that some repositories hold a second time, in a folder or under another name."""
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **how: (asked.update(how), str(tmp_path))[1])
+    assert whole_folder(Source("some/model"), "extend", weights) == tmp_path
+    names = ["config.json", "tokenizer.json", "chat_template.jinja", "model-00001-of-00002.safetensors", "consolidated.safetensors",
+             "original/model.safetensors", "pytorch_model.bin"]
+    kept = list(filter_repo_objects(names, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]))
+    assert kept == names[:3] + names[3:4] * weights

@@ -310,6 +310,12 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_of_its_own_words(wor
     windows = [w for d in bench_data.TEACHES[who] for w in world.text["test"][d][:3]]
     some = [onpolicy.own_words(teacher.speaker, w, teacher.speaker.vocabulary.encode(w.text)) for w in windows]  # as its tokenizer spells it
     assert abs(float(onpolicy.heard(teacher.model, speakers, some, {who: pair}).detach())) < 1e-5
+    assert all(own.text.startswith(w.text[:4]) for own, w in zip(some, windows, strict=True))
+    told_of = onpolicy.spoken_by(teacher.model, speakers, windows, {who: pair})
+    spelled = [own for own in onpolicy.said_by(teacher.model, teacher.speaker, windows, seed=7) if own is not None]
+    same = [list(own.ids) == teacher.speaker.vocabulary.encode(own.text) for own in spelled]
+    lines = [one for one in told_of["continued"] if one is not None]
+    assert len(lines) == len(same) and all(abs(a - b) < 0.02 for (a, b, _), alike in zip(lines, same, strict=True) if alike)
 
 
 def test_own_words_are_compared_window_by_window() -> None:

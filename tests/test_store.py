@@ -102,6 +102,14 @@ def test_publish_survives_a_power_loss(tmp_path: Path, monkeypatch: pytest.Monke
     assert order == [f".record.{os.getpid()}.tmp", "link", tmp_path.name]
 
 
+def test_what_a_killed_process_left_of_a_folder_is_in_nobodys_way(tmp_path: Path) -> None:
+    (tmp_path / f".out.{os.getpid()}.tmp" / "left").mkdir(parents=True)
+    with store.publishing_folder(tmp_path / "out") as folder:
+        (folder / "part").mkdir()
+        (folder / "part" / "a").write_text("a")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"] and [p.name for p in (tmp_path / "out").iterdir()] == ["part"]
+
+
 def test_a_folder_is_published_whole_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "out").mkdir()
     order: list[str] = []

@@ -1,8 +1,8 @@
 """Own words or real text: a student that events have taught goes on for half as many steps, on text, on what it says itself, or on both in turn.
 
-All see the same windows, none of which it has met: "text" with what the teacher says of it, "own" its first quarter, continued by the student
-and heard by persea's own on-policy objective (persea.advice: whole rows, reverse KL over events, masks, stretches), "both" every
-second step. Measured on held-out windows: bits per byte of the real text; and of each window's first quarter as the student continues it,
+The windows are ones it has not met: "text" sees them with what the teacher says of them, "own" their first quarter, continued by the student
+and heard by persea's own on-policy objective (persea.advice: whole rows, reverse KL over events, masks, stretches), "both" the first half of
+them both ways, in turn. Measured on held-out windows: bits per byte of the real text; and of each window's first quarter as the student continues it,
 what the teacher spends on a byte of that (`taught`), and what the student does (`self`): their difference is the reverse KL of whole
 continuations, a byte, by one sample each. The teacher's tokens are those of its tokenizer, not every way to spell the text.
 """
@@ -39,7 +39,7 @@ from persea.teacher import Teacher as Asked
 
 ON = ("none", "text", "both", "own")
 MORE = 0.5     # of a size's steps
-REFRESH = 8    # steps that one drawing of the student's words lasts
+REFRESH = 8    # steps on own words that one drawing lasts
 
 
 @dataclass(frozen=True)

@@ -182,8 +182,9 @@ def onpolicy_table(lines: Sequence[Line]) -> str:
             found.setdefault(line["on"], {})[line["seed"]] = line
     rows = []
     for on, own in found.items():
-        both = sorted(own.keys() & found["text"].keys())
-        gap = spread_of_own([own[k] for k in both], [found["text"][k] for k in both]) if on != "text" else ""
+        text = found.get("text", {})
+        both = sorted(own.keys() & text.keys())
+        gap = spread_of_own([own[k] for k in both], [text[k] for k in both]) if both and on != "text" else ""
         means = [spread([x[key] for x in own.values()]) for key in ("mean", "taught", "self")]
         rows.append([on, f"{next(iter(own.values()))['rate']:g}" if on != "none" else "", str(len(own)), *means,
                      spread([x["taught"] - x["self"] for x in own.values()]), gap, f"{np.mean([x['calibration'] for x in own.values()]):.3f}",

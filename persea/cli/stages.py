@@ -134,14 +134,18 @@ def extend(model: Annotated[str, typer.Argument(help="A model folder, a hub id, 
            texts: Annotated[list[str], typer.Option(help="A text file, one text a line, or FILE#key for JSON lines; give it again for each.",
                                                     show_default=False)],
            tokens: Annotated[int, typer.Option(min=1, help="How many more.", show_default=False)],
-           out: Annotated[Path, typer.Option(help="The folder to write: new, or empty.", show_default=False)] = NOWHERE,
+           out: Annotated[Path | None, typer.Option(help="The folder to write: new, or empty.", show_default=False)] = None,
            dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be gained; write nothing.")] = False,
            as_json: AsJson = False) -> None:
     """Give a student more tokens for scripts that it spells by bytes: a folder to name as `student.model`. docs/extend.md."""
-    if out == NOWHERE and not dry_run:
+    if out is None and not dry_run:
         raise RecipeError("no folder to write to", where="extend", remedy="--out FOLDER, or --dry-run")
-    if out != NOWHERE and (out.is_symlink() or out.exists()) and not (out.is_dir() and not any(out.iterdir())):
-        raise RecipeError("something is there already", where=str(out), remedy="give a folder that is new or empty")
+    if out is not None:
+        if (out.is_symlink() or out.exists()) and not (out.is_dir() and not any(out.iterdir())):
+            raise RecipeError("something is there already", where=str(out), remedy="give a folder that is new or empty")
+        above = next(folder for folder in out.absolute().parents if folder.exists())
+        if not (above.is_dir() and os.access(above, os.W_OK)):
+            raise RecipeError(f"nothing can be written into {above}", where=str(out), remedy="give a folder that can be made")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from persea import longer
     from persea.models import find
@@ -152,7 +156,7 @@ def extend(model: Annotated[str, typer.Argument(help="A model folder, a hub id, 
     source, _ = find(model, "extend")
     with bars(quiet=as_json) as tell:
         found = longer.extend(source, texts, tokens, tell)
-        if not dry_run:
+        if out is not None and not dry_run:
             longer.write(found, out.resolve(), tell)
     if as_json:
         typer.echo(json.dumps({**found.to_json(), "asked": tokens, "out": "" if dry_run else str(out)}, indent=1, ensure_ascii=False))
