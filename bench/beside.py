@@ -1,6 +1,6 @@
 """What it costs to find what cannot stand beside the other tokenizer's boundary, with real vocabularies: on-policy, of a student's own answers.
 
-    PERSEA_DATA=... python bench/beside.py    (about 5 minutes, the first time 2 more for bridges)
+    PERSEA_DATA=... python bench/beside.py    (about 8 minutes, the first time 2 more for bridges)
 
 Lines of parallel text stand for a Llama 3 student's answers; a row is half the token that comes next, half how often each token stands in
 that language: more likely tokens than a model that is unsure has. For each teacher, milliseconds a common boundary (both sides), over all of
@@ -33,7 +33,7 @@ OUT = Path(__file__).resolve().parent / "results" / "beside.json"
 TEACHERS = ("qwen3", "gemma3", "gpt-oss")
 LANGUAGES = ("eng", "vie", "zho-CN", "jpn", "tha")
 LINES, SEEN = 30, 400  # lines of each language asked; lines that frequencies are counted in
-WHOLE, LOOK = 3, 40  # contexts a side at which every token is asked; of every so many contexts one's mass is looked at
+WHOLE, LOOK = 3, 500  # contexts a side at which every token is asked; of every so many contexts one's mass is looked at
 
 
 def voice(name: str) -> Voice:
