@@ -1,5 +1,5 @@
 # make quickstart   the main job: three tiny teachers teach one student, with its own set-up
-# make test         the tests, with their own set-up (<= 6 minutes on 2 cores)
+# make test         the tests, with their own set-up (6 to 9 minutes on 2 cores)
 # make lint         ruff and mypy
 # make chaos        killed, cut, flipped, out of power and space, it ends the same: the cache (4 minutes), a training (15 minutes), a whole run
 #                   (2 minutes with three skills; it has five now)
