@@ -1,7 +1,7 @@
 """Likely: of many distributions the tokens worth asking about.
 
 Of a real vocabulary nearly all tokens are next to impossible at any place, and to ask a mask for each of them takes seconds a place
-(bench/beside.py). Below LIKELY a model that is sure names some ten tokens, one that is not some hundreds.
+(bench/beside.py). Of that bench's rows, less sure than a model's, 830 to 910 tokens have LIKELY or more.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_losses import dead_of, random_bridge, seeds
 
-from persea.losses import Dead, Divergence, Sides
-from persea.losses.full import full_rows, over_events
-from persea.losses.groups import _KEPT, kept
+from persea.losses import Dead, Divergence, Sides, full
+from persea.losses.full import full_rows
+from persea.losses.groups import _KEPT, Groups, kept, laid
 
 NOWHERE = -torch.inf
 
@@ -23,6 +25,26 @@ def random_map(rng: np.random.Generator) -> tuple[torch.Tensor, int]:
     sizes = rng.choice([0, 1, 1, 2, 9], int(rng.integers(1, 8)))
     events = np.concatenate([np.arange(len(sizes)).repeat(sizes), np.full(int(rng.integers(not sizes.any(), 4)), -1)])
     return torch.from_numpy(rng.permutation(events)), len(sizes)
+
+
+class OverEvents(torch.autograd.Function):
+    """Groups' sums and their gradient, as a function."""
+
+    @staticmethod
+    def forward(ctx: Any, logs_NX: torch.Tensor, groups: Groups, dead: Dead | None) -> torch.Tensor:
+        log_NE, share_NG = groups.masses(logs_NX, dead)
+        ctx.groups = groups
+        ctx.save_for_backward(log_NE, share_NG)
+        return log_NE
+
+    @staticmethod
+    def backward(ctx: Any, pull_NE: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        log_NE, share_NG = ctx.saved_tensors
+        return ctx.groups.to_tokens(pull_NE.masked_fill(log_NE == NOWHERE, 0), share_NG), None, None
+
+
+def over_events(logs_NX: torch.Tensor, event_X: torch.Tensor, events: int, dead: Dead | None = None) -> torch.Tensor:
+    return OverEvents.apply(logs_NX, laid(event_X, events), dead)
 
 
 def reference(logs_NX: torch.Tensor, event_X: torch.Tensor, events: int) -> torch.Tensor:
@@ -62,6 +84,23 @@ def test_what_comes_of_an_event_that_cannot_be_said_reaches_no_token():
     (gradient,) = torch.autograd.grad(out, logs, torch.tensor([[torch.nan, 1.0, torch.inf, torch.nan]]))
     share = 1 / (1 + np.exp(-1))
     torch.testing.assert_close(gradient, torch.tensor([[0, share, 0, 0, 1 - share, 0]], dtype=torch.float32))
+
+
+@pytest.mark.parametrize("divergence", list(Divergence))
+def test_an_event_that_one_side_cannot_say_pulls_at_no_token(divergence: Divergence):
+    """Event 1 the student cannot say, event 2 the teacher cannot: neither moves a logit, and the rest is as if they were not there."""
+    bridge = replace(random_bridge(np.random.default_rng(0), 4, 5, 4), teacher_event_W=np.arange(4, dtype=np.int32),
+                     student_event_V=np.array([0, 1, 1, 2, 3], np.int32))
+    logits_NV, logs_NW = torch.tensor([[0.5, 3.0, 1.0, 2.0, -1.0]], requires_grad=True), torch.log_softmax(torch.tensor([[0.1, 1.0, 2.0, 0.7]]), -1)
+    sides = Sides(bridge, Dead(torch.tensor([0, 0]), torch.tensor([1, 2])), Dead(torch.tensor([0]), torch.tensor([2])))
+    loss = full_rows(logits_NV, logs_NW, sides, divergence)
+    (gradient,) = torch.autograd.grad(loss.sum(), logits_NV)
+    assert torch.isfinite(loss).all() and gradient[0, 1:4].tolist() == [0.0, 0.0, 0.0]
+    left = torch.tensor([[0.5, -1.0]], requires_grad=True)
+    few = full(left, torch.log_softmax(torch.tensor([[0.1, 0.7]]), -1),
+               replace(bridge, teacher_event_W=np.arange(2, dtype=np.int32), student_event_V=np.arange(2, dtype=np.int32), events=2), divergence)
+    torch.testing.assert_close(loss[0], few.loss)
+    torch.testing.assert_close(gradient[0, [0, 4]], torch.autograd.grad(few.loss, left)[0][0])
 
 
 @pytest.mark.parametrize("divergence", list(Divergence))

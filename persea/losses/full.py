@@ -18,18 +18,9 @@ from torch.autograd.function import once_differentiable
 from persea.bridge import Bridge
 from persea.errors import DataError
 from persea.losses.events import pieces
-from persea.losses.groups import Dead, Groups, kept, laid
+from persea.losses.groups import Dead, kept
 from persea.losses.token import Divergence, LossOut, refuse_divergence, same_rows, same_vocabulary
 from persea.rows import RowKind
-
-
-def over_events(logprobs_NX: torch.Tensor, event_X: torch.Tensor, events: int, dead: Dead | None = None) -> torch.Tensor:
-    """Natural logs of the mass of each event [N, E], from log-probabilities over tokens; -inf where nothing of it can stand.
-
-    event_X  event of each token, -1 = left out. Differentiable, once; linear in positions, what it costs more is one sort of event_X.
-    """
-    masses: torch.Tensor = _OverEvents.apply(logprobs_NX, laid(event_X, events).to(logprobs_NX.device), dead)  # type: ignore[no-untyped-call]
-    return masses
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,23 +76,6 @@ def full_rows(logits_NV: torch.Tensor, teacher_logprobs_NW: torch.Tensor, sides:
         sides, some = sides.ordered(), slice(0, len(logits_NV))
     loss_N: torch.Tensor = _Rows.apply(logits_NV, teacher_logprobs_NW.detach(), sides, divergence, some)  # type: ignore[no-untyped-call]
     return loss_N
-
-
-class _OverEvents(torch.autograd.Function):
-    """`over_events`, whose gradient is a gather: a token belongs to one event, of which it is a share."""
-
-    @staticmethod
-    def forward(ctx: Any, logprobs_NX: torch.Tensor, groups: Groups, dead: Dead | None) -> torch.Tensor:
-        log_NE, share_NG = groups.masses(logprobs_NX, dead)
-        ctx.groups = groups
-        ctx.save_for_backward(log_NE, share_NG)
-        return log_NE
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, pull_NE: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        log_NE, share_NG = ctx.saved_tensors
-        return ctx.groups.to_tokens(pull_NE.masked_fill(log_NE == -torch.inf, 0), share_NG), None, None
 
 
 class _Rows(torch.autograd.Function):
