@@ -55,8 +55,8 @@ from everywhere); tests/test_map.py holds this map true.
     completion    what a row says in the middle of a teacher token
     check         is this pairing sound? refuses below a floor
     questions     what a recipe asks with: skills by generators or published sets, prompts, reference answers
-    losses        targets events token groups full chunk: pure functions (logits, targets) -> LossOut; head: the same from hidden states, over products:
-                  by the quicker of two libraries; fused: on a GPU
+    losses        targets events token groups full chunk: pure functions (logits, targets) -> LossOut; head: the same from hidden states,
+                  over products: by the quicker of two libraries; fused: on a GPU
     hidden        what a causal model gives to its head, and makes of the head's output
     extension     a tokenizer's merges gone on with: what it spells by bytes becomes tokens, and no known id moves
     longer        a model given a row for each of them, saved for a recipe to name
