@@ -22,7 +22,6 @@ from persea import store
 from persea.errors import DataError
 from persea.masks import Keeper, Mask, open_keeper
 from persea.merges import Merges, expand
-from persea.pretokens import open_pretokens
 from persea.vocabulary import BYTE_TO_CHAR, Vocabulary
 from persea.voice import Voice
 
@@ -93,7 +92,7 @@ def open_bridge(teacher: Voice, student: Voice) -> Bridge:
         bridge = Bridge(kept["teacher"], kept["student"], int(kept["events"][0]), digest)  # type: ignore[arg-type]
         if "teacher_first" not in kept:
             return bridge
-        keepers = [Keeper(v.vocabulary, Merges(*(kept[f"{side}_{name}"] for name in MERGES)), open_pretokens(v.vocabulary))  # type: ignore[arg-type]
+        keepers = [open_keeper(v.vocabulary, Merges(*(kept[f"{side}_{name}"] for name in MERGES)))  # type: ignore[arg-type]
                    for side, v in (("teacher", teacher), ("student", student))]
         return _masked(bridge, keepers[0], keepers[1], kept["teacher_first"], kept["student_first"])
     bridge = build(teacher, student)

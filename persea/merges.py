@@ -42,10 +42,6 @@ class Merges:
     pair_R2: npt.NDArray[np.int32]
 
     @cached_property
-    def _unmade(self) -> npt.NDArray[np.int32]:
-        return np.flatnonzero(~self.made_V).astype(np.int32)
-
-    @cached_property
     def _by_left(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Merges by their left part: (offsets, ranks)."""
         order = np.argsort(self.pair_R2[:, 0], kind="stable")
@@ -75,8 +71,8 @@ class Merges:
             until, token = int(self.time_V[token]), int(self.right_V[token])
 
     @cached_property
-    def _rank_of(self) -> dict[tuple[int, int], int]:
-        return {(a, b): rank for rank, (a, b) in reversed(list(enumerate(self.pair_R2.tolist())))}
+    def _rank_of(self) -> dict[int, int]:
+        return ranks_of(self.pair_R2, len(self.left_V))
 
     @cached_property
     def _lists(self) -> tuple[list[int], list[int], list[int], list[int]]:
@@ -88,11 +84,11 @@ class Merges:
         if not (self.made_V[token] and self.made_V[after]):
             return True
         left, right, ranks, times = self._lists
-        until = NEVER
+        size, until = len(left), NEVER
         while token >= 0:
             piece, ends, ends_by = after, NEVER, -1
             while piece >= 0:
-                rank = self._rank_of.get((token, piece))
+                rank = self._rank_of.get(token * size + piece)
                 if rank is not None:
                     time = max(rank, times[token], times[piece])
                     if time < until and (ends > time or (ends_by == rank == time)):
@@ -102,16 +98,16 @@ class Merges:
             until, token = times[token], right[token]
         return False
 
-    def cannot_follow(self, token: int) -> npt.NDArray[np.int32]:
+    def cannot_follow(self, token: int) -> npt.NDArray[np.int64]:
         """Tokens, sorted, that never stand right after `token` within one word: a merge across the two comes first.
 
         What no merge makes (ignore_merges: it is a whole word, or nothing) stands beside nothing within a word.
         """
         if not self.made_V[token]:
-            return np.arange(len(self.made_V), dtype=np.int32)
+            return np.arange(len(self.made_V))
         offsets, ranks_R = self._by_left
         rim_offsets, rim_tokens, rim_untils, rim_ranks = self._left_rims
-        found = [self._unmade]
+        found_V = ~self.made_V  # marked and read off: 20 times as quick as to collect them and sort
         for piece, until in self._right_rim(token):
             rank = ranks_R[offsets[piece]:offsets[piece + 1]]
             right = self.pair_R2[rank, 1]
@@ -121,8 +117,8 @@ class Merges:
             rank, time = rank[first][row], time[first][row]
             # equal ranks are the same pair: aa|a merges its left half first, a|aa the crossing one
             across = (rim_untils[at] > time) | ((rim_ranks[at] == rank) & (time == rank))
-            found.append(rim_tokens[at[across]])
-        return np.unique(np.concatenate(found))
+            found_V[rim_tokens[at[across]]] = True
+        return np.flatnonzero(found_V)
 
 
 def derive(vocabulary: Vocabulary) -> Merges:
@@ -132,8 +128,8 @@ def derive(vocabulary: Vocabulary) -> Merges:
     pairs = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in spec["merges"]]
     pair_R2 = np.array([(ids[a], ids[b]) for a, b in pairs], np.int32).reshape(-1, 2)
     made = [ids[a + b] for a, b in pairs]
-    rank_of = {(a, b): rank for rank, (a, b) in reversed(list(enumerate(pair_R2.tolist())))}
     size = len(vocabulary)
+    rank_of = ranks_of(pair_R2, size)
     left, right, last = (np.full(size, -1, np.int32) for _ in range(3))
     time, reached = np.full(size, -1, np.int64), np.zeros(size, bool)
     for token, i in ids.items():
@@ -143,7 +139,9 @@ def derive(vocabulary: Vocabulary) -> Merges:
         if len(units) == 1:
             reached[i] = units[0] == i
             continue
-        path = _merge(units, rank_of, made)
+        if -1 in units:  # a character of it is no token: nothing joins that
+            continue
+        path = _merge(units, rank_of, made, size)
         if path is not None and made[path[-1]] == i:
             (left[i], right[i]), last[i] = pair_R2[path[-1]], path[-1]
             time[i], reached[i] = max(path), True
@@ -154,11 +152,17 @@ def _is_byte(token: str, vocabulary: Vocabulary) -> bool:
     return not vocabulary.byte_level and len(token) == 6 and token.startswith("<0x")
 
 
-def _merge(units: list[int], rank_of: dict[tuple[int, int], int], made: list[int]) -> list[int] | None:
+def ranks_of(pair_R2: npt.NDArray[np.int32], size: int) -> dict[int, int]:
+    """Left part times the size of the vocabulary plus right part -> the pair's first rank: made in a sixth of the time that pairs as keys take."""
+    keys = pair_R2[:, 0].astype(np.int64) * size + pair_R2[:, 1]
+    return dict(zip(keys[::-1].tolist(), range(len(keys) - 1, -1, -1), strict=True))
+
+
+def _merge(units: list[int], rank_of: dict[int, int], made: list[int], size: int) -> list[int] | None:
     """The ranks that are merged, in order, until one piece is left; None where more than one stays."""
     path: list[int] = []
     none = len(made)
-    ranks = [rank_of.get(pair, none) for pair in pairwise(units)]
+    ranks = [rank_of.get(a * size + b, none) for a, b in pairwise(units)]
     while ranks:
         rank = min(ranks)
         if rank == none:
@@ -168,9 +172,9 @@ def _merge(units: list[int], rank_of: dict[tuple[int, int], int], made: list[int
         units[k:k + 2] = [made[rank]]
         del ranks[k]
         if k > 0:
-            ranks[k - 1] = rank_of.get((units[k - 1], units[k]), none)
+            ranks[k - 1] = rank_of.get(units[k - 1] * size + units[k], none)
         if k < len(ranks):
-            ranks[k] = rank_of.get((units[k], units[k + 1]), none)
+            ranks[k] = rank_of.get(units[k] * size + units[k + 1], none)
     return path
 
 

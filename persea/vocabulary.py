@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, models
 
 from persea.errors import DataError
 
@@ -52,6 +52,16 @@ def _unicode_to_byte() -> dict[str, int]:
 
 CHAR_TO_BYTE = _unicode_to_byte()
 BYTE_TO_CHAR = {b: c for c, b in CHAR_TO_BYTE.items()}
+
+
+class _Latin1(dict[int, int]):
+    """Code point -> byte, for str.translate; what stands for no byte becomes what Latin-1 cannot say."""
+
+    def __missing__(self, _: int) -> int:
+        return 0xFFFF
+
+
+TO_LATIN1 = _Latin1({ord(c): b for c, b in CHAR_TO_BYTE.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,20 +169,20 @@ def open_vocabulary(tokenizer: Any, name: str = "tokenizer") -> Vocabulary:
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     if not isinstance(backend, Tokenizer):
         raise DataError("not a fast tokenizer: it has no tokenizer.json form", where=name, remedy="convert it with transformers' AutoTokenizer first")
-    definition = backend.to_str()
-    spec = json.loads(definition)
-    byte_level = _is_byte_level(spec, name)
-    added = spec["added_tokens"]
-    control = {t["content"]: t["id"] for t in added if t["special"] or CONTROL.fullmatch(t["content"])}
-    bytes_W: list[bytes | None] = [None] * (max(backend.get_vocab(with_added_tokens=True).values()) + 1)
+    byte_level = _is_byte_level(backend, name)
+    added = backend.get_added_tokens_decoder()  # asked part by part: to parse the whole definition takes half a second
+    control = {t.content: i for i, t in added.items() if t.special or CONTROL.fullmatch(t.content)}
+    ids = backend.get_vocab(with_added_tokens=False)
+    bytes_W: list[bytes | None] = [None] * (max([*ids.values(), *added]) + 1)
     to_bytes = _byte_level_bytes if byte_level else _sentencepiece_bytes
-    for token, i in backend.get_vocab(with_added_tokens=False).items():
+    for token, i in ids.items():
         bytes_W[i] = to_bytes(token)
-    for t in added:
-        if t["content"] in control:
-            bytes_W[t["id"]] = None
-        elif bytes_W[t["id"]] is None:
-            bytes_W[t["id"]] = t["content"].encode()
+    for i, t in added.items():
+        if t.content in control:
+            bytes_W[i] = None
+        elif bytes_W[i] is None:
+            bytes_W[i] = t.content.encode()
+    definition = backend.to_str()
     plain = Tokenizer.from_str(definition)
     plain.no_padding()
     plain.no_truncation()
@@ -183,22 +193,24 @@ def open_vocabulary(tokenizer: Any, name: str = "tokenizer") -> Vocabulary:
     return vocabulary
 
 
-def _is_byte_level(spec: Mapping[str, Any], name: str) -> bool:
-    decoder = spec.get("decoder") or {}
+def _is_byte_level(backend: Tokenizer, name: str) -> bool:
+    decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else {}
     kinds = {d["type"] for d in decoder.get("decoders", [decoder]) if d}
-    bpe = spec["model"]["type"] == "BPE"
+    bpe = isinstance(backend.model, models.BPE)
     if bpe and "ByteLevel" in kinds:
         return True
-    if bpe and "ByteFallback" in kinds and spec["model"].get("byte_fallback"):
+    if bpe and "ByteFallback" in kinds and backend.model.byte_fallback:
         return False
     raise DataError(f"neither byte-level BPE nor SentencePiece BPE with byte fallback "
-                    f"(model {spec['model']['type']}, decoder {sorted(kinds)})", where=name,
+                    f"(model {type(backend.model).__name__}, decoder {sorted(kinds)})", where=name,
                     remedy="its bytes cannot be known exactly; use a model of another family")
 
 
 def _byte_level_bytes(token: str) -> bytes | None:
-    values = [CHAR_TO_BYTE.get(c) for c in token]
-    return None if None in values else bytes(v for v in values if v is not None)
+    try:
+        return token.translate(TO_LATIN1).encode("latin-1")
+    except UnicodeEncodeError:  # it has characters that stand for no byte
+        return None
 
 
 def _sentencepiece_bytes(token: str) -> bytes:

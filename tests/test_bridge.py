@@ -371,8 +371,9 @@ def real_bridge(teacher: Voice, student: Voice, home: Path) -> tuple[Bridge, flo
 
 
 @pytest.fixture(scope="session")
-def real_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.getbasetemp() / "persea-home"
+def real_home() -> Path:
+    """One for all workers: a bridge takes 10 s with its masks."""
+    return Path(os.environ["PERSEA_TEST_HOME"])
 
 
 def token_starts(vocabulary: Vocabulary, text: str) -> tuple[np.ndarray, np.ndarray]:
