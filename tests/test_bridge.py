@@ -7,7 +7,7 @@ import os
 import time
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from itertools import permutations
 from pathlib import Path
@@ -319,6 +319,24 @@ def test_a_bridge_is_built_once_and_kept(bridge_of: BridgeOf, tmp_path: Path, mo
     assert (file.stat().st_mtime_ns, file.stat().st_ino) == (before.st_mtime_ns, before.st_ino), "built a second time"
     open_bridge(s, t)
     assert len(list((tmp_path / "home" / "bridges").iterdir())) == 2
+
+
+def test_what_is_kept_makes_the_same_masks_and_a_student_has_one_keeper(bridge_of: BridgeOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PERSEA_HOME", str(tmp_path))
+    pairs = {teacher: bridge_of(teacher, "llama") for teacher in ("qwen", "gemma")}
+    for _, t, s in pairs.values():
+        open_bridge(t, s)
+    monkeypatch.setattr("persea.masks.derive", lambda vocabulary: pytest.fail("derived again"))
+    opened = {id(v): replace(v, vocabulary=replace(v.vocabulary)) for _, *both in pairs.values() for v in both}  # as another process opens them
+    kept = {teacher: open_bridge(opened[id(t)], opened[id(s)]) for teacher, (_, t, s) in pairs.items()}
+    for teacher, (built, _, _) in pairs.items():
+        for one, two in ((kept[teacher].teacher_mask, built.teacher_mask), (kept[teacher].student_mask, built.student_mask)):
+            assert one and two and np.array_equal(one.first_W, two.first_W)
+            for f in fields(one.keeper.merges):
+                a, b = getattr(one.keeper.merges, f.name), getattr(two.keeper.merges, f.name)
+                assert a.dtype == b.dtype and np.array_equal(a, b), f.name
+    qwen, gemma = kept["qwen"].teacher_mask, kept["gemma"].teacher_mask
+    assert qwen and gemma and qwen.keeper is gemma.keeper is not pairs["qwen"][0].teacher_mask.keeper  # type: ignore[union-attr]
 
 
 def test_a_damaged_bridge_is_built_again(bridge_of: BridgeOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
