@@ -2,7 +2,7 @@
 # make test         the tests, with their own set-up (6 to 9 minutes on 2 cores)
 # make lint         ruff and mypy
 # make chaos        killed, cut, flipped, out of power and space, it ends the same: the cache (4 minutes), a training (15 minutes), a whole run
-#                   (2 minutes with three skills; it has five now)
+#                   (10 minutes)
 # make results      the quickstart with three seeds, and what it must be compared with (about 90 minutes; goes on where it was)
 # make bench-cache  what the cache costs and what it is worth (about 15 minutes)
 # make bench-rollouts   how quickly a student answers many prompts at once (about a minute)
