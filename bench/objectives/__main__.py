@@ -130,7 +130,7 @@ def stage(name: str, world: World, results: Path, seeds: Sequence[int]) -> None:
         go("cross-entropy", SEEDS[0], length=2.0)
     elif name == "extension":  # --size scripts-met, then its extended ones: the same text for each, and the plain one at the CPU of the extended
         for seed in seeds:
-            for method in ("cross-entropy", "events", *(() if world.size.extended else (INSIDE,))):
+            for method in ("cross-entropy", "events", *(() if world.size.extended else (INSIDE, "events + masks", "events + masks + completion"))):
                 go(method, seed)
         go("cross-entropy", SEEDS[0], length=0.0)
         if not world.size.extended:
