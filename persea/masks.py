@@ -177,7 +177,7 @@ class Keeper:
         of, heads = self._heads
         group, asked_H = of[crossing], np.zeros(len(heads), np.bool_)
         asked_H[group] = True
-        cut_H = self._cuts.setdefault(word, np.full(len(heads), -1, np.int8))  # 200 different words in 2,000 contexts of fifteen languages
+        cut_H = self._cuts.setdefault(word, np.full(len(heads), -1, np.int8))  # many contexts end in the same signature
         for h in np.flatnonzero(asked_H & (cut_H < 0)).tolist():
             cut_H[h] = self.pretokens.may_cut(word, heads[h])
         left: npt.NDArray[np.int64] = crossing[cut_H[group] == 0]
@@ -198,7 +198,7 @@ class Keeper:
 
     def ways(self, raw: bytes) -> tuple[int, ...]:
         """The same tokens in the order in which a meeting is looked for: of just these bytes, of fewer, of more."""
-        if raw not in self._ways:  # asked 140,000 times where 2,500 masks of unlikely tokens are made
+        if raw not in self._ways:  # asked at each step of a search, of the same bytes again and again
             (covering, starts), just = self.covers(raw), self.by_bytes.get(raw, ())
             self._ways[raw] = (*just, *starts, *covering[len(just):].tolist())
         return self._ways[raw]

@@ -37,7 +37,7 @@ def prompts(data: Path) -> dict[str, list[dict[str, str]]]:
     for file in sorted((data / "parallel").glob("ntrex.*.txt")):
         lines = file.read_text(encoding="utf-8").splitlines()
         languages += [{"id": f"{file.stem} {k}", "prompt": short(f"{file.stem[6:]}: {english[k]}"), "answer": short(lines[k]),
-                       "language": file.stem.removeprefix("ntrex.")} for k in (3,)]
+                       "language": file.stem.removeprefix("ntrex.")} for k in (3, 40)]
     sums = [json.loads(line) for line in (data / "eval" / "gsm8k.train.jsonl").read_text(encoding="utf-8").splitlines()[:4]]
     code = [json.loads(line) for line in (data / "eval" / "mbpp.jsonl").read_text(encoding="utf-8").splitlines()[:4]]
     with (data / "eval" / "xstest_prompts.csv").open(encoding="utf-8", newline="") as file:
@@ -88,7 +88,7 @@ def test_the_river_flows_through_four_real_vocabularies(data: Path, real_of: Cal
     captured = [c for unit in river.units for c in cache.read_unit(tmp_path / "run" / "capture", unit.name)]
     assert len(captured) == sum(map(len, rows.values())) == len(river.corpus.prompts)
     asked = Counter((c.answer.skill, c.answer.teacher) for c in captured)
-    assert asked == {("languages", "qwen3"): 15, ("reasoning", "gpt-oss"): 4, ("code", "gemma3"): 8}
+    assert asked == {("languages", "qwen3"): 30, ("reasoning", "gpt-oss"): 4, ("code", "gemma3"): 8}
     assert {c.answer.language for c in captured if c.answer.skill == "languages"} == {r["language"] for r in rows["languages"]}
     assert len({r["language"] for r in rows["languages"]}) == 15
     said = {c.answer.prompt_id: c.answer.text for c in captured}
