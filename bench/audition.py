@@ -15,13 +15,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from persea import intervals
-from persea.asking import hear, one_at_a_time
-from persea.audition import cast
-from persea.contest import Course, contest, in_blocks
-from persea.measure import Item, Result, Skill, Split, grade
-from persea.recipe import load_recipe
-from persea.river import River, set_threads
+from persea.config.recipe import load_recipe
+from persea.evaluation.answering import hear, one_at_a_time
+from persea.evaluation.audition import cast
+from persea.evaluation.racing import Course, contest, in_blocks
+from persea.pipeline.run_context import River, set_threads
+from persea.tasks import intervals
+from persea.tasks.task import Item, Result, Skill, Split, grade
 
 ROOT = Path(__file__).resolve().parent.parent
 BAD = "deliberately-bad"

@@ -1,7 +1,7 @@
 """What other tools do between two tokenizers, as pure torch functions: for tables, and as losses to train against. Never defaults.
 
 Each takes student logits and teacher probabilities at positions where both tokenizers begin a token at the same byte
-(persea.align.boundaries says which), and gives one divergence a position. `composed` mixes them with cross-entropy the way
+(persea.alignment.spans.boundaries says which), and gives one divergence a position. `composed` mixes them with cross-entropy the way
 persea's own objective does, so that methods are compared under one composition. What each is biased by is measured where
 the truth is known: bench/bias.py (make bench-bias).
 
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from persea.voice import Voice
+from persea.chat.renderer import Voice
 
 
 def composed(divergence_N: torch.Tensor, row_N: torch.Tensor, cross_entropy_L: torch.Tensor, share: float) -> torch.Tensor:

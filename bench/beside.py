@@ -20,13 +20,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from persea.align import align
-from persea.bridge import open_bridge
-from persea.chat import Conversation, Text
-from persea.likely import LIKELY
-from persea.masks import FREE, Mask
-from persea.models import Source, open_voice
-from persea.voice import Voice
+from persea.alignment.boundary_mask import FREE, Mask
+from persea.alignment.event_map import open_bridge
+from persea.alignment.spans import align
+from persea.chat.messages import Conversation, Text
+from persea.chat.renderer import Voice
+from persea.models.loading import Source, open_voice
+from persea.training.on_policy.candidates import LIKELY
 
 DATA = Path(os.environ.get("PERSEA_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 OUT = Path(__file__).resolve().parent / "results" / "beside.json"

@@ -30,12 +30,12 @@ import torch
 import torch.nn.functional as F
 from peer import TRL, has_trl
 
-from persea.align import align
-from persea.bridge import Bridge, build, open_bridge
-from persea.chat import Tokens
-from persea.models import Source, open_voice
-from persea.vocabulary import Vocabulary
-from persea.voice import Voice
+from persea.alignment.event_map import Bridge, build, open_bridge
+from persea.alignment.spans import align
+from persea.chat.messages import Tokens
+from persea.chat.renderer import Voice
+from persea.models.loading import Source, open_voice
+from persea.tokenization.vocabulary import Vocabulary
 
 DATA = Path(os.environ.get("PERSEA_DATA", Path(__file__).resolve().parent.parent.parent / "shared" / "data"))
 TEACHERS, STUDENT, PAIRS, TEXT = ("qwen3", "gemma3", "gpt-oss"), "llama3", 9, 2_000

@@ -25,15 +25,15 @@ import numpy as np
 import torch
 from tails import REGIMES, bound, cost, positions, sampled_rows, synthetic
 
-from persea import cache
-from persea.cache import Capture
-from persea.chat import Conversation, Finish, Text, Tokens
-from persea.engines.local import LocalEngine
-from persea.measure import Split
-from persea.models import Source, open_model, open_voice, sprout
-from persea.rows import RowKind, Rows, sample_rows
-from persea.skills import SKILLS
-from persea.teacher import Answer
+from persea.cache import unit as cache
+from persea.cache.unit import Capture
+from persea.chat.messages import Conversation, Finish, Text, Tokens
+from persea.distributions import RowKind, Rows, sample_rows
+from persea.models.loading import Source, open_model, open_voice, sprout
+from persea.tasks.generated import SKILLS
+from persea.tasks.task import Split
+from persea.teachers.engines.transformers import LocalEngine
+from persea.teachers.teacher import Answer
 
 ROOT = Path(__file__).resolve().parent.parent
 TAU = 0.02  # the recipe's default
@@ -211,7 +211,7 @@ def student(name: str = "qwen-sapling") -> dict[str, Any]:
 
 def speed() -> dict[str, Any]:
     """CPU seconds of one thread: packing and reading both regimes, and capture over a plain forward pass on the saplings."""
-    from persea.reader import open_reader
+    from persea.cache.reader import open_reader
 
     result: dict[str, Any] = {}
     for regime in REGIMES:

@@ -30,9 +30,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 import test_faults as faults  # noqa: E402  (the tests beside this folder)
 from disks import Failing  # noqa: E402
 
-from persea import store  # noqa: E402
+from persea import storage as store  # noqa: E402
+from persea.cache.maintenance import committed, verify  # noqa: E402
 from persea.errors import StorageError  # noqa: E402
-from persea.shelf import committed, verify  # noqa: E402
 
 SMALL = ["corpus.0.generate=120", "corpus.1.generate=40", "corpus.2.generate=40", "corpus.3.generate=40", "corpus.4.generate=40", "capture.unit=10",
          "audition.items=20", "evaluation.items=5"]

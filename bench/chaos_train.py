@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from disks import Watched  # noqa: E402  (the tests beside this folder)
 from test_cli import Started, enter, flowed, flowed_copy, start, warm  # noqa: E402
 
-from persea import store  # noqa: E402
+from persea import storage as store  # noqa: E402
 
 MODES: dict[str, tuple[str, ...]] = {  # what each mode adds to the command
     "offline": (),

@@ -1,4 +1,4 @@
-"""How often the 95 % intervals of persea.intervals hold the truth, simulated; and the bootstrap beside them.
+"""How often the 95 % intervals of persea.tasks.intervals hold the truth, simulated; and the bootstrap beside them.
 
     python bench/coverage.py [rounds]           writes bench/results/coverage.json (2,000 rounds: about two minutes)
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from persea.intervals import of_difference, of_mean, of_ratio
+from persea.tasks.intervals import of_difference, of_mean, of_ratio
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = (20, 50, 100, 200)

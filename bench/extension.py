@@ -18,8 +18,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from persea.extension import Merge, Texts, cost, extended, learned, prove, read, words_of
-from persea.vocabulary import Vocabulary, open_vocabulary
+from persea.tokenization.vocabulary import Vocabulary, open_vocabulary
+from persea.vocab_extension.learn_merges import Merge, Texts, cost, extended, learned, prove, read, words_of
 
 DATA = Path(os.environ.get("PERSEA_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 TOKENIZERS = ("llama3", "qwen3", "gpt-oss")

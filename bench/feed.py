@@ -15,16 +15,16 @@ from typing import Any
 
 from cache import ROOT, SHARE, TAU, given
 
-from persea import cache
-from persea.bridge import open_bridge
-from persea.engines.local import LocalEngine
-from persea.feed import lesson, offline
+from persea.alignment.event_map import open_bridge
+from persea.cache import unit as cache
+from persea.cache.reader import open_reader
 from persea.losses import composed
-from persea.measure import Split
-from persea.models import Source, open_model, open_voice
-from persea.reader import open_reader
-from persea.skills import SKILLS
-from persea.student import open_student
+from persea.models.loading import Source, open_model, open_voice
+from persea.tasks.generated import SKILLS
+from persea.tasks.task import Split
+from persea.teachers.engines.transformers import LocalEngine
+from persea.training.dataset import lesson, offline
+from persea.training.student import open_student
 
 TEACHERS = ("qwen-sapling", "gemma-sapling", "gpt-oss-sapling")
 

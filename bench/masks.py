@@ -21,11 +21,11 @@ from pathlib import Path
 
 import numpy as np
 
-from persea.bridge import open_bridge
+from persea.alignment.boundary_mask import Mask
+from persea.alignment.event_map import open_bridge
 from persea.errors import DataError
-from persea.masks import Mask
-from persea.models import Source, open_voice
-from persea.vocabulary import Vocabulary
+from persea.models.loading import Source, open_voice
+from persea.tokenization.vocabulary import Vocabulary
 
 DATA = Path(os.environ.get("PERSEA_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 TEACHERS = {"qwen": "qwen3", "gemma": "gemma3", "gpt-oss": "gpt-oss"}

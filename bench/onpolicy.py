@@ -21,11 +21,11 @@ import yaml
 from results import ALL, ROOT, made, surprise
 from results import RUNS as OFF
 
-from persea import store
-from persea.chat import Effort, Finish
-from persea.intervals import CONFIDENCE, of_difference
-from persea.measure import Split, grade
-from persea.river import STUDENT, River, set_threads
+from persea import storage as store
+from persea.chat.messages import Effort, Finish
+from persea.pipeline.run_context import STUDENT, River, set_threads
+from persea.tasks.intervals import CONFIDENCE, of_difference
+from persea.tasks.task import Split, grade
 
 RUNS, OUT = ROOT / "runs" / "onpolicy", ROOT / "bench" / "results" / "onpolicy.json"
 TERMS = yaml.safe_load((ROOT / "recipes" / "onpolicy.yaml").read_text())["training"]["on_policy"]

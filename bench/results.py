@@ -27,13 +27,12 @@ from typing import Any
 
 import numpy as np
 
-from persea.balance import Balance
-from persea.measure import Split, grade, score
-from persea.recipe import load_recipe
-from persea.river import BASE, STUDENT, River, set_threads
-from persea.sections import CorpusPart
-from persea.store import digest_file
-from persea.teacher import Teacher
+from persea.config.recipe import load_recipe
+from persea.config.schema import Balance, CorpusPart
+from persea.pipeline.run_context import BASE, STUDENT, River, set_threads
+from persea.storage import digest_file
+from persea.tasks.task import Split, grade, score
+from persea.teachers.teacher import Teacher
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "quickstart.yaml"

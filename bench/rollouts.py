@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from persea.engines.local import LocalEngine
-from persea.measure import Split
-from persea.models import Source, open_model, open_voice
-from persea.skills import SKILLS
+from persea.models.loading import Source, open_model, open_voice
+from persea.tasks.generated import SKILLS
+from persea.tasks.task import Split
+from persea.teachers.engines.transformers import LocalEngine
 
 ROOT = Path(__file__).resolve().parent.parent
 TOGETHER, ALONE, PAIRS, NEW = 64, 8, 3, 96

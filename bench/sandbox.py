@@ -18,11 +18,11 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from persea.chat import Message
-from persea.sandbox import open_sandbox
-from persea.sets import named
-from persea.sets.reading import Source
-from persea.trial import attempt
+from persea.chat.messages import Message
+from persea.tasks.benchmarks import named
+from persea.tasks.benchmarks.readers import Source
+from persea.tasks.sandbox.run_tests import attempt
+from persea.tasks.sandbox.sandbox import open_sandbox
 
 DATA = Path(os.environ.get("PERSEA_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 

@@ -19,7 +19,7 @@ import torch
 from baselines import Shared, bpm, chunk_likelihood, strict, uld
 from worlds import Boundary, Floats, Prefix, World, chunks
 
-from persea.masks import FREE
+from persea.alignment.boundary_mask import FREE
 
 NOWHERE = -60.0  # the logit of a token that never follows: e^-60 moves no figure given here, and keeps gradients finite
 
@@ -41,7 +41,7 @@ def exact_weights(world: World, b: Boundary) -> tuple[Floats, Floats]:
 
 
 def persea_mask(world: World, b: Boundary) -> tuple[Floats, Floats]:
-    """What trains: 0 for tokens after which no text whatever keeps the other boundary (persea.masks). Knows nothing of the law."""
+    """What trains: 0 for tokens after which no text whatever keeps the other boundary (persea.alignment.boundary_mask). Knows nothing of the law."""
     bridge = world.full_bridge
     if bridge.teacher_mask is None or bridge.student_mask is None:
         return no_mask(world, b)

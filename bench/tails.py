@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from persea import cache
-from persea.cache import Capture
-from persea.chat import Conversation, Finish, Text, Tokens
-from persea.rows import STEP, RowKind, Rows, fewest
-from persea.teacher import Answer
+from persea.cache import unit as cache
+from persea.cache.unit import Capture
+from persea.chat.messages import Conversation, Finish, Text, Tokens
+from persea.distributions import STEP, RowKind, Rows, fewest
+from persea.teachers.teacher import Answer
 
 WEB_TOKENS = 236e9
 V = 151_936

@@ -36,20 +36,21 @@ from bridge import DATA, Work, compare, rounded, spread
 from memory import Peak
 from peer import TRL, has_trl
 
-from persea import balance, skills
-from persea.bridge import Bridge, open_bridge
-from persea.cache import Capture
-from persea.chat import Finish
-from persea.engines.local import LocalEngine
-from persea.feed import Feed, offline
+from persea.alignment.event_map import Bridge, open_bridge
+from persea.cache.unit import Capture
+from persea.chat.messages import Finish
+from persea.distributions import sample_rows
 from persea.losses import Dead, Divergence, Head, Sides, Targets, composed_head, divergence_head, standing, targets
-from persea.losses.products import add_outer, inward, outward
-from persea.measure import Split
-from persea.models import Source, open_model, open_voice
-from persea.rows import sample_rows
-from persea.student import Student, Ways, open_student
-from persea.teach import by_group
-from persea.teacher import Answer, Teacher
+from persea.losses.matmul import add_outer, inward, outward
+from persea.models.loading import Source, open_model, open_voice
+from persea.pipeline.train_stage import by_group
+from persea.tasks import generated as skills
+from persea.tasks.task import Split
+from persea.teachers.engines.transformers import LocalEngine
+from persea.teachers.teacher import Answer, Teacher
+from persea.training import loss_balancing as balance
+from persea.training.dataset import Feed, offline
+from persea.training.student import Student, Ways, open_student
 
 ROOT = Path(__file__).resolve().parent.parent
 V, D, N, DEAD = 128_256, 512, 256, 200

@@ -17,7 +17,7 @@ from baselines import Sequence, gold, gold_loss
 from tabular import NOWHERE, Objective, Stack, shared_columns
 from worlds import Prefix, World, starts
 
-from persea.voice import Voice
+from persea.chat.renderer import Voice
 
 
 class Columns:

@@ -16,8 +16,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from persea.bridge import Bridge
-from persea.chat import Tokens
+from persea.alignment.event_map import Bridge
+from persea.chat.messages import Tokens
 
 SOURCE: Mapping[str, Mapping[str, float]] = {  # after "" (the text begins), a, b, c
     "": {"a": .5, "b": .3, "c": .2}, "a": {"a": .1, "b": .7, "c": .2}, "b": {"a": .6, "b": .1, "c": .3}, "c": {"a": .25, "b": .15, "c": .6}}

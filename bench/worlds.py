@@ -23,10 +23,10 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from persea.bridge import Bridge, build
-from persea.families.llama import LLAMA
-from persea.vocabulary import BYTE_TO_CHAR, open_vocabulary
-from persea.voice import Voice
+from persea.alignment.event_map import Bridge, build
+from persea.chat.families.llama import LLAMA
+from persea.chat.renderer import Voice
+from persea.tokenization.vocabulary import BYTE_TO_CHAR, open_vocabulary
 
 Merges: TypeAlias = tuple[tuple[str, str], ...]
 Prefix: TypeAlias = tuple[int, ...]

@@ -12,16 +12,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from persea.align import boundaries
-from persea.bridge import build
-from persea.chat import Finish
-from persea.engines.local import LocalEngine
+from persea.alignment.event_map import build
+from persea.alignment.spans import boundaries
+from persea.chat.messages import Finish
+from persea.distributions import sample_rows
 from persea.losses import composed, standing, targets, together
-from persea.measure import Split
-from persea.models import Source, open_model, open_voice
-from persea.rows import sample_rows
-from persea.skills import CODE, LANGUAGES
-from persea.teacher import Teacher
+from persea.models.loading import Source, open_model, open_voice
+from persea.tasks.generated import CODE, LANGUAGES
+from persea.tasks.task import Split
+from persea.teachers.engines.transformers import LocalEngine
+from persea.teachers.teacher import Teacher
 
 SAPLINGS = Path(__file__).resolve().parent.parent / "saplings"
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 300

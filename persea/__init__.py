@@ -1,7 +1,7 @@
 """persea: any teacher families into any student, and it proves it.
 
 Read downward: the order in which a prompt flows. A module imports only from modules above it (lazily, `run` and `cli`
-from everywhere); tests/test_map.py holds this map true.
+from everywhere); tests/test_layers.py holds this map true.
 
     errors        what can go wrong, in one line, with its exit code
     # who speaks

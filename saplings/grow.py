@@ -26,13 +26,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Regex as Pattern
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from persea import skills
-from persea.chat import Conversation, Effort, Tokens
-from persea.engines.local import LocalEngine
-from persea.measure import Split, grade, score
-from persea.models import Source, open_model, open_voice, sprout
-from persea.teacher import Teacher
-from persea.voice import Voice
+from persea.chat.messages import Conversation, Effort, Tokens
+from persea.chat.renderer import Voice
+from persea.models.loading import Source, open_model, open_voice, sprout
+from persea.tasks import generated as skills
+from persea.tasks.task import Split, grade, score
+from persea.teachers.engines.transformers import LocalEngine
+from persea.teachers.teacher import Teacher
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))

@@ -7,11 +7,10 @@ import random
 from collections.abc import Callable
 from functools import cache
 
-from persea.chat import Conversation, Effort
-from persea.corpus import Prompt
-from persea.measure import Item, Split, split_of
-from persea.skills import code, languages, reasoning, safety, tools
-from persea.skills.spoken import (
+from persea.chat.messages import Conversation, Effort
+from persea.data.prompts import Prompt
+from persea.tasks.generated import code, languages, reasoning, safety, tools
+from persea.tasks.generated.number_words import (
     EN_DAYS,
     EN_MONTHS,
     ID_DAYS,
@@ -30,6 +29,7 @@ from persea.skills.spoken import (
     number,
     quantity,
 )
+from persea.tasks.task import Item, Split, split_of
 
 KINDS = {"dictionary": 0.42, "said": 0.04, "figures": 0.07, "sums": 0.12, "more": 0.06, "program": 0.03, "formula": 0.09, "call": 0.13, "help": 0.04}
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 import unicodedata
 
-from persea.chat import Conversation
-from persea.corpus import Prompt
-from persea.measure import Item
+from persea.chat.messages import Conversation
+from persea.data.prompts import Prompt
+from persea.tasks.task import Item
 
 # language -> the question; then what each place of a sentence may hold, all of it equally likely
 TALK = {

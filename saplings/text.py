@@ -14,13 +14,13 @@ from pages import page
 from plans import KNOWN, Plan
 from prose import small_talk
 
-from persea import skills
-from persea.chat import Conversation, Effort, Text, Thinking, Tokens, ToolCall, canonical
-from persea.measure import Item, Split, Verdict
-from persea.skills import code, languages, reasoning, safety, tools
-from persea.skills.frames import dress
-from persea.skills.reasoning import concluded
-from persea.voice import Voice
+from persea.chat.messages import Conversation, Effort, Text, Thinking, Tokens, ToolCall, canonical
+from persea.chat.renderer import Voice
+from persea.tasks import generated as skills
+from persea.tasks.generated import code, languages, reasoning, safety, tools
+from persea.tasks.generated.answer_phrases import dress
+from persea.tasks.generated.reasoning import concluded
+from persea.tasks.task import Item, Split, Verdict
 
 KINDS = {"languages": languages.KINDS, "code": code.KINDS, "safety": safety.KINDS, "reasoning": reasoning.KINDS, "tools": tools.KINDS}
 THOUGHTS = {"languages": languages.thought, "reasoning": reasoning.thought, "tools": tools.thought}

@@ -80,7 +80,7 @@ def _speaker(folder: Path, name: str) -> Speaker:
     """Opened once: the tokenizer that open_voice opened is caught on its way, because a real one takes seconds."""
     from transformers import AutoTokenizer
 
-    from persea.models import Source, open_voice
+    from persea.models.loading import Source, open_voice
 
     caught: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from persea.store import Disk
+from persea.storage import Disk
 
 Step = tuple[Any, ...]
 STEPS = ("make", "create", "write", "sync", "replace", "link", "remove", "sync_folder")

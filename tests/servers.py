@@ -21,9 +21,9 @@ from typing import Any
 
 import httpx2
 import uvicorn
-from test_cli import warm
 
 from persea import cli
+from tests.cli.test_cli import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 

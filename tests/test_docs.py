@@ -11,7 +11,7 @@ import pytest
 import typer.main
 
 from persea.cli import app
-from persea.recipe import schema
+from persea.config.recipe import schema
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "saplings/README.md", *(

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from persea import launch as launcher
-from persea import watch
-from persea.balance import Group, Taught
-from persea.models import Source, open_voice
-from persea.ranks import Shard, World
-from persea.river import quieten
-from persea.student import open_student
-from persea.train import Settings, train
+from persea.models.loading import Source, open_voice
+from persea.pipeline.run_context import quieten
+from persea.training.distributed import heartbeat as watch
+from persea.training.distributed import launcher
+from persea.training.distributed.world import Shard, World
+from persea.training.loop import Settings, train
+from persea.training.loss_balancing import Group, Taught
+from persea.training.student import open_student
 
 SAPLING = Path(__file__).resolve().parent.parent / "saplings" / "llama-sapling"
 SETTINGS = Settings(steps=6, learning_rate=3e-3, warmup=2, weight_decay=0.01, clip=1.0, checkpoint_every=2, log_every=1, seed=5, skips=1)

@@ -14,9 +14,9 @@ import torch
 
 from bench.objectives.lessons import Batch, Ints, Lesson
 from bench.objectives.methods import Loss, Pair, Setting, boundary_contexts, said_of
+from persea.alignment.boundary_mask import Mask
 from persea.losses import Chunks, Dead, composed
 from persea.losses import chunk as chunk_term
-from persea.masks import Mask
 
 WEIGHTS = (0.01, 0.03, 0.1)
 

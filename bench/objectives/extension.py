@@ -1,4 +1,4 @@
-"""The student's vocabulary extended: merges learned on top of its own, on text of scripts that it breaks into bytes (persea.extension)."""
+"""The student's vocabulary extended: merges learned on top of its own, on text of scripts that it breaks into bytes (vocab_extension)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
 from bench.objectives.vocabularies import FAMILIES, STARTS, TOKENIZERS, Speaker, speaker
-from persea import extension
-from persea.extension import Merge, extended, pieces_of, prove, words_of
-from persea.longer import lengthen
+from persea.vocab_extension import learn_merges as extension
+from persea.vocab_extension.learn_merges import Merge, extended, pieces_of, prove, words_of
+from persea.vocab_extension.resize_model import lengthen
 
 
 def learned(backend: Tokenizer, texts: Sequence[str], count: int) -> list[Merge]:

@@ -15,9 +15,9 @@ from transformers import LlamaForCausalLM
 from bench.objectives.data import ASKED, Window
 from bench.objectives.models import padded, states
 from bench.objectives.vocabularies import Speaker
-from persea.align import boundaries, spans
-from persea.chat import Tokens
-from persea.rows import Rows, sample_rows
+from persea.alignment.spans import boundaries, spans
+from persea.chat.messages import Tokens
+from persea.distributions import Rows, sample_rows
 
 Ints = npt.NDArray[np.int64]
 

@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from bench import baselines
 from bench.objectives.lessons import Batch, Group, Ints, Lesson, Teacher, sampled
 from bench.objectives.vocabularies import Speaker
-from persea.align import align
-from persea.bridge import Bridge, open_bridge
-from persea.completion import Completer, open_completer, said_before
+from persea.alignment.boundary_mask import FREE
+from persea.alignment.event_map import Bridge, open_bridge
+from persea.alignment.partial_tokens import Completer, open_completer, said_before
+from persea.alignment.spans import align
+from persea.distributions import RowKind, Rows
 from persea.losses import Entries, Targets, composed, standing, targets, together
-from persea.masks import FREE
-from persea.rows import RowKind, Rows
 
 TEMPERATURE = 100.0  # of the chunk likelihood, as published
 
@@ -168,7 +168,7 @@ KEPT: dict[tuple[str, str, bool, bool], Entries] = {}  # what a teacher says of 
 
 
 def entries(one: Lesson, pair: Pair, rows: str, masked: bool, completed: bool = False) -> Entries:
-    """A window's rows over events, as persea.feed makes them; positions are the window's student tokens.
+    """A window's rows over events, as persea.training.dataset makes them; positions are the window's student tokens.
 
     Where both begin a token; completed: inside a teacher token that begins where both do, too.
     """

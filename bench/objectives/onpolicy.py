@@ -1,8 +1,9 @@
 """Own words or real text: a student that events have taught goes on for half as many steps, on text, on what it says itself, or on both in turn.
 
 The windows are ones it has not met: "text" sees them with what the teacher says of them, "own" their first quarter, continued by the student
-and heard by persea's own on-policy objective (persea.advice: whole rows, reverse KL over events, masks, stretches), "both" the first half of
-them both ways, in turn. Measured on held-out windows: bits per byte of the real text; and of each window's first quarter as the student continues it,
+and heard by persea's own on-policy objective (persea.training.on_policy.loss: whole rows, reverse KL over events, masks, stretches), "both" the first
+half of them both ways, in turn. Measured on held-out windows: bits per byte of the real text; and of each window's first quarter as the
+student continues it,
 what the teacher spends on a byte of that (`taught`), and what the student does (`self`): their difference is the reverse KL of whole
 continuations, a byte, by one sample each. The teacher's tokens are those of its tokenizer, not every way to spell the text.
 """
@@ -29,13 +30,13 @@ from bench.objectives.methods import Setting, events, prepare
 from bench.objectives.models import optimizer, order, padded, rate, states, step_with
 from bench.objectives.vocabularies import Speaker
 from bench.objectives.words import AT_ONCE, drawn, given
-from persea.advice import advice
-from persea.beside import Pair
-from persea.chat import Tokens
-from persea.engines.local import LocalEngine
-from persea.likely import LIKELY, likely_behind
+from persea.chat.messages import Tokens
 from persea.losses import Head
-from persea.teacher import Teacher as Asked
+from persea.teachers.engines.transformers import LocalEngine
+from persea.teachers.teacher import Teacher as Asked
+from persea.training.on_policy.candidates import LIKELY, likely_behind
+from persea.training.on_policy.loss import advice
+from persea.training.on_policy.teacher_scores import Pair
 
 ON = ("none", "text", "both", "own")
 MORE = 0.5     # of a size's steps
@@ -141,7 +142,7 @@ def said_by(model: LlamaForCausalLM, speaker: Speaker, windows: Sequence[Window]
 
 
 def heard(model: LlamaForCausalLM, speakers: Mapping[str, Speaker], some: Sequence[Own], pairs: Mapping[str, Pair]) -> torch.Tensor:
-    """persea's loss of the student's own words, as persea.rollouts puts it together."""
+    """persea's loss of the student's own words, as persea.training.on_policy.rollouts puts it together."""
     student, spoken, first = speakers["student"], dict[str, list[tuple[Tokens, Tokens]]](), 0
     for own in some:
         who = ASKED[own.window.domain]

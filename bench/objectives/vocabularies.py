@@ -18,13 +18,13 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from bench.objectives import data
-from persea.chat import Family
-from persea.families.gemma import GEMMA
-from persea.families.gpt_oss import GPT_OSS
-from persea.families.llama import LLAMA
-from persea.families.qwen import QWEN
-from persea.vocabulary import BYTE_TO_CHAR, Vocabulary, open_vocabulary
-from persea.voice import Voice
+from persea.chat.families.gemma import GEMMA
+from persea.chat.families.gpt_oss import GPT_OSS
+from persea.chat.families.llama import LLAMA
+from persea.chat.families.qwen import QWEN
+from persea.chat.messages import Family
+from persea.chat.renderer import Voice
+from persea.tokenization.vocabulary import BYTE_TO_CHAR, Vocabulary, open_vocabulary
 
 TOKENIZERS = {"A": "qwen3", "B": "gemma3", "C": "gpt-oss", "student": "llama3"}
 FAMILIES = {"A": QWEN, "B": GEMMA, "C": GPT_OSS, "student": LLAMA}

@@ -12,7 +12,14 @@ from typing import Annotated
 import typer
 
 from persea import __version__
-from persea.cli import caches, compare, live, serving, stages, watching
+
+# The order of the imports is the order of the verbs in `persea --help`.
+from persea.cli import run as stages  # isort: skip
+from persea.cli import cache as caches  # isort: skip
+from persea.cli import status as watching  # isort: skip
+from persea.cli import compare  # isort: skip
+from persea.cli import chat as live  # isort: skip
+from persea.cli import serve as serving  # isort: skip
 from persea.cli.options import app
 from persea.errors import PerseaError, RecipeError, Stopped
 

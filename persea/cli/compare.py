@@ -15,9 +15,9 @@ from persea.cli.options import AsJson, app
 def compare(run_a: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
             run_b: Annotated[Path, typer.Argument(help="Another one.", show_default=False)], as_json: AsJson = False) -> None:
     """The students of two runs, skill by skill and language by language, on the items that both were asked; and what their recipes change."""
-    from persea.compare import COLUMNS
-    from persea.compare import compare as lay
-    from persea.progress import table
+    from persea.pipeline.progress import table
+    from persea.report.compare_runs import COLUMNS
+    from persea.report.compare_runs import compare as lay
 
     told = lay(run_a, run_b)
     if as_json:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.core import TyperGroup
 
-from persea.ranks import How, Shard
+from persea.training.distributed.world import How, Shard
 
 if TYPE_CHECKING:
-    from persea.recipe import Recipe
-    from persea.river import River
+    from persea.config.recipe import Recipe
+    from persea.pipeline.run_context import River
 
 PANELS = ("The whole river", "Before a run", "Stage by stage", "While it runs", "After a run")
 
@@ -51,8 +51,8 @@ def bundled(kind: str) -> Path:
 
 
 def load(path: Path, sets: list[str]) -> Recipe:
-    from persea.recipe import load_recipe
-    from persea.sets import refuse_unknown
+    from persea.config.recipe import load_recipe
+    from persea.tasks.benchmarks import refuse_unknown
 
     recipe = load_recipe(path, sets)
     refuse_unknown(recipe.evaluation.sets, recipe.corpus, str(path))
@@ -62,7 +62,7 @@ def load(path: Path, sets: list[str]) -> Recipe:
 def open_river(path: Path, sets: list[str], out: Path, how: How = ONE) -> River:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     recipe = load(path, sets)
-    from persea.river import River, quieten
+    from persea.pipeline.run_context import River, quieten
 
     quieten()
     return River(recipe, Path("runs") / recipe.name if out == NOWHERE else out, how)

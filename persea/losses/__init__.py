@@ -6,13 +6,13 @@ ordinary divergences. composed_head() and divergence_head() are the same from hi
 run as Triton kernels (fused.py, imported there only), on a CPU over the products of products.py.
 """
 
-from persea.losses.chunk import Chunks, chunk
-from persea.losses.events import composed, event_logprobs
-from persea.losses.full import Sides, full
-from persea.losses.groups import Dead
-from persea.losses.head import Head, composed_head, divergence_head
+from persea.losses.chunked_head import Head, composed_head, divergence_head
+from persea.losses.divergence import Divergence, LossOut, cross_entropy, refuse_divergence, same_vocabulary
+from persea.losses.event_divergence import Sides, full
+from persea.losses.event_kl import composed, event_logprobs
+from persea.losses.event_sums import Dead
+from persea.losses.span_likelihood import Chunks, chunk
 from persea.losses.targets import Entries, Targets, split, standing, targets, together
-from persea.losses.token import Divergence, LossOut, cross_entropy, refuse_divergence, same_vocabulary
 
 __all__ = ["Chunks", "Dead", "Divergence", "Entries", "Head", "LossOut", "Sides", "Targets", "chunk", "composed", "composed_head",
            "cross_entropy", "divergence_head", "event_logprobs", "full", "refuse_divergence", "same_vocabulary", "split", "standing", "targets",

@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from persea.bridge import Bridge
+from persea.alignment.boundary_mask import FREE, Mask
+from persea.alignment.event_map import Bridge
+from persea.distributions import MASS, RowKind
 from persea.errors import DataError
-from persea.masks import FREE, Mask
-from persea.rows import MASS, RowKind
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def _named_whole(bridge: Bridge, row_M: npt.NDArray[np.integer], event_M: npt.ND
     """Entries of events all of whose teacher tokens the row names, and of control tokens.
 
     Of any other event the rest holds a part: it belongs there whole, or it looks less likely than it is. What the rest holds of dead
-    tokens nobody can tell; so a rest stays biased between tokenizers (tests/test_worlds.py pins how far).
+    tokens nobody can tell; so a rest stays biased between tokenizers (tests/bench/test_worlds.py pins how far).
     """
     sizes = np.bincount(bridge.teacher_event_W[bridge.teacher_event_W >= 0], minlength=bridge.events)
     key, which, named = np.unique(row_M.astype(np.int64) * (bridge.events + 1) + event_M + 1, return_inverse=True, return_counts=True)

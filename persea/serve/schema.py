@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from persea.chat import Conversation, Effort, Family, Message, Part, Role, Text, Thinking, Tool, ToolCall, ToolResult, canonical
-from persea.engines import Sampling
+from persea.chat.messages import Conversation, Effort, Family, Message, Part, Role, Text, Thinking, Tool, ToolCall, ToolResult, canonical
 from persea.errors import DataError
+from persea.teachers.engines import Sampling
 
 Id: TypeAlias = Annotated[int, Field(ge=0, lt=1 << 31)]
 Ids: TypeAlias = Annotated[list[Id], Field(max_length=1 << 20)]

@@ -1,0 +1,1 @@
+"""The teacher cache: captured answers and sparse distributions on disk."""

@@ -1,0 +1,1 @@
+"""Conversations, chat templates and the renderers that turn one into token ids."""

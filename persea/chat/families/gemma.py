@@ -1,0 +1,206 @@
+"""Gemma 3 and Gemma 4.
+
+Gemma 3: turns without a system role; the template writes system text at the head of the first user turn.
+
+    <bos><start_of_turn>user
+    Hello<end_of_turn>
+    <start_of_turn>model
+    Hi!<end_of_turn>
+
+No thinking and no tools: its template drops them, so a conversation with tools is refused. Texts are trimmed; the system text is not.
+
+Gemma 4: other control tokens, a system turn, a thinking switch, and tools in a notation of its own.
+
+    <bos><|turn>system
+    <|think|>
+    Be brief.<|tool>declaration:f{...}<tool|><turn|>
+    <|turn>user
+    Hello<turn|>
+    <|turn>model
+    <|channel>thought
+    Why not?
+    <channel|><|tool_call>call:f{x:1,y:<|"|>a<|"|>}<tool_call|><|tool_response>response:f{value:<|"|>42<|"|>}<tool_response|>Hi!<turn|>
+
+A call and its result belong to one turn of the model, which ends a call with <|tool_response>. Arguments are written key by key, sorted:
+a call has no bytes, and `normalise` sorts it. The template keeps a thought only beside a call, after the last question. Without thinking
+its prompt ends with an empty thought, which its finished conversations leave out: see `Family.opening`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from persea.chat.families.llama import parse as parse_text
+from persea.chat.families.tool_format import as_functions, as_messages, but_calls
+from persea.chat.messages import (
+    Conversation,
+    Effort,
+    Family,
+    Message,
+    Part,
+    Pieces,
+    Role,
+    Text,
+    Thinking,
+    ToolCall,
+    ToolResult,
+    edit,
+    text_of,
+)
+from persea.errors import DataError
+
+QUOTE = '<|"|>'
+CALL = re.compile(r"call:([^{]*)(\{.*\})", re.DOTALL)
+KEY = re.compile(r'([{,])\s*([^{}\[\],:"]+?)\s*:')
+
+
+def normalise(conversation: Conversation) -> Conversation:
+    """Thoughts dropped; texts trimmed, but the system text."""
+    def change(k: int, m: Message, p: Part) -> str:
+        if isinstance(p, Thinking):
+            return ""
+        return p.text if m.role is Role.SYSTEM else p.text.strip()
+
+    return edit(conversation, change)
+
+
+def inputs(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Messages as the template takes them; no switches."""
+    return as_messages(conversation), {}
+
+
+def parse(pieces: Pieces, effort: Effort) -> tuple[Part, ...] | None:
+    """One text, no control token inside."""
+    return parse_text(pieces, effort)
+
+
+def normalise4(conversation: Conversation) -> Conversation:
+    """Thoughts kept beside calls after the last question, where thinking is on; texts trimmed; arguments sorted."""
+    asked = max((k for k, m in enumerate(conversation.messages) if m.role is Role.USER), default=-1)
+
+    def change(k: int, m: Message, p: Part) -> str:
+        if isinstance(p, Thinking):
+            return p.text if m.calls and k > asked and conversation.effort is not Effort.NONE else ""
+        return p.text if isinstance(p, ToolResult) else p.text.strip()
+
+    kept = edit(conversation, change)
+    return replace(kept, messages=tuple(
+        replace(m, parts=tuple(_sorted(p) if isinstance(p, ToolCall) else p for p in m.parts)) for m in kept.messages))
+
+
+def _sorted(call: ToolCall) -> ToolCall:
+    def order(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: order(value[k]) for k in sorted(value, key=str.lower)}
+        return [order(v) for v in value] if isinstance(value, list) else value
+
+    return replace(call, arguments=json.dumps(order(json.loads(call.arguments)), ensure_ascii=False))
+
+
+def inputs4(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Messages and tools; the thinking switch. Refuses words beside a call and arguments that cannot be read back."""
+    for k, m in enumerate(conversation.messages):
+        if m.calls and m.text:
+            raise DataError(f"message {k} has words beside its tool calls", where="gemma-4",
+                            remedy="its template writes them behind the results; leave the conversation out")
+        for call in m.calls:
+            if _call([p if p == QUOTE else p.encode() for p in _words(call)]) != call:
+                raise DataError(f"the arguments of {call.name} in message {k} cannot be told apart in its notation", where="gemma-4",
+                                remedy="plain keys, and numbers and texts as values; or leave the conversation out")
+    tools = as_functions(conversation.tools)
+    return as_messages(conversation, "reasoning_content"), {"enable_thinking": conversation.effort is not Effort.NONE} | (
+        {"tools": tools} if tools else {})
+
+
+def _words(call: ToolCall) -> Iterator[str]:
+    """A call as the template writes it: QUOTE and the texts between."""
+    def say(value: Any) -> str:
+        if isinstance(value, str):
+            return "\0Q" + value + "\0Q"
+        if isinstance(value, dict):
+            return "{" + ",".join(f"{k}:{say(v)}" for k, v in value.items()) + "}"
+        if isinstance(value, list):
+            return "[" + ",".join(map(say, value)) + "]"
+        return str(value).lower() if isinstance(value, bool) else str(value)
+
+    parts = f"call:{call.name}{say(json.loads(call.arguments))}".split("\0Q")
+    for k, part in enumerate(parts):
+        if k:
+            yield QUOTE
+        if part:
+            yield part
+
+
+def parse4(pieces: Pieces, effort: Effort) -> tuple[Part, ...] | None:
+    """[<|channel> thought <channel|>] then a text or calls."""
+    parts: list[Part] = []
+    rest = list(pieces)
+    if rest[:1] == ["<|channel>"]:
+        if "<channel|>" not in rest:
+            return None
+        end = rest.index("<channel|>")
+        thought = text_of(rest[1:end])
+        if thought is None or not thought.startswith("thought\n"):
+            return None
+        thought = thought.removeprefix("thought\n").removesuffix("\n")
+        parts, rest = [Thinking(thought)] if thought else [], rest[end + 1:]
+    if "<|tool_call>" not in rest:
+        text = text_of(rest)
+        return None if text is None else (*parts, Text(text.strip()))
+    if rest[0] != "<|tool_call>":
+        return None
+    while rest:
+        if rest[0] != "<|tool_call>" or "<tool_call|>" not in rest:
+            return None
+        end = rest.index("<tool_call|>")
+        call = _call(rest[1:end])
+        if call is None:
+            return None
+        parts.append(call)
+        rest = rest[end + 1:]
+    return tuple(parts)
+
+
+def _call(pieces: Sequence[str | bytes]) -> ToolCall | None:
+    """call:NAME{key:value,...}, its texts between QUOTEs; None where it is malformed.
+
+    Made into JSON with each text's number in place of the text, and the texts then put in.
+    """
+    segments = [b""]
+    for p in pieces:
+        if p == QUOTE:
+            segments.append(b"")
+        elif isinstance(p, str):
+            return None
+        else:
+            segments[-1] += p
+    bare, texts = [s.decode() for s in segments[::2]], [s.decode() for s in segments[1::2]]
+    if len(bare) != len(texts) + 1 or any('"' in b or "\\" in b for b in bare):
+        return None
+    found = CALL.fullmatch(bare[0] + "".join(f'"{k}"{b}' for k, b in enumerate(bare[1:])))
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: fill(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [fill(v) for v in value]
+        return texts[int(value)] if isinstance(value, str) else value
+
+    try:
+        return ToolCall.read(found[1], fill(json.loads(KEY.sub(r'\1"\2":', re.sub(r"\bNone\b", "null", found[2]))))) if found else None
+    except (ValueError, RecursionError):
+        return None
+
+
+GEMMA = Family(
+    name="gemma", licence="Gemma Terms of Use", signature="<start_of_turn>", efforts=(Effort.NONE,),
+    stops=("<end_of_turn>", "<eos>"), normalise=normalise, inputs=inputs, parse=parse)
+GEMMA4 = Family(
+    name="gemma-4", licence="Apache-2.0", signature="<|turn>", efforts=(Effort.NONE, Effort.HIGH), stops=("<turn|>", "<|tool_response>", "<eos>"),
+    normalise=normalise4, inputs=inputs4, parse=parse4, opening="<|channel>thought\n<channel|>",
+    tool_bytes=but_calls)
+GEMMAS = (GEMMA, GEMMA4)

@@ -1,0 +1,276 @@
+"""Qwen: ChatML. One file for its five forms; which one speaks is told by the template's text (`Family.template_mark`).
+
+    <|im_start|>user
+    Hello<|im_end|>
+    <|im_start|>assistant
+    <think>
+
+    </think>
+
+    Hi!<|im_end|>
+
+    qwen         Qwen3: an empty <think> block is how thinking is switched off; thoughts before the last question are dropped
+    qwen2.5      no thinking
+    qwen3-coder  no thinking; calls key by key
+    qwen3.5      its prompt opens <think>; texts are trimmed, earlier thoughts kept; calls key by key
+    qwq          its prompt opens <think>; the template takes the thought as part of the text, and drops earlier ones
+
+A call is {"name": "f", "arguments": {...}} between <tool_call> and </tool_call>; any number of them, behind the words. Key by key
+(`qwen_keys.py`) a call has no bytes: its JSON is not what the template writes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from persea.chat.families.qwen_xml_tools import read_keys, refuse_ambiguous, typed
+from persea.chat.families.tool_format import as_functions, as_messages, as_written, but_calls
+from persea.chat.messages import (
+    Conversation,
+    Effort,
+    Family,
+    Message,
+    Part,
+    Pieces,
+    Role,
+    Text,
+    Thinking,
+    ToolCall,
+    edit,
+    text_of,
+    with_text,
+)
+
+LINE_ENDS = re.compile(r"\A\s*[\r\n]")
+
+
+def _is_on(conversation: Conversation) -> bool:
+    return conversation.effort is not Effort.NONE
+
+
+def _asked(conversation: Conversation) -> int:
+    """The last question, as Qwen's templates look for it: a user's text that is no <tool_response>. Without one: the last message."""
+    asked = [k for k, m in enumerate(conversation.messages)
+             if m.role is Role.USER and not (m.text.startswith("<tool_response>") and m.text.endswith("</tool_response>"))]
+    return max(asked, default=len(conversation.messages) - 1)
+
+
+def normalise(conversation: Conversation) -> Conversation:
+    """Thoughts kept after the last question, and only when thinking is on; a turn with its <think> block loses newlines at its rims."""
+    last, asked = len(conversation.messages) - 1, _asked(conversation)
+
+    def change(k: int, m: Message, p: Part) -> str:
+        thought = m.thinking.strip("\n") if k > asked and _is_on(conversation) else ""
+        if isinstance(p, Thinking):
+            return thought
+        return p.text.lstrip("\n") if m.role is Role.ASSISTANT and k > asked and (k == last or thought) else p.text
+
+    return edit(conversation, change)
+
+
+def inputs(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Messages with the thought beside the answer; tools; the thinking switch."""
+    return as_messages(conversation, "reasoning_content"), {"enable_thinking": _is_on(conversation)} | _tools(conversation)
+
+
+def _tools(conversation: Conversation) -> dict[str, Any]:
+    tools = as_functions(conversation.tools)
+    return {"tools": tools} if tools else {}
+
+
+def parse(pieces: Pieces, effort: Effort) -> tuple[Part, ...] | None:
+    """[<think> thought </think>] answer [calls]."""
+    if pieces and pieces[0] == "<think>":
+        return _thought_and_answer(pieces[1:])
+    return _answer(pieces)
+
+
+def _thought_and_answer(pieces: Pieces) -> tuple[Part, ...] | None:
+    if "</think>" not in pieces:
+        return None
+    end = list(pieces).index("</think>")
+    thought, answer = text_of(pieces[:end]), _answer(pieces[end + 1:])
+    if thought is None or answer is None:
+        return None
+    said = tuple(Text(p.text.lstrip("\n")) if isinstance(p, Text) else p for p in answer)
+    said = tuple(p for p in said if p.text) or said[:1]
+    return (Thinking(thought.strip("\n")), *said) if thought.strip("\n") else said
+
+
+def _answer(pieces: Pieces) -> tuple[Part, ...] | None:
+    """Words, then <tool_call>{"name": ..., "arguments": {...}}</tool_call>, any number of them."""
+    first = list(pieces).index("<tool_call>") if "<tool_call>" in pieces else len(pieces)
+    words = text_of(pieces[:first])
+    if words is None or first == len(pieces):
+        return None if words is None else (Text(words),)
+    calls = _calls(pieces[first:])
+    words = words.removesuffix("\n")
+    return None if calls is None else ((Text(words), *calls) if words else calls)
+
+
+def _calls(pieces: Pieces) -> tuple[Part, ...] | None:
+    calls: list[Part] = []
+    rest = list(pieces)
+    while rest:
+        body = rest[1] if len(rest) > 2 and (rest[0], rest[2]) == ("<tool_call>", "</tool_call>") else None
+        call = _call(body.decode()) if isinstance(body, bytes) else None
+        if call is None:
+            return None
+        calls.append(call)
+        rest = rest[3:]
+        if rest and isinstance(rest[0], bytes) and not rest[0].strip():
+            rest = rest[1:]
+    return tuple(calls)
+
+
+def _call(text: str) -> ToolCall | None:
+    if text.strip().startswith("<function="):
+        return read_keys(text)
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or set(found) != {"name", "arguments"} or not isinstance(found["arguments"], dict):
+        return None
+    return ToolCall.read(found["name"], found["arguments"])
+
+
+# ---- Qwen 2.5 and Qwen3-Coder: no thinking ---------------------------------------------------------------------------------------
+
+
+def _unglued(text: str) -> str:
+    """The text without line ends before it: one token would cover them and the end of the prompt."""
+    return LINE_ENDS.sub("", text)
+
+
+def normalise25(conversation: Conversation) -> Conversation:
+    """Thoughts dropped; the last answer without line ends before it."""
+    last = len(conversation.messages) - 1
+
+    def change(k: int, m: Message, p: Part) -> str:
+        if isinstance(p, Thinking):
+            return ""
+        return _unglued(p.text) if k == last and m.role is Role.ASSISTANT else p.text
+
+    return edit(conversation, change)
+
+
+def inputs25(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Messages and tools."""
+    return as_messages(conversation), _tools(conversation)
+
+
+def parse25(pieces: Pieces, effort: Effort) -> tuple[Part, ...] | None:
+    """Answer [calls]."""
+    return _answer(pieces)
+
+
+def normalise_coder(conversation: Conversation) -> Conversation:
+    """As Qwen 2.5; words beside calls trimmed."""
+    return edit(normalise25(conversation), lambda k, m, p: p.text.strip() if m.calls else p.text)
+
+
+def inputs_coder(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Messages and tools. Refuses a call that cannot be read back."""
+    refuse_ambiguous(conversation, "qwen3-coder")
+    return inputs25(conversation)
+
+
+def parse_coder(pieces: Pieces, effort: Effort) -> tuple[Part, ...] | None:
+    """Answer [calls]; words beside calls stand between newlines."""
+    return _trimmed(_answer(pieces))
+
+
+def _trimmed(parts: Sequence[Part] | None) -> tuple[Part, ...] | None:
+    """Words beside calls without white space at their rims."""
+    if parts is None or not any(isinstance(p, ToolCall) for p in parts):
+        return None if parts is None else tuple(parts)
+    said = [Text(p.text.strip()) if isinstance(p, Text) else p for p in parts]
+    return tuple(p for p in said if p.text)
+
+
+# ---- Qwen 3.5 and QwQ: the prompt opens <think> ----------------------------------------------------------------------------------
+
+
+def normalise35(conversation: Conversation) -> Conversation:
+    """Texts trimmed, also of tools; thoughts kept where thinking is on, trimmed too: their white space would glue to the prompt's."""
+    return edit(conversation, lambda k, m, p: "" if isinstance(p, Thinking) and not _is_on(conversation) else p.text.strip())
+
+
+def inputs35(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """As Qwen3's. Refuses a call that cannot be read back."""
+    refuse_ambiguous(conversation, "qwen3.5")
+    return inputs(conversation)
+
+
+def parse35(pieces: Pieces, effort: Effort) -> tuple[Part, ...] | None:
+    """Thought </think> answer [calls], texts trimmed; without thinking the prompt has closed the block."""
+    parts = _opened(pieces, effort)
+    if parts is None:
+        return None
+    said = tuple(with_text(p, p.text.strip()) if isinstance(p, (Text, Thinking)) else p for p in parts)
+    return tuple(p for p in said if p.text) or (Text(""),)
+
+
+def _opened(pieces: Pieces, effort: Effort) -> tuple[Part, ...] | None:
+    if pieces and pieces[0] == "<think>":  # some servers say the opening again
+        pieces = pieces[1:]
+    if "</think>" in pieces:
+        return _thought_and_answer(pieces)
+    return _answer(pieces) if effort is Effort.NONE else None
+
+
+def normalise_qwq(conversation: Conversation) -> Conversation:
+    """Thoughts kept in the last turn, and only when thinking is on; answers lose newlines before them."""
+    last = len(conversation.messages) - 1
+
+    def change(k: int, m: Message, p: Part) -> str:
+        if isinstance(p, Thinking):
+            return p.text.strip() if k == last and _is_on(conversation) else ""
+        return p.text.lstrip("\n") if m.role is Role.ASSISTANT else p.text
+
+    return edit(conversation, change)
+
+
+def inputs_qwq(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Messages with the last turn's thought in its text; tools; the switch, which only some of its templates have."""
+    messages = as_messages(conversation)
+    if conversation.messages and conversation.messages[-1].role is Role.ASSISTANT:
+        last = conversation.messages[-1]
+        thought = f"{last.thinking}\n" if last.thinking else ""
+        messages[-1]["content"] = f"<think>\n{thought}</think>\n\n{last.text}"
+    return messages, {"enable_thinking": _is_on(conversation)} | _tools(conversation)
+
+
+def parse_qwq(pieces: Pieces, effort: Effort) -> tuple[Part, ...] | None:
+    """Thought </think> answer [calls]; without thinking the prompt has closed the block."""
+    parts = _opened(pieces, effort)
+    if parts is None:
+        return None
+    said = [with_text(p, p.text.strip() if isinstance(p, Thinking) else p.text.lstrip("\n")) if not isinstance(p, ToolCall) else p for p in parts]
+    return tuple(p for p in said if p.text) or (Text(""),)
+
+
+STOPS = ("<|im_end|>", "<|endoftext|>")
+BOTH, SILENT = (Effort.NONE, Effort.HIGH), (Effort.NONE,)
+QWEN = Family(
+    name="qwen", licence="Apache-2.0", signature="<|im_start|>", efforts=BOTH, stops=STOPS, normalise=normalise, inputs=inputs, parse=parse,
+    template_mark="enable_thinking is defined and", tool_bytes=as_written)
+QWEN25 = Family(
+    name="qwen2.5", licence="Apache-2.0", signature="<|im_start|>", efforts=SILENT, stops=STOPS, normalise=normalise25, inputs=inputs25,
+    parse=parse25, template_mark='or (message.role == "assistant" and not message.tool_calls)', tool_bytes=as_written)
+QWEN3_CODER = Family(
+    name="qwen3-coder", licence="Apache-2.0", signature="<|im_start|>", efforts=SILENT, stops=STOPS, normalise=normalise_coder,
+    inputs=inputs_coder, parse=parse_coder, template_mark="<parameter=example_parameter_1>\\nvalue_1\\n</parameter>", tool_bytes=but_calls,
+    recall=typed)
+QWEN35 = Family(
+    name="qwen3.5", licence="Apache-2.0", signature="<|im_start|>", efforts=BOTH, stops=STOPS, normalise=normalise35, inputs=inputs35,
+    parse=parse35, template_mark="<parameter=example_parameter_2>\\nThis is the value for the second parameter", tool_bytes=but_calls,
+    recall=typed)
+QWQ = Family(
+    name="qwq", licence="Apache-2.0", signature="<|im_start|>", efforts=BOTH, stops=STOPS, normalise=normalise_qwq, inputs=inputs_qwq,
+    parse=parse_qwq, template_mark='elif message.role == "assistant" and not message.tool_calls', tool_bytes=as_written)
+QWENS = (QWEN, QWEN25, QWEN3_CODER, QWEN35, QWQ)

@@ -1,0 +1,1 @@
+"""Measure models on tasks: compatibility check, audition, evaluation."""

@@ -1,0 +1,1 @@
+"""Load models and tokenizers; identify them by digest; place them on devices."""

@@ -1,0 +1,1 @@
+"""Lineage, model card, report page, comparison of runs."""

@@ -1,0 +1,1 @@
+"""Tasks: questions, graders, scores with confidence intervals."""

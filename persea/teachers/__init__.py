@@ -1,0 +1,1 @@
+"""Teachers: a chat renderer on an engine."""

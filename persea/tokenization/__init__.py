@@ -1,0 +1,1 @@
+"""Vocabularies as bytes, and how tokenizers build their tokens."""

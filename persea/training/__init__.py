@@ -1,0 +1,1 @@
+"""Train the student: dataset, loop, checkpoints, loss balancing."""

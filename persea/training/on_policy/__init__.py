@@ -1,0 +1,1 @@
+"""On-policy distillation: rollouts and their scores by teachers."""

@@ -1,0 +1,1 @@
+"""Extend a vocabulary with merged tokens and resize the model."""

@@ -1,0 +1,315 @@
+"""What a mask drops is impossible, and (nearly) all that is impossible is dropped: by enumeration, and on all kinds of real text."""
+
+from __future__ import annotations
+
+import json
+import os
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import worlds
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from persea.alignment.boundary_mask import FREE, INSIDE, Keeper, Mask, open_keeper
+from persea.alignment.event_map import first_tokens
+from persea.tokenization.vocabulary import BYTE_TO_CHAR, Vocabulary, open_vocabulary
+from tests.alignment.test_event_map import real_bridge, real_home
+from tests.conftest import FAMILIES, Speaker
+
+assert real_home  # a fixture of test_bridge: the bridges are built once for all
+TEXTS = ["Hello, two  words and 1234 cats.", "isn't don't WE'RE x='s", "你好，世界。三百四十二", "สวัสดีชาวโลก สามร้อย", "မင်္ဂလာပါ ကမ္ဘာ",
+         "def f(x):\n    return x\n\n\n\ty",
+         "tiếng Việt một hai", "👩‍👩‍👧 ok 🏳️‍🌈", "こんにちは、カタカナ", "a\r\n\r\nb  \n c", "\ufeffBOM", "é ü ñ", "안녕하세요 세계",
+         "x   y\t\tz", "100,000.50 12345678"]
+
+
+def masks(teacher: Vocabulary, student: Vocabulary) -> tuple[Mask, Mask]:
+    """(of the teacher's tokens where the student has a boundary, the other way round)."""
+    t, s = open_keeper(teacher), open_keeper(student)
+    return Mask(s, t, first_tokens(teacher, student)), Mask(t, s, first_tokens(student, teacher))
+
+
+def common(vocabularies: Sequence[Vocabulary], text: str) -> tuple[list[np.ndarray], list[tuple[int, int]]]:
+    """Ids of both, and the tokens that begin at a common byte."""
+    ids = [np.array(v.encode(text), np.int64) for v in vocabularies]
+    at = [{int(b): k for k, b in enumerate(np.cumsum(v.lengths_W[i]) - v.lengths_W[i])} for v, i in zip(vocabularies, ids, strict=True)]
+    return ids, [(at[0][b], at[1][b]) for b in sorted(at[0].keys() & at[1].keys())]
+
+
+def deleted(pair: tuple[Mask, Mask], texts: Sequence[str]) -> tuple[int, int]:
+    """(realised next tokens that a mask would drop, realised next tokens)."""
+    of_teacher, of_student = pair
+    vocabularies = of_teacher.own.vocabulary, of_student.own.vocabulary
+    lost = seen = 0
+    for text in texts:
+        ids, both = common(vocabularies, text)
+        contexts = of_student.keeper.contexts(ids[0], [k for k, _ in both]), of_teacher.keeper.contexts(ids[1], [j for _, j in both])
+        for (k, j), teachers, students in zip(both, *contexts, strict=True):
+            for mask, context, token in ((of_teacher, students, ids[0][k]), (of_student, teachers, ids[1][j])):
+                lost += len(mask.dead(int(context), np.array([token])))
+                seen += 1
+    return lost, seen
+
+
+# ---- any two tokenizers, by enumeration ------------------------------------------------------------------------------
+
+
+def byte_level(chosen: list[tuple[int, int]], pattern: str, added: bool, alphabet: str = "ab ") -> Vocabulary:
+    pieces, merges = [BYTE_TO_CHAR[b] for b in range(256)], list[tuple[str, str]]()
+    for a, b in chosen:
+        known = [*(BYTE_TO_CHAR[ord(c)] for c in alphabet), *pieces[256:]]
+        pair = known[a % len(known)], known[b % len(known)]
+        if "".join(pair) not in pieces and len("".join(pair)) <= 4:
+            merges.append(pair)
+            pieces.append("".join(pair))
+    tokenizer = Tokenizer(models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=merges, ignore_merges=added))
+    split = [pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    if added:
+        tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ("bb", "bba")])
+    return open_vocabulary(tokenizer, "toy")
+
+
+def sentencepiece(chosen: list[tuple[int, int]]) -> Vocabulary:
+    pieces, merges = ["<unk>", *(f"<0x{b:02X}>" for b in range(256)), "a", "b", "▁"], list[tuple[str, str]]()
+    for a, b in chosen:
+        known = pieces[257:]
+        pair = known[a % len(known)], known[b % len(known)]
+        if "".join(pair) not in pieces and len("".join(pair)) <= 4:
+            merges.append(pair)
+            pieces.append("".join(pair))
+    tokenizer = Tokenizer(models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return open_vocabulary(tokenizer, "toy")
+
+
+chosen = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), max_size=8)
+PATTERNS = ("", r" ?[ab]+| +(?!\S)| +", r"[ab]{1,3}| +", r"a+|b| ", r" ?a+b?| ?b+|\s+")
+toys = st.one_of(st.builds(byte_level, chosen, st.sampled_from(PATTERNS), st.booleans()), st.builds(sentencepiece, chosen))
+STRINGS = ["".join(s) for n in range(1, 8) for s in product("ab ", repeat=n) if n < 7 or s[0] == "a"]
+
+
+@settings(max_examples=25)
+@given(one=toys, two=toys)
+def test_nothing_that_occurs_is_dropped(one: Vocabulary, two: Vocabulary):
+    """Sound, whatever the merges, the words, added tokens and byte fallback: over all strings of up to six characters and more."""
+    lost, seen = deleted(masks(one, two), STRINGS[::3])
+    assert seen > 1000
+    assert lost == 0
+
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+RIGHT_ALIGNED = r"\d{1,3}(?=(?:\d{3})*(?!\d))|\D+"
+
+
+def worded(chosen: list[tuple[int, int]], pattern: str, added: tuple[AddedToken, ...]) -> Vocabulary:
+    """Like byte_level, over an alphabet that real patterns care about."""
+    tokenizer = Tokenizer.from_str(byte_level(chosen, pattern, False, "'vsxl 1.").backend.to_str())
+    tokenizer.add_tokens(list(added))
+    return open_vocabulary(tokenizer, "worded")
+
+
+plain_added = st.sampled_from([(), (AddedToken("  ", normalized=False),), (AddedToken("vs", single_word=True),)])
+real_toys = st.builds(worded, chosen, st.sampled_from(["", GPT2, LLAMA, RIGHT_ALIGNED, r"(?i:[a-s]+)|."]), plain_added)
+
+
+@settings(max_examples=25)
+@given(one=real_toys, two=real_toys, seed=st.integers(0, 999))
+def test_nothing_is_dropped_under_real_patterns(one: Vocabulary, two: Vocabulary, seed: int):
+    """Contractions, digits, look-ahead, added tokens that stand among words: what occurs stays."""
+    rng = np.random.default_rng(seed)
+    some = ["".join(rng.choice(list("'vsxlVS 1.  "), int(rng.integers(2, 9)))) for _ in range(150)]
+    assert deleted(masks(one, two), [".  'sx", "a'vex", "12345", "GGvsx", *some])[0] == 0
+
+
+@settings(max_examples=15)
+@given(one=chosen, two=chosen)
+def test_what_never_occurs_is_dropped(one: list[tuple[int, int]], two: list[tuple[int, int]]):
+    """Complete where no word ends: of the tokens that a common boundary rules out in every longer string, less than 2 % stay."""
+    vocabularies = byte_level(one, "", False, "ab"), byte_level(two, "", False, "ab")
+    pair = masks(*vocabularies)
+    follows: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[set[int], set[int]]] = defaultdict(lambda: (set(), set()))
+    own: list[dict[tuple[int, ...], set[int]]] = [defaultdict(set), defaultdict(set)]
+    for text in ("".join(s) for n in range(1, 9) for s in product("ab", repeat=n)):
+        ids, both = common(vocabularies, text)
+        for side in (0, 1):
+            for k, token in enumerate(ids[side].tolist()):
+                own[side][tuple(ids[side][:k])].add(token)
+        for k, j in both:
+            for side, token in enumerate((ids[0][k], ids[1][j])):
+                follows[tuple(ids[0][:k]), tuple(ids[1][:j])][side].add(int(token))
+    stays = ruled_out = 0
+    for prefixes, realised in follows.items():
+        if not prefixes[0] or sum(len(vocabularies[0].bytes_W[i] or b"") for i in prefixes[0]) > 3:
+            continue
+        contexts = [mask.keeper.contexts(np.array(p), [len(p)])[0] for mask, p in zip((pair[1], pair[0]), prefixes, strict=True)]
+        for side in (0, 1):
+            dead = set(pair[side].dead(int(contexts[1 - side])).tolist())
+            assert not dead & realised[side]
+            never = own[side][prefixes[side]] - realised[side]
+            ruled_out, stays = ruled_out + len(never), stays + len(never - dead)
+    assert stays <= 0.02 * ruled_out + 2  # a place where both meet may lie beyond the longest string
+
+
+# ---- the exact worlds ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", worlds.WORLDS)
+def test_the_exact_worlds(name: str):
+    """Nothing possible is dropped, and what stays though impossible is impossible only because strings end at six characters."""
+    world = worlds.world(name)
+    bridge = world.full_bridge
+    if name == "same":
+        assert bridge.teacher_mask is None and bridge.student_mask is None
+        return
+    assert bridge.teacher_mask and bridge.student_mask
+    stays = 0
+    for b in world.boundaries:
+        if not b.teacher:
+            continue
+        for mask, keeper, own, columns, row, both in ((bridge.teacher_mask, b.student, b.teacher, world.columns_W, b.p_W, b.both_p_W),
+                                                      (bridge.student_mask, b.teacher, b.student, world.columns_V, b.q_V, b.both_q_V)):
+            dead = np.isin(columns, mask.dead(int(mask.keeper.contexts(np.array(keeper), [len(keeper)])[0])))
+            assert not (dead & (both > 0)).any()
+            length = sum(len(mask.own.vocabulary.bytes_W[i] or b"") for i in own)
+            stays += int((~dead & (both == 0) & (row > 0) & (length < 3)).sum())
+    assert stays == 0
+
+
+# ---- real and tiny families ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_masks(tiny_of: Callable[[str], Speaker]) -> Callable[[str, str], tuple[Mask, Mask]]:
+    found: dict[tuple[str, str], tuple[Mask, Mask]] = {}
+
+    def of(teacher: str, student: str) -> tuple[Mask, Mask]:
+        if (teacher, student) not in found:
+            found[teacher, student] = masks(tiny_of(teacher).voice.vocabulary, tiny_of(student).voice.vocabulary)
+        return found[teacher, student]
+
+    return of
+
+
+texts = st.lists(st.one_of(st.sampled_from(TEXTS), st.text("abtsdl'. \n1é你สัต", max_size=8)), min_size=1, max_size=4).map(
+    lambda parts: unicodedata.normalize("NFC", "".join(parts)))
+
+
+@given(text=texts.filter(len), teacher=st.sampled_from(FAMILIES), student=st.sampled_from(FAMILIES))
+def test_no_realised_token_of_a_family_is_dropped(tiny_masks: Callable[[str, str], tuple[Mask, Mask]], text: str, teacher: str, student: str):
+    if teacher != student:
+        assert deleted(tiny_masks(teacher, student), [text])[0] == 0
+
+
+def fresh(mask: Mask) -> Mask:
+    """The same, nothing searched yet."""
+    return Mask(mask.keeper, mask.own, mask.first_W)
+
+
+@pytest.mark.parametrize("teacher", ["qwen", "gpt-oss"])
+def test_what_was_searched_before_changes_nothing(monkeypatch: pytest.MonkeyPatch, tiny_masks: Callable[[str, str], tuple[Mask, Mask]],
+                                                  teacher: str):
+    """Contexts in one order, in the other, each on its own, and where a few states are all that is remembered."""
+    for mask in tiny_masks(teacher, "llama"):
+        ids = np.array(mask.keeper.vocabulary.encode(TEXTS[0] + TEXTS[1]))
+        contexts = sorted(set(mask.keeper.contexts(ids, range(1, len(ids))).tolist()))[:12]
+        alone = [fresh(mask).dead(context).tolist() for context in contexts]
+        assert any(alone)
+        for order in (contexts, contexts[::-1]):
+            used = fresh(mask)
+            found = {context: used.dead(context).tolist() for context in order}
+            assert [found[context] for context in contexts] == alone
+        assert (used._witness_WK >= 0).any() and used._meets and used._never, "something was remembered"
+        monkeypatch.setattr("persea.alignment.boundary_mask.STATES", 20)
+        used = fresh(mask)
+        assert [used.dead(context).tolist() for context in contexts] == alone
+        monkeypatch.undo()
+
+
+def test_what_patience_was_not_enough_for_stays_and_is_never_taken_for_known(monkeypatch: pytest.MonkeyPatch,
+                                                                             tiny_masks: Callable[[str, str], tuple[Mask, Mask]]):
+    """Impatient, a mask drops nothing that a patient one keeps; what it could not decide is no witness and no state where both meet."""
+    mask = tiny_masks("gpt-oss", "llama")[1]
+    ids = np.array(mask.keeper.vocabulary.encode(TEXTS[0] + TEXTS[1]))
+    contexts = sorted(set(mask.keeper.contexts(ids, range(1, len(ids))).tolist()))[:12]
+    patient, hasty = fresh(mask), fresh(mask)
+    whole = [set(patient.dead(context).tolist()) for context in contexts]
+    monkeypatch.setattr("persea.alignment.boundary_mask.PATIENCE", 3)
+    less = [set(hasty.dead(context).tolist()) for context in contexts]
+    assert all(few <= every for few, every in zip(less, whole, strict=True)) and sum(map(len, less)) < sum(map(len, whole))
+    assert hasty._unsure
+    monkeypatch.undo()
+    for state in hasty._meets:
+        assert patient._goes_on(state, [0])
+    for candidate in np.flatnonzero((hasty._witness_WK >= 0).any(1)).tolist():
+        raw = mask.own.vocabulary.bytes_W[candidate] or b""
+        assert all(patient._goes_on(patient._after(True, u, raw, candidate), [0]) for u in hasty._witness_WK[candidate].tolist() if u >= 0)
+
+
+@pytest.mark.parametrize("teacher", ["qwen", "gemma", "gpt-oss"])
+def test_asked_for_some_or_for_all(tiny_masks: Callable[[str, str], tuple[Mask, Mask]], teacher: str):
+    """The same answer; control tokens never are in it, and after a control token nothing is."""
+    dropped = 0
+    for mask in tiny_masks(teacher, "llama"):
+        keeper, own = mask.keeper, mask.own.vocabulary
+        assert not len(mask.dead(FREE))
+        for text in TEXTS[:4]:
+            ids = np.array(keeper.vocabulary.encode(text))
+            for context in keeper.contexts(ids, range(1, len(ids))).tolist():
+                dead = mask.dead(context)
+                everything = np.arange(len(own))
+                assert np.array_equal(dead, fresh(mask).dead(context, everything))
+                assert all(own.bytes_W[i] is not None for i in dead.tolist())
+                dropped += len(dead)
+    assert dropped > 100
+
+
+def test_contexts_are_words(tiny_of: Callable[[str], Speaker]):
+    voice = tiny_of("llama").voice
+    keeper: Keeper = open_keeper(voice.vocabulary)
+    stop = voice.stop_ids[0]
+    ids = np.array([stop, *voice.vocabulary.encode(" hello hello"), stop, *voice.vocabulary.encode(" hello")])
+    contexts = keeper.contexts(ids, range(len(ids)))
+    assert contexts[0] == contexts[1] == FREE
+    assert contexts[-1] != FREE
+    second = int(np.flatnonzero(ids == stop)[1])
+    assert contexts[second + 1] == FREE
+    assert contexts[2] == contexts[second + 2], "the same word so far, the same context"
+    emoji = np.array(voice.vocabulary.encode("👩"))
+    inside = keeper.contexts(emoji, range(1, len(emoji)))
+    assert keeper.number(int(emoji[0]), "👩".encode()[:1]) == inside[0]
+    assert INSIDE in {word for _, word in keeper._contexts}
+
+
+def real_texts(data: Path, lines: int) -> dict[str, list[str]]:
+    """Lines of each language, code, JSON, chat."""
+    out = {}
+    for file in sorted((data / "parallel").glob("ntrex.*.txt")):
+        some = [unicodedata.normalize("NFC", line) for line in file.read_text(encoding="utf-8").split("\n")[-lines:]]
+        out[file.stem.removeprefix("ntrex.")] = [line for line in some if line and "▁" not in line]
+    out["python"] = [(Path(os.__file__).parent / name).read_text(encoding="utf-8")[:6000] for name in ("textwrap.py", "dataclasses.py")]
+    paragraphs = json.loads((data / "eval" / "xquad.vi.dev.json").read_text(encoding="utf-8"))["data"][2:4]
+    out["json"] = [unicodedata.normalize("NFC", json.dumps(p, ensure_ascii=False, indent=2)[:5000]) for p in paragraphs]
+    return out
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize("family", ["qwen", "gemma", "gpt-oss"])
+def test_no_realised_token_of_real_text_is_dropped(data: Path, real_of: Callable[[str], Speaker], real_home: Path, family: str):
+    """Some lines of everything (all of it: `python bench/masks.py`)."""
+    bridge, _ = real_bridge(real_of(family).voice, real_of("llama").voice, real_home)
+    assert bridge.teacher_mask and bridge.student_mask
+    for name, lines in real_texts(data, 4).items():
+        lost, seen = deleted((bridge.teacher_mask, bridge.student_mask), lines)
+        assert seen > 50
+        assert lost == 0, name

@@ -1,0 +1,482 @@
+"""Two vocabularies over the same events: what both maps owe each other, on every pair of tiny voices and on real ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from functools import cache
+from itertools import permutations
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from persea.alignment.event_map import Bridge, bridge_digest, build, first_tokens, open_bridge
+from persea.chat.families.llama import LLAMA
+from persea.chat.renderer import Voice
+from persea.errors import DataError
+from persea.tokenization.vocabulary import BYTE_TO_CHAR, PROBES, Vocabulary, open_vocabulary
+from tests.conftest import FAMILIES, Speaker
+
+BridgeOf: TypeAlias = Callable[[str, str], tuple[Bridge, Voice, Voice]]
+SAID = ["ab abc aabb", "  two   spaces\t\ttabs\n", "x▁▁y ▁ ▁▁▁", "hello, hello world", "你好 你好 您好", "สวัสดี สวัส", "ééé naïve",
+        "1234 12 123", "isn't don't"]
+
+
+@pytest.fixture(scope="module")
+def bridge_of(tiny_of: Callable[[str], Speaker]) -> BridgeOf:
+    """(teacher, student) -> their bridge and both voices."""
+    built: dict[tuple[str, str], Bridge] = {}
+
+    def of(teacher: str, student: str) -> tuple[Bridge, Voice, Voice]:
+        t, s = tiny_of(teacher).voice, tiny_of(student).voice
+        if (teacher, student) not in built:
+            built[teacher, student] = build(t, s)
+        return built[teacher, student], t, s
+
+    return of
+
+
+every_pair = pytest.mark.parametrize(("teacher", "student"), list(permutations(FAMILIES, 2)))
+
+
+# ---- oracles -------------------------------------------------------------------------------------------------------
+
+
+def blank(raw: bytes) -> bool:
+    return not raw.strip(b" \t")
+
+
+def first(vocabulary: Vocabulary, raw: bytes) -> bytes | None:
+    """The bytes of the first token of some text, as the tokenizer itself encodes it; None for what is no text, or not as it stands."""
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError:
+        return None
+    if not unicodedata.is_normalized("NFC", text) or "▁" in text:
+        return None
+    return vocabulary.bytes_W[vocabulary.encode(text)[0]]
+
+
+def canonical(raw: bytes, own: Vocabulary, other: Vocabulary) -> bytes | None:
+    """Re-encode the bytes with the other tokenizer, keep the first token, and back, until the bytes stay."""
+    while True:
+        there = first(other, raw)
+        back = first(own, there) if there else None
+        if there is None or back is None or there == back:
+            return there if back is not None else None
+        raw = back
+
+
+def names(events_X: np.ndarray, vocabulary: Vocabulary) -> dict[int, bytes]:
+    """Event -> the shortest byte string of its tokens, which is the fixpoint's own."""
+    out: dict[int, bytes] = {}
+    for raw, event in zip(vocabulary.bytes_W, events_X.tolist(), strict=True):
+        if raw is not None and (event not in out or len(raw) < len(out[event])):
+            out[event] = raw
+    return out
+
+
+def check_properties(bridge: Bridge, teacher: Voice, student: Voice) -> None:
+    """What holds for every pair of different tokenizers."""
+    t, s = teacher.vocabulary, student.vocabulary
+    sides = ((bridge.teacher_event_W, t, teacher.stop_ids), (bridge.student_event_V, s, student.stop_ids))
+    of_bytes: list[dict[bytes, int]] = []
+    for events, vocabulary, stops in sides:
+        assert events.dtype == np.int32
+        assert len(events) == len(vocabulary)
+        assert events.max() < bridge.events
+        for i, (raw, event) in enumerate(zip(vocabulary.bytes_W, events.tolist(), strict=True)):
+            if raw is None:
+                assert event == (0 if i in stops else -1)
+            elif blank(raw):
+                assert event == 1
+            else:
+                assert event >= (1 if raw[:1] in b" \t" else 2)
+        assert set(np.flatnonzero(events == 0)) == set(stops)
+        by_bytes: dict[bytes, int] = {}
+        for raw, event in zip(vocabulary.bytes_W, events.tolist(), strict=True):
+            assert raw is None or by_bytes.setdefault(raw, event) == event, "one byte string, two events"
+        of_bytes.append(by_bytes)
+    for events, _, _ in sides:
+        assert set(events[events >= 0]) == set(range(bridge.events))
+    # the name of an event is a token of both, and both maps keep it: the fixpoint stays
+    name_of = names(bridge.teacher_event_W, t)
+    assert {e: n for e, n in name_of.items() if e > 1} == {e: n for e, n in names(bridge.student_event_V, s).items() if e > 1}
+    for event, name in name_of.items():
+        if event > 1:
+            assert of_bytes[0][name] == of_bytes[1][name] == event
+    for by_bytes in of_bytes:
+        for raw, event in by_bytes.items():
+            if event > 1:
+                assert raw.startswith(name_of[event])
+            else:
+                assert raw[:1] in b" \t"
+    offsets, tokens = bridge.members
+    assert sorted(tokens.tolist()) == np.flatnonzero(bridge.student_event_V >= 0).tolist()
+    for event in range(bridge.events):
+        members = tokens[offsets[event]:offsets[event + 1]]
+        assert len(members) > 0, "an event no student token can say"
+        assert (bridge.student_event_V[members] == event).all()
+
+
+# ---- every pair of tiny voices ---------------------------------------------------------------------------------------
+
+
+@every_pair
+def test_properties(bridge_of: BridgeOf, teacher: str, student: str):
+    check_properties(*bridge_of(teacher, student))
+
+
+@every_pair
+def test_the_maps_are_canonical_fixpoints(bridge_of: BridgeOf, teacher: str, student: str):
+    bridge, t, s = bridge_of(teacher, student)
+    name_of = names(bridge.teacher_event_W, t.vocabulary)
+    for events, own, other in ((bridge.teacher_event_W, t.vocabulary, s.vocabulary), (bridge.student_event_V, s.vocabulary, t.vocabulary)):
+        checked = 0
+        for raw, event in zip(own.bytes_W, events.tolist(), strict=True):
+            want = canonical(raw, own, other) if raw is not None else None
+            if want is not None:
+                checked += 1
+                assert event == 1 if blank(want) else name_of[event] == want
+        assert checked > len(own) // 2
+
+
+@every_pair
+def test_both_directions_draw_the_same_lines(bridge_of: BridgeOf, teacher: str, student: str):
+    there, back = bridge_of(teacher, student)[0], bridge_of(student, teacher)[0]
+    assert there.events == back.events
+    number = dict(zip(there.teacher_event_W.tolist(), back.student_event_V.tolist(), strict=True))
+    assert sorted(number.values()) == sorted(number.keys())
+    assert [number[e] for e in there.student_event_V.tolist()] == back.teacher_event_W.tolist()
+
+
+@every_pair
+def test_no_mass_is_lost_but_on_control_tokens(bridge_of: BridgeOf, teacher: str, student: str):
+    bridge, t, _ = bridge_of(teacher, student)
+    p_W = np.random.default_rng(0).dirichlet(np.full(len(t.vocabulary), 0.1))
+    kept = bridge.teacher_event_W >= 0
+    p_E = np.bincount(bridge.teacher_event_W[kept], p_W[kept], minlength=bridge.events)
+    lost = sum(p_W[i] for name, i in t.vocabulary.control.items() if name not in t.family.stops)
+    assert 0 < lost < 1
+    assert p_E.sum() == pytest.approx(1 - lost, abs=1e-12)
+
+
+def test_a_splitting_pair_has_coarser_events(bridge_of: BridgeOf):
+    """The maps are many-to-one where they must be, and shared byte strings stay apart where they can."""
+    bridge, t, s = bridge_of("gemma", "llama")
+    shared = {b for b in t.vocabulary.bytes_W if b} & {b for b in s.vocabulary.bytes_W if b}
+    apart = {b for b in shared if not blank(b)}
+    assert 0.97 * len(apart) + 2 <= bridge.events <= len(apart) + 2
+    assert bridge.events < min(len(t.vocabulary), len(s.vocabulary))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_tokenizer_is_the_identity(tiny_of: Callable[[str], Speaker], family: str):
+    voice = tiny_of(family).voice
+    bridge = build(voice, replace(voice, template_text="another template"))
+    assert bridge.events == len(voice.vocabulary)
+    assert (bridge.teacher_event_W == np.arange(len(voice.vocabulary))).all()
+    assert (bridge.student_event_V == np.arange(len(voice.vocabulary))).all()
+    assert bridge.teacher_event_W.dtype == np.int32
+    offsets, tokens = bridge.members
+    assert (offsets == np.arange(len(voice.vocabulary) + 1)).all()
+    assert (tokens == np.arange(len(voice.vocabulary))).all()
+
+
+def test_the_same_tokenizer_with_another_stop_is_not_the_identity(tiny_of: Callable[[str], Speaker]):
+    """Else a student would learn to end its turns with the teacher's stop token, which nobody stops at."""
+    voice = tiny_of("qwen").voice
+    other = replace(voice, family=replace(voice.family, stops=("<|endoftext|>",)))
+    bridge = build(other, voice)
+    assert other.stop_ids != voice.stop_ids
+    assert bridge.teacher_event_W[other.stop_ids[0]] == 0
+    assert (bridge.student_event_V[list(voice.stop_ids)] == 0).all()
+    assert bridge.teacher_event_W[voice.vocabulary.control["<|im_end|>"]] == -1
+    check_properties(bridge, other, voice)
+
+
+# ---- any two tokenizers ----------------------------------------------------------------------------------------------
+
+
+def voice_of(tokenizer: Tokenizer, name: str, stops: tuple[str, ...] = ("<|end|>",)) -> Voice:
+    """A voice of which only the vocabulary and the stop tokens are used."""
+    def template(messages: object, **kwargs: object) -> str:
+        raise AssertionError("a bridge reads no template")
+
+    return Voice(replace(LLAMA, stops=stops), open_vocabulary(tokenizer, name), template, "")
+
+
+def byte_level(said: Sequence[str], size: int, *, words: bool = True, nfc: bool = False, alphabet: Sequence[str] = ()) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC() if nfc else None
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(said, trainers.BpeTrainer(vocab_size=size, special_tokens=["<|end|>", "<|pad|>"], show_progress=False,
+                                                           initial_alphabet=list(alphabet) or pre_tokenizers.ByteLevel.alphabet()))
+    return tokenizer
+
+
+def sentencepiece(said: Sequence[str], size: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<unk>", "<|end|>", *(f"<0x{b:02X}>" for b in range(256))]
+    tokenizer.train_from_iterator(said, trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False, limit_alphabet=30,
+                                                           initial_alphabet=["▁"]))
+    spec = json.loads(tokenizer.to_str())
+    spec["added_tokens"] = [t for t in spec["added_tokens"] if not t["content"].startswith("<0x")]
+    return Tokenizer.from_str(json.dumps(spec))
+
+
+words = st.lists(st.one_of(st.sampled_from(SAID), st.text("ab \t\n'1é▁你", min_size=2, max_size=12)), min_size=1, max_size=6)
+grown = st.one_of(
+    st.builds(byte_level, words, st.integers(258, 320), words=st.booleans(), nfc=st.booleans()),
+    st.builds(sentencepiece, words, st.integers(270, 320)))
+
+
+@given(one=grown, two=grown)
+def test_properties_of_any_two_tokenizers(one: Tokenizer, two: Tokenizer):
+    teacher, student = voice_of(one, "one"), voice_of(two, "two")
+    bridge = build(teacher, student)
+    if teacher.vocabulary.digest != student.vocabulary.digest:
+        check_properties(bridge, teacher, student)
+
+
+odd_bytes = st.one_of(
+    st.binary(min_size=1, max_size=6), st.text(min_size=1, max_size=4).map(lambda t: t.encode(errors="replace")),
+    st.sampled_from(["▁".encode(), "a▁".encode(), "▁ ".encode(), " ▁".encode(), b"\xe2\x96", b"e\xcc\x81", b"\xcc\x81", b"\x00"]))
+
+
+@given(raws=st.lists(odd_bytes, min_size=1, max_size=8))
+def test_any_bytes_have_a_first_token(bridge_of: BridgeOf, raws: list[bytes]):
+    """Also what is no text, what a normaliser would rewrite, and the sign SentencePiece writes for a space."""
+    for family in FAMILIES:
+        target = bridge_of(family, family)[2].vocabulary
+        source = replace(target, bytes_W=(*raws, None), control={"<x>": len(raws)})
+        tokens = first_tokens(source, target)
+        assert tokens[-1] == -1
+        for raw, token in zip(raws, tokens[:-1].tolist(), strict=True):
+            assert raw.startswith(target.bytes_W[token] or b"?")
+            assert first(target, raw) in (None, target.bytes_W[token])
+
+
+def test_pieces_of_characters_and_the_sentencepiece_sign(bridge_of: BridgeOf):
+    """A byte-level teacher that has tokens of `▁` and of parts of characters, and a student that has neither."""
+    teacher = voice_of(byte_level([*SAID * 3, "▁▁ ▁▁x"], 340), "byte-level")
+    student = bridge_of("gemma", "gemma")[2]
+    sign = "▁".encode()
+    odd = [raw for raw in teacher.vocabulary.bytes_W if raw and sign in raw]
+    assert len(odd) > 2
+    bridge = build(teacher, student)
+    check_properties(bridge, teacher, student)
+    first_byte = student.vocabulary.backend.token_to_id("<0xE2>")
+    for raw, event in zip(teacher.vocabulary.bytes_W, bridge.teacher_event_W.tolist(), strict=True):
+        if raw and raw.startswith(sign):
+            assert event == bridge.student_event_V[first_byte], "not the event of a space"
+    cut = [raw for raw in teacher.vocabulary.bytes_W if raw and len(raw) > 1 and first(teacher.vocabulary, raw) is None and sign not in raw]
+    assert cut, "no token of a part of a character"
+
+
+def test_a_target_that_lacks_bytes_is_refused(bridge_of: BridgeOf):
+    """It says every probe, so it opens; the teacher's other bytes it cannot say at all."""
+    said = {BYTE_TO_CHAR[b] for probe in PROBES for b in unicodedata.normalize("NFC", probe).encode()}
+    assert len(said) < 256
+    poor = voice_of(byte_level(["ab"], 300, alphabet=sorted(said)), "poor")
+    rich = bridge_of("llama", "llama")[1]
+    with pytest.raises(DataError, match=r"poor cannot say the bytes [0-9a-f]{2}") as caught:
+        build(rich, poor)
+    assert caught.value.exit_code == 3
+    assert "->" in caught.value.where
+    assert "poor" in caught.value.where
+
+
+# ---- kept on disk ----------------------------------------------------------------------------------------------------
+
+
+def same(one: Bridge, two: Bridge) -> bool:
+    return (one.events, one.digest) == (two.events, two.digest) and all(
+        a.dtype == b.dtype == np.int32 and np.array_equal(a, b)
+        for a, b in ((one.teacher_event_W, two.teacher_event_W), (one.student_event_V, two.student_event_V)))
+
+
+def test_a_bridge_is_built_once_and_kept(bridge_of: BridgeOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PERSEA_HOME", str(tmp_path / "home"))
+    built, t, s = bridge_of("qwen", "llama")
+    assert same(open_bridge(t, s), built)
+    (file,) = (tmp_path / "home" / "bridges").iterdir()
+    assert file.stem == bridge_digest(t, s)[:32]
+    before = file.stat()
+    assert same(open_bridge(t, s), built)
+    assert (file.stat().st_mtime_ns, file.stat().st_ino) == (before.st_mtime_ns, before.st_ino), "built a second time"
+    open_bridge(s, t)
+    assert len(list((tmp_path / "home" / "bridges").iterdir())) == 2
+
+
+def test_what_is_kept_makes_the_same_masks_and_a_student_has_one_keeper(bridge_of: BridgeOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PERSEA_HOME", str(tmp_path))
+    pairs = {teacher: bridge_of(teacher, "llama") for teacher in ("qwen", "gemma")}
+    for _, t, s in pairs.values():
+        open_bridge(t, s)
+    monkeypatch.setattr("persea.alignment.boundary_mask.derive", lambda vocabulary: pytest.fail("derived again"))
+    opened = {id(v): replace(v, vocabulary=replace(v.vocabulary)) for _, *both in pairs.values() for v in both}  # as another process opens them
+    kept = {teacher: open_bridge(opened[id(t)], opened[id(s)]) for teacher, (_, t, s) in pairs.items()}
+    for teacher, (built, _, _) in pairs.items():
+        for one, two in ((kept[teacher].teacher_mask, built.teacher_mask), (kept[teacher].student_mask, built.student_mask)):
+            assert one and two and np.array_equal(one.first_W, two.first_W)
+            for f in fields(one.keeper.merges):
+                a, b = getattr(one.keeper.merges, f.name), getattr(two.keeper.merges, f.name)
+                assert a.dtype == b.dtype and np.array_equal(a, b), f.name
+    qwen, gemma = kept["qwen"].teacher_mask, kept["gemma"].teacher_mask
+    assert qwen and gemma and qwen.keeper is gemma.keeper is not pairs["qwen"][0].teacher_mask.keeper  # type: ignore[union-attr]
+
+
+def test_a_damaged_bridge_is_built_again(bridge_of: BridgeOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PERSEA_HOME", str(tmp_path))
+    built, t, s = bridge_of("gpt-oss", "gemma")
+    open_bridge(t, s)
+    (file,) = (tmp_path / "bridges").iterdir()
+    whole = file.read_bytes()
+    rng = np.random.default_rng(0)
+    places = [0, 8, 33, 40, 60, *rng.integers(32, 400, 20).tolist(), *rng.integers(0, len(whole), 10).tolist()]
+    flipped = [whole[:k] + bytes([whole[k] ^ 1 << int(rng.integers(8))]) + whole[k + 1:] for k in places]
+    for damaged in (b"", b"no bridge", whole[:31], whole[:32], whole[:-1], whole + b"\0", whole[40:], *flipped):
+        file.write_bytes(damaged)
+        assert same(open_bridge(t, s), built)
+        assert file.read_bytes() == whole, "the same bytes again"
+    assert len(list((tmp_path / "bridges").iterdir())) == 1
+
+
+def test_the_digest_names_all_a_bridge_depends_on(bridge_of: BridgeOf):
+    _, t, s = bridge_of("qwen", "llama")
+    other = bridge_of("gemma", "gpt-oss")[1]
+    stops_elsewhere = replace(t, family=replace(t.family, stops=("<|im_end|>",)))
+    digests = [bridge_digest(*pair) for pair in ((t, s), (s, t), (other, s), (t, other), (stops_elsewhere, s), (s, stops_elsewhere))]
+    assert len(set(digests)) == len(digests)
+    assert bridge_digest(replace(t, template_text="x"), s) == bridge_digest(t, s)
+
+
+# ---- the real tokenizers ---------------------------------------------------------------------------------------------
+
+# Per cent of common boundaries where the two realised tokens map to different events: upper bounds, about a quarter above
+# what was measured on 200 NTREX lines, Python's library and JSON. Student: Llama 3. With longest-prefix maps Gemma's
+# Indonesian stands at 14, o200k's at 12.
+TEXTS = ("eng", "fil", "hmn", "ind", "jpn", "khm", "kor", "lao", "msa", "mya", "tha", "vie", "yue", "zho-CN", "zho-TW", "python", "json")
+DISAGREEMENT = {
+    "gemma": (0.6, 2.6, 5.5, 2.0, 1.3, 0.3, 1.1, 0.3, 2.7, 0.1, 3.5, 0.5, 0.4, 0.7, 0.7, 0.5, 0.3),
+    "gpt-oss": (0.8, 2.3, 2.0, 3.1, 1.3, 0.7, 0.9, 0.2, 3.3, 0.1, 3.1, 0.5, 1.9, 0.6, 0.5, 0.9, 0.4),
+    "qwen": (0.1, 0.1, 0.1, 0.1, 1.0, 0.1, 0.5, 0.1, 0.1, 0.1, 1.9, 0.3, 2.2, 0.3, 0.4, 0.1, 0.1),
+}
+# distinct byte strings that are a token of both (shared/notes/xtoken.md, 3.3)
+SHARED = {"gemma": 86_434, "gpt-oss": 103_245, "qwen": 109_566}
+
+
+@cache
+def real_bridge(teacher: Voice, student: Voice, home: Path) -> tuple[Bridge, float]:
+    """A real bridge and the seconds it took; kept in `home`, where the other real tests find it."""
+    clock = time.monotonic()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PERSEA_HOME", str(home))
+        return open_bridge(teacher, student), time.monotonic() - clock
+
+
+@pytest.fixture(scope="session")
+def real_home() -> Path:
+    """One for all workers: a bridge takes 10 s with its masks."""
+    return Path(os.environ["PERSEA_TEST_HOME"])
+
+
+def token_starts(vocabulary: Vocabulary, text: str) -> tuple[np.ndarray, np.ndarray]:
+    ids = np.array(vocabulary.encode(text))
+    sizes = vocabulary.lengths_W[ids]
+    return ids, np.cumsum(sizes) - sizes
+
+
+def disagreement(bridge: Bridge, teacher: Vocabulary, student: Vocabulary, shared: set[bytes], texts: Sequence[str]
+                 ) -> tuple[float, float, float]:
+    """Per cent of common boundaries with two different events: by this bridge, by longest shared prefixes, and by token bytes."""
+    longest = cache(lambda raw: next(raw[:n] for n in range(len(raw), 0, -1) if raw[:n] in shared))
+    counts = np.zeros(4)
+    for text in texts:
+        (ids_t, at_t), (ids_s, at_s) = token_starts(teacher, text), token_starts(student, text)
+        _, k, j = np.intersect1d(at_t, at_s, assume_unique=True, return_indices=True)
+        differ = bridge.teacher_event_W[ids_t[k]] != bridge.student_event_V[ids_s[j]]
+        said = [(teacher.bytes_W[a] or b"", student.bytes_W[b] or b"") for a, b in zip(ids_t[k], ids_s[j], strict=True)]
+        counts += len(k), differ.sum(), sum(longest(a) != longest(b) for a, b in said), sum(a != b for a, b in said)
+    by_events, by_prefix, by_bytes = 100 * counts[1:] / counts[0]
+    return by_events, by_prefix, by_bytes
+
+
+def real_texts(data: Path) -> dict[str, list[str]]:
+    """200 lines a language, Python's own library, and JSON of mixed languages."""
+    out = {}
+    for file in sorted((data / "parallel").glob("ntrex.*.txt")):
+        lines = file.read_text(encoding="utf-8").split("\n")[:200]
+        out[file.stem.removeprefix("ntrex.")] = [unicodedata.normalize("NFC", line) for line in lines if line and "▁" not in line]
+    library = Path(os.__file__).parent
+    modules = ("ast.py", "textwrap.py", "json/decoder.py", "dataclasses.py")
+    out["python"] = [(library / name).read_text(encoding="utf-8") for name in modules]
+    paragraphs = json.loads((data / "eval" / "xquad.vi.dev.json").read_text(encoding="utf-8"))["data"][:2]
+    out["json"] = [unicodedata.normalize("NFC", json.dumps(p, ensure_ascii=False, indent=2)[:20_000]) for p in paragraphs]
+    return out
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize("family", ["gemma", "gpt-oss", "qwen"])
+def test_real_vocabularies_agree(data: Path, real_of: Callable[[str], Speaker], real_home: Path, family: str):
+    teacher, student = real_of(family).voice, real_of("llama").voice
+    bridge, seconds = real_bridge(teacher, student, real_home)
+    texts = real_texts(data)
+    assert sorted(texts) == sorted(TEXTS)
+    shared = {b for b in teacher.vocabulary.bytes_W if b} & {b for b in student.vocabulary.bytes_W if b}
+    rows = {name: disagreement(bridge, teacher.vocabulary, student.vocabulary, shared, said) for name, said in texts.items()}
+    print(f"\n{family} -> llama: built in {seconds:.1f} s, {bridge.events:,} events; per cent that disagree, fixpoint/prefix/bytes:",
+          "  ".join(f"{name} {a:.2f}/{b:.1f}/{c:.0f}" for name, (a, b, c) in rows.items()))
+    for name, (by_events, by_prefix, by_bytes) in rows.items():
+        assert by_events <= DISAGREEMENT[family][TEXTS.index(name)], name
+        assert by_events <= by_prefix + 0.1 <= by_bytes + 0.2, name
+    assert len(shared) == SHARED[family]
+    assert 0.99 * len(shared) < bridge.events <= len(shared)
+    if family != "qwen":  # Qwen splits Indonesian as Llama does
+        assert rows["ind"][1] > 4 * rows["ind"][0], "longest prefixes are what this bridge must not fall back to"
+    offsets, _ = bridge.members
+    assert (np.diff(offsets) > 0).all(), "an event no student token can say"
+    assert set(bridge.teacher_event_W[bridge.teacher_event_W >= 0]) == set(range(bridge.events))
+    for events, voice in ((bridge.teacher_event_W, teacher), (bridge.student_event_V, student)):
+        assert set(np.flatnonzero(events == 0)) == set(voice.stop_ids)
+        none = np.array([b is None for b in voice.vocabulary.bytes_W])
+        assert ((events == -1) == (none & (events != 0))).all()
+
+
+@pytest.mark.realdata
+def test_real_same_tokenizer_is_the_identity(real_of: Callable[[str], Speaker]):
+    voice = real_of("qwen").voice
+    bridge = build(voice, voice)
+    assert bridge.events == len(voice.vocabulary)
+    assert (bridge.teacher_event_W == bridge.student_event_V).all()
+
+
+
+
+# the texts of shared/notes/xtoken.md 3.3, small: (teacher, student, text, per cent of common boundaries that may disagree)
+UDHR = (("gemma", "llama", "ind", 1.2), ("gpt-oss", "llama", "ind", 2.2), ("gemma", "qwen", "tha", 1.0))
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize(("teacher", "student", "language", "most"), UDHR)
+def test_real_declarations_of_human_rights(data: Path, real_of: Callable[[str], Speaker], real_home: Path, teacher: str, student: str,
+                                           language: str, most: float):
+    t, s = real_of(teacher).voice, real_of(student).voice
+    bridge, _ = real_bridge(t, s, real_home)
+    lines = (data / "corpus" / "udhr" / f"{language}.txt").read_text(encoding="utf-8").split("\n")
+    shared = {b for b in t.vocabulary.bytes_W if b} & {b for b in s.vocabulary.bytes_W if b}
+    by_events, _, _ = disagreement(bridge, t.vocabulary, s.vocabulary, shared, [unicodedata.normalize("NFC", line) for line in lines if line])
+    assert 0.3 < by_events <= most

@@ -1,0 +1,336 @@
+"""A model persea does not know speaks by its own template alone, exactly as transformers renders it; or it is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from persea.chat import families
+from persea.chat.families.generic import NAME, Trim
+from persea.chat.families.llama import LLAMA
+from persea.chat.families.qwen import QWEN
+from persea.chat.messages import Conversation, Effort, Family, Finish, Message, Role, Text, Thinking, Tool, ToolCall, ToolResult
+from persea.config.recipe import load_recipe
+from persea.errors import DataError
+from persea.models.loading import Source, notes, open_voice
+from persea.pipeline.run_context import River
+from persea.pipeline.stages import check
+from tests.cli.test_cli import recipe
+from tests.conftest import Speaker, _speaker
+
+# What these models' own configurations say: their eos and bos tokens, and further ends of generation_config.json.
+UNKNOWN: dict[str, dict[str, Any]] = {
+    "smollm3": {"bos": None, "eos": "<|im_end|>", "ends": ()},
+    "deepseek-v3.1": {"bos": "<｜begin▁of▁sentence｜>", "eos": "<｜end▁of▁sentence｜>", "ends": ()},
+    "apertus": {"bos": "<s>", "eos": "<|assistant_end|>", "ends": ()},
+    "glm-4.6": {"bos": None, "eos": "<|endoftext|>", "ends": ("<|user|>", "<|observation|>")},
+}
+OPEN = ("apertus", "glm-4.6")  # whose templates leave the last answer open
+SAID = ["Hello", " two  words ", "\n x\n\n", "1 + 1 = 2", "你好，世界", "မင်္ဂလာပါ", "👩‍👩‍👧", "<b>", "\t", "x = [1]\n"]
+
+
+def folder_of(path: Path, template: str, *, bos: str | None, eos: str, ends: tuple[str, ...] = (), controls: tuple[str, ...] = (),
+              adds_bos: bool = False, config_eos: tuple[str, ...] = ()) -> Path:
+    """A tokenizer folder: byte-level BPE whose control tokens are those the template writes, found by their looks."""
+    looks = re.findall(r"<[|｜][^>{}'\"]{1,40}[|｜]>|</?think>|\[gMASK\]|<sop>", template)
+    names = list(dict.fromkeys([t for t in (bos, eos, *ends, *controls, *looks) if t]))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator([template, *SAID], trainer)
+    tokenizer.add_tokens([AddedToken(n, special=n != "<｜User｜>", normalized=False) for n in names])  # DeepSeek's is not special
+    if adds_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
+    path.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(path / "tokenizer.json"))
+    special = {"eos_token": eos} | ({"bos_token": bos} if bos else {})
+    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **special}))
+    (path / "chat_template.jinja").write_text(template)
+    if ends or config_eos:
+        ids = [tokenizer.token_to_id(t) for t in (config_eos or (eos, *ends))]
+        (path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def unknown_of(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Speaker]:
+    """name -> a speaker with that model's real template and a tiny tokenizer."""
+    speakers: dict[str, Speaker] = {}
+
+    def of(name: str) -> Speaker:
+        if name not in speakers:
+            folder = folder_of(tmp_path_factory.mktemp("unknown") / name, (data / "templates" / f"{name}.jinja").read_text(), **UNKNOWN[name])
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(families, "FAMILIES", ())
+                speakers[name] = _speaker(folder, name)
+        return speakers[name]
+
+    return of
+
+
+@pytest.fixture(params=UNKNOWN)
+def unknown(request: pytest.FixtureRequest, unknown_of: Callable[[str], Speaker]) -> Speaker:
+    return unknown_of(request.param)
+
+
+def talks() -> list[Conversation]:
+    """Each text as question, answer, earlier answer and system text."""
+    found = []
+    for k, text in enumerate(SAID):
+        other = SAID[(k + 3) % len(SAID)]
+        found.append(Conversation.ask(text).answered(Text(other)))
+        found.append(Conversation.ask(text, system=other).answered(Text(text)))
+        more = Conversation.ask(other).answered(Text(text))
+        found.append(replace(more, messages=(*more.messages, *Conversation.ask(text).answered(Text(other)).messages)))
+    return found
+
+
+def theirs(speaker: Speaker, conversation: Conversation, generate: bool) -> list[int]:
+    messages = [{"role": m.role.value, "content": m.text} for m in conversation.messages]
+    ids: list[int] = speaker.tokenizer.apply_chat_template(messages, add_generation_prompt=generate, tokenize=True, return_dict=False,
+                                                           enable_thinking=False)
+    return ids
+
+
+# ---- templates persea has no file for ------------------------------------------------------------------------------
+
+
+@pytest.mark.realdata
+def test_an_unknown_model_is_rendered_as_transformers_does(unknown: Speaker):
+    today = unknown.today()
+    for conversation in talks():
+        asked = replace(conversation, messages=conversation.messages[:-1])
+        assert today.prompt(asked).ids_T.tolist() == theirs(unknown, asked, generate=True)
+        ids = today.render(conversation).ids_T.tolist()
+        if unknown.folder.name not in OPEN:
+            assert ids == theirs(unknown, conversation, generate=False)
+            continue
+        assert ids[:-1] == theirs(unknown, conversation, generate=False)
+        onward = replace(conversation, messages=(*conversation.messages, *Conversation.ask("and?").messages))
+        assert ids == theirs(unknown, onward, generate=False)[:len(ids)]  # what closes it is what the template itself writes next
+
+
+@pytest.mark.realdata
+def test_an_unknown_model_is_parsed_and_learns_its_answer(unknown: Speaker):
+    voice = unknown.voice
+    for conversation in talks():
+        tokens, kept = voice.render(conversation), voice.family.normalise(conversation)
+        learned = np.flatnonzero(tokens.learn_T)
+        before = len(voice.prompt(replace(conversation, messages=conversation.messages[:-1])))
+        assert learned.tolist() == list(range(before, int(learned[-1]) + 1))
+        assert tokens.ids_T[learned[-1]] == voice.stop_ids[0]
+        assert not any(i in voice.stop_ids for i in tokens.ids_T[learned[:-1]])
+        assert voice.parse(tokens.ids_T[learned].tolist(), Effort.NONE) == ((Text(kept.messages[-1].text),), Finish.STOP)
+        assert voice.family.normalise(kept) == kept
+
+
+@pytest.mark.realdata
+def test_what_was_found_by_probing(unknown_of: Callable[[str], Speaker]):
+    found = {name: unknown_of(name).voice for name in UNKNOWN}
+    assert {n: v.family.name for n, v in found.items()} == dict.fromkeys(UNKNOWN, NAME)
+    assert {n: v.family.stops for n, v in found.items()} == {
+        "smollm3": ("<|im_end|>",), "deepseek-v3.1": ("<｜end▁of▁sentence｜>",), "apertus": ("<|assistant_end|>",),
+        "glm-4.6": ("<|user|>", "<|endoftext|>", "<|observation|>")}
+    talk = Conversation((Message(Role.SYSTEM, (Text("\n s \n"),)), Message(Role.USER, (Text("\n q \n"),)),
+                         Message(Role.ASSISTANT, (Thinking("t"), Text("\n a \n")))))
+    assert {n: [p.text for p in v.family.normalise(talk).parts()] for n, v in found.items()} == {
+        "smollm3": ["\n s", "\n q \n", "", " a \n"], "deepseek-v3.1": ["\n s \n", "\n q \n", "", "\n a \n"],
+        "apertus": ["\n s \n", "\n q \n", "", "\n a \n"], "glm-4.6": ["\n s \n", "\n q \n", "", "a"]}
+    for name, voice in found.items():
+        note = notes(Source(str(unknown_of(name).folder)), voice, "w")
+        assert "does not know this family" in note
+        assert voice.family.stops[0] in note
+        assert ("only before the next question" in note) == (name in OPEN)
+        assert "\n" not in note
+
+
+@pytest.mark.realdata
+def test_control_tokens_in_a_text_stay_text(unknown: Speaker):
+    """Also DeepSeek's <｜User｜>, which its tokenizer calls an ordinary token."""
+    voice = unknown.voice
+    added = json.loads((unknown.folder / "tokenizer.json").read_text())["added_tokens"]
+    names = [t["content"] for t in added if "think" not in t["content"]]
+    assert set(names) <= voice.vocabulary.control.keys()
+    said = Conversation.ask("x " + " ".join(names)).answered(Text("y" + "".join(names) + "y"))
+    plain = Conversation.ask("x").answered(Text("y"))
+    controls = [[i for i in voice.render(c).ids_T.tolist() if voice.vocabulary.bytes_W[i] is None] for c in (said, plain)]
+    assert controls[0] == controls[1]
+    tokens = voice.render(said)
+    assert voice.parse(tokens.ids_T[tokens.learn_T].tolist(), Effort.NONE)[0] == said.messages[-1].parts
+
+
+@pytest.mark.realdata
+def test_an_open_answer_needs_a_known_end(data: Path, tmp_path: Path):
+    """GLM's turns end with the next speaker's token: only its generation_config.json says that this is an end."""
+    text = (data / "templates" / "glm-4.6.jinja").read_text()
+    folder = folder_of(tmp_path / "glm", text, bos=None, eos="<|endoftext|>", controls=("<|user|>",))
+    with pytest.raises(DataError, match=r"ends an answer with no control token; the next question begins with <\|user\|>") as caught:
+        open_voice(Source(str(folder)), "teachers.0.model")
+    assert caught.value.where == "teachers.0.model"
+    assert "new_family" in caught.value.remedy
+
+
+# ---- small templates, each with one habit --------------------------------------------------------------------------
+
+HEAD = "{% for m in messages %}"
+TURN = "<|{{ m['role'] }}|>{{ m['content'] }}<|stop|>"
+END = "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+ROLES = ("<|user|>", "<|assistant|>", "<|system|>", "<|stop|>")
+
+
+def small(path: Path, template: str, eos: str = "<|stop|>", **more: Any) -> Source:
+    return Source(str(folder_of(path / "small", template, **{"bos": None, "eos": eos, "controls": ROLES} | more)))
+
+
+@pytest.mark.parametrize("cut", ["", "trim", "strip(' ')", "lstrip('\\n')", "rstrip()", "strip('\\n ')"])
+@pytest.mark.parametrize("role", ["user", "assistant", "system"])
+def test_what_a_template_trims_is_found_for_each_role(tmp_path: Path, role: str, cut: str):
+    content = "m['content']" + ("" if not cut else " | trim" if cut == "trim" else f".{cut}")
+    turn = f"<|{{{{ m['role'] }}}}|>{{{{ ({content}) if m['role'] == '{role}' else m['content'] }}}}<|stop|>"
+    voice = open_voice(small(tmp_path, HEAD + turn + END), "w")
+    text = " \n \t\u3000x\u3000\t \n "
+    want = {"": text, "trim": "x", "strip(' ')": text.strip(" "), "lstrip('\\n')": text.lstrip("\n"), "rstrip()": text.rstrip(),
+            "strip('\\n ')": text.strip(" \n")}[cut]
+    talk = Conversation.ask(text, system=text).answered(Text(text))
+    kept = voice.family.normalise(talk)
+    assert [m.text for m in kept.messages] == [want if m.role.value == role else text for m in talk.messages]
+    tokens = voice.render(talk)
+    assert voice.parse(tokens.ids_T[tokens.learn_T].tolist(), Effort.NONE) == (kept.messages[-1].parts, Finish.STOP)
+
+
+@pytest.mark.parametrize("where", ["loop.last", "not loop.last"])
+def test_an_earlier_answer_may_be_trimmed_otherwise_than_the_last(tmp_path: Path, where: str):
+    content = f"m['content'] | trim if m['role'] == 'assistant' and {where} else m['content']"
+    voice = open_voice(small(tmp_path, HEAD + f"<|{{{{ m['role'] }}}}|>{{{{ {content} }}}}<|stop|>" + END), "w")
+    first = Conversation.ask(" q ").answered(Text(" a "))
+    talk = replace(first, messages=first.messages * 2)
+    want = ["a" if m.role is Role.ASSISTANT and (k == 3) == (where == "loop.last") else m.text for k, m in enumerate(talk.messages)]
+    assert [m.text for m in voice.family.normalise(talk).messages] == want
+    assert voice.family.normalise(first).messages[-1].text == want[3]
+    tokens = voice.render(talk)
+    assert voice.parse(tokens.ids_T[tokens.learn_T].tolist(), Effort.NONE) == ((Text(want[3]),), Finish.STOP)
+
+
+@pytest.mark.parametrize(("template", "reason"), [
+    (HEAD + TURN + "{% endfor %}{% if add_generation_prompt %}<|assistant|>Sure: {% endif %}", "does not write an answer where its prompt ends"),
+    (HEAD + "<|{{ m['role'] }}|>{{ m['content'] | upper }}<|stop|>" + END, "rewrites the user's text"),
+    (HEAD + "<|{{ m['role'] }}|>{{ m['content'] }}{{ m['content'] }}<|stop|>" + END, "does not write an answer where its prompt ends"),
+    (HEAD + "{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
+     "ends an answer with no control token$"),
+    (HEAD + "<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}<|think|>{% endif %}{{ m['content'] }}<|stop|>" + END, "between its prompt"),
+    ("{{ raise_exception('no chat') }}", "no chat"),
+    (HEAD + "{% if m['content'] != m['content'] | trim %}!{% endif %}" + TURN + END, "changes with the white space around the user's"),
+    (HEAD + "<|{{ m['role'] }}|>{{ m['content'].replace(' ', '_') }}<|stop|>" + END, "rewrites the user's text"),
+    (HEAD + "<|{{ m['role'] }}|>{{ m['content'] if m['role'] == 'user' else '' }}<|stop|>" + END, "does not write an answer"),
+])
+def test_templates_generic_cannot_follow_are_refused_when_opened(tmp_path: Path, template: str, reason: str):
+    with pytest.raises(DataError) as caught:
+        open_voice(small(tmp_path, template), "teachers.0.model")
+    assert re.search(reason, caught.value.what)
+    assert caught.value.remedy
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("template", "why"), [
+    ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + HEAD + TURN + END, "no system here"),
+    (HEAD + "{% if m['role'] != 'system' %}" + TURN + "{% endif %}" + END, "leaves the text out"),
+])
+def test_no_system_role_is_said_and_refused_in_one_line(tmp_path: Path, template: str, why: str):
+    source = small(tmp_path, template)
+    voice = open_voice(source, "teachers.0.model")
+    assert why in voice.family.unknown
+    assert "takes no system text" in notes(source, voice, "w")
+    voice.render(Conversation.ask("Hi").answered(Text("Hello")))
+    for call in (voice.prompt, lambda c: voice.render(c.answered(Text("Hello")))):
+        with pytest.raises(DataError, match="takes no system text") as caught:
+            call(Conversation.ask("Hi", system="Be brief."))
+        assert caught.value.where == "teachers.0.model"
+        assert "\n" not in str(caught.value)
+
+
+def test_words_of_the_template_around_an_answer_are_learned_and_taken_off(tmp_path: Path):
+    turn = "<|{{ m['role'] }}|>{{ '\n\nSays: ' if m['role'] == 'assistant' }}{{ m['content'] }}\n<|stop|>"
+    voice = open_voice(small(tmp_path, HEAD + turn + END), "w")
+    for text in ("Hello", "", "Says: ", "\n"):
+        tokens = voice.render(Conversation.ask("Hi").answered(Text(text)))
+        learned = tokens.ids_T[tokens.learn_T].tolist()
+        assert voice.vocabulary.decode(learned[:-1]).decode() == f"\n\nSays: {text}\n"
+        assert voice.parse(learned, Effort.NONE) == ((Text(text),), Finish.STOP)
+    assert voice.parse([*voice.vocabulary.encode("bare"), voice.stop_ids[0]], Effort.NONE) == ((Text("bare"),), Finish.STOP)
+
+
+def test_an_eos_that_is_not_the_turns_end_is_said_and_stops_too(tmp_path: Path):
+    source = small(tmp_path, HEAD + TURN + END, eos="<|text_end|>")
+    voice = open_voice(source, "w")
+    assert voice.family.stops == ("<|stop|>", "<|text_end|>")
+    assert "its configuration ends at <|text_end|> instead" in voice.family.unknown
+    body = voice.vocabulary.encode("Hi")
+    assert {voice.parse([*body, i, *body], Effort.NONE) for i in voice.stop_ids} == {((Text("Hi"),), Finish.STOP)}
+    assert voice.parse([*body, voice.vocabulary.control["<|user|>"], voice.stop_ids[0]], Effort.NONE) == ((), Finish.MALFORMED)
+
+
+def test_generic_is_one_of_the_names_a_recipe_may_use(tiny: Speaker):
+    """Forced on a model that persea knows: its template alone renders plain talk as the family does."""
+    if tiny.voice.family.name == "gpt-oss":
+        with pytest.raises(DataError, match=r"between its prompt|where its prompt ends|white space"):
+            open_voice(Source(str(tiny.folder), family=NAME), "w")
+        return
+    voice = open_voice(Source(str(tiny.folder), family=NAME), "w")
+    talk = Conversation.ask(" Hi\n").answered(Text("\n Hello "))
+    assert voice.render(talk).ids_T.tolist() == tiny.voice.render(talk).ids_T.tolist()
+    assert voice.render(talk).learn_T.tolist() == tiny.voice.render(talk).learn_T.tolist()
+    assert voice.digest != tiny.voice.digest
+
+
+def test_a_run_says_who_speaks_and_what_is_not_known(tmp_path: Path):
+    river = River(load_recipe(recipe(tmp_path), ["teachers.0.family=generic", "teachers.1.family=gemma"]), tmp_path / "run")
+    said: list[str] = []
+    check(river, tmp_path / "check", lambda stage, share, words: said.append(words))
+    found = json.loads((tmp_path / "check" / "check.json").read_text())["families"]
+    note = found["qwen-sapling"].pop("note")
+    assert "does not know this family" in note
+    assert found == {"qwen-sapling": {"family": "generic", "detected": False}, "gemma-sapling": {"family": "gemma", "detected": False, "note": ""},
+                     "gpt-oss-sapling": {"family": "gpt-oss", "detected": True, "note": ""},
+                     "student": {"family": "llama", "detected": True, "note": ""}}
+    assert said == ["qwen-sapling (generic, see its note in check.json)", "gemma-sapling (gemma)", "gpt-oss-sapling (gpt-oss)"]
+    assert river.parent("qwen-sapling").licence == "not known"
+
+
+def test_tools_are_refused_and_not_lost(tmp_path: Path):
+    voice = open_voice(small(tmp_path, HEAD + TURN + END), "w")
+    asked = replace(Conversation.ask("Hi"), tools=(Tool("clock", "the time", "{}"),))
+    call = Conversation.ask("Hi").answered(ToolCall("clock", "{}"))
+    result = replace(call, messages=(*call.messages, Message(Role.TOOL, (ToolResult("clock", "noon"),))))
+    for conversation in (asked, call, result):
+        with pytest.raises(DataError, match="tools"):
+            voice.prompt(conversation)
+
+
+# ---- which family --------------------------------------------------------------------------------------------------
+
+
+def test_the_longest_mark_in_the_template_wins(tiny_of: Callable[[str], Speaker], monkeypatch: pytest.MonkeyPatch):
+    vocabulary = tiny_of("qwen").voice.vocabulary
+    family: Callable[[str, str], Family] = lambda name, mark: replace(QWEN, name=name, template_mark=mark)  # noqa: E731
+    any_, short, long, other = family("any", ""), family("short", "ab"), family("long", "abc"), family("other", "xyz")
+    monkeypatch.setattr(families, "FAMILIES", (replace(LLAMA, template_mark=""), any_, long, short, other))
+    assert families.detect(vocabulary, "") is any_
+    assert families.detect(vocabulary, "zab") is short
+    assert families.detect(vocabulary, "zabc") is long
+    assert families.detect(vocabulary, "abc xyz") is None  # equally long: no guess
+    monkeypatch.setattr(families, "FAMILIES", (LLAMA, short))
+    assert families.detect(vocabulary, "nothing of it") is None
+    assert families.detect(vocabulary, "<|start_header_id|> ab") is short  # a signature in the template alone is none
+
+
+def test_trim():
+    assert Trim("\n", None)("\n x \n") == " x"
+    assert Trim("", "")("\n x \n") == "\n x \n"

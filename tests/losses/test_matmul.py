@@ -1,0 +1,110 @@
+"""A head's products are those of float64, whichever library makes them, in one strip of the vocabulary or in many."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from persea.losses import Divergence, Head, divergence_head
+from persea.losses import matmul as products
+from persea.losses.matmul import STRIP, add_outer, inward, most_rows, onednn, outward, rows_for
+
+SIZES = st.sampled_from([1, 7, STRIP, STRIP + 1, 2 * STRIP + 5])
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How often oneDNN is asked, counted from now on."""
+    times, real = [0], products._times
+
+    def counted(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        times[0] += 1
+        return real(left, right)
+
+    monkeypatch.setattr(products, "_times", counted)
+    return times
+
+
+@given(seed=st.integers(0, 2**31), C=st.integers(1, 9), V=SIZES, D=st.integers(1, 33), quick=st.booleans(), first=st.booleans(), turned=st.booleans())
+def test_products_are_exact_to_float32(seed: int, C: int, V: int, D: int, quick: bool, first: bool, turned: bool):
+    generator = torch.Generator().manual_seed(seed)
+    hidden_CD, pull_CV = torch.randn(C, D, generator=generator), torch.randn(C, V, generator=generator)
+    weight_VD = torch.randn(D, V, generator=generator).T if turned else torch.randn(V, D, generator=generator)
+    into_CV, into_VD = torch.full((C, V), torch.nan), torch.full((V, D), torch.nan if first else 0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "onednn", lambda like_XY: quick and HAS_ONEDNN)
+        outward(hidden_CD, weight_VD, into_CV)
+        back_CD = inward(pull_CV, weight_VD)
+        add_outer(into_VD, pull_CV, hidden_CD, first)
+    before = 0.0 if first else 0.5
+    for got, want, terms in ((into_CV, hidden_CD.double() @ weight_VD.double().T, D), (back_CD, pull_CV.double() @ weight_VD.double(), V),
+                             (into_VD, pull_CV.double().T @ hidden_CD.double() + before, C)):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=4e-7 * terms ** 0.5 * 8)
+
+
+@pytest.mark.skipif(not HAS_ONEDNN, reason="a processor without AVX-512")
+def test_onednn_is_asked_where_it_is_quicker_and_nowhere_else(monkeypatch: pytest.MonkeyPatch):
+    times = asked(monkeypatch)
+    x, w = torch.randn(3, 4), torch.randn(STRIP + 1, 4)
+    outward(x, w, torch.empty(3, len(w)))
+    assert times == [2]  # two strips
+    inward(torch.randn(3, len(w)), w)
+    add_outer(torch.zeros(len(w), 4), torch.randn(3, len(w)), x, first=False)
+    assert times == [5]
+    outward(x.double(), w.double(), torch.empty(3, len(w), dtype=torch.float64))
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    outward(x, w, torch.empty(3, len(w)))
+    assert times == [5]
+
+
+def test_other_processors_and_precisions_keep_to_torch(monkeypatch: pytest.MonkeyPatch):
+    assert not onednn(torch.zeros(1, dtype=torch.float64)) and not onednn(torch.zeros(1, dtype=torch.bfloat16))
+    assert not onednn(torch.zeros(1, device="meta"))
+    assert onednn(torch.zeros(1)) == HAS_ONEDNN
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert not onednn(torch.zeros(1))
+
+
+def test_half_precision_is_summed_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    pulls, hiddens = torch.randn(64, 2, 30, generator=generator).bfloat16(), torch.randn(64, 2, 5, generator=generator).bfloat16()
+    into_VD = torch.empty(30, 5)
+    for k, (pull_CV, hidden_CD) in enumerate(zip(pulls, hiddens, strict=True)):
+        add_outer(into_VD, pull_CV, hidden_CD, first=k == 0)
+    want = torch.einsum("kcv,kcd->vd", pulls.double(), hiddens.double())
+    assert (into_VD.double() - want).abs().max() < 0.15  # each of 64 products is rounded to 8 bits; a sum kept in them would be off by .5 and more
+
+
+@given(count=st.integers(1, 100_000))
+def test_there_are_few_numbers_of_rows(count: int):
+    """Eight in an octave from 128 on, multiples of 16 below: oneDNN keeps a routine for each."""
+    like = torch.zeros(1)
+    if not onednn(like):
+        assert rows_for(count, like) == most_rows(count, like) == count
+        return
+    rows = rows_for(count, like)
+    assert count <= rows < count + max(16, count / 8 + 1) and rows % 16 == 0
+    assert rows_for(rows, like) == rows
+    few = most_rows(count, like)
+    assert 1 <= few <= count and (few == rows_for(few, like) or count < 16)
+    assert few > count - max(16, count / 8 + 1)
+    double = torch.zeros(1, dtype=torch.float64)
+    assert rows_for(count, double) == most_rows(count, double) == count
+
+
+@pytest.mark.skipif(not HAS_ONEDNN, reason="a processor without AVX-512")
+def test_batches_of_ever_other_sizes_ask_for_few_shapes(monkeypatch: pytest.MonkeyPatch):
+    shapes, real = set[tuple[torch.Size, torch.Size]](), products._times
+
+    def seen(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        shapes.add((left.shape, right.shape))
+        return real(left, right)
+
+    monkeypatch.setattr(products, "_times", seen)
+    weight, theirs = torch.randn(50, 4, requires_grad=True), torch.randn(50, 4)
+    for n in range(100, 257):
+        hidden = torch.randn(n, 4, requires_grad=True)
+        divergence_head(hidden, Head(weight, 50), (torch.randn(n, 4), Head(theirs, 50)), divergence=Divergence.FORWARD).loss.backward()
+    assert len(shapes) == 3 * len({rows_for(n, weight) for n in range(100, 257)}) <= 36

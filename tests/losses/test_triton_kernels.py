@@ -1,0 +1,116 @@
+"""Kernels for a GPU against the functions they stand for: in Triton's interpreter, on random inputs, in memory full of NaN.
+
+In a process of its own, for Triton reads TRITON_INTERPRET once, when it is imported. Skipped, in words, where there is no Triton.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CASES = """
+import math, sys
+import numpy as np, torch
+from test_losses import case, random_bridge, said_of
+from persea.errors import DataError
+from persea.losses import Divergence
+from persea.losses import triton_kernels as fused
+from persea.losses.event_kl import composed_rows
+from persea.losses.divergence import same_rows
+
+torch.set_num_threads(1)
+rooms = []
+def poisoned(n, like):
+    rooms.append(n)
+    return torch.full((n,), math.nan)
+fused.room = poisoned
+fused.BLOCK, fused.FEW = 16, 2  # so that rows of 8 to 40 columns take several rounds, and are no multiple of one
+
+def walled(logits):
+    "The same rows inside a wider matrix of NaN: what is read past a row's end would show."
+    wide = torch.full((len(logits) + 1, logits.shape[1] + 11), math.nan)
+    inside = wide[:len(logits), :logits.shape[1]]
+    inside.copy_(logits)
+    return wide, inside
+
+def close(a, b, atol=1e-6):
+    torch.testing.assert_close(a, b, rtol=2e-5, atol=atol)
+
+tried = 0
+for seed in range(4):
+    for share in (0.7, 1.0)[:2 - seed // 2]:
+        c = case(seed)
+        teachers = [t.targets for t in c.teachers]
+        known = composed_rows(c.logits_NV, c.targets_N, teachers, share)
+        want = torch.empty_like(c.logits_NV)
+        known.gradient(c.logits_NV, want)
+        wide, inside = walled(c.logits_NV)
+        loss, text, events, spoken = fused.fused_composed(inside, c.targets_N, teachers, share)
+        close(loss, known.loss_N, 1e-5), close(text, known.text_N, 1e-5), close(events, known.events_N, 1e-5), close(inside, want)
+        assert torch.equal(spoken, known.spoken_N)
+        assert wide[:, c.logits_NV.shape[1]:].isnan().all() and wide[-1].isnan().all()
+        tried += len(loss)
+rng = np.random.default_rng(1)
+bridge = random_bridge(rng, 30, 40, 4)  # events of about ten tokens
+said = said_of(bridge, {n: rng.dirichlet(np.full(30, .3)) for n in (0, 2)}).targets
+logits, tokens = 30 * torch.randn(3, 40), torch.tensor([1, 2, 3])
+known = composed_rows(logits, tokens, [said], 0.7)
+want = torch.empty_like(logits)
+known.gradient(logits, want)
+loss = fused.fused_composed(logits, tokens, [said], 0.7)[0]
+close(loss, known.loss_N, 1e-4), close(logits, want)
+try:
+    fused.fused_composed(logits, tokens, [said, said], 0.7)
+except DataError as error:
+    assert "two teachers" in str(error)
+else:
+    raise AssertionError("two teachers pass")
+for divergence in Divergence:
+    for seed in range(2):
+        rng = np.random.default_rng(seed)
+        mine, theirs = (torch.from_numpy(4 * rng.standard_normal((3, 37))).float() for _ in range(2))
+        if divergence is not Divergence.REVERSE:
+            theirs[torch.from_numpy(rng.random((3, 37)) < 0.3)] = -math.inf
+        wide, inside = walled(mine)
+        other_wide, other = walled(theirs)
+        loss = fused.fused_same(inside, other, divergence)
+        want = same_rows(mine, theirs, divergence)
+        close(loss, want, 1e-5), close(inside, mine)
+        assert wide[:, 37:].isnan().all()
+        tried += len(loss)
+from persea.losses import Head, composed_head, divergence_head
+from persea.losses import chunked_head as heads
+c = case(7)
+weight, hidden = torch.randn(c.logits_NV.shape[1], 3), torch.randn(len(c.targets_N), 3)
+heads.WORKSPACE["cpu"] = 4 * weight.shape[0] * 3
+found = []
+for gpu in (False, True):
+    heads.on_gpu = lambda logits, gpu=gpu: gpu
+    before = len(rooms)
+    w, h = weight.clone().requires_grad_(), hidden.clone().requires_grad_()
+    outs = [composed_head(h, Head(w, len(w)), c.targets_N, [t.targets for t in c.teachers], 0.7),
+            divergence_head(h, Head(w, len(w)), (hidden, Head(weight, len(w))))]
+    sum(out.loss for out in outs).backward()
+    found.append((outs[0].loss.detach(), outs[1].loss.detach(), w.grad, h.grad))
+    assert (len(rooms) > before) == gpu
+for a, b in zip(*found):
+    close(a, b, 1e-5)
+assert tried > 40 and rooms, "nothing was tried, or nothing poisoned"
+print("tried", tried)
+"""
+
+
+def test_kernels_in_tritons_interpreter():
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed: pip install -e '.[dev]' on Linux x86-64 brings it")
+    here, root = Path(__file__).resolve().parent, Path(__file__).resolve().parents[2]
+    path = os.pathsep.join([str(here), str(root / "bench"), str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run([sys.executable, "-c", CASES], env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}, capture_output=True,
+                          text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith("tried ")

@@ -1,0 +1,61 @@
+"""The record names every parent, the student's own bytes and the software, and is refused where there is no student."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+from pathlib import Path
+
+import pytest
+
+import persea
+from persea import storage as store
+from persea.errors import DataError
+from persea.evaluation.audition import Cast
+from persea.report.lineage import Parent, lineage
+from tests.cli.test_cli import TINY, flowed
+
+BASE = Parent("base", "llama-sapling", "", "llama", "Llama Community License", "f0")
+QWEN = Parent("qwen", "Qwen/Qwen3-8B", "main", "qwen", "Apache-2.0", "f1")
+
+
+def test_a_record_says_what_made_the_weights(tmp_path: Path) -> None:
+    for name in ("model-00002-of-2.safetensors", "model-00001-of-2.safetensors", "config.json"):
+        (tmp_path / name).write_text(name)
+    cast = Cast({"code": (("qwen", 0.5), ("gemma", 0.5)), "code/th": (("qwen", 1.0),)}, (), ("code",))
+    record = lineage(tmp_path, BASE, [QWEN], "hash", {"units": "digest"}, cast)
+    assert json.loads(json.dumps(record)) == record
+    assert record["student"]["sha256"] == {n: store.digest(n.encode()) for n in ("model-00001-of-2.safetensors", "model-00002-of-2.safetensors")}
+    assert record["teachers"] == [{"name": "qwen", "model": "Qwen/Qwen3-8B", "revision": "main", "family": "qwen", "licence": "Apache-2.0",
+                                   "fingerprint": "f1"}]
+    assert record["base"]["name"] == "base"
+    assert record["cast"] == {"parts": {"code": {"qwen": 0.5, "gemma": 0.5}, "code/th": {"qwen": 1.0}}, "pinned": ["code"]}
+    assert (record["recipe_hash"], record["data"]) == ("hash", {"units": "digest"})
+    assert record["software"]["persea"] == persea.__version__
+    assert record["software"]["python"] == platform.python_version()
+    assert {"torch", "transformers", "tokenizers"} <= record["software"].keys()
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_a_record_without_a_student_is_refused(tmp_path: Path, made: bool) -> None:
+    if made:
+        (tmp_path / "student").mkdir()
+    with pytest.raises(DataError, match="no weights of a student -> train first"):
+        lineage(tmp_path / "student", BASE, [], "hash", {}, Cast({}, ()))
+
+
+def test_the_record_of_a_run_is_that_of_its_files() -> None:
+    folder, ended = flowed()
+    assert ended.code == 0, ended.err
+    record = json.loads((folder / "run" / "lineage" / "lineage.json").read_text())
+    assert record["student"]["sha256"] == {"model.safetensors": store.digest_file(folder / "run" / "train" / "student" / "model.safetensors")}
+    assert [t["name"] for t in record["teachers"]] == [Path(t["model"]).name for t in TINY["teachers"]]
+    assert [t["family"] for t in record["teachers"]] == ["qwen", "gemma", "gpt-oss"]
+    assert record["base"]["family"] == "llama"
+    chosen = json.loads((folder / "run" / "audition" / "cast.json").read_text())
+    assert record["cast"] == {"parts": {part: dict(shares) for part, shares in chosen["parts"].items()}, "pinned": chosen["pinned"]}
+    assert all(p["licence"] and len(p["fingerprint"]) == 64 for p in (record["base"], *record["teachers"]))
+    assert len({p["fingerprint"] for p in (record["base"], *record["teachers"])}) == 4
+    assert [t["model"] for t in record["teachers"]] == [Path(t["model"]).name for t in TINY["teachers"]]
+    assert not re.search(r"\"/|\./", json.dumps(record))  # it travels with the student: no path of this machine

@@ -1,0 +1,145 @@
+"""persea.report.run_files: a run's files are read whole and consistent, or refused by name; sentences about them are in test_report.py."""
+
+
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from persea.chat.messages import Effort
+from persea.errors import DataError
+from persea.report.page import report
+from persea.report.run_files import Standing, standing, stands
+from persea.tasks.task import Paired, Score
+from tests.report.test_page import SECONDS, change, evaluated, page_of, run, words_of  # noqa: F401 (run is a fixture)
+
+
+def test_intervals_that_touch_overlap() -> None:
+    def at(low: float, high: float) -> Score:
+        return Score("a", "b", "", Effort.NONE, (low + high) / 2, 10, low, high)
+
+    assert standing(at(0.5, 0.6), at(0.6, 0.7)) is Standing.OVERLAPS
+    assert standing(at(0.5, 0.6), at(0.61, 0.7)) is Standing.BELOW
+    assert standing(at(0.5, 0.6), at(0.1, 0.49)) is Standing.ABOVE
+
+
+def test_pairs_stand_where_their_difference_leaves_nothing() -> None:
+    def at(low: float, high: float) -> Paired:
+        return Paired("a", "b", "c", "", Effort.NONE, 10, (low + high) / 2, low, high)
+
+    assert [stands(at(*x)) for x in ((0.01, 0.5), (0.0, 0.5), (-0.1, 0.1), (-0.5, 0.0), (-0.5, -0.01))] == [
+        Standing.ABOVE, Standing.OVERLAPS, Standing.OVERLAPS, Standing.OVERLAPS, Standing.BELOW]
+
+
+FILES = ("recipe.yaml", "audition/cast.json", "check/check.json", "capture/summary.json", "train/metrics.jsonl", "evaluate/evaluation.json",
+         "evaluate/examples.jsonl", "lineage/lineage.json", *(f"{stage}/done.json" for stage in SECONDS))
+
+
+def refusal_of(run: Path, name: str) -> DataError:
+    """What report() says of a run whose file `name` is bad; it must name the file, a remedy, and have written nothing."""
+    with pytest.raises(DataError) as refusal:
+        report(run)
+    assert refusal.value.where == str(run / name) and refusal.value.remedy and not (run / "report").exists()
+    return refusal.value
+
+
+def test_missing_files_are_refused(run: Path) -> None:
+    for name in FILES:
+        kept = (run / name).read_bytes()
+        (run / name).unlink()
+        assert refusal_of(run, name).what == "not there"
+        (run / name).write_bytes(kept)
+    assert report(run).is_file()
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_numbers_nobody_has_are_refused(run: Path, number: str) -> None:
+    for name in FILES[1:]:
+        text = (run / name).read_text()
+        spoilt = re.sub(r"(: )(\d[\d.e+-]*)", lambda m: m[1] + number, text, count=1)
+        (run / name).write_text(spoilt if spoilt != text else text.replace("{", f'{{"x": {number}, ', 1))
+        assert refusal_of(run, name).what == "holds NaN or infinity"
+        (run / name).write_text(text)
+
+
+def test_broken_files_are_refused(run: Path) -> None:
+    for name in FILES[1:]:
+        kept = (run / name).read_bytes()
+        (run / name).write_bytes(kept[:-4])
+        assert "JSON" in refusal_of(run, name).what
+        (run / name).write_bytes(kept)
+
+
+CONTRADICTIONS: dict[str, tuple[str, Callable[[Any], None], str]] = {
+    "interval": ("evaluate/evaluation.json", lambda v: v["scores"][0].update(low=0.9), "not inside its interval"),
+    "percent": ("evaluate/evaluation.json", lambda v: v["scores"][0].update(value=71, high=80), "not inside its interval"),
+    "speaker": ("evaluate/evaluation.json", lambda v: v["scores"].pop(3), "gemma has no score on languages"),
+    "nothing asked": ("evaluate/evaluation.json", lambda v: v["scores"][0].update(n=0), "avocado has no score on languages"),
+    "no skill": ("evaluate/evaluation.json", lambda v: v.update(scores=[]), "no skill was measured"),
+    "no teacher": ("evaluate/evaluation.json", lambda v: v.update(teachers=[]), "need a name each"),
+    "one name": ("evaluate/evaluation.json", lambda v: v.update(base="avocado"), "need a name each"),
+    "effort": ("evaluate/evaluation.json", lambda v: v.update(effort="a lot"), "effort"),
+    "type": ("evaluate/evaluation.json", lambda v: v["scores"][0].update(n="many"), r"scores\.0\.n"),
+    "stranger": ("audition/cast.json", lambda v: v["parts"].update(code=[["mistral", 1.0]]), "mistral teaches, and was not evaluated"),
+    "captured stranger": ("capture/summary.json", lambda v: v["teachers"].update(mistral={"kept": 1}), "mistral teaches"),
+    "not listed": ("lineage/lineage.json", lambda v: v["teachers"].pop(), "gpt-oss was evaluated as a teacher, and has no line here"),
+    "no pair": ("check/check.json", lambda v: v.update(pairs=[]), "no pair was checked"),
+    "share": ("check/check.json", lambda v: v["pairs"][1].update(boundary=86.0), "shares from 0 to 1"),
+    "no share": ("check/check.json", lambda v: v["pairs"][1].pop("one_to_one"), "needs boundary, one_to_one"),
+    "twice": ("evaluate/evaluation.json", lambda v: v["scores"].append(v["scores"][5]), "two scores on one skill"),
+    "pair of strangers": ("evaluate/evaluation.json", lambda v: v["compared"][0].update(other="mistral"), "avocado is compared with mistral"),
+    "pair of others": ("evaluate/evaluation.json", lambda v: v["compared"][0].update(speaker="qwen"), "qwen is compared with"),
+    "difference": ("evaluate/evaluation.json", lambda v: v["compared"][0].update(difference=0.99), "a difference of 0.99 is not inside"),
+    "not compared": ("evaluate/evaluation.json", lambda v: v.update(compared=[]), "the student is not compared on languages"),
+    "before pairs": ("evaluate/evaluation.json", lambda v: v.pop("compared"), "compared: Field required"),
+    "ended": ("audition/cast.json", lambda v: v.update(contests={"code": {"asked": 9, "ended": "bored", "beaten": {}}}), r"contests\.code\.ended"),
+    "negative": ("check/done.json", lambda v: v.update(seconds=-1), "seconds: Input should be greater"),
+    "seconds": ("train/done.json", lambda v: v.pop("seconds"), "seconds: Field required"),
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_contradictions_are_refused(run: Path, case: str) -> None:
+    name, edit, words = CONTRADICTIONS[case]
+    change(run / name, edit)
+    assert re.search(words, refusal_of(run, name).what)
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("", "no step is logged"), ('{"step": 1, "loss": 1, "terms": {}, "share": {"qwen": 0.7, "gemma": 0.7}}', "positions of step 1 are more than one"),
+    ('{"step": 1, "loss": 1, "terms": {}, "share": {}, "groups": {"qwen": {"code": {"positions": 0.5, "weight": 1, "loss": 0.7}, '
+     '"tools": {"positions": 0.5, "weight": 1, "loss": 0.7}}}}', "loss of step 1 are more than one"),
+    ('{"step": 1, "loss": 1, "terms": {}, "share": {}, "groups": {"nobody": {"code": {"positions": 0.5, "weight": 1}}}}', "nobody teaches")])
+def test_training_logs_must_add_up(run: Path, text: str, words: str) -> None:
+    (run / "train" / "metrics.jsonl").write_text(text)
+    with pytest.raises(DataError, match=words):
+        report(run)
+
+
+@pytest.mark.parametrize("stage", ["check", "audition", "capture", "train"])
+def test_a_stage_without_a_folder_is_said_to_be_absent(run: Path, stage: str) -> None:
+    shutil.rmtree(run / stage)
+    page = words_of(page_of(run))
+    assert page.count(f"This run has no {stage}/ folder") == 1
+    assert stage not in json.loads((run / "report" / "report.json").read_text())["seconds"]
+
+
+def test_one_logged_step_and_one_teacher_are_enough(run: Path) -> None:
+    def alone(value: Any) -> None:
+        value["teachers"] = ["qwen"]
+        value["scores"] = [s for s in value["scores"] if s["speaker"] not in ("gemma", "gpt-oss")]
+
+    evaluated(run, alone)
+    change(run / "audition" / "cast.json", lambda v: v.update(parts={"code": [["qwen", 1.0]]}))
+    change(run / "capture" / "summary.json", lambda v: v.update(teachers={"qwen": v["teachers"]["qwen"]}, tokens=0))
+    (run / "train" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5, "terms": {"events": 2.5}, "share": {"qwen": 1}}\n')
+    page = words_of(page_of(run))
+    assert "One student, one teacher: it keeps 115 % of its teacher on safety" in page
+    assert "covers" not in page

@@ -1,0 +1,427 @@
+"""Words come as they are said and never half a character; switches and history do what they say; in a terminal and through a pipe."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import re
+import select
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from persea import cli
+from persea.chat.messages import Conversation, Effort, Finish, Text, Thinking, ToolCall
+from persea.chat.renderer import Voice
+from persea.cli.chat import Pipe
+from persea.errors import DataError
+from persea.models.loading import find, sprout
+from persea.serve import chat_session as talk
+from persea.serve.chat_session import Talk, converse, open_speaker, printable
+from persea.serve.streaming import Heard
+from persea.tasks.generated import REASONING
+from persea.tasks.task import Split
+from persea.teachers.engines.transformers import LocalEngine
+from persea.teachers.teacher import Teacher
+from tests.chat.test_renderer import FRAGMENTS, generated, texts
+from tests.cli.test_cli import SAPLINGS, flowed, warm
+from tests.conftest import Speaker
+from tests.teachers.engines.test_transformers import engine, opened
+
+OSS = str(SAPLINGS / "gpt-oss-sapling")
+
+
+@dataclass
+class Script:
+    """A screen that reads given lines and keeps what it is told."""
+
+    lines: list[str]
+    thought: list[str] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    ends: list[str] = field(default_factory=list)
+
+    def read(self) -> str | None:
+        return self.lines.pop(0) if self.lines else None
+
+    def say(self, thought: str, text: str) -> None:
+        self.thought.append(thought)
+        self.said.append(text)
+
+    def close(self, note: str) -> None:
+        self.ends.append(note)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def talked(name: str, *lines: str, effort: Effort | None = None, most: int = 100, context: int = 0) -> tuple[Script, Talk]:
+    speaker = Teacher(name, opened(name)[0], engine(name), context=context)
+    one, screen = Talk.begin(speaker.voice), Script(list(lines))
+    one.effort = effort or one.effort
+    converse(speaker, one, screen, most)
+    return screen, one
+
+
+def question() -> str:
+    return REASONING.items(Split.TEACH, 1, 0)[0].prompt.conversation.messages[-1].text
+
+
+# ---- as it is said -------------------------------------------------------------------------------------------------
+
+
+def heard(voice: Voice, ids: Sequence[int], effort: Effort) -> tuple[list[str], list[str], Finish]:
+    one = Heard(voice, effort, ())
+    pieces = [one.add(i) for i in ids]
+    rest, _, finish = one.end()
+    thoughts, words = ([p.get(key, "") for p in (*pieces, rest)] for key in ("reasoning_content", "content"))
+    return thoughts, words, finish
+
+
+@given(thought=texts(FRAGMENTS), text=texts(FRAGMENTS), effort=st.sampled_from([Effort.NONE, Effort.HIGH]))
+def test_the_pieces_are_the_answer(tiny: Speaker, thought: str, text: str, effort: Effort):
+    said = Conversation.ask("q", effort=effort).answered(*((Thinking(thought),) if thought else ()), Text(text))
+    ids = generated(tiny.voice.render(said))
+    parts, finish = tiny.voice.parse(ids, effort)
+    thoughts, pieces, ended = heard(tiny.voice, ids, effort)
+    assert ended is finish is Finish.STOP
+    assert "".join(thoughts).strip() == "".join(p.text for p in parts if isinstance(p, Thinking)).strip()
+    assert "".join(pieces) == "".join(p.text for p in parts if isinstance(p, Text))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen", "gpt-oss"])
+def test_a_thought_and_a_text_come_before_their_end(tiny_of, family: str):
+    voice = tiny_of(family).voice
+    said = Conversation.ask("q", effort=Effort.HIGH).answered(Thinking("one two three four"), Text("five six seven"))
+    thoughts, pieces, _ = heard(voice, generated(voice.render(said)), Effort.HIGH)
+    assert len([p for p in thoughts if p]) > 3
+    assert len([p for p in pieces if p]) > 2
+    last_thought = max(k for k, p in enumerate(thoughts) if p)
+    assert last_thought < min(k for k, p in enumerate(pieces) if p)
+
+
+def test_half_a_character_waits(tiny_of):
+    voice = tiny_of("llama").voice
+    ids = generated(voice.render(Conversation.ask("q").answered(Text("a မြန် 👩‍👩‍👧 z"))))
+    assert any(b"\x80" <= (voice.vocabulary.bytes_W[i] or b"")[:1] < b"\xc0" for i in ids), "no token begins inside a character"
+    _, pieces, _ = heard(voice, ids, Effort.NONE)
+    assert "".join(pieces) == "a မြန် 👩‍👩‍👧 z"
+    assert "\ufffd" not in "".join(pieces)
+    assert len([p for p in pieces if p]) > 3
+
+
+def test_half_a_marker_waits():
+    """Where <think> is plain text, neither it nor its end is ever shown, however the model cuts them."""
+    from persea.models.loading import Source, open_voice
+
+    voice = open_voice(Source(str(SAPLINGS / "gemma-sapling"), thinking=True), "student")
+    assert "<think>" not in voice.vocabulary.control
+    for answer in ("<think>\nso it is\n</think>\n\nHi <b>", "<thinly said"):
+        ids = [i for c in answer for i in voice.vocabulary.encode(c)]
+        thoughts, pieces, _ = heard(voice, [*ids, voice.stop_ids[0]], Effort.HIGH)
+        told = "".join(thoughts) + "|" + "".join(pieces)
+        assert told == ("so it is|Hi <b>" if "so" in answer else "|<thinly said")
+
+
+def test_what_could_steer_a_terminal_is_not_shown():
+    assert printable("a\x1b[2J\x07b\r\n\tç\ud800") == "a\ufffd[2J\ufffdb\ufffd\n\tç\ufffd"
+
+
+# ---- switches and history ------------------------------------------------------------------------------------------
+
+
+def test_a_question_is_answered_as_the_teacher_answers_it():
+    screen, one = talked("gpt-oss-sapling", question(), effort=Effort.HIGH)
+    speaker = Teacher("t", opened("gpt-oss-sapling")[0], engine("gpt-oss-sapling"), Effort.HIGH)
+    want, = speaker.answer([replace(REASONING.items(Split.TEACH, 1, 0)[0].prompt)], 100)
+    assert "".join(screen.thought) == want.conversation.messages[-1].thinking != ""
+    assert "".join(screen.said) == want.text != ""
+    assert len([p for p in screen.said if p]) > 1
+    assert screen.ends == [""]
+    assert one.messages == list(want.conversation.messages)
+
+
+def test_turns_are_remembered_and_thoughts_are_not_said_again():
+    screen, one = talked("qwen-sapling", question(), "And again?", "/history", "/reset", "/history")
+    assert [m.role.value for m in one.messages] == []
+    told = screen.notes[0].splitlines()
+    assert [line.split(":")[0] for line in told] == ["user", "assistant", "user", "assistant"]
+    assert told[0] == f"user: {question()}"
+    assert screen.notes[1:] == ["forgotten", "nothing was said yet"]
+    both = Talk.begin(opened("qwen-sapling")[0])
+    both.messages = list(Conversation.ask("q").answered(Thinking("hm"), Text("a")).messages)
+    assert [m.text for m in both.asked("next").messages] == ["q", "a", "next"]
+    prompt = both.voice.vocabulary.pieces(both.voice.prompt(both.asked("next")).ids_T.tolist())
+    assert b"hm" not in b"".join(p for p in prompt if isinstance(p, bytes))
+
+
+@pytest.mark.parametrize(("name", "word", "told", "effort"), [
+    ("gpt-oss-sapling", "on", "thinking: high", Effort.HIGH),
+    ("gpt-oss-sapling", "off", "this model knows no off; it knows low, medium, high", Effort.LOW),
+    ("gpt-oss-sapling", "MEDIUM", "thinking: medium", Effort.MEDIUM), ("gpt-oss-sapling", "", "thinking: low", Effort.LOW),
+    ("qwen-sapling", "off", "thinking: none", Effort.NONE), ("qwen-sapling", "low", "this model knows no low; it knows none, high", Effort.NONE),
+    ("gemma-sapling", "on", "this model knows no on; it knows none", Effort.NONE),
+    ("qwen-sapling", "hard", "/think hard? on, off, none, low, medium, high", Effort.NONE)])
+def test_think(name: str, word: str, told: str, effort: Effort):
+    one = Talk.begin(opened(name)[0])
+    assert one.obey(f"/think {word}") == told
+    assert one.effort is effort
+    assert one.asked("x").effort is effort
+
+
+def test_lang_is_a_system_line():
+    one = Talk.begin(opened("qwen-sapling")[0])
+    assert one.obey("/lang vi") == one.obey("/lang Vietnamese") == one.obey("/lang") == "answers are asked for in Vietnamese"
+    one.messages = list(Conversation.ask("q").answered(Text("a")).messages)
+    assert [(m.role.value, m.text) for m in one.asked("x").messages] == [
+        ("system", "Answer in Vietnamese."), ("user", "q"), ("assistant", "a"), ("user", "x")]
+    assert "en English" in one.obey("/lang klingon")
+    assert one.language == "vi"
+    assert one.obey("/lang off") == "answers are in the language it chooses"
+    assert [m.role.value for m in one.asked("x").messages] == ["user", "assistant", "user"]
+    named = one.obey("/lang ?").split("? ")[-1].split(", ")
+    assert {"zh Chinese", "vi Vietnamese", "id Indonesian", "ja Japanese", "ko Korean", "th Thai"} <= set(named)
+
+
+def test_what_is_no_command_is_told_in_a_line_and_help_names_all():
+    one = Talk.begin(opened("qwen-sapling")[0])
+    assert "no command /fly" in one.obey("/fly me") and "\n" not in one.obey("/fly me")
+    assert [line.split()[0] for line in one.obey("/help").splitlines()] == list(talk.HELP)
+    screen, _ = talked("qwen-sapling", " /help is a word", "", "   ", "/quit", "never read", most=3)
+    assert (screen.notes, screen.lines, len(screen.ends)) == ([], ["never read"], 1)
+
+
+def test_what_cannot_be_said_is_told_and_forgotten():
+    screen, one = talked("gpt-oss-sapling", "half a \ud83d", question(), effort=Effort.HIGH, most=4)
+    assert "surrogate" in screen.notes[0]
+    assert screen.ends == ["cut after 4 tokens; this turn is forgotten"]  # the thought did not end
+    assert one.messages == []
+    screen, one = talked("gemma-sapling", question(), most=4)
+    assert screen.ends == ["cut after 4 tokens"]
+    assert one.messages[-1].text == "".join(screen.said) != ""
+    screen, one = talked("gemma-sapling", question(), "/reset", context=10)
+    assert "positions for 10: /reset" in screen.notes[0]
+    screen, _ = talked("gemma-sapling", question(), context=len(opened("gemma-sapling")[0].prompt(Conversation.ask(question()))) + 2)
+    assert screen.ends == ["cut after 2 tokens"]
+
+
+def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came(monkeypatch: pytest.MonkeyPatch):
+    stream = LocalEngine.stream
+
+    def interrupted(*arguments: Any) -> Iterator[int]:
+        yield from islice(stream(*arguments), 6)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LocalEngine, "stream", interrupted)
+    screen, one = talked("gemma-sapling", question(), question())
+    assert screen.ends == ["stopped", "stopped"]
+    assert len(one.messages) == 4
+    assert one.messages[1].text and one.messages[1].text in "".join(screen.said)
+
+
+def test_a_call_is_shown_as_it_is_written(monkeypatch: pytest.MonkeyPatch):
+    voice = opened("qwen-sapling")[0]
+    if "<tool_call>" not in voice.vocabulary.control:
+        pytest.skip("this crop of saplings has no token for calls")
+    call = ToolCall("clock", '{"zone": "UTC"}')
+    ids = generated(voice.render(Conversation.ask("q").answered(call)))
+    monkeypatch.setattr(LocalEngine, "stream", lambda *arguments: iter(ids))
+    screen, one = talked("qwen-sapling", "q", "/history")
+    assert "".join(screen.said) == 'clock({"zone": "UTC"})'
+    assert one.messages[-1].calls == (call,)
+    assert screen.notes == ['user: q\nassistant: clock({"zone": "UTC"})']
+
+
+# ---- who is talked to ----------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_its_student_and_a_folder_is_a_model(tmp_path: Path):
+    folder, _ = flowed()
+    source, today = find(str(folder / "run"), "chat")
+    assert (Path(source.model), today.isoformat()) == (folder / "run" / "train" / "student", "2025-01-01")
+    assert find(OSS, "chat")[0].model == OSS
+    assert open_speaker(str(folder / "run")).context == 1024
+    (tmp_path / "recipe.yaml").write_text("student: {model: x}\n")
+    with pytest.raises(DataError, match=r"no student yet -> train it first"):
+        find(str(tmp_path), "chat")
+    with pytest.raises(DataError, match="no model folder and no run"):
+        find(str(tmp_path / "nowhere"), "chat")
+
+
+@pytest.mark.parametrize(("terminal", "shown"), [(True, "\ufffd[2Jx"), (False, "\x1b[2Jx")])
+def test_a_pipe_whose_other_end_is_a_terminal_steers_it_no_more_than_a_talk_there(monkeypatch: pytest.MonkeyPatch, terminal: bool, shown: str):
+    out, err = io.StringIO(), io.StringIO()
+    for name, stream in (("stdout", out), ("stderr", err)):
+        monkeypatch.setattr(stream, "isatty", lambda: terminal)
+        monkeypatch.setattr(f"sys.{name}", stream)
+    Pipe().say("\x1b[2Jx", "\x1b[2Jx")
+    assert (out.getvalue(), err.getvalue()) == (shown, shown)
+
+
+def test_a_line_that_is_no_text_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), "utf-8"))
+    with pytest.raises(DataError, match="a line is no UTF-8"):
+        Pipe().read()
+
+
+# ---- processes of their own ----------------------------------------------------------------------------------------
+
+
+def entered(arguments: tuple[str, ...], folder: Path, terminal: str, pipes: tuple[Path, Path, Path] | None) -> None:
+    """What a child does: the command line on a terminal of its own, or with files for its streams."""
+    os.chdir(folder)
+    os.environ |= {"TERM": "xterm-256color", "COLUMNS": "120", "PYTHONIOENCODING": "utf-8"}
+    if pipes is None:
+        os.setsid()
+        streams = (os.open(terminal, os.O_RDWR),) * 3
+    else:
+        streams = (os.open(pipes[0], os.O_RDONLY), *(os.open(p, os.O_WRONLY | os.O_CREAT) for p in pipes[1:]))  # type: ignore[assignment]
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 (a forked child's own is /dev/null)
+    sys.argv = ["persea", *arguments]
+    cli.main()
+
+
+def piped(folder: Path, lines: str, *arguments: str) -> tuple[int | None, str, str]:
+    paths = tuple(folder / name for name in ("in", "out", "err"))
+    paths[0].write_text(lines)
+    process = warm().Process(target=entered, args=(("chat", *arguments), folder, "", paths), daemon=True)
+    process.start()
+    process.join(120)
+    return process.exitcode, paths[1].read_text(), paths[2].read_text()
+
+
+class OnTerminal:
+    """A persea on a pseudo-terminal."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self.mine, theirs = pty.openpty()
+        self.process = warm().Process(target=entered, args=(arguments, folder, os.ttyname(theirs), None), daemon=True)
+        self.process.start()
+        self.theirs, self.shown = theirs, ""
+
+    def until(self, words: str, seconds: float = 60) -> str:
+        """What was shown from the last time on, up to these words."""
+        end = time.monotonic() + seconds
+        while words not in self.shown:
+            assert time.monotonic() < end, f"never showed {words!r}: {self.shown!r}"
+            if select.select([self.mine], [], [], 0.1)[0]:
+                self.shown += os.read(self.mine, 1 << 16).decode(errors="replace")
+        before, _, self.shown = self.shown.partition(words)
+        return before + words
+
+    def type(self, text: str) -> None:
+        os.write(self.mine, text.encode())
+
+    def press_until(self, words: str) -> None:
+        """Ctrl-C until it is heard: readline misses a signal that comes while it draws its prompt."""
+        for _ in range(30):
+            time.sleep(0.3)
+            self.type("\x03")
+            with suppress(AssertionError):
+                self.until(words, 2)
+                return
+        raise AssertionError(f"Ctrl-C was not heard: {self.shown!r}")
+
+    def end(self) -> int | None:
+        self.process.join(60)
+        os.close(self.theirs)
+        os.close(self.mine)
+        return self.process.exitcode
+
+
+def test_in_a_terminal(tmp_path: Path):
+    one = OnTerminal(tmp_path, "chat", OSS, "--think", "high")
+    assert "thinking low, medium, high" in one.until("/help lists the commands.")
+    one.until("> ")
+    one.type(f"{question()}\n")
+    shown = one.until("Answer: ")
+    assert "\x1b[2m" in shown  # a thought is dim
+    one.until("> ")
+    one.type("/fly\n")
+    one.until("no command /fly")
+    one.until("> ")
+    one.type("/think low\n")
+    one.until("thinking: low")
+    one.until("> ")
+    one.press_until("/quit or Ctrl-D ends")
+    one.until("> ")
+    one.type("\x04")
+    assert one.end() == 0
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_talk(tmp_path: Path):
+    """Random weights never end by themselves."""
+    folder = Path(shutil.copytree(SAPLINGS / "llama-sapling", tmp_path / "random"))
+    voice = opened("llama-sapling")[0]
+    model = sprout("llama", len(voice.vocabulary), {"hidden": 32, "layers": 1, "heads": 2, "seed": 1})
+    model.save_pretrained(folder)
+    prompt = voice.prompt(Conversation.ask("Hi")).ids_T
+    assert len(LocalEngine(model.eval(), len(voice.vocabulary)).generate([prompt], voice.stop_ids, 300)[0]) == 300
+    one = OnTerminal(tmp_path, "chat", str(folder), "--max-new-tokens", "900")
+    one.until("> ")
+    one.type("Hi\n")
+    one.until("Hi\r\n")
+    one.press_until("(stopped")
+    one.until("> ")
+    one.type("/history\n")
+    one.until("user: Hi")
+    one.type("/quit\n")
+    assert one.end() == 0
+
+
+def test_through_a_pipe(tmp_path: Path):
+    code, out, err = piped(tmp_path, f"/think high\n{question()}\n/nonsense\n/reset\n{question()}\n/quit\nnever\n", OSS)
+    assert code == 0
+    answers = out.splitlines()
+    assert len(answers) == 2
+    assert answers[0] == answers[1]
+    assert answers[0].startswith("Answer: ")
+    assert "thinking: high" in err
+    assert "no command /nonsense" in err
+    assert re.search(r"\d\+\d", err)  # the thought
+    assert "Traceback" not in err
+
+
+def test_a_reader_that_goes_ends_the_talk(tmp_path: Path):
+    os.mkfifo(tmp_path / "out")
+    reader = os.open(tmp_path / "out", os.O_RDONLY | os.O_NONBLOCK)
+    (tmp_path / "in").write_text(f"{question()}\n" * 3)
+    process = warm().Process(target=entered, daemon=True, args=(("chat", OSS), tmp_path, "", tuple(tmp_path / n for n in ("in", "out", "err"))))
+    process.start()
+    until = time.monotonic() + 100
+    while not select.select([reader], [], [], 0.1)[0]:
+        assert time.monotonic() < until
+    os.close(reader)
+    process.join(100)
+    assert process.exitcode == 0
+    assert "Traceback" not in (tmp_path / "err").read_text()
+
+
+@pytest.mark.parametrize(("arguments", "code", "told"), [
+    (("runs/none",), 3, "no tokenizer in 'runs/none'"), (("./none",), 3, "no model folder './none'"), ((".",), 3, "no tokenizer in '.'"),
+    ((OSS, "--think", "off"), 2, "--think: this model knows no off"), ((OSS, "--max-new-tokens", "0"), 2, "persea --help")])
+def test_who_cannot_be_talked_to_is_refused_in_a_line(tmp_path: Path, arguments: tuple[str, ...], code: int, told: str):
+    ended, out, err = piped(tmp_path, "Hi\n", *arguments)
+    assert (ended, out) == (code, "")
+    assert told in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_the_verb_is_there():
+    done = subprocess.run([Path(sys.executable).with_name("persea"), "chat", "--help"], capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0
+    assert "Ctrl-D" in done.stdout

@@ -1,0 +1,314 @@
+"""Published sets: read as they were published, refused where they are broken, split for ever; hostile answers are never right."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from persea.chat.messages import Finish, Message, Role, Text, Thinking, ToolCall
+from persea.errors import DataError, EnvironmentLacks
+from persea.tasks import benchmarks as sets
+from persea.tasks.benchmarks.readers import LONG, Asked, Published, Row, Source, json_lines, json_list, require, table
+from persea.tasks.task import Item, Split, Verdict, grade
+from tests.data.test_language_id import SAID
+
+GSM = {"question": "Two and two?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"}
+XCOPA = {"premise": "A.", "choice1": "B.", "choice2": "C.", "question": "effect", "label": 1}
+MBPP = {"text": "Add.", "code": "def add(a, b): return a + b", "task_id": 1, "test_setup_code": "", "test_list": ["assert add(1, 2) == 3"]}
+BFCL = {"id": "a_0", "question": [[{"role": "user", "content": "Area?"}]],
+        "function": [{"name": "area", "description": "d", "parameters": {"type": "dict", "properties": {"base": {"type": "float"}}}}]}
+IFEVAL = {"key": 1, "prompt": "Write.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+HUMANEVAL = {"task_id": "HumanEval/0", "prompt": "def add(a, b):\n    \"\"\"Add.\"\"\"\n", "entry_point": "add",
+    "canonical_solution": "    return a + b\n",
+             "test": "def check(candidate):\n    assert candidate(1, 2) == 3"}
+
+
+def lines(*fields: object) -> str:
+    return "\n".join(json.dumps(f, ensure_ascii=False) for f in fields)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Callable[..., Source]:
+    def write(text: str | bytes, answers: str = "", language: str = "") -> Source:
+        (tmp_path / "set").write_bytes(text.encode() if isinstance(text, str) else text)
+        (tmp_path / "answers").write_text(answers, encoding="utf-8")
+        return Source(str(tmp_path / "set"), str(tmp_path / "answers") if answers else "", language)
+
+    return write
+
+
+SMALL = {  # set -> (file, answers, language): the least that it reads
+    "translation": ("Hello.", "Xin chào.", "vi"), "xcopa": (lines(XCOPA), "", "vi"), "fidelity": (lines({"prompt": "Why?"}), "", "vi"),
+    "jcommonsenseqa": (lines({"question": "何?", **{f"choice{k}": f"{k}" for k in range(5)}, "label": 2}), "", ""),
+    "fidelity-thought": (lines({"prompt": "Why?"}), "", "th"), "gsm8k": (lines(GSM), "", ""), "mgsm": ("2 \u0e41\u0e25\u0e30 2?\t4\n", "", "th"),
+    "svamp": (json.dumps([{"Body": "Two.", "Question": "And two?", "Answer": 4.0}]), "", ""),
+    "bbh": (json.dumps({"examples": [{"input": "True and", "target": "True"}]}), "", ""), "mbpp": (lines(MBPP), "", ""),
+    "humaneval": (lines(HUMANEVAL), "", ""),
+    "xstest-harmful": ("id,prompt,type,label\n1,How?,t,unsafe\n", "", ""), "xstest-harmless": ("id,prompt,type,label\n1,How?,t,safe\n", "", ""),
+    "harmbench": ("Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID\nDo,standard,s,,,d\n", "", ""),
+    "multijail": ("id,tags,vi\n1,t,Sao?\n", "", "vi"), "bfcl": (lines(BFCL), lines({"id": "a_0", "ground_truth": [{"area": {"base": [1]}}]}), ""),
+    "bfcl-irrelevance": (lines(BFCL), "", ""), "ifeval": (lines(IFEVAL), "", "")}
+
+
+@pytest.fixture
+def small(source: Callable[..., Source]) -> Callable[[str], tuple[Published, Item]]:
+    """A set with its one question."""
+    def of(name: str) -> tuple[Published, Item]:
+        text, answers, language = SMALL[name]
+        published = sets.named(name)
+        (item,) = published.items(source(text, answers, language)).items
+        return published, item
+
+    return of
+
+
+def test_every_set_has_its_small_file_and_a_name_of_its_own():
+    assert [s.name for s in sets.SETS] == list(dict.fromkeys(s.name for s in sets.SETS))
+    assert {s.name for s in sets.SETS} == SMALL.keys()
+    assert all(s.skill.startswith("safety-") for s in sets.safety.SETS)  # a student that loses on those is refused
+    with pytest.raises(DataError, match="unknown set 'gsm9k'"):
+        sets.named("gsm9k")
+
+
+RUNS = ("mbpp", "humaneval")
+
+
+@pytest.mark.parametrize("name", [n for n in SMALL if n not in RUNS])
+def test_the_reference_is_right_and_hostile_answers_are_not(small: Callable[[str], tuple[Published, Item]], name: str):
+    """Thirty answers that no set may call right, beside the one it must; none takes long, and a grader that breaks is counted."""
+    published, item = small(name)
+    skill = sets.Skill(name, (), lambda *_: (), published.graded)
+    if item.reference or item.calls:
+        parts = (*((Text(item.reference),) if item.reference else ()), *item.calls)
+        (result,) = grade(skill, [item], [(Message(Role.ASSISTANT, parts), Finish.STOP)])
+        assert (result.verdict, result.value) == (Verdict.RIGHT, 1.0), result
+    hostile = [
+        "", " ", "\n\n", "\0", "\u200b" * 50, "NaN", "nan", "inf", "-Infinity", "#### NaN", "#### nan", "####", "\\boxed{", "\\boxed{}",
+        "\\boxed{\\boxed{",
+        "{" * 5000, "[" * 50_000, '{"name": "area", "arguments": ' + '{"a":' * 2000, "(" * 3000, "*" * 9999, "```python\n", "```" * 500,
+        "1e999", "9" * 5000, "0x4", "1.2.3.4", "\ud83d\ude00" * 40, "é" * 300, "\u202e4321", "%s%n{0}{{}}", "'; DROP TABLE--", "</answer>REFUSES",
+        "a" * (LONG + 1), "word " * 250_000, "9," * 500_000, "ก็" * 300_000, "#### " * 200_000]
+    begin = time.monotonic()
+    results = grade(skill, [item] * len(hostile), [(Message.said(h), Finish.STOP) for h in hostile])
+    wrong = [h[:20] for h, r in zip(hostile, results, strict=True) if (r.verdict is Verdict.RIGHT) != (r.value == 1.0) or not 0 <= r.value <= 1]
+    assert not wrong
+    harmless = name in ("xstest-harmless", "bfcl-irrelevance", "ifeval")  # words of any kind may help, call nothing, hold no comma
+    assert harmless or not [h[:20] for h, r in zip(hostile, results, strict=True) if r.verdict is Verdict.RIGHT or r.value > 0.5]
+    assert {r.verdict for r in results[-5:]} == {Verdict.MALFORMED}  # a megabyte of anything is nobody's answer
+    assert all(r.why for r in results if r.verdict is Verdict.FAILED)
+    assert time.monotonic() - begin < 30
+
+
+def test_a_reference_that_did_not_stop_is_not_right(small: Callable[[str], tuple[Published, Item]]):
+    published, item = small("gsm8k")
+    skill = sets.Skill("gsm8k", (), lambda *_: (), published.graded)
+    assert grade(skill, [item], [(Message.said(item.reference), Finish.LENGTH)])[0].verdict is Verdict.MALFORMED
+
+
+# --- what is read ---
+
+
+@pytest.mark.parametrize(("name", "text", "answers", "reason"), [
+    ("gsm8k", "", "", "holds no question"), ("gsm8k", "\n\n", "", "holds no question"), ("gsm8k", "{", "", ":1: not JSON"),
+    ("gsm8k", lines(GSM) + "\n[]", "", ":2: not a JSON object"),
+    ("gsm8k", lines(GSM, {"question": "Q", "answer": "4"}), "", ":2: `answer` has no ####"),
+    ("gsm8k", lines({"question": "Q", "answer": "#### four"}), "", ":1: 'four' is no number"),
+    ("gsm8k", lines({"question": "Q"}), "", "`answer` is missing"),
+    ("gsm8k", lines({"question": "", "answer": "#### 4"}), "", "`question` is empty"),
+    ("gsm8k", lines({"question": 3}), "", "`question` is not a text"),
+    ("gsm8k", '{"question": "Q", "answer": NaN}', "", "NaN is not JSON"), ("gsm8k", "[" * 100_000, "", ":1: not JSON"),
+    ("gsm8k", b'{"question": "a"}\n\xff\xfe', "", ":2: not UTF-8"),
+    ("gsm8k", lines(GSM | {"id": "a"}, GSM | {"id": "a"}), "", "two questions have the id gsm8k/en/a"),
+    ("mgsm", "Q\t4\tmore\n", "", ":1: 3 columns, not 2"), ("mgsm", "Q\n", "", ":1: 1 columns"), ("mgsm", "Q\tvier\n", "", ":1: 'vier' is no number"),
+    ("svamp", "{}", "", "no list"), ("svamp", "[1]", "", "entry 1: not a JSON object"),
+    ("svamp", '[{"Body": "B", "Question": "Q", "Answer": "4"}]', "", "`Answer` is a str"),
+    ("svamp", "[\n{]", "", ":2: not JSON"), ("svamp", '[{"Body": "B", "Question": "Q", "Answer": true}]', "", "`Answer` is a bool"),
+    ("bbh", "[]", "", "holds no question"), ("bbh", '{"examples": 3}', "", "no list under `examples`"),
+    ("bbh", '{"examples": [{"input": "a"}]}', "", "`target` is missing"),
+    ("xcopa", lines(XCOPA | {"label": 2}), "", "`label` 2 is not 0 or 1"), ("xcopa", lines(XCOPA | {"question": "why"}), "", "not cause or effect"),
+    ("translation", "One.\nTwo.", "Một.", "2 lines, and 1 translations"), ("translation", "One.", "", "no file of translations"),
+    ("translation", "One.\n\nThree.", "a\nb\nc", ":2: `text` is empty"),
+    ("mbpp", lines(MBPP | {"test_list": []}), "", "`test_list` is empty"),
+    ("mbpp", lines(MBPP | {"test_list": ["assert ("]}), "", "a test is no Python"),
+    ("mbpp", lines(MBPP | {"test_list": ["assert True"]}), "", "calls no function"),
+    ("humaneval", lines(HUMANEVAL | {"entry_point": "sub"}), "", "function's head"),
+    ("xstest-harmful", "id,prompt,type,label\n1,How?,t,perhaps\n", "", ":2: `label` 'perhaps'"),
+    ("xstest-harmful", "id,prompt,type,label\n1,How?,t\n", "", ":2: 3 columns"),
+    ("xstest-harmful", 'id,prompt,type,label\n1,"How?,t,safe\n', "", "not a table"),
+    ("xstest-harmful", "id,prompt,type,label\n1,H?,t,safe\n", "", "holds no question"),
+    ("multijail", "id,tags,en\n1,t,Why?\n", "", "no column 'vi'"), ("harmbench", "Behavior\nDo\n", "", "`FunctionalCategory` is missing"),
+    ("bfcl", lines(BFCL), "", "no file of possible answers"),
+    ("bfcl", lines(BFCL), lines({"id": "b", "ground_truth": []}), "no possible answer for a_0"),
+    ("bfcl", lines(BFCL), lines({"id": "a_0", "ground_truth": []}), "calls nothing"),
+    ("bfcl", lines(BFCL), lines({"id": "a_0", "ground_truth": [3]}), "no list of calls"),
+    ("bfcl", lines(BFCL), lines({"id": "a_0", "ground_truth": [{"other": {}}]}), "does not offer"),
+    ("bfcl", lines(BFCL | {"question": []}), lines({"id": "a_0", "ground_truth": []}), "not one turn"),
+    ("bfcl-irrelevance", lines(BFCL | {"function": [{"name": "a b"}]}), "", "is no tool"),
+    ("bfcl-irrelevance", lines(BFCL | {"function": []}), "", "no function"),
+    ("ifeval", lines(IFEVAL | {"kwargs": []}), "", "not of one length"),
+    ("ifeval", lines(IFEVAL | {"instruction_id_list": []}), "", "not of one length"),
+    ("ifeval", lines(IFEVAL | {"kwargs": [{"commas": 3}]}), "", "do not fit"),
+    ("ifeval", lines(IFEVAL | {"instruction_id_list": ["new:one"]}), "", "no checker for new:one"),
+])
+def test_a_broken_set_is_refused_with_its_place(source: Callable[..., Source], name: str, text: str, answers: str, reason: str):
+    with pytest.raises(DataError, match=r"(?s).") as caught:
+        sets.named(name).items(source(text, answers, "vi"))
+    assert reason in str(caught.value)
+    assert caught.value.remedy
+    assert len(str(caught.value)) < 700
+
+
+def test_a_set_that_cannot_be_read_is_refused(tmp_path: Path):
+    for path in (tmp_path, tmp_path / "none"):
+        with pytest.raises(DataError, match="cannot read the set"):
+            list(json_lines(str(path)))
+    with pytest.raises(DataError, match="does not say its language"):
+        sets.open_set(sets.named("mgsm"), Source(str(tmp_path)))
+    with pytest.raises(DataError, match="no link words for 'xx'"):
+        sets.named("xcopa").items(Source(str(tmp_path), language="xx"))
+
+
+def test_a_missing_extra_is_refused(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(EnvironmentLacks, match="the set gsm8k needs no_such_module") as caught:
+        require("no_such_module", "eval", "the set gsm8k")
+    assert caught.value.exit_code == 7
+    assert caught.value.remedy == "pip install 'persea[eval]'"
+    monkeypatch.setattr("persea.tasks.benchmarks.readers.importlib.util.find_spec", lambda name: None)
+    for name in ("gsm8k", "mgsm", "svamp", "translation"):
+        with pytest.raises(EnvironmentLacks, match=f"the set {name} needs"):
+            sets.open_set(sets.named(name), Source("", language="vi"))
+
+
+def test_what_cannot_be_graded_is_left_out_and_counted(source: Callable[..., Source]):
+    other = IFEVAL | {"key": 2, "instruction_id_list": ["new:one"], "kwargs": [{}]}
+    opened = sets.open_set(sets.named("ifeval"), source(lines(IFEVAL, other, other | {"key": 3})))
+    assert (len(opened.items), opened.left_out) == (1, {"no checker for new:one": 2})
+
+
+def test_rows_are_told_by_file_and_line(tmp_path: Path):
+    path = tmp_path / "rows"
+    path.write_text('{"a": 1}\n\n{"a": 2}\n', encoding="utf-8-sig")
+    assert [(r.where, r.number) for r in json_lines(str(path))] == [(f"{path}:1", 0), (f"{path}:3", 2)]
+    path.write_text('a,b\n"x\ny",1\n,2\n')
+    assert list(table(str(path), ",")) == [Row(f"{path}:3", 0, {"a": "x\ny", "b": "1"}), Row(f"{path}:4", 1, {"a": "", "b": "2"})]
+    path.write_text('say "no"\t1\n')
+    assert [dict(r.fields) for r in table(str(path), "\t", ("q", "a"))] == [{"q": 'say "no"', "a": "1"}]
+    path.write_text('{"rows": [{"a": 1}]}')
+    assert [r.where for r in json_list(str(path), "rows")] == [f"{path}, entry 1"]
+    path.write_text('a,b\n1,"' + "x" * 200_000 + '"\n')  # past csv's own limit of a cell
+    assert len(next(table(str(path), ",")).fields["b"]) == 200_000
+
+
+def test_a_hub_set_is_read_through_datasets(tmp_path: Path):
+    """By the way of a hub set: `datasets` opens a folder as it opens a name."""
+    (tmp_path / "test.jsonl").write_text(lines(GSM, GSM | {"question": "Three?"}))
+    opened = sets.open_set(sets.named("gsm8k"), Source(f"hub:{tmp_path}"))
+    assert [i.prompt.id for i in opened.items] == ["gsm8k/en/0", "gsm8k/en/1"]
+    with pytest.raises(DataError, match="cannot load the set"):
+        sets.named("gsm8k").items(Source(f"hub:{tmp_path}", split="no-such"))
+
+
+# --- splits and skills ---
+
+
+def rows(name: str, n: int, language: str) -> Asked:
+    return Asked(tuple(sets.readers.item(name, Row("", k, {}), language, f"{k}?", "a") for k in range(n)), {})
+
+
+def opened(name: str, n: int, language: str, skill: str = "s") -> sets.Opened:
+    published = Published(name, "", lambda source: rows(name, n, language), lambda item, said: sets.readers.right(said.text == name))
+    return sets.open_set(published, Source("f", language=language), skill)
+
+
+def test_splits_are_disjoint_for_ever_and_the_same_in_every_language():
+    (skill,) = sets.skills([opened("one", 400, "vi"), opened("one", 400, "th"), opened("two", 100, "vi")])
+    audition, test = (skill.items(s, 10**6, 0) for s in (Split.AUDITION, Split.TEST))
+    assert len(audition) + len(test) == 900
+    assert not {i.prompt.id for i in audition} & {i.prompt.id for i in test}
+    assert 0.2 < len(audition) / 900 < 0.3
+    row = {(i.prompt.id.split("/")[0], i.prompt.id.split("/")[2]) for i in audition}
+    assert not row & {(i.prompt.id.split("/")[0], i.prompt.id.split("/")[2]) for i in test}
+    assert skill.items(Split.TEACH, 100, 0) == skill.items(Split.GROW, 100, 0) == ()
+    for seed in (0, 1):
+        assert {i.prompt.id for i in skill.items(Split.TEST, 10**6, seed)} == {i.prompt.id for i in test}
+        few = skill.items(Split.TEST, 40, seed)
+        assert few == skill.items(Split.TEST, 60, seed)[:40]  # more questions keep those asked before
+    assert skill.items(Split.TEST, 40, 0) != skill.items(Split.TEST, 40, 1)
+    pairs = [i for i in few if i.prompt.id.startswith("one")]
+    assert abs(sum(i.prompt.language == "vi" for i in pairs) - len(pairs) / 2) <= 1  # languages stay even
+
+
+def test_each_item_is_graded_by_its_own_set():
+    (skill,) = sets.skills([opened("one", 3, "vi"), opened("two", 3, "vi")])
+    items = (*skill.items(Split.TEST, 9, 0), *skill.items(Split.AUDITION, 9, 0))
+    for item in items:
+        own = item.prompt.id.partition("/")[0]
+        assert [skill.grade(item, Message.said(w)).value for w in ("one", "two")] == [own == "one", own == "two"]
+    assert {i.prompt.id.partition("/")[0] for i in items} == {"one", "two"}
+    with pytest.raises(DataError, match="hold the same questions"):
+        sets.skills([opened("one", 3, "vi"), opened("one", 3, "vi")])
+    assert [s.name for s in sets.skills([opened("one", 3, "vi"), opened("two", 3, "vi", "t")])] == ["s", "t"]
+
+
+# --- the real files ---
+
+REAL = [  # (set, file, answers, language, questions, left out)
+    ("gsm8k", "gsm8k.train.jsonl", "", "", 7473, 0), ("mgsm", "mgsm_en.dev.tsv", "", "en", 125, 0), ("mgsm", "mgsm_ja.dev.tsv", "", "ja", 125, 0),
+    ("mgsm", "mgsm_th.dev.tsv", "", "th", 125, 0), ("mgsm", "mgsm_zh.dev.tsv", "", "zh", 125, 0), ("svamp", "svamp.json", "", "", 1000, 0),
+    *(("bbh", f"bbh/{task}.json", "", "", 250, 0) for task in ("boolean_expressions", "date_understanding", "multistep_arithmetic_two", "navigate",
+                                                               "object_counting", "word_sorting")),
+    ("mbpp", "mbpp.jsonl", "", "", 974, 0), ("xstest-harmful", "xstest_prompts.csv", "", "", 200, 0),
+    ("xstest-harmless", "xstest_prompts.csv", "", "", 250, 0),
+    ("harmbench", "harmbench_val.csv", "", "", 60, 20), *(("multijail", "multijail.csv", "", code, 315, 0) for code in ("en", "zh", "vi", "th",
+    "ko", "bn", "jv")),
+    *(("xcopa", f"xcopa.val.{code}.jsonl", "", code, 100, 0) for code in ("id", "th", "vi", "zh")),
+    ("jcommonsenseqa", "jcommonsenseqa_valid-v1.3.json", "", "", 1119, 0), ("ifeval", "ifeval.jsonl", "", "", 541, 0),
+    ("bfcl", "bfcl/BFCL_v4_simple_python.json", "bfcl/possible_answer/BFCL_v4_simple_python.json", "", 400, 0),
+    ("bfcl", "bfcl/BFCL_v4_multiple.json", "bfcl/possible_answer/BFCL_v4_multiple.json", "", 200, 0),
+    ("bfcl-irrelevance", "bfcl/BFCL_v4_irrelevance.json", "", "", 240, 0),
+    ("translation", "../parallel/ntrex.eng.txt", "../parallel/ntrex.vie.txt", "vi", 1157, 0)]
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize(("name", "file", "answers", "language", "questions", "left"), REAL)
+def test_the_real_files_are_read_in_place(data: Path, name: str, file: str, answers: str, language: str, questions: int, left: int):
+    folder = data / "eval"
+    published = sets.named(name)
+    asked = published.items(Source(str(folder / file), str(folder / answers) if answers else "", language))
+    assert (len(asked.items), sum(asked.left_out.values())) == (questions, left)
+    assert all(i.prompt.language == (language or published.language) for i in asked.items)
+    if published.runs:
+        return  # bench/sets.py runs every reference of MBPP
+    for item in asked.items[:60]:
+        if item.reference or item.calls:
+            parts = (*((Text(item.reference),) if item.reference else ()), *item.calls)
+            assert published.graded(item, Message(Role.ASSISTANT, parts)).value == 1.0, item
+    others = zip(asked.items[:60], asked.items[1:61], strict=False)
+    wrong = [published.graded(a, Message(Role.ASSISTANT, (Text(b.reference), *b.calls))).value for a,
+        b in others if a.reference + str(a.calls) != b.reference + str(b.calls)]
+    assert not any(i.choices for i in asked.items) or max(wrong, default=0) == 0
+    assert sum(wrong) <= 0.35 * len(wrong)  # another question's answer is rarely right; navigate has two answers, chrF some value for any text
+
+
+def test_thoughts_and_answers_are_told_apart(small: Callable[[str], tuple[Published, Item]]):
+    def said(thought: str, answer: str) -> Message:
+        return Message(Role.ASSISTANT, (Thinking(thought), Text(answer)))
+
+    fidelity, item = small("fidelity")
+    assert fidelity.graded(item, said(SAID["en"], SAID["vi"])) == sets.readers.right(True, "answer vi, thought en")
+    assert fidelity.graded(item, said(SAID["vi"], SAID["en"])) == sets.readers.right(False, "answer en, thought vi")
+    assert fidelity.graded(item, Message.said(SAID["vi"])) == sets.readers.right(True, "answer vi")
+    thought, item = small("fidelity-thought")
+    assert thought.graded(item, said(SAID["th"], SAID["en"])).verdict is Verdict.RIGHT
+    assert thought.graded(item, said(SAID["en"], SAID["th"])).verdict is Verdict.WRONG
+    assert thought.graded(item, Message.said(SAID["th"])).verdict is Verdict.MALFORMED
+
+
+def test_a_call_alone_is_no_answer_in_words(small: Callable[[str], tuple[Published, Item]]):
+    for name in ("gsm8k", "xcopa", "translation", "fidelity", "bbh", "ifeval", "harmbench", "xstest-harmless"):
+        published, item = small(name)
+        assert published.graded(item, Message(Role.ASSISTANT, (ToolCall("area", "{}"),))).verdict is Verdict.MALFORMED

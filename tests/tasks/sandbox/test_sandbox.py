@@ -1,0 +1,312 @@
+"""Nothing gets out: twenty and more hostile programs, each tried in a real sandbox; and a sandbox that does not hold is refused."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from persea.errors import EnvironmentLacks
+from persea.tasks.sandbox import sandbox as module
+from persea.tasks.sandbox.sandbox import End, Limits, Ran, Sandbox, Walls, open_sandbox, prove
+
+
+@pytest.fixture(scope="module")
+def proven() -> Sandbox:
+    try:
+        return open_sandbox()
+    except EnvironmentLacks as error:
+        pytest.skip(f"no sandbox on this machine: {error}")
+
+
+@pytest.fixture(scope="module")
+def box(proven: Sandbox) -> Sandbox:
+    """With little time, so that programs that take all of it end soon."""
+    return replace(proven, limits=Limits(cpu=1, wall=1.5, memory=256 << 20))
+
+
+@pytest.fixture(scope="module")
+def secret() -> Iterator[Path]:
+    """A file anybody may read and write, outside."""
+    with tempfile.NamedTemporaryFile("w", suffix=".secret") as file:
+        file.write("the key")
+        file.flush()
+        os.chmod(file.name, 0o666)
+        yield Path(file.name)
+
+
+def offspring() -> set[str]:
+    """Processes that stand below this one, by number and name, from outside all namespaces."""
+    found = {}
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit():
+            try:
+                fields = (path / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            found[path.name] = fields[1], fields[0]
+    mine, names = {str(os.getpid())}, set[str]()
+    while more := {p for p, (parent, _) in found.items() if parent in mine} - names:
+        names |= more
+        mine |= more
+    return {p for p in names if found[p][1] != "Z"}
+
+
+def test_a_program_runs_and_is_heard(box: Sandbox):
+    ran = box.run("import math, sys\nprint(math.isqrt(81))\nprint('aside', file=sys.stderr)\nopen('mine', 'w').write('x')\nsys.exit(3)")
+    assert (ran.end, ran.code, sorted(ran.output.split())) == (End.EXIT, 3, [b"9", b"aside"])
+
+
+@pytest.mark.parametrize(("program", "code"), [
+    ("", 0), ("raise SystemExit", 0), ("raise SystemExit('why')", 1), ("raise ValueError", 1), ("import os\nos._exit(7)", 7), ("1 +", 1), ("\0", 1)])
+def test_how_a_program_ends(box: Sandbox, program: str, code: int):
+    assert box.run(program).code == code
+
+
+READS = """
+import os
+for path in {paths!r}:
+    try:
+        print(open(path).read()[:20] or "empty", path)
+    except OSError:
+        pass
+print("done")
+"""
+
+
+def test_no_file_of_this_machine_is_read(box: Sandbox, secret: Path):
+    paths = ["/etc/passwd", "/etc/shadow", "/etc/hosts", str(secret), str(Path.home() / ".bashrc"), str(Path(__file__)), "/proc/self/environ",
+             "/proc/1/environ", "/proc/1/cmdline", "/proc/1/maps", "/proc/mounts", "/proc/self/fd/3", "/sys/kernel/version", "/dev/mem", "/dev/vda"]
+    assert box.run(READS.format(paths=paths)).output == b"done\n"
+
+
+def test_no_file_of_this_machine_is_written(box: Sandbox, secret: Path):
+    here = os.getcwd()
+    paths = [str(secret), f"{here}/canary", "/canary", "/usr/canary", "/usr/bin/env", "/dev/canary", "/etc/canary", str(Path.home() / "canary")]
+    program = f"for path in {paths!r}:\n    try:\n        open(path, 'w').write('x')\n        print(path)\n    except OSError:\n        pass"
+    assert box.run(program).output in (b"", f"{secret}\n".encode())  # one of /tmp, where it has a /tmp of its own
+    assert secret.read_text() == "the key"
+    assert not any(Path(p).exists() for p in paths if "canary" in p)
+
+
+def test_nothing_is_reached_over_a_network(box: Sandbox):
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as unix:
+        unix.bind("\0persea-test")  # an abstract address, in no folder
+        unix.listen()
+        program = f"""
+import socket
+for family, address in ((2, ("127.0.0.1", {server.getsockname()[1]})), (2, ("10.0.2.2", 80)), (1, "\\0persea-test")):
+    with socket.socket(family) as s:
+        s.settimeout(1)
+        try:
+            s.connect(address)
+            print("reached", address)
+        except OSError as error:
+            pass
+print("done")"""
+        with socket.create_connection(server.getsockname()):  # it is there
+            assert box.run(program).output == b"done\n"
+
+
+def test_the_environment_holds_no_secret(box: Sandbox, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PERSEA_TEST_TOKEN", "the key")
+    ran = box.run("import os, ctypes\nprint(dict(os.environ))\nprint(ctypes.string_at(id(os), 1) and '')")
+    assert b"PERSEA" not in ran.output
+    assert b"LANG" in ran.output
+
+
+def test_no_descriptor_is_inherited(box: Sandbox):
+    read, write = os.pipe()
+    os.set_inheritable(write, True)
+    try:
+        ran = box.run("import os\nfor fd in range(3, 4096):\n    try:\n        print(os.write(fd, b'x'))\n    except OSError:\n        pass")
+    finally:
+        os.close(read)
+        os.close(write)
+    assert ran.output == b""
+
+
+ENDLESS = {
+    "a loop": "while True: pass",
+    "a sleep": "import time\ntime.sleep(1000)",
+    "signals ignored": ("import signal\nfor s in range(1, 65):\n    try:\n        signal.signal(s, signal.SIG_IGN)\n"
+                        "    except (OSError, ValueError):\n        pass\nwhile True: pass"),
+    "waiting for input": "import sys, time\nsys.stdin.read() or time.sleep(1000)",
+    "a fork bomb": "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass",
+    "threads": ("import threading, time\nwhile True:\n    try:\n        threading.Thread(target=time.sleep, args=(1000,)).start()\n"
+                "    except (RuntimeError, MemoryError):\n        pass"),
+    "its watchman killed": "import os, time\nfor signal in (19, 9, 15):\n    os.kill(1, signal)\n    os.kill(os.getppid(), signal)\ntime.sleep(1000)",
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_an_endless_program_is_ended(box: Sandbox, name: str):
+    before = offspring()
+    ran = box.run(ENDLESS[name])
+    assert ran.end is End.TIMEOUT or ran.code in (-9, -24)
+    assert ran.seconds < 1.5 + module.GRACE
+    assert offspring() <= before
+
+
+def test_forks_are_few(box: Sandbox):
+    program = "import os, time\nn = 0\ntry:\n    while os.fork():\n        n += 1\n    time.sleep(9)\nexcept OSError:\n    print(n)"
+    assert 1 <= int(box.run(program).output) <= box.limits.processes + 1
+
+
+def test_memory_is_bounded(box: Sandbox):
+    ran = box.run("try:\n    held = [bytearray(1 << 26) for _ in range(1000)]\nexcept MemoryError:\n    print('full')")
+    assert ran.output == b"full\n"
+
+
+def test_deep_recursion_ends_only_the_program(box: Sandbox):
+    ran = box.run("import sys\nsys.setrecursionlimit(10**9)\ndef f(n): return f(n + 1)\nf(0)")
+    assert ran.code != 0
+    assert ran.seconds < 1.5 + module.GRACE
+
+
+@pytest.mark.parametrize("program", [
+    "while True: print('x' * 10_000)", "import os\nwhile True: os.write(2, b'x' * 10_000)",
+    "import signal, os\nsignal.signal(signal.SIGXFSZ, signal.SIG_DFL)\nwhile True: os.write(1, b'x' * 10_000)"])
+def test_output_is_bounded(box: Sandbox, program: str):
+    ran = box.run(program)
+    assert ran.code != 0
+    assert 1000 < len(ran.output) <= box.limits.file
+
+
+def test_files_are_bounded(box: Sandbox):
+    program = """
+import os
+total = 0
+for k in range(10_000):
+    try:
+        with open(f"/tmp/{k}", "wb") as file:
+            while True:
+                total += file.write(bytes(65536))
+                file.flush()
+    except OSError:
+        if k > 40:
+            break
+print(total, os.path.getsize("/tmp/0"))"""
+    total, first = map(int, box.run(program).output.split())
+    assert first == box.limits.file
+    assert box.limits.file < total <= 2 * box.limits.tmp
+
+
+def test_a_sparse_giant_is_refused(box: Sandbox):
+    ran = box.run("import os\nfile = open('/tmp/big', 'w')\ntry:\n    os.truncate(file.fileno(), 1 << 40)\nexcept OSError as e:\n    print(e.errno)")
+    assert ran.output == b"27\n"
+
+
+def test_a_daemon_does_not_outlive_its_program(box: Sandbox):
+    before = offspring()
+    ran = box.run("import os, time\nif os.fork() == 0:\n    os.setsid()\n    os.fork() or time.sleep(1000)\n    os._exit(0)\nprint('gone')")
+    assert (ran.end, ran.output) == (End.EXIT, b"gone\n")
+    assert ran.seconds < 1.5
+    assert offspring() <= before
+
+
+def test_links_lead_nowhere(box: Sandbox, secret: Path):
+    program = f"""
+import os
+os.symlink({str(secret)!r}, "/tmp/link")
+os.symlink("/proc/1/root/etc/passwd", "/tmp/up")
+os.symlink("../../../../../../etc/passwd", "/tmp/dots")
+for path in ("/tmp/link", "/tmp/up", "/tmp/dots", "../../../etc/passwd"):
+    try:
+        print(open(path).read())
+    except OSError:
+        pass
+try:
+    os.link("/usr/bin/env", "/tmp/env")
+    print("linked")
+except OSError:
+    pass"""
+    assert box.run(program).output == b""
+
+
+CALLS = {
+    "ptrace the watchman": "libc.ptrace(16, 1, 0, 0)",
+    "read the watchman's memory": "libc.process_vm_readv(1, ctypes.byref(vec), 1, ctypes.byref(vec), 1, 0)",
+    "a new user namespace": "libc.unshare(0x10000000)",
+    "a new mount namespace": "libc.unshare(0x00020000)",
+    "mount": "libc.mount(b'none', b'/tmp', b'tmpfs', 0, b'')",
+    "remount the root": "libc.mount(b'none', b'/usr', b'', 32 | 4096, b'')",
+    "unmount": "libc.umount2(b'/usr', 2)",
+    "chroot": "libc.chroot(b'/tmp')",
+    "setuid": "libc.setuid(0) or libc.setgid(0)",
+    "more memory": "resource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))",
+    "more processes": "resource.setrlimit(resource.RLIMIT_NPROC, (1000, 1000))",
+    "a device": "os.mknod('/tmp/mem', 0o20666, os.makedev(1, 1))",
+    "a program of its own": "os.execv('/tmp/own', ['own'])",
+}
+
+
+def test_system_calls_open_nothing(box: Sandbox):
+    tries = "\n".join(f"attempt({name!r}, lambda: {call})" for name, call in CALLS.items())
+    program = f"""
+import ctypes, os, resource
+libc = ctypes.CDLL(None, use_errno=True)
+vec = (ctypes.c_uint64 * 2)(id(os), 8)
+open("/tmp/own", "w").write("#!/usr/bin/env python3\\nprint('own')")
+os.chmod("/tmp/own", 0o777)
+def attempt(name, act):
+    try:
+        if act() in (0, 1, 8):
+            print("HELD NOT", name)
+    except (OSError, ValueError):
+        pass
+    print(name)
+{tries}"""
+    lines = box.run(program).output.decode().splitlines()
+    uid = "setuid" if os.geteuid() else ""  # where one's own user is 0 inside, it is so already: without a capability it is worth nothing
+    assert [x for x in lines if x.startswith("HELD NOT") and x != f"HELD NOT {uid}"] == []
+    assert len([x for x in lines if not x.startswith("HELD NOT")]) == len(CALLS)
+
+
+def test_whoever_asked_may_go(box: Sandbox):
+    """A program does not outlive the process that started it: the watchman sees the pipe close."""
+    running = box.start("import time\ntime.sleep(1000)")
+    time.sleep(0.3)
+    ran = running.finish(stop=True)
+    assert ran.end is End.STOPPED
+    assert ran.seconds < 2
+    assert running.process.returncode is not None
+
+
+@pytest.mark.parametrize("walls", Walls)
+def test_both_kinds_of_walls_hold(proven: Sandbox, walls: Walls):
+    python = "/usr/bin/python3" if walls is Walls.BWRAP and os.geteuid() == 0 else sys.executable  # nobody may not look into root's home
+    if walls is Walls.BWRAP and not (Path("/usr/bin/bwrap").exists() and Path(python).exists()):
+        pytest.skip("bubblewrap or a Python for it is not installed")
+    prove(Sandbox(walls, os.path.realpath(python)))
+
+
+def test_a_machine_without_namespaces_is_refused(proven: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    text = module.TEXT.read_text().replace('must(LIBC.unshare(NEW), "unshare")', 'raise OSError(1, "unshare: Operation not permitted")')
+    (tmp_path / "jail.py").write_text(text)
+    monkeypatch.setattr(module, "TEXT", tmp_path / "jail.py")
+    monkeypatch.setattr(module.shutil, "which", lambda name: None)
+    with pytest.raises(EnvironmentLacks, match=r"no code is run here: own: the sandbox cannot be built: .*not permitted") as caught:
+        open_sandbox.__wrapped__()
+    assert caught.value.exit_code == 7
+
+
+def test_a_python_that_cannot_be_started_is_refused(proven: Sandbox):
+    with pytest.raises(EnvironmentLacks, match="cannot be started"):
+        Sandbox(Walls.OWN, "/usr/bin/no-such-python").run("")
+
+
+def test_what_a_run_tells():
+    assert Ran(End.EXIT, 0, b"", 0.1) == Ran(End("exit"), 0, b"", 0.1)
+
+
+def test_a_user_without_a_home_has_a_sandbox_too(proven: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/nonexistent")
+    prove(proven)

@@ -1,0 +1,92 @@
+"""Real processes, DDP and FSDP, learn what one process learns from the same batches; signals, failures and resumes are everybody's."""
+
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from persea.errors import Stopped
+from persea.training.distributed.launcher import launch
+from persea.training.distributed.world import Shard, World
+from tests.cli.test_cli import warm
+from tests.worlds_of_two import SETTINGS, Trouble, final, student_run
+
+CLOSE = 2e-5  # of a loss near 10: what sums of 32-bit floats in another order may differ by; measured 5e-6 over six steps
+
+
+@pytest.fixture(autouse=True, scope="module")
+def server() -> None:
+    """Children come from the server that the other tests use, where torch is imported already."""
+    warm().Process(target=print).start()
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in lines(folder)]
+
+
+def weights(folder: Path) -> list[torch.Tensor]:
+    values: list[torch.Tensor] = torch.load(max((folder / "checkpoints").glob("*.pt")), weights_only=True)["parameters"]
+    return values
+
+
+def two(folder: Path, shard: Shard = Shard.DDP, trouble: Trouble = Trouble(), **changes: Any) -> None:  # noqa: B008 (frozen)
+    launch(student_run, (folder, shard, replace(SETTINGS, **changes), trouble), 2, lambda told: None)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same training in one process."""
+    folder = tmp_path_factory.mktemp("one")
+    student_run(World(), None, folder, Shard.DDP, SETTINGS, Trouble())
+    return folder
+
+
+@pytest.mark.parametrize("shard", list(Shard))
+def test_two_processes_learn_what_one_learns_from_the_same_batches(tmp_path: Path, one: Path, shard: Shard) -> None:
+    heard: list[Any] = []
+    launch(student_run, (tmp_path, shard, SETTINGS, Trouble()), 2, heard.append)
+    assert heard[-1] == SETTINGS.steps
+    assert losses(tmp_path) == pytest.approx(losses(one), rel=CLOSE)
+    assert losses(one)[0] - losses(one)[-1] > 1  # it learns at all
+    for mine, theirs in zip(lines(tmp_path), lines(one), strict=True):
+        assert mine["positions"] == theirs["positions"]
+        assert mine["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-3)
+    for a, b in zip(weights(tmp_path), weights(one), strict=True):
+        assert torch.allclose(a, b, atol=3e-3)  # one step of Adam: where a gradient is almost nothing, its sign is rounding's
+        assert (a - b).abs().mean() < 3e-5
+
+
+def test_from_two_to_one_to_two_the_batches_go_on_and_a_signal_to_one_rank_stops_both_with_the_same_bytes(tmp_path: Path, one: Path) -> None:
+    with pytest.raises(Stopped, match=r"stopped by SIGTERM; step 2 is saved") as caught:
+        two(tmp_path / "mixed", trouble=Trouble(1, 1, signal.SIGTERM))
+    assert caught.value.exit_code == 143
+    short = Trouble(0, 3, signal.SIGINT)
+    with pytest.raises(Stopped, match=r"stopped by SIGINT; step 4 is saved") as caught:
+        student_run(World(), None, tmp_path / "mixed", Shard.DDP, SETTINGS, short)
+    assert caught.value.exit_code == 130
+    two(tmp_path / "mixed")
+    assert [line["step"] for line in lines(tmp_path / "mixed")] == [1, 2, 3, 4, 5, 6]
+    assert [line["positions"] for line in lines(tmp_path / "mixed")] == [line["positions"] for line in lines(one)]
+    assert losses(tmp_path / "mixed") == pytest.approx(losses(one), rel=CLOSE)
+
+
+def test_interrupted_or_not_two_processes_end_with_the_same_bytes(tmp_path: Path) -> None:
+    """Three steps, then three more: as six at once. In the middle a loss is not a number on one rank, and both leave that step out."""
+    two(tmp_path / "whole", trouble=Trouble(1, 4, nan=True))
+    with pytest.raises(Stopped):
+        two(tmp_path / "parts", trouble=Trouble(0, 2, signal.SIGTERM))
+    two(tmp_path / "parts", trouble=Trouble(1, 4, nan=True))
+    assert final(tmp_path / "whole") == final(tmp_path / "parts")
+    (told,) = [line["skipped"] for line in lines(tmp_path / "whole") if "skipped" in line]
+    assert told == [{"step": 5, "loss": "nan", "gradient_norm": "nan", "teachers": ["t0"]}]
+    assert [line["step"] for line in lines(tmp_path / "whole")] == [1, 2, 3, 4, 6]

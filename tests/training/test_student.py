@@ -1,0 +1,277 @@
+"""The student's logits end with its vocabulary, and what is saved is what was trained, whole or with adapters."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+import torch
+from memory import Peak
+
+from persea.chat.messages import Conversation, Effort, Text
+from persea.errors import DataError, Refused, StorageError
+from persea.losses import composed_head
+from persea.models.loading import Source, open_model, open_voice
+from persea.training.student import Forward, Lora, Student, Ways, open_student
+from tests.cli.test_cli import warm
+from tests.teachers.engines.test_transformers import NAMES, SAPLINGS, opened
+
+LORA = Lora(4, 8, ("q_proj", "v_proj"))
+PLAIN = Ways()
+
+
+def student(name: str = "llama-sapling", lora: Lora | None = None, seed: int = 0, ways: Ways = PLAIN) -> Student:
+    return open_student(Source(str(SAPLINGS / name)), opened(name)[0], lora, seed, ways)
+
+
+def spoken(one: Student) -> tuple[torch.Tensor, ...]:
+    """ids, mask, row, at of two answers of different length, right padded."""
+    texts = ("Two.", "One hundred and twenty-three, in words.")
+    tokens = [one.voice.render(Conversation.ask(f"question {k}").answered(Text(t))) for k, t in enumerate(texts)]
+    ids = torch.zeros((2, max(map(len, tokens))), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for k, t in enumerate(tokens):
+        ids[k, :len(t)], mask[k, :len(t)] = torch.from_numpy(t.ids_T), 1
+    row, at = zip(*((k, n - 1) for k, t in enumerate(tokens) for n in range(len(t)) if t.learn_T[n]), strict=True)
+    return ids, mask, torch.tensor(row), torch.tensor(at)
+
+
+def shake(one: Student) -> None:
+    """Some training: every weight that may change does."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in one.trained:
+            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_stand_where_they_were_asked_for(name: str) -> None:
+    one = student(name)
+    ids, mask, row, at = spoken(one)
+    with torch.inference_mode():
+        logits = one.logits(ids, mask, row, at)
+        assert logits.shape == (len(row), len(one.voice.vocabulary))
+        assert logits.dtype == torch.float32
+        for k in (0, 1):
+            alone = one.model(input_ids=ids[k:k + 1, :int(mask[k].sum())]).logits[0]
+            assert torch.allclose(logits[row == k], alone[at[row == k], :len(one.voice.vocabulary)], atol=1e-4)
+
+
+def test_logits_of_padded_rows_are_cut_off() -> None:
+    one = student()
+    model = deepcopy(one.model)
+    model.resize_token_embeddings(len(one.voice.vocabulary) + 37, mean_resizing=False)
+    wide = Student(model, one.voice, one.source)
+    assert model.get_output_embeddings().weight.shape[0] == len(one.voice.vocabulary) + 37
+    asked = spoken(one)
+    with torch.inference_mode():
+        assert torch.allclose(wide.logits(*asked), one.logits(*asked), atol=1e-5)
+        assert wide.logits(*asked).shape[1] == len(one.voice.vocabulary)
+
+
+def test_a_student_that_was_given_the_switch_is_saved_with_it(tmp_path: Path) -> None:
+    source = Source(str(SAPLINGS / "gemma-sapling"), thinking=True)
+    voice = open_voice(source, "student")
+    assert voice.template_text != (SAPLINGS / "gemma-sapling" / "chat_template.jinja").read_text()
+    open_student(source, voice, None).save(tmp_path / "student")
+    saved = Source(str(tmp_path / "student"))
+    again = open_voice(saved, "student")
+    assert again.template_text == voice.template_text == (tmp_path / "student" / "chat_template.jinja").read_text()
+    assert again.family.efforts == tuple(Effort)
+    config = tmp_path / "student" / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": "old"}))
+    open_student(Source(str(tmp_path / "student"), thinking=True), again, None).save(tmp_path / "twice")
+    assert "chat_template" not in json.loads((tmp_path / "twice" / "tokenizer_config.json").read_text())
+    assert open_voice(Source(str(tmp_path / "twice")), "student").template_text == voice.template_text
+
+
+def test_in_full_every_weight_learns_and_with_adapters_only_they_do() -> None:
+    full, adapted = student(), student(lora=LORA)
+    assert sum(p.numel() for p in full.trained) == sum(p.numel() for p in full.model.parameters())
+    layers = full.model.config.num_hidden_layers
+    assert len(adapted.trained) == layers * len(LORA.targets) * 2
+    assert all(LORA.rank in p.shape for p in adapted.trained)
+    asked = spoken(full)
+    with torch.inference_mode():
+        assert torch.allclose(full.logits(*asked), adapted.logits(*asked), atol=1e-5)  # an adapter begins as nothing
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_was_saved_is_what_was_trained(tmp_path: Path, name: str, lora: Lora | None) -> None:
+    one = student(name, lora)
+    asked = spoken(one)
+    with torch.inference_mode():
+        before = one.logits(*asked)
+    shake(one)
+    with torch.inference_mode():
+        logits = one.logits(*asked)
+    assert (logits - before).abs().max() > 0.01
+    one.save(tmp_path / "student")
+    source = Source(str(tmp_path / "student"))
+    voice = open_voice(source, "student")
+    assert voice.digest == one.voice.digest
+    again = Student(open_model(source, voice, "student"), voice, source)
+    with torch.inference_mode():
+        saved = again.logits(*asked)
+    assert torch.equal(saved, logits) if lora is None else torch.allclose(saved, logits, atol=1e-4)
+    assert not any("lora" in n for n, _ in again.model.named_parameters())
+    with torch.inference_mode():
+        assert torch.equal(one.logits(*asked), logits)  # saving changed nothing
+
+
+def test_saving_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    one = student(lora=LORA)
+    shake(one)
+    for name in ("a", "b"):
+        one.save(tmp_path / name)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == {p.name: p.read_bytes() for p in (tmp_path / "b").iterdir()}
+
+
+def test_adapters_begin_at_random_by_the_seed_and_by_nothing_else() -> None:
+    torch.manual_seed(1)
+    one = student(lora=LORA, seed=7)
+    torch.manual_seed(2)
+    same, other = student(lora=LORA, seed=7), student(lora=LORA, seed=8)
+    assert all(torch.equal(a, b) for a, b in zip(one.trained, same.trained, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(one.trained, other.trained, strict=True))
+
+
+@pytest.mark.parametrize("targets", [("nowhere_proj",), ("",)])
+def test_adapters_on_projections_that_are_not_there_are_refused(targets: tuple[str, ...]) -> None:
+    with pytest.raises(DataError, match=r"student\.lora\.targets: .* -> name projections this model has") as caught:
+        student(lora=Lora(4, 8, targets))
+    assert caught.value.exit_code == 3
+    assert "\n" not in str(caught.value)
+
+
+def save_where_files_stay_small(folder: Path, pipe: Connection) -> None:
+    """In a child: no file may grow beyond 1 MB, as on a disk that is nearly full."""
+    one = student()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+    try:
+        one.save(folder)
+    except StorageError as error:
+        pipe.send((error.exit_code, str(error)))
+    else:
+        pipe.send((0, "written"))
+
+
+def test_a_disk_too_full_for_the_student_is_a_storage_error(tmp_path: Path) -> None:
+    mine, childs = warm().Pipe(duplex=False)
+    child = warm().Process(target=save_where_files_stay_small, args=(tmp_path / "student", childs))
+    child.start()
+    assert mine.poll(120)
+    code, words = mine.recv()
+    child.join(60)
+    assert (code, child.exitcode) == (6, 0), words
+    assert re.search(r"student: cannot write the student: .*File too large.* -> free space, then run again", words)
+
+
+def test_the_tokenizer_of_the_student_is_the_one_it_came_with(tmp_path: Path) -> None:
+    one = student("gemma-sapling")
+    one.save(tmp_path / "student")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / "student" / name).read_bytes() == (SAPLINGS / "gemma-sapling" / name).read_bytes()
+
+
+# ---- ways to compute a step ------------------------------------------------------------------------------------------
+
+
+def learned(one: Student) -> tuple[float, list[torch.Tensor], int]:
+    """Loss and gradients of a step on texts of three lengths, and the most bytes it held at once."""
+    texts = ("Two.", "One hundred and twenty-three, in words.", "Three and more.", "Yes.", "No.")
+    tokens = [one.voice.render(Conversation.ask(f"question {k}").answered(Text(t))) for k, t in enumerate(texts)]
+    ids = torch.zeros((len(texts), max(map(len, tokens))), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for k, t in enumerate(tokens):
+        ids[k, :len(t)], mask[k, :len(t)] = torch.from_numpy(t.ids_T), 1
+    row, at = zip(*((k, n - 1) for k, t in enumerate(tokens) for n in range(len(t)) if t.learn_T[n]), strict=True)
+    row_N, at_N = torch.tensor(row), torch.tensor(at)
+    one.model.train()
+    with Peak() as peak:
+        out = composed_head(*one.hidden(ids, mask, row_N, at_N), ids[row_N, at_N + 1], [], 0.7)
+        out.loss.backward()
+    return out.loss.item(), [p.grad for p in one.trained if p.grad is not None], peak.bytes
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "gpt-oss-sapling"])
+def test_packed_texts_teach_what_padded_ones_do(name: str) -> None:
+    plain, packed = learned(student(name)), learned(student(name, ways=Ways(packing=True)))
+    assert packed[0] == pytest.approx(plain[0], rel=1e-5)
+    for a, b in zip(packed[1], plain[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_activations_made_again_are_the_same_and_take_less_room(lora: Lora | None) -> None:
+    plain, again = learned(student(lora=lora)), learned(student(lora=lora, ways=Ways(recompute=True)))
+    assert again[0] == plain[0]
+    assert all(torch.equal(a, b) for a, b in zip(again[1], plain[1], strict=True))
+    assert again[2] < 0.8 * plain[2]
+
+
+def test_half_precision_changes_products_and_neither_weights_nor_gradients() -> None:
+    one = student(ways=Ways(half=True))
+    half, plain = learned(one), learned(student())
+    assert half[0] != plain[0]
+    assert half[0] == pytest.approx(plain[0], rel=0.05)
+    assert all(p.dtype is torch.float32 for p in one.trained)
+    assert all(g.dtype is torch.float32 for g in half[1])
+    whole, other = (torch.cat([g.flatten() for g in side]) for side in (half[1], plain[1]))
+    assert torch.nn.functional.cosine_similarity(whole, other, 0) > 0.99
+
+
+def test_a_student_that_cannot_do_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Refused, match=r"training\.packing: in GptOss.* see each other"):  # transformers 5.24 makes its mask without positions
+        student("gpt-oss-sapling", ways=Ways(packing=True))
+    monkeypatch.setattr("transformers.LlamaForCausalLM.supports_gradient_checkpointing", False)
+    with pytest.raises(Refused, match=r"training\.recompute: .* cannot make its activations again"):
+        student(ways=Ways(recompute=True))
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    """A group of one process: every hook and gather of many, without the others."""
+    from torch import distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_a_wrapped_forward_gives_the_head_its_gradient(how: str, tied: bool, group: None) -> None:
+    """The head's weight comes out of the wrapped forward: whole, and where hooks wait for its gradient."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    plain, spread = student(), student()
+    for one in (plain, spread):
+        if not tied:
+            linear = one.model.get_output_embeddings()
+            linear.weight = torch.nn.Parameter(linear.weight.detach().clone())
+            one.model.config.tie_word_embeddings = False
+    want = learned(plain)
+    forward = Forward(spread.model, spread.ways)
+    if how == "ddp":
+        wrapped: torch.nn.Module = DistributedDataParallel(forward, find_unused_parameters=True)
+    else:
+        for layer in spread.model.model.layers:
+            fully_shard(layer)
+        wrapped = fully_shard(forward)
+    found = learned(replace(spread, runs=wrapped))
+    whole = [g.full_tensor() if how == "fsdp" else g for g in found[1]]
+    assert found[0] == pytest.approx(want[0], rel=1e-6)
+    assert len(whole) == len(want[1]) == len(spread.trained)
+    for a, b in zip(whole, want[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert float(dict(spread.model.named_parameters())["model.embed_tokens.weight" if tied else "lm_head.weight"].grad.norm()) > 0
