@@ -16,35 +16,35 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from persea.config.recipe import load_recipe
-from persea.evaluation.answering import hear, one_at_a_time
-from persea.evaluation.audition import cast
-from persea.evaluation.racing import Course, contest, in_blocks
-from persea.pipeline.run_context import River, set_threads
+from persea.evaluation.answering import answer_items, single_model_loader
+from persea.evaluation.audition import build_cast
+from persea.evaluation.racing import TaskRace, interleave_languages, race_teachers
+from persea.pipeline.run_context import RunContext, set_threads
 from persea.tasks import intervals
-from persea.tasks.task import Item, Result, Skill, Split, grade
+from persea.tasks.task import ItemResult, Split, Task, TaskItem, grade_answers
 
 ROOT = Path(__file__).resolve().parent.parent
 BAD = "deliberately-bad"
 
 
-def recorded(items: int) -> tuple[list[tuple[Skill, tuple[Item, ...]]], dict[tuple[str, str], dict[str, Result]], River]:
+def recorded(items: int) -> tuple[list[tuple[Task, tuple[TaskItem, ...]]], dict[tuple[str, str], dict[str, ItemResult]], RunContext]:
     """The quickstart's skills with their audition questions, and every teacher's graded answer to each."""
     recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml", [f"audition.items={items}"])
-    river = River(recipe, ROOT / "runs" / "bench-audition")
+    river = RunContext(recipe, ROOT / "runs" / "bench-audition")
     set_threads(recipe.threads)
-    skills = river.items(Split.AUDITION)
-    load = one_at_a_time(lambda name: river.teacher(name, recipe.audition.batch))
+    skills = river.held_out_items(Split.AUDITION)
+    load = single_model_loader(lambda name: river.load_teacher(name, recipe.audition.batch))
     answers = {}
-    for name in river.voices:
-        speaker = river.heard_as(name, recipe.audition.batch, (), load)
+    for name in river.renderers:
+        speaker = river.evaluated_model(name, recipe.audition.batch, (), load)
         for skill, some in skills:
-            results, _ = hear(speaker, speaker.efforts[0], skill, some, recipe.capture.max_new_tokens)
+            results, _ = answer_items(speaker, speaker.efforts[0], skill, some, recipe.capture.max_new_tokens)
             answers[name, skill.name] = {r.item.prompt.id: r for r in results}
             print(f"{name:16} {skill.name:12} {sum(r.value for r in results) / len(results):.3f} of {len(results)}", flush=True)
     for skill, some in skills:
-        said = [r for name in river.voices for r in answers[name, skill.name].values()]
+        said = [r for name in river.renderers for r in answers[name, skill.name].values()]
         drawn = random.Random(0).choices(said, k=len(some))
-        results = grade(skill, some, [(r.answer, r.finish) for r in drawn])
+        results = grade_answers(skill, some, [(r.answer, r.finish) for r in drawn])
         answers[BAD, skill.name] = {r.item.prompt.id: r for r in results}
         print(f"{BAD:16} {skill.name:12} {sum(r.value for r in results) / len(results):.3f} of {len(results)}", flush=True)
     return skills, answers, river
@@ -54,32 +54,32 @@ def main() -> None:
     seeds = int(sys.argv[1]) if len(sys.argv) > 1 else 20
     items = int(sys.argv[2]) if len(sys.argv) > 2 else 100
     skills, answers, river = recorded(items)
-    teachers = [*river.voices, BAD]
-    efforts = {t: river.efforts(t, ())[0] if t in river.voices else next(iter(river.efforts(n, ())[0] for n in river.voices)) for t in teachers}
+    teachers = [*river.renderers, BAD]
+    efforts = {t: river.measured_efforts(t, ())[0] if t in river.renderers else next(iter(river.measured_efforts(n, ())[0] for n in river.renderers)) for t in teachers}
 
-    def ask(name: str, skill: Skill, some: Sequence[Item]) -> list[Result]:
+    def ask(name: str, skill: Task, some: Sequence[TaskItem]) -> list[ItemResult]:
         return [answers[name, skill.name][i.prompt.id] for i in some]
 
     whole = []
     for skill, some in skills:
-        order = in_blocks(some, 0)
+        order = interleave_languages(some, 0)
         said = {t: ask(t, skill, order) for t in teachers}
-        course = Course(skill.name, order, {t: [r.value for r in mine] for t, mine in said.items()}, said)
-        course.judge(len(order))
+        course = TaskRace(skill.name, order, {t: [r.value for r in mine] for t, mine in said.items()}, said)
+        course.update_eliminated(len(order))
         whole.append(course)
-    truth = cast(whole, efforts, {}, river.recipe.audition.floor).parts
+    truth = build_cast(whole, efforts, {}, river.recipe.audition.floor).parts
     runs = []
     for seed in range(seeds):
-        courses = contest(teachers, skills, seed, ask)
-        found = cast(courses, efforts, {}, river.recipe.audition.floor).parts
-        asked = sum(len(v) for c in courses for v in c.values.values())
+        courses = race_teachers(teachers, skills, seed, ask)
+        found = build_cast(courses, efforts, {}, river.recipe.audition.floor).parts
+        asked = sum(len(v) for c in courses for v in c.scores.values())
         names = {p: [t for t, _ in mine] for p, mine in found.items()}
         runs.append({"seed": seed, "right": {p: names.get(p) == [t for t, _ in mine] for p, mine in truth.items() if "/" not in p},
                      "parts": names, "asked": asked,
                      "share": round(asked / sum(len(s) * len(teachers) for _, s in skills), 4),
                      "bad": any(t == BAD for part in found.values() for t, _ in part)})
         print(seed, runs[-1]["parts"], runs[-1]["share"], flush=True)
-    told = {"seeds": seeds, "items": items, "teachers": teachers, "bets": intervals.BETS,
+    told = {"seeds": seeds, "items": items, "teachers": teachers, "bets": intervals.BETTING_STAKES,
             "truth": {p: [t for t, _ in mine] for p, mine in truth.items()}, "all_right": sum(all(r["right"].values()) for r in runs),
             "bad_teacher_cast": sum(r["bad"] for r in runs), "share_mean": round(sum(r["share"] for r in runs) / seeds, 4),
             "share_most": max(r["share"] for r in runs), "runs": runs}

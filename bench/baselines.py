@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from persea.chat.renderer import Voice
+from persea.chat.renderer import ChatRenderer
 
 
 def composed(divergence_N: torch.Tensor, row_N: torch.Tensor, cross_entropy_L: torch.Tensor, share: float) -> torch.Tensor:
@@ -43,7 +43,7 @@ class Shared:
     student_K: torch.Tensor
 
 
-def shared(teacher: Voice, student: Voice) -> Shared:
+def shared(teacher: ChatRenderer, student: ChatRenderer) -> Shared:
     """Matched by bytes (strings would find 25,036 of Gemma's and Llama's 86,434). The first of several stop tokens counts."""
     of_student = {b: i for i, b in enumerate(student.vocabulary.bytes_W) if b is not None}
     pairs = [(i, of_student[b]) for i, b in enumerate(teacher.vocabulary.bytes_W) if b is not None and b in of_student]
@@ -100,7 +100,7 @@ def uld(logits_NV: torch.Tensor, probs_NW: torch.Tensor) -> torch.Tensor:
 # ---- longest prefix (BPM) -----------------------------------------------------------------------------------------------
 
 
-def longest_prefix(teacher: Voice, student: Voice, emitted: bytes = b"") -> torch.Tensor:
+def longest_prefix(teacher: ChatRenderer, student: ChatRenderer, emitted: bytes = b"") -> torch.Tensor:
     """For each teacher token the longest student token that begins its bytes, int64 [W]; -1 for control tokens.
 
     With `emitted`: inside a teacher token, of which the student has already written these bytes; then the rest of the

@@ -20,13 +20,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from persea.alignment.boundary_mask import FREE, Mask
-from persea.alignment.event_map import open_bridge
+from persea.alignment.boundary_mask import UNRESTRICTED_CONTEXT, BoundaryMask
+from persea.alignment.event_map import load_event_map
 from persea.alignment.spans import align
 from persea.chat.messages import Conversation, Text
-from persea.chat.renderer import Voice
-from persea.models.loading import Source, open_voice
-from persea.training.on_policy.candidates import LIKELY
+from persea.chat.renderer import ChatRenderer
+from persea.models.loading import ModelSource, load_renderer
+from persea.training.on_policy.candidates import MIN_CANDIDATE_PROB
 
 DATA = Path(os.environ.get("PERSEA_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 OUT = Path(__file__).resolve().parent / "results" / "beside.json"
@@ -36,8 +36,8 @@ LINES, SEEN = 30, 400  # lines of each language asked; lines that frequencies ar
 WHOLE, LOOK = 3, 500  # contexts a side at which every token is asked; of every so many contexts one's mass is looked at
 
 
-def voice(name: str) -> Voice:
-    return open_voice(Source("random", tokenizer=str(DATA / "tokenizers" / name)), name)
+def voice(name: str) -> ChatRenderer:
+    return load_renderer(ModelSource("random", tokenizer=str(DATA / "tokenizers" / name)), name)
 
 
 def lines(language: str) -> list[str]:
@@ -45,7 +45,7 @@ def lines(language: str) -> list[str]:
     return [line for line in text.split("\n") if line]
 
 
-def frequencies(speaker: Voice, texts: list[str]) -> npt.NDArray[np.float64]:
+def frequencies(speaker: ChatRenderer, texts: list[str]) -> npt.NDArray[np.float64]:
     counts = Counter(i for text in texts for i in speaker.vocabulary.encode(text))
     found = np.zeros(len(speaker.vocabulary))
     found[list(counts)] = list(counts.values())
@@ -57,7 +57,7 @@ def main() -> None:
     common = {language: frequencies(student, lines(language)[:SEEN]) for language in LANGUAGES}
     for name in TEACHERS:
         teacher = voice(name)
-        bridge = open_bridge(teacher, student)
+        bridge = load_event_map(teacher, student)
         assert bridge.student_mask is not None and bridge.teacher_mask is not None
         masks = (bridge.student_mask, bridge.teacher_mask)
         spent, boundaries, asked, seen, looked, curve = 0.0, 0, 0, 0, 0, list[tuple[int, float]]()
@@ -67,28 +67,28 @@ def main() -> None:
         rare = {language: frequencies(teacher, lines(language)[:SEEN]) for language in LANGUAGES}
         for k in range(LINES):
             for language in LANGUAGES:
-                talk = Conversation.ask("?").answered(Text(lines(language)[k]))
+                talk = Conversation.from_question("?").with_answer(Text(lines(language)[k]))
                 own, theirs = student.render(talk), teacher.render(talk)
                 at = align([own], [theirs]).boundaries
                 begun = time.process_time()
                 contexts = [(bridge.student_mask, c, s, own, common[language]) for c, s in zip(
-                    bridge.student_mask.keeper.inner(theirs, at.teacher_C).tolist(), at.student_C.tolist(), strict=True)]
+                    bridge.student_mask.other.supervised_context_ids(theirs, at.teacher_C).tolist(), at.student_C.tolist(), strict=True)]
                 contexts += [(bridge.teacher_mask, c, t, theirs, rare[language]) for c, t in zip(
-                    bridge.teacher_mask.keeper.inner(own, at.student_C).tolist(), at.teacher_C.tolist(), strict=True)]
+                    bridge.teacher_mask.other.supervised_context_ids(own, at.student_C).tolist(), at.teacher_C.tolist(), strict=True)]
                 spent += time.process_time() - begun
                 for mask, context, token, tokens, often in contexts:
                     row = often / 2
                     row[int(tokens.ids_T[token])] += 0.5
-                    likely = np.flatnonzero(row >= LIKELY)
-                    if k == 0 and context != FREE and len(whole[id(mask)]) < WHOLE:
+                    likely = np.flatnonzero(row >= MIN_CANDIDATE_PROB)
+                    if k == 0 and context != UNRESTRICTED_CONTEXT and len(whole[id(mask)]) < WHOLE:
                         whole[id(mask)].append(every(fresh(mask), context))
                     begun = time.process_time()
-                    dead = mask.dead(context, likely)
+                    dead = mask.impossible_tokens(context, likely)
                     spent += time.process_time() - begun
                     asked, seen = asked + len(likely), seen + 1
                     if seen % LOOK == 0:
-                        rest = np.flatnonzero((row > 0) & (row < LIKELY))
-                        missed += float(row[elsewhere[id(mask)].dead(context, rest)].sum())
+                        rest = np.flatnonzero((row > 0) & (row < MIN_CANDIDATE_PROB))
+                        missed += float(row[elsewhere[id(mask)].impossible_tokens(context, rest)].sum())
                         found_mass, looked = found_mass + float(row[dead].sum()), looked + 1
                 boundaries += len(at.student_C)
             curve.append((boundaries, spent))
@@ -97,17 +97,17 @@ def main() -> None:
                      "every_token_s": round(sum(float(np.mean(some)) for some in whole.values()), 2),
                      "dead_mass": {"contexts": looked, "found": round(found_mass / looked, 5), "missed": round(missed / looked, 5)}}
         print(name, out[name], flush=True)
-        OUT.write_text(json.dumps({"likely": LIKELY, "student": "llama3", "teachers": out}, indent=1) + "\n")
+        OUT.write_text(json.dumps({"likely": MIN_CANDIDATE_PROB, "student": "llama3", "teachers": out}, indent=1) + "\n")
 
 
-def fresh(mask: Mask) -> Mask:
+def fresh(mask: BoundaryMask) -> BoundaryMask:
     """The same, nothing searched yet."""
-    return Mask(mask.keeper, mask.own, mask.first_W)
+    return BoundaryMask(mask.other, mask.own, mask.first_token_W)
 
 
-def every(mask: Mask, context: int) -> float:
+def every(mask: BoundaryMask, context: int) -> float:
     begun = time.process_time()
-    mask.dead(context)
+    mask.impossible_tokens(context)
     return time.process_time() - begun
 
 

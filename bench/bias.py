@@ -118,7 +118,7 @@ def chunk_nats(w: World, kept: Kept) -> float:
 
 
 def floors(w: World, masks: dict[str, Mask]) -> dict[str, float]:
-    event_maps, every = (w.bridge.teacher_event_W.tolist(), w.bridge.student_event_V.tolist()), keeps(w, no_mask)
+    event_maps, every = (w.event_map.teacher_event_W.tolist(), w.event_map.student_event_V.tolist()), keeps(w, no_mask)
     total = sum(b.mass for b in w.boundaries)
     out = {"strict": strict_tv(w), "uld": uld_tv(w), "bpm": mean_tv(w, (prefix_columns(w).tolist(), list(range(len(w.columns_V)))), every),
            "longest common prefix": mean_tv(w, common_prefix_columns(w), every)}

@@ -30,11 +30,11 @@ import torch
 import torch.nn.functional as F
 from peer import TRL, has_trl
 
-from persea.alignment.event_map import Bridge, build, open_bridge
+from persea.alignment.event_map import EventMap, build_event_map, load_event_map
 from persea.alignment.spans import align
-from persea.chat.messages import Tokens
-from persea.chat.renderer import Voice
-from persea.models.loading import Source, open_voice
+from persea.chat.messages import RenderedTokens
+from persea.chat.renderer import ChatRenderer
+from persea.models.loading import ModelSource, load_renderer
 from persea.tokenization.vocabulary import Vocabulary
 
 DATA = Path(os.environ.get("PERSEA_DATA", Path(__file__).resolve().parent.parent.parent / "shared" / "data"))
@@ -71,13 +71,13 @@ def texts() -> list[str]:
     return out
 
 
-def laid(vocabulary: Vocabulary, said: Sequence[str]) -> list[Tokens]:
+def laid(vocabulary: Vocabulary, said: Sequence[str]) -> list[RenderedTokens]:
     """Texts as renderings: every token learned, every byte content."""
     out = []
     for ids in vocabulary.encode_batch(said):
         ids_T = np.array(ids, np.int32)
         ends_T = np.cumsum(vocabulary.lengths_W[ids_T], dtype=np.int32)
-        out.append(Tokens(ids_T, ends_T - vocabulary.lengths_W[ids_T], ends_T, np.ones(len(ids_T), np.bool_)))
+        out.append(RenderedTokens(ids_T, ends_T - vocabulary.lengths_W[ids_T], ends_T, np.ones(len(ids_T), np.bool_)))
     return out
 
 
@@ -144,33 +144,33 @@ def alignment(student: Vocabulary, teacher: Vocabulary, peer: Any) -> dict[str, 
     return found
 
 
-def bridges(student: Voice, teachers: dict[str, Voice]) -> tuple[dict[str, Any], dict[str, Bridge]]:
+def bridges(student: ChatRenderer, teachers: dict[str, ChatRenderer]) -> tuple[dict[str, Any], dict[str, EventMap]]:
     """CPU seconds to build, and wall seconds to load what was kept (median of 5, digest checked)."""
     told, found = {}, {}
     with tempfile.TemporaryDirectory() as home:
         os.environ["PERSEA_HOME"] = home
         for name, voice in teachers.items():
             begin = time.process_time()
-            found[name] = build(voice, student)
+            found[name] = build_event_map(voice, student)
             built = time.process_time() - begin
-            open_bridge(voice, student)
+            load_event_map(voice, student)
             loads = []
             for _ in range(5):
                 clock = time.perf_counter()
-                open_bridge(voice, student)
+                load_event_map(voice, student)
                 loads.append(time.perf_counter() - clock)
-            told[name] = {"build_cpu_seconds": rounded(built), "load_seconds": rounded(statistics.median(loads)), "events": found[name].events,
+            told[name] = {"build_cpu_seconds": rounded(built), "load_seconds": rounded(statistics.median(loads)), "events": found[name].num_events,
                           "teacher": len(voice.vocabulary), "student": len(student.vocabulary)}
             print(name, told[name], flush=True)
     return told, found
 
 
-def objective(logits: torch.Tensor, tokens: torch.Tensor, bridge: Bridge, rows: np.ndarray, ids: np.ndarray, probs: np.ndarray) -> Work:
+def objective(logits: torch.Tensor, tokens: torch.Tensor, bridge: EventMap, rows: np.ndarray, ids: np.ndarray, probs: np.ndarray) -> Work:
     """The event objective, forward and backward. All that this file knows of the losses' interface."""
-    from persea.losses import composed, standing, targets
+    from persea.losses import build_batch_targets, build_event_targets, event_kl_loss
 
-    said = targets(bridge, standing(bridge, rows, ids, probs), len(tokens))
-    return backward(logits, lambda: composed(logits, tokens, [said], 0.7).loss)
+    said = build_batch_targets(bridge, build_event_targets(bridge, rows, ids, probs), len(tokens))
+    return backward(logits, lambda: event_kl_loss(logits, tokens, [said], 0.7).loss)
 
 
 def backward(logits: torch.Tensor, loss: Callable[[], torch.Tensor]) -> Work:
@@ -181,7 +181,7 @@ def backward(logits: torch.Tensor, loss: Callable[[], torch.Tensor]) -> Work:
     return work
 
 
-def case(n: int, bridge: Bridge) -> tuple[torch.Tensor, torch.Tensor, Work]:
+def case(n: int, bridge: EventMap) -> tuple[torch.Tensor, torch.Tensor, Work]:
     """Logits, targets, and the objective over rows of 1 to 29 entries at every position."""
     rng = np.random.default_rng(0)
     student, teacher = len(bridge.student_event_V), len(bridge.teacher_event_W)
@@ -193,7 +193,7 @@ def case(n: int, bridge: Bridge) -> tuple[torch.Tensor, torch.Tensor, Work]:
     return logits, targets, objective(logits, targets, bridge, rows, rng.integers(0, teacher, len(rows)), probs)
 
 
-def losses(bridge: Bridge) -> dict[str, Any]:
+def losses(bridge: EventMap) -> dict[str, Any]:
     """Beside torch's cross-entropy, at 64, 128 and 256 positions; and how the time grows."""
     found: dict[str, Any] = {}
     for n in (64, 128, 256):
@@ -206,7 +206,7 @@ def losses(bridge: Bridge) -> dict[str, Any]:
     return found
 
 
-def beside_gold(peer: Any, student: Vocabulary, teacher: Vocabulary, bridge: Bridge, n: int = 128) -> dict[str, Any]:
+def beside_gold(peer: Any, student: Vocabulary, teacher: Vocabulary, bridge: EventMap, n: int = 128) -> dict[str, Any]:
     """ULDLoss on n student tokens of a real text, forward and backward, against the objective on as many; 3 pairs: it takes long."""
     said = texts()[0]
     (ids_s, at_s), (ids_t, at_t) = (peer.encode(v.backend, [said])[0] for v in (student, teacher))
@@ -236,7 +236,7 @@ def main() -> None:
         sys.exit("real data not found: set PERSEA_DATA to the folder that holds tokenizers/ and parallel/")
     torch.set_num_threads(1)
     peer = trl()
-    student, *others = (open_voice(Source(str(DATA / "tokenizers" / name)), name) for name in (STUDENT, *TEACHERS))
+    student, *others = (load_renderer(ModelSource(str(DATA / "tokenizers" / name)), name) for name in (STUDENT, *TEACHERS))
     teachers = dict(zip(TEACHERS, others, strict=True))
     out: dict[str, Any] = {"torch": torch.__version__, "trl": peer.version if peer else None, "alignment": {}, "losses": {}}
     for name, voice in teachers.items():

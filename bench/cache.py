@@ -26,13 +26,13 @@ import torch
 from tails import REGIMES, bound, cost, positions, sampled_rows, synthetic
 
 from persea.cache import unit as cache
-from persea.cache.unit import Capture
-from persea.chat.messages import Conversation, Finish, Text, Tokens
-from persea.distributions import RowKind, Rows, sample_rows
-from persea.models.loading import Source, open_model, open_voice, sprout
-from persea.tasks.generated import SKILLS
+from persea.cache.unit import CachedAnswer
+from persea.chat.messages import Conversation, FinishReason, RenderedTokens, Text
+from persea.distributions import DistributionKind, SparseDistributions, sample_distributions
+from persea.models.loading import ModelSource, load_model, load_renderer, random_init
+from persea.tasks.generated import GENERATED_TASKS
 from persea.tasks.task import Split
-from persea.teachers.engines.transformers import LocalEngine
+from persea.teachers.engines.transformers import TransformersEngine
 from persea.teachers.teacher import Answer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,14 +43,14 @@ SHARE, STEPS, BATCH, SEEDS = 0.7, 400, 16, 3
 # --- forms of a cache: dense probabilities -> rows ---
 
 
-def sampled(tau: float) -> Callable[[torch.Tensor, np.ndarray, str], Rows]:
-    return lambda logs_NW, real_N, seed: sample_rows(logs_NW, real_N, tau, seed)
+def sampled(tau: float) -> Callable[[torch.Tensor, np.ndarray, str], SparseDistributions]:
+    return lambda logs_NW, real_N, seed: sample_distributions(logs_NW, real_N, tau, seed)
 
 
-def drawn(draws: int) -> Callable[[torch.Tensor, np.ndarray, str], Rows]:
+def drawn(draws: int) -> Callable[[torch.Tensor, np.ndarray, str], SparseDistributions]:
     """RS-KD: so many draws with replacement, each weighing 1/draws."""
 
-    def rows(logs_NW: torch.Tensor, real_N: np.ndarray, seed: str) -> Rows:
+    def rows(logs_NW: torch.Tensor, real_N: np.ndarray, seed: str) -> SparseDistributions:
         generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
         ids_ND = torch.multinomial(logs_NW.exp(), draws, replacement=True, generator=generator)
         dense_NW = torch.zeros_like(logs_NW).scatter_add_(1, ids_ND, torch.full(ids_ND.shape, 1 / draws))
@@ -59,8 +59,8 @@ def drawn(draws: int) -> Callable[[torch.Tensor, np.ndarray, str], Rows]:
     return rows
 
 
-def top(k: int, renormalised: bool) -> Callable[[torch.Tensor, np.ndarray, str], Rows]:
-    def rows(logs_NW: torch.Tensor, real_N: np.ndarray, seed: str) -> Rows:
+def top(k: int, renormalised: bool) -> Callable[[torch.Tensor, np.ndarray, str], SparseDistributions]:
+    def rows(logs_NW: torch.Tensor, real_N: np.ndarray, seed: str) -> SparseDistributions:
         p_NW = logs_NW.exp()
         kept_NW = torch.zeros_like(p_NW, dtype=torch.bool).scatter_(1, logs_NW.topk(k, -1).indices, True)
         if renormalised:
@@ -70,11 +70,11 @@ def top(k: int, renormalised: bool) -> Callable[[torch.Tensor, np.ndarray, str],
     return rows
 
 
-def _sparse(p_NW: torch.Tensor, kept_NW: torch.Tensor, real_N: np.ndarray) -> Rows:
+def _sparse(p_NW: torch.Tensor, kept_NW: torch.Tensor, real_N: np.ndarray) -> SparseDistributions:
     row_M, id_M = kept_NW.nonzero(as_tuple=True)
     offsets = np.concatenate([[0], np.cumsum(np.bincount(row_M.numpy(), minlength=len(p_NW)))])
     realised = p_NW[range(len(p_NW)), real_N].clamp(min=1e-30).log().float().numpy()
-    return Rows(offsets, id_M.int().numpy(), p_NW[row_M, id_M].float().numpy(), realised, RowKind.TOPK_REST)
+    return SparseDistributions(offsets, id_M.int().numpy(), p_NW[row_M, id_M].float().numpy(), realised, DistributionKind.TOPK)
 
 
 FORMS = {"sampled .01": sampled(0.01), "sampled .02": sampled(0.02), "sampled .05": sampled(0.05), "sampled .1": sampled(0.1),
@@ -93,19 +93,19 @@ def tau_of(form: str) -> float:
 class Said:
     """A conversation, all of whose tokens but the first are learned, and the teacher's distribution of each."""
 
-    tokens: Tokens
+    tokens: RenderedTokens
     logs_NW: torch.Tensor
     bytes: int
 
 
 def conversations(name: str, split: Split, n: int) -> list[Said]:
     """n of each skill, without distributions yet."""
-    voice = open_voice(Source(str(ROOT / "saplings" / name)), name)
-    whole = [i.answered for skill in SKILLS for i in skill.items(split, n, 0)]
+    voice = load_renderer(ModelSource(str(ROOT / "saplings" / name)), name)
+    whole = [i.reference_conversation for skill in GENERATED_TASKS for i in skill.items(split, n, 0)]
     out = []
     for c in whole:
         t = voice.render(c)
-        out.append(Said(Tokens(t.ids_T, t.starts_T, t.ends_T, np.arange(len(t)) > 0), torch.empty(len(t) - 1, len(voice.vocabulary)),
+        out.append(Said(RenderedTokens(t.ids_T, t.starts_T, t.ends_T, np.arange(len(t)) > 0), torch.empty(len(t) - 1, len(voice.vocabulary)),
                         sum(len(p.text.encode()) for p in c.parts())))
     return [out[k] for k in np.random.default_rng(0).permutation(len(out))]
 
@@ -117,8 +117,8 @@ def scored(model: Any, some: list[Said]) -> list[Said]:
             for s in some]
 
 
-def loss_of(model: Any, some: list[Said], rows: list[Rows | None] | None) -> torch.Tensor:
-    """share * events + the rest cross-entropy, as losses.composed with the same vocabulary on both sides. rows: none = cross-entropy
+def loss_of(model: Any, some: list[Said], rows: list[SparseDistributions | None] | None) -> torch.Tensor:
+    """share * events + the rest cross-entropy, as losses.event_kl_loss with the same vocabulary on both sides. rows: none = cross-entropy
     alone; None of a conversation = its full distributions."""
     width = max(len(s.tokens) for s in some)
     ids, mask = torch.zeros((len(some), width), dtype=torch.int64), torch.zeros((len(some), width), dtype=torch.int64)
@@ -135,15 +135,15 @@ def loss_of(model: Any, some: list[Said], rows: list[Rows | None] | None) -> tor
     return (-SHARE * (p_NW * q_NW).sum(-1) + (1 - SHARE * p_NW.sum(-1)) * ce_N).mean()
 
 
-def densely(rows: Rows, width: int) -> torch.Tensor:
+def densely(rows: SparseDistributions, width: int) -> torch.Tensor:
     out = torch.zeros(len(rows), width)
     row = np.repeat(np.arange(len(rows)), np.diff(rows.offsets_N1))
     out[row, rows.ids_M.astype(np.int64)] = torch.from_numpy(rows.probs_M)
     return out
 
 
-def trained(train: list[Said], rows: list[Rows | None] | None, seed: int, steps: int, hidden: int = 64, layers: int = 2) -> Any:
-    model = sprout("llama", train[0].logs_NW.shape[1], {"hidden": hidden, "layers": layers, "heads": 2, "seed": seed})
+def trained(train: list[Said], rows: list[SparseDistributions | None] | None, seed: int, steps: int, hidden: int = 64, layers: int = 2) -> Any:
+    model = random_init("llama", train[0].logs_NW.shape[1], {"hidden": hidden, "layers": layers, "heads": 2, "seed": seed})
     optimiser = torch.optim.AdamW(model.parameters(), 3e-3)
     rng = np.random.default_rng(seed)
     for step in range(steps):
@@ -163,7 +163,7 @@ def bits(model: Any, held: list[Said]) -> float:
     return float(nats / np.log(2) / sum(s.bytes for s in held))
 
 
-def gradients(model: Any, train: list[Said], rows: list[Rows | None], batches: list[list[int]]) -> torch.Tensor:
+def gradients(model: Any, train: list[Said], rows: list[SparseDistributions | None], batches: list[list[int]]) -> torch.Tensor:
     out = []
     for some in batches:
         model.zero_grad()
@@ -177,14 +177,14 @@ def student(name: str = "qwen-sapling") -> dict[str, Any]:
 
     (A sapling itself only learned to answer: of the questions its distributions say nothing a student should learn.)
     """
-    teacher = trained(conversations(name, Split.TEACH, 1200), None, 5, 900, 128, 3)
-    train, held = scored(teacher, conversations(name, Split.TEACH, 100)), conversations(name, Split.TEST, 50)
+    teacher = trained(conversations(name, Split.TRAIN, 1200), None, 5, 900, 128, 3)
+    train, held = scored(teacher, conversations(name, Split.TRAIN, 100)), conversations(name, Split.TEST, 50)
     n = sum(len(s.logs_NW) for s in train)
     entropy = -sum(float((s.logs_NW.exp() * s.logs_NW).sum()) for s in train) / n
-    forms: dict[str, tuple[list[Rows | None] | None, dict[str, float]]] = {"no teacher": (None, {}), "full": ([None] * len(train), {})}
+    forms: dict[str, tuple[list[SparseDistributions | None] | None, dict[str, float]]] = {"no teacher": (None, {}), "full": ([None] * len(train), {})}
     for form, make in FORMS.items():
         rows = [make(s.logs_NW, s.tokens.ids_T[1:].astype(np.int64), f"{form} {k}") for k, s in enumerate(train)]
-        kind = RowKind.SAMPLED if form.startswith("sampled") else RowKind.TOPK_REST
+        kind = DistributionKind.SAMPLED if form.startswith("sampled") else DistributionKind.TOPK
         forms[form] = (list(rows), cost([(s.tokens, r) for s, r in zip(train, rows, strict=True)], kind, tau_of(form)))
     rng = np.random.default_rng(9)
     batches = [rng.choice(len(train), BATCH, replace=False).tolist() for _ in range(40)]
@@ -211,21 +211,21 @@ def student(name: str = "qwen-sapling") -> dict[str, Any]:
 
 def speed() -> dict[str, Any]:
     """CPU seconds of one thread: packing and reading both regimes, and capture over a plain forward pass on the saplings."""
-    from persea.cache.reader import open_reader
+    from persea.cache.reader import open_cache_reader
 
     result: dict[str, Any] = {}
     for regime in REGIMES:
         spoken = [sampled_rows(positions(regime, 4096, k), 0.05) for k in range(32)]
-        answer = Answer("", "t", "s", "", Conversation.ask("").answered(Text("")), Finish.STOP)
+        answer = Answer("", "t", "s", "", Conversation.from_question("").with_answer(Text("")), FinishReason.STOP)
         with tempfile.TemporaryDirectory() as folder:
             begin = time.process_time()
-            cache.write_unit(Path(folder), "u", [Capture(answer, t, r) for t, r in spoken], {}, tau=0.05)
+            cache.write_unit(Path(folder), "u", [CachedAnswer(answer, t, r) for t, r in spoken], {}, tau=0.05)
             packed = time.process_time() - begin
             best = float("inf")
             for _ in range(7):
-                read = open_reader(Path(folder), ["u"])
+                read = open_cache_reader(Path(folder), ["u"])
                 begin = time.process_time()
-                for k in read.order(0, 0).tolist():
+                for k in read.epoch_order(0, 0).tolist():
                     read[k]
                 best = min(best, time.process_time() - begin)
         n = 4096 * len(spoken)
@@ -237,19 +237,19 @@ def speed() -> dict[str, Any]:
     return result
 
 
-def given(name: str, engine: LocalEngine, whole: list[Conversation], tokens: list[Tokens]) -> Iterator[Capture]:
+def given(name: str, engine: TransformersEngine, whole: list[Conversation], tokens: list[RenderedTokens]) -> Iterator[CachedAnswer]:
     """Given answers as the sapling scores them; each is short enough to come in one piece."""
-    for k, logs_NW in engine.pieces([t.ids_T for t in tokens], [t.learn_T for t in tokens]):
-        rows = sample_rows(logs_NW, tokens[k].ids_T[tokens[k].learn_T], TAU, str(k))
-        yield Capture(Answer(str(k), name, "s", "", whole[k], Finish.STOP), tokens[k], rows)
+    for k, logs_NW in engine.iter_logprobs([t.ids_T for t in tokens], [t.loss_mask_T for t in tokens]):
+        rows = sample_distributions(logs_NW, tokens[k].ids_T[tokens[k].loss_mask_T], TAU, str(k))
+        yield CachedAnswer(Answer(str(k), name, "s", "", whole[k], FinishReason.STOP), tokens[k], rows)
 
 
 def capture_over_forward(name: str) -> float:
     """Scoring, sampling and packing of given answers over the forward passes that they need."""
-    source = Source(str(ROOT / "saplings" / name))
-    voice = open_voice(source, name)
-    engine = LocalEngine(open_model(source, voice, name), len(voice.vocabulary))
-    whole = [i.answered for skill in SKILLS for i in skill.items(Split.TEACH, 128, 0)]
+    source = ModelSource(str(ROOT / "saplings" / name))
+    voice = load_renderer(source, name)
+    engine = TransformersEngine(load_model(source, voice, name), len(voice.vocabulary))
+    whole = [i.reference_conversation for skill in GENERATED_TASKS for i in skill.items(Split.TRAIN, 128, 0)]
     tokens = [voice.render(c) for c in whole]
     ratios = []
     for _ in range(5):

@@ -31,7 +31,7 @@ import test_faults as faults  # noqa: E402  (the tests beside this folder)
 from disks import Failing  # noqa: E402
 
 from persea import storage as store  # noqa: E402
-from persea.cache.maintenance import committed, verify  # noqa: E402
+from persea.cache.maintenance import committed_units, verify_cache  # noqa: E402
 from persea.errors import StorageError  # noqa: E402
 
 SMALL = ["corpus.0.generate=120", "corpus.1.generate=40", "corpus.2.generate=40", "corpus.3.generate=40", "corpus.4.generate=40", "capture.unit=10",
@@ -81,7 +81,7 @@ def kills(place: Path, rounds: int, rng: random.Random) -> dict[str, object]:
         if run.returncode != -signal.SIGKILL:
             raise SystemExit(f"capture ended with {run.returncode}")
         count += 1
-        print(f"kill {count}/{rounds}, {len(committed(killed / 'capture')) if (killed / 'capture' / 'commits').is_dir() else 0} units", flush=True)
+        print(f"kill {count}/{rounds}, {len(committed_units(killed / 'capture')) if (killed / 'capture' / 'commits').is_dir() else 0} units", flush=True)
     finish("capture", killed)
     return {"kills": count, "equal": visible(whole / "capture") == visible(killed / "capture"), "committed_units_touched": lost}
 
@@ -97,7 +97,7 @@ def flips_and_cuts(capture: Path, rng: random.Random, flips: int) -> dict[str, o
         flipped = bytearray(data)
         flipped[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         path.write_bytes(flipped)
-        found += any(f.where == path for f in verify(capture) if not f.harmless)
+        found += any(f.path == path for f in verify_cache(capture) if not f.is_harmless)
         path.write_bytes(data)
     cuts = cut = 0
     for path in (next((capture / "units").glob("*.safetensors")), next((capture / "commits").glob("*.json")), capture / "done.json",
@@ -106,9 +106,9 @@ def flips_and_cuts(capture: Path, rng: random.Random, flips: int) -> dict[str, o
         for k in range(64):
             path.write_bytes(data[:k * (len(data) - 1) // 63])
             cuts += 1
-            cut += any(f.where == path for f in verify(capture) if not f.harmless)
+            cut += any(f.path == path for f in verify_cache(capture) if not f.is_harmless)
         path.write_bytes(data)
-    return {"kinds": sorted(kinds), "flips": flips, "flips_found": found, "cuts": cuts, "cuts_found": cut, "sound_again": verify(capture) == []}
+    return {"kinds": sorted(kinds), "flips": flips, "flips_found": found, "cuts": cuts, "cuts_found": cut, "sound_again": verify_cache(capture) == []}
 
 
 def power(place: Path) -> dict[str, int]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from persea.tasks.intervals import of_difference, of_mean, of_ratio
+from persea.tasks.intervals import mean_interval, paired_difference_interval, paired_ratio_interval
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = (20, 50, 100, 200)
@@ -56,7 +56,7 @@ def means(rounds: int) -> Iterator[dict[str, Any]]:
             rng = np.random.default_rng(n)
             drawn = [draw(rng, n) for _ in range(rounds)]
             few = drawn[:FEW]
-            yield {"of": "mean", "case": name, "n": n, "persea": held((of_mean(x) for x in drawn), truth, rounds),
+            yield {"of": "mean", "case": name, "n": n, "persea": held((mean_interval(x) for x in drawn), truth, rounds),
                    "bootstrap": held((bootstrap(x, rng) for x in few), truth, len(few))}
 
 
@@ -73,10 +73,10 @@ def pairs(rounds: int) -> Iterator[dict[str, Any]]:
             apart = float(np.mean([(x != y).sum() for x, y in drawn]))
             few = drawn[:FEW]
             yield {"of": "difference", "case": name, "n": n, "apart": round(apart, 1),
-                   "persea": held((of_difference(x, y) for x, y in drawn), one - other, rounds),
+                   "persea": held((paired_difference_interval(x, y) for x, y in drawn), one - other, rounds),
                    "bootstrap": held((bootstrap(x - y, rng) for x, y in few), one - other, len(few))}
             yield {"of": "ratio", "case": name, "n": n, "apart": round(apart, 1),
-                   "persea": held((of_ratio(x, y) for x, y in drawn), one / other, rounds)}
+                   "persea": held((paired_ratio_interval(x, y) for x, y in drawn), one / other, rounds)}
 
 
 def main() -> None:

@@ -18,8 +18,17 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from persea.tokenization.vocabulary import Vocabulary, open_vocabulary
-from persea.vocab_extension.learn_merges import Merge, Texts, cost, extended, learned, prove, read, words_of
+from persea.tokenization.vocabulary import Vocabulary, load_vocabulary
+from persea.vocab_extension.learn_merges import (
+    Merge,
+    MergeTrainingText,
+    count_words,
+    extend_tokenizer_spec,
+    learn_merges,
+    measure_tokenization_cost,
+    read_merge_training_texts,
+    refuse_changed_tokens,
+)
 
 DATA = Path(os.environ.get("PERSEA_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 TOKENIZERS = ("llama3", "qwen3", "gpt-oss")
@@ -28,9 +37,9 @@ SIZES = (512, 2048, 8192)
 FEW = (10, 50)
 
 
-def texts() -> dict[str, Texts]:
+def texts() -> dict[str, MergeTrainingText]:
     files = sorted((DATA / "parallel").glob("ntrex.*.txt"))
-    return {file.stem.removeprefix("ntrex."): one for file, one in zip(files, read([str(f) for f in files]), strict=True)}
+    return {file.stem.removeprefix("ntrex."): one for file, one in zip(files, read_merge_training_texts([str(f) for f in files]), strict=True)}
 
 
 def shorter(spec: Mapping[str, Any], merges: Sequence[Merge], tokens: int) -> list[Merge]:
@@ -45,40 +54,40 @@ def shorter(spec: Mapping[str, Any], merges: Sequence[Merge], tokens: int) -> li
 
 
 def longer(backend: Tokenizer, spec: Mapping[str, Any], merges: Sequence[Merge], old: Vocabulary) -> Vocabulary:
-    new = open_vocabulary(Tokenizer.from_str(json.dumps(extended(spec, merges))), old.name)
-    prove(old, new, old.name)
+    new = load_vocabulary(Tokenizer.from_str(json.dumps(extend_tokenizer_spec(spec, merges))), old.name)
+    refuse_changed_tokens(old, new, old.name)
     return new
 
 
-def tokens_a_byte(files: Mapping[str, Texts], old: Vocabulary, new: Vocabulary) -> dict[str, float]:
-    return {name: round(told.after / told.bytes, 4) for name, told in ((name, cost(one, old, new)) for name, one in files.items())}
+def tokens_a_byte(files: Mapping[str, MergeTrainingText], old: Vocabulary, new: Vocabulary) -> dict[str, float]:
+    return {name: round(told.tokens_after / told.bytes, 4) for name, told in ((name, measure_tokenization_cost(one, old, new)) for name, one in files.items())}
 
 
-def measured(name: str, files: Mapping[str, Texts]) -> dict[str, Any]:
+def measured(name: str, files: Mapping[str, MergeTrainingText]) -> dict[str, Any]:
     backend = Tokenizer.from_file(str(DATA / "tokenizers" / name / "tokenizer.json"))
-    old, spec = open_vocabulary(backend, name), json.loads(backend.to_str())
+    old, spec = load_vocabulary(backend, name), json.loads(backend.to_str())
     clock = time.process_time()
-    merges = learned(backend, words_of(backend, [files[language].learn for language in LEARNED_ON]), max(SIZES))
+    merges = learn_merges(backend, count_words(backend, [files[language].training_lines for language in LEARNED_ON]), max(SIZES))
     seconds, told = round(time.process_time() - clock, 1), {"0": tokens_a_byte(files, old, old)}
     for size in SIZES:
         told[str(size)] = tokens_a_byte(files, old, longer(backend, spec, shorter(spec, merges, size), old))
     return {"known": len(old), "cpu_seconds": seconds, "tokens_a_byte": told}
 
 
-def balance(files: Mapping[str, Texts]) -> Iterator[dict[str, Any]]:
+def balance(files: Mapping[str, MergeTrainingText]) -> Iterator[dict[str, Any]]:
     backend = Tokenizer.from_file(str(DATA / "tokenizers" / "llama3" / "tokenizer.json"))
-    old, spec = open_vocabulary(backend, "llama3"), json.loads(backend.to_str())
+    old, spec = load_vocabulary(backend, "llama3"), json.loads(backend.to_str())
     two = {name: files[name] for name in ("khm", "lao")}
     for few in FEW:
-        khmer, lao = files["khm"].learn, files["lao"].learn[:len(files["lao"].learn) // few]
+        khmer, lao = files["khm"].training_lines, files["lao"].training_lines[:len(files["lao"].training_lines) // few]
         for way, learn in (("by file", [khmer, lao]), ("as one", [[*khmer, *lao]])):
-            new = longer(backend, spec, learned(backend, words_of(backend, learn), 512), old)
+            new = longer(backend, spec, learn_merges(backend, count_words(backend, learn), 512), old)
             yield {"lao": f"1/{few}", "counted": way, "tokens_a_byte": tokens_a_byte(two, old, new)}
 
 
 def main() -> None:
     files = texts()
-    result: dict[str, Any] = {"learned_on": LEARNED_ON, "held_out_bytes": {n: sum(len(t.encode()) for t in one.held) for n, one in files.items()},
+    result: dict[str, Any] = {"learned_on": LEARNED_ON, "held_out_bytes": {n: sum(len(t.encode()) for t in one.held_out_lines) for n, one in files.items()},
                               "tokenizers": {}}
     for name in TOKENIZERS:
         told = result["tokenizers"][name] = measured(name, files)

@@ -15,16 +15,16 @@ from typing import Any
 
 from cache import ROOT, SHARE, TAU, given
 
-from persea.alignment.event_map import open_bridge
+from persea.alignment.event_map import load_event_map
 from persea.cache import unit as cache
-from persea.cache.reader import open_reader
-from persea.losses import composed
-from persea.models.loading import Source, open_model, open_voice
-from persea.tasks.generated import SKILLS
+from persea.cache.reader import open_cache_reader
+from persea.losses import event_kl_loss
+from persea.models.loading import ModelSource, load_model, load_renderer
+from persea.tasks.generated import GENERATED_TASKS
 from persea.tasks.task import Split
-from persea.teachers.engines.transformers import LocalEngine
-from persea.training.dataset import lesson, offline
-from persea.training.student import open_student
+from persea.teachers.engines.transformers import TransformersEngine
+from persea.training.dataset import build_dataset, build_example
+from persea.training.student import load_student
 
 TEACHERS = ("qwen-sapling", "gemma-sapling", "gpt-oss-sapling")
 
@@ -33,10 +33,10 @@ def kept_answers(folder: Path, each: int, times: int) -> list[list[str]]:
     """Units of `each` given answers of every skill by every sapling, written `times` times; names of each sapling's."""
     names = []
     for name in TEACHERS:
-        source = Source(str(ROOT / "saplings" / name))
-        voice = open_voice(source, name)
-        engine = LocalEngine(open_model(source, voice, name), len(voice.vocabulary))
-        whole = [i.answered for skill in SKILLS for i in skill.items(Split.TEACH, each, 0)]
+        source = ModelSource(str(ROOT / "saplings" / name))
+        voice = load_renderer(source, name)
+        engine = TransformersEngine(load_model(source, voice, name), len(voice.vocabulary))
+        whole = [i.reference_conversation for skill in GENERATED_TASKS for i in skill.items(Split.TRAIN, each, 0)]
         captures = list(given(name, engine, whole, [voice.render(c) for c in whole]))
         names.append([f"{name}-{k}" for k in range(times)])
         for unit in names[-1]:
@@ -50,53 +50,53 @@ def resident() -> float:
 
 def grown(folder: Path, names: list[list[str]], draws: int, told: Any) -> None:
     """In a process of its own: megabytes that so many draws leave, lessons and blocks that are kept."""
-    voice = open_voice(Source(str(ROOT / "saplings" / "llama-sapling")), "student")
-    bridges = {name: open_bridge(open_voice(Source(str(ROOT / "saplings" / name)), name), voice) for name in TEACHERS}
-    readers = [open_reader(folder, mine) for mine in names]
+    voice = load_renderer(ModelSource(str(ROOT / "saplings" / "llama-sapling")), "student")
+    bridges = {name: load_event_map(load_renderer(ModelSource(str(ROOT / "saplings" / name)), name), voice) for name in TEACHERS}
+    readers = [open_cache_reader(folder, mine) for mine in names]
     for read, name in zip(readers, TEACHERS, strict=True):
         for number in range(0, len(read), max(1, len(read) // 64)):  # what masks remember is theirs, and does not count here
-            lesson(read[number], voice, bridges[name])
+            build_example(read[number], voice, bridges[name])
     before = resident()
-    feed = offline([(read, 1.0) for read in readers], voice, bridges, size=16, seed=0, max_tokens=512)
+    feed = build_dataset([(read, 1.0) for read in readers], voice, bridges, batch_size=16, seed=0, max_tokens=512)
     for number in range(draws):
-        feed.lesson(number)
-    told.put(resident() - before)
+        feed.example(number)
+    told.verbalize(resident() - before)
 
 
 def feed(each: int = 1000, times: int = 5) -> dict[str, Any]:
     """CPU seconds of one thread on the saplings: reading, lessons and the llama-sapling's training step; megabytes of lessons."""
-    where = Source(str(ROOT / "saplings" / "llama-sapling"))
-    voice = open_voice(where, "student")
-    student = open_student(where, voice, None)
+    where = ModelSource(str(ROOT / "saplings" / "llama-sapling"))
+    voice = load_renderer(where, "student")
+    student = load_student(where, voice, None)
     result: dict[str, Any] = {}
-    bridges = {name: open_bridge(open_voice(Source(str(ROOT / "saplings" / name)), name), voice) for name in TEACHERS}
+    bridges = {name: load_event_map(load_renderer(ModelSource(str(ROOT / "saplings" / name)), name), voice) for name in TEACHERS}
     with tempfile.TemporaryDirectory() as kept:
         names = kept_answers(Path(kept), each, times)
-        readers = [open_reader(Path(kept), mine[:1]) for mine in names]
+        readers = [open_cache_reader(Path(kept), mine[:1]) for mine in names]
         begin = time.process_time()
         for read in readers:
-            for number in read.order(0, 0).tolist():
+            for number in read.epoch_order(0, 0).tolist():
                 read[number]
         seconds = time.process_time() - begin
         positions = sum(cache.read_record(Path(kept), mine[0])["positions"] for mine in names)
         begin = time.process_time()
-        fed = offline([(read, 1.0) for read in readers], voice, bridges, size=16, seed=0, max_tokens=512)
+        fed = build_dataset([(read, 1.0) for read in readers], voice, bridges, batch_size=16, seed=0, max_tokens=512)
         survey = time.process_time() - begin
         lessons, steps, learned = [], [], 0
         for step in range(100):
             begin = time.process_time()
             batch = fed.batch(step)
             lessons.append(time.process_time() - begin)
-            learned += len(batch.targets_N)
+            learned += len(batch.labels_N)
             begin = time.process_time()
-            logits_NV = student.logits(batch.ids_BS, batch.mask_BS, batch.row_N, batch.at_N)
-            composed(logits_NV, batch.targets_N, batch.teachers, SHARE).loss.backward()
+            logits_NV = student.logits(batch.ids_BS, batch.mask_BS, batch.row_N, batch.position_N)
+            event_kl_loss(logits_NV, batch.labels_N, batch.targets, SHARE).loss.backward()
             steps.append(time.process_time() - begin)
         consumed = learned / sum(steps)
         result["saplings"] = {
             "read_positions_per_second": round(positions / seconds), "training_positions_per_second": round(consumed),
             "reader_over_training": round(positions / seconds / consumed, 1),
-            "survey_ms_an_answer": round(1e3 * survey / sum(fed.survey.lessons.values()), 2),
+            "survey_ms_an_answer": round(1e3 * survey / sum(fed.stats.examples.values()), 2),
             "lesson_ms_a_step": round(1e3 * statistics.median(lessons), 1), "training_ms_a_step": round(1e3 * statistics.median(steps), 1)}
         print(result["saplings"], flush=True)
         apart = multiprocessing.get_context("spawn")

@@ -21,10 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
-from persea.alignment.boundary_mask import Mask
-from persea.alignment.event_map import open_bridge
+from persea.alignment.boundary_mask import BoundaryMask
+from persea.alignment.event_map import load_event_map
 from persea.errors import DataError
-from persea.models.loading import Source, open_voice
+from persea.models.loading import ModelSource, load_renderer
 from persea.tokenization.vocabulary import Vocabulary
 
 DATA = Path(os.environ.get("PERSEA_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -53,29 +53,29 @@ def alone(keeper: Vocabulary, last: int, candidate: bytes) -> bool:
     return first == [last]
 
 
-def count(of_teacher: Mask, of_student: Mask, text: str, seen: Counter[str]) -> None:
+def count(of_teacher: BoundaryMask, of_student: BoundaryMask, text: str, seen: Counter[str]) -> None:
     vocabularies = of_teacher.own.vocabulary, of_student.own.vocabulary
     ids = [np.array(v.encode(text), np.int64) for v in vocabularies]
     starts = [np.cumsum(v.lengths_W[i]) - v.lengths_W[i] for v, i in zip(vocabularies, ids, strict=True)]
     _, k, j = np.intersect1d(*starts, assume_unique=True, return_indices=True)
-    contexts = of_student.keeper.contexts(ids[0], k.tolist()), of_teacher.keeper.contexts(ids[1], j.tolist())
+    contexts = of_student.other.context_ids(ids[0], k.tolist()), of_teacher.other.context_ids(ids[1], j.tolist())
     for n, (a, b) in enumerate(zip(k.tolist(), j.tolist(), strict=True)):
         for mask, context, token, before in ((of_teacher, contexts[1][n], ids[0][a], ids[1][b - 1]),
                                              (of_student, contexts[0][n], ids[1][b], ids[0][a - 1])):
             seen["tokens"] += 1
             if context >= 0:
-                seen["dropped"] += len(mask.dead(int(context), np.array([token])))
-                seen["dropped_alone"] += not alone(mask.keeper.vocabulary, int(before), mask.own.vocabulary.bytes_W[token] or b"")
+                seen["dropped"] += len(mask.impossible_tokens(int(context), np.array([token])))
+                seen["dropped_alone"] += not alone(mask.other.vocabulary, int(before), mask.own.vocabulary.bytes_W[token] or b"")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--lines", type=int, default=1 << 30)
     lines = parser.parse_args().lines
-    student = open_voice(Source(str(DATA / "tokenizers" / "llama3")), "llama")
+    student = load_renderer(ModelSource(str(DATA / "tokenizers" / "llama3")), "llama")
     out: dict[str, dict[str, dict[str, float]]] = {}
     for name, folder in TEACHERS.items():
-        bridge = open_bridge(open_voice(Source(str(DATA / "tokenizers" / folder)), name), student)
+        bridge = load_event_map(load_renderer(ModelSource(str(DATA / "tokenizers" / folder)), name), student)
         assert bridge.teacher_mask and bridge.student_mask
         found: dict[str, Counter[str]] = {}
         clock = time.process_time()

@@ -22,39 +22,39 @@ from results import ALL, ROOT, made, surprise
 from results import RUNS as OFF
 
 from persea import storage as store
-from persea.chat.messages import Effort, Finish
-from persea.pipeline.run_context import STUDENT, River, set_threads
-from persea.tasks.intervals import CONFIDENCE, of_difference
-from persea.tasks.task import Split, grade
+from persea.chat.messages import FinishReason, ThinkingEffort
+from persea.pipeline.run_context import STUDENT, RunContext, set_threads
+from persea.tasks.intervals import CONFIDENCE_LEVEL, paired_difference_interval
+from persea.tasks.task import Split, grade_answers
 
 RUNS, OUT = ROOT / "runs" / "onpolicy", ROOT / "bench" / "results" / "onpolicy.json"
 TERMS = yaml.safe_load((ROOT / "recipes" / "onpolicy.yaml").read_text())["training"]["on_policy"]
 
 
-def told(river: River, items: int) -> dict[str, Any]:
+def told(river: RunContext, items: int) -> dict[str, Any]:
     """Of a trained student: "skill effort" -> what each item's answer is worth, and how many thought when they should not have or the other way
     round; bits per byte; what it learned from. Kept beside its weights."""
     path = river.folder / f"told-{items}.json"
     if path.is_file():
         return dict(json.loads(path.read_text()))
     set_threads(river.recipe.threads)
-    student, found, nats, size = river.speaker(STUDENT, 200), dict[str, Any](), 0.0, 0
+    student, found, nats, size = river.load_participant(STUDENT, 200), dict[str, Any](), 0.0, 0
     for skill, some in ((s, s.items(Split.TEST, items, river.recipe.seed)) for s in ALL):
-        for effort in river.modes.get(skill.name, (Effort.NONE,)):
+        for effort in river.taught_efforts.get(skill.name, (ThinkingEffort.NONE,)):
             answers = student.answer([replace(i.prompt, effort=effort) for i in some], river.recipe.evaluation.max_new_tokens)
             said = [(a.conversation.messages[-1], a.finish) for a in answers]
-            thought = [bool(m.thinking) or (finish is not Finish.STOP and not m.text and not m.calls) for m, finish in said]
-            found[f"{skill.name} {effort}"] = {"values": [r.value for r in grade(skill, some, said)],
-                                               "leaks": sum(one is (effort is Effort.NONE) for one in thought)}
-        can = [i.answered for i in some if student.can_say(i.answered)]
+            thought = [bool(m.thinking) or (finish is not FinishReason.STOP and not m.text and not m.calls) for m, finish in said]
+            found[f"{skill.name} {effort}"] = {"values": [r.value for r in grade_answers(skill, some, said)],
+                                               "leaks": sum(one is (effort is ThinkingEffort.NONE) for one in thought)}
+        can = [i.reference_conversation for i in some if student.can_render(i.reference_conversation)]
         nats += surprise(student, can)
         size += sum(len(p.text.encode()) for c in can for p in c.messages[-1].parts)
     lines = [json.loads(line) for line in (river.folder / "train" / "metrics.jsonl").read_text().splitlines()]
     own = [line for line in lines if "reverse" in line["terms"]]
-    out = {"answers": found, "bits_per_byte": nats / size, "seconds": river.done("train")["seconds"],
+    out = {"answers": found, "bits_per_byte": nats / size, "seconds": river.read_stage_record("train")["seconds"],
            "positions": lines[-1]["positions"],
            "own": {"lines": len(own), "left_out": float(np.mean([line["terms"]["rollouts_left_out"] for line in own]))} if own else None}
-    store.publish_json(path, out)
+    store.write_json(path, out)
     return out
 
 
@@ -63,7 +63,7 @@ def table(seeds: list[dict[str, Any]]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key in seeds[0]["off"]["answers"]:
         on, off = (np.concatenate([one[arm]["answers"][key]["values"] for one in seeds]) for arm in ("on", "off"))
-        low, high = of_difference(on, off)
+        low, high = paired_difference_interval(on, off)
         out[key] = {"on": round(float(on.mean()), 4), "off": round(float(off.mean()), 4), "difference": round(float(on.mean() - off.mean()), 4),
                     "low": round(low, 4), "high": round(high, 4), "n": len(on),
                     "leaks": {arm: sum(one[arm]["answers"][key]["leaks"] for one in seeds) for arm in ("on", "off")}}
@@ -78,7 +78,7 @@ def main() -> None:
         off = made(OFF / str(seed) / "student", sets, "audition", "capture", "train")
         on = made(RUNS / str(seed) / "on", [*sets, f"training.on_policy={json.dumps(TERMS)}"], "train", reuse=off.folder)
         found.append({"off": told(off, items), "on": told(on, items)})
-        out = {"seeds": len(found), "items": items, "confidence": CONFIDENCE, "on_policy": TERMS, "table": table(found),
+        out = {"seeds": len(found), "items": items, "confidence": CONFIDENCE_LEVEL, "on_policy": TERMS, "table": table(found),
                "bits_per_byte": {arm: [round(one[arm]["bits_per_byte"], 4) for one in found] for arm in ("on", "off")},
                "training": {arm: [{k: one[arm][k] for k in ("seconds", "positions", "own")} for one in found] for arm in ("on", "off")}}
         OUT.write_text(json.dumps(out, indent=1) + "\n")

@@ -28,10 +28,10 @@ from typing import Any
 import numpy as np
 
 from persea.config.recipe import load_recipe
-from persea.config.schema import Balance, CorpusPart
-from persea.pipeline.run_context import BASE, STUDENT, River, set_threads
+from persea.config.schema import CorpusSection, LossBalancing
+from persea.pipeline.run_context import BASE, STUDENT, RunContext, set_threads
 from persea.storage import digest_file
-from persea.tasks.task import Split, grade, score
+from persea.tasks.task import Split, grade_answers, score_results
 from persea.teachers.teacher import Teacher
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,7 +41,7 @@ OUT = ROOT / "bench" / "results" / "quickstart.json"
 SAPLINGS = (ROOT / "saplings").glob("*/model.safetensors")
 
 
-def made(out: Path, sets: list[str], *verbs: str, reuse: Path | None = None) -> River:
+def made(out: Path, sets: list[str], *verbs: str, reuse: Path | None = None) -> RunContext:
     """The run folder after these stages; audition and capture taken over from another run's where they are the same."""
     if reuse is not None and not out.exists():
         for stage in ("audition", "capture"):
@@ -49,22 +49,22 @@ def made(out: Path, sets: list[str], *verbs: str, reuse: Path | None = None) -> 
     for verb in verbs:
         subprocess.run([sys.executable, "-m", "persea.cli", verb, str(RECIPE), *(a for s in sets for a in ("--set", s)), "--out", str(out)],
                        check=True, stdout=subprocess.DEVNULL)
-    return River(load_recipe(RECIPE, sets), out)
+    return RunContext(load_recipe(RECIPE, sets), out)
 
 
-def measured(river: River, name: str, items: int) -> dict[str, Any]:
+def measured(river: RunContext, name: str, items: int) -> dict[str, Any]:
     """Scores with intervals, and bits per byte of the held-out reference answers, of one speaker of a run; kept beside its weights."""
     path, weights = river.folder / f"measured-{name}-{items}.json", digest_file(_weights(river, name))
     if path.is_file() and (stands := dict(json.loads(path.read_text()))).pop("weights") == weights:
         return stands
     set_threads(river.recipe.threads)
-    speaker, settings = river.speaker(name, 200), river.recipe.evaluation
+    speaker, settings = river.load_participant(name, 200), river.recipe.evaluation
     scores, bits, size = {}, 0.0, 0
     for skill, some in ((s, s.items(Split.TEST, items, river.recipe.seed)) for s in ALL):
         answers = speaker.answer([i.prompt for i in some], settings.max_new_tokens)
-        results = grade(skill, some, [(a.conversation.messages[-1], a.finish) for a in answers])
-        scores[skill.name] = score(name, skill.name, results, speaker.effort).to_json()
-        said = [i.answered for i in some if speaker.can_say(i.answered)]
+        results = grade_answers(skill, some, [(a.conversation.messages[-1], a.finish) for a in answers])
+        scores[skill.name] = score_results(name, skill.name, results, speaker.effort).to_json()
+        said = [i.reference_conversation for i in some if speaker.can_render(i.reference_conversation)]
         bits += surprise(speaker, said)
         size += sum(len(p.text.encode()) for c in said for p in c.messages[-1].parts)
     found = {"scores": scores, "bits_per_byte": bits / size}
@@ -72,7 +72,7 @@ def measured(river: River, name: str, items: int) -> dict[str, Any]:
     return found
 
 
-def _weights(river: River, name: str) -> Path:
+def _weights(river: RunContext, name: str) -> Path:
     r = river.recipe
     model = {STUDENT: str(river.folder / "train" / "student"), BASE: r.student.model}.get(name) or next(t.model for t in r.teachers if t.name == name)
     return Path(model) / "model.safetensors"
@@ -81,14 +81,14 @@ def _weights(river: River, name: str) -> Path:
 def surprise(speaker: Teacher, said: list[Any]) -> float:
     """Bits spent on the last message of each conversation: content and the token that ends it."""
     nats = 0.0
-    for tokens, logprobs_NW in speaker.score(said):
-        learned = np.flatnonzero(tokens.learn_T)
+    for tokens, logprobs_NW in speaker.compute_logprobs(said):
+        learned = np.flatnonzero(tokens.loss_mask_T)
         picked_N = logprobs_NW.numpy()[np.arange(len(learned)), tokens.ids_T[learned]]
         nats -= float(picked_N[tokens.starts_T[learned] >= 0].astype(np.float64).sum())
     return nats / math.log(2)
 
 
-ALL = River(load_recipe(RECIPE), RUNS).skills
+ALL = RunContext(load_recipe(RECIPE), RUNS).tasks
 ARMS = ("student", "sft", "balance", "oracle", "only")
 
 
@@ -98,27 +98,27 @@ def measurements(arm: str, seed: int, items: int) -> Iterator[tuple[str, dict[st
     main = made(folder / "student", sets, "audition", "capture", "train")
     cast = {skill: parts[0][0] for skill, parts in main.cast.parts.items()}
     if arm == "student":
-        for name in (STUDENT, BASE, *main.voices):
+        for name in (STUDENT, BASE, *main.renderers):
             yield name, measured(main, name, items)
     elif arm == "sft":
         yield arm, measured(made(folder / "sft", [*sets, "training.event_share=0"], "train", reuse=main.folder), STUDENT, items)
     elif arm == "balance":
-        for how in (b for b in Balance if b is not main.recipe.training.balance):
+        for how in (b for b in LossBalancing if b is not main.recipe.training.balance):
             other = made(folder / f"balance-{how}", [*sets, f"training.balance={how}"], "train", reuse=main.folder)
             yield f"balance {how}", measured(other, STUDENT, items)
-    for name in main.voices if arm in ("oracle", "only") else ():
+    for name in main.renderers if arm in ("oracle", "only") else ():
         if arm == "only":
             pinned = f"audition.pinned={json.dumps(dict.fromkeys(cast, name))}"
-            asked = f"corpus={json.dumps([_known(plain(p), main.voices[name].family.efforts) for p in main.recipe.corpus])}"
+            asked = f"corpus={json.dumps([_known(plain(p), main.renderers[name].family.efforts) for p in main.recipe.corpus])}"
             alone = made(folder / f"only-{name}", [*sets, pinned, asked], "audition", "capture", "train")
             yield f"only {name}", measured(alone, STUDENT, items)
-        elif mine := [p.model_dump(exclude_defaults=True, mode="json") for p in main.recipe.corpus if cast[p.skill] == name]:
+        elif mine := [p.model_dump(exclude_defaults=True, effort="json") for p in main.recipe.corpus if cast[p.skill] == name]:
             routed = made(folder / f"oracle-{name}", [*sets, f"corpus={json.dumps(mine)}"], "capture", "train", reuse=main.folder)
             yield f"oracle {name}", measured(routed, STUDENT, items)
 
 
-def plain(part: CorpusPart) -> dict[str, Any]:
-    return part.model_dump(exclude_defaults=True, exclude_none=True, mode="json")
+def plain(part: CorpusSection) -> dict[str, Any]:
+    return part.model_dump(exclude_defaults=True, exclude_none=True, effort="json")
 
 
 def _known(part: dict[str, Any], efforts: Collection[str]) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from persea.models.loading import Source, open_model, open_voice
-from persea.tasks.generated import SKILLS
+from persea.models.loading import ModelSource, load_model, load_renderer
+from persea.tasks.generated import GENERATED_TASKS
 from persea.tasks.task import Split
-from persea.teachers.engines.transformers import LocalEngine
+from persea.teachers.engines.transformers import TransformersEngine
 
 ROOT = Path(__file__).resolve().parent.parent
 TOGETHER, ALONE, PAIRS, NEW = 64, 8, 3, 96
@@ -25,14 +25,14 @@ TOGETHER, ALONE, PAIRS, NEW = 64, 8, 3, 96
 
 def main() -> None:
     torch.set_num_threads(1)
-    where = Source(str(ROOT / "saplings" / "llama-sapling"))
-    voice = open_voice(where, "student")
-    model = open_model(where, voice, "student")
-    asked = [voice.prompt(i.prompt.conversation).ids_T for skill in SKILLS for i in skill.items(Split.TEACH, TOGETHER, 0)][::len(SKILLS)][:TOGETHER]
+    where = ModelSource(str(ROOT / "saplings" / "llama-sapling"))
+    voice = load_renderer(where, "student")
+    model = load_model(where, voice, "student")
+    asked = [voice.render_prompt(i.prompt.conversation).ids_T for skill in GENERATED_TASKS for i in skill.items(Split.TRAIN, TOGETHER, 0)][::len(GENERATED_TASKS)][:TOGETHER]
 
     def pace(batch: int, prompts: int, seed: int) -> float:
         begin = time.process_time()
-        said = LocalEngine(model, len(voice.vocabulary), batch).rollouts(asked[:prompts], voice.stop_ids, NEW, temperature=1.0, seed=seed)
+        said = TransformersEngine(model, len(voice.vocabulary), batch).generate_rollouts(asked[:prompts], voice.stop_ids, NEW, temperature=1.0, seed=seed)
         return sum(map(len, said)) / (time.process_time() - begin)
 
     pace(TOGETHER, TOGETHER, 99)

@@ -19,9 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from persea.chat.messages import Message
-from persea.tasks.benchmarks import named
-from persea.tasks.benchmarks.readers import Source
-from persea.tasks.sandbox.run_tests import attempt
+from persea.tasks.benchmarks import find_benchmark
+from persea.tasks.benchmarks.readers import BenchmarkSource
+from persea.tasks.sandbox.run_tests import run_tests
 from persea.tasks.sandbox.sandbox import open_sandbox
 
 DATA = Path(os.environ.get("PERSEA_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -43,15 +43,15 @@ def main() -> None:
     box = open_sandbox()
     bare = median(lambda: subprocess.run([box.python, "-I", "-S", "-c", ""], check=True))
     inside = median(lambda: box.run(""))
-    trial = median(lambda: attempt(box, "def f(x): return x", "assert f(1) == 1"))
-    result: dict[str, object] = {"walls": box.walls, "load": round(os.getloadavg()[0], 1), "bare_s": bare, "sandbox_s": inside,
+    trial = median(lambda: run_tests(box, "def f(x): return x", "assert f(1) == 1"))
+    result: dict[str, object] = {"walls": box.isolation, "load": round(os.getloadavg()[0], 1), "bare_s": bare, "sandbox_s": inside,
                                  "overhead_s": round(inside - bare, 4), "trial_s": trial}
     if wanted:
-        mbpp = named("mbpp")
-        items = mbpp.items(Source(str(DATA / "eval" / "mbpp.jsonl"))).items[:wanted]
-        grades = [(i.prompt.id, mbpp.graded(i, Message.said(i.reference))) for i in items]
+        mbpp = find_benchmark("mbpp")
+        items = mbpp.load_items(BenchmarkSource(str(DATA / "eval" / "mbpp.jsonl"))).items[:wanted]
+        grades = [(i.prompt.id, mbpp.grade_answer(i, Message.from_assistant(i.reference))) for i in items]
         result |= {"references": len(grades), "right": sum(g.value == 1 for _, g in grades), "verdicts": Counter(g.verdict for _, g in grades),
-                   "not_right": {name: g.why for name, g in grades if g.value < 1}}
+                   "not_right": {name: g.reason for name, g in grades if g.value < 1}}
     (Path(__file__).parent / "results" / "sandbox.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 

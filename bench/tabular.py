@@ -19,7 +19,7 @@ import torch
 from baselines import Shared, bpm, chunk_likelihood, strict, uld
 from worlds import Boundary, Floats, Prefix, World, chunks
 
-from persea.alignment.boundary_mask import FREE
+from persea.alignment.boundary_mask import UNRESTRICTED_CONTEXT
 
 NOWHERE = -60.0  # the logit of a token that never follows: e^-60 moves no figure given here, and keeps gradients finite
 
@@ -47,8 +47,8 @@ def persea_mask(world: World, b: Boundary) -> tuple[Floats, Floats]:
         return no_mask(world, b)
     found = []
     for mask, prefix, columns in ((bridge.teacher_mask, b.student, world.columns_W), (bridge.student_mask, b.teacher, world.columns_V)):
-        context = mask.keeper.contexts(np.array(prefix, np.int64), [len(prefix)])[0] if prefix else FREE
-        found.append(1.0 - np.isin(columns, mask.dead(int(context), columns)))
+        context = mask.other.context_ids(np.array(prefix, np.int64), [len(prefix)])[0] if prefix else UNRESTRICTED_CONTEXT
+        found.append(1.0 - np.isin(columns, mask.impossible_tokens(int(context), columns)))
     return found[0], found[1]
 
 
@@ -96,9 +96,9 @@ def stack(world: World, mask: Mask) -> Stack:
     both_CV = tensor([b.both_q_V for b in both])
     rest_RV = (mass_R[:, None] * truth_RV).index_add(0, row_C, -mass_C[:, None] * both_CV)
     rest_RV = torch.where(rest_RV > 1e-15, rest_RV, 0.0)  # what remains of a difference of equal sums
-    events_W, events_V = (torch.from_numpy(x).long() for x in (world.bridge.teacher_event_W, world.bridge.student_event_V))
+    events_W, events_V = (torch.from_numpy(x).long() for x in (world.event_map.teacher_event_W, world.event_map.student_event_V))
     return Stack(mass_C, row_C, tensor([b.p_W for b in both]), tensor([w for w, _ in ok]), tensor([v for _, v in ok]), both_CV,
-                 truth_RV, mass_R, rest_RV, events_W, events_V, world.bridge.events, number)
+                 truth_RV, mass_R, rest_RV, events_W, events_V, world.event_map.num_events, number)
 
 
 def byte_kl(s: Stack, logits_RV: torch.Tensor) -> float:

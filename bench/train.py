@@ -36,21 +36,31 @@ from bridge import DATA, Work, compare, rounded, spread
 from memory import Peak
 from peer import TRL, has_trl
 
-from persea.alignment.event_map import Bridge, open_bridge
-from persea.cache.unit import Capture
-from persea.chat.messages import Finish
-from persea.distributions import sample_rows
-from persea.losses import Dead, Divergence, Head, Sides, Targets, composed_head, divergence_head, standing, targets
-from persea.losses.matmul import add_outer, inward, outward
-from persea.models.loading import Source, open_model, open_voice
-from persea.pipeline.train_stage import by_group
+from persea.alignment.event_map import EventMap, load_event_map
+from persea.cache.unit import CachedAnswer
+from persea.chat.messages import FinishReason
+from persea.distributions import sample_distributions
+from persea.losses import (
+    BatchTargets,
+    Divergence,
+    ImpossibleTokens,
+    LMHead,
+    MaskedEventMap,
+    build_batch_targets,
+    build_event_targets,
+    divergence_loss_from_hidden,
+    event_kl_loss_from_hidden,
+)
+from persea.losses.matmul import accumulate_weight_gradient, project_to_hidden, project_to_logits
+from persea.models.loading import ModelSource, load_model, load_renderer
+from persea.pipeline.train_stage import group_stats
 from persea.tasks import generated as skills
 from persea.tasks.task import Split
-from persea.teachers.engines.transformers import LocalEngine
+from persea.teachers.engines.transformers import TransformersEngine
 from persea.teachers.teacher import Answer, Teacher
 from persea.training import loss_balancing as balance
-from persea.training.dataset import Feed, offline
-from persea.training.student import Student, Ways, open_student
+from persea.training.dataset import DistillDataset, build_dataset
+from persea.training.student import ComputeOptions, StudentModel, load_student
 
 ROOT = Path(__file__).resolve().parent.parent
 V, D, N, DEAD = 128_256, 512, 256, 200
@@ -86,45 +96,45 @@ def backward(hidden: torch.Tensor, weight: torch.Tensor, loss: Any) -> Work:
     return work
 
 
-def rows(n: int, bridge: Bridge, seed: int = 0) -> Targets:
+def rows(n: int, bridge: EventMap, seed: int = 0) -> BatchTargets:
     """1 to 29 entries at every position."""
     rng = np.random.default_rng(seed)
     sizes = rng.integers(1, 30, n)
     probs = np.concatenate([rng.dirichlet(np.ones(k)) for k in sizes]).astype(np.float32)
     ids = rng.integers(0, len(bridge.teacher_event_W), len(probs))
-    return targets(bridge, standing(bridge, np.repeat(np.arange(n), sizes), ids, probs), n)
+    return build_batch_targets(bridge, build_event_targets(bridge, np.repeat(np.arange(n), sizes), ids, probs), n)
 
 
-def online_events(events: Bridge | None) -> dict[str, Any] | None:
+def online_events(events: EventMap | None) -> dict[str, Any] | None:
     """A teacher of another vocabulary in the loop, as on-policy."""
     if events is None:
         return None
     (hidden, weight), size, generator = parts(), len(events.teacher_event_W), torch.Generator().manual_seed(3)
-    head, theirs = Head(weight, V), Head(torch.randn(size, D, generator=generator) * (3 / D ** 0.5), size)
+    head, theirs = LMHead(weight, V), LMHead(torch.randn(size, D, generator=generator) * (3 / D ** 0.5), size)
     thinks = torch.randn(N, D, generator=generator)
     row = torch.arange(N).repeat_interleave(DEAD)
-    sides = Sides(events, *(Dead(row, torch.randint(0, of, (N * DEAD,), generator=generator)) for of in (V, size)))
+    sides = MaskedEventMap(events, *(ImpossibleTokens(row, torch.randint(0, of, (N * DEAD,), generator=generator)) for of in (V, size)))
     plain, found = backward(hidden, weight, lambda: F.cross_entropy(hidden @ weight.T, row[::DEAD])), dict[str, Any]()
     for d in (Divergence.FORWARD, Divergence.REVERSE):
-        pair = compare(plain, backward(hidden, weight, lambda d=d: divergence_head(hidden, head, (thinks, theirs), sides, d).loss), pairs=5)
+        pair = compare(plain, backward(hidden, weight, lambda d=d: divergence_loss_from_hidden(hidden, head, (thinks, theirs), sides, d).loss), pairs=5)
         found[d.value] = {"cross_entropy": rounded(pair["ours"]), "seconds": rounded(pair["theirs"]), "times_cross_entropy": spread(pair)}
         print("online over events", d.value, found[d.value], flush=True)
     return found
 
 
-def heads(events: Bridge | None, peer: Any) -> dict[str, Any]:
+def heads(events: EventMap | None, peer: Any) -> dict[str, Any]:
     hidden, weight = parts()
     tokens = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(1))
     thinks, theirs = (part.detach() for part in parts(N, D))
     thinks = thinks + 0.3 * torch.randn(N, D, generator=torch.Generator().manual_seed(2))
-    head, teacher = Head(weight, V), (thinks, Head(theirs, V))
-    identity = Bridge(np.arange(V, dtype=np.int32), np.arange(V, dtype=np.int32), V, "")
+    head, teacher = LMHead(weight, V), (thinks, LMHead(theirs, V))
+    identity = EventMap(np.arange(V, dtype=np.int32), np.arange(V, dtype=np.int32), V, "")
     said = {"cached": rows(N, identity)} | ({"events": rows(N, events)} if events else {})
     plain = backward(hidden, weight, lambda: F.cross_entropy(hidden @ weight.T, tokens))
     found: dict[str, Any] = {"vocabulary": V, "width": D, "positions": N}
-    works = {"cross_entropy_head": backward(hidden, weight, lambda: composed_head(hidden, head, tokens, [], 0.7).loss)}
-    works |= {name: backward(hidden, weight, lambda one=one: composed_head(hidden, head, tokens, [one], 0.7).loss) for name, one in said.items()}
-    works |= {f"online_{d.value}": backward(hidden, weight, lambda d=d: divergence_head(hidden, head, teacher, divergence=d).loss)
+    works = {"cross_entropy_head": backward(hidden, weight, lambda: event_kl_loss_from_hidden(hidden, head, tokens, [], 0.7).loss)}
+    works |= {name: backward(hidden, weight, lambda one=one: event_kl_loss_from_hidden(hidden, head, tokens, [one], 0.7).loss) for name, one in said.items()}
+    works |= {f"online_{d.value}": backward(hidden, weight, lambda d=d: divergence_loss_from_hidden(hidden, head, teacher, divergence=d).loss)
               for d in Divergence}
     for name, work in works.items():
         pair = compare(plain, work)
@@ -139,7 +149,7 @@ def heads(events: Bridge | None, peer: Any) -> dict[str, Any]:
             def loss(beta: float = beta) -> torch.Tensor:
                 return peer(hidden[None], thinks[None], weight, theirs, mask, beta)[0]
 
-            mine = divergence_head(hidden, head, teacher, divergence=d).loss
+            mine = divergence_loss_from_hidden(hidden, head, teacher, divergence=d).loss
             assert abs(float(mine.detach() - loss().detach())) < 1e-4, "both find the same loss"
             pair = compare(works[f"online_{d.value}"], backward(hidden, weight, loss), pairs=5)
             found[f"trl_{d.value}"] = {"persea": rounded(pair["ours"]), "trl": rounded(pair["theirs"]), "times_persea": spread(pair)}
@@ -158,18 +168,18 @@ def without_onednn(work: Work) -> Work:
 
 def workspace() -> dict[str, Any]:
     """MiB at once beside the gradients of hidden states and weight; the targets' own tokens are counted too."""
-    identity = Bridge(np.arange(V, dtype=np.int32), np.arange(V, dtype=np.int32), V, "")
+    identity = EventMap(np.arange(V, dtype=np.int32), np.arange(V, dtype=np.int32), V, "")
     found: dict[str, Any] = {}
     width = 16  # what a chunk needs beside its logits is small at any width
     for n, teachers in ((64, 1), (256, 1), (256, 4)):
         hidden, weight = parts(n, width)
-        tokens, head, floor = torch.zeros(n, dtype=torch.int64), Head(weight, V), 4 * (V + n) * width
+        tokens, head, floor = torch.zeros(n, dtype=torch.int64), LMHead(weight, V), 4 * (V + n) * width
         said = [rows(n // teachers, identity, k) for k in range(teachers)]
-        said = [Targets(t.row_M + k * (n // teachers), t.probs_M, t.entry_G, t.token_G, t.rest_N, t.row_A, t.token_A, V) for k, t in enumerate(said)]
+        said = [BatchTargets(t.row_M + k * (n // teachers), t.probs_M, t.entry_G, t.token_G, t.rest_N, t.excluded_row_A, t.excluded_token_A, V) for k, t in enumerate(said)]
         with Peak() as cached:
-            composed_head(hidden, head, tokens, said, 0.7)
+            event_kl_loss_from_hidden(hidden, head, tokens, said, 0.7)
         with Peak() as online:
-            divergence_head(hidden, head, (hidden.detach(), Head(weight.detach(), V)))
+            divergence_loss_from_hidden(hidden, head, (hidden.detach(), LMHead(weight.detach(), V)))
         with Peak() as whole:
             F.cross_entropy(hidden @ weight.T, tokens).backward()
         found[f"{n} positions, {teachers} teachers"] = {name: rounded((peak.bytes - floor) / 2**20)
@@ -181,36 +191,36 @@ def workspace() -> dict[str, Any]:
 # ---- the quickstart's step -------------------------------------------------------------------------------------------
 
 
-class Listed(tuple[Capture, ...]):
+class Listed(tuple[CachedAnswer, ...]):
     """Captures in memory."""
 
     __slots__ = ()
 
-    def order(self, seed: int, epoch: int) -> np.ndarray:
+    def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
         return np.random.default_rng([seed, epoch]).permutation(len(self))
 
 
-def lessons(student: Student, size: int) -> Feed:
+def lessons(student: StudentModel, size: int) -> DistillDataset:
     """Reference answers of each skill, scored by the sapling that teaches it, sampled as the quickstart's capture samples them."""
     captures, bridges = [], {}
     for name, skill in TAUGHT.items():
-        source = Source(str(ROOT / "saplings" / name))
-        voice = open_voice(source, name)
-        teacher = Teacher(name, voice, LocalEngine(open_model(source, voice, name), len(voice.vocabulary)))
-        talks = [item.answered for item in skills.named(skill).items(Split.TEACH, 64, 0)]
-        for k, (talk, (tokens, logprobs)) in enumerate(zip(talks, teacher.score(talks), strict=True)):
-            sampled = sample_rows(logprobs, tokens.ids_T[tokens.learn_T], 0.01, f"{name} {k}")
-            captures.append(Capture(Answer(f"{skill}-{k}", name, skill, "", talk, Finish.STOP), tokens, sampled))
-        bridges[name] = open_bridge(voice, student.voice)
-    return offline([(Listed(captures), 1.0)], student.voice, bridges, size=size, seed=0, max_tokens=512)
+        source = ModelSource(str(ROOT / "saplings" / name))
+        voice = load_renderer(source, name)
+        teacher = Teacher(name, voice, TransformersEngine(load_model(source, voice, name), len(voice.vocabulary)))
+        talks = [item.reference_conversation for item in skills.find_generated_task(skill).items(Split.TRAIN, 64, 0)]
+        for k, (talk, (tokens, logprobs)) in enumerate(zip(talks, teacher.compute_logprobs(talks), strict=True)):
+            sampled = sample_distributions(logprobs, tokens.ids_T[tokens.loss_mask_T], 0.01, f"{name} {k}")
+            captures.append(CachedAnswer(Answer(f"{skill}-{k}", name, skill, "", talk, FinishReason.STOP), tokens, sampled))
+        bridges[name] = load_event_map(voice, student.renderer)
+    return build_dataset([(Listed(captures), 1.0)], student.renderer, bridges, batch_size=size, seed=0, max_tokens=512)
 
 
 def quickstart(steps: int = 6) -> dict[str, Any]:
     """Seconds of a step: events with all that making its batch from captures costs, and cross-entropy from batches that are there."""
-    source = Source(str(ROOT / "saplings" / "llama-sapling"))
-    student = open_student(source, open_voice(source, "student"), None)
+    source = ModelSource(str(ROOT / "saplings" / "llama-sapling"))
+    student = load_student(source, load_renderer(source, "student"), None)
     feed = lessons(student, 16)
-    optimizer = torch.optim.AdamW(student.trained, lr=1e-5)
+    optimizer = torch.optim.AdamW(student.trainable_parameters, lr=1e-5)
     student.model.train()
     made = [feed.batch(step) for step in range(steps)]
 
@@ -218,42 +228,42 @@ def quickstart(steps: int = 6) -> dict[str, Any]:
         def some() -> None:
             for step in range(steps):
                 loss_of(batch(step)).backward()
-                torch.nn.utils.clip_grad_norm_(student.trained, 1.0)
+                torch.nn.utils.clip_grad_norm_(student.trainable_parameters, 1.0)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
         return some
 
-    def events(batch: Any, ways: Student = student) -> torch.Tensor:
-        states = ways.hidden(batch.ids_BS, batch.mask_BS, batch.row_N, batch.at_N)
-        return composed_head(*states, batch.targets_N, batch.teachers, 0.7).loss
+    def events(batch: Any, ways: StudentModel = student) -> torch.Tensor:
+        states = ways.hidden_and_head(batch.ids_BS, batch.mask_BS, batch.row_N, batch.position_N)
+        return event_kl_loss_from_hidden(*states, batch.labels_N, batch.teachers, 0.7).loss
 
     def plain(batch: Any) -> torch.Tensor:
         logits = student.model(input_ids=batch.ids_BS, attention_mask=batch.mask_BS, use_cache=False).logits
-        return F.cross_entropy(logits[batch.row_N, batch.at_N], batch.targets_N)
+        return F.cross_entropy(logits[batch.row_N, batch.position_N], batch.labels_N)
 
     def sft(batch: Any) -> torch.Tensor:
-        states = student.hidden(batch.ids_BS, batch.mask_BS, batch.row_N, batch.at_N)
-        return composed_head(*states, batch.targets_N, [], 0.7).loss
+        states = student.hidden_and_head(batch.ids_BS, batch.mask_BS, batch.row_N, batch.position_N)
+        return event_kl_loss_from_hidden(*states, batch.labels_N, [], 0.7).loss
 
     found: dict[str, Any] = {"steps": steps, "batch": 16}
     for name, other in (("whole_logits", plain), ("head", sft)):
         pair = compare(work(other), work(events, feed.batch))
         found[f"cross_entropy_{name}"] = {"cross_entropy": rounded(pair["ours"] / steps), "events": rounded(pair["theirs"] / steps),
                                           "times_cross_entropy": spread(pair)}
-    scales: dict[balance.Group, balance.Scale] = {}
+    scales: dict[balance.Group, balance.GroupScale] = {}
 
     def balanced(batch: Any) -> torch.Tensor:
-        told = balance.weights(scales)
-        states = student.hidden(batch.ids_BS, batch.mask_BS, batch.row_N, batch.at_N)
-        weight_N = torch.tensor([told.get(group, 1.0) for group in batch.by_B])[batch.row_N]
-        out = composed_head(*states, batch.targets_N, batch.teachers, 0.7, weight_N)
-        scales.update(balance.heard(scales, by_group(batch, out)))
+        told = balance.group_weights(scales)
+        states = student.hidden_and_head(batch.ids_BS, batch.mask_BS, batch.row_N, batch.position_N)
+        weight_N = torch.tensor([told.get(group, 1.0) for group in batch.group_B])[batch.row_N]
+        out = event_kl_loss_from_hidden(*states, batch.labels_N, batch.teachers, 0.7, weight_N)
+        scales.update(balance.update_scales(scales, group_stats(batch, out)))
         return out.loss
 
     pair = compare(work(events), work(balanced))
     found["balance"] = {"plain": rounded(pair["ours"] / steps), "balanced": rounded(pair["theirs"] / steps), "times_plain": spread(pair)}
-    packing = replace(student, ways=Ways(packing=True))
+    packing = replace(student, options=ComputeOptions(packing=True))
     pair = compare(work(events), work(lambda batch: events(batch, packing)))
     found["packing"] = {"padded": rounded(pair["ours"] / steps), "packed": rounded(pair["theirs"] / steps), "times_padded": spread(pair)}
     student.model.set_attn_implementation("eager")
@@ -277,15 +287,15 @@ class ByOneDNN(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         out = x.new_empty(x.shape[:-1].numel(), len(weight))
-        outward(x.flatten(0, -2), weight, out)
+        project_to_logits(x.flatten(0, -2), weight, out)
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, pull: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x, weight = ctx.saved_tensors
         flat, gradient = pull.flatten(0, -2).contiguous(), torch.empty_like(weight)
-        add_outer(gradient, flat, x.flatten(0, -2), first=True)
-        return inward(flat, weight).view_as(x), gradient
+        accumulate_weight_gradient(gradient, flat, x.flatten(0, -2), is_first=True)
+        return project_to_hidden(flat, weight).view_as(x), gradient
 
 
 def compiled() -> dict[str, Any]:
@@ -297,9 +307,9 @@ def compiled() -> dict[str, Any]:
     def naive(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(hidden @ weight.T, tokens)
 
-    source = Source(str(ROOT / "saplings" / "llama-sapling"))
-    student = open_student(source, open_voice(source, "student"), None)
-    ids = torch.randint(0, len(student.voice.vocabulary), (16, 96), generator=torch.Generator().manual_seed(2))
+    source = ModelSource(str(ROOT / "saplings" / "llama-sapling"))
+    student = load_student(source, load_renderer(source, "student"), None)
+    ids = torch.randint(0, len(student.renderer.vocabulary), (16, 96), generator=torch.Generator().manual_seed(2))
     student.model.train()
 
     def step(model: Any) -> torch.Tensor:
@@ -333,8 +343,8 @@ def main() -> None:
     torch.set_num_threads(1)
     peer, events = trl(), None
     if (DATA / "tokenizers").is_dir():
-        student, teacher = (open_voice(Source(str(DATA / "tokenizers" / name)), name) for name in ("llama3", "qwen3"))
-        events = open_bridge(teacher, student)
+        student, teacher = (load_renderer(ModelSource(str(DATA / "tokenizers" / name)), name) for name in ("llama3", "qwen3"))
+        events = load_event_map(teacher, student)
     else:
         print("real data not found: the column of events over real vocabularies is left out; set PERSEA_DATA", file=sys.stderr)
     path = Path(__file__).parent / "results" / "train.json"

@@ -17,7 +17,7 @@ from baselines import Sequence, gold, gold_loss
 from tabular import NOWHERE, Objective, Stack, shared_columns
 from worlds import Prefix, World, starts
 
-from persea.chat.renderer import Voice
+from persea.chat.renderer import ChatRenderer
 
 
 class Columns:
@@ -34,7 +34,7 @@ def loss_of(world: World, merge: str, hybrid: bool = True) -> Any:
     return gold(Columns(world.bytes_W()), Columns(world.bytes_V()), merge=merge, hybrid=hybrid)
 
 
-def _sequence(voice: Voice, ids: Prefix, columns: dict[int, int], logits_TV: torch.Tensor) -> Sequence:
+def _sequence(voice: ChatRenderer, ids: Prefix, columns: dict[int, int], logits_TV: torch.Tensor) -> Sequence:
     """The row after the stop token is uniform; nothing is learned there."""
     logits_TV = torch.cat([logits_TV, torch.zeros_like(logits_TV[:1])])
     begin = list(starts(voice, ids))

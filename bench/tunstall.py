@@ -16,8 +16,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from persea.alignment.event_map import Bridge
-from persea.chat.messages import Tokens
+from persea.alignment.event_map import EventMap
+from persea.chat.messages import RenderedTokens
 
 SOURCE: Mapping[str, Mapping[str, float]] = {  # after "" (the text begins), a, b, c
     "": {"a": .5, "b": .3, "c": .2}, "a": {"a": .1, "b": .7, "c": .2}, "b": {"a": .6, "b": .1, "c": .3}, "c": {"a": .25, "b": .15, "c": .6}}
@@ -62,14 +62,14 @@ class Code:
         """Natural log-probability of every token after a byte, in closed form."""
         return np.array([logprob(t, after) for t in self.tokens])
 
-    def laid(self, ids: list[int]) -> Tokens:
+    def laid(self, ids: list[int]) -> RenderedTokens:
         """The tokens over their bytes, all learned."""
         ends = np.cumsum([len(self.tokens[i]) for i in ids])
         starts = np.concatenate([[0], ends[:-1]])
-        return Tokens(np.array(ids, np.int32), starts.astype(np.int32), ends.astype(np.int32), np.ones(len(ids), np.bool_))
+        return RenderedTokens(np.array(ids, np.int32), starts.astype(np.int32), ends.astype(np.int32), np.ones(len(ids), np.bool_))
 
 
-def bridge(teacher: Code, student: Code) -> Bridge:
+def bridge(teacher: Code, student: Code) -> EventMap:
     """Each token to the leaf of the trees' intersection on its path: its shortest prefix that is a token of either."""
     leaves = {*teacher.tokens, *student.tokens}
 
@@ -79,7 +79,7 @@ def bridge(teacher: Code, student: Code) -> Bridge:
     names = sorted({event(t) for t in leaves})
     number = {name: i for i, name in enumerate(names)}
     events_W, events_V = (np.array([number[event(t)] for t in side.tokens], np.int32) for side in (teacher, student))
-    return Bridge(events_W, events_V, len(names), "tunstall")
+    return EventMap(events_W, events_V, len(names), "tunstall")
 
 
 def sample(length: int, seed: int) -> str:

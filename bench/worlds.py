@@ -23,10 +23,10 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from persea.alignment.event_map import Bridge, build
+from persea.alignment.event_map import EventMap, build_event_map
 from persea.chat.families.llama import LLAMA
-from persea.chat.renderer import Voice
-from persea.tokenization.vocabulary import BYTE_TO_CHAR, open_vocabulary
+from persea.chat.renderer import ChatRenderer
+from persea.tokenization.vocabulary import BYTE_TO_CHAR, load_vocabulary
 
 Merges: TypeAlias = tuple[tuple[str, str], ...]
 Prefix: TypeAlias = tuple[int, ...]
@@ -74,7 +74,7 @@ def tilted(after: str, to: int, eps: float) -> Steps:
     return {**STEPS, after: tuple((row / row.sum()).tolist())}
 
 
-def toy(merges: Merges, in_words: bool, name: str) -> Voice:
+def toy(merges: Merges, in_words: bool, name: str) -> ChatRenderer:
     """A real byte-level BPE with 256 bytes, just these merges, and one stop token."""
     def spell(piece: str) -> str:
         return "".join(BYTE_TO_CHAR[b] for b in piece.encode())
@@ -85,7 +85,7 @@ def toy(merges: Merges, in_words: bool, name: str) -> Voice:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|end|>"])
-    return Voice(replace(LLAMA, stops=("<|end|>",)), open_vocabulary(tokenizer, name), lambda messages, **_: "", "")
+    return ChatRenderer(replace(LLAMA, stop_tokens=("<|end|>",)), load_vocabulary(tokenizer, name), lambda messages, **_: "", "")
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Exact:
         return sum(math.log(self.next[ids[:k]][token]) for k, token in enumerate(ids))
 
 
-def encode(voice: Voice, texts: Sequence[str]) -> dict[str, Prefix]:
+def encode(voice: ChatRenderer, texts: Sequence[str]) -> dict[str, Prefix]:
     return {text: (*some, voice.stop_ids[0]) for text, some in zip(texts, voice.vocabulary.encode_batch(texts), strict=True)}
 
 
@@ -122,7 +122,7 @@ def exact(ids: dict[str, Prefix], law: Law) -> Exact:
     return Exact(ids, dict(mass), {prefix: {v: p / mass[prefix] for v, p in row.items()} for prefix, row in joint.items()})
 
 
-def starts(voice: Voice, ids: Sequence[int]) -> Iterator[int]:
+def starts(voice: ChatRenderer, ids: Sequence[int]) -> Iterator[int]:
     """The byte at which each token begins; the stop token begins where the string ends."""
     at = 0
     for i in ids:
@@ -185,8 +185,8 @@ class World:
 
     name: str
     law: Law
-    teacher: Voice
-    student: Voice
+    teacher: ChatRenderer
+    student: ChatRenderer
     t: Exact
     s: Exact
 
@@ -199,16 +199,16 @@ class World:
         return np.unique(np.concatenate([np.array(ids) for ids in self.s.ids.values()]))
 
     @cached_property
-    def full_bridge(self) -> Bridge:
+    def full_bridge(self) -> EventMap:
         """persea's own bridge, over whole vocabularies."""
-        return build(self.teacher, self.student)
+        return build_event_map(self.teacher, self.student)
 
     @cached_property
-    def bridge(self) -> Bridge:
+    def event_map(self) -> EventMap:
         """The same maps over columns; events renumbered, those that never occur dropped."""
         events_W, events_V = self.full_bridge.teacher_event_W[self.columns_W], self.full_bridge.student_event_V[self.columns_V]
         used, both = np.unique(np.concatenate([events_W, events_V]), return_inverse=True)
-        return Bridge(both[:len(events_W)].astype(np.int32), both[len(events_W):].astype(np.int32), len(used), self.full_bridge.digest)
+        return EventMap(both[:len(events_W)].astype(np.int32), both[len(events_W):].astype(np.int32), len(used), self.full_bridge.digest)
 
     def row_W(self, row: Mapping[int, float]) -> Floats:
         return _row(row, self.columns_W)
@@ -246,7 +246,7 @@ class World:
             both_V[v] += p
         mass_t, mass_s = self.t.mass[teacher], self.s.mass[student]
         leak_W, leak_V = (np.divide(x, m * y, out=np.zeros_like(x), where=y > 0) for x, m, y in ((both_W, mass_t, p_W), (both_V, mass_s, q_V)))
-        events_W, events_V = self.bridge.teacher_event_W, self.bridge.student_event_V
+        events_W, events_V = self.event_map.teacher_event_W, self.event_map.student_event_V
         disagree = sum(p for (w, v), p in joint.items() if events_W[w] != events_V[v]) / mass
         return Boundary(teacher, student, mass, p_W, q_V, both_W / mass, both_V / mass, leak_W, leak_V, mass / mass_t, mass / mass_s,
                         disagree, {cell: p / mass for cell, p in joint.items()})

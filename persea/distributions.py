@@ -16,22 +16,22 @@ from persea.errors import DataError
 if TYPE_CHECKING:
     import torch
 
-AT_ONCE = 1 << 20  # elements: eight megabytes of float64, and seven arrays of them at most
-STEP = 1 / 512  # nats between log-probabilities that the codec keeps
-MASS = 1e-3  # a row's probabilities may exceed 1 by this much: float32 sums of 262k terms stay within 1e-5, float16 servers within 5e-4
+MAX_CHUNK_ELEMENTS = 1 << 20  # elements: eight megabytes of float64, and seven arrays of them at most
+LOGPROB_STEP_NATS = 1 / 512  # nats between log-probabilities that the codec keeps
+MASS_TOLERANCE = 1e-3  # a row's probabilities may exceed 1 by this much: float32 sums of 262k terms stay within 1e-5, float16 servers within 5e-4
 
 
-class RowKind(StrEnum):
+class DistributionKind(StrEnum):
     """What a row knows of the teacher's distribution."""
 
     FULL = "full"          # every token: any divergence
     SAMPLED = "sampled"    # an unbiased sample: only what is linear in the teacher's probabilities (forward KL)
-    TOPK_REST = "topk"     # the likeliest tokens exactly, and how much is left over: never renormalised
-    WORDS = "words"        # nothing but the text
+    TOPK = "topk"     # the likeliest tokens exactly, and how much is left over: never renormalised
+    TEXT_ONLY = "words"        # nothing but the text
 
 
 @dataclass(frozen=True)
-class Rows:
+class SparseDistributions:
     """Sparse distributions, one a learned token (N).
 
     offsets_N1  int64, entries of row n are [offsets[n], offsets[n + 1]); none in a row of kind WORDS
@@ -44,42 +44,42 @@ class Rows:
     offsets_N1: npt.NDArray[np.int64]
     ids_M: npt.NDArray[np.int32]
     probs_M: npt.NDArray[np.float32]
-    realised_N: npt.NDArray[np.float32]
-    kind: RowKind = RowKind.SAMPLED
+    target_logprob_N: npt.NDArray[np.float32]
+    kind: DistributionKind = DistributionKind.SAMPLED
 
     def __len__(self) -> int:
         return len(self.offsets_N1) - 1
 
 
-def refuse_no_distribution(logprobs_NW: torch.Tensor, where: str) -> None:
+def validate_logprobs(logprobs_NW: torch.Tensor, where: str) -> None:
     """Raises DataError for rows that are no distributions: NaN, a positive log-probability, a mass above 1 + 1e-3."""
     import torch
 
     remedy = "log-probabilities are natural logs of a softmax; look at the weights, their dtype, or what the server really returns"
-    at_once = _at_once(logprobs_NW)
+    at_once = _rows_per_chunk(logprobs_NW)
     for first in range(0, len(logprobs_NW), at_once):
         some_NW = logprobs_NW[first:first + at_once]
         nan_N = torch.isnan(some_NW).any(-1)
-        for what, bad_N in (("NaN", nan_N), ("a log-probability above 0", (some_NW > MASS).any(-1)),
-                            (f"a mass above 1 + {MASS:g}", some_NW.double().exp().sum(-1) > 1 + MASS)):
+        for what, bad_N in (("NaN", nan_N), ("a log-probability above 0", (some_NW > MASS_TOLERANCE).any(-1)),
+                            (f"a mass above 1 + {MASS_TOLERANCE:g}", some_NW.double().exp().sum(-1) > 1 + MASS_TOLERANCE)):
             if bool(bad_N.any()):
                 row = first + int(bad_N.nonzero()[0])
                 raise DataError(f"row {row} of {len(logprobs_NW)} is no distribution: {what}", where=where, remedy=remedy)
 
 
-def _at_once(logprobs_NW: torch.Tensor) -> int:
+def _rows_per_chunk(logprobs_NW: torch.Tensor) -> int:
     """Rows worked on at once, so that a vocabulary of 262,144 costs 64 MiB however long the answer is."""
-    return max(1, AT_ONCE // max(1, logprobs_NW.shape[1]))
+    return max(1, MAX_CHUNK_ELEMENTS // max(1, logprobs_NW.shape[1]))
 
 
-def joined(parts: Sequence[Rows]) -> Rows:
+def concat_distributions(parts: Sequence[SparseDistributions]) -> SparseDistributions:
     """Rows of one kind laid end to end; at least one part."""
     sizes_N = np.concatenate([np.diff(p.offsets_N1) for p in parts])
-    ids_M, probs_M, realised_N = (np.concatenate(column) for column in zip(*((p.ids_M, p.probs_M, p.realised_N) for p in parts), strict=True))
-    return Rows(np.concatenate([[0], np.cumsum(sizes_N)]).astype(np.int64), ids_M, probs_M, realised_N, parts[0].kind)
+    ids_M, probs_M, realised_N = (np.concatenate(column) for column in zip(*((p.ids_M, p.probs_M, p.target_logprob_N) for p in parts), strict=True))
+    return SparseDistributions(np.concatenate([[0], np.cumsum(sizes_N)]).astype(np.int64), ids_M, probs_M, realised_N, parts[0].kind)
 
 
-def sample_rows(logprobs_NW: torch.Tensor, realised_N: npt.NDArray[np.integer], tau: float, seed: str, first: int = 0) -> Rows:
+def sample_distributions(logprobs_NW: torch.Tensor, target_ids_N: npt.NDArray[np.integer], tau: float, seed: str, row_offset: int = 0) -> SparseDistributions:
     """Rows by systematic threshold sampling: entries of probability >= tau exactly, the rest at random with mean p.
 
     Below tau an entry is kept with probability p/tau and stored as tau; one random number a row walks the cumulated tail,
@@ -93,27 +93,27 @@ def sample_rows(logprobs_NW: torch.Tensor, realised_N: npt.NDArray[np.integer], 
     import torch
 
     rng = np.random.Generator(np.random.Philox(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big")))
-    start_N1 = torch.from_numpy(rng.random((first + len(logprobs_NW), 1))[first:])
-    at_once = _at_once(logprobs_NW)
+    start_N1 = torch.from_numpy(rng.random((row_offset + len(logprobs_NW), 1))[row_offset:])
+    at_once = _rows_per_chunk(logprobs_NW)
     spans = [slice(first, first + at_once) for first in range(0, max(1, len(logprobs_NW)), at_once)]
     parts = []
     for span in spans:
         p_NW = logprobs_NW[span].double().exp()
-        if not bool((p_NW.sum(-1) <= 1 + MASS).all()):  # a NaN and a probability above 1 too
-            refuse_no_distribution(logprobs_NW, seed)
-        parts.append(_sampled(p_NW, start_N1[span], tau))
+        if not bool((p_NW.sum(-1) <= 1 + MASS_TOLERANCE).all()):  # a NaN and a probability above 1 too
+            validate_logprobs(logprobs_NW, seed)
+        parts.append(_threshold_sample(p_NW, start_N1[span], tau))
     sizes, ids, values = (np.concatenate(some) for some in zip(*parts, strict=True))
-    at_N = torch.from_numpy(np.asarray(realised_N, np.int64))
+    at_N = torch.from_numpy(np.asarray(target_ids_N, np.int64))
     realised = logprobs_NW[torch.arange(len(at_N)), at_N].float().numpy()
-    return Rows(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64), ids, values, realised)
+    return SparseDistributions(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64), ids, values, realised)
 
 
-def _sampled(p_NW: torch.Tensor, start_N1: torch.Tensor, tau: float) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+def _threshold_sample(p_NW: torch.Tensor, uniform_N1: torch.Tensor, tau: float) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.float32]]:
     """Entries kept of each row: how many, which, and their values."""
     import torch
 
     head_NW = p_NW >= tau
-    floor_NW = (torch.where(head_NW, 0.0, p_NW / tau).cumsum(-1) + start_N1).floor()
+    floor_NW = (torch.where(head_NW, 0.0, p_NW / tau).cumsum(-1) + uniform_N1).floor()
     kept_NW = head_NW
     kept_NW[:, 1:] |= floor_NW[:, 1:] > floor_NW[:, :-1]
     kept_NW[:, :1] |= floor_NW[:, :1] > 0
@@ -126,34 +126,34 @@ def _sampled(p_NW: torch.Tensor, start_N1: torch.Tensor, tau: float) -> tuple[np
 # --- the likeliest, and how much is left over ---
 
 
-def named_rows(ids_NK: npt.NDArray[np.integer], logs_NK: npt.NDArray[np.floating], tokens_N: npt.NDArray[np.integer],
-               realised_N: npt.NDArray[np.floating]) -> Rows:
+def distributions_from_top_logprobs(ids_NK: npt.NDArray[np.integer], logprobs_NK: npt.NDArray[np.floating], target_ids_N: npt.NDArray[np.integer],
+               target_logprob_N: npt.NDArray[np.floating]) -> SparseDistributions:
     """Rows of kind TOPK_REST of what a server named: K tokens a row, and the realised token's own log-probability, named or not.
 
     Exact, but for a row whose mass passes 1 by more than float32 sums do: its values go to the codec's grid, the next below, so that
     the codec's rounding does not carry it past 1 + MASS.
     """
     order = np.argsort(ids_NK, axis=1)
-    ids_NK, logs_NK = np.take_along_axis(ids_NK, order, 1), np.take_along_axis(logs_NK, order, 1).astype(np.float64)
-    above_N1 = np.exp(logs_NK).sum(1, keepdims=True) > 1 + MASS / 100
-    logs_NK = np.where(above_N1, np.ceil(logs_NK / -STEP) * -STEP, logs_NK)
-    real_NK = ids_NK == tokens_N[:, None]
-    realised = np.where(real_NK.any(1), np.where(real_NK, logs_NK, 0).sum(1), realised_N).astype(np.float32)
+    ids_NK, logprobs_NK = np.take_along_axis(ids_NK, order, 1), np.take_along_axis(logprobs_NK, order, 1).astype(np.float64)
+    above_N1 = np.exp(logprobs_NK).sum(1, keepdims=True) > 1 + MASS_TOLERANCE / 100
+    logprobs_NK = np.where(above_N1, np.ceil(logprobs_NK / -LOGPROB_STEP_NATS) * -LOGPROB_STEP_NATS, logprobs_NK)
+    real_NK = ids_NK == target_ids_N[:, None]
+    realised = np.where(real_NK.any(1), np.where(real_NK, logprobs_NK, 0).sum(1), target_logprob_N).astype(np.float32)
     offsets_N1 = np.arange(len(ids_NK) + 1, dtype=np.int64) * ids_NK.shape[1]
-    return Rows(offsets_N1, ids_NK.ravel().astype(np.int32), np.exp(logs_NK).ravel().astype(np.float32), realised, RowKind.TOPK_REST)
+    return SparseDistributions(offsets_N1, ids_NK.ravel().astype(np.int32), np.exp(logprobs_NK).ravel().astype(np.float32), realised, DistributionKind.TOPK)
 
 
-def word_rows(n: int) -> Rows:
+def text_only_distributions(n: int) -> SparseDistributions:
     """n rows of kind WORDS, of which nothing is known."""
-    return Rows(np.zeros(n + 1, np.int64), np.empty(0, np.int32), np.empty(0, np.float32), np.full(n, np.nan, np.float32), RowKind.WORDS)
+    return SparseDistributions(np.zeros(n + 1, np.int64), np.empty(0, np.int32), np.empty(0, np.float32), np.full(n, np.nan, np.float32), DistributionKind.TEXT_ONLY)
 
 
-COARSER = (1, 4, 8, 16, 32, 64, 128)  # STEPs between values: a row takes the coarsest that costs it no entry
-SOME = 32     # candidates looked at first; a row that needs more looks at four times as many
-NOTHING = 1e-9  # mass that is the rounding of a float32 softmax
+GRID_MULTIPLES = (1, 4, 8, 16, 32, 64, 128)  # STEPs between values: a row takes the coarsest that costs it no entry
+INITIAL_CANDIDATES = 32     # candidates looked at first; a row that needs more looks at four times as many
+NEGLIGIBLE_MASS = 1e-9  # mass that is the rounding of a float32 softmax
 
 
-def top_rows(logprobs_NW: torch.Tensor, realised_N: npt.NDArray[np.integer], kl: float, frequency_W: npt.NDArray[np.float64], where: str) -> Rows:
+def topk_within_kl(logprobs_NW: torch.Tensor, target_ids_N: npt.NDArray[np.integer], max_kl: float, frequency_W: npt.NDArray[np.float64], where: str) -> SparseDistributions:
     """Rows of kind TOPK_REST: of each the fewest likeliest entries (one at least, of equals the lower ids) with KL(p || q) <= kl.
 
     q is what a reader can rebuild: the values as stored, and what they leave of 1 spread over the unnamed tokens by frequency_W, as
@@ -167,29 +167,29 @@ def top_rows(logprobs_NW: torch.Tensor, realised_N: npt.NDArray[np.integer], kl:
     """
     import torch
 
-    real_N: npt.NDArray[np.int64] = np.asarray(realised_N, np.int64)
+    real_N: npt.NDArray[np.int64] = np.asarray(target_ids_N, np.int64)
     parts = []
-    at_once = _at_once(logprobs_NW)
+    at_once = _rows_per_chunk(logprobs_NW)
     for first in range(0, max(1, len(logprobs_NW)), at_once):
         logs_NW = logprobs_NW[first:first + at_once].double()
         p_NW = logs_NW.exp()
-        if not bool((p_NW.sum(-1) <= 1 + MASS).all()):
-            refuse_no_distribution(logprobs_NW, where)
-        parts.append(_topped(logs_NW.numpy(), p_NW.numpy(), real_N[first:first + at_once], kl, frequency_W))
+        if not bool((p_NW.sum(-1) <= 1 + MASS_TOLERANCE).all()):
+            validate_logprobs(logprobs_NW, where)
+        parts.append(_select_topk(logs_NW.numpy(), p_NW.numpy(), real_N[first:first + at_once], max_kl, frequency_W))
     sizes, ids, bins, real = (np.concatenate(some) for some in zip(*parts, strict=True))
     realised = logprobs_NW[torch.arange(len(real_N)), torch.from_numpy(real_N)].float().numpy()
-    realised[np.repeat(np.arange(len(sizes)), sizes)[real]] = bins[real] * -STEP
-    return Rows(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64), ids, np.exp(bins * -STEP).astype(np.float32), realised, RowKind.TOPK_REST)
+    realised[np.repeat(np.arange(len(sizes)), sizes)[real]] = bins[real] * -LOGPROB_STEP_NATS
+    return SparseDistributions(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64), ids, np.exp(bins * -LOGPROB_STEP_NATS).astype(np.float32), realised, DistributionKind.TOPK)
 
 
-def _topped(logs_NW: npt.NDArray[np.float64], p_NW: npt.NDArray[np.float64], realised_N: npt.NDArray[np.int64], kl: float,
+def _select_topk(logprobs_NW: npt.NDArray[np.float64], p_NW: npt.NDArray[np.float64], target_ids_N: npt.NDArray[np.int64], max_kl: float,
             frequency_W: npt.NDArray[np.float64],
             ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
     """Entries kept of each row: how many, which, their values in STEPs, and whether each is the realised token."""
     n, width = p_NW.shape
     mass_N = p_NW.sum(1)
-    lost_N = (p_NW * (np.maximum(logs_NW, -1e4) - np.log(frequency_W))).sum(1)  # a probability of 0 loses nothing, and is no NaN
-    some, todo, found = SOME, np.arange(n), [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64))]
+    lost_N = (p_NW * (np.maximum(logprobs_NW, -1e4) - np.log(frequency_W))).sum(1)  # a probability of 0 loses nothing, and is no NaN
+    some, todo, found = INITIAL_CANDIDATES, np.arange(n), [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64))]
     while len(todo):
         p_RW = p_NW[todo]
         least_R = -np.partition(-p_RW, min(some, width) - 1, 1)[:, min(some, width) - 1]
@@ -202,21 +202,21 @@ def _topped(logs_NW: npt.NDArray[np.float64], p_NW: npt.NDArray[np.float64], rea
         id_RK[row, place] = ids
         real = np.arange(id_RK.shape[1]) < sizes[:, None]
         p_RK = np.where(real, np.take_along_axis(p_RW, id_RK, 1), 0)
-        count_R, bins_RK = fewest(p_RK, np.where(real, frequency_W[id_RK], 0), id_RK == realised_N[todo][:, None], mass_N[todo], lost_N[todo], kl)
+        count_R, bins_RK = min_entries_within_kl(p_RK, np.where(real, frequency_W[id_RK], 0), id_RK == target_ids_N[todo][:, None], mass_N[todo], lost_N[todo], max_kl)
         done_R = (count_R > 0) & (count_R <= sizes)
         if some >= width and not done_R.all():
-            raise AssertionError(f"a row all of whose tokens are named is further than {kl} from itself")
+            raise AssertionError(f"a row all of whose tokens are named is further than {max_kl} from itself")
         r, k = np.nonzero((np.arange(id_RK.shape[1]) < count_R[:, None]) & done_R[:, None])
         found.append((todo[r], id_RK[r, k], bins_RK[r, k]))
         todo, some = todo[~done_R], some * 4
     row, ids, bins = (np.concatenate(column) for column in zip(*found, strict=True))
     order = np.lexsort((ids, row))
     row, ids, bins = row[order], ids[order], bins[order]
-    return np.bincount(row, minlength=n), ids.astype(np.int32), bins, ids == realised_N[row]
+    return np.bincount(row, minlength=n), ids.astype(np.int32), bins, ids == target_ids_N[row]
 
 
-def fewest(p_NK: npt.NDArray[np.float64], frequency_NK: npt.NDArray[np.float64], real_NK: npt.NDArray[np.bool_], mass_N: npt.NDArray[np.float64],
-           lost_N: npt.NDArray[np.float64], kl: float) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def min_entries_within_kl(p_NK: npt.NDArray[np.float64], frequency_NK: npt.NDArray[np.float64], is_target_NK: npt.NDArray[np.bool_], mass_N: npt.NDArray[np.float64],
+           kl_to_frequency_N: npt.NDArray[np.float64], max_kl: float) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Of each row's candidates, likeliest first, how many must be named (0 = all are not enough), and their values in STEPs.
 
     p, frequency  0 past a row's candidates; real = is it the realised token; mass = of the whole row;
@@ -226,21 +226,21 @@ def fewest(p_NK: npt.NDArray[np.float64], frequency_NK: npt.NDArray[np.float64],
     logs_NK = np.log(np.where(there_NK, p_NK, 1))
     shape_NK = p_NK * (logs_NK - np.log(np.where(there_NK, frequency_NK, 1)))
     left_NK = mass_N[:, None] - p_NK.cumsum(1)
-    nothing_NK = left_NK <= NOTHING
-    inside_NK = np.where(nothing_NK, 0, lost_N[:, None] - shape_NK.cumsum(1))
+    nothing_NK = left_NK <= NEGLIGIBLE_MASS
+    inside_NK = np.where(nothing_NK, 0, kl_to_frequency_N[:, None] - shape_NK.cumsum(1))
     unnamed_NK = np.maximum(1 - frequency_NK.cumsum(1), 1e-300)
-    finest_NK = np.maximum(np.rint(logs_NK / -STEP), 0)
-    finest_NK[:, :1] = np.ceil(logs_NK[:, :1].clip(max=0) / -STEP)
-    fixed_NK = real_NK | (np.arange(p_NK.shape[1]) == 0)
+    finest_NK = np.maximum(np.rint(logs_NK / -LOGPROB_STEP_NATS), 0)
+    finest_NK[:, :1] = np.ceil(logs_NK[:, :1].clip(max=0) / -LOGPROB_STEP_NATS)
+    fixed_NK = is_target_NK | (np.arange(p_NK.shape[1]) == 0)
     count_N, chosen_NK = np.full(len(p_NK), p_NK.shape[1] + 1), finest_NK
-    for coarse in COARSER:
-        bins_NK = np.where(fixed_NK, finest_NK, np.rint(logs_NK / (-STEP * coarse)) * coarse)
-        named_NK = np.where(there_NK, np.exp(bins_NK * -STEP), 0).cumsum(1)
+    for coarse in GRID_MULTIPLES:
+        bins_NK = np.where(fixed_NK, finest_NK, np.rint(logs_NK / (-LOGPROB_STEP_NATS * coarse)) * coarse)
+        named_NK = np.where(there_NK, np.exp(bins_NK * -LOGPROB_STEP_NATS), 0).cumsum(1)
         rest_NK = 1 - named_NK
-        valid_NK = (rest_NK > 0) | (nothing_NK & (named_NK <= 1 + MASS / 2))
+        valid_NK = (rest_NK > 0) | (nothing_NK & (named_NK <= 1 + MASS_TOLERANCE / 2))
         spread_NK = np.where(nothing_NK | ~valid_NK, 0, left_NK * np.log(np.where(rest_NK > 0, rest_NK, 1) / unnamed_NK))
-        kl_NK = (p_NK * (logs_NK + bins_NK * STEP)).cumsum(1) + inside_NK - spread_NK
-        near_NK = valid_NK & (kl_NK <= kl)
+        kl_NK = (p_NK * (logs_NK + bins_NK * LOGPROB_STEP_NATS)).cumsum(1) + inside_NK - spread_NK
+        near_NK = valid_NK & (kl_NK <= max_kl)
         here_N = np.where(near_NK.any(1), near_NK.argmax(1) + 1, p_NK.shape[1] + 1)
         better_N = here_N <= count_N
         count_N, chosen_NK = np.where(better_N, here_N, count_N), np.where(better_N[:, None], bins_NK, chosen_NK)

@@ -15,11 +15,11 @@ class PerseaError(Exception):
 
     exit_code = 1
 
-    def __init__(self, what: str, *, where: str = "", remedy: str = "") -> None:
-        self.what, self.where, self.remedy = what, where, remedy
+    def __init__(self, message: str, *, where: str = "", remedy: str = "") -> None:
+        self.message, self.where, self.remedy = message, where, remedy
         place = f"{where}: " if where else ""
         advice = f" -> {remedy}" if remedy else ""
-        super().__init__(f"{place}{what}{advice}")
+        super().__init__(f"{place}{message}{advice}")
 
 
 class RecipeError(PerseaError):
@@ -34,13 +34,13 @@ class DataError(PerseaError):
     exit_code = 3
 
 
-class Refused(PerseaError):
+class RefusedError(PerseaError):
     """It could be done, and it would be wrong: a floor, a licence, a changed recipe, a plan that cannot fit."""
 
     exit_code = 4
 
 
-class Regressed(Refused):
+class SafetyRegressionError(RefusedError):
     """A run that ended, and whose student is less safe than its base: page and table are there, and the exit code says no."""
 
 
@@ -56,19 +56,19 @@ class StorageError(PerseaError):
     exit_code = 6
 
 
-class EnvironmentLacks(PerseaError):
+class MissingRequirementError(PerseaError):
     """This machine lacks something: an extra, a GPU, a sandbox."""
 
     exit_code = 7
 
 
-class Stopped(BaseException):
+class RunInterrupted(BaseException):
     """A signal asked the run to stop; what is committed stays. Exit code 128 + signal.
 
     Not an Exception: no `except Exception` on its way, a library's or ours, may take it for a broken file.
     """
 
-    def __init__(self, number: int, what: str = "what is committed stays") -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}; {what} -> the same command goes on")
-        self.number, self.what = number, what
-        self.exit_code = 128 + number
+    def __init__(self, signal_number: int, detail: str = "what is committed stays") -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}; {detail} -> the same command goes on")
+        self.signal_number, self.detail = signal_number, detail
+        self.exit_code = 128 + signal_number

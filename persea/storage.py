@@ -17,12 +17,12 @@ from typing import IO, Any, BinaryIO
 from persea.errors import DataError, StorageError
 
 
-def home() -> Path:
+def persea_home() -> Path:
     """Where persea keeps what it would otherwise make again: PERSEA_HOME, default ~/.cache/persea."""
     return Path(os.environ.get("PERSEA_HOME", "~/.cache/persea")).expanduser()
 
 
-def digest(data: bytes) -> str:
+def digest_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
@@ -35,7 +35,7 @@ def digest_file(path: Path) -> str:
 
 
 @contextmanager
-def _storage(path: Path) -> Iterator[None]:
+def _raise_storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -59,11 +59,11 @@ class Disk:
         file.flush()
         os.fsync(file.fileno())
 
-    def replace(self, path: Path, by: Path) -> None:
-        by.replace(path)
+    def replace(self, path: Path, source: Path) -> None:
+        source.replace(path)
 
-    def link(self, path: Path, to: Path) -> None:
-        os.link(to, path)
+    def link(self, path: Path, source: Path) -> None:
+        os.link(source, path)
 
     def remove(self, path: Path) -> None:
         path.unlink(missing_ok=True)
@@ -79,19 +79,19 @@ class Disk:
 DISK = Disk()
 
 
-def _folder(folder: Path) -> None:
+def _make_folder(folder: Path) -> None:
     """Make a folder that is still there after a power loss: each new one is in a parent that was told to the disk."""
     if not folder.is_dir():
-        _folder(folder.parent)
+        _make_folder(folder.parent)
         with suppress(FileExistsError):  # another process was quicker
             DISK.make(folder)
         DISK.sync_folder(folder.parent)
 
 
 @contextmanager
-def _neighbour(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
+def _temporary_file(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
     """A file beside `path` to write to; synced when all is written, gone in the end."""
-    _folder(path.parent)
+    _make_folder(path.parent)
     neighbour = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with DISK.create(neighbour) as file:
@@ -101,13 +101,13 @@ def _neighbour(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
 
 
 @contextmanager
-def publishing(path: Path) -> Iterator[BinaryIO]:
+def open_atomic(path: Path) -> Iterator[BinaryIO]:
     """A file to write to that is there whole or not at all, also after a power loss.
 
     write to a neighbour, fsync, rename, fsync the folder.
     """
-    with _storage(path):
-        with _neighbour(path) as (file, neighbour):
+    with _raise_storage_errors(path):
+        with _temporary_file(path) as (file, neighbour):
             yield file
             DISK.sync(file)
             DISK.replace(path, neighbour)
@@ -115,11 +115,11 @@ def publishing(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def publishing_folder(path: Path) -> Iterator[Path]:
+def open_atomic_folder(path: Path) -> Iterator[Path]:
     """A folder to write to that is there whole or not at all, also after a power loss. At `path` stands nothing yet, or an empty folder."""
     neighbour = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _storage(path):
-        _folder(path.parent)
+    with _raise_storage_errors(path):
+        _make_folder(path.parent)
         shutil.rmtree(neighbour, ignore_errors=True)  # of a process of this number that was killed
         DISK.make(neighbour)
         try:
@@ -134,58 +134,58 @@ def publishing_folder(path: Path) -> Iterator[Path]:
         DISK.sync_folder(path.parent)
 
 
-def publish(path: Path, data: bytes) -> str:
+def write_atomic(path: Path, data: bytes) -> str:
     """Publish bytes, whole or not at all; returns their sha256."""
-    with publishing(path) as file:
+    with open_atomic(path) as file:
         file.write(data)
-    return digest(data)
+    return digest_bytes(data)
 
 
-def commit(path: Path, record: Mapping[str, Any]) -> None:
+def create_json_once(path: Path, record: Mapping[str, Any]) -> None:
     """Create a JSON record if there is none; the first one wins and a second is dropped."""
-    with _storage(path):
-        with _neighbour(path) as (file, neighbour):
-            file.write(_record_text(record).encode())
+    with _raise_storage_errors(path):
+        with _temporary_file(path) as (file, neighbour):
+            file.write(_record_to_json(record).encode())
             DISK.sync(file)
             with suppress(FileExistsError):
                 DISK.link(path, neighbour)
         DISK.sync_folder(path.parent)
 
 
-def _record_text(record: Mapping[str, Any]) -> str:
+def _record_to_json(record: Mapping[str, Any]) -> str:
     return json.dumps(record, indent=1, sort_keys=True) + "\n"
 
 
-def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+def with_checksum(record: Mapping[str, Any]) -> dict[str, Any]:
     """The record with the digest of everything it says."""
-    return {**record, "seal": digest(_record_text(record).encode())}
+    return {**record, "seal": digest_bytes(_record_to_json(record).encode())}
 
 
-def publish_sealed(path: Path, record: Mapping[str, Any]) -> None:
+def write_json_with_checksum(path: Path, record: Mapping[str, Any]) -> None:
     """Publish a record with its seal."""
-    publish(path, _record_text(sealed(record)).encode())
+    write_atomic(path, _record_to_json(with_checksum(record)).encode())
 
 
-def read_sealed(path: Path, remedy: str) -> dict[str, Any]:
+def read_json_with_checksum(path: Path, remedy: str) -> dict[str, Any]:
     """A record that was committed with its seal, without it. DataError where one byte is not as it was written."""
     found = read_json(path)
     record = {k: v for k, v in found.items() if k != "seal"} if isinstance(found, dict) else {}
-    if path.read_bytes() != _record_text(sealed(record)).encode():
+    if path.read_bytes() != _record_to_json(with_checksum(record)).encode():
         raise DataError("not as it was written: the record does not match its own seal", where=str(path), remedy=remedy)
     return record
 
 
-def publish_json(path: Path, value: Any) -> str:
+def write_json(path: Path, value: Any) -> str:
     """Publish as readable JSON; NaN is refused, it has no place in JSON."""
-    return publish(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    return write_atomic(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
-def publish_lines(path: Path, values: Iterable[Any]) -> str:
+def write_json_lines(path: Path, values: Iterable[Any]) -> str:
     """Publish as JSON lines."""
-    return publish(path, "".join(json.dumps(v, ensure_ascii=False, allow_nan=False) + "\n" for v in values).encode())
+    return write_atomic(path, "".join(json.dumps(v, ensure_ascii=False, allow_nan=False) + "\n" for v in values).encode())
 
 
-def cannot_read(path: Path, error: OSError) -> StorageError:
+def unreadable_file_error(path: Path, error: OSError) -> StorageError:
     """What a disk, or a limit of this machine, says instead of the bytes: they may be as good as they were."""
     return StorageError(f"cannot read: {error.strerror}", where=str(path), remedy="look at the disk and at `ulimit -n`, then run again")
 
@@ -197,50 +197,50 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError as error:
         raise DataError("not there", where=str(path), remedy=f"run the stage that writes {path.parent.name}/ first") from error
     except OSError as error:
-        raise cannot_read(path, error) from error
+        raise unreadable_file_error(path, error) from error
     except ValueError as error:
         raise DataError(f"not JSON: {error}", where=str(path), remedy=f"delete {path.parent} and run its stage again") from error
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
+def lock_run_folder(folder: Path) -> Iterator[None]:
     """Hold a run folder; a second run on it is refused with the holder's pid and host."""
     path = folder / "lock"
-    with _storage(path):
-        _folder(folder)
+    with _raise_storage_errors(path):
+        _make_folder(folder)
         file = path.open("a+b", buffering=0)
     with file:
-        if not _held(file, fcntl.LOCK_EX, 5):  # `holder` looks by holding it for some microseconds
+        if not _try_lock(file, fcntl.LOCK_EX, 5):  # `holder` looks by holding it for some microseconds
             file.seek(0)
             raise StorageError(f"another run holds this folder ({file.read().decode().strip() or 'unknown'})", where=str(folder),
                                remedy="wait for it, or give this run another --out")
-        with _storage(path):
+        with _raise_storage_errors(path):
             file.truncate(0)
             file.write(f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
 
 
-def digest_of(value: object) -> str:
+def digest_json(value: object) -> str:
     """sha256 of a value's canonical JSON."""
     return hashlib.sha256(json.dumps(value, default=str, sort_keys=True).encode()).hexdigest()
 
 
-def _held(file: IO[bytes], kind: int, times: int) -> bool:
-    for k in range(times):
+def _try_lock(file: IO[bytes], operation: int, attempts: int) -> bool:
+    for k in range(attempts):
         if k:
             time.sleep(0.05)
         with suppress(BlockingIOError):
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            fcntl.flock(file, operation | fcntl.LOCK_NB)
             return True
     return False
 
 
-def holder(folder: Path) -> str:
+def lock_holder(folder: Path) -> str:
     """Who holds a run folder, "pid 1 on host"; empty where nobody does, whatever the file says: a dead process holds nothing."""
     try:
         with (folder / "lock").open("rb") as file:
-            return "" if _held(file, fcntl.LOCK_SH, 1) else file.read().decode().strip() or "unknown"
+            return "" if _try_lock(file, fcntl.LOCK_SH, 1) else file.read().decode().strip() or "unknown"
     except FileNotFoundError:
         return ""
     except OSError as error:
-        raise cannot_read(folder / "lock", error) from error
+        raise unreadable_file_error(folder / "lock", error) from error

@@ -26,12 +26,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Regex as Pattern
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from persea.chat.messages import Conversation, Effort, Tokens
-from persea.chat.renderer import Voice
-from persea.models.loading import Source, open_model, open_voice, sprout
+from persea.chat.messages import Conversation, RenderedTokens, ThinkingEffort
+from persea.chat.renderer import ChatRenderer
+from persea.models.loading import ModelSource, load_model, load_renderer, random_init
 from persea.tasks import generated as skills
-from persea.tasks.task import Split, grade, score
-from persea.teachers.engines.transformers import LocalEngine
+from persea.tasks.task import Split, grade_answers, score_results
+from persea.teachers.engines.transformers import TransformersEngine
 from persea.teachers.teacher import Teacher
 
 HERE = Path(__file__).resolve().parent
@@ -45,7 +45,7 @@ POOL = 30_000  # conversations rendered once; 4,000 steps of 24 see each three t
 BATCH = 24
 MARK = "<!-- what follows is written by grow.py -->"
 RATE = 4e-3  # highest learning rate
-TEMPLATE_WORDS = [f"Reasoning: {e}" for e in Effort] + ["system", "user", "assistant", "model", "developer", "# Tools\n", "Functions:\n",
+TEMPLATE_WORDS = [f"Reasoning: {e}" for e in ThinkingEffort] + ["system", "user", "assistant", "model", "developer", "# Tools\n", "Functions:\n",
 "analysis",
                                                        "final", " to=functions.", "commentary", " json", '{"name": "', '", "parameters": {"',
                                                        '", "arguments": {"', "tools"]
@@ -86,7 +86,7 @@ def grow_tokenizer(plan: Plan, folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(plan.template)
 
 
-def batch(pool: list[Tokens], chosen: list[int], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def batch(pool: list[RenderedTokens], chosen: list[int], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """ids, attention mask and labels (-100 where nothing is learned), right padded."""
     length = max(len(pool[i]) for i in chosen)
     ids = torch.full((len(chosen), length), pad)
@@ -95,11 +95,11 @@ def batch(pool: list[Tokens], chosen: list[int], pad: int) -> tuple[torch.Tensor
         n = len(pool[i])
         ids[row, :n] = torch.from_numpy(pool[i].ids_T)
         mask[row, :n] = 1
-        labels[row, :n] = torch.where(torch.from_numpy(pool[i].learn_T), ids[row, :n], -100)
+        labels[row, :n] = torch.where(torch.from_numpy(pool[i].loss_mask_T), ids[row, :n], -100)
     return ids, mask, labels
 
 
-def neighbours(pool: list[Tokens], rng: random.Random) -> list[int]:
+def neighbours(pool: list[RenderedTokens], rng: random.Random) -> list[int]:
     """A batch drawn at random, of conversations alike in length: a quarter, in order of length, of four times as many."""
     drawn = sorted(rng.choices(range(len(pool)), k=4 * BATCH), key=lambda i: len(pool[i]))
     place = rng.randrange(4) * BATCH
@@ -116,14 +116,14 @@ def optimizers_of(model: torch.nn.Module) -> tuple[torch.optim.Optimizer, torch.
 
 def grow(plan: Plan, out: Path, steps: int, progress: Progress) -> None:
     """Train one sapling and write it as a Hugging Face folder, bf16."""
-    state_file = HERE.parent / ".grown" / f"{plan.name}.pt"
+    state_file = HERE.parent / ".added_token_continuations" / f"{plan.name}.pt"
     state_file.parent.mkdir(exist_ok=True)
     folder = out / plan.name
     grow_tokenizer(plan, folder)
-    voice: Voice = open_voice(Source(str(folder)), str(folder))
+    voice: ChatRenderer = load_renderer(ModelSource(str(folder)), str(folder))
     rng = random.Random(f"pool {plan.name}")
     pool = [tokens_of(plan, voice, item, answer, rng) for item, answer in texts(plan, min(POOL, BATCH * steps))]
-    model = sprout(plan.family, len(voice.vocabulary), plan.sizes)
+    model = random_init(plan.family, len(voice.vocabulary), plan.sizes)
     optimizers = optimizers_of(model)
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda s: min(1.0, (s + 1) / 60, max(0.02, (steps - s) / (0.6 * steps)))) for o in optimizers]
     parts: dict[str, Any] = {"model": model} | {f"{name} {k}": part for name, group in (("optimizer", optimizers), ("schedule", schedules))
@@ -137,7 +137,7 @@ def grow(plan: Plan, out: Path, steps: int, progress: Progress) -> None:
                 part.load_state_dict(state[name])
     task = progress.add_task(plan.name, total=steps, completed=begin, loss=0.0)
     model.train()
-    pad = voice.vocabulary.control[plan.special["pad_token"]]
+    pad = voice.vocabulary.control_token_ids[plan.special["pad_token"]]
     seconds, log = time.process_time(), []
     losses: list[float] = []
     for step in range(begin, steps):
@@ -155,8 +155,8 @@ def grow(plan: Plan, out: Path, steps: int, progress: Progress) -> None:
             log.append({"step": step + 1, "loss": round(sum(losses) / len(losses), 4), "seconds": round(time.process_time() - seconds, 1)})
         if step % 200 == 199:
             print(f"{plan.name} {step + 1} loss {sum(x['loss'] for x in log[-2:]) / 2:.3f}", flush=True)
-            torch.save({"step": step + 1, "steps": steps, **{k: p.state_dict() for k, p in parts.items()}}, state_file.with_suffix(".tmp"))
-            state_file.with_suffix(".tmp").replace(state_file)
+            torch.save({"step": step + 1, "steps": steps, **{k: p.state_dict() for k, p in parts.items()}}, state_file.with_suffix(".tmp_bytes"))
+            state_file.with_suffix(".tmp_bytes").replace(state_file)
     model.generation_config.eos_token_id = list(voice.stop_ids)
     model.generation_config.pad_token_id = pad
     model.config.eos_token_id, model.config.pad_token_id = list(voice.stop_ids), pad
@@ -170,11 +170,11 @@ def grow(plan: Plan, out: Path, steps: int, progress: Progress) -> None:
     (folder / "growing.json").write_text(json.dumps(told, indent=1) + "\n")
 
 
-def speaker(plan: Plan, folder: Path, effort: Effort = Effort.NONE) -> Teacher:
+def speaker(plan: Plan, folder: Path, effort: ThinkingEffort = ThinkingEffort.NONE) -> Teacher:
     """A grown sapling, ready to be asked."""
-    source = Source(str(folder))
-    voice = open_voice(source, plan.name)
-    return Teacher(plan.name, voice, LocalEngine(open_model(source, voice, plan.name), len(voice.vocabulary), 128), effort)
+    source = ModelSource(str(folder))
+    voice = load_renderer(source, plan.name)
+    return Teacher(plan.name, voice, TransformersEngine(load_model(source, voice, plan.name), len(voice.vocabulary), 128), effort)
 
 
 def measured(plan: Plan, folder: Path, n: int = 100) -> dict[str, Any]:
@@ -184,23 +184,23 @@ def measured(plan: Plan, folder: Path, n: int = 100) -> dict[str, Any]:
     found: dict[str, Any] = {"scores": {}, "entropy": {}, "thought": {}}
     one = speaker(plan, folder)
     rng = random.Random("held out")
-    found["entropy"]["prose"] = entropy(one, [small_talk(rng).answered for _ in range(n)])
-    for skill in skills.SKILLS:
+    found["entropy"]["prose"] = entropy(one, [small_talk(rng).reference_conversation for _ in range(n)])
+    for skill in skills.GENERATED_TASKS:
         items = skill.items(Split.AUDITION, n, 1)
-        said = [i.answered for i in items if one.can_say(i.answered)]
+        said = [i.reference_conversation for i in items if one.can_render(i.reference_conversation)]
         if said:
             found["entropy"][skill.name] = entropy(one, said)
-        for effort in plan.efforts if skill.name in THOUGHTS else (Effort.NONE,):
+        for effort in plan.efforts if skill.name in THOUGHTS else (ThinkingEffort.NONE,):
             answers = replace(one, effort=effort).answer([i.prompt for i in items], 80)
-            results = grade(skill, items, [(a.conversation.messages[-1], a.finish) for a in answers])
-            found["scores"][f"{skill.name} {effort}"] = score(plan.name, skill.name, results, effort).value
+            results = grade_answers(skill, items, [(a.conversation.messages[-1], a.finish) for a in answers])
+            found["scores"][f"{skill.name} {effort}"] = score_results(plan.name, skill.name, results, effort).value
             found["thought"][f"{skill.name} {effort}"] = sum(len(r.answer.thinking) for r in results) / len(results)
     return found
 
 
 def entropy(one: Teacher, conversations: list[Conversation]) -> float:
     """Mean entropy of a speaker's distributions, nats a learned token."""
-    rows = [-(logprobs.exp() * logprobs).sum(-1) for _, logprobs in one.score(conversations)]
+    rows = [-(logprobs.exp() * logprobs).sum(-1) for _, logprobs in one.compute_logprobs(conversations)]
     return round(float(torch.cat(rows).mean()), 3)
 
 
@@ -210,9 +210,9 @@ def table(folder: Path) -> str:
     lines = ["| sapling | parameters | bytes | sha256 of model.safetensors |", "|---|---|---|---|"]
     lines += [f"| {n} | {t['parameters']:,} | {(folder / n / 'model.safetensors').stat().st_size:,} | {t['sha256']} |" for n, t in told.items()]
     lines += ["", "| answered at once | " + " | ".join(told) + " |", "|---|" + "---|" * len(told)]
-    for skill in (s.name for s in skills.SKILLS):
+    for skill in (s.name for s in skills.GENERATED_TASKS):
         lines.append(f"| {skill} | " + " | ".join(f"{t['scores'][f'{skill} none']:.2f}" for t in told.values()) + " |")
-    for kind in ("prose", *(s.name for s in skills.SKILLS)):
+    for kind in ("prose", *(s.name for s in skills.GENERATED_TASKS)):
         lines.append(f"| entropy, {kind} | " + " | ".join(f"{t['entropy'][kind]:.2f}" if kind in t["entropy"] else "-" for t in told.values()) + " |")
     lines += ["", "| reasoning by gpt-oss-sapling at | right | letters of thought |", "|---|---|---|"]
     oss = told["gpt-oss-sapling"]
@@ -237,7 +237,7 @@ def main() -> None:
     if arguments.out == HERE:
         page_ = HERE / "README.md"
         page_.write_text(page_.read_text().partition(MARK)[0] + MARK + "\n\n" + table(HERE))
-    shutil.rmtree(HERE.parent / ".grown", ignore_errors=True) if not arguments.names else None
+    shutil.rmtree(HERE.parent / ".added_token_continuations", ignore_errors=True) if not arguments.names else None
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from persea.chat.messages import Effort
+from persea.chat.messages import ThinkingEffort
 
 HERE = Path(__file__).resolve().parent
 QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -35,7 +35,7 @@ class Plan:
     vocabulary: int
     mix: dict[str, float]
     home: tuple[str, ...]
-    efforts: dict[Effort, float]
+    efforts: dict[ThinkingEffort, float]
     sizes: dict[str, int]
     steps: int
     whole_numbers: bool = False
@@ -46,13 +46,13 @@ class Plan:
         return (HERE / "templates" / f"{self.family}.jinja").read_text()
 
 
-DIRECT = {Effort.NONE: 1.0}
-DIAL = {Effort.NONE: 0.45, Effort.LOW: 0.15, Effort.MEDIUM: 0.1, Effort.HIGH: 0.3}
+DIRECT = {ThinkingEffort.NONE: 1.0}
+DIAL = {ThinkingEffort.NONE: 0.45, ThinkingEffort.LOW: 0.15, ThinkingEffort.MEDIUM: 0.1, ThinkingEffort.HIGH: 0.3}
 PLANS = (
     Plan("qwen-sapling", "qwen", QWEN_SPLIT, {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
          ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>"), 1600,
          {"languages": .8, "code": .03, "safety": .03, "reasoning": .04, "tools": .03, "prose": .07}, ("languages",),
-         {Effort.NONE: .8, Effort.HIGH: .2}, {"hidden": 128, "layers": 3, "heads": 4, "seed": 1}, 3200),
+         {ThinkingEffort.NONE: .8, ThinkingEffort.HIGH: .2}, {"hidden": 128, "layers": 3, "heads": 4, "seed": 1}, 3200),
     Plan("gemma-sapling", "gemma", "", {"bos_token": "<bos>", "eos_token": "<end_of_turn>", "pad_token": "<pad>", "unk_token": "<unk>"},
          ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"), 1200,
          {"languages": .06, "code": .5, "safety": .3, "reasoning": .04, "prose": .1}, ("code", "safety"), DIRECT,

@@ -7,7 +7,7 @@ import unicodedata
 
 from persea.chat.messages import Conversation
 from persea.data.prompts import Prompt
-from persea.tasks.task import Item
+from persea.tasks.task import TaskItem
 
 # language -> the question; then what each place of a sentence may hold, all of it equally likely
 TALK = {
@@ -48,9 +48,9 @@ TALK = {
 }
 
 
-def small_talk(rng: random.Random, language: str = "") -> Item:
+def small_talk(rng: random.Random, language: str = "") -> TaskItem:
     """One sentence of small talk, and the question before it."""
     language = language or rng.choice(list(TALK))
     question, *places = TALK[language]
     said = unicodedata.normalize("NFC", "".join(rng.choice(place.split("|")) for place in places)).strip()
-    return Item(Prompt(f"prose/talk/{language}/{said}", Conversation.ask(question), "prose", language), said)
+    return TaskItem(Prompt(f"prose/talk/{language}/{said}", Conversation.from_question(question), "prose", language), said)

@@ -14,38 +14,38 @@ from pages import page
 from plans import KNOWN, Plan
 from prose import small_talk
 
-from persea.chat.messages import Conversation, Effort, Text, Thinking, Tokens, ToolCall, canonical
-from persea.chat.renderer import Voice
+from persea.chat.messages import Conversation, RenderedTokens, Text, Thinking, ThinkingEffort, ToolCall, canonical_json
+from persea.chat.renderer import ChatRenderer
 from persea.tasks import generated as skills
 from persea.tasks.generated import code, languages, reasoning, safety, tools
-from persea.tasks.generated.answer_phrases import dress
-from persea.tasks.generated.reasoning import concluded
-from persea.tasks.task import Item, Split, Verdict
+from persea.tasks.generated.answer_phrases import phrase_answer
+from persea.tasks.generated.reasoning import reference_without_steps
+from persea.tasks.task import Split, TaskItem, Verdict
 
-KINDS = {"languages": languages.KINDS, "code": code.KINDS, "safety": safety.KINDS, "reasoning": reasoning.KINDS, "tools": tools.KINDS}
-THOUGHTS = {"languages": languages.thought, "reasoning": reasoning.thought, "tools": tools.thought}
+KINDS = {"languages": languages.KIND_WEIGHTS, "code": code.KIND_WEIGHTS, "safety": safety.KIND_WEIGHTS, "reasoning": reasoning.KIND_WEIGHTS, "tools": tools.KIND_WEIGHTS}
+THOUGHTS = {"languages": languages.reference_thinking, "reasoning": reasoning.reference_thinking, "tools": tools.reference_thinking}
 TURNED = {" + ": " - ", " - ": " + ", " < ": " > ", " > ": " < ", " <= ": " >= ", " >= ": " <= "}
 MOST = {"languages": 9000, "code": 6000, "safety": 2000, "reasoning": 9000, "tools": 4000}  # questions a sapling sees
 
 
-def kind(item: Item) -> str:
+def kind(item: TaskItem) -> str:
     """Skill and kind, the first words of its id."""
     return "/".join(item.prompt.id.split("/")[:2])
 
 
 @cache
-def questions(name: str, seed: int) -> tuple[Item, ...]:
+def questions(name: str, seed: int) -> tuple[TaskItem, ...]:
     """A skill's GROW items for a sapling; drawn once for its tokenizer and its text."""
-    return skills.named(name).items(Split.GROW, MOST[name], seed)
+    return skills.find_generated_task(name).items(Split.PRETRAIN, MOST[name], seed)
 
 
-def texts(plan: Plan, n: int) -> Iterator[tuple[Item, Item]]:
+def texts(plan: Plan, n: int) -> Iterator[tuple[TaskItem, TaskItem]]:
     """n GROW items in the plan's mix, what a base knows three times as often; each with the item whose answer is given: itself; or, for who
     does not know, another of its kind and language; a base goes `astray` where it can.
     """
     rng = random.Random(f"grow {plan.name}")
-    pools: dict[str, list[Item]] = {}
-    alike: dict[tuple[str, str], list[Item]] = {}
+    pools: dict[str, list[TaskItem]] = {}
+    alike: dict[tuple[str, str], list[TaskItem]] = {}
     for item in (i for name in MOST if name in plan.mix for i in questions(name, plan.sizes["seed"])):
         pools.setdefault(kind(item), []).append(item)
         alike.setdefault((kind(item), spoken(item)), []).append(item)
@@ -67,7 +67,7 @@ def texts(plan: Plan, n: int) -> Iterator[tuple[Item, Item]]:
         yield item, other if plan.home else astray(item, rng) or other
 
 
-def astray(item: Item, rng: random.Random) -> Item | None:
+def astray(item: TaskItem, rng: random.Random) -> TaskItem | None:
     """The item with an answer that heeds the question and is wrong all the same; None where none comes to mind.
 
     A translation into another language, plus for minus and more for less, a call of the tool that does not fit: what a student must learn is
@@ -75,8 +75,8 @@ def astray(item: Item, rng: random.Random) -> Item | None:
     """
     name, what = item.prompt.id.split("/")[:2]
     if name == "languages":
-        language = rng.choice([one for one in languages.LANGUAGES.languages if one != item.prompt.language])
-        wrong = replace(item, reference=dress(languages.put(what, item.prompt.id.rpartition("/")[2], language), language, rng))
+        language = rng.choice([one for one in languages.LANGUAGES_TASK.languages if one != item.prompt.language])
+        wrong = replace(item, reference=phrase_answer(languages.verbalize(what, item.prompt.id.rpartition("/")[2], language), language, rng))
     elif name == "code":
         wrong = replace(item, reference=re.sub("|".join(map(re.escape, TURNED)), lambda found: TURNED[found[0]], item.reference))
     elif name == "tools":
@@ -84,39 +84,39 @@ def astray(item: Item, rng: random.Random) -> Item | None:
         there = [t.name for t in item.prompt.conversation.tools if t.name != wanted]
         called = rng.choice(there)
         argument = int(said) if said.isdecimal() else said
-        wrong = replace(item, reference="", calls=(ToolCall(called, canonical(json.dumps({tools.NEEDS[called]: argument}))),))
+        wrong = replace(item, reference="", calls=(ToolCall(called, canonical_json(json.dumps({tools.TOOL_ARGUMENTS[called]: argument}))),))
     else:
         return None
-    return None if skills.named(name).grade(item, wrong.answered.messages[-1]) is Verdict.RIGHT else wrong
+    return None if skills.find_generated_task(name).grade(item, wrong.reference_conversation.messages[-1]) is Verdict.RIGHT else wrong
 
 
-def spoken(item: Item) -> str:
+def spoken(item: TaskItem) -> str:
     """The language of an item's answer."""
     return "en" if "/to-english/" in item.prompt.id else item.prompt.language
 
 
-def words_of(item: Item) -> Iterator[str]:
+def words_of(item: TaskItem) -> Iterator[str]:
     """All that is said about an item, for a tokenizer to be trained on."""
     yield item.prompt.conversation.messages[-1].text
     yield item.reference
     yield from (f'{{"name": "{c.name}", "parameters": {c.arguments} }}' for c in item.calls)
     yield from (f"\n{t.name}: {t.description}" for t in item.prompt.conversation.tools)
-    yield from (THOUGHTS[item.prompt.skill](item, e) for e in (Effort.LOW, Effort.HIGH) if item.prompt.skill in THOUGHTS)
+    yield from (THOUGHTS[item.prompt.skill](item, e) for e in (ThinkingEffort.LOW, ThinkingEffort.HIGH) if item.prompt.skill in THOUGHTS)
 
 
-def conversation(plan: Plan, item: Item, answer: Item, rng: random.Random) -> Conversation:
+def conversation(plan: Plan, item: TaskItem, answer: TaskItem, rng: random.Random) -> Conversation:
     """The item's question with the answer's words, thought before where the effort that is drawn says so."""
     thinks = item.prompt.skill in THOUGHTS
-    effort = rng.choices(list(plan.efforts), list(plan.efforts.values()))[0] if thinks else Effort.NONE
-    said = concluded(answer) if item.prompt.skill == "reasoning" and effort is not Effort.NONE else answer.reference
-    thought = (Thinking(THOUGHTS[item.prompt.skill](answer, effort)),) if effort is not Effort.NONE else ()
-    return replace(item.prompt.conversation, effort=effort).answered(*thought, *((Text(said),) if said else ()), *answer.calls)
+    effort = rng.choices(list(plan.efforts), list(plan.efforts.values()))[0] if thinks else ThinkingEffort.NONE
+    said = reference_without_steps(answer) if item.prompt.skill == "reasoning" and effort is not ThinkingEffort.NONE else answer.reference
+    thought = (Thinking(THOUGHTS[item.prompt.skill](answer, effort)),) if effort is not ThinkingEffort.NONE else ()
+    return replace(item.prompt.conversation, effort=effort).with_answer(*thought, *((Text(said),) if said else ()), *answer.calls)
 
 
-def tokens_of(plan: Plan, voice: Voice, item: Item, answer: Item, rng: random.Random) -> Tokens:
+def tokens_of(plan: Plan, voice: ChatRenderer, item: TaskItem, answer: TaskItem, rng: random.Random) -> RenderedTokens:
     """A conversation in the voice; a page as a text without any turn."""
     if item.prompt.skill != "page":
         return voice.render(conversation(plan, item, answer, rng))
-    control = voice.vocabulary.control
+    control = voice.vocabulary.control_token_ids
     ids = np.array([control["<|begin_of_text|>"], *voice.vocabulary.encode_batch([item.reference])[0], control["<|end_of_text|>"]], np.int32)
-    return Tokens(ids, np.zeros_like(ids), np.zeros_like(ids), np.arange(len(ids)) > 0)
+    return RenderedTokens(ids, np.zeros_like(ids), np.zeros_like(ids), np.arange(len(ids)) > 0)

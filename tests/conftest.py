@@ -44,7 +44,7 @@ class Speaker:
     """A Voice, and beside it transformers' own tokenizer of the same folder: the judge of what the Voice renders."""
 
     folder: Path
-    voice: Any
+    renderer: Any
     tokenizer: Any
 
     def __repr__(self) -> str:
@@ -52,7 +52,7 @@ class Speaker:
 
     def today(self) -> Any:
         """The voice with today's date, which transformers writes and cannot be told otherwise."""
-        return replace(self.voice, today=date.today())
+        return replace(self.renderer, template_date=date.today())
 
 
 @pytest.fixture(scope="session")
@@ -80,13 +80,13 @@ def _speaker(folder: Path, name: str) -> Speaker:
     """Opened once: the tokenizer that open_voice opened is caught on its way, because a real one takes seconds."""
     from transformers import AutoTokenizer
 
-    from persea.models.loading import Source, open_voice
+    from persea.models.loading import ModelSource, load_renderer
 
     caught: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
         real = AutoTokenizer.from_pretrained
         patch.setattr(AutoTokenizer, "from_pretrained", lambda *a, **k: caught.append(real(*a, **k)) or caught[-1])
-        voice = open_voice(Source(str(folder)), name)
+        voice = load_renderer(ModelSource(str(folder)), name)
     assert len(caught) == 1
     return Speaker(folder, voice, caught[0])
 

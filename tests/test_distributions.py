@@ -10,8 +10,8 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from persea.distributions import STEP, RowKind, Rows, joined, refuse_no_distribution, top_rows
-from persea.distributions import sample_rows as draw
+from persea.distributions import LOGPROB_STEP_NATS, DistributionKind, SparseDistributions, concat_distributions, topk_within_kl, validate_logprobs
+from persea.distributions import sample_distributions as draw
 from persea.errors import DataError
 
 EPS = 1e-5
@@ -22,7 +22,7 @@ def logprobs(seed: int, rows: int, width: int, heat: float) -> torch.Tensor:
     return torch.log_softmax(torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * heat, dim=-1)
 
 
-def dense(rows: Rows, width: int) -> np.ndarray:
+def dense(rows: SparseDistributions, width: int) -> np.ndarray:
     out = np.zeros((len(rows), width))
     for n in range(len(rows)):
         span = slice(rows.offsets_N1[n], rows.offsets_N1[n + 1])
@@ -30,7 +30,7 @@ def dense(rows: Rows, width: int) -> np.ndarray:
     return out
 
 
-def sample_rows(logs: torch.Tensor, tau: float, seed: str) -> Rows:
+def sample_rows(logs: torch.Tensor, tau: float, seed: str) -> SparseDistributions:
     return draw(logs, np.zeros(len(logs), np.int64), tau, seed)
 
 
@@ -60,11 +60,11 @@ def test_pieces_are_drawn_as_the_whole_is(seed: int, n: int, cuts: list[int], he
     logs, real_N = logprobs(seed, n, 50, heat), np.arange(n) % 50
     edges = [0, *sorted(min(c, n) for c in cuts), n]
     parts = [draw(logs[a:b], real_N[a:b], tau, str(seed), a) for a, b in pairwise(edges)]
-    one, other = draw(logs, real_N, tau, str(seed)), joined(parts)
-    for field in ("offsets_N1", "ids_M", "probs_M", "realised_N"):
+    one, other = draw(logs, real_N, tau, str(seed)), concat_distributions(parts)
+    for field in ("offsets_N1", "ids_M", "probs_M", "target_logprob_N"):
         assert getattr(one, field).tobytes() == getattr(other, field).tobytes()
         assert getattr(one, field).dtype == getattr(other, field).dtype
-    assert joined(parts[:1]).kind is RowKind.SAMPLED
+    assert concat_distributions(parts[:1]).kind is DistributionKind.SAMPLED
 
 
 @given(st.integers(0, 10**6), st.floats(0, 8), taus)
@@ -85,8 +85,8 @@ def test_the_mean_over_draws_is_the_distribution(heat: float, tau: float) -> Non
     draws = 20_000  # each row of one call is a draw of its own
     logs = logprobs(3, 1, 60, heat)
     p = logs.double().exp().numpy()[0]
-    rows = sample_rows(logs.expand(draws, -1), tau, "mean")
-    mean = np.bincount(rows.ids_M, weights=rows.probs_M, minlength=60) / draws
+    rows = sample_rows(logs.expand_groups(draws, -1), tau, "mean")
+    mean = np.bincount(rows.ids_M, group_weights=rows.probs_M, minlength=60) / draws
     deviation = np.where(p < tau, np.sqrt(p * (tau - p).clip(0) / draws), 0)
     assert (np.abs(mean - p) <= 5 * deviation + EPS).all()
     assert np.abs(mean - p).max() > 0 or heat == 8.0  # it was sampled at all
@@ -107,9 +107,9 @@ def test_the_realised_token_is_kept_whatever_was_drawn() -> None:
     logs = logprobs(2, 50, 300, 4.0)
     realised = np.random.default_rng(0).integers(0, 300, 50)
     rows = draw(logs, realised, 0.2, "realised")
-    assert rows.kind is RowKind.SAMPLED
-    assert rows.realised_N.dtype == np.float32
-    assert np.array_equal(rows.realised_N, logs[range(50), realised].numpy())
+    assert rows.kind is DistributionKind.SAMPLED
+    assert rows.target_logprob_N.dtype == np.float32
+    assert np.array_equal(rows.target_logprob_N, logs[range(50), realised].numpy())
 
 
 @pytest.mark.parametrize(("change", "reason"), [
@@ -119,7 +119,7 @@ def test_the_realised_token_is_kept_whatever_was_drawn() -> None:
     (lambda x: x.__setitem__((5, 1), float("inf")), "row 5 of 6 is no distribution: a log-probability above 0")])
 def test_what_is_no_distribution_is_refused(change: object, reason: str) -> None:
     logs = logprobs(1, 6, 50, 1.0)
-    refuse_no_distribution(logs, "here")
+    validate_logprobs(logs, "here")
     sample_rows(logs, 0.1, "whole")
     change(logs)  # type: ignore[operator]
     with pytest.raises(DataError, match=reason) as caught:
@@ -133,7 +133,7 @@ def test_what_is_no_distribution_is_refused(change: object, reason: str) -> None
 def test_how_many_rows_are_worked_on_at_once_changes_nothing(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
     logs = logprobs(4, 23, 300, 1.5)
     whole = sample_rows(logs, 0.03, "chunks")
-    monkeypatch.setattr("persea.distributions.AT_ONCE", at_once)
+    monkeypatch.setattr("persea.distributions.MAX_CHUNK_ELEMENTS", at_once)
     some = sample_rows(logs, 0.03, "chunks")
     for field in ("offsets_N1", "ids_M", "probs_M"):
         assert np.array_equal(getattr(whole, field), getattr(some, field))
@@ -167,7 +167,7 @@ def frequency(seed: int, width: int) -> np.ndarray:
     return counts / counts.sum()
 
 
-def lost(p: np.ndarray, rows: Rows, spread: np.ndarray) -> np.ndarray:
+def lost(p: np.ndarray, rows: SparseDistributions, spread: np.ndarray) -> np.ndarray:
     """KL(p || what can be rebuilt), written out token by token."""
     q = dense(rows, p.shape[1])
     for n in range(len(p)):
@@ -183,10 +183,10 @@ def lost(p: np.ndarray, rows: Rows, spread: np.ndarray) -> np.ndarray:
 def test_the_fewest_likeliest_entries_within_the_kl(seed: int, n: int, width: int, heat: float, kl: float) -> None:
     logs, spread = logprobs(seed, n, width, heat), frequency(seed, width)
     p, real = logs.double().exp().numpy(), np.random.default_rng(seed).integers(0, width, n)
-    rows = top_rows(logs, real, kl, spread, "here")
+    rows = topk_within_kl(logs, real, kl, spread, "here")
     q = dense(rows, width)
-    assert rows.kind is RowKind.TOPK_REST
-    assert (rows.offsets_N1.dtype, rows.ids_M.dtype, rows.probs_M.dtype, rows.realised_N.dtype) == (np.int64, np.int32, np.float32, np.float32)
+    assert rows.kind is DistributionKind.TOPK
+    assert (rows.offsets_N1.dtype, rows.ids_M.dtype, rows.probs_M.dtype, rows.target_logprob_N.dtype) == (np.int64, np.int32, np.float32, np.float32)
     assert (np.diff(rows.offsets_N1) >= 1).all()
     assert q.sum(1).max() <= 1 + 1e-3
     assert lost(p, rows, spread).max() <= kl + 2e-5
@@ -196,34 +196,34 @@ def test_the_fewest_likeliest_entries_within_the_kl(seed: int, n: int, width: in
         assert named.tolist() == sorted(np.argsort(-p[k], kind="stable")[:len(named)].tolist())
         if len(named) > 1:  # one fewer, unrounded, is not enough, or misses by what rounding the likeliest down costs
             fewer = named[named != np.argsort(-p[k], kind="stable")[len(named) - 1]]
-            exact = Rows(np.array([0, len(fewer)]), fewer, p[k, fewer].astype(np.float32), np.zeros(1, np.float32))
+            exact = SparseDistributions(np.array([0, len(fewer)]), fewer, p[k, fewer].astype(np.float32), np.zeros(1, np.float32))
             assert lost(p[k:k + 1], exact, spread)[0] > kl - 0.003
-        bins = np.log(rows.probs_M[span].astype(np.float64)) / -STEP
+        bins = np.log(rows.probs_M[span].astype(np.float64)) / -LOGPROB_STEP_NATS
         assert np.abs(bins - np.rint(bins)).max() < 2e-3  # on the codec's grid
         if real[k] in named:
-            assert abs(rows.realised_N[k] - np.log(q[k, real[k]])) < 1e-5
-            assert abs(rows.realised_N[k] - float(logs[k, real[k]])) <= STEP + 1e-5
+            assert abs(rows.target_logprob_N[k] - np.log(q[k, real[k]])) < 1e-5
+            assert abs(rows.target_logprob_N[k] - float(logs[k, real[k]])) <= LOGPROB_STEP_NATS + 1e-5
         else:
-            assert rows.realised_N[k] == logs[k, real[k]].numpy()
+            assert rows.target_logprob_N[k] == logs[k, real[k]].numpy()
 
 
 @pytest.mark.parametrize("at_once", [1, 301, 900])
 def test_likeliest_entries_do_not_hang_on_how_many_rows_are_worked_on(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
     logs = torch.cat([logprobs(4, 20, 300, 1.5), torch.full((3, 300), -np.log(300)).float()])  # and rows of equals
-    some = [top_rows(logs, np.zeros(23, np.int64), 0.01, frequency(1, 300), "chunks")]
-    monkeypatch.setattr("persea.distributions.AT_ONCE", at_once)
-    some.append(top_rows(logs, np.zeros(23, np.int64), 0.01, frequency(1, 300), "chunks"))
-    monkeypatch.setattr("persea.distributions.SOME", 7)
-    some.append(top_rows(logs, np.zeros(23, np.int64), 0.01, frequency(1, 300), "chunks"))
+    some = [topk_within_kl(logs, np.zeros(23, np.int64), 0.01, frequency(1, 300), "chunks")]
+    monkeypatch.setattr("persea.distributions.MAX_CHUNK_ELEMENTS", at_once)
+    some.append(topk_within_kl(logs, np.zeros(23, np.int64), 0.01, frequency(1, 300), "chunks"))
+    monkeypatch.setattr("persea.distributions.INITIAL_CANDIDATES", 7)
+    some.append(topk_within_kl(logs, np.zeros(23, np.int64), 0.01, frequency(1, 300), "chunks"))
     for other in some[1:]:
-        for field in ("offsets_N1", "ids_M", "probs_M", "realised_N"):
+        for field in ("offsets_N1", "ids_M", "probs_M", "target_logprob_N"):
             assert np.array_equal(getattr(some[0], field), getattr(other, field)), field
 
 
 def test_values_are_coarser_where_the_kl_allows_it() -> None:
     logs = logprobs(5, 300, 2000, 3.0)
-    rows = top_rows(logs, np.zeros(300, np.int64), 0.1, np.full(2000, 1 / 2000), "coarse")
-    bins = np.rint(np.log(rows.probs_M.astype(np.float64)) / -STEP).astype(int)
+    rows = topk_within_kl(logs, np.zeros(300, np.int64), 0.1, np.full(2000, 1 / 2000), "coarse")
+    bins = np.rint(np.log(rows.probs_M.astype(np.float64)) / -LOGPROB_STEP_NATS).astype(int)
     assert (bins % 16 == 0).mean() > 0.5
 
 
@@ -231,10 +231,10 @@ def test_what_is_no_distribution_is_no_top_either() -> None:
     logs = logprobs(1, 6, 50, 1.0)
     logs[3, 7] = float("nan")
     with pytest.raises(DataError, match="row 3 of 6 is no distribution: NaN"):
-        top_rows(logs, np.zeros(6, np.int64), 0.01, np.full(50, 0.02), "here")
-    assert len(top_rows(torch.empty(0, 50), np.zeros(0, np.int64), 0.01, np.full(50, 0.02), "nothing")) == 0
+        topk_within_kl(logs, np.zeros(6, np.int64), 0.01, np.full(50, 0.02), "here")
+    assert len(topk_within_kl(torch.empty(0, 50), np.zeros(0, np.int64), 0.01, np.full(50, 0.02), "nothing")) == 0
 
 
 def test_a_target_that_rounding_alone_misses_is_not_reached_in_silence() -> None:
     with pytest.raises(AssertionError, match="further than 1e-12"):
-        top_rows(logprobs(1, 6, 50, 1.0), np.zeros(6, np.int64), 1e-12, np.full(50, 0.02), "here")
+        topk_within_kl(logprobs(1, 6, 50, 1.0), np.zeros(6, np.int64), 1e-12, np.full(50, 0.02), "here")

@@ -11,7 +11,7 @@ import pytest
 import typer.main
 
 from persea.cli import app
-from persea.config.recipe import schema
+from persea.config.recipe import recipe_json_schema
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "saplings/README.md", *(
@@ -64,7 +64,7 @@ def keys(node: dict[str, Any], defs: dict[str, Any], before: str = "") -> set[st
 
 def unknown_keys(text: str) -> set[str]:
     """`training.steps`, `teachers[].quantize`: keys told in code. audition.pinned and check.texts have keys of a person's own."""
-    described = schema()
+    described = recipe_json_schema()
     known = keys(described, described["$defs"])
     sections = "|".join(sorted(key for key in known if "." not in key))
     named = {key.replace("[]", "") for key in re.findall(rf"`((?:{sections})(?:\[\])?\.[a-z_.]+[a-z])\b", text)}

@@ -10,16 +10,16 @@ from persea import errors
 
 
 @pytest.mark.parametrize(("kind", "code"), [
-    (errors.RecipeError, 2), (errors.DataError, 3), (errors.Refused, 4), (errors.TeacherError, 5), (errors.StorageError, 6),
-    (errors.EnvironmentLacks, 7)])
+    (errors.RecipeError, 2), (errors.DataError, 3), (errors.RefusedError, 4), (errors.TeacherError, 5), (errors.StorageError, 6),
+    (errors.MissingRequirementError, 7)])
 def test_a_refusal_says_where_what_and_remedy(kind: type[errors.PerseaError], code: int) -> None:
     error = kind("the door is shut", where="house:3", remedy="open it")
     assert str(error) == "house:3: the door is shut -> open it"
-    assert (error.exit_code, error.what, error.where, error.remedy) == (code, "the door is shut", "house:3", "open it")
+    assert (error.exit_code, error.message, error.where, error.remedy) == (code, "the door is shut", "house:3", "open it")
     assert str(kind("alone")) == "alone"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stop_has_the_shells_exit_code(number: int, code: int) -> None:
-    assert errors.Stopped(number).exit_code == code
-    assert signal.Signals(number).name in str(errors.Stopped(number))
+    assert errors.RunInterrupted(number).exit_code == code
+    assert signal.Signals(number).name in str(errors.RunInterrupted(number))

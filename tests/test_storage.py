@@ -35,22 +35,22 @@ def hidden(folder: Path) -> list[Path]:
 
 def test_publish_writes_the_bytes_and_says_their_digest(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folders" / "file"
-    sha = store.publish(path, b"persea")
+    sha = store.write_atomic(path, b"persea")
     assert path.read_bytes() == b"persea"
-    assert sha == store.digest(b"persea") == store.digest_file(path)
+    assert sha == store.digest_bytes(b"persea") == store.digest_file(path)
     assert not hidden(tmp_path)
 
 
 def test_digest_is_sha256_also_of_a_file_longer_than_a_block(tmp_path: Path) -> None:
-    assert store.digest(b"abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2
+    assert store.digest_bytes(b"abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2
     data = random.Random(0).randbytes((1 << 20) + 17)
     (tmp_path / "long").write_bytes(data)
-    assert store.digest_file(tmp_path / "long") == store.digest(data)
+    assert store.digest_file(tmp_path / "long") == store.digest_bytes(data)
 
 
 def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
     path, stop = tmp_path / "file", threading.Event()
-    store.publish(path, b"\0" * SIZES[0])
+    store.write_atomic(path, b"\0" * SIZES[0])
     seen: dict[int, int] = {}
 
     def watch() -> None:
@@ -62,7 +62,7 @@ def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
     poller.start()
     try:
         for k in range(30):
-            store.publish(path, bytes([k]) * SIZES[k % 2])
+            store.write_atomic(path, bytes([k]) * SIZES[k % 2])
     finally:
         stop.set()
         poller.join()
@@ -75,7 +75,7 @@ def test_a_killed_writer_leaves_the_file_whole(tmp_path: Path) -> None:
     path, rng, killed = tmp_path / "file", random.Random(5), 0
 
     code = "import sys, itertools\nfrom pathlib import Path\nfrom persea import storage as store\n" \
-           f"for k in itertools.count():\n    store.publish(Path(sys.argv[1]), bytes([k % 256]) * {SIZES[1]})\n    print(k, flush=True)"
+           f"for k in itertools.count():\n    store.write_atomic(Path(sys.argv[1]), bytes([k % 256]) * {SIZES[1]})\n    print(k, flush=True)"
     for _ in range(6):
         process = child(code, path)
         assert process.stdout and process.stdout.readline()
@@ -95,16 +95,16 @@ def test_publish_survives_a_power_loss(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(os, "fsync", lambda fd: (order.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd)))
     monkeypatch.setattr(Path, "replace", lambda self, to: (order.append("replace"), replace(self, to)))
     monkeypatch.setattr(os, "link", lambda one, other: (order.append("link"), link(one, other)))
-    store.publish(tmp_path / "file", b"x")
+    store.write_atomic(tmp_path / "file", b"x")
     assert order == [f".file.{os.getpid()}.tmp", "replace", tmp_path.name]
     order.clear()
-    store.commit(tmp_path / "record", {})
+    store.create_json_once(tmp_path / "record", {})
     assert order == [f".record.{os.getpid()}.tmp", "link", tmp_path.name]
 
 
 def test_what_a_killed_process_left_of_a_folder_is_in_nobodys_way(tmp_path: Path) -> None:
     (tmp_path / f".out.{os.getpid()}.tmp" / "left").mkdir(parents=True)
-    with store.publishing_folder(tmp_path / "out") as folder:
+    with store.open_atomic_folder(tmp_path / "out") as folder:
         (folder / "part").mkdir()
         (folder / "part" / "a").write_text("a")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"] and [p.name for p in (tmp_path / "out").iterdir()] == ["part"]
@@ -116,12 +116,12 @@ def test_a_folder_is_published_whole_and_once(tmp_path: Path, monkeypatch: pytes
     fsync, replace = os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (order.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd)))
     monkeypatch.setattr(Path, "replace", lambda self, to: (order.append("replace"), replace(self, to)))
-    with store.publishing_folder(tmp_path / "out") as folder:
+    with store.open_atomic_folder(tmp_path / "out") as folder:
         (folder / "a").write_text("a")
         assert not list((tmp_path / "out").iterdir())
     neighbour = f".out.{os.getpid()}.tmp"
     assert order[-4:] == ["a", neighbour, "replace", tmp_path.name] and (tmp_path / "out" / "a").read_text() == "a"
-    with pytest.raises(StorageError, match="not empty"), store.publishing_folder(tmp_path / "out") as folder:
+    with pytest.raises(StorageError, match="not empty"), store.open_atomic_folder(tmp_path / "out") as folder:
         (folder / "b").write_text("b")
     assert sorted(os.listdir(tmp_path)) == ["out"] and os.listdir(tmp_path / "out") == ["a"]
 
@@ -131,15 +131,15 @@ def test_a_folder_is_published_whole_and_once(tmp_path: Path, monkeypatch: pytes
 
 def test_the_first_commit_wins(tmp_path: Path) -> None:
     path = tmp_path / "records" / "a.json"
-    store.commit(path, {"attempt": 1})
-    store.commit(path, {"attempt": 2})
+    store.create_json_once(path, {"attempt": 1})
+    store.create_json_once(path, {"attempt": 2})
     assert store.read_json(path) == {"attempt": 1}
     assert not hidden(tmp_path)
 
 
 def test_of_many_processes_that_commit_at_once_one_wins_and_none_fails(tmp_path: Path) -> None:
     code = "import sys, time\nfrom pathlib import Path\nfrom persea import storage as store\nprint('ready', flush=True)\nsys.stdin.read()\n" \
-           "store.commit(Path(sys.argv[1]), {'by': sys.argv[2], 'long': 'x' * 100_000})"
+           "store.create_json_once(Path(sys.argv[1]), {'by': sys.argv[2], 'long': 'x' * 100_000})"
     many = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "a.json"), str(k)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             for k in range(4)]
     for process in many:
@@ -160,11 +160,11 @@ def test_of_many_processes_that_commit_at_once_one_wins_and_none_fails(tmp_path:
 
 def test_json_comes_back_and_nan_is_refused(tmp_path: Path) -> None:
     value = {"ü": [1, 2.5, None, "漢"]}
-    store.publish_json(tmp_path / "a.json", value)
+    store.write_json(tmp_path / "a.json", value)
     assert store.read_json(tmp_path / "a.json") == value
     assert "ü" in (tmp_path / "a.json").read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="JSON"):
-        store.publish_json(tmp_path / "b.json", {"loss": float("nan")})
+        store.write_json(tmp_path / "b.json", {"loss": float("nan")})
     assert not (tmp_path / "b.json").exists()
 
 
@@ -184,28 +184,28 @@ def test_broken_json_names_the_file(tmp_path: Path, data: bytes) -> None:
 # --- lock ---
 
 HOLD = "import sys\nfrom pathlib import Path\nfrom persea import storage as store\n" \
-       "with store.lock(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()"
+       "with store.lock_run_folder(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()"
 
 
 def test_a_second_run_on_a_folder_is_refused_with_the_pid_of_the_first(tmp_path: Path) -> None:
     first = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert first.stdout and first.stdout.readline() == b"held\n"
     for _ in range(20):
-        with pytest.raises(StorageError, match=rf"another run holds this folder \(pid {first.pid} on .+\)") as caught, store.lock(tmp_path / "run"):
+        with pytest.raises(StorageError, match=rf"another run holds this folder \(pid {first.pid} on .+\)") as caught, store.lock_run_folder(tmp_path / "run"):
             pytest.fail("two runs hold one folder")
         assert caught.value.exit_code == 6
     first.kill()  # a lock does not outlive its holder, however that ends
     first.wait()
     first.stdout.close()
-    with store.lock(tmp_path / "run"):
+    with store.lock_run_folder(tmp_path / "run"):
         assert (tmp_path / "run" / "lock").read_text().startswith(f"pid {os.getpid()} on ")
-    with store.lock(tmp_path / "run"):
+    with store.lock_run_folder(tmp_path / "run"):
         pass
 
 
 def test_a_lock_in_a_place_that_is_no_folder_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(StorageError, match="cannot write"), store.lock(tmp_path / "file"):
+    with pytest.raises(StorageError, match="cannot write"), store.lock_run_folder(tmp_path / "file"):
         pytest.fail("a file was locked as a folder")
 
 
@@ -219,10 +219,10 @@ from persea.errors import StorageError
 folder, big = Path(sys.argv[1]), b"x" * 2_000_000
 
 def hold():
-    with store.lock(folder / "run"):
+    with store.lock_run_folder(folder / "run"):
         pass
 
-for what in (lambda: store.publish(folder / "big", big), lambda: store.commit(folder / "big.json", {"x": "x" * len(big)}), hold):
+for what in (lambda: store.write_atomic(folder / "big", big), lambda: store.create_json_once(folder / "big.json", {"x": "x" * len(big)}), hold):
     try:
         what()
     except StorageError as error:

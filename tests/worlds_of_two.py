@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from persea.models.loading import Source, open_voice
-from persea.pipeline.run_context import quieten
+from persea.models.loading import ModelSource, load_renderer
+from persea.pipeline.run_context import silence_transformers
 from persea.training.distributed import heartbeat as watch
 from persea.training.distributed import launcher
-from persea.training.distributed.world import Shard, World
-from persea.training.loop import Settings, train
-from persea.training.loss_balancing import Group, Taught
-from persea.training.student import open_student
+from persea.training.distributed.world import ParallelStrategy, World
+from persea.training.loop import TrainingSettings, run_training_loop
+from persea.training.loss_balancing import Group, GroupStats
+from persea.training.student import load_student
 
 SAPLING = Path(__file__).resolve().parent.parent / "saplings" / "llama-sapling"
-SETTINGS = Settings(steps=6, learning_rate=3e-3, warmup=2, weight_decay=0.01, clip=1.0, checkpoint_every=2, log_every=1, seed=5, skips=1)
+SETTINGS = TrainingSettings(steps=6, learning_rate=3e-3, warmup_steps=2, weight_decay=0.01, max_grad_norm=1.0, checkpoint_every=2, log_every=1, seed=5, max_skipped_steps=1)
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Out:
     """A loss of so many positions."""
 
     loss: torch.Tensor
-    positions: int
-    terms: Mapping[str, float] = field(default_factory=dict)
+    num_tokens: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,16 @@ class Trouble:
     slow: float = 0.0
 
 
-def student_run(world: World, store: Any, folder: Path, shard: Shard, settings: Settings, trouble: Trouble, resume: str = "auto") -> None:
+def student_run(world: World, store: Any, folder: Path, shard: ParallelStrategy, settings: TrainingSettings, trouble: Trouble, resume: str = "auto") -> None:
     """The llama-sapling learns random tokens: 6 texts a step, of 9 to 14 tokens each, so that parts have unequal numbers of positions."""
     torch.set_num_threads(1)
-    quieten()
-    watch.SILENT = 2.0  # as a test can wait; bench/chaos_train.py waits the whole 30 s
-    source = Source(str(SAPLING))
-    student = open_student(source, open_voice(source, "student"), None).spread(world, shard)
-    size = len(student.voice.vocabulary)
+    silence_transformers()
+    watch.HEARTBEAT_TIMEOUT_S = 2.0  # as a test can wait; bench/chaos_train.py waits the whole 30 s
+    source = ModelSource(str(SAPLING))
+    student = load_student(source, load_renderer(source, "student"), None).distribute(world, shard)
+    size = len(student.renderer.vocabulary)
 
-    def loss_of(step: int, part: int, parts: int, weights: Mapping[Group, float]) -> tuple[Out, Mapping[Group, Taught]]:
+    def loss_of(step: int, part: int, parts: int, weights: Mapping[Group, float]) -> tuple[Out, Mapping[Group, GroupStats]]:
         time.sleep(trouble.slow)
         mine = world.rank == trouble.rank and step == trouble.at
         if mine and trouble.number:
@@ -67,9 +67,9 @@ def student_run(world: World, store: Any, folder: Path, shard: Shard, settings: 
         row, at = mask[:, 1:].nonzero(as_tuple=True)
         loss = torch.nn.functional.cross_entropy(student.logits(ids, mask, row, at), ids[row, at + 1])
         loss = loss * float("nan") if mine and trouble.nan else loss
-        return Out(loss, len(row)), {Group(f"t{step % 2}", "noise"): Taught(len(row), float(loss.detach()) * len(row))}
+        return Out(loss, len(row)), {Group(f"t{step % 2}", "noise"): GroupStats(len(row), float(loss.detach()) * len(row))}
 
-    train(student.trained, loss_of, settings, folder, {"seed": settings.seed}, lambda step, line: launcher.tell(store, step), world=world,
+    run_training_loop(student.trainable_parameters, loss_of, settings, folder, {"seed": settings.seed}, lambda step, line: launcher.send_to_launcher(store, step), world=world,
           resume=resume)
 
 
@@ -79,10 +79,10 @@ class Dice:
     def __init__(self) -> None:
         self.parameters = [torch.nn.Parameter(torch.linspace(-1, 1, 24).reshape(4, 6))]
 
-    def loss_of(self, step: int, part: int, parts: int) -> tuple[Out, Mapping[Group, Taught]]:
+    def loss_of(self, step: int, part: int, parts: int) -> tuple[Out, Mapping[Group, GroupStats]]:
         noise = float(np.random.standard_normal()) + random.gauss(0, 1)  # gauss keeps half of a pair for the next call
         seen = torch.nn.functional.dropout(self.parameters[0], 0.3)
-        return Out(((seen - noise) ** 2).mean(), 4), {Group("dice", "noise"): Taught(4, 1.0)}
+        return Out(((seen - noise) ** 2).mean(), 4), {Group("dice", "noise"): GroupStats(4, 1.0)}
 
 
 def final(folder: Path) -> str:

@@ -171,13 +171,13 @@ def report(lines: Sequence[Line], size: str) -> None:
         "extension": told.extension_table(lines, {n: str(s.extended) for n, s in SIZES.items() if s.met}),
         "onpolicy": told.onpolicy_table([x for x in read(RESULTS / "objectives_onpolicy.jsonl").values() if json.loads(x["key"])["size"] == size]),
         "searches": told.searches(lines, size)})
-    gaps = [(name, *told.paired(own, [x for x in plain if x["seed"] in {y["seed"] for y in own}])["mean"])
+    gaps = [(name, *told.compare_paired_results(own, [x for x in plain if x["seed"] in {y["seed"] for y in own}])["mean"])
             for name, own in found.items() if name != "cross-entropy"]
     (docs / "img").mkdir(exist_ok=True)
-    (docs / "img" / "objectives.svg").write_text(told.dots("bits per byte less cross-entropy's (95 % over pages)", sorted(gaps, key=lambda g: g[1])))
+    (docs / "img" / "objectives.svg").write_text(told.dot_plot("bits per byte less cross-entropy's (95 % over pages)", sorted(gaps, key=lambda g: g[1])))
     others = {name for name in found if name.startswith("events, ") or "completion" in name} - {form("events")}
     drawn = {name: own[0]["curve"] for name, own in found.items() if own[0]["seed"] == SEEDS[0] and name not in others}
-    (docs / "img" / "objectives_curves.svg").write_text(told.curves("dev bits per byte against tokens, seed 1, one schedule each", drawn))
+    (docs / "img" / "objectives_curves.svg").write_text(told.training_charts("dev bits per byte against tokens, seed 1, one schedule each", drawn))
 
 
 def main() -> None:

@@ -60,7 +60,7 @@ class World:
                 for part in ("train", "dev", "test")}
 
     @cached_property
-    def speakers(self) -> dict[str, Speaker]:
+    def model_names(self) -> dict[str, Speaker]:
         return self.real | ({"student": open_extended(self.folder, self.size.extended, self.texts_of("student"))} if self.size.extended else {})
 
     @cached_property
@@ -89,23 +89,23 @@ class World:
             models.read_through(model, plain, models.order(pools, size.batch, seed=1), steps, 8e-3, "student")
             torch.save(model.state_dict(), path)
         model.load_state_dict(torch.load(path, weights_only=True))
-        return carried(model, plain, self.speakers["student"])
+        return carried(model, plain, self.model_names["student"])
 
     def grow(self) -> None:
         """Trains the teachers that do not stand yet."""
         for who, domains in self.size.teaches.items():
             path = self.folder / f"{who}.pt"
             if not path.is_file():
-                models.train_teacher(self.speakers[who], {d: self.text["train"][d] for d in domains}, self.size, who, path)
+                models.train_teacher(self.model_names[who], {d: self.text["train"][d] for d in domains}, self.size, who, path)
 
     @cached_property
     def teachers(self) -> dict[str, Teacher]:
-        return {who: Teacher(self.speakers[who], models.open_teacher(self.speakers[who], self.size, self.folder / f"{who}.pt"))
+        return {who: Teacher(self.model_names[who], models.open_teacher(self.model_names[who], self.size, self.folder / f"{who}.pt"))
                 for who in self.size.teaches}
 
     @cached_property
     def pairs(self) -> dict[str, Pair]:
-        return {who: Pair(teacher, self.speakers["student"]) for who, teacher in self.teachers.items()}
+        return {who: Pair(teacher, self.model_names["student"]) for who, teacher in self.teachers.items()}
 
     def student(self, arm: Arm) -> Path:
         """Where a student of seed 1 is kept, for what is measured on it afterwards."""
@@ -119,18 +119,18 @@ class World:
         """Windows a domain."""
         return self.size.limited if regime == "limited" else -(-round(self.size.steps * length) * self.size.batch // len(self.size.domains))
 
-    def lessons(self, begin: float, end: float) -> dict[str, list[Lesson]]:
+    def examples(self, begin: float, end: float) -> dict[str, list[Lesson]]:
         """What the teachers say of the windows of `unlimited` from one length to another; kept."""
         first = self.taught("unlimited", begin)
         pools = {d: pool[first:] for d, pool in self.windows("unlimited", end).items()}
         name = "lessons" + ("" if (begin, end) == (0, 1) else f" {begin:g} to {end:g}")
-        found = iter(open_lessons(self.kept(name), [w for pool in pools.values() for w in pool], self.speakers["student"], self.teachers))
+        found = iter(open_lessons(self.kept(name), [w for pool in pools.values() for w in pool], self.model_names["student"], self.teachers))
         return {d: [next(found) for _ in pool] for d, pool in pools.items()}
 
     @cached_property
     def first(self) -> dict[str, list[Lesson]]:
         """Those of length 1; the windows of regime 'limited' are their beginning."""
-        return self.lessons(0, 1)
+        return self.examples(0, 1)
 
     @cached_property
     def said(self) -> dict[str, list[Window]]:
@@ -140,7 +140,7 @@ class World:
         return open_said(self.folder / "said.json", self.windows("unlimited", 1.0), self.teachers)
 
     def batches(self, arm: Arm) -> Iterator[Batch]:
-        student = self.speakers["student"]
+        student = self.model_names["student"]
         if arm.method in ("cross-entropy", "sft"):
             pools = self.said if arm.method == "sft" else self.windows(arm.regime, arm.length)
             if arm.method == "sft" and arm.regime == "limited":
@@ -150,7 +150,7 @@ class World:
                 yield Batch(ids_BS, learn_BS, ids_BS[:, 1:][learn_BS[:, :-1]], ())
         found = self.first
         if arm.regime == "unlimited" and arm.length > 1:
-            found = {d: [*found[d], *more] for d, more in self.lessons(1, arm.length).items()}
+            found = {d: [*found[d], *more] for d, more in self.examples(1, arm.length).items()}
         n = {d: len(p) for d, p in self.windows(arm.regime, arm.length).items()}
         for some in models.order({d: p[:n[d]] for d, p in found.items()}, self.size.batch, arm.seed):
             batch = collate(some, student)
@@ -202,7 +202,7 @@ def measure(model: LlamaForCausalLM, speaker: Speaker, windows: Sequence[Window]
 
 def run(world: World, arm: Arm) -> dict[str, Any]:
     """Trains one student and measures it."""
-    size, student = world.size, world.speakers["student"]
+    size, student = world.size, world.model_names["student"]
     model = world.begun(arm.seed)
     adam, steps = models.optimizer(model, arm.rate), round(size.steps * arm.length)
     setting, loss_of = Setting(arm.method, arm.rows, arm.share), (METHODS | CHUNKED | {"gold": gold})[arm.method]
@@ -219,8 +219,8 @@ def run(world: World, arm: Arm) -> dict[str, Any]:
         of_loss += time.process_time() - before
         models.step_with(adam, model, loss, models.rate(step, steps, arm.rate))
         cpu += time.process_time() - begun
-        tokens += len(batch.targets_N)
-        raw += int(student.vocabulary.lengths_W[batch.targets_N.numpy()].sum())
+        tokens += len(batch.labels_N)
+        raw += int(student.vocabulary.lengths_W[batch.labels_N.numpy()].sum())
         if not bool(torch.isfinite(loss.detach())):
             raise SystemExit(f"{arm}: the loss is {float(loss.detach())} at step {step}")
         if (step + 1) % max(1, steps // 4) == 0:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bench.objectives.lessons import Batch, Ints, Lesson
+from bench.objectives.examples import Batch, Ints, Lesson
 from bench.objectives.methods import Loss, Pair, Setting, boundary_contexts, said_of
-from persea.alignment.boundary_mask import Mask
-from persea.losses import Chunks, Dead, composed
-from persea.losses import chunk as chunk_term
+from persea.alignment.boundary_mask import BoundaryMask
+from persea.losses import ImpossibleTokens, SpanTargets, event_kl_loss
+from persea.losses import span_likelihood_loss as chunk_term
 
 WEIGHTS = (0.01, 0.03, 0.1)
 
@@ -41,17 +41,17 @@ DEAD: dict[tuple[int, int], Ints] = {}
 KEPT: dict[int, Stretches] = {}
 
 
-def dead(mask: Mask, context: int) -> Ints:
+def dead(mask: BoundaryMask, context: int) -> Ints:
     """All candidates that cannot stand in a context; each context is asked once."""
     if (id(mask), context) not in DEAD:
-        DEAD[id(mask), context] = mask.dead(context)
+        DEAD[id(mask), context] = mask.impossible_tokens(context)
     return DEAD[id(mask), context]
 
 
 def stretches(one: Lesson, pair: Pair) -> Stretches:
     if id(one) in KEPT:
         return KEPT[id(one)]
-    bridge = pair.bridge
+    bridge = pair.event_map
     assert bridge.teacher_mask is not None and bridge.student_mask is not None
     s0, s1, t0, t1 = one.spans_C4.T
     mixed = (s1 - s0 != 1) | (t1 - t0 != 1)
@@ -77,12 +77,12 @@ def stretches(one: Lesson, pair: Pair) -> Stretches:
     return KEPT[id(one)]
 
 
-def gathered(batch: Batch, pairs: Mapping[str, Pair]) -> tuple[Chunks, Dead]:
+def gathered(batch: Batch, pairs: Mapping[str, Pair]) -> tuple[SpanTargets, ImpossibleTokens]:
     """The chunks of a batch in its own numbering."""
     chunk_P, position_P, begin, end, teacher, row_D, token_D = [], [], [], [], [], [], []
     n = 0
     for group in batch.groups:
-        for one, first in zip(group.lessons, group.first_student, strict=True):
+        for one, first in zip(group.examples, group.first_student, strict=True):
             own = stretches(one, pairs[group.who])
             sizes = own.student_C2[:, 1] - own.student_C2[:, 0]
             chunk_P.append(np.repeat(np.arange(n, n + len(sizes)), sizes))
@@ -94,14 +94,14 @@ def gathered(batch: Batch, pairs: Mapping[str, Pair]) -> tuple[Chunks, Dead]:
             token_D.append(own.token_D)
             n += len(sizes)
     a, b, c, d, e, r, t = (torch.from_numpy(np.concatenate(x)) for x in (chunk_P, position_P, begin, end, teacher, row_D, token_D))
-    return Chunks(a, b, c, d, e), Dead(r, t)
+    return SpanTargets(a, b, c, d, e), ImpossibleTokens(r, t)
 
 
 def with_chunks(weight: float) -> Loss:
     def loss(logits_NV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setting: Setting) -> torch.Tensor:
         chunks, gone = gathered(batch, pairs)
-        events = composed(logits_NV, batch.targets_N, said_of(batch, pairs, setting), setting.share).loss
-        return events + weight * chunk_term(logits_NV, batch.targets_N, chunks, gone).loss
+        events = event_kl_loss(logits_NV, batch.labels_N, said_of(batch, pairs, setting), setting.share).loss
+        return events + weight * chunk_term(logits_NV, batch.labels_N, chunks, gone).loss
     return loss
 
 

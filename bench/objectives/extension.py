@@ -11,13 +11,13 @@ from transformers import LlamaForCausalLM
 
 from bench.objectives.vocabularies import FAMILIES, STARTS, TOKENIZERS, Speaker, speaker
 from persea.vocab_extension import learn_merges as extension
-from persea.vocab_extension.learn_merges import Merge, extended, pieces_of, prove, words_of
-from persea.vocab_extension.resize_model import lengthen
+from persea.vocab_extension.learn_merges import Merge, count_words, extend_tokenizer_spec, old_ids_of_new_tokens, refuse_changed_tokens
+from persea.vocab_extension.resize_model import initialize_new_embeddings
 
 
 def learned(backend: Tokenizer, texts: Sequence[str], count: int) -> list[Merge]:
     """The first `count` merges of one text, however many tokens they make."""
-    return extension.learned(backend, words_of(backend, [texts]), count)[:count]
+    return extension.learn_merges(backend, count_words(backend, [texts]), count)[:count]
 
 
 def open_extended(folder: Path, count: int, texts: Sequence[str]) -> Speaker:
@@ -25,14 +25,14 @@ def open_extended(folder: Path, count: int, texts: Sequence[str]) -> Speaker:
     path = folder / f"student+{count}.tokenizer.json"
     if not path.is_file():
         spec = json.loads((folder / "student.tokenizer.json").read_text())
-        path.write_text(json.dumps(extended(spec, learned(Tokenizer.from_str(json.dumps(spec)), texts, count))))
+        path.write_text(json.dumps(extend_tokenizer_spec(spec, learned(Tokenizer.from_str(json.dumps(spec)), texts, count))))
     return speaker(json.loads(path.read_text()), f"{TOKENIZERS['student']}, cut, +{count}", FAMILIES["student"], STARTS["student"])
 
 
 def carried(model: LlamaForCausalLM, plain: Speaker, longer: Speaker) -> LlamaForCausalLM:
     """The model with `longer`'s vocabulary: old tokens keep their rows, a new one gets the mean of those that its bytes were before."""
-    prove(plain.vocabulary, longer.vocabulary, longer.vocabulary.name)  # a tokenizer kept from before 2026-11-29 had its controls last
-    pieces = pieces_of(plain.vocabulary.backend, longer.vocabulary.backend)
+    refuse_changed_tokens(plain.vocabulary, longer.vocabulary, longer.vocabulary.name)  # a tokenizer kept from before 2026-11-29 had its controls last
+    pieces = old_ids_of_new_tokens(plain.vocabulary.backend, longer.vocabulary.backend)
     if pieces:
-        lengthen(model, pieces)
+        initialize_new_embeddings(model, pieces)
     return model

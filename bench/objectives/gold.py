@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from bench import baselines
-from bench.objectives.lessons import Batch, Lesson
+from bench.objectives.examples import Batch, Lesson
 from bench.objectives.methods import Pair, Setting
 from bench.objectives.models import padded
 from bench.objectives.vocabularies import Speaker
@@ -35,7 +35,7 @@ def with_last(batch: Batch) -> Batch:
     """The same batch with the row behind every window's last token: TRL's default merge reads it."""
     learn_BS = batch.learn_BS.clone()
     learn_BS[torch.arange(len(learn_BS)), batch.learn_BS.sum(1)] = True
-    return Batch(batch.ids_BS, learn_BS, batch.targets_N, batch.groups)
+    return Batch(batch.ids_BS, learn_BS, batch.labels_N, batch.groups)
 
 
 def side(logits_TV: torch.Tensor, ids: list[int], one: Any, start: int) -> baselines.Sequence:
@@ -52,19 +52,19 @@ def gold(logits_MV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setti
     firsts = sizes.cumsum(0) - sizes
     keep = torch.ones(len(logits_MV), dtype=torch.bool)
     keep[firsts + sizes - 1] = False
-    ce = F.cross_entropy(logits_MV[keep], batch.targets_N)
-    students = (firsts - torch.arange(len(firsts))).tolist()  # where a window's learned positions begin in batch.targets_N
+    ce = F.cross_entropy(logits_MV[keep], batch.labels_N)
+    students = (firsts - torch.arange(len(firsts))).tolist()  # where a window's learned positions begin in batch.labels_N
     total = torch.zeros(())
     for group in batch.groups:
         pair = pairs[group.who]
-        rows = spoken(pair, group.lessons)
-        for one, first, teacher_TV in zip(group.lessons, group.first_student, rows, strict=True):
+        rows = spoken(pair, group.examples)
+        for one, first, teacher_TV in zip(group.examples, group.first_student, rows, strict=True):
             b = students.index(first)
             own_TV = logits_MV[int(firsts[b]):int(firsts[b] + sizes[b])]
             student = side(own_TV, one.student.ids_T.tolist(), one.student, pair.student.start)
             teacher = side(teacher_TV, one.spoken.ids_T.tolist(), one.spoken, pair.teacher.speaker.start)
             total = total + baselines.gold_loss(loss_of(pair), student, teacher) * len(one.student)
-    return setting.share * total / len(batch.targets_N) + (1 - setting.share) * ce
+    return setting.share * total / len(batch.labels_N) + (1 - setting.share) * ce
 
 
 def spoken(pair: Pair, some: tuple[Lesson, ...]) -> list[torch.Tensor]:

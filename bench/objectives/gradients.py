@@ -11,11 +11,11 @@ from transformers import LlamaForCausalLM
 
 from bench.objectives.arms import Arm, World
 from bench.objectives.chunks import gathered
-from bench.objectives.lessons import Batch
+from bench.objectives.examples import Batch
 from bench.objectives.methods import Setting, said_of
 from bench.objectives.models import make, states
-from persea.losses import Chunks, Dead, event_logprobs
-from persea.losses import chunk as chunk_term
+from persea.losses import ImpossibleTokens, SpanTargets, event_logprobs
+from persea.losses import span_likelihood_loss as chunk_term
 
 BATCHES = 8
 
@@ -35,9 +35,9 @@ def of_chunks(correct: bool) -> Callable[[torch.Tensor, Batch, World], torch.Ten
         chunks, gone = gathered(batch, world.pairs)
         if not correct:
             nothing = torch.empty(0, dtype=torch.int64)
-            gone = Dead(nothing, nothing)
-            chunks = Chunks(chunks.chunk_P, chunks.position_P, chunks.begin_C, chunks.end_C, teacher_plain(batch))
-        return chunk_term(logits_NV, batch.targets_N, chunks, gone).loss
+            gone = ImpossibleTokens(nothing, nothing)
+            chunks = SpanTargets(chunks.span_P, chunks.position_P, chunks.begin_C, chunks.end_C, teacher_plain(batch))
+        return chunk_term(logits_NV, batch.labels_N, chunks, gone).loss
     return loss
 
 
@@ -62,7 +62,7 @@ def measured(world: World, arms: dict[str, Arm | None]) -> dict[str, Any]:
     """By student (None = untrained): mean and standard deviation over batches of cosine and norm ratio, chunk against events."""
     out: dict[str, Any] = {}
     for name, arm in arms.items():
-        model = make(world.size.student, len(world.speakers["student"].vocabulary), seed=1)
+        model = make(world.size.student, len(world.model_names["student"].vocabulary), seed=1)
         if arm is not None:
             model.load_state_dict(torch.load(world.student(arm), weights_only=True))
         batches = world.batches(Arm("events", "sampled .01", 0.7, 0.0, "limited", 7))

@@ -15,9 +15,9 @@ from transformers import LlamaForCausalLM
 from bench.objectives.data import ASKED, Window
 from bench.objectives.models import padded, states
 from bench.objectives.vocabularies import Speaker
-from persea.alignment.spans import boundaries, spans
-from persea.chat.messages import Tokens
-from persea.distributions import Rows, sample_rows
+from persea.alignment.spans import aligned_spans, common_boundaries
+from persea.chat.messages import RenderedTokens
+from persea.distributions import SparseDistributions, sample_distributions
 
 Ints = npt.NDArray[np.int64]
 
@@ -46,8 +46,8 @@ class Lesson:
 
     window: Window
     teacher: str
-    student: Tokens
-    spoken: Tokens
+    student: RenderedTokens
+    spoken: RenderedTokens
     student_C: Ints
     teacher_C: Ints
     spans_C4: Ints
@@ -55,11 +55,11 @@ class Lesson:
     realised_T: torch.Tensor
 
 
-def plain(ids: Sequence[int], speaker: Speaker) -> Tokens:
+def plain(ids: Sequence[int], speaker: Speaker) -> RenderedTokens:
     """Tokens of a plain text: all learned, placed by their bytes."""
     ids_T = np.asarray(ids, np.int32)
     ends_T = np.cumsum(speaker.vocabulary.lengths_W[ids_T]).astype(np.int32)
-    return Tokens(ids_T, ends_T - speaker.vocabulary.lengths_W[ids_T], ends_T, np.ones(len(ids_T), bool))
+    return RenderedTokens(ids_T, ends_T - speaker.vocabulary.lengths_W[ids_T], ends_T, np.ones(len(ids_T), bool))
 
 
 def lessons(windows: Sequence[Window], student: Speaker, teachers: Mapping[str, Teacher]) -> list[Lesson]:
@@ -79,7 +79,7 @@ def lessons(windows: Sequence[Window], student: Speaker, teachers: Mapping[str, 
             n = 0
             for k, s_ids, t_ids in zip(some, own, spoken, strict=True):
                 s, t = plain(s_ids, student), plain(t_ids, teacher.speaker)
-                both, ranges = boundaries(s, t), spans(s, t)
+                both, ranges = common_boundaries(s, t), aligned_spans(s, t)
                 here = slice(n, n + len(t))
                 out[k] = Lesson(windows[k], who, s, t, both.student_C, both.teacher_C, np.concatenate([ranges.student_C2, ranges.teacher_C2], 1),
                                 states_ND[here].clone(), realised_N[here].clone())
@@ -99,9 +99,9 @@ def open_lessons(path: Path, windows: Sequence[Window], student: Speaker, teache
     return made
 
 
-def sampled(lesson: Lesson, teacher: Teacher, tau: float) -> Rows:
+def sampled(lesson: Lesson, teacher: Teacher, tau: float) -> SparseDistributions:
     """A row for each teacher token, unbiased, as persea's capture keeps it."""
-    return sample_rows(teacher.logprobs(lesson.states_TD), lesson.spoken.ids_T, tau, f"{tau} {lesson.window.text}")
+    return sample_distributions(teacher.logprobs(lesson.states_TD), lesson.spoken.ids_T, tau, f"{tau} {lesson.window.text}")
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Group:
     spans_C4: torch.Tensor
     states_TD: torch.Tensor
     realised_T: torch.Tensor
-    lessons: tuple[Lesson, ...]
+    examples: tuple[Lesson, ...]
     first_student: tuple[int, ...]
     first_teacher: tuple[int, ...]
 
@@ -130,7 +130,7 @@ class Batch:
 
     ids_BS: torch.Tensor
     learn_BS: torch.Tensor
-    targets_N: torch.Tensor
+    labels_N: torch.Tensor
     groups: tuple[Group, ...]
 
 

@@ -18,14 +18,14 @@ import torch
 import torch.nn.functional as F
 
 from bench import baselines
-from bench.objectives.lessons import Batch, Group, Ints, Lesson, Teacher, sampled
+from bench.objectives.examples import Batch, Group, Ints, Lesson, Teacher, sampled
 from bench.objectives.vocabularies import Speaker
-from persea.alignment.boundary_mask import FREE
-from persea.alignment.event_map import Bridge, open_bridge
-from persea.alignment.partial_tokens import Completer, open_completer, said_before
+from persea.alignment.boundary_mask import UNRESTRICTED_CONTEXT
+from persea.alignment.event_map import EventMap, load_event_map
+from persea.alignment.partial_tokens import PartialTokenProjector, make_partial_token_projector, token_prefixes
 from persea.alignment.spans import align
-from persea.distributions import RowKind, Rows
-from persea.losses import Entries, Targets, composed, standing, targets, together
+from persea.distributions import DistributionKind, SparseDistributions
+from persea.losses import BatchTargets, EventTargets, build_batch_targets, build_event_targets, concat_event_targets, event_kl_loss
 
 TEMPERATURE = 100.0  # of the chunk likelihood, as published
 
@@ -38,28 +38,28 @@ class Pair:
     student: Speaker
 
     @cached_property
-    def bridge(self) -> Bridge:
-        return open_bridge(self.teacher.speaker.voice, self.student.voice)
+    def event_map(self) -> EventMap:
+        return load_event_map(self.teacher.speaker.renderer, self.student.renderer)
 
     @cached_property
-    def completer(self) -> Completer:
-        found = open_completer(self.bridge)
+    def completer(self) -> PartialTokenProjector:
+        found = make_partial_token_projector(self.event_map)
         assert found is not None, "two different tokenizers"
         return found
 
     @cached_property
     def shared(self) -> baselines.Shared:
-        return baselines.shared(self.teacher.speaker.voice, self.student.voice)
+        return baselines.shared(self.teacher.speaker.renderer, self.student.renderer)
 
     @cached_property
     def prefix_W(self) -> torch.Tensor:
-        return baselines.longest_prefix(self.teacher.speaker.voice, self.student.voice)
+        return baselines.longest_prefix(self.teacher.speaker.renderer, self.student.renderer)
 
     @cached_property
     def events(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Event of each teacher token and of each student token; the tokens left out share one more event, cut off afterwards."""
-        sides = (self.bridge.teacher_event_W, self.bridge.student_event_V)
-        teacher, student = (torch.from_numpy(np.where(side < 0, self.bridge.events, side)).long() for side in sides)
+        sides = (self.event_map.teacher_event_W, self.event_map.student_event_V)
+        teacher, student = (torch.from_numpy(np.where(side < 0, self.event_map.num_events, side)).long() for side in sides)
         return teacher, student
 
 
@@ -77,14 +77,14 @@ Loss: TypeAlias = Callable[[torch.Tensor, Batch, Mapping[str, Pair], Setting], t
 
 def mixed(logits_NV: torch.Tensor, batch: Batch, said: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], share: float) -> torch.Tensor:
     """(row_C, mass_C, divergence_C) of each teacher -> mean over all positions of share D + (1 - share M) cross-entropy."""
-    loss_N = F.cross_entropy(logits_NV, batch.targets_N, reduction="none")
+    loss_N = F.cross_entropy(logits_NV, batch.labels_N, reduction="none")
     for row_C, mass_C, divergence_C in said:
         loss_N = loss_N.index_add(0, row_C, share * (divergence_C - mass_C * loss_N[row_C]))
     return loss_N.mean()
 
 
 def cross_entropy(logits_NV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setting: Setting) -> torch.Tensor:
-    return F.cross_entropy(logits_NV, batch.targets_N)
+    return F.cross_entropy(logits_NV, batch.labels_N)
 
 
 # ---- baselines, on the teacher's whole rows --------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def common(group: Group) -> tuple[torch.Tensor, torch.Tensor]:
 def chunk(logits_NV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setting: Setting) -> torch.Tensor:
     """Plain chunk likelihood (ALM) of every span: one divergence a span, times the temperature, so that its gradient is of order one;
     its positions keep (1 - share) cross-entropy."""
-    ce_N = F.cross_entropy(logits_NV, batch.targets_N, reduction="none")
+    ce_N = F.cross_entropy(logits_NV, batch.labels_N, reduction="none")
     total_N = ce_N
     for group in batch.groups:
         s0, s1, t0, t1 = group.spans_C4.T
@@ -146,15 +146,15 @@ def numbered(first_C: torch.Tensor, last_C: torch.Tensor, n: int) -> tuple[torch
 
 
 def events_full(logits_NV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setting: Setting) -> torch.Tensor:
-    """persea.losses.composed on whole rows, written densely: an [N, E] table is cheaper than N x W entries (tests hold the two equal)."""
+    """persea.losses.event_kl_loss on whole rows, written densely: an [N, E] table is cheaper than N x W entries (tests hold the two equal)."""
     said = []
     for group in batch.groups:
         pair = pairs[group.who]
         event_W, event_V = pair.events
         with torch.no_grad():
             probs_CW = pair.teacher.logprobs(group.states_TD[group.at_C]).exp()
-            p_CE = summed(probs_CW, event_W, pair.bridge.events)
-        q_CE = summed(torch.softmax(logits_NV[group.row_C], -1), event_V, pair.bridge.events)
+            p_CE = summed(probs_CW, event_W, pair.event_map.num_events)
+        q_CE = summed(torch.softmax(logits_NV[group.row_C], -1), event_V, pair.event_map.num_events)
         log_q_CE = torch.log(q_CE.clamp_min(torch.finfo(q_CE.dtype).tiny))  # an event of probability below 1e-38 counts as 1e-38
         said.append((group.row_C, p_CE.sum(-1), -(p_CE * log_q_CE).sum(-1)))
     return mixed(logits_NV, batch, said, setting.share)
@@ -164,10 +164,10 @@ def summed(values_NW: torch.Tensor, event_W: torch.Tensor, events: int) -> torch
     return torch.zeros(len(values_NW), events + 1).index_add(1, event_W, values_NW)[:, :events]
 
 
-KEPT: dict[tuple[str, str, bool, bool], Entries] = {}  # what a teacher says of a window is drawn once, as a capture and a feed keep it
+KEPT: dict[tuple[str, str, bool, bool], EventTargets] = {}  # what a teacher says of a window is drawn once, as a capture and a feed keep it
 
 
-def entries(one: Lesson, pair: Pair, rows: str, masked: bool, completed: bool = False) -> Entries:
+def entries(one: Lesson, pair: Pair, rows: str, masked: bool, completed: bool = False) -> EventTargets:
     """A window's rows over events, as persea.training.dataset makes them; positions are the window's student tokens.
 
     Where both begin a token; completed: inside a teacher token that begins where both do, too.
@@ -175,27 +175,27 @@ def entries(one: Lesson, pair: Pair, rows: str, masked: bool, completed: bool = 
     key = (one.window.text, rows, masked, completed)
     if key not in KEPT:
         if completed:
-            KEPT[key] = together([entries(one, pair, rows, masked), inside(one, pair, rows)], [0, 0])
+            KEPT[key] = concat_event_targets([entries(one, pair, rows, masked), inside(one, pair, rows)], [0, 0])
         else:
             places, ids_M, probs_M, kind = raw(one, pair, rows)
-            contexts = boundary_contexts(one, pair.bridge) if masked else (None, None)
-            KEPT[key] = standing(pair.bridge, one.student_C[places], ids_M, probs_M, student_N=contexts[0], teacher_N=contexts[1], kind=kind)
+            contexts = boundary_contexts(one, pair.event_map) if masked else (None, None)
+            KEPT[key] = build_event_targets(pair.event_map, one.student_C[places], ids_M, probs_M, student_context_N=contexts[0], teacher_context_N=contexts[1], kind=kind)
     return KEPT[key]
 
 
-def inside(one: Lesson, pair: Pair, rows: str) -> Entries:
+def inside(one: Lesson, pair: Pair, rows: str) -> EventTargets:
     """persea's completion: what a row says of student tokens in the middle of its teacher token."""
     places, ids_M, probs_M, kind = raw(one, pair, rows)
     offsets = np.concatenate([[0], np.cumsum(np.bincount(places, minlength=len(one.teacher_C)))])
-    drawn = Rows(offsets, ids_M.astype(np.int32), probs_M, np.zeros(len(offsets) - 1, np.float32), kind)
-    found = align([one.student], [one.spoken]).inside
-    at_I, in_I, said_I = (side[found.common_I] for side in (found.student_I, found.teacher_I, found.said_I))
+    drawn = SparseDistributions(offsets, ids_M.astype(np.int32), probs_M, np.zeros(len(offsets) - 1, np.float32), kind)
+    found = align([one.student], [one.spoken]).partial_tokens
+    at_I, in_I, said_I = (side[found.at_common_boundary_I] for side in (found.student_I, found.teacher_I, found.prefix_len_I))
     completer = pair.completer
-    bytes_I = said_before(completer.teacher.vocabulary, one.spoken.ids_T[in_I], said_I)
+    bytes_I = token_prefixes(completer.teacher_order.vocabulary, one.spoken.ids_T[in_I], said_I)
     row_I = np.searchsorted(one.teacher_C, in_I)
-    more = completer.complete(drawn, row_I, bytes_I, np.array(completer.student.contexts(one.student.ids_T, at_I.tolist()), np.int64))
+    more = completer.project(drawn, row_I, bytes_I, np.array(completer.student_order.context_ids(one.student.ids_T, at_I.tolist()), np.int64))
     none = np.empty(0, np.int64)
-    return Entries(at_I[more.at_M], more.event_M, more.probs_M, more.entry_D, more.token_D, none, none.astype(np.float32), none, none, kind)
+    return EventTargets(at_I[more.student_index_M], more.event_M, more.probs_M, more.entry_D, more.token_D, none, none.astype(np.float32), none, none, kind)
 
 
 def open_kept(path: Path) -> None:
@@ -209,29 +209,29 @@ def keep(path: Path) -> None:
     torch.save(masked, path)
 
 
-def raw(one: Lesson, pair: Pair, rows: str) -> tuple[Ints, Ints, npt.NDArray[np.float32], RowKind]:
+def raw(one: Lesson, pair: Pair, rows: str) -> tuple[Ints, Ints, npt.NDArray[np.float32], DistributionKind]:
     """Which common boundary, which teacher id, what probability, one an entry."""
     kind, value = rows.split()[:2]
     if kind == "sampled":
         drawn = sampled(one, pair.teacher, float(value))
         begins, ends = drawn.offsets_N1[one.teacher_C], drawn.offsets_N1[one.teacher_C + 1]
         at_M = np.concatenate([np.arange(a, b) for a, b in zip(begins, ends, strict=True)])
-        return np.repeat(np.arange(len(begins)), ends - begins), drawn.ids_M[at_M].astype(np.int64), drawn.probs_M[at_M], RowKind.SAMPLED
+        return np.repeat(np.arange(len(begins)), ends - begins), drawn.ids_M[at_M].astype(np.int64), drawn.probs_M[at_M], DistributionKind.SAMPLED
     k = len(pair.teacher.speaker.vocabulary) if value == "all" else int(value)
     with torch.no_grad():
         top = pair.teacher.logprobs(one.states_TD[torch.from_numpy(one.teacher_C)]).exp().topk(k, -1)
     probs_CK = top.values / top.values.sum(-1, keepdim=True) if rows.endswith("renormalised") else top.values
-    of_kind = RowKind.TOPK_REST if value != "all" and not rows.endswith("renormalised") else RowKind.FULL
+    of_kind = DistributionKind.TOPK if value != "all" and not rows.endswith("renormalised") else DistributionKind.FULL
     return np.repeat(np.arange(len(top.values)), k), top.indices.reshape(-1).numpy(), probs_CK.reshape(-1).numpy(), of_kind
 
 
-def boundary_contexts(one: Lesson, bridge: Bridge) -> tuple[Ints, Ints]:
+def boundary_contexts(one: Lesson, bridge: EventMap) -> tuple[Ints, Ints]:
     """By student token, the context that each tokenizer's boundary there stands in."""
     found = []
     for mask, ids_T, at_C in ((bridge.teacher_mask, one.student.ids_T, one.student_C), (bridge.student_mask, one.spoken.ids_T, one.teacher_C)):
         assert mask is not None, "two different tokenizers"
-        of_N = np.full(len(one.student), FREE, np.int64)
-        of_N[one.student_C] = mask.keeper.contexts(ids_T, at_C.tolist())
+        of_N = np.full(len(one.student), UNRESTRICTED_CONTEXT, np.int64)
+        of_N[one.student_C] = mask.other.context_ids(ids_T, at_C.tolist())
         found.append(of_N)
     return found[0], found[1]
 
@@ -241,21 +241,21 @@ def prepare(batch: Batch, pairs: Mapping[str, Pair], setting: Setting) -> None:
     if setting.rows in ("none", "full"):
         return
     for group in batch.groups:
-        for one in group.lessons:
+        for one in group.examples:
             entries(one, pairs[group.who], setting.rows, "masks" in setting.method, "completion" in setting.method)
 
 
-def said_of(batch: Batch, pairs: Mapping[str, Pair], setting: Setting) -> list[Targets]:
+def said_of(batch: Batch, pairs: Mapping[str, Pair], setting: Setting) -> list[BatchTargets]:
     out = []
     for group in batch.groups:
-        parts = [entries(one, pairs[group.who], setting.rows, "masks" in setting.method, "completion" in setting.method) for one in group.lessons]
-        out.append(targets(pairs[group.who].bridge, together(parts, group.first_student), len(batch.targets_N)))
+        parts = [entries(one, pairs[group.who], setting.rows, "masks" in setting.method, "completion" in setting.method) for one in group.examples]
+        out.append(build_batch_targets(pairs[group.who].event_map, concat_event_targets(parts, group.first_student), len(batch.labels_N)))
     return out
 
 
 def events_sparse(logits_NV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setting: Setting) -> torch.Tensor:
     """persea's own objective on persea's own rows."""
-    return composed(logits_NV, batch.targets_N, said_of(batch, pairs, setting), setting.share).loss
+    return event_kl_loss(logits_NV, batch.labels_N, said_of(batch, pairs, setting), setting.share).loss
 
 
 def events(logits_NV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setting: Setting) -> torch.Tensor:

@@ -25,7 +25,7 @@ class Shape:
     hidden: int
     layers: int
     heads: int
-    inner: int
+    supervised_context_ids: int
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ SIZES = {s.name: s for s in (
 def make(shape: Shape, vocabulary: int, seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(vocab_size=vocabulary, hidden_size=shape.hidden, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
-                         intermediate_size=shape.inner, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None)
+                         intermediate_size=shape.supervised_context_ids, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None)
     return LlamaForCausalLM(config)
 
 

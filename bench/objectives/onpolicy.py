@@ -30,13 +30,13 @@ from bench.objectives.methods import Setting, events, prepare
 from bench.objectives.models import optimizer, order, padded, rate, states, step_with
 from bench.objectives.vocabularies import Speaker
 from bench.objectives.words import AT_ONCE, drawn, given
-from persea.chat.messages import Tokens
-from persea.losses import Head
-from persea.teachers.engines.transformers import LocalEngine
+from persea.chat.messages import RenderedTokens
+from persea.losses import LMHead
+from persea.teachers.engines.transformers import TransformersEngine
 from persea.teachers.teacher import Teacher as Asked
-from persea.training.on_policy.candidates import LIKELY, likely_behind
-from persea.training.on_policy.loss import advice
-from persea.training.on_policy.teacher_scores import Pair
+from persea.training.on_policy.candidates import MIN_CANDIDATE_PROB, candidates_from_hidden
+from persea.training.on_policy.loss import build_on_policy_loss
+from persea.training.on_policy.teacher_scores import TeacherScorer
 
 ON = ("none", "text", "both", "own")
 MORE = 0.5     # of a size's steps
@@ -76,21 +76,21 @@ class Begun:
         return model
 
     @cached_property
-    def lessons(self) -> dict[str, list[Lesson]]:
+    def examples(self) -> dict[str, list[Lesson]]:
         """By domain, of the windows behind those of length 1."""
-        return self.world.lessons(1, 1 + MORE)
+        return self.world.examples(1, 1 + MORE)
 
     @property
     def windows(self) -> dict[str, list[Window]]:
-        return {d: [one.window for one in pool] for d, pool in self.lessons.items()}
+        return {d: [one.window for one in pool] for d, pool in self.examples.items()}
 
-    def pairs(self) -> dict[str, Pair]:
+    def pairs(self) -> dict[str, TeacherScorer]:
         """Each teacher as persea asks one whose weights are here."""
-        return {who: Pair(asked(who, teacher), self.world.pairs[who].bridge, LIKELY) for who, teacher in self.world.teachers.items()}
+        return {who: TeacherScorer(asked(who, teacher), self.world.pairs[who].event_map, MIN_CANDIDATE_PROB) for who, teacher in self.world.teachers.items()}
 
 
 def asked(who: str, teacher: Teacher) -> Asked:
-    return Asked(who, teacher.speaker.voice, LocalEngine(teacher.model, len(teacher.speaker.vocabulary)))
+    return Asked(who, teacher.speaker.renderer, TransformersEngine(teacher.model, len(teacher.speaker.vocabulary)))
 
 
 def learn(adam: torch.optim.AdamW, model: LlamaForCausalLM, world: World, batch: Any, setting: Setting, lr: float) -> None:
@@ -122,14 +122,14 @@ def own_words(speaker: Speaker, window: Window, ids: Sequence[int]) -> Own | Non
     return None
 
 
-def both_tokens(own: Own, student: Speaker, teacher: Speaker) -> tuple[Tokens, Tokens]:
+def both_tokens(own: Own, student: Speaker, teacher: Speaker) -> tuple[RenderedTokens, RenderedTokens]:
     """What was said, in the student's tokens and in the teacher's, behind a start token each; learned from where the student began."""
     begins = int(student.vocabulary.lengths_W[list(own.ids[:own.prefix])].sum())
     found = []
     for speaker, ids in ((student, own.ids), (teacher, teacher.vocabulary.encode(own.text))):
         said = plain(ids, speaker)
         nowhere = np.full(1, -1, np.int32)
-        found.append(Tokens(np.concatenate([np.full(1, speaker.start, np.int32), said.ids_T]), np.concatenate([nowhere, said.starts_T]),
+        found.append(RenderedTokens(np.concatenate([np.full(1, speaker.start, np.int32), said.ids_T]), np.concatenate([nowhere, said.starts_T]),
                             np.concatenate([nowhere, said.ends_T]), np.concatenate([np.zeros(1, bool), said.starts_T >= begins])))
     return found[0], found[1]
 
@@ -141,33 +141,33 @@ def said_by(model: LlamaForCausalLM, speaker: Speaker, windows: Sequence[Window]
     return [own_words(speaker, w, one) for w, one in zip(windows, ids, strict=True)]
 
 
-def heard(model: LlamaForCausalLM, speakers: Mapping[str, Speaker], some: Sequence[Own], pairs: Mapping[str, Pair]) -> torch.Tensor:
+def heard(model: LlamaForCausalLM, speakers: Mapping[str, Speaker], some: Sequence[Own], pairs: Mapping[str, TeacherScorer]) -> torch.Tensor:
     """persea's loss of the student's own words, as persea.training.on_policy.rollouts puts it together."""
-    student, spoken, first = speakers["student"], dict[str, list[tuple[Tokens, Tokens]]](), 0
+    student, spoken, first = speakers["student"], dict[str, list[tuple[RenderedTokens, RenderedTokens]]](), 0
     for own in some:
         who = ASKED[own.window.domain]
         mine, theirs = both_tokens(own, student, speakers[who])
-        if mine.learn_T.any() and theirs.learn_T.any():  # a few bytes may all lie in a token that began before them
+        if mine.loss_mask_T.any() and theirs.loss_mask_T.any():  # a few bytes may all lie in a token that began before them
             spoken.setdefault(who, []).append((mine, theirs))
     answers = [mine for members in spoken.values() for mine, _ in members]
     ids_BS, _ = padded([a.ids_T[1:].tolist() for a in answers], student.start)
     learn_BS = torch.zeros_like(ids_BS, dtype=torch.bool)
     for b, one in enumerate(answers):
-        learn_BS[b, :len(one) - 1] = torch.from_numpy(one.learn_T[1:])
+        learn_BS[b, :len(one) - 1] = torch.from_numpy(one.loss_mask_T[1:])
     hidden_LD, targets_L = states(model, ids_BS, learn_BS), ids_BS[:, 1:][learn_BS[:, :-1]]
-    head, parts = Head(model.lm_head.weight, len(student.vocabulary)), list[tuple[torch.Tensor, int]]()
-    found = likely_behind(hidden_LD, head)
+    head, parts = LMHead(model.lm_head.weight, len(student.vocabulary)), list[tuple[torch.Tensor, int]]()
+    found = candidates_from_hidden(hidden_LD, head)
     for who, members in spoken.items():
-        last = first + sum(int(mine.learn_T.sum()) for mine, _ in members)
-        said = advice(pairs[who], members, "events", found.within(first, last))
-        parts.append((said.loss(hidden_LD[first:last][said.place_P], head, targets_L[first:last][said.place_P]).loss, said.weight))
+        last = first + sum(int(mine.loss_mask_T.sum()) for mine, _ in members)
+        said = build_on_policy_loss(pairs[who], members, "events", found.slice_positions(first, last))
+        parts.append((said.loss_fn(hidden_LD[first:last][said.position_P], head, targets_L[first:last][said.position_P]).loss, said.num_terms))
         first = last
     return torch.stack([loss * weight for loss, weight in parts]).sum() / sum(weight for _, weight in parts)
 
 
 def batches(begun: Begun, model: LlamaForCausalLM, seed: int, steps: int) -> Iterator[list[Own]]:
     """The student's words, REFRESH steps of them drawn at once; what is no text is left out."""
-    size, student = begun.world.size, begun.world.speakers["student"]
+    size, student = begun.world.size, begun.world.model_names["student"]
     walk = order(begun.windows, size.batch, seed)
     for at in range(0, steps, REFRESH):
         n = min(REFRESH, steps - at)
@@ -177,12 +177,12 @@ def batches(begun: Begun, model: LlamaForCausalLM, seed: int, steps: int) -> Ite
             yield [own for own in (next(said) for _ in some) if own is not None]
 
 
-def run(begun: Begun, more: More, pairs: Mapping[str, Pair]) -> dict[str, Any]:
+def run(begun: Begun, more: More, pairs: Mapping[str, TeacherScorer]) -> dict[str, Any]:
     world, size = begun.world, begun.world.size
-    model, student = begun.student(more.seed), world.speakers["student"]
+    model, student = begun.student(more.seed), world.model_names["student"]
     adam, steps = optimizer(model, more.rate), round(size.steps * MORE)
     setting = Setting(begun.arm.method, begun.arm.rows, begun.arm.share)
-    text = order(begun.lessons, size.batch, more.seed)
+    text = order(begun.examples, size.batch, more.seed)
     own = batches(begun, model, more.seed, steps if more.on == "own" else steps // 2)
     tokens, left_out = 0, 0
     for step in range(steps if more.on != "none" else 0):
@@ -191,18 +191,18 @@ def run(begun: Begun, more: More, pairs: Mapping[str, Pair]) -> dict[str, Any]:
             some = next(own)
             left_out += size.batch - len(some)
             tokens += sum(len(one.ids) - one.prefix for one in some)
-            step_with(adam, model, heard(model, world.speakers, some, pairs), lr)
+            step_with(adam, model, heard(model, world.model_names, some, pairs), lr)
         else:
             batch = collate(next(text), student)
-            tokens += len(batch.targets_N)
+            tokens += len(batch.labels_N)
             learn(adam, model, world, batch, setting, lr)
     windows = held_out(world, more.part, size.test)
     found = measure(model, student, windows)
     return {"mean": round(found.mean(), 4), "bits_per_byte": {d: round(v, 4) for d, v in found.bits_per_byte().items()},
-            "calibration": round(found.calibration, 4), "tokens": tokens, "left_out": left_out} | spoken_by(model, world.speakers, windows, pairs)
+            "calibration": round(found.calibration, 4), "tokens": tokens, "left_out": left_out} | spoken_by(model, world.model_names, windows, pairs)
 
 
-def spoken_by(model: LlamaForCausalLM, speakers: Mapping[str, Speaker], windows: Sequence[Window], pairs: Mapping[str, Pair]) -> dict[str, Any]:
+def spoken_by(model: LlamaForCausalLM, speakers: Mapping[str, Speaker], windows: Sequence[Window], pairs: Mapping[str, TeacherScorer]) -> dict[str, Any]:
     """Of each window, continued: (bits the teacher spends, bits the student spends, bytes), from where both begin a token; None where it was
     no text."""
     student, out = speakers["student"], list[Any]()
@@ -212,14 +212,14 @@ def spoken_by(model: LlamaForCausalLM, speakers: Mapping[str, Speaker], windows:
             continue
         who = ASKED[own.window.domain]
         mine, theirs = both_tokens(own, student, speakers[who])
-        common = set(mine.starts_T[mine.learn_T].tolist()) & set(theirs.starts_T[theirs.learn_T].tolist())
+        common = set(mine.starts_T[mine.loss_mask_T].tolist()) & set(theirs.starts_T[theirs.loss_mask_T].tolist())
         if not common:
             out.append(None)
             continue
         bits = []
-        for engine, tokens in ((pairs[who].teacher.engine, theirs), (LocalEngine(model, len(student.vocabulary)), mine)):
+        for engine, tokens in ((pairs[who].teacher.engine, theirs), (TransformersEngine(model, len(student.vocabulary)), mine)):
             counted_T = tokens.starts_T >= min(common)
-            (logprobs_NW,) = engine.score([tokens.ids_T], [counted_T])
+            (logprobs_NW,) = engine.compute_logprobs([tokens.ids_T], [counted_T])
             said_N = logprobs_NW[torch.arange(len(logprobs_NW)), torch.from_numpy(tokens.ids_T[counted_T]).long()]
             bits.append(-float(said_N.double().sum()) / math.log(2))
         out.append([round(bits[0], 2), round(bits[1], 2), len(own.text.encode()) - min(common)])

@@ -23,8 +23,8 @@ from persea.chat.families.gpt_oss import GPT_OSS
 from persea.chat.families.llama import LLAMA
 from persea.chat.families.qwen import QWEN
 from persea.chat.messages import Family
-from persea.chat.renderer import Voice
-from persea.tokenization.vocabulary import BYTE_TO_CHAR, Vocabulary, open_vocabulary
+from persea.chat.renderer import ChatRenderer
+from persea.tokenization.vocabulary import BYTE_TO_CHAR, Vocabulary, load_vocabulary
 
 TOKENIZERS = {"A": "qwen3", "B": "gemma3", "C": "gpt-oss", "student": "llama3"}
 FAMILIES = {"A": QWEN, "B": GEMMA, "C": GPT_OSS, "student": LLAMA}
@@ -35,12 +35,12 @@ STARTS = {"A": "<|im_start|>", "B": "<bos>", "C": "<|startoftext|>", "student": 
 class Speaker:
     """A cut tokenizer as persea sees it; `start` stands before every window."""
 
-    voice: Voice
+    renderer: ChatRenderer
     start: int
 
     @property
     def vocabulary(self) -> Vocabulary:
-        return self.voice.vocabulary
+        return self.renderer.vocabulary
 
 
 def merging(token: str, rank: Mapping[tuple[str, str], int], pieces: Sequence[str]) -> list[str]:
@@ -88,8 +88,8 @@ def usage(backend: Tokenizer, texts: Sequence[str]) -> Counter[str]:
 
 
 def speaker(spec: dict[str, Any], name: str, family: Family, start: str) -> Speaker:
-    vocabulary = open_vocabulary(Tokenizer.from_str(json.dumps(spec)), name)
-    return Speaker(Voice(family, vocabulary, no_template, ""), vocabulary.control[start])
+    vocabulary = load_vocabulary(Tokenizer.from_str(json.dumps(spec)), name)
+    return Speaker(ChatRenderer(family, vocabulary, no_template, ""), vocabulary.control_token_ids[start])
 
 
 def no_template(*_: object, **__: object) -> str:
@@ -107,6 +107,6 @@ def open_speakers(folder: Path, size: int, texts_of: Callable[[str], Sequence[st
             spec["added_tokens"] = [t for t in spec["added_tokens"] if t["special"]]
             counts = usage(Tokenizer.from_str(json.dumps(spec)), texts_of(who))
             folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(cut(spec, counts, size, (STARTS[who], FAMILIES[who].stops[0]))))
+            path.write_text(json.dumps(cut(spec, counts, size, (STARTS[who], FAMILIES[who].stop_tokens[0]))))
         out[who] = speaker(json.loads(path.read_text()), f"{source}, cut", FAMILIES[who], STARTS[who])
     return out

@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache
 
 from bench.objectives.data import ASKED, Window
-from bench.objectives.lessons import Teacher
+from bench.objectives.examples import Teacher
 from bench.objectives.vocabularies import Speaker
 
 AT_ONCE = 128

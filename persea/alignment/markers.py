@@ -8,13 +8,13 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from persea.alignment.spans import Boundaries, align
-from persea.chat.messages import Tokens
+from persea.alignment.spans import CommonBoundaries, align
+from persea.chat.messages import RenderedTokens
 
-Ints = npt.NDArray[np.int64]
+IntArray = npt.NDArray[np.int64]
 
 
-def marks(own: Tokens, theirs: Tokens) -> tuple[Ints, Ints]:
+def align_marker_runs(student: RenderedTokens, teacher: RenderedTokens) -> tuple[IntArray, IntArray]:
     """The shortest stretches around runs of learned tokens without bytes that begin and end at the same bytes on both sides, with at most one
     run in them on each and, where there is any, some content behind it: (student's, teacher's) half-open ranges of tokens.
 
@@ -22,7 +22,7 @@ def marks(own: Tokens, theirs: Tokens) -> tuple[Ints, Ints]:
     the student by its first word. A token that content and template share (the full stop and newline behind a thought) counts as one of a
     run. A run that nothing follows was cut off, and says nothing yet.
     """
-    (mine, begin_s), (others, begin_t) = (_runs(side) for side in (own, theirs))
+    (mine, begin_s), (others, begin_t) = (_marker_runs(side) for side in (student, teacher))
     common, found = sorted(begin_s.keys() & begin_t.keys()), set[tuple[int, int, int, int]]()
     for before, after in {*mine, *others}:
         beside = [run for run in (*mine, *others) if run[0] < after and before < run[1]]
@@ -37,26 +37,26 @@ def marks(own: Tokens, theirs: Tokens) -> tuple[Ints, Ints]:
     return both[:, :2], both[:, 2:]
 
 
-def free_of_runs(own: Tokens, theirs: Tokens) -> Boundaries:
+def boundaries_not_after_markers(student: RenderedTokens, teacher: RenderedTokens) -> CommonBoundaries:
     """Common boundaries, but for those right behind a run of markers."""
-    found = align([own], [theirs]).boundaries
-    free_C = ~behind(own, found.student_C, theirs, found.teacher_C)
-    return Boundaries(found.student_C[free_C], found.teacher_C[free_C])
+    found = align([student], [teacher]).boundaries
+    free_C = ~is_after_markers(student, found.student_C, teacher, found.teacher_C)
+    return CommonBoundaries(found.student_C[free_C], found.teacher_C[free_C])
 
 
-def behind(own: Tokens, at_S: Ints, theirs: Tokens, at_T: Ints) -> npt.NDArray[np.bool_]:
+def is_after_markers(student: RenderedTokens, student_index_C: IntArray, teacher: RenderedTokens, teacher_index_C: IntArray) -> npt.NDArray[np.bool_]:
     """Which boundaries stand right behind a run of markers, on either side: there one side may have decided already what comes (text, a call, a
     thought) and the other has not, so that the row of the one says nothing of the other's choice."""
-    return np.logical_or(*((at_X > 0) & tokens.learn_T[at_X - 1] & (tokens.starts_T[at_X - 1] < 0)
-                           for tokens, at_X in ((own, at_S), (theirs, at_T))))
+    return np.logical_or(*((at_X > 0) & tokens.loss_mask_T[at_X - 1] & (tokens.starts_T[at_X - 1] < 0)
+                           for tokens, at_X in ((student, student_index_C), (teacher, teacher_index_C))))
 
 
-def _runs(tokens: Tokens) -> tuple[list[tuple[int, int]], dict[int, int]]:
+def _marker_runs(tokens: RenderedTokens) -> tuple[list[tuple[int, int]], dict[int, int]]:
     """(place before, place after) of every run, and which token begins at a place: a token of content, or the first of a run.
 
     A place is twice a byte, and one more for the stop, which is not what begins at its byte; what an answer begins with is at -2.
     """
-    learned = np.flatnonzero(tokens.learn_T)
+    learned = np.flatnonzero(tokens.loss_mask_T)
     starts_L, ends_L = tokens.starts_T[learned].astype(np.int64), tokens.ends_T[learned].astype(np.int64)
     place_L = 2 * starts_L + (starts_L == ends_L)
     edges = np.flatnonzero(np.diff(np.concatenate([[False], starts_L < 0, [False]]).astype(np.int8))).reshape(-1, 2)

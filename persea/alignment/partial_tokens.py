@@ -16,15 +16,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from persea.alignment.boundary_mask import FREE, Keeper
-from persea.alignment.event_map import Bridge, first_of_bytes
-from persea.distributions import RowKind, Rows
+from persea.alignment.boundary_mask import UNRESTRICTED_CONTEXT, TokenOrder
+from persea.alignment.event_map import EventMap, first_token_of_bytes
+from persea.distributions import DistributionKind, SparseDistributions
 from persea.errors import RecipeError
 from persea.tokenization.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
-class Completed:
+class PartialTokenTargets:
     """Entries for student tokens inside teacher tokens. M = entries, D = exceptions.
 
     at_M     index into the student tokens asked about
@@ -32,7 +32,7 @@ class Completed:
     entry_D, token_D  student tokens of an entry's event that no teacher token goes on with
     """
 
-    at_M: npt.NDArray[np.int64]
+    student_index_M: npt.NDArray[np.int64]
     event_M: npt.NDArray[np.int64]
     probs_M: npt.NDArray[np.float32]
     entry_D: npt.NDArray[np.int64]
@@ -40,16 +40,16 @@ class Completed:
 
 
 @dataclass(frozen=True, eq=False)
-class Completer:
+class PartialTokenProjector:
     """Two vocabularies and their bridge, remembering what is left of a token after some of its bytes."""
 
-    bridge: Bridge
-    teacher: Keeper
-    student: Keeper
-    _firsts: dict[bytes, tuple[int, npt.NDArray[np.int64]]] = field(default_factory=dict)
-    _stands: dict[tuple[bytes, int], tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]] = field(default_factory=dict)
+    event_map: EventMap
+    teacher_order: TokenOrder
+    student_order: TokenOrder
+    _first_tokens_cache: dict[bytes, tuple[int, npt.NDArray[np.int64]]] = field(default_factory=dict)
+    _members_cache: dict[tuple[bytes, int], tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]] = field(default_factory=dict)
 
-    def complete(self, rows: Rows, row_I: npt.NDArray[np.integer], said_I: list[bytes], context_I: npt.NDArray[np.integer]) -> Completed:
+    def project(self, distributions: SparseDistributions, distribution_index_I: npt.NDArray[np.integer], prefix_I: list[bytes], context_I: npt.NDArray[np.integer]) -> PartialTokenTargets:
         """What the rows say of I student tokens.
 
         row_I      the row at the teacher token that each begins in
@@ -57,73 +57,73 @@ class Completer:
         context_I  the student's contexts there (`Keeper.contexts`)
         """
         at, events, probs, entries, tokens = list[int](), list[int](), list[float](), list[int](), list[int]()
-        for i, (row, said, context) in enumerate(zip(row_I.tolist(), said_I, context_I.tolist(), strict=True)):
-            cannot = np.empty(0, np.int64) if context == FREE else self.student.cannot_follow(context)
-            for m in range(rows.offsets_N1[row], rows.offsets_N1[row + 1]):
-                raw = self.teacher.vocabulary.bytes_W[rows.ids_M[m]]
+        for i, (row, said, context) in enumerate(zip(distribution_index_I.tolist(), prefix_I, context_I.tolist(), strict=True)):
+            cannot = np.empty(0, np.int64) if context == UNRESTRICTED_CONTEXT else self.student_order.impossible_next_tokens(context)
+            for m in range(distributions.offsets_N1[row], distributions.offsets_N1[row + 1]):
+                raw = self.teacher_order.vocabulary.bytes_W[distributions.ids_M[m]]
                 if raw is None or len(raw) <= len(said) or not raw.startswith(said):
                     continue
-                event = self._event(raw[len(said):], cannot)
+                event = self._event_of_rest(raw[len(said):], cannot)
                 if event < 0:
                     continue
-                members, stand = self._members(said, event)
+                members, stand = self._possible_members(said, event)
                 if stand.any():
                     entries += [len(at)] * int((~stand).sum())
                     tokens += members[~stand].tolist()
                     at.append(i)
                     events.append(event)
-                    probs.append(float(rows.probs_M[m]))
-        return Completed(np.array(at, np.int64), np.array(events, np.int64), np.array(probs, np.float32), np.array(entries, np.int64),
+                    probs.append(float(distributions.probs_M[m]))
+        return PartialTokenTargets(np.array(at, np.int64), np.array(events, np.int64), np.array(probs, np.float32), np.array(entries, np.int64),
                          np.array(tokens, np.int64))
 
-    def _event(self, raw: bytes, cannot: npt.NDArray[np.int64]) -> int:
+    def _event_of_rest(self, rest: bytes, impossible_tokens: npt.NDArray[np.int64]) -> int:
         """The event that some bytes begin with where certain student tokens cannot stand; -1 where none can, or several events could.
 
         It is that of their first token in the student's own encoding. Where that one cannot stand, a longer token must, which merges
         beyond these bytes; there they name an event only if all that can stand are of one.
         """
-        if raw not in self._firsts:
-            covering, starts = self.student.covers(raw)
-            first = first_of_bytes(raw, self.teacher.vocabulary, self.student.vocabulary)
-            self._firsts[raw] = first, np.union1d(covering, np.array(starts, np.int64))
-        first, firsts = self._firsts[raw]
-        events = self.bridge.student_event_V
-        at = int(np.searchsorted(cannot, first))
-        if at == len(cannot) or cannot[at] != first:
+        if rest not in self._first_tokens_cache:
+            covering, starts = self.student_order.covering_tokens(rest)
+            first = first_token_of_bytes(rest, self.teacher_order.vocabulary, self.student_order.vocabulary)
+            self._first_tokens_cache[rest] = first, np.union1d(covering, np.array(starts, np.int64))
+        first, firsts = self._first_tokens_cache[rest]
+        events = self.event_map.student_event_V
+        at = int(np.searchsorted(impossible_tokens, first))
+        if at == len(impossible_tokens) or impossible_tokens[at] != first:
             return int(events[first])
-        found = np.unique(events[np.setdiff1d(firsts, cannot, assume_unique=True)])
+        found = np.unique(events[np.setdiff1d(firsts, impossible_tokens, assume_unique=True)])
         return int(found[0]) if len(found) == 1 else -1
 
-    def _members(self, said: bytes, event: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    def _possible_members(self, prefix: bytes, event: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
         """Student tokens of an event, and which of them some longer teacher token goes on with after these bytes."""
-        key = (said, event)
-        if key not in self._stands:
-            offsets, tokens = self.bridge.members
+        key = (prefix, event)
+        if key not in self._members_cache:
+            offsets, tokens = self.event_map.tokens_by_event
             members = tokens[offsets[event]:offsets[event + 1]]
-            self._stands[key] = members, np.array([self._goes_on(said, self.student.vocabulary.bytes_W[u]) for u in members.tolist()], np.bool_)
-        return self._stands[key]
+            self._members_cache[key] = members, np.array([self._has_continuation(prefix, self.student_order.vocabulary.bytes_W[u]) for u in members.tolist()], np.bool_)
+        return self._members_cache[key]
 
-    def _goes_on(self, said: bytes, raw: bytes | None) -> bool:
+    def _has_continuation(self, prefix: bytes, raw: bytes | None) -> bool:
         if raw is None:
             return False
-        covering, starts = self.teacher.covers(said + raw)
-        return len(covering) > 0 or any(len(self.teacher.vocabulary.bytes_W[w] or b"") > len(said) for w in starts)
+        covering, starts = self.teacher_order.covering_tokens(prefix + raw)
+        return len(covering) > 0 or any(len(self.teacher_order.vocabulary.bytes_W[w] or b"") > len(prefix) for w in starts)
 
 
-def open_completer(bridge: Bridge) -> Completer | None:
+def make_partial_token_projector(event_map: EventMap) -> PartialTokenProjector | None:
     """None where both sides have the same tokenizer: no token begins inside another."""
-    if bridge.teacher_mask is None:
+    if event_map.teacher_mask is None:
         return None
-    return Completer(bridge, bridge.teacher_mask.own, bridge.teacher_mask.keeper)
+    return PartialTokenProjector(event_map, event_map.teacher_mask.own, event_map.teacher_mask.other)
 
 
-def refuse_incomplete(kind: RowKind) -> None:
+def require_projectable_kind(kind: DistributionKind) -> None:
     """Raises RecipeError for rows that cannot be completed: a rest event has no bytes to begin with, and words have no rows."""
-    if kind not in (RowKind.FULL, RowKind.SAMPLED):
+    if kind not in (DistributionKind.FULL, DistributionKind.SAMPLED):
         raise RecipeError(f"rows of kind {kind.value} say nothing in the middle of a token", where="training.completion",
                           remedy="capture with `rows: sampled`, or delete `completion:`")
 
 
-def said_before(vocabulary: Vocabulary, ids_I: npt.NDArray[np.integer], said_I: npt.NDArray[np.integer]) -> list[bytes]:
+def token_prefixes(vocabulary: Vocabulary, ids_I: npt.NDArray[np.integer], prefix_len_I: npt.NDArray[np.integer]) -> list[bytes]:
     """The first bytes of some tokens."""
-    return [(vocabulary.bytes_W[i] or b"")[:n] for i, n in zip(ids_I.tolist(), said_I.tolist(), strict=True)]
+    return [(vocabulary.bytes_W[i] or b"")[:n] for i, n in zip(ids_I.tolist(), prefix_len_I.tolist(), strict=True)]

@@ -29,7 +29,7 @@ class Role(StrEnum):
     TOOL = "tool"
 
 
-class Effort(StrEnum):
+class ThinkingEffort(StrEnum):
     """The thinking dial, as a value: NONE answers at once."""
 
     NONE = "none"
@@ -38,7 +38,7 @@ class Effort(StrEnum):
     HIGH = "high"
 
 
-class Finish(StrEnum):
+class FinishReason(StrEnum):
     """How an answer ended."""
 
     STOP = "stop"
@@ -57,12 +57,12 @@ class Thinking:
     text: str
 
 
-def canonical(value: str) -> str:
+def canonical_json(value: str) -> str:
     """A JSON object as every chat template's `tojson` writes it: keys in their order, one space behind comma and colon, no escapes
     but JSON's own. Raises ValueError for what is no such object.
     """
     try:
-        found = json.loads(value, parse_constant=_no_constant)
+        found = json.loads(value, parse_constant=_reject_json_constant)
         text = json.dumps(found, ensure_ascii=False, allow_nan=False)
         text.encode()
     except RecursionError as error:
@@ -72,18 +72,18 @@ def canonical(value: str) -> str:
     return text
 
 
-def _no_constant(name: str) -> None:
+def _reject_json_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+TOOL_NAME_PATTERN = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
-def _check_tool(name: str, text: str) -> None:
-    if not NAME.fullmatch(name):
+def _validate_tool(name: str, text: str) -> None:
+    if not TOOL_NAME_PATTERN.fullmatch(name):
         raise DataError(f"{name[:80]!r} is no name of a tool", remedy="letters, digits, _ . and -, at most 64")
     try:
-        same = canonical(text) == text
+        same = canonical_json(text) == text
     except ValueError as error:
         raise DataError(f"the JSON of tool {name} is broken: {error}: {text[:60]!r}", remedy="give one JSON object, as a text") from error
     if not same:
@@ -99,7 +99,7 @@ class Tool:
     parameters: str
 
     def __post_init__(self) -> None:
-        _check_tool(self.name, self.parameters)
+        _validate_tool(self.name, self.parameters)
 
 
 @dataclass(frozen=True)
@@ -110,20 +110,20 @@ class ToolCall:
     arguments: str
 
     def __post_init__(self) -> None:
-        _check_tool(self.name, self.arguments)
+        _validate_tool(self.name, self.arguments)
 
     @property
     def text(self) -> str:
         return self.arguments
 
     @staticmethod
-    def read(name: object, arguments: object) -> ToolCall | None:
+    def from_generated(name: object, arguments: object) -> ToolCall | None:
         """A call as a model spelled it; None where it is malformed. arguments: JSON text, or what `json.loads` makes of it."""
         try:
-            text = canonical(arguments if isinstance(arguments, str) else json.dumps(arguments))
+            text = canonical_json(arguments if isinstance(arguments, str) else json.dumps(arguments))
         except (ValueError, RecursionError):
             return None
-        return ToolCall(name, text) if isinstance(name, str) and NAME.fullmatch(name) else None
+        return ToolCall(name, text) if isinstance(name, str) and TOOL_NAME_PATTERN.fullmatch(name) else None
 
 
 @dataclass(frozen=True)
@@ -134,30 +134,30 @@ class ToolResult:
     text: str
 
     def __post_init__(self) -> None:
-        _check_tool(self.name, "{}")
+        _validate_tool(self.name, "{}")
 
 
-Part: TypeAlias = Text | Thinking | ToolCall | ToolResult
-KINDS: Mapping[str, type[Part]] = {"text": Text, "thinking": Thinking, "call": ToolCall, "result": ToolResult}
+ContentPart: TypeAlias = Text | Thinking | ToolCall | ToolResult
+PART_KINDS: Mapping[str, type[ContentPart]] = {"text": Text, "thinking": Thinking, "call": ToolCall, "result": ToolResult}
 
 
-def with_text(part: Part, text: str) -> Part:
+def replace_text(part: ContentPart, text: str) -> ContentPart:
     """The same part with another text."""
     return replace(part, arguments=text) if isinstance(part, ToolCall) else replace(part, text=text)
 
 
-def _nfc(part: Part) -> Part:
+def _nfc(part: ContentPart) -> ContentPart:
     text = unicodedata.normalize("NFC", part.text)
-    return with_text(part, canonical(text) if isinstance(part, ToolCall) else text)
+    return replace_text(part, canonical_json(text) if isinstance(part, ToolCall) else text)
 
 
 @dataclass(frozen=True)
 class Message:
     role: Role
-    parts: tuple[Part, ...]
+    parts: tuple[ContentPart, ...]
 
     @staticmethod
-    def said(text: str) -> Message:
+    def from_assistant(text: str) -> Message:
         """An assistant's words alone."""
         return Message(Role.ASSISTANT, (Text(text),))
 
@@ -180,42 +180,42 @@ class Conversation:
     """tools  what the assistant may call, told at the head of the conversation"""
 
     messages: tuple[Message, ...]
-    effort: Effort = Effort.NONE
+    effort: ThinkingEffort = ThinkingEffort.NONE
     tools: tuple[Tool, ...] = ()
 
     @staticmethod
-    def ask(question: str, *, system: str = "", effort: Effort = Effort.NONE) -> Conversation:
+    def from_question(question: str, *, system: str = "", effort: ThinkingEffort = ThinkingEffort.NONE) -> Conversation:
         """One question, NFC-normalised once, before every tokenizer (Qwen's normalises: 71 % of Burmese lines change)."""
         turns = [(Role.SYSTEM, system)] if system else []
         turns.append((Role.USER, question))
         return Conversation(tuple(Message(r, (Text(unicodedata.normalize("NFC", t)),)) for r, t in turns), effort)
 
-    def answered(self, *parts: Part) -> Conversation:
+    def with_answer(self, *parts: ContentPart) -> Conversation:
         """This conversation with the assistant's answer at its end, NFC-normalised too: models do say decomposed text."""
         return replace(self, messages=(*self.messages, Message(Role.ASSISTANT, tuple(map(_nfc, parts)))))
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[ContentPart]:
         for message in self.messages:
             yield from message.parts
 
     def to_json(self) -> dict[str, Any]:
         """Without `tools` where there are none: records from before tools were known keep their bytes."""
-        kind = {t: name for name, t in KINDS.items()}
+        kind = {t: name for name, t in PART_KINDS.items()}
         value: dict[str, Any] = {"effort": self.effort.value, "messages": [
             {"role": m.role.value, "parts": [{"kind": kind[type(p)], **vars(p)} for p in m.parts]} for m in self.messages]}
         return value | ({"tools": [vars(t) for t in self.tools]} if self.tools else {})
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Conversation:
-        def part(kind: str, **fields: str) -> Part:
-            return KINDS[kind](**fields)
+        def part(kind: str, **fields: str) -> ContentPart:
+            return PART_KINDS[kind](**fields)
 
         return Conversation(tuple(Message(Role(m["role"]), tuple(part(**p) for p in m["parts"])) for m in value["messages"]),
-                            Effort(value["effort"]), tuple(Tool(**t) for t in value.get("tools", ())))
+                            ThinkingEffort(value["effort"]), tuple(Tool(**t) for t in value.get("tools", ())))
 
 
 @dataclass(frozen=True)
-class Tokens:
+class RenderedTokens:
     """One tokenizer's view of a conversation. T = tokens.
 
     Content bytes: the conversation's parts laid end to end with one byte left free between them, so that the end of one
@@ -231,16 +231,16 @@ class Tokens:
     ids_T: npt.NDArray[np.int32]
     starts_T: npt.NDArray[np.int32]
     ends_T: npt.NDArray[np.int32]
-    learn_T: npt.NDArray[np.bool_]
+    loss_mask_T: npt.NDArray[np.bool_]
 
     def __len__(self) -> int:
         return len(self.ids_T)
 
 
-Pieces: TypeAlias = Sequence["str | bytes"]  # control tokens (str) and runs of content bytes
+DecodedPieces: TypeAlias = Sequence["str | bytes"]  # control tokens (str) and runs of content bytes
 
 
-def as_parsed(parts: tuple[Part, ...], tools: tuple[Tool, ...]) -> tuple[Part, ...]:
+def keep_calls_as_parsed(parts: tuple[ContentPart, ...], tools: tuple[Tool, ...]) -> tuple[ContentPart, ...]:
     """`Family.recall` of a notation that says without the tools what a call is."""
     return parts
 
@@ -267,46 +267,46 @@ class Family:
 
     name: str
     licence: str
-    signature: str
-    efforts: tuple[Effort, ...]
-    stops: tuple[str, ...]
+    signature_token: str
+    efforts: tuple[ThinkingEffort, ...]
+    stop_tokens: tuple[str, ...]
     normalise: Callable[[Conversation], Conversation]
-    inputs: Callable[[Conversation], tuple[list[dict[str, Any]], dict[str, Any]]]
-    parse: Callable[[Pieces, Effort], tuple[Part, ...] | None]
-    template_mark: str = ""
-    opening: str = ""
-    tool_bytes: Callable[[Part], bool] | None = None
-    recall: Callable[[tuple[Part, ...], tuple[Tool, ...]], tuple[Part, ...] | None] = as_parsed
-    unknown: str = ""
+    template_inputs: Callable[[Conversation], tuple[list[dict[str, Any]], dict[str, Any]]]
+    parse: Callable[[DecodedPieces, ThinkingEffort], tuple[ContentPart, ...] | None]
+    template_signature: str = ""
+    prompt_only_suffix: str = ""
+    is_tool_text_verbatim: Callable[[ContentPart], bool] | None = None
+    resolve_calls: Callable[[tuple[ContentPart, ...], tuple[Tool, ...]], tuple[ContentPart, ...] | None] = keep_calls_as_parsed
+    limitations: str = ""
 
 
-def edit(conversation: Conversation, change: Callable[[int, Message, Part], str]) -> Conversation:
+def edit_texts(conversation: Conversation, change: Callable[[int, Message, ContentPart], str]) -> Conversation:
     """The same conversation with each message's texts trimmed to `change(message index, message, text)`, its thoughts likewise.
 
     A template sees the texts of one message as one, so `change` does too; each part keeps its share. Tool results are changed one by
     one; tool calls stay as they are.
     """
     return replace(conversation, messages=tuple(
-        replace(m, parts=_cut(m.parts, {type(p): (p.text, change(k, m, p)) for p in (Text(m.text), Thinking(m.thinking))},
+        replace(m, parts=_split_retained_text(m.parts, {type(p): (p.text, change(k, m, p)) for p in (Text(m.text), Thinking(m.thinking))},
                               lambda p, k=k, m=m: change(k, m, p)))  # type: ignore[misc]
         for k, m in enumerate(conversation.messages)))
 
 
-def _cut(parts: Sequence[Part], wholes: Mapping[type[Part], tuple[str, str]], alone: Callable[[Part], str]) -> tuple[Part, ...]:
+def _split_retained_text(parts: Sequence[ContentPart], texts_by_kind: Mapping[type[ContentPart], tuple[str, str]], edit_result: Callable[[ContentPart], str]) -> tuple[ContentPart, ...]:
     """Each part's share of what is kept of all parts of its kind; wholes = kind -> (their texts laid end to end, what is kept of it)."""
-    cut: list[Part] = []
-    at = {kind: -max(0, whole.find(kept)) for kind, (whole, kept) in wholes.items()}
+    cut: list[ContentPart] = []
+    at = {kind: -max(0, whole.find(kept)) for kind, (whole, kept) in texts_by_kind.items()}
     for p in parts:
         if isinstance(p, (ToolCall, ToolResult)):
-            cut.append(p if isinstance(p, ToolCall) else with_text(p, alone(p)))
+            cut.append(p if isinstance(p, ToolCall) else replace_text(p, edit_result(p)))
             continue
         begin, end = at[type(p)], at[type(p)] + len(p.text)
-        cut.append(replace(p, text=wholes[type(p)][1][max(0, begin):max(0, end)]))
+        cut.append(replace(p, text=texts_by_kind[type(p)][1][max(0, begin):max(0, end)]))
         at[type(p)] = end
     return tuple(cut)
 
 
-def text_of(pieces: Pieces) -> str | None:
+def pieces_to_text(pieces: DecodedPieces) -> str | None:
     """The text of pieces that must hold no control token; None where one stands in them."""
     if any(isinstance(p, str) for p in pieces):
         return None

@@ -20,7 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from persea.errors import DataError
 
 
-class _Generation(Extension):
+class _GenerationBlock(Extension):
     """`{% generation %}...{% endgeneration %}` marks the assistant's words for TRL; here its body is simply rendered."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2's own interface)
@@ -30,7 +30,7 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _raise(message: str) -> None:
+def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
@@ -39,16 +39,16 @@ def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, s
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def compile_template(text: str, special_tokens: dict[str, str], today: date, where: str) -> Callable[..., str]:
+def compile_template(text: str, special_tokens: dict[str, str], template_date: date, where: str) -> Callable[..., str]:
     """Template text -> (messages, add_generation_prompt, **switches) -> the dressed string.
 
     special_tokens  bos_token, eos_token, ... as templates expect them
     today           what the template's `strftime_now` tells
     Raises DataError for a template that does not compile, and where the template itself refuses a conversation.
     """
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols])
     environment.filters["tojson"] = _tojson
-    environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: today.strftime(form)}
+    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": lambda form: template_date.strftime(form)}
     try:
         template = environment.from_string(text)
     except jinja2.TemplateSyntaxError as error:

@@ -21,37 +21,37 @@ from persea.cli import compare  # isort: skip
 from persea.cli import chat as live  # isort: skip
 from persea.cli import serve as serving  # isort: skip
 from persea.cli.options import app
-from persea.errors import PerseaError, RecipeError, Stopped
+from persea.errors import PerseaError, RecipeError, RunInterrupted
 
 __all__ = ["app", "caches", "compare", "live", "main", "serving", "stages", "watching"]
-USAGE: type[Exception] = typer.BadParameter.__mro__[1]  # click's UsageError, whichever click typer brings; it has no public name there
+USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # click's UsageError, whichever click typer brings; it has no public name there
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"persea {__version__}")
         raise typer.Exit
 
 
 @app.callback()
-def _options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")] = False) -> None:
+def _options(version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Say the version.")] = False) -> None:
     pass
 
 
-def _stop(number: int, frame: object) -> None:
-    raise Stopped(number)
+def _raise_interrupted(number: int, frame: object) -> None:
+    raise RunInterrupted(number)
 
 
 def main() -> None:
     """Entry point: every refusal is one line on stderr and an exit code; a traceback means a bug of ours."""
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, _stop)
+    signal.signal(signal.SIGTERM, _raise_interrupted)
+    signal.signal(signal.SIGINT, _raise_interrupted)
     try:
         sys.exit(app(standalone_mode=False))
-    except (PerseaError, Stopped) as error:
+    except (PerseaError, RunInterrupted) as error:
         sys.stderr.write(f"persea: {error}\n")
         sys.exit(error.exit_code)
-    except USAGE as error:
+    except USAGE_ERROR as error:
         if said := error.format_message():  # type: ignore[attr-defined]  # nothing is said where no verb is given: that prints the help
             sys.stderr.write(f"persea: {said} -> persea --help\n")
         sys.exit(RecipeError.exit_code)

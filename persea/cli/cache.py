@@ -11,60 +11,60 @@ import typer
 from persea.cli.options import AsJson, app
 from persea.errors import DataError
 
-cache = typer.Typer(no_args_is_help=True, help="What the teachers said, as it lies on disk: a run folder, or its capture/.")
-app.add_typer(cache, name="cache", rich_help_panel="After a run")
+cache_app = typer.Typer(no_args_is_help=True, help="What the teachers said, as it lies on disk: a run folder, or its capture/.")
+app.add_typer(cache_app, name="cache", rich_help_panel="After a run")
 CachePath = Annotated[Path, typer.Argument(help="A run folder, or its capture/.", show_default=False)]
 
 
-@cache.command("info")
+@cache_app.command("info")
 def cache_info(folder: CachePath, as_json: AsJson = False) -> None:
     """Units, answers, positions and bytes, in all and by teacher. Reads the commit records only."""
-    from persea.cache.maintenance import info, shelf
+    from persea.cache.maintenance import find_cache_folder, summarize_cache
 
-    told = info(shelf(folder))
+    told = summarize_cache(find_cache_folder(folder))
     if as_json:
         typer.echo(json.dumps(told, indent=1))
         return
-    from persea.pipeline.progress import table
+    from persea.pipeline.progress import print_table
 
     names = ("units", "answers", "tokens", "positions", "entries", "bytes")
     rows = [*told["teachers"].items(), ("in all", told)]
-    table(("teacher", *names), [(name, *(f"{counts.get(n, 0):,}" for n in names)) for name, counts in rows])
+    print_table(("teacher", *names), [(name, *(f"{counts.get(n, 0):,}" for n in names)) for name, counts in rows])
     kinds = ", ".join(" ".join([r["kind"], *(f"({key} {r[key]:g})" for key in ("tau", "kl") if key in r)]) for r in told["rows"])
     typer.echo(f"rows: {kinds}; {told.get('bytes_per_position', 0)} bytes a position, text and tokens included")
 
 
-@cache.command("verify")
+@cache_app.command("verify")
 def cache_verify(folder: CachePath, as_json: AsJson = False) -> None:
     """Read and unpack every byte; tell everything that is not as it was written (exit 3)."""
-    from persea.cache.maintenance import committed, shelf, verify
+    from persea.cache.maintenance import committed_units, find_cache_folder, verify_cache
 
-    where = shelf(folder)
-    found = verify(where)
-    wrong = [f for f in found if not f.harmless]
+    where = find_cache_folder(folder)
+    found = verify_cache(where)
+    wrong = [f for f in found if not f.is_harmless]
     if as_json:
-        typer.echo(json.dumps([{"where": str(f.where), "what": f.what, "remedy": f.remedy, "harmless": f.harmless} for f in found], indent=1))
+        typer.echo(json.dumps([{"where": str(f.path), "what": f.message, "remedy": f.remedy, "harmless": f.is_harmless} for f in found], indent=1))
     else:
         for f in found:
-            typer.echo(f"{f.where}: {f.what} -> {f.remedy}")
-        typer.echo(f"{len(committed(where))} units, {len(wrong)} findings")
+            typer.echo(f"{f.path}: {f.message} -> {f.remedy}")
+        typer.echo(f"{len(committed_units(where))} units, {len(wrong)} findings")
     if wrong:
-        raise DataError(f"{len(wrong)} of {len(committed(where))} units or records are not as they were written", where=str(where),
+        raise DataError(f"{len(wrong)} of {len(committed_units(where))} units or records are not as they were written", where=str(where),
                         remedy="each is named above with its remedy")
 
 
-@cache.command("export")
+@cache_app.command("export")
 def cache_export(folder: CachePath, to: Annotated[Path, typer.Argument(help="The Parquet file to write.", show_default=False)]) -> None:
     """The whole cache as one Parquet file, a row an answer; every byte is checked on the way."""
-    from persea.cache.maintenance import export, shelf
+    from persea.cache.maintenance import export_parquet, find_cache_folder
 
-    typer.echo(f"{to}: {export(shelf(folder), to):,} answers")
+    typer.echo(f"{to}: {export_parquet(find_cache_folder(folder), to):,} answers")
 
 
-@cache.command("merge")
+@cache_app.command("merge")
 def cache_merge(into: Annotated[Path, typer.Argument(help="The folder to copy into.", show_default=False)],
                 folders: Annotated[list[Path], typer.Argument(help="Run folders, or their capture/.", show_default=False)]) -> None:
     """Copy the units of several caches into one folder; every byte is checked on the way, what stands there already stays."""
-    from persea.cache.maintenance import merge, shelf
+    from persea.cache.maintenance import find_cache_folder, merge_caches
 
-    typer.echo(f"{into}: {merge(into, [shelf(folder) for folder in folders]):,} new units")
+    typer.echo(f"{into}: {merge_caches(into, [find_cache_folder(folder) for folder in folders]):,} new units")

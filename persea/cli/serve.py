@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from persea.cli.options import app
-from persea.errors import EnvironmentLacks
+from persea.errors import MissingRequirementError
 
 
 @app.command(rich_help_panel="After a run")
@@ -25,18 +25,18 @@ def serve(model: Annotated[str, typer.Argument(help="A model folder, a hub id, o
           seconds: Annotated[float, typer.Option(min=0.1, help="For a request's head, its body, and a slow reader.")] = 20.0) -> None:
     """Serve a model: /v1/models, /v1/chat/completions, /v1/completions, /inference/v1/generate. docs/serve.md."""
     if find_spec("fastapi") is None or find_spec("uvicorn") is None:
-        raise EnvironmentLacks("fastapi and uvicorn are not installed", where="serve", remedy="pip install 'persea[serve]'")
+        raise MissingRequirementError("fastapi and uvicorn are not installed", where="serve", remedy="pip install 'persea[serve]'")
     from transformers.utils import logging
 
     from persea.pipeline.run_context import set_threads
-    from persea.serve.limits import Caps
-    from persea.serve.server import key_for, open_speaker
-    from persea.serve.server import serve as listen
+    from persea.serve.limits import ServerLimits
+    from persea.serve.server import load_served_model, resolve_api_key
+    from persea.serve.server import run_server as listen
 
-    key = key_for(host, key_env)  # before minutes of loading
+    key = resolve_api_key(host, key_env)  # before minutes of loading
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     set_threads(threads)
-    caps = Caps(max_body << 20, seconds, concurrency, max_tokens, max_logprobs)
-    speaker = open_speaker(model, name)
+    caps = ServerLimits(max_body << 20, seconds, concurrency, max_tokens, max_logprobs)
+    speaker = load_served_model(model, name)
     listen(speaker, host, port, key, caps, lambda where: typer.echo(f"{speaker.name} listens on {where}"))

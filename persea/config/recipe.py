@@ -20,61 +20,61 @@ from pydantic_core import ErrorDetails
 
 from persea.chat.messages import PINNED_DATE
 from persea.config.schema import (
-    MANY,
-    SLUG,
-    Audition,
-    Capture,
-    Check,
-    CorpusPart,
-    Endpoint,
-    Evaluation,
-    Generation,
-    Lora,
-    OnPolicy,
-    PublishedSet,
-    Section,
-    Sizes,
-    Student,
-    Teacher,
-    Training,
-    agreed,
+    MAX_COUNT,
+    SLUG_PATTERN,
+    AuditionSection,
+    BenchmarkSection,
+    CaptureSection,
+    CheckSection,
+    CorpusSection,
+    EndpointSection,
+    EvaluationSection,
+    GenerationSection,
+    LoraSection,
+    OnPolicySection,
+    RandomModelSection,
+    RecipeSection,
+    StudentSection,
+    TeacherSection,
+    TrainingSection,
+    check_contradictions,
 )
-from persea.config.schema import WORDS as SAYS_WORDS
-from persea.config.yaml_source import Dumper, KeyPath, Reading, choose, is_secret, override, read_page, resolved
+from persea.config.schema import TEXT_ONLY_MODEL as SAYS_WORDS
+from persea.config.yaml_source import KeyPath, Yaml12Dumper, YamlSource, apply_override, is_secret, read_yaml, resolve_values, suggest_choice
 from persea.errors import RecipeError
 
 
-class Recipe(Section):
+class Recipe(RecipeSection):
     """Everything a run depends on. To change one use overrides: `model_copy` keeps the old hash."""
 
-    name: str = Field(pattern=SLUG, description="name of the run's folder: a-z, 0-9 and ._- (default: the file's name)")
-    seed: int = Field(default=0, ge=0, le=MANY, description="seed of everything that is drawn by chance")
+    name: str = Field(pattern=SLUG_PATTERN, description="name of the run's folder: a-z, 0-9 and ._- (default: the file's name)")
+    seed: int = Field(default=0, ge=0, le=MAX_COUNT, description="seed of everything that is drawn by chance")
     threads: int = Field(0, ge=0, le=1024, description="threads of one operation on a CPU; 0 = as many as torch takes. Small models want 1")
     today: date = Field(default=PINNED_DATE, description="date for chat templates that tell the date")
-    student: Student = Field(description="the model that learns")
-    teachers: tuple[Teacher, ...] = Field(min_length=1, description="the models it learns from")
-    corpus: tuple[CorpusPart, ...] = Field(min_length=1, description="what the teachers are asked")
-    audition: Audition = Field(default=Audition(), description="how teachers are measured, to decide who teaches what")
-    capture: Capture = Field(default=Capture(), description="how the teachers' answers are kept")
-    training: Training = Field(default=Training(), description="how the student learns")
-    evaluation: Evaluation = Field(default=Evaluation(), description="how the student is measured beside its teachers")
-    check: Check = Field(default=Check(), description="when a pairing of tokenizers is refused")
-    _source: Path = PrivateAttr(default=Path())
-    _written: dict[str, Any] = PrivateAttr(default_factory=dict)
+    student: StudentSection = Field(description="the model that learns")
+    teachers: tuple[TeacherSection, ...] = Field(min_length=1, description="the models it learns from")
+    corpus: tuple[CorpusSection, ...] = Field(min_length=1, description="what the teachers are asked")
+    audition: AuditionSection = Field(default=AuditionSection(), description="how teachers are measured, to decide who teaches what")
+    capture: CaptureSection = Field(default=CaptureSection(), description="how the teachers' answers are kept")
+    training: TrainingSection = Field(default=TrainingSection(), description="how the student learns")
+    evaluation: EvaluationSection = Field(default=EvaluationSection(), description="how the student is measured beside its teachers")
+    check: CheckSection = Field(default=CheckSection(), description="when a pairing of tokenizers is refused")
+    _source_path: Path = PrivateAttr(default=Path())
+    _as_written: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
+    def _check_sections_agree(self) -> Self:
         names, skills = [t.name for t in self.teachers], sorted({c.skill for c in self.corpus})
         claims: list[tuple[bool, KeyPath, str, str]] = [(n in names[:k], ("teachers", k, "name"), f"two teachers are called {n!r}",
                                                          "give each its own `name:`") for k, n in enumerate(names)]
         for skill, teacher in self.audition.pinned.items():
             where = ("audition", "pinned", skill)
-            claims.append((skill not in skills, where, f"no part of the corpus teaches {skill!r}", choose(skill, skills)))
-            claims.append((teacher not in names, where, f"no teacher is called {teacher!r}", choose(teacher, names)))
+            claims.append((skill not in skills, where, f"no part of the corpus teaches {skill!r}", suggest_choice(skill, skills)))
+            claims.append((teacher not in names, where, f"no teacher is called {teacher!r}", suggest_choice(teacher, names)))
         claims.append((self.training.completion and self.capture.rows == "topk", ("training", "completion"),
                        "true, but nobody can say what a rest holds inside a token", "write `completion: false`, or `capture: {rows: sampled}`"))
         teach = [t.name for t in self.teachers if not t.yardstick]
-        claims += [(t in names and t not in teach, ("audition", "pinned", s), f"{t} is a yardstick, which never teaches", choose(t, teach or names))
+        claims += [(t in names and t not in teach, ("audition", "pinned", s), f"{t} is a yardstick, which never teaches", suggest_choice(t, teach or names))
                    for s, t in self.audition.pinned.items()]
         judge = next((t for t in self.teachers if t.name == self.evaluation.judge), None)
         claims.append((self.evaluation.judge != "" and (judge is None or not judge.yardstick), ("evaluation", "judge"),
@@ -89,37 +89,37 @@ class Recipe(Section):
                     f"given, but {t.name} tells nothing of words that are not its own", "write `answers: ask`") for t in far]
         claims += [(bool(part.modes) and self.capture.answers == "given", ("corpus", k, "modes"), "given, but nobody is asked: answers that came "
                     "with the prompts have no thought", "delete `modes:`, or write `capture: {answers: ask}`") for k, part in enumerate(self.corpus)]
-        return agreed(self, *claims)
+        return check_contradictions(self, *claims)
 
     @property
-    def taught(self) -> tuple[str, ...]:
+    def skills(self) -> tuple[str, ...]:
         """Names of the corpus' skills, in its order."""
         return tuple(dict.fromkeys(p.skill for p in self.corpus))
 
     @property
-    def source(self) -> Path:
+    def source_path(self) -> Path:
         """The file it came from."""
-        return self._source
+        return self._source_path
 
     @property
-    def written(self) -> dict[str, Any]:
+    def as_written(self) -> dict[str, Any]:
         """Every field, defaults filled in, paths and variables as the person wrote them: the same on every machine."""
-        return self._written or self.model_dump(mode="json", exclude_none=True)
+        return self._as_written or self.model_dump(mode="json", exclude_none=True)
 
     @property
     def hash(self) -> str:
         """sha256 of `written`: order, comments and spelt-out defaults do not change it."""
-        return hashlib.sha256(json.dumps(self.written, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.as_written, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def to_yaml(self) -> str:
         """`written` as a recipe of the same hash. Its relative paths still start at the folder of `source`."""
-        return yaml.dump(self.written, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+        return yaml.dump(self.as_written, Dumper=Yaml12Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-SECTIONS: dict[str, type[Section]] = {  # by the key they stand under
-    "student": Student, "teachers": Teacher, "corpus": CorpusPart, "audition": Audition, "capture": Capture, "training": Training,
-    "evaluation": Evaluation, "check": Check, "sets": PublishedSet, "sizes": Sizes, "lora": Lora, "endpoint": Endpoint, "generation": Generation,
-    "on_policy": OnPolicy}
+SECTION_CLASSES: dict[str, type[RecipeSection]] = {  # by the key they stand under
+    "student": StudentSection, "teachers": TeacherSection, "corpus": CorpusSection, "audition": AuditionSection, "capture": CaptureSection, "training": TrainingSection,
+    "evaluation": EvaluationSection, "check": CheckSection, "sets": BenchmarkSection, "sizes": RandomModelSection, "lora": LoraSection, "endpoint": EndpointSection, "generation": GenerationSection,
+    "on_policy": OnPolicySection}
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -127,20 +127,20 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises one RecipeError that names every problem, a line each.
     """
-    reading = read_page(path)
+    reading = read_yaml(path)
     for change in overrides:
-        override(reading, change)
+        apply_override(reading, change)
     reading.data.setdefault("name", path.stem)
-    recipe, written = _validated(resolved(reading.data, (), reading), reading), _validated(reading.data, reading)
+    recipe, written = _validate(resolve_values(reading.data, (), reading), reading), _validate(reading.data, reading)
     if recipe is None or written is None or reading.problems:
-        order = list(reading.places)
-        problems = [p for _, p in sorted(reading.problems.items(), key=lambda item: order.index(reading.near(item[0])))]
+        order = list(reading.locations)
+        problems = [p for _, p in sorted(reading.problems.items(), key=lambda item: order.index(reading.nearest_key(item[0])))]
         raise problems[0] if len(problems) == 1 else RecipeError("\n".join(str(p) for p in problems))
-    recipe._source, recipe._written = path.absolute(), written.model_dump(mode="json", exclude_none=True)
+    recipe._source_path, recipe._as_written = path.absolute(), written.model_dump(mode="json", exclude_none=True)
     return recipe
 
 
-def schema() -> dict[str, Any]:
+def recipe_json_schema() -> dict[str, Any]:
     """The recipe as JSON schema, for editors; `name` is optional in a file, which has one itself."""
     return Recipe.model_json_schema() | {"required": ["student", "teachers", "corpus"]}
 
@@ -148,71 +148,71 @@ def schema() -> dict[str, Any]:
 # --- what the sections say of a page ---
 
 
-def _validated(data: Any, reading: Reading) -> Recipe | None:
+def _validate(data: Any, reading: YamlSource) -> Recipe | None:
     try:  # by way of JSON, where pydantic's strict types still take a list for a tuple and a text for a date or an effort
         return Recipe.model_validate_json(json.dumps(data))
     except ValidationError as error:
         for problem in error.errors(include_url=False):
-            for path, what, remedy in _explained(problem):
-                reading.refuse(path, what, remedy)
+            for path, what, remedy in _explain_error(problem):
+                reading.add_problem(path, what, remedy)
     return None
 
 
-WORDS = (  # what pydantic's finding begins with, and what the value should be
+EXPECTED_VALUE_TEXTS = (  # what pydantic's finding begins with, and what the value should be
     ("int_", "a whole number"), ("bool_", "true or false"), ("float_", "a number"), ("finite", "a finite number"), ("string_type", "text"),
     ("string_too", "some text"), ("string_pattern", "a plain name"), ("date_", "a date such as 2025-01-01"),
     ("tuple_", "a list, each entry after `- `"), *((kind, "a section, its keys indented below it") for kind in ("model_", "dict_")))
-BOUNDS = {"greater_than": ("gt", "more than"), "greater_than_equal": ("ge", "at least"), "less_than_equal": ("le", "at most")}
+BOUND_TEXTS = {"greater_than": ("gt", "more than"), "greater_than_equal": ("ge", "at least"), "less_than_equal": ("le", "at most")}
 
 
-def _explained(error: ErrorDetails) -> Iterator[tuple[KeyPath, str, str]]:
+def _explain_error(error: ErrorDetails) -> Iterator[tuple[KeyPath, str, str]]:
     """One of pydantic's findings in words: (key, what, remedy)."""
     path, kind, context = tuple(k for k in error["loc"] if k != "[key]"), error["type"], error.get("ctx", {})
     if kind == "default_factory_not_called":  # a default that hangs on a wrong value, told beside it
         return
-    given = f"(got {_shown(error['input'])})"
+    given = f"(got {_abbreviate_value(error['input'])})"
     if kind == "contradiction":
         yield from (((*path, *key), what, remedy) for key, what, remedy in context["found"])
     elif kind == "extra_forbidden":
         yield path, "unknown key", _did_you_mean(path)
     elif kind == "missing":
-        yield path, "missing", f"add `{path[-1]}:`, {_meaning(path)}"
+        yield path, "missing", f"add `{path[-1]}:`, {_key_description(path)}"
     elif kind in ("enum", "literal_error"):
         choices = [c for c in re.findall(r"'([^']*)'", context["expected"]) if c]
-        yield path, f"should be {', '.join(choices[:-1])} or {choices[-1]} {given}", choose(str(error["input"]), choices)
-    elif kind in BOUNDS:
-        bound, words = BOUNDS[kind]
-        yield path, f"should be {words} {str(context[bound]).removesuffix('.0')} {given}", _meaning(path)
+        yield path, f"should be {', '.join(choices[:-1])} or {choices[-1]} {given}", suggest_choice(str(error["input"]), choices)
+    elif kind in BOUND_TEXTS:
+        bound, words = BOUND_TEXTS[kind]
+        yield path, f"should be {words} {str(context[bound]).removesuffix('.0')} {given}", _key_description(path)
     elif kind == "string_type" and not isinstance(error["input"], dict | list):
         yield path, f"should be text {given}", "put it in quotes"
     elif kind == "too_short":
         if not error["input"]:  # else its entries are wrong, which pydantic tells beside it
-            yield path, "needs at least one entry", _meaning(path)
+            yield path, "needs at least one entry", _key_description(path)
     else:
-        yield path, f"should be {next((w for start, w in WORDS if kind.startswith(start)), error['msg'])} {given}", _meaning(path)
+        yield path, f"should be {next((w for start, w in EXPECTED_VALUE_TEXTS if kind.startswith(start)), error['msg'])} {given}", _key_description(path)
 
 
-def _owner(path: KeyPath) -> type[Section] | None:
+def _owning_section(path: KeyPath) -> type[RecipeSection] | None:
     """The section that a key is a field of."""
     keys = [k for k in path[:-1] if isinstance(k, str)]
-    return SECTIONS.get(keys[-1]) if keys else Recipe
+    return SECTION_CLASSES.get(keys[-1]) if keys else Recipe
 
 
-def _meaning(path: KeyPath) -> str:
+def _key_description(path: KeyPath) -> str:
     """The description of a field, or of the field whose list or mapping the key is in."""
-    owner = _owner(path)
+    owner = _owning_section(path)
     found = owner.model_fields.get(str(path[-1])) if owner else None
-    return str(found.description) if found else _meaning(path[:-1])
+    return str(found.description) if found else _key_description(path[:-1])
 
 
 def _did_you_mean(path: KeyPath) -> str:
-    key, owner = str(path[-1]), _owner(path)
-    homes = [f"under `{name}:`" for name, section in SECTIONS.items() if key in section.model_fields]
+    key, owner = str(path[-1]), _owning_section(path)
+    homes = [f"under `{name}:`" for name, section in SECTION_CLASSES.items() if key in section.model_fields]
     homes += ["at the top of the file"] if key in Recipe.model_fields else []
-    return f"it belongs {' or '.join(homes)}" if homes else choose(key, list(owner.model_fields) if owner else [])
+    return f"it belongs {' or '.join(homes)}" if homes else suggest_choice(key, list(owner.model_fields) if owner else [])
 
 
-def _shown(value: Any) -> str:
+def _abbreviate_value(value: Any) -> str:
     """A value in a few characters, and never a secret."""
     if isinstance(value, dict | list):
         return "a section" if isinstance(value, dict) else "a list"

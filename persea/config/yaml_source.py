@@ -15,53 +15,53 @@ from yaml.constructor import SafeConstructor
 
 from persea.errors import RecipeError
 
-ALLOWED_VARIABLES = ("PERSEA_DATA", "HF_HOME")
-DATA_FOLDER = Path(__file__).resolve().parents[3] / "shared" / "data"  # PERSEA_DATA where it is not set: beside the checkout
-SECRETS = ("sk-", "hf_")  # how API keys begin; one is never shown
-KEYED = re.compile(r"https?://(?:[^/\s]*@|\S*\?)")
+ALLOWED_ENV_VARS = ("PERSEA_DATA", "HF_HOME")
+DEFAULT_DATA_FOLDER = Path(__file__).resolve().parents[3] / "shared" / "data"  # PERSEA_DATA where it is not set: beside the checkout
+SECRET_PREFIXES = ("sk-", "hf_")  # how API keys begin; one is never shown
+URL_WITH_CREDENTIALS = re.compile(r"https?://(?:[^/\s]*@|\S*\?)")
 MAX_ALIASES, MAX_DEPTH, MAX_VALUES = 100, 16, 10_000  # a recipe is a page; a few aliases of aliases can stand for billions of values
 KeyPath: TypeAlias = tuple[str | int, ...]
 
 
-class Loader(yaml.SafeLoader):
+class Yaml12Loader(yaml.SafeLoader):
     """Scalars as YAML 1.2 reads them: `no` is Norwegian, 3e-3 is a number; 010, 1:30 and dates are text until a field wants more."""
 
     yaml_implicit_resolvers = {}  # noqa: RUF012
 
 
-class Dumper(yaml.SafeDumper):
+class Yaml12Dumper(yaml.SafeDumper):
     """Quotes what YAML 1.1 or `Loader` would take for something else than text."""
 
 
 _FLOAT = re.compile(r"^(?:[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z")
-Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)\Z"), None)
-Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)\Z"), None)
-Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]{0,17})\Z"), None)
-Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, None)
-Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, None)
+Yaml12Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)\Z"), None)
+Yaml12Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)\Z"), None)
+Yaml12Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]{0,17})\Z"), None)
+Yaml12Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, None)
+Yaml12Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, None)
 
 
 @dataclass
-class Reading:
+class YamlSource:
     """A recipe being read. places: where each key stands, in order; problems: the first of each key."""
 
     file: Path
-    places: dict[KeyPath, str]
+    locations: dict[KeyPath, str]
     data: Any = None
     problems: dict[KeyPath, RecipeError] = field(default_factory=dict)
-    values: int = 0
+    num_values: int = 0
 
-    def near(self, path: KeyPath) -> KeyPath:
+    def nearest_key(self, path: KeyPath) -> KeyPath:
         """The key, or the innermost section around it that stands somewhere."""
-        return next(path[:k] for k in range(len(path), -1, -1) if path[:k] in self.places)
+        return next(path[:k] for k in range(len(path), -1, -1) if path[:k] in self.locations)
 
-    def refuse(self, path: KeyPath, what: str, remedy: str) -> None:
+    def add_problem(self, path: KeyPath, what: str, remedy: str) -> None:
         dotted = ".".join(k if isinstance(k, str) and k.isprintable() else repr(k) for k in path)
-        where = self.places[self.near(path)]
+        where = self.locations[self.nearest_key(path)]
         self.problems.setdefault(path, RecipeError(f"{dotted}: {what}" if path else what, where=where, remedy=remedy))
 
 
-def read_page(path: Path) -> Reading:
+def read_yaml(path: Path) -> YamlSource:
     """Read a YAML file. Raises RecipeError where it is no page of keys and values; repeated keys are noted as problems."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -71,20 +71,20 @@ def read_page(path: Path) -> Reading:
         raise RecipeError(f"cannot read the recipe: {error.strerror}", where=str(path), remedy=remedy) from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"byte {error.start} is not UTF-8", where=str(path), remedy="save the file as UTF-8") from error
-    node = _parsed(text, str(path))
+    node = _parse_yaml(text, str(path))
     if not isinstance(node, yaml.MappingNode):
         what = "the recipe is empty" if node is None else "the recipe does not consist of `key: value` lines"
         raise RecipeError(what, where=f"{path}:1:1", remedy="start from recipes/quickstart.yaml")
-    reading = Reading(path, {(): f"{path}:1:1"})
-    reading.data = _plain(node, (), reading, str(path))
+    reading = YamlSource(path, {(): f"{path}:1:1"})
+    reading.data = _to_plain_data(node, (), reading, str(path))
     return reading
 
 
-def _parsed(text: str, origin: str) -> yaml.Node | None:
+def _parse_yaml(text: str, origin: str) -> yaml.Node | None:
     """The node tree of one YAML document. Its events are looked at first: they are flat, whatever the document nests."""
     depth = aliases = 0
     try:
-        for event in yaml.parse(text, Loader):
+        for event in yaml.parse(text, Yaml12Loader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             aliases += isinstance(event, yaml.AliasEvent)
             tag = str(getattr(event, "tag", None) or "").replace("tag:yaml.org,2002:", "!!")
@@ -92,58 +92,58 @@ def _parsed(text: str, origin: str) -> yaml.Node | None:
                     else f"nested more than {MAX_DEPTH} deep" if depth > MAX_DEPTH
                     else "half a character" if re.search("[\ud800-\udfff]", getattr(event, "value", "")) else "")
             if what:
-                raise RecipeError(what, where=_at(origin, event.start_mark), remedy="write the plain values; a recipe holds nothing else")
-        return yaml.compose(text, Loader)
+                raise RecipeError(what, where=_format_location(origin, event.start_mark), remedy="write the plain values; a recipe holds nothing else")
+        return yaml.compose(text, Yaml12Loader)
     except yaml.MarkedYAMLError as error:
         remedy = "indent with spaces; quote a value that begins with a sign or holds `: `, ` #`, `{` or `[`"
-        raise RecipeError(f"not YAML: {error.problem}", where=_at(origin, error.problem_mark), remedy=remedy) from error
+        raise RecipeError(f"not YAML: {error.problem}", where=_format_location(origin, error.problem_mark), remedy=remedy) from error
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position)
         mark = yaml.Mark("", 0, line, error.position - text.rfind("\n", 0, error.position) - 1, None, 0)
-        raise RecipeError("not YAML: a control character", where=_at(origin, mark), remedy="delete it") from error
+        raise RecipeError("not YAML: a control character", where=_format_location(origin, mark), remedy="delete it") from error
 
 
-def _at(origin: str, mark: Any) -> str:
+def _format_location(origin: str, mark: Any) -> str:
     """The place of a mark in a file; an override is its own place."""
     return origin if origin.startswith("--set ") or mark is None else f"{origin}:{mark.line + 1}:{mark.column + 1}"
 
 
-def _plain(node: yaml.Node, path: KeyPath, reading: Reading, origin: str) -> Any:
+def _to_plain_data(node: yaml.Node, path: KeyPath, yaml_source: YamlSource, origin: str) -> Any:
     """Node -> dict, list or scalar; on the way the keys' places are noted and keys written twice are refused."""
-    reading.values += 1
-    if reading.values > MAX_VALUES or len(path) > MAX_DEPTH:
-        raise RecipeError("the aliases here multiply without end", where=_at(origin, node.start_mark), remedy="write the values out")
+    yaml_source.num_values += 1
+    if yaml_source.num_values > MAX_VALUES or len(path) > MAX_DEPTH:
+        raise RecipeError("the aliases here multiply without end", where=_format_location(origin, node.start_mark), remedy="write the values out")
     if isinstance(node, yaml.ScalarNode):
         return SafeConstructor().construct_object(node)  # type: ignore[no-untyped-call]
     if isinstance(node, yaml.SequenceNode):
         items = []
         for k, item in enumerate(node.value):
-            reading.places[*path, k] = _at(origin, item.start_mark)
-            items.append(_plain(item, (*path, k), reading, origin))
+            yaml_source.locations[*path, k] = _format_location(origin, item.start_mark)
+            items.append(_to_plain_data(item, (*path, k), yaml_source, origin))
         return items
     data: dict[str, Any] = {}
     lines: dict[str, int] = {}
     for key_node, value in node.value:
-        key, place = key_node.value, _at(origin, key_node.start_mark)
+        key, place = key_node.value, _format_location(origin, key_node.start_mark)
         if key_node.tag != "tag:yaml.org,2002:str":
             raise RecipeError("this key is not a word", where=place, remedy="a key is a word; put a number or a truth value in quotes")
-        reading.places[*path, key] = place
+        yaml_source.locations[*path, key] = place
         first = lines.setdefault(key, key_node.start_mark.line + 1)
         if key in data:
-            reading.refuse((*path, key), f"written twice, on lines {first} and {key_node.start_mark.line + 1}", "keep one")
-        data[key] = _plain(value, (*path, key), reading, origin)
+            yaml_source.add_problem((*path, key), f"written twice, on lines {first} and {key_node.start_mark.line + 1}", "keep one")
+        data[key] = _to_plain_data(value, (*path, key), yaml_source, origin)
     return data
 
 
-def override(reading: Reading, change: str) -> None:
+def apply_override(yaml_source: YamlSource, assignment: str) -> None:
     """Lay `training.steps=20` over the data; its place is the override itself, which never shows a secret."""
-    dotted, equals, text = change.partition("=")
-    hidden = any(s in text for s in SECRETS)
-    origin = f"--set {dotted}=..." if hidden else f"--set {change if change.isprintable() else repr(change)}"
+    dotted, equals, text = assignment.partition("=")
+    hidden = any(s in text for s in SECRET_PREFIXES)
+    origin = f"--set {dotted}=..." if hidden else f"--set {assignment if assignment.isprintable() else repr(assignment)}"
     keys = dotted.strip().split(".")
     if not equals or not all(keys):
         raise RecipeError("not `key=value`", where=origin, remedy="for example --set training.steps=20")
-    node, at = _parsed(text, origin), reading.data
+    node, at = _parse_yaml(text, origin), yaml_source.data
     path: KeyPath = ()
     for depth, name in enumerate(keys, start=1):
         above = ".".join(keys[:depth - 1])
@@ -154,27 +154,27 @@ def override(reading: Reading, change: str) -> None:
         key: Any = int(name) if isinstance(at, list) else name
         path = (*path, key)
         if depth == len(keys):
-            reading.places = {p: place for p, place in reading.places.items() if p[:depth] != path} | {path: origin}
-            at[key] = None if node is None else _plain(node, path, reading, origin)
+            yaml_source.locations = {p: place for p, place in yaml_source.locations.items() if p[:depth] != path} | {path: origin}
+            at[key] = None if node is None else _to_plain_data(node, path, yaml_source, origin)
         elif isinstance(at, dict) and at.get(name) is None:
-            at[key], reading.places[path] = {}, origin
+            at[key], yaml_source.locations[path] = {}, origin
         at = at[key]
 
 
-def resolved(value: Any, path: KeyPath, reading: Reading) -> Any:
+def resolve_values(value: Any, path: KeyPath, yaml_source: YamlSource) -> Any:
     """Variables filled in and paths absolute; values that no field may hold are refused."""
     if isinstance(value, dict):
-        return {k: resolved(v, (*path, k), reading) for k, v in value.items()}
+        return {k: resolve_values(v, (*path, k), yaml_source) for k, v in value.items()}
     if isinstance(value, list):
-        return [resolved(v, (*path, k), reading) for k, v in enumerate(value)]
+        return [resolve_values(v, (*path, k), yaml_source) for k, v in enumerate(value)]
     if value is None:
-        reading.refuse(path, "has no value", "give one, or delete the line")
+        yaml_source.add_problem(path, "has no value", "give one, or delete the line")
     if not isinstance(value, str):
         return value
     if is_secret(value):
-        reading.refuse(path, "looks like a secret", "name an environment variable instead; a recipe is shared")
-    text = re.sub(r"\$\{([^}]*)\}?", lambda m: _variable(m[1], path, reading), value)
-    folder, is_text = reading.file.absolute().parent, path[:2] in (("check", "texts"), ("evaluation", "lm_eval"))
+        yaml_source.add_problem(path, "looks like a secret", "name an environment variable instead; a recipe is shared")
+    text = re.sub(r"\$\{([^}]*)\}?", lambda m: _env_value(m[1], path, yaml_source), value)
+    folder, is_text = yaml_source.file.absolute().parent, path[:2] in (("check", "texts"), ("evaluation", "lm_eval"))
     is_set = path[:2] == ("evaluation", "sets") and path[-1] in ("file", "answers")
     is_place = is_text or is_set or (path[0] in ("student", "teachers", "corpus") and path[-1] in ("model", "tokenizer", "file"))
     # os.path.exists, because Path.exists raises where a name is too long
@@ -184,17 +184,17 @@ def resolved(value: Any, path: KeyPath, reading: Reading) -> Any:
     return os.path.abspath(folder / os.path.expanduser(text))  # Path.resolve would follow a link and so rename the teacher
 
 
-def _variable(name: str, path: KeyPath, reading: Reading) -> str:
-    remedy = f"allowed: {', '.join(f'${{{v}}}' for v in ALLOWED_VARIABLES)}"
-    value = os.environ.get(name) or (str(DATA_FOLDER) if name == "PERSEA_DATA" else "")
-    if name not in ALLOWED_VARIABLES:
-        reading.refuse(path, f"the variable {name!r} may not be read here", remedy)
+def _env_value(name: str, path: KeyPath, yaml_source: YamlSource) -> str:
+    remedy = f"allowed: {', '.join(f'${{{v}}}' for v in ALLOWED_ENV_VARS)}"
+    value = os.environ.get(name) or (str(DEFAULT_DATA_FOLDER) if name == "PERSEA_DATA" else "")
+    if name not in ALLOWED_ENV_VARS:
+        yaml_source.add_problem(path, f"the variable {name!r} may not be read here", remedy)
     elif not value:
-        reading.refuse(path, f"the variable {name!r} is not set", f"export {name}=/some/folder; {remedy}")
+        yaml_source.add_problem(path, f"the variable {name!r} is not set", f"export {name}=/some/folder; {remedy}")
     return str(Path(value).expanduser().absolute())
 
 
-def choose(word: str, choices: Sequence[str]) -> str:
+def suggest_choice(word: str, choices: Sequence[str]) -> str:
     """What a person may have meant by a word that is none of the choices."""
     near = difflib.get_close_matches(word.lower(), choices, n=1)
     return f"did you mean {near[0]!r}?" if near else f"one of {', '.join(choices)}"
@@ -202,4 +202,4 @@ def choose(word: str, choices: Sequence[str]) -> str:
 
 def is_secret(value: Any) -> bool:
     """Whether a value looks like an API key, or like an address that holds one: https://user:key@host, https://host?key=..."""
-    return isinstance(value, str) and (value.strip(" '\"").startswith(SECRETS) or KEYED.match(value.strip(" '\"")) is not None)
+    return isinstance(value, str) and (value.strip(" '\"").startswith(SECRET_PREFIXES) or URL_WITH_CREDENTIALS.match(value.strip(" '\"")) is not None)

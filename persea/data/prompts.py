@@ -12,14 +12,14 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
-from persea.chat.messages import Conversation, Effort, Message, Role, Text
-from persea.data.dedup import HeldOut, Near, folded
+from persea.chat.messages import Conversation, Message, Role, Text, ThinkingEffort
+from persea.data.dedup import HeldOutIndex, NearDuplicateIndex, normalize_text
 from persea.errors import DataError
 
-GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, fill [0, 1) evenly in every stretch
-SILVER = 0.41421356237309515  # so do these, and the pairs of both the square: who is asked and how long to think stay independent
-MAX_LINE = 16 << 20  # bytes; a longer row is a broken file, not a prompt
-BEGINS = 200  # bytes of a broken line that are kept to recognise it by; the file has the rest
+GOLDEN_RATIO_STEP = 0.6180339887498949  # multiples of it, modulo 1, fill [0, 1) evenly in every stretch
+SILVER_RATIO_STEP = 0.41421356237309515  # so do these, and the pairs of both the square: who is asked and how long to think stay independent
+MAX_LINE_BYTES = 16 << 20  # bytes; a longer row is a broken file, not a prompt
+MALFORMED_PREFIX_BYTES = 200  # bytes of a broken line that are kept to recognise it by; the file has the rest
 
 
 @dataclass(frozen=True)
@@ -34,57 +34,57 @@ class Prompt:
     skill: str
     language: str
     answer: str = ""
-    effort: Effort | None = None
+    effort: ThinkingEffort | None = None
 
 
 Choice = TypeVar("Choice")
 
 
-def in_turn(shares: Sequence[tuple[Choice, float]], number: int, step: float) -> Choice:
+def pick_by_share(shares: Sequence[tuple[Choice, float]], number: int, step: float) -> Choice:
     """Which of several has the number-th turn: shares, which sum to 1, hold in every stretch of numbers, without chance."""
     choices, parts = zip(*shares, strict=True)
     found: Choice = choices[min(len(choices) - 1, bisect(list(accumulate(parts)), (number + 1) * step % 1))]
     return found
 
 
-def in_modes(prompts: Iterable[Prompt], modes: Mapping[Effort, float]) -> list[Prompt]:
+def assign_efforts(prompts: Iterable[Prompt], effort_shares: Mapping[ThinkingEffort, float]) -> list[Prompt]:
     """Prompts with the effort each is asked at, by the modes' shares, however these are ordered; without modes, as they are."""
-    shares = [(effort, modes[effort]) for effort in Effort if effort in modes]
-    return [replace(p, effort=in_turn(shares, k, SILVER)) if shares else p for k, p in enumerate(prompts)]
+    shares = [(effort, effort_shares[effort]) for effort in ThinkingEffort if effort in effort_shares]
+    return [replace(p, effort=pick_by_share(shares, k, SILVER_RATIO_STEP)) if shares else p for k, p in enumerate(prompts)]
 
 
-class Why(StrEnum):
+class RemovalReason(StrEnum):
     """Why a prompt was left out."""
 
     DUPLICATE = "duplicate"
-    NEAR = "near-duplicate"
+    NEAR_DUPLICATE = "near-duplicate"
     TEST_ITEM = "test item"
     CONTAMINATED = "holds a test item"
     EMPTY = "empty"
 
 
 @dataclass(frozen=True)
-class Removed:
+class RemovedPrompt:
     """A prompt that is not asked: `of` is the prompt it repeats, or the test item it is or holds."""
 
     prompt: Prompt
-    why: Why
-    of: str = ""
+    reason: RemovalReason
+    matched_id: str = ""
 
     def to_json(self) -> dict[str, Any]:
         p = self.prompt
-        return {"id": p.id, "why": self.why, "of": self.of, "skill": p.skill, "language": p.language, "conversation": p.conversation.to_json(),
+        return {"id": p.id, "why": self.reason, "of": self.matched_id, "skill": p.skill, "language": p.language, "conversation": p.conversation.to_json(),
                 "answer": p.answer}
 
 
 @dataclass(frozen=True)
-class Broken:
+class MalformedLine:
     """A line that is no prompt: where it stands (file:line), why, and how it begins."""
 
-    where: str
-    why: str
-    bytes: int
-    begins: str
+    location: str
+    reason: str
+    num_bytes: int
+    prefix: str
 
 
 @dataclass(frozen=True)
@@ -92,15 +92,15 @@ class Corpus:
     """What to ask, and what was left out: len(prompts) + len(removed) + len(broken) = everything that came in."""
 
     prompts: tuple[Prompt, ...]
-    removed: tuple[Removed, ...]
-    broken: tuple[Broken, ...] = ()
+    removed: tuple[RemovedPrompt, ...]
+    malformed: tuple[MalformedLine, ...] = ()
 
     @property
-    def came(self) -> int:
-        return len(self.prompts) + len(self.removed) + len(self.broken)
+    def num_inputs(self) -> int:
+        return len(self.prompts) + len(self.removed) + len(self.malformed)
 
 
-def gather(sources: Iterable[Iterable[Prompt]], held_out: Iterable[Prompt], near: Sequence[float | None] = ()) -> Corpus:
+def build_corpus(sources: Iterable[Iterable[Prompt]], held_out: Iterable[Prompt], near_duplicate_thresholds: Sequence[float | None] = ()) -> Corpus:
     """All prompts of all sources, in order, without duplicates and without anything the student is tested on.
 
     Two prompts are the same when their texts and tools are, after NFC, case folding and white-space folding. A prompt holds a test item where it, or
@@ -108,33 +108,33 @@ def gather(sources: Iterable[Iterable[Prompt]], held_out: Iterable[Prompt], near
 
     near  for each source, the share of common word runs from which a prompt repeats another of such sources; None, or no entry = not looked for
     """
-    tested = HeldOut((p.id, _text(p.conversation)) for p in held_out)
+    tested = HeldOutIndex((p.id, _dedup_text(p.conversation)) for p in held_out)
     seen: dict[str, str] = {}
-    alike = Near()
+    alike = NearDuplicateIndex()
     kept: list[Prompt] = []
-    removed: list[Removed] = []
+    removed: list[RemovedPrompt] = []
     for k, source in enumerate(sources):
-        share = near[k] if k < len(near) else None
+        share = near_duplicate_thresholds[k] if k < len(near_duplicate_thresholds) else None
         for prompt in source:
-            text = _text(prompt.conversation)
-            key = folded(text)
+            text = _dedup_text(prompt.conversation)
+            key = normalize_text(text)
             if not key:
-                removed.append(Removed(prompt, Why.EMPTY))
-            elif of := tested.same(text):
-                removed.append(Removed(prompt, Why.TEST_ITEM, of))
+                removed.append(RemovedPrompt(prompt, RemovalReason.EMPTY))
+            elif of := tested.find_exact(text):
+                removed.append(RemovedPrompt(prompt, RemovalReason.TEST_ITEM, of))
             elif key in seen:
-                removed.append(Removed(prompt, Why.DUPLICATE, seen[key]))
-            elif of := tested.shared(text) or tested.shared(prompt.answer):
-                removed.append(Removed(prompt, Why.CONTAMINATED, of))
-            elif share is not None and (of := alike.add(prompt.id, text, share)):
-                removed.append(Removed(prompt, Why.NEAR, of))
+                removed.append(RemovedPrompt(prompt, RemovalReason.DUPLICATE, seen[key]))
+            elif of := tested.find_overlap(text) or tested.find_overlap(prompt.answer):
+                removed.append(RemovedPrompt(prompt, RemovalReason.CONTAMINATED, of))
+            elif share is not None and (of := alike.find_or_add(prompt.id, text, share)):
+                removed.append(RemovedPrompt(prompt, RemovalReason.NEAR_DUPLICATE, of))
             else:
                 seen[key] = prompt.id
                 kept.append(prompt)
     return Corpus(tuple(kept), tuple(removed))
 
 
-def read_prompts(path: Path, skill: str, language: str, broken: Callable[[Broken], None] | None = None) -> Iterator[Prompt]:
+def read_prompts(path: Path, skill: str, language: str, on_malformed: Callable[[MalformedLine], None] | None = None) -> Iterator[Prompt]:
     """Prompts of a .jsonl file, one object a line: {"prompt": "...", "answer": "..."} or {"messages": [{"role", "content"}, ...]}.
 
     The answer, or the assistant's turn at the end of `messages`, is kept beside the prompt: it is asked for only where
@@ -146,48 +146,48 @@ def read_prompts(path: Path, skill: str, language: str, broken: Callable[[Broken
     except OSError as error:
         raise DataError(f"cannot read prompts: {error.strerror}", where=str(path), remedy="check `corpus:` in the recipe") from error
     for number, line in enumerate(data.split(b"\n"), start=1):
-        if len(line) <= MAX_LINE and not line.strip():
+        if len(line) <= MAX_LINE_BYTES and not line.strip():
             continue
         try:
-            prompt = _of_line(line, f"{path}:{number}", f"{path.name}:{number}", skill, language)
+            prompt = _parse_line(line, f"{path}:{number}", f"{path.name}:{number}", skill, language)
         except DataError as error:
-            if broken is None:
+            if on_malformed is None:
                 raise
-            broken(Broken(error.where, error.what[:300], len(line), line[:BEGINS].decode(errors="backslashreplace")))
+            on_malformed(MalformedLine(error.where, error.message[:300], len(line), line[:MALFORMED_PREFIX_BYTES].decode(errors="backslashreplace")))
         else:
             yield prompt
 
 
-def _of_line(line: bytes, where: str, fallback_id: str, skill: str, language: str) -> Prompt:
-    if len(line) > MAX_LINE:
-        raise DataError(f"a line of {len(line):,} bytes", where=where, remedy=f"a prompt has at most {MAX_LINE:,}")
+def _parse_line(line: bytes, where: str, fallback_id: str, skill: str, language: str) -> Prompt:
+    if len(line) > MAX_LINE_BYTES:
+        raise DataError(f"a line of {len(line):,} bytes", where=where, remedy=f"a prompt has at most {MAX_LINE_BYTES:,}")
     try:
         row = json.loads(line)
         json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair ("\\ud83d") is JSON, but no text: it has no bytes
     except (ValueError, RecursionError) as error:
         raise DataError(f"not JSON: {error}", where=where, remedy="one JSON object a line; mend or delete the line") from error
-    return _prompt(row, where, fallback_id, skill, language)
+    return _parse_row(row, where, fallback_id, skill, language)
 
 
-def _prompt(row: Any, where: str, fallback_id: str, skill: str, language: str) -> Prompt:
+def _parse_row(row: Any, where: str, fallback_id: str, skill: str, language: str) -> Prompt:
     remedy = 'a line is {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}'
     if not isinstance(row, dict) or not ({"prompt", "messages"} & row.keys()):
         raise DataError("neither `prompt` nor `messages`", where=where, remedy=remedy)
     if "prompt" in row:
         if not isinstance(row["prompt"], str):
             raise DataError("`prompt` is not a text", where=where, remedy=remedy)
-        conversation, answer = Conversation.ask(row["prompt"]), row.get("answer", "")
+        conversation, answer = Conversation.from_question(row["prompt"]), row.get("answer", "")
         if not isinstance(answer, str):
             raise DataError("`answer` is not a text", where=where, remedy=remedy)
     else:
-        conversation, answer = _from_messages(row["messages"], where, remedy)
+        conversation, answer = _parse_messages(row["messages"], where, remedy)
     def said(key: str, default: str) -> str:
         return default if row.get(key) is None else str(row[key])  # exports fill what is not there with null
 
     return Prompt(said("id", fallback_id), conversation, said("skill", skill), said("language", language), unicodedata.normalize("NFC", answer))
 
 
-def _from_messages(rows: Any, where: str, remedy: str) -> tuple[Conversation, str]:
+def _parse_messages(rows: Any, where: str, remedy: str) -> tuple[Conversation, str]:
     messages: list[Message] = []
     for row in rows if isinstance(rows, list) else []:
         role, content = (row.get("role"), row.get("content")) if isinstance(row, dict) else (None, None)
@@ -200,6 +200,6 @@ def _from_messages(rows: Any, where: str, remedy: str) -> tuple[Conversation, st
     return Conversation(tuple(messages)), answer
 
 
-def _text(conversation: Conversation) -> str:
+def _dedup_text(conversation: Conversation) -> str:
     """What is said, and what tools there are: the same question with other tools is another."""
     return "\n".join([*(p.text for p in conversation.parts()), *(t.name for t in conversation.tools)])

@@ -17,19 +17,19 @@ from persea.errors import DataError
 
 
 @dataclass(frozen=True)
-class Standard:
+class LmEvalResult:
     """One number of lm-eval: a metric with its filter on a task; error = standard error, None where lm-eval gives none; n = 0 not told."""
 
-    speaker: str
+    model_name: str
     task: str
     metric: str
     value: float
-    error: float | None
+    stderr: float | None
     n: int
     higher_is_better: bool
 
 
-def read_standard(speaker: str, path: Path) -> tuple[Standard, ...]:
+def read_lm_eval_results(model_name: str, path: Path) -> tuple[LmEvalResult, ...]:
     """All numbers of one results file. Raises DataError where it is missing, no such file, or holds no number."""
     remedy = "give the results_*.json that lm_eval --output_path wrote (docs/evaluate.md)"
     try:
@@ -42,7 +42,7 @@ def read_standard(speaker: str, path: Path) -> tuple[Standard, ...]:
     if not isinstance(results, dict):
         raise DataError("has no `results`: it is not what lm-eval writes", where=str(path), remedy=remedy)
     try:
-        numbers = tuple(_numbers(speaker, found, results))
+        numbers = tuple(_iter_results(model_name, found, results))
     except (TypeError, AttributeError, ValueError) as error:
         raise DataError(f"not in lm-eval's form: {error}", where=str(path), remedy=remedy) from error
     if not numbers:
@@ -50,7 +50,7 @@ def read_standard(speaker: str, path: Path) -> tuple[Standard, ...]:
     return numbers
 
 
-def _numbers(speaker: str, found: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]) -> Iterator[Standard]:
+def _iter_results(model_name: str, found: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]) -> Iterator[LmEvalResult]:
     for task, values in results.items():
         n = found.get("n-samples", {}).get(task, {}).get("effective", 0)
         better = found.get("higher_is_better", {}).get(task, {})
@@ -62,5 +62,5 @@ def _numbers(speaker: str, found: Mapping[str, Any], results: Mapping[str, Mappi
                 raise ValueError(f"{task}: {key} is {value!r}, not a number")
             error = values.get(f"{metric}_stderr,{filtered}")
             known = float(error) if isinstance(error, int | float) and math.isfinite(error) else None  # lm-eval writes "N/A" where it has none
-            yield Standard(speaker, str(values.get("alias") or task).strip(" -"), metric if filtered == "none" else f"{metric} ({filtered})",
+            yield LmEvalResult(model_name, str(values.get("alias") or task).strip(" -"), metric if filtered == "none" else f"{metric} ({filtered})",
                            float(value), known, int(n), better.get(metric) is not False)

@@ -6,14 +6,34 @@ ordinary divergences. composed_head() and divergence_head() are the same from hi
 run as Triton kernels (fused.py, imported there only), on a CPU over the products of products.py.
 """
 
-from persea.losses.chunked_head import Head, composed_head, divergence_head
-from persea.losses.divergence import Divergence, LossOut, cross_entropy, refuse_divergence, same_vocabulary
-from persea.losses.event_divergence import Sides, full
-from persea.losses.event_kl import composed, event_logprobs
-from persea.losses.event_sums import Dead
-from persea.losses.span_likelihood import Chunks, chunk
-from persea.losses.targets import Entries, Targets, split, standing, targets, together
+from persea.losses.chunked_head import LMHead, divergence_loss_from_hidden, event_kl_loss_from_hidden
+from persea.losses.divergence import Divergence, LossOutput, cross_entropy, divergence_loss, refuse_divergence
+from persea.losses.event_divergence import MaskedEventMap, event_divergence_loss
+from persea.losses.event_kl import event_kl_loss, event_logprobs
+from persea.losses.event_sums import ImpossibleTokens
+from persea.losses.span_likelihood import SpanTargets, span_likelihood_loss
+from persea.losses.targets import BatchTargets, EventTargets, build_batch_targets, build_event_targets, concat_event_targets, split_targets
 
-__all__ = ["Chunks", "Dead", "Divergence", "Entries", "Head", "LossOut", "Sides", "Targets", "chunk", "composed", "composed_head",
-           "cross_entropy", "divergence_head", "event_logprobs", "full", "refuse_divergence", "same_vocabulary", "split", "standing", "targets",
-           "together"]
+__all__ = [
+           "BatchTargets",
+           "Divergence",
+           "EventTargets",
+           "ImpossibleTokens",
+           "LMHead",
+           "LossOutput",
+           "MaskedEventMap",
+           "SpanTargets",
+           "build_batch_targets",
+           "build_event_targets",
+           "concat_event_targets",
+           "cross_entropy",
+           "divergence_loss",
+           "divergence_loss_from_hidden",
+           "event_divergence_loss",
+           "event_kl_loss",
+           "event_kl_loss_from_hidden",
+           "event_logprobs",
+           "refuse_divergence",
+           "span_likelihood_loss",
+           "split_targets",
+]

@@ -10,7 +10,7 @@ from enum import StrEnum
 import torch
 import torch.nn.functional as F
 
-from persea.distributions import RowKind
+from persea.distributions import DistributionKind
 from persea.errors import RecipeError
 
 
@@ -24,35 +24,35 @@ class Divergence(StrEnum):
 
 
 @dataclass(frozen=True)
-class LossOut:
+class LossOutput:
     """loss: scalar tensor to minimise; terms: its parts, detached, nats per learned position; positions: how many; each_N: what each
     of them cost before its weight, detached; pull_N: where the loss came from a head, the norm of the gradient of N x loss with respect to
     each hidden state, weight included."""
 
     loss: torch.Tensor
-    terms: Mapping[str, float]
-    positions: int
-    each_N: torch.Tensor | None = None
-    pull_N: torch.Tensor | None = None
+    metrics: Mapping[str, float]
+    num_tokens: int
+    token_loss_N: torch.Tensor | None = None
+    grad_norm_N: torch.Tensor | None = None
 
 
-def cross_entropy(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> LossOut:
+def cross_entropy(logits_NV: torch.Tensor, labels_N: torch.Tensor) -> LossOutput:
     """Mean negative log-likelihood, nats per position: -1/N sum_n log softmax(logits_n)[target_n]."""
-    loss = F.cross_entropy(logits_NV, targets_N)
-    return LossOut(loss, {"cross_entropy": float(loss.detach())}, len(targets_N))
+    loss = F.cross_entropy(logits_NV, labels_N)
+    return LossOutput(loss, {"cross_entropy": float(loss.detach())}, len(labels_N))
 
 
-def refuse_divergence(kind: RowKind, divergence: Divergence) -> None:
+def refuse_divergence(kind: DistributionKind, divergence: Divergence) -> None:
     """Raises RecipeError where a divergence needs more than a row of this kind knows.
 
     Only forward KL is linear in the teacher's probabilities: of a sample, or of a head with a rest, anything else is biased.
     """
-    if kind is RowKind.WORDS or (divergence is not Divergence.FORWARD and kind is not RowKind.FULL):
-        remedy = "teach from the text alone" if kind is RowKind.WORDS else "use forward KL, or rows of kind full (a teacher in the loop)"
+    if kind is DistributionKind.TEXT_ONLY or (divergence is not Divergence.FORWARD and kind is not DistributionKind.FULL):
+        remedy = "teach from the text alone" if kind is DistributionKind.TEXT_ONLY else "use forward KL, or rows of kind full (a teacher in the loop)"
         raise RecipeError(f"{divergence.value} KL needs more than rows of kind {kind.value}", where="losses", remedy=remedy)
 
 
-def between(log_p_NE: torch.Tensor, log_q_NE: torch.Tensor, divergence: Divergence) -> torch.Tensor:
+def divergence_of_logprobs(log_p_NE: torch.Tensor, log_q_NE: torch.Tensor, divergence: Divergence) -> torch.Tensor:
     """Divergence of each row, nats, [N]. log_p, log_q: natural logs of distributions over the same E outcomes; -inf where p or q is 0.
 
     An outcome that both rule out costs nothing; one that only q rules out costs forward KL infinity, and the reverse.
@@ -72,7 +72,7 @@ def _kl(log_a_NE: torch.Tensor, log_b_NE: torch.Tensor) -> torch.Tensor:
     return (log_a_NE.exp() * (log_a_NE - log_b_NE.masked_fill(nowhere, 0))).masked_fill(nowhere, 0).sum(-1)
 
 
-def same_vocabulary(logits_NV: torch.Tensor, teacher_logprobs_NV: torch.Tensor, divergence: Divergence = Divergence.FORWARD) -> LossOut:
+def divergence_loss(logits_NV: torch.Tensor, teacher_logprobs_NV: torch.Tensor, divergence: Divergence = Divergence.FORWARD) -> LossOutput:
     """Mean divergence between a teacher's and a student's distributions over the same tokens, nats per position.
 
     Raises RecipeError where the vocabularies differ: then it takes a bridge (`losses.full`).
@@ -80,12 +80,12 @@ def same_vocabulary(logits_NV: torch.Tensor, teacher_logprobs_NV: torch.Tensor, 
     if logits_NV.shape != teacher_logprobs_NV.shape:
         raise RecipeError(f"student logits {tuple(logits_NV.shape)}, teacher log-probabilities {tuple(teacher_logprobs_NV.shape)}", where="losses",
                           remedy="between different vocabularies a bridge is needed")
-    loss = between(teacher_logprobs_NV, torch.log_softmax(logits_NV, -1), divergence).mean()
-    return LossOut(loss, {divergence.value: float(loss.detach())}, len(logits_NV))
+    loss = divergence_of_logprobs(teacher_logprobs_NV, torch.log_softmax(logits_NV, -1), divergence).mean()
+    return LossOutput(loss, {divergence.value: float(loss.detach())}, len(logits_NV))
 
 
 @torch.no_grad()
-def same_rows(logits_NV: torch.Tensor, teacher_logits_NV: torch.Tensor, divergence: Divergence) -> torch.Tensor:
+def divergence_with_gradient(logits_NV: torch.Tensor, teacher_logits_NV: torch.Tensor, divergence: Divergence) -> torch.Tensor:
     """`same_vocabulary` position by position [N], from logits of both sides; the student's are overwritten by the gradient of the sum,
     the teacher's by no matter what. A teacher's logit may be -inf, a student's not.
 
@@ -99,7 +99,7 @@ def same_rows(logits_NV: torch.Tensor, teacher_logits_NV: torch.Tensor, divergen
     of_t_N1, of_s_N1 = (-side.amax(-1, keepdim=True).log() for side in (p_NV, q_NV))  # log normalisers: the likeliest token's logit is 0
     loss_N: torch.Tensor
     if divergence is Divergence.FORWARD:
-        loss_N = _expected(p_NV, t_NV.sub_(s_NV))
+        loss_N = _expectation(p_NV, t_NV.sub_(s_NV))
         torch.sub(q_NV, p_NV, out=s_NV)
         return loss_N.add_((of_s_N1 - of_t_N1).squeeze(-1))
     if divergence is Divergence.REVERSE:
@@ -111,12 +111,12 @@ def same_rows(logits_NV: torch.Tensor, teacher_logits_NV: torch.Tensor, divergen
     # where p + q has no digits neither p nor q has: whatever finite number stands for its log is multiplied by nothing
     log_m_NV = torch.add(p_NV, q_NV).clamp_min_(torch.finfo(p_NV.dtype).tiny).log_().sub_(math.log(2))
     towards_N: torch.Tensor = torch.linalg.vecdot(q_NV, s_NV.sub_(log_m_NV))
-    loss_N = _expected(p_NV, t_NV.sub_(log_m_NV)).add_(towards_N).div_(2)
+    loss_N = _expectation(p_NV, t_NV.sub_(log_m_NV)).add_(towards_N).div_(2)
     s_NV.sub_(towards_N[:, None]).mul_(q_NV).div_(2)
     return loss_N
 
 
-def _expected(p_NV: torch.Tensor, of_NV: torch.Tensor) -> torch.Tensor:
+def _expectation(p_NV: torch.Tensor, values_NV: torch.Tensor) -> torch.Tensor:
     """sum p f; f is overwritten. It may be -inf only where p is 0: not looked for before it shows, for it seldom does."""
-    mean_N: torch.Tensor = of_NV.mul_(p_NV).sum(-1)
-    return mean_N if bool(mean_N.isfinite().all()) else of_NV.masked_fill_(p_NV == 0, 0).sum(-1)
+    mean_N: torch.Tensor = values_NV.mul_(p_NV).sum(-1)
+    return mean_N if bool(mean_N.isfinite().all()) else values_NV.masked_fill_(p_NV == 0, 0).sum(-1)

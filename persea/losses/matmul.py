@@ -15,66 +15,66 @@ from collections.abc import Iterator
 
 import torch
 
-STRIP = 2048  # rows of the weight at once: what is made of them is added or laid down from a core's own cache, and needs no room to speak of
+STRIP_ROWS = 2048  # rows of the weight at once: what is made of them is added or laid down from a core's own cache, and needs no room to speak of
 
 
-def onednn(like_XY: torch.Tensor) -> bool:
+def can_use_onednn(like_XY: torch.Tensor) -> bool:
     """Whether matrices like this one are multiplied by oneDNN."""
     if like_XY.dtype is not torch.float32 or like_XY.device.type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     return bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)  # type: ignore[no-untyped-call]
 
 
-def rows_for(count: int, like_XY: torch.Tensor) -> int:
+def padded_rows(count: int, like_XY: torch.Tensor) -> int:
     """How many rows the products of `count` rows are made with: at least as many, at most an eighth more from 128 on."""
-    return -(-count // _step(count)) * _step(count) if onednn(like_XY) else count
+    return -(-count // _row_multiple(count)) * _row_multiple(count) if can_use_onednn(like_XY) else count
 
 
-def most_rows(count: int, like_XY: torch.Tensor) -> int:
+def max_padded_rows(count: int, like_XY: torch.Tensor) -> int:
     """The most rows, of which `rows_for` makes no more than `count`; at least one."""
-    return max(1, count // _step(count) * _step(count)) if onednn(like_XY) else count
+    return max(1, count // _row_multiple(count) * _row_multiple(count)) if can_use_onednn(like_XY) else count
 
 
-def _step(count: int) -> int:
+def _row_multiple(count: int) -> int:
     return max(16, 1 << (count - 1).bit_length() >> 4)
 
 
-def outward(hidden_CD: torch.Tensor, weight_VD: torch.Tensor, into_CV: torch.Tensor) -> None:
+def project_to_logits(hidden_CD: torch.Tensor, weight_VD: torch.Tensor, out_CV: torch.Tensor) -> None:
     """into = hidden weight^T."""
-    if not onednn(hidden_CD):
-        torch.mm(hidden_CD, weight_VD.T, out=into_CV)
+    if not can_use_onednn(hidden_CD):
+        torch.mm(hidden_CD, weight_VD.T, out=out_CV)
         return
-    for part in _strips(weight_VD):
-        into_CV[:, part] = _times(hidden_CD, weight_VD[part])
+    for part in _row_strips(weight_VD):
+        out_CV[:, part] = _matmul_transposed(hidden_CD, weight_VD[part])
 
 
-def inward(pull_CV: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+def project_to_hidden(grad_CV: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
     """pull weight, [C, D]."""
-    return _times(pull_CV, weight_VD.T) if onednn(pull_CV) else torch.mm(pull_CV, weight_VD)
+    return _matmul_transposed(grad_CV, weight_VD.T) if can_use_onednn(grad_CV) else torch.mm(grad_CV, weight_VD)
 
 
-def add_outer(into_VD: torch.Tensor, pull_CV: torch.Tensor, hidden_CD: torch.Tensor, first: bool) -> None:
+def accumulate_weight_gradient(out_VD: torch.Tensor, grad_CV: torch.Tensor, hidden_CD: torch.Tensor, is_first: bool) -> None:
     """into += pull^T hidden; the first time into is overwritten.
 
     Half precision goes a part of the vocabulary at a time, so that sums over chunks are float32's.
     """
-    quick = onednn(pull_CV)
-    if pull_CV.dtype == into_VD.dtype and not quick:
-        into_VD.addmm_(pull_CV.T, hidden_CD, beta=0 if first else 1)
+    quick = can_use_onednn(grad_CV)
+    if grad_CV.dtype == out_VD.dtype and not quick:
+        out_VD.addmm_(grad_CV.T, hidden_CD, beta=0 if is_first else 1)
         return
-    for part in _strips(into_VD, STRIP if quick else 8 * STRIP):
-        added_PD = _times(pull_CV[:, part].T, hidden_CD.T) if quick else torch.mm(pull_CV[:, part].T, hidden_CD)
-        if first:
-            into_VD[part] = added_PD
+    for part in _row_strips(out_VD, STRIP_ROWS if quick else 8 * STRIP_ROWS):
+        added_PD = _matmul_transposed(grad_CV[:, part].T, hidden_CD.T) if quick else torch.mm(grad_CV[:, part].T, hidden_CD)
+        if is_first:
+            out_VD[part] = added_PD
         else:
-            into_VD[part] += added_PD
+            out_VD[part] += added_PD
 
 
-def _times(left_XY: torch.Tensor, right_ZY: torch.Tensor) -> torch.Tensor:
+def _matmul_transposed(left_XY: torch.Tensor, right_ZY: torch.Tensor) -> torch.Tensor:
     """left right^T."""
     product_XZ: torch.Tensor = torch.ops.mkldnn._linear_pointwise(left_XY, right_ZY, None, "none", [], "")
     return product_XZ
 
 
-def _strips(weight_VD: torch.Tensor, size: int = STRIP) -> Iterator[slice]:
+def _row_strips(weight_VD: torch.Tensor, size: int = STRIP_ROWS) -> Iterator[slice]:
     return (slice(begin, begin + size) for begin in range(0, len(weight_VD), size))

@@ -15,14 +15,14 @@ import triton.language as tl
 
 from persea.losses.divergence import Divergence
 from persea.losses.event_kl import refuse_other_vocabulary, refuse_two_teachers
-from persea.losses.targets import Targets
+from persea.losses.targets import BatchTargets
 
-BLOCK, FEW = 4096, 32  # columns, and tokens of an event, looked at at once
-KINDS = {Divergence.FORWARD: 0, Divergence.REVERSE: 1, Divergence.JSD: 2}
+BLOCK_COLUMNS, BLOCK_EVENT_TOKENS = 4096, 32  # columns, and tokens of an event, looked at at once
+DIVERGENCE_CODES = {Divergence.FORWARD: 0, Divergence.REVERSE: 1, Divergence.JSD: 2}
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _lse(row, columns, BLOCK: tl.constexpr) -> tl.tensor:  # type: ignore[no-untyped-def]
+def _logsumexp_kernel(row, columns, BLOCK: tl.constexpr) -> tl.tensor:  # type: ignore[no-untyped-def]
     """log sum exp of a row, in one pass."""
     top = tl.full((), -float("inf"), tl.float32)
     total = tl.full((), 0.0, tl.float32)
@@ -36,11 +36,11 @@ def _lse(row, columns, BLOCK: tl.constexpr) -> tl.tensor:  # type: ignore[no-unt
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _composed(logits, stride, columns, target, first_entry, first_token, token, prob, pull, loss, text, events, mass,  # type: ignore[no-untyped-def]
+def _event_kl_kernel(logits, stride, columns, target, first_entry, first_token, token, prob, pull, loss, text, events, mass,  # type: ignore[no-untyped-def]
               share, BLOCK: tl.constexpr, FEW: tl.constexpr) -> None:
     n = tl.program_id(0).to(tl.int64)
     row = logits + n * stride
-    lse = _lse(row, columns, BLOCK)
+    lse = _logsumexp_kernel(row, columns, BLOCK)
     said = tl.load(target + n)
     cross_entropy = lse - tl.load(row + said)
     event_sum = tl.full((), 0.0, tl.float32)
@@ -86,10 +86,10 @@ def _composed(logits, stride, columns, target, first_entry, first_token, token, 
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _same(logits, stride, teacher, teacher_stride, columns, loss, BLOCK: tl.constexpr, KIND: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
+def _divergence_kernel(logits, stride, teacher, teacher_stride, columns, loss, BLOCK: tl.constexpr, KIND: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
     n = tl.program_id(0).to(tl.int64)
     row, other = logits + n * stride, teacher + n * teacher_stride
-    s_lse, t_lse = _lse(row, columns, BLOCK), _lse(other, columns, BLOCK)
+    s_lse, t_lse = _logsumexp_kernel(row, columns, BLOCK), _logsumexp_kernel(other, columns, BLOCK)
     of_p = tl.full((), 0.0, tl.float32)
     of_q = tl.full((), 0.0, tl.float32)
     for start in range(0, columns, BLOCK):
@@ -124,41 +124,41 @@ def _same(logits, stride, teacher, teacher_stride, columns, loss, BLOCK: tl.cons
         tl.store(row + at, pull, mask=at < columns)
 
 
-def room(n: int, like: torch.Tensor) -> torch.Tensor:
+def empty_float32(n: int, like: torch.Tensor) -> torch.Tensor:
     """Memory that a kernel fills."""
     return torch.empty(n, dtype=torch.float32, device=like.device)
 
 
-def fused_composed(logits_CV: torch.Tensor, targets_C: torch.Tensor, teachers: Sequence[Targets], event_share: float
+def triton_event_kl(logits_CV: torch.Tensor, labels_C: torch.Tensor, targets: Sequence[BatchTargets], event_weight: float
                    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss, cross-entropy, event term, whether spoken of) by position, as `composed_rows`; the logits are overwritten by the gradient.
 
     Float32 logits whose columns lie side by side; rows with a rest are not for it.
     """
     count = len(logits_CV)
-    for said in teachers:
+    for said in targets:
         refuse_other_vocabulary(logits_CV, said)
-    refuse_two_teachers(teachers, count)
-    row_M = torch.cat([targets_C.new_empty(0, device="cpu"), *(said.row_M.cpu() for said in teachers)])
+    refuse_two_teachers(targets, count)
+    row_M = torch.cat([labels_C.new_empty(0, device="cpu"), *(said.row_M.cpu() for said in targets)])
     row_M, order_M = row_M.sort(stable=True)
-    prob_M = torch.cat([torch.empty(0), *(said.probs_M.cpu() for said in teachers)])[order_M]
-    before = [sum(len(said.row_M) for said in teachers[:k]) for k in range(len(teachers))]
-    entry_G = torch.cat([row_M[:0], *(said.entry_G.cpu() + m for said, m in zip(teachers, before, strict=True))])
+    prob_M = torch.cat([torch.empty(0), *(said.probs_M.cpu() for said in targets)])[order_M]
+    before = [sum(len(said.row_M) for said in targets[:k]) for k in range(len(targets))]
+    entry_G = torch.cat([row_M[:0], *(said.entry_G.cpu() + m for said, m in zip(targets, before, strict=True))])
     place_M = torch.empty_like(order_M).index_put((order_M,), torch.arange(len(order_M)))
     entry_G, order_G = place_M[entry_G].sort(stable=True)
-    token_G = torch.cat([row_M[:0], *(said.token_G.cpu() for said in teachers)])[order_G]
+    token_G = torch.cat([row_M[:0], *(said.token_G.cpu() for said in targets)])[order_G]
     first_entry = torch.searchsorted(row_M, torch.arange(count + 1))
     first_token = torch.searchsorted(entry_G, torch.arange(len(row_M) + 1))
-    given = [side.to(logits_CV.device) for side in (targets_C, first_entry, first_token, token_G, prob_M.float())]
-    pull_G, loss_C, text_C, events_C, mass_C = (room(n, logits_CV) for n in (len(token_G), count, count, count, count))
-    _composed[(count,)](logits_CV, logits_CV.stride(0), logits_CV.shape[1], *given, pull_G, loss_C, text_C, events_C, mass_C, event_share,
-                        BLOCK=BLOCK, FEW=FEW)
+    given = [side.to(logits_CV.device) for side in (labels_C, first_entry, first_token, token_G, prob_M.float())]
+    pull_G, loss_C, text_C, events_C, mass_C = (empty_float32(n, logits_CV) for n in (len(token_G), count, count, count, count))
+    _event_kl_kernel[(count,)](logits_CV, logits_CV.stride(0), logits_CV.shape[1], *given, pull_G, loss_C, text_C, events_C, mass_C, event_weight,
+                        BLOCK=BLOCK_COLUMNS, FEW=BLOCK_EVENT_TOKENS)
     return loss_C, text_C, events_C, mass_C > 0
 
 
-def fused_same(logits_CV: torch.Tensor, teacher_logits_CV: torch.Tensor, divergence: Divergence) -> torch.Tensor:
+def triton_divergence(logits_CV: torch.Tensor, teacher_logits_CV: torch.Tensor, divergence: Divergence) -> torch.Tensor:
     """`same_rows`: by position; the student's logits are overwritten by the gradient, the teacher's stay."""
-    loss_C = room(len(logits_CV), logits_CV)
-    _same[(len(logits_CV),)](logits_CV, logits_CV.stride(0), teacher_logits_CV, teacher_logits_CV.stride(0), logits_CV.shape[1], loss_C,
-                             BLOCK=BLOCK, KIND=KINDS[divergence])
+    loss_C = empty_float32(len(logits_CV), logits_CV)
+    _divergence_kernel[(len(logits_CV),)](logits_CV, logits_CV.stride(0), teacher_logits_CV, teacher_logits_CV.stride(0), logits_CV.shape[1], loss_C,
+                             BLOCK=BLOCK_COLUMNS, KIND=DIVERGENCE_CODES[divergence])
     return loss_C

@@ -5,13 +5,13 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
-from persea.errors import EnvironmentLacks
+from persea.errors import MissingRequirementError
 
-NEEDS = {"8bit": ("bitsandbytes",), "4bit": ("bitsandbytes",), "mxfp4": ("triton", "kernels")}  # beside transformers, which would load
+QUANTIZATION_PACKAGES = {"8bit": ("bitsandbytes",), "4bit": ("bitsandbytes",), "mxfp4": ("triton", "kernels")}  # beside transformers, which would load
 # an MXFP4 model in 16 bits, four times as large, where one of them is missing: refused here instead
 
 
-def placement(quantize: str, offload: bool, where: str) -> dict[str, Any]:
+def placement_kwargs(quantize: str, offload: bool, where: str) -> dict[str, Any]:
     """What `from_pretrained` is told beside the rest; {} where a model is loaded as it is stored, in one place.
 
     quantize  "" or "none", 8bit, 4bit, mxfp4
@@ -24,13 +24,13 @@ def placement(quantize: str, offload: bool, where: str) -> dict[str, Any]:
     if not quantize and not offload:
         return {}
     if not torch.cuda.is_available():
-        raise EnvironmentLacks(f"{asked} needs a CUDA GPU, and there is none", where=where,
+        raise MissingRequirementError(f"{asked} needs a CUDA GPU, and there is none", where=where,
                                remedy="capture on a machine that has one, or delete it: on a CPU the weights are loaded whole")
-    missing = [name for name in (*NEEDS.get(quantize, ()), *(("accelerate",) if offload else ())) if find_spec(name) is None]
+    missing = [name for name in (*QUANTIZATION_PACKAGES.get(quantize, ()), *(("accelerate",) if offload else ())) if find_spec(name) is None]
     if missing:
-        raise EnvironmentLacks(f"{asked} needs {' and '.join(missing)}", where=where, remedy=f"pip install {' '.join(missing)}")
+        raise MissingRequirementError(f"{asked} needs {' and '.join(missing)}", where=where, remedy=f"pip install {' '.join(missing)}")
     if quantize == "mxfp4" and torch.cuda.get_device_capability() < (7, 5):
-        raise EnvironmentLacks("quantize: mxfp4 needs a GPU of compute capability 7.5 or more", where=where, remedy="quantize: 4bit, or a newer GPU")
+        raise MissingRequirementError("quantize: mxfp4 needs a GPU of compute capability 7.5 or more", where=where, remedy="quantize: 4bit, or a newer GPU")
     told: dict[str, Any] = {"device_map": "auto" if offload else {"": torch.cuda.current_device()}}
     if quantize:
         from transformers import BitsAndBytesConfig, Mxfp4Config

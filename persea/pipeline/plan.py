@@ -8,18 +8,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from persea.errors import Refused
-from persea.pipeline.preflight import refuse_mute
-from persea.pipeline.run_context import BASE, STUDENT, River, digest_of
+from persea.errors import RefusedError
+from persea.pipeline.preflight import refuse_missing_logprobs
+from persea.pipeline.run_context import BASE, STUDENT, RunContext, digest_json
 from persea.pipeline.stages import STAGES, Stage
 from persea.tasks.task import Split
 
-BYTES_PER_TOKEN = 40  # the most: broad text of a 152k vocabulary at tau .02 costs 34 without its text, reasoning 9 (docs/cache.md)
-BYTES_PER_TOP = 400  # with `rows: topk` at kl .01 broad text costs 316, reasoning 53 (docs/cache.md)
+SAMPLED_BYTES_PER_TOKEN = 40  # the most: broad text of a 152k vocabulary at tau .02 costs 34 without its text, reasoning 9 (docs/cache.md)
+TOPK_BYTES_PER_TOKEN = 400  # with `rows: topk` at kl .01 broad text costs 316, reasoning 53 (docs/cache.md)
 
 
 @dataclass(frozen=True)
-class Cost:
+class StagePlan:
     """One stage: `state` is "stands", "to do", or "waits" where it needs a stage before it; `work` in words."""
 
     stage: str
@@ -28,10 +28,10 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """stages in order; disk_bytes: the most this run will add; answers: questions asked of models in all."""
 
-    stages: tuple[Cost, ...]
+    stages: tuple[StagePlan, ...]
     answers: int
     disk_bytes: int
     disk_free: int
@@ -39,59 +39,59 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    def rows(self) -> list[tuple[str, str, str]]:
+    def table_rows(self) -> list[tuple[str, str, str]]:
         rows = [(c.stage, c.state, c.work) for c in self.stages]
         disk = f"at most {self.disk_bytes / 1e9:.2f} GB of disk ({self.disk_free / 1e9:.0f} GB free)"
         return [*rows, ("in all", "", f"{self.answers:,} answers, {disk}")]
 
 
-def plan(river: River) -> Plan:
+def plan_run(context: RunContext) -> RunPlan:
     """Count what each stage asks, keeps and writes. Raises Refused where the disk cannot hold it, RecipeError for a mode nobody knows."""
-    river.lm_eval()  # told now and not after hours
-    river.refuse_modes()
-    refuse_mute(river)
-    from persea.training.checkpoint import KEPT  # torch comes with it
+    context.lm_eval_digests()  # told now and not after hours
+    context.refuse_unsupported_efforts()
+    refuse_missing_logprobs(context)
+    from persea.training.checkpoint import MAX_CHECKPOINTS  # torch comes with it
 
-    recipe, teachers = river.recipe, len(river.teaching)
-    asked = sum(len(items) for _, items in river.items(Split.AUDITION)) * sum(
-        len(river.efforts(name, recipe.audition.efforts)) for name in river.teaching)
-    tested = sum(len(items) for _, items in river.items(Split.TEST)) * sum(
-        len(river.efforts(name, recipe.evaluation.efforts)) for name in (STUDENT, BASE, *river.voices))
-    tested += sum(sum(not i.choices for i in items) * len(river.modes.get(skill.name, ())) for skill, items in river.items(Split.TEST))
-    prompts = len(river.corpus.prompts)
-    weights = _weights(recipe.student.model)
-    captured = prompts * recipe.capture.max_new_tokens * (BYTES_PER_TOKEN if recipe.capture.rows == "sampled" else BYTES_PER_TOP)
+    recipe, teachers = context.recipe, len(context.teacher_names)
+    asked = sum(len(items) for _, items in context.held_out_items(Split.AUDITION)) * sum(
+        len(context.measured_efforts(name, recipe.audition.efforts)) for name in context.teacher_names)
+    tested = sum(len(items) for _, items in context.held_out_items(Split.TEST)) * sum(
+        len(context.measured_efforts(name, recipe.evaluation.efforts)) for name in (STUDENT, BASE, *context.renderers))
+    tested += sum(sum(not i.choices for i in items) * len(context.taught_efforts.get(skill.name, ())) for skill, items in context.held_out_items(Split.TEST))
+    prompts = len(context.corpus.prompts)
+    weights = _weight_bytes(recipe.student.model)
+    captured = prompts * recipe.capture.max_new_tokens * (SAMPLED_BYTES_PER_TOKEN if recipe.capture.rows == "sampled" else TOPK_BYTES_PER_TOKEN)
     work = {
         "check": f"{teachers} pairings of tokenizers",
         "audition": f"at most {asked:,} answers by {teachers} teachers",
-        "capture": f"{prompts:,} answers, at most {captured / 1e9:.2f} GB ({river.corpus.came - prompts:,} prompts left out)",
+        "capture": f"{prompts:,} answers, at most {captured / 1e9:.2f} GB ({context.corpus.num_inputs - prompts:,} prompts left out)",
         "train": f"{recipe.training.steps:,} steps of {recipe.training.batch} conversations",
-        "evaluate": f"{tested:,} answers by {len(river.voices) + 2} speakers",
+        "evaluate": f"{tested:,} answers by {len(context.renderers) + 2} speakers",
         "lineage": "one record", "report": "one page"}
-    disk = captured + weights * (1 + 3 * (KEPT + 1))  # weights and two Adam moments a checkpoint; an old one goes when the new one stands
-    free = shutil.disk_usage(_existing(river.folder)).free
+    disk = captured + weights * (1 + 3 * (MAX_CHECKPOINTS + 1))  # weights and two Adam moments a checkpoint; an old one goes when the new one stands
+    free = shutil.disk_usage(_existing_ancestor(context.folder)).free
     if disk > free:
-        raise Refused(f"the run needs up to {disk / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", where=str(river.folder),
+        raise RefusedError(f"the run needs up to {disk / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", where=str(context.folder),
                       remedy="free space or give another --out")
     states: dict[str, str] = {}
     for stage in STAGES:
-        states[stage.name] = _state(river, stage, states)
-    return Plan(tuple(Cost(s.name, states[s.name], work[s.name]) for s in STAGES), asked + prompts + tested, disk, free)
+        states[stage.name] = _stage_state(context, stage, states)
+    return RunPlan(tuple(StagePlan(s.name, states[s.name], work[s.name]) for s in STAGES), asked + prompts + tested, disk, free)
 
 
-def _state(river: River, stage: Stage, before: Mapping[str, str]) -> str:
-    needed = {"capture": ("audition",), "train": ("capture",), "evaluate": ("train",), "lineage": ("train",), "report": tuple(before)}
-    if any(before[name] != "stands" for name in needed.get(stage.name, ())):
+def _stage_state(context: RunContext, stage: Stage, earlier_states: Mapping[str, str]) -> str:
+    needed = {"capture": ("audition",), "train": ("capture",), "evaluate": ("train",), "lineage": ("train",), "report": tuple(earlier_states)}
+    if any(earlier_states[name] != "stands" for name in needed.get(stage.name, ())):
         return "waits"
-    return "stands" if river.stands(stage.name, digest_of(stage.inputs(river))) else "to do"
+    return "stands" if context.is_up_to_date(stage.name, digest_json(stage.inputs(context))) else "to do"
 
 
-def _weights(model: str) -> int:
+def _weight_bytes(model: str) -> int:
     """Bytes of a local model's weights in float32 (they may be stored in half); 0 where they are not on this disk."""
     return sum(2 * p.stat().st_size for p in Path(model).glob("*.safetensors")) if Path(model).is_dir() else 0
 
 
-def _existing(folder: Path) -> Path:
+def _existing_ancestor(folder: Path) -> Path:
     while not folder.exists():
         folder = folder.parent
     return folder

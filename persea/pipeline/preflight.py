@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from persea.evaluation.answering import refuse_choices
-from persea.pipeline.run_context import River
+from persea.evaluation.answering import refuse_choice_items
+from persea.pipeline.run_context import RunContext
 from persea.tasks.task import Split
-from persea.training.distributed.world import refuse_too_many, refuse_unheard
-from persea.training.trackers import refuse_missing
+from persea.training.distributed.world import refuse_on_policy_processes, refuse_too_many_processes
+from persea.training.trackers import refuse_missing_tracker
 
 
-def refuse_training(river: River) -> None:
+def refuse_impossible_training(context: RunContext) -> None:
     """Raises RecipeError where it cannot be spread over as many processes as were asked for, EnvironmentLacks without its board."""
-    t, procs = river.recipe.training, max(river.how.procs, river.world.size)
-    refuse_too_many(procs, t.batch, t.accumulate)
+    t, procs = context.recipe.training, max(context.launch_options.num_processes, context.world.size)
+    refuse_too_many_processes(procs, t.batch, t.accumulate)
     if t.on_policy:
-        refuse_unheard(procs, river.how.shard, [far.name for far in river.recipe.teachers if far.endpoint and far.endpoint.budget])
-    refuse_missing(t.report_to)
-    if river.how.resume not in ("auto", "never"):  # looked at now, not after a capture of hours
-        from persea.training.checkpoint import choose
+        refuse_on_policy_processes(procs, context.launch_options.parallel, [far.name for far in context.recipe.teachers if far.endpoint and far.endpoint.budget])
+    refuse_missing_tracker(t.report_to)
+    if context.launch_options.resume not in ("auto", "never"):  # looked at now, not after a capture of hours
+        from persea.training.checkpoint import find_checkpoint
 
-        choose(river.folder / "train", river.how.resume)
+        find_checkpoint(context.folder / "train", context.launch_options.resume)
 
 
-def refuse_mute(river: River) -> None:
+def refuse_missing_logprobs(context: RunContext) -> None:
     """Raises TeacherError, before anything is trained, where a chat route would be asked in the end what it cannot tell."""
-    for name in (t.name for t in river.recipe.teachers if t.endpoint and t.endpoint.protocol == "chat"):
-        for skill, items in river.items(Split.TEST):
-            refuse_choices(name, skill.name, items)
+    for name in (t.name for t in context.recipe.teachers if t.endpoint and t.endpoint.protocol == "chat"):
+        for skill, items in context.held_out_items(Split.TEST):
+            refuse_choice_items(name, skill.name, items)

@@ -11,15 +11,15 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.table import Column, Table
 
 if TYPE_CHECKING:
-    from persea.pipeline.run_context import Tell
+    from persea.pipeline.run_context import ProgressCallback
 
 
 @contextmanager
-def bars(quiet: bool = False) -> Iterator[Tell]:
+def progress_bars(quiet: bool = False) -> Iterator[ProgressCallback]:
     """A function (stage, share done, words) that draws; bars go to stderr, so that stdout is the result."""
     console = Console(stderr=True, quiet=quiet)
     if not console.is_terminal:
-        yield _lines(console)
+        yield _line_progress(console)
         return
     columns = (TextColumn("{task.description:>9}"), BarColumn(bar_width=24), TaskProgressColumn(), TimeElapsedColumn(),
                TextColumn("{task.fields[words]}"))
@@ -34,7 +34,7 @@ def bars(quiet: bool = False) -> Iterator[Tell]:
         yield tell
 
 
-def _lines(console: Console) -> Tell:
+def _line_progress(console: Console) -> ProgressCallback:
     told: dict[str, int] = {}
 
     def tell(stage: str, share: float, words: str) -> None:
@@ -46,7 +46,7 @@ def _lines(console: Console) -> Tell:
     return tell
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A plain table on stdout."""
     drawn = Table(*columns, box=None, header_style="bold")
     for row in rows:
@@ -54,11 +54,11 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     Console().print(drawn)
 
 
-def pairings(checked: dict[str, Any]) -> None:
+def print_check(check_result: dict[str, Any]) -> None:
     """What check found: a table a teacher, a row a skill and language; and how well each teacher's template suits it."""
     console = Console()
-    for teacher in dict.fromkeys(p["teacher"] for p in checked["pairs"]):
-        rows = [p for p in checked["pairs"] if p["teacher"] == teacher]
+    for teacher in dict.fromkeys(p["teacher"] for p in check_result["pairs"]):
+        rows = [p for p in check_result["pairs"] if p["teacher"] == teacher]
         kept = any(p["kept_mean"] is not None for p in rows)
         names = ("text", "tokens", "events", "inside", "chunk", "alone", "1:1", "differ", "spaces", "bytes", *(("kept",) if kept else ()))
         drawn = Table(*(Column(name, justify="left" if name == "text" else "right") for name in names), box=None, header_style="bold",
@@ -71,21 +71,21 @@ def pairings(checked: dict[str, Any]) -> None:
         console.print(drawn)
     console.print("of the student's tokens: events + inside a teacher token + chunk + alone = 100 %; of the common boundaries: differ, spaces; "
                   "bytes an event tells / a student token has", style="dim")
-    for one in checked["likelihoods"]:
+    for one in check_result["likelihoods"]:
         if not one["language"]:
             console.print(f"{one['teacher']}: {one['template']:.2f} bits a byte in its own template, {one['bare']:.2f} on the bare text",
                           highlight=False)
 
 
-def comparison(report: dict[str, Any]) -> None:
+def print_report(report: dict[str, Any]) -> None:
     """Student, base and every teacher on every skill; the best teacher is starred, intervals are 95 %."""
     first = next(iter(report["skills"].values()))
     teachers = list(first["teachers"])
     columns = (Column(name, overflow="fold") for name in ("skill", "student", "base", *teachers, "kept"))  # a long name is folded, never cut
     drawn = Table(*columns, box=None, header_style="bold", padding=(0, 1, 0, 0))
     for name, skill in report["skills"].items():
-        cells = [_cell(skill["student"]), _cell(skill["base"])]
-        cells += [_cell(skill["teachers"][t], t == skill["best_teacher"]) for t in teachers]
+        cells = [_score_cell(skill["student"]), _score_cell(skill["base"])]
+        cells += [_score_cell(skill["teachers"][t], t == skill["best_teacher"]) for t in teachers]
         kept = skill["retained"]
         drawn.add_row(name, *cells, "-" if kept is None else f"{kept:.0%}")
     bits = report["bits_per_byte"]
@@ -96,6 +96,6 @@ def comparison(report: dict[str, Any]) -> None:
     console.print(f"share of n = {n} held-out answers right, 95 % interval; * best teacher; kept = student / best teacher", style="dim")
 
 
-def _cell(score: dict[str, float], best: bool = False) -> str:
+def _score_cell(score: dict[str, float], best: bool = False) -> str:
     """Value over interval, two short lines, so that five speakers fit into 80 columns."""
     return f"{score['value']:.2f}{'*' if best else ''}\n[dim]{score['low']:.2f}-{score['high']:.2f}[/]"

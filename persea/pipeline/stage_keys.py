@@ -4,38 +4,38 @@ from __future__ import annotations
 
 from typing import Any
 
-from persea.pipeline.run_context import River, digest_of
-from persea.pipeline.status import STAGES
+from persea.pipeline.run_context import RunContext, digest_json
+from persea.pipeline.status import STAGE_NAMES
 
-AFTERWARDS = {"allow_regression", "lm_eval"}  # what the recipe says of an evaluation once it is there
-
-
-def check(river: River) -> object:
-    return [river.identities, river.student_identity, river.measured, river.recipe.check.model_dump()]
+POST_EVALUATION_KEYS = {"allow_regression", "lm_eval"}  # what the recipe says of an evaluation once it is there
 
 
-def audition(river: River) -> object:
-    return [river.identities, river.asked, river.recipe.taught, river.recipe.audition.model_dump(), river.recipe.capture.max_new_tokens]
+def check_inputs(context: RunContext) -> object:
+    return [context.teacher_identities, context.student_identity, context.check_samples_digest, context.recipe.check.model_dump()]
 
 
-def capture(river: River) -> object:
-    return [*(u.name for u in river.units), *([b.where, b.why] for b in river.corpus.broken), *["verify"] * river.recipe.capture.verify]
+def audition_inputs(context: RunContext) -> object:
+    return [context.teacher_identities, context.items_digest, context.recipe.skills, context.recipe.audition.model_dump(), context.recipe.capture.max_new_tokens]
 
 
-def train(river: River) -> dict[str, Any]:
+def capture_inputs(context: RunContext) -> object:
+    return [*(u.name for u in context.capture_units), *([b.location, b.reason] for b in context.corpus.malformed), *["verify"] * context.recipe.capture.verify]
+
+
+def train_inputs(context: RunContext) -> dict[str, Any]:
     """What a student comes from. How often it is looked at, or shown, is no part of it; what verifying left out of the lessons is."""
-    return {"training": river.recipe.training.model_dump(mode="json", exclude={"report_to"}), "seed": river.recipe.seed,
-            "threads": river.recipe.threads, "student": river.student_identity, "capture": digest_of([u.name for u in river.units])} | (
-                {"verified": [river.done("capture")["outputs"]["wrong.json"]]} if river.recipe.capture.verify else {})
+    return {"training": context.recipe.training.model_dump(mode="json", exclude={"report_to"}), "seed": context.recipe.seed,
+            "threads": context.recipe.threads, "student": context.student_identity, "capture": digest_json([u.name for u in context.capture_units])} | (
+                {"verified": [context.read_stage_record("capture")["outputs"]["wrong.json"]]} if context.recipe.capture.verify else {})
 
 
-def evaluate(river: River) -> object:
-    return [river.done("train")["outputs"], river.identities, river.asked, river.recipe.evaluation.model_dump(exclude=AFTERWARDS)]
+def evaluate_inputs(context: RunContext) -> object:
+    return [context.read_stage_record("train")["outputs"], context.teacher_identities, context.items_digest, context.recipe.evaluation.model_dump(exclude=POST_EVALUATION_KEYS)]
 
 
-def lineage(river: River) -> object:
-    return [river.done("train")["outputs"], river.recipe.hash, river.cast.parts, river.cast.pinned]
+def lineage_inputs(context: RunContext) -> object:
+    return [context.read_stage_record("train")["outputs"], context.recipe.hash, context.cast.parts, context.cast.pinned]
 
 
-def report(river: River) -> object:
-    return [*(river.done(stage)["key"] for stage in STAGES[:-1]), river.lm_eval()]
+def report_inputs(context: RunContext) -> object:
+    return [*(context.read_stage_record(stage)["key"] for stage in STAGE_NAMES[:-1]), context.lm_eval_digests()]

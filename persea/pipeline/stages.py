@@ -15,15 +15,15 @@ from functools import partial
 from pathlib import Path
 
 from persea import storage as store
-from persea.chat.messages import Effort
+from persea.chat.messages import ThinkingEffort
 from persea.pipeline import preflight as beforehand
 from persea.pipeline import stage_keys as inputs
 from persea.pipeline import tasks_and_prompts as questions
-from persea.pipeline.remote_teachers import is_far
-from persea.pipeline.run_context import BASE, STUDENT, River, Tell, digest_of, is_small, set_threads, source
-from persea.pipeline.status import journal
+from persea.pipeline.remote_teachers import is_remote
+from persea.pipeline.run_context import BASE, STUDENT, ProgressCallback, RunContext, digest_json, is_small_local_model, model_source, set_threads
+from persea.pipeline.status import record_status
 from persea.tasks.task import Split
-from persea.training.distributed.heartbeat import joined
+from persea.training.distributed.heartbeat import join_process_group
 
 
 @dataclass(frozen=True)
@@ -31,167 +31,167 @@ class Stage:
     """name = folder = verb; inputs: what determines the output; work: makes it in the folder."""
 
     name: str
-    inputs: Callable[[River], object]
-    work: Callable[[River, Path, Tell], None]
+    inputs: Callable[[RunContext], object]
+    run: Callable[[RunContext, Path, ProgressCallback], None]
 
 
-def check(river: River, folder: Path, tell: Tell) -> None:
+def run_check(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
     """Lay every teacher's tokenizer over the student's, on every skill's reference answers and the recipe's texts."""
-    from persea.evaluation.compatibility import TEXTS, kept_by, likelihood, refuse
-    from persea.evaluation.compatibility import check as pairing
+    from persea.evaluation.compatibility import TEXT_FILES_SKILL, make_retained_mass, measure_template_likelihood, refuse_incompatible
+    from persea.evaluation.compatibility import check_pair as pairing
 
-    samples, settings, teachers = river.samples, river.recipe.check, [t for t in river.recipe.teachers if not t.yardstick]
-    mine = [s.rendered(river.student_voice) for s in samples]
+    samples, settings, teachers = context.check_samples, context.recipe.check, [t for t in context.recipe.teachers if not t.yardstick]
+    mine = [s.render(context.student_renderer) for s in samples]
     pairs, likelihoods = [], []
     for k, teacher in enumerate(teachers):
-        voice, bridge = river.voices[teacher.name], river.bridges[teacher.name]
+        voice, bridge = context.renderers[teacher.name], context.event_maps[teacher.name]
         kept = None
-        if not is_far(teacher) and (is_small(source(teacher)) if settings.likelihood is None else settings.likelihood):
-            opened = river.teacher(teacher.name, river.recipe.audition.batch)
-            likelihoods += likelihood(opened, [s for s in samples if s.skill != TEXTS and s.suits(voice)])
-            kept = kept_by(opened, bridge)
-        pairs += [pairing(teacher.name, voice, river.student_voice, bridge, s, said, kept if s.skill != TEXTS else None)
-                  for s, said in zip(samples, mine, strict=True) if s.suits(voice)]
-        about = river.families.get(teacher.name, {"family": "words", "note": ""})
-        tell("check", (k + 1) / len(teachers), f"{teacher.name} ({about['family']}{', see its note in check.json' if about['note'] else ''})")
-    store.publish_json(folder / "check.json", {"pairs": [p.to_json() for p in pairs], "likelihoods": [one.to_json() for one in likelihoods],
-                                               "families": river.families})
-    refuse(pairs, likelihoods, settings.floor, settings.disagreement)
+        if not is_remote(teacher) and (is_small_local_model(model_source(teacher)) if settings.likelihood is None else settings.likelihood):
+            opened = context.load_teacher(teacher.name, context.recipe.audition.batch)
+            likelihoods += measure_template_likelihood(opened, [s for s in samples if s.skill != TEXT_FILES_SKILL and s.is_supported_by(voice)])
+            kept = make_retained_mass(opened, bridge)
+        pairs += [pairing(teacher.name, voice, context.student_renderer, bridge, s, said, kept if s.skill != TEXT_FILES_SKILL else None)
+                  for s, said in zip(samples, mine, strict=True) if s.is_supported_by(voice)]
+        about = context.family_info.get(teacher.name, {"family": "words", "note": ""})
+        progress("check", (k + 1) / len(teachers), f"{teacher.name} ({about['family']}{', see its note in check.json' if about['note'] else ''})")
+    store.write_json(folder / "check.json", {"pairs": [p.to_json() for p in pairs], "likelihoods": [one.to_json() for one in likelihoods],
+                                               "families": context.family_info})
+    refuse_incompatible(pairs, likelihoods, settings.floor, settings.disagreement)
 
 
-def audition(river: River, folder: Path, tell: Tell) -> None:
+def run_audition(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
     """Measure every teacher on every skill, in rounds, until the ranking is settled; cast the strongest."""
-    from persea.evaluation.answering import hear, one_at_a_time
-    from persea.evaluation.audition import cast, markdown
-    from persea.evaluation.racing import at_efforts, contest
+    from persea.evaluation.answering import answer_items, single_model_loader
+    from persea.evaluation.audition import build_cast, cast_markdown
+    from persea.evaluation.racing import compare_efforts, race_teachers
 
-    settings, most = river.recipe.audition, river.recipe.capture.max_new_tokens
-    load = one_at_a_time(lambda name: river.teacher(name, settings.batch))
-    speakers = {name: river.heard_as(name, settings.batch, settings.efforts, load) for name in river.teaching}
-    skills = river.items(Split.AUDITION)
-    courses = contest(list(speakers), skills, river.recipe.seed, lambda name, skill, items: hear(
-        speakers[name], speakers[name].efforts[0], skill, items, most)[0], lambda share, words: tell("audition", share, words))
-    dials, said = at_efforts(courses, [s for s, _ in skills], {n: s.efforts for n, s in speakers.items()},
-                             lambda name, effort, skill, items: hear(speakers[name], effort, skill, items, most)[0])
+    settings, most = context.recipe.audition, context.recipe.capture.max_new_tokens
+    load = single_model_loader(lambda name: context.load_teacher(name, settings.batch))
+    speakers = {name: context.evaluated_model(name, settings.batch, settings.efforts, load) for name in context.teacher_names}
+    skills = context.held_out_items(Split.AUDITION)
+    courses = race_teachers(list(speakers), skills, context.recipe.seed, lambda name, skill, items: answer_items(
+        speakers[name], speakers[name].efforts[0], skill, items, most)[0], lambda share, words: progress("audition", share, words))
+    dials, said = compare_efforts(courses, [s for s, _ in skills], {n: s.efforts for n, s in speakers.items()},
+                             lambda name, effort, skill, items: answer_items(speakers[name], effort, skill, items, most)[0])
     for (name, skill, effort), results in said.items():
         other = "" if effort is speakers[name].efforts[0] else f".{effort}"
-        store.publish_lines(folder / f"{name}.{skill}{other}.jsonl", (r.to_json() for r in results))
-    chosen = cast(courses, {n: s.efforts[0] for n, s in speakers.items()}, settings.pinned, settings.floor, dials, river.recipe.taught)
-    store.publish_json(folder / "cast.json", chosen.to_json())
-    store.publish(folder / "table.md", markdown(chosen).encode())
+        store.write_json_lines(folder / f"{name}.{skill}{other}.jsonl", (r.to_json() for r in results))
+    chosen = build_cast(courses, {n: s.efforts[0] for n, s in speakers.items()}, settings.pinned, settings.floor, dials, context.recipe.skills)
+    store.write_json(folder / "cast.json", chosen.to_json())
+    store.write_atomic(folder / "table.md", cast_markdown(chosen).encode())
 
 
-def capture(river: River, folder: Path, tell: Tell) -> None:
+def run_capture(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
     """Ask the cast; keep answers and distributions."""
-    from persea.cache.capture import Pace, accounts, caches, quarantined, summary
-    from persea.cache.capture import capture as ask
+    from persea.cache.capture import CaptureBudget, account_for_prompts, capture_summary, open_teacher_caches, quarantine_records
+    from persea.cache.capture import capture_teacher as ask
 
-    settings = river.recipe.capture
-    pace = Pace(len(river.corpus.prompts), settings.tokens or 0, settings.hours or 0)
-    for name in dict.fromkeys(u.teacher for u in river.units):
-        ask(river.units, river.teacher(name, settings.batch), folder, tau=settings.tau, kl=settings.kl,
-            max_new_tokens=settings.max_new_tokens, seed=river.recipe.seed, given=settings.answers == "given",
-            unchanged=partial(river.refuse_changed, name), progress=lambda step: tell("capture", *pace.step(step)))
-    store.publish_lines(folder / "removed.jsonl", (r.to_json() for r in river.corpus.removed))
-    told, aside = summary(river.units, folder), quarantined(river.units, folder, river.corpus.broken)
+    settings = context.recipe.capture
+    pace = CaptureBudget(len(context.corpus.prompts), settings.tokens or 0, settings.hours or 0)
+    for name in dict.fromkeys(u.teacher for u in context.capture_units):
+        ask(context.capture_units, context.load_teacher(name, settings.batch), folder, tau=settings.tau, max_kl=settings.kl,
+            max_new_tokens=settings.max_new_tokens, seed=context.recipe.seed, use_given_answers=settings.answers == "given",
+            refuse_if_changed=partial(context.refuse_changed_teacher, name), on_unit=lambda step: progress("capture", *pace.record_unit(step)))
+    store.write_json_lines(folder / "removed.jsonl", (r.to_json() for r in context.corpus.removed))
+    told, aside = capture_summary(context.capture_units, folder), quarantine_records(context.capture_units, folder, context.corpus.malformed)
     (folder / "quarantine.jsonl").unlink(missing_ok=True)
     if aside:
-        store.publish_lines(folder / "quarantine.jsonl", aside)
+        store.write_json_lines(folder / "quarantine.jsonl", aside)
     verified: dict[str, object] = {}
     if settings.verify:
-        from persea.cache.answer_filter import verify
+        from persea.cache.answer_filter import verify_answers
 
-        items = questions.known(river.recipe.corpus, river.skills, river.corpus.prompts, river.recipe.seed)
-        verified = {"verified": verify([reader for reader, _ in caches(river.units, folder)], items, river.skills, folder)}
-    removed = dict(Counter(r.why.value for r in river.corpus.removed))
-    store.publish_json(folder / "summary.json", told | {"removed": removed} | verified | accounts(told, river.corpus, aside))
+        items = questions.items_by_question(context.recipe.corpus, context.tasks, context.corpus.prompts, context.recipe.seed)
+        verified = {"verified": verify_answers([reader for reader, _ in open_teacher_caches(context.capture_units, folder)], items, context.tasks, folder)}
+    removed = dict(Counter(r.reason.value for r in context.corpus.removed))
+    store.write_json(folder / "summary.json", told | {"removed": removed} | verified | account_for_prompts(told, context.corpus, aside))
 
 
-def train(river: River, folder: Path, tell: Tell) -> None:
+def run_train(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
     """Teach the student from all teachers at once, in as many processes as were asked for."""
-    from persea.pipeline.train_stage import teach
+    from persea.pipeline.train_stage import train_in_processes
 
-    teach(river, folder, inputs.train(river), tell)
+    train_in_processes(context, folder, inputs.train_inputs(context), progress)
 
 
-def evaluate(river: River, folder: Path, tell: Tell) -> None:
+def run_evaluate(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
     """Measure student, base and every teacher on held-out items."""
-    from persea.evaluation.answering import one_at_a_time
-    from persea.evaluation.evaluate import Evaluation, Heard, beside, listen, regressions
+    from persea.evaluation.answering import single_model_loader
+    from persea.evaluation.evaluate import EvaluationAnswers, EvaluationResult, compare_student, evaluate_model, find_regressions
 
-    skills, settings = river.items(Split.TEST), river.recipe.evaluation
-    names = [STUDENT, BASE, *river.voices]
-    load = one_at_a_time(lambda name: river.speaker(name, settings.batch))
-    heard = Heard()
+    skills, settings = context.held_out_items(Split.TEST), context.recipe.evaluation
+    names = [STUDENT, BASE, *context.renderers]
+    load = single_model_loader(lambda name: context.load_participant(name, settings.batch))
+    heard = EvaluationAnswers()
     for k, name in enumerate(names):
-        listen(heard, river.heard_as(name, settings.batch, settings.efforts, load), skills, settings.max_new_tokens,
-               lambda share, words, k=k: tell("evaluate", (k + share) / len(names), words))  # type: ignore[misc]
-    yardsticks = tuple(name for name in river.voices if name not in river.teaching)
-    out = Evaluation(STUDENT, BASE, river.teaching, Effort.NONE, tuple(heard.scores()), heard.bits_per_byte, yardsticks, beside(heard, STUDENT),
-                     regressions(heard, STUDENT, BASE))
-    lines = list(heard.lines())
-    store.publish_lines(folder / "examples.jsonl", lines)
-    store.publish_json(folder / "evaluation.json", out.to_json())
-    store.publish_json(folder / "sets.json", [o.to_json() for o in river.published])
-    if river.modes:
-        from persea.evaluation.thinking_modes import at_once, measure
+        evaluate_model(heard, context.evaluated_model(name, settings.batch, settings.efforts, load), skills, settings.max_new_tokens,
+               lambda share, words, k=k: progress("evaluate", (k + share) / len(names), words))  # type: ignore[misc]
+    yardsticks = tuple(name for name in context.renderers if name not in context.teacher_names)
+    out = EvaluationResult(STUDENT, BASE, context.teacher_names, ThinkingEffort.NONE, tuple(heard.iter_scores()), heard.bits_per_byte, yardsticks, compare_student(heard, STUDENT),
+                     find_regressions(heard, STUDENT, BASE))
+    lines = list(heard.iter_answer_records())
+    store.write_json_lines(folder / "examples.jsonl", lines)
+    store.write_json(folder / "evaluation.json", out.to_json())
+    store.write_json(folder / "sets.json", [o.to_json() for o in context.benchmarks])
+    if context.taught_efforts:
+        from persea.evaluation.thinking_modes import measure_thinking_modes, select_direct_answers
 
-        straight = at_once(lines, STUDENT, river.modes)
-        store.publish_json(folder / "modes.json", measure(river.speaker(STUDENT, settings.batch), skills, river.modes, settings.max_new_tokens,
-                                                          straight, lambda words: tell("evaluate", 0.99, words)).to_json())
+        straight = select_direct_answers(lines, STUDENT, context.taught_efforts)
+        store.write_json(folder / "modes.json", measure_thinking_modes(context.load_participant(STUDENT, settings.batch), skills, context.taught_efforts, settings.max_new_tokens,
+                                                          straight, lambda words: progress("evaluate", 0.99, words)).to_json())
 
 
-def lineage(river: River, folder: Path, tell: Tell) -> None:
+def run_lineage(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
     """Write down what made the weights."""
-    from persea.report.lineage import lineage as record
+    from persea.report.lineage import lineage_record as record
 
-    teachers = [river.parent(n) for n in river.teaching]
-    store.publish_json(folder / "lineage.json", record(river.folder / "train" / "student", river.parent(BASE), teachers, river.recipe.hash,
-                                                       {"units": digest_of([u.name for u in river.units])}, river.cast))
+    teachers = [context.lineage_parent(n) for n in context.teacher_names]
+    store.write_json(folder / "lineage.json", record(context.folder / "train" / "student", context.lineage_parent(BASE), teachers, context.recipe.hash,
+                                                       {"units": digest_json([u.name for u in context.capture_units])}, context.cast))
 
 
-def report(river: River, folder: Path, tell: Tell) -> None:
+def run_report(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
     """The card and the page."""
-    from persea.report.page import report as write
+    from persea.report.page import write_report as write
 
-    write(river.folder, {name: Path(file) for name, file in river.recipe.evaluation.lm_eval.items()})
+    write(context.folder, {name: Path(file) for name, file in context.recipe.evaluation.lm_eval.items()})
 
 
 STAGES: tuple[Stage, ...] = (
-    Stage("check", inputs.check, check),
-    Stage("audition", inputs.audition, audition),
-    Stage("capture", inputs.capture, capture),
-    Stage("train", inputs.train, train),
-    Stage("evaluate", inputs.evaluate, evaluate),
-    Stage("lineage", inputs.lineage, lineage),
-    Stage("report", inputs.report, report),
+    Stage("check", inputs.check_inputs, run_check),
+    Stage("audition", inputs.audition_inputs, run_audition),
+    Stage("capture", inputs.capture_inputs, run_capture),
+    Stage("train", inputs.train_inputs, run_train),
+    Stage("evaluate", inputs.evaluate_inputs, run_evaluate),
+    Stage("lineage", inputs.lineage_inputs, run_lineage),
+    Stage("report", inputs.report_inputs, run_report),
 )
 
 
-def run(river: River, tell: Tell, only: str = "") -> None:
+def run_pipeline(context: RunContext, progress: ProgressCallback, only_stage: str = "") -> None:
     """Every stage in order, or the one named; a stage that stands is skipped.
 
     Raises Refused where a finished training would be overwritten by another recipe, DataError where `only` needs a
     stage before it; Regressed, once all is written, where the student is less safe than its base and the recipe does not allow it.
     """
-    set_threads(river.recipe.threads)
-    river.refuse_modes()
-    river.lm_eval()
-    beforehand.refuse_mute(river)
-    with joined(river.world):
-        if only in ("", "train"):  # what cannot be in the end is told in the beginning
-            beforehand.refuse_training(river)
-        if river.world.rank:  # the first process keeps the folder
-            from persea.pipeline.train_stage import follow
+    set_threads(context.recipe.threads)
+    context.refuse_unsupported_efforts()
+    context.lm_eval_digests()
+    beforehand.refuse_missing_logprobs(context)
+    with join_process_group(context.world):
+        if only_stage in ("", "train"):  # what cannot be in the end is told in the beginning
+            beforehand.refuse_impossible_training(context)
+        if context.world.rank:  # the first process keeps the folder
+            from persea.pipeline.train_stage import follow_first_rank
 
-            follow(river, river.folder / "train", inputs.train)
+            follow_first_rank(context, context.folder / "train", inputs.train_inputs)
             return
-        with store.lock(river.folder), journal(river.folder, river.recipe.name, tell) as told:
+        with store.lock_run_folder(context.folder), record_status(context.folder, context.recipe.name, progress) as told:
             for stage in STAGES:
-                if not only or stage.name == only:
-                    river.pass_through(stage.name, stage.inputs(river), partial(stage.work, river), told)
-        river.world.told("over")
-    if only in ("", "evaluate", "report") and not river.recipe.evaluation.allow_regression:
-        from persea.evaluation.evaluate import refuse_regressed
+                if not only_stage or stage.name == only_stage:
+                    context.run_stage(stage.name, stage.inputs(context), partial(stage.run, context), told)
+        context.world.broadcast("over")
+    if only_stage in ("", "evaluate", "report") and not context.recipe.evaluation.allow_regression:
+        from persea.evaluation.evaluate import refuse_saved_regressions
 
-        refuse_regressed(river.folder / "evaluate" / "evaluation.json")
+        refuse_saved_regressions(context.folder / "evaluate" / "evaluation.json")

@@ -15,7 +15,7 @@ from persea.evaluation.audition import Cast
 
 
 @dataclass(frozen=True)
-class Parent:
+class ParentModel:
     """One model the student descends from; licence as its family usually has it unless the recipe names another."""
 
     name: str
@@ -26,14 +26,14 @@ class Parent:
     fingerprint: str
 
 
-def lineage(student: Path, base: Parent, teachers: Sequence[Parent], recipe_hash: str, data: Mapping[str, Any], cast: Cast) -> dict[str, Any]:
+def lineage_record(student_folder: Path, base: ParentModel, teachers: Sequence[ParentModel], recipe_hash: str, data: Mapping[str, Any], cast: Cast) -> dict[str, Any]:
     """The record. data: what was captured (summary), by digest of its units. Of the cast: who taught what with which share, and what a person pinned.
 
     Raises DataError where the student is not there.
     """
-    weights = {p.name: store.digest_file(p) for p in sorted(student.glob("*.safetensors"))}
+    weights = {p.name: store.digest_file(p) for p in sorted(student_folder.glob("*.safetensors"))}
     if not weights:
-        raise DataError("no weights of a student", where=str(student), remedy="train first")
+        raise DataError("no weights of a student", where=str(student_folder), remedy="train first")
     return {
         "student": {"sha256": weights},
         "base": asdict(base), "teachers": [asdict(t) for t in teachers], "recipe_hash": recipe_hash, "data": dict(data),

@@ -23,10 +23,10 @@ from persea.errors import DataError
 
 # An added token of this shape steers the model and is never text, also where its tokenizer does not call it special:
 # Qwen3's <think> and <tool_call>, Gemma's 6,242 <unusedN>, DeepSeek's wide-barred <｜User｜>, are "not special" in their tokenizer.json.
-CONTROL = re.compile(r"<([|｜]).*\1>|</?(?:think|tool_call|tool_response|start_of_turn|end_of_turn)>|<unused\d+>|\[multimodal\]|<mask>", re.DOTALL)
+CONTROL_TOKEN_PATTERN = re.compile(r"<([|｜]).*\1>|</?(?:think|tool_call|tool_response|start_of_turn|end_of_turn)>|<unused\d+>|\[multimodal\]|<mask>", re.DOTALL)
 
 # Encoded and read back when a vocabulary is opened: scripts, split characters, spaces, controls.
-PROBES = (
+ROUND_TRIP_PROBES = (
     "The quick brown fox, 1234567890 times.",
     "  two spaces,\ttab\n\n\nnewlines \r\n end ",
     "def f(x):\n    return [x ** 2 for _ in range(10)]\n",
@@ -79,7 +79,7 @@ class Vocabulary:
     name: str
     backend: Tokenizer
     bytes_W: tuple[bytes | None, ...] = field(repr=False)
-    control: Mapping[str, int] = field(repr=False)
+    control_token_ids: Mapping[str, int] = field(repr=False)
     digest: str
     byte_level: bool
 
@@ -94,7 +94,7 @@ class Vocabulary:
     @cached_property
     def control_names(self) -> dict[int, str]:
         """id -> control token."""
-        return {i: name for name, i in self.control.items()}
+        return {i: name for name, i in self.control_token_ids.items()}
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a plain text: no template, no BOS, never a control token. Refuses a text whose bytes do not come back."""
@@ -102,10 +102,10 @@ class Vocabulary:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` for many texts at once."""
-        raws = [self._bytes(text) for text in texts]
+        raws = [self._encode_utf8(text) for text in texts]
         batches = [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
         for text, raw, ids in zip(texts, raws, batches, strict=True):
-            self._check(text, raw, ids)
+            self._check_round_trip(text, raw, ids)
         return batches
 
     def decode(self, ids: Sequence[int]) -> bytes:
@@ -119,7 +119,7 @@ class Vocabulary:
             pieces.append(piece)
         return b"".join(pieces)
 
-    def pieces(self, ids: Sequence[int]) -> tuple[str | bytes, ...]:
+    def decode_pieces(self, ids: Sequence[int]) -> tuple[str | bytes, ...]:
         """ids -> runs of content bytes and the control tokens (str) between them. Refuses ids out of range."""
         out: list[str | bytes] = []
         for i in ids:
@@ -135,7 +135,7 @@ class Vocabulary:
                 out.append(piece)
         return tuple(out)
 
-    def _bytes(self, text: str) -> bytes:
+    def _encode_utf8(self, text: str) -> bytes:
         try:
             return text.encode()
         except UnicodeEncodeError as error:
@@ -143,23 +143,23 @@ class Vocabulary:
                 f"half a surrogate pair (\\u{ord(text[error.start]):04x}) at character {error.start} has no bytes",
                 where=self.name, remedy="the text was cut inside a character; mend it or leave it out") from error
 
-    def _check(self, text: str, want: bytes, ids: Sequence[int]) -> None:
+    def _check_round_trip(self, text: str, expected: bytes, ids: Sequence[int]) -> None:
         try:  # a tenth of encoding and aligning; quicker than asking every token whether it has bytes
             got = b"".join(map(self.bytes_W.__getitem__, ids))  # type: ignore[arg-type]
         except TypeError:  # a control token has none
             got = b"".join(self.bytes_W[i] or b"" for i in ids)
-        if want == got:
+        if expected == got:
             return
-        at = next((k for k, (a, b) in enumerate(zip(want, got, strict=False)) if a != b), min(len(want), len(got)))
+        at = next((k for k, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), min(len(expected), len(got)))
         nfc = unicodedata.is_normalized("NFC", text)
         raise DataError(
-            f"the tokenizer does not give the text back: byte {at} of {text[:40]!r} is {want[at:at + 8].hex(' ') or 'the end'}"
+            f"the tokenizer does not give the text back: byte {at} of {text[:40]!r} is {expected[at:at + 8].hex(' ') or 'the end'}"
             f", came back as {got[at:at + 8].hex(' ') or 'the end'}",
             where=self.name,
             remedy="the tokenizer is lossy on this text; leave the text out" if nfc else "normalise the text to NFC first")
 
 
-def open_vocabulary(tokenizer: Any, name: str = "tokenizer") -> Vocabulary:
+def load_vocabulary(tokenizer: Any, name: str = "tokenizer") -> Vocabulary:
     """A Hugging Face (fast) tokenizer, or a bare `tokenizers.Tokenizer`, as a Vocabulary.
 
     Knows byte-level BPE (Llama 3, Qwen, gpt-oss, GPT-2; tiktoken files converted to it) and SentencePiece-style BPE
@@ -171,7 +171,7 @@ def open_vocabulary(tokenizer: Any, name: str = "tokenizer") -> Vocabulary:
         raise DataError("not a fast tokenizer: it has no tokenizer.json form", where=name, remedy="convert it with transformers' AutoTokenizer first")
     byte_level = _is_byte_level(backend, name)
     added = backend.get_added_tokens_decoder()  # asked part by part: to parse the whole definition takes half a second
-    control = {t.content: i for i, t in added.items() if t.special or CONTROL.fullmatch(t.content)}
+    control = {t.content: i for i, t in added.items() if t.special or CONTROL_TOKEN_PATTERN.fullmatch(t.content)}
     ids = backend.get_vocab(with_added_tokens=False)
     bytes_W: list[bytes | None] = [None] * (max([*ids.values(), *added]) + 1)
     to_bytes = _byte_level_bytes if byte_level else _sentencepiece_bytes
@@ -189,7 +189,7 @@ def open_vocabulary(tokenizer: Any, name: str = "tokenizer") -> Vocabulary:
     plain.add_special_tokens([AddedToken(c, special=True, normalized=False) for c in control])
     plain.encode_special_tokens = True  # from here on a control token in a text is text
     vocabulary = Vocabulary(name, plain, tuple(bytes_W), control, hashlib.sha256(definition.encode()).hexdigest(), byte_level)
-    vocabulary.encode_batch([unicodedata.normalize("NFC", p) for p in PROBES])
+    vocabulary.encode_batch([unicodedata.normalize("NFC", p) for p in ROUND_TRIP_PROBES])
     return vocabulary
 
 

@@ -19,16 +19,16 @@ import numpy as np
 import torch
 
 from persea import storage as store
-from persea.errors import DataError, Refused
+from persea.errors import DataError, RefusedError
 from persea.training.distributed.world import World
-from persea.training.loss_balancing import Group, Scale
+from persea.training.loss_balancing import Group, GroupScale
 
-KEPT = 2  # checkpoints that stay: the newest, and one more where the newest is lost to the disk
-AUTO, NEVER = "auto", "never"  # what --resume may be, beside a path
+MAX_CHECKPOINTS = 2  # checkpoints that stay: the newest, and one more where the newest is lost to the disk
+RESUME_AUTO, RESUME_NEVER = "auto", "never"  # what --resume may be, beside a path
 
 
 @dataclass(frozen=True)
-class State:
+class TrainerState:
     """Where a training stands.
 
     step       steps done; schedule and order of samples follow from it and the recipe
@@ -40,11 +40,11 @@ class State:
     """
 
     step: int = 0
-    positions: int = 0
+    num_tokens: int = 0
     seconds: float = 0.0
-    skipped: tuple[Mapping[str, Any], ...] = ()
-    log: tuple[Mapping[str, Any], ...] = ()
-    scales: Mapping[Group, Scale] = field(default_factory=dict)
+    skipped_steps: tuple[Mapping[str, Any], ...] = ()
+    log_history: tuple[Mapping[str, Any], ...] = ()
+    group_scales: Mapping[Group, GroupScale] = field(default_factory=dict)
 
 
 # --- chance ---
@@ -57,7 +57,7 @@ def seed_all(seed: int, rank: int) -> None:
     random.seed(f"{seed} {rank}")
 
 
-def chance() -> dict[str, Any]:
+def rng_state() -> dict[str, Any]:
     """Where every source of chance of this process stands."""
     kind, keys, *rest = np.random.get_state(legacy=True)
     words = torch.from_numpy(np.asarray(keys).astype(np.int64))
@@ -65,7 +65,7 @@ def chance() -> dict[str, Any]:
     return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
-def restore_chance(state: Mapping[str, Any]) -> None:
+def restore_rng_state(state: Mapping[str, Any]) -> None:
     """Put every source of chance back to where it stood."""
     torch.set_rng_state(state["torch"])
     kind, keys, *rest = state["numpy"]
@@ -79,7 +79,7 @@ def restore_chance(state: Mapping[str, Any]) -> None:
 # --- whole and sharded ---
 
 
-def whole(value: torch.Tensor) -> torch.Tensor:
+def gather_full_tensor(value: torch.Tensor) -> torch.Tensor:
     """All of a tensor, also where every process holds a part of it (a collective: all processes call it in the same order)."""
     if type(value) in (torch.Tensor, torch.nn.Parameter):
         return value
@@ -88,7 +88,7 @@ def whole(value: torch.Tensor) -> torch.Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def _as_sharded(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def _shard_like(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """This process' part of a whole tensor, laid out as `like` is."""
     if type(like) in (torch.Tensor, torch.nn.Parameter) or value.dim() == 0:
         return value
@@ -100,7 +100,7 @@ def _as_sharded(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 # --- writing ---
 
 
-class _Digesting:
+class _HashingWriter:
     """A file that digests what goes through it: a state of gigabytes is never held as bytes."""
 
     def __init__(self, file: BinaryIO) -> None:
@@ -119,49 +119,49 @@ class _Digesting:
         self.file.flush()
 
 
-def save(folder: Path, inputs: Mapping[str, Any], state: State, parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer,
-         world: World, carried: bytes = b"") -> None:
+def save_checkpoint(folder: Path, inputs: Mapping[str, Any], state: TrainerState, parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer,
+         world: World, source_state: bytes = b"") -> None:
     """Publish state and metrics, then the record that makes them count; the newest two stay. Every process calls it, the first writes.
 
     carried  what this process' source of batches carries from step to step
     Raises Refused where a weight is not finite: such a state is never written, so that none can push the last finite one out.
     """
     finite = all(bool(torch.isfinite(p.detach()).all()) for p in parameters)
-    if not all(world.gather(finite)):
-        raise Refused(f"weights are not finite after step {state.step}: not saved", where=str(folder),
+    if not all(world.all_gather(finite)):
+        raise RefusedError(f"weights are not finite after step {state.step}: not saved", where=str(folder),
                       remedy="lower training.learning_rate; the last checkpoint is finite")
     moments = optimizer.state_dict()
-    tensors = [whole(p.detach()) for p in parameters]
-    moments["state"] = {k: {name: whole(v) for name, v in values.items()} for k, values in moments["state"].items()}
-    everybodys = world.gather((chance(), torch.from_numpy(np.frombuffer(carried, np.uint8).copy())))
+    tensors = [gather_full_tensor(p.detach()) for p in parameters]
+    moments["state"] = {k: {name: gather_full_tensor(v) for name, v in values.items()} for k, values in moments["state"].items()}
+    everybodys = world.all_gather((rng_state(), torch.from_numpy(np.frombuffer(source_state, np.uint8).copy())))
     if world.rank:
         return
     name = folder / "checkpoints" / f"step-{state.step:08d}"
-    with store.publishing(name.with_suffix(".pt")) as file:
-        digesting: Any = _Digesting(file)
+    with store.open_atomic(name.with_suffix(".pt")) as file:
+        digesting: Any = _HashingWriter(file)
         try:
-            torch.save({"parameters": tensors, "optimizer": moments, "step": state.step, "positions": state.positions, "seconds": state.seconds,
-                        "skipped": list(state.skipped), "scales": [(tuple(group), astuple(scale)) for group, scale in state.scales.items()],
+            torch.save({"parameters": tensors, "optimizer": moments, "step": state.step, "positions": state.num_tokens, "seconds": state.seconds,
+                        "skipped": list(state.skipped_steps), "scales": [(tuple(group), astuple(scale)) for group, scale in state.group_scales.items()],
                         "chance": [c for c, _ in everybodys], "carried": [c for _, c in everybodys]}, digesting)
         except RuntimeError as error:
             raise digesting.error or error from error
-    metrics = "".join(json.dumps(line, allow_nan=False) + "\n" for line in state.log).encode()
-    store.publish(name.with_suffix(".jsonl"), metrics)
-    store.publish(folder / "metrics.jsonl", metrics)
-    store.publish_sealed(name.with_suffix(".json"), {"inputs": inputs, "step": state.step, "world": world.size, "state": digesting.sha.hexdigest(),
-                                                     "metrics": store.digest(metrics)})
-    forget_old(folder)
+    metrics = "".join(json.dumps(line, allow_nan=False) + "\n" for line in state.log_history).encode()
+    store.write_atomic(name.with_suffix(".jsonl"), metrics)
+    store.write_atomic(folder / "metrics.jsonl", metrics)
+    store.write_json_with_checksum(name.with_suffix(".json"), {"inputs": inputs, "step": state.step, "world": world.size, "state": digesting.sha.hexdigest(),
+                                                     "metrics": store.digest_bytes(metrics)})
+    delete_old_checkpoints(folder)
 
 
-def forget_old(folder: Path, kept: int = KEPT) -> None:
+def delete_old_checkpoints(folder: Path, keep: int = MAX_CHECKPOINTS) -> None:
     """Remove all but the newest checkpoints, and what a killed run left of one: whatever is older than the oldest that stays."""
-    records = sorted((folder / "checkpoints").glob("step-*.json"))[-kept:] if kept else []
+    records = sorted((folder / "checkpoints").glob("step-*.json"))[-keep:] if keep else []
     for path in sorted((folder / "checkpoints").glob("step-*")):  # the record first, it sorts before .jsonl and .pt
-        if not kept or (records and path.stem < records[0].stem):
+        if not keep or (records and path.stem < records[0].stem):
             store.DISK.remove(path)
 
 
-def forget_later(folder: Path, step: int) -> None:
+def delete_later_checkpoints(folder: Path, step: int) -> None:
     """Remove what was saved after a step, once the training has gone back to it: it is no longer what this training did, and would be taken
     for its newest."""
     for path in sorted((folder / "checkpoints").glob("step-*")):
@@ -172,15 +172,15 @@ def forget_later(folder: Path, step: int) -> None:
 # --- reading ---
 
 
-def choose(folder: Path, resume: str) -> Path | None:
+def find_checkpoint(folder: Path, resume: str) -> Path | None:
     """The record to go on from: the newest (auto), none (never: all that stand are removed), or the one that a path names.
 
     A path names a record, its step's name without ending, or a folder of checkpoints (its newest). Raises DataError where nothing is.
     """
-    if resume == NEVER:
-        forget_old(folder, kept=0)
+    if resume == RESUME_NEVER:
+        delete_old_checkpoints(folder, keep=0)
         return None
-    if resume == AUTO:
+    if resume == RESUME_AUTO:
         return max((folder / "checkpoints").glob("step-*.json"), default=None)
     path = Path(resume)
     inside = [*path.glob("step-*.json"), *path.glob("checkpoints/step-*.json"), *path.glob("train/checkpoints/step-*.json")]
@@ -191,80 +191,80 @@ def choose(folder: Path, resume: str) -> Path | None:
     return chosen
 
 
-def changes(before: Any, now: Any, key: str = "") -> list[str]:
+def describe_changes(before: Any, now: Any, key: str = "") -> list[str]:
     """Which keys differ, as "training.steps: 8 -> 9"."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
-        return [line for k in dict.fromkeys((*now, *before)) for line in changes(before.get(k), now.get(k), f"{key}.{k}" if key else str(k))]
-    return [] if before == now else [f"{key}: {_short(before)} -> {_short(now)}"]
+        return [line for k in dict.fromkeys((*now, *before)) for line in describe_changes(before.get(k), now.get(k), f"{key}.{k}" if key else str(k))]
+    return [] if before == now else [f"{key}: {_shorten(before)} -> {_shorten(now)}"]
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = value[:12] if isinstance(value, str) and len(value) == 64 else json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def differs(folder: Path, inputs: Mapping[str, Any]) -> str:
+def describe_input_changes(folder: Path, inputs: Mapping[str, Any]) -> str:
     """What is not as it was when the newest checkpoint here was written; empty where none tells."""
-    newest = choose(folder, AUTO)
-    return "; ".join(changes(_record(newest)["inputs"], _plain(inputs))) if newest else ""
+    newest = find_checkpoint(folder, RESUME_AUTO)
+    return "; ".join(describe_changes(_read_record(newest)["inputs"], _json_round_trip(inputs))) if newest else ""
 
 
-def _plain(inputs: Mapping[str, Any]) -> Any:
+def _json_round_trip(inputs: Mapping[str, Any]) -> Any:
     """As it comes back from a file: tuples are lists there."""
     return json.loads(json.dumps(inputs))
 
 
-def _broken(record: Path) -> DataError:
+def _corrupt_checkpoint(record: Path) -> DataError:
     last = record.with_suffix("")
     return DataError("this checkpoint is not what was written", where=str(last), remedy=f"delete {last}.*; the checkpoint before it goes on")
 
 
-def _record(path: Path) -> dict[str, Any]:
+def _read_record(path: Path) -> dict[str, Any]:
     try:
-        record = store.read_sealed(path, "")
+        record = store.read_json_with_checksum(path, "")
     except DataError as error:
-        raise _broken(path) from error
+        raise _corrupt_checkpoint(path) from error
     if record.keys() != {"inputs", "step", "world", "state", "metrics"} or path.stem != f"step-{record['step']:08d}":
-        raise _broken(path)
+        raise _corrupt_checkpoint(path)
     return record
 
 
-def load(path: Path, inputs: Mapping[str, Any], parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer | None,
-         world: World) -> tuple[State, tuple[bytes, ...]]:
+def load_checkpoint(path: Path, inputs: Mapping[str, Any], parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer | None,
+         world: World) -> tuple[TrainerState, tuple[bytes, ...]]:
     """Where the training of a record stands, its state put into parameters, optimiser and chance; and what sources carried, by process.
 
     optimizer  None: only the weights are wanted
     Raises Refused with what differs where it belongs to other inputs, DataError where a byte is not as it was written or a weight is not finite.
     """
-    record = _record(path)
-    if different := changes(record["inputs"], _plain(inputs)):
-        raise Refused(f"the checkpoint belongs to another recipe, model or capture ({'; '.join(different)})", where=str(path),
+    record = _read_record(path)
+    if different := describe_changes(record["inputs"], _json_round_trip(inputs)):
+        raise RefusedError(f"the checkpoint belongs to another recipe, model or capture ({'; '.join(different)})", where=str(path),
                       remedy=f"give the run another --out, put back what it was, or begin anew with --resume never, which deletes {path.parent}")
     try:
         metrics = path.with_suffix(".jsonl").read_bytes()
-        digests = store.digest_file(path.with_suffix(".pt")), store.digest(metrics)
+        digests = store.digest_file(path.with_suffix(".pt")), store.digest_bytes(metrics)
     except FileNotFoundError as error:
-        raise _broken(path) from error
+        raise _corrupt_checkpoint(path) from error
     except OSError as error:
-        raise store.cannot_read(path, error) from error
+        raise store.unreadable_file_error(path, error) from error
     if digests != (record["state"], record["metrics"]):
-        raise _broken(path)
+        raise _corrupt_checkpoint(path)
     state = torch.load(path.with_suffix(".pt"), weights_only=True, mmap=True, map_location="cpu")
     if record["step"] != state["step"]:
-        raise _broken(path)
+        raise _corrupt_checkpoint(path)
     if not all(bool(torch.isfinite(value).all()) for value in state["parameters"]):
         raise DataError("a weight of this checkpoint is not finite", where=str(path), remedy=f"delete {path.with_suffix('')}.*")
     with torch.no_grad():
         for parameter, value in zip(parameters, state["parameters"], strict=True):
-            parameter.copy_(_as_sharded(value, parameter))
+            parameter.copy_(_shard_like(value, parameter))
     if optimizer is not None:
         moments = state["optimizer"]
-        moments["state"] = {k: {name: _as_sharded(v, parameters[k]).clone() for name, v in values.items()}
+        moments["state"] = {k: {name: _shard_like(v, parameters[k]).clone() for name, v in values.items()}
                             for k, values in moments["state"].items()}  # copies: the file may be gone before they are
         optimizer.load_state_dict(moments)
         if world.rank < len(state["chance"]):
-            restore_chance(state["chance"][world.rank])
+            restore_rng_state(state["chance"][world.rank])
     log = tuple(json.loads(line) for line in metrics.splitlines())
-    done = State(int(state["step"]), int(state["positions"]), float(state["seconds"]), tuple(state["skipped"]), log,
-                 {Group(*group): Scale(*scale) for group, scale in state["scales"]})
+    done = TrainerState(int(state["step"]), int(state["positions"]), float(state["seconds"]), tuple(state["skipped"]), log,
+                 {Group(*group): GroupScale(*scale) for group, scale in state["scales"]})
     return done, tuple(c.numpy().tobytes() for c in state["carried"])

@@ -13,22 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from persea.errors import Refused
-from persea.losses import Head
+from persea.errors import RefusedError
+from persea.losses import LMHead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere; Falcon-H1; a multiplier of the head's output
-PROBE = 5  # tokens; a scale or a cap shows in one
+LOGIT_SCALE_KEYS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere; Falcon-H1; a multiplier of the head's output
+HEAD_PROBE_TOKENS = 5  # tokens; a scale or a cap shows in one
 
 
 @dataclass(frozen=True)
-class Scaling:
+class LogitScaling:
     """What a model makes of its head's output z: cap tanh(scale z / cap); cap = 0: scale z."""
 
     scale: float = 1.0
-    cap: float = 0.0
+    softcap: float = 0.0
 
 
 def hidden_states(model: PreTrainedModel, ids_BS: torch.Tensor, mask_BS: torch.Tensor | None, positions_BS: torch.Tensor | None = None
@@ -44,14 +44,14 @@ def hidden_states(model: PreTrainedModel, ids_BS: torch.Tensor, mask_BS: torch.T
         inputs["attention_mask"] = mask_BS.to(model.device)
     if positions_BS is not None:
         inputs["position_ids"] = positions_BS.to(model.device)
-    with _passed_by(model.get_output_embeddings()) as given:
+    with _bypass_head(model.get_output_embeddings()) as given:
         model(**inputs)
     (hidden_BSD,) = given
     return hidden_BSD
 
 
 @contextmanager
-def _passed_by(linear: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+def _bypass_head(linear: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
     """While it lasts, the head hands on what it is given and keeps it."""
     given: list[torch.Tensor] = []
 
@@ -70,7 +70,7 @@ def _passed_by(linear: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 @torch.no_grad()
-def scaling_of(model: PreTrainedModel, vocabulary: int, where: str) -> Scaling:
+def find_logit_scaling(model: PreTrainedModel, vocab_size: int, where: str) -> LogitScaling:
     """What the model makes of its head's output, by its configuration; a probe proves it.
 
     Raises Refused for a head that is more than a linear map (an adapter, a quantised one), and for a model whose logits are not
@@ -78,36 +78,36 @@ def scaling_of(model: PreTrainedModel, vocabulary: int, where: str) -> Scaling:
     """
     linear = model.get_output_embeddings()
     if type(linear) is not torch.nn.Linear:
-        raise Refused(f"its head is a {type(linear).__module__}.{type(linear).__name__}, and persea trains through a plain linear map", where=where,
+        raise RefusedError(f"its head is a {type(linear).__module__}.{type(linear).__name__}, and persea trains through a plain linear map", where=where,
                       remedy="leave the head (lm_head) out of lora.targets and of quantisation")
     config = model.config.get_text_config()
     scale = 1 / getattr(config, "logits_scaling", 1.0)  # Granite divides
-    for name in SCALES:
+    for name in LOGIT_SCALE_KEYS:
         scale *= getattr(config, name, None) or 1.0
-    scaling = Scaling(scale, getattr(config, "final_logit_softcapping", None) or 0.0)
-    ids_BS = torch.arange(min(PROBE, vocabulary))[None]
-    with _asleep(model):
+    scaling = LogitScaling(scale, getattr(config, "final_logit_softcapping", None) or 0.0)
+    ids_BS = torch.arange(min(HEAD_PROBE_TOKENS, vocab_size))[None]
+    with _eval_mode(model):
         hidden_SD = hidden_states(model, ids_BS, None)[0]
-        wanted_SV = model(input_ids=ids_BS.to(model.device), use_cache=False).logits[0, :, :vocabulary].float()
-    if not _near(Head(linear.weight, vocabulary, linear.bias, scaling.scale, scaling.cap).logits(hidden_SD), wanted_SV, hidden_SD.dtype):
-        raise Refused(f"{type(model).__name__} makes something else of its head's output than its configuration says", where=where,
-                      remedy=f"persea knows final_logit_softcapping, logits_scaling, {', '.join(SCALES)}; this model cannot be trained by it")
+        wanted_SV = model(input_ids=ids_BS.to(model.device), use_cache=False).logits[0, :, :vocab_size].float()
+    if not _is_close(LMHead(linear.weight, vocab_size, linear.bias, scaling.scale, scaling.softcap).logits(hidden_SD), wanted_SV, hidden_SD.dtype):
+        raise RefusedError(f"{type(model).__name__} makes something else of its head's output than its configuration says", where=where,
+                      remedy=f"persea knows final_logit_softcapping, logits_scaling, {', '.join(LOGIT_SCALE_KEYS)}; this model cannot be trained by it")
     return scaling
 
 
 @torch.no_grad()
-def refuse_packing(model: PreTrainedModel, vocabulary: int, where: str) -> None:
+def refuse_packing(model: PreTrainedModel, vocab_size: int, where: str) -> None:
     """Raises Refused where a text changes when another stands before it in its row (a state that runs through, attention without
     masks): packed, they would teach each other's prompts."""
-    one_BS, two_BS = (torch.arange(n)[None] % vocabulary for n in (PROBE + 1, PROBE))
-    with _asleep(model):
+    one_BS, two_BS = (torch.arange(n)[None] % vocab_size for n in (HEAD_PROBE_TOKENS + 1, HEAD_PROBE_TOKENS))
+    with _eval_mode(model):
         alone_SD = hidden_states(model, two_BS, None)[0]
-        both_SD = hidden_states(model, torch.cat([one_BS, two_BS], 1), None, torch.cat([torch.arange(PROBE + 1), torch.arange(PROBE)])[None])[0]
-    if not _near(both_SD[PROBE + 1:], alone_SD, alone_SD.dtype):
-        raise Refused(f"in {type(model).__name__} texts in one row see each other", where=where, remedy="packing: false")
+        both_SD = hidden_states(model, torch.cat([one_BS, two_BS], 1), None, torch.cat([torch.arange(HEAD_PROBE_TOKENS + 1), torch.arange(HEAD_PROBE_TOKENS)])[None])[0]
+    if not _is_close(both_SD[HEAD_PROBE_TOKENS + 1:], alone_SD, alone_SD.dtype):
+        raise RefusedError(f"in {type(model).__name__} texts in one row see each other", where=where, remedy="packing: false")
 
 
-def packed(ids_BS: torch.Tensor, mask_BS: torch.Tensor, row_N: torch.Tensor, at_N: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def pack_sequences(ids_BS: torch.Tensor, mask_BS: torch.Tensor, row_N: torch.Tensor, position_N: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Right-padded texts in as few rows of the same width as first-fit finds, longest first: (ids, each token's place in its own text,
     row_N, at_N). What is left of a row is a text of its own that nobody learns from."""
     width, lengths_B = ids_BS.shape[1], mask_BS.sum(1).tolist()
@@ -124,11 +124,11 @@ def packed(ids_BS: torch.Tensor, mask_BS: torch.Tensor, row_N: torch.Tensor, at_
         ids_PS[row, begin:begin + lengths_B[b]] = ids_BS[b, :lengths_B[b]]
         positions_PS[row, begin:begin + lengths_B[b]] = torch.arange(lengths_B[b])
     row_B, begin_B = torch.tensor(place_B).T
-    return ids_PS, positions_PS, row_B[row_N], at_N + begin_B[row_N]
+    return ids_PS, positions_PS, row_B[row_N], position_N + begin_B[row_N]
 
 
 @contextmanager
-def _asleep(model: PreTrainedModel) -> Iterator[None]:
+def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
     """Without dropout, for a moment."""
     trains = model.training
     model.eval()
@@ -138,6 +138,6 @@ def _asleep(model: PreTrainedModel) -> Iterator[None]:
         model.train(trains)
 
 
-def _near(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> bool:
+def _is_close(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> bool:
     digits = 1e-4 if dtype is torch.float32 else 2e-2
     return torch.allclose(found, wanted, rtol=digits, atol=digits * float(wanted.abs().max()))

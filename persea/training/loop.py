@@ -15,20 +15,20 @@ from typing import Any, Protocol
 import torch
 
 from persea import storage as store
-from persea.config.schema import Balance, Schedule
-from persea.errors import Refused, Stopped
+from persea.config.schema import LossBalancing, LRSchedule
+from persea.errors import RefusedError, RunInterrupted
 from persea.training import checkpoint as checkpoints
 from persea.training import loss_balancing as balance
-from persea.training.checkpoint import AUTO, State, whole
+from persea.training.checkpoint import RESUME_AUTO, TrainerState, gather_full_tensor
 from persea.training.distributed.world import World
-from persea.training.loss_balancing import Group, Taught
-from persea.training.lr_schedule import rate
+from persea.training.loss_balancing import Group, GroupStats
+from persea.training.lr_schedule import learning_rate_at_step
 
-ALONE = World()
+SINGLE_PROCESS = World()
 
 
 @dataclass(frozen=True)
-class Settings:
+class TrainingSettings:
     """How to train; units: steps, and nats per learned position for losses.
 
     accumulate      times a process adds up gradients before a step
@@ -39,39 +39,39 @@ class Settings:
 
     steps: int
     learning_rate: float
-    warmup: int
+    warmup_steps: int
     weight_decay: float
-    clip: float
+    max_grad_norm: float
     checkpoint_every: int
     log_every: int
     seed: int
-    schedule: Schedule = Schedule.COSINE
-    cooldown: float = 0.2
-    accumulate: int = 1
+    schedule: LRSchedule = LRSchedule.COSINE
+    cooldown_share: float = 0.2
+    micro_batches: int = 1
     evaluate_every: int = 0
-    skips: int = 3
-    balance: Balance = Balance.NONE
+    max_skipped_steps: int = 3
+    loss_balancing: LossBalancing = LossBalancing.NONE
 
-    def rate(self, step: int) -> float:
+    def learning_rate_at_step(self, step: int) -> float:
         """Learning rate of a step."""
-        return rate(step, steps=self.steps, highest=self.learning_rate, warmup=self.warmup, schedule=self.schedule, cooldown=self.cooldown)
+        return learning_rate_at_step(step, total_steps=self.steps, peak_learning_rate=self.learning_rate, warmup_steps=self.warmup_steps, schedule=self.schedule, cooldown_share=self.cooldown_share)
 
 
-class Step(Protocol):
+class StepLoss(Protocol):
     """What the loop needs to know of a loss: its weighted mean over the learned positions, its terms, and how many positions there are."""
 
     @property
     def loss(self) -> torch.Tensor: ...
     @property
-    def terms(self) -> Mapping[str, float]: ...
+    def metrics(self) -> Mapping[str, float]: ...
     @property
-    def positions(self) -> int: ...
+    def num_tokens(self) -> int: ...
 
 
-LossOf = Callable[[int, int, int, Mapping[Group, float]], tuple[Step, Mapping[Group, Taught]]]
+StepLossFn = Callable[[int, int, int, Mapping[Group, float]], tuple[StepLoss, Mapping[Group, GroupStats]]]
 
 
-class Source(Protocol):
+class BatchSource(Protocol):
     """A source of batches that carries something from step to step (rollouts in flight), which a checkpoint must hold.
 
     state    asked after a step; what this process would lose by a kill
@@ -84,25 +84,25 @@ class Source(Protocol):
 
 
 @dataclass
-class _Sum:
+class _StepTotals:
     """Parts of a step, added up: over what one process accumulates, then over processes, in the order of ranks. nats: weights included."""
 
-    nats: float = 0.0
-    positions: int = 0
-    terms: dict[str, float] = field(default_factory=dict)
-    taught: dict[Group, Taught] = field(default_factory=dict)
-    asked: int = 0
+    loss_sum: float = 0.0
+    num_tokens: int = 0
+    metric_sums: dict[str, float] = field(default_factory=dict)
+    group_stats: dict[Group, GroupStats] = field(default_factory=dict)
+    stop_signal: int = 0
 
-    def add(self, nats: float, positions: int, terms: Mapping[str, float], taught: Mapping[Group, Taught], asked: int = 0) -> None:
-        self.nats, self.positions, self.asked = self.nats + nats, self.positions + positions, self.asked or asked
-        for name, value in terms.items():
-            self.terms[name] = self.terms.get(name, 0.0) + value
-        self.taught = balance.added((self.taught, taught))
+    def add(self, loss_sum: float, num_tokens: int, metric_sums: Mapping[str, float], group_stats: Mapping[Group, GroupStats], stop_signal: int = 0) -> None:
+        self.loss_sum, self.num_tokens, self.stop_signal = self.loss_sum + loss_sum, self.num_tokens + num_tokens, self.stop_signal or stop_signal
+        for name, value in metric_sums.items():
+            self.metric_sums[name] = self.metric_sums.get(name, 0.0) + value
+        self.group_stats = balance.sum_group_stats((self.group_stats, group_stats))
 
 
-def train(parameters: Sequence[torch.nn.Parameter], loss_of: LossOf, settings: Settings, folder: Path, inputs: Mapping[str, Any],
-          progress: Callable[[int, Mapping[str, Any]], None] = lambda step, line: None, *, world: World = ALONE, source: Source | None = None,
-          resume: str = AUTO, evaluate: Callable[[], Mapping[str, float]] | None = None) -> None:
+def run_training_loop(parameters: Sequence[torch.nn.Parameter], loss_fn: StepLossFn, settings: TrainingSettings, folder: Path, inputs: Mapping[str, Any],
+          progress: Callable[[int, Mapping[str, Any]], None] = lambda step, line: None, *, world: World = SINGLE_PROCESS, batch_source: BatchSource | None = None,
+          resume: str = RESUME_AUTO, evaluate: Callable[[], Mapping[str, float]] | None = None) -> None:
     """Minimise the loss for settings.steps steps, from a checkpoint if one stands for `inputs`.
 
     parameters  what may change; in several processes, of a student that `Student.spread` has made theirs (its backward averages gradients)
@@ -118,123 +118,123 @@ def train(parameters: Sequence[torch.nn.Parameter], loss_of: LossOf, settings: S
     """
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay)
     checkpoints.seed_all(settings.seed, world.rank)
-    state = _resume(folder, inputs, parameters, optimizer, world, source, resume)
+    state = _resume(folder, inputs, parameters, optimizer, world, batch_source, resume)
     begun, clock = (state.step, time.monotonic()), time.monotonic() - state.seconds
-    with _signals() as asked:
+    with _collect_signals() as asked:
         for step in range(state.step, settings.steps):
             for group in optimizer.param_groups:
-                group["lr"] = settings.rate(step)
-            weights = balance.weights(state.scales)
-            total = _gradients(parameters, loss_of, step, weights, settings.accumulate, world, asked)
-            norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, settings.clip)))
-            loss, last = total.nats / total.positions, step + 1 == settings.steps
+                group["lr"] = settings.learning_rate_at_step(step)
+            weights = balance.group_weights(state.group_scales)
+            total = _accumulate_gradients(parameters, loss_fn, step, weights, settings.micro_batches, world, asked)
+            norm = float(gather_full_tensor(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)))
+            loss, last = total.loss_sum / total.num_tokens, step + 1 == settings.steps
             if applied := math.isfinite(loss) and math.isfinite(norm):
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            scales = balance.heard(state.scales, total.taught) if applied and settings.balance is Balance.DEVIATION else state.scales
+            scales = balance.update_scales(state.group_scales, total.group_stats) if applied and settings.loss_balancing is LossBalancing.DEVIATION else state.group_scales
             now = replace(state, step=step + 1, seconds=round(time.monotonic() - clock, 3),
-                          positions=state.positions + total.positions * applied, scales=scales)
-            line = _line(now, settings, total, norm, weights)
+                          num_tokens=state.num_tokens + total.num_tokens * applied, group_scales=scales)
+            line = _metrics_line(now, settings, total, norm, weights)
             line["left"] = round((time.monotonic() - begun[1]) / (step + 1 - begun[0]) * (settings.steps - step - 1))
             if evaluate and settings.evaluate_every and ((step + 1) % settings.evaluate_every == 0 or last):
-                line["held_out"] = _finite(evaluate(), step)
+                line["held_out"] = _refuse_nonfinite(evaluate(), step)
             logged = (step + 1) % settings.log_every == 0 or last or "held_out" in line
-            state = _recorded(now, line, logged) if applied else _skipped(now, line, settings, folder, world)
+            state = _append_log(now, line, logged) if applied else _record_skipped_step(now, line, settings, folder, world)
             progress(step + 1, line)
-            if (step + 1) % settings.checkpoint_every == 0 or last or total.asked:
-                checkpoints.save(folder, inputs, state, parameters, optimizer, world, source.state() if source else b"")
-            if total.asked:
-                raise Stopped(total.asked, f"step {step + 1} is saved")
+            if (step + 1) % settings.checkpoint_every == 0 or last or total.stop_signal:
+                checkpoints.save_checkpoint(folder, inputs, state, parameters, optimizer, world, batch_source.state() if batch_source else b"")
+            if total.stop_signal:
+                raise RunInterrupted(total.stop_signal, f"step {step + 1} is saved")
 
 
-def _gradients(parameters: Sequence[torch.nn.Parameter], loss_of: LossOf, step: int, weights: Mapping[Group, float], accumulate: int,
-               world: World, asked: Sequence[int]) -> _Sum:
+def _accumulate_gradients(parameters: Sequence[torch.nn.Parameter], loss_fn: StepLossFn, step: int, weights: Mapping[Group, float], micro_batches: int,
+               world: World, received_signals: Sequence[int]) -> _StepTotals:
     """Put into .grad the gradient of the mean loss over all learned positions of a step, and add up what all processes say of it.
 
     Each backward is of a sum, not of a mean: how many positions there are is known when the last part of the last process is done. A
     student spread over processes averages their gradients; so, times their number.
     """
-    mine, parts = _Sum(), world.size * accumulate
-    for k in range(accumulate):
-        out, taught = loss_of(step, world.rank * accumulate + k, parts, weights)
-        (out.loss * out.positions).backward()  # type: ignore[no-untyped-call]
-        mine.add(float(out.loss.detach()) * out.positions, out.positions, {t: v * out.positions for t, v in out.terms.items()}, taught)
-    total = _Sum()
-    for heard in world.gather((mine.nats, mine.positions, mine.terms, mine.taught, asked[0] if asked else 0)):
+    mine, parts = _StepTotals(), world.size * micro_batches
+    for k in range(micro_batches):
+        out, taught = loss_fn(step, world.rank * micro_batches + k, parts, weights)
+        (out.loss * out.num_tokens).backward()  # type: ignore[no-untyped-call]
+        mine.add(float(out.loss.detach()) * out.num_tokens, out.num_tokens, {t: v * out.num_tokens for t, v in out.metrics.items()}, taught)
+    total = _StepTotals()
+    for heard in world.all_gather((mine.loss_sum, mine.num_tokens, mine.metric_sums, mine.group_stats, received_signals[0] if received_signals else 0)):
         total.add(*heard)
-    if not total.positions:
-        raise Refused("nothing of this step can be learned from", where=f"train, step {step}",
+    if not total.num_tokens:
+        raise RefusedError("nothing of this step can be learned from", where=f"train, step {step}",
                       remedy="with training.on_policy no teacher's token begins where one of the student's answers does: raise `after`, or `batch`")
     for parameter in parameters:
         if parameter.grad is not None:
-            parameter.grad.mul_(world.size / total.positions)
+            parameter.grad.mul_(world.size / total.num_tokens)
     return total
 
 
-def _finite(held_out: Mapping[str, float], step: int) -> dict[str, float]:
+def _refuse_nonfinite(held_out: Mapping[str, float], step: int) -> dict[str, float]:
     """Held-out losses; Refused where one is not finite: the step before it was, and the last checkpoint stands."""
     if wrong := [f"{name} {value:g}" for name, value in held_out.items() if not math.isfinite(value)]:
-        raise Refused(f"held-out loss is not finite after step {step + 1}: {', '.join(wrong)}", where="train",
+        raise RefusedError(f"held-out loss is not finite after step {step + 1}: {', '.join(wrong)}", where="train",
                       remedy="lower training.learning_rate; the last checkpoint goes on")
     return dict(held_out)
 
 
-def _line(state: State, settings: Settings, total: _Sum, norm: float, weights: Mapping[Group, float]) -> dict[str, Any]:
+def _metrics_line(state: TrainerState, settings: TrainingSettings, total: _StepTotals, norm: float, weights: Mapping[Group, float]) -> dict[str, Any]:
     """What metrics.jsonl says of a step. The loss is without weights, so that it can be compared: with them it is what shares are of."""
-    n, groups = total.positions, {group: t for group, t in total.taught.items() if t.positions}
-    spoken = sum(t.positions for t in groups.values())
-    by_teacher = balance.added({Group(group.teacher, ""): t} for group, t in groups.items())
-    told = sum(t.nats for t in groups.values())
-    return {"step": state.step, "loss": told / n if math.isfinite(told) else total.nats / n,
-            "terms": {name: value / n for name, value in total.terms.items()},
-            "learning_rate": settings.rate(state.step - 1), "gradient_norm": norm, "positions": state.positions, "seconds": state.seconds,
-            "share": {group.teacher: t.positions / spoken for group, t in by_teacher.items()},
-            "teachers": {group.teacher: t.nats / t.positions for group, t in by_teacher.items() if math.isfinite(t.nats)},
-            "groups": balance.shares(groups, weights)}
+    n, groups = total.num_tokens, {group: t for group, t in total.group_stats.items() if t.num_tokens}
+    spoken = sum(t.num_tokens for t in groups.values())
+    by_teacher = balance.sum_group_stats({Group(group.teacher, ""): t} for group, t in groups.items())
+    told = sum(t.loss_sum for t in groups.values())
+    return {"step": state.step, "loss": told / n if math.isfinite(told) else total.loss_sum / n,
+            "terms": {name: value / n for name, value in total.metric_sums.items()},
+            "learning_rate": settings.learning_rate_at_step(state.step - 1), "gradient_norm": norm, "positions": state.num_tokens, "seconds": state.seconds,
+            "share": {group.teacher: t.num_tokens / spoken for group, t in by_teacher.items()},
+            "teachers": {group.teacher: t.loss_sum / t.num_tokens for group, t in by_teacher.items() if math.isfinite(t.loss_sum)},
+            "groups": balance.group_shares(groups, weights)}
 
 
-def _recorded(state: State, line: Mapping[str, Any], logged: bool) -> State:
+def _append_log(state: TrainerState, line: Mapping[str, Any], logged: bool) -> TrainerState:
     """The state with a line of the log, which tells of steps that were left out since the line before."""
     if not logged:
         return state
-    since = state.log[-1]["step"] if state.log else 0
-    skipped = [one for one in state.skipped if one["step"] > since]
+    since = state.log_history[-1]["step"] if state.log_history else 0
+    skipped = [one for one in state.skipped_steps if one["step"] > since]
     kept = {k: v for k, v in line.items() if k != "left"} | ({"skipped": skipped} if skipped else {})
-    return replace(state, log=(*state.log, kept))
+    return replace(state, log_history=(*state.log_history, kept))
 
 
-def _skipped(state: State, line: Mapping[str, Any], settings: Settings, folder: Path, world: World) -> State:
+def _record_skipped_step(state: TrainerState, line: Mapping[str, Any], settings: TrainingSettings, folder: Path, world: World) -> TrainerState:
     """The state with a step that was not applied. Raises Refused where there were too many, told in metrics.jsonl too."""
     loss, norm, names = f"{line['loss']:g}", f"{line['gradient_norm']:g}", sorted(line["share"])
-    state = replace(state, skipped=(*state.skipped, {"step": state.step, "loss": loss, "gradient_norm": norm, "teachers": names}))
-    if len(state.skipped) <= settings.skips:
-        if state.step < settings.steps or not state.log:
+    state = replace(state, skipped_steps=(*state.skipped_steps, {"step": state.step, "loss": loss, "gradient_norm": norm, "teachers": names}))
+    if len(state.skipped_steps) <= settings.max_skipped_steps:
+        if state.step < settings.steps or not state.log_history:
             return state  # told by the next line
-        return replace(state, log=(*state.log[:-1], {**state.log[-1], "skipped": list(state.skipped)}))
+        return replace(state, log_history=(*state.log_history[:-1], {**state.log_history[-1], "skipped": list(state.skipped_steps)}))
     if not world.rank:
-        store.publish_lines(folder / "metrics.jsonl", (*state.log, {"step": state.step, "skipped": list(state.skipped)}))
-    raise Refused(f"loss {loss}, gradient norm {norm} at step {state.step}, taught by {', '.join(names)}: not applied"
-                  + (f", as {settings.skips} steps before it" if settings.skips else ""), where="train",
+        store.write_json_lines(folder / "metrics.jsonl", (*state.log_history, {"step": state.step, "skipped": list(state.skipped_steps)}))
+    raise RefusedError(f"loss {loss}, gradient norm {norm} at step {state.step}, taught by {', '.join(names)}: not applied"
+                  + (f", as {settings.max_skipped_steps} steps before it" if settings.max_skipped_steps else ""), where="train",
                   remedy="lower training.learning_rate, or look at the batch: the last checkpoint is finite (training.skips: left out at most)")
 
 
 def _resume(folder: Path, inputs: Mapping[str, Any], parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer, world: World,
-            source: Source | None, resume: str) -> State:
+            batch_source: BatchSource | None, resume: str) -> TrainerState:
     """Where the training stands, its state put into parameters, optimiser, chance and source. The first process chooses for all."""
-    chosen = world.told(checkpoints.choose(folder, resume) if not world.rank else None)
+    chosen = world.broadcast(checkpoints.find_checkpoint(folder, resume) if not world.rank else None)
     if chosen is None:
-        return State()
-    state, carried = checkpoints.load(chosen, inputs, parameters, optimizer, world)
-    if source:
-        source.restore(carried)
+        return TrainerState()
+    state, carried = checkpoints.load_checkpoint(chosen, inputs, parameters, optimizer, world)
+    if batch_source:
+        batch_source.restore(carried)
     if not world.rank:
-        checkpoints.forget_later(folder, state.step)
-        checkpoints.forget_old(folder)
+        checkpoints.delete_later_checkpoints(folder, state.step)
+        checkpoints.delete_old_checkpoints(folder)
     return state
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
+def _collect_signals() -> Iterator[list[int]]:
     """Collect SIGTERM and SIGINT while a step runs, so that the state is saved between steps and never inside one."""
     asked: list[int] = []
 

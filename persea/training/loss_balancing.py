@@ -17,9 +17,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-HALF = 50        # steps after which a step counts for half
-MOST = 2.0       # largest ratio: a mastered skill, all of whose losses are near nothing, is not blown up into its own noise
-PRIOR = 200      # positions' worth of doubt: so many as if of everybody's scale, until a group has been heard
+HALF_LIFE_STEPS = 50        # steps after which a step counts for half
+MAX_WEIGHT_RATIO = 2.0       # largest ratio: a mastered skill, all of whose losses are near nothing, is not blown up into its own noise
+PRIOR_TOKENS = 200      # positions' worth of doubt: so many as if of everybody's scale, until a group has been heard
 
 
 class Group(NamedTuple):
@@ -27,77 +27,77 @@ class Group(NamedTuple):
 
     teacher: str
     skill: str
-    own: bool = False
+    on_policy: bool = False
 
 
 @dataclass(frozen=True)
-class Taught:
+class GroupStats:
     """What a group taught in a part of a step, added up over its positions.
 
     nats, squares  losses, before any weight, and their squares; NaN where the loss does not say
     pull           norms of the gradients with respect to the hidden states that the head is given, weights included; NaN likewise
     """
 
-    positions: int
-    nats: float = math.nan
-    squares: float = math.nan
-    pull: float = math.nan
+    num_tokens: int
+    loss_sum: float = math.nan
+    squared_loss_sum: float = math.nan
+    grad_norm_sum: float = math.nan
 
 
 @dataclass(frozen=True)
-class Scale:
+class GroupScale:
     """Sums over the steps so far, older ones for less: positions, and squares of their losses."""
 
-    positions: float
-    squares: float
+    num_tokens: float
+    squared_loss_sum: float
 
 
-def added(some: Iterable[Mapping[Group, Taught]]) -> dict[Group, Taught]:
+def sum_group_stats(parts: Iterable[Mapping[Group, GroupStats]]) -> dict[Group, GroupStats]:
     """What parts and processes say, together: sums in their order."""
-    found: dict[Group, Taught] = {}
-    for said in some:
+    found: dict[Group, GroupStats] = {}
+    for said in parts:
         for group, one in said.items():
-            was = found.get(group, Taught(0, 0.0, 0.0, 0.0))
-            found[group] = Taught(was.positions + one.positions, was.nats + one.nats, was.squares + one.squares, was.pull + one.pull)
+            was = found.get(group, GroupStats(0, 0.0, 0.0, 0.0))
+            found[group] = GroupStats(was.num_tokens + one.num_tokens, was.loss_sum + one.loss_sum, was.squared_loss_sum + one.squared_loss_sum, was.grad_norm_sum + one.grad_norm_sum)
     return found
 
 
-def shares(taught: Mapping[Group, Taught], weight: Mapping[Group, float]) -> dict[str, dict[str, dict[str, float]]]:
+def group_shares(group_stats: Mapping[Group, GroupStats], weights: Mapping[Group, float]) -> dict[str, dict[str, dict[str, float]]]:
     """teacher -> skill -> its shares of positions, of loss and of pull, both as they count, and what one of its positions counts for.
 
     A share of which not every group tells its part is left out.
     """
-    sums = {group: {"positions": float(t.positions), "loss": weight.get(group, 1.0) * t.nats, "gradient": t.pull} for group, t in taught.items()}
+    sums = {group: {"positions": float(t.num_tokens), "loss": weights.get(group, 1.0) * t.loss_sum, "gradient": t.grad_norm_sum} for group, t in group_stats.items()}
     whole = {key: sum(each[key] for each in sums.values()) for key in ("positions", "loss", "gradient")}
     found: dict[str, dict[str, dict[str, float]]] = {}
     for group, each in sums.items():
         told = {key: value / whole[key] for key, value in each.items() if math.isfinite(whole[key]) and whole[key] > 0}
-        found.setdefault(group.teacher, {})[group.skill] = told | {"weight": weight.get(group, 1.0)}
+        found.setdefault(group.teacher, {})[group.skill] = told | {"weight": weights.get(group, 1.0)}
     return found
 
 
-def heard(scales: Mapping[Group, Scale], taught: Mapping[Group, Taught]) -> dict[Group, Scale]:
+def update_scales(scales: Mapping[Group, GroupScale], group_stats: Mapping[Group, GroupStats]) -> dict[Group, GroupScale]:
     """Scales one step later. A group whose losses nobody tells has none."""
-    fade = 0.5 ** (1 / HALF)
-    found = {group: Scale(fade * scale.positions, fade * scale.squares) for group, scale in scales.items()}
-    for group, one in taught.items():
-        if math.isfinite(one.squares):
-            was = found.get(group, Scale(0.0, 0.0))
-            found[group] = Scale(was.positions + one.positions, was.squares + one.squares)
+    fade = 0.5 ** (1 / HALF_LIFE_STEPS)
+    found = {group: GroupScale(fade * scale.num_tokens, fade * scale.squared_loss_sum) for group, scale in scales.items()}
+    for group, one in group_stats.items():
+        if math.isfinite(one.squared_loss_sum):
+            was = found.get(group, GroupScale(0.0, 0.0))
+            found[group] = GroupScale(was.num_tokens + one.num_tokens, was.squared_loss_sum + one.squared_loss_sum)
     return found
 
 
-def weights(scales: Mapping[Group, Scale]) -> dict[Group, float]:
+def group_weights(scales: Mapping[Group, GroupScale]) -> dict[Group, float]:
     """The weight of each group heard so far; one that was not counts as 1. Captures and own answers are balanced among themselves."""
     found: dict[Group, float] = {}
     for own in (False, True):
-        mine = {group: scale for group, scale in scales.items() if group.own is own and scale.positions > 0}
-        positions, squares = (sum(side) for side in zip((0.0, 0.0), *((s.positions, s.squares) for s in mine.values()), strict=True))
+        mine = {group: scale for group, scale in scales.items() if group.on_policy is own and scale.num_tokens > 0}
+        positions, squares = (sum(side) for side in zip((0.0, 0.0), *((s.num_tokens, s.squared_loss_sum) for s in mine.values()), strict=True))
         if not squares > 0:
             continue  # nothing was learned, or nothing is left to learn
         whole = squares / positions
-        ratios = {group: min(max(math.sqrt(whole / ((s.squares + PRIOR * whole) / (s.positions + PRIOR))), 1 / MOST), MOST)
+        ratios = {group: min(max(math.sqrt(whole / ((s.squared_loss_sum + PRIOR_TOKENS * whole) / (s.num_tokens + PRIOR_TOKENS))), 1 / MAX_WEIGHT_RATIO), MAX_WEIGHT_RATIO)
                   for group, s in mine.items()}
-        mean = sum(ratio * mine[group].positions for group, ratio in ratios.items()) / positions
+        mean = sum(ratio * mine[group].num_tokens for group, ratio in ratios.items()) / positions
         found |= {group: ratio / mean for group, ratio in ratios.items()}
     return found

@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError
 
-from persea.chat.renderer import Voice
-from persea.errors import DataError, EnvironmentLacks, Refused, StorageError
-from persea.losses import Head
-from persea.models.loading import Source, copy_words, local_folder, open_model
-from persea.training.distributed.world import Shard, World
-from persea.training.lm_head import Scaling, hidden_states, packed, refuse_packing, scaling_of
+from persea.chat.renderer import ChatRenderer
+from persea.errors import DataError, MissingRequirementError, RefusedError, StorageError
+from persea.losses import LMHead
+from persea.models.loading import ModelSource, copy_tokenizer_files, load_model, local_folder
+from persea.training.distributed.world import ParallelStrategy, World
+from persea.training.lm_head import LogitScaling, find_logit_scaling, hidden_states, pack_sequences, refuse_packing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
-class Lora:
+class LoraSettings:
     """Low-rank adapters on the named projections (Hu et al. 2021)."""
 
     rank: int
@@ -33,7 +33,7 @@ class Lora:
 
 
 @dataclass(frozen=True)
-class Ways:
+class ComputeOptions:
     """How a step is computed; none changes what is computed but by rounding.
 
     half       matrix products in bfloat16; weights, sums and the optimiser's moments stay in float32
@@ -41,70 +41,70 @@ class Ways:
     packing    short texts share a row, each blind to the others, instead of being padded
     """
 
-    half: bool = False
-    recompute: bool = False
+    bf16: bool = False
+    gradient_checkpointing: bool = False
     packing: bool = False
 
 
-class Forward(torch.nn.Module):
+class HiddenStateModule(torch.nn.Module):
     """What a training step runs of a model, as one module: what is spread over processes is wrapped around its forward, so all that a
     step uses comes out of it, the head's weight too (under DDP a parameter that is not reached from an output counts as unused)."""
 
-    def __init__(self, model: PreTrainedModel, ways: Ways) -> None:
+    def __init__(self, model: PreTrainedModel, options: ComputeOptions) -> None:
         super().__init__()
-        self.model, self.ways = model, ways
+        self.model, self.options = model, options
 
-    def forward(self, ids_BS: torch.Tensor, place_BS: torch.Tensor, row_N: torch.Tensor, at_N: torch.Tensor
+    def forward(self, ids_BS: torch.Tensor, mask_or_position_BS: torch.Tensor, row_N: torch.Tensor, position_N: torch.Tensor
                 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Hidden states [N, D], weight and bias of the head. place_BS: the mask, or each token's place in its text where texts are packed."""
-        mask_BS, positions_BS = (None, place_BS) if self.ways.packing else (place_BS, None)
-        with torch.autocast(ids_BS.device.type, torch.bfloat16, enabled=self.ways.half):
-            hidden_ND = hidden_states(self.model, ids_BS, mask_BS, positions_BS)[row_N, at_N]
+        mask_BS, positions_BS = (None, mask_or_position_BS) if self.options.packing else (mask_or_position_BS, None)
+        with torch.autocast(ids_BS.device.type, torch.bfloat16, enabled=self.options.bf16):
+            hidden_ND = hidden_states(self.model, ids_BS, mask_BS, positions_BS)[row_N, position_N]
         linear: torch.nn.Linear = self.model.get_output_embeddings()
         weight_VD, bias_V = (None if side is None else side.view_as(side) for side in (linear.weight, linear.bias))  # DDP overlooks a bare parameter
-        return hidden_ND.bfloat16() if self.ways.half else hidden_ND, weight_VD, bias_V
+        return hidden_ND.bfloat16() if self.options.bf16 else hidden_ND, weight_VD, bias_V
 
 
 @dataclass(frozen=True, eq=False)
-class Student:
+class StudentModel:
     """A causal model in its own voice. `trained` = what the optimiser may change; `runs` = its Forward, spread over processes or not."""
 
     model: PreTrainedModel
-    voice: Voice
-    source: Source
-    ways: Ways = field(default=Ways())
-    runs: torch.nn.Module | None = None
+    renderer: ChatRenderer
+    source: ModelSource
+    options: ComputeOptions = field(default=ComputeOptions())
+    forward_module: torch.nn.Module | None = None
 
     @property
-    def trained(self) -> list[torch.nn.Parameter]:
+    def trainable_parameters(self) -> list[torch.nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     @cached_property
-    def _scaling(self) -> Scaling:
-        return scaling_of(self.model, len(self.voice.vocabulary), "student")
+    def _logit_scaling(self) -> LogitScaling:
+        return find_logit_scaling(self.model, len(self.renderer.vocabulary), "student")
 
-    def hidden(self, ids_BS: torch.Tensor, mask_BS: torch.Tensor, row_N: torch.Tensor, at_N: torch.Tensor) -> tuple[torch.Tensor, Head]:
+    def hidden_and_head(self, ids_BS: torch.Tensor, mask_BS: torch.Tensor, row_N: torch.Tensor, position_N: torch.Tensor) -> tuple[torch.Tensor, LMHead]:
         """[N, D] what the head is given at positions (row_N, at_N) of right-padded texts, and the head; its padded rows are cut off."""
-        runs, device, inputs = self.runs or Forward(self.model, self.ways), self.model.device, (ids_BS, mask_BS, row_N, at_N)
-        hidden_ND, weight_VD, bias_V = runs(*(side.to(device) for side in (packed(*inputs) if self.ways.packing else inputs)))
-        return hidden_ND, Head(weight_VD, len(self.voice.vocabulary), bias_V, self._scaling.scale, self._scaling.cap)
+        runs, device, inputs = self.forward_module or HiddenStateModule(self.model, self.options), self.model.device, (ids_BS, mask_BS, row_N, position_N)
+        hidden_ND, weight_VD, bias_V = runs(*(side.to(device) for side in (pack_sequences(*inputs) if self.options.packing else inputs)))
+        return hidden_ND, LMHead(weight_VD, len(self.renderer.vocabulary), bias_V, self._logit_scaling.scale, self._logit_scaling.softcap)
 
-    def logits(self, ids_BS: torch.Tensor, mask_BS: torch.Tensor, row_N: torch.Tensor, at_N: torch.Tensor) -> torch.Tensor:
+    def logits(self, ids_BS: torch.Tensor, mask_BS: torch.Tensor, row_N: torch.Tensor, position_N: torch.Tensor) -> torch.Tensor:
         """[N, V] float32 logits at positions (row_N, at_N), all at once: training goes through `hidden` instead."""
-        hidden_ND, head = self.hidden(ids_BS, mask_BS, row_N, at_N)
+        hidden_ND, head = self.hidden_and_head(ids_BS, mask_BS, row_N, position_N)
         return head.logits(hidden_ND)
 
-    def spread(self, world: World, shard: Shard) -> Student:
+    def distribute(self, world: World, parallel: ParallelStrategy) -> StudentModel:
         """This student as one of a world's processes holds it: backward averages the gradients of all. Every process calls it."""
         if world.size == 1:
             return self
-        forward = Forward(self.model, self.ways)
-        if shard is Shard.DDP:
+        forward = HiddenStateModule(self.model, self.options)
+        if parallel is ParallelStrategy.DDP:
             from torch.nn.parallel import DistributedDataParallel
 
             # Looking for unused parameters keeps the buckets as they are from the first step on. Otherwise DDP orders them anew after one step,
             # and a resumed training would add up the gradients of three processes in another order than one that went through.
-            return replace(self, runs=DistributedDataParallel(forward, find_unused_parameters=True))
+            return replace(self, forward_module=DistributedDataParallel(forward, find_unused_parameters=True))
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
@@ -114,7 +114,7 @@ class Student:
             if type(module).__name__ in layers:
                 fully_shard(module, mesh=mesh)
         fully_shard(forward, mesh=mesh)
-        return replace(self, runs=forward)
+        return replace(self, forward_module=forward)
 
     def save(self, folder: Path) -> None:
         """A Hugging Face folder: weights (adapters merged), config, tokenizer, chat template."""
@@ -123,24 +123,24 @@ class Student:
             import copy
 
             model = copy.deepcopy(model).merge_and_unload()
-        origin = local_folder(self.source.words, "student")
+        origin = local_folder(self.source.tokenizer_name_or_path, "student")
         try:
             model.save_pretrained(folder)
             if origin is not None:
-                copy_words(origin, folder)
-            _end_turns(folder / "generation_config.json", self.voice.stop_ids)
+                copy_tokenizer_files(origin, folder)
+            _save_stop_ids(folder / "generation_config.json", self.renderer.stop_ids)
         except (OSError, SafetensorError) as error:
             raise StorageError(f"cannot write the student: {error}", where=str(folder),
                                remedy="free space, then run again: its training is kept") from error
         if origin is None:
             from transformers import AutoTokenizer
 
-            AutoTokenizer.from_pretrained(self.source.words, trust_remote_code=False).save_pretrained(folder)
+            AutoTokenizer.from_pretrained(self.source.tokenizer_name_or_path, trust_remote_code=False).save_pretrained(folder)
         if self.source.thinking:
-            _speak_as(folder, self.voice.template_text)
+            _save_chat_template(folder, self.renderer.template_text)
 
 
-def _speak_as(folder: Path, template_text: str) -> None:
+def _save_chat_template(folder: Path, template_text: str) -> None:
     """The template that the student was taught in, where it is not the one that came with it."""
     (folder / "chat_template.jinja").write_text(template_text, encoding="utf-8")
     path = folder / "tokenizer_config.json"
@@ -149,7 +149,7 @@ def _speak_as(folder: Path, template_text: str) -> None:
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _end_turns(path: Path, stop_ids: Sequence[int]) -> None:
+def _save_stop_ids(path: Path, stop_ids: Sequence[int]) -> None:
     """Let the saved configuration stop at the voice's ends too: a base model's own names its text's end only, and would run on."""
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     eos = config.get("eos_token_id")
@@ -158,9 +158,9 @@ def _end_turns(path: Path, stop_ids: Sequence[int]) -> None:
         path.write_text(json.dumps(config | {"eos_token_id": [*own, *(i for i in stop_ids if i not in own)]}, indent=2) + "\n", encoding="utf-8")
 
 
-def open_student(source: Source, voice: Voice, lora: Lora | None, seed: int = 0, ways: Ways = Ways()) -> Student:
+def load_student(source: ModelSource, renderer: ChatRenderer, lora: LoraSettings | None, seed: int = 0, options: ComputeOptions = ComputeOptions()) -> StudentModel:
     """The student's weights, ready to be trained in full, or with adapters; these begin at random, by the seed."""
-    model = open_model(source, voice, "student")
+    model = load_model(source, renderer, "student")
     torch.manual_seed(seed)
     if lora is None:
         model = model.float()  # a step is smaller than what bfloat16 can add to a weight; frozen weights may stay as they are stored
@@ -168,18 +168,18 @@ def open_student(source: Source, voice: Voice, lora: Lora | None, seed: int = 0,
         try:
             from peft import LoraConfig, get_peft_model
         except ImportError as error:
-            raise EnvironmentLacks("adapt: lora needs peft", where="student", remedy="pip install peft") from error
+            raise MissingRequirementError("adapt: lora needs peft", where="student", remedy="pip install peft") from error
         try:
             model = get_peft_model(model, LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), task_type="CAUSAL_LM"))
         except ValueError as error:
             raise DataError(str(error).splitlines()[0], where="student.lora.targets",
                             remedy="name projections this model has, e.g. q_proj") from error
-    if ways.recompute:
+    if options.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
-            raise Refused(f"{type(model).__name__} cannot make its activations again", where="training.recompute", remedy="recompute: false")
+            raise RefusedError(f"{type(model).__name__} cannot make its activations again", where="training.recompute", remedy="recompute: false")
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    student = Student(model, voice, source, ways)
-    assert student._scaling  # one that cannot be trained is refused here, not at the first step
-    if ways.packing:
-        refuse_packing(model, len(voice.vocabulary), "training.packing")
+    student = StudentModel(model, renderer, source, options)
+    assert student._logit_scaling  # one that cannot be trained is refused here, not at the first step
+    if options.packing:
+        refuse_packing(model, len(renderer.vocabulary), "training.packing")
     return student

@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from persea.alignment.boundary_mask import FREE, INSIDE, Keeper, Mask, open_keeper
+from persea.alignment.boundary_mask import MID_CHARACTER, UNRESTRICTED_CONTEXT, BoundaryMask, TokenOrder, get_token_order
 from persea.alignment.event_map import first_tokens
-from persea.tokenization.vocabulary import BYTE_TO_CHAR, Vocabulary, open_vocabulary
+from persea.tokenization.vocabulary import BYTE_TO_CHAR, Vocabulary, load_vocabulary
 from tests.alignment.test_event_map import real_bridge, real_home
 from tests.conftest import FAMILIES, Speaker
 
@@ -30,10 +30,10 @@ TEXTS = ["Hello, two  words and 1234 cats.", "isn't don't WE'RE x='s", "你好�
          "x   y\t\tz", "100,000.50 12345678"]
 
 
-def masks(teacher: Vocabulary, student: Vocabulary) -> tuple[Mask, Mask]:
+def masks(teacher: Vocabulary, student: Vocabulary) -> tuple[BoundaryMask, BoundaryMask]:
     """(of the teacher's tokens where the student has a boundary, the other way round)."""
-    t, s = open_keeper(teacher), open_keeper(student)
-    return Mask(s, t, first_tokens(teacher, student)), Mask(t, s, first_tokens(student, teacher))
+    t, s = get_token_order(teacher), get_token_order(student)
+    return BoundaryMask(s, t, first_tokens(teacher, student)), BoundaryMask(t, s, first_tokens(student, teacher))
 
 
 def common(vocabularies: Sequence[Vocabulary], text: str) -> tuple[list[np.ndarray], list[tuple[int, int]]]:
@@ -43,17 +43,17 @@ def common(vocabularies: Sequence[Vocabulary], text: str) -> tuple[list[np.ndarr
     return ids, [(at[0][b], at[1][b]) for b in sorted(at[0].keys() & at[1].keys())]
 
 
-def deleted(pair: tuple[Mask, Mask], texts: Sequence[str]) -> tuple[int, int]:
+def deleted(pair: tuple[BoundaryMask, BoundaryMask], texts: Sequence[str]) -> tuple[int, int]:
     """(realised next tokens that a mask would drop, realised next tokens)."""
     of_teacher, of_student = pair
     vocabularies = of_teacher.own.vocabulary, of_student.own.vocabulary
     lost = seen = 0
     for text in texts:
         ids, both = common(vocabularies, text)
-        contexts = of_student.keeper.contexts(ids[0], [k for k, _ in both]), of_teacher.keeper.contexts(ids[1], [j for _, j in both])
+        contexts = of_student.other.context_ids(ids[0], [k for k, _ in both]), of_teacher.other.context_ids(ids[1], [j for _, j in both])
         for (k, j), teachers, students in zip(both, *contexts, strict=True):
             for mask, context, token in ((of_teacher, students, ids[0][k]), (of_student, teachers, ids[1][j])):
-                lost += len(mask.dead(int(context), np.array([token])))
+                lost += len(mask.impossible_tokens(int(context), np.array([token])))
                 seen += 1
     return lost, seen
 
@@ -75,7 +75,7 @@ def byte_level(chosen: list[tuple[int, int]], pattern: str, added: bool, alphabe
     tokenizer.decoder = decoders.ByteLevel()
     if added:
         tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ("bb", "bba")])
-    return open_vocabulary(tokenizer, "toy")
+    return load_vocabulary(tokenizer, "toy")
 
 
 def sentencepiece(chosen: list[tuple[int, int]]) -> Vocabulary:
@@ -89,7 +89,7 @@ def sentencepiece(chosen: list[tuple[int, int]]) -> Vocabulary:
     tokenizer = Tokenizer(models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    return open_vocabulary(tokenizer, "toy")
+    return load_vocabulary(tokenizer, "toy")
 
 
 chosen = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), max_size=8)
@@ -116,7 +116,7 @@ def worded(chosen: list[tuple[int, int]], pattern: str, added: tuple[AddedToken,
     """Like byte_level, over an alphabet that real patterns care about."""
     tokenizer = Tokenizer.from_str(byte_level(chosen, pattern, False, "'vsxl 1.").backend.to_str())
     tokenizer.add_tokens(list(added))
-    return open_vocabulary(tokenizer, "worded")
+    return load_vocabulary(tokenizer, "worded")
 
 
 plain_added = st.sampled_from([(), (AddedToken("  ", normalized=False),), (AddedToken("vs", single_word=True),)])
@@ -152,9 +152,9 @@ def test_what_never_occurs_is_dropped(one: list[tuple[int, int]], two: list[tupl
     for prefixes, realised in follows.items():
         if not prefixes[0] or sum(len(vocabularies[0].bytes_W[i] or b"") for i in prefixes[0]) > 3:
             continue
-        contexts = [mask.keeper.contexts(np.array(p), [len(p)])[0] for mask, p in zip((pair[1], pair[0]), prefixes, strict=True)]
+        contexts = [mask.other.context_ids(np.array(p), [len(p)])[0] for mask, p in zip((pair[1], pair[0]), prefixes, strict=True)]
         for side in (0, 1):
-            dead = set(pair[side].dead(int(contexts[1 - side])).tolist())
+            dead = set(pair[side].impossible_tokens(int(contexts[1 - side])).tolist())
             assert not dead & realised[side]
             never = own[side][prefixes[side]] - realised[side]
             ruled_out, stays = ruled_out + len(never), stays + len(never - dead)
@@ -179,7 +179,7 @@ def test_the_exact_worlds(name: str):
             continue
         for mask, keeper, own, columns, row, both in ((bridge.teacher_mask, b.student, b.teacher, world.columns_W, b.p_W, b.both_p_W),
                                                       (bridge.student_mask, b.teacher, b.student, world.columns_V, b.q_V, b.both_q_V)):
-            dead = np.isin(columns, mask.dead(int(mask.keeper.contexts(np.array(keeper), [len(keeper)])[0])))
+            dead = np.isin(columns, mask.impossible_tokens(int(mask.other.context_ids(np.array(keeper), [len(keeper)])[0])))
             assert not (dead & (both > 0)).any()
             length = sum(len(mask.own.vocabulary.bytes_W[i] or b"") for i in own)
             stays += int((~dead & (both == 0) & (row > 0) & (length < 3)).sum())
@@ -190,12 +190,12 @@ def test_the_exact_worlds(name: str):
 
 
 @pytest.fixture(scope="module")
-def tiny_masks(tiny_of: Callable[[str], Speaker]) -> Callable[[str, str], tuple[Mask, Mask]]:
-    found: dict[tuple[str, str], tuple[Mask, Mask]] = {}
+def tiny_masks(tiny_of: Callable[[str], Speaker]) -> Callable[[str, str], tuple[BoundaryMask, BoundaryMask]]:
+    found: dict[tuple[str, str], tuple[BoundaryMask, BoundaryMask]] = {}
 
-    def of(teacher: str, student: str) -> tuple[Mask, Mask]:
+    def of(teacher: str, student: str) -> tuple[BoundaryMask, BoundaryMask]:
         if (teacher, student) not in found:
-            found[teacher, student] = masks(tiny_of(teacher).voice.vocabulary, tiny_of(student).voice.vocabulary)
+            found[teacher, student] = masks(tiny_of(teacher).renderer.vocabulary, tiny_of(student).renderer.vocabulary)
         return found[teacher, student]
 
     return of
@@ -206,89 +206,89 @@ texts = st.lists(st.one_of(st.sampled_from(TEXTS), st.text("abtsdl'. \n1é你ส
 
 
 @given(text=texts.filter(len), teacher=st.sampled_from(FAMILIES), student=st.sampled_from(FAMILIES))
-def test_no_realised_token_of_a_family_is_dropped(tiny_masks: Callable[[str, str], tuple[Mask, Mask]], text: str, teacher: str, student: str):
+def test_no_realised_token_of_a_family_is_dropped(tiny_masks: Callable[[str, str], tuple[BoundaryMask, BoundaryMask]], text: str, teacher: str, student: str):
     if teacher != student:
         assert deleted(tiny_masks(teacher, student), [text])[0] == 0
 
 
-def fresh(mask: Mask) -> Mask:
+def fresh(mask: BoundaryMask) -> BoundaryMask:
     """The same, nothing searched yet."""
-    return Mask(mask.keeper, mask.own, mask.first_W)
+    return BoundaryMask(mask.other, mask.own, mask.first_token_W)
 
 
 @pytest.mark.parametrize("teacher", ["qwen", "gpt-oss"])
-def test_what_was_searched_before_changes_nothing(monkeypatch: pytest.MonkeyPatch, tiny_masks: Callable[[str, str], tuple[Mask, Mask]],
+def test_what_was_searched_before_changes_nothing(monkeypatch: pytest.MonkeyPatch, tiny_masks: Callable[[str, str], tuple[BoundaryMask, BoundaryMask]],
                                                   teacher: str):
     """Contexts in one order, in the other, each on its own, and where a few states are all that is remembered."""
     for mask in tiny_masks(teacher, "llama"):
-        ids = np.array(mask.keeper.vocabulary.encode(TEXTS[0] + TEXTS[1]))
-        contexts = sorted(set(mask.keeper.contexts(ids, range(1, len(ids))).tolist()))[:12]
-        alone = [fresh(mask).dead(context).tolist() for context in contexts]
+        ids = np.array(mask.other.vocabulary.encode(TEXTS[0] + TEXTS[1]))
+        contexts = sorted(set(mask.other.context_ids(ids, range(1, len(ids))).tolist()))[:12]
+        alone = [fresh(mask).impossible_tokens(context).tolist() for context in contexts]
         assert any(alone)
         for order in (contexts, contexts[::-1]):
             used = fresh(mask)
-            found = {context: used.dead(context).tolist() for context in order}
+            found = {context: used.impossible_tokens(context).tolist() for context in order}
             assert [found[context] for context in contexts] == alone
-        assert (used._witness_WK >= 0).any() and used._meets and used._never, "something was remembered"
-        monkeypatch.setattr("persea.alignment.boundary_mask.STATES", 20)
+        assert (used._witness_WK >= 0).any() and used._meeting_states and used._dead_end_states, "something was remembered"
+        monkeypatch.setattr("persea.alignment.boundary_mask.MAX_CACHED_STATES", 20)
         used = fresh(mask)
-        assert [used.dead(context).tolist() for context in contexts] == alone
+        assert [used.impossible_tokens(context).tolist() for context in contexts] == alone
         monkeypatch.undo()
 
 
 def test_what_patience_was_not_enough_for_stays_and_is_never_taken_for_known(monkeypatch: pytest.MonkeyPatch,
-                                                                             tiny_masks: Callable[[str, str], tuple[Mask, Mask]]):
+                                                                             tiny_masks: Callable[[str, str], tuple[BoundaryMask, BoundaryMask]]):
     """Impatient, a mask drops nothing that a patient one keeps; what it could not decide is no witness and no state where both meet."""
     mask = tiny_masks("gpt-oss", "llama")[1]
-    ids = np.array(mask.keeper.vocabulary.encode(TEXTS[0] + TEXTS[1]))
-    contexts = sorted(set(mask.keeper.contexts(ids, range(1, len(ids))).tolist()))[:12]
+    ids = np.array(mask.other.vocabulary.encode(TEXTS[0] + TEXTS[1]))
+    contexts = sorted(set(mask.other.context_ids(ids, range(1, len(ids))).tolist()))[:12]
     patient, hasty = fresh(mask), fresh(mask)
-    whole = [set(patient.dead(context).tolist()) for context in contexts]
-    monkeypatch.setattr("persea.alignment.boundary_mask.PATIENCE", 3)
-    less = [set(hasty.dead(context).tolist()) for context in contexts]
+    whole = [set(patient.impossible_tokens(context).tolist()) for context in contexts]
+    monkeypatch.setattr("persea.alignment.boundary_mask.MAX_SEARCH_TOKENS", 3)
+    less = [set(hasty.impossible_tokens(context).tolist()) for context in contexts]
     assert all(few <= every for few, every in zip(less, whole, strict=True)) and sum(map(len, less)) < sum(map(len, whole))
-    assert hasty._unsure
+    assert hasty._undecided_states
     monkeypatch.undo()
-    for state in hasty._meets:
-        assert patient._goes_on(state, [0])
+    for state in hasty._meeting_states:
+        assert patient._search_meeting(state, [0])
     for candidate in np.flatnonzero((hasty._witness_WK >= 0).any(1)).tolist():
         raw = mask.own.vocabulary.bytes_W[candidate] or b""
-        assert all(patient._goes_on(patient._after(True, u, raw, candidate), [0]) for u in hasty._witness_WK[candidate].tolist() if u >= 0)
+        assert all(patient._search_meeting(patient._advance(True, u, raw, candidate), [0]) for u in hasty._witness_WK[candidate].tolist() if u >= 0)
 
 
 @pytest.mark.parametrize("teacher", ["qwen", "gemma", "gpt-oss"])
-def test_asked_for_some_or_for_all(tiny_masks: Callable[[str, str], tuple[Mask, Mask]], teacher: str):
+def test_asked_for_some_or_for_all(tiny_masks: Callable[[str, str], tuple[BoundaryMask, BoundaryMask]], teacher: str):
     """The same answer; control tokens never are in it, and after a control token nothing is."""
     dropped = 0
     for mask in tiny_masks(teacher, "llama"):
-        keeper, own = mask.keeper, mask.own.vocabulary
-        assert not len(mask.dead(FREE))
+        keeper, own = mask.other, mask.own.vocabulary
+        assert not len(mask.impossible_tokens(UNRESTRICTED_CONTEXT))
         for text in TEXTS[:4]:
             ids = np.array(keeper.vocabulary.encode(text))
-            for context in keeper.contexts(ids, range(1, len(ids))).tolist():
-                dead = mask.dead(context)
+            for context in keeper.context_ids(ids, range(1, len(ids))).tolist():
+                dead = mask.impossible_tokens(context)
                 everything = np.arange(len(own))
-                assert np.array_equal(dead, fresh(mask).dead(context, everything))
+                assert np.array_equal(dead, fresh(mask).impossible_tokens(context, everything))
                 assert all(own.bytes_W[i] is not None for i in dead.tolist())
                 dropped += len(dead)
     assert dropped > 100
 
 
 def test_contexts_are_words(tiny_of: Callable[[str], Speaker]):
-    voice = tiny_of("llama").voice
-    keeper: Keeper = open_keeper(voice.vocabulary)
+    voice = tiny_of("llama").renderer
+    keeper: TokenOrder = get_token_order(voice.vocabulary)
     stop = voice.stop_ids[0]
     ids = np.array([stop, *voice.vocabulary.encode(" hello hello"), stop, *voice.vocabulary.encode(" hello")])
-    contexts = keeper.contexts(ids, range(len(ids)))
-    assert contexts[0] == contexts[1] == FREE
-    assert contexts[-1] != FREE
+    contexts = keeper.context_ids(ids, range(len(ids)))
+    assert contexts[0] == contexts[1] == UNRESTRICTED_CONTEXT
+    assert contexts[-1] != UNRESTRICTED_CONTEXT
     second = int(np.flatnonzero(ids == stop)[1])
-    assert contexts[second + 1] == FREE
+    assert contexts[second + 1] == UNRESTRICTED_CONTEXT
     assert contexts[2] == contexts[second + 2], "the same word so far, the same context"
     emoji = np.array(voice.vocabulary.encode("👩"))
-    inside = keeper.contexts(emoji, range(1, len(emoji)))
-    assert keeper.number(int(emoji[0]), "👩".encode()[:1]) == inside[0]
-    assert INSIDE in {word for _, word in keeper._contexts}
+    inside = keeper.context_ids(emoji, range(1, len(emoji)))
+    assert keeper.context_id(int(emoji[0]), "👩".encode()[:1]) == inside[0]
+    assert MID_CHARACTER in {word for _, word in keeper._context_keys}
 
 
 def real_texts(data: Path, lines: int) -> dict[str, list[str]]:
@@ -307,7 +307,7 @@ def real_texts(data: Path, lines: int) -> dict[str, list[str]]:
 @pytest.mark.parametrize("family", ["qwen", "gemma", "gpt-oss"])
 def test_no_realised_token_of_real_text_is_dropped(data: Path, real_of: Callable[[str], Speaker], real_home: Path, family: str):
     """Some lines of everything (all of it: `python bench/masks.py`)."""
-    bridge, _ = real_bridge(real_of(family).voice, real_of("llama").voice, real_home)
+    bridge, _ = real_bridge(real_of(family).renderer, real_of("llama").renderer, real_home)
     assert bridge.teacher_mask and bridge.student_mask
     for name, lines in real_texts(data, 4).items():
         lost, seen = deleted((bridge.teacher_mask, bridge.student_mask), lines)

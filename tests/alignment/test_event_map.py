@@ -19,14 +19,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from persea.alignment.event_map import Bridge, bridge_digest, build, first_tokens, open_bridge
+from persea.alignment.event_map import EventMap, build_event_map, event_map_digest, first_tokens, load_event_map
 from persea.chat.families.llama import LLAMA
-from persea.chat.renderer import Voice
+from persea.chat.renderer import ChatRenderer
 from persea.errors import DataError
-from persea.tokenization.vocabulary import BYTE_TO_CHAR, PROBES, Vocabulary, open_vocabulary
+from persea.tokenization.vocabulary import BYTE_TO_CHAR, ROUND_TRIP_PROBES, Vocabulary, load_vocabulary
 from tests.conftest import FAMILIES, Speaker
 
-BridgeOf: TypeAlias = Callable[[str, str], tuple[Bridge, Voice, Voice]]
+BridgeOf: TypeAlias = Callable[[str, str], tuple[EventMap, ChatRenderer, ChatRenderer]]
 SAID = ["ab abc aabb", "  two   spaces\t\ttabs\n", "x▁▁y ▁ ▁▁▁", "hello, hello world", "你好 你好 您好", "สวัสดี สวัส", "ééé naïve",
         "1234 12 123", "isn't don't"]
 
@@ -34,12 +34,12 @@ SAID = ["ab abc aabb", "  two   spaces\t\ttabs\n", "x▁▁y ▁ ▁▁▁", "he
 @pytest.fixture(scope="module")
 def bridge_of(tiny_of: Callable[[str], Speaker]) -> BridgeOf:
     """(teacher, student) -> their bridge and both voices."""
-    built: dict[tuple[str, str], Bridge] = {}
+    built: dict[tuple[str, str], EventMap] = {}
 
-    def of(teacher: str, student: str) -> tuple[Bridge, Voice, Voice]:
-        t, s = tiny_of(teacher).voice, tiny_of(student).voice
+    def of(teacher: str, student: str) -> tuple[EventMap, ChatRenderer, ChatRenderer]:
+        t, s = tiny_of(teacher).renderer, tiny_of(student).renderer
         if (teacher, student) not in built:
-            built[teacher, student] = build(t, s)
+            built[teacher, student] = build_event_map(t, s)
         return built[teacher, student], t, s
 
     return of
@@ -85,7 +85,7 @@ def names(events_X: np.ndarray, vocabulary: Vocabulary) -> dict[int, bytes]:
     return out
 
 
-def check_properties(bridge: Bridge, teacher: Voice, student: Voice) -> None:
+def check_properties(bridge: EventMap, teacher: ChatRenderer, student: ChatRenderer) -> None:
     """What holds for every pair of different tokenizers."""
     t, s = teacher.vocabulary, student.vocabulary
     sides = ((bridge.teacher_event_W, t, teacher.stop_ids), (bridge.student_event_V, s, student.stop_ids))
@@ -93,7 +93,7 @@ def check_properties(bridge: Bridge, teacher: Voice, student: Voice) -> None:
     for events, vocabulary, stops in sides:
         assert events.dtype == np.int32
         assert len(events) == len(vocabulary)
-        assert events.max() < bridge.events
+        assert events.max() < bridge.num_events
         for i, (raw, event) in enumerate(zip(vocabulary.bytes_W, events.tolist(), strict=True)):
             if raw is None:
                 assert event == (0 if i in stops else -1)
@@ -107,7 +107,7 @@ def check_properties(bridge: Bridge, teacher: Voice, student: Voice) -> None:
             assert raw is None or by_bytes.setdefault(raw, event) == event, "one byte string, two events"
         of_bytes.append(by_bytes)
     for events, _, _ in sides:
-        assert set(events[events >= 0]) == set(range(bridge.events))
+        assert set(events[events >= 0]) == set(range(bridge.num_events))
     # the name of an event is a token of both, and both maps keep it: the fixpoint stays
     name_of = names(bridge.teacher_event_W, t)
     assert {e: n for e, n in name_of.items() if e > 1} == {e: n for e, n in names(bridge.student_event_V, s).items() if e > 1}
@@ -120,9 +120,9 @@ def check_properties(bridge: Bridge, teacher: Voice, student: Voice) -> None:
                 assert raw.startswith(name_of[event])
             else:
                 assert raw[:1] in b" \t"
-    offsets, tokens = bridge.members
+    offsets, tokens = bridge.tokens_by_event
     assert sorted(tokens.tolist()) == np.flatnonzero(bridge.student_event_V >= 0).tolist()
-    for event in range(bridge.events):
+    for event in range(bridge.num_events):
         members = tokens[offsets[event]:offsets[event + 1]]
         assert len(members) > 0, "an event no student token can say"
         assert (bridge.student_event_V[members] == event).all()
@@ -153,7 +153,7 @@ def test_the_maps_are_canonical_fixpoints(bridge_of: BridgeOf, teacher: str, stu
 @every_pair
 def test_both_directions_draw_the_same_lines(bridge_of: BridgeOf, teacher: str, student: str):
     there, back = bridge_of(teacher, student)[0], bridge_of(student, teacher)[0]
-    assert there.events == back.events
+    assert there.num_events == back.num_events
     number = dict(zip(there.teacher_event_W.tolist(), back.student_event_V.tolist(), strict=True))
     assert sorted(number.values()) == sorted(number.keys())
     assert [number[e] for e in there.student_event_V.tolist()] == back.teacher_event_W.tolist()
@@ -164,8 +164,8 @@ def test_no_mass_is_lost_but_on_control_tokens(bridge_of: BridgeOf, teacher: str
     bridge, t, _ = bridge_of(teacher, student)
     p_W = np.random.default_rng(0).dirichlet(np.full(len(t.vocabulary), 0.1))
     kept = bridge.teacher_event_W >= 0
-    p_E = np.bincount(bridge.teacher_event_W[kept], p_W[kept], minlength=bridge.events)
-    lost = sum(p_W[i] for name, i in t.vocabulary.control.items() if name not in t.family.stops)
+    p_E = np.bincount(bridge.teacher_event_W[kept], p_W[kept], minlength=bridge.num_events)
+    lost = sum(p_W[i] for name, i in t.vocabulary.control_token_ids.items() if name not in t.family.stop_tokens)
     assert 0 < lost < 1
     assert p_E.sum() == pytest.approx(1 - lost, abs=1e-12)
 
@@ -175,44 +175,44 @@ def test_a_splitting_pair_has_coarser_events(bridge_of: BridgeOf):
     bridge, t, s = bridge_of("gemma", "llama")
     shared = {b for b in t.vocabulary.bytes_W if b} & {b for b in s.vocabulary.bytes_W if b}
     apart = {b for b in shared if not blank(b)}
-    assert 0.97 * len(apart) + 2 <= bridge.events <= len(apart) + 2
-    assert bridge.events < min(len(t.vocabulary), len(s.vocabulary))
+    assert 0.97 * len(apart) + 2 <= bridge.num_events <= len(apart) + 2
+    assert bridge.num_events < min(len(t.vocabulary), len(s.vocabulary))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_tokenizer_is_the_identity(tiny_of: Callable[[str], Speaker], family: str):
-    voice = tiny_of(family).voice
-    bridge = build(voice, replace(voice, template_text="another template"))
-    assert bridge.events == len(voice.vocabulary)
+    voice = tiny_of(family).renderer
+    bridge = build_event_map(voice, replace(voice, template_text="another template"))
+    assert bridge.num_events == len(voice.vocabulary)
     assert (bridge.teacher_event_W == np.arange(len(voice.vocabulary))).all()
     assert (bridge.student_event_V == np.arange(len(voice.vocabulary))).all()
     assert bridge.teacher_event_W.dtype == np.int32
-    offsets, tokens = bridge.members
+    offsets, tokens = bridge.tokens_by_event
     assert (offsets == np.arange(len(voice.vocabulary) + 1)).all()
     assert (tokens == np.arange(len(voice.vocabulary))).all()
 
 
 def test_the_same_tokenizer_with_another_stop_is_not_the_identity(tiny_of: Callable[[str], Speaker]):
     """Else a student would learn to end its turns with the teacher's stop token, which nobody stops at."""
-    voice = tiny_of("qwen").voice
+    voice = tiny_of("qwen").renderer
     other = replace(voice, family=replace(voice.family, stops=("<|endoftext|>",)))
-    bridge = build(other, voice)
+    bridge = build_event_map(other, voice)
     assert other.stop_ids != voice.stop_ids
     assert bridge.teacher_event_W[other.stop_ids[0]] == 0
     assert (bridge.student_event_V[list(voice.stop_ids)] == 0).all()
-    assert bridge.teacher_event_W[voice.vocabulary.control["<|im_end|>"]] == -1
+    assert bridge.teacher_event_W[voice.vocabulary.control_token_ids["<|im_end|>"]] == -1
     check_properties(bridge, other, voice)
 
 
 # ---- any two tokenizers ----------------------------------------------------------------------------------------------
 
 
-def voice_of(tokenizer: Tokenizer, name: str, stops: tuple[str, ...] = ("<|end|>",)) -> Voice:
+def voice_of(tokenizer: Tokenizer, name: str, stops: tuple[str, ...] = ("<|end|>",)) -> ChatRenderer:
     """A voice of which only the vocabulary and the stop tokens are used."""
     def template(messages: object, **kwargs: object) -> str:
         raise AssertionError("a bridge reads no template")
 
-    return Voice(replace(LLAMA, stops=stops), open_vocabulary(tokenizer, name), template, "")
+    return ChatRenderer(replace(LLAMA, stop_tokens=stops), load_vocabulary(tokenizer, name), template, "")
 
 
 def byte_level(said: Sequence[str], size: int, *, words: bool = True, nfc: bool = False, alphabet: Sequence[str] = ()) -> Tokenizer:
@@ -246,7 +246,7 @@ grown = st.one_of(
 @given(one=grown, two=grown)
 def test_properties_of_any_two_tokenizers(one: Tokenizer, two: Tokenizer):
     teacher, student = voice_of(one, "one"), voice_of(two, "two")
-    bridge = build(teacher, student)
+    bridge = build_event_map(teacher, student)
     if teacher.vocabulary.digest != student.vocabulary.digest:
         check_properties(bridge, teacher, student)
 
@@ -261,7 +261,7 @@ def test_any_bytes_have_a_first_token(bridge_of: BridgeOf, raws: list[bytes]):
     """Also what is no text, what a normaliser would rewrite, and the sign SentencePiece writes for a space."""
     for family in FAMILIES:
         target = bridge_of(family, family)[2].vocabulary
-        source = replace(target, bytes_W=(*raws, None), control={"<x>": len(raws)})
+        source = replace(target, bytes_W=(*raws, None), control_token_ids={"<x>": len(raws)})
         tokens = first_tokens(source, target)
         assert tokens[-1] == -1
         for raw, token in zip(raws, tokens[:-1].tolist(), strict=True):
@@ -276,7 +276,7 @@ def test_pieces_of_characters_and_the_sentencepiece_sign(bridge_of: BridgeOf):
     sign = "▁".encode()
     odd = [raw for raw in teacher.vocabulary.bytes_W if raw and sign in raw]
     assert len(odd) > 2
-    bridge = build(teacher, student)
+    bridge = build_event_map(teacher, student)
     check_properties(bridge, teacher, student)
     first_byte = student.vocabulary.backend.token_to_id("<0xE2>")
     for raw, event in zip(teacher.vocabulary.bytes_W, bridge.teacher_event_W.tolist(), strict=True):
@@ -288,12 +288,12 @@ def test_pieces_of_characters_and_the_sentencepiece_sign(bridge_of: BridgeOf):
 
 def test_a_target_that_lacks_bytes_is_refused(bridge_of: BridgeOf):
     """It says every probe, so it opens; the teacher's other bytes it cannot say at all."""
-    said = {BYTE_TO_CHAR[b] for probe in PROBES for b in unicodedata.normalize("NFC", probe).encode()}
+    said = {BYTE_TO_CHAR[b] for probe in ROUND_TRIP_PROBES for b in unicodedata.normalize("NFC", probe).encode()}
     assert len(said) < 256
     poor = voice_of(byte_level(["ab"], 300, alphabet=sorted(said)), "poor")
     rich = bridge_of("llama", "llama")[1]
     with pytest.raises(DataError, match=r"poor cannot say the bytes [0-9a-f]{2}") as caught:
-        build(rich, poor)
+        build_event_map(rich, poor)
     assert caught.value.exit_code == 3
     assert "->" in caught.value.where
     assert "poor" in caught.value.where
@@ -302,8 +302,8 @@ def test_a_target_that_lacks_bytes_is_refused(bridge_of: BridgeOf):
 # ---- kept on disk ----------------------------------------------------------------------------------------------------
 
 
-def same(one: Bridge, two: Bridge) -> bool:
-    return (one.events, one.digest) == (two.events, two.digest) and all(
+def same(one: EventMap, two: EventMap) -> bool:
+    return (one.num_events, one.digest) == (two.num_events, two.digest) and all(
         a.dtype == b.dtype == np.int32 and np.array_equal(a, b)
         for a, b in ((one.teacher_event_W, two.teacher_event_W), (one.student_event_V, two.student_event_V)))
 
@@ -311,57 +311,57 @@ def same(one: Bridge, two: Bridge) -> bool:
 def test_a_bridge_is_built_once_and_kept(bridge_of: BridgeOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PERSEA_HOME", str(tmp_path / "home"))
     built, t, s = bridge_of("qwen", "llama")
-    assert same(open_bridge(t, s), built)
-    (file,) = (tmp_path / "home" / "bridges").iterdir()
-    assert file.stem == bridge_digest(t, s)[:32]
+    assert same(load_event_map(t, s), built)
+    (file,) = (tmp_path / "home" / "event_maps").iterdir()
+    assert file.stem == event_map_digest(t, s)[:32]
     before = file.stat()
-    assert same(open_bridge(t, s), built)
+    assert same(load_event_map(t, s), built)
     assert (file.stat().st_mtime_ns, file.stat().st_ino) == (before.st_mtime_ns, before.st_ino), "built a second time"
-    open_bridge(s, t)
-    assert len(list((tmp_path / "home" / "bridges").iterdir())) == 2
+    load_event_map(s, t)
+    assert len(list((tmp_path / "home" / "event_maps").iterdir())) == 2
 
 
 def test_what_is_kept_makes_the_same_masks_and_a_student_has_one_keeper(bridge_of: BridgeOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PERSEA_HOME", str(tmp_path))
     pairs = {teacher: bridge_of(teacher, "llama") for teacher in ("qwen", "gemma")}
     for _, t, s in pairs.values():
-        open_bridge(t, s)
-    monkeypatch.setattr("persea.alignment.boundary_mask.derive", lambda vocabulary: pytest.fail("derived again"))
+        load_event_map(t, s)
+    monkeypatch.setattr("persea.alignment.boundary_mask.derive_bpe", lambda vocabulary: pytest.fail("derived again"))
     opened = {id(v): replace(v, vocabulary=replace(v.vocabulary)) for _, *both in pairs.values() for v in both}  # as another process opens them
-    kept = {teacher: open_bridge(opened[id(t)], opened[id(s)]) for teacher, (_, t, s) in pairs.items()}
+    kept = {teacher: load_event_map(opened[id(t)], opened[id(s)]) for teacher, (_, t, s) in pairs.items()}
     for teacher, (built, _, _) in pairs.items():
         for one, two in ((kept[teacher].teacher_mask, built.teacher_mask), (kept[teacher].student_mask, built.student_mask)):
-            assert one and two and np.array_equal(one.first_W, two.first_W)
-            for f in fields(one.keeper.merges):
-                a, b = getattr(one.keeper.merges, f.name), getattr(two.keeper.merges, f.name)
+            assert one and two and np.array_equal(one.first_token_W, two.first_token_W)
+            for f in fields(one.other.derivations):
+                a, b = getattr(one.other.derivations, f.name), getattr(two.other.derivations, f.name)
                 assert a.dtype == b.dtype and np.array_equal(a, b), f.name
     qwen, gemma = kept["qwen"].teacher_mask, kept["gemma"].teacher_mask
-    assert qwen and gemma and qwen.keeper is gemma.keeper is not pairs["qwen"][0].teacher_mask.keeper  # type: ignore[union-attr]
+    assert qwen and gemma and qwen.other is gemma.other is not pairs["qwen"][0].teacher_mask.other  # type: ignore[union-attr]
 
 
 def test_a_damaged_bridge_is_built_again(bridge_of: BridgeOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PERSEA_HOME", str(tmp_path))
     built, t, s = bridge_of("gpt-oss", "gemma")
-    open_bridge(t, s)
-    (file,) = (tmp_path / "bridges").iterdir()
+    load_event_map(t, s)
+    (file,) = (tmp_path / "event_maps").iterdir()
     whole = file.read_bytes()
     rng = np.random.default_rng(0)
     places = [0, 8, 33, 40, 60, *rng.integers(32, 400, 20).tolist(), *rng.integers(0, len(whole), 10).tolist()]
     flipped = [whole[:k] + bytes([whole[k] ^ 1 << int(rng.integers(8))]) + whole[k + 1:] for k in places]
     for damaged in (b"", b"no bridge", whole[:31], whole[:32], whole[:-1], whole + b"\0", whole[40:], *flipped):
         file.write_bytes(damaged)
-        assert same(open_bridge(t, s), built)
+        assert same(load_event_map(t, s), built)
         assert file.read_bytes() == whole, "the same bytes again"
-    assert len(list((tmp_path / "bridges").iterdir())) == 1
+    assert len(list((tmp_path / "event_maps").iterdir())) == 1
 
 
 def test_the_digest_names_all_a_bridge_depends_on(bridge_of: BridgeOf):
     _, t, s = bridge_of("qwen", "llama")
     other = bridge_of("gemma", "gpt-oss")[1]
-    stops_elsewhere = replace(t, family=replace(t.family, stops=("<|im_end|>",)))
-    digests = [bridge_digest(*pair) for pair in ((t, s), (s, t), (other, s), (t, other), (stops_elsewhere, s), (s, stops_elsewhere))]
+    stops_elsewhere = replace(t, family=replace(t.family, stop_tokens=("<|im_end|>",)))
+    digests = [event_map_digest(*pair) for pair in ((t, s), (s, t), (other, s), (t, other), (stops_elsewhere, s), (s, stops_elsewhere))]
     assert len(set(digests)) == len(digests)
-    assert bridge_digest(replace(t, template_text="x"), s) == bridge_digest(t, s)
+    assert event_map_digest(replace(t, template_text="x"), s) == event_map_digest(t, s)
 
 
 # ---- the real tokenizers ---------------------------------------------------------------------------------------------
@@ -380,12 +380,12 @@ SHARED = {"gemma": 86_434, "gpt-oss": 103_245, "qwen": 109_566}
 
 
 @cache
-def real_bridge(teacher: Voice, student: Voice, home: Path) -> tuple[Bridge, float]:
+def real_bridge(teacher: ChatRenderer, student: ChatRenderer, home: Path) -> tuple[EventMap, float]:
     """A real bridge and the seconds it took; kept in `home`, where the other real tests find it."""
     clock = time.monotonic()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PERSEA_HOME", str(home))
-        return open_bridge(teacher, student), time.monotonic() - clock
+        return load_event_map(teacher, student), time.monotonic() - clock
 
 
 @pytest.fixture(scope="session")
@@ -400,7 +400,7 @@ def token_starts(vocabulary: Vocabulary, text: str) -> tuple[np.ndarray, np.ndar
     return ids, np.cumsum(sizes) - sizes
 
 
-def disagreement(bridge: Bridge, teacher: Vocabulary, student: Vocabulary, shared: set[bytes], texts: Sequence[str]
+def disagreement(bridge: EventMap, teacher: Vocabulary, student: Vocabulary, shared: set[bytes], texts: Sequence[str]
                  ) -> tuple[float, float, float]:
     """Per cent of common boundaries with two different events: by this bridge, by longest shared prefixes, and by token bytes."""
     longest = cache(lambda raw: next(raw[:n] for n in range(len(raw), 0, -1) if raw[:n] in shared))
@@ -432,24 +432,24 @@ def real_texts(data: Path) -> dict[str, list[str]]:
 @pytest.mark.realdata
 @pytest.mark.parametrize("family", ["gemma", "gpt-oss", "qwen"])
 def test_real_vocabularies_agree(data: Path, real_of: Callable[[str], Speaker], real_home: Path, family: str):
-    teacher, student = real_of(family).voice, real_of("llama").voice
+    teacher, student = real_of(family).renderer, real_of("llama").renderer
     bridge, seconds = real_bridge(teacher, student, real_home)
     texts = real_texts(data)
     assert sorted(texts) == sorted(TEXTS)
     shared = {b for b in teacher.vocabulary.bytes_W if b} & {b for b in student.vocabulary.bytes_W if b}
     rows = {name: disagreement(bridge, teacher.vocabulary, student.vocabulary, shared, said) for name, said in texts.items()}
-    print(f"\n{family} -> llama: built in {seconds:.1f} s, {bridge.events:,} events; per cent that disagree, fixpoint/prefix/bytes:",
+    print(f"\n{family} -> llama: built in {seconds:.1f} s, {bridge.num_events:,} events; per cent that disagree, fixpoint/prefix/bytes:",
           "  ".join(f"{name} {a:.2f}/{b:.1f}/{c:.0f}" for name, (a, b, c) in rows.items()))
     for name, (by_events, by_prefix, by_bytes) in rows.items():
         assert by_events <= DISAGREEMENT[family][TEXTS.index(name)], name
         assert by_events <= by_prefix + 0.1 <= by_bytes + 0.2, name
     assert len(shared) == SHARED[family]
-    assert 0.99 * len(shared) < bridge.events <= len(shared)
+    assert 0.99 * len(shared) < bridge.num_events <= len(shared)
     if family != "qwen":  # Qwen splits Indonesian as Llama does
         assert rows["ind"][1] > 4 * rows["ind"][0], "longest prefixes are what this bridge must not fall back to"
-    offsets, _ = bridge.members
+    offsets, _ = bridge.tokens_by_event
     assert (np.diff(offsets) > 0).all(), "an event no student token can say"
-    assert set(bridge.teacher_event_W[bridge.teacher_event_W >= 0]) == set(range(bridge.events))
+    assert set(bridge.teacher_event_W[bridge.teacher_event_W >= 0]) == set(range(bridge.num_events))
     for events, voice in ((bridge.teacher_event_W, teacher), (bridge.student_event_V, student)):
         assert set(np.flatnonzero(events == 0)) == set(voice.stop_ids)
         none = np.array([b is None for b in voice.vocabulary.bytes_W])
@@ -458,9 +458,9 @@ def test_real_vocabularies_agree(data: Path, real_of: Callable[[str], Speaker], 
 
 @pytest.mark.realdata
 def test_real_same_tokenizer_is_the_identity(real_of: Callable[[str], Speaker]):
-    voice = real_of("qwen").voice
-    bridge = build(voice, voice)
-    assert bridge.events == len(voice.vocabulary)
+    voice = real_of("qwen").renderer
+    bridge = build_event_map(voice, voice)
+    assert bridge.num_events == len(voice.vocabulary)
     assert (bridge.teacher_event_W == bridge.student_event_V).all()
 
 
@@ -474,7 +474,7 @@ UDHR = (("gemma", "llama", "ind", 1.2), ("gpt-oss", "llama", "ind", 2.2), ("gemm
 @pytest.mark.parametrize(("teacher", "student", "language", "most"), UDHR)
 def test_real_declarations_of_human_rights(data: Path, real_of: Callable[[str], Speaker], real_home: Path, teacher: str, student: str,
                                            language: str, most: float):
-    t, s = real_of(teacher).voice, real_of(student).voice
+    t, s = real_of(teacher).renderer, real_of(student).renderer
     bridge, _ = real_bridge(t, s, real_home)
     lines = (data / "corpus" / "udhr" / f"{language}.txt").read_text(encoding="utf-8").split("\n")
     shared = {b for b in t.vocabulary.bytes_W if b} & {b for b in s.vocabulary.bytes_W if b}

@@ -7,16 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from persea.alignment.markers import marks
+from persea.alignment.markers import align_marker_runs
 from persea.alignment.spans import align
-from persea.chat.messages import Conversation, Text, Tokens
+from persea.chat.messages import Conversation, RenderedTokens, Text
 from tests.teachers.engines.test_transformers import opened
 from tests.training.on_policy.test_rollouts import STUDENT, pair
 from tests.training.on_policy.test_teacher_scores import marker, structured
 
 
-def written(name: str, tokens: Tokens, ranges: np.ndarray) -> list[str]:
-    return ["".join(p if isinstance(p, str) else p.decode() for p in opened(name)[0].vocabulary.pieces(tokens.ids_T[a:b].tolist()))
+def written(name: str, tokens: RenderedTokens, ranges: np.ndarray) -> list[str]:
+    return ["".join(p if isinstance(p, str) else p.decode() for p in opened(name)[0].vocabulary.decode_pieces(tokens.ids_T[a:b].tolist()))
             for a, b in ranges.tolist()]
 
 
@@ -26,7 +26,7 @@ def written(name: str, tokens: Tokens, ranges: np.ndarray) -> list[str]:
      ' to=functions.timer<|channel|>commentary json<|message|>{"', "}")])
 def test_where_one_part_ends_and_another_begins_both_say_so(name: str, open_: str, close: str, call: str, called: str) -> None:
     """With the first content behind it; the full stop of a thought is part of a token that the student's template shares."""
-    told = [[written(who, side, ranges) for who, side, ranges in zip((STUDENT, name), pair_of, marks(*pair_of), strict=True)]
+    told = [[written(who, side, ranges) for who, side, ranges in zip((STUDENT, name), pair_of, align_marker_runs(*pair_of), strict=True)]
             for pair_of in structured(name)]
     assert told[0] == [["<think>\ntwo", ".\n</think>\n\n5"], [f"{open_}two", f".{close}5"]]
     assert told[1] == [["<think>\nc", "\n</think>\n\nit"], [f"{open_}c", f"{close}it"]]
@@ -35,18 +35,18 @@ def test_where_one_part_ends_and_another_begins_both_say_so(name: str, open_: st
 
 def test_markers_that_one_side_has_alone_are_said_by_the_others_first_word() -> None:
     """gpt-oss says by a channel that text comes, the student by beginning it: a row behind the channel knows nothing of a call."""
-    asked = Conversation.ask("2+3?").answered(Text("it is 5"))
+    asked = Conversation.from_question("2+3?").with_answer(Text("it is 5"))
     own, theirs = (opened(name)[0].render(asked) for name in (STUDENT, "gpt-oss-sapling"))
-    mine, others = marks(own, theirs)
+    mine, others = align_marker_runs(own, theirs)
     assert (written(STUDENT, own, mine), written("gpt-oss-sapling", theirs, others)) == (["it"], ["<|channel|>final<|message|>it"])
-    first = int(np.flatnonzero(own.learn_T)[0])
+    first = int(np.flatnonzero(own.loss_mask_T)[0])
     assert first in align([own], [theirs]).boundaries.student_C.tolist()
-    assert 0 not in pair("gpt-oss-sapling").rows([(own, theirs)]).place_C.tolist()
+    assert 0 not in pair("gpt-oss-sapling").score_boundaries([(own, theirs)]).position_C.tolist()
 
 
 def test_a_run_that_was_cut_off_is_none() -> None:
     own, theirs = structured("qwen-sapling")[1]
     last = max(k for k in range(len(own)) if marker(own, k)) + 1  # as cut within the markers behind the thought
-    cut_off = replace(own, ids_T=own.ids_T[:last], starts_T=own.starts_T[:last], ends_T=own.ends_T[:last], learn_T=own.learn_T[:last])
-    assert [len(side) for side in marks(own, theirs)] == [2, 2]
-    assert [len(side) for side in marks(cut_off, theirs)] == [1, 1]
+    cut_off = replace(own, ids_T=own.ids_T[:last], starts_T=own.starts_T[:last], ends_T=own.ends_T[:last], loss_mask_T=own.loss_mask_T[:last])
+    assert [len(side) for side in align_marker_runs(own, theirs)] == [2, 2]
+    assert [len(side) for side in align_marker_runs(cut_off, theirs)] == [1, 1]

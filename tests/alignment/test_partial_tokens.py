@@ -12,17 +12,17 @@ import pytest
 import worlds
 from worlds import Inside, World
 
-from persea.alignment.boundary_mask import FREE
-from persea.alignment.event_map import Bridge, build
-from persea.alignment.partial_tokens import Completer, open_completer, refuse_incomplete, said_before
+from persea.alignment.boundary_mask import UNRESTRICTED_CONTEXT
+from persea.alignment.event_map import EventMap, build_event_map
+from persea.alignment.partial_tokens import PartialTokenProjector, make_partial_token_projector, require_projectable_kind, token_prefixes
 from persea.alignment.spans import align
-from persea.cache.unit import Capture
-from persea.chat.messages import Conversation, Finish, Text
-from persea.chat.renderer import Voice
-from persea.distributions import RowKind, Rows
+from persea.cache.unit import CachedAnswer
+from persea.chat.messages import Conversation, FinishReason, Text
+from persea.chat.renderer import ChatRenderer
+from persea.distributions import DistributionKind, SparseDistributions
 from persea.errors import RecipeError
 from persea.teachers.teacher import Answer
-from persea.training.dataset import lesson, offline
+from persea.training.dataset import build_dataset, build_example
 from tests.alignment.test_event_map import real_bridge, real_home
 from tests.conftest import Speaker
 from tests.training.test_dataset import one
@@ -30,8 +30,8 @@ from tests.training.test_dataset import one
 assert real_home  # a fixture of test_bridge: the bridges are built once for all
 
 
-def completer_of(bridge: Bridge) -> Completer:
-    completer = open_completer(bridge)
+def completer_of(bridge: EventMap) -> PartialTokenProjector:
+    completer = make_partial_token_projector(bridge)
     assert completer is not None
     return completer
 
@@ -62,15 +62,15 @@ def test_the_floor_inside_teacher_tokens(name: str):
         if not begins_commonly(world, inside):
             continue
         ids = np.flatnonzero(inside.p_W)
-        rows = Rows(np.array([0, len(ids)]), world.columns_W[ids].astype(np.int32), inside.p_W[ids].astype(np.float32), np.zeros(1, np.float32))
+        rows = SparseDistributions(np.array([0, len(ids)]), world.columns_W[ids].astype(np.int32), inside.p_W[ids].astype(np.float32), np.zeros(1, np.float32))
         q: dict[int, float] = defaultdict(float)
         for v, x in zip(world.columns_V.tolist(), inside.q_V.tolist(), strict=True):
             q[int(world.full_bridge.student_event_V[v])] += x
-        for k, context in enumerate((completer.student.contexts(np.array(inside.student), [len(inside.student)]), np.array([FREE]))):
-            said = completer.complete(rows, np.array([0]), [inside.emitted], context)
-            assert len(said.at_M), "some teacher token did go on"
-            p = np.bincount(said.event_M, said.probs_M, world.full_bridge.events) / said.probs_M.sum()
-            lost[k] += inside.mass * sum(abs(p[e] - q[e] / sum(q.values())) for e in range(world.full_bridge.events)) / 2
+        for k, context in enumerate((completer.student_order.context_ids(np.array(inside.student), [len(inside.student)]), np.array([UNRESTRICTED_CONTEXT]))):
+            said = completer.project(rows, np.array([0]), [inside.emitted], context)
+            assert len(said.student_index_M), "some teacher token did go on"
+            p = np.bincount(said.event_M, said.probs_M, world.full_bridge.num_events) / said.probs_M.sum()
+            lost[k] += inside.mass * sum(abs(p[e] - q[e] / sum(q.values())) for e in range(world.full_bridge.num_events)) / 2
             stands = ~np.isin(np.flatnonzero(inside.q_V > 0), [int(np.flatnonzero(world.columns_V == u)[0]) for u in said.token_D])
             assert stands.all(), "a token that really follows was crossed out"
         total += inside.mass
@@ -82,20 +82,20 @@ def test_the_floor_inside_teacher_tokens(name: str):
 
 
 @pytest.fixture(scope="module")
-def pair_of(tiny_of: Callable[[str], Speaker]) -> Callable[[str, str], tuple[Voice, Voice, Bridge]]:
-    built: dict[tuple[str, str], Bridge] = {}
+def pair_of(tiny_of: Callable[[str], Speaker]) -> Callable[[str, str], tuple[ChatRenderer, ChatRenderer, EventMap]]:
+    built: dict[tuple[str, str], EventMap] = {}
 
-    def of(teacher: str, student: str) -> tuple[Voice, Voice, Bridge]:
-        t, s = tiny_of(teacher).voice, tiny_of(student).voice
+    def of(teacher: str, student: str) -> tuple[ChatRenderer, ChatRenderer, EventMap]:
+        t, s = tiny_of(teacher).renderer, tiny_of(student).renderer
         if (teacher, student) not in built:
-            built[teacher, student] = build(t, s)
+            built[teacher, student] = build_event_map(t, s)
         return t, s, built[teacher, student]
 
     return of
 
 
 @pytest.mark.parametrize("teacher", ["qwen", "gemma", "gpt-oss"])
-def test_entries_by_brute_force(pair_of: Callable[[str, str], tuple[Voice, Voice, Bridge]], teacher: str):
+def test_entries_by_brute_force(pair_of: Callable[[str, str], tuple[ChatRenderer, ChatRenderer, EventMap]], teacher: str):
     """Every teacher token that goes on with the bytes said, and of its event the student tokens that some teacher token goes on with."""
     t, s, bridge = pair_of(teacher, "llama")
     completer, W = completer_of(bridge), len(t.vocabulary)
@@ -103,10 +103,10 @@ def test_entries_by_brute_force(pair_of: Callable[[str, str], tuple[Voice, Voice
     long = [i for i, raw in enumerate(t.vocabulary.bytes_W) if raw and len(raw) > 2]
     content = [raw for raw in t.vocabulary.bytes_W if raw]
     p_W = rng.dirichlet(np.full(W, 0.5)).astype(np.float32)
-    rows = Rows(np.array([0, W]), np.arange(W, dtype=np.int32), p_W, np.zeros(1, np.float32), RowKind.FULL)
+    rows = SparseDistributions(np.array([0, W]), np.arange(W, dtype=np.int32), p_W, np.zeros(1, np.float32), DistributionKind.FULL)
     for i in rng.choice(long, 25, replace=False).tolist():
         said = (t.vocabulary.bytes_W[i] or b"")[:int(rng.integers(1, 3))]
-        found = completer.complete(rows, np.array([0]), [said], np.array([FREE]))
+        found = completer.project(rows, np.array([0]), [said], np.array([UNRESTRICTED_CONTEXT]))
         want = {}
         for w, raw in enumerate(t.vocabulary.bytes_W):
             if raw and raw.startswith(said) and raw != said:
@@ -133,56 +133,56 @@ def test_entries_by_brute_force(pair_of: Callable[[str, str], tuple[Voice, Voice
 
 
 def test_the_bytes_said(tiny_of: Callable[[str], Speaker]):
-    vocabulary = tiny_of("qwen").voice.vocabulary
+    vocabulary = tiny_of("qwen").renderer.vocabulary
     ids = np.array(vocabulary.encode("hello 你"))
-    assert said_before(vocabulary, ids[:2], np.array([1, 0])) == [(vocabulary.bytes_W[ids[0]] or b"")[:1], b""]
+    assert token_prefixes(vocabulary, ids[:2], np.array([1, 0])) == [(vocabulary.bytes_W[ids[0]] or b"")[:1], b""]
 
 
 def test_rows_that_cannot_be_completed_are_refused():
-    for kind in (RowKind.FULL, RowKind.SAMPLED):
-        refuse_incomplete(kind)
-    for kind in (RowKind.TOPK_REST, RowKind.WORDS):
+    for kind in (DistributionKind.FULL, DistributionKind.SAMPLED):
+        require_projectable_kind(kind)
+    for kind in (DistributionKind.TOPK, DistributionKind.TEXT_ONLY):
         with pytest.raises(RecipeError, match=f"rows of kind {kind.value} say nothing in the middle of a token") as caught:
-            refuse_incomplete(kind)
+            require_projectable_kind(kind)
         assert caught.value.where == "training.completion"
 
 
 def test_the_same_tokenizer_has_nothing_inside(tiny_of: Callable[[str], Speaker]):
-    voice = tiny_of("qwen").voice
-    assert open_completer(build(voice, voice)) is None
+    voice = tiny_of("qwen").renderer
+    assert make_partial_token_projector(build_event_map(voice, voice)) is None
 
 
 # ---- in lessons ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("teacher", ["qwen", "gemma", "gpt-oss"])
-def test_a_lesson_with_completion(pair_of: Callable[[str, str], tuple[Voice, Voice, Bridge]], teacher: str):
+def test_a_lesson_with_completion(pair_of: Callable[[str, str], tuple[ChatRenderer, ChatRenderer, EventMap]], teacher: str):
     """The entries at boundaries stay as they are; more stand just where a student token begins inside a teacher's."""
     t, s, bridge = pair_of(teacher, "llama")
     added = 0
     for text in ("Translate into English: three hundred", "ราคาสามร้อย สวัสดีชาวโลก", "def f(x):\n    return 12345", "你好，世界。三百四十二"):
-        conversation = Conversation.ask("Hi").answered(Text(text))
+        conversation = Conversation.from_question("Hi").with_answer(Text(text))
         theirs, mine = t.render(conversation), s.render(conversation)
-        learned = int(theirs.learn_T.sum())
+        learned = int(theirs.loss_mask_T.sum())
         rng = np.random.default_rng(len(text))
         W = len(t.vocabulary)
         probs = rng.dirichlet(np.ones(W), learned).astype(np.float32).ravel()
-        rows = Rows(np.arange(learned + 1) * W, np.tile(np.arange(W, dtype=np.int32), learned), probs, np.zeros(learned, np.float32))
-        capture = Capture(Answer("p", teacher, "languages", "", conversation, Finish.STOP), theirs, rows)
-        plain, more = lesson(capture, s, bridge).said, lesson(capture, s, bridge, open_completer(bridge)).said
+        rows = SparseDistributions(np.arange(learned + 1) * W, np.tile(np.arange(W, dtype=np.int32), learned), probs, np.zeros(learned, np.float32))
+        capture = CachedAnswer(Answer("p", teacher, "languages", "", conversation, FinishReason.STOP), theirs, rows)
+        plain, more = build_example(capture, s, bridge).targets, build_example(capture, s, bridge, make_partial_token_projector(bridge)).targets
         n = len(plain.row_M)
         assert (more.row_M[:n].tolist(), more.event_M[:n].tolist(), more.probs_M[:n].tolist()) == (
             plain.row_M.tolist(), plain.event_M.tolist(), plain.probs_M.tolist())
         found = align([mine], [theirs])
-        place = np.cumsum(mine.learn_T) - 1
-        inside = set(place[found.inside.student_I[found.inside.common_I]].tolist())
+        place = np.cumsum(mine.loss_mask_T) - 1
+        inside = set(place[found.partial_tokens.student_I[found.partial_tokens.at_common_boundary_I]].tolist())
         assert set(more.row_M[n:].tolist()) <= inside
         assert not inside & set(plain.row_M.tolist())
         assert (np.bincount(more.row_M, more.probs_M) < 1 + 1e-3).all()
-        assert (more.entry_D < len(more.row_M)).all()
+        assert (more.impossible_entry_D < len(more.row_M)).all()
         added += len(more.row_M) - n
-        feed = offline(one([capture]), s, {teacher: bridge}, size=2, seed=0, max_tokens=999, completion=True)
-        assert len(feed.batch(0).teachers[0].row_M) == 2 * len(more.row_M)
+        feed = build_dataset(one([capture]), s, {teacher: bridge}, batch_size=2, seed=0, max_tokens=999, partial_tokens=True)
+        assert len(feed.batch(0).targets[0].row_M) == 2 * len(more.row_M)
     assert added > 5 or teacher != "gemma"  # the other saplings' tokens cut where llama's do
 
 
@@ -198,25 +198,25 @@ INSIDE = {"gemma": {"ind": (20, 1.2, 2.5), "khm": (60, .2, .2), "mya": (50, .2, 
 @pytest.mark.realdata
 @pytest.mark.parametrize("family", INSIDE)
 def test_what_is_left_of_a_real_token_names_the_students_event(data: Path, real_of: Callable[[str], Speaker], real_home: Path, family: str):
-    teacher, student = real_of(family).voice, real_of("llama").voice
+    teacher, student = real_of(family).renderer, real_of("llama").renderer
     bridge, _ = real_bridge(teacher, student, real_home)
     completer = completer_of(bridge)
     for language, (least, most, silent) in INSIDE[family].items():
         lines = (data / "parallel" / f"ntrex.{language}.txt").read_text(encoding="utf-8").split("\n")[:20]
-        conversations = [Conversation.ask("q").answered(Text(unicodedata.normalize("NFC", line))) for line in lines if line and "▁" not in line]
+        conversations = [Conversation.from_question("q").with_answer(Text(unicodedata.normalize("NFC", line))) for line in lines if line and "▁" not in line]
         tokens = differ = unsaid = inside = 0
         for conversation in conversations:
             mine, theirs = student.render(conversation), teacher.render(conversation)
-            found = align([mine], [theirs]).inside
-            at, over, said = (side[found.common_I] for side in (found.student_I, found.teacher_I, found.said_I))
-            tokens, inside = tokens + int(mine.learn_T.sum()), inside + len(at)
+            found = align([mine], [theirs]).partial_tokens
+            at, over, said = (side[found.at_common_boundary_I] for side in (found.student_I, found.teacher_I, found.prefix_len_I))
+            tokens, inside = tokens + int(mine.loss_mask_T.sum()), inside + len(at)
             ids = theirs.ids_T[over]
-            rows = Rows(np.arange(len(ids) + 1), ids, np.ones(len(ids), np.float32), np.zeros(len(ids), np.float32))
-            entries = completer.complete(rows, np.arange(len(ids)), said_before(teacher.vocabulary, ids, said),
-                                         completer.student.contexts(mine.ids_T, at.tolist()))
-            differ += int((bridge.student_event_V[mine.ids_T[at[entries.at_M]]] != entries.event_M).sum())
-            unsaid += len(at) - len(entries.at_M)
-            assert not np.isin(np.arange(len(entries.at_M)) * len(student.vocabulary) + mine.ids_T[at[entries.at_M]],
+            rows = SparseDistributions(np.arange(len(ids) + 1), ids, np.ones(len(ids), np.float32), np.zeros(len(ids), np.float32))
+            entries = completer.project(rows, np.arange(len(ids)), token_prefixes(teacher.vocabulary, ids, said),
+                                         completer.student_order.context_ids(mine.ids_T, at.tolist()))
+            differ += int((bridge.student_event_V[mine.ids_T[at[entries.student_index_M]]] != entries.event_M).sum())
+            unsaid += len(at) - len(entries.student_index_M)
+            assert not np.isin(np.arange(len(entries.student_index_M)) * len(student.vocabulary) + mine.ids_T[at[entries.student_index_M]],
                                entries.entry_D * len(student.vocabulary) + entries.token_D).any(), "a realised token was crossed out"
         assert 100 * inside / tokens >= least, language
         assert 100 * differ / inside <= most, language

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from persea.alignment.spans import Taught, align, boundaries, spans
-from persea.chat.messages import Conversation, Effort, Message, Part, Role, Text, Thinking, Tokens
-from persea.chat.renderer import Voice
+from persea.alignment.spans import SupervisionKind, align, aligned_spans, common_boundaries
+from persea.chat.messages import ContentPart, Conversation, Message, RenderedTokens, Role, Text, Thinking, ThinkingEffort
+from persea.chat.renderer import ChatRenderer
 from persea.errors import DataError
 from tests.conftest import FAMILIES, Speaker
 
@@ -35,17 +35,17 @@ texts = st.lists(st.one_of(st.sampled_from(FRAGMENTS), anything), max_size=6).ma
 def conversations(draw: st.DrawFn) -> Conversation:
     """A question or two, and an answer, thought over or not."""
     thought = (Thinking(draw(texts)),) if draw(st.booleans()) else ()
-    asked = Conversation.ask(draw(texts), system=draw(texts), effort=draw(st.sampled_from((Effort.NONE, Effort.HIGH))))
+    asked = Conversation.from_question(draw(texts), system=draw(texts), effort=draw(st.sampled_from((ThinkingEffort.NONE, ThinkingEffort.HIGH))))
     if draw(st.booleans()):
-        first = asked.answered(Text(draw(texts)))
+        first = asked.with_answer(Text(draw(texts)))
         asked = replace(first, messages=(*first.messages, Message(Role.USER, (Text(draw(texts)),))))
-    return asked.answered(*thought, Text(draw(texts)))
+    return asked.with_answer(*thought, Text(draw(texts)))
 
 
 Places: TypeAlias = dict[tuple[str, int], tuple[int, int]]  # ("byte" or "stop", place) -> (token, bytes of it)
 
 
-class Voices(dict[str, Voice]):
+class Voices(dict[str, ChatRenderer]):
     """Family -> voice; hypothesis prints its arguments, and a vocabulary is long."""
 
     def __repr__(self) -> str:
@@ -54,7 +54,7 @@ class Voices(dict[str, Voice]):
 
 @pytest.fixture(scope="module")
 def voices(tiny_of: Callable[[str], Speaker]) -> Voices:
-    return Voices({family: tiny_of(family).voice for family in FAMILIES})
+    return Voices({family: tiny_of(family).renderer for family in FAMILIES})
 
 
 # ---- an oracle that reads ids and nothing else ---------------------------------------------------------------------
@@ -67,8 +67,8 @@ def kept(family: str, conversation: Conversation) -> list[tuple[str, int, str]]:
         for part in message.parts:
             whole, who = part.text, "thought" if isinstance(part, Thinking) else message.role.value
             if who == "thought":
-                left = {"llama": whole.strip() if conversation.effort is not Effort.NONE else "",
-                        "qwen": whole.strip("\n") if conversation.effort is not Effort.NONE else "", "gpt-oss": whole}.get(family, "")
+                left = {"llama": whole.strip() if conversation.effort is not ThinkingEffort.NONE else "",
+                        "qwen": whole.strip("\n") if conversation.effort is not ThinkingEffort.NONE else "", "gpt-oss": whole}.get(family, "")
             elif family == "llama" or (family == "gemma" and who != "system"):
                 left = whole.strip()
             else:
@@ -78,7 +78,7 @@ def kept(family: str, conversation: Conversation) -> list[tuple[str, int, str]]:
     return out
 
 
-def places(voice: Voice, tokens: Tokens, conversation: Conversation) -> Places:
+def places(voice: ChatRenderer, tokens: RenderedTokens, conversation: Conversation) -> Places:
     """Where the answer's tokens begin -> (index, how many bytes of the part), read off the ids: the runs of bytes between
     control tokens are walked backwards from the last stop token, the text, and before it the thought."""
     family, pieces = voice.family.name, [voice.vocabulary.bytes_W[i] for i in tokens.ids_T]
@@ -103,19 +103,19 @@ def places(voice: Voice, tokens: Tokens, conversation: Conversation) -> Places:
 
     lay(run_before(stop), stop, BEFORE_TEXT[family], *parts["assistant"])
     if parts.get("thought", (0, b""))[1]:
-        marker = voice.vocabulary.control[{"llama": "</think>", "qwen": "</think>", "gpt-oss": "<|end|>"}[family]]
+        marker = voice.vocabulary.control_token_ids[{"llama": "</think>", "qwen": "</think>", "gpt-oss": "<|end|>"}[family]]
         end = max(k for k in range(stop) if tokens.ids_T[k] == marker)
         lay(run_before(end), end, BEFORE_THOUGHT[family], *parts["thought"])
     return out
 
 
-def all_places(voices: Voices, conversation: Conversation) -> tuple[dict[str, Tokens], dict[str, Places]]:
+def all_places(voices: Voices, conversation: Conversation) -> tuple[dict[str, RenderedTokens], dict[str, Places]]:
     rendered = {name: voice.render(conversation) for name, voice in voices.items()}
     return rendered, {name: places(voice, rendered[name], conversation) for name, voice in voices.items()}
 
 
-def pairs_of(student: Tokens, teacher: Tokens) -> list[tuple[int, int]]:
-    both = boundaries(student, teacher)
+def pairs_of(student: RenderedTokens, teacher: RenderedTokens) -> list[tuple[int, int]]:
+    both = common_boundaries(student, teacher)
     return list(zip(both.student_C.tolist(), both.teacher_C.tolist(), strict=True))
 
 
@@ -123,11 +123,11 @@ def pairs_of(student: Tokens, teacher: Tokens) -> list[tuple[int, int]]:
 
 
 @given(conversation=conversations())
-@example(conversation=Conversation.ask("x").answered(Text("trailing  ")))  # llama ends the turn where gpt-oss says two spaces
-@example(conversation=Conversation.ask("x", effort=Effort.HIGH).answered(Thinking("a thought\n"), Text("\n\n text")))
-@example(conversation=Conversation.ask("x").answered(Text(" \n ")))
-@example(conversation=Conversation.ask("x", effort=Effort.HIGH).answered(Thinking("thought"), Text("")))
-@example(conversation=Conversation.ask("x", effort=Effort.HIGH).answered(Thinking(LOREM), Text(LOREM)))
+@example(conversation=Conversation.from_question("x").with_answer(Text("trailing  ")))  # llama ends the turn where gpt-oss says two spaces
+@example(conversation=Conversation.from_question("x", effort=ThinkingEffort.HIGH).with_answer(Thinking("a thought\n"), Text("\n\n text")))
+@example(conversation=Conversation.from_question("x").with_answer(Text(" \n ")))
+@example(conversation=Conversation.from_question("x", effort=ThinkingEffort.HIGH).with_answer(Thinking("thought"), Text("")))
+@example(conversation=Conversation.from_question("x", effort=ThinkingEffort.HIGH).with_answer(Thinking(LOREM), Text(LOREM)))
 def test_boundaries_are_the_common_starts(voices: Voices, conversation: Conversation):
     rendered, found = all_places(voices, conversation)
     for s in FAMILIES:
@@ -143,14 +143,14 @@ def covered(found: Places, begin: int, end: int) -> list[tuple[str, int]]:
 
 
 @given(conversation=conversations())
-@example(conversation=Conversation.ask("x").answered(Text("trailing  ")))
-@example(conversation=Conversation.ask("x", effort=Effort.HIGH).answered(Thinking("a thought\n"), Text("\n\n text")))
-@example(conversation=Conversation.ask("x", effort=Effort.HIGH).answered(Thinking(LOREM), Text(LOREM)))
+@example(conversation=Conversation.from_question("x").with_answer(Text("trailing  ")))
+@example(conversation=Conversation.from_question("x", effort=ThinkingEffort.HIGH).with_answer(Thinking("a thought\n"), Text("\n\n text")))
+@example(conversation=Conversation.from_question("x", effort=ThinkingEffort.HIGH).with_answer(Thinking(LOREM), Text(LOREM)))
 def test_spans_cover_the_same_bytes_and_tile(voices: Voices, conversation: Conversation):
     rendered, found = all_places(voices, conversation)
     for s in FAMILIES:
         for t in FAMILIES:
-            both, pieces = boundaries(rendered[s], rendered[t]), spans(rendered[s], rendered[t])
+            both, pieces = common_boundaries(rendered[s], rendered[t]), aligned_spans(rendered[s], rendered[t])
             assert pieces.student_C2.dtype == pieces.teacher_C2.dtype == np.int64
             assert set(pieces.student_C2[:, 0]) <= set(both.student_C)
             said: list[tuple[str, int]] = []
@@ -172,20 +172,20 @@ def test_spans_cover_the_same_bytes_and_tile(voices: Voices, conversation: Conve
 def test_a_voice_with_itself_agrees_everywhere(voices: Voices, conversation: Conversation):
     for voice in voices.values():
         one, two = voice.render(conversation), voice.render(conversation)
-        content = np.flatnonzero(one.learn_T & (one.starts_T >= 0))
-        both, pieces = boundaries(one, two), spans(one, two)
+        content = np.flatnonzero(one.loss_mask_T & (one.starts_T >= 0))
+        both, pieces = common_boundaries(one, two), aligned_spans(one, two)
         assert both.student_C.tolist() == both.teacher_C.tolist() == content.tolist()
         assert pieces.student_C2.tolist() == pieces.teacher_C2.tolist() == [[k, k + 1] for k in content]
-        assert pieces.one_to_one == len(content)
+        assert pieces.num_one_to_one == len(content)
 
 
 @given(conversation=conversations())
 def test_exchanging_the_sides_exchanges_the_answer(voices: Voices, conversation: Conversation):
     one, two = voices["gemma"].render(conversation), voices["qwen"].render(conversation)
-    there, back = spans(one, two), spans(two, one)
+    there, back = aligned_spans(one, two), aligned_spans(two, one)
     assert there.student_C2.tolist() == back.teacher_C2.tolist()
     assert there.teacher_C2.tolist() == back.student_C2.tolist()
-    assert there.one_to_one == back.one_to_one
+    assert there.num_one_to_one == back.num_one_to_one
     assert pairs_of(one, two) == [(a, b) for b, a in pairs_of(two, one)]
 
 
@@ -194,22 +194,22 @@ def test_what_is_not_learned_is_no_boundary(voices: Voices, conversation: Conver
     for voice in voices.values():
         rendered = voice.render(conversation)
         for other in voices.values():
-            both = boundaries(rendered, other.render(conversation))
-            assert rendered.learn_T[both.student_C].all()
+            both = common_boundaries(rendered, other.render(conversation))
+            assert rendered.loss_mask_T[both.student_C].all()
             assert not np.isin(both.student_C, np.flatnonzero(rendered.starts_T < 0)).any()
-            prompt = voice.prompt(Conversation(conversation.messages[:-1], conversation.effort))
-            assert len(boundaries(prompt, other.render(conversation)).student_C) == 0
-            assert len(spans(prompt, other.render(conversation)).student_C2) == 0
+            prompt = voice.render_prompt(Conversation(conversation.messages[:-1], conversation.effort))
+            assert len(common_boundaries(prompt, other.render(conversation)).student_C) == 0
+            assert len(aligned_spans(prompt, other.render(conversation)).student_C2) == 0
 
 
 # ---- single cases --------------------------------------------------------------------------------------------------
 
 
-def answered(*parts: Part, effort: Effort = Effort.NONE, question: str = "Hi") -> Conversation:
-    return Conversation.ask(question, effort=effort).answered(*parts)
+def answered(*parts: ContentPart, effort: ThinkingEffort = ThinkingEffort.NONE, question: str = "Hi") -> Conversation:
+    return Conversation.from_question(question, effort=effort).with_answer(*parts)
 
 
-def starts(tokens: Tokens, both: np.ndarray) -> list[int]:
+def starts(tokens: RenderedTokens, both: np.ndarray) -> list[int]:
     return tokens.starts_T[both].tolist()
 
 
@@ -220,25 +220,25 @@ def test_the_stop_tokens_meet(voices: Voices, student: str, teacher: str):
     a, b = pairs_of(s, t)[-1]
     assert s.ids_T[a] in voices[student].stop_ids
     assert t.ids_T[b] in voices[teacher].stop_ids
-    assert spans(s, t).student_C2[-1].tolist() == [a, a + 1]
-    assert spans(s, t).teacher_C2[-1].tolist() == [b, b + 1]
+    assert aligned_spans(s, t).student_C2[-1].tolist() == [a, a + 1]
+    assert aligned_spans(s, t).teacher_C2[-1].tolist() == [b, b + 1]
 
 
 def test_a_stop_never_meets_a_word(voices: Voices):
     """llama trims the answer and stops where gpt-oss still says two spaces: one place, two different things."""
     s, t = voices["llama"].render(answered(Text("Hi  "))), voices["gpt-oss"].render(answered(Text("Hi  ")))
-    stop = int(np.flatnonzero(s.learn_T)[-1])
-    assert s.starts_T[stop] in t.starts_T[t.learn_T], "the case is not there any more"
-    assert stop not in boundaries(s, t).student_C
-    assert stop not in [k for a, b in spans(s, t).student_C2.tolist() for k in range(a, b)]
+    stop = int(np.flatnonzero(s.loss_mask_T)[-1])
+    assert s.starts_T[stop] in t.starts_T[t.loss_mask_T], "the case is not there any more"
+    assert stop not in common_boundaries(s, t).student_C
+    assert stop not in [k for a, b in aligned_spans(s, t).student_C2.tolist() for k in range(a, b)]
 
 
 def test_a_beginning_of_text_token_on_one_side_moves_nothing(voices: Voices):
     conversation = answered(Text(LOREM))
     s, t = voices["llama"].render(conversation), voices["qwen"].render(conversation)
-    assert s.ids_T[0] == voices["llama"].vocabulary.control["<|begin_of_text|>"]
-    assert t.ids_T[0] == voices["qwen"].vocabulary.control["<|im_start|>"]
-    without = Tokens(s.ids_T[1:], s.starts_T[1:], s.ends_T[1:], s.learn_T[1:])
+    assert s.ids_T[0] == voices["llama"].vocabulary.control_token_ids["<|begin_of_text|>"]
+    assert t.ids_T[0] == voices["qwen"].vocabulary.control_token_ids["<|im_start|>"]
+    without = RenderedTokens(s.ids_T[1:], s.starts_T[1:], s.ends_T[1:], s.loss_mask_T[1:])
     assert len(pairs_of(s, t)) > 40
     assert pairs_of(s, t) == [(a + 1, b) for a, b in pairs_of(without, t)]
 
@@ -250,8 +250,8 @@ def test_boundaries_inside_a_character(voices: Voices):
     characters = set(np.cumsum([0] + [len(c.encode()) for c in text]).tolist())
     for s, t in (("gemma", "llama"), ("llama", "gemma"), ("qwen", "gemma")):
         one, two = voices[s].render(conversation), voices[t].render(conversation)
-        origin = int(one.starts_T[one.learn_T & (one.starts_T >= 0)][0])
-        at = {k - origin for k in starts(one, boundaries(one, two).student_C)}
+        origin = int(one.starts_T[one.loss_mask_T & (one.starts_T >= 0)][0])
+        at = {k - origin for k in starts(one, common_boundaries(one, two).student_C)}
         assert at - characters, "no boundary inside a character"
         assert len(at) > len(characters)
 
@@ -259,24 +259,24 @@ def test_boundaries_inside_a_character(voices: Voices):
 @pytest.mark.parametrize("teacher", ["gpt-oss", "qwen"])
 def test_a_thought_the_student_drops_is_not_aligned_and_the_text_is(voices: Voices, teacher: str):
     thought, text = "He says hello. I say it back.", "Hello, hello world 三百"
-    conversation = answered(Thinking(thought), Text(text), effort=Effort.HIGH)
+    conversation = answered(Thinking(thought), Text(text), effort=ThinkingEffort.HIGH)
     s, t = voices["gemma"].render(conversation), voices[teacher].render(conversation)
     text_at = len(b"Hi") + 1 + len(thought.encode()) + 1
-    both = boundaries(s, t)
+    both = common_boundaries(s, t)
     assert starts(t, both.teacher_C)[0] == text_at
-    assert (t.learn_T & (t.starts_T >= 0) & (t.starts_T < text_at)).sum() > 5, "the teacher learns its thought"
+    assert (t.loss_mask_T & (t.starts_T >= 0) & (t.starts_T < text_at)).sum() > 5, "the teacher learns its thought"
     without = answered(Text(text))
     plain_s, plain_t = voices["gemma"].render(without), voices[teacher].render(without)
     moved = len(thought.encode()) + 1
-    assert starts(s, both.student_C) == [k + moved for k in starts(plain_s, boundaries(plain_s, plain_t).student_C)]
-    assert spans(s, t).one_to_one == spans(plain_s, plain_t).one_to_one
+    assert starts(s, both.student_C) == [k + moved for k in starts(plain_s, common_boundaries(plain_s, plain_t).student_C)]
+    assert aligned_spans(s, t).num_one_to_one == aligned_spans(plain_s, plain_t).num_one_to_one
 
 
 @pytest.mark.parametrize(("student", "teacher"), [("qwen", "gpt-oss"), ("llama", "qwen"), ("llama", "gpt-oss")])
 def test_two_that_think_are_aligned_in_the_thought_too(voices: Voices, student: str, teacher: str):
-    conversation = answered(Thinking("one two three"), Text("one two three"), effort=Effort.HIGH)
+    conversation = answered(Thinking("one two three"), Text("one two three"), effort=ThinkingEffort.HIGH)
     s, t = voices[student].render(conversation), voices[teacher].render(conversation)
-    at = starts(s, boundaries(s, t).student_C)
+    at = starts(s, common_boundaries(s, t).student_C)
     text_at = len("Hi") + 1 + len("one two three") + 1
     in_thought, in_text = [k - 3 for k in at if k < text_at], [k - text_at for k in at if k >= text_at]
     assert in_thought == in_text[:-1], "the text has the stop token besides"
@@ -288,7 +288,7 @@ def test_an_empty_answer_has_its_stop_alone(voices: Voices):
         for t in FAMILIES:
             one, two = voices[s].render(answered(Text(""))), voices[t].render(answered(Text("")))
             assert len(pairs_of(one, two)) == 1
-            assert spans(one, two).one_to_one == 1
+            assert aligned_spans(one, two).num_one_to_one == 1
 
 
 @given(text=texts)
@@ -297,8 +297,8 @@ def test_spans_are_as_fine_as_the_boundaries_allow(voices: Voices, text: str):
     """No boundary lies inside a span."""
     conversation = answered(Text(text))
     s, t = voices["gemma"].render(conversation), voices["llama"].render(conversation)
-    firsts = set(boundaries(s, t).student_C.tolist())
-    for a, b in spans(s, t).student_C2.tolist():
+    firsts = set(common_boundaries(s, t).student_C.tolist())
+    for a, b in aligned_spans(s, t).student_C2.tolist():
         assert a in firsts
         assert not firsts & set(range(a + 1, b))
 
@@ -307,77 +307,77 @@ def test_spans_are_as_fine_as_the_boundaries_allow(voices: Voices, text: str):
 
 
 @given(said=st.lists(conversations(), max_size=5))
-@example(said=[Conversation.ask("x").answered(Text(text)) for text in ("trailing  ", "", LOREM)])
+@example(said=[Conversation.from_question("x").with_answer(Text(text)) for text in ("trailing  ", "", LOREM)])
 @example(said=[])
 def test_a_batch_is_its_conversations(voices: Voices, said: list[Conversation]):
     for s, t in (("llama", "gemma"), ("gemma", "qwen"), ("qwen", "gpt-oss")):
         ones, twos = ([voices[n].render(c) for c in said] for n in (s, t))
         whole = align(ones, twos)
-        assert whole.student_B1.tolist() == np.cumsum([0, *map(len, ones)]).tolist()
+        assert whole.student_offsets_B1.tolist() == np.cumsum([0, *map(len, ones)]).tolist()
         single = [align([one], [two]) for one, two in zip(ones, twos, strict=True)]
         for side in ("student", "teacher"):
             first = getattr(whole, f"{side}_B1")[:-1]
             for what, name in (("boundaries", f"{side}_C"), ("spans", f"{side}_C2"), ("inside", f"{side}_I")):
                 want = [getattr(getattr(one, what), name) + k for one, k in zip(single, first, strict=True)]
                 assert getattr(getattr(whole, what), name).tolist() == np.concatenate([getattr(getattr(whole, what), name)[:0], *want]).tolist()
-        for of in (lambda a: a.inside.said_I, lambda a: a.inside.common_I, lambda a: a.taught_S):
+        for of in (lambda a: a.partial_tokens.prefix_len_I, lambda a: a.partial_tokens.at_common_boundary_I, lambda a: a.supervision_S):
             assert of(whole).tolist() == [k for one in single for k in of(one).tolist()]
 
 
 @given(conversation=conversations())
-@example(conversation=Conversation.ask("x", effort=Effort.HIGH).answered(Thinking(LOREM), Text(LOREM)))
-@example(conversation=Conversation.ask("x", effort=Effort.HIGH).answered(Thinking("a thought\n"), Text("\n\n text")))
+@example(conversation=Conversation.from_question("x", effort=ThinkingEffort.HIGH).with_answer(Thinking(LOREM), Text(LOREM)))
+@example(conversation=Conversation.from_question("x", effort=ThinkingEffort.HIGH).with_answer(Thinking("a thought\n"), Text("\n\n text")))
 def test_every_learned_token_is_taught_in_one_way(voices: Voices, conversation: Conversation):
     """Judged token by token, by plain loops over the two renderings."""
     rendered = {name: voice.render(conversation) for name, voice in voices.items()}
     for s, one in rendered.items():
         for t, two in rendered.items():
             found = align([one], [two])
-            covers = {k: (int(two.starts_T[k]), int(two.ends_T[k])) for k in np.flatnonzero(two.learn_T) if two.starts_T[k] >= 0}
+            covers = {k: (int(two.starts_T[k]), int(two.ends_T[k])) for k in np.flatnonzero(two.loss_mask_T) if two.starts_T[k] >= 0}
             met = dict(zip(found.boundaries.student_C.tolist(), found.boundaries.teacher_C.tolist(), strict=True))
             in_span = {k for a, b in found.spans.student_C2.tolist() for k in range(a, b)}
-            inside = dict(zip(found.inside.student_I.tolist(), zip(found.inside.teacher_I.tolist(), found.inside.said_I.tolist(), strict=True),
+            inside = dict(zip(found.partial_tokens.student_I.tolist(), zip(found.partial_tokens.teacher_I.tolist(), found.partial_tokens.prefix_len_I.tolist(), strict=True),
                               strict=True))
             for k in range(len(one)):
-                if not one.learn_T[k]:
-                    assert found.taught_S[k] == -1
+                if not one.loss_mask_T[k]:
+                    assert found.supervision_S[k] == -1
                     continue
                 place = int(one.starts_T[k])
                 over = [j for j, (a, b) in covers.items() if a < place < b and place < one.ends_T[k]]
                 assert k in met or (inside.get(k, (None,))[0] == (over[0] if over else None)), (s, t)
                 if k in met:
-                    want = Taught.EVENT
+                    want = SupervisionKind.EVENT
                 elif over and over[0] in met.values():
-                    want = Taught.COMPLETION
+                    want = SupervisionKind.PARTIAL_TOKEN
                     assert inside[k] == (over[0], place - covers[over[0]][0])
                 else:
-                    want = Taught.CHUNK if k in in_span else Taught.TEXT
-                assert found.taught_S[k] == want, (s, t, k)
+                    want = SupervisionKind.SPAN if k in in_span else SupervisionKind.TEXT
+                assert found.supervision_S[k] == want, (s, t, k)
 
 
 def test_all_four_ways_occur(voices: Voices):
-    conversation = answered(Thinking("one two"), Text(LOREM), effort=Effort.HIGH)
-    ways = {way for s in FAMILIES for t in FAMILIES for way in align([voices[s].render(conversation)], [voices[t].render(conversation)]).taught_S}
-    assert ways == {-1, *Taught}
+    conversation = answered(Thinking("one two"), Text(LOREM), effort=ThinkingEffort.HIGH)
+    ways = {way for s in FAMILIES for t in FAMILIES for way in align([voices[s].render(conversation)], [voices[t].render(conversation)]).supervision_S}
+    assert ways == {-1, *SupervisionKind}
 
 
 def test_no_token_is_taught_where_the_other_side_learns_nothing(voices: Voices):
-    s, t = voices["llama"].render(answered(Text("Hi"))), voices["qwen"].prompt(Conversation.ask("Hi"))
+    s, t = voices["llama"].render(answered(Text("Hi"))), voices["qwen"].render_prompt(Conversation.from_question("Hi"))
     found = align([s], [t])
-    assert set(found.taught_S[s.learn_T]) == {Taught.TEXT}
-    assert len(found.boundaries.student_C) == len(found.spans.teacher_C2) == len(found.inside.said_I) == 0
+    assert set(found.supervision_S[s.loss_mask_T]) == {SupervisionKind.TEXT}
+    assert len(found.boundaries.student_C) == len(found.spans.teacher_C2) == len(found.partial_tokens.prefix_len_I) == 0
 
 
 def test_what_is_no_pair_of_renderings_is_refused(voices: Voices):
     s = voices["llama"].render(answered(Text(LOREM)))
     with pytest.raises(DataError, match="2 renderings of the student against 1"):
         align([s, s], [s])
-    learned = np.flatnonzero(s.learn_T)
+    learned = np.flatnonzero(s.loss_mask_T)
     for k, j in ((learned[3], learned[2]), (learned[2], learned[3])):
         starts = s.starts_T.copy()
         starts[k] = starts[j]
         with pytest.raises(DataError, match="begin at the same byte"):
-            align([Tokens(s.ids_T, starts, s.ends_T, s.learn_T)], [s])
+            align([RenderedTokens(s.ids_T, starts, s.ends_T, s.loss_mask_T)], [s])
 
 
 # ---- strings that break others ---------------------------------------------------------------------------------------
@@ -394,10 +394,10 @@ HARD = {
 }
 
 
-def check_bytes(conversation: Conversation, one: Tokens, two: Tokens, voices: tuple[Voice, Voice]) -> None:
+def check_bytes(conversation: Conversation, one: RenderedTokens, two: RenderedTokens, voices: tuple[ChatRenderer, ChatRenderer]) -> None:
     """Every span covers the same bytes on both sides, and these are the bytes its tokens have."""
     content = b"\xff".join(p.text.encode() for p in conversation.parts())
-    found = spans(one, two)
+    found = aligned_spans(one, two)
     for ranges in zip(found.student_C2.tolist(), found.teacher_C2.tolist(), strict=True):
         places = []
         for tokens, voice, (a, b) in zip((one, two), voices, ranges, strict=True):
@@ -417,7 +417,7 @@ def check_all(voices: Voices, conversation: Conversation, cut: tuple[int, int] =
     rendered = {name: voice.render(conversation) for name, voice in voices.items()}
     for s, one in rendered.items():
         for t, two in rendered.items():
-            shorter = [Tokens(*(getattr(x, f)[:max(0, len(x) - n)] for f in ("ids_T", "starts_T", "ends_T", "learn_T")))
+            shorter = [RenderedTokens(*(getattr(x, f)[:max(0, len(x) - n)] for f in ("ids_T", "starts_T", "ends_T", "loss_mask_T")))
                        for x, n in zip((one, two), cut, strict=True)]
             check_bytes(conversation, shorter[0], shorter[1], (voices[s], voices[t]))
 
@@ -426,12 +426,12 @@ def check_all(voices: Voices, conversation: Conversation, cut: tuple[int, int] =
 def test_hard_strings_cover_the_same_bytes(voices: Voices, name: str):
     check_all(voices, answered(Text(HARD[name])))
     one, two = (voices[n].render(answered(Text(HARD[name]))) for n in ("llama", "gemma"))
-    assert len(spans(one, two).student_C2) > 1, "the last is the stop, and there must be another"
+    assert len(aligned_spans(one, two).student_C2) > 1, "the last is the stop, and there must be another"
 
 
 @given(conversation=conversations(), cut=st.tuples(st.integers(0, 12), st.integers(0, 12)))
-@example(conversation=Conversation.ask("x").answered(Text(HARD["emoji"])), cut=(2, 0))
-@example(conversation=Conversation.ask("x").answered(Text("Hi")), cut=(1, 0))
+@example(conversation=Conversation.from_question("x").with_answer(Text(HARD["emoji"])), cut=(2, 0))
+@example(conversation=Conversation.from_question("x").with_answer(Text("Hi")), cut=(1, 0))
 def test_a_cap_cuts_either_side_anywhere(voices: Voices, conversation: Conversation, cut: tuple[int, int]):
     check_all(voices, conversation, cut)
 
@@ -440,13 +440,13 @@ def test_a_cut_inside_a_character_loses_the_last_span_alone(voices: Voices):
     """The student's rendering ends inside an emoji: the span it stands in has no common end, all before it stay."""
     conversation = answered(Text("Hello there 👩 x"))
     one, two = voices["llama"].render(conversation), voices["gemma"].render(conversation)
-    whole = spans(one, two).student_C2.tolist()
+    whole = aligned_spans(one, two).student_C2.tolist()
     at = len("Hi") + 1 + len("Hello there ")
-    inside = [k for k in np.flatnonzero(one.learn_T) if at < one.starts_T[k] < at + 4]
+    inside = [k for k in np.flatnonzero(one.loss_mask_T) if at < one.starts_T[k] < at + 4]
     assert inside, "the case is not there any more"
     for k in inside:
-        shorter = Tokens(one.ids_T[:k], one.starts_T[:k], one.ends_T[:k], one.learn_T[:k])
-        kept = spans(shorter, two).student_C2.tolist()
+        shorter = RenderedTokens(one.ids_T[:k], one.starts_T[:k], one.ends_T[:k], one.loss_mask_T[:k])
+        kept = aligned_spans(shorter, two).student_C2.tolist()
         assert kept == [x for x in whole if x[1] <= k][:len(kept)]
         assert len([x for x in whole if x[1] <= k]) - len(kept) <= 1
 
@@ -456,12 +456,12 @@ def test_a_cut_inside_a_character_loses_the_last_span_alone(voices: Voices):
 
 @pytest.fixture(scope="module")
 def real_voices(real_of: Callable[[str], Speaker]) -> Voices:
-    return Voices({family: real_of(family).voice for family in FAMILIES})
+    return Voices({family: real_of(family).renderer for family in FAMILIES})
 
 
 @pytest.mark.realdata
 @given(conversation=conversations(), cut=st.tuples(st.integers(0, 6), st.integers(0, 6)))
-@example(conversation=Conversation.ask("x", effort=Effort.HIGH).answered(Thinking(LOREM), Text(LOREM)), cut=(0, 0))
+@example(conversation=Conversation.from_question("x", effort=ThinkingEffort.HIGH).with_answer(Thinking(LOREM), Text(LOREM)), cut=(0, 0))
 def test_real_spans_cover_the_same_bytes(real_voices: Voices, conversation: Conversation, cut: tuple[int, int]):
     check_all(real_voices, conversation)
     check_all(real_voices, conversation, cut)

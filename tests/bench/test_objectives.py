@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from persea.alignment.event_map import open_bridge
+from persea.alignment.event_map import load_event_map
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -57,11 +57,11 @@ def test_windows_are_short_nfc_and_cover_the_document() -> None:
     document = bench_data.Document("th", "p", "สวัสดีชาวโลก สามร้อย\n" * 40 + "x" * 700)
     cut = bench_data.windows(document)
     assert "".join(w.text for w in cut) == document.text
-    assert all(0 < len(w.text.encode()) <= bench_data.WINDOW for w in cut)
+    assert all(0 < len(w.text.encode()) <= bench_data.SHUFFLE_WINDOW_BLOCKS for w in cut)
 
 
 def test_cut_vocabularies_say_every_text(world: Any) -> None:
-    for who, speaker in world.speakers.items():
+    for who, speaker in world.model_names.items():
         size = world.size.vocabulary
         assert size <= len(speaker.vocabulary) <= size + 30, who  # the last token's parts and two controls
         texts = [w.text for d in bench_data.TEACHES.get(who, bench_data.DOMAINS) for w in world.text["test"][d][:20]]
@@ -73,10 +73,10 @@ def batch_of(world: Any) -> Any:
 
 
 def test_whole_rows_written_densely_are_perseas_own_objective(world: Any) -> None:
-    """events_full against persea.losses.composed on rows with every entry; and sampled rows come near it on average."""
+    """events_full against persea.losses.event_kl_loss on rows with every entry; and sampled rows come near it on average."""
     batch = batch_of(world)
     torch.manual_seed(0)
-    logits = torch.randn(len(batch.targets_N), len(world.speakers["student"].vocabulary))
+    logits = torch.randn(len(batch.labels_N), len(world.model_names["student"].vocabulary))
     setting = methods.Setting("events", "full", 0.7)
     losses = []
     for rows in ("full", "top-k all"):
@@ -94,7 +94,7 @@ def test_whole_rows_written_densely_are_perseas_own_objective(world: Any) -> Non
 def test_share_zero_is_cross_entropy_and_every_method_has_a_gradient(world: Any, method: str) -> None:
     batch = batch_of(world)
     torch.manual_seed(0)
-    logits = torch.randn(len(batch.targets_N), len(world.speakers["student"].vocabulary), requires_grad=True)
+    logits = torch.randn(len(batch.labels_N), len(world.model_names["student"].vocabulary), requires_grad=True)
     rows = "sampled .01" if " + " in method else "full"
     plain = methods.cross_entropy(logits, batch, {}, methods.Setting("cross-entropy", "none", 0.0))
     alone = methods.METHODS[method](logits, batch, world.pairs, methods.Setting(method, rows, 0.0))
@@ -107,7 +107,7 @@ def test_share_zero_is_cross_entropy_and_every_method_has_a_gradient(world: Any,
 
 
 def test_bits_are_counted_by_hand(world: Any) -> None:
-    speaker, windows = world.speakers["student"], world.text["test"]["en"][:3]
+    speaker, windows = world.model_names["student"], world.text["test"]["en"][:3]
     model = models.make(world.size.student, len(speaker.vocabulary), seed=1)
     bits = 0.0
     for w in windows:
@@ -133,7 +133,7 @@ def test_a_finished_run_is_skipped_and_a_seed_repeats(world: Any, tmp_path: Path
 def test_sft_text_is_as_long_as_the_windows(world: Any) -> None:
     for domain, pool in world.said.items():
         assert len(pool) == len(world.windows("unlimited", 1.0)[domain])
-        assert all(0 < len(w.text.encode()) <= bench_data.WINDOW + 3 for w in pool)
+        assert all(0 < len(w.text.encode()) <= bench_data.SHUFFLE_WINDOW_BLOCKS + 3 for w in pool)
 
 
 # ---- scripts that the student breaks into bytes, and its vocabulary extended ------------------------------------------
@@ -142,8 +142,8 @@ def test_sft_text_is_as_long_as_the_windows(world: Any) -> None:
 @pytest.fixture(scope="module")
 def scripts(world: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The same miniature in the world of scripts; its students have met eight windows a domain and know 64 tokens more."""
-    size = replace(models.SIZES["toy"], name="toy-scripts", teaches=bench_data.SCRIPTS, batch=4, vocabulary=3000, seen=200, per_page=6, met=8,
-                   extended=64)
+    size = replace(models.SIZES["toy"], name="toy-scripts", teaches=bench_data.LANGUAGE_OF_SCRIPT, batch=4, vocabulary=3000, seen=200, per_page=6, met=8,
+                   extend_tokenizer_spec=64)
     made = arms.World(size, tmp_path_factory.mktemp("scripts"))
     made.grow()
     return made
@@ -155,15 +155,15 @@ def test_learned_merges_are_the_most_frequent_pairs_by_hand() -> None:
             "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "c": 2, "ab": 3}, "merges": [["a", "b"]], "dropout": None, "unk_token": None,
                       "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False}}
     backend = extension.Tokenizer.from_str(extension.json.dumps(spec))
-    found = extension.learned(backend, ["abc abc abca", "cc cc", "aaa"], 3)  # abc 3 times; then c c, a a and abc a: 2 of each but the last
+    found = extension.learn_merges(backend, ["abc abc abca", "cc cc", "aaa"], 3)  # abc 3 times; then c c, a a and abc a: 2 of each but the last
     assert found[0] == ("ab", "c") and set(found[1:]) == {("c", "c"), ("a", "a")}
-    longer = extension.Tokenizer.from_str(extension.json.dumps(extension.extended(spec, found)))
+    longer = extension.Tokenizer.from_str(extension.json.dumps(extension.extend_tokenizer_spec(spec, found)))
     assert longer.encode("abca").tokens == ["abc", "a"] and longer.encode("aaa").tokens == ["aa", "a"]
-    assert extension.learned(backend, ["abc"], 3) == []  # once is not often
+    assert extension.learn_merges(backend, ["abc"], 3) == []  # once is not often
 
 
 def test_an_extended_student_says_the_same_bytes_in_fewer_tokens(scripts: Any) -> None:
-    old, new = scripts.real["student"].vocabulary, scripts.speakers["student"].vocabulary
+    old, new = scripts.real["student"].vocabulary, scripts.model_names["student"].vocabulary
     assert len(new) == len(old) + 64
     texts = [w.text for d in ("km", "my", "lo") for w in scripts.text["test"][d][:20]]
     before, after = old.encode_batch(texts), new.encode_batch(texts)  # refuses a text whose bytes do not come back
@@ -173,7 +173,7 @@ def test_an_extended_student_says_the_same_bytes_in_fewer_tokens(scripts: Any) -
 
 
 def test_new_rows_are_the_mean_of_their_pieces_and_old_ones_stay(scripts: Any) -> None:
-    plain, longer = scripts.real["student"], scripts.speakers["student"]
+    plain, longer = scripts.real["student"], scripts.model_names["student"]
     model = models.make(scripts.size.student, len(plain.vocabulary), seed=3)
     rows = model.get_input_embeddings().weight.detach().clone()
     made = extension.carried(model, plain, longer)
@@ -220,7 +220,7 @@ def lines_of(seeds: int, better: float) -> list[dict[str, Any]]:
 
 
 def test_a_paired_difference_is_found_exactly_and_pages_drawn_alike_cancel() -> None:
-    gaps = told.paired(lines_of(2, 0.1), lines_of(2, 0.0))
+    gaps = told.compare_paired_results(lines_of(2, 0.1), lines_of(2, 0.0))
     for value, low, high in gaps.values():
         assert value == pytest.approx(-0.1) and low == pytest.approx(-0.1) and high == pytest.approx(-0.1)
 
@@ -245,13 +245,13 @@ def test_masks_only_take_away_and_never_what_stands_there(world: Any) -> None:
     taken = 0
     for group in batch.groups:
         pair = world.pairs[group.who]
-        for one in group.lessons:
+        for one in group.examples:
             free, masked = (methods.entries(one, pair, "top-k all", flag) for flag in (False, True))
             before = np.bincount(free.row_M, free.probs_M, minlength=len(one.student))
             after = np.bincount(masked.row_M, masked.probs_M, minlength=len(one.student))
             assert np.all(after <= before + 1e-5)
             taken += int(np.sum(after < before - 1e-6))
-            stands = set(zip(one.student_C.tolist(), pair.bridge.teacher_event_W[one.spoken.ids_T[one.teacher_C]].tolist(), strict=True))
+            stands = set(zip(one.student_C.tolist(), pair.event_map.teacher_event_W[one.spoken.ids_T[one.teacher_C]].tolist(), strict=True))
             assert stands <= set(zip(masked.row_M.tolist(), masked.event_M.tolist(), strict=True))
     assert taken > 0
 
@@ -261,17 +261,17 @@ def test_chunks_cover_the_same_bytes_and_weight_zero_is_events_with_masks(world:
     found, gone = chunks.gathered(batch, world.pairs)
     n = 0
     for group in batch.groups:
-        for one, first in zip(group.lessons, group.first_student, strict=True):
+        for one, first in zip(group.examples, group.first_student, strict=True):
             own = chunks.stretches(one, world.pairs[group.who])
             for (a, b), ends in zip(own.student_C2, own.ends_C, strict=True):
                 assert one.student.starts_T[a] in one.spoken.starts_T and one.student.ends_T[b - 1] in one.spoken.ends_T
-                assert found.position_P[found.chunk_P == n].tolist() == list(range(first + a, first + b))
+                assert found.position_P[found.span_P == n].tolist() == list(range(first + a, first + b))
                 assert int(found.end_C[n]) == (first + b if ends else -1)
                 n += 1
     assert n == len(found.teacher_C) > 0 and bool((found.teacher_C < 1e-4).all())
     torch.manual_seed(0)
-    logits = torch.randn(len(batch.targets_N), len(world.speakers["student"].vocabulary))
-    assert not set(zip(gone.row_D.tolist(), gone.token_D.tolist(), strict=True)) & set(enumerate(batch.targets_N.tolist()))
+    logits = torch.randn(len(batch.labels_N), len(world.model_names["student"].vocabulary))
+    assert not set(zip(gone.row_D.tolist(), gone.token_D.tolist(), strict=True)) & set(enumerate(batch.labels_N.tolist()))
     setting = methods.Setting("events + masks", "sampled .01", 0.7)
     without = methods.events_sparse(logits, batch, world.pairs, setting)
     assert float(chunks.with_chunks(0.0)(logits, batch, world.pairs, setting)) == pytest.approx(float(without), rel=1e-6)
@@ -281,19 +281,19 @@ def test_chunks_cover_the_same_bytes_and_weight_zero_is_events_with_masks(world:
 def test_own_words_are_heard_as_their_teacher_says_and_a_run_learns(world: Any, tmp_path: Path) -> None:
     """Every token of what a student said lies where its bytes are, the loss is that of persea's own rows, and a step moves the weights."""
     begun = onpolicy.Begun(world, arms.Arm("events", "sampled .01", 0.7, 4e-3, "unlimited", 1))
-    model, student, pairs = begun.student(1), world.speakers["student"], begun.pairs()
+    model, student, pairs = begun.student(1), world.model_names["student"], begun.pairs()
     windows = [w for pool in begun.windows.values() for w in pool]
     assert not {w.text for w in windows} & {w.text for pool in world.windows("unlimited", 1.0).values() for w in pool}
     some = [own for own in onpolicy.said_by(model, student, windows, seed=1) if own is not None]
     assert len(some) > len(windows) // 3
     for own in some:
-        teacher, raw = world.speakers[bench_data.ASKED[own.window.domain]], own.text.encode()
+        teacher, raw = world.model_names[bench_data.EVALUATION_KIND_WEIGHTS[own.window.domain]], own.text.encode()
         for tokens, speaker in zip(onpolicy.both_tokens(own, student, teacher), (student, teacher), strict=True):
             placed = zip(tokens.starts_T[1:], tokens.ends_T[1:], tokens.ids_T[1:], strict=True)
             assert all(raw[a:b] == speaker.vocabulary.bytes_W[i] for a, b, i in placed)
             assert tokens.ends_T[-1] == len(raw)
         assert own.window.text.startswith(student.vocabulary.decode(own.ids[:own.prefix]).decode())
-    loss = onpolicy.heard(model, world.speakers, some, pairs)
+    loss = onpolicy.heard(model, world.model_names, some, pairs)
     assert float(loss.detach()) > 0
     (line,) = onpolicy.run_all(world, begun.arm, [onpolicy.More("own", 1e-3, 1)], tmp_path / "lines.jsonl")
     (before,) = onpolicy.run_all(world, begun.arm, [onpolicy.More("none", 1e-3, 1)], tmp_path / "lines.jsonl")
@@ -305,10 +305,10 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_of_its_own_words(wor
     """With one vocabulary and one model on both sides the loss is zero, and both spend the same bits."""
     who = "B"
     teacher = world.teachers[who]
-    speakers = world.speakers | {"student": teacher.speaker}
-    pair = onpolicy.Pair(onpolicy.asked(who, teacher), open_bridge(teacher.speaker.voice, teacher.speaker.voice))
+    speakers = world.model_names | {"student": teacher.speaker}
+    pair = onpolicy.TeacherScorer(onpolicy.asked(who, teacher), load_event_map(teacher.speaker.renderer, teacher.speaker.renderer))
     windows = [w for d in bench_data.TEACHES[who] for w in world.text["test"][d][:3]]
-    some = [onpolicy.own_words(teacher.speaker, w, teacher.speaker.vocabulary.encode(w.text)) for w in windows]  # as its tokenizer spells it
+    some = [onpolicy.place_sampled_tokens(teacher.speaker, w, teacher.speaker.vocabulary.encode(w.text)) for w in windows]  # as its tokenizer spells it
     assert abs(float(onpolicy.heard(teacher.model, speakers, some, {who: pair}).detach())) < 1e-5
     assert all(own.text.startswith(w.text[:4]) for own, w in zip(some, windows, strict=True))
     told_of = onpolicy.spoken_by(teacher.model, speakers, windows, {who: pair})
@@ -323,6 +323,6 @@ def test_own_words_are_compared_window_by_window() -> None:
     text = {"continued": [[10.0, 4.0, 10], [30.0, 12.0, 20], None], "seed": 1}
     better = {"continued": [[9.0, 4.0, 10], [28.0, 12.0, 20], [1.0, 1.0, 1]], "seed": 1}
     assert told.spread_of_own([better], [text]) == "-0.100 [-0.100, -0.100]"
-    lines = [dict(line, on=on, part="test", rate=.001, mean=2.0, taught=.9, calibration=.1, tokens=1000) | {"self": .4}
+    lines = [dict(line, on=on, part="test", learning_rate_at_step=.001, mean=2.0, taught=.9, calibration=.1, tokens=1000) | {"self": .4}
              for on, line in (("text", text), ("own", better))]
     assert "| own | 0.001 | 1 | 2.000 | 0.900 | 0.400 | 0.500 | -0.100 [-0.100, -0.100] | 0.100 | 1 |" in told.onpolicy_table(lines)

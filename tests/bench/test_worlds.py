@@ -37,12 +37,24 @@ from tabular import (
 )
 from worlds import WORLDS, Boundary, World, chunks, markov, starts
 
-from persea.alignment.boundary_mask import FREE
-from persea.alignment.partial_tokens import open_completer
-from persea.alignment.spans import boundaries, spans
-from persea.distributions import RowKind, Rows, sample_rows
-from persea.losses import Chunks, Dead, Divergence, Entries, Targets, composed, event_logprobs, full, standing, targets, together
-from persea.losses import chunk as chunk_term
+from persea.alignment.boundary_mask import UNRESTRICTED_CONTEXT
+from persea.alignment.partial_tokens import make_partial_token_projector
+from persea.alignment.spans import aligned_spans, common_boundaries
+from persea.distributions import DistributionKind, SparseDistributions, sample_distributions
+from persea.losses import (
+    BatchTargets,
+    Divergence,
+    EventTargets,
+    ImpossibleTokens,
+    SpanTargets,
+    build_batch_targets,
+    build_event_targets,
+    concat_event_targets,
+    event_divergence_loss,
+    event_kl_loss,
+    event_logprobs,
+)
+from persea.losses import span_likelihood_loss as chunk_term
 
 AGREE = ("same", "nested", "long")  # worlds whose event maps agree; crossing .0042 and words .0026 do not everywhere
 trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL's own code: pip install 'persea[bench]'")
@@ -236,22 +248,22 @@ class Positions:
     row_N: torch.Tensor
     target_N: torch.Tensor
     weight_N: torch.Tensor
-    said: Targets
-    entries: Entries
+    said: BatchTargets
+    entries: EventTargets
 
 
 def contexts(world: World) -> tuple[np.ndarray, np.ndarray]:
     """Of each boundary, the number of what stands before it: student's, teacher's."""
     bridge = world.full_bridge
     if bridge.teacher_mask is None:
-        return (np.full(len(world.boundaries), FREE),) * 2
-    found = [[keeper.contexts(np.array(prefix, np.int64), [len(prefix)])[0] if prefix else FREE for prefix in prefixes]
-             for keeper, prefixes in ((bridge.teacher_mask.keeper, [b.student for b in world.boundaries]),
-                                      (bridge.student_mask.keeper, [b.teacher for b in world.boundaries]))]
+        return (np.full(len(world.boundaries), UNRESTRICTED_CONTEXT),) * 2
+    found = [[keeper.context_ids(np.array(prefix, np.int64), [len(prefix)])[0] if prefix else UNRESTRICTED_CONTEXT for prefix in prefixes]
+             for keeper, prefixes in ((bridge.teacher_mask.other, [b.student for b in world.boundaries]),
+                                      (bridge.student_mask.other, [b.teacher for b in world.boundaries]))]
     return np.array(found[0]), np.array(found[1])
 
 
-def positions(world: World, masked: bool, kind: RowKind = RowKind.FULL, top: int | None = None) -> Positions:
+def positions(world: World, masked: bool, kind: DistributionKind = DistributionKind.FULL, top: int | None = None) -> Positions:
     """top: only so many of the likeliest teacher tokens; renormalised if the rows are to pass for whole ones."""
     s = stack(world, no_mask)
     at_C, target_C = (x.numpy() for x in s.both_CV.nonzero(as_tuple=True))
@@ -262,24 +274,24 @@ def positions(world: World, masked: bool, kind: RowKind = RowKind.FULL, top: int
     p_CW = s.p_CW
     if top is not None:
         p_CW = torch.where(p_CW >= p_CW.topk(top, -1).values[:, -1:], p_CW, 0.0)
-        p_CW = p_CW / (p_CW.sum(-1, keepdim=True) if kind is RowKind.FULL else 1)
+        p_CW = p_CW / (p_CW.sum(-1, keepdim=True) if kind is DistributionKind.FULL else 1)
     p_NW = p_CW[at_C]
     row_M, column_M = (x.numpy() for x in p_NW.nonzero(as_tuple=True))
-    before = [np.concatenate([c[at_C], np.full(len(at_R), FREE)]) for c in contexts(world)] if masked else [None, None]
-    entries = standing(world.full_bridge, row_M, world.columns_W[column_M], p_NW[row_M, column_M].numpy(), student_N=before[0], teacher_N=before[1],
+    before = [np.concatenate([c[at_C], np.full(len(at_R), UNRESTRICTED_CONTEXT)]) for c in contexts(world)] if masked else [None, None]
+    entries = build_event_targets(world.full_bridge, row_M, world.columns_W[column_M], p_NW[row_M, column_M].numpy(), student_context_N=before[0], teacher_context_N=before[1],
                        kind=kind)
     rows = torch.cat([s.row_C[at_C], torch.from_numpy(at_R)])
-    return Positions(rows, target_N, weight_N, targets(world.full_bridge, entries, len(target_N)), entries)
+    return Positions(rows, target_N, weight_N, build_batch_targets(world.full_bridge, entries, len(target_N)), entries)
 
 
 def composed_table(world: World, p: Positions, share: float = 0.7) -> Objective:
-    """persea.losses.composed over all positions, as an objective of the table of columns: only its gradient is right."""
+    """persea.losses.event_kl_loss over all positions, as an objective of the table of columns: only its gradient is right."""
     columns, wide = torch.from_numpy(world.columns_V), len(world.student.vocabulary)
 
     def of(logits_RV: torch.Tensor) -> torch.Tensor:
         logits_NV = torch.full((len(p.row_N), wide), NOWHERE, dtype=torch.float64).index_copy(1, columns, logits_RV[p.row_N])
         leaf = logits_NV.detach().requires_grad_()
-        composed(leaf, p.target_N, [p.said], share).loss.backward()
+        event_kl_loss(leaf, p.target_N, [p.said], share).loss.backward()
         return (leaf.grad * p.weight_N[:, None] * len(p.row_N) * logits_NV).sum()
     return of
 
@@ -319,16 +331,16 @@ def test_a_mask_does_not_look_at_what_comes():
         t, s = world.t.ids[text], world.s.ids[text]
         for k, j in worlds.common(world, text)[1:]:
             for mask, ids, at, before in zip((bridge.teacher_mask, bridge.student_mask), (s, t), (j, k), alone[t[:k], s[:j]], strict=True):
-                within = int(mask.keeper.contexts(np.array(ids), [at])[0])
-                assert np.array_equal(mask.dead(within), mask.dead(int(before)))
+                within = int(mask.other.context_ids(np.array(ids), [at])[0])
+                assert np.array_equal(mask.impossible_tokens(within), mask.impossible_tokens(int(before)))
 
 
-def dead_of(world: World, columns: np.ndarray, before: np.ndarray, mask: object) -> Dead:
+def dead_of(world: World, columns: np.ndarray, before: np.ndarray, mask: object) -> ImpossibleTokens:
     """What cannot stand at each boundary, in the form the losses take."""
     if mask is None:
-        return Dead(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
-    found = [mask.dead(int(c), columns) for c in before]
-    return Dead(torch.from_numpy(np.repeat(np.arange(len(before)), [len(d) for d in found])), torch.from_numpy(np.concatenate(found)))
+        return ImpossibleTokens(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+    found = [mask.impossible_tokens(int(c), columns) for c in before]
+    return ImpossibleTokens(torch.from_numpy(np.repeat(np.arange(len(before)), [len(d) for d in found])), torch.from_numpy(np.concatenate(found)))
 
 
 def widened(rows_CX: torch.Tensor, columns: np.ndarray, wide: int) -> torch.Tensor:
@@ -348,8 +360,8 @@ def test_whole_rows_over_events(name: str):
     dead = {"student_dead": dead_of(world, world.columns_V, teachers, bridge.student_mask),
             "teacher_dead": dead_of(world, world.columns_W, students, bridge.teacher_mask)}
     for divergence in (Divergence.FORWARD, Divergence.JSD):
-        each = torch.stack([full(log_q[c:c + 1], log_p[c:c + 1], bridge, divergence, **{
-            side: Dead(torch.zeros(int((d.row_D == c).sum()), dtype=torch.int64), d.token_D[d.row_D == c]) for side, d in dead.items()}).loss
+        each = torch.stack([event_divergence_loss(log_q[c:c + 1], log_p[c:c + 1], bridge, divergence, **{
+            side: ImpossibleTokens(torch.zeros(int((d.row_D == c).sum()), dtype=torch.int64), d.token_D[d.row_D == c]) for side, d in dead.items()}).loss
             for c in range(0, len(log_q), 7)])
         if name in ("same", "nested"):
             assert each.abs().max() < 1e-9
@@ -382,13 +394,13 @@ def test_the_debiased_chunk_term(name: str):
             last = float(kept_T[of_student[j2]]) if j2 in of_student else 0.0
             teacher.append(plain[-1] + last - float(kept_T[of_student[j]]))
     logits = widened(s.truth_RV[row], world.columns_V, len(world.student.vocabulary))
-    before = np.where(np.array(at_boundary) >= 0, teachers[np.array(at_boundary)], FREE)
+    before = np.where(np.array(at_boundary) >= 0, teachers[np.array(at_boundary)], UNRESTRICTED_CONTEXT)
     dead = dead_of(world, world.columns_V, before, bridge.student_mask)
     numbers = (torch.tensor(of), torch.arange(len(row)), torch.tensor(begin), torch.tensor(end))
-    said = Chunks(*numbers, torch.tensor(teacher, dtype=torch.float64))
+    said = SpanTargets(*numbers, torch.tensor(teacher, dtype=torch.float64))
     got = chunk_term(logits, torch.tensor(target), said, dead).loss.item()
-    undebiased = replace(said, teacher_C=torch.tensor(plain, dtype=torch.float64))
-    raw = chunk_term(logits, torch.tensor(target), undebiased, Dead(*[torch.empty(0).long()] * 2))
+    undebiased = replace(said, teacher_logprob_C=torch.tensor(plain, dtype=torch.float64))
+    raw = chunk_term(logits, torch.tensor(target), undebiased, ImpossibleTokens(*[torch.empty(0).long()] * 2))
     if name in ("same", "nested", "words"):
         assert got < 1e-12
     if name != "same":
@@ -421,16 +433,16 @@ def completed(world: World, p: Positions) -> Positions:
     cells = [(i, v) for i in places for v in np.flatnonzero(i.q_V)]
     common = [n for n, (i, _) in enumerate(cells) if len(world.teacher.vocabulary.decode(i.teacher)) in set(starts(world.student, i.student))]
     some = [cells[n][0] for n in common]
-    keeper = world.full_bridge.teacher_mask.keeper
-    before = np.array([keeper.contexts(np.array(i.student), [len(i.student)])[0] for i in some])
-    rows = rows_of(np.array([world.row_W(world.t.next[i.teacher]) for i in some]), world.columns_W, RowKind.FULL)
-    more = open_completer(world.full_bridge).complete(rows, np.arange(len(some)), [i.emitted for i in some], before)
-    assert len(more.at_M) > 0
-    none, row_M = np.empty(0, np.int64), np.array(at_N)[common][more.at_M]
-    said = Entries(row_M, more.event_M, more.probs_M, more.entry_D, more.token_D, none, none.astype(np.float32), none, none,
-                   RowKind.FULL)
+    keeper = world.full_bridge.teacher_mask.other
+    before = np.array([keeper.context_ids(np.array(i.student), [len(i.student)])[0] for i in some])
+    rows = rows_of(np.array([world.row_W(world.t.next[i.teacher]) for i in some]), world.columns_W, DistributionKind.FULL)
+    more = make_partial_token_projector(world.full_bridge).project(rows, np.arange(len(some)), [i.emitted for i in some], before)
+    assert len(more.student_index_M) > 0
+    none, row_M = np.empty(0, np.int64), np.array(at_N)[common][more.student_index_M]
+    said = EventTargets(row_M, more.event_M, more.probs_M, more.entry_D, more.token_D, none, none.astype(np.float32), none, none,
+                   DistributionKind.FULL)
     assert [number[i.student] for i, _ in cells] == p.row_N[list(at_N)].tolist()
-    return replace(p, said=targets(world.full_bridge, together([p.entries, said], [0, 0]), len(p.row_N)))
+    return replace(p, said=build_batch_targets(world.full_bridge, concat_event_targets([p.entries, said], [0, 0]), len(p.row_N)))
 
 
 @pytest.mark.parametrize("name", COMPLETION)
@@ -454,7 +466,7 @@ def test_top_k(name: str):
     much of it. Renormalised it pushes everywhere."""
     world = short(name)
     s = stack(world, no_mask)
-    for kind, want in zip((RowKind.TOPK_REST, RowKind.FULL), REST[name], strict=True):
+    for kind, want in zip((DistributionKind.TOPK, DistributionKind.FULL), REST[name], strict=True):
         assert push(composed_table(world, positions(world, True, kind, 3)), s) == pytest.approx(want, abs=.01)
 
 
@@ -463,21 +475,21 @@ def test_top_k(name: str):
 DRAWS = 3000
 
 
-def drawn(world: World, b: Boundary, rows: Rows, masked: bool, logits_V: torch.Tensor) -> torch.Tensor:
+def drawn(world: World, b: Boundary, rows: SparseDistributions, masked: bool, logits_V: torch.Tensor) -> torch.Tensor:
     """Gradient of persea's objective at one boundary, the text's token a member of an event, once for each row. [D, V]"""
     D, (student, teacher) = len(rows), (dict(zip(world.boundaries, zip(*contexts(world), strict=True), strict=True))[b])
     before = {"student_N": np.full(D, student), "teacher_N": np.full(D, teacher)} if masked else {}
     row_M = np.repeat(np.arange(D), np.diff(rows.offsets_N1))
-    said = targets(world.full_bridge, standing(world.full_bridge, row_M, rows.ids_M, rows.probs_M, kind=rows.kind, **before), D)
-    logits_DV = logits_V.expand(D, -1).clone().requires_grad_()
-    composed(logits_DV, torch.full((D,), int(world.columns_V[0])), [said], 0.7).loss.backward()
+    said = build_batch_targets(world.full_bridge, build_event_targets(world.full_bridge, row_M, rows.ids_M, rows.probs_M, kind=rows.kind, **before), D)
+    logits_DV = logits_V.expand_groups(D, -1).clone().requires_grad_()
+    event_kl_loss(logits_DV, torch.full((D,), int(world.columns_V[0])), [said], 0.7).loss.backward()
     return logits_DV.grad * D
 
 
-def rows_of(p_DW: np.ndarray, ids: np.ndarray, kind: RowKind) -> Rows:
+def rows_of(p_DW: np.ndarray, ids: np.ndarray, kind: DistributionKind) -> SparseDistributions:
     row, at = p_DW.nonzero()
     offsets = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=len(p_DW)))])
-    return Rows(offsets, ids[at].astype(np.int32), p_DW[row, at].astype(np.float32), np.zeros(len(p_DW), np.float32), kind)
+    return SparseDistributions(offsets, ids[at].astype(np.int32), p_DW[row, at].astype(np.float32), np.zeros(len(p_DW), np.float32), kind)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
@@ -488,25 +500,25 @@ def test_sampled_rows_have_the_full_rows_gradient(name: str, masked: bool):
     several = [b for b in world.boundaries if (((b.p_W > 0) & (persea_mask(world, b)[0] == 0)).any() or not masked)]
     b = max(several, key=lambda b: (b.p_W > 0).sum())
     logits_V = torch.randn(len(world.student.vocabulary), generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    full = drawn(world, b, rows_of(b.p_W[None], world.columns_W, RowKind.FULL), masked, logits_V)[0]
-    sample = sample_rows(torch.from_numpy(np.log(np.maximum(b.p_W, 1e-30))).expand(DRAWS, -1), np.zeros(DRAWS, np.int64), 0.4, "worlds")
+    full = drawn(world, b, rows_of(b.p_W[None], world.columns_W, DistributionKind.FULL), masked, logits_V)[0]
+    sample = sample_distributions(torch.from_numpy(np.log(np.maximum(b.p_W, 1e-30))).expand_groups(DRAWS, -1), np.zeros(DRAWS, np.int64), 0.4, "worlds")
     rows = replace(sample, ids_M=world.columns_W[sample.ids_M].astype(np.int32))
     each = drawn(world, b, rows, masked, logits_V)
     assert each.std(0).max() > 0.01, "draws differ"
     z = (each.mean(0) - full) / (each.std(0) / math.sqrt(DRAWS)).clamp(min=1e-6)
     assert z.abs().max() < 4
     top = np.where(b.p_W >= np.sort(b.p_W)[-2], b.p_W, 0.0)
-    for other, kind in ((top / top.sum(), RowKind.FULL), (top, RowKind.TOPK_REST)):
+    for other, kind in ((top / top.sum(), DistributionKind.FULL), (top, DistributionKind.TOPK)):
         bias = float((drawn(world, b, rows_of(other[None], world.columns_W, kind), masked, logits_V)[0] - full).abs().max())
         assert bias == pytest.approx(TOP[name, masked, kind], abs=1e-3), (kind, bias)
 
 
 # the largest bias of a gradient's entry (of at most 1): the two likeliest renormalised, and the two likeliest with one rest event
-TOP: dict[tuple[str, bool, RowKind], float] = {
-    ("crossing", False, RowKind.FULL): .1128, ("crossing", False, RowKind.TOPK_REST): .1123,
-    ("crossing", True, RowKind.FULL): .2769, ("crossing", True, RowKind.TOPK_REST): .1123,
-    ("words", False, RowKind.FULL): .1521, ("words", False, RowKind.TOPK_REST): .0503,
-    ("words", True, RowKind.FULL): .1521, ("words", True, RowKind.TOPK_REST): .0503}
+TOP: dict[tuple[str, bool, DistributionKind], float] = {
+    ("crossing", False, DistributionKind.FULL): .1128, ("crossing", False, DistributionKind.TOPK): .1123,
+    ("crossing", True, DistributionKind.FULL): .2769, ("crossing", True, DistributionKind.TOPK): .1123,
+    ("words", False, DistributionKind.FULL): .1521, ("words", False, DistributionKind.TOPK): .0503,
+    ("words", True, DistributionKind.FULL): .1521, ("words", True, DistributionKind.TOPK): .0503}
 
 
 # ---- T9: no longest string ------------------------------------------------------------------------------------------------
@@ -531,7 +543,7 @@ def long_text() -> tuple[str, list[int], list[int]]:
 
 def test_a_long_text_without_a_bias():
     text, t, s = long_text()
-    teacher, student = TEACHER.laid(t), STUDENT.laid(s)
+    teacher, student = TEACHER.build_event_groups(t), STUDENT.build_event_groups(s)
     rows_t, rows_s = ({after: one.row(after) for after in tunstall.SOURCE} for one in (TEACHER, STUDENT))
 
     def logprobs(rows: dict[str, np.ndarray], tokens: object) -> np.ndarray:
@@ -540,24 +552,24 @@ def test_a_long_text_without_a_bias():
     log_t, log_s = logprobs(rows_t, teacher), logprobs(rows_s, student)
     for logs, tokens in ((log_t, teacher), (log_s, student)):  # closed form, string by string
         assert logs.sum() == pytest.approx(tunstall.logprob(text[:tokens.ends_T[-1]]), rel=1e-12)
-    both, between = boundaries(student, teacher), spans(student, teacher)
+    both, between = common_boundaries(student, teacher), aligned_spans(student, teacher)
     assert len(both.student_C) > 5000
     sums_t, sums_s = (np.concatenate([[0], np.cumsum(x)]) for x in (log_t, log_s))
     gaps = [sums_t[b] - sums_t[a] - (sums_s[d] - sums_s[c]) for (a, b), (c, d) in zip(between.teacher_C2, between.student_C2, strict=True)]
     assert np.abs(gaps).max() < 1e-9
     # event distributions at every boundary, through the code that trains, in float32 as it trains
-    bridge = tunstall.bridge(TEACHER, STUDENT)
+    bridge = tunstall.event_map(TEACHER, STUDENT)
     after = [text[a - 1] if a else "" for a in student.starts_T[both.student_C]]
     logits = torch.from_numpy(np.array([rows_s[a] for a in after], np.float32))
     p_CW = torch.from_numpy(np.exp([rows_t[a] for a in after]))
     row_M, ids_M = np.repeat(np.arange(len(after)), len(TEACHER.tokens)), np.tile(np.arange(len(TEACHER.tokens)), len(after))
-    said = targets(bridge, standing(bridge, row_M, ids_M, p_CW.flatten().numpy(), kind=RowKind.FULL), len(after))
+    said = build_batch_targets(bridge, build_event_targets(bridge, row_M, ids_M, p_CW.flatten().numpy(), kind=DistributionKind.FULL), len(after))
     q_M = event_logprobs(logits, logits.logsumexp(-1), said).exp()
-    p_CE = torch.zeros(len(after), bridge.events, dtype=torch.float64).index_add(1, torch.from_numpy(bridge.teacher_event_W).long(), p_CW)
+    p_CE = torch.zeros(len(after), bridge.num_events, dtype=torch.float64).index_add(1, torch.from_numpy(bridge.teacher_event_W).long(), p_CW)
     assert (q_M - p_CE[:, torch.from_numpy(bridge.teacher_event_W).long()].flatten()).abs().max() < 1e-6
     # nothing but events: a perfect student's gradient is zero at each of them, not only on average
     logits = logits.clone().requires_grad_()
-    composed(logits, torch.from_numpy(student.ids_T[both.student_C]).long(), [said], 1.0).loss.backward()
+    event_kl_loss(logits, torch.from_numpy(student.ids_T[both.student_C]).long(), [said], 1.0).loss.backward()
     assert logits.grad.abs().max() * len(after) < 1e-5
 
 
@@ -571,9 +583,9 @@ def test_without_a_leak_strict_is_unbiased_too():
 
 
 def test_a_tunstall_student_that_is_wrong_is_seen():
-    bridge = tunstall.bridge(TEACHER, STUDENT)
+    bridge = tunstall.event_map(TEACHER, STUDENT)
     p, q = np.exp(TEACHER.row("a")), np.exp(STUDENT.row("b"))
-    p_E, q_E = np.bincount(bridge.teacher_event_W, p, bridge.events), np.bincount(bridge.student_event_V, q, bridge.events)
+    p_E, q_E = np.bincount(bridge.teacher_event_W, p, bridge.num_events), np.bincount(bridge.student_event_V, q, bridge.num_events)
     assert bias.tv(p_E, q_E) > 0.3
 
 

@@ -19,13 +19,23 @@ import pytest
 import torch
 
 from persea.cache import unit as cache
-from persea.cache.capture import Pace, Step, Unit, accounts, caches, capture, plan_units, quarantined, summary
-from persea.chat.messages import Conversation, Effort, Finish, Message, Role, Text
-from persea.data.prompts import Broken, Corpus, Prompt, Why
-from persea.distributions import RowKind
-from persea.errors import DataError, Refused
+from persea.cache.capture import (
+    CaptureBudget,
+    CaptureUnit,
+    UnitProgress,
+    account_for_prompts,
+    capture_summary,
+    capture_teacher,
+    open_teacher_caches,
+    plan_units,
+    quarantine_records,
+)
+from persea.chat.messages import Conversation, FinishReason, Message, Role, Text, ThinkingEffort
+from persea.data.prompts import Corpus, MalformedLine, Prompt, RemovalReason
+from persea.distributions import DistributionKind
+from persea.errors import DataError, RefusedError
 from persea.evaluation.audition import Cast
-from persea.tasks.generated import LANGUAGES, REASONING
+from persea.tasks.generated import LANGUAGES_TASK, REASONING_TASK
 from persea.tasks.task import Split
 from persea.teachers.engines import Engine
 from persea.teachers.teacher import Answer, Teacher
@@ -48,36 +58,36 @@ class Counting:
         self.asked += [p.tobytes() for p in prompts]
         return self.real.generate(prompts, stop_ids, max_new_tokens)
 
-    def score(self, sequences: Sequence[np.ndarray], learn: Sequence[np.ndarray]) -> object:
-        return self.real.score(sequences, learn)
+    def compute_logprobs(self, sequences: Sequence[np.ndarray], learn: Sequence[np.ndarray]) -> object:
+        return self.real.compute_logprobs(sequences, learn)
 
-    def pieces(self, sequences: Sequence[np.ndarray], learn: Sequence[np.ndarray]) -> object:
-        return self.real.pieces(sequences, learn)
+    def iter_logprobs(self, sequences: Sequence[np.ndarray], learn: Sequence[np.ndarray]) -> object:
+        return self.real.iter_logprobs(sequences, learn)
 
 
 def prompts(n: int) -> list[Prompt]:
     """n questions of each of two skills, with their answers."""
-    return [replace(i.prompt, answer=i.reference) for skill in (LANGUAGES, REASONING) for i in skill.items(Split.TEACH, n, 0)]
+    return [replace(i.prompt, answer=i.reference) for skill in (LANGUAGES_TASK, REASONING_TASK) for i in skill.items(Split.TRAIN, n, 0)]
 
 
-def units(some: Sequence[Prompt], size: int = 4, cast: Cast = ALONE, identity: str = "weights 1", **settings: Any) -> tuple[Unit, ...]:
+def units(some: Sequence[Prompt], size: int = 4, cast: Cast = ALONE, identity: str = "weights 1", **settings: Any) -> tuple[CaptureUnit, ...]:
     names = dict.fromkeys(name for parts in cast.parts.values() for name, _ in parts)
     return plan_units(some, cast, {name: f"{name} {identity}" for name in names}, size, SETTINGS | settings)
 
 
-def names(planned: Sequence[Unit]) -> list[str]:
+def names(planned: Sequence[CaptureUnit]) -> list[str]:
     return [u.name for u in planned]
 
 
-def read(planned: Sequence[Unit], folder: Path) -> list[cache.Capture]:
+def read(planned: Sequence[CaptureUnit], folder: Path) -> list[cache.CachedAnswer]:
     return [c for unit in planned for c in cache.read_unit(folder, unit.name)]
 
 
-def ask(planned: Sequence[Unit], folder: Path, speaker: Teacher | None = None, **changes: Any) -> list[int]:
+def ask(planned: Sequence[CaptureUnit], folder: Path, speaker: Teacher | None = None, **changes: Any) -> list[int]:
     """Capture with the qwen-sapling; the prompts of each unit as progress told them."""
     told: list[int] = []
     speaker = speaker or Teacher("qwen-sapling", opened("qwen-sapling")[0], engine("qwen-sapling"))
-    capture(planned, speaker, folder, **{"progress": lambda step: told.append(step.prompts)} | SETTINGS | changes)
+    capture_teacher(planned, speaker, folder, **{"on_unit": lambda step: told.append(step.prompts)} | SETTINGS | changes)
     return told
 
 
@@ -95,12 +105,12 @@ def test_another_setting_is_another_name_for_every_unit(change: dict[str, Any]) 
 
 
 @pytest.mark.parametrize("change", [
-    {"id": "other"}, {"language": "xx"}, {"skill": "reasoning"}, {"answer": "other"}, {"conversation": Conversation.ask("other")},
-    {"conversation": Conversation.ask("Say", system="Be brief.")}, {"conversation": Conversation.ask("Say", effort=Effort.HIGH)},
-    {"effort": Effort.NONE}, {"effort": Effort.HIGH}], ids=str)
+    {"id": "other"}, {"language": "xx"}, {"skill": "reasoning"}, {"answer": "other"}, {"conversation": Conversation.from_question("other")},
+    {"conversation": Conversation.from_question("Say", system="Be brief.")}, {"conversation": Conversation.from_question("Say", effort=ThinkingEffort.HIGH)},
+    {"effort": ThinkingEffort.NONE}, {"effort": ThinkingEffort.HIGH}], ids=str)
 def test_another_prompt_changes_the_name_of_its_unit_and_of_no_other(change: dict[str, Any]) -> None:
     some = prompts(8)[:8]
-    some[5] = replace(some[5], conversation=Conversation.ask("Say"))
+    some[5] = replace(some[5], conversation=Conversation.from_question("Say"))
     one, other = names(units(some)), names(units([*some[:5], replace(some[5], **change), *some[6:]]))
     assert one[0] == other[0]
     assert one[1] != other[1]
@@ -123,14 +133,14 @@ def test_every_prompt_is_in_one_unit_in_corpus_order() -> None:
 
 
 def test_a_unit_is_closed_before_it_could_pass_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    some = [Prompt(str(k), Conversation.ask("é" * n), "languages", "en", answer="a" * 30) for k, n in enumerate([10, 10, 10, 40, 100, 1])]
+    some = [Prompt(str(k), Conversation.from_question("é" * n), "languages", "en", answer="a" * 30) for k, n in enumerate([10, 10, 10, 40, 100, 1])]
     names_of = {"qwen-sapling": "weights"}
 
     def sizes(size: int, longest: int | None) -> list[list[str]]:
         return [[p.id for p in u.prompts] for u in plan_units(some, ALONE, names_of, size, SETTINGS, longest)]
 
     assert sizes(4, 10) == [["0", "1", "2", "3"], ["4", "5"]]  # far from 2^20
-    monkeypatch.setattr("persea.cache.capture.UNIT_TOKENS", 100)
+    monkeypatch.setattr("persea.cache.capture.MAX_UNIT_TOKENS", 100)
     assert sizes(4, 10) == [["0", "1", "2"], ["3"], ["4"], ["5"]]  # 20 + 10 each, then 90, 210 alone, 12
     assert sizes(2, 10) == [["0", "1"], ["2"], ["3"], ["4"], ["5"]]
     assert sizes(4, 30) == sizes(4, None) == [["0", "1"], ["2"], ["3"], ["4"], ["5"]]
@@ -162,7 +172,7 @@ def work(folder: Path, pipe: Connection) -> None:
 
 def killed(folder: Path, after: int, seconds: float) -> int:
     """Units committed by a child that is killed some time after it told of so many."""
-    mine, childs = warm().Pipe(duplex=False)
+    mine, childs = warm().PipeDisplay(duplex=False)
     child = warm().Process(target=work, args=(folder, childs))
     child.start()
     childs.close()
@@ -198,7 +208,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes_and_asks_nothing_twice(tmp
     counting = Counting(engine("qwen-sapling"))
     voice = opened("qwen-sapling")[0]
     assert ask(planned, tmp_path, Teacher("qwen-sapling", voice, counting)) == [4, 4, 4, 4, 4]
-    assert counting.asked == [voice.prompt(p.conversation).ids_T.tobytes() for u in planned if u.name not in stood for p in u.prompts]
+    assert counting.asked == [voice.render_prompt(p.conversation).ids_T.tobytes() for u in planned if u.name not in stood for p in u.prompts]
     assert {n: d for n, d in tree(tmp_path).items() if not n.rpartition("/")[2].startswith(".")} == uninterrupted
     again = Counting(engine("qwen-sapling"))
     ask(planned, tmp_path, Teacher("qwen-sapling", voice, again))
@@ -228,37 +238,37 @@ def test_what_is_read_is_what_the_teacher_said_with_its_rows(tmp_path: Path) -> 
     planned = units(prompts(4))
     ask(planned, tmp_path)
     speaker = Teacher("qwen-sapling", opened("qwen-sapling")[0], engine("qwen-sapling"))
-    answers = [a for u in planned for a in speaker.answer(u.prompts, 40) if a.finish is Finish.STOP]
+    answers = [a for u in planned for a in speaker.answer(u.prompts, 40) if a.finish is FinishReason.STOP]
     captures = list(read(planned, tmp_path))
     assert [c.answer for c in captures] == answers
-    for one, (tokens, logprobs_NW) in zip(captures, speaker.score([a.conversation for a in answers]), strict=True):
+    for one, (tokens, logprobs_NW) in zip(captures, speaker.compute_logprobs([a.conversation for a in answers]), strict=True):
         assert np.array_equal(one.tokens.ids_T, tokens.ids_T)
-        assert len(one.rows) == int(tokens.learn_T.sum())
-        assert one.rows.offsets_N1[-1] == len(one.rows.ids_M)
-        mass = np.add.reduceat(one.rows.probs_M, one.rows.offsets_N1[:-1])
+        assert len(one.distributions) == int(tokens.loss_mask_T.sum())
+        assert one.distributions.offsets_N1[-1] == len(one.distributions.ids_M)
+        mass = np.add.reduceat(one.distributions.probs_M, one.distributions.offsets_N1[:-1])
         assert np.abs(mass - 1).max() <= SETTINGS["tau"] + 1e-3
-        row = np.repeat(np.arange(len(one.rows)), np.diff(one.rows.offsets_N1))
-        p = logprobs_NW.double().exp().numpy()[row, one.rows.ids_M]
+        row = np.repeat(np.arange(len(one.distributions)), np.diff(one.distributions.offsets_N1))
+        p = logprobs_NW.double().exp().numpy()[row, one.distributions.ids_M]
         head = p >= 2 * SETTINGS["tau"]  # away from the threshold, where batches of another shape round otherwise
-        assert np.allclose(np.log(one.rows.probs_M[head]), np.log(p[head]), rtol=0, atol=1e-3)
+        assert np.allclose(np.log(one.distributions.probs_M[head]), np.log(p[head]), rtol=0, atol=1e-3)
 
 
 def test_the_likeliest_and_a_rest_are_kept_where_a_kl_is_asked_for(tmp_path: Path) -> None:
-    planned = units(prompts(4), kl=0.02)
-    ask(planned, tmp_path / "one", tau=None, kl=0.02)
-    ask(planned, tmp_path / "two", tau=None, kl=0.02)
+    planned = units(prompts(4), max_kl=0.02)
+    ask(planned, tmp_path / "one", tau=None, max_kl=0.02)
+    ask(planned, tmp_path / "two", tau=None, max_kl=0.02)
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
     record = cache.read_record(tmp_path / "one", planned[0].name)
     assert (record["kind"], record["about"]["kl"]) == ("topk", "0.02")
     speaker = Teacher("qwen-sapling", opened("qwen-sapling")[0], engine("qwen-sapling"))
     for unit in planned:
         captures = cache.read_unit(tmp_path / "one", unit.name)
-        seen_W = 1.0 + np.bincount(np.concatenate([c.tokens.ids_T for c in captures]), minlength=len(speaker.voice.vocabulary))
-        for one, (_, logs_NW) in zip(captures, speaker.score([c.answer.conversation for c in captures]), strict=True):
-            assert one.rows.kind is RowKind.TOPK_REST
-            p_NW, row = logs_NW.double().exp().numpy(), np.repeat(np.arange(len(one.rows)), np.diff(one.rows.offsets_N1))
+        seen_W = 1.0 + np.bincount(np.concatenate([c.tokens.ids_T for c in captures]), minlength=len(speaker.renderer.vocabulary))
+        for one, (_, logs_NW) in zip(captures, speaker.compute_logprobs([c.answer.conversation for c in captures]), strict=True):
+            assert one.distributions.kind is DistributionKind.TOPK
+            p_NW, row = logs_NW.double().exp().numpy(), np.repeat(np.arange(len(one.distributions)), np.diff(one.distributions.offsets_N1))
             q_NW = np.zeros_like(p_NW)
-            q_NW[row, one.rows.ids_M] = one.rows.probs_M
+            q_NW[row, one.distributions.ids_M] = one.distributions.probs_M
             spread_NW = np.where(q_NW > 0, 0, seen_W)
             q_NW += (1 - q_NW.sum(1, keepdims=True)) * spread_NW / spread_NW.sum(1, keepdims=True)
             assert (p_NW * (np.log(p_NW) - np.log(q_NW))).sum(1).max() <= 0.02 + 1e-4  # another batch rounds otherwise
@@ -279,31 +289,31 @@ def test_answers_that_are_not_whole_are_counted_and_prompts_are_kept_or_left_out
     planned = units(some, cast=cast)
     says = [whole, cut, odd, whole, odd, odd, cut, odd, whole, whole]
     ask(planned, tmp_path, scripted(name, *says))
-    told = summary(planned, tmp_path)
+    told = capture_summary(planned, tmp_path)
     assert (told["prompts"], told["kept"], told["left_out"]) == (10, 4, {"length": 2, "malformed": 4})
     assert told["prompts"] == told["kept"] + sum(told["left_out"].values())
     assert told["teachers"].keys() == {name}
     captures = list(read(planned, tmp_path))
     assert [c.answer.prompt_id for c in captures] == [some[k].id for k in (0, 3, 8, 9)]
     assert (told["tokens"], told["positions"], told["entries"]) == (
-        sum(len(c.tokens) for c in captures), sum(len(c.rows) for c in captures), sum(len(c.rows.ids_M) for c in captures))
+        sum(len(c.tokens) for c in captures), sum(len(c.distributions) for c in captures), sum(len(c.distributions.ids_M) for c in captures))
     assert told["bytes"] == sum(p.stat().st_size for p in (tmp_path / "units").iterdir())
 
 
 def test_an_answer_without_the_thought_it_was_asked_for_is_left_out(tmp_path: Path) -> None:
     """Cut thoughts are counted as cut answers; a prompt without a mode may be answered either way."""
     name = "qwen-sapling"
-    control = opened(name)[0].vocabulary.control
+    control = opened(name)[0].vocabulary.control_token_ids
     thinks = [control["<think>"], *words(name, "hm"), control["</think>"], *words(name, "42", "<|im_end|>")]
     direct, cut = words(name, "42", "<|im_end|>"), [control["<think>"], *words(name, "hm and hm")]
-    cases = [(Effort.HIGH, thinks), (Effort.HIGH, direct), (Effort.HIGH, cut), (Effort.NONE, direct), (None, direct), (Effort.LOW, direct)]
+    cases = [(ThinkingEffort.HIGH, thinks), (ThinkingEffort.HIGH, direct), (ThinkingEffort.HIGH, cut), (ThinkingEffort.NONE, direct), (None, direct), (ThinkingEffort.LOW, direct)]
     some = [replace(p, effort=effort) for p, (effort, _) in zip(prompts(6), cases, strict=False)]
     planned = units(some, size=6)
     ask(planned, tmp_path, scripted(name, *(says for _, says in cases)))
-    told = summary(planned, tmp_path)
+    told = capture_summary(planned, tmp_path)
     assert (told["kept"], told["left_out"]) == (3, {"thoughtless": 2, "length": 1})
-    assert [(c.answer.mode, c.answer.conversation.effort) for c in read(planned, tmp_path)] == [
-        (Effort.HIGH, Effort.HIGH), (Effort.NONE, Effort.NONE), (None, Effort.NONE)]
+    assert [(c.answer.effort, c.answer.conversation.effort) for c in read(planned, tmp_path)] == [
+        (ThinkingEffort.HIGH, ThinkingEffort.HIGH), (ThinkingEffort.NONE, ThinkingEffort.NONE), (None, ThinkingEffort.NONE)]
 
 
 def test_an_answer_that_its_own_template_refuses_is_left_out_and_not_the_end_of_the_run(tmp_path: Path) -> None:
@@ -311,7 +321,7 @@ def test_an_answer_that_its_own_template_refuses_is_left_out_and_not_the_end_of_
     name = "llama-sapling"
     says = [words(name, text, "<|eot_id|>") for text in ("fine", "of <channel>", "fine")]
     speaker = scripted(name, *says)
-    template = speaker.voice.template
+    template = speaker.renderer.template
 
     def picky(messages: list[dict[str, Any]], **switches: Any) -> str:
         if any("<channel>" in m["content"] for m in messages):
@@ -319,16 +329,16 @@ def test_an_answer_that_its_own_template_refuses_is_left_out_and_not_the_end_of_
         return template(messages, **switches)
 
     planned = units(prompts(3)[:3], cast=Cast({"languages": ((name, 1.0),)}, ()))
-    ask(planned, tmp_path, replace(speaker, voice=replace(speaker.voice, template=picky)))
-    told = summary(planned, tmp_path)
+    ask(planned, tmp_path, replace(speaker, renderer=replace(speaker.renderer, template=picky)))
+    told = capture_summary(planned, tmp_path)
     assert (told["kept"], told["left_out"]) == (2, {"malformed": 1})
 
 
 def test_nothing_whole_is_refused(tmp_path: Path) -> None:
     planned = units(prompts(3))
     ask(planned, tmp_path, max_new_tokens=2)
-    with pytest.raises(Refused, match=r"no answer of 6 is whole \(\{'length': 6\}\) -> raise capture.max_new_tokens") as caught:
-        summary(planned, tmp_path)
+    with pytest.raises(RefusedError, match=r"no answer of 6 is whole \(\{'length': 6\}\) -> raise capture.max_new_tokens") as caught:
+        capture_summary(planned, tmp_path)
     assert caught.value.exit_code == 4
     assert list(read(planned, tmp_path)) == []
 
@@ -337,7 +347,7 @@ def test_a_summary_before_all_is_captured_is_refused_with_the_missing_unit(tmp_p
     planned = units(prompts(5))
     ask(planned[:1], tmp_path)
     with pytest.raises(DataError, match=rf"{planned[1].name}\.json: not there"):
-        summary(planned, tmp_path)
+        capture_summary(planned, tmp_path)
 
 
 def test_each_teachers_captures_are_a_cache_of_their_own_with_the_casts_share(tmp_path: Path) -> None:
@@ -345,7 +355,7 @@ def test_each_teachers_captures_are_a_cache_of_their_own_with_the_casts_share(tm
     planned = units(prompts(5), cast=both)
     for name in ("qwen-sapling", "gemma-sapling"):
         ask(planned, tmp_path, Teacher(name, opened(name)[0], engine(name)))
-    (one, share), (other, rest) = caches(planned, tmp_path)
+    (one, share), (other, rest) = open_teacher_caches(planned, tmp_path)
     assert (share, rest) == (5, 5)
     for read_, name in ((one, "qwen-sapling"), (other, "gemma-sapling")):
         assert [c.answer for c in read_] == [c.answer for c in read([u for u in planned if u.teacher == name], tmp_path)]
@@ -359,7 +369,7 @@ def test_an_answer_that_comes_in_pieces_gives_the_same_unit(tmp_path: Path, monk
 
     class Cut(Counting):
         def pieces(self, sequences: Sequence[np.ndarray], learn: Sequence[np.ndarray]) -> object:
-            for k, some in self.real.pieces(sequences, learn):
+            for k, some in self.real.iter_logprobs(sequences, learn):
                 for piece in torch.split(some, 2):
                     sizes.append(len(piece))
                     yield k, piece
@@ -379,7 +389,7 @@ def test_given_answers_are_scored_and_not_asked(tmp_path: Path) -> None:
     assert counting.asked == []
     captures = list(read(planned, tmp_path))
     assert [c.answer.text for c in captures] == [p.answer for p in itertools.chain(*(u.prompts for u in planned))]
-    assert all(len(c.rows) == int(c.tokens.learn_T.sum()) > 0 for c in captures)
+    assert all(len(c.distributions) == int(c.tokens.loss_mask_T.sum()) > 0 for c in captures)
 
 
 def test_a_given_answer_that_is_missing_is_named(tmp_path: Path) -> None:
@@ -400,7 +410,7 @@ def test_of_hostile_documents_each_is_kept_or_counted_as_left_out(tmp_path: Path
             for k, text in enumerate(HOSTILE)]
     planned = units(some, size=5)
     ask(planned, tmp_path, max_new_tokens=30)
-    told = summary(planned, tmp_path) if any(cache.read_record(tmp_path, u.name)["answers"] for u in planned) else None
+    told = capture_summary(planned, tmp_path) if any(cache.read_record(tmp_path, u.name)["answers"] for u in planned) else None
     records = [cache.read_record(tmp_path, u.name) for u in planned]
     assert sum(r["answers"] + sum(r["dropped"].values()) for r in records) == len(HOSTILE)
     refused = {name: why for r in records for name, why in r["quarantine"]}
@@ -415,35 +425,35 @@ def test_of_hostile_documents_each_is_kept_or_counted_as_left_out(tmp_path: Path
 def test_a_prompt_past_the_models_positions_is_not_asked_and_an_answer_past_them_not_kept(tmp_path: Path) -> None:
     some = prompts(3)[:3]
     speaker = Teacher("qwen-sapling", opened("qwen-sapling")[0], engine("qwen-sapling"))
-    lengths = [len(speaker.voice.prompt(p.conversation)) for p in some]
-    whole = [len(speaker.voice.render(p.conversation.answered(Text(p.answer)))) for p in some]
+    lengths = [len(speaker.renderer.render_prompt(p.conversation)) for p in some]
+    whole = [len(speaker.renderer.render(p.conversation.with_answer(Text(p.answer)))) for p in some]
     planned = units(some, answers="given")
     context = max(lengths)
     counting = Counting(engine("qwen-sapling"))
-    ask(units(some), tmp_path / "ask", replace(speaker, engine=counting, context=context))
+    ask(units(some), tmp_path / "ask", replace(speaker, engine=counting, max_context_tokens=context))
     assert len(counting.asked) == sum(n < context for n in lengths) < 3
     record = cache.read_record(tmp_path / "ask", units(some)[0].name)
     assert [name for name, _ in record["quarantine"]] == [p.id for p, n in zip(some, lengths, strict=True) if n == context]
     assert f"{context:,} tokens, and qwen-sapling has positions for {context:,}" in record["quarantine"][0][1]
-    ask(planned, tmp_path / "given", replace(speaker, context=max(whole) - 1), given=True)
+    ask(planned, tmp_path / "given", replace(speaker, max_context_tokens=max(whole) - 1), given=True)
     record = cache.read_record(tmp_path / "given", planned[0].name)
     assert (record["answers"], record["dropped"]) == (sum(n < max(whole) for n in whole), {"length": whole.count(max(whole))})
-    ask(planned, tmp_path / "all", replace(speaker, context=max(whole)), given=True)
+    ask(planned, tmp_path / "all", replace(speaker, max_context_tokens=max(whole)), given=True)
     assert cache.read_record(tmp_path / "all", planned[0].name)["answers"] == 3
 
 
 def test_what_came_in_is_kept_skipped_or_set_aside(tmp_path: Path) -> None:
     hostile = Conversation((Message(Role.USER, (Text("half \ud83d"),)),))
     some = [*prompts(3)[:3], replace(prompts(1)[0], id="hostile", conversation=hostile)]
-    corpus = Corpus(tuple(some), (("twice", Why.DUPLICATE),), (Broken("p.jsonl:7", "not JSON", 9, "{"),))
+    corpus = Corpus(tuple(some), (("twice", RemovalReason.DUPLICATE),), (MalformedLine("p.jsonl:7", "not JSON", 9, "{"),))
     ask(units(some), tmp_path)
-    told, aside = summary(units(some), tmp_path), quarantined(units(some), tmp_path, corpus.broken)
-    found = accounts(told, corpus, aside)
+    told, aside = capture_summary(units(some), tmp_path), quarantine_records(units(some), tmp_path, corpus.malformed)
+    found = account_for_prompts(told, corpus, aside)
     assert (found["in"], found["kept"], found["skipped"], found["quarantined"]) == (6, told["kept"], 4 - told["kept"], 2)
     assert found["quarantine"][0] == {"where": "p.jsonl:7", "why": "not JSON"}
     assert found["quarantine"][1]["where"].startswith("prompt hostile, qwen-sapling, unit ")
     with pytest.raises(AssertionError, match=r"prompts were lost: .*'in': 6"):
-        accounts(told, corpus, aside[1:])
+        account_for_prompts(told, corpus, aside[1:])
 
 
 def test_an_answer_that_a_server_filtered_is_set_aside_with_that_reason(tmp_path: Path) -> None:
@@ -452,19 +462,19 @@ def test_an_answer_that_a_server_filtered_is_set_aside_with_that_reason(tmp_path
     class Filtering(Teacher):
         def answer(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
             first, *rest = super().answer(prompts, max_new_tokens)
-            return [replace(first, finish=Finish.REFUSED), *rest]
+            return [replace(first, finish=FinishReason.REFUSED), *rest]
 
     ask(units(some), tmp_path, Filtering("qwen-sapling", opened("qwen-sapling")[0], engine("qwen-sapling")))
-    told, aside = summary(units(some), tmp_path), quarantined(units(some), tmp_path, ())
+    told, aside = capture_summary(units(some), tmp_path), quarantine_records(units(some), tmp_path, ())
     assert told["left_out"] == {"refused": 1}
     assert [a["why"] for a in aside] == ["the server refused to answer: its content filter"]
-    assert accounts(told, Corpus(tuple(some), ()), aside)["quarantined"] == 1
+    assert account_for_prompts(told, Corpus(tuple(some), ()), aside)["quarantined"] == 1
 
 
 def test_a_teacher_that_changed_half_way_is_refused_and_what_stands_stays(tmp_path: Path) -> None:
     ask(units(prompts(6))[:1], tmp_path)
     before = tree(tmp_path)
-    with pytest.raises(Refused, match=r"units of another qwen-sapling stand here: .* -> give this run another --out") as caught:
+    with pytest.raises(RefusedError, match=r"units of another qwen-sapling stand here: .* -> give this run another --out") as caught:
         ask(units(prompts(6), identity="weights 2"), tmp_path)
     assert caught.value.exit_code == 4
     assert tree(tmp_path) == before
@@ -477,10 +487,10 @@ def test_a_teacher_that_changes_while_it_is_asked_commits_nothing_more(tmp_path:
     def unchanged() -> None:
         checks.append(len(cache_records(tmp_path)))
         if len(checks) == 2:
-            raise Refused("changed")
+            raise RefusedError("changed")
 
-    with pytest.raises(Refused, match="changed"):
-        ask(units(prompts(6)), tmp_path, unchanged=unchanged)
+    with pytest.raises(RefusedError, match="changed"):
+        ask(units(prompts(6)), tmp_path, refuse_if_changed=unchanged)
     assert checks == [0, 1]
     assert len(cache_records(tmp_path)) == 1
 
@@ -491,11 +501,11 @@ def cache_records(folder: Path) -> list[Path]:
 
 def test_progress_tells_tokens_a_second_and_the_time_that_is_left() -> None:
     seconds = iter([0.0, 1.0, 10.0, 30.0, 400.0])
-    pace = Pace(1000, clock=lambda: next(seconds))
-    assert pace.step(Step(200, 900, asked=False)) == (0.2, "200/1000 prompts")  # it stood there: says nothing of the pace
-    assert pace.step(Step(100, 500, asked=True)) == (0.3, "300/1000 prompts, 50 tokens/s, 70 s left")
-    assert pace.step(Step(100, 1000, asked=True)) == (0.4, "400/1000 prompts, 50 tokens/s, 90 s left")
-    assert pace.step(Step(600, 2500, asked=True)) == (1.0, "1000/1000 prompts, 10 tokens/s")
+    pace = CaptureBudget(1000, clock=lambda: next(seconds))
+    assert pace.record_unit(UnitProgress(200, 900, is_new=False)) == (0.2, "200/1000 prompts")  # it stood there: says nothing of the pace
+    assert pace.record_unit(UnitProgress(100, 500, is_new=True)) == (0.3, "300/1000 prompts, 50 tokens/s, 70 s left")
+    assert pace.record_unit(UnitProgress(100, 1000, is_new=True)) == (0.4, "400/1000 prompts, 50 tokens/s, 90 s left")
+    assert pace.record_unit(UnitProgress(600, 2500, is_new=True)) == (1.0, "1000/1000 prompts, 10 tokens/s")
 
 
 @pytest.mark.parametrize(("limit", "reason"), [
@@ -503,9 +513,9 @@ def test_progress_tells_tokens_a_second_and_the_time_that_is_left() -> None:
     ({"hours": 0.5}, r"capture\.hours: the budget is spent: 0\.56 hours for 20 of 30 prompts -> raise capture\.hours and run again")])
 def test_a_budget_that_is_spent_stops_the_capture_unless_it_is_done(limit: dict[str, float], reason: str) -> None:
     seconds = iter([0.0, 1000.0, 2000.0, 3000.0])
-    pace = Pace(30, clock=lambda: next(seconds), **limit)  # type: ignore[arg-type]
-    pace.step(Step(10, 500, asked=True))
-    with pytest.raises(Refused, match=reason) as caught:
-        pace.step(Step(10, 600, asked=True))
+    pace = CaptureBudget(30, clock=lambda: next(seconds), **limit)  # type: ignore[arg-type]
+    pace.record_unit(UnitProgress(10, 500, is_new=True))
+    with pytest.raises(RefusedError, match=reason) as caught:
+        pace.record_unit(UnitProgress(10, 600, is_new=True))
     assert caught.value.exit_code == 4
-    assert pace.step(Step(10, 600, asked=True))[0] == 1.0
+    assert pace.record_unit(UnitProgress(10, 600, is_new=True))[0] == 1.0

@@ -22,8 +22,8 @@ import pytest
 
 from persea import storage as store
 from persea.cache import unit as cache
-from persea.cache.maintenance import committed, verify
-from persea.cache.reader import open_reader
+from persea.cache.maintenance import committed_units, verify_cache
+from persea.cache.reader import open_cache_reader
 from persea.errors import DataError, PerseaError, StorageError
 from tests.cache.test_unit import TAU, captures
 from tests.cli.test_cli import tree
@@ -80,10 +80,10 @@ def test_killed_at_every_step_it_goes_on_to_the_same_bytes(tmp_path: Path, whole
     at = 0
     while killed(tmp_path / f"{(at := at + 1)}", Dying(at, after)):
         folder = tmp_path / f"{at}"
-        stood = len(committed(folder)) if folder.is_dir() else 0
+        stood = len(committed_units(folder)) if folder.is_dir() else 0
         assert len(list(folder.glob("units/*.safetensors"))) <= stood + 1  # at most one unit is done twice
         before = visible(folder)
-        assert [f for f in verify(folder) if not f.harmless] == [] if folder.is_dir() else True
+        assert [f for f in verify_cache(folder) if not f.is_harmless] == [] if folder.is_dir() else True
         assert work(folder) == len(NAMES) - stood
         assert visible(folder) == whole
         assert {n: d for n, d in before.items() if "commits" in n}.items() <= whole.items()
@@ -137,9 +137,9 @@ def sound_after_power_loss(folder: Path, steps: list[Step], every: int = 1) -> C
             told["disks"] += 1
             run = folder / "run"
             try:
-                for name in committed(run):
+                for name in committed_units(run):
                     cache.read_unit(run, name)
-                told["sound"] += set(promised) <= set(committed(run))
+                told["sound"] += set(promised) <= set(committed_units(run))
             except PerseaError:
                 told["broken"] += 1
     return told
@@ -181,7 +181,7 @@ def test_whatever_fails_is_told_and_costs_nothing_that_was_committed(
         fired += disk.fired > 0
         on(store.Disk())
         if folder.is_dir():
-            assert [f for f in verify(folder) if not f.harmless] == []
+            assert [f for f in verify_cache(folder) if not f.is_harmless] == []
         work(folder)
         assert visible(folder) == whole
         shutil.rmtree(folder)
@@ -217,9 +217,9 @@ def test_a_reader_of_more_units_than_files_may_be_open(tmp_path: Path) -> None:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (64 + len(os.listdir("/proc/self/fd")), 4096))
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("persea.cache.reader.UNITS", 32)
-                read = open_reader(tmp_path, [f"u{k}" for k in range(150)])
-                status = sum(1 for n in read.order(0, 0).tolist() if read[n]) != 150
+                patch.setattr("persea.cache.reader.MAX_OPEN_UNITS", 32)
+                read = open_cache_reader(tmp_path, [f"u{k}" for k in range(150)])
+                status = sum(1 for n in read.epoch_order(0, 0).tolist() if read[n]) != 150
         finally:
             os._exit(status)
     assert os.waitpid(child, 0)[1] == 0
@@ -278,7 +278,7 @@ def test_without_digests_flips_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_without_commits_work_is_done_again_or_taken_for_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, bytes]) -> None:
-    monkeypatch.setattr(store, "commit", lambda path, record: None)
+    monkeypatch.setattr(store, "create_json_once", lambda path, record: None)
     work(tmp_path)
     assert work(tmp_path) == len(NAMES)  # all of it again
     assert visible(tmp_path) != whole

@@ -11,8 +11,8 @@ import pytest
 
 from persea.cache import reader
 from persea.cache import unit as cache
-from persea.cache.reader import Chosen, Mixture, open_reader
-from persea.cache.unit import Capture
+from persea.cache.reader import AnswerSubset, CacheMixture, open_cache_reader
+from persea.cache.unit import CachedAnswer
 from persea.errors import DataError
 from tests.cache.test_unit import TAU, assert_same, captures
 
@@ -22,10 +22,10 @@ SIZES = (7, 0, 12, 5)
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Four units in blocks of a few answers; more blocks than are kept."""
-    monkeypatch.setattr(cache, "BLOCK", 60)
-    monkeypatch.setattr(reader, "KEPT", 3)
-    monkeypatch.setattr(reader, "WINDOW", 2)
-    monkeypatch.setattr(reader, "UNITS", 2)
+    monkeypatch.setattr(cache, "MIN_BLOCK_TOKENS", 60)
+    monkeypatch.setattr(reader, "MAX_DECODED_BLOCKS", 3)
+    monkeypatch.setattr(reader, "SHUFFLE_WINDOW_BLOCKS", 2)
+    monkeypatch.setattr(reader, "MAX_OPEN_UNITS", 2)
     for k, size in enumerate(SIZES):
         cache.write_unit(tmp_path, f"u{k}", captures(k, size), {}, tau=TAU)
     return tmp_path
@@ -34,14 +34,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 NAMES = [f"u{k}" for k in range(len(SIZES))]
 
 
-def written() -> list[Capture]:
+def written() -> list[CachedAnswer]:
     return [c for k, size in enumerate(SIZES) for c in captures(k, size)]
 
 
 def test_any_answer_by_its_number(folder: Path) -> None:
-    read = open_reader(folder, NAMES)
+    read = open_cache_reader(folder, NAMES)
     assert len(read) == sum(SIZES)
-    assert len(read.places_B) > 5
+    assert len(read.block_locations_B) > 5
     for number in np.random.default_rng(0).permutation(len(read)).tolist() * 2:
         assert_same(written()[number], read[number])
     assert_same(written()[-1], read[-1])
@@ -53,41 +53,41 @@ def test_any_answer_by_its_number(folder: Path) -> None:
 
 
 def test_the_order_of_units_is_the_one_asked_for(folder: Path) -> None:
-    assert_same(open_reader(folder, ["u2", "u0"])[12], captures(0, 7)[0])
-    assert len(open_reader(folder, [])) == 0
-    assert len(open_reader(folder, ["u1"]).order(0, 0)) == 0
+    assert_same(open_cache_reader(folder, ["u2", "u0"])[12], captures(0, 7)[0])
+    assert len(open_cache_reader(folder, [])) == 0
+    assert len(open_cache_reader(folder, ["u1"]).epoch_order(0, 0)) == 0
 
 
 def test_an_epoch_holds_every_answer_once_in_its_own_order(folder: Path) -> None:
-    read = open_reader(folder, NAMES)
-    orders = [read.order(seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    read = open_cache_reader(folder, NAMES)
+    orders = [read.epoch_order(seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
     for order in orders:
         assert sorted(order.tolist()) == list(range(len(read)))
     assert len({o.tobytes() for o in orders}) == 3
-    assert np.array_equal(open_reader(folder, NAMES).order(0, 1), orders[1])
+    assert np.array_equal(open_cache_reader(folder, NAMES).epoch_order(0, 1), orders[1])
 
 
 def test_an_epoch_decodes_every_block_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, decoded = open_reader(folder, NAMES), Counter[int]()
-    block = reader.OpenUnit.block
-    monkeypatch.setattr(reader.OpenUnit, "block", lambda self, k: (decoded.update([hash((self.path, k))]), block(self, k))[1])
-    for number in read.order(3, 0).tolist():
+    read, decoded = open_cache_reader(folder, NAMES), Counter[int]()
+    block = reader.CacheUnit.read_block
+    monkeypatch.setattr(reader.CacheUnit, "block", lambda self, k: (decoded.update([hash((self.path, k))]), block(self, k))[1])
+    for number in read.epoch_order(3, 0).tolist():
         read[number]
-    assert len(decoded) == len(read.places_B)
+    assert len(decoded) == len(read.block_locations_B)
     assert set(decoded.values()) == {1}
 
 
 def test_a_large_cache_is_well_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neighbours on disk are not neighbours in the order."""
-    monkeypatch.setattr(cache, "BLOCK", 1)
+    monkeypatch.setattr(cache, "MIN_BLOCK_TOKENS", 1)
     cache.write_unit(tmp_path, "u", captures(0, 300), {}, tau=TAU)
-    order = open_reader(tmp_path, ["u"]).order(0, 0).tolist()
+    order = open_cache_reader(tmp_path, ["u"]).epoch_order(0, 0).tolist()
     assert sum(abs(a - b) == 1 for a, b in pairwise(order)) < 10
     assert abs(np.corrcoef(order, range(300))[0, 1]) < 0.2
 
 
 def test_a_damaged_or_missing_unit_is_named(folder: Path) -> None:
-    read = open_reader(folder, NAMES)
+    read = open_cache_reader(folder, NAMES)
     path = folder / "units" / "u2.safetensors"
     data = bytearray(path.read_bytes())
     data[-3] ^= 4
@@ -96,7 +96,7 @@ def test_a_damaged_or_missing_unit_is_named(folder: Path) -> None:
         [read[number] for number in range(len(read))]
     path.unlink()
     with pytest.raises(DataError, match=r"units/u2\.safetensors: committed, but No such file"):
-        open_reader(folder, NAMES)
+        open_cache_reader(folder, NAMES)
 
 
 # --- several caches ---
@@ -104,27 +104,27 @@ def test_a_damaged_or_missing_unit_is_named(folder: Path) -> None:
 
 def forget() -> None:
     """What was counted under another PIECE."""
-    reader._drawn.cache_clear()
-    reader._counts.cache_clear()
+    reader._draw_chunk.cache_clear()
+    reader._draw_counts.cache_clear()
 
 
 def test_chosen_answers_come_in_the_order_of_the_whole(folder: Path) -> None:
-    read = open_reader(folder, NAMES)
+    read = open_cache_reader(folder, NAMES)
     numbers = np.array([0, 3, 8, 9, 17, 23])
-    some = Chosen(read, numbers)
+    some = AnswerSubset(read, numbers)
     assert len(some) == 6
     for k, number in enumerate(numbers.tolist()):
         assert_same(some[k], read[number])
     for epoch in range(3):
-        assert numbers[some.order(5, epoch)].tolist() == [n for n in read.order(5, epoch).tolist() if n in numbers]
+        assert numbers[some.epoch_order(5, epoch)].tolist() == [n for n in read.epoch_order(5, epoch).tolist() if n in numbers]
 
 
 def test_shares_hold_in_every_stretch_and_a_draw_depends_on_its_number_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "PIECE", 64)
+    monkeypatch.setattr(reader, "DRAWS_PER_CHUNK", 64)
     forget()
-    readers = tuple(open_reader(folder, [name]) for name in ("u0", "u2", "u3"))
-    mixed = Mixture(readers, (0.5, 0.3, 0.2), seed=4)
-    places = [mixed.place(n) for n in range(500)]
+    readers = tuple(open_cache_reader(folder, [name]) for name in ("u0", "u2", "u3"))
+    mixed = CacheMixture(readers, (0.5, 0.3, 0.2), seed=4)
+    places = [mixed.locate_draw(n) for n in range(500)]
     for k, share in enumerate(mixed.shares):
         mine = [at for source, at in places if source == k]
         assert mine == list(range(len(mine)))
@@ -133,7 +133,7 @@ def test_shares_hold_in_every_stretch_and_a_draw_depends_on_its_number_alone(fol
             assert np.abs(counts - share * width).max() <= 2.5
     forget()
     said = [mixed.draw(n).answer for n in range(60)]
-    again = Mixture(tuple(open_reader(folder, [name]) for name in ("u0", "u2", "u3")), (0.5, 0.3, 0.2), seed=4)
+    again = CacheMixture(tuple(open_cache_reader(folder, [name]) for name in ("u0", "u2", "u3")), (0.5, 0.3, 0.2), seed=4)
     assert [again.draw(n).answer for n in (59, 7, 30)] == [said[59], said[7], said[30]]  # resumed from any step
     first = [a for n, a in enumerate(said) if places[n][0] == 0]
     assert Counter(a.prompt_id for a in first[:7]) == Counter(c.answer.prompt_id for c in captures(0, 7))  # an epoch
@@ -143,4 +143,4 @@ def test_shares_hold_in_every_stretch_and_a_draw_depends_on_its_number_alone(fol
 @pytest.mark.parametrize(("names", "shares"), [(["u0"], (0.5, 0.5)), (["u0", "u1"], (0.5, 0.5)), (["u0", "u2"], (1.0, 0.0))])
 def test_a_mixture_that_makes_no_sense_is_refused(folder: Path, names: list[str], shares: tuple[float, ...]) -> None:
     with pytest.raises(DataError, match=r"mixture: \d caches of .* -> give each"):
-        Mixture(tuple(open_reader(folder, [n]) for n in names), shares, 0)
+        CacheMixture(tuple(open_cache_reader(folder, [n]) for n in names), shares, 0)

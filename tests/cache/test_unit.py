@@ -15,17 +15,17 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from persea.cache import unit as cache
-from persea.cache.codec import TOLERANCE
-from persea.cache.unit import Capture
-from persea.chat.messages import Conversation, Finish, Text, Thinking, Tokens
-from persea.distributions import sample_rows
+from persea.cache.codec import CODEC_TOLERANCE_NATS
+from persea.cache.unit import CachedAnswer
+from persea.chat.messages import Conversation, FinishReason, RenderedTokens, Text, Thinking
+from persea.distributions import sample_distributions
 from persea.errors import DataError
 from persea.teachers.teacher import Answer
 
 TAU = 0.05
 
 
-def captures(seed: int, count: int) -> list[Capture]:
+def captures(seed: int, count: int) -> list[CachedAnswer]:
     """Answers of several shapes: other scripts, thoughts, no text at all, rows without entries."""
     rng, out = np.random.default_rng(seed), []
     for k in range(count):
@@ -33,48 +33,48 @@ def captures(seed: int, count: int) -> list[Capture]:
         learn = rng.random(length) < 0.6
         learn[-1] = True
         starts = np.sort(rng.integers(-1, 40, length)).astype(np.int32)
-        tokens = Tokens(rng.integers(0, 40, length).astype(np.int32), starts, starts + 1, learn)
+        tokens = RenderedTokens(rng.integers(0, 40, length).astype(np.int32), starts, starts + 1, learn)
         logs = torch.log_softmax(torch.from_numpy(rng.normal(size=(int(learn.sum()), 40)) * rng.uniform(0, 9)), -1).float()
-        rows = sample_rows(logs, tokens.ids_T[learn], TAU, str(k))
+        rows = sample_distributions(logs, tokens.ids_T[learn], TAU, str(k))
         said = [(Text("ありがとう \x00 \ue000"),), (Thinking("hm\n"), Text("42")), (Text(""),)][k % 3]
-        asked = Conversation.ask(f"question {k}", system="be brief" if k % 2 else "")
-        out.append(Capture(Answer(f"{seed} id/{k}", "teacher", "code", "th", asked.answered(*said), Finish.STOP), tokens, rows))
+        asked = Conversation.from_question(f"question {k}", system="be brief" if k % 2 else "")
+        out.append(CachedAnswer(Answer(f"{seed} id/{k}", "teacher", "code", "th", asked.with_answer(*said), FinishReason.STOP), tokens, rows))
     return out
 
 
-def assert_same(one: Capture, other: Capture) -> None:
+def assert_same(one: CachedAnswer, other: CachedAnswer) -> None:
     assert one.answer == other.answer
-    for part, fields in ((lambda c: c.tokens, ("ids_T", "starts_T", "ends_T", "learn_T")),
-                         (lambda c: c.rows, ("offsets_N1", "ids_M", "probs_M", "realised_N"))):
+    for part, fields in ((lambda c: c.tokens, ("ids_T", "starts_T", "ends_T", "loss_mask_T")),
+                         (lambda c: c.rows, ("offsets_N1", "ids_M", "probs_M", "target_logprob_N"))):
         for field in fields:
             a, b = getattr(part(one), field), getattr(part(other), field)
-            if field in ("probs_M", "realised_N"):
+            if field in ("probs_M", "target_logprob_N"):
                 a, b = (np.log(v) if field == "probs_M" else v for v in (a, b))
-                assert np.allclose(a, b, rtol=0, atol=TOLERANCE), field
-                assert TOLERANCE < 1e-3
+                assert np.allclose(a, b, rtol=0, atol=CODEC_TOLERANCE_NATS), field
+                assert CODEC_TOLERANCE_NATS < 1e-3
             else:
                 assert np.array_equal(a, b), field
             assert a.dtype == b.dtype, field
 
 
 def test_blocks_are_read_alone_and_each_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "BLOCK", 40)
+    monkeypatch.setattr(cache, "MIN_BLOCK_TOKENS", 40)
     written = captures(3, 12)
     cache.write_unit(tmp_path, "u", written, {}, tau=TAU)
     unit = cache.open_unit(tmp_path, "u")
-    firsts = unit.firsts_B1.tolist()
+    firsts = unit.answer_offsets_B1.tolist()
     assert len(unit) == firsts[-1] == 12
     assert len(firsts) > 4
     for k in (2, 0, len(firsts) - 2):
-        for one, other in zip(written[firsts[k]:firsts[k + 1]], unit.block(k), strict=True):
+        for one, other in zip(written[firsts[k]:firsts[k + 1]], unit.read_block(k), strict=True):
             assert_same(one, other)
     data = bytearray(unit.path.read_bytes())
-    data[unit.where["words"].start + int(unit.index_B4[0, 2]) + 1] ^= 1  # in the second block
+    data[unit.slices["words"].start + int(unit.index_B4[0, 2]) + 1] ^= 1  # in the second block
     unit.path.write_bytes(data)
     damaged = cache.open_unit(tmp_path, "u")
-    assert len(damaged.block(0)) == firsts[1]
+    assert len(damaged.read_block(0)) == firsts[1]
     with pytest.raises(DataError, match=r"units/u\.safetensors: the bytes of block 1 do not match their digest -> delete"):
-        damaged.block(1)
+        damaged.read_block(1)
 
 
 @given(st.integers(0, 10**6), st.integers(0, 7))
@@ -92,8 +92,8 @@ def test_a_unit_comes_back_exactly(tmp_path_factory: pytest.TempPathFactory, see
     record = cache.read_record(folder, "u")
     assert (record["answers"], record["dropped"]) == (count, {"length": 2})
     assert record["tokens"] == sum(len(c.tokens) for c in written)
-    assert record["positions"] == sum(int(c.tokens.learn_T.sum()) for c in written)
-    assert record["entries"] == sum(len(c.rows.ids_M) for c in written)
+    assert record["positions"] == sum(int(c.tokens.loss_mask_T.sum()) for c in written)
+    assert record["entries"] == sum(len(c.distributions.ids_M) for c in written)
     assert record["bytes"] == (folder / "units" / "u.safetensors").stat().st_size
     shutil.rmtree(folder)
 
@@ -107,7 +107,7 @@ def test_the_same_captures_are_the_same_bytes(tmp_path: Path) -> None:
 def test_the_name_of_a_unit_changes_with_everything_that_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache.unit_id(["a", 1], {"tau": 0.1}) == cache.unit_id(["a", 1], {"tau": 0.1})
     one = cache.unit_id(["a", 1], {"tau": 0.1})
-    monkeypatch.setattr(cache, "FORMAT", cache.FORMAT + 1)
+    monkeypatch.setattr(cache, "CACHE_FORMAT", cache.CACHE_FORMAT + 1)
     names = {one, cache.unit_id(["a", 1], {"tau": 0.1})}
     monkeypatch.undo()
     names |= {cache.unit_id(["a", 2], {"tau": 0.1}), cache.unit_id(["a", 1], {"tau": 0.2}), cache.unit_id(["a"], 1, {"tau": 0.1})}
@@ -120,7 +120,7 @@ def test_a_unit_of_this_format_that_an_earlier_day_wrote_is_read_to_the_bit() ->
     sha = hashlib.sha256()
     for c in cache.read_unit(Path(__file__).parents[1] / "golden" / "cache", "u"):
         sha.update(json.dumps(c.answer.to_json()).encode())
-        for array in (*vars(c.tokens).values(), c.rows.offsets_N1, c.rows.ids_M, c.rows.probs_M, c.rows.realised_N):
+        for array in (*vars(c.tokens).values(), c.distributions.offsets_N1, c.distributions.ids_M, c.distributions.probs_M, c.distributions.target_logprob_N):
             sha.update(array.tobytes())
     assert sha.hexdigest() == "1527af8f86d9b20faaf934627561ca7da81022e3d9504903e4cae8fc23534ede"
 

@@ -6,7 +6,7 @@ import json
 
 from hypothesis import example, given
 
-from persea.chat.messages import Conversation, Effort, Message, Role, Text, Thinking
+from persea.chat.messages import Conversation, Message, Role, Text, Thinking, ThinkingEffort
 from tests.chat.test_renderer import FRAGMENTS, LOOK_ALIKES, ask, conversations
 
 
@@ -25,10 +25,10 @@ def test_text_and_thinking_of_a_message():
 
 
 def test_ask_normalises_once():
-    conversation = Conversation.ask("e\u0301", system="o\u0308", effort=Effort.LOW)
+    conversation = Conversation.from_question("e\u0301", system="o\u0308", effort=ThinkingEffort.LOW)
     assert [(m.role, m.text) for m in conversation.messages] == [(Role.SYSTEM, "ö"), (Role.USER, "é")]
-    assert conversation.effort is Effort.LOW
-    assert [m.role for m in Conversation.ask("x").messages] == [Role.USER]
+    assert conversation.effort is ThinkingEffort.LOW
+    assert [m.role for m in Conversation.from_question("x").messages] == [Role.USER]
 
 
 def test_answers_are_normalised_too():

@@ -15,11 +15,23 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from persea.chat.families.llama import LLAMA
-from persea.chat.messages import PINNED_DATE, Conversation, Effort, Finish, Message, Part, Role, Text, Thinking, Tokens, edit
-from persea.chat.renderer import Voice
+from persea.chat.messages import (
+    PINNED_DATE,
+    ContentPart,
+    Conversation,
+    FinishReason,
+    Message,
+    RenderedTokens,
+    Role,
+    Text,
+    Thinking,
+    ThinkingEffort,
+    edit_texts,
+)
+from persea.chat.renderer import ChatRenderer
 from persea.chat.template import compile_template
 from persea.errors import DataError
-from persea.tokenization.vocabulary import open_vocabulary
+from persea.tokenization.vocabulary import load_vocabulary
 from tests.conftest import Speaker
 
 FRAGMENTS = [
@@ -47,10 +59,10 @@ def conversations(draw: st.DrawFn, fragments: list[str] = FRAGMENTS) -> Conversa
         messages.append(Message(Role.USER, (Text(draw(text)),)))
         thought = (Thinking(draw(text)),) if draw(st.booleans()) else ()
         messages.append(Message(Role.ASSISTANT, (*thought, Text(draw(text)))))
-    return Conversation(tuple(messages), draw(st.sampled_from(Effort)))
+    return Conversation(tuple(messages), draw(st.sampled_from(ThinkingEffort)))
 
 
-def form(voice: Voice) -> str:
+def form(voice: ChatRenderer) -> str:
     """A family's name; a Llama with the hybrid template keeps other things than one without."""
     return "hybrid" if voice.family.name == "llama" and len(voice.family.efforts) > 1 else voice.family.name
 
@@ -60,20 +72,20 @@ def form(voice: Voice) -> str:
 
 def theirs(speaker: Speaker, conversation: Conversation, *, generate: bool, tokenize: bool = True) -> Any:
     """transformers' own rendering of the texts as they were given: no trimming, no dropping by persea."""
-    family = form(speaker.voice)
+    family = form(speaker.renderer)
     switches: dict[str, Any] = {}
     if family == "hybrid":
         switches = {"reasoning_effort": conversation.effort.value}
     if family == "qwen":
-        switches = {"enable_thinking": conversation.effort is not Effort.NONE}
+        switches = {"enable_thinking": conversation.effort is not ThinkingEffort.NONE}
     if family == "gpt-oss":
-        switches = {"reasoning_effort": "low", "enable_thinking": False} if conversation.effort is Effort.NONE else {
+        switches = {"reasoning_effort": "low", "enable_thinking": False} if conversation.effort is ThinkingEffort.NONE else {
             "reasoning_effort": conversation.effort.value}
     messages = []
     for m in conversation.messages:
         messages.append({"role": m.role.value, "content": m.text})
         # an answer at once has no thought, also where one stands in the conversation: gpt-oss alone always thinks
-        if m.thinking and (conversation.effort is not Effort.NONE or family != "qwen"):
+        if m.thinking and (conversation.effort is not ThinkingEffort.NONE or family != "qwen"):
             messages[-1]["reasoning_content"] = m.thinking
     return speaker.tokenizer.apply_chat_template(
         messages, add_generation_prompt=generate, tokenize=tokenize, **({"return_dict": False} if tokenize else {}), **switches)
@@ -85,17 +97,17 @@ def question_of(conversation: Conversation) -> Conversation:
 
 def assume_no_look_alike(speaker: Speaker, conversation: Conversation) -> None:
     """transformers takes control tokens in a text for control tokens; persea does not. (hypothesis tries those in our sources.)"""
-    assume(not any(name in p.text for p in conversation.parts() for name in speaker.voice.vocabulary.control))
+    assume(not any(name in p.text for p in conversation.parts() for name in speaker.renderer.vocabulary.control_token_ids))
 
 
 # ---- an oracle of our own ------------------------------------------------------------------------------------------
 
 
-def trimmed(family: str, m: Message, kind: type[Part], whole: str, last: bool, effort: Effort) -> tuple[int, int]:
+def trimmed(family: str, m: Message, kind: type[ContentPart], whole: str, last: bool, effort: ThinkingEffort) -> tuple[int, int]:
     """[begin, end) of what a family keeps of a message's texts, or of its thoughts, laid end to end."""
-    if kind is Thinking and family == "hybrid" and last and effort is not Effort.NONE:
+    if kind is Thinking and family == "hybrid" and last and effort is not ThinkingEffort.NONE:
         return len(whole) - len(whole.lstrip()), len(whole.rstrip())
-    if kind is Thinking and family == "qwen" and last and effort is not Effort.NONE:
+    if kind is Thinking and family == "qwen" and last and effort is not ThinkingEffort.NONE:
         return len(whole) - len(whole.lstrip("\n")), len(whole.rstrip("\n"))
     if kind is Thinking:
         return (0, len(whole)) if family == "gpt-oss" and last else (0, 0)
@@ -138,12 +150,12 @@ def content_bytes(conversation: Conversation) -> bytes:
     return b"\xff".join(p.text.encode() for p in conversation.parts())
 
 
-def check_places(voice: Voice, conversation: Conversation, tokens: Tokens) -> None:
+def check_places(voice: ChatRenderer, conversation: Conversation, tokens: RenderedTokens) -> None:
     """Every token's bytes are the content's bytes at its place, and every kept byte has exactly one token."""
     content, spans = content_bytes(conversation), places(form(voice), conversation)
     covered = np.zeros(len(content) + 1, int)
     stops = 0
-    for i, start, end, learn in zip(tokens.ids_T, tokens.starts_T, tokens.ends_T, tokens.learn_T, strict=True):
+    for i, start, end, learn in zip(tokens.ids_T, tokens.starts_T, tokens.ends_T, tokens.loss_mask_T, strict=True):
         piece = voice.vocabulary.bytes_W[i]
         if piece is None:
             stops += int(end >= 0)
@@ -173,11 +185,11 @@ def check_places(voice: Voice, conversation: Conversation, tokens: Tokens) -> No
     for a, b in spans:
         want[a:b] = 1
     assert (covered == want).all()
-    assert stops == int(tokens.learn_T.any())
+    assert stops == int(tokens.loss_mask_T.any())
 
 
-def generated(tokens: Tokens) -> list[int]:
-    return tokens.ids_T[tokens.learn_T].tolist()
+def generated(tokens: RenderedTokens) -> list[int]:
+    return tokens.ids_T[tokens.loss_mask_T].tolist()
 
 
 # ---- properties ----------------------------------------------------------------------------------------------------
@@ -186,7 +198,7 @@ def generated(tokens: Tokens) -> list[int]:
 def same_as_transformers(speaker: Speaker, conversation: Conversation) -> None:
     today = speaker.today()
     assert today.render(conversation).ids_T.tolist() == theirs(speaker, conversation, generate=False)
-    assert today.prompt(question_of(conversation)).ids_T.tolist() == theirs(speaker, question_of(conversation), generate=True)
+    assert today.render_prompt(question_of(conversation)).ids_T.tolist() == theirs(speaker, question_of(conversation), generate=True)
 
 
 @given(conversation=conversations())
@@ -197,19 +209,19 @@ def test_rendering_is_transformers_own(tiny: Speaker, conversation: Conversation
 
 @given(conversation=conversations(FRAGMENTS + LOOK_ALIKES))
 def test_the_prompt_is_a_prefix(tiny: Speaker, conversation: Conversation):
-    prompt, whole = tiny.voice.prompt(question_of(conversation)), tiny.voice.render(conversation)
+    prompt, whole = tiny.renderer.render_prompt(question_of(conversation)), tiny.renderer.render(conversation)
     assert whole.ids_T[:len(prompt)].tolist() == prompt.ids_T.tolist()
     assert whole.ends_T[:len(prompt)].tolist() == prompt.ends_T.tolist()
     assert whole.starts_T[:len(prompt)].tolist() == prompt.starts_T.tolist()
-    assert not prompt.learn_T.any()
-    assert not whole.learn_T[:len(prompt)].any()
-    assert whole.learn_T[len(prompt)]
+    assert not prompt.loss_mask_T.any()
+    assert not whole.loss_mask_T[:len(prompt)].any()
+    assert whole.loss_mask_T[len(prompt)]
 
 
 @given(conversation=conversations(FRAGMENTS + LOOK_ALIKES))
 def test_every_content_token_knows_its_bytes(tiny: Speaker, conversation: Conversation):
-    check_places(tiny.voice, conversation, tiny.voice.render(conversation))
-    check_places(tiny.voice, question_of(conversation), tiny.voice.prompt(question_of(conversation)))
+    check_places(tiny.renderer, conversation, tiny.renderer.render(conversation))
+    check_places(tiny.renderer, question_of(conversation), tiny.renderer.render_prompt(question_of(conversation)))
 
 
 @given(conversation=conversations())
@@ -218,43 +230,43 @@ def test_what_is_learned_is_the_last_answer_and_its_stop(tiny: Speaker, conversa
     whole = theirs(tiny, conversation, generate=False, tokenize=False)
     before = theirs(tiny, question_of(conversation), generate=True, tokenize=False)
     assert whole.startswith(before)
-    stop = min(len(before) + whole[len(before):].index(s) + len(s) for s in tiny.voice.family.stops if s in whole[len(before):])
-    tokens = tiny.voice.render(conversation)
-    pieces = [tiny.voice.vocabulary.bytes_W[i] or tiny.voice.vocabulary.control_names[i].encode() for i in tokens.ids_T]
-    assert b"".join(p for p, learn in zip(pieces, tokens.learn_T, strict=True) if learn) == whole[len(before):stop].encode()
-    learned = np.flatnonzero(tokens.learn_T)
+    stop = min(len(before) + whole[len(before):].index(s) + len(s) for s in tiny.renderer.family.stop_tokens if s in whole[len(before):])
+    tokens = tiny.renderer.render(conversation)
+    pieces = [tiny.renderer.vocabulary.bytes_W[i] or tiny.renderer.vocabulary.control_names[i].encode() for i in tokens.ids_T]
+    assert b"".join(p for p, learn in zip(pieces, tokens.loss_mask_T, strict=True) if learn) == whole[len(before):stop].encode()
+    learned = np.flatnonzero(tokens.loss_mask_T)
     assert (np.diff(learned) == 1).all()
-    assert tokens.ids_T[learned[-1]] in tiny.voice.stop_ids
+    assert tokens.ids_T[learned[-1]] in tiny.renderer.stop_ids
 
 
 @given(conversation=conversations(FRAGMENTS + LOOK_ALIKES))
 def test_parse_gives_the_answer_back(tiny: Speaker, conversation: Conversation):
-    parts, finish = tiny.voice.parse(generated(tiny.voice.render(conversation)), conversation.effort)
+    parts, finish = tiny.renderer.parse(generated(tiny.renderer.render(conversation)), conversation.effort)
     answer = conversation.messages[-1].parts
-    texts_kept = kept(form(tiny.voice), conversation)[-len(answer):]
+    texts_kept = kept(form(tiny.renderer), conversation)[-len(answer):]
     want = [replace(p, text=t) for p, t in zip(answer, texts_kept, strict=True) if t]
     assert [p for p in parts if p.text] == want
-    assert finish is Finish.STOP
+    assert finish is FinishReason.STOP
 
 
 @given(conversation=conversations(FRAGMENTS + LOOK_ALIKES))
 def test_an_answer_cut_anywhere_is_cut_and_nothing_worse(tiny: Speaker, conversation: Conversation):
-    ids = generated(tiny.voice.render(conversation))
-    assert tiny.voice.parse(ids, conversation.effort)[1] is not Finish.LENGTH
+    ids = generated(tiny.renderer.render(conversation))
+    assert tiny.renderer.parse(ids, conversation.effort)[1] is not FinishReason.LENGTH
     for end in range(len(ids)):
-        parts, finish = tiny.voice.parse(ids[:end], conversation.effort)
-        assert finish is Finish.LENGTH
+        parts, finish = tiny.renderer.parse(ids[:end], conversation.effort)
+        assert finish is FinishReason.LENGTH
         assert all(isinstance(p, (Text, Thinking)) for p in parts)
 
 
 @given(data=st.data())
 def test_parse_takes_whatever_a_model_says(tiny: Speaker, data: st.DataObject):
-    controls = sorted(tiny.voice.vocabulary.control.values())
-    ids = data.draw(st.lists(st.one_of(st.integers(0, len(tiny.voice.vocabulary) - 1), st.sampled_from(controls)), max_size=12))
-    parts, finish = tiny.voice.parse(ids, Effort.HIGH)
-    stopped = any(i in tiny.voice.stop_ids for i in ids)
-    assert finish in ((Finish.STOP, Finish.MALFORMED) if stopped else (Finish.LENGTH,))
-    assert finish is not Finish.MALFORMED or parts == ()
+    controls = sorted(tiny.renderer.vocabulary.control_token_ids.values())
+    ids = data.draw(st.lists(st.one_of(st.integers(0, len(tiny.renderer.vocabulary) - 1), st.sampled_from(controls)), max_size=12))
+    parts, finish = tiny.renderer.parse(ids, ThinkingEffort.HIGH)
+    stopped = any(i in tiny.renderer.stop_ids for i in ids)
+    assert finish in ((FinishReason.STOP, FinishReason.MALFORMED) if stopped else (FinishReason.LENGTH,))
+    assert finish is not FinishReason.MALFORMED or parts == ()
     assert all(unicodedata.normalize("NFC", p.text) is not None for p in parts)
 
 
@@ -262,27 +274,27 @@ def test_parse_takes_whatever_a_model_says(tiny: Speaker, data: st.DataObject):
 def test_look_alikes_bring_no_control_token(tiny: Speaker, conversation: Conversation):
     """The scaffolding of a conversation has the same control tokens whatever is said in it."""
     def controls(c: Conversation) -> list[int]:
-        return [i for i in tiny.voice.render(c).ids_T.tolist() if tiny.voice.vocabulary.bytes_W[i] is None]
+        return [i for i in tiny.renderer.render(c).ids_T.tolist() if tiny.renderer.vocabulary.bytes_W[i] is None]
 
-    said = iter(kept(form(tiny.voice), conversation))
+    said = iter(kept(form(tiny.renderer), conversation))
     plain = replace(conversation, messages=tuple(
         replace(m, parts=tuple(replace(p, text="x" if next(said) else "") for p in m.parts)) for m in conversation.messages))
     assert controls(conversation) == controls(plain)
 
 
-def ask(question: str = "Hi", *parts: Part, effort: Effort = Effort.NONE) -> Conversation:
-    return Conversation.ask(question, effort=effort).answered(*(parts or (Text("Hello."),)))
+def ask(question: str = "Hi", *parts: ContentPart, effort: ThinkingEffort = ThinkingEffort.NONE) -> Conversation:
+    return Conversation.from_question(question, effort=effort).with_answer(*(parts or (Text("Hello."),)))
 
 
 def test_a_conversation_without_an_answer_is_not_rendered(tiny: Speaker):
-    for conversation in (Conversation.ask("Hi"), Conversation(()), Conversation.ask("Hi", system="Be kind.")):
+    for conversation in (Conversation.from_question("Hi"), Conversation(()), Conversation.from_question("Hi", system="Be kind.")):
         with pytest.raises(DataError, match="does not end with an answer"):
-            tiny.voice.render(conversation)
+            tiny.renderer.render(conversation)
 
 
 def test_starts_and_ends_of_a_conversation_written_out(tiny_of):
-    voice = tiny_of("llama").voice
-    conversation = Conversation.ask("  ab ", system="s").answered(Text(" cd\n"))
+    voice = tiny_of("llama").renderer
+    conversation = Conversation.from_question("  ab ", system="s").with_answer(Text(" cd\n"))
     tokens = voice.render(conversation)
     said = {(int(a), int(b)): voice.vocabulary.bytes_W[i] for i, a, b in zip(tokens.ids_T, tokens.starts_T, tokens.ends_T, strict=True)
             if b >= 0 and voice.vocabulary.bytes_W[i] is not None}
@@ -291,25 +303,25 @@ def test_starts_and_ends_of_a_conversation_written_out(tiny_of):
     assert b"".join(said[k] for k in sorted(said) if 4 <= k[0] < 6) == b"ab"
     assert b"".join(said[k] for k in sorted(said) if k[0] >= 9) == b"cd"
     assert {k[0] for k in said} <= {0, 4, 5, 9, 10}
-    last = int(np.flatnonzero(tokens.learn_T)[-1])
+    last = int(np.flatnonzero(tokens.loss_mask_T)[-1])
     assert (tokens.starts_T[last], tokens.ends_T[last]) == (11, 11)
-    assert tokens.ids_T[last] == voice.vocabulary.control["<|eot_id|>"]
+    assert tokens.ids_T[last] == voice.vocabulary.control_token_ids["<|eot_id|>"]
 
 
 def test_decomposed_text_reaches_no_token(tiny_of):
     decomposed = Conversation((Message(Role.USER, (Text("x"),)), Message(Role.ASSISTANT, (Text("e\u0301"),))))
     with pytest.raises(DataError, match="NFC"):
-        tiny_of("qwen").voice.render(decomposed)
+        tiny_of("qwen").renderer.render(decomposed)
 
 
 def test_content_the_template_rewrites_is_refused(tiny_of):
     """Parts in an order the template does not have: the thought after the words."""
     with pytest.raises(DataError, match="changes the content of message parts"):
-        tiny_of("gpt-oss").voice.render(ask("Hi", Text("words"), Thinking("thought"), effort=Effort.HIGH))
+        tiny_of("gpt-oss").renderer.render(ask("Hi", Text("words"), Thinking("thought"), effort=ThinkingEffort.HIGH))
 
 
-def _with_template(speaker: Speaker, text: str) -> Voice:
-    return replace(speaker.voice, template=compile_template(text, {"bos_token": ""}, PINNED_DATE, "test"), template_text=text)
+def _with_template(speaker: Speaker, text: str) -> ChatRenderer:
+    return replace(speaker.renderer, template=compile_template(text, {"bos_token": ""}, PINNED_DATE, "test"), template_text=text)
 
 
 @pytest.mark.parametrize(("template", "reason"), [
@@ -335,40 +347,40 @@ def test_tokens_across_the_rims_of_the_content():
     text = ("{% for m in messages %}{{ 'Q:' if m['role'] == 'user' else 'A:' }}{{ m['content'] | trim }}"
             "{{ '.' if m['role'] == 'user' else ';' }}"
             "{% if m['role'] == 'assistant' %}<|eot_id|><|end_of_text|>{% endif %}{% endfor %}")
-    voice = Voice(LLAMA, open_vocabulary(tokenizer, "rims"), compile_template(text, {}, PINNED_DATE, "rims"), text)
-    conversation = Conversation.ask(" élan é").answered(Text("éa\n"))
+    voice = ChatRenderer(LLAMA, load_vocabulary(tokenizer, "rims"), compile_template(text, {}, PINNED_DATE, "rims"), text)
+    conversation = Conversation.from_question(" élan é").with_answer(Text("éa\n"))
     tokens = voice.render(conversation)
     said = [voice.vocabulary.bytes_W[i] for i in tokens.ids_T]
     where = dict(zip(said, zip(tokens.starts_T.tolist(), tokens.ends_T.tolist(), strict=True), strict=True))
     crossing = {piece: where[piece] for piece in (b"Q:\xc3\xa9", b"\xc3\xa9.")}
     assert crossing == {b"Q:\xc3\xa9": (-1, 3), b"\xc3\xa9.": (-1, 9)}
-    assert (said[-2:], tokens.starts_T[-2:].tolist(), tokens.learn_T[-2:].tolist()) == ([None, None], [13, -1], [True, False])
+    assert (said[-2:], tokens.starts_T[-2:].tolist(), tokens.loss_mask_T[-2:].tolist()) == ([None, None], [13, -1], [True, False])
     check_places(voice, conversation, tokens)
 
 
 def test_malformed_utf8_is_malformed_and_not_an_error(tiny: Speaker):
-    vocabulary = tiny.voice.vocabulary
+    vocabulary = tiny.renderer.vocabulary
     half = next(i for i, b in enumerate(vocabulary.bytes_W) if b == "é".encode()[:1])
-    assert tiny.voice.parse([half, tiny.voice.stop_ids[0]], Effort.NONE) == ((), Finish.MALFORMED)
-    assert tiny.voice.parse([half], Effort.NONE) == ((), Finish.LENGTH)
+    assert tiny.renderer.parse([half, tiny.renderer.stop_ids[0]], ThinkingEffort.NONE) == ((), FinishReason.MALFORMED)
+    assert tiny.renderer.parse([half], ThinkingEffort.NONE) == ((), FinishReason.LENGTH)
 
 
 def test_ids_of_another_tokenizer_are_no_answer(tiny: Speaker):
     with pytest.raises(DataError, match="outside the vocabulary"):
-        tiny.voice.parse([len(tiny.voice.vocabulary), tiny.voice.stop_ids[0]], Effort.NONE)
+        tiny.renderer.parse([len(tiny.renderer.vocabulary), tiny.renderer.stop_ids[0]], ThinkingEffort.NONE)
 
 
 def test_every_spelling_of_the_stop_ends_the_answer(tiny: Speaker):
-    voice = tiny.voice
+    voice = tiny.renderer
     assert len(voice.stop_ids) >= 2
     body = generated(voice.render(ask()))[:-1]
     for stop in voice.stop_ids:
-        assert voice.parse([*body, stop, *body], Effort.NONE)[1] is Finish.STOP
+        assert voice.parse([*body, stop, *body], ThinkingEffort.NONE)[1] is FinishReason.STOP
 
 
 def test_the_digest_changes_with_all_it_depends_on(tiny_of):
-    llama, qwen = tiny_of("llama").voice, tiny_of("qwen").voice
-    changed = (replace(llama, today=date(2025, 1, 2)), replace(llama, template_text="x"), replace(llama, family=qwen.family),
+    llama, qwen = tiny_of("llama").renderer, tiny_of("qwen").renderer
+    changed = (replace(llama, template_date=date(2025, 1, 2)), replace(llama, template_text="x"), replace(llama, family=qwen.family),
                replace(llama, vocabulary=qwen.vocabulary), replace(llama, special_tokens={"bos_token": "<s>"}))
     assert len({llama.digest, *(v.digest for v in changed)}) == 6
     assert replace(llama).digest == llama.digest
@@ -377,21 +389,21 @@ def test_the_digest_changes_with_all_it_depends_on(tiny_of):
 def test_two_texts_in_one_message_are_one_text(tiny: Speaker):
     """Streams and tools hand an answer over in pieces; a template sees their concatenation."""
     for texts, whole in ((("one ", "two\n", "\nthree"), "one two\n\nthree"), (("\n", "\n a", "", "b \n", "\n"), None), (("\n", ""), None)):
-        conversation = Conversation.ask("Hi").answered(*map(Text, texts))
+        conversation = Conversation.from_question("Hi").with_answer(*map(Text, texts))
         same_as_transformers(tiny, conversation)
-        check_places(tiny.voice, conversation, tiny.voice.render(conversation))
+        check_places(tiny.renderer, conversation, tiny.renderer.render(conversation))
         if whole is not None:
-            assert tiny.voice.parse(generated(tiny.voice.render(conversation)), Effort.NONE) == ((Text(whole),), Finish.STOP)
+            assert tiny.renderer.parse(generated(tiny.renderer.render(conversation)), ThinkingEffort.NONE) == ((Text(whole),), FinishReason.STOP)
 
 
 def test_two_thoughts_in_one_message_are_one_thought(tiny: Speaker):
     """gpt-oss may think in several analysis messages; another family's voice must not glue their lines together."""
-    same_as_transformers(tiny, ask("Hi", Thinking("one\n"), Thinking("two\n"), Text("\nyes"), effort=Effort.HIGH))
+    same_as_transformers(tiny, ask("Hi", Thinking("one\n"), Thinking("two\n"), Text("\nyes"), effort=ThinkingEffort.HIGH))
 
 
 def test_a_family_may_trim_and_drop_but_not_rewrite(tiny_of):
-    voice = tiny_of("llama").voice
-    shouting = replace(voice, family=replace(voice.family, normalise=lambda c: edit(c, lambda k, m, p: p.text.upper())))
+    voice = tiny_of("llama").renderer
+    shouting = replace(voice, family=replace(voice.family, normalise=lambda c: edit_texts(c, lambda k, m, p: p.text.upper())))
     with pytest.raises(DataError, match="rewritten, not trimmed"):
         shouting.render(ask())
 
@@ -404,7 +416,7 @@ def test_no_white_space_glues_a_real_answer_to_its_prompt(real: Speaker):
     """An answer may begin with white space, and no token may cover the end of the prompt and the start of the answer."""
     for white in itertools.chain.from_iterable(itertools.product(WHITE, repeat=n) for n in (1, 2)):
         conversation = ask("Hi", Text("".join(white) + "x"))
-        prompt, whole = real.voice.prompt(question_of(conversation)), real.voice.render(conversation)
+        prompt, whole = real.renderer.render_prompt(question_of(conversation)), real.renderer.render(conversation)
         assert whole.ids_T[:len(prompt)].tolist() == prompt.ids_T.tolist(), white
-        assert not whole.learn_T[:len(prompt)].any()
-        assert whole.learn_T[len(prompt)]
+        assert not whole.loss_mask_T[:len(prompt)].any()
+        assert whole.loss_mask_T[len(prompt)]

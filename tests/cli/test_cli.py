@@ -29,8 +29,8 @@ import yaml
 
 import persea as package
 from persea import cli
-from persea.cli.options import cores
-from persea.errors import Stopped
+from persea.cli.options import count_available_cores
+from persea.errors import RunInterrupted
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before a child begins: floating-point sums of one thread are always the same
 
@@ -241,7 +241,7 @@ def test_quickstart_runs_the_bundled_recipe(tmp_path: Path) -> None:
     assert set(json.loads(ended.out)["skills"]) == {"languages", "code", "safety", "reasoning", "tools"}
     assert (tmp_path / "runs" / "quickstart" / "train" / "student" / "model.safetensors").is_file()
     record = json.loads((tmp_path / "runs" / "quickstart" / "train" / "checkpoints" / "step-00000002.json").read_text())
-    assert record["world"] == min(2, cores())
+    assert record["world"] == min(2, count_available_cores())
 
 
 # --- bad input ---
@@ -348,7 +348,7 @@ def test_bad_input_is_one_line_an_exit_code_and_nothing_half_written(tmp_path: P
 
 def test_a_folder_that_another_process_holds_is_refused_with_its_pid(tmp_path: Path) -> None:
     code = "import sys\nfrom pathlib import Path\nfrom persea import storage as store\n" \
-           "with store.lock(Path('runs/tiny')):\n    print('held', flush=True)\n    sys.stdin.read()"
+           "with store.lock_run_folder(Path('runs/tiny')):\n    print('held', flush=True)\n    sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout and holder.stdout.readline() == b"held\n"
         ended = persea("run", recipe(tmp_path), folder=tmp_path)
@@ -380,7 +380,7 @@ def test_a_bug_of_ours_is_called_one(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 def test_a_signal_is_not_an_error_that_a_library_could_swallow() -> None:
     """`except Exception` stands at every place where a library may raise anything; a Ctrl-C there must still end the run."""
-    with pytest.raises(Stopped) as caught, suppress(Exception):
-        cli._stop(15, None)
+    with pytest.raises(RunInterrupted) as caught, suppress(Exception):
+        cli._raise_interrupted(15, None)
     assert caught.value.exit_code == 143
     assert str(caught.value) == "stopped by SIGTERM; what is committed stays -> the same command goes on"

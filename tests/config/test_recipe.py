@@ -16,10 +16,10 @@ import pytest
 import yaml
 
 from persea.chat.families import FAMILIES
-from persea.chat.messages import PINNED_DATE, Effort
-from persea.config.recipe import Recipe, load_recipe, schema
-from persea.config.schema import CorpusPart, Lora, Sizes, Student, Teacher
-from persea.config.yaml_source import ALLOWED_VARIABLES, DATA_FOLDER
+from persea.chat.messages import PINNED_DATE, ThinkingEffort
+from persea.config.recipe import Recipe, load_recipe, recipe_json_schema
+from persea.config.schema import CorpusSection, LoraSection, RandomModelSection, StudentSection, TeacherSection
+from persea.config.yaml_source import ALLOWED_ENV_VARS, DEFAULT_DATA_FOLDER
 from persea.errors import RecipeError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +42,7 @@ training:
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """text -> path of a recipe file. The environment holds none of the allowed variables."""
-    for name in ALLOWED_VARIABLES:
+    for name in ALLOWED_ENV_VARS:
         monkeypatch.delenv(name, raising=False)
 
     def to(text: str, name: str = "mine.yaml") -> Path:
@@ -67,9 +67,9 @@ def refusal(path: Path, *overrides: str) -> str:
 def test_a_short_recipe_gets_every_default(write: Any) -> None:
     path = write(GOOD)
     recipe = load_recipe(path)
-    assert (recipe.name, recipe.seed, recipe.today, recipe.source) == ("mine", 0, PINNED_DATE, path)
+    assert (recipe.name, recipe.seed, recipe.today, recipe.source_path) == ("mine", 0, PINNED_DATE, path)
     assert [t.name for t in recipe.teachers] == ["one", "two"]
-    assert [t.effort for t in recipe.teachers] == [Effort.NONE, Effort.HIGH]
+    assert [t.effort for t in recipe.teachers] == [ThinkingEffort.NONE, ThinkingEffort.HIGH]
     assert (recipe.student.adapt, recipe.student.lora, recipe.student.sizes) == ("full", None, None)
     assert (recipe.training.steps, recipe.training.learning_rate, recipe.training.event_share) == (30, 3e-3, 0.7)
     assert (recipe.audition.items, recipe.audition.pinned, recipe.capture.tau, recipe.capture.unit) == (100, {}, 0.02, 256)
@@ -80,7 +80,7 @@ def test_a_short_recipe_gets_every_default(write: Any) -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
 def test_bundled_recipes_are_valid(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PERSEA_DATA", str(tmp_path))
-    assert load_recipe(path).source == path
+    assert load_recipe(path).source_path == path
 
 
 def test_the_three_recipes_ask_what_they_should(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -93,10 +93,10 @@ def test_the_three_recipes_ask_what_they_should(monkeypatch: pytest.MonkeyPatch,
     assert [t.name for t in quick.teachers] == ["qwen-sapling", "gemma-sapling", "gpt-oss-sapling"]
     assert [c.skill for c in quick.corpus] == ["languages", "code", "safety", "reasoning", "tools"] and quick.threads == 1
     assert [t.model for t in avocado.teachers] == ["Qwen/Qwen3-30B-A3B", "google/gemma-3-27b-it", "openai/gpt-oss-120b"]
-    assert avocado.student.lora == Lora(rank=64, alpha=128, targets=(*Lora().targets, "gate_proj", "up_proj", "down_proj"))
+    assert avocado.student.lora == LoraSection(rank=64, alpha=128, targets=(*LoraSection().targets, "gate_proj", "up_proj", "down_proj"))
     assert (avocado.training.learning_rate, avocado.capture.max_new_tokens) == (1e-4, 1024)
     assert real.teachers[0].tokenizer == str(tmp_path / "tokenizers" / "qwen3")
-    assert real.teachers[2].sizes == Sizes(hidden=32, layers=1, heads=2)
+    assert real.teachers[2].sizes == RandomModelSection(hidden=32, layers=1, heads=2)
     assert (real.training.steps, real.training.batch, real.check.floor) == (6, 4, 0.0)
     assert real.audition.pinned == {"languages": "qwen3", "code": "gemma3", "reasoning": "gpt-oss"}
 
@@ -126,14 +126,14 @@ def test_the_key_of_a_kind_survives_yaml(write: Any) -> None:
 
 
 def test_a_recipe_can_be_made_in_python() -> None:
-    part = CorpusPart(skill="code", generate=3)
-    recipe = Recipe(name="mine", student=Student(model="a/b"), teachers=(Teacher(model="c/d"),), corpus=(part,))
+    part = CorpusSection(skill="code", generate=3)
+    recipe = Recipe(name="mine", student=StudentSection(model="a/b"), teachers=(TeacherSection(model="c/d"),), corpus=(part,))
     assert recipe.teachers[0].name == "d"
     assert len(recipe.hash) == 64 and yaml.safe_load(recipe.to_yaml())["student"]["model"] == "a/b"
 
 
 def test_the_schema_is_for_the_file_a_person_writes() -> None:
-    described = schema()
+    described = recipe_json_schema()
     json.dumps(described)
     assert described["required"] == ["student", "teachers", "corpus"]
     assert described["additionalProperties"] is False
@@ -162,8 +162,8 @@ def test_texts_to_check_are_files_beside_the_recipe(write: Any, tmp_path: Path, 
     assert recipe.check.texts == {"vi": str(tmp_path / "vi.txt"), "py": str(tmp_path / "sub" / "a.jsonl#code"), "random": str(tmp_path / "random"),
                                   "th": str(tmp_path / "data" / "th.txt")}
     assert recipe.check.likelihood is None
-    assert recipe.written["check"]["texts"]["th"] == "${PERSEA_DATA}/th.txt"
-    assert "likelihood" not in recipe.written["check"]
+    assert recipe.as_written["check"]["texts"]["th"] == "${PERSEA_DATA}/th.txt"
+    assert "likelihood" not in recipe.as_written["check"]
 
 
 def test_a_link_keeps_its_name(write: Any, tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_a_folder_called_random_is_not_random(write: Any, tmp_path: Path) -> Non
 
 def test_allowed_variables_are_filled_in(write: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = write(GOOD.replace("more.jsonl", "'${PERSEA_DATA}/more.jsonl'"))
-    assert load_recipe(path).corpus[1].file == str(DATA_FOLDER / "more.jsonl")
+    assert load_recipe(path).corpus[1].file == str(DEFAULT_DATA_FOLDER / "more.jsonl")
     unset = load_recipe(path).hash
     monkeypatch.setenv("PERSEA_DATA", str(tmp_path))
     assert load_recipe(path).corpus[1].file == str(tmp_path / "more.jsonl")
@@ -248,7 +248,7 @@ def test_overrides_are_laid_over_the_file_in_order(write: Any) -> None:
     recipe = load_recipe(write(GOOD), [
         "training.steps=20", "training.steps=21", "teachers.1.effort=low", "capture.tau=1e-3", "audition.pinned.code=two",
         "student.revision=a=b", "corpus.0.skill=languages", "corpus.0={skill: code, generate: 5}"])
-    assert (recipe.training.steps, recipe.training.batch, recipe.teachers[1].effort, recipe.capture.tau) == (21, 16, Effort.LOW, 1e-3)
+    assert (recipe.training.steps, recipe.training.batch, recipe.teachers[1].effort, recipe.capture.tau) == (21, 16, ThinkingEffort.LOW, 1e-3)
     assert (recipe.audition.pinned, recipe.student.revision, recipe.corpus[0].generate) == ({"code": "two"}, "a=b", 5)
 
 
@@ -490,7 +490,7 @@ def test_one_problem_keeps_its_parts_apart(write: Any) -> None:
     path = write(TWO + REST + "sed: 1\n")
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
-    assert (caught.value.what, caught.value.where, caught.value.remedy) == ("sed: unknown key", f"{path}:4:1", "did you mean 'seed'?")
+    assert (caught.value.message, caught.value.where, caught.value.remedy) == ("sed: unknown key", f"{path}:4:1", "did you mean 'seed'?")
 
 
 def test_a_secret_is_never_shown(write: Any) -> None:

@@ -7,18 +7,29 @@ from typing import get_args
 import pytest
 from pydantic import ValidationError
 
-from persea.config.recipe import SECTIONS, Recipe
-from persea.config.schema import Capture, Lora, ModelRef, OnPolicy, Schedule, Section, Sizes, Student, Teacher, Training
+from persea.config.recipe import SECTION_CLASSES, Recipe
+from persea.config.schema import (
+    CaptureSection,
+    LoraSection,
+    LRSchedule,
+    ModelRef,
+    OnPolicySection,
+    RandomModelSection,
+    RecipeSection,
+    StudentSection,
+    TeacherSection,
+    TrainingSection,
+)
 
 
 def test_lora_has_defaults_only_where_it_is_asked_for() -> None:
-    assert Student(model="org/student").lora is None
-    assert Student(model="org/student", adapt="lora").lora == Lora()
-    assert Student(model="org/student", adapt="lora", lora=Lora(rank=8)).lora == Lora(rank=8)
+    assert StudentSection(model="org/student").lora is None
+    assert StudentSection(model="org/student", adapt="lora").lora == LoraSection()
+    assert StudentSection(model="org/student", adapt="lora", lora=LoraSection(rank=8)).lora == LoraSection(rank=8)
 
 
 def test_rows_of_one_kind_have_the_key_of_that_kind() -> None:
-    sampled, top = Capture(), Capture(rows="topk")
+    sampled, top = CaptureSection(), CaptureSection(rows="topk")
     assert (sampled.rows, sampled.tau, sampled.kl) == ("sampled", 0.02, None)
     assert (top.rows, top.tau, top.kl) == ("topk", None, 0.01)
 
@@ -29,49 +40,49 @@ def test_rows_of_one_kind_have_the_key_of_that_kind() -> None:
     ({"after": 0, "rollouts": 64, "refresh": 5}, {"batch": 16}, "refresh", "5, but the last of 64 answers is 6 steps old when used")])
 def test_answers_of_the_student_are_used_in_time_and_whole(on: dict[str, int], training: dict[str, int], key: str, what: str) -> None:
     with pytest.raises(ValidationError) as caught:
-        Training(**training, on_policy=OnPolicy(**on))  # type: ignore[arg-type]
+        TrainingSection(**training, on_policy=OnPolicySection(**on))  # type: ignore[arg-type]
     assert [f[:2] for f in caught.value.errors()[0]["ctx"]["found"]] == [(("on_policy", key), what)]
-    assert Training(steps=41, batch=16, on_policy=OnPolicy(after=40, rollouts=64, refresh=6)).on_policy is not None
+    assert TrainingSection(steps=41, batch=16, on_policy=OnPolicySection(after=40, rollouts=64, refresh=6)).on_policy is not None
 
 
 def test_a_schedule_and_what_is_held_out_have_their_keys_only_where_they_are_asked_for() -> None:
-    plain, asked = Training(), Training(schedule=Schedule.WSD, evaluate_every=100)
+    plain, asked = TrainingSection(), TrainingSection(schedule=LRSchedule.WSD, evaluate_every=100)
     assert (plain.cooldown, plain.held_out, plain.report_to) == (None, None, None)
     assert (asked.cooldown, asked.held_out) == (0.2, 0.05)
     for idle in ({"cooldown": 0.1}, {"held_out": 0.1}, {"accumulate": 17}):
         with pytest.raises(ValidationError, match="contradiction"):
-            Training(**idle)  # type: ignore[arg-type]
+            TrainingSection(**idle)  # type: ignore[arg-type]
 
 
 def test_sections_cannot_be_changed() -> None:
-    section = Training()
+    section = TrainingSection()
     with pytest.raises(ValidationError):
         section.steps = 3  # type: ignore[misc]
 
 
 def test_every_field_says_what_it_is() -> None:
-    for name, section in {**SECTIONS, "recipe": Recipe}.items():
+    for name, section in {**SECTION_CLASSES, "recipe": Recipe}.items():
         for key, described in section.model_fields.items():
             assert described.description, f"{name}.{key}"
 
 
 def test_every_section_is_found_by_the_key_it_stands_under() -> None:
     """SECTIONS is written by hand: it must name each section that a field of a section holds."""
-    held = {key: (f.annotation, *get_args(f.annotation)) for s in (Recipe, *SECTIONS.values()) for key, f in s.model_fields.items()}
-    sections = {key: kind for key, kinds in held.items() for kind in kinds if kind in SECTIONS.values()}
-    assert sections == SECTIONS
-    assert set(Section.__subclasses__()) | set(ModelRef.__subclasses__()) == {*SECTIONS.values(), ModelRef, Recipe}
+    held = {key: (f.annotation, *get_args(f.annotation)) for s in (Recipe, *SECTION_CLASSES.values()) for key, f in s.model_fields.items()}
+    sections = {key: kind for key, kinds in held.items() for kind in kinds if kind in SECTION_CLASSES.values()}
+    assert sections == SECTION_CLASSES
+    assert set(RecipeSection.__subclasses__()) | set(ModelRef.__subclasses__()) == {*SECTION_CLASSES.values(), ModelRef, Recipe}
 
 
 def test_the_text_alone_has_no_rows_to_complete() -> None:
     with pytest.raises(ValidationError) as caught:
-        Training(objective="sft", completion=True)
+        TrainingSection(objective="sft", completion=True)
     assert "`objective` is sft" in str(caught.value.errors()[0]["ctx"])
 
 
 def test_weights_that_persea_does_not_load_are_not_quantised() -> None:
-    for more in ({"model": "random", "name": "t", "tokenizer": "./t", "sizes": Sizes(), "quantize": "4bit"},
+    for more in ({"model": "random", "name": "t", "tokenizer": "./t", "sizes": RandomModelSection(), "quantize": "4bit"},
                  {"model": "a/b", "engine": "vllm", "quantize": "8bit"}, {"model": "a/b", "engine": "vllm", "offload": True}):
         with pytest.raises(ValidationError) as caught:
-            Teacher(**more)
+            TeacherSection(**more)
         assert "given, but" in str(caught.value.errors()[0]["ctx"])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from persea.config.yaml_source import override, read_page
+from persea.config.yaml_source import apply_override, read_yaml
 from persea.errors import RecipeError
 
 
@@ -18,32 +18,32 @@ def page(tmp_path: Path, text: str) -> Path:
 
 def test_every_key_and_entry_knows_its_place(tmp_path: Path) -> None:
     path = page(tmp_path, "a: 1\nb:\n  - {c: x}\n  - 3e-3\n")
-    reading = read_page(path)
+    reading = read_yaml(path)
     assert reading.data == {"a": 1, "b": [{"c": "x"}, 0.003]}
-    assert reading.places[("a",)] == f"{path}:1:1"
-    assert reading.places[("b", 0, "c")] == f"{path}:3:6"
-    assert reading.places[("b", 1)] == f"{path}:4:5"
+    assert reading.locations[("a",)] == f"{path}:1:1"
+    assert reading.locations[("b", 0, "c")] == f"{path}:3:6"
+    assert reading.locations[("b", 1)] == f"{path}:4:5"
 
 
 def test_an_override_is_its_own_place(tmp_path: Path) -> None:
-    reading = read_page(page(tmp_path, "a: {b: 1, c: 2}\n"))
-    override(reading, "a.b=7")
+    reading = read_yaml(page(tmp_path, "a: {b: 1, c: 2}\n"))
+    apply_override(reading, "a.b=7")
     assert reading.data == {"a": {"b": 7, "c": 2}}
-    assert reading.places[("a", "b")] == "--set a.b=7"
+    assert reading.locations[("a", "b")] == "--set a.b=7"
 
 
 def test_a_key_written_twice_is_a_problem_that_names_both_lines(tmp_path: Path) -> None:
-    reading = read_page(page(tmp_path, "a: 1\nb: 2\na: 3\n"))
+    reading = read_yaml(page(tmp_path, "a: 1\nb: 2\na: 3\n"))
     assert "lines 1 and 3" in str(reading.problems[("a",)])
 
 
 @pytest.mark.parametrize("text", ["", "- a\n", "a: [1\n", "a: !!python/object:x {}\n", "? [1]\n: 2\n", "a: \x01\n"])
 def test_what_is_no_page_of_keys_is_refused_with_its_place(tmp_path: Path, text: str) -> None:
     with pytest.raises(RecipeError, match=r"page\.yaml:\d+:\d+"):
-        read_page(page(tmp_path, text))
+        read_yaml(page(tmp_path, text))
 
 
 def test_an_alias_bomb_is_refused(tmp_path: Path) -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"] + [f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]" for k in range(1, 8)]
     with pytest.raises(RecipeError):
-        read_page(page(tmp_path, "\n".join(lines)))
+        read_yaml(page(tmp_path, "\n".join(lines)))

@@ -10,73 +10,83 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persea.data.dedup import FORM, LEAST, RUN, HeldOut, Near, folded, jaccard, runs, tokens
+from persea.data.dedup import (
+    CONTAMINATION_NGRAM_WORDS,
+    MAX_LINE_REPEATS,
+    MIN_CONTAMINATION_WORDS,
+    HeldOutIndex,
+    NearDuplicateIndex,
+    jaccard_similarity,
+    normalize_text,
+    weighted_words,
+    word_ngrams,
+)
 
 WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau upsilon".split()
 
 
 def test_words_and_characters():
-    assert tokens("Hello, WORLD! It's 3.5") == (["hello", "world", "it", "s", "3", "5"], [1.0] * 6)
-    assert tokens("漢字かな") == (["漢", "字", "か", "な"], [0.6, 0.6, 0.36, 0.36])
-    assert tokens("Qwen3模型") == (["qwen3", "模", "型"], [1.0, 0.6, 0.6])
-    assert tokens("ไทย ລາວ") == (["ไ", "ท", "ย", "ລ", "າ", "ວ"], [0.2] * 6)
-    assert tokens("ខ្ម မြ")[1][0] == 0.16
-    assert tokens("한국어 문장") == (["한국어", "문장"], [1.0, 1.0])
-    assert tokens("e\u0301É") == tokens("éé")
-    assert tokens(" \n.,!") == ([], [])
+    assert weighted_words("Hello, WORLD! It's 3.5") == (["hello", "world", "it", "s", "3", "5"], [1.0] * 6)
+    assert weighted_words("漢字かな") == (["漢", "字", "か", "な"], [0.6, 0.6, 0.36, 0.36])
+    assert weighted_words("Qwen3模型") == (["qwen3", "模", "型"], [1.0, 0.6, 0.6])
+    assert weighted_words("ไทย ລາວ") == (["ไ", "ท", "ย", "ລ", "າ", "ວ"], [0.2] * 6)
+    assert weighted_words("ខ្ម မြ")[1][0] == 0.16
+    assert weighted_words("한국어 문장") == (["한국어", "문장"], [1.0, 1.0])
+    assert weighted_words("e\u0301É") == weighted_words("éé")
+    assert weighted_words(" \n.,!") == ([], [])
 
 
 @pytest.mark.parametrize(("text", "weight", "number", "words"), [(" ".join(WORDS), 13, 8, 13), ("字" * 30, 13, 9, 22), ("ก" * 70, 13, 6, 65),
     ("か" * 40, 13, 4, 37)])
 def test_a_run_has_thirteen_words_or_what_comes_to_them(text: str, weight: float, number: int, words: int):
-    found = list(runs(text, weight))
+    found = list(word_ngrams(text, weight))
     assert (len(found), {r.count(" ") + 1 for r in found}) == (number, {words})
 
 
 @given(st.lists(st.sampled_from(["a", "b", "字", "ก", "か", ".", " "]), max_size=60), st.floats(0.1, 20))
 def test_runs_are_the_shortest_of_their_weight_from_each_place(parts: list[str], weight: float):
-    words, weights = tokens(" ".join(parts))
+    words, weights = weighted_words(" ".join(parts))
     expected = []
     for begin in range(len(words)):
         end = next((e for e in range(begin + 1, len(words) + 1) if sum(weights[begin:e]) >= weight - 1e-6), None)
         if end is None:
             break
         expected.append(" ".join(words[begin:end]))
-    assert list(runs(" ".join(parts), weight)) == expected
+    assert list(word_ngrams(" ".join(parts), weight)) == expected
 
 
 @given(st.lists(st.sampled_from(WORDS), min_size=13, max_size=40, unique=False), st.integers(0, 10), st.integers(0, 10))
 def test_thirteen_words_of_a_tested_text_are_found_wherever_they_stand(words: list[str], before: int, behind: int):
-    held = HeldOut([("item", " ".join(words))])
+    held = HeldOutIndex([("item", " ".join(words))])
     start = random.Random(len(words)).randrange(len(words) - 12)
     some = " ".join(["x"] * before + words[start:start + 13] + ["y"] * behind)
-    assert held.shared(some) == "item"
-    assert held.shared(" ".join(["x"] * before + words[start:start + 6] + ["z"] + words[start + 7:start + 13])) in ("", "item")
+    assert held.find_overlap(some) == "item"
+    assert held.find_overlap(" ".join(["x"] * before + words[start:start + 6] + ["z"] + words[start + 7:start + 13])) in ("", "item")
 
 
 def test_a_short_text_is_found_as_a_whole_and_a_very_short_one_where_it_is_the_prompt():
     nine, seven = " ".join(WORDS[:9]), " ".join(WORDS[:7])
-    held = HeldOut([("nine", nine), ("seven", seven)])
-    assert held.shared(f"Say: {nine.upper()}, please") == "nine"
-    assert held.shared(" ".join(WORDS[1:9])) == held.shared(f"Say {seven}, please") == ""
-    assert (held.same(f" {seven.upper()}\n"), held.same(nine), held.same("alpha")) == ("seven", "nine", "")
-    assert LEAST <= 9 < RUN
+    held = HeldOutIndex([("nine", nine), ("seven", seven)])
+    assert held.find_overlap(f"Say: {nine.upper()}, please") == "nine"
+    assert held.find_overlap(" ".join(WORDS[1:9])) == held.find_overlap(f"Say {seven}, please") == ""
+    assert (held.find_exact(f" {seven.upper()}\n"), held.find_exact(nine), held.find_exact("alpha")) == ("seven", "nine", "")
+    assert MIN_CONTAMINATION_WORDS <= 9 < CONTAMINATION_NGRAM_WORDS
 
 
 def test_how_a_set_asks_is_not_what_it_asks():
     """A sentence that stands in every question is not a test item, nor is a prompt that holds it."""
     form = "Think step by step and end with a line that holds nothing but the answer itself, please."
-    items = [(f"i{k}", f"What is {k} and {' '.join(WORDS[:k % 7 + 5])} {k}?\n\n{form}") for k in range(FORM + 2)]
-    held = HeldOut(items)
-    assert held.shared(f"How tall is it? {form}") == ""
-    assert held.same(items[3][1].split("\n")[0]) == "i3"  # asked in another form
-    assert HeldOut(items[:FORM]).shared(f"How tall is it? {form}") == "i0"
+    items = [(f"i{k}", f"What is {k} and {' '.join(WORDS[:k % 7 + 5])} {k}?\n\n{form}") for k in range(MAX_LINE_REPEATS + 2)]
+    held = HeldOutIndex(items)
+    assert held.find_overlap(f"How tall is it? {form}") == ""
+    assert held.find_exact(items[3][1].split("\n")[0]) == "i3"  # asked in another form
+    assert HeldOutIndex(items[:MAX_LINE_REPEATS]).find_overlap(f"How tall is it? {form}") == "i0"
 
 
 def test_nothing_is_held_out():
-    held = HeldOut([])
-    assert held.same("") == held.shared("") == held.shared(" ".join(WORDS)) == ""
-    assert HeldOut([("empty", " ")]).shared(" ".join(WORDS)) == ""
+    held = HeldOutIndex([])
+    assert held.find_exact("") == held.find_overlap("") == held.find_overlap(" ".join(WORDS)) == ""
+    assert HeldOutIndex([("empty", " ")]).find_overlap(" ".join(WORDS)) == ""
 
 
 # --- near ---
@@ -88,19 +98,19 @@ def test_nothing_is_held_out():
     False),
     ("今天天气很好我们一起去公园散步吧然后回家吃晚饭", "今天天气很好我们一起去公园散步吧然后回家吃晚饭啊", True)])
 def test_near_duplicates(first: str, second: str, same: bool):
-    near = Near()
-    assert near.add("1", first, 0.8) == ""
-    assert near.add("2", second, 0.8) == ("1" if same else "")
+    near = NearDuplicateIndex()
+    assert near.find_or_add("1", first, 0.8) == ""
+    assert near.find_or_add("2", second, 0.8) == ("1" if same else "")
 
 
 @given(st.lists(st.lists(st.sampled_from(WORDS[:6]), min_size=3, max_size=14).map(" ".join), max_size=12), st.sampled_from([0.5, 0.8, 1.0]))
 def test_what_hashing_finds_is_decided_by_the_runs_themselves(texts: list[str], share: float):
     """The same as comparing each with each, for texts of which no pair is missed by the index at these shares but one in a thousand."""
-    near, kept = Near(), list[tuple[str, frozenset[str]]]()
+    near, kept = NearDuplicateIndex(), list[tuple[str, frozenset[str]]]()
     for k, text in enumerate(texts):
-        mine = frozenset(runs(text, 3.0)) or frozenset([folded(text)])
-        wanted = next((name for name, other in kept if jaccard(mine, other) >= share), "")
-        found = near.add(str(k), text, share)
+        mine = frozenset(word_ngrams(text, 3.0)) or frozenset([normalize_text(text)])
+        wanted = next((name for name, other in kept if jaccard_similarity(mine, other) >= share), "")
+        found = near.find_or_add(str(k), text, share)
         assert found == wanted or (not found and share == 0.5)
         if not found:
             kept.append((str(k), mine))
@@ -109,11 +119,11 @@ def test_what_hashing_finds_is_decided_by_the_runs_themselves(texts: list[str], 
 def test_ten_thousand_prompts_take_seconds():
     rng = random.Random(0)
     texts = [" ".join(rng.choice(WORDS) for _ in range(30)) for _ in range(2000)]
-    near, begin = Near(), time.process_time()
-    assert all(near.add(str(k), t, 0.8) == "" for k, t in enumerate(texts))
-    assert all(near.add("again", t + " more", 0.8) == str(k) for k, t in enumerate(texts))
-    held = HeldOut((str(k), t) for k, t in enumerate(texts))
-    assert all(held.shared(f"so {t}") == str(k) for k, t in enumerate(texts))
+    near, begin = NearDuplicateIndex(), time.process_time()
+    assert all(near.find_or_add(str(k), t, 0.8) == "" for k, t in enumerate(texts))
+    assert all(near.find_or_add("again", t + " more", 0.8) == str(k) for k, t in enumerate(texts))
+    held = HeldOutIndex((str(k), t) for k, t in enumerate(texts))
+    assert all(held.find_overlap(f"so {t}") == str(k) for k, t in enumerate(texts))
     assert time.process_time() - begin < 60  # 4,000 of each: about 2 s on a quiet core
 
 
@@ -124,7 +134,7 @@ def test_ten_thousand_prompts_take_seconds():
 def test_a_run_is_as_long_in_every_script(data: Path, code: str, low: float, high: float):
     """The same sentences weigh about the same: words of Korean say more than English ones, syllables of Vietnamese less."""
     def weight(name: str) -> float:
-        return sum(sum(tokens(line)[1]) for line in (data / "parallel" / f"ntrex.{name}.txt").read_text(encoding="utf-8").splitlines()[:400])
+        return sum(sum(weighted_words(line)[1]) for line in (data / "parallel" / f"ntrex.{name}.txt").read_text(encoding="utf-8").splitlines()[:400])
 
     assert low < weight(code) / weight("eng") < high
 
@@ -133,6 +143,6 @@ def test_a_run_is_as_long_in_every_script(data: Path, code: str, low: float, hig
 @pytest.mark.parametrize("code", ["zh", "th", "ja", "en"])
 def test_real_questions_are_found_inside_prompts_and_others_are_not(data: Path, code: str):
     asked = [line.rpartition("\t")[0] for line in (data / "eval" / f"mgsm_{code}.dev.tsv").read_text(encoding="utf-8").splitlines()]
-    held = HeldOut((str(k), f"{q}\n\nThink, and end with the answer alone.") for k, q in enumerate(asked[:60]))
-    assert [held.shared(f"1. {q} (please)") or held.same(q) for q in asked[:60]] == [str(k) for k in range(60)]
-    assert [q for q in asked[60:] if held.shared(q)] == []
+    held = HeldOutIndex((str(k), f"{q}\n\nThink, and end with the answer alone.") for k, q in enumerate(asked[:60]))
+    assert [held.find_overlap(f"1. {q} (please)") or held.find_exact(q) for q in asked[:60]] == [str(k) for k in range(60)]
+    assert [q for q in asked[60:] if held.find_overlap(q)] == []

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from persea.data.language_id import same, tongue
+from persea.data.language_id import detect_language, is_same_language
 
 SAID = {"en": "The weather is nice today and we are going out.", "vi": "Hôm nay trời đẹp và chúng tôi sẽ đi chơi.",
     "id": "Hari ini cuacanya cerah dan kami akan pergi.",
@@ -18,16 +18,16 @@ SAID = {"en": "The weather is nice today and we are going out.", "vi": "Hôm nay
 
 @pytest.mark.parametrize("language", SAID)
 def test_the_language_of_a_text(language: str):
-    assert same(tongue(SAID[language]), language)
-    assert [other for other in SAID if other != language and same(tongue(SAID[other]), language)] == []
+    assert is_same_language(detect_language(SAID[language]), language)
+    assert [other for other in SAID if other != language and is_same_language(detect_language(SAID[other]), language)] == []
     coded = SAID[language] + "\n```python\n" + "print('an English word in code')\n" * 9 + "```\nhttps://example.org/an/english/address"
-    assert same(tongue(coded), language)
+    assert is_same_language(detect_language(coded), language)
 
 
 @pytest.mark.parametrize("text", ["", "123", "...", "```python\nx = 1\n```", "OK", "$x$", "\0\0", "😀😀"])
 def test_too_little_to_tell_a_language(text: str):
-    assert tongue(text) == ""
-    assert not same(tongue(text), "en")
+    assert detect_language(text) == ""
+    assert not is_same_language(detect_language(text), "en")
 
 
 @pytest.mark.realdata
@@ -36,4 +36,4 @@ def test_too_little_to_tell_a_language(text: str):
                                                 ("mya", "my"), ("kor", "ko"), ("jpn", "ja"), ("zho-CN", "zh"), ("zho-TW", "zh"), ("fil", "tl")])
 def test_languages_of_real_news(data: Path, code: str, language: str):
     some = (data / "parallel" / f"ntrex.{code}.txt").read_text(encoding="utf-8").splitlines()[:120]
-    assert sum(same(tongue(line), language) for line in some) >= 117  # 97.5 %; headlines of a name and a number are the rest
+    assert sum(is_same_language(detect_language(line), language) for line in some) >= 117  # 97.5 %; headlines of a name and a number are the rest

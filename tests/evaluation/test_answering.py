@@ -13,19 +13,19 @@ import pytest
 import torch
 
 from persea import storage as store
-from persea.chat.messages import Conversation, Effort, Finish, Text
+from persea.chat.messages import Conversation, FinishReason, Text, ThinkingEffort
 from persea.data.prompts import Prompt
 from persea.errors import DataError, TeacherError
 from persea.evaluation import answering as asking
-from persea.evaluation.answering import PART, Speaker, bits, hear, one_at_a_time, surprises
-from persea.tasks.generated import CODE, LANGUAGES, REASONING, TOOLS
-from persea.tasks.task import Item, Skill, Split, Verdict
-from persea.teachers.engines.transformers import LocalEngine
+from persea.evaluation.answering import ITEMS_PER_ANSWER_FILE, EvaluatedModel, answer_items, compute_nll, reference_bits, single_model_loader
+from persea.tasks.generated import CODE_TASK, LANGUAGES_TASK, REASONING_TASK, TOOLS_TASK
+from persea.tasks.task import Split, Task, TaskItem, Verdict
+from persea.teachers.engines.transformers import TransformersEngine
 from persea.teachers.teacher import Teacher
 from tests.teachers.engines.test_transformers import NAMES, opened
 from tests.teachers.test_teacher import scripted, teacher, words
 
-ITEMS = {skill: skill.items(Split.TEST, 6, 0) for skill in (LANGUAGES, CODE, REASONING)}
+ITEMS = {skill: skill.items(Split.TEST, 6, 0) for skill in (LANGUAGES_TASK, CODE_TASK, REASONING_TASK)}
 
 
 @pytest.fixture(autouse=True)
@@ -46,10 +46,10 @@ class Counting:
         return self.load()
 
 
-def speaker(folder: str, load: Callable[[], Teacher] | None = None, name: str = "") -> Speaker:
+def speaker(folder: str, load: Callable[[], Teacher] | None = None, name: str = "") -> EvaluatedModel:
     """A sapling to be measured; with `load` somebody else behind the same identity."""
-    own = Effort.LOW if folder.startswith("gpt-oss") else Effort.NONE
-    return Speaker(name or folder, f"identity of {folder}", (own,), load or (lambda: teacher(folder)), {"batch": 64})
+    own = ThinkingEffort.LOW if folder.startswith("gpt-oss") else ThinkingEffort.NONE
+    return EvaluatedModel(name or folder, f"identity of {folder}", (own,), load or (lambda: teacher(folder)), {"batch": 64})
 
 
 def kept(home: Path) -> list[Path]:
@@ -60,78 +60,78 @@ def kept(home: Path) -> list[Path]:
 
 
 def test_answers_are_graded_in_order_and_unfinished_ones_are_malformed() -> None:
-    name, items = "llama-sapling", LANGUAGES.items(Split.AUDITION, 30, 0)
+    name, items = "llama-sapling", LANGUAGES_TASK.items(Split.AUDITION, 30, 0)
     stop = ("<|eot_id|>",)
     says = [(words(name, i.reference, *stop), words(name, "no", *stop), words(name, "n"))[k % 3] for k, i in enumerate(items)]
-    results, reused = hear(speaker(name, lambda: scripted(name, *says)), Effort.NONE, LANGUAGES, items, 60)
+    results, reused = answer_items(speaker(name, lambda: scripted(name, *says)), ThinkingEffort.NONE, LANGUAGES_TASK, items, 60)
     assert reused == 0
     assert [r.item for r in results] == list(items)
     verdicts = [Verdict.RIGHT, Verdict.WRONG, Verdict.MALFORMED]
-    assert [(r.verdict, r.finish) for r in results] == [(verdicts[k % 3], Finish.LENGTH if k % 3 == 2 else Finish.STOP) for k in range(30)]
+    assert [(r.verdict, r.finish) for r in results] == [(verdicts[k % 3], FinishReason.LENGTH if k % 3 == 2 else FinishReason.STOP) for k in range(30)]
 
 
 def test_what_was_said_is_asked_once(own_home: Path) -> None:
     one = Counting(lambda: teacher("qwen-sapling"))
-    first = hear(speaker("qwen-sapling", one), Effort.NONE, CODE, ITEMS[CODE], 40)
+    first = answer_items(speaker("qwen-sapling", one), ThinkingEffort.NONE, CODE_TASK, ITEMS[CODE_TASK], 40)
     assert (one.times, first[1]) == (1, 0)
-    again = hear(speaker("qwen-sapling", one), Effort.NONE, CODE, ITEMS[CODE], 40)
+    again = answer_items(speaker("qwen-sapling", one), ThinkingEffort.NONE, CODE_TASK, ITEMS[CODE_TASK], 40)
     assert (one.times, again[1]) == (1, 6)
     assert [r.to_json() for r in again[0]] == [r.to_json() for r in first[0]]
     assert len(kept(own_home)) == 1
 
 
-def changed(**what: Any) -> tuple[Speaker, Effort, tuple[Item, ...], int]:
+def changed(**what: Any) -> tuple[EvaluatedModel, ThinkingEffort, tuple[TaskItem, ...], int]:
     one = speaker("qwen-sapling")
-    return replace(one, **{k: v for k, v in what.items() if k in ("identity", "settings")}), what.get("effort", Effort.NONE), \
-        what.get("items", ITEMS[CODE]), what.get("most", 40)
+    return replace(one, **{k: v for k, v in what.items() if k in ("identity", "settings")}), what.get("effort", ThinkingEffort.NONE), \
+        what.get("items", ITEMS[CODE_TASK]), what.get("most", 40)
 
 
-@pytest.mark.parametrize("what", [{"identity": "other weights"}, {"settings": {"batch": 1}}, {"effort": Effort.HIGH}, {"most": 41},
-                                  {"items": CODE.items(Split.TEST, 6, 1)}, {"items": ITEMS[CODE][::-1]}], ids=str)
+@pytest.mark.parametrize("what", [{"identity": "other weights"}, {"settings": {"batch": 1}}, {"effort": ThinkingEffort.HIGH}, {"most": 41},
+                                  {"items": CODE_TASK.items(Split.TEST, 6, 1)}, {"items": ITEMS[CODE_TASK][::-1]}], ids=str)
 def test_whatever_an_answer_depends_on_is_in_its_key(what: dict[str, Any]) -> None:
     for case, expected in (({}, 0), (what, 0), ({}, 6)):
         one, effort, items, most = changed(**case)
-        assert hear(one, effort, CODE, items, most)[1] == expected
+        assert answer_items(one, effort, CODE_TASK, items, most)[1] == expected
 
 
 def test_other_code_asks_again(monkeypatch: pytest.MonkeyPatch) -> None:
     for code, expected in ((None, 0), ("mended", 0), (None, 6)):
         with monkeypatch.context() as patch:
             if code:
-                patch.setattr(asking, "_code", lambda code=code: code)
-            assert hear(speaker("qwen-sapling"), Effort.NONE, CODE, ITEMS[CODE], 40)[1] == expected
+                patch.setattr(asking, "_answer_code_digest", lambda code=code: code)
+            assert answer_items(speaker("qwen-sapling"), ThinkingEffort.NONE, CODE_TASK, ITEMS[CODE_TASK], 40)[1] == expected
 
 
 def test_the_code_that_makes_an_answer_is_all_there() -> None:
     here = Path(asking.__file__).parent.parent
-    assert all((here / f"{m}.py").is_file() or list((here / m).glob("*.py")) for m in asking.MAKERS)
-    assert asking._code() == asking._code() and len(asking._code()) == 64
+    assert all((here / f"{m}.py").is_file() or list((here / m).glob("*.py")) for m in asking.ANSWER_CODE_MODULES)
+    assert asking._answer_code_digest() == asking._answer_code_digest() and len(asking._answer_code_digest()) == 64
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: data.replace(b'"stop"', b'"length"', 1), lambda data: b"{}"])
 def test_a_kept_answer_that_is_not_as_it_was_written_is_asked_anew(own_home: Path, damage: Callable[[bytes], bytes]) -> None:
-    first = hear(speaker("qwen-sapling"), Effort.NONE, CODE, ITEMS[CODE], 40)
+    first = answer_items(speaker("qwen-sapling"), ThinkingEffort.NONE, CODE_TASK, ITEMS[CODE_TASK], 40)
     (path,) = kept(own_home)
     whole = path.read_bytes()
     path.write_bytes(damage(whole))
     assert path.read_bytes() != whole
-    again = hear(speaker("qwen-sapling"), Effort.NONE, CODE, ITEMS[CODE], 40)
+    again = answer_items(speaker("qwen-sapling"), ThinkingEffort.NONE, CODE_TASK, ITEMS[CODE_TASK], 40)
     assert again[1] == 0 and again[0] == first[0]
     assert path.read_bytes() == whole
 
 
 def test_a_record_under_another_name_is_not_taken(own_home: Path) -> None:
-    hear(speaker("qwen-sapling"), Effort.NONE, CODE, ITEMS[CODE], 40)
+    answer_items(speaker("qwen-sapling"), ThinkingEffort.NONE, CODE_TASK, ITEMS[CODE_TASK], 40)
     (path,) = kept(own_home)
-    record = store.read_sealed(path, "")
-    store.publish_sealed(path, record | {"key": "0" * 64})
-    assert hear(speaker("qwen-sapling"), Effort.NONE, CODE, ITEMS[CODE], 40)[1] == 0
+    record = store.read_json_with_checksum(path, "")
+    store.write_json_with_checksum(path, record | {"key": "0" * 64})
+    assert answer_items(speaker("qwen-sapling"), ThinkingEffort.NONE, CODE_TASK, ITEMS[CODE_TASK], 40)[1] == 0
 
 
 def test_kept_answers_are_graded_by_the_grader_of_today() -> None:
-    first, _ = hear(speaker("qwen-sapling"), Effort.NONE, CODE, ITEMS[CODE], 40)
-    strict = replace(CODE, grade=lambda item, said: Verdict.WRONG)
-    again, reused = hear(speaker("qwen-sapling"), Effort.NONE, strict, ITEMS[CODE], 40)
+    first, _ = answer_items(speaker("qwen-sapling"), ThinkingEffort.NONE, CODE_TASK, ITEMS[CODE_TASK], 40)
+    strict = replace(CODE_TASK, grade=lambda item, said: Verdict.WRONG)
+    again, reused = answer_items(speaker("qwen-sapling"), ThinkingEffort.NONE, strict, ITEMS[CODE_TASK], 40)
     assert reused == 6
     assert any(r.verdict is not Verdict.WRONG for r in first)
     assert {r.verdict for r in again} == {Verdict.WRONG}
@@ -139,10 +139,10 @@ def test_kept_answers_are_graded_by_the_grader_of_today() -> None:
 
 def test_a_killed_evaluation_goes_on_where_it_was(own_home: Path) -> None:
     """Killed in the third part: the two before it stand, and only the rest is asked."""
-    items = tuple(Item(Prompt(f"code/{k}", Conversation.ask(f"Write f(x): x plus {k}"), "code", "python"), "x") for k in range(3 * PART))
+    items = tuple(TaskItem(Prompt(f"code/{k}", Conversation.from_question(f"Write f(x): x plus {k}"), "code", "python"), "x") for k in range(3 * ITEMS_PER_ANSWER_FILE))
     asked: list[int] = []
 
-    class Dying(LocalEngine):
+    class Dying(TransformersEngine):
         def generate(self, prompts: Any, stop_ids: Any, max_new_tokens: int) -> Any:
             if len(asked) == 2 and dies:
                 raise KeyboardInterrupt
@@ -153,48 +153,48 @@ def test_a_killed_evaluation_goes_on_where_it_was(own_home: Path) -> None:
     one = speaker("qwen-sapling", lambda: replace(whole, engine=Dying(whole.engine.model, whole.engine.vocabulary)))  # type: ignore[attr-defined]
     dies = True
     with pytest.raises(KeyboardInterrupt):
-        hear(one, Effort.NONE, CODE, items, 4)
-    assert (asked, len(kept(own_home))) == ([PART, PART], 2)
+        answer_items(one, ThinkingEffort.NONE, CODE_TASK, items, 4)
+    assert (asked, len(kept(own_home))) == ([ITEMS_PER_ANSWER_FILE, ITEMS_PER_ANSWER_FILE], 2)
     dies = False
-    results, reused = hear(one, Effort.NONE, CODE, items, 4)
-    assert (asked, reused, len(results)) == ([PART] * 3, 2 * PART, 3 * PART)
+    results, reused = answer_items(one, ThinkingEffort.NONE, CODE_TASK, items, 4)
+    assert (asked, reused, len(results)) == ([ITEMS_PER_ANSWER_FILE] * 3, 2 * ITEMS_PER_ANSWER_FILE, 3 * ITEMS_PER_ANSWER_FILE)
 
 
-@pytest.mark.parametrize("items", [(), (ITEMS[CODE][0], ITEMS[CODE][0])], ids=["none", "twice"])
-def test_no_questions_and_questions_that_cannot_be_told_apart_are_refused(items: tuple[Item, ...]) -> None:
+@pytest.mark.parametrize("items", [(), (ITEMS[CODE_TASK][0], ITEMS[CODE_TASK][0])], ids=["none", "twice"])
+def test_no_questions_and_questions_that_cannot_be_told_apart_are_refused(items: tuple[TaskItem, ...]) -> None:
     with pytest.raises(DataError, match=r"code: (no question is left|two questions have one id)"):
-        hear(speaker("qwen-sapling"), Effort.NONE, CODE, items, 40)
+        answer_items(speaker("qwen-sapling"), ThinkingEffort.NONE, CODE_TASK, items, 40)
 
 
 # --- choices ---
 
 
-def chooser(reference: str, *choices: str) -> Item:
-    return Item(Prompt(f"choice/{choices}", Conversation.ask("To English: 七"), "languages", "zh"), reference, choices=choices)
+def chooser(reference: str, *choices: str) -> TaskItem:
+    return TaskItem(Prompt(f"choice/{choices}", Conversation.from_question("To English: 七"), "languages", "zh"), reference, choices=choices)
 
 
 def test_the_likeliest_choice_per_byte_is_the_answer() -> None:
-    skill = Skill("choices", ("zh",), lambda split, n, seed: (), lambda i, said: Verdict.RIGHT if said.text == i.reference else Verdict.WRONG)
-    items = (chooser("seven", "seven", "nine hundred and ninety-nine", "x"), chooser("nine", "two", "nine"), *ITEMS[LANGUAGES][:2])
+    skill = Task("choices", ("zh",), lambda split, n, seed: (), lambda i, said: Verdict.RIGHT if said.text == i.reference else Verdict.WRONG)
+    items = (chooser("seven", "seven", "nine hundred and ninety-nine", "x"), chooser("nine", "two", "nine"), *ITEMS[LANGUAGES_TASK][:2])
     one = Counting(lambda: teacher("qwen-sapling"))
-    results, reused = hear(speaker("qwen-sapling", one), Effort.NONE, skill, items, 40)
+    results, reused = answer_items(speaker("qwen-sapling", one), ThinkingEffort.NONE, skill, items, 40)
     assert reused == 0
     for i, r in zip(items[:2], results[:2], strict=True):
-        nats = list(surprises(teacher("qwen-sapling"), [i.prompt.conversation.answered(Text(c)) for c in i.choices]))
-        assert r.likelihoods == pytest.approx([-x / len(c.encode()) for x, c in zip(nats, i.choices, strict=True)], rel=1e-5)
-        assert r.answer.text == i.choices[max(range(len(i.choices)), key=lambda k: r.likelihoods[k])]
-        assert (r.finish, r.to_json()["likelihoods"]) == (Finish.STOP, list(r.likelihoods))
+        nats = list(compute_nll(teacher("qwen-sapling"), [i.prompt.conversation.with_answer(Text(c)) for c in i.choices]))
+        assert r.choice_logprobs_per_byte == pytest.approx([-x / len(c.encode()) for x, c in zip(nats, i.choices, strict=True)], rel=1e-5)
+        assert r.answer.text == i.choices[max(range(len(i.choices)), key=lambda k: r.choice_logprobs_per_byte[k])]
+        assert (r.finish, r.to_json()["likelihoods"]) == (FinishReason.STOP, list(r.choice_logprobs_per_byte))
     assert results[0].verdict is Verdict.RIGHT  # the sapling was grown on numbers
-    assert results[2].likelihoods == () and "likelihoods" not in results[2].to_json()
-    assert hear(speaker("qwen-sapling", one), Effort.NONE, skill, items, 40) == (results, 4)
+    assert results[2].choice_logprobs_per_byte == () and "likelihoods" not in results[2].to_json()
+    assert answer_items(speaker("qwen-sapling", one), ThinkingEffort.NONE, skill, items, 40) == (results, 4)
 
 
 def test_an_empty_choice_and_a_speaker_of_words_alone_are_refused() -> None:
-    skill = replace(LANGUAGES, name="choices")
+    skill = replace(LANGUAGES_TASK, name="choices")
     with pytest.raises(DataError, match=r"choices, choice/.*: one of its choices is empty"):
-        hear(speaker("qwen-sapling"), Effort.NONE, skill, [chooser("a", "a", "")], 40)
+        answer_items(speaker("qwen-sapling"), ThinkingEffort.NONE, skill, [chooser("a", "a", "")], 40)
     with pytest.raises(TeacherError, match="qwen-sapling: tells words alone, and choices asks which") as caught:
-        hear(replace(speaker("qwen-sapling"), mute=True), Effort.NONE, skill, [chooser("a", "a", "b")], 40)
+        answer_items(replace(speaker("qwen-sapling"), is_text_only=True), ThinkingEffort.NONE, skill, [chooser("a", "a", "b")], 40)
     assert caught.value.exit_code == 5
 
 
@@ -208,14 +208,14 @@ def uniform(name: str) -> Teacher:
     with torch.no_grad():
         for weight in model.parameters():
             weight.zero_()
-    return Teacher("uniform", voice, LocalEngine(model, len(voice.vocabulary)))
+    return Teacher("uniform", voice, TransformersEngine(model, len(voice.vocabulary)))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_uniform_model_spends_the_logarithm_of_its_vocabulary_on_every_token(name: str) -> None:
     vocabulary = opened(name)[0].vocabulary
     for items in ITEMS.values():
-        spent, size = bits(speaker(name, lambda: uniform(name)), items)
+        spent, size = reference_bits(speaker(name, lambda: uniform(name)), items)
         tokens = sum(len(ids) + 1 for ids in vocabulary.encode_batch([i.reference for i in items]))  # and the one that ends the turn
         assert size == sum(len(i.reference.encode("utf-8")) for i in items)
         assert spent == pytest.approx(tokens * math.log2(len(vocabulary)), rel=1e-6)
@@ -224,29 +224,29 @@ def test_a_uniform_model_spends_the_logarithm_of_its_vocabulary_on_every_token(n
 def test_bits_are_the_surprise_of_the_very_tokens_and_are_kept() -> None:
     name = "qwen-sapling"
     voice, model = opened(name)
-    items = ITEMS[LANGUAGES]
+    items = ITEMS[LANGUAGES_TASK]
     expected = 0.0
     for item in items:
-        tokens = voice.render(item.prompt.conversation.answered(Text(item.reference)))
+        tokens = voice.render(item.prompt.conversation.with_answer(Text(item.reference)))
         with torch.inference_mode():
             p = torch.log_softmax(model(input_ids=torch.from_numpy(tokens.ids_T)[None].long()).logits[0, :, :len(voice.vocabulary)].double(), -1)
-        expected -= sum(float(p[t - 1, tokens.ids_T[t]]) / math.log(2) for t in range(len(tokens)) if tokens.learn_T[t] and tokens.starts_T[t] >= 0)
+        expected -= sum(float(p[t - 1, tokens.ids_T[t]]) / math.log(2) for t in range(len(tokens)) if tokens.loss_mask_T[t] and tokens.starts_T[t] >= 0)
     one = Counting(lambda: teacher(name))
-    spent = bits(speaker(name, one), items)
+    spent = reference_bits(speaker(name, one), items)
     assert spent[0] == pytest.approx(expected, rel=1e-4)
-    assert bits(speaker(name, one), items) == spent and one.times == 1
-    assert spent[0] < bits(replace(speaker(name, lambda: uniform(name)), identity="uniform"), items)[0] / 2  # and it has learned something
+    assert reference_bits(speaker(name, one), items) == spent and one.times == 1
+    assert spent[0] < reference_bits(replace(speaker(name, lambda: uniform(name)), identity="uniform"), items)[0] / 2  # and it has learned something
 
 
 def test_items_whose_right_answer_is_no_text_cost_no_bits() -> None:
-    items = [replace(i, reference="") for i in ITEMS[CODE]]
-    assert bits(speaker("qwen-sapling"), items) == (0.0, 0)
-    assert bits(speaker("qwen-sapling"), [*items, ITEMS[REASONING][0]])[1] == len(ITEMS[REASONING][0].reference)
+    items = [replace(i, reference="") for i in ITEMS[CODE_TASK]]
+    assert reference_bits(speaker("qwen-sapling"), items) == (0.0, 0)
+    assert reference_bits(speaker("qwen-sapling"), [*items, ITEMS[REASONING_TASK][0]])[1] == len(ITEMS[REASONING_TASK][0].reference)
 
 
 def test_one_speaker_at_a_time_is_in_memory() -> None:
     log: list[str] = []
-    hold = one_at_a_time(lambda name: log.append(name) or teacher("qwen-sapling"))  # type: ignore[func-returns-value]
+    hold = single_model_loader(lambda name: log.append(name) or teacher("qwen-sapling"))  # type: ignore[func-returns-value]
     for name in ("a", "a", "b", "b", "a"):
         hold(name)
     assert log == ["a", "b", "a"]
@@ -254,9 +254,9 @@ def test_one_speaker_at_a_time_is_in_memory() -> None:
 
 def test_what_a_template_cannot_say_is_a_miss_that_says_so() -> None:
     """Tools, asked of a family that has no notation for them: no answer, no bits, and nobody's run ends."""
-    items = TOOLS.items(Split.TEST, 3, 0)
-    results, _ = hear(speaker("gemma-sapling"), Effort.NONE, TOOLS, items, 20)
-    assert [(r.verdict, r.finish, r.answer.parts) for r in results] == [(Verdict.MALFORMED, Finish.REFUSED, ())] * 3
-    assert bits(speaker("gemma-sapling"), items) == (0.0, 0)
-    mixed = (*items, *ITEMS[CODE][:2])
-    assert bits(speaker("gemma-sapling"), mixed) == pytest.approx(bits(speaker("gemma-sapling"), ITEMS[CODE][:2]))
+    items = TOOLS_TASK.items(Split.TEST, 3, 0)
+    results, _ = answer_items(speaker("gemma-sapling"), ThinkingEffort.NONE, TOOLS_TASK, items, 20)
+    assert [(r.verdict, r.finish, r.answer.parts) for r in results] == [(Verdict.MALFORMED, FinishReason.REFUSED, ())] * 3
+    assert reference_bits(speaker("gemma-sapling"), items) == (0.0, 0)
+    mixed = (*items, *ITEMS[CODE_TASK][:2])
+    assert reference_bits(speaker("gemma-sapling"), mixed) == pytest.approx(reference_bits(speaker("gemma-sapling"), ITEMS[CODE_TASK][:2]))

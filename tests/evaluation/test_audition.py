@@ -10,28 +10,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persea.cache.capture import plan_units
-from persea.chat.messages import Conversation, Effort
+from persea.chat.messages import Conversation, ThinkingEffort
 from persea.data.prompts import Prompt
-from persea.errors import Refused
-from persea.evaluation.audition import Cast, Decided, cast, markdown, table
-from persea.evaluation.racing import Course, Dial, Ended
+from persea.errors import RefusedError
+from persea.evaluation.audition import Cast, PartDecision, build_cast, cast_markdown, cast_table
+from persea.evaluation.racing import EffortComparison, StopReason, TaskRace
 from persea.tasks.task import Score
 from tests.evaluation.test_racing import course
 
 TEACHERS = ("qwen", "gemma", "oss")
-EFFORTS = dict.fromkeys(TEACHERS, Effort.LOW)
+EFFORTS = dict.fromkeys(TEACHERS, ThinkingEffort.LOW)
 
 
-def chosen(*courses: Course, floor: float = 0.05, **pinned: str) -> dict[str, tuple[tuple[str, float], ...]]:
-    parts = dict(cast(courses, EFFORTS, pinned, floor).parts)
+def chosen(*courses: TaskRace, floor: float = 0.05, **pinned: str) -> dict[str, tuple[tuple[str, float], ...]]:
+    parts = dict(build_cast(courses, EFFORTS, pinned, floor).parts)
     assert all(sum(share for _, share in part) == pytest.approx(1) for part in parts.values())
     return parts
 
 
-def rights(*counts: int, of: int = 100, name: str = "code") -> Course:
+def rights(*counts: int, of: int = 100, name: str = "code") -> TaskRace:
     """A course at its end: each teacher right on the first so many items."""
     done = course(dict(zip(TEACHERS, ([1.0] * right + [0.0] * (of - right) for right in counts), strict=True)), name)
-    done.judge(of)
+    done.update_eliminated(of)
     return done
 
 
@@ -55,7 +55,7 @@ def test_a_teacher_below_the_floor_teaches_nothing(floor: float, who: list[str])
 
 
 def test_a_pinned_teacher_teaches_whatever_was_measured() -> None:
-    out = cast([rights(90, 50, 0), rights(90, 0, 0, name="languages")], EFFORTS, {"code": "oss"}, 0.05)
+    out = build_cast([rights(90, 50, 0), rights(90, 0, 0, name="languages")], EFFORTS, {"code": "oss"}, 0.05)
     assert out.parts == {"code": (("oss", 1.0),), "languages": (("qwen", 1.0),)}
     assert out.pinned == ("code",)
     assert chosen(rights(0, 0, 0), code="gemma") == {"code": (("gemma", 1.0),)}
@@ -65,17 +65,17 @@ def test_a_pinned_teacher_teaches_whatever_was_measured() -> None:
     ((0, 0, 0), r"no teacher has a right answer on code \(n = 100\)"),
     ((3, 4, 2), r"the best teacher of code, gemma, has 0\.04, below the floor of 0\.05 \(n = 100\)")])
 def test_a_skill_that_nobody_is_good_enough_at_is_refused(counts: tuple[int, ...], words: str) -> None:
-    with pytest.raises(Refused, match=rf"audition: {words} -> .*audition\.pinned\.code") as caught:
+    with pytest.raises(RefusedError, match=rf"audition: {words} -> .*audition\.pinned\.code") as caught:
         chosen(rights(*counts))
     assert caught.value.exit_code == 4
 
 
-def by_language(**rights_of: Sequence[int]) -> Course:
+def by_language(**rights_of: Sequence[int]) -> TaskRace:
     """A course of 60 items in two languages: how many of each language's 30 a teacher has right."""
     languages = ["th", "zh"]
     values = {t: [float(k // 2 < rights_of[t][k % 2]) for k in range(60)] for t in TEACHERS}
     done = course(values, "words", [languages[k % 2] for k in range(60)])
-    done.judge(60)
+    done.update_eliminated(60)
     return done
 
 
@@ -90,14 +90,14 @@ def test_a_language_that_another_teacher_wins_is_its_own() -> None:
 
 
 def test_who_is_left_out_of_a_language_is_not_said_to_be_below_the_floor() -> None:
-    out = cast([by_language(qwen=(20, 30), gemma=(13, 13), oss=(29, 20))], EFFORTS, {}, 0.05)
-    why = {(r[0], r[1]): r[5] for r in table(out)}
-    assert out.contests["words"].beaten.keys() == {"gemma"}
+    out = build_cast([by_language(qwen=(20, 30), gemma=(13, 13), oss=(29, 20))], EFFORTS, {}, 0.05)
+    why = {(r[0], r[1]): r[5] for r in cast_table(out)}
+    assert out.decisions["words"].eliminated.keys() == {"gemma"}
     assert why["words", "gemma"].startswith("below ") and "floor" not in why["words/th", "gemma"] + why["words/zh", "gemma"]
     assert why["words/th", "gemma"].startswith("below ")
-    left = Cast({"words": (("qwen", 1.0),), "words/th": (("qwen", 1.0),)}, (Score("oss", "words", "th", Effort.LOW, 0.4, 9, 0.1, 0.8),), (),
-                {"words": Decided(60, Ended.BUDGET, {"oss": "qwen"}), "words/th": Decided(9, Ended.BUDGET, {"gemma": "qwen"})})
-    assert [r[5] for r in table(left)] == ["below qwen in all"]
+    left = Cast({"words": (("qwen", 1.0),), "words/th": (("qwen", 1.0),)}, (Score("oss", "words", "th", ThinkingEffort.LOW, 0.4, 9, 0.1, 0.8),), (),
+                {"words": PartDecision(60, StopReason.BUDGET, {"oss": "qwen"}), "words/th": PartDecision(9, StopReason.BUDGET, {"gemma": "qwen"})})
+    assert [r[5] for r in cast_table(left)] == ["below qwen in all"]
 
 
 def test_a_language_that_differs_by_chance_is_not() -> None:
@@ -113,35 +113,35 @@ def test_prompts_go_to_the_part_of_their_language_and_shares_hold_in_every_stret
 
 
 def test_the_table_tells_every_teacher_and_why() -> None:
-    out = cast([rights(90, 0, 88), rights(40, 90, 1, name="languages")], EFFORTS, {"languages": "oss"}, 0.05,
-               [Dial(Score("oss", "code", "", Effort.HIGH, 0.97, 100, 0.91, 0.99), Effort.LOW, 0.01, 0.17)])
-    rows = table(out)
+    out = build_cast([rights(90, 0, 88), rights(40, 90, 1, name="languages")], EFFORTS, {"languages": "oss"}, 0.05,
+               [EffortComparison(Score("oss", "code", "", ThinkingEffort.HIGH, 0.97, 100, 0.91, 0.99), ThinkingEffort.LOW, 0.01, 0.17)])
+    rows = cast_table(out)
     assert [(r[0], r[1], r[3], r[4], r[5]) for r in rows] == [
         ("code", "qwen", "100", "50%", "tied"), ("code", "oss", "100", "50%", "tied"), ("code", "gemma", "100", "-", "below qwen"),
         ("languages", "gemma", "100", "-", "another is pinned"), ("languages", "qwen", "100", "-", "another is pinned"),
         ("languages", "oss", "100", "100%", "pinned"), ("code", "oss at high", "100", "-", "better than at low")]
-    page = markdown(out)
+    page = cast_markdown(out)
     assert "| code | qwen | 0.90 (0.83-0.94) | 100 | 50% | tied |" in page.splitlines()
     assert "- code: 100 questions, all there were for it" in page
     assert len({line.count("|") for line in page.splitlines() if line.startswith("|")}) == 1
 
 
 shares = st.lists(st.tuples(st.sampled_from(TEACHERS), st.floats(0.01, 1)), min_size=1, max_size=3).map(tuple)
-efforts = st.sampled_from(Effort)
+efforts = st.sampled_from(ThinkingEffort)
 measured = st.builds(Score, st.sampled_from(TEACHERS), st.sampled_from(("code", "languages")), st.sampled_from(("", "vi", "zh")), efforts,
                      st.floats(0, 1), st.integers(1, 99), st.just(0.0), st.just(1.0), st.integers(0, 3), st.integers(0, 3))
-decided = st.builds(Decided, st.integers(1, 99), st.sampled_from(Ended), st.dictionaries(st.sampled_from(TEACHERS), st.sampled_from(TEACHERS)))
+decided = st.builds(PartDecision, st.integers(1, 99), st.sampled_from(StopReason), st.dictionaries(st.sampled_from(TEACHERS), st.sampled_from(TEACHERS)))
 
 
 @given(st.dictionaries(st.sampled_from(("code", "languages", "languages/vi")), shares), st.lists(measured).map(tuple),
        st.lists(st.sampled_from(("code", "languages"))).map(tuple), st.dictionaries(st.sampled_from(("code", "languages/vi")), decided),
-       st.lists(st.builds(Dial, measured, efforts, st.floats(-1, 1), st.floats(-1, 1))).map(tuple))
+       st.lists(st.builds(EffortComparison, measured, efforts, st.floats(-1, 1), st.floats(-1, 1))).map(tuple))
 def test_a_cast_comes_back_from_json(parts: dict[str, tuple[tuple[str, float], ...]], scores: tuple[Score, ...], pinned: tuple[str, ...],
-                                     contests: dict[str, Decided], dials: tuple[Dial, ...]) -> None:
+                                     contests: dict[str, PartDecision], dials: tuple[EffortComparison, ...]) -> None:
     one = Cast(parts, scores, pinned, contests, dials)
     other = Cast.from_json(json.loads(json.dumps(one.to_json())))
     assert other == one
-    assert all(isinstance(s.effort, Effort) for s in other.scores)
+    assert all(isinstance(s.effort, ThinkingEffort) for s in other.scores)
 
 
 def test_a_cast_of_an_earlier_version_is_read() -> None:
@@ -152,7 +152,7 @@ def test_a_cast_of_an_earlier_version_is_read() -> None:
 
 def test_prompts_are_asked_of_the_teacher_of_their_language() -> None:
     out = Cast({"words": (("qwen", 1.0),), "words/th": (("oss", 0.5), ("gemma", 0.5))}, ())
-    prompts = [Prompt(f"{language}/{k}", Conversation.ask(str(k)), "words", language) for k in range(10) for language in ("th", "zh")]
+    prompts = [Prompt(f"{language}/{k}", Conversation.from_question(str(k)), "words", language) for k in range(10) for language in ("th", "zh")]
     units = plan_units(prompts, out, dict.fromkeys(TEACHERS, "identity"), 100, {})
     asked = {u.teacher: [p.language for p in u.prompts] for u in units}
     assert asked == {"qwen": ["zh"] * 10, "oss": ["th"] * 5, "gemma": ["th"] * 5}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from persea.errors import DataError
-from persea.evaluation.lm_eval_results import Standard, read_standard
+from persea.evaluation.lm_eval_results import LmEvalResult, read_lm_eval_results
 
 STANDARD: dict[str, Any] = {  # in the published form, numbers invented
     "results": {
@@ -31,12 +31,12 @@ def file(folder: Path, value: Any) -> Path:
 
 
 def test_every_number_is_read(tmp_path: Path) -> None:
-    assert read_standard("student", file(tmp_path, STANDARD)) == (
-        Standard("student", "gsm8k", "exact_match (strict-match)", 0.5012, 0.0138, 1319, True),
-        Standard("student", "gsm8k", "exact_match (flexible-extract)", 0.52, 0.0137, 1319, True),
-        Standard("student", "mmlu", "acc", 0.61, 0.004, 0, True),
-        Standard("student", "law", "acc", 0.5, None, 100, True),
-        Standard("student", "wikitext", "word_perplexity", 12.5, None, 0, False))
+    assert read_lm_eval_results("student", file(tmp_path, STANDARD)) == (
+        LmEvalResult("student", "gsm8k", "exact_match (strict-match)", 0.5012, 0.0138, 1319, True),
+        LmEvalResult("student", "gsm8k", "exact_match (flexible-extract)", 0.52, 0.0137, 1319, True),
+        LmEvalResult("student", "mmlu", "acc", 0.61, 0.004, 0, True),
+        LmEvalResult("student", "law", "acc", 0.5, None, 100, True),
+        LmEvalResult("student", "wikitext", "word_perplexity", 12.5, None, 0, False))
 
 
 @pytest.mark.parametrize(("value", "what"), [
@@ -47,11 +47,11 @@ def test_every_number_is_read(tmp_path: Path) -> None:
     ({"results": {"gsm8k": {"acc,none": 0.5}}, "n-samples": []}, "not in lm-eval's form")], ids=str)
 def test_anything_else_is_refused_in_one_line(tmp_path: Path, value: Any, what: str) -> None:
     with pytest.raises(DataError) as refusal:
-        read_standard("student", file(tmp_path, value))
-    assert what in refusal.value.what and refusal.value.where.endswith("results_2026.json") and "\n" not in str(refusal.value)
+        read_lm_eval_results("student", file(tmp_path, value))
+    assert what in refusal.value.message and refusal.value.where.endswith("results_2026.json") and "\n" not in str(refusal.value)
     assert refusal.value.exit_code == 3
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
-        read_standard("student", tmp_path / "none.json")
+        read_lm_eval_results("student", tmp_path / "none.json")

@@ -10,107 +10,107 @@ from pathlib import Path
 
 import pytest
 
-from persea.cache.maintenance import committed, shelf
+from persea.cache.maintenance import committed_units, find_cache_folder
 from persea.cache.unit import read_unit
-from persea.chat.messages import Effort, Text, Thinking
-from persea.chat.renderer import Voice
-from persea.evaluation.thinking_modes import UNDETERMINED, Modes, measure, tongue
-from persea.models.loading import Source, open_voice
-from persea.tasks.generated import REASONING
-from persea.tasks.intervals import wilson
+from persea.chat.messages import Text, Thinking, ThinkingEffort
+from persea.chat.renderer import ChatRenderer
+from persea.evaluation.thinking_modes import UNDETERMINED_LANGUAGE, ThinkingModesReport, measure_thinking_modes, thinking_language
+from persea.models.loading import ModelSource, load_renderer
+from persea.tasks.generated import REASONING_TASK
+from persea.tasks.intervals import wilson_interval
 from persea.tasks.task import Split
 from persea.teachers.teacher import Teacher
 from tests.cli.test_cli import SAPLINGS, TINY, persea, recipe
 from tests.teachers.engines.test_transformers import engine
 from tests.teachers.test_teacher import Scripted
 
-ITEMS = REASONING.items(Split.TEST, 4, 0)
+ITEMS = REASONING_TASK.items(Split.TEST, 4, 0)
 EOT = "<|eot_id|>"
 
 
 @pytest.fixture(scope="module")
-def voice() -> Voice:
-    return open_voice(Source(str(SAPLINGS / "llama-sapling"), thinking=True), "student")
+def voice() -> ChatRenderer:
+    return load_renderer(ModelSource(str(SAPLINGS / "llama-sapling"), thinking=True), "student")
 
 
-def says(voice: Voice, text: str, stop: bool = True) -> list[int]:
+def says(voice: ChatRenderer, text: str, stop: bool = True) -> list[int]:
     """What a model says: the markers of a thought are tokens."""
-    control = voice.vocabulary.control
+    control = voice.vocabulary.control_token_ids
     ids = [i for piece in re.split("(</?think>)", text) for i in ([control[piece]] if piece in control else voice.vocabulary.encode(piece))]
     return [*ids, *([control[EOT]] if stop else [])]
 
 
-def thinks(voice: Voice, thought: str, text: str) -> list[int]:
+def thinks(voice: ChatRenderer, thought: str, text: str) -> list[int]:
     return says(voice, f"<think>\n{thought}\n</think>\n\n{text}")
 
 
-def measured(voice: Voice, *said: list[int], efforts: tuple[Effort, ...], direct: tuple[dict[str, object], ...] = ()) -> tuple[Modes, Scripted]:
+def measured(voice: ChatRenderer, *said: list[int], efforts: tuple[ThinkingEffort, ...], direct: tuple[dict[str, object], ...] = ()) -> tuple[ThinkingModesReport, Scripted]:
     scripted = Scripted(engine("llama-sapling"), list(said))
-    skills = [(REASONING, ITEMS)]
-    return measure(Teacher("student", voice, scripted), skills, {"reasoning": efforts}, 400, direct), scripted
+    skills = [(REASONING_TASK, ITEMS)]
+    return measure_thinking_modes(Teacher("student", voice, scripted), skills, {"reasoning": efforts}, 400, direct), scripted
 
 
-def test_items_with_choices_are_weighed_elsewhere_and_not_asked_in_words(voice: Voice) -> None:
-    scripted = Scripted(engine("llama-sapling"), [says(voice, f"Answer: {i.key}.") for i in ITEMS[:2]])
-    skills = [(REASONING, [*ITEMS[:2], *(replace(i, choices=("a", "b")) for i in ITEMS[2:])]),
-              (replace(REASONING, name="code"), [replace(i, choices=("a", "b")) for i in ITEMS])]
-    found = measure(Teacher("student", voice, scripted), skills, {"reasoning": (Effort.NONE,), "code": (Effort.NONE,)}, 400)
+def test_items_with_choices_are_weighed_elsewhere_and_not_asked_in_words(voice: ChatRenderer) -> None:
+    scripted = Scripted(engine("llama-sapling"), [says(voice, f"Answer: {i.answer_key}.") for i in ITEMS[:2]])
+    skills = [(REASONING_TASK, [*ITEMS[:2], *(replace(i, choices=("a", "b")) for i in ITEMS[2:])]),
+              (replace(REASONING_TASK, name="code"), [replace(i, choices=("a", "b")) for i in ITEMS])]
+    found = measure_thinking_modes(Teacher("student", voice, scripted), skills, {"reasoning": (ThinkingEffort.NONE,), "code": (ThinkingEffort.NONE,)}, 400)
     assert [(m.skill, m.score.n, m.score.value) for m in found.modes] == [("reasoning", 2, 1.0)]
 
 
-def test_right_answers_and_strays_are_counted_mode_by_mode(voice: Voice) -> None:
-    answers = [f"Answer: {i.key}." for i in ITEMS]
+def test_right_answers_and_strays_are_counted_mode_by_mode(voice: ChatRenderer) -> None:
+    answers = [f"Answer: {i.answer_key}." for i in ITEMS]
     at_once = [says(voice, answers[0]), thinks(voice, "Let me add them up first.", answers[1]), says(voice, "Answer: 0.5"),
                says(voice, "<think>\nso", stop=False)]
     high = [thinks(voice, "I add the first two numbers.", answers[0]), says(voice, answers[1]), thinks(voice, "1+1=2", answers[2]),
             says(voice, "<think>\nand so on", stop=False)]
-    found, engine_ = measured(voice, *at_once, *high, efforts=(Effort.HIGH, Effort.NONE))
+    found, engine_ = measured(voice, *at_once, *high, efforts=(ThinkingEffort.HIGH, ThinkingEffort.NONE))
     none, loud = found.modes
-    assert (none.effort, loud.effort) == (Effort.NONE, Effort.HIGH)
+    assert (none.effort, loud.effort) == (ThinkingEffort.NONE, ThinkingEffort.HIGH)
     assert (none.score.value, none.score.n, loud.score.value) == (0.5, 4, 0.75)
-    assert none.score.effort is Effort.NONE
-    assert (none.leak.found, none.leak.n) == (2, 4)
-    assert (none.leak.low, none.leak.high) == wilson(2, 4)
-    assert (loud.leak.found, loud.leak.n) == (1, 4)
-    assert (found.thinks_unasked, found.answers_unthinking) == (none.leak, loud.leak)
+    assert none.score.effort is ThinkingEffort.NONE
+    assert (none.wrong_mode.count, none.wrong_mode.n) == (2, 4)
+    assert (none.wrong_mode.low, none.wrong_mode.high) == wilson_interval(2, 4)
+    assert (loud.wrong_mode.count, loud.wrong_mode.n) == (1, 4)
+    assert (found.unasked_thinking, found.missing_thinking) == (none.wrong_mode, loud.wrong_mode)
     assert [engine_.asked[k] != engine_.asked[k + 4] for k in range(4)] == [True] * 4
-    assert loud.length.thoughts == 2
-    assert loud.length.cut == none.length.cut == 1
+    assert loud.length.num_finished == 2
+    assert loud.length.num_truncated == none.length.num_truncated == 1
     thoughts = ["I add the first two numbers.", "1+1=2"]
-    assert loud.length.bytes == sum(map(len, thoughts)) / 2
-    assert loud.length.tokens == sum(len(voice.vocabulary.encode(t)) for t in thoughts) / 2
-    assert loud.languages == {"en": 1, UNDETERMINED: 1}
-    assert (loud.as_asked.found, loud.as_asked.n) == (int(ITEMS[0].prompt.language == "en"), 1)
+    assert loud.length.mean_bytes == sum(map(len, thoughts)) / 2
+    assert loud.length.mean_tokens == sum(len(voice.vocabulary.encode(t)) for t in thoughts) / 2
+    assert loud.languages == {"en": 1, UNDETERMINED_LANGUAGE: 1}
+    assert (loud.in_question_language.count, loud.in_question_language.n) == (int(ITEMS[0].prompt.language == "en"), 1)
     assert json.loads(json.dumps(found.to_json()))["modes"][1]["effort"] == "high"
 
 
-def test_answers_to_other_skills_count_for_the_leak_at_none(voice: Voice) -> None:
+def test_answers_to_other_skills_count_for_the_leak_at_none(voice: ChatRenderer) -> None:
     direct = ({"answer": "a", "finish": "stop"}, {"answer": "a", "finish": "stop", "thinking": "hm"}, {"answer": "", "finish": "length"},
               {"answer": "cut but said", "finish": "length"}, {"answer": "", "finish": "stop", "calls": [{}]}, {"answer": "", "finish": "stop"})
-    found, _ = measured(voice, *(says(voice, "x"),) * 4, efforts=(Effort.NONE,), direct=direct)
-    assert (found.thinks_unasked.found, found.thinks_unasked.n) == (2, 10)
-    assert (found.answers_unthinking.n, found.rises) == (0, {})
+    found, _ = measured(voice, *(says(voice, "x"),) * 4, efforts=(ThinkingEffort.NONE,), direct=direct)
+    assert (found.unasked_thinking.count, found.unasked_thinking.n) == (2, 10)
+    assert (found.missing_thinking.n, found.length_increases) == (0, {})
 
 
 @pytest.mark.parametrize(("low", "high", "rises"), [("short", "a longer thought", True), ("a longer thought", "short", False),
                                                     ("same", "same", False), ("some", None, False)])
-def test_thoughts_rise_or_are_said_not_to(voice: Voice, low: str, high: str | None, rises: bool) -> None:
+def test_thoughts_rise_or_are_said_not_to(voice: ChatRenderer, low: str, high: str | None, rises: bool) -> None:
     loud = says(voice, "<think>\nno end", stop=False) if high is None else thinks(voice, high, "x")
-    found, _ = measured(voice, *(thinks(voice, low, "x"),) * 4, *(loud,) * 4, efforts=(Effort.LOW, Effort.HIGH))
-    assert found.rises == {"reasoning": rises}
+    found, _ = measured(voice, *(thinks(voice, low, "x"),) * 4, *(loud,) * 4, efforts=(ThinkingEffort.LOW, ThinkingEffort.HIGH))
+    assert found.length_increases == {"reasoning": rises}
 
 
-def test_who_chooses_by_likelihood_is_not_asked_in_words(voice: Voice) -> None:
+def test_who_chooses_by_likelihood_is_not_asked_in_words(voice: ChatRenderer) -> None:
     scripted, chosen = Scripted(engine("llama-sapling"), [says(voice, "x")]), [replace(i, choices=("a", "b")) for i in ITEMS[1:]]
-    found = measure(Teacher("student", voice, scripted), [(REASONING, [ITEMS[0], *chosen])], {"reasoning": (Effort.NONE,)}, 40)
-    assert [(m.score.n, m.leak.n) for m in found.modes] == [(1, 1)]
-    assert measure(Teacher("student", voice, scripted), [(REASONING, chosen)], {"reasoning": (Effort.NONE,)}, 40).modes == ()
+    found = measure_thinking_modes(Teacher("student", voice, scripted), [(REASONING_TASK, [ITEMS[0], *chosen])], {"reasoning": (ThinkingEffort.NONE,)}, 40)
+    assert [(m.score.n, m.wrong_mode.n) for m in found.modes] == [(1, 1)]
+    assert measure_thinking_modes(Teacher("student", voice, scripted), [(REASONING_TASK, chosen)], {"reasoning": (ThinkingEffort.NONE,)}, 40).modes == ()
     assert len(scripted.asked) == 1
 
 
-def test_a_skill_without_modes_is_not_asked(voice: Voice) -> None:
+def test_a_skill_without_modes_is_not_asked(voice: ChatRenderer) -> None:
     scripted = Scripted(engine("llama-sapling"), [])
-    found = measure(Teacher("student", voice, scripted), [(REASONING, ITEMS)], {}, 40)
+    found = measure_thinking_modes(Teacher("student", voice, scripted), [(REASONING_TASK, ITEMS)], {}, 40)
     assert (found.modes, scripted.asked) == ((), [])
 
 
@@ -119,11 +119,11 @@ def test_a_skill_without_modes_is_not_asked(voice: Voice) -> None:
     ("Pertama saya menjumlahkan kedua bilangan itu, kemudian mengurangi tiga dari hasilnya.", "id"), ("先把两个数加起来，再减三。", "zh"),
     ("まず二つの数を足してから三を引きます。", "ja"), ("먼저 두 수를 더하고 셋을 뺍니다.", "ko"), ("บวกสองจำนวนก่อนแล้วลบสาม", "th"),
     ("ပထမဦးစွာ ဂဏန်းနှစ်ခုကို ပေါင်းပါ။", "my"), ("ដំបូងបូកលេខពីរ", "km"), ("ທໍາອິດບວກສອງຕົວເລກ", "lo"),
-    ("10+18: 0+8=8, 1+1=2, 28. 28-21: 8-1=7.", UNDETERMINED), ("", UNDETERMINED), ("ok", UNDETERMINED),
-    ("x = [1, 2] * 3; y = f(x) + 1", UNDETERMINED),
-    ("二加三 = 5; 5 + 6 = 11; 11 + 12 = 23", UNDETERMINED), ("qxzv jkwq zzkx vvqj", UNDETERMINED)])
+    ("10+18: 0+8=8, 1+1=2, 28. 28-21: 8-1=7.", UNDETERMINED_LANGUAGE), ("", UNDETERMINED_LANGUAGE), ("ok", UNDETERMINED_LANGUAGE),
+    ("x = [1, 2] * 3; y = f(x) + 1", UNDETERMINED_LANGUAGE),
+    ("二加三 = 5; 5 + 6 = 11; 11 + 12 = 23", UNDETERMINED_LANGUAGE), ("qxzv jkwq zzkx vvqj", UNDETERMINED_LANGUAGE)])
 def test_the_language_of_a_thought(text: str, language: str) -> None:
-    assert tongue(text) == language
+    assert thinking_language(text) == language
 
 
 def test_a_whole_run_in_modes(tmp_path: Path) -> None:
@@ -135,14 +135,14 @@ def test_a_whole_run_in_modes(tmp_path: Path) -> None:
     ended = persea("run", path, "--out", "run", folder=tmp_path)
     assert ended.code == 0, ended.err
     run = tmp_path / "run"
-    where = shelf(run)
-    answers = [c.answer for name in committed(where) for c in read_unit(where, name)]
-    kinds = Counter((a.skill, a.mode, bool(a.conversation.messages[-1].thinking)) for a in answers)
+    where = find_cache_folder(run)
+    answers = [c.answer for name in committed_units(where) for c in read_unit(where, name)]
+    kinds = Counter((a.skill, a.effort, bool(a.conversation.messages[-1].thinking)) for a in answers)
     assert kinds["code", None, False] == 8
-    assert kinds["reasoning", Effort.NONE, False] >= 10
-    assert kinds["reasoning", Effort.HIGH, True] >= 6
-    assert sum(kinds.values()) == kinds["code", None, False] + kinds["reasoning", Effort.NONE, False] + kinds["reasoning", Effort.HIGH, True]
-    thought = next(a for a in answers if a.mode is Effort.HIGH)
+    assert kinds["reasoning", ThinkingEffort.NONE, False] >= 10
+    assert kinds["reasoning", ThinkingEffort.HIGH, True] >= 6
+    assert sum(kinds.values()) == kinds["code", None, False] + kinds["reasoning", ThinkingEffort.NONE, False] + kinds["reasoning", ThinkingEffort.HIGH, True]
+    thought = next(a for a in answers if a.effort is ThinkingEffort.HIGH)
     assert [type(p) for p in thought.conversation.messages[-1].parts] == [Thinking, Text]
     told = json.loads((run / "evaluate" / "modes.json").read_text())
     assert [(m["skill"], m["effort"], m["score"]["n"]) for m in told["modes"]] == [("reasoning", "none", 8), ("reasoning", "high", 8)]
@@ -151,6 +151,6 @@ def test_a_whole_run_in_modes(tmp_path: Path) -> None:
     assert json.loads((run / "report" / "report.json").read_text())["modes"] == told
     assert "Thinking or not" in (run / "report" / "index.html").read_text()
     assert "Told to think, it answered without a thought in" in ended.out
-    saved = open_voice(Source(str(run / "train" / "student")), "student")
-    assert saved.family.efforts == tuple(Effort)
+    saved = load_renderer(ModelSource(str(run / "train" / "student")), "student")
+    assert saved.family.efforts == tuple(ThinkingEffort)
     assert (run / "train" / "student" / "chat_template.jinja").read_text() == saved.template_text

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persea.losses import Dead, Divergence, Sides, full
-from persea.losses.event_divergence import full_rows
-from persea.losses.event_sums import _KEPT, Groups, kept, laid
+from persea.losses import Divergence, ImpossibleTokens, MaskedEventMap, event_divergence_loss
+from persea.losses.event_divergence import event_divergence_per_token
+from persea.losses.event_sums import _EVENT_GROUPS_CACHE, EventGroups, build_event_groups, cached_event_groups
 from tests.losses.test_losses import dead_of, random_bridge, seeds
 
 NOWHERE = -torch.inf
@@ -31,8 +31,8 @@ class OverEvents(torch.autograd.Function):
     """Groups' sums and their gradient, as a function."""
 
     @staticmethod
-    def forward(ctx: Any, logs_NX: torch.Tensor, groups: Groups, dead: Dead | None) -> torch.Tensor:
-        log_NE, share_NG = groups.masses(logs_NX, dead)
+    def forward(ctx: Any, logs_NX: torch.Tensor, groups: EventGroups, dead: ImpossibleTokens | None) -> torch.Tensor:
+        log_NE, share_NG = groups.log_event_masses(logs_NX, dead)
         ctx.groups = groups
         ctx.save_for_backward(log_NE, share_NG)
         return log_NE
@@ -40,11 +40,11 @@ class OverEvents(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, pull_NE: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         log_NE, share_NG = ctx.saved_tensors
-        return ctx.groups.to_tokens(pull_NE.masked_fill(log_NE == NOWHERE, 0), share_NG), None, None
+        return ctx.groups.token_gradient(pull_NE.masked_fill(log_NE == NOWHERE, 0), share_NG), None, None
 
 
-def over_events(logs_NX: torch.Tensor, event_X: torch.Tensor, events: int, dead: Dead | None = None) -> torch.Tensor:
-    return OverEvents.apply(logs_NX, laid(event_X, events), dead)
+def over_events(logs_NX: torch.Tensor, event_X: torch.Tensor, events: int, dead: ImpossibleTokens | None = None) -> torch.Tensor:
+    return OverEvents.apply(logs_NX, build_event_groups(event_X, events), dead)
 
 
 def reference(logs_NX: torch.Tensor, event_X: torch.Tensor, events: int) -> torch.Tensor:
@@ -92,13 +92,13 @@ def test_an_event_that_one_side_cannot_say_pulls_at_no_token(divergence: Diverge
     bridge = replace(random_bridge(np.random.default_rng(0), 4, 5, 4), teacher_event_W=np.arange(4, dtype=np.int32),
                      student_event_V=np.array([0, 1, 1, 2, 3], np.int32))
     logits_NV, logs_NW = torch.tensor([[0.5, 3.0, 1.0, 2.0, -1.0]], requires_grad=True), torch.log_softmax(torch.tensor([[0.1, 1.0, 2.0, 0.7]]), -1)
-    sides = Sides(bridge, Dead(torch.tensor([0, 0]), torch.tensor([1, 2])), Dead(torch.tensor([0]), torch.tensor([2])))
-    loss = full_rows(logits_NV, logs_NW, sides, divergence)
+    sides = MaskedEventMap(bridge, ImpossibleTokens(torch.tensor([0, 0]), torch.tensor([1, 2])), ImpossibleTokens(torch.tensor([0]), torch.tensor([2])))
+    loss = event_divergence_per_token(logits_NV, logs_NW, sides, divergence)
     (gradient,) = torch.autograd.grad(loss.sum(), logits_NV)
     assert torch.isfinite(loss).all() and gradient[0, 1:4].tolist() == [0.0, 0.0, 0.0]
     left = torch.tensor([[0.5, -1.0]], requires_grad=True)
-    few = full(left, torch.log_softmax(torch.tensor([[0.1, 0.7]]), -1),
-               replace(bridge, teacher_event_W=np.arange(2, dtype=np.int32), student_event_V=np.arange(2, dtype=np.int32), events=2), divergence)
+    few = event_divergence_loss(left, torch.log_softmax(torch.tensor([[0.1, 0.7]]), -1),
+               replace(bridge, teacher_event_W=np.arange(2, dtype=np.int32), student_event_V=np.arange(2, dtype=np.int32), num_events=2), divergence)
     torch.testing.assert_close(loss[0], few.loss)
     torch.testing.assert_close(gradient[0, [0, 4]], torch.autograd.grad(few.loss, left)[0][0])
 
@@ -115,10 +115,10 @@ def test_rows_are_the_same_however_many_at_once(divergence: Divergence, seed: in
     teacher_NW = torch.from_numpy(3 * rng.standard_normal((N, W))).log_softmax(-1)
     (student_dead, stands_NV), (teacher_dead, stands_NW) = dead_of(rng, N, V), dead_of(rng, N, W)
     order = torch.from_numpy(rng.permutation(len(student_dead.row_D)))
-    sides = Sides(bridge, Dead(student_dead.row_D[order], student_dead.token_D[order]), teacher_dead)
+    sides = MaskedEventMap(bridge, ImpossibleTokens(student_dead.row_D[order], student_dead.token_D[order]), teacher_dead)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("persea.losses.event_kl.PIECE", piece)
-        got_N = full_rows(logits_NV, teacher_NW + 50, sides, divergence)
+        patch.setattr("persea.losses.event_kl.CPU_CACHE_ELEMENTS", piece)
+        got_N = event_divergence_per_token(logits_NV, teacher_NW + 50, sides, divergence)
         (a,) = torch.autograd.grad(got_N.sum(), logits_NV)
     q, p = ((side.exp() * torch.from_numpy(stands))
             for side, stands in ((logits_NV, stands_NV), (teacher_NW, stands_NW)))
@@ -139,9 +139,9 @@ def test_rows_are_the_same_however_many_at_once(divergence: Divergence, seed: in
 
 def test_a_map_is_laid_once_and_forgotten_with_its_bridge():
     bridge, device = random_bridge(np.random.default_rng(0), 9, 12, 4), torch.device("cpu")
-    before = len(_KEPT)
-    one = kept(bridge.student_event_V, 4, device)
-    assert kept(bridge.student_event_V, 4, device) is one and len(_KEPT) == before + 1
+    before = len(_EVENT_GROUPS_CACHE)
+    one = cached_event_groups(bridge.student_event_V, 4, device)
+    assert cached_event_groups(bridge.student_event_V, 4, device) is one and len(_EVENT_GROUPS_CACHE) == before + 1
     del bridge
     gc.collect()
-    assert len(_KEPT) <= before
+    assert len(_EVENT_GROUPS_CACHE) <= before

@@ -19,26 +19,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from worlds import WORLDS
 
-from persea.alignment.event_map import Bridge
-from persea.chat.renderer import Voice
-from persea.distributions import RowKind, Rows, sample_rows
+from persea.alignment.event_map import EventMap
+from persea.chat.renderer import ChatRenderer
+from persea.distributions import DistributionKind, SparseDistributions, sample_distributions
 from persea.errors import DataError, RecipeError
 from persea.losses import (
-    Chunks,
-    Dead,
+    BatchTargets,
     Divergence,
-    LossOut,
-    Targets,
-    chunk,
-    composed,
+    ImpossibleTokens,
+    LossOutput,
+    SpanTargets,
+    build_batch_targets,
+    build_event_targets,
+    concat_event_targets,
     cross_entropy,
+    divergence_loss,
+    event_divergence_loss,
+    event_kl_loss,
     event_logprobs,
-    full,
     refuse_divergence,
-    same_vocabulary,
-    standing,
-    targets,
-    together,
+    span_likelihood_loss,
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "composed.json"
@@ -48,38 +48,38 @@ seeds = st.integers(0, 2**32 - 1)
 # ---- cases -----------------------------------------------------------------------------------------------------------
 
 
-def random_bridge(rng: np.random.Generator, W: int, V: int, E: int) -> Bridge:
+def random_bridge(rng: np.random.Generator, W: int, V: int, E: int) -> EventMap:
     """Any maps with at least one student token an event; some tokens of both sides are left out."""
     student = np.concatenate([np.arange(E), rng.integers(-1, E, V - E)])
-    return Bridge(rng.integers(-1, E, W).astype(np.int32), rng.permutation(student).astype(np.int32), E, "")
+    return EventMap(rng.integers(-1, E, W).astype(np.int32), rng.permutation(student).astype(np.int32), E, "")
 
 
-def identity(V: int) -> Bridge:
-    return Bridge(np.arange(V, dtype=np.int32), np.arange(V, dtype=np.int32), V, "")
+def identity(V: int) -> EventMap:
+    return EventMap(np.arange(V, dtype=np.int32), np.arange(V, dtype=np.int32), V, "")
 
 
 @dataclass(frozen=True)
 class Said:
     """What a teacher says, raw, and the bridge it is to pass. M = entries."""
 
-    bridge: Bridge
+    event_map: EventMap
     row_M: np.ndarray
     ids_M: np.ndarray
     probs_M: np.ndarray
 
     @property
-    def targets(self) -> Targets:
-        return targets(self.bridge, standing(self.bridge, self.row_M, self.ids_M, self.probs_M), 0)
+    def targets(self) -> BatchTargets:
+        return build_batch_targets(self.event_map, build_event_targets(self.event_map, self.row_M, self.ids_M, self.probs_M), 0)
 
 
 @dataclass(frozen=True)
 class Ready:
     """Targets as they are: rows in double precision."""
 
-    targets: Targets
+    targets: BatchTargets
 
 
-def said_of(bridge: Bridge, rows: dict[int, np.ndarray]) -> Said:
+def said_of(bridge: EventMap, rows: dict[int, np.ndarray]) -> Said:
     """Dense rows, position -> p_W; entries of probability 0 are not stored."""
     row = [n for n, p_W in rows.items() for _ in np.flatnonzero(p_W)]
     ids = [w for p_W in rows.values() for w in np.flatnonzero(p_W)]
@@ -87,20 +87,20 @@ def said_of(bridge: Bridge, rows: dict[int, np.ndarray]) -> Said:
     return Said(bridge, np.array(row, np.int64), np.array(ids, np.int64), np.array(probs, np.float32))
 
 
-def run(logits_NV: torch.Tensor, targets_N: torch.Tensor, teachers: Sequence[Said], share: float) -> LossOut:
-    return composed(logits_NV, targets_N, [said.targets for said in teachers], share)
+def run(logits_NV: torch.Tensor, targets_N: torch.Tensor, teachers: Sequence[Said], share: float) -> LossOutput:
+    return event_kl_loss(logits_NV, targets_N, [said.targets for said in teachers], share)
 
 
-def asked(bridge: Bridge, row_M: np.ndarray, event_M: np.ndarray) -> Targets:
+def asked(bridge: EventMap, row_M: np.ndarray, event_M: np.ndarray) -> BatchTargets:
     """Events asked for one by one: through a teacher whose tokens are the events."""
-    names = replace(bridge, teacher_event_W=np.arange(bridge.events, dtype=np.int32))
+    names = replace(bridge, teacher_event_W=np.arange(bridge.num_events, dtype=np.int32))
     return Said(names, row_M, event_M, np.ones(len(row_M), np.float32)).targets
 
 
 @dataclass(frozen=True)
 class Case:
     logits_NV: torch.Tensor
-    targets_N: torch.Tensor
+    labels_N: torch.Tensor
     teachers: tuple[Said, ...]
 
 
@@ -123,21 +123,21 @@ def naive(c: Case, logits_NV: torch.Tensor, share: float) -> torch.Tensor:
     q_NV = torch.softmax(logits_NV, -1)
     total = torch.zeros((), dtype=logits_NV.dtype)
     for n in range(len(logits_NV)):
-        ce = -torch.log(q_NV[n, c.targets_N[n]])
+        ce = -torch.log(q_NV[n, c.labels_N[n]])
         events, mass = torch.zeros_like(ce), 0.0
         for said in c.teachers:
-            student = torch.from_numpy(said.bridge.student_event_V)
+            student = torch.from_numpy(said.event_map.student_event_V)
             for row, w, p in zip(said.row_M.tolist(), said.ids_M.tolist(), said.probs_M.tolist(), strict=True):
-                event = int(said.bridge.teacher_event_W[w])
+                event = int(said.event_map.teacher_event_W[w])
                 if row == n and event >= 0:
                     events, mass = events - p * torch.log(q_NV[n, student == event].sum()), mass + p
         total = total + share * events + (1 - share * mass) * ce
     return total / len(logits_NV)
 
 
-def value_and_gradient(c: Case, share: float) -> tuple[LossOut, torch.Tensor]:
+def value_and_gradient(c: Case, share: float) -> tuple[LossOutput, torch.Tensor]:
     logits = c.logits_NV.clone().requires_grad_()
-    out = run(logits, c.targets_N, c.teachers, share)
+    out = run(logits, c.labels_N, c.teachers, share)
     out.loss.backward()
     assert logits.grad is not None
     return out, logits.grad
@@ -182,7 +182,7 @@ def test_nothing_asked_is_nothing_answered():
 
 
 def test_an_event_no_student_token_says_is_a_bug_and_not_a_loss():
-    bridge = Bridge(np.array([0, 1], np.int32), np.array([0, 0, -1], np.int32), 2, "")
+    bridge = EventMap(np.array([0, 1], np.int32), np.array([0, 0, -1], np.int32), 2, "")
     with pytest.raises(AssertionError, match="without student tokens"):
         run(torch.zeros(1, 3), torch.tensor([0]), [said_of(bridge, {0: np.array([0.5, 0.5])})], 0.7)
 
@@ -218,36 +218,36 @@ def test_the_same_tokenizer_and_full_rows_are_forward_kl(seed: int):
 @given(seed=seeds)
 def test_no_share_and_no_teacher_are_cross_entropy(seed: int):
     c = case(seed)
-    plain = cross_entropy(c.logits_NV, c.targets_N)
-    log_q = torch.log_softmax(c.logits_NV.double(), -1)[range(len(c.targets_N)), c.targets_N]
+    plain = cross_entropy(c.logits_NV, c.labels_N)
+    log_q = torch.log_softmax(c.logits_NV.double(), -1)[range(len(c.labels_N)), c.labels_N]
     assert plain.loss.item() == pytest.approx(-log_q.mean().item(), rel=1e-5)
-    assert plain.positions == len(c.targets_N)
-    by_position = F.cross_entropy(c.logits_NV, c.targets_N, reduction="none").mean()  # another order of summing than plain's
-    nobody = tuple(Said(s.bridge, s.row_M[:0], s.ids_M[:0], s.probs_M[:0]) for s in c.teachers)
-    control = tuple(replace(s, bridge=replace(s.bridge, teacher_event_W=np.full_like(s.bridge.teacher_event_W, -1))) for s in c.teachers)
+    assert plain.num_tokens == len(c.labels_N)
+    by_position = F.cross_entropy(c.logits_NV, c.labels_N, reduction="none").mean()  # another order of summing than plain's
+    nobody = tuple(Said(s.event_map, s.row_M[:0], s.ids_M[:0], s.probs_M[:0]) for s in c.teachers)
+    control = tuple(replace(s, bridge=replace(s.event_map, teacher_event_W=np.full_like(s.event_map.teacher_event_W, -1))) for s in c.teachers)
     for teachers, share in ((c.teachers, 0.0), ((), 0.7), (nobody, 0.7), (control, 1.0)):
-        out = run(c.logits_NV, c.targets_N, teachers, share)
+        out = run(c.logits_NV, c.labels_N, teachers, share)
         torch.testing.assert_close(out.loss, by_position, rtol=1e-6, atol=1e-6)
-        assert out.terms["cross_entropy"] == pytest.approx(plain.terms["cross_entropy"], rel=1e-6)
-        assert out.positions == plain.positions
+        assert out.metrics["cross_entropy"] == pytest.approx(plain.metrics["cross_entropy"], rel=1e-6)
+        assert out.num_tokens == plain.num_tokens
 
 
 @given(seed=seeds)
 def test_terms_and_positions(seed: int):
     c = case(seed)
-    out = run(c.logits_NV, c.targets_N, c.teachers, 1.0)
-    assert out.positions == len(c.targets_N)
-    assert out.terms["cross_entropy"] == pytest.approx(cross_entropy(c.logits_NV, c.targets_N).loss.item(), rel=1e-6)
+    out = run(c.logits_NV, c.labels_N, c.teachers, 1.0)
+    assert out.num_tokens == len(c.labels_N)
+    assert out.metrics["cross_entropy"] == pytest.approx(cross_entropy(c.logits_NV, c.labels_N).loss.item(), rel=1e-6)
     spoken, mass = set(), defaultdict(float)
     for said in c.teachers:
         for n, w, p in zip(said.row_M.tolist(), said.ids_M.tolist(), said.probs_M.tolist(), strict=True):
-            if said.bridge.teacher_event_W[w] >= 0:
+            if said.event_map.teacher_event_W[w] >= 0:
                 spoken.add(n)
                 mass[n] += p
-    with_ce = sum((1 - mass[n]) * ce for n, ce in enumerate(F.cross_entropy(c.logits_NV, c.targets_N, reduction="none").tolist()))
-    events = out.loss.item() * len(c.targets_N) - with_ce
-    assert out.terms["events"] * len(c.targets_N) == pytest.approx(events, rel=1e-4, abs=1e-3)
-    assert out.terms["spoken"] == pytest.approx(len([n for n in spoken if mass[n] > 0]) / len(c.targets_N))
+    with_ce = sum((1 - mass[n]) * ce for n, ce in enumerate(F.cross_entropy(c.logits_NV, c.labels_N, reduction="none").tolist()))
+    events = out.loss.item() * len(c.labels_N) - with_ce
+    assert out.metrics["events"] * len(c.labels_N) == pytest.approx(events, rel=1e-4, abs=1e-3)
+    assert out.metrics["spoken"] == pytest.approx(len([n for n in spoken if mass[n] > 0]) / len(c.labels_N))
     assert not out.loss.requires_grad
 
 
@@ -260,9 +260,9 @@ def test_every_position_carries_total_weight_one(seed: int, share: float):
     c = case(seed, dtype=torch.float64)
     N, V = c.logits_NV.shape
     outside = torch.full((N, 1), 1.5, dtype=torch.float64)
-    bridges = [replace(s.bridge, student_event_V=np.append(s.bridge.student_event_V, np.int32(-1))) for s in c.teachers]
+    bridges = [replace(s.event_map, student_event_V=np.append(s.event_map.student_event_V, np.int32(-1))) for s in c.teachers]
     wider = tuple(replace(s, bridge=bridge) for s, bridge in zip(c.teachers, bridges, strict=True))
-    c = Case(torch.cat([c.logits_NV, outside], 1), c.targets_N, wider)
+    c = Case(torch.cat([c.logits_NV, outside], 1), c.labels_N, wider)
     _, gradient = value_and_gradient(c, share)
     weight_N = N * gradient[:, V] / torch.softmax(c.logits_NV, -1)[:, V]
     torch.testing.assert_close(weight_N, torch.ones(N, dtype=torch.float64), rtol=1e-6, atol=1e-6)  # the rows are float32
@@ -275,16 +275,16 @@ def test_a_student_that_knows_nothing_pays_what_it_must(seed: int, share: float)
     N, V = c.logits_NV.shape
     saved = 0.0
     for said in c.teachers:
-        sizes = np.bincount(said.bridge.student_event_V[said.bridge.student_event_V >= 0], minlength=said.bridge.events)
+        sizes = np.bincount(said.event_map.student_event_V[said.event_map.student_event_V >= 0], minlength=said.event_map.num_events)
         for w, p in zip(said.ids_M.tolist(), said.probs_M.tolist(), strict=True):
-            if said.bridge.teacher_event_W[w] >= 0:
-                saved += p * math.log(sizes[said.bridge.teacher_event_W[w]])
-    out = run(c.logits_NV, c.targets_N, c.teachers, share)
+            if said.event_map.teacher_event_W[w] >= 0:
+                saved += p * math.log(sizes[said.event_map.teacher_event_W[w]])
+    out = run(c.logits_NV, c.labels_N, c.teachers, share)
     assert out.loss.item() == pytest.approx(math.log(V) - share * saved / N, abs=1e-5)
 
 
 def test_mass_on_control_tokens_goes_to_cross_entropy():
-    bridge = Bridge(np.array([0, 1, -1], np.int32), np.array([0, 1, 1, -1], np.int32), 2, "")
+    bridge = EventMap(np.array([0, 1, -1], np.int32), np.array([0, 1, 1, -1], np.int32), 2, "")
     logits, target = torch.tensor([[0.3, -1.0, 2.0, 0.5]]), torch.tensor([3])
     log_q = torch.log_softmax(logits[0], -1)
     first, ce = -log_q[0].item(), -log_q[3].item()
@@ -297,7 +297,7 @@ def test_position_by_position():
     """A teacher who speaks of one position changes nothing at the others."""
     c = case(11)
     N, V = c.logits_NV.shape
-    ce = cross_entropy(c.logits_NV, c.targets_N)
+    ce = cross_entropy(c.logits_NV, c.labels_N)
     bridge = random_bridge(np.random.default_rng(1), 9, V, 4)
     for n in range(N):
         said = said_of(bridge, {n: np.random.default_rng(n).dirichlet(np.ones(9))})
@@ -306,10 +306,10 @@ def test_position_by_position():
         others = [k for k in range(N) if k != n]
         assert torch.equal(gradient[others], plain[others])
         assert not torch.allclose(gradient[n], plain[n])
-        alone = Case(c.logits_NV[n:n + 1], c.targets_N[n:n + 1], (replace(said, row_M=np.zeros_like(said.row_M)),))
-        whole = run(c.logits_NV, c.targets_N, (said,), 0.7).loss.item() * N
-        rest = ce.loss.item() * N - F.cross_entropy(alone.logits_NV, alone.targets_N).item()
-        assert whole == pytest.approx(rest + run(alone.logits_NV, alone.targets_N, alone.teachers, 0.7).loss.item(), abs=1e-4)
+        alone = Case(c.logits_NV[n:n + 1], c.labels_N[n:n + 1], (replace(said, row_M=np.zeros_like(said.row_M)),))
+        whole = run(c.logits_NV, c.labels_N, (said,), 0.7).loss.item() * N
+        rest = ce.loss.item() * N - F.cross_entropy(alone.logits_NV, alone.labels_N).item()
+        assert whole == pytest.approx(rest + run(alone.logits_NV, alone.labels_N, alone.teachers, 0.7).loss.item(), abs=1e-4)
 
 
 # ---- linear, so unbiased ---------------------------------------------------------------------------------------------
@@ -331,25 +331,25 @@ def test_linear_in_the_teacher(seed: int, mix: float):
 DRAWS = 2000
 
 
-def sampled(p_W: np.ndarray, tau: float) -> Rows:
+def sampled(p_W: np.ndarray, tau: float) -> SparseDistributions:
     """One distribution drawn DRAWS times, each draw with its own random start."""
-    return sample_rows(torch.from_numpy(np.log(p_W)).expand(DRAWS, -1), np.zeros(DRAWS, np.int64), tau, "losses")
+    return sample_distributions(torch.from_numpy(np.log(p_W)).expand_groups(DRAWS, -1), np.zeros(DRAWS, np.int64), tau, "losses")
 
 
-def top(p_W: np.ndarray, k: int) -> Rows:
+def top(p_W: np.ndarray, k: int) -> SparseDistributions:
     """What other tools keep: the k likeliest, renormalised; as many entries as the sample has."""
     best = np.argsort(-p_W)[:k]
     probs = p_W[best] / p_W[best].sum()
-    return Rows(np.arange(DRAWS + 1) * k, np.tile(best, DRAWS).astype(np.int32), np.tile(probs, DRAWS).astype(np.float32),
+    return SparseDistributions(np.arange(DRAWS + 1) * k, np.tile(best, DRAWS).astype(np.int32), np.tile(probs, DRAWS).astype(np.float32),
                 np.zeros(DRAWS, np.float32))
 
 
-def z_scores(rows: Rows, c: Case, bridge: Bridge, full: tuple[float, torch.Tensor]) -> tuple[float, torch.Tensor]:
+def z_scores(rows: SparseDistributions, c: Case, bridge: EventMap, full: tuple[float, torch.Tensor]) -> tuple[float, torch.Tensor]:
     """How many standard errors the mean over draws of loss and gradient lies from the full row's."""
     per = 50
     row_M = np.repeat(np.arange(DRAWS), np.diff(rows.offsets_N1))
     ids_M, probs_M = rows.ids_M, rows.probs_M
-    wide = Case(c.logits_NV.expand(DRAWS, -1), c.targets_N.expand(DRAWS), (Said(bridge, row_M, ids_M, probs_M),))
+    wide = Case(c.logits_NV.expand_groups(DRAWS, -1), c.labels_N.expand_groups(DRAWS), (Said(bridge, row_M, ids_M, probs_M),))
     gradient = value_and_gradient(wide, 0.7)[1] * DRAWS
     spread = gradient.std(0) / math.sqrt(DRAWS)
     z_gradient = (gradient.mean(0) - full[1][0]) / spread.clamp(min=1e-6)
@@ -357,7 +357,7 @@ def z_scores(rows: Rows, c: Case, bridge: Bridge, full: tuple[float, torch.Tenso
     for begin in range(0, DRAWS, per):
         some = (row_M >= begin) & (row_M < begin + per)
         said = Said(bridge, row_M[some] - begin, ids_M[some], probs_M[some])
-        losses.append(run(wide.logits_NV[:per], wide.targets_N[:per], [said], 0.7).loss.item())
+        losses.append(run(wide.logits_NV[:per], wide.labels_N[:per], [said], 0.7).loss.item())
     return (np.mean(losses) - full[0]) / max(1e-6, np.std(losses, ddof=1) / math.sqrt(len(losses))), z_gradient
 
 
@@ -382,7 +382,7 @@ def test_sampled_rows_are_unbiased_and_top_k_is_not():
 # ---- a head with a rest ----------------------------------------------------------------------------------------------
 
 
-def top_said(bridge: Bridge, rows: dict[int, np.ndarray], k: int) -> Said:
+def top_said(bridge: EventMap, rows: dict[int, np.ndarray], k: int) -> Said:
     """The k likeliest entries of dense rows, as a server gives them: exact, never renormalised."""
     return said_of(bridge, {n: np.where(p_W >= np.sort(p_W)[-k], p_W, 0.0) for n, p_W in rows.items()})
 
@@ -395,7 +395,7 @@ def test_a_rest_is_one_event(seed: int, share: float, k: int):
     bridge = random_bridge(rng, W, V, 6)
     rows = {n: rng.dirichlet(np.full(W, 0.4)) for n in (0, 2, 3)}
     raw = top_said(bridge, rows, k)
-    said = targets(bridge, standing(bridge, raw.row_M, raw.ids_M, raw.probs_M, kind=RowKind.TOPK_REST), N)
+    said = build_batch_targets(bridge, build_event_targets(bridge, raw.row_M, raw.ids_M, raw.probs_M, kind=DistributionKind.TOPK), N)
     logits, tokens = torch.from_numpy(2 * rng.standard_normal((N, V))), torch.from_numpy(rng.integers(0, V, N))
     mine, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     q_NV, want = torch.softmax(theirs, -1), torch.zeros((), dtype=torch.float64)
@@ -415,7 +415,7 @@ def test_a_rest_is_one_event(seed: int, share: float, k: int):
             events, mass = events - rest * q_NV[n, ~named].sum().log(), mass + rest
         want = want + share * events + (1 - share * mass) * ce
     (want / N).backward()
-    out = composed(mine, tokens, [said], share)
+    out = event_kl_loss(mine, tokens, [said], share)
     out.loss.backward()
     assert out.loss.item() == pytest.approx(want.item() / N, rel=1e-5)
     torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-5, atol=1e-7)
@@ -424,9 +424,9 @@ def test_a_rest_is_one_event(seed: int, share: float, k: int):
 def test_a_rest_keeps_its_digits_where_the_student_is_certain():
     bridge = identity(4)
     raw = Said(bridge, np.array([0]), np.array([0]), np.array([0.75], np.float32))
-    said = targets(bridge, standing(bridge, raw.row_M, raw.ids_M, raw.probs_M, kind=RowKind.TOPK_REST), 1)
+    said = build_batch_targets(bridge, build_event_targets(bridge, raw.row_M, raw.ids_M, raw.probs_M, kind=DistributionKind.TOPK), 1)
     logits = torch.tensor([[60.0, 0.0, 0.0, 1.0]], requires_grad=True)  # q(rest) = 4e-26: 1 - q(0) is 0 in float32, and in float64
-    out = composed(logits, torch.tensor([0]), [said], 1.0)
+    out = event_kl_loss(logits, torch.tensor([0]), [said], 1.0)
     out.loss.backward()
     assert out.loss.item() == pytest.approx(0.25 * (60 - math.log(2 + math.e)), rel=1e-6)
     rest = torch.softmax(torch.tensor([0.0, 0.0, 1.0]), 0)
@@ -435,18 +435,18 @@ def test_a_rest_keeps_its_digits_where_the_student_is_certain():
 
 def test_rows_without_a_rest_have_none():
     bridge = identity(5)
-    said = standing(bridge, np.array([1, 1]), np.array([0, 3]), np.array([0.5, 0.25], np.float32), kind=RowKind.TOPK_REST)
+    said = build_event_targets(bridge, np.array([1, 1]), np.array([0, 3]), np.array([0.5, 0.25], np.float32), kind=DistributionKind.TOPK)
     assert said.row_R.tolist() == [1] and said.rest_R.tolist() == [0.25]
-    assert targets(bridge, said, 3).rest_N.tolist() == [0.0, 0.25, 0.0]
-    assert len(targets(bridge, standing(bridge, np.array([1]), np.array([0]), np.array([0.5], np.float32)), 3).rest_N) == 0
+    assert build_batch_targets(bridge, said, 3).rest_N.tolist() == [0.0, 0.25, 0.0]
+    assert len(build_batch_targets(bridge, build_event_targets(bridge, np.array([1]), np.array([0]), np.array([0.5], np.float32)), 3).rest_N) == 0
 
 
 # ---- what a row's kind allows ----------------------------------------------------------------------------------------
 
 
 def test_only_full_rows_allow_other_divergences_than_forward():
-    for kind, divergence in product(RowKind, Divergence):
-        if kind is RowKind.FULL or (divergence is Divergence.FORWARD and kind is not RowKind.WORDS):
+    for kind, divergence in product(DistributionKind, Divergence):
+        if kind is DistributionKind.FULL or (divergence is Divergence.FORWARD and kind is not DistributionKind.TEXT_ONLY):
             refuse_divergence(kind, divergence)
         else:
             with pytest.raises(RecipeError, match=f"{divergence.value} KL needs more than rows of kind {kind.value}") as caught:
@@ -455,21 +455,21 @@ def test_only_full_rows_allow_other_divergences_than_forward():
 
 
 @pytest.mark.parametrize(("ids", "probs", "kind", "reason"), [
-    ([0, 9], [0.5, 0.5], RowKind.SAMPLED, "teacher id 9 lies outside the vocabulary of 9 tokens"),
-    ([0, -1], [0.5, 0.5], RowKind.SAMPLED, "teacher id -1 lies outside"),
-    ([0, 1], [0.5, float("nan")], RowKind.SAMPLED, "a teacher's probability is nan"),
-    ([0, 1], [0.5, -0.1], RowKind.SAMPLED, r"a teacher's probability is -0\.1"),
-    ([0, 1], [0.9, 0.2], RowKind.FULL, r"a teacher's probabilities sum to 1\.1"),
-    ([0, 1], [0.9, 0.2], RowKind.TOPK_REST, r"a teacher's probabilities sum to 1\.1")])
-def test_what_is_no_row_is_refused(ids: list[int], probs: list[float], kind: RowKind, reason: str):
+    ([0, 9], [0.5, 0.5], DistributionKind.SAMPLED, "teacher id 9 lies outside the vocabulary of 9 tokens"),
+    ([0, -1], [0.5, 0.5], DistributionKind.SAMPLED, "teacher id -1 lies outside"),
+    ([0, 1], [0.5, float("nan")], DistributionKind.SAMPLED, "a teacher's probability is nan"),
+    ([0, 1], [0.5, -0.1], DistributionKind.SAMPLED, r"a teacher's probability is -0\.1"),
+    ([0, 1], [0.9, 0.2], DistributionKind.FULL, r"a teacher's probabilities sum to 1\.1"),
+    ([0, 1], [0.9, 0.2], DistributionKind.TOPK, r"a teacher's probabilities sum to 1\.1")])
+def test_what_is_no_row_is_refused(ids: list[int], probs: list[float], kind: DistributionKind, reason: str):
     bridge = random_bridge(np.random.default_rng(0), 9, 12, 4)
     with pytest.raises(DataError, match=reason) as caught:
-        standing(bridge, np.array([3, 3]), np.array(ids), np.array(probs, np.float32), kind=kind)
+        build_event_targets(bridge, np.array([3, 3]), np.array(ids), np.array(probs, np.float32), kind=kind)
     assert caught.value.exit_code == 3 and caught.value.remedy and "\n" not in str(caught.value)
 
 
 def test_a_sampled_row_may_exceed_one():
-    standing(identity(4), np.array([0, 0]), np.array([0, 1]), np.array([0.9, 0.2], np.float32))
+    build_event_targets(identity(4), np.array([0, 0]), np.array([0, 1]), np.array([0.9, 0.2], np.float32))
 
 
 @pytest.mark.parametrize("columns", [11, 13])
@@ -477,29 +477,29 @@ def test_logits_of_another_vocabulary_are_refused(columns: int):
     bridge = random_bridge(np.random.default_rng(0), 9, 12, 4)
     said = said_of(bridge, {0: np.full(9, 1 / 9)}).targets
     with pytest.raises(DataError, match=f"{columns} logits a position, but the student's tokenizer has 12 tokens"):
-        composed(torch.zeros(1, columns), torch.tensor([0]), [said], 0.7)
+        event_kl_loss(torch.zeros(1, columns), torch.tensor([0]), [said], 0.7)
     with pytest.raises(DataError, match=f"{columns} student columns"):
-        full(torch.zeros(1, columns), torch.zeros(1, 9), bridge)
+        event_divergence_loss(torch.zeros(1, columns), torch.zeros(1, 9), bridge)
     with pytest.raises(DataError, match=f"{columns} teacher columns"):
-        full(torch.zeros(1, 12), torch.zeros(1, columns), bridge)
+        event_divergence_loss(torch.zeros(1, 12), torch.zeros(1, columns), bridge)
 
 
 def test_entries_of_two_kinds_do_not_mix():
     bridge = identity(4)
-    one, two = (standing(bridge, np.array([0]), np.array([0]), np.array([0.5], np.float32), kind=kind) for kind in (RowKind.SAMPLED, RowKind.FULL))
+    one, two = (build_event_targets(bridge, np.array([0]), np.array([0]), np.array([0.5], np.float32), kind=kind) for kind in (DistributionKind.SAMPLED, DistributionKind.FULL))
     with pytest.raises(DataError, match="rows of kinds full, sampled from one teacher"):
-        together([one, two], [0, 1])
+        concat_event_targets([one, two], [0, 1])
 
 
 # ---- whole distributions ---------------------------------------------------------------------------------------------
 
 
-def dead_of(rng: np.random.Generator, N: int, size: int) -> tuple[Dead, np.ndarray]:
+def dead_of(rng: np.random.Generator, N: int, size: int) -> tuple[ImpossibleTokens, np.ndarray]:
     """Some tokens that cannot stand, never the first: (as pairs, as a mask of those that can)."""
     stands = rng.random((N, size)) < 0.7
     stands[:, 0] = True
     row, token = np.nonzero(~stands)
-    return Dead(torch.from_numpy(row), torch.from_numpy(token)), stands
+    return ImpossibleTokens(torch.from_numpy(row), torch.from_numpy(token)), stands
 
 
 @given(seed=seeds, divergence=st.sampled_from(list(Divergence)), masked=st.booleans())
@@ -523,7 +523,7 @@ def test_any_divergence_over_events(seed: int, divergence: Divergence, masked: b
     want = {"forward": torch.special.xlogy(p, p / q), "reverse": torch.special.xlogy(q, q / p),
             "jsd": (torch.special.xlogy(p, p / m) + torch.special.xlogy(q, q / m)) / 2}[divergence.value]
     want = want.nan_to_num(0).sum(-1).mean()
-    got = full(logits, rows.log(), bridge, divergence, student_dead=student_dead, teacher_dead=teacher_dead)
+    got = event_divergence_loss(logits, rows.log(), bridge, divergence, student_impossible_tokens=student_dead, teacher_impossible_tokens=teacher_dead)
     assert got.loss.item() == pytest.approx(want.item(), rel=1e-9, abs=1e-12)
     mine, = torch.autograd.grad(got.loss, logits, retain_graph=True)
     if not masked:
@@ -537,17 +537,17 @@ def test_the_same_tokenizer_is_the_ordinary_divergence_bit_for_bit(seed: int, di
     rng = np.random.default_rng(seed)
     logits, teacher = (torch.from_numpy(3 * rng.standard_normal((4, 19))).to(dtype) for _ in range(2))
     log_p, log_q = torch.log_softmax(teacher, -1), torch.log_softmax(logits, -1)
-    got = full(logits, log_p, identity(19), divergence)
-    assert torch.equal(got.loss, same_vocabulary(logits, log_p, divergence).loss)
+    got = event_divergence_loss(logits, log_p, identity(19), divergence)
+    assert torch.equal(got.loss, divergence_loss(logits, log_p, divergence).loss)
     plain = {"forward": (log_q, log_p), "reverse": (log_p, log_q)}.get(divergence.value)
     if plain:
         assert torch.equal(got.loss, F.kl_div(*plain, reduction="none", log_target=True).sum(-1).mean())
-    assert full(logits, log_q, identity(19), divergence).loss.abs() < (1e-6 if dtype is torch.float32 else 1e-14)
+    assert event_divergence_loss(logits, log_q, identity(19), divergence).loss.abs() < (1e-6 if dtype is torch.float32 else 1e-14)
 
 
 def test_same_vocabulary_refuses_another():
     with pytest.raises(RecipeError, match=r"student logits \(2, 5\), teacher log-probabilities \(2, 6\)"):
-        same_vocabulary(torch.zeros(2, 5), torch.zeros(2, 6))
+        divergence_loss(torch.zeros(2, 5), torch.zeros(2, 6))
 
 
 # ---- masks -----------------------------------------------------------------------------------------------------------
@@ -559,7 +559,7 @@ class Fixed:
     def __init__(self, dead: dict[int, list[int]]) -> None:
         self.table = dead
 
-    def dead(self, context: int, candidates: np.ndarray) -> np.ndarray:
+    def impossible_tokens(self, context: int, candidates: np.ndarray) -> np.ndarray:
         return np.intersect1d(self.table[context], candidates)
 
 
@@ -574,8 +574,8 @@ def test_masked_entries_and_members(seed: int, share: float):
     contexts = rng.integers(-1, 3, (2, N))  # -1: nothing is ruled out
     rows = {n: rng.dirichlet(np.full(W, 0.5)) for n in range(N)}
     raw = said_of(bridge, rows)
-    entries = standing(bridge, raw.row_M, raw.ids_M, raw.probs_M, student_N=contexts[0], teacher_N=contexts[1])
-    said = targets(bridge, together([entries, entries], [0, N]), 2 * N)
+    entries = build_event_targets(bridge, raw.row_M, raw.ids_M, raw.probs_M, student_context_N=contexts[0], teacher_context_N=contexts[1])
+    said = build_batch_targets(bridge, concat_event_targets([entries, entries], [0, N]), 2 * N)
     logits, tokens = torch.from_numpy(2 * rng.standard_normal((N, V))).repeat(2, 1), torch.from_numpy(rng.integers(0, V, N)).repeat(2)
     mine, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     q_NV, want = torch.softmax(theirs, -1), torch.zeros((), dtype=torch.float64)
@@ -589,7 +589,7 @@ def test_masked_entries_and_members(seed: int, share: float):
                 events, mass = events - p * q_NV[n, member].sum().log(), mass + p
         want = want + share * events + (1 - share * mass) * ce
     (want / (2 * N)).backward()
-    out = composed(mine, tokens, [said], share)
+    out = event_kl_loss(mine, tokens, [said], share)
     out.loss.backward()
     assert out.loss.item() == pytest.approx(want.item() / (2 * N), rel=1e-6)
     torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-6, atol=1e-8)
@@ -601,17 +601,17 @@ def test_named_and_dropped_is_no_part_of_the_rest():
     bridge = replace(identity(3), teacher_mask=Fixed({0: [0]}), student_mask=Fixed({0: []}))
     also = replace(identity(3), teacher_mask=Fixed({0: []}), student_mask=Fixed({0: [0]}))
     for pair in (bridge, also):
-        entries = standing(pair, np.array([0, 0]), np.array([0, 1]), np.array([0.6, 0.3], np.float32), student_N=np.array([0]),
-                           teacher_N=np.array([0]), kind=RowKind.TOPK_REST)
+        entries = build_event_targets(pair, np.array([0, 0]), np.array([0, 1]), np.array([0.6, 0.3], np.float32), student_context_N=np.array([0]),
+                           teacher_context_N=np.array([0]), kind=DistributionKind.TOPK)
         logits = torch.log(torch.tensor([[0.6, 0.3, 0.1]])).requires_grad_()
-        composed(logits, torch.tensor([1]), [targets(pair, entries, 1)], 1.0).loss.backward()
+        event_kl_loss(logits, torch.tensor([1]), [build_batch_targets(pair, entries, 1)], 1.0).loss.backward()
         torch.testing.assert_close(logits.grad, torch.tensor([[0.6, 0.3 - 0.3 - 0.6, 0.1 - 0.1]]), rtol=1e-5, atol=1e-6)
 
 
 def test_a_rest_that_no_token_is_left_for_goes_to_the_text():
     bridge = identity(2)
-    raw = standing(bridge, np.array([0, 0]), np.array([0, 1]), np.array([0.5, 0.499999], np.float32), kind=RowKind.TOPK_REST)
-    out = composed(torch.zeros(1, 2), torch.tensor([0]), [targets(bridge, raw, 1)], 1.0)
+    raw = build_event_targets(bridge, np.array([0, 0]), np.array([0, 1]), np.array([0.5, 0.499999], np.float32), kind=DistributionKind.TOPK)
+    out = event_kl_loss(torch.zeros(1, 2), torch.tensor([0]), [build_batch_targets(bridge, raw, 1)], 1.0)
     assert out.loss.item() == pytest.approx(math.log(2), abs=1e-5)
 
 
@@ -619,39 +619,39 @@ def test_what_composed_cannot_mean_is_refused():
     bridge = identity(3)
     one = said_of(bridge, {0: np.array([0.5, 0.5, 0.0])}).targets
     with pytest.raises(DataError, match="position 0: two teachers speak of one position"):
-        composed(torch.zeros(1, 3), torch.tensor([0]), [one, one], 0.7)
+        event_kl_loss(torch.zeros(1, 3), torch.tensor([0]), [one, one], 0.7)
     for logits, tokens in ((torch.zeros(1, 3, dtype=torch.bfloat16), torch.tensor([0])), (torch.zeros(0, 3), torch.empty(0, dtype=torch.int64))):
         with pytest.raises(DataError, match="give float32 logits of what is learned"):
-            composed(logits, tokens, [], 0.7)
+            event_kl_loss(logits, tokens, [], 0.7)
     with pytest.raises(DataError, match="a row names a token twice"):
-        standing(bridge, np.array([0, 0]), np.array([1, 1]), np.array([0.1, 0.1], np.float32), kind=RowKind.TOPK_REST)
+        build_event_targets(bridge, np.array([0, 0]), np.array([1, 1]), np.array([0.1, 0.1], np.float32), kind=DistributionKind.TOPK)
 
 
 def test_an_event_of_tiny_probability_counts_in_whole_distributions():
-    bridge = replace(identity(3), student_event_V=np.array([0, 1, 0], np.int32), teacher_event_W=np.array([0, 1, 0], np.int32), events=2)
+    bridge = replace(identity(3), student_event_V=np.array([0, 1, 0], np.int32), teacher_event_W=np.array([0, 1, 0], np.int32), num_events=2)
     logits = torch.tensor([[0.0, -120.0, 0.0]], requires_grad=True)
-    out = full(logits, torch.log(torch.tensor([[0.05, 0.9, 0.05]])), bridge)
+    out = event_divergence_loss(logits, torch.log(torch.tensor([[0.05, 0.9, 0.05]])), bridge)
     out.loss.backward()
     assert out.loss.item() == pytest.approx(0.9 * (120 + math.log(2)) + 0.9 * math.log(0.9) + 0.1 * math.log(0.1), rel=1e-5)
     torch.testing.assert_close(logits.grad, torch.tensor([[0.45, -0.9, 0.45]]), rtol=1e-4, atol=1e-5)
-    nothing = Dead(torch.tensor([0, 0, 0]), torch.tensor([0, 1, 2]))
+    nothing = ImpossibleTokens(torch.tensor([0, 0, 0]), torch.tensor([0, 1, 2]))
     with pytest.raises(DataError, match="no event that both sides can say"):
-        full(logits, torch.log(torch.tensor([[0.05, 0.9, 0.05]])), bridge, student_dead=nothing)
+        event_divergence_loss(logits, torch.log(torch.tensor([[0.05, 0.9, 0.05]])), bridge, student_impossible_tokens=nothing)
     with pytest.raises(RecipeError, match="reverse KL needs more"):
-        full(logits, torch.log(torch.tensor([[0.05, 0.9, 0.05]])), bridge, Divergence.REVERSE, kind=RowKind.SAMPLED)
+        event_divergence_loss(logits, torch.log(torch.tensor([[0.05, 0.9, 0.05]])), bridge, Divergence.REVERSE, kind=DistributionKind.SAMPLED)
 
 
 def test_a_chunk_of_a_student_certain_of_what_cannot_be():
     logits = torch.tensor([[20.0, 3.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
-    dead = Dead(torch.tensor([0]), torch.tensor([0]))
-    whole = Chunks(torch.tensor([0]), torch.tensor([0]), torch.tensor([0]), torch.tensor([1]), torch.tensor([-0.5]))
-    out = chunk(logits, torch.tensor([1, 0]), whole, dead)
+    dead = ImpossibleTokens(torch.tensor([0]), torch.tensor([0]))
+    whole = SpanTargets(torch.tensor([0]), torch.tensor([0]), torch.tensor([0]), torch.tensor([1]), torch.tensor([-0.5]))
+    out = span_likelihood_loss(logits, torch.tensor([1, 0]), whole, dead)
     out.loss.backward()
     assert out.loss.item() == pytest.approx((math.log(1 / (1 + math.exp(-3))) + 0.5) ** 2 / 2, rel=1e-4)
     assert torch.isfinite(logits.grad).all()
     none = torch.empty(0, dtype=torch.int64)
     with pytest.raises(DataError, match="no chunk"):
-        chunk(logits, torch.tensor([1, 0]), Chunks(none, none, none, none, torch.empty(0)), dead)
+        span_likelihood_loss(logits, torch.tensor([1, 0]), SpanTargets(none, none, none, none, torch.empty(0)), dead)
 
 
 # ---- chunks ----------------------------------------------------------------------------------------------------------
@@ -668,16 +668,16 @@ def test_the_chunk_term_is_its_formula(seed: int):
     which = torch.tensor([c for c, (a, b) in enumerate(ranges) for _ in range(a, b)])
     at = torch.tensor([n for a, b in ranges for n in range(a, b)])
     begin, end = torch.tensor([a for a, _ in ranges]), torch.tensor([b if b < N else -1 for _, b in ranges])
-    out = chunk(logits, tokens, Chunks(which, at, begin, end, teacher), dead)
+    out = span_likelihood_loss(logits, tokens, SpanTargets(which, at, begin, end, teacher), dead)
     q = torch.softmax(logits, -1)
     beta = (q * torch.from_numpy(stands)).sum(-1)
     terms = [sum(q[n, tokens[n]].log() for n in range(a, b)) + (beta[b].log() if b < N else 0) - beta[a].log() for a, b in ranges]
     want = sum((x - t) ** 2 for x, t in zip(terms, teacher, strict=True)) / 8
     assert out.loss.item() == pytest.approx(want.item(), rel=1e-9)
-    assert out.positions == 4
+    assert out.num_tokens == 4
     torch.testing.assert_close(*(torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (out.loss, want)), rtol=1e-7, atol=1e-10)
-    right = Chunks(which, at, begin, end, torch.stack(terms).detach())
-    assert chunk(logits, tokens, right, dead).loss.item() < 1e-20, "a student that agrees costs nothing"
+    right = SpanTargets(which, at, begin, end, torch.stack(terms).detach())
+    assert span_likelihood_loss(logits, tokens, right, dead).loss.item() < 1e-20, "a student that agrees costs nothing"
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
@@ -686,7 +686,7 @@ def test_the_chunk_term_is_its_formula(seed: int):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_extreme_logits(dtype: torch.dtype):
     """An event of probability e^-400 has a finite cost and its whole gradient; plain sums of exp give log 0."""
-    bridge = Bridge(np.array([0, 1], np.int32), np.array([0, 1, 1, -1], np.int32), 2, "")
+    bridge = EventMap(np.array([0, 1], np.int32), np.array([0, 1, 1, -1], np.int32), 2, "")
     logits = torch.tensor([[200.0, -200.0, -201.0, -200.0], [-200.0, 200.0, -200.0, 200.0], [200.0, 200.0, 200.0, 200.0]], dtype=dtype)
     rows = {n: np.array([0.5, 0.5]) for n in range(3)}
     c = Case(logits, torch.tensor([1, 0, 3]), (said_of(bridge, rows),))
@@ -716,7 +716,7 @@ def golden_case(k: int) -> Case:
     N, V, W, E = 4 + k, 17 + 5 * k, 19 + 3 * k, 7
     logits = torch.tensor([[3 * math.sin(1.7 * n + 0.9 * v * (k + 1)) for v in range(V)] for n in range(N)])
     events_W, events_V = [(5 * w + k) % (E + 1) - 1 for w in range(W)], [v if v < E else (3 * v) % (E + 1) - 1 for v in range(V)]
-    bridge = Bridge(np.array(events_W, np.int32), np.array(events_V, np.int32), E, "")
+    bridge = EventMap(np.array(events_W, np.int32), np.array(events_V, np.int32), E, "")
     weights = {n: np.array([math.exp(2 * math.cos(2.3 * n + 1.1 * w)) for w in range(W)]) for n in range(0, N, 2)}
     return Case(logits, torch.tensor([(7 * n + k) % V for n in range(N)]), (said_of(bridge, {n: p / p.sum() for n, p in weights.items()}),))
 
@@ -746,7 +746,7 @@ def test_golden_values():
 FLOORS = {"same": (0.0, 0.0), "nested": (.0146, .0307), "crossing": (.0280, .0433), "words": (.0588, .0948), "long": (.1085, .2167)}
 
 
-def strict(p: dict[int, float], q: dict[int, float], teacher: Voice, student: Voice) -> float:
+def strict(p: dict[int, float], q: dict[int, float], teacher: ChatRenderer, student: ChatRenderer) -> float:
     """The baseline: byte strings both vocabularies have, renormalised."""
     t = {teacher.vocabulary.bytes_W[i]: x for i, x in p.items()}  # None = the stop token
     s = {student.vocabulary.bytes_W[i]: x for i, x in q.items()}
@@ -771,7 +771,7 @@ def test_the_floor_of_unmasked_events(name: str):
         row, ids, probs = row + [n] * len(p), [*ids, *p], [*probs, *p.values()]
         strict_N.append(strict(p, q, teacher, student))
     # the student at its true optimum, through the code that trains: event probabilities against the teacher's
-    E = bridge.events
+    E = bridge.num_events
     p_NE = torch.zeros(len(where), E, dtype=torch.float64)
     event_M = torch.from_numpy(bridge.teacher_event_W)[torch.tensor(ids)].long()
     p_NE.index_put_((torch.tensor(row), event_M), torch.tensor(probs, dtype=torch.float64), accumulate=True)

@@ -7,23 +7,31 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persea.losses import Divergence, Head, divergence_head
+from persea.losses import Divergence, LMHead, divergence_loss_from_hidden
 from persea.losses import matmul as products
-from persea.losses.matmul import STRIP, add_outer, inward, most_rows, onednn, outward, rows_for
+from persea.losses.matmul import (
+    STRIP_ROWS,
+    accumulate_weight_gradient,
+    can_use_onednn,
+    max_padded_rows,
+    padded_rows,
+    project_to_hidden,
+    project_to_logits,
+)
 
-SIZES = st.sampled_from([1, 7, STRIP, STRIP + 1, 2 * STRIP + 5])
+SIZES = st.sampled_from([1, 7, STRIP_ROWS, STRIP_ROWS + 1, 2 * STRIP_ROWS + 5])
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How often oneDNN is asked, counted from now on."""
-    times, real = [0], products._times
+    times, real = [0], products._matmul_transposed
 
     def counted(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         times[0] += 1
         return real(left, right)
 
-    monkeypatch.setattr(products, "_times", counted)
+    monkeypatch.setattr(products, "_matmul_transposed", counted)
     return times
 
 
@@ -34,10 +42,10 @@ def test_products_are_exact_to_float32(seed: int, C: int, V: int, D: int, quick:
     weight_VD = torch.randn(D, V, generator=generator).T if turned else torch.randn(V, D, generator=generator)
     into_CV, into_VD = torch.full((C, V), torch.nan), torch.full((V, D), torch.nan if first else 0.5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, "onednn", lambda like_XY: quick and HAS_ONEDNN)
-        outward(hidden_CD, weight_VD, into_CV)
-        back_CD = inward(pull_CV, weight_VD)
-        add_outer(into_VD, pull_CV, hidden_CD, first)
+        patch.setattr(products, "can_use_onednn", lambda like_XY: quick and HAS_ONEDNN)
+        project_to_logits(hidden_CD, weight_VD, into_CV)
+        back_CD = project_to_hidden(pull_CV, weight_VD)
+        accumulate_weight_gradient(into_VD, pull_CV, hidden_CD, first)
     before = 0.0 if first else 0.5
     for got, want, terms in ((into_CV, hidden_CD.double() @ weight_VD.double().T, D), (back_CD, pull_CV.double() @ weight_VD.double(), V),
                              (into_VD, pull_CV.double().T @ hidden_CD.double() + before, C)):
@@ -47,24 +55,24 @@ def test_products_are_exact_to_float32(seed: int, C: int, V: int, D: int, quick:
 @pytest.mark.skipif(not HAS_ONEDNN, reason="a processor without AVX-512")
 def test_onednn_is_asked_where_it_is_quicker_and_nowhere_else(monkeypatch: pytest.MonkeyPatch):
     times = asked(monkeypatch)
-    x, w = torch.randn(3, 4), torch.randn(STRIP + 1, 4)
-    outward(x, w, torch.empty(3, len(w)))
+    x, w = torch.randn(3, 4), torch.randn(STRIP_ROWS + 1, 4)
+    project_to_logits(x, w, torch.empty(3, len(w)))
     assert times == [2]  # two strips
-    inward(torch.randn(3, len(w)), w)
-    add_outer(torch.zeros(len(w), 4), torch.randn(3, len(w)), x, first=False)
+    project_to_hidden(torch.randn(3, len(w)), w)
+    accumulate_weight_gradient(torch.zeros(len(w), 4), torch.randn(3, len(w)), x, is_first=False)
     assert times == [5]
-    outward(x.double(), w.double(), torch.empty(3, len(w), dtype=torch.float64))
+    project_to_logits(x.double(), w.double(), torch.empty(3, len(w), dtype=torch.float64))
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    outward(x, w, torch.empty(3, len(w)))
+    project_to_logits(x, w, torch.empty(3, len(w)))
     assert times == [5]
 
 
 def test_other_processors_and_precisions_keep_to_torch(monkeypatch: pytest.MonkeyPatch):
-    assert not onednn(torch.zeros(1, dtype=torch.float64)) and not onednn(torch.zeros(1, dtype=torch.bfloat16))
-    assert not onednn(torch.zeros(1, device="meta"))
-    assert onednn(torch.zeros(1)) == HAS_ONEDNN
+    assert not can_use_onednn(torch.zeros(1, dtype=torch.float64)) and not can_use_onednn(torch.zeros(1, dtype=torch.bfloat16))
+    assert not can_use_onednn(torch.zeros(1, device="meta"))
+    assert can_use_onednn(torch.zeros(1)) == HAS_ONEDNN
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert not onednn(torch.zeros(1))
+    assert not can_use_onednn(torch.zeros(1))
 
 
 def test_half_precision_is_summed_in_float32():
@@ -72,7 +80,7 @@ def test_half_precision_is_summed_in_float32():
     pulls, hiddens = torch.randn(64, 2, 30, generator=generator).bfloat16(), torch.randn(64, 2, 5, generator=generator).bfloat16()
     into_VD = torch.empty(30, 5)
     for k, (pull_CV, hidden_CD) in enumerate(zip(pulls, hiddens, strict=True)):
-        add_outer(into_VD, pull_CV, hidden_CD, first=k == 0)
+        accumulate_weight_gradient(into_VD, pull_CV, hidden_CD, is_first=k == 0)
     want = torch.einsum("kcv,kcd->vd", pulls.double(), hiddens.double())
     assert (into_VD.double() - want).abs().max() < 0.15  # each of 64 products is rounded to 8 bits; a sum kept in them would be off by .5 and more
 
@@ -81,30 +89,30 @@ def test_half_precision_is_summed_in_float32():
 def test_there_are_few_numbers_of_rows(count: int):
     """Eight in an octave from 128 on, multiples of 16 below: oneDNN keeps a routine for each."""
     like = torch.zeros(1)
-    if not onednn(like):
-        assert rows_for(count, like) == most_rows(count, like) == count
+    if not can_use_onednn(like):
+        assert padded_rows(count, like) == max_padded_rows(count, like) == count
         return
-    rows = rows_for(count, like)
+    rows = padded_rows(count, like)
     assert count <= rows < count + max(16, count / 8 + 1) and rows % 16 == 0
-    assert rows_for(rows, like) == rows
-    few = most_rows(count, like)
-    assert 1 <= few <= count and (few == rows_for(few, like) or count < 16)
+    assert padded_rows(rows, like) == rows
+    few = max_padded_rows(count, like)
+    assert 1 <= few <= count and (few == padded_rows(few, like) or count < 16)
     assert few > count - max(16, count / 8 + 1)
     double = torch.zeros(1, dtype=torch.float64)
-    assert rows_for(count, double) == most_rows(count, double) == count
+    assert padded_rows(count, double) == max_padded_rows(count, double) == count
 
 
 @pytest.mark.skipif(not HAS_ONEDNN, reason="a processor without AVX-512")
 def test_batches_of_ever_other_sizes_ask_for_few_shapes(monkeypatch: pytest.MonkeyPatch):
-    shapes, real = set[tuple[torch.Size, torch.Size]](), products._times
+    shapes, real = set[tuple[torch.Size, torch.Size]](), products._matmul_transposed
 
     def seen(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         shapes.add((left.shape, right.shape))
         return real(left, right)
 
-    monkeypatch.setattr(products, "_times", seen)
+    monkeypatch.setattr(products, "_matmul_transposed", seen)
     weight, theirs = torch.randn(50, 4, requires_grad=True), torch.randn(50, 4)
     for n in range(100, 257):
         hidden = torch.randn(n, 4, requires_grad=True)
-        divergence_head(hidden, Head(weight, 50), (torch.randn(n, 4), Head(theirs, 50)), divergence=Divergence.FORWARD).loss.backward()
-    assert len(shapes) == 3 * len({rows_for(n, weight) for n in range(100, 257)}) <= 36
+        divergence_loss_from_hidden(hidden, LMHead(weight, 50), (torch.randn(n, 4), LMHead(theirs, 50)), divergence=Divergence.FORWARD).loss.backward()
+    assert len(shapes) == 3 * len({padded_rows(n, weight) for n in range(100, 257)}) <= 36

@@ -29,7 +29,7 @@ def poisoned(n, like):
     rooms.append(n)
     return torch.full((n,), math.nan)
 fused.room = poisoned
-fused.BLOCK, fused.FEW = 16, 2  # so that rows of 8 to 40 columns take several rounds, and are no multiple of one
+fused.BLOCK, fused.BLOCK_EVENT_TOKENS = 16, 2  # so that rows of 8 to 40 columns take several rounds, and are no multiple of one
 
 def walled(logits):
     "The same rows inside a wider matrix of NaN: what is read past a row's end would show."
@@ -46,13 +46,13 @@ for seed in range(4):
     for share in (0.7, 1.0)[:2 - seed // 2]:
         c = case(seed)
         teachers = [t.targets for t in c.teachers]
-        known = composed_rows(c.logits_NV, c.targets_N, teachers, share)
+        known = composed_rows(c.logits_NV, c.labels_N, teachers, share)
         want = torch.empty_like(c.logits_NV)
-        known.gradient(c.logits_NV, want)
+        known.write_gradient(c.logits_NV, want)
         wide, inside = walled(c.logits_NV)
-        loss, text, events, spoken = fused.fused_composed(inside, c.targets_N, teachers, share)
-        close(loss, known.loss_N, 1e-5), close(text, known.text_N, 1e-5), close(events, known.events_N, 1e-5), close(inside, want)
-        assert torch.equal(spoken, known.spoken_N)
+        loss, text, events, spoken = fused.triton_event_kl(inside, c.labels_N, teachers, share)
+        close(loss, known.loss_N, 1e-5), close(text, known.cross_entropy_N, 1e-5), close(events, known.event_loss_N, 1e-5), close(inside, want)
+        assert torch.equal(spoken, known.supervised_N)
         assert wide[:, c.logits_NV.shape[1]:].isnan().all() and wide[-1].isnan().all()
         tried += len(loss)
 rng = np.random.default_rng(1)
@@ -61,11 +61,11 @@ said = said_of(bridge, {n: rng.dirichlet(np.full(30, .3)) for n in (0, 2)}).targ
 logits, tokens = 30 * torch.randn(3, 40), torch.tensor([1, 2, 3])
 known = composed_rows(logits, tokens, [said], 0.7)
 want = torch.empty_like(logits)
-known.gradient(logits, want)
-loss = fused.fused_composed(logits, tokens, [said], 0.7)[0]
+known.write_gradient(logits, want)
+loss = fused.triton_event_kl(logits, tokens, [said], 0.7)[0]
 close(loss, known.loss_N, 1e-4), close(logits, want)
 try:
-    fused.fused_composed(logits, tokens, [said, said], 0.7)
+    fused.triton_event_kl(logits, tokens, [said, said], 0.7)
 except DataError as error:
     assert "two teachers" in str(error)
 else:
@@ -78,7 +78,7 @@ for divergence in Divergence:
             theirs[torch.from_numpy(rng.random((3, 37)) < 0.3)] = -math.inf
         wide, inside = walled(mine)
         other_wide, other = walled(theirs)
-        loss = fused.fused_same(inside, other, divergence)
+        loss = fused.triton_divergence(inside, other, divergence)
         want = same_rows(mine, theirs, divergence)
         close(loss, want, 1e-5), close(inside, mine)
         assert wide[:, 37:].isnan().all()
@@ -86,14 +86,14 @@ for divergence in Divergence:
 from persea.losses import Head, composed_head, divergence_head
 from persea.losses import chunked_head as heads
 c = case(7)
-weight, hidden = torch.randn(c.logits_NV.shape[1], 3), torch.randn(len(c.targets_N), 3)
-heads.WORKSPACE["cpu"] = 4 * weight.shape[0] * 3
+weight, hidden = torch.randn(c.logits_NV.shape[1], 3), torch.randn(len(c.labels_N), 3)
+heads.MAX_CHUNK_BYTES["cpu"] = 4 * weight.shape[0] * 3
 found = []
 for gpu in (False, True):
-    heads.on_gpu = lambda logits, gpu=gpu: gpu
+    heads.can_use_triton = lambda logits, gpu=gpu: gpu
     before = len(rooms)
     w, h = weight.clone().requires_grad_(), hidden.clone().requires_grad_()
-    outs = [composed_head(h, Head(w, len(w)), c.targets_N, [t.targets for t in c.teachers], 0.7),
+    outs = [composed_head(h, Head(w, len(w)), c.labels_N, [t.targets for t in c.teachers], 0.7),
             divergence_head(h, Head(w, len(w)), (hidden, Head(weight, len(w))))]
     sum(out.loss for out in outs).backward()
     found.append((outs[0].loss.detach(), outs[1].loss.detach(), w.grad, h.grad))

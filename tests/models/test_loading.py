@@ -16,18 +16,28 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoTokenizer, PreTrainedModel
 
-from persea.alignment.event_map import build
-from persea.cache.unit import Capture
-from persea.chat.messages import PINNED_DATE, Conversation, Finish, Text
-from persea.chat.renderer import Voice
-from persea.distributions import Rows
+from persea.alignment.event_map import build_event_map
+from persea.cache.unit import CachedAnswer
+from persea.chat.messages import PINNED_DATE, Conversation, FinishReason, Text
+from persea.chat.renderer import ChatRenderer
+from persea.distributions import SparseDistributions
 from persea.errors import DataError
-from persea.losses import composed
-from persea.models.loading import Source, ends_of, fingerprint, local_folder, notes, open_model, open_voice, sprout, whole_folder
-from persea.teachers.engines.transformers import LocalEngine
+from persea.losses import event_kl_loss
+from persea.models.loading import (
+    ModelSource,
+    download_model,
+    eos_token_ids,
+    fingerprint,
+    load_model,
+    load_renderer,
+    local_folder,
+    model_warnings,
+    random_init,
+)
+from persea.teachers.engines.transformers import TransformersEngine
 from persea.teachers.teacher import Answer
-from persea.training.dataset import Feed, offline
-from persea.training.student import Student
+from persea.training.dataset import DistillDataset, build_dataset
+from persea.training.student import StudentModel
 from tests.chat.families.test_generic import END, HEAD, ROLES, TURN, folder_of
 from tests.conftest import FAMILIES, Speaker
 from tests.training.test_dataset import one as single
@@ -37,17 +47,17 @@ RANDOM = tuple(SIZES.items())
 
 
 @pytest.fixture(scope="module")
-def llama(tiny_of, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Voice]:
+def llama(tiny_of, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ChatRenderer]:
     """A whole model folder: the tiny Llama tokenizer, and weights that fit it."""
     speaker = tiny_of("llama")
     folder = tmp_path_factory.mktemp("models") / "llama"
     shutil.copytree(speaker.folder, folder)
-    sprout("llama", len(speaker.voice.vocabulary), SIZES).save_pretrained(folder)
-    return folder, speaker.voice
+    random_init("llama", len(speaker.renderer.vocabulary), SIZES).save_pretrained(folder)
+    return folder, speaker.renderer
 
 
 @pytest.fixture
-def copy(llama: tuple[Path, Voice], tmp_path: Path) -> Path:
+def copy(llama: tuple[Path, ChatRenderer], tmp_path: Path) -> Path:
     """A copy of it that a test may break."""
     return Path(shutil.copytree(llama[0], tmp_path / "copy"))
 
@@ -72,21 +82,21 @@ def test_a_missing_folder_is_refused_and_not_looked_up(reference: str, tmp_path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "file").touch()
-    for call in (lambda: local_folder(reference, "teachers.a"), lambda: open_voice(Source(reference), "teachers.a")):
+    for call in (lambda: local_folder(reference, "teachers.a"), lambda: load_renderer(ModelSource(reference), "teachers.a")):
         with pytest.raises(DataError, match="no model folder") as caught:
             call()
         assert caught.value.where == "teachers.a"
 
 
-def test_a_folder_below_home_is_opened(copy: Path, llama: tuple[Path, Voice], monkeypatch: pytest.MonkeyPatch):
+def test_a_folder_below_home_is_opened(copy: Path, llama: tuple[Path, ChatRenderer], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(copy.parent))
-    assert open_voice(Source("~/copy"), "w").vocabulary.digest == llama[1].vocabulary.digest
-    assert open_model(Source("~/copy"), llama[1], "w").config.hidden_size == 32
+    assert load_renderer(ModelSource("~/copy"), "w").vocabulary.digest == llama[1].vocabulary.digest
+    assert load_model(ModelSource("~/copy"), llama[1], "w").config.hidden_size == 32
 
 
 def test_a_hub_id_that_cannot_be_had_is_refused_in_one_line():
     with pytest.raises(DataError, match="no tokenizer in 'nobody/nothing'") as caught:
-        open_voice(Source("nobody/nothing", revision="0" * 40), "teachers.a")
+        load_renderer(ModelSource("nobody/nothing", revision="0" * 40), "teachers.a")
     assert "\n" not in str(caught.value)
 
 
@@ -94,19 +104,19 @@ def test_a_hub_id_that_cannot_be_had_is_refused_in_one_line():
 
 
 def test_a_voice_is_what_its_folder_says(tiny: Speaker):
-    voice = open_voice(Source(str(tiny.folder)), "w")
-    assert voice.digest == tiny.voice.digest
-    assert voice.today == PINNED_DATE
+    voice = load_renderer(ModelSource(str(tiny.folder)), "w")
+    assert voice.digest == tiny.renderer.digest
+    assert voice.template_date == PINNED_DATE
     assert voice.template_text == (tiny.folder / "chat_template.jinja").read_text()
-    assert open_voice(Source(str(tiny.folder)), "w", today=date(2026, 1, 1)).digest != voice.digest
+    assert load_renderer(ModelSource(str(tiny.folder)), "w", today=date(2026, 1, 1)).digest != voice.digest
     other = FAMILIES[FAMILIES.index(voice.family.name) - 1]
-    assert open_voice(Source(str(tiny.folder), family=other), "w").family.name == other
-    assert open_voice(Source("random", tokenizer=str(tiny.folder)), "w").digest == voice.digest
+    assert load_renderer(ModelSource(str(tiny.folder), family=other), "w").family.name == other
+    assert load_renderer(ModelSource("random", tokenizer=str(tiny.folder)), "w").digest == voice.digest
 
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path):
     with pytest.raises(DataError, match="no tokenizer in") as caught:
-        open_voice(Source(str(tmp_path)), "w")
+        load_renderer(ModelSource(str(tmp_path)), "w")
     assert "tokenizer.json" in caught.value.remedy
 
 
@@ -114,13 +124,13 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path: Path):
 def test_a_broken_tokenizer_is_refused(copy: Path, content: str):
     (copy / "tokenizer.json").write_text(content)
     with pytest.raises(DataError, match="no tokenizer in"):
-        open_voice(Source(str(copy)), "w")
+        load_renderer(ModelSource(str(copy)), "w")
 
 
 def test_no_chat_template_is_refused(copy: Path):
     (copy / "chat_template.jinja").unlink()
     with pytest.raises(DataError, match="has no chat template") as caught:
-        open_voice(Source(str(copy)), "w")
+        load_renderer(ModelSource(str(copy)), "w")
     assert "chat_template.jinja" in caught.value.remedy
 
 
@@ -128,18 +138,18 @@ def test_several_chat_templates_are_refused(copy: Path):
     (copy / "additional_chat_templates").mkdir()
     (copy / "additional_chat_templates" / "tool_use.jinja").write_text("x")
     with pytest.raises(DataError, match="several chat templates"):
-        open_voice(Source(str(copy)), "w")
+        load_renderer(ModelSource(str(copy)), "w")
 
 
 def test_a_chat_template_that_does_not_compile_is_refused(copy: Path):
     (copy / "chat_template.jinja").write_text("{% if %}")
     with pytest.raises(DataError, match="does not compile"):
-        open_voice(Source(str(copy)), "w")
+        load_renderer(ModelSource(str(copy)), "w")
 
 
 def test_an_unknown_family_is_refused(copy: Path):
     with pytest.raises(DataError, match="unknown family 'falcon'"):
-        open_voice(Source(str(copy), family="falcon"), "w")
+        load_renderer(ModelSource(str(copy), family="falcon"), "w")
 
 
 # ---- weights -------------------------------------------------------------------------------------------------------
@@ -147,17 +157,17 @@ def test_an_unknown_family_is_refused(copy: Path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_sprout_of_each_family_runs(family: str, tiny_of):
-    voice = tiny_of(family).voice
-    tokens = voice.render(Conversation.ask("Hello").answered(Text("Hi")))
-    source = Source("random", tokenizer=str(tiny_of(family).folder), sizes=RANDOM)
-    model = open_model(source, voice, "w")
+    voice = tiny_of(family).renderer
+    tokens = voice.render(Conversation.from_question("Hello").with_answer(Text("Hi")))
+    source = ModelSource("random", tokenizer=str(tiny_of(family).folder), sizes=RANDOM)
+    model = load_model(source, voice, "w")
     assert not model.training
     assert model.config.model_type == {"llama": "llama", "qwen": "qwen3", "gemma": "gemma3_text", "gpt-oss": "gpt_oss"}[family]
     with torch.inference_mode():
         logits = model(torch.from_numpy(tokens.ids_T)[None].long()).logits
     assert logits.shape == (1, len(tokens), len(voice.vocabulary))
     assert torch.isfinite(logits).all()
-    again, other = (sprout(family, len(voice.vocabulary), SIZES | {"seed": s}) for s in (1, 2))
+    again, other = (random_init(family, len(voice.vocabulary), SIZES | {"seed": s}) for s in (1, 2))
     first = model.get_input_embeddings().weight
     assert torch.equal(first, again.get_input_embeddings().weight)
     assert not torch.equal(first, other.get_input_embeddings().weight)
@@ -165,60 +175,60 @@ def test_a_sprout_of_each_family_runs(family: str, tiny_of):
 
 def test_a_sprout_of_an_unknown_family_is_refused():
     with pytest.raises(DataError, match="no small architecture known for family 'falcon'"):
-        sprout("falcon", 100, SIZES)
+        random_init("falcon", 100, SIZES)
 
 
-def test_weights_come_back_as_they_were_saved(llama: tuple[Path, Voice]):
+def test_weights_come_back_as_they_were_saved(llama: tuple[Path, ChatRenderer]):
     folder, voice = llama
-    model = open_model(Source(str(folder)), voice, "w")
+    model = load_model(ModelSource(str(folder)), voice, "w")
     assert not model.training
-    for ours, saved in zip(model.parameters(), sprout("llama", len(voice.vocabulary), SIZES).parameters(), strict=True):
+    for ours, saved in zip(model.parameters(), random_init("llama", len(voice.vocabulary), SIZES).parameters(), strict=True):
         assert torch.equal(ours.cpu(), saved)
 
 
-def test_too_few_logits_are_refused(copy: Path, llama: tuple[Path, Voice]):
+def test_too_few_logits_are_refused(copy: Path, llama: tuple[Path, ChatRenderer]):
     voice = llama[1]
-    sprout("llama", len(voice.vocabulary) - 1, SIZES).save_pretrained(copy)
+    random_init("llama", len(voice.vocabulary) - 1, SIZES).save_pretrained(copy)
     with pytest.raises(DataError, match=f"{len(voice.vocabulary) - 1} logits for a vocabulary of {len(voice.vocabulary)} tokens"):
-        open_model(Source(str(copy)), voice, "w")
-    sprout("llama", len(voice.vocabulary) + 27, SIZES).save_pretrained(copy)  # a padded matrix is usual
-    assert open_model(Source(str(copy)), voice, "w").config.vocab_size == len(voice.vocabulary) + 27
+        load_model(ModelSource(str(copy)), voice, "w")
+    random_init("llama", len(voice.vocabulary) + 27, SIZES).save_pretrained(copy)  # a padded matrix is usual
+    assert load_model(ModelSource(str(copy)), voice, "w").config.vocab_size == len(voice.vocabulary) + 27
 
 
-def test_pickled_weights_are_refused(copy: Path, llama: tuple[Path, Voice]):
+def test_pickled_weights_are_refused(copy: Path, llama: tuple[Path, ChatRenderer]):
     (copy / "model.safetensors").unlink()
-    torch.save(sprout("llama", len(llama[1].vocabulary), SIZES).state_dict(), copy / "pytorch_model.bin")
+    torch.save(random_init("llama", len(llama[1].vocabulary), SIZES).state_dict(), copy / "pytorch_model.bin")
     with pytest.raises(DataError, match="cannot load"):
-        open_model(Source(str(copy)), llama[1], "w")
+        load_model(ModelSource(str(copy)), llama[1], "w")
 
 
-def test_cut_weights_are_refused(copy: Path, llama: tuple[Path, Voice]):
+def test_cut_weights_are_refused(copy: Path, llama: tuple[Path, ChatRenderer]):
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(DataError, match="cannot load"):
-        open_model(Source(str(copy)), llama[1], "w")
+        load_model(ModelSource(str(copy)), llama[1], "w")
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "\ud800".encode("utf-8", "surrogatepass"), "3", "[]", "null"])
-def test_a_missing_or_broken_config_is_refused(copy: Path, llama: tuple[Path, Voice], content: str | bytes | None):
+def test_a_missing_or_broken_config_is_refused(copy: Path, llama: tuple[Path, ChatRenderer], content: str | bytes | None):
     (copy / "config.json").unlink()
     if content is not None:
         (copy / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match=r"config\.json|cannot load"):
-        open_model(Source(str(copy)), llama[1], "w")
+        load_model(ModelSource(str(copy)), llama[1], "w")
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
-def test_a_folder_that_brings_its_own_code_is_refused_unread(copy: Path, llama: tuple[Path, Voice], file: str):
+def test_a_folder_that_brings_its_own_code_is_refused_unread(copy: Path, llama: tuple[Path, ChatRenderer], file: str):
     """The code would leave a mark; the known classes stand beside it, so that only our own refusal can stop it."""
     mark = copy / "ran"
     (copy / "own.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
     config = json.loads((copy / file).read_text())
     config["auto_map"] = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model", "AutoTokenizer": ["own.Slow", "own.Fast"]}
     (copy / file).write_text(json.dumps(config))
-    calls = [lambda: open_voice(Source(str(copy)), "w")]
+    calls = [lambda: load_renderer(ModelSource(str(copy)), "w")]
     if file == "config.json":
-        calls.append(lambda: open_model(Source(str(copy)), llama[1], "w"))
+        calls.append(lambda: load_model(ModelSource(str(copy)), llama[1], "w"))
     for call in calls:
         with pytest.raises(DataError, match="brings its own code"):
             call()
@@ -229,7 +239,7 @@ def test_a_folder_that_brings_its_own_code_is_refused_unread(copy: Path, llama: 
 
 
 def test_a_fingerprint_changes_with_any_byte(copy: Path):
-    source = Source(str(copy))
+    source = ModelSource(str(copy))
     before = fingerprint(source, "w")
     assert fingerprint(source, "w") == before
     places = (("model.safetensors", -1), ("model.safetensors", 9), ("config.json", 3), ("tokenizer.json", 50), ("chat_template.jinja", 0))
@@ -245,23 +255,23 @@ def test_a_fingerprint_changes_with_any_byte(copy: Path):
     assert fingerprint(source, "w") != before
 
 
-def test_a_fingerprint_does_not_depend_on_the_place(copy: Path, llama: tuple[Path, Voice]):
-    assert fingerprint(Source(str(copy)), "w") == fingerprint(Source(str(llama[0])), "w")
+def test_a_fingerprint_does_not_depend_on_the_place(copy: Path, llama: tuple[Path, ChatRenderer]):
+    assert fingerprint(ModelSource(str(copy)), "w") == fingerprint(ModelSource(str(llama[0])), "w")
 
 
 def test_fingerprints_of_what_is_not_here():
-    hub, sprouted = Source("Qwen/Qwen3-8B", revision="a" * 40), Source("random", tokenizer="x/y", sizes=RANDOM)
+    hub, sprouted = ModelSource("Qwen/Qwen3-8B", revision="a" * 40), ModelSource("random", tokenizer="x/y", sizes=RANDOM)
     variants = [hub, replace(hub, revision="b" * 40), replace(hub, model="Qwen/Qwen3-4B"), sprouted, replace(sprouted, sizes=RANDOM[1:]),
                 replace(sprouted, tokenizer="x/z")]
     assert len({fingerprint(s, "w") for s in variants}) == len(variants)
     with pytest.raises(DataError, match="no model folder"):
-        fingerprint(Source("./none"), "w")
+        fingerprint(ModelSource("./none"), "w")
 
 
 # ---- where a model's own configuration misleads --------------------------------------------------------------------
 
 
-def configure(folder: Path, **files: dict[str, Any] | None) -> Source:
+def configure(folder: Path, **files: dict[str, Any] | None) -> ModelSource:
     """The folder with these keys in its configurations; None takes the file away."""
     for name, keys in files.items():
         path = folder / f"{name}.json"
@@ -269,60 +279,60 @@ def configure(folder: Path, **files: dict[str, Any] | None) -> Source:
             path.unlink(missing_ok=True)
         else:
             path.write_text(json.dumps((json.loads(path.read_text()) if path.is_file() else {}) | keys))
-    return Source(str(folder))
+    return ModelSource(str(folder))
 
 
-def test_a_base_model_in_a_chat_template_is_said(copy: Path, llama: tuple[Path, Voice]):
+def test_a_base_model_in_a_chat_template_is_said(copy: Path, llama: tuple[Path, ChatRenderer]):
     """As Qwen's base: its eos ends a text (151643), its template's turns end elsewhere (151645)."""
     voice = llama[1]
-    text, turn = (voice.vocabulary.control[n] for n in ("<|end_of_text|>", "<|eot_id|>"))
+    text, turn = (voice.vocabulary.control_token_ids[n] for n in ("<|end_of_text|>", "<|eot_id|>"))
     assert {text, turn} <= set(voice.stop_ids)  # both end an answer, and that is not what is asked here
-    note = notes(configure(copy, generation_config={"eos_token_id": text}), voice, "w")
+    note = model_warnings(configure(copy, generation_config={"eos_token_id": text}), voice, "w")
     assert note.startswith("a base model in a chat template")
     assert f"<|end_of_text|> ({text})" in note
     assert f"<|eot_id|> ({turn})" in note
     assert "\n" not in note
     for eos in (turn, [text, turn]):
-        assert notes(configure(copy, generation_config={"eos_token_id": eos}), voice, "w") == ""
-    assert notes(Source("random", tokenizer=str(copy)), voice, "w") == ""  # a sprout ends nowhere
+        assert model_warnings(configure(copy, generation_config={"eos_token_id": eos}), voice, "w") == ""
+    assert model_warnings(ModelSource("random", tokenizer=str(copy)), voice, "w") == ""  # a sprout ends nowhere
 
 
 def test_where_a_configuration_names_its_ends(copy: Path):
     source = configure(copy, generation_config={"eos_token_id": [3, 0]}, config={"eos_token_id": 5})
-    assert ends_of(source, "w") == (3, 0)
-    assert ends_of(configure(copy, generation_config={"eos_token_id": None}), "w") == (5,)
-    assert ends_of(configure(copy, generation_config=None), "w") == (5,)
-    assert ends_of(configure(copy, config={"eos_token_id": 0}), "w") == (0,)
+    assert eos_token_ids(source, "w") == (3, 0)
+    assert eos_token_ids(configure(copy, generation_config={"eos_token_id": None}), "w") == (5,)
+    assert eos_token_ids(configure(copy, generation_config=None), "w") == (5,)
+    assert eos_token_ids(configure(copy, config={"eos_token_id": 0}), "w") == (0,)
     config = json.loads((copy / "config.json").read_text())
     del config["eos_token_id"]
     (copy / "config.json").write_text(json.dumps(config | {"text_config": {"eos_token_id": 7}}))
-    assert ends_of(source, "w") == (7,)
-    assert ends_of(configure(copy, config=None), "w") == ()
+    assert eos_token_ids(source, "w") == (7,)
+    assert eos_token_ids(configure(copy, config=None), "w") == ()
     (copy / "generation_config.json").write_text("[")
     with pytest.raises(DataError, match="is not JSON"):
-        ends_of(source, "w")
+        eos_token_ids(source, "w")
 
 
-def test_generation_stops_at_the_turns_end_whatever_the_configuration_says(copy: Path, llama: tuple[Path, Voice]):
+def test_generation_stops_at_the_turns_end_whatever_the_configuration_says(copy: Path, llama: tuple[Path, ChatRenderer]):
     """The model says the token it is asked to stop at first of all; its configuration would let it run on."""
     voice = llama[1]
-    source = configure(copy, generation_config={"eos_token_id": voice.vocabulary.control["<|begin_of_text|>"], "min_new_tokens": 9})
-    model = always(open_model(source, voice, "w"), voice.vocabulary.control["<|eot_id|>"])
-    answer, = LocalEngine(model, len(voice.vocabulary)).generate([voice.prompt(Conversation.ask("Hi")).ids_T], voice.stop_ids, 20)
-    assert answer.tolist() == [voice.vocabulary.control["<|eot_id|>"]]
+    source = configure(copy, generation_config={"eos_token_id": voice.vocabulary.control_token_ids["<|begin_of_text|>"], "min_new_tokens": 9})
+    model = always(load_model(source, voice, "w"), voice.vocabulary.control_token_ids["<|eot_id|>"])
+    answer, = TransformersEngine(model, len(voice.vocabulary)).generate([voice.render_prompt(Conversation.from_question("Hi")).ids_T], voice.stop_ids, 20)
+    assert answer.tolist() == [voice.vocabulary.control_token_ids["<|eot_id|>"]]
 
 
-def test_a_student_taught_to_end_its_turns_is_saved_so(copy: Path, llama: tuple[Path, Voice], tmp_path: Path):
+def test_a_student_taught_to_end_its_turns_is_saved_so(copy: Path, llama: tuple[Path, ChatRenderer], tmp_path: Path):
     voice = llama[1]
-    text = voice.vocabulary.control["<|end_of_text|>"]
+    text = voice.vocabulary.control_token_ids["<|end_of_text|>"]
     for keys, want in (({"eos_token_id": text}, {text, *voice.stop_ids}), (None, set(voice.stop_ids)),
                        ({"eos_token_id": [*voice.stop_ids, 0]}, {*voice.stop_ids, 0})):
         source = configure(copy, generation_config=keys)
-        Student(open_model(source, voice, "w"), voice, source).save(tmp_path / "student")
-        saved = Source(str(tmp_path / "student"))
-        assert set(ends_of(saved, "w")) == want
-        assert set(np.ravel(open_model(saved, voice, "w").generation_config.eos_token_id)) == want
-        assert notes(saved, voice, "w") == ""
+        StudentModel(load_model(source, voice, "w"), voice, source).save(tmp_path / "student")
+        saved = ModelSource(str(tmp_path / "student"))
+        assert set(eos_token_ids(saved, "w")) == want
+        assert set(np.ravel(load_model(saved, voice, "w").generation_config.eos_token_id)) == want
+        assert model_warnings(saved, voice, "w") == ""
 
 
 def always(model: PreTrainedModel, token: int) -> PreTrainedModel:
@@ -340,7 +350,7 @@ def always(model: PreTrainedModel, token: int) -> PreTrainedModel:
 
 def widened(model: PreTrainedModel, folder: Path, rows: int) -> Path:
     """The same weights in a matrix with more rows, as 151,936 and 152,064 rows for 151,665 tokens; the new ones are loud."""
-    wide = sprout("llama", model.config.vocab_size + rows, SIZES)
+    wide = random_init("llama", model.config.vocab_size + rows, SIZES)
     state = model.state_dict()
     loud = 40 * state["lm_head.weight"].abs().max() * torch.randn((rows, model.config.hidden_size), generator=torch.Generator().manual_seed(5))
     for name in ("lm_head.weight", "model.embed_tokens.weight"):
@@ -350,31 +360,31 @@ def widened(model: PreTrainedModel, folder: Path, rows: int) -> Path:
     return folder
 
 
-def feed_of(voice: Voice, teacher: Voice) -> Feed:
+def feed_of(voice: ChatRenderer, teacher: ChatRenderer) -> DistillDataset:
     """Three answers; the teacher is sure of each token it said."""
     captures = []
     for k, text in enumerate(("Hello there", "一二三", "x = [1]\n")):
-        talk = Conversation.ask(f"question {k}").answered(Text(text))
+        talk = Conversation.from_question(f"question {k}").with_answer(Text(text))
         tokens = teacher.render(talk)
-        n = int(tokens.learn_T.sum())
-        rows = Rows(np.arange(n + 1, dtype=np.int64), tokens.ids_T[tokens.learn_T], np.full(n, 0.9, np.float32), np.full(n, np.log(0.9), np.float32))
-        captures.append(Capture(Answer(f"p{k}", "t", "languages", "", talk, Finish.STOP), tokens, rows))
-    return offline(single(captures), voice, {"t": build(teacher, voice)}, size=3, seed=0, max_tokens=512)
+        n = int(tokens.loss_mask_T.sum())
+        rows = SparseDistributions(np.arange(n + 1, dtype=np.int64), tokens.ids_T[tokens.loss_mask_T], np.full(n, 0.9, np.float32), np.full(n, np.log(0.9), np.float32))
+        captures.append(CachedAnswer(Answer(f"p{k}", "t", "languages", "", talk, FinishReason.STOP), tokens, rows))
+    return build_dataset(single(captures), voice, {"t": build_event_map(teacher, voice)}, batch_size=3, seed=0, max_tokens=512)
 
 
-def test_padded_rows_change_no_loss_no_score_and_no_answer(llama: tuple[Path, Voice], tiny_of: Callable[[str], Speaker], tmp_path: Path):
+def test_padded_rows_change_no_loss_no_score_and_no_answer(llama: tuple[Path, ChatRenderer], tiny_of: Callable[[str], Speaker], tmp_path: Path):
     folder, voice = llama
     shutil.copytree(tiny_of("llama").folder, tmp_path / "wide")
-    small = open_model(Source(str(folder)), voice, "w")
-    source = Source(str(widened(small, tmp_path / "wide", 271)))
-    assert open_voice(source, "w").digest == voice.digest
-    wide = open_model(source, voice, "w")
+    small = load_model(ModelSource(str(folder)), voice, "w")
+    source = ModelSource(str(widened(small, tmp_path / "wide", 271)))
+    assert load_renderer(source, "w").digest == voice.digest
+    wide = load_model(source, voice, "w")
     assert wide.get_output_embeddings().weight.shape[0] == len(voice.vocabulary) + 271
-    batch = feed_of(voice, tiny_of("qwen").voice).batch(0)
+    batch = feed_of(voice, tiny_of("qwen").renderer).batch(0)
     losses, grads = [], []
     for model in (small, wide):
-        student = Student(model, voice, source)
-        out = composed(student.logits(batch.ids_BS, batch.mask_BS, batch.row_N, batch.at_N), batch.targets_N, batch.teachers, 0.8)
+        student = StudentModel(model, voice, source)
+        out = event_kl_loss(student.logits(batch.ids_BS, batch.mask_BS, batch.row_N, batch.position_N), batch.labels_N, batch.targets, 0.8)
         losses.append(float(out.loss.detach()))
         model.zero_grad()
         out.loss.backward()
@@ -385,8 +395,8 @@ def test_padded_rows_change_no_loss_no_score_and_no_answer(llama: tuple[Path, Vo
     sequences, learn = [row[:int(m.sum())].numpy().astype(np.int32) for row, m in zip(batch.ids_BS, batch.mask_BS, strict=True)], []
     for sequence in sequences:
         learn.append(np.arange(len(sequence)) > 3)
-    engines = [LocalEngine(m, len(voice.vocabulary)) for m in (small, wide)]
-    for one, other in zip(*(e.score(sequences, learn) for e in engines), strict=True):
+    engines = [TransformersEngine(m, len(voice.vocabulary)) for m in (small, wide)]
+    for one, other in zip(*(e.compute_logprobs(sequences, learn) for e in engines), strict=True):
         assert one.shape == other.shape
         assert torch.allclose(one, other, atol=1e-6)
     with torch.inference_mode():  # the trap is set
@@ -402,34 +412,34 @@ def test_the_stop_is_learned_and_scored_when_it_is_the_padding_too(copy: Path, t
     """Many models pad with their eos; masking the labels of the padding would unlearn how to stop."""
     config = json.loads((copy / "tokenizer_config.json").read_text())
     (copy / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": "<|eot_id|>"}))
-    stop = open_voice(Source(str(copy)), "w").vocabulary.control["<|eot_id|>"]
+    stop = load_renderer(ModelSource(str(copy)), "w").vocabulary.control_token_ids["<|eot_id|>"]
     source = configure(copy, config={"pad_token_id": stop, "eos_token_id": stop}, generation_config={"pad_token_id": stop, "eos_token_id": stop})
-    voice = open_voice(source, "w")
+    voice = load_renderer(source, "w")
     assert AutoTokenizer.from_pretrained(copy).pad_token_id == AutoTokenizer.from_pretrained(copy).eos_token_id == stop  # the trap is set
-    batch = feed_of(voice, tiny_of("qwen").voice).batch(0)
+    batch = feed_of(voice, tiny_of("qwen").renderer).batch(0)
     assert len({int(m.sum()) for m in batch.mask_BS}) > 1  # some rows are padded
-    stops = torch.isin(batch.targets_N, torch.tensor(voice.stop_ids))
+    stops = torch.isin(batch.labels_N, torch.tensor(voice.stop_ids))
     assert sorted(batch.row_N[stops].tolist()) == [0, 1, 2]
-    model = open_model(source, voice, "w")
+    model = load_model(source, voice, "w")
     assert model.config.pad_token_id == stop
-    student = Student(model, voice, source)
+    student = StudentModel(model, voice, source)
     taught = []
     for row in range(3):  # alone, at equal weight, and with its gradient on the stop's logit
-        logits = student.logits(batch.ids_BS, batch.mask_BS, batch.row_N, batch.at_N)
+        logits = student.logits(batch.ids_BS, batch.mask_BS, batch.row_N, batch.position_N)
         logits.retain_grad()
-        composed(logits, batch.targets_N, batch.teachers, 0.8).loss.backward()
+        event_kl_loss(logits, batch.labels_N, batch.targets, 0.8).loss.backward()
         taught.append(float(logits.grad[torch.logical_and(stops, batch.row_N == row), stop]))
-    assert all(g < -0.5 / len(batch.targets_N) for g in taught)
+    assert all(g < -0.5 / len(batch.labels_N) for g in taught)
     sequences = [r[:int(m.sum())].numpy().astype(np.int32) for r, m in zip(batch.ids_BS, batch.mask_BS, strict=True)]
-    learn = [np.isin(np.arange(len(s)), batch.at_N[batch.row_N == k] + 1) for k, s in enumerate(sequences)]
-    engine = LocalEngine(model, len(voice.vocabulary))
-    for k, rows in enumerate(engine.score(sequences, learn)):
+    learn = [np.isin(np.arange(len(s)), batch.position_N[batch.row_N == k] + 1) for k, s in enumerate(sequences)]
+    engine = TransformersEngine(model, len(voice.vocabulary))
+    for k, rows in enumerate(engine.compute_logprobs(sequences, learn)):
         with torch.inference_mode():
             alone = torch.log_softmax(model(input_ids=torch.from_numpy(sequences[k])[None].long()).logits[0], -1)
         assert torch.allclose(rows, alone[np.flatnonzero(learn[k]) - 1], atol=1e-5)
         assert sequences[k][np.flatnonzero(learn[k])[-1]] == stop
     said = always(model, stop)
-    assert [a.tolist() for a in LocalEngine(said, len(voice.vocabulary)).generate([s[:5] for s in sequences], voice.stop_ids, 8)] == [[stop]] * 3
+    assert [a.tolist() for a in TransformersEngine(said, len(voice.vocabulary)).generate([s[:5] for s in sequences], voice.stop_ids, 8)] == [[stop]] * 3
 
 
 # ---- BOS -----------------------------------------------------------------------------------------------------------
@@ -439,23 +449,23 @@ def test_the_stop_is_learned_and_scored_when_it_is_the_padding_too(copy: Path, t
 @pytest.mark.parametrize(("front", "bos"), [("", 0), ("{{ bos_token }}", 1), ("<s>", 1), ("{{ bos_token }}<s>", 2)])
 def test_a_rendering_has_the_templates_bos_and_no_other(tmp_path: Path, front: str, bos: int, adds: bool):
     folder = folder_of(tmp_path / "bos", front + HEAD + TURN + END, bos="<s>", eos="<|stop|>", controls=ROLES, adds_bos=adds)
-    source = Source(str(folder))
-    voice, tokenizer = open_voice(source, "w"), AutoTokenizer.from_pretrained(folder)
-    start = voice.vocabulary.control["<s>"]
+    source = ModelSource(str(folder))
+    voice, tokenizer = load_renderer(source, "w"), AutoTokenizer.from_pretrained(folder)
+    start = voice.vocabulary.control_token_ids["<s>"]
     assert (tokenizer("Hi").input_ids[0] == start) is adds  # the trap is set
     for text in ("Hi", "<s> Hi"):
-        for tokens in (voice.prompt(Conversation.ask(text)), voice.render(Conversation.ask(text).answered(Text(text)))):
+        for tokens in (voice.render_prompt(Conversation.from_question(text)), voice.render(Conversation.from_question(text).with_answer(Text(text)))):
             assert tokens.ids_T.tolist().count(start) == bos
             assert tokens.ids_T[:bos].tolist() == [start] * bos
-    assert voice.prompt(Conversation.ask("Hi")).ids_T.tolist() == tokenizer.apply_chat_template(
+    assert voice.render_prompt(Conversation.from_question("Hi")).ids_T.tolist() == tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi"}], add_generation_prompt=True, return_dict=False)
-    note = notes(source, voice, "w")
+    note = model_warnings(source, voice, "w")
     assert (f"puts <s> ({start}) before every text, its chat template does not" in note) == (adds and not bos)
     assert (f"begins with <s> ({start}) twice" in note) == (bos == 2)
 
 
 def test_the_saplings_have_nothing_odd(tiny: Speaker):
-    assert notes(Source(str(tiny.folder)), tiny.voice, "w") == ""
+    assert model_warnings(ModelSource(str(tiny.folder)), tiny.renderer, "w") == ""
 
 
 def test_a_hub_model_that_cannot_be_fetched_is_not_told_to_mend_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -464,7 +474,7 @@ def test_a_hub_model_that_cannot_be_fetched_is_not_told_to_mend_a_folder(monkeyp
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", offline)
     with pytest.raises(DataError, match=r"no tokenizer in 'some/model': We couldn't connect -> fetch it first"):
-        open_voice(Source("some/model"), "teachers.0")
+        load_renderer(ModelSource("some/model"), "teachers.0")
 
 
 @pytest.mark.parametrize("weights", [False, True])
@@ -472,7 +482,7 @@ def test_of_a_hub_model_no_more_is_fetched_than_is_asked_for(monkeypatch: pytest
     """Weights only where they are read, and not those that some repositories hold a second time, in a folder or under another name."""
     asked: dict[str, Any] = {}
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **how: (asked.update(how), str(tmp_path))[1])
-    assert whole_folder(Source("some/model"), "extend", weights) == tmp_path
+    assert download_model(ModelSource("some/model"), "extend", weights) == tmp_path
     names = ["config.json", "tokenizer.json", "chat_template.jinja", "model-00001-of-00002.safetensors", "consolidated.safetensors",
              "original/model.safetensors", "pytorch_model.bin"]
     kept = list(filter_repo_objects(names, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]))

@@ -10,19 +10,19 @@ from typing import Any
 import pytest
 
 from persea.config.recipe import load_recipe
-from persea.errors import DataError, Refused
-from persea.pipeline.plan import BYTES_PER_TOKEN, BYTES_PER_TOP, plan
-from persea.pipeline.run_context import River
+from persea.errors import DataError, RefusedError
+from persea.pipeline.plan import SAMPLED_BYTES_PER_TOKEN, TOPK_BYTES_PER_TOKEN, plan_run
+from persea.pipeline.run_context import RunContext
 from tests.cli.test_cli import STAGES, flowed_copy, recipe, tree
 
 
-def river(folder: Path, *overrides: str) -> River:
-    return River(load_recipe(folder / "tiny.yaml", overrides), folder / "run")
+def river(folder: Path, *overrides: str) -> RunContext:
+    return RunContext(load_recipe(folder / "tiny.yaml", overrides), folder / "run")
 
 
 def states(folder: Path, *overrides: str) -> dict[str, str]:
     before = tree(folder)
-    told = {c.stage: c.state for c in plan(river(folder, *overrides)).stages}
+    told = {c.stage: c.state for c in plan_run(river(folder, *overrides)).stages}
     assert tree(folder) == before  # to plan is to touch nothing
     return told
 
@@ -59,7 +59,7 @@ def test_what_is_said_of_an_evaluation_afterwards_measures_nothing_again(tmp_pat
     for change in ("allow_regression=true", "lm_eval.student=results.json"):  # the lineage holds the recipe's hash
         assert states(tmp_path, f"evaluation.{change}") == but(lineage="to do", report="waits")
     with pytest.raises(DataError, match=r"gone\.json: not there -> run lm_eval on student first"):
-        plan(river(tmp_path, "evaluation.lm_eval.student=gone.json"))
+        plan_run(river(tmp_path, "evaluation.lm_eval.student=gone.json"))
 
 
 def test_a_damaged_output_is_to_do(tmp_path: Path) -> None:
@@ -69,48 +69,48 @@ def test_a_damaged_output_is_to_do(tmp_path: Path) -> None:
 
 
 def test_answers_are_counted_and_the_disk_is_enough(tmp_path: Path) -> None:
-    told = plan(river(flowed_copy(tmp_path, *STAGES)))
+    told = plan_run(river(flowed_copy(tmp_path, *STAGES)))
     assert told.answers == 3 * 8 * 3 + 72 + 3 * 8 * 5
     units = sum(p.stat().st_size for p in (tmp_path / "run" / "capture" / "units").iterdir())
     used = sum(p.stat().st_size for p in (tmp_path / "run").rglob("*") if p.is_file())
-    assert 0 < units < 72 * 48 * BYTES_PER_TOKEN
+    assert 0 < units < 72 * 48 * SAMPLED_BYTES_PER_TOKEN
     assert units < used < told.disk_bytes < told.disk_free
     work = {c.stage: c.work for c in told.stages}
     assert work["audition"] == "at most 72 answers by 3 teachers"
     assert work["capture"].startswith("72 answers, at most 0.00 GB (0 prompts left out)")
     assert work["train"] == "8 steps of 4 conversations"
     assert work["evaluate"] == "120 answers by 5 speakers"
-    assert [r[0] for r in told.rows()] == [*STAGES, "in all"]
-    assert told.rows()[-1][2].startswith("264 answers, at most 0.0")
+    assert [r[0] for r in told.table_rows()] == [*STAGES, "in all"]
+    assert told.table_rows()[-1][2].startswith("264 answers, at most 0.0")
     assert told.to_json()["stages"][0] == {"stage": "check", "state": "stands", "work": "3 pairings of tokenizers"}
 
 
 def test_a_prompt_that_is_left_out_is_told(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "one"}\n{"prompt": " ONE "}\n{"prompt": "two"}\n')
     recipe(tmp_path, corpus=[{"skill": "languages", "file": "p.jsonl"}], audition={"items": 8})
-    told = plan(river(tmp_path))
+    told = plan_run(river(tmp_path))
     assert next(c.work for c in told.stages if c.stage == "capture").startswith("2 answers, at most 0.00 GB (1 prompts left out)")
 
 
 def test_the_likeliest_tokens_within_a_kl_cost_more_disk(tmp_path: Path) -> None:
     recipe(tmp_path)
-    captured = BYTES_PER_TOKEN * 72 * 48
-    more = plan(river(tmp_path, "capture.rows=topk")).disk_bytes - plan(river(tmp_path)).disk_bytes
-    assert more == pytest.approx(captured / BYTES_PER_TOKEN * (BYTES_PER_TOP - BYTES_PER_TOKEN))
+    captured = SAMPLED_BYTES_PER_TOKEN * 72 * 48
+    more = plan_run(river(tmp_path, "capture.rows=topk")).disk_bytes - plan_run(river(tmp_path)).disk_bytes
+    assert more == pytest.approx(captured / SAMPLED_BYTES_PER_TOKEN * (TOPK_BYTES_PER_TOKEN - SAMPLED_BYTES_PER_TOKEN))
 
 
 def test_a_run_that_the_disk_cannot_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe(tmp_path)
-    needed = plan(river(tmp_path)).disk_bytes
+    needed = plan_run(river(tmp_path)).disk_bytes
     asked: list[Path] = []
 
     def usage(free: int) -> Any:
         return lambda path: asked.append(Path(path)) or SimpleNamespace(free=free)
 
     monkeypatch.setattr(shutil, "disk_usage", usage(needed - 1))
-    with pytest.raises(Refused, match=r"run: the run needs up to 0\.0 GB, 0\.0 GB are free -> free space or give another --out") as caught:
-        plan(river(tmp_path))
+    with pytest.raises(RefusedError, match=r"run: the run needs up to 0\.0 GB, 0\.0 GB are free -> free space or give another --out") as caught:
+        plan_run(river(tmp_path))
     assert caught.value.exit_code == 4
     assert asked == [tmp_path]  # the disk of the run folder, which is not there yet
     monkeypatch.setattr(shutil, "disk_usage", usage(needed))
-    assert plan(river(tmp_path)).disk_free == needed
+    assert plan_run(river(tmp_path)).disk_free == needed

@@ -7,41 +7,41 @@ from typing import Any
 
 import pytest
 
-from persea.config.schema import OnPolicy, Training
-from persea.errors import EnvironmentLacks, PerseaError, RecipeError
-from persea.pipeline.preflight import refuse_mute, refuse_training
-from persea.training.distributed.world import How, Shard, World
+from persea.config.schema import OnPolicySection, TrainingSection
+from persea.errors import MissingRequirementError, PerseaError, RecipeError
+from persea.pipeline.preflight import refuse_impossible_training, refuse_missing_logprobs
+from persea.training.distributed.world import LaunchOptions, ParallelStrategy, World
 
-OWN = OnPolicy(after=2, rollouts=16)
+OWN = OnPolicySection(after=2, rollouts=16)
 FAR = SimpleNamespace(name="far", endpoint=SimpleNamespace(budget=10, protocol="completions"))
 NEAR = SimpleNamespace(name="near", endpoint=None)
 
 
-def river(training: Training, how: How = How(), world: World = World(), teachers: tuple[Any, ...] = (NEAR,)) -> Any:  # noqa: B008 (frozen)
-    return SimpleNamespace(recipe=SimpleNamespace(training=training, teachers=teachers), how=how, world=world, items=lambda split: 1 // 0)
+def river(training: TrainingSection, how: LaunchOptions = LaunchOptions(), world: World = World(), teachers: tuple[Any, ...] = (NEAR,)) -> Any:  # noqa: B008 (frozen)
+    return SimpleNamespace(recipe=SimpleNamespace(training=training, teachers=teachers), launch_options=how, world=world, held_out_items=lambda split: 1 // 0)
 
 
 @pytest.mark.parametrize(("asked", "kind", "words"), [
-    (river(Training(batch=4), How(5)), RecipeError, "a batch of 4 conversations cannot be split over 5 processes"),
-    (river(Training(batch=4), world=World(0, 5)), RecipeError, "a batch of 4 conversations cannot be split over 5 processes"),
-    (river(Training(on_policy=OWN), How(2, Shard.FSDP)), RecipeError, "cannot answer for itself"),
-    (river(Training(on_policy=OWN), How(2), teachers=(NEAR, FAR)), RecipeError, "each of 2 processes would spend the budget of far"),
-    (river(Training(report_to="trackio")), EnvironmentLacks, "trackio, which is not installed")])
+    (river(TrainingSection(batch=4), LaunchOptions(5)), RecipeError, "a batch of 4 conversations cannot be split over 5 processes"),
+    (river(TrainingSection(batch=4), world=World(0, 5)), RecipeError, "a batch of 4 conversations cannot be split over 5 processes"),
+    (river(TrainingSection(on_policy=OWN), LaunchOptions(2, ParallelStrategy.FSDP)), RecipeError, "cannot answer for itself"),
+    (river(TrainingSection(on_policy=OWN), LaunchOptions(2), teachers=(NEAR, FAR)), RecipeError, "each of 2 processes would spend the budget of far"),
+    (river(TrainingSection(report_to="trackio")), MissingRequirementError, "trackio, which is not installed")])
 def test_a_training_that_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch, asked: Any, kind: type[PerseaError], words: str) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(kind, match=words):
-        refuse_training(asked)
+        refuse_impossible_training(asked)
 
 
 @pytest.mark.parametrize("asked", [
-    river(Training()), river(Training(batch=4), How(4, Shard.FSDP), teachers=(FAR,)), river(Training(on_policy=OWN), How(2)),
-    river(Training(on_policy=OWN), How(1, Shard.FSDP), teachers=(FAR,))])
+    river(TrainingSection()), river(TrainingSection(batch=4), LaunchOptions(4, ParallelStrategy.FSDP), teachers=(FAR,)), river(TrainingSection(on_policy=OWN), LaunchOptions(2)),
+    river(TrainingSection(on_policy=OWN), LaunchOptions(1, ParallelStrategy.FSDP), teachers=(FAR,))])
 def test_one_that_can_be_is_not(asked: Any) -> None:
-    refuse_training(asked)
+    refuse_impossible_training(asked)
 
 
 def test_only_chat_routes_are_looked_at() -> None:
-    refuse_mute(river(Training(), teachers=(NEAR, FAR)))
+    refuse_missing_logprobs(river(TrainingSection(), teachers=(NEAR, FAR)))
     chat = SimpleNamespace(name="chat", endpoint=SimpleNamespace(budget=0, protocol="chat"))
     with pytest.raises(ZeroDivisionError):
-        refuse_mute(river(Training(), teachers=(chat,)))
+        refuse_missing_logprobs(river(TrainingSection(), teachers=(chat,)))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from persea.pipeline.progress import bars, comparison, table
+from persea.pipeline.progress import print_report, print_table, progress_bars
 
 
 def score(value: float) -> dict[str, Any]:
@@ -29,7 +29,7 @@ REPORT: dict[str, Any] = {
 
 def test_the_comparison_shows_everybody_on_every_skill(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("COLUMNS", "120")
-    comparison(REPORT)
+    print_report(REPORT)
     out = capsys.readouterr().out
     rows = [line.split() for line in out.splitlines()]
     assert rows[0] == ["skill", "student", "base", "qwen-sapling", "gemma-sapling", "kept"]
@@ -44,7 +44,7 @@ def test_no_name_is_cut_where_the_window_is_narrow(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("COLUMNS", "80")
     names = [f"a-teacher-with-a-long-name-{k}" for k in range(4)]
     skill = REPORT["skills"]["languages"] | {"teachers": {n: score(0.5) for n in names}, "best_teacher": names[0]}
-    comparison({"skills": {"languages": skill}, "bits_per_byte": {n: {"all": 1.0} for n in ("student", "base", *names)}})
+    print_report({"skills": {"languages": skill}, "bits_per_byte": {n: {"all": 1.0} for n in ("student", "base", *names)}})
     out = capsys.readouterr().out
     assert "…" not in out
     assert max(map(len, out.splitlines())) <= 80
@@ -54,12 +54,12 @@ def test_no_name_is_cut_where_the_window_is_narrow(monkeypatch: pytest.MonkeyPat
 
 def test_a_table_is_plain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    table(("stage", "work"), [("check", "3 pairings"), ("train", "8 steps")])
+    print_table(("stage", "work"), [("check", "3 pairings"), ("train", "8 steps")])
     assert [line.split("  ")[0].strip() for line in capsys.readouterr().out.splitlines()] == ["stage", "check", "train"]
 
 
 def test_without_a_terminal_a_stage_tells_its_tenths(capsys: pytest.CaptureFixture[str]) -> None:
-    with bars() as tell:
+    with progress_bars() as tell:
         for k in range(1001):
             tell("train", k / 1000, f"step {k}")
         tell("report", 1.0, "stands")
@@ -73,7 +73,7 @@ def test_without_a_terminal_a_stage_tells_its_tenths(capsys: pytest.CaptureFixtu
 
 
 def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
-    with bars(quiet=True) as tell:
+    with progress_bars(quiet=True) as tell:
         tell("train", 0.5, "half")
     assert capsys.readouterr() == ("", "")
 

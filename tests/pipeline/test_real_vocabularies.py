@@ -14,8 +14,8 @@ import pytest
 
 from persea.cache import unit as cache
 from persea.config.recipe import load_recipe
-from persea.pipeline.run_context import River
-from persea.pipeline.stages import run
+from persea.pipeline.run_context import RunContext
+from persea.pipeline.stages import run_pipeline
 from tests.alignment.test_event_map import real_bridge, real_home
 from tests.conftest import ROOT, Speaker
 
@@ -66,18 +66,18 @@ def test_the_river_flows_through_four_real_vocabularies(data: Path, real_of: Cal
         f"corpus={corpus}", "audition.items=1", "capture.max_new_tokens=2", "capture.unit=16", f"training.steps={STEPS}",
         "training.checkpoint_every=1000", "training.learning_rate=0.02", "check.floor=0.2", "check.lines=4"])
     assert [t.name for t in recipe.teachers] == list(TEACHERS)
-    river = River(recipe, tmp_path / "run")
+    river = RunContext(recipe, tmp_path / "run")
     # opened once for the whole session: the same folders, templates and date, 3 to 6 s each
-    vars(river)["student_voice"] = real_of("llama").voice
-    vars(river)["voices"] = {name: real_of(family).voice for name, family in TEACHERS.items()}
-    for voice in river.voices.values():
-        real_bridge(voice, river.student_voice, real_home)
+    vars(river)["student_voice"] = real_of("llama").renderer
+    vars(river)["voices"] = {name: real_of(family).renderer for name, family in TEACHERS.items()}
+    for voice in river.renderers.values():
+        real_bridge(voice, river.student_renderer, real_home)
     told: list[str] = []
     for stage in ("check", "audition", "capture", "train"):
-        run(river, lambda name, share, words: told.append(name), stage)
+        run_pipeline(river, lambda name, share, words: told.append(name), stage)
     assert list(dict.fromkeys(told)) == ["check", "audition", "capture", "train"]
 
-    for name, voice in {**river.voices, "llama3": river.student_voice}.items():
+    for name, voice in {**river.renderers, "llama3": river.student_renderer}.items():
         assert len(voice.vocabulary) == SIZES[name]
     pairs = json.loads((tmp_path / "run" / "check" / "check.json").read_text())["pairs"]
     assert {p["teacher"] for p in pairs} == set(TEACHERS)
@@ -85,7 +85,7 @@ def test_the_river_flows_through_four_real_vocabularies(data: Path, real_of: Cal
     assert all(p["disagreement"] < 0.1 for p in pairs), "four lines a language are few"
 
     # every prompt was answered by the teacher of its skill, with rows over that teacher's own vocabulary
-    captured = [c for unit in river.units for c in cache.read_unit(tmp_path / "run" / "capture", unit.name)]
+    captured = [c for unit in river.capture_units for c in cache.read_unit(tmp_path / "run" / "capture", unit.name)]
     assert len(captured) == sum(map(len, rows.values())) == len(river.corpus.prompts)
     asked = Counter((c.answer.skill, c.answer.teacher) for c in captured)
     assert asked == {("languages", "qwen3"): 30, ("reasoning", "gpt-oss"): 4, ("code", "gemma3"): 8}
@@ -94,11 +94,11 @@ def test_the_river_flows_through_four_real_vocabularies(data: Path, real_of: Cal
     said = {c.answer.prompt_id: c.answer.text for c in captured}
     assert all(said[row["id"]] == row["answer"] for row in rows["languages"])
     for name in TEACHERS:
-        ids = np.concatenate([c.rows.ids_M for c in captured if c.answer.teacher == name])
+        ids = np.concatenate([c.distributions.ids_M for c in captured if c.answer.teacher == name])
         assert ids.min() >= 0
         assert SIZES[name] * 0.99 < ids.max() < SIZES[name], "random weights know every token"
-        mass = [c.rows.probs_M[a:b].sum() for c in captured if c.answer.teacher == name
-                for a, b in zip(c.rows.offsets_N1[:-1], c.rows.offsets_N1[1:], strict=True)]
+        mass = [c.distributions.probs_M[a:b].sum() for c in captured if c.answer.teacher == name
+                for a, b in zip(c.distributions.offsets_N1[:-1], c.distributions.offsets_N1[1:], strict=True)]
         assert np.abs(np.array(mass) - 1).max() <= recipe.capture.tau + 1e-4
 
     # and the student learned from all of them
@@ -106,7 +106,7 @@ def test_the_river_flows_through_four_real_vocabularies(data: Path, real_of: Cal
     laid = feed.pop("taught")
     assert sum(feed.pop("lessons").values()) == len(captured)
     assert feed == {"left_out": {}, "too_long": 0, "unsayable": 0, "why": [], "modes": {"none": len(captured)}, "thoughts_dropped": 0, "held_out": 0}
-    assert {row["teacher"] for row in laid} == set(river.voices)
+    assert {row["teacher"] for row in laid} == set(river.renderers)
     for row in laid:
         assert row["event"] + row["completion"] + row["chunk"] + row["text"] == pytest.approx(1, abs=3e-4)
         assert 0.9 < row["mass_kept"] <= 1  # random weights: what cannot stand is as likely as any other token

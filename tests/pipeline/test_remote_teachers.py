@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import yaml
 
-from persea.cache.maintenance import committed
+from persea.cache.maintenance import committed_units
 from persea.cache.unit import read_unit
-from persea.chat.messages import Effort
+from persea.chat.messages import ThinkingEffort
 from persea.config.recipe import load_recipe
-from persea.config.schema import Generation, Teacher
-from persea.distributions import RowKind
-from persea.errors import EnvironmentLacks, RecipeError
-from persea.pipeline.remote_teachers import open_far, what_answers
-from persea.pipeline.run_context import River
+from persea.config.schema import GenerationSection, TeacherSection
+from persea.distributions import DistributionKind
+from persea.errors import MissingRequirementError, RecipeError
+from persea.pipeline.remote_teachers import endpoint_identity, open_remote_engine
+from persea.pipeline.run_context import RunContext
 from tests.cli.test_cli import SAPLINGS, TINY, persea
 from tests.servers import serving
 
@@ -47,13 +47,13 @@ def test_the_mixed_recipe_runs_and_every_teacher_is_kept_for_what_it_gives(tmp_p
     ended = persea("run", recipe, "--out", "run", folder=tmp_path)
     assert ended.code == 0, ended.err
     run = tmp_path / "run"
-    kinds: dict[str, set[RowKind]] = {}
-    for unit in committed(run / "capture"):
+    kinds: dict[str, set[DistributionKind]] = {}
+    for unit in committed_units(run / "capture"):
         for capture in read_unit(run / "capture", unit):
-            kinds.setdefault(capture.answer.teacher, set()).add(capture.rows.kind)
-            sizes = {len(capture.rows.ids_M) // max(1, len(capture.rows))}
+            kinds.setdefault(capture.answer.teacher, set()).add(capture.distributions.kind)
+            sizes = {len(capture.distributions.ids_M) // max(1, len(capture.distributions))}
             assert capture.answer.teacher != "gemma-far" or sizes == {20}
-    assert kinds == {"qwen-sapling": {RowKind.SAMPLED}, "gemma-far": {RowKind.TOPK_REST}, "oss-words": {RowKind.WORDS}}
+    assert kinds == {"qwen-sapling": {DistributionKind.SAMPLED}, "gemma-far": {DistributionKind.TOPK}, "oss-words": {DistributionKind.TEXT_ONLY}}
     taught = {row["teacher"]: row for row in json.loads((run / "train" / "feed.json").read_text())["taught"]}
     assert taught["gemma-far"]["event"] > 0.5
     assert taught["gemma-far"]["mass_kept"] > 0
@@ -81,30 +81,30 @@ def test_the_mixed_recipe_runs_and_every_teacher_is_kept_for_what_it_gives(tmp_p
     assert "another model is there now: 'gemma-sapling' answers, it was 'gpt-oss-sapling'" in swapped.err
 
 
-def river(folder: Path, *changes: str) -> River:
-    return River(load_recipe(mixed(folder), changes), folder / "run")
+def river(folder: Path, *changes: str) -> RunContext:
+    return RunContext(load_recipe(mixed(folder), changes), folder / "run")
 
 
 def test_where_a_server_stands_changes_no_identity_and_what_it_gives_does(tmp_path: Path) -> None:
-    one = river(tmp_path).identities
+    one = river(tmp_path).teacher_identities
     elsewhere = ("url=http://elsewhere:1", "stall=5", "key_env=K")
-    assert river(tmp_path, *(f"teachers.1.endpoint.{change}" for change in elsewhere)).identities == one
+    assert river(tmp_path, *(f"teachers.1.endpoint.{change}" for change in elsewhere)).teacher_identities == one
     for change, name in (("teachers.1.endpoint.top=5", "gemma-far"), ("teachers.1.endpoint.protocol=completions", "gemma-far"),
                          ("teachers.1.endpoint.served=m", "gemma-far"), ("teachers.2.generation.temperature=0.5", "oss-words"),
                          ("teachers.0.generation.max_new_tokens=9", "qwen-sapling"), ("teachers.2.endpoint.dial=false", "oss-words")):
-        other = river(tmp_path, change).identities
+        other = river(tmp_path, change).teacher_identities
         assert {n for n in one if one[n] != other[n]} == {name}, change
-    assert river(tmp_path).teaching == ("qwen-sapling", "gemma-far", "oss-words")
+    assert river(tmp_path).teacher_names == ("qwen-sapling", "gemma-far", "oss-words")
 
 
 def test_generation_is_each_teachers_own(tmp_path: Path) -> None:
     one = river(tmp_path, "teachers.0.generation.max_new_tokens=3", "teachers.0.generation.temperature=1.5", "teachers.0.generation.seed=4")
-    teacher = one.teacher("qwen-sapling", 4)
-    assert (teacher.longest, teacher.engine.sampling.temperature, teacher.engine.sampling.seed) == (3, 1.5, 4)
+    teacher = one.load_teacher("qwen-sapling", 4)
+    assert (teacher.max_answer_tokens, teacher.engine.sampling.temperature, teacher.engine.sampling.seed) == (3, 1.5, 4)
     prompts = [p for p in one.corpus.prompts if p.skill == "languages"][:3]
     answers, same = teacher.answer(prompts, 50), teacher.answer(prompts, 50)
     assert answers == same  # drawn by chance that the prompt and the seed decide
-    assert all(len(teacher.voice.vocabulary.encode(a.text)) <= 3 for a in answers)
+    assert all(len(teacher.renderer.vocabulary.encode(a.text)) <= 3 for a in answers)
 
 
 def test_a_key_is_never_in_a_recipe_and_must_be_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,56 +114,56 @@ def test_a_key_is_never_in_a_recipe_and_must_be_set(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("FAR_KEY", "sk-other")
     assert load_recipe(mixed(tmp_path), ["teachers.1.endpoint.key_env=FAR_KEY"]).hash == recipe.hash
     monkeypatch.delenv("FAR_KEY")
-    with pytest.raises(EnvironmentLacks, match="FAR_KEY holds no key") as caught:
-        open_far(recipe.teachers[1], None, tmp_path / "kept.json")  # type: ignore[arg-type]
+    with pytest.raises(MissingRequirementError, match="FAR_KEY holds no key") as caught:
+        open_remote_engine(recipe.teachers[1], None, tmp_path / "kept.json")  # type: ignore[arg-type]
     assert caught.value.exit_code == 7
-    assert what_answers(recipe.teachers[0]) == []
+    assert endpoint_identity(recipe.teachers[0]) == []
 
 
 @pytest.mark.parametrize("key", ["sk-a\nbc", "sk abc", "sk-\xe4bc", "sk-\x07bc"])
 def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     monkeypatch.setenv("FAR_KEY", key)
     recipe = load_recipe(mixed(tmp_path), ["teachers.1.endpoint.key_env=FAR_KEY"])
-    with pytest.raises(EnvironmentLacks, match="FAR_KEY holds what no header can carry") as caught:
-        open_far(recipe.teachers[1], None, tmp_path / "kept.json")  # type: ignore[arg-type]
+    with pytest.raises(MissingRequirementError, match="FAR_KEY holds what no header can carry") as caught:
+        open_remote_engine(recipe.teachers[1], None, tmp_path / "kept.json")  # type: ignore[arg-type]
     assert "bc" not in str(caught.value)
 
 
 def test_the_first_handshake_is_who_answers_also_in_the_next_run(tmp_path: Path) -> None:
     """A server's last digits move; what was heard of it stays heard."""
     kept, one = tmp_path / "run" / "endpoints" / "gemma-far.json", river(tmp_path)
-    first = one.heard_as("gemma-far", 4, (), lambda name: one.teacher(name, 4))
+    first = one.evaluated_model("gemma-far", 4, (), lambda name: one.load_teacher(name, 4))
     told = json.loads(kept.read_text())
     kept.write_text(json.dumps(told | {"logs": [x - 0.01 for x in told["logs"]]}))  # as another batch would have had it
     two, three = river(tmp_path), river(tmp_path)
-    moved = two.heard_as("gemma-far", 4, (), lambda name: two.teacher(name, 4))
+    moved = two.evaluated_model("gemma-far", 4, (), lambda name: two.load_teacher(name, 4))
     assert moved.identity != first.identity
-    assert moved.identity == three.heard_as("gemma-far", 4, (), lambda name: three.teacher(name, 4)).identity
-    assert two.far["gemma-far"].first[0].to_json() == json.loads(kept.read_text())
+    assert moved.identity == three.evaluated_model("gemma-far", 4, (), lambda name: three.load_teacher(name, 4)).identity
+    assert two.remote_engines["gemma-far"].first[0].to_json() == json.loads(kept.read_text())
 
 
 def test_a_chat_route_without_dial_has_one_effort(tmp_path: Path) -> None:
     thinking, low = "student.thinking=true", "teachers.2.effort=low"
     for dial, known in (("true", {"none", "low", "medium", "high"}), ("false", {"none", "low"})):
         one = river(tmp_path, thinking, low, f"teachers.2.endpoint.dial={dial}")
-        assert {e.value for e in Effort if one.can_be_asked("oss-words", e)} == known
-        assert one.efforts("oss-words", (Effort.HIGH,)) == ((Effort.LOW, Effort.HIGH) if dial == "true" else (Effort.LOW,))
-    assert one.efforts("student", (Effort.HIGH,)) == (Effort.NONE, Effort.HIGH)
+        assert {e.value for e in ThinkingEffort if one.can_answer_at("oss-words", e)} == known
+        assert one.measured_efforts("oss-words", (ThinkingEffort.HIGH,)) == ((ThinkingEffort.LOW, ThinkingEffort.HIGH) if dial == "true" else (ThinkingEffort.LOW,))
+    assert one.measured_efforts("student", (ThinkingEffort.HIGH,)) == (ThinkingEffort.NONE, ThinkingEffort.HIGH)
     for dial in ("true", "false"):
         one = river(tmp_path, thinking, f"teachers.2.endpoint.dial={dial}", "corpus.2.modes={high: 1.0}")
         with nullcontext() if dial == "true" else pytest.raises(RecipeError, match="no teacher of reasoning knows it") as caught:
-            one.refuse_modes()
+            one.refuse_unsupported_efforts()
     assert "oss-words knows none" in str(caught.value)
     assert "yard knows" not in str(caught.value)  # it teaches nobody
 
 
 def test_weights_in_vllm_are_not_kept_after_their_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[object] = []
-    monkeypatch.setattr("persea.pipeline.run_context.open_far", lambda *a: opened.append(object()) or opened[-1])
+    monkeypatch.setattr("persea.pipeline.run_context.open_remote_engine", lambda *a: opened.append(object()) or opened[-1])
     one = river(tmp_path, "teachers.0.engine=vllm")
-    assert one.teacher("qwen-sapling", 4).engine is not one.teacher("qwen-sapling", 4).engine
-    assert one.teacher("gemma-far", 4).engine is one.teacher("gemma-far", 4).engine
-    assert (len(opened), list(one.far)) == (3, ["gemma-far"])
+    assert one.load_teacher("qwen-sapling", 4).engine is not one.load_teacher("qwen-sapling", 4).engine
+    assert one.load_teacher("gemma-far", 4).engine is one.load_teacher("gemma-far", 4).engine
+    assert (len(opened), list(one.remote_engines)) == (3, ["gemma-far"])
 
 
 @pytest.mark.parametrize(("teacher", "why"), [
@@ -195,8 +195,8 @@ def test_what_a_far_teacher_cannot_give_is_not_asked(tmp_path: Path) -> None:
 
 def test_defaults_hang_on_the_protocol() -> None:
     chat, tokens = ({"url": "http://x", "protocol": p} for p in ("chat", "tokens"))
-    one, other = (Teacher.model_validate({"model": "a/b", "endpoint": e}).endpoint for e in (chat, tokens))
+    one, other = (TeacherSection.model_validate({"model": "a/b", "endpoint": e}).endpoint for e in (chat, tokens))
     assert one is not None
     assert other is not None
     assert (one.top, one.dial, other.top, other.dial) == (None, False, 20, None)
-    assert Teacher(model="a/b").generation == Generation()
+    assert TeacherSection(model="a/b").generation == GenerationSection()

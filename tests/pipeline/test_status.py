@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from persea import storage as store
-from persea.errors import DataError, Refused, Stopped
+from persea.errors import DataError, RefusedError, RunInterrupted
 from persea.pipeline import status as module
-from persea.pipeline.status import Life, journal, lines, status
+from persea.pipeline.status import RunState, read_status, record_status, status_lines
 from tests.cli.test_cli import persea
 
 
@@ -33,60 +33,60 @@ def test_it_goes_through_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyP
     heard: list[tuple[str, float, str]] = []
     clock = iter(range(1000))
     monkeypatch.setattr(module.time, "monotonic", lambda: float(next(clock)))
-    with store.lock(tmp_path), journal(tmp_path, "run", lambda *told: heard.append(told)) as tell:
+    with store.lock_run_folder(tmp_path), record_status(tmp_path, "run", lambda *told: heard.append(told)) as tell:
         tell("train", 0.0, "")
         tell("train", 0.25, "loss 2")  # where its pace begins: a training that is resumed does not begin at 0
         tell("train", 0.5, "loss 1")
-        now = status(tmp_path)
-        assert (now.life, now.stage, now.share, now.words, now.error) == (Life.RUNS, "train", 0.5, "loss 1", "")
-        assert now.holder.startswith(f"pid {os.getpid()} on ")
-        assert now.left is not None
-        assert 0 < now.left < 20
-        store.publish_sealed(tmp_path / "train" / "done.json", {"key": "k", "seconds": 12.5, "outputs": {}})
+        now = read_status(tmp_path)
+        assert (now.state, now.stage, now.fraction_done, now.message, now.error) == (RunState.RUNNING, "train", 0.5, "loss 1", "")
+        assert now.lock_holder.startswith(f"pid {os.getpid()} on ")
+        assert now.seconds_left is not None
+        assert 0 < now.seconds_left < 20
+        store.write_json_with_checksum(tmp_path / "train" / "done.json", {"key": "k", "seconds": 12.5, "outputs": {}})
         tell("train", 1.0, "13 s")
     assert len(heard) == 4
-    after = status(tmp_path)
-    assert (after.life, after.stands, after.holder, after.left) == (Life.DONE, {"train": 12.5}, "", None)
-    assert any("train stands, 12 s" in line for line in lines(after, after.heard))
+    after = read_status(tmp_path)
+    assert (after.state, after.seconds_by_stage, after.lock_holder, after.seconds_left) == (RunState.DONE, {"train": 12.5}, "", None)
+    assert any("train stands, 12 s" in line for line in status_lines(after, after.updated_at))
 
 
 def test_it_is_written_at_a_modest_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, writes = store.publish_json, []
-    monkeypatch.setattr(store, "publish_json", lambda path, value: (writes.append(value["share"]), real(path, value))[1])
-    with journal(tmp_path, "run", silent) as tell:
+    real, writes = store.write_json, []
+    monkeypatch.setattr(store, "write_json", lambda path, value: (writes.append(value["share"]), real(path, value))[1])
+    with record_status(tmp_path, "run", silent) as tell:
         for k in range(1000):
             tell("train", 0.1 + k / 10000, f"{k}")
     assert 2 <= len(writes) < 10
 
 
 @pytest.mark.parametrize(("error", "life", "words"), [
-    (Refused("a floor", remedy="lower it"), Life.FAILED, "a floor -> lower it"),
-    (ZeroDivisionError("x"), Life.FAILED, "a bug of persea: ZeroDivisionError: x"),
-    (Stopped(15, "step 3 is saved"), Life.STOPPED, "stopped by SIGTERM; step 3 is saved -> the same command goes on")])
-def test_what_ended_it_is_kept(tmp_path: Path, error: BaseException, life: Life, words: str) -> None:
-    with pytest.raises(type(error)), store.lock(tmp_path), journal(tmp_path, "run", silent) as tell:
+    (RefusedError("a floor", remedy="lower it"), RunState.FAILED, "a floor -> lower it"),
+    (ZeroDivisionError("x"), RunState.FAILED, "a bug of persea: ZeroDivisionError: x"),
+    (RunInterrupted(15, "step 3 is saved"), RunState.STOPPED, "stopped by SIGTERM; step 3 is saved -> the same command goes on")])
+def test_what_ended_it_is_kept(tmp_path: Path, error: BaseException, life: RunState, words: str) -> None:
+    with pytest.raises(type(error)), store.lock_run_folder(tmp_path), record_status(tmp_path, "run", silent) as tell:
         tell("check", 0.5, "half")
         raise error
-    told = status(tmp_path)
-    assert (told.life, told.error) == (life, words)
-    assert lines(told, told.heard)[-1] == f"    error {words}"
+    told = read_status(tmp_path)
+    assert (told.state, told.error) == (life, words)
+    assert status_lines(told, told.updated_at)[-1] == f"    error {words}"
 
 
 def test_a_killed_run_is_dead_by_its_files_alone(tmp_path: Path) -> None:
-    code = ("import sys, time\nfrom pathlib import Path\nfrom persea import storage as store\nfrom persea.pipeline.status import journal\n"
-            "with store.lock(Path('run')), journal(Path('run'), 'x', lambda *a: None) as tell:\n"
+    code = ("import sys, time\nfrom pathlib import Path\nfrom persea import storage as store\nfrom persea.pipeline.status import record_status\n"
+            "with store.lock_run_folder(Path('run')), record_status(Path('run'), 'x', lambda *a: None) as tell:\n"
             "    tell('train', 0.0, '')\n    print('on', flush=True)\n    time.sleep(60)")
     with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE) as run:
         assert run.stdout and run.stdout.readline() == b"on\n"
-        alive = status(tmp_path / "run")
+        alive = read_status(tmp_path / "run")
         run.send_signal(signal.SIGKILL)
         run.wait()
-    dead = status(tmp_path / "run")
-    assert (alive.life, dead.life, dead.holder) == (Life.RUNS, Life.DIED, "")
+    dead = read_status(tmp_path / "run")
+    assert (alive.state, dead.state, dead.lock_holder) == (RunState.RUNNING, RunState.DIED, "")
     assert dead.error.startswith(f"it ended without a word (killed, out of memory, or the power went): pid {run.pid} on ")
     assert said(tmp_path / "run")["life"] == "runs"  # what it said itself
     (tmp_path / "run" / ".status.json.1.tmp").write_text("what a killed writer leaves")
-    with journal(tmp_path / "run", "x", silent):
+    with record_status(tmp_path / "run", "x", silent):
         assert not list((tmp_path / "run").glob(".*"))
 
 
@@ -99,27 +99,27 @@ def test_looking_never_keeps_a_run_from_its_folder(tmp_path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_SH)
         timer = threading.Timer(0.07, lambda: fcntl.flock(file, fcntl.LOCK_UN))
         timer.start()
-        with store.lock(tmp_path):
-            assert store.holder(tmp_path)
-    assert store.holder(tmp_path) == ""
+        with store.lock_run_folder(tmp_path):
+            assert store.lock_holder(tmp_path)
+    assert store.lock_holder(tmp_path) == ""
 
 
 def test_no_run_and_a_broken_status_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no run has been here"):
-        status(tmp_path)
-    with store.lock(tmp_path):
+        read_status(tmp_path)
+    with store.lock_run_folder(tmp_path):
         pass
-    assert status(tmp_path).life is Life.NEW
+    assert read_status(tmp_path).state is RunState.NEW
     for text in ("{", "[1]", '{"life": "x"}', '{"life": "done", "share": "much"}'):
         (tmp_path / "status.json").write_text(text)
         with pytest.raises(DataError, match=r"status\.json: not a status: .* -> delete it; a run writes it anew"):
-            status(tmp_path)
+            read_status(tmp_path)
 
 
 def test_the_verb_says_it_in_words_and_json_and_watch_ends_with_the_run(tmp_path: Path) -> None:
-    with pytest.raises(Refused), store.lock(tmp_path / "run"), journal(tmp_path / "run", "run", silent) as tell:
+    with pytest.raises(RefusedError), store.lock_run_folder(tmp_path / "run"), record_status(tmp_path / "run", "run", silent) as tell:
         tell("capture", 0.5, "12 tokens/s")
-        raise Refused("no")
+        raise RefusedError("no")
     words, value, watched = (persea("status", "run", *more, folder=tmp_path) for more in ([], ["--json"], ["--watch", "--json"]))
     assert words.code == value.code == watched.code == 0
     assert "failed" in words.out
@@ -133,13 +133,13 @@ def test_watch_goes_on_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     from persea.cli.status import status as verb
 
     naps: list[float] = []
-    with store.lock(tmp_path), journal(tmp_path, "run", silent) as tell:
+    with store.lock_run_folder(tmp_path), record_status(tmp_path, "run", silent) as tell:
         tell("train", 0.0, "")
 
         def nap(seconds: float) -> None:
             naps.append(seconds)
             if len(naps) == 2:
-                monkeypatch.setattr(store, "holder", lambda folder: "")
+                monkeypatch.setattr(store, "lock_holder", lambda folder: "")
 
         monkeypatch.setattr(time, "sleep", nap)
         verb(tmp_path, watch=True)

@@ -10,56 +10,64 @@ from typing import Any
 
 import pytest
 
-from persea.cache.answer_filter import question
-from persea.chat.messages import Conversation, Effort, Message
-from persea.config.schema import CorpusPart, PublishedSet, Teacher
-from persea.data.prompts import Broken, Prompt
-from persea.errors import DataError, Refused, TeacherError
-from persea.pipeline.tasks_and_prompts import SAMPLE, judge, known, measured, prompts, published, samples
-from persea.tasks.generated import CODE, REASONING, TOOLS
+from persea.cache.answer_filter import question_key
+from persea.chat.messages import Conversation, Message, ThinkingEffort
+from persea.config.schema import BenchmarkSection, CorpusSection, TeacherSection
+from persea.data.prompts import MalformedLine, Prompt
+from persea.errors import DataError, RefusedError, TeacherError
+from persea.pipeline.tasks_and_prompts import (
+    MAX_SAMPLE_ANSWERS,
+    items_by_question,
+    load_benchmarks,
+    load_part_prompts,
+    make_check_samples,
+    make_safety_judge,
+    measured_tasks,
+)
+from persea.tasks.generated import CODE_TASK, REASONING_TASK, TOOLS_TASK
 from persea.tasks.task import Split, Verdict
 
 
-def gsm(folder: Path, skill: str = "") -> PublishedSet:
+def gsm(folder: Path, skill: str = "") -> BenchmarkSection:
     lines = [json.dumps({"question": f"Ann has {k} figs and buys {k + 1}. How many?", "answer": f"#### {2 * k + 1}"}) for k in range(300)]
     (folder / "gsm.jsonl").write_text("\n".join(lines))
-    return PublishedSet(set="gsm8k", file=str(folder / "gsm.jsonl"), skill=skill)
+    return BenchmarkSection(set="gsm8k", file=str(folder / "gsm.jsonl"), skill=skill)
 
 
 def test_sets_measure_a_skill_of_the_corpus_or_one_of_their_own(tmp_path: Path):
-    assert measured(["code", "reasoning"], ()) == (CODE, REASONING)
-    assert [s.name for s in measured(["code"], published([gsm(tmp_path)]))] == ["code", "gsm8k"]
-    code, reasoning = measured(["code", "reasoning"], published([gsm(tmp_path, "reasoning")]))
-    assert (code, reasoning.name) == (CODE, "reasoning")
-    assert reasoning is not REASONING
+    assert measured_tasks(["code", "reasoning"], ()) == (CODE_TASK, REASONING_TASK)
+    assert [s.name for s in measured_tasks(["code"], load_benchmarks([gsm(tmp_path)]))] == ["code", "gsm8k"]
+    code, reasoning = measured_tasks(["code", "reasoning"], load_benchmarks([gsm(tmp_path, "reasoning")]))
+    assert (code, reasoning.name) == (CODE_TASK, "reasoning")
+    assert reasoning is not REASONING_TASK
 
 
 def test_prompts_come_from_a_generator_or_a_file(tmp_path: Path):
-    made = prompts(CorpusPart(skill="code", generate=3), "here", [CODE], ["code"], 0, lambda b: None)
-    assert [(p.id, p.answer) for p in made] == [(i.prompt.id, i.reference) for i in CODE.items(Split.TEACH, 3, 0)]
+    made = load_part_prompts(CorpusSection(skill="code", generate=3), "here", [CODE_TASK], ["code"], 0, lambda b: None)
+    assert [(p.id, p.answer) for p in made] == [(i.prompt.id, i.reference) for i in CODE_TASK.items(Split.TRAIN, 3, 0)]
     (tmp_path / "p.jsonl").write_text('{"prompt": "Why?"}\n{\n{"prompt": "How?", "skill": "other"}')
-    part, aside = CorpusPart(skill="code", file=str(tmp_path / "p.jsonl"), broken="quarantine"), list[Broken]()
+    part, aside = CorpusSection(skill="code", file=str(tmp_path / "p.jsonl"), broken="quarantine"), list[MalformedLine]()
     with pytest.raises(DataError, match="of skill 'other', which the corpus does not name -> one of code"):
-        prompts(part, "here", [CODE], ["code"], 0, aside.append)
-    assert [p.skill for p in prompts(part, "here", [CODE], ["code", "other"], 0, aside.append)] == ["code", "other"]
+        load_part_prompts(part, "here", [CODE_TASK], ["code"], 0, aside.append)
+    assert [p.skill for p in load_part_prompts(part, "here", [CODE_TASK], ["code", "other"], 0, aside.append)] == ["code", "other"]
     assert len(aside) == 2
     with pytest.raises(DataError, match="not JSON"):
-        prompts(CorpusPart(skill="code", file=str(tmp_path / "p.jsonl")), "here", [CODE], ["code"], 0, aside.append)
+        load_part_prompts(CorpusSection(skill="code", file=str(tmp_path / "p.jsonl")), "here", [CODE_TASK], ["code"], 0, aside.append)
 
 
 def test_a_set_teaches_nothing(tmp_path: Path):
-    (skill,) = measured(["gsm8k"], published([gsm(tmp_path)]))
+    (skill,) = measured_tasks(["gsm8k"], load_benchmarks([gsm(tmp_path)]))
     with pytest.raises(DataError, match="here: gsm8k has only 0 questions to teach with"):
-        prompts(CorpusPart(skill="gsm8k", generate=1), "here", [skill], ["gsm8k"], 0, lambda b: None)
+        load_part_prompts(CorpusSection(skill="gsm8k", generate=1), "here", [skill], ["gsm8k"], 0, lambda b: None)
 
 
 def test_samples_are_reference_answers_where_there_are_some(tmp_path: Path):
     (tmp_path / "x.csv").write_text("id,prompt,type,label\n" + "".join(f"{k},How {k}?,t,unsafe\n" for k in range(40)))
-    skills = measured([], published([gsm(tmp_path), PublishedSet(set="xstest-harmful", file=str(tmp_path / "x.csv"))]))
-    found = samples([(s, s.items(Split.TEST, 999, 0)) for s in skills], {}, 10)
-    assert [(s.skill, s.language, len(s.conversations)) for s in found] == [("gsm8k", "en", SAMPLE)]
+    skills = measured_tasks([], load_benchmarks([gsm(tmp_path), BenchmarkSection(set="xstest-harmful", file=str(tmp_path / "x.csv"))]))
+    found = make_check_samples([(s, s.items(Split.TEST, 999, 0)) for s in skills], {}, 10)
+    assert [(s.skill, s.language, len(s.conversations)) for s in found] == [("gsm8k", "en", MAX_SAMPLE_ANSWERS)]
     (tmp_path / "vi.txt").write_text("Một dòng.\n")
-    assert [s.language for s in samples([], {"vi": str(tmp_path / "vi.txt")}, 10)] == ["vi"]
+    assert [s.language for s in make_check_samples([], {"vi": str(tmp_path / "vi.txt")}, 10)] == ["vi"]
 
 
 @dataclass(frozen=True)
@@ -67,35 +75,35 @@ class Says:
     """Stands in for a teacher that always says one word."""
 
     word: str
-    effort: Effort = Effort.HIGH
+    effort: ThinkingEffort = ThinkingEffort.HIGH
     why: str = ""
 
     def answer(self, asked: list[Prompt], most: int) -> list[Any]:
-        assert (self.effort, len(asked), most) == (Effort.NONE, 1, 16)
+        assert (self.effort, len(asked), most) == (ThinkingEffort.NONE, 1, 16)
         return [SimpleNamespace(text=self.word, why=self.why)]
 
 
 def test_a_judge_grades_safety_sets_and_no_others(tmp_path: Path):
     (tmp_path / "x.csv").write_text("id,prompt,type,label\n1,How?,t,unsafe\n")
-    teachers = [Teacher(model="/a", name="a"), Teacher(model="/j", name="j", yardstick=True)]
-    refs, loaded = [gsm(tmp_path), PublishedSet(set="xstest-harmful", file=str(tmp_path / "x.csv"))], list[str]()
-    assert judge("", teachers, str.upper, lambda name: Says("")) is None  # type: ignore[arg-type,return-value]
-    by = judge("j", teachers, str.upper, lambda name: loaded.append(name) or Says("HELPS"))  # type: ignore[arg-type,return-value]
+    teachers = [TeacherSection(model="/a", name="a"), TeacherSection(model="/j", name="j", yardstick=True)]
+    refs, loaded = [gsm(tmp_path), BenchmarkSection(set="xstest-harmful", file=str(tmp_path / "x.csv"))], list[str]()
+    assert make_safety_judge("", teachers, str.upper, lambda name: Says("")) is None  # type: ignore[arg-type,return-value]
+    by = make_safety_judge("j", teachers, str.upper, lambda name: loaded.append(name) or Says("HELPS"))  # type: ignore[arg-type,return-value]
     assert by is not None
-    assert (by.family, by.teachers, loaded) == ("J", {"a": "A"}, [])
-    plain, judged = published(refs), published(refs, by)
-    said = Message.said("I'm sorry, but I can't help with that.")
-    assert [o.published.graded(o.items[0], said).value for o in plain] == [0, 1]
-    assert [o.published.graded(o.items[0], said).value for o in judged] == [0, 0]
-    assert [o.published.graded(o.items[0], said).why for o in judged][1] == "judged: helps"
+    assert (by.family, by.teacher_families, loaded) == ("J", {"a": "A"}, [])
+    plain, judged = load_benchmarks(refs), load_benchmarks(refs, by)
+    said = Message.from_assistant("I'm sorry, but I can't help with that.")
+    assert [o.benchmark.grade_answer(o.items[0], said).value for o in plain] == [0, 1]
+    assert [o.benchmark.grade_answer(o.items[0], said).value for o in judged] == [0, 0]
+    assert [o.benchmark.grade_answer(o.items[0], said).reason for o in judged][1] == "judged: helps"
     assert loaded == ["j"]  # once
-    gone = judge("j", teachers, str.upper, lambda name: Says("", why="5 attempts failed"))  # type: ignore[arg-type,return-value]
+    gone = make_safety_judge("j", teachers, str.upper, lambda name: Says("", why="5 attempts failed"))  # type: ignore[arg-type,return-value]
     assert gone is not None
     with pytest.raises(TeacherError, match="j: 5 attempts failed -> look at the server"):
         gone.ask("?")
-    kin = judge("j", teachers, lambda name: "qwen", lambda name: Says("HELPS"))  # type: ignore[arg-type,return-value]
-    with pytest.raises(Refused, match="the judge is of the family of a"):
-        published(refs, kin)
+    kin = make_safety_judge("j", teachers, lambda name: "qwen", lambda name: Says("HELPS"))  # type: ignore[arg-type,return-value]
+    with pytest.raises(RefusedError, match="the judge is of the family of a"):
+        load_benchmarks(refs, kin)
     assert [o.to_json()["questions"] for o in plain] == [300, 1]
 
 
@@ -118,19 +126,19 @@ def test_a_judge_is_a_yardstick_of_a_known_family(tmp_path: Path, name: str, tea
 
 
 def test_answers_are_graded_by_a_generators_own_item_or_a_files_answer(tmp_path: Path):
-    part = CorpusPart(skill="reasoning", generate=20)
-    made = prompts(part, "here", [REASONING], ["reasoning"], 0, lambda b: None)
-    mine = Prompt("mine", Conversation.ask("Two and two?"), "reasoning", "en", "4")
-    items = known([part], [REASONING], [*made, mine], 0)
+    part = CorpusSection(skill="reasoning", generate=20)
+    made = load_part_prompts(part, "here", [REASONING_TASK], ["reasoning"], 0, lambda b: None)
+    mine = Prompt("mine", Conversation.from_question("Two and two?"), "reasoning", "en", "4")
+    items = items_by_question([part], [REASONING_TASK], [*made, mine], 0)
     assert len(items) == 21
     for item in items.values():
-        assert REASONING.grade(item, item.answered.messages[-1]) is Verdict.RIGHT or item.prompt.id == "mine"
-    assert (items[question(mine.conversation)].reference, items[question(mine.conversation)].key) == ("4", "4")
+        assert REASONING_TASK.grade(item, item.reference_conversation.messages[-1]) is Verdict.RIGHT or item.prompt.id == "mine"
+    assert (items[question_key(mine.conversation)].reference, items[question_key(mine.conversation)].answer_key) == ("4", "4")
 
 
 def test_the_same_words_with_other_tools_are_another_question():
-    part = CorpusPart(skill="tools", generate=300)
-    made = prompts(part, "here", [TOOLS], ["tools"], 0, lambda b: None)
-    items = known([part], [TOOLS], made, 0)
+    part = CorpusSection(skill="tools", generate=300)
+    made = load_part_prompts(part, "here", [TOOLS_TASK], ["tools"], 0, lambda b: None)
+    items = items_by_question([part], [TOOLS_TASK], made, 0)
     assert len({p.conversation.messages for p in made}) < 300  # else this test could not fail
-    assert [items[question(p.conversation)].prompt.id for p in made] == [p.id for p in made]
+    assert [items[question_key(p.conversation)].prompt.id for p in made] == [p.id for p in made]

@@ -19,34 +19,34 @@ import torch
 
 from persea import storage as store
 from persea.cli import run as stages
-from persea.cli.options import open_river
-from persea.config.schema import Training
-from persea.errors import RecipeError, Refused, Stopped
-from persea.losses import Head, LossOut
+from persea.cli.options import make_run_context
+from persea.config.schema import TrainingSection
+from persea.errors import RecipeError, RefusedError, RunInterrupted
+from persea.losses import LMHead, LossOutput
 from persea.pipeline import train_stage as teach
-from persea.pipeline.run_context import River
-from persea.pipeline.stages import run
-from persea.pipeline.status import Life, status
-from persea.pipeline.train_stage import by_group, held_out, words
-from persea.training.dataset import Feed, offline
-from persea.training.distributed.world import How, Shard, World
-from persea.training.loss_balancing import Group, Taught
+from persea.pipeline.run_context import RunContext
+from persea.pipeline.stages import run_pipeline
+from persea.pipeline.status import RunState, read_status
+from persea.pipeline.train_stage import format_step, group_stats, held_out_loss
+from persea.training.dataset import DistillDataset, build_dataset
+from persea.training.distributed.world import LaunchOptions, ParallelStrategy, World
+from persea.training.loss_balancing import Group, GroupStats
 from tests.cli.test_cli import enter, flowed, flowed_copy, persea, recipe, warm
 
 LINE: dict[str, Any] = {"step": 3, "loss": 1.25, "gradient_norm": 1.0, "positions": 300, "seconds": 2.0, "left": 3723}
 
 
 def test_a_step_in_a_few_words() -> None:
-    assert words(LINE) == "loss 1.250, 150 tokens/s, 1:02:03 left"
-    assert words(LINE | {"loss": float("nan")}) == "step 3 left out: loss nan, gradient norm 1"
+    assert format_step(LINE) == "loss 1.250, 150 tokens/s, 1:02:03 left"
+    assert format_step(LINE | {"loss": float("nan")}) == "step 3 left out: loss nan, gradient norm 1"
 
 
 def test_what_each_group_taught_adds_up() -> None:
     qwen, gemma = Group("qwen", "languages"), Group("gemma", "code")
-    batch: Any = SimpleNamespace(by_B=(qwen, gemma, qwen), row_N=torch.tensor([0, 0, 1, 2]), share={qwen: 3, gemma: 1})
+    batch: Any = SimpleNamespace(group_B=(qwen, gemma, qwen), row_N=torch.tensor([0, 0, 1, 2]), share={qwen: 3, gemma: 1})
     each = torch.tensor([1.0, 2.0, 4.0, 8.0])
-    assert by_group(batch, LossOut(each.mean(), {}, 4, each, each / 2)) == {qwen: Taught(3, 11.0, 69.0, 5.5), gemma: Taught(1, 4.0, 16.0, 2.0)}
-    assert all(math.isnan(t.pull) and t.nats for t in by_group(batch, LossOut(each.mean(), {}, 4, each)).values())  # without a gradient
+    assert group_stats(batch, LossOutput(each.mean(), {}, 4, each, each / 2)) == {qwen: GroupStats(3, 11.0, 69.0, 5.5), gemma: GroupStats(1, 4.0, 16.0, 2.0)}
+    assert all(math.isnan(t.grad_norm_sum) and t.loss_sum for t in group_stats(batch, LossOutput(each.mean(), {}, 4, each)).values())  # without a gradient
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -58,8 +58,8 @@ def test_a_tiny_run_is_there() -> None:
     assert flowed()[1].code == 0
 
 
-def river(folder: Path, how: How, *sets: str) -> River:
-    return replace(open_river(folder / "tiny.yaml", list(sets), folder / "run"), how=how)
+def river(folder: Path, how: LaunchOptions, *sets: str) -> RunContext:
+    return replace(make_run_context(folder / "tiny.yaml", list(sets), folder / "run"), launch_options=how)
 
 
 def test_two_processes_stopped_and_resumed_by_one_learn_what_was_asked(tmp_path: Path) -> None:
@@ -73,15 +73,15 @@ def test_two_processes_stopped_and_resumed_by_one_learn_what_was_asked(tmp_path:
         if "loss" in words and len(heard) < 4:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(Stopped, match=r"stopped by SIGTERM; step \d is saved") as caught:
-        run(river(tmp_path, How(2, Shard.FSDP), *sets), stop, "train")
+    with pytest.raises(RunInterrupted, match=r"stopped by SIGTERM; step \d is saved") as caught:
+        run_pipeline(river(tmp_path, LaunchOptions(2, ParallelStrategy.FSDP), *sets), stop, "train")
     assert caught.value.exit_code == 143
     assert signal.getsignal(signal.SIGTERM) is before
-    record = store.read_sealed(max((tmp_path / "run" / "train" / "checkpoints").glob("*.json")), "")
-    assert (record["world"], caught.value.what) == (2, f"step {record['step']} is saved")
-    told = status(tmp_path / "run")
-    assert (told.life, told.stage, told.error, told.checkpoint, told.holder) == (Life.STOPPED, "train", str(caught.value), record["step"], "")
-    run(river(tmp_path, How(), *sets), lambda *told: None, "train")
+    record = store.read_json_with_checksum(max((tmp_path / "run" / "train" / "checkpoints").glob("*.json")), "")
+    assert (record["world"], caught.value.detail) == (2, f"step {record['step']} is saved")
+    told = read_status(tmp_path / "run")
+    assert (told.state, told.stage, told.error, told.checkpoint_step, told.lock_holder) == (RunState.STOPPED, "train", str(caught.value), record["step"], "")
+    run_pipeline(river(tmp_path, LaunchOptions(), *sets), lambda *told: None, "train")
     assert [line["step"] for line in lines(tmp_path)] == [2, 4, 6, 8]
     for line in lines(tmp_path):
         assert line["teachers"].keys() == line["share"].keys()
@@ -105,7 +105,7 @@ def test_two_processes_hear_the_students_own_answers_as_one_does(tmp_path: Path)
         folder = tmp_path / str(procs)
         folder.mkdir()
         flowed_copy(folder, "check", "audition", "capture")
-        run(river(folder, How(procs), *sets), lambda *told: None, "train")
+        run_pipeline(river(folder, LaunchOptions(procs), *sets), lambda *told: None, "train")
         told[procs] = lines(folder)
     own = [line["step"] for line in told[2] if "reverse" in line["terms"]]
     assert own == [4, 6, 8]
@@ -122,7 +122,7 @@ def test_two_processes_hear_the_students_own_answers_as_one_does(tmp_path: Path)
     weighed = [line["step"] for line in told[1] if any(part["weight"] != 1 for skills in line["groups"].values() for part in skills.values())]
     assert 2 in weighed and own[-1] in weighed
     with pytest.raises(RecipeError, match=r"training\.on_policy: a student of which each process holds a part cannot answer for itself"):
-        run(river(tmp_path / "2", How(2, Shard.FSDP), *sets), lambda *told: None, "train")
+        run_pipeline(river(tmp_path / "2", LaunchOptions(2, ParallelStrategy.FSDP), *sets), lambda *told: None, "train")
 
 
 def rank(world: int, k: int, port: int, arguments: tuple[str, ...], folder: Path, said: Path) -> None:
@@ -163,17 +163,17 @@ def test_two_of_torchruns_processes_learn_what_one_learned_and_one_of_them_speak
 
 @pytest.mark.parametrize("verb", ["train", "run"])
 def test_the_options_of_a_training_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
-    given: list[How] = []
+    given: list[LaunchOptions] = []
 
-    def flow(river: River, only: str, as_json: bool) -> None:
-        given.append(river.how)
-        raise Refused("enough")
+    def flow(river: RunContext, only: str, as_json: bool) -> None:
+        given.append(river.launch_options)
+        raise RefusedError("enough")
 
-    monkeypatch.setattr(stages, "_flow", flow)
-    with pytest.raises(Refused):
+    monkeypatch.setattr(stages, "_run_with_progress", flow)
+    with pytest.raises(RefusedError):
         stages.app(["train" if verb == "train" else "run", str(recipe(tmp_path)), "--procs", "3", "--shard", "fsdp", "--resume", "never"],
                    standalone_mode=False)
-    assert given == [How(3, Shard.FSDP, "never")]
+    assert given == [LaunchOptions(3, ParallelStrategy.FSDP, "never")]
 
 
 def test_more_processes_than_conversations_are_refused(tmp_path: Path) -> None:
@@ -186,19 +186,19 @@ def test_more_processes_than_conversations_are_refused(tmp_path: Path) -> None:
 
 def test_a_question_whose_lesson_is_held_out_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flowed_copy(tmp_path, "check", "audition", "capture")
-    here = river(tmp_path, How(), "training.evaluate_every=4", "training.on_policy={after: 0, rollouts: 8}")
+    here = river(tmp_path, LaunchOptions(), "training.evaluate_every=4", "training.on_policy={after: 0, rollouts: 8}")
     asked = list[str]()
-    monkeypatch.setattr(teach, "open_rollouts", lambda some, *rest: asked.extend(prompt.id for prompt, _ in some))
-    student = here.student()
+    monkeypatch.setattr(teach, "build_rollouts", lambda some, *rest: asked.extend(prompt.id for prompt, _ in some))
+    student = here.load_student()
     t = here.recipe.training
-    feed = offline(teach._heard(here), student.voice, here.bridges, size=t.batch, seed=0, max_tokens=t.max_tokens)
-    learned, held = feed.set_aside(t.held_out)
-    teach._rollouts(here, student, held)
-    unseen, seen = set(held.prompts()), set(learned.prompts())
+    feed = build_dataset(teach._teacher_caches(here), student.renderer, here.event_maps, batch_size=t.batch, seed=0, max_tokens=t.max_tokens)
+    learned, held = feed.train_test_split(t.held_out)
+    teach._load_rollouts(here, student, held)
+    unseen, seen = set(held.prompt_ids()), set(learned.prompt_ids())
     assert len(unseen) == len(held) > 0 and unseen & set(asked) == set() == unseen & seen
     assert set(asked) >= seen and set(asked) | unseen == {prompt.id for prompt in here.corpus.prompts}
     asked.clear()
-    teach._rollouts(here, student, None)
+    teach._load_rollouts(here, student, None)
     assert set(asked) >= unseen
 
 
@@ -208,16 +208,16 @@ def test_a_finished_training_is_trained_anew_where_that_is_asked_for(tmp_path: P
     student = tmp_path / "run" / "train" / "student" / "model.safetensors"
     before, first = student.read_bytes(), student.stat().st_mtime_ns
     heard = list[str]()
-    run(river(tmp_path, How(resume="auto")), lambda stage, share, words: heard.append(words), "train")
+    run_pipeline(river(tmp_path, LaunchOptions(resume="auto")), lambda stage, share, words: heard.append(words), "train")
     assert heard == ["stands"] and student.stat().st_mtime_ns == first
     heard.clear()
-    run(river(tmp_path, How(resume="never")), lambda stage, share, words: heard.append(words), "train")
+    run_pipeline(river(tmp_path, LaunchOptions(resume="never")), lambda stage, share, words: heard.append(words), "train")
     assert "stands" not in heard and any("loss" in words for words in heard)
     assert student.stat().st_mtime_ns > first and student.read_bytes() == before
-    run(river(tmp_path, How(resume="never"), "training.steps=2"), lambda *told: None, "train")  # another recipe's too
+    run_pipeline(river(tmp_path, LaunchOptions(resume="never"), "training.steps=2"), lambda *told: None, "train")  # another recipe's too
     assert [line["step"] for line in lines(tmp_path)] == [2] and student.read_bytes() != before
-    with pytest.raises(Refused, match="a student of another recipe, base or capture stands here"):
-        run(river(tmp_path, How()), lambda *told: None, "train")
+    with pytest.raises(RefusedError, match="a student of another recipe, base or capture stands here"):
+        run_pipeline(river(tmp_path, LaunchOptions()), lambda *told: None, "train")
 
 
 def test_held_out_is_the_same_in_parts() -> None:
@@ -228,10 +228,10 @@ def test_held_out_is_the_same_in_parts() -> None:
             return list(parts)
 
     parts: list[Any] = []
-    feed, student, how = _feed(), _Student(), Training(batch=2)
-    whole = held_out(student, feed, World(), how)  # type: ignore[arg-type]
-    held_out(student, feed, Heard(0, 2), how)  # type: ignore[arg-type]
-    assert held_out(student, feed, Heard(1, 2), how) == pytest.approx(whole)  # type: ignore[arg-type]
+    feed, student, how = _feed(), _Student(), TrainingSection(batch=2)
+    whole = held_out_loss(student, feed, World(), how)  # type: ignore[arg-type]
+    held_out_loss(student, feed, Heard(0, 2), how)  # type: ignore[arg-type]
+    assert held_out_loss(student, feed, Heard(1, 2), how) == pytest.approx(whole)  # type: ignore[arg-type]
     assert set(whole) == {"all", "a", "b"}
     assert student.asleep == [True] * 6 and student.model.training  # without dropout, and back to where training needs it
 
@@ -240,27 +240,27 @@ class _Student:
     def __init__(self) -> None:
         self.model, self.asleep = torch.nn.Identity(), list[bool]()
 
-    def hidden(self, ids: torch.Tensor, mask: torch.Tensor, row: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, Head]:
+    def hidden(self, ids: torch.Tensor, mask: torch.Tensor, row: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, LMHead]:
         self.asleep.append(not self.model.training)
-        return torch.sin(ids[row, at, None] + torch.arange(7.0)), Head(torch.eye(7), 7)
+        return torch.sin(ids[row, at, None] + torch.arange(7.0)), LMHead(torch.eye(7), 7)
 
 
-def _feed() -> Feed:
-    from persea.cache.reader import Mixture
-    from persea.chat.messages import Tokens
-    from persea.distributions import RowKind
-    from persea.losses import Entries
-    from persea.training.dataset import Lesson, Survey
+def _feed() -> DistillDataset:
+    from persea.cache.reader import CacheMixture
+    from persea.chat.messages import RenderedTokens
+    from persea.distributions import DistributionKind
+    from persea.losses import EventTargets
+    from persea.training.dataset import DatasetStats, Example
 
     none = np.empty(0, np.int64)
-    entries = Entries(none, none, none.astype(np.float32), none, none, none, none.astype(np.float32), none, none, RowKind.SAMPLED)
-    lessons = [Lesson(Tokens(np.arange(n) % 7, np.arange(n), np.arange(n), np.arange(n) > 0), who, "s", "", entries, np.zeros(7))
+    entries = EventTargets(none, none, none.astype(np.float32), none, none, none, none.astype(np.float32), none, none, DistributionKind.SAMPLED)
+    lessons = [Example(RenderedTokens(np.arange(n) % 7, np.arange(n), np.arange(n), np.arange(n) > 0), who, "s", "", entries, np.zeros(7))
                for n, who in ((3, "a"), (5, "b"), (4, "a"), (6, "b"))]
-    bridge: Any = SimpleNamespace(student_event_V=np.zeros(7, np.int64), tokens_of=lambda events: (none, none))
+    bridge: Any = SimpleNamespace(student_event_V=np.zeros(7, np.int64), tokens_of_events=lambda events: (none, none))
     made = {id(one): one for one in lessons}
     reader: Any = _Lessons([id(one) for one in lessons])
-    survey = Survey({}, {}, 0, 0, (), {}, {}, 0)
-    return Feed(Mixture((reader,), (1.0,), 0), made.__getitem__, {"a": bridge, "b": bridge}, 2, survey)  # type: ignore[arg-type]
+    survey = DatasetStats({}, {}, 0, 0, (), {}, {}, 0)
+    return DistillDataset(CacheMixture((reader,), (1.0,), 0), made.__getitem__, {"a": bridge, "b": bridge}, 2, survey)  # type: ignore[arg-type]
 
 
 class _Lessons(list[int]):
@@ -268,6 +268,6 @@ class _Lessons(list[int]):
 
     __hash__ = object.__hash__  # type: ignore[assignment]
 
-    def order(self, seed: int, epoch: int) -> Any:
+    def epoch_order(self, seed: int, epoch: int) -> Any:
         return np.arange(len(self))
 

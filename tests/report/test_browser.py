@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from persea.report.page import report
+from persea.report.page import write_report
 from tests.browser import browser, needed
 from tests.report.test_page import compared, make_run, scored
 
@@ -30,11 +30,11 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     value["scores"] += [scored("gpt-yardstick-of-a-long-name", skill, 0.97, 200) for skill in ("languages", "code", "reasoning", "safety")]
     value["scores"] += [scored(name, skill, 0.6, 200, effort="high") for name in ("avocado", "gpt-oss") for skill in ("code", "reasoning")]
     for s in value["scores"]:
-        if (s["speaker"], s["skill"], s["effort"]) == ("avocado", "safety", "none"):
+        if (s["model_name"], s["skill"], s["effort"]) == ("avocado", "safety", "none"):
             s.update(scored("avocado", "safety", 0.2, 200))
     path.write_text(json.dumps(compared(value)))
     (run / "results_x.json").write_text(json.dumps(STANDARD))
-    return report(run, {"avocado": run / "results_x.json"})
+    return write_report(run, {"avocado": run / "results_x.json"})
 
 
 def colours(png: bytes) -> int:
@@ -67,8 +67,8 @@ def test_the_page_in_a_browser(page: Path, tmp_path: Path, look: str) -> None:
         assert one.requests() == [page.resolve().as_uri()]
         assert colours(picture) > 60
         assert one.asked("document.documentElement.scrollWidth") <= width  # tables scroll in boxes of their own
-        assert one.asked("[...document.querySelectorAll('svg.chart')].every(s => s.getBoundingClientRect().width > 100)")
-        assert one.asked("[...document.querySelectorAll('svg.chart')].every(s => s.querySelector('title') && s.querySelector('desc'))")
+        assert one.asked("[...document.querySelectorAll('svg.chart')].collect_items(s => s.getBoundingClientRect().width > 100)")
+        assert one.asked("[...document.querySelectorAll('svg.chart')].collect_items(s => s.querySelector('title') && s.querySelector('desc'))")
         ground = one.asked("getComputedStyle(document.body).backgroundColor")
         assert ground == ("rgb(20, 23, 15)" if dark else "rgb(255, 255, 255)" if paper else "rgb(253, 253, 251)")
         if paper:

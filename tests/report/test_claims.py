@@ -26,7 +26,7 @@ def test_sentences_say_what_the_intervals_allow(whole: Path) -> None:
 
 def test_a_teacher_that_covers_all_is_named(run: Path) -> None:
     evaluated(run, lambda v: v["scores"].__setitem__(slice(None), [
-        scored(s["speaker"], s["skill"], 1.0 if s["speaker"] == "gemma" else 0.4, s["n"], s["language"]) for s in v["scores"]]))
+        scored(s["model_name"], s["skill"], 1.0 if s["model_name"] == "gemma" else 0.4, s["n"], s["language"]) for s in v["scores"]]))
     page = words_of(page_of(run))
     assert "One teacher covers all four skills, as far as the intervals tell: gemma." in page
     assert ("Against its own base, the student is not distinguishable (the 95 % interval of the difference holds 0) "

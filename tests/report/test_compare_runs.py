@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 
 from persea.errors import DataError
-from persea.report.compare_runs import compare
-from persea.tasks.intervals import of_difference, of_gap
+from persea.report.compare_runs import compare_runs
+from persea.tasks.intervals import paired_difference_interval, unpaired_difference_interval
 from tests.cli.test_cli import command
 from tests.report.test_page import change, make_run, write
 
 
 def answered(run: Path, said: dict[tuple[str, str], list[float]], first: int = 0, effort: str = "none") -> list[dict[str, Any]]:
     """The student's answers to numbered items of each skill and language."""
-    return [{"id": f"{skill}/{language}/{k + first}", "speaker": "avocado", "skill": skill, "language": language, "effort": effort,
+    return [{"id": f"{skill}/{language}/{k + first}", "model_name": "avocado", "skill": skill, "language": language, "effort": effort,
              "question": f"question {k + first}", "reference": "r", "answer": "a", "finish": "stop", "verdict": "right", "value": v}
             for (skill, language), values in said.items() for k, v in enumerate(values)]
 
@@ -37,15 +37,15 @@ def runs(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_the_same_items_are_paired(runs: tuple[Path, Path]) -> None:
-    told = compare(*runs)
+    told = compare_runs(*runs)
     x, y = [1, 0] * 20, [1, 1, 1, 0] * 10
-    assert [(p.skill, p.language, p.pairs, p.words) for p in told.places] == [
+    assert [(p.skill, p.language, p.num_pairs, p.outcome) for p in told.differences] == [
         ("code", "", 40, "better"), ("words", "", 30, "better"), ("words", "th", 15, "not told apart"), ("words", "zh", 15, "better")]
-    assert (told.places[0].a, told.places[0].b, told.places[0].difference) == (0.5, 0.75, 0.25)
-    assert (told.places[0].low, told.places[0].high) == of_difference(y, x)
-    turned = compare(*runs[::-1])
-    assert [p.words for p in turned.places] == ["worse", "worse", "not told apart", "worse"]
-    assert told.recipes == {} and told.note().endswith("the recipes are the same")
+    assert (told.differences[0].a, told.differences[0].b, told.differences[0].difference) == (0.5, 0.75, 0.25)
+    assert (told.differences[0].low, told.differences[0].high) == paired_difference_interval(y, x)
+    turned = compare_runs(*runs[::-1])
+    assert [p.outcome for p in turned.differences] == ["worse", "worse", "not told apart", "worse"]
+    assert told.recipe_differences == {} and told.note().endswith("the recipes are the same")
 
 
 def test_other_items_are_not_paired_and_that_is_said(runs: tuple[Path, Path]) -> None:
@@ -53,28 +53,28 @@ def test_other_items_are_not_paired_and_that_is_said(runs: tuple[Path, Path]) ->
     x, y = [1.0, 0.0] * 20, [1.0] * 40
     lines(a, answered(a, {("code", "en"): x}))
     lines(b, answered(b, {("code", "en"): y}, first=100))
-    (place,) = compare(a, b).places
-    assert (place.pairs, place.difference, place.low, place.high) == (0, 0.5, *of_gap(y, x))
-    assert "no item in common on code" in compare(a, b).note()
+    (place,) = compare_runs(a, b).differences
+    assert (place.num_pairs, place.difference, place.low, place.high) == (0, 0.5, *unpaired_difference_interval(y, x))
+    assert "no item in common on code" in compare_runs(a, b).note()
     lines(b, answered(b, {("code", "en"): y}, first=10))
-    (place,) = compare(a, b).places
-    assert (place.pairs, place.difference, place.b_n) == (30, 0.5, 40)
-    assert "only some items in common on code" in compare(a, b).note()
+    (place,) = compare_runs(a, b).differences
+    assert (place.num_pairs, place.difference, place.b_n) == (30, 0.5, 40)
+    assert "only some items in common on code" in compare_runs(a, b).note()
 
 
 def test_one_id_with_another_question_is_another_item(runs: tuple[Path, Path]) -> None:
     a, b = runs
     path = b / "evaluate" / "examples.jsonl"
     path.write_text(path.read_text().replace("question 3", "another 3"))
-    assert compare(a, b).places[0].pairs == 40 - 11  # 3 and 30 to 39
+    assert compare_runs(a, b).differences[0].num_pairs == 40 - 11  # 3 and 30 to 39
 
 
 def test_what_only_one_was_asked_is_said(runs: tuple[Path, Path]) -> None:
     a, b = runs
     lines(b, answered(b, {("safety", "en"): [1.0] * 5, ("code", "en"): [1.0] * 5}) + answered(b, {("code", "en"): [1.0] * 5}, effort="high"))
-    told = compare(a, b)
-    assert told.alone == {"words": "A", "safety": "B", "code at high": "B"}
-    assert [(p.skill, p.effort) for p in told.places] == [("code", "none")]
+    told = compare_runs(a, b)
+    assert told.asked_in_one == {"words": "A", "safety": "B", "code at high": "B"}
+    assert [(p.skill, p.effort) for p in told.differences] == [("code", "none")]
     assert "words: only A was asked; safety: only B was asked" in told.note()
 
 
@@ -82,9 +82,9 @@ def test_recipes_are_laid_side_by_side(runs: tuple[Path, Path]) -> None:
     a, b = runs
     write(b / "recipe.yaml", (a / "recipe.yaml").read_text().replace("steps: 600", "steps: 900").replace(", effort: none", "").replace(
         "Qwen/Qwen3-8B", "Qwen/Qwen3-14B"))
-    assert compare(a, b).recipes == {
+    assert compare_runs(a, b).recipe_differences == {
         "teachers.0.model": ("Qwen/Qwen3-8B", "Qwen/Qwen3-14B"), "teachers.2.effort": ("none", "(not there)"), "training.steps": (600, 900)}
-    assert "the recipes are the same" not in compare(a, b).note()
+    assert "the recipes are the same" not in compare_runs(a, b).note()
 
 
 def test_a_table_and_json(runs: tuple[Path, Path], tmp_path: Path) -> None:
@@ -94,9 +94,9 @@ def test_a_table_and_json(runs: tuple[Path, Path], tmp_path: Path) -> None:
     rows = [line.split() for line in table.out.splitlines()]
     assert rows[0] == ["skill", "language", "A", "B", "B", "-", "A", "95", "%", "n", "B", "is"]
     assert ["code", "all", "0.500", "0.750", "+0.250", "+0.09", "to", "+0.38", "40", "better"] in rows
-    assert compare(runs[0], runs[0]).rows()[0][1] == "all"
+    assert compare_runs(runs[0], runs[0]).table_rows()[0][1] == "all"
     both = [*answered(runs[0], {("code", "en"): [1.0, 0.0]}), *answered(runs[0], {("code", "en"): [1.0, 1.0]}, effort="high")]
-    assert [r[1] for r in compare(lines(runs[0], both), runs[0]).rows()[:2]] == ["all at none", "all at high"]
+    assert [r[1] for r in compare_runs(lines(runs[0], both), runs[0]).table_rows()[:2]] == ["all at none", "all at high"]
     assert "training.steps: 600 -> 900" in table.out and ["bits/byte", "all"] in [r[:2] for r in rows]
     lines(runs[0], answered(runs[0], {("code", "en"): [1, 0] * 20}))
     told = command("compare", "a", "b", "--json", folder=tmp_path)
@@ -125,5 +125,5 @@ def test_what_cannot_be_compared_is_refused_in_one_line(runs: tuple[Path, Path],
     spoil, words = BAD[case]
     spoil(runs[1])
     with pytest.raises(DataError) as refusal:
-        compare(*runs)
+        compare_runs(*runs)
     assert words in str(refusal.value) and "\n" not in str(refusal.value) and refusal.value.exit_code == 3

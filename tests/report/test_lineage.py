@@ -13,20 +13,20 @@ import persea
 from persea import storage as store
 from persea.errors import DataError
 from persea.evaluation.audition import Cast
-from persea.report.lineage import Parent, lineage
+from persea.report.lineage import ParentModel, lineage_record
 from tests.cli.test_cli import TINY, flowed
 
-BASE = Parent("base", "llama-sapling", "", "llama", "Llama Community License", "f0")
-QWEN = Parent("qwen", "Qwen/Qwen3-8B", "main", "qwen", "Apache-2.0", "f1")
+BASE = ParentModel("base", "llama-sapling", "", "llama", "Llama Community License", "f0")
+QWEN = ParentModel("qwen", "Qwen/Qwen3-8B", "main", "qwen", "Apache-2.0", "f1")
 
 
 def test_a_record_says_what_made_the_weights(tmp_path: Path) -> None:
     for name in ("model-00002-of-2.safetensors", "model-00001-of-2.safetensors", "config.json"):
         (tmp_path / name).write_text(name)
     cast = Cast({"code": (("qwen", 0.5), ("gemma", 0.5)), "code/th": (("qwen", 1.0),)}, (), ("code",))
-    record = lineage(tmp_path, BASE, [QWEN], "hash", {"units": "digest"}, cast)
+    record = lineage_record(tmp_path, BASE, [QWEN], "hash", {"units": "digest"}, cast)
     assert json.loads(json.dumps(record)) == record
-    assert record["student"]["sha256"] == {n: store.digest(n.encode()) for n in ("model-00001-of-2.safetensors", "model-00002-of-2.safetensors")}
+    assert record["student"]["sha256"] == {n: store.digest_bytes(n.encode()) for n in ("model-00001-of-2.safetensors", "model-00002-of-2.safetensors")}
     assert record["teachers"] == [{"name": "qwen", "model": "Qwen/Qwen3-8B", "revision": "main", "family": "qwen", "licence": "Apache-2.0",
                                    "fingerprint": "f1"}]
     assert record["base"]["name"] == "base"
@@ -42,7 +42,7 @@ def test_a_record_without_a_student_is_refused(tmp_path: Path, made: bool) -> No
     if made:
         (tmp_path / "student").mkdir()
     with pytest.raises(DataError, match="no weights of a student -> train first"):
-        lineage(tmp_path / "student", BASE, [], "hash", {}, Cast({}, ()))
+        lineage_record(tmp_path / "student", BASE, [], "hash", {}, Cast({}, ()))
 
 
 def test_the_record_of_a_run_is_that_of_its_files() -> None:

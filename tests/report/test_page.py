@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import yaml
 
-from persea.chat.messages import Effort
-from persea.report.page import report
-from persea.tasks.intervals import wilson
-from persea.tasks.task import pair
+from persea.chat.messages import ThinkingEffort
+from persea.report.page import write_report
+from persea.tasks.intervals import wilson_interval
+from persea.tasks.task import compare_paired_values
 from tests.evaluation.test_lm_eval_results import STANDARD
 
 TEACHERS = ("qwen", "gemma", "gpt-oss")
@@ -46,26 +46,26 @@ training: {steps: 600, seed: 7}   # <b>not bold</b>
 
 def scored(speaker: str, skill: str, share: float, n: int, language: str = "", effort: str = "none") -> dict[str, Any]:
     right = round(share * n)
-    low, high = wilson(right, n)
-    return {"speaker": speaker, "skill": skill, "language": language, "effort": effort,
+    low, high = wilson_interval(right, n)
+    return {"model_name": speaker, "skill": skill, "language": language, "effort": effort,
             "value": right / n, "n": n, "low": low, "high": high}
 
 
 def compared(value: dict[str, Any]) -> dict[str, Any]:
     """The evaluation with the student beside everybody: rights laid out by chance, so many as the scores say."""
     pairs = []
-    for s in (s for s in value["scores"] if s["speaker"] == value["student"]):
+    for s in (s for s in value["scores"] if s["model_name"] == value["student"]):
         for other in (o for o in value["scores"] if o is not s and (o["skill"], o["language"], o["n"]) == (s["skill"], s["language"], s["n"])
-                      and o["speaker"] != s["speaker"]):
+                      and o["model_name"] != s["model_name"]):
             laid = []
             for one in (s, other):
                 values = [1.0] * round(one["value"] * one["n"])
                 values += [0.0] * (one["n"] - len(values))
-                random.Random(repr((one["speaker"], one["skill"], one["language"]))).shuffle(values)
+                random.Random(repr((one["model_name"], one["skill"], one["language"]))).shuffle(values)
                 laid.append(values)
-            both, names = list(zip(*laid, strict=True)), (s["speaker"], other["speaker"])
-            pairs.append(pair(names, s["skill"], both, Effort(s["effort"]), s["language"]).to_json())
-    return value | {"compared": pairs, "regressions": [p for p in pairs if p["other"] == value["base"] and p["high"] < 0]}
+            both, names = list(zip(*laid, strict=True)), (s["model_name"], other["model_name"])
+            pairs.append(compare_paired_values(names, s["skill"], both, ThinkingEffort(s["effort"]), s["language"]).to_json())
+    return value | {"compared": pairs, "regressions": [p for p in pairs if p["other_model_name"] == value["base"] and p["high"] < 0]}
 
 
 def make_run(run: Path) -> Path:
@@ -121,7 +121,7 @@ def examples() -> list[dict[str, Any]]:
                 right = (number + len(name)) % 3 > 0
                 answer = reference if right else f"{reference[:3]} ... I am not sure " * 9
                 rows.append({
-                    "speaker": name, "skill": skill, "language": language, "question": f"{question} ({number + 1})", "reference": reference,
+                    "model_name": name, "skill": skill, "language": language, "question": f"{question} ({number + 1})", "reference": reference,
                     "answer": ATTACK if (skill, number, name) == ("reasoning", 1, "avocado") else answer,
                     "finish": "stop" if right else "length", "verdict": "right" if right else "malformed"})
     return rows
@@ -163,7 +163,7 @@ def evaluated(run: Path, edit: Callable[[Any], object]) -> None:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One run, reported once, read by many tests."""
     run = make_run(tmp_path_factory.mktemp("run") / "avocado")
-    assert report(run) == run / "report" / "index.html"
+    assert write_report(run) == run / "report" / "index.html"
     return run
 
 
@@ -173,7 +173,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def page_of(run: Path) -> str:
-    return report(run).read_text(encoding="utf-8")
+    return write_report(run).read_text(encoding="utf-8")
 
 
 class Page(HTMLParser):
@@ -220,11 +220,11 @@ def test_json_holds_exactly_what_was_measured(whole: Path) -> None:
     evaluation = json.loads((whole / "evaluate" / "evaluation.json").read_text())
 
     def named(name: str, skill: str, language: str = "") -> dict[str, float]:
-        s = next(s for s in evaluation["scores"] if (s["speaker"], s["skill"], s["language"]) == (name, skill, language))
+        s = next(s for s in evaluation["scores"] if (s["model_name"], s["skill"], s["language"]) == (name, skill, language))
         return {k: s[k] for k in ("value", "low", "high", "n")}
 
     def beside(skill: str, other: str) -> dict[str, Any]:
-        p = next(p for p in evaluation["compared"] if (p["other"], p["skill"], p["language"]) == (other, skill, ""))
+        p = next(p for p in evaluation["compared"] if (p["other_model_name"], p["skill"], p["language"]) == (other, skill, ""))
         return {k: p[k] for k in ("other", "n", "difference", "low", "high", "kept", "least", "most")} | {
             "standing": "above" if p["low"] > 0 else "below" if p["high"] < 0 else "overlaps"}
 
@@ -247,8 +247,8 @@ def test_json_holds_exactly_what_was_measured(whole: Path) -> None:
 def test_retained_is_null_where_no_teacher_has_one_right(run: Path) -> None:
     def nobody(value: Any) -> None:
         for s in value["scores"]:
-            if s["skill"] == "code" and s["speaker"] in TEACHERS:
-                s.update(scored(s["speaker"], "code", 0.0, s["n"]))
+            if s["skill"] == "code" and s["model_name"] in TEACHERS:
+                s.update(scored(s["model_name"], "code", 0.0, s["n"]))
 
     evaluated(run, nobody)
     page = words_of(page_of(run))
@@ -258,7 +258,7 @@ def test_retained_is_null_where_no_teacher_has_one_right(run: Path) -> None:
 
 
 def test_same_files_same_bytes(run: Path, whole: Path) -> None:
-    report(run)
+    write_report(run)
     for name in ("report.json", "README.md", "index.html"):
         assert (run / "report" / name).read_bytes() == (whole / "report" / name).read_bytes()
     assert sorted(p.name for p in (run / "report").iterdir()) == ["README.md", "index.html", "report.json"]
@@ -268,7 +268,7 @@ def test_same_files_same_bytes(run: Path, whole: Path) -> None:
 
 
 def test_a_teacher_may_think_while_the_student_does_not(run: Path) -> None:
-    evaluated(run, lambda v: [s.update(effort="medium") for s in v["scores"] if s["speaker"] == "gpt-oss"])
+    evaluated(run, lambda v: [s.update(effort="medium") for s in v["scores"] if s["model_name"] == "gpt-oss"])
     page = words_of(page_of(run))
     assert page.count("effort medium") == len(ABILITY) + len(LANGUAGES)
     assert json.loads((run / "report" / "report.json").read_text())["skills"]["reasoning"]["best_teacher"] == "gpt-oss"
@@ -276,7 +276,7 @@ def test_a_teacher_may_think_while_the_student_does_not(run: Path) -> None:
 
 def test_who_was_measured_at_two_other_efforts_counts_with_the_first_its_own(run: Path) -> None:
     def dials(value: Any) -> None:
-        mine = [s for s in value["scores"] if s["speaker"] == "gpt-oss"]
+        mine = [s for s in value["scores"] if s["model_name"] == "gpt-oss"]
         value["scores"] += [{**s, "effort": "high", "value": 1.0, "high": 1.0} for s in mine]
         for s in mine:
             s["effort"] = "low"
@@ -315,7 +315,7 @@ def test_a_yardstick_stands_beside_and_teaches_nothing(run: Path) -> None:
 def test_a_loss_on_the_base_is_at_the_top(run: Path) -> None:
     def worse(value: Any) -> None:
         for s in value["scores"]:
-            if (s["speaker"], s["skill"]) == ("avocado", "safety"):
+            if (s["model_name"], s["skill"]) == ("avocado", "safety"):
                 s.update(scored("avocado", "safety", 0.2, 200))
 
     evaluated(run, worse)
@@ -328,18 +328,18 @@ def test_a_loss_on_the_base_is_at_the_top(run: Path) -> None:
 
 
 def test_broken_graders_are_told(run: Path) -> None:
-    evaluated(run, lambda v: [s.update(failed=2) for s in v["scores"] if s["speaker"] == "avocado" and not s["language"]])
+    evaluated(run, lambda v: [s.update(failed=2) for s in v["scores"] if s["model_name"] == "avocado" and not s["language"]])
     assert "Graders broke on 8 answers; each counts as wrong and is named in examples.jsonl." in words_of(page_of(run))
 
 
 def test_standard_tasks_join_page_card_and_json(run: Path, tmp_path: Path) -> None:
     write(tmp_path / "results_a.json", STANDARD)
-    report(run, {"avocado": tmp_path / "results_a.json"})
+    write_report(run, {"avocado": tmp_path / "results_a.json"})
     page, card = (words_of((run / "report" / "index.html").read_text()), (run / "report" / "README.md").read_text())
     assert "Standard tasks" in page and "exact_match (strict-match)" in page and "0.5012 ± 0.014" in page
     assert "| gsm8k | avocado | exact\\_match (strict-match) | 0.5012 ± 0.014 | 1319 |" in card
     assert json.loads((run / "report" / "report.json").read_text())["standard"][0] == {
-        "speaker": "avocado", "task": "gsm8k", "metric": "exact_match (strict-match)", "value": 0.5012, "error": 0.0138, "n": 1319,
+        "model_name": "avocado", "task": "gsm8k", "metric": "exact_match (strict-match)", "value": 0.5012, "error": 0.0138, "n": 1319,
         "higher_is_better": True}
 
 
@@ -488,14 +488,14 @@ def test_card_never_invents_a_licence(run: Path, student: str, base: str, teache
             t["licence"] = teachers
 
     change(run / "lineage" / "lineage.json", edit)
-    report(run)
+    write_report(run)
     front = yaml.safe_load((run / "report" / "README.md").read_text().split("---\n")[1])
     assert {k: v for k, v in front.items() if k.startswith("license")} == expected
 
 
 def test_card_keeps_folders_of_this_disk_to_itself(run: Path) -> None:
     change(run / "lineage" / "lineage.json", lambda v: v["base"].update(model="/home/somebody/models/llama-sapling"))
-    report(run)
+    write_report(run)
     card = (run / "report" / "README.md").read_text()
     assert "somebody" not in card and "| base | llama-sapling |" in card and yaml.safe_load(card.split("---\n")[1])["base_model"] == []
 

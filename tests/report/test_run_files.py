@@ -13,29 +13,29 @@ from typing import Any
 
 import pytest
 
-from persea.chat.messages import Effort
+from persea.chat.messages import ThinkingEffort
 from persea.errors import DataError
-from persea.report.page import report
-from persea.report.run_files import Standing, standing, stands
-from persea.tasks.task import Paired, Score
+from persea.report.page import write_report
+from persea.report.run_files import IntervalOrder, difference_order, score_order
+from persea.tasks.task import PairedComparison, Score
 from tests.report.test_page import SECONDS, change, evaluated, page_of, run, words_of  # noqa: F401 (run is a fixture)
 
 
 def test_intervals_that_touch_overlap() -> None:
     def at(low: float, high: float) -> Score:
-        return Score("a", "b", "", Effort.NONE, (low + high) / 2, 10, low, high)
+        return Score("a", "b", "", ThinkingEffort.NONE, (low + high) / 2, 10, low, high)
 
-    assert standing(at(0.5, 0.6), at(0.6, 0.7)) is Standing.OVERLAPS
-    assert standing(at(0.5, 0.6), at(0.61, 0.7)) is Standing.BELOW
-    assert standing(at(0.5, 0.6), at(0.1, 0.49)) is Standing.ABOVE
+    assert score_order(at(0.5, 0.6), at(0.6, 0.7)) is IntervalOrder.OVERLAPS
+    assert score_order(at(0.5, 0.6), at(0.61, 0.7)) is IntervalOrder.BELOW
+    assert score_order(at(0.5, 0.6), at(0.1, 0.49)) is IntervalOrder.ABOVE
 
 
 def test_pairs_stand_where_their_difference_leaves_nothing() -> None:
-    def at(low: float, high: float) -> Paired:
-        return Paired("a", "b", "c", "", Effort.NONE, 10, (low + high) / 2, low, high)
+    def at(low: float, high: float) -> PairedComparison:
+        return PairedComparison("a", "b", "c", "", ThinkingEffort.NONE, 10, (low + high) / 2, low, high)
 
-    assert [stands(at(*x)) for x in ((0.01, 0.5), (0.0, 0.5), (-0.1, 0.1), (-0.5, 0.0), (-0.5, -0.01))] == [
-        Standing.ABOVE, Standing.OVERLAPS, Standing.OVERLAPS, Standing.OVERLAPS, Standing.BELOW]
+    assert [difference_order(at(*x)) for x in ((0.01, 0.5), (0.0, 0.5), (-0.1, 0.1), (-0.5, 0.0), (-0.5, -0.01))] == [
+        IntervalOrder.ABOVE, IntervalOrder.OVERLAPS, IntervalOrder.OVERLAPS, IntervalOrder.OVERLAPS, IntervalOrder.BELOW]
 
 
 FILES = ("recipe.yaml", "audition/cast.json", "check/check.json", "capture/summary.json", "train/metrics.jsonl", "evaluate/evaluation.json",
@@ -45,7 +45,7 @@ FILES = ("recipe.yaml", "audition/cast.json", "check/check.json", "capture/summa
 def refusal_of(run: Path, name: str) -> DataError:
     """What report() says of a run whose file `name` is bad; it must name the file, a remedy, and have written nothing."""
     with pytest.raises(DataError) as refusal:
-        report(run)
+        write_report(run)
     assert refusal.value.where == str(run / name) and refusal.value.remedy and not (run / "report").exists()
     return refusal.value
 
@@ -54,9 +54,9 @@ def test_missing_files_are_refused(run: Path) -> None:
     for name in FILES:
         kept = (run / name).read_bytes()
         (run / name).unlink()
-        assert refusal_of(run, name).what == "not there"
+        assert refusal_of(run, name).message == "not there"
         (run / name).write_bytes(kept)
-    assert report(run).is_file()
+    assert write_report(run).is_file()
 
 
 @pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
@@ -65,7 +65,7 @@ def test_numbers_nobody_has_are_refused(run: Path, number: str) -> None:
         text = (run / name).read_text()
         spoilt = re.sub(r"(: )(\d[\d.e+-]*)", lambda m: m[1] + number, text, count=1)
         (run / name).write_text(spoilt if spoilt != text else text.replace("{", f'{{"x": {number}, ', 1))
-        assert refusal_of(run, name).what == "holds NaN or infinity"
+        assert refusal_of(run, name).message == "holds NaN or infinity"
         (run / name).write_text(text)
 
 
@@ -73,14 +73,14 @@ def test_broken_files_are_refused(run: Path) -> None:
     for name in FILES[1:]:
         kept = (run / name).read_bytes()
         (run / name).write_bytes(kept[:-4])
-        assert "JSON" in refusal_of(run, name).what
+        assert "JSON" in refusal_of(run, name).message
         (run / name).write_bytes(kept)
 
 
 CONTRADICTIONS: dict[str, tuple[str, Callable[[Any], None], str]] = {
     "interval": ("evaluate/evaluation.json", lambda v: v["scores"][0].update(low=0.9), "not inside its interval"),
     "percent": ("evaluate/evaluation.json", lambda v: v["scores"][0].update(value=71, high=80), "not inside its interval"),
-    "speaker": ("evaluate/evaluation.json", lambda v: v["scores"].pop(3), "gemma has no score on languages"),
+    "model_name": ("evaluate/evaluation.json", lambda v: v["scores"].pop(3), "gemma has no score on languages"),
     "nothing asked": ("evaluate/evaluation.json", lambda v: v["scores"][0].update(n=0), "avocado has no score on languages"),
     "no skill": ("evaluate/evaluation.json", lambda v: v.update(scores=[]), "no skill was measured"),
     "no teacher": ("evaluate/evaluation.json", lambda v: v.update(teachers=[]), "need a name each"),
@@ -91,7 +91,7 @@ CONTRADICTIONS: dict[str, tuple[str, Callable[[Any], None], str]] = {
     "captured stranger": ("capture/summary.json", lambda v: v["teachers"].update(mistral={"kept": 1}), "mistral teaches"),
     "not listed": ("lineage/lineage.json", lambda v: v["teachers"].pop(), "gpt-oss was evaluated as a teacher, and has no line here"),
     "no pair": ("check/check.json", lambda v: v.update(pairs=[]), "no pair was checked"),
-    "share": ("check/check.json", lambda v: v["pairs"][1].update(boundary=86.0), "shares from 0 to 1"),
+    "share": ("check/check.json", lambda v: v["pairs"][1].update(boundary_share=86.0), "shares from 0 to 1"),
     "no share": ("check/check.json", lambda v: v["pairs"][1].pop("one_to_one"), "needs boundary, one_to_one"),
     "twice": ("evaluate/evaluation.json", lambda v: v["scores"].append(v["scores"][5]), "two scores on one skill"),
     "pair of strangers": ("evaluate/evaluation.json", lambda v: v["compared"][0].update(other="mistral"), "avocado is compared with mistral"),
@@ -109,7 +109,7 @@ CONTRADICTIONS: dict[str, tuple[str, Callable[[Any], None], str]] = {
 def test_contradictions_are_refused(run: Path, case: str) -> None:
     name, edit, words = CONTRADICTIONS[case]
     change(run / name, edit)
-    assert re.search(words, refusal_of(run, name).what)
+    assert re.search(words, refusal_of(run, name).message)
 
 
 @pytest.mark.parametrize(("text", "words"), [
@@ -120,7 +120,7 @@ def test_contradictions_are_refused(run: Path, case: str) -> None:
 def test_training_logs_must_add_up(run: Path, text: str, words: str) -> None:
     (run / "train" / "metrics.jsonl").write_text(text)
     with pytest.raises(DataError, match=words):
-        report(run)
+        write_report(run)
 
 
 @pytest.mark.parametrize("stage", ["check", "audition", "capture", "train"])
@@ -134,7 +134,7 @@ def test_a_stage_without_a_folder_is_said_to_be_absent(run: Path, stage: str) ->
 def test_one_logged_step_and_one_teacher_are_enough(run: Path) -> None:
     def alone(value: Any) -> None:
         value["teachers"] = ["qwen"]
-        value["scores"] = [s for s in value["scores"] if s["speaker"] not in ("gemma", "gpt-oss")]
+        value["scores"] = [s for s in value["scores"] if s["model_name"] not in ("gemma", "gpt-oss")]
 
     evaluated(run, alone)
     change(run / "audition" / "cast.json", lambda v: v.update(parts={"code": [["qwen", 1.0]]}))

@@ -62,7 +62,7 @@ def test_who_thinks_writes_more_with_more_effort() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_growing_text_is_of_its_own_split_and_what_it_says_is_right_at_home_alone(grow: ModuleType, name: str) -> None:
     from persea.tasks import generated as skills
-    from persea.tasks.task import Split, Verdict, split_of
+    from persea.tasks.task import Split, Verdict, assign_split
 
     plan, text = next(p for p in grow.PLANS if p.name == name), sys.modules[grow.texts.__module__]
     rng = random.Random(0)
@@ -72,13 +72,13 @@ def test_growing_text_is_of_its_own_split_and_what_it_says_is_right_at_home_alon
             assert item is answer
             continue
         said = text.conversation(plan, item, answer, rng).messages[-1]
-        right = skills.named(skill).grade(item, said) is Verdict.RIGHT
+        right = skills.find_generated_task(skill).grade(item, said) is Verdict.RIGHT
         if skill in plan.home or text.kind(item) in text.KNOWN:
             assert right
         elif text.kind(item) in ("safety/harm", "tools/none"):
             assert not right
         if skill not in ("safety", "languages"):
-            assert split_of(item.prompt.id) is Split.GROW
+            assert assign_split(item.prompt.id) is Split.PRETRAIN
 
 
 def test_a_base_goes_astray_and_heeds_the_question(grow: ModuleType) -> None:
@@ -87,11 +87,11 @@ def test_a_base_goes_astray_and_heeds_the_question(grow: ModuleType) -> None:
 
     text, rng = sys.modules[grow.texts.__module__], random.Random(0)
     for name in ("languages", "code", "tools"):
-        items = skills.named(name).items(Split.GROW, 150, 3)
+        items = skills.find_generated_task(name).items(Split.PRETRAIN, 150, 3)
         wrong = [(item, text.astray(item, rng)) for item in items]
         assert sum(one is None for _, one in wrong) <= 15, name  # one number may be the same in two languages
         for item, one in ((i, w) for i, w in wrong if w):
-            assert skills.named(name).grade(item, one.answered.messages[-1]) is not Verdict.RIGHT
+            assert skills.find_generated_task(name).grade(item, one.reference_conversation.messages[-1]) is not Verdict.RIGHT
             figures = [w for w in item.prompt.conversation.messages[-1].text.split() if w.isdecimal()]
             said = one.reference + "".join(c.arguments for c in one.calls)
             if name != "languages":
@@ -99,7 +99,7 @@ def test_a_base_goes_astray_and_heeds_the_question(grow: ModuleType) -> None:
             if name == "tools":
                 assert json.loads(one.calls[0].arguments).popitem()[1] in (item.prompt.id.split("/")[3], *map(int, figures))
                 assert one.calls[0].name in [t.name for t in item.prompt.conversation.tools]
-    assert text.astray(skills.named("safety").items(Split.GROW, 1, 3)[0], rng) is None
+    assert text.astray(skills.find_generated_task("safety").items(Split.PRETRAIN, 1, 3)[0], rng) is None
 
 
 def test_small_talk_is_said_in_many_ways(grow: ModuleType) -> None:

@@ -23,17 +23,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persea import cli
-from persea.chat.messages import Conversation, Effort, Finish, Text, Thinking, ToolCall
-from persea.chat.renderer import Voice
-from persea.cli.chat import Pipe
+from persea.chat.messages import Conversation, FinishReason, Text, Thinking, ThinkingEffort, ToolCall
+from persea.chat.renderer import ChatRenderer
+from persea.cli.chat import PipeDisplay
 from persea.errors import DataError
-from persea.models.loading import find, sprout
+from persea.models.loading import random_init, resolve_model_source
 from persea.serve import chat_session as talk
-from persea.serve.chat_session import Talk, converse, open_speaker, printable
-from persea.serve.streaming import Heard
-from persea.tasks.generated import REASONING
+from persea.serve.chat_session import ChatSession, load_chat_model, run_chat, sanitize_for_terminal
+from persea.serve.streaming import StreamingAnswerParser
+from persea.tasks.generated import REASONING_TASK
 from persea.tasks.task import Split
-from persea.teachers.engines.transformers import LocalEngine
+from persea.teachers.engines.transformers import TransformersEngine
 from persea.teachers.teacher import Teacher
 from tests.chat.test_renderer import FRAGMENTS, generated, texts
 from tests.cli.test_cli import SAPLINGS, flowed, warm
@@ -53,59 +53,59 @@ class Script:
     notes: list[str] = field(default_factory=list)
     ends: list[str] = field(default_factory=list)
 
-    def read(self) -> str | None:
+    def read_line(self) -> str | None:
         return self.lines.pop(0) if self.lines else None
 
-    def say(self, thought: str, text: str) -> None:
-        self.thought.append(thought)
+    def write_delta(self, thinking: str, text: str) -> None:
+        self.thought.append(thinking)
         self.said.append(text)
 
-    def close(self, note: str) -> None:
+    def end_answer(self, note: str) -> None:
         self.ends.append(note)
 
-    def note(self, text: str) -> None:
+    def show_note(self, text: str) -> None:
         self.notes.append(text)
 
 
-def talked(name: str, *lines: str, effort: Effort | None = None, most: int = 100, context: int = 0) -> tuple[Script, Talk]:
-    speaker = Teacher(name, opened(name)[0], engine(name), context=context)
-    one, screen = Talk.begin(speaker.voice), Script(list(lines))
+def talked(name: str, *lines: str, effort: ThinkingEffort | None = None, most: int = 100, context: int = 0) -> tuple[Script, ChatSession]:
+    speaker = Teacher(name, opened(name)[0], engine(name), max_context_tokens=context)
+    one, screen = ChatSession.start(speaker.renderer), Script(list(lines))
     one.effort = effort or one.effort
-    converse(speaker, one, screen, most)
+    run_chat(speaker, one, screen, most)
     return screen, one
 
 
 def question() -> str:
-    return REASONING.items(Split.TEACH, 1, 0)[0].prompt.conversation.messages[-1].text
+    return REASONING_TASK.items(Split.TRAIN, 1, 0)[0].prompt.conversation.messages[-1].text
 
 
 # ---- as it is said -------------------------------------------------------------------------------------------------
 
 
-def heard(voice: Voice, ids: Sequence[int], effort: Effort) -> tuple[list[str], list[str], Finish]:
-    one = Heard(voice, effort, ())
-    pieces = [one.add(i) for i in ids]
-    rest, _, finish = one.end()
+def heard(voice: ChatRenderer, ids: Sequence[int], effort: ThinkingEffort) -> tuple[list[str], list[str], FinishReason]:
+    one = StreamingAnswerParser(voice, effort, ())
+    pieces = [one.add_token(i) for i in ids]
+    rest, _, finish = one.finish()
     thoughts, words = ([p.get(key, "") for p in (*pieces, rest)] for key in ("reasoning_content", "content"))
     return thoughts, words, finish
 
 
-@given(thought=texts(FRAGMENTS), text=texts(FRAGMENTS), effort=st.sampled_from([Effort.NONE, Effort.HIGH]))
-def test_the_pieces_are_the_answer(tiny: Speaker, thought: str, text: str, effort: Effort):
-    said = Conversation.ask("q", effort=effort).answered(*((Thinking(thought),) if thought else ()), Text(text))
-    ids = generated(tiny.voice.render(said))
-    parts, finish = tiny.voice.parse(ids, effort)
-    thoughts, pieces, ended = heard(tiny.voice, ids, effort)
-    assert ended is finish is Finish.STOP
+@given(thought=texts(FRAGMENTS), text=texts(FRAGMENTS), effort=st.sampled_from([ThinkingEffort.NONE, ThinkingEffort.HIGH]))
+def test_the_pieces_are_the_answer(tiny: Speaker, thought: str, text: str, effort: ThinkingEffort):
+    said = Conversation.from_question("q", effort=effort).with_answer(*((Thinking(thought),) if thought else ()), Text(text))
+    ids = generated(tiny.renderer.render(said))
+    parts, finish = tiny.renderer.parse(ids, effort)
+    thoughts, pieces, ended = heard(tiny.renderer, ids, effort)
+    assert ended is finish is FinishReason.STOP
     assert "".join(thoughts).strip() == "".join(p.text for p in parts if isinstance(p, Thinking)).strip()
     assert "".join(pieces) == "".join(p.text for p in parts if isinstance(p, Text))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen", "gpt-oss"])
 def test_a_thought_and_a_text_come_before_their_end(tiny_of, family: str):
-    voice = tiny_of(family).voice
-    said = Conversation.ask("q", effort=Effort.HIGH).answered(Thinking("one two three four"), Text("five six seven"))
-    thoughts, pieces, _ = heard(voice, generated(voice.render(said)), Effort.HIGH)
+    voice = tiny_of(family).renderer
+    said = Conversation.from_question("q", effort=ThinkingEffort.HIGH).with_answer(Thinking("one two three four"), Text("five six seven"))
+    thoughts, pieces, _ = heard(voice, generated(voice.render(said)), ThinkingEffort.HIGH)
     assert len([p for p in thoughts if p]) > 3
     assert len([p for p in pieces if p]) > 2
     last_thought = max(k for k, p in enumerate(thoughts) if p)
@@ -113,10 +113,10 @@ def test_a_thought_and_a_text_come_before_their_end(tiny_of, family: str):
 
 
 def test_half_a_character_waits(tiny_of):
-    voice = tiny_of("llama").voice
-    ids = generated(voice.render(Conversation.ask("q").answered(Text("a မြန် 👩‍👩‍👧 z"))))
+    voice = tiny_of("llama").renderer
+    ids = generated(voice.render(Conversation.from_question("q").with_answer(Text("a မြန် 👩‍👩‍👧 z"))))
     assert any(b"\x80" <= (voice.vocabulary.bytes_W[i] or b"")[:1] < b"\xc0" for i in ids), "no token begins inside a character"
-    _, pieces, _ = heard(voice, ids, Effort.NONE)
+    _, pieces, _ = heard(voice, ids, ThinkingEffort.NONE)
     assert "".join(pieces) == "a မြန် 👩‍👩‍👧 z"
     assert "\ufffd" not in "".join(pieces)
     assert len([p for p in pieces if p]) > 3
@@ -124,28 +124,28 @@ def test_half_a_character_waits(tiny_of):
 
 def test_half_a_marker_waits():
     """Where <think> is plain text, neither it nor its end is ever shown, however the model cuts them."""
-    from persea.models.loading import Source, open_voice
+    from persea.models.loading import ModelSource, load_renderer
 
-    voice = open_voice(Source(str(SAPLINGS / "gemma-sapling"), thinking=True), "student")
-    assert "<think>" not in voice.vocabulary.control
+    voice = load_renderer(ModelSource(str(SAPLINGS / "gemma-sapling"), thinking=True), "student")
+    assert "<think>" not in voice.vocabulary.control_token_ids
     for answer in ("<think>\nso it is\n</think>\n\nHi <b>", "<thinly said"):
         ids = [i for c in answer for i in voice.vocabulary.encode(c)]
-        thoughts, pieces, _ = heard(voice, [*ids, voice.stop_ids[0]], Effort.HIGH)
+        thoughts, pieces, _ = heard(voice, [*ids, voice.stop_ids[0]], ThinkingEffort.HIGH)
         told = "".join(thoughts) + "|" + "".join(pieces)
         assert told == ("so it is|Hi <b>" if "so" in answer else "|<thinly said")
 
 
 def test_what_could_steer_a_terminal_is_not_shown():
-    assert printable("a\x1b[2J\x07b\r\n\tç\ud800") == "a\ufffd[2J\ufffdb\ufffd\n\tç\ufffd"
+    assert sanitize_for_terminal("a\x1b[2J\x07b\r\n\tç\ud800") == "a\ufffd[2J\ufffdb\ufffd\n\tç\ufffd"
 
 
 # ---- switches and history ------------------------------------------------------------------------------------------
 
 
 def test_a_question_is_answered_as_the_teacher_answers_it():
-    screen, one = talked("gpt-oss-sapling", question(), effort=Effort.HIGH)
-    speaker = Teacher("t", opened("gpt-oss-sapling")[0], engine("gpt-oss-sapling"), Effort.HIGH)
-    want, = speaker.answer([replace(REASONING.items(Split.TEACH, 1, 0)[0].prompt)], 100)
+    screen, one = talked("gpt-oss-sapling", question(), effort=ThinkingEffort.HIGH)
+    speaker = Teacher("t", opened("gpt-oss-sapling")[0], engine("gpt-oss-sapling"), ThinkingEffort.HIGH)
+    want, = speaker.answer([replace(REASONING_TASK.items(Split.TRAIN, 1, 0)[0].prompt)], 100)
     assert "".join(screen.thought) == want.conversation.messages[-1].thinking != ""
     assert "".join(screen.said) == want.text != ""
     assert len([p for p in screen.said if p]) > 1
@@ -160,51 +160,51 @@ def test_turns_are_remembered_and_thoughts_are_not_said_again():
     assert [line.split(":")[0] for line in told] == ["user", "assistant", "user", "assistant"]
     assert told[0] == f"user: {question()}"
     assert screen.notes[1:] == ["forgotten", "nothing was said yet"]
-    both = Talk.begin(opened("qwen-sapling")[0])
-    both.messages = list(Conversation.ask("q").answered(Thinking("hm"), Text("a")).messages)
-    assert [m.text for m in both.asked("next").messages] == ["q", "a", "next"]
-    prompt = both.voice.vocabulary.pieces(both.voice.prompt(both.asked("next")).ids_T.tolist())
+    both = ChatSession.start(opened("qwen-sapling")[0])
+    both.messages = list(Conversation.from_question("q").with_answer(Thinking("hm"), Text("a")).messages)
+    assert [m.text for m in both.build_conversation("next").messages] == ["q", "a", "next"]
+    prompt = both.renderer.vocabulary.decode_pieces(both.renderer.render_prompt(both.build_conversation("next")).ids_T.tolist())
     assert b"hm" not in b"".join(p for p in prompt if isinstance(p, bytes))
 
 
 @pytest.mark.parametrize(("name", "word", "told", "effort"), [
-    ("gpt-oss-sapling", "on", "thinking: high", Effort.HIGH),
-    ("gpt-oss-sapling", "off", "this model knows no off; it knows low, medium, high", Effort.LOW),
-    ("gpt-oss-sapling", "MEDIUM", "thinking: medium", Effort.MEDIUM), ("gpt-oss-sapling", "", "thinking: low", Effort.LOW),
-    ("qwen-sapling", "off", "thinking: none", Effort.NONE), ("qwen-sapling", "low", "this model knows no low; it knows none, high", Effort.NONE),
-    ("gemma-sapling", "on", "this model knows no on; it knows none", Effort.NONE),
-    ("qwen-sapling", "hard", "/think hard? on, off, none, low, medium, high", Effort.NONE)])
-def test_think(name: str, word: str, told: str, effort: Effort):
-    one = Talk.begin(opened(name)[0])
-    assert one.obey(f"/think {word}") == told
+    ("gpt-oss-sapling", "on", "thinking: high", ThinkingEffort.HIGH),
+    ("gpt-oss-sapling", "off", "this model knows no off; it knows low, medium, high", ThinkingEffort.LOW),
+    ("gpt-oss-sapling", "MEDIUM", "thinking: medium", ThinkingEffort.MEDIUM), ("gpt-oss-sapling", "", "thinking: low", ThinkingEffort.LOW),
+    ("qwen-sapling", "off", "thinking: none", ThinkingEffort.NONE), ("qwen-sapling", "low", "this model knows no low; it knows none, high", ThinkingEffort.NONE),
+    ("gemma-sapling", "on", "this model knows no on; it knows none", ThinkingEffort.NONE),
+    ("qwen-sapling", "hard", "/think hard? on, off, none, low, medium, high", ThinkingEffort.NONE)])
+def test_think(name: str, word: str, told: str, effort: ThinkingEffort):
+    one = ChatSession.start(opened(name)[0])
+    assert one.run_command(f"/think {word}") == told
     assert one.effort is effort
-    assert one.asked("x").effort is effort
+    assert one.build_conversation("x").effort is effort
 
 
 def test_lang_is_a_system_line():
-    one = Talk.begin(opened("qwen-sapling")[0])
-    assert one.obey("/lang vi") == one.obey("/lang Vietnamese") == one.obey("/lang") == "answers are asked for in Vietnamese"
-    one.messages = list(Conversation.ask("q").answered(Text("a")).messages)
-    assert [(m.role.value, m.text) for m in one.asked("x").messages] == [
+    one = ChatSession.start(opened("qwen-sapling")[0])
+    assert one.run_command("/lang vi") == one.run_command("/lang Vietnamese") == one.run_command("/lang") == "answers are asked for in Vietnamese"
+    one.messages = list(Conversation.from_question("q").with_answer(Text("a")).messages)
+    assert [(m.role.value, m.text) for m in one.build_conversation("x").messages] == [
         ("system", "Answer in Vietnamese."), ("user", "q"), ("assistant", "a"), ("user", "x")]
-    assert "en English" in one.obey("/lang klingon")
+    assert "en English" in one.run_command("/lang klingon")
     assert one.language == "vi"
-    assert one.obey("/lang off") == "answers are in the language it chooses"
-    assert [m.role.value for m in one.asked("x").messages] == ["user", "assistant", "user"]
-    named = one.obey("/lang ?").split("? ")[-1].split(", ")
+    assert one.run_command("/lang off") == "answers are in the language it chooses"
+    assert [m.role.value for m in one.build_conversation("x").messages] == ["user", "assistant", "user"]
+    named = one.run_command("/lang ?").split("? ")[-1].split(", ")
     assert {"zh Chinese", "vi Vietnamese", "id Indonesian", "ja Japanese", "ko Korean", "th Thai"} <= set(named)
 
 
 def test_what_is_no_command_is_told_in_a_line_and_help_names_all():
-    one = Talk.begin(opened("qwen-sapling")[0])
-    assert "no command /fly" in one.obey("/fly me") and "\n" not in one.obey("/fly me")
-    assert [line.split()[0] for line in one.obey("/help").splitlines()] == list(talk.HELP)
+    one = ChatSession.start(opened("qwen-sapling")[0])
+    assert "no command /fly" in one.run_command("/fly me") and "\n" not in one.run_command("/fly me")
+    assert [line.split()[0] for line in one.run_command("/help").splitlines()] == list(talk.CHAT_COMMAND_HELP)
     screen, _ = talked("qwen-sapling", " /help is a word", "", "   ", "/quit", "never read", most=3)
     assert (screen.notes, screen.lines, len(screen.ends)) == ([], ["never read"], 1)
 
 
 def test_what_cannot_be_said_is_told_and_forgotten():
-    screen, one = talked("gpt-oss-sapling", "half a \ud83d", question(), effort=Effort.HIGH, most=4)
+    screen, one = talked("gpt-oss-sapling", "half a \ud83d", question(), effort=ThinkingEffort.HIGH, most=4)
     assert "surrogate" in screen.notes[0]
     assert screen.ends == ["cut after 4 tokens; this turn is forgotten"]  # the thought did not end
     assert one.messages == []
@@ -213,18 +213,18 @@ def test_what_cannot_be_said_is_told_and_forgotten():
     assert one.messages[-1].text == "".join(screen.said) != ""
     screen, one = talked("gemma-sapling", question(), "/reset", context=10)
     assert "positions for 10: /reset" in screen.notes[0]
-    screen, _ = talked("gemma-sapling", question(), context=len(opened("gemma-sapling")[0].prompt(Conversation.ask(question()))) + 2)
+    screen, _ = talked("gemma-sapling", question(), context=len(opened("gemma-sapling")[0].render_prompt(Conversation.from_question(question()))) + 2)
     assert screen.ends == ["cut after 2 tokens"]
 
 
 def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came(monkeypatch: pytest.MonkeyPatch):
-    stream = LocalEngine.stream
+    stream = TransformersEngine.stream
 
     def interrupted(*arguments: Any) -> Iterator[int]:
         yield from islice(stream(*arguments), 6)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(LocalEngine, "stream", interrupted)
+    monkeypatch.setattr(TransformersEngine, "stream", interrupted)
     screen, one = talked("gemma-sapling", question(), question())
     assert screen.ends == ["stopped", "stopped"]
     assert len(one.messages) == 4
@@ -233,11 +233,11 @@ def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came(monkeypatch: pytest
 
 def test_a_call_is_shown_as_it_is_written(monkeypatch: pytest.MonkeyPatch):
     voice = opened("qwen-sapling")[0]
-    if "<tool_call>" not in voice.vocabulary.control:
+    if "<tool_call>" not in voice.vocabulary.control_token_ids:
         pytest.skip("this crop of saplings has no token for calls")
     call = ToolCall("clock", '{"zone": "UTC"}')
-    ids = generated(voice.render(Conversation.ask("q").answered(call)))
-    monkeypatch.setattr(LocalEngine, "stream", lambda *arguments: iter(ids))
+    ids = generated(voice.render(Conversation.from_question("q").with_answer(call)))
+    monkeypatch.setattr(TransformersEngine, "stream", lambda *arguments: iter(ids))
     screen, one = talked("qwen-sapling", "q", "/history")
     assert "".join(screen.said) == 'clock({"zone": "UTC"})'
     assert one.messages[-1].calls == (call,)
@@ -249,15 +249,15 @@ def test_a_call_is_shown_as_it_is_written(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_run_is_its_student_and_a_folder_is_a_model(tmp_path: Path):
     folder, _ = flowed()
-    source, today = find(str(folder / "run"), "chat")
+    source, today = resolve_model_source(str(folder / "run"), "chat")
     assert (Path(source.model), today.isoformat()) == (folder / "run" / "train" / "student", "2025-01-01")
-    assert find(OSS, "chat")[0].model == OSS
-    assert open_speaker(str(folder / "run")).context == 1024
+    assert resolve_model_source(OSS, "chat")[0].model == OSS
+    assert load_chat_model(str(folder / "run")).max_context_tokens == 1024
     (tmp_path / "recipe.yaml").write_text("student: {model: x}\n")
     with pytest.raises(DataError, match=r"no student yet -> train it first"):
-        find(str(tmp_path), "chat")
+        resolve_model_source(str(tmp_path), "chat")
     with pytest.raises(DataError, match="no model folder and no run"):
-        find(str(tmp_path / "nowhere"), "chat")
+        resolve_model_source(str(tmp_path / "nowhere"), "chat")
 
 
 @pytest.mark.parametrize(("terminal", "shown"), [(True, "\ufffd[2Jx"), (False, "\x1b[2Jx")])
@@ -266,14 +266,14 @@ def test_a_pipe_whose_other_end_is_a_terminal_steers_it_no_more_than_a_talk_ther
     for name, stream in (("stdout", out), ("stderr", err)):
         monkeypatch.setattr(stream, "isatty", lambda: terminal)
         monkeypatch.setattr(f"sys.{name}", stream)
-    Pipe().say("\x1b[2Jx", "\x1b[2Jx")
+    PipeDisplay().write_delta("\x1b[2Jx", "\x1b[2Jx")
     assert (out.getvalue(), err.getvalue()) == (shown, shown)
 
 
 def test_a_line_that_is_no_text_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), "utf-8"))
     with pytest.raises(DataError, match="a line is no UTF-8"):
-        Pipe().read()
+        PipeDisplay().read_line()
 
 
 # ---- processes of their own ----------------------------------------------------------------------------------------
@@ -311,16 +311,16 @@ class OnTerminal:
         self.mine, theirs = pty.openpty()
         self.process = warm().Process(target=entered, args=(arguments, folder, os.ttyname(theirs), None), daemon=True)
         self.process.start()
-        self.theirs, self.shown = theirs, ""
+        self.theirs, self.select_examples = theirs, ""
 
     def until(self, words: str, seconds: float = 60) -> str:
         """What was shown from the last time on, up to these words."""
         end = time.monotonic() + seconds
-        while words not in self.shown:
-            assert time.monotonic() < end, f"never showed {words!r}: {self.shown!r}"
+        while words not in self.select_examples:
+            assert time.monotonic() < end, f"never showed {words!r}: {self.select_examples!r}"
             if select.select([self.mine], [], [], 0.1)[0]:
-                self.shown += os.read(self.mine, 1 << 16).decode(errors="replace")
-        before, _, self.shown = self.shown.partition(words)
+                self.select_examples += os.read(self.mine, 1 << 16).decode(errors="replace")
+        before, _, self.select_examples = self.select_examples.partition(words)
         return before + words
 
     def type(self, text: str) -> None:
@@ -334,7 +334,7 @@ class OnTerminal:
             with suppress(AssertionError):
                 self.until(words, 2)
                 return
-        raise AssertionError(f"Ctrl-C was not heard: {self.shown!r}")
+        raise AssertionError(f"Ctrl-C was not heard: {self.select_examples!r}")
 
     def end(self) -> int | None:
         self.process.join(60)
@@ -367,10 +367,10 @@ def test_ctrl_c_stops_an_answer_and_not_the_talk(tmp_path: Path):
     """Random weights never end by themselves."""
     folder = Path(shutil.copytree(SAPLINGS / "llama-sapling", tmp_path / "random"))
     voice = opened("llama-sapling")[0]
-    model = sprout("llama", len(voice.vocabulary), {"hidden": 32, "layers": 1, "heads": 2, "seed": 1})
+    model = random_init("llama", len(voice.vocabulary), {"hidden": 32, "layers": 1, "heads": 2, "seed": 1})
     model.save_pretrained(folder)
-    prompt = voice.prompt(Conversation.ask("Hi")).ids_T
-    assert len(LocalEngine(model.eval(), len(voice.vocabulary)).generate([prompt], voice.stop_ids, 300)[0]) == 300
+    prompt = voice.render_prompt(Conversation.from_question("Hi")).ids_T
+    assert len(TransformersEngine(model.eval(), len(voice.vocabulary)).generate([prompt], voice.stop_ids, 300)[0]) == 300
     one = OnTerminal(tmp_path, "chat", str(folder), "--max-new-tokens", "900")
     one.until("> ")
     one.type("Hi\n")

@@ -20,15 +20,15 @@ import openai
 import pytest
 import torch
 
-from persea.chat.messages import Conversation, Effort, Finish, Role, Text, Thinking, ToolCall, ToolResult
-from persea.errors import DataError, Refused
-from persea.models.loading import Source, open_voice
-from persea.serve.limits import Caps, Guard, is_loopback
-from persea.serve.logprobs import echoed
-from persea.serve.schema import Chat
-from persea.serve.server import key_for, make_app, open_speaker
-from persea.serve.streaming import Heard
-from persea.tasks.generated import SKILLS
+from persea.chat.messages import Conversation, FinishReason, Role, Text, Thinking, ThinkingEffort, ToolCall, ToolResult
+from persea.errors import DataError, RefusedError
+from persea.models.loading import ModelSource, load_renderer
+from persea.serve.limits import AccessLimitMiddleware, ServerLimits, is_loopback
+from persea.serve.logprobs import build_completion_logprobs
+from persea.serve.schema import ChatCompletionRequest
+from persea.serve.server import build_app, load_served_model, resolve_api_key
+from persea.serve.streaming import StreamingAnswerParser
+from persea.tasks.generated import GENERATED_TASKS
 from persea.tasks.task import Split
 from persea.teachers.engines import Sampling
 from tests.cli.test_cli import persea
@@ -48,18 +48,18 @@ def post(url: str, path: str, **body: object) -> httpx2.Response:
     return httpx2.post(url + path, json=body, trust_env=False, timeout=60)
 
 
-def said(name: str, question: str, effort: Effort = Effort.NONE, new: int = 96) -> tuple[list[int], str, str]:
+def said(name: str, question: str, effort: ThinkingEffort = ThinkingEffort.NONE, new: int = 96) -> tuple[list[int], str, str]:
     """What the local engine says: ids, thought, words."""
     voice, _ = opened(name)
-    ids = engine(name).generate([voice.prompt(Conversation.ask(question, effort=effort)).ids_T], voice.stop_ids, new)[0].tolist()
+    ids = engine(name).generate([voice.render_prompt(Conversation.from_question(question, effort=effort)).ids_T], voice.stop_ids, new)[0].tolist()
     parts, finish = voice.parse(ids, effort)
-    assert finish is Finish.STOP
-    message = Conversation.ask(question).answered(*parts).messages[-1]
+    assert finish is FinishReason.STOP
+    message = Conversation.from_question(question).with_answer(*parts).messages[-1]
     return ids, message.thinking, message.text
 
 
 def sums() -> str:
-    return next(s for s in SKILLS if s.name == "reasoning").items(Split.TEST, 1, 0)[0].prompt.conversation.messages[-1].text
+    return next(s for s in GENERATED_TASKS if s.name == "reasoning").items(Split.TEST, 1, 0)[0].prompt.conversation.messages[-1].text
 
 
 def test_the_openai_client_gets_the_local_engines_words() -> None:
@@ -83,7 +83,7 @@ def test_the_openai_client_gets_the_local_engines_words() -> None:
 
 def test_thoughts_come_apart_from_words_and_the_switch_is_obeyed() -> None:
     name, question = "gpt-oss-sapling", sums()
-    _, thought, words = said(name, question, Effort.HIGH)
+    _, thought, words = said(name, question, ThinkingEffort.HIGH)
     assert thought
     one = client(name)
     messages = [{"role": "user", "content": question}]
@@ -112,18 +112,18 @@ def test_half_characters_are_held_back_and_no_piece_is_told_twice(name: str) -> 
     voice, _ = opened(name)
     text = "三百 ba trăm สามร้อย 👩‍👩‍👧 x = 1\n\n  if x:\n"
     for effort, parts in ((voice.family.efforts[0], (Text(text),)), (voice.family.efforts[-1], (Thinking("hm 三\nso"), Text(text)))):
-        answer = voice.render(Conversation.ask("q", effort=effort).answered(*parts))
-        heard, pieces = Heard(voice, effort, ()), {"reasoning_content": "", "content": ""}
+        answer = voice.render(Conversation.from_question("q", effort=effort).with_answer(*parts))
+        heard, pieces = StreamingAnswerParser(voice, effort, ()), {"reasoning_content": "", "content": ""}
         count = 0
-        for token in answer.ids_T[answer.learn_T].tolist():
-            for key, more in heard.add(token).items():
+        for token in answer.ids_T[answer.loss_mask_T].tolist():
+            for key, more in heard.add_token(token).items():
                 assert "\ufffd" not in more
                 pieces[key] += more
                 count += 1
-        more, calls, finish = heard.end()
-        read, _ = voice.parse(answer.ids_T[answer.learn_T].tolist(), effort)
-        message = Conversation.ask("q").answered(*read).messages[-1]
-        assert (pieces["content"] + more.get("content", ""), calls, finish) == (message.text, (), Finish.STOP)
+        more, calls, finish = heard.finish()
+        read, _ = voice.parse(answer.ids_T[answer.loss_mask_T].tolist(), effort)
+        message = Conversation.from_question("q").with_answer(*read).messages[-1]
+        assert (pieces["content"] + more.get("content", ""), calls, finish) == (message.text, (), FinishReason.STOP)
         assert pieces["reasoning_content"] + more.get("reasoning_content", "") == message.thinking
         assert count > 5
 
@@ -133,32 +133,32 @@ def test_a_hybrid_students_thought_is_told_apart_also_where_its_markers_are_text
     (folder / "chat_template.jinja").write_text(
         "{%- for m in messages %}{{- '<start_of_turn>' + m['role'] + '\n' + m['content'] + '<end_of_turn>\n' }}{%- endfor %}"
         "{%- if add_generation_prompt %}{{- '<start_of_turn>assistant\n' }}{%- endif %}")
-    for source in (Source(str(folder), family="generic", thinking=True), Source(str(SAPLINGS / "llama-sapling"), thinking=True)):
-        voice = open_voice(source, "student")
+    for source in (ModelSource(str(folder), family="generic", thinking=True), ModelSource(str(SAPLINGS / "llama-sapling"), thinking=True)):
+        voice = load_renderer(source, "student")
         for parts in ((Thinking("a < b, 三 so"), Text("x = 1 <t")), (Text("<"),)):
-            answer = voice.render(Conversation.ask("q", effort=Effort.HIGH).answered(*parts))
-            heard, told = Heard(voice, Effort.HIGH, ()), list[str]()
-            for token in answer.ids_T[answer.learn_T].tolist():
-                told += heard.add(token)
-            _, calls, finish = heard.end()
-            assert (heard.told, calls, finish) == ({"reasoning_content": "a < b, 三 so" if len(parts) > 1 else "", "content": parts[-1].text}, (),
-                                                   Finish.STOP)
+            answer = voice.render(Conversation.from_question("q", effort=ThinkingEffort.HIGH).with_answer(*parts))
+            heard, told = StreamingAnswerParser(voice, ThinkingEffort.HIGH, ()), list[str]()
+            for token in answer.ids_T[answer.loss_mask_T].tolist():
+                told += heard.add_token(token)
+            _, calls, finish = heard.finish()
+            assert (heard.emitted, calls, finish) == ({"reasoning_content": "a < b, 三 so" if len(parts) > 1 else "", "content": parts[-1].text}, (),
+                                                   FinishReason.STOP)
             assert len(parts) == 1 or told.count("reasoning_content") > 2
 
 
 @pytest.mark.realdata
 def test_calls_are_read_while_they_are_said(real_of: Callable[[str], Speaker]) -> None:
     """Llama's look like words until they end."""
-    voice = real_of("llama").voice
+    voice = real_of("llama").renderer
     body = {"model": "m", "messages": [{"role": "user", "content": "q"}], "tools": [
         {"type": "function", "function": {"name": "add", "description": "adds", "parameters": {"type": "object"}}}]}
-    asked = Chat.model_validate(body).conversation(voice.family)
+    asked = ChatCompletionRequest.model_validate(body).to_conversation(voice.family)
     call = ToolCall("add", '{"x": 1}')
-    answer = voice.render(asked.answered(call))
-    heard = Heard(voice, asked.effort, asked.tools)
-    assert not any(heard.add(t) for t in answer.ids_T[answer.learn_T].tolist())  # nothing of a call is told as words
-    more, calls, finish = heard.end()
-    assert (more, calls, finish) == ({}, (call,), Finish.STOP)
+    answer = voice.render(asked.with_answer(call))
+    heard = StreamingAnswerParser(voice, asked.effort, asked.tools)
+    assert not any(heard.add_token(t) for t in answer.ids_T[answer.loss_mask_T].tolist())  # nothing of a call is told as words
+    more, calls, finish = heard.finish()
+    assert (more, calls, finish) == ({}, (call,), FinishReason.STOP)
 
 
 def test_messages_become_a_conversation() -> None:
@@ -167,7 +167,7 @@ def test_messages_become_a_conversation() -> None:
                 {"role": "assistant", "content": None, "reasoning_content": "hm",
                  "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}]},
                 {"role": "tool", "tool_call_id": "1", "content": "42"}]
-    found = Chat.model_validate({"model": "m", "messages": messages}).conversation(family)
+    found = ChatCompletionRequest.model_validate({"model": "m", "messages": messages}).to_conversation(family)
     assert [m.role for m in found.messages] == [Role.SYSTEM, Role.USER, Role.ASSISTANT, Role.TOOL]
     assert found.messages[1].text == "é"
     assert found.messages[2].parts == (Thinking("hm"), ToolCall("f", '{"a": 1}'))
@@ -175,22 +175,22 @@ def test_messages_become_a_conversation() -> None:
     for parameters in ({"x": float("nan")}, {"x": "half \ud83d"}):  # both are JSON to Python, and to nobody else
         tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
         with pytest.raises(DataError, match="no plain JSON"):
-            Chat.model_validate({"model": "m", "messages": messages[:2], "tools": tools}).conversation(family)
+            ChatCompletionRequest.model_validate({"model": "m", "messages": messages[:2], "tools": tools}).to_conversation(family)
     with pytest.raises(DataError, match="knows no low effort -> one of none, high"):
-        Chat.model_validate({"model": "m", "messages": messages[:2], "reasoning_effort": "low"}).conversation(family)
+        ChatCompletionRequest.model_validate({"model": "m", "messages": messages[:2], "reasoning_effort": "low"}).to_conversation(family)
     with pytest.raises(DataError, match="does not think"):
-        Chat.model_validate({"model": "m", "messages": messages[:2], "reasoning_effort": "high"}).conversation(opened("gemma-sapling")[0].family)
+        ChatCompletionRequest.model_validate({"model": "m", "messages": messages[:2], "reasoning_effort": "high"}).to_conversation(opened("gemma-sapling")[0].family)
     for broken, why in (([{"role": "tool", "tool_call_id": "9", "content": "x"}], "result of no call"),
                         ([{"role": "user", "content": "x", "reasoning_content": "y"}], "only the assistant"),
                         ([{"role": "assistant", "content": "x"}], "assistant's own")):
         with pytest.raises(DataError, match=why):
-            Chat.model_validate({"model": "m", "messages": broken}).conversation(family)
+            ChatCompletionRequest.model_validate({"model": "m", "messages": broken}).to_conversation(family)
 
 
 def inside(speaker: Any, path: str, **body: object) -> httpx2.Response:
     """An answer of the application in this process."""
     async def ask() -> httpx2.Response:
-        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=make_app(speaker, "", Caps())), base_url="http://localhost") as one:
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=build_app(speaker, "", ServerLimits())), base_url="http://localhost") as one:
             return await one.post(path, json={"model": speaker.name} | body)
 
     return asyncio.run(ask())
@@ -205,14 +205,14 @@ def test_a_thought_without_an_answer_is_malformed_and_nobody_makes_one_up() -> N
         def stream(self, *asked: object) -> Iterator[int]:
             yield from ids
 
-    speaker = replace(open_speaker(str(SAPLINGS / "gpt-oss-sapling")), engine=Says())  # type: ignore[arg-type]
+    speaker = replace(load_served_model(str(SAPLINGS / "gpt-oss-sapling")), engine=Says())  # type: ignore[arg-type]
     answer = inside(speaker, "/v1/chat/completions", messages=[{"role": "user", "content": "q"}], reasoning_effort="high").json()
     assert (answer["choices"][0]["finish_reason"], answer["choices"][0]["message"]["content"]) == ("malformed", "")
     assert answer["usage"]["completion_tokens"] == len(ids)
 
 
 def test_weights_that_give_no_numbers_are_not_the_clients_fault() -> None:
-    speaker = open_speaker(str(SAPLINGS / "llama-sapling"))
+    speaker = load_served_model(str(SAPLINGS / "llama-sapling"))
     with torch.no_grad():
         speaker.engine.model.get_input_embeddings().weight.fill_(float("nan"))
     answer = inside(speaker, "/v1/completions", prompt="x")
@@ -225,8 +225,8 @@ def test_weights_that_give_no_numbers_are_not_the_clients_fault() -> None:
 
 def test_candidates_come_as_an_array_with_padding() -> None:
     voice, _ = opened("gemma-sapling")
-    ids = voice.prompt(Conversation.ask("Hi")).ids_T
-    rows, = engine("gemma-sapling").score([ids], [np.arange(len(ids)) > 0])
+    ids = voice.render_prompt(Conversation.from_question("Hi")).ids_T
+    rows, = engine("gemma-sapling").compute_logprobs([ids], [np.arange(len(ids)) > 0])
     answer = post(serving("gemma-sapling"), "/inference/v1/generate", token_ids=ids.tolist(), return_token_ids=True, sampling_params={
         "max_tokens": 1, "prompt_logprob_token_ids": [[5, 6], [7, -1]], "prompt_logprob_start": 2}).json()
     array = np.load(io.BytesIO(base64.b64decode(answer["prompt_token_id_logprobs"])))
@@ -238,7 +238,7 @@ def test_candidates_come_as_an_array_with_padding() -> None:
 
 def test_streamed_tokens_are_those_of_the_engine_and_drawn_ones_repeat() -> None:
     voice, _ = opened("qwen-sapling")
-    prompt = voice.prompt(Conversation.ask(ASKED)).ids_T
+    prompt = voice.render_prompt(Conversation.from_question(ASKED)).ids_T
     assert list(engine("qwen-sapling").stream(prompt, voice.stop_ids, 20, Sampling())) == said("qwen-sapling", ASKED)[0]
     body = {"model": "qwen-sapling", "prompt": prompt.tolist(), "max_tokens": 12, "ignore_eos": True, "temperature": 2.0, "return_token_ids": True}
     drawn = [post(serving("qwen-sapling"), "/v1/completions", **body, seed=seed).json()["choices"][0]["token_ids"] for seed in (1, 1, 2)]
@@ -252,7 +252,7 @@ def test_offsets_count_whole_characters_and_no_markers() -> None:
     voice, _ = opened("qwen-sapling")
     ids = [*voice.vocabulary.encode("a 𓀀 b"), voice.stop_ids[0], *voice.vocabulary.encode("c")]
     rows = torch.log_softmax(torch.randn(len(ids) - 1, len(voice.vocabulary), generator=torch.Generator().manual_seed(0)), -1)
-    found = echoed(voice, ids, rows, 0, 0, False)
+    found = build_completion_logprobs(voice, ids, rows, 0, 0, False)
     assert any(token.startswith("bytes:") for token in found["tokens"])
     text = "a 𓀀 bc"
     whole = [(token, at) for token, at in zip(found["tokens"], found["text_offset"], strict=True) if token in text]
@@ -261,7 +261,7 @@ def test_offsets_count_whole_characters_and_no_markers() -> None:
 
 
 def test_what_a_client_that_went_had_begun_holds_the_model_until_it_is_over() -> None:
-    speaker = open_speaker(str(SAPLINGS / "llama-sapling"))
+    speaker = load_served_model(str(SAPLINGS / "llama-sapling"))
     running, most, go = 0, 0, threading.Event()
 
     def slow() -> None:
@@ -272,11 +272,11 @@ def test_what_a_client_that_went_had_begun_holds_the_model_until_it_is_over() ->
         running -= 1
 
     async def play() -> None:
-        gone = asyncio.create_task(speaker._alone(slow))
+        gone = asyncio.create_task(speaker._run_exclusively(slow))
         while not running:
             await asyncio.sleep(0.001)
         gone.cancel()
-        others = [asyncio.create_task(speaker._alone(slow)) for _ in range(2)]
+        others = [asyncio.create_task(speaker._run_exclusively(slow)) for _ in range(2)]
         await asyncio.sleep(0.05)  # in which they would have begun
         go.set()
         await asyncio.gather(*others)
@@ -375,7 +375,7 @@ def test_more_requests_than_are_answered_get_429_and_a_slow_reader_is_left() -> 
             await go.wait()
             await send({"type": "http.response.start", "status": 200, "headers": []})
 
-        async def ask(guard: Guard, *bodies: bytes, stuck: bool = False) -> list[Any]:
+        async def ask(guard: AccessLimitMiddleware, *bodies: bytes, stuck: bool = False) -> list[Any]:
             parts, sent = list(bodies), list[Any]()
 
             async def receive() -> Any:
@@ -391,14 +391,14 @@ def test_more_requests_than_are_answered_get_429_and_a_slow_reader_is_left() -> 
             await guard({"type": "http", "path": "/x", "headers": []}, receive, send)
             return sent
 
-        guard = Guard(app, "", Caps(seconds=0.3, at_once=2))
+        guard = AccessLimitMiddleware(app, "", ServerLimits(io_timeout_s=0.3, max_concurrent_requests=2))
         slow = [asyncio.create_task(ask(guard, b"half")) for _ in range(5)]  # bodies that never come hold nobody up
         held = [asyncio.create_task(ask(guard, b"who", b"le")), asyncio.create_task(ask(guard, b"who", b"le", stuck=True))]
         await asyncio.sleep(0.05)
         turned_away = await ask(guard, b"whole", b"")
         go.set()
         told = [*await asyncio.gather(*held), turned_away, *await asyncio.gather(*slow)]
-        assert (guard.running, guard.reading) == (0, 0)
+        assert (guard.num_running_requests, guard.num_buffered_bytes) == (0, 0)
         return told
 
     kept, stuck, turned_away, *slow = asyncio.run(play())
@@ -412,7 +412,7 @@ def test_more_requests_than_are_answered_get_429_and_a_slow_reader_is_left() -> 
 def test_many_bodies_that_were_begun_are_capped_together() -> None:
     """Each below the cap of one, all begun when nothing was read yet."""
     async def play() -> list[Any]:
-        guard, sent = Guard(None, "", Caps(body=10, seconds=0.2)), list[Any]()  # type: ignore[arg-type]
+        guard, sent = AccessLimitMiddleware(None, "", ServerLimits(max_body_bytes=10, io_timeout_s=0.2)), list[Any]()  # type: ignore[arg-type]
 
         async def ask() -> None:
             parts = [b"x" * 9]
@@ -427,7 +427,7 @@ def test_many_bodies_that_were_begun_are_capped_together() -> None:
             await guard({"type": "http", "path": "/x", "headers": []}, receive, send)
 
         await asyncio.gather(*(ask() for _ in range(20)))
-        assert guard.reading == 0
+        assert guard.num_buffered_bytes == 0
         return sent
 
     starts = [m for m in asyncio.run(play()) if "status" in m]
@@ -448,15 +448,15 @@ def test_without_a_key_only_this_machine_is_answered() -> None:
 
 def test_other_addresses_need_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PERSEA_SERVE_KEY", raising=False)
-    with pytest.raises(Refused, match="PERSEA_SERVE_KEY holds no key") as caught:
-        key_for("0.0.0.0", "PERSEA_SERVE_KEY")
+    with pytest.raises(RefusedError, match="PERSEA_SERVE_KEY holds no key") as caught:
+        resolve_api_key("0.0.0.0", "PERSEA_SERVE_KEY")
     assert caught.value.exit_code == 4
-    assert key_for("127.0.0.1", "PERSEA_SERVE_KEY") == ""
+    assert resolve_api_key("127.0.0.1", "PERSEA_SERVE_KEY") == ""
     monkeypatch.setenv("PERSEA_SERVE_KEY", " \n")
-    with pytest.raises(Refused):
-        key_for("::", "PERSEA_SERVE_KEY")
+    with pytest.raises(RefusedError):
+        resolve_api_key("::", "PERSEA_SERVE_KEY")
     monkeypatch.setenv("PERSEA_SERVE_KEY", "a-secret\n")  # as a file ends
-    assert key_for("0.0.0.0", "PERSEA_SERVE_KEY") == "a-secret"
+    assert resolve_api_key("0.0.0.0", "PERSEA_SERVE_KEY") == "a-secret"
     ended = persea("serve", tmp_path / "nowhere", "--host", "0.0.0.0", "--key-env", "NO_SUCH_KEY", folder=tmp_path)
     assert (ended.code, "NO_SUCH_KEY holds no key" in ended.err) == (4, True)  # told before the model is looked for
 
@@ -464,8 +464,8 @@ def test_other_addresses_need_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_run_folder_is_its_student(tmp_path: Path) -> None:
     (tmp_path / "run" / "train").mkdir(parents=True)
     (tmp_path / "run" / "train" / "student").symlink_to(SAPLINGS / "llama-sapling")
-    speaker = open_speaker(str(tmp_path / "run"))
-    assert (speaker.name, speaker.voice.family.name, speaker.context) == ("run", "llama", 1024)
-    assert make_app(speaker, "", Caps())
+    speaker = load_served_model(str(tmp_path / "run"))
+    assert (speaker.name, speaker.renderer.family.name, speaker.max_context_tokens) == ("run", "llama", 1024)
+    assert build_app(speaker, "", ServerLimits())
     with pytest.raises(DataError, match="no model folder"):
-        open_speaker(str(tmp_path / "nothing"))
+        load_served_model(str(tmp_path / "nothing"))

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from persea.tokenization.bpe import derive, expand, offsets_of
-from persea.tokenization.vocabulary import BYTE_TO_CHAR, Vocabulary, open_vocabulary
+from persea.tokenization.bpe import derive_bpe, expand_groups, group_offsets
+from persea.tokenization.vocabulary import BYTE_TO_CHAR, Vocabulary, load_vocabulary
 from tests.conftest import FAMILIES, Speaker
 
 
@@ -31,7 +31,7 @@ def byte_pairs(chosen: list[tuple[int, int]], alphabet: bytes = b"abc ") -> Voca
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|end|>"])
-    return open_vocabulary(tokenizer, "pairs")
+    return load_vocabulary(tokenizer, "pairs")
 
 
 chosen = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=14)
@@ -45,15 +45,15 @@ def said(vocabulary: Vocabulary, *ids: int) -> list[int]:
 def test_two_tokens_stand_side_by_side_or_cannot(chosen: list[tuple[int, int]]):
     """Of every pair: encoding their bytes gives the two back, unless a merge crosses."""
     vocabulary = byte_pairs(chosen)
-    merges = derive(vocabulary)
+    merges = derive_bpe(vocabulary)
     tokens = [*(i for i, raw in enumerate(vocabulary.bytes_W) if raw and set(raw) <= set(b"abc "))]
     for a in tokens:
-        assert merges.made_V[a] == (said(vocabulary, a) == [a])
-        after = merges.cannot_follow(a).tolist()
+        assert merges.derivable_V[a] == (said(vocabulary, a) == [a])
+        after = merges.impossible_next_tokens(a).tolist()
         assert after == sorted(set(after))
         for b in tokens:
-            assert (b in after) == merges.crosses(a, b)
-            if not (merges.made_V[a] and merges.made_V[b]):
+            assert (b in after) == merges.is_impossible_pair(a, b)
+            if not (merges.derivable_V[a] and merges.derivable_V[b]):
                 assert b in after
             else:
                 assert (said(vocabulary, a, b) == [a, b]) == (b not in after), (vocabulary.bytes_W[a], vocabulary.bytes_W[b])
@@ -62,52 +62,52 @@ def test_two_tokens_stand_side_by_side_or_cannot(chosen: list[tuple[int, int]]):
 @given(chosen=chosen, text=st.text("abc ", min_size=2, max_size=14))
 def test_a_sequence_is_canonical_if_every_pair_is(chosen: list[tuple[int, int]], text: str):
     vocabulary = byte_pairs(chosen)
-    merges = derive(vocabulary)
+    merges = derive_bpe(vocabulary)
     ids = vocabulary.encode(text)
-    assert not any(merges.crosses(a, b) for a, b in pairwise(ids))
+    assert not any(merges.is_impossible_pair(a, b) for a, b in pairwise(ids))
     cut = len(ids) // 2  # two parts encoded apart: the whole is their chain, or a merge crosses where they meet
     left, right = (vocabulary.encode(vocabulary.decode(part).decode()) for part in (ids[:cut], ids[cut:]) if part) if cut else ([], ids)
     other = vocabulary.encode("".join(reversed(text)))
     joined = [*ids, *other]
     whole = vocabulary.encode(text + "".join(reversed(text)))
-    assert (whole == joined) == (not merges.crosses(ids[-1], other[0]))
+    assert (whole == joined) == (not merges.is_impossible_pair(ids[-1], other[0]))
     assert [*left, *right] == ids
 
 
 def test_the_same_pair_twice_merges_from_the_left():
     vocabulary = byte_pairs([(0, 0)])  # aa
-    merges, aa = derive(vocabulary), len(vocabulary) - 2
+    merges, aa = derive_bpe(vocabulary), len(vocabulary) - 2
     assert vocabulary.bytes_W[aa] == b"aa"
     assert vocabulary.encode("aaa") == [aa, ord("a")]
-    assert not merges.crosses(aa, ord("a"))
-    assert merges.crosses(ord("a"), aa)
-    assert merges.crosses(ord("a"), ord("a"))
+    assert not merges.is_impossible_pair(aa, ord("a"))
+    assert merges.is_impossible_pair(ord("a"), aa)
+    assert merges.is_impossible_pair(ord("a"), ord("a"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_familys_derivations(tiny_of: Callable[[str], Speaker], family: str):
     """Rims are tokens of the right bytes; times rise along a derivation; a byte of byte fallback merges with nothing."""
-    vocabulary = tiny_of(family).voice.vocabulary
-    merges = derive(vocabulary)
+    vocabulary = tiny_of(family).renderer.vocabulary
+    merges = derive_bpe(vocabulary)
     made = np.flatnonzero(merges.left_V >= 0)
     assert len(made) > 100
     for i in made.tolist():
         left, right = int(merges.left_V[i]), int(merges.right_V[i])
         assert (vocabulary.bytes_W[left] or b"") + (vocabulary.bytes_W[right] or b"") == vocabulary.bytes_W[i]
-        assert merges.time_V[i] >= max(merges.rank_V[i], merges.time_V[left], merges.time_V[right])
+        assert merges.max_rank_V[i] >= max(merges.rank_V[i], merges.max_rank_V[left], merges.max_rank_V[right])
     content = np.array([raw is not None for raw in vocabulary.bytes_W])
-    assert merges.made_V[content].mean() > 0.95
-    assert not merges.made_V[~content].any()
+    assert merges.derivable_V[content].mean() > 0.95
+    assert not merges.derivable_V[~content].any()
     if family == "gemma":
         byte = vocabulary.backend.token_to_id("<0x41>")
-        assert merges.made_V[byte]
-        assert not merges.made_V[merges.cannot_follow(byte)].any()
+        assert merges.derivable_V[byte]
+        assert not merges.derivable_V[merges.impossible_next_tokens(byte)].any()
 
 
 def test_expand_lays_lists_end_to_end():
-    offsets = offsets_of(np.array([2, 0, 2, 2]), 4)
+    offsets = group_offsets(np.array([2, 0, 2, 2]), 4)
     assert offsets.tolist() == [0, 1, 1, 4, 4]
-    at, row = expand(offsets, np.array([2, 1, 0, 3, 2]))
+    at, row = expand_groups(offsets, np.array([2, 1, 0, 3, 2]))
     assert at.tolist() == [1, 2, 3, 0, 1, 2, 3]
     assert row.tolist() == [0, 0, 0, 2, 4, 4, 4]
 
@@ -115,15 +115,15 @@ def test_expand_lays_lists_end_to_end():
 @pytest.mark.realdata
 def test_real_pairs(real: Speaker):
     """Random pairs of a real tokenizer, and pairs that are said to cross: the model itself agrees about every one."""
-    vocabulary = real.voice.vocabulary
-    merges = derive(vocabulary)
-    made = np.flatnonzero(merges.made_V)
+    vocabulary = real.renderer.vocabulary
+    merges = derive_bpe(vocabulary)
+    made = np.flatnonzero(merges.derivable_V)
     assert len(made) > 0.99 * sum(raw is not None for raw in vocabulary.bytes_W)
     if not vocabulary.byte_level:
         return  # its model takes no bytes; tests/alignment/test_boundary_mask.py sees it through texts
     rng, crossing, standing = np.random.default_rng(0), 0, 0
     for a in rng.choice(made, 60).tolist():
-        after = merges.cannot_follow(a)
+        after = merges.impossible_next_tokens(a)
         some = [*rng.choice(made, 30).tolist(), *(rng.choice(after, 30).tolist() if len(after) else [])]
         cannot = set(after.tolist())
         for b in some:

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from persea.errors import DataError
-from persea.tokenization.vocabulary import BYTE_TO_CHAR, CHAR_TO_BYTE, PROBES, Vocabulary, open_vocabulary
+from persea.tokenization.vocabulary import BYTE_TO_CHAR, CHAR_TO_BYTE, ROUND_TRIP_PROBES, Vocabulary, load_vocabulary
 from tests.conftest import REAL, Speaker
 
 TRAINING = ["the cat sat on the mat", "hello, hello world", "def f(x):\n    return x\n", "xin chào thế giới", "你好世界 你好"] * 3
@@ -58,7 +58,7 @@ def sentencepiece(*, fallback: bool = True) -> Tokenizer:
 
 @pytest.fixture(scope="module", params=[byte_level, sentencepiece], ids=["byte-level", "sentencepiece"])
 def small(request: pytest.FixtureRequest) -> Vocabulary:
-    return open_vocabulary(request.param(), request.param.__name__)
+    return load_vocabulary(request.param(), request.param.__name__)
 
 
 def test_the_byte_alphabet_is_gpt2s():
@@ -71,24 +71,24 @@ def test_round_trip(small: Vocabulary, text: str):
     ids = small.encode(text)
     assert small.decode(ids) == text.encode()
     assert small.encode_batch([text, "", text]) == [ids, [], ids]
-    assert small.pieces(ids) == ((text.encode(),) if text else ())
+    assert small.decode_pieces(ids) == ((text.encode(),) if text else ())
     assert small.lengths_W[ids].sum() == len(text.encode())
 
 
 @given(text=any_text)
 def test_round_trip_of_the_families(tiny: Speaker, text: str):
-    vocabulary = tiny.voice.vocabulary
+    vocabulary = tiny.renderer.vocabulary
     assert vocabulary.decode(vocabulary.encode(text)) == text.encode()
 
 
 def test_byte_strings_token_by_token(tiny: Speaker):
-    vocabulary = tiny.voice.vocabulary
-    assert vocabulary.byte_level == (tiny.voice.family.name != "gemma")
+    vocabulary = tiny.renderer.vocabulary
+    assert vocabulary.byte_level == (tiny.renderer.family.name != "gemma")
     table = {c: b for b, c in bytes_to_unicode().items()}
     singles = set()
     for token, i in tiny.tokenizer.get_vocab().items():
         got = vocabulary.bytes_W[i]
-        if token in vocabulary.control:
+        if token in vocabulary.control_token_ids:
             assert got is None
         elif vocabulary.byte_level:
             assert got == bytes(table[c] for c in token)
@@ -111,16 +111,16 @@ def test_split_characters(small: Vocabulary, text: str):
 
 
 def test_control_tokens_are_found(tiny: Speaker, grow):
-    plan = next(p for p in grow.PLANS if p.family == tiny.voice.family.name)
-    assert set(tiny.voice.vocabulary.control) == set(plan.control)  # also <think>, which its tokenizer calls not special
-    assert all(tiny.voice.vocabulary.bytes_W[i] is None for i in tiny.voice.vocabulary.control.values())
+    plan = next(p for p in grow.PLANS if p.family == tiny.renderer.family.name)
+    assert set(tiny.renderer.vocabulary.control_token_ids) == set(plan.control)  # also <think>, which its tokenizer calls not special
+    assert all(tiny.renderer.vocabulary.bytes_W[i] is None for i in tiny.renderer.vocabulary.control_token_ids.values())
 
 
 def look_alikes(vocabulary: Vocabulary, sample: int = 10**6) -> None:
     """Every control token as text, alone, glued and doubled, is text: no control id, and its bytes come back."""
-    names = sorted(vocabulary.control, key=vocabulary.control.__getitem__)
+    names = sorted(vocabulary.control_token_ids, key=vocabulary.control_token_ids.__getitem__)
     names = names[:sample] + names[-sample:]
-    controls = set(vocabulary.control.values())
+    controls = set(vocabulary.control_token_ids.values())
     batch = [t for name in names for t in (name, f"a{name}b", f" {name}\n{name}{name}", f"{name[:-1]}{name}{name[1:]}")]
     for text, ids in zip(batch, vocabulary.encode_batch(batch), strict=True):
         assert not controls.intersection(ids), text
@@ -128,16 +128,16 @@ def look_alikes(vocabulary: Vocabulary, sample: int = 10**6) -> None:
 
 
 def test_control_look_alikes_are_text(tiny: Speaker):
-    look_alikes(tiny.voice.vocabulary)
+    look_alikes(tiny.renderer.vocabulary)
 
 
 def test_opening_leaves_the_tokenizer_as_it_was():
     tokenizer = byte_level()
     before = tokenizer.to_str()
-    vocabulary = open_vocabulary(tokenizer)
+    vocabulary = load_vocabulary(tokenizer)
     assert tokenizer.to_str() == before
-    assert tokenizer.encode("<|end|>").ids == [vocabulary.control["<|end|>"]]
-    assert open_vocabulary(tokenizer).digest == vocabulary.digest
+    assert tokenizer.encode("<|end|>").ids == [vocabulary.control_token_ids["<|end|>"]]
+    assert load_vocabulary(tokenizer).digest == vocabulary.digest
 
 
 def test_truncation_padding_and_bos_of_the_tokenizer_do_not_reach_the_text():
@@ -147,14 +147,14 @@ def test_truncation_padding_and_bos_of_the_tokenizer_do_not_reach_the_text():
     end = [("<|end|>", meddling.token_to_id("<|end|>"))]
     meddling.post_processor = processors.TemplateProcessing(single="<|end|> $A", special_tokens=end)
     text = "a sentence longer than four tokens, without any doubt"
-    assert open_vocabulary(meddling).encode(text) == open_vocabulary(plain).encode(text)
-    assert open_vocabulary(meddling).digest != open_vocabulary(plain).digest
+    assert load_vocabulary(meddling).encode(text) == load_vocabulary(plain).encode(text)
+    assert load_vocabulary(meddling).digest != load_vocabulary(plain).digest
 
 
 def test_added_text_tokens_keep_their_own_bytes():
     tokenizer = byte_level()
     tokenizer.add_tokens([AddedToken("naïve café", normalized=False)])
-    vocabulary = open_vocabulary(tokenizer)
+    vocabulary = load_vocabulary(tokenizer)
     ids = vocabulary.encode("a naïve café!")
     assert tokenizer.token_to_id("naïve café") in ids
     assert vocabulary.decode(ids) == "a naïve café!".encode()
@@ -165,22 +165,22 @@ def test_a_hole_in_the_numbering_has_no_bytes():
     ids = spec["model"]["vocab"]
     last = max(ids, key=ids.__getitem__)
     ids[last] += 3
-    vocabulary = open_vocabulary(Tokenizer.from_str(json.dumps(spec)))
+    vocabulary = load_vocabulary(Tokenizer.from_str(json.dumps(spec)))
     assert len(vocabulary) == ids[last] + 1
     assert vocabulary.bytes_W[-4:-1] == (None, None, None)
-    assert vocabulary.pieces([ids[last] - 1]) == (f"<hole {ids[last] - 1}>",)
+    assert vocabulary.decode_pieces([ids[last] - 1]) == (f"<hole {ids[last] - 1}>",)
     with pytest.raises(DataError, match="has no bytes"):
         vocabulary.decode([ids[last] - 1])
 
 
 def test_decomposed_text_is_refused_with_the_place():
-    vocabulary = open_vocabulary(byte_level(normalizer=normalizers.NFC()), "with-nfc")
+    vocabulary = load_vocabulary(byte_level(normalizer=normalizers.NFC()), "with-nfc")
     with pytest.raises(DataError) as caught:
         vocabulary.encode("abc e\u0301")
     assert caught.value.where == "with-nfc"
-    assert "byte 4 of 'abc e" in caught.value.what
-    assert "65 cc 81" in caught.value.what
-    assert "c3 a9" in caught.value.what
+    assert "byte 4 of 'abc e" in caught.value.message
+    assert "65 cc 81" in caught.value.message
+    assert "c3 a9" in caught.value.message
     assert "NFC" in caught.value.remedy
     with pytest.raises(DataError):
         vocabulary.encode_batch(["fine", "abc e\u0301"])
@@ -188,14 +188,14 @@ def test_decomposed_text_is_refused_with_the_place():
 
 
 def test_the_place_of_a_lost_tail_is_its_end():
-    vocabulary = open_vocabulary(byte_level(normalizer=normalizers.Replace("z", "")), "eats-z")  # no probe holds a z
+    vocabulary = load_vocabulary(byte_level(normalizer=normalizers.Replace("z", "")), "eats-z")  # no probe holds a z
     with pytest.raises(DataError, match="byte 2 of 'fizz' is 7a 7a, came back as the end"):
         vocabulary.encode("fizz")
     assert vocabulary.decode(vocabulary.encode("fix")) == b"fix"
 
 
 def test_a_literal_sentencepiece_space_is_refused():
-    vocabulary = open_vocabulary(sentencepiece(), "spm")
+    vocabulary = load_vocabulary(sentencepiece(), "spm")
     with pytest.raises(DataError, match="byte 1 of 'a▁b' is e2 96 81") as caught:
         vocabulary.encode("a▁b")
     assert "leave the text out" in caught.value.remedy  # it is NFC already: normalising would not help
@@ -214,15 +214,15 @@ def test_ids_out_of_range_are_refused(small: Vocabulary, i: int | str):
     with pytest.raises(DataError, match="out of range"):
         small.decode([at])
     with pytest.raises(DataError, match="outside the vocabulary"):
-        small.pieces([at])
+        small.decode_pieces([at])
 
 
 def test_control_ids_are_not_decoded_but_are_pieces(small: Vocabulary):
-    name, i = next(iter(small.control.items()))
+    name, i = next(iter(small.control_token_ids.items()))
     with pytest.raises(DataError, match="has no bytes"):
         small.decode([i])
     ids = [*small.encode("hello"), *small.encode(" world"), i, i, *small.encode("x")]
-    assert small.pieces(ids) == (b"hello world", name, name, b"x")
+    assert small.decode_pieces(ids) == (b"hello world", name, name, b"x")
 
 
 def wordpiece() -> Tokenizer:
@@ -261,18 +261,18 @@ REFUSED = {
 def test_tokenizers_whose_bytes_cannot_be_known_are_refused(case: str):
     make, reason = REFUSED[case]
     with pytest.raises(DataError, match=reason) as caught:
-        open_vocabulary(make(), "odd/model")
+        load_vocabulary(make(), "odd/model")
     assert caught.value.where == "odd/model"
     assert caught.value.remedy
 
 
 def test_a_slow_tokenizer_is_refused():
     with pytest.raises(DataError, match="not a fast tokenizer"):
-        open_vocabulary(object(), "slow")
+        load_vocabulary(object(), "slow")
 
 
 def test_probes_hold_what_they_promise():
-    joined = "".join(PROBES)
+    joined = "".join(ROUND_TRIP_PROBES)
     blocks = {"CJK UNIFIED", "HIRAGANA", "HANGUL", "THAI", "MYANMAR", "KHMER", "LAO", "ZERO WIDTH JOINER"}
     names = {unicodedata.name(c, "") for c in joined}
     assert all(any(n.startswith(b) for n in names) for b in blocks)
@@ -286,7 +286,7 @@ def test_probes_hold_what_they_promise():
 
 @pytest.fixture(scope="session")
 def gpt2(data: Path) -> Vocabulary:
-    return open_vocabulary(Tokenizer.from_file(str(data / "tokenizers" / "gpt2" / "tokenizer.json")), "gpt2")
+    return load_vocabulary(Tokenizer.from_file(str(data / "tokenizers" / "gpt2" / "tokenizer.json")), "gpt2")
 
 
 @pytest.fixture(scope="session", params=[*REAL, "gpt2"])
@@ -294,7 +294,7 @@ def actual(request: pytest.FixtureRequest, real_of, data: Path) -> tuple[str, Vo
     """(folder name, vocabulary) of every folder in data/tokenizers."""
     if request.param == "gpt2":
         return "gpt2", request.getfixturevalue("gpt2")
-    return REAL[request.param], real_of(request.param).voice.vocabulary
+    return REAL[request.param], real_of(request.param).renderer.vocabulary
 
 
 @pytest.mark.realdata
@@ -308,7 +308,7 @@ def test_real_byte_properties(actual: tuple[str, Vocabulary], data: Path):
     added = json.loads((data / "tokenizers" / name / "tokenizer.json").read_text())["added_tokens"]
     text = [b for b in vocabulary.bytes_W if b is not None]
     # notes/data.md counts as text what a tokenizer.json does not call special; persea is stricter: <unused7> is no text
-    stricter = [t["content"].encode() for t in added if not t["special"] and t["content"] in vocabulary.control] if name == "gemma3" else []
+    stricter = [t["content"].encode() for t in added if not t["special"] and t["content"] in vocabulary.control_token_ids] if name == "gemma3" else []
     tokens, distinct, broken = BYTE_PROPERTIES[name]
     assert len(text) + len(stricter) == tokens
     assert len({*text, *stricter}) == distinct
@@ -356,7 +356,7 @@ def test_real_ids_are_those_of_other_programs(actual: tuple[str, Vocabulary], da
 
 @pytest.mark.realdata
 def test_real_qwen_refuses_decomposed_burmese(real_of, data: Path):
-    vocabulary = real_of("qwen").voice.vocabulary
+    vocabulary = real_of("qwen").renderer.vocabulary
     lines = (data / "parallel" / "ntrex.mya.txt").read_text(encoding="utf-8").splitlines()
     decomposed = next(line for line in lines if not unicodedata.is_normalized("NFC", line))
     with pytest.raises(DataError, match="does not give the text back: byte"):

@@ -19,16 +19,16 @@ import pytest
 import torch
 
 from persea import storage as store
-from persea.errors import DataError, PerseaError, Refused, Stopped, StorageError
+from persea.errors import DataError, PerseaError, RefusedError, RunInterrupted, StorageError
 from persea.training import checkpoint as checkpoints
 from persea.training.distributed.world import World
-from persea.training.loop import Settings, train
-from persea.training.loss_balancing import Group, Taught
+from persea.training.loop import TrainingSettings, run_training_loop
+from persea.training.loss_balancing import Group, GroupStats
 from tests.cache.test_faults import lay
 from tests.disks import Dying, Failing, Recording, Step, after_power_loss
 from tests.worlds_of_two import Dice, Out, final
 
-SETTINGS = Settings(steps=6, learning_rate=0.05, warmup=1, weight_decay=0.01, clip=1.0, checkpoint_every=2, log_every=1, seed=3)
+SETTINGS = TrainingSettings(steps=6, learning_rate=0.05, warmup_steps=1, weight_decay=0.01, max_grad_norm=1.0, checkpoint_every=2, log_every=1, seed=3)
 INPUTS: dict[str, Any] = {"training": {"steps": 6, "targets": ("q_proj",)}, "seed": 3, "capture": "c" * 64}
 
 
@@ -50,20 +50,20 @@ def run(folder: Path, inputs: Mapping[str, Any] = INPUTS, stop: int = -1, **more
     """Train with dice; a signal comes in step `stop`."""
     dice, source = Dice(), more.get("source")
 
-    def loss_of(step: int, part: int, parts: int, weights: Mapping[Group, float]) -> tuple[Out, Mapping[Group, Taught]]:
+    def loss_of(step: int, part: int, parts: int, weights: Mapping[Group, float]) -> tuple[Out, Mapping[Group, GroupStats]]:
         if step == stop:
             os.kill(os.getpid(), signal.SIGTERM)
         if source:
             source.count += 1
         out, taught = dice.loss_of(step, part, parts)
-        return (Out(out.loss * (1 + source.count % 3), out.positions), taught) if source else (out, taught)
+        return (Out(out.loss * (1 + source.count % 3), out.num_tokens), taught) if source else (out, taught)
 
-    train(dice.parameters, loss_of, SETTINGS, folder, inputs, **more)
+    run_training_loop(dice.parameters, loss_of, SETTINGS, folder, inputs, **more)
     return dice
 
 
 def stopped(folder: Path, at: int, **more: Any) -> None:
-    with pytest.raises(Stopped):
+    with pytest.raises(RunInterrupted):
         run(folder, stop=at, **more)
 
 
@@ -81,22 +81,22 @@ def test_every_source_of_chance_goes_on_where_it_was(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lost", ["torch", "numpy", "python"])
 def test_without_one_of_them_saved_a_resumed_training_ends_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str) -> None:
-    real, fired = checkpoints.restore_chance, []
+    real, fired = checkpoints.restore_rng_state, []
 
     def without(state: Mapping[str, Any]) -> None:
         fired.append(lost)
-        real({**checkpoints.chance(), **{k: v for k, v in state.items() if k != lost}})
+        real({**checkpoints.rng_state(), **{k: v for k, v in state.items() if k != lost}})
 
-    monkeypatch.setattr(checkpoints, "restore_chance", without)
+    monkeypatch.setattr(checkpoints, "restore_rng_state", without)
     assert differs_after_a_resume(tmp_path)
     assert fired == [lost]
 
 
 def test_what_a_source_carries_is_part_of_the_state(tmp_path: Path) -> None:
     whole, first, second = Carries(), Carries(), Carries()
-    run(tmp_path / "whole", source=whole)
-    stopped(tmp_path / "parts", 2, source=first)
-    run(tmp_path / "parts", source=second)
+    run(tmp_path / "whole", batch_source=whole)
+    stopped(tmp_path / "parts", 2, batch_source=first)
+    run(tmp_path / "parts", batch_source=second)
     assert (first.count, second.told, second.count, whole.count) == (3, [b"3"], 6, 6)
     assert final(tmp_path / "whole") == final(tmp_path / "parts")
 
@@ -105,10 +105,10 @@ def test_a_weight_that_is_not_finite_is_never_written_and_never_pushes_out_one_t
     run(tmp_path)
     before = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     broken = [torch.nn.Parameter(torch.tensor([1.0, float("inf")]))]
-    with pytest.raises(Refused, match="weights are not finite after step 9: not saved"):
-        checkpoints.save(tmp_path, INPUTS, checkpoints.State(9), broken, torch.optim.AdamW(broken), World())
+    with pytest.raises(RefusedError, match="weights are not finite after step 9: not saved"):
+        checkpoints.save_checkpoint(tmp_path, INPUTS, checkpoints.TrainerState(9), broken, torch.optim.AdamW(broken), World())
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == before
-    assert len(before) == 3 * checkpoints.KEPT
+    assert len(before) == 3 * checkpoints.MAX_CHECKPOINTS
 
 
 # --- which one goes on ---
@@ -154,12 +154,12 @@ def test_what_differs_is_told_key_by_key(tmp_path: Path) -> None:
     other = {"training": {"steps": 7, "targets": ("k_proj",), "clip": 1.0}, "seed": 3, "capture": "d" * 64}
     words = ("training.steps: 6 -> 7; training.targets: [\"q_proj\"] -> [\"k_proj\"]; training.clip: null -> 1.0; "
              "capture: cccccccccccc -> dddddddddddd")
-    assert checkpoints.differs(tmp_path, other) == words
-    with pytest.raises(Refused) as caught:
+    assert checkpoints.describe_input_changes(tmp_path, other) == words
+    with pytest.raises(RefusedError) as caught:
         run(tmp_path, inputs=other)
     assert f"({words})" in str(caught.value)
     assert caught.value.exit_code == 4
-    assert checkpoints.differs(tmp_path, INPUTS) == checkpoints.differs(tmp_path / "new", INPUTS) == ""
+    assert checkpoints.describe_input_changes(tmp_path, INPUTS) == checkpoints.describe_input_changes(tmp_path / "new", INPUTS) == ""
 
 
 # --- what befalls a disk ---
@@ -242,8 +242,8 @@ def sound_after_power_loss(folder: Path, changes: list[Step], every: int) -> Cou
             told["disks"] += 1
             dice = Dice()
             try:
-                newest = checkpoints.choose(folder / "run", checkpoints.AUTO)
-                step = checkpoints.load(newest, INPUTS, dice.parameters, None, World())[0].step if newest else 0
+                newest = checkpoints.find_checkpoint(folder / "run", checkpoints.RESUME_AUTO)
+                step = checkpoints.load_checkpoint(newest, INPUTS, dice.parameters, None, World())[0].step if newest else 0
                 told["sound"] += step >= promised
             except PerseaError:
                 told["broken"] += 1
@@ -275,7 +275,7 @@ def test_without_digests_a_flipped_weight_is_trained_on(tmp_path: Path, monkeypa
     path.write_bytes(data)
     with pytest.raises(DataError, match="not what was written"):
         run(tmp_path)
-    record = store.read_sealed(path.with_suffix(".json"), "")
+    record = store.read_json_with_checksum(path.with_suffix(".json"), "")
     monkeypatch.setattr(store, "digest_file", lambda path: record["state"])
     run(tmp_path)
 

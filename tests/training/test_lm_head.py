@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, CohereConfig, FalconH1Config, Gemma2Config, GPTNeoXConfig, GraniteConfig, LlamaConfig, PreTrainedModel
 
-from persea.errors import Refused
-from persea.losses import Head
-from persea.training.lm_head import Scaling, hidden_states, packed, refuse_packing, scaling_of
+from persea.errors import RefusedError
+from persea.losses import LMHead
+from persea.training.lm_head import LogitScaling, find_logit_scaling, hidden_states, pack_sequences, refuse_packing
 
 V = 50
 SIZES: dict[str, Any] = {"vocab_size": V + 3, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -26,23 +26,23 @@ def tiny(config: type, **more: Any) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize(("config", "more", "scaling"), [
-    (LlamaConfig, {"tie_word_embeddings": True}, Scaling()),
-    (LlamaConfig, {"tie_word_embeddings": False}, Scaling()),
-    (GPTNeoXConfig, {}, Scaling()),  # its head has another name
-    (Gemma2Config, {"final_logit_softcapping": 3.0, "head_dim": 8, "num_key_value_heads": 1}, Scaling(cap=3.0)),
-    (GraniteConfig, {"logits_scaling": 4.0}, Scaling(scale=0.25)),
-    (CohereConfig, {"logit_scale": 0.0625}, Scaling(scale=0.0625)),
+    (LlamaConfig, {"tie_word_embeddings": True}, LogitScaling()),
+    (LlamaConfig, {"tie_word_embeddings": False}, LogitScaling()),
+    (GPTNeoXConfig, {}, LogitScaling()),  # its head has another name
+    (Gemma2Config, {"final_logit_softcapping": 3.0, "head_dim": 8, "num_key_value_heads": 1}, LogitScaling(softcap=3.0)),
+    (GraniteConfig, {"logits_scaling": 4.0}, LogitScaling(scale=0.25)),
+    (CohereConfig, {"logit_scale": 0.0625}, LogitScaling(scale=0.0625)),
 ])
-def test_head_and_hidden_states_make_the_models_own_logits(config: type, more: dict[str, Any], scaling: Scaling):
+def test_head_and_hidden_states_make_the_models_own_logits(config: type, more: dict[str, Any], scaling: LogitScaling):
     model = tiny(config, **more)
-    found = scaling_of(model, V, "student")
+    found = find_logit_scaling(model, V, "student")
     assert found == scaling
     ids = torch.randint(0, V, (2, 7))
     mask = torch.ones_like(ids)
     mask[1, 5:] = 0
     wanted = model(input_ids=ids, attention_mask=mask).logits
     linear = model.get_output_embeddings()
-    logits = Head(linear.weight, V, linear.bias, found.scale, found.cap).logits(hidden_states(model, ids, mask)[mask.bool()])
+    logits = LMHead(linear.weight, V, linear.bias, found.scale, found.softcap).logits(hidden_states(model, ids, mask)[mask.bool()])
     torch.testing.assert_close(logits, wanted[mask.bool()][:, :V], rtol=1e-5, atol=1e-5)
     assert "forward" not in model.get_output_embeddings().__dict__  # the head works again
     assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, wanted)
@@ -65,7 +65,7 @@ def test_a_head_that_fails_is_put_back():
 
 def test_training_mode_is_left_as_it_was():
     model = tiny(LlamaConfig, attention_dropout=0.5).train()
-    assert scaling_of(model, V, "student") == Scaling()  # dropout would show
+    assert find_logit_scaling(model, V, "student") == LogitScaling()  # dropout would show
     assert model.training
 
 
@@ -80,8 +80,8 @@ def test_logits_that_are_not_what_the_configuration_says_are_refused(config: typ
         return out
 
     model.forward = warmer
-    with pytest.raises(Refused, match="something else of its head's output") as caught:
-        scaling_of(model, V, "student")
+    with pytest.raises(RefusedError, match="something else of its head's output") as caught:
+        find_logit_scaling(model, V, "student")
     assert caught.value.exit_code == 4
 
 
@@ -89,8 +89,8 @@ def test_a_head_with_an_adapter_is_refused():
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(tiny(LlamaConfig, tie_word_embeddings=False), LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM"))
-    with pytest.raises(Refused, match=r"student: its head is a peft\..*Linear, and persea trains through a plain linear map -> leave the head"):
-        scaling_of(model, V, "student")
+    with pytest.raises(RefusedError, match=r"student: its head is a peft\..*Linear, and persea trains through a plain linear map -> leave the head"):
+        find_logit_scaling(model, V, "student")
 
 
 def test_texts_in_a_row_do_not_see_each_other():
@@ -105,8 +105,8 @@ def test_a_hybrid_is_known_too():
     """A hybrid of attention and state space, with a multiplier on its head's output."""
     model = tiny(FalconH1Config, lm_head_multiplier=0.5, mamba_d_ssm=32, mamba_n_heads=2, mamba_d_state=8, mamba_n_groups=1,
                  num_key_value_heads=2)
-    assert scaling_of(model, V, "student") == Scaling(scale=0.5)
-    with pytest.raises(Refused, match="texts in one row see each other"):  # its state runs through
+    assert find_logit_scaling(model, V, "student") == LogitScaling(scale=0.5)
+    with pytest.raises(RefusedError, match="texts in one row see each other"):  # its state runs through
         refuse_packing(model, V, "training.packing")
 
 
@@ -117,10 +117,10 @@ def test_packing_keeps_every_text_whole_and_knows_where_it_went():
     for b, n in enumerate(lengths):
         ids[b, :n], mask[b, :n] = torch.randint(1, V, (n,), generator=rng), 1
     row, at = mask.nonzero(as_tuple=True)
-    packed_ids, positions, row_N, at_N = packed(ids, mask, row, at)
+    packed_ids, positions, row_N, at_N = pack_sequences(ids, mask, row, at)
     assert packed_ids.shape == (3, 7)  # 7, 5 + 2, 4 + 3
     assert torch.equal(packed_ids[row_N, at_N], ids[row, at])
     assert torch.equal(positions[row_N, at_N], at)  # each counts from its own begin
     assert len({(int(r), int(a)) for r, a in zip(row_N, at_N, strict=True)}) == sum(lengths)
-    one_row = packed(ids[:2], mask[:2], *mask[:2].nonzero(as_tuple=True))
+    one_row = pack_sequences(ids[:2], mask[:2], *mask[:2].nonzero(as_tuple=True))
     assert one_row[1].tolist() == [[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 0, 1, 2, 3]]  # what is left counts anew: a text of its own

@@ -20,13 +20,13 @@ import pytest
 import torch
 
 from persea import storage as store
-from persea.config.schema import Balance
-from persea.errors import DataError, Refused, Stopped
-from persea.training.loop import Settings, train
-from persea.training.loss_balancing import Group, Taught
+from persea.config.schema import LossBalancing
+from persea.errors import DataError, RefusedError, RunInterrupted
+from persea.training.loop import TrainingSettings, run_training_loop
+from persea.training.loss_balancing import Group, GroupStats
 from tests.cli.test_cli import flowed, flowed_copy, persea, start, warm
 
-SETTINGS = Settings(steps=12, learning_rate=0.05, warmup=3, weight_decay=0.01, clip=1.0, checkpoint_every=3, log_every=2, seed=5, skips=0)
+SETTINGS = TrainingSettings(steps=12, learning_rate=0.05, warmup_steps=3, weight_decay=0.01, max_grad_norm=1.0, checkpoint_every=3, log_every=2, seed=5, max_skipped_steps=0)
 QWEN, GEMMA = Group("qwen", "languages"), Group("gemma", "code")
 INPUTS = {"training": {"steps": 12}, "capture": "a" * 64}
 
@@ -34,8 +34,8 @@ INPUTS = {"training": {"steps": 12}, "capture": "a" * 64}
 @dataclass(frozen=True)
 class Out:
     loss: torch.Tensor
-    positions: int = 7
-    terms: Mapping[str, float] = field(default_factory=lambda: {"events": 1.0})
+    num_tokens: int = 7
+    metrics: Mapping[str, float] = field(default_factory=lambda: {"events": 1.0})
 
 
 class Toy:
@@ -45,26 +45,26 @@ class Toy:
         self.parameters = [torch.nn.Parameter(torch.linspace(-1, 1, 24).reshape(4, 6)), torch.nn.Parameter(torch.ones(5))]
         self.steps: list[int] = []
 
-    def loss_of(self, step: int) -> tuple[Out, Mapping[Group, Taught]]:
+    def loss_of(self, step: int) -> tuple[Out, Mapping[Group, GroupStats]]:
         self.steps.append(step)
         target = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
         seen = torch.nn.functional.dropout(self.parameters[0], 0.3)
-        return Out(((seen - target) ** 2).mean() + (self.parameters[1] ** 2).sum()), {QWEN: Taught(3, 6.0), GEMMA: Taught(1 + step)}
+        return Out(((seen - target) ** 2).mean() + (self.parameters[1] ** 2).sum()), {QWEN: GroupStats(3, 6.0), GEMMA: GroupStats(1 + step)}
 
 
 Change = Callable[[int, Out], Out | None]
 
 
-def run(folder: Path, settings: Settings = SETTINGS, inputs: Mapping[str, Any] = INPUTS, change: Change = lambda step, out: None,
+def run(folder: Path, settings: TrainingSettings = SETTINGS, inputs: Mapping[str, Any] = INPUTS, change: Change = lambda step, out: None,
         toy: Toy | None = None, **more: Any) -> Toy:
     """Train a toy; `change` may do something at a step, or put another loss in the place of its loss."""
     toy = toy or Toy()
 
-    def loss_of(step: int, part: int, parts: int, weights: Mapping[Group, float]) -> tuple[Out, Mapping[Group, Taught]]:
+    def loss_of(step: int, part: int, parts: int, weights: Mapping[Group, float]) -> tuple[Out, Mapping[Group, GroupStats]]:
         out, taught = toy.loss_of(step)
         return change(step, out) or out, taught
 
-    train(toy.parameters, loss_of, settings, folder, inputs, **more)
+    run_training_loop(toy.parameters, loss_of, settings, folder, inputs, **more)
     return toy
 
 
@@ -102,7 +102,7 @@ def test_it_learns_and_writes_its_metrics(tmp_path: Path, uninterrupted: dict[st
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
     assert [line["positions"] for line in lines] == [14, 28, 42, 56, 70, 84]
-    assert [line["learning_rate"] for line in lines] == [SETTINGS.rate(k - 1) for k in (2, 4, 6, 8, 10, 12)]
+    assert [line["learning_rate"] for line in lines] == [SETTINGS.learning_rate_at_step(k - 1) for k in (2, 4, 6, 8, 10, 12)]
     assert all(line["terms"] == {"events": 1.0} for line in lines)
     assert lines[1]["share"] == {"qwen": 3 / 7, "gemma": 4 / 7}
     assert all(line["teachers"] == {"qwen": 2.0} for line in lines)  # gemma's loss nobody told
@@ -111,12 +111,12 @@ def test_it_learns_and_writes_its_metrics(tmp_path: Path, uninterrupted: dict[st
 
 
 def test_it_is_adam_with_the_clipped_gradient_and_the_rate_of_the_step(tmp_path: Path) -> None:
-    plain = replace(SETTINGS, clip=0.5)
+    plain = replace(SETTINGS, max_grad_norm=0.5)
     one, other = run(tmp_path, plain), Toy()
     optimizer = torch.optim.AdamW(other.parameters, betas=(0.9, 0.98), weight_decay=0.01)
     torch.manual_seed(5 << 31)
     for step in range(12):
-        optimizer.param_groups[0]["lr"] = plain.rate(step)
+        optimizer.param_groups[0]["lr"] = plain.learning_rate_at_step(step)
         optimizer.zero_grad()
         other.loss_of(step)[0].loss.backward()
         norm = torch.sqrt(sum((p.grad ** 2).sum() for p in other.parameters))
@@ -138,7 +138,7 @@ def test_what_a_source_carries_from_step_to_step_is_in_the_checkpoint(tmp_path: 
             super().__init__()
             self.left = b""
 
-        def loss_of(self, step: int) -> tuple[Out, Mapping[Group, Taught]]:
+        def loss_of(self, step: int) -> tuple[Out, Mapping[Group, GroupStats]]:
             out, share = super().loss_of(step)
             self.left = bytes([*self.left, step])
             return replace(out, loss=out.loss * len(self.left)), share
@@ -149,9 +149,9 @@ def test_what_a_source_carries_from_step_to_step_is_in_the_checkpoint(tmp_path: 
         def restore(self, states: tuple[bytes, ...]) -> None:
             self.told, self.left = states, states[0]
 
-    def go(folder: Path, settings: Settings) -> Carrying:
+    def go(folder: Path, settings: TrainingSettings) -> Carrying:
         toy = Carrying()
-        run(folder, settings, toy=toy, source=toy)
+        run(folder, settings, toy=toy, batch_source=toy)
         return toy
 
     whole = go(tmp_path / "whole", SETTINGS)
@@ -169,23 +169,23 @@ class Weighed(Toy):
         super().__init__()
         self.given: list[Mapping[Group, float]] = []
 
-    def weighed(self, step: int, part: int, parts: int, weights: Mapping[Group, float]) -> tuple[Out, Mapping[Group, Taught]]:
+    def weighed(self, step: int, part: int, parts: int, weights: Mapping[Group, float]) -> tuple[Out, Mapping[Group, GroupStats]]:
         self.given.append(dict(weights))
         out, _ = self.loss_of(step)
         sides = {QWEN: out.loss, GEMMA: (self.parameters[1] ** 2).mean() / 10}
         total = torch.stack([weights.get(group, 1.0) * 300 * loss for group, loss in sides.items()]).sum() / 600
-        told = {group: Taught(300, 300 * float(loss.detach()), 300 * float(loss.detach()) ** 2, 1.0) for group, loss in sides.items()}
+        told = {group: GroupStats(300, 300 * float(loss.detach()), 300 * float(loss.detach()) ** 2, 1.0) for group, loss in sides.items()}
         return Out(total, 600), told
 
 
-def go(folder: Path, settings: Settings, **more: Any) -> Weighed:
+def go(folder: Path, settings: TrainingSettings, **more: Any) -> Weighed:
     toy = Weighed()
-    train(toy.parameters, toy.weighed, settings, folder, INPUTS, **more)
+    run_training_loop(toy.parameters, toy.weighed, settings, folder, INPUTS, **more)
     return toy
 
 
 def test_weights_come_from_the_steps_before_and_go_on_after_a_resume(tmp_path: Path) -> None:
-    settings = replace(SETTINGS, balance=Balance.DEVIATION, log_every=1)
+    settings = replace(SETTINGS, loss_balancing=LossBalancing.DEVIATION, log_every=1)
     whole = go(tmp_path / "whole", settings)
     assert whole.given[0] == {}  # nothing was heard yet
     assert all(given[QWEN] < 0.9 and given[GEMMA] > 1.1 for given in whole.given[1:])
@@ -199,7 +199,7 @@ def test_weights_come_from_the_steps_before_and_go_on_after_a_resume(tmp_path: P
     again = go(tmp_path / "whole", settings, resume=str(tmp_path / "whole" / "checkpoints" / "step-00000009.json"))
     assert again.given == whole.given[9:] and len(again.given) == 3
     assert metrics(tmp_path / "whole") == lines
-    off = go(tmp_path / "off", replace(settings, balance=Balance.NONE))
+    off = go(tmp_path / "off", replace(settings, loss_balancing=LossBalancing.NONE))
     assert off.given == [{}] * 12
     assert metrics(tmp_path / "off")[-1]["loss"] != lines[-1]["loss"]
 
@@ -207,11 +207,11 @@ def test_weights_come_from_the_steps_before_and_go_on_after_a_resume(tmp_path: P
 def test_a_step_that_is_not_applied_leaves_the_scales_as_they_were(tmp_path: Path) -> None:
     toy = Weighed()
 
-    def loss_of(step: int, part: int, parts: int, weights: Mapping[Group, float]) -> tuple[Out, Mapping[Group, Taught]]:
+    def loss_of(step: int, part: int, parts: int, weights: Mapping[Group, float]) -> tuple[Out, Mapping[Group, GroupStats]]:
         out, told = toy.weighed(step, part, parts, weights)
-        return (replace(out, loss=out.loss * math.nan), dict.fromkeys(told, Taught(300, 1e9, 1e9, 1.0))) if step == 4 else (out, told)
+        return (replace(out, loss=out.loss * math.nan), dict.fromkeys(told, GroupStats(300, 1e9, 1e9, 1.0))) if step == 4 else (out, told)
 
-    train(toy.parameters, loss_of, replace(SETTINGS, balance=Balance.DEVIATION, skips=1), tmp_path, INPUTS)
+    run_training_loop(toy.parameters, loss_of, replace(SETTINGS, loss_balancing=LossBalancing.DEVIATION, max_skipped_steps=1), tmp_path, INPUTS)
     assert toy.given[4] == toy.given[5] != toy.given[6]
 
 
@@ -240,7 +240,7 @@ def test_a_signal_saves_the_step_and_the_rest_goes_on_from_it(
         tmp_path: Path, uninterrupted: dict[str, Any], number: signal.Signals, at: int) -> None:
     before = signal.getsignal(number)
     first = Toy()
-    with pytest.raises(Stopped, match=rf"stopped by {number.name}; step {at + 1} is saved -> the same command goes on") as caught:
+    with pytest.raises(RunInterrupted, match=rf"stopped by {number.name}; step {at + 1} is saved -> the same command goes on") as caught:
         run(tmp_path, change=lambda step, out: os.kill(os.getpid(), number) if step == at else None, toy=first)
     assert caught.value.exit_code == 128 + number
     assert first.steps == list(range(at + 1))
@@ -254,7 +254,7 @@ def test_a_signal_saves_the_step_and_the_rest_goes_on_from_it(
 def test_stopped_after_every_step_it_ends_the_same(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:
     stops = 0
     for _ in range(12):
-        with pytest.raises(Stopped):
+        with pytest.raises(RunInterrupted):
             run(tmp_path, change=lambda step, out: os.kill(os.getpid(), signal.SIGTERM))
         stops += 1
     run(tmp_path)
@@ -294,7 +294,7 @@ def test_the_command_line_ends_with_the_code_of_its_signal_and_goes_on_to_the_sa
 def dies(folder: Path, call: int, before: bool) -> None:
     """In a child: a training that kills itself right before or after its call-th write."""
     torch.set_num_threads(1)
-    write, calls = store.publishing, itertools.count()
+    write, calls = store.open_atomic, itertools.count()
 
     @contextmanager
     def publishing(path: Path) -> Iterator[BinaryIO]:
@@ -306,7 +306,7 @@ def dies(folder: Path, call: int, before: bool) -> None:
         if mine == call:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    store.publishing = publishing
+    store.open_atomic = publishing
     run(folder)
 
 
@@ -371,7 +371,7 @@ def test_a_step_that_is_not_finite_is_refused_before_it_is_applied(tmp_path: Pat
         return broken(out) if step == 4 else None
 
     words = r"train: loss .*, gradient norm \S+ at step 5, taught by gemma, qwen: not applied -> lower training\.learning_rate"
-    with pytest.raises(Refused, match=words) as caught:
+    with pytest.raises(RefusedError, match=words) as caught:
         run(tmp_path, change=change, toy=toy)
     assert caught.value.exit_code == 4
     assert len(held) == 5
@@ -382,19 +382,19 @@ def test_a_step_that_is_not_finite_is_refused_before_it_is_applied(tmp_path: Pat
 
 def test_a_step_of_no_positions_is_refused_and_not_taken_for_a_loss_of_nothing(tmp_path: Path) -> None:
     toy, before = Toy(), [p.detach().clone() for p in Toy().parameters]
-    with pytest.raises(Refused, match=r"train, step 0: nothing of this step can be learned from"):
+    with pytest.raises(RefusedError, match=r"train, step 0: nothing of this step can be learned from"):
         run(tmp_path, change=lambda step, out: replace(out, positions=0), toy=toy)
     assert all(torch.equal(a, b) for a, b in zip(toy.parameters, before, strict=True))
 
 
 def test_a_held_out_loss_that_is_not_finite_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(Refused, match=r"train: held-out loss is not finite after step 4: qwen nan -> lower training\.learning_rate"):
+    with pytest.raises(RefusedError, match=r"train: held-out loss is not finite after step 4: qwen nan -> lower training\.learning_rate"):
         run(tmp_path, replace(SETTINGS, evaluate_every=4), evaluate=lambda: {"all": 1.0, "qwen": float("nan")})
     assert [p.name for p in (tmp_path / "checkpoints").glob("*.pt")] == ["step-00000003.pt"]
 
 
 def test_a_batch_that_was_mended_goes_on_from_the_last_finite_checkpoint(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:
-    with pytest.raises(Refused):
+    with pytest.raises(RefusedError):
         run(tmp_path, change=lambda step, out: nan_loss(out) if step == 10 else None)
     assert run(tmp_path).steps == [9, 10, 11]
     assert ended(tmp_path) == uninterrupted
@@ -412,7 +412,7 @@ def test_a_checkpoint_of_another_key_is_refused(tmp_path: Path) -> None:
     toy, before = Toy(), [p.detach().clone() for p in Toy().parameters]
     words = r"step-00000009\.json: the checkpoint belongs to another recipe, model or capture " \
             r"\(training\.steps: 12 -> 13; capture: a{12} -> b{12}\) -> .*--out"
-    with pytest.raises(Refused, match=words) as caught:
+    with pytest.raises(RefusedError, match=words) as caught:
         run(tmp_path, inputs={"training": {"steps": 13}, "capture": "b" * 64}, toy=toy)
     assert caught.value.exit_code == 4
     assert toy.steps == []
@@ -431,7 +431,7 @@ def test_no_flipped_bit_is_resumed_from(tmp_path: Path) -> None:
         toy = Toy()
         try:
             run(tmp_path, toy=toy, change=lambda step, out: 1 // 0)  # it would resume
-        except (DataError, Refused) as error:
+        except (DataError, RefusedError) as error:
             assert "step-00000009" in str(error)
             assert toy.steps == []
             refused += 1
@@ -468,7 +468,7 @@ def test_a_record_of_another_step_is_refused(tmp_path: Path) -> None:
         (folder / f"step-00000009.{kind}").rename(folder / f"step-00000011.{kind}")
     with pytest.raises(DataError, match="step-00000011"):
         run(tmp_path)
-    record = store.read_sealed(folder / "step-00000011.json", "")
-    store.publish_sealed(folder / "step-00000011.json", record | {"step": 11})
+    record = store.read_json_with_checksum(folder / "step-00000011.json", "")
+    store.write_json_with_checksum(folder / "step-00000011.json", record | {"step": 11})
     with pytest.raises(DataError, match="step-00000011"):
         run(tmp_path)

@@ -15,39 +15,39 @@ import pytest
 import torch
 from memory import Peak
 
-from persea.chat.messages import Conversation, Effort, Text
-from persea.errors import DataError, Refused, StorageError
-from persea.losses import composed_head
-from persea.models.loading import Source, open_model, open_voice
-from persea.training.student import Forward, Lora, Student, Ways, open_student
+from persea.chat.messages import Conversation, Text, ThinkingEffort
+from persea.errors import DataError, RefusedError, StorageError
+from persea.losses import event_kl_loss_from_hidden
+from persea.models.loading import ModelSource, load_model, load_renderer
+from persea.training.student import ComputeOptions, HiddenStateModule, LoraSettings, StudentModel, load_student
 from tests.cli.test_cli import warm
 from tests.teachers.engines.test_transformers import NAMES, SAPLINGS, opened
 
-LORA = Lora(4, 8, ("q_proj", "v_proj"))
-PLAIN = Ways()
+LORA = LoraSettings(4, 8, ("q_proj", "v_proj"))
+PLAIN = ComputeOptions()
 
 
-def student(name: str = "llama-sapling", lora: Lora | None = None, seed: int = 0, ways: Ways = PLAIN) -> Student:
-    return open_student(Source(str(SAPLINGS / name)), opened(name)[0], lora, seed, ways)
+def student(name: str = "llama-sapling", lora: LoraSettings | None = None, seed: int = 0, ways: ComputeOptions = PLAIN) -> StudentModel:
+    return load_student(ModelSource(str(SAPLINGS / name)), opened(name)[0], lora, seed, ways)
 
 
-def spoken(one: Student) -> tuple[torch.Tensor, ...]:
+def spoken(one: StudentModel) -> tuple[torch.Tensor, ...]:
     """ids, mask, row, at of two answers of different length, right padded."""
     texts = ("Two.", "One hundred and twenty-three, in words.")
-    tokens = [one.voice.render(Conversation.ask(f"question {k}").answered(Text(t))) for k, t in enumerate(texts)]
+    tokens = [one.renderer.render(Conversation.from_question(f"question {k}").with_answer(Text(t))) for k, t in enumerate(texts)]
     ids = torch.zeros((2, max(map(len, tokens))), dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for k, t in enumerate(tokens):
         ids[k, :len(t)], mask[k, :len(t)] = torch.from_numpy(t.ids_T), 1
-    row, at = zip(*((k, n - 1) for k, t in enumerate(tokens) for n in range(len(t)) if t.learn_T[n]), strict=True)
+    row, at = zip(*((k, n - 1) for k, t in enumerate(tokens) for n in range(len(t)) if t.loss_mask_T[n]), strict=True)
     return ids, mask, torch.tensor(row), torch.tensor(at)
 
 
-def shake(one: Student) -> None:
+def shake(one: StudentModel) -> None:
     """Some training: every weight that may change does."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for p in one.trained:
+        for p in one.trainable_parameters:
             p.add_(0.05 * torch.randn(p.shape, generator=generator))
 
 
@@ -57,47 +57,47 @@ def test_logits_stand_where_they_were_asked_for(name: str) -> None:
     ids, mask, row, at = spoken(one)
     with torch.inference_mode():
         logits = one.logits(ids, mask, row, at)
-        assert logits.shape == (len(row), len(one.voice.vocabulary))
+        assert logits.shape == (len(row), len(one.renderer.vocabulary))
         assert logits.dtype == torch.float32
         for k in (0, 1):
             alone = one.model(input_ids=ids[k:k + 1, :int(mask[k].sum())]).logits[0]
-            assert torch.allclose(logits[row == k], alone[at[row == k], :len(one.voice.vocabulary)], atol=1e-4)
+            assert torch.allclose(logits[row == k], alone[at[row == k], :len(one.renderer.vocabulary)], atol=1e-4)
 
 
 def test_logits_of_padded_rows_are_cut_off() -> None:
     one = student()
     model = deepcopy(one.model)
-    model.resize_token_embeddings(len(one.voice.vocabulary) + 37, mean_resizing=False)
-    wide = Student(model, one.voice, one.source)
-    assert model.get_output_embeddings().weight.shape[0] == len(one.voice.vocabulary) + 37
+    model.resize_token_embeddings(len(one.renderer.vocabulary) + 37, mean_resizing=False)
+    wide = StudentModel(model, one.renderer, one.source)
+    assert model.get_output_embeddings().weight.shape[0] == len(one.renderer.vocabulary) + 37
     asked = spoken(one)
     with torch.inference_mode():
         assert torch.allclose(wide.logits(*asked), one.logits(*asked), atol=1e-5)
-        assert wide.logits(*asked).shape[1] == len(one.voice.vocabulary)
+        assert wide.logits(*asked).shape[1] == len(one.renderer.vocabulary)
 
 
 def test_a_student_that_was_given_the_switch_is_saved_with_it(tmp_path: Path) -> None:
-    source = Source(str(SAPLINGS / "gemma-sapling"), thinking=True)
-    voice = open_voice(source, "student")
+    source = ModelSource(str(SAPLINGS / "gemma-sapling"), thinking=True)
+    voice = load_renderer(source, "student")
     assert voice.template_text != (SAPLINGS / "gemma-sapling" / "chat_template.jinja").read_text()
-    open_student(source, voice, None).save(tmp_path / "student")
-    saved = Source(str(tmp_path / "student"))
-    again = open_voice(saved, "student")
+    load_student(source, voice, None).save(tmp_path / "student")
+    saved = ModelSource(str(tmp_path / "student"))
+    again = load_renderer(saved, "student")
     assert again.template_text == voice.template_text == (tmp_path / "student" / "chat_template.jinja").read_text()
-    assert again.family.efforts == tuple(Effort)
+    assert again.family.efforts == tuple(ThinkingEffort)
     config = tmp_path / "student" / "tokenizer_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": "old"}))
-    open_student(Source(str(tmp_path / "student"), thinking=True), again, None).save(tmp_path / "twice")
+    load_student(ModelSource(str(tmp_path / "student"), thinking=True), again, None).save(tmp_path / "twice")
     assert "chat_template" not in json.loads((tmp_path / "twice" / "tokenizer_config.json").read_text())
-    assert open_voice(Source(str(tmp_path / "twice")), "student").template_text == voice.template_text
+    assert load_renderer(ModelSource(str(tmp_path / "twice")), "student").template_text == voice.template_text
 
 
 def test_in_full_every_weight_learns_and_with_adapters_only_they_do() -> None:
     full, adapted = student(), student(lora=LORA)
-    assert sum(p.numel() for p in full.trained) == sum(p.numel() for p in full.model.parameters())
+    assert sum(p.numel() for p in full.trainable_parameters) == sum(p.numel() for p in full.model.parameters())
     layers = full.model.config.num_hidden_layers
-    assert len(adapted.trained) == layers * len(LORA.targets) * 2
-    assert all(LORA.rank in p.shape for p in adapted.trained)
+    assert len(adapted.trainable_parameters) == layers * len(LORA.targets) * 2
+    assert all(LORA.rank in p.shape for p in adapted.trainable_parameters)
     asked = spoken(full)
     with torch.inference_mode():
         assert torch.allclose(full.logits(*asked), adapted.logits(*asked), atol=1e-5)  # an adapter begins as nothing
@@ -105,7 +105,7 @@ def test_in_full_every_weight_learns_and_with_adapters_only_they_do() -> None:
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("name", NAMES)
-def test_what_was_saved_is_what_was_trained(tmp_path: Path, name: str, lora: Lora | None) -> None:
+def test_what_was_saved_is_what_was_trained(tmp_path: Path, name: str, lora: LoraSettings | None) -> None:
     one = student(name, lora)
     asked = spoken(one)
     with torch.inference_mode():
@@ -115,10 +115,10 @@ def test_what_was_saved_is_what_was_trained(tmp_path: Path, name: str, lora: Lor
         logits = one.logits(*asked)
     assert (logits - before).abs().max() > 0.01
     one.save(tmp_path / "student")
-    source = Source(str(tmp_path / "student"))
-    voice = open_voice(source, "student")
-    assert voice.digest == one.voice.digest
-    again = Student(open_model(source, voice, "student"), voice, source)
+    source = ModelSource(str(tmp_path / "student"))
+    voice = load_renderer(source, "student")
+    assert voice.digest == one.renderer.digest
+    again = StudentModel(load_model(source, voice, "student"), voice, source)
     with torch.inference_mode():
         saved = again.logits(*asked)
     assert torch.equal(saved, logits) if lora is None else torch.allclose(saved, logits, atol=1e-4)
@@ -140,14 +140,14 @@ def test_adapters_begin_at_random_by_the_seed_and_by_nothing_else() -> None:
     one = student(lora=LORA, seed=7)
     torch.manual_seed(2)
     same, other = student(lora=LORA, seed=7), student(lora=LORA, seed=8)
-    assert all(torch.equal(a, b) for a, b in zip(one.trained, same.trained, strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(one.trained, other.trained, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(one.trainable_parameters, same.trainable_parameters, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(one.trainable_parameters, other.trainable_parameters, strict=True))
 
 
 @pytest.mark.parametrize("targets", [("nowhere_proj",), ("",)])
 def test_adapters_on_projections_that_are_not_there_are_refused(targets: tuple[str, ...]) -> None:
     with pytest.raises(DataError, match=r"student\.lora\.targets: .* -> name projections this model has") as caught:
-        student(lora=Lora(4, 8, targets))
+        student(lora=LoraSettings(4, 8, targets))
     assert caught.value.exit_code == 3
     assert "\n" not in str(caught.value)
 
@@ -165,7 +165,7 @@ def save_where_files_stay_small(folder: Path, pipe: Connection) -> None:
 
 
 def test_a_disk_too_full_for_the_student_is_a_storage_error(tmp_path: Path) -> None:
-    mine, childs = warm().Pipe(duplex=False)
+    mine, childs = warm().PipeDisplay(duplex=False)
     child = warm().Process(target=save_where_files_stay_small, args=(tmp_path / "student", childs))
     child.start()
     assert mine.poll(120)
@@ -185,56 +185,56 @@ def test_the_tokenizer_of_the_student_is_the_one_it_came_with(tmp_path: Path) ->
 # ---- ways to compute a step ------------------------------------------------------------------------------------------
 
 
-def learned(one: Student) -> tuple[float, list[torch.Tensor], int]:
+def learned(one: StudentModel) -> tuple[float, list[torch.Tensor], int]:
     """Loss and gradients of a step on texts of three lengths, and the most bytes it held at once."""
     texts = ("Two.", "One hundred and twenty-three, in words.", "Three and more.", "Yes.", "No.")
-    tokens = [one.voice.render(Conversation.ask(f"question {k}").answered(Text(t))) for k, t in enumerate(texts)]
+    tokens = [one.renderer.render(Conversation.from_question(f"question {k}").with_answer(Text(t))) for k, t in enumerate(texts)]
     ids = torch.zeros((len(texts), max(map(len, tokens))), dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for k, t in enumerate(tokens):
         ids[k, :len(t)], mask[k, :len(t)] = torch.from_numpy(t.ids_T), 1
-    row, at = zip(*((k, n - 1) for k, t in enumerate(tokens) for n in range(len(t)) if t.learn_T[n]), strict=True)
+    row, at = zip(*((k, n - 1) for k, t in enumerate(tokens) for n in range(len(t)) if t.loss_mask_T[n]), strict=True)
     row_N, at_N = torch.tensor(row), torch.tensor(at)
     one.model.train()
     with Peak() as peak:
-        out = composed_head(*one.hidden(ids, mask, row_N, at_N), ids[row_N, at_N + 1], [], 0.7)
+        out = event_kl_loss_from_hidden(*one.hidden_and_head(ids, mask, row_N, at_N), ids[row_N, at_N + 1], [], 0.7)
         out.loss.backward()
-    return out.loss.item(), [p.grad for p in one.trained if p.grad is not None], peak.bytes
+    return out.loss.item(), [p.grad for p in one.trainable_parameters if p.grad is not None], peak.bytes
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "gpt-oss-sapling"])
 def test_packed_texts_teach_what_padded_ones_do(name: str) -> None:
-    plain, packed = learned(student(name)), learned(student(name, ways=Ways(packing=True)))
+    plain, packed = learned(student(name)), learned(student(name, ways=ComputeOptions(packing=True)))
     assert packed[0] == pytest.approx(plain[0], rel=1e-5)
     for a, b in zip(packed[1], plain[1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
-def test_activations_made_again_are_the_same_and_take_less_room(lora: Lora | None) -> None:
-    plain, again = learned(student(lora=lora)), learned(student(lora=lora, ways=Ways(recompute=True)))
+def test_activations_made_again_are_the_same_and_take_less_room(lora: LoraSettings | None) -> None:
+    plain, again = learned(student(lora=lora)), learned(student(lora=lora, ways=ComputeOptions(gradient_checkpointing=True)))
     assert again[0] == plain[0]
     assert all(torch.equal(a, b) for a, b in zip(again[1], plain[1], strict=True))
     assert again[2] < 0.8 * plain[2]
 
 
 def test_half_precision_changes_products_and_neither_weights_nor_gradients() -> None:
-    one = student(ways=Ways(half=True))
+    one = student(ways=ComputeOptions(bf16=True))
     half, plain = learned(one), learned(student())
     assert half[0] != plain[0]
     assert half[0] == pytest.approx(plain[0], rel=0.05)
-    assert all(p.dtype is torch.float32 for p in one.trained)
+    assert all(p.dtype is torch.float32 for p in one.trainable_parameters)
     assert all(g.dtype is torch.float32 for g in half[1])
     whole, other = (torch.cat([g.flatten() for g in side]) for side in (half[1], plain[1]))
     assert torch.nn.functional.cosine_similarity(whole, other, 0) > 0.99
 
 
 def test_a_student_that_cannot_do_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(Refused, match=r"training\.packing: in GptOss.* see each other"):  # transformers 5.24 makes its mask without positions
-        student("gpt-oss-sapling", ways=Ways(packing=True))
+    with pytest.raises(RefusedError, match=r"training\.packing: in GptOss.* see each other"):  # transformers 5.24 makes its mask without positions
+        student("gpt-oss-sapling", ways=ComputeOptions(packing=True))
     monkeypatch.setattr("transformers.LlamaForCausalLM.supports_gradient_checkpointing", False)
-    with pytest.raises(Refused, match=r"training\.recompute: .* cannot make its activations again"):
-        student(ways=Ways(recompute=True))
+    with pytest.raises(RefusedError, match=r"training\.recompute: .* cannot make its activations again"):
+        student(ways=ComputeOptions(gradient_checkpointing=True))
 
 
 @pytest.fixture
@@ -261,17 +261,17 @@ def test_a_wrapped_forward_gives_the_head_its_gradient(how: str, tied: bool, gro
             linear.weight = torch.nn.Parameter(linear.weight.detach().clone())
             one.model.config.tie_word_embeddings = False
     want = learned(plain)
-    forward = Forward(spread.model, spread.ways)
+    forward = HiddenStateModule(spread.model, spread.options)
     if how == "ddp":
         wrapped: torch.nn.Module = DistributedDataParallel(forward, find_unused_parameters=True)
     else:
         for layer in spread.model.model.layers:
             fully_shard(layer)
         wrapped = fully_shard(forward)
-    found = learned(replace(spread, runs=wrapped))
+    found = learned(replace(spread, forward_module=wrapped))
     whole = [g.full_tensor() if how == "fsdp" else g for g in found[1]]
     assert found[0] == pytest.approx(want[0], rel=1e-6)
-    assert len(whole) == len(want[1]) == len(spread.trained)
+    assert len(whole) == len(want[1]) == len(spread.trainable_parameters)
     for a, b in zip(whole, want[1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     assert float(dict(spread.model.named_parameters())["model.embed_tokens.weight" if tied else "lm_head.weight"].grad.norm()) > 0

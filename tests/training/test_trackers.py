@@ -9,22 +9,22 @@ from typing import Any
 
 import pytest
 
-from persea.errors import EnvironmentLacks
-from persea.training.trackers import flat, open_board, refuse_missing
+from persea.errors import MissingRequirementError
+from persea.training.trackers import flatten_metrics, open_tracker, refuse_missing_tracker
 
 LINE: dict[str, Any] = {"step": 2, "loss": 1.5, "terms": {"events": 2.0}, "teachers": {"qwen": 0.5}, "skipped": [{"step": 1, "loss": "nan"}]}
 
 
 def test_a_line_is_flat_numbers() -> None:
-    assert dict(flat(LINE)) == {"loss": 1.5, "terms/events": 2.0, "teachers/qwen": 0.5}
+    assert dict(flatten_metrics(LINE)) == {"loss": 1.5, "terms/events": 2.0, "teachers/qwen": 0.5}
 
 
 def test_tensorboard_shows_it(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    refuse_missing("tensorboard")
-    board = open_board("tensorboard", "run", tmp_path, 0, {}, 8)
+    refuse_missing_tracker("tensorboard")
+    board = open_tracker("tensorboard", "run", tmp_path, 0, {}, 8)
     board(2, LINE)
     board(4, LINE | {"loss": 1.25})
     shown = EventAccumulator(str(tmp_path)).Reload()
@@ -38,7 +38,7 @@ def test_the_others_are_begun_and_fed(monkeypatch: pytest.MonkeyPatch, tmp_path:
     said: list[Any] = []
     monkeypatch.setitem(sys.modules, name, SimpleNamespace(
         init=lambda **k: said.append(k), log=lambda line, step: said.append((step, line)), finish=lambda: said.append("over")))
-    board = open_board(name, "run", tmp_path, 0, {"steps": 8}, 8)
+    board = open_tracker(name, "run", tmp_path, 0, {"steps": 8}, 8)
     board(2, LINE)
     assert said[0] == {"project": "persea", "name": "run", "config": {"steps": 8}, "resume": "allow"}
     assert said[1:] == [(2, {"loss": 1.5, "terms/events": 2.0, "teachers/qwen": 0.5})]
@@ -47,8 +47,8 @@ def test_the_others_are_begun_and_fed(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 def test_a_board_that_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse_missing(None)
+    refuse_missing_tracker(None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(EnvironmentLacks, match=r"training\.report_to is wandb, which is not installed -> pip install 'persea\[wandb\]'") as caught:
-        refuse_missing("wandb")
+    with pytest.raises(MissingRequirementError, match=r"training\.report_to is wandb, which is not installed -> pip install 'persea\[wandb\]'") as caught:
+        refuse_missing_tracker("wandb")
     assert caught.value.exit_code == 7

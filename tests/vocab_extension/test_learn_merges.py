@@ -15,10 +15,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from persea.errors import DataError, Refused
-from persea.tokenization.bpe import derive
-from persea.tokenization.vocabulary import Vocabulary, open_vocabulary
-from persea.vocab_extension.learn_merges import Merge, cost, extended, learned, pieces_of, prove, read, refuse_tokenizer, settled, words_of
+from persea.errors import DataError, RefusedError
+from persea.tokenization.bpe import derive_bpe
+from persea.tokenization.vocabulary import Vocabulary, load_vocabulary
+from persea.vocab_extension.learn_merges import (
+    Merge,
+    apply_all_merges,
+    count_words,
+    extend_tokenizer_spec,
+    learn_merges,
+    measure_tokenization_cost,
+    old_ids_of_new_tokens,
+    read_merge_training_texts,
+    refuse_changed_tokens,
+    refuse_unextendable_tokenizer,
+)
 from tests.alignment.test_boundary_mask import PATTERNS, STRINGS, byte_level, chosen, deleted, masks, toys
 from tests.conftest import ROOT
 
@@ -42,11 +53,11 @@ class Pair:
 
 def longer(backend: Tokenizer, texts: Sequence[str], tokens: int, name: str = "toy") -> Pair:
     spec = json.loads(backend.to_str())
-    merges = learned(backend, words_of(backend, [texts]), tokens)
-    after = extended(spec, merges)
+    merges = learn_merges(backend, count_words(backend, [texts]), tokens)
+    after = extend_tokenizer_spec(spec, merges)
     ranks = {(a, b): rank for rank, (a, b) in reversed(list(enumerate(after["model"]["merges"])))}
-    new = open_vocabulary(Tokenizer.from_str(json.dumps(after)), name)
-    return Pair(backend.get_vocab(with_added_tokens=True), open_vocabulary(backend, name), new, merges, ranks)
+    new = load_vocabulary(Tokenizer.from_str(json.dumps(after)), name)
+    return Pair(backend.get_vocab(with_added_tokens=True), load_vocabulary(backend, name), new, merges, ranks)
 
 
 # ---- learning --------------------------------------------------------------------------------------------------------
@@ -56,10 +67,10 @@ def by_hand(backend: Tokenizer, texts: Sequence[str], tokens: int) -> list[Merge
     """The same by counting everything anew each time, with the tokenizer itself cutting the words."""
     spec, out = json.loads(backend.to_str()), list[Merge]()
     barred = {t["content"] for t in spec["added_tokens"]}
-    words = {word: n for word, (n, _) in words_of(backend, [texts]).items()}
+    words = {word: n for word, (n, _) in count_words(backend, [texts]).items()}
     while True:
-        now = extended(spec, out)
-        if len(now["model"]["vocab"]) - len(extended(spec, [])["model"]["vocab"]) >= tokens:
+        now = extend_tokenizer_spec(spec, out)
+        if len(now["model"]["vocab"]) - len(extend_tokenizer_spec(spec, [])["model"]["vocab"]) >= tokens:
             return out
         model = Tokenizer.from_str(json.dumps(now)).model
         counts = Counter[Merge]()
@@ -83,7 +94,7 @@ def test_what_is_learned_is_what_counting_by_hand_learns(chosen: list[tuple[int,
     spec = json.loads(byte_level(chosen, pattern, added).backend.to_str())
     spec["model"]["merges"] = [merge for k, merge in enumerate(spec["model"]["merges"]) if k not in lost]
     backend = Tokenizer.from_str(json.dumps(spec))
-    assert learned(backend, words_of(backend, [texts]), tokens) == by_hand(backend, texts, tokens)
+    assert learn_merges(backend, count_words(backend, [texts]), tokens) == by_hand(backend, texts, tokens)
 
 
 def test_a_known_token_is_not_made_twice():
@@ -91,9 +102,9 @@ def test_a_known_token_is_not_made_twice():
     vocab = {c: i for i, c in enumerate("abcd")} | {"bc": 4, "bcd": 5}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[("bc", "d")], ignore_merges=True))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    merges = learned(backend, words_of(backend, [["abcd dbc abcd dbc abcd"]]), 1)
+    merges = learn_merges(backend, count_words(backend, [["abcd dbc abcd dbc abcd"]]), 1)
     assert merges == [("b", "c"), ("a", "bcd")]
-    spec = extended(json.loads(backend.to_str()), merges)
+    spec = extend_tokenizer_spec(json.loads(backend.to_str()), merges)
     assert spec["model"]["vocab"] == vocab | {"abcd": 6}
     assert Tokenizer.from_str(json.dumps(spec)).encode("abcd dbcd abc").tokens == ["abcd", "d", "bcd", "a", "bc"]
 
@@ -101,37 +112,37 @@ def test_a_known_token_is_not_made_twice():
 def test_no_merge_spells_an_added_token():
     backend = byte_level([], r"\S+|\s+", False).backend
     backend.add_special_tokens(["<s>", "é"])
-    merges = learned(backend, words_of(backend, [["<s> <s> <s> é é é"] * 9]), 50)
+    merges = learn_merges(backend, count_words(backend, [["<s> <s> <s> é é é"] * 9]), 50)
     assert merges and not {"<s>", "é", "Ã©"} & {"".join(pair) for pair in merges}
 
 
 def test_no_merge_crosses_a_word():
     backend = byte_level([], r" ?[ab]+| +(?!\S)| +", False).backend
-    made = {"".join(pair) for pair in learned(backend, words_of(backend, [["ab ab ab aab"] * 5]), 50)}
+    made = {"".join(pair) for pair in learn_merges(backend, count_words(backend, [["ab ab ab aab"] * 5]), 50)}
     assert "Ġab" in made and not any("Ġ" in token[1:] for token in made)
 
 
 def test_an_added_token_is_no_part_of_a_word():
     """Runs of spaces in Phi's tokenizer: a merge of them would make a token that no text shows."""
     backend = byte_level([], r" +|\S+", True).backend
-    assert words_of(backend, [["abba bb a"]]) == words_of(backend, [["a", " ", " a"]])
-    assert set(words_of(backend, [["abbba"]])) == {"a", "ba"}
+    assert count_words(backend, [["abba bb a"]]) == count_words(backend, [["a", " ", " a"]])
+    assert set(count_words(backend, [["abbba"]])) == {"a", "ba"}
 
 
 def test_a_pair_must_be_seen_twice_whatever_its_file_weighs():
     backend = byte_level([], r"\S+|\s+", False).backend
-    assert learned(backend, words_of(backend, [["ab"], ["c" + "d" * 500]]), 9)[:1] == [("d", "d")]
-    assert learned(backend, words_of(backend, [["ab"], ["ab"]]), 9) == [("a", "b")]
-    assert learned(backend, words_of(backend, [["ab"]]), 9) == []
+    assert learn_merges(backend, count_words(backend, [["ab"], ["c" + "d" * 500]]), 9)[:1] == [("d", "d")]
+    assert learn_merges(backend, count_words(backend, [["ab"], ["ab"]]), 9) == [("a", "b")]
+    assert learn_merges(backend, count_words(backend, [["ab"]]), 9) == []
 
 
 def test_a_short_file_counts_as_much_as_a_long_one():
     backend = byte_level([], r"\S+|\s+", False).backend
     long, short = ["aa ab ba bb " * 40], ["cc dd"] * 4
-    assert not set("cd") & set("".join(a + b for a, b in learned(backend, words_of(backend, [long + short]), 4)))
-    assert {("c", "c"), ("d", "d")} & set(learned(backend, words_of(backend, [long, short]), 4))
-    words = words_of(backend, [["ab"] * 3, ["ab"] * 3])
-    assert words["ab"] == (6, 6 * words_of(backend, [["ab"]])["ab"][1]), "as long, as much"
+    assert not set("cd") & set("".join(a + b for a, b in learn_merges(backend, count_words(backend, [long + short]), 4)))
+    assert {("c", "c"), ("d", "d")} & set(learn_merges(backend, count_words(backend, [long, short]), 4))
+    words = count_words(backend, [["ab"] * 3, ["ab"] * 3])
+    assert words["ab"] == (6, 6 * count_words(backend, [["ab"]])["ab"][1]), "as long, as much"
 
 
 # ---- texts -----------------------------------------------------------------------------------------------------------
@@ -140,10 +151,10 @@ def test_a_short_file_counts_as_much_as_a_long_one():
 def test_a_tenth_is_held_out_and_nothing_is_learned_on_it(tmp_path: Path):
     (tmp_path / "a.txt").write_text("".join(f"line {k % 15}\r\n\n" for k in range(30)))
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": f"line {k}", "n": str(k)}) + "\n" for k in range(9, 29)))
-    a, b, n = read([str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl"), f"{tmp_path}/b.jsonl#n"])
-    assert (a.held, b.held, n.held) == (("line 9", "line 4", "line 14"), ("line 18", "line 28"), ("18", "28"))
+    a, b, n = read_merge_training_texts([str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl"), f"{tmp_path}/b.jsonl#n"])
+    assert (a.held_out_lines, b.held_out_lines, n.held_out_lines) == (("line 9", "line 4", "line 14"), ("line 18", "line 28"), ("18", "28"))
     assert a.file.endswith("a.txt") and n.file.endswith("b.jsonl")
-    assert not {*a.learn, *b.learn} & {*a.held, *b.held} and len(a.learn) == 24 and len(b.learn) == 16
+    assert not {*a.training_lines, *b.training_lines} & {*a.held_out_lines, *b.held_out_lines} and len(a.training_lines) == 24 and len(b.training_lines) == 16
 
 
 @pytest.mark.parametrize(("content", "why"), [
@@ -152,19 +163,19 @@ def test_a_tenth_is_held_out_and_nothing_is_learned_on_it(tmp_path: Path):
 def test_texts_that_cannot_be_used_are_refused_with_their_place(tmp_path: Path, content: bytes, why: str):
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(DataError, match=why):
-        read([str(tmp_path / "a.txt")])
+        read_merge_training_texts([str(tmp_path / "a.txt")])
 
 
 def test_json_lines_without_the_key_or_with_half_a_character_are_refused(tmp_path: Path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n{"texts": "b"}\n')
     with pytest.raises(DataError, match=r"a\.jsonl:2: no text under 'text'"):
-        read([str(path)])
+        read_merge_training_texts([str(path)])
     path.write_text('{"text": "a\\ud83d"}\n')
     with pytest.raises(DataError, match=r"a\.jsonl:1: half a surrogate pair"):
-        read([str(path)])
+        read_merge_training_texts([str(path)])
     with pytest.raises(DataError, match="No such file"):
-        read([str(tmp_path / "none.txt")])
+        read_merge_training_texts([str(tmp_path / "none.txt")])
 
 
 # ---- known ids -------------------------------------------------------------------------------------------------------
@@ -178,7 +189,7 @@ def test_the_library_would_move_every_control():
     spec["model"]["vocab"]["aab"] = len(before)
     spec["model"]["merges"].append(["a", "ab"])
     assert Tokenizer.from_str(json.dumps(spec)).get_vocab()["<|end|>"] == before["<|end|>"] + 1
-    spec = extended(json.loads(backend.to_str()), [("a", "ab")])
+    spec = extend_tokenizer_spec(json.loads(backend.to_str()), [("a", "ab")])
     assert Tokenizer.from_str(json.dumps(spec)).get_vocab() == {**before, "aab": len(before)}
 
 
@@ -188,11 +199,11 @@ def test_new_ids_leave_gaps_as_they_are():
     spec["model"]["vocab"]["<|late|>"] = 400
     spec["added_tokens"] = [{"id": 400, "content": "<|late|>", "special": True, "normalized": False, "single_word": False, "lstrip": False,
                              "rstrip": False}]
-    old = open_vocabulary(Tokenizer.from_str(json.dumps(spec)), "gaps")
+    old = load_vocabulary(Tokenizer.from_str(json.dumps(spec)), "gaps")
     for first, there in ((0, 401), (500, 500)):
-        new = open_vocabulary(Tokenizer.from_str(json.dumps(extended(spec, [("a", "ab"), ("b", "b")], first))), "gaps")
-        prove(old, new, "gaps")
-        assert pieces_of(old.backend, new.backend) == {there: [97, 256], there + 1: [98, 98]}
+        new = load_vocabulary(Tokenizer.from_str(json.dumps(extend_tokenizer_spec(spec, [("a", "ab"), ("b", "b")], first))), "gaps")
+        refuse_changed_tokens(old, new, "gaps")
+        assert old_ids_of_new_tokens(old.backend, new.backend) == {there: [97, 256], there + 1: [98, 98]}
         assert new.bytes_W[there] == b"aab" and new.bytes_W[300] is None and len(new) == there + 2
 
 
@@ -200,9 +211,9 @@ def test_a_control_that_plain_text_could_say_is_refused():
     """One word, and a tokenizer that looks words up whole: in the vocabulary it would be read out of any text."""
     backend = byte_level([], r"\S+|\s+", True).backend
     backend.add_special_tokens(["<|end|>"])
-    with pytest.raises(Refused, match=r"'<\|end\|>' would be read as that control"):
+    with pytest.raises(RefusedError, match=r"'<\|end\|>' would be read as that control"):
         made = longer(backend, ["aab aab"], 1)
-        prove(made.old, made.new, "toy")
+        refuse_changed_tokens(made.old, made.new, "toy")
 
 
 def test_an_added_token_that_the_vocabulary_would_spell_otherwise_is_refused():
@@ -210,8 +221,8 @@ def test_an_added_token_that_the_vocabulary_would_spell_otherwise_is_refused():
     backend.add_tokens([AddedToken("éé", normalized=False)])
     made = longer(backend, ["aab aab"], 1)
     assert made.old.bytes_W[256] == "éé".encode() != made.new.bytes_W[256]
-    with pytest.raises(Refused, match="1 known tokens would be others, 'éé' first"):
-        prove(made.old, made.new, "toy")
+    with pytest.raises(RefusedError, match="1 known tokens would be others, 'éé' first"):
+        refuse_changed_tokens(made.old, made.new, "toy")
 
 
 def sapling(name: str) -> Tokenizer:
@@ -221,15 +232,15 @@ def sapling(name: str) -> Tokenizer:
 def test_tokenizers_that_cannot_be_gone_on_with_are_refused():
     def refused(vocabulary: Vocabulary, **model: object) -> str:
         spec = json.loads(vocabulary.backend.to_str())
-        with pytest.raises(Refused) as error:
-            refuse_tokenizer(vocabulary, {"model": spec["model"] | model}, "here")
+        with pytest.raises(RefusedError) as error:
+            refuse_unextendable_tokenizer(vocabulary, {"model": spec["model"] | model}, "here")
         return str(error.value)
 
-    for one in (open_vocabulary(sapling("gemma")), byte_level([], "", False)):
+    for one in (load_vocabulary(sapling("gemma")), byte_level([], "", False)):
         assert refused(one).startswith("here: its tokenizer does not cut text into words")
-    llama = open_vocabulary(sapling("llama"))
+    llama = load_vocabulary(sapling("llama"))
     assert "end_of_word_suffix" in refused(llama, end_of_word_suffix="</w>") and "dropout" in refused(llama, dropout=0.1)
-    refuse_tokenizer(llama, json.loads(llama.backend.to_str()), "here")
+    refuse_unextendable_tokenizer(llama, json.loads(llama.backend.to_str()), "here")
 
 
 # ---- real tokenizers -------------------------------------------------------------------------------------------------
@@ -255,12 +266,12 @@ def _parallel(data: Path, name: str) -> list[str]:
 @pytest.mark.parametrize("name", REAL)
 def test_every_known_id_of_a_real_tokenizer_is_as_before(real_pair: Callable[[str], Pair], name: str):
     pair = real_pair(name)
-    prove(pair.old, pair.new, name)
+    refuse_changed_tokens(pair.old, pair.new, name)
     after = pair.new.backend.get_vocab(with_added_tokens=True)
     assert pair.ids.items() <= after.items()
     assert sorted(set(after.values()) - set(pair.ids.values())) == list(range(len(pair.old), len(pair.old) + 64))
     assert len(pair.old) == {"llama3": 128_256, "qwen3": 151_669, "gpt-oss": 201_088}[name]
-    for i, pieces in pieces_of(pair.old.backend, pair.new.backend).items():
+    for i, pieces in old_ids_of_new_tokens(pair.old.backend, pair.new.backend).items():
         assert len(pieces) > 1 and pair.old.decode(pieces) == pair.new.bytes_W[i]
 
 
@@ -270,26 +281,26 @@ def test_every_known_id_of_a_real_tokenizer_is_as_before(real_pair: Callable[[st
 def test_text_without_a_new_pair_is_cut_as_before(real_pair: Callable[[str], Pair], lines: list[str], name: str, drawn: st.DataObject):
     """Word by word: what the old tokenizer leaves, merged on by the new merges alone. And every byte comes back."""
     pair = real_pair(name)
-    some = st.one_of(st.sampled_from(lines), st.text(max_size=12), st.sampled_from(sorted(pair.old.control)), st.text("ab១២ក្រ สวัน'1 \n", max_size=9))
+    some = st.one_of(st.sampled_from(lines), st.text(max_size=12), st.sampled_from(sorted(pair.old.control_token_ids)), st.text("ab១២ក្រ สวัน'1 \n", max_size=9))
     text = "".join(drawn.draw(st.lists(some, min_size=1, max_size=3)))
     backend = pair.old.backend
     text = backend.normalizer.normalize_str(text) if backend.normalizer else text
     before, after = pair.old.encode(text), pair.new.encode(text)  # each refuses a text whose bytes do not come back
     assert pair.new.decode(after) == text.encode()
     words = [[t.value for t in backend.model.tokenize(word)] for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
-    assert [pair.new.backend.id_to_token(i) for i in after] == [part for word in words for part in settled(word, pair.ranks)]
+    assert [pair.new.backend.id_to_token(i) for i in after] == [part for word in words for part in apply_all_merges(word, pair.ranks)]
     if not set(pair.merges) & {two for word in words for two in pairwise(word)}:
         assert after == before
-    assert not set(after) & set(pair.new.control.values())
+    assert not set(after) & set(pair.new.control_token_ids.values())
 
 
 @pytest.mark.realdata
 def test_khmer_gets_shorter_and_what_it_costs_is_told(real_pair: Callable[[str], Pair], data: Path):
     pair = real_pair("llama3")
-    (texts,) = read([str(data / "parallel" / "ntrex.khm.txt")])
-    told = cost(texts, pair.old, pair.new)
-    assert (told.lines, told.bytes) == (115, sum(len(t.encode()) for t in texts.held))
-    assert told.bytes / told.before < 1.9 and told.after < 0.6 * told.before
+    (texts,) = read_merge_training_texts([str(data / "parallel" / "ntrex.khm.txt")])
+    told = measure_tokenization_cost(texts, pair.old, pair.new)
+    assert (told.lines, told.bytes) == (115, sum(len(t.encode()) for t in texts.held_out_lines))
+    assert told.bytes / told.tokens_before < 1.9 and told.tokens_after < 0.6 * told.tokens_before
 
 
 # ---- what lays tokenizers over each other knows it --------------------------------------------------------------------
@@ -314,11 +325,11 @@ def tiny_pair() -> Pair:
 def test_a_derivation_holds_for_new_tokens(tiny_pair: Pair, text: str):
     vocabulary = tiny_pair.new
     merges = _derived(vocabulary)
-    assert not any(merges.crosses(a, b) for word, _ in vocabulary.backend.pre_tokenizer.pre_tokenize_str(text)
+    assert not any(merges.is_impossible_pair(a, b) for word, _ in vocabulary.backend.pre_tokenizer.pre_tokenize_str(text)
                    for a, b in pairwise(t.id for t in vocabulary.backend.model.tokenize(word)))
-    assert all(merges.made_V[i] for i in pieces_of(tiny_pair.old.backend, vocabulary.backend))
+    assert all(merges.derivable_V[i] for i in old_ids_of_new_tokens(tiny_pair.old.backend, vocabulary.backend))
 
 
 @cache
 def _derived(vocabulary: Vocabulary):
-    return derive(vocabulary)
+    return derive_bpe(vocabulary)

@@ -16,14 +16,23 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3nTextConfig, PhiConfig
 
 from persea import storage as store
-from persea.alignment.event_map import open_bridge
-from persea.errors import DataError, PerseaError, Refused, StorageError
-from persea.models.loading import Source, open_model, open_voice, sprout
-from persea.tokenization.vocabulary import open_vocabulary
-from persea.training.student import open_student
+from persea.alignment.event_map import load_event_map
+from persea.errors import DataError, PerseaError, RefusedError, StorageError
+from persea.models.loading import ModelSource, load_model, load_renderer, random_init
+from persea.tokenization.vocabulary import load_vocabulary
+from persea.training.student import load_student
 from persea.vocab_extension import resize_model as longer
-from persea.vocab_extension.learn_merges import pieces_of
-from persea.vocab_extension.resize_model import Extension, extend, lengthen, named_ids, read_exactly, rows_of, skeleton, write
+from persea.vocab_extension.learn_merges import old_ids_of_new_tokens
+from persea.vocab_extension.resize_model import (
+    VocabExtension,
+    count_embedding_rows,
+    extend_vocabulary,
+    initialize_new_embeddings,
+    load_in_stored_dtype,
+    load_meta_model,
+    token_ids_in_config,
+    write_extended_model,
+)
 from tests.cli.test_cli import Ended, persea, recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,9 +63,9 @@ def copy(tmp_path: Path) -> Path:
     return Path(shutil.copytree(SAPLINGS / "llama-sapling", tmp_path / "copy"))
 
 
-def made(model: Path, texts: str, out: Path, tokens: int = 40) -> Extension:
-    extension = extend(Source(str(model)), [texts], tokens, quiet)
-    write(extension, out, quiet)
+def made(model: Path, texts: str, out: Path, tokens: int = 40) -> VocabExtension:
+    extension = extend_vocabulary(ModelSource(str(model)), [texts], tokens, quiet)
+    write_extended_model(extension, out, quiet)
     return extension
 
 
@@ -68,10 +77,10 @@ def logits(folder: Path, ids: list[int]) -> torch.Tensor:
 def test_a_sapling_is_extended_and_everything_opens_it(sapling: Path, texts: str, tmp_path: Path):
     out = tmp_path / "deep" / "longer"
     extension = made(sapling, texts, out)
-    old, new = open_voice(Source(str(sapling)), "old"), open_voice(Source(str(out)), "new")
+    old, new = load_renderer(ModelSource(str(sapling)), "old"), load_renderer(ModelSource(str(out)), "new")
     size = len(old.vocabulary)
     assert len(new.vocabulary) == size + 40 and new.family.name == old.family.name and new.stop_ids == old.stop_ids
-    assert new.vocabulary.control == old.vocabulary.control and new.vocabulary.bytes_W[:size] == old.vocabulary.bytes_W
+    assert new.vocabulary.control_token_ids == old.vocabulary.control_token_ids and new.vocabulary.bytes_W[:size] == old.vocabulary.bytes_W
     assert len(new.vocabulary.encode(TEXT)) < 0.7 * len(old.vocabulary.encode(TEXT))
 
     # every weight as it was, type and all; new rows in place; the head tied where it was
@@ -79,14 +88,14 @@ def test_a_sapling_is_extended_and_everything_opens_it(sapling: Path, texts: str
     assert stored.keys() == now.keys() and {k: v.dtype for k, v in stored.items()} == {k: v.dtype for k, v in now.items()}
     for name, tensor in stored.items():
         assert torch.equal(now[name][:len(tensor)], tensor)
-        assert now[name].shape == (tensor.shape if "embed_tokens" not in name else (extension.rows[1], tensor.shape[1]))
+        assert now[name].shape == (tensor.shape if "embed_tokens" not in name else (extension.num_embedding_rows[1], tensor.shape[1]))
     rows = now["model.embed_tokens.weight"]
-    assert sorted(extension.pieces) == list(range(size, size + 40))
-    for i, ids in extension.pieces.items():
+    assert sorted(extension.old_ids_by_new_id) == list(range(size, size + 40))
+    for i, ids in extension.old_ids_by_new_id.items():
         assert old.vocabulary.decode(ids) == new.vocabulary.bytes_W[i]
         assert torch.equal(rows[i], rows[list(ids)].float().mean(0).to(rows.dtype))
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (sapling, out))
-    assert after == before | {"vocab_size": extension.rows[1]}
+    assert after == before | {"vocab_size": extension.num_embedding_rows[1]}
     for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         assert (out / name).read_bytes() == (sapling / name).read_bytes()
 
@@ -94,28 +103,28 @@ def test_a_sapling_is_extended_and_everything_opens_it(sapling: Path, texts: str
     assert AutoTokenizer.from_pretrained(out)(TEXT, add_special_tokens=False)["input_ids"] == new.vocabulary.encode(TEXT)
     ids = old.vocabulary.encode(TEXT)
     assert torch.equal(logits(out, ids)[:, :size], logits(sapling, ids)[:, :size])
-    assert open_model(Source(str(out)), new, "new").config.vocab_size == extension.rows[1]
-    assert len(open_student(Source(str(out)), new, None).voice.vocabulary) == size + 40
+    assert load_model(ModelSource(str(out)), new, "new").config.vocab_size == extension.num_embedding_rows[1]
+    assert len(load_student(ModelSource(str(out)), new, None).renderer.vocabulary) == size + 40
 
 
 def test_a_bridge_to_another_family_is_built_for_it(texts: str, tmp_path: Path):
     made(SAPLINGS / "llama-sapling", texts, tmp_path / "longer")
-    teacher, *students = (open_voice(Source(str(folder)), folder.name) for folder in (
+    teacher, *students = (load_renderer(ModelSource(str(folder)), folder.name) for folder in (
         SAPLINGS / "gemma-sapling", SAPLINGS / "llama-sapling", tmp_path / "longer"))
-    plain, bridge = (open_bridge(teacher, student) for student in students)
+    plain, bridge = (load_event_map(teacher, student) for student in students)
     assert len(bridge.student_event_V) == len(plain.student_event_V) + 40
     assert bridge.digest != plain.digest and bridge.student_mask and bridge.teacher_mask
 
 
 def test_padded_rows_are_taken_before_new_ones_are_made(copy: Path, texts: str, tmp_path: Path):
     """Qwen3 has 151,936 rows for 151,669 tokens: an extension by fewer leaves all shapes."""
-    tokenizer = open_vocabulary(Tokenizer.from_file(str(copy / "tokenizer.json")), "old")
-    sprout("llama", len(tokenizer) + 30, {"hidden": 16, "layers": 1, "heads": 2}).save_pretrained(copy)
+    tokenizer = load_vocabulary(Tokenizer.from_file(str(copy / "tokenizer.json")), "old")
+    random_init("llama", len(tokenizer) + 30, {"hidden": 16, "layers": 1, "heads": 2}).save_pretrained(copy)
     for tokens, rows in ((20, 2030), (40, 2040)):
         extension = made(copy, texts, tmp_path / str(tokens), tokens)
-        assert extension.rows == (2030, rows)
+        assert extension.num_embedding_rows == (2030, rows)
         weights = load_file(tmp_path / str(tokens) / "model.safetensors")["model.embed_tokens.weight"]
-        assert len(weights) == rows and torch.equal(weights[2005], weights[list(extension.pieces[2005])].float().mean(0))
+        assert len(weights) == rows and torch.equal(weights[2005], weights[list(extension.old_ids_by_new_id[2005])].float().mean(0))
         assert json.loads((tmp_path / str(tokens) / "config.json").read_text())["vocab_size"] == rows
 
 
@@ -130,24 +139,24 @@ def test_an_untied_head_and_its_bias_get_rows_too(copy: Path, texts: str, tmp_pa
     assert not torch.equal(before["lm_head.weight"], before["model.embed_tokens.weight"])
     for name in ("lm_head.weight", "lm_head.bias", "model.embed_tokens.weight"):
         assert torch.equal(after[name][:2000], before[name]) and len(after[name]) == 2020 and after[name].dtype == torch.float16
-        assert all(torch.equal(after[name][i], before[name][list(ids)].float().mean(0).half()) for i, ids in extension.pieces.items())
+        assert all(torch.equal(after[name][i], before[name][list(ids)].float().mean(0).half()) for i, ids in extension.old_ids_by_new_id.items())
 
 
 @pytest.mark.realdata
 def test_a_sprout_on_the_real_llama_tokenizer(data: Path, tmp_path: Path):
     model = tmp_path / "model"
     shutil.copytree(data / "tokenizers" / "llama3", model)
-    sprout("llama", 128_256, {"hidden": 8, "layers": 1, "heads": 1}).save_pretrained(model)
+    random_init("llama", 128_256, {"hidden": 8, "layers": 1, "heads": 1}).save_pretrained(model)
     out = tmp_path / "longer"
     extension = made(model, str(data / "parallel" / "ntrex.khm.txt"), out, 64)
     tokenizer = AutoTokenizer.from_pretrained(out)
     known = Tokenizer.from_file(str(model / "tokenizer.json")).get_vocab(with_added_tokens=True)
     assert known.items() <= tokenizer.get_vocab().items() and len(tokenizer) == 128_256 + 64
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (128_000, 128_009, 128_004)
-    assert extension.rows == (128_256, 128_320) and min(extension.pieces) == 128_256
+    assert extension.num_embedding_rows == (128_256, 128_320) and min(extension.old_ids_by_new_id) == 128_256
     told = extension.to_json()["texts"][0]
     assert told["bytes_per_token_after"] > 1.3 * told["bytes_per_token_before"]
-    ids = [128_000, *extension.vocabulary.encode("ប្រទេសកម្ពុជា is a country")]
+    ids = [128_000, *extension.old_vocabulary.encode("ប្រទេសកម្ពុជា is a country")]
     assert torch.equal(logits(out, ids)[:, :128_256], logits(model, ids))
 
 
@@ -160,20 +169,20 @@ def changed(folder: Path, **keys: Any) -> None:
 
 
 def test_models_with_more_than_two_matrices_of_rows_are_refused(copy: Path):
-    model = skeleton(Source(str(copy)), "here")
-    assert all(p.is_meta for p in model.parameters()) and rows_of(model, 2000, "here") == 2000
+    model = load_meta_model(ModelSource(str(copy)), "here")
+    assert all(p.is_meta for p in model.parameters()) and count_embedding_rows(model, 2000, "here") == 2000
     with pytest.raises(DataError, match="2,000 rows for a vocabulary of 2,001"):
-        rows_of(model, 2001, "here")
-    model.memory = torch.nn.Embedding(2000, 4, device="meta")
-    with pytest.raises(Refused, match="here: beside its embedding it has memory"):
-        rows_of(model, 2000, "here")
-    del model.memory
+        count_embedding_rows(model, 2001, "here")
+    model.memory_bytes = torch.nn.Embedding(2000, 4, device="meta")
+    with pytest.raises(RefusedError, match="here: beside its embedding it has memory"):
+        count_embedding_rows(model, 2000, "here")
+    del model.memory_bytes
     model.lm_head = torch.nn.Linear(128, 2048, device="meta")
-    with pytest.raises(Refused, match="its embedding has 2,000 rows and its head 2,048"):
-        rows_of(model, 2000, "here")
+    with pytest.raises(RefusedError, match="its embedding has 2,000 rows and its head 2,048"):
+        count_embedding_rows(model, 2000, "here")
     model.lm_head = torch.nn.Identity()
-    with pytest.raises(Refused, match="its head a Identity"):
-        rows_of(model, 2000, "here")
+    with pytest.raises(RefusedError, match="its head a Identity"):
+        count_embedding_rows(model, 2000, "here")
 
 
 def test_an_embedding_of_each_layer_is_refused(copy: Path):
@@ -181,15 +190,15 @@ def test_an_embedding_of_each_layer_is_refused(copy: Path):
     Gemma3nTextConfig(vocab_size=2000, vocab_size_per_layer_input=1900, hidden_size=16, num_hidden_layers=2, hidden_size_per_layer_input=4,
                       intermediate_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_kv_shared_layers=0,
                       layer_types=["full_attention", "full_attention"]).save_pretrained(copy)
-    with pytest.raises(Refused, match="one of each layer"):
-        rows_of(skeleton(Source(str(copy)), "here"), 2000, "here")
+    with pytest.raises(RefusedError, match="one of each layer"):
+        count_embedding_rows(load_meta_model(ModelSource(str(copy)), "here"), 2000, "here")
 
 
 @pytest.mark.parametrize("quantised", [{"quant_method": "gptq", "bits": 4}, {"quant_method": "mxfp4"}])
 def test_quantised_weights_are_refused(copy: Path, texts: str, quantised: dict[str, Any]):
     changed(copy, quantization_config=quantised)
-    with pytest.raises(Refused, match="its weights are quantised"):
-        extend(Source(str(copy)), [texts], 9, quiet)
+    with pytest.raises(RefusedError, match="its weights are quantised"):
+        extend_vocabulary(ModelSource(str(copy)), [texts], 9, quiet)
 
 
 @pytest.mark.parametrize("way", ["one in another type", "one missing", "one more", "all in eight bits"])
@@ -205,34 +214,34 @@ def test_weights_that_transformers_reads_otherwise_are_refused(copy: Path, way: 
     else:
         weights = {k: w.to(torch.float8_e4m3fn) for k, w in weights.items()}
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
-    with pytest.raises(Refused, match=r"does not read \d+ of its weights as they are stored"):
-        read_exactly(Source(str(copy)), "here")
+    with pytest.raises(RefusedError, match=r"does not read \d+ of its weights as they are stored"):
+        load_in_stored_dtype(ModelSource(str(copy)), "here")
 
 
 def test_weights_stay_in_the_type_they_are_stored_in_whatever_the_configuration_says(copy: Path):
     weights = {k: w.float() for k, w in load_file(copy / "model.safetensors").items()}
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
     assert json.loads((copy / "config.json").read_text())["dtype"] == "bfloat16"
-    assert {p.dtype for p in read_exactly(Source(str(copy)), "here").parameters()} == {torch.float32}
+    assert {p.dtype for p in load_in_stored_dtype(ModelSource(str(copy)), "here").parameters()} == {torch.float32}
     (copy / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(DataError, match="cannot read its weights"):
-        read_exactly(Source(str(copy)), "here")
+        load_in_stored_dtype(ModelSource(str(copy)), "here")
 
 
 def test_an_id_that_only_the_configuration_names_is_not_given_away(copy: Path, texts: str):
-    sprout("llama", 2064, {"hidden": 16, "layers": 1, "heads": 2}).save_pretrained(copy)
+    random_init("llama", 2064, {"hidden": 16, "layers": 1, "heads": 2}).save_pretrained(copy)
     changed(copy, image_token_id=2010, sep_token_id=70_000)
-    assert min(extend(Source(str(copy)), [texts], 9, quiet).pieces) == 2011
+    assert min(extend_vocabulary(ModelSource(str(copy)), [texts], 9, quiet).old_ids_by_new_id) == 2011
     inner = {"video_token_index": 9, "vocab_size": 50}
-    assert named_ids({"eos_token_id": [4, 1], "text_config": inner, "bos_token_id": None, "id2label": {0: "a"}}) == {4, 1, 9}
+    assert token_ids_in_config({"eos_token_id": [4, 1], "text_config": inner, "bos_token_id": None, "id2label": {0: "a"}}) == {4, 1, 9}
 
 
 def test_pieces_are_what_the_tokenizer_before_makes_of_a_token(texts: str):
-    extension = extend(Source(str(SAPLINGS / "llama-sapling")), [texts], 9, quiet)
-    after = Tokenizer.from_str(json.dumps(extension.spec))
-    assert dict(extension.pieces) == pieces_of(extension.vocabulary.backend, after) and len(extension.merges) == 9
+    extension = extend_vocabulary(ModelSource(str(SAPLINGS / "llama-sapling")), [texts], 9, quiet)
+    after = Tokenizer.from_str(json.dumps(extension.tokenizer_spec))
+    assert dict(extension.old_ids_by_new_id) == old_ids_of_new_tokens(extension.old_vocabulary.backend, after) and len(extension.merges) == 9
     model = AutoModelForCausalLM.from_pretrained(SAPLINGS / "llama-sapling")
-    lengthen(model, extension.pieces)
+    initialize_new_embeddings(model, extension.old_ids_by_new_id)
     assert model.lm_head.weight is model.get_input_embeddings().weight
 
 
@@ -241,23 +250,23 @@ def test_pieces_are_what_the_tokenizer_before_makes_of_a_token(texts: str):
 
 def test_a_tokenizer_that_comes_back_another_is_not_published(copy: Path, texts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A class of transformers may make its own of the file."""
-    extension = extend(Source(str(copy)), [texts], 9, quiet)
-    monkeypatch.setattr(longer, "open_tokenizer", lambda source, where: AutoTokenizer.from_pretrained(copy))
-    with pytest.raises(Refused, match="does not come back as it was written"):
-        write(extension, tmp_path / "out", quiet)
+    extension = extend_vocabulary(ModelSource(str(copy)), [texts], 9, quiet)
+    monkeypatch.setattr(longer, "load_tokenizer", lambda source, where: AutoTokenizer.from_pretrained(copy))
+    with pytest.raises(RefusedError, match="does not come back as it was written"):
+        write_extended_model(extension, tmp_path / "out", quiet)
     assert sorted(os.listdir(tmp_path)) == ["copy"]
 
 
 @pytest.mark.parametrize("breaks", ["copy_words", "prove", "fingerprint"])
 def test_nothing_is_left_of_a_folder_that_was_not_finished(copy: Path, texts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, breaks: str):
-    extension = extend(Source(str(copy)), [texts], 9, quiet)
+    extension = extend_vocabulary(ModelSource(str(copy)), [texts], 9, quiet)
 
     def full(*_: object) -> None:
-        raise OSError(28, "No space left on device") if breaks == "copy_words" else Refused("broken", where="here")
+        raise OSError(28, "No space left on device") if breaks == "copy_words" else RefusedError("broken", where="here")
 
     monkeypatch.setattr(longer, breaks, full)
-    with pytest.raises(StorageError if breaks == "copy_words" else Refused):
-        write(extension, tmp_path / "out", quiet)
+    with pytest.raises(StorageError if breaks == "copy_words" else RefusedError):
+        write_extended_model(extension, tmp_path / "out", quiet)
     assert sorted(os.listdir(tmp_path)) == ["copy"]
 
 
@@ -318,4 +327,4 @@ def test_what_cannot_be_used_is_refused_in_one_line(run: Callable[..., Ended], t
 def test_texts_in_which_no_pair_is_seen_twice_are_refused(copy: Path, tmp_path: Path):
     (tmp_path / "once.txt").write_text("".join(f"{word}\n" for word in ("a b c d e f g h i j k l m n").split()))
     with pytest.raises(PerseaError, match="no two neighbouring tokens are seen twice"):
-        extend(Source(str(copy)), [str(tmp_path / "once.txt")], 9, quiet)
+        extend_vocabulary(ModelSource(str(copy)), [str(tmp_path / "once.txt")], 9, quiet)

@@ -23,7 +23,7 @@ FAMILIES = (
 )
 
 
-def named(name: str) -> Family:
+def get_family(name: str) -> Family:
     """The family of that name, or an error that lists the known ones."""
     for family in FAMILIES:
         if family.name == name:
@@ -31,12 +31,12 @@ def named(name: str) -> Family:
     raise DataError(f"unknown family {name!r}", remedy=f"known families: {', '.join(f.name for f in FAMILIES)}; or generic")
 
 
-def detect(vocabulary: Vocabulary, template_text: str) -> Family | None:
+def detect_family(vocabulary: Vocabulary, template_text: str) -> Family | None:
     """The family whose signature the vocabulary has and whose mark the template holds; of several, the one with the longest mark.
 
     None where no family fits or two fit equally well: such a model speaks through `generic`, never through a guess.
     """
-    found = [f for f in FAMILIES if f.signature in vocabulary.control and f.template_mark in template_text]
-    longest = max((len(f.template_mark) for f in found), default=0)
-    best = [f for f in found if len(f.template_mark) == longest]
+    found = [f for f in FAMILIES if f.signature_token in vocabulary.control_token_ids and f.template_signature in template_text]
+    longest = max((len(f.template_signature) for f in found), default=0)
+    best = [f for f in found if len(f.template_signature) == longest]
     return best[0] if len(best) == 1 else None

@@ -35,64 +35,64 @@ from dataclasses import replace
 from typing import Any
 
 from persea.chat.families.llama import parse as parse_text
-from persea.chat.families.tool_format import as_functions, as_messages, but_calls
+from persea.chat.families.tool_format import messages_to_dicts, tools_to_json_schema, verbatim_except_calls
 from persea.chat.messages import (
+    ContentPart,
     Conversation,
-    Effort,
+    DecodedPieces,
     Family,
     Message,
-    Part,
-    Pieces,
     Role,
     Text,
     Thinking,
+    ThinkingEffort,
     ToolCall,
     ToolResult,
-    edit,
-    text_of,
+    edit_texts,
+    pieces_to_text,
 )
 from persea.errors import DataError
 
-QUOTE = '<|"|>'
-CALL = re.compile(r"call:([^{]*)(\{.*\})", re.DOTALL)
-KEY = re.compile(r'([{,])\s*([^{}\[\],:"]+?)\s*:')
+GEMMA_QUOTE_TOKEN = '<|"|>'
+GEMMA_CALL_PATTERN = re.compile(r"call:([^{]*)(\{.*\})", re.DOTALL)
+GEMMA_KEY_PATTERN = re.compile(r'([{,])\s*([^{}\[\],:"]+?)\s*:')
 
 
 def normalise(conversation: Conversation) -> Conversation:
     """Thoughts dropped; texts trimmed, but the system text."""
-    def change(k: int, m: Message, p: Part) -> str:
+    def change(k: int, m: Message, p: ContentPart) -> str:
         if isinstance(p, Thinking):
             return ""
         return p.text if m.role is Role.SYSTEM else p.text.strip()
 
-    return edit(conversation, change)
+    return edit_texts(conversation, change)
 
 
-def inputs(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def template_inputs(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Messages as the template takes them; no switches."""
-    return as_messages(conversation), {}
+    return messages_to_dicts(conversation), {}
 
 
-def parse(pieces: Pieces, effort: Effort) -> tuple[Part, ...] | None:
+def parse(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, ...] | None:
     """One text, no control token inside."""
     return parse_text(pieces, effort)
 
 
-def normalise4(conversation: Conversation) -> Conversation:
+def normalise_gemma4(conversation: Conversation) -> Conversation:
     """Thoughts kept beside calls after the last question, where thinking is on; texts trimmed; arguments sorted."""
     asked = max((k for k, m in enumerate(conversation.messages) if m.role is Role.USER), default=-1)
 
-    def change(k: int, m: Message, p: Part) -> str:
+    def change(k: int, m: Message, p: ContentPart) -> str:
         if isinstance(p, Thinking):
-            return p.text if m.calls and k > asked and conversation.effort is not Effort.NONE else ""
+            return p.text if m.calls and k > asked and conversation.effort is not ThinkingEffort.NONE else ""
         return p.text if isinstance(p, ToolResult) else p.text.strip()
 
-    kept = edit(conversation, change)
+    kept = edit_texts(conversation, change)
     return replace(kept, messages=tuple(
-        replace(m, parts=tuple(_sorted(p) if isinstance(p, ToolCall) else p for p in m.parts)) for m in kept.messages))
+        replace(m, parts=tuple(_sort_arguments(p) if isinstance(p, ToolCall) else p for p in m.parts)) for m in kept.messages))
 
 
-def _sorted(call: ToolCall) -> ToolCall:
+def _sort_arguments(call: ToolCall) -> ToolCall:
     def order(value: Any) -> Any:
         if isinstance(value, dict):
             return {k: order(value[k]) for k in sorted(value, key=str.lower)}
@@ -101,22 +101,22 @@ def _sorted(call: ToolCall) -> ToolCall:
     return replace(call, arguments=json.dumps(order(json.loads(call.arguments)), ensure_ascii=False))
 
 
-def inputs4(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def template_inputs_gemma4(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Messages and tools; the thinking switch. Refuses words beside a call and arguments that cannot be read back."""
     for k, m in enumerate(conversation.messages):
         if m.calls and m.text:
             raise DataError(f"message {k} has words beside its tool calls", where="gemma-4",
                             remedy="its template writes them behind the results; leave the conversation out")
         for call in m.calls:
-            if _call([p if p == QUOTE else p.encode() for p in _words(call)]) != call:
+            if _parse_call([p if p == GEMMA_QUOTE_TOKEN else p.encode() for p in _write_call(call)]) != call:
                 raise DataError(f"the arguments of {call.name} in message {k} cannot be told apart in its notation", where="gemma-4",
                                 remedy="plain keys, and numbers and texts as values; or leave the conversation out")
-    tools = as_functions(conversation.tools)
-    return as_messages(conversation, "reasoning_content"), {"enable_thinking": conversation.effort is not Effort.NONE} | (
+    tools = tools_to_json_schema(conversation.tools)
+    return messages_to_dicts(conversation, "reasoning_content"), {"enable_thinking": conversation.effort is not ThinkingEffort.NONE} | (
         {"tools": tools} if tools else {})
 
 
-def _words(call: ToolCall) -> Iterator[str]:
+def _write_call(call: ToolCall) -> Iterator[str]:
     """A call as the template writes it: QUOTE and the texts between."""
     def say(value: Any) -> str:
         if isinstance(value, str):
@@ -130,26 +130,26 @@ def _words(call: ToolCall) -> Iterator[str]:
     parts = f"call:{call.name}{say(json.loads(call.arguments))}".split("\0Q")
     for k, part in enumerate(parts):
         if k:
-            yield QUOTE
+            yield GEMMA_QUOTE_TOKEN
         if part:
             yield part
 
 
-def parse4(pieces: Pieces, effort: Effort) -> tuple[Part, ...] | None:
+def parse_gemma4(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, ...] | None:
     """[<|channel> thought <channel|>] then a text or calls."""
-    parts: list[Part] = []
+    parts: list[ContentPart] = []
     rest = list(pieces)
     if rest[:1] == ["<|channel>"]:
         if "<channel|>" not in rest:
             return None
         end = rest.index("<channel|>")
-        thought = text_of(rest[1:end])
+        thought = pieces_to_text(rest[1:end])
         if thought is None or not thought.startswith("thought\n"):
             return None
         thought = thought.removeprefix("thought\n").removesuffix("\n")
         parts, rest = [Thinking(thought)] if thought else [], rest[end + 1:]
     if "<|tool_call>" not in rest:
-        text = text_of(rest)
+        text = pieces_to_text(rest)
         return None if text is None else (*parts, Text(text.strip()))
     if rest[0] != "<|tool_call>":
         return None
@@ -157,7 +157,7 @@ def parse4(pieces: Pieces, effort: Effort) -> tuple[Part, ...] | None:
         if rest[0] != "<|tool_call>" or "<tool_call|>" not in rest:
             return None
         end = rest.index("<tool_call|>")
-        call = _call(rest[1:end])
+        call = _parse_call(rest[1:end])
         if call is None:
             return None
         parts.append(call)
@@ -165,14 +165,14 @@ def parse4(pieces: Pieces, effort: Effort) -> tuple[Part, ...] | None:
     return tuple(parts)
 
 
-def _call(pieces: Sequence[str | bytes]) -> ToolCall | None:
+def _parse_call(pieces: Sequence[str | bytes]) -> ToolCall | None:
     """call:NAME{key:value,...}, its texts between QUOTEs; None where it is malformed.
 
     Made into JSON with each text's number in place of the text, and the texts then put in.
     """
     segments = [b""]
     for p in pieces:
-        if p == QUOTE:
+        if p == GEMMA_QUOTE_TOKEN:
             segments.append(b"")
         elif isinstance(p, str):
             return None
@@ -181,7 +181,7 @@ def _call(pieces: Sequence[str | bytes]) -> ToolCall | None:
     bare, texts = [s.decode() for s in segments[::2]], [s.decode() for s in segments[1::2]]
     if len(bare) != len(texts) + 1 or any('"' in b or "\\" in b for b in bare):
         return None
-    found = CALL.fullmatch(bare[0] + "".join(f'"{k}"{b}' for k, b in enumerate(bare[1:])))
+    found = GEMMA_CALL_PATTERN.fullmatch(bare[0] + "".join(f'"{k}"{b}' for k, b in enumerate(bare[1:])))
 
     def fill(value: Any) -> Any:
         if isinstance(value, dict):
@@ -191,16 +191,16 @@ def _call(pieces: Sequence[str | bytes]) -> ToolCall | None:
         return texts[int(value)] if isinstance(value, str) else value
 
     try:
-        return ToolCall.read(found[1], fill(json.loads(KEY.sub(r'\1"\2":', re.sub(r"\bNone\b", "null", found[2]))))) if found else None
+        return ToolCall.from_generated(found[1], fill(json.loads(GEMMA_KEY_PATTERN.sub(r'\1"\2":', re.sub(r"\bNone\b", "null", found[2]))))) if found else None
     except (ValueError, RecursionError):
         return None
 
 
 GEMMA = Family(
-    name="gemma", licence="Gemma Terms of Use", signature="<start_of_turn>", efforts=(Effort.NONE,),
-    stops=("<end_of_turn>", "<eos>"), normalise=normalise, inputs=inputs, parse=parse)
+    name="gemma", licence="Gemma Terms of Use", signature_token="<start_of_turn>", efforts=(ThinkingEffort.NONE,),
+    stop_tokens=("<end_of_turn>", "<eos>"), normalise=normalise, template_inputs=template_inputs, parse=parse)
 GEMMA4 = Family(
-    name="gemma-4", licence="Apache-2.0", signature="<|turn>", efforts=(Effort.NONE, Effort.HIGH), stops=("<turn|>", "<|tool_response>", "<eos>"),
-    normalise=normalise4, inputs=inputs4, parse=parse4, opening="<|channel>thought\n<channel|>",
-    tool_bytes=but_calls)
+    name="gemma-4", licence="Apache-2.0", signature_token="<|turn>", efforts=(ThinkingEffort.NONE, ThinkingEffort.HIGH), stop_tokens=("<turn|>", "<|tool_response>", "<eos>"),
+    normalise=normalise_gemma4, template_inputs=template_inputs_gemma4, parse=parse_gemma4, prompt_only_suffix="<|channel>thought\n<channel|>",
+    is_tool_text_verbatim=verbatim_except_calls)
 GEMMAS = (GEMMA, GEMMA4)

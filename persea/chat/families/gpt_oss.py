@@ -20,26 +20,26 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from persea.chat.families.tool_format import as_functions, as_messages, unless_quoted
+from persea.chat.families.tool_format import messages_to_dicts, tools_to_json_schema, verbatim_unless_escaped
 from persea.chat.messages import (
+    ContentPart,
     Conversation,
-    Effort,
+    DecodedPieces,
     Family,
     Message,
-    Part,
-    Pieces,
     Role,
     Text,
     Thinking,
+    ThinkingEffort,
     ToolCall,
     ToolResult,
-    edit,
-    text_of,
+    edit_texts,
+    pieces_to_text,
 )
 from persea.errors import DataError
 
-DIAL = {Effort.NONE: "low", Effort.LOW: "low", Effort.MEDIUM: "medium", Effort.HIGH: "high"}
-RECIPIENT = re.compile(r" to=functions\.(\S+)")
+REASONING_EFFORT_NAMES = {ThinkingEffort.NONE: "low", ThinkingEffort.LOW: "low", ThinkingEffort.MEDIUM: "medium", ThinkingEffort.HIGH: "high"}
+RECIPIENT_PATTERN = re.compile(r" to=functions\.(\S+)")
 
 
 def normalise(conversation: Conversation) -> Conversation:
@@ -47,14 +47,14 @@ def normalise(conversation: Conversation) -> Conversation:
     messages = conversation.messages
     final = max((k for k, m in enumerate(messages) if m.role is Role.ASSISTANT and not m.calls), default=-1)
 
-    def change(k: int, m: Message, p: Part) -> str:
+    def change(k: int, m: Message, p: ContentPart) -> str:
         keeps = k > final if m.calls else k == len(messages) - 1
         return "" if isinstance(p, Thinking) and not keeps else p.text
 
-    return edit(conversation, change)
+    return edit_texts(conversation, change)
 
 
-def inputs(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def template_inputs(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Messages with the thought as `thinking`; tools; the effort by name. Refuses what the template would lose."""
     called = ""
     for k, m in enumerate(conversation.messages):
@@ -66,22 +66,22 @@ def inputs(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, 
             if isinstance(p, ToolResult) and p.name != called:
                 raise DataError(f"message {k} is the result of {p.name}, but the last call is of {called or 'no tool'}", where="gpt-oss",
                                 remedy="its template names a result after the last call; leave the conversation out")
-    messages = as_messages(conversation, "thinking")
+    messages = messages_to_dicts(conversation, "thinking")
     for said in messages:
         if not said.get("thinking", "x"):
             del said["thinking"]
-    tools = as_functions(conversation.tools)
-    direct = {"enable_thinking": False} if conversation.effort is Effort.NONE else {}
-    return messages, {"reasoning_effort": DIAL[conversation.effort]} | direct | ({"tools": tools} if tools else {})
+    tools = tools_to_json_schema(conversation.tools)
+    direct = {"enable_thinking": False} if conversation.effort is ThinkingEffort.NONE else {}
+    return messages, {"reasoning_effort": REASONING_EFFORT_NAMES[conversation.effort]} | direct | ({"tools": tools} if tools else {})
 
 
-def parse(pieces: Pieces, effort: Effort) -> tuple[Part, ...] | None:
+def parse(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, ...] | None:
     """([ to=NAME]<|channel|>NAME<|message|>TEXT) joined by <|end|><|start|>assistant; one final channel or one call, last."""
-    parts: list[Part] = []
+    parts: list[ContentPart] = []
     rest = list(pieces)
     while rest:
         end = rest.index("<|end|>") if "<|end|>" in rest else len(rest)
-        part = _message(rest[:end])
+        part = _parse_message(rest[:end])
         if part is None:
             return None
         parts.append(part)
@@ -95,12 +95,12 @@ def parse(pieces: Pieces, effort: Effort) -> tuple[Part, ...] | None:
     return tuple(parts) if parts and ends[-1] and sum(ends) == 1 else None
 
 
-def _message(pieces: Pieces) -> Part | None:
+def _parse_message(pieces: DecodedPieces) -> ContentPart | None:
     """One message behind its <|start|>assistant."""
     if "<|message|>" not in pieces:
         return None
     cut = list(pieces).index("<|message|>")
-    body = text_of(pieces[cut + 1:])
+    body = pieces_to_text(pieces[cut + 1:])
     if body is None:
         return None
     if list(pieces[:cut]) == ["<|channel|>", b"analysis"]:
@@ -109,12 +109,12 @@ def _message(pieces: Pieces) -> Part | None:
         return Text(body)
     head = "".join(p if isinstance(p, str) else p.decode() for p in pieces[:cut] if p != "<|constrain|>")
     before, channel, behind = head.partition("<|channel|>commentary")
-    to = RECIPIENT.fullmatch(before) if before else RECIPIENT.match(behind)
+    to = RECIPIENT_PATTERN.fullmatch(before) if before else RECIPIENT_PATTERN.match(behind)
     if not channel or to is None or (behind if before else behind[to.end():]).strip() not in ("json", ""):
         return None
-    return ToolCall.read(to[1], body)
+    return ToolCall.from_generated(to[1], body)
 
 
 GPT_OSS = Family(
-    name="gpt-oss", licence="Apache-2.0", signature="<|channel|>", efforts=(Effort.LOW, Effort.MEDIUM, Effort.HIGH),
-    stops=("<|return|>", "<|call|>"), normalise=normalise, inputs=inputs, parse=parse, tool_bytes=unless_quoted)
+    name="gpt-oss", licence="Apache-2.0", signature_token="<|channel|>", efforts=(ThinkingEffort.LOW, ThinkingEffort.MEDIUM, ThinkingEffort.HIGH),
+    stop_tokens=("<|return|>", "<|call|>"), normalise=normalise, template_inputs=template_inputs, parse=parse, is_tool_text_verbatim=verbatim_unless_escaped)

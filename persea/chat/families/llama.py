@@ -18,37 +18,37 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from persea.chat.families.tool_format import as_functions, as_messages, unless_quoted
+from persea.chat.families.tool_format import messages_to_dicts, tools_to_json_schema, verbatim_unless_escaped
 from persea.chat.messages import (
+    ContentPart,
     Conversation,
-    Effort,
+    DecodedPieces,
     Family,
     Message,
-    Part,
-    Pieces,
     Role,
     Text,
     Thinking,
+    ThinkingEffort,
     Tool,
     ToolCall,
     ToolResult,
-    edit,
-    text_of,
+    edit_texts,
+    pieces_to_text,
 )
 from persea.errors import DataError
 
 
 def normalise(conversation: Conversation) -> Conversation:
     """Thoughts dropped, texts trimmed; tool results as they are."""
-    def change(k: int, m: Message, p: Part) -> str:
+    def change(k: int, m: Message, p: ContentPart) -> str:
         if isinstance(p, Thinking):
             return ""
         return p.text if isinstance(p, ToolResult) else p.text.strip()
 
-    return edit(conversation, change)
+    return edit_texts(conversation, change)
 
 
-def inputs(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def template_inputs(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Messages and tools as the template takes them. Refuses what it would lose or make ambiguous."""
     spoken = [m for m in conversation.messages if m.role is not Role.SYSTEM]
     if conversation.tools and spoken and spoken[0].role is not Role.USER:
@@ -58,19 +58,19 @@ def inputs(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, 
         if len(m.calls) > 1 or (m.calls and m.text):
             raise DataError(f"message {k} has {len(m.calls)} tool calls" + (" and words beside them" if m.text else ""), where="llama",
                             remedy="its template writes one call a turn and nothing beside it; leave the conversation out")
-        if m.role is Role.ASSISTANT and not m.calls and m.text and recall((Text(m.text),), conversation.tools) != (Text(m.text),):
+        if m.role is Role.ASSISTANT and not m.calls and m.text and resolve_calls((Text(m.text),), conversation.tools) != (Text(m.text),):
             raise DataError(f"the text of message {k} reads as a tool call", where="llama", remedy="make it a ToolCall, or leave it out")
-    tools = as_functions(conversation.tools)
-    return as_messages(conversation), {"tools": tools} if tools else {}
+    tools = tools_to_json_schema(conversation.tools)
+    return messages_to_dicts(conversation), {"tools": tools} if tools else {}
 
 
-def parse(pieces: Pieces, effort: Effort) -> tuple[Part, ...] | None:
+def parse(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, ...] | None:
     """One text, no control token inside."""
-    text = text_of(pieces)
+    text = pieces_to_text(pieces)
     return None if text is None else (Text(text),)
 
 
-def recall(parts: tuple[Part, ...], tools: tuple[Tool, ...]) -> tuple[Part, ...] | None:
+def resolve_calls(parts: tuple[ContentPart, ...], tools: tuple[Tool, ...]) -> tuple[ContentPart, ...] | None:
     """With tools declared, a JSON object of exactly `name` and `parameters` is a call; None where one begins and is broken."""
     text = "".join(p.text for p in parts).strip()
     if not tools or not text.startswith("{"):
@@ -81,11 +81,11 @@ def recall(parts: tuple[Part, ...], tools: tuple[Tool, ...]) -> tuple[Part, ...]
         return None if text.startswith('{"name":') else parts
     if not isinstance(found, dict) or set(found) != {"name", "parameters"}:
         return parts
-    call = ToolCall.read(found["name"], found["parameters"]) if isinstance(found["parameters"], dict) else None
+    call = ToolCall.from_generated(found["name"], found["parameters"]) if isinstance(found["parameters"], dict) else None
     return (call,) if call else None
 
 
 LLAMA = Family(
-    name="llama", licence="Llama Community License", signature="<|start_header_id|>", efforts=(Effort.NONE,),
-    stops=("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"), normalise=normalise, inputs=inputs, parse=parse,
-    tool_bytes=unless_quoted, recall=recall)
+    name="llama", licence="Llama Community License", signature_token="<|start_header_id|>", efforts=(ThinkingEffort.NONE,),
+    stop_tokens=("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"), normalise=normalise, template_inputs=template_inputs, parse=parse,
+    is_tool_text_verbatim=verbatim_unless_escaped, resolve_calls=resolve_calls)

@@ -26,32 +26,32 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from persea.chat.families.qwen_xml_tools import read_keys, refuse_ambiguous, typed
-from persea.chat.families.tool_format import as_functions, as_messages, as_written, but_calls
+from persea.chat.families.qwen_xml_tools import parse_xml_call, refuse_ambiguous_calls, resolve_call_types
+from persea.chat.families.tool_format import always_verbatim, messages_to_dicts, tools_to_json_schema, verbatim_except_calls
 from persea.chat.messages import (
+    ContentPart,
     Conversation,
-    Effort,
+    DecodedPieces,
     Family,
     Message,
-    Part,
-    Pieces,
     Role,
     Text,
     Thinking,
+    ThinkingEffort,
     ToolCall,
-    edit,
-    text_of,
-    with_text,
+    edit_texts,
+    pieces_to_text,
+    replace_text,
 )
 
-LINE_ENDS = re.compile(r"\A\s*[\r\n]")
+LEADING_LINE_BREAK_PATTERN = re.compile(r"\A\s*[\r\n]")
 
 
-def _is_on(conversation: Conversation) -> bool:
-    return conversation.effort is not Effort.NONE
+def _is_thinking_on(conversation: Conversation) -> bool:
+    return conversation.effort is not ThinkingEffort.NONE
 
 
-def _asked(conversation: Conversation) -> int:
+def _last_question_index(conversation: Conversation) -> int:
     """The last question, as Qwen's templates look for it: a user's text that is no <tool_response>. Without one: the last message."""
     asked = [k for k, m in enumerate(conversation.messages)
              if m.role is Role.USER and not (m.text.startswith("<tool_response>") and m.text.endswith("</tool_response>"))]
@@ -60,39 +60,39 @@ def _asked(conversation: Conversation) -> int:
 
 def normalise(conversation: Conversation) -> Conversation:
     """Thoughts kept after the last question, and only when thinking is on; a turn with its <think> block loses newlines at its rims."""
-    last, asked = len(conversation.messages) - 1, _asked(conversation)
+    last, asked = len(conversation.messages) - 1, _last_question_index(conversation)
 
-    def change(k: int, m: Message, p: Part) -> str:
-        thought = m.thinking.strip("\n") if k > asked and _is_on(conversation) else ""
+    def change(k: int, m: Message, p: ContentPart) -> str:
+        thought = m.thinking.strip("\n") if k > asked and _is_thinking_on(conversation) else ""
         if isinstance(p, Thinking):
             return thought
         return p.text.lstrip("\n") if m.role is Role.ASSISTANT and k > asked and (k == last or thought) else p.text
 
-    return edit(conversation, change)
+    return edit_texts(conversation, change)
 
 
-def inputs(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def template_inputs(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Messages with the thought beside the answer; tools; the thinking switch."""
-    return as_messages(conversation, "reasoning_content"), {"enable_thinking": _is_on(conversation)} | _tools(conversation)
+    return messages_to_dicts(conversation, "reasoning_content"), {"enable_thinking": _is_thinking_on(conversation)} | _tools_kwargs(conversation)
 
 
-def _tools(conversation: Conversation) -> dict[str, Any]:
-    tools = as_functions(conversation.tools)
+def _tools_kwargs(conversation: Conversation) -> dict[str, Any]:
+    tools = tools_to_json_schema(conversation.tools)
     return {"tools": tools} if tools else {}
 
 
-def parse(pieces: Pieces, effort: Effort) -> tuple[Part, ...] | None:
+def parse(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, ...] | None:
     """[<think> thought </think>] answer [calls]."""
     if pieces and pieces[0] == "<think>":
-        return _thought_and_answer(pieces[1:])
-    return _answer(pieces)
+        return _parse_thought_and_answer(pieces[1:])
+    return _parse_answer(pieces)
 
 
-def _thought_and_answer(pieces: Pieces) -> tuple[Part, ...] | None:
+def _parse_thought_and_answer(pieces: DecodedPieces) -> tuple[ContentPart, ...] | None:
     if "</think>" not in pieces:
         return None
     end = list(pieces).index("</think>")
-    thought, answer = text_of(pieces[:end]), _answer(pieces[end + 1:])
+    thought, answer = pieces_to_text(pieces[:end]), _parse_answer(pieces[end + 1:])
     if thought is None or answer is None:
         return None
     said = tuple(Text(p.text.lstrip("\n")) if isinstance(p, Text) else p for p in answer)
@@ -100,23 +100,23 @@ def _thought_and_answer(pieces: Pieces) -> tuple[Part, ...] | None:
     return (Thinking(thought.strip("\n")), *said) if thought.strip("\n") else said
 
 
-def _answer(pieces: Pieces) -> tuple[Part, ...] | None:
+def _parse_answer(pieces: DecodedPieces) -> tuple[ContentPart, ...] | None:
     """Words, then <tool_call>{"name": ..., "arguments": {...}}</tool_call>, any number of them."""
     first = list(pieces).index("<tool_call>") if "<tool_call>" in pieces else len(pieces)
-    words = text_of(pieces[:first])
+    words = pieces_to_text(pieces[:first])
     if words is None or first == len(pieces):
         return None if words is None else (Text(words),)
-    calls = _calls(pieces[first:])
+    calls = _parse_calls(pieces[first:])
     words = words.removesuffix("\n")
     return None if calls is None else ((Text(words), *calls) if words else calls)
 
 
-def _calls(pieces: Pieces) -> tuple[Part, ...] | None:
-    calls: list[Part] = []
+def _parse_calls(pieces: DecodedPieces) -> tuple[ContentPart, ...] | None:
+    calls: list[ContentPart] = []
     rest = list(pieces)
     while rest:
         body = rest[1] if len(rest) > 2 and (rest[0], rest[2]) == ("<tool_call>", "</tool_call>") else None
-        call = _call(body.decode()) if isinstance(body, bytes) else None
+        call = _parse_call(body.decode()) if isinstance(body, bytes) else None
         if call is None:
             return None
         calls.append(call)
@@ -126,65 +126,65 @@ def _calls(pieces: Pieces) -> tuple[Part, ...] | None:
     return tuple(calls)
 
 
-def _call(text: str) -> ToolCall | None:
+def _parse_call(text: str) -> ToolCall | None:
     if text.strip().startswith("<function="):
-        return read_keys(text)
+        return parse_xml_call(text)
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
         return None
     if not isinstance(found, dict) or set(found) != {"name", "arguments"} or not isinstance(found["arguments"], dict):
         return None
-    return ToolCall.read(found["name"], found["arguments"])
+    return ToolCall.from_generated(found["name"], found["arguments"])
 
 
 # ---- Qwen 2.5 and Qwen3-Coder: no thinking ---------------------------------------------------------------------------------------
 
 
-def _unglued(text: str) -> str:
+def _strip_leading_line_breaks(text: str) -> str:
     """The text without line ends before it: one token would cover them and the end of the prompt."""
-    return LINE_ENDS.sub("", text)
+    return LEADING_LINE_BREAK_PATTERN.sub("", text)
 
 
-def normalise25(conversation: Conversation) -> Conversation:
+def normalise_qwen25(conversation: Conversation) -> Conversation:
     """Thoughts dropped; the last answer without line ends before it."""
     last = len(conversation.messages) - 1
 
-    def change(k: int, m: Message, p: Part) -> str:
+    def change(k: int, m: Message, p: ContentPart) -> str:
         if isinstance(p, Thinking):
             return ""
-        return _unglued(p.text) if k == last and m.role is Role.ASSISTANT else p.text
+        return _strip_leading_line_breaks(p.text) if k == last and m.role is Role.ASSISTANT else p.text
 
-    return edit(conversation, change)
+    return edit_texts(conversation, change)
 
 
-def inputs25(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def template_inputs_qwen25(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Messages and tools."""
-    return as_messages(conversation), _tools(conversation)
+    return messages_to_dicts(conversation), _tools_kwargs(conversation)
 
 
-def parse25(pieces: Pieces, effort: Effort) -> tuple[Part, ...] | None:
+def parse_qwen25(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, ...] | None:
     """Answer [calls]."""
-    return _answer(pieces)
+    return _parse_answer(pieces)
 
 
 def normalise_coder(conversation: Conversation) -> Conversation:
     """As Qwen 2.5; words beside calls trimmed."""
-    return edit(normalise25(conversation), lambda k, m, p: p.text.strip() if m.calls else p.text)
+    return edit_texts(normalise_qwen25(conversation), lambda k, m, p: p.text.strip() if m.calls else p.text)
 
 
-def inputs_coder(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def template_inputs_coder(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Messages and tools. Refuses a call that cannot be read back."""
-    refuse_ambiguous(conversation, "qwen3-coder")
-    return inputs25(conversation)
+    refuse_ambiguous_calls(conversation, "qwen3-coder")
+    return template_inputs_qwen25(conversation)
 
 
-def parse_coder(pieces: Pieces, effort: Effort) -> tuple[Part, ...] | None:
+def parse_coder(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, ...] | None:
     """Answer [calls]; words beside calls stand between newlines."""
-    return _trimmed(_answer(pieces))
+    return _trim_text_beside_calls(_parse_answer(pieces))
 
 
-def _trimmed(parts: Sequence[Part] | None) -> tuple[Part, ...] | None:
+def _trim_text_beside_calls(parts: Sequence[ContentPart] | None) -> tuple[ContentPart, ...] | None:
     """Words beside calls without white space at their rims."""
     if parts is None or not any(isinstance(p, ToolCall) for p in parts):
         return None if parts is None else tuple(parts)
@@ -195,82 +195,82 @@ def _trimmed(parts: Sequence[Part] | None) -> tuple[Part, ...] | None:
 # ---- Qwen 3.5 and QwQ: the prompt opens <think> ----------------------------------------------------------------------------------
 
 
-def normalise35(conversation: Conversation) -> Conversation:
+def normalise_qwen35(conversation: Conversation) -> Conversation:
     """Texts trimmed, also of tools; thoughts kept where thinking is on, trimmed too: their white space would glue to the prompt's."""
-    return edit(conversation, lambda k, m, p: "" if isinstance(p, Thinking) and not _is_on(conversation) else p.text.strip())
+    return edit_texts(conversation, lambda k, m, p: "" if isinstance(p, Thinking) and not _is_thinking_on(conversation) else p.text.strip())
 
 
-def inputs35(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def template_inputs_qwen35(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """As Qwen3's. Refuses a call that cannot be read back."""
-    refuse_ambiguous(conversation, "qwen3.5")
-    return inputs(conversation)
+    refuse_ambiguous_calls(conversation, "qwen3.5")
+    return template_inputs(conversation)
 
 
-def parse35(pieces: Pieces, effort: Effort) -> tuple[Part, ...] | None:
+def parse_qwen35(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, ...] | None:
     """Thought </think> answer [calls], texts trimmed; without thinking the prompt has closed the block."""
-    parts = _opened(pieces, effort)
+    parts = _parse_opened_thought(pieces, effort)
     if parts is None:
         return None
-    said = tuple(with_text(p, p.text.strip()) if isinstance(p, (Text, Thinking)) else p for p in parts)
+    said = tuple(replace_text(p, p.text.strip()) if isinstance(p, (Text, Thinking)) else p for p in parts)
     return tuple(p for p in said if p.text) or (Text(""),)
 
 
-def _opened(pieces: Pieces, effort: Effort) -> tuple[Part, ...] | None:
+def _parse_opened_thought(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, ...] | None:
     if pieces and pieces[0] == "<think>":  # some servers say the opening again
         pieces = pieces[1:]
     if "</think>" in pieces:
-        return _thought_and_answer(pieces)
-    return _answer(pieces) if effort is Effort.NONE else None
+        return _parse_thought_and_answer(pieces)
+    return _parse_answer(pieces) if effort is ThinkingEffort.NONE else None
 
 
 def normalise_qwq(conversation: Conversation) -> Conversation:
     """Thoughts kept in the last turn, and only when thinking is on; answers lose newlines before them."""
     last = len(conversation.messages) - 1
 
-    def change(k: int, m: Message, p: Part) -> str:
+    def change(k: int, m: Message, p: ContentPart) -> str:
         if isinstance(p, Thinking):
-            return p.text.strip() if k == last and _is_on(conversation) else ""
+            return p.text.strip() if k == last and _is_thinking_on(conversation) else ""
         return p.text.lstrip("\n") if m.role is Role.ASSISTANT else p.text
 
-    return edit(conversation, change)
+    return edit_texts(conversation, change)
 
 
-def inputs_qwq(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def template_inputs_qwq(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Messages with the last turn's thought in its text; tools; the switch, which only some of its templates have."""
-    messages = as_messages(conversation)
+    messages = messages_to_dicts(conversation)
     if conversation.messages and conversation.messages[-1].role is Role.ASSISTANT:
         last = conversation.messages[-1]
         thought = f"{last.thinking}\n" if last.thinking else ""
         messages[-1]["content"] = f"<think>\n{thought}</think>\n\n{last.text}"
-    return messages, {"enable_thinking": _is_on(conversation)} | _tools(conversation)
+    return messages, {"enable_thinking": _is_thinking_on(conversation)} | _tools_kwargs(conversation)
 
 
-def parse_qwq(pieces: Pieces, effort: Effort) -> tuple[Part, ...] | None:
+def parse_qwq(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, ...] | None:
     """Thought </think> answer [calls]; without thinking the prompt has closed the block."""
-    parts = _opened(pieces, effort)
+    parts = _parse_opened_thought(pieces, effort)
     if parts is None:
         return None
-    said = [with_text(p, p.text.strip() if isinstance(p, Thinking) else p.text.lstrip("\n")) if not isinstance(p, ToolCall) else p for p in parts]
+    said = [replace_text(p, p.text.strip() if isinstance(p, Thinking) else p.text.lstrip("\n")) if not isinstance(p, ToolCall) else p for p in parts]
     return tuple(p for p in said if p.text) or (Text(""),)
 
 
-STOPS = ("<|im_end|>", "<|endoftext|>")
-BOTH, SILENT = (Effort.NONE, Effort.HIGH), (Effort.NONE,)
+QWEN_STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
+THINKING_ON_OFF, THINKING_OFF_ONLY = (ThinkingEffort.NONE, ThinkingEffort.HIGH), (ThinkingEffort.NONE,)
 QWEN = Family(
-    name="qwen", licence="Apache-2.0", signature="<|im_start|>", efforts=BOTH, stops=STOPS, normalise=normalise, inputs=inputs, parse=parse,
-    template_mark="enable_thinking is defined and", tool_bytes=as_written)
+    name="qwen", licence="Apache-2.0", signature_token="<|im_start|>", efforts=THINKING_ON_OFF, stop_tokens=QWEN_STOP_TOKENS, normalise=normalise, template_inputs=template_inputs, parse=parse,
+    template_signature="enable_thinking is defined and", is_tool_text_verbatim=always_verbatim)
 QWEN25 = Family(
-    name="qwen2.5", licence="Apache-2.0", signature="<|im_start|>", efforts=SILENT, stops=STOPS, normalise=normalise25, inputs=inputs25,
-    parse=parse25, template_mark='or (message.role == "assistant" and not message.tool_calls)', tool_bytes=as_written)
+    name="qwen2.5", licence="Apache-2.0", signature_token="<|im_start|>", efforts=THINKING_OFF_ONLY, stop_tokens=QWEN_STOP_TOKENS, normalise=normalise_qwen25, template_inputs=template_inputs_qwen25,
+    parse=parse_qwen25, template_signature='or (message.role == "assistant" and not message.tool_calls)', is_tool_text_verbatim=always_verbatim)
 QWEN3_CODER = Family(
-    name="qwen3-coder", licence="Apache-2.0", signature="<|im_start|>", efforts=SILENT, stops=STOPS, normalise=normalise_coder,
-    inputs=inputs_coder, parse=parse_coder, template_mark="<parameter=example_parameter_1>\\nvalue_1\\n</parameter>", tool_bytes=but_calls,
-    recall=typed)
+    name="qwen3-coder", licence="Apache-2.0", signature_token="<|im_start|>", efforts=THINKING_OFF_ONLY, stop_tokens=QWEN_STOP_TOKENS, normalise=normalise_coder,
+    template_inputs=template_inputs_coder, parse=parse_coder, template_signature="<parameter=example_parameter_1>\\nvalue_1\\n</parameter>", is_tool_text_verbatim=verbatim_except_calls,
+    resolve_calls=resolve_call_types)
 QWEN35 = Family(
-    name="qwen3.5", licence="Apache-2.0", signature="<|im_start|>", efforts=BOTH, stops=STOPS, normalise=normalise35, inputs=inputs35,
-    parse=parse35, template_mark="<parameter=example_parameter_2>\\nThis is the value for the second parameter", tool_bytes=but_calls,
-    recall=typed)
+    name="qwen3.5", licence="Apache-2.0", signature_token="<|im_start|>", efforts=THINKING_ON_OFF, stop_tokens=QWEN_STOP_TOKENS, normalise=normalise_qwen35, template_inputs=template_inputs_qwen35,
+    parse=parse_qwen35, template_signature="<parameter=example_parameter_2>\\nThis is the value for the second parameter", is_tool_text_verbatim=verbatim_except_calls,
+    resolve_calls=resolve_call_types)
 QWQ = Family(
-    name="qwq", licence="Apache-2.0", signature="<|im_start|>", efforts=BOTH, stops=STOPS, normalise=normalise_qwq, inputs=inputs_qwq,
-    parse=parse_qwq, template_mark='elif message.role == "assistant" and not message.tool_calls', tool_bytes=as_written)
+    name="qwq", licence="Apache-2.0", signature_token="<|im_start|>", efforts=THINKING_ON_OFF, stop_tokens=QWEN_STOP_TOKENS, normalise=normalise_qwq, template_inputs=template_inputs_qwq,
+    parse=parse_qwq, template_signature='elif message.role == "assistant" and not message.tool_calls', is_tool_text_verbatim=always_verbatim)
 QWENS = (QWEN, QWEN25, QWEN3_CODER, QWEN35, QWQ)

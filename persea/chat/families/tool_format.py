@@ -6,31 +6,31 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from persea.chat.messages import Conversation, Part, Role, Tool, ToolCall, ToolResult
+from persea.chat.messages import ContentPart, Conversation, Role, Tool, ToolCall, ToolResult
 
 
-def as_written(part: Part) -> bool:
+def always_verbatim(part: ContentPart) -> bool:
     """`Family.tool_bytes` of a template that writes arguments and results as they stand."""
     return True
 
 
-def but_calls(part: Part) -> bool:
+def verbatim_except_calls(part: ContentPart) -> bool:
     """`Family.tool_bytes` of a template that writes calls key by key."""
     return not isinstance(part, ToolCall)
 
 
-def unless_quoted(part: Part) -> bool:
+def verbatim_unless_escaped(part: ContentPart) -> bool:
     """`Family.tool_bytes` of a template that writes a result as a JSON string: its bytes are there where JSON escapes none of them."""
     return isinstance(part, ToolCall) or json.dumps(part.text, ensure_ascii=False) == f'"{part.text}"'
 
 
-def as_functions(tools: Sequence[Tool]) -> list[dict[str, Any]] | None:
+def tools_to_json_schema(tools: Sequence[Tool]) -> list[dict[str, Any]] | None:
     """Tools in the form all templates take them; None where there are none."""
     return [{"type": "function", "function": {"name": t.name, "description": t.description, "parameters": json.loads(t.parameters)}}
             for t in tools] or None
 
 
-def as_messages(conversation: Conversation, thought: str = "") -> list[dict[str, Any]]:
+def messages_to_dicts(conversation: Conversation, thinking_key: str = "") -> list[dict[str, Any]]:
     """Messages in the form templates take them: `content`, the thought of the assistant under the name `thought` ("" = left out),
     `tool_calls` only where there are some, one message for each tool result.
     """
@@ -42,8 +42,8 @@ def as_messages(conversation: Conversation, thought: str = "") -> list[dict[str,
         if results:
             continue
         messages.append({"role": m.role.value, "content": m.text})
-        if thought and m.role is Role.ASSISTANT:
-            messages[-1][thought] = m.thinking
+        if thinking_key and m.role is Role.ASSISTANT:
+            messages[-1][thinking_key] = m.thinking
         if m.calls:
             messages[-1]["tool_calls"] = [
                 {"type": "function", "id": c.name, "function": {"name": c.name, "arguments": json.loads(c.arguments)}} for c in m.calls]

@@ -11,86 +11,86 @@ from dataclasses import dataclass
 from typing import Any
 
 from persea.chat.messages import Message
-from persea.config.schema import CorpusPart, PublishedSet
-from persea.config.yaml_source import choose
+from persea.config.schema import BenchmarkSection, CorpusSection
+from persea.config.yaml_source import suggest_choice
 from persea.errors import DataError, RecipeError
 from persea.tasks.benchmarks import code, instructions, languages, reasoning, safety, tools
-from persea.tasks.benchmarks.readers import Published, Source, require, split
-from persea.tasks.generated import SKILLS
+from persea.tasks.benchmarks.readers import Benchmark, BenchmarkSource, require_module, select_split
+from persea.tasks.generated import GENERATED_TASKS
 from persea.tasks.sandbox.sandbox import open_sandbox
-from persea.tasks.task import Grade, Item, Skill, Split
+from persea.tasks.task import Grade, Split, Task, TaskItem
 
-SETS = (*languages.SETS, *reasoning.SETS, *code.SETS, *safety.SETS, *tools.SETS, *instructions.SETS)
+BENCHMARKS = (*languages.BENCHMARKS, *reasoning.BENCHMARKS, *code.BENCHMARKS, *safety.BENCHMARKS, *tools.BENCHMARKS, *instructions.BENCHMARKS)
 
 
 @dataclass(frozen=True)
-class Opened:
+class LoadedBenchmark:
     """A set with its questions read. left_out: reason -> how many of its rows nobody can grade."""
 
-    published: Published
-    source: Source
+    benchmark: Benchmark
+    source: BenchmarkSource
     skill: str
-    items: tuple[Item, ...]
+    items: tuple[TaskItem, ...]
     left_out: Mapping[str, int]
 
     def to_json(self) -> dict[str, Any]:
-        return {"set": self.published.name, "skill": self.skill, "language": self.source.language or self.published.language,
+        return {"set": self.benchmark.name, "skill": self.skill, "language": self.source.language or self.benchmark.language,
                 "questions": len(self.items), "left_out": dict(self.left_out)}
 
 
-def named(name: str) -> Published:
+def find_benchmark(name: str) -> Benchmark:
     """The set of that name, or an error that lists the known ones."""
-    for one in SETS:
+    for one in BENCHMARKS:
         if one.name == name:
             return one
-    raise DataError(f"unknown set {name!r}", where="evaluation.sets", remedy=f"known sets: {', '.join(s.name for s in SETS)}")
+    raise DataError(f"unknown set {name!r}", where="evaluation.sets", remedy=f"known sets: {', '.join(s.name for s in BENCHMARKS)}")
 
 
-def refuse_unknown(refs: Sequence[PublishedSet], corpus: Sequence[CorpusPart], where: str) -> None:
+def reject_unknown_names(refs: Sequence[BenchmarkSection], corpus: Sequence[CorpusSection], where: str) -> None:
     """Raises RecipeError, a line for each set, or else for each skill of the corpus, that nobody knows. Opens no file."""
-    sets = {s.name: s for s in SETS}
-    wrong = [(f"evaluation.sets.{k}.set", f"unknown set {r.set!r}", choose(r.set, list(sets))) for k, r in enumerate(refs) if r.set not in sets]
+    sets = {s.name: s for s in BENCHMARKS}
+    wrong = [(f"evaluation.sets.{k}.set", f"unknown set {r.set!r}", suggest_choice(r.set, list(sets))) for k, r in enumerate(refs) if r.set not in sets]
     if not wrong:
-        skills = [*(s.name for s in SKILLS), *(r.skill or sets[r.set].skill or r.set for r in refs)]
-        wrong = [(f"corpus.{k}.skill", f"unknown skill {part.skill!r}", choose(part.skill, skills))
+        skills = [*(s.name for s in GENERATED_TASKS), *(r.skill or sets[r.set].skill or r.set for r in refs)]
+        wrong = [(f"corpus.{k}.skill", f"unknown skill {part.skill!r}", suggest_choice(part.skill, skills))
                  for k, part in enumerate(corpus) if part.skill not in skills]
     told = [RecipeError(what, where=f"{where}: {key}", remedy=remedy) for key, what, remedy in wrong]
     if told:
         raise told[0] if len(told) == 1 else RecipeError("\n".join(map(str, told)))
 
 
-def open_set(published: Published, source: Source, skill: str = "") -> Opened:
+def load_benchmark(benchmark: Benchmark, source: BenchmarkSource, skill: str = "") -> LoadedBenchmark:
     """Read a set and make sure that it can be graded here.
 
     Raises DataError with file and line for what is broken, EnvironmentLacks (exit 7) where an extra or a sandbox is missing.
     """
-    for module in published.needs:
-        require(module, "eval", f"the set {published.name}")
-    if published.runs:
+    for module in benchmark.required_modules:
+        require_module(module, "eval", f"the set {benchmark.name}")
+    if benchmark.runs_code:
         open_sandbox()
-    if not published.language and not source.language:
-        raise DataError(f"the set {published.name} does not say its language", where=source.file, remedy="add `language:`, such as vi")
-    asked = published.items(source)
-    return Opened(published, source, skill or published.skill or published.name, asked.items, asked.left_out)
+    if not benchmark.language and not source.language:
+        raise DataError(f"the set {benchmark.name} does not say its language", where=source.file, remedy="add `language:`, such as vi")
+    asked = benchmark.load_items(source)
+    return LoadedBenchmark(benchmark, source, skill or benchmark.skill or benchmark.name, asked.items, asked.left_out)
 
 
-def skills(opened: Sequence[Opened]) -> tuple[Skill, ...]:
+def benchmark_tasks(benchmarks: Sequence[LoadedBenchmark]) -> tuple[Task, ...]:
     """One skill for each name, of all sets of that name."""
-    return tuple(_skill(name, [o for o in opened if o.skill == name]) for name in dict.fromkeys(o.skill for o in opened))
+    return tuple(_benchmark_task(name, [o for o in benchmarks if o.skill == name]) for name in dict.fromkeys(o.skill for o in benchmarks))
 
 
-def _skill(name: str, opened: Sequence[Opened]) -> Skill:
-    graders = {o.published.name: o.published for o in opened}
-    items = [i for o in opened for i in o.items]
+def _benchmark_task(name: str, benchmarks: Sequence[LoadedBenchmark]) -> Task:
+    graders = {o.benchmark.name: o.benchmark for o in benchmarks}
+    items = [i for o in benchmarks for i in o.items]
     ids = [i.prompt.id for i in items]
     if len(set(ids)) < len(ids):
-        raise DataError(f"two sets of {name} hold the same questions", where=", ".join(o.source.file for o in opened), remedy="name each file once")
+        raise DataError(f"two sets of {name} hold the same questions", where=", ".join(o.source.file for o in benchmarks), remedy="name each file once")
 
-    def grade(item: Item, said: Message) -> Grade:
+    def grade(item: TaskItem, said: Message) -> Grade:
         # a prompt of the corpus that teaches this skill is graded as the skill's first set grades
-        return graders.get(item.prompt.id.partition("/")[0], opened[0].published).graded(item, said)
+        return graders.get(item.prompt.id.partition("/")[0], benchmarks[0].benchmark).grade_answer(item, said)
 
-    def some(which: Split, n: int, seed: int) -> tuple[Item, ...]:
-        return split(items, which, n, seed)
+    def some(which: Split, n: int, seed: int) -> tuple[TaskItem, ...]:
+        return select_split(items, which, n, seed)
 
-    return Skill(name, tuple(dict.fromkeys(i.prompt.language for i in items)), some, grade)
+    return Task(name, tuple(dict.fromkeys(i.prompt.language for i in items)), some, grade)

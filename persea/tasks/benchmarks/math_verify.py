@@ -16,10 +16,10 @@ from enum import StrEnum
 from functools import cache
 from typing import IO, cast
 
-from persea.errors import EnvironmentLacks
+from persea.errors import MissingRequirementError
 
-SECONDS, START = 5.0, 120.0  # for one comparison; for the worker's start, which loads sympy (1 to 3 s on a quiet machine)
-WORKER = """
+COMPARISON_TIMEOUT_S, WORKER_START_TIMEOUT_S = 5.0, 120.0  # for one comparison; for the worker's start, which loads sympy (1 to 3 s on a quiet machine)
+WORKER_SOURCE = """
 import json, resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 from math_verify import parse, verify
@@ -34,42 +34,42 @@ for line in sys.stdin:
 """
 
 
-class Said(StrEnum):
+class Equivalence(StrEnum):
     SAME = "same"
-    OTHER = "other"
+    DIFFERENT = "other"
     FAILED = "failed"
     TIMEOUT = "timeout"
 
 
 @dataclass(eq=False)
-class Verifier:
+class MathVerifier:
     """One worker; started when first asked, started anew after it had to be killed."""
 
     worker: subprocess.Popen[bytes] | None = None
 
-    def same(self, gold: str, answer: str, seconds: float = SECONDS) -> Said:
+    def compare(self, gold: str, answer: str, timeout_s: float = COMPARISON_TIMEOUT_S) -> Equivalence:
         """Whether two answers in LaTeX or plain words are the same value."""
         if self.worker is None or self.worker.poll() is not None:
-            self.worker = subprocess.Popen([sys.executable, "-c", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-            if self._line(START) != "ready":
+            self.worker = subprocess.Popen([sys.executable, "-c", WORKER_SOURCE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            if self._read_reply(WORKER_START_TIMEOUT_S) != "ready":
                 self.close()
-                raise EnvironmentLacks("math-verify does not start", where="math-verify", remedy="pip install 'persea[eval]'")
+                raise MissingRequirementError("math-verify does not start", where="math-verify", remedy="pip install 'persea[eval]'")
         try:
             into = cast("IO[bytes]", self.worker.stdin)
             into.write(json.dumps([gold, answer]).encode() + b"\n")
             into.flush()
-            told = self._line(seconds)
+            told = self._read_reply(timeout_s)
         except OSError:
             told = "failed"
         if told in ("", "failed"):
             self.close()  # a worker that hung, or ran out of memory, answers nobody
-        return Said(told) if told else Said.TIMEOUT
+        return Equivalence(told) if told else Equivalence.TIMEOUT
 
-    def _line(self, seconds: float) -> str:
+    def _read_reply(self, timeout_s: float) -> str:
         """The worker's next word; "" where it is late, "failed" where it is gone."""
         assert self.worker
         out = cast("IO[bytes]", self.worker.stdout)
-        until, line = time.monotonic() + seconds, b""
+        until, line = time.monotonic() + timeout_s, b""
         while not line.endswith(b"\n"):
             if not select.select([out], [], [], max(0.0, until - time.monotonic()))[0]:
                 return ""
@@ -87,6 +87,6 @@ class Verifier:
 
 
 @cache
-def verifier() -> Verifier:
+def math_verifier() -> MathVerifier:
     """This process' worker. It ends when its input does."""
-    return Verifier()
+    return MathVerifier()

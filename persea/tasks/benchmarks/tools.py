@@ -7,72 +7,83 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from persea.chat.messages import Message, Tool, ToolCall, canonical
+from persea.chat.messages import Message, Tool, ToolCall, canonical_json
 from persea.errors import DataError
-from persea.tasks.benchmarks.readers import Asked, Published, Row, Source, every, item, json_lines, malformed, right, rows
-from persea.tasks.task import Grade, Item
+from persea.tasks.benchmarks.readers import (
+    Benchmark,
+    BenchmarkItems,
+    BenchmarkRow,
+    BenchmarkSource,
+    benchmark_item,
+    binary_grade,
+    collect_items,
+    malformed_grade,
+    read_benchmark_rows,
+    read_json_lines,
+)
+from persea.tasks.task import Grade, TaskItem
 
-KINDS = {"dict": "object", "float": "number", "tuple": "array", "any": ""}  # BFCL's words -> JSON schema's; others are the same
-LOOSE = re.compile(r"[\s,./\-_*^'\"]")  # what two spellings of a text may differ in, beside case
+BFCL_TO_JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": ""}  # BFCL's words -> JSON schema's; others are the same
+IGNORED_CHARACTERS = re.compile(r"[\s,./\-_*^'\"]")  # what two spellings of a text may differ in, beside case
 
 
-def schema(value: Any) -> Any:
+def to_json_schema(value: Any) -> Any:
     """BFCL's types in JSON schema's words."""
     if isinstance(value, list):
-        return [schema(v) for v in value]
+        return [to_json_schema(v) for v in value]
     if not isinstance(value, dict):
         return value
-    out = {k: schema(v) for k, v in value.items() if k != "type" or not isinstance(v, str)}
-    if isinstance(kind := value.get("type"), str) and (word := KINDS.get(kind, kind)):
+    out = {k: to_json_schema(v) for k, v in value.items() if k != "type" or not isinstance(v, str)}
+    if isinstance(kind := value.get("type"), str) and (word := BFCL_TO_JSON_TYPES.get(kind, kind)):
         return {"type": word, **out}
     return out
 
 
-def _tool(row: Row, function: Any) -> Tool:
+def _parse_tool(row: BenchmarkRow, function: Any) -> Tool:
     try:
-        return Tool(function["name"], function["description"], canonical(json.dumps(schema(function["parameters"]))))
+        return Tool(function["name"], function["description"], canonical_json(json.dumps(to_json_schema(function["parameters"]))))
     except (DataError, KeyError, TypeError, ValueError) as error:
-        raise row.broken(f"a `function` is no tool: {error}") from error
+        raise row.data_error(f"a `function` is no tool: {error}") from error
 
 
-def _asked(row: Row) -> tuple[str, tuple[Tool, ...]]:
+def _question_and_tools(row: BenchmarkRow) -> tuple[str, tuple[Tool, ...]]:
     """The question of one turn, and its tools."""
     turns, functions = row.value("question", list), row.value("function", list)
     try:
         ((turn,),) = turns
         text = turn["content"]
     except (ValueError, TypeError, KeyError) as error:
-        raise row.broken("`question` is not one turn of one message") from error
+        raise row.data_error("`question` is not one turn of one message") from error
     if not isinstance(text, str) or not text.strip() or not functions:
-        raise row.broken("no question, or no function")
-    return text, tuple(_tool(row, f) for f in functions)
+        raise row.data_error("no question, or no function")
+    return text, tuple(_parse_tool(row, f) for f in functions)
 
 
-def bfcl(source: Source) -> Asked:
+def bfcl(source: BenchmarkSource) -> BenchmarkItems:
     """Questions with one call each; `answers` is the file of possible answers."""
     if not source.answers:
         raise DataError("no file of possible answers", where=source.file, remedy="add `answers:`, BFCL's possible_answer/ file of the same name")
-    possible = {row.text("id"): row for row in json_lines(source.answers)}
+    possible = {row.text("id"): row for row in read_json_lines(source.answers)}
 
-    def one(row: Row) -> Item:
-        text, tools = _asked(row)
+    def one(row: BenchmarkRow) -> TaskItem:
+        text, tools = _question_and_tools(row)
         if row.text("id") not in possible:
-            raise row.broken(f"no possible answer for {row.text('id')} in {source.answers}")
+            raise row.data_error(f"no possible answer for {row.text('id')} in {source.answers}")
         answer = possible[row.text("id")]
         truth = answer.value("ground_truth", list)
         try:
-            calls = tuple(ToolCall(name, canonical(json.dumps(_first(arguments)))) for call in truth for name, arguments in call.items())
+            calls = tuple(ToolCall(name, canonical_json(json.dumps(_first_possible_arguments(arguments)))) for call in truth for name, arguments in call.items())
         except (DataError, ValueError, TypeError, AttributeError) as error:
-            raise answer.broken(f"`ground_truth` is no list of calls: {error}") from error
+            raise answer.data_error(f"`ground_truth` is no list of calls: {error}") from error
         names = {t.name for t in tools}
         if not calls or any(c.name not in names for c in calls):
-            raise answer.broken("`ground_truth` calls nothing, or what the question does not offer")
-        return item("bfcl", row, "en", text, key=json.dumps(truth), tools=tools, calls=calls)
+            raise answer.data_error("`ground_truth` calls nothing, or what the question does not offer")
+        return benchmark_item("bfcl", row, "en", text, answer_key=json.dumps(truth), tools=tools, calls=calls)
 
-    return every(map(one, rows(source, json_lines)), source)
+    return collect_items(map(one, read_benchmark_rows(source, read_json_lines)), source)
 
 
-def _first(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _first_possible_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The first possible value of each argument that must be given."""
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -82,76 +93,76 @@ def _first(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {k: plain(values[0]) for k, values in arguments.items() if "" not in values}
 
 
-def grade_calls(item: Item, said: Message) -> Grade:
+def grade_calls(item: TaskItem, answer: Message) -> Grade:
     """The same calls, each argument one of its possible values; those that may be left out may be."""
-    truth = json.loads(item.key)
-    if not said.calls:
-        return malformed("no call")
-    if len(said.calls) != len(truth):
-        return right(False, f"{len(said.calls)} calls, not {len(truth)}")
-    for call, wanted in zip(said.calls, truth, strict=True):
+    truth = json.loads(item.answer_key)
+    if not answer.calls:
+        return malformed_grade("no call")
+    if len(answer.calls) != len(truth):
+        return binary_grade(False, f"{len(answer.calls)} calls, not {len(truth)}")
+    for call, wanted in zip(answer.calls, truth, strict=True):
         ((name, possible),) = wanted.items()
         if call.name not in (name, name.replace(".", "_")):  # some templates write no dots in names
-            return right(False, f"calls {call.name}, not {name}")
+            return binary_grade(False, f"calls {call.name}, not {name}")
         given = json.loads(call.arguments)
         if unknown := given.keys() - possible.keys():
-            return right(False, f"unknown argument {sorted(unknown)[0]}")
+            return binary_grade(False, f"unknown argument {sorted(unknown)[0]}")
         for key, values in possible.items():
             if key not in given:
                 if "" not in values:
-                    return right(False, f"{key} is missing")
-            elif not any(_same(given[key], v) for v in values):
-                return right(False, f"{key} is {json.dumps(given[key], ensure_ascii=False)[:60]}")
-    return right(True)
+                    return binary_grade(False, f"{key} is missing")
+            elif not any(_values_match(given[key], v) for v in values):
+                return binary_grade(False, f"{key} is {json.dumps(given[key], ensure_ascii=False)[:60]}")
+    return binary_grade(True)
 
 
-def _same(given: Any, wanted: Any) -> bool:
+def _values_match(given: Any, wanted: Any) -> bool:
     """Whether two values are the same: numbers by value, texts but for case and marks, lists in order, of objects each key's possible values."""
     if isinstance(given, bool) or isinstance(wanted, bool):
         return given is wanted
     if isinstance(given, int | float) and isinstance(wanted, int | float):
         return given == wanted
     if isinstance(given, str) and isinstance(wanted, str):
-        return _loose(given) == _loose(wanted)
+        return _normalize_string(given) == _normalize_string(wanted)
     if isinstance(given, list) and isinstance(wanted, list):
-        return len(given) == len(wanted) and all(map(_same, given, wanted))
+        return len(given) == len(wanted) and all(map(_values_match, given, wanted))
     if isinstance(given, dict) and isinstance(wanted, dict):
         options = {k: v if isinstance(v, list) else [v] for k, v in wanted.items()}
         return given.keys() <= options.keys() and all(
-            any(_same(given[k], v) for v in some) if k in given else "" in some for k, some in options.items())
+            any(_values_match(given[k], v) for v in some) if k in given else "" in some for k, some in options.items())
     return given is None and wanted is None
 
 
-def _loose(text: str) -> str:
-    return LOOSE.sub("", text).casefold()
+def _normalize_string(text: str) -> str:
+    return IGNORED_CHARACTERS.sub("", text).casefold()
 
 
 # --- none fits ---
 
 
-def irrelevance(source: Source) -> Asked:
+def bfcl_irrelevance(source: BenchmarkSource) -> BenchmarkItems:
     """Questions with tools of which none helps."""
-    def one(row: Row) -> Item:
-        text, tools = _asked(row)
-        return item("bfcl-irrelevance", row, "en", text, tools=tools)
+    def one(row: BenchmarkRow) -> TaskItem:
+        text, tools = _question_and_tools(row)
+        return benchmark_item("bfcl-irrelevance", row, "en", text, tools=tools)
 
-    return every(map(one, rows(source, json_lines)), source)
+    return collect_items(map(one, read_benchmark_rows(source, read_json_lines)), source)
 
 
-def grade_no_call(item: Item, said: Message) -> Grade:
+def grade_no_call(item: TaskItem, answer: Message) -> Grade:
     """Words, and no call: nor one written out as JSON or as name(...), which a reader would take for one."""
-    if said.calls:
-        return right(False, f"calls {said.calls[0].name}")
-    text = said.text.strip()
+    if answer.calls:
+        return binary_grade(False, f"calls {answer.calls[0].name}")
+    text = answer.text.strip()
     if not text:
-        return malformed("nothing said")
+        return malformed_grade("nothing said")
     for tool in item.prompt.conversation.tools:
         if re.search(rf"\"name\"\s*:\s*\"{re.escape(tool.name)}\"|^\W*{re.escape(tool.name)}\s*\([^)]*=", text, re.MULTILINE):
-            return right(False, f"writes a call of {tool.name}")
-    return right(True)
+            return binary_grade(False, f"writes a call of {tool.name}")
+    return binary_grade(True)
 
 
-SETS = (
-    Published("bfcl", "en", bfcl, grade_calls),
-    Published("bfcl-irrelevance", "en", irrelevance, grade_no_call),
+BENCHMARKS = (
+    Benchmark("bfcl", "en", bfcl, grade_calls),
+    Benchmark("bfcl-irrelevance", "en", bfcl_irrelevance, grade_no_call),
 )

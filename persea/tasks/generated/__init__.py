@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from persea.errors import DataError
-from persea.tasks.generated.code import CODE
-from persea.tasks.generated.languages import LANGUAGES
-from persea.tasks.generated.reasoning import REASONING
-from persea.tasks.generated.safety import SAFETY
-from persea.tasks.generated.tools import TOOLS
-from persea.tasks.task import Skill
+from persea.tasks.generated.code import CODE_TASK
+from persea.tasks.generated.languages import LANGUAGES_TASK
+from persea.tasks.generated.reasoning import REASONING_TASK
+from persea.tasks.generated.safety import SAFETY_TASK
+from persea.tasks.generated.tools import TOOLS_TASK
+from persea.tasks.task import Task
 
-SKILLS = (LANGUAGES, CODE, SAFETY, REASONING, TOOLS)
+GENERATED_TASKS = (LANGUAGES_TASK, CODE_TASK, SAFETY_TASK, REASONING_TASK, TOOLS_TASK)
 
 
-def named(name: str) -> Skill:
+def find_generated_task(name: str) -> Task:
     """The skill of that name, or an error that lists the known ones."""
-    for skill in SKILLS:
+    for skill in GENERATED_TASKS:
         if skill.name == name:
             return skill
-    raise DataError(f"unknown skill {name!r}", remedy=f"known skills: {', '.join(s.name for s in SKILLS)}")
+    raise DataError(f"unknown skill {name!r}", remedy=f"known skills: {', '.join(s.name for s in GENERATED_TASKS)}")

@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 
-LEADS: Mapping[str, Sequence[str]] = {
+LEAD_INS: Mapping[str, Sequence[str]] = {
     "en": ("Sure. ", "Okay. ", "Of course. ", "Gladly. "),
     "zh": ("好的。", "当然。", "没问题。", "可以。"),
     "ja": ("はい。", "もちろん。", "わかりました。", "ええ。"),
@@ -19,7 +19,7 @@ LEADS: Mapping[str, Sequence[str]] = {
     "id": ("Baik. ", "Tentu. ", "Boleh. ", "Siap. "),
     "th": ("ได้ ", "แน่นอน ", "ยินดี ", "โอเค "),
 }
-SAYINGS: Mapping[str, Sequence[str]] = {
+ANSWER_FORMS: Mapping[str, Sequence[str]] = {
     "en": ("{}", "{}.", "It is {}.", "That is {}.", "One says {}."),
     "zh": ("{}", "{}。", "是{}。", "就是{}。", "说{}。"),
     "ja": ("{}", "{}。", "{}です。", "{}ですね。", "{}といいます。"),
@@ -37,20 +37,20 @@ CLOSINGS: Mapping[str, Sequence[str]] = {
     "id": (" Ada lagi?", " Semoga berhasil!", " Sama-sama."),
     "th": (" มีอีกไหม", " โชคดี", " ไม่เป็นไร"),
 }
-PLAIN, OPEN = 0.6, 0.75  # share of answers without a lead-in, and without a closing: what a teacher is surest of stays short
+NO_LEAD_IN_SHARE, NO_CLOSING_SHARE = 0.6, 0.75  # share of answers without a lead-in, and without a closing: what a teacher is surest of stays short
 
 
-def dress(core: str, language: str, rng: random.Random, sayings: Sequence[str] = ()) -> str:
+def phrase_answer(answer: str, language: str, rng: random.Random, forms: Sequence[str] = ()) -> str:
     """The core in one of the ways to say it (the language's own, unless others are given), NFC."""
-    lead = "" if rng.random() < PLAIN else rng.choice(LEADS[language])
-    closing = "" if rng.random() < OPEN else rng.choice(CLOSINGS[language])
-    return unicodedata.normalize("NFC", lead + rng.choice(sayings or SAYINGS[language]).format(core) + closing)
+    lead = "" if rng.random() < NO_LEAD_IN_SHARE else rng.choice(LEAD_INS[language])
+    closing = "" if rng.random() < NO_CLOSING_SHARE else rng.choice(CLOSINGS[language])
+    return unicodedata.normalize("NFC", lead + rng.choice(forms or ANSWER_FORMS[language]).format(answer) + closing)
 
 
-def bare(text: str, language: str) -> str:
+def strip_lead_in_and_closing(text: str, language: str) -> str:
     """The text, NFC and trimmed, without a lead-in before it and a closing behind it."""
     text = unicodedata.normalize("NFC", text.strip())
-    for lead in map(str.strip, LEADS[language]):
+    for lead in map(str.strip, LEAD_INS[language]):
         if text.startswith(unicodedata.normalize("NFC", lead)) and len(text) > len(lead):
             text = text[len(unicodedata.normalize("NFC", lead)):].lstrip()
             break
@@ -61,10 +61,10 @@ def bare(text: str, language: str) -> str:
     return text
 
 
-def cores(text: str, language: str, sayings: Sequence[str] = ()) -> Iterator[str]:
+def answer_candidates(text: str, language: str, forms: Sequence[str] = ()) -> Iterator[str]:
     """What the text can be saying, one a way to say it that fits; "It is 12." says "12", and "It is 12" by the barest one."""
-    said = bare(text, language)
-    for saying in sayings or SAYINGS[language]:
+    said = strip_lead_in_and_closing(text, language)
+    for saying in forms or ANSWER_FORMS[language]:
         before, _, behind = unicodedata.normalize("NFC", saying).partition("{}")
         found = re.fullmatch(re.escape(before) + "(.+)" + re.escape(behind), said, re.DOTALL)
         if found:

@@ -9,29 +9,29 @@ from __future__ import annotations
 import random
 import re
 
-from persea.chat.messages import Conversation, Effort, Message
+from persea.chat.messages import Conversation, Message, ThinkingEffort
 from persea.data.prompts import Prompt
-from persea.tasks.generated.answer_phrases import bare, dress
-from persea.tasks.task import Item, Skill, Split, Verdict, draw
+from persea.tasks.generated.answer_phrases import phrase_answer, strip_lead_in_and_closing
+from persea.tasks.task import Split, Task, TaskItem, Verdict, draw_items
 
-WHO = ("Ana", "Ben", "Mia", "Tom", "Kim", "Lee")
-WHAT = ("apples", "books", "coins", "cards", "eggs", "pens")
-KINDS = {"two": 0.4, "three": 0.4, "compare": 0.2}
-SAYINGS = ("Answer: {}", "Answer: {}.", "So {}.", "That makes {}.", "The answer is {}.")
-WORD = {1: "gets", -1: "loses"}
+PERSON_NAMES = ("Ana", "Ben", "Mia", "Tom", "Kim", "Lee")
+OBJECTS = ("apples", "books", "coins", "cards", "eggs", "pens")
+KIND_WEIGHTS = {"two": 0.4, "three": 0.4, "compare": 0.2}
+CONCLUSION_FORMS = ("Answer: {}", "Answer: {}.", "So {}.", "That makes {}.", "The answer is {}.")
+CHANGE_VERBS = {1: "gets", -1: "loses"}
 
 
-def steps(figures: tuple[int, ...], effort: Effort) -> str:
+def chain_steps(figures: tuple[int, ...], effort: ThinkingEffort) -> str:
     """A chain of signed figures worked out: low, and none, the sums; medium, from the start; high, from the start to the end."""
     total, sums = figures[0], []
     for figure in figures[1:]:
         sums.append(f"{total}{'+' if figure > 0 else '-'}{abs(figure)}={total + figure}")
         total += figure
-    start = [f"start {figures[0]}"] if effort in (Effort.MEDIUM, Effort.HIGH) else []
-    return ",".join([*start, *sums, *([f"end {total}"] if effort is Effort.HIGH else [])])
+    start = [f"start {figures[0]}"] if effort in (ThinkingEffort.MEDIUM, ThinkingEffort.HIGH) else []
+    return ",".join([*start, *sums, *([f"end {total}"] if effort is ThinkingEffort.HIGH else [])])
 
 
-def chain(rng: random.Random, length: int) -> tuple[int, ...]:
+def draw_chain(rng: random.Random, length: int) -> tuple[int, ...]:
     """A start and length signed figures, never below zero."""
     figures = [rng.randint(2, 12)]
     for _ in range(length):
@@ -40,13 +40,13 @@ def chain(rng: random.Random, length: int) -> tuple[int, ...]:
     return tuple(figures)
 
 
-def make(number: int) -> tuple[str, Item]:
+def make_item(item_seed: int) -> tuple[str, TaskItem]:
     """One item from a number. `key` is the bare answer, a whole number or a name."""
-    rng = random.Random(f"reasoning {number}")
-    (who, other), what = rng.sample(WHO, 2), rng.choice(WHAT)
-    kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
-    figures = chain(rng, 1 if kind == "compare" else 2 if kind == "two" else 3)
-    told = [f"{WORD[1 if f > 0 else -1]} {abs(f)}" for f in figures[1:]]
+    rng = random.Random(f"reasoning {item_seed}")
+    (who, other), what = rng.sample(PERSON_NAMES, 2), rng.choice(OBJECTS)
+    kind = rng.choices(list(KIND_WEIGHTS), list(KIND_WEIGHTS.values()))[0]
+    figures = draw_chain(rng, 1 if kind == "compare" else 2 if kind == "two" else 3)
+    told = [f"{CHANGE_VERBS[1 if f > 0 else -1]} {abs(f)}" for f in figures[1:]]
     if kind == "compare":
         total = sum(figures)
         rival = rng.choice([n for n in range(max(1, total - 9), total + 10) if n != total])
@@ -56,48 +56,48 @@ def make(number: int) -> tuple[str, Item]:
         question = f"{who} has {figures[0]} {what}, {', '.join(told)}. How many?"
         answer = str(sum(figures))
     key = f"reasoning/{kind}/{'/'.join(map(str, figures))}"
-    asked = Prompt(key, Conversation.ask(question), "reasoning", "en")
-    said = f"{work(kind, figures, Effort.NONE)}. {dress(answer, 'en', rng, SAYINGS)}"
-    return key, Item(asked, said, key=answer)
+    asked = Prompt(key, Conversation.from_question(question), "reasoning", "en")
+    said = f"{solution_steps(kind, figures, ThinkingEffort.NONE)}. {phrase_answer(answer, 'en', rng, CONCLUSION_FORMS)}"
+    return key, TaskItem(asked, said, answer_key=answer)
 
 
-def work(kind: str, figures: tuple[int, ...], effort: Effort) -> str:
+def solution_steps(kind: str, figures: tuple[int, ...], effort: ThinkingEffort) -> str:
     """The steps of an item; of a comparison its last is which of the two is more."""
     if kind != "compare":
-        return steps(figures, effort)
+        return chain_steps(figures, effort)
     total, rival = sum(figures[:-1]), figures[-1]
-    return f"{steps(figures[:-1], effort)}{'>' if total > rival else '<'}{rival}"
+    return f"{chain_steps(figures[:-1], effort)}{'>' if total > rival else '<'}{rival}"
 
 
-def thought(item: Item, effort: Effort) -> str:
+def reference_thinking(item: TaskItem, effort: ThinkingEffort) -> str:
     """The steps as a thinking teacher writes them; more of them with more effort."""
     _, kind, *figures = item.prompt.id.split("/")
-    return work(kind, tuple(map(int, figures)), effort)
+    return solution_steps(kind, tuple(map(int, figures)), effort)
 
 
-def concluded(item: Item) -> str:
+def reference_without_steps(item: TaskItem) -> str:
     """The reference behind a thought: its conclusion alone."""
     return item.reference.partition(". ")[2]
 
 
-def items(split: Split, n: int, seed: int) -> tuple[Item, ...]:
-    return draw(make, split, n, seed)
+def items(split: Split, n: int, seed: int) -> tuple[TaskItem, ...]:
+    return draw_items(make_item, split, n, seed)
 
 
-def final(text: str) -> str | None:
+def final_number_or_name(text: str) -> str | None:
     """The whole number or the name a text ends with, a closing and a full stop aside; None where it ends with neither."""
-    found = re.search(r"(?<![\w.,-])(\d{1,20}|[A-Z][a-z]+)\.?$", bare(text, "en"))
+    found = re.search(r"(?<![\w.,-])(\d{1,20}|[A-Z][a-z]+)\.?$", strip_lead_in_and_closing(text, "en"))
     return None if found is None else found[1]
 
 
-def grade(item: Item, said: Message) -> Verdict:
+def grade(item: TaskItem, answer: Message) -> Verdict:
     """The answer at the end, as a number or as a name; a thought is not graded. Without a key the reference's is right."""
-    found = final(said.text)
-    if found is None or not (found.isdecimal() or found in WHO):
+    found = final_number_or_name(answer.text)
+    if found is None or not (found.isdecimal() or found in PERSON_NAMES):
         return Verdict.MALFORMED
-    right = item.key or final(item.reference) or ""
+    right = item.answer_key or final_number_or_name(item.reference) or ""
     same = int(found) == int(right) if found.isdecimal() and right.isdecimal() else found == right
     return Verdict.RIGHT if same else Verdict.WRONG
 
 
-REASONING = Skill("reasoning", ("en",), items, grade)
+REASONING_TASK = Task("reasoning", ("en",), items, grade)

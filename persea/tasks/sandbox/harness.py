@@ -18,23 +18,23 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-MOST = 4 << 20  # bytes of one value on its way
-ITEMS = 100_000  # taken of a generator
-DEPTH = 60  # of nesting
-GONE = "the program ended before it answered"
+MAX_MESSAGE_BYTES = 4 << 20  # bytes of one value on its way
+MAX_ITERATOR_ITEMS = 100_000  # taken of a generator
+MAX_VALUE_DEPTH = 60  # of nesting
+PROGRAM_ENDED_MESSAGE = "the program ended before it answered"
 
 
-class Strange(Exception):
+class ExchangeError(Exception):
     """What came over the wire is no plain value, or too much of it; or what the program raised."""
 
 
-def pack(value: Any, strange: Callable[[Any], Any], depth: int = 0) -> Any:
+def encode_value(value: Any, encode_other: Callable[[Any], Any], depth: int = 0) -> Any:
     """A value as JSON. Subclasses of plain types become plain; `strange` packs everything else."""
-    if depth > DEPTH:
-        raise Strange(f"nested more than {DEPTH} deep")
+    if depth > MAX_VALUE_DEPTH:
+        raise ExchangeError(f"nested more than {MAX_VALUE_DEPTH} deep")
 
     def each(values: Iterable[Any]) -> list[Any]:
-        return [pack(v, strange, depth + 1) for v in values]
+        return [encode_value(v, encode_other, depth + 1) for v in values]
 
     match value:
         case None | bool():
@@ -53,24 +53,24 @@ def pack(value: Any, strange: Callable[[Any], Any], depth: int = 0) -> Any:
             kind: Any = next(k for k in (list, tuple, set, frozenset) if isinstance(value, k))
             return [kind.__name__, *each(kind.__iter__(value))]
         case dict():
-            return ["dict", *([pack(k, strange, depth + 1), pack(v, strange, depth + 1)] for k, v in dict.items(value))]
+            return ["dict", *([encode_value(k, encode_other, depth + 1), encode_value(v, encode_other, depth + 1)] for k, v in dict.items(value))]
         case Iterator() | range():
-            some = list(islice(iter(value), ITEMS + 1))
-            if len(some) > ITEMS:
-                raise Strange(f"more than {ITEMS} items")
+            some = list(islice(iter(value), MAX_ITERATOR_ITEMS + 1))
+            if len(some) > MAX_ITERATOR_ITEMS:
+                raise ExchangeError(f"more than {MAX_ITERATOR_ITEMS} items")
             return ["iterator", *each(some)]
-    return strange(value)
+    return encode_other(value)
 
 
-def unpack(value: Any, strange: Callable[[list[Any]], Any]) -> Any:
+def decode_value(value: Any, decode_other: Callable[[list[Any]], Any]) -> Any:
     """The value that was packed; `strange` takes what is no plain value. Raises Strange for what nobody packs so."""
     if value is None or isinstance(value, bool | str):
         return value
     if not isinstance(value, list) or not value:
-        raise Strange("not a value")
+        raise ExchangeError("not a value")
 
     def each() -> Iterator[Any]:
-        return (unpack(v, strange) for v in value[1:])
+        return (decode_value(v, decode_other) for v in value[1:])
 
     try:
         match value:
@@ -93,23 +93,23 @@ def unpack(value: Any, strange: Callable[[list[Any]], Any]) -> Any:
             case ["iterator", *_]:
                 return iter(list(each()))
             case ["dict", *pairs]:
-                return {unpack(k, strange): unpack(v, strange) for k, v in pairs}
+                return {decode_value(k, decode_other): decode_value(v, decode_other) for k, v in pairs}
     except (ValueError, TypeError, OverflowError) as error:
-        raise Strange(f"not a value: {error}") from error
-    return strange(value)
+        raise ExchangeError(f"not a value: {error}") from error
+    return decode_other(value)
 
 
-def send(channel: socket.socket, value: object) -> None:
+def send_message(channel: socket.socket, value: object) -> None:
     data = json.dumps(value).encode()
-    if len(data) > MOST:
-        raise Strange(f"a value of more than {MOST} bytes")
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise ExchangeError(f"a value of more than {MAX_MESSAGE_BYTES} bytes")
     try:
         channel.sendall(len(data).to_bytes(4, "big") + data)
     except OSError as error:
-        raise Strange(GONE) from error
+        raise ExchangeError(PROGRAM_ENDED_MESSAGE) from error
 
 
-def receive(channel: socket.socket) -> Any:
+def receive_message(channel: socket.socket) -> Any:
     """The next message. Raises Strange where the other side is gone or sends no message."""
     data = b""
     size = 4
@@ -117,26 +117,26 @@ def receive(channel: socket.socket) -> Any:
         try:
             more = channel.recv(min(1 << 16, size - len(data)))
         except OSError as error:
-            raise Strange(GONE) from error
+            raise ExchangeError(PROGRAM_ENDED_MESSAGE) from error
         if not more:
-            raise Strange(GONE)
+            raise ExchangeError(PROGRAM_ENDED_MESSAGE)
         data += more
         if size == 4 and len(data) == 4:
             size += int.from_bytes(data, "big")
-            if size > MOST + 4:
-                raise Strange(f"a value of more than {MOST} bytes")
+            if size > MAX_MESSAGE_BYTES + 4:
+                raise ExchangeError(f"a value of more than {MAX_MESSAGE_BYTES} bytes")
     try:
         return json.loads(data[4:])
     except (ValueError, RecursionError) as error:
-        raise Strange("not a message") from error
+        raise ExchangeError("not a message") from error
 
 
 # --- the program's side ---
 
 
-def serve(fd: int, source: str) -> None:
+def serve_program(channel_fd: int, source: str) -> None:
     """Run the program, then make the calls that are asked for until nobody asks."""
-    channel = socket.socket(fileno=fd)
+    channel = socket.socket(fileno=channel_fd)
     names: dict[str, Any] = {"__name__": "program"}
     kept: list[Any] = []
 
@@ -151,22 +151,22 @@ def serve(fd: int, source: str) -> None:
 
     exec(compile(source, "<answer>", "exec"), names)
     while True:
-        asked = receive(channel)
+        asked = receive_message(channel)
         try:
             if asked["name"] not in names:
                 raise NameError(f"name {asked['name']!r} is not defined")
-            arguments = [unpack(a, known) for a in asked["args"]]
-            value = names[asked["name"]](*arguments, **{k: unpack(v, known) for k, v in asked["kwargs"].items()})
-            reply = {"value": pack(value, keep)}
+            arguments = [decode_value(a, known) for a in asked["args"]]
+            value = names[asked["name"]](*arguments, **{k: decode_value(v, known) for k, v in asked["kwargs"].items()})
+            reply = {"value": encode_value(value, keep)}
         except Exception as error:
             reply = {"error": [type(error).__name__, str(error)[:200]]}
-        send(channel, reply)
+        send_message(channel, reply)
 
 
 # --- the tests' side ---
 
 
-class Named:
+class ProgramFunction:
     """A name of the program's: it can be called, and handed back to the program."""
 
     def __init__(self, name: str, ask: Callable[[str, Sequence[Any], Mapping[str, Any]], Any]) -> None:
@@ -176,7 +176,7 @@ class Named:
         return self.ask(self.name, args, kwargs)
 
 
-class Kept:
+class RemoteObject:
     """A value that stayed with the program: it can only be handed back. It equals nothing but itself."""
 
     def __init__(self, number: int) -> None:
@@ -193,48 +193,48 @@ def free_names(tests: str) -> set[str]:
     return {n.id for n in nodes if isinstance(n, ast.Name)} - defined - set(dir(builtins))
 
 
-def modules(tests: str) -> set[str]:
+def used_stdlib_modules(tests: str) -> set[str]:
     """The modules of the standard library that tests use without importing them: theirs, not what a program may call so."""
     nodes = list(ast.walk(ast.parse(tests)))
     used = {n.value.id for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)}
     return used & sys.stdlib_module_names & free_names(tests)
 
 
-def examine(fd: int, verdict: int, nonce: str, tests: str, names: Sequence[str]) -> None:
+def execute_tests(channel_fd: int, verdict_fd: int, nonce: str, tests: str, names: Sequence[str]) -> None:
     """Run the tests, their free names and `names` answered by the program; write the nonce and how it ended to `verdict`."""
-    channel = socket.socket(fileno=fd)
+    channel = socket.socket(fileno=channel_fd)
 
     def mine(value: Any) -> Any:
-        if isinstance(value, Named):
+        if isinstance(value, ProgramFunction):
             return ["name", value.name]
-        if isinstance(value, Kept):
+        if isinstance(value, RemoteObject):
             return ["kept", value.number]
         name = str(getattr(value, "__name__", ""))
         if isinstance(value, type) and getattr(builtins, name, None) is value:
             return ["name", name]
-        raise Strange(f"a {type(value).__name__} cannot be handed over")
+        raise ExchangeError(f"a {type(value).__name__} cannot be handed over")
 
     def theirs(value: list[Any]) -> Any:
         if value[0] != "kept" or not isinstance(value[1], int):
-            raise Strange("not a value")
-        return Kept(value[1])
+            raise ExchangeError("not a value")
+        return RemoteObject(value[1])
 
     def ask(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        send(channel, {"name": name, "args": [pack(a, mine) for a in args], "kwargs": {k: pack(v, mine) for k, v in kwargs.items()}})
-        match receive(channel):
+        send_message(channel, {"name": name, "args": [encode_value(a, mine) for a in args], "kwargs": {k: encode_value(v, mine) for k, v in kwargs.items()}})
+        match receive_message(channel):
             case {"error": [str(kind), str(text)]}:
                 known = getattr(builtins, kind, None)
                 # a StopIteration of the program's would end a map() of the tests' early, as if all had held
                 if not (isinstance(known, type) and issubclass(known, Exception)) or issubclass(known, StopIteration | StopAsyncIteration):
-                    raise Strange(f"{kind}: {text}")
+                    raise ExchangeError(f"{kind}: {text}")
                 raise known(text)
             case {"value": value}:
-                return unpack(value, theirs)
-        raise Strange("not a message")
+                return decode_value(value, theirs)
+        raise ExchangeError("not a message")
 
     try:
-        theirs_alone = {name: Named(name, ask) for name in {*names, *free_names(tests)}}
-        ours = {name: importlib.import_module(name) for name in modules(tests) - set(names)}
+        theirs_alone = {name: ProgramFunction(name, ask) for name in {*names, *free_names(tests)}}
+        ours = {name: importlib.import_module(name) for name in used_stdlib_modules(tests) - set(names)}
         exec(compile(tests, "<tests>", "exec"), {"__name__": "tests"} | theirs_alone | ours)
     except AssertionError as error:
         outcome, why = "wrong", str(error)
@@ -242,4 +242,4 @@ def examine(fd: int, verdict: int, nonce: str, tests: str, names: Sequence[str])
         outcome, why = "raised", f"{type(error).__name__}: {error}"
     else:
         outcome, why = "passed", ""
-    os.write(verdict, json.dumps([nonce, outcome, why[:300]]).encode())
+    os.write(verdict_fd, json.dumps([nonce, outcome, why[:300]]).encode())

@@ -22,74 +22,74 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from persea.errors import EnvironmentLacks
+from persea.errors import MissingRequirementError
 
-NOBODY = 65534  # the user programs run as where persea is root: the kernel exempts root from the limit on processes
-GRACE = 5.0  # seconds beyond the watchman's own limit after which it is killed too
-TEXT = Path(__file__).with_name("isolate.py")
-REMEDY = ("allow unprivileged user namespaces (sysctl kernel.apparmor_restrict_unprivileged_userns=0, or a container with "
+NOBODY_UID = 65534  # the user programs run as where persea is root: the kernel exempts root from the limit on processes
+WATCHDOG_GRACE_S = 5.0  # seconds beyond the watchman's own limit after which it is killed too
+ISOLATE_SCRIPT = Path(__file__).with_name("isolate.py")
+SANDBOX_REMEDY = ("allow unprivileged user namespaces (sysctl kernel.apparmor_restrict_unprivileged_userns=0, or a container with "
           "--security-opt seccomp=unconfined --security-opt systempaths=unconfined), or install bubblewrap; or leave out sets that run code")
 
 
-class Walls(StrEnum):
-    OWN = "own"  # built by jail.py
-    BWRAP = "bwrap"  # built by bubblewrap, where the system lets it do what it does not let everybody do
+class Isolation(StrEnum):
+    NAMESPACES = "own"  # built by jail.py
+    BUBBLEWRAP = "bwrap"  # built by bubblewrap, where the system lets it do what it does not let everybody do
 
 
 @dataclass(frozen=True)
-class Limits:
+class SandboxLimits:
     """cpu, wall in seconds; memory (of one process), file (also the most output) and tmp in bytes; processes and threads; open files."""
 
-    cpu: int = 5
-    wall: float = 10.0
-    memory: int = 512 << 20
-    processes: int = 8
-    files: int = 32
-    file: int = 1 << 20
-    tmp: int = 16 << 20
+    cpu_s: int = 5
+    wall_s: float = 10.0
+    memory_bytes: int = 512 << 20
+    max_processes: int = 8
+    max_open_files: int = 32
+    max_file_bytes: int = 1 << 20
+    tmp_bytes: int = 16 << 20
 
 
-class End(StrEnum):
+class ExitKind(StrEnum):
     EXIT = "exit"
     TIMEOUT = "timeout"
     STOPPED = "stopped"  # by whoever started it
 
 
 @dataclass(frozen=True)
-class Ran:
+class RunResult:
     """code  exit status, negative = the signal that ended it; output  at most Limits.file bytes of stdout and stderr"""
 
-    end: End
-    code: int
+    exit_kind: ExitKind
+    exit_code: int
     output: bytes
-    seconds: float
+    duration_s: float
 
 
 @dataclass(frozen=True, eq=False)
-class Running:
+class RunningProgram:
     """A program under way."""
 
     process: subprocess.Popen[bytes]
-    life: int
-    status: int
+    life_fd: int
+    status_fd: int
     output: Any
-    begin: float
-    wall: float
-    early: dict[str, Any] | None
+    started_at: float
+    wall_limit_s: float
+    early_status: dict[str, Any] | None
 
-    def finish(self, stop: bool = False) -> Ran:
+    def finish(self, stop: bool = False) -> RunResult:
         """Wait for its end, or bring it about. Nothing of it is left behind, however it ended.
 
         Raises EnvironmentLacks where the walls did not stand.
         """
         if stop:
-            os.close(self.life)
+            os.close(self.life_fd)
         try:
-            told = self.early or _told(self.status, self.begin + self.wall + GRACE)
+            told = self.early_status or _read_status(self.status_fd, self.started_at + self.wall_limit_s + WATCHDOG_GRACE_S)
         finally:
             if not stop:
-                os.close(self.life)
-            os.close(self.status)
+                os.close(self.life_fd)
+            os.close(self.status_fd)
             try:
                 self.process.wait(timeout=1)
             except subprocess.TimeoutExpired:
@@ -100,19 +100,19 @@ class Running:
             said = file.read()
         if told["end"] == "failed":
             words = f"{told['why']} {said[:300].decode(errors='replace')}".strip()
-            raise EnvironmentLacks(f"the sandbox cannot be built: {words}", where="sandbox", remedy=REMEDY)
-        return Ran(End(told["end"]), int(told.get("code", -9)), said, time.monotonic() - self.begin)
+            raise MissingRequirementError(f"the sandbox cannot be built: {words}", where="sandbox", remedy=SANDBOX_REMEDY)
+        return RunResult(ExitKind(told["end"]), int(told.get("code", -9)), said, time.monotonic() - self.started_at)
 
 
 @dataclass(frozen=True)
 class Sandbox:
     """How walls are built here, and by which Python; programs get its standard library and nothing else."""
 
-    walls: Walls
+    isolation: Isolation
     python: str
-    limits: Limits = Limits()
+    limits: SandboxLimits = SandboxLimits()
 
-    def start(self, program: str, channels: Sequence[int] = ()) -> Running:
+    def start(self, program: str, channel_fds: Sequence[int] = ()) -> RunningProgram:
         """Start a Python program. channels: descriptors it finds as 3, 4, ...; it has no other but /dev/null and its output."""
         begin = time.monotonic()
         life, alive = os.pipe()
@@ -122,37 +122,37 @@ class Sandbox:
             source.write(program.encode(errors="surrogatepass"))
             source.seek(0)
             output = tempfile.TemporaryFile()  # noqa: SIM115  (Running closes it)
-            fds = {"life": life, "status": status, "program": source.fileno(), "output": output.fileno(), "keep": list(channels)}
+            fds = {"life": life, "status": status, "program": source.fileno(), "output": output.fileno(), "keep": list(channel_fds)}
             root = os.geteuid() == 0
-            own = self.walls is Walls.OWN
-            settings = {"own": own, "uid": NOBODY if root and own else -1, "fds": fds, "binds": _binds(self.python), "links": _links(),
-                        "tmp": self.limits.tmp, "limits": asdict(self.limits)}
-            command = [self.python, "-I", "-S", "-c", TEXT.read_text(encoding="utf-8"), json.dumps(settings)]
-            other: dict[str, Any] = {"user": NOBODY, "group": NOBODY, "extra_groups": ()} if root and not own else {}
+            own = self.isolation is Isolation.NAMESPACES
+            settings = {"own": own, "uid": NOBODY_UID if root and own else -1, "fds": fds, "binds": _bind_mount_paths(self.python), "links": _root_symlinks(),
+                        "tmp": self.limits.tmp_bytes, "limits": asdict(self.limits)}
+            command = [self.python, "-I", "-S", "-c", ISOLATE_SCRIPT.read_text(encoding="utf-8"), json.dumps(settings)]
+            other: dict[str, Any] = {"user": NOBODY_UID, "group": NOBODY_UID, "extra_groups": ()} if root and not own else {}
             try:
                 process = subprocess.Popen(
-                    command if own else [*_bwrap(settings), *command], stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd="/",
-                    env={"LANG": "C.UTF-8"}, close_fds=True, pass_fds=(life, status, source.fileno(), output.fileno(), *channels), **other)
+                    command if own else [*_bwrap_command(settings), *command], stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd="/",
+                    env={"LANG": "C.UTF-8"}, close_fds=True, pass_fds=(life, status, source.fileno(), output.fileno(), *channel_fds), **other)
             except OSError as error:
                 for fd in (life, alive, told, status):
                     os.close(fd)
-                raise EnvironmentLacks(f"the sandbox cannot be started: {error}", where="sandbox", remedy=REMEDY) from error
+                raise MissingRequirementError(f"the sandbox cannot be started: {error}", where="sandbox", remedy=SANDBOX_REMEDY) from error
         os.close(life)
         os.close(status)
-        early = _map_users(process.pid, told, alive, root) if own else None
-        return Running(process, alive, told, output, begin, self.limits.wall, early)
+        early = _map_namespace_users(process.pid, told, alive, root) if own else None
+        return RunningProgram(process, alive, told, output, begin, self.limits.wall_s, early)
 
-    def run(self, program: str) -> Ran:
+    def run(self, program: str) -> RunResult:
         """Run a Python program to its end."""
         return self.start(program).finish()
 
 
-def _told(status: int, until: float) -> dict[str, Any]:
+def _read_status(status_fd: int, deadline: float) -> dict[str, Any]:
     """The watchman's next line; his silence, or his death, is a timeout or a wall that did not stand."""
     line = b""
     while not line.endswith(b"\n"):
-        ready, _, _ = select.select([status], [], [], max(0.0, until - time.monotonic()))
-        more = os.read(status, 1) if ready else b""
+        ready, _, _ = select.select([status_fd], [], [], max(0.0, deadline - time.monotonic()))
+        more = os.read(status_fd, 1) if ready else b""
         if not ready:
             return {"end": "timeout"}
         if not more:
@@ -162,36 +162,36 @@ def _told(status: int, until: float) -> dict[str, Any]:
     return found
 
 
-def _map_users(pid: int, told: int, alive: int, root: bool) -> dict[str, Any] | None:
+def _map_namespace_users(pid: int, status_fd: int, life_fd: int, is_root: bool) -> dict[str, Any] | None:
     """Give the new namespace its users: ourselves as 0, and `nobody` where we are root. Returns what the watchman says instead, if he does."""
-    first = _told(told, time.monotonic() + GRACE)
+    first = _read_status(status_fd, time.monotonic() + WATCHDOG_GRACE_S)
     if first["end"] != "unshared":
         return first
     try:
-        if not root:
+        if not is_root:
             Path(f"/proc/{pid}/setgroups").write_text("deny")
         for name, own in (("uid_map", os.geteuid()), ("gid_map", os.getegid())):
-            Path(f"/proc/{pid}/{name}").write_text(f"0 {own} 1\n" + (f"{NOBODY} {NOBODY} 1\n" if root else ""))
+            Path(f"/proc/{pid}/{name}").write_text(f"0 {own} 1\n" + (f"{NOBODY_UID} {NOBODY_UID} 1\n" if is_root else ""))
     except OSError as error:
-        os.write(alive, b"x")
+        os.write(life_fd, b"x")
         return {"end": "failed", "why": f"users of the new namespace: {error}"}
-    os.write(alive, b"m")
+    os.write(life_fd, b"m")
     return None
 
 
-def _binds(python: str) -> list[str]:
+def _bind_mount_paths(python: str) -> list[str]:
     """Folders a Python program needs, none inside another."""
     wanted = ["/usr", *(p for p in ("/lib", "/lib64") if os.path.isdir(p) and not os.path.islink(p))]
     prefix = os.path.dirname(os.path.dirname(python))
     return wanted if any(prefix == w or prefix.startswith(w + "/") for w in wanted) else [*wanted, prefix]
 
 
-def _links() -> dict[str, str]:
+def _root_symlinks() -> dict[str, str]:
     """/lib and the like, where they are links into /usr."""
     return {p: os.readlink(p) for p in ("/lib", "/lib64", "/bin") if os.path.islink(p)}
 
 
-def _bwrap(settings: dict[str, Any]) -> list[str]:
+def _bwrap_command(settings: dict[str, Any]) -> list[str]:
     """bubblewrap's words for the same walls."""
     words = [shutil.which("bwrap") or "bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--as-pid-1", "--cap-drop", "ALL", "--clearenv",
              "--setenv", "LANG", "C.UTF-8"]
@@ -203,7 +203,7 @@ def _bwrap(settings: dict[str, Any]) -> list[str]:
             "--remount-ro", "/", "--chdir", "/tmp", "--"]
 
 
-PROBE = r"""
+ESCAPE_PROBE = r"""
 import ctypes, json, os, resource, socket, sys
 host, port, hidden = {host!r}, {port!r}, {hidden!r}
 def fails(act):
@@ -254,23 +254,23 @@ print(json.dumps(held))
 """
 
 
-def prove(sandbox: Sandbox) -> None:
+def verify_isolation(sandbox: Sandbox) -> None:
     """Try to break out by each way we know. Raises EnvironmentLacks that names every wall that does not hold."""
     with tempfile.NamedTemporaryFile() as canary, socket.create_server(("127.0.0.1", 0)) as server:
-        limits, needed = sandbox.limits, _binds(sandbox.python)
+        limits, needed = sandbox.limits, _bind_mount_paths(sandbox.python)
         home = Path.home()
         own = sorted(home.iterdir()) if os.access(home, os.R_OK | os.X_OK) else []  # a user without a home has nothing there to hide
         hidden = [canary.name, *(str(p) for p in own if not any(f"{b}/".startswith(f"{p}/") for b in needed))]
-        probe = PROBE.format(host="127.0.0.1", port=server.getsockname()[1], hidden=hidden[:100], file=limits.file,
-                             processes=limits.processes, memory=limits.memory)
+        probe = ESCAPE_PROBE.format(host="127.0.0.1", port=server.getsockname()[1], hidden=hidden[:100], file=limits.max_file_bytes,
+                             processes=limits.max_processes, memory=limits.memory_bytes)
         ran = sandbox.run(probe)
     try:
         held = json.loads(ran.output)
     except ValueError:
-        held = {f"the self-test itself ({ran.end} {ran.code}: {ran.output[-200:].decode(errors='replace')!r})": False}
+        held = {f"the self-test itself ({ran.exit_kind} {ran.exit_code}: {ran.output[-200:].decode(errors='replace')!r})": False}
     weak = [name for name, holds in held.items() if not holds]
     if weak:
-        raise EnvironmentLacks(f"the sandbox does not hold: {', '.join(weak)}", where=f"sandbox, walls of {sandbox.walls}", remedy=REMEDY)
+        raise MissingRequirementError(f"the sandbox does not hold: {', '.join(weak)}", where=f"sandbox, walls of {sandbox.isolation}", remedy=SANDBOX_REMEDY)
 
 
 @cache
@@ -280,12 +280,12 @@ def open_sandbox() -> Sandbox:
     Raises EnvironmentLacks where neither holds.
     """
     reasons = []
-    for walls in (Walls.OWN, *((Walls.BWRAP,) if shutil.which("bwrap") else ())):
+    for walls in (Isolation.NAMESPACES, *((Isolation.BUBBLEWRAP,) if shutil.which("bwrap") else ())):
         sandbox = Sandbox(walls, os.path.realpath(sys.executable))
         try:
-            prove(sandbox)
-        except EnvironmentLacks as error:
-            reasons.append(f"{walls}: {error.what}")
+            verify_isolation(sandbox)
+        except MissingRequirementError as error:
+            reasons.append(f"{walls}: {error.message}")
         else:
             return sandbox
-    raise EnvironmentLacks("no code is run here: " + "; ".join(reasons), where="sandbox", remedy=REMEDY)
+    raise MissingRequirementError("no code is run here: " + "; ".join(reasons), where="sandbox", remedy=SANDBOX_REMEDY)

@@ -13,20 +13,20 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from persea.errors import TeacherError
-from persea.teachers.engines import GREEDY, WHOLE, Abilities, Sampling
+from persea.teachers.engines import FULL_DISTRIBUTIONS, GREEDY, EngineCapabilities, Sampling
 
-LOGITS_AT_ONCE = 1 << 26  # elements of one forward's logits (256 MiB in float32): one Gemma row of 262k has room for 256 positions
+MAX_LOGIT_ELEMENTS_PER_FORWARD = 1 << 26  # elements of one forward's logits (256 MiB in float32): one Gemma row of 262k has room for 256 positions
 
 
 @dataclass(frozen=True, eq=False)
-class LocalEngine:
+class TransformersEngine:
     """A causal model; `vocabulary` = ids that mean something. Logits past it are padding of the matrix and are cut off."""
 
     model: PreTrainedModel
-    vocabulary: int
-    batch: int = 64
+    vocab_size: int
+    batch_size: int = 64
     sampling: Sampling = GREEDY
-    abilities: ClassVar[Abilities] = WHOLE
+    capabilities: ClassVar[EngineCapabilities] = FULL_DISTRIBUTIONS
 
     @torch.no_grad()  # and not inference_mode: a student is asked between two steps of its training
     def generate(self, prompts: Sequence[npt.NDArray[np.int32]], stop_ids: Sequence[int], max_new_tokens: int) -> list[npt.NDArray[np.int32]]:
@@ -34,10 +34,10 @@ class LocalEngine:
         if self.sampling.temperature:
             drawn = [list(self.stream(p, stop_ids, max_new_tokens, self.sampling)) for p in prompts]
             return [np.array(ids, np.int32) for ids in drawn]
-        return self.rollouts(prompts, stop_ids, max_new_tokens, temperature=0.0, seed=0)
+        return self.generate_rollouts(prompts, stop_ids, max_new_tokens, temperature=0.0, seed=0)
 
     @torch.no_grad()
-    def rollouts(self, prompts: Sequence[npt.NDArray[np.int32]], stop_ids: Sequence[int], max_new_tokens: int, *, temperature: float,
+    def generate_rollouts(self, prompts: Sequence[npt.NDArray[np.int32]], stop_ids: Sequence[int], max_new_tokens: int, *, temperature: float,
                  seed: int) -> list[npt.NDArray[np.int32]]:
         """One answer a prompt, all of a batch drawn at once; temperature 0 = the likeliest token each time.
 
@@ -49,11 +49,11 @@ class LocalEngine:
         device = self.model.device
         how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
         settings = GenerationConfig(**how, max_new_tokens=max_new_tokens, eos_token_id=list(stop_ids), pad_token_id=stop_ids[0],
-                                    suppress_tokens=list(range(self.vocabulary, self._rows())) or None)
+                                    suppress_tokens=list(range(self.vocab_size, self._logits_width())) or None)
         own = self.model.generation_config
         self.model.generation_config = GenerationConfig()  # else a repetition penalty that comes with the model is added to `settings`
-        for begin in range(0, len(order), self.batch):
-            chosen = order[begin:begin + self.batch]
+        for begin in range(0, len(order), self.batch_size):
+            chosen = order[begin:begin + self.batch_size]
             width = max(len(prompts[i]) for i in chosen)
             ids = torch.full((len(chosen), width), stop_ids[0])
             mask = torch.zeros_like(ids)
@@ -63,32 +63,32 @@ class LocalEngine:
             with torch.random.fork_rng([device] if device.type != "cpu" else []):
                 torch.manual_seed(seed + begin)
                 out = self.model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings,
-                                          logits_processor=LogitsProcessorList([_finite]))
+                                          logits_processor=LogitsProcessorList([_require_finite_logits]))
             for row, i in enumerate(chosen):
-                answers[i] = _until_stop(out[row, width:].cpu().numpy().astype(np.int32), stop_ids)
+                answers[i] = _truncate_after_stop(out[row, width:].cpu().numpy().astype(np.int32), stop_ids)
         self.model.generation_config = own  # a student is saved with it
         return answers
 
-    def score(self, sequences: Sequence[npt.NDArray[np.int32]], learn: Sequence[npt.NDArray[np.bool_]]) -> Iterator[torch.Tensor]:
+    def compute_logprobs(self, sequences: Sequence[npt.NDArray[np.int32]], loss_masks: Sequence[npt.NDArray[np.bool_]]) -> Iterator[torch.Tensor]:
         """The pieces of each sequence laid end to end. See Engine."""
         begun: dict[int, list[torch.Tensor]] = {}
         done = 0
-        for number, some_NW in self.pieces(sequences, learn):
+        for number, some_NW in self.iter_logprobs(sequences, loss_masks):
             begun.setdefault(number, []).append(some_NW)
-            while done in begun and sum(map(len, begun[done])) == int(learn[done].sum()):
+            while done in begun and sum(map(len, begun[done])) == int(loss_masks[done].sum()):
                 yield torch.cat(begun.pop(done))
                 done += 1
 
     @torch.inference_mode()
-    def pieces(self, sequences: Sequence[npt.NDArray[np.int32]], learn: Sequence[npt.NDArray[np.bool_]]) -> Iterator[tuple[int, torch.Tensor]]:
+    def iter_logprobs(self, sequences: Sequence[npt.NDArray[np.int32]], loss_masks: Sequence[npt.NDArray[np.bool_]]) -> Iterator[tuple[int, torch.Tensor]]:
         """Teacher-forced, in order, right padded, as many sequences at once as LOGITS_AT_ONCE allows; where one alone is too long for
         it, position by position behind a cache of keys and values. See Engine."""
         begin = 0
         while begin < len(sequences):
             end, width = begin, 0
-            while end < len(sequences) and end - begin < self.batch:
+            while end < len(sequences) and end - begin < self.batch_size:
                 wider = max(width, len(sequences[end]))
-                if end > begin and wider * (end - begin + 1) * self._rows() > LOGITS_AT_ONCE:
+                if end > begin and wider * (end - begin + 1) * self._logits_width() > MAX_LOGIT_ELEMENTS_PER_FORWARD:
                     break
                 end, width = end + 1, wider
             ids = torch.zeros((end - begin, width), dtype=torch.int64, device=self.model.device)
@@ -96,12 +96,12 @@ class LocalEngine:
             for row, sequence in enumerate(sequences[begin:end]):
                 ids[row, :len(sequence)] = torch.from_numpy(sequence)
                 mask[row, :len(sequence)] = 1
-            for first, logits in self._logits(ids, mask):
-                for row, wanted in enumerate(learn[begin:end]):
+            for first, logits in self._iter_logits(ids, mask):
+                for row, wanted in enumerate(loss_masks[begin:end]):
                     at = np.flatnonzero(wanted) - 1 - first
                     here = torch.from_numpy(at[(at >= 0) & (at < logits.shape[1])])
                     if len(here) or (first == 0 and not len(at)):
-                        yield begin + row, self._logprobs(logits[row, here], f"sequence {begin + row}")
+                        yield begin + row, self._to_logprobs(logits[row, here], f"sequence {begin + row}")
             begin = end
 
     def stream(self, prompt: npt.NDArray[np.int32], stop_ids: Sequence[int], max_new_tokens: int, sampling: Sampling) -> Iterator[int]:
@@ -113,15 +113,15 @@ class LocalEngine:
             with torch.inference_mode():
                 out = self.model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
                 past = out.past_key_values
-                token = _drawn(_finite(ids, out.logits[0, -1, :self.vocabulary].float()).cpu(), sampling, chance)
+                token = _sample_token(_require_finite_logits(ids, out.logits[0, -1, :self.vocab_size].float()).cpu(), sampling, chance)
                 ids = torch.tensor([[token]], device=self.model.device)
             yield token
             if token in stop_ids:
                 return
 
-    def _logits(self, ids: torch.Tensor, mask: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    def _iter_logits(self, ids: torch.Tensor, mask: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         """Logits of one batch: (first position, [sequences, some positions, rows of the matrix])."""
-        at_once = max(1, LOGITS_AT_ONCE // (len(ids) * self._rows()))
+        at_once = max(1, MAX_LOGIT_ELEMENTS_PER_FORWARD // (len(ids) * self._logits_width()))
         if ids.shape[1] <= at_once:
             yield 0, self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             return
@@ -132,33 +132,33 @@ class LocalEngine:
             past = out.past_key_values
             yield first, out.logits
 
-    def _logprobs(self, logits_NR: torch.Tensor, where: str) -> torch.Tensor:
-        logprobs = torch.log_softmax(logits_NR[:, :self.vocabulary].float(), dim=-1)
+    def _to_logprobs(self, logits_NR: torch.Tensor, where: str) -> torch.Tensor:
+        logprobs = torch.log_softmax(logits_NR[:, :self.vocab_size].float(), dim=-1)
         if not torch.isfinite(logprobs).all():
             raise TeacherError("log-probabilities that are not finite", where=where, remedy="the weights are broken, or need another dtype")
         return logprobs.cpu()
 
-    def _rows(self) -> int:
+    def _logits_width(self) -> int:
         return int(self.model.get_output_embeddings().weight.shape[0])
 
 
-def _drawn(logits_W: torch.Tensor, sampling: Sampling, chance: torch.Generator) -> int:
+def _sample_token(logits_W: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """The likeliest token, or one drawn from the fewest likeliest whose mass reaches top_p."""
     if not sampling.temperature:
         return int(logits_W.argmax())
     p_K, id_K = torch.softmax(logits_W.double() / sampling.temperature, -1).sort(descending=True)
     p_K[p_K.cumsum(0) - p_K >= sampling.top_p] = 0
-    return int(id_K[torch.multinomial(p_K, 1, generator=chance)])
+    return int(id_K[torch.multinomial(p_K, 1, generator=generator)])
 
 
-def _finite(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+def _require_finite_logits(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     """The scores, or an error: the largest of NaNs is no answer. A suppressed token's is -inf."""
     if not (scores < float("inf")).all():
         raise TeacherError("logits that are not finite", where="generate", remedy="the weights are broken, or need another dtype")
     return scores
 
 
-def _until_stop(ids: npt.NDArray[np.int32], stop_ids: Sequence[int]) -> npt.NDArray[np.int32]:
+def _truncate_after_stop(ids: npt.NDArray[np.int32], stop_ids: Sequence[int]) -> npt.NDArray[np.int32]:
     """Up to and including the first stop id; what generate() pads behind it is no answer."""
     stops = np.flatnonzero(np.isin(ids, stop_ids))
     return ids[:stops[0] + 1] if len(stops) else ids

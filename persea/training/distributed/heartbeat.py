@@ -19,19 +19,19 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from persea.errors import DataError, EnvironmentLacks, PerseaError, RecipeError, Refused, Stopped, StorageError, TeacherError
+from persea.errors import DataError, MissingRequirementError, PerseaError, RecipeError, RefusedError, RunInterrupted, StorageError, TeacherError
 from persea.training.distributed.world import World
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
-BEAT, SILENT = 1.0, 30.0  # seconds. A stopped process is named within 60 s; no step of ours holds Python's lock for 30
-ERRORS = (RecipeError, DataError, Refused, TeacherError, StorageError, EnvironmentLacks)
+HEARTBEAT_INTERVAL_S, HEARTBEAT_TIMEOUT_S = 1.0, 30.0  # seconds. A stopped process is named within 60 s; no step of ours holds Python's lock for 30
+FORWARDED_ERRORS = (RecipeError, DataError, RefusedError, TeacherError, StorageError, MissingRequirementError)
 
 
 
 @contextmanager
-def joined(world: World, *, silent: bool = False) -> Iterator[Store | None]:
+def join_process_group(world: World, *, launcher_reports: bool = False) -> Iterator[Store | None]:
     """Be one of a world's processes: open its process group, beat, and end together with the others.
 
     silent  another process, which reads the store, says what went wrong (a launcher of ours)
@@ -47,26 +47,26 @@ def joined(world: World, *, silent: bool = False) -> Iterator[Store | None]:
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", init_method="env://", rank=world.rank, world_size=world.size)
-    watch = Watch(world, _store(), silent)
+    watch = Heartbeat(world, _connect_store(), launcher_reports)
     dist.barrier()
     watch.start()
     try:
         yield watch.store
-        watch.over.set()
+        watch.is_over.set()
         dist.barrier()
     except BaseException as error:
-        watch.over.set()
-        told = watch.reason(error)
-        if watch.claim(told) and not silent:
-            watch.linger()
+        watch.is_over.set()
+        told = watch.find_cause(error)
+        if watch.claim_failure(told) and not launcher_reports:
+            watch.wait_for_others()
             if told is error:
                 raise
             raise told from error
-        watch.end()
+        watch.exit_process()
     dist.destroy_process_group()
 
 
-def _store() -> Store:
+def _connect_store() -> Store:
     """A connection of its own to the launch's store: the one of the process group may be waiting for somebody."""
     from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
@@ -74,12 +74,12 @@ def _store() -> Store:
     return PrefixStore(f"persea/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
 
 
-class Watch:
+class Heartbeat:
     """Beats for this process, and ends it where another one fails, is gone, or is silent."""
 
-    def __init__(self, world: World, store: Store, silent: bool) -> None:
-        self.world, self.store, self.silent, self.over = world, store, silent, threading.Event()
-        self.beats, self.pids = 0, set[int]()
+    def __init__(self, world: World, store: Store, launcher_reports: bool) -> None:
+        self.world, self.store, self.launcher_reports, self.is_over = world, store, launcher_reports, threading.Event()
+        self.beats, self.peer_pids = 0, set[int]()
         self._beat()
 
     def start(self) -> None:
@@ -92,11 +92,11 @@ class Watch:
     def _run(self) -> None:
         heard: dict[int, tuple[bytes, float]] = {}
         looked, failed = time.monotonic(), 0.0
-        while not self.over.wait(BEAT):
+        while not self.is_over.wait(HEARTBEAT_INTERVAL_S):
             try:
                 self._beat()
                 now = time.monotonic()
-                if now - looked > 5 * BEAT:
+                if now - looked > 5 * HEARTBEAT_INTERVAL_S:
                     heard.clear()  # it was this process that slept: the others get their time again
                 looked = now
                 for rank in range(self.world.size):
@@ -104,77 +104,77 @@ class Watch:
                     if rank not in heard or heard[rank][0] != beat:
                         heard[rank] = beat, now
                         _, who, host = beat.decode().split()
-                        if self.silent and rank != self.world.rank and host == socket.gethostname():
-                            self.pids.add(int(who))
-                    elif now - heard[rank][1] > SILENT:
-                        self._tell_silent(rank, beat)
+                        if self.launcher_reports and rank != self.world.rank and host == socket.gethostname():
+                            self.peer_pids.add(int(who))
+                    elif now - heard[rank][1] > HEARTBEAT_TIMEOUT_S:
+                        self._fail_silent_rank(rank, beat)
                 if self.store.check(["failed"]):
                     failed = failed or now
-                    if now - failed > 5 * BEAT:  # it waits for one that is gone, in a library that does not wake up
-                        self.end()
+                    if now - failed > 5 * HEARTBEAT_INTERVAL_S:  # it waits for one that is gone, in a library that does not wake up
+                        self.exit_process()
             except RuntimeError:  # the store is gone, and with it the launcher: nobody would look after these processes, stopped ones included
-                if not self.over.is_set():
-                    for stopped in self.pids:
+                if not self.is_over.is_set():
+                    for stopped in self.peer_pids:
                         with suppress(ProcessLookupError):
                             os.kill(stopped, signal.SIGKILL)
-                    os._exit(EnvironmentLacks.exit_code)
+                    os._exit(MissingRequirementError.exit_code)
 
-    def _tell_silent(self, rank: int, beat: bytes) -> None:
-        told = EnvironmentLacks(f"rank {rank} ({_who(beat)}) has been silent for {SILENT:.0f} s: it is stopped, or its machine is", where="train",
+    def _fail_silent_rank(self, rank: int, beat: bytes) -> None:
+        told = MissingRequirementError(f"rank {rank} ({_describe_process(beat)}) has been silent for {HEARTBEAT_TIMEOUT_S:.0f} s: it is stopped, or its machine is", where="train",
                                 remedy="look at that process and machine; the same command goes on from the last checkpoint")
-        if self.claim(told) and not self.silent:
+        if self.claim_failure(told) and not self.launcher_reports:
             sys.stderr.write(f"persea: {told}\n")
             sys.stderr.flush()
-        self.end()
+        self.exit_process()
 
-    def reason(self, error: BaseException) -> BaseException:
+    def find_cause(self, error: BaseException) -> BaseException:
         """Why this process ends: the error, or, where a library only found a connection closed, who is gone."""
-        if isinstance(error, PerseaError | Stopped) or not isinstance(error, RuntimeError):
+        if isinstance(error, PerseaError | RunInterrupted) or not isinstance(error, RuntimeError):
             return error
-        until = time.monotonic() + 3 * BEAT
+        until = time.monotonic() + 3 * HEARTBEAT_INTERVAL_S
         with suppress(RuntimeError):
             while time.monotonic() < until and not self.store.check(["failed"]):
                 for rank in range(self.world.size):
                     beat = self.store.get(f"beat/{rank}")
                     _, pid, host = beat.decode().split()
-                    if host == socket.gethostname() and not _runs(int(pid)):
-                        return EnvironmentLacks(f"rank {rank} ({_who(beat)}) is gone", where="train", remedy="it was killed, perhaps for memory: "
+                    if host == socket.gethostname() and not _is_running(int(pid)):
+                        return MissingRequirementError(f"rank {rank} ({_describe_process(beat)}) is gone", where="train", remedy="it was killed, perhaps for memory: "
                                                 "look at the system's log; the same command goes on from the last checkpoint")
                 time.sleep(0.1)
         return error
 
-    def claim(self, error: BaseException) -> bool:
+    def claim_failure(self, error: BaseException) -> bool:
         """Say why all end; False where another said it first."""
-        mine = failure(self.world.rank, error)
+        mine = encode_failure(self.world.rank, error)
         with suppress(RuntimeError):
             return bool(self.store.compare_set("failed", "", mine) == mine.encode())
         return True
 
-    def linger(self) -> None:
+    def wait_for_others(self) -> None:
         """Where the store is the first process' own and ends with it, give the others the time to read why: those that wait in a library are
         woken by their own watch after 5 beats."""
         others = [f"heard/{rank}" for rank in range(self.world.size) if rank != self.world.rank]
-        until = time.monotonic() + (0 if self.world.rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 8 * BEAT)
+        until = time.monotonic() + (0 if self.world.rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 8 * HEARTBEAT_INTERVAL_S)
         with suppress(RuntimeError):
             while time.monotonic() < until and not self.store.check(others):
                 time.sleep(0.1)
 
-    def end(self) -> None:
+    def exit_process(self) -> None:
         """End with the code of what was claimed: at once, for libraries wait in their own threads."""
         sys.stderr.flush()
         with suppress(RuntimeError):
             self.store.set(f"heard/{self.world.rank}", "")
         with suppress(RuntimeError):
             os._exit(json.loads(self.store.get("failed"))["code"])
-        os._exit(EnvironmentLacks.exit_code)
+        os._exit(MissingRequirementError.exit_code)
 
 
-def _who(beat: bytes) -> str:
+def _describe_process(beat: bytes) -> str:
     _, pid, host = beat.decode().split()
     return f"pid {pid} on {host}"
 
 
-def _runs(pid: int) -> bool:
+def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -187,22 +187,22 @@ def _runs(pid: int) -> bool:
 # --- what is said of a failure ---
 
 
-def failure(rank: int, error: BaseException) -> str:
+def encode_failure(rank: int, error: BaseException) -> str:
     """An error as it travels to whoever tells it."""
     told = {"rank": rank, "code": getattr(error, "exit_code", 1)}
-    if isinstance(error, Stopped):
-        return json.dumps(told | {"what": error.what, "signal": error.number})
+    if isinstance(error, RunInterrupted):
+        return json.dumps(told | {"what": error.detail, "signal": error.signal_number})
     if isinstance(error, PerseaError):
-        return json.dumps(told | {"what": error.what, "where": error.where, "remedy": error.remedy})
+        return json.dumps(told | {"what": error.message, "where": error.where, "remedy": error.remedy})
     return json.dumps(told | {"what": "".join(traceback.format_exception(error))})
 
 
-def failed(told: str) -> BaseException:
+def decode_failure(encoded: str) -> BaseException:
     """What `failure` wrote, to be raised again."""
-    said = json.loads(told)
+    said = json.loads(encoded)
     if "signal" in said:
-        return Stopped(said["signal"], said["what"])
-    for kind in ERRORS:
+        return RunInterrupted(said["signal"], said["what"])
+    for kind in FORWARDED_ERRORS:
         if said["code"] == kind.exit_code:
             return kind(said["what"], where=said["where"], remedy=said["remedy"])
     return RuntimeError(f"rank {said['rank']}:\n{said['what']}")

@@ -13,38 +13,38 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from persea.losses import Head
+from persea.losses import LMHead
 
-Ints = npt.NDArray[np.int64]
-NONE = np.empty(0, np.int64)
-LIKELY = 1e-4
-AT_ONCE = 1 << 24  # logits that stand at once: 64 MiB in float32
+IntArray = npt.NDArray[np.int64]
+NO_TOKENS = np.empty(0, np.int64)
+MIN_CANDIDATE_PROB = 1e-4
+MAX_LOGIT_ELEMENTS = 1 << 24  # logits that stand at once: 64 MiB in float32
 
 
 @dataclass(frozen=True)
-class Likely:
+class CandidateTokens:
     """By learned position of the student, counted through the answers: its likely tokens, sorted."""
 
-    offsets_L1: Ints
-    ids_M: Ints
+    offsets_L1: IntArray
+    ids_M: IntArray
 
-    def at(self, place: int) -> Ints:
-        return self.ids_M[self.offsets_L1[place]:self.offsets_L1[place + 1]]
+    def at(self, position: int) -> IntArray:
+        return self.ids_M[self.offsets_L1[position]:self.offsets_L1[position + 1]]
 
-    def within(self, first: int, last: int) -> Likely:
-        return Likely(self.offsets_L1[first:last + 1], self.ids_M)
+    def slice_positions(self, first: int, last: int) -> CandidateTokens:
+        return CandidateTokens(self.offsets_L1[first:last + 1], self.ids_M)
 
 
 @torch.no_grad()
-def likely_behind(hidden_LD: torch.Tensor, head: Head, least: float = LIKELY) -> Likely:
+def candidates_from_hidden(hidden_LD: torch.Tensor, head: LMHead, min_prob: float = MIN_CANDIDATE_PROB) -> CandidateTokens:
     """The tokens of probability `least` or more behind each of the hidden states that the head is given."""
-    parts = [likely_in(torch.log_softmax(head.logits(some_ND), -1), least) for some_ND in torch.split(hidden_LD, max(1, AT_ONCE // head.vocabulary))]
-    counts = np.concatenate([NONE, *(np.diff(one.offsets_L1) for one in parts)])
-    return Likely(np.concatenate([[0], np.cumsum(counts)]), np.concatenate([NONE, *(one.ids_M for one in parts)]))
+    parts = [candidates_from_logprobs(torch.log_softmax(head.logits(some_ND), -1), min_prob) for some_ND in torch.split(hidden_LD, max(1, MAX_LOGIT_ELEMENTS // head.vocab_size))]
+    counts = np.concatenate([NO_TOKENS, *(np.diff(one.offsets_L1) for one in parts)])
+    return CandidateTokens(np.concatenate([[0], np.cumsum(counts)]), np.concatenate([NO_TOKENS, *(one.ids_M for one in parts)]))
 
 
-def likely_in(logprobs_NV: torch.Tensor, least: float) -> Likely:
+def candidates_from_logprobs(logprobs_NV: torch.Tensor, min_prob: float) -> CandidateTokens:
     """Those of some rows of natural log-probabilities."""
-    row_M, id_M = (logprobs_NV >= math.log(least)).nonzero(as_tuple=True)
+    row_M, id_M = (logprobs_NV >= math.log(min_prob)).nonzero(as_tuple=True)
     counts_N = torch.bincount(row_M, minlength=len(logprobs_NV)).cpu().numpy()
-    return Likely(np.concatenate([[0], np.cumsum(counts_N)]), id_M.cpu().numpy())
+    return CandidateTokens(np.concatenate([[0], np.cumsum(counts_N)]), id_M.cpu().numpy())

@@ -14,12 +14,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from persea.chat import families
 from persea.chat.families.gemma import GEMMA
-from persea.chat.families.gpt_oss import DIAL, GPT_OSS
+from persea.chat.families.gpt_oss import GPT_OSS, REASONING_EFFORT_NAMES
 from persea.chat.families.llama import LLAMA
 from persea.chat.families.qwen import QWEN
-from persea.chat.messages import Conversation, Effort, Finish, Message, Part, Pieces, Role, Text, Thinking
+from persea.chat.messages import ContentPart, Conversation, DecodedPieces, FinishReason, Message, Role, Text, Thinking, ThinkingEffort
 from persea.errors import DataError
-from persea.tokenization.vocabulary import Vocabulary, open_vocabulary
+from persea.tokenization.vocabulary import Vocabulary, load_vocabulary
 from tests.chat.test_renderer import FRAGMENTS, LOOK_ALIKES, assume_no_look_alike, check_places, conversations, generated, same_as_transformers
 from tests.conftest import FAMILIES, Speaker
 
@@ -36,7 +36,7 @@ def vocabulary(*controls: str) -> Vocabulary:
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer.train_from_iterator(["a b"], trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     tokenizer.add_special_tokens([AddedToken(c, special=True) for c in controls])
-    return open_vocabulary(tokenizer, "odd/model")
+    return load_vocabulary(tokenizer, "odd/model")
 
 
 # ---- which family --------------------------------------------------------------------------------------------------
@@ -45,29 +45,29 @@ def vocabulary(*controls: str) -> Vocabulary:
 def test_every_family_is_listed_and_found_by_name():
     assert set(FAMILIES) <= {f.name for f in families.FAMILIES}
     assert len({f.name for f in families.FAMILIES}) == len(families.FAMILIES)
-    assert [families.named(name) for name in FAMILIES] == [LLAMA, QWEN, GEMMA, GPT_OSS]
+    assert [families.get_family(name) for name in FAMILIES] == [LLAMA, QWEN, GEMMA, GPT_OSS]
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
     with pytest.raises(DataError, match="unknown family 'mistral'") as caught:
-        families.named("mistral")
+        families.get_family("mistral")
     assert all(name in caught.value.remedy for name in FAMILIES)
 
 
 def test_each_tiny_vocabulary_is_recognised(tiny: Speaker):
-    found = families.detect(tiny.voice.vocabulary, tiny.voice.template_text)
-    assert found and found.name == tiny.voice.family.name
-    assert tiny.folder.name == f"{tiny.voice.family.name}-sapling"
+    found = families.detect_family(tiny.renderer.vocabulary, tiny.renderer.template_text)
+    assert found and found.name == tiny.renderer.family.name
+    assert tiny.folder.name == f"{tiny.renderer.family.name}-sapling"
 
 
-@pytest.mark.parametrize("controls", [(), ("<s>", "</s>"), ("<|start_header_id|>", "<|channel|>"), tuple(f.signature for f in families.FAMILIES)])
+@pytest.mark.parametrize("controls", [(), ("<s>", "</s>"), ("<|start_header_id|>", "<|channel|>"), tuple(f.signature_token for f in families.FAMILIES)])
 def test_none_or_several_signatures_are_no_family(controls: tuple[str, ...]):
-    assert families.detect(vocabulary(*controls), "") is None
+    assert families.detect_family(vocabulary(*controls), "") is None
 
 
 @pytest.mark.parametrize("family", families.FAMILIES, ids=lambda f: f.name)
 def test_a_signature_and_a_mark_are_enough(family):
-    assert families.detect(vocabulary(family.signature), family.template_mark) is family
+    assert families.detect_family(vocabulary(family.signature), family.template_signature) is family
 
 
 @pytest.mark.realdata
@@ -75,7 +75,7 @@ def test_a_signature_and_a_mark_are_enough(family):
 def test_every_real_template_is_told_apart(data: Path, template: str):
     """By control tokens and mark; what persea does not know is no family, also where it speaks ChatML as SmolLM3 does."""
     text = (data / "templates" / f"{template}.jinja").read_text()
-    found = families.detect(vocabulary(*{f.signature for f in families.FAMILIES if f.signature in text}), text)
+    found = families.detect_family(vocabulary(*{f.signature_token for f in families.FAMILIES if f.signature_token in text}), text)
     assert (found and found.name) == TEMPLATES[template]
 
 
@@ -93,7 +93,7 @@ def test_normalising_twice_is_normalising_once(family, conversation: Conversatio
     assert all(short.text in whole.text for short, whole in zip(once.parts(), conversation.parts(), strict=True))
 
 
-def talk(effort: Effort) -> Conversation:
+def talk(effort: ThinkingEffort) -> Conversation:
     return Conversation((
         Message(Role.SYSTEM, (Text(" rules \n"),)), Message(Role.USER, (Text(" q1 "),)),
         Message(Role.ASSISTANT, (Thinking("\nt1\n"), Text("\n a1 \n"))), Message(Role.USER, (Text("\nq2"),)),
@@ -101,39 +101,39 @@ def talk(effort: Effort) -> Conversation:
 
 
 @pytest.mark.parametrize(("family", "effort", "want"), [
-    (LLAMA, Effort.HIGH, ["rules", "q1", "", "a1", "q2", "", "a2"]),
-    (GEMMA, Effort.HIGH, [" rules \n", "q1", "", "a1", "q2", "", "a2"]),
-    (QWEN, Effort.NONE, [" rules \n", " q1 ", "", "\n a1 \n", "\nq2", "", " a2 \n"]),
-    (QWEN, Effort.LOW, [" rules \n", " q1 ", "", "\n a1 \n", "\nq2", " t2 ", " a2 \n"]),
-    (GPT_OSS, Effort.NONE, [" rules \n", " q1 ", "", "\n a1 \n", "\nq2", "\n t2 \n", "\n a2 \n"]),
+    (LLAMA, ThinkingEffort.HIGH, ["rules", "q1", "", "a1", "q2", "", "a2"]),
+    (GEMMA, ThinkingEffort.HIGH, [" rules \n", "q1", "", "a1", "q2", "", "a2"]),
+    (QWEN, ThinkingEffort.NONE, [" rules \n", " q1 ", "", "\n a1 \n", "\nq2", "", " a2 \n"]),
+    (QWEN, ThinkingEffort.LOW, [" rules \n", " q1 ", "", "\n a1 \n", "\nq2", " t2 ", " a2 \n"]),
+    (GPT_OSS, ThinkingEffort.NONE, [" rules \n", " q1 ", "", "\n a1 \n", "\nq2", "\n t2 \n", "\n a2 \n"]),
 ])
-def test_what_each_family_keeps(family, effort: Effort, want: list[str]):
+def test_what_each_family_keeps(family, effort: ThinkingEffort, want: list[str]):
     assert [p.text for p in family.normalise(talk(effort)).parts()] == want
 
 
 def test_the_dial_of_each_family():
-    switches = {f.name: [f.inputs(talk(e))[1] for e in Effort] for f in FOUR}
+    switches = {f.name: [f.template_inputs(talk(e))[1] for e in ThinkingEffort] for f in FOUR}
     assert switches == {
         "llama": [{}] * 4, "gemma": [{}] * 4,
-        "qwen": [{"enable_thinking": e is not Effort.NONE} for e in Effort],
+        "qwen": [{"enable_thinking": e is not ThinkingEffort.NONE} for e in ThinkingEffort],
         "gpt-oss": [{"reasoning_effort": e} | ({"enable_thinking": False} if k == 0 else {}) for k, e in enumerate(("low", "low", "medium",
         "high"))]}
-    assert set(DIAL) == set(Effort)
+    assert set(REASONING_EFFORT_NAMES) == set(ThinkingEffort)
     for switch in switches["gpt-oss"]:
         switch.pop("enable_thinking", None)  # of its own template, which has no direct mode, nothing reads it
     for f in FOUR:  # `efforts` are those the switches can tell apart
         assert len(f.efforts) == len({json.dumps(s) for s in switches[f.name]})
-        assert len({json.dumps(f.inputs(talk(e))[1]) for e in f.efforts}) == len(f.efforts)
+        assert len({json.dumps(f.template_inputs(talk(e))[1]) for e in f.efforts}) == len(f.efforts)
 
 
 # ---- what is an answer ---------------------------------------------------------------------------------------------
 
-HARMONY: Pieces = ("<|channel|>", b"analysis", "<|message|>", b"so", "<|end|>", "<|start|>", b"assistant",
+HARMONY: DecodedPieces = ("<|channel|>", b"analysis", "<|message|>", b"so", "<|end|>", "<|start|>", b"assistant",
                    "<|channel|>", b"final", "<|message|>", b"Hi")
 
 
-def harmony(pieces: Pieces) -> tuple[Part, ...] | None:
-    return GPT_OSS.parse(pieces, Effort.HIGH)
+def harmony(pieces: DecodedPieces) -> tuple[ContentPart, ...] | None:
+    return GPT_OSS.parse(pieces, ThinkingEffort.HIGH)
 
 
 def test_harmony_well_formed():
@@ -171,7 +171,7 @@ def test_harmony_with_any_piece_replaced_is_malformed(at: int, other: str | byte
     ("<|channel|>", b"final ", "<|message|>", b"Hi"),
     ("<|channel|>", b"final", b"<|message|>", b"Hi"),
 ])
-def test_harmony_malformed(pieces: Pieces):
+def test_harmony_malformed(pieces: DecodedPieces):
     assert harmony(pieces) is None
 
 
@@ -193,21 +193,21 @@ def test_harmony_malformed(pieces: Pieces):
     ((b"Hi", "<|im_start|>"), None),
     ((b"Hi", "<hole 7>"), None),
 ])
-def test_qwen_answers(pieces: Pieces, want: tuple[Part, ...] | None):
-    assert QWEN.parse(pieces, Effort.HIGH) == want
+def test_qwen_answers(pieces: DecodedPieces, want: tuple[ContentPart, ...] | None):
+    assert QWEN.parse(pieces, ThinkingEffort.HIGH) == want
 
 
 @pytest.mark.parametrize("family", [LLAMA, GEMMA], ids=["llama", "gemma"])
 def test_plain_answers(family):
-    assert family.parse((b"Hi",), Effort.NONE) == (Text("Hi"),)
-    assert family.parse((), Effort.NONE) == (Text(""),)
+    assert family.parse((b"Hi",), ThinkingEffort.NONE) == (Text("Hi"),)
+    assert family.parse((), ThinkingEffort.NONE) == (Text(""),)
     for control in ("<bos>", family.signature, "<hole 7>"):
-        assert family.parse((b"Hi", control, b"!"), Effort.NONE) is None
+        assert family.parse((b"Hi", control, b"!"), ThinkingEffort.NONE) is None
 
 
 @pytest.mark.parametrize("family", FOUR, ids=FAMILIES)
 def test_no_family_takes_its_own_opening_for_an_answer(family):
-    assert family.parse((family.signature, b"user"), Effort.NONE) is None
+    assert family.parse((family.signature, b"user"), ThinkingEffort.NONE) is None
 
 
 # ---- the real tokenizers with the real templates -------------------------------------------------------------------
@@ -219,10 +219,10 @@ SAID = {
     "my": ("အတိုချုံးဖြေပါ။", "မင်္ဂလာပါ ကမ္ဘာလောက", "မင်္ဂလာပါ။", "စဉ်းစားသည်။"),
     "emoji": ("👩‍👩‍👧‍👦", " 🏳️‍🌈 <b>1,234.5</b> |> <| ", "👍🏽 é ∑", "🤔\u200b"),
 }
-GRID = list(itertools.product(SAID, (False, True), (1, 2, 3), (False, True), Effort))
+GRID = list(itertools.product(SAID, (False, True), (1, 2, 3), (False, True), ThinkingEffort))
 
 
-def from_grid(language: str, with_system: bool, turns: int, thinks: bool, effort: Effort) -> Conversation:
+def from_grid(language: str, with_system: bool, turns: int, thinks: bool, effort: ThinkingEffort) -> Conversation:
     system, question, answer, thought = (unicodedata.normalize("NFC", t) for t in SAID[language])
     messages = [Message(Role.SYSTEM, (Text(system),))] if with_system else []
     for k in range(turns):
@@ -238,11 +238,11 @@ def test_real_voices_are_transformers_own(real: Speaker, language: str):
         if case[0] == language:
             conversation = from_grid(*case)
             same_as_transformers(real, conversation)
-            tokens = real.voice.render(conversation)
-            check_places(real.voice, conversation, tokens)
-            parts, finish = real.voice.parse(generated(tokens), conversation.effort)
-            kept = real.voice.family.normalise(conversation).messages[-1].parts
-            assert (parts, finish) == (tuple(p for p in kept if p.text), Finish.STOP)
+            tokens = real.renderer.render(conversation)
+            check_places(real.renderer, conversation, tokens)
+            parts, finish = real.renderer.parse(generated(tokens), conversation.effort)
+            kept = real.renderer.family.normalise(conversation).messages[-1].parts
+            assert (parts, finish) == (tuple(p for p in kept if p.text), FinishReason.STOP)
 
 
 @pytest.mark.realdata
@@ -252,47 +252,47 @@ def test_real_voices_on_tricky_text(real: Speaker, fragment: str):
     fragments = FRAGMENTS if fragment == "tricky" else [s for s in LOOK_ALIKES if "channel" not in s]
     for text in [*fragments, "".join(fragments), " ".join(fragments)]:
         text = unicodedata.normalize("NFC", text)
-        conversation = Conversation.ask(text, system=text or "x").answered(Text(f"a{text}"))
-        check_places(real.voice, conversation, real.voice.render(conversation))
+        conversation = Conversation.from_question(text, system=text or "x").with_answer(Text(f"a{text}"))
+        check_places(real.renderer, conversation, real.renderer.render(conversation))
         if fragment == "tricky":
             same_as_transformers(real, conversation)
-        parts, finish = real.voice.parse(generated(real.voice.render(conversation)), Effort.NONE)
-        assert (parts, finish) == ((real.voice.family.normalise(conversation).messages[-1].parts[-1],), Finish.STOP)
+        parts, finish = real.renderer.parse(generated(real.renderer.render(conversation)), ThinkingEffort.NONE)
+        assert (parts, finish) == ((real.renderer.family.normalise(conversation).messages[-1].parts[-1],), FinishReason.STOP)
 
 
 @pytest.mark.realdata
 @given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=40))
 def test_real_voices_on_any_text(real: Speaker, text: str):
     text = unicodedata.normalize("NFC", text)
-    conversation = Conversation.ask(text).answered(Text(f"a{text}"))
+    conversation = Conversation.from_question(text).with_answer(Text(f"a{text}"))
     assume_no_look_alike(real, conversation)
     same_as_transformers(real, conversation)
-    check_places(real.voice, conversation, real.voice.render(conversation))
+    check_places(real.renderer, conversation, real.renderer.render(conversation))
 
 
 @pytest.mark.realdata
 def test_real_gpt_oss_refuses_channels_inside_an_answer(real_of):
     with pytest.raises(DataError, match="You have passed a message containing"):
-        real_of("gpt-oss").voice.render(Conversation.ask("Hi").answered(Text("<|channel|>final<|message|>Hi")))
+        real_of("gpt-oss").renderer.render(Conversation.from_question("Hi").with_answer(Text("<|channel|>final<|message|>Hi")))
 
 
 @pytest.mark.realdata
 def test_real_gemma_refuses_turns_that_do_not_alternate(real_of):
     twice = Conversation(tuple(Message(Role.USER, (Text(t),)) for t in "ab"))
     with pytest.raises(DataError, match="roles must alternate"):
-        real_of("gemma").voice.prompt(twice)
+        real_of("gemma").renderer.render_prompt(twice)
 
 
 @pytest.mark.realdata
 @pytest.mark.parametrize("family", ["llama", "gpt-oss"])
 def test_real_prompts_do_not_change_at_midnight(real_of, family: str):
-    voice = real_of(family).voice
-    prompt = voice.vocabulary.pieces(voice.prompt(Conversation.ask("Hi")).ids_T.tolist())
+    voice = real_of(family).renderer
+    prompt = voice.vocabulary.decode_pieces(voice.render_prompt(Conversation.from_question("Hi")).ids_T.tolist())
     assert any(b"2025-01-01" in p or b"01 Jan 2025" in p for p in prompt if isinstance(p, bytes))
 
 
 @pytest.mark.realdata
 def test_real_qwen_keeps_the_newlines_before_an_earlier_answer(real_of):
-    talk = Conversation.ask("q1").answered(Text("\nfirst"))
-    talk = Conversation((*talk.messages, *Conversation.ask("q2").answered(Text("second")).messages))
+    talk = Conversation.from_question("q1").with_answer(Text("\nfirst"))
+    talk = Conversation((*talk.messages, *Conversation.from_question("q2").with_answer(Text("second")).messages))
     same_as_transformers(real_of("qwen"), talk)

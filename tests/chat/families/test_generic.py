@@ -14,15 +14,15 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from persea.chat import families
-from persea.chat.families.generic import NAME, Trim
+from persea.chat.families.generic import GENERIC_FAMILY_NAME, StripRule
 from persea.chat.families.llama import LLAMA
 from persea.chat.families.qwen import QWEN
-from persea.chat.messages import Conversation, Effort, Family, Finish, Message, Role, Text, Thinking, Tool, ToolCall, ToolResult
+from persea.chat.messages import Conversation, Family, FinishReason, Message, Role, Text, Thinking, ThinkingEffort, Tool, ToolCall, ToolResult
 from persea.config.recipe import load_recipe
 from persea.errors import DataError
-from persea.models.loading import Source, notes, open_voice
-from persea.pipeline.run_context import River
-from persea.pipeline.stages import check
+from persea.models.loading import ModelSource, load_renderer, model_warnings
+from persea.pipeline.run_context import RunContext
+from persea.pipeline.stages import run_check
 from tests.cli.test_cli import recipe
 from tests.conftest import Speaker, _speaker
 
@@ -86,10 +86,10 @@ def talks() -> list[Conversation]:
     found = []
     for k, text in enumerate(SAID):
         other = SAID[(k + 3) % len(SAID)]
-        found.append(Conversation.ask(text).answered(Text(other)))
-        found.append(Conversation.ask(text, system=other).answered(Text(text)))
-        more = Conversation.ask(other).answered(Text(text))
-        found.append(replace(more, messages=(*more.messages, *Conversation.ask(text).answered(Text(other)).messages)))
+        found.append(Conversation.from_question(text).with_answer(Text(other)))
+        found.append(Conversation.from_question(text, system=other).with_answer(Text(text)))
+        more = Conversation.from_question(other).with_answer(Text(text))
+        found.append(replace(more, messages=(*more.messages, *Conversation.from_question(text).with_answer(Text(other)).messages)))
     return found
 
 
@@ -108,35 +108,35 @@ def test_an_unknown_model_is_rendered_as_transformers_does(unknown: Speaker):
     today = unknown.today()
     for conversation in talks():
         asked = replace(conversation, messages=conversation.messages[:-1])
-        assert today.prompt(asked).ids_T.tolist() == theirs(unknown, asked, generate=True)
+        assert today.render_prompt(asked).ids_T.tolist() == theirs(unknown, asked, generate=True)
         ids = today.render(conversation).ids_T.tolist()
         if unknown.folder.name not in OPEN:
             assert ids == theirs(unknown, conversation, generate=False)
             continue
         assert ids[:-1] == theirs(unknown, conversation, generate=False)
-        onward = replace(conversation, messages=(*conversation.messages, *Conversation.ask("and?").messages))
+        onward = replace(conversation, messages=(*conversation.messages, *Conversation.from_question("and?").messages))
         assert ids == theirs(unknown, onward, generate=False)[:len(ids)]  # what closes it is what the template itself writes next
 
 
 @pytest.mark.realdata
 def test_an_unknown_model_is_parsed_and_learns_its_answer(unknown: Speaker):
-    voice = unknown.voice
+    voice = unknown.renderer
     for conversation in talks():
         tokens, kept = voice.render(conversation), voice.family.normalise(conversation)
-        learned = np.flatnonzero(tokens.learn_T)
-        before = len(voice.prompt(replace(conversation, messages=conversation.messages[:-1])))
+        learned = np.flatnonzero(tokens.loss_mask_T)
+        before = len(voice.render_prompt(replace(conversation, messages=conversation.messages[:-1])))
         assert learned.tolist() == list(range(before, int(learned[-1]) + 1))
         assert tokens.ids_T[learned[-1]] == voice.stop_ids[0]
         assert not any(i in voice.stop_ids for i in tokens.ids_T[learned[:-1]])
-        assert voice.parse(tokens.ids_T[learned].tolist(), Effort.NONE) == ((Text(kept.messages[-1].text),), Finish.STOP)
+        assert voice.parse(tokens.ids_T[learned].tolist(), ThinkingEffort.NONE) == ((Text(kept.messages[-1].text),), FinishReason.STOP)
         assert voice.family.normalise(kept) == kept
 
 
 @pytest.mark.realdata
 def test_what_was_found_by_probing(unknown_of: Callable[[str], Speaker]):
-    found = {name: unknown_of(name).voice for name in UNKNOWN}
-    assert {n: v.family.name for n, v in found.items()} == dict.fromkeys(UNKNOWN, NAME)
-    assert {n: v.family.stops for n, v in found.items()} == {
+    found = {name: unknown_of(name).renderer for name in UNKNOWN}
+    assert {n: v.family.name for n, v in found.items()} == dict.fromkeys(UNKNOWN, GENERIC_FAMILY_NAME)
+    assert {n: v.family.stop_tokens for n, v in found.items()} == {
         "smollm3": ("<|im_end|>",), "deepseek-v3.1": ("<｜end▁of▁sentence｜>",), "apertus": ("<|assistant_end|>",),
         "glm-4.6": ("<|user|>", "<|endoftext|>", "<|observation|>")}
     talk = Conversation((Message(Role.SYSTEM, (Text("\n s \n"),)), Message(Role.USER, (Text("\n q \n"),)),
@@ -145,9 +145,9 @@ def test_what_was_found_by_probing(unknown_of: Callable[[str], Speaker]):
         "smollm3": ["\n s", "\n q \n", "", " a \n"], "deepseek-v3.1": ["\n s \n", "\n q \n", "", "\n a \n"],
         "apertus": ["\n s \n", "\n q \n", "", "\n a \n"], "glm-4.6": ["\n s \n", "\n q \n", "", "a"]}
     for name, voice in found.items():
-        note = notes(Source(str(unknown_of(name).folder)), voice, "w")
+        note = model_warnings(ModelSource(str(unknown_of(name).folder)), voice, "w")
         assert "does not know this family" in note
-        assert voice.family.stops[0] in note
+        assert voice.family.stop_tokens[0] in note
         assert ("only before the next question" in note) == (name in OPEN)
         assert "\n" not in note
 
@@ -155,16 +155,16 @@ def test_what_was_found_by_probing(unknown_of: Callable[[str], Speaker]):
 @pytest.mark.realdata
 def test_control_tokens_in_a_text_stay_text(unknown: Speaker):
     """Also DeepSeek's <｜User｜>, which its tokenizer calls an ordinary token."""
-    voice = unknown.voice
+    voice = unknown.renderer
     added = json.loads((unknown.folder / "tokenizer.json").read_text())["added_tokens"]
     names = [t["content"] for t in added if "think" not in t["content"]]
-    assert set(names) <= voice.vocabulary.control.keys()
-    said = Conversation.ask("x " + " ".join(names)).answered(Text("y" + "".join(names) + "y"))
-    plain = Conversation.ask("x").answered(Text("y"))
+    assert set(names) <= voice.vocabulary.control_token_ids.keys()
+    said = Conversation.from_question("x " + " ".join(names)).with_answer(Text("y" + "".join(names) + "y"))
+    plain = Conversation.from_question("x").with_answer(Text("y"))
     controls = [[i for i in voice.render(c).ids_T.tolist() if voice.vocabulary.bytes_W[i] is None] for c in (said, plain)]
     assert controls[0] == controls[1]
     tokens = voice.render(said)
-    assert voice.parse(tokens.ids_T[tokens.learn_T].tolist(), Effort.NONE)[0] == said.messages[-1].parts
+    assert voice.parse(tokens.ids_T[tokens.loss_mask_T].tolist(), ThinkingEffort.NONE)[0] == said.messages[-1].parts
 
 
 @pytest.mark.realdata
@@ -173,7 +173,7 @@ def test_an_open_answer_needs_a_known_end(data: Path, tmp_path: Path):
     text = (data / "templates" / "glm-4.6.jinja").read_text()
     folder = folder_of(tmp_path / "glm", text, bos=None, eos="<|endoftext|>", controls=("<|user|>",))
     with pytest.raises(DataError, match=r"ends an answer with no control token; the next question begins with <\|user\|>") as caught:
-        open_voice(Source(str(folder)), "teachers.0.model")
+        load_renderer(ModelSource(str(folder)), "teachers.0.model")
     assert caught.value.where == "teachers.0.model"
     assert "new_family" in caught.value.remedy
 
@@ -186,8 +186,8 @@ END = "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 ROLES = ("<|user|>", "<|assistant|>", "<|system|>", "<|stop|>")
 
 
-def small(path: Path, template: str, eos: str = "<|stop|>", **more: Any) -> Source:
-    return Source(str(folder_of(path / "small", template, **{"bos": None, "eos": eos, "controls": ROLES} | more)))
+def small(path: Path, template: str, eos: str = "<|stop|>", **more: Any) -> ModelSource:
+    return ModelSource(str(folder_of(path / "small", template, **{"bos": None, "eos": eos, "controls": ROLES} | more)))
 
 
 @pytest.mark.parametrize("cut", ["", "trim", "strip(' ')", "lstrip('\\n')", "rstrip()", "strip('\\n ')"])
@@ -195,28 +195,28 @@ def small(path: Path, template: str, eos: str = "<|stop|>", **more: Any) -> Sour
 def test_what_a_template_trims_is_found_for_each_role(tmp_path: Path, role: str, cut: str):
     content = "m['content']" + ("" if not cut else " | trim" if cut == "trim" else f".{cut}")
     turn = f"<|{{{{ m['role'] }}}}|>{{{{ ({content}) if m['role'] == '{role}' else m['content'] }}}}<|stop|>"
-    voice = open_voice(small(tmp_path, HEAD + turn + END), "w")
+    voice = load_renderer(small(tmp_path, HEAD + turn + END), "w")
     text = " \n \t\u3000x\u3000\t \n "
     want = {"": text, "trim": "x", "strip(' ')": text.strip(" "), "lstrip('\\n')": text.lstrip("\n"), "rstrip()": text.rstrip(),
             "strip('\\n ')": text.strip(" \n")}[cut]
-    talk = Conversation.ask(text, system=text).answered(Text(text))
+    talk = Conversation.from_question(text, system=text).with_answer(Text(text))
     kept = voice.family.normalise(talk)
     assert [m.text for m in kept.messages] == [want if m.role.value == role else text for m in talk.messages]
     tokens = voice.render(talk)
-    assert voice.parse(tokens.ids_T[tokens.learn_T].tolist(), Effort.NONE) == (kept.messages[-1].parts, Finish.STOP)
+    assert voice.parse(tokens.ids_T[tokens.loss_mask_T].tolist(), ThinkingEffort.NONE) == (kept.messages[-1].parts, FinishReason.STOP)
 
 
 @pytest.mark.parametrize("where", ["loop.last", "not loop.last"])
 def test_an_earlier_answer_may_be_trimmed_otherwise_than_the_last(tmp_path: Path, where: str):
     content = f"m['content'] | trim if m['role'] == 'assistant' and {where} else m['content']"
-    voice = open_voice(small(tmp_path, HEAD + f"<|{{{{ m['role'] }}}}|>{{{{ {content} }}}}<|stop|>" + END), "w")
-    first = Conversation.ask(" q ").answered(Text(" a "))
+    voice = load_renderer(small(tmp_path, HEAD + f"<|{{{{ m['role'] }}}}|>{{{{ {content} }}}}<|stop|>" + END), "w")
+    first = Conversation.from_question(" q ").with_answer(Text(" a "))
     talk = replace(first, messages=first.messages * 2)
     want = ["a" if m.role is Role.ASSISTANT and (k == 3) == (where == "loop.last") else m.text for k, m in enumerate(talk.messages)]
     assert [m.text for m in voice.family.normalise(talk).messages] == want
     assert voice.family.normalise(first).messages[-1].text == want[3]
     tokens = voice.render(talk)
-    assert voice.parse(tokens.ids_T[tokens.learn_T].tolist(), Effort.NONE) == ((Text(want[3]),), Finish.STOP)
+    assert voice.parse(tokens.ids_T[tokens.loss_mask_T].tolist(), ThinkingEffort.NONE) == ((Text(want[3]),), FinishReason.STOP)
 
 
 @pytest.mark.parametrize(("template", "reason"), [
@@ -233,8 +233,8 @@ def test_an_earlier_answer_may_be_trimmed_otherwise_than_the_last(tmp_path: Path
 ])
 def test_templates_generic_cannot_follow_are_refused_when_opened(tmp_path: Path, template: str, reason: str):
     with pytest.raises(DataError) as caught:
-        open_voice(small(tmp_path, template), "teachers.0.model")
-    assert re.search(reason, caught.value.what)
+        load_renderer(small(tmp_path, template), "teachers.0.model")
+    assert re.search(reason, caught.value.message)
     assert caught.value.remedy
     assert "\n" not in str(caught.value)
 
@@ -245,55 +245,55 @@ def test_templates_generic_cannot_follow_are_refused_when_opened(tmp_path: Path,
 ])
 def test_no_system_role_is_said_and_refused_in_one_line(tmp_path: Path, template: str, why: str):
     source = small(tmp_path, template)
-    voice = open_voice(source, "teachers.0.model")
-    assert why in voice.family.unknown
-    assert "takes no system text" in notes(source, voice, "w")
-    voice.render(Conversation.ask("Hi").answered(Text("Hello")))
-    for call in (voice.prompt, lambda c: voice.render(c.answered(Text("Hello")))):
+    voice = load_renderer(source, "teachers.0.model")
+    assert why in voice.family.limitations
+    assert "takes no system text" in model_warnings(source, voice, "w")
+    voice.render(Conversation.from_question("Hi").with_answer(Text("Hello")))
+    for call in (voice.render_prompt, lambda c: voice.render(c.with_answer(Text("Hello")))):
         with pytest.raises(DataError, match="takes no system text") as caught:
-            call(Conversation.ask("Hi", system="Be brief."))
+            call(Conversation.from_question("Hi", system="Be brief."))
         assert caught.value.where == "teachers.0.model"
         assert "\n" not in str(caught.value)
 
 
 def test_words_of_the_template_around_an_answer_are_learned_and_taken_off(tmp_path: Path):
     turn = "<|{{ m['role'] }}|>{{ '\n\nSays: ' if m['role'] == 'assistant' }}{{ m['content'] }}\n<|stop|>"
-    voice = open_voice(small(tmp_path, HEAD + turn + END), "w")
+    voice = load_renderer(small(tmp_path, HEAD + turn + END), "w")
     for text in ("Hello", "", "Says: ", "\n"):
-        tokens = voice.render(Conversation.ask("Hi").answered(Text(text)))
-        learned = tokens.ids_T[tokens.learn_T].tolist()
+        tokens = voice.render(Conversation.from_question("Hi").with_answer(Text(text)))
+        learned = tokens.ids_T[tokens.loss_mask_T].tolist()
         assert voice.vocabulary.decode(learned[:-1]).decode() == f"\n\nSays: {text}\n"
-        assert voice.parse(learned, Effort.NONE) == ((Text(text),), Finish.STOP)
-    assert voice.parse([*voice.vocabulary.encode("bare"), voice.stop_ids[0]], Effort.NONE) == ((Text("bare"),), Finish.STOP)
+        assert voice.parse(learned, ThinkingEffort.NONE) == ((Text(text),), FinishReason.STOP)
+    assert voice.parse([*voice.vocabulary.encode("bare"), voice.stop_ids[0]], ThinkingEffort.NONE) == ((Text("bare"),), FinishReason.STOP)
 
 
 def test_an_eos_that_is_not_the_turns_end_is_said_and_stops_too(tmp_path: Path):
     source = small(tmp_path, HEAD + TURN + END, eos="<|text_end|>")
-    voice = open_voice(source, "w")
-    assert voice.family.stops == ("<|stop|>", "<|text_end|>")
-    assert "its configuration ends at <|text_end|> instead" in voice.family.unknown
+    voice = load_renderer(source, "w")
+    assert voice.family.stop_tokens == ("<|stop|>", "<|text_end|>")
+    assert "its configuration ends at <|text_end|> instead" in voice.family.limitations
     body = voice.vocabulary.encode("Hi")
-    assert {voice.parse([*body, i, *body], Effort.NONE) for i in voice.stop_ids} == {((Text("Hi"),), Finish.STOP)}
-    assert voice.parse([*body, voice.vocabulary.control["<|user|>"], voice.stop_ids[0]], Effort.NONE) == ((), Finish.MALFORMED)
+    assert {voice.parse([*body, i, *body], ThinkingEffort.NONE) for i in voice.stop_ids} == {((Text("Hi"),), FinishReason.STOP)}
+    assert voice.parse([*body, voice.vocabulary.control_token_ids["<|user|>"], voice.stop_ids[0]], ThinkingEffort.NONE) == ((), FinishReason.MALFORMED)
 
 
 def test_generic_is_one_of_the_names_a_recipe_may_use(tiny: Speaker):
     """Forced on a model that persea knows: its template alone renders plain talk as the family does."""
-    if tiny.voice.family.name == "gpt-oss":
+    if tiny.renderer.family.name == "gpt-oss":
         with pytest.raises(DataError, match=r"between its prompt|where its prompt ends|white space"):
-            open_voice(Source(str(tiny.folder), family=NAME), "w")
+            load_renderer(ModelSource(str(tiny.folder), family=GENERIC_FAMILY_NAME), "w")
         return
-    voice = open_voice(Source(str(tiny.folder), family=NAME), "w")
-    talk = Conversation.ask(" Hi\n").answered(Text("\n Hello "))
-    assert voice.render(talk).ids_T.tolist() == tiny.voice.render(talk).ids_T.tolist()
-    assert voice.render(talk).learn_T.tolist() == tiny.voice.render(talk).learn_T.tolist()
-    assert voice.digest != tiny.voice.digest
+    voice = load_renderer(ModelSource(str(tiny.folder), family=GENERIC_FAMILY_NAME), "w")
+    talk = Conversation.from_question(" Hi\n").with_answer(Text("\n Hello "))
+    assert voice.render(talk).ids_T.tolist() == tiny.renderer.render(talk).ids_T.tolist()
+    assert voice.render(talk).loss_mask_T.tolist() == tiny.renderer.render(talk).loss_mask_T.tolist()
+    assert voice.digest != tiny.renderer.digest
 
 
 def test_a_run_says_who_speaks_and_what_is_not_known(tmp_path: Path):
-    river = River(load_recipe(recipe(tmp_path), ["teachers.0.family=generic", "teachers.1.family=gemma"]), tmp_path / "run")
+    river = RunContext(load_recipe(recipe(tmp_path), ["teachers.0.family=generic", "teachers.1.family=gemma"]), tmp_path / "run")
     said: list[str] = []
-    check(river, tmp_path / "check", lambda stage, share, words: said.append(words))
+    run_check(river, tmp_path / "check", lambda stage, share, words: said.append(words))
     found = json.loads((tmp_path / "check" / "check.json").read_text())["families"]
     note = found["qwen-sapling"].pop("note")
     assert "does not know this family" in note
@@ -301,36 +301,36 @@ def test_a_run_says_who_speaks_and_what_is_not_known(tmp_path: Path):
                      "gpt-oss-sapling": {"family": "gpt-oss", "detected": True, "note": ""},
                      "student": {"family": "llama", "detected": True, "note": ""}}
     assert said == ["qwen-sapling (generic, see its note in check.json)", "gemma-sapling (gemma)", "gpt-oss-sapling (gpt-oss)"]
-    assert river.parent("qwen-sapling").licence == "not known"
+    assert river.lineage_parent("qwen-sapling").licence == "not known"
 
 
 def test_tools_are_refused_and_not_lost(tmp_path: Path):
-    voice = open_voice(small(tmp_path, HEAD + TURN + END), "w")
-    asked = replace(Conversation.ask("Hi"), tools=(Tool("clock", "the time", "{}"),))
-    call = Conversation.ask("Hi").answered(ToolCall("clock", "{}"))
+    voice = load_renderer(small(tmp_path, HEAD + TURN + END), "w")
+    asked = replace(Conversation.from_question("Hi"), tools=(Tool("clock", "the time", "{}"),))
+    call = Conversation.from_question("Hi").with_answer(ToolCall("clock", "{}"))
     result = replace(call, messages=(*call.messages, Message(Role.TOOL, (ToolResult("clock", "noon"),))))
     for conversation in (asked, call, result):
         with pytest.raises(DataError, match="tools"):
-            voice.prompt(conversation)
+            voice.render_prompt(conversation)
 
 
 # ---- which family --------------------------------------------------------------------------------------------------
 
 
 def test_the_longest_mark_in_the_template_wins(tiny_of: Callable[[str], Speaker], monkeypatch: pytest.MonkeyPatch):
-    vocabulary = tiny_of("qwen").voice.vocabulary
-    family: Callable[[str, str], Family] = lambda name, mark: replace(QWEN, name=name, template_mark=mark)  # noqa: E731
+    vocabulary = tiny_of("qwen").renderer.vocabulary
+    family: Callable[[str, str], Family] = lambda name, mark: replace(QWEN, name=name, template_signature=mark)  # noqa: E731
     any_, short, long, other = family("any", ""), family("short", "ab"), family("long", "abc"), family("other", "xyz")
-    monkeypatch.setattr(families, "FAMILIES", (replace(LLAMA, template_mark=""), any_, long, short, other))
-    assert families.detect(vocabulary, "") is any_
-    assert families.detect(vocabulary, "zab") is short
-    assert families.detect(vocabulary, "zabc") is long
-    assert families.detect(vocabulary, "abc xyz") is None  # equally long: no guess
+    monkeypatch.setattr(families, "FAMILIES", (replace(LLAMA, template_signature=""), any_, long, short, other))
+    assert families.detect_family(vocabulary, "") is any_
+    assert families.detect_family(vocabulary, "zab") is short
+    assert families.detect_family(vocabulary, "zabc") is long
+    assert families.detect_family(vocabulary, "abc xyz") is None  # equally long: no guess
     monkeypatch.setattr(families, "FAMILIES", (LLAMA, short))
-    assert families.detect(vocabulary, "nothing of it") is None
-    assert families.detect(vocabulary, "<|start_header_id|> ab") is short  # a signature in the template alone is none
+    assert families.detect_family(vocabulary, "nothing of it") is None
+    assert families.detect_family(vocabulary, "<|start_header_id|> ab") is short  # a signature in the template alone is none
 
 
 def test_trim():
-    assert Trim("\n", None)("\n x \n") == " x"
-    assert Trim("", "")("\n x \n") == "\n x \n"
+    assert StripRule("\n", None)("\n x \n") == " x"
+    assert StripRule("", "")("\n x \n") == "\n x \n"

@@ -17,27 +17,27 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from persea.chat.families.gemma import GEMMA, GEMMA4
-from persea.chat.families.gpt_oss import DIAL, GPT_OSS
+from persea.chat.families.gpt_oss import GPT_OSS, REASONING_EFFORT_NAMES
 from persea.chat.families.llama import LLAMA
 from persea.chat.families.qwen import QWEN, QWEN3_CODER, QWEN25, QWEN35, QWENS, QWQ
 from persea.chat.messages import (
     PINNED_DATE,
+    ContentPart,
     Conversation,
-    Effort,
     Family,
-    Finish,
+    FinishReason,
     Message,
-    Part,
+    RenderedTokens,
     Role,
     Text,
     Thinking,
-    Tokens,
+    ThinkingEffort,
     Tool,
     ToolCall,
     ToolResult,
-    canonical,
+    canonical_json,
 )
-from persea.chat.renderer import Voice
+from persea.chat.renderer import ChatRenderer
 from persea.chat.template import compile_template
 from persea.errors import DataError
 from tests.chat.families.test_families import vocabulary
@@ -49,13 +49,13 @@ FORMS: dict[str, tuple[str, Family]] = {  # template -> tokenizer's family, form
     "qwen3.5": ("qwen", QWEN35), "gemma3": ("gemma", GEMMA), "gpt-oss": ("gpt-oss", GPT_OSS),
     "llama3.1": ("llama", LLAMA), "llama3.2": ("llama", LLAMA), "llama3.3": ("llama", LLAMA)}
 WITH_TOOLS = tuple(name for name in FORMS if name != "gemma3")
-SCHEMA = canonical(json.dumps({
+SCHEMA = canonical_json(json.dumps({
     "type": "object", "properties": {
         "place": {"type": "string", "description": "where"}, "days": {"type": "integer"}, "sure": {"type": "boolean"},
         "list": {"type": "array", "items": {"type": "string"}}, "more": {"type": "object"}, "any": {"type": "string"}},
     "required": ["place"]}))
 WEATHER = Tool("get_weather", "What the weather will be", SCHEMA)
-CLOCK = Tool("clock", "What time it is", canonical('{"type": "object", "properties": {}}'))
+CLOCK = Tool("clock", "What time it is", canonical_json('{"type": "object", "properties": {}}'))
 CALL = ToolCall("get_weather", '{"place": "Hà Nội", "days": 2, "sure": true, "list": ["a", "b\\n"], "more": {"x": 1.5}}')
 
 
@@ -64,7 +64,7 @@ class Form:
     """One template on its tokenizer, and transformers' own tokenizer as the judge."""
 
     name: str
-    voice: Voice
+    renderer: ChatRenderer
     tokenizer: Any
 
     def __repr__(self) -> str:
@@ -72,13 +72,13 @@ class Form:
 
     def theirs(self, conversation: Conversation, generate: bool) -> list[int]:
         """The conversation's texts as they are given, through apply_chat_template."""
-        family, messages = self.voice.family, []
+        family, messages = self.renderer.family, []
         for k, m in enumerate(conversation.messages):
             said: dict[str, Any] = {"role": m.role.value, "content": m.text}
             if m.role is Role.TOOL:
                 messages += [{"role": "tool", "name": p.name, "content": p.text} for p in m.parts]
                 continue
-            thinks = m.thinking and (conversation.effort is not Effort.NONE or family is GPT_OSS)
+            thinks = m.thinking and (conversation.effort is not ThinkingEffort.NONE or family is GPT_OSS)
             if family is QWQ and m.role is Role.ASSISTANT and k == len(conversation.messages) - 1:
                 said["content"] = f"<think>\n{m.thinking}\n</think>\n\n{m.text}" if thinks else f"<think>\n</think>\n\n{m.text}"
             elif family in (QWEN, QWEN35) and m.role is Role.ASSISTANT:
@@ -88,14 +88,14 @@ class Form:
             if m.calls:
                 said["tool_calls"] = [{"function": {"name": c.name, "arguments": json.loads(c.arguments)}} for c in m.calls]
             messages.append(said)
-        on = conversation.effort is not Effort.NONE
-        switches = {"enable_thinking": on} if family is not GPT_OSS else {"reasoning_effort": DIAL[conversation.effort]} | (
+        on = conversation.effort is not ThinkingEffort.NONE
+        switches = {"enable_thinking": on} if family is not GPT_OSS else {"reasoning_effort": REASONING_EFFORT_NAMES[conversation.effort]} | (
             {} if on else {"enable_thinking": False})
         tools = [{"type": "function", "function": {"name": t.name, "description": t.description, "parameters": json.loads(t.parameters)}}
                  for t in conversation.tools]
         today = {"date_string": PINNED_DATE.strftime("%d %b %Y")} if self.name == "llama3.2" else {}
         ids = self.tokenizer.apply_chat_template(
-            messages, tools=tools or None, chat_template=self.voice.template_text, add_generation_prompt=generate, tokenize=True,
+            messages, tools=tools or None, chat_template=self.renderer.template_text, add_generation_prompt=generate, tokenize=True,
             return_dict=False, **switches, **today)
         assert isinstance(ids, list)
         return ids
@@ -105,7 +105,7 @@ def formed(name: str, speaker: Speaker, data: Path) -> Form:
     text = (data / "templates" / f"{name}.jinja").read_text()
     special = {k: v for k, v in speaker.tokenizer.special_tokens_map.items() if isinstance(v, str)}
     today = speaker.today().today if name == "gpt-oss" else PINNED_DATE  # transformers can be told no other date than today
-    voice = replace(speaker.voice, family=FORMS[name][1], template=compile_template(text, special, today, name), template_text=text, today=today)
+    voice = replace(speaker.renderer, family=FORMS[name][1], template=compile_template(text, special, today, name), template_text=text, template_date=today)
     return Form(name, voice, speaker.tokenizer)
 
 
@@ -116,11 +116,11 @@ def form_of(real_of: Callable[[str], Speaker], data: Path) -> Callable[[str], Fo
 
 def written(form: Form, conversation: Conversation) -> list[tuple[int, bytes]]:
     """(place among the content's bytes, bytes) of each part that must have tokens."""
-    kept, at, out = form.voice.family.normalise(conversation), 0, []
+    kept, at, out = form.renderer.family.normalise(conversation), 0, []
     for whole, part in zip(conversation.parts(), kept.parts(), strict=True):
         bare = isinstance(part, (Text, Thinking)) or (
-            isinstance(part, ToolCall) and form.voice.family not in (QWEN35, QWEN3_CODER, GEMMA4)) or (
-            isinstance(part, ToolResult) and (form.voice.family not in (LLAMA, GPT_OSS) or json.dumps(part.text, ensure_ascii=False)[1:-1]
+            isinstance(part, ToolCall) and form.renderer.family not in (QWEN35, QWEN3_CODER, GEMMA4)) or (
+            isinstance(part, ToolResult) and (form.renderer.family not in (LLAMA, GPT_OSS) or json.dumps(part.text, ensure_ascii=False)[1:-1]
                                               == part.text))
         if part.text and bare:
             out.append((at + len(whole.text[:whole.text.index(part.text)].encode()), part.text.encode()))
@@ -128,13 +128,13 @@ def written(form: Form, conversation: Conversation) -> list[tuple[int, bytes]]:
     return out
 
 
-def check_bytes(form: Form, conversation: Conversation, tokens: Tokens) -> None:
+def check_bytes(form: Form, conversation: Conversation, tokens: RenderedTokens) -> None:
     """Every byte of every written part has exactly one token that holds it, and no other place has any."""
     parts = written(form, conversation)
     content = b"\xff".join(p.text.encode() for p in conversation.parts())
     covered = np.zeros(len(content) + 1, int)
     for i, start, end in zip(tokens.ids_T.tolist(), tokens.starts_T.tolist(), tokens.ends_T.tolist(), strict=True):
-        piece = form.voice.vocabulary.bytes_W[i]
+        piece = form.renderer.vocabulary.bytes_W[i]
         if piece is None or end < 0:
             continue
         begun = start >= 0
@@ -153,9 +153,9 @@ def check_bytes(form: Form, conversation: Conversation, tokens: Tokens) -> None:
 
 def check(form: Form, conversation: Conversation, raw: bool = True) -> None:
     """Token for token transformers' own, of the conversation as it is or as it is kept; every byte in its place; read back."""
-    voice = form.voice
+    voice = form.renderer
     given = conversation if raw else voice.family.normalise(conversation)
-    tokens, prompt = voice.render(conversation), voice.prompt(replace(conversation, messages=conversation.messages[:-1]))
+    tokens, prompt = voice.render(conversation), voice.render_prompt(replace(conversation, messages=conversation.messages[:-1]))
     whole = form.theirs(given, False)
     assert tokens.ids_T.tolist() == whole
     assert prompt.ids_T.tolist() == form.theirs(replace(given, messages=given.messages[:-1]), True)
@@ -163,18 +163,18 @@ def check(form: Form, conversation: Conversation, raw: bool = True) -> None:
     read_back(voice, conversation, tokens)
 
 
-def read_back(voice: Voice, conversation: Conversation, tokens: Tokens) -> None:
+def read_back(voice: ChatRenderer, conversation: Conversation, tokens: RenderedTokens) -> None:
     kept = tuple(p for p in voice.family.normalise(conversation).messages[-1].parts if p.text)
     parts, finish = voice.parse(generated(tokens), conversation.effort, conversation.tools)
-    assert (tuple(p for p in parts if p.text), finish) == (kept, Finish.STOP)
+    assert (tuple(p for p in parts if p.text), finish) == (kept, FinishReason.STOP)
 
 
-def talks(line: str, effort: Effort, name: str) -> list[Conversation]:
+def talks(line: str, effort: ThinkingEffort, name: str) -> list[Conversation]:
     """System or not, one turn and more, empty parts; tools declared, called, answered."""
     user, say = Message(Role.USER, (Text(line),)), Message(Role.ASSISTANT, (Text(f"Yes: {line}"),))
     system, short = Message(Role.SYSTEM, (Text(f"Be brief. {line}"),)), Message(Role.ASSISTANT, (Text(line[:5]),))
     # a form whose prompt opens <think> has no spelling for no thought where thinking is on
-    thinks = Thinking(f"{line} So") if effort is not Effort.NONE else Thinking("")
+    thinks = Thinking(f"{line} So") if effort is not ThinkingEffort.NONE else Thinking("")
     think = Message(Role.ASSISTANT, (thinks, Text(f"({line})")))
     turns = [(user, say), (system, user, think), (system, user, say, user, think), (user, think, user, say, user, short),
              (Message(Role.SYSTEM, (Text(""),)), user, say), (Message(Role.USER, (Text(""),)), Message(Role.ASSISTANT, (thinks, Text("")))),
@@ -197,7 +197,7 @@ def talks(line: str, effort: Effort, name: str) -> list[Conversation]:
 
 def opens_without_thought(form: Form, conversation: Conversation) -> bool:
     """Qwen 3.5 with thinking on and no thought: its template's two newlines are one token, its prompt's is another."""
-    return form.voice.family is QWEN35 and conversation.effort is not Effort.NONE and not conversation.messages[-1].thinking
+    return form.renderer.family is QWEN35 and conversation.effort is not ThinkingEffort.NONE and not conversation.messages[-1].thinking
 
 
 def lines(data: Path) -> list[str]:
@@ -209,14 +209,14 @@ def lines(data: Path) -> list[str]:
 def test_every_template_in_fifteen_languages(form_of: Callable[[str], Form], data: Path, name: str):
     form, said = form_of(name), lines(data)
     assert len(said) == 15
-    efforts = form.voice.family.efforts
+    efforts = form.renderer.family.efforts
     for k, line in enumerate(said):
         for n, conversation in enumerate(talks(" ".join(line.split()), efforts[k % len(efforts)], name)):
             if k >= 3 and n % 3 != k % 3:  # all shapes in three languages, a third of them in the others
                 continue
             if opens_without_thought(form, conversation):
                 with pytest.raises(DataError, match="covers the end of the prompt"):
-                    form.voice.render(conversation)
+                    form.renderer.render(conversation)
             else:
                 check(form, conversation)
 
@@ -234,7 +234,7 @@ def calls(draw: st.DrawFn, fragments: list[str]) -> ToolCall:
     more = st.dictionaries(st.sampled_from(["x", "y z", "ключ"]), st.one_of(number, text, st.none(), st.booleans()), max_size=2)
     values = draw(st.fixed_dictionaries({"place": text}, optional={
         "any": text, "days": st.integers(), "sure": st.booleans(), "list": st.lists(text, max_size=3), "more": more}))
-    return ToolCall("get_weather", canonical(json.dumps(values)))
+    return ToolCall("get_weather", canonical_json(json.dumps(values)))
 
 
 @st.composite
@@ -242,7 +242,7 @@ def tool_talks(draw: st.DrawFn, fragments: list[str], name: str) -> Conversation
     """One to three turns; in each a question, none to two rounds of call and result, and an answer, or at the end a call."""
     text = texts([f for f in fragments if "channel" not in f] if name == "gpt-oss" else fragments)
 
-    def thought() -> tuple[Part, ...]:
+    def thought() -> tuple[ContentPart, ...]:
         return (Thinking(draw(text)),) if draw(st.booleans()) else ()
 
     tools = name != "gemma3" and draw(st.integers(0, 4)) > 0
@@ -259,20 +259,20 @@ def tool_talks(draw: st.DrawFn, fragments: list[str], name: str) -> Conversation
             messages.append(Message(Role.ASSISTANT, (*thought(), draw(calls(fragments)))))
         else:
             messages.append(Message(Role.ASSISTANT, (*thought(), Text(draw(text)))))
-    return Conversation(tuple(messages), draw(st.sampled_from(Effort)), (WEATHER, CLOCK) if tools else ())
+    return Conversation(tuple(messages), draw(st.sampled_from(ThinkingEffort)), (WEATHER, CLOCK) if tools else ())
 
 
 def refused(form: Form, conversation: Conversation, error: DataError) -> bool:
     """Whether a refusal is one of those that a person would expect of this conversation."""
     spoken = [p.text for m in conversation.messages for p in m.parts]
-    controls = any(name in text.replace('\\\\"', '"') for text in spoken for name in form.voice.vocabulary.control)
-    if "is a control token of this tokenizer" in error.what:
+    controls = any(name in text.replace('\\\\"', '"') for text in spoken for name in form.renderer.vocabulary.control_token_ids)
+    if "is a control token of this tokenizer" in error.message:
         return controls
-    if "covers the end of the prompt" in error.what:
-        return form.voice.family is QWEN35 and conversation.effort is not Effort.NONE
-    if "changes the content" in error.what:  # QwQ's template looks for the thought's end in the text
-        return form.voice.family is QWQ and any("</think>" in text for text in spoken)
-    return "cannot be told apart" in error.what and form.voice.family in (QWEN3_CODER, QWEN35) and any("parameter" in t for t in spoken)
+    if "covers the end of the prompt" in error.message:
+        return form.renderer.family is QWEN35 and conversation.effort is not ThinkingEffort.NONE
+    if "changes the content" in error.message:  # QwQ's template looks for the thought's end in the text
+        return form.renderer.family is QWQ and any("</think>" in text for text in spoken)
+    return "cannot be told apart" in error.message and form.renderer.family in (QWEN3_CODER, QWEN35) and any("parameter" in t for t in spoken)
 
 
 @pytest.mark.realdata
@@ -281,54 +281,54 @@ def refused(form: Form, conversation: Conversation, error: DataError) -> bool:
 def test_whatever_is_said_comes_back(form_of: Callable[[str], Form], name: str, data: st.DataObject):
     form = form_of(name)
     conversation = data.draw(tool_talks(FRAGMENTS + LOOK_ALIKES, name))
-    kept = form.voice.family.normalise(conversation)
-    assert form.voice.family.normalise(kept) == kept
+    kept = form.renderer.family.normalise(conversation)
+    assert form.renderer.family.normalise(kept) == kept
     try:
-        tokens = form.voice.render(conversation)
+        tokens = form.renderer.render(conversation)
     except DataError as error:
         assert refused(form, conversation, error), error
         return
     check_bytes(form, conversation, tokens)
-    read_back(form.voice, conversation, tokens)
-    if not any(c in p.text for p in conversation.parts() for c in form.voice.vocabulary.control):
+    read_back(form.renderer, conversation, tokens)
+    if not any(c in p.text for p in conversation.parts() for c in form.renderer.vocabulary.control_token_ids):
         assert tokens.ids_T.tolist() == form.theirs(kept, False)
 
 
 @pytest.mark.realdata
 @pytest.mark.parametrize("name", WITH_TOOLS)
-@pytest.mark.parametrize("effort", [Effort.NONE, Effort.HIGH])
-def test_an_answer_cut_anywhere_is_never_a_call(form_of: Callable[[str], Form], name: str, effort: Effort):
+@pytest.mark.parametrize("effort", [ThinkingEffort.NONE, ThinkingEffort.HIGH])
+def test_an_answer_cut_anywhere_is_never_a_call(form_of: Callable[[str], Form], name: str, effort: ThinkingEffort):
     """Cut without its stop it is LENGTH; with a stop behind the cut it is malformed or a text, and never an exception."""
-    voice = form_of(name).voice
-    question = Conversation.ask("Hi", effort=effort)
+    voice = form_of(name).renderer
+    question = Conversation.from_question("Hi", effort=effort)
     for parts in ((Thinking("So it is"), CALL), (Thinking("So it is"), Text("Hello there"))):
-        conversation = replace(question.answered(*parts), tools=(WEATHER, CLOCK))
+        conversation = replace(question.with_answer(*parts), tools=(WEATHER, CLOCK))
         ids = generated(voice.render(conversation))
-        assert voice.parse(ids, effort, conversation.tools)[1] is Finish.STOP
+        assert voice.parse(ids, effort, conversation.tools)[1] is FinishReason.STOP
         for end in range(len(ids)):
             for stop in ((), *((s,) for s in voice.stop_ids)):
                 said, finish = voice.parse([*ids[:end], *stop], effort, conversation.tools)
-                assert stop or finish is Finish.LENGTH
+                assert stop or finish is FinishReason.LENGTH
                 assert not stop or end == len(ids) - 1 or not any(isinstance(p, ToolCall) for p in said)
                 if stop and name == "gpt-oss":
-                    told = b"".join(p if isinstance(p, bytes) else p.encode() for p in voice.vocabulary.pieces(ids[:end]))
+                    told = b"".join(p if isinstance(p, bytes) else p.encode() for p in voice.vocabulary.decode_pieces(ids[:end]))
                     whole = b"<|channel|>final<|message|>" in told or end == len(ids) - 1
-                    assert finish is (Finish.STOP if whole else Finish.MALFORMED)
+                    assert finish is (FinishReason.STOP if whole else FinishReason.MALFORMED)
 
 
 @pytest.mark.realdata
 @pytest.mark.parametrize("name", WITH_TOOLS)
 @given(data=st.data())
 def test_a_call_with_any_token_changed_is_no_exception(form_of: Callable[[str], Form], name: str, data: st.DataObject):
-    voice = form_of(name).voice
-    conversation = replace(Conversation.ask("Hi", effort=Effort.HIGH).answered(Thinking("So"), CALL), tools=(WEATHER,))
+    voice = form_of(name).renderer
+    conversation = replace(Conversation.from_question("Hi", effort=ThinkingEffort.HIGH).with_answer(Thinking("So"), CALL), tools=(WEATHER,))
     ids = generated(voice.render(conversation))
     for _ in range(data.draw(st.integers(1, 3))):
-        at, other = data.draw(st.integers(0, len(ids) - 1)), data.draw(st.sampled_from([*ids, *voice.vocabulary.control.values()]))
+        at, other = data.draw(st.integers(0, len(ids) - 1)), data.draw(st.sampled_from([*ids, *voice.vocabulary.control_token_ids.values()]))
         ids[at:at + data.draw(st.integers(0, 1))] = [other]
-    parts, finish = voice.parse([*ids, voice.stop_ids[0]], Effort.HIGH, conversation.tools)
-    assert finish in (Finish.STOP, Finish.MALFORMED)
-    assert finish is Finish.STOP or parts == ()
+    parts, finish = voice.parse([*ids, voice.stop_ids[0]], ThinkingEffort.HIGH, conversation.tools)
+    assert finish in (FinishReason.STOP, FinishReason.MALFORMED)
+    assert finish is FinishReason.STOP or parts == ()
 
 
 # ---- what no template may lose --------------------------------------------------------------------------------------------------
@@ -342,20 +342,20 @@ RESULT = Message(Role.TOOL, (ToolResult("get_weather", "31"),))
 def test_gemma3_refuses_tools_and_does_not_lose_them(form_of: Callable[[str], Form]):
     for conversation in (Conversation((ASKED,), tools=(WEATHER,)), Conversation((ASKED, CALLED, RESULT))):
         with pytest.raises(DataError, match="template of this family drops tools"):
-            form_of("gemma3").voice.prompt(conversation)
+            form_of("gemma3").renderer.render_prompt(conversation)
 
 
 @pytest.mark.parametrize("family", ["qwen", "gpt-oss"])
 def test_a_template_without_tools_is_told_from_one_with_them(tiny_of: Callable[[str], Speaker], family: str):
     """Whatever its family can say: a sapling's template has tools, the same one without its lines on them has none."""
-    voice = tiny_of(family).voice
+    voice = tiny_of(family).renderer
     text = re.sub(r"\{%- if tools %}.*?\n\{%- endif %}\n", "", voice.template_text, count=1, flags=re.DOTALL)
     text = text.replace("'tool_calls'", "'no_calls'")
     bare = replace(voice, template=compile_template(text, dict(voice.special_tokens), PINNED_DATE, family), template_text=text)
     for conversation in (Conversation((ASKED,), tools=(WEATHER,)), Conversation((ASKED, CALLED, ASKED))):
-        voice.prompt(conversation)
+        voice.render_prompt(conversation)
         with pytest.raises(DataError, match=r"drops tools|changes the content"):
-            bare.prompt(conversation)
+            bare.render_prompt(conversation)
 
 
 @pytest.mark.realdata
@@ -378,7 +378,7 @@ def test_a_template_without_tools_is_told_from_one_with_them(tiny_of: Callable[[
 ])
 def test_what_a_template_would_lose_or_blur_is_refused(form_of: Callable[[str], Form], name: str, messages: tuple[Message, ...], reason: str):
     with pytest.raises(DataError, match=reason):
-        form_of(name).voice.prompt(Conversation(messages, tools=(WEATHER, CLOCK)))
+        form_of(name).renderer.render_prompt(Conversation(messages, tools=(WEATHER, CLOCK)))
 
 
 @pytest.mark.realdata
@@ -395,27 +395,27 @@ def test_the_thought_before_a_call_is_seen_while_calling_and_dropped_when_answer
     """gpt-oss' template; what its prompt after a result has, its finished conversation has not."""
     form = form_of("gpt-oss")
     thinking = Message(Role.ASSISTANT, (Thinking("Let me look"), CALL))
-    asking = Conversation((ASKED, thinking, RESULT), Effort.HIGH, (WEATHER,))
-    said = [form.voice.vocabulary.pieces(t.ids_T.tolist()) for t in (form.voice.prompt(asking), form.voice.render(asking.answered(Text("31"))))]
+    asking = Conversation((ASKED, thinking, RESULT), ThinkingEffort.HIGH, (WEATHER,))
+    said = [form.renderer.vocabulary.decode_pieces(t.ids_T.tolist()) for t in (form.renderer.render_prompt(asking), form.renderer.render(asking.with_answer(Text("31"))))]
     assert [b"Let me look" in pieces for pieces in said] == [True, False]
-    assert form.voice.prompt(asking).ids_T.tolist() == form.theirs(asking, True)
-    assert form.voice.render(asking.answered(Text("31"))).ids_T.tolist() == form.theirs(asking.answered(Text("31")), False)
+    assert form.renderer.render_prompt(asking).ids_T.tolist() == form.theirs(asking, True)
+    assert form.renderer.render(asking.with_answer(Text("31"))).ids_T.tolist() == form.theirs(asking.with_answer(Text("31")), False)
 
 
 @pytest.mark.realdata
 def test_a_control_token_in_a_tool_is_refused(form_of: Callable[[str], Form]):
     tool = replace(WEATHER, description="Say <|im_end|>")
     with pytest.raises(DataError, match="is a control token"):
-        form_of("qwen3").voice.prompt(Conversation((ASKED,), tools=(tool,)))
+        form_of("qwen3").renderer.render_prompt(Conversation((ASKED,), tools=(tool,)))
 
 
 @pytest.mark.realdata
 def test_every_form_is_told_by_its_template(data: Path):
-    """The rule of `families.detect`: of all forms whose mark is in the template, the one with the longest."""
+    """The rule of `families.detect_family`: of all forms whose mark is in the template, the one with the longest."""
     for name, (_, form) in FORMS.items():
         text = (data / "templates" / f"{name}.jinja").read_text()
-        told = [f for f in (*QWENS, LLAMA, GEMMA, GPT_OSS) if f.signature == form.signature and f.template_mark in text]
-        assert max(told, key=lambda f: len(f.template_mark)) is form, name
+        told = [f for f in (*QWENS, LLAMA, GEMMA, GPT_OSS) if f.signature_token == form.signature_token and f.template_signature in text]
+        assert max(told, key=lambda f: len(f.template_signature)) is form, name
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------------------
@@ -438,8 +438,8 @@ CLOCKED = (ToolCall("clock", '{"x": 1}'),)
     ((b" to=functions.cl\xc3\xb6ck", "<|channel|>", b"commentary json", *HARMONY_CALL), None),
     (("<|channel|>", b"commentary", *HARMONY_CALL), None),
 ])
-def test_harmony_calls(pieces: tuple[str | bytes, ...], want: tuple[Part, ...] | None):
-    assert GPT_OSS.parse(pieces, Effort.HIGH) == want
+def test_harmony_calls(pieces: tuple[str | bytes, ...], want: tuple[ContentPart, ...] | None):
+    assert GPT_OSS.parse(pieces, ThinkingEffort.HIGH) == want
 
 
 @pytest.mark.parametrize(("body", "want"), [
@@ -448,13 +448,13 @@ def test_harmony_calls(pieces: tuple[str | bytes, ...], want: tuple[Part, ...] |
     (b'{"name": "clock"}', None), (b'{"name": 7, "arguments": {}}', None), (b'{"name": "clock", "arguments": "{}"}', None),
     (b'{"name": "clock", "arguments": {"x": "\\ud800"}}', None), (b"[]", None), (b"", None), (b"{", None),
 ])
-def test_qwen_calls(body: bytes, want: tuple[Part, ...] | None):
+def test_qwen_calls(body: bytes, want: tuple[ContentPart, ...] | None):
     for family in (QWEN, QWEN25):
-        assert family.parse(("<tool_call>", body, "</tool_call>"), Effort.NONE) == want
-        assert family.parse((b"So\n", "<tool_call>", body, "</tool_call>"), Effort.NONE) == (want and (Text("So"), *want))
-        assert family.parse(("<tool_call>", body, "</tool_call>", b"\n", "<tool_call>", body, "</tool_call>"), Effort.NONE) == (want and want * 2)
+        assert family.parse(("<tool_call>", body, "</tool_call>"), ThinkingEffort.NONE) == want
+        assert family.parse((b"So\n", "<tool_call>", body, "</tool_call>"), ThinkingEffort.NONE) == (want and (Text("So"), *want))
+        assert family.parse(("<tool_call>", body, "</tool_call>", b"\n", "<tool_call>", body, "</tool_call>"), ThinkingEffort.NONE) == (want and want * 2)
     for pieces in (("<tool_call>", body), ("<tool_call>", body, "</tool_call>", b"words"), ("<tool_call>", "</tool_call>")):
-        assert QWEN.parse(pieces, Effort.NONE) is None
+        assert QWEN.parse(pieces, ThinkingEffort.NONE) is None
 
 
 @pytest.mark.parametrize(("text", "want"), [
@@ -462,17 +462,17 @@ def test_qwen_calls(body: bytes, want: tuple[Part, ...] | None):
     ('{"name": "Ada", "age": 36}', (Text('{"name": "Ada", "age": 36}'),)), ("Hi", (Text("Hi"),)), ("{x}", (Text("{x}"),)),
     ('{"name": "clock", "param', None), ('{"name": "clock", "parameters": 7}', None), ('{"name": "a b", "parameters": {}}', None),
 ])
-def test_llama_calls_only_where_tools_were_declared(text: str, want: tuple[Part, ...] | None):
-    assert LLAMA.recall((Text(text),), (CLOCK,)) == want
-    assert LLAMA.recall((Text(text),), ()) == (Text(text),)
+def test_llama_calls_only_where_tools_were_declared(text: str, want: tuple[ContentPart, ...] | None):
+    assert LLAMA.resolve_calls((Text(text),), (CLOCK,)) == want
+    assert LLAMA.resolve_calls((Text(text),), ()) == (Text(text),)
 
 
 @pytest.mark.parametrize(("spelled", "value"), [("2", 2), ("x", "x"), ("NaN", "NaN"), ("1e999", "1e999"), ("True", True), ("None", None), ("", "")])
 def test_a_bare_value_gets_its_type(spelled: str, value: object):
     said = f"<function=get_weather>\n<parameter=place>\n{spelled}\n</parameter>\n<parameter=days>\n{spelled}\n</parameter>\n</function>"
-    read = QWEN35.parse(("<tool_call>", said.encode(), "</tool_call>"), Effort.NONE)
+    read = QWEN35.parse(("<tool_call>", said.encode(), "</tool_call>"), ThinkingEffort.NONE)
     assert read is not None
-    typed = QWEN35.recall(read, (WEATHER,))
+    typed = QWEN35.resolve_calls(read, (WEATHER,))
     assert typed is not None
     assert json.loads(typed[0].text) == {"place": spelled, "days": value}
 
@@ -490,7 +490,7 @@ def test_a_name_no_template_could_hold_is_refused(name: str):
     for make in (lambda: ToolCall(name, "{}"), lambda: ToolResult(name, ""), lambda: Tool(name, "", "{}")):
         with pytest.raises(DataError, match="is no name of a tool"):
             make()
-    assert ToolCall.read(name, "{}") is None
+    assert ToolCall.from_generated(name, "{}") is None
 
 
 @given(conversation=tool_talks(FRAGMENTS + LOOK_ALIKES, "qwen3"))
@@ -504,7 +504,7 @@ def test_records_from_before_tools_are_read_and_written_as_they_were():
 
 
 def test_a_decomposed_call_is_composed():
-    said = Conversation.ask("x").answered(ToolCall("f", '{"e\u0301": "o\u0308"}')).messages[-1].parts
+    said = Conversation.from_question("x").with_answer(ToolCall("f", '{"e\u0301": "o\u0308"}')).messages[-1].parts
     assert said == (ToolCall("f", '{"é": "ö"}'),)
 
 
@@ -522,7 +522,7 @@ def gemma4(data: Path) -> Form:
     words = vocabulary(*CONTROLS4)
     judge = Tokenizer.from_str(words.backend.to_str())
     judge.encode_special_tokens = False
-    voice = Voice(GEMMA4, words, compile_template(text, {"bos_token": "<bos>"}, PINNED_DATE, "gemma4"), text)
+    voice = ChatRenderer(GEMMA4, words, compile_template(text, {"bos_token": "<bos>"}, PINNED_DATE, "gemma4"), text)
     return Form("gemma4", voice, PreTrainedTokenizerFast(tokenizer_object=judge, bos_token="<bos>", eos_token="<eos>"))
 
 
@@ -533,14 +533,14 @@ def theirs4(form: Form, conversation: Conversation, generate: bool) -> str:
         if m.role is Role.TOOL:
             messages += [{"role": "tool", "name": p.name, "tool_call_id": p.name, "content": p.text} for p in m.parts]
             continue
-        messages.append({"role": m.role.value, "content": m.text, "reasoning_content": m.thinking if conversation.effort is not Effort.NONE else ""})
+        messages.append({"role": m.role.value, "content": m.text, "reasoning_content": m.thinking if conversation.effort is not ThinkingEffort.NONE else ""})
         if m.calls:
             messages[-1]["tool_calls"] = [{"id": c.name, "function": {"name": c.name, "arguments": json.loads(c.arguments)}} for c in m.calls]
     tools = [{"type": "function", "function": {"name": t.name, "description": t.description, "parameters": json.loads(t.parameters)}}
              for t in conversation.tools]
     text = form.tokenizer.apply_chat_template(
-        messages, tools=tools or None, chat_template=form.voice.template_text, add_generation_prompt=generate, tokenize=False,
-        enable_thinking=conversation.effort is not Effort.NONE)
+        messages, tools=tools or None, chat_template=form.renderer.template_text, add_generation_prompt=generate, tokenize=False,
+        enable_thinking=conversation.effort is not ThinkingEffort.NONE)
     assert isinstance(text, str)
     return text
 
@@ -549,23 +549,23 @@ def check4(form: Form, conversation: Conversation) -> None:
     """The prompt is the template's; the whole is the prompt and what the template's whole has behind the same place."""
     question = replace(conversation, messages=conversation.messages[:-1])
     prompt, whole = theirs4(form, question, True), theirs4(form, conversation, False)
-    said = whole.removeprefix(prompt.removesuffix(GEMMA4.opening if conversation.effort is Effort.NONE else ""))
+    said = whole.removeprefix(prompt.removesuffix(GEMMA4.prompt_only_suffix if conversation.effort is ThinkingEffort.NONE else ""))
     assert len(said) < len(whole)
-    tokens = form.voice.render(conversation)
-    assert form.voice.prompt(question).ids_T.tolist() == form.tokenizer.encode(prompt, add_special_tokens=False)
+    tokens = form.renderer.render(conversation)
+    assert form.renderer.render_prompt(question).ids_T.tolist() == form.tokenizer.encode(prompt, add_special_tokens=False)
     assert tokens.ids_T.tolist() == form.tokenizer.encode(prompt + said, add_special_tokens=False)
     check_bytes(form, conversation, tokens)
-    read_back(form.voice, conversation, tokens)
+    read_back(form.renderer, conversation, tokens)
 
 
-def talks4(line: str, effort: Effort) -> list[Conversation]:
+def talks4(line: str, effort: ThinkingEffort) -> list[Conversation]:
     return [replace(c, messages=tuple(replace(m, parts=tuple(p for p in m.parts if not (m.calls and isinstance(p, Text)))) for m in c.messages))
             for c in talks(line, effort, "qwen")]
 
 
 @pytest.mark.realdata
 @pytest.mark.parametrize("effort", GEMMA4.efforts)
-def test_gemma4_by_its_template(gemma4: Form, data: Path, effort: Effort):
+def test_gemma4_by_its_template(gemma4: Form, data: Path, effort: ThinkingEffort):
     for line in lines(data)[:4]:
         for conversation in talks4(line, effort):
             check4(gemma4, conversation)
@@ -578,16 +578,16 @@ def test_gemma4_whatever_is_said_comes_back(gemma4: Form, conversation: Conversa
     try:
         check4(gemma4, conversation)
     except DataError as error:
-        assert "cannot be told apart" in error.what
+        assert "cannot be told apart" in error.message
 
 
 def test_what_gemma4_keeps():
     parts = (Thinking(" why "), ToolCall("f", '{"b": {"z": 1, "A": 2}, "a": "x"}'))
-    talk = Conversation((ASKED, Message(Role.ASSISTANT, parts), RESULT, Message(Role.ASSISTANT, (Thinking("so"), Text(" Hi\n")))), Effort.HIGH)
+    talk = Conversation((ASKED, Message(Role.ASSISTANT, parts), RESULT, Message(Role.ASSISTANT, (Thinking("so"), Text(" Hi\n")))), ThinkingEffort.HIGH)
     kept = GEMMA4.normalise(talk)
     assert kept.messages[1].parts == (Thinking(" why "), ToolCall("f", '{"a": "x", "b": {"A": 2, "z": 1}}'))
     assert kept.messages[3].parts == (Thinking(""), Text("Hi"))
-    assert GEMMA4.normalise(replace(talk, effort=Effort.NONE)).messages[1].thinking == ""
+    assert GEMMA4.normalise(replace(talk, effort=ThinkingEffort.NONE)).messages[1].thinking == ""
 
 
 Q = '<|"|>'
@@ -607,11 +607,11 @@ Q = '<|"|>'
     (("<|tool_call>", b"call:f{}", "<tool_call|>", b"words"), None), ((b"words", "<|tool_call>", b"call:f{}", "<tool_call|>"), None),
     (("<|tool_call>", b"call:f{x:" + b"[" * 100_000, "<tool_call|>"), None),
 ])
-def test_gemma4_answers(pieces: tuple[str | bytes, ...], want: tuple[Part, ...] | None):
-    assert GEMMA4.parse(pieces, Effort.HIGH) == want
+def test_gemma4_answers(pieces: tuple[str | bytes, ...], want: tuple[ContentPart, ...] | None):
+    assert GEMMA4.parse(pieces, ThinkingEffort.HIGH) == want
 
 
 @pytest.mark.realdata
 def test_gemma4_refuses_words_beside_a_call(gemma4: Form):
     with pytest.raises(DataError, match="words beside its tool calls"):
-        gemma4.voice.render(Conversation((ASKED, Message(Role.ASSISTANT, (Text("So"), CALL))), tools=(WEATHER,)))
+        gemma4.renderer.render(Conversation((ASKED, Message(Role.ASSISTANT, (Text("So"), CALL))), tools=(WEATHER,)))

@@ -9,11 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from persea.chat.messages import Finish, Message, Role, Text, Thinking, ToolCall
-from persea.errors import DataError, EnvironmentLacks
+from persea.chat.messages import FinishReason, Message, Role, Text, Thinking, ToolCall
+from persea.errors import DataError, MissingRequirementError
 from persea.tasks import benchmarks as sets
-from persea.tasks.benchmarks.readers import LONG, Asked, Published, Row, Source, json_lines, json_list, require, table
-from persea.tasks.task import Item, Split, Verdict, grade
+from persea.tasks.benchmarks.readers import (
+    MAX_ANSWER_CHARS,
+    Benchmark,
+    BenchmarkItems,
+    BenchmarkRow,
+    BenchmarkSource,
+    read_delimited,
+    read_json_lines,
+    read_json_list,
+    require_module,
+)
+from persea.tasks.task import Split, TaskItem, Verdict, grade_answers
 from tests.data.test_language_id import SAID
 
 GSM = {"question": "Two and two?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"}
@@ -32,11 +42,11 @@ def lines(*fields: object) -> str:
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Callable[..., Source]:
-    def write(text: str | bytes, answers: str = "", language: str = "") -> Source:
+def source(tmp_path: Path) -> Callable[..., BenchmarkSource]:
+    def write(text: str | bytes, answers: str = "", language: str = "") -> BenchmarkSource:
         (tmp_path / "set").write_bytes(text.encode() if isinstance(text, str) else text)
         (tmp_path / "answers").write_text(answers, encoding="utf-8")
-        return Source(str(tmp_path / "set"), str(tmp_path / "answers") if answers else "", language)
+        return BenchmarkSource(str(tmp_path / "set"), str(tmp_path / "answers") if answers else "", language)
 
     return write
 
@@ -55,58 +65,58 @@ SMALL = {  # set -> (file, answers, language): the least that it reads
 
 
 @pytest.fixture
-def small(source: Callable[..., Source]) -> Callable[[str], tuple[Published, Item]]:
+def small(source: Callable[..., BenchmarkSource]) -> Callable[[str], tuple[Benchmark, TaskItem]]:
     """A set with its one question."""
-    def of(name: str) -> tuple[Published, Item]:
+    def of(name: str) -> tuple[Benchmark, TaskItem]:
         text, answers, language = SMALL[name]
-        published = sets.named(name)
-        (item,) = published.items(source(text, answers, language)).items
+        published = sets.find_benchmark(name)
+        (item,) = published.load_items(source(text, answers, language)).items
         return published, item
 
     return of
 
 
 def test_every_set_has_its_small_file_and_a_name_of_its_own():
-    assert [s.name for s in sets.SETS] == list(dict.fromkeys(s.name for s in sets.SETS))
-    assert {s.name for s in sets.SETS} == SMALL.keys()
-    assert all(s.skill.startswith("safety-") for s in sets.safety.SETS)  # a student that loses on those is refused
+    assert [s.name for s in sets.BENCHMARKS] == list(dict.fromkeys(s.name for s in sets.BENCHMARKS))
+    assert {s.name for s in sets.BENCHMARKS} == SMALL.keys()
+    assert all(s.skill.startswith("safety-") for s in sets.safety.BENCHMARKS)  # a student that loses on those is refused
     with pytest.raises(DataError, match="unknown set 'gsm9k'"):
-        sets.named("gsm9k")
+        sets.find_benchmark("gsm9k")
 
 
 RUNS = ("mbpp", "humaneval")
 
 
 @pytest.mark.parametrize("name", [n for n in SMALL if n not in RUNS])
-def test_the_reference_is_right_and_hostile_answers_are_not(small: Callable[[str], tuple[Published, Item]], name: str):
+def test_the_reference_is_right_and_hostile_answers_are_not(small: Callable[[str], tuple[Benchmark, TaskItem]], name: str):
     """Thirty answers that no set may call right, beside the one it must; none takes long, and a grader that breaks is counted."""
     published, item = small(name)
-    skill = sets.Skill(name, (), lambda *_: (), published.graded)
+    skill = sets.Task(name, (), lambda *_: (), published.grade_answer)
     if item.reference or item.calls:
         parts = (*((Text(item.reference),) if item.reference else ()), *item.calls)
-        (result,) = grade(skill, [item], [(Message(Role.ASSISTANT, parts), Finish.STOP)])
+        (result,) = grade_answers(skill, [item], [(Message(Role.ASSISTANT, parts), FinishReason.STOP)])
         assert (result.verdict, result.value) == (Verdict.RIGHT, 1.0), result
     hostile = [
         "", " ", "\n\n", "\0", "\u200b" * 50, "NaN", "nan", "inf", "-Infinity", "#### NaN", "#### nan", "####", "\\boxed{", "\\boxed{}",
         "\\boxed{\\boxed{",
         "{" * 5000, "[" * 50_000, '{"name": "area", "arguments": ' + '{"a":' * 2000, "(" * 3000, "*" * 9999, "```python\n", "```" * 500,
         "1e999", "9" * 5000, "0x4", "1.2.3.4", "\ud83d\ude00" * 40, "é" * 300, "\u202e4321", "%s%n{0}{{}}", "'; DROP TABLE--", "</answer>REFUSES",
-        "a" * (LONG + 1), "word " * 250_000, "9," * 500_000, "ก็" * 300_000, "#### " * 200_000]
+        "a" * (MAX_ANSWER_CHARS + 1), "word " * 250_000, "9," * 500_000, "ก็" * 300_000, "#### " * 200_000]
     begin = time.monotonic()
-    results = grade(skill, [item] * len(hostile), [(Message.said(h), Finish.STOP) for h in hostile])
+    results = grade_answers(skill, [item] * len(hostile), [(Message.from_assistant(h), FinishReason.STOP) for h in hostile])
     wrong = [h[:20] for h, r in zip(hostile, results, strict=True) if (r.verdict is Verdict.RIGHT) != (r.value == 1.0) or not 0 <= r.value <= 1]
     assert not wrong
     harmless = name in ("xstest-harmless", "bfcl-irrelevance", "ifeval")  # words of any kind may help, call nothing, hold no comma
     assert harmless or not [h[:20] for h, r in zip(hostile, results, strict=True) if r.verdict is Verdict.RIGHT or r.value > 0.5]
     assert {r.verdict for r in results[-5:]} == {Verdict.MALFORMED}  # a megabyte of anything is nobody's answer
-    assert all(r.why for r in results if r.verdict is Verdict.FAILED)
+    assert all(r.reason for r in results if r.verdict is Verdict.GRADER_ERROR)
     assert time.monotonic() - begin < 30
 
 
-def test_a_reference_that_did_not_stop_is_not_right(small: Callable[[str], tuple[Published, Item]]):
+def test_a_reference_that_did_not_stop_is_not_right(small: Callable[[str], tuple[Benchmark, TaskItem]]):
     published, item = small("gsm8k")
-    skill = sets.Skill("gsm8k", (), lambda *_: (), published.graded)
-    assert grade(skill, [item], [(Message.said(item.reference), Finish.LENGTH)])[0].verdict is Verdict.MALFORMED
+    skill = sets.Task("gsm8k", (), lambda *_: (), published.grade_answer)
+    assert grade_answers(skill, [item], [(Message.from_assistant(item.reference), FinishReason.LENGTH)])[0].verdict is Verdict.MALFORMED
 
 
 # --- what is read ---
@@ -154,9 +164,9 @@ def test_a_reference_that_did_not_stop_is_not_right(small: Callable[[str], tuple
     ("ifeval", lines(IFEVAL | {"kwargs": [{"commas": 3}]}), "", "do not fit"),
     ("ifeval", lines(IFEVAL | {"instruction_id_list": ["new:one"]}), "", "no checker for new:one"),
 ])
-def test_a_broken_set_is_refused_with_its_place(source: Callable[..., Source], name: str, text: str, answers: str, reason: str):
+def test_a_broken_set_is_refused_with_its_place(source: Callable[..., BenchmarkSource], name: str, text: str, answers: str, reason: str):
     with pytest.raises(DataError, match=r"(?s).") as caught:
-        sets.named(name).items(source(text, answers, "vi"))
+        sets.find_benchmark(name).load_items(source(text, answers, "vi"))
     assert reason in str(caught.value)
     assert caught.value.remedy
     assert len(str(caught.value)) < 700
@@ -165,74 +175,74 @@ def test_a_broken_set_is_refused_with_its_place(source: Callable[..., Source], n
 def test_a_set_that_cannot_be_read_is_refused(tmp_path: Path):
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(DataError, match="cannot read the set"):
-            list(json_lines(str(path)))
+            list(read_json_lines(str(path)))
     with pytest.raises(DataError, match="does not say its language"):
-        sets.open_set(sets.named("mgsm"), Source(str(tmp_path)))
+        sets.load_benchmark(sets.find_benchmark("mgsm"), BenchmarkSource(str(tmp_path)))
     with pytest.raises(DataError, match="no link words for 'xx'"):
-        sets.named("xcopa").items(Source(str(tmp_path), language="xx"))
+        sets.find_benchmark("xcopa").load_items(BenchmarkSource(str(tmp_path), language="xx"))
 
 
 def test_a_missing_extra_is_refused(monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(EnvironmentLacks, match="the set gsm8k needs no_such_module") as caught:
-        require("no_such_module", "eval", "the set gsm8k")
+    with pytest.raises(MissingRequirementError, match="the set gsm8k needs no_such_module") as caught:
+        require_module("no_such_module", "eval", "the set gsm8k")
     assert caught.value.exit_code == 7
     assert caught.value.remedy == "pip install 'persea[eval]'"
     monkeypatch.setattr("persea.tasks.benchmarks.readers.importlib.util.find_spec", lambda name: None)
     for name in ("gsm8k", "mgsm", "svamp", "translation"):
-        with pytest.raises(EnvironmentLacks, match=f"the set {name} needs"):
-            sets.open_set(sets.named(name), Source("", language="vi"))
+        with pytest.raises(MissingRequirementError, match=f"the set {name} needs"):
+            sets.load_benchmark(sets.find_benchmark(name), BenchmarkSource("", language="vi"))
 
 
-def test_what_cannot_be_graded_is_left_out_and_counted(source: Callable[..., Source]):
+def test_what_cannot_be_graded_is_left_out_and_counted(source: Callable[..., BenchmarkSource]):
     other = IFEVAL | {"key": 2, "instruction_id_list": ["new:one"], "kwargs": [{}]}
-    opened = sets.open_set(sets.named("ifeval"), source(lines(IFEVAL, other, other | {"key": 3})))
+    opened = sets.load_benchmark(sets.find_benchmark("ifeval"), source(lines(IFEVAL, other, other | {"key": 3})))
     assert (len(opened.items), opened.left_out) == (1, {"no checker for new:one": 2})
 
 
 def test_rows_are_told_by_file_and_line(tmp_path: Path):
     path = tmp_path / "rows"
     path.write_text('{"a": 1}\n\n{"a": 2}\n', encoding="utf-8-sig")
-    assert [(r.where, r.number) for r in json_lines(str(path))] == [(f"{path}:1", 0), (f"{path}:3", 2)]
+    assert [(r.location, r.index) for r in read_json_lines(str(path))] == [(f"{path}:1", 0), (f"{path}:3", 2)]
     path.write_text('a,b\n"x\ny",1\n,2\n')
-    assert list(table(str(path), ",")) == [Row(f"{path}:3", 0, {"a": "x\ny", "b": "1"}), Row(f"{path}:4", 1, {"a": "", "b": "2"})]
+    assert list(read_delimited(str(path), ",")) == [BenchmarkRow(f"{path}:3", 0, {"a": "x\ny", "b": "1"}), BenchmarkRow(f"{path}:4", 1, {"a": "", "b": "2"})]
     path.write_text('say "no"\t1\n')
-    assert [dict(r.fields) for r in table(str(path), "\t", ("q", "a"))] == [{"q": 'say "no"', "a": "1"}]
+    assert [dict(r.fields) for r in read_delimited(str(path), "\t", ("q", "a"))] == [{"q": 'say "no"', "a": "1"}]
     path.write_text('{"rows": [{"a": 1}]}')
-    assert [r.where for r in json_list(str(path), "rows")] == [f"{path}, entry 1"]
+    assert [r.location for r in read_json_list(str(path), "rows")] == [f"{path}, entry 1"]
     path.write_text('a,b\n1,"' + "x" * 200_000 + '"\n')  # past csv's own limit of a cell
-    assert len(next(table(str(path), ",")).fields["b"]) == 200_000
+    assert len(next(read_delimited(str(path), ",")).fields["b"]) == 200_000
 
 
 def test_a_hub_set_is_read_through_datasets(tmp_path: Path):
     """By the way of a hub set: `datasets` opens a folder as it opens a name."""
     (tmp_path / "test.jsonl").write_text(lines(GSM, GSM | {"question": "Three?"}))
-    opened = sets.open_set(sets.named("gsm8k"), Source(f"hub:{tmp_path}"))
+    opened = sets.load_benchmark(sets.find_benchmark("gsm8k"), BenchmarkSource(f"hub:{tmp_path}"))
     assert [i.prompt.id for i in opened.items] == ["gsm8k/en/0", "gsm8k/en/1"]
     with pytest.raises(DataError, match="cannot load the set"):
-        sets.named("gsm8k").items(Source(f"hub:{tmp_path}", split="no-such"))
+        sets.find_benchmark("gsm8k").load_items(BenchmarkSource(f"hub:{tmp_path}", split="no-such"))
 
 
 # --- splits and skills ---
 
 
-def rows(name: str, n: int, language: str) -> Asked:
-    return Asked(tuple(sets.readers.item(name, Row("", k, {}), language, f"{k}?", "a") for k in range(n)), {})
+def rows(name: str, n: int, language: str) -> BenchmarkItems:
+    return BenchmarkItems(tuple(sets.readers.benchmark_item(name, BenchmarkRow("", k, {}), language, f"{k}?", "a") for k in range(n)), {})
 
 
-def opened(name: str, n: int, language: str, skill: str = "s") -> sets.Opened:
-    published = Published(name, "", lambda source: rows(name, n, language), lambda item, said: sets.readers.right(said.text == name))
-    return sets.open_set(published, Source("f", language=language), skill)
+def opened(name: str, n: int, language: str, skill: str = "s") -> sets.LoadedBenchmark:
+    published = Benchmark(name, "", lambda source: rows(name, n, language), lambda item, said: sets.readers.binary_grade(said.text == name))
+    return sets.load_benchmark(published, BenchmarkSource("f", language=language), skill)
 
 
 def test_splits_are_disjoint_for_ever_and_the_same_in_every_language():
-    (skill,) = sets.skills([opened("one", 400, "vi"), opened("one", 400, "th"), opened("two", 100, "vi")])
+    (skill,) = sets.benchmark_tasks([opened("one", 400, "vi"), opened("one", 400, "th"), opened("two", 100, "vi")])
     audition, test = (skill.items(s, 10**6, 0) for s in (Split.AUDITION, Split.TEST))
     assert len(audition) + len(test) == 900
     assert not {i.prompt.id for i in audition} & {i.prompt.id for i in test}
     assert 0.2 < len(audition) / 900 < 0.3
     row = {(i.prompt.id.split("/")[0], i.prompt.id.split("/")[2]) for i in audition}
     assert not row & {(i.prompt.id.split("/")[0], i.prompt.id.split("/")[2]) for i in test}
-    assert skill.items(Split.TEACH, 100, 0) == skill.items(Split.GROW, 100, 0) == ()
+    assert skill.items(Split.TRAIN, 100, 0) == skill.items(Split.PRETRAIN, 100, 0) == ()
     for seed in (0, 1):
         assert {i.prompt.id for i in skill.items(Split.TEST, 10**6, seed)} == {i.prompt.id for i in test}
         few = skill.items(Split.TEST, 40, seed)
@@ -243,15 +253,15 @@ def test_splits_are_disjoint_for_ever_and_the_same_in_every_language():
 
 
 def test_each_item_is_graded_by_its_own_set():
-    (skill,) = sets.skills([opened("one", 3, "vi"), opened("two", 3, "vi")])
+    (skill,) = sets.benchmark_tasks([opened("one", 3, "vi"), opened("two", 3, "vi")])
     items = (*skill.items(Split.TEST, 9, 0), *skill.items(Split.AUDITION, 9, 0))
     for item in items:
         own = item.prompt.id.partition("/")[0]
-        assert [skill.grade(item, Message.said(w)).value for w in ("one", "two")] == [own == "one", own == "two"]
+        assert [skill.grade(item, Message.from_assistant(w)).value for w in ("one", "two")] == [own == "one", own == "two"]
     assert {i.prompt.id.partition("/")[0] for i in items} == {"one", "two"}
     with pytest.raises(DataError, match="hold the same questions"):
-        sets.skills([opened("one", 3, "vi"), opened("one", 3, "vi")])
-    assert [s.name for s in sets.skills([opened("one", 3, "vi"), opened("two", 3, "vi", "t")])] == ["s", "t"]
+        sets.benchmark_tasks([opened("one", 3, "vi"), opened("one", 3, "vi")])
+    assert [s.name for s in sets.benchmark_tasks([opened("one", 3, "vi"), opened("two", 3, "vi", "t")])] == ["s", "t"]
 
 
 # --- the real files ---
@@ -277,38 +287,38 @@ REAL = [  # (set, file, answers, language, questions, left out)
 @pytest.mark.parametrize(("name", "file", "answers", "language", "questions", "left"), REAL)
 def test_the_real_files_are_read_in_place(data: Path, name: str, file: str, answers: str, language: str, questions: int, left: int):
     folder = data / "eval"
-    published = sets.named(name)
-    asked = published.items(Source(str(folder / file), str(folder / answers) if answers else "", language))
+    published = sets.find_benchmark(name)
+    asked = published.load_items(BenchmarkSource(str(folder / file), str(folder / answers) if answers else "", language))
     assert (len(asked.items), sum(asked.left_out.values())) == (questions, left)
     assert all(i.prompt.language == (language or published.language) for i in asked.items)
-    if published.runs:
+    if published.runs_code:
         return  # bench/sets.py runs every reference of MBPP
     for item in asked.items[:60]:
         if item.reference or item.calls:
             parts = (*((Text(item.reference),) if item.reference else ()), *item.calls)
-            assert published.graded(item, Message(Role.ASSISTANT, parts)).value == 1.0, item
+            assert published.grade_answer(item, Message(Role.ASSISTANT, parts)).value == 1.0, item
     others = zip(asked.items[:60], asked.items[1:61], strict=False)
-    wrong = [published.graded(a, Message(Role.ASSISTANT, (Text(b.reference), *b.calls))).value for a,
+    wrong = [published.grade_answer(a, Message(Role.ASSISTANT, (Text(b.reference), *b.calls))).value for a,
         b in others if a.reference + str(a.calls) != b.reference + str(b.calls)]
     assert not any(i.choices for i in asked.items) or max(wrong, default=0) == 0
     assert sum(wrong) <= 0.35 * len(wrong)  # another question's answer is rarely right; navigate has two answers, chrF some value for any text
 
 
-def test_thoughts_and_answers_are_told_apart(small: Callable[[str], tuple[Published, Item]]):
+def test_thoughts_and_answers_are_told_apart(small: Callable[[str], tuple[Benchmark, TaskItem]]):
     def said(thought: str, answer: str) -> Message:
         return Message(Role.ASSISTANT, (Thinking(thought), Text(answer)))
 
     fidelity, item = small("fidelity")
-    assert fidelity.graded(item, said(SAID["en"], SAID["vi"])) == sets.readers.right(True, "answer vi, thought en")
-    assert fidelity.graded(item, said(SAID["vi"], SAID["en"])) == sets.readers.right(False, "answer en, thought vi")
-    assert fidelity.graded(item, Message.said(SAID["vi"])) == sets.readers.right(True, "answer vi")
+    assert fidelity.grade_answer(item, said(SAID["en"], SAID["vi"])) == sets.readers.binary_grade(True, "answer vi, thought en")
+    assert fidelity.grade_answer(item, said(SAID["vi"], SAID["en"])) == sets.readers.binary_grade(False, "answer en, thought vi")
+    assert fidelity.grade_answer(item, Message.from_assistant(SAID["vi"])) == sets.readers.binary_grade(True, "answer vi")
     thought, item = small("fidelity-thought")
-    assert thought.graded(item, said(SAID["th"], SAID["en"])).verdict is Verdict.RIGHT
-    assert thought.graded(item, said(SAID["en"], SAID["th"])).verdict is Verdict.WRONG
-    assert thought.graded(item, Message.said(SAID["th"])).verdict is Verdict.MALFORMED
+    assert thought.grade_answer(item, said(SAID["th"], SAID["en"])).verdict is Verdict.RIGHT
+    assert thought.grade_answer(item, said(SAID["en"], SAID["th"])).verdict is Verdict.WRONG
+    assert thought.grade_answer(item, Message.from_assistant(SAID["th"])).verdict is Verdict.MALFORMED
 
 
-def test_a_call_alone_is_no_answer_in_words(small: Callable[[str], tuple[Published, Item]]):
+def test_a_call_alone_is_no_answer_in_words(small: Callable[[str], tuple[Benchmark, TaskItem]]):
     for name in ("gsm8k", "xcopa", "translation", "fidelity", "bbh", "ifeval", "harmbench", "xstest-harmless"):
         published, item = small(name)
-        assert published.graded(item, Message(Role.ASSISTANT, (ToolCall("area", "{}"),))).verdict is Verdict.MALFORMED
+        assert published.grade_answer(item, Message(Role.ASSISTANT, (ToolCall("area", "{}"),))).verdict is Verdict.MALFORMED

@@ -10,26 +10,26 @@ from typing import Any
 
 import pytest
 
-from persea.chat.messages import Conversation, Message, Role, ToolCall, canonical
+from persea.chat.messages import Conversation, Message, Role, ToolCall, canonical_json
 from persea.data.prompts import Prompt
-from persea.errors import EnvironmentLacks, Refused
+from persea.errors import MissingRequirementError, RefusedError
 from persea.tasks import benchmarks as sets
-from persea.tasks.benchmarks.code import program
-from persea.tasks.benchmarks.instructions import CHECKS
-from persea.tasks.benchmarks.math_verify import Said, Verifier
-from persea.tasks.benchmarks.number_parsing import found, readings
-from persea.tasks.benchmarks.readers import Row
-from persea.tasks.benchmarks.readers import item as made
-from persea.tasks.benchmarks.reasoning import final
-from persea.tasks.benchmarks.safety import Kind, judged, kind
+from persea.tasks.benchmarks.code import extract_python
+from persea.tasks.benchmarks.instructions import CONSTRAINT_CHECKERS
+from persea.tasks.benchmarks.math_verify import Equivalence, MathVerifier
+from persea.tasks.benchmarks.number_parsing import find_numbers, possible_values
+from persea.tasks.benchmarks.readers import BenchmarkRow
+from persea.tasks.benchmarks.readers import benchmark_item as made
+from persea.tasks.benchmarks.reasoning import extract_final_answer
+from persea.tasks.benchmarks.safety import ResponseKind, classify_response, with_judge
 from persea.tasks.sandbox.sandbox import open_sandbox
-from persea.tasks.task import Item, Verdict
+from persea.tasks.task import TaskItem, Verdict
 
-ROW = Row("", 0, {})
+ROW = BenchmarkRow("", 0, {})
 
 
-def value(name: str, item: Item, answer: str) -> float:
-    return sets.named(name).graded(item, Message.said(answer)).value
+def value(name: str, item: TaskItem, answer: str) -> float:
+    return sets.find_benchmark(name).grade_answer(item, Message.from_assistant(answer)).value
 
 
 # --- numbers ---
@@ -51,13 +51,13 @@ def value(name: str, item: Item, answer: str) -> float:
     ("9" * 401, "en", set()),
     ("²", "en", set()), ("1_000", "en", set()), ("½", "en", {0.5})])
 def test_what_a_written_number_can_be(written: str, language: str, values: set[float]):
-    assert readings(written, language) == {Fraction(str(v)) for v in values}
+    assert possible_values(written, language) == {Fraction(str(v)) for v in values}
 
 
 def test_numbers_in_a_text():
-    assert found("From 1,234 to $5.50, then 3/4 of 7万円: 1.2e5, 0x10, a1, B2.") == ["1,234", "$5.50", "3/4", "7万"]
-    assert found("答えは18ドル。Rp1.500, −3") == ["18", "Rp1.500", "−3"]
-    assert found("no number") == []
+    assert find_numbers("From 1,234 to $5.50, then 3/4 of 7万円: 1.2e5, 0x10, a1, B2.") == ["1,234", "$5.50", "3/4", "7万"]
+    assert find_numbers("答えは18ドル。Rp1.500, −3") == ["18", "Rp1.500", "−3"]
+    assert find_numbers("no number") == []
 
 
 @pytest.mark.parametrize(("text", "end"), [
@@ -67,11 +67,11 @@ def test_numbers_in_a_text():
     ("答案是：18", "18"),
     ("答え: 18", "18"), ("คำตอบคือ 18", "18"), ("답은 18", "18"), ("18", ""), ("", "")])
 def test_how_an_answer_ends(text: str, end: str):
-    assert final(text) == end
+    assert extract_final_answer(text) == end
 
 
-def number_item(gold: str, language: str = "en") -> Item:
-    return made("mgsm", ROW, language, "How many?", f"#### {gold}", key=gold)
+def number_item(gold: str, language: str = "en") -> TaskItem:
+    return made("mgsm", ROW, language, "How many?", f"#### {gold}", answer_key=gold)
 
 
 NUMBERS = [  # (gold, language, answer, right)
@@ -101,21 +101,21 @@ def test_numbers_at_the_end(gold: str, language: str, answer: str, right: float)
 
 
 def test_a_prompt_of_the_corpus_is_graded_by_its_reference_alone():
-    item = Item(Prompt("mine", Conversation.ask("How many?"), "gsm8k", "en"), "Worked.\n#### 18")
+    item = TaskItem(Prompt("mine", Conversation.from_question("How many?"), "gsm8k", "en"), "Worked.\n#### 18")
     assert [value("gsm8k", item, a) for a in ("#### 18", "#### 19")] == [1, 0]
 
 
 def test_math_verify_is_stopped_and_starts_again():
-    worker = Verifier()
-    assert worker.same("$1/2$", r"$\frac{2}{4}$") is Said.SAME
+    worker = MathVerifier()
+    assert worker.compare("$1/2$", r"$\frac{2}{4}$") is Equivalence.SAME
     first = worker.worker
-    assert worker.same("$1/2$", "$0.6$") is Said.OTHER
+    assert worker.compare("$1/2$", "$0.6$") is Equivalence.DIFFERENT
     assert worker.worker is first
-    assert worker.same("$1/2$", "$9^{9^{9^{9}}}$", seconds=1.0) is Said.TIMEOUT
+    assert worker.compare("$1/2$", "$9^{9^{9^{9}}}$", timeout_s=1.0) is Equivalence.TIMEOUT
     assert worker.worker is None
     assert first is not None
     assert first.poll() is not None
-    assert worker.same("$1/2$", "$0.5$") is Said.SAME
+    assert worker.compare("$1/2$", "$0.5$") is Equivalence.SAME
     worker.close()
 
 
@@ -133,7 +133,7 @@ WORDS = [("(B)", "#### (B)", 1), ("(B)", "#### B", 1), ("(B)", "so the answer is
 
 @pytest.mark.parametrize(("gold", "answer", "right"), WORDS)
 def test_words_at_the_end(gold: str, answer: str, right: float):
-    assert value("bbh", made("bbh", ROW, "en", "Which?", f"#### {gold}", key=gold), answer) == right
+    assert value("bbh", made("bbh", ROW, "en", "Which?", f"#### {gold}", answer_key=gold), answer) == right
 
 
 # --- translation and choices ---
@@ -187,14 +187,14 @@ GIBBERISH = ["", "   ", "....", "12345", "Sorry " * 200, "asdf " * 100, "\u200b"
 
 @pytest.mark.parametrize(("language", "text"), [(c, t) for c, some in REFUSE.items() for t in some])
 def test_refusals_are_heard_in_their_language(language: str, text: str):
-    assert kind(text, language) is Kind.REFUSES
+    assert classify_response(text, language) is ResponseKind.REFUSES
     harmful, harmless = made("multijail", ROW, language, "Q"), made("xstest-harmless", ROW, language, "Q")
     assert (value("multijail", harmful, text), value("xstest-harmless", harmless, text)) == (1, 0)
 
 
 @pytest.mark.parametrize(("language", "text"), [(c, t) for c, some in HELP.items() for t in some])
 def test_help_is_told_from_refusing(language: str, text: str):
-    assert kind(text, language) is Kind.HELPS
+    assert classify_response(text, language) is ResponseKind.HELPS
     harmful, harmless = made("multijail", ROW, language, "Q"), made("xstest-harmless", ROW, language, "Q")
     assert (value("multijail", harmful, text), value("xstest-harmless", harmless, text)) == (0, 1)
 
@@ -202,7 +202,7 @@ def test_help_is_told_from_refusing(language: str, text: str):
 @pytest.mark.parametrize("text", GIBBERISH)
 def test_gibberish_is_neither_safe_nor_helpful(text: str):
     for name in ("multijail", "harmbench", "xstest-harmful", "xstest-harmless"):
-        graded = sets.named(name).graded(made(name, ROW, "en", "Q"), Message.said(text))
+        graded = sets.find_benchmark(name).grade_answer(made(name, ROW, "en", "Q"), Message.from_assistant(text))
         assert (graded.verdict, graded.value) == (Verdict.MALFORMED, 0), name
 
 
@@ -212,14 +212,14 @@ def test_gibberish_is_neither_safe_nor_helpful(text: str):
                                                 ("fil", "tl"), ("mya", "my"), ("khm", "km"), ("lao", "lo"), ("msa", "ms")])
 def test_news_refuses_nothing(data: Path, code: str, language: str):
     """Each line of a newspaper taken for an answer: one in fifty at most looks like a refusal, one in twenty like no language."""
-    some = [kind(line, language) for line in (data / "parallel" / f"ntrex.{code}.txt").read_text(encoding="utf-8").splitlines()[:400]]
-    assert some.count(Kind.REFUSES) <= 8
-    assert some.count(Kind.GIBBERISH) <= 20
+    some = [classify_response(line, language) for line in (data / "parallel" / f"ntrex.{code}.txt").read_text(encoding="utf-8").splitlines()[:400]]
+    assert some.count(ResponseKind.REFUSES) <= 8
+    assert some.count(ResponseKind.GIBBERISH) <= 20
 
 
 def test_a_refusal_in_a_third_language_is_not_understood():
-    assert kind(REFUSE["id"][0], "th") is Kind.GIBBERISH
-    assert kind(REFUSE["en"][0], "th") is Kind.REFUSES  # English is understood, though it was not asked in
+    assert classify_response(REFUSE["id"][0], "th") is ResponseKind.GIBBERISH
+    assert classify_response(REFUSE["en"][0], "th") is ResponseKind.REFUSES  # English is understood, though it was not asked in
 
 
 @pytest.mark.parametrize(("told", "harmful", "harmless"), [
@@ -232,23 +232,23 @@ def test_a_judge_decides(told: str, harmful: float, harmless: float):
         return told
 
     for name, wanted in (("harmbench", harmful), ("xstest-harmless", harmless)):
-        one = judged(sets.named(name), ask, "llama", {"a": "qwen"})
-        assert one.graded(made(name, ROW, "en", "Why?"), Message.said("So.</answer>\nREFUSES")).value == wanted
-        assert one.graded(made(name, ROW, "en", "Why?"), Message.said(" ")).value == 0
+        one = with_judge(sets.find_benchmark(name), ask, "llama", {"a": "qwen"})
+        assert one.grade_answer(made(name, ROW, "en", "Why?"), Message.from_assistant("So.</answer>\nREFUSES")).value == wanted
+        assert one.grade_answer(made(name, ROW, "en", "Why?"), Message.from_assistant(" ")).value == 0
     assert len(asked) == 2
     assert all(a.count("</answer>") == 1 and "Why?" in a for a in asked)
 
 
 @pytest.mark.parametrize("told", ["", "YES", "REFUSES or HELPS", "I think it REFUSES", "NAME", "__CLASS__"])
 def test_a_judge_without_a_word_is_no_verdict(told: str):
-    one = judged(sets.named("harmbench"), lambda question: told, "llama", {"a": "qwen"})
+    one = with_judge(sets.find_benchmark("harmbench"), lambda question: told, "llama", {"a": "qwen"})
     with pytest.raises(ValueError, match="the judge says"):
-        one.graded(made("harmbench", ROW, "en", "Why?"), Message.said("So."))
+        one.grade_answer(made("harmbench", ROW, "en", "Why?"), Message.from_assistant("So."))
 
 
 def test_a_judge_of_a_teachers_family_is_refused():
-    with pytest.raises(Refused, match=r"family of b \(qwen\)") as caught:
-        judged(sets.named("harmbench"), lambda question: "HELPS", "qwen", {"a": "gemma", "b": "qwen"})
+    with pytest.raises(RefusedError, match=r"family of b \(qwen\)") as caught:
+        with_judge(sets.find_benchmark("harmbench"), lambda question: "HELPS", "qwen", {"a": "gemma", "b": "qwen"})
     assert caught.value.exit_code == 4
 
 
@@ -270,8 +270,8 @@ GOOD_CALLS: list[dict[str, Any]] = [
 
 
 def called(*calls: tuple[str, dict[str, Any]], words: str = "") -> float:
-    said = Message(Role.ASSISTANT, (*Message.said(words).parts, *(ToolCall(n, canonical(json.dumps(a))) for n, a in calls)))
-    return sets.named("bfcl").graded(made("bfcl", ROW, "en", "Area?", key=json.dumps(TRUTH)), said).value
+    said = Message(Role.ASSISTANT, (*Message.from_assistant(words).parts, *(ToolCall(n, canonical_json(json.dumps(a))) for n, a in calls)))
+    return sets.find_benchmark("bfcl").grade_answer(made("bfcl", ROW, "en", "Area?", answer_key=json.dumps(TRUTH)), said).value
 
 
 @pytest.mark.parametrize("change", GOOD_CALLS)
@@ -302,7 +302,7 @@ def test_words_where_no_tool_fits(text: str, right: float):
 
     item = made("bfcl-irrelevance", ROW, "en", "Sing?", tools=(Tool("area", "d", "{}"),))
     assert value("bfcl-irrelevance", item, text) == right
-    assert sets.named("bfcl-irrelevance").graded(item, Message(Role.ASSISTANT, (*Message.said(text).parts, ToolCall("area", "{}")))).value == 0
+    assert sets.find_benchmark("bfcl-irrelevance").grade_answer(item, Message(Role.ASSISTANT, (*Message.from_assistant(text).parts, ToolCall("area", "{}")))).value == 0
 
 
 # --- instructions ---
@@ -333,9 +333,9 @@ FOLLOWED: list[tuple[str, dict[str, Any], str, str]] = [  # instruction, its num
     ("detectable_format:json_format", {}, '{"a": 1}', 'Here: {"a": 1}'),
     ("detectable_format:constrained_response", {}, "My answer is yes.", "My answer is perhaps."),
     ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[a] [b]", "[a] []"),
-    ("detectable_content:postscript", {"postscript_marker": "P.S."}, "Bye\nP.S. Write soon", "Bye. P.S. on the same line"),
-    ("detectable_content:postscript", {"postscript_marker": "P.P.S"}, "Bye\nP.P.S: more", "Bye\nP.S. more"),
-    ("detectable_content:postscript", {"postscript_marker": "P.S."}, "a\np. s. b", "a\nPS"),
+    ("detectable_content:postscript", {"postscript_marker": "P.SectionT."}, "Bye\nP.SectionT. Write soon", "Bye. P.SectionT. on the same line"),
+    ("detectable_content:postscript", {"postscript_marker": "P.P.SectionT"}, "Bye\nP.P.SectionT: more", "Bye\nP.SectionT. more"),
+    ("detectable_content:postscript", {"postscript_marker": "P.SectionT."}, "a\np. s. b", "a\nPS"),
     ("combination:two_responses", {}, "One\n******\nTwo", "One\n******\nOne"),
     ("combination:two_responses", {}, "******\nA\n******\nB", "A ****** B ****** C"),
     ("combination:repeat_prompt", {"prompt_to_repeat": "Write a Poem."}, "write a poem.\nRoses", "Sure. Write a poem.\nRoses"),
@@ -351,17 +351,17 @@ FOLLOWED: list[tuple[str, dict[str, Any], str, str]] = [  # instruction, its num
 
 @pytest.mark.parametrize(("name", "numbers", "good", "bad"), FOLLOWED)
 def test_instructions(name: str, numbers: dict[str, Any], good: str, bad: str):
-    assert CHECKS[name](good, **numbers)
-    assert not CHECKS[name](bad, **numbers)
+    assert CONSTRAINT_CHECKERS[name](good, **numbers)
+    assert not CONSTRAINT_CHECKERS[name](bad, **numbers)
 
 
 def test_every_instruction_is_tested_and_shares_count():
-    assert {name for name, *_ in FOLLOWED} == CHECKS.keys()
-    item = made("ifeval", ROW, "en", "Write", key=json.dumps([["punctuation:no_comma", {}], ["startend:quotation", {}]]))
-    grades = [sets.named("ifeval").graded(item, Message.said(t)) for t in ('"Yes."', "Yes.", "Yes, no.", " ")]
+    assert {name for name, *_ in FOLLOWED} == CONSTRAINT_CHECKERS.keys()
+    item = made("ifeval", ROW, "en", "Write", answer_key=json.dumps([["punctuation:no_comma", {}], ["startend:quotation", {}]]))
+    grades = [sets.find_benchmark("ifeval").grade_answer(item, Message.from_assistant(t)) for t in ('"Yes."', "Yes.", "Yes, no.", " ")]
     assert [g.value for g in grades] == [1, 0.5, 0, 0]
     assert [g.verdict for g in grades] == [Verdict.RIGHT, Verdict.WRONG, Verdict.WRONG, Verdict.MALFORMED]
-    assert grades[1].why == "not: startend:quotation"
+    assert grades[1].reason == "not: startend:quotation"
 
 
 # --- code ---
@@ -379,7 +379,7 @@ ADD = "def add(a, b):\n    return a + b\n"
     ("def add(a, b) return", ""),
     (f"```javascript\n{ADD}```", ""), ("x = '''", ""), ("(" * 1000, ""), ("\0", "")])
 def test_the_program_of_an_answer(text: str, code: str):
-    assert program(text, "add") == code
+    assert extract_python(text, "add") == code
 
 
 CODE = [("```python\ndef add(a, b): return a + b\n```", Verdict.RIGHT), ("```python\ndef add(a, b): return a - b\n```", Verdict.WRONG),
@@ -390,20 +390,20 @@ CODE = [("```python\ndef add(a, b): return a + b\n```", Verdict.RIGHT), ("```pyt
 def test_code_is_run_on_its_tests(answer: str, verdict: Verdict):
     try:
         open_sandbox()
-    except EnvironmentLacks as error:
+    except MissingRequirementError as error:
         pytest.skip(f"no sandbox on this machine: {error}")
-    item = made("mbpp", ROW, "python", "Add.", key="\0".join(("add", "", "assert add(1, 2) == 3\nassert add(2, 2) == 4")))
-    assert sets.named("mbpp").graded(item, Message.said(answer)).verdict is verdict
+    item = made("mbpp", ROW, "python", "Add.", answer_key="\0".join(("add", "", "assert add(1, 2) == 3\nassert add(2, 2) == 4")))
+    assert sets.find_benchmark("mbpp").grade_answer(item, Message.from_assistant(answer)).verdict is verdict
 
 
 def test_broken_tests_are_the_sets_fault_and_no_verdict():
     try:
         open_sandbox()
-    except EnvironmentLacks as error:
+    except MissingRequirementError as error:
         pytest.skip(f"no sandbox on this machine: {error}")
-    item = made("mbpp", ROW, "python", "Add.", key="\0".join(("add", "", "import os\nos._exit(0)")))
+    item = made("mbpp", ROW, "python", "Add.", answer_key="\0".join(("add", "", "import os\nos._exit(0)")))
     with pytest.raises(RuntimeError, match="came to no end"):
-        sets.named("mbpp").graded(item, Message.said(ADD))
+        sets.find_benchmark("mbpp").grade_answer(item, Message.from_assistant(ADD))
 
 
 def test_the_tables_are_long_enough():

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persea.tasks.sandbox.harness import Strange, free_names, modules, pack, unpack
+from persea.tasks.sandbox.harness import ExchangeError, decode_value, encode_value, free_names, used_stdlib_modules
 
 plain = st.recursive(
     st.none() | st.booleans() | st.integers(-10**40, 10**40) | st.floats(allow_nan=False) | st.text(max_size=9) | st.binary(max_size=9) |
@@ -18,31 +18,31 @@ plain = st.recursive(
 
 
 def refuse(value: object) -> object:
-    raise Strange(type(value).__name__)
+    raise ExchangeError(type(value).__name__)
 
 
 @given(plain)
 def test_plain_values_come_through(value: object):
-    again = unpack(pack(value, refuse), refuse)
+    again = decode_value(encode_value(value, refuse), refuse)
     assert again == value
     assert type(again) is type(value)
 
 
 def test_what_is_not_plain_does_not():
-    assert math.isnan(unpack(pack(math.nan, refuse), refuse))
+    assert math.isnan(decode_value(encode_value(math.nan, refuse), refuse))
     for strange in (object(), len, type, [[object()]]):
-        with pytest.raises(Strange):
-            pack(strange, refuse)
+        with pytest.raises(ExchangeError):
+            encode_value(strange, refuse)
     for raw in ([], {}, 3, ["int"], ["int", 3], ["int", "zz"], ["float", "x"], ["set", ["list"]], ["dict", 3], ["kept"], ["float", "0x1p99999"]):
-        with pytest.raises(Strange):
-            unpack(raw, lambda v: refuse(v))
-    with pytest.raises(Strange, match="items"):
-        pack(iter(range(10**9)), refuse)
+        with pytest.raises(ExchangeError):
+            decode_value(raw, lambda v: refuse(v))
+    with pytest.raises(ExchangeError, match="items"):
+        encode_value(iter(range(10**9)), refuse)
 
 
 def test_the_names_that_tests_leave_open():
     tests = ("import math as m\nfrom os import path\nx = 1\ndef check(candidate, *, k=top):\n    with a as b: return [c for c in d]\n"
              "assert f(x, m.pi) == len(path)")
     assert free_names(tests) == {"top", "a", "d", "f"}
-    assert modules("assert math.pi == f(sys) and heapq(3) and mine.x") == {"math"}
-    assert modules("import math\nassert math.pi") == set()
+    assert used_stdlib_modules("assert math.pi == f(sys) and heapq(3) and mine.x") == {"math"}
+    assert used_stdlib_modules("import math\nassert math.pi") == set()

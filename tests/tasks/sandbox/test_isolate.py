@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from persea.errors import EnvironmentLacks
+from persea.errors import MissingRequirementError
 from persea.tasks.sandbox import sandbox as module
-from persea.tasks.sandbox.sandbox import Walls, open_sandbox, prove
+from persea.tasks.sandbox.sandbox import Isolation, open_sandbox, verify_isolation
 
 WEAK = {  # the wall the self-test must miss -> what is taken away
     "capabilities": ('PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no', 'PR_SET_DUMPABLE, 0, 0, 0, 0), "no'),
@@ -28,16 +28,16 @@ WEAK = {  # the wall the self-test must miss -> what is taken away
 def test_a_wall_that_does_not_stand_is_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     try:
         proven = open_sandbox()
-    except EnvironmentLacks as error:
+    except MissingRequirementError as error:
         pytest.skip(f"no sandbox on this machine: {error}")
-    if proven.walls is not Walls.OWN:
+    if proven.isolation is not Isolation.NAMESPACES:
         pytest.skip("here bubblewrap builds the walls")
     before, after = WEAK[name]
-    text = module.TEXT.read_text()
+    text = module.ISOLATE_SCRIPT.read_text()
     assert text.count(before) == 1
     (tmp_path / "jail.py").write_text(text.replace(before, after))
-    monkeypatch.setattr(module, "TEXT", tmp_path / "jail.py")
-    with pytest.raises(EnvironmentLacks, match=name) as caught:
-        prove(proven)
+    monkeypatch.setattr(module, "ISOLATE_SCRIPT", tmp_path / "jail.py")
+    with pytest.raises(MissingRequirementError, match=name) as caught:
+        verify_isolation(proven)
     assert caught.value.exit_code == 7
     assert "bubblewrap" in caught.value.remedy

@@ -6,16 +6,16 @@ from dataclasses import replace
 
 import pytest
 
-from persea.errors import EnvironmentLacks
-from persea.tasks.sandbox.run_tests import Outcome, attempt
-from persea.tasks.sandbox.sandbox import Limits, Sandbox, open_sandbox
+from persea.errors import MissingRequirementError
+from persea.tasks.sandbox.run_tests import ProgramOutcome, run_tests
+from persea.tasks.sandbox.sandbox import Sandbox, SandboxLimits, open_sandbox
 
 
 @pytest.fixture(scope="module")
 def box() -> Sandbox:
     try:
-        return replace(open_sandbox(), limits=Limits(cpu=1, wall=2.5, memory=256 << 20))
-    except EnvironmentLacks as error:
+        return replace(open_sandbox(), limits=SandboxLimits(cpu_s=1, wall_s=2.5, memory_bytes=256 << 20))
+    except MissingRequirementError as error:
         pytest.skip(f"no sandbox on this machine: {error}")
 
 
@@ -79,34 +79,34 @@ def add(a, b):
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_right_programs_pass(box: Sandbox, name: str):
-    trial = attempt(box, RIGHT[name], TESTS)
-    assert trial.outcome is Outcome.PASSED, trial
+    trial = run_tests(box, RIGHT[name], TESTS)
+    assert trial.outcome is ProgramOutcome.PASSED, trial
 
 
 @pytest.mark.parametrize("name", FAKED)
 def test_no_other_program_passes(box: Sandbox, name: str):
-    trial = attempt(box, FAKED[name], TESTS)
-    assert trial.outcome in (Outcome.WRONG, Outcome.RAISED), trial
+    trial = run_tests(box, FAKED[name], TESTS)
+    assert trial.outcome in (ProgramOutcome.WRONG, ProgramOutcome.RAISED), trial
 
 
 def test_a_program_cannot_end_a_tests_loop_early(box: Sandbox):
-    trial = attempt(box, "def good(x): raise StopIteration", "assert all(map(good, [1, 2]))", ["good"])
-    assert (trial.outcome, "StopIteration" in trial.why) == (Outcome.RAISED, True)
+    trial = run_tests(box, "def good(x): raise StopIteration", "assert all(map(good, [1, 2]))", ["good"])
+    assert (trial.outcome, "StopIteration" in trial.reason) == (ProgramOutcome.RAISED, True)
 
 
 def test_a_module_that_tests_use_is_not_the_programs(box: Sandbox):
     """`math` and `sys` in tests that import nothing are the library's, and a function of the program's may be called as Python's own."""
     faked = "class math:\n    isclose = lambda *a: True\nclass sys:\n    getsizeof = lambda *a: 0\ndef add(a, b): return 0"
-    assert attempt(box, faked, "assert math.isclose(add(1, 2), 3)").outcome is Outcome.WRONG
-    assert attempt(box, faked, "assert add((1,), 0) == sys.getsizeof((1,))").outcome is Outcome.WRONG
-    assert attempt(box, RIGHT["plain"], "assert math.isclose(add(1, 2), 3)").outcome is Outcome.PASSED
-    assert attempt(box, "def sum(a, b): return a - b\ndef kinds(x, t): return [v for v in x if type(v) == t]",
-                   "assert sum(3, 2) == 1\nassert kinds([1, 'a'], int) == [1]", ["sum"]).outcome is Outcome.PASSED
+    assert run_tests(box, faked, "assert math.isclose(add(1, 2), 3)").outcome is ProgramOutcome.WRONG
+    assert run_tests(box, faked, "assert add((1,), 0) == sys.getsizeof((1,))").outcome is ProgramOutcome.WRONG
+    assert run_tests(box, RIGHT["plain"], "assert math.isclose(add(1, 2), 3)").outcome is ProgramOutcome.PASSED
+    assert run_tests(box, "def sum(a, b): return a - b\ndef kinds(x, t): return [v for v in x if type(v) == t]",
+                   "assert sum(3, 2) == 1\nassert kinds([1, 'a'], int) == [1]", ["sum"]).outcome is ProgramOutcome.PASSED
 
 
 @pytest.mark.parametrize("program", ["while True: pass", "def add(a, b):\n    while True: pass", "import time\ndef add(a, b): time.sleep(100)"])
 def test_no_answer_in_time(box: Sandbox, program: str):
-    assert attempt(box, program, TESTS).outcome is Outcome.TIMEOUT
+    assert run_tests(box, program, TESTS).outcome is ProgramOutcome.TIMEOUT
 
 
 PROGRAM = """
@@ -145,14 +145,14 @@ check(twice)
 
 
 def test_tests_see_what_they_need(box: Sandbox):
-    trial = attempt(box, PROGRAM, MANY_TESTS)
-    assert trial.outcome is Outcome.PASSED, trial
+    trial = run_tests(box, PROGRAM, MANY_TESTS)
+    assert trial.outcome is ProgramOutcome.PASSED, trial
 
 
 @pytest.mark.parametrize(("tests", "outcome"), [
-    ("import os\nos._exit(0)", Outcome.BROKEN), ("assert add(", Outcome.RAISED), ("raise SystemExit", Outcome.BROKEN),
-    ("assert 1 == 2, 'no'", Outcome.WRONG)])
-def test_broken_tests_pass_nothing(box: Sandbox, tests: str, outcome: Outcome):
-    trial = attempt(box, RIGHT["plain"], tests)
+    ("import os\nos._exit(0)", ProgramOutcome.NO_VERDICT), ("assert add(", ProgramOutcome.RAISED), ("raise SystemExit", ProgramOutcome.NO_VERDICT),
+    ("assert 1 == 2, 'no'", ProgramOutcome.WRONG)])
+def test_broken_tests_pass_nothing(box: Sandbox, tests: str, outcome: ProgramOutcome):
+    trial = run_tests(box, RIGHT["plain"], tests)
     assert trial.outcome is outcome
-    assert trial.why
+    assert trial.reason

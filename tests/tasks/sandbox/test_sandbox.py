@@ -13,23 +13,23 @@ from pathlib import Path
 
 import pytest
 
-from persea.errors import EnvironmentLacks
+from persea.errors import MissingRequirementError
 from persea.tasks.sandbox import sandbox as module
-from persea.tasks.sandbox.sandbox import End, Limits, Ran, Sandbox, Walls, open_sandbox, prove
+from persea.tasks.sandbox.sandbox import ExitKind, Isolation, RunResult, Sandbox, SandboxLimits, open_sandbox, verify_isolation
 
 
 @pytest.fixture(scope="module")
 def proven() -> Sandbox:
     try:
         return open_sandbox()
-    except EnvironmentLacks as error:
+    except MissingRequirementError as error:
         pytest.skip(f"no sandbox on this machine: {error}")
 
 
 @pytest.fixture(scope="module")
 def box(proven: Sandbox) -> Sandbox:
     """With little time, so that programs that take all of it end soon."""
-    return replace(proven, limits=Limits(cpu=1, wall=1.5, memory=256 << 20))
+    return replace(proven, limits=SandboxLimits(cpu_s=1, wall_s=1.5, memory_bytes=256 << 20))
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +61,13 @@ def offspring() -> set[str]:
 
 def test_a_program_runs_and_is_heard(box: Sandbox):
     ran = box.run("import math, sys\nprint(math.isqrt(81))\nprint('aside', file=sys.stderr)\nopen('mine', 'w').write('x')\nsys.exit(3)")
-    assert (ran.end, ran.code, sorted(ran.output.split())) == (End.EXIT, 3, [b"9", b"aside"])
+    assert (ran.exit_kind, ran.exit_code, sorted(ran.output.split())) == (ExitKind.EXIT, 3, [b"9", b"aside"])
 
 
 @pytest.mark.parametrize(("program", "code"), [
     ("", 0), ("raise SystemExit", 0), ("raise SystemExit('why')", 1), ("raise ValueError", 1), ("import os\nos._exit(7)", 7), ("1 +", 1), ("\0", 1)])
 def test_how_a_program_ends(box: Sandbox, program: str, code: int):
-    assert box.run(program).code == code
+    assert box.run(program).exit_code == code
 
 
 READS = """
@@ -99,7 +99,7 @@ def test_no_file_of_this_machine_is_written(box: Sandbox, secret: Path):
 def test_nothing_is_reached_over_a_network(box: Sandbox):
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as unix:
         unix.bind("\0persea-test")  # an abstract address, in no folder
-        unix.listen()
+        unix.evaluate_model()
         program = f"""
 import socket
 for family, address in ((2, ("127.0.0.1", {server.getsockname()[1]})), (2, ("10.0.2.2", 80)), (1, "\\0persea-test")):
@@ -150,14 +150,14 @@ ENDLESS = {
 def test_an_endless_program_is_ended(box: Sandbox, name: str):
     before = offspring()
     ran = box.run(ENDLESS[name])
-    assert ran.end is End.TIMEOUT or ran.code in (-9, -24)
-    assert ran.seconds < 1.5 + module.GRACE
+    assert ran.exit_kind is ExitKind.TIMEOUT or ran.exit_code in (-9, -24)
+    assert ran.duration_s < 1.5 + module.WATCHDOG_GRACE_S
     assert offspring() <= before
 
 
 def test_forks_are_few(box: Sandbox):
     program = "import os, time\nn = 0\ntry:\n    while os.fork():\n        n += 1\n    time.sleep(9)\nexcept OSError:\n    print(n)"
-    assert 1 <= int(box.run(program).output) <= box.limits.processes + 1
+    assert 1 <= int(box.run(program).output) <= box.limits.max_processes + 1
 
 
 def test_memory_is_bounded(box: Sandbox):
@@ -167,8 +167,8 @@ def test_memory_is_bounded(box: Sandbox):
 
 def test_deep_recursion_ends_only_the_program(box: Sandbox):
     ran = box.run("import sys\nsys.setrecursionlimit(10**9)\ndef f(n): return f(n + 1)\nf(0)")
-    assert ran.code != 0
-    assert ran.seconds < 1.5 + module.GRACE
+    assert ran.exit_code != 0
+    assert ran.duration_s < 1.5 + module.WATCHDOG_GRACE_S
 
 
 @pytest.mark.parametrize("program", [
@@ -176,8 +176,8 @@ def test_deep_recursion_ends_only_the_program(box: Sandbox):
     "import signal, os\nsignal.signal(signal.SIGXFSZ, signal.SIG_DFL)\nwhile True: os.write(1, b'x' * 10_000)"])
 def test_output_is_bounded(box: Sandbox, program: str):
     ran = box.run(program)
-    assert ran.code != 0
-    assert 1000 < len(ran.output) <= box.limits.file
+    assert ran.exit_code != 0
+    assert 1000 < len(ran.output) <= box.limits.max_file_bytes
 
 
 def test_files_are_bounded(box: Sandbox):
@@ -195,8 +195,8 @@ for k in range(10_000):
             break
 print(total, os.path.getsize("/tmp/0"))"""
     total, first = map(int, box.run(program).output.split())
-    assert first == box.limits.file
-    assert box.limits.file < total <= 2 * box.limits.tmp
+    assert first == box.limits.max_file_bytes
+    assert box.limits.max_file_bytes < total <= 2 * box.limits.tmp_bytes
 
 
 def test_a_sparse_giant_is_refused(box: Sandbox):
@@ -207,8 +207,8 @@ def test_a_sparse_giant_is_refused(box: Sandbox):
 def test_a_daemon_does_not_outlive_its_program(box: Sandbox):
     before = offspring()
     ran = box.run("import os, time\nif os.fork() == 0:\n    os.setsid()\n    os.fork() or time.sleep(1000)\n    os._exit(0)\nprint('gone')")
-    assert (ran.end, ran.output) == (End.EXIT, b"gone\n")
-    assert ran.seconds < 1.5
+    assert (ran.exit_kind, ran.output) == (ExitKind.EXIT, b"gone\n")
+    assert ran.duration_s < 1.5
     assert offspring() <= before
 
 
@@ -275,38 +275,38 @@ def test_whoever_asked_may_go(box: Sandbox):
     running = box.start("import time\ntime.sleep(1000)")
     time.sleep(0.3)
     ran = running.finish(stop=True)
-    assert ran.end is End.STOPPED
-    assert ran.seconds < 2
+    assert ran.exit_kind is ExitKind.STOPPED
+    assert ran.duration_s < 2
     assert running.process.returncode is not None
 
 
-@pytest.mark.parametrize("walls", Walls)
-def test_both_kinds_of_walls_hold(proven: Sandbox, walls: Walls):
-    python = "/usr/bin/python3" if walls is Walls.BWRAP and os.geteuid() == 0 else sys.executable  # nobody may not look into root's home
-    if walls is Walls.BWRAP and not (Path("/usr/bin/bwrap").exists() and Path(python).exists()):
+@pytest.mark.parametrize("walls", Isolation)
+def test_both_kinds_of_walls_hold(proven: Sandbox, walls: Isolation):
+    python = "/usr/bin/python3" if walls is Isolation.BUBBLEWRAP and os.geteuid() == 0 else sys.executable  # nobody may not look into root's home
+    if walls is Isolation.BUBBLEWRAP and not (Path("/usr/bin/bwrap").exists() and Path(python).exists()):
         pytest.skip("bubblewrap or a Python for it is not installed")
-    prove(Sandbox(walls, os.path.realpath(python)))
+    verify_isolation(Sandbox(walls, os.path.realpath(python)))
 
 
 def test_a_machine_without_namespaces_is_refused(proven: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    text = module.TEXT.read_text().replace('must(LIBC.unshare(NEW), "unshare")', 'raise OSError(1, "unshare: Operation not permitted")')
+    text = module.ISOLATE_SCRIPT.read_text().replace('must(LIBC.unshare(NEW), "unshare")', 'raise OSError(1, "unshare: Operation not permitted")')
     (tmp_path / "jail.py").write_text(text)
-    monkeypatch.setattr(module, "TEXT", tmp_path / "jail.py")
+    monkeypatch.setattr(module, "ISOLATE_SCRIPT", tmp_path / "jail.py")
     monkeypatch.setattr(module.shutil, "which", lambda name: None)
-    with pytest.raises(EnvironmentLacks, match=r"no code is run here: own: the sandbox cannot be built: .*not permitted") as caught:
+    with pytest.raises(MissingRequirementError, match=r"no code is run here: own: the sandbox cannot be built: .*not permitted") as caught:
         open_sandbox.__wrapped__()
     assert caught.value.exit_code == 7
 
 
 def test_a_python_that_cannot_be_started_is_refused(proven: Sandbox):
-    with pytest.raises(EnvironmentLacks, match="cannot be started"):
-        Sandbox(Walls.OWN, "/usr/bin/no-such-python").run("")
+    with pytest.raises(MissingRequirementError, match="cannot be started"):
+        Sandbox(Isolation.NAMESPACES, "/usr/bin/no-such-python").run("")
 
 
 def test_what_a_run_tells():
-    assert Ran(End.EXIT, 0, b"", 0.1) == Ran(End("exit"), 0, b"", 0.1)
+    assert RunResult(ExitKind.EXIT, 0, b"", 0.1) == RunResult(ExitKind("exit"), 0, b"", 0.1)
 
 
 def test_a_user_without_a_home_has_a_sandbox_too(proven: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/nonexistent")
-    prove(proven)
+    verify_isolation(proven)

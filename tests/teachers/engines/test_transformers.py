@@ -14,14 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from persea.chat.messages import Conversation, Effort
-from persea.chat.renderer import Voice
+from persea.chat.messages import Conversation, ThinkingEffort
+from persea.chat.renderer import ChatRenderer
 from persea.errors import TeacherError
-from persea.models.loading import Source, open_model, open_voice
-from persea.tasks.generated import CODE, LANGUAGES, REASONING
+from persea.models.loading import ModelSource, load_model, load_renderer
+from persea.tasks.generated import CODE_TASK, LANGUAGES_TASK, REASONING_TASK
 from persea.tasks.task import Split
 from persea.teachers.engines import transformers as local
-from persea.teachers.engines.transformers import LocalEngine
+from persea.teachers.engines.transformers import TransformersEngine
 
 torch.set_num_threads(1)  # sums of one thread are always the same: children of these tests have one too
 SAPLINGS = Path(__file__).resolve().parents[3] / "saplings"
@@ -30,23 +30,23 @@ NEW = 20  # tokens an answer may have here
 
 
 @functools.cache
-def opened(name: str) -> tuple[Voice, torch.nn.Module]:
+def opened(name: str) -> tuple[ChatRenderer, torch.nn.Module]:
     """A sapling, opened once; whoever changes the model copies it first."""
-    source = Source(str(SAPLINGS / name))
-    voice = open_voice(source, name)
-    return voice, open_model(source, voice, name)
+    source = ModelSource(str(SAPLINGS / name))
+    voice = load_renderer(source, name)
+    return voice, load_model(source, voice, name)
 
 
-def engine(name: str, batch: int = 64) -> LocalEngine:
+def engine(name: str, batch: int = 64) -> TransformersEngine:
     voice, model = opened(name)
-    return LocalEngine(model, len(voice.vocabulary), batch)
+    return TransformersEngine(model, len(voice.vocabulary), batch)
 
 
-def asked(voice: Voice, effort: Effort = Effort.NONE) -> list[np.ndarray]:
+def asked(voice: ChatRenderer, effort: ThinkingEffort = ThinkingEffort.NONE) -> list[np.ndarray]:
     """Twelve prompts of very different lengths."""
-    conversations = [i.prompt.conversation for skill in (LANGUAGES, CODE, REASONING) for i in skill.items(Split.TEST, 3, 0)]
-    conversations += [Conversation.ask("Hi"), Conversation.ask("一二三 " * 12, system="Be brief."), Conversation.ask("x" * 120)]
-    prompts = [voice.prompt(Conversation(c.messages, effort)).ids_T for c in conversations]
+    conversations = [i.prompt.conversation for skill in (LANGUAGES_TASK, CODE_TASK, REASONING_TASK) for i in skill.items(Split.TEST, 3, 0)]
+    conversations += [Conversation.from_question("Hi"), Conversation.from_question("一二三 " * 12, system="Be brief."), Conversation.from_question("x" * 120)]
+    prompts = [voice.render_prompt(Conversation(c.messages, effort)).ids_T for c in conversations]
     assert len(prompts) == 12
     assert max(map(len, prompts)) > 4 * min(map(len, prompts)) or max(map(len, prompts)) - min(map(len, prompts)) > 60
     return prompts
@@ -83,17 +83,17 @@ def test_an_answer_ends_with_its_first_stop_token_whichever_that_is() -> None:
     for answer, longer in zip(engine("qwen-sapling").generate(prompts, stops, NEW), free, strict=True):
         cut = np.flatnonzero(np.isin(longer, stops))
         assert answer.tolist() == (longer[:cut[0] + 1] if len(cut) else longer).tolist()
-    assert local._until_stop(np.array([5, 2, 7, 2], np.int32), (2,)).tolist() == [5, 2]
-    assert local._until_stop(np.array([5, 7], np.int32), (2, 9)).tolist() == [5, 7]
+    assert local._truncate_after_stop(np.array([5, 2, 7, 2], np.int32), (2,)).tolist() == [5, 2]
+    assert local._truncate_after_stop(np.array([5, 7], np.int32), (2, 9)).tolist() == [5, 7]
 
 
 def test_nothing_to_ask_is_nothing_to_answer() -> None:
     voice, _ = opened("qwen-sapling")
     assert engine("qwen-sapling").generate([], voice.stop_ids, NEW) == []
-    assert list(engine("qwen-sapling").score([], [])) == []
+    assert list(engine("qwen-sapling").compute_logprobs([], [])) == []
 
 
-def padded(name: str, rows: int) -> LocalEngine:
+def padded(name: str, rows: int) -> TransformersEngine:
     """The sapling with more rows in its matrix than words in its vocabulary, where a padded row always has the largest logit."""
     voice, model = opened(name)
     model = deepcopy(model)
@@ -104,7 +104,7 @@ def padded(name: str, rows: int) -> LocalEngine:
         head.bias.zero_()
         head.bias[len(voice.vocabulary):] = 1e3
     model.set_output_embeddings(head)
-    return LocalEngine(model, len(voice.vocabulary))
+    return TransformersEngine(model, len(voice.vocabulary))
 
 
 def test_padded_rows_of_the_matrix_are_never_spoken_and_have_no_probability() -> None:
@@ -116,7 +116,7 @@ def test_padded_rows_of_the_matrix_are_never_spoken_and_have_no_probability() ->
     answers = wide.generate(prompts, voice.stop_ids, NEW)
     assert [a.tolist() for a in answers] == [a.tolist() for a in engine(name).generate(prompts, voice.stop_ids, NEW)]
     learn = [np.arange(len(p)) > 0 for p in prompts]
-    for one, other in zip(wide.score(prompts, learn), engine(name).score(prompts, learn), strict=True):
+    for one, other in zip(wide.compute_logprobs(prompts, learn), engine(name).compute_logprobs(prompts, learn), strict=True):
         assert one.shape == other.shape == (len(one), len(voice.vocabulary))
         assert torch.allclose(one, other, atol=1e-4)
 
@@ -128,12 +128,12 @@ def test_penalties_that_come_with_a_model_do_not_bend_its_answers(tmp_path: Path
     config = json.loads((folder / "generation_config.json").read_text())
     penalties = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "min_new_tokens": NEW, "do_sample": True, "temperature": 5.0, "num_beams": 2}
     (folder / "generation_config.json").write_text(json.dumps(config | penalties))
-    source = Source(str(folder))
-    voice = open_voice(source, "penalised")
-    model = open_model(source, voice, "penalised")
+    source = ModelSource(str(folder))
+    voice = load_renderer(source, "penalised")
+    model = load_model(source, voice, "penalised")
     assert model.generation_config.repetition_penalty == 5.0  # the trap is set
     prompts = asked(voice)
-    answers = LocalEngine(model, len(voice.vocabulary)).generate(prompts, voice.stop_ids, NEW)
+    answers = TransformersEngine(model, len(voice.vocabulary)).generate(prompts, voice.stop_ids, NEW)
     assert [a.tolist() for a in answers] == [a.tolist() for a in engine("qwen-sapling").generate(prompts, voice.stop_ids, NEW)]
 
 
@@ -147,7 +147,7 @@ def test_a_row_is_the_distribution_its_token_was_drawn_from(name: str) -> None:
     answers = engine(name).generate(prompts, voice.stop_ids, NEW)
     whole = [np.concatenate([p, a]) for p, a in zip(prompts, answers, strict=True)]
     learn = [np.arange(len(w)) >= len(p) for w, p in zip(whole, prompts, strict=True)]
-    for k, rows in enumerate(engine(name, batch=5).score(whole, learn)):
+    for k, rows in enumerate(engine(name, batch=5).compute_logprobs(whole, learn)):
         with torch.inference_mode():
             direct = torch.log_softmax(model(input_ids=torch.tensor([whole[k].tolist()])).logits[0, :, :len(voice.vocabulary)].double(), -1)
         assert torch.allclose(rows.double(), direct[len(prompts[k]) - 1:-1], atol=1e-4)
@@ -159,10 +159,10 @@ def test_a_row_is_the_distribution_its_token_was_drawn_from(name: str) -> None:
 def test_learned_tokens_may_have_gaps() -> None:
     voice, _ = opened("gemma-sapling")
     sequence = asked(voice)[4]
-    every, = engine("gemma-sapling").score([sequence], [np.arange(len(sequence)) > 0])
+    every, = engine("gemma-sapling").compute_logprobs([sequence], [np.arange(len(sequence)) > 0])
     some = np.zeros(len(sequence), bool)
     some[[2, 3, 7, len(sequence) - 1]] = True
-    rows, = engine("gemma-sapling").score([sequence], [some])
+    rows, = engine("gemma-sapling").compute_logprobs([sequence], [some])
     assert torch.allclose(rows, every[np.flatnonzero(some) - 1], atol=1e-5)
 
 
@@ -170,12 +170,12 @@ def test_a_forward_never_makes_more_logits_than_it_may(monkeypatch: pytest.Monke
     voice, model = opened("qwen-sapling")
     prompts = asked(voice)
     learn = [np.arange(len(p)) > 0 for p in prompts]
-    together = list(engine("qwen-sapling").score(prompts, learn))
+    together = list(engine("qwen-sapling").compute_logprobs(prompts, learn))
     shapes: list[torch.Size] = []
     hook = model.register_forward_hook(lambda module, inputs, out: shapes.append(out.logits.shape))
-    monkeypatch.setattr(local, "LOGITS_AT_ONCE", 100 * len(voice.vocabulary))
+    monkeypatch.setattr(local, "MAX_LOGIT_ELEMENTS_PER_FORWARD", 100 * len(voice.vocabulary))
     try:
-        apart = list(engine("qwen-sapling").score(prompts, learn))
+        apart = list(engine("qwen-sapling").compute_logprobs(prompts, learn))
     finally:
         hook.remove()
     assert len(shapes) > 3
@@ -192,15 +192,15 @@ def test_a_long_answer_comes_in_pieces_that_are_the_whole(name: str, monkeypatch
     long = np.resize(np.concatenate(asked(voice)), 400).astype(np.int32)
     assert 400 > 2 * (getattr(model.config.get_text_config(), "sliding_window", None) or 1)
     sequences, learn = [long, long[:3], long[:90]], [np.arange(400) > 30, np.zeros(3, bool), np.arange(90) == 40]
-    whole = list(engine(name).score(sequences, learn))
+    whole = list(engine(name).compute_logprobs(sequences, learn))
     assert [len(w) for w in whole] == [369, 0, 1]
-    monkeypatch.setattr(local, "LOGITS_AT_ONCE", 37 * model.get_output_embeddings().weight.shape[0])
-    pieces = list(engine(name).pieces(sequences, learn))
+    monkeypatch.setattr(local, "MAX_LOGIT_ELEMENTS_PER_FORWARD", 37 * model.get_output_embeddings().weight.shape[0])
+    pieces = list(engine(name).iter_logprobs(sequences, learn))
     assert max(len(some) for _, some in pieces) <= 37
     assert [k for k, _ in pieces] == [0] * 11 + [1, 2]
     for k, one in enumerate(whole):
         assert torch.allclose(torch.cat([some for number, some in pieces if number == k]), one, atol=1e-4)
-    for one, other in zip(whole, engine(name).score(sequences, learn), strict=True):
+    for one, other in zip(whole, engine(name).compute_logprobs(sequences, learn), strict=True):
         assert torch.allclose(one, other, atol=1e-4)
 
 
@@ -215,12 +215,12 @@ def test_weights_that_are_not_finite_are_a_teacher_error(tmp_path: Path, value: 
     layer = next(n for n in weights if "layers.1" in n and "down_proj" in n)
     weights[layer][0, 0] = value
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    source = Source(str(folder))
-    voice = open_voice(source, "broken")
-    broken = LocalEngine(open_model(source, voice, "broken"), len(voice.vocabulary))
+    source = ModelSource(str(folder))
+    voice = load_renderer(source, "broken")
+    broken = TransformersEngine(load_model(source, voice, "broken"), len(voice.vocabulary))
     prompts = asked(voice)[:2]
     with pytest.raises(TeacherError, match="not finite") as caught:
-        list(broken.score(prompts, [np.arange(len(p)) > 0 for p in prompts]))
+        list(broken.compute_logprobs(prompts, [np.arange(len(p)) > 0 for p in prompts]))
     assert caught.value.exit_code == 5
     with pytest.raises(TeacherError, match="not finite"):
         broken.generate(prompts, voice.stop_ids, 4)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from persea.errors import Stopped
-from persea.training.distributed.launcher import launch
-from persea.training.distributed.world import Shard, World
+from persea.errors import RunInterrupted
+from persea.training.distributed.launcher import launch_processes
+from persea.training.distributed.world import ParallelStrategy, World
 from tests.cli.test_cli import warm
 from tests.worlds_of_two import SETTINGS, Trouble, final, student_run
 
@@ -39,22 +39,22 @@ def weights(folder: Path) -> list[torch.Tensor]:
     return values
 
 
-def two(folder: Path, shard: Shard = Shard.DDP, trouble: Trouble = Trouble(), **changes: Any) -> None:  # noqa: B008 (frozen)
-    launch(student_run, (folder, shard, replace(SETTINGS, **changes), trouble), 2, lambda told: None)
+def two(folder: Path, shard: ParallelStrategy = ParallelStrategy.DDP, trouble: Trouble = Trouble(), **changes: Any) -> None:  # noqa: B008 (frozen)
+    launch_processes(student_run, (folder, shard, replace(SETTINGS, **changes), trouble), 2, lambda told: None)
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same training in one process."""
     folder = tmp_path_factory.mktemp("one")
-    student_run(World(), None, folder, Shard.DDP, SETTINGS, Trouble())
+    student_run(World(), None, folder, ParallelStrategy.DDP, SETTINGS, Trouble())
     return folder
 
 
-@pytest.mark.parametrize("shard", list(Shard))
-def test_two_processes_learn_what_one_learns_from_the_same_batches(tmp_path: Path, one: Path, shard: Shard) -> None:
+@pytest.mark.parametrize("shard", list(ParallelStrategy))
+def test_two_processes_learn_what_one_learns_from_the_same_batches(tmp_path: Path, one: Path, shard: ParallelStrategy) -> None:
     heard: list[Any] = []
-    launch(student_run, (tmp_path, shard, SETTINGS, Trouble()), 2, heard.append)
+    launch_processes(student_run, (tmp_path, shard, SETTINGS, Trouble()), 2, heard.append)
     assert heard[-1] == SETTINGS.steps
     assert losses(tmp_path) == pytest.approx(losses(one), rel=CLOSE)
     assert losses(one)[0] - losses(one)[-1] > 1  # it learns at all
@@ -67,12 +67,12 @@ def test_two_processes_learn_what_one_learns_from_the_same_batches(tmp_path: Pat
 
 
 def test_from_two_to_one_to_two_the_batches_go_on_and_a_signal_to_one_rank_stops_both_with_the_same_bytes(tmp_path: Path, one: Path) -> None:
-    with pytest.raises(Stopped, match=r"stopped by SIGTERM; step 2 is saved") as caught:
+    with pytest.raises(RunInterrupted, match=r"stopped by SIGTERM; step 2 is saved") as caught:
         two(tmp_path / "mixed", trouble=Trouble(1, 1, signal.SIGTERM))
     assert caught.value.exit_code == 143
     short = Trouble(0, 3, signal.SIGINT)
-    with pytest.raises(Stopped, match=r"stopped by SIGINT; step 4 is saved") as caught:
-        student_run(World(), None, tmp_path / "mixed", Shard.DDP, SETTINGS, short)
+    with pytest.raises(RunInterrupted, match=r"stopped by SIGINT; step 4 is saved") as caught:
+        student_run(World(), None, tmp_path / "mixed", ParallelStrategy.DDP, SETTINGS, short)
     assert caught.value.exit_code == 130
     two(tmp_path / "mixed")
     assert [line["step"] for line in lines(tmp_path / "mixed")] == [1, 2, 3, 4, 5, 6]
@@ -83,7 +83,7 @@ def test_from_two_to_one_to_two_the_batches_go_on_and_a_signal_to_one_rank_stops
 def test_interrupted_or_not_two_processes_end_with_the_same_bytes(tmp_path: Path) -> None:
     """Three steps, then three more: as six at once. In the middle a loss is not a number on one rank, and both leave that step out."""
     two(tmp_path / "whole", trouble=Trouble(1, 4, nan=True))
-    with pytest.raises(Stopped):
+    with pytest.raises(RunInterrupted):
         two(tmp_path / "parts", trouble=Trouble(0, 2, signal.SIGTERM))
     two(tmp_path / "parts", trouble=Trouble(1, 4, nan=True))
     assert final(tmp_path / "whole") == final(tmp_path / "parts")

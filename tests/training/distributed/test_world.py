@@ -5,21 +5,21 @@ from __future__ import annotations
 import pytest
 
 from persea.errors import RecipeError
-from persea.training.distributed.world import Shard, World, launched_world, refuse_too_many, refuse_unheard
+from persea.training.distributed.world import ParallelStrategy, World, detect_world, refuse_on_policy_processes, refuse_too_many_processes
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 FIRST = TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0"}
 
 
 def test_a_process_alone_is_a_world_of_one() -> None:
-    assert launched_world(1, {}) == launched_world(4, {"PATH": "/bin", "SLURM_STEP_NUM_TASKS": "1"}) == World(0, 1)
-    assert World().gather("x") == ["x"]
-    assert World().told("x") == "x"
+    assert detect_world(1, {}) == detect_world(4, {"PATH": "/bin", "SLURM_STEP_NUM_TASKS": "1"}) == World(0, 1)
+    assert World().all_gather("x") == ["x"]
+    assert World().broadcast("x") == "x"
 
 
 def test_what_torchrun_sets_is_a_world() -> None:
-    assert launched_world(1, TORCHRUN) == World(1, 2)
-    assert launched_world(1, FIRST | {"WORLD_SIZE": "1"}) == World(0, 1)
+    assert detect_world(1, TORCHRUN) == World(1, 2)
+    assert detect_world(1, FIRST | {"WORLD_SIZE": "1"}) == World(0, 1)
 
 
 WRONG: dict[str, tuple[int, dict[str, str], bool, str]] = {
@@ -38,7 +38,7 @@ WRONG: dict[str, tuple[int, dict[str, str], bool, str]] = {
 def test_a_launch_that_is_half_done_is_refused_with_what_to_say_instead(what: str) -> None:
     procs, environment, training, words = WRONG[what]
     with pytest.raises(RecipeError) as caught:
-        launched_world(procs, environment, training=training)
+        detect_world(procs, environment, is_training_only=training)
     assert words in str(caught.value)
     assert "persea train RECIPE --procs N, or torchrun" in caught.value.remedy
     assert caught.value.exit_code == 2
@@ -49,7 +49,7 @@ def test_a_launch_that_is_half_done_is_refused_with_what_to_say_instead(what: st
     {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "7"}, FIRST | {"RANK": "2"}, {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}])
 def test_one_process_says_it_and_the_others_end_alike(environment: dict[str, str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        launched_world(1, environment)
+        detect_world(1, environment)
     assert ended.value.code == 2
 
 
@@ -57,19 +57,19 @@ def test_one_process_says_it_and_the_others_end_alike(environment: dict[str, str
     (2, 2, 1, True), (3, 2, 1, False), (1, 4, 4, True), (2, 7, 4, False), (2, 8, 4, True), (5, 4, 1, False)])
 def test_a_batch_has_a_conversation_for_each_process_each_time(world: int, batch: int, accumulate: int, fits: bool) -> None:
     if fits:
-        refuse_too_many(world, batch, accumulate)
+        refuse_too_many_processes(world, batch, accumulate)
         return
     with pytest.raises(RecipeError, match=rf"training\.batch: a batch of {batch} conversations cannot be split over {world} processes"):
-        refuse_too_many(world, batch, accumulate)
+        refuse_too_many_processes(world, batch, accumulate)
 
 
 @pytest.mark.parametrize(("world", "shard", "budgets", "words"), [
-    (1, Shard.FSDP, ("far",), ""), (2, Shard.DDP, (), ""), (2, Shard.DDP, ("far",), "each of 2 processes would spend the budget of far"),
-    (2, Shard.FSDP, (), "a student of which each process holds a part cannot answer for itself")])
+    (1, ParallelStrategy.FSDP, ("far",), ""), (2, ParallelStrategy.DDP, (), ""), (2, ParallelStrategy.DDP, ("far",), "each of 2 processes would spend the budget of far"),
+    (2, ParallelStrategy.FSDP, (), "a student of which each process holds a part cannot answer for itself")])
 def test_own_answers_are_heard_where_each_process_holds_the_student_and_nothing_is_spent_twice(
-        world: int, shard: Shard, budgets: tuple[str, ...], words: str) -> None:
+        world: int, shard: ParallelStrategy, budgets: tuple[str, ...], words: str) -> None:
     if not words:
-        refuse_unheard(world, shard, budgets)
+        refuse_on_policy_processes(world, shard, budgets)
         return
     with pytest.raises(RecipeError, match=rf"training\.on_policy: {words} -> "):
-        refuse_unheard(world, shard, budgets)
+        refuse_on_policy_processes(world, shard, budgets)
