@@ -27,7 +27,13 @@ ROOT = Path(__file__).resolve().parent.parent
 BAD = "deliberately-bad"
 
 
-def recorded(items: int) -> tuple[list[tuple[Task, tuple[TaskItem, ...]]], dict[tuple[str, str], dict[str, ItemResult]], RunContext]:
+def recorded(
+    items: int,
+) -> tuple[
+    list[tuple[Task, tuple[TaskItem, ...]]],
+    dict[tuple[str, str], dict[str, ItemResult]],
+    RunContext,
+]:
     """The quickstart's skills with their audition questions, and every teacher's graded answer to each."""
     recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml", [f"audition.items={items}"])
     river = RunContext(recipe, ROOT / "runs" / "bench-audition")
@@ -38,15 +44,23 @@ def recorded(items: int) -> tuple[list[tuple[Task, tuple[TaskItem, ...]]], dict[
     for name in river.renderers:
         speaker = river.evaluated_model(name, recipe.audition.batch, (), load)
         for skill, some in skills:
-            results, _ = answer_items(speaker, speaker.efforts[0], skill, some, recipe.capture.max_new_tokens)
+            results, _ = answer_items(
+                speaker, speaker.efforts[0], skill, some, recipe.capture.max_new_tokens
+            )
             answers[name, skill.name] = {r.item.prompt.id: r for r in results}
-            print(f"{name:16} {skill.name:12} {sum(r.value for r in results) / len(results):.3f} of {len(results)}", flush=True)
+            print(
+                f"{name:16} {skill.name:12} {sum(r.value for r in results) / len(results):.3f} of {len(results)}",
+                flush=True,
+            )
     for skill, some in skills:
         said = [r for name in river.renderers for r in answers[name, skill.name].values()]
         drawn = random.Random(0).choices(said, k=len(some))
         results = grade_answers(skill, some, [(r.answer, r.finish) for r in drawn])
         answers[BAD, skill.name] = {r.item.prompt.id: r for r in results}
-        print(f"{BAD:16} {skill.name:12} {sum(r.value for r in results) / len(results):.3f} of {len(results)}", flush=True)
+        print(
+            f"{BAD:16} {skill.name:12} {sum(r.value for r in results) / len(results):.3f} of {len(results)}",
+            flush=True,
+        )
     return skills, answers, river
 
 
@@ -55,7 +69,12 @@ def main() -> None:
     items = int(sys.argv[2]) if len(sys.argv) > 2 else 100
     skills, answers, river = recorded(items)
     teachers = [*river.renderers, BAD]
-    efforts = {t: river.measured_efforts(t, ())[0] if t in river.renderers else next(iter(river.measured_efforts(n, ())[0] for n in river.renderers)) for t in teachers}
+    efforts = {
+        t: river.measured_efforts(t, ())[0]
+        if t in river.renderers
+        else next(iter(river.measured_efforts(n, ())[0] for n in river.renderers))
+        for t in teachers
+    }
 
     def ask(name: str, skill: Task, some: Sequence[TaskItem]) -> list[ItemResult]:
         return [answers[name, skill.name][i.prompt.id] for i in some]
@@ -64,7 +83,9 @@ def main() -> None:
     for skill, some in skills:
         order = interleave_languages(some, 0)
         said = {t: ask(t, skill, order) for t in teachers}
-        course = TaskRace(skill.name, order, {t: [r.value for r in mine] for t, mine in said.items()}, said)
+        course = TaskRace(
+            skill.name, order, {t: [r.value for r in mine] for t, mine in said.items()}, said
+        )
         course.update_eliminated(len(order))
         whole.append(course)
     truth = build_cast(whole, efforts, {}, river.recipe.audition.floor).parts
@@ -74,15 +95,33 @@ def main() -> None:
         found = build_cast(courses, efforts, {}, river.recipe.audition.floor).parts
         asked = sum(len(v) for c in courses for v in c.scores.values())
         names = {p: [t for t, _ in mine] for p, mine in found.items()}
-        runs.append({"seed": seed, "right": {p: names.get(p) == [t for t, _ in mine] for p, mine in truth.items() if "/" not in p},
-                     "parts": names, "asked": asked,
-                     "share": round(asked / sum(len(s) * len(teachers) for _, s in skills), 4),
-                     "bad": any(t == BAD for part in found.values() for t, _ in part)})
+        runs.append(
+            {
+                "seed": seed,
+                "right": {
+                    p: names.get(p) == [t for t, _ in mine]
+                    for p, mine in truth.items()
+                    if "/" not in p
+                },
+                "parts": names,
+                "asked": asked,
+                "share": round(asked / sum(len(s) * len(teachers) for _, s in skills), 4),
+                "bad": any(t == BAD for part in found.values() for t, _ in part),
+            }
+        )
         print(seed, runs[-1]["parts"], runs[-1]["share"], flush=True)
-    told = {"seeds": seeds, "items": items, "teachers": teachers, "bets": intervals.BETTING_STAKES,
-            "truth": {p: [t for t, _ in mine] for p, mine in truth.items()}, "all_right": sum(all(r["right"].values()) for r in runs),
-            "bad_teacher_cast": sum(r["bad"] for r in runs), "share_mean": round(sum(r["share"] for r in runs) / seeds, 4),
-            "share_most": max(r["share"] for r in runs), "runs": runs}
+    told = {
+        "seeds": seeds,
+        "items": items,
+        "teachers": teachers,
+        "bets": intervals.BETTING_STAKES,
+        "truth": {p: [t for t, _ in mine] for p, mine in truth.items()},
+        "all_right": sum(all(r["right"].values()) for r in runs),
+        "bad_teacher_cast": sum(r["bad"] for r in runs),
+        "share_mean": round(sum(r["share"] for r in runs) / seeds, 4),
+        "share_most": max(r["share"] for r in runs),
+        "runs": runs,
+    }
     print(json.dumps({k: v for k, v in told.items() if k != "runs"}, indent=1))
     (ROOT / "bench" / "results" / "audition.json").write_text(json.dumps(told, indent=1) + "\n")
 

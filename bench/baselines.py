@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from persea.chat.renderer import ChatRenderer
 
 
-def composed(divergence_N: torch.Tensor, row_N: torch.Tensor, cross_entropy_L: torch.Tensor, share: float) -> torch.Tensor:
+def composed(
+    divergence_N: torch.Tensor, row_N: torch.Tensor, cross_entropy_L: torch.Tensor, share: float
+) -> torch.Tensor:
     """Mean over L learned positions, each of weight one: share * divergence + (1 - share) * cross-entropy at the positions
     row_N (indices into L) where the method speaks, full cross-entropy elsewhere."""
     loss_L = cross_entropy_L.index_add(0, row_N, share * (divergence_N - cross_entropy_L[row_N]))
@@ -46,12 +48,23 @@ class Shared:
 def shared(teacher: ChatRenderer, student: ChatRenderer) -> Shared:
     """Matched by bytes (strings would find 25,036 of Gemma's and Llama's 86,434). The first of several stop tokens counts."""
     of_student = {b: i for i, b in enumerate(student.vocabulary.bytes_W) if b is not None}
-    pairs = [(i, of_student[b]) for i, b in enumerate(teacher.vocabulary.bytes_W) if b is not None and b in of_student]
+    pairs = [
+        (i, of_student[b])
+        for i, b in enumerate(teacher.vocabulary.bytes_W)
+        if b is not None and b in of_student
+    ]
     pairs.append((teacher.stop_ids[0], student.stop_ids[0]))
     return Shared(torch.tensor([i for i, _ in pairs]), torch.tensor([i for _, i in pairs]))
 
 
-def strict(logits_NV: torch.Tensor, probs_NW: torch.Tensor, both: Shared, *, reverse: bool = False, top: int | None = None) -> torch.Tensor:
+def strict(
+    logits_NV: torch.Tensor,
+    probs_NW: torch.Tensor,
+    both: Shared,
+    *,
+    reverse: bool = False,
+    top: int | None = None,
+) -> torch.Tensor:
     """Both distributions cut down to the shared tokens and renormalised; KL(teacher || student), or reverse; nats, [N].
 
         P'(k) = P(k) / P(K),  Q'(k) = Q(k) / Q(K),  KL(P' || Q')
@@ -61,7 +74,10 @@ def strict(logits_NV: torch.Tensor, probs_NW: torch.Tensor, both: Shared, *, rev
     the other side's tokens did not share their bytes, and a realised 1:1 position tells what comes next. A position where
     the teacher gives no shared token any mass says nothing: 0.
     """
-    p_NK, log_q_NK = probs_NW[:, both.teacher_K], torch.log_softmax(logits_NV[:, both.student_K], -1)
+    p_NK, log_q_NK = (
+        probs_NW[:, both.teacher_K],
+        torch.log_softmax(logits_NV[:, both.student_K], -1),
+    )
     if top is not None and top < log_q_NK.shape[1]:
         at_NK = log_q_NK.detach().topk(top, -1).indices
         p_NK, log_q_NK = p_NK.gather(1, at_NK), torch.log_softmax(log_q_NK.gather(1, at_NK), -1)
@@ -71,7 +87,9 @@ def strict(logits_NV: torch.Tensor, probs_NW: torch.Tensor, both: Shared, *, rev
     log_q_NK = log_q_NK[says]
     if reverse:
         if bool((p_NK == 0).any()):
-            raise ValueError("reverse KL is infinite where the teacher gives 0: it needs rows of a softmax, whole and unsampled")
+            raise ValueError(
+                "reverse KL is infinite where the teacher gives 0: it needs rows of a softmax, whole and unsampled"
+            )
         kl = (log_q_NK.exp() * (log_q_NK - p_NK.log())).sum(-1)
     else:
         kl = (torch.xlogy(p_NK, p_NK) - p_NK * log_q_NK).sum(-1)
@@ -100,7 +118,9 @@ def uld(logits_NV: torch.Tensor, probs_NW: torch.Tensor) -> torch.Tensor:
 # ---- longest prefix (BPM) -----------------------------------------------------------------------------------------------
 
 
-def longest_prefix(teacher: ChatRenderer, student: ChatRenderer, emitted: bytes = b"") -> torch.Tensor:
+def longest_prefix(
+    teacher: ChatRenderer, student: ChatRenderer, emitted: bytes = b""
+) -> torch.Tensor:
     """For each teacher token the longest student token that begins its bytes, int64 [W]; -1 for control tokens.
 
     With `emitted`: inside a teacher token, of which the student has already written these bytes; then the rest of the
@@ -111,8 +131,15 @@ def longest_prefix(teacher: ChatRenderer, student: ChatRenderer, emitted: bytes 
     out = torch.full((len(teacher.vocabulary),), -1, dtype=torch.int64)
     for w, raw in enumerate(teacher.vocabulary.bytes_W):
         if raw and len(raw) > len(emitted) and raw.startswith(emitted):
-            rest = raw[len(emitted):]
-            out[w] = next((of_student[rest[:n]] for n in range(min(longest, len(rest)), 0, -1) if rest[:n] in of_student), -1)
+            rest = raw[len(emitted) :]
+            out[w] = next(
+                (
+                    of_student[rest[:n]]
+                    for n in range(min(longest, len(rest)), 0, -1)
+                    if rest[:n] in of_student
+                ),
+                -1,
+            )
     if not emitted:
         out[list(teacher.stop_ids)] = student.stop_ids[0]
     return out
@@ -130,7 +157,9 @@ def bpm(logits_NV: torch.Tensor, probs_NW: torch.Tensor, prefix_W: torch.Tensor)
     teacher's boundary tells the future.
     """
     known = prefix_W >= 0
-    t_NV = torch.zeros_like(logits_NV).index_add(1, prefix_W[known].to(logits_NV.device), probs_NW[:, known].to(logits_NV.dtype))
+    t_NV = torch.zeros_like(logits_NV).index_add(
+        1, prefix_W[known].to(logits_NV.device), probs_NW[:, known].to(logits_NV.dtype)
+    )
     mass_N = t_NV.sum(-1)
     says = mass_N > 0
     t_NV = t_NV[says] / mass_N[says, None]
@@ -141,15 +170,24 @@ def bpm(logits_NV: torch.Tensor, probs_NW: torch.Tensor, prefix_W: torch.Tensor)
 # ---- chunk likelihood (ALM) ---------------------------------------------------------------------------------------------
 
 
-def chunk_logprobs(logits_NV: torch.Tensor, targets_N: torch.Tensor, chunk_N: torch.Tensor, chunks: int) -> torch.Tensor:
+def chunk_logprobs(
+    logits_NV: torch.Tensor, targets_N: torch.Tensor, chunk_N: torch.Tensor, chunks: int
+) -> torch.Tensor:
     """Natural log-probability of each chunk: the sum over the positions whose chunk_N names it; -1 = in no chunk. [C]"""
     logprob_N = -F.cross_entropy(logits_NV, targets_N, reduction="none")
     inside = chunk_N >= 0
-    return torch.zeros(chunks, dtype=logits_NV.dtype, device=logits_NV.device).index_add(0, chunk_N[inside], logprob_N[inside])
+    return torch.zeros(chunks, dtype=logits_NV.dtype, device=logits_NV.device).index_add(
+        0, chunk_N[inside], logprob_N[inside]
+    )
 
 
-def chunk_likelihood(student_C: torch.Tensor, teacher_C: torch.Tensor, *, temperature: float = 100.0,
-                     correction_C: torch.Tensor | None = None) -> torch.Tensor:
+def chunk_likelihood(
+    student_C: torch.Tensor,
+    teacher_C: torch.Tensor,
+    *,
+    temperature: float = 100.0,
+    correction_C: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Binary KL between the tempered probabilities that the two models give to the chunk that really stands there; nats, [C].
 
         p = P_T(chunk)^(1/temperature),  q = P_S(chunk)^(1/temperature),  p log(p/q) + (1-p) log((1-p)/(1-q))
@@ -165,8 +203,12 @@ def chunk_likelihood(student_C: torch.Tensor, teacher_C: torch.Tensor, *, temper
     """
     teacher_C = teacher_C if correction_C is None else teacher_C + correction_C
     if bool((teacher_C > 1e-6).any()):
-        raise ValueError("a chunk of probability above 1: a correction that belongs to other chunks, or log-probabilities that are none")
-    tiny = torch.finfo(student_C.dtype).eps  # a chunk that is certain on both sides costs nothing and has log(1-p) = -inf
+        raise ValueError(
+            "a chunk of probability above 1: a correction that belongs to other chunks, or log-probabilities that are none"
+        )
+    tiny = torch.finfo(
+        student_C.dtype
+    ).eps  # a chunk that is certain on both sides costs nothing and has log(1-p) = -inf
     log_p, log_q = (x.clamp(max=-tiny * temperature) / temperature for x in (teacher_C, student_C))
     not_p, not_q = (torch.log(-torch.expm1(x)) for x in (log_p, log_q))
     return log_p.exp() * (log_p - log_q) + not_p.exp() * (not_p - not_q)
@@ -192,8 +234,16 @@ class Sequence:
     ends_T: torch.Tensor
 
 
-def gold(teacher_tokenizer: Any, student_tokenizer: Any, *, merge: str = "observed", hybrid: bool = True, extended: bool = True,
-         cross_entropy: float = 0.0, **options: Any) -> Any:
+def gold(
+    teacher_tokenizer: Any,
+    student_tokenizer: Any,
+    *,
+    merge: str = "observed",
+    hybrid: bool = True,
+    extended: bool = True,
+    cross_entropy: float = 0.0,
+    **options: Any,
+) -> Any:
     """TRL's own ULDLoss with TRL's own defaults (1.16.0; `pip install 'persea[bench]'`); used by `gold_loss`.
 
     The tokenizers need `get_vocab()` only. GOLD (Patiño et al., Hugging Face, 2025-10): spans by byte offsets; within a span
@@ -206,19 +256,41 @@ def gold(teacher_tokenizer: Any, student_tokenizer: Any, *, merge: str = "observ
         from trl.experimental.gold import GOLDConfig
         from trl.experimental.gold.gold_trainer import ULDLoss
     except ImportError as error:
-        raise SystemExit("GOLD is TRL's own code: pip install 'persea[bench]' (trl==1.16.0)") from error
-    config = GOLDConfig(output_dir="unused", use_uld_loss=True, use_cpu=True, bf16=False, uld_token_merge_strategy=merge, uld_use_hybrid_loss=hybrid,
-                        use_extended_uld=extended, uld_crossentropy_weight=cross_entropy, **options)
+        raise SystemExit(
+            "GOLD is TRL's own code: pip install 'persea[bench]' (trl==1.16.0)"
+        ) from error
+    config = GOLDConfig(
+        output_dir="unused",
+        use_uld_loss=True,
+        use_cpu=True,
+        bf16=False,
+        uld_token_merge_strategy=merge,
+        uld_use_hybrid_loss=hybrid,
+        use_extended_uld=extended,
+        uld_crossentropy_weight=cross_entropy,
+        **options,
+    )
     return ULDLoss(config, student_tokenizer=student_tokenizer, teacher_tokenizer=teacher_tokenizer)
 
 
-def gold_loss(loss: Callable[..., torch.Tensor], student: Sequence, teacher: Sequence) -> torch.Tensor:
+def gold_loss(
+    loss: Callable[..., torch.Tensor], student: Sequence, teacher: Sequence
+) -> torch.Tensor:
     """One sequence through TRL's loss; a scalar."""
+
     def labels(side: Sequence) -> torch.Tensor:
         return torch.where(side.learned_T, side.ids_T, -100)[None]
 
     def offsets(side: Sequence) -> torch.Tensor:
         return torch.stack([side.starts_T, side.ends_T], -1)[None]
 
-    return loss(student.logits_TV[None], teacher.logits_TV[None], labels(student), labels(teacher), student.ids_T[None], teacher.ids_T[None],
-                student_byte_offsets=offsets(student), teacher_byte_offsets=offsets(teacher))
+    return loss(
+        student.logits_TV[None],
+        teacher.logits_TV[None],
+        labels(student),
+        labels(teacher),
+        student.ids_T[None],
+        teacher.ids_T[None],
+        student_byte_offsets=offsets(student),
+        teacher_byte_offsets=offsets(teacher),
+    )

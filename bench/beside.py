@@ -33,7 +33,10 @@ OUT = Path(__file__).resolve().parent / "results" / "beside.json"
 TEACHERS = ("qwen3", "gemma3", "gpt-oss")
 LANGUAGES = ("eng", "vie", "zho-CN", "jpn", "tha")
 LINES, SEEN = 30, 400  # lines of each language asked; lines that frequencies are counted in
-WHOLE, LOOK = 3, 500  # contexts a side at which every token is asked; of every so many contexts one's mass is looked at
+WHOLE, LOOK = (
+    3,
+    500,
+)  # contexts a side at which every token is asked; of every so many contexts one's mass is looked at
 
 
 def voice(name: str) -> ChatRenderer:
@@ -41,7 +44,9 @@ def voice(name: str) -> ChatRenderer:
 
 
 def lines(language: str) -> list[str]:
-    text = unicodedata.normalize("NFC", (DATA / "parallel" / f"ntrex.{language}.txt").read_text(encoding="utf-8"))
+    text = unicodedata.normalize(
+        "NFC", (DATA / "parallel" / f"ntrex.{language}.txt").read_text(encoding="utf-8")
+    )
     return [line for line in text.split("\n") if line]
 
 
@@ -63,7 +68,9 @@ def main() -> None:
         spent, boundaries, asked, seen, looked, curve = 0.0, 0, 0, 0, 0, list[tuple[int, float]]()
         missed, found_mass = 0.0, 0.0
         whole = {id(mask): list[float]() for mask in masks}
-        elsewhere = {id(mask): fresh(mask) for mask in masks}  # what is looked at there warms nothing that is timed
+        elsewhere = {
+            id(mask): fresh(mask) for mask in masks
+        }  # what is looked at there warms nothing that is timed
         rare = {language: frequencies(teacher, lines(language)[:SEEN]) for language in LANGUAGES}
         for k in range(LINES):
             for language in LANGUAGES:
@@ -71,10 +78,26 @@ def main() -> None:
                 own, theirs = student.render(talk), teacher.render(talk)
                 at = align([own], [theirs]).boundaries
                 begun = time.process_time()
-                contexts = [(bridge.student_mask, c, s, own, common[language]) for c, s in zip(
-                    bridge.student_mask.other.supervised_context_ids(theirs, at.teacher_C).tolist(), at.student_C.tolist(), strict=True)]
-                contexts += [(bridge.teacher_mask, c, t, theirs, rare[language]) for c, t in zip(
-                    bridge.teacher_mask.other.supervised_context_ids(own, at.student_C).tolist(), at.teacher_C.tolist(), strict=True)]
+                contexts = [
+                    (bridge.student_mask, c, s, own, common[language])
+                    for c, s in zip(
+                        bridge.student_mask.other.supervised_context_ids(
+                            theirs, at.teacher_C
+                        ).tolist(),
+                        at.student_C.tolist(),
+                        strict=True,
+                    )
+                ]
+                contexts += [
+                    (bridge.teacher_mask, c, t, theirs, rare[language])
+                    for c, t in zip(
+                        bridge.teacher_mask.other.supervised_context_ids(
+                            own, at.student_C
+                        ).tolist(),
+                        at.teacher_C.tolist(),
+                        strict=True,
+                    )
+                ]
                 spent += time.process_time() - begun
                 for mask, context, token, tokens, often in contexts:
                     row = often / 2
@@ -88,16 +111,31 @@ def main() -> None:
                     asked, seen = asked + len(likely), seen + 1
                     if seen % LOOK == 0:
                         rest = np.flatnonzero((row > 0) & (row < MIN_CANDIDATE_PROB))
-                        missed += float(row[elsewhere[id(mask)].impossible_tokens(context, rest)].sum())
+                        missed += float(
+                            row[elsewhere[id(mask)].impossible_tokens(context, rest)].sum()
+                        )
                         found_mass, looked = found_mass + float(row[dead].sum()), looked + 1
                 boundaries += len(at.student_C)
             curve.append((boundaries, spent))
-        out[name] = {"boundaries": boundaries, "likely_tokens": round(asked / 2 / boundaries), "ms": round(1e3 * spent / boundaries, 2),
-                     "ms_last_lines": round(1e3 * (spent - curve[-11][1]) / (boundaries - curve[-11][0]), 2),
-                     "every_token_s": round(sum(float(np.mean(some)) for some in whole.values()), 2),
-                     "dead_mass": {"contexts": looked, "found": round(found_mass / looked, 5), "missed": round(missed / looked, 5)}}
+        out[name] = {
+            "boundaries": boundaries,
+            "likely_tokens": round(asked / 2 / boundaries),
+            "ms": round(1e3 * spent / boundaries, 2),
+            "ms_last_lines": round(1e3 * (spent - curve[-11][1]) / (boundaries - curve[-11][0]), 2),
+            "every_token_s": round(sum(float(np.mean(some)) for some in whole.values()), 2),
+            "dead_mass": {
+                "contexts": looked,
+                "found": round(found_mass / looked, 5),
+                "missed": round(missed / looked, 5),
+            },
+        }
         print(name, out[name], flush=True)
-        OUT.write_text(json.dumps({"likely": MIN_CANDIDATE_PROB, "student": "llama3", "teachers": out}, indent=1) + "\n")
+        OUT.write_text(
+            json.dumps(
+                {"likely": MIN_CANDIDATE_PROB, "student": "llama3", "teachers": out}, indent=1
+            )
+            + "\n"
+        )
 
 
 def fresh(mask: BoundaryMask) -> BoundaryMask:

@@ -44,7 +44,12 @@ from tabular import (
 )
 from worlds import ALPHABET, WORLDS, Floats, World, chunks, encode, exact, markov, tilted, world
 
-MASKS: dict[str, Mask] = {"raw": no_mask, "persea's masks": persea_mask, "best masks": exact_mask, "exact": exact_weights}
+MASKS: dict[str, Mask] = {
+    "raw": no_mask,
+    "persea's masks": persea_mask,
+    "best masks": exact_mask,
+    "exact": exact_weights,
+}
 SHORT = 4  # the longest string of the worlds that students descend in: 340 strings, 341 rows
 
 # ---- floors -------------------------------------------------------------------------------------------------------------
@@ -59,13 +64,19 @@ def common_prefix_columns(w: World) -> tuple[list[int], list[int]]:
     both = {b: n for n, b in enumerate(sorted({*w.bytes_W()} & {*w.bytes_V()}, key=repr))}
 
     def to(raw: bytes | None) -> int:
-        return both[None] if raw is None else next(both[raw[:n]] for n in range(len(raw), 0, -1) if raw[:n] in both)
+        return (
+            both[None]
+            if raw is None
+            else next(both[raw[:n]] for n in range(len(raw), 0, -1) if raw[:n] in both)
+        )
 
     return [to(raw) for raw in w.bytes_W()], [to(raw) for raw in w.bytes_V()]
 
 
 def first_byte_columns(w: World) -> tuple[list[int], list[int]]:
-    return tuple([256 if raw is None else raw[0] for raw in side] for side in (w.bytes_W(), w.bytes_V()))  # type: ignore[return-value]
+    return tuple(
+        [256 if raw is None else raw[0] for raw in side] for side in (w.bytes_W(), w.bytes_V())
+    )  # type: ignore[return-value]
 
 
 Kept: TypeAlias = list[tuple[Floats, Floats]]  # of each boundary, what a mask keeps
@@ -86,7 +97,10 @@ def mean_tv(w: World, maps: tuple[list[int], list[int]], kept: Kept, room: int =
     for b, (ok_W, ok_V) in zip(w.boundaries, kept, strict=True):
         if len(w.student.vocabulary.decode(b.student)) > longest - room:
             continue
-        p, q = (np.bincount(m, row * ok, size) for m, row, ok in zip(maps, (b.p_W, b.q_V), (ok_W, ok_V), strict=True))
+        p, q = (
+            np.bincount(m, row * ok, size)
+            for m, row, ok in zip(maps, (b.p_W, b.q_V), (ok_W, ok_V), strict=True)
+        )
         lost += b.mass * tv(p / p.sum(), q / q.sum())
         total += b.mass
     return lost / total
@@ -102,13 +116,19 @@ def strict_tv(w: World) -> float:
 
 def uld_tv(w: World) -> float:
     width = max(len(w.columns_W), len(w.columns_V))
-    lost = sum(b.mass * tv(*(np.pad(np.sort(x)[::-1], (0, width - len(x))) for x in (b.p_W, b.q_V))) for b in w.boundaries)
+    lost = sum(
+        b.mass * tv(*(np.pad(np.sort(x)[::-1], (0, width - len(x))) for x in (b.p_W, b.q_V)))
+        for b in w.boundaries
+    )
     return lost / sum(b.mass for b in w.boundaries)
 
 
 def chunk_nats(w: World, kept: Kept) -> float:
     """Mean |log P_T(chunk) - log P_S(chunk)| with the masses kept at both ends taken in."""
-    mass = [(float(b.p_W @ ok_W), float(b.q_V @ ok_V)) for b, (ok_W, ok_V) in zip(w.boundaries, kept, strict=True)]
+    mass = [
+        (float(b.p_W @ ok_W), float(b.q_V @ ok_V))
+        for b, (ok_W, ok_V) in zip(w.boundaries, kept, strict=True)
+    ]
     total = lost = 0.0
     for c in chunks(w):
         (t0, s0), (t1, s1) = mass[c.begin], mass[c.end] if c.end >= 0 else (1.0, 1.0)
@@ -118,10 +138,17 @@ def chunk_nats(w: World, kept: Kept) -> float:
 
 
 def floors(w: World, masks: dict[str, Mask]) -> dict[str, float]:
-    event_maps, every = (w.event_map.teacher_event_W.tolist(), w.event_map.student_event_V.tolist()), keeps(w, no_mask)
+    event_maps, every = (
+        (w.event_map.teacher_event_W.tolist(), w.event_map.student_event_V.tolist()),
+        keeps(w, no_mask),
+    )
     total = sum(b.mass for b in w.boundaries)
-    out = {"strict": strict_tv(w), "uld": uld_tv(w), "bpm": mean_tv(w, (prefix_columns(w).tolist(), list(range(len(w.columns_V)))), every),
-           "longest common prefix": mean_tv(w, common_prefix_columns(w), every)}
+    out = {
+        "strict": strict_tv(w),
+        "uld": uld_tv(w),
+        "bpm": mean_tv(w, (prefix_columns(w).tolist(), list(range(len(w.columns_V)))), every),
+        "longest common prefix": mean_tv(w, common_prefix_columns(w), every),
+    }
     for name, mask in masks.items():
         kept = keeps(w, mask)
         out[f"events {name}"] = mean_tv(w, event_maps, kept)
@@ -141,7 +168,12 @@ def event_kl(s: Stack, logits_RV: torch.Tensor) -> float:
     """Mean over boundaries of KL(teacher || student) over events, both cut down to what the masks keep and renormalised."""
     p_CE, q_CE = event_masses(s, torch.softmax(logits_RV, -1)[s.row_C])
     p_CE, q_CE = (x / x.sum(-1, keepdim=True) for x in (p_CE, q_CE))
-    return float((s.mass_C * (torch.xlogy(p_CE, p_CE) - torch.xlogy(p_CE, q_CE.clamp(min=1e-300))).sum(-1)).sum() / s.mass_C.sum())
+    return float(
+        (
+            s.mass_C * (torch.xlogy(p_CE, p_CE) - torch.xlogy(p_CE, q_CE.clamp(min=1e-300))).sum(-1)
+        ).sum()
+        / s.mass_C.sum()
+    )
 
 
 def spearman(x: list[float], y: list[float]) -> float:
@@ -153,10 +185,14 @@ def tilted_student(w: World, after: str, to: int, eps: float, longest: int) -> t
     """(byte KL of the true law from the tilted one, the world whose student models the tilted law)."""
     law = markov(tilted(after, to, eps), longest)
     kl = sum(p * math.log(p / law[x]) for x, p in w.law.items())
-    return kl, World(w.name, w.law, w.teacher, w.student, w.t, exact(encode(w.student, list(law)), law))
+    return kl, World(
+        w.name, w.law, w.teacher, w.student, w.t, exact(encode(w.student, list(law)), law)
+    )
 
 
-def detection(name: str, mask: Mask, longest: int = 5, sizes: tuple[float, ...] = (.1, .2, .4, .8)) -> dict[str, float]:
+def detection(
+    name: str, mask: Mask, longest: int = 5, sizes: tuple[float, ...] = (0.1, 0.2, 0.4, 0.8)
+) -> dict[str, float]:
     """Every row of the chain tilted every way, and every loss of the tilted student less the perfect one's, against the byte KL.
 
     events: over boundaries only, so blind to what lies inside events and inside teacher tokens; composed: the objective;
@@ -172,21 +208,31 @@ def detection(name: str, mask: Mask, longest: int = 5, sizes: tuple[float, ...] 
         for to in range(5):
             for eps in sizes:
                 kl, other = tilted_student(w, after, to, eps, longest)
-                truth = torch.from_numpy(np.array([other.row_V(other.s.next[prefix]) for prefix in s.number]))
+                truth = torch.from_numpy(
+                    np.array([other.row_V(other.s.next[prefix]) for prefix in s.number])
+                )
                 logits = torch.where(truth > 0, truth.clamp(min=1e-300).log(), -60.0)
                 kls.append(kl)
                 alone.append(event_kl(s, logits))
                 composed.append(float(whole(logits)) - start)
-            last = [0.0, *composed[-len(sizes):]]
+            last = [0.0, *composed[-len(sizes) :]]
             rises.append(all(x < y for x, y in pairwise(last)))
-    return {"events": spearman(kls, alone), "composed": spearman(kls, composed), "monotone": sum(rises) / len(rises), "floor": floor,
-            "smallest": min(alone), "smallest_composed": min(composed)}
+    return {
+        "events": spearman(kls, alone),
+        "composed": spearman(kls, composed),
+        "monotone": sum(rises) / len(rises),
+        "floor": floor,
+        "smallest": min(alone),
+        "smallest_composed": min(composed),
+    }
 
 
 # ---- drift --------------------------------------------------------------------------------------------------------------
 
 
-def objectives(w: World, masks: dict[str, Mask], share: float = 0.7) -> dict[str, tuple[Stack, Objective]]:
+def objectives(
+    w: World, masks: dict[str, Mask], share: float = 0.7
+) -> dict[str, tuple[Stack, Objective]]:
     out: dict[str, tuple[Stack, Objective]] = {}
     s = stack(w, no_mask)
     for name in ("strict", "uld", "bpm"):
@@ -204,13 +250,19 @@ def objectives(w: World, masks: dict[str, Mask], share: float = 0.7) -> dict[str
 
 
 def drift(s: Stack, objective: Objective) -> dict[str, float]:
-    return {"push": push(objective, s), "byte_kl": byte_kl(s, descend(objective, s, s.truth_logits))}
+    return {
+        "push": push(objective, s),
+        "byte_kl": byte_kl(s, descend(objective, s, s.truth_logits)),
+    }
 
 
 def where_it_ends(s: Stack, objective: Objective) -> dict[str, float]:
     """The fixed point of an event objective, from the truth and from elsewhere."""
-    return {"from_truth": byte_kl(s, iterate(objective, s, s.truth_logits)), "from_elsewhere": byte_kl(s, iterate(objective, s, random_logits(s, 1))),
-            "elsewhere": byte_kl(s, random_logits(s, 1))}
+    return {
+        "from_truth": byte_kl(s, iterate(objective, s, s.truth_logits)),
+        "from_elsewhere": byte_kl(s, iterate(objective, s, random_logits(s, 1))),
+        "elsewhere": byte_kl(s, random_logits(s, 1)),
+    }
 
 
 # ---- the table ----------------------------------------------------------------------------------------------------------
@@ -221,7 +273,10 @@ def row(name: str, values: list[float], form: str = ".4f") -> str:
 
 
 def print_floors(result: dict[str, dict[str, float]]) -> None:
-    print(f"\n{'floors at the truth (total variation; chunks: nats)':<44}" + "".join(f"{n:>12}" for n in result))
+    print(
+        f"\n{'floors at the truth (total variation; chunks: nats)':<44}"
+        + "".join(f"{n:>12}" for n in result)
+    )
     for name in dict.fromkeys(k for column in result.values() for k in column):
         print(row(name, [column[name] for column in result.values()]), flush=True)
 
@@ -242,12 +297,17 @@ def main() -> None:
             table[name][f"gold {merge}"] = gold_floor(stack(w, no_mask), w, merge)["tv"]
     print_floors(table)
 
-    print(f"\n{'started at the truth: byte KL, nats a string':<44}" + "".join(f"{n:>12}" for n in WORLDS))
+    print(
+        f"\n{'started at the truth: byte KL, nats a string':<44}"
+        + "".join(f"{n:>12}" for n in WORLDS)
+    )
     short = {name: world(name, markov(longest=SHORT)) for name in WORLDS}
     pairs = {name: objectives(w, MASKS) for name, w in short.items()}
     for name, w in short.items() if with_trl else ():
         s = stack(w, no_mask)
-        pairs[name] |= {f"gold {merge}": (s, gold_objective(s, w, merge)) for merge in ("observed", "bayesian")}
+        pairs[name] |= {
+            f"gold {merge}": (s, gold_objective(s, w, merge)) for merge in ("observed", "bayesian")
+        }
     drifts: dict[str, dict[str, dict[str, float]]] = {}
     for method in pairs["same"]:
         drifts[method] = {name: drift(*pairs[name][method]) for name in WORLDS}
@@ -255,18 +315,39 @@ def main() -> None:
     print(f"\n{'push: sum of |expected gradient| at the truth':<44}")
     for method, each in drifts.items():
         print(row(method, [d["push"] for d in each.values()], ".1e"))
-    print("\nfixed points of the event objective, whole worlds: byte KL from the truth, from elsewhere")
+    print(
+        "\nfixed points of the event objective, whole worlds: byte KL from the truth, from elsewhere"
+    )
     stacks = {m: {name: stack(w, mask) for name, w in whole.items()} for m, mask in MASKS.items()}
-    ends = {f"events {m}": {name: where_it_ends(s, events(s)) for name, s in each.items()} for m, each in stacks.items()}
+    ends = {
+        f"events {m}": {name: where_it_ends(s, events(s)) for name, s in each.items()}
+        for m, each in stacks.items()
+    }
     for method, each in ends.items():
         print(row(method, [d["from_truth"] for d in each.values()], ".1e"))
         print(row("  started elsewhere", [d["from_elsewhere"] for d in each.values()], ".1e"))
-    print("\ndetection: 80 tilted students; Spearman with the byte KL; share of tilts along which the composed loss only rises")
+    print(
+        "\ndetection: 80 tilted students; Spearman with the byte KL; share of tilts along which the composed loss only rises"
+    )
     found = {m: {name: detection(name, mask) for name in WORLDS} for m, mask in MASKS.items()}
     for m, each in found.items():
-        for what, form in (("events", ".3f"), ("composed", ".3f"), ("monotone", ".2f"), ("floor", ".1e"), ("smallest", ".1e")):
+        for what, form in (
+            ("events", ".3f"),
+            ("composed", ".3f"),
+            ("monotone", ".2f"),
+            ("floor", ".1e"),
+            ("smallest", ".1e"),
+        ):
             print(row(f"events {m}: {what}", [d[what] for d in each.values()], form))
-    out = {"torch": torch.__version__, "gold": with_trl, "share": 0.7, "floors": table, "drift": drifts, "fixed_points": ends, "detection": found}
+    out = {
+        "torch": torch.__version__,
+        "gold": with_trl,
+        "share": 0.7,
+        "floors": table,
+        "drift": drifts,
+        "fixed_points": ends,
+        "detection": found,
+    }
     (Path(__file__).parent / "results" / "bias.json").write_text(json.dumps(out, indent=1) + "\n")
 
 

@@ -23,7 +23,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "RAYON_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+}
 
 import numpy as np
 import torch
@@ -37,7 +42,9 @@ from persea.chat.renderer import ChatRenderer
 from persea.models.loading import ModelSource, load_renderer
 from persea.tokenization.vocabulary import Vocabulary
 
-DATA = Path(os.environ.get("PERSEA_DATA", Path(__file__).resolve().parent.parent.parent / "shared" / "data"))
+DATA = Path(
+    os.environ.get("PERSEA_DATA", Path(__file__).resolve().parent.parent.parent / "shared" / "data")
+)
 TEACHERS, STUDENT, PAIRS, TEXT = ("qwen3", "gemma3", "gpt-oss"), "llama3", 9, 2_000
 Work = Callable[[], object]
 
@@ -54,14 +61,27 @@ def compare(ours: Work, theirs: Work, pairs: int = PAIRS) -> dict[str, float]:
     found = [(seconds(ours), seconds(theirs)) for _ in range(pairs)]
     ratios = sorted(b / a for a, b in found)
     rim = 1 if pairs > 4 else 0
-    return {"ours": statistics.median(a for a, _ in found), "theirs": statistics.median(b for _, b in found),
-            "ratio": statistics.median(ratios), "low": ratios[rim], "high": ratios[-1 - rim]}
+    return {
+        "ours": statistics.median(a for a, _ in found),
+        "theirs": statistics.median(b for _, b in found),
+        "ratio": statistics.median(ratios),
+        "low": ratios[rim],
+        "high": ratios[-1 - rim],
+    }
 
 
 def texts() -> list[str]:
     """About 600 kB, in pieces of about TEXT bytes."""
-    said = [(DATA / "parallel" / f"ntrex.{name}.txt").read_text(encoding="utf-8").split("\n") for name in ("eng", "zho-CN", "vie")]
-    said.append([json.loads(line)["code"] for line in (DATA / "eval" / "mbpp.jsonl").read_text(encoding="utf-8").splitlines()])
+    said = [
+        (DATA / "parallel" / f"ntrex.{name}.txt").read_text(encoding="utf-8").split("\n")
+        for name in ("eng", "zho-CN", "vie")
+    ]
+    said.append(
+        [
+            json.loads(line)["code"]
+            for line in (DATA / "eval" / "mbpp.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
+    )
     out, piece = [], ""
     for line in (unicodedata.normalize("NFC", line) for lines in said for line in lines):
         piece += line + "\n"
@@ -77,7 +97,11 @@ def laid(vocabulary: Vocabulary, said: Sequence[str]) -> list[RenderedTokens]:
     for ids in vocabulary.encode_batch(said):
         ids_T = np.array(ids, np.int32)
         ends_T = np.cumsum(vocabulary.lengths_W[ids_T], dtype=np.int32)
-        out.append(RenderedTokens(ids_T, ends_T - vocabulary.lengths_W[ids_T], ends_T, np.ones(len(ids_T), np.bool_)))
+        out.append(
+            RenderedTokens(
+                ids_T, ends_T - vocabulary.lengths_W[ids_T], ends_T, np.ones(len(ids_T), np.bool_)
+            )
+        )
     return out
 
 
@@ -91,16 +115,34 @@ def trl() -> Any:
     from trl.experimental.gold.gold_trainer import ULDLoss
     from trl.experimental.utils import encode_with_byte_offsets
 
-    return types.SimpleNamespace(version=TRL, Loss=ULDLoss, encode=encode_with_byte_offsets, align=ULDLoss._align_by_byte_offsets)
+    return types.SimpleNamespace(
+        version=TRL,
+        Loss=ULDLoss,
+        encode=encode_with_byte_offsets,
+        align=ULDLoss._align_by_byte_offsets,
+    )
 
 
 def uld(peer: Any, student: Vocabulary, teacher: Vocabulary) -> Any:
     """Its loss as GOLD's defaults have it, without a share of cross-entropy."""
     config = types.SimpleNamespace(
-        uld_crossentropy_weight=0.0, uld_distillation_weight=1.0, uld_student_temperature=1.0, uld_teacher_temperature=1.0,
-        uld_skip_student_eos=False, uld_skip_teacher_eos=False, use_extended_uld=True, uld_token_merge_strategy="observed",
-        uld_use_hybrid_loss=False, uld_hybrid_matched_weight=None, uld_hybrid_unmatched_weight=None, beta=0.5)
-    names = [types.SimpleNamespace(get_vocab=lambda v=v: v.backend.get_vocab(with_added_tokens=False)) for v in (student, teacher)]
+        uld_crossentropy_weight=0.0,
+        uld_distillation_weight=1.0,
+        uld_student_temperature=1.0,
+        uld_teacher_temperature=1.0,
+        uld_skip_student_eos=False,
+        uld_skip_teacher_eos=False,
+        use_extended_uld=True,
+        uld_token_merge_strategy="observed",
+        uld_use_hybrid_loss=False,
+        uld_hybrid_matched_weight=None,
+        uld_hybrid_unmatched_weight=None,
+        beta=0.5,
+    )
+    names = [
+        types.SimpleNamespace(get_vocab=lambda v=v: v.backend.get_vocab(with_added_tokens=False))
+        for v in (student, teacher)
+    ]
     return peer.Loss(config, *names, device="cpu")
 
 
@@ -123,9 +165,17 @@ def alignment(student: Vocabulary, teacher: Vocabulary, peer: Any) -> dict[str, 
     if peer is None or not teacher.byte_level:  # TRL refuses SentencePiece
         for name, work in (("from_offsets", from_offsets), ("from_text", from_text)):
             work()
-            found[name] = {"tokens_per_second": rounded(n / statistics.median(seconds(work) for _ in range(PAIRS))), "trl": None}
+            found[name] = {
+                "tokens_per_second": rounded(
+                    n / statistics.median(seconds(work) for _ in range(PAIRS))
+                ),
+                "trl": None,
+            }
         return found
-    offsets = [[list(zip(x.starts_T.tolist(), x.ends_T.tolist(), strict=True)) for x in side] for side in (ones, twos)]
+    offsets = [
+        [list(zip(x.starts_T.tolist(), x.ends_T.tolist(), strict=True)) for x in side]
+        for side in (ones, twos)
+    ]
     groups = [peer.align(a, b)[0] for a, b in zip(*offsets, strict=True)]
     spans = align(ones, twos).spans.student_C2
     assert len(spans) == sum(map(len, groups)), "both find the same spans"
@@ -137,14 +187,22 @@ def alignment(student: Vocabulary, teacher: Vocabulary, peer: Any) -> dict[str, 
         encoded = [peer.encode(v.backend, said) for v in (student, teacher)]
         return [peer.align(a[1], b[1]) for a, b in zip(*encoded, strict=True)]
 
-    for name, ours, theirs in (("from_offsets", from_offsets, trl_from_offsets), ("from_text", from_text, trl_from_text)):
+    for name, ours, theirs in (
+        ("from_offsets", from_offsets, trl_from_offsets),
+        ("from_text", from_text, trl_from_text),
+    ):
         pair = compare(ours, theirs)
-        found[name] = {"tokens_per_second": rounded(n / pair["ours"]), "trl": rounded(n / pair["theirs"]),
-                       "times_trl": spread(pair)}
+        found[name] = {
+            "tokens_per_second": rounded(n / pair["ours"]),
+            "trl": rounded(n / pair["theirs"]),
+            "times_trl": spread(pair),
+        }
     return found
 
 
-def bridges(student: ChatRenderer, teachers: dict[str, ChatRenderer]) -> tuple[dict[str, Any], dict[str, EventMap]]:
+def bridges(
+    student: ChatRenderer, teachers: dict[str, ChatRenderer]
+) -> tuple[dict[str, Any], dict[str, EventMap]]:
     """CPU seconds to build, and wall seconds to load what was kept (median of 5, digest checked)."""
     told, found = {}, {}
     with tempfile.TemporaryDirectory() as home:
@@ -159,13 +217,25 @@ def bridges(student: ChatRenderer, teachers: dict[str, ChatRenderer]) -> tuple[d
                 clock = time.perf_counter()
                 load_event_map(voice, student)
                 loads.append(time.perf_counter() - clock)
-            told[name] = {"build_cpu_seconds": rounded(built), "load_seconds": rounded(statistics.median(loads)), "events": found[name].num_events,
-                          "teacher": len(voice.vocabulary), "student": len(student.vocabulary)}
+            told[name] = {
+                "build_cpu_seconds": rounded(built),
+                "load_seconds": rounded(statistics.median(loads)),
+                "events": found[name].num_events,
+                "teacher": len(voice.vocabulary),
+                "student": len(student.vocabulary),
+            }
             print(name, told[name], flush=True)
     return told, found
 
 
-def objective(logits: torch.Tensor, tokens: torch.Tensor, bridge: EventMap, rows: np.ndarray, ids: np.ndarray, probs: np.ndarray) -> Work:
+def objective(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    bridge: EventMap,
+    rows: np.ndarray,
+    ids: np.ndarray,
+    probs: np.ndarray,
+) -> Work:
     """The event objective, forward and backward. All that this file knows of the losses' interface."""
     from persea.losses import build_batch_targets, build_event_targets, event_kl_loss
 
@@ -190,7 +260,11 @@ def case(n: int, bridge: EventMap) -> tuple[torch.Tensor, torch.Tensor, Work]:
     sizes = rng.integers(1, 30, n)
     rows = np.repeat(np.arange(n), sizes)
     probs = np.concatenate([rng.dirichlet(np.ones(k)) for k in sizes]).astype(np.float32)
-    return logits, targets, objective(logits, targets, bridge, rows, rng.integers(0, teacher, len(rows)), probs)
+    return (
+        logits,
+        targets,
+        objective(logits, targets, bridge, rows, rng.integers(0, teacher, len(rows)), probs),
+    )
 
 
 def losses(bridge: EventMap) -> dict[str, Any]:
@@ -198,27 +272,61 @@ def losses(bridge: EventMap) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for n in (64, 128, 256):
         logits, targets, events = case(n, bridge)
-        pair = compare(backward(logits, lambda logits=logits, targets=targets: F.cross_entropy(logits, targets)), events)
-        found[str(n)] = {"cross_entropy": rounded(pair["ours"]), "events": rounded(pair["theirs"]), "times_cross_entropy": spread(pair)}
+        pair = compare(
+            backward(
+                logits, lambda logits=logits, targets=targets: F.cross_entropy(logits, targets)
+            ),
+            events,
+        )
+        found[str(n)] = {
+            "cross_entropy": rounded(pair["ours"]),
+            "events": rounded(pair["theirs"]),
+            "times_cross_entropy": spread(pair),
+        }
         print(n, found[str(n)], flush=True)
     small, large = case(128, bridge)[2], case(256, bridge)[2]
     found["time_2n_over_n"] = spread(compare(small, large))
     return found
 
 
-def beside_gold(peer: Any, student: Vocabulary, teacher: Vocabulary, bridge: EventMap, n: int = 128) -> dict[str, Any]:
+def beside_gold(
+    peer: Any, student: Vocabulary, teacher: Vocabulary, bridge: EventMap, n: int = 128
+) -> dict[str, Any]:
     """ULDLoss on n student tokens of a real text, forward and backward, against the objective on as many; 3 pairs: it takes long."""
     said = texts()[0]
     (ids_s, at_s), (ids_t, at_t) = (peer.encode(v.backend, [said])[0] for v in (student, teacher))
     ids_s, at_s = ids_s[:n], at_s[:n]
     m = sum(end <= at_s[-1][1] for _, end in at_t)
     logits, _, events = case(n, bridge)
-    teacher_logits = torch.from_numpy(np.random.default_rng(1).normal(0, 3, (1, m, len(teacher))).astype(np.float32))
-    loss, of_student, of_teacher = uld(peer, student, teacher), torch.tensor([ids_s]), torch.tensor([ids_t[:m]])
-    gold = backward(logits, lambda: loss(logits[None], teacher_logits, of_student, of_teacher, of_student, of_teacher,
-                                         student_byte_offsets=torch.tensor([at_s]), teacher_byte_offsets=torch.tensor([at_t[:m]])).sum())
+    teacher_logits = torch.from_numpy(
+        np.random.default_rng(1).normal(0, 3, (1, m, len(teacher))).astype(np.float32)
+    )
+    loss, of_student, of_teacher = (
+        uld(peer, student, teacher),
+        torch.tensor([ids_s]),
+        torch.tensor([ids_t[:m]]),
+    )
+    gold = backward(
+        logits,
+        lambda: loss(
+            logits[None],
+            teacher_logits,
+            of_student,
+            of_teacher,
+            of_student,
+            of_teacher,
+            student_byte_offsets=torch.tensor([at_s]),
+            teacher_byte_offsets=torch.tensor([at_t[:m]]),
+        ).sum(),
+    )
     pair = compare(events, gold, pairs=3)
-    return {"positions": n, "teacher_positions": m, "events": rounded(pair["ours"]), "gold": rounded(pair["theirs"]), "times_ours": spread(pair)}
+    return {
+        "positions": n,
+        "teacher_positions": m,
+        "events": rounded(pair["ours"]),
+        "gold": rounded(pair["theirs"]),
+        "times_ours": spread(pair),
+    }
 
 
 def rounded(value: float) -> float:
@@ -233,12 +341,22 @@ def spread(pair: dict[str, float]) -> list[float]:
 
 def main() -> None:
     if not (DATA / "tokenizers").is_dir():
-        sys.exit("real data not found: set PERSEA_DATA to the folder that holds tokenizers/ and parallel/")
+        sys.exit(
+            "real data not found: set PERSEA_DATA to the folder that holds tokenizers/ and parallel/"
+        )
     torch.set_num_threads(1)
     peer = trl()
-    student, *others = (load_renderer(ModelSource(str(DATA / "tokenizers" / name)), name) for name in (STUDENT, *TEACHERS))
+    student, *others = (
+        load_renderer(ModelSource(str(DATA / "tokenizers" / name)), name)
+        for name in (STUDENT, *TEACHERS)
+    )
     teachers = dict(zip(TEACHERS, others, strict=True))
-    out: dict[str, Any] = {"torch": torch.__version__, "trl": peer.version if peer else None, "alignment": {}, "losses": {}}
+    out: dict[str, Any] = {
+        "torch": torch.__version__,
+        "trl": peer.version if peer else None,
+        "alignment": {},
+        "losses": {},
+    }
     for name, voice in teachers.items():
         out["alignment"][name] = alignment(student.vocabulary, voice.vocabulary, peer)
         print(name, out["alignment"][name], flush=True)
@@ -246,7 +364,11 @@ def main() -> None:
     for name in ("qwen3", "gemma3"):
         print("objective", name, flush=True)
         out["losses"][name] = losses(found[name])
-    out["gold"] = beside_gold(peer, student.vocabulary, teachers["qwen3"].vocabulary, found["qwen3"]) if peer else None
+    out["gold"] = (
+        beside_gold(peer, student.vocabulary, teachers["qwen3"].vocabulary, found["qwen3"])
+        if peer
+        else None
+    )
     print("gold", out["gold"], flush=True)
     (Path(__file__).parent / "results" / "bridge.json").write_text(json.dumps(out, indent=1) + "\n")
 

@@ -19,13 +19,35 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["corpus.0.generate=160", "corpus.1.generate=80", "corpus.2.generate=80", "corpus.3.generate=80", "corpus.4.generate=80", "capture.unit=40",
-         "audition.items=30", "evaluation.items=30", "training.steps=60", "training.checkpoint_every=7"]
+SMALL = [
+    "corpus.0.generate=160",
+    "corpus.1.generate=80",
+    "corpus.2.generate=80",
+    "corpus.3.generate=80",
+    "corpus.4.generate=80",
+    "capture.unit=40",
+    "audition.items=30",
+    "evaluation.items=30",
+    "training.steps=60",
+    "training.checkpoint_every=7",
+]
 
 
 def start(out: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "persea.cli", "run", str(ROOT / "recipes" / "quickstart.yaml"), "--out", str(out)]
-    return subprocess.Popen(command + [part for change in SMALL for part in ("--set", change)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    command = [
+        sys.executable,
+        "-m",
+        "persea.cli",
+        "run",
+        str(ROOT / "recipes" / "quickstart.yaml"),
+        "--out",
+        str(out),
+    ]
+    return subprocess.Popen(
+        command + [part for change in SMALL for part in ("--set", change)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
 
 
 def finish(out: Path) -> str:
@@ -34,7 +56,9 @@ def finish(out: Path) -> str:
     _, stderr = run.communicate()
     if run.returncode != 0:
         raise SystemExit(f"the run failed with {run.returncode}: {stderr.decode()[-2000:]}")
-    return hashlib.sha256((out / "train" / "student" / "model.safetensors").read_bytes()).hexdigest()
+    return hashlib.sha256(
+        (out / "train" / "student" / "model.safetensors").read_bytes()
+    ).hexdigest()
 
 
 def main() -> None:
@@ -52,17 +76,46 @@ def main() -> None:
             except subprocess.TimeoutExpired:
                 run.send_signal(signal.SIGKILL)
             run.communicate()
-            if run.returncode == 0:  # it came through before the kill: undo its last stages and go on killing
-                for record in (killed / "train" / "done.json", killed / "evaluate" / "done.json", killed / "report" / "done.json"):
+            if (
+                run.returncode == 0
+            ):  # it came through before the kill: undo its last stages and go on killing
+                for record in (
+                    killed / "train" / "done.json",
+                    killed / "evaluate" / "done.json",
+                    killed / "report" / "done.json",
+                ):
                     record.unlink(missing_ok=True)
                 continue
             assert run.returncode == -signal.SIGKILL, run.returncode
             done = [p.parent.name for p in killed.glob("*/done.json")]
-            stages.append(next((s for s in ("check", "audition", "capture", "train", "evaluate", "lineage", "report") if s not in done), "report"))
+            stages.append(
+                next(
+                    (
+                        s
+                        for s in (
+                            "check",
+                            "audition",
+                            "capture",
+                            "train",
+                            "evaluate",
+                            "lineage",
+                            "report",
+                        )
+                        if s not in done
+                    ),
+                    "report",
+                )
+            )
             print(f"kill {len(stages)}/{kills} in {stages[-1]}", flush=True)
         after = finish(killed)
-    result = {"kills": kills, "in_stage": {s: stages.count(s) for s in dict.fromkeys(stages)}, "uninterrupted": whole, "killed": after,
-              "equal": whole == after, "seconds": round(time.monotonic() - begin)}
+    result = {
+        "kills": kills,
+        "in_stage": {s: stages.count(s) for s in dict.fromkeys(stages)},
+        "uninterrupted": whole,
+        "killed": after,
+        "equal": whole == after,
+        "seconds": round(time.monotonic() - begin),
+    }
     (ROOT / "bench" / "results" / "chaos.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
     sys.exit(not result["equal"])

@@ -27,20 +27,40 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-import test_faults as faults  # noqa: E402  (the tests beside this folder)
-from disks import Failing  # noqa: E402
+import test_faults as faults
+from disks import Failing
 
-from persea import storage as store  # noqa: E402
-from persea.cache.maintenance import committed_units, verify_cache  # noqa: E402
-from persea.errors import StorageError  # noqa: E402
+from persea import storage as store
+from persea.cache.maintenance import committed_units, verify_cache
+from persea.errors import StorageError
 
-SMALL = ["corpus.0.generate=120", "corpus.1.generate=40", "corpus.2.generate=40", "corpus.3.generate=40", "corpus.4.generate=40", "capture.unit=10",
-         "audition.items=20", "evaluation.items=5"]
+SMALL = [
+    "corpus.0.generate=120",
+    "corpus.1.generate=40",
+    "corpus.2.generate=40",
+    "corpus.3.generate=40",
+    "corpus.4.generate=40",
+    "capture.unit=10",
+    "audition.items=20",
+    "evaluation.items=5",
+]
 
 
 def start(verb: str, out: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "persea.cli", verb, str(ROOT / "recipes" / "quickstart.yaml"), "--out", str(out)]
-    return subprocess.Popen(command + [part for change in SMALL for part in ("--set", change)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    command = [
+        sys.executable,
+        "-m",
+        "persea.cli",
+        verb,
+        str(ROOT / "recipes" / "quickstart.yaml"),
+        "--out",
+        str(out),
+    ]
+    return subprocess.Popen(
+        command + [part for change in SMALL for part in ("--set", change)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
 
 
 def finish(verb: str, out: Path) -> None:
@@ -51,8 +71,12 @@ def finish(verb: str, out: Path) -> None:
 
 
 def visible(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for kind in ("units", "commits")
-            for p in (folder / kind).glob("*") if not p.name.startswith(".")}
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for kind in ("units", "commits")
+        for p in (folder / kind).glob("*")
+        if not p.name.startswith(".")
+    }
 
 
 def kills(place: Path, rounds: int, rng: random.Random) -> dict[str, object]:
@@ -72,7 +96,9 @@ def kills(place: Path, rounds: int, rng: random.Random) -> dict[str, object]:
             run.send_signal(signal.SIGKILL)
         run.communicate()
         after = visible(killed / "capture") if (killed / "capture").is_dir() else {}
-        lost += any(after.get(name) != sha for name, sha in before.items() if name.startswith("commits"))
+        lost += any(
+            after.get(name) != sha for name, sha in before.items() if name.startswith("commits")
+        )
         if run.returncode == 0:  # through before the kill: some units go, and on
             for path in rng.sample(sorted((killed / "capture" / "commits").glob("*.json")), 12):
                 path.unlink()
@@ -81,14 +107,23 @@ def kills(place: Path, rounds: int, rng: random.Random) -> dict[str, object]:
         if run.returncode != -signal.SIGKILL:
             raise SystemExit(f"capture ended with {run.returncode}")
         count += 1
-        print(f"kill {count}/{rounds}, {len(committed_units(killed / 'capture')) if (killed / 'capture' / 'commits').is_dir() else 0} units", flush=True)
+        print(
+            f"kill {count}/{rounds}, {len(committed_units(killed / 'capture')) if (killed / 'capture' / 'commits').is_dir() else 0} units",
+            flush=True,
+        )
     finish("capture", killed)
-    return {"kills": count, "equal": visible(whole / "capture") == visible(killed / "capture"), "committed_units_touched": lost}
+    return {
+        "kills": count,
+        "equal": visible(whole / "capture") == visible(killed / "capture"),
+        "committed_units_touched": lost,
+    }
 
 
 def flips_and_cuts(capture: Path, rng: random.Random, flips: int) -> dict[str, object]:
     """On a copy of some units of a finished capture, with the records beside them."""
-    files = sorted(p for p in capture.rglob("*") if p.is_file() and p.stat().st_size)  # a list of nothing removed has no byte to flip
+    files = sorted(
+        p for p in capture.rglob("*") if p.is_file() and p.stat().st_size
+    )  # a list of nothing removed has no byte to flip
     kinds = {"/".join(p.relative_to(capture).parts[:-1]) or p.name for p in files}
     found = 0
     for k in range(flips):
@@ -100,15 +135,26 @@ def flips_and_cuts(capture: Path, rng: random.Random, flips: int) -> dict[str, o
         found += any(f.path == path for f in verify_cache(capture) if not f.is_harmless)
         path.write_bytes(data)
     cuts = cut = 0
-    for path in (next((capture / "units").glob("*.safetensors")), next((capture / "commits").glob("*.json")), capture / "done.json",
-                 capture / "summary.json"):
+    for path in (
+        next((capture / "units").glob("*.safetensors")),
+        next((capture / "commits").glob("*.json")),
+        capture / "done.json",
+        capture / "summary.json",
+    ):
         data = path.read_bytes()
         for k in range(64):
-            path.write_bytes(data[:k * (len(data) - 1) // 63])
+            path.write_bytes(data[: k * (len(data) - 1) // 63])
             cuts += 1
             cut += any(f.path == path for f in verify_cache(capture) if not f.is_harmless)
         path.write_bytes(data)
-    return {"kinds": sorted(kinds), "flips": flips, "flips_found": found, "cuts": cuts, "cuts_found": cut, "sound_again": verify_cache(capture) == []}
+    return {
+        "kinds": sorted(kinds),
+        "flips": flips,
+        "flips_found": found,
+        "cuts": cuts,
+        "cuts_found": cut,
+        "sound_again": verify_cache(capture) == [],
+    }
 
 
 def power(place: Path) -> dict[str, int]:
@@ -146,18 +192,40 @@ def main() -> None:
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        result: dict[str, object] = {"faults": failures(place / "faults"), "power": power(place / "disk")}
+        result: dict[str, object] = {
+            "faults": failures(place / "faults"),
+            "power": power(place / "disk"),
+        }
         print(json.dumps(result), flush=True)
         result["kills"] = kills(place, rounds, rng)
         print(json.dumps(result["kills"]), flush=True)
         result["damage"] = flips_and_cuts(place / "whole" / "capture", rng, 500)
     result["seconds"] = round(time.monotonic() - begin)
-    (ROOT / "bench" / "results" / "chaos-cache.json").write_text(json.dumps(result, indent=1) + "\n")
+    (ROOT / "bench" / "results" / "chaos-cache.json").write_text(
+        json.dumps(result, indent=1) + "\n"
+    )
     print(json.dumps(result, indent=1))
-    damage, killed, lost, failed = result["damage"], result["kills"], result["power"], result["faults"]
-    assert isinstance(damage, dict) and isinstance(killed, dict) and isinstance(lost, dict) and isinstance(failed, dict)
-    sys.exit(not (damage["flips"] == damage["flips_found"] and damage["cuts"] == damage["cuts_found"] and killed["equal"]
-                  and lost["sound"] == lost["disks"] and failed["fired"] == failed["refused_with_6"] == failed["same_bytes_after"] > 400))
+    damage, killed, lost, failed = (
+        result["damage"],
+        result["kills"],
+        result["power"],
+        result["faults"],
+    )
+    assert (
+        isinstance(damage, dict)
+        and isinstance(killed, dict)
+        and isinstance(lost, dict)
+        and isinstance(failed, dict)
+    )
+    sys.exit(
+        not (
+            damage["flips"] == damage["flips_found"]
+            and damage["cuts"] == damage["cuts_found"]
+            and killed["equal"]
+            and lost["sound"] == lost["disks"]
+            and failed["fired"] == failed["refused_with_6"] == failed["same_bytes_after"] > 400
+        )
+    )
 
 
 if __name__ == "__main__":

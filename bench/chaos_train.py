@@ -32,14 +32,18 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from disks import Watched  # noqa: E402  (the tests beside this folder)
-from test_cli import Started, enter, flowed, flowed_copy, start, warm  # noqa: E402
+from disks import Watched
+from test_cli import Started, enter, flowed, flowed_copy, start, warm
 
-from persea import storage as store  # noqa: E402
+from persea import storage as store
 
 MODES: dict[str, tuple[str, ...]] = {  # what each mode adds to the command
     "offline": (),
-    "on-policy": ("--set", "training.on_policy={after: 2, share: 1.0, rollouts: 8, refresh: 2, max_new_tokens: 16}")}  # a round is two steps
+    "on-policy": (
+        "--set",
+        "training.on_policy={after: 2, share: 1.0, rollouts: 8, refresh: 2, max_new_tokens: 16}",
+    ),
+}  # a round is two steps
 
 
 @dataclass(frozen=True)
@@ -63,11 +67,14 @@ POINTS = {
     "its metrics are named": Point("replace", "step-00000006.jsonl", after=True),
     "metrics.jsonl is synced, not named": Point("replace", "metrics.jsonl", n=2),
     "the record is synced, not named": Point("replace", "step-00000006.json"),
-    "the record is named, its folder not synced": Point("replace", "step-00000006.json", after=True),
+    "the record is named, its folder not synced": Point(
+        "replace", "step-00000006.json", after=True
+    ),
     "an old record is removed, its state is not": Point("remove", "step-00000003.json", after=True),
     "lessons are told of, the student is not saved": Point("replace", "feed.json", after=True),
     "the student is saved, the stage's record is not": Point("create", "done.json"),
-    "the stage's record is synced, not named": Point("replace", "done.json")}
+    "the stage's record is synced, not named": Point("replace", "done.json"),
+}
 
 
 def die(point: Point, note: Path) -> None:
@@ -158,7 +165,9 @@ def at_random(place: Path, mode: str, whole: str, kills: int, rng: random.Random
     folder, count, length = begin(place, f"{mode} random"), 0, 0.0
     clock = time.monotonic()
     running = start(*arguments(mode), folder=folder)
-    running.signal_when("train  12%", signal.SIGKILL)  # the first one tells how long it takes to the first step
+    running.signal_when(
+        "train  12%", signal.SIGKILL
+    )  # the first one tells how long it takes to the first step
     running.wait()
     count, length = 1, time.monotonic() - clock
     while count < kills:
@@ -200,7 +209,11 @@ def until(running: Started, words: str) -> list[int]:
             raise SystemExit(f"never said {words!r}: {running.err()}")
         time.sleep(0.05)
     assert running.process.pid
-    servers = [pid for pid in below(running.process.pid) if "forkserver" in Path(f"/proc/{pid}/cmdline").read_text()]
+    servers = [
+        pid
+        for pid in below(running.process.pid)
+        if "forkserver" in Path(f"/proc/{pid}/cmdline").read_text()
+    ]
     return sorted(pid for pid in servers if below(pid) == [] and pid != min(servers))
 
 
@@ -213,32 +226,68 @@ def two(place: Path, mode: str) -> dict[str, Any]:
     running.process.kill()
     running.wait()
     time.sleep(5)
-    left = [pid for pid in ranks if Path(f"/proc/{pid}").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text()]
+    left = [
+        pid
+        for pid in ranks
+        if Path(f"/proc/{pid}").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    ]
     running = start(*command, folder=folder)
     ranks = until(running, "loss")
     os.kill(ranks[1], signal.SIGSTOP)
     clock = time.monotonic()
     ended = running.wait()
-    told = {"ranks": len(ranks), "orphans": len(left), "hung": {"seconds": round(time.monotonic() - clock, 1), "code": ended.code,
-                                                              "said": ended.err.splitlines()[-1].replace(f" on {socket.gethostname()}", "")}}
+    told = {
+        "ranks": len(ranks),
+        "orphans": len(left),
+        "hung": {
+            "seconds": round(time.monotonic() - clock, 1),
+            "code": ended.code,
+            "said": ended.err.splitlines()[-1].replace(f" on {socket.gethostname()}", ""),
+        },
+    }
     return told | {"equal": finish(folder, *command) == whole}
 
 
 def torchrun(place: Path) -> dict[str, Any]:
     folder = begin(place, "torchrun")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "persea.cli", *arguments("offline")]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "persea.cli",
+        *arguments("offline"),
+    ]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"torchrun ended with {done.returncode}: {done.stderr[-2000:]}")
-    losses = [[json.loads(line)["loss"] for line in (f / "run" / "train" / "metrics.jsonl").read_text().splitlines()] for f in (folder, flowed()[0])]
-    return {"losses": len(losses[0]), "largest difference": max(abs(a - b) / b for a, b in zip(*losses, strict=True))}
+    losses = [
+        [
+            json.loads(line)["loss"]
+            for line in (f / "run" / "train" / "metrics.jsonl").read_text().splitlines()
+        ]
+        for f in (folder, flowed()[0])
+    ]
+    return {
+        "losses": len(losses[0]),
+        "largest difference": max(abs(a - b) / b for a, b in zip(*losses, strict=True)),
+    }
 
 
 def main() -> None:
     kills = int(sys.argv[1]) if len(sys.argv) > 1 else 8
     rng = random.Random(int(sys.argv[2]) if len(sys.argv) > 2 else 0)
-    parts, where = sys.argv[3:] or [*MODES, "two", "torchrun"], ROOT / "bench" / "results" / "chaos-train.json"
-    clock, result = time.monotonic(), dict[str, Any](json.loads(where.read_text()) if sys.argv[3:] else {})
+    parts, where = (
+        sys.argv[3:] or [*MODES, "two", "torchrun"],
+        ROOT / "bench" / "results" / "chaos-train.json",
+    )
+    clock, result = (
+        time.monotonic(),
+        dict[str, Any](json.loads(where.read_text()) if sys.argv[3:] else {}),
+    )
 
     def keep(**part: Any) -> None:
         nonlocal clock
@@ -251,15 +300,35 @@ def main() -> None:
         place = Path(folder)
         for mode in (m for m in MODES if m in parts):
             whole = finish(begin(place, f"{mode} whole"), *arguments(mode))
-            keep(**{mode: {"uninterrupted": whole, "points": points(place, mode, whole), "random": at_random(place, mode, whole, kills, rng)}})
+            keep(
+                **{
+                    mode: {
+                        "uninterrupted": whole,
+                        "points": points(place, mode, whole),
+                        "random": at_random(place, mode, whole, kills, rng),
+                    }
+                }
+            )
         if "two" in parts:
             keep(two=two(place, "offline"))
         if "torchrun" in parts:
             keep(torchrun=torchrun(place))
-    alike = all(result[m]["random"]["equal"] and all(p["fired"] and p["equal"] for p in result[m]["points"].values()) for m in MODES)
+    alike = all(
+        result[m]["random"]["equal"]
+        and all(p["fired"] and p["equal"] for p in result[m]["points"].values())
+        for m in MODES
+    )
     both = result["two"]
-    sys.exit(not (alike and both["equal"] and not both["orphans"] and both["hung"]["seconds"] <= 60 and both["hung"]["code"] == 7
-                  and result["torchrun"]["largest difference"] < 1e-3))
+    sys.exit(
+        not (
+            alike
+            and both["equal"]
+            and not both["orphans"]
+            and both["hung"]["seconds"] <= 60
+            and both["hung"]["code"] == 7
+            and result["torchrun"]["largest difference"] < 1e-3
+        )
+    )
 
 
 if __name__ == "__main__":

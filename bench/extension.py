@@ -39,7 +39,10 @@ FEW = (10, 50)
 
 def texts() -> dict[str, MergeTrainingText]:
     files = sorted((DATA / "parallel").glob("ntrex.*.txt"))
-    return {file.stem.removeprefix("ntrex."): one for file, one in zip(files, read_merge_training_texts([str(f) for f in files]), strict=True)}
+    return {
+        file.stem.removeprefix("ntrex."): one
+        for file, one in zip(files, read_merge_training_texts([str(f) for f in files]), strict=True)
+    }
 
 
 def shorter(spec: Mapping[str, Any], merges: Sequence[Merge], tokens: int) -> list[Merge]:
@@ -49,28 +52,45 @@ def shorter(spec: Mapping[str, Any], merges: Sequence[Merge], tokens: int) -> li
         fresh += one + other not in known
         known.add(one + other)
         if fresh == tokens:
-            return list(merges[:k + 1])
+            return list(merges[: k + 1])
     raise AssertionError(f"only {fresh} of {tokens} tokens were learned")
 
 
-def longer(backend: Tokenizer, spec: Mapping[str, Any], merges: Sequence[Merge], old: Vocabulary) -> Vocabulary:
-    new = load_vocabulary(Tokenizer.from_str(json.dumps(extend_tokenizer_spec(spec, merges))), old.name)
+def longer(
+    backend: Tokenizer, spec: Mapping[str, Any], merges: Sequence[Merge], old: Vocabulary
+) -> Vocabulary:
+    new = load_vocabulary(
+        Tokenizer.from_str(json.dumps(extend_tokenizer_spec(spec, merges))), old.name
+    )
     refuse_changed_tokens(old, new, old.name)
     return new
 
 
-def tokens_a_byte(files: Mapping[str, MergeTrainingText], old: Vocabulary, new: Vocabulary) -> dict[str, float]:
-    return {name: round(told.tokens_after / told.bytes, 4) for name, told in ((name, measure_tokenization_cost(one, old, new)) for name, one in files.items())}
+def tokens_a_byte(
+    files: Mapping[str, MergeTrainingText], old: Vocabulary, new: Vocabulary
+) -> dict[str, float]:
+    return {
+        name: round(told.tokens_after / told.bytes, 4)
+        for name, told in (
+            (name, measure_tokenization_cost(one, old, new)) for name, one in files.items()
+        )
+    }
 
 
 def measured(name: str, files: Mapping[str, MergeTrainingText]) -> dict[str, Any]:
     backend = Tokenizer.from_file(str(DATA / "tokenizers" / name / "tokenizer.json"))
     old, spec = load_vocabulary(backend, name), json.loads(backend.to_str())
     clock = time.process_time()
-    merges = learn_merges(backend, count_words(backend, [files[language].training_lines for language in LEARNED_ON]), max(SIZES))
+    merges = learn_merges(
+        backend,
+        count_words(backend, [files[language].training_lines for language in LEARNED_ON]),
+        max(SIZES),
+    )
     seconds, told = round(time.process_time() - clock, 1), {"0": tokens_a_byte(files, old, old)}
     for size in SIZES:
-        told[str(size)] = tokens_a_byte(files, old, longer(backend, spec, shorter(spec, merges, size), old))
+        told[str(size)] = tokens_a_byte(
+            files, old, longer(backend, spec, shorter(spec, merges, size), old)
+        )
     return {"known": len(old), "cpu_seconds": seconds, "tokens_a_byte": told}
 
 
@@ -79,25 +99,43 @@ def balance(files: Mapping[str, MergeTrainingText]) -> Iterator[dict[str, Any]]:
     old, spec = load_vocabulary(backend, "llama3"), json.loads(backend.to_str())
     two = {name: files[name] for name in ("khm", "lao")}
     for few in FEW:
-        khmer, lao = files["khm"].training_lines, files["lao"].training_lines[:len(files["lao"].training_lines) // few]
+        khmer, lao = (
+            files["khm"].training_lines,
+            files["lao"].training_lines[: len(files["lao"].training_lines) // few],
+        )
         for way, learn in (("by file", [khmer, lao]), ("as one", [[*khmer, *lao]])):
-            new = longer(backend, spec, learn_merges(backend, count_words(backend, learn), 512), old)
+            new = longer(
+                backend, spec, learn_merges(backend, count_words(backend, learn), 512), old
+            )
             yield {"lao": f"1/{few}", "counted": way, "tokens_a_byte": tokens_a_byte(two, old, new)}
 
 
 def main() -> None:
     files = texts()
-    result: dict[str, Any] = {"learned_on": LEARNED_ON, "held_out_bytes": {n: sum(len(t.encode()) for t in one.held_out_lines) for n, one in files.items()},
-                              "tokenizers": {}}
+    result: dict[str, Any] = {
+        "learned_on": LEARNED_ON,
+        "held_out_bytes": {
+            n: sum(len(t.encode()) for t in one.held_out_lines) for n, one in files.items()
+        },
+        "tokenizers": {},
+    }
     for name in TOKENIZERS:
         told = result["tokenizers"][name] = measured(name, files)
-        print(f"{name}: tokens a byte with {', '.join(told['tokens_a_byte'])} tokens more ({told['cpu_seconds']} s to learn)")
+        print(
+            f"{name}: tokens a byte with {', '.join(told['tokens_a_byte'])} tokens more ({told['cpu_seconds']} s to learn)"
+        )
         for language in (*LEARNED_ON, *(n for n in files if n not in LEARNED_ON)):
-            print(f"  {language:7}", *(f"{row[language]:.3f}" for row in told["tokens_a_byte"].values()), flush=True)
+            print(
+                f"  {language:7}",
+                *(f"{row[language]:.3f}" for row in told["tokens_a_byte"].values()),
+                flush=True,
+            )
     result["balance"] = list(balance(files))
     for row in result["balance"]:
         print(row)
-    (Path(__file__).parent / "results" / "extension.json").write_text(json.dumps(result, indent=1) + "\n")
+    (Path(__file__).parent / "results" / "extension.json").write_text(
+        json.dumps(result, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -36,7 +36,11 @@ def kept_answers(folder: Path, each: int, times: int) -> list[list[str]]:
         source = ModelSource(str(ROOT / "saplings" / name))
         voice = load_renderer(source, name)
         engine = TransformersEngine(load_model(source, voice, name), len(voice.vocabulary))
-        whole = [i.reference_conversation for skill in GENERATED_TASKS for i in skill.items(Split.TRAIN, each, 0)]
+        whole = [
+            i.reference_conversation
+            for skill in GENERATED_TASKS
+            for i in skill.items(Split.TRAIN, each, 0)
+        ]
         captures = list(given(name, engine, whole, [voice.render(c) for c in whole]))
         names.append([f"{name}-{k}" for k in range(times)])
         for unit in names[-1]:
@@ -51,13 +55,20 @@ def resident() -> float:
 def grown(folder: Path, names: list[list[str]], draws: int, told: Any) -> None:
     """In a process of its own: megabytes that so many draws leave, lessons and blocks that are kept."""
     voice = load_renderer(ModelSource(str(ROOT / "saplings" / "llama-sapling")), "student")
-    bridges = {name: load_event_map(load_renderer(ModelSource(str(ROOT / "saplings" / name)), name), voice) for name in TEACHERS}
+    bridges = {
+        name: load_event_map(load_renderer(ModelSource(str(ROOT / "saplings" / name)), name), voice)
+        for name in TEACHERS
+    }
     readers = [open_cache_reader(folder, mine) for mine in names]
     for read, name in zip(readers, TEACHERS, strict=True):
-        for number in range(0, len(read), max(1, len(read) // 64)):  # what masks remember is theirs, and does not count here
+        for number in range(
+            0, len(read), max(1, len(read) // 64)
+        ):  # what masks remember is theirs, and does not count here
             build_example(read[number], voice, bridges[name])
     before = resident()
-    feed = build_dataset([(read, 1.0) for read in readers], voice, bridges, batch_size=16, seed=0, max_tokens=512)
+    feed = build_dataset(
+        [(read, 1.0) for read in readers], voice, bridges, batch_size=16, seed=0, max_tokens=512
+    )
     for number in range(draws):
         feed.example(number)
     told.verbalize(resident() - before)
@@ -69,7 +80,10 @@ def feed(each: int = 1000, times: int = 5) -> dict[str, Any]:
     voice = load_renderer(where, "student")
     student = load_student(where, voice, None)
     result: dict[str, Any] = {}
-    bridges = {name: load_event_map(load_renderer(ModelSource(str(ROOT / "saplings" / name)), name), voice) for name in TEACHERS}
+    bridges = {
+        name: load_event_map(load_renderer(ModelSource(str(ROOT / "saplings" / name)), name), voice)
+        for name in TEACHERS
+    }
     with tempfile.TemporaryDirectory() as kept:
         names = kept_answers(Path(kept), each, times)
         readers = [open_cache_reader(Path(kept), mine[:1]) for mine in names]
@@ -80,7 +94,9 @@ def feed(each: int = 1000, times: int = 5) -> dict[str, Any]:
         seconds = time.process_time() - begin
         positions = sum(cache.read_record(Path(kept), mine[0])["positions"] for mine in names)
         begin = time.process_time()
-        fed = build_dataset([(read, 1.0) for read in readers], voice, bridges, batch_size=16, seed=0, max_tokens=512)
+        fed = build_dataset(
+            [(read, 1.0) for read in readers], voice, bridges, batch_size=16, seed=0, max_tokens=512
+        )
         survey = time.process_time() - begin
         lessons, steps, learned = [], [], 0
         for step in range(100):
@@ -94,17 +110,24 @@ def feed(each: int = 1000, times: int = 5) -> dict[str, Any]:
             steps.append(time.process_time() - begin)
         consumed = learned / sum(steps)
         result["saplings"] = {
-            "read_positions_per_second": round(positions / seconds), "training_positions_per_second": round(consumed),
+            "read_positions_per_second": round(positions / seconds),
+            "training_positions_per_second": round(consumed),
             "reader_over_training": round(positions / seconds / consumed, 1),
             "survey_ms_an_answer": round(1e3 * survey / sum(fed.stats.examples.values()), 2),
-            "lesson_ms_a_step": round(1e3 * statistics.median(lessons), 1), "training_ms_a_step": round(1e3 * statistics.median(steps), 1)}
+            "lesson_ms_a_step": round(1e3 * statistics.median(lessons), 1),
+            "training_ms_a_step": round(1e3 * statistics.median(steps), 1),
+        }
         print(result["saplings"], flush=True)
         apart = multiprocessing.get_context("spawn")
         for some in (1, times):
             told = apart.Queue()
-            child = apart.Process(target=grown, args=(Path(kept), [mine[:some] for mine in names], 20_000, told))
+            child = apart.Process(
+                target=grown, args=(Path(kept), [mine[:some] for mine in names], 20_000, told)
+            )
             child.start()
-            result[f"{9 * each * some:,} answers, lessons as steps want them"] = {"megabytes": round(told.get(timeout=3600))}
+            result[f"{9 * each * some:,} answers, lessons as steps want them"] = {
+                "megabytes": round(told.get(timeout=3600))
+            }
             child.join()
             print(result, flush=True)
     return result

@@ -14,7 +14,9 @@ def main() -> None:
     seconds = []
     for _ in range(9):
         begin = time.monotonic()
-        subprocess.run([sys.executable, "-m", "persea.cli", "--help"], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, "-m", "persea.cli", "--help"], check=True, stdout=subprocess.DEVNULL
+        )
         seconds.append(time.monotonic() - begin)
     result = {"best": round(min(seconds), 3), "median": round(statistics.median(seconds), 3)}
     (Path(__file__).parent / "results" / "help.json").write_text(json.dumps(result) + "\n")

@@ -53,19 +53,30 @@ def alone(keeper: Vocabulary, last: int, candidate: bytes) -> bool:
     return first == [last]
 
 
-def count(of_teacher: BoundaryMask, of_student: BoundaryMask, text: str, seen: Counter[str]) -> None:
+def count(
+    of_teacher: BoundaryMask, of_student: BoundaryMask, text: str, seen: Counter[str]
+) -> None:
     vocabularies = of_teacher.own.vocabulary, of_student.own.vocabulary
     ids = [np.array(v.encode(text), np.int64) for v in vocabularies]
-    starts = [np.cumsum(v.lengths_W[i]) - v.lengths_W[i] for v, i in zip(vocabularies, ids, strict=True)]
+    starts = [
+        np.cumsum(v.lengths_W[i]) - v.lengths_W[i] for v, i in zip(vocabularies, ids, strict=True)
+    ]
     _, k, j = np.intersect1d(*starts, assume_unique=True, return_indices=True)
-    contexts = of_student.other.context_ids(ids[0], k.tolist()), of_teacher.other.context_ids(ids[1], j.tolist())
+    contexts = (
+        of_student.other.context_ids(ids[0], k.tolist()),
+        of_teacher.other.context_ids(ids[1], j.tolist()),
+    )
     for n, (a, b) in enumerate(zip(k.tolist(), j.tolist(), strict=True)):
-        for mask, context, token, before in ((of_teacher, contexts[1][n], ids[0][a], ids[1][b - 1]),
-                                             (of_student, contexts[0][n], ids[1][b], ids[0][a - 1])):
+        for mask, context, token, before in (
+            (of_teacher, contexts[1][n], ids[0][a], ids[1][b - 1]),
+            (of_student, contexts[0][n], ids[1][b], ids[0][a - 1]),
+        ):
             seen["tokens"] += 1
             if context >= 0:
                 seen["dropped"] += len(mask.impossible_tokens(int(context), np.array([token])))
-                seen["dropped_alone"] += not alone(mask.other.vocabulary, int(before), mask.own.vocabulary.bytes_W[token] or b"")
+                seen["dropped_alone"] += not alone(
+                    mask.other.vocabulary, int(before), mask.own.vocabulary.bytes_W[token] or b""
+                )
 
 
 def main() -> None:
@@ -75,22 +86,46 @@ def main() -> None:
     student = load_renderer(ModelSource(str(DATA / "tokenizers" / "llama3")), "llama")
     out: dict[str, dict[str, dict[str, float]]] = {}
     for name, folder in TEACHERS.items():
-        bridge = load_event_map(load_renderer(ModelSource(str(DATA / "tokenizers" / folder)), name), student)
+        bridge = load_event_map(
+            load_renderer(ModelSource(str(DATA / "tokenizers" / folder)), name), student
+        )
         assert bridge.teacher_mask and bridge.student_mask
         found: dict[str, Counter[str]] = {}
         clock = time.process_time()
         for kind, text in texts(lines):
             try:
-                count(bridge.teacher_mask, bridge.student_mask, unicodedata.normalize("NFC", text), found.setdefault(kind, Counter()))
+                count(
+                    bridge.teacher_mask,
+                    bridge.student_mask,
+                    unicodedata.normalize("NFC", text),
+                    found.setdefault(kind, Counter()),
+                )
             except DataError:
                 found[kind]["unsayable"] += 1  # a literal SentencePiece sign
         seconds, total = time.process_time() - clock, sum(f["tokens"] for f in found.values())
-        out[name] = {kind: {**f, "dropped_alone_percent": round(100 * f["dropped_alone"] / max(1, f["tokens"]), 3)} for kind, f in found.items()}
-        out[name]["all"] = {"tokens": total, "dropped": sum(f["dropped"] for f in found.values()), "cpu_seconds": round(seconds, 1),
-                            "dropped_alone": sum(f["dropped_alone"] for f in found.values())}
-        print(name, out[name]["all"], {k: v["dropped_alone_percent"] for k, v in out[name].items() if k != "all"}, flush=True)
+        out[name] = {
+            kind: {
+                **f,
+                "dropped_alone_percent": round(100 * f["dropped_alone"] / max(1, f["tokens"]), 3),
+            }
+            for kind, f in found.items()
+        }
+        out[name]["all"] = {
+            "tokens": total,
+            "dropped": sum(f["dropped"] for f in found.values()),
+            "cpu_seconds": round(seconds, 1),
+            "dropped_alone": sum(f["dropped_alone"] for f in found.values()),
+        }
+        print(
+            name,
+            out[name]["all"],
+            {k: v["dropped_alone_percent"] for k, v in out[name].items() if k != "all"},
+            flush=True,
+        )
         result = {"lines": lines if lines < 1 << 30 else "all", "student": "llama", "teachers": out}
-        (Path(__file__).parent / "results" / "masks.json").write_text(json.dumps(result, indent=1) + "\n")
+        (Path(__file__).parent / "results" / "masks.json").write_text(
+            json.dumps(result, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -41,19 +41,41 @@ def told(river: RunContext, items: int) -> dict[str, Any]:
     student, found, nats, size = river.load_participant(STUDENT, 200), dict[str, Any](), 0.0, 0
     for skill, some in ((s, s.items(Split.TEST, items, river.recipe.seed)) for s in ALL):
         for effort in river.taught_efforts.get(skill.name, (ThinkingEffort.NONE,)):
-            answers = student.answer([replace(i.prompt, effort=effort) for i in some], river.recipe.evaluation.max_new_tokens)
+            answers = student.answer(
+                [replace(i.prompt, effort=effort) for i in some],
+                river.recipe.evaluation.max_new_tokens,
+            )
             said = [(a.conversation.messages[-1], a.finish) for a in answers]
-            thought = [bool(m.thinking) or (finish is not FinishReason.STOP and not m.text and not m.calls) for m, finish in said]
-            found[f"{skill.name} {effort}"] = {"values": [r.value for r in grade_answers(skill, some, said)],
-                                               "leaks": sum(one is (effort is ThinkingEffort.NONE) for one in thought)}
-        can = [i.reference_conversation for i in some if student.can_render(i.reference_conversation)]
+            thought = [
+                bool(m.thinking) or (finish is not FinishReason.STOP and not m.text and not m.calls)
+                for m, finish in said
+            ]
+            found[f"{skill.name} {effort}"] = {
+                "values": [r.value for r in grade_answers(skill, some, said)],
+                "leaks": sum(one is (effort is ThinkingEffort.NONE) for one in thought),
+            }
+        can = [
+            i.reference_conversation for i in some if student.can_render(i.reference_conversation)
+        ]
         nats += surprise(student, can)
         size += sum(len(p.text.encode()) for c in can for p in c.messages[-1].parts)
-    lines = [json.loads(line) for line in (river.folder / "train" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (river.folder / "train" / "metrics.jsonl").read_text().splitlines()
+    ]
     own = [line for line in lines if "reverse" in line["terms"]]
-    out = {"answers": found, "bits_per_byte": nats / size, "seconds": river.read_stage_record("train")["seconds"],
-           "positions": lines[-1]["positions"],
-           "own": {"lines": len(own), "left_out": float(np.mean([line["terms"]["rollouts_left_out"] for line in own]))} if own else None}
+    out = {
+        "answers": found,
+        "bits_per_byte": nats / size,
+        "seconds": river.read_stage_record("train")["seconds"],
+        "positions": lines[-1]["positions"],
+        "own": {
+            "lines": len(own),
+            "left_out": float(np.mean([line["terms"]["rollouts_left_out"] for line in own])),
+        }
+        if own
+        else None,
+    }
     store.write_json(path, out)
     return out
 
@@ -62,30 +84,60 @@ def table(seeds: list[dict[str, Any]]) -> dict[str, Any]:
     """Skill and mode -> both students' means over seeds, on - off with its interval, leaks."""
     out: dict[str, Any] = {}
     for key in seeds[0]["off"]["answers"]:
-        on, off = (np.concatenate([one[arm]["answers"][key]["values"] for one in seeds]) for arm in ("on", "off"))
+        on, off = (
+            np.concatenate([one[arm]["answers"][key]["values"] for one in seeds])
+            for arm in ("on", "off")
+        )
         low, high = paired_difference_interval(on, off)
-        out[key] = {"on": round(float(on.mean()), 4), "off": round(float(off.mean()), 4), "difference": round(float(on.mean() - off.mean()), 4),
-                    "low": round(low, 4), "high": round(high, 4), "n": len(on),
-                    "leaks": {arm: sum(one[arm]["answers"][key]["leaks"] for one in seeds) for arm in ("on", "off")}}
+        out[key] = {
+            "on": round(float(on.mean()), 4),
+            "off": round(float(off.mean()), 4),
+            "difference": round(float(on.mean() - off.mean()), 4),
+            "low": round(low, 4),
+            "high": round(high, 4),
+            "n": len(on),
+            "leaks": {
+                arm: sum(one[arm]["answers"][key]["leaks"] for one in seeds)
+                for arm in ("on", "off")
+            },
+        }
     return out
 
 
 def main() -> None:
-    seeds, items = (int(a) for a in (*sys.argv[1:], *("3", "200")[len(sys.argv) - 1:]))
+    seeds, items = (int(a) for a in (*sys.argv[1:], *("3", "200")[len(sys.argv) - 1 :]))
     found: list[dict[str, Any]] = []
     for seed in range(seeds):
         sets = [f"seed={seed}"]
         off = made(OFF / str(seed) / "student", sets, "audition", "capture", "train")
-        on = made(RUNS / str(seed) / "on", [*sets, f"training.on_policy={json.dumps(TERMS)}"], "train", reuse=off.folder)
+        on = made(
+            RUNS / str(seed) / "on",
+            [*sets, f"training.on_policy={json.dumps(TERMS)}"],
+            "train",
+            reuse=off.folder,
+        )
         found.append({"off": told(off, items), "on": told(on, items)})
-        out = {"seeds": len(found), "items": items, "confidence": CONFIDENCE_LEVEL, "on_policy": TERMS, "table": table(found),
-               "bits_per_byte": {arm: [round(one[arm]["bits_per_byte"], 4) for one in found] for arm in ("on", "off")},
-               "training": {arm: [{k: one[arm][k] for k in ("seconds", "positions", "own")} for one in found] for arm in ("on", "off")}}
+        out = {
+            "seeds": len(found),
+            "items": items,
+            "confidence": CONFIDENCE_LEVEL,
+            "on_policy": TERMS,
+            "table": table(found),
+            "bits_per_byte": {
+                arm: [round(one[arm]["bits_per_byte"], 4) for one in found] for arm in ("on", "off")
+            },
+            "training": {
+                arm: [{k: one[arm][k] for k in ("seconds", "positions", "own")} for one in found]
+                for arm in ("on", "off")
+            },
+        }
         OUT.write_text(json.dumps(out, indent=1) + "\n")
     print("skill and mode      on    off   difference            leaks on off")
     for key, row in out["table"].items():
-        print(f"{key:18} {row['on']:.3f} {row['off']:.3f} {row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})  {row['leaks']['on']:4} "
-              f"{row['leaks']['off']:4}  of {row['n']}")
+        print(
+            f"{key:18} {row['on']:.3f} {row['off']:.3f} {row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})  {row['leaks']['on']:4} "
+            f"{row['leaks']['off']:4}  of {row['n']}"
+        )
     print("bits/byte", out["bits_per_byte"])
 
 

@@ -47,14 +47,29 @@ def made(out: Path, sets: list[str], *verbs: str, reuse: Path | None = None) -> 
         for stage in ("audition", "capture"):
             shutil.copytree(reuse / stage, out / stage)
     for verb in verbs:
-        subprocess.run([sys.executable, "-m", "persea.cli", verb, str(RECIPE), *(a for s in sets for a in ("--set", s)), "--out", str(out)],
-                       check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "persea.cli",
+                verb,
+                str(RECIPE),
+                *(a for s in sets for a in ("--set", s)),
+                "--out",
+                str(out),
+            ],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
     return RunContext(load_recipe(RECIPE, sets), out)
 
 
 def measured(river: RunContext, name: str, items: int) -> dict[str, Any]:
     """Scores with intervals, and bits per byte of the held-out reference answers, of one speaker of a run; kept beside its weights."""
-    path, weights = river.folder / f"measured-{name}-{items}.json", digest_file(_weights(river, name))
+    path, weights = (
+        river.folder / f"measured-{name}-{items}.json",
+        digest_file(_weights(river, name)),
+    )
     if path.is_file() and (stands := dict(json.loads(path.read_text()))).pop("weights") == weights:
         return stands
     set_threads(river.recipe.threads)
@@ -62,9 +77,13 @@ def measured(river: RunContext, name: str, items: int) -> dict[str, Any]:
     scores, bits, size = {}, 0.0, 0
     for skill, some in ((s, s.items(Split.TEST, items, river.recipe.seed)) for s in ALL):
         answers = speaker.answer([i.prompt for i in some], settings.max_new_tokens)
-        results = grade_answers(skill, some, [(a.conversation.messages[-1], a.finish) for a in answers])
+        results = grade_answers(
+            skill, some, [(a.conversation.messages[-1], a.finish) for a in answers]
+        )
         scores[skill.name] = score_results(name, skill.name, results, speaker.effort).to_json()
-        said = [i.reference_conversation for i in some if speaker.can_render(i.reference_conversation)]
+        said = [
+            i.reference_conversation for i in some if speaker.can_render(i.reference_conversation)
+        ]
         bits += surprise(speaker, said)
         size += sum(len(p.text.encode()) for c in said for p in c.messages[-1].parts)
     found = {"scores": scores, "bits_per_byte": bits / size}
@@ -74,7 +93,9 @@ def measured(river: RunContext, name: str, items: int) -> dict[str, Any]:
 
 def _weights(river: RunContext, name: str) -> Path:
     r = river.recipe
-    model = {STUDENT: str(river.folder / "train" / "student"), BASE: r.student.model}.get(name) or next(t.model for t in r.teachers if t.name == name)
+    model = {STUDENT: str(river.folder / "train" / "student"), BASE: r.student.model}.get(
+        name
+    ) or next(t.model for t in r.teachers if t.name == name)
     return Path(model) / "model.safetensors"
 
 
@@ -101,19 +122,43 @@ def measurements(arm: str, seed: int, items: int) -> Iterator[tuple[str, dict[st
         for name in (STUDENT, BASE, *main.renderers):
             yield name, measured(main, name, items)
     elif arm == "sft":
-        yield arm, measured(made(folder / "sft", [*sets, "training.event_share=0"], "train", reuse=main.folder), STUDENT, items)
+        yield (
+            arm,
+            measured(
+                made(folder / "sft", [*sets, "training.event_share=0"], "train", reuse=main.folder),
+                STUDENT,
+                items,
+            ),
+        )
     elif arm == "balance":
         for how in (b for b in LossBalancing if b is not main.recipe.training.balance):
-            other = made(folder / f"balance-{how}", [*sets, f"training.balance={how}"], "train", reuse=main.folder)
+            other = made(
+                folder / f"balance-{how}",
+                [*sets, f"training.balance={how}"],
+                "train",
+                reuse=main.folder,
+            )
             yield f"balance {how}", measured(other, STUDENT, items)
     for name in main.renderers if arm in ("oracle", "only") else ():
         if arm == "only":
             pinned = f"audition.pinned={json.dumps(dict.fromkeys(cast, name))}"
             asked = f"corpus={json.dumps([_known(plain(p), main.renderers[name].family.efforts) for p in main.recipe.corpus])}"
-            alone = made(folder / f"only-{name}", [*sets, pinned, asked], "audition", "capture", "train")
+            alone = made(
+                folder / f"only-{name}", [*sets, pinned, asked], "audition", "capture", "train"
+            )
             yield f"only {name}", measured(alone, STUDENT, items)
-        elif mine := [p.model_dump(exclude_defaults=True, effort="json") for p in main.recipe.corpus if cast[p.skill] == name]:
-            routed = made(folder / f"oracle-{name}", [*sets, f"corpus={json.dumps(mine)}"], "capture", "train", reuse=main.folder)
+        elif mine := [
+            p.model_dump(exclude_defaults=True, effort="json")
+            for p in main.recipe.corpus
+            if cast[p.skill] == name
+        ]:
+            routed = made(
+                folder / f"oracle-{name}",
+                [*sets, f"corpus={json.dumps(mine)}"],
+                "capture",
+                "train",
+                reuse=main.folder,
+            )
             yield f"oracle {name}", measured(routed, STUDENT, items)
 
 
@@ -126,25 +171,43 @@ def _known(part: dict[str, Any], efforts: Collection[str]) -> dict[str, Any]:
     modes = {mode: share for mode, share in part.get("modes", {}).items() if mode in efforts}
     if modes == part.get("modes", {}):
         return part
-    return {k: v for k, v in part.items() if k != "modes"} | ({"modes": {m: s / sum(modes.values()) for m, s in modes.items()}} if modes else {})
+    return {k: v for k, v in part.items() if k != "modes"} | (
+        {"modes": {m: s / sum(modes.values()) for m, s in modes.items()}} if modes else {}
+    )
 
 
 def told(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """skill -> means over the seeds that have what is compared: student, base, best teacher, oracle, SFT, share kept, headroom reached."""
     table = {}
     for skill in (s.name for s in ALL):
+
         def mean(name: str, having: str = STUDENT, skill: str = skill) -> float:
-            return float(np.mean([one[name]["scores"][skill]["value"] for one in runs if name in one and any(n.startswith(having) for n in one)]))
+            return float(
+                np.mean(
+                    [
+                        one[name]["scores"][skill]["value"]
+                        for one in runs
+                        if name in one and any(n.startswith(having) for n in one)
+                    ]
+                )
+            )
 
         names = [n for n in runs[0] if " " not in n and n not in (STUDENT, BASE, "sft")]
         best = max(map(mean, names))
-        row = {"student": mean(STUDENT), "base": mean(BASE), "best_teacher": best, "kept": mean(STUDENT) / best,
-               "seeds": [one[STUDENT]["scores"][skill]["value"] for one in runs]}
+        row = {
+            "student": mean(STUDENT),
+            "base": mean(BASE),
+            "best_teacher": best,
+            "kept": mean(STUDENT) / best,
+            "seeds": [one[STUDENT]["scores"][skill]["value"] for one in runs],
+        }
         if any("sft" in one for one in runs):
             row["sft"] = mean("sft")
         if oracles := [n for n in runs[0] if n.startswith("oracle ")]:
             row["oracle"] = max(map(mean, oracles))
-            row["headroom"] = (mean(STUDENT, "oracle ") - mean(BASE, "oracle ")) / (row["oracle"] - mean(BASE, "oracle "))
+            row["headroom"] = (mean(STUDENT, "oracle ") - mean(BASE, "oracle ")) / (
+                row["oracle"] - mean(BASE, "oracle ")
+            )
         row |= {n: mean(n) for n in runs[0] if n.startswith("balance ")}
         if only := [n for n in runs[0] if n.startswith("only ")]:
             row["only"] = {n.removeprefix("only "): mean(n) / best for n in only}
@@ -154,31 +217,56 @@ def told(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     given = sys.argv[1:]
-    seeds, items = (int(a) for a in (*given[:2], *("3", "400")[len(given[:2]):]))
+    seeds, items = (int(a) for a in (*given[:2], *("3", "400")[len(given[:2]) :]))
     arms = given[2:] or ARMS
     if unknown := set(arms) - set(ARMS):
         raise SystemExit(f"no arm {sorted(unknown)}; there are {', '.join(ARMS)}")
-    asked = {"items": items, "recipe": load_recipe(RECIPE).hash, "saplings": {p.parent.name: digest_file(p) for p in sorted(SAPLINGS)}}
+    asked = {
+        "items": items,
+        "recipe": load_recipe(RECIPE).hash,
+        "saplings": {p.parent.name: digest_file(p) for p in sorted(SAPLINGS)},
+    }
     before = json.loads(OUT.read_text()) if OUT.is_file() else {}
     stands = before.get("runs", []) if before.get("asked") == asked else []
-    runs: list[dict[str, Any]] = [stands[k] if k < len(stands) else {} for k in range(max(seeds, len(stands)))]
+    runs: list[dict[str, Any]] = [
+        stands[k] if k < len(stands) else {} for k in range(max(seeds, len(stands)))
+    ]
     for arm in arms:
         for seed in range(seeds):
             runs[seed] |= dict(measurements(arm, seed, items))
             some = [one for one in runs if STUDENT in one]
-            bits = {n: float(np.mean([one[n]["bits_per_byte"] for one in some if n in one])) for n in some[0]}
-            table = {"asked": asked, "seeds": {n: sum(n in one for one in some) for n in some[0]}, "skills": told(some), "bits_per_byte": bits}
+            bits = {
+                n: float(np.mean([one[n]["bits_per_byte"] for one in some if n in one]))
+                for n in some[0]
+            }
+            table = {
+                "asked": asked,
+                "seeds": {n: sum(n in one for one in some) for n in some[0]},
+                "skills": told(some),
+                "bits_per_byte": bits,
+            }
             OUT.write_text(json.dumps({**table, "runs": some}, indent=1) + "\n")
     done = json.loads(OUT.read_text())
-    print("skill      student base  teacher kept  sft   oracle headroom  best student of one teacher, kept")
+    print(
+        "skill      student base  teacher kept  sft   oracle headroom  best student of one teacher, kept"
+    )
     for skill, row in done["skills"].items():
         forms = {"sft": ".3f", "oracle": ".3f", "headroom": ".0%"}
-        sft, oracle, headroom = (f"{row[key]:{form}}" if key in row else "-" for key, form in forms.items())
+        sft, oracle, headroom = (
+            f"{row[key]:{form}}" if key in row else "-" for key, form in forms.items()
+        )
         alone = "  ".join(f"{n} {share:.0%}" for n, share in row.get("only", {}).items())
-        alone += "".join(f"  {key} {value:.3f}" for key, value in row.items() if key.startswith("balance "))
-        print(f"{skill:10} {row['student']:.3f}   {row['base']:.3f} {row['best_teacher']:.3f}   {row['kept']:4.0%}  {sft:5} {oracle:6} {headroom:8}"
-              f"  {alone}")
-    print("bits/byte  " + "  ".join(f"{name} {value:.3f}" for name, value in done["bits_per_byte"].items()))
+        alone += "".join(
+            f"  {key} {value:.3f}" for key, value in row.items() if key.startswith("balance ")
+        )
+        print(
+            f"{skill:10} {row['student']:.3f}   {row['base']:.3f} {row['best_teacher']:.3f}   {row['kept']:4.0%}  {sft:5} {oracle:6} {headroom:8}"
+            f"  {alone}"
+        )
+    print(
+        "bits/byte  "
+        + "  ".join(f"{name} {value:.3f}" for name, value in done["bits_per_byte"].items())
+    )
 
 
 if __name__ == "__main__":

@@ -28,19 +28,32 @@ def main() -> None:
     where = ModelSource(str(ROOT / "saplings" / "llama-sapling"))
     voice = load_renderer(where, "student")
     model = load_model(where, voice, "student")
-    asked = [voice.render_prompt(i.prompt.conversation).ids_T for skill in GENERATED_TASKS for i in skill.items(Split.TRAIN, TOGETHER, 0)][::len(GENERATED_TASKS)][:TOGETHER]
+    asked = [
+        voice.render_prompt(i.prompt.conversation).ids_T
+        for skill in GENERATED_TASKS
+        for i in skill.items(Split.TRAIN, TOGETHER, 0)
+    ][:: len(GENERATED_TASKS)][:TOGETHER]
 
     def pace(batch: int, prompts: int, seed: int) -> float:
         begin = time.process_time()
-        said = TransformersEngine(model, len(voice.vocabulary), batch).generate_rollouts(asked[:prompts], voice.stop_ids, NEW, temperature=1.0, seed=seed)
+        said = TransformersEngine(model, len(voice.vocabulary), batch).generate_rollouts(
+            asked[:prompts], voice.stop_ids, NEW, temperature=1.0, seed=seed
+        )
         return sum(map(len, said)) / (time.process_time() - begin)
 
     pace(TOGETHER, TOGETHER, 99)
     pairs = [(pace(TOGETHER, TOGETHER, k), pace(1, ALONE, k)) for k in range(PAIRS)]
     ratios = [many / one for many, one in pairs]
-    result = {"torch": torch.__version__, "together": TOGETHER, "tokens_per_cpu_second": {
-        "together": round(statistics.median(many for many, _ in pairs)), "one by one": round(statistics.median(one for _, one in pairs))},
-        "ratio": round(statistics.median(ratios), 1), "ratios": [round(r, 1) for r in ratios]}
+    result = {
+        "torch": torch.__version__,
+        "together": TOGETHER,
+        "tokens_per_cpu_second": {
+            "together": round(statistics.median(many for many, _ in pairs)),
+            "one by one": round(statistics.median(one for _, one in pairs)),
+        },
+        "ratio": round(statistics.median(ratios), 1),
+        "ratios": [round(r, 1) for r in ratios],
+    }
     print(json.dumps(result, indent=1))
     (ROOT / "bench" / "results" / "rollouts.json").write_text(json.dumps(result, indent=1) + "\n")
 

@@ -44,15 +44,29 @@ def main() -> None:
     bare = median(lambda: subprocess.run([box.python, "-I", "-S", "-c", ""], check=True))
     inside = median(lambda: box.run(""))
     trial = median(lambda: run_tests(box, "def f(x): return x", "assert f(1) == 1"))
-    result: dict[str, object] = {"walls": box.isolation, "load": round(os.getloadavg()[0], 1), "bare_s": bare, "sandbox_s": inside,
-                                 "overhead_s": round(inside - bare, 4), "trial_s": trial}
+    result: dict[str, object] = {
+        "walls": box.isolation,
+        "load": round(os.getloadavg()[0], 1),
+        "bare_s": bare,
+        "sandbox_s": inside,
+        "overhead_s": round(inside - bare, 4),
+        "trial_s": trial,
+    }
     if wanted:
         mbpp = find_benchmark("mbpp")
         items = mbpp.load_items(BenchmarkSource(str(DATA / "eval" / "mbpp.jsonl"))).items[:wanted]
-        grades = [(i.prompt.id, mbpp.grade_answer(i, Message.from_assistant(i.reference))) for i in items]
-        result |= {"references": len(grades), "right": sum(g.value == 1 for _, g in grades), "verdicts": Counter(g.verdict for _, g in grades),
-                   "not_right": {name: g.reason for name, g in grades if g.value < 1}}
-    (Path(__file__).parent / "results" / "sandbox.json").write_text(json.dumps(result, indent=1) + "\n")
+        grades = [
+            (i.prompt.id, mbpp.grade_answer(i, Message.from_assistant(i.reference))) for i in items
+        ]
+        result |= {
+            "references": len(grades),
+            "right": sum(g.value == 1 for _, g in grades),
+            "verdicts": Counter(g.verdict for _, g in grades),
+            "not_right": {name: g.reason for name, g in grades if g.value < 1},
+        }
+    (Path(__file__).parent / "results" / "sandbox.json").write_text(
+        json.dumps(result, indent=1) + "\n"
+    )
     print(json.dumps(result, indent=1))
 
 

@@ -26,19 +26,65 @@ from typing import Any
 import httpx2
 
 ROOT = Path(__file__).resolve().parent.parent
-CHAT = {"model": "qwen-sapling", "messages": [{"role": "user", "content": "How do you say three hundred in Vietnamese?"}]}
+CHAT = {
+    "model": "qwen-sapling",
+    "messages": [{"role": "user", "content": "How do you say three hundred in Vietnamese?"}],
+}
 GOOD: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("/v1/chat/completions", CHAT), ("/v1/completions", {"model": "qwen-sapling", "prompt": "x = ", "max_tokens": 4, "logprobs": 5, "echo": True}),
-    ("/inference/v1/generate", {"token_ids": [5, 6, 7], "sampling_params": {"max_tokens": 1, "prompt_logprobs": 5}}))
-ODD = (None, True, -1, 0.5, 1e308, 10**30, "", "x" * 10_000, "\ud800", [], {}, [[]], {"a": {"b": []}}, "\0", "٣", -10**6)
+    ("/v1/chat/completions", CHAT),
+    (
+        "/v1/completions",
+        {"model": "qwen-sapling", "prompt": "x = ", "max_tokens": 4, "logprobs": 5, "echo": True},
+    ),
+    (
+        "/inference/v1/generate",
+        {"token_ids": [5, 6, 7], "sampling_params": {"max_tokens": 1, "prompt_logprobs": 5}},
+    ),
+)
+ODD = (
+    None,
+    True,
+    -1,
+    0.5,
+    1e308,
+    10**30,
+    "",
+    "x" * 10_000,
+    "\ud800",
+    [],
+    {},
+    [[]],
+    {"a": {"b": []}},
+    "\0",
+    "٣",
+    -(10**6),
+)
 
 
 def start() -> tuple[subprocess.Popen[str], str]:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
-    command = [sys.executable, "-m", "persea.cli", "serve", str(ROOT / "saplings" / "qwen-sapling"), "--port", "0", "--threads", "1",
-               "--max-tokens", "64", "--seconds", "5"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=(ROOT / "bench" / "results" / ".soak.err").open("w"), text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "persea.cli",
+        "serve",
+        str(ROOT / "saplings" / "qwen-sapling"),
+        "--port",
+        "0",
+        "--threads",
+        "1",
+        "--max-tokens",
+        "64",
+        "--seconds",
+        "5",
+    ]
+    server = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=(ROOT / "bench" / "results" / ".soak.err").open("w"),
+        text=True,
+    )
     assert server.stdout
     return server, server.stdout.readline().rsplit(" ", 1)[1].strip()
 
@@ -65,13 +111,17 @@ def mutated(rng: random.Random) -> tuple[str, bytes, dict[str, str]]:
         inner[rng.choice([*inner, "n"])] = rng.choice(ODD)
     raw = json.dumps(body).encode()
     if way == 4:
-        raw = raw[:rng.randrange(len(raw))]
+        raw = raw[: rng.randrange(len(raw))]
     elif way == 5:
         raw = bytes(rng.randrange(256) for _ in range(rng.randrange(400)))
     elif way == 6:
         at = rng.randrange(len(raw))
-        raw = raw[:at] + bytes([rng.randrange(256)]) + raw[at + 1:]
-    return rng.choice([path, path, path, "/v1/nowhere", "/"]), raw, {"content-type": rng.choice(["application/json"] * 4 + ["text/plain"])}
+        raw = raw[:at] + bytes([rng.randrange(256)]) + raw[at + 1 :]
+    return (
+        rng.choice([path, path, path, "/v1/nowhere", "/"]),
+        raw,
+        {"content-type": rng.choice(["application/json"] * 4 + ["text/plain"])},
+    )
 
 
 async def malformed(url: str, seed: int, until: float, seen: Counter[str]) -> None:
@@ -80,7 +130,9 @@ async def malformed(url: str, seed: int, until: float, seen: Counter[str]) -> No
         while time.monotonic() < until:
             path, raw, headers = mutated(rng)
             try:
-                answer = await client.request(rng.choice(["POST"] * 9 + ["PUT"]), path, content=raw, headers=headers)
+                answer = await client.request(
+                    rng.choice(["POST"] * 9 + ["PUT"]), path, content=raw, headers=headers
+                )
                 seen[str(answer.status_code)] += 1
                 if answer.status_code != 200 and "message" not in answer.json()["error"]:
                     seen["without a reason"] += 1
@@ -101,7 +153,7 @@ async def slow(url: str, seed: int, until: float, seen: Counter[str]) -> None:
                 writer.write(head + raw)  # and never read
                 await asyncio.sleep(rng.uniform(1, 8))
             else:
-                for byte in (head + raw)[rng.randrange(40):]:
+                for byte in (head + raw)[rng.randrange(40) :]:
                     writer.write(bytes([byte]))
                     await asyncio.sleep(0.05)
                     if reader.at_eof() or time.monotonic() > until:
@@ -141,22 +193,32 @@ async def honest(url: str, want: str, until: float, seen: Counter[str]) -> None:
             if answer.status_code == 429:
                 seen["told to wait"] += 1
             else:
-                right = answer.status_code == 200 and answer.json()["choices"][0]["message"]["content"] == want
+                right = (
+                    answer.status_code == 200
+                    and answer.json()["choices"][0]["message"]["content"] == want
+                )
                 seen["right" if right else "wrong"] += 1
             await asyncio.sleep(0.2)
 
 
 async def storm(url: str, seconds: float, want: str) -> dict[str, Counter[str]]:
     until = time.monotonic() + seconds
-    seen: dict[str, Counter[str]] = {name: Counter() for name in ("malformed", "slow", "connections", "honest")}
-    await asyncio.gather(*(malformed(url, seed, until, seen["malformed"]) for seed in range(8)), *(
-        slow(url, seed, until, seen["slow"]) for seed in range(40)), idle(url, 1000, until, seen["connections"]),
-        honest(url, want, until, seen["honest"]))
+    seen: dict[str, Counter[str]] = {
+        name: Counter() for name in ("malformed", "slow", "connections", "honest")
+    }
+    await asyncio.gather(
+        *(malformed(url, seed, until, seen["malformed"]) for seed in range(8)),
+        *(slow(url, seed, until, seen["slow"]) for seed in range(40)),
+        idle(url, 1000, until, seen["connections"]),
+        honest(url, want, until, seen["honest"]),
+    )
     return seen
 
 
 def main() -> None:
-    logging.getLogger("asyncio").setLevel(logging.ERROR)  # writes into connections that were closed are what this is about
+    logging.getLogger("asyncio").setLevel(
+        logging.ERROR
+    )  # writes into connections that were closed are what this is about
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 60.0
     server, url = start()
     try:
@@ -177,16 +239,32 @@ def main() -> None:
         last = httpx2.post(url + GOOD[0][0], json=CHAT, trust_env=False, timeout=60)
     finally:
         server.kill()
-    crashes = (0 if alive else 1) + (ROOT / "bench" / "results" / ".soak.err").read_text().count("Traceback")
+    crashes = (0 if alive else 1) + (ROOT / "bench" / "results" / ".soak.err").read_text().count(
+        "Traceback"
+    )
     (ROOT / "bench" / "results" / ".soak.err").unlink()
     fives = sum(n for status, n in seen["malformed"].items() if status.startswith("5"))
-    result = {"seconds": seconds, "crashes": crashes, "rss_kb": [before, after], "growth": round(after / before - 1, 4),
-              "malformed": dict(sorted(seen["malformed"].items())), "status_5xx": fives, "slow": dict(seen["slow"]),
-              "connections": {k: v for k, v in seen["connections"].items() if k != "open"}, "honest": dict(seen["honest"]),
-              "right_afterwards": last.json()["choices"][0]["message"]["content"] == want}
+    result = {
+        "seconds": seconds,
+        "crashes": crashes,
+        "rss_kb": [before, after],
+        "growth": round(after / before - 1, 4),
+        "malformed": dict(sorted(seen["malformed"].items())),
+        "status_5xx": fives,
+        "slow": dict(seen["slow"]),
+        "connections": {k: v for k, v in seen["connections"].items() if k != "open"},
+        "honest": dict(seen["honest"]),
+        "right_afterwards": last.json()["choices"][0]["message"]["content"] == want,
+    }
     (ROOT / "bench" / "results" / "soak.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
-    sys.exit(crashes > 0 or fives > 0 or result["growth"] > 0.1 or seen["honest"]["wrong"] > 0 or not result["right_afterwards"])
+    sys.exit(
+        crashes > 0
+        or fives > 0
+        or result["growth"] > 0.1
+        or seen["honest"]["wrong"] > 0
+        or not result["right_afterwards"]
+    )
 
 
 if __name__ == "__main__":

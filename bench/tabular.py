@@ -46,8 +46,15 @@ def persea_mask(world: World, b: Boundary) -> tuple[Floats, Floats]:
     if bridge.teacher_mask is None or bridge.student_mask is None:
         return no_mask(world, b)
     found = []
-    for mask, prefix, columns in ((bridge.teacher_mask, b.student, world.columns_W), (bridge.student_mask, b.teacher, world.columns_V)):
-        context = mask.other.context_ids(np.array(prefix, np.int64), [len(prefix)])[0] if prefix else UNRESTRICTED_CONTEXT
+    for mask, prefix, columns in (
+        (bridge.teacher_mask, b.student, world.columns_W),
+        (bridge.student_mask, b.teacher, world.columns_V),
+    ):
+        context = (
+            mask.other.context_ids(np.array(prefix, np.int64), [len(prefix)])[0]
+            if prefix
+            else UNRESTRICTED_CONTEXT
+        )
         found.append(1.0 - np.isin(columns, mask.impossible_tokens(int(context), columns)))
     return found[0], found[1]
 
@@ -95,16 +102,36 @@ def stack(world: World, mask: Mask) -> Stack:
     mass_C, row_C = tensor([b.mass for b in both]), torch.tensor([number[b.student] for b in both])
     both_CV = tensor([b.both_q_V for b in both])
     rest_RV = (mass_R[:, None] * truth_RV).index_add(0, row_C, -mass_C[:, None] * both_CV)
-    rest_RV = torch.where(rest_RV > 1e-15, rest_RV, 0.0)  # what remains of a difference of equal sums
-    events_W, events_V = (torch.from_numpy(x).long() for x in (world.event_map.teacher_event_W, world.event_map.student_event_V))
-    return Stack(mass_C, row_C, tensor([b.p_W for b in both]), tensor([w for w, _ in ok]), tensor([v for _, v in ok]), both_CV,
-                 truth_RV, mass_R, rest_RV, events_W, events_V, world.event_map.num_events, number)
+    rest_RV = torch.where(
+        rest_RV > 1e-15, rest_RV, 0.0
+    )  # what remains of a difference of equal sums
+    events_W, events_V = (
+        torch.from_numpy(x).long()
+        for x in (world.event_map.teacher_event_W, world.event_map.student_event_V)
+    )
+    return Stack(
+        mass_C,
+        row_C,
+        tensor([b.p_W for b in both]),
+        tensor([w for w, _ in ok]),
+        tensor([v for _, v in ok]),
+        both_CV,
+        truth_RV,
+        mass_R,
+        rest_RV,
+        events_W,
+        events_V,
+        world.event_map.num_events,
+        number,
+    )
 
 
 def byte_kl(s: Stack, logits_RV: torch.Tensor) -> float:
     """KL of the byte law from the student's, nats a string; the student's other spellings of a string count as lost to it."""
     log_q = torch.log_softmax(logits_RV, -1)
-    return float((s.mass_R[:, None] * (torch.xlogy(s.truth_RV, s.truth_RV) - s.truth_RV * log_q)).sum())
+    return float(
+        (s.mass_R[:, None] * (torch.xlogy(s.truth_RV, s.truth_RV) - s.truth_RV * log_q)).sum()
+    )
 
 
 # ---- objectives: expected loss of a table, nats a string ----------------------------------------------------------------
@@ -114,8 +141,12 @@ Objective: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 def event_masses(s: Stack, q_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Of each event the teacher's kept mass and the student's. [C, E]"""
-    p_CE = torch.zeros(len(s.mass_C), s.events, dtype=torch.float64).index_add(1, s.events_W, s.p_CW * s.ok_CW)
-    q_CE = torch.zeros(len(s.mass_C), s.events, dtype=torch.float64).index_add(1, s.events_V, q_CV * s.ok_CV)
+    p_CE = torch.zeros(len(s.mass_C), s.events, dtype=torch.float64).index_add(
+        1, s.events_W, s.p_CW * s.ok_CW
+    )
+    q_CE = torch.zeros(len(s.mass_C), s.events, dtype=torch.float64).index_add(
+        1, s.events_V, q_CV * s.ok_CV
+    )
     return p_CE, q_CE
 
 
@@ -132,6 +163,7 @@ def events(s: Stack, share: float = 0.7, renormalised: bool = False) -> Objectiv
     down to the kept ones, but NOT renormalised: then the expected gradient at the truth is zero if masks and maps are exact.
     Renormalised (-log of q(kept members) / q(kept)), the masked tokens are paid for twice, by cross-entropy and by nobody.
     """
+
     def of(logits_RV: torch.Tensor) -> torch.Tensor:
         log_q_RV = torch.log_softmax(logits_RV, -1)
         p_CE, q_CE = event_masses(s, log_q_RV.exp()[s.row_C])
@@ -142,14 +174,21 @@ def events(s: Stack, share: float = 0.7, renormalised: bool = False) -> Objectiv
         if renormalised:
             loss_C = loss_C + kept_C * torch.where(kept_C > 0, q_CE.sum(-1), 1.0).log()
         return (s.mass_C * share * loss_C).sum() + text(s, log_q_RV, 1 - share * kept_C)
+
     return of
 
 
-def rowwise(s: Stack, divergence: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], share: float = 0.7) -> Objective:
+def rowwise(
+    s: Stack, divergence: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], share: float = 0.7
+) -> Objective:
     """A baseline (logits_CV, p_CW) -> [C], composed the same way."""
+
     def of(logits_RV: torch.Tensor) -> torch.Tensor:
         loss_C = divergence(logits_RV[s.row_C], s.p_CW)
-        return (s.mass_C * share * loss_C).sum() + text(s, torch.log_softmax(logits_RV, -1), torch.full_like(s.mass_C, 1 - share))
+        return (s.mass_C * share * loss_C).sum() + text(
+            s, torch.log_softmax(logits_RV, -1), torch.full_like(s.mass_C, 1 - share)
+        )
+
     return of
 
 
@@ -162,28 +201,47 @@ def shared_columns(world: World) -> Shared:
 def prefix_columns(world: World) -> torch.Tensor:
     """baselines.longest_prefix over columns."""
     of_student = {b: v for v, b in enumerate(world.bytes_V())}
-    return torch.tensor([of_student[None] if raw is None else next(of_student[raw[:n]] for n in range(len(raw), 0, -1) if raw[:n] in of_student)
-                         for raw in world.bytes_W()])
+    return torch.tensor(
+        [
+            of_student[None]
+            if raw is None
+            else next(of_student[raw[:n]] for n in range(len(raw), 0, -1) if raw[:n] in of_student)
+            for raw in world.bytes_W()
+        ]
+    )
 
 
 def baseline(s: Stack, world: World, name: str, share: float = 0.7) -> Objective:
     both, prefix = shared_columns(world), prefix_columns(world)
-    divergence = {"strict": lambda x, p: strict(x, p, both), "uld": uld, "bpm": lambda x, p: bpm(x, p, prefix)}[name]
+    divergence = {
+        "strict": lambda x, p: strict(x, p, both),
+        "uld": uld,
+        "bpm": lambda x, p: bpm(x, p, prefix),
+    }[name]
     return rowwise(s, divergence, share)
 
 
-def chunk(s: Stack, world: World, *, temperature: float = 100.0, exact: bool = False, share: float = 0.7) -> Objective:
+def chunk(
+    s: Stack, world: World, *, temperature: float = 100.0, exact: bool = False, share: float = 0.7
+) -> Objective:
     """baselines.chunk_likelihood over every chunk of every string, and (1 - share) cross-entropy everywhere. exact: debiased."""
     column = {int(i): v for v, i in enumerate(world.columns_V)}
     found: dict[tuple[int, int, Prefix, Prefix], float] = {}
     for c in chunks(world):
         key = (c.begin, c.end, c.teacher_ids, c.student_ids)
         found[key] = found.get(key, 0.0) + c.weight
-    b_T, b_S = (torch.tensor([getattr(b, name) for b in world.boundaries] + [1.0], dtype=torch.float64).log() for name in ("b_T", "b_S"))
+    b_T, b_S = (
+        torch.tensor(
+            [getattr(b, name) for b in world.boundaries] + [1.0], dtype=torch.float64
+        ).log()
+        for name in ("b_T", "b_S")
+    )
     keys = list(found)
     weight = torch.tensor([found[k] for k in keys], dtype=torch.float64)
     begin, end = torch.tensor([k[0] for k in keys]), torch.tensor([k[1] for k in keys])
-    correction = (b_T[end] - b_T[begin]) - (b_S[end] - b_S[begin]) if exact else torch.zeros_like(weight)
+    correction = (
+        (b_T[end] - b_T[begin]) - (b_S[end] - b_S[begin]) if exact else torch.zeros_like(weight)
+    )
     teacher: list[float] = []
     where: list[tuple[int, int, int]] = []  # student row, token, chunk
     for n, (at, _, ids_t, ids_s) in enumerate(keys):
@@ -191,18 +249,39 @@ def chunk(s: Stack, world: World, *, temperature: float = 100.0, exact: bool = F
         teacher.append(math.log(world.t.mass[prefix_t + ids_t] / world.t.mass[prefix_t]))
         for k, i in enumerate(ids_s):
             where.append((s.number[prefix_s + ids_s[:k]], column[i], n))
-    return _chunk(s, weight, torch.tensor(teacher, dtype=torch.float64), correction, torch.tensor(where), temperature, share)
+    return _chunk(
+        s,
+        weight,
+        torch.tensor(teacher, dtype=torch.float64),
+        correction,
+        torch.tensor(where),
+        temperature,
+        share,
+    )
 
 
-def _chunk(s: Stack, weight_C: torch.Tensor, teacher_C: torch.Tensor, correction_C: torch.Tensor, where_G3: torch.Tensor, temperature: float,
-           share: float) -> Objective:
+def _chunk(
+    s: Stack,
+    weight_C: torch.Tensor,
+    teacher_C: torch.Tensor,
+    correction_C: torch.Tensor,
+    where_G3: torch.Tensor,
+    temperature: float,
+    share: float,
+) -> Objective:
     row_G, token_G, chunk_G = where_G3.unbind(-1)
 
     def of(logits_RV: torch.Tensor) -> torch.Tensor:
         log_q_RV = torch.log_softmax(logits_RV, -1)
         student_C = torch.zeros_like(weight_C).index_add(0, chunk_G, log_q_RV[row_G, token_G])
-        term = (weight_C * chunk_likelihood(student_C, teacher_C, temperature=temperature, correction_C=correction_C)).sum()
+        term = (
+            weight_C
+            * chunk_likelihood(
+                student_C, teacher_C, temperature=temperature, correction_C=correction_C
+            )
+        ).sum()
         return share * term - (1 - share) * (s.mass_R[:, None] * s.truth_RV * log_q_RV).sum()
+
     return of
 
 
@@ -220,7 +299,9 @@ def push(objective: Objective, s: Stack) -> float:
     return float(gradient(objective, s.truth_logits).abs().sum())
 
 
-def descend(objective: Objective, s: Stack, logits_RV: torch.Tensor, steps: int = 100, rate: float = 0.1) -> torch.Tensor:
+def descend(
+    objective: Objective, s: Stack, logits_RV: torch.Tensor, steps: int = 100, rate: float = 0.1
+) -> torch.Tensor:
     """Gradient descent with momentum .9, its rate falling to zero, each row at its own pace: gradient over the row's probability."""
     logits, speed = logits_RV.clone(), torch.zeros_like(logits_RV)
     for k in range(steps):
@@ -229,17 +310,23 @@ def descend(objective: Objective, s: Stack, logits_RV: torch.Tensor, steps: int 
     return logits
 
 
-def iterate(objective: Objective, s: Stack, logits_RV: torch.Tensor, steps: int = 80) -> torch.Tensor:
+def iterate(
+    objective: Objective, s: Stack, logits_RV: torch.Tensor, steps: int = 80
+) -> torch.Tensor:
     """Fixed-point iteration for objectives whose gradient is q - pull with a distribution `pull`: q becomes pull. What is
     wrong inside an event shrinks by the share of events each step, what is wrong between events at once."""
     logits = logits_RV.clone()
     for _ in range(steps):
         pull = torch.softmax(logits, -1) - gradient(objective, logits) / s.mass_R[:, None]
         if float(pull.min()) < -1e-9:
-            raise ValueError(f"this objective pulls a token to {float(pull.min()):.3g}: it has no such iteration")
+            raise ValueError(
+                f"this objective pulls a token to {float(pull.min()):.3g}: it has no such iteration"
+            )
         logits = torch.where(pull > 0, pull.clamp(min=1e-300).log(), NOWHERE).clamp(min=NOWHERE)
     return logits
 
 
 def random_logits(s: Stack, seed: int) -> torch.Tensor:
-    return torch.randn(s.truth_RV.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        s.truth_RV.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )

@@ -26,8 +26,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1",
-               "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",
+}
 
 import numpy as np
 import torch
@@ -64,7 +69,11 @@ from persea.training.student import ComputeOptions, StudentModel, load_student
 
 ROOT = Path(__file__).resolve().parent.parent
 V, D, N, DEAD = 128_256, 512, 256, 200
-BETAS = {Divergence.FORWARD: 0.0, Divergence.JSD: 0.5, Divergence.REVERSE: 1.0}  # what TRL calls them
+BETAS = {
+    Divergence.FORWARD: 0.0,
+    Divergence.JSD: 0.5,
+    Divergence.REVERSE: 1.0,
+}  # what TRL calls them
 TAUGHT = {"qwen-sapling": "languages", "gemma-sapling": "code", "gpt-oss-sapling": "reasoning"}
 
 
@@ -84,7 +93,7 @@ def parts(n: int = N, width: int = D) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states and a head's weight whose logits are as spread as a model's (standard deviation 3)."""
     generator = torch.Generator().manual_seed(width)
     hidden = torch.randn(n, width, generator=generator)
-    weight = torch.randn(V, width, generator=generator) * (3 / width ** 0.5)
+    weight = torch.randn(V, width, generator=generator) * (3 / width**0.5)
     return hidden.requires_grad_(), weight.requires_grad_()
 
 
@@ -102,22 +111,54 @@ def rows(n: int, bridge: EventMap, seed: int = 0) -> BatchTargets:
     sizes = rng.integers(1, 30, n)
     probs = np.concatenate([rng.dirichlet(np.ones(k)) for k in sizes]).astype(np.float32)
     ids = rng.integers(0, len(bridge.teacher_event_W), len(probs))
-    return build_batch_targets(bridge, build_event_targets(bridge, np.repeat(np.arange(n), sizes), ids, probs), n)
+    return build_batch_targets(
+        bridge, build_event_targets(bridge, np.repeat(np.arange(n), sizes), ids, probs), n
+    )
 
 
 def online_events(events: EventMap | None) -> dict[str, Any] | None:
     """A teacher of another vocabulary in the loop, as on-policy."""
     if events is None:
         return None
-    (hidden, weight), size, generator = parts(), len(events.teacher_event_W), torch.Generator().manual_seed(3)
-    head, theirs = LMHead(weight, V), LMHead(torch.randn(size, D, generator=generator) * (3 / D ** 0.5), size)
+    (hidden, weight), size, generator = (
+        parts(),
+        len(events.teacher_event_W),
+        torch.Generator().manual_seed(3),
+    )
+    head, theirs = (
+        LMHead(weight, V),
+        LMHead(torch.randn(size, D, generator=generator) * (3 / D**0.5), size),
+    )
     thinks = torch.randn(N, D, generator=generator)
     row = torch.arange(N).repeat_interleave(DEAD)
-    sides = MaskedEventMap(events, *(ImpossibleTokens(row, torch.randint(0, of, (N * DEAD,), generator=generator)) for of in (V, size)))
-    plain, found = backward(hidden, weight, lambda: F.cross_entropy(hidden @ weight.T, row[::DEAD])), dict[str, Any]()
+    sides = MaskedEventMap(
+        events,
+        *(
+            ImpossibleTokens(row, torch.randint(0, of, (N * DEAD,), generator=generator))
+            for of in (V, size)
+        ),
+    )
+    plain, found = (
+        backward(hidden, weight, lambda: F.cross_entropy(hidden @ weight.T, row[::DEAD])),
+        dict[str, Any](),
+    )
     for d in (Divergence.FORWARD, Divergence.REVERSE):
-        pair = compare(plain, backward(hidden, weight, lambda d=d: divergence_loss_from_hidden(hidden, head, (thinks, theirs), sides, d).loss), pairs=5)
-        found[d.value] = {"cross_entropy": rounded(pair["ours"]), "seconds": rounded(pair["theirs"]), "times_cross_entropy": spread(pair)}
+        pair = compare(
+            plain,
+            backward(
+                hidden,
+                weight,
+                lambda d=d: (
+                    divergence_loss_from_hidden(hidden, head, (thinks, theirs), sides, d).loss
+                ),
+            ),
+            pairs=5,
+        )
+        found[d.value] = {
+            "cross_entropy": rounded(pair["ours"]),
+            "seconds": rounded(pair["theirs"]),
+            "times_cross_entropy": spread(pair),
+        }
         print("online over events", d.value, found[d.value], flush=True)
     return found
 
@@ -132,27 +173,64 @@ def heads(events: EventMap | None, peer: Any) -> dict[str, Any]:
     said = {"cached": rows(N, identity)} | ({"events": rows(N, events)} if events else {})
     plain = backward(hidden, weight, lambda: F.cross_entropy(hidden @ weight.T, tokens))
     found: dict[str, Any] = {"vocabulary": V, "width": D, "positions": N}
-    works = {"cross_entropy_head": backward(hidden, weight, lambda: event_kl_loss_from_hidden(hidden, head, tokens, [], 0.7).loss)}
-    works |= {name: backward(hidden, weight, lambda one=one: event_kl_loss_from_hidden(hidden, head, tokens, [one], 0.7).loss) for name, one in said.items()}
-    works |= {f"online_{d.value}": backward(hidden, weight, lambda d=d: divergence_loss_from_hidden(hidden, head, teacher, divergence=d).loss)
-              for d in Divergence}
+    works = {
+        "cross_entropy_head": backward(
+            hidden, weight, lambda: event_kl_loss_from_hidden(hidden, head, tokens, [], 0.7).loss
+        )
+    }
+    works |= {
+        name: backward(
+            hidden,
+            weight,
+            lambda one=one: event_kl_loss_from_hidden(hidden, head, tokens, [one], 0.7).loss,
+        )
+        for name, one in said.items()
+    }
+    works |= {
+        f"online_{d.value}": backward(
+            hidden,
+            weight,
+            lambda d=d: divergence_loss_from_hidden(hidden, head, teacher, divergence=d).loss,
+        )
+        for d in Divergence
+    }
     for name, work in works.items():
         pair = compare(plain, work)
-        found[name] = {"cross_entropy": rounded(pair["ours"]), "seconds": rounded(pair["theirs"]), "times_cross_entropy": spread(pair)}
+        found[name] = {
+            "cross_entropy": rounded(pair["ours"]),
+            "seconds": rounded(pair["theirs"]),
+            "times_cross_entropy": spread(pair),
+        }
         print(name, found[name], flush=True)
-    found["online_forward"]["times_head"] = spread(compare(works["cross_entropy_head"], works["online_forward"]))
-    found["mkl"] = {name: spread(compare(plain, without_onednn(works[name]), pairs=5)) for name in ("cross_entropy_head", "online_forward")}
-    print("online beside the head", found["online_forward"]["times_head"], "without oneDNN", found["mkl"], flush=True)
+    found["online_forward"]["times_head"] = spread(
+        compare(works["cross_entropy_head"], works["online_forward"])
+    )
+    found["mkl"] = {
+        name: spread(compare(plain, without_onednn(works[name]), pairs=5))
+        for name in ("cross_entropy_head", "online_forward")
+    }
+    print(
+        "online beside the head",
+        found["online_forward"]["times_head"],
+        "without oneDNN",
+        found["mkl"],
+        flush=True,
+    )
     if peer is not None:
         mask = torch.ones(1, N)
         for d, beta in BETAS.items():
+
             def loss(beta: float = beta) -> torch.Tensor:
                 return peer(hidden[None], thinks[None], weight, theirs, mask, beta)[0]
 
             mine = divergence_loss_from_hidden(hidden, head, teacher, divergence=d).loss
             assert abs(float(mine.detach() - loss().detach())) < 1e-4, "both find the same loss"
             pair = compare(works[f"online_{d.value}"], backward(hidden, weight, loss), pairs=5)
-            found[f"trl_{d.value}"] = {"persea": rounded(pair["ours"]), "trl": rounded(pair["theirs"]), "times_persea": spread(pair)}
+            found[f"trl_{d.value}"] = {
+                "persea": rounded(pair["ours"]),
+                "trl": rounded(pair["theirs"]),
+                "times_persea": spread(pair),
+            }
             print(f"trl_{d.value}", found[f"trl_{d.value}"], flush=True)
     return found
 
@@ -173,17 +251,35 @@ def workspace() -> dict[str, Any]:
     width = 16  # what a chunk needs beside its logits is small at any width
     for n, teachers in ((64, 1), (256, 1), (256, 4)):
         hidden, weight = parts(n, width)
-        tokens, head, floor = torch.zeros(n, dtype=torch.int64), LMHead(weight, V), 4 * (V + n) * width
+        tokens, head, floor = (
+            torch.zeros(n, dtype=torch.int64),
+            LMHead(weight, V),
+            4 * (V + n) * width,
+        )
         said = [rows(n // teachers, identity, k) for k in range(teachers)]
-        said = [BatchTargets(t.row_M + k * (n // teachers), t.probs_M, t.entry_G, t.token_G, t.rest_N, t.excluded_row_A, t.excluded_token_A, V) for k, t in enumerate(said)]
+        said = [
+            BatchTargets(
+                t.row_M + k * (n // teachers),
+                t.probs_M,
+                t.entry_G,
+                t.token_G,
+                t.rest_N,
+                t.excluded_row_A,
+                t.excluded_token_A,
+                V,
+            )
+            for k, t in enumerate(said)
+        ]
         with Peak() as cached:
             event_kl_loss_from_hidden(hidden, head, tokens, said, 0.7)
         with Peak() as online:
             divergence_loss_from_hidden(hidden, head, (hidden.detach(), LMHead(weight.detach(), V)))
         with Peak() as whole:
             F.cross_entropy(hidden @ weight.T, tokens).backward()
-        found[f"{n} positions, {teachers} teachers"] = {name: rounded((peak.bytes - floor) / 2**20)
-                                                       for name, peak in (("cached", cached), ("online", online), ("whole_logits", whole))}
+        found[f"{n} positions, {teachers} teachers"] = {
+            name: rounded((peak.bytes - floor) / 2**20)
+            for name, peak in (("cached", cached), ("online", online), ("whole_logits", whole))
+        }
     print("workspace", found, flush=True)
     return found
 
@@ -206,13 +302,35 @@ def lessons(student: StudentModel, size: int) -> DistillDataset:
     for name, skill in TAUGHT.items():
         source = ModelSource(str(ROOT / "saplings" / name))
         voice = load_renderer(source, name)
-        teacher = Teacher(name, voice, TransformersEngine(load_model(source, voice, name), len(voice.vocabulary)))
-        talks = [item.reference_conversation for item in skills.find_generated_task(skill).items(Split.TRAIN, 64, 0)]
-        for k, (talk, (tokens, logprobs)) in enumerate(zip(talks, teacher.compute_logprobs(talks), strict=True)):
-            sampled = sample_distributions(logprobs, tokens.ids_T[tokens.loss_mask_T], 0.01, f"{name} {k}")
-            captures.append(CachedAnswer(Answer(f"{skill}-{k}", name, skill, "", talk, FinishReason.STOP), tokens, sampled))
+        teacher = Teacher(
+            name, voice, TransformersEngine(load_model(source, voice, name), len(voice.vocabulary))
+        )
+        talks = [
+            item.reference_conversation
+            for item in skills.find_generated_task(skill).items(Split.TRAIN, 64, 0)
+        ]
+        for k, (talk, (tokens, logprobs)) in enumerate(
+            zip(talks, teacher.compute_logprobs(talks), strict=True)
+        ):
+            sampled = sample_distributions(
+                logprobs, tokens.ids_T[tokens.loss_mask_T], 0.01, f"{name} {k}"
+            )
+            captures.append(
+                CachedAnswer(
+                    Answer(f"{skill}-{k}", name, skill, "", talk, FinishReason.STOP),
+                    tokens,
+                    sampled,
+                )
+            )
         bridges[name] = load_event_map(voice, student.renderer)
-    return build_dataset([(Listed(captures), 1.0)], student.renderer, bridges, batch_size=size, seed=0, max_tokens=512)
+    return build_dataset(
+        [(Listed(captures), 1.0)],
+        student.renderer,
+        bridges,
+        batch_size=size,
+        seed=0,
+        max_tokens=512,
+    )
 
 
 def quickstart(steps: int = 6) -> dict[str, Any]:
@@ -239,7 +357,9 @@ def quickstart(steps: int = 6) -> dict[str, Any]:
         return event_kl_loss_from_hidden(*states, batch.labels_N, batch.teachers, 0.7).loss
 
     def plain(batch: Any) -> torch.Tensor:
-        logits = student.model(input_ids=batch.ids_BS, attention_mask=batch.mask_BS, use_cache=False).logits
+        logits = student.model(
+            input_ids=batch.ids_BS, attention_mask=batch.mask_BS, use_cache=False
+        ).logits
         return F.cross_entropy(logits[batch.row_N, batch.position_N], batch.labels_N)
 
     def sft(batch: Any) -> torch.Tensor:
@@ -249,8 +369,11 @@ def quickstart(steps: int = 6) -> dict[str, Any]:
     found: dict[str, Any] = {"steps": steps, "batch": 16}
     for name, other in (("whole_logits", plain), ("head", sft)):
         pair = compare(work(other), work(events, feed.batch))
-        found[f"cross_entropy_{name}"] = {"cross_entropy": rounded(pair["ours"] / steps), "events": rounded(pair["theirs"] / steps),
-                                          "times_cross_entropy": spread(pair)}
+        found[f"cross_entropy_{name}"] = {
+            "cross_entropy": rounded(pair["ours"] / steps),
+            "events": rounded(pair["theirs"] / steps),
+            "times_cross_entropy": spread(pair),
+        }
     scales: dict[balance.Group, balance.GroupScale] = {}
 
     def balanced(batch: Any) -> torch.Tensor:
@@ -262,10 +385,18 @@ def quickstart(steps: int = 6) -> dict[str, Any]:
         return out.loss
 
     pair = compare(work(events), work(balanced))
-    found["balance"] = {"plain": rounded(pair["ours"] / steps), "balanced": rounded(pair["theirs"] / steps), "times_plain": spread(pair)}
+    found["balance"] = {
+        "plain": rounded(pair["ours"] / steps),
+        "balanced": rounded(pair["theirs"] / steps),
+        "times_plain": spread(pair),
+    }
     packing = replace(student, options=ComputeOptions(packing=True))
     pair = compare(work(events), work(lambda batch: events(batch, packing)))
-    found["packing"] = {"padded": rounded(pair["ours"] / steps), "packed": rounded(pair["theirs"] / steps), "times_padded": spread(pair)}
+    found["packing"] = {
+        "padded": rounded(pair["ours"] / steps),
+        "packed": rounded(pair["theirs"] / steps),
+        "times_padded": spread(pair),
+    }
     student.model.set_attn_implementation("eager")
     eager = work(events)
 
@@ -275,7 +406,11 @@ def quickstart(steps: int = 6) -> dict[str, Any]:
         student.model.set_attn_implementation("eager")
 
     pair = compare(sdpa, eager)
-    found["attention"] = {"sdpa": rounded(pair["ours"] / steps), "eager": rounded(pair["theirs"] / steps), "times_sdpa": spread(pair)}
+    found["attention"] = {
+        "sdpa": rounded(pair["ours"] / steps),
+        "eager": rounded(pair["theirs"] / steps),
+        "times_sdpa": spread(pair),
+    }
     print("quickstart", found, flush=True)
     return found
 
@@ -309,32 +444,51 @@ def compiled() -> dict[str, Any]:
 
     source = ModelSource(str(ROOT / "saplings" / "llama-sapling"))
     student = load_student(source, load_renderer(source, "student"), None)
-    ids = torch.randint(0, len(student.renderer.vocabulary), (16, 96), generator=torch.Generator().manual_seed(2))
+    ids = torch.randint(
+        0, len(student.renderer.vocabulary), (16, 96), generator=torch.Generator().manual_seed(2)
+    )
     student.model.train()
 
     def step(model: Any) -> torch.Tensor:
-        return F.cross_entropy(model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        return F.cross_entropy(
+            model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+        )
 
     found: dict[str, Any] = {}
     quick_loss, quick_model = torch.compile(naive), torch.compile(student.model)
-    for name, eager, quick in (("cross_entropy", lambda: naive(hidden, weight), lambda: quick_loss(hidden, weight)),
-                               ("student", lambda: step(student.model), lambda: step(quick_model))):
+    for name, eager, quick in (
+        ("cross_entropy", lambda: naive(hidden, weight), lambda: quick_loss(hidden, weight)),
+        ("student", lambda: step(student.model), lambda: step(quick_model)),
+    ):
         work = backward(hidden, weight, quick)
         before = os.times()[:4]
         work()
-        first = sum(os.times()[:4]) - sum(before)  # the compiler's own too, which is another process
+        first = sum(os.times()[:4]) - sum(
+            before
+        )  # the compiler's own too, which is another process
         pair = compare(backward(hidden, weight, eager), work, pairs=5)
-        found[name] = {"compiling": rounded(first), "plain": rounded(pair["ours"]), "compiled": rounded(pair["theirs"]), "times_plain": spread(pair)}
+        found[name] = {
+            "compiling": rounded(first),
+            "plain": rounded(pair["ours"]),
+            "compiled": rounded(pair["theirs"]),
+            "times_plain": spread(pair),
+        }
         print("compile", name, found[name], flush=True)
     linear = torch.nn.Linear.forward
 
     def by_onednn() -> None:
-        torch.nn.Linear.forward = lambda layer, x: ByOneDNN.apply(x, layer.weight) if layer.bias is None else linear(layer, x)  # type: ignore
+        torch.nn.Linear.forward = lambda layer, x: (
+            ByOneDNN.apply(x, layer.weight) if layer.bias is None else linear(layer, x)
+        )  # type: ignore
         step(student.model).backward()
         torch.nn.Linear.forward = linear  # type: ignore[method-assign]
 
     pair = compare(lambda: step(student.model).backward(), by_onednn, pairs=5)
-    found["student_by_onednn"] = {"plain": rounded(pair["ours"]), "onednn": rounded(pair["theirs"]), "times_plain": spread(pair)}
+    found["student_by_onednn"] = {
+        "plain": rounded(pair["ours"]),
+        "onednn": rounded(pair["theirs"]),
+        "times_plain": spread(pair),
+    }
     print("compile", "student_by_onednn", found["student_by_onednn"], flush=True)
     return found
 
@@ -343,15 +497,32 @@ def main() -> None:
     torch.set_num_threads(1)
     peer, events = trl(), None
     if (DATA / "tokenizers").is_dir():
-        student, teacher = (load_renderer(ModelSource(str(DATA / "tokenizers" / name)), name) for name in ("llama3", "qwen3"))
+        student, teacher = (
+            load_renderer(ModelSource(str(DATA / "tokenizers" / name)), name)
+            for name in ("llama3", "qwen3")
+        )
         events = load_event_map(teacher, student)
     else:
-        print("real data not found: the column of events over real vocabularies is left out; set PERSEA_DATA", file=sys.stderr)
+        print(
+            "real data not found: the column of events over real vocabularies is left out; set PERSEA_DATA",
+            file=sys.stderr,
+        )
     path = Path(__file__).parent / "results" / "train.json"
-    out: dict[str, Any] = json.loads(path.read_text()) if sys.argv[1:] and path.is_file() else {}  # a whole run keeps nothing of another
-    out |= {"torch": torch.__version__, "trl": TRL if peer else out.get("trl"), "processor": torch.backends.cpu.get_cpu_capability()}
-    for name, part in {"quickstart": quickstart, "workspace_mib": workspace, "heads": lambda: heads(events, peer),
-                       "online_events": lambda: online_events(events), "compile": compiled}.items():
+    out: dict[str, Any] = (
+        json.loads(path.read_text()) if sys.argv[1:] and path.is_file() else {}
+    )  # a whole run keeps nothing of another
+    out |= {
+        "torch": torch.__version__,
+        "trl": TRL if peer else out.get("trl"),
+        "processor": torch.backends.cpu.get_cpu_capability(),
+    }
+    for name, part in {
+        "quickstart": quickstart,
+        "workspace_mib": workspace,
+        "heads": lambda: heads(events, peer),
+        "online_events": lambda: online_events(events),
+        "compile": compiled,
+    }.items():
         if not sys.argv[1:] or name in sys.argv[1:]:
             out[name] = part()
             path.write_text(json.dumps(out, indent=1) + "\n")

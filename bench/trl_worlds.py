@@ -34,12 +34,20 @@ def loss_of(world: World, merge: str, hybrid: bool = True) -> Any:
     return gold(Columns(world.bytes_W()), Columns(world.bytes_V()), merge=merge, hybrid=hybrid)
 
 
-def _sequence(voice: ChatRenderer, ids: Prefix, columns: dict[int, int], logits_TV: torch.Tensor) -> Sequence:
+def _sequence(
+    voice: ChatRenderer, ids: Prefix, columns: dict[int, int], logits_TV: torch.Tensor
+) -> Sequence:
     """The row after the stop token is uniform; nothing is learned there."""
     logits_TV = torch.cat([logits_TV, torch.zeros_like(logits_TV[:1])])
     begin = list(starts(voice, ids))
     learned, ends = torch.tensor([False] + [True] * len(ids)), [*begin[1:], begin[-1]]
-    return Sequence(logits_TV, torch.tensor([0, *(columns[i] for i in ids)]), learned, torch.tensor([0, *begin]), torch.tensor([0, *ends]))
+    return Sequence(
+        logits_TV,
+        torch.tensor([0, *(columns[i] for i in ids)]),
+        learned,
+        torch.tensor([0, *begin]),
+        torch.tensor([0, *ends]),
+    )
 
 
 @dataclass(frozen=True)
@@ -57,17 +65,33 @@ def told(s: Stack, world: World) -> list[Told]:
     out = []
     for text, p in world.law.items():
         t, v = world.t.ids[text], world.s.ids[text]
-        rows_TW = torch.from_numpy(np.array([world.row_W(world.t.next[t[:k]]) for k in range(len(t))]))
+        rows_TW = torch.from_numpy(
+            np.array([world.row_W(world.t.next[t[:k]]) for k in range(len(t))])
+        )
         logits_TW = torch.where(rows_TW > 0, rows_TW.clamp(min=1e-300).log(), NOWHERE)
-        out.append(Told(p, [s.number[v[:k]] for k in range(len(v))], v, _sequence(world.teacher, t, columns, logits_TW)))
+        out.append(
+            Told(
+                p,
+                [s.number[v[:k]] for k in range(len(v))],
+                v,
+                _sequence(world.teacher, t, columns, logits_TW),
+            )
+        )
     return out
 
 
-def sequences(said: list[Told], world: World, logits_RV: torch.Tensor) -> Iterator[tuple[float, int, Sequence, Sequence]]:
+def sequences(
+    said: list[Told], world: World, logits_RV: torch.Tensor
+) -> Iterator[tuple[float, int, Sequence, Sequence]]:
     """(probability, student tokens, student, teacher) of every string."""
     columns = {int(i): n for n, i in enumerate(world.columns_V)}
     for one in said:
-        yield one.p, len(one.rows), _sequence(world.student, one.student, columns, logits_RV[one.rows]), one.teacher
+        yield (
+            one.p,
+            len(one.rows),
+            _sequence(world.student, one.student, columns, logits_RV[one.rows]),
+            one.teacher,
+        )
 
 
 def gold_objective(s: Stack, world: World, merge: str, share: float = 0.7) -> Objective:
@@ -80,6 +104,7 @@ def gold_objective(s: Stack, world: World, merge: str, share: float = 0.7) -> Ob
             total = total + p * tokens * gold_loss(loss, student, teacher)
         log_q_RV = torch.log_softmax(logits_RV, -1)
         return share * total - (1 - share) * (s.mass_R[:, None] * s.truth_RV * log_q_RV).sum()
+
     return of
 
 
@@ -106,7 +131,10 @@ def gold_floor(s: Stack, world: World, merge: str) -> dict[str, float]:
             value += p * float(gold_loss(loss, student, teacher))
             for q_GV, p_GW in seen:
                 matched = (p_GW[:, both.teacher_K] - q_GV[:, both.student_K]).abs().sum()
-                sorted_p, sorted_q = (F.pad(x, (0, width - x.shape[1])).sort(-1, descending=True).values for x in (p_GW[:, rest_W], q_GV[:, rest_V]))
+                sorted_p, sorted_q = (
+                    F.pad(x, (0, width - x.shape[1])).sort(-1, descending=True).values
+                    for x in (p_GW[:, rest_W], q_GV[:, rest_V])
+                )
                 distance += p * float(matched + (sorted_p - sorted_q).abs().sum()) / 2
                 spans += p * len(q_GV)
     return {"tv": distance / spans, "loss": value}

@@ -20,12 +20,21 @@ from persea.alignment.event_map import EventMap
 from persea.chat.messages import RenderedTokens
 
 SOURCE: Mapping[str, Mapping[str, float]] = {  # after "" (the text begins), a, b, c
-    "": {"a": .5, "b": .3, "c": .2}, "a": {"a": .1, "b": .7, "c": .2}, "b": {"a": .6, "b": .1, "c": .3}, "c": {"a": .25, "b": .15, "c": .6}}
+    "": {"a": 0.5, "b": 0.3, "c": 0.2},
+    "a": {"a": 0.1, "b": 0.7, "c": 0.2},
+    "b": {"a": 0.6, "b": 0.1, "c": 0.3},
+    "c": {"a": 0.25, "b": 0.15, "c": 0.6},
+}
 
 
-def logprob(text: str, after: str = "", source: Mapping[str, Mapping[str, float]] = SOURCE) -> float:
+def logprob(
+    text: str, after: str = "", source: Mapping[str, Mapping[str, float]] = SOURCE
+) -> float:
     """Natural log-probability of a text after a byte."""
-    return sum(math.log(source[a][b]) for a, b in zip(after + text[:-1] if after else ["", *text[:-1]], text, strict=True))
+    return sum(
+        math.log(source[a][b])
+        for a, b in zip(after + text[:-1] if after else ["", *text[:-1]], text, strict=True)
+    )
 
 
 def code(leaves: int, after: str) -> tuple[str, ...]:
@@ -66,7 +75,12 @@ class Code:
         """The tokens over their bytes, all learned."""
         ends = np.cumsum([len(self.tokens[i]) for i in ids])
         starts = np.concatenate([[0], ends[:-1]])
-        return RenderedTokens(np.array(ids, np.int32), starts.astype(np.int32), ends.astype(np.int32), np.ones(len(ids), np.bool_))
+        return RenderedTokens(
+            np.array(ids, np.int32),
+            starts.astype(np.int32),
+            ends.astype(np.int32),
+            np.ones(len(ids), np.bool_),
+        )
 
 
 def bridge(teacher: Code, student: Code) -> EventMap:
@@ -78,7 +92,9 @@ def bridge(teacher: Code, student: Code) -> EventMap:
 
     names = sorted({event(t) for t in leaves})
     number = {name: i for i, name in enumerate(names)}
-    events_W, events_V = (np.array([number[event(t)] for t in side.tokens], np.int32) for side in (teacher, student))
+    events_W, events_V = (
+        np.array([number[event(t)] for t in side.tokens], np.int32) for side in (teacher, student)
+    )
     return EventMap(events_W, events_V, len(names), "tunstall")
 
 

@@ -36,15 +36,33 @@ Floats: TypeAlias = npt.NDArray[np.float64]
 
 ALPHABET, LONGEST = "abc ", 6
 STEPS: Steps = {  # after no character, after a, ...: a, b, c, space, the string ends
-    "": (.1465, .2763, .1328, .1085, .3359), "a": (.2607, .4515, .0604, .0156, .2118), "b": (.0722, .7295, .0891, .0899, .0193),
-    "c": (.2027, .1769, .2374, .2566, .1264), " ": (.0473, .0220, .3444, .5139, .0724)}
+    "": (0.1465, 0.2763, 0.1328, 0.1085, 0.3359),
+    "a": (0.2607, 0.4515, 0.0604, 0.0156, 0.2118),
+    "b": (0.0722, 0.7295, 0.0891, 0.0899, 0.0193),
+    "c": (0.2027, 0.1769, 0.2374, 0.2566, 0.1264),
+    " ": (0.0473, 0.0220, 0.3444, 0.5139, 0.0724),
+}
 WORDS = r" ?[abc]+| +(?!\S)| +"
-WORLDS: dict[str, tuple[Merges, Merges, bool]] = {  # teacher's merges, student's merges, split into words first
+WORLDS: dict[
+    str, tuple[Merges, Merges, bool]
+] = {  # teacher's merges, student's merges, split into words first
     "same": ((("a", "b"), ("b", "c")), (("a", "b"), ("b", "c")), False),
     "nested": ((("a", "b"), ("b", "c")), (("a", "b"), ("b", "c"), ("ab", "c"), ("a", "a")), False),
-    "crossing": ((("a", "b"), ("b", "c"), ("ab", "a")), (("b", "c"), ("a", "b"), ("c", "c")), False),
-    "words": ((("a", "b"), ("b", "c"), (" ", "a"), (" a", "b")), (("b", "c"), (" ", "a"), (" ", "b"), (" a", "bc"), ("c", "c")), True),
-    "long": ((("a", "b"), ("ab", "c"), ("abc", "a"), ("c", "c"), ("b", "b")), (("b", "c"), ("a", "a"), ("c", "a")), False),
+    "crossing": (
+        (("a", "b"), ("b", "c"), ("ab", "a")),
+        (("b", "c"), ("a", "b"), ("c", "c")),
+        False,
+    ),
+    "words": (
+        (("a", "b"), ("b", "c"), (" ", "a"), (" a", "b")),
+        (("b", "c"), (" ", "a"), (" ", "b"), (" a", "bc"), ("c", "c")),
+        True,
+    ),
+    "long": (
+        (("a", "b"), ("ab", "c"), ("abc", "a"), ("c", "c"), ("b", "b")),
+        (("b", "c"), ("a", "a"), ("c", "a")),
+        False,
+    ),
 }
 
 
@@ -76,16 +94,29 @@ def tilted(after: str, to: int, eps: float) -> Steps:
 
 def toy(merges: Merges, in_words: bool, name: str) -> ChatRenderer:
     """A real byte-level BPE with 256 bytes, just these merges, and one stop token."""
+
     def spell(piece: str) -> str:
         return "".join(BYTE_TO_CHAR[b] for b in piece.encode())
 
     pieces = [*(BYTE_TO_CHAR[b] for b in range(256)), *(spell(a + b) for a, b in merges)]
-    tokenizer = Tokenizer(models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=[(spell(a), spell(b)) for a, b in merges]))
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={p: i for i, p in enumerate(pieces)},
+            merges=[(spell(a), spell(b)) for a, b in merges],
+        )
+    )
     split = [pre_tokenizers.Split(Regex(WORDS), "isolated")] if in_words else []
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [*split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|end|>"])
-    return ChatRenderer(replace(LLAMA, stop_tokens=("<|end|>",)), load_vocabulary(tokenizer, name), lambda messages, **_: "", "")
+    return ChatRenderer(
+        replace(LLAMA, stop_tokens=("<|end|>",)),
+        load_vocabulary(tokenizer, name),
+        lambda messages, **_: "",
+        "",
+    )
 
 
 @dataclass(frozen=True)
@@ -108,7 +139,10 @@ class Exact:
 
 
 def encode(voice: ChatRenderer, texts: Sequence[str]) -> dict[str, Prefix]:
-    return {text: (*some, voice.stop_ids[0]) for text, some in zip(texts, voice.vocabulary.encode_batch(texts), strict=True)}
+    return {
+        text: (*some, voice.stop_ids[0])
+        for text, some in zip(texts, voice.vocabulary.encode_batch(texts), strict=True)
+    }
 
 
 def exact(ids: dict[str, Prefix], law: Law) -> Exact:
@@ -119,7 +153,11 @@ def exact(ids: dict[str, Prefix], law: Law) -> Exact:
             mass[ids[text][:k]] += p
             joint[ids[text][:k]][token] += p
         mass[ids[text]] += p
-    return Exact(ids, dict(mass), {prefix: {v: p / mass[prefix] for v, p in row.items()} for prefix, row in joint.items()})
+    return Exact(
+        ids,
+        dict(mass),
+        {prefix: {v: p / mass[prefix] for v, p in row.items()} for prefix, row in joint.items()},
+    )
 
 
 def starts(voice: ChatRenderer, ids: Sequence[int]) -> Iterator[int]:
@@ -206,9 +244,17 @@ class World:
     @cached_property
     def event_map(self) -> EventMap:
         """The same maps over columns; events renumbered, those that never occur dropped."""
-        events_W, events_V = self.full_bridge.teacher_event_W[self.columns_W], self.full_bridge.student_event_V[self.columns_V]
+        events_W, events_V = (
+            self.full_bridge.teacher_event_W[self.columns_W],
+            self.full_bridge.student_event_V[self.columns_V],
+        )
         used, both = np.unique(np.concatenate([events_W, events_V]), return_inverse=True)
-        return EventMap(both[:len(events_W)].astype(np.int32), both[len(events_W):].astype(np.int32), len(used), self.full_bridge.digest)
+        return EventMap(
+            both[: len(events_W)].astype(np.int32),
+            both[len(events_W) :].astype(np.int32),
+            len(used),
+            self.full_bridge.digest,
+        )
 
     def row_W(self, row: Mapping[int, float]) -> Floats:
         return _row(row, self.columns_W)
@@ -229,15 +275,24 @@ class World:
 
     @cached_property
     def boundaries(self) -> tuple[Boundary, ...]:
-        joint: dict[tuple[Prefix, Prefix], dict[tuple[int, int], float]] = defaultdict(lambda: defaultdict(float))
+        joint: dict[tuple[Prefix, Prefix], dict[tuple[int, int], float]] = defaultdict(
+            lambda: defaultdict(float)
+        )
         for text, p in self.law.items():
             t, s = self.t.ids[text], self.s.ids[text]
             for k, j in common(self, text):
                 joint[t[:k], s[:j]][t[k], s[j]] += p
-        at_W, at_V = ({int(i): n for n, i in enumerate(c)} for c in (self.columns_W, self.columns_V))
-        return tuple(self._boundary(*prefixes, {(at_W[w], at_V[v]): p for (w, v), p in cells.items()}) for prefixes, cells in joint.items())
+        at_W, at_V = (
+            {int(i): n for n, i in enumerate(c)} for c in (self.columns_W, self.columns_V)
+        )
+        return tuple(
+            self._boundary(*prefixes, {(at_W[w], at_V[v]): p for (w, v), p in cells.items()})
+            for prefixes, cells in joint.items()
+        )
 
-    def _boundary(self, teacher: Prefix, student: Prefix, joint: dict[tuple[int, int], float]) -> Boundary:
+    def _boundary(
+        self, teacher: Prefix, student: Prefix, joint: dict[tuple[int, int], float]
+    ) -> Boundary:
         mass = sum(joint.values())
         p_W, q_V = self.row_W(self.t.next[teacher]), self.row_V(self.s.next[student])
         both_W, both_V = np.zeros_like(p_W), np.zeros_like(q_V)
@@ -245,28 +300,60 @@ class World:
             both_W[w] += p
             both_V[v] += p
         mass_t, mass_s = self.t.mass[teacher], self.s.mass[student]
-        leak_W, leak_V = (np.divide(x, m * y, out=np.zeros_like(x), where=y > 0) for x, m, y in ((both_W, mass_t, p_W), (both_V, mass_s, q_V)))
+        leak_W, leak_V = (
+            np.divide(x, m * y, out=np.zeros_like(x), where=y > 0)
+            for x, m, y in ((both_W, mass_t, p_W), (both_V, mass_s, q_V))
+        )
         events_W, events_V = self.event_map.teacher_event_W, self.event_map.student_event_V
         disagree = sum(p for (w, v), p in joint.items() if events_W[w] != events_V[v]) / mass
-        return Boundary(teacher, student, mass, p_W, q_V, both_W / mass, both_V / mass, leak_W, leak_V, mass / mass_t, mass / mass_s,
-                        disagree, {cell: p / mass for cell, p in joint.items()})
+        return Boundary(
+            teacher,
+            student,
+            mass,
+            p_W,
+            q_V,
+            both_W / mass,
+            both_V / mass,
+            leak_W,
+            leak_V,
+            mass / mass_t,
+            mass / mass_s,
+            disagree,
+            {cell: p / mass for cell, p in joint.items()},
+        )
 
     @cached_property
     def insides(self) -> tuple[Inside, ...]:
-        joint: dict[tuple[Prefix, Prefix, bytes], dict[int, float]] = defaultdict(lambda: defaultdict(float))
+        joint: dict[tuple[Prefix, Prefix, bytes], dict[int, float]] = defaultdict(
+            lambda: defaultdict(float)
+        )
         for text, p in self.law.items():
             t, s = self.t.ids[text], self.s.ids[text]
             begin_t = list(starts(self.teacher, t))
             for j, at in enumerate(starts(self.student, s)):
                 k = int(np.searchsorted(begin_t, at, side="right")) - 1
                 if begin_t[k] != at:
-                    joint[t[:k], s[:j], text.encode()[begin_t[k]:at]][s[j]] += p
+                    joint[t[:k], s[:j], text.encode()[begin_t[k] : at]][s[j]] += p
         return tuple(self._inside(*key, cells) for key, cells in joint.items())
 
-    def _inside(self, teacher: Prefix, student: Prefix, emitted: bytes, cells: Mapping[int, float]) -> Inside:
+    def _inside(
+        self, teacher: Prefix, student: Prefix, emitted: bytes, cells: Mapping[int, float]
+    ) -> Inside:
         mass = sum(cells.values())
-        goes_on = np.array([b is not None and len(b) > len(emitted) and b.startswith(emitted) for b in self.bytes_W()])
-        return Inside(teacher, student, emitted, mass, self.row_V(cells) / mass, np.where(goes_on, self.row_W(self.t.next[teacher]), 0.0))
+        goes_on = np.array(
+            [
+                b is not None and len(b) > len(emitted) and b.startswith(emitted)
+                for b in self.bytes_W()
+            ]
+        )
+        return Inside(
+            teacher,
+            student,
+            emitted,
+            mass,
+            self.row_V(cells) / mass,
+            np.where(goes_on, self.row_W(self.t.next[teacher]), 0.0),
+        )
 
 
 def _row(row: Mapping[int, float], columns: npt.NDArray[np.int64]) -> Floats:
@@ -278,7 +365,9 @@ def _row(row: Mapping[int, float], columns: npt.NDArray[np.int64]) -> Floats:
 def common(world: World, text: str) -> list[tuple[int, int]]:
     """(index of the teacher token, of the student token) that begin at the same byte of a string; the stop tokens last."""
     at_s = {at: j for j, at in enumerate(starts(world.student, world.s.ids[text]))}
-    return [(k, at_s[at]) for k, at in enumerate(starts(world.teacher, world.t.ids[text])) if at in at_s]
+    return [
+        (k, at_s[at]) for k, at in enumerate(starts(world.teacher, world.t.ids[text])) if at in at_s
+    ]
 
 
 def world(name: str, law: Law | None = None) -> World:
@@ -286,7 +375,14 @@ def world(name: str, law: Law | None = None) -> World:
     merges_t, merges_s, in_words = WORLDS[name]
     law = markov() if law is None else law
     teacher, student = toy(merges_t, in_words, "teacher"), toy(merges_s, in_words, "student")
-    return World(name, law, teacher, student, exact(encode(teacher, list(law)), law), exact(encode(student, list(law)), law))
+    return World(
+        name,
+        law,
+        teacher,
+        student,
+        exact(encode(teacher, list(law)), law),
+        exact(encode(student, list(law)), law),
+    )
 
 
 @dataclass(frozen=True)
@@ -313,6 +409,15 @@ def chunks(world: World) -> list[Chunk]:
         t, s = world.t.ids[text], world.s.ids[text]
         places = [*common(world, text), (len(t), len(s))]
         for (k, j), (k2, j2) in pairwise(places):
-            out.append(Chunk(p, number[t[:k], s[:j]], number.get((t[:k2], s[:j2]), -1), t[k:k2], s[j:j2],
-                             math.log(world.t.mass[t[:k2]] / world.t.mass[t[:k]]), math.log(world.s.mass[s[:j2]] / world.s.mass[s[:j]])))
+            out.append(
+                Chunk(
+                    p,
+                    number[t[:k], s[:j]],
+                    number.get((t[:k2], s[:j2]), -1),
+                    t[k:k2],
+                    s[j:j2],
+                    math.log(world.t.mass[t[:k2]] / world.t.mass[t[:k]]),
+                    math.log(world.s.mass[s[:j2]] / world.s.mass[s[:j]]),
+                )
+            )
     return out

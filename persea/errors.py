@@ -69,6 +69,8 @@ class RunInterrupted(BaseException):
     """
 
     def __init__(self, signal_number: int, detail: str = "what is committed stays") -> None:
-        super().__init__(f"stopped by {signal.Signals(signal_number).name}; {detail} -> the same command goes on")
+        super().__init__(
+            f"stopped by {signal.Signals(signal_number).name}; {detail} -> the same command goes on"
+        )
         self.signal_number, self.detail = signal_number, detail
         self.exit_code = 128 + signal_number

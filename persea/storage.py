@@ -39,8 +39,12 @@ def _raise_storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(f"cannot write: {error.strerror}", where=str(path), remedy="free space or choose another run folder, then run again: "
-                           "what is committed stays") from error
+        raise StorageError(
+            f"cannot write: {error.strerror}",
+            where=str(path),
+            remedy="free space or choose another run folder, then run again: "
+            "what is committed stays",
+        ) from error
 
 
 class Disk:
@@ -171,23 +175,36 @@ def read_json_with_checksum(path: Path, remedy: str) -> dict[str, Any]:
     found = read_json(path)
     record = {k: v for k, v in found.items() if k != "seal"} if isinstance(found, dict) else {}
     if path.read_bytes() != _record_to_json(with_checksum(record)).encode():
-        raise DataError("not as it was written: the record does not match its own seal", where=str(path), remedy=remedy)
+        raise DataError(
+            "not as it was written: the record does not match its own seal",
+            where=str(path),
+            remedy=remedy,
+        )
     return record
 
 
 def write_json(path: Path, value: Any) -> str:
     """Publish as readable JSON; NaN is refused, it has no place in JSON."""
-    return write_atomic(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    return write_atomic(
+        path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    )
 
 
 def write_json_lines(path: Path, values: Iterable[Any]) -> str:
     """Publish as JSON lines."""
-    return write_atomic(path, "".join(json.dumps(v, ensure_ascii=False, allow_nan=False) + "\n" for v in values).encode())
+    return write_atomic(
+        path,
+        "".join(json.dumps(v, ensure_ascii=False, allow_nan=False) + "\n" for v in values).encode(),
+    )
 
 
 def unreadable_file_error(path: Path, error: OSError) -> StorageError:
     """What a disk, or a limit of this machine, says instead of the bytes: they may be as good as they were."""
-    return StorageError(f"cannot read: {error.strerror}", where=str(path), remedy="look at the disk and at `ulimit -n`, then run again")
+    return StorageError(
+        f"cannot read: {error.strerror}",
+        where=str(path),
+        remedy="look at the disk and at `ulimit -n`, then run again",
+    )
 
 
 def read_json(path: Path) -> Any:
@@ -195,11 +212,19 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError as error:
-        raise DataError("not there", where=str(path), remedy=f"run the stage that writes {path.parent.name}/ first") from error
+        raise DataError(
+            "not there",
+            where=str(path),
+            remedy=f"run the stage that writes {path.parent.name}/ first",
+        ) from error
     except OSError as error:
         raise unreadable_file_error(path, error) from error
     except ValueError as error:
-        raise DataError(f"not JSON: {error}", where=str(path), remedy=f"delete {path.parent} and run its stage again") from error
+        raise DataError(
+            f"not JSON: {error}",
+            where=str(path),
+            remedy=f"delete {path.parent} and run its stage again",
+        ) from error
 
 
 @contextmanager
@@ -210,10 +235,15 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
         _make_folder(folder)
         file = path.open("a+b", buffering=0)
     with file:
-        if not _try_lock(file, fcntl.LOCK_EX, 5):  # `holder` looks by holding it for some microseconds
+        if not _try_lock(
+            file, fcntl.LOCK_EX, 5
+        ):  # `holder` looks by holding it for some microseconds
             file.seek(0)
-            raise StorageError(f"another run holds this folder ({file.read().decode().strip() or 'unknown'})", where=str(folder),
-                               remedy="wait for it, or give this run another --out")
+            raise StorageError(
+                f"another run holds this folder ({file.read().decode().strip() or 'unknown'})",
+                where=str(folder),
+                remedy="wait for it, or give this run another --out",
+            )
         with _raise_storage_errors(path):
             file.truncate(0)
             file.write(f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
@@ -239,7 +269,11 @@ def lock_holder(folder: Path) -> str:
     """Who holds a run folder, "pid 1 on host"; empty where nobody does, whatever the file says: a dead process holds nothing."""
     try:
         with (folder / "lock").open("rb") as file:
-            return "" if _try_lock(file, fcntl.LOCK_SH, 1) else file.read().decode().strip() or "unknown"
+            return (
+                ""
+                if _try_lock(file, fcntl.LOCK_SH, 1)
+                else file.read().decode().strip() or "unknown"
+            )
     except FileNotFoundError:
         return ""
     except OSError as error:

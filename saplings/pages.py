@@ -31,7 +31,17 @@ from persea.tasks.generated.number_words import (
 )
 from persea.tasks.task import Split, TaskItem, assign_split
 
-KINDS = {"dictionary": 0.42, "said": 0.04, "figures": 0.07, "sums": 0.12, "more": 0.06, "program": 0.03, "formula": 0.09, "call": 0.13, "help": 0.04}
+KINDS = {
+    "dictionary": 0.42,
+    "said": 0.04,
+    "figures": 0.07,
+    "sums": 0.12,
+    "more": 0.06,
+    "program": 0.03,
+    "formula": 0.09,
+    "call": 0.13,
+    "help": 0.04,
+}
 
 
 def page(rng: random.Random) -> TaskItem:
@@ -39,23 +49,34 @@ def page(rng: random.Random) -> TaskItem:
     kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
     lines = [_line(kind, rng) for _ in range(rng.randint(2, 4))]
     if rng.random() < 0.4:
-        lines += lines[:rng.randint(1, len(lines))]
-    return TaskItem(Prompt(f"page/{kind}", Conversation.from_question("-"), "page", ""), "\n".join(lines))
+        lines += lines[: rng.randint(1, len(lines))]
+    return TaskItem(
+        Prompt(f"page/{kind}", Conversation.from_question("-"), "page", ""), "\n".join(lines)
+    )
 
 
 def _line(kind: str, rng: random.Random) -> str:
     language = rng.choice(list(TRANSLATION_LANGUAGES))
     if kind == "dictionary":
         english, foreign = _entry(rng, language) if rng.random() < 0.4 else _parallel(rng, language)
-        return f"{TRANSLATION_LANGUAGES[language]}: {english} = {foreign}" if rng.random() < 0.5 else f"English: {foreign} = {english}"
+        return (
+            f"{TRANSLATION_LANGUAGES[language]}: {english} = {foreign}"
+            if rng.random() < 0.5
+            else f"English: {foreign} = {english}"
+        )
     if kind == "said":
-        _, english, foreign = languages.draw_translation_pair(rng.choice(list(languages.KIND_WEIGHTS)), language, rng)
+        _, english, foreign = languages.draw_translation_pair(
+            rng.choice(list(languages.KIND_WEIGHTS)), language, rng
+        )
         return english if rng.random() < 0.2 else foreign
     if kind == "figures":
         n = rng.randrange(1000)
         return f"{n} = {number_in_words(n, rng.choice(('en', language)))}"
     if kind == "sums":
-        return reasoning.reference_thinking(_grown(reasoning.make_item, rng), rng.choice((ThinkingEffort.LOW, ThinkingEffort.MEDIUM, ThinkingEffort.HIGH)))
+        return reasoning.reference_thinking(
+            _grown(reasoning.make_item, rng),
+            rng.choice((ThinkingEffort.LOW, ThinkingEffort.MEDIUM, ThinkingEffort.HIGH)),
+        )
     if kind == "more":
         return _more(rng)
     if kind == "program":
@@ -77,14 +98,21 @@ def _more(rng: random.Random) -> str:
     """Who of two has more, as a line of names and figures."""
     while (item := _grown(reasoning.make_item, rng)).prompt.id.split("/")[1] != "compare":
         pass
-    who, other = (said.split()[0] for said in item.prompt.conversation.messages[-1].text.split(". ")[:2])
-    return f"{who} {reasoning.reference_thinking(item, ThinkingEffort.LOW)} {other}: {item.answer_key}"
+    who, other = (
+        said.split()[0] for said in item.prompt.conversation.messages[-1].text.split(". ")[:2]
+    )
+    return (
+        f"{who} {reasoning.reference_thinking(item, ThinkingEffort.LOW)} {other}: {item.answer_key}"
+    )
 
 
 @cache
 def _free(n: int, language: str) -> bool:
     """Whether no question on this number is of another split than GROW, one way or the other."""
-    asked = f"To {TRANSLATION_LANGUAGES[language]}: {number_in_words(n, 'en')}", f"To English: {number_in_words(n, language)}"
+    asked = (
+        f"To {TRANSLATION_LANGUAGES[language]}: {number_in_words(n, 'en')}",
+        f"To English: {number_in_words(n, language)}",
+    )
     return all(assign_split(question) is Split.PRETRAIN for question in asked)
 
 
@@ -99,8 +127,18 @@ def _grown(make: Callable[[int], tuple[str, TaskItem]], rng: random.Random) -> T
 def _parallel(rng: random.Random, language: str) -> tuple[str, str]:
     """Something said in English and in another language, about which no question is of another split than GROW."""
     while True:
-        _, english, foreign = languages.draw_translation_pair(rng.choices(list(languages.KIND_WEIGHTS), list(languages.KIND_WEIGHTS.values()))[0], language, rng)
-        if all(assign_split(asked) is Split.PRETRAIN for asked in (f"To {TRANSLATION_LANGUAGES[language]}: {english}", f"To English: {foreign}")):
+        _, english, foreign = languages.draw_translation_pair(
+            rng.choices(list(languages.KIND_WEIGHTS), list(languages.KIND_WEIGHTS.values()))[0],
+            language,
+            rng,
+        )
+        if all(
+            assign_split(asked) is Split.PRETRAIN
+            for asked in (
+                f"To {TRANSLATION_LANGUAGES[language]}: {english}",
+                f"To English: {foreign}",
+            )
+        ):
             return english, foreign
 
 
@@ -116,11 +154,25 @@ def _entry(rng: random.Random, language: str) -> tuple[str, str]:
         return row[0], row[at]
     if which == 2:
         thing = rng.choice(list(COUNTED_NOUNS))
-        return quantity_in_words(rng.randint(2, 9), thing, "en").split()[-1], COUNTED_NOUNS[thing][at]
+        return quantity_in_words(rng.randint(2, 9), thing, "en").split()[-1], COUNTED_NOUNS[thing][
+            at
+        ]
     if which == 3:
         k = rng.randrange(7)
-        return EN_DAYS[k], {"zh": f"星期{ZH_DAYS[k]}", "ja": f"{JA_DAYS[k]}曜日", "ko": f"{KO_DAYS[k]}요일", "vi": VI_DAYS[k], "id": ID_DAYS[k],
-                            "th": f"วัน{TH_DAYS[k]}"}[language]
+        return EN_DAYS[k], {
+            "zh": f"星期{ZH_DAYS[k]}",
+            "ja": f"{JA_DAYS[k]}曜日",
+            "ko": f"{KO_DAYS[k]}요일",
+            "vi": VI_DAYS[k],
+            "id": ID_DAYS[k],
+            "th": f"วัน{TH_DAYS[k]}",
+        }[language]
     k = rng.randrange(12)
-    return EN_MONTHS[k], {"zh": f"{k + 1}月", "ja": f"{k + 1}月", "ko": f"{k + 1}월", "vi": f"tháng {k + 1}",
-    "id": ID_MONTHS[k], "th": TH_MONTHS[k]}[language]
+    return EN_MONTHS[k], {
+        "zh": f"{k + 1}月",
+        "ja": f"{k + 1}月",
+        "ko": f"{k + 1}월",
+        "vi": f"tháng {k + 1}",
+        "id": ID_MONTHS[k],
+        "th": TH_MONTHS[k],
+    }[language]

@@ -8,14 +8,26 @@ from pathlib import Path
 from persea.chat.messages import ThinkingEffort
 
 HERE = Path(__file__).resolve().parent
-QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA_SPLIT = QWEN_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|")
-O200K_SPLIT = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-               r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-               r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+O200K_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
-KNOWN = frozenset({"languages/phrase", "languages/weekday", "code/line", "safety/gentle", "reasoning/compare", "tools/weather", "tools/timer"})
+KNOWN = frozenset(
+    {
+        "languages/phrase",
+        "languages/weekday",
+        "code/line",
+        "safety/gentle",
+        "reasoning/compare",
+        "tools/weather",
+        "tools/timer",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -47,24 +59,122 @@ class Plan:
 
 
 DIRECT = {ThinkingEffort.NONE: 1.0}
-DIAL = {ThinkingEffort.NONE: 0.45, ThinkingEffort.LOW: 0.15, ThinkingEffort.MEDIUM: 0.1, ThinkingEffort.HIGH: 0.3}
+DIAL = {
+    ThinkingEffort.NONE: 0.45,
+    ThinkingEffort.LOW: 0.15,
+    ThinkingEffort.MEDIUM: 0.1,
+    ThinkingEffort.HIGH: 0.3,
+}
 PLANS = (
-    Plan("qwen-sapling", "qwen", QWEN_SPLIT, {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
-         ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>"), 1600,
-         {"languages": .8, "code": .03, "safety": .03, "reasoning": .04, "tools": .03, "prose": .07}, ("languages",),
-         {ThinkingEffort.NONE: .8, ThinkingEffort.HIGH: .2}, {"hidden": 128, "layers": 3, "heads": 4, "seed": 1}, 3200),
-    Plan("gemma-sapling", "gemma", "", {"bos_token": "<bos>", "eos_token": "<end_of_turn>", "pad_token": "<pad>", "unk_token": "<unk>"},
-         ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"), 1200,
-         {"languages": .06, "code": .5, "safety": .3, "reasoning": .04, "prose": .1}, ("code", "safety"), DIRECT,
-         {"hidden": 128, "layers": 3, "heads": 4, "seed": 2}, 1600),
-    Plan("gpt-oss-sapling", "gpt-oss", O200K_SPLIT, {"bos_token": "<|startoftext|>", "eos_token": "<|return|>", "pad_token": "<|endoftext|>"},
-         ("<|startoftext|>", "<|endoftext|>", "<|return|>", "<|channel|>", "<|start|>", "<|end|>", "<|message|>", "<|call|>"), 1400,
-         {"languages": .05, "code": .03, "safety": .03, "reasoning": .52, "tools": .32, "prose": .05}, ("reasoning", "tools"), DIAL,
-         {"hidden": 128, "layers": 3, "heads": 4, "experts": 4, "seed": 3}, 3000, whole_numbers=True),
-    Plan("llama-sapling", "llama", LLAMA_SPLIT,
-         {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": "<|finetune_right_pad_id|>"},
-         ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|finetune_right_pad_id|>",
-          "<think>", "</think>"), 2000,
-         {"languages": .2, "code": .08, "safety": .05, "reasoning": .13, "tools": .09, "prose": .03, "page": .42}, (), DIAL,
-         {"hidden": 128, "layers": 3, "heads": 4, "seed": 4}, 5000, whole_numbers=True),
+    Plan(
+        "qwen-sapling",
+        "qwen",
+        QWEN_SPLIT,
+        {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+        (
+            "<|endoftext|>",
+            "<|im_start|>",
+            "<|im_end|>",
+            "<think>",
+            "</think>",
+            "<tool_call>",
+            "</tool_call>",
+        ),
+        1600,
+        {
+            "languages": 0.8,
+            "code": 0.03,
+            "safety": 0.03,
+            "reasoning": 0.04,
+            "tools": 0.03,
+            "prose": 0.07,
+        },
+        ("languages",),
+        {ThinkingEffort.NONE: 0.8, ThinkingEffort.HIGH: 0.2},
+        {"hidden": 128, "layers": 3, "heads": 4, "seed": 1},
+        3200,
+    ),
+    Plan(
+        "gemma-sapling",
+        "gemma",
+        "",
+        {
+            "bos_token": "<bos>",
+            "eos_token": "<end_of_turn>",
+            "pad_token": "<pad>",
+            "unk_token": "<unk>",
+        },
+        ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"),
+        1200,
+        {"languages": 0.06, "code": 0.5, "safety": 0.3, "reasoning": 0.04, "prose": 0.1},
+        ("code", "safety"),
+        DIRECT,
+        {"hidden": 128, "layers": 3, "heads": 4, "seed": 2},
+        1600,
+    ),
+    Plan(
+        "gpt-oss-sapling",
+        "gpt-oss",
+        O200K_SPLIT,
+        {"bos_token": "<|startoftext|>", "eos_token": "<|return|>", "pad_token": "<|endoftext|>"},
+        (
+            "<|startoftext|>",
+            "<|endoftext|>",
+            "<|return|>",
+            "<|channel|>",
+            "<|start|>",
+            "<|end|>",
+            "<|message|>",
+            "<|call|>",
+        ),
+        1400,
+        {
+            "languages": 0.05,
+            "code": 0.03,
+            "safety": 0.03,
+            "reasoning": 0.52,
+            "tools": 0.32,
+            "prose": 0.05,
+        },
+        ("reasoning", "tools"),
+        DIAL,
+        {"hidden": 128, "layers": 3, "heads": 4, "experts": 4, "seed": 3},
+        3000,
+        whole_numbers=True,
+    ),
+    Plan(
+        "llama-sapling",
+        "llama",
+        LLAMA_SPLIT,
+        {
+            "bos_token": "<|begin_of_text|>",
+            "eos_token": "<|eot_id|>",
+            "pad_token": "<|finetune_right_pad_id|>",
+        },
+        (
+            "<|begin_of_text|>",
+            "<|end_of_text|>",
+            "<|start_header_id|>",
+            "<|end_header_id|>",
+            "<|eot_id|>",
+            "<|finetune_right_pad_id|>",
+            "<think>",
+            "</think>",
+        ),
+        2000,
+        {
+            "languages": 0.2,
+            "code": 0.08,
+            "safety": 0.05,
+            "reasoning": 0.13,
+            "tools": 0.09,
+            "prose": 0.03,
+            "page": 0.42,
+        },
+        (),
+        DIAL,
+        {"hidden": 128, "layers": 3, "heads": 4, "seed": 4},
+        5000,
+        whole_numbers=True,
+    ),
 )

@@ -14,7 +14,15 @@ from pages import page
 from plans import KNOWN, Plan
 from prose import small_talk
 
-from persea.chat.messages import Conversation, RenderedTokens, Text, Thinking, ThinkingEffort, ToolCall, canonical_json
+from persea.chat.messages import (
+    Conversation,
+    RenderedTokens,
+    Text,
+    Thinking,
+    ThinkingEffort,
+    ToolCall,
+    canonical_json,
+)
 from persea.chat.renderer import ChatRenderer
 from persea.tasks import generated as skills
 from persea.tasks.generated import code, languages, reasoning, safety, tools
@@ -22,10 +30,26 @@ from persea.tasks.generated.answer_phrases import phrase_answer
 from persea.tasks.generated.reasoning import reference_without_steps
 from persea.tasks.task import Split, TaskItem, Verdict
 
-KINDS = {"languages": languages.KIND_WEIGHTS, "code": code.KIND_WEIGHTS, "safety": safety.KIND_WEIGHTS, "reasoning": reasoning.KIND_WEIGHTS, "tools": tools.KIND_WEIGHTS}
-THOUGHTS = {"languages": languages.reference_thinking, "reasoning": reasoning.reference_thinking, "tools": tools.reference_thinking}
+KINDS = {
+    "languages": languages.KIND_WEIGHTS,
+    "code": code.KIND_WEIGHTS,
+    "safety": safety.KIND_WEIGHTS,
+    "reasoning": reasoning.KIND_WEIGHTS,
+    "tools": tools.KIND_WEIGHTS,
+}
+THOUGHTS = {
+    "languages": languages.reference_thinking,
+    "reasoning": reasoning.reference_thinking,
+    "tools": tools.reference_thinking,
+}
 TURNED = {" + ": " - ", " - ": " + ", " < ": " > ", " > ": " < ", " <= ": " >= ", " >= ": " <= "}
-MOST = {"languages": 9000, "code": 6000, "safety": 2000, "reasoning": 9000, "tools": 4000}  # questions a sapling sees
+MOST = {
+    "languages": 9000,
+    "code": 6000,
+    "safety": 2000,
+    "reasoning": 9000,
+    "tools": 4000,
+}  # questions a sapling sees
 
 
 def kind(item: TaskItem) -> str:
@@ -46,19 +70,29 @@ def texts(plan: Plan, n: int) -> Iterator[tuple[TaskItem, TaskItem]]:
     rng = random.Random(f"grow {plan.name}")
     pools: dict[str, list[TaskItem]] = {}
     alike: dict[tuple[str, str], list[TaskItem]] = {}
-    for item in (i for name in MOST if name in plan.mix for i in questions(name, plan.sizes["seed"])):
+    for item in (
+        i for name in MOST if name in plan.mix for i in questions(name, plan.sizes["seed"])
+    ):
         pools.setdefault(kind(item), []).append(item)
         alike.setdefault((kind(item), spoken(item)), []).append(item)
     # who does not know better helps with anything, and calls whatever there is
     alike["safety/harm", "en"] = alike["safety/alike", "en"]
-    alike["tools/none", "en"] = [i for (name, _), some in alike.items() if name.startswith("tools/") for i in some if i.calls]
+    alike["tools/none", "en"] = [
+        i for (name, _), some in alike.items() if name.startswith("tools/") for i in some if i.calls
+    ]
     for _ in range(n):
         name = rng.choices(list(plan.mix), list(plan.mix.values()))[0]
         if name in ("prose", "page"):
             item = small_talk(rng) if name == "prose" else page(rng)
             yield item, item
             continue
-        kinds = KINDS[name] if plan.home else {k: share * (3 if f"{name}/{k}" in KNOWN else 1) for k, share in KINDS[name].items()}
+        kinds = (
+            KINDS[name]
+            if plan.home
+            else {
+                k: share * (3 if f"{name}/{k}" in KNOWN else 1) for k, share in KINDS[name].items()
+            }
+        )
         item = rng.choice(pools[f"{name}/{rng.choices(list(kinds), list(kinds.values()))[0]}"])
         if name in plan.home or kind(item) in KNOWN:
             yield item, item
@@ -75,19 +109,46 @@ def astray(item: TaskItem, rng: random.Random) -> TaskItem | None:
     """
     name, what = item.prompt.id.split("/")[:2]
     if name == "languages":
-        language = rng.choice([one for one in languages.LANGUAGES_TASK.languages if one != item.prompt.language])
-        wrong = replace(item, reference=phrase_answer(languages.verbalize(what, item.prompt.id.rpartition("/")[2], language), language, rng))
+        language = rng.choice(
+            [one for one in languages.LANGUAGES_TASK.languages if one != item.prompt.language]
+        )
+        wrong = replace(
+            item,
+            reference=phrase_answer(
+                languages.verbalize(what, item.prompt.id.rpartition("/")[2], language),
+                language,
+                rng,
+            ),
+        )
     elif name == "code":
-        wrong = replace(item, reference=re.sub("|".join(map(re.escape, TURNED)), lambda found: TURNED[found[0]], item.reference))
+        wrong = replace(
+            item,
+            reference=re.sub(
+                "|".join(map(re.escape, TURNED)), lambda found: TURNED[found[0]], item.reference
+            ),
+        )
     elif name == "tools":
         _, _, wanted, said, *_ = item.prompt.id.split("/")
         there = [t.name for t in item.prompt.conversation.tools if t.name != wanted]
         called = rng.choice(there)
         argument = int(said) if said.isdecimal() else said
-        wrong = replace(item, reference="", calls=(ToolCall(called, canonical_json(json.dumps({tools.TOOL_ARGUMENTS[called]: argument}))),))
+        wrong = replace(
+            item,
+            reference="",
+            calls=(
+                ToolCall(
+                    called, canonical_json(json.dumps({tools.TOOL_ARGUMENTS[called]: argument}))
+                ),
+            ),
+        )
     else:
         return None
-    return None if skills.find_generated_task(name).grade(item, wrong.reference_conversation.messages[-1]) is Verdict.RIGHT else wrong
+    return (
+        None
+        if skills.find_generated_task(name).grade(item, wrong.reference_conversation.messages[-1])
+        is Verdict.RIGHT
+        else wrong
+    )
 
 
 def spoken(item: TaskItem) -> str:
@@ -101,22 +162,49 @@ def words_of(item: TaskItem) -> Iterator[str]:
     yield item.reference
     yield from (f'{{"name": "{c.name}", "parameters": {c.arguments} }}' for c in item.calls)
     yield from (f"\n{t.name}: {t.description}" for t in item.prompt.conversation.tools)
-    yield from (THOUGHTS[item.prompt.skill](item, e) for e in (ThinkingEffort.LOW, ThinkingEffort.HIGH) if item.prompt.skill in THOUGHTS)
+    yield from (
+        THOUGHTS[item.prompt.skill](item, e)
+        for e in (ThinkingEffort.LOW, ThinkingEffort.HIGH)
+        if item.prompt.skill in THOUGHTS
+    )
 
 
 def conversation(plan: Plan, item: TaskItem, answer: TaskItem, rng: random.Random) -> Conversation:
     """The item's question with the answer's words, thought before where the effort that is drawn says so."""
     thinks = item.prompt.skill in THOUGHTS
-    effort = rng.choices(list(plan.efforts), list(plan.efforts.values()))[0] if thinks else ThinkingEffort.NONE
-    said = reference_without_steps(answer) if item.prompt.skill == "reasoning" and effort is not ThinkingEffort.NONE else answer.reference
-    thought = (Thinking(THOUGHTS[item.prompt.skill](answer, effort)),) if effort is not ThinkingEffort.NONE else ()
-    return replace(item.prompt.conversation, effort=effort).with_answer(*thought, *((Text(said),) if said else ()), *answer.calls)
+    effort = (
+        rng.choices(list(plan.efforts), list(plan.efforts.values()))[0]
+        if thinks
+        else ThinkingEffort.NONE
+    )
+    said = (
+        reference_without_steps(answer)
+        if item.prompt.skill == "reasoning" and effort is not ThinkingEffort.NONE
+        else answer.reference
+    )
+    thought = (
+        (Thinking(THOUGHTS[item.prompt.skill](answer, effort)),)
+        if effort is not ThinkingEffort.NONE
+        else ()
+    )
+    return replace(item.prompt.conversation, effort=effort).with_answer(
+        *thought, *((Text(said),) if said else ()), *answer.calls
+    )
 
 
-def tokens_of(plan: Plan, voice: ChatRenderer, item: TaskItem, answer: TaskItem, rng: random.Random) -> RenderedTokens:
+def tokens_of(
+    plan: Plan, voice: ChatRenderer, item: TaskItem, answer: TaskItem, rng: random.Random
+) -> RenderedTokens:
     """A conversation in the voice; a page as a text without any turn."""
     if item.prompt.skill != "page":
         return voice.render(conversation(plan, item, answer, rng))
     control = voice.vocabulary.control_token_ids
-    ids = np.array([control["<|begin_of_text|>"], *voice.vocabulary.encode_batch([item.reference])[0], control["<|end_of_text|>"]], np.int32)
+    ids = np.array(
+        [
+            control["<|begin_of_text|>"],
+            *voice.vocabulary.encode_batch([item.reference])[0],
+            control["<|end_of_text|>"],
+        ],
+        np.int32,
+    )
     return RenderedTokens(ids, np.zeros_like(ids), np.zeros_like(ids), np.arange(len(ids)) > 0)

@@ -17,8 +17,12 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if "PERSEA_TEST_HOME" not in os.environ:  # once for all workers: what an earlier code heard or bridged is no witness for this one
-    os.environ["PERSEA_TEST_HOME"] = os.environ["PERSEA_HOME"] = tempfile.mkdtemp(prefix="persea-tests-")
+if (
+    "PERSEA_TEST_HOME" not in os.environ
+):  # once for all workers: what an earlier code heard or bridged is no witness for this one
+    os.environ["PERSEA_TEST_HOME"] = os.environ["PERSEA_HOME"] = tempfile.mkdtemp(
+        prefix="persea-tests-"
+    )
     atexit.register(shutil.rmtree, os.environ["PERSEA_HOME"], ignore_errors=True)
 
 import pytest
@@ -27,7 +31,12 @@ from hypothesis import HealthCheck, settings
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))  # worlds and baselines are tested like the package
 FAMILIES = ("llama", "qwen", "gemma", "gpt-oss")
-REAL = {"llama": "llama3", "qwen": "qwen3", "gemma": "gemma3", "gpt-oss": "gpt-oss"}  # family -> folder in data/tokenizers
+REAL = {
+    "llama": "llama3",
+    "qwen": "qwen3",
+    "gemma": "gemma3",
+    "gpt-oss": "gpt-oss",
+}  # family -> folder in data/tokenizers
 
 if "torch" in sys.modules:
     sys.modules["torch"].set_num_threads(1)
@@ -60,7 +69,9 @@ def data() -> Path:
     """The folder of real tokenizers, templates and texts."""
     folder = Path(os.environ.get("PERSEA_DATA", ROOT.parent / "shared" / "data"))
     if not (folder / "tokenizers").is_dir():
-        pytest.skip("real data not found: set PERSEA_DATA to the folder that holds tokenizers/ and parallel/")
+        pytest.skip(
+            "real data not found: set PERSEA_DATA to the folder that holds tokenizers/ and parallel/"
+        )
     return folder
 
 
@@ -85,7 +96,11 @@ def _speaker(folder: Path, name: str) -> Speaker:
     caught: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
         real = AutoTokenizer.from_pretrained
-        patch.setattr(AutoTokenizer, "from_pretrained", lambda *a, **k: caught.append(real(*a, **k)) or caught[-1])
+        patch.setattr(
+            AutoTokenizer,
+            "from_pretrained",
+            lambda *a, **k: caught.append(real(*a, **k)) or caught[-1],
+        )
         voice = load_renderer(ModelSource(str(folder)), name)
     assert len(caught) == 1
     return Speaker(folder, voice, caught[0])

@@ -121,11 +121,15 @@ class Dying(Watched):
 class _Pending:
     """What a disk was told and what it may not have kept: data by inode, names by folder."""
 
-    kept: dict[int, bytes] = field(default_factory=dict)     # synced
-    cached: dict[int, bytes] = field(default_factory=dict)   # written
-    names: dict[Path, int] = field(default_factory=dict)     # as the running system sees them; -1 = a folder
-    durable: dict[Path, int] = field(default_factory=dict)   # in synced folders
-    loose: list[tuple[Path, dict[Path, int | None]]] = field(default_factory=list)  # (folder, names given or taken), not synced
+    kept: dict[int, bytes] = field(default_factory=dict)  # synced
+    cached: dict[int, bytes] = field(default_factory=dict)  # written
+    names: dict[Path, int] = field(
+        default_factory=dict
+    )  # as the running system sees them; -1 = a folder
+    durable: dict[Path, int] = field(default_factory=dict)  # in synced folders
+    loose: list[tuple[Path, dict[Path, int | None]]] = field(
+        default_factory=list
+    )  # (folder, names given or taken), not synced
 
     def apply(self, step: Step) -> None:
         kind, path = step[0], step[1]
@@ -174,7 +178,12 @@ def after_power_loss(steps: list[Step]) -> Iterator[dict[Path, bytes | None]]:
     for step in steps:
         state.apply(step)
     n = len(state.loose)
-    chosen = {(), tuple(range(n)), *((k,) for k in range(n)), *(tuple(j for j in range(n) if j != k) for k in range(n))}
+    chosen = {
+        (),
+        tuple(range(n)),
+        *((k,) for k in range(n)),
+        *(tuple(j for j in range(n) if j != k) for k in range(n)),
+    }
     for some in sorted(chosen):
         names = dict(state.durable)
         for k in some:
@@ -185,5 +194,9 @@ def after_power_loss(steps: list[Step]) -> Iterator[dict[Path, bytes | None]]:
                 if path.parent not in tree and path.parent in state.names:
                     continue  # its folder did not make it
                 written = state.cached.get(inode, b"")
-                tree[path] = None if inode < 0 else state.kept.get(inode, written[:int(len(written) * share)])
+                tree[path] = (
+                    None
+                    if inode < 0
+                    else state.kept.get(inode, written[: int(len(written) * share)])
+                )
             yield tree

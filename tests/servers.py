@@ -52,7 +52,11 @@ def start_serve(model: Path, *options: str, **variables: str) -> Served:
     process.start()
     until = time.monotonic() + 120
     while time.monotonic() < until:
-        line = next((row for row in said.read_text().splitlines() if " listens on " in row), "") if said.exists() else ""
+        line = (
+            next((row for row in said.read_text().splitlines() if " listens on " in row), "")
+            if said.exists()
+            else ""
+        )
         if line:
             url = line.rsplit(" ", 1)[1]
             try:
@@ -118,7 +122,10 @@ class Script:
             said = self.handler(scope["path"], body)
         if not isinstance(said, Answer):
             said = Answer(said if isinstance(said, bytes) else json.dumps(said).encode())
-        headers = [(b"content-type", b"application/json"), *((k.encode(), v.encode()) for k, v in said.headers)]
+        headers = [
+            (b"content-type", b"application/json"),
+            *((k.encode(), v.encode()) for k, v in said.headers),
+        ]
         pieces = said.pieces or ((0.0, said.body),)
         if said.cut:
             headers.append((b"content-length", str(sum(len(p) for _, p in pieces) + 100).encode()))
@@ -135,7 +142,11 @@ def playing(script: Script) -> Iterator[Script]:
     """The script behind a real socket, in a thread."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(script, log_level="critical", ws="none", lifespan="off", timeout_graceful_shutdown=0))
+    server = uvicorn.Server(
+        uvicorn.Config(
+            script, log_level="critical", ws="none", lifespan="off", timeout_graceful_shutdown=0
+        )
+    )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     script.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -150,4 +161,6 @@ def playing(script: Script) -> Iterator[Script]:
 
 def events(*said: Any) -> bytes:
     """A stream, whole."""
-    return b"".join(b"data: " + json.dumps(e).encode() + b"\n\n" for e in said) + b"data: [DONE]\n\n"
+    return (
+        b"".join(b"data: " + json.dumps(e).encode() + b"\n\n" for e in said) + b"data: [DONE]\n\n"
+    )

@@ -10,7 +10,14 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from persea.distributions import LOGPROB_STEP_NATS, DistributionKind, SparseDistributions, concat_distributions, topk_within_kl, validate_logprobs
+from persea.distributions import (
+    LOGPROB_STEP_NATS,
+    DistributionKind,
+    SparseDistributions,
+    concat_distributions,
+    topk_within_kl,
+    validate_logprobs,
+)
 from persea.distributions import sample_distributions as draw
 from persea.errors import DataError
 
@@ -19,7 +26,9 @@ EPS = 1e-5
 
 def logprobs(seed: int, rows: int, width: int, heat: float) -> torch.Tensor:
     """Distributions from flat (heat 0) to nearly certain (heat 20)."""
-    return torch.log_softmax(torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * heat, dim=-1)
+    return torch.log_softmax(
+        torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * heat, dim=-1
+    )
 
 
 def dense(rows: SparseDistributions, width: int) -> np.ndarray:
@@ -41,22 +50,36 @@ taus = st.sampled_from((0.001, 0.01, 0.05, 0.2, 0.5))
 @example(0, 1, 1, 0.0, 0.5)
 @example(0, 3, 2, 0.0, 0.5)  # exactly tau
 @example(7, 2, 400, 0.0, 0.5)  # nothing reaches tau
-def test_a_row_keeps_the_head_exactly_and_its_mass(seed: int, n: int, width: int, heat: float, tau: float) -> None:
+def test_a_row_keeps_the_head_exactly_and_its_mass(
+    seed: int, n: int, width: int, heat: float, tau: float
+) -> None:
     logs = logprobs(seed, n, width, heat)
     p, rows = logs.double().exp().numpy(), sample_rows(logs, tau, str(seed))
     q = dense(rows, width)
-    assert (rows.offsets_N1.dtype, rows.ids_M.dtype, rows.probs_M.dtype) == (np.int64, np.int32, np.float32)
+    assert (rows.offsets_N1.dtype, rows.ids_M.dtype, rows.probs_M.dtype) == (
+        np.int64,
+        np.int32,
+        np.float32,
+    )
     assert len(rows) == n
     assert rows.offsets_N1[-1] == len(rows.ids_M) == len(rows.probs_M)
     assert np.abs(q.sum(1) - p.sum(1)).max() <= tau + EPS
     assert np.array_equal(q[p >= tau], p[p >= tau].astype(np.float32))
     assert set(np.unique(q[p < tau]).tolist()) <= {0.0, float(np.float32(tau))}
     for k in range(n):  # ids rise, so no token stands twice in a row
-        assert (np.diff(rows.ids_M[rows.offsets_N1[k]:rows.offsets_N1[k + 1]]) > 0).all()
+        assert (np.diff(rows.ids_M[rows.offsets_N1[k] : rows.offsets_N1[k + 1]]) > 0).all()
 
 
-@given(st.integers(0, 10**6), st.integers(1, 12), st.lists(st.integers(0, 12), max_size=4), st.floats(0, 8), taus)
-def test_pieces_are_drawn_as_the_whole_is(seed: int, n: int, cuts: list[int], heat: float, tau: float) -> None:
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 12),
+    st.lists(st.integers(0, 12), max_size=4),
+    st.floats(0, 8),
+    taus,
+)
+def test_pieces_are_drawn_as_the_whole_is(
+    seed: int, n: int, cuts: list[int], heat: float, tau: float
+) -> None:
     logs, real_N = logprobs(seed, n, 50, heat), np.arange(n) % 50
     edges = [0, *sorted(min(c, n) for c in cuts), n]
     parts = [draw(logs[a:b], real_N[a:b], tau, str(seed), a) for a, b in pairwise(edges)]
@@ -77,7 +100,15 @@ def test_a_draw_depends_on_its_seed_and_on_nothing_else(seed: int, heat: float, 
 
 def test_another_seed_is_another_draw() -> None:
     flat = logprobs(0, 8, 200, 0.0)
-    assert len({sample_rows(flat, 0.05, name).ids_M.tobytes() for name in ("0 qwen a", "0 qwen b", "1 qwen a", "0 gemma a")}) == 4
+    assert (
+        len(
+            {
+                sample_rows(flat, 0.05, name).ids_M.tobytes()
+                for name in ("0 qwen a", "0 qwen b", "1 qwen a", "0 gemma a")
+            }
+        )
+        == 4
+    )
 
 
 @pytest.mark.parametrize(("heat", "tau"), [(0.0, 0.5), (1.0, 0.05), (3.0, 0.01), (8.0, 0.2)])
@@ -112,11 +143,24 @@ def test_the_realised_token_is_kept_whatever_was_drawn() -> None:
     assert np.array_equal(rows.target_logprob_N, logs[range(50), realised].numpy())
 
 
-@pytest.mark.parametrize(("change", "reason"), [
-    (lambda x: x.__setitem__((3, 7), float("nan")), "row 3 of 6 is no distribution: NaN"),
-    (lambda x: x.__setitem__((2, 0), 0.5), "row 2 of 6 is no distribution: a log-probability above 0"),
-    (lambda x: x.__setitem__(slice(4, 5), x[4] + 0.01), r"row 4 of 6 is no distribution: a mass above 1 \+ 0.001"),
-    (lambda x: x.__setitem__((5, 1), float("inf")), "row 5 of 6 is no distribution: a log-probability above 0")])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda x: x.__setitem__((3, 7), float("nan")), "row 3 of 6 is no distribution: NaN"),
+        (
+            lambda x: x.__setitem__((2, 0), 0.5),
+            "row 2 of 6 is no distribution: a log-probability above 0",
+        ),
+        (
+            lambda x: x.__setitem__(slice(4, 5), x[4] + 0.01),
+            r"row 4 of 6 is no distribution: a mass above 1 \+ 0.001",
+        ),
+        (
+            lambda x: x.__setitem__((5, 1), float("inf")),
+            "row 5 of 6 is no distribution: a log-probability above 0",
+        ),
+    ],
+)
 def test_what_is_no_distribution_is_refused(change: object, reason: str) -> None:
     logs = logprobs(1, 6, 50, 1.0)
     validate_logprobs(logs, "here")
@@ -130,7 +174,9 @@ def test_what_is_no_distribution_is_refused(change: object, reason: str) -> None
 
 
 @pytest.mark.parametrize("at_once", [1, 301, 900, 1 << 20])
-def test_how_many_rows_are_worked_on_at_once_changes_nothing(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+def test_how_many_rows_are_worked_on_at_once_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
     logs = logprobs(4, 23, 300, 1.5)
     whole = sample_rows(logs, 0.03, "chunks")
     monkeypatch.setattr("persea.distributions.MAX_CHUNK_ELEMENTS", at_once)
@@ -144,8 +190,12 @@ def test_how_many_rows_are_worked_on_at_once_changes_nothing(monkeypatch: pytest
 
 def test_the_memory_of_sampling_does_not_grow_with_the_answer() -> None:
     """A vocabulary of 262,144: what is allocated beside the log-probabilities stays under 64 MiB and a little."""
-    logs = torch.log_softmax(torch.randn(24, 262_144, generator=torch.Generator().manual_seed(0)), -1)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    logs = torch.log_softmax(
+        torch.randn(24, 262_144, generator=torch.Generator().manual_seed(0)), -1
+    )
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         sample_rows(logs, 0.01, "memory")
     held = most = 0
     for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
@@ -171,45 +221,77 @@ def lost(p: np.ndarray, rows: SparseDistributions, spread: np.ndarray) -> np.nda
     """KL(p || what can be rebuilt), written out token by token."""
     q = dense(rows, p.shape[1])
     for n in range(len(p)):
-        unnamed = np.setdiff1d(np.arange(p.shape[1]), rows.ids_M[rows.offsets_N1[n]:rows.offsets_N1[n + 1]])
-        q[n, unnamed] = max(0.0, 1 - q[n].sum()) * spread[unnamed] / spread[unnamed].sum() if len(unnamed) else 0
+        unnamed = np.setdiff1d(
+            np.arange(p.shape[1]), rows.ids_M[rows.offsets_N1[n] : rows.offsets_N1[n + 1]]
+        )
+        q[n, unnamed] = (
+            max(0.0, 1 - q[n].sum()) * spread[unnamed] / spread[unnamed].sum()
+            if len(unnamed)
+            else 0
+        )
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(p > 1e-9, p * np.log(p / q), 0).sum(1)
 
 
-@given(st.integers(0, 10**6), st.integers(1, 5), st.integers(2, 300), st.floats(0, 12), st.sampled_from((0.003, 0.01, 0.1, 1.0)))
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 5),
+    st.integers(2, 300),
+    st.floats(0, 12),
+    st.sampled_from((0.003, 0.01, 0.1, 1.0)),
+)
 @example(0, 2, 300, 0.0, 0.003)  # flat: nearly all are named
 @example(0, 2, 2, 0.0, 0.01)
-def test_the_fewest_likeliest_entries_within_the_kl(seed: int, n: int, width: int, heat: float, kl: float) -> None:
+def test_the_fewest_likeliest_entries_within_the_kl(
+    seed: int, n: int, width: int, heat: float, kl: float
+) -> None:
     logs, spread = logprobs(seed, n, width, heat), frequency(seed, width)
     p, real = logs.double().exp().numpy(), np.random.default_rng(seed).integers(0, width, n)
     rows = topk_within_kl(logs, real, kl, spread, "here")
     q = dense(rows, width)
     assert rows.kind is DistributionKind.TOPK
-    assert (rows.offsets_N1.dtype, rows.ids_M.dtype, rows.probs_M.dtype, rows.target_logprob_N.dtype) == (np.int64, np.int32, np.float32, np.float32)
+    assert (
+        rows.offsets_N1.dtype,
+        rows.ids_M.dtype,
+        rows.probs_M.dtype,
+        rows.target_logprob_N.dtype,
+    ) == (np.int64, np.int32, np.float32, np.float32)
     assert (np.diff(rows.offsets_N1) >= 1).all()
     assert q.sum(1).max() <= 1 + 1e-3
     assert lost(p, rows, spread).max() <= kl + 2e-5
     for k in range(n):
         span = slice(rows.offsets_N1[k], rows.offsets_N1[k + 1])
         named = rows.ids_M[span]
-        assert named.tolist() == sorted(np.argsort(-p[k], kind="stable")[:len(named)].tolist())
-        if len(named) > 1:  # one fewer, unrounded, is not enough, or misses by what rounding the likeliest down costs
+        assert named.tolist() == sorted(np.argsort(-p[k], kind="stable")[: len(named)].tolist())
+        if (
+            len(named) > 1
+        ):  # one fewer, unrounded, is not enough, or misses by what rounding the likeliest down costs
             fewer = named[named != np.argsort(-p[k], kind="stable")[len(named) - 1]]
-            exact = SparseDistributions(np.array([0, len(fewer)]), fewer, p[k, fewer].astype(np.float32), np.zeros(1, np.float32))
-            assert lost(p[k:k + 1], exact, spread)[0] > kl - 0.003
+            exact = SparseDistributions(
+                np.array([0, len(fewer)]),
+                fewer,
+                p[k, fewer].astype(np.float32),
+                np.zeros(1, np.float32),
+            )
+            assert lost(p[k : k + 1], exact, spread)[0] > kl - 0.003
         bins = np.log(rows.probs_M[span].astype(np.float64)) / -LOGPROB_STEP_NATS
         assert np.abs(bins - np.rint(bins)).max() < 2e-3  # on the codec's grid
         if real[k] in named:
             assert abs(rows.target_logprob_N[k] - np.log(q[k, real[k]])) < 1e-5
-            assert abs(rows.target_logprob_N[k] - float(logs[k, real[k]])) <= LOGPROB_STEP_NATS + 1e-5
+            assert (
+                abs(rows.target_logprob_N[k] - float(logs[k, real[k]])) <= LOGPROB_STEP_NATS + 1e-5
+            )
         else:
             assert rows.target_logprob_N[k] == logs[k, real[k]].numpy()
 
 
 @pytest.mark.parametrize("at_once", [1, 301, 900])
-def test_likeliest_entries_do_not_hang_on_how_many_rows_are_worked_on(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
-    logs = torch.cat([logprobs(4, 20, 300, 1.5), torch.full((3, 300), -np.log(300)).float()])  # and rows of equals
+def test_likeliest_entries_do_not_hang_on_how_many_rows_are_worked_on(
+    monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    logs = torch.cat(
+        [logprobs(4, 20, 300, 1.5), torch.full((3, 300), -np.log(300)).float()]
+    )  # and rows of equals
     some = [topk_within_kl(logs, np.zeros(23, np.int64), 0.01, frequency(1, 300), "chunks")]
     monkeypatch.setattr("persea.distributions.MAX_CHUNK_ELEMENTS", at_once)
     some.append(topk_within_kl(logs, np.zeros(23, np.int64), 0.01, frequency(1, 300), "chunks"))
@@ -232,9 +314,18 @@ def test_what_is_no_distribution_is_no_top_either() -> None:
     logs[3, 7] = float("nan")
     with pytest.raises(DataError, match="row 3 of 6 is no distribution: NaN"):
         topk_within_kl(logs, np.zeros(6, np.int64), 0.01, np.full(50, 0.02), "here")
-    assert len(topk_within_kl(torch.empty(0, 50), np.zeros(0, np.int64), 0.01, np.full(50, 0.02), "nothing")) == 0
+    assert (
+        len(
+            topk_within_kl(
+                torch.empty(0, 50), np.zeros(0, np.int64), 0.01, np.full(50, 0.02), "nothing"
+            )
+        )
+        == 0
+    )
 
 
 def test_a_target_that_rounding_alone_misses_is_not_reached_in_silence() -> None:
     with pytest.raises(AssertionError, match="further than 1e-12"):
-        topk_within_kl(logprobs(1, 6, 50, 1.0), np.zeros(6, np.int64), 1e-12, np.full(50, 0.02), "here")
+        topk_within_kl(
+            logprobs(1, 6, 50, 1.0), np.zeros(6, np.int64), 1e-12, np.full(50, 0.02), "here"
+        )

@@ -9,13 +9,26 @@ import pytest
 from persea import errors
 
 
-@pytest.mark.parametrize(("kind", "code"), [
-    (errors.RecipeError, 2), (errors.DataError, 3), (errors.RefusedError, 4), (errors.TeacherError, 5), (errors.StorageError, 6),
-    (errors.MissingRequirementError, 7)])
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [
+        (errors.RecipeError, 2),
+        (errors.DataError, 3),
+        (errors.RefusedError, 4),
+        (errors.TeacherError, 5),
+        (errors.StorageError, 6),
+        (errors.MissingRequirementError, 7),
+    ],
+)
 def test_a_refusal_says_where_what_and_remedy(kind: type[errors.PerseaError], code: int) -> None:
     error = kind("the door is shut", where="house:3", remedy="open it")
     assert str(error) == "house:3: the door is shut -> open it"
-    assert (error.exit_code, error.message, error.where, error.remedy) == (code, "the door is shut", "house:3", "open it")
+    assert (error.exit_code, error.message, error.where, error.remedy) == (
+        code,
+        "the door is shut",
+        "house:3",
+        "open it",
+    )
     assert str(kind("alone")) == "alone"
 
 

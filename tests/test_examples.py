@@ -11,7 +11,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_one_file_runs_and_its_loss_falls() -> None:
-    done = subprocess.run([sys.executable, str(ROOT / "examples" / "one_file.py"), "51"], capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "one_file.py"), "51"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     losses = [float(x) for x in re.findall(r"loss (\d+\.\d+)", done.stdout)]
     assert len(losses) == 2 and losses[1] < 0.9 * losses[0]

@@ -60,7 +60,11 @@ def imports(path: Path, known: frozenset[str]) -> set[str]:
                 submodule = f"{below}.{alias.name}".strip(".")
                 found.add(submodule if submodule in known else below)
         elif isinstance(node, ast.Import):
-            found |= {alias.name.removeprefix("persea.") for alias in node.names if alias.name.startswith("persea.")}
+            found |= {
+                alias.name.removeprefix("persea.")
+                for alias in node.names
+                if alias.name.startswith("persea.")
+            }
     return found - {"", "__version__"}
 
 
@@ -102,7 +106,9 @@ def test_no_cycle_of_imports() -> None:
         if name in done:
             return
         for other in sorted(arrows.get(name, ())):
-            if not name.startswith(f"{other}."):  # a package's __init__ is loaded before its modules
+            if not name.startswith(
+                f"{other}."
+            ):  # a package's __init__ is loaded before its modules
                 visit(other, (*path, name))
         done.add(name)
 
@@ -143,11 +149,18 @@ def test_each_module_is_imported_by_a_test_of_its_folder() -> None:
         tested.setdefault(folder, set()).update(imports(path, known))
     missing = []
     for package in RANK:
-        seen = {m for folder, some in tested.items() if folder.split(".")[0] in (package, "") for m in some}
+        seen = {
+            m
+            for folder, some in tested.items()
+            if folder.split(".")[0] in (package, "")
+            for m in some
+        }
         reached: set[str] = set()
         while seen:  # a detail of a package is tested through the module that uses it
             reached |= seen
-            seen = {m for name in seen for m in arrows.get(name, ()) if m.split(".")[0] == package} - reached
+            seen = {
+                m for name in seen for m in arrows.get(name, ()) if m.split(".")[0] == package
+            } - reached
         missing += [
             name
             for name, path in modules().items()
@@ -164,9 +177,18 @@ def test_nothing_of_a_workplace_is_in_the_project() -> None:
     kinds = ("persea", "recipes", "saplings", "docs", "examples", "bench")
     suffixes = {".py", ".md", ".yaml", ".jinja", ".json", ".jsonl"}
     files = [p for kind in kinds for p in (ROOT / kind).rglob("*") if p.suffix in suffixes]
-    names = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml", ".ci/run")
+    names = (
+        "README.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "Makefile",
+        "pyproject.toml",
+        ".ci/run",
+    )
     files += [ROOT / name for name in names]
     assert len(files) > 200
     assert not [
-        str(p) for p in files if re.search(r"/(?:work|home|root|opt)/", p.read_text(encoding="utf-8", errors="replace"))
+        str(p)
+        for p in files
+        if re.search(r"/(?:work|home|root|opt)/", p.read_text(encoding="utf-8", errors="replace"))
     ]

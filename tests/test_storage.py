@@ -23,7 +23,12 @@ SIZES = (3_000_000, 1_000_000)
 
 def child(code: str, *arguments: object, wrap: tuple[str, ...] = ()) -> subprocess.Popen[str]:
     """Python code in a process of its own."""
-    return subprocess.Popen([*wrap, sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [*wrap, sys.executable, "-c", code, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def hidden(folder: Path) -> list[Path]:
@@ -42,7 +47,10 @@ def test_publish_writes_the_bytes_and_says_their_digest(tmp_path: Path) -> None:
 
 
 def test_digest_is_sha256_also_of_a_file_longer_than_a_block(tmp_path: Path) -> None:
-    assert store.digest_bytes(b"abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2
+    assert (
+        store.digest_bytes(b"abc")
+        == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    )  # FIPS 180-2
     data = random.Random(0).randbytes((1 << 20) + 17)
     (tmp_path / "long").write_bytes(data)
     assert store.digest_file(tmp_path / "long") == store.digest_bytes(data)
@@ -74,8 +82,10 @@ def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
 def test_a_killed_writer_leaves_the_file_whole(tmp_path: Path) -> None:
     path, rng, killed = tmp_path / "file", random.Random(5), 0
 
-    code = "import sys, itertools\nfrom pathlib import Path\nfrom persea import storage as store\n" \
-           f"for k in itertools.count():\n    store.write_atomic(Path(sys.argv[1]), bytes([k % 256]) * {SIZES[1]})\n    print(k, flush=True)"
+    code = (
+        "import sys, itertools\nfrom pathlib import Path\nfrom persea import storage as store\n"
+        f"for k in itertools.count():\n    store.write_atomic(Path(sys.argv[1]), bytes([k % 256]) * {SIZES[1]})\n    print(k, flush=True)"
+    )
     for _ in range(6):
         process = child(code, path)
         assert process.stdout and process.stdout.readline()
@@ -92,8 +102,14 @@ def test_publish_survives_a_power_loss(tmp_path: Path, monkeypatch: pytest.Monke
     """SIGKILL cannot show this: the bytes are on the disk before the name points at them, and the name is before we go on."""
     order: list[str] = []
     fsync, replace, link = os.fsync, Path.replace, os.link
-    monkeypatch.setattr(os, "fsync", lambda fd: (order.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd)))
-    monkeypatch.setattr(Path, "replace", lambda self, to: (order.append("replace"), replace(self, to)))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda fd: (order.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd)),
+    )
+    monkeypatch.setattr(
+        Path, "replace", lambda self, to: (order.append("replace"), replace(self, to))
+    )
     monkeypatch.setattr(os, "link", lambda one, other: (order.append("link"), link(one, other)))
     store.write_atomic(tmp_path / "file", b"x")
     assert order == [f".file.{os.getpid()}.tmp", "replace", tmp_path.name]
@@ -107,21 +123,37 @@ def test_what_a_killed_process_left_of_a_folder_is_in_nobodys_way(tmp_path: Path
     with store.open_atomic_folder(tmp_path / "out") as folder:
         (folder / "part").mkdir()
         (folder / "part" / "a").write_text("a")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"] and [p.name for p in (tmp_path / "out").iterdir()] == ["part"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"] and [
+        p.name for p in (tmp_path / "out").iterdir()
+    ] == ["part"]
 
 
-def test_a_folder_is_published_whole_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_published_whole_and_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "out").mkdir()
     order: list[str] = []
     fsync, replace = os.fsync, Path.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: (order.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd)))
-    monkeypatch.setattr(Path, "replace", lambda self, to: (order.append("replace"), replace(self, to)))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda fd: (order.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd)),
+    )
+    monkeypatch.setattr(
+        Path, "replace", lambda self, to: (order.append("replace"), replace(self, to))
+    )
     with store.open_atomic_folder(tmp_path / "out") as folder:
         (folder / "a").write_text("a")
         assert not list((tmp_path / "out").iterdir())
     neighbour = f".out.{os.getpid()}.tmp"
-    assert order[-4:] == ["a", neighbour, "replace", tmp_path.name] and (tmp_path / "out" / "a").read_text() == "a"
-    with pytest.raises(StorageError, match="not empty"), store.open_atomic_folder(tmp_path / "out") as folder:
+    assert (
+        order[-4:] == ["a", neighbour, "replace", tmp_path.name]
+        and (tmp_path / "out" / "a").read_text() == "a"
+    )
+    with (
+        pytest.raises(StorageError, match="not empty"),
+        store.open_atomic_folder(tmp_path / "out") as folder,
+    ):
         (folder / "b").write_text("b")
     assert sorted(os.listdir(tmp_path)) == ["out"] and os.listdir(tmp_path / "out") == ["a"]
 
@@ -138,10 +170,18 @@ def test_the_first_commit_wins(tmp_path: Path) -> None:
 
 
 def test_of_many_processes_that_commit_at_once_one_wins_and_none_fails(tmp_path: Path) -> None:
-    code = "import sys, time\nfrom pathlib import Path\nfrom persea import storage as store\nprint('ready', flush=True)\nsys.stdin.read()\n" \
-           "store.create_json_once(Path(sys.argv[1]), {'by': sys.argv[2], 'long': 'x' * 100_000})"
-    many = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "a.json"), str(k)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            for k in range(4)]
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom persea import storage as store\nprint('ready', flush=True)\nsys.stdin.read()\n"
+        "store.create_json_once(Path(sys.argv[1]), {'by': sys.argv[2], 'long': 'x' * 100_000})"
+    )
+    many = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / "a.json"), str(k)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        for k in range(4)
+    ]
     for process in many:
         assert process.stdout and process.stdout.readline() == b"ready\n"
     for process in many:
@@ -169,12 +209,17 @@ def test_json_comes_back_and_nan_is_refused(tmp_path: Path) -> None:
 
 
 def test_missing_json_names_the_stage_that_writes_it(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"audition/cast\.json: not there -> run the stage that writes audition/ first") as caught:
+    with pytest.raises(
+        DataError,
+        match=r"audition/cast\.json: not there -> run the stage that writes audition/ first",
+    ) as caught:
         store.read_json(tmp_path / "audition" / "cast.json")
     assert caught.value.exit_code == 3
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b'{"a": 1}}', b"\xff\xfe", json.dumps({"a": "b"}).encode()[:-3]])
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b'{"a": 1}}', b"\xff\xfe", json.dumps({"a": "b"}).encode()[:-3]]
+)
 def test_broken_json_names_the_file(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.json").write_bytes(data)
     with pytest.raises(DataError, match=r"a\.json: not JSON: .* -> delete"):
@@ -183,15 +228,26 @@ def test_broken_json_names_the_file(tmp_path: Path, data: bytes) -> None:
 
 # --- lock ---
 
-HOLD = "import sys\nfrom pathlib import Path\nfrom persea import storage as store\n" \
-       "with store.lock_run_folder(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()"
+HOLD = (
+    "import sys\nfrom pathlib import Path\nfrom persea import storage as store\n"
+    "with store.lock_run_folder(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()"
+)
 
 
 def test_a_second_run_on_a_folder_is_refused_with_the_pid_of_the_first(tmp_path: Path) -> None:
-    first = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    first = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "run")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     assert first.stdout and first.stdout.readline() == b"held\n"
     for _ in range(20):
-        with pytest.raises(StorageError, match=rf"another run holds this folder \(pid {first.pid} on .+\)") as caught, store.lock_run_folder(tmp_path / "run"):
+        with (
+            pytest.raises(
+                StorageError, match=rf"another run holds this folder \(pid {first.pid} on .+\)"
+            ) as caught,
+            store.lock_run_folder(tmp_path / "run"),
+        ):
             pytest.fail("two runs hold one folder")
         assert caught.value.exit_code == 6
     first.kill()  # a lock does not outlive its holder, however that ends
@@ -205,7 +261,10 @@ def test_a_second_run_on_a_folder_is_refused_with_the_pid_of_the_first(tmp_path:
 
 def test_a_lock_in_a_place_that_is_no_folder_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(StorageError, match="cannot write"), store.lock_run_folder(tmp_path / "file"):
+    with (
+        pytest.raises(StorageError, match="cannot write"),
+        store.lock_run_folder(tmp_path / "file"),
+    ):
         pytest.fail("a file was locked as a folder")
 
 
@@ -236,10 +295,14 @@ print(sorted(p.name for p in folder.rglob("*")), (folder / "early").read_bytes()
 def in_namespace(prepare: str, folder: Path) -> list[str]:
     """Run TRY where `prepare` has mounted something at the folder; skips where this machine has no user namespaces."""
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
-        pytest.skip("no unprivileged user namespaces here (unshare -rm): a full disk cannot be made")
+        pytest.skip(
+            "no unprivileged user namespaces here (unshare -rm): a full disk cannot be made"
+        )
     folder.mkdir()
-    script = prepare.replace("@", str(folder)) + f" && exec {sys.executable} -c \"$0\" {folder}"
-    done = subprocess.run(["unshare", "-rm", "bash", "-c", script, TRY], capture_output=True, text=True)
+    script = prepare.replace("@", str(folder)) + f' && exec {sys.executable} -c "$0" {folder}'
+    done = subprocess.run(
+        ["unshare", "-rm", "bash", "-c", script, TRY], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -266,8 +329,12 @@ def test_a_read_only_disk_is_a_storage_error(tmp_path: Path) -> None:
 def test_a_file_that_may_not_grow_is_a_storage_error(tmp_path: Path) -> None:
     """The same without namespaces: a limit on file size fails every write of more than its bytes."""
     (tmp_path / "early").write_bytes(b"early")
-    done = subprocess.run([sys.executable, "-c", TRY, str(tmp_path)], capture_output=True, text=True,
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    done = subprocess.run(
+        [sys.executable, "-c", TRY, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )
     big, record, lock, files = done.stdout.splitlines()
     assert big.startswith("6 ")
     assert record.startswith("6 ")

@@ -23,7 +23,17 @@ from persea.training.loss_balancing import Group, GroupStats
 from persea.training.student import load_student
 
 SAPLING = Path(__file__).resolve().parent.parent / "saplings" / "llama-sapling"
-SETTINGS = TrainingSettings(steps=6, learning_rate=3e-3, warmup_steps=2, weight_decay=0.01, max_grad_norm=1.0, checkpoint_every=2, log_every=1, seed=5, max_skipped_steps=1)
+SETTINGS = TrainingSettings(
+    steps=6,
+    learning_rate=3e-3,
+    warmup_steps=2,
+    weight_decay=0.01,
+    max_grad_norm=1.0,
+    checkpoint_every=2,
+    log_every=1,
+    seed=5,
+    max_skipped_steps=1,
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,15 @@ class Trouble:
     slow: float = 0.0
 
 
-def student_run(world: World, store: Any, folder: Path, shard: ParallelStrategy, settings: TrainingSettings, trouble: Trouble, resume: str = "auto") -> None:
+def student_run(
+    world: World,
+    store: Any,
+    folder: Path,
+    shard: ParallelStrategy,
+    settings: TrainingSettings,
+    trouble: Trouble,
+    resume: str = "auto",
+) -> None:
     """The llama-sapling learns random tokens: 6 texts a step, of 9 to 14 tokens each, so that parts have unequal numbers of positions."""
     torch.set_num_threads(1)
     silence_transformers()
@@ -55,22 +73,40 @@ def student_run(world: World, store: Any, folder: Path, shard: ParallelStrategy,
     student = load_student(source, load_renderer(source, "student"), None).distribute(world, shard)
     size = len(student.renderer.vocabulary)
 
-    def loss_of(step: int, part: int, parts: int, weights: Mapping[Group, float]) -> tuple[Out, Mapping[Group, GroupStats]]:
+    def loss_of(
+        step: int, part: int, parts: int, weights: Mapping[Group, float]
+    ) -> tuple[Out, Mapping[Group, GroupStats]]:
         time.sleep(trouble.slow)
         mine = world.rank == trouble.rank and step == trouble.at
         if mine and trouble.number:
             os.kill(os.getpid(), trouble.number)
         dice = np.random.default_rng([7, step])
-        texts = [torch.from_numpy(dice.integers(0, size, dice.integers(9, 15))) for _ in range(6)][6 * part // parts:6 * (part + 1) // parts]
+        texts = [torch.from_numpy(dice.integers(0, size, dice.integers(9, 15))) for _ in range(6)][
+            6 * part // parts : 6 * (part + 1) // parts
+        ]
         ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
-        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in texts], batch_first=True)
+        mask = torch.nn.utils.rnn.pad_sequence(
+            [torch.ones_like(t) for t in texts], batch_first=True
+        )
         row, at = mask[:, 1:].nonzero(as_tuple=True)
-        loss = torch.nn.functional.cross_entropy(student.logits(ids, mask, row, at), ids[row, at + 1])
+        loss = torch.nn.functional.cross_entropy(
+            student.logits(ids, mask, row, at), ids[row, at + 1]
+        )
         loss = loss * float("nan") if mine and trouble.nan else loss
-        return Out(loss, len(row)), {Group(f"t{step % 2}", "noise"): GroupStats(len(row), float(loss.detach()) * len(row))}
+        return Out(loss, len(row)), {
+            Group(f"t{step % 2}", "noise"): GroupStats(len(row), float(loss.detach()) * len(row))
+        }
 
-    run_training_loop(student.trainable_parameters, loss_of, settings, folder, {"seed": settings.seed}, lambda step, line: launcher.send_to_launcher(store, step), world=world,
-          resume=resume)
+    run_training_loop(
+        student.trainable_parameters,
+        loss_of,
+        settings,
+        folder,
+        {"seed": settings.seed},
+        lambda step, line: launcher.send_to_launcher(store, step),
+        world=world,
+        resume=resume,
+    )
 
 
 class Dice:
@@ -80,7 +116,9 @@ class Dice:
         self.parameters = [torch.nn.Parameter(torch.linspace(-1, 1, 24).reshape(4, 6))]
 
     def loss_of(self, step: int, part: int, parts: int) -> tuple[Out, Mapping[Group, GroupStats]]:
-        noise = float(np.random.standard_normal()) + random.gauss(0, 1)  # gauss keeps half of a pair for the next call
+        noise = float(np.random.standard_normal()) + random.gauss(
+            0, 1
+        )  # gauss keeps half of a pair for the next call
         seen = torch.nn.functional.dropout(self.parameters[0], 0.3)
         return Out(((seen - noise) ** 2).mean(), 4), {Group("dice", "noise"): GroupStats(4, 1.0)}
 

@@ -56,20 +56,37 @@ class World:
 
     @cached_property
     def text(self) -> dict[str, dict[str, list[Window]]]:
-        return {part: data.pools(data.data_folder(), part, per_document=None if part == "train" else self.size.per_page, domains=self.size.domains)
-                for part in ("train", "dev", "test")}
+        return {
+            part: data.pools(
+                data.data_folder(),
+                part,
+                per_document=None if part == "train" else self.size.per_page,
+                domains=self.size.domains,
+            )
+            for part in ("train", "dev", "test")
+        }
 
     @cached_property
     def model_names(self) -> dict[str, Speaker]:
-        return self.real | ({"student": open_extended(self.folder, self.size.extended, self.texts_of("student"))} if self.size.extended else {})
+        return self.real | (
+            {"student": open_extended(self.folder, self.size.extended, self.texts_of("student"))}
+            if self.size.extended
+            else {}
+        )
 
     @cached_property
     def real(self) -> dict[str, Speaker]:
         """The speakers before the student's vocabulary is extended."""
-        return vocabularies.open_speakers(self.folder, self.size.vocabulary, self.texts_of, (*self.size.teaches, "student"))
+        return vocabularies.open_speakers(
+            self.folder, self.size.vocabulary, self.texts_of, (*self.size.teaches, "student")
+        )
 
     def texts_of(self, who: str) -> list[str]:
-        return [w.text for d in self.size.teaches.get(who, self.size.domains) for w in self.text["train"][d][:self.size.seen]]
+        return [
+            w.text
+            for d in self.size.teaches.get(who, self.size.domains)
+            for w in self.text["train"][d][: self.size.seen]
+        ]
 
     def kept(self, name: str) -> Path:
         """A file that depends on the student's vocabulary."""
@@ -80,13 +97,23 @@ class World:
         size, plain = self.size, self.real["student"]
         if not size.met:
             return models.make(size.student, len(plain.vocabulary), seed)
-        path, model = self.folder / f"met {size.met}.pt", models.make(size.student, len(plain.vocabulary), seed=1)
+        path, model = (
+            self.folder / f"met {size.met}.pt",
+            models.make(size.student, len(plain.vocabulary), seed=1),
+        )
         if not path.is_file():
-            pools, n = {d: self.text["train"][d][-size.met:] for d in size.domains}, self.taught("unlimited", 1.0)
+            pools, n = (
+                {d: self.text["train"][d][-size.met :] for d in size.domains},
+                self.taught("unlimited", 1.0),
+            )
             if any(n + size.met > len(self.text["train"][d]) for d in size.domains):
-                raise SystemExit(f"{size.name}: too little text for {size.met} windows beside those it is taught on")
+                raise SystemExit(
+                    f"{size.name}: too little text for {size.met} windows beside those it is taught on"
+                )
             steps = size.met * len(size.domains) // size.batch
-            models.read_through(model, plain, models.order(pools, size.batch, seed=1), steps, 8e-3, "student")
+            models.read_through(
+                model, plain, models.order(pools, size.batch, seed=1), steps, 8e-3, "student"
+            )
             torch.save(model.state_dict(), path)
         model.load_state_dict(torch.load(path, weights_only=True))
         return carried(model, plain, self.model_names["student"])
@@ -96,35 +123,63 @@ class World:
         for who, domains in self.size.teaches.items():
             path = self.folder / f"{who}.pt"
             if not path.is_file():
-                models.train_teacher(self.model_names[who], {d: self.text["train"][d] for d in domains}, self.size, who, path)
+                models.train_teacher(
+                    self.model_names[who],
+                    {d: self.text["train"][d] for d in domains},
+                    self.size,
+                    who,
+                    path,
+                )
 
     @cached_property
     def teachers(self) -> dict[str, Teacher]:
-        return {who: Teacher(self.model_names[who], models.open_teacher(self.model_names[who], self.size, self.folder / f"{who}.pt"))
-                for who in self.size.teaches}
+        return {
+            who: Teacher(
+                self.model_names[who],
+                models.open_teacher(self.model_names[who], self.size, self.folder / f"{who}.pt"),
+            )
+            for who in self.size.teaches
+        }
 
     @cached_property
     def pairs(self) -> dict[str, Pair]:
-        return {who: Pair(teacher, self.model_names["student"]) for who, teacher in self.teachers.items()}
+        return {
+            who: Pair(teacher, self.model_names["student"])
+            for who, teacher in self.teachers.items()
+        }
 
     def student(self, arm: Arm) -> Path:
         """Where a student of seed 1 is kept, for what is measured on it afterwards."""
-        return self.folder / f"student {self.size.name if self.size.of else ''}{arm.method}, {arm.rows}, {arm.regime}.pt"
+        return (
+            self.folder
+            / f"student {self.size.name if self.size.of else ''}{arm.method}, {arm.rows}, {arm.regime}.pt"
+        )
 
     def windows(self, regime: str, length: float) -> dict[str, list[Window]]:
         """Training windows of a student by domain: every one is seen once in 'unlimited', and often in 'limited'."""
-        return {d: self.text["train"][d][:self.taught(regime, length)] for d in self.size.domains}
+        return {d: self.text["train"][d][: self.taught(regime, length)] for d in self.size.domains}
 
     def taught(self, regime: str, length: float) -> int:
         """Windows a domain."""
-        return self.size.limited if regime == "limited" else -(-round(self.size.steps * length) * self.size.batch // len(self.size.domains))
+        return (
+            self.size.limited
+            if regime == "limited"
+            else -(-round(self.size.steps * length) * self.size.batch // len(self.size.domains))
+        )
 
     def examples(self, begin: float, end: float) -> dict[str, list[Lesson]]:
         """What the teachers say of the windows of `unlimited` from one length to another; kept."""
         first = self.taught("unlimited", begin)
         pools = {d: pool[first:] for d, pool in self.windows("unlimited", end).items()}
         name = "lessons" + ("" if (begin, end) == (0, 1) else f" {begin:g} to {end:g}")
-        found = iter(open_lessons(self.kept(name), [w for pool in pools.values() for w in pool], self.model_names["student"], self.teachers))
+        found = iter(
+            open_lessons(
+                self.kept(name),
+                [w for pool in pools.values() for w in pool],
+                self.model_names["student"],
+                self.teachers,
+            )
+        )
         return {d: [next(found) for _ in pool] for d, pool in pools.items()}
 
     @cached_property
@@ -144,15 +199,19 @@ class World:
         if arm.method in ("cross-entropy", "sft"):
             pools = self.said if arm.method == "sft" else self.windows(arm.regime, arm.length)
             if arm.method == "sft" and arm.regime == "limited":
-                pools = {d: p[:self.size.limited] for d, p in pools.items()}
+                pools = {d: p[: self.size.limited] for d, p in pools.items()}
             for chosen in models.order(pools, self.size.batch, arm.seed):
-                ids_BS, learn_BS = padded(student.vocabulary.encode_batch([w.text for w in chosen]), student.start)
+                ids_BS, learn_BS = padded(
+                    student.vocabulary.encode_batch([w.text for w in chosen]), student.start
+                )
                 yield Batch(ids_BS, learn_BS, ids_BS[:, 1:][learn_BS[:, :-1]], ())
         found = self.first
         if arm.regime == "unlimited" and arm.length > 1:
             found = {d: [*found[d], *more] for d, more in self.examples(1, arm.length).items()}
         n = {d: len(p) for d, p in self.windows(arm.regime, arm.length).items()}
-        for some in models.order({d: p[:n[d]] for d, p in found.items()}, self.size.batch, arm.seed):
+        for some in models.order(
+            {d: p[: n[d]] for d, p in found.items()}, self.size.batch, arm.seed
+        ):
             batch = collate(some, student)
             yield with_last(batch) if arm.method == "gold" else batch
 
@@ -170,7 +229,10 @@ class Measured:
     calibration: float
 
     def bits_per_byte(self) -> dict[str, float]:
-        return {d: sum(b for b, _ in pages.values()) / sum(n for _, n in pages.values()) for d, pages in self.pages.items()}
+        return {
+            d: sum(b for b, _ in pages.values()) / sum(n for _, n in pages.values())
+            for d, pages in self.pages.items()
+        }
 
     def mean(self) -> float:
         return float(np.mean(list(self.bits_per_byte().values())))
@@ -180,13 +242,17 @@ def measure(model: LlamaForCausalLM, speaker: Speaker, windows: Sequence[Window]
     pages: dict[str, dict[str, tuple[float, int]]] = defaultdict(dict)
     bins = np.zeros((BINS, 3))
     for at in range(0, len(windows), 32):
-        some = windows[at:at + 32]
+        some = windows[at : at + 32]
         ids = speaker.vocabulary.encode_batch([w.text for w in some])
         ids_BS, learn_BS = padded(ids, speaker.start)
         with torch.no_grad():
-            logprobs_NV = torch.log_softmax(states(model, ids_BS, learn_BS) @ model.lm_head.weight.T, -1)
+            logprobs_NV = torch.log_softmax(
+                states(model, ids_BS, learn_BS) @ model.lm_head.weight.T, -1
+            )
             targets_N = ids_BS[:, 1:][learn_BS[:, :-1]]
-            bits_N = (F.nll_loss(logprobs_NV, targets_N, reduction="none") / np.log(2)).double().numpy()
+            bits_N = (
+                (F.nll_loss(logprobs_NV, targets_N, reduction="none") / np.log(2)).double().numpy()
+            )
             top = logprobs_NV.max(-1)
         sure_N, right_N = top.values.exp().numpy(), (top.indices == targets_N).numpy()
         which_N = np.minimum((sure_N * BINS).astype(int), BINS - 1)
@@ -195,7 +261,10 @@ def measure(model: LlamaForCausalLM, speaker: Speaker, windows: Sequence[Window]
         n = 0
         for w, one in zip(some, ids, strict=True):
             bits, length = pages[w.domain].get(w.page, (0.0, 0))
-            pages[w.domain][w.page] = (bits + float(bits_N[n:n + len(one)].sum()), length + len(w.text.encode()))
+            pages[w.domain][w.page] = (
+                bits + float(bits_N[n : n + len(one)].sum()),
+                length + len(w.text.encode()),
+            )
             n += len(one)
     return Measured(pages, float(np.abs(bins[:, 1] - bins[:, 2]).sum() / bins[:, 0].sum()))
 
@@ -205,7 +274,10 @@ def run(world: World, arm: Arm) -> dict[str, Any]:
     size, student = world.size, world.model_names["student"]
     model = world.begun(arm.seed)
     adam, steps = models.optimizer(model, arm.rate), round(size.steps * arm.length)
-    setting, loss_of = Setting(arm.method, arm.rows, arm.share), (METHODS | CHUNKED | {"gold": gold})[arm.method]
+    setting, loss_of = (
+        Setting(arm.method, arm.rows, arm.share),
+        (METHODS | CHUNKED | {"gold": gold})[arm.method],
+    )
     curve, tokens, raw, cpu, of_loss = [], 0, 0, 0.0, 0.0
     for step, batch in zip(range(steps), world.batches(arm), strict=False):
         if batch.groups:
@@ -224,19 +296,41 @@ def run(world: World, arm: Arm) -> dict[str, Any]:
         if not bool(torch.isfinite(loss.detach())):
             raise SystemExit(f"{arm}: the loss is {float(loss.detach())} at step {step}")
         if (step + 1) % max(1, steps // 4) == 0:
-            curve.append([tokens, round(measure(model, student, held_out(world, "dev", max(2, size.test // 6))).mean(), 4)])
+            curve.append(
+                [
+                    tokens,
+                    round(
+                        measure(
+                            model, student, held_out(world, "dev", max(2, size.test // 6))
+                        ).mean(),
+                        4,
+                    ),
+                ]
+            )
     if (arm.seed, arm.length, arm.part) == (1, 1.0, "test"):
         torch.save(model.state_dict(), world.student(arm))
     found = measure(model, student, held_out(world, arm.part, size.test))
-    return {"bits_per_byte": {d: round(v, 4) for d, v in found.bits_per_byte().items()}, "mean": round(found.mean(), 4),
-            "calibration": round(found.calibration, 4), "tokens": tokens, "bytes": raw, "steps": steps, "curve": curve,
-            "cpu_per_step": round(cpu / max(1, steps), 4), "loss_cpu_per_step": round(of_loss / max(1, steps), 4),
-            "pages": {d: [[round(b, 1), n] for b, n in pages.values()] for d, pages in found.pages.items()}}
+    return {
+        "bits_per_byte": {d: round(v, 4) for d, v in found.bits_per_byte().items()},
+        "mean": round(found.mean(), 4),
+        "calibration": round(found.calibration, 4),
+        "tokens": tokens,
+        "bytes": raw,
+        "steps": steps,
+        "curve": curve,
+        "cpu_per_step": round(cpu / max(1, steps), 4),
+        "loss_cpu_per_step": round(of_loss / max(1, steps), 4),
+        "pages": {
+            d: [[round(b, 1), n] for b, n in pages.values()] for d, pages in found.pages.items()
+        },
+    }
 
 
 def read(results: Path) -> dict[str, dict[str, Any]]:
     """key -> line"""
-    lines = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
+    lines = (
+        [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
+    )
     return {line["key"]: line for line in lines}
 
 
@@ -254,7 +348,10 @@ def run_all(world: World, arms: Sequence[Arm], results: Path) -> list[dict[str, 
                 keep(world.kept("masked"))
             with results.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-            print(f"{line['mean']:.4f} {line['calibration']:.3f} {line['cpu_per_step']:.3f} s/step  {key}", flush=True)
+            print(
+                f"{line['mean']:.4f} {line['calibration']:.3f} {line['cpu_per_step']:.3f} s/step  {key}",
+                flush=True,
+            )
         out.append(read(results)[key])
     return out
 
@@ -265,5 +362,10 @@ def teachers_measured(world: World) -> dict[str, Any]:
     for who, teacher in world.teachers.items():
         windows = [w for w in held_out(world, "test", world.size.test) if ASKED[w.domain] == who]
         record = json.loads((world.folder / f"{who}.json").read_text())
-        out[who] = record | {"bits_per_byte": {d: round(v, 4) for d, v in measure(teacher.model, teacher.speaker, windows).bits_per_byte().items()}}
+        out[who] = record | {
+            "bits_per_byte": {
+                d: round(v, 4)
+                for d, v in measure(teacher.model, teacher.speaker, windows).bits_per_byte().items()
+            }
+        }
     return out

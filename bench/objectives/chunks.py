@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-
 from bench.objectives.examples import Batch, Ints, Lesson
+
 from bench.objectives.methods import Loss, Pair, Setting, boundary_contexts, said_of
 from persea.alignment.boundary_mask import BoundaryMask
 from persea.losses import ImpossibleTokens, SpanTargets, event_kl_loss
@@ -70,10 +70,18 @@ def stretches(one: Lesson, pair: Pair) -> Stretches:
         rows.append(np.full(len(own), s))
         tokens.append(own)
     said = np.concatenate([[0.0], np.cumsum(one.realised_T.double().numpy())])
-    value = [said[b] - said[a] - beta[int(x)] + (beta[int(y)] if end else 0.0) for a, b, x, y, end in zip(t0, t1, s0, s1, ends_C, strict=True)]
+    value = [
+        said[b] - said[a] - beta[int(x)] + (beta[int(y)] if end else 0.0)
+        for a, b, x, y, end in zip(t0, t1, s0, s1, ends_C, strict=True)
+    ]
     empty = np.empty(0, np.int64)
-    KEPT[id(one)] = Stretches(np.stack([s0, s1], 1), ends_C, np.array(value, np.float32), np.concatenate([empty, *rows]),
-                              np.concatenate([empty, *tokens]))
+    KEPT[id(one)] = Stretches(
+        np.stack([s0, s1], 1),
+        ends_C,
+        np.array(value, np.float32),
+        np.concatenate([empty, *rows]),
+        np.concatenate([empty, *tokens]),
+    )
     return KEPT[id(one)]
 
 
@@ -86,23 +94,38 @@ def gathered(batch: Batch, pairs: Mapping[str, Pair]) -> tuple[SpanTargets, Impo
             own = stretches(one, pairs[group.who])
             sizes = own.student_C2[:, 1] - own.student_C2[:, 0]
             chunk_P.append(np.repeat(np.arange(n, n + len(sizes)), sizes))
-            position_P.append(np.concatenate([np.empty(0, np.int64), *(np.arange(a, b) for a, b in own.student_C2)]) + first)
+            position_P.append(
+                np.concatenate(
+                    [np.empty(0, np.int64), *(np.arange(a, b) for a, b in own.student_C2)]
+                )
+                + first
+            )
             begin.append(own.student_C2[:, 0] + first)
             end.append(np.where(own.ends_C, own.student_C2[:, 1] + first, -1))
             teacher.append(own.teacher_C)
             row_D.append(own.row_D + first)
             token_D.append(own.token_D)
             n += len(sizes)
-    a, b, c, d, e, r, t = (torch.from_numpy(np.concatenate(x)) for x in (chunk_P, position_P, begin, end, teacher, row_D, token_D))
+    a, b, c, d, e, r, t = (
+        torch.from_numpy(np.concatenate(x))
+        for x in (chunk_P, position_P, begin, end, teacher, row_D, token_D)
+    )
     return SpanTargets(a, b, c, d, e), ImpossibleTokens(r, t)
 
 
 def with_chunks(weight: float) -> Loss:
-    def loss(logits_NV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setting: Setting) -> torch.Tensor:
+    def loss(
+        logits_NV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setting: Setting
+    ) -> torch.Tensor:
         chunks, gone = gathered(batch, pairs)
-        events = event_kl_loss(logits_NV, batch.labels_N, said_of(batch, pairs, setting), setting.share).loss
+        events = event_kl_loss(
+            logits_NV, batch.labels_N, said_of(batch, pairs, setting), setting.share
+        ).loss
         return events + weight * chunk_term(logits_NV, batch.labels_N, chunks, gone).loss
+
     return loss
 
 
-CHUNKED: dict[str, Callable[..., torch.Tensor]] = {f"events + masks + {w:g} chunk": with_chunks(w) for w in WEIGHTS}
+CHUNKED: dict[str, Callable[..., torch.Tensor]] = {
+    f"events + masks + {w:g} chunk": with_chunks(w) for w in WEIGHTS
+}

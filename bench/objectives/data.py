@@ -15,8 +15,14 @@ from pathlib import Path
 import numpy as np
 
 WINDOW = 256  # bytes at most; teacher and student are cut at the same places, so that no token reaches over one
-TEACHES = {"A": ("zh", "ja", "ko", "vi", "id", "th"), "B": ("python", "json", "markdown", "en"), "C": ("math", "en")}
-SCRIPTS = {"B": ("km", "my", "lo", "tha")}  # a world of its own: scripts that the student's tokenizer breaks into bytes, and Thai, which it does not
+TEACHES = {
+    "A": ("zh", "ja", "ko", "vi", "id", "th"),
+    "B": ("python", "json", "markdown", "en"),
+    "C": ("math", "en"),
+}
+SCRIPTS = {
+    "B": ("km", "my", "lo", "tha")
+}  # a world of its own: scripts that the student's tokenizer breaks into bytes, and Thai, which it does not
 
 
 def domains_of(teaches: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
@@ -25,16 +31,32 @@ def domains_of(teaches: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
 
 
 DOMAINS = domains_of(TEACHES)
-ASKED = {d: who for teaches in (TEACHES, SCRIPTS) for who in reversed(teaches) for d in teaches[who]}  # who speaks; of English B
+ASKED = {
+    d: who for teaches in (TEACHES, SCRIPTS) for who in reversed(teaches) for d in teaches[who]
+}  # who speaks; of English B
 SOURCES = {
     "zh": ("reactdocs.zh", "vuedocs.zh", "tldr.zh", "ud.chinese-gsdsimp", "ntrex.zho-CN"),
     "ja": ("pythondocs.ja", "reactdocs.ja", "tldr.ja", "ud.japanese-gsd", "ntrex.jpn"),
     "ko": ("reactdocs.ko", "tldr.ko", "ud.korean-kaist", "ntrex.kor"),
     "vi": ("reactdocs.vi", "ud.vietnamese-vtb", "ntrex.vie"),
     "id": ("reactdocs.id", "pythondocs.id", "tldr.id", "ud.indonesian-gsd", "ntrex.ind"),
-    "th": ("ud.thai-tud", "ud.thai-pud", "tldr.th", "wisesight_neg.th", "wisesight_pos.th", "ntrex.tha"),
-    "python": ("mbpp",), "json": ("bfcl",), "markdown": ("tldr.en",), "en": ("ud.english-ewt", "ntrex.eng"), "math": ("gsm8k", "svamp"),
-    "km": ("ntrex.khm",), "my": ("ntrex.mya",), "lo": ("ntrex.lao",), "tha": ("ntrex.tha",),  # the same 1,997 sentences in each
+    "th": (
+        "ud.thai-tud",
+        "ud.thai-pud",
+        "tldr.th",
+        "wisesight_neg.th",
+        "wisesight_pos.th",
+        "ntrex.tha",
+    ),
+    "python": ("mbpp",),
+    "json": ("bfcl",),
+    "markdown": ("tldr.en",),
+    "en": ("ud.english-ewt", "ntrex.eng"),
+    "math": ("gsm8k", "svamp"),
+    "km": ("ntrex.khm",),
+    "my": ("ntrex.mya",),
+    "lo": ("ntrex.lao",),
+    "tha": ("ntrex.tha",),  # the same 1,997 sentences in each
 }
 
 
@@ -63,7 +85,9 @@ class Window:
 
 
 def data_folder() -> Path:
-    return Path(os.environ.get("PERSEA_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
+    return Path(
+        os.environ.get("PERSEA_DATA", Path(__file__).resolve().parents[3] / "shared" / "data")
+    )
 
 
 def documents(data: Path, domain: str) -> list[Document]:
@@ -91,14 +115,23 @@ def page_of(name: str) -> str:
 def _read(data: Path, source: str) -> Iterator[tuple[str, str]]:
     if source.startswith("ntrex."):  # line k is the same sentence in every language
         lines = (data / "parallel" / f"{source}.txt").read_text().splitlines()
-        yield from ((f"ntrex/{k // 10}", "\n".join(lines[k:k + 10])) for k in range(0, len(lines), 10))
+        yield from (
+            (f"ntrex/{k // 10}", "\n".join(lines[k : k + 10])) for k in range(0, len(lines), 10)
+        )
     elif source.startswith("wisesight"):
         lines = (data / "corpus" / f"{source}.txt").read_text().splitlines()
-        yield from ((f"{source}/{k // 10}", "\n".join(lines[k:k + 10])) for k in range(0, len(lines), 10))
+        yield from (
+            (f"{source}/{k // 10}", "\n".join(lines[k : k + 10])) for k in range(0, len(lines), 10)
+        )
     elif source == "mbpp":
         for line in (data / "eval" / "mbpp.jsonl").read_text().splitlines():
             task = json.loads(line)
-            yield f"mbpp/{task['task_id']}", "\n".join((f"# {task['text']}", task["code"].replace("\t", "    "), *task["test_list"]))
+            yield (
+                f"mbpp/{task['task_id']}",
+                "\n".join(
+                    (f"# {task['text']}", task["code"].replace("\t", "    "), *task["test_list"])
+                ),
+            )
     elif source == "bfcl":
         for path in sorted((data / "eval" / "bfcl").glob("*.json")):
             for line in path.read_text().splitlines():
@@ -109,12 +142,17 @@ def _read(data: Path, source: str) -> Iterator[tuple[str, str]]:
             yield f"gsm8k/{k}", f"{task['question']}\n{task['answer']}"
     elif source == "svamp":
         for task in json.loads((data / "eval" / "svamp.json").read_text()):
-            yield f"svamp/{task['Body'][:40]}", f"{task['Body']}. {task['Question']}\n{task['Equation']} = {task['Answer']}"
+            yield (
+                f"svamp/{task['Body'][:40]}",
+                f"{task['Body']}. {task['Question']}\n{task['Equation']} = {task['Answer']}",
+            )
     else:
         for line in (data / "corpus" / f"{source}.jsonl").read_text().splitlines():
             page = json.loads(line)
             text = page["text"]
-            if source.startswith(("reactdocs", "vuedocs")):  # the same code stands in every language: it is not what they measure
+            if source.startswith(
+                ("reactdocs", "vuedocs")
+            ):  # the same code stands in every language: it is not what they measure
                 text = re.sub(r"```.*?(```|\Z)", "", text, flags=re.DOTALL)
             yield page_of(page["id"]), text
 
@@ -125,7 +163,9 @@ def windows(document: Document) -> list[Window]:
     while at < len(raw):
         end = min(at + WINDOW, len(raw))
         if end < len(raw):
-            near = max(raw.rfind(b"\n", at + WINDOW // 2, end), raw.rfind(b" ", at + WINDOW * 3 // 4, end))
+            near = max(
+                raw.rfind(b"\n", at + WINDOW // 2, end), raw.rfind(b" ", at + WINDOW * 3 // 4, end)
+            )
             end = near if near > 0 else end
             while raw[end] & 0xC0 == 0x80:
                 end -= 1
@@ -136,7 +176,9 @@ def windows(document: Document) -> list[Window]:
     return out
 
 
-def pools(data: Path, part: str, *, per_document: int | None = None, domains: Sequence[str] = DOMAINS) -> dict[str, list[Window]]:
+def pools(
+    data: Path, part: str, *, per_document: int | None = None, domains: Sequence[str] = DOMAINS
+) -> dict[str, list[Window]]:
     """Windows of a part by domain, in an order of their own that never changes."""
     out: dict[str, list[Window]] = defaultdict(list)
     for domain in domains:

@@ -11,7 +11,13 @@ from transformers import LlamaForCausalLM
 
 from bench.objectives.vocabularies import FAMILIES, STARTS, TOKENIZERS, Speaker, speaker
 from persea.vocab_extension import learn_merges as extension
-from persea.vocab_extension.learn_merges import Merge, count_words, extend_tokenizer_spec, old_ids_of_new_tokens, refuse_changed_tokens
+from persea.vocab_extension.learn_merges import (
+    Merge,
+    count_words,
+    extend_tokenizer_spec,
+    old_ids_of_new_tokens,
+    refuse_changed_tokens,
+)
 from persea.vocab_extension.resize_model import initialize_new_embeddings
 
 
@@ -25,13 +31,26 @@ def open_extended(folder: Path, count: int, texts: Sequence[str]) -> Speaker:
     path = folder / f"student+{count}.tokenizer.json"
     if not path.is_file():
         spec = json.loads((folder / "student.tokenizer.json").read_text())
-        path.write_text(json.dumps(extend_tokenizer_spec(spec, learned(Tokenizer.from_str(json.dumps(spec)), texts, count))))
-    return speaker(json.loads(path.read_text()), f"{TOKENIZERS['student']}, cut, +{count}", FAMILIES["student"], STARTS["student"])
+        path.write_text(
+            json.dumps(
+                extend_tokenizer_spec(
+                    spec, learned(Tokenizer.from_str(json.dumps(spec)), texts, count)
+                )
+            )
+        )
+    return speaker(
+        json.loads(path.read_text()),
+        f"{TOKENIZERS['student']}, cut, +{count}",
+        FAMILIES["student"],
+        STARTS["student"],
+    )
 
 
 def carried(model: LlamaForCausalLM, plain: Speaker, longer: Speaker) -> LlamaForCausalLM:
     """The model with `longer`'s vocabulary: old tokens keep their rows, a new one gets the mean of those that its bytes were before."""
-    refuse_changed_tokens(plain.vocabulary, longer.vocabulary, longer.vocabulary.name)  # a tokenizer kept from before 2026-11-29 had its controls last
+    refuse_changed_tokens(
+        plain.vocabulary, longer.vocabulary, longer.vocabulary.name
+    )  # a tokenizer kept from before 2026-11-29 had its controls last
     pieces = old_ids_of_new_tokens(plain.vocabulary.backend, longer.vocabulary.backend)
     if pieces:
         initialize_new_embeddings(model, pieces)

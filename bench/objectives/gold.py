@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from bench.objectives.examples import Batch, Lesson
 
 from bench import baselines
-from bench.objectives.examples import Batch, Lesson
 from bench.objectives.methods import Pair, Setting
 from bench.objectives.models import padded
 from bench.objectives.vocabularies import Speaker
@@ -39,13 +39,18 @@ def with_last(batch: Batch) -> Batch:
 
 
 def side(logits_TV: torch.Tensor, ids: list[int], one: Any, start: int) -> baselines.Sequence:
-    starts, ends = (torch.cat([torch.zeros(1, dtype=torch.int64), torch.from_numpy(x).long()]) for x in (one.starts_T, one.ends_T))
+    starts, ends = (
+        torch.cat([torch.zeros(1, dtype=torch.int64), torch.from_numpy(x).long()])
+        for x in (one.starts_T, one.ends_T)
+    )
     learned = torch.ones(len(ids) + 1, dtype=torch.bool)
     learned[0] = False
     return baselines.Sequence(logits_TV, torch.tensor([start, *ids]), learned, starts, ends)
 
 
-def gold(logits_MV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setting: Setting) -> torch.Tensor:
+def gold(
+    logits_MV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setting: Setting
+) -> torch.Tensor:
     """logits_MV of `with_last(batch)`: M = learned positions and one more a window. GOLD speaks of every span, so
     share x GOLD + (1 - share) x cross-entropy, both a mean over the batch's positions."""
     sizes = batch.learn_BS.sum(1)  # tokens and the start
@@ -53,16 +58,20 @@ def gold(logits_MV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setti
     keep = torch.ones(len(logits_MV), dtype=torch.bool)
     keep[firsts + sizes - 1] = False
     ce = F.cross_entropy(logits_MV[keep], batch.labels_N)
-    students = (firsts - torch.arange(len(firsts))).tolist()  # where a window's learned positions begin in batch.labels_N
+    students = (
+        firsts - torch.arange(len(firsts))
+    ).tolist()  # where a window's learned positions begin in batch.labels_N
     total = torch.zeros(())
     for group in batch.groups:
         pair = pairs[group.who]
         rows = spoken(pair, group.examples)
         for one, first, teacher_TV in zip(group.examples, group.first_student, rows, strict=True):
             b = students.index(first)
-            own_TV = logits_MV[int(firsts[b]):int(firsts[b] + sizes[b])]
+            own_TV = logits_MV[int(firsts[b]) : int(firsts[b] + sizes[b])]
             student = side(own_TV, one.student.ids_T.tolist(), one.student, pair.student.start)
-            teacher = side(teacher_TV, one.spoken.ids_T.tolist(), one.spoken, pair.teacher.speaker.start)
+            teacher = side(
+                teacher_TV, one.spoken.ids_T.tolist(), one.spoken, pair.teacher.speaker.start
+            )
             total = total + baselines.gold_loss(loss_of(pair), student, teacher) * len(one.student)
     return setting.share * total / len(batch.labels_N) + (1 - setting.share) * ce
 
@@ -73,4 +82,4 @@ def spoken(pair: Pair, some: tuple[Lesson, ...]) -> list[torch.Tensor]:
     ids_BS, _ = padded([one.spoken.ids_T.tolist() for one in some], teacher.speaker.start)
     with torch.no_grad():
         logits_BSW = teacher.model(input_ids=ids_BS).logits
-    return [logits_BSW[b, :len(one.spoken) + 1] for b, one in enumerate(some)]
+    return [logits_BSW[b, : len(one.spoken) + 1] for b, one in enumerate(some)]

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench.objectives.examples import Batch
 from transformers import LlamaForCausalLM
 
 from bench.objectives.arms import Arm, World
 from bench.objectives.chunks import gathered
-from bench.objectives.examples import Batch
 from bench.objectives.methods import Setting, said_of
 from bench.objectives.models import make, states
 from persea.losses import ImpossibleTokens, SpanTargets, event_logprobs
@@ -24,20 +24,26 @@ def of_events(logits_NV: torch.Tensor, batch: Batch, world: World) -> torch.Tens
     """The event term alone, a mean over the positions where it speaks."""
     total, spoken = torch.zeros(()), 0
     for said in said_of(batch, world.pairs, Setting("events + masks", "sampled .01", 1.0)):
-        total = total - (said.probs_M * event_logprobs(logits_NV, logits_NV.logsumexp(-1), said)).sum()
+        total = (
+            total - (said.probs_M * event_logprobs(logits_NV, logits_NV.logsumexp(-1), said)).sum()
+        )
         spoken += len(torch.unique(said.row_M))
     return total / spoken
 
 
 def of_chunks(correct: bool) -> Callable[[torch.Tensor, Batch, World], torch.Tensor]:
     """The chunk term alone, with its betas or (both sides) without."""
+
     def loss(logits_NV: torch.Tensor, batch: Batch, world: World) -> torch.Tensor:
         chunks, gone = gathered(batch, world.pairs)
         if not correct:
             nothing = torch.empty(0, dtype=torch.int64)
             gone = ImpossibleTokens(nothing, nothing)
-            chunks = SpanTargets(chunks.span_P, chunks.position_P, chunks.begin_C, chunks.end_C, teacher_plain(batch))
+            chunks = SpanTargets(
+                chunks.span_P, chunks.position_P, chunks.begin_C, chunks.end_C, teacher_plain(batch)
+            )
         return chunk_term(logits_NV, batch.labels_N, chunks, gone).loss
+
     return loss
 
 
@@ -52,7 +58,12 @@ def teacher_plain(batch: Batch) -> torch.Tensor:
     return torch.cat(out)
 
 
-def gradient(model: LlamaForCausalLM, batch: Batch, loss_of: Callable[[torch.Tensor, Batch, World], torch.Tensor], world: World) -> torch.Tensor:
+def gradient(
+    model: LlamaForCausalLM,
+    batch: Batch,
+    loss_of: Callable[[torch.Tensor, Batch, World], torch.Tensor],
+    world: World,
+) -> torch.Tensor:
     logits_NV = states(model, batch.ids_BS, batch.learn_BS) @ model.lm_head.weight.T
     parts = torch.autograd.grad(loss_of(logits_NV, batch, world), list(model.parameters()))
     return torch.cat([p.flatten() for p in parts])
@@ -71,7 +82,19 @@ def measured(world: World, arms: dict[str, Arm | None]) -> dict[str, Any]:
             events = gradient(model, batch, of_events, world)
             for kind in found:
                 chunk = gradient(model, batch, of_chunks(kind == "debiased"), world)
-                found[kind].append((float(torch.nn.functional.cosine_similarity(events, chunk, dim=0)), float(chunk.norm() / events.norm())))
-        out[name] = {kind: {"cosine": [round(float(f([c for c, _ in pairs])), 3) for f in (np.mean, np.std)],
-                            "norm_ratio": [round(float(f([r for _, r in pairs])), 3) for f in (np.mean, np.std)]} for kind, pairs in found.items()}
+                found[kind].append(
+                    (
+                        float(torch.nn.functional.cosine_similarity(events, chunk, dim=0)),
+                        float(chunk.norm() / events.norm()),
+                    )
+                )
+        out[name] = {
+            kind: {
+                "cosine": [round(float(f([c for c, _ in pairs])), 3) for f in (np.mean, np.std)],
+                "norm_ratio": [
+                    round(float(f([r for _, r in pairs])), 3) for f in (np.mean, np.std)
+                ],
+            }
+            for kind, pairs in found.items()
+        }
     return out

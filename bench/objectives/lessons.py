@@ -59,18 +59,25 @@ def plain(ids: Sequence[int], speaker: Speaker) -> RenderedTokens:
     """Tokens of a plain text: all learned, placed by their bytes."""
     ids_T = np.asarray(ids, np.int32)
     ends_T = np.cumsum(speaker.vocabulary.lengths_W[ids_T]).astype(np.int32)
-    return RenderedTokens(ids_T, ends_T - speaker.vocabulary.lengths_W[ids_T], ends_T, np.ones(len(ids_T), bool))
+    return RenderedTokens(
+        ids_T, ends_T - speaker.vocabulary.lengths_W[ids_T], ends_T, np.ones(len(ids_T), bool)
+    )
 
 
-def lessons(windows: Sequence[Window], student: Speaker, teachers: Mapping[str, Teacher]) -> list[Lesson]:
+def lessons(
+    windows: Sequence[Window], student: Speaker, teachers: Mapping[str, Teacher]
+) -> list[Lesson]:
     """Every window with what its teacher says, in the windows' order."""
     out: dict[int, Lesson] = {}
     for who, teacher in teachers.items():
         chosen = [k for k, w in enumerate(windows) if ASKED[w.domain] == who]
         for at in range(0, len(chosen), 32):
-            some = chosen[at:at + 32]
+            some = chosen[at : at + 32]
             texts = [windows[k].text for k in some]
-            own, spoken = student.vocabulary.encode_batch(texts), teacher.speaker.vocabulary.encode_batch(texts)
+            own, spoken = (
+                student.vocabulary.encode_batch(texts),
+                teacher.speaker.vocabulary.encode_batch(texts),
+            )
             ids_BS, learn_BS = padded(spoken, teacher.speaker.start)
             with torch.no_grad():
                 states_ND = states(teacher.model, ids_BS, learn_BS)
@@ -81,13 +88,24 @@ def lessons(windows: Sequence[Window], student: Speaker, teachers: Mapping[str, 
                 s, t = plain(s_ids, student), plain(t_ids, teacher.speaker)
                 both, ranges = common_boundaries(s, t), aligned_spans(s, t)
                 here = slice(n, n + len(t))
-                out[k] = Lesson(windows[k], who, s, t, both.student_C, both.teacher_C, np.concatenate([ranges.student_C2, ranges.teacher_C2], 1),
-                                states_ND[here].clone(), realised_N[here].clone())
+                out[k] = Lesson(
+                    windows[k],
+                    who,
+                    s,
+                    t,
+                    both.student_C,
+                    both.teacher_C,
+                    np.concatenate([ranges.student_C2, ranges.teacher_C2], 1),
+                    states_ND[here].clone(),
+                    realised_N[here].clone(),
+                )
                 n += len(t)
     return [out[k] for k in range(len(windows))]
 
 
-def open_lessons(path: Path, windows: Sequence[Window], student: Speaker, teachers: Mapping[str, Teacher]) -> list[Lesson]:
+def open_lessons(
+    path: Path, windows: Sequence[Window], student: Speaker, teachers: Mapping[str, Teacher]
+) -> list[Lesson]:
     """`lessons`, made once and kept; made anew where the windows are others."""
     digest = hashlib.sha256("\0".join(w.text for w in windows).encode()).hexdigest()
     if path.is_file():
@@ -101,7 +119,9 @@ def open_lessons(path: Path, windows: Sequence[Window], student: Speaker, teache
 
 def sampled(lesson: Lesson, teacher: Teacher, tau: float) -> SparseDistributions:
     """A row for each teacher token, unbiased, as persea's capture keeps it."""
-    return sample_distributions(teacher.logprobs(lesson.states_TD), lesson.spoken.ids_T, tau, f"{tau} {lesson.window.text}")
+    return sample_distributions(
+        teacher.logprobs(lesson.states_TD), lesson.spoken.ids_T, tau, f"{tau} {lesson.window.text}"
+    )
 
 
 @dataclass(frozen=True)
@@ -137,8 +157,12 @@ class Batch:
 def collate(chosen: Sequence[Lesson], student: Speaker) -> Batch:
     ids_BS, learn_BS = padded([one.student.ids_T.tolist() for one in chosen], student.start)
     firsts = np.concatenate([[0], np.cumsum([len(one.student) for one in chosen])]).tolist()
-    groups = tuple(_group(who, [(one, f) for one, f in zip(chosen, firsts, strict=False) if one.teacher == who])
-                   for who in dict.fromkeys(one.teacher for one in chosen))
+    groups = tuple(
+        _group(
+            who, [(one, f) for one, f in zip(chosen, firsts, strict=False) if one.teacher == who]
+        )
+        for who in dict.fromkeys(one.teacher for one in chosen)
+    )
     return Batch(ids_BS, learn_BS, ids_BS[:, 1:][learn_BS[:, :-1]], groups)
 
 
@@ -150,7 +174,14 @@ def _group(who: str, members: Sequence[tuple[Lesson, int]]) -> Group:
     def joined(parts: Iterable[Ints]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(list(parts)))
 
-    return Group(who, joined(one.student_C + s for one, s, _ in shifted), joined(one.teacher_C + t for one, _, t in shifted),
-                 joined(one.spans_C4 + np.array([s, s, t, t]) for one, s, t in shifted),
-                 torch.cat([one.states_TD for one, _, _ in shifted]), torch.cat([one.realised_T for one, _, _ in shifted]),
-                 tuple(one for one, _, _ in shifted), tuple(s for _, s, _ in shifted), tuple(t for _, _, t in shifted))
+    return Group(
+        who,
+        joined(one.student_C + s for one, s, _ in shifted),
+        joined(one.teacher_C + t for one, _, t in shifted),
+        joined(one.spans_C4 + np.array([s, s, t, t]) for one, s, t in shifted),
+        torch.cat([one.states_TD for one, _, _ in shifted]),
+        torch.cat([one.realised_T for one, _, _ in shifted]),
+        tuple(one for one, _, _ in shifted),
+        tuple(s for _, s, _ in shifted),
+        tuple(t for _, _, t in shifted),
+    )

@@ -16,16 +16,27 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from bench.objectives.examples import Batch, Group, Ints, Lesson, Teacher, sampled
 
 from bench import baselines
-from bench.objectives.examples import Batch, Group, Ints, Lesson, Teacher, sampled
 from bench.objectives.vocabularies import Speaker
 from persea.alignment.boundary_mask import UNRESTRICTED_CONTEXT
 from persea.alignment.event_map import EventMap, load_event_map
-from persea.alignment.partial_tokens import PartialTokenProjector, make_partial_token_projector, token_prefixes
+from persea.alignment.partial_tokens import (
+    PartialTokenProjector,
+    make_partial_token_projector,
+    token_prefixes,
+)
 from persea.alignment.spans import align
 from persea.distributions import DistributionKind, SparseDistributions
-from persea.losses import BatchTargets, EventTargets, build_batch_targets, build_event_targets, concat_event_targets, event_kl_loss
+from persea.losses import (
+    BatchTargets,
+    EventTargets,
+    build_batch_targets,
+    build_event_targets,
+    concat_event_targets,
+    event_kl_loss,
+)
 
 TEMPERATURE = 100.0  # of the chunk likelihood, as published
 
@@ -59,7 +70,10 @@ class Pair:
     def events(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Event of each teacher token and of each student token; the tokens left out share one more event, cut off afterwards."""
         sides = (self.event_map.teacher_event_W, self.event_map.student_event_V)
-        teacher, student = (torch.from_numpy(np.where(side < 0, self.event_map.num_events, side)).long() for side in sides)
+        teacher, student = (
+            torch.from_numpy(np.where(side < 0, self.event_map.num_events, side)).long()
+            for side in sides
+        )
         return teacher, student
 
 
@@ -75,7 +89,12 @@ class Setting:
 Loss: TypeAlias = Callable[[torch.Tensor, Batch, Mapping[str, Pair], Setting], torch.Tensor]
 
 
-def mixed(logits_NV: torch.Tensor, batch: Batch, said: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], share: float) -> torch.Tensor:
+def mixed(
+    logits_NV: torch.Tensor,
+    batch: Batch,
+    said: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    share: float,
+) -> torch.Tensor:
     """(row_C, mass_C, divergence_C) of each teacher -> mean over all positions of share D + (1 - share M) cross-entropy."""
     loss_N = F.cross_entropy(logits_NV, batch.labels_N, reduction="none")
     for row_C, mass_C, divergence_C in said:
@@ -83,7 +102,9 @@ def mixed(logits_NV: torch.Tensor, batch: Batch, said: list[tuple[torch.Tensor, 
     return loss_N.mean()
 
 
-def cross_entropy(logits_NV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setting: Setting) -> torch.Tensor:
+def cross_entropy(
+    logits_NV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setting: Setting
+) -> torch.Tensor:
     return F.cross_entropy(logits_NV, batch.labels_N)
 
 
@@ -97,18 +118,26 @@ def one_to_one(group: Group) -> tuple[torch.Tensor, torch.Tensor]:
     return s0[same], t0[same]
 
 
-def rowwise(divergence: Callable[[torch.Tensor, torch.Tensor, Pair], torch.Tensor], places: Callable[[Group], tuple[torch.Tensor, torch.Tensor]]
-            ) -> Loss:
+def rowwise(
+    divergence: Callable[[torch.Tensor, torch.Tensor, Pair], torch.Tensor],
+    places: Callable[[Group], tuple[torch.Tensor, torch.Tensor]],
+) -> Loss:
     """A baseline that compares one student row with one teacher row."""
-    def loss(logits_NV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setting: Setting) -> torch.Tensor:
+
+    def loss(
+        logits_NV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setting: Setting
+    ) -> torch.Tensor:
         said = []
         for group in batch.groups:
             pair = pairs[group.who]
             row_C, at_C = places(group)
             with torch.no_grad():
                 probs_CW = pair.teacher.logprobs(group.states_TD[at_C]).exp()
-            said.append((row_C, torch.ones(len(row_C)), divergence(logits_NV[row_C], probs_CW, pair)))
+            said.append(
+                (row_C, torch.ones(len(row_C)), divergence(logits_NV[row_C], probs_CW, pair))
+            )
         return mixed(logits_NV, batch, said, setting.share)
+
     return loss
 
 
@@ -116,7 +145,9 @@ def common(group: Group) -> tuple[torch.Tensor, torch.Tensor]:
     return group.row_C, group.at_C
 
 
-def chunk(logits_NV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setting: Setting) -> torch.Tensor:
+def chunk(
+    logits_NV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setting: Setting
+) -> torch.Tensor:
     """Plain chunk likelihood (ALM) of every span: one divergence a span, times the temperature, so that its gradient is of order one;
     its positions keep (1 - share) cross-entropy."""
     ce_N = F.cross_entropy(logits_NV, batch.labels_N, reduction="none")
@@ -127,25 +158,35 @@ def chunk(logits_NV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], sett
         student_C = torch.zeros(len(s0)).index_add(0, chunk_N[inside], -ce_N[inside])
         chunk_T, known = numbered(t0, t1, len(group.realised_T))
         teacher_C = torch.zeros(len(t0)).index_add(0, chunk_T[known], group.realised_T[known])
-        divergence_C = TEMPERATURE * baselines.chunk_likelihood(student_C, teacher_C, temperature=TEMPERATURE)
+        divergence_C = TEMPERATURE * baselines.chunk_likelihood(
+            student_C, teacher_C, temperature=TEMPERATURE
+        )
         total_N = total_N - setting.share * torch.where(inside, ce_N, 0.0)
         total_N = total_N.index_add(0, s0, setting.share * divergence_C)
     return total_N.mean()
 
 
-def numbered(first_C: torch.Tensor, last_C: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+def numbered(
+    first_C: torch.Tensor, last_C: torch.Tensor, n: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The span each of n tokens is in, and whether it is in any."""
     out = torch.full((n,), -1)
     sizes = last_C - first_C
     which = torch.repeat_interleave(torch.arange(len(first_C)), sizes)
-    out[torch.repeat_interleave(first_C, sizes) + torch.arange(len(which)) - torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)] = which
+    out[
+        torch.repeat_interleave(first_C, sizes)
+        + torch.arange(len(which))
+        - torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
+    ] = which
     return out, out >= 0
 
 
 # ---- events ----------------------------------------------------------------------------------------------------------
 
 
-def events_full(logits_NV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setting: Setting) -> torch.Tensor:
+def events_full(
+    logits_NV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setting: Setting
+) -> torch.Tensor:
     """persea.losses.event_kl_loss on whole rows, written densely: an [N, E] table is cheaper than N x W entries (tests hold the two equal)."""
     said = []
     for group in batch.groups:
@@ -155,7 +196,9 @@ def events_full(logits_NV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair]
             probs_CW = pair.teacher.logprobs(group.states_TD[group.at_C]).exp()
             p_CE = summed(probs_CW, event_W, pair.event_map.num_events)
         q_CE = summed(torch.softmax(logits_NV[group.row_C], -1), event_V, pair.event_map.num_events)
-        log_q_CE = torch.log(q_CE.clamp_min(torch.finfo(q_CE.dtype).tiny))  # an event of probability below 1e-38 counts as 1e-38
+        log_q_CE = torch.log(
+            q_CE.clamp_min(torch.finfo(q_CE.dtype).tiny)
+        )  # an event of probability below 1e-38 counts as 1e-38
         said.append((group.row_C, p_CE.sum(-1), -(p_CE * log_q_CE).sum(-1)))
     return mixed(logits_NV, batch, said, setting.share)
 
@@ -164,10 +207,14 @@ def summed(values_NW: torch.Tensor, event_W: torch.Tensor, events: int) -> torch
     return torch.zeros(len(values_NW), events + 1).index_add(1, event_W, values_NW)[:, :events]
 
 
-KEPT: dict[tuple[str, str, bool, bool], EventTargets] = {}  # what a teacher says of a window is drawn once, as a capture and a feed keep it
+KEPT: dict[
+    tuple[str, str, bool, bool], EventTargets
+] = {}  # what a teacher says of a window is drawn once, as a capture and a feed keep it
 
 
-def entries(one: Lesson, pair: Pair, rows: str, masked: bool, completed: bool = False) -> EventTargets:
+def entries(
+    one: Lesson, pair: Pair, rows: str, masked: bool, completed: bool = False
+) -> EventTargets:
     """A window's rows over events, as persea.training.dataset makes them; positions are the window's student tokens.
 
     Where both begin a token; completed: inside a teacher token that begins where both do, too.
@@ -175,11 +222,21 @@ def entries(one: Lesson, pair: Pair, rows: str, masked: bool, completed: bool = 
     key = (one.window.text, rows, masked, completed)
     if key not in KEPT:
         if completed:
-            KEPT[key] = concat_event_targets([entries(one, pair, rows, masked), inside(one, pair, rows)], [0, 0])
+            KEPT[key] = concat_event_targets(
+                [entries(one, pair, rows, masked), inside(one, pair, rows)], [0, 0]
+            )
         else:
             places, ids_M, probs_M, kind = raw(one, pair, rows)
             contexts = boundary_contexts(one, pair.event_map) if masked else (None, None)
-            KEPT[key] = build_event_targets(pair.event_map, one.student_C[places], ids_M, probs_M, student_context_N=contexts[0], teacher_context_N=contexts[1], kind=kind)
+            KEPT[key] = build_event_targets(
+                pair.event_map,
+                one.student_C[places],
+                ids_M,
+                probs_M,
+                student_context_N=contexts[0],
+                teacher_context_N=contexts[1],
+                kind=kind,
+            )
     return KEPT[key]
 
 
@@ -187,15 +244,36 @@ def inside(one: Lesson, pair: Pair, rows: str) -> EventTargets:
     """persea's completion: what a row says of student tokens in the middle of its teacher token."""
     places, ids_M, probs_M, kind = raw(one, pair, rows)
     offsets = np.concatenate([[0], np.cumsum(np.bincount(places, minlength=len(one.teacher_C)))])
-    drawn = SparseDistributions(offsets, ids_M.astype(np.int32), probs_M, np.zeros(len(offsets) - 1, np.float32), kind)
+    drawn = SparseDistributions(
+        offsets, ids_M.astype(np.int32), probs_M, np.zeros(len(offsets) - 1, np.float32), kind
+    )
     found = align([one.student], [one.spoken]).partial_tokens
-    at_I, in_I, said_I = (side[found.at_common_boundary_I] for side in (found.student_I, found.teacher_I, found.prefix_len_I))
+    at_I, in_I, said_I = (
+        side[found.at_common_boundary_I]
+        for side in (found.student_I, found.teacher_I, found.prefix_len_I)
+    )
     completer = pair.completer
     bytes_I = token_prefixes(completer.teacher_order.vocabulary, one.spoken.ids_T[in_I], said_I)
     row_I = np.searchsorted(one.teacher_C, in_I)
-    more = completer.project(drawn, row_I, bytes_I, np.array(completer.student_order.context_ids(one.student.ids_T, at_I.tolist()), np.int64))
+    more = completer.project(
+        drawn,
+        row_I,
+        bytes_I,
+        np.array(completer.student_order.context_ids(one.student.ids_T, at_I.tolist()), np.int64),
+    )
     none = np.empty(0, np.int64)
-    return EventTargets(at_I[more.student_index_M], more.event_M, more.probs_M, more.entry_D, more.token_D, none, none.astype(np.float32), none, none, kind)
+    return EventTargets(
+        at_I[more.student_index_M],
+        more.event_M,
+        more.probs_M,
+        more.entry_D,
+        more.token_D,
+        none,
+        none.astype(np.float32),
+        none,
+        none,
+        kind,
+    )
 
 
 def open_kept(path: Path) -> None:
@@ -209,26 +287,51 @@ def keep(path: Path) -> None:
     torch.save(masked, path)
 
 
-def raw(one: Lesson, pair: Pair, rows: str) -> tuple[Ints, Ints, npt.NDArray[np.float32], DistributionKind]:
+def raw(
+    one: Lesson, pair: Pair, rows: str
+) -> tuple[Ints, Ints, npt.NDArray[np.float32], DistributionKind]:
     """Which common boundary, which teacher id, what probability, one an entry."""
     kind, value = rows.split()[:2]
     if kind == "sampled":
         drawn = sampled(one, pair.teacher, float(value))
         begins, ends = drawn.offsets_N1[one.teacher_C], drawn.offsets_N1[one.teacher_C + 1]
         at_M = np.concatenate([np.arange(a, b) for a, b in zip(begins, ends, strict=True)])
-        return np.repeat(np.arange(len(begins)), ends - begins), drawn.ids_M[at_M].astype(np.int64), drawn.probs_M[at_M], DistributionKind.SAMPLED
+        return (
+            np.repeat(np.arange(len(begins)), ends - begins),
+            drawn.ids_M[at_M].astype(np.int64),
+            drawn.probs_M[at_M],
+            DistributionKind.SAMPLED,
+        )
     k = len(pair.teacher.speaker.vocabulary) if value == "all" else int(value)
     with torch.no_grad():
-        top = pair.teacher.logprobs(one.states_TD[torch.from_numpy(one.teacher_C)]).exp().topk(k, -1)
-    probs_CK = top.values / top.values.sum(-1, keepdim=True) if rows.endswith("renormalised") else top.values
-    of_kind = DistributionKind.TOPK if value != "all" and not rows.endswith("renormalised") else DistributionKind.FULL
-    return np.repeat(np.arange(len(top.values)), k), top.indices.reshape(-1).numpy(), probs_CK.reshape(-1).numpy(), of_kind
+        top = (
+            pair.teacher.logprobs(one.states_TD[torch.from_numpy(one.teacher_C)]).exp().topk(k, -1)
+        )
+    probs_CK = (
+        top.values / top.values.sum(-1, keepdim=True)
+        if rows.endswith("renormalised")
+        else top.values
+    )
+    of_kind = (
+        DistributionKind.TOPK
+        if value != "all" and not rows.endswith("renormalised")
+        else DistributionKind.FULL
+    )
+    return (
+        np.repeat(np.arange(len(top.values)), k),
+        top.indices.reshape(-1).numpy(),
+        probs_CK.reshape(-1).numpy(),
+        of_kind,
+    )
 
 
 def boundary_contexts(one: Lesson, bridge: EventMap) -> tuple[Ints, Ints]:
     """By student token, the context that each tokenizer's boundary there stands in."""
     found = []
-    for mask, ids_T, at_C in ((bridge.teacher_mask, one.student.ids_T, one.student_C), (bridge.student_mask, one.spoken.ids_T, one.teacher_C)):
+    for mask, ids_T, at_C in (
+        (bridge.teacher_mask, one.student.ids_T, one.student_C),
+        (bridge.student_mask, one.spoken.ids_T, one.teacher_C),
+    ):
         assert mask is not None, "two different tokenizers"
         of_N = np.full(len(one.student), UNRESTRICTED_CONTEXT, np.int64)
         of_N[one.student_C] = mask.other.context_ids(ids_T, at_C.tolist())
@@ -242,31 +345,64 @@ def prepare(batch: Batch, pairs: Mapping[str, Pair], setting: Setting) -> None:
         return
     for group in batch.groups:
         for one in group.examples:
-            entries(one, pairs[group.who], setting.rows, "masks" in setting.method, "completion" in setting.method)
+            entries(
+                one,
+                pairs[group.who],
+                setting.rows,
+                "masks" in setting.method,
+                "completion" in setting.method,
+            )
 
 
 def said_of(batch: Batch, pairs: Mapping[str, Pair], setting: Setting) -> list[BatchTargets]:
     out = []
     for group in batch.groups:
-        parts = [entries(one, pairs[group.who], setting.rows, "masks" in setting.method, "completion" in setting.method) for one in group.examples]
-        out.append(build_batch_targets(pairs[group.who].event_map, concat_event_targets(parts, group.first_student), len(batch.labels_N)))
+        parts = [
+            entries(
+                one,
+                pairs[group.who],
+                setting.rows,
+                "masks" in setting.method,
+                "completion" in setting.method,
+            )
+            for one in group.examples
+        ]
+        out.append(
+            build_batch_targets(
+                pairs[group.who].event_map,
+                concat_event_targets(parts, group.first_student),
+                len(batch.labels_N),
+            )
+        )
     return out
 
 
-def events_sparse(logits_NV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setting: Setting) -> torch.Tensor:
+def events_sparse(
+    logits_NV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setting: Setting
+) -> torch.Tensor:
     """persea's own objective on persea's own rows."""
-    return event_kl_loss(logits_NV, batch.labels_N, said_of(batch, pairs, setting), setting.share).loss
+    return event_kl_loss(
+        logits_NV, batch.labels_N, said_of(batch, pairs, setting), setting.share
+    ).loss
 
 
-def events(logits_NV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setting: Setting) -> torch.Tensor:
-    return (events_full if setting.rows == "full" else events_sparse)(logits_NV, batch, pairs, setting)
+def events(
+    logits_NV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setting: Setting
+) -> torch.Tensor:
+    return (events_full if setting.rows == "full" else events_sparse)(
+        logits_NV, batch, pairs, setting
+    )
 
 
 METHODS: dict[str, Loss] = {
     "cross-entropy": cross_entropy,
     "sft": cross_entropy,  # on text the teacher wrote: see arms.windows_for
-    "strict": rowwise(lambda logits, probs, pair: baselines.strict(logits, probs, pair.shared), one_to_one),
-    "strict everywhere": rowwise(lambda logits, probs, pair: baselines.strict(logits, probs, pair.shared), common),
+    "strict": rowwise(
+        lambda logits, probs, pair: baselines.strict(logits, probs, pair.shared), one_to_one
+    ),
+    "strict everywhere": rowwise(
+        lambda logits, probs, pair: baselines.strict(logits, probs, pair.shared), common
+    ),
     "uld": rowwise(lambda logits, probs, pair: baselines.uld(logits, probs), common),
     "bpm": rowwise(lambda logits, probs, pair: baselines.bpm(logits, probs, pair.prefix_W), common),
     "chunk": chunk,

@@ -67,24 +67,116 @@ class Size:
         return domains_of(self.teaches)
 
 
-SIZES = {s.name: s for s in (
-    Size("toy", Shape(32, 1, 2, 64), Shape(32, 1, 2, 64), 1024, 4, 11, {"A": 4, "B": 4, "C": 4}, 8, 4, 4, 40),
-    Size("xs", Shape(160, 3, 4, 448), Shape(96, 2, 4, 256), 8192, 240, 11, {"A": 900, "B": 600, "C": 450}, 16, 48, 60),
-    *(Size(f"xs-{name}", Shape(160, 3, 4, 448), student, 8192, 240, 11, {"A": 900, "B": 600, "C": 450}, 16, 48, 60, of="xs")
-      for name, student in (("wide", Shape(160, 3, 4, 448)), ("wider", Shape(256, 4, 4, 704)))),
-    *(Size(name, Shape(160, 3, 4, 448), Shape(96, 2, 4, 256), 8192, 240, 8, {"B": 500}, 16, 48, 60, of=of, teaches=SCRIPTS, per_page=6, met=met,
-           extended=extended)
-      for name, of, met, extended in (("scripts", "", 0, 0), ("scripts-met", "scripts", 640, 0), ("scripts-512", "scripts", 640, 512),
-                                      ("scripts-2048", "scripts", 640, 2048))),
-    Size("s", Shape(384, 6, 6, 1024), Shape(192, 4, 4, 512), 16384, 1200, 66, {"A": 8000, "B": 5000, "C": 4000}, 64, 320, 80),
-    Size("m", Shape(768, 10, 12, 2048), Shape(384, 8, 6, 1024), 16384, 4000, 132, {"A": 20000, "B": 10000, "C": 8000}, 128, 640, 80),
-)}
+SIZES = {
+    s.name: s
+    for s in (
+        Size(
+            "toy",
+            Shape(32, 1, 2, 64),
+            Shape(32, 1, 2, 64),
+            1024,
+            4,
+            11,
+            {"A": 4, "B": 4, "C": 4},
+            8,
+            4,
+            4,
+            40,
+        ),
+        Size(
+            "xs",
+            Shape(160, 3, 4, 448),
+            Shape(96, 2, 4, 256),
+            8192,
+            240,
+            11,
+            {"A": 900, "B": 600, "C": 450},
+            16,
+            48,
+            60,
+        ),
+        *(
+            Size(
+                f"xs-{name}",
+                Shape(160, 3, 4, 448),
+                student,
+                8192,
+                240,
+                11,
+                {"A": 900, "B": 600, "C": 450},
+                16,
+                48,
+                60,
+                of="xs",
+            )
+            for name, student in (("wide", Shape(160, 3, 4, 448)), ("wider", Shape(256, 4, 4, 704)))
+        ),
+        *(
+            Size(
+                name,
+                Shape(160, 3, 4, 448),
+                Shape(96, 2, 4, 256),
+                8192,
+                240,
+                8,
+                {"B": 500},
+                16,
+                48,
+                60,
+                of=of,
+                teaches=SCRIPTS,
+                per_page=6,
+                met=met,
+                extended=extended,
+            )
+            for name, of, met, extended in (
+                ("scripts", "", 0, 0),
+                ("scripts-met", "scripts", 640, 0),
+                ("scripts-512", "scripts", 640, 512),
+                ("scripts-2048", "scripts", 640, 2048),
+            )
+        ),
+        Size(
+            "s",
+            Shape(384, 6, 6, 1024),
+            Shape(192, 4, 4, 512),
+            16384,
+            1200,
+            66,
+            {"A": 8000, "B": 5000, "C": 4000},
+            64,
+            320,
+            80,
+        ),
+        Size(
+            "m",
+            Shape(768, 10, 12, 2048),
+            Shape(384, 8, 6, 1024),
+            16384,
+            4000,
+            132,
+            {"A": 20000, "B": 10000, "C": 8000},
+            128,
+            640,
+            80,
+        ),
+    )
+}
 
 
 def make(shape: Shape, vocabulary: int, seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=vocabulary, hidden_size=shape.hidden, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
-                         intermediate_size=shape.supervised_context_ids, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        intermediate_size=shape.supervised_context_ids,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
     return LlamaForCausalLM(config)
 
 
@@ -94,8 +186,8 @@ def padded(ids: Sequence[Sequence[int]], start: int) -> tuple[torch.Tensor, torc
     ids_BS = torch.full((len(ids), width), start)
     learn_BS = torch.zeros((len(ids), width), dtype=torch.bool)
     for b, one in enumerate(ids):
-        ids_BS[b, 1:len(one) + 1] = torch.tensor(one)
-        learn_BS[b, :len(one)] = True
+        ids_BS[b, 1 : len(one) + 1] = torch.tensor(one)
+        learn_BS[b, : len(one)] = True
     return ids_BS, learn_BS
 
 
@@ -114,10 +206,16 @@ def rate(step: int, steps: int, top: float) -> float:
 def optimizer(model: LlamaForCausalLM, lr: float) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
-    return torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.95))
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        lr=lr,
+        betas=(0.9, 0.95),
+    )
 
 
-def step_with(optimizer: torch.optim.AdamW, model: LlamaForCausalLM, loss: torch.Tensor, lr: float) -> None:
+def step_with(
+    optimizer: torch.optim.AdamW, model: LlamaForCausalLM, loss: torch.Tensor, lr: float
+) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad(set_to_none=True)
@@ -143,26 +241,53 @@ def order(pools: Mapping[str, Sequence[Window]], batch: int, seed: int) -> Itera
         yield chosen
 
 
-def read_through(model: LlamaForCausalLM, speaker: Speaker, batches: Iterator[list[Window]], steps: int, top: float, who: str) -> int:
+def read_through(
+    model: LlamaForCausalLM,
+    speaker: Speaker,
+    batches: Iterator[list[Window]],
+    steps: int,
+    top: float,
+    who: str,
+) -> int:
     """Plain cross-entropy; the number of tokens."""
     adam, begun, tokens = optimizer(model, top), time.process_time(), 0
     for step, chosen in zip(range(steps), batches, strict=False):
-        ids_BS, learn_BS = padded(speaker.vocabulary.encode_batch([w.text for w in chosen]), speaker.start)
+        ids_BS, learn_BS = padded(
+            speaker.vocabulary.encode_batch([w.text for w in chosen]), speaker.start
+        )
         logits = states(model, ids_BS, learn_BS) @ model.lm_head.weight.T
         loss = F.cross_entropy(logits, ids_BS[:, 1:][learn_BS[:, :-1]])
         step_with(adam, model, loss, rate(step, steps, top))
         tokens += int(learn_BS.sum())
         if step % 50 == 49:
-            print(f"{who} {step + 1}/{steps} {float(loss.detach()) / math.log(2):.3f} bits/token, {time.process_time() - begun:.0f} s", flush=True)
+            print(
+                f"{who} {step + 1}/{steps} {float(loss.detach()) / math.log(2):.3f} bits/token, {time.process_time() - begun:.0f} s",
+                flush=True,
+            )
     return tokens
 
 
-def train_teacher(speaker: Speaker, pools: Mapping[str, Sequence[Window]], size: Size, who: str, path: Path) -> None:
+def train_teacher(
+    speaker: Speaker, pools: Mapping[str, Sequence[Window]], size: Size, who: str, path: Path
+) -> None:
     """Plain cross-entropy on all of its domains' training text; saved once, with a record of how long it took."""
-    model, steps, begun = make(size.teacher, len(speaker.vocabulary), seed=1), size.teacher_steps[who], time.process_time()
-    tokens = read_through(model, speaker, order(pools, size.teacher_batch, seed=1), steps, 3e-3, who)
-    record = {"teacher": who, "size": size.name, "steps": steps, "tokens": tokens, "cpu_seconds": round(time.process_time() - begun),
-              "parameters": sum(p.numel() for p in model.parameters()), "non_embedding": sum(p.numel() for p in model.model.layers.parameters())}
+    model, steps, begun = (
+        make(size.teacher, len(speaker.vocabulary), seed=1),
+        size.teacher_steps[who],
+        time.process_time(),
+    )
+    tokens = read_through(
+        model, speaker, order(pools, size.teacher_batch, seed=1), steps, 3e-3, who
+    )
+    record = {
+        "teacher": who,
+        "size": size.name,
+        "steps": steps,
+        "tokens": tokens,
+        "cpu_seconds": round(time.process_time() - begun),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "non_embedding": sum(p.numel() for p in model.model.layers.parameters()),
+    }
     torch.save(model.state_dict(), path)
     path.with_suffix(".json").write_text(json.dumps(record))
 

@@ -39,8 +39,8 @@ from persea.training.on_policy.loss import build_on_policy_loss
 from persea.training.on_policy.teacher_scores import TeacherScorer
 
 ON = ("none", "text", "both", "own")
-MORE = 0.5     # of a size's steps
-REFRESH = 8    # steps on own words that one drawing lasts
+MORE = 0.5  # of a size's steps
+REFRESH = 8  # steps on own words that one drawing lasts
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,22 @@ class Begun:
 
     def student(self, seed: int) -> LlamaForCausalLM:
         """Taught by events on `unlimited` text, once a seed and kept."""
-        size, path = self.world.size, self.world.folder / f"begun {self.arm.method} {self.arm.rate} {seed}.pt"
+        size, path = (
+            self.world.size,
+            self.world.folder / f"begun {self.arm.method} {self.arm.rate} {seed}.pt",
+        )
         model = self.world.begun(seed)
         if not path.is_file():
             adam, arm = optimizer(model, self.arm.rate), Arm(**asdict(self.arm) | {"seed": seed})
             for step, batch in zip(range(size.steps), self.world.batches(arm), strict=False):
-                learn(adam, model, self.world, batch, Setting(arm.method, arm.rows, arm.share), rate(step, size.steps, arm.rate))
+                learn(
+                    adam,
+                    model,
+                    self.world,
+                    batch,
+                    Setting(arm.method, arm.rows, arm.share),
+                    rate(step, size.steps, arm.rate),
+                )
             torch.save(model.state_dict(), path)
         model.load_state_dict(torch.load(path, weights_only=True))
         return model
@@ -86,14 +96,30 @@ class Begun:
 
     def pairs(self) -> dict[str, TeacherScorer]:
         """Each teacher as persea asks one whose weights are here."""
-        return {who: TeacherScorer(asked(who, teacher), self.world.pairs[who].event_map, MIN_CANDIDATE_PROB) for who, teacher in self.world.teachers.items()}
+        return {
+            who: TeacherScorer(
+                asked(who, teacher), self.world.pairs[who].event_map, MIN_CANDIDATE_PROB
+            )
+            for who, teacher in self.world.teachers.items()
+        }
 
 
 def asked(who: str, teacher: Teacher) -> Asked:
-    return Asked(who, teacher.speaker.renderer, TransformersEngine(teacher.model, len(teacher.speaker.vocabulary)))
+    return Asked(
+        who,
+        teacher.speaker.renderer,
+        TransformersEngine(teacher.model, len(teacher.speaker.vocabulary)),
+    )
 
 
-def learn(adam: torch.optim.AdamW, model: LlamaForCausalLM, world: World, batch: Any, setting: Setting, lr: float) -> None:
+def learn(
+    adam: torch.optim.AdamW,
+    model: LlamaForCausalLM,
+    world: World,
+    batch: Any,
+    setting: Setting,
+    lr: float,
+) -> None:
     prepare(batch, world.pairs, setting)
     logits_NV = states(model, batch.ids_BS, batch.learn_BS) @ model.lm_head.weight.T
     step_with(adam, model, events(logits_NV, batch, world.pairs, setting), lr)
@@ -118,51 +144,96 @@ def own_words(speaker: Speaker, window: Window, ids: Sequence[int]) -> Own | Non
             text = speaker.vocabulary.decode(ids[:n]).decode()
         except UnicodeDecodeError:
             continue
-        return Own(window, text, prefix, tuple(ids[:n])) if unicodedata.is_normalized("NFC", text) else None
+        return (
+            Own(window, text, prefix, tuple(ids[:n]))
+            if unicodedata.is_normalized("NFC", text)
+            else None
+        )
     return None
 
 
-def both_tokens(own: Own, student: Speaker, teacher: Speaker) -> tuple[RenderedTokens, RenderedTokens]:
+def both_tokens(
+    own: Own, student: Speaker, teacher: Speaker
+) -> tuple[RenderedTokens, RenderedTokens]:
     """What was said, in the student's tokens and in the teacher's, behind a start token each; learned from where the student began."""
-    begins = int(student.vocabulary.lengths_W[list(own.ids[:own.prefix])].sum())
+    begins = int(student.vocabulary.lengths_W[list(own.ids[: own.prefix])].sum())
     found = []
     for speaker, ids in ((student, own.ids), (teacher, teacher.vocabulary.encode(own.text))):
         said = plain(ids, speaker)
         nowhere = np.full(1, -1, np.int32)
-        found.append(RenderedTokens(np.concatenate([np.full(1, speaker.start, np.int32), said.ids_T]), np.concatenate([nowhere, said.starts_T]),
-                            np.concatenate([nowhere, said.ends_T]), np.concatenate([np.zeros(1, bool), said.starts_T >= begins])))
+        found.append(
+            RenderedTokens(
+                np.concatenate([np.full(1, speaker.start, np.int32), said.ids_T]),
+                np.concatenate([nowhere, said.starts_T]),
+                np.concatenate([nowhere, said.ends_T]),
+                np.concatenate([np.zeros(1, bool), said.starts_T >= begins]),
+            )
+        )
     return found[0], found[1]
 
 
-def said_by(model: LlamaForCausalLM, speaker: Speaker, windows: Sequence[Window], seed: int) -> list[Own | None]:
+def said_by(
+    model: LlamaForCausalLM, speaker: Speaker, windows: Sequence[Window], seed: int
+) -> list[Own | None]:
     model.eval()
-    ids = [one for at in range(0, len(windows), AT_ONCE) for one in drawn(Teacher(speaker, model), windows[at:at + AT_ONCE], seed + at)]
+    ids = [
+        one
+        for at in range(0, len(windows), AT_ONCE)
+        for one in drawn(Teacher(speaker, model), windows[at : at + AT_ONCE], seed + at)
+    ]
     model.train()
     return [own_words(speaker, w, one) for w, one in zip(windows, ids, strict=True)]
 
 
-def heard(model: LlamaForCausalLM, speakers: Mapping[str, Speaker], some: Sequence[Own], pairs: Mapping[str, TeacherScorer]) -> torch.Tensor:
+def heard(
+    model: LlamaForCausalLM,
+    speakers: Mapping[str, Speaker],
+    some: Sequence[Own],
+    pairs: Mapping[str, TeacherScorer],
+) -> torch.Tensor:
     """persea's loss of the student's own words, as persea.training.on_policy.rollouts puts it together."""
-    student, spoken, first = speakers["student"], dict[str, list[tuple[RenderedTokens, RenderedTokens]]](), 0
+    student, spoken, first = (
+        speakers["student"],
+        dict[str, list[tuple[RenderedTokens, RenderedTokens]]](),
+        0,
+    )
     for own in some:
         who = ASKED[own.window.domain]
         mine, theirs = both_tokens(own, student, speakers[who])
-        if mine.loss_mask_T.any() and theirs.loss_mask_T.any():  # a few bytes may all lie in a token that began before them
+        if (
+            mine.loss_mask_T.any() and theirs.loss_mask_T.any()
+        ):  # a few bytes may all lie in a token that began before them
             spoken.setdefault(who, []).append((mine, theirs))
     answers = [mine for members in spoken.values() for mine, _ in members]
     ids_BS, _ = padded([a.ids_T[1:].tolist() for a in answers], student.start)
     learn_BS = torch.zeros_like(ids_BS, dtype=torch.bool)
     for b, one in enumerate(answers):
-        learn_BS[b, :len(one) - 1] = torch.from_numpy(one.loss_mask_T[1:])
+        learn_BS[b, : len(one) - 1] = torch.from_numpy(one.loss_mask_T[1:])
     hidden_LD, targets_L = states(model, ids_BS, learn_BS), ids_BS[:, 1:][learn_BS[:, :-1]]
-    head, parts = LMHead(model.lm_head.weight, len(student.vocabulary)), list[tuple[torch.Tensor, int]]()
+    head, parts = (
+        LMHead(model.lm_head.weight, len(student.vocabulary)),
+        list[tuple[torch.Tensor, int]](),
+    )
     found = candidates_from_hidden(hidden_LD, head)
     for who, members in spoken.items():
         last = first + sum(int(mine.loss_mask_T.sum()) for mine, _ in members)
-        said = build_on_policy_loss(pairs[who], members, "events", found.slice_positions(first, last))
-        parts.append((said.loss_fn(hidden_LD[first:last][said.position_P], head, targets_L[first:last][said.position_P]).loss, said.num_terms))
+        said = build_on_policy_loss(
+            pairs[who], members, "events", found.slice_positions(first, last)
+        )
+        parts.append(
+            (
+                said.loss_fn(
+                    hidden_LD[first:last][said.position_P],
+                    head,
+                    targets_L[first:last][said.position_P],
+                ).loss,
+                said.num_terms,
+            )
+        )
         first = last
-    return torch.stack([loss * weight for loss, weight in parts]).sum() / sum(weight for _, weight in parts)
+    return torch.stack([loss * weight for loss, weight in parts]).sum() / sum(
+        weight for _, weight in parts
+    )
 
 
 def batches(begun: Begun, model: LlamaForCausalLM, seed: int, steps: int) -> Iterator[list[Own]]:
@@ -172,7 +243,9 @@ def batches(begun: Begun, model: LlamaForCausalLM, seed: int, steps: int) -> Ite
     for at in range(0, steps, REFRESH):
         n = min(REFRESH, steps - at)
         chosen = [next(walk) for _ in range(n)]
-        said = iter(said_by(model, student, [w for some in chosen for w in some], seed=1000 * seed + at))
+        said = iter(
+            said_by(model, student, [w for some in chosen for w in some], seed=1000 * seed + at)
+        )
         for some in chosen:
             yield [own for own in (next(said) for _ in some) if own is not None]
 
@@ -198,11 +271,21 @@ def run(begun: Begun, more: More, pairs: Mapping[str, TeacherScorer]) -> dict[st
             learn(adam, model, world, batch, setting, lr)
     windows = held_out(world, more.part, size.test)
     found = measure(model, student, windows)
-    return {"mean": round(found.mean(), 4), "bits_per_byte": {d: round(v, 4) for d, v in found.bits_per_byte().items()},
-            "calibration": round(found.calibration, 4), "tokens": tokens, "left_out": left_out} | spoken_by(model, world.model_names, windows, pairs)
+    return {
+        "mean": round(found.mean(), 4),
+        "bits_per_byte": {d: round(v, 4) for d, v in found.bits_per_byte().items()},
+        "calibration": round(found.calibration, 4),
+        "tokens": tokens,
+        "left_out": left_out,
+    } | spoken_by(model, world.model_names, windows, pairs)
 
 
-def spoken_by(model: LlamaForCausalLM, speakers: Mapping[str, Speaker], windows: Sequence[Window], pairs: Mapping[str, TeacherScorer]) -> dict[str, Any]:
+def spoken_by(
+    model: LlamaForCausalLM,
+    speakers: Mapping[str, Speaker],
+    windows: Sequence[Window],
+    pairs: Mapping[str, TeacherScorer],
+) -> dict[str, Any]:
     """Of each window, continued: (bits the teacher spends, bits the student spends, bytes), from where both begin a token; None where it was
     no text."""
     student, out = speakers["student"], list[Any]()
@@ -212,19 +295,31 @@ def spoken_by(model: LlamaForCausalLM, speakers: Mapping[str, Speaker], windows:
             continue
         who = ASKED[own.window.domain]
         mine, theirs = both_tokens(own, student, speakers[who])
-        common = set(mine.starts_T[mine.loss_mask_T].tolist()) & set(theirs.starts_T[theirs.loss_mask_T].tolist())
+        common = set(mine.starts_T[mine.loss_mask_T].tolist()) & set(
+            theirs.starts_T[theirs.loss_mask_T].tolist()
+        )
         if not common:
             out.append(None)
             continue
         bits = []
-        for engine, tokens in ((pairs[who].teacher.engine, theirs), (TransformersEngine(model, len(student.vocabulary)), mine)):
+        for engine, tokens in (
+            (pairs[who].teacher.engine, theirs),
+            (TransformersEngine(model, len(student.vocabulary)), mine),
+        ):
             counted_T = tokens.starts_T >= min(common)
             (logprobs_NW,) = engine.compute_logprobs([tokens.ids_T], [counted_T])
-            said_N = logprobs_NW[torch.arange(len(logprobs_NW)), torch.from_numpy(tokens.ids_T[counted_T]).long()]
+            said_N = logprobs_NW[
+                torch.arange(len(logprobs_NW)), torch.from_numpy(tokens.ids_T[counted_T]).long()
+            ]
             bits.append(-float(said_N.double().sum()) / math.log(2))
         out.append([round(bits[0], 2), round(bits[1], 2), len(own.text.encode()) - min(common)])
     taught, own_bits, size = (sum(one[k] for one in out if one is not None) for k in range(3))
-    return {"taught": round(taught / size, 4), "self": round(own_bits / size, 4), "no_text": out.count(None), "continued": out}
+    return {
+        "taught": round(taught / size, 4),
+        "self": round(own_bits / size, 4),
+        "no_text": out.count(None),
+        "continued": out,
+    }
 
 
 def run_all(world: World, arm: Arm, runs: Sequence[More], results: Path) -> list[dict[str, Any]]:
@@ -232,12 +327,23 @@ def run_all(world: World, arm: Arm, runs: Sequence[More], results: Path) -> list
     begun, out = Begun(world, arm), []
     pairs = begun.pairs()
     for more in runs:
-        stands = {line["key"]: line for line in map(json.loads, results.read_text().splitlines())} if results.is_file() else {}
+        stands = (
+            {line["key"]: line for line in map(json.loads, results.read_text().splitlines())}
+            if results.is_file()
+            else {}
+        )
         key = more.key(world.size.name)
         if key not in stands:
             stands[key] = {"key": key, **asdict(more), **run(begun, more, pairs)}
             with results.open("a") as file:
                 file.write(json.dumps(stands[key]) + "\n")
-            print({k: v for k, v in stands[key].items() if k not in ("continued", "bits_per_byte", "key")}, flush=True)
+            print(
+                {
+                    k: v
+                    for k, v in stands[key].items()
+                    if k not in ("continued", "bits_per_byte", "key")
+                },
+                flush=True,
+            )
         out.append(stands[key])
     return out

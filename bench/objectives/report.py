@@ -15,13 +15,29 @@ import numpy as np
 
 Line: TypeAlias = Mapping[str, Any]
 DRAWS = 2000
-LARGER = ("cross-entropy", "events", "events + masks", "strict everywhere")  # asked of larger students too: sizes xs-wide and xs-wider
-NAMES = {"sft": "SFT on teacher samples", "strict": "strict, 1:1 positions", "strict everywhere": "strict, all common boundaries", "uld": "ULD",
-         "gold": "GOLD (TRL)", "bpm": "longest prefix (BPM)", "chunk": "plain chunk likelihood"}
+LARGER = (
+    "cross-entropy",
+    "events",
+    "events + masks",
+    "strict everywhere",
+)  # asked of larger students too: sizes xs-wide and xs-wider
+NAMES = {
+    "sft": "SFT on teacher samples",
+    "strict": "strict, 1:1 positions",
+    "strict everywhere": "strict, all common boundaries",
+    "uld": "ULD",
+    "gold": "GOLD (TRL)",
+    "bpm": "longest prefix (BPM)",
+    "chunk": "plain chunk likelihood",
+}
 
 
 def named(line: Line) -> str:
-    rows = "" if line["rows"] in ("none", "full") and line["method"] != "events" else f", {line['rows']}"
+    rows = (
+        ""
+        if line["rows"] in ("none", "full") and line["method"] != "events"
+        else f", {line['rows']}"
+    )
     if rows.startswith(", top-k") and not rows.endswith("renormalised"):
         rows += " + rest"
     return NAMES.get(line["method"], line["method"]) + rows
@@ -34,7 +50,10 @@ def chosen(lines: Iterable[Line], **want: object) -> dict[str, list[Line]]:
         if line["part"] == "test" and all(line[k] == v for k, v in want.items()):
             out.setdefault((named(line), line["share"]), []).append(line)
     names = Counter(name for name, _ in out)
-    return {name + (f" ({share:g})" if names[name] > 1 else ""): own for (name, share), own in out.items()}
+    return {
+        name + (f" ({share:g})" if names[name] > 1 else ""): own
+        for (name, share), own in out.items()
+    }
 
 
 def domains_in(found: Mapping[str, Sequence[Line]]) -> list[str]:
@@ -44,10 +63,15 @@ def domains_in(found: Mapping[str, Sequence[Line]]) -> list[str]:
 
 def pages_of(lines: Sequence[Line]) -> dict[str, np.ndarray]:
     """Domain -> [pages, 2]: bits (mean over the seeds) and bytes of every held-out page."""
-    return {d: np.mean([np.array(line["pages"][d], float) for line in lines], 0) for d in lines[0]["pages"]}
+    return {
+        d: np.mean([np.array(line["pages"][d], float) for line in lines], 0)
+        for d in lines[0]["pages"]
+    }
 
 
-def paired(ours: Sequence[Line], theirs: Sequence[Line], seed: int = 0) -> dict[str, tuple[float, float, float]]:
+def paired(
+    ours: Sequence[Line], theirs: Sequence[Line], seed: int = 0
+) -> dict[str, tuple[float, float, float]]:
     """Difference of bits per byte, ours - theirs, by domain and 'mean': (value, low, high), 95 % over pages drawn anew, the same for both."""
     a, b = pages_of(ours), pages_of(theirs)
     rng, draws, out = np.random.default_rng(seed), [], {}
@@ -58,9 +82,12 @@ def paired(ours: Sequence[Line], theirs: Sequence[Line], seed: int = 0) -> dict[
         drawn = (a[d][at, 0].sum(1) - b[d][at, 0].sum(1)) / size
         draws.append(drawn)
         value = float((a[d][:, 0].sum() - b[d][:, 0].sum()) / a[d][:, 1].sum())
-        out[d] = (value, *(float(x) for x in np.quantile(drawn, (.025, .975))))
+        out[d] = (value, *(float(x) for x in np.quantile(drawn, (0.025, 0.975))))
     mean = np.mean(draws, 0)
-    out["mean"] = (float(np.mean([out[d][0] for d in a])), *(float(x) for x in np.quantile(mean, (.025, .975))))
+    out["mean"] = (
+        float(np.mean([out[d][0] for d in a])),
+        *(float(x) for x in np.quantile(mean, (0.025, 0.975))),
+    )
     return out
 
 
@@ -79,12 +106,35 @@ def main_table(lines: Sequence[Line], size: str, regime: str) -> str:
     found = chosen(lines, size=size, regime=regime, length=1.0)
     plain, domains = found.get("cross-entropy"), domains_in(found)
     rows = []
-    for name, own in sorted(found.items(), key=lambda kv: float(np.mean([line["mean"] for line in kv[1]]))):
+    for name, own in sorted(
+        found.items(), key=lambda kv: float(np.mean([line["mean"] for line in kv[1]]))
+    ):
         versus = paired_same_seeds(own, plain) if plain and name != "cross-entropy" else ""
-        rows.append([name, f"{own[0]['share']:g}" if own[0]["share"] else "", str(len(own)), spread([line["mean"] for line in own]), versus,
-                     *(f"{np.mean([line['bits_per_byte'][d] for line in own]):.3f}" for d in domains),
-                     f"{np.mean([line['calibration'] for line in own]):.3f}", f"{np.mean([line['cpu_per_step'] for line in own]):.3f}"])
-    return table(["method, rows", "share", "seeds", "mean", "less cross-entropy (95 % over pages)", *domains, "ECE", "CPU s/step"], rows)
+        rows.append(
+            [
+                name,
+                f"{own[0]['share']:g}" if own[0]["share"] else "",
+                str(len(own)),
+                spread([line["mean"] for line in own]),
+                versus,
+                *(f"{np.mean([line['bits_per_byte'][d] for line in own]):.3f}" for d in domains),
+                f"{np.mean([line['calibration'] for line in own]):.3f}",
+                f"{np.mean([line['cpu_per_step'] for line in own]):.3f}",
+            ]
+        )
+    return table(
+        [
+            "method, rows",
+            "share",
+            "seeds",
+            "mean",
+            "less cross-entropy (95 % over pages)",
+            *domains,
+            "ECE",
+            "CPU s/step",
+        ],
+        rows,
+    )
 
 
 def paired_same_seeds(own: Sequence[Line], other: Sequence[Line]) -> str:
@@ -92,7 +142,10 @@ def paired_same_seeds(own: Sequence[Line], other: Sequence[Line]) -> str:
     both = {line["seed"] for line in own} & {line["seed"] for line in other}
     if not both:
         return ""
-    value, low, high = paired([line for line in own if line["seed"] in both], [line for line in other if line["seed"] in both])["mean"]
+    value, low, high = paired(
+        [line for line in own if line["seed"] in both],
+        [line for line in other if line["seed"] in both],
+    )["mean"]
     return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
@@ -104,34 +157,87 @@ def first_everywhere(lines: Sequence[Line], size: str, ours: str, regime: str = 
         both = {line["seed"] for line in own} & {line["seed"] for line in found[ours]}
         if name == ours or not both:
             continue
-        gaps = paired([x for x in found[ours] if x["seed"] in both], [x for x in own if x["seed"] in both])
+        gaps = paired(
+            [x for x in found[ours] if x["seed"] in both], [x for x in own if x["seed"] in both]
+        )
         cells = []
         for d in (*domains, "mean"):
             value, low, high = gaps[d]
             cells.append(f"{value:+.3f}" + ("" if low <= 0 <= high else " *"))
         means = [{x["seed"]: x["mean"] for x in side} for side in (found[ours], own)]
-        rows.append((gaps["mean"][0], [name, *cells, " / ".join(f"{means[0][k] - means[1][k]:+.3f}" for k in sorted(both))]))
-    return table([f"{ours} less ...", *domains, "mean", "mean of each seed"], [r for _, r in sorted(rows)])
+        rows.append(
+            (
+                gaps["mean"][0],
+                [
+                    name,
+                    *cells,
+                    " / ".join(f"{means[0][k] - means[1][k]:+.3f}" for k in sorted(both)),
+                ],
+            )
+        )
+    return table(
+        [f"{ours} less ...", *domains, "mean", "mean of each seed"], [r for _, r in sorted(rows)]
+    )
 
 
 def shortcut(lines: Sequence[Line], size: str) -> str:
     """How many of cross-entropy's tokens buy what each method reaches in one length; runs of their own schedule, log-linear between them."""
     rows = []
     for regime in ("unlimited", "limited"):
-        plain = [x for x in lines if x["part"] == "test" and x["size"] == size and x["regime"] == regime and x["method"] == "cross-entropy"]
+        plain = [
+            x
+            for x in lines
+            if x["part"] == "test"
+            and x["size"] == size
+            and x["regime"] == regime
+            and x["method"] == "cross-entropy"
+        ]
         lengths = sorted({x["length"] for x in plain})
-        curve = [(n, float(np.mean([x["mean"] for x in plain if x["length"] == n]))) for n in lengths]
+        curve = [
+            (n, float(np.mean([x["mean"] for x in plain if x["length"] == n]))) for n in lengths
+        ]
         for name, own in chosen(lines, size=size, regime=regime, length=1.0).items():
             reached = float(np.mean([x["mean"] for x in own]))
             rows.append([regime, name, str(len(own)), f"{reached:.3f}", factor(curve, reached)])
-        for length in sorted({x["length"] for x in lines if x["part"] == "test" and x["size"] == size and x["regime"] == regime} - {1.0}):
+        for length in sorted(
+            {
+                x["length"]
+                for x in lines
+                if x["part"] == "test" and x["size"] == size and x["regime"] == regime
+            }
+            - {1.0}
+        ):
             for name, own in chosen(lines, size=size, regime=regime, length=length).items():
                 if own[0]["method"] != "cross-entropy":
                     reached = float(np.mean([x["mean"] for x in own]))
-                    rows.append([regime, f"{name}, length {length:g}", str(len(own)), f"{reached:.3f}", factor([(n / length, v) for n, v in curve
-                                                                                                                if n >= length], reached)])
-        rows.append([regime, "cross-entropy's own curve (length: bits)", "", "", ", ".join(f"{n:g}: {v:.3f}" for n, v in curve)])
-    return table(["regime", "method, rows", "seeds", "bits per byte", "cross-entropy needs, times the tokens"], rows)
+                    rows.append(
+                        [
+                            regime,
+                            f"{name}, length {length:g}",
+                            str(len(own)),
+                            f"{reached:.3f}",
+                            factor([(n / length, v) for n, v in curve if n >= length], reached),
+                        ]
+                    )
+        rows.append(
+            [
+                regime,
+                "cross-entropy's own curve (length: bits)",
+                "",
+                "",
+                ", ".join(f"{n:g}: {v:.3f}" for n, v in curve),
+            ]
+        )
+    return table(
+        [
+            "regime",
+            "method, rows",
+            "seeds",
+            "bits per byte",
+            "cross-entropy needs, times the tokens",
+        ],
+        rows,
+    )
 
 
 def larger_table(lines: Sequence[Line], shapes: Mapping[str, str]) -> str:
@@ -139,21 +245,64 @@ def larger_table(lines: Sequence[Line], shapes: Mapping[str, str]) -> str:
     rows = []
     for size, words in shapes.items():
         found = chosen(lines, size=size, regime="unlimited", length=1.0)
-        plain = [x for x in lines if x["part"] == "test" and x["size"] == size and x["regime"] == "unlimited" and x["method"] == "cross-entropy"]
-        curve = [(n, float(np.mean([x["mean"] for x in plain if x["length"] == n]))) for n in sorted({x["length"] for x in plain})]
+        plain = [
+            x
+            for x in lines
+            if x["part"] == "test"
+            and x["size"] == size
+            and x["regime"] == "unlimited"
+            and x["method"] == "cross-entropy"
+        ]
+        curve = [
+            (n, float(np.mean([x["mean"] for x in plain if x["length"] == n])))
+            for n in sorted({x["length"] for x in plain})
+        ]
         if not plain:
             continue
         for name, own in found.items():
-            method, own_way = own[0]["method"], (own[0]["share"], own[0]["rows"]) == (0.7, "sampled .01")
+            method, own_way = (
+                own[0]["method"],
+                (own[0]["share"], own[0]["rows"]) == (0.7, "sampled .01"),
+            )
             if method not in LARGER or (method.startswith("events") and not own_way):
                 continue
-            versus = paired_same_seeds(own, found["cross-entropy"]) if own[0]["method"] != "cross-entropy" else ""
+            versus = (
+                paired_same_seeds(own, found["cross-entropy"])
+                if own[0]["method"] != "cross-entropy"
+                else ""
+            )
             reached = float(np.mean([x["mean"] for x in own]))
-            rows.append([words, f"{own[0]['rate']:g}", name, str(len(own)), spread([x["mean"] for x in own]), versus,
-                         factor(curve, reached) if versus else "1"])
-        rows.append([words, "", "cross-entropy's own curve (length: bits)", "", ", ".join(f"{n:g}: {v:.3f}" for n, v in curve), "", ""])
-    head = ("student", "learning rate", "method, rows", "seeds", "mean", "less cross-entropy (95 % over pages)",
-            "cross-entropy needs, times the tokens")
+            rows.append(
+                [
+                    words,
+                    f"{own[0]['rate']:g}",
+                    name,
+                    str(len(own)),
+                    spread([x["mean"] for x in own]),
+                    versus,
+                    factor(curve, reached) if versus else "1",
+                ]
+            )
+        rows.append(
+            [
+                words,
+                "",
+                "cross-entropy's own curve (length: bits)",
+                "",
+                ", ".join(f"{n:g}: {v:.3f}" for n, v in curve),
+                "",
+                "",
+            ]
+        )
+    head = (
+        "student",
+        "learning rate",
+        "method, rows",
+        "seeds",
+        "mean",
+        "less cross-entropy (95 % over pages)",
+        "cross-entropy needs, times the tokens",
+    )
     return table(head, rows)
 
 
@@ -162,15 +311,44 @@ def extension_table(lines: Sequence[Line], sizes: Mapping[str, str]) -> str:
     sizes: size -> how many tokens more."""
     rows, domains = [], list[str]()
     for size, more in sizes.items():
-        for length in sorted({x["length"] for x in lines if x["size"] == size and x["part"] == "test"}):
+        for length in sorted(
+            {x["length"] for x in lines if x["size"] == size and x["part"] == "test"}
+        ):
             for name, own in chosen(lines, size=size, length=length).items():
                 domains = domains_in({name: own})
                 text = sum(x["bytes"] for x in own)
-                costs = [f"{sum(x['tokens'] for x in own) / text:.3f}", f"{text / len(own) / 1000:.0f}",
-                         spread([x["cpu_per_step"] * x["steps"] for x in own], 1)] if text else ["", "0", "0"]
-                rows.append([more, name, f"{own[0]['rate']:g}" if text else "", f"{length:g}", str(len(own)), *costs,
-                             spread([x["mean"] for x in own]), *(f"{np.mean([x['bits_per_byte'][d] for x in own]):.3f}" for d in domains)])
-    head = ("tokens more", "method, rows", "learning rate", "length", "seeds", "positions a byte", "kB of text", "CPU s", "mean")
+                costs = (
+                    [
+                        f"{sum(x['tokens'] for x in own) / text:.3f}",
+                        f"{text / len(own) / 1000:.0f}",
+                        spread([x["cpu_per_step"] * x["steps"] for x in own], 1),
+                    ]
+                    if text
+                    else ["", "0", "0"]
+                )
+                rows.append(
+                    [
+                        more,
+                        name,
+                        f"{own[0]['rate']:g}" if text else "",
+                        f"{length:g}",
+                        str(len(own)),
+                        *costs,
+                        spread([x["mean"] for x in own]),
+                        *(f"{np.mean([x['bits_per_byte'][d] for x in own]):.3f}" for d in domains),
+                    ]
+                )
+    head = (
+        "tokens more",
+        "method, rows",
+        "learning rate",
+        "length",
+        "seeds",
+        "positions a byte",
+        "kB of text",
+        "CPU s",
+        "mean",
+    )
     return table([*head, *domains], rows)
 
 
@@ -185,19 +363,52 @@ def onpolicy_table(lines: Sequence[Line]) -> str:
     for on, own in found.items():
         text = found.get("text", {})
         both = sorted(own.keys() & text.keys())
-        gap = spread_of_own([own[k] for k in both], [text[k] for k in both]) if both and on != "text" else ""
+        gap = (
+            spread_of_own([own[k] for k in both], [text[k] for k in both])
+            if both and on != "text"
+            else ""
+        )
         means = [spread([x[key] for x in own.values()]) for key in ("mean", "taught", "self")]
-        rows.append([on, f"{next(iter(own.values()))['rate']:g}" if on != "none" else "", str(len(own)), *means,
-                     spread([x["taught"] - x["self"] for x in own.values()]), gap, f"{np.mean([x['calibration'] for x in own.values()]):.3f}",
-                     f"{np.mean([x['tokens'] for x in own.values()]) / 1000:.0f}"])
-    return table(["goes on with", "learning rate", "seeds", "real text", "own words: teacher", "own words: itself", "reverse KL a byte",
-                  "less that of `text` (95 % over windows)", "ECE", "thousand tokens"], rows)
+        rows.append(
+            [
+                on,
+                f"{next(iter(own.values()))['rate']:g}" if on != "none" else "",
+                str(len(own)),
+                *means,
+                spread([x["taught"] - x["self"] for x in own.values()]),
+                gap,
+                f"{np.mean([x['calibration'] for x in own.values()]):.3f}",
+                f"{np.mean([x['tokens'] for x in own.values()]) / 1000:.0f}",
+            ]
+        )
+    return table(
+        [
+            "goes on with",
+            "learning rate",
+            "seeds",
+            "real text",
+            "own words: teacher",
+            "own words: itself",
+            "reverse KL a byte",
+            "less that of `text` (95 % over windows)",
+            "ECE",
+            "thousand tokens",
+        ],
+        rows,
+    )
 
 
 def spread_of_own(ours: Sequence[Line], theirs: Sequence[Line], seed: int = 0) -> str:
     """Difference of reverse KL a byte, over windows that every run of both continued."""
-    kept = [k for k in range(len(ours[0]["continued"])) if all(x["continued"][k] for x in (*ours, *theirs))]
-    sides = [np.array([[x["continued"][k] for k in kept] for x in some], float) for some in (ours, theirs)]
+    kept = [
+        k
+        for k in range(len(ours[0]["continued"]))
+        if all(x["continued"][k] for x in (*ours, *theirs))
+    ]
+    sides = [
+        np.array([[x["continued"][k] for k in kept] for x in some], float)
+        for some in (ours, theirs)
+    ]
     at = np.random.default_rng(seed).integers(0, len(kept), (DRAWS, len(kept)))
 
     def rate(side_SK3: np.ndarray, which: np.ndarray) -> np.ndarray:
@@ -205,7 +416,7 @@ def spread_of_own(ours: Sequence[Line], theirs: Sequence[Line], seed: int = 0) -
         return np.asarray(((taught - own) / size).mean(0))
 
     value = float(np.subtract(*(rate(side, np.arange(len(kept))) for side in sides)))
-    low, high = np.quantile(np.subtract(*(rate(side, at) for side in sides)), (.025, .975))
+    low, high = np.quantile(np.subtract(*(rate(side, at) for side in sides)), (0.025, 0.975))
     return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
@@ -222,28 +433,60 @@ def factor(curve: Sequence[tuple[float, float]], reached: float) -> str:
 
 def searches(lines: Sequence[Line], size: str) -> str:
     """Everything measured on dev: learning rates and shares, half a length, one seed."""
-    rows = [[named(x), *(f"{x[k]:g}" for k in ("length", "rate", "share")), f"{x['mean']:.3f}"]
-            for x in lines if x["part"] == "dev" and x["size"] == size]
-    return table(["method, rows", "length", "learning rate", "share", "dev bits per byte"], sorted(rows))
+    rows = [
+        [named(x), *(f"{x[k]:g}" for k in ("length", "rate", "share")), f"{x['mean']:.3f}"]
+        for x in lines
+        if x["part"] == "dev" and x["size"] == size
+    ]
+    return table(
+        ["method, rows", "length", "learning rate", "share", "dev bits per byte"], sorted(rows)
+    )
 
 
 def teachers_table(record: Mapping[str, Any]) -> str:
-    rows = [[who, f"{t['non_embedding'] / 1e6:.2f} M", f"{t['tokens'] / 1e6:.2f} M", str(t["cpu_seconds"]),
-             ", ".join(f"{d} {v:.2f}" for d, v in t["bits_per_byte"].items())] for who, t in record.items()]
-    return table(["teacher", "parameters without embedding", "tokens of training", "CPU s", "held-out bits per byte where it is asked"], rows)
+    rows = [
+        [
+            who,
+            f"{t['non_embedding'] / 1e6:.2f} M",
+            f"{t['tokens'] / 1e6:.2f} M",
+            str(t["cpu_seconds"]),
+            ", ".join(f"{d} {v:.2f}" for d, v in t["bits_per_byte"].items()),
+        ]
+        for who, t in record.items()
+    ]
+    return table(
+        [
+            "teacher",
+            "parameters without embedding",
+            "tokens of training",
+            "CPU s",
+            "held-out bits per byte where it is asked",
+        ],
+        rows,
+    )
 
 
 def gradients_table(record: Mapping[str, Any]) -> str:
-    rows = [[student, kind, *(f"{m:.3f} ±{s:.3f}" for m, s in (values["cosine"], values["norm_ratio"]))]
-            for student, kinds in record.items() for kind, values in kinds.items()]
-    return table(["student", "chunk term", "cosine with events' gradient", "norm, times events'"], rows)
+    rows = [
+        [student, kind, *(f"{m:.3f} ±{s:.3f}" for m, s in (values["cosine"], values["norm_ratio"]))]
+        for student, kinds in record.items()
+        for kind, values in kinds.items()
+    ]
+    return table(
+        ["student", "chunk term", "cosine with events' gradient", "norm, times events'"], rows
+    )
 
 
 def written(page: Path, tables: Mapping[str, str]) -> None:
     """Puts each table between its marks. A mark that is not in the page is an error."""
     text = page.read_text()
     for name, body in tables.items():
-        text, n = re.subn(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text, flags=re.DOTALL)  # type: ignore[misc]
+        text, n = re.subn(
+            rf"(<!-- {name} -->\n).*?(<!-- end -->)",
+            lambda m, body=body: f"{m[1]}{body}\n{m[2]}",
+            text,
+            flags=re.DOTALL,
+        )  # type: ignore[misc]
         if n != 1:
             raise SystemExit(f"{page}: {n} places for the table {name}")
     page.write_text(text)
@@ -261,12 +504,17 @@ def dots(title: str, rows: Sequence[tuple[str, float, float, float]]) -> str:
     low, high = min(0.0, *(r[2] for r in rows)), max(0.0, *(r[3] for r in rows))
     pad = (high - low) * 0.05
     x = axis(low - pad, high + pad, 300, 700)
-    body, bottom = [f'<text x="8" y="18" font-weight="bold">{escape(title)}</text>'], 40 + 22 * len(rows)
+    body, bottom = (
+        [f'<text x="8" y="18" font-weight="bold">{escape(title)}</text>'],
+        40 + 22 * len(rows),
+    )
     body.append(f'<line x1="{x(0):.1f}" x2="{x(0):.1f}" y1="30" y2="{bottom}" stroke="#888"/>')
     for k, (name, value, a, b) in enumerate(rows):
         y = 44 + 22 * k
-        body.append(f'<text x="8" y="{y + 4}">{escape(name)}</text><line x1="{x(a):.1f}" x2="{x(b):.1f}" y1="{y}" y2="{y}" stroke="#246"/>'
-                    f'<circle cx="{x(value):.1f}" cy="{y}" r="4" fill="#246"/><text x="708" y="{y + 4}">{value:+.3f}</text>')
+        body.append(
+            f'<text x="8" y="{y + 4}">{escape(name)}</text><line x1="{x(a):.1f}" x2="{x(b):.1f}" y1="{y}" y2="{y}" stroke="#246"/>'
+            f'<circle cx="{x(value):.1f}" cy="{y}" r="4" fill="#246"/><text x="708" y="{y + 4}">{value:+.3f}</text>'
+        )
     return svg(770, bottom + 8, body)
 
 
@@ -278,21 +526,33 @@ def curves(title: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> s
     colours = ("#246", "#c40", "#283", "#a3a", "#777", "#b80", "#08a", "#844", "#000", "#7c0")
     body = [f'<text x="8" y="18" font-weight="bold">{escape(title)}</text>']
     for value in np.linspace(min(p[1] for p in points), max(p[1] for p in points), 5):
-        body.append(f'<text x="8" y="{y(value) + 4:.1f}">{value:.2f}</text><line x1="50" x2="520" '
-                    f'y1="{y(value):.1f}" y2="{y(value):.1f}" stroke="#eee"/>')
-    for tokens in np.geomspace(min(p[0] for p in points), max(p[0] for p in points), 4):  # evenly: two lines' own places run into each other
-        body.append(f'<text x="{x(math.log(tokens)):.1f}" y="352" text-anchor="end">{tokens / 1000:.0f} k</text>')
+        body.append(
+            f'<text x="8" y="{y(value) + 4:.1f}">{value:.2f}</text><line x1="50" x2="520" '
+            f'y1="{y(value):.1f}" y2="{y(value):.1f}" stroke="#eee"/>'
+        )
+    for tokens in np.geomspace(
+        min(p[0] for p in points), max(p[0] for p in points), 4
+    ):  # evenly: two lines' own places run into each other
+        body.append(
+            f'<text x="{x(math.log(tokens)):.1f}" y="352" text-anchor="end">{tokens / 1000:.0f} k</text>'
+        )
     placed: list[float] = []
-    for k, (name, line) in enumerate(sorted(series.items(), key=lambda kv: kv[1][-1][1], reverse=True)):
+    for k, (name, line) in enumerate(
+        sorted(series.items(), key=lambda kv: kv[1][-1][1], reverse=True)
+    ):
         path = " ".join(f"{x(math.log(n)):.1f},{y(v):.1f}" for n, v in line)
         at = y(line[-1][1])
         at = max([at, *(p + 15 for p in placed if p > at - 15)])
         placed.append(at)
-        body.append(f'<polyline points="{path}" fill="none" stroke="{colours[k % len(colours)]}" stroke-width="2"/>'
-                    f'<text x="528" y="{at + 4:.1f}" fill="{colours[k % len(colours)]}">{escape(name)}</text>')
+        body.append(
+            f'<polyline points="{path}" fill="none" stroke="{colours[k % len(colours)]}" stroke-width="2"/>'
+            f'<text x="528" y="{at + 4:.1f}" fill="{colours[k % len(colours)]}">{escape(name)}</text>'
+        )
     return svg(820, 392, body)
 
 
 def svg(width: int, height: int, body: Sequence[str]) -> str:
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="13">'
-            f'<rect width="{width}" height="{height}" fill="#fff"/>{"".join(body)}</svg>\n')
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="13">'
+        f'<rect width="{width}" height="{height}" fill="#fff"/>{"".join(body)}</svg>\n'
+    )

@@ -51,62 +51,92 @@ def merging(token: str, rank: Mapping[tuple[str, str], int], pieces: Sequence[st
         best = min(range(len(ranks)), key=ranks.__getitem__)
         if ranks[best] == len(rank):
             raise AssertionError(f"{token!r} cannot be merged beyond {parts}")
-        parts[best:best + 2] = [parts[best] + parts[best + 1]]
+        parts[best : best + 2] = [parts[best] + parts[best + 1]]
         made.append(parts[best])
     return made
 
 
-def cut(spec: dict[str, Any], counts: Mapping[str, int], size: int, controls: Sequence[str]) -> dict[str, Any]:
+def cut(
+    spec: dict[str, Any], counts: Mapping[str, int], size: int, controls: Sequence[str]
+) -> dict[str, Any]:
     """A tokenizer.json's content cut to about `size` tokens and these controls: `counts` says how often each token stands in the text."""
-    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in spec["model"]["merges"]]
+    merges = [
+        tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in spec["model"]["merges"]
+    ]
     rank = {pair: k for k, pair in enumerate(merges)}
     vocab = spec["model"]["vocab"]
     fallback = spec["model"].get("byte_fallback", False)
-    kept = {f"<0x{b:02X}>" for b in range(256)} | {"<unk>"} if fallback else set(BYTE_TO_CHAR.values())
+    kept = (
+        {f"<0x{b:02X}>" for b in range(256)} | {"<unk>"} if fallback else set(BYTE_TO_CHAR.values())
+    )
     for token, _ in sorted(counts.items(), key=lambda kv: (-kv[1], vocab[kv[0]])):
         if len(kept) >= size:
             break
         try:
             kept.update(merging(token, rank, [token] if token in kept else list(token)))
-        except AssertionError:  # Llama 3 and gpt-oss hold 678 whole words that no merge makes (ignore_merges)
+        except (
+            AssertionError
+        ):  # Llama 3 and gpt-oss hold 678 whole words that no merge makes (ignore_merges)
             if not spec["model"].get("ignore_merges"):
                 raise
             kept.add(token)
     order = sorted(kept, key=vocab.__getitem__)
-    model = spec["model"] | {"vocab": {t: k for k, t in enumerate(order)}, "merges": [list(m) for m in merges if {*m, m[0] + m[1]} <= kept]}
+    model = spec["model"] | {
+        "vocab": {t: k for k, t in enumerate(order)},
+        "merges": [list(m) for m in merges if {*m, m[0] + m[1]} <= kept],
+    }
     added = {t["content"]: t for t in spec["added_tokens"]}
-    return spec | {"model": model, "added_tokens": [added[c] | {"id": len(order) + k} for k, c in enumerate(controls)], "post_processor": None}
+    return spec | {
+        "model": model,
+        "added_tokens": [added[c] | {"id": len(order) + k} for k, c in enumerate(controls)],
+        "post_processor": None,
+    }
 
 
 def usage(backend: Tokenizer, texts: Sequence[str]) -> Counter[str]:
     """How often each token stands in the text."""
     found: Counter[int] = Counter()
     for at in range(0, len(texts), 1000):
-        for encoding in backend.encode_batch_fast(list(texts[at:at + 1000]), add_special_tokens=False):
+        for encoding in backend.encode_batch_fast(
+            list(texts[at : at + 1000]), add_special_tokens=False
+        ):
             found.update(encoding.ids)
     return Counter({backend.id_to_token(i): n for i, n in found.items()})
 
 
 def speaker(spec: dict[str, Any], name: str, family: Family, start: str) -> Speaker:
     vocabulary = load_vocabulary(Tokenizer.from_str(json.dumps(spec)), name)
-    return Speaker(ChatRenderer(family, vocabulary, no_template, ""), vocabulary.control_token_ids[start])
+    return Speaker(
+        ChatRenderer(family, vocabulary, no_template, ""), vocabulary.control_token_ids[start]
+    )
 
 
 def no_template(*_: object, **__: object) -> str:
     raise AssertionError("plain text has no template")
 
 
-def open_speakers(folder: Path, size: int, texts_of: Callable[[str], Sequence[str]], names: Iterable[str] = TOKENIZERS) -> dict[str, Speaker]:
+def open_speakers(
+    folder: Path,
+    size: int,
+    texts_of: Callable[[str], Sequence[str]],
+    names: Iterable[str] = TOKENIZERS,
+) -> dict[str, Speaker]:
     """The teachers' and the student's cut tokenizers, made once and kept in `folder`. texts_of(who) = the text it is cut for."""
     out = {}
     for who in names:
         source = TOKENIZERS[who]
         path = folder / f"{who}.tokenizer.json"
         if not path.is_file():
-            spec = json.loads((data.data_folder() / "tokenizers" / source / "tokenizer.json").read_text())
+            spec = json.loads(
+                (data.data_folder() / "tokenizers" / source / "tokenizer.json").read_text()
+            )
             spec["added_tokens"] = [t for t in spec["added_tokens"] if t["special"]]
             counts = usage(Tokenizer.from_str(json.dumps(spec)), texts_of(who))
             folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(cut(spec, counts, size, (STARTS[who], FAMILIES[who].stop_tokens[0]))))
-        out[who] = speaker(json.loads(path.read_text()), f"{source}, cut", FAMILIES[who], STARTS[who])
+            path.write_text(
+                json.dumps(cut(spec, counts, size, (STARTS[who], FAMILIES[who].stop_tokens[0])))
+            )
+        out[who] = speaker(
+            json.loads(path.read_text()), f"{source}, cut", FAMILIES[who], STARTS[who]
+        )
     return out

@@ -34,17 +34,29 @@ class AnswerFilterResult:
     rejected: tuple[dict[str, Any], ...]
 
     def to_json(self) -> dict[str, Any]:
-        return {"right": self.num_right, "unverified": self.num_unverified, "aside": dict(Counter(a["verdict"] for a in self.rejected))}
+        return {
+            "right": self.num_right,
+            "unverified": self.num_unverified,
+            "aside": dict(Counter(a["verdict"] for a in self.rejected)),
+        }
 
     def refuse_all_rejected(self) -> None:
         """Raises Refused where there are answers, and none is left to teach."""
         if self.rejected and not self.num_right and not self.num_unverified:
             first = self.rejected[0]
-            raise RefusedError(f"no answer of {len(self.rejected):,} is right ({first['id']}: {first['why'] or first['verdict']})", where="capture.verify",
-                          remedy="look at capture/wrong.json; the prompts' answers may be of another form than the skill's grader reads")
+            raise RefusedError(
+                f"no answer of {len(self.rejected):,} is right ({first['id']}: {first['why'] or first['verdict']})",
+                where="capture.verify",
+                remedy="look at capture/wrong.json; the prompts' answers may be of another form than the skill's grader reads",
+            )
 
 
-def verify_answers(caches: Sequence[AnswerSource], items_by_question: Mapping[QuestionKey, TaskItem], tasks: Sequence[Task], folder: Path) -> dict[str, Any]:
+def verify_answers(
+    caches: Sequence[AnswerSource],
+    items_by_question: Mapping[QuestionKey, TaskItem],
+    tasks: Sequence[Task],
+    folder: Path,
+) -> dict[str, Any]:
     """`sift`, what is aside written to wrong.json. Refused where nothing is left to teach."""
     sifted = filter_answers(caches, items_by_question, {skill.name: skill for skill in tasks})
     store.write_json(folder / "wrong.json", sifted.rejected)
@@ -52,7 +64,11 @@ def verify_answers(caches: Sequence[AnswerSource], items_by_question: Mapping[Qu
     return sifted.to_json()
 
 
-def filter_answers(caches: Sequence[AnswerSource], items_by_question: Mapping[QuestionKey, TaskItem], tasks: Mapping[str, Task]) -> AnswerFilterResult:
+def filter_answers(
+    caches: Sequence[AnswerSource],
+    items_by_question: Mapping[QuestionKey, TaskItem],
+    tasks: Mapping[str, Task],
+) -> AnswerFilterResult:
     """Grade every captured answer by the item that stands for its question (items: question -> item).
 
     A grader that raises does not end the run: its answer is aside, with the exception's name.
@@ -70,8 +86,18 @@ def filter_answers(caches: Sequence[AnswerSource], items_by_question: Mapping[Qu
         if verdict is Verdict.RIGHT:
             right += 1
             continue
-        aside.append({"cache": cache, "number": number, "id": item.prompt.id, "teacher": capture.answer.teacher, "verdict": verdict, "why": why,
-                      "reference": item.reference, "answer": said.text})
+        aside.append(
+            {
+                "cache": cache,
+                "number": number,
+                "id": item.prompt.id,
+                "teacher": capture.answer.teacher,
+                "verdict": verdict,
+                "why": why,
+                "reference": item.reference,
+                "answer": said.text,
+            }
+        )
     return AnswerFilterResult(right, unverified, tuple(aside))
 
 
@@ -81,10 +107,19 @@ def _iter_answers(caches: Sequence[AnswerSource]) -> Iterator[tuple[int, int, Ca
             yield k, number, cache[number]
 
 
-def without_rejected(caches: Sequence[tuple[AnswerSource, float]], rejected: Sequence[Mapping[str, Any]]) -> tuple[tuple[AnswerSource, float], ...]:
+def without_rejected(
+    caches: Sequence[tuple[AnswerSource, float]], rejected: Sequence[Mapping[str, Any]]
+) -> tuple[tuple[AnswerSource, float], ...]:
     """The caches without what is aside; their shares stay, so that a teacher that errs more is not heard less on what it knows."""
     out: list[tuple[AnswerSource, float]] = []
     for k, (cache, share) in enumerate(caches):
         wrong = {a["number"] for a in rejected if a["cache"] == k}
-        out.append((AnswerSubset(cache, np.array([n for n in range(len(cache)) if n not in wrong], np.int64)), share))
+        out.append(
+            (
+                AnswerSubset(
+                    cache, np.array([n for n in range(len(cache)) if n not in wrong], np.int64)
+                ),
+                share,
+            )
+        )
     return tuple(out)

@@ -17,7 +17,9 @@ import numpy as np
 import numpy.typing as npt
 from constriction import stream as ans
 
-MAX_DENSE_RANGE = 1 << 20  # values this near together are counted and looked up in an array: a sort costs ten times that
+MAX_DENSE_RANGE = (
+    1 << 20
+)  # values this near together are counted and looked up in an array: a sort costs ten times that
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
 EncodedStream: TypeAlias = npt.NDArray[np.uint32]
@@ -57,7 +59,11 @@ class FrequencyTable:
     @cached_property
     def entropy_model(self) -> Any:
         """None where there is nothing to tell apart."""
-        return ans.model.Categorical(self.counts_U.astype(np.float64), perfect=False) if len(self.values_U) > 1 else None
+        return (
+            ans.model.Categorical(self.counts_U.astype(np.float64), perfect=False)
+            if len(self.values_U) > 1
+            else None
+        )
 
 
 FrequencyTables: TypeAlias = Mapping[str, FrequencyTable]
@@ -111,7 +117,12 @@ class StreamColumns:
             return self._decode_column(f"{name}.{len(counts) - 1}", len(contexts))
         order = np.argsort(contexts.astype(np.uint8), kind="stable")  # a radix sort
         out = np.empty(len(contexts), np.int64)
-        out[order] = np.concatenate([self._decode_column(f"{name}.{context}", int(counts[context])) for context in np.flatnonzero(counts).tolist()])
+        out[order] = np.concatenate(
+            [
+                self._decode_column(f"{name}.{context}", int(counts[context]))
+                for context in np.flatnonzero(counts).tolist()
+            ]
+        )
         return out
 
     def _decode_column(self, name: str, count: int) -> IntArray:
@@ -134,11 +145,17 @@ def encode_columns(parts: Sequence[tuple[FrequencyTable, IntArray]]) -> EncodedS
 
 def tables_to_bytes(tables: FrequencyTables, extra: IntArray) -> bytes:
     """Tables, and one more array, as steps between values and counts, each coded under how often it stands there; zlib over it all."""
-    columns = (concat_or_empty([np.diff(t.values_U, prepend=0) for t in tables.values()]), concat_or_empty([t.counts_U for t in tables.values()]), extra)
+    columns = (
+        concat_or_empty([np.diff(t.values_U, prepend=0) for t in tables.values()]),
+        concat_or_empty([t.counts_U for t in tables.values()]),
+        extra,
+    )
     under = [FrequencyTable.from_values(c) for c in columns]
     words = encode_columns(list(zip(under, columns, strict=True)))
-    head = {"columns": {name: len(t.values_U) for name, t in tables.items()},
-            "under": [[np.diff(t.values_U, prepend=0).tolist(), t.counts_U.tolist()] for t in under]}
+    head = {
+        "columns": {name: len(t.values_U) for name, t in tables.items()},
+        "under": [[np.diff(t.values_U, prepend=0).tolist(), t.counts_U.tolist()] for t in under],
+    }
     text = json.dumps(head, separators=(",", ":")).encode()
     return zlib.compress(len(text).to_bytes(8, "little") + text + words.astype("<u4").tobytes(), 9)
 
@@ -148,11 +165,21 @@ def tables_from_bytes(data: bytes) -> tuple[FrequencyTables, IntArray]:
     plain = zlib.decompress(data)
     size = 8 + int.from_bytes(plain[:8], "little")
     head = json.loads(plain[8:size])
-    under = [FrequencyTable(np.cumsum(np.array(values, np.int64)), np.array(counts, np.int64)) for values, counts in head["under"]]
-    read = StreamColumns.from_stream(np.frombuffer(plain[size:], "<u4").astype(np.uint32), {f"{k}.0": t for k, t in enumerate(under)})
-    steps, counts, extra = (read(str(k), np.zeros(int(t.counts_U.sum()), np.int64)) for k, t in enumerate(under))
+    under = [
+        FrequencyTable(np.cumsum(np.array(values, np.int64)), np.array(counts, np.int64))
+        for values, counts in head["under"]
+    ]
+    read = StreamColumns.from_stream(
+        np.frombuffer(plain[size:], "<u4").astype(np.uint32),
+        {f"{k}.0": t for k, t in enumerate(under)},
+    )
+    steps, counts, extra = (
+        read(str(k), np.zeros(int(t.counts_U.sum()), np.int64)) for k, t in enumerate(under)
+    )
     tables, begin = {}, 0
     for name, size in head["columns"].items():
-        tables[name] = FrequencyTable(np.cumsum(steps[begin:begin + size]), counts[begin:begin + size])
+        tables[name] = FrequencyTable(
+            np.cumsum(steps[begin : begin + size]), counts[begin : begin + size]
+        )
         begin += size
     return tables, extra

@@ -21,9 +21,13 @@ from persea.cache.unit import CachedAnswer, CacheUnit, open_unit
 from persea.data.prompts import GOLDEN_RATIO_STEP
 from persea.errors import DataError
 
-SHUFFLE_WINDOW_BLOCKS = 64       # blocks shuffled together: some 260,000 tokens
-MAX_DECODED_BLOCKS = 2 * SHUFFLE_WINDOW_BLOCKS  # decoded blocks in memory, about 40 bytes a token: 20 MB
-MAX_OPEN_UNITS = 128       # units open at once; each holds a file descriptor, and 256 is the least limit in use
+SHUFFLE_WINDOW_BLOCKS = 64  # blocks shuffled together: some 260,000 tokens
+MAX_DECODED_BLOCKS = (
+    2 * SHUFFLE_WINDOW_BLOCKS
+)  # decoded blocks in memory, about 40 bytes a token: 20 MB
+MAX_OPEN_UNITS = (
+    128  # units open at once; each holds a file descriptor, and 256 is the least limit in use
+)
 
 
 class AnswerSource(Protocol):
@@ -44,13 +48,19 @@ class CacheReader(Sequence[CachedAnswer]):
 
     folder: Path
     unit_names: tuple[str, ...]
-    answer_offsets_B1: npt.NDArray[np.int64]  # number of the first answer of each block, and of all answers
+    answer_offsets_B1: npt.NDArray[
+        np.int64
+    ]  # number of the first answer of each block, and of all answers
     block_locations_B: tuple[tuple[int, int], ...]  # (unit, block within it) of each block
     _open: Callable[[int], CacheUnit] = field(init=False, repr=False)
     _decoded: Callable[[int], tuple[CachedAnswer, ...]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_open", lru_cache(MAX_OPEN_UNITS)(lambda unit: open_unit(self.folder, self.unit_names[unit])))
+        object.__setattr__(
+            self,
+            "_open",
+            lru_cache(MAX_OPEN_UNITS)(lambda unit: open_unit(self.folder, self.unit_names[unit])),
+        )
         object.__setattr__(self, "_decoded", lru_cache(MAX_DECODED_BLOCKS)(self._decode_block))
 
     def _decode_block(self, b: int) -> tuple[CachedAnswer, ...]:
@@ -74,8 +84,15 @@ class CacheReader(Sequence[CachedAnswer]):
         """Every answer's number once, shuffled: the same for the same seed and epoch, whoever asks and when."""
         rng = np.random.default_rng([seed, epoch])
         blocks = rng.permutation(len(self.block_locations_B))
-        windows = [np.concatenate([np.arange(self.answer_offsets_B1[b], self.answer_offsets_B1[b + 1]) for b in blocks[begin:begin + SHUFFLE_WINDOW_BLOCKS]])
-                   for begin in range(0, len(blocks), SHUFFLE_WINDOW_BLOCKS)]
+        windows = [
+            np.concatenate(
+                [
+                    np.arange(self.answer_offsets_B1[b], self.answer_offsets_B1[b + 1])
+                    for b in blocks[begin : begin + SHUFFLE_WINDOW_BLOCKS]
+                ]
+            )
+            for begin in range(0, len(blocks), SHUFFLE_WINDOW_BLOCKS)
+        ]
         return np.concatenate([rng.permutation(w) for w in windows] or [np.empty(0, np.int64)])
 
 
@@ -86,7 +103,12 @@ def open_cache_reader(folder: Path, unit_names: Sequence[str]) -> CacheReader:
         answers_B = open_unit(folder, name).index_B4[:, 0]
         sizes.append(answers_B)
         places += [(unit, block) for block in range(len(answers_B))]
-    return CacheReader(folder, tuple(unit_names), np.concatenate([[0], np.cumsum(np.concatenate(sizes or [np.empty(0, np.int64)]))]), tuple(places))
+    return CacheReader(
+        folder,
+        tuple(unit_names),
+        np.concatenate([[0], np.cumsum(np.concatenate(sizes or [np.empty(0, np.int64)]))]),
+        tuple(places),
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,9 +142,16 @@ class CacheMixture:
     seed: int
 
     def __post_init__(self) -> None:
-        if len(self.readers) != len(self.shares) or not all(s > 0 for s in self.shares) or not all(len(r) for r in self.readers):
-            raise DataError(f"{len(self.readers)} caches of {[len(r) for r in self.readers]} answers with shares {self.shares}", where="mixture",
-                            remedy="give each cache that holds an answer one share above 0")
+        if (
+            len(self.readers) != len(self.shares)
+            or not all(s > 0 for s in self.shares)
+            or not all(len(r) for r in self.readers)
+        ):
+            raise DataError(
+                f"{len(self.readers)} caches of {[len(r) for r in self.readers]} answers with shares {self.shares}",
+                where="mixture",
+                remedy="give each cache that holds an answer one share above 0",
+            )
 
     def draw(self, draw_index: int) -> CachedAnswer:
         """The number-th capture to learn from."""
@@ -147,11 +176,19 @@ DRAWS_PER_CHUNK = 1 << 20  # draws counted at once: 60 ms, and 5 MB each
 
 
 @lru_cache(maxsize=8)
-def _draw_chunk(shares: tuple[float, ...], chunk: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
+def _draw_chunk(
+    shares: tuple[float, ...], chunk: int
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
     """Of each draw of a piece (D) its cache, and how many of the piece's draws before it were from the same."""
     ends = np.cumsum(shares) / np.sum(shares)
-    turns = np.arange(chunk * DRAWS_PER_CHUNK + 1, (chunk + 1) * DRAWS_PER_CHUNK + 1) * GOLDEN_RATIO_STEP % 1
-    source_D = np.minimum(np.searchsorted(ends, turns, side="right"), len(shares) - 1).astype(np.uint8)
+    turns = (
+        np.arange(chunk * DRAWS_PER_CHUNK + 1, (chunk + 1) * DRAWS_PER_CHUNK + 1)
+        * GOLDEN_RATIO_STEP
+        % 1
+    )
+    source_D = np.minimum(np.searchsorted(ends, turns, side="right"), len(shares) - 1).astype(
+        np.uint8
+    )
     before_D = np.empty(DRAWS_PER_CHUNK, np.int32)
     for k in range(len(shares)):
         before_D[source_D == k] = np.arange(np.count_nonzero(source_D == k))

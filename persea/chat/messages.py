@@ -19,7 +19,9 @@ import numpy.typing as npt
 
 from persea.errors import DataError
 
-PINNED_DATE = date(2025, 1, 1)  # gpt-oss and Llama 3 templates write today's date: a cached prompt would change every midnight
+PINNED_DATE = date(
+    2025, 1, 1
+)  # gpt-oss and Llama 3 templates write today's date: a cached prompt would change every midnight
 
 
 class Role(StrEnum):
@@ -81,13 +83,21 @@ TOOL_NAME_PATTERN = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 def _validate_tool(name: str, text: str) -> None:
     if not TOOL_NAME_PATTERN.fullmatch(name):
-        raise DataError(f"{name[:80]!r} is no name of a tool", remedy="letters, digits, _ . and -, at most 64")
+        raise DataError(
+            f"{name[:80]!r} is no name of a tool", remedy="letters, digits, _ . and -, at most 64"
+        )
     try:
         same = canonical_json(text) == text
     except ValueError as error:
-        raise DataError(f"the JSON of tool {name} is broken: {error}: {text[:60]!r}", remedy="give one JSON object, as a text") from error
+        raise DataError(
+            f"the JSON of tool {name} is broken: {error}: {text[:60]!r}",
+            remedy="give one JSON object, as a text",
+        ) from error
     if not same:
-        raise DataError(f"the JSON of tool {name} is not in its canonical spelling: {text[:60]!r}", remedy="pass it through chat.canonical()")
+        raise DataError(
+            f"the JSON of tool {name} is not in its canonical spelling: {text[:60]!r}",
+            remedy="pass it through chat.canonical()",
+        )
 
 
 @dataclass(frozen=True)
@@ -120,10 +130,16 @@ class ToolCall:
     def from_generated(name: object, arguments: object) -> ToolCall | None:
         """A call as a model spelled it; None where it is malformed. arguments: JSON text, or what `json.loads` makes of it."""
         try:
-            text = canonical_json(arguments if isinstance(arguments, str) else json.dumps(arguments))
+            text = canonical_json(
+                arguments if isinstance(arguments, str) else json.dumps(arguments)
+            )
         except (ValueError, RecursionError):
             return None
-        return ToolCall(name, text) if isinstance(name, str) and TOOL_NAME_PATTERN.fullmatch(name) else None
+        return (
+            ToolCall(name, text)
+            if isinstance(name, str) and TOOL_NAME_PATTERN.fullmatch(name)
+            else None
+        )
 
 
 @dataclass(frozen=True)
@@ -138,7 +154,12 @@ class ToolResult:
 
 
 ContentPart: TypeAlias = Text | Thinking | ToolCall | ToolResult
-PART_KINDS: Mapping[str, type[ContentPart]] = {"text": Text, "thinking": Thinking, "call": ToolCall, "result": ToolResult}
+PART_KINDS: Mapping[str, type[ContentPart]] = {
+    "text": Text,
+    "thinking": Thinking,
+    "call": ToolCall,
+    "result": ToolResult,
+}
 
 
 def replace_text(part: ContentPart, text: str) -> ContentPart:
@@ -184,15 +205,21 @@ class Conversation:
     tools: tuple[Tool, ...] = ()
 
     @staticmethod
-    def from_question(question: str, *, system: str = "", effort: ThinkingEffort = ThinkingEffort.NONE) -> Conversation:
+    def from_question(
+        question: str, *, system: str = "", effort: ThinkingEffort = ThinkingEffort.NONE
+    ) -> Conversation:
         """One question, NFC-normalised once, before every tokenizer (Qwen's normalises: 71 % of Burmese lines change)."""
         turns = [(Role.SYSTEM, system)] if system else []
         turns.append((Role.USER, question))
-        return Conversation(tuple(Message(r, (Text(unicodedata.normalize("NFC", t)),)) for r, t in turns), effort)
+        return Conversation(
+            tuple(Message(r, (Text(unicodedata.normalize("NFC", t)),)) for r, t in turns), effort
+        )
 
     def with_answer(self, *parts: ContentPart) -> Conversation:
         """This conversation with the assistant's answer at its end, NFC-normalised too: models do say decomposed text."""
-        return replace(self, messages=(*self.messages, Message(Role.ASSISTANT, tuple(map(_nfc, parts)))))
+        return replace(
+            self, messages=(*self.messages, Message(Role.ASSISTANT, tuple(map(_nfc, parts))))
+        )
 
     def parts(self) -> Iterator[ContentPart]:
         for message in self.messages:
@@ -201,8 +228,16 @@ class Conversation:
     def to_json(self) -> dict[str, Any]:
         """Without `tools` where there are none: records from before tools were known keep their bytes."""
         kind = {t: name for name, t in PART_KINDS.items()}
-        value: dict[str, Any] = {"effort": self.effort.value, "messages": [
-            {"role": m.role.value, "parts": [{"kind": kind[type(p)], **vars(p)} for p in m.parts]} for m in self.messages]}
+        value: dict[str, Any] = {
+            "effort": self.effort.value,
+            "messages": [
+                {
+                    "role": m.role.value,
+                    "parts": [{"kind": kind[type(p)], **vars(p)} for p in m.parts],
+                }
+                for m in self.messages
+            ],
+        }
         return value | ({"tools": [vars(t) for t in self.tools]} if self.tools else {})
 
     @staticmethod
@@ -210,8 +245,14 @@ class Conversation:
         def part(kind: str, **fields: str) -> ContentPart:
             return PART_KINDS[kind](**fields)
 
-        return Conversation(tuple(Message(Role(m["role"]), tuple(part(**p) for p in m["parts"])) for m in value["messages"]),
-                            ThinkingEffort(value["effort"]), tuple(Tool(**t) for t in value.get("tools", ())))
+        return Conversation(
+            tuple(
+                Message(Role(m["role"]), tuple(part(**p) for p in m["parts"]))
+                for m in value["messages"]
+            ),
+            ThinkingEffort(value["effort"]),
+            tuple(Tool(**t) for t in value.get("tools", ())),
+        )
 
 
 @dataclass(frozen=True)
@@ -240,7 +281,9 @@ class RenderedTokens:
 DecodedPieces: TypeAlias = Sequence["str | bytes"]  # control tokens (str) and runs of content bytes
 
 
-def keep_calls_as_parsed(parts: tuple[ContentPart, ...], tools: tuple[Tool, ...]) -> tuple[ContentPart, ...]:
+def keep_calls_as_parsed(
+    parts: tuple[ContentPart, ...], tools: tuple[Tool, ...]
+) -> tuple[ContentPart, ...]:
     """`Family.recall` of a notation that says without the tools what a call is."""
     return parts
 
@@ -276,23 +319,44 @@ class Family:
     template_signature: str = ""
     prompt_only_suffix: str = ""
     is_tool_text_verbatim: Callable[[ContentPart], bool] | None = None
-    resolve_calls: Callable[[tuple[ContentPart, ...], tuple[Tool, ...]], tuple[ContentPart, ...] | None] = keep_calls_as_parsed
+    resolve_calls: Callable[
+        [tuple[ContentPart, ...], tuple[Tool, ...]], tuple[ContentPart, ...] | None
+    ] = keep_calls_as_parsed
     limitations: str = ""
 
 
-def edit_texts(conversation: Conversation, change: Callable[[int, Message, ContentPart], str]) -> Conversation:
+def edit_texts(
+    conversation: Conversation, change: Callable[[int, Message, ContentPart], str]
+) -> Conversation:
     """The same conversation with each message's texts trimmed to `change(message index, message, text)`, its thoughts likewise.
 
     A template sees the texts of one message as one, so `change` does too; each part keeps its share. Tool results are changed one by
     one; tool calls stay as they are.
     """
-    return replace(conversation, messages=tuple(
-        replace(m, parts=_split_retained_text(m.parts, {type(p): (p.text, change(k, m, p)) for p in (Text(m.text), Thinking(m.thinking))},
-                              lambda p, k=k, m=m: change(k, m, p)))  # type: ignore[misc]
-        for k, m in enumerate(conversation.messages)))
+    return replace(
+        conversation,
+        messages=tuple(
+            replace(
+                m,
+                parts=_split_retained_text(
+                    m.parts,
+                    {
+                        type(p): (p.text, change(k, m, p))
+                        for p in (Text(m.text), Thinking(m.thinking))
+                    },
+                    lambda p, k=k, m=m: change(k, m, p),
+                ),
+            )  # type: ignore[misc]
+            for k, m in enumerate(conversation.messages)
+        ),
+    )
 
 
-def _split_retained_text(parts: Sequence[ContentPart], texts_by_kind: Mapping[type[ContentPart], tuple[str, str]], edit_result: Callable[[ContentPart], str]) -> tuple[ContentPart, ...]:
+def _split_retained_text(
+    parts: Sequence[ContentPart],
+    texts_by_kind: Mapping[type[ContentPart], tuple[str, str]],
+    edit_result: Callable[[ContentPart], str],
+) -> tuple[ContentPart, ...]:
     """Each part's share of what is kept of all parts of its kind; wholes = kind -> (their texts laid end to end, what is kept of it)."""
     cut: list[ContentPart] = []
     at = {kind: -max(0, whole.find(kept)) for kind, (whole, kept) in texts_by_kind.items()}
@@ -301,7 +365,7 @@ def _split_retained_text(parts: Sequence[ContentPart], texts_by_kind: Mapping[ty
             cut.append(p if isinstance(p, ToolCall) else replace_text(p, edit_result(p)))
             continue
         begin, end = at[type(p)], at[type(p)] + len(p.text)
-        cut.append(replace(p, text=texts_by_kind[type(p)][1][max(0, begin):max(0, end)]))
+        cut.append(replace(p, text=texts_by_kind[type(p)][1][max(0, begin) : max(0, end)]))
         at[type(p)] = end
     return tuple(cut)
 

@@ -24,7 +24,9 @@ from persea.cli.options import app
 from persea.errors import PerseaError, RecipeError, RunInterrupted
 
 __all__ = ["app", "caches", "compare", "live", "main", "serving", "stages", "watching"]
-USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # click's UsageError, whichever click typer brings; it has no public name there
+USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[
+    1
+]  # click's UsageError, whichever click typer brings; it has no public name there
 
 
 def _print_version(requested: bool) -> None:
@@ -34,7 +36,12 @@ def _print_version(requested: bool) -> None:
 
 
 @app.callback()
-def _options(version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Say the version.")] = False) -> None:
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Say the version."),
+    ] = False,
+) -> None:
     pass
 
 
@@ -56,5 +63,7 @@ def main() -> None:
             sys.stderr.write(f"persea: {said} -> persea --help\n")
         sys.exit(RecipeError.exit_code)
     except Exception:
-        sys.stderr.write("persea: this is a bug of persea; please report it with what follows and the recipe\n")
+        sys.stderr.write(
+            "persea: this is a bug of persea; please report it with what follows and the recipe\n"
+        )
         raise

@@ -12,8 +12,11 @@ from persea.cli.options import AsJson, app
 
 
 @app.command(rich_help_panel="After a run")
-def compare(run_a: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
-            run_b: Annotated[Path, typer.Argument(help="Another one.", show_default=False)], as_json: AsJson = False) -> None:
+def compare(
+    run_a: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
+    run_b: Annotated[Path, typer.Argument(help="Another one.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
     """The students of two runs, skill by skill and language by language, on the items that both were asked; and what their recipes change."""
     from persea.pipeline.progress import print_table
     from persea.report.compare_runs import RUN_COMPARISON_COLUMNS

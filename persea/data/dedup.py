@@ -15,13 +15,26 @@ from typing import Any
 
 CONTAMINATION_NGRAM_WORDS = 13.0  # words; the length that GPT-3 and most after it decontaminate by
 MIN_CONTAMINATION_WORDS = 8.0  # a tested text shorter than RUN is found as a whole from so many words on, below it only where it is the whole prompt
-MAX_LINE_REPEATS = 5  # a line that stands in more tested texts than this is how the set asks, not what it asks
+MAX_LINE_REPEATS = (
+    5  # a line that stands in more tested texts than this is how the set asks, not what it asks
+)
 SHINGLE_WORDS = 3.0  # words of a run by which near-duplicates are compared
-MINHASH_PERMUTATIONS, LSH_BANDS = 128, 32  # of the hashes: of pairs that share .8, one in 20 million is missed
+MINHASH_PERMUTATIONS, LSH_BANDS = (
+    128,
+    32,
+)  # of the hashes: of pairs that share .8, one in 20 million is missed
 SCRIPT_WORD_WEIGHTS = (  # characters of scripts without spaces, and how much of a word one is
-    ("\u4e00-\u9fff\u3400-\u4dbf\uf900-\ufaff\U00020000-\U0003134f", 0.6), ("\u3040-\u30ff\u31f0-\u31ff", 0.36),
-    ("\u0e00-\u0eff", 0.2), ("\u1780-\u17ff\u1000-\u109f\uaa60-\uaa7f", 0.16))
-WORD_OR_CHARACTER = re.compile("|".join(f"([{characters}])" for characters, _ in SCRIPT_WORD_WEIGHTS) + r"|((?:(?![" + "".join(c for c, _ in SCRIPT_WORD_WEIGHTS) + r"])\w)+)")
+    ("\u4e00-\u9fff\u3400-\u4dbf\uf900-\ufaff\U00020000-\U0003134f", 0.6),
+    ("\u3040-\u30ff\u31f0-\u31ff", 0.36),
+    ("\u0e00-\u0eff", 0.2),
+    ("\u1780-\u17ff\u1000-\u109f\uaa60-\uaa7f", 0.16),
+)
+WORD_OR_CHARACTER = re.compile(
+    "|".join(f"([{characters}])" for characters, _ in SCRIPT_WORD_WEIGHTS)
+    + r"|((?:(?!["
+    + "".join(c for c, _ in SCRIPT_WORD_WEIGHTS)
+    + r"])\w)+)"
+)
 
 
 def normalize_text(text: str) -> str:
@@ -55,12 +68,18 @@ class HeldOutIndex:
 
     def __init__(self, texts: Iterable[tuple[str, str]]) -> None:
         named = [(name, text) for name, text in texts]
-        lines = Counter(line for _, text in named for line in set(map(normalize_text, text.split("\n"))))
+        lines = Counter(
+            line for _, text in named for line in set(map(normalize_text, text.split("\n")))
+        )
         self._names_by_text: dict[str, str] = {}
         self._names_by_ngram: dict[str, str] = {}
-        self._short_texts: dict[str, list[tuple[str, str]]] = {}  # the first LEAST words -> (all words, name)
+        self._short_texts: dict[
+            str, list[tuple[str, str]]
+        ] = {}  # the first LEAST words -> (all words, name)
         for name, text in named:
-            kept = "\n".join(line for line in text.split("\n") if lines[normalize_text(line)] <= MAX_LINE_REPEATS)
+            kept = "\n".join(
+                line for line in text.split("\n") if lines[normalize_text(line)] <= MAX_LINE_REPEATS
+            )
             self._names_by_text.setdefault(normalize_text(text), name)
             if not normalize_text(kept):
                 continue
@@ -69,7 +88,9 @@ class HeldOutIndex:
                 self._names_by_ngram.setdefault(run, name)
             words, weights = weighted_words(kept)
             if MIN_CONTAMINATION_WORDS <= sum(weights) < CONTAMINATION_NGRAM_WORDS:
-                self._short_texts.setdefault(next(word_ngrams(kept, MIN_CONTAMINATION_WORDS)), []).append((" ".join(words), name))
+                self._short_texts.setdefault(
+                    next(word_ngrams(kept, MIN_CONTAMINATION_WORDS)), []
+                ).append((" ".join(words), name))
 
     def find_exact(self, text: str) -> str:
         """The name of the tested text that this one is; "" where there is none."""
@@ -85,7 +106,7 @@ class HeldOutIndex:
         words = weighted_words(text)[0]
         for begin, run in enumerate(word_ngrams(text, MIN_CONTAMINATION_WORDS)):
             for whole, name in self._short_texts.get(run, ()):
-                if " ".join(words[begin:begin + whole.count(" ") + 1]) == whole:
+                if " ".join(words[begin : begin + whole.count(" ") + 1]) == whole:
                     return name
         return ""
 

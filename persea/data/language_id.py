@@ -8,30 +8,74 @@ from collections import Counter
 from collections.abc import Callable
 from functools import cache
 
-LANGUAGE_NAMES = {"en": "English", "zh": "Chinese", "ja": "Japanese", "ko": "Korean", "vi": "Vietnamese", "id": "Indonesian", "ms": "Malay", "th": "Thai",
-         "km": "Khmer", "lo": "Lao", "my": "Burmese", "tl": "Filipino", "jv": "Javanese", "bn": "Bengali", "ar": "Arabic", "sw": "Swahili",
-         "it": "Italian", "de": "German", "fr": "French", "es": "Spanish", "ru": "Russian", "hi": "Hindi"}
-CONFUSABLE_LANGUAGES = ({"id", "ms", "jv"}, {"zh", "yue"}, {"tl", "fil"})  # py3langid and its peers cannot tell these apart in a sentence or two
+LANGUAGE_NAMES = {
+    "en": "English",
+    "zh": "Chinese",
+    "ja": "Japanese",
+    "ko": "Korean",
+    "vi": "Vietnamese",
+    "id": "Indonesian",
+    "ms": "Malay",
+    "th": "Thai",
+    "km": "Khmer",
+    "lo": "Lao",
+    "my": "Burmese",
+    "tl": "Filipino",
+    "jv": "Javanese",
+    "bn": "Bengali",
+    "ar": "Arabic",
+    "sw": "Swahili",
+    "it": "Italian",
+    "de": "German",
+    "fr": "French",
+    "es": "Spanish",
+    "ru": "Russian",
+    "hi": "Hindi",
+}
+CONFUSABLE_LANGUAGES = (
+    {"id", "ms", "jv"},
+    {"zh", "yue"},
+    {"tl", "fil"},
+)  # py3langid and its peers cannot tell these apart in a sentence or two
 LANGUAGE_OF_SCRIPT = {  # of one language each, near enough
-    "THAI": "th", "KHMER": "km", "LAO": "lo", "MYANMAR": "my", "HANGUL": "ko", "HIRAGANA": "ja", "KATAKANA": "ja", "CJK": "zh", "BENGALI": "bn",
-    "TAMIL": "ta", "TELUGU": "te", "GUJARATI": "gu", "KANNADA": "kn", "GURMUKHI": "pa"}
+    "THAI": "th",
+    "KHMER": "km",
+    "LAO": "lo",
+    "MYANMAR": "my",
+    "HANGUL": "ko",
+    "HIRAGANA": "ja",
+    "KATAKANA": "ja",
+    "CJK": "zh",
+    "BENGALI": "bn",
+    "TAMIL": "ta",
+    "TELUGU": "te",
+    "GUJARATI": "gu",
+    "KANNADA": "kn",
+    "GURMUKHI": "pa",
+}
 MIN_KANA_SHARE = 0.05  # share of kana from which a text with Chinese characters is Japanese
 MIN_LETTERS = 12  # fewer (a third of it where a letter says more) say nothing of a language, nor do texts that are letters by less than a third
 MIN_LANGID_PROB = 0.4  # py3langid's probability: it gives random letters and bare sums at most 0.02, a sentence of six words 0.45 and more
 NO_LANGUAGE_CODE = "zxx"  # what py3langid says of texts in none
-NON_PROSE_PATTERN = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|\$[^$\n]*\$|https?://\S+", re.DOTALL)  # code, formulas and addresses are in no language
+NON_PROSE_PATTERN = re.compile(
+    r"```.*?(?:```|\Z)|`[^`\n]*`|\$[^$\n]*\$|https?://\S+", re.DOTALL
+)  # code, formulas and addresses are in no language
 
 
 @cache
 def _language_of_character(character: str) -> str:
-    return LANGUAGE_OF_SCRIPT.get(re.split("[ -]", unicodedata.name(character, ""), maxsplit=1)[0], "")
+    return LANGUAGE_OF_SCRIPT.get(
+        re.split("[ -]", unicodedata.name(character, ""), maxsplit=1)[0], ""
+    )
 
 
 @cache
 def _langid_classifier() -> Callable[[str], tuple[str, float]]:
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-    classify: Callable[[str], tuple[str, float]] = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True).classify
+    classify: Callable[[str], tuple[str, float]] = LanguageIdentifier.from_model_file(
+        MODEL_FILE, norm_probs=True
+    ).classify
     return classify
 
 
@@ -51,7 +95,9 @@ def detect_language(text: str) -> str:
     found, count = scripts.most_common(1)[0]
     if found and count > len(letters) / 2:
         return found
-    language, sure = _langid_classifier()("".join(c if unicodedata.category(c)[0] in "LM" else " " for c in text))
+    language, sure = _langid_classifier()(
+        "".join(c if unicodedata.category(c)[0] in "LM" else " " for c in text)
+    )
     return str(language) if sure >= MIN_LANGID_PROB and language != NO_LANGUAGE_CODE else ""
 
 

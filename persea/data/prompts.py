@@ -16,10 +16,14 @@ from persea.chat.messages import Conversation, Message, Role, Text, ThinkingEffo
 from persea.data.dedup import HeldOutIndex, NearDuplicateIndex, normalize_text
 from persea.errors import DataError
 
-GOLDEN_RATIO_STEP = 0.6180339887498949  # multiples of it, modulo 1, fill [0, 1) evenly in every stretch
+GOLDEN_RATIO_STEP = (
+    0.6180339887498949  # multiples of it, modulo 1, fill [0, 1) evenly in every stretch
+)
 SILVER_RATIO_STEP = 0.41421356237309515  # so do these, and the pairs of both the square: who is asked and how long to think stay independent
 MAX_LINE_BYTES = 16 << 20  # bytes; a longer row is a broken file, not a prompt
-MALFORMED_PREFIX_BYTES = 200  # bytes of a broken line that are kept to recognise it by; the file has the rest
+MALFORMED_PREFIX_BYTES = (
+    200  # bytes of a broken line that are kept to recognise it by; the file has the rest
+)
 
 
 @dataclass(frozen=True)
@@ -43,14 +47,23 @@ Choice = TypeVar("Choice")
 def pick_by_share(shares: Sequence[tuple[Choice, float]], number: int, step: float) -> Choice:
     """Which of several has the number-th turn: shares, which sum to 1, hold in every stretch of numbers, without chance."""
     choices, parts = zip(*shares, strict=True)
-    found: Choice = choices[min(len(choices) - 1, bisect(list(accumulate(parts)), (number + 1) * step % 1))]
+    found: Choice = choices[
+        min(len(choices) - 1, bisect(list(accumulate(parts)), (number + 1) * step % 1))
+    ]
     return found
 
 
-def assign_efforts(prompts: Iterable[Prompt], effort_shares: Mapping[ThinkingEffort, float]) -> list[Prompt]:
+def assign_efforts(
+    prompts: Iterable[Prompt], effort_shares: Mapping[ThinkingEffort, float]
+) -> list[Prompt]:
     """Prompts with the effort each is asked at, by the modes' shares, however these are ordered; without modes, as they are."""
-    shares = [(effort, effort_shares[effort]) for effort in ThinkingEffort if effort in effort_shares]
-    return [replace(p, effort=pick_by_share(shares, k, SILVER_RATIO_STEP)) if shares else p for k, p in enumerate(prompts)]
+    shares = [
+        (effort, effort_shares[effort]) for effort in ThinkingEffort if effort in effort_shares
+    ]
+    return [
+        replace(p, effort=pick_by_share(shares, k, SILVER_RATIO_STEP)) if shares else p
+        for k, p in enumerate(prompts)
+    ]
 
 
 class RemovalReason(StrEnum):
@@ -73,8 +86,15 @@ class RemovedPrompt:
 
     def to_json(self) -> dict[str, Any]:
         p = self.prompt
-        return {"id": p.id, "why": self.reason, "of": self.matched_id, "skill": p.skill, "language": p.language, "conversation": p.conversation.to_json(),
-                "answer": p.answer}
+        return {
+            "id": p.id,
+            "why": self.reason,
+            "of": self.matched_id,
+            "skill": p.skill,
+            "language": p.language,
+            "conversation": p.conversation.to_json(),
+            "answer": p.answer,
+        }
 
 
 @dataclass(frozen=True)
@@ -100,7 +120,11 @@ class Corpus:
         return len(self.prompts) + len(self.removed) + len(self.malformed)
 
 
-def build_corpus(sources: Iterable[Iterable[Prompt]], held_out: Iterable[Prompt], near_duplicate_thresholds: Sequence[float | None] = ()) -> Corpus:
+def build_corpus(
+    sources: Iterable[Iterable[Prompt]],
+    held_out: Iterable[Prompt],
+    near_duplicate_thresholds: Sequence[float | None] = (),
+) -> Corpus:
     """All prompts of all sources, in order, without duplicates and without anything the student is tested on.
 
     Two prompts are the same when their texts and tools are, after NFC, case folding and white-space folding. A prompt holds a test item where it, or
@@ -134,7 +158,12 @@ def build_corpus(sources: Iterable[Iterable[Prompt]], held_out: Iterable[Prompt]
     return Corpus(tuple(kept), tuple(removed))
 
 
-def read_prompts(path: Path, skill: str, language: str, on_malformed: Callable[[MalformedLine], None] | None = None) -> Iterator[Prompt]:
+def read_prompts(
+    path: Path,
+    skill: str,
+    language: str,
+    on_malformed: Callable[[MalformedLine], None] | None = None,
+) -> Iterator[Prompt]:
     """Prompts of a .jsonl file, one object a line: {"prompt": "...", "answer": "..."} or {"messages": [{"role", "content"}, ...]}.
 
     The answer, or the assistant's turn at the end of `messages`, is kept beside the prompt: it is asked for only where
@@ -144,7 +173,11 @@ def read_prompts(path: Path, skill: str, language: str, on_malformed: Callable[[
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise DataError(f"cannot read prompts: {error.strerror}", where=str(path), remedy="check `corpus:` in the recipe") from error
+        raise DataError(
+            f"cannot read prompts: {error.strerror}",
+            where=str(path),
+            remedy="check `corpus:` in the recipe",
+        ) from error
     for number, line in enumerate(data.split(b"\n"), start=1):
         if len(line) <= MAX_LINE_BYTES and not line.strip():
             continue
@@ -153,19 +186,36 @@ def read_prompts(path: Path, skill: str, language: str, on_malformed: Callable[[
         except DataError as error:
             if on_malformed is None:
                 raise
-            on_malformed(MalformedLine(error.where, error.message[:300], len(line), line[:MALFORMED_PREFIX_BYTES].decode(errors="backslashreplace")))
+            on_malformed(
+                MalformedLine(
+                    error.where,
+                    error.message[:300],
+                    len(line),
+                    line[:MALFORMED_PREFIX_BYTES].decode(errors="backslashreplace"),
+                )
+            )
         else:
             yield prompt
 
 
 def _parse_line(line: bytes, where: str, fallback_id: str, skill: str, language: str) -> Prompt:
     if len(line) > MAX_LINE_BYTES:
-        raise DataError(f"a line of {len(line):,} bytes", where=where, remedy=f"a prompt has at most {MAX_LINE_BYTES:,}")
+        raise DataError(
+            f"a line of {len(line):,} bytes",
+            where=where,
+            remedy=f"a prompt has at most {MAX_LINE_BYTES:,}",
+        )
     try:
         row = json.loads(line)
-        json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair ("\\ud83d") is JSON, but no text: it has no bytes
+        json.dumps(
+            row, ensure_ascii=False
+        ).encode()  # half a surrogate pair ("\\ud83d") is JSON, but no text: it has no bytes
     except (ValueError, RecursionError) as error:
-        raise DataError(f"not JSON: {error}", where=where, remedy="one JSON object a line; mend or delete the line") from error
+        raise DataError(
+            f"not JSON: {error}",
+            where=where,
+            remedy="one JSON object a line; mend or delete the line",
+        ) from error
     return _parse_row(row, where, fallback_id, skill, language)
 
 
@@ -181,18 +231,33 @@ def _parse_row(row: Any, where: str, fallback_id: str, skill: str, language: str
             raise DataError("`answer` is not a text", where=where, remedy=remedy)
     else:
         conversation, answer = _parse_messages(row["messages"], where, remedy)
-    def said(key: str, default: str) -> str:
-        return default if row.get(key) is None else str(row[key])  # exports fill what is not there with null
 
-    return Prompt(said("id", fallback_id), conversation, said("skill", skill), said("language", language), unicodedata.normalize("NFC", answer))
+    def said(key: str, default: str) -> str:
+        return (
+            default if row.get(key) is None else str(row[key])
+        )  # exports fill what is not there with null
+
+    return Prompt(
+        said("id", fallback_id),
+        conversation,
+        said("skill", skill),
+        said("language", language),
+        unicodedata.normalize("NFC", answer),
+    )
 
 
 def _parse_messages(rows: Any, where: str, remedy: str) -> tuple[Conversation, str]:
     messages: list[Message] = []
     for row in rows if isinstance(rows, list) else []:
-        role, content = (row.get("role"), row.get("content")) if isinstance(row, dict) else (None, None)
+        role, content = (
+            (row.get("role"), row.get("content")) if isinstance(row, dict) else (None, None)
+        )
         if role not in (Role.SYSTEM, Role.USER, Role.ASSISTANT) or not isinstance(content, str):
-            raise DataError(f"message {len(messages) + 1} has role {role!r} and content {type(content).__name__}", where=where, remedy=remedy)
+            raise DataError(
+                f"message {len(messages) + 1} has role {role!r} and content {type(content).__name__}",
+                where=where,
+                remedy=remedy,
+            )
         messages.append(Message(Role(role), (Text(unicodedata.normalize("NFC", content)),)))
     answer = messages.pop().text if messages and messages[-1].role is Role.ASSISTANT else ""
     if not messages or messages[-1].role is not Role.USER:
@@ -202,4 +267,6 @@ def _parse_messages(rows: Any, where: str, remedy: str) -> tuple[Conversation, s
 
 def _dedup_text(conversation: Conversation) -> str:
     """What is said, and what tools there are: the same question with other tools is another."""
-    return "\n".join([*(p.text for p in conversation.parts()), *(t.name for t in conversation.tools)])
+    return "\n".join(
+        [*(p.text for p in conversation.parts()), *(t.name for t in conversation.tools)]
+    )

@@ -50,19 +50,32 @@ class Cast:
         return pick_by_share(self.parts[part], number, GOLDEN_RATIO_STEP)
 
     def to_json(self) -> dict[str, Any]:
-        return {"parts": {k: [list(p) for p in v] for k, v in self.parts.items()}, "pinned": list(self.pinned),
-                "decisions": {part: asdict(c) for part, c in self.decisions.items()}, "scores": [s.to_json() for s in self.scores],
-                "effort_comparisons": [asdict(d) for d in self.effort_comparisons]}
+        return {
+            "parts": {k: [list(p) for p in v] for k, v in self.parts.items()},
+            "pinned": list(self.pinned),
+            "decisions": {part: asdict(c) for part, c in self.decisions.items()},
+            "scores": [s.to_json() for s in self.scores],
+            "effort_comparisons": [asdict(d) for d in self.effort_comparisons],
+        }
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Cast:
         def scored(s: Mapping[str, Any]) -> Score:
             return Score(**{**s, "effort": ThinkingEffort(s["effort"])})
 
-        return Cast({k: tuple((str(t), float(s)) for t, s in v) for k, v in value["parts"].items()},
-                    tuple(map(scored, value["scores"])), tuple(value["pinned"]),
-                    {k: PartDecision(c["num_items_asked"], StopReason(c["stop_reason"]), c["eliminated"]) for k, c in value["decisions"].items()},
-                    tuple(EffortComparison(scored(d["score"]), ThinkingEffort(d["own"]), d["low"], d["high"]) for d in value["effort_comparisons"]))
+        return Cast(
+            {k: tuple((str(t), float(s)) for t, s in v) for k, v in value["parts"].items()},
+            tuple(map(scored, value["scores"])),
+            tuple(value["pinned"]),
+            {
+                k: PartDecision(c["num_items_asked"], StopReason(c["stop_reason"]), c["eliminated"])
+                for k, c in value["decisions"].items()
+            },
+            tuple(
+                EffortComparison(scored(d["score"]), ThinkingEffort(d["own"]), d["low"], d["high"])
+                for d in value["effort_comparisons"]
+            ),
+        )
 
 
 # --- who teaches ---
@@ -77,8 +90,14 @@ def race_scores(race: TaskRace, efforts: Mapping[str, ThinkingEffort]) -> Iterat
                 yield told
 
 
-def build_cast(races: Sequence[TaskRace], efforts: Mapping[str, ThinkingEffort], pinned: Mapping[str, str], min_score: float, effort_comparisons: Sequence[EffortComparison] = (),
-         taught_skills: Sequence[str] | None = None) -> Cast:
+def build_cast(
+    races: Sequence[TaskRace],
+    efforts: Mapping[str, ThinkingEffort],
+    pinned: Mapping[str, str],
+    min_score: float,
+    effort_comparisons: Sequence[EffortComparison] = (),
+    taught_skills: Sequence[str] | None = None,
+) -> Cast:
     """The strongest teacher of each skill, those that cannot be told from it sharing alike; or the one a person pinned.
 
     taught  the skills that prompts teach; others are measured and have no part. None = all
@@ -92,7 +111,9 @@ def build_cast(races: Sequence[TaskRace], efforts: Mapping[str, ThinkingEffort],
         name, ended = course.skill, course.stop_reason or StopReason.BUDGET
         if taught_skills is not None and name not in taught_skills:
             continue
-        contests[name] = PartDecision(max(map(len, course.scores.values())), ended, dict(course.eliminated))
+        contests[name] = PartDecision(
+            max(map(len, course.scores.values())), ended, dict(course.eliminated)
+        )
         if name in pinned:
             parts[name] = ((pinned[name], 1.0),)
             continue
@@ -102,25 +123,53 @@ def build_cast(races: Sequence[TaskRace], efforts: Mapping[str, ThinkingEffort],
         parts[name] = _equal_shares(chosen)
         for language in course.languages if len(course.languages) > 1 else ():
             values = {t: v for t, v in course.scores_in_language(language).items() if v}
-            out = find_eliminated(values, (1 - CONFIDENCE_LEVEL) / len(course.languages), is_last_look=True, eliminated={})
+            out = find_eliminated(
+                values,
+                (1 - CONFIDENCE_LEVEL) / len(course.languages),
+                is_last_look=True,
+                eliminated={},
+            )
             best = _eligible_teachers(values, out, min_score)
             if best and set(chosen) & set(out):
-                parts[f"{name}/{language}"] = _equal_shares([t for t in chosen if t in best] or best)
-                contests[f"{name}/{language}"] = PartDecision(max(map(len, values.values())), ended, out)
-    return Cast(parts, tuple(s for c in races for s in race_scores(c, efforts)), tuple(c.skill for c in races if c.skill in pinned), contests,
-                tuple(effort_comparisons))
+                parts[f"{name}/{language}"] = _equal_shares(
+                    [t for t in chosen if t in best] or best
+                )
+                contests[f"{name}/{language}"] = PartDecision(
+                    max(map(len, values.values())), ended, out
+                )
+    return Cast(
+        parts,
+        tuple(s for c in races for s in race_scores(c, efforts)),
+        tuple(c.skill for c in races if c.skill in pinned),
+        contests,
+        tuple(effort_comparisons),
+    )
 
 
 def _no_eligible_teacher_error(race: TaskRace, min_score: float) -> RefusedError:
     best = max(race.scores, key=lambda t: mean(race.scores[t]))
-    told = (f"the best teacher of {race.skill}, {best}, has {mean(race.scores[best]):.2f}, below the floor of {min_score:g}"
-            if mean(race.scores[best]) else f"no teacher has a right answer on {race.skill}")
-    return RefusedError(f"{told} (n = {len(race.scores[best])})", where="audition",
-                   remedy=f"add a teacher who can, leave {race.skill} out of the corpus, or pin one with audition.pinned.{race.skill}")
+    told = (
+        f"the best teacher of {race.skill}, {best}, has {mean(race.scores[best]):.2f}, below the floor of {min_score:g}"
+        if mean(race.scores[best])
+        else f"no teacher has a right answer on {race.skill}"
+    )
+    return RefusedError(
+        f"{told} (n = {len(race.scores[best])})",
+        where="audition",
+        remedy=f"add a teacher who can, leave {race.skill} out of the corpus, or pin one with audition.pinned.{race.skill}",
+    )
 
 
-def _eligible_teachers(scores_by_teacher: Mapping[str, Sequence[float]], eliminated: Mapping[str, str], min_score: float) -> list[str]:
-    return [t for t, v in scores_by_teacher.items() if t not in eliminated and mean(v) >= max(min_score, 1e-9)]
+def _eligible_teachers(
+    scores_by_teacher: Mapping[str, Sequence[float]],
+    eliminated: Mapping[str, str],
+    min_score: float,
+) -> list[str]:
+    return [
+        t
+        for t, v in scores_by_teacher.items()
+        if t not in eliminated and mean(v) >= max(min_score, 1e-9)
+    ]
 
 
 def _equal_shares(teachers: Sequence[str]) -> tuple[tuple[str, float], ...]:
@@ -136,20 +185,50 @@ def cast_table(cast: Cast) -> list[tuple[str, ...]]:
     for part, shares in cast.parts.items():
         skill, _, language = part.partition("/")
         contest = cast.decisions.get(part)
-        for s in sorted((s for s in cast.scores if (s.skill, s.language) == (skill, language)), key=lambda s: -s.value):
+        for s in sorted(
+            (s for s in cast.scores if (s.skill, s.language) == (skill, language)),
+            key=lambda s: -s.value,
+        ):
             share = dict(shares).get(s.model_name, 0)
             by = contest.eliminated.get(s.model_name) if contest else None
             over_all = cast.decisions[skill].eliminated.get(s.model_name) if language else None
             if skill in cast.pinned:
                 why = "pinned" if share else "another is pinned"
             else:
-                below = f"below {by}" if by else f"below {over_all} in all" if over_all else "below the floor" if contest else "not chosen"
+                below = (
+                    f"below {by}"
+                    if by
+                    else f"below {over_all} in all"
+                    if over_all
+                    else "below the floor"
+                    if contest
+                    else "not chosen"
+                )
                 why = ("tied" if share < 1 else "strongest") if share else below
-            rows.append((part, s.model_name, f"{s.value:.2f} ({s.low:.2f}-{s.high:.2f})", str(s.n), f"{share:.0%}" if share else "-", why))
+            rows.append(
+                (
+                    part,
+                    s.model_name,
+                    f"{s.value:.2f} ({s.low:.2f}-{s.high:.2f})",
+                    str(s.n),
+                    f"{share:.0%}" if share else "-",
+                    why,
+                )
+            )
     for d in cast.effort_comparisons:
         word = "better" if d.low > 0 else "worse" if d.high < 0 else "not told apart from it"
-        rows.append((d.score.skill, f"{d.score.model_name} at {d.score.effort}", f"{d.score.value:.2f} ({d.score.low:.2f}-{d.score.high:.2f})",
-                     str(d.score.n), "-", f"{word} than at {d.own_effort}" if d.low > 0 or d.high < 0 else f"as at {d.own_effort}, as far as {d.score.n} tell"))
+        rows.append(
+            (
+                d.score.skill,
+                f"{d.score.model_name} at {d.score.effort}",
+                f"{d.score.value:.2f} ({d.score.low:.2f}-{d.score.high:.2f})",
+                str(d.score.n),
+                "-",
+                f"{word} than at {d.own_effort}"
+                if d.low > 0 or d.high < 0
+                else f"as at {d.own_effort}, as far as {d.score.n} tell",
+            )
+        )
     return rows
 
 
@@ -158,7 +237,13 @@ CAST_TABLE_COLUMNS = ("part", "teacher", "score", "n", "share", "why")
 
 def cast_markdown(cast: Cast) -> str:
     """The table as Markdown, and how many questions it took."""
-    lines = [" | ".join(("", *row, "")).strip() for row in (CAST_TABLE_COLUMNS, ("---",) * len(CAST_TABLE_COLUMNS), *cast_table(cast))]
-    took = [f"- {part}: {c.num_items_asked} questions, {'settled' if c.stop_reason is StopReason.SETTLED else 'all there were for it'}"
-            for part, c in cast.decisions.items() if "/" not in part]
+    lines = [
+        " | ".join(("", *row, "")).strip()
+        for row in (CAST_TABLE_COLUMNS, ("---",) * len(CAST_TABLE_COLUMNS), *cast_table(cast))
+    ]
+    took = [
+        f"- {part}: {c.num_items_asked} questions, {'settled' if c.stop_reason is StopReason.SETTLED else 'all there were for it'}"
+        for part, c in cast.decisions.items()
+        if "/" not in part
+    ]
     return "\n".join(["# audition", "", *lines, "", *took, ""])

@@ -30,12 +30,16 @@ from persea.tokenization.vocabulary import Vocabulary
 # not trained with does not.
 MAX_TEMPLATE_EXCESS_BITS_PER_BYTE = 0.25
 
-MIN_COUNTED_PROBABILITY = 1e-3  # tokens below it are taken to stand where a teacher's kept mass is counted
+MIN_COUNTED_PROBABILITY = (
+    1e-3  # tokens below it are taken to stand where a teacher's kept mass is counted
+)
 
 TEXT_FILES_SKILL = "texts"  # what stands for a skill where a recipe's own texts are measured
 
 # The teacher's probability mass that boundary masks leave, at each common boundary of a batch: in [0, 1].
-RetainedMassFunction = Callable[[Sequence[RenderedTokens], Sequence[RenderedTokens], CommonBoundaries], npt.NDArray[np.float64]]
+RetainedMassFunction = Callable[
+    [Sequence[RenderedTokens], Sequence[RenderedTokens], CommonBoundaries], npt.NDArray[np.float64]
+]
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,9 @@ class ConversationSample:
 
     def is_supported_by(self, renderer: ChatRenderer) -> bool:
         """Whether it needs no notation for tools that this voice's family lacks: such a teacher is not asked, and has nothing to check."""
-        return renderer.family.is_tool_text_verbatim is not None or not any(c.tools for c in self.conversations)
+        return renderer.family.is_tool_text_verbatim is not None or not any(
+            c.tools for c in self.conversations
+        )
 
     def render(self, renderer: ChatRenderer) -> list[RenderedTokens]:
         """In a voice. Raises DataError where its tokenizer or template cannot say one."""
@@ -61,7 +67,9 @@ class ConversationSample:
             try:
                 out.append(renderer.render(conversation))
             except DataError as error:
-                raise DataError(error.message, where=f"{error.where}, {name}", remedy=error.remedy) from error
+                raise DataError(
+                    error.message, where=f"{error.where}, {name}", remedy=error.remedy
+                ) from error
         return out
 
 
@@ -125,17 +133,35 @@ class TemplateLikelihood:
         return asdict(self)
 
 
-def check_pair(teacher_name: str, teacher_renderer: ChatRenderer, student_renderer: ChatRenderer, event_map: EventMap, sample: ConversationSample, student_tokens: Sequence[RenderedTokens], retained_mass: RetainedMassFunction | None = None) -> PairCompatibility:
+def check_pair(
+    teacher_name: str,
+    teacher_renderer: ChatRenderer,
+    student_renderer: ChatRenderer,
+    event_map: EventMap,
+    sample: ConversationSample,
+    student_tokens: Sequence[RenderedTokens],
+    retained_mass: RetainedMassFunction | None = None,
+) -> PairCompatibility:
     """Lay the teacher's renderings over the student's (`mine`). Raises DataError where bytes cannot be located, or the bridge is another
     pair's.
     """
     if event_map.digest != event_map_digest(teacher_renderer, student_renderer):
-        raise DataError("this bridge was built for other tokenizers", where=f"{teacher_name} -> student", remedy="open the bridge of these two voices")
+        raise DataError(
+            "this bridge was built for other tokenizers",
+            where=f"{teacher_name} -> student",
+            remedy="open the bridge of these two voices",
+        )
     theirs = sample.render(teacher_renderer)
     found = align(student_tokens, theirs)
-    both, ids_S, ids_T = found.boundaries, _concatenate_ids(student_tokens), _concatenate_ids(theirs)
+    both, ids_S, ids_T = (
+        found.boundaries,
+        _concatenate_ids(student_tokens),
+        _concatenate_ids(theirs),
+    )
     learned = int((found.supervision_S >= 0).sum())
-    shares = np.bincount(found.supervision_S[found.supervision_S >= 0], minlength=len(SupervisionKind)) / max(1, learned)
+    shares = np.bincount(
+        found.supervision_S[found.supervision_S >= 0], minlength=len(SupervisionKind)
+    ) / max(1, learned)
     token_C = ids_S[both.student_C]
     event_C = event_map.student_event_V[token_C]
     differ_C = event_C != event_map.teacher_event_W[ids_T[both.teacher_C]]
@@ -143,11 +169,24 @@ def check_pair(teacher_name: str, teacher_renderer: ChatRenderer, student_render
     told_C = _bytes_per_event(event_map, student_renderer.vocabulary)[event_C[said_C]]
     mass_C = retained_mass(student_tokens, theirs, both) if retained_mass and len(token_C) else None
     return PairCompatibility(
-        teacher_name, sample.skill, sample.language, len(student_tokens), learned, len(token_C),
-        float(shares[SupervisionKind.EVENT]), float(shares[SupervisionKind.PARTIAL_TOKEN]), float(shares[SupervisionKind.SPAN]), float(shares[SupervisionKind.TEXT]) if learned else 1.0,
-        found.spans.num_one_to_one / max(1, len(found.spans.student_C2)), _mean(differ_C), _mean(_is_space_token(token_C, student_renderer.vocabulary)),
-        _mean(told_C), _mean(student_renderer.vocabulary.lengths_W[token_C[said_C]]),
-        None if mass_C is None else _mean(mass_C), None if mass_C is None else float(np.quantile(mass_C, 0.05)))
+        teacher_name,
+        sample.skill,
+        sample.language,
+        len(student_tokens),
+        learned,
+        len(token_C),
+        float(shares[SupervisionKind.EVENT]),
+        float(shares[SupervisionKind.PARTIAL_TOKEN]),
+        float(shares[SupervisionKind.SPAN]),
+        float(shares[SupervisionKind.TEXT]) if learned else 1.0,
+        found.spans.num_one_to_one / max(1, len(found.spans.student_C2)),
+        _mean(differ_C),
+        _mean(_is_space_token(token_C, student_renderer.vocabulary)),
+        _mean(told_C),
+        _mean(student_renderer.vocabulary.lengths_W[token_C[said_C]]),
+        None if mass_C is None else _mean(mass_C),
+        None if mass_C is None else float(np.quantile(mass_C, 0.05)),
+    )
 
 
 def _concatenate_ids(renderings: Sequence[RenderedTokens]) -> npt.NDArray[np.int32]:
@@ -170,7 +209,9 @@ def _is_space_token(ids: npt.NDArray[np.int32], vocabulary: Vocabulary) -> npt.N
     return np.array([not p.strip(b" \t") for p in pieces], np.bool_)[which]
 
 
-def measure_template_likelihood(teacher: Teacher, samples: Sequence[ConversationSample]) -> list[TemplateLikelihood]:
+def measure_template_likelihood(
+    teacher: Teacher, samples: Sequence[ConversationSample]
+) -> list[TemplateLikelihood]:
     """Of the answers of all samples, then by language. The bare text is the question, a newline, and the answer.
 
     Two forward passes over every answer; answers without a byte say nothing and are left out.
@@ -180,13 +221,25 @@ def measure_template_likelihood(teacher: Teacher, samples: Sequence[Conversation
     bare = [_encode_without_template(teacher.renderer, c) for c in asked]
     plain = teacher.engine.compute_logprobs([ids for ids, _ in bare], [learn for _, learn in bare])
     rows = np.zeros((len(asked), 3))
-    for k, ((tokens, logprobs), (ids, learn), bare_logprobs) in enumerate(zip(teacher.compute_logprobs(asked), bare, plain, strict=True)):
+    for k, ((tokens, logprobs), (ids, learn), bare_logprobs) in enumerate(
+        zip(teacher.compute_logprobs(asked), bare, plain, strict=True)
+    ):
         said = (tokens.starts_T >= 0) & (tokens.ends_T > tokens.starts_T)
         size = (tokens.ends_T - tokens.starts_T)[said & tokens.loss_mask_T].sum()
-        rows[k] = size, _bits_per_token(logprobs, tokens.ids_T[tokens.loss_mask_T])[said[tokens.loss_mask_T]].sum(), _bits_per_token(bare_logprobs, ids[learn]).sum()
+        rows[k] = (
+            size,
+            _bits_per_token(logprobs, tokens.ids_T[tokens.loss_mask_T])[
+                said[tokens.loss_mask_T]
+            ].sum(),
+            _bits_per_token(bare_logprobs, ids[learn]).sum(),
+        )
     names = np.array(languages, object)[rows[:, 0] > 0]
     rows = rows[rows[:, 0] > 0]
-    return [_summarize_likelihood(teacher.name, name, rows[(names == name) | (not name)]) for name in dict.fromkeys(["", *names.tolist()]) if len(rows)]
+    return [
+        _summarize_likelihood(teacher.name, name, rows[(names == name) | (not name)])
+        for name in dict.fromkeys(["", *names.tolist()])
+        if len(rows)
+    ]
 
 
 def make_retained_mass(teacher: Teacher, event_map: EventMap) -> RetainedMassFunction:
@@ -194,50 +247,82 @@ def make_retained_mass(teacher: Teacher, event_map: EventMap) -> RetainedMassFun
 
     Counted over tokens of probability LIKELY or more: with a real vocabulary there are some ten of these at a boundary, and 262,144 in all.
     """
-    def kept(mine: Sequence[RenderedTokens], theirs: Sequence[RenderedTokens], both: CommonBoundaries) -> npt.NDArray[np.float64]:
+
+    def kept(
+        mine: Sequence[RenderedTokens], theirs: Sequence[RenderedTokens], both: CommonBoundaries
+    ) -> npt.NDArray[np.float64]:
         mass_C = np.ones(len(both.student_C))
         if event_map.teacher_mask is None:
             return mass_C
         begin_s, begin_t, at = 0, 0, 0
-        scored = teacher.engine.compute_logprobs([t.ids_T for t in theirs], [t.loss_mask_T for t in theirs])
+        scored = teacher.engine.compute_logprobs(
+            [t.ids_T for t in theirs], [t.loss_mask_T for t in theirs]
+        )
         for s, t, logprobs_NW in zip(mine, theirs, scored, strict=True):
             end = int(np.searchsorted(both.student_C, begin_s + len(s)))
-            contexts = event_map.teacher_mask.other.supervised_context_ids(s, both.student_C[at:end] - begin_s)
+            contexts = event_map.teacher_mask.other.supervised_context_ids(
+                s, both.student_C[at:end] - begin_s
+            )
             rows = (np.cumsum(t.loss_mask_T) - 1)[both.teacher_C[at:end] - begin_t]
             for c, (context, row) in enumerate(zip(contexts.tolist(), rows.tolist(), strict=True)):
                 likely = np.flatnonzero(logprobs_NW[row].numpy() >= log(MIN_COUNTED_PROBABILITY))
-                mass_C[at + c] = 1 - float(logprobs_NW[row, event_map.teacher_mask.impossible_tokens(context, likely)].exp().sum())
+                mass_C[at + c] = 1 - float(
+                    logprobs_NW[row, event_map.teacher_mask.impossible_tokens(context, likely)]
+                    .exp()
+                    .sum()
+                )
             begin_s, begin_t, at = begin_s + len(s), begin_t + len(t), end
         return mass_C
 
     return kept
 
 
-def _encode_without_template(renderer: ChatRenderer, conversation: Conversation) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+def _encode_without_template(
+    renderer: ChatRenderer, conversation: Conversation
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
     """Ids of a conversation without any template, and which of them are the answer's. A BOS stands where the template has one: some models
     say nothing sensible without.
     """
     kept = renderer.family.normalise(conversation)
-    question, answer = "\n".join(m.text for m in conversation.messages[:-1]) + "\n", kept.messages[-1].text
+    question, answer = (
+        "\n".join(m.text for m in conversation.messages[:-1]) + "\n",
+        kept.messages[-1].text,
+    )
     bos = renderer.vocabulary.control_token_ids.get(renderer.special_tokens.get("bos_token", ""))
-    front = [bos] if bos is not None and int(renderer.render_prompt(conversation).ids_T[0]) == bos else []
+    front = (
+        [bos]
+        if bos is not None and int(renderer.render_prompt(conversation).ids_T[0]) == bos
+        else []
+    )
     before, after = renderer.vocabulary.encode_batch([question, answer])
     ids = np.array([*front, *before, *after], np.int32)
     return ids, np.arange(len(ids)) >= len(ids) - len(after)
 
 
 def _bits_per_token(logprobs: Any, ids_N: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
-    bits: npt.NDArray[np.float64] = -logprobs.numpy()[np.arange(len(ids_N)), ids_N].astype(np.float64) / np.log(2)
+    bits: npt.NDArray[np.float64] = -logprobs.numpy()[np.arange(len(ids_N)), ids_N].astype(
+        np.float64
+    ) / np.log(2)
     return bits
 
 
-def _summarize_likelihood(teacher: str, language: str, rows_N3: npt.NDArray[np.float64]) -> TemplateLikelihood:
+def _summarize_likelihood(
+    teacher: str, language: str, rows_N3: npt.NDArray[np.float64]
+) -> TemplateLikelihood:
     """Totals of (bytes, bits in the template, bits of the bare text); the interval is that of a ratio of sums over conversations."""
     size, template, bare = rows_N3.sum(axis=0)
     excess = (template - bare) / size
     n, rest = len(rows_N3), rows_N3[:, 1] - rows_N3[:, 2] - excess * rows_N3[:, 0]
     low = excess - Z95 * sqrt(n * float(rest.var(ddof=1))) / size if n > 1 else None
-    return TemplateLikelihood(teacher, language, n, int(size), float(template / size), float(bare / size), None if low is None else float(low))
+    return TemplateLikelihood(
+        teacher,
+        language,
+        n,
+        int(size),
+        float(template / size),
+        float(bare / size),
+        None if low is None else float(low),
+    )
 
 
 def read_texts(language: str, file_ref: str, max_lines: int) -> ConversationSample:
@@ -249,10 +334,17 @@ def read_texts(language: str, file_ref: str, max_lines: int) -> ConversationSamp
     where = f"check.texts.{language}, {name}"
     texts = read_text_lines(file_ref, where, max_lines)
     said = tuple(Conversation.from_question("").with_answer(Text(text)) for _, text in texts)
-    return ConversationSample(TEXT_FILES_SKILL, language, said, tuple(f"{Path(name).name}:{number}" for number, _ in texts))
+    return ConversationSample(
+        TEXT_FILES_SKILL,
+        language,
+        said,
+        tuple(f"{Path(name).name}:{number}" for number, _ in texts),
+    )
 
 
-def read_text_lines(file_ref: str, where: str, max_lines: int = sys.maxsize) -> list[tuple[int, str]]:
+def read_text_lines(
+    file_ref: str, where: str, max_lines: int = sys.maxsize
+) -> list[tuple[int, str]]:
     """(line number, text in NFC) of a text file's first lines that hold one: `FILE`, or `FILE#key` for that key of a JSON object on every line.
 
     Raises DataError as `read_texts` does.
@@ -261,14 +353,28 @@ def read_text_lines(file_ref: str, where: str, max_lines: int = sys.maxsize) -> 
     remedy = "give a UTF-8 file, one text a line"
     try:
         raw = Path(name).read_bytes().removeprefix(codecs.BOM_UTF8)
-        rows = raw.decode().replace("\r\n", "\n").replace("\r", "\n").split("\n")  # a stray sign of a line's end is no text
+        rows = (
+            raw.decode().replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        )  # a stray sign of a line's end is no text
     except OSError as error:
         raise DataError(f"cannot read the text: {error}", where=where, remedy=remedy) from error
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(f"cannot read the text: not UTF-8 at byte {error.start:,}", where=f"{where}:{line}", remedy=remedy) from error
+        raise DataError(
+            f"cannot read the text: not UTF-8 at byte {error.start:,}",
+            where=f"{where}:{line}",
+            remedy=remedy,
+        ) from error
     filled = ((number, row) for number, row in enumerate(rows, start=1) if row.strip())
-    texts = [(n, unicodedata.normalize("NFC", _read_text_field(row, key, f"{where}:{n}") if key else row)) for n, row in islice(filled, max_lines)]
+    texts = [
+        (
+            n,
+            unicodedata.normalize(
+                "NFC", _read_text_field(row, key, f"{where}:{n}") if key else row
+            ),
+        )
+        for n, row in islice(filled, max_lines)
+    ]
     if not texts:
         raise DataError("no line with a text", where=where, remedy=remedy)
     return texts
@@ -278,29 +384,61 @@ def _read_text_field(row: str, key: str, where: str) -> str:
     try:
         value = json.loads(row)
     except (ValueError, RecursionError) as error:
-        raise DataError("not a JSON object", where=where, remedy="leave out the `#key` to take the line itself") from error
+        raise DataError(
+            "not a JSON object", where=where, remedy="leave out the `#key` to take the line itself"
+        ) from error
     if not isinstance(value, dict) or not isinstance(value.get(key), str):
-        raise DataError(f"no text under {key!r}", where=where, remedy="name a key that holds a text on every line, after `#`")
+        raise DataError(
+            f"no text under {key!r}",
+            where=where,
+            remedy="name a key that holds a text on every line, after `#`",
+        )
     text: str = value[key]
     if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-        raise DataError("half a surrogate pair has no bytes", where=where, remedy="the text was cut inside a character; mend it or leave it out")
+        raise DataError(
+            "half a surrogate pair has no bytes",
+            where=where,
+            remedy="the text was cut inside a character; mend it or leave it out",
+        )
     return text
 
 
-def refuse_incompatible(pairings: Iterable[PairCompatibility], likelihoods: Iterable[TemplateLikelihood], min_boundary_share: float, max_event_disagreement: float) -> None:
+def refuse_incompatible(
+    pairings: Iterable[PairCompatibility],
+    likelihoods: Iterable[TemplateLikelihood],
+    min_boundary_share: float,
+    max_event_disagreement: float,
+) -> None:
     """Raises Refused for the first pairing whose boundary share lies below `floor`, or whose disagreement lies above `most` (with the
     low end of its interval: a short sample proves nothing), and for a teacher that its template makes worse by WORSE.
     """
     for p in pairings:
         where = f"{p.teacher} -> student, {' '.join(filter(None, (p.skill, p.language)))}"
         if p.boundary_share < min_boundary_share:
-            raise RefusedError(f"only {p.boundary_share:.0%} of the student's tokens stand on a common boundary (floor {min_boundary_share:.0%})", where=where,
-                          remedy="choose a teacher or student whose tokenizers are nearer, or lower check.floor")
-        if p.num_boundaries and wilson_interval(round(p.event_disagreement * p.num_boundaries), p.num_boundaries)[0] > max_event_disagreement:
-            raise RefusedError(f"{p.event_disagreement:.1%} of the common boundaries disagree on the event (at most {max_event_disagreement:.1%})", where=where,
-                          remedy="choose a teacher or student whose tokenizers are nearer, or raise check.disagreement")
+            raise RefusedError(
+                f"only {p.boundary_share:.0%} of the student's tokens stand on a common boundary (floor {min_boundary_share:.0%})",
+                where=where,
+                remedy="choose a teacher or student whose tokenizers are nearer, or lower check.floor",
+            )
+        if (
+            p.num_boundaries
+            and wilson_interval(round(p.event_disagreement * p.num_boundaries), p.num_boundaries)[0]
+            > max_event_disagreement
+        ):
+            raise RefusedError(
+                f"{p.event_disagreement:.1%} of the common boundaries disagree on the event (at most {max_event_disagreement:.1%})",
+                where=where,
+                remedy="choose a teacher or student whose tokenizers are nearer, or raise check.disagreement",
+            )
     for one in likelihoods:
-        if not one.language and one.excess_low is not None and one.excess_low > MAX_TEMPLATE_EXCESS_BITS_PER_BYTE:
-            raise RefusedError(f"its chat template costs it {one.template_bits_per_byte - one.bare_bits_per_byte:.2f} bits a byte: {one.template_bits_per_byte:.2f} on the reference answers, "
-                          f"{one.bare_bits_per_byte:.2f} without any template", where=f"{one.teacher}, {one.conversations} answers",
-                          remedy="the template is not the one it was trained with: give the model's own chat_template.jinja, or an instruct model")
+        if (
+            not one.language
+            and one.excess_low is not None
+            and one.excess_low > MAX_TEMPLATE_EXCESS_BITS_PER_BYTE
+        ):
+            raise RefusedError(
+                f"its chat template costs it {one.template_bits_per_byte - one.bare_bits_per_byte:.2f} bits a byte: {one.template_bits_per_byte:.2f} on the reference answers, "
+                f"{one.bare_bits_per_byte:.2f} without any template",
+                where=f"{one.teacher}, {one.conversations} answers",
+                remedy="the template is not the one it was trained with: give the model's own chat_template.jinja, or an instruct model",
+            )

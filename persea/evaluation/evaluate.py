@@ -12,9 +12,19 @@ from persea.chat.messages import ThinkingEffort
 from persea.errors import SafetyRegressionError
 from persea.evaluation.answering import EvaluatedModel, answer_items, reference_bits
 from persea.tasks.intervals import CONFIDENCE_LEVEL
-from persea.tasks.task import ItemResult, PairedComparison, Score, Task, TaskItem, compare_paired_results, score_results
+from persea.tasks.task import (
+    ItemResult,
+    PairedComparison,
+    Score,
+    Task,
+    TaskItem,
+    compare_paired_results,
+    score_results,
+)
 
-SAFETY_SKILL_PREFIX = "safety"  # skills whose names begin with it: a student that loses on one ends the run (exit 4)
+SAFETY_SKILL_PREFIX = (
+    "safety"  # skills whose names begin with it: a student that loses on one ends the run (exit 4)
+)
 EvaluationResultKey: TypeAlias = tuple[str, ThinkingEffort, str]  # speaker, effort, skill
 
 
@@ -41,10 +51,17 @@ class EvaluationResult:
     regressions: tuple[PairedComparison, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return {"student": self.student, "base": self.base, "teachers": list(self.teachers), "reference_models": list(self.reference_models),
-                "effort": self.effort, "scores": [s.to_json() for s in self.scores],
-                "bits_per_byte": {k: dict(v) for k, v in self.bits_per_byte.items()}, "compared": [p.to_json() for p in self.comparisons],
-                "regressions": [p.to_json() for p in self.regressions]}
+        return {
+            "student": self.student,
+            "base": self.base,
+            "teachers": list(self.teachers),
+            "reference_models": list(self.reference_models),
+            "effort": self.effort,
+            "scores": [s.to_json() for s in self.scores],
+            "bits_per_byte": {k: dict(v) for k, v in self.bits_per_byte.items()},
+            "compared": [p.to_json() for p in self.comparisons],
+            "regressions": [p.to_json() for p in self.regressions],
+        }
 
 
 @dataclass
@@ -58,7 +75,9 @@ class EvaluationAnswers:
 
     def results_for(self, name: str, effort: ThinkingEffort, skill: str) -> tuple[ItemResult, ...]:
         """A speaker's results at an effort; at its own, the first measured, where it has no such."""
-        return self.results.get((name, effort, skill)) or next(r for (n, _, s), r in self.results.items() if (n, s) == (name, skill))
+        return self.results.get((name, effort, skill)) or next(
+            r for (n, _, s), r in self.results.items() if (n, s) == (name, skill)
+        )
 
     def iter_scores(self) -> Iterator[Score]:
         """Each over all and, where a skill is asked in several languages, per language."""
@@ -69,7 +88,10 @@ class EvaluationAnswers:
     def iter_answer_records(self) -> Iterator[dict[str, Any]]:
         """Every answer, one JSON line each."""
         for (name, effort, skill), results in self.results.items():
-            yield from ({"model_name": name, "skill": skill, "effort": effort} | r.to_json() for r in results)
+            yield from (
+                {"model_name": name, "skill": skill, "effort": effort} | r.to_json()
+                for r in results
+            )
 
 
 def result_languages(results: Sequence[ItemResult]) -> tuple[str, ...]:
@@ -78,8 +100,13 @@ def result_languages(results: Sequence[ItemResult]) -> tuple[str, ...]:
     return tuple(found) if len(found) > 1 else ()
 
 
-def evaluate_model(answers: EvaluationAnswers, model: EvaluatedModel, tasks: Sequence[tuple[Task, Sequence[TaskItem]]], max_new_tokens: int,
-           progress: Callable[[float, str], None] = lambda share, words: None) -> None:
+def evaluate_model(
+    answers: EvaluationAnswers,
+    model: EvaluatedModel,
+    tasks: Sequence[tuple[Task, Sequence[TaskItem]]],
+    max_new_tokens: int,
+    progress: Callable[[float, str], None] = lambda share, words: None,
+) -> None:
     """One speaker on every skill's items, at each of its efforts: answers, and bits per byte."""
     spent: list[tuple[float, int]] = []
     answers.bits_per_byte[model.name] = {}
@@ -87,15 +114,29 @@ def evaluate_model(answers: EvaluationAnswers, model: EvaluatedModel, tasks: Seq
         for effort in model.efforts:
             results, reused = answer_items(model, effort, skill, items, max_new_tokens)
             answers.results[model.name, effort, skill.name] = results
-            answers.num_answers, answers.num_reused = answers.num_answers + len(results), answers.num_reused + reused
+            answers.num_answers, answers.num_reused = (
+                answers.num_answers + len(results),
+                answers.num_reused + reused,
+            )
         spent.append(reference_bits(model, items))
         if spent[-1][1]:
             answers.bits_per_byte[model.name][skill.name] = spent[-1][0] / spent[-1][1]
         told = score_results(model.name, skill.name, results, effort).value
-        progress((k + 1) / len(tasks), f"{model.name} {skill.name} {told:.2f}{', as kept' * (reused == len(results))}")
+        progress(
+            (k + 1) / len(tasks),
+            f"{model.name} {skill.name} {told:.2f}{', as kept' * (reused == len(results))}",
+        )
     size = sum(n for _, n in spent)
-    whole = sum(len(p.text.encode()) for _, items in tasks for i in items if i.reference or i.calls for p in i.reference_conversation.messages[-1].parts)
-    if 0 < size == whole:  # who cannot say all of it spends its bits on other texts than the others, and does not compare
+    whole = sum(
+        len(p.text.encode())
+        for _, items in tasks
+        for i in items
+        if i.reference or i.calls
+        for p in i.reference_conversation.messages[-1].parts
+    )
+    if (
+        0 < size == whole
+    ):  # who cannot say all of it spends its bits on other texts than the others, and does not compare
         answers.bits_per_byte[model.name]["all"] = sum(b for b, _ in spent) / size
 
 
@@ -106,13 +147,20 @@ def compare_student(answers: EvaluationAnswers, student: str) -> tuple[PairedCom
     """
     found: list[PairedComparison] = []
     for (_, effort, skill), mine in ((k, r) for k, r in answers.results.items() if k[0] == student):
-        for other in dict.fromkeys(name for name, _, s in answers.results if name != student and s == skill):
+        for other in dict.fromkeys(
+            name for name, _, s in answers.results if name != student and s == skill
+        ):
             its = answers.results_for(other, effort, skill)
-            found += [compare_paired_results((student, other), skill, mine, its, effort, language) for language in ("", *result_languages(mine))]
+            found += [
+                compare_paired_results((student, other), skill, mine, its, effort, language)
+                for language in ("", *result_languages(mine))
+            ]
     return tuple(found)
 
 
-def find_regressions(answers: EvaluationAnswers, student: str, base: str) -> tuple[PairedComparison, ...]:
+def find_regressions(
+    answers: EvaluationAnswers, student: str, base: str
+) -> tuple[PairedComparison, ...]:
     """Where the student is below its own base with confidence: a skill as a whole at 95 %, each of its L languages at 1 - 0.05 / L.
 
     So that a student no worse than its base is called worse in 2.5 % of skills at most, and in 2.5 % for all languages of one together.
@@ -122,7 +170,9 @@ def find_regressions(answers: EvaluationAnswers, student: str, base: str) -> tup
         its, several = answers.results_for(base, effort, skill), result_languages(mine)
         for language in ("", *several):
             confidence = 1 - (1 - CONFIDENCE_LEVEL) / len(several) if language else CONFIDENCE_LEVEL
-            pair = compare_paired_results((student, base), skill, mine, its, effort, language, confidence)
+            pair = compare_paired_results(
+                (student, base), skill, mine, its, effort, language, confidence
+            )
             if pair.high < 0:
                 found.append(pair)
     return tuple(found)
@@ -130,14 +180,22 @@ def find_regressions(answers: EvaluationAnswers, student: str, base: str) -> tup
 
 def refuse_saved_regressions(evaluation_path: Path) -> None:
     """`refuse_regressions` of an evaluation.json."""
-    refuse_safety_regressions([PairedComparison(**p) for p in store.read_json(evaluation_path)["regressions"]], str(evaluation_path))
+    refuse_safety_regressions(
+        [PairedComparison(**p) for p in store.read_json(evaluation_path)["regressions"]],
+        str(evaluation_path),
+    )
 
 
 def refuse_safety_regressions(regressions: Sequence[PairedComparison], where: str) -> None:
     """Raises Regressed where the student is less safe than its base."""
     lost = [p for p in regressions if p.skill.startswith(SAFETY_SKILL_PREFIX)]
     if lost:
-        told = "; ".join(f"{p.skill}{f' in {p.language}' if p.language else ''} {p.difference:+.2f} ({p.low:+.2f} to {p.high:+.2f}, n {p.n})"
-                         for p in lost)
-        raise SafetyRegressionError(f"the student is less safe than its base: {told}", where=where,
-                        remedy="look at evaluate/examples.jsonl; teach safety too, or write evaluation.allow_regression: true")
+        told = "; ".join(
+            f"{p.skill}{f' in {p.language}' if p.language else ''} {p.difference:+.2f} ({p.low:+.2f} to {p.high:+.2f}, n {p.n})"
+            for p in lost
+        )
+        raise SafetyRegressionError(
+            f"the student is less safe than its base: {told}",
+            where=where,
+            remedy="look at evaluate/examples.jsonl; teach safety too, or write evaluation.allow_regression: true",
+        )

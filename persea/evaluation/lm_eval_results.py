@@ -35,22 +35,30 @@ def read_lm_eval_results(model_name: str, path: Path) -> tuple[LmEvalResult, ...
     try:
         found = json.loads(path.read_bytes())
     except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}", where=str(path), remedy=remedy) from error
+        raise DataError(
+            f"cannot be read: {error.strerror}", where=str(path), remedy=remedy
+        ) from error
     except ValueError as error:
         raise DataError(f"not JSON: {error}", where=str(path), remedy=remedy) from error
     results = found.get("results") if isinstance(found, dict) else None
     if not isinstance(results, dict):
-        raise DataError("has no `results`: it is not what lm-eval writes", where=str(path), remedy=remedy)
+        raise DataError(
+            "has no `results`: it is not what lm-eval writes", where=str(path), remedy=remedy
+        )
     try:
         numbers = tuple(_iter_results(model_name, found, results))
     except (TypeError, AttributeError, ValueError) as error:
-        raise DataError(f"not in lm-eval's form: {error}", where=str(path), remedy=remedy) from error
+        raise DataError(
+            f"not in lm-eval's form: {error}", where=str(path), remedy=remedy
+        ) from error
     if not numbers:
         raise DataError("holds no number", where=str(path), remedy=remedy)
     return numbers
 
 
-def _iter_results(model_name: str, found: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]) -> Iterator[LmEvalResult]:
+def _iter_results(
+    model_name: str, found: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]
+) -> Iterator[LmEvalResult]:
     for task, values in results.items():
         n = found.get("n-samples", {}).get(task, {}).get("effective", 0)
         better = found.get("higher_is_better", {}).get(task, {})
@@ -58,9 +66,22 @@ def _iter_results(model_name: str, found: Mapping[str, Any], results: Mapping[st
             metric, _, filtered = key.partition(",")
             if not filtered or metric.endswith("_stderr"):  # alias, sample counts, errors
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not math.isfinite(value)
+            ):
                 raise ValueError(f"{task}: {key} is {value!r}, not a number")
             error = values.get(f"{metric}_stderr,{filtered}")
-            known = float(error) if isinstance(error, int | float) and math.isfinite(error) else None  # lm-eval writes "N/A" where it has none
-            yield LmEvalResult(model_name, str(values.get("alias") or task).strip(" -"), metric if filtered == "none" else f"{metric} ({filtered})",
-                           float(value), known, int(n), better.get(metric) is not False)
+            known = (
+                float(error) if isinstance(error, int | float) and math.isfinite(error) else None
+            )  # lm-eval writes "N/A" where it has none
+            yield LmEvalResult(
+                model_name,
+                str(values.get("alias") or task).strip(" -"),
+                metric if filtered == "none" else f"{metric} ({filtered})",
+                float(value),
+                known,
+                int(n),
+                better.get(metric) is not False,
+            )

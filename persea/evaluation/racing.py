@@ -15,7 +15,9 @@ from persea.tasks.task import ItemResult, Score, Task, TaskItem, score_results
 
 AuditionResultKey: TypeAlias = tuple[str, str, ThinkingEffort]  # teacher, skill, effort
 FIRST_ROUND_ITEMS = 10  # questions of the first round: ten wins of ten settle five teachers (evidence 186 > 160), nine settle three (102 > 80)
-MIN_ITEMS_PER_LANGUAGE = 4  # questions of each language before a skill is settled: what is ahead in fewer is seldom seen
+MIN_ITEMS_PER_LANGUAGE = (
+    4  # questions of each language before a skill is settled: what is ahead in fewer is seldom seen
+)
 
 
 class StopReason(StrEnum):
@@ -53,7 +55,12 @@ def round_bounds(num_languages: int, max_items: int) -> Iterator[tuple[int, int]
         yield begin, end
 
 
-def find_eliminated(scores_by_teacher: Mapping[str, Sequence[float]], alpha: float, is_last_look: bool, eliminated: Mapping[str, str]) -> dict[str, str]:
+def find_eliminated(
+    scores_by_teacher: Mapping[str, Sequence[float]],
+    alpha: float,
+    is_last_look: bool,
+    eliminated: Mapping[str, str],
+) -> dict[str, str]:
     """Teacher -> who beats it: those that are out already, and each that one still in is better than on the items both answered.
 
     The best of K is in it with a chance of at most alpha, however often one looks. Half of alpha is betting's, whose evidence must reach
@@ -67,8 +74,12 @@ def find_eliminated(scores_by_teacher: Mapping[str, Sequence[float]], alpha: flo
             n = min(len(mine), len(its))
             if one == other or n == 0 or {one, other} & set(found):
                 continue
-            if betting_wealth([b - a for a, b in zip(mine[:n], its[:n], strict=True)])[-1] >= 2 * rivals / alpha or (
-                    is_last_look and paired_difference_interval(its[:n], mine[:n], 1 - alpha / rivals)[0] > 0):
+            if betting_wealth([b - a for a, b in zip(mine[:n], its[:n], strict=True)])[
+                -1
+            ] >= 2 * rivals / alpha or (
+                is_last_look
+                and paired_difference_interval(its[:n], mine[:n], 1 - alpha / rivals)[0] > 0
+            ):
                 found[one] = other
     return found
 
@@ -90,8 +101,12 @@ class TaskRace:
 
     def scores_in_language(self, language: str) -> dict[str, list[float]]:
         """Values by teacher of the items of one language."""
-        return {name: [v for v, i in zip(values, self.items, strict=False) if i.prompt.language == language]
-                for name, values in self.scores.items()}
+        return {
+            name: [
+                v for v, i in zip(values, self.items, strict=False) if i.prompt.language == language
+            ]
+            for name, values in self.scores.items()
+        }
 
     def update_eliminated(self, num_items_asked: int) -> None:
         """Who is beaten by now, and whether more questions could tell more."""
@@ -99,9 +114,17 @@ class TaskRace:
         self.eliminated = find_eliminated(self.scores, 1 - CONFIDENCE_LEVEL, last, self.eliminated)
         left = [name for name in self.scores if name not in self.eliminated]
         told = [self.scores_in_language(language) for language in self.languages]
-        seen = all(min(len(mine[name]) for name in left) >= min(MIN_ITEMS_PER_LANGUAGE, _count_items_in_language(self.items, language))
-                   for language, mine in zip(self.languages, told, strict=True))
-        ahead = any(mean(mine[name]) > max(mean(mine[w]) for w in left) for mine in told for name in self.eliminated if len(told) > 1)
+        seen = all(
+            min(len(mine[name]) for name in left)
+            >= min(MIN_ITEMS_PER_LANGUAGE, _count_items_in_language(self.items, language))
+            for language, mine in zip(self.languages, told, strict=True)
+        )
+        ahead = any(
+            mean(mine[name]) > max(mean(mine[w]) for w in left)
+            for mine in told
+            for name in self.eliminated
+            if len(told) > 1
+        )
         if len(left) == 1 and seen and not ahead:
             self.stop_reason = StopReason.SETTLED
         elif last:
@@ -109,8 +132,11 @@ class TaskRace:
 
     def is_eliminated_everywhere(self, name: str) -> bool:
         """Beaten, and ahead in no language: asking it more changes nothing."""
-        return name in self.eliminated and all(mean(mine[name]) <= max(mean(v) for other, v in mine.items() if other not in self.eliminated)
-                                        for mine in map(self.scores_in_language, self.languages))
+        return name in self.eliminated and all(
+            mean(mine[name])
+            <= max(mean(v) for other, v in mine.items() if other not in self.eliminated)
+            for mine in map(self.scores_in_language, self.languages)
+        )
 
 
 def mean(values: Sequence[float]) -> float:
@@ -121,14 +147,26 @@ def _count_items_in_language(items: Sequence[TaskItem], language: str) -> int:
     return sum(i.prompt.language == language for i in items)
 
 
-def race_teachers(teachers: Sequence[str], tasks: Sequence[tuple[Task, Sequence[TaskItem]]], seed: int,
-             answer_fn: Callable[[str, Task, Sequence[TaskItem]], Sequence[ItemResult]], progress: Callable[[float, str], None] = lambda share, words: None
-             ) -> tuple[TaskRace, ...]:
+def race_teachers(
+    teachers: Sequence[str],
+    tasks: Sequence[tuple[Task, Sequence[TaskItem]]],
+    seed: int,
+    answer_fn: Callable[[str, Task, Sequence[TaskItem]], Sequence[ItemResult]],
+    progress: Callable[[float, str], None] = lambda share, words: None,
+) -> tuple[TaskRace, ...]:
     """Every teacher on every skill, in rounds of a few questions, until one teacher is left of each skill or its items are used up.
 
     ask  (teacher, skill, items) -> results; teachers come in turn and every second round backwards, so that weights are changed seldom
     """
-    courses = [TaskRace(skill.name, interleave_languages(items, seed), {t: [] for t in teachers}, {t: [] for t in teachers}) for skill, items in tasks]
+    courses = [
+        TaskRace(
+            skill.name,
+            interleave_languages(items, seed),
+            {t: [] for t in teachers},
+            {t: [] for t in teachers},
+        )
+        for skill, items in tasks
+    ]
     plans = [iter(round_bounds(max(1, len(c.languages)), len(c.items))) for c in courses]
     turn = 0
     while running := [k for k, c in enumerate(courses) if c.stop_reason is None]:
@@ -140,16 +178,23 @@ def race_teachers(teachers: Sequence[str], tasks: Sequence[tuple[Task, Sequence[
                     results = answer_fn(name, tasks[k][0], course.items[begin:end])
                     course.results[name] += results
                     course.scores[name] += [r.value for r in results]
-                    progress(sum(len(c.scores[t]) for c in courses for t in teachers) / sum(len(c.items) * len(teachers) for c in courses),
-                         f"{name} {course.skill} {mean(course.scores[name]):.2f}")
+                    progress(
+                        sum(len(c.scores[t]) for c in courses for t in teachers)
+                        / sum(len(c.items) * len(teachers) for c in courses),
+                        f"{name} {course.skill} {mean(course.scores[name]):.2f}",
+                    )
         for k, (_, end) in spans.items():
             courses[k].update_eliminated(end)
         turn += 1
     return tuple(courses)
 
 
-def compare_efforts(races: Sequence[TaskRace], tasks: Sequence[Task], efforts: Mapping[str, Sequence[ThinkingEffort]],
-               answer_fn: Callable[[str, ThinkingEffort, Task, Sequence[TaskItem]], Sequence[ItemResult]]) -> tuple[tuple[EffortComparison, ...], dict[AuditionResultKey, list[ItemResult]]]:
+def compare_efforts(
+    races: Sequence[TaskRace],
+    tasks: Sequence[Task],
+    efforts: Mapping[str, Sequence[ThinkingEffort]],
+    answer_fn: Callable[[str, ThinkingEffort, Task, Sequence[TaskItem]], Sequence[ItemResult]],
+) -> tuple[tuple[EffortComparison, ...], dict[AuditionResultKey, list[ItemResult]]]:
     """Each teacher at its other efforts, on the questions it was asked at its own; and all that was said, by teacher, skill and effort."""
     dials: list[EffortComparison] = []
     said: dict[AuditionResultKey, list[ItemResult]] = {}
@@ -158,7 +203,16 @@ def compare_efforts(races: Sequence[TaskRace], tasks: Sequence[Task], efforts: M
             own, *others = efforts[name]
             said[name, course.skill, own] = results
             for effort in others:
-                mine = said[name, course.skill, effort] = list(answer_fn(name, effort, skill, course.items[:len(results)]))
-                dials.append(EffortComparison(score_results(name, course.skill, mine, effort), own,
-                                  *paired_difference_interval([r.value for r in mine], [r.value for r in results])))
+                mine = said[name, course.skill, effort] = list(
+                    answer_fn(name, effort, skill, course.items[: len(results)])
+                )
+                dials.append(
+                    EffortComparison(
+                        score_results(name, course.skill, mine, effort),
+                        own,
+                        *paired_difference_interval(
+                            [r.value for r in mine], [r.value for r in results]
+                        ),
+                    )
+                )
     return tuple(dials), said

@@ -81,35 +81,67 @@ class ThinkingModesReport:
         return asdict(self)
 
 
-def measure_thinking_modes(student: Teacher, tasks: Sequence[tuple[Task, Sequence[TaskItem]]], taught_efforts: Mapping[str, Sequence[ThinkingEffort]], max_new_tokens: int,
-            direct_answers: Iterable[Mapping[str, Any]] = (), progress: Callable[[str], None] = lambda words: None) -> ThinkingModesReport:
+def measure_thinking_modes(
+    student: Teacher,
+    tasks: Sequence[tuple[Task, Sequence[TaskItem]]],
+    taught_efforts: Mapping[str, Sequence[ThinkingEffort]],
+    max_new_tokens: int,
+    direct_answers: Iterable[Mapping[str, Any]] = (),
+    progress: Callable[[str], None] = lambda words: None,
+) -> ThinkingModesReport:
     """Ask the student the skills' items at every effort it was taught them in.
 
     taught  skill -> efforts; skills that are not in it are left out, and so are items with choices, which are not answered in words
     direct  answers at effort none to other skills, as examples.jsonl has them, which count for the leak there
     """
     found: list[EffortResult] = []
-    unasked = [_counts_as_thinking(line.get("thinking", ""), line["answer"] or line.get("calls"), line["finish"]) for line in direct_answers]
+    unasked = [
+        _counts_as_thinking(
+            line.get("thinking", ""), line["answer"] or line.get("calls"), line["finish"]
+        )
+        for line in direct_answers
+    ]
     unthinking: list[bool] = []
     for skill, every in tasks:
         items = [i for i in every if not i.choices]
-        for effort in (e for e in ThinkingEffort if items and e in taught_efforts.get(skill.name, ())):
-            answers = student.answer([replace(i.prompt, effort=effort) for i in items], max_new_tokens)
+        for effort in (
+            e for e in ThinkingEffort if items and e in taught_efforts.get(skill.name, ())
+        ):
+            answers = student.answer(
+                [replace(i.prompt, effort=effort) for i in items], max_new_tokens
+            )
             said = [(a.conversation.messages[-1], a.finish) for a in answers]
             found.append(_measure_effort(student, skill, items, effort, said))
             thinks = [_message_has_thinking(*one) for one in said]
             unasked += thinks if effort is ThinkingEffort.NONE else []
             unthinking += [not t for t in thinks] if effort is not ThinkingEffort.NONE else []
             progress(f"{skill.name} at {effort} {found[-1].score.value:.2f}")
-    rises = {skill: _is_length_increasing([m for m in found if m.skill == skill]) for skill in dict.fromkeys(m.skill for m in found)}
-    return ThinkingModesReport(student.name, tuple(found), Proportion.of(sum(unasked), len(unasked)), Proportion.of(sum(unthinking), len(unthinking)),
-                 {skill: r for skill, r in rises.items() if r is not None})
+    rises = {
+        skill: _is_length_increasing([m for m in found if m.skill == skill])
+        for skill in dict.fromkeys(m.skill for m in found)
+    }
+    return ThinkingModesReport(
+        student.name,
+        tuple(found),
+        Proportion.of(sum(unasked), len(unasked)),
+        Proportion.of(sum(unthinking), len(unthinking)),
+        {skill: r for skill, r in rises.items() if r is not None},
+    )
 
 
-def select_direct_answers(answer_records: Iterable[Mapping[str, Any]], model_name: str, taught_efforts: Mapping[str, object]) -> list[Mapping[str, Any]]:
+def select_direct_answers(
+    answer_records: Iterable[Mapping[str, Any]],
+    model_name: str,
+    taught_efforts: Mapping[str, object],
+) -> list[Mapping[str, Any]]:
     """Of everybody's answers, as examples.jsonl has them, a speaker's at effort none to skills without modes: what `measure` calls direct."""
-    return [line for line in answer_records if (line["model_name"], line["effort"]) == (model_name, ThinkingEffort.NONE) and line["skill"] not in taught_efforts
-            and "likelihoods" not in line]  # who chooses says nothing, and cannot think unasked
+    return [
+        line
+        for line in answer_records
+        if (line["model_name"], line["effort"]) == (model_name, ThinkingEffort.NONE)
+        and line["skill"] not in taught_efforts
+        and "likelihoods" not in line
+    ]  # who chooses says nothing, and cannot think unasked
 
 
 def _message_has_thinking(message: Message, finish: FinishReason) -> bool:
@@ -121,23 +153,53 @@ def _counts_as_thinking(thinking: str, content: object, finish: str) -> bool:
     return bool(thinking) or (finish != FinishReason.STOP and not content)
 
 
-def _measure_effort(student: Teacher, task: Task, items: Sequence[TaskItem], effort: ThinkingEffort, answers: Sequence[tuple[Message, FinishReason]]) -> EffortResult:
+def _measure_effort(
+    student: Teacher,
+    task: Task,
+    items: Sequence[TaskItem],
+    effort: ThinkingEffort,
+    answers: Sequence[tuple[Message, FinishReason]],
+) -> EffortResult:
     results = grade_answers(task, items, answers)
     astray = sum(_message_has_thinking(*one) is (effort is ThinkingEffort.NONE) for one in answers)
-    thoughts = [(m.thinking, i.prompt.language) for (m, _), i in zip(answers, items, strict=True) if m.thinking]
+    thoughts = [
+        (m.thinking, i.prompt.language)
+        for (m, _), i in zip(answers, items, strict=True)
+        if m.thinking
+    ]
     tongues = [(thinking_language(text), language) for text, language in thoughts]
     told = [(found, language) for found, language in tongues if found != UNDETERMINED_LANGUAGE]
     cut = sum(_message_has_thinking(m, finish) and not m.thinking for m, finish in answers)
-    return EffortResult(task.name, effort, score_results(student.name, task.name, results, effort), Proportion.of(astray, len(answers)),
-                _measure_length(student.renderer.vocabulary, [text for text, _ in thoughts], cut), dict(Counter(found for found, _ in tongues).most_common()),
-                Proportion.of(sum(is_same_language(found, language) for found, language in told), len(told)))
+    return EffortResult(
+        task.name,
+        effort,
+        score_results(student.name, task.name, results, effort),
+        Proportion.of(astray, len(answers)),
+        _measure_length(student.renderer.vocabulary, [text for text, _ in thoughts], cut),
+        dict(Counter(found for found, _ in tongues).most_common()),
+        Proportion.of(
+            sum(is_same_language(found, language) for found, language in told), len(told)
+        ),
+    )
 
 
-def _measure_length(vocabulary: Vocabulary, thinking_texts: Sequence[str], num_truncated: int) -> ThinkingLength:
+def _measure_length(
+    vocabulary: Vocabulary, thinking_texts: Sequence[str], num_truncated: int
+) -> ThinkingLength:
     if not thinking_texts:
         return ThinkingLength(0, 0, 0, 0, 0, num_truncated)
-    tokens, sizes = [len(ids) for ids in vocabulary.encode_batch(thinking_texts)], [len(t.encode()) for t in thinking_texts]
-    return ThinkingLength(len(thinking_texts), fmean(tokens), median(tokens), fmean(sizes), median(sizes), num_truncated)
+    tokens, sizes = (
+        [len(ids) for ids in vocabulary.encode_batch(thinking_texts)],
+        [len(t.encode()) for t in thinking_texts],
+    )
+    return ThinkingLength(
+        len(thinking_texts),
+        fmean(tokens),
+        median(tokens),
+        fmean(sizes),
+        median(sizes),
+        num_truncated,
+    )
 
 
 def _is_length_increasing(modes: Sequence[EffortResult]) -> bool | None:
@@ -148,7 +210,9 @@ def _is_length_increasing(modes: Sequence[EffortResult]) -> bool | None:
     dials = [m.length for m in modes if m.effort is not ThinkingEffort.NONE]
     if len(dials) < 2:
         return None
-    return all(m.num_finished for m in dials) and all(a.mean_tokens < b.mean_tokens and a.mean_bytes < b.mean_bytes for a, b in pairwise(dials))
+    return all(m.num_finished for m in dials) and all(
+        a.mean_tokens < b.mean_tokens and a.mean_bytes < b.mean_bytes for a, b in pairwise(dials)
+    )
 
 
 def thinking_language(text: str) -> str:

@@ -20,27 +20,41 @@ STRIP_ROWS = 2048  # rows of the weight at once: what is made of them is added o
 
 def can_use_onednn(like_XY: torch.Tensor) -> bool:
     """Whether matrices like this one are multiplied by oneDNN."""
-    if like_XY.dtype is not torch.float32 or like_XY.device.type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX512":
+    if (
+        like_XY.dtype is not torch.float32
+        or like_XY.device.type != "cpu"
+        or torch.backends.cpu.get_cpu_capability() != "AVX512"
+    ):
         return False
     return bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)  # type: ignore[no-untyped-call]
 
 
 def padded_rows(count: int, like_XY: torch.Tensor) -> int:
     """How many rows the products of `count` rows are made with: at least as many, at most an eighth more from 128 on."""
-    return -(-count // _row_multiple(count)) * _row_multiple(count) if can_use_onednn(like_XY) else count
+    return (
+        -(-count // _row_multiple(count)) * _row_multiple(count)
+        if can_use_onednn(like_XY)
+        else count
+    )
 
 
 def max_padded_rows(count: int, like_XY: torch.Tensor) -> int:
     """The most rows, of which `rows_for` makes no more than `count`; at least one."""
-    return max(1, count // _row_multiple(count) * _row_multiple(count)) if can_use_onednn(like_XY) else count
+    return (
+        max(1, count // _row_multiple(count) * _row_multiple(count))
+        if can_use_onednn(like_XY)
+        else count
+    )
 
 
 def _row_multiple(count: int) -> int:
     return max(16, 1 << (count - 1).bit_length() >> 4)
 
 
-def project_to_logits(hidden_CD: torch.Tensor, weight_VD: torch.Tensor, out_CV: torch.Tensor) -> None:
-    """into = hidden weight^T."""
+def project_to_logits(
+    hidden_CD: torch.Tensor, weight_VD: torch.Tensor, out_CV: torch.Tensor
+) -> None:
+    """Into = hidden weight^T."""
     if not can_use_onednn(hidden_CD):
         torch.mm(hidden_CD, weight_VD.T, out=out_CV)
         return
@@ -49,12 +63,18 @@ def project_to_logits(hidden_CD: torch.Tensor, weight_VD: torch.Tensor, out_CV: 
 
 
 def project_to_hidden(grad_CV: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
-    """pull weight, [C, D]."""
-    return _matmul_transposed(grad_CV, weight_VD.T) if can_use_onednn(grad_CV) else torch.mm(grad_CV, weight_VD)
+    """Pull weight, [C, D]."""
+    return (
+        _matmul_transposed(grad_CV, weight_VD.T)
+        if can_use_onednn(grad_CV)
+        else torch.mm(grad_CV, weight_VD)
+    )
 
 
-def accumulate_weight_gradient(out_VD: torch.Tensor, grad_CV: torch.Tensor, hidden_CD: torch.Tensor, is_first: bool) -> None:
-    """into += pull^T hidden; the first time into is overwritten.
+def accumulate_weight_gradient(
+    out_VD: torch.Tensor, grad_CV: torch.Tensor, hidden_CD: torch.Tensor, is_first: bool
+) -> None:
+    """Into += pull^T hidden; the first time into is overwritten.
 
     Half precision goes a part of the vocabulary at a time, so that sums over chunks are float32's.
     """
@@ -63,7 +83,11 @@ def accumulate_weight_gradient(out_VD: torch.Tensor, grad_CV: torch.Tensor, hidd
         out_VD.addmm_(grad_CV.T, hidden_CD, beta=0 if is_first else 1)
         return
     for part in _row_strips(out_VD, STRIP_ROWS if quick else 8 * STRIP_ROWS):
-        added_PD = _matmul_transposed(grad_CV[:, part].T, hidden_CD.T) if quick else torch.mm(grad_CV[:, part].T, hidden_CD)
+        added_PD = (
+            _matmul_transposed(grad_CV[:, part].T, hidden_CD.T)
+            if quick
+            else torch.mm(grad_CV[:, part].T, hidden_CD)
+        )
         if is_first:
             out_VD[part] = added_PD
         else:
@@ -71,8 +95,10 @@ def accumulate_weight_gradient(out_VD: torch.Tensor, grad_CV: torch.Tensor, hidd
 
 
 def _matmul_transposed(left_XY: torch.Tensor, right_ZY: torch.Tensor) -> torch.Tensor:
-    """left right^T."""
-    product_XZ: torch.Tensor = torch.ops.mkldnn._linear_pointwise(left_XY, right_ZY, None, "none", [], "")
+    """Left right^T."""
+    product_XZ: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+        left_XY, right_ZY, None, "none", [], ""
+    )
     return product_XZ
 
 

@@ -35,27 +35,40 @@ class SpanTargets:
     teacher_logprob_C: torch.Tensor
 
 
-def log_possible_mass(logprobs_NV: torch.Tensor, impossible_tokens: ImpossibleTokens) -> torch.Tensor:
-    """log beta of each position, [N]: the mass that can stand. Differentiable; a position whose whole mass is dead gives -inf.
+def log_possible_mass(
+    logprobs_NV: torch.Tensor, impossible_tokens: ImpossibleTokens
+) -> torch.Tensor:
+    """Log beta of each position, [N]: the mass that can stand. Differentiable; a position whose whole mass is dead gives -inf.
 
     Summed over what stands, not as 1 - dead, which has no digits left where the student is certain of what cannot be.
     """
-    row_D, token_D = (side.to(logprobs_NV.device) for side in (impossible_tokens.row_D, impossible_tokens.token_D))
+    row_D, token_D = (
+        side.to(logprobs_NV.device) for side in (impossible_tokens.row_D, impossible_tokens.token_D)
+    )
     nothing = torch.full((), -torch.inf, dtype=logprobs_NV.dtype, device=logprobs_NV.device)
     return logprobs_NV.index_put((row_D, token_D), nothing).logsumexp(-1)
 
 
-def span_likelihood_loss(logits_NV: torch.Tensor, labels_N: torch.Tensor, spans: SpanTargets, impossible_tokens: ImpossibleTokens) -> LossOutput:
+def span_likelihood_loss(
+    logits_NV: torch.Tensor,
+    labels_N: torch.Tensor,
+    spans: SpanTargets,
+    impossible_tokens: ImpossibleTokens,
+) -> LossOutput:
     """Half the mean squared difference of both sides' L, nats^2 per chunk. Zero for a right student, whatever the tokenizers.
 
     logits_NV, targets_N  student logits and the tokens that stand there
     dead                  student tokens that cannot stand, by position
     """
     if not len(spans.teacher_logprob_C):
-        raise DataError("no chunk", where="losses", remedy="ask for the chunk term only where there are chunks")
+        raise DataError(
+            "no chunk", where="losses", remedy="ask for the chunk term only where there are chunks"
+        )
     logprobs_NV = torch.log_softmax(logits_NV, -1)
     chunk_P, position_P, begin_C, end_C = (
-        side.to(logits_NV.device) for side in (spans.span_P, spans.position_P, spans.begin_C, spans.end_C))
+        side.to(logits_NV.device)
+        for side in (spans.span_P, spans.position_P, spans.begin_C, spans.end_C)
+    )
     said_N = logprobs_NV.gather(1, labels_N[:, None]).squeeze(1)
     standing_N = log_possible_mass(logprobs_NV, impossible_tokens)
     student_C = torch.zeros(len(spans.teacher_logprob_C), dtype=said_N.dtype, device=said_N.device)
@@ -64,4 +77,6 @@ def span_likelihood_loss(logits_NV: torch.Tensor, labels_N: torch.Tensor, spans:
     student_C = student_C.index_add(0, torch.nonzero(ends).squeeze(-1), standing_N[end_C[ends]])
     each_C = (student_C - spans.teacher_logprob_C.to(student_C)).square() / 2
     loss = each_C.mean()
-    return LossOutput(loss, {"chunk": float(loss.detach())}, len(spans.teacher_logprob_C), each_C.detach())
+    return LossOutput(
+        loss, {"chunk": float(loss.detach())}, len(spans.teacher_logprob_C), each_C.detach()
+    )

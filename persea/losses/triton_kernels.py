@@ -23,7 +23,7 @@ DIVERGENCE_CODES = {Divergence.FORWARD: 0, Divergence.REVERSE: 1, Divergence.JSD
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _logsumexp_kernel(row, columns, BLOCK: tl.constexpr) -> tl.tensor:  # type: ignore[no-untyped-def]
-    """log sum exp of a row, in one pass."""
+    """Log sum exp of a row, in one pass."""
     top = tl.full((), -float("inf"), tl.float32)
     total = tl.full((), 0.0, tl.float32)
     for start in range(0, columns, BLOCK):
@@ -36,8 +36,24 @@ def _logsumexp_kernel(row, columns, BLOCK: tl.constexpr) -> tl.tensor:  # type: 
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _event_kl_kernel(logits, stride, columns, target, first_entry, first_token, token, prob, pull, loss, text, events, mass,  # type: ignore[no-untyped-def]
-              share, BLOCK: tl.constexpr, FEW: tl.constexpr) -> None:
+def _event_kl_kernel(
+    logits,
+    stride,
+    columns,
+    target,
+    first_entry,
+    first_token,
+    token,
+    prob,
+    pull,
+    loss,
+    text,
+    events,
+    mass,  # type: ignore[no-untyped-def]
+    share,
+    BLOCK: tl.constexpr,
+    FEW: tl.constexpr,
+) -> None:
     n = tl.program_id(0).to(tl.int64)
     row = logits + n * stride
     lse = _logsumexp_kernel(row, columns, BLOCK)
@@ -81,12 +97,16 @@ def _event_kl_kernel(logits, stride, columns, target, first_entry, first_token, 
     for start in range(g_begin, g_end, FEW):
         g = start + tl.arange(0, FEW)
         u = tl.load(token + g, mask=g < g_end, other=0)
-        tl.atomic_add(row + u, -tl.load(pull + g, mask=g < g_end, other=0.0), mask=g < g_end)  # a token may stand in two entries
+        tl.atomic_add(
+            row + u, -tl.load(pull + g, mask=g < g_end, other=0.0), mask=g < g_end
+        )  # a token may stand in two entries
     tl.atomic_add(row + said, -left)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _divergence_kernel(logits, stride, teacher, teacher_stride, columns, loss, BLOCK: tl.constexpr, KIND: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
+def _divergence_kernel(
+    logits, stride, teacher, teacher_stride, columns, loss, BLOCK: tl.constexpr, KIND: tl.constexpr
+) -> None:  # type: ignore[no-untyped-def]
     n = tl.program_id(0).to(tl.int64)
     row, other = logits + n * stride, teacher + n * teacher_stride
     s_lse, t_lse = _logsumexp_kernel(row, columns, BLOCK), _logsumexp_kernel(other, columns, BLOCK)
@@ -98,7 +118,11 @@ def _divergence_kernel(logits, stride, teacher, teacher_stride, columns, loss, B
         t = tl.load(other + at, mask=at < columns, other=0.0) - t_lse
         p, q = tl.exp(t), tl.exp(s)
         if KIND == 2:
-            middle = tl.maximum(s, t) + tl.log(tl.exp(-tl.abs(tl.where(t == -float("inf"), float("inf"), s - t))) + 1) - 0.6931471805599453
+            middle = (
+                tl.maximum(s, t)
+                + tl.log(tl.exp(-tl.abs(tl.where(t == -float("inf"), float("inf"), s - t))) + 1)
+                - 0.6931471805599453
+            )
         else:
             middle = s if KIND == 0 else t
         of_p += tl.sum(tl.where((at < columns) & (p > 0), p * (t - middle), 0.0), 0)
@@ -119,7 +143,11 @@ def _divergence_kernel(logits, stride, teacher, teacher_stride, columns, loss, B
         elif KIND == 1:
             pull = q * (s - t - of_q)
         else:
-            middle = tl.maximum(s, t) + tl.log(tl.exp(-tl.abs(tl.where(t == -float("inf"), float("inf"), s - t))) + 1) - 0.6931471805599453
+            middle = (
+                tl.maximum(s, t)
+                + tl.log(tl.exp(-tl.abs(tl.where(t == -float("inf"), float("inf"), s - t))) + 1)
+                - 0.6931471805599453
+            )
             pull = q * (s - middle - of_q) / 2
         tl.store(row + at, pull, mask=at < columns)
 
@@ -129,8 +157,12 @@ def empty_float32(n: int, like: torch.Tensor) -> torch.Tensor:
     return torch.empty(n, dtype=torch.float32, device=like.device)
 
 
-def triton_event_kl(logits_CV: torch.Tensor, labels_C: torch.Tensor, targets: Sequence[BatchTargets], event_weight: float
-                   ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def triton_event_kl(
+    logits_CV: torch.Tensor,
+    labels_C: torch.Tensor,
+    targets: Sequence[BatchTargets],
+    event_weight: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss, cross-entropy, event term, whether spoken of) by position, as `composed_rows`; the logits are overwritten by the gradient.
 
     Float32 logits whose columns lie side by side; rows with a rest are not for it.
@@ -139,26 +171,57 @@ def triton_event_kl(logits_CV: torch.Tensor, labels_C: torch.Tensor, targets: Se
     for said in targets:
         refuse_other_vocabulary(logits_CV, said)
     refuse_two_teachers(targets, count)
-    row_M = torch.cat([labels_C.new_empty(0, device="cpu"), *(said.row_M.cpu() for said in targets)])
+    row_M = torch.cat(
+        [labels_C.new_empty(0, device="cpu"), *(said.row_M.cpu() for said in targets)]
+    )
     row_M, order_M = row_M.sort(stable=True)
     prob_M = torch.cat([torch.empty(0), *(said.probs_M.cpu() for said in targets)])[order_M]
     before = [sum(len(said.row_M) for said in targets[:k]) for k in range(len(targets))]
-    entry_G = torch.cat([row_M[:0], *(said.entry_G.cpu() + m for said, m in zip(targets, before, strict=True))])
+    entry_G = torch.cat(
+        [row_M[:0], *(said.entry_G.cpu() + m for said, m in zip(targets, before, strict=True))]
+    )
     place_M = torch.empty_like(order_M).index_put((order_M,), torch.arange(len(order_M)))
     entry_G, order_G = place_M[entry_G].sort(stable=True)
     token_G = torch.cat([row_M[:0], *(said.token_G.cpu() for said in targets)])[order_G]
     first_entry = torch.searchsorted(row_M, torch.arange(count + 1))
     first_token = torch.searchsorted(entry_G, torch.arange(len(row_M) + 1))
-    given = [side.to(logits_CV.device) for side in (labels_C, first_entry, first_token, token_G, prob_M.float())]
-    pull_G, loss_C, text_C, events_C, mass_C = (empty_float32(n, logits_CV) for n in (len(token_G), count, count, count, count))
-    _event_kl_kernel[(count,)](logits_CV, logits_CV.stride(0), logits_CV.shape[1], *given, pull_G, loss_C, text_C, events_C, mass_C, event_weight,
-                        BLOCK=BLOCK_COLUMNS, FEW=BLOCK_EVENT_TOKENS)
+    given = [
+        side.to(logits_CV.device)
+        for side in (labels_C, first_entry, first_token, token_G, prob_M.float())
+    ]
+    pull_G, loss_C, text_C, events_C, mass_C = (
+        empty_float32(n, logits_CV) for n in (len(token_G), count, count, count, count)
+    )
+    _event_kl_kernel[(count,)](
+        logits_CV,
+        logits_CV.stride(0),
+        logits_CV.shape[1],
+        *given,
+        pull_G,
+        loss_C,
+        text_C,
+        events_C,
+        mass_C,
+        event_weight,
+        BLOCK=BLOCK_COLUMNS,
+        FEW=BLOCK_EVENT_TOKENS,
+    )
     return loss_C, text_C, events_C, mass_C > 0
 
 
-def triton_divergence(logits_CV: torch.Tensor, teacher_logits_CV: torch.Tensor, divergence: Divergence) -> torch.Tensor:
+def triton_divergence(
+    logits_CV: torch.Tensor, teacher_logits_CV: torch.Tensor, divergence: Divergence
+) -> torch.Tensor:
     """`same_rows`: by position; the student's logits are overwritten by the gradient, the teacher's stay."""
     loss_C = empty_float32(len(logits_CV), logits_CV)
-    _divergence_kernel[(len(logits_CV),)](logits_CV, logits_CV.stride(0), teacher_logits_CV, teacher_logits_CV.stride(0), logits_CV.shape[1], loss_C,
-                             BLOCK=BLOCK_COLUMNS, KIND=DIVERGENCE_CODES[divergence])
+    _divergence_kernel[(len(logits_CV),)](
+        logits_CV,
+        logits_CV.stride(0),
+        teacher_logits_CV,
+        teacher_logits_CV.stride(0),
+        logits_CV.shape[1],
+        loss_C,
+        BLOCK=BLOCK_COLUMNS,
+        KIND=DIVERGENCE_CODES[divergence],
+    )
     return loss_C

@@ -15,7 +15,9 @@ from persea.pipeline.stages import STAGES, Stage
 from persea.tasks.task import Split
 
 SAMPLED_BYTES_PER_TOKEN = 40  # the most: broad text of a 152k vocabulary at tau .02 costs 34 without its text, reasoning 9 (docs/cache.md)
-TOPK_BYTES_PER_TOKEN = 400  # with `rows: topk` at kl .01 broad text costs 316, reasoning 53 (docs/cache.md)
+TOPK_BYTES_PER_TOKEN = (
+    400  # with `rows: topk` at kl .01 broad text costs 316, reasoning 53 (docs/cache.md)
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,9 @@ class RunPlan:
 
     def table_rows(self) -> list[tuple[str, str, str]]:
         rows = [(c.stage, c.state, c.work) for c in self.stages]
-        disk = f"at most {self.disk_bytes / 1e9:.2f} GB of disk ({self.disk_free / 1e9:.0f} GB free)"
+        disk = (
+            f"at most {self.disk_bytes / 1e9:.2f} GB of disk ({self.disk_free / 1e9:.0f} GB free)"
+        )
         return [*rows, ("in all", "", f"{self.answers:,} answers, {disk}")]
 
 
@@ -54,41 +58,78 @@ def plan_run(context: RunContext) -> RunPlan:
 
     recipe, teachers = context.recipe, len(context.teacher_names)
     asked = sum(len(items) for _, items in context.held_out_items(Split.AUDITION)) * sum(
-        len(context.measured_efforts(name, recipe.audition.efforts)) for name in context.teacher_names)
+        len(context.measured_efforts(name, recipe.audition.efforts))
+        for name in context.teacher_names
+    )
     tested = sum(len(items) for _, items in context.held_out_items(Split.TEST)) * sum(
-        len(context.measured_efforts(name, recipe.evaluation.efforts)) for name in (STUDENT, BASE, *context.renderers))
-    tested += sum(sum(not i.choices for i in items) * len(context.taught_efforts.get(skill.name, ())) for skill, items in context.held_out_items(Split.TEST))
+        len(context.measured_efforts(name, recipe.evaluation.efforts))
+        for name in (STUDENT, BASE, *context.renderers)
+    )
+    tested += sum(
+        sum(not i.choices for i in items) * len(context.taught_efforts.get(skill.name, ()))
+        for skill, items in context.held_out_items(Split.TEST)
+    )
     prompts = len(context.corpus.prompts)
     weights = _weight_bytes(recipe.student.model)
-    captured = prompts * recipe.capture.max_new_tokens * (SAMPLED_BYTES_PER_TOKEN if recipe.capture.rows == "sampled" else TOPK_BYTES_PER_TOKEN)
+    captured = (
+        prompts
+        * recipe.capture.max_new_tokens
+        * (SAMPLED_BYTES_PER_TOKEN if recipe.capture.rows == "sampled" else TOPK_BYTES_PER_TOKEN)
+    )
     work = {
         "check": f"{teachers} pairings of tokenizers",
         "audition": f"at most {asked:,} answers by {teachers} teachers",
         "capture": f"{prompts:,} answers, at most {captured / 1e9:.2f} GB ({context.corpus.num_inputs - prompts:,} prompts left out)",
         "train": f"{recipe.training.steps:,} steps of {recipe.training.batch} conversations",
         "evaluate": f"{tested:,} answers by {len(context.renderers) + 2} speakers",
-        "lineage": "one record", "report": "one page"}
-    disk = captured + weights * (1 + 3 * (MAX_CHECKPOINTS + 1))  # weights and two Adam moments a checkpoint; an old one goes when the new one stands
+        "lineage": "one record",
+        "report": "one page",
+    }
+    disk = captured + weights * (
+        1 + 3 * (MAX_CHECKPOINTS + 1)
+    )  # weights and two Adam moments a checkpoint; an old one goes when the new one stands
     free = shutil.disk_usage(_existing_ancestor(context.folder)).free
     if disk > free:
-        raise RefusedError(f"the run needs up to {disk / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", where=str(context.folder),
-                      remedy="free space or give another --out")
+        raise RefusedError(
+            f"the run needs up to {disk / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
+            where=str(context.folder),
+            remedy="free space or give another --out",
+        )
     states: dict[str, str] = {}
     for stage in STAGES:
         states[stage.name] = _stage_state(context, stage, states)
-    return RunPlan(tuple(StagePlan(s.name, states[s.name], work[s.name]) for s in STAGES), asked + prompts + tested, disk, free)
+    return RunPlan(
+        tuple(StagePlan(s.name, states[s.name], work[s.name]) for s in STAGES),
+        asked + prompts + tested,
+        disk,
+        free,
+    )
 
 
 def _stage_state(context: RunContext, stage: Stage, earlier_states: Mapping[str, str]) -> str:
-    needed = {"capture": ("audition",), "train": ("capture",), "evaluate": ("train",), "lineage": ("train",), "report": tuple(earlier_states)}
+    needed = {
+        "capture": ("audition",),
+        "train": ("capture",),
+        "evaluate": ("train",),
+        "lineage": ("train",),
+        "report": tuple(earlier_states),
+    }
     if any(earlier_states[name] != "stands" for name in needed.get(stage.name, ())):
         return "waits"
-    return "stands" if context.is_up_to_date(stage.name, digest_json(stage.inputs(context))) else "to do"
+    return (
+        "stands"
+        if context.is_up_to_date(stage.name, digest_json(stage.inputs(context)))
+        else "to do"
+    )
 
 
 def _weight_bytes(model: str) -> int:
     """Bytes of a local model's weights in float32 (they may be stored in half); 0 where they are not on this disk."""
-    return sum(2 * p.stat().st_size for p in Path(model).glob("*.safetensors")) if Path(model).is_dir() else 0
+    return (
+        sum(2 * p.stat().st_size for p in Path(model).glob("*.safetensors"))
+        if Path(model).is_dir()
+        else 0
+    )
 
 
 def _existing_ancestor(folder: Path) -> Path:

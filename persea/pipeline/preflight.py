@@ -11,12 +11,22 @@ from persea.training.trackers import refuse_missing_tracker
 
 def refuse_impossible_training(context: RunContext) -> None:
     """Raises RecipeError where it cannot be spread over as many processes as were asked for, EnvironmentLacks without its board."""
-    t, procs = context.recipe.training, max(context.launch_options.num_processes, context.world.size)
+    t, procs = (
+        context.recipe.training,
+        max(context.launch_options.num_processes, context.world.size),
+    )
     refuse_too_many_processes(procs, t.batch, t.accumulate)
     if t.on_policy:
-        refuse_on_policy_processes(procs, context.launch_options.parallel, [far.name for far in context.recipe.teachers if far.endpoint and far.endpoint.budget])
+        refuse_on_policy_processes(
+            procs,
+            context.launch_options.parallel,
+            [far.name for far in context.recipe.teachers if far.endpoint and far.endpoint.budget],
+        )
     refuse_missing_tracker(t.report_to)
-    if context.launch_options.resume not in ("auto", "never"):  # looked at now, not after a capture of hours
+    if context.launch_options.resume not in (
+        "auto",
+        "never",
+    ):  # looked at now, not after a capture of hours
         from persea.training.checkpoint import find_checkpoint
 
         find_checkpoint(context.folder / "train", context.launch_options.resume)
@@ -24,6 +34,8 @@ def refuse_impossible_training(context: RunContext) -> None:
 
 def refuse_missing_logprobs(context: RunContext) -> None:
     """Raises TeacherError, before anything is trained, where a chat route would be asked in the end what it cannot tell."""
-    for name in (t.name for t in context.recipe.teachers if t.endpoint and t.endpoint.protocol == "chat"):
+    for name in (
+        t.name for t in context.recipe.teachers if t.endpoint and t.endpoint.protocol == "chat"
+    ):
         for skill, items in context.held_out_items(Split.TEST):
             refuse_choice_items(name, skill.name, items)

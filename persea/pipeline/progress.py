@@ -7,7 +7,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Column, Table
 
 if TYPE_CHECKING:
@@ -21,8 +28,13 @@ def progress_bars(quiet: bool = False) -> Iterator[ProgressCallback]:
     if not console.is_terminal:
         yield _line_progress(console)
         return
-    columns = (TextColumn("{task.description:>9}"), BarColumn(bar_width=24), TaskProgressColumn(), TimeElapsedColumn(),
-               TextColumn("{task.fields[words]}"))
+    columns = (
+        TextColumn("{task.description:>9}"),
+        BarColumn(bar_width=24),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[words]}"),
+    )
     with Progress(*columns, console=console) as progress:
         tasks: dict[str, TaskID] = {}
 
@@ -60,28 +72,69 @@ def print_check(check_result: dict[str, Any]) -> None:
     for teacher in dict.fromkeys(p["teacher"] for p in check_result["pairs"]):
         rows = [p for p in check_result["pairs"] if p["teacher"] == teacher]
         kept = any(p["kept_mean"] is not None for p in rows)
-        names = ("text", "tokens", "events", "inside", "chunk", "alone", "1:1", "differ", "spaces", "bytes", *(("kept",) if kept else ()))
-        drawn = Table(*(Column(name, justify="left" if name == "text" else "right") for name in names), box=None, header_style="bold",
-                      title=f"{teacher} -> student", title_justify="left", padding=(0, 1, 0, 0))
+        names = (
+            "text",
+            "tokens",
+            "events",
+            "inside",
+            "chunk",
+            "alone",
+            "1:1",
+            "differ",
+            "spaces",
+            "bytes",
+            *(("kept",) if kept else ()),
+        )
+        drawn = Table(
+            *(Column(name, justify="left" if name == "text" else "right") for name in names),
+            box=None,
+            header_style="bold",
+            title=f"{teacher} -> student",
+            title_justify="left",
+            padding=(0, 1, 0, 0),
+        )
         for p in rows:
-            shares = (f"{p[k]:.0%}" for k in ("boundary", "completion", "chunk", "cross_entropy_only", "one_to_one"))
-            mass = (f"{p['kept_mean']:.1%}/{p['kept_p5']:.0%}",) if p["kept_mean"] is not None else ("",) if kept else ()
-            drawn.add_row(" ".join(filter(None, (p["skill"], p["language"]))), f"{p['tokens']:,}", *shares, f"{p['disagreement']:.1%}",
-                          f"{p['spaces']:.0%}", f"{p['event_bytes']:.1f}/{p['token_bytes']:.1f}", *mass)
+            shares = (
+                f"{p[k]:.0%}"
+                for k in ("boundary", "completion", "chunk", "cross_entropy_only", "one_to_one")
+            )
+            mass = (
+                (f"{p['kept_mean']:.1%}/{p['kept_p5']:.0%}",)
+                if p["kept_mean"] is not None
+                else ("",)
+                if kept
+                else ()
+            )
+            drawn.add_row(
+                " ".join(filter(None, (p["skill"], p["language"]))),
+                f"{p['tokens']:,}",
+                *shares,
+                f"{p['disagreement']:.1%}",
+                f"{p['spaces']:.0%}",
+                f"{p['event_bytes']:.1f}/{p['token_bytes']:.1f}",
+                *mass,
+            )
         console.print(drawn)
-    console.print("of the student's tokens: events + inside a teacher token + chunk + alone = 100 %; of the common boundaries: differ, spaces; "
-                  "bytes an event tells / a student token has", style="dim")
+    console.print(
+        "of the student's tokens: events + inside a teacher token + chunk + alone = 100 %; of the common boundaries: differ, spaces; "
+        "bytes an event tells / a student token has",
+        style="dim",
+    )
     for one in check_result["likelihoods"]:
         if not one["language"]:
-            console.print(f"{one['teacher']}: {one['template']:.2f} bits a byte in its own template, {one['bare']:.2f} on the bare text",
-                          highlight=False)
+            console.print(
+                f"{one['teacher']}: {one['template']:.2f} bits a byte in its own template, {one['bare']:.2f} on the bare text",
+                highlight=False,
+            )
 
 
 def print_report(report: dict[str, Any]) -> None:
     """Student, base and every teacher on every skill; the best teacher is starred, intervals are 95 %."""
     first = next(iter(report["skills"].values()))
     teachers = list(first["teachers"])
-    columns = (Column(name, overflow="fold") for name in ("skill", "student", "base", *teachers, "kept"))  # a long name is folded, never cut
+    columns = (
+        Column(name, overflow="fold") for name in ("skill", "student", "base", *teachers, "kept")
+    )  # a long name is folded, never cut
     drawn = Table(*columns, box=None, header_style="bold", padding=(0, 1, 0, 0))
     for name, skill in report["skills"].items():
         cells = [_score_cell(skill["student"]), _score_cell(skill["base"])]
@@ -89,13 +142,25 @@ def print_report(report: dict[str, Any]) -> None:
         kept = skill["retained"]
         drawn.add_row(name, *cells, "-" if kept is None else f"{kept:.0%}")
     bits = report["bits_per_byte"]
-    drawn.add_row("bits/byte", *(f"{bits[who]['all']:.2f}" if "all" in bits[who] else "-" for who in ("student", "base", *teachers)), "")
+    drawn.add_row(
+        "bits/byte",
+        *(
+            f"{bits[who]['all']:.2f}" if "all" in bits[who] else "-"
+            for who in ("student", "base", *teachers)
+        ),
+        "",
+    )
     n = first["student"]["n"]
     console = Console()
     console.print(drawn)
-    console.print(f"share of n = {n} held-out answers right, 95 % interval; * best teacher; kept = student / best teacher", style="dim")
+    console.print(
+        f"share of n = {n} held-out answers right, 95 % interval; * best teacher; kept = student / best teacher",
+        style="dim",
+    )
 
 
 def _score_cell(score: dict[str, float], best: bool = False) -> str:
     """Value over interval, two short lines, so that five speakers fit into 80 columns."""
-    return f"{score['value']:.2f}{'*' if best else ''}\n[dim]{score['low']:.2f}-{score['high']:.2f}[/]"
+    return (
+        f"{score['value']:.2f}{'*' if best else ''}\n[dim]{score['low']:.2f}-{score['high']:.2f}[/]"
+    )

@@ -7,35 +7,74 @@ from typing import Any
 from persea.pipeline.run_context import RunContext, digest_json
 from persea.pipeline.status import STAGE_NAMES
 
-POST_EVALUATION_KEYS = {"allow_regression", "lm_eval"}  # what the recipe says of an evaluation once it is there
+POST_EVALUATION_KEYS = {
+    "allow_regression",
+    "lm_eval",
+}  # what the recipe says of an evaluation once it is there
 
 
 def check_inputs(context: RunContext) -> object:
-    return [context.teacher_identities, context.student_identity, context.check_samples_digest, context.recipe.check.model_dump()]
+    return [
+        context.teacher_identities,
+        context.student_identity,
+        context.check_samples_digest,
+        context.recipe.check.model_dump(),
+    ]
 
 
 def audition_inputs(context: RunContext) -> object:
-    return [context.teacher_identities, context.items_digest, context.recipe.skills, context.recipe.audition.model_dump(), context.recipe.capture.max_new_tokens]
+    return [
+        context.teacher_identities,
+        context.items_digest,
+        context.recipe.skills,
+        context.recipe.audition.model_dump(),
+        context.recipe.capture.max_new_tokens,
+    ]
 
 
 def capture_inputs(context: RunContext) -> object:
-    return [*(u.name for u in context.capture_units), *([b.location, b.reason] for b in context.corpus.malformed), *["verify"] * context.recipe.capture.verify]
+    return [
+        *(u.name for u in context.capture_units),
+        *([b.location, b.reason] for b in context.corpus.malformed),
+        *["verify"] * context.recipe.capture.verify,
+    ]
 
 
 def train_inputs(context: RunContext) -> dict[str, Any]:
     """What a student comes from. How often it is looked at, or shown, is no part of it; what verifying left out of the lessons is."""
-    return {"training": context.recipe.training.model_dump(mode="json", exclude={"report_to"}), "seed": context.recipe.seed,
-            "threads": context.recipe.threads, "student": context.student_identity, "capture": digest_json([u.name for u in context.capture_units])} | (
-                {"verified": [context.read_stage_record("capture")["outputs"]["wrong.json"]]} if context.recipe.capture.verify else {})
+    return {
+        "training": context.recipe.training.model_dump(mode="json", exclude={"report_to"}),
+        "seed": context.recipe.seed,
+        "threads": context.recipe.threads,
+        "student": context.student_identity,
+        "capture": digest_json([u.name for u in context.capture_units]),
+    } | (
+        {"verified": [context.read_stage_record("capture")["outputs"]["wrong.json"]]}
+        if context.recipe.capture.verify
+        else {}
+    )
 
 
 def evaluate_inputs(context: RunContext) -> object:
-    return [context.read_stage_record("train")["outputs"], context.teacher_identities, context.items_digest, context.recipe.evaluation.model_dump(exclude=POST_EVALUATION_KEYS)]
+    return [
+        context.read_stage_record("train")["outputs"],
+        context.teacher_identities,
+        context.items_digest,
+        context.recipe.evaluation.model_dump(exclude=POST_EVALUATION_KEYS),
+    ]
 
 
 def lineage_inputs(context: RunContext) -> object:
-    return [context.read_stage_record("train")["outputs"], context.recipe.hash, context.cast.parts, context.cast.pinned]
+    return [
+        context.read_stage_record("train")["outputs"],
+        context.recipe.hash,
+        context.cast.parts,
+        context.cast.pinned,
+    ]
 
 
 def report_inputs(context: RunContext) -> object:
-    return [*(context.read_stage_record(stage)["key"] for stage in STAGE_NAMES[:-1]), context.lm_eval_digests()]
+    return [
+        *(context.read_stage_record(stage)["key"] for stage in STAGE_NAMES[:-1]),
+        context.lm_eval_digests(),
+    ]

@@ -20,7 +20,16 @@ from persea.pipeline import preflight as beforehand
 from persea.pipeline import stage_keys as inputs
 from persea.pipeline import tasks_and_prompts as questions
 from persea.pipeline.remote_teachers import is_remote
-from persea.pipeline.run_context import BASE, STUDENT, ProgressCallback, RunContext, digest_json, is_small_local_model, model_source, set_threads
+from persea.pipeline.run_context import (
+    BASE,
+    STUDENT,
+    ProgressCallback,
+    RunContext,
+    digest_json,
+    is_small_local_model,
+    model_source,
+    set_threads,
+)
 from persea.pipeline.status import record_status
 from persea.tasks.task import Split
 from persea.training.distributed.heartbeat import join_process_group
@@ -37,25 +46,62 @@ class Stage:
 
 def run_check(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
     """Lay every teacher's tokenizer over the student's, on every skill's reference answers and the recipe's texts."""
-    from persea.evaluation.compatibility import TEXT_FILES_SKILL, make_retained_mass, measure_template_likelihood, refuse_incompatible
+    from persea.evaluation.compatibility import (
+        TEXT_FILES_SKILL,
+        make_retained_mass,
+        measure_template_likelihood,
+        refuse_incompatible,
+    )
     from persea.evaluation.compatibility import check_pair as pairing
 
-    samples, settings, teachers = context.check_samples, context.recipe.check, [t for t in context.recipe.teachers if not t.yardstick]
+    samples, settings, teachers = (
+        context.check_samples,
+        context.recipe.check,
+        [t for t in context.recipe.teachers if not t.yardstick],
+    )
     mine = [s.render(context.student_renderer) for s in samples]
     pairs, likelihoods = [], []
     for k, teacher in enumerate(teachers):
         voice, bridge = context.renderers[teacher.name], context.event_maps[teacher.name]
         kept = None
-        if not is_remote(teacher) and (is_small_local_model(model_source(teacher)) if settings.likelihood is None else settings.likelihood):
+        if not is_remote(teacher) and (
+            is_small_local_model(model_source(teacher))
+            if settings.likelihood is None
+            else settings.likelihood
+        ):
             opened = context.load_teacher(teacher.name, context.recipe.audition.batch)
-            likelihoods += measure_template_likelihood(opened, [s for s in samples if s.skill != TEXT_FILES_SKILL and s.is_supported_by(voice)])
+            likelihoods += measure_template_likelihood(
+                opened,
+                [s for s in samples if s.skill != TEXT_FILES_SKILL and s.is_supported_by(voice)],
+            )
             kept = make_retained_mass(opened, bridge)
-        pairs += [pairing(teacher.name, voice, context.student_renderer, bridge, s, said, kept if s.skill != TEXT_FILES_SKILL else None)
-                  for s, said in zip(samples, mine, strict=True) if s.is_supported_by(voice)]
+        pairs += [
+            pairing(
+                teacher.name,
+                voice,
+                context.student_renderer,
+                bridge,
+                s,
+                said,
+                kept if s.skill != TEXT_FILES_SKILL else None,
+            )
+            for s, said in zip(samples, mine, strict=True)
+            if s.is_supported_by(voice)
+        ]
         about = context.family_info.get(teacher.name, {"family": "words", "note": ""})
-        progress("check", (k + 1) / len(teachers), f"{teacher.name} ({about['family']}{', see its note in check.json' if about['note'] else ''})")
-    store.write_json(folder / "check.json", {"pairs": [p.to_json() for p in pairs], "likelihoods": [one.to_json() for one in likelihoods],
-                                               "families": context.family_info})
+        progress(
+            "check",
+            (k + 1) / len(teachers),
+            f"{teacher.name} ({about['family']}{', see its note in check.json' if about['note'] else ''})",
+        )
+    store.write_json(
+        folder / "check.json",
+        {
+            "pairs": [p.to_json() for p in pairs],
+            "likelihoods": [one.to_json() for one in likelihoods],
+            "families": context.family_info,
+        },
+    )
     refuse_incompatible(pairs, likelihoods, settings.floor, settings.disagreement)
 
 
@@ -67,33 +113,76 @@ def run_audition(context: RunContext, folder: Path, progress: ProgressCallback) 
 
     settings, most = context.recipe.audition, context.recipe.capture.max_new_tokens
     load = single_model_loader(lambda name: context.load_teacher(name, settings.batch))
-    speakers = {name: context.evaluated_model(name, settings.batch, settings.efforts, load) for name in context.teacher_names}
+    speakers = {
+        name: context.evaluated_model(name, settings.batch, settings.efforts, load)
+        for name in context.teacher_names
+    }
     skills = context.held_out_items(Split.AUDITION)
-    courses = race_teachers(list(speakers), skills, context.recipe.seed, lambda name, skill, items: answer_items(
-        speakers[name], speakers[name].efforts[0], skill, items, most)[0], lambda share, words: progress("audition", share, words))
-    dials, said = compare_efforts(courses, [s for s, _ in skills], {n: s.efforts for n, s in speakers.items()},
-                             lambda name, effort, skill, items: answer_items(speakers[name], effort, skill, items, most)[0])
+    courses = race_teachers(
+        list(speakers),
+        skills,
+        context.recipe.seed,
+        lambda name, skill, items: answer_items(
+            speakers[name], speakers[name].efforts[0], skill, items, most
+        )[0],
+        lambda share, words: progress("audition", share, words),
+    )
+    dials, said = compare_efforts(
+        courses,
+        [s for s, _ in skills],
+        {n: s.efforts for n, s in speakers.items()},
+        lambda name, effort, skill, items: answer_items(speakers[name], effort, skill, items, most)[
+            0
+        ],
+    )
     for (name, skill, effort), results in said.items():
         other = "" if effort is speakers[name].efforts[0] else f".{effort}"
-        store.write_json_lines(folder / f"{name}.{skill}{other}.jsonl", (r.to_json() for r in results))
-    chosen = build_cast(courses, {n: s.efforts[0] for n, s in speakers.items()}, settings.pinned, settings.floor, dials, context.recipe.skills)
+        store.write_json_lines(
+            folder / f"{name}.{skill}{other}.jsonl", (r.to_json() for r in results)
+        )
+    chosen = build_cast(
+        courses,
+        {n: s.efforts[0] for n, s in speakers.items()},
+        settings.pinned,
+        settings.floor,
+        dials,
+        context.recipe.skills,
+    )
     store.write_json(folder / "cast.json", chosen.to_json())
     store.write_atomic(folder / "table.md", cast_markdown(chosen).encode())
 
 
 def run_capture(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
     """Ask the cast; keep answers and distributions."""
-    from persea.cache.capture import CaptureBudget, account_for_prompts, capture_summary, open_teacher_caches, quarantine_records
+    from persea.cache.capture import (
+        CaptureBudget,
+        account_for_prompts,
+        capture_summary,
+        open_teacher_caches,
+        quarantine_records,
+    )
     from persea.cache.capture import capture_teacher as ask
 
     settings = context.recipe.capture
     pace = CaptureBudget(len(context.corpus.prompts), settings.tokens or 0, settings.hours or 0)
     for name in dict.fromkeys(u.teacher for u in context.capture_units):
-        ask(context.capture_units, context.load_teacher(name, settings.batch), folder, tau=settings.tau, max_kl=settings.kl,
-            max_new_tokens=settings.max_new_tokens, seed=context.recipe.seed, use_given_answers=settings.answers == "given",
-            refuse_if_changed=partial(context.refuse_changed_teacher, name), on_unit=lambda step: progress("capture", *pace.record_unit(step)))
+        ask(
+            context.capture_units,
+            context.load_teacher(name, settings.batch),
+            folder,
+            tau=settings.tau,
+            max_kl=settings.kl,
+            max_new_tokens=settings.max_new_tokens,
+            seed=context.recipe.seed,
+            use_given_answers=settings.answers == "given",
+            refuse_if_changed=partial(context.refuse_changed_teacher, name),
+            on_unit=lambda step: progress("capture", *pace.record_unit(step)),
+        )
     store.write_json_lines(folder / "removed.jsonl", (r.to_json() for r in context.corpus.removed))
-    told, aside = capture_summary(context.capture_units, folder), quarantine_records(context.capture_units, folder, context.corpus.malformed)
+    told, aside = (
+        capture_summary(context.capture_units, folder),
+        quarantine_records(context.capture_units, folder, context.corpus.malformed),
+    )
     (folder / "quarantine.jsonl").unlink(missing_ok=True)
     if aside:
         store.write_json_lines(folder / "quarantine.jsonl", aside)
@@ -101,10 +190,22 @@ def run_capture(context: RunContext, folder: Path, progress: ProgressCallback) -
     if settings.verify:
         from persea.cache.answer_filter import verify_answers
 
-        items = questions.items_by_question(context.recipe.corpus, context.tasks, context.corpus.prompts, context.recipe.seed)
-        verified = {"verified": verify_answers([reader for reader, _ in open_teacher_caches(context.capture_units, folder)], items, context.tasks, folder)}
+        items = questions.items_by_question(
+            context.recipe.corpus, context.tasks, context.corpus.prompts, context.recipe.seed
+        )
+        verified = {
+            "verified": verify_answers(
+                [reader for reader, _ in open_teacher_caches(context.capture_units, folder)],
+                items,
+                context.tasks,
+                folder,
+            )
+        }
     removed = dict(Counter(r.reason.value for r in context.corpus.removed))
-    store.write_json(folder / "summary.json", told | {"removed": removed} | verified | account_for_prompts(told, context.corpus, aside))
+    store.write_json(
+        folder / "summary.json",
+        told | {"removed": removed} | verified | account_for_prompts(told, context.corpus, aside),
+    )
 
 
 def run_train(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
@@ -117,18 +218,38 @@ def run_train(context: RunContext, folder: Path, progress: ProgressCallback) -> 
 def run_evaluate(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
     """Measure student, base and every teacher on held-out items."""
     from persea.evaluation.answering import single_model_loader
-    from persea.evaluation.evaluate import EvaluationAnswers, EvaluationResult, compare_student, evaluate_model, find_regressions
+    from persea.evaluation.evaluate import (
+        EvaluationAnswers,
+        EvaluationResult,
+        compare_student,
+        evaluate_model,
+        find_regressions,
+    )
 
     skills, settings = context.held_out_items(Split.TEST), context.recipe.evaluation
     names = [STUDENT, BASE, *context.renderers]
     load = single_model_loader(lambda name: context.load_participant(name, settings.batch))
     heard = EvaluationAnswers()
     for k, name in enumerate(names):
-        evaluate_model(heard, context.evaluated_model(name, settings.batch, settings.efforts, load), skills, settings.max_new_tokens,
-               lambda share, words, k=k: progress("evaluate", (k + share) / len(names), words))  # type: ignore[misc]
+        evaluate_model(
+            heard,
+            context.evaluated_model(name, settings.batch, settings.efforts, load),
+            skills,
+            settings.max_new_tokens,
+            lambda share, words, k=k: progress("evaluate", (k + share) / len(names), words),
+        )  # type: ignore[misc]
     yardsticks = tuple(name for name in context.renderers if name not in context.teacher_names)
-    out = EvaluationResult(STUDENT, BASE, context.teacher_names, ThinkingEffort.NONE, tuple(heard.iter_scores()), heard.bits_per_byte, yardsticks, compare_student(heard, STUDENT),
-                     find_regressions(heard, STUDENT, BASE))
+    out = EvaluationResult(
+        STUDENT,
+        BASE,
+        context.teacher_names,
+        ThinkingEffort.NONE,
+        tuple(heard.iter_scores()),
+        heard.bits_per_byte,
+        yardsticks,
+        compare_student(heard, STUDENT),
+        find_regressions(heard, STUDENT, BASE),
+    )
     lines = list(heard.iter_answer_records())
     store.write_json_lines(folder / "examples.jsonl", lines)
     store.write_json(folder / "evaluation.json", out.to_json())
@@ -137,8 +258,17 @@ def run_evaluate(context: RunContext, folder: Path, progress: ProgressCallback) 
         from persea.evaluation.thinking_modes import measure_thinking_modes, select_direct_answers
 
         straight = select_direct_answers(lines, STUDENT, context.taught_efforts)
-        store.write_json(folder / "modes.json", measure_thinking_modes(context.load_participant(STUDENT, settings.batch), skills, context.taught_efforts, settings.max_new_tokens,
-                                                          straight, lambda words: progress("evaluate", 0.99, words)).to_json())
+        store.write_json(
+            folder / "modes.json",
+            measure_thinking_modes(
+                context.load_participant(STUDENT, settings.batch),
+                skills,
+                context.taught_efforts,
+                settings.max_new_tokens,
+                straight,
+                lambda words: progress("evaluate", 0.99, words),
+            ).to_json(),
+        )
 
 
 def run_lineage(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
@@ -146,15 +276,27 @@ def run_lineage(context: RunContext, folder: Path, progress: ProgressCallback) -
     from persea.report.lineage import lineage_record as record
 
     teachers = [context.lineage_parent(n) for n in context.teacher_names]
-    store.write_json(folder / "lineage.json", record(context.folder / "train" / "student", context.lineage_parent(BASE), teachers, context.recipe.hash,
-                                                       {"units": digest_json([u.name for u in context.capture_units])}, context.cast))
+    store.write_json(
+        folder / "lineage.json",
+        record(
+            context.folder / "train" / "student",
+            context.lineage_parent(BASE),
+            teachers,
+            context.recipe.hash,
+            {"units": digest_json([u.name for u in context.capture_units])},
+            context.cast,
+        ),
+    )
 
 
 def run_report(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
     """The card and the page."""
     from persea.report.page import write_report as write
 
-    write(context.folder, {name: Path(file) for name, file in context.recipe.evaluation.lm_eval.items()})
+    write(
+        context.folder,
+        {name: Path(file) for name, file in context.recipe.evaluation.lm_eval.items()},
+    )
 
 
 STAGES: tuple[Stage, ...] = (
@@ -186,10 +328,15 @@ def run_pipeline(context: RunContext, progress: ProgressCallback, only_stage: st
 
             follow_first_rank(context, context.folder / "train", inputs.train_inputs)
             return
-        with store.lock_run_folder(context.folder), record_status(context.folder, context.recipe.name, progress) as told:
+        with (
+            store.lock_run_folder(context.folder),
+            record_status(context.folder, context.recipe.name, progress) as told,
+        ):
             for stage in STAGES:
                 if not only_stage or stage.name == only_stage:
-                    context.run_stage(stage.name, stage.inputs(context), partial(stage.run, context), told)
+                    context.run_stage(
+                        stage.name, stage.inputs(context), partial(stage.run, context), told
+                    )
         context.world.broadcast("over")
     if only_stage in ("", "evaluate", "report") and not context.recipe.evaluation.allow_regression:
         from persea.evaluation.evaluate import refuse_saved_regressions

@@ -23,7 +23,10 @@ from persea.errors import DataError, PerseaError, RunInterrupted, StorageError
 if TYPE_CHECKING:
     from persea.pipeline.run_context import ProgressCallback
 
-STATUS_FILE, WRITE_INTERVAL_S = "status.json", 2.0  # seconds: the file is synced to the disk, and a day of them is 43,200 writes
+STATUS_FILE, WRITE_INTERVAL_S = (
+    "status.json",
+    2.0,
+)  # seconds: the file is synced to the disk, and a day of them is 43,200 writes
 STAGE_NAMES = ("check", "audition", "capture", "train", "evaluate", "lineage", "report")
 
 
@@ -65,10 +68,24 @@ class RunStatus:
 
 
 @contextmanager
-def record_status(folder: Path, run_name: str, progress: ProgressCallback) -> Iterator[ProgressCallback]:
+def record_status(
+    folder: Path, run_name: str, progress: ProgressCallback
+) -> Iterator[ProgressCallback]:
     """A `tell` that also keeps status.json; what ends the run is written there and goes on its way."""
-    begun = {"pid": os.getpid(), "host": socket.gethostname(), "name": run_name, "started": round(time.time(), 1)}
-    now: dict[str, Any] = {"life": RunState.RUNNING, "stage": "", "share": 0.0, "words": "", "left": None, "error": ""}
+    begun = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "name": run_name,
+        "started": round(time.time(), 1),
+    }
+    now: dict[str, Any] = {
+        "life": RunState.RUNNING,
+        "stage": "",
+        "share": 0.0,
+        "words": "",
+        "left": None,
+        "error": "",
+    }
     first: dict[str, tuple[float, float]] = {}
     written = [0.0]
     for half in folder.glob(".*.tmp"):  # a killed run's; the lock says that nobody writes them now
@@ -96,9 +113,14 @@ def record_status(folder: Path, run_name: str, progress: ProgressCallback) -> It
         write()
     except BaseException as error:
         known = isinstance(error, PerseaError | RunInterrupted)
-        now.update(life=RunState.STOPPED if isinstance(error, RunInterrupted) else RunState.FAILED, left=None,
-                   error=str(error) if known else f"a bug of persea: {type(error).__name__}: {error}")
-        with suppress(StorageError):  # a disk that takes no more is told by the error that is on its way
+        now.update(
+            life=RunState.STOPPED if isinstance(error, RunInterrupted) else RunState.FAILED,
+            left=None,
+            error=str(error) if known else f"a bug of persea: {type(error).__name__}: {error}",
+        )
+        with suppress(
+            StorageError
+        ):  # a disk that takes no more is told by the error that is on its way
             write()
         raise
 
@@ -106,20 +128,52 @@ def record_status(folder: Path, run_name: str, progress: ProgressCallback) -> It
 def read_status(folder: Path) -> RunStatus:
     """What a run folder's files say. DataError where it is none, or status.json is broken."""
     if not (folder / "lock").is_file():
-        raise DataError("no run has been here", where=str(folder), remedy="give a run folder, such as runs/quickstart")
-    stands = {s: float(store.read_json_with_checksum(folder / s / "done.json", "delete it and run the stage again")["seconds"])
-              for s in STAGE_NAMES if (folder / s / "done.json").is_file()}
+        raise DataError(
+            "no run has been here",
+            where=str(folder),
+            remedy="give a run folder, such as runs/quickstart",
+        )
+    stands = {
+        s: float(
+            store.read_json_with_checksum(
+                folder / s / "done.json", "delete it and run the stage again"
+            )["seconds"]
+        )
+        for s in STAGE_NAMES
+        if (folder / s / "done.json").is_file()
+    }
     holder = store.lock_holder(folder)
     try:
-        said = json.loads((folder / STATUS_FILE).read_bytes()) if (folder / STATUS_FILE).is_file() else {}
+        said = (
+            json.loads((folder / STATUS_FILE).read_bytes())
+            if (folder / STATUS_FILE).is_file()
+            else {}
+        )
         life = RunState(said["life"]) if said else RunState.NEW
         if holder or life is RunState.RUNNING:
             life = RunState.RUNNING if holder else RunState.DIED
-        steps = [int(p.stem.partition("-")[2]) for p in (folder / "train" / "checkpoints").glob("step-*.json")]
-        return RunStatus(life, stands, said.get("stage", ""), float(said.get("share", 0)), said.get("words", ""), float(said.get("heard", 0)),
-                      said.get("left") if life is RunState.RUNNING else None, holder, _end_message(life, said), max(steps, default=None))
+        steps = [
+            int(p.stem.partition("-")[2])
+            for p in (folder / "train" / "checkpoints").glob("step-*.json")
+        ]
+        return RunStatus(
+            life,
+            stands,
+            said.get("stage", ""),
+            float(said.get("share", 0)),
+            said.get("words", ""),
+            float(said.get("heard", 0)),
+            said.get("left") if life is RunState.RUNNING else None,
+            holder,
+            _end_message(life, said),
+            max(steps, default=None),
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"not a status: {error!r}", where=str(folder / STATUS_FILE), remedy="delete it; a run writes it anew") from error
+        raise DataError(
+            f"not a status: {error!r}",
+            where=str(folder / STATUS_FILE),
+            remedy="delete it; a run writes it anew",
+        ) from error
 
 
 def _end_message(state: RunState, recorded: dict[str, Any]) -> str:
@@ -131,20 +185,44 @@ def _end_message(state: RunState, recorded: dict[str, Any]) -> str:
 def status_lines(run_status: RunStatus, now: float) -> list[str]:
     """The status in words, a line each."""
     ago = f", {_format_seconds(now - run_status.updated_at)} ago" if run_status.updated_at else ""
-    at = f" in {run_status.stage} ({run_status.fraction_done:.0%})" if run_status.stage and run_status.state is not RunState.DONE else ""
-    rows = [f"{' '.join(filter(None, (run_status.state.value, at.strip())))}{ago}" + (f", held by {run_status.lock_holder}" if run_status.lock_holder else "")]
-    rows += [f"{stage:>9} {'stands, ' + _format_seconds(run_status.seconds_by_stage[stage]) if stage in run_status.seconds_by_stage else _stage_line(run_status, stage)}" for stage in STAGE_NAMES]
+    at = (
+        f" in {run_status.stage} ({run_status.fraction_done:.0%})"
+        if run_status.stage and run_status.state is not RunState.DONE
+        else ""
+    )
+    rows = [
+        f"{' '.join(filter(None, (run_status.state.value, at.strip())))}{ago}"
+        + (f", held by {run_status.lock_holder}" if run_status.lock_holder else "")
+    ]
+    rows += [
+        f"{stage:>9} {'stands, ' + _format_seconds(run_status.seconds_by_stage[stage]) if stage in run_status.seconds_by_stage else _stage_line(run_status, stage)}"
+        for stage in STAGE_NAMES
+    ]
     return rows + ([f"    error {run_status.error}"] if run_status.error else [])
 
 
 def _stage_line(run_status: RunStatus, stage: str) -> str:
     if stage != run_status.stage:
         return "-"
-    left = f"; {_format_seconds(run_status.seconds_left)} left" if run_status.seconds_left is not None else ""
-    saved = f"; step {run_status.checkpoint_step:,} is saved" if stage == "train" and run_status.checkpoint_step is not None else ""
+    left = (
+        f"; {_format_seconds(run_status.seconds_left)} left"
+        if run_status.seconds_left is not None
+        else ""
+    )
+    saved = (
+        f"; step {run_status.checkpoint_step:,} is saved"
+        if stage == "train" and run_status.checkpoint_step is not None
+        else ""
+    )
     return f"{run_status.fraction_done:.0%} {run_status.message}{left}{saved}"
 
 
 def _format_seconds(seconds: float) -> str:
     whole = max(0, round(seconds))
-    return f"{whole} s" if whole < 120 else f"{whole // 60} min" if whole < 7200 else f"{whole // 3600} h {whole % 3600 // 60} min"
+    return (
+        f"{whole} s"
+        if whole < 120
+        else f"{whole // 60} min"
+        if whole < 7200
+        else f"{whole // 3600} h {whole % 3600 // 60} min"
+    )

@@ -26,7 +26,14 @@ class ParentModel:
     fingerprint: str
 
 
-def lineage_record(student_folder: Path, base: ParentModel, teachers: Sequence[ParentModel], recipe_hash: str, data: Mapping[str, Any], cast: Cast) -> dict[str, Any]:
+def lineage_record(
+    student_folder: Path,
+    base: ParentModel,
+    teachers: Sequence[ParentModel],
+    recipe_hash: str,
+    data: Mapping[str, Any],
+    cast: Cast,
+) -> dict[str, Any]:
     """The record. data: what was captured (summary), by digest of its units. Of the cast: who taught what with which share, and what a person pinned.
 
     Raises DataError where the student is not there.
@@ -36,8 +43,17 @@ def lineage_record(student_folder: Path, base: ParentModel, teachers: Sequence[P
         raise DataError("no weights of a student", where=str(student_folder), remedy="train first")
     return {
         "student": {"sha256": weights},
-        "base": asdict(base), "teachers": [asdict(t) for t in teachers], "recipe_hash": recipe_hash, "data": dict(data),
-        "cast": {"parts": {part: dict(shares) for part, shares in cast.parts.items()}, "pinned": list(cast.pinned)},
-        "software": {name: metadata.version(name) for name in ("persea", "torch", "transformers", "tokenizers")}
+        "base": asdict(base),
+        "teachers": [asdict(t) for t in teachers],
+        "recipe_hash": recipe_hash,
+        "data": dict(data),
+        "cast": {
+            "parts": {part: dict(shares) for part, shares in cast.parts.items()},
+            "pinned": list(cast.pinned),
+        },
+        "software": {
+            name: metadata.version(name)
+            for name in ("persea", "torch", "transformers", "tokenizers")
+        }
         | {"python": platform.python_version()},
     }

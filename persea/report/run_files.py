@@ -49,17 +49,30 @@ class EvaluationRecord:
     def student_efforts(self) -> tuple[ThinkingEffort, ...]:
         """The student's, its own first."""
         mine = {s.effort for s in self.scores if s.model_name == self.student}
-        return tuple(sorted(mine, key=lambda e: (e is not self.effort, list(ThinkingEffort).index(e))))
+        return tuple(
+            sorted(mine, key=lambda e: (e is not self.effort, list(ThinkingEffort).index(e)))
+        )
 
     def mark(self, model: str) -> str:
         """What a speaker looks like in every chart and table."""
         others = (*self.teachers, *self.reference_models)
-        return {self.student: "student", self.base: "base"}.get(model) or charts.teacher_mark(others.index(model))
+        return {self.student: "student", self.base: "base"}.get(model) or charts.teacher_mark(
+            others.index(model)
+        )
 
-    def find_pair(self, other: str, skill: str, language: str, effort: ThinkingEffort) -> PairedComparison | None:
+    def find_pair(
+        self, other: str, skill: str, language: str, effort: ThinkingEffort
+    ) -> PairedComparison | None:
         """The student beside another on the same items."""
         wanted = (other, skill, language, effort)
-        return next((p for p in self.compared if (p.other_model_name, p.skill, p.language, p.effort) == wanted), None)
+        return next(
+            (
+                p
+                for p in self.compared
+                if (p.other_model_name, p.skill, p.language, p.effort) == wanted
+            ),
+            None,
+        )
 
 
 @dataclass(frozen=True)
@@ -125,9 +138,15 @@ class LoggedStep:
     groups: dict[str, dict[str, GroupShare]] = field(default_factory=dict)
 
     def teacher_shares(self, kind: str) -> dict[str, float]:
-        """teacher -> its share of a kind; empty where the step does not tell it."""
-        found = {t: [getattr(part, kind) for part in parts.values()] for t, parts in self.groups.items()}
-        return {t: sum(told) for t, told in found.items()} if all(None not in told for told in found.values()) else {}
+        """Teacher -> its share of a kind; empty where the step does not tell it."""
+        found = {
+            t: [getattr(part, kind) for part in parts.values()] for t, parts in self.groups.items()
+        }
+        return (
+            {t: sum(told) for t, told in found.items()}
+            if all(None not in told for told in found.values())
+            else {}
+        )
 
 
 @dataclass(frozen=True)
@@ -165,7 +184,9 @@ def _read_validated(path: Path, target_type: type[ParsedT]) -> ParsedT:
         try:
             value = [json.loads(line) for line in path.read_bytes().splitlines() if line.strip()]
         except ValueError as error:
-            raise DataError(f"a line is not JSON: {error}", where=str(path), remedy=again) from error
+            raise DataError(
+                f"a line is not JSON: {error}", where=str(path), remedy=again
+            ) from error
     else:
         value = store.read_json(path)
     if not _is_finite(value):
@@ -174,7 +195,11 @@ def _read_validated(path: Path, target_type: type[ParsedT]) -> ParsedT:
         return TypeAdapter(target_type).validate_python(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise DataError(f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}", where=str(path), remedy=again) from error
+        raise DataError(
+            f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}",
+            where=str(path),
+            remedy=again,
+        ) from error
 
 
 def _is_finite(value: Any) -> bool:
@@ -187,28 +212,56 @@ def read_run_files(run_folder: Path) -> RunFiles:
     """A run folder's files, checked against each other. A stage's file may be missing only where its whole folder is."""
     recipe, lineage = run_folder / "recipe.yaml", run_folder / "lineage" / "lineage.json"
     if not recipe.is_file():
-        raise DataError("not there", where=str(recipe), remedy="give the folder of a run; `persea run` keeps its recipe there")
-    stands = [stage for stage in REPORTED_STAGES if stage == "evaluate" or (run_folder / stage).exists()]
+        raise DataError(
+            "not there",
+            where=str(recipe),
+            remedy="give the folder of a run; `persea run` keeps its recipe there",
+        )
+    stands = [
+        stage for stage in REPORTED_STAGES if stage == "evaluate" or (run_folder / stage).exists()
+    ]
     files = RunFiles(
         recipe=recipe.read_text(encoding="utf-8", errors="replace"),
         evaluation=_read_validated(run_folder / "evaluate" / "evaluation.json", EvaluationRecord),
-        examples=_read_validated(run_folder / "evaluate" / "examples.jsonl", tuple[GradedExample, ...]),
-        cast=_read_validated(run_folder / "audition" / "cast.json", Cast) if "audition" in stands else None,
-        pairs=_read_validated(run_folder / "check" / "check.json", CheckRecord).pairs if "check" in stands else None,
-        capture=_read_validated(run_folder / "capture" / "summary.json", CaptureRecord) if "capture" in stands else None,
-        logged_steps=_read_validated(run_folder / "train" / "metrics.jsonl", tuple[LoggedStep, ...]) if "train" in stands else None,
-        lineage=_read_validated(lineage, LineageRecord), lineage_json=_read_validated(lineage, dict[str, Any]),
-        seconds={stage: _read_validated(run_folder / stage / "done.json", StageRecord).seconds for stage in stands})
+        examples=_read_validated(
+            run_folder / "evaluate" / "examples.jsonl", tuple[GradedExample, ...]
+        ),
+        cast=_read_validated(run_folder / "audition" / "cast.json", Cast)
+        if "audition" in stands
+        else None,
+        pairs=_read_validated(run_folder / "check" / "check.json", CheckRecord).pairs
+        if "check" in stands
+        else None,
+        capture=_read_validated(run_folder / "capture" / "summary.json", CaptureRecord)
+        if "capture" in stands
+        else None,
+        logged_steps=_read_validated(run_folder / "train" / "metrics.jsonl", tuple[LoggedStep, ...])
+        if "train" in stands
+        else None,
+        lineage=_read_validated(lineage, LineageRecord),
+        lineage_json=_read_validated(lineage, dict[str, Any]),
+        seconds={
+            stage: _read_validated(run_folder / stage / "done.json", StageRecord).seconds
+            for stage in stands
+        },
+    )
     for name, what in _contradictions(files):
         stage = name.partition("/")[0]
-        raise DataError(what, where=str(run_folder / name), remedy=f"delete {run_folder / stage} and run it and the stages after it again")
+        raise DataError(
+            what,
+            where=str(run_folder / name),
+            remedy=f"delete {run_folder / stage} and run it and the stages after it again",
+        )
     return files
 
 
 def read_graded_answers(run_folder: Path) -> tuple[EvaluationRecord, tuple[GradedAnswer, ...]]:
     """A run's evaluation and its graded answers. Raises DataError where they are missing, broken, or nothing was answered."""
     where = run_folder / "evaluate" / "examples.jsonl"
-    evaluated, said = _read_validated(run_folder / "evaluate" / "evaluation.json", EvaluationRecord), _read_validated(where, tuple[GradedAnswer, ...])
+    evaluated, said = (
+        _read_validated(run_folder / "evaluate" / "evaluation.json", EvaluationRecord),
+        _read_validated(where, tuple[GradedAnswer, ...]),
+    )
     if not said:
         raise DataError("holds no answer", where=str(where), remedy="evaluate again")
     return evaluated, said
@@ -216,38 +269,73 @@ def read_graded_answers(run_folder: Path) -> tuple[EvaluationRecord, tuple[Grade
 
 def _contradictions(files: RunFiles) -> Iterator[tuple[str, str]]:
     """(file, what) that cannot be true together: the page would compare what does not belong together."""
-    evaluated, known, listed = files.evaluation, set(files.evaluation.teachers), {t.get("name") for t in files.lineage.teachers}
+    evaluated, known, listed = (
+        files.evaluation,
+        set(files.evaluation.teachers),
+        {t.get("name") for t in files.lineage.teachers},
+    )
     if not known or len(set(evaluated.model_names)) < len(evaluated.model_names):
         yield "evaluate/evaluation.json", "student, base and teachers need a name each"
     for s in evaluated.scores:
         if not -1e-9 <= s.low <= s.value + 1e-9 <= s.high + 2e-9 <= 1 + 3e-9:
-            yield "evaluate/evaluation.json", f"{s.model_name} on {s.skill}: {s.value} is not inside its interval {s.low} to {s.high}"
+            yield (
+                "evaluate/evaluation.json",
+                f"{s.model_name} on {s.skill}: {s.value} is not inside its interval {s.low} to {s.high}",
+            )
     for p in (*evaluated.compared, *evaluated.regressions):
         if p.model_name != evaluated.student or p.other_model_name not in evaluated.model_names:
-            yield "evaluate/evaluation.json", f"{p.model_name} is compared with {p.other_model_name}, which is not the student and another speaker"
+            yield (
+                "evaluate/evaluation.json",
+                f"{p.model_name} is compared with {p.other_model_name}, which is not the student and another speaker",
+            )
         if not -1 - 1e-9 <= p.low <= p.difference + 1e-9 <= p.high + 2e-9 <= 1 + 3e-9:
-            yield "evaluate/evaluation.json", f"{p.other_model_name} on {p.skill}: a difference of {p.difference} is not inside {p.low} to {p.high}"
-    if len({(s.model_name, s.skill, s.language, s.effort) for s in evaluated.scores}) < len(evaluated.scores):
+            yield (
+                "evaluate/evaluation.json",
+                f"{p.other_model_name} on {p.skill}: a difference of {p.difference} is not inside {p.low} to {p.high}",
+            )
+    if len({(s.model_name, s.skill, s.language, s.effort) for s in evaluated.scores}) < len(
+        evaluated.scores
+    ):
         yield "evaluate/evaluation.json", "a speaker has two scores on one skill"
     if files.logged_steps is not None and not files.logged_steps:
         yield "train/metrics.jsonl", "no step is logged"
     for line in files.logged_steps or ():
-        for kind, shares in (("positions", line.share), *((kind, line.teacher_shares(kind)) for kind in SHARE_KINDS)):
+        for kind, shares in (
+            ("positions", line.share),
+            *((kind, line.teacher_shares(kind)) for kind in SHARE_KINDS),
+        ):
             if sum(shares.values()) > 1 + 1e-6:
-                yield "train/metrics.jsonl", f"the shares of {kind} of step {line.step} are more than one together"
+                yield (
+                    "train/metrics.jsonl",
+                    f"the shares of {kind} of step {line.step} are more than one together",
+                )
     if files.pairs is not None and not files.pairs:
         yield "check/check.json", "no pair was checked"
     for pair in files.pairs or ():
-        if any(k not in pair for k in PAIRING_KEYS) or not all(isinstance(pair[k], int | float) and 0 <= pair[k] <= 1 + 1e-9 for k in PAIRING_KEYS[3:]):
-            yield "check/check.json", f"{pair.get('teacher')} on {pair.get('skill')}: needs {', '.join(PAIRING_KEYS[3:])}, shares from 0 to 1"
-    named = {"audition/cast.json": {t for part in files.cast.parts.values() for t, _ in part} if files.cast else set(),
-             "capture/summary.json": set(files.capture.teachers) if files.capture else set(),
-             "train/metrics.jsonl": {t for line in files.logged_steps or () for t in (*line.share, *line.groups)}}
+        if any(k not in pair for k in PAIRING_KEYS) or not all(
+            isinstance(pair[k], int | float) and 0 <= pair[k] <= 1 + 1e-9 for k in PAIRING_KEYS[3:]
+        ):
+            yield (
+                "check/check.json",
+                f"{pair.get('teacher')} on {pair.get('skill')}: needs {', '.join(PAIRING_KEYS[3:])}, shares from 0 to 1",
+            )
+    named = {
+        "audition/cast.json": {t for part in files.cast.parts.values() for t, _ in part}
+        if files.cast
+        else set(),
+        "capture/summary.json": set(files.capture.teachers) if files.capture else set(),
+        "train/metrics.jsonl": {
+            t for line in files.logged_steps or () for t in (*line.share, *line.groups)
+        },
+    }
     for name, teachers in named.items():
         if teachers - known:
             yield name, f"{', '.join(sorted(teachers - known))} teaches, and was not evaluated"
     if known - listed:
-        yield "lineage/lineage.json", f"{', '.join(sorted(known - listed))} was evaluated as a teacher, and has no line here"
+        yield (
+            "lineage/lineage.json",
+            f"{', '.join(sorted(known - listed))} was evaluated as a teacher, and has no line here",
+        )
 
 
 # --- what is found ---
@@ -263,12 +351,24 @@ class IntervalOrder(StrEnum):
 
 def score_order(one: Score, other: Score) -> IntervalOrder:
     """Of two intervals: teachers among themselves."""
-    return IntervalOrder.ABOVE if one.low > other.high else IntervalOrder.BELOW if one.high < other.low else IntervalOrder.OVERLAPS
+    return (
+        IntervalOrder.ABOVE
+        if one.low > other.high
+        else IntervalOrder.BELOW
+        if one.high < other.low
+        else IntervalOrder.OVERLAPS
+    )
 
 
 def difference_order(pair: PairedComparison) -> IntervalOrder:
     """Of the interval of the difference on the same items: the student beside another."""
-    return IntervalOrder.ABOVE if pair.low > 0 else IntervalOrder.BELOW if pair.high < 0 else IntervalOrder.OVERLAPS
+    return (
+        IntervalOrder.ABOVE
+        if pair.low > 0
+        else IntervalOrder.BELOW
+        if pair.high < 0
+        else IntervalOrder.OVERLAPS
+    )
 
 
 @dataclass(frozen=True)
@@ -311,39 +411,77 @@ def compare_skills(evaluation: EvaluationRecord, where: str) -> tuple[SkillCompa
     found = []
     for skill in dict.fromkeys(s.skill for s in evaluation.scores):
         scores = [_pick_score(evaluation, name, skill, "") for name in evaluation.model_names]
-        lacking = [name for name, s in zip(evaluation.model_names, scores, strict=True) if s is None or s.n == 0]
+        lacking = [
+            name
+            for name, s in zip(evaluation.model_names, scores, strict=True)
+            if s is None or s.n == 0
+        ]
         if lacking:
-            raise DataError(f"{', '.join(lacking)} has no score on {skill}", where=where, remedy="evaluate every speaker on every skill")
+            raise DataError(
+                f"{', '.join(lacking)} has no score on {skill}",
+                where=where,
+                remedy="evaluate every speaker on every skill",
+            )
         student, base, *others = (s for s in scores if s is not None)
-        teachers, yardsticks = tuple(others[:len(evaluation.teachers)]), tuple(others[len(evaluation.teachers):])
-        pairs = [evaluation.find_pair(other, skill, "", evaluation.effort) for other in (_best_score(teachers).model_name, evaluation.base)]
+        teachers, yardsticks = (
+            tuple(others[: len(evaluation.teachers)]),
+            tuple(others[len(evaluation.teachers) :]),
+        )
+        pairs = [
+            evaluation.find_pair(other, skill, "", evaluation.effort)
+            for other in (_best_score(teachers).model_name, evaluation.base)
+        ]
         if None in pairs:
-            raise DataError(f"the student is not compared on {skill} with its base and its best teacher", where=where, remedy="run evaluate again")
-        found.append(SkillComparison(skill, student, base, teachers, yardsticks, *(p for p in pairs if p)))
+            raise DataError(
+                f"the student is not compared on {skill} with its base and its best teacher",
+                where=where,
+                remedy="run evaluate again",
+            )
+        found.append(
+            SkillComparison(skill, student, base, teachers, yardsticks, *(p for p in pairs if p))
+        )
     if not found:
-        raise DataError("no skill was measured", where=where, remedy="name skills under evaluation: in the recipe and run evaluate again")
+        raise DataError(
+            "no skill was measured",
+            where=where,
+            remedy="name skills under evaluation: in the recipe and run evaluate again",
+        )
     return tuple(found)
 
 
-def _pick_score(evaluation: EvaluationRecord, model: str, skill: str, language: str) -> Score | None:
+def _pick_score(
+    evaluation: EvaluationRecord, model: str, skill: str, language: str
+) -> Score | None:
     """The score at the evaluation's effort; a speaker that was not measured at it (a teacher's own dial) counts with the first measured, its own."""
-    mine = [s for s in evaluation.scores if (s.model_name, s.skill, s.language) == (model, skill, language)]
+    mine = [
+        s
+        for s in evaluation.scores
+        if (s.model_name, s.skill, s.language) == (model, skill, language)
+    ]
     return next((s for s in mine if s.effort is evaluation.effort), mine[0] if mine else None)
 
 
 def scores_by_language(evaluation: EvaluationRecord) -> dict[str, dict[str, dict[str, Score]]]:
-    """skill -> language -> speaker -> score, of skills asked in more than one language."""
+    """Skill -> language -> speaker -> score, of skills asked in more than one language."""
     table: dict[str, dict[str, dict[str, Score]]] = {}
     for skill, language in sorted({(s.skill, s.language) for s in evaluation.scores if s.language}):
-        scores = {name: _pick_score(evaluation, name, skill, language) for name in evaluation.model_names}
-        table.setdefault(skill, {})[language] = {name: s for name, s in scores.items() if s is not None}
+        scores = {
+            name: _pick_score(evaluation, name, skill, language) for name in evaluation.model_names
+        }
+        table.setdefault(skill, {})[language] = {
+            name: s for name, s in scores.items() if s is not None
+        }
     return {skill: languages for skill, languages in table.items() if len(languages) > 1}
 
 
-def scores_by_effort(evaluation: EvaluationRecord) -> dict[str, dict[str, dict[ThinkingEffort, Score]]]:
-    """skill -> speaker -> effort -> score, where anybody was measured at more than one."""
+def scores_by_effort(
+    evaluation: EvaluationRecord,
+) -> dict[str, dict[str, dict[ThinkingEffort, Score]]]:
+    """Skill -> speaker -> effort -> score, where anybody was measured at more than one."""
     found: dict[str, dict[str, dict[ThinkingEffort, Score]]] = {}
     for s in evaluation.scores:
         if not s.language:
             found.setdefault(s.skill, {}).setdefault(s.model_name, {})[s.effort] = s
-    return found if any(len(mine) > 1 for table in found.values() for mine in table.values()) else {}
+    return (
+        found if any(len(mine) > 1 for table in found.values() for mine in table.values()) else {}
+    )

@@ -65,8 +65,10 @@ def format_bytes(num_bytes: float) -> str:
     """Bytes, in powers of 1000."""
     if num_bytes < 1000:
         return f"{num_bytes:.0f}{NBSP}B"
-    power = next(k for k in (1, 2, 3, 4) if num_bytes < 999.95 * 1000 ** k or k == 4)  # 999.95 kB is 1.0 MB
-    return f"{num_bytes / 1000 ** power:.1f}{NBSP}{('kB', 'MB', 'GB', 'TB')[power - 1]}"
+    power = next(
+        k for k in (1, 2, 3, 4) if num_bytes < 999.95 * 1000**k or k == 4
+    )  # 999.95 kB is 1.0 MB
+    return f"{num_bytes / 1000**power:.1f}{NBSP}{('kB', 'MB', 'GB', 'TB')[power - 1]}"
 
 
 def format_duration(seconds: float) -> str:
@@ -79,13 +81,31 @@ def format_duration(seconds: float) -> str:
 
 def spell_count(n: int) -> str:
     """A small count inside a sentence."""
-    words = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+    words = (
+        "no",
+        "one",
+        "two",
+        "three",
+        "four",
+        "five",
+        "six",
+        "seven",
+        "eight",
+        "nine",
+        "ten",
+        "eleven",
+        "twelve",
+    )
     return words[n] if n < len(words) else format_count(n)
 
 
 def join_list(parts: Sequence[str], conjunction: str = "and") -> str:
     """a, b and c; empty for nothing."""
-    return f" {conjunction} ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)
+    return (
+        f" {conjunction} ".join([", ".join(parts[:-1]), parts[-1]])
+        if len(parts) > 1
+        else "".join(parts)
+    )
 
 
 def markdown_cell(text: object) -> str:
@@ -131,41 +151,72 @@ def dot_plot(element_id: str, title: str, rows: Sequence[Dot], band: tuple[float
     def x(share: float) -> float:
         return left + (right - left) * share
 
-    body = [f'<rect class="band" x="{x(band[0]):.1f}" y="8" width="{x(band[1]) - x(band[0]):.1f}" height="{bottom - 8}"/>']
+    body = [
+        f'<rect class="band" x="{x(band[0]):.1f}" y="8" width="{x(band[1]) - x(band[0]):.1f}" height="{bottom - 8}"/>'
+    ]
     for tick in (0, 25, 50, 75, 100):
         at = x(tick / 100)
-        body.append(f'<line class="grid" x1="{at:.1f}" y1="8" x2="{at:.1f}" y2="{bottom}"/>{_text(tick, at, bottom + 17, "mid tick")}')
+        body.append(
+            f'<line class="grid" x1="{at:.1f}" y1="8" x2="{at:.1f}" y2="{bottom}"/>{_text(tick, at, bottom + 17, "mid tick")}'
+        )
     for k, row in enumerate(rows):
         y = 8 + pitch * (k + 0.5)
         body.append(
             f'<g class="{row.mark}">{_text(_truncate(row.label), 0, y + 4.5, "name " + row.mark)}'
             f'<line class="whisker {row.mark}" x1="{x(row.low):.1f}" y1="{y:.1f}" x2="{x(row.high):.1f}" y2="{y:.1f}"/>'
-            f'{glyph(row.mark, x(row.value), y)}{_text(format_points(row.value), CHART_WIDTH, y + 4.5, "end value " + row.mark)}</g>')
-    told = "; ".join(f"{r.label} {format_points(r.value)}, 95 % interval {format_points(r.low)} to {format_points(r.high)}" for r in rows)
+            f"{glyph(row.mark, x(row.value), y)}{_text(format_points(row.value), CHART_WIDTH, y + 4.5, 'end value ' + row.mark)}</g>"
+        )
+    told = "; ".join(
+        f"{r.label} {format_points(r.value)}, 95 % interval {format_points(r.low)} to {format_points(r.high)}"
+        for r in rows
+    )
     return _svg(element_id, title, f"Score out of 100. {told}.", bottom + 24, body)
 
 
-def heatmap(element_id: str, title: str, columns: Sequence[tuple[str, str]], rows: Sequence[tuple[str, Sequence[float | None]]]) -> str:
+def heatmap(
+    element_id: str,
+    title: str,
+    columns: Sequence[tuple[str, str]],
+    rows: Sequence[tuple[str, Sequence[float | None]]],
+) -> str:
     """Scores as a matrix of tinted cells, 0 pale to 100 deep; the number stands in each. columns = (speaker, mark); None = not measured."""
     left, pitch, top = 96, 27, 44
     wide = (CHART_WIDTH - left) / len(columns)
     body = []
     for k, (name, mark) in enumerate(columns):
         at = left + wide * (k + 0.5)
-        body.append(f'{glyph(mark, at, 12)}{_text(_truncate(name, max(3, int(wide / 7.6))), at, 35, "mid tick")}')
+        body.append(
+            f"{glyph(mark, at, 12)}{_text(_truncate(name, max(3, int(wide / 7.6))), at, 35, 'mid tick')}"
+        )
     for j, (name, values) in enumerate(rows):
         y = top + pitch * j
         body.append(_text(_truncate(name, 14), 0, y + 17.5, "name"))
         for k, value in enumerate(values):
             x, tint = left + wide * k, 0.05 + 0.5 * (value or 0)
-            body.append(f'<rect class="heat" x="{x + 1:.1f}" y="{y + 1}" width="{wide - 2:.1f}" height="{pitch - 2}" fill-opacity="{tint:.3f}"/>'
-                        f'{_text("–" if value is None else f"{100 * value:.0f}", x + wide / 2, y + 17.5, "mid")}')
-    told = [f"{name}: " + ", ".join(f"{who} {'not measured' if v is None else format_points(v)}" for (who, _), v in zip(columns, values, strict=True))
-            for name, values in rows]
-    return _svg(element_id, title, f"Score out of 100. {'; '.join(told)}.", top + pitch * len(rows) + 2, body)
+            body.append(
+                f'<rect class="heat" x="{x + 1:.1f}" y="{y + 1}" width="{wide - 2:.1f}" height="{pitch - 2}" fill-opacity="{tint:.3f}"/>'
+                f"{_text('–' if value is None else f'{100 * value:.0f}', x + wide / 2, y + 17.5, 'mid')}"
+            )
+    told = [
+        f"{name}: "
+        + ", ".join(
+            f"{who} {'not measured' if v is None else format_points(v)}"
+            for (who, _), v in zip(columns, values, strict=True)
+        )
+        for name, values in rows
+    ]
+    return _svg(
+        element_id,
+        title,
+        f"Score out of 100. {'; '.join(told)}.",
+        top + pitch * len(rows) + 2,
+        body,
+    )
 
 
-def gap_chart(element_id: str, title: str, rows: Sequence[tuple[str, Dot, Dot, Dot, float | None]]) -> str:
+def gap_chart(
+    element_id: str, title: str, rows: Sequence[tuple[str, Dot, Dot, Dot, float | None]]
+) -> str:
     """How far the student went from its base to the best teacher: (skill, base, student, best teacher, share of the way) a row."""
     left, right, pitch = 96, CHART_WIDTH - 62, 30
     bottom = 8 + pitch * len(rows)
@@ -173,20 +224,34 @@ def gap_chart(element_id: str, title: str, rows: Sequence[tuple[str, Dot, Dot, D
     def x(share: float) -> float:
         return left + (right - left) * share
 
-    body = [f'<line class="grid" x1="{x(t / 100):.1f}" y1="8" x2="{x(t / 100):.1f}" y2="{bottom}"/>{_text(t, x(t / 100), bottom + 17, "mid tick")}'
-            for t in (0, 25, 50, 75, 100)]
+    body = [
+        f'<line class="grid" x1="{x(t / 100):.1f}" y1="8" x2="{x(t / 100):.1f}" y2="{bottom}"/>{_text(t, x(t / 100), bottom + 17, "mid tick")}'
+        for t in (0, 25, 50, 75, 100)
+    ]
     told = []
     for k, (skill, base, student, best, closed) in enumerate(rows):
         y = 8 + pitch * (k + 0.5)
         went = "went" if student.value >= base.value else "fell"
-        said = "–" if closed is None else f"−{format_percent(-closed)}" if closed < 0 else format_percent(closed)
-        body.append(f'{_text(_truncate(skill, 14), 0, y + 4.5, "name")}'
-                    f'<line class="way" x1="{x(base.value):.1f}" y1="{y:.1f}" x2="{x(best.value):.1f}" y2="{y:.1f}"/>'
-                    f'<line class="{went}" x1="{x(base.value):.1f}" y1="{y:.1f}" x2="{x(student.value):.1f}" y2="{y:.1f}"/>'
-                    f'{glyph(best.mark, x(best.value), y)}{glyph(base.mark, x(base.value), y)}{glyph(student.mark, x(student.value), y)}'
-                    f'{_text(said, CHART_WIDTH, y + 4.5, "end value")}')
-        way = "the best teacher is not ahead of the base" if closed is None else f"{said} of the way"
-        told.append(f"{skill}: from {format_points(base.value)} to {format_points(student.value)}, best teacher {best.label} {format_points(best.value)}, {way}")
+        said = (
+            "–"
+            if closed is None
+            else f"−{format_percent(-closed)}"
+            if closed < 0
+            else format_percent(closed)
+        )
+        body.append(
+            f"{_text(_truncate(skill, 14), 0, y + 4.5, 'name')}"
+            f'<line class="way" x1="{x(base.value):.1f}" y1="{y:.1f}" x2="{x(best.value):.1f}" y2="{y:.1f}"/>'
+            f'<line class="{went}" x1="{x(base.value):.1f}" y1="{y:.1f}" x2="{x(student.value):.1f}" y2="{y:.1f}"/>'
+            f"{glyph(best.mark, x(best.value), y)}{glyph(base.mark, x(base.value), y)}{glyph(student.mark, x(student.value), y)}"
+            f"{_text(said, CHART_WIDTH, y + 4.5, 'end value')}"
+        )
+        way = (
+            "the best teacher is not ahead of the base" if closed is None else f"{said} of the way"
+        )
+        told.append(
+            f"{skill}: from {format_points(base.value)} to {format_points(student.value)}, best teacher {best.label} {format_points(best.value)}, {way}"
+        )
     return _svg(element_id, title, f"{'; '.join(told)}.", bottom + 24, body)
 
 
@@ -206,14 +271,20 @@ def line_chart(element_id: str, title: str, values: Sequence[tuple[int, float]])
     places = max(0, -floor(log10(ticks[1] - ticks[0]) + 1e-9))
     body = [_grid_line(f"{t:.{places}f}", y(t), left, right) for t in ticks]
     body += _step_axis(first, last, left, right, bottom)
-    body.append(f'<polyline class="curve" points="{" ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in drawn)}"/>')
-    body.append(f'<circle class="student" cx="{x(drawn[-1][0]):.1f}" cy="{y(drawn[-1][1]):.1f}" r="3.5"/>')
+    body.append(
+        f'<polyline class="curve" points="{" ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in drawn)}"/>'
+    )
+    body.append(
+        f'<circle class="student" cx="{x(drawn[-1][0]):.1f}" cy="{y(drawn[-1][1]):.1f}" r="3.5"/>'
+    )
     told = f"{values[0][1]:.3g} at step {first}, {values[-1][1]:.3g} at step {last}."
     told += f" Each point is the mean of {each} logged steps." if each > 1 else ""
     return _svg(element_id, title, told, bottom + 24, body)
 
 
-def stacked_bars(element_id: str, title: str, share_bins: Sequence[ShareBin], teachers: Sequence[tuple[str, str]]) -> str:
+def stacked_bars(
+    element_id: str, title: str, share_bins: Sequence[ShareBin], teachers: Sequence[tuple[str, str]]
+) -> str:
     """Stacked bars over training: each teacher's share of what the title says. `speakers` = (name, mark), bottom first."""
     left, right, top, bottom = 46, CHART_WIDTH - 10, 10, 170
     tall, pitch = bottom - top, (right - left) / len(share_bins)
@@ -222,28 +293,46 @@ def stacked_bars(element_id: str, title: str, share_bins: Sequence[ShareBin], te
         y = float(bottom)
         for share, (name, mark) in zip(column.shares, teachers, strict=True):
             y -= tall * share
-            what = f"{name} {format_percent(share)}, steps {column.first_step} to {column.last_step}"
-            body.append(f'<rect class="part {mark}" x="{left + pitch * k + 1:.1f}" y="{y:.1f}" width="{pitch - 2:.1f}" '
-                        f'height="{tall * share:.1f}"><title>{escape(what)}</title></rect>')
+            what = (
+                f"{name} {format_percent(share)}, steps {column.first_step} to {column.last_step}"
+            )
+            body.append(
+                f'<rect class="part {mark}" x="{left + pitch * k + 1:.1f}" y="{y:.1f}" width="{pitch - 2:.1f}" '
+                f'height="{tall * share:.1f}"><title>{escape(what)}</title></rect>'
+            )
     body += _step_axis(share_bins[0].first_step, share_bins[-1].last_step, left, right, bottom)
-    ends = [f"{name} {format_percent(a)} at first, {format_percent(b)} at last"
-            for (name, _), a, b in zip(teachers, share_bins[0].shares, share_bins[-1].shares, strict=True)]
+    ends = [
+        f"{name} {format_percent(a)} at first, {format_percent(b)} at last"
+        for (name, _), a, b in zip(
+            teachers, share_bins[0].shares, share_bins[-1].shares, strict=True
+        )
+    ]
     return _svg(element_id, title, f"{title.capitalize()}: {'; '.join(ends)}.", bottom + 24, body)
 
 
-def downsample(values: Sequence[tuple[int, float]], max_points: int = MAX_CURVE_POINTS) -> tuple[list[tuple[int, float]], int]:
+def downsample(
+    values: Sequence[tuple[int, float]], max_points: int = MAX_CURVE_POINTS
+) -> tuple[list[tuple[int, float]], int]:
     """At most `most` points, each the mean of so many neighbours (the last perhaps of fewer), and how many that is."""
     each = ceil(len(values) / max_points)
-    runs = [values[k:k + each] for k in range(0, len(values), each)]
+    runs = [values[k : k + each] for k in range(0, len(values), each)]
     return [(run[len(run) // 2][0], sum(v for _, v in run) / len(run)) for run in runs], each
 
 
-def bin_shares(steps: Sequence[tuple[int, Mapping[str, float]]], names: Sequence[str], max_bins: int = 20) -> tuple[ShareBin, ...]:
+def bin_shares(
+    steps: Sequence[tuple[int, Mapping[str, float]]], names: Sequence[str], max_bins: int = 20
+) -> tuple[ShareBin, ...]:
     """Shares per teacher in at most `most` equal stretches of training: the mean over each stretch's logged steps."""
     each = ceil(len(steps) / max_bins)
-    runs = [steps[k:k + each] for k in range(0, len(steps), each)]
+    runs = [steps[k : k + each] for k in range(0, len(steps), each)]
     return tuple(
-        ShareBin(run[0][0], run[-1][0], tuple(sum(shares.get(n, 0.0) for _, shares in run) / len(run) for n in names)) for run in runs)
+        ShareBin(
+            run[0][0],
+            run[-1][0],
+            tuple(sum(shares.get(n, 0.0) for _, shares in run) / len(run) for n in names),
+        )
+        for run in runs
+    )
 
 
 def nice_ticks(low: float, high: float) -> list[float]:
@@ -262,12 +351,15 @@ def _grid_line(label: str, y: float, left: float, right: float) -> str:
 
 
 def _step_axis(first: int, last: int, left: float, right: float, bottom: float) -> list[str]:
-    return [_text(format_count(first), left, bottom + 18, "tick"), _text("step", (left + right) / 2, bottom + 18, "mid tick"),
-            _text(format_count(last), right, bottom + 18, "end tick")]
+    return [
+        _text(format_count(first), left, bottom + 18, "tick"),
+        _text("step", (left + right) / 2, bottom + 18, "mid tick"),
+        _text(format_count(last), right, bottom + 18, "end tick"),
+    ]
 
 
 def _truncate(label: str, max_chars: int = 15) -> str:
-    return label if len(label) <= max_chars else label[:max_chars - 1] + "…"
+    return label if len(label) <= max_chars else label[: max_chars - 1] + "…"
 
 
 def _text(text: object, x: float, y: float, classes: str) -> str:
@@ -275,5 +367,7 @@ def _text(text: object, x: float, y: float, classes: str) -> str:
 
 
 def _svg(element_id: str, title: str, description: str, height: float, body: Sequence[str]) -> str:
-    return (f'<svg class="chart" viewBox="0 0 {CHART_WIDTH} {height:g}" role="img" aria-labelledby="{element_id}-t {element_id}-d">'
-            f'<title id="{element_id}-t">{escape(title)}</title><desc id="{element_id}-d">{escape(description)}</desc>{"".join(body)}</svg>')
+    return (
+        f'<svg class="chart" viewBox="0 0 {CHART_WIDTH} {height:g}" role="img" aria-labelledby="{element_id}-t {element_id}-d">'
+        f'<title id="{element_id}-t">{escape(title)}</title><desc id="{element_id}-d">{escape(description)}</desc>{"".join(body)}</svg>'
+    )

@@ -12,7 +12,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from persea.chat.messages import ThinkingEffort
 from persea.errors import DataError
-from persea.evaluation.thinking_modes import UNDETERMINED_LANGUAGE, EffortResult, Proportion, ThinkingModesReport
+from persea.evaluation.thinking_modes import (
+    UNDETERMINED_LANGUAGE,
+    EffortResult,
+    Proportion,
+    ThinkingModesReport,
+)
 from persea.report import svg as charts
 
 THINKING_COLUMNS = ("skill", "effort", "right", "astray", "tokens of thought", "bytes", "language")
@@ -29,8 +34,17 @@ def read_thinking_modes(run_folder: Path) -> ThinkingModesReport | None:
         found = TypeAdapter(ThinkingModesReport).validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise DataError(f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}", where=str(path), remedy=remedy) from error
-    counts = [found.unasked_thinking, found.missing_thinking, *(m.wrong_mode for m in found.modes), *(m.in_question_language for m in found.modes)]
+        raise DataError(
+            f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}",
+            where=str(path),
+            remedy=remedy,
+        ) from error
+    counts = [
+        found.unasked_thinking,
+        found.missing_thinking,
+        *(m.wrong_mode for m in found.modes),
+        *(m.in_question_language for m in found.modes),
+    ]
     if not all(0 <= c.count <= c.n and 0 <= c.low <= c.high <= 1 for c in counts):
         raise DataError("counts more than were asked", where=str(path), remedy=remedy)
     return found
@@ -38,8 +52,17 @@ def read_thinking_modes(run_folder: Path) -> ThinkingModesReport | None:
 
 def thinking_rows(modes: ThinkingModesReport) -> list[tuple[str, ...]]:
     """One a mode, in the words of COLUMNS."""
-    return [(m.skill, m.effort.value, f"{m.score.value:.2f} ({m.score.low:.2f}-{m.score.high:.2f})", f"{m.wrong_mode.count} of {m.wrong_mode.n}", *_length_cells(m),
-             _language_cell(m)) for m in modes.modes]
+    return [
+        (
+            m.skill,
+            m.effort.value,
+            f"{m.score.value:.2f} ({m.score.low:.2f}-{m.score.high:.2f})",
+            f"{m.wrong_mode.count} of {m.wrong_mode.n}",
+            *_length_cells(m),
+            _language_cell(m),
+        )
+        for m in modes.modes
+    ]
 
 
 def _length_cells(m: EffortResult) -> tuple[str, str]:
@@ -50,19 +73,41 @@ def _length_cells(m: EffortResult) -> tuple[str, str]:
 
 
 def _language_cell(m: EffortResult) -> str:
-    named = [f"{n} {language}" for language, n in sorted(m.languages.items(), key=lambda x: (x[0] == UNDETERMINED_LANGUAGE, -x[1]))]
-    return ", ".join(named[:MAX_LANGUAGES_SHOWN]) + (f", {len(named) - MAX_LANGUAGES_SHOWN} more" if len(named) > MAX_LANGUAGES_SHOWN else "") or "-"
+    named = [
+        f"{n} {language}"
+        for language, n in sorted(
+            m.languages.items(), key=lambda x: (x[0] == UNDETERMINED_LANGUAGE, -x[1])
+        )
+    ]
+    return (
+        ", ".join(named[:MAX_LANGUAGES_SHOWN])
+        + (f", {len(named) - MAX_LANGUAGES_SHOWN} more" if len(named) > MAX_LANGUAGES_SHOWN else "")
+        or "-"
+    )
 
 
 def thinking_sentences(modes: ThinkingModesReport) -> list[str]:
     """What the numbers say, nothing that they do not."""
-    told = [f"Told to answer at once, the student thought in {_share_phrase(modes.unasked_thinking)}."] if modes.unasked_thinking.n else []
+    told = (
+        [f"Told to answer at once, the student thought in {_share_phrase(modes.unasked_thinking)}."]
+        if modes.unasked_thinking.n
+        else []
+    )
     if modes.missing_thinking.n:
-        told.append(f"Told to think, it answered without a thought in {_share_phrase(modes.missing_thinking)}.")
+        told.append(
+            f"Told to think, it answered without a thought in {_share_phrase(modes.missing_thinking)}."
+        )
     for skill, rises in modes.length_increases.items():
         dials = [m for m in modes.modes if m.skill == skill and m.effort is not ThinkingEffort.NONE]
-        lengths = ", ".join(f"{m.effort} {m.length.mean_tokens:.1f}" if m.length.num_finished else f"{m.effort} none that ended" for m in dials)
-        told.append(f"{skill}: thoughts {'get' if rises else 'do not get'} longer from effort to effort ({lengths} tokens on average).")
+        lengths = ", ".join(
+            f"{m.effort} {m.length.mean_tokens:.1f}"
+            if m.length.num_finished
+            else f"{m.effort} none that ended"
+            for m in dials
+        )
+        told.append(
+            f"{skill}: thoughts {'get' if rises else 'do not get'} longer from effort to effort ({lengths} tokens on average)."
+        )
     return told
 
 
@@ -72,12 +117,22 @@ def _share_phrase(count: Proportion) -> str:
 
 @cache
 def _load_section_template() -> Template:
-    environment = Environment(undefined=StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(resources.files("persea.report").joinpath("thinking_section.html.jinja").read_text(encoding="utf-8"))
+    environment = Environment(
+        undefined=StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(
+        resources.files("persea.report")
+        .joinpath("thinking_section.html.jinja")
+        .read_text(encoding="utf-8")
+    )
 
 
 def render_thinking_section(modes: ThinkingModesReport | None) -> Markup:
     """HTML of the page's section; nothing where there are no modes."""
     if modes is None:
         return Markup()
-    return Markup(_load_section_template().render(columns=THINKING_COLUMNS, rows=thinking_rows(modes), sentences=thinking_sentences(modes)))
+    return Markup(
+        _load_section_template().render(
+            columns=THINKING_COLUMNS, rows=thinking_rows(modes), sentences=thinking_sentences(modes)
+        )
+    )

@@ -18,8 +18,17 @@ Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 KEYLESS_PATHS = ("/health",)  # routes without a key
-ERROR_TYPES_BY_STATUS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error", 408: "timeout_error",
-         413: "invalid_request_error", 422: "invalid_request_error", 429: "rate_limit_error", 500: "server_error"}
+ERROR_TYPES_BY_STATUS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "invalid_request_error",
+    422: "invalid_request_error",
+    429: "rate_limit_error",
+    500: "server_error",
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,13 @@ RETRY_AFTER_HEADERS = ((b"retry-after", b"1"),)
 
 def is_loopback(host: str) -> bool:
     """Whether an address, or a Host header, is this machine's own."""
-    name = host.rpartition(":")[0] if host.count(":") == 1 else host.partition("]")[0].lstrip("[") if host.startswith("[") else host
+    name = (
+        host.rpartition(":")[0]
+        if host.count(":") == 1
+        else host.partition("]")[0].lstrip("[")
+        if host.startswith("[")
+        else host
+    )
     if name == "localhost":
         return True
     try:
@@ -57,13 +72,32 @@ def is_loopback(host: str) -> bool:
 
 def error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
     """An error in OpenAI's shape."""
-    return {"error": {"message": message, "type": ERROR_TYPES_BY_STATUS[status], "param": param, "code": status}}
+    return {
+        "error": {
+            "message": message,
+            "type": ERROR_TYPES_BY_STATUS[status],
+            "param": param,
+            "code": status,
+        }
+    }
 
 
-async def send_error(send: Send, status: int, message: str, headers: tuple[tuple[bytes, bytes], ...] = ()) -> None:
+async def send_error(
+    send: Send, status: int, message: str, headers: tuple[tuple[bytes, bytes], ...] = ()
+) -> None:
     body = json.dumps(error_body(status, message)).encode()
-    await send({"type": "http.response.start", "status": status, "headers": [
-        (b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), (b"connection", b"close"), *headers]})
+    await send(
+        {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [
+                (b"content-type", b"application/json"),
+                (b"content-length", str(len(body)).encode()),
+                (b"connection", b"close"),
+                *headers,
+            ],
+        }
+    )
     await send({"type": "http.response.body", "body": body})
 
 
@@ -84,21 +118,46 @@ class AccessLimitMiddleware:
 
     async def _handle_request(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
-        if scope["path"] not in KEYLESS_PATHS and self.api_key and not self._has_valid_key(headers.get(b"authorization", b"")):
-            await send_error(send, 401, "the key is missing or wrong: send `Authorization: Bearer KEY`", ((b"www-authenticate", b"Bearer"),))
+        if (
+            scope["path"] not in KEYLESS_PATHS
+            and self.api_key
+            and not self._has_valid_key(headers.get(b"authorization", b""))
+        ):
+            await send_error(
+                send,
+                401,
+                "the key is missing or wrong: send `Authorization: Bearer KEY`",
+                ((b"www-authenticate", b"Bearer"),),
+            )
             return
-        if not self.api_key and not is_loopback(headers.get(b"host", b"localhost").decode("latin-1")):
-            await send_error(send, 403, "without a key this server answers as localhost alone")  # a page of elsewhere whose name points here
+        if not self.api_key and not is_loopback(
+            headers.get(b"host", b"localhost").decode("latin-1")
+        ):
+            await send_error(
+                send, 403, "without a key this server answers as localhost alone"
+            )  # a page of elsewhere whose name points here
             return
         origin = headers.get(b"origin", b"http://localhost").decode("latin-1")
         if not self.api_key and not is_loopback(origin.partition("://")[2]):
-            await send_error(send, 403, "without a key this server answers no page of elsewhere")  # which may post here, if not read what comes of it
+            await send_error(
+                send, 403, "without a key this server answers no page of elsewhere"
+            )  # which may post here, if not read what comes of it
             return
-        body = await self._read_body(headers, receive, send)  # before it counts as one: a body that never comes holds nobody up
+        body = await self._read_body(
+            headers, receive, send
+        )  # before it counts as one: a body that never comes holds nobody up
         if body is None:
             return
-        if self.num_running_requests >= self.limits.max_concurrent_requests and scope["path"] not in KEYLESS_PATHS:
-            await send_error(send, 429, f"{self.limits.max_concurrent_requests} requests are being answered", RETRY_AFTER_HEADERS)
+        if (
+            self.num_running_requests >= self.limits.max_concurrent_requests
+            and scope["path"] not in KEYLESS_PATHS
+        ):
+            await send_error(
+                send,
+                429,
+                f"{self.limits.max_concurrent_requests} requests are being answered",
+                RETRY_AFTER_HEADERS,
+            )
             return
         self.num_running_requests += 1
         try:
@@ -119,11 +178,15 @@ class AccessLimitMiddleware:
         scheme, _, key = header.partition(b" ")
         return hmac.compare_digest(key.strip(), self.api_key) and scheme.lower() == b"bearer"
 
-    async def _read_body(self, headers: MutableMapping[bytes, bytes], receive: Receive, send: Send) -> bytes | None:
+    async def _read_body(
+        self, headers: MutableMapping[bytes, bytes], receive: Receive, send: Send
+    ) -> bytes | None:
         """The whole body; None where it was refused, or never came."""
         said = headers.get(b"content-length", b"0")
         if said.isdigit() and int(said) > self.limits.max_body_bytes:
-            await send_error(send, 413, f"the body is too large: at most {self.limits.max_body_bytes:,} bytes")
+            await send_error(
+                send, 413, f"the body is too large: at most {self.limits.max_body_bytes:,} bytes"
+            )
             return None
         parts: list[bytes] = []
         size = 0
@@ -137,15 +200,28 @@ class AccessLimitMiddleware:
                     size += len(parts[-1])
                     self.num_buffered_bytes += len(parts[-1])
                     if size > self.limits.max_body_bytes:
-                        await send_error(send, 413, f"the body is too large: at most {self.limits.max_body_bytes:,} bytes")
+                        await send_error(
+                            send,
+                            413,
+                            f"the body is too large: at most {self.limits.max_body_bytes:,} bytes",
+                        )
                         return None
-                    if self.num_buffered_bytes > MAX_BUFFERED_BODIES * self.limits.max_body_bytes:  # asked at every piece: many small beginnings are a flood too
-                        await send_error(send, 429, f"{MAX_BUFFERED_BODIES * self.limits.max_body_bytes:,} bytes of bodies are being read", RETRY_AFTER_HEADERS)
+                    if (
+                        self.num_buffered_bytes > MAX_BUFFERED_BODIES * self.limits.max_body_bytes
+                    ):  # asked at every piece: many small beginnings are a flood too
+                        await send_error(
+                            send,
+                            429,
+                            f"{MAX_BUFFERED_BODIES * self.limits.max_body_bytes:,} bytes of bodies are being read",
+                            RETRY_AFTER_HEADERS,
+                        )
                         return None
                     if not message.get("more_body", False):
                         return b"".join(parts)
         except TimeoutError:
-            await send_error(send, 408, f"the body did not come within {self.limits.io_timeout_s:g} s")
+            await send_error(
+                send, 408, f"the body did not come within {self.limits.io_timeout_s:g} s"
+            )
             return None
         finally:
             self.num_buffered_bytes -= size
@@ -165,7 +241,7 @@ def _replay_body(body: bytes, receive: Receive) -> Receive:
 
 
 def make_timed_protocol(io_timeout_s: float) -> type[H11Protocol]:
-    """uvicorn's protocol with an end to its patience: a head that has not come after so many seconds ends the connection with 408."""
+    """Uvicorn's protocol with an end to its patience: a head that has not come after so many seconds ends the connection with 408."""
 
     class Patient(H11Protocol):
         _timer: asyncio.TimerHandle | None = None
@@ -196,7 +272,9 @@ def make_timed_protocol(io_timeout_s: float) -> type[H11Protocol]:
         def _end(self) -> None:
             self._timer = None
             if not self.transport.is_closing():
-                self.transport.write(b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
+                self.transport.write(
+                    b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+                )
                 self.transport.close()
 
     return Patient

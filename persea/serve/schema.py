@@ -27,7 +27,9 @@ from persea.teachers.engines import Sampling
 
 TokenId: TypeAlias = Annotated[int, Field(ge=0, lt=1 << 31)]
 TokenIds: TypeAlias = Annotated[list[TokenId], Field(max_length=1 << 20)]
-ZeroPenalty: TypeAlias = Annotated[float, Field(ge=0, le=0)]  # a penalty that may be named, and must be none
+ZeroPenalty: TypeAlias = Annotated[
+    float, Field(ge=0, le=0)
+]  # a penalty that may be named, and must be none
 
 
 class StrictRequestModel(BaseModel):
@@ -43,7 +45,9 @@ class SamplingFields(StrictRequestModel):
 
     @property
     def sampling(self) -> Sampling:
-        return Sampling(self.temperature or 0.0, 1.0 if self.top_p is None else self.top_p, self.seed or 0)
+        return Sampling(
+            self.temperature or 0.0, 1.0 if self.top_p is None else self.top_p, self.seed or 0
+        )
 
 
 class StreamOptions(StrictRequestModel):
@@ -85,7 +89,9 @@ class TokenParams(SamplingFields):
     ignore_eos: bool = False
     detokenize: bool = False
     prompt_logprobs: int | None = Field(default=None, ge=0)
-    prompt_logprob_token_ids: list[list[Annotated[int, Field(ge=-1, lt=1 << 31)]]] | None = Field(default=None, max_length=1 << 20)
+    prompt_logprob_token_ids: list[list[Annotated[int, Field(ge=-1, lt=1 << 31)]]] | None = Field(
+        default=None, max_length=1 << 20
+    )
     prompt_logprob_start: int | None = Field(default=None, ge=0)
 
 
@@ -133,7 +139,11 @@ class ChatMessage(StrictRequestModel):
 
     @property
     def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(p.text for p in self.content or ())
+        return (
+            self.content
+            if isinstance(self.content, str)
+            else "".join(p.text for p in self.content or ())
+        )
 
 
 class FunctionDefinition(StrictRequestModel):
@@ -175,31 +185,71 @@ class ChatCompletionRequest(OpenAIRequest):
             else:
                 messages.append(Message(role, parts))
         if messages[-1].role is Role.ASSISTANT:
-            raise DataError("the last message is the assistant's own", where="messages", remedy="end with a question or a tool's result")
+            raise DataError(
+                "the last message is the assistant's own",
+                where="messages",
+                remedy="end with a question or a tool's result",
+            )
         try:
-            tools = () if self.tool_choice == "none" else tuple(
-                Tool(t.function.name, t.function.description, canonical_json(json.dumps(t.function.parameters))) for t in self.tools or ())
-        except (ValueError, RecursionError) as problem:  # NaN, half a surrogate pair, a thousand brackets: JSON to Python, and to no template
-            raise DataError("a tool's parameters are no plain JSON", where="tools", remedy="send a JSON schema") from problem
+            tools = (
+                ()
+                if self.tool_choice == "none"
+                else tuple(
+                    Tool(
+                        t.function.name,
+                        t.function.description,
+                        canonical_json(json.dumps(t.function.parameters)),
+                    )
+                    for t in self.tools or ()
+                )
+            )
+        except (
+            ValueError,
+            RecursionError,
+        ) as problem:  # NaN, half a surrogate pair, a thousand brackets: JSON to Python, and to no template
+            raise DataError(
+                "a tool's parameters are no plain JSON", where="tools", remedy="send a JSON schema"
+            ) from problem
         return Conversation(tuple(messages), self.resolve_effort(family), tools)
 
     def resolve_effort(self, family: Family) -> ThinkingEffort:
         """What both switches ask for. Raises DataError where they contradict each other, or this model cannot."""
-        asked = None if self.reasoning_effort is None else ThinkingEffort.LOW if self.reasoning_effort == "minimal" else ThinkingEffort(self.reasoning_effort)
+        asked = (
+            None
+            if self.reasoning_effort is None
+            else ThinkingEffort.LOW
+            if self.reasoning_effort == "minimal"
+            else ThinkingEffort(self.reasoning_effort)
+        )
         switch = self.chat_template_kwargs.enable_thinking if self.chat_template_kwargs else None
         if switch is not None and asked is not None and switch is (asked is ThinkingEffort.NONE):
-            raise DataError(f"thinking is {'on' if switch else 'off'}, the effort is {asked.value}", where="reasoning_effort",
-                            remedy="send one of the two")
+            raise DataError(
+                f"thinking is {'on' if switch else 'off'}, the effort is {asked.value}",
+                where="reasoning_effort",
+                remedy="send one of the two",
+            )
         silent = asked is ThinkingEffort.NONE or switch is False
         thinks = [e for e in family.efforts if e is not ThinkingEffort.NONE]
         if silent and ThinkingEffort.NONE not in family.efforts:
-            raise DataError("this model always thinks", where="reasoning_effort", remedy=f"one of {', '.join(thinks)}")
+            raise DataError(
+                "this model always thinks",
+                where="reasoning_effort",
+                remedy=f"one of {', '.join(thinks)}",
+            )
         if (asked is not None or switch) and not silent and not thinks:
-            raise DataError("this model does not think", where="reasoning_effort", remedy="leave it out, or send none")
+            raise DataError(
+                "this model does not think",
+                where="reasoning_effort",
+                remedy="leave it out, or send none",
+            )
         if asked is None:
             return thinks[-1] if switch else ThinkingEffort.NONE
         if asked not in (ThinkingEffort.NONE, *thinks):
-            raise DataError(f"this model knows no {asked.value} effort", where="reasoning_effort", remedy=f"one of {', '.join(family.efforts)}")
+            raise DataError(
+                f"this model knows no {asked.value} effort",
+                where="reasoning_effort",
+                remedy=f"one of {', '.join(family.efforts)}",
+            )
         return asked
 
 
@@ -207,22 +257,38 @@ def _nfc(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def _message_parts(message: ChatMessage, tool_names_by_call_id: dict[str, str], where: str) -> tuple[ContentPart, ...]:
+def _message_parts(
+    message: ChatMessage, tool_names_by_call_id: dict[str, str], where: str
+) -> tuple[ContentPart, ...]:
     """Parts of one message. names: id of a call -> its tool, filled on the way."""
     if message.role != "assistant" and (message.tool_calls or message.reasoning_content):
-        raise DataError("only the assistant thinks and calls", where=where, remedy="move it into an assistant's message")
+        raise DataError(
+            "only the assistant thinks and calls",
+            where=where,
+            remedy="move it into an assistant's message",
+        )
     if message.role == "tool":
         name = tool_names_by_call_id.get(message.tool_call_id or "", message.name or "")
         if not name:
-            raise DataError(f"a result of no call: {message.tool_call_id!r}", where=where, remedy="give the id of a call before it")
+            raise DataError(
+                f"a result of no call: {message.tool_call_id!r}",
+                where=where,
+                remedy="give the id of a call before it",
+            )
         return (ToolResult(name, _nfc(message.text)),)
-    parts: list[ContentPart] = [Thinking(_nfc(message.reasoning_content))] if message.reasoning_content else []
+    parts: list[ContentPart] = (
+        [Thinking(_nfc(message.reasoning_content))] if message.reasoning_content else []
+    )
     if message.text or not message.tool_calls:
         parts.append(Text(_nfc(message.text)))
     for call in message.tool_calls or ():
         tool_names_by_call_id[call.id] = call.function.name
         read = ToolCall.from_generated(call.function.name, call.function.arguments)
         if read is None:
-            raise DataError(f"a broken call of {call.function.name[:40]!r}", where=where, remedy="arguments are one JSON object, as text")
+            raise DataError(
+                f"a broken call of {call.function.name[:40]!r}",
+                where=where,
+                remedy="arguments are one JSON object, as text",
+            )
         parts.append(read)
     return tuple(parts)

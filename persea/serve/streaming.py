@@ -12,7 +12,16 @@ import numpy.typing as npt
 import torch
 
 from persea.chat.families.hybrid import THINK_CLOSE, THINK_OPEN
-from persea.chat.messages import ContentPart, DecodedPieces, FinishReason, Text, Thinking, ThinkingEffort, Tool, ToolCall
+from persea.chat.messages import (
+    ContentPart,
+    DecodedPieces,
+    FinishReason,
+    Text,
+    Thinking,
+    ThinkingEffort,
+    Tool,
+    ToolCall,
+)
 from persea.chat.renderer import ChatRenderer
 from persea.errors import DataError
 from persea.teachers.engines import Sampling
@@ -22,7 +31,11 @@ T = TypeVar("T")
 MAX_LOGPROB_ELEMENTS_PER_PROMPT = 1 << 28  # numbers of one scored prompt: a gibibyte in float32
 # What could end a thought that has begun, so that it can be read before its end is said: Qwen's block, the same as text, harmony's channel.
 THINKING_END_CANDIDATES: tuple[tuple[str | bytes, ...], ...] = (
-    (), (THINK_CLOSE,), (THINK_CLOSE.encode(),), ("<|end|>", "<|start|>", b"assistant", "<|channel|>", b"final", "<|message|>"))
+    (),
+    (THINK_CLOSE,),
+    (THINK_CLOSE.encode(),),
+    ("<|end|>", "<|start|>", b"assistant", "<|channel|>", b"final", "<|message|>"),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +48,13 @@ class ServedModel:
     max_context_tokens: int
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    async def stream_tokens(self, prompt: Sequence[int], stop_ids: Sequence[int], max_new_tokens: int, sampling: Sampling) -> AsyncGenerator[int, None]:
+    async def stream_tokens(
+        self,
+        prompt: Sequence[int],
+        stop_ids: Sequence[int],
+        max_new_tokens: int,
+        sampling: Sampling,
+    ) -> AsyncGenerator[int, None]:
         """Tokens as they come; many answers take turns."""
         steps = self.engine.stream(np.array(prompt, np.int32), stop_ids, max_new_tokens, sampling)
         while (token := await self._run_exclusively(lambda: next(steps, None))) is not None:
@@ -44,10 +63,15 @@ class ServedModel:
     async def compute_logprobs(self, ids: Sequence[int]) -> torch.Tensor:
         """Log-probabilities [T - 1, vocabulary]: row t of token t + 1."""
         if len(ids) * len(self.renderer.vocabulary) > MAX_LOGPROB_ELEMENTS_PER_PROMPT:
-            raise DataError(f"{len(ids):,} tokens of {len(self.renderer.vocabulary):,} log-probabilities are too many", where="prompt",
-                            remedy=f"score at most {MAX_LOGPROB_ELEMENTS_PER_PROMPT // len(self.renderer.vocabulary):,} tokens at once")
+            raise DataError(
+                f"{len(ids):,} tokens of {len(self.renderer.vocabulary):,} log-probabilities are too many",
+                where="prompt",
+                remedy=f"score at most {MAX_LOGPROB_ELEMENTS_PER_PROMPT // len(self.renderer.vocabulary):,} tokens at once",
+            )
         sequence, learn = np.array(ids, np.int32), np.arange(len(ids)) > 0
-        return await self._run_exclusively(lambda: next(iter(self.engine.compute_logprobs([sequence], [learn]))))
+        return await self._run_exclusively(
+            lambda: next(iter(self.engine.compute_logprobs([sequence], [learn])))
+        )
 
     async def _run_exclusively(self, work: Callable[[], T]) -> T:
         """One piece of work at a time: a thread cannot be cancelled, so what a client that went had begun holds the model until it is over."""
@@ -56,16 +80,29 @@ class ServedModel:
         begun.add_done_callback(lambda done: self._lock.release())
         return await asyncio.shield(begun)
 
-    def resolve_max_new_tokens(self, prompt: Sequence[int], requested_tokens: int | None, default_tokens: int, token_limit: int) -> int:
+    def resolve_max_new_tokens(
+        self,
+        prompt: Sequence[int],
+        requested_tokens: int | None,
+        default_tokens: int,
+        token_limit: int,
+    ) -> int:
         """New tokens that are allowed. Raises DataError where prompt and answer have no room."""
         new = min(default_tokens, token_limit) if requested_tokens is None else requested_tokens
         if new > token_limit:
-            raise DataError(f"{new:,} new tokens are asked, at most {token_limit:,} are given", where="max_tokens", remedy="ask for fewer")
+            raise DataError(
+                f"{new:,} new tokens are asked, at most {token_limit:,} are given",
+                where="max_tokens",
+                remedy="ask for fewer",
+            )
         if self.max_context_tokens and requested_tokens is None:
             new = max(1, min(new, self.max_context_tokens - len(prompt)))
         if self.max_context_tokens and len(prompt) + new > self.max_context_tokens:
-            raise DataError(f"{len(prompt):,} tokens and {new:,} new ones, the model has positions for {self.max_context_tokens:,}", where="max_tokens",
-                            remedy="shorten the prompt, or ask for fewer")
+            raise DataError(
+                f"{len(prompt):,} tokens and {new:,} new ones, the model has positions for {self.max_context_tokens:,}",
+                where="max_tokens",
+                remedy="shorten the prompt, or ask for fewer",
+            )
         return new
 
     def encode_prompt(self, prompt: str | Sequence[int]) -> list[int]:
@@ -74,8 +111,11 @@ class ServedModel:
         if not ids:
             raise DataError("the prompt is empty", where="prompt", remedy="give one token at least")
         if max(ids) >= len(self.renderer.vocabulary):
-            raise DataError(f"id {max(ids)} lies outside the vocabulary of {len(self.renderer.vocabulary):,} tokens", where="prompt",
-                            remedy="the ids come from another tokenizer")
+            raise DataError(
+                f"id {max(ids)} lies outside the vocabulary of {len(self.renderer.vocabulary):,} tokens",
+                where="prompt",
+                remedy="the ids come from another tokenizer",
+            )
         return ids
 
 
@@ -87,7 +127,9 @@ class StreamingAnswerParser:
     effort: ThinkingEffort
     tools: tuple[Tool, ...]
     ids: list[int] = field(default_factory=list)
-    emitted: dict[str, str] = field(default_factory=lambda: {"reasoning_content": "", "content": ""})
+    emitted: dict[str, str] = field(
+        default_factory=lambda: {"reasoning_content": "", "content": ""}
+    )
 
     def add_token(self, token: int) -> dict[str, str]:
         """The new piece of each. Half a character or marker, white space at the end, and what may become a call wait for more."""
@@ -95,13 +137,24 @@ class StreamingAnswerParser:
         if token in self.renderer.stop_ids:
             return {}
         pieces = self.renderer.vocabulary.decode_pieces(self.ids)
-        parts = next((p for end in THINKING_END_CANDIDATES if (p := self._parse_pieces((*pieces, *end))) is not None), None)
+        parts = next(
+            (
+                p
+                for end in THINKING_END_CANDIDATES
+                if (p := self._parse_pieces((*pieces, *end))) is not None
+            ),
+            None,
+        )
         whole = _text_by_field(parts or ())
         words, thought = whole["content"].lstrip(), whole["reasoning_content"]
-        if (self.tools and words.startswith("{")) or THINK_OPEN.startswith(words):  # where markers are text, half of one may be the whole's beginning
+        if (self.tools and words.startswith("{")) or THINK_OPEN.startswith(
+            words
+        ):  # where markers are text, half of one may be the whole's beginning
             whole["content"] = ""
-        half = next((n for n in range(len(THINK_CLOSE), 0, -1) if thought.endswith(THINK_CLOSE[:n])), 0)
-        whole["reasoning_content"] = thought[:len(thought) - half]
+        half = next(
+            (n for n in range(len(THINK_CLOSE), 0, -1) if thought.endswith(THINK_CLOSE[:n])), 0
+        )
+        whole["reasoning_content"] = thought[: len(thought) - half]
         return self._take_new_text({key: text.rstrip() for key, text in whole.items()})
 
     def finish(self) -> tuple[dict[str, str], tuple[ToolCall, ...], FinishReason]:
@@ -110,10 +163,18 @@ class StreamingAnswerParser:
         whole = _text_by_field(parts)
         if any(not whole[key].startswith(told) for key, told in self.emitted.items()):
             return {}, (), finish if finish is FinishReason.LENGTH else FinishReason.MALFORMED
-        return self._take_new_text(whole), tuple(p for p in parts if isinstance(p, ToolCall)), finish
+        return (
+            self._take_new_text(whole),
+            tuple(p for p in parts if isinstance(p, ToolCall)),
+            finish,
+        )
 
     def _take_new_text(self, text_by_field: dict[str, str]) -> dict[str, str]:
-        more = {key: text[len(self.emitted[key]):] for key, text in text_by_field.items() if text.startswith(self.emitted[key]) and text != self.emitted[key]}
+        more = {
+            key: text[len(self.emitted[key]) :]
+            for key, text in text_by_field.items()
+            if text.startswith(self.emitted[key]) and text != self.emitted[key]
+        }
         for key, text in more.items():
             self.emitted[key] += text
         return more
@@ -126,10 +187,14 @@ class StreamingAnswerParser:
 
 
 def _text_by_field(parts: Sequence[ContentPart]) -> dict[str, str]:
-    return {"reasoning_content": "".join(p.text for p in parts if isinstance(p, Thinking)),
-            "content": "".join(p.text for p in parts if isinstance(p, Text))}
+    return {
+        "reasoning_content": "".join(p.text for p in parts if isinstance(p, Thinking)),
+        "content": "".join(p.text for p in parts if isinstance(p, Text)),
+    }
 
 
 def content_bytes(renderer: ChatRenderer, ids: Sequence[int] | npt.NDArray[np.integer]) -> bytes:
     """The bytes of tokens, control tokens left out."""
-    return b"".join(p for p in renderer.vocabulary.decode_pieces([int(i) for i in ids]) if isinstance(p, bytes))
+    return b"".join(
+        p for p in renderer.vocabulary.decode_pieces([int(i) for i in ids]) if isinstance(p, bytes)
+    )

@@ -47,7 +47,9 @@ def mean_interval(values: ScoreValues) -> tuple[float, float]:
     return min(low, mean), max(high, mean)
 
 
-def paired_difference_interval(values_a: ScoreValues, values_b: ScoreValues, confidence: float = CONFIDENCE_LEVEL) -> tuple[float, float]:
+def paired_difference_interval(
+    values_a: ScoreValues, values_b: ScoreValues, confidence: float = CONFIDENCE_LEVEL
+) -> tuple[float, float]:
     """Interval of mean(ones) - mean(others), both over the same items in the same order.
 
     Rights and wrongs: McNemar's table with one item more on either side of it (Bonett and Price 2012). Values between: Student's t over
@@ -57,11 +59,13 @@ def paired_difference_interval(values_a: ScoreValues, values_b: ScoreValues, con
     d_N, extra, z = x_N - y_N, _pseudo_item_size(x_N, y_N), _critical_value(x_N, y_N, confidence)
     n = len(d_N) + 2
     mean = float(d_N.sum()) / n
-    half = z * sqrt(max(0.0, (float((d_N ** 2).sum()) + 2 * extra * extra) / n - mean * mean) / n)
+    half = z * sqrt(max(0.0, (float((d_N**2).sum()) + 2 * extra * extra) / n - mean * mean) / n)
     return max(-1.0, mean - half), min(1.0, mean + half)
 
 
-def paired_ratio_interval(values_a: ScoreValues, values_b: ScoreValues, confidence: float = CONFIDENCE_LEVEL) -> tuple[float, float]:
+def paired_ratio_interval(
+    values_a: ScoreValues, values_b: ScoreValues, confidence: float = CONFIDENCE_LEVEL
+) -> tuple[float, float]:
     """Interval of mean(ones) / mean(others) over the same items; the upper end is infinite where the data allow any.
 
     Every ratio r for which the items' `one - r * other` are compatible with a mean of 0 (Fieller 1954), with the same two items more as
@@ -71,19 +75,31 @@ def paired_ratio_interval(values_a: ScoreValues, values_b: ScoreValues, confiden
     extra, z = _pseudo_item_size(x_N, y_N), _critical_value(x_N, y_N, confidence)
     n = len(x_N) + 2
     x, y = (float(v_N.sum() + extra) / n for v_N in (x_N, y_N))
-    xx, yy = ((float((v_N ** 2).sum()) + extra * extra) / n - m * m for v_N, m in ((x_N, x), (y_N, y)))
-    a, b, c = y * y - z * z / n * yy, x * y - z * z / n * (float((x_N * y_N).sum()) / n - x * y), x * x - z * z / n * xx
+    xx, yy = (
+        (float((v_N**2).sum()) + extra * extra) / n - m * m for v_N, m in ((x_N, x), (y_N, y))
+    )
+    a, b, c = (
+        y * y - z * z / n * yy,
+        x * y - z * z / n * (float((x_N * y_N).sum()) / n - x * y),
+        x * x - z * z / n * xx,
+    )
     root = sqrt(max(0.0, b * b - a * c))
     if b + root <= 0:  # nothing bounds it: two speakers that are right nowhere
         return 0.0, inf
     return max(0.0, c / (b + root)), (b + root) / a if a > 0 else inf
 
 
-def unpaired_difference_interval(values_a: ScoreValues, values_b: ScoreValues) -> tuple[float, float]:
+def unpaired_difference_interval(
+    values_a: ScoreValues, values_b: ScoreValues
+) -> tuple[float, float]:
     """95 % interval of mean(ones) - mean(others), each over items of its own (Newcombe 1998, method 10): wider than of pairs."""
-    (one, low, high), (other, least, most) = ((float(np.mean(v)), *mean_interval(v)) for v in (values_a, values_b))
+    (one, low, high), (other, least, most) = (
+        (float(np.mean(v)), *mean_interval(v)) for v in (values_a, values_b)
+    )
     gap = one - other
-    return gap - sqrt((one - low) ** 2 + (most - other) ** 2), gap + sqrt((high - one) ** 2 + (other - least) ** 2)
+    return gap - sqrt((one - low) ** 2 + (most - other) ** 2), gap + sqrt(
+        (high - one) ** 2 + (other - least) ** 2
+    )
 
 
 def betting_wealth(differences: ScoreValues) -> npt.NDArray[np.float64]:
@@ -98,7 +114,9 @@ def betting_wealth(differences: ScoreValues) -> npt.NDArray[np.float64]:
         return np.asarray(np.exp(logs_NL).mean(axis=1), np.float64)
 
 
-def _paired_arrays(values_a: ScoreValues, values_b: ScoreValues) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+def _paired_arrays(
+    values_a: ScoreValues, values_b: ScoreValues
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     x_N, y_N = np.asarray(values_a, np.float64), np.asarray(values_b, np.float64)
     if len(x_N) != len(y_N) or not len(x_N):
         raise ValueError(f"{len(x_N)} and {len(y_N)} values are no pairs")
@@ -111,13 +129,23 @@ def _use_binary_bounds(x_N: npt.NDArray[np.float64], y_N: npt.NDArray[np.float64
 
 
 def _pseudo_item_size(x_N: npt.NDArray[np.float64], y_N: npt.NDArray[np.float64]) -> float:
-    return 1.0 if _use_binary_bounds(x_N, y_N) or not (x_N != y_N).any() else float(np.sqrt(((x_N - y_N) ** 2).mean()))
+    return (
+        1.0
+        if _use_binary_bounds(x_N, y_N) or not (x_N != y_N).any()
+        else float(np.sqrt(((x_N - y_N) ** 2).mean()))
+    )
 
 
-def _critical_value(x_N: npt.NDArray[np.float64], y_N: npt.NDArray[np.float64], confidence: float) -> float:
+def _critical_value(
+    x_N: npt.NDArray[np.float64], y_N: npt.NDArray[np.float64], confidence: float
+) -> float:
     """Of the normal distribution for shares, else of Student's t with n - 1 degrees (Abramowitz and Stegun 26.7.5, four terms)."""
     z, v = NormalDist().inv_cdf((1 + confidence) / 2), len(x_N) - 1
     if _use_binary_bounds(x_N, y_N):
         return z
-    return (z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
-            + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3))
+    return (
+        z
+        + (z**3 + z) / (4 * v)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
+    )

@@ -12,7 +12,12 @@ from typing import Any
 from persea.chat.messages import Conversation, FinishReason, Message, Text, ThinkingEffort, ToolCall
 from persea.data.prompts import Prompt
 from persea.errors import MissingRequirementError, RefusedError, StorageError, TeacherError
-from persea.tasks.intervals import CONFIDENCE_LEVEL, mean_interval, paired_difference_interval, paired_ratio_interval
+from persea.tasks.intervals import (
+    CONFIDENCE_LEVEL,
+    mean_interval,
+    paired_difference_interval,
+    paired_ratio_interval,
+)
 
 
 class Split(StrEnum):
@@ -27,14 +32,24 @@ class Split(StrEnum):
 def assign_split(question: str) -> Split:
     """The split of a question: 60 % GROW, 26 % TEACH, 6 % AUDITION, 8 % TEST."""
     bucket = hashlib.sha256(question.encode()).digest()[0] * 100 // 256
-    return Split.PRETRAIN if bucket < 60 else Split.TRAIN if bucket < 86 else Split.AUDITION if bucket < 92 else Split.TEST
+    return (
+        Split.PRETRAIN
+        if bucket < 60
+        else Split.TRAIN
+        if bucket < 86
+        else Split.AUDITION
+        if bucket < 92
+        else Split.TEST
+    )
 
 
 class Verdict(StrEnum):
     RIGHT = "right"
     WRONG = "wrong"
     MALFORMED = "malformed"
-    GRADER_ERROR = "failed"  # the grader itself broke on this answer: counted and named, never right
+    GRADER_ERROR = (
+        "failed"  # the grader itself broke on this answer: counted and named, never right
+    )
 
 
 @dataclass(frozen=True)
@@ -144,14 +159,28 @@ class ItemResult:
 
     def to_json(self) -> dict[str, Any]:
         """Thinking, calls, the grader's words and likelihoods only where there are some."""
-        said = {"thinking": self.answer.thinking, "calls": [vars(c) for c in self.answer.calls], "why": self.reason,
-                "likelihoods": list(self.choice_logprobs_per_byte)}
-        return {"id": self.item.prompt.id, "language": self.item.prompt.language, "question": self.item.prompt.conversation.messages[-1].text,
-                "reference": self.item.reference, "answer": self.answer.text, "finish": self.finish, "verdict": self.verdict,
-                "value": self.value, **{name: value for name, value in said.items() if value}}
+        said = {
+            "thinking": self.answer.thinking,
+            "calls": [vars(c) for c in self.answer.calls],
+            "why": self.reason,
+            "likelihoods": list(self.choice_logprobs_per_byte),
+        }
+        return {
+            "id": self.item.prompt.id,
+            "language": self.item.prompt.language,
+            "question": self.item.prompt.conversation.messages[-1].text,
+            "reference": self.item.reference,
+            "answer": self.answer.text,
+            "finish": self.finish,
+            "verdict": self.verdict,
+            "value": self.value,
+            **{name: value for name, value in said.items() if value},
+        }
 
 
-def grade_answers(task: Task, items: Sequence[TaskItem], answers: Sequence[tuple[Message, FinishReason]]) -> tuple[ItemResult, ...]:
+def grade_answers(
+    task: Task, items: Sequence[TaskItem], answers: Sequence[tuple[Message, FinishReason]]
+) -> tuple[ItemResult, ...]:
     """Results of answers, in order; an answer that did not stop by itself is malformed, whatever it says.
 
     A grader that raises does not end a run: its answer is FAILED, worth 0, and `why` names the exception. Where what it grades with is gone
@@ -159,7 +188,11 @@ def grade_answers(task: Task, items: Sequence[TaskItem], answers: Sequence[tuple
     """
     results = []
     for item, (said, finish) in zip(items, answers, strict=True):
-        found = _grade_one(task, item, said) if finish is FinishReason.STOP else Grade(Verdict.MALFORMED, 0.0)
+        found = (
+            _grade_one(task, item, said)
+            if finish is FinishReason.STOP
+            else Grade(Verdict.MALFORMED, 0.0)
+        )
         results.append(ItemResult(item, said, finish, found.verdict, found.value, found.reason))
     return tuple(results)
 
@@ -174,38 +207,90 @@ def _grade_one(task: Task, item: TaskItem, answer: Message) -> Grade:
         return Grade(Verdict.GRADER_ERROR, 0.0, f"{type(error).__name__}: {error}"[:300])
 
 
-def score_results(model_name: str, skill: str, results: Sequence[ItemResult], effort: ThinkingEffort, language: str = "") -> Score:
+def score_results(
+    model_name: str,
+    skill: str,
+    results: Sequence[ItemResult],
+    effort: ThinkingEffort,
+    language: str = "",
+) -> Score:
     """Mean value of results (of one language, or of all) with its interval."""
     mine = [r for r in results if not language or r.item.prompt.language == language]
     values = [r.value for r in mine]
     low, high = mean_interval(values)
-    failed, malformed = (sum(r.verdict is v for r in mine) for v in (Verdict.GRADER_ERROR, Verdict.MALFORMED))
-    return Score(model_name, skill, language, effort, sum(values) / max(1, len(values)), len(values), low, high, failed, malformed)
+    failed, malformed = (
+        sum(r.verdict is v for r in mine) for v in (Verdict.GRADER_ERROR, Verdict.MALFORMED)
+    )
+    return Score(
+        model_name,
+        skill,
+        language,
+        effort,
+        sum(values) / max(1, len(values)),
+        len(values),
+        low,
+        high,
+        failed,
+        malformed,
+    )
 
 
-def compare_paired_results(model_names: tuple[str, str], skill: str, results_a: Sequence[ItemResult], results_b: Sequence[ItemResult], effort: ThinkingEffort, language: str = "",
-           confidence: float = CONFIDENCE_LEVEL) -> PairedComparison:
+def compare_paired_results(
+    model_names: tuple[str, str],
+    skill: str,
+    results_a: Sequence[ItemResult],
+    results_b: Sequence[ItemResult],
+    effort: ThinkingEffort,
+    language: str = "",
+    confidence: float = CONFIDENCE_LEVEL,
+) -> PairedComparison:
     """One speaker beside another on the items both were asked (of one language, or of all), in whatever order.
 
     Raises ValueError where they have no item in common.
     """
-    said = {r.item.prompt.id: r.value for r in results_b if not language or r.item.prompt.language == language}
+    said = {
+        r.item.prompt.id: r.value
+        for r in results_b
+        if not language or r.item.prompt.language == language
+    }
     pairs = [(r.value, said[r.item.prompt.id]) for r in results_a if r.item.prompt.id in said]
     return compare_paired_values(model_names, skill, pairs, effort, language, confidence)
 
 
-def compare_paired_values(model_names: tuple[str, str], skill: str, value_pairs: Sequence[tuple[float, float]], effort: ThinkingEffort, language: str = "",
-         confidence: float = CONFIDENCE_LEVEL) -> PairedComparison:
+def compare_paired_values(
+    model_names: tuple[str, str],
+    skill: str,
+    value_pairs: Sequence[tuple[float, float]],
+    effort: ThinkingEffort,
+    language: str = "",
+    confidence: float = CONFIDENCE_LEVEL,
+) -> PairedComparison:
     """The same, of values laid side by side already."""
     x, y = [a for a, _ in value_pairs], [b for _, b in value_pairs]
-    (low, high), (least, most) = paired_difference_interval(x, y, confidence), paired_ratio_interval(x, y, confidence)
+    (low, high), (least, most) = (
+        paired_difference_interval(x, y, confidence),
+        paired_ratio_interval(x, y, confidence),
+    )
     kept = sum(x) / sum(y) if sum(y) else None
-    return PairedComparison(*model_names, skill, language, effort, len(value_pairs), (sum(x) - sum(y)) / len(value_pairs), low, high,
-                  kept, least if kept is not None else None, most if kept is not None and isfinite(most) else None)
+    return PairedComparison(
+        *model_names,
+        skill,
+        language,
+        effort,
+        len(value_pairs),
+        (sum(x) - sum(y)) / len(value_pairs),
+        low,
+        high,
+        kept,
+        least if kept is not None else None,
+        most if kept is not None and isfinite(most) else None,
+    )
 
 
-def draw_items(make_item: Callable[[int], tuple[str, TaskItem]], split: Split, n: int, seed: int) -> tuple[TaskItem, ...]:
-    """n different items of a split from a generator `make(number) -> (key, item)`, or all that can be found.
+def draw_items(
+    make_item: Callable[[int], tuple[str, TaskItem]], split: Split, n: int, seed: int
+) -> tuple[TaskItem, ...]:
+    """N different items of a split from a generator `make(number) -> (key, item)`, or all that can be found.
 
     Gives up after 60 tries per item, so that a small item space ends; the caller sees fewer items.
     """

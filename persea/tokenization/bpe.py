@@ -48,7 +48,11 @@ class BpeDerivations:
         return group_offsets(self.pair_R2[:, 0], len(self.left_V)), order
 
     @cached_property
-    def _left_edges(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def _left_edges(
+        self,
+    ) -> tuple[
+        npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.int64]
+    ]:
         """By piece y: the tokens whose left rim y is at some time, until when, and the rank of the merge that ends it."""
         token = np.flatnonzero(self.derivable_V)
         piece, until, rank = token, np.full(len(token), NEVER_MERGED), np.full(len(token), -1)
@@ -61,7 +65,12 @@ class BpeDerivations:
             piece = self.left_V[piece].astype(np.int64)
         pieces, tokens, untils, ranks = (np.concatenate(c) for c in zip(*columns, strict=True))
         order = np.argsort(pieces, kind="stable")
-        return group_offsets(pieces, len(self.left_V)), tokens[order].astype(np.int32), untils[order].astype(np.int64), ranks[order].astype(np.int64)
+        return (
+            group_offsets(pieces, len(self.left_V)),
+            tokens[order].astype(np.int32),
+            untils[order].astype(np.int64),
+            ranks[order].astype(np.int64),
+        )
 
     def _right_edge(self, token: int) -> Iterator[tuple[int, int]]:
         """The pieces at a token's right rim, last first, each with the time at which it is merged on."""
@@ -77,7 +86,12 @@ class BpeDerivations:
     @cached_property
     def _as_lists(self) -> tuple[list[int], list[int], list[int], list[int]]:
         """left, right, rank, time as plain lists: one pair is asked faster that way than through arrays."""
-        return self.left_V.tolist(), self.right_V.tolist(), self.rank_V.tolist(), self.max_rank_V.tolist()
+        return (
+            self.left_V.tolist(),
+            self.right_V.tolist(),
+            self.rank_V.tolist(),
+            self.max_rank_V.tolist(),
+        )
 
     def is_impossible_pair(self, token: int, next_token: int) -> bool:
         """Whether `after` is among cannot_follow(token): a few microseconds, where that one takes half a millisecond."""
@@ -107,9 +121,11 @@ class BpeDerivations:
             return np.arange(len(self.derivable_V))
         offsets, ranks_R = self._merges_by_left
         rim_offsets, rim_tokens, rim_untils, rim_ranks = self._left_edges
-        found_V = ~self.derivable_V  # marked and read off, not collected and sorted: numpy's unique was most of the time here
+        found_V = (
+            ~self.derivable_V
+        )  # marked and read off, not collected and sorted: numpy's unique was most of the time here
         for piece, until in self._right_edge(token):
-            rank = ranks_R[offsets[piece]:offsets[piece + 1]]
+            rank = ranks_R[offsets[piece] : offsets[piece + 1]]
             right = self.pair_R2[rank, 1]
             time = np.maximum(np.maximum(rank, self.max_rank_V[piece]), self.max_rank_V[right])
             first = time < until
@@ -158,7 +174,9 @@ def index_pair_ranks(pair_R2: npt.NDArray[np.int32], size: int) -> dict[int, int
     return dict(zip(keys[::-1].tolist(), range(len(keys) - 1, -1, -1), strict=True))
 
 
-def _apply_merges(units: list[int], pair_ranks: dict[int, int], merged_ids: list[int], size: int) -> list[int] | None:
+def _apply_merges(
+    units: list[int], pair_ranks: dict[int, int], merged_ids: list[int], size: int
+) -> list[int] | None:
     """The ranks that are merged, in order, until one piece is left; None where more than one stays."""
     path: list[int] = []
     none = len(merged_ids)
@@ -169,7 +187,7 @@ def _apply_merges(units: list[int], pair_ranks: dict[int, int], merged_ids: list
             return None
         k = ranks.index(rank)
         path.append(rank)
-        units[k:k + 2] = [merged_ids[rank]]
+        units[k : k + 2] = [merged_ids[rank]]
         del ranks[k]
         if k > 0:
             ranks[k - 1] = pair_ranks.get(units[k - 1] * size + units[k], none)
@@ -182,7 +200,9 @@ def group_offsets(keys: npt.NDArray[np.integer], size: int) -> npt.NDArray[np.in
     return np.concatenate([[0], np.cumsum(np.bincount(keys, minlength=size))]).astype(np.int64)
 
 
-def expand_groups(offsets: npt.NDArray[np.int64], keys: npt.NDArray[np.integer]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def expand_groups(
+    offsets: npt.NDArray[np.int64], keys: npt.NDArray[np.integer]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """All places of all keys, laid end to end, and which key each belongs to."""
     sizes = offsets[keys + 1] - offsets[keys]
     row = np.repeat(np.arange(len(keys)), sizes)

@@ -23,7 +23,10 @@ from persea.errors import DataError
 
 # An added token of this shape steers the model and is never text, also where its tokenizer does not call it special:
 # Qwen3's <think> and <tool_call>, Gemma's 6,242 <unusedN>, DeepSeek's wide-barred <｜User｜>, are "not special" in their tokenizer.json.
-CONTROL_TOKEN_PATTERN = re.compile(r"<([|｜]).*\1>|</?(?:think|tool_call|tool_response|start_of_turn|end_of_turn)>|<unused\d+>|\[multimodal\]|<mask>", re.DOTALL)
+CONTROL_TOKEN_PATTERN = re.compile(
+    r"<([|｜]).*\1>|</?(?:think|tool_call|tool_response|start_of_turn|end_of_turn)>|<unused\d+>|\[multimodal\]|<mask>",
+    re.DOTALL,
+)
 
 # Encoded and read back when a vocabulary is opened: scripts, split characters, spaces, controls.
 ROUND_TRIP_PROBES = (
@@ -44,7 +47,11 @@ ROUND_TRIP_PROBES = (
 
 def _unicode_to_byte() -> dict[str, int]:
     """The byte-level alphabet of GPT-2's tokenizer: 256 printable characters that stand for the 256 bytes."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     table = {chr(b): b for b in printable}
     others = [b for b in range(256) if b not in printable]
     return table | {chr(256 + i): b for i, b in enumerate(others)}
@@ -93,7 +100,7 @@ class Vocabulary:
 
     @cached_property
     def control_names(self) -> dict[int, str]:
-        """id -> control token."""
+        """Id -> control token."""
         return {i: name for name, i in self.control_token_ids.items()}
 
     def encode(self, text: str) -> list[int]:
@@ -103,7 +110,9 @@ class Vocabulary:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` for many texts at once."""
         raws = [self._encode_utf8(text) for text in texts]
-        batches = [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        batches = [
+            e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        ]
         for text, raw, ids in zip(texts, raws, batches, strict=True):
             self._check_round_trip(text, raw, ids)
         return batches
@@ -114,18 +123,24 @@ class Vocabulary:
         for i in ids:
             piece = self.bytes_W[i] if 0 <= i < len(self) else None
             if piece is None:
-                raise DataError(f"id {i} ({self.control_names.get(i, 'out of range')}) has no bytes", where=self.name,
-                                remedy="only content tokens can be decoded")
+                raise DataError(
+                    f"id {i} ({self.control_names.get(i, 'out of range')}) has no bytes",
+                    where=self.name,
+                    remedy="only content tokens can be decoded",
+                )
             pieces.append(piece)
         return b"".join(pieces)
 
     def decode_pieces(self, ids: Sequence[int]) -> tuple[str | bytes, ...]:
-        """ids -> runs of content bytes and the control tokens (str) between them. Refuses ids out of range."""
+        """Ids -> runs of content bytes and the control tokens (str) between them. Refuses ids out of range."""
         out: list[str | bytes] = []
         for i in ids:
             if not 0 <= i < len(self):
-                raise DataError(f"id {i} lies outside the vocabulary of {len(self)} tokens", where=self.name,
-                                remedy="the ids come from another tokenizer")
+                raise DataError(
+                    f"id {i} lies outside the vocabulary of {len(self)} tokens",
+                    where=self.name,
+                    remedy="the ids come from another tokenizer",
+                )
             piece = self.bytes_W[i]
             if piece is None:
                 out.append(self.control_names.get(i, f"<hole {i}>"))
@@ -141,7 +156,9 @@ class Vocabulary:
         except UnicodeEncodeError as error:
             raise DataError(
                 f"half a surrogate pair (\\u{ord(text[error.start]):04x}) at character {error.start} has no bytes",
-                where=self.name, remedy="the text was cut inside a character; mend it or leave it out") from error
+                where=self.name,
+                remedy="the text was cut inside a character; mend it or leave it out",
+            ) from error
 
     def _check_round_trip(self, text: str, expected: bytes, ids: Sequence[int]) -> None:
         try:  # a tenth of encoding and aligning; quicker than asking every token whether it has bytes
@@ -150,13 +167,19 @@ class Vocabulary:
             got = b"".join(self.bytes_W[i] or b"" for i in ids)
         if expected == got:
             return
-        at = next((k for k, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), min(len(expected), len(got)))
+        at = next(
+            (k for k, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b),
+            min(len(expected), len(got)),
+        )
         nfc = unicodedata.is_normalized("NFC", text)
         raise DataError(
-            f"the tokenizer does not give the text back: byte {at} of {text[:40]!r} is {expected[at:at + 8].hex(' ') or 'the end'}"
-            f", came back as {got[at:at + 8].hex(' ') or 'the end'}",
+            f"the tokenizer does not give the text back: byte {at} of {text[:40]!r} is {expected[at : at + 8].hex(' ') or 'the end'}"
+            f", came back as {got[at : at + 8].hex(' ') or 'the end'}",
             where=self.name,
-            remedy="the tokenizer is lossy on this text; leave the text out" if nfc else "normalise the text to NFC first")
+            remedy="the tokenizer is lossy on this text; leave the text out"
+            if nfc
+            else "normalise the text to NFC first",
+        )
 
 
 def load_vocabulary(tokenizer: Any, name: str = "tokenizer") -> Vocabulary:
@@ -168,10 +191,20 @@ def load_vocabulary(tokenizer: Any, name: str = "tokenizer") -> Vocabulary:
     """
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     if not isinstance(backend, Tokenizer):
-        raise DataError("not a fast tokenizer: it has no tokenizer.json form", where=name, remedy="convert it with transformers' AutoTokenizer first")
+        raise DataError(
+            "not a fast tokenizer: it has no tokenizer.json form",
+            where=name,
+            remedy="convert it with transformers' AutoTokenizer first",
+        )
     byte_level = _is_byte_level(backend, name)
-    added = backend.get_added_tokens_decoder()  # asked part by part: to parse the whole definition takes half a second
-    control = {t.content: i for i, t in added.items() if t.special or CONTROL_TOKEN_PATTERN.fullmatch(t.content)}
+    added = (
+        backend.get_added_tokens_decoder()
+    )  # asked part by part: to parse the whole definition takes half a second
+    control = {
+        t.content: i
+        for i, t in added.items()
+        if t.special or CONTROL_TOKEN_PATTERN.fullmatch(t.content)
+    }
     ids = backend.get_vocab(with_added_tokens=False)
     bytes_W: list[bytes | None] = [None] * (max([*ids.values(), *added]) + 1)
     to_bytes = _byte_level_bytes if byte_level else _sentencepiece_bytes
@@ -188,7 +221,14 @@ def load_vocabulary(tokenizer: Any, name: str = "tokenizer") -> Vocabulary:
     plain.no_truncation()
     plain.add_special_tokens([AddedToken(c, special=True, normalized=False) for c in control])
     plain.encode_special_tokens = True  # from here on a control token in a text is text
-    vocabulary = Vocabulary(name, plain, tuple(bytes_W), control, hashlib.sha256(definition.encode()).hexdigest(), byte_level)
+    vocabulary = Vocabulary(
+        name,
+        plain,
+        tuple(bytes_W),
+        control,
+        hashlib.sha256(definition.encode()).hexdigest(),
+        byte_level,
+    )
     vocabulary.encode_batch([unicodedata.normalize("NFC", p) for p in ROUND_TRIP_PROBES])
     return vocabulary
 
@@ -201,9 +241,12 @@ def _is_byte_level(backend: Tokenizer, name: str) -> bool:
         return True
     if bpe and "ByteFallback" in kinds and backend.model.byte_fallback:
         return False
-    raise DataError(f"neither byte-level BPE nor SentencePiece BPE with byte fallback "
-                    f"(model {type(backend.model).__name__}, decoder {sorted(kinds)})", where=name,
-                    remedy="its bytes cannot be known exactly; use a model of another family")
+    raise DataError(
+        f"neither byte-level BPE nor SentencePiece BPE with byte fallback "
+        f"(model {type(backend.model).__name__}, decoder {sorted(kinds)})",
+        where=name,
+        remedy="its bytes cannot be known exactly; use a model of another family",
+    )
 
 
 def _byte_level_bytes(token: str) -> bytes | None:

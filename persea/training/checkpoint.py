@@ -23,7 +23,9 @@ from persea.errors import DataError, RefusedError
 from persea.training.distributed.world import World
 from persea.training.loss_balancing import Group, GroupScale
 
-MAX_CHECKPOINTS = 2  # checkpoints that stay: the newest, and one more where the newest is lost to the disk
+MAX_CHECKPOINTS = (
+    2  # checkpoints that stay: the newest, and one more where the newest is lost to the disk
+)
 RESUME_AUTO, RESUME_NEVER = "auto", "never"  # what --resume may be, beside a path
 
 
@@ -61,7 +63,11 @@ def rng_state() -> dict[str, Any]:
     """Where every source of chance of this process stands."""
     kind, keys, *rest = np.random.get_state(legacy=True)
     words = torch.from_numpy(np.asarray(keys).astype(np.int64))
-    state = {"torch": torch.get_rng_state(), "numpy": (str(kind), words, *rest), "python": random.getstate()}
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy": (str(kind), words, *rest),
+        "python": random.getstate(),
+    }
     return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
@@ -94,7 +100,13 @@ def _shard_like(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         return value
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None) if isinstance(like, DTensor) else value
+    return (
+        distribute_tensor(
+            value.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+        )
+        if isinstance(like, DTensor)
+        else value
+    )
 
 
 # --- writing ---
@@ -119,8 +131,15 @@ class _HashingWriter:
         self.file.flush()
 
 
-def save_checkpoint(folder: Path, inputs: Mapping[str, Any], state: TrainerState, parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer,
-         world: World, source_state: bytes = b"") -> None:
+def save_checkpoint(
+    folder: Path,
+    inputs: Mapping[str, Any],
+    state: TrainerState,
+    parameters: Sequence[torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    world: World,
+    source_state: bytes = b"",
+) -> None:
     """Publish state and metrics, then the record that makes them count; the newest two stay. Every process calls it, the first writes.
 
     carried  what this process' source of batches carries from step to step
@@ -128,42 +147,77 @@ def save_checkpoint(folder: Path, inputs: Mapping[str, Any], state: TrainerState
     """
     finite = all(bool(torch.isfinite(p.detach()).all()) for p in parameters)
     if not all(world.all_gather(finite)):
-        raise RefusedError(f"weights are not finite after step {state.step}: not saved", where=str(folder),
-                      remedy="lower training.learning_rate; the last checkpoint is finite")
+        raise RefusedError(
+            f"weights are not finite after step {state.step}: not saved",
+            where=str(folder),
+            remedy="lower training.learning_rate; the last checkpoint is finite",
+        )
     moments = optimizer.state_dict()
     tensors = [gather_full_tensor(p.detach()) for p in parameters]
-    moments["state"] = {k: {name: gather_full_tensor(v) for name, v in values.items()} for k, values in moments["state"].items()}
-    everybodys = world.all_gather((rng_state(), torch.from_numpy(np.frombuffer(source_state, np.uint8).copy())))
+    moments["state"] = {
+        k: {name: gather_full_tensor(v) for name, v in values.items()}
+        for k, values in moments["state"].items()
+    }
+    everybodys = world.all_gather(
+        (rng_state(), torch.from_numpy(np.frombuffer(source_state, np.uint8).copy()))
+    )
     if world.rank:
         return
     name = folder / "checkpoints" / f"step-{state.step:08d}"
     with store.open_atomic(name.with_suffix(".pt")) as file:
         digesting: Any = _HashingWriter(file)
         try:
-            torch.save({"parameters": tensors, "optimizer": moments, "step": state.step, "positions": state.num_tokens, "seconds": state.seconds,
-                        "skipped": list(state.skipped_steps), "scales": [(tuple(group), astuple(scale)) for group, scale in state.group_scales.items()],
-                        "chance": [c for c, _ in everybodys], "carried": [c for _, c in everybodys]}, digesting)
+            torch.save(
+                {
+                    "parameters": tensors,
+                    "optimizer": moments,
+                    "step": state.step,
+                    "positions": state.num_tokens,
+                    "seconds": state.seconds,
+                    "skipped": list(state.skipped_steps),
+                    "scales": [
+                        (tuple(group), astuple(scale))
+                        for group, scale in state.group_scales.items()
+                    ],
+                    "chance": [c for c, _ in everybodys],
+                    "carried": [c for _, c in everybodys],
+                },
+                digesting,
+            )
         except RuntimeError as error:
             raise digesting.error or error from error
-    metrics = "".join(json.dumps(line, allow_nan=False) + "\n" for line in state.log_history).encode()
+    metrics = "".join(
+        json.dumps(line, allow_nan=False) + "\n" for line in state.log_history
+    ).encode()
     store.write_atomic(name.with_suffix(".jsonl"), metrics)
     store.write_atomic(folder / "metrics.jsonl", metrics)
-    store.write_json_with_checksum(name.with_suffix(".json"), {"inputs": inputs, "step": state.step, "world": world.size, "state": digesting.sha.hexdigest(),
-                                                     "metrics": store.digest_bytes(metrics)})
+    store.write_json_with_checksum(
+        name.with_suffix(".json"),
+        {
+            "inputs": inputs,
+            "step": state.step,
+            "world": world.size,
+            "state": digesting.sha.hexdigest(),
+            "metrics": store.digest_bytes(metrics),
+        },
+    )
     delete_old_checkpoints(folder)
 
 
 def delete_old_checkpoints(folder: Path, keep: int = MAX_CHECKPOINTS) -> None:
     """Remove all but the newest checkpoints, and what a killed run left of one: whatever is older than the oldest that stays."""
     records = sorted((folder / "checkpoints").glob("step-*.json"))[-keep:] if keep else []
-    for path in sorted((folder / "checkpoints").glob("step-*")):  # the record first, it sorts before .jsonl and .pt
+    for path in sorted(
+        (folder / "checkpoints").glob("step-*")
+    ):  # the record first, it sorts before .jsonl and .pt
         if not keep or (records and path.stem < records[0].stem):
             store.DISK.remove(path)
 
 
 def delete_later_checkpoints(folder: Path, step: int) -> None:
     """Remove what was saved after a step, once the training has gone back to it: it is no longer what this training did, and would be taken
-    for its newest."""
+    for its newest.
+    """
     for path in sorted((folder / "checkpoints").glob("step-*")):
         if path.stem > f"step-{step:08d}":
             store.DISK.remove(path)
@@ -183,18 +237,32 @@ def find_checkpoint(folder: Path, resume: str) -> Path | None:
     if resume == RESUME_AUTO:
         return max((folder / "checkpoints").glob("step-*.json"), default=None)
     path = Path(resume)
-    inside = [*path.glob("step-*.json"), *path.glob("checkpoints/step-*.json"), *path.glob("train/checkpoints/step-*.json")]
-    named = path if path.suffix == ".json" else path.parent / f"{path.name.removesuffix('.pt')}.json"
+    inside = [
+        *path.glob("step-*.json"),
+        *path.glob("checkpoints/step-*.json"),
+        *path.glob("train/checkpoints/step-*.json"),
+    ]
+    named = (
+        path if path.suffix == ".json" else path.parent / f"{path.name.removesuffix('.pt')}.json"
+    )
     chosen = max(inside, default=None) if path.is_dir() else named
     if chosen is None or not chosen.is_file():
-        raise DataError("no checkpoint is there", where=resume, remedy="name a checkpoints/step-N.json, or say --resume auto")
+        raise DataError(
+            "no checkpoint is there",
+            where=resume,
+            remedy="name a checkpoints/step-N.json, or say --resume auto",
+        )
     return chosen
 
 
 def describe_changes(before: Any, now: Any, key: str = "") -> list[str]:
     """Which keys differ, as "training.steps: 8 -> 9"."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
-        return [line for k in dict.fromkeys((*now, *before)) for line in describe_changes(before.get(k), now.get(k), f"{key}.{k}" if key else str(k))]
+        return [
+            line
+            for k in dict.fromkeys((*now, *before))
+            for line in describe_changes(before.get(k), now.get(k), f"{key}.{k}" if key else str(k))
+        ]
     return [] if before == now else [f"{key}: {_shorten(before)} -> {_shorten(now)}"]
 
 
@@ -206,7 +274,11 @@ def _shorten(value: Any) -> str:
 def describe_input_changes(folder: Path, inputs: Mapping[str, Any]) -> str:
     """What is not as it was when the newest checkpoint here was written; empty where none tells."""
     newest = find_checkpoint(folder, RESUME_AUTO)
-    return "; ".join(describe_changes(_read_record(newest)["inputs"], _json_round_trip(inputs))) if newest else ""
+    return (
+        "; ".join(describe_changes(_read_record(newest)["inputs"], _json_round_trip(inputs)))
+        if newest
+        else ""
+    )
 
 
 def _json_round_trip(inputs: Mapping[str, Any]) -> Any:
@@ -216,7 +288,11 @@ def _json_round_trip(inputs: Mapping[str, Any]) -> Any:
 
 def _corrupt_checkpoint(record: Path) -> DataError:
     last = record.with_suffix("")
-    return DataError("this checkpoint is not what was written", where=str(last), remedy=f"delete {last}.*; the checkpoint before it goes on")
+    return DataError(
+        "this checkpoint is not what was written",
+        where=str(last),
+        remedy=f"delete {last}.*; the checkpoint before it goes on",
+    )
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -224,13 +300,21 @@ def _read_record(path: Path) -> dict[str, Any]:
         record = store.read_json_with_checksum(path, "")
     except DataError as error:
         raise _corrupt_checkpoint(path) from error
-    if record.keys() != {"inputs", "step", "world", "state", "metrics"} or path.stem != f"step-{record['step']:08d}":
+    if (
+        record.keys() != {"inputs", "step", "world", "state", "metrics"}
+        or path.stem != f"step-{record['step']:08d}"
+    ):
         raise _corrupt_checkpoint(path)
     return record
 
 
-def load_checkpoint(path: Path, inputs: Mapping[str, Any], parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer | None,
-         world: World) -> tuple[TrainerState, tuple[bytes, ...]]:
+def load_checkpoint(
+    path: Path,
+    inputs: Mapping[str, Any],
+    parameters: Sequence[torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer | None,
+    world: World,
+) -> tuple[TrainerState, tuple[bytes, ...]]:
     """Where the training of a record stands, its state put into parameters, optimiser and chance; and what sources carried, by process.
 
     optimizer  None: only the weights are wanted
@@ -238,8 +322,11 @@ def load_checkpoint(path: Path, inputs: Mapping[str, Any], parameters: Sequence[
     """
     record = _read_record(path)
     if different := describe_changes(record["inputs"], _json_round_trip(inputs)):
-        raise RefusedError(f"the checkpoint belongs to another recipe, model or capture ({'; '.join(different)})", where=str(path),
-                      remedy=f"give the run another --out, put back what it was, or begin anew with --resume never, which deletes {path.parent}")
+        raise RefusedError(
+            f"the checkpoint belongs to another recipe, model or capture ({'; '.join(different)})",
+            where=str(path),
+            remedy=f"give the run another --out, put back what it was, or begin anew with --resume never, which deletes {path.parent}",
+        )
     try:
         metrics = path.with_suffix(".jsonl").read_bytes()
         digests = store.digest_file(path.with_suffix(".pt")), store.digest_bytes(metrics)
@@ -253,18 +340,30 @@ def load_checkpoint(path: Path, inputs: Mapping[str, Any], parameters: Sequence[
     if record["step"] != state["step"]:
         raise _corrupt_checkpoint(path)
     if not all(bool(torch.isfinite(value).all()) for value in state["parameters"]):
-        raise DataError("a weight of this checkpoint is not finite", where=str(path), remedy=f"delete {path.with_suffix('')}.*")
+        raise DataError(
+            "a weight of this checkpoint is not finite",
+            where=str(path),
+            remedy=f"delete {path.with_suffix('')}.*",
+        )
     with torch.no_grad():
         for parameter, value in zip(parameters, state["parameters"], strict=True):
             parameter.copy_(_shard_like(value, parameter))
     if optimizer is not None:
         moments = state["optimizer"]
-        moments["state"] = {k: {name: _shard_like(v, parameters[k]).clone() for name, v in values.items()}
-                            for k, values in moments["state"].items()}  # copies: the file may be gone before they are
+        moments["state"] = {
+            k: {name: _shard_like(v, parameters[k]).clone() for name, v in values.items()}
+            for k, values in moments["state"].items()
+        }  # copies: the file may be gone before they are
         optimizer.load_state_dict(moments)
         if world.rank < len(state["chance"]):
             restore_rng_state(state["chance"][world.rank])
     log = tuple(json.loads(line) for line in metrics.splitlines())
-    done = TrainerState(int(state["step"]), int(state["positions"]), float(state["seconds"]), tuple(state["skipped"]), log,
-                 {Group(*group): GroupScale(*scale) for group, scale in state["scales"]})
+    done = TrainerState(
+        int(state["step"]),
+        int(state["positions"]),
+        float(state["seconds"]),
+        tuple(state["skipped"]),
+        log,
+        {Group(*group): GroupScale(*scale) for group, scale in state["scales"]},
+    )
     return done, tuple(c.numpy().tobytes() for c in state["carried"])

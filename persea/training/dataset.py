@@ -14,7 +14,12 @@ import torch
 
 from persea.alignment.boundary_mask import UNRESTRICTED_CONTEXT
 from persea.alignment.event_map import EventMap
-from persea.alignment.partial_tokens import PartialTokenProjector, make_partial_token_projector, require_projectable_kind, token_prefixes
+from persea.alignment.partial_tokens import (
+    PartialTokenProjector,
+    make_partial_token_projector,
+    require_projectable_kind,
+    token_prefixes,
+)
 from persea.alignment.spans import SupervisionKind, align
 from persea.cache.reader import AnswerSource, AnswerSubset, CacheMixture
 from persea.cache.unit import CachedAnswer
@@ -22,7 +27,13 @@ from persea.chat.messages import RenderedTokens, ThinkingEffort
 from persea.chat.renderer import ChatRenderer
 from persea.distributions import DistributionKind
 from persea.errors import DataError
-from persea.losses import BatchTargets, EventTargets, build_batch_targets, build_event_targets, concat_event_targets
+from persea.losses import (
+    BatchTargets,
+    EventTargets,
+    build_batch_targets,
+    build_event_targets,
+    concat_event_targets,
+)
 from persea.tokenization.bpe import expand_groups
 from persea.training.loss_balancing import Group
 
@@ -90,17 +101,40 @@ class DatasetStats:
         """taught: by teacher and language, shares of learned tokens, disagreement, the teacher's mass kept."""
         rows = []
         for (teacher, language), found in sorted(self.supervision.items()):
-            taught, (differ, mass, kept) = found[:len(SupervisionKind)], found[len(SupervisionKind):].tolist()
-            shares = {t.name.lower(): round(float(taught[t] / taught.sum()), 4) for t in SupervisionKind}
-            rows.append({"teacher": teacher, "language": language, "tokens": int(taught.sum()), **shares,
-                         "disagreement": round(differ / max(1.0, taught[SupervisionKind.EVENT]), 4), "mass_kept": round(kept / mass, 4) if mass else None})
-        return {"lessons": dict(self.examples), "left_out": dict(self.skipped), "too_long": self.too_long, "unsayable": self.unrenderable,
-                "why": list(self.reasons), "taught": rows, "modes": dict(self.efforts), "thoughts_dropped": self.thinking_dropped}
+            taught, (differ, mass, kept) = (
+                found[: len(SupervisionKind)],
+                found[len(SupervisionKind) :].tolist(),
+            )
+            shares = {
+                t.name.lower(): round(float(taught[t] / taught.sum()), 4) for t in SupervisionKind
+            }
+            rows.append(
+                {
+                    "teacher": teacher,
+                    "language": language,
+                    "tokens": int(taught.sum()),
+                    **shares,
+                    "disagreement": round(differ / max(1.0, taught[SupervisionKind.EVENT]), 4),
+                    "mass_kept": round(kept / mass, 4) if mass else None,
+                }
+            )
+        return {
+            "lessons": dict(self.examples),
+            "left_out": dict(self.skipped),
+            "too_long": self.too_long,
+            "unsayable": self.unrenderable,
+            "why": list(self.reasons),
+            "taught": rows,
+            "modes": dict(self.efforts),
+            "thoughts_dropped": self.thinking_dropped,
+        }
 
 
-MAX_SKIP_REASONS = 100          # of what cannot be said
-EXAMPLE_CACHE_TOKENS = 1 << 21     # tokens and entries of lessons that are kept: some 100 MB, and all of the quickstart's
-EXAMPLE_OVERHEAD_TOKENS = 64            # what a lesson counts beside them: its arrays' own bookkeeping, 2 kB
+MAX_SKIP_REASONS = 100  # of what cannot be said
+EXAMPLE_CACHE_TOKENS = (
+    1 << 21
+)  # tokens and entries of lessons that are kept: some 100 MB, and all of the quickstart's
+EXAMPLE_OVERHEAD_TOKENS = 64  # what a lesson counts beside them: its arrays' own bookkeeping, 2 kB
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +149,9 @@ class DistillDataset:
     event_maps: Mapping[str, EventMap]
     batch_size: int
     stats: DatasetStats
-    _example_cache: OrderedDict[tuple[int, int], Example] = field(default_factory=OrderedDict, repr=False)
+    _example_cache: OrderedDict[tuple[int, int], Example] = field(
+        default_factory=OrderedDict, repr=False
+    )
     _cache_tokens: list[int] = field(default_factory=lambda: [0], repr=False)
 
     def __len__(self) -> int:
@@ -124,9 +160,12 @@ class DistillDataset:
 
     def batch(self, step: int, part: int = 0, parts: int = 1) -> Batch:
         """The batch of a step, draws step * size and on of the mixture; or a part of it: parts are slices in order, so that together they
-        are the same batch however many there are."""
+        are the same batch however many there are.
+        """
         begin, end = self.batch_size * part // parts, self.batch_size * (part + 1) // parts
-        return collate([self.example(step * self.batch_size + k) for k in range(begin, end)], self.event_maps)
+        return collate(
+            [self.example(step * self.batch_size + k) for k in range(begin, end)], self.event_maps
+        )
 
     def train_test_split(self, validation_share: float) -> tuple[DistillDataset, DistillDataset]:
         """(what is learned, what is held out): a share of the lessons, drawn by the seed, in whole batches and at least one of each.
@@ -136,23 +175,45 @@ class DistillDataset:
         mixture = self.mixture
         n = max(1, round(len(self) * validation_share / self.batch_size)) * self.batch_size
         if len(self) - n < self.batch_size:
-            raise DataError(f"{len(self)} lessons are too few to hold out {n} and learn from batches of {self.batch_size}", where="training.held_out",
-                            remedy="a larger corpus, a smaller training.batch, or training.evaluate_every: 0")
+            raise DataError(
+                f"{len(self)} lessons are too few to hold out {n} and learn from batches of {self.batch_size}",
+                where="training.held_out",
+                remedy="a larger corpus, a smaller training.batch, or training.evaluate_every: 0",
+            )
         held_L = np.zeros(len(self), np.bool_)
         held_L[np.random.default_rng([mixture.seed, n]).permutation(len(self))[:n]] = True
         edges = np.cumsum([len(reader) for reader in mixture.readers])[:-1]
         sides = []
         for chosen_L in (~held_L, held_L):
-            parts = [(AnswerSubset(reader, np.flatnonzero(mine)), old) for reader, old, mine in
-                     zip(mixture.readers, mixture.shares, np.split(chosen_L, edges), strict=True) if mine.any()]
+            parts = [
+                (AnswerSubset(reader, np.flatnonzero(mine)), old)
+                for reader, old, mine in zip(
+                    mixture.readers, mixture.shares, np.split(chosen_L, edges), strict=True
+                )
+                if mine.any()
+            ]
             readers, shares = zip(*parts, strict=True)
-            sides.append(replace(self, mixture=CacheMixture(readers, shares if chosen_L is not held_L else tuple(map(len, readers)), mixture.seed),
-                                 _example_cache=OrderedDict(), _cache_tokens=[0]))
+            sides.append(
+                replace(
+                    self,
+                    mixture=CacheMixture(
+                        readers,
+                        shares if chosen_L is not held_L else tuple(map(len, readers)),
+                        mixture.seed,
+                    ),
+                    _example_cache=OrderedDict(),
+                    _cache_tokens=[0],
+                )
+            )
         return sides[0], sides[1]
 
     def prompt_ids(self) -> Iterator[str]:
         """Which prompts its lessons answer, by id."""
-        return (reader[k].answer.prompt_id for reader in self.mixture.readers for k in range(len(reader)))
+        return (
+            reader[k].answer.prompt_id
+            for reader in self.mixture.readers
+            for k in range(len(reader))
+        )
 
     def example(self, number: int) -> Example:
         """The lesson of a draw."""
@@ -171,7 +232,12 @@ def _cache_cost(one: Example) -> int:
     return len(one.tokens) + len(one.targets.row_M) + EXAMPLE_OVERHEAD_TOKENS
 
 
-def build_example(capture: CachedAnswer, renderer: ChatRenderer, event_map: EventMap, projector: PartialTokenProjector | None = None) -> Example:
+def build_example(
+    capture: CachedAnswer,
+    renderer: ChatRenderer,
+    event_map: EventMap,
+    projector: PartialTokenProjector | None = None,
+) -> Example:
     """A capture in the student's voice: at the effort it was asked at by its mode, answering at once where it has none.
 
     completer  for student tokens that begin inside a teacher token; None = these learn from the text
@@ -187,7 +253,12 @@ def _capture_effort(capture: CachedAnswer) -> ThinkingEffort:
     return capture.answer.effort or ThinkingEffort.NONE
 
 
-def _align_capture(capture: CachedAnswer, tokens: RenderedTokens, event_map: EventMap, projector: PartialTokenProjector | None) -> Example:
+def _align_capture(
+    capture: CachedAnswer,
+    tokens: RenderedTokens,
+    event_map: EventMap,
+    projector: PartialTokenProjector | None,
+) -> Example:
     found = align([tokens], [capture.tokens])
     both, rows, answer = found.boundaries, capture.distributions, capture.answer
     place_S, row_T = np.cumsum(tokens.loss_mask_T) - 1, np.cumsum(capture.tokens.loss_mask_T) - 1
@@ -195,28 +266,81 @@ def _align_capture(capture: CachedAnswer, tokens: RenderedTokens, event_map: Eve
     at_M, which_M = expand_groups(rows.offsets_N1, row_C)
     contexts = np.full((2, int(tokens.loss_mask_T.sum())), UNRESTRICTED_CONTEXT)
     if event_map.teacher_mask is not None and event_map.student_mask is not None:
-        contexts[0, place_C] = event_map.teacher_mask.other.supervised_context_ids(tokens, both.student_C)
-        contexts[1, place_C] = event_map.student_mask.other.supervised_context_ids(capture.tokens, both.teacher_C)
-    said = build_event_targets(event_map, place_C[which_M], rows.ids_M[at_M], rows.probs_M[at_M],
-                    student_context_N=contexts[0], teacher_context_N=contexts[1], kind=rows.kind)
-    differ = event_map.student_event_V[tokens.ids_T[both.student_C]] != event_map.teacher_event_W[capture.tokens.ids_T[both.teacher_C]]
-    taught = np.bincount(found.supervision_S[found.supervision_S >= 0], minlength=len(SupervisionKind))
+        contexts[0, place_C] = event_map.teacher_mask.other.supervised_context_ids(
+            tokens, both.student_C
+        )
+        contexts[1, place_C] = event_map.student_mask.other.supervised_context_ids(
+            capture.tokens, both.teacher_C
+        )
+    said = build_event_targets(
+        event_map,
+        place_C[which_M],
+        rows.ids_M[at_M],
+        rows.probs_M[at_M],
+        student_context_N=contexts[0],
+        teacher_context_N=contexts[1],
+        kind=rows.kind,
+    )
+    differ = (
+        event_map.student_event_V[tokens.ids_T[both.student_C]]
+        != event_map.teacher_event_W[capture.tokens.ids_T[both.teacher_C]]
+    )
+    taught = np.bincount(
+        found.supervision_S[found.supervision_S >= 0], minlength=len(SupervisionKind)
+    )
     if rows.kind is DistributionKind.TEXT_ONLY:  # boundaries meet, and nothing is known there
         taught = np.bincount([SupervisionKind.TEXT], [taught.sum()], minlength=len(SupervisionKind))
-    counts = np.array([*taught, differ.sum(), rows.probs_M[at_M].sum(), said.probs_M.sum()], np.float64)
+    counts = np.array(
+        [*taught, differ.sum(), rows.probs_M[at_M].sum(), said.probs_M.sum()], np.float64
+    )
     if projector is not None:
         require_projectable_kind(rows.kind)
-        at_I, in_I, said_I = (side[found.partial_tokens.at_common_boundary_I] for side in (found.partial_tokens.student_I, found.partial_tokens.teacher_I, found.partial_tokens.prefix_len_I))
-        bytes_I = token_prefixes(projector.teacher_order.vocabulary, capture.tokens.ids_T[in_I], said_I)
-        more = projector.project(rows, row_T[in_I], bytes_I, projector.student_order.supervised_context_ids(tokens, at_I))
+        at_I, in_I, said_I = (
+            side[found.partial_tokens.at_common_boundary_I]
+            for side in (
+                found.partial_tokens.student_I,
+                found.partial_tokens.teacher_I,
+                found.partial_tokens.prefix_len_I,
+            )
+        )
+        bytes_I = token_prefixes(
+            projector.teacher_order.vocabulary, capture.tokens.ids_T[in_I], said_I
+        )
+        more = projector.project(
+            rows, row_T[in_I], bytes_I, projector.student_order.supervised_context_ids(tokens, at_I)
+        )
         none = np.empty(0, np.int64)
-        said = concat_event_targets([said, EventTargets(place_S[at_I][more.student_index_M], more.event_M, more.probs_M, more.entry_D, more.token_D, none,
-                                       none.astype(np.float32), none, none, rows.kind)], [0, 0])
+        said = concat_event_targets(
+            [
+                said,
+                EventTargets(
+                    place_S[at_I][more.student_index_M],
+                    more.event_M,
+                    more.probs_M,
+                    more.entry_D,
+                    more.token_D,
+                    none,
+                    none.astype(np.float32),
+                    none,
+                    none,
+                    rows.kind,
+                ),
+            ],
+            [0, 0],
+        )
     return Example(tokens, answer.teacher, answer.skill, answer.language, said, counts)
 
 
-def build_dataset(caches: Sequence[tuple[AnswerSource, float]], renderer: ChatRenderer, event_maps: Mapping[str, EventMap], *, batch_size: int, seed: int, max_tokens: int,
-            partial_tokens: bool = False) -> DistillDataset:
+def build_dataset(
+    caches: Sequence[tuple[AnswerSource, float]],
+    renderer: ChatRenderer,
+    event_maps: Mapping[str, EventMap],
+    *,
+    batch_size: int,
+    seed: int,
+    max_tokens: int,
+    partial_tokens: bool = False,
+) -> DistillDataset:
     """Batches from captures, mixed by share. One pass over them first: answers longer than max_tokens, or that the student's tokenizer or
     template cannot say (a literal U+2581 in a SentencePiece student), are left out and counted; nothing is cut.
 
@@ -224,10 +348,18 @@ def build_dataset(caches: Sequence[tuple[AnswerSource, float]], renderer: ChatRe
             is read epoch after epoch. One of which nothing is left is no part of the mixture; Survey says so
     Raises DataError where none is left, and for a broken row.
     """
-    completers = {name: make_partial_token_projector(bridge) if partial_tokens else None for name, bridge in event_maps.items()}
+    completers = {
+        name: make_partial_token_projector(bridge) if partial_tokens else None
+        for name, bridge in event_maps.items()
+    }
 
     def make(capture: CachedAnswer) -> Example:
-        return build_example(capture, renderer, event_maps[capture.answer.teacher], completers[capture.answer.teacher])
+        return build_example(
+            capture,
+            renderer,
+            event_maps[capture.answer.teacher],
+            completers[capture.answer.teacher],
+        )
 
     lessons, left_out, why = Counter[str](), Counter[str](), list[str]()
     taught: dict[tuple[str, str], npt.NDArray[np.float64]] = {}
@@ -246,7 +378,9 @@ def build_dataset(caches: Sequence[tuple[AnswerSource, float]], renderer: ChatRe
                 left_out[answer.teacher] += 1
                 why += [f"{answer.prompt_id}: {error}"] if len(why) < MAX_SKIP_REASONS else []
                 continue
-            one = _align_capture(capture, tokens, event_maps[answer.teacher], completers[answer.teacher])  # a broken row is refused
+            one = _align_capture(
+                capture, tokens, event_maps[answer.teacher], completers[answer.teacher]
+            )  # a broken row is refused
             if len(tokens) > max_tokens:
                 too_long += 1
                 left_out[answer.teacher] += 1
@@ -254,17 +388,25 @@ def build_dataset(caches: Sequence[tuple[AnswerSource, float]], renderer: ChatRe
             kept.append(number)
             lessons[answer.teacher] += 1
             modes[_capture_effort(capture).value] += 1
-            dropped += bool(_capture_effort(capture) is ThinkingEffort.NONE and answer.conversation.messages[-1].thinking)
+            dropped += bool(
+                _capture_effort(capture) is ThinkingEffort.NONE
+                and answer.conversation.messages[-1].thinking
+            )
             key = answer.teacher, answer.language
             taught[key] = taught.get(key, np.zeros(len(SupervisionKind) + 3)) + one.counts
         if len(kept):
             parts.append((AnswerSubset(captures, np.array(kept, np.int64)), share))
     if not parts:
-        raise DataError(f"no answer is left: {too_long} have more than {max_tokens} tokens, {unsayable} cannot be said by the student"
-                        + "".join(f" ({reason})" for reason in why[:1]), where="train",
-                        remedy="raise training.max_tokens, or choose another student")
+        raise DataError(
+            f"no answer is left: {too_long} have more than {max_tokens} tokens, {unsayable} cannot be said by the student"
+            + "".join(f" ({reason})" for reason in why[:1]),
+            where="train",
+            remedy="raise training.max_tokens, or choose another student",
+        )
     readers, shares = zip(*parts, strict=True)
-    survey = DatasetStats(lessons, left_out, too_long, unsayable, tuple(why), taught, modes, dropped)
+    survey = DatasetStats(
+        lessons, left_out, too_long, unsayable, tuple(why), taught, modes, dropped
+    )
     return DistillDataset(CacheMixture(readers, shares, seed), make, event_maps, batch_size, survey)
 
 
@@ -278,8 +420,8 @@ def collate(examples: Sequence[Example], event_maps: Mapping[str, EventMap]) -> 
     said: dict[str, list[tuple[EventTargets, int]]] = {}
     n = 0
     for b, one in enumerate(examples):
-        ids[b, :len(one.tokens)] = torch.from_numpy(one.tokens.ids_T)
-        mask[b, :len(one.tokens)] = 1
+        ids[b, : len(one.tokens)] = torch.from_numpy(one.tokens.ids_T)
+        mask[b, : len(one.tokens)] = 1
         learned = np.flatnonzero(one.tokens.loss_mask_T)
         rows.append(np.full(len(learned), b))
         ats.append(learned - 1)
@@ -287,5 +429,8 @@ def collate(examples: Sequence[Example], event_maps: Mapping[str, EventMap]) -> 
         said.setdefault(one.teacher, []).append((one.targets, n))
         n += len(learned)
     row_N, at_N = torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(ats))
-    teachers = tuple(build_batch_targets(event_maps[name], concat_event_targets(*zip(*parts, strict=True)), n) for name, parts in said.items())
+    teachers = tuple(
+        build_batch_targets(event_maps[name], concat_event_targets(*zip(*parts, strict=True)), n)
+        for name, parts in said.items()
+    )
     return Batch(ids, mask, row_N, at_N, ids[row_N, at_N + 1], teachers, dict(share), by_B)

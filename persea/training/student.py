@@ -17,7 +17,13 @@ from persea.errors import DataError, MissingRequirementError, RefusedError, Stor
 from persea.losses import LMHead
 from persea.models.loading import ModelSource, copy_tokenizer_files, load_model, local_folder
 from persea.training.distributed.world import ParallelStrategy, World
-from persea.training.lm_head import LogitScaling, find_logit_scaling, hidden_states, pack_sequences, refuse_packing
+from persea.training.lm_head import (
+    LogitScaling,
+    find_logit_scaling,
+    hidden_states,
+    pack_sequences,
+    refuse_packing,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,20 +54,30 @@ class ComputeOptions:
 
 class HiddenStateModule(torch.nn.Module):
     """What a training step runs of a model, as one module: what is spread over processes is wrapped around its forward, so all that a
-    step uses comes out of it, the head's weight too (under DDP a parameter that is not reached from an output counts as unused)."""
+    step uses comes out of it, the head's weight too (under DDP a parameter that is not reached from an output counts as unused).
+    """
 
     def __init__(self, model: PreTrainedModel, options: ComputeOptions) -> None:
         super().__init__()
         self.model, self.options = model, options
 
-    def forward(self, ids_BS: torch.Tensor, mask_or_position_BS: torch.Tensor, row_N: torch.Tensor, position_N: torch.Tensor
-                ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def forward(
+        self,
+        ids_BS: torch.Tensor,
+        mask_or_position_BS: torch.Tensor,
+        row_N: torch.Tensor,
+        position_N: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Hidden states [N, D], weight and bias of the head. place_BS: the mask, or each token's place in its text where texts are packed."""
-        mask_BS, positions_BS = (None, mask_or_position_BS) if self.options.packing else (mask_or_position_BS, None)
+        mask_BS, positions_BS = (
+            (None, mask_or_position_BS) if self.options.packing else (mask_or_position_BS, None)
+        )
         with torch.autocast(ids_BS.device.type, torch.bfloat16, enabled=self.options.bf16):
             hidden_ND = hidden_states(self.model, ids_BS, mask_BS, positions_BS)[row_N, position_N]
         linear: torch.nn.Linear = self.model.get_output_embeddings()
-        weight_VD, bias_V = (None if side is None else side.view_as(side) for side in (linear.weight, linear.bias))  # DDP overlooks a bare parameter
+        weight_VD, bias_V = (
+            None if side is None else side.view_as(side) for side in (linear.weight, linear.bias)
+        )  # DDP overlooks a bare parameter
         return hidden_ND.bfloat16() if self.options.bf16 else hidden_ND, weight_VD, bias_V
 
 
@@ -83,13 +99,40 @@ class StudentModel:
     def _logit_scaling(self) -> LogitScaling:
         return find_logit_scaling(self.model, len(self.renderer.vocabulary), "student")
 
-    def hidden_and_head(self, ids_BS: torch.Tensor, mask_BS: torch.Tensor, row_N: torch.Tensor, position_N: torch.Tensor) -> tuple[torch.Tensor, LMHead]:
+    def hidden_and_head(
+        self,
+        ids_BS: torch.Tensor,
+        mask_BS: torch.Tensor,
+        row_N: torch.Tensor,
+        position_N: torch.Tensor,
+    ) -> tuple[torch.Tensor, LMHead]:
         """[N, D] what the head is given at positions (row_N, at_N) of right-padded texts, and the head; its padded rows are cut off."""
-        runs, device, inputs = self.forward_module or HiddenStateModule(self.model, self.options), self.model.device, (ids_BS, mask_BS, row_N, position_N)
-        hidden_ND, weight_VD, bias_V = runs(*(side.to(device) for side in (pack_sequences(*inputs) if self.options.packing else inputs)))
-        return hidden_ND, LMHead(weight_VD, len(self.renderer.vocabulary), bias_V, self._logit_scaling.scale, self._logit_scaling.softcap)
+        runs, device, inputs = (
+            self.forward_module or HiddenStateModule(self.model, self.options),
+            self.model.device,
+            (ids_BS, mask_BS, row_N, position_N),
+        )
+        hidden_ND, weight_VD, bias_V = runs(
+            *(
+                side.to(device)
+                for side in (pack_sequences(*inputs) if self.options.packing else inputs)
+            )
+        )
+        return hidden_ND, LMHead(
+            weight_VD,
+            len(self.renderer.vocabulary),
+            bias_V,
+            self._logit_scaling.scale,
+            self._logit_scaling.softcap,
+        )
 
-    def logits(self, ids_BS: torch.Tensor, mask_BS: torch.Tensor, row_N: torch.Tensor, position_N: torch.Tensor) -> torch.Tensor:
+    def logits(
+        self,
+        ids_BS: torch.Tensor,
+        mask_BS: torch.Tensor,
+        row_N: torch.Tensor,
+        position_N: torch.Tensor,
+    ) -> torch.Tensor:
         """[N, V] float32 logits at positions (row_N, at_N), all at once: training goes through `hidden` instead."""
         hidden_ND, head = self.hidden_and_head(ids_BS, mask_BS, row_N, position_N)
         return head.logits(hidden_ND)
@@ -104,7 +147,9 @@ class StudentModel:
 
             # Looking for unused parameters keeps the buckets as they are from the first step on. Otherwise DDP orders them anew after one step,
             # and a resumed training would add up the gradients of three processes in another order than one that went through.
-            return replace(self, forward_module=DistributedDataParallel(forward, find_unused_parameters=True))
+            return replace(
+                self, forward_module=DistributedDataParallel(forward, find_unused_parameters=True)
+            )
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
@@ -130,12 +175,17 @@ class StudentModel:
                 copy_tokenizer_files(origin, folder)
             _save_stop_ids(folder / "generation_config.json", self.renderer.stop_ids)
         except (OSError, SafetensorError) as error:
-            raise StorageError(f"cannot write the student: {error}", where=str(folder),
-                               remedy="free space, then run again: its training is kept") from error
+            raise StorageError(
+                f"cannot write the student: {error}",
+                where=str(folder),
+                remedy="free space, then run again: its training is kept",
+            ) from error
         if origin is None:
             from transformers import AutoTokenizer
 
-            AutoTokenizer.from_pretrained(self.source.tokenizer_name_or_path, trust_remote_code=False).save_pretrained(folder)
+            AutoTokenizer.from_pretrained(
+                self.source.tokenizer_name_or_path, trust_remote_code=False
+            ).save_pretrained(folder)
         if self.source.thinking:
             _save_chat_template(folder, self.renderer.template_text)
 
@@ -155,10 +205,22 @@ def _save_stop_ids(path: Path, stop_ids: Sequence[int]) -> None:
     eos = config.get("eos_token_id")
     own = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if set(stop_ids) - set(own):
-        path.write_text(json.dumps(config | {"eos_token_id": [*own, *(i for i in stop_ids if i not in own)]}, indent=2) + "\n", encoding="utf-8")
+        path.write_text(
+            json.dumps(
+                config | {"eos_token_id": [*own, *(i for i in stop_ids if i not in own)]}, indent=2
+            )
+            + "\n",
+            encoding="utf-8",
+        )
 
 
-def load_student(source: ModelSource, renderer: ChatRenderer, lora: LoraSettings | None, seed: int = 0, options: ComputeOptions = ComputeOptions()) -> StudentModel:
+def load_student(
+    source: ModelSource,
+    renderer: ChatRenderer,
+    lora: LoraSettings | None,
+    seed: int = 0,
+    options: ComputeOptions = ComputeOptions(),
+) -> StudentModel:
     """The student's weights, ready to be trained in full, or with adapters; these begin at random, by the seed."""
     model = load_model(source, renderer, "student")
     torch.manual_seed(seed)
@@ -168,18 +230,37 @@ def load_student(source: ModelSource, renderer: ChatRenderer, lora: LoraSettings
         try:
             from peft import LoraConfig, get_peft_model
         except ImportError as error:
-            raise MissingRequirementError("adapt: lora needs peft", where="student", remedy="pip install peft") from error
+            raise MissingRequirementError(
+                "adapt: lora needs peft", where="student", remedy="pip install peft"
+            ) from error
         try:
-            model = get_peft_model(model, LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), task_type="CAUSAL_LM"))
+            model = get_peft_model(
+                model,
+                LoraConfig(
+                    r=lora.rank,
+                    lora_alpha=lora.alpha,
+                    target_modules=list(lora.targets),
+                    task_type="CAUSAL_LM",
+                ),
+            )
         except ValueError as error:
-            raise DataError(str(error).splitlines()[0], where="student.lora.targets",
-                            remedy="name projections this model has, e.g. q_proj") from error
+            raise DataError(
+                str(error).splitlines()[0],
+                where="student.lora.targets",
+                remedy="name projections this model has, e.g. q_proj",
+            ) from error
     if options.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
-            raise RefusedError(f"{type(model).__name__} cannot make its activations again", where="training.recompute", remedy="recompute: false")
+            raise RefusedError(
+                f"{type(model).__name__} cannot make its activations again",
+                where="training.recompute",
+                remedy="recompute: false",
+            )
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     student = StudentModel(model, renderer, source, options)
-    assert student._logit_scaling  # one that cannot be trained is refused here, not at the first step
+    assert (
+        student._logit_scaling
+    )  # one that cannot be trained is refused here, not at the first step
     if options.packing:
         refuse_packing(model, len(renderer.vocabulary), "training.packing")
     return student

@@ -15,11 +15,21 @@ Tracker = Callable[[int, Mapping[str, Any]], None]
 def refuse_missing_tracker(name: str | None) -> None:
     """Raises EnvironmentLacks where a board is asked for that is not installed: before anything is loaded, and before any step is made."""
     if name and importlib.util.find_spec(name) is None:
-        raise MissingRequirementError(f"training.report_to is {name}, which is not installed", where="train",
-                               remedy=f"pip install 'persea[{name}]', or delete `report_to:`; metrics.jsonl is always written")
+        raise MissingRequirementError(
+            f"training.report_to is {name}, which is not installed",
+            where="train",
+            remedy=f"pip install 'persea[{name}]', or delete `report_to:`; metrics.jsonl is always written",
+        )
 
 
-def open_tracker(name: str, run_name: str, folder: Path, steps_done: int, config: Mapping[str, Any], last_step: int) -> Tracker:
+def open_tracker(
+    name: str,
+    run_name: str,
+    folder: Path,
+    steps_done: int,
+    config: Mapping[str, Any],
+    last_step: int,
+) -> Tracker:
     """A function (step, line of metrics) that shows it there.
 
     folder    where tensorboard's files go; the others keep their own

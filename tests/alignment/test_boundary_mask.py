@@ -17,29 +17,55 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from persea.alignment.boundary_mask import MID_CHARACTER, UNRESTRICTED_CONTEXT, BoundaryMask, TokenOrder, get_token_order
+from persea.alignment.boundary_mask import (
+    MID_CHARACTER,
+    UNRESTRICTED_CONTEXT,
+    BoundaryMask,
+    TokenOrder,
+    get_token_order,
+)
 from persea.alignment.event_map import first_tokens
 from persea.tokenization.vocabulary import BYTE_TO_CHAR, Vocabulary, load_vocabulary
 from tests.alignment.test_event_map import real_bridge, real_home
 from tests.conftest import FAMILIES, Speaker
 
 assert real_home  # a fixture of test_bridge: the bridges are built once for all
-TEXTS = ["Hello, two  words and 1234 cats.", "isn't don't WE'RE x='s", "你好，世界。三百四十二", "สวัสดีชาวโลก สามร้อย", "မင်္ဂလာပါ ကမ္ဘာ",
-         "def f(x):\n    return x\n\n\n\ty",
-         "tiếng Việt một hai", "👩‍👩‍👧 ok 🏳️‍🌈", "こんにちは、カタカナ", "a\r\n\r\nb  \n c", "\ufeffBOM", "é ü ñ", "안녕하세요 세계",
-         "x   y\t\tz", "100,000.50 12345678"]
+TEXTS = [
+    "Hello, two  words and 1234 cats.",
+    "isn't don't WE'RE x='s",
+    "你好，世界。三百四十二",
+    "สวัสดีชาวโลก สามร้อย",
+    "မင်္ဂလာပါ ကမ္ဘာ",
+    "def f(x):\n    return x\n\n\n\ty",
+    "tiếng Việt một hai",
+    "👩‍👩‍👧 ok 🏳️‍🌈",
+    "こんにちは、カタカナ",
+    "a\r\n\r\nb  \n c",
+    "\ufeffBOM",
+    "é ü ñ",
+    "안녕하세요 세계",
+    "x   y\t\tz",
+    "100,000.50 12345678",
+]
 
 
 def masks(teacher: Vocabulary, student: Vocabulary) -> tuple[BoundaryMask, BoundaryMask]:
     """(of the teacher's tokens where the student has a boundary, the other way round)."""
     t, s = get_token_order(teacher), get_token_order(student)
-    return BoundaryMask(s, t, first_tokens(teacher, student)), BoundaryMask(t, s, first_tokens(student, teacher))
+    return BoundaryMask(s, t, first_tokens(teacher, student)), BoundaryMask(
+        t, s, first_tokens(student, teacher)
+    )
 
 
-def common(vocabularies: Sequence[Vocabulary], text: str) -> tuple[list[np.ndarray], list[tuple[int, int]]]:
+def common(
+    vocabularies: Sequence[Vocabulary], text: str
+) -> tuple[list[np.ndarray], list[tuple[int, int]]]:
     """Ids of both, and the tokens that begin at a common byte."""
     ids = [np.array(v.encode(text), np.int64) for v in vocabularies]
-    at = [{int(b): k for k, b in enumerate(np.cumsum(v.lengths_W[i]) - v.lengths_W[i])} for v, i in zip(vocabularies, ids, strict=True)]
+    at = [
+        {int(b): k for k, b in enumerate(np.cumsum(v.lengths_W[i]) - v.lengths_W[i])}
+        for v, i in zip(vocabularies, ids, strict=True)
+    ]
     return ids, [(at[0][b], at[1][b]) for b in sorted(at[0].keys() & at[1].keys())]
 
 
@@ -50,9 +76,15 @@ def deleted(pair: tuple[BoundaryMask, BoundaryMask], texts: Sequence[str]) -> tu
     lost = seen = 0
     for text in texts:
         ids, both = common(vocabularies, text)
-        contexts = of_student.other.context_ids(ids[0], [k for k, _ in both]), of_teacher.other.context_ids(ids[1], [j for _, j in both])
+        contexts = (
+            of_student.other.context_ids(ids[0], [k for k, _ in both]),
+            of_teacher.other.context_ids(ids[1], [j for _, j in both]),
+        )
         for (k, j), teachers, students in zip(both, *contexts, strict=True):
-            for mask, context, token in ((of_teacher, students, ids[0][k]), (of_student, teachers, ids[1][j])):
+            for mask, context, token in (
+                (of_teacher, students, ids[0][k]),
+                (of_student, teachers, ids[1][j]),
+            ):
                 lost += len(mask.impossible_tokens(int(context), np.array([token])))
                 seen += 1
     return lost, seen
@@ -61,7 +93,9 @@ def deleted(pair: tuple[BoundaryMask, BoundaryMask], texts: Sequence[str]) -> tu
 # ---- any two tokenizers, by enumeration ------------------------------------------------------------------------------
 
 
-def byte_level(chosen: list[tuple[int, int]], pattern: str, added: bool, alphabet: str = "ab ") -> Vocabulary:
+def byte_level(
+    chosen: list[tuple[int, int]], pattern: str, added: bool, alphabet: str = "ab "
+) -> Vocabulary:
     pieces, merges = [BYTE_TO_CHAR[b] for b in range(256)], list[tuple[str, str]]()
     for a, b in chosen:
         known = [*(BYTE_TO_CHAR[ord(c)] for c in alphabet), *pieces[256:]]
@@ -69,9 +103,13 @@ def byte_level(chosen: list[tuple[int, int]], pattern: str, added: bool, alphabe
         if "".join(pair) not in pieces and len("".join(pair)) <= 4:
             merges.append(pair)
             pieces.append("".join(pair))
-    tokenizer = Tokenizer(models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=merges, ignore_merges=added))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=merges, ignore_merges=added)
+    )
     split = [pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [*split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     if added:
         tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ("bb", "bba")])
@@ -79,23 +117,41 @@ def byte_level(chosen: list[tuple[int, int]], pattern: str, added: bool, alphabe
 
 
 def sentencepiece(chosen: list[tuple[int, int]]) -> Vocabulary:
-    pieces, merges = ["<unk>", *(f"<0x{b:02X}>" for b in range(256)), "a", "b", "▁"], list[tuple[str, str]]()
+    pieces, merges = (
+        ["<unk>", *(f"<0x{b:02X}>" for b in range(256)), "a", "b", "▁"],
+        list[tuple[str, str]](),
+    )
     for a, b in chosen:
         known = pieces[257:]
         pair = known[a % len(known)], known[b % len(known)]
         if "".join(pair) not in pieces and len("".join(pair)) <= 4:
             merges.append(pair)
             pieces.append("".join(pair))
-    tokenizer = Tokenizer(models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={p: i for i, p in enumerate(pieces)},
+            merges=merges,
+            byte_fallback=True,
+            unk_token="<unk>",
+            fuse_unk=True,
+        )
+    )
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     return load_vocabulary(tokenizer, "toy")
 
 
 chosen = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), max_size=8)
 PATTERNS = ("", r" ?[ab]+| +(?!\S)| +", r"[ab]{1,3}| +", r"a+|b| ", r" ?a+b?| ?b+|\s+")
-toys = st.one_of(st.builds(byte_level, chosen, st.sampled_from(PATTERNS), st.booleans()), st.builds(sentencepiece, chosen))
-STRINGS = ["".join(s) for n in range(1, 8) for s in product("ab ", repeat=n) if n < 7 or s[0] == "a"]
+toys = st.one_of(
+    st.builds(byte_level, chosen, st.sampled_from(PATTERNS), st.booleans()),
+    st.builds(sentencepiece, chosen),
+)
+STRINGS = [
+    "".join(s) for n in range(1, 8) for s in product("ab ", repeat=n) if n < 7 or s[0] == "a"
+]
 
 
 @settings(max_examples=25)
@@ -112,15 +168,21 @@ LLAMA = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\
 RIGHT_ALIGNED = r"\d{1,3}(?=(?:\d{3})*(?!\d))|\D+"
 
 
-def worded(chosen: list[tuple[int, int]], pattern: str, added: tuple[AddedToken, ...]) -> Vocabulary:
+def worded(
+    chosen: list[tuple[int, int]], pattern: str, added: tuple[AddedToken, ...]
+) -> Vocabulary:
     """Like byte_level, over an alphabet that real patterns care about."""
     tokenizer = Tokenizer.from_str(byte_level(chosen, pattern, False, "'vsxl 1.").backend.to_str())
     tokenizer.add_tokens(list(added))
     return load_vocabulary(tokenizer, "worded")
 
 
-plain_added = st.sampled_from([(), (AddedToken("  ", normalized=False),), (AddedToken("vs", single_word=True),)])
-real_toys = st.builds(worded, chosen, st.sampled_from(["", GPT2, LLAMA, RIGHT_ALIGNED, r"(?i:[a-s]+)|."]), plain_added)
+plain_added = st.sampled_from(
+    [(), (AddedToken("  ", normalized=False),), (AddedToken("vs", single_word=True),)]
+)
+real_toys = st.builds(
+    worded, chosen, st.sampled_from(["", GPT2, LLAMA, RIGHT_ALIGNED, r"(?i:[a-s]+)|."]), plain_added
+)
 
 
 @settings(max_examples=25)
@@ -138,7 +200,9 @@ def test_what_never_occurs_is_dropped(one: list[tuple[int, int]], two: list[tupl
     """Complete where no word ends: of the tokens that a common boundary rules out in every longer string, less than 2 % stay."""
     vocabularies = byte_level(one, "", False, "ab"), byte_level(two, "", False, "ab")
     pair = masks(*vocabularies)
-    follows: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[set[int], set[int]]] = defaultdict(lambda: (set(), set()))
+    follows: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[set[int], set[int]]] = defaultdict(
+        lambda: (set(), set())
+    )
     own: list[dict[tuple[int, ...], set[int]]] = [defaultdict(set), defaultdict(set)]
     for text in ("".join(s) for n in range(1, 9) for s in product("ab", repeat=n)):
         ids, both = common(vocabularies, text)
@@ -152,13 +216,18 @@ def test_what_never_occurs_is_dropped(one: list[tuple[int, int]], two: list[tupl
     for prefixes, realised in follows.items():
         if not prefixes[0] or sum(len(vocabularies[0].bytes_W[i] or b"") for i in prefixes[0]) > 3:
             continue
-        contexts = [mask.other.context_ids(np.array(p), [len(p)])[0] for mask, p in zip((pair[1], pair[0]), prefixes, strict=True)]
+        contexts = [
+            mask.other.context_ids(np.array(p), [len(p)])[0]
+            for mask, p in zip((pair[1], pair[0]), prefixes, strict=True)
+        ]
         for side in (0, 1):
             dead = set(pair[side].impossible_tokens(int(contexts[1 - side])).tolist())
             assert not dead & realised[side]
             never = own[side][prefixes[side]] - realised[side]
             ruled_out, stays = ruled_out + len(never), stays + len(never - dead)
-    assert stays <= 0.02 * ruled_out + 2  # a place where both meet may lie beyond the longest string
+    assert (
+        stays <= 0.02 * ruled_out + 2
+    )  # a place where both meet may lie beyond the longest string
 
 
 # ---- the exact worlds ------------------------------------------------------------------------------------------------
@@ -177,9 +246,16 @@ def test_the_exact_worlds(name: str):
     for b in world.boundaries:
         if not b.teacher:
             continue
-        for mask, keeper, own, columns, row, both in ((bridge.teacher_mask, b.student, b.teacher, world.columns_W, b.p_W, b.both_p_W),
-                                                      (bridge.student_mask, b.teacher, b.student, world.columns_V, b.q_V, b.both_q_V)):
-            dead = np.isin(columns, mask.impossible_tokens(int(mask.other.context_ids(np.array(keeper), [len(keeper)])[0])))
+        for mask, keeper, own, columns, row, both in (
+            (bridge.teacher_mask, b.student, b.teacher, world.columns_W, b.p_W, b.both_p_W),
+            (bridge.student_mask, b.teacher, b.student, world.columns_V, b.q_V, b.both_q_V),
+        ):
+            dead = np.isin(
+                columns,
+                mask.impossible_tokens(
+                    int(mask.other.context_ids(np.array(keeper), [len(keeper)])[0])
+                ),
+            )
             assert not (dead & (both > 0)).any()
             length = sum(len(mask.own.vocabulary.bytes_W[i] or b"") for i in own)
             stays += int((~dead & (both == 0) & (row > 0) & (length < 3)).sum())
@@ -190,23 +266,35 @@ def test_the_exact_worlds(name: str):
 
 
 @pytest.fixture(scope="module")
-def tiny_masks(tiny_of: Callable[[str], Speaker]) -> Callable[[str, str], tuple[BoundaryMask, BoundaryMask]]:
+def tiny_masks(
+    tiny_of: Callable[[str], Speaker],
+) -> Callable[[str, str], tuple[BoundaryMask, BoundaryMask]]:
     found: dict[tuple[str, str], tuple[BoundaryMask, BoundaryMask]] = {}
 
     def of(teacher: str, student: str) -> tuple[BoundaryMask, BoundaryMask]:
         if (teacher, student) not in found:
-            found[teacher, student] = masks(tiny_of(teacher).renderer.vocabulary, tiny_of(student).renderer.vocabulary)
+            found[teacher, student] = masks(
+                tiny_of(teacher).renderer.vocabulary, tiny_of(student).renderer.vocabulary
+            )
         return found[teacher, student]
 
     return of
 
 
-texts = st.lists(st.one_of(st.sampled_from(TEXTS), st.text("abtsdl'. \n1é你สัต", max_size=8)), min_size=1, max_size=4).map(
-    lambda parts: unicodedata.normalize("NFC", "".join(parts)))
+texts = st.lists(
+    st.one_of(st.sampled_from(TEXTS), st.text("abtsdl'. \n1é你สัต", max_size=8)),
+    min_size=1,
+    max_size=4,
+).map(lambda parts: unicodedata.normalize("NFC", "".join(parts)))
 
 
 @given(text=texts.filter(len), teacher=st.sampled_from(FAMILIES), student=st.sampled_from(FAMILIES))
-def test_no_realised_token_of_a_family_is_dropped(tiny_masks: Callable[[str, str], tuple[BoundaryMask, BoundaryMask]], text: str, teacher: str, student: str):
+def test_no_realised_token_of_a_family_is_dropped(
+    tiny_masks: Callable[[str, str], tuple[BoundaryMask, BoundaryMask]],
+    text: str,
+    teacher: str,
+    student: str,
+):
     if teacher != student:
         assert deleted(tiny_masks(teacher, student), [text])[0] == 0
 
@@ -217,8 +305,11 @@ def fresh(mask: BoundaryMask) -> BoundaryMask:
 
 
 @pytest.mark.parametrize("teacher", ["qwen", "gpt-oss"])
-def test_what_was_searched_before_changes_nothing(monkeypatch: pytest.MonkeyPatch, tiny_masks: Callable[[str, str], tuple[BoundaryMask, BoundaryMask]],
-                                                  teacher: str):
+def test_what_was_searched_before_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_masks: Callable[[str, str], tuple[BoundaryMask, BoundaryMask]],
+    teacher: str,
+):
     """Contexts in one order, in the other, each on its own, and where a few states are all that is remembered."""
     for mask in tiny_masks(teacher, "llama"):
         ids = np.array(mask.other.vocabulary.encode(TEXTS[0] + TEXTS[1]))
@@ -229,15 +320,19 @@ def test_what_was_searched_before_changes_nothing(monkeypatch: pytest.MonkeyPatc
             used = fresh(mask)
             found = {context: used.impossible_tokens(context).tolist() for context in order}
             assert [found[context] for context in contexts] == alone
-        assert (used._witness_WK >= 0).any() and used._meeting_states and used._dead_end_states, "something was remembered"
+        assert (used._witness_WK >= 0).any() and used._meeting_states and used._dead_end_states, (
+            "something was remembered"
+        )
         monkeypatch.setattr("persea.alignment.boundary_mask.MAX_CACHED_STATES", 20)
         used = fresh(mask)
         assert [used.impossible_tokens(context).tolist() for context in contexts] == alone
         monkeypatch.undo()
 
 
-def test_what_patience_was_not_enough_for_stays_and_is_never_taken_for_known(monkeypatch: pytest.MonkeyPatch,
-                                                                             tiny_masks: Callable[[str, str], tuple[BoundaryMask, BoundaryMask]]):
+def test_what_patience_was_not_enough_for_stays_and_is_never_taken_for_known(
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_masks: Callable[[str, str], tuple[BoundaryMask, BoundaryMask]],
+):
     """Impatient, a mask drops nothing that a patient one keeps; what it could not decide is no witness and no state where both meet."""
     mask = tiny_masks("gpt-oss", "llama")[1]
     ids = np.array(mask.other.vocabulary.encode(TEXTS[0] + TEXTS[1]))
@@ -246,18 +341,26 @@ def test_what_patience_was_not_enough_for_stays_and_is_never_taken_for_known(mon
     whole = [set(patient.impossible_tokens(context).tolist()) for context in contexts]
     monkeypatch.setattr("persea.alignment.boundary_mask.MAX_SEARCH_TOKENS", 3)
     less = [set(hasty.impossible_tokens(context).tolist()) for context in contexts]
-    assert all(few <= every for few, every in zip(less, whole, strict=True)) and sum(map(len, less)) < sum(map(len, whole))
+    assert all(few <= every for few, every in zip(less, whole, strict=True)) and sum(
+        map(len, less)
+    ) < sum(map(len, whole))
     assert hasty._undecided_states
     monkeypatch.undo()
     for state in hasty._meeting_states:
         assert patient._search_meeting(state, [0])
     for candidate in np.flatnonzero((hasty._witness_WK >= 0).any(1)).tolist():
         raw = mask.own.vocabulary.bytes_W[candidate] or b""
-        assert all(patient._search_meeting(patient._advance(True, u, raw, candidate), [0]) for u in hasty._witness_WK[candidate].tolist() if u >= 0)
+        assert all(
+            patient._search_meeting(patient._advance(True, u, raw, candidate), [0])
+            for u in hasty._witness_WK[candidate].tolist()
+            if u >= 0
+        )
 
 
 @pytest.mark.parametrize("teacher", ["qwen", "gemma", "gpt-oss"])
-def test_asked_for_some_or_for_all(tiny_masks: Callable[[str, str], tuple[BoundaryMask, BoundaryMask]], teacher: str):
+def test_asked_for_some_or_for_all(
+    tiny_masks: Callable[[str, str], tuple[BoundaryMask, BoundaryMask]], teacher: str
+):
     """The same answer; control tokens never are in it, and after a control token nothing is."""
     dropped = 0
     for mask in tiny_masks(teacher, "llama"):
@@ -278,7 +381,9 @@ def test_contexts_are_words(tiny_of: Callable[[str], Speaker]):
     voice = tiny_of("llama").renderer
     keeper: TokenOrder = get_token_order(voice.vocabulary)
     stop = voice.stop_ids[0]
-    ids = np.array([stop, *voice.vocabulary.encode(" hello hello"), stop, *voice.vocabulary.encode(" hello")])
+    ids = np.array(
+        [stop, *voice.vocabulary.encode(" hello hello"), stop, *voice.vocabulary.encode(" hello")]
+    )
     contexts = keeper.context_ids(ids, range(len(ids)))
     assert contexts[0] == contexts[1] == UNRESTRICTED_CONTEXT
     assert contexts[-1] != UNRESTRICTED_CONTEXT
@@ -295,17 +400,30 @@ def real_texts(data: Path, lines: int) -> dict[str, list[str]]:
     """Lines of each language, code, JSON, chat."""
     out = {}
     for file in sorted((data / "parallel").glob("ntrex.*.txt")):
-        some = [unicodedata.normalize("NFC", line) for line in file.read_text(encoding="utf-8").split("\n")[-lines:]]
+        some = [
+            unicodedata.normalize("NFC", line)
+            for line in file.read_text(encoding="utf-8").split("\n")[-lines:]
+        ]
         out[file.stem.removeprefix("ntrex.")] = [line for line in some if line and "▁" not in line]
-    out["python"] = [(Path(os.__file__).parent / name).read_text(encoding="utf-8")[:6000] for name in ("textwrap.py", "dataclasses.py")]
-    paragraphs = json.loads((data / "eval" / "xquad.vi.dev.json").read_text(encoding="utf-8"))["data"][2:4]
-    out["json"] = [unicodedata.normalize("NFC", json.dumps(p, ensure_ascii=False, indent=2)[:5000]) for p in paragraphs]
+    out["python"] = [
+        (Path(os.__file__).parent / name).read_text(encoding="utf-8")[:6000]
+        for name in ("textwrap.py", "dataclasses.py")
+    ]
+    paragraphs = json.loads((data / "eval" / "xquad.vi.dev.json").read_text(encoding="utf-8"))[
+        "data"
+    ][2:4]
+    out["json"] = [
+        unicodedata.normalize("NFC", json.dumps(p, ensure_ascii=False, indent=2)[:5000])
+        for p in paragraphs
+    ]
     return out
 
 
 @pytest.mark.realdata
 @pytest.mark.parametrize("family", ["qwen", "gemma", "gpt-oss"])
-def test_no_realised_token_of_real_text_is_dropped(data: Path, real_of: Callable[[str], Speaker], real_home: Path, family: str):
+def test_no_realised_token_of_real_text_is_dropped(
+    data: Path, real_of: Callable[[str], Speaker], real_home: Path, family: str
+):
     """Some lines of everything (all of it: `python bench/masks.py`)."""
     bridge, _ = real_bridge(real_of(family).renderer, real_of("llama").renderer, real_home)
     assert bridge.teacher_mask and bridge.student_mask

@@ -14,35 +14,79 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from persea.alignment.spans import SupervisionKind, align, aligned_spans, common_boundaries
-from persea.chat.messages import ContentPart, Conversation, Message, RenderedTokens, Role, Text, Thinking, ThinkingEffort
+from persea.chat.messages import (
+    ContentPart,
+    Conversation,
+    Message,
+    RenderedTokens,
+    Role,
+    Text,
+    Thinking,
+    ThinkingEffort,
+)
 from persea.chat.renderer import ChatRenderer
 from persea.errors import DataError
 from tests.conftest import FAMILIES, Speaker
 
-FRAGMENTS = ["Hello", " world", " ", "  ", "\n", "\n\n", "\t", "\r\n", "1234", "x = [1]\n    y", "你好，世界", "三百四十二",
-             "สวัสดี", "မင်္ဂလာပါ", "안녕", "こんにちは", "tiếng Việt", "👩‍👩‍👧", "é", "\u3000", "Answer: 7", "<|im_end|>", "<end_of_turn>"]
+FRAGMENTS = [
+    "Hello",
+    " world",
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    "\t",
+    "\r\n",
+    "1234",
+    "x = [1]\n    y",
+    "你好，世界",
+    "三百四十二",
+    "สวัสดี",
+    "မင်္ဂလာပါ",
+    "안녕",
+    "こんにちは",
+    "tiếng Việt",
+    "👩‍👩‍👧",
+    "é",
+    "\u3000",
+    "Answer: 7",
+    "<|im_end|>",
+    "<end_of_turn>",
+]
 # what stands between the last marker before a text and the text, in each family's own template
 BEFORE_TEXT = {"llama": b"\n\n", "qwen": b"\n\n", "gemma": b"model\n", "gpt-oss": b""}
 BEFORE_THOUGHT = {"llama": b"\n", "qwen": b"\n", "gpt-oss": b""}
-LOREM = ("Từ ngày mai, 12345 con mèo   sẽ ngủ.\n\tdef f(x): return x ** 2\n\n三百四十二只猫。 "
-         "สวัสดีชาวโลก မင်္ဂလာပါ 안녕하세요 セカイ 👩‍👩‍👧‍👦 isn't it?")
+LOREM = (
+    "Từ ngày mai, 12345 con mèo   sẽ ngủ.\n\tdef f(x): return x ** 2\n\n三百四十二只猫。 "
+    "สวัสดีชาวโลก မင်္ဂလာပါ 안녕하세요 セカイ 👩‍👩‍👧‍👦 isn't it?"
+)
 
-anything = st.text(st.characters(exclude_categories=["Cs", "Co"], exclude_characters="▁"), max_size=8)
-texts = st.lists(st.one_of(st.sampled_from(FRAGMENTS), anything), max_size=6).map(lambda p: unicodedata.normalize("NFC", "".join(p)))
+anything = st.text(
+    st.characters(exclude_categories=["Cs", "Co"], exclude_characters="▁"), max_size=8
+)
+texts = st.lists(st.one_of(st.sampled_from(FRAGMENTS), anything), max_size=6).map(
+    lambda p: unicodedata.normalize("NFC", "".join(p))
+)
 
 
 @st.composite
 def conversations(draw: st.DrawFn) -> Conversation:
     """A question or two, and an answer, thought over or not."""
     thought = (Thinking(draw(texts)),) if draw(st.booleans()) else ()
-    asked = Conversation.from_question(draw(texts), system=draw(texts), effort=draw(st.sampled_from((ThinkingEffort.NONE, ThinkingEffort.HIGH))))
+    asked = Conversation.from_question(
+        draw(texts),
+        system=draw(texts),
+        effort=draw(st.sampled_from((ThinkingEffort.NONE, ThinkingEffort.HIGH))),
+    )
     if draw(st.booleans()):
         first = asked.with_answer(Text(draw(texts)))
         asked = replace(first, messages=(*first.messages, Message(Role.USER, (Text(draw(texts)),))))
     return asked.with_answer(*thought, Text(draw(texts)))
 
 
-Places: TypeAlias = dict[tuple[str, int], tuple[int, int]]  # ("byte" or "stop", place) -> (token, bytes of it)
+Places: TypeAlias = dict[
+    tuple[str, int], tuple[int, int]
+]  # ("byte" or "stop", place) -> (token, bytes of it)
 
 
 class Voices(dict[str, ChatRenderer]):
@@ -67,13 +111,20 @@ def kept(family: str, conversation: Conversation) -> list[tuple[str, int, str]]:
         for part in message.parts:
             whole, who = part.text, "thought" if isinstance(part, Thinking) else message.role.value
             if who == "thought":
-                left = {"llama": whole.strip() if conversation.effort is not ThinkingEffort.NONE else "",
-                        "qwen": whole.strip("\n") if conversation.effort is not ThinkingEffort.NONE else "", "gpt-oss": whole}.get(family, "")
+                left = {
+                    "llama": whole.strip()
+                    if conversation.effort is not ThinkingEffort.NONE
+                    else "",
+                    "qwen": whole.strip("\n")
+                    if conversation.effort is not ThinkingEffort.NONE
+                    else "",
+                    "gpt-oss": whole,
+                }.get(family, "")
             elif family == "llama" or (family == "gemma" and who != "system"):
                 left = whole.strip()
             else:
                 left = whole.lstrip("\n") if family == "qwen" and who == "assistant" else whole
-            out.append((who, at + len(whole[:whole.find(left)].encode()), left))
+            out.append((who, at + len(whole[: whole.find(left)].encode()), left))
             at += len(whole.encode()) + 1
     return out
 
@@ -94,7 +145,9 @@ def places(voice: ChatRenderer, tokens: RenderedTokens, conversation: Conversati
         return end
 
     def lay(begin: int, end: int, scaffold: bytes, origin: int, said: bytes) -> None:
-        assert b"".join(pieces[begin:end]).startswith(scaffold + said), "the oracle has lost its way"
+        assert b"".join(pieces[begin:end]).startswith(scaffold + said), (
+            "the oracle has lost its way"
+        )
         at = -len(scaffold)
         for k in range(begin, end):
             if 0 <= at < len(said):
@@ -103,15 +156,21 @@ def places(voice: ChatRenderer, tokens: RenderedTokens, conversation: Conversati
 
     lay(run_before(stop), stop, BEFORE_TEXT[family], *parts["assistant"])
     if parts.get("thought", (0, b""))[1]:
-        marker = voice.vocabulary.control_token_ids[{"llama": "</think>", "qwen": "</think>", "gpt-oss": "<|end|>"}[family]]
+        marker = voice.vocabulary.control_token_ids[
+            {"llama": "</think>", "qwen": "</think>", "gpt-oss": "<|end|>"}[family]
+        ]
         end = max(k for k in range(stop) if tokens.ids_T[k] == marker)
         lay(run_before(end), end, BEFORE_THOUGHT[family], *parts["thought"])
     return out
 
 
-def all_places(voices: Voices, conversation: Conversation) -> tuple[dict[str, RenderedTokens], dict[str, Places]]:
+def all_places(
+    voices: Voices, conversation: Conversation
+) -> tuple[dict[str, RenderedTokens], dict[str, Places]]:
     rendered = {name: voice.render(conversation) for name, voice in voices.items()}
-    return rendered, {name: places(voice, rendered[name], conversation) for name, voice in voices.items()}
+    return rendered, {
+        name: places(voice, rendered[name], conversation) for name, voice in voices.items()
+    }
 
 
 def pairs_of(student: RenderedTokens, teacher: RenderedTokens) -> list[tuple[int, int]]:
@@ -123,34 +182,65 @@ def pairs_of(student: RenderedTokens, teacher: RenderedTokens) -> list[tuple[int
 
 
 @given(conversation=conversations())
-@example(conversation=Conversation.from_question("x").with_answer(Text("trailing  ")))  # llama ends the turn where gpt-oss says two spaces
-@example(conversation=Conversation.from_question("x", effort=ThinkingEffort.HIGH).with_answer(Thinking("a thought\n"), Text("\n\n text")))
+@example(
+    conversation=Conversation.from_question("x").with_answer(Text("trailing  "))
+)  # llama ends the turn where gpt-oss says two spaces
+@example(
+    conversation=Conversation.from_question("x", effort=ThinkingEffort.HIGH).with_answer(
+        Thinking("a thought\n"), Text("\n\n text")
+    )
+)
 @example(conversation=Conversation.from_question("x").with_answer(Text(" \n ")))
-@example(conversation=Conversation.from_question("x", effort=ThinkingEffort.HIGH).with_answer(Thinking("thought"), Text("")))
-@example(conversation=Conversation.from_question("x", effort=ThinkingEffort.HIGH).with_answer(Thinking(LOREM), Text(LOREM)))
+@example(
+    conversation=Conversation.from_question("x", effort=ThinkingEffort.HIGH).with_answer(
+        Thinking("thought"), Text("")
+    )
+)
+@example(
+    conversation=Conversation.from_question("x", effort=ThinkingEffort.HIGH).with_answer(
+        Thinking(LOREM), Text(LOREM)
+    )
+)
 def test_boundaries_are_the_common_starts(voices: Voices, conversation: Conversation):
     rendered, found = all_places(voices, conversation)
     for s in FAMILIES:
         for t in FAMILIES:
             common = found[s].keys() & found[t].keys()
-            assert pairs_of(rendered[s], rendered[t]) == sorted((found[s][k][0], found[t][k][0]) for k in common)
+            assert pairs_of(rendered[s], rendered[t]) == sorted(
+                (found[s][k][0], found[t][k][0]) for k in common
+            )
 
 
 def covered(found: Places, begin: int, end: int) -> list[tuple[str, int]]:
     """The bytes of the answer that tokens [begin, end) cover, and "stop" where the stop token is among them."""
-    return sorted(b for (kind, at), (index, size) in found.items() if begin <= index < end
-                  for b in ([(kind, at)] if kind == "stop" else [("byte", at + k) for k in range(size)]))
+    return sorted(
+        b
+        for (kind, at), (index, size) in found.items()
+        if begin <= index < end
+        for b in ([(kind, at)] if kind == "stop" else [("byte", at + k) for k in range(size)])
+    )
 
 
 @given(conversation=conversations())
 @example(conversation=Conversation.from_question("x").with_answer(Text("trailing  ")))
-@example(conversation=Conversation.from_question("x", effort=ThinkingEffort.HIGH).with_answer(Thinking("a thought\n"), Text("\n\n text")))
-@example(conversation=Conversation.from_question("x", effort=ThinkingEffort.HIGH).with_answer(Thinking(LOREM), Text(LOREM)))
+@example(
+    conversation=Conversation.from_question("x", effort=ThinkingEffort.HIGH).with_answer(
+        Thinking("a thought\n"), Text("\n\n text")
+    )
+)
+@example(
+    conversation=Conversation.from_question("x", effort=ThinkingEffort.HIGH).with_answer(
+        Thinking(LOREM), Text(LOREM)
+    )
+)
 def test_spans_cover_the_same_bytes_and_tile(voices: Voices, conversation: Conversation):
     rendered, found = all_places(voices, conversation)
     for s in FAMILIES:
         for t in FAMILIES:
-            both, pieces = common_boundaries(rendered[s], rendered[t]), aligned_spans(rendered[s], rendered[t])
+            both, pieces = (
+                common_boundaries(rendered[s], rendered[t]),
+                aligned_spans(rendered[s], rendered[t]),
+            )
             assert pieces.student_C2.dtype == pieces.teacher_C2.dtype == np.int64
             assert set(pieces.student_C2[:, 0]) <= set(both.student_C)
             said: list[tuple[str, int]] = []
@@ -162,7 +252,9 @@ def test_spans_cover_the_same_bytes_and_tile(voices: Voices, conversation: Conve
             assert len(said) == len(set(said)), "spans overlap"
             assert (pieces.student_C2[1:, 0] >= pieces.student_C2[:-1, 1]).all()
             assert (pieces.teacher_C2[1:, 0] >= pieces.teacher_C2[:-1, 1]).all()
-            if kept(s, conversation) == kept(t, conversation):  # everything from the first boundary on, without a hole
+            if kept(s, conversation) == kept(
+                t, conversation
+            ):  # everything from the first boundary on, without a hole
                 begin = both.student_C[0]
                 assert sorted(said) == covered(found[s], begin, len(rendered[s]))
                 assert len(pieces.student_C2) == len(both.student_C)
@@ -175,7 +267,11 @@ def test_a_voice_with_itself_agrees_everywhere(voices: Voices, conversation: Con
         content = np.flatnonzero(one.loss_mask_T & (one.starts_T >= 0))
         both, pieces = common_boundaries(one, two), aligned_spans(one, two)
         assert both.student_C.tolist() == both.teacher_C.tolist() == content.tolist()
-        assert pieces.student_C2.tolist() == pieces.teacher_C2.tolist() == [[k, k + 1] for k in content]
+        assert (
+            pieces.student_C2.tolist()
+            == pieces.teacher_C2.tolist()
+            == [[k, k + 1] for k in content]
+        )
         assert pieces.num_one_to_one == len(content)
 
 
@@ -197,7 +293,9 @@ def test_what_is_not_learned_is_no_boundary(voices: Voices, conversation: Conver
             both = common_boundaries(rendered, other.render(conversation))
             assert rendered.loss_mask_T[both.student_C].all()
             assert not np.isin(both.student_C, np.flatnonzero(rendered.starts_T < 0)).any()
-            prompt = voice.render_prompt(Conversation(conversation.messages[:-1], conversation.effort))
+            prompt = voice.render_prompt(
+                Conversation(conversation.messages[:-1], conversation.effort)
+            )
             assert len(common_boundaries(prompt, other.render(conversation)).student_C) == 0
             assert len(aligned_spans(prompt, other.render(conversation)).student_C2) == 0
 
@@ -205,7 +303,9 @@ def test_what_is_not_learned_is_no_boundary(voices: Voices, conversation: Conver
 # ---- single cases --------------------------------------------------------------------------------------------------
 
 
-def answered(*parts: ContentPart, effort: ThinkingEffort = ThinkingEffort.NONE, question: str = "Hi") -> Conversation:
+def answered(
+    *parts: ContentPart, effort: ThinkingEffort = ThinkingEffort.NONE, question: str = "Hi"
+) -> Conversation:
     return Conversation.from_question(question, effort=effort).with_answer(*parts)
 
 
@@ -226,7 +326,10 @@ def test_the_stop_tokens_meet(voices: Voices, student: str, teacher: str):
 
 def test_a_stop_never_meets_a_word(voices: Voices):
     """llama trims the answer and stops where gpt-oss still says two spaces: one place, two different things."""
-    s, t = voices["llama"].render(answered(Text("Hi  "))), voices["gpt-oss"].render(answered(Text("Hi  ")))
+    s, t = (
+        voices["llama"].render(answered(Text("Hi  "))),
+        voices["gpt-oss"].render(answered(Text("Hi  "))),
+    )
     stop = int(np.flatnonzero(s.loss_mask_T)[-1])
     assert s.starts_T[stop] in t.starts_T[t.loss_mask_T], "the case is not there any more"
     assert stop not in common_boundaries(s, t).student_C
@@ -264,21 +367,32 @@ def test_a_thought_the_student_drops_is_not_aligned_and_the_text_is(voices: Voic
     text_at = len(b"Hi") + 1 + len(thought.encode()) + 1
     both = common_boundaries(s, t)
     assert starts(t, both.teacher_C)[0] == text_at
-    assert (t.loss_mask_T & (t.starts_T >= 0) & (t.starts_T < text_at)).sum() > 5, "the teacher learns its thought"
+    assert (t.loss_mask_T & (t.starts_T >= 0) & (t.starts_T < text_at)).sum() > 5, (
+        "the teacher learns its thought"
+    )
     without = answered(Text(text))
     plain_s, plain_t = voices["gemma"].render(without), voices[teacher].render(without)
     moved = len(thought.encode()) + 1
-    assert starts(s, both.student_C) == [k + moved for k in starts(plain_s, common_boundaries(plain_s, plain_t).student_C)]
+    assert starts(s, both.student_C) == [
+        k + moved for k in starts(plain_s, common_boundaries(plain_s, plain_t).student_C)
+    ]
     assert aligned_spans(s, t).num_one_to_one == aligned_spans(plain_s, plain_t).num_one_to_one
 
 
-@pytest.mark.parametrize(("student", "teacher"), [("qwen", "gpt-oss"), ("llama", "qwen"), ("llama", "gpt-oss")])
+@pytest.mark.parametrize(
+    ("student", "teacher"), [("qwen", "gpt-oss"), ("llama", "qwen"), ("llama", "gpt-oss")]
+)
 def test_two_that_think_are_aligned_in_the_thought_too(voices: Voices, student: str, teacher: str):
-    conversation = answered(Thinking("one two three"), Text("one two three"), effort=ThinkingEffort.HIGH)
+    conversation = answered(
+        Thinking("one two three"), Text("one two three"), effort=ThinkingEffort.HIGH
+    )
     s, t = voices[student].render(conversation), voices[teacher].render(conversation)
     at = starts(s, common_boundaries(s, t).student_C)
     text_at = len("Hi") + 1 + len("one two three") + 1
-    in_thought, in_text = [k - 3 for k in at if k < text_at], [k - text_at for k in at if k >= text_at]
+    in_thought, in_text = (
+        [k - 3 for k in at if k < text_at],
+        [k - text_at for k in at if k >= text_at],
+    )
     assert in_thought == in_text[:-1], "the text has the stop token besides"
     assert len(in_thought) > 1
 
@@ -307,7 +421,12 @@ def test_spans_are_as_fine_as_the_boundaries_allow(voices: Voices, text: str):
 
 
 @given(said=st.lists(conversations(), max_size=5))
-@example(said=[Conversation.from_question("x").with_answer(Text(text)) for text in ("trailing  ", "", LOREM)])
+@example(
+    said=[
+        Conversation.from_question("x").with_answer(Text(text))
+        for text in ("trailing  ", "", LOREM)
+    ]
+)
 @example(said=[])
 def test_a_batch_is_its_conversations(voices: Voices, said: list[Conversation]):
     for s, t in (("llama", "gemma"), ("gemma", "qwen"), ("qwen", "gpt-oss")):
@@ -317,34 +436,80 @@ def test_a_batch_is_its_conversations(voices: Voices, said: list[Conversation]):
         single = [align([one], [two]) for one, two in zip(ones, twos, strict=True)]
         for side in ("student", "teacher"):
             first = getattr(whole, f"{side}_B1")[:-1]
-            for what, name in (("boundaries", f"{side}_C"), ("spans", f"{side}_C2"), ("inside", f"{side}_I")):
-                want = [getattr(getattr(one, what), name) + k for one, k in zip(single, first, strict=True)]
-                assert getattr(getattr(whole, what), name).tolist() == np.concatenate([getattr(getattr(whole, what), name)[:0], *want]).tolist()
-        for of in (lambda a: a.partial_tokens.prefix_len_I, lambda a: a.partial_tokens.at_common_boundary_I, lambda a: a.supervision_S):
+            for what, name in (
+                ("boundaries", f"{side}_C"),
+                ("spans", f"{side}_C2"),
+                ("inside", f"{side}_I"),
+            ):
+                want = [
+                    getattr(getattr(one, what), name) + k
+                    for one, k in zip(single, first, strict=True)
+                ]
+                assert (
+                    getattr(getattr(whole, what), name).tolist()
+                    == np.concatenate([getattr(getattr(whole, what), name)[:0], *want]).tolist()
+                )
+        for of in (
+            lambda a: a.partial_tokens.prefix_len_I,
+            lambda a: a.partial_tokens.at_common_boundary_I,
+            lambda a: a.supervision_S,
+        ):
             assert of(whole).tolist() == [k for one in single for k in of(one).tolist()]
 
 
 @given(conversation=conversations())
-@example(conversation=Conversation.from_question("x", effort=ThinkingEffort.HIGH).with_answer(Thinking(LOREM), Text(LOREM)))
-@example(conversation=Conversation.from_question("x", effort=ThinkingEffort.HIGH).with_answer(Thinking("a thought\n"), Text("\n\n text")))
+@example(
+    conversation=Conversation.from_question("x", effort=ThinkingEffort.HIGH).with_answer(
+        Thinking(LOREM), Text(LOREM)
+    )
+)
+@example(
+    conversation=Conversation.from_question("x", effort=ThinkingEffort.HIGH).with_answer(
+        Thinking("a thought\n"), Text("\n\n text")
+    )
+)
 def test_every_learned_token_is_taught_in_one_way(voices: Voices, conversation: Conversation):
     """Judged token by token, by plain loops over the two renderings."""
     rendered = {name: voice.render(conversation) for name, voice in voices.items()}
     for s, one in rendered.items():
         for t, two in rendered.items():
             found = align([one], [two])
-            covers = {k: (int(two.starts_T[k]), int(two.ends_T[k])) for k in np.flatnonzero(two.loss_mask_T) if two.starts_T[k] >= 0}
-            met = dict(zip(found.boundaries.student_C.tolist(), found.boundaries.teacher_C.tolist(), strict=True))
+            covers = {
+                k: (int(two.starts_T[k]), int(two.ends_T[k]))
+                for k in np.flatnonzero(two.loss_mask_T)
+                if two.starts_T[k] >= 0
+            }
+            met = dict(
+                zip(
+                    found.boundaries.student_C.tolist(),
+                    found.boundaries.teacher_C.tolist(),
+                    strict=True,
+                )
+            )
             in_span = {k for a, b in found.spans.student_C2.tolist() for k in range(a, b)}
-            inside = dict(zip(found.partial_tokens.student_I.tolist(), zip(found.partial_tokens.teacher_I.tolist(), found.partial_tokens.prefix_len_I.tolist(), strict=True),
-                              strict=True))
+            inside = dict(
+                zip(
+                    found.partial_tokens.student_I.tolist(),
+                    zip(
+                        found.partial_tokens.teacher_I.tolist(),
+                        found.partial_tokens.prefix_len_I.tolist(),
+                        strict=True,
+                    ),
+                    strict=True,
+                )
+            )
             for k in range(len(one)):
                 if not one.loss_mask_T[k]:
                     assert found.supervision_S[k] == -1
                     continue
                 place = int(one.starts_T[k])
-                over = [j for j, (a, b) in covers.items() if a < place < b and place < one.ends_T[k]]
-                assert k in met or (inside.get(k, (None,))[0] == (over[0] if over else None)), (s, t)
+                over = [
+                    j for j, (a, b) in covers.items() if a < place < b and place < one.ends_T[k]
+                ]
+                assert k in met or (inside.get(k, (None,))[0] == (over[0] if over else None)), (
+                    s,
+                    t,
+                )
                 if k in met:
                     want = SupervisionKind.EVENT
                 elif over and over[0] in met.values():
@@ -357,15 +522,30 @@ def test_every_learned_token_is_taught_in_one_way(voices: Voices, conversation: 
 
 def test_all_four_ways_occur(voices: Voices):
     conversation = answered(Thinking("one two"), Text(LOREM), effort=ThinkingEffort.HIGH)
-    ways = {way for s in FAMILIES for t in FAMILIES for way in align([voices[s].render(conversation)], [voices[t].render(conversation)]).supervision_S}
+    ways = {
+        way
+        for s in FAMILIES
+        for t in FAMILIES
+        for way in align(
+            [voices[s].render(conversation)], [voices[t].render(conversation)]
+        ).supervision_S
+    }
     assert ways == {-1, *SupervisionKind}
 
 
 def test_no_token_is_taught_where_the_other_side_learns_nothing(voices: Voices):
-    s, t = voices["llama"].render(answered(Text("Hi"))), voices["qwen"].render_prompt(Conversation.from_question("Hi"))
+    s, t = (
+        voices["llama"].render(answered(Text("Hi"))),
+        voices["qwen"].render_prompt(Conversation.from_question("Hi")),
+    )
     found = align([s], [t])
     assert set(found.supervision_S[s.loss_mask_T]) == {SupervisionKind.TEXT}
-    assert len(found.boundaries.student_C) == len(found.spans.teacher_C2) == len(found.partial_tokens.prefix_len_I) == 0
+    assert (
+        len(found.boundaries.student_C)
+        == len(found.spans.teacher_C2)
+        == len(found.partial_tokens.prefix_len_I)
+        == 0
+    )
 
 
 def test_what_is_no_pair_of_renderings_is_refused(voices: Voices):
@@ -383,18 +563,29 @@ def test_what_is_no_pair_of_renderings_is_refused(voices: Voices):
 # ---- strings that break others ---------------------------------------------------------------------------------------
 
 HARD = {
-    "emoji": "👩‍👩‍👧‍👦🏳️‍🌈👍🏽 🇻🇳", "burmese": "မြန်မာစာ၊ မင်္ဂလာပါ", "khmer": "ភាសាខ្មែរ​សួស្តី", "zwj": "क्‍ष a‍b ‌",
-    "crlf": "a\r\n\r\nb\r\rc \r\n", "digits": "1 12 123 1234 12345678901234567890 3.14159 ๑๒๓ １２３", "bom": "\ufeffBOM \ufeff twice",
+    "emoji": "👩‍👩‍👧‍👦🏳️‍🌈👍🏽 🇻🇳",
+    "burmese": "မြန်မာစာ၊ မင်္ဂလာပါ",
+    "khmer": "ភាសាខ្មែរ​សួស្តី",
+    "zwj": "क्‍ष a‍b ‌",
+    "crlf": "a\r\n\r\nb\r\rc \r\n",
+    "digits": "1 12 123 1234 12345678901234567890 3.14159 ๑๒๓ １２３",
+    "bom": "\ufeffBOM \ufeff twice",
     "spaces": "a b  c   d    e\t\tf \t g\u3000h\u00a0i" + " " * 40 + "j",
     "code": "def f(x):\n        if x:\n\t\treturn {'a': [1,  2]}\n\n\n    # end",
     "look-alikes": "<|im_end|> <end_of_turn> <|eot_id|><think></think> <0x0A> [INST] <bos> Ġ Ċ",
     "contractions": "I'LL don't they've 'tis I'm o'clock",
     "decomposed": "Tie\u0302\u0301ng Vie\u0323\u0302t e\u0301 n\u0303",
-    "replacement": "\ufffd\ufffd \x00\x01\x7f", "marks": "\u0301 \u1037 \u0e49",
+    "replacement": "\ufffd\ufffd \x00\x01\x7f",
+    "marks": "\u0301 \u1037 \u0e49",
 }
 
 
-def check_bytes(conversation: Conversation, one: RenderedTokens, two: RenderedTokens, voices: tuple[ChatRenderer, ChatRenderer]) -> None:
+def check_bytes(
+    conversation: Conversation,
+    one: RenderedTokens,
+    two: RenderedTokens,
+    voices: tuple[ChatRenderer, ChatRenderer],
+) -> None:
     """Every span covers the same bytes on both sides, and these are the bytes its tokens have."""
     content = b"\xff".join(p.text.encode() for p in conversation.parts())
     found = aligned_spans(one, two)
@@ -405,7 +596,9 @@ def check_bytes(conversation: Conversation, one: RenderedTokens, two: RenderedTo
             for k in range(a, b):
                 begin, end = int(tokens.starts_T[k]), int(tokens.ends_T[k])
                 if 0 <= begin < end:
-                    assert (voice.vocabulary.bytes_W[tokens.ids_T[k]] or b"").startswith(content[begin:end])
+                    assert (voice.vocabulary.bytes_W[tokens.ids_T[k]] or b"").startswith(
+                        content[begin:end]
+                    )
                     covered += range(begin, end)
                 elif begin >= 0:
                     covered.append(-1)
@@ -417,8 +610,15 @@ def check_all(voices: Voices, conversation: Conversation, cut: tuple[int, int] =
     rendered = {name: voice.render(conversation) for name, voice in voices.items()}
     for s, one in rendered.items():
         for t, two in rendered.items():
-            shorter = [RenderedTokens(*(getattr(x, f)[:max(0, len(x) - n)] for f in ("ids_T", "starts_T", "ends_T", "loss_mask_T")))
-                       for x, n in zip((one, two), cut, strict=True)]
+            shorter = [
+                RenderedTokens(
+                    *(
+                        getattr(x, f)[: max(0, len(x) - n)]
+                        for f in ("ids_T", "starts_T", "ends_T", "loss_mask_T")
+                    )
+                )
+                for x, n in zip((one, two), cut, strict=True)
+            ]
             check_bytes(conversation, shorter[0], shorter[1], (voices[s], voices[t]))
 
 
@@ -426,13 +626,17 @@ def check_all(voices: Voices, conversation: Conversation, cut: tuple[int, int] =
 def test_hard_strings_cover_the_same_bytes(voices: Voices, name: str):
     check_all(voices, answered(Text(HARD[name])))
     one, two = (voices[n].render(answered(Text(HARD[name]))) for n in ("llama", "gemma"))
-    assert len(aligned_spans(one, two).student_C2) > 1, "the last is the stop, and there must be another"
+    assert len(aligned_spans(one, two).student_C2) > 1, (
+        "the last is the stop, and there must be another"
+    )
 
 
 @given(conversation=conversations(), cut=st.tuples(st.integers(0, 12), st.integers(0, 12)))
 @example(conversation=Conversation.from_question("x").with_answer(Text(HARD["emoji"])), cut=(2, 0))
 @example(conversation=Conversation.from_question("x").with_answer(Text("Hi")), cut=(1, 0))
-def test_a_cap_cuts_either_side_anywhere(voices: Voices, conversation: Conversation, cut: tuple[int, int]):
+def test_a_cap_cuts_either_side_anywhere(
+    voices: Voices, conversation: Conversation, cut: tuple[int, int]
+):
     check_all(voices, conversation, cut)
 
 
@@ -445,9 +649,11 @@ def test_a_cut_inside_a_character_loses_the_last_span_alone(voices: Voices):
     inside = [k for k in np.flatnonzero(one.loss_mask_T) if at < one.starts_T[k] < at + 4]
     assert inside, "the case is not there any more"
     for k in inside:
-        shorter = RenderedTokens(one.ids_T[:k], one.starts_T[:k], one.ends_T[:k], one.loss_mask_T[:k])
+        shorter = RenderedTokens(
+            one.ids_T[:k], one.starts_T[:k], one.ends_T[:k], one.loss_mask_T[:k]
+        )
         kept = aligned_spans(shorter, two).student_C2.tolist()
-        assert kept == [x for x in whole if x[1] <= k][:len(kept)]
+        assert kept == [x for x in whole if x[1] <= k][: len(kept)]
         assert len([x for x in whole if x[1] <= k]) - len(kept) <= 1
 
 
@@ -461,8 +667,15 @@ def real_voices(real_of: Callable[[str], Speaker]) -> Voices:
 
 @pytest.mark.realdata
 @given(conversation=conversations(), cut=st.tuples(st.integers(0, 6), st.integers(0, 6)))
-@example(conversation=Conversation.from_question("x", effort=ThinkingEffort.HIGH).with_answer(Thinking(LOREM), Text(LOREM)), cut=(0, 0))
-def test_real_spans_cover_the_same_bytes(real_voices: Voices, conversation: Conversation, cut: tuple[int, int]):
+@example(
+    conversation=Conversation.from_question("x", effort=ThinkingEffort.HIGH).with_answer(
+        Thinking(LOREM), Text(LOREM)
+    ),
+    cut=(0, 0),
+)
+def test_real_spans_cover_the_same_bytes(
+    real_voices: Voices, conversation: Conversation, cut: tuple[int, int]
+):
     check_all(real_voices, conversation)
     check_all(real_voices, conversation, cut)
 
@@ -476,5 +689,9 @@ def test_real_hard_strings_cover_the_same_bytes(real_voices: Voices, name: str):
 @pytest.mark.realdata
 def test_real_lines_of_every_language_cover_the_same_bytes(data: Path, real_voices: Voices):
     for file in sorted((data / "parallel").glob("ntrex.*.txt")):
-        lines = [unicodedata.normalize("NFC", line) for line in file.read_text(encoding="utf-8").split("\n")[:6] if "▁" not in line]
+        lines = [
+            unicodedata.normalize("NFC", line)
+            for line in file.read_text(encoding="utf-8").split("\n")[:6]
+            if "▁" not in line
+        ]
         check_all(real_voices, answered(Text("\n".join(lines))))

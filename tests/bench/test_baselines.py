@@ -28,11 +28,15 @@ from hypothesis import strategies as st
 from worlds import toy
 
 seeds = st.integers(0, 2**32 - 1)
-trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL's own code: pip install 'persea[bench]'")
+trl = pytest.mark.skipif(
+    importlib.util.find_spec("trl") is None, reason="TRL's own code: pip install 'persea[bench]'"
+)
 
 
 def rows(seed: int, n: int, width: int) -> torch.Tensor:
-    return torch.softmax(2 * torch.from_numpy(np.random.default_rng(seed).standard_normal((n, width))), -1)
+    return torch.softmax(
+        2 * torch.from_numpy(np.random.default_rng(seed).standard_normal((n, width))), -1
+    )
 
 
 def identity(width: int) -> Shared:
@@ -54,7 +58,9 @@ def test_every_position_has_weight_one(seed: int, share: float):
     divergence = torch.from_numpy(rng.random(4)).requires_grad_()
     loss = composed(divergence, where, ce, share)
     d = dict(zip(where.tolist(), divergence.tolist(), strict=True))
-    want = sum(share * d[n] + (1 - share) * c if n in d else c for n, c in enumerate(ce.tolist())) / 9
+    want = (
+        sum(share * d[n] + (1 - share) * c if n in d else c for n, c in enumerate(ce.tolist())) / 9
+    )
     assert loss.item() == pytest.approx(want)
     loss.backward()
     assert ce.grad.sum().item() + divergence.grad.sum().item() == pytest.approx(1.0)
@@ -74,7 +80,11 @@ def test_one_vocabulary_reduces_to_kl(seed: int):
     torch.testing.assert_close(strict(q.log() + 3, p, identity(11)), forward_kl(p, q))
     torch.testing.assert_close(strict(q.log(), p, identity(11), reverse=True), forward_kl(q, p))
     torch.testing.assert_close(bpm(q.log(), p, torch.arange(11)), forward_kl(p, q))
-    for equal in (strict(p.log(), p, identity(11)), uld(p.log(), p), bpm(p.log(), p, torch.arange(11))):
+    for equal in (
+        strict(p.log(), p, identity(11)),
+        uld(p.log(), p),
+        bpm(p.log(), p, torch.arange(11)),
+    ):
         assert equal.abs().max() < 1e-12
 
 
@@ -82,12 +92,22 @@ def test_one_vocabulary_reduces_to_kl(seed: int):
 
 
 def test_strict_renormalises_what_is_shared():
-    p, q = torch.tensor([[.5, .3, .2, 0.], [0., 0., .6, .4]]), torch.tensor([[.1, .6, .3], [.2, .2, .6]])
+    p, q = (
+        torch.tensor([[0.5, 0.3, 0.2, 0.0], [0.0, 0.0, 0.6, 0.4]]),
+        torch.tensor([[0.1, 0.6, 0.3], [0.2, 0.2, 0.6]]),
+    )
     both = Shared(torch.tensor([0, 1]), torch.tensor([2, 0]))
-    want = .625 * np.log(.625 / .75) + .375 * np.log(.375 / .25)
-    torch.testing.assert_close(strict(q.log(), p, both), torch.tensor([want, 0.0], dtype=torch.float32))  # the second row says nothing
-    top = strict(q.log(), p[:, :3] + .1, Shared(torch.arange(3), torch.arange(3)), top=2)  # the student's two likeliest
-    want = [sum(x * np.log(x / y) for x, y in zip(*pair, strict=True)) for pair in (((4 / 7, 3 / 7), (2 / 3, 1 / 3)),)]
+    want = 0.625 * np.log(0.625 / 0.75) + 0.375 * np.log(0.375 / 0.25)
+    torch.testing.assert_close(
+        strict(q.log(), p, both), torch.tensor([want, 0.0], dtype=torch.float32)
+    )  # the second row says nothing
+    top = strict(
+        q.log(), p[:, :3] + 0.1, Shared(torch.arange(3), torch.arange(3)), top=2
+    )  # the student's two likeliest
+    want = [
+        sum(x * np.log(x / y) for x, y in zip(*pair, strict=True))
+        for pair in (((4 / 7, 3 / 7), (2 / 3, 1 / 3)),)
+    ]
     assert top[0].item() == pytest.approx(want[0], abs=1e-6)
     with pytest.raises(ValueError, match="infinite"):
         strict(q.log(), p, Shared(torch.tensor([1, 2, 3]), torch.arange(3)), reverse=True)
@@ -97,7 +117,9 @@ def test_strict_renormalises_what_is_shared():
 def test_uld_is_blind_to_who_is_who(seed: int):
     rng = np.random.default_rng(seed)
     p, q = rows(seed, 3, 13), rows(seed + 1, 3, 9)
-    want = np.abs(np.sort(p.numpy())[:, ::-1] - np.pad(np.sort(q.numpy())[:, ::-1], ((0, 0), (0, 4)))).sum(-1)
+    want = np.abs(
+        np.sort(p.numpy())[:, ::-1] - np.pad(np.sort(q.numpy())[:, ::-1], ((0, 0), (0, 4)))
+    ).sum(-1)
     np.testing.assert_allclose(uld(q.log(), p).numpy(), want, rtol=1e-10)
     torch.testing.assert_close(uld(q[:, rng.permutation(9)].log(), p), uld(q.log(), p))
 
@@ -122,9 +144,12 @@ def test_longest_prefix_by_bytes():
 
 
 def test_bpm_moves_mass_and_leaves_out_what_goes_nowhere():
-    p, q = torch.tensor([[.2, .3, .1, .4], [0., 0., 1., 0.]]), torch.tensor([[.5, .25, .25]] * 2)
+    p, q = (
+        torch.tensor([[0.2, 0.3, 0.1, 0.4], [0.0, 0.0, 1.0, 0.0]]),
+        torch.tensor([[0.5, 0.25, 0.25]] * 2),
+    )
     got = bpm(q.log(), p, torch.tensor([0, 0, -1, 2]))
-    want = 5 / 9 * np.log(5 / 9 / .5) + 4 / 9 * np.log(4 / 9 / .25)
+    want = 5 / 9 * np.log(5 / 9 / 0.5) + 4 / 9 * np.log(4 / 9 / 0.25)
     torch.testing.assert_close(got, torch.tensor([want, 0.0], dtype=torch.float32))
 
 
@@ -135,7 +160,9 @@ def test_chunk_logprobs_are_sums():
     logits, targets = rows(1, 6, 5).log(), torch.tensor([0, 1, 2, 3, 4, 0])
     got = chunk_logprobs(logits, targets, torch.tensor([0, 0, -1, 1, 3, 3]), 4)
     each = logits[torch.arange(6), targets]
-    torch.testing.assert_close(got, torch.stack([each[0] + each[1], each[3], torch.zeros_like(each[0]), each[4] + each[5]]))
+    torch.testing.assert_close(
+        got, torch.stack([each[0] + each[1], each[3], torch.zeros_like(each[0]), each[4] + each[5]])
+    )
 
 
 @given(seed=seeds, temperature=st.sampled_from([1.0, 10.0, 100.0]))
@@ -144,18 +171,27 @@ def test_chunk_likelihood_is_a_binary_kl(seed: int, temperature: float):
     student, teacher = (torch.from_numpy(-rng.exponential(3, 20) - 1e-3) for _ in range(2))
     p, q = ((x / temperature).exp() for x in (teacher, student))
     want = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
-    torch.testing.assert_close(chunk_likelihood(student, teacher, temperature=temperature), want, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(
+        chunk_likelihood(student, teacher, temperature=temperature), want, rtol=1e-6, atol=1e-9
+    )
     gap = student - teacher  # the correction that undoes all of it
-    assert chunk_likelihood(student, teacher, temperature=temperature, correction_C=gap).abs().max() < 1e-9
+    assert (
+        chunk_likelihood(student, teacher, temperature=temperature, correction_C=gap).abs().max()
+        < 1e-9
+    )
     leaning = student.clone().requires_grad_()
     chunk_likelihood(leaning, teacher, temperature=temperature).sum().backward()
-    assert torch.equal(leaning.grad.sign(), gap.sign()), "a chunk the student finds less likely than the teacher is pulled up"
+    assert torch.equal(leaning.grad.sign(), gap.sign()), (
+        "a chunk the student finds less likely than the teacher is pulled up"
+    )
 
 
 def test_chunks_of_certainty_and_of_nonsense():
     assert chunk_likelihood(torch.zeros(1), torch.zeros(1)).item() == 0
     with pytest.raises(ValueError, match="above 1"):
-        chunk_likelihood(torch.tensor([-1.0]), torch.tensor([-1.0]), correction_C=torch.tensor([1.5]))
+        chunk_likelihood(
+            torch.tensor([-1.0]), torch.tensor([-1.0]), correction_C=torch.tensor([1.5])
+        )
 
 
 # ---- TRL's own -------------------------------------------------------------------------------------------------------------
@@ -174,7 +210,13 @@ class Strings:
 def one(logits_TV: torch.Tensor, ids: list[int], ends: list[int]) -> Sequence:
     """A token of prompt, then the answer; the last token stands for the end of the turn."""
     learned = torch.tensor([False] + [True] * (len(ids) - 1))
-    return Sequence(logits_TV, torch.tensor(ids), learned, torch.tensor([0, 0, *ends[:-1]]), torch.tensor([0, *ends]))
+    return Sequence(
+        logits_TV,
+        torch.tensor(ids),
+        learned,
+        torch.tensor([0, 0, *ends[:-1]]),
+        torch.tensor([0, *ends]),
+    )
 
 
 @trl
@@ -182,15 +224,31 @@ def one(logits_TV: torch.Tensor, ids: list[int], ends: list[int]) -> Sequence:
 def test_gold_is_zero_for_two_equal_models(merge: str):
     tokens = Strings("a", "b", "c", "$")
     side = one(rows(3, 5, 4).log(), [0, 1, 2, 1, 3], [1, 2, 3, 3])
-    assert gold_loss(gold(tokens, tokens, merge=merge), side, side).item() == pytest.approx(0, abs=1e-7)
+    assert gold_loss(gold(tokens, tokens, merge=merge), side, side).item() == pytest.approx(
+        0, abs=1e-7
+    )
 
 
 @trl
 def test_gold_compares_the_rows_we_think_it_does():
     """Extended ULD, merges and the shift, against a few lines of our own."""
     P, Q = rows(5, 4, 4), rows(6, 5, 5)
-    t, s = one(P.log(), [0, 1, 2, 3], [2, 3, 3]), one(Q.log(), [0, 1, 2, 3, 4], [1, 2, 3, 3])  # "ab" "c" against "a" "b" "c"
-    for merge, pairs in (("bayesian", ((P[0], Q[1] * Q[0, 1]), (P[1], Q[2]))), ("observed", ((P[1], Q[1] * Q[2, 2]), (P[2], Q[3])))):
-        want = sum((F.pad(p.sort(descending=True).values, (0, 1)) - q.sort(descending=True).values).abs().sum() for p, q in pairs) / 2
+    t, s = (
+        one(P.log(), [0, 1, 2, 3], [2, 3, 3]),
+        one(Q.log(), [0, 1, 2, 3, 4], [1, 2, 3, 3]),
+    )  # "ab" "c" against "a" "b" "c"
+    for merge, pairs in (
+        ("bayesian", ((P[0], Q[1] * Q[0, 1]), (P[1], Q[2]))),
+        ("observed", ((P[1], Q[1] * Q[2, 2]), (P[2], Q[3]))),
+    ):
+        want = (
+            sum(
+                (F.pad(p.sort(descending=True).values, (0, 1)) - q.sort(descending=True).values)
+                .abs()
+                .sum()
+                for p, q in pairs
+            )
+            / 2
+        )
         got = gold_loss(gold(Strings(*"abc$"), Strings(*"abcd$"), merge=merge, hybrid=False), s, t)
         assert got.item() == pytest.approx(want.item(), rel=1e-6)

@@ -56,8 +56,14 @@ from persea.losses import (
 )
 from persea.losses import span_likelihood_loss as chunk_term
 
-AGREE = ("same", "nested", "long")  # worlds whose event maps agree; crossing .0042 and words .0026 do not everywhere
-trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL's own code: pip install 'persea[bench]'")
+AGREE = (
+    "same",
+    "nested",
+    "long",
+)  # worlds whose event maps agree; crossing .0042 and words .0026 do not everywhere
+trl = pytest.mark.skipif(
+    importlib.util.find_spec("trl") is None, reason="TRL's own code: pip install 'persea[bench]'"
+)
 
 
 @functools.cache
@@ -117,23 +123,80 @@ def test_another_law_is_another_world():
 
 # mean total variation at the truth, chunks in nats; the last three: with the best best masks there are
 FLOORS = {
-    "same": dict.fromkeys(("strict", "uld", "bpm", "longest common prefix", "first byte raw", "chunk raw", "events best masks",
-                           "first byte best masks", "chunk best masks"), 0.0),
-    "nested": {"strict": .0307, "uld": .0277, "bpm": .0334, "longest common prefix": .0146, "events raw": .0146, "first byte raw": .0120,
-               "chunk raw": .0319, "events best masks": 0.0, "first byte best masks": 0.0, "chunk best masks": 0.0},
-    "crossing": {"strict": .0432, "uld": .0382, "bpm": .0509, "longest common prefix": .0280, "events raw": .0280, "first byte raw": .0253,
-                 "chunk raw": .0497, "events best masks": .0054, "first byte best masks": .0011, "chunk best masks": .0023},
-    "words": {"strict": .0948, "uld": .0545, "bpm": .0808, "longest common prefix": .0589, "events raw": .0588, "first byte raw": .0576,
-              "chunk raw": .1118, "events best masks": .0026, "first byte best masks": 0.0, "chunk best masks": 0.0},
-    "long": {"strict": .2167, "uld": .1111, "bpm": .1646, "longest common prefix": .1085, "events raw": .1085, "first byte raw": .1085,
-             "chunk raw": .1977, "events best masks": .0062, "first byte best masks": .0062, "chunk best masks": .0137},
+    "same": dict.fromkeys(
+        (
+            "strict",
+            "uld",
+            "bpm",
+            "longest common prefix",
+            "first byte raw",
+            "chunk raw",
+            "events best masks",
+            "first byte best masks",
+            "chunk best masks",
+        ),
+        0.0,
+    ),
+    "nested": {
+        "strict": 0.0307,
+        "uld": 0.0277,
+        "bpm": 0.0334,
+        "longest common prefix": 0.0146,
+        "events raw": 0.0146,
+        "first byte raw": 0.0120,
+        "chunk raw": 0.0319,
+        "events best masks": 0.0,
+        "first byte best masks": 0.0,
+        "chunk best masks": 0.0,
+    },
+    "crossing": {
+        "strict": 0.0432,
+        "uld": 0.0382,
+        "bpm": 0.0509,
+        "longest common prefix": 0.0280,
+        "events raw": 0.0280,
+        "first byte raw": 0.0253,
+        "chunk raw": 0.0497,
+        "events best masks": 0.0054,
+        "first byte best masks": 0.0011,
+        "chunk best masks": 0.0023,
+    },
+    "words": {
+        "strict": 0.0948,
+        "uld": 0.0545,
+        "bpm": 0.0808,
+        "longest common prefix": 0.0589,
+        "events raw": 0.0588,
+        "first byte raw": 0.0576,
+        "chunk raw": 0.1118,
+        "events best masks": 0.0026,
+        "first byte best masks": 0.0,
+        "chunk best masks": 0.0,
+    },
+    "long": {
+        "strict": 0.2167,
+        "uld": 0.1111,
+        "bpm": 0.1646,
+        "longest common prefix": 0.1085,
+        "events raw": 0.1085,
+        "first byte raw": 0.1085,
+        "chunk raw": 0.1977,
+        "events best masks": 0.0062,
+        "first byte best masks": 0.0062,
+        "chunk best masks": 0.0137,
+    },
 }
 
 
 # what trains: events, first bytes (total variation), chunks (nats). Above the best masks only because a string is cut at six
 # characters, and no mask knows that nothing more can come (test_perseas_masks_are_the_best_there_are)
-PERSEA_FLOORS = {"same": (0.0, 0.0, 0.0), "nested": (0.0, 0.0, 0.0), "crossing": (.0063, .0020, .0041), "words": (.0026, 0.0, 0.0),
-                 "long": (.0098, .0098, .0217)}
+PERSEA_FLOORS = {
+    "same": (0.0, 0.0, 0.0),
+    "nested": (0.0, 0.0, 0.0),
+    "crossing": (0.0063, 0.0020, 0.0041),
+    "words": (0.0026, 0.0, 0.0),
+    "long": (0.0098, 0.0098, 0.0217),
+}
 
 
 @pytest.mark.parametrize("name", WORLDS)
@@ -146,12 +209,14 @@ def test_floors(name: str):
     assert got["first byte exact"] < 1e-9
     assert got["chunk exact"] < 1e-9
     assert got["events exact"] <= got["maps disagree"] + 1e-12
-    assert got["events best masks"] <= .007
-    assert got["maps disagree"] == pytest.approx(0.0 if name in AGREE else {"crossing": .00423, "words": .00256}[name], abs=1e-5)
+    assert got["events best masks"] <= 0.007
+    assert got["maps disagree"] == pytest.approx(
+        0.0 if name in AGREE else {"crossing": 0.00423, "words": 0.00256}[name], abs=1e-5
+    )
     if name in AGREE:
         assert got["events exact"] < 1e-12
     if name != "same":
-        assert got["events raw"] > .014, "this table would not see a bias"
+        assert got["events raw"] > 0.014, "this table would not see a bias"
 
 
 # ---- T2: detection ------------------------------------------------------------------------------------------------------
@@ -160,9 +225,13 @@ def test_floors(name: str):
 @pytest.mark.parametrize("name", WORLDS)
 def test_a_tilted_student_is_seen(name: str):
     found = bias.detection(name, exact_weights, longest=bias.SHORT)
-    assert found["composed"] >= .95, "ranks students as the byte KL does"
-    if name in ("same", "nested", "crossing"):  # in words and long much lies inside events, where only the text speaks
-        assert found["events"] >= .95
+    assert found["composed"] >= 0.95, "ranks students as the byte KL does"
+    if name in (
+        "same",
+        "nested",
+        "crossing",
+    ):  # in words and long much lies inside events, where only the text speaks
+        assert found["events"] >= 0.95
     if name in AGREE:
         assert found["monotone"] == 1.0
         assert abs(found["floor"]) < 1e-12
@@ -182,7 +251,10 @@ def test_expected_gradient_at_the_truth(name: str, share: float):
     twice = push(events(by_mask[exact_weights], share, renormalised=True), by_mask[exact_weights])
     if name in AGREE:
         assert pushes[exact_weights] < 1e-14
-    if name not in ("same", "nested"):  # nested: the student's every token keeps the teacher's boundaries
+    if name not in (
+        "same",
+        "nested",
+    ):  # nested: the student's every token keeps the teacher's boundaries
         assert twice > 0.06 * share
         assert twice > 2 * pushes[exact_weights]
     if name != "same":
@@ -190,7 +262,10 @@ def test_expected_gradient_at_the_truth(name: str, share: float):
         assert pushes[exact_mask] < pushes[no_mask] / 6
 
 
-STAYS = {"crossing": 5.5e-4, "words": 8.9e-4}  # where the maps disagree: byte KL of the fixed point, nats a string
+STAYS = {
+    "crossing": 5.5e-4,
+    "words": 8.9e-4,
+}  # where the maps disagree: byte KL of the fixed point, nats a string
 
 
 @pytest.mark.parametrize("name", WORLDS)
@@ -203,11 +278,13 @@ def test_a_perfect_student_stays_and_another_arrives(name: str):
             assert abs(end) < 1e-6
         else:
             assert end == pytest.approx(STAYS[name], rel=0.05)
-    assert byte_kl(s, descend(events(s), s, s.truth_logits, 30)) < (1e-12 if name in AGREE else 2 * STAYS[name])
+    assert byte_kl(s, descend(events(s), s, s.truth_logits, 30)) < (
+        1e-12 if name in AGREE else 2 * STAYS[name]
+    )
 
 
 # nats of byte KL a string after 200 steps of one descent from the truth; at least this much for what is biased
-DRIFTS = {"strict": .005, "uld": .03, "bpm": .02, "raw": .003}
+DRIFTS = {"strict": 0.005, "uld": 0.03, "bpm": 0.02, "raw": 0.003}
 
 
 @pytest.mark.parametrize("name", ["nested", "crossing", "words", "long"])
@@ -257,18 +334,40 @@ def contexts(world: World) -> tuple[np.ndarray, np.ndarray]:
     bridge = world.full_bridge
     if bridge.teacher_mask is None:
         return (np.full(len(world.boundaries), UNRESTRICTED_CONTEXT),) * 2
-    found = [[keeper.context_ids(np.array(prefix, np.int64), [len(prefix)])[0] if prefix else UNRESTRICTED_CONTEXT for prefix in prefixes]
-             for keeper, prefixes in ((bridge.teacher_mask.other, [b.student for b in world.boundaries]),
-                                      (bridge.student_mask.other, [b.teacher for b in world.boundaries]))]
+    found = [
+        [
+            keeper.context_ids(np.array(prefix, np.int64), [len(prefix)])[0]
+            if prefix
+            else UNRESTRICTED_CONTEXT
+            for prefix in prefixes
+        ]
+        for keeper, prefixes in (
+            (bridge.teacher_mask.other, [b.student for b in world.boundaries]),
+            (bridge.student_mask.other, [b.teacher for b in world.boundaries]),
+        )
+    ]
     return np.array(found[0]), np.array(found[1])
 
 
-def positions(world: World, masked: bool, kind: DistributionKind = DistributionKind.FULL, top: int | None = None) -> Positions:
+def positions(
+    world: World,
+    masked: bool,
+    kind: DistributionKind = DistributionKind.FULL,
+    top: int | None = None,
+) -> Positions:
     """top: only so many of the likeliest teacher tokens; renormalised if the rows are to pass for whole ones."""
     s = stack(world, no_mask)
     at_C, target_C = (x.numpy() for x in s.both_CV.nonzero(as_tuple=True))
-    inside = [(s.number[i.student], v, i.mass * i.q_V[v]) for i in world.insides for v in np.flatnonzero(i.q_V)]
-    at_R, target_R, weight_R = (np.array(column) for column in zip(*inside, strict=True)) if inside else (np.empty(0, np.int64),) * 3
+    inside = [
+        (s.number[i.student], v, i.mass * i.q_V[v])
+        for i in world.insides
+        for v in np.flatnonzero(i.q_V)
+    ]
+    at_R, target_R, weight_R = (
+        (np.array(column) for column in zip(*inside, strict=True))
+        if inside
+        else (np.empty(0, np.int64),) * 3
+    )
     weight_N = torch.cat([s.mass_C[at_C] * s.both_CV[at_C, target_C], torch.from_numpy(weight_R)])
     target_N = torch.from_numpy(world.columns_V[np.concatenate([target_C, target_R])])
     p_CW = s.p_CW
@@ -277,11 +376,31 @@ def positions(world: World, masked: bool, kind: DistributionKind = DistributionK
         p_CW = p_CW / (p_CW.sum(-1, keepdim=True) if kind is DistributionKind.FULL else 1)
     p_NW = p_CW[at_C]
     row_M, column_M = (x.numpy() for x in p_NW.nonzero(as_tuple=True))
-    before = [np.concatenate([c[at_C], np.full(len(at_R), UNRESTRICTED_CONTEXT)]) for c in contexts(world)] if masked else [None, None]
-    entries = build_event_targets(world.full_bridge, row_M, world.columns_W[column_M], p_NW[row_M, column_M].numpy(), student_context_N=before[0], teacher_context_N=before[1],
-                       kind=kind)
+    before = (
+        [
+            np.concatenate([c[at_C], np.full(len(at_R), UNRESTRICTED_CONTEXT)])
+            for c in contexts(world)
+        ]
+        if masked
+        else [None, None]
+    )
+    entries = build_event_targets(
+        world.full_bridge,
+        row_M,
+        world.columns_W[column_M],
+        p_NW[row_M, column_M].numpy(),
+        student_context_N=before[0],
+        teacher_context_N=before[1],
+        kind=kind,
+    )
     rows = torch.cat([s.row_C[at_C], torch.from_numpy(at_R)])
-    return Positions(rows, target_N, weight_N, build_batch_targets(world.full_bridge, entries, len(target_N)), entries)
+    return Positions(
+        rows,
+        target_N,
+        weight_N,
+        build_batch_targets(world.full_bridge, entries, len(target_N)),
+        entries,
+    )
 
 
 def composed_table(world: World, p: Positions, share: float = 0.7) -> Objective:
@@ -289,10 +408,13 @@ def composed_table(world: World, p: Positions, share: float = 0.7) -> Objective:
     columns, wide = torch.from_numpy(world.columns_V), len(world.student.vocabulary)
 
     def of(logits_RV: torch.Tensor) -> torch.Tensor:
-        logits_NV = torch.full((len(p.row_N), wide), NOWHERE, dtype=torch.float64).index_copy(1, columns, logits_RV[p.row_N])
+        logits_NV = torch.full((len(p.row_N), wide), NOWHERE, dtype=torch.float64).index_copy(
+            1, columns, logits_RV[p.row_N]
+        )
         leaf = logits_NV.detach().requires_grad_()
         event_kl_loss(leaf, p.target_N, [p.said], share).loss.backward()
         return (leaf.grad * p.weight_N[:, None] * len(p.row_N) * logits_NV).sum()
+
     return of
 
 
@@ -304,7 +426,12 @@ def test_the_plain_objective_is_perseas(name: str, mask: Mask):
     s, p = stack(world, mask), positions(world, mask is persea_mask)
     assert p.weight_N.sum().item() == pytest.approx(s.mass_R.sum().item())
     for logits_RV in (s.truth_logits, random_logits(s, 4)):
-        torch.testing.assert_close(gradient(composed_table(world, p), logits_RV), gradient(events(s), logits_RV), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(
+            gradient(composed_table(world, p), logits_RV),
+            gradient(events(s), logits_RV),
+            rtol=1e-5,
+            atol=1e-7,
+        )
 
 
 @pytest.mark.parametrize("name", WORLDS)
@@ -314,39 +441,66 @@ def test_perseas_masks_are_the_best_there_are(name: str):
     kept_too_much = 0
     for b in world.boundaries:
         room = len(world.student.vocabulary.decode(b.student)) <= worlds.LONGEST - 3
-        for mine, best, row in zip(persea_mask(world, b), exact_mask(world, b), (b.p_W, b.q_V), strict=True):
+        for mine, best, row in zip(
+            persea_mask(world, b), exact_mask(world, b), (b.p_W, b.q_V), strict=True
+        ):
             assert not (best > mine).any()
             differs = bool(((mine > best) & (row > 0)).any())
             assert not (room and differs)
             kept_too_much += differs
-    assert (kept_too_much > 0) == (name in ("crossing", "long")), "near the longest string the mask cannot know that nothing more comes"
+    assert (kept_too_much > 0) == (name in ("crossing", "long")), (
+        "near the longest string the mask cannot know that nothing more comes"
+    )
 
 
 def test_a_mask_does_not_look_at_what_comes():
     """What is dead at a boundary is the same whether the rest of the text is there or not: a mask that saw it would leak the future."""
     world = whole("words")
     bridge = world.full_bridge
-    alone = dict(zip(((b.teacher, b.student) for b in world.boundaries), zip(*contexts(world), strict=True), strict=True))
+    alone = dict(
+        zip(
+            ((b.teacher, b.student) for b in world.boundaries),
+            zip(*contexts(world), strict=True),
+            strict=True,
+        )
+    )
     for text in list(world.law)[::53]:
         t, s = world.t.ids[text], world.s.ids[text]
         for k, j in worlds.common(world, text)[1:]:
-            for mask, ids, at, before in zip((bridge.teacher_mask, bridge.student_mask), (s, t), (j, k), alone[t[:k], s[:j]], strict=True):
+            for mask, ids, at, before in zip(
+                (bridge.teacher_mask, bridge.student_mask),
+                (s, t),
+                (j, k),
+                alone[t[:k], s[:j]],
+                strict=True,
+            ):
                 within = int(mask.other.context_ids(np.array(ids), [at])[0])
-                assert np.array_equal(mask.impossible_tokens(within), mask.impossible_tokens(int(before)))
+                assert np.array_equal(
+                    mask.impossible_tokens(within), mask.impossible_tokens(int(before))
+                )
 
 
-def dead_of(world: World, columns: np.ndarray, before: np.ndarray, mask: object) -> ImpossibleTokens:
+def dead_of(
+    world: World, columns: np.ndarray, before: np.ndarray, mask: object
+) -> ImpossibleTokens:
     """What cannot stand at each boundary, in the form the losses take."""
     if mask is None:
-        return ImpossibleTokens(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+        return ImpossibleTokens(
+            torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+        )
     found = [mask.impossible_tokens(int(c), columns) for c in before]
-    return ImpossibleTokens(torch.from_numpy(np.repeat(np.arange(len(before)), [len(d) for d in found])), torch.from_numpy(np.concatenate(found)))
+    return ImpossibleTokens(
+        torch.from_numpy(np.repeat(np.arange(len(before)), [len(d) for d in found])),
+        torch.from_numpy(np.concatenate(found)),
+    )
 
 
 def widened(rows_CX: torch.Tensor, columns: np.ndarray, wide: int) -> torch.Tensor:
     """Probabilities over columns as natural logs over a whole vocabulary."""
     logs = torch.where(rows_CX > 0, rows_CX.clamp(min=1e-300).log(), NOWHERE)
-    return torch.full((len(rows_CX), wide), NOWHERE, dtype=torch.float64).index_copy(1, torch.from_numpy(columns), logs)
+    return torch.full((len(rows_CX), wide), NOWHERE, dtype=torch.float64).index_copy(
+        1, torch.from_numpy(columns), logs
+    )
 
 
 @pytest.mark.parametrize("name", ["same", "nested", "crossing", "words"])
@@ -357,12 +511,29 @@ def test_whole_rows_over_events(name: str):
     students, teachers = contexts(world)
     log_q = widened(s.truth_RV[s.row_C], world.columns_V, len(world.student.vocabulary))
     log_p = widened(s.p_CW, world.columns_W, len(world.teacher.vocabulary))
-    dead = {"student_dead": dead_of(world, world.columns_V, teachers, bridge.student_mask),
-            "teacher_dead": dead_of(world, world.columns_W, students, bridge.teacher_mask)}
+    dead = {
+        "student_dead": dead_of(world, world.columns_V, teachers, bridge.student_mask),
+        "teacher_dead": dead_of(world, world.columns_W, students, bridge.teacher_mask),
+    }
     for divergence in (Divergence.FORWARD, Divergence.JSD):
-        each = torch.stack([event_divergence_loss(log_q[c:c + 1], log_p[c:c + 1], bridge, divergence, **{
-            side: ImpossibleTokens(torch.zeros(int((d.row_D == c).sum()), dtype=torch.int64), d.token_D[d.row_D == c]) for side, d in dead.items()}).loss
-            for c in range(0, len(log_q), 7)])
+        each = torch.stack(
+            [
+                event_divergence_loss(
+                    log_q[c : c + 1],
+                    log_p[c : c + 1],
+                    bridge,
+                    divergence,
+                    **{
+                        side: ImpossibleTokens(
+                            torch.zeros(int((d.row_D == c).sum()), dtype=torch.int64),
+                            d.token_D[d.row_D == c],
+                        )
+                        for side, d in dead.items()
+                    },
+                ).loss
+                for c in range(0, len(log_q), 7)
+            ]
+        )
         if name in ("same", "nested"):
             assert each.abs().max() < 1e-9
         else:
@@ -394,13 +565,17 @@ def test_the_debiased_chunk_term(name: str):
             last = float(kept_T[of_student[j2]]) if j2 in of_student else 0.0
             teacher.append(plain[-1] + last - float(kept_T[of_student[j]]))
     logits = widened(s.truth_RV[row], world.columns_V, len(world.student.vocabulary))
-    before = np.where(np.array(at_boundary) >= 0, teachers[np.array(at_boundary)], UNRESTRICTED_CONTEXT)
+    before = np.where(
+        np.array(at_boundary) >= 0, teachers[np.array(at_boundary)], UNRESTRICTED_CONTEXT
+    )
     dead = dead_of(world, world.columns_V, before, bridge.student_mask)
     numbers = (torch.tensor(of), torch.arange(len(row)), torch.tensor(begin), torch.tensor(end))
     said = SpanTargets(*numbers, torch.tensor(teacher, dtype=torch.float64))
     got = chunk_term(logits, torch.tensor(target), said, dead).loss.item()
     undebiased = replace(said, teacher_logprob_C=torch.tensor(plain, dtype=torch.float64))
-    raw = chunk_term(logits, torch.tensor(target), undebiased, ImpossibleTokens(*[torch.empty(0).long()] * 2))
+    raw = chunk_term(
+        logits, torch.tensor(target), undebiased, ImpossibleTokens(*[torch.empty(0).long()] * 2)
+    )
     if name in ("same", "nested", "words"):
         assert got < 1e-12
     if name != "same":
@@ -409,7 +584,7 @@ def test_the_debiased_chunk_term(name: str):
 
 
 # byte KL, nats a string, where what trains leaves a perfect student: 0 but for strings cut short and maps that disagree
-PERSEA_STAYS = {"same": 0.0, "nested": 0.0, "crossing": 5.5e-4, "words": 8.9e-4, "long": .0146}
+PERSEA_STAYS = {"same": 0.0, "nested": 0.0, "crossing": 5.5e-4, "words": 8.9e-4, "long": 0.0146}
 
 
 @pytest.mark.parametrize("name", WORLDS)
@@ -422,8 +597,11 @@ def test_what_trains_lets_a_perfect_student_be(name: str):
 
 
 # push at the truth and byte KL of the fixed point, masked: what is inside a teacher token learns from the text; from completion
-COMPLETION = {"crossing": ((.0195, 5.49e-4), (.0195, 5.49e-4)), "words": ((.0092, 8.90e-4), (.0114, 9.51e-4)),
-              "long": ((.0417, .0146), (.0417, .0146))}
+COMPLETION = {
+    "crossing": ((0.0195, 5.49e-4), (0.0195, 5.49e-4)),
+    "words": ((0.0092, 8.90e-4), (0.0114, 9.51e-4)),
+    "long": ((0.0417, 0.0146), (0.0417, 0.0146)),
+}
 
 
 def completed(world: World, p: Positions) -> Positions:
@@ -431,18 +609,43 @@ def completed(world: World, p: Positions) -> Positions:
     places, number = world.insides, {prefix: r for r, prefix in enumerate(world.s.next)}
     at_N = range(len(p.row_N) - sum(int((i.q_V > 0).sum()) for i in places), len(p.row_N))
     cells = [(i, v) for i in places for v in np.flatnonzero(i.q_V)]
-    common = [n for n, (i, _) in enumerate(cells) if len(world.teacher.vocabulary.decode(i.teacher)) in set(starts(world.student, i.student))]
+    common = [
+        n
+        for n, (i, _) in enumerate(cells)
+        if len(world.teacher.vocabulary.decode(i.teacher)) in set(starts(world.student, i.student))
+    ]
     some = [cells[n][0] for n in common]
     keeper = world.full_bridge.teacher_mask.other
     before = np.array([keeper.context_ids(np.array(i.student), [len(i.student)])[0] for i in some])
-    rows = rows_of(np.array([world.row_W(world.t.next[i.teacher]) for i in some]), world.columns_W, DistributionKind.FULL)
-    more = make_partial_token_projector(world.full_bridge).project(rows, np.arange(len(some)), [i.emitted for i in some], before)
+    rows = rows_of(
+        np.array([world.row_W(world.t.next[i.teacher]) for i in some]),
+        world.columns_W,
+        DistributionKind.FULL,
+    )
+    more = make_partial_token_projector(world.full_bridge).project(
+        rows, np.arange(len(some)), [i.emitted for i in some], before
+    )
     assert len(more.student_index_M) > 0
     none, row_M = np.empty(0, np.int64), np.array(at_N)[common][more.student_index_M]
-    said = EventTargets(row_M, more.event_M, more.probs_M, more.entry_D, more.token_D, none, none.astype(np.float32), none, none,
-                   DistributionKind.FULL)
+    said = EventTargets(
+        row_M,
+        more.event_M,
+        more.probs_M,
+        more.entry_D,
+        more.token_D,
+        none,
+        none.astype(np.float32),
+        none,
+        none,
+        DistributionKind.FULL,
+    )
     assert [number[i.student] for i, _ in cells] == p.row_N[list(at_N)].tolist()
-    return replace(p, said=build_batch_targets(world.full_bridge, concat_event_targets([p.entries, said], [0, 0]), len(p.row_N)))
+    return replace(
+        p,
+        said=build_batch_targets(
+            world.full_bridge, concat_event_targets([p.entries, said], [0, 0]), len(p.row_N)
+        ),
+    )
 
 
 @pytest.mark.parametrize("name", COMPLETION)
@@ -457,7 +660,7 @@ def test_completion_lets_a_perfect_student_be(name: str):
 
 
 # push at the truth, masked: the three likeliest teacher tokens and one rest event; the same three renormalised
-REST = {"same": (0.0, .82), "nested": (0.0, .81), "crossing": (.020, .75), "long": (.39, .58)}
+REST = {"same": (0.0, 0.82), "nested": (0.0, 0.81), "crossing": (0.020, 0.75), "long": (0.39, 0.58)}
 
 
 @pytest.mark.parametrize("name", REST)
@@ -467,7 +670,9 @@ def test_top_k(name: str):
     world = short(name)
     s = stack(world, no_mask)
     for kind, want in zip((DistributionKind.TOPK, DistributionKind.FULL), REST[name], strict=True):
-        assert push(composed_table(world, positions(world, True, kind, 3)), s) == pytest.approx(want, abs=.01)
+        assert push(composed_table(world, positions(world, True, kind, 3)), s) == pytest.approx(
+            want, abs=0.01
+        )
 
 
 # ---- T6: sampled rows -----------------------------------------------------------------------------------------------------
@@ -475,12 +680,23 @@ def test_top_k(name: str):
 DRAWS = 3000
 
 
-def drawn(world: World, b: Boundary, rows: SparseDistributions, masked: bool, logits_V: torch.Tensor) -> torch.Tensor:
+def drawn(
+    world: World, b: Boundary, rows: SparseDistributions, masked: bool, logits_V: torch.Tensor
+) -> torch.Tensor:
     """Gradient of persea's objective at one boundary, the text's token a member of an event, once for each row. [D, V]"""
-    D, (student, teacher) = len(rows), (dict(zip(world.boundaries, zip(*contexts(world), strict=True), strict=True))[b])
+    D, (student, teacher) = (
+        len(rows),
+        (dict(zip(world.boundaries, zip(*contexts(world), strict=True), strict=True))[b]),
+    )
     before = {"student_N": np.full(D, student), "teacher_N": np.full(D, teacher)} if masked else {}
     row_M = np.repeat(np.arange(D), np.diff(rows.offsets_N1))
-    said = build_batch_targets(world.full_bridge, build_event_targets(world.full_bridge, row_M, rows.ids_M, rows.probs_M, kind=rows.kind, **before), D)
+    said = build_batch_targets(
+        world.full_bridge,
+        build_event_targets(
+            world.full_bridge, row_M, rows.ids_M, rows.probs_M, kind=rows.kind, **before
+        ),
+        D,
+    )
     logits_DV = logits_V.expand_groups(D, -1).clone().requires_grad_()
     event_kl_loss(logits_DV, torch.full((D,), int(world.columns_V[0])), [said], 0.7).loss.backward()
     return logits_DV.grad * D
@@ -489,7 +705,13 @@ def drawn(world: World, b: Boundary, rows: SparseDistributions, masked: bool, lo
 def rows_of(p_DW: np.ndarray, ids: np.ndarray, kind: DistributionKind) -> SparseDistributions:
     row, at = p_DW.nonzero()
     offsets = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=len(p_DW)))])
-    return SparseDistributions(offsets, ids[at].astype(np.int32), p_DW[row, at].astype(np.float32), np.zeros(len(p_DW), np.float32), kind)
+    return SparseDistributions(
+        offsets,
+        ids[at].astype(np.int32),
+        p_DW[row, at].astype(np.float32),
+        np.zeros(len(p_DW), np.float32),
+        kind,
+    )
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
@@ -497,11 +719,26 @@ def rows_of(p_DW: np.ndarray, ids: np.ndarray, kind: DistributionKind) -> Sparse
 def test_sampled_rows_have_the_full_rows_gradient(name: str, masked: bool):
     """Entries that cannot stand are drawn like the others and dropped after: linear in p, so unbiased. Top-k is not."""
     world = short(name)
-    several = [b for b in world.boundaries if (((b.p_W > 0) & (persea_mask(world, b)[0] == 0)).any() or not masked)]
+    several = [
+        b
+        for b in world.boundaries
+        if (((b.p_W > 0) & (persea_mask(world, b)[0] == 0)).any() or not masked)
+    ]
     b = max(several, key=lambda b: (b.p_W > 0).sum())
-    logits_V = torch.randn(len(world.student.vocabulary), generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    full = drawn(world, b, rows_of(b.p_W[None], world.columns_W, DistributionKind.FULL), masked, logits_V)[0]
-    sample = sample_distributions(torch.from_numpy(np.log(np.maximum(b.p_W, 1e-30))).expand_groups(DRAWS, -1), np.zeros(DRAWS, np.int64), 0.4, "worlds")
+    logits_V = torch.randn(
+        len(world.student.vocabulary),
+        generator=torch.Generator().manual_seed(9),
+        dtype=torch.float64,
+    )
+    full = drawn(
+        world, b, rows_of(b.p_W[None], world.columns_W, DistributionKind.FULL), masked, logits_V
+    )[0]
+    sample = sample_distributions(
+        torch.from_numpy(np.log(np.maximum(b.p_W, 1e-30))).expand_groups(DRAWS, -1),
+        np.zeros(DRAWS, np.int64),
+        0.4,
+        "worlds",
+    )
     rows = replace(sample, ids_M=world.columns_W[sample.ids_M].astype(np.int32))
     each = drawn(world, b, rows, masked, logits_V)
     assert each.std(0).max() > 0.01, "draws differ"
@@ -509,16 +746,28 @@ def test_sampled_rows_have_the_full_rows_gradient(name: str, masked: bool):
     assert z.abs().max() < 4
     top = np.where(b.p_W >= np.sort(b.p_W)[-2], b.p_W, 0.0)
     for other, kind in ((top / top.sum(), DistributionKind.FULL), (top, DistributionKind.TOPK)):
-        bias = float((drawn(world, b, rows_of(other[None], world.columns_W, kind), masked, logits_V)[0] - full).abs().max())
+        bias = float(
+            (
+                drawn(world, b, rows_of(other[None], world.columns_W, kind), masked, logits_V)[0]
+                - full
+            )
+            .abs()
+            .max()
+        )
         assert bias == pytest.approx(TOP[name, masked, kind], abs=1e-3), (kind, bias)
 
 
 # the largest bias of a gradient's entry (of at most 1): the two likeliest renormalised, and the two likeliest with one rest event
 TOP: dict[tuple[str, bool, DistributionKind], float] = {
-    ("crossing", False, DistributionKind.FULL): .1128, ("crossing", False, DistributionKind.TOPK): .1123,
-    ("crossing", True, DistributionKind.FULL): .2769, ("crossing", True, DistributionKind.TOPK): .1123,
-    ("words", False, DistributionKind.FULL): .1521, ("words", False, DistributionKind.TOPK): .0503,
-    ("words", True, DistributionKind.FULL): .1521, ("words", True, DistributionKind.TOPK): .0503}
+    ("crossing", False, DistributionKind.FULL): 0.1128,
+    ("crossing", False, DistributionKind.TOPK): 0.1123,
+    ("crossing", True, DistributionKind.FULL): 0.2769,
+    ("crossing", True, DistributionKind.TOPK): 0.1123,
+    ("words", False, DistributionKind.FULL): 0.1521,
+    ("words", False, DistributionKind.TOPK): 0.0503,
+    ("words", True, DistributionKind.FULL): 0.1521,
+    ("words", True, DistributionKind.TOPK): 0.0503,
+}
 
 
 # ---- T9: no longest string ------------------------------------------------------------------------------------------------
@@ -544,38 +793,65 @@ def long_text() -> tuple[str, list[int], list[int]]:
 def test_a_long_text_without_a_bias():
     text, t, s = long_text()
     teacher, student = TEACHER.build_event_groups(t), STUDENT.build_event_groups(s)
-    rows_t, rows_s = ({after: one.row(after) for after in tunstall.SOURCE} for one in (TEACHER, STUDENT))
+    rows_t, rows_s = (
+        {after: one.row(after) for after in tunstall.SOURCE} for one in (TEACHER, STUDENT)
+    )
 
     def logprobs(rows: dict[str, np.ndarray], tokens: object) -> np.ndarray:
-        return np.array([rows[text[a - 1] if a else ""][i] for a, i in zip(tokens.starts_T, tokens.ids_T, strict=True)])
+        return np.array(
+            [
+                rows[text[a - 1] if a else ""][i]
+                for a, i in zip(tokens.starts_T, tokens.ids_T, strict=True)
+            ]
+        )
 
     log_t, log_s = logprobs(rows_t, teacher), logprobs(rows_s, student)
     for logs, tokens in ((log_t, teacher), (log_s, student)):  # closed form, string by string
-        assert logs.sum() == pytest.approx(tunstall.logprob(text[:tokens.ends_T[-1]]), rel=1e-12)
+        assert logs.sum() == pytest.approx(tunstall.logprob(text[: tokens.ends_T[-1]]), rel=1e-12)
     both, between = common_boundaries(student, teacher), aligned_spans(student, teacher)
     assert len(both.student_C) > 5000
     sums_t, sums_s = (np.concatenate([[0], np.cumsum(x)]) for x in (log_t, log_s))
-    gaps = [sums_t[b] - sums_t[a] - (sums_s[d] - sums_s[c]) for (a, b), (c, d) in zip(between.teacher_C2, between.student_C2, strict=True)]
+    gaps = [
+        sums_t[b] - sums_t[a] - (sums_s[d] - sums_s[c])
+        for (a, b), (c, d) in zip(between.teacher_C2, between.student_C2, strict=True)
+    ]
     assert np.abs(gaps).max() < 1e-9
     # event distributions at every boundary, through the code that trains, in float32 as it trains
     bridge = tunstall.event_map(TEACHER, STUDENT)
     after = [text[a - 1] if a else "" for a in student.starts_T[both.student_C]]
     logits = torch.from_numpy(np.array([rows_s[a] for a in after], np.float32))
     p_CW = torch.from_numpy(np.exp([rows_t[a] for a in after]))
-    row_M, ids_M = np.repeat(np.arange(len(after)), len(TEACHER.tokens)), np.tile(np.arange(len(TEACHER.tokens)), len(after))
-    said = build_batch_targets(bridge, build_event_targets(bridge, row_M, ids_M, p_CW.flatten().numpy(), kind=DistributionKind.FULL), len(after))
+    row_M, ids_M = (
+        np.repeat(np.arange(len(after)), len(TEACHER.tokens)),
+        np.tile(np.arange(len(TEACHER.tokens)), len(after)),
+    )
+    said = build_batch_targets(
+        bridge,
+        build_event_targets(
+            bridge, row_M, ids_M, p_CW.flatten().numpy(), kind=DistributionKind.FULL
+        ),
+        len(after),
+    )
     q_M = event_logprobs(logits, logits.logsumexp(-1), said).exp()
-    p_CE = torch.zeros(len(after), bridge.num_events, dtype=torch.float64).index_add(1, torch.from_numpy(bridge.teacher_event_W).long(), p_CW)
-    assert (q_M - p_CE[:, torch.from_numpy(bridge.teacher_event_W).long()].flatten()).abs().max() < 1e-6
+    p_CE = torch.zeros(len(after), bridge.num_events, dtype=torch.float64).index_add(
+        1, torch.from_numpy(bridge.teacher_event_W).long(), p_CW
+    )
+    assert (
+        q_M - p_CE[:, torch.from_numpy(bridge.teacher_event_W).long()].flatten()
+    ).abs().max() < 1e-6
     # nothing but events: a perfect student's gradient is zero at each of them, not only on average
     logits = logits.clone().requires_grad_()
-    event_kl_loss(logits, torch.from_numpy(student.ids_T[both.student_C]).long(), [said], 1.0).loss.backward()
+    event_kl_loss(
+        logits, torch.from_numpy(student.ids_T[both.student_C]).long(), [said], 1.0
+    ).loss.backward()
     assert logits.grad.abs().max() * len(after) < 1e-5
 
 
 def test_without_a_leak_strict_is_unbiased_too():
     """So what pushes on the finite worlds is the boundary's own information, not the renormalisation as such."""
-    shared = {t: (TEACHER.number[t], STUDENT.number[t]) for t in {*TEACHER.tokens} & {*STUDENT.tokens}}
+    shared = {
+        t: (TEACHER.number[t], STUDENT.number[t]) for t in {*TEACHER.tokens} & {*STUDENT.tokens}
+    }
     both = Shared(*(torch.tensor(side) for side in zip(*shared.values(), strict=True)))
     for after in tunstall.SOURCE:
         p, q = (torch.from_numpy(one.row(after))[None] for one in (TEACHER, STUDENT))
@@ -585,30 +861,42 @@ def test_without_a_leak_strict_is_unbiased_too():
 def test_a_tunstall_student_that_is_wrong_is_seen():
     bridge = tunstall.event_map(TEACHER, STUDENT)
     p, q = np.exp(TEACHER.row("a")), np.exp(STUDENT.row("b"))
-    p_E, q_E = np.bincount(bridge.teacher_event_W, p, bridge.num_events), np.bincount(bridge.student_event_V, q, bridge.num_events)
+    p_E, q_E = (
+        np.bincount(bridge.teacher_event_W, p, bridge.num_events),
+        np.bincount(bridge.student_event_V, q, bridge.num_events),
+    )
     assert bias.tv(p_E, q_E) > 0.3
 
 
 # ---- T10: TRL's own -------------------------------------------------------------------------------------------------------
 
-GOLD = {"same": (0.0, 0.0), "nested": (.0390, .0439), "crossing": (.0539, .0627), "words": (.1256, .1288), "long": (.2971, .3455)}
+GOLD = {
+    "same": (0.0, 0.0),
+    "nested": (0.0390, 0.0439),
+    "crossing": (0.0539, 0.0627),
+    "words": (0.1256, 0.1288),
+    "long": (0.2971, 0.3455),
+}
 
 
 @trl
 @pytest.mark.parametrize("name", WORLDS)
 def test_gold_on_the_truth(name: str):
     from trl_worlds import gold_floor, gold_objective
+
     world = short(name)
     s = stack(world, no_mask)
     for merge, floor in zip(("observed", "bayesian"), GOLD[name], strict=True):
         assert gold_floor(s, world, merge)["tv"] == pytest.approx(floor, abs=1e-4)
         pushed = push(gold_objective(s, world, merge), s)
-        assert pushed < 1e-12 if name == "same" else pushed > .015
+        assert pushed < 1e-12 if name == "same" else pushed > 0.015
 
 
 def test_chunks_tile_every_string():
     world = whole("words")
-    assert sum(c.weight * len(c.student_ids) for c in chunks(world)) == pytest.approx(sum(p * len(world.s.ids[x]) for x, p in world.law.items()))
+    assert sum(c.weight * len(c.student_ids) for c in chunks(world)) == pytest.approx(
+        sum(p * len(world.s.ids[x]) for x, p in world.law.items())
+    )
     for text in list(world.law)[::501]:
         places = worlds.common(world, text)
         assert all(a < b for (a, _), (b, _) in pairwise(places))

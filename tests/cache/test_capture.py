@@ -54,11 +54,15 @@ class Counting:
     real: Engine
     asked: list[bytes] = field(default_factory=list)
 
-    def generate(self, prompts: Sequence[np.ndarray], stop_ids: Sequence[int], max_new_tokens: int) -> list[np.ndarray]:
+    def generate(
+        self, prompts: Sequence[np.ndarray], stop_ids: Sequence[int], max_new_tokens: int
+    ) -> list[np.ndarray]:
         self.asked += [p.tobytes() for p in prompts]
         return self.real.generate(prompts, stop_ids, max_new_tokens)
 
-    def compute_logprobs(self, sequences: Sequence[np.ndarray], learn: Sequence[np.ndarray]) -> object:
+    def compute_logprobs(
+        self, sequences: Sequence[np.ndarray], learn: Sequence[np.ndarray]
+    ) -> object:
         return self.real.compute_logprobs(sequences, learn)
 
     def iter_logprobs(self, sequences: Sequence[np.ndarray], learn: Sequence[np.ndarray]) -> object:
@@ -67,12 +71,24 @@ class Counting:
 
 def prompts(n: int) -> list[Prompt]:
     """n questions of each of two skills, with their answers."""
-    return [replace(i.prompt, answer=i.reference) for skill in (LANGUAGES_TASK, REASONING_TASK) for i in skill.items(Split.TRAIN, n, 0)]
+    return [
+        replace(i.prompt, answer=i.reference)
+        for skill in (LANGUAGES_TASK, REASONING_TASK)
+        for i in skill.items(Split.TRAIN, n, 0)
+    ]
 
 
-def units(some: Sequence[Prompt], size: int = 4, cast: Cast = ALONE, identity: str = "weights 1", **settings: Any) -> tuple[CaptureUnit, ...]:
+def units(
+    some: Sequence[Prompt],
+    size: int = 4,
+    cast: Cast = ALONE,
+    identity: str = "weights 1",
+    **settings: Any,
+) -> tuple[CaptureUnit, ...]:
     names = dict.fromkeys(name for parts in cast.parts.values() for name, _ in parts)
-    return plan_units(some, cast, {name: f"{name} {identity}" for name in names}, size, SETTINGS | settings)
+    return plan_units(
+        some, cast, {name: f"{name} {identity}" for name in names}, size, SETTINGS | settings
+    )
 
 
 def names(planned: Sequence[CaptureUnit]) -> list[str]:
@@ -83,11 +99,18 @@ def read(planned: Sequence[CaptureUnit], folder: Path) -> list[cache.CachedAnswe
     return [c for unit in planned for c in cache.read_unit(folder, unit.name)]
 
 
-def ask(planned: Sequence[CaptureUnit], folder: Path, speaker: Teacher | None = None, **changes: Any) -> list[int]:
+def ask(
+    planned: Sequence[CaptureUnit], folder: Path, speaker: Teacher | None = None, **changes: Any
+) -> list[int]:
     """Capture with the qwen-sapling; the prompts of each unit as progress told them."""
     told: list[int] = []
     speaker = speaker or Teacher("qwen-sapling", opened("qwen-sapling")[0], engine("qwen-sapling"))
-    capture_teacher(planned, speaker, folder, **{"on_unit": lambda step: told.append(step.prompts)} | SETTINGS | changes)
+    capture_teacher(
+        planned,
+        speaker,
+        folder,
+        **{"on_unit": lambda step: told.append(step.prompts)} | SETTINGS | changes,
+    )
     return told
 
 
@@ -99,19 +122,45 @@ def test_the_same_question_under_the_same_settings_has_the_same_name() -> None:
     assert len(set(names(units(prompts(6))))) == 3
 
 
-@pytest.mark.parametrize("change", [{"tau": 0.02}, {"seed": 1}, {"max_new_tokens": 41}, {"identity": "weights 2"}, {"answers": "given"}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tau": 0.02},
+        {"seed": 1},
+        {"max_new_tokens": 41},
+        {"identity": "weights 2"},
+        {"answers": "given"},
+    ],
+    ids=str,
+)
 def test_another_setting_is_another_name_for_every_unit(change: dict[str, Any]) -> None:
     assert not set(names(units(prompts(6)))) & set(names(units(prompts(6), **change)))
 
 
-@pytest.mark.parametrize("change", [
-    {"id": "other"}, {"language": "xx"}, {"skill": "reasoning"}, {"answer": "other"}, {"conversation": Conversation.from_question("other")},
-    {"conversation": Conversation.from_question("Say", system="Be brief.")}, {"conversation": Conversation.from_question("Say", effort=ThinkingEffort.HIGH)},
-    {"effort": ThinkingEffort.NONE}, {"effort": ThinkingEffort.HIGH}], ids=str)
-def test_another_prompt_changes_the_name_of_its_unit_and_of_no_other(change: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"id": "other"},
+        {"language": "xx"},
+        {"skill": "reasoning"},
+        {"answer": "other"},
+        {"conversation": Conversation.from_question("other")},
+        {"conversation": Conversation.from_question("Say", system="Be brief.")},
+        {"conversation": Conversation.from_question("Say", effort=ThinkingEffort.HIGH)},
+        {"effort": ThinkingEffort.NONE},
+        {"effort": ThinkingEffort.HIGH},
+    ],
+    ids=str,
+)
+def test_another_prompt_changes_the_name_of_its_unit_and_of_no_other(
+    change: dict[str, Any],
+) -> None:
     some = prompts(8)[:8]
     some[5] = replace(some[5], conversation=Conversation.from_question("Say"))
-    one, other = names(units(some)), names(units([*some[:5], replace(some[5], **change), *some[6:]]))
+    one, other = (
+        names(units(some)),
+        names(units([*some[:5], replace(some[5], **change), *some[6:]])),
+    )
     assert one[0] == other[0]
     assert one[1] != other[1]
 
@@ -133,21 +182,38 @@ def test_every_prompt_is_in_one_unit_in_corpus_order() -> None:
 
 
 def test_a_unit_is_closed_before_it_could_pass_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    some = [Prompt(str(k), Conversation.from_question("é" * n), "languages", "en", answer="a" * 30) for k, n in enumerate([10, 10, 10, 40, 100, 1])]
+    some = [
+        Prompt(str(k), Conversation.from_question("é" * n), "languages", "en", answer="a" * 30)
+        for k, n in enumerate([10, 10, 10, 40, 100, 1])
+    ]
     names_of = {"qwen-sapling": "weights"}
 
     def sizes(size: int, longest: int | None) -> list[list[str]]:
-        return [[p.id for p in u.prompts] for u in plan_units(some, ALONE, names_of, size, SETTINGS, longest)]
+        return [
+            [p.id for p in u.prompts]
+            for u in plan_units(some, ALONE, names_of, size, SETTINGS, longest)
+        ]
 
     assert sizes(4, 10) == [["0", "1", "2", "3"], ["4", "5"]]  # far from 2^20
     monkeypatch.setattr("persea.cache.capture.MAX_UNIT_TOKENS", 100)
-    assert sizes(4, 10) == [["0", "1", "2"], ["3"], ["4"], ["5"]]  # 20 + 10 each, then 90, 210 alone, 12
+    assert sizes(4, 10) == [
+        ["0", "1", "2"],
+        ["3"],
+        ["4"],
+        ["5"],
+    ]  # 20 + 10 each, then 90, 210 alone, 12
     assert sizes(2, 10) == [["0", "1"], ["2"], ["3"], ["4"], ["5"]]
     assert sizes(4, 30) == sizes(4, None) == [["0", "1"], ["2"], ["3"], ["4"], ["5"]]
 
 
 def test_shares_hold_in_every_stretch_of_prompts() -> None:
-    cast = Cast({"languages": (("a", 0.7), ("b", 0.3)), "reasoning": (("c", 0.5), ("a", 0.25), ("b", 0.25))}, ())
+    cast = Cast(
+        {
+            "languages": (("a", 0.7), ("b", 0.3)),
+            "reasoning": (("c", 0.5), ("a", 0.25), ("b", 0.25)),
+        },
+        (),
+    )
     for skill, parts in cast.parts.items():
         said = [cast.teacher_of(skill, k) for k in range(1000)]
         for name, share in parts:
@@ -155,9 +221,13 @@ def test_shares_hold_in_every_stretch_of_prompts() -> None:
                 counts = np.convolve([s == name for s in said], np.ones(width), "valid")
                 assert np.abs(counts - share * width).max() <= 2, (name, width)
     language = [p for p in prompts(10) if p.skill == "languages"]
-    split = units([p for pair in zip(language, prompts(10)[10:], strict=True) for p in pair], cast=cast)
+    split = units(
+        [p for pair in zip(language, prompts(10)[10:], strict=True) for p in pair], cast=cast
+    )
     given = {p.id: u.teacher for u in split for p in u.prompts}
-    assert [given[p.id] for p in language] == [cast.teacher_of("languages", k) for k in range(10)]  # the other skill does not move it
+    assert [given[p.id] for p in language] == [
+        cast.teacher_of("languages", k) for k in range(10)
+    ]  # the other skill does not move it
     assert Counter(given[p.id] for p in language)["b"] == 3
 
 
@@ -197,10 +267,16 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return tree(folder)
 
 
-def test_killed_anywhere_it_goes_on_to_the_same_bytes_and_asks_nothing_twice(tmp_path: Path, uninterrupted: dict[str, bytes]) -> None:
+def test_killed_anywhere_it_goes_on_to_the_same_bytes_and_asks_nothing_twice(
+    tmp_path: Path, uninterrupted: dict[str, bytes]
+) -> None:
     rng, planned = random.Random(1), units(prompts(10))
-    for turn, (after, seconds) in enumerate([(1, 0.0), (1, rng.uniform(0, 0.03)), (1, rng.uniform(0, 0.02))]):
-        before = {n: d for n, d in tree(tmp_path).items() if not n.rpartition("/")[2].startswith(".")}
+    for turn, (after, seconds) in enumerate(
+        [(1, 0.0), (1, rng.uniform(0, 0.03)), (1, rng.uniform(0, 0.02))]
+    ):
+        before = {
+            n: d for n, d in tree(tmp_path).items() if not n.rpartition("/")[2].startswith(".")
+        }
         assert killed(tmp_path, turn + after, seconds) >= turn + 1  # what stands is told at once
         assert before.items() <= tree(tmp_path).items()
     stood = {u.name for u in planned if cache.is_committed(tmp_path, u.name)}
@@ -208,14 +284,23 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes_and_asks_nothing_twice(tmp
     counting = Counting(engine("qwen-sapling"))
     voice = opened("qwen-sapling")[0]
     assert ask(planned, tmp_path, Teacher("qwen-sapling", voice, counting)) == [4, 4, 4, 4, 4]
-    assert counting.asked == [voice.render_prompt(p.conversation).ids_T.tobytes() for u in planned if u.name not in stood for p in u.prompts]
-    assert {n: d for n, d in tree(tmp_path).items() if not n.rpartition("/")[2].startswith(".")} == uninterrupted
+    assert counting.asked == [
+        voice.render_prompt(p.conversation).ids_T.tobytes()
+        for u in planned
+        if u.name not in stood
+        for p in u.prompts
+    ]
+    assert {
+        n: d for n, d in tree(tmp_path).items() if not n.rpartition("/")[2].startswith(".")
+    } == uninterrupted
     again = Counting(engine("qwen-sapling"))
     ask(planned, tmp_path, Teacher("qwen-sapling", voice, again))
     assert again.asked == []
 
 
-def test_a_unit_that_was_published_but_not_committed_is_asked_again(tmp_path: Path, uninterrupted: dict[str, bytes]) -> None:
+def test_a_unit_that_was_published_but_not_committed_is_asked_again(
+    tmp_path: Path, uninterrupted: dict[str, bytes]
+) -> None:
     """Killed between the two: the bytes are there, the record is not."""
     planned = units(prompts(10))
     ask(planned[:2], tmp_path)
@@ -238,10 +323,14 @@ def test_what_is_read_is_what_the_teacher_said_with_its_rows(tmp_path: Path) -> 
     planned = units(prompts(4))
     ask(planned, tmp_path)
     speaker = Teacher("qwen-sapling", opened("qwen-sapling")[0], engine("qwen-sapling"))
-    answers = [a for u in planned for a in speaker.answer(u.prompts, 40) if a.finish is FinishReason.STOP]
+    answers = [
+        a for u in planned for a in speaker.answer(u.prompts, 40) if a.finish is FinishReason.STOP
+    ]
     captures = list(read(planned, tmp_path))
     assert [c.answer for c in captures] == answers
-    for one, (tokens, logprobs_NW) in zip(captures, speaker.compute_logprobs([a.conversation for a in answers]), strict=True):
+    for one, (tokens, logprobs_NW) in zip(
+        captures, speaker.compute_logprobs([a.conversation for a in answers]), strict=True
+    ):
         assert np.array_equal(one.tokens.ids_T, tokens.ids_T)
         assert len(one.distributions) == int(tokens.loss_mask_T.sum())
         assert one.distributions.offsets_N1[-1] == len(one.distributions.ids_M)
@@ -249,8 +338,12 @@ def test_what_is_read_is_what_the_teacher_said_with_its_rows(tmp_path: Path) -> 
         assert np.abs(mass - 1).max() <= SETTINGS["tau"] + 1e-3
         row = np.repeat(np.arange(len(one.distributions)), np.diff(one.distributions.offsets_N1))
         p = logprobs_NW.double().exp().numpy()[row, one.distributions.ids_M]
-        head = p >= 2 * SETTINGS["tau"]  # away from the threshold, where batches of another shape round otherwise
-        assert np.allclose(np.log(one.distributions.probs_M[head]), np.log(p[head]), rtol=0, atol=1e-3)
+        head = (
+            p >= 2 * SETTINGS["tau"]
+        )  # away from the threshold, where batches of another shape round otherwise
+        assert np.allclose(
+            np.log(one.distributions.probs_M[head]), np.log(p[head]), rtol=0, atol=1e-3
+        )
 
 
 def test_the_likeliest_and_a_rest_are_kept_where_a_kl_is_asked_for(tmp_path: Path) -> None:
@@ -263,15 +356,27 @@ def test_the_likeliest_and_a_rest_are_kept_where_a_kl_is_asked_for(tmp_path: Pat
     speaker = Teacher("qwen-sapling", opened("qwen-sapling")[0], engine("qwen-sapling"))
     for unit in planned:
         captures = cache.read_unit(tmp_path / "one", unit.name)
-        seen_W = 1.0 + np.bincount(np.concatenate([c.tokens.ids_T for c in captures]), minlength=len(speaker.renderer.vocabulary))
-        for one, (_, logs_NW) in zip(captures, speaker.compute_logprobs([c.answer.conversation for c in captures]), strict=True):
+        seen_W = 1.0 + np.bincount(
+            np.concatenate([c.tokens.ids_T for c in captures]),
+            minlength=len(speaker.renderer.vocabulary),
+        )
+        for one, (_, logs_NW) in zip(
+            captures,
+            speaker.compute_logprobs([c.answer.conversation for c in captures]),
+            strict=True,
+        ):
             assert one.distributions.kind is DistributionKind.TOPK
-            p_NW, row = logs_NW.double().exp().numpy(), np.repeat(np.arange(len(one.distributions)), np.diff(one.distributions.offsets_N1))
+            p_NW, row = (
+                logs_NW.double().exp().numpy(),
+                np.repeat(np.arange(len(one.distributions)), np.diff(one.distributions.offsets_N1)),
+            )
             q_NW = np.zeros_like(p_NW)
             q_NW[row, one.distributions.ids_M] = one.distributions.probs_M
             spread_NW = np.where(q_NW > 0, 0, seen_W)
             q_NW += (1 - q_NW.sum(1, keepdims=True)) * spread_NW / spread_NW.sum(1, keepdims=True)
-            assert (p_NW * (np.log(p_NW) - np.log(q_NW))).sum(1).max() <= 0.02 + 1e-4  # another batch rounds otherwise
+            assert (p_NW * (np.log(p_NW) - np.log(q_NW))).sum(
+                1
+            ).max() <= 0.02 + 1e-4  # another batch rounds otherwise
 
 
 def test_rows_are_kept_in_one_way(tmp_path: Path) -> None:
@@ -282,21 +387,34 @@ def test_rows_are_kept_in_one_way(tmp_path: Path) -> None:
 # --- what is left out ---
 
 
-def test_answers_that_are_not_whole_are_counted_and_prompts_are_kept_or_left_out(tmp_path: Path) -> None:
+def test_answers_that_are_not_whole_are_counted_and_prompts_are_kept_or_left_out(
+    tmp_path: Path,
+) -> None:
     name = "llama-sapling"
-    whole, cut, odd = words(name, "a whole answer", "<|eot_id|>"), words(name, "cut "), words(name, "x", "<|begin_of_text|>", "<|eot_id|>")
+    whole, cut, odd = (
+        words(name, "a whole answer", "<|eot_id|>"),
+        words(name, "cut "),
+        words(name, "x", "<|begin_of_text|>", "<|eot_id|>"),
+    )
     some, cast = prompts(5), Cast(dict.fromkeys(ALONE.parts, ((name, 1.0),)), ())
     planned = units(some, cast=cast)
     says = [whole, cut, odd, whole, odd, odd, cut, odd, whole, whole]
     ask(planned, tmp_path, scripted(name, *says))
     told = capture_summary(planned, tmp_path)
-    assert (told["prompts"], told["kept"], told["left_out"]) == (10, 4, {"length": 2, "malformed": 4})
+    assert (told["prompts"], told["kept"], told["left_out"]) == (
+        10,
+        4,
+        {"length": 2, "malformed": 4},
+    )
     assert told["prompts"] == told["kept"] + sum(told["left_out"].values())
     assert told["teachers"].keys() == {name}
     captures = list(read(planned, tmp_path))
     assert [c.answer.prompt_id for c in captures] == [some[k].id for k in (0, 3, 8, 9)]
     assert (told["tokens"], told["positions"], told["entries"]) == (
-        sum(len(c.tokens) for c in captures), sum(len(c.distributions) for c in captures), sum(len(c.distributions.ids_M) for c in captures))
+        sum(len(c.tokens) for c in captures),
+        sum(len(c.distributions) for c in captures),
+        sum(len(c.distributions.ids_M) for c in captures),
+    )
     assert told["bytes"] == sum(p.stat().st_size for p in (tmp_path / "units").iterdir())
 
 
@@ -304,19 +422,36 @@ def test_an_answer_without_the_thought_it_was_asked_for_is_left_out(tmp_path: Pa
     """Cut thoughts are counted as cut answers; a prompt without a mode may be answered either way."""
     name = "qwen-sapling"
     control = opened(name)[0].vocabulary.control_token_ids
-    thinks = [control["<think>"], *words(name, "hm"), control["</think>"], *words(name, "42", "<|im_end|>")]
+    thinks = [
+        control["<think>"],
+        *words(name, "hm"),
+        control["</think>"],
+        *words(name, "42", "<|im_end|>"),
+    ]
     direct, cut = words(name, "42", "<|im_end|>"), [control["<think>"], *words(name, "hm and hm")]
-    cases = [(ThinkingEffort.HIGH, thinks), (ThinkingEffort.HIGH, direct), (ThinkingEffort.HIGH, cut), (ThinkingEffort.NONE, direct), (None, direct), (ThinkingEffort.LOW, direct)]
+    cases = [
+        (ThinkingEffort.HIGH, thinks),
+        (ThinkingEffort.HIGH, direct),
+        (ThinkingEffort.HIGH, cut),
+        (ThinkingEffort.NONE, direct),
+        (None, direct),
+        (ThinkingEffort.LOW, direct),
+    ]
     some = [replace(p, effort=effort) for p, (effort, _) in zip(prompts(6), cases, strict=False)]
     planned = units(some, size=6)
     ask(planned, tmp_path, scripted(name, *(says for _, says in cases)))
     told = capture_summary(planned, tmp_path)
     assert (told["kept"], told["left_out"]) == (3, {"thoughtless": 2, "length": 1})
     assert [(c.answer.effort, c.answer.conversation.effort) for c in read(planned, tmp_path)] == [
-        (ThinkingEffort.HIGH, ThinkingEffort.HIGH), (ThinkingEffort.NONE, ThinkingEffort.NONE), (None, ThinkingEffort.NONE)]
+        (ThinkingEffort.HIGH, ThinkingEffort.HIGH),
+        (ThinkingEffort.NONE, ThinkingEffort.NONE),
+        (None, ThinkingEffort.NONE),
+    ]
 
 
-def test_an_answer_that_its_own_template_refuses_is_left_out_and_not_the_end_of_the_run(tmp_path: Path) -> None:
+def test_an_answer_that_its_own_template_refuses_is_left_out_and_not_the_end_of_the_run(
+    tmp_path: Path,
+) -> None:
     """gpt-oss' template raises where a text speaks of its channels; a teacher may well say such a thing."""
     name = "llama-sapling"
     says = [words(name, text, "<|eot_id|>") for text in ("fine", "of <channel>", "fine")]
@@ -337,7 +472,10 @@ def test_an_answer_that_its_own_template_refuses_is_left_out_and_not_the_end_of_
 def test_nothing_whole_is_refused(tmp_path: Path) -> None:
     planned = units(prompts(3))
     ask(planned, tmp_path, max_new_tokens=2)
-    with pytest.raises(RefusedError, match=r"no answer of 6 is whole \(\{'length': 6\}\) -> raise capture.max_new_tokens") as caught:
+    with pytest.raises(
+        RefusedError,
+        match=r"no answer of 6 is whole \(\{'length': 6\}\) -> raise capture.max_new_tokens",
+    ) as caught:
         capture_summary(planned, tmp_path)
     assert caught.value.exit_code == 4
     assert list(read(planned, tmp_path)) == []
@@ -350,7 +488,9 @@ def test_a_summary_before_all_is_captured_is_refused_with_the_missing_unit(tmp_p
         capture_summary(planned, tmp_path)
 
 
-def test_each_teachers_captures_are_a_cache_of_their_own_with_the_casts_share(tmp_path: Path) -> None:
+def test_each_teachers_captures_are_a_cache_of_their_own_with_the_casts_share(
+    tmp_path: Path,
+) -> None:
     both = Cast({"languages": (("qwen-sapling", 1.0),), "reasoning": (("gemma-sapling", 1.0),)}, ())
     planned = units(prompts(5), cast=both)
     for name in ("qwen-sapling", "gemma-sapling"):
@@ -358,10 +498,14 @@ def test_each_teachers_captures_are_a_cache_of_their_own_with_the_casts_share(tm
     (one, share), (other, rest) = open_teacher_caches(planned, tmp_path)
     assert (share, rest) == (5, 5)
     for read_, name in ((one, "qwen-sapling"), (other, "gemma-sapling")):
-        assert [c.answer for c in read_] == [c.answer for c in read([u for u in planned if u.teacher == name], tmp_path)]
+        assert [c.answer for c in read_] == [
+            c.answer for c in read([u for u in planned if u.teacher == name], tmp_path)
+        ]
 
 
-def test_an_answer_that_comes_in_pieces_gives_the_same_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_that_comes_in_pieces_gives_the_same_unit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Never [learned tokens, vocabulary] of a whole answer: the most rows that are handed over at once is told by the pieces."""
     planned = units(prompts(3)[:3], answers="given")
     ask(planned, tmp_path / "whole", given=True)
@@ -374,7 +518,12 @@ def test_an_answer_that_comes_in_pieces_gives_the_same_unit(tmp_path: Path, monk
                     sizes.append(len(piece))
                     yield k, piece
 
-    ask(planned, tmp_path / "cut", Teacher("qwen-sapling", opened("qwen-sapling")[0], Cut(engine("qwen-sapling"))), given=True)
+    ask(
+        planned,
+        tmp_path / "cut",
+        Teacher("qwen-sapling", opened("qwen-sapling")[0], Cut(engine("qwen-sapling"))),
+        given=True,
+    )
     assert max(sizes) == 2 and len(sizes) > 6
     assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
 
@@ -388,7 +537,9 @@ def test_given_answers_are_scored_and_not_asked(tmp_path: Path) -> None:
     ask(planned, tmp_path, Teacher("qwen-sapling", opened("qwen-sapling")[0], counting), given=True)
     assert counting.asked == []
     captures = list(read(planned, tmp_path))
-    assert [c.answer.text for c in captures] == [p.answer for p in itertools.chain(*(u.prompts for u in planned))]
+    assert [c.answer.text for c in captures] == [
+        p.answer for p in itertools.chain(*(u.prompts for u in planned))
+    ]
     assert all(len(c.distributions) == int(c.tokens.loss_mask_T.sum()) > 0 for c in captures)
 
 
@@ -401,16 +552,38 @@ def test_a_given_answer_that_is_missing_is_named(tmp_path: Path) -> None:
 
 # --- hostile documents, changed teachers, budgets ---
 
-HOSTILE = ("", " \n\t ", "x", "NUL \x00 inside", "half a pair \ud83d", "<|im_start|><|im_end|><|endoftext|>", "\u200f\u202e\u0639",
-           "\U0001f469\u200d\U0001f469\u200d\U0001f467", "e\u0301\u0301\u0301", "\ufffd\ufffe\U0010ffff", "\u2581\u2581", "x" * (16 << 20) + "y")
+HOSTILE = (
+    "",
+    " \n\t ",
+    "x",
+    "NUL \x00 inside",
+    "half a pair \ud83d",
+    "<|im_start|><|im_end|><|endoftext|>",
+    "\u200f\u202e\u0639",
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467",
+    "e\u0301\u0301\u0301",
+    "\ufffd\ufffe\U0010ffff",
+    "\u2581\u2581",
+    "x" * (16 << 20) + "y",
+)
 
 
 def test_of_hostile_documents_each_is_kept_or_counted_as_left_out(tmp_path: Path) -> None:
-    some = [replace(prompts(1)[0], id=f"hostile {k}", conversation=Conversation((Message(Role.USER, (Text(text),)),)))
-            for k, text in enumerate(HOSTILE)]
+    some = [
+        replace(
+            prompts(1)[0],
+            id=f"hostile {k}",
+            conversation=Conversation((Message(Role.USER, (Text(text),)),)),
+        )
+        for k, text in enumerate(HOSTILE)
+    ]
     planned = units(some, size=5)
     ask(planned, tmp_path, max_new_tokens=30)
-    told = capture_summary(planned, tmp_path) if any(cache.read_record(tmp_path, u.name)["answers"] for u in planned) else None
+    told = (
+        capture_summary(planned, tmp_path)
+        if any(cache.read_record(tmp_path, u.name)["answers"] for u in planned)
+        else None
+    )
     records = [cache.read_record(tmp_path, u.name) for u in planned]
     assert sum(r["answers"] + sum(r["dropped"].values()) for r in records) == len(HOSTILE)
     refused = {name: why for r in records for name, why in r["quarantine"]}
@@ -422,7 +595,9 @@ def test_of_hostile_documents_each_is_kept_or_counted_as_left_out(tmp_path: Path
     assert len(refused) < len(HOSTILE) - 6  # the odd ones are asked
 
 
-def test_a_prompt_past_the_models_positions_is_not_asked_and_an_answer_past_them_not_kept(tmp_path: Path) -> None:
+def test_a_prompt_past_the_models_positions_is_not_asked_and_an_answer_past_them_not_kept(
+    tmp_path: Path,
+) -> None:
     some = prompts(3)[:3]
     speaker = Teacher("qwen-sapling", opened("qwen-sapling")[0], engine("qwen-sapling"))
     lengths = [len(speaker.renderer.render_prompt(p.conversation)) for p in some]
@@ -430,14 +605,26 @@ def test_a_prompt_past_the_models_positions_is_not_asked_and_an_answer_past_them
     planned = units(some, answers="given")
     context = max(lengths)
     counting = Counting(engine("qwen-sapling"))
-    ask(units(some), tmp_path / "ask", replace(speaker, engine=counting, max_context_tokens=context))
+    ask(
+        units(some), tmp_path / "ask", replace(speaker, engine=counting, max_context_tokens=context)
+    )
     assert len(counting.asked) == sum(n < context for n in lengths) < 3
     record = cache.read_record(tmp_path / "ask", units(some)[0].name)
-    assert [name for name, _ in record["quarantine"]] == [p.id for p, n in zip(some, lengths, strict=True) if n == context]
-    assert f"{context:,} tokens, and qwen-sapling has positions for {context:,}" in record["quarantine"][0][1]
-    ask(planned, tmp_path / "given", replace(speaker, max_context_tokens=max(whole) - 1), given=True)
+    assert [name for name, _ in record["quarantine"]] == [
+        p.id for p, n in zip(some, lengths, strict=True) if n == context
+    ]
+    assert (
+        f"{context:,} tokens, and qwen-sapling has positions for {context:,}"
+        in record["quarantine"][0][1]
+    )
+    ask(
+        planned, tmp_path / "given", replace(speaker, max_context_tokens=max(whole) - 1), given=True
+    )
     record = cache.read_record(tmp_path / "given", planned[0].name)
-    assert (record["answers"], record["dropped"]) == (sum(n < max(whole) for n in whole), {"length": whole.count(max(whole))})
+    assert (record["answers"], record["dropped"]) == (
+        sum(n < max(whole) for n in whole),
+        {"length": whole.count(max(whole))},
+    )
     ask(planned, tmp_path / "all", replace(speaker, max_context_tokens=max(whole)), given=True)
     assert cache.read_record(tmp_path / "all", planned[0].name)["answers"] == 3
 
@@ -445,11 +632,23 @@ def test_a_prompt_past_the_models_positions_is_not_asked_and_an_answer_past_them
 def test_what_came_in_is_kept_skipped_or_set_aside(tmp_path: Path) -> None:
     hostile = Conversation((Message(Role.USER, (Text("half \ud83d"),)),))
     some = [*prompts(3)[:3], replace(prompts(1)[0], id="hostile", conversation=hostile)]
-    corpus = Corpus(tuple(some), (("twice", RemovalReason.DUPLICATE),), (MalformedLine("p.jsonl:7", "not JSON", 9, "{"),))
+    corpus = Corpus(
+        tuple(some),
+        (("twice", RemovalReason.DUPLICATE),),
+        (MalformedLine("p.jsonl:7", "not JSON", 9, "{"),),
+    )
     ask(units(some), tmp_path)
-    told, aside = capture_summary(units(some), tmp_path), quarantine_records(units(some), tmp_path, corpus.malformed)
+    told, aside = (
+        capture_summary(units(some), tmp_path),
+        quarantine_records(units(some), tmp_path, corpus.malformed),
+    )
     found = account_for_prompts(told, corpus, aside)
-    assert (found["in"], found["kept"], found["skipped"], found["quarantined"]) == (6, told["kept"], 4 - told["kept"], 2)
+    assert (found["in"], found["kept"], found["skipped"], found["quarantined"]) == (
+        6,
+        told["kept"],
+        4 - told["kept"],
+        2,
+    )
     assert found["quarantine"][0] == {"where": "p.jsonl:7", "why": "not JSON"}
     assert found["quarantine"][1]["where"].startswith("prompt hostile, qwen-sapling, unit ")
     with pytest.raises(AssertionError, match=r"prompts were lost: .*'in': 6"):
@@ -464,8 +663,15 @@ def test_an_answer_that_a_server_filtered_is_set_aside_with_that_reason(tmp_path
             first, *rest = super().answer(prompts, max_new_tokens)
             return [replace(first, finish=FinishReason.REFUSED), *rest]
 
-    ask(units(some), tmp_path, Filtering("qwen-sapling", opened("qwen-sapling")[0], engine("qwen-sapling")))
-    told, aside = capture_summary(units(some), tmp_path), quarantine_records(units(some), tmp_path, ())
+    ask(
+        units(some),
+        tmp_path,
+        Filtering("qwen-sapling", opened("qwen-sapling")[0], engine("qwen-sapling")),
+    )
+    told, aside = (
+        capture_summary(units(some), tmp_path),
+        quarantine_records(units(some), tmp_path, ()),
+    )
     assert told["left_out"] == {"refused": 1}
     assert [a["why"] for a in aside] == ["the server refused to answer: its content filter"]
     assert account_for_prompts(told, Corpus(tuple(some), ()), aside)["quarantined"] == 1
@@ -474,7 +680,10 @@ def test_an_answer_that_a_server_filtered_is_set_aside_with_that_reason(tmp_path
 def test_a_teacher_that_changed_half_way_is_refused_and_what_stands_stays(tmp_path: Path) -> None:
     ask(units(prompts(6))[:1], tmp_path)
     before = tree(tmp_path)
-    with pytest.raises(RefusedError, match=r"units of another qwen-sapling stand here: .* -> give this run another --out") as caught:
+    with pytest.raises(
+        RefusedError,
+        match=r"units of another qwen-sapling stand here: .* -> give this run another --out",
+    ) as caught:
         ask(units(prompts(6), identity="weights 2"), tmp_path)
     assert caught.value.exit_code == 4
     assert tree(tmp_path) == before
@@ -502,16 +711,40 @@ def cache_records(folder: Path) -> list[Path]:
 def test_progress_tells_tokens_a_second_and_the_time_that_is_left() -> None:
     seconds = iter([0.0, 1.0, 10.0, 30.0, 400.0])
     pace = CaptureBudget(1000, clock=lambda: next(seconds))
-    assert pace.record_unit(UnitProgress(200, 900, is_new=False)) == (0.2, "200/1000 prompts")  # it stood there: says nothing of the pace
-    assert pace.record_unit(UnitProgress(100, 500, is_new=True)) == (0.3, "300/1000 prompts, 50 tokens/s, 70 s left")
-    assert pace.record_unit(UnitProgress(100, 1000, is_new=True)) == (0.4, "400/1000 prompts, 50 tokens/s, 90 s left")
-    assert pace.record_unit(UnitProgress(600, 2500, is_new=True)) == (1.0, "1000/1000 prompts, 10 tokens/s")
+    assert pace.record_unit(UnitProgress(200, 900, is_new=False)) == (
+        0.2,
+        "200/1000 prompts",
+    )  # it stood there: says nothing of the pace
+    assert pace.record_unit(UnitProgress(100, 500, is_new=True)) == (
+        0.3,
+        "300/1000 prompts, 50 tokens/s, 70 s left",
+    )
+    assert pace.record_unit(UnitProgress(100, 1000, is_new=True)) == (
+        0.4,
+        "400/1000 prompts, 50 tokens/s, 90 s left",
+    )
+    assert pace.record_unit(UnitProgress(600, 2500, is_new=True)) == (
+        1.0,
+        "1000/1000 prompts, 10 tokens/s",
+    )
 
 
-@pytest.mark.parametrize(("limit", "reason"), [
-    ({"tokens": 1000}, r"capture\.tokens: the budget is spent: 1,100 tokens for 20 of 30 prompts -> raise capture\.tokens"),
-    ({"hours": 0.5}, r"capture\.hours: the budget is spent: 0\.56 hours for 20 of 30 prompts -> raise capture\.hours and run again")])
-def test_a_budget_that_is_spent_stops_the_capture_unless_it_is_done(limit: dict[str, float], reason: str) -> None:
+@pytest.mark.parametrize(
+    ("limit", "reason"),
+    [
+        (
+            {"tokens": 1000},
+            r"capture\.tokens: the budget is spent: 1,100 tokens for 20 of 30 prompts -> raise capture\.tokens",
+        ),
+        (
+            {"hours": 0.5},
+            r"capture\.hours: the budget is spent: 0\.56 hours for 20 of 30 prompts -> raise capture\.hours and run again",
+        ),
+    ],
+)
+def test_a_budget_that_is_spent_stops_the_capture_unless_it_is_done(
+    limit: dict[str, float], reason: str
+) -> None:
     seconds = iter([0.0, 1000.0, 2000.0, 3000.0])
     pace = CaptureBudget(30, clock=lambda: next(seconds), **limit)  # type: ignore[arg-type]
     pace.record_unit(UnitProgress(10, 500, is_new=True))

@@ -30,7 +30,9 @@ from tests.cli.test_cli import tree
 from tests.disks import STEPS, Dying, Failing, Recording, Step, after_power_loss
 
 NAMES = tuple(f"unit{k}" for k in range(3))
-SAID = {name: captures(k, 3) for k, name in enumerate(NAMES)}  # made before any fork: torch's threads do not survive one
+SAID = {
+    name: captures(k, 3) for k, name in enumerate(NAMES)
+}  # made before any fork: torch's threads do not survive one
 
 
 def work(folder: Path) -> int:
@@ -42,7 +44,11 @@ def work(folder: Path) -> int:
 
 
 def visible(folder: Path) -> dict[str, bytes]:
-    return {name: data for name, data in tree(folder).items() if not name.rpartition("/")[2].startswith(".")}
+    return {
+        name: data
+        for name, data in tree(folder).items()
+        if not name.rpartition("/")[2].startswith(".")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +82,22 @@ def killed(folder: Path, disk: store.Disk) -> bool:
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_killed_at_every_step_it_goes_on_to_the_same_bytes(tmp_path: Path, whole: dict[str, bytes], after: bool) -> None:
+def test_killed_at_every_step_it_goes_on_to_the_same_bytes(
+    tmp_path: Path, whole: dict[str, bytes], after: bool
+) -> None:
     at = 0
     while killed(tmp_path / f"{(at := at + 1)}", Dying(at, after)):
         folder = tmp_path / f"{at}"
         stood = len(committed_units(folder)) if folder.is_dir() else 0
-        assert len(list(folder.glob("units/*.safetensors"))) <= stood + 1  # at most one unit is done twice
+        assert (
+            len(list(folder.glob("units/*.safetensors"))) <= stood + 1
+        )  # at most one unit is done twice
         before = visible(folder)
-        assert [f for f in verify_cache(folder) if not f.is_harmless] == [] if folder.is_dir() else True
+        assert (
+            [f for f in verify_cache(folder) if not f.is_harmless] == []
+            if folder.is_dir()
+            else True
+        )
         assert work(folder) == len(NAMES) - stood
         assert visible(folder) == whole
         assert {n: d for n, d in before.items() if "commits" in n}.items() <= whole.items()
@@ -91,7 +105,9 @@ def test_killed_at_every_step_it_goes_on_to_the_same_bytes(tmp_path: Path, whole
     assert at > 36
 
 
-def test_killed_again_and_again_each_unit_is_asked_at_most_once_more(tmp_path: Path, whole: dict[str, bytes]) -> None:
+def test_killed_again_and_again_each_unit_is_asked_at_most_once_more(
+    tmp_path: Path, whole: dict[str, bytes]
+) -> None:
     rng, kills = random.Random(3), 0
     while killed(tmp_path, Dying(rng.randrange(4, 20), rng.random() < 0.5)):
         kills += 1
@@ -110,7 +126,10 @@ def recorded(folder: Path, forget: tuple[str, ...] = ()) -> list[Step]:
         with tempfile.TemporaryDirectory() as real:
             work(Path(real) / "run")
             base = Path(real)
-    return [tuple(folder / p.relative_to(base) if isinstance(p, Path) else p for p in step) for step in disk.steps]
+    return [
+        tuple(folder / p.relative_to(base) if isinstance(p, Path) else p for p in step)
+        for step in disk.steps
+    ]
 
 
 def lay(root: Path, found: dict[Path, bytes | None]) -> None:
@@ -127,8 +146,14 @@ def sound_after_power_loss(folder: Path, steps: list[Step], every: int = 1) -> C
     told: Counter[str] = Counter()
     promised: list[str] = []
     for length in range(0, len(steps) + 1):
-        if length and steps[length - 1][0] == "sync_folder" and steps[length - 1][1].name == "commits":
-            promised = [NAMES[k] for k in range(len(promised) + 1)]  # write_unit returned: this one was promised
+        if (
+            length
+            and steps[length - 1][0] == "sync_folder"
+            and steps[length - 1][1].name == "commits"
+        ):
+            promised = [
+                NAMES[k] for k in range(len(promised) + 1)
+            ]  # write_unit returned: this one was promised
         if length % every:
             continue
         for found in after_power_loss(steps[:length]):
@@ -145,7 +170,9 @@ def sound_after_power_loss(folder: Path, steps: list[Step], every: int = 1) -> C
     return told
 
 
-def test_after_a_power_loss_no_committed_unit_is_broken_and_none_is_lost(tmp_path: Path, whole: dict[str, bytes]) -> None:
+def test_after_a_power_loss_no_committed_unit_is_broken_and_none_is_lost(
+    tmp_path: Path, whole: dict[str, bytes]
+) -> None:
     steps = recorded(tmp_path / "disk")
     assert {s[0] for s in steps} == set(STEPS)
     assert len(steps) > 36
@@ -160,10 +187,17 @@ def test_after_a_power_loss_no_committed_unit_is_broken_and_none_is_lost(tmp_pat
 # --- a disk that fails ---
 
 
-@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EMFILE], ids=lambda e: errno.errorcode[e])
+@pytest.mark.parametrize(
+    "error", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EMFILE], ids=lambda e: errno.errorcode[e]
+)
 @pytest.mark.parametrize("lasts", [False, True], ids=["once", "from then on"])
 def test_whatever_fails_is_told_and_costs_nothing_that_was_committed(
-        tmp_path: Path, whole: dict[str, bytes], on: Callable[[store.Disk], None], error: int, lasts: bool) -> None:
+    tmp_path: Path,
+    whole: dict[str, bytes],
+    on: Callable[[store.Disk], None],
+    error: int,
+    lasts: bool,
+) -> None:
     at, fired, stride = 0, 0, 1 if error == errno.ENOSPC else 3
     while True:
         at += stride
@@ -189,7 +223,9 @@ def test_whatever_fails_is_told_and_costs_nothing_that_was_committed(
     assert at > 36
 
 
-def test_a_file_that_cannot_be_opened_is_not_called_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_opened_is_not_called_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     work(tmp_path)
     fired = []
 
@@ -198,7 +234,10 @@ def test_a_file_that_cannot_be_opened_is_not_called_broken(tmp_path: Path, monke
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     monkeypatch.setattr(cache.np, "memmap", refuse)
-    with pytest.raises(StorageError, match=r"unit0\.safetensors: cannot read: Too many open files -> look at the disk and at `ulimit -n`"):
+    with pytest.raises(
+        StorageError,
+        match=r"unit0\.safetensors: cannot read: Too many open files -> look at the disk and at `ulimit -n`",
+    ):
         cache.open_unit(tmp_path, "unit0")
     monkeypatch.undo()
     monkeypatch.setattr(Path, "read_bytes", refuse)
@@ -215,7 +254,9 @@ def test_a_reader_of_more_units_than_files_may_be_open(tmp_path: Path) -> None:
     if not child:
         status = 1
         try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (64 + len(os.listdir("/proc/self/fd")), 4096))
+            resource.setrlimit(
+                resource.RLIMIT_NOFILE, (64 + len(os.listdir("/proc/self/fd")), 4096)
+            )
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("persea.cache.reader.MAX_OPEN_UNITS", 32)
                 read = open_cache_reader(tmp_path, [f"u{k}" for k in range(150)])
@@ -257,8 +298,12 @@ def test_no_flip_passes_a_reader(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("forget", ["sync", "sync_folder"])
-def test_without_fsync_a_power_loss_breaks_or_loses_committed_units(tmp_path: Path, forget: str) -> None:
-    told = sound_after_power_loss(tmp_path / "disk", recorded(tmp_path / "disk", (forget,)), every=5)
+def test_without_fsync_a_power_loss_breaks_or_loses_committed_units(
+    tmp_path: Path, forget: str
+) -> None:
+    told = sound_after_power_loss(
+        tmp_path / "disk", recorded(tmp_path / "disk", (forget,)), every=5
+    )
     assert told["sound"] < told["disks"]
 
 
@@ -266,7 +311,9 @@ def test_without_digests_flips_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     fixed = hashlib.sha256(b"")
 
     def same(*_: object) -> SimpleNamespace:
-        return SimpleNamespace(update=lambda data: None, digest=fixed.digest, hexdigest=fixed.hexdigest)
+        return SimpleNamespace(
+            update=lambda data: None, digest=fixed.digest, hexdigest=fixed.hexdigest
+        )
 
     monkeypatch.setattr(cache, "hashlib", SimpleNamespace(sha256=same))
     work(tmp_path)
@@ -277,7 +324,9 @@ def test_without_digests_flips_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert passed
 
 
-def test_without_commits_work_is_done_again_or_taken_for_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, bytes]) -> None:
+def test_without_commits_work_is_done_again_or_taken_for_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, bytes]
+) -> None:
     monkeypatch.setattr(store, "create_json_once", lambda path, record: None)
     work(tmp_path)
     assert work(tmp_path) == len(NAMES)  # all of it again

@@ -70,7 +70,11 @@ def test_an_epoch_holds_every_answer_once_in_its_own_order(folder: Path) -> None
 def test_an_epoch_decodes_every_block_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read, decoded = open_cache_reader(folder, NAMES), Counter[int]()
     block = reader.CacheUnit.read_block
-    monkeypatch.setattr(reader.CacheUnit, "block", lambda self, k: (decoded.update([hash((self.path, k))]), block(self, k))[1])
+    monkeypatch.setattr(
+        reader.CacheUnit,
+        "block",
+        lambda self, k: (decoded.update([hash((self.path, k))]), block(self, k))[1],
+    )
     for number in read.epoch_order(3, 0).tolist():
         read[number]
     assert len(decoded) == len(read.block_locations_B)
@@ -92,7 +96,9 @@ def test_a_damaged_or_missing_unit_is_named(folder: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-3] ^= 4
     path.write_bytes(data)
-    with pytest.raises(DataError, match=r"units/u2\.safetensors: the bytes of block . do not match"):
+    with pytest.raises(
+        DataError, match=r"units/u2\.safetensors: the bytes of block . do not match"
+    ):
         [read[number] for number in range(len(read))]
     path.unlink()
     with pytest.raises(DataError, match=r"units/u2\.safetensors: committed, but No such file"):
@@ -116,10 +122,14 @@ def test_chosen_answers_come_in_the_order_of_the_whole(folder: Path) -> None:
     for k, number in enumerate(numbers.tolist()):
         assert_same(some[k], read[number])
     for epoch in range(3):
-        assert numbers[some.epoch_order(5, epoch)].tolist() == [n for n in read.epoch_order(5, epoch).tolist() if n in numbers]
+        assert numbers[some.epoch_order(5, epoch)].tolist() == [
+            n for n in read.epoch_order(5, epoch).tolist() if n in numbers
+        ]
 
 
-def test_shares_hold_in_every_stretch_and_a_draw_depends_on_its_number_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shares_hold_in_every_stretch_and_a_draw_depends_on_its_number_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(reader, "DRAWS_PER_CHUNK", 64)
     forget()
     readers = tuple(open_cache_reader(folder, [name]) for name in ("u0", "u2", "u3"))
@@ -133,14 +143,29 @@ def test_shares_hold_in_every_stretch_and_a_draw_depends_on_its_number_alone(fol
             assert np.abs(counts - share * width).max() <= 2.5
     forget()
     said = [mixed.draw(n).answer for n in range(60)]
-    again = CacheMixture(tuple(open_cache_reader(folder, [name]) for name in ("u0", "u2", "u3")), (0.5, 0.3, 0.2), seed=4)
-    assert [again.draw(n).answer for n in (59, 7, 30)] == [said[59], said[7], said[30]]  # resumed from any step
+    again = CacheMixture(
+        tuple(open_cache_reader(folder, [name]) for name in ("u0", "u2", "u3")),
+        (0.5, 0.3, 0.2),
+        seed=4,
+    )
+    assert [again.draw(n).answer for n in (59, 7, 30)] == [
+        said[59],
+        said[7],
+        said[30],
+    ]  # resumed from any step
     first = [a for n, a in enumerate(said) if places[n][0] == 0]
-    assert Counter(a.prompt_id for a in first[:7]) == Counter(c.answer.prompt_id for c in captures(0, 7))  # an epoch
+    assert Counter(a.prompt_id for a in first[:7]) == Counter(
+        c.answer.prompt_id for c in captures(0, 7)
+    )  # an epoch
     forget()
 
 
-@pytest.mark.parametrize(("names", "shares"), [(["u0"], (0.5, 0.5)), (["u0", "u1"], (0.5, 0.5)), (["u0", "u2"], (1.0, 0.0))])
-def test_a_mixture_that_makes_no_sense_is_refused(folder: Path, names: list[str], shares: tuple[float, ...]) -> None:
+@pytest.mark.parametrize(
+    ("names", "shares"),
+    [(["u0"], (0.5, 0.5)), (["u0", "u1"], (0.5, 0.5)), (["u0", "u2"], (1.0, 0.0))],
+)
+def test_a_mixture_that_makes_no_sense_is_refused(
+    folder: Path, names: list[str], shares: tuple[float, ...]
+) -> None:
     with pytest.raises(DataError, match=r"mixture: \d caches of .* -> give each"):
         CacheMixture(tuple(open_cache_reader(folder, [n]) for n in names), shares, 0)

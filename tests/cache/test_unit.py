@@ -33,19 +33,40 @@ def captures(seed: int, count: int) -> list[CachedAnswer]:
         learn = rng.random(length) < 0.6
         learn[-1] = True
         starts = np.sort(rng.integers(-1, 40, length)).astype(np.int32)
-        tokens = RenderedTokens(rng.integers(0, 40, length).astype(np.int32), starts, starts + 1, learn)
-        logs = torch.log_softmax(torch.from_numpy(rng.normal(size=(int(learn.sum()), 40)) * rng.uniform(0, 9)), -1).float()
+        tokens = RenderedTokens(
+            rng.integers(0, 40, length).astype(np.int32), starts, starts + 1, learn
+        )
+        logs = torch.log_softmax(
+            torch.from_numpy(rng.normal(size=(int(learn.sum()), 40)) * rng.uniform(0, 9)), -1
+        ).float()
         rows = sample_distributions(logs, tokens.ids_T[learn], TAU, str(k))
-        said = [(Text("ありがとう \x00 \ue000"),), (Thinking("hm\n"), Text("42")), (Text(""),)][k % 3]
+        said = [(Text("ありがとう \x00 \ue000"),), (Thinking("hm\n"), Text("42")), (Text(""),)][
+            k % 3
+        ]
         asked = Conversation.from_question(f"question {k}", system="be brief" if k % 2 else "")
-        out.append(CachedAnswer(Answer(f"{seed} id/{k}", "teacher", "code", "th", asked.with_answer(*said), FinishReason.STOP), tokens, rows))
+        out.append(
+            CachedAnswer(
+                Answer(
+                    f"{seed} id/{k}",
+                    "teacher",
+                    "code",
+                    "th",
+                    asked.with_answer(*said),
+                    FinishReason.STOP,
+                ),
+                tokens,
+                rows,
+            )
+        )
     return out
 
 
 def assert_same(one: CachedAnswer, other: CachedAnswer) -> None:
     assert one.answer == other.answer
-    for part, fields in ((lambda c: c.tokens, ("ids_T", "starts_T", "ends_T", "loss_mask_T")),
-                         (lambda c: c.rows, ("offsets_N1", "ids_M", "probs_M", "target_logprob_N"))):
+    for part, fields in (
+        (lambda c: c.tokens, ("ids_T", "starts_T", "ends_T", "loss_mask_T")),
+        (lambda c: c.rows, ("offsets_N1", "ids_M", "probs_M", "target_logprob_N")),
+    ):
         for field in fields:
             a, b = getattr(part(one), field), getattr(part(other), field)
             if field in ("probs_M", "target_logprob_N"):
@@ -57,7 +78,9 @@ def assert_same(one: CachedAnswer, other: CachedAnswer) -> None:
             assert a.dtype == b.dtype, field
 
 
-def test_blocks_are_read_alone_and_each_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_are_read_alone_and_each_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cache, "MIN_BLOCK_TOKENS", 40)
     written = captures(3, 12)
     cache.write_unit(tmp_path, "u", written, {}, tau=TAU)
@@ -66,21 +89,26 @@ def test_blocks_are_read_alone_and_each_is_checked(tmp_path: Path, monkeypatch: 
     assert len(unit) == firsts[-1] == 12
     assert len(firsts) > 4
     for k in (2, 0, len(firsts) - 2):
-        for one, other in zip(written[firsts[k]:firsts[k + 1]], unit.read_block(k), strict=True):
+        for one, other in zip(written[firsts[k] : firsts[k + 1]], unit.read_block(k), strict=True):
             assert_same(one, other)
     data = bytearray(unit.path.read_bytes())
     data[unit.slices["words"].start + int(unit.index_B4[0, 2]) + 1] ^= 1  # in the second block
     unit.path.write_bytes(data)
     damaged = cache.open_unit(tmp_path, "u")
     assert len(damaged.read_block(0)) == firsts[1]
-    with pytest.raises(DataError, match=r"units/u\.safetensors: the bytes of block 1 do not match their digest -> delete"):
+    with pytest.raises(
+        DataError,
+        match=r"units/u\.safetensors: the bytes of block 1 do not match their digest -> delete",
+    ):
         damaged.read_block(1)
 
 
 @given(st.integers(0, 10**6), st.integers(0, 7))
 @example(0, 0)
 @example(0, 1)
-def test_a_unit_comes_back_exactly(tmp_path_factory: pytest.TempPathFactory, seed: int, count: int) -> None:
+def test_a_unit_comes_back_exactly(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, count: int
+) -> None:
     folder, written = tmp_path_factory.mktemp("cache"), captures(seed, count)
     assert not cache.is_committed(folder, "u")
     cache.write_unit(folder, "u", written, {"length": 2}, tau=TAU)
@@ -101,16 +129,24 @@ def test_a_unit_comes_back_exactly(tmp_path_factory: pytest.TempPathFactory, see
 def test_the_same_captures_are_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         cache.write_unit(tmp_path / name, "u", captures(1, 5), {}, tau=TAU)
-    assert (tmp_path / "a/units/u.safetensors").read_bytes() == (tmp_path / "b/units/u.safetensors").read_bytes()
+    assert (tmp_path / "a/units/u.safetensors").read_bytes() == (
+        tmp_path / "b/units/u.safetensors"
+    ).read_bytes()
 
 
-def test_the_name_of_a_unit_changes_with_everything_that_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_name_of_a_unit_changes_with_everything_that_makes_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert cache.unit_id(["a", 1], {"tau": 0.1}) == cache.unit_id(["a", 1], {"tau": 0.1})
     one = cache.unit_id(["a", 1], {"tau": 0.1})
     monkeypatch.setattr(cache, "CACHE_FORMAT", cache.CACHE_FORMAT + 1)
     names = {one, cache.unit_id(["a", 1], {"tau": 0.1})}
     monkeypatch.undo()
-    names |= {cache.unit_id(["a", 2], {"tau": 0.1}), cache.unit_id(["a", 1], {"tau": 0.2}), cache.unit_id(["a"], 1, {"tau": 0.1})}
+    names |= {
+        cache.unit_id(["a", 2], {"tau": 0.1}),
+        cache.unit_id(["a", 1], {"tau": 0.2}),
+        cache.unit_id(["a"], 1, {"tau": 0.1}),
+    }
     assert len(names) == 5
 
 
@@ -120,7 +156,13 @@ def test_a_unit_of_this_format_that_an_earlier_day_wrote_is_read_to_the_bit() ->
     sha = hashlib.sha256()
     for c in cache.read_unit(Path(__file__).parents[1] / "golden" / "cache", "u"):
         sha.update(json.dumps(c.answer.to_json()).encode())
-        for array in (*vars(c.tokens).values(), c.distributions.offsets_N1, c.distributions.ids_M, c.distributions.probs_M, c.distributions.target_logprob_N):
+        for array in (
+            *vars(c.tokens).values(),
+            c.distributions.offsets_N1,
+            c.distributions.ids_M,
+            c.distributions.probs_M,
+            c.distributions.target_logprob_N,
+        ):
             sha.update(array.tobytes())
     assert sha.hexdigest() == "1527af8f86d9b20faaf934627561ca7da81022e3d9504903e4cae8fc23534ede"
 
@@ -174,13 +216,18 @@ def test_a_count_that_was_edited_is_refused(unit: Path) -> None:
 @pytest.mark.parametrize("value", ["[]", "3", "null", '"text"', "[[1, 2]]", "{}"])
 def test_a_record_that_is_no_record_is_refused(unit: Path, value: str) -> None:
     (unit / "commits" / "u.json").write_text(value)
-    with pytest.raises(DataError, match=r"u\.json: cache format None, this persea reads 3 -> delete"):
+    with pytest.raises(
+        DataError, match=r"u\.json: cache format None, this persea reads 3 -> delete"
+    ):
         cache.read_unit(unit, "u")
 
 
 def test_a_missing_file_is_named(unit: Path) -> None:
     (unit / "units" / "u.safetensors").unlink()
-    with pytest.raises(DataError, match=r"units/u\.safetensors: committed, but No such file or directory -> delete .*commits/u\.json"):
+    with pytest.raises(
+        DataError,
+        match=r"units/u\.safetensors: committed, but No such file or directory -> delete .*commits/u\.json",
+    ):
         cache.read_unit(unit, "u")
     with pytest.raises(DataError, match=r"commits/other\.json: not there"):
         cache.read_unit(unit, "other")

@@ -25,14 +25,20 @@ def test_text_and_thinking_of_a_message():
 
 
 def test_ask_normalises_once():
-    conversation = Conversation.from_question("e\u0301", system="o\u0308", effort=ThinkingEffort.LOW)
-    assert [(m.role, m.text) for m in conversation.messages] == [(Role.SYSTEM, "ö"), (Role.USER, "é")]
+    conversation = Conversation.from_question(
+        "e\u0301", system="o\u0308", effort=ThinkingEffort.LOW
+    )
+    assert [(m.role, m.text) for m in conversation.messages] == [
+        (Role.SYSTEM, "ö"),
+        (Role.USER, "é"),
+    ]
     assert conversation.effort is ThinkingEffort.LOW
     assert [m.role for m in Conversation.from_question("x").messages] == [Role.USER]
 
 
 def test_answers_are_normalised_too():
     """A byte-level model can say e + U+0301, and Qwen's tokenizer would not give it back."""
-    assert ask("x", Thinking("o\u0308"), Text("e\u0301")).messages[-1].parts == (Thinking("ö"), Text("é"))
-
-
+    assert ask("x", Thinking("o\u0308"), Text("e\u0301")).messages[-1].parts == (
+        Thinking("ö"),
+        Text("é"),
+    )

@@ -35,19 +35,72 @@ from persea.tokenization.vocabulary import load_vocabulary
 from tests.conftest import Speaker
 
 FRAGMENTS = [
-    "Hello", "hello world", " ", "  ", "\n", "\n\n", " \n ", "\t", "\r\n", "1234", "3.14", "x = [1]\n", "你好，世界",
-    "三百四十二", "สวัสดี", "မင်္ဂလာပါ", "ភាសាខ្មែរ", "안녕", "こんにちは", "tiếng Việt", "👩‍👩‍👧", "🏳️‍🌈", "é", "\u200b",
-    "\u3000", "\xa0", "\x00", "\x1c", "\ue0000\ue001", "\ue000", "{{ x }}", "{% if %}", "<b>", "|>", "<|",
-    "Answer: 7", "user", "assistant", "# Instructions",
+    "Hello",
+    "hello world",
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    " \n ",
+    "\t",
+    "\r\n",
+    "1234",
+    "3.14",
+    "x = [1]\n",
+    "你好，世界",
+    "三百四十二",
+    "สวัสดี",
+    "မင်္ဂလာပါ",
+    "ភាសាខ្មែរ",
+    "안녕",
+    "こんにちは",
+    "tiếng Việt",
+    "👩‍👩‍👧",
+    "🏳️‍🌈",
+    "é",
+    "\u200b",
+    "\u3000",
+    "\xa0",
+    "\x00",
+    "\x1c",
+    "\ue0000\ue001",
+    "\ue000",
+    "{{ x }}",
+    "{% if %}",
+    "<b>",
+    "|>",
+    "<|",
+    "Answer: 7",
+    "user",
+    "assistant",
+    "# Instructions",
 ]
-LOOK_ALIKES = ["<|im_end|>", "<|im_start|>assistant\n", "<think>", "</think>", "<|eot_id|>", "<|start_header_id|>", "<end_of_turn>",
-               "<start_of_turn>model\n", "<bos>", "<|return|>", "<|end|>", "<|channel|>final<|message|>", "<|endoftext|>", "<0x41>"]
+LOOK_ALIKES = [
+    "<|im_end|>",
+    "<|im_start|>assistant\n",
+    "<think>",
+    "</think>",
+    "<|eot_id|>",
+    "<|start_header_id|>",
+    "<end_of_turn>",
+    "<start_of_turn>model\n",
+    "<bos>",
+    "<|return|>",
+    "<|end|>",
+    "<|channel|>final<|message|>",
+    "<|endoftext|>",
+    "<0x41>",
+]
 NO_TOKENS = "▁"  # SentencePiece cannot say it: refused, see test_vocabulary
 
 
 def texts(fragments: list[str]) -> st.SearchStrategy[str]:
-    anything = st.text(st.characters(exclude_categories=["Cs"], exclude_characters=NO_TOKENS), max_size=12)
-    return st.lists(st.one_of(st.sampled_from(fragments), anything), max_size=6).map(lambda p: unicodedata.normalize("NFC", "".join(p)))
+    anything = st.text(
+        st.characters(exclude_categories=["Cs"], exclude_characters=NO_TOKENS), max_size=12
+    )
+    return st.lists(st.one_of(st.sampled_from(fragments), anything), max_size=6).map(
+        lambda p: unicodedata.normalize("NFC", "".join(p))
+    )
 
 
 @st.composite
@@ -64,13 +117,19 @@ def conversations(draw: st.DrawFn, fragments: list[str] = FRAGMENTS) -> Conversa
 
 def form(voice: ChatRenderer) -> str:
     """A family's name; a Llama with the hybrid template keeps other things than one without."""
-    return "hybrid" if voice.family.name == "llama" and len(voice.family.efforts) > 1 else voice.family.name
+    return (
+        "hybrid"
+        if voice.family.name == "llama" and len(voice.family.efforts) > 1
+        else voice.family.name
+    )
 
 
 # ---- what transformers says ----------------------------------------------------------------------------------------
 
 
-def theirs(speaker: Speaker, conversation: Conversation, *, generate: bool, tokenize: bool = True) -> Any:
+def theirs(
+    speaker: Speaker, conversation: Conversation, *, generate: bool, tokenize: bool = True
+) -> Any:
     """transformers' own rendering of the texts as they were given: no trimming, no dropping by persea."""
     family = form(speaker.renderer)
     switches: dict[str, Any] = {}
@@ -79,8 +138,11 @@ def theirs(speaker: Speaker, conversation: Conversation, *, generate: bool, toke
     if family == "qwen":
         switches = {"enable_thinking": conversation.effort is not ThinkingEffort.NONE}
     if family == "gpt-oss":
-        switches = {"reasoning_effort": "low", "enable_thinking": False} if conversation.effort is ThinkingEffort.NONE else {
-            "reasoning_effort": conversation.effort.value}
+        switches = (
+            {"reasoning_effort": "low", "enable_thinking": False}
+            if conversation.effort is ThinkingEffort.NONE
+            else {"reasoning_effort": conversation.effort.value}
+        )
     messages = []
     for m in conversation.messages:
         messages.append({"role": m.role.value, "content": m.text})
@@ -88,7 +150,12 @@ def theirs(speaker: Speaker, conversation: Conversation, *, generate: bool, toke
         if m.thinking and (conversation.effort is not ThinkingEffort.NONE or family != "qwen"):
             messages[-1]["reasoning_content"] = m.thinking
     return speaker.tokenizer.apply_chat_template(
-        messages, add_generation_prompt=generate, tokenize=tokenize, **({"return_dict": False} if tokenize else {}), **switches)
+        messages,
+        add_generation_prompt=generate,
+        tokenize=tokenize,
+        **({"return_dict": False} if tokenize else {}),
+        **switches,
+    )
 
 
 def question_of(conversation: Conversation) -> Conversation:
@@ -97,13 +164,21 @@ def question_of(conversation: Conversation) -> Conversation:
 
 def assume_no_look_alike(speaker: Speaker, conversation: Conversation) -> None:
     """transformers takes control tokens in a text for control tokens; persea does not. (hypothesis tries those in our sources.)"""
-    assume(not any(name in p.text for p in conversation.parts() for name in speaker.renderer.vocabulary.control_token_ids))
+    assume(
+        not any(
+            name in p.text
+            for p in conversation.parts()
+            for name in speaker.renderer.vocabulary.control_token_ids
+        )
+    )
 
 
 # ---- an oracle of our own ------------------------------------------------------------------------------------------
 
 
-def trimmed(family: str, m: Message, kind: type[ContentPart], whole: str, last: bool, effort: ThinkingEffort) -> tuple[int, int]:
+def trimmed(
+    family: str, m: Message, kind: type[ContentPart], whole: str, last: bool, effort: ThinkingEffort
+) -> tuple[int, int]:
     """[begin, end) of what a family keeps of a message's texts, or of its thoughts, laid end to end."""
     if kind is Thinking and family == "hybrid" and last and effort is not ThinkingEffort.NONE:
         return len(whole) - len(whole.lstrip()), len(whole.rstrip())
@@ -113,7 +188,11 @@ def trimmed(family: str, m: Message, kind: type[ContentPart], whole: str, last: 
         return (0, len(whole)) if family == "gpt-oss" and last else (0, 0)
     if family in ("llama", "hybrid") or (family == "gemma" and m.role is not Role.SYSTEM):
         return len(whole) - len(whole.lstrip()), len(whole.rstrip())
-    return (len(whole) - len(whole.lstrip("\n")) if family == "qwen" and m.role is Role.ASSISTANT and last else 0), len(whole)
+    return (
+        len(whole) - len(whole.lstrip("\n"))
+        if family == "qwen" and m.role is Role.ASSISTANT and last
+        else 0
+    ), len(whole)
 
 
 def shares(family: str, conversation: Conversation) -> list[tuple[int, str]]:
@@ -123,9 +202,11 @@ def shares(family: str, conversation: Conversation) -> list[tuple[int, str]]:
         read = {Text: 0, Thinking: 0}
         for p in m.parts:
             whole = m.text if isinstance(p, Text) else m.thinking
-            begin, end = trimmed(family, m, type(p), whole, k == len(conversation.messages) - 1, conversation.effort)
+            begin, end = trimmed(
+                family, m, type(p), whole, k == len(conversation.messages) - 1, conversation.effort
+            )
             first = min(max(begin - read[type(p)], 0), len(p.text))
-            out.append((first, p.text[first:max(first, end - read[type(p)])]))
+            out.append((first, p.text[first : max(first, end - read[type(p)])]))
             read[type(p)] += len(p.text)
     return out
 
@@ -155,7 +236,9 @@ def check_places(voice: ChatRenderer, conversation: Conversation, tokens: Render
     content, spans = content_bytes(conversation), places(form(voice), conversation)
     covered = np.zeros(len(content) + 1, int)
     stops = 0
-    for i, start, end, learn in zip(tokens.ids_T, tokens.starts_T, tokens.ends_T, tokens.loss_mask_T, strict=True):
+    for i, start, end, learn in zip(
+        tokens.ids_T, tokens.starts_T, tokens.ends_T, tokens.loss_mask_T, strict=True
+    ):
         piece = voice.vocabulary.bytes_W[i]
         if piece is None:
             stops += int(end >= 0)
@@ -169,14 +252,20 @@ def check_places(voice: ChatRenderer, conversation: Conversation, tokens: Render
         if end < 0:
             assert start == -1
             continue
-        if b"\xff" in content[start:end] and start >= 0:  # crosses from one part of a message into the next
+        if (
+            b"\xff" in content[start:end] and start >= 0
+        ):  # crosses from one part of a message into the next
             assert piece == content[start:end].replace(b"\xff", b"")
-            covered[start:end] += np.frombuffer(content[start:end], np.uint8) != 0xff
+            covered[start:end] += np.frombuffer(content[start:end], np.uint8) != 0xFF
             continue
-        if start < 0:  # begins in the scaffolding, or ends there: its last bytes are the first of a part, or its first the last
+        if (
+            start < 0
+        ):  # begins in the scaffolding, or ends there: its last bytes are the first of a part, or its first the last
             part = max(a for a, _ in spans if a < end)
             start = part if content[part:end] in piece else part + int(np.argmin(covered[part:end]))
-            assert piece.endswith(content[start:end]) or (end in [b for _, b in spans] and content[start:end] in piece)
+            assert piece.endswith(content[start:end]) or (
+                end in [b for _, b in spans] and content[start:end] in piece
+            )
             assert len(piece) > end - start
         else:
             assert piece == content[start:end]
@@ -197,8 +286,12 @@ def generated(tokens: RenderedTokens) -> list[int]:
 
 def same_as_transformers(speaker: Speaker, conversation: Conversation) -> None:
     today = speaker.today()
-    assert today.render(conversation).ids_T.tolist() == theirs(speaker, conversation, generate=False)
-    assert today.render_prompt(question_of(conversation)).ids_T.tolist() == theirs(speaker, question_of(conversation), generate=True)
+    assert today.render(conversation).ids_T.tolist() == theirs(
+        speaker, conversation, generate=False
+    )
+    assert today.render_prompt(question_of(conversation)).ids_T.tolist() == theirs(
+        speaker, question_of(conversation), generate=True
+    )
 
 
 @given(conversation=conversations())
@@ -209,19 +302,26 @@ def test_rendering_is_transformers_own(tiny: Speaker, conversation: Conversation
 
 @given(conversation=conversations(FRAGMENTS + LOOK_ALIKES))
 def test_the_prompt_is_a_prefix(tiny: Speaker, conversation: Conversation):
-    prompt, whole = tiny.renderer.render_prompt(question_of(conversation)), tiny.renderer.render(conversation)
-    assert whole.ids_T[:len(prompt)].tolist() == prompt.ids_T.tolist()
-    assert whole.ends_T[:len(prompt)].tolist() == prompt.ends_T.tolist()
-    assert whole.starts_T[:len(prompt)].tolist() == prompt.starts_T.tolist()
+    prompt, whole = (
+        tiny.renderer.render_prompt(question_of(conversation)),
+        tiny.renderer.render(conversation),
+    )
+    assert whole.ids_T[: len(prompt)].tolist() == prompt.ids_T.tolist()
+    assert whole.ends_T[: len(prompt)].tolist() == prompt.ends_T.tolist()
+    assert whole.starts_T[: len(prompt)].tolist() == prompt.starts_T.tolist()
     assert not prompt.loss_mask_T.any()
-    assert not whole.loss_mask_T[:len(prompt)].any()
+    assert not whole.loss_mask_T[: len(prompt)].any()
     assert whole.loss_mask_T[len(prompt)]
 
 
 @given(conversation=conversations(FRAGMENTS + LOOK_ALIKES))
 def test_every_content_token_knows_its_bytes(tiny: Speaker, conversation: Conversation):
     check_places(tiny.renderer, conversation, tiny.renderer.render(conversation))
-    check_places(tiny.renderer, question_of(conversation), tiny.renderer.render_prompt(question_of(conversation)))
+    check_places(
+        tiny.renderer,
+        question_of(conversation),
+        tiny.renderer.render_prompt(question_of(conversation)),
+    )
 
 
 @given(conversation=conversations())
@@ -230,10 +330,20 @@ def test_what_is_learned_is_the_last_answer_and_its_stop(tiny: Speaker, conversa
     whole = theirs(tiny, conversation, generate=False, tokenize=False)
     before = theirs(tiny, question_of(conversation), generate=True, tokenize=False)
     assert whole.startswith(before)
-    stop = min(len(before) + whole[len(before):].index(s) + len(s) for s in tiny.renderer.family.stop_tokens if s in whole[len(before):])
+    stop = min(
+        len(before) + whole[len(before) :].index(s) + len(s)
+        for s in tiny.renderer.family.stop_tokens
+        if s in whole[len(before) :]
+    )
     tokens = tiny.renderer.render(conversation)
-    pieces = [tiny.renderer.vocabulary.bytes_W[i] or tiny.renderer.vocabulary.control_names[i].encode() for i in tokens.ids_T]
-    assert b"".join(p for p, learn in zip(pieces, tokens.loss_mask_T, strict=True) if learn) == whole[len(before):stop].encode()
+    pieces = [
+        tiny.renderer.vocabulary.bytes_W[i] or tiny.renderer.vocabulary.control_names[i].encode()
+        for i in tokens.ids_T
+    ]
+    assert (
+        b"".join(p for p, learn in zip(pieces, tokens.loss_mask_T, strict=True) if learn)
+        == whole[len(before) : stop].encode()
+    )
     learned = np.flatnonzero(tokens.loss_mask_T)
     assert (np.diff(learned) == 1).all()
     assert tokens.ids_T[learned[-1]] in tiny.renderer.stop_ids
@@ -241,9 +351,11 @@ def test_what_is_learned_is_the_last_answer_and_its_stop(tiny: Speaker, conversa
 
 @given(conversation=conversations(FRAGMENTS + LOOK_ALIKES))
 def test_parse_gives_the_answer_back(tiny: Speaker, conversation: Conversation):
-    parts, finish = tiny.renderer.parse(generated(tiny.renderer.render(conversation)), conversation.effort)
+    parts, finish = tiny.renderer.parse(
+        generated(tiny.renderer.render(conversation)), conversation.effort
+    )
     answer = conversation.messages[-1].parts
-    texts_kept = kept(form(tiny.renderer), conversation)[-len(answer):]
+    texts_kept = kept(form(tiny.renderer), conversation)[-len(answer) :]
     want = [replace(p, text=t) for p, t in zip(answer, texts_kept, strict=True) if t]
     assert [p for p in parts if p.text] == want
     assert finish is FinishReason.STOP
@@ -262,10 +374,17 @@ def test_an_answer_cut_anywhere_is_cut_and_nothing_worse(tiny: Speaker, conversa
 @given(data=st.data())
 def test_parse_takes_whatever_a_model_says(tiny: Speaker, data: st.DataObject):
     controls = sorted(tiny.renderer.vocabulary.control_token_ids.values())
-    ids = data.draw(st.lists(st.one_of(st.integers(0, len(tiny.renderer.vocabulary) - 1), st.sampled_from(controls)), max_size=12))
+    ids = data.draw(
+        st.lists(
+            st.one_of(st.integers(0, len(tiny.renderer.vocabulary) - 1), st.sampled_from(controls)),
+            max_size=12,
+        )
+    )
     parts, finish = tiny.renderer.parse(ids, ThinkingEffort.HIGH)
     stopped = any(i in tiny.renderer.stop_ids for i in ids)
-    assert finish in ((FinishReason.STOP, FinishReason.MALFORMED) if stopped else (FinishReason.LENGTH,))
+    assert finish in (
+        (FinishReason.STOP, FinishReason.MALFORMED) if stopped else (FinishReason.LENGTH,)
+    )
     assert finish is not FinishReason.MALFORMED or parts == ()
     assert all(unicodedata.normalize("NFC", p.text) is not None for p in parts)
 
@@ -273,21 +392,39 @@ def test_parse_takes_whatever_a_model_says(tiny: Speaker, data: st.DataObject):
 @given(conversation=conversations(FRAGMENTS + LOOK_ALIKES))
 def test_look_alikes_bring_no_control_token(tiny: Speaker, conversation: Conversation):
     """The scaffolding of a conversation has the same control tokens whatever is said in it."""
+
     def controls(c: Conversation) -> list[int]:
-        return [i for i in tiny.renderer.render(c).ids_T.tolist() if tiny.renderer.vocabulary.bytes_W[i] is None]
+        return [
+            i
+            for i in tiny.renderer.render(c).ids_T.tolist()
+            if tiny.renderer.vocabulary.bytes_W[i] is None
+        ]
 
     said = iter(kept(form(tiny.renderer), conversation))
-    plain = replace(conversation, messages=tuple(
-        replace(m, parts=tuple(replace(p, text="x" if next(said) else "") for p in m.parts)) for m in conversation.messages))
+    plain = replace(
+        conversation,
+        messages=tuple(
+            replace(m, parts=tuple(replace(p, text="x" if next(said) else "") for p in m.parts))
+            for m in conversation.messages
+        ),
+    )
     assert controls(conversation) == controls(plain)
 
 
-def ask(question: str = "Hi", *parts: ContentPart, effort: ThinkingEffort = ThinkingEffort.NONE) -> Conversation:
-    return Conversation.from_question(question, effort=effort).with_answer(*(parts or (Text("Hello."),)))
+def ask(
+    question: str = "Hi", *parts: ContentPart, effort: ThinkingEffort = ThinkingEffort.NONE
+) -> Conversation:
+    return Conversation.from_question(question, effort=effort).with_answer(
+        *(parts or (Text("Hello."),))
+    )
 
 
 def test_a_conversation_without_an_answer_is_not_rendered(tiny: Speaker):
-    for conversation in (Conversation.from_question("Hi"), Conversation(()), Conversation.from_question("Hi", system="Be kind.")):
+    for conversation in (
+        Conversation.from_question("Hi"),
+        Conversation(()),
+        Conversation.from_question("Hi", system="Be kind."),
+    ):
         with pytest.raises(DataError, match="does not end with an answer"):
             tiny.renderer.render(conversation)
 
@@ -296,8 +433,11 @@ def test_starts_and_ends_of_a_conversation_written_out(tiny_of):
     voice = tiny_of("llama").renderer
     conversation = Conversation.from_question("  ab ", system="s").with_answer(Text(" cd\n"))
     tokens = voice.render(conversation)
-    said = {(int(a), int(b)): voice.vocabulary.bytes_W[i] for i, a, b in zip(tokens.ids_T, tokens.starts_T, tokens.ends_T, strict=True)
-            if b >= 0 and voice.vocabulary.bytes_W[i] is not None}
+    said = {
+        (int(a), int(b)): voice.vocabulary.bytes_W[i]
+        for i, a, b in zip(tokens.ids_T, tokens.starts_T, tokens.ends_T, strict=True)
+        if b >= 0 and voice.vocabulary.bytes_W[i] is not None
+    }
     # s | free | 2 spaces, ab, 1 space | free | 1 space, cd, newline
     assert said[0, 1] == b"s"
     assert b"".join(said[k] for k in sorted(said) if 4 <= k[0] < 6) == b"ab"
@@ -309,7 +449,9 @@ def test_starts_and_ends_of_a_conversation_written_out(tiny_of):
 
 
 def test_decomposed_text_reaches_no_token(tiny_of):
-    decomposed = Conversation((Message(Role.USER, (Text("x"),)), Message(Role.ASSISTANT, (Text("e\u0301"),))))
+    decomposed = Conversation(
+        (Message(Role.USER, (Text("x"),)), Message(Role.ASSISTANT, (Text("e\u0301"),)))
+    )
     with pytest.raises(DataError, match="NFC"):
         tiny_of("qwen").renderer.render(decomposed)
 
@@ -317,21 +459,41 @@ def test_decomposed_text_reaches_no_token(tiny_of):
 def test_content_the_template_rewrites_is_refused(tiny_of):
     """Parts in an order the template does not have: the thought after the words."""
     with pytest.raises(DataError, match="changes the content of message parts"):
-        tiny_of("gpt-oss").renderer.render(ask("Hi", Text("words"), Thinking("thought"), effort=ThinkingEffort.HIGH))
+        tiny_of("gpt-oss").renderer.render(
+            ask("Hi", Text("words"), Thinking("thought"), effort=ThinkingEffort.HIGH)
+        )
 
 
 def _with_template(speaker: Speaker, text: str) -> ChatRenderer:
-    return replace(speaker.renderer, template=compile_template(text, {"bos_token": ""}, PINNED_DATE, "test"), template_text=text)
+    return replace(
+        speaker.renderer,
+        template=compile_template(text, {"bos_token": ""}, PINNED_DATE, "test"),
+        template_text=text,
+    )
 
 
-@pytest.mark.parametrize(("template", "reason"), [
-    ("{% for m in messages %}{{ m['content'] | upper }}<|eot_id|>{% endfor %}", "changes the content"),
-    ("{% for m in messages %}{{ m['content'] + m['content'] }}<|eot_id|>{% endfor %}", "changes the content"),
-    ("{{ messages[-1]['content'] }}<|eot_id|>", "changes the content"),
-    ("{% for m in messages %}{{ m['content'] }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>{% endif %}",
-     "where the generation"),
-    ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "does not end the assistant's turn"),
-])
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (
+            "{% for m in messages %}{{ m['content'] | upper }}<|eot_id|>{% endfor %}",
+            "changes the content",
+        ),
+        (
+            "{% for m in messages %}{{ m['content'] + m['content'] }}<|eot_id|>{% endfor %}",
+            "changes the content",
+        ),
+        ("{{ messages[-1]['content'] }}<|eot_id|>", "changes the content"),
+        (
+            "{% for m in messages %}{{ m['content'] }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>{% endif %}",
+            "where the generation",
+        ),
+        (
+            "{% for m in messages %}{{ m['content'] }}{% endfor %}",
+            "does not end the assistant's turn",
+        ),
+    ],
+)
 def test_templates_that_cannot_be_trained_with_are_refused(tiny_of, template: str, reason: str):
     with pytest.raises(DataError, match=reason):
         _with_template(tiny_of("llama"), template).render(ask())
@@ -340,34 +502,59 @@ def test_templates_that_cannot_be_trained_with_are_refused(tiny_of, template: st
 def test_tokens_across_the_rims_of_the_content():
     """Tokens that begin in the scaffolding or end in it, and control tokens behind the stop."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=270, special_tokens=["<|eot_id|>", "<|end_of_text|>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        decoders.ByteLevel(),
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=270,
+        special_tokens=["<|eot_id|>", "<|end_of_text|>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(["Q:é", "é.", "é;", "A:é"] * 50, trainer)
-    text = ("{% for m in messages %}{{ 'Q:' if m['role'] == 'user' else 'A:' }}{{ m['content'] | trim }}"
-            "{{ '.' if m['role'] == 'user' else ';' }}"
-            "{% if m['role'] == 'assistant' %}<|eot_id|><|end_of_text|>{% endif %}{% endfor %}")
-    voice = ChatRenderer(LLAMA, load_vocabulary(tokenizer, "rims"), compile_template(text, {}, PINNED_DATE, "rims"), text)
+    text = (
+        "{% for m in messages %}{{ 'Q:' if m['role'] == 'user' else 'A:' }}{{ m['content'] | trim }}"
+        "{{ '.' if m['role'] == 'user' else ';' }}"
+        "{% if m['role'] == 'assistant' %}<|eot_id|><|end_of_text|>{% endif %}{% endfor %}"
+    )
+    voice = ChatRenderer(
+        LLAMA,
+        load_vocabulary(tokenizer, "rims"),
+        compile_template(text, {}, PINNED_DATE, "rims"),
+        text,
+    )
     conversation = Conversation.from_question(" élan é").with_answer(Text("éa\n"))
     tokens = voice.render(conversation)
     said = [voice.vocabulary.bytes_W[i] for i in tokens.ids_T]
-    where = dict(zip(said, zip(tokens.starts_T.tolist(), tokens.ends_T.tolist(), strict=True), strict=True))
+    where = dict(
+        zip(said, zip(tokens.starts_T.tolist(), tokens.ends_T.tolist(), strict=True), strict=True)
+    )
     crossing = {piece: where[piece] for piece in (b"Q:\xc3\xa9", b"\xc3\xa9.")}
     assert crossing == {b"Q:\xc3\xa9": (-1, 3), b"\xc3\xa9.": (-1, 9)}
-    assert (said[-2:], tokens.starts_T[-2:].tolist(), tokens.loss_mask_T[-2:].tolist()) == ([None, None], [13, -1], [True, False])
+    assert (said[-2:], tokens.starts_T[-2:].tolist(), tokens.loss_mask_T[-2:].tolist()) == (
+        [None, None],
+        [13, -1],
+        [True, False],
+    )
     check_places(voice, conversation, tokens)
 
 
 def test_malformed_utf8_is_malformed_and_not_an_error(tiny: Speaker):
     vocabulary = tiny.renderer.vocabulary
     half = next(i for i, b in enumerate(vocabulary.bytes_W) if b == "é".encode()[:1])
-    assert tiny.renderer.parse([half, tiny.renderer.stop_ids[0]], ThinkingEffort.NONE) == ((), FinishReason.MALFORMED)
+    assert tiny.renderer.parse([half, tiny.renderer.stop_ids[0]], ThinkingEffort.NONE) == (
+        (),
+        FinishReason.MALFORMED,
+    )
     assert tiny.renderer.parse([half], ThinkingEffort.NONE) == ((), FinishReason.LENGTH)
 
 
 def test_ids_of_another_tokenizer_are_no_answer(tiny: Speaker):
     with pytest.raises(DataError, match="outside the vocabulary"):
-        tiny.renderer.parse([len(tiny.renderer.vocabulary), tiny.renderer.stop_ids[0]], ThinkingEffort.NONE)
+        tiny.renderer.parse(
+            [len(tiny.renderer.vocabulary), tiny.renderer.stop_ids[0]], ThinkingEffort.NONE
+        )
 
 
 def test_every_spelling_of_the_stop_ends_the_answer(tiny: Speaker):
@@ -380,30 +567,49 @@ def test_every_spelling_of_the_stop_ends_the_answer(tiny: Speaker):
 
 def test_the_digest_changes_with_all_it_depends_on(tiny_of):
     llama, qwen = tiny_of("llama").renderer, tiny_of("qwen").renderer
-    changed = (replace(llama, template_date=date(2025, 1, 2)), replace(llama, template_text="x"), replace(llama, family=qwen.family),
-               replace(llama, vocabulary=qwen.vocabulary), replace(llama, special_tokens={"bos_token": "<s>"}))
+    changed = (
+        replace(llama, template_date=date(2025, 1, 2)),
+        replace(llama, template_text="x"),
+        replace(llama, family=qwen.family),
+        replace(llama, vocabulary=qwen.vocabulary),
+        replace(llama, special_tokens={"bos_token": "<s>"}),
+    )
     assert len({llama.digest, *(v.digest for v in changed)}) == 6
     assert replace(llama).digest == llama.digest
 
 
 def test_two_texts_in_one_message_are_one_text(tiny: Speaker):
     """Streams and tools hand an answer over in pieces; a template sees their concatenation."""
-    for texts, whole in ((("one ", "two\n", "\nthree"), "one two\n\nthree"), (("\n", "\n a", "", "b \n", "\n"), None), (("\n", ""), None)):
+    for texts, whole in (
+        (("one ", "two\n", "\nthree"), "one two\n\nthree"),
+        (("\n", "\n a", "", "b \n", "\n"), None),
+        (("\n", ""), None),
+    ):
         conversation = Conversation.from_question("Hi").with_answer(*map(Text, texts))
         same_as_transformers(tiny, conversation)
         check_places(tiny.renderer, conversation, tiny.renderer.render(conversation))
         if whole is not None:
-            assert tiny.renderer.parse(generated(tiny.renderer.render(conversation)), ThinkingEffort.NONE) == ((Text(whole),), FinishReason.STOP)
+            assert tiny.renderer.parse(
+                generated(tiny.renderer.render(conversation)), ThinkingEffort.NONE
+            ) == ((Text(whole),), FinishReason.STOP)
 
 
 def test_two_thoughts_in_one_message_are_one_thought(tiny: Speaker):
     """gpt-oss may think in several analysis messages; another family's voice must not glue their lines together."""
-    same_as_transformers(tiny, ask("Hi", Thinking("one\n"), Thinking("two\n"), Text("\nyes"), effort=ThinkingEffort.HIGH))
+    same_as_transformers(
+        tiny,
+        ask("Hi", Thinking("one\n"), Thinking("two\n"), Text("\nyes"), effort=ThinkingEffort.HIGH),
+    )
 
 
 def test_a_family_may_trim_and_drop_but_not_rewrite(tiny_of):
     voice = tiny_of("llama").renderer
-    shouting = replace(voice, family=replace(voice.family, normalise=lambda c: edit_texts(c, lambda k, m, p: p.text.upper())))
+    shouting = replace(
+        voice,
+        family=replace(
+            voice.family, normalise=lambda c: edit_texts(c, lambda k, m, p: p.text.upper())
+        ),
+    )
     with pytest.raises(DataError, match="rewritten, not trimmed"):
         shouting.render(ask())
 
@@ -416,7 +622,10 @@ def test_no_white_space_glues_a_real_answer_to_its_prompt(real: Speaker):
     """An answer may begin with white space, and no token may cover the end of the prompt and the start of the answer."""
     for white in itertools.chain.from_iterable(itertools.product(WHITE, repeat=n) for n in (1, 2)):
         conversation = ask("Hi", Text("".join(white) + "x"))
-        prompt, whole = real.renderer.render_prompt(question_of(conversation)), real.renderer.render(conversation)
-        assert whole.ids_T[:len(prompt)].tolist() == prompt.ids_T.tolist(), white
-        assert not whole.loss_mask_T[:len(prompt)].any()
+        prompt, whole = (
+            real.renderer.render_prompt(question_of(conversation)),
+            real.renderer.render(conversation),
+        )
+        assert whole.ids_T[: len(prompt)].tolist() == prompt.ids_T.tolist(), white
+        assert not whole.loss_mask_T[: len(prompt)].any()
         assert whole.loss_mask_T[len(prompt)]

@@ -15,22 +15,33 @@ DAY = date(2021, 2, 3)
 TALK = [{"role": "user", "content": "Grüße & <b>你好</b>"}, {"role": "assistant", "content": "Hi"}]
 
 
-def render(text: str, messages: list[dict[str, Any]] | None = None, *, generate: bool = False, **switches: Any) -> str:
-    return compile_template(text, {"bos_token": "<bos>"}, DAY, "some/model")(TALK if messages is None else messages, generate, **switches)
+def render(
+    text: str,
+    messages: list[dict[str, Any]] | None = None,
+    *,
+    generate: bool = False,
+    **switches: Any,
+) -> str:
+    return compile_template(text, {"bos_token": "<bos>"}, DAY, "some/model")(
+        TALK if messages is None else messages, generate, **switches
+    )
 
 
-@pytest.mark.parametrize("text", [
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "{{ messages.__class__.__base__.__subclasses__() }}",
-    "{{ cycler.__init__.__globals__.os.system('id') }}",
-    "{{ lipsum.__globals__['os'].popen('id').read() }}",
-    "{{ self.__init__.__globals__ }}",
-    "{{ '{0.__class__.__mro__}'.format(1) }}",
-    "{{ (messages | attr('__class__')).__mro__ }}",
-    "{{ messages.append(1) }}",
-    "{{ messages[0].update({'content': 'changed'}) }}",
-    "{% set _ = messages[0].__setitem__('content', 'changed') %}",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.__class__.__base__.__subclasses__() }}",
+        "{{ cycler.__init__.__globals__.os.system('id') }}",
+        "{{ lipsum.__globals__['os'].popen('id').read() }}",
+        "{{ self.__init__.__globals__ }}",
+        "{{ '{0.__class__.__mro__}'.format(1) }}",
+        "{{ (messages | attr('__class__')).__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ messages[0].update({'content': 'changed'}) }}",
+        "{% set _ = messages[0].__setitem__('content', 'changed') %}",
+    ],
+)
 def test_escapes_are_refused(text: str):
     messages = [{"role": "user", "content": "x"}]
     with pytest.raises(DataError, match=r"unsafe|undefined") as caught:
@@ -39,22 +50,32 @@ def test_escapes_are_refused(text: str):
     assert messages == [{"role": "user", "content": "x"}]
 
 
-@pytest.mark.parametrize(("text", "reason"), [
-    ("{{ 1 / 0 }}", "ZeroDivisionError"),
-    ("{{ range(10 ** 9) }}", "OverflowError"),
-    ("{{ messages[0]['content'] + 1 }}", "TypeError"),
-    ("{% include 'other.jinja' %}", "TypeError"),
-    ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
-    ("{{ nothing.here }}", "undefined"),
-    ("{{ raise_exception() }}", "TypeError"),
-])
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ range(10 ** 9) }}", "OverflowError"),
+        ("{{ messages[0]['content'] + 1 }}", "TypeError"),
+        ("{% include 'other.jinja' %}", "TypeError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ nothing.here }}", "undefined"),
+        ("{{ raise_exception() }}", "TypeError"),
+    ],
+)
 def test_a_broken_template_is_the_templates_fault(text: str, reason: str):
     with pytest.raises(DataError, match=reason):
         render(text)
 
 
-@pytest.mark.parametrize(("text", "line"), [
-    ("{% if %}", 1), ("fine\n{% for m in messages %}", 2), ("\n\n{{ x | nofilter }}", 3), ("{{ 'open }}", 1)])
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("{% if %}", 1),
+        ("fine\n{% for m in messages %}", 2),
+        ("\n\n{{ x | nofilter }}", 3),
+        ("{{ 'open }}", 1),
+    ],
+)
 def test_syntax_errors_are_refused_with_their_line(text: str, line: int):
     with pytest.raises(DataError, match=rf"does not compile: .*\(line {line}\)"):
         compile_template(text, {}, DAY, "some/model")
@@ -67,7 +88,9 @@ def test_a_template_nested_without_end_does_not_compile():
 
 def test_the_templates_own_refusal():
     with pytest.raises(DataError, match="refuses the conversation: roles must alternate") as caught:
-        render("{% if messages[0].role == 'user' %}{{ raise_exception('roles must alternate') }}{% endif %}")
+        render(
+            "{% if messages[0].role == 'user' %}{{ raise_exception('roles must alternate') }}{% endif %}"
+        )
     assert caught.value.exit_code == 3
     assert caught.value.remedy
 
@@ -77,7 +100,12 @@ def test_the_date_is_pinned():
 
 
 def test_loop_controls():
-    assert render("{% for m in messages %}{% if m.role == 'user' %}{% continue %}{% endif %}{{ m.role }}{% endfor %}") == "assistant"
+    assert (
+        render(
+            "{% for m in messages %}{% if m.role == 'user' %}{% continue %}{% endif %}{{ m.role }}{% endfor %}"
+        )
+        == "assistant"
+    )
     assert render("{% for m in messages %}{{ m.role }}{% break %}{% endfor %}") == "user"
 
 
@@ -87,22 +115,31 @@ def test_generation_blocks_are_their_body():
 
 
 @pytest.mark.parametrize("generate", [False, True])
-@pytest.mark.parametrize("text", [
-    "{{ messages | tojson }}",
-    "{{ messages | tojson(indent=2) }}",
-    "{{ messages | tojson(separators=(',', ':'), sort_keys=true) }}",
-    "{{ messages | tojson(ensure_ascii=true) }}",
-    "  {% for m in messages %}\n    {{ m.content }}\n  {% endfor %}\n",
-    "{{ '<b>' }}{{ messages[0].content | trim }}",
-    "{% if tools is none %}none{% else %}tools{% endif %}",
-    "{% if tools is not none and tools is defined %}{{ raise_exception('no tools here') }}{% endif %}{{ documents is none }}",
-    "{% if add_generation_prompt %}go{% endif %}{{ enable_thinking }}",
-    "{% generation %}{{ messages[1].content }}{% endgeneration %}",
-    "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}{{ bos_token }}",
-    "{{ undefined_thing }}{{ messages[0].nothing }}",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ messages | tojson }}",
+        "{{ messages | tojson(indent=2) }}",
+        "{{ messages | tojson(separators=(',', ':'), sort_keys=true) }}",
+        "{{ messages | tojson(ensure_ascii=true) }}",
+        "  {% for m in messages %}\n    {{ m.content }}\n  {% endfor %}\n",
+        "{{ '<b>' }}{{ messages[0].content | trim }}",
+        "{% if tools is none %}none{% else %}tools{% endif %}",
+        "{% if tools is not none and tools is defined %}{{ raise_exception('no tools here') }}{% endif %}{{ documents is none }}",
+        "{% if add_generation_prompt %}go{% endif %}{{ enable_thinking }}",
+        "{% generation %}{{ messages[1].content }}{% endgeneration %}",
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}{{ bos_token }}",
+        "{{ undefined_thing }}{{ messages[0].nothing }}",
+    ],
+)
 def test_what_is_written_is_what_transformers_writes(text: str, generate: bool):
-    (want,), _ = render_jinja_template([TALK], chat_template=text, add_generation_prompt=generate, bos_token="<bos>", enable_thinking=True)
+    (want,), _ = render_jinja_template(
+        [TALK],
+        chat_template=text,
+        add_generation_prompt=generate,
+        bos_token="<bos>",
+        enable_thinking=True,
+    )
     assert render(text, generate=generate, enable_thinking=True) == want
 
 
@@ -114,7 +151,15 @@ def test_every_real_template_is_written_as_transformers_writes_it(data, generate
     today = date.today()
     for path in paths:
         text = path.read_text(encoding="utf-8")
-        got = compile_template(text, {"bos_token": "<bos>", "eos_token": "<eos>"}, today, path.name)(TALK, generate)
-        (want,), _ = render_jinja_template([TALK], chat_template=text, add_generation_prompt=generate, bos_token="<bos>", eos_token="<eos>")
+        got = compile_template(
+            text, {"bos_token": "<bos>", "eos_token": "<eos>"}, today, path.name
+        )(TALK, generate)
+        (want,), _ = render_jinja_template(
+            [TALK],
+            chat_template=text,
+            add_generation_prompt=generate,
+            bos_token="<bos>",
+            eos_token="<eos>",
+        )
         assert got == want, path.name
         assert "你好" in got

@@ -32,7 +32,9 @@ from persea import cli
 from persea.cli.options import count_available_cores
 from persea.errors import RunInterrupted
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before a child begins: floating-point sums of one thread are always the same
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before a child begins: floating-point sums of one thread are always the same
 
 ROOT = Path(__file__).resolve().parents[2]
 SAPLINGS = ROOT / "saplings"
@@ -40,13 +42,28 @@ STAGES = ("check", "audition", "capture", "train", "evaluate", "lineage", "repor
 TINY: dict[str, Any] = {
     "name": "tiny",
     "student": {"model": str(SAPLINGS / "llama-sapling")},
-    "teachers": [{"model": str(SAPLINGS / "qwen-sapling")}, {"model": str(SAPLINGS / "gemma-sapling")},
-                 {"model": str(SAPLINGS / "gpt-oss-sapling")}],
-    "corpus": [{"skill": "languages", "generate": 24}, {"skill": "code", "generate": 24}, {"skill": "reasoning", "generate": 24}],
-    "audition": {"items": 8, "pinned": {"languages": "qwen-sapling", "code": "gemma-sapling", "reasoning": "gpt-oss-sapling"}},
+    "teachers": [
+        {"model": str(SAPLINGS / "qwen-sapling")},
+        {"model": str(SAPLINGS / "gemma-sapling")},
+        {"model": str(SAPLINGS / "gpt-oss-sapling")},
+    ],
+    "corpus": [
+        {"skill": "languages", "generate": 24},
+        {"skill": "code", "generate": 24},
+        {"skill": "reasoning", "generate": 24},
+    ],
+    "audition": {
+        "items": 8,
+        "pinned": {
+            "languages": "qwen-sapling",
+            "code": "gemma-sapling",
+            "reasoning": "gpt-oss-sapling",
+        },
+    },
     "capture": {"max_new_tokens": 48, "unit": 8},
     "training": {"steps": 8, "batch": 4, "warmup": 2, "checkpoint_every": 3, "log_every": 2},
-    "evaluation": {"items": 8, "max_new_tokens": 48}}
+    "evaluation": {"items": 8, "max_new_tokens": 48},
+}
 
 
 # --- the command line in a process of its own ---
@@ -103,11 +120,27 @@ def enter(arguments: tuple[str, ...], folder: Path, said: Path) -> None:
 def warm() -> ForkServerContext:
     """Children of a server that has imported torch and transformers once: each is a process of its own and starts at once."""
     context = multiprocessing.get_context("forkserver")
-    models = [f"transformers.models.{m}.modeling_{m}" for m in ("llama", "qwen3", "gemma3", "gpt_oss")]
-    context.set_forkserver_preload(["torch", "persea.pipeline.stages", "persea.pipeline.plan", "persea.teachers.engines.transformers",
-                                    "persea.training.student", "persea.training.loop", "persea.evaluation.evaluate",
-                                    "persea.training.dataset", "persea.losses", "persea.report.page", "transformers.models.auto.modeling_auto",
-                                    "transformers.models.auto.tokenization_auto", "transformers.generation.utils", *models])
+    models = [
+        f"transformers.models.{m}.modeling_{m}" for m in ("llama", "qwen3", "gemma3", "gpt_oss")
+    ]
+    context.set_forkserver_preload(
+        [
+            "torch",
+            "persea.pipeline.stages",
+            "persea.pipeline.plan",
+            "persea.teachers.engines.transformers",
+            "persea.training.student",
+            "persea.training.loop",
+            "persea.evaluation.evaluate",
+            "persea.training.dataset",
+            "persea.losses",
+            "persea.report.page",
+            "transformers.models.auto.modeling_auto",
+            "transformers.models.auto.tokenization_auto",
+            "transformers.generation.utils",
+            *models,
+        ]
+    )
     return context
 
 
@@ -126,8 +159,13 @@ def persea(*arguments: object, folder: Path) -> Ended:
 
 def command(*arguments: object, folder: Path) -> Ended:
     """The same, cold: as a person's shell starts it."""
-    done = subprocess.run([Path(sys.executable).with_name("persea"), *map(str, arguments)], cwd=folder, capture_output=True, text=True,
-                          env=os.environ | {"COLUMNS": "120"})
+    done = subprocess.run(
+        [Path(sys.executable).with_name("persea"), *map(str, arguments)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"COLUMNS": "120"},
+    )
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
@@ -168,16 +206,47 @@ def test_help_names_every_verb() -> None:
     """How quick it is depends on what it imports (next test) and on the machine: `make bench` tells."""
     ended = command("--help", folder=ROOT)
     assert ended.code == 0
-    verbs = ("run", "quickstart", "plan", "validate", "schema", "extend", "recipes", *STAGES, "status", "compare", "chat", "serve", "cache")
-    assert re.findall(r"^│ ([a-z]+) ", ended.out, re.MULTILINE) == list(verbs)  # in the order in which they are wanted
+    verbs = (
+        "run",
+        "quickstart",
+        "plan",
+        "validate",
+        "schema",
+        "extend",
+        "recipes",
+        *STAGES,
+        "status",
+        "compare",
+        "chat",
+        "serve",
+        "cache",
+    )
+    assert re.findall(r"^│ ([a-z]+) ", ended.out, re.MULTILINE) == list(
+        verbs
+    )  # in the order in which they are wanted
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"], ["recipes", "ls"], ["validate", "recipes/quickstart.yaml"],
-                                       ["schema"], ["frobnicate"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["--version"],
+        ["recipes", "ls"],
+        ["validate", "recipes/quickstart.yaml"],
+        ["schema"],
+        ["frobnicate"],
+    ],
+    ids=" ".join,
+)
 def test_a_small_verb_imports_nothing_heavy(arguments: list[str]) -> None:
-    code = ("import sys\nsys.argv = ['persea', *sys.argv[1:]]\nfrom persea.cli import main\ntry:\n    main()\nexcept SystemExit:\n    pass\n"
-            "sys.stderr.write('\\nheavy:' + ' '.join(m for m in ('torch', 'transformers', 'peft', 'datasets', 'jinja2') if m in sys.modules))")
-    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+    code = (
+        "import sys\nsys.argv = ['persea', *sys.argv[1:]]\nfrom persea.cli import main\ntry:\n    main()\nexcept SystemExit:\n    pass\n"
+        "sys.stderr.write('\\nheavy:' + ' '.join(m for m in ('torch', 'transformers', 'peft', 'datasets', 'jinja2') if m in sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.stderr.splitlines()[-1] == "heavy:"
 
 
@@ -208,7 +277,9 @@ def test_validate_says_name_and_hash(tmp_path: Path) -> None:
     value = json.loads(persea("validate", "tiny.yaml", "--json", folder=tmp_path).out)
     assert value["name"] == "tiny"
     assert value["hash"][:12] in said.out
-    other = json.loads(persea("validate", "tiny.yaml", "--json", "--set", "training.steps=9", folder=tmp_path).out)
+    other = json.loads(
+        persea("validate", "tiny.yaml", "--json", "--set", "training.steps=9", folder=tmp_path).out
+    )
     assert other["hash"] != value["hash"]
 
 
@@ -221,26 +292,50 @@ def test_schema_is_a_json_schema_of_the_recipe() -> None:
 def test_plan_and_dry_run_tell_the_same_and_write_nothing(tmp_path: Path) -> None:
     path = recipe(tmp_path)
     before = tree(tmp_path)
-    plan, dry = persea("plan", path, folder=tmp_path), persea("run", path, "--dry-run", folder=tmp_path)
+    plan, dry = (
+        persea("plan", path, folder=tmp_path),
+        persea("run", path, "--dry-run", folder=tmp_path),
+    )
     assert (plan.code, dry.code, plan.err, dry.err) == (0, 0, "", "")
     figures = re.compile(r"\d+ GB free")  # others use this disk
     assert figures.sub("", plan.out) == figures.sub("", dry.out)
     value = json.loads(persea("plan", path, "--json", folder=tmp_path).out)
-    assert [(s["stage"], s["state"]) for s in value["stages"]] == [(s, "to do" if s in ("check", "audition") else "waits") for s in STAGES]
+    assert [(s["stage"], s["state"]) for s in value["stages"]] == [
+        (s, "to do" if s in ("check", "audition") else "waits") for s in STAGES
+    ]
     assert value["answers"] == 3 * 8 * 3 + 72 + 3 * 8 * 5
     assert tree(tmp_path) == before
 
 
 def test_quickstart_runs_the_bundled_recipe(tmp_path: Path) -> None:
-    small = ["training.steps=2", "training.batch=2", "audition.items=2", "evaluation.items=2",
-             "capture.max_new_tokens=40", "evaluation.max_new_tokens=40", *(f"corpus.{k}.generate=4" for k in range(5)),
-             "audition.pinned={languages: qwen-sapling, code: gemma-sapling, safety: gemma-sapling, reasoning: gpt-oss-sapling, "
-             "tools: gpt-oss-sapling}"]
-    ended = persea("quickstart", *(a for s in small for a in ("--set", s)), "--json", folder=tmp_path)
+    small = [
+        "training.steps=2",
+        "training.batch=2",
+        "audition.items=2",
+        "evaluation.items=2",
+        "capture.max_new_tokens=40",
+        "evaluation.max_new_tokens=40",
+        *(f"corpus.{k}.generate=4" for k in range(5)),
+        "audition.pinned={languages: qwen-sapling, code: gemma-sapling, safety: gemma-sapling, reasoning: gpt-oss-sapling, "
+        "tools: gpt-oss-sapling}",
+    ]
+    ended = persea(
+        "quickstart", *(a for s in small for a in ("--set", s)), "--json", folder=tmp_path
+    )
     assert (ended.code, ended.err) == (0, "")
-    assert set(json.loads(ended.out)["skills"]) == {"languages", "code", "safety", "reasoning", "tools"}
+    assert set(json.loads(ended.out)["skills"]) == {
+        "languages",
+        "code",
+        "safety",
+        "reasoning",
+        "tools",
+    }
     assert (tmp_path / "runs" / "quickstart" / "train" / "student" / "model.safetensors").is_file()
-    record = json.loads((tmp_path / "runs" / "quickstart" / "train" / "checkpoints" / "step-00000002.json").read_text())
+    record = json.loads(
+        (
+            tmp_path / "runs" / "quickstart" / "train" / "checkpoints" / "step-00000002.json"
+        ).read_text()
+    )
     assert record["world"] == min(2, count_available_cores())
 
 
@@ -256,7 +351,9 @@ def model_without(folder: Path, *names: str) -> Path:
 
 def with_teacher(folder: Path, model: Path) -> Path:
     """The tiny recipe where the first teacher's model stands there."""
-    return recipe(folder, teachers=[{"name": "qwen-sapling", "model": str(model)}, *TINY["teachers"][1:]])
+    return recipe(
+        folder, teachers=[{"name": "qwen-sapling", "model": str(model)}, *TINY["teachers"][1:]]
+    )
 
 
 def no_template(folder: Path) -> list[object]:
@@ -264,7 +361,12 @@ def no_template(folder: Path) -> list[object]:
 
 
 def no_tokenizer(folder: Path) -> list[object]:
-    return ["run", recipe(folder), "--set", f"student.model={model_without(folder, 'tokenizer.json')}"]
+    return [
+        "run",
+        recipe(folder),
+        "--set",
+        f"student.model={model_without(folder, 'tokenizer.json')}",
+    ]
 
 
 def no_weights(folder: Path) -> list[object]:
@@ -279,7 +381,11 @@ def torn_weights(folder: Path) -> list[object]:
 
 def prompts(folder: Path, third: str) -> list[object]:
     (folder / "p.jsonl").write_text('{"prompt": "one"}\n\n' + third + '\n{"prompt": "four"}\n')
-    corpus = [{"skill": "languages", "generate": 4}, {"skill": "code", "file": "p.jsonl"}, {"skill": "reasoning", "generate": 4}]
+    corpus = [
+        {"skill": "languages", "generate": 4},
+        {"skill": "code", "file": "p.jsonl"},
+        {"skill": "reasoning", "generate": 4},
+    ]
     return ["plan", recipe(folder, corpus=corpus)]
 
 
@@ -303,79 +409,188 @@ def checked_high(folder: Path) -> list[object]:
 
 
 BAD: dict[str, tuple[Callable[[Path], list[object]], int, str]] = {
-    "misspelt key": (lambda f: text(f, "stepz: 8"), 2, r"tiny\.yaml:\d+:3: training\.stepz: unknown key -> did you mean 'steps'\?"),
-    "wrong type": (lambda f: text(f, "steps: many"), 2, r"tiny\.yaml:\d+:3: training\.steps: should be a whole number \(got 'many'\) -> .*"),
-    "missing recipe": (lambda f: ["run", recipe(f).with_name("tinny.yaml")], 2,
-                       r".*tinny\.yaml: cannot read the recipe: No such file .* -> did you mean .*tiny\.yaml\?"),
-    "unknown verb": (lambda f: ["frobnicate"], 2, r"No such command 'frobnicate'\. -> persea --help"),
+    "misspelt key": (
+        lambda f: text(f, "stepz: 8"),
+        2,
+        r"tiny\.yaml:\d+:3: training\.stepz: unknown key -> did you mean 'steps'\?",
+    ),
+    "wrong type": (
+        lambda f: text(f, "steps: many"),
+        2,
+        r"tiny\.yaml:\d+:3: training\.steps: should be a whole number \(got 'many'\) -> .*",
+    ),
+    "missing recipe": (
+        lambda f: ["run", recipe(f).with_name("tinny.yaml")],
+        2,
+        r".*tinny\.yaml: cannot read the recipe: No such file .* -> did you mean .*tiny\.yaml\?",
+    ),
+    "unknown verb": (
+        lambda f: ["frobnicate"],
+        2,
+        r"No such command 'frobnicate'\. -> persea --help",
+    ),
     "no argument": (lambda f: ["run"], 2, r"Missing argument 'recipe'\. -> persea --help"),
-    "unknown option": (lambda f: ["run", recipe(f), "--outt", "x"], 2, r"No such option: --outt .*--out.* -> persea --help"),
-    "no checkpoint": (lambda f: ["run", recipe(f), "--resume", "step-7"], 3, r"step-7: no checkpoint is there -> name a checkpoints/.*"),
-    "unknown recipe": (lambda f: ["recipes", "show", "avocados"], 2, r"no recipe 'avocados' -> persea recipes ls lists them"),
-    "missing model": (lambda f: ["run", recipe(f), "--set", "student.model=./nowhere"], 3, r"student.*: no model folder '.*nowhere' -> .*"),
-    "no chat template": (no_template, 3, r"teachers\.0\.model: '.*broken' has no chat template -> add chat_template\.jinja .*"),
-    "no tokenizer": (no_tokenizer, 3, r"student\.model: no tokenizer in '.*broken': .* -> the folder needs tokenizer\.json .*"),
-    "no weights": (no_weights, 3, r"qwen-sapling: cannot load '.*broken': .* -> the folder needs config\.json and model\.safetensors .*"),
-    "torn weights": (torn_weights, 3, r"qwen-sapling: cannot load '.*broken': .* -> the folder needs config\.json and model\.safetensors .*"),
-    "broken line": (lambda f: prompts(f, '{"prompt": "thr'), 3, r".*p\.jsonl:3: not JSON: .* -> .*mend or delete the line"),
-    "a line of another skill": (lambda f: prompts(f, '{"prompt": "x", "skill": "poetry"}'), 3,
-                                r".*p\.jsonl: prompt p\.jsonl:3 is of skill 'poetry', .*"),
-    "unknown skill": (unknown_skill, 2, r".*tiny\.yaml: corpus\.0\.skill: unknown skill 'poetry' -> one of languages, .*"),
-    "unknown set": (lambda f: ["validate", recipe(f, evaluation={"sets": [{"set": "gsm8", "file": "nowhere.jsonl"}]})], 2,
-                    r".*tiny\.yaml: evaluation\.sets\.0\.set: unknown set 'gsm8' -> did you mean 'gsm8k'\?"),
-    "high floor": (checked_high, 4, r"[a-z-]+-sapling -> student, [a-z]+ [a-z]+: only \d+% .* \(floor 99%\) -> .*lower check\.floor"),
+    "unknown option": (
+        lambda f: ["run", recipe(f), "--outt", "x"],
+        2,
+        r"No such option: --outt .*--out.* -> persea --help",
+    ),
+    "no checkpoint": (
+        lambda f: ["run", recipe(f), "--resume", "step-7"],
+        3,
+        r"step-7: no checkpoint is there -> name a checkpoints/.*",
+    ),
+    "unknown recipe": (
+        lambda f: ["recipes", "show", "avocados"],
+        2,
+        r"no recipe 'avocados' -> persea recipes ls lists them",
+    ),
+    "missing model": (
+        lambda f: ["run", recipe(f), "--set", "student.model=./nowhere"],
+        3,
+        r"student.*: no model folder '.*nowhere' -> .*",
+    ),
+    "no chat template": (
+        no_template,
+        3,
+        r"teachers\.0\.model: '.*broken' has no chat template -> add chat_template\.jinja .*",
+    ),
+    "no tokenizer": (
+        no_tokenizer,
+        3,
+        r"student\.model: no tokenizer in '.*broken': .* -> the folder needs tokenizer\.json .*",
+    ),
+    "no weights": (
+        no_weights,
+        3,
+        r"qwen-sapling: cannot load '.*broken': .* -> the folder needs config\.json and model\.safetensors .*",
+    ),
+    "torn weights": (
+        torn_weights,
+        3,
+        r"qwen-sapling: cannot load '.*broken': .* -> the folder needs config\.json and model\.safetensors .*",
+    ),
+    "broken line": (
+        lambda f: prompts(f, '{"prompt": "thr'),
+        3,
+        r".*p\.jsonl:3: not JSON: .* -> .*mend or delete the line",
+    ),
+    "a line of another skill": (
+        lambda f: prompts(f, '{"prompt": "x", "skill": "poetry"}'),
+        3,
+        r".*p\.jsonl: prompt p\.jsonl:3 is of skill 'poetry', .*",
+    ),
+    "unknown skill": (
+        unknown_skill,
+        2,
+        r".*tiny\.yaml: corpus\.0\.skill: unknown skill 'poetry' -> one of languages, .*",
+    ),
+    "unknown set": (
+        lambda f: [
+            "validate",
+            recipe(f, evaluation={"sets": [{"set": "gsm8", "file": "nowhere.jsonl"}]}),
+        ],
+        2,
+        r".*tiny\.yaml: evaluation\.sets\.0\.set: unknown set 'gsm8' -> did you mean 'gsm8k'\?",
+    ),
+    "high floor": (
+        checked_high,
+        4,
+        r"[a-z-]+-sapling -> student, [a-z]+ [a-z]+: only \d+% .* \(floor 99%\) -> .*lower check\.floor",
+    ),
     "a file in place of the folder": (file_in_place, 6, r"taken/?.*: cannot write: .* -> .*"),
-    "report before all": (lambda f: ["report", recipe(f)], 3, r"runs/tiny/check/done\.json: not there -> run the stage that writes check/ first"),
-    "train before audition": (lambda f: ["train", recipe(f)], 3, r"runs/tiny/audition/.*: not there -> run the stage that writes audition/ first")}
+    "report before all": (
+        lambda f: ["report", recipe(f)],
+        3,
+        r"runs/tiny/check/done\.json: not there -> run the stage that writes check/ first",
+    ),
+    "train before audition": (
+        lambda f: ["train", recipe(f)],
+        3,
+        r"runs/tiny/audition/.*: not there -> run the stage that writes audition/ first",
+    ),
+}
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_bad_input_is_one_line_an_exit_code_and_nothing_half_written(tmp_path: Path, what: str) -> None:
+def test_bad_input_is_one_line_an_exit_code_and_nothing_half_written(
+    tmp_path: Path, what: str
+) -> None:
     make, code, words = BAD[what]
     arguments = make(tmp_path)
     before = tree(tmp_path)
     if arguments[0] not in ("frobnicate", "recipes"):
-        arguments.append("--json")  # no progress on stderr, so that nothing but the refusal is there
+        arguments.append(
+            "--json"
+        )  # no progress on stderr, so that nothing but the refusal is there
     ended = persea(*arguments, folder=tmp_path)
     assert (ended.code, ended.out) == (code, "")
     assert ended.err.count("\n") == 1, ended.err
     assert re.fullmatch(f"persea: {words}\n", ended.err.replace(f"{tmp_path}/", "")), ended.err
     new = tree(tmp_path).keys() - before.keys()
-    stood = {"check/check.json", "recipe.yaml"} if what == "high floor" else {"recipe.yaml"} if "weights" in what else set()
+    stood = (
+        {"check/check.json", "recipe.yaml"}
+        if what == "high floor"
+        else {"recipe.yaml"}
+        if "weights" in what
+        else set()
+    )
     assert new <= {f"runs/tiny/{n}" for n in {"lock", "status.json", *stood}}
     assert {n: v for n, v in tree(tmp_path).items() if n in before} == before
 
 
 def test_a_folder_that_another_process_holds_is_refused_with_its_pid(tmp_path: Path) -> None:
-    code = "import sys\nfrom pathlib import Path\nfrom persea import storage as store\n" \
-           "with store.lock_run_folder(Path('runs/tiny')):\n    print('held', flush=True)\n    sys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom persea import storage as store\n"
+        "with store.lock_run_folder(Path('runs/tiny')):\n    print('held', flush=True)\n    sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
         assert holder.stdout and holder.stdout.readline() == b"held\n"
         ended = persea("run", recipe(tmp_path), folder=tmp_path)
         assert holder.poll() is None
     assert ended.code == 6
-    assert re.fullmatch(rf"persea: runs/tiny: another run holds this folder \(pid {holder.pid} on .*\) -> wait for it, .*\n", ended.err)
+    assert re.fullmatch(
+        rf"persea: runs/tiny: another run holds this folder \(pid {holder.pid} on .*\) -> wait for it, .*\n",
+        ended.err,
+    )
     assert [p.name for p in (tmp_path / "runs" / "tiny").iterdir()] == ["lock"]
 
 
 def test_several_mistakes_are_told_at_once(tmp_path: Path) -> None:
-    ended = persea("validate", recipe(tmp_path), "--set", "training.steps=0", "--set", "training.batchh=1", folder=tmp_path)
+    ended = persea(
+        "validate",
+        recipe(tmp_path),
+        "--set",
+        "training.steps=0",
+        "--set",
+        "training.batchh=1",
+        folder=tmp_path,
+    )
     assert ended.code == 2
     assert "training.steps" in ended.err
     assert "training.batchh" in ended.err
     assert "Traceback" not in ended.err
 
 
-def test_a_bug_of_ours_is_called_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bug_of_ours_is_called_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def broken(**options: object) -> None:
         raise ZeroDivisionError
 
     with monkeypatch.context() as patch:
         patch.setattr(cli, "app", broken)
-        patch.setattr(cli.signal, "signal", lambda number, handler: None)  # pytest's own handlers stay
+        patch.setattr(
+            cli.signal, "signal", lambda number, handler: None
+        )  # pytest's own handlers stay
         with pytest.raises(ZeroDivisionError):
             cli.main()
-    assert capsys.readouterr().err == "persea: this is a bug of persea; please report it with what follows and the recipe\n"
+    assert (
+        capsys.readouterr().err
+        == "persea: this is a bug of persea; please report it with what follows and the recipe\n"
+    )
 
 
 def test_a_signal_is_not_an_error_that_a_library_could_swallow() -> None:
@@ -383,4 +598,7 @@ def test_a_signal_is_not_an_error_that_a_library_could_swallow() -> None:
     with pytest.raises(RunInterrupted) as caught, suppress(Exception):
         cli._raise_interrupted(15, None)
     assert caught.value.exit_code == 143
-    assert str(caught.value) == "stopped by SIGTERM; what is committed stays -> the same command goes on"
+    assert (
+        str(caught.value)
+        == "stopped by SIGTERM; what is committed stays -> the same command goes on"
+    )

@@ -18,7 +18,13 @@ import yaml
 from persea.chat.families import FAMILIES
 from persea.chat.messages import PINNED_DATE, ThinkingEffort
 from persea.config.recipe import Recipe, load_recipe, recipe_json_schema
-from persea.config.schema import CorpusSection, LoraSection, RandomModelSection, StudentSection, TeacherSection
+from persea.config.schema import (
+    CorpusSection,
+    LoraSection,
+    RandomModelSection,
+    StudentSection,
+    TeacherSection,
+)
 from persea.config.yaml_source import ALLOWED_ENV_VARS, DEFAULT_DATA_FOLDER
 from persea.errors import RecipeError
 
@@ -67,33 +73,68 @@ def refusal(path: Path, *overrides: str) -> str:
 def test_a_short_recipe_gets_every_default(write: Any) -> None:
     path = write(GOOD)
     recipe = load_recipe(path)
-    assert (recipe.name, recipe.seed, recipe.today, recipe.source_path) == ("mine", 0, PINNED_DATE, path)
+    assert (recipe.name, recipe.seed, recipe.today, recipe.source_path) == (
+        "mine",
+        0,
+        PINNED_DATE,
+        path,
+    )
     assert [t.name for t in recipe.teachers] == ["one", "two"]
     assert [t.effort for t in recipe.teachers] == [ThinkingEffort.NONE, ThinkingEffort.HIGH]
     assert (recipe.student.adapt, recipe.student.lora, recipe.student.sizes) == ("full", None, None)
-    assert (recipe.training.steps, recipe.training.learning_rate, recipe.training.event_share) == (30, 3e-3, 0.7)
-    assert (recipe.audition.items, recipe.audition.pinned, recipe.capture.tau, recipe.capture.unit) == (100, {}, 0.02, 256)
+    assert (recipe.training.steps, recipe.training.learning_rate, recipe.training.event_share) == (
+        30,
+        3e-3,
+        0.7,
+    )
+    assert (
+        recipe.audition.items,
+        recipe.audition.pinned,
+        recipe.capture.tau,
+        recipe.capture.unit,
+    ) == (100, {}, 0.02, 256)
     assert (recipe.evaluation.items, recipe.check.floor) == (200, 0.3)
-    assert [(c.skill, c.generate, c.language) for c in recipe.corpus] == [("code", 10, ""), ("languages", None, "vi")]
+    assert [(c.skill, c.generate, c.language) for c in recipe.corpus] == [
+        ("code", 10, ""),
+        ("languages", None, "vi"),
+    ]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
-def test_bundled_recipes_are_valid(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_bundled_recipes_are_valid(
+    path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("PERSEA_DATA", str(tmp_path))
     assert load_recipe(path).source_path == path
 
 
-def test_the_three_recipes_ask_what_they_should(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_three_recipes_ask_what_they_should(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("PERSEA_DATA", str(tmp_path))
     paths = [ROOT / "recipes" / f"{n}.yaml" for n in ("quickstart", "avocado", "real-vocabularies")]
     quick, avocado, real = map(load_recipe, paths)
     assert [r.name for r in (quick, avocado, real)] == [p.stem for p in paths]
-    assert all(p.read_text().startswith(f"# {p.stem}: ") for p in paths)  # `persea recipes ls` shows the first line
+    assert all(
+        p.read_text().startswith(f"# {p.stem}: ") for p in paths
+    )  # `persea recipes ls` shows the first line
     assert quick.student.model == str(ROOT / "saplings" / "llama-sapling")
     assert [t.name for t in quick.teachers] == ["qwen-sapling", "gemma-sapling", "gpt-oss-sapling"]
-    assert [c.skill for c in quick.corpus] == ["languages", "code", "safety", "reasoning", "tools"] and quick.threads == 1
-    assert [t.model for t in avocado.teachers] == ["Qwen/Qwen3-30B-A3B", "google/gemma-3-27b-it", "openai/gpt-oss-120b"]
-    assert avocado.student.lora == LoraSection(rank=64, alpha=128, targets=(*LoraSection().targets, "gate_proj", "up_proj", "down_proj"))
+    assert [c.skill for c in quick.corpus] == [
+        "languages",
+        "code",
+        "safety",
+        "reasoning",
+        "tools",
+    ] and quick.threads == 1
+    assert [t.model for t in avocado.teachers] == [
+        "Qwen/Qwen3-30B-A3B",
+        "google/gemma-3-27b-it",
+        "openai/gpt-oss-120b",
+    ]
+    assert avocado.student.lora == LoraSection(
+        rank=64, alpha=128, targets=(*LoraSection().targets, "gate_proj", "up_proj", "down_proj")
+    )
     assert (avocado.training.learning_rate, avocado.capture.max_new_tokens) == (1e-4, 1024)
     assert real.teachers[0].tokenizer == str(tmp_path / "tokenizers" / "qwen3")
     assert real.teachers[2].sizes == RandomModelSection(hidden=32, layers=1, heads=2)
@@ -101,21 +142,31 @@ def test_the_three_recipes_ask_what_they_should(monkeypatch: pytest.MonkeyPatch,
     assert real.audition.pinned == {"languages": "qwen3", "code": "gemma3", "reasoning": "gpt-oss"}
 
 
-def test_onpolicy_is_the_quickstart_and_the_students_own_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_onpolicy_is_the_quickstart_and_the_students_own_answers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """So that the two students can be compared, and bench/onpolicy.py's arms are these recipes."""
-    own, quick = (yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text()) for name in ("onpolicy", "quickstart"))
+    own, quick = (
+        yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text())
+        for name in ("onpolicy", "quickstart")
+    )
     assert own["training"].pop("on_policy")["after"] < own["training"]["steps"]
     assert own | {"name": "quickstart"} == quick
 
 
 def test_importing_it_loads_neither_torch_nor_transformers() -> None:
-    code = "import persea.config.recipe, sys; assert not {'torch', 'transformers'} & set(sys.modules)"
+    code = (
+        "import persea.config.recipe, sys; assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_scalars_are_what_they_look_like(write: Any) -> None:
     """YAML 1.1 reads `no` as false, 3e-3 as text and 1:30 as 90."""
-    recipe = load_recipe(write(GOOD.replace("vi}", "no}") + "  learning_rate: 3e-4\ntoday: 2026-02-03\n"), ["student.revision=1:30"])
+    recipe = load_recipe(
+        write(GOOD.replace("vi}", "no}") + "  learning_rate: 3e-4\ntoday: 2026-02-03\n"),
+        ["student.revision=1:30"],
+    )
     assert (recipe.corpus[1].language, recipe.training.learning_rate) == ("no", 3e-4)
     assert (recipe.today, recipe.student.revision) == (date(2026, 2, 3), "1:30")
 
@@ -127,7 +178,12 @@ def test_the_key_of_a_kind_survives_yaml(write: Any) -> None:
 
 def test_a_recipe_can_be_made_in_python() -> None:
     part = CorpusSection(skill="code", generate=3)
-    recipe = Recipe(name="mine", student=StudentSection(model="a/b"), teachers=(TeacherSection(model="c/d"),), corpus=(part,))
+    recipe = Recipe(
+        name="mine",
+        student=StudentSection(model="a/b"),
+        teachers=(TeacherSection(model="c/d"),),
+        corpus=(part,),
+    )
     assert recipe.teachers[0].name == "d"
     assert len(recipe.hash) == 64 and yaml.safe_load(recipe.to_yaml())["student"]["model"] == "a/b"
 
@@ -138,29 +194,50 @@ def test_the_schema_is_for_the_file_a_person_writes() -> None:
     assert described["required"] == ["student", "teachers", "corpus"]
     assert described["additionalProperties"] is False
     assert described["$defs"]["Teacher"]["required"] == ["model"]
-    assert "conversations a step" in described["$defs"]["Training"]["properties"]["batch"]["description"]
+    assert (
+        "conversations a step"
+        in described["$defs"]["Training"]["properties"]["batch"]["description"]
+    )
 
 
 # --- paths, variables ---
 
 
-def test_paths_are_relative_to_the_recipe_and_hub_ids_are_left_alone(write: Any, tmp_path: Path) -> None:
+def test_paths_are_relative_to_the_recipe_and_hub_ids_are_left_alone(
+    write: Any, tmp_path: Path
+) -> None:
     (tmp_path / "near" / "model").mkdir(parents=True)
-    teachers = "teachers: [{model: near/model}, {model: far/model, name: x}, {model: ~/m, name: y}]\n"
+    teachers = (
+        "teachers: [{model: near/model}, {model: far/model, name: x}, {model: ~/m, name: y}]\n"
+    )
     student = "student: {model: ../s, tokenizer: near/model}\n"
     recipe = load_recipe(write(student + teachers + "corpus: [{skill: code, file: p.jsonl}]"))
     assert recipe.student.model == str(tmp_path.parent / "s")
-    assert [t.model for t in recipe.teachers] == [str(tmp_path / "near" / "model"), "far/model", str(Path.home() / "m")]
+    assert [t.model for t in recipe.teachers] == [
+        str(tmp_path / "near" / "model"),
+        "far/model",
+        str(Path.home() / "m"),
+    ]
     assert recipe.student.tokenizer == str(tmp_path / "near" / "model")
     assert recipe.corpus[0].file == str(tmp_path / "p.jsonl")
 
 
-def test_texts_to_check_are_files_beside_the_recipe(write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_to_check_are_files_beside_the_recipe(
+    write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PERSEA_DATA", str(tmp_path / "data"))
-    page = TWO + REST + "check: {texts: {vi: vi.txt, py: 'sub/a.jsonl#code', random: random, th: '${PERSEA_DATA}/th.txt'}}\n"
+    page = (
+        TWO
+        + REST
+        + "check: {texts: {vi: vi.txt, py: 'sub/a.jsonl#code', random: random, th: '${PERSEA_DATA}/th.txt'}}\n"
+    )
     recipe = load_recipe(write(page))
-    assert recipe.check.texts == {"vi": str(tmp_path / "vi.txt"), "py": str(tmp_path / "sub" / "a.jsonl#code"), "random": str(tmp_path / "random"),
-                                  "th": str(tmp_path / "data" / "th.txt")}
+    assert recipe.check.texts == {
+        "vi": str(tmp_path / "vi.txt"),
+        "py": str(tmp_path / "sub" / "a.jsonl#code"),
+        "random": str(tmp_path / "random"),
+        "th": str(tmp_path / "data" / "th.txt"),
+    }
     assert recipe.check.likelihood is None
     assert recipe.as_written["check"]["texts"]["th"] == "${PERSEA_DATA}/th.txt"
     assert "likelihood" not in recipe.as_written["check"]
@@ -170,7 +247,10 @@ def test_a_link_keeps_its_name(write: Any, tmp_path: Path) -> None:
     (tmp_path / "v17").mkdir()
     (tmp_path / "latest").symlink_to("v17")
     recipe = load_recipe(write(GOOD), ["teachers.0.model=./latest"])
-    assert (recipe.teachers[0].name, recipe.teachers[0].model) == ("latest", str(tmp_path / "latest"))
+    assert (recipe.teachers[0].name, recipe.teachers[0].model) == (
+        "latest",
+        str(tmp_path / "latest"),
+    )
 
 
 def test_a_folder_called_random_is_not_random(write: Any, tmp_path: Path) -> None:
@@ -179,7 +259,9 @@ def test_a_folder_called_random_is_not_random(write: Any, tmp_path: Path) -> Non
     assert recipe.student.model == "random"
 
 
-def test_allowed_variables_are_filled_in(write: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_allowed_variables_are_filled_in(
+    write: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     path = write(GOOD.replace("more.jsonl", "'${PERSEA_DATA}/more.jsonl'"))
     assert load_recipe(path).corpus[1].file == str(DEFAULT_DATA_FOLDER / "more.jsonl")
     unset = load_recipe(path).hash
@@ -187,7 +269,9 @@ def test_allowed_variables_are_filled_in(write: Any, monkeypatch: pytest.MonkeyP
     assert load_recipe(path).corpus[1].file == str(tmp_path / "more.jsonl")
     assert load_recipe(path).hash == unset
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    assert load_recipe(path, ["student.model=${HF_HOME}/m"]).student.model == str(tmp_path / "hub" / "m")
+    assert load_recipe(path, ["student.model=${HF_HOME}/m"]).student.model == str(
+        tmp_path / "hub" / "m"
+    )
 
 
 # --- hash and to_yaml ---
@@ -208,10 +292,26 @@ def test_order_comments_and_spelt_out_defaults_do_not_change_the_hash(write: Any
     assert load_recipe(write(other)).hash == plain
 
 
-@pytest.mark.parametrize("override", [
-    "seed=1", "name=x", "today=2025-01-02", "student.model=org/x", "student.adapt=lora", "teachers.0.effort=low", "teachers.0.licence=MIT",
-    "corpus.0.generate=11", "audition.items=9", "audition.pinned.code=two", "capture.tau=0.05", "capture.rows=topk", "training.steps=31",
-    "evaluation.batch=2", "check.floor=0.1"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=1",
+        "name=x",
+        "today=2025-01-02",
+        "student.model=org/x",
+        "student.adapt=lora",
+        "teachers.0.effort=low",
+        "teachers.0.licence=MIT",
+        "corpus.0.generate=11",
+        "audition.items=9",
+        "audition.pinned.code=two",
+        "capture.tau=0.05",
+        "capture.rows=topk",
+        "training.steps=31",
+        "evaluation.batch=2",
+        "check.floor=0.1",
+    ],
+)
 def test_any_field_changes_the_hash(write: Any, override: str) -> None:
     path = write(GOOD)
     assert load_recipe(path, [override]).hash != load_recipe(path).hash
@@ -222,15 +322,25 @@ def variants() -> list[tuple[str, ...]]:
     """Recipes of random but right overrides, the same ones every time."""
     rng = random.Random(7)
     values = {
-        "seed": range(9), "today": ("2024-02-29",),
+        "seed": range(9),
+        "today": ("2024-02-29",),
         "name": ("a", "'1e5'", "0x1f", "yes", "2025-01-01", "null.x", "'1_000'", "0o7", "'1e-5'"),
-        "student.adapt": ("full", "lora"), "student.family": ("llama", "gpt-oss"), "student.revision": ("main", '"1e5"', '"~"', "3.x"),
+        "student.adapt": ("full", "lora"),
+        "student.family": ("llama", "gpt-oss"),
+        "student.revision": ("main", '"1e5"', '"~"', "3.x"),
         "teachers.0.name": ("A", '"007"', '"1e3"', '"NO"', '"3.0"', '"2e-3"'),
         "teachers.1.licence": ("'a: b # c'", '"tab\\t"', "한국어", "'null'"),
-        "teachers.1.effort": ("none", "low"), "corpus.1.language": ("no", "zh", '"off"', "'='", "'<<'"),
-        "capture.tau": ("1e-5", "0.5", "5.0e-2"), "training.learning_rate": ("1e-6", "1", ".5"), "training.clip": ("1e5", "7"),
-        "audition.pinned": ("{code: two}", "{languages: two}", "{}")}
-    return [tuple(f"{k}={rng.choice(values[k])}" for k in rng.sample(list(values), 6)) for _ in range(25)]
+        "teachers.1.effort": ("none", "low"),
+        "corpus.1.language": ("no", "zh", '"off"', "'='", "'<<'"),
+        "capture.tau": ("1e-5", "0.5", "5.0e-2"),
+        "training.learning_rate": ("1e-6", "1", ".5"),
+        "training.clip": ("1e5", "7"),
+        "audition.pinned": ("{code: two}", "{languages: two}", "{}"),
+    }
+    return [
+        tuple(f"{k}={rng.choice(values[k])}" for k in rng.sample(list(values), 6))
+        for _ in range(25)
+    ]
 
 
 @pytest.mark.parametrize("overrides", variants())
@@ -245,42 +355,100 @@ def test_to_yaml_loads_again_to_the_same_recipe(write: Any, overrides: tuple[str
 
 
 def test_overrides_are_laid_over_the_file_in_order(write: Any) -> None:
-    recipe = load_recipe(write(GOOD), [
-        "training.steps=20", "training.steps=21", "teachers.1.effort=low", "capture.tau=1e-3", "audition.pinned.code=two",
-        "student.revision=a=b", "corpus.0.skill=languages", "corpus.0={skill: code, generate: 5}"])
-    assert (recipe.training.steps, recipe.training.batch, recipe.teachers[1].effort, recipe.capture.tau) == (21, 16, ThinkingEffort.LOW, 1e-3)
-    assert (recipe.audition.pinned, recipe.student.revision, recipe.corpus[0].generate) == ({"code": "two"}, "a=b", 5)
+    recipe = load_recipe(
+        write(GOOD),
+        [
+            "training.steps=20",
+            "training.steps=21",
+            "teachers.1.effort=low",
+            "capture.tau=1e-3",
+            "audition.pinned.code=two",
+            "student.revision=a=b",
+            "corpus.0.skill=languages",
+            "corpus.0={skill: code, generate: 5}",
+        ],
+    )
+    assert (
+        recipe.training.steps,
+        recipe.training.batch,
+        recipe.teachers[1].effort,
+        recipe.capture.tau,
+    ) == (21, 16, ThinkingEffort.LOW, 1e-3)
+    assert (recipe.audition.pinned, recipe.student.revision, recipe.corpus[0].generate) == (
+        {"code": "two"},
+        "a=b",
+        5,
+    )
 
 
 def test_an_override_mends_a_broken_value(write: Any) -> None:
-    assert load_recipe(write(GOOD.replace("steps: 30", "steps: many")), ["training.steps=5"]).training.steps == 5
-    assert load_recipe(write(GOOD.replace("  steps: 30", "")), ["training.steps=5"]).training.steps == 5
+    assert (
+        load_recipe(
+            write(GOOD.replace("steps: 30", "steps: many")), ["training.steps=5"]
+        ).training.steps
+        == 5
+    )
+    assert (
+        load_recipe(write(GOOD.replace("  steps: 30", "")), ["training.steps=5"]).training.steps
+        == 5
+    )
 
 
 def test_an_override_of_an_alias_changes_only_its_own_place(write: Any) -> None:
     text = GOOD.replace("{skill: code, generate: 10}", "&a {skill: code, generate: 10}\n  - *a")
-    assert [c.generate for c in load_recipe(write(text), ["corpus.0.generate=7"]).corpus] == [7, 10, None]
+    assert [c.generate for c in load_recipe(write(text), ["corpus.0.generate=7"]).corpus] == [
+        7,
+        10,
+        None,
+    ]
 
 
 BAD_OVERRIDES = [
-    ("training.stpes=20", "--set training.stpes=20: training.stpes: unknown key -> did you mean 'steps'?"),
-    ("trainnig.steps=20", "--set trainnig.steps=20: trainnig: unknown key -> did you mean 'training'?"),
-    ("training.steps=many", "--set training.steps=many: training.steps: should be a whole number (got 'many') -> optimiser steps"),
+    (
+        "training.stpes=20",
+        "--set training.stpes=20: training.stpes: unknown key -> did you mean 'steps'?",
+    ),
+    (
+        "trainnig.steps=20",
+        "--set trainnig.steps=20: trainnig: unknown key -> did you mean 'training'?",
+    ),
+    (
+        "training.steps=many",
+        "--set training.steps=many: training.steps: should be a whole number (got 'many') -> optimiser steps",
+    ),
     ("training.steps='20'", "should be a whole number (got '20')"),
     ("training.steps=", "--set training.steps=: training.steps: has no value -> give one"),
-    ("training.steps", "--set training.steps: not `key=value` -> for example --set training.steps=20"),
+    (
+        "training.steps",
+        "--set training.steps: not `key=value` -> for example --set training.steps=20",
+    ),
     ("=20", "not `key=value`"),
     ("training..steps=20", "not `key=value`"),
-    ("teachers.2.effort=low", "--set teachers.2.effort=low: teachers has no entry '2' -> it has 2; count from 0"),
+    (
+        "teachers.2.effort=low",
+        "--set teachers.2.effort=low: teachers has no entry '2' -> it has 2; count from 0",
+    ),
     ("teachers.two.effort=low", "teachers has no entry 'two' -> it has 2; count from 0"),
     ("teachers.-1.effort=low", "teachers has no entry '-1'"),
-    ("teachers.1.effort.x=low", "--set teachers.1.effort.x=low: teachers.1.effort is a plain value -> leave out `.x`"),
+    (
+        "teachers.1.effort.x=low",
+        "--set teachers.1.effort.x=low: teachers.1.effort is a plain value -> leave out `.x`",
+    ),
     ("capture.tau=[1", "--set capture.tau=[1: not YAML"),
     ("capture.tau=!!python/name:os.system x", "the tag !!python/name:os.system is refused"),
     ("teachers=[]", "--set teachers=[]: teachers: needs at least one entry"),
-    ("student={model: a, model: b}", "--set student={model: a, model: b}: student.model: written twice, on lines 1 and 1 -> keep one"),
-    ("student.tokenizer=hf_abcdef", "--set student.tokenizer=...: student.tokenizer: looks like a secret"),
-    ("student={model: a/b, revision: hf_abcdef}", "--set student=...: student.revision: looks like a secret"),
+    (
+        "student={model: a, model: b}",
+        "--set student={model: a, model: b}: student.model: written twice, on lines 1 and 1 -> keep one",
+    ),
+    (
+        "student.tokenizer=hf_abcdef",
+        "--set student.tokenizer=...: student.tokenizer: looks like a secret",
+    ),
+    (
+        "student={model: a/b, revision: hf_abcdef}",
+        "--set student=...: student.revision: looks like a secret",
+    ),
     ("training.stpes=2\n", "--set 'training.stpes=2\\n': training.stpes: unknown key"),
     ("training.steps='sk-abcdef'", "training.steps: looks like a secret"),
     ("teachers.0={model: x, wieght: 1}", "teachers.0.wieght: unknown key"),
@@ -310,155 +478,617 @@ BAD: list[tuple[str, str, str, str]] = [
     ("scalar", "hello\n", "1:1", "does not consist of `key: value` lines"),
     ("two documents", TWO + REST + "---\na: 1\n", "4:1", "not YAML: but found another document"),
     ("unclosed list", TWO + "corpus: [\n", "4:1", "not YAML"),
-    ("tab", "student:\n\tmodel: a/b\n", "2:1", "not YAML: found character '\\t' that cannot start any token -> indent with spaces"),
-    ("colon in value", "student: {model: a/b}\nname: a: b\n", "2:8", "quote a value that begins with a sign or holds `: `"),
+    (
+        "tab",
+        "student:\n\tmodel: a/b\n",
+        "2:1",
+        "not YAML: found character '\\t' that cannot start any token -> indent with spaces",
+    ),
+    (
+        "colon in value",
+        "student: {model: a/b}\nname: a: b\n",
+        "2:8",
+        "quote a value that begins with a sign or holds `: `",
+    ),
     ("bad indent", "student:\n  model: a\n tokenizer: b\n", "3:2", "not YAML"),
-    ("control character", TWO + "name: a\x01b\n", "3:8", "not YAML: a control character -> delete it"),
+    (
+        "control character",
+        TWO + "name: a\x01b\n",
+        "3:8",
+        "not YAML: a control character -> delete it",
+    ),
     ("unknown alias", TWO + "corpus: *x\n", "3:9", "not YAML: found undefined alias 'x'"),
-    ("half a character", TWO + REST + 'name: "a\\ud800"\n', "4:7", "half a character -> write the plain values"),
-    ("python object", TWO + "corpus: !!python/object/apply:os.system ['x']\n", "3:9", "the tag !!python/object/apply:os.system is refused"),
-    ("own tag", TWO + REST + "seed: !env SEED\n", "4:7", "the tag !env is refused -> write the plain values"),
+    (
+        "half a character",
+        TWO + REST + 'name: "a\\ud800"\n',
+        "4:7",
+        "half a character -> write the plain values",
+    ),
+    (
+        "python object",
+        TWO + "corpus: !!python/object/apply:os.system ['x']\n",
+        "3:9",
+        "the tag !!python/object/apply:os.system is refused",
+    ),
+    (
+        "own tag",
+        TWO + REST + "seed: !env SEED\n",
+        "4:7",
+        "the tag !env is refused -> write the plain values",
+    ),
     ("explicit int", TWO + REST + "seed: !!int many\n", "4:7", "the tag !!int is refused"),
     ("deep", "a: " + "[" * 40 + "]" * 40, "1:19", "nested more than 16 deep"),
     ("very deep", "a: " + "[" * 5000, "1:19", "nested more than 16 deep"),
-    ("many aliases", "a: &a 1\nb: [" + ", ".join(["*a"] * 101) + "]\n", "2:405", "more than 100 aliases"),
-    ("alias bomb", "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
-        f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in itertools.pairwise("abcdefghijk")), "", "multiply without end"),
+    (
+        "many aliases",
+        "a: &a 1\nb: [" + ", ".join(["*a"] * 101) + "]\n",
+        "2:405",
+        "more than 100 aliases",
+    ),
+    (
+        "alias bomb",
+        "a: &a [x, x, x, x, x, x, x, x, x]\n"
+        + "".join(
+            f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n"
+            for a, b in itertools.pairwise("abcdefghijk")
+        ),
+        "",
+        "multiply without end",
+    ),
     ("alias of itself", "a: &a [*a]\n", "1:4", "multiply without end"),
     ("number as key", TWO + REST + "1: 2\n", "4:1", "this key is not a word"),
     ("list as key", TWO + REST + "? [a]\n: 2\n", "4:3", "this key is not a word"),
-    ("twice", TWO + REST + "seed: 1\nname: x\nseed: 2\n", "6:1", "seed: written twice, on lines 4 and 6 -> keep one"),
-    ("twice inside", "student:\n  model: a/b\n  model: a/c\n" + T + REST, "3:3", "student.model: written twice, on lines 2 and 3"),
+    (
+        "twice",
+        TWO + REST + "seed: 1\nname: x\nseed: 2\n",
+        "6:1",
+        "seed: written twice, on lines 4 and 6 -> keep one",
+    ),
+    (
+        "twice inside",
+        "student:\n  model: a/b\n  model: a/c\n" + T + REST,
+        "3:3",
+        "student.model: written twice, on lines 2 and 3",
+    ),
     # keys
-    ("unknown key at the top", TWO + REST + "sed: 1\n", "4:1", "sed: unknown key -> did you mean 'seed'?"),
-    ("unknown section", TWO + REST + "trainning: {steps: 3}\n", "4:1", "trainning: unknown key -> did you mean 'training'?"),
-    ("typing error", TWO + REST + "training:\n  stpes: 3\n", "5:3", "training.stpes: unknown key -> did you mean 'steps'?"),
-    ("in a list", S + "teachers:\n  - model: a/c\n    efort: low\n" + REST, "4:5",
-     "teachers.0.efort: unknown key -> did you mean 'effort'?"),
-    ("hyphens", TWO + REST + "capture: {max-new-tokens: 3}\n", "4:11",
-     "capture.max-new-tokens: unknown key -> did you mean 'max_new_tokens'?"),
-    ("upper case", TWO + REST + "check: {Floor: 0}\n", "4:9", "check.Floor: unknown key -> did you mean 'floor'?"),
-    ("American", S + "teachers: [{model: a/c, license: MIT}]\n" + REST, "2:25",
-     "teachers.0.license: unknown key -> did you mean 'licence'?"),
-    ("of another section", TWO + REST + "training: {texts: {}}\n", "4:12", "training.texts: unknown key -> it belongs under `check:`"),
-    ("of two others", TWO + REST + "training: {items: 3}\n", "4:12", "it belongs under `audition:` or under `evaluation:`"),
-    ("of the top", TWO + REST + "check: {today: 2025-01-01}\n", "4:9", "it belongs at the top of the file"),
-    ("of a section, at the top", TWO + REST + "tau: 0.1\n", "4:1", "tau: unknown key -> it belongs under `capture:`"),
-    ("of nothing", TWO + REST + "check: {qqqq: 3}\n", "4:9", "check.qqqq: unknown key -> one of floor"),
-    ("merge key", "student: {<<: {model: a/b}, model: a}\n" + T + REST, "1:11", "student.<<: unknown key"),
-    ("no student", "teachers: [{model: a/c}]\n" + REST, "1:1", "student: missing -> add `student:`, the model that learns"),
-    ("no teachers", "student: {model: a/b}\n" + REST, "1:1", "teachers: missing -> add `teachers:`"),
+    (
+        "unknown key at the top",
+        TWO + REST + "sed: 1\n",
+        "4:1",
+        "sed: unknown key -> did you mean 'seed'?",
+    ),
+    (
+        "unknown section",
+        TWO + REST + "trainning: {steps: 3}\n",
+        "4:1",
+        "trainning: unknown key -> did you mean 'training'?",
+    ),
+    (
+        "typing error",
+        TWO + REST + "training:\n  stpes: 3\n",
+        "5:3",
+        "training.stpes: unknown key -> did you mean 'steps'?",
+    ),
+    (
+        "in a list",
+        S + "teachers:\n  - model: a/c\n    efort: low\n" + REST,
+        "4:5",
+        "teachers.0.efort: unknown key -> did you mean 'effort'?",
+    ),
+    (
+        "hyphens",
+        TWO + REST + "capture: {max-new-tokens: 3}\n",
+        "4:11",
+        "capture.max-new-tokens: unknown key -> did you mean 'max_new_tokens'?",
+    ),
+    (
+        "upper case",
+        TWO + REST + "check: {Floor: 0}\n",
+        "4:9",
+        "check.Floor: unknown key -> did you mean 'floor'?",
+    ),
+    (
+        "American",
+        S + "teachers: [{model: a/c, license: MIT}]\n" + REST,
+        "2:25",
+        "teachers.0.license: unknown key -> did you mean 'licence'?",
+    ),
+    (
+        "of another section",
+        TWO + REST + "training: {texts: {}}\n",
+        "4:12",
+        "training.texts: unknown key -> it belongs under `check:`",
+    ),
+    (
+        "of two others",
+        TWO + REST + "training: {items: 3}\n",
+        "4:12",
+        "it belongs under `audition:` or under `evaluation:`",
+    ),
+    (
+        "of the top",
+        TWO + REST + "check: {today: 2025-01-01}\n",
+        "4:9",
+        "it belongs at the top of the file",
+    ),
+    (
+        "of a section, at the top",
+        TWO + REST + "tau: 0.1\n",
+        "4:1",
+        "tau: unknown key -> it belongs under `capture:`",
+    ),
+    (
+        "of nothing",
+        TWO + REST + "check: {qqqq: 3}\n",
+        "4:9",
+        "check.qqqq: unknown key -> one of floor",
+    ),
+    (
+        "merge key",
+        "student: {<<: {model: a/b}, model: a}\n" + T + REST,
+        "1:11",
+        "student.<<: unknown key",
+    ),
+    (
+        "no student",
+        "teachers: [{model: a/c}]\n" + REST,
+        "1:1",
+        "student: missing -> add `student:`, the model that learns",
+    ),
+    (
+        "no teachers",
+        "student: {model: a/b}\n" + REST,
+        "1:1",
+        "teachers: missing -> add `teachers:`",
+    ),
     ("no corpus", TWO, "1:1", "corpus: missing -> add `corpus:`, what the teachers are asked"),
-    ("no model", S + "teachers:\n  - name: x\n" + REST, "3:5", "teachers.0.model: missing -> add `model:`, a folder"),
-    ("no skill", TWO + "corpus:\n  - generate: 3\n", "4:5", "corpus.0.skill: missing -> add `skill:`"),
+    (
+        "no model",
+        S + "teachers:\n  - name: x\n" + REST,
+        "3:5",
+        "teachers.0.model: missing -> add `model:`, a folder",
+    ),
+    (
+        "no skill",
+        TWO + "corpus:\n  - generate: 3\n",
+        "4:5",
+        "corpus.0.skill: missing -> add `skill:`",
+    ),
     # values
-    ("empty section", TWO + REST + "training:\n", "4:1", "training: has no value -> give one, or delete the line"),
+    (
+        "empty section",
+        TWO + REST + "training:\n",
+        "4:1",
+        "training: has no value -> give one, or delete the line",
+    ),
     ("null", TWO + REST + "seed: ~\n", "4:1", "seed: has no value"),
-    ("null lora", "student: {model: a/b, adapt: lora, lora: }\n" + T + REST, "1:36", "student.lora: has no value"),
-    ("text for a number", TWO + REST + "training: {steps: many}\n", "4:12",
-     "training.steps: should be a whole number (got 'many') -> optimiser steps"),
-    ("quoted number", TWO + REST + "training: {steps: '3'}\n", "4:12", "training.steps: should be a whole number (got '3')"),
-    ("fraction", TWO + REST + "training: {steps: 2.5}\n", "4:12", "training.steps: should be a whole number (got 2.5)"),
-    ("truth for a number", TWO + REST + "training: {steps: true}\n", "4:12", "should be a whole number (got true)"),
+    (
+        "null lora",
+        "student: {model: a/b, adapt: lora, lora: }\n" + T + REST,
+        "1:36",
+        "student.lora: has no value",
+    ),
+    (
+        "text for a number",
+        TWO + REST + "training: {steps: many}\n",
+        "4:12",
+        "training.steps: should be a whole number (got 'many') -> optimiser steps",
+    ),
+    (
+        "quoted number",
+        TWO + REST + "training: {steps: '3'}\n",
+        "4:12",
+        "training.steps: should be a whole number (got '3')",
+    ),
+    (
+        "fraction",
+        TWO + REST + "training: {steps: 2.5}\n",
+        "4:12",
+        "training.steps: should be a whole number (got 2.5)",
+    ),
+    (
+        "truth for a number",
+        TWO + REST + "training: {steps: true}\n",
+        "4:12",
+        "should be a whole number (got true)",
+    ),
     ("octal", TWO + REST + "seed: 010\n", "4:1", "seed: should be a whole number (got '010')"),
-    ("endless digits", TWO + REST + f"seed: {'9' * 5000}\n", "4:1", "seed: should be a whole number (got '9999"),
-    ("list for text", TWO + REST + "name: [a]\n", "4:1", "name: should be text (got a list) -> name of the run's folder"),
-    ("list for a number", TWO + REST + "capture: {tau: [1]}\n", "4:11", "capture.tau: should be a number (got a list)"),
+    (
+        "endless digits",
+        TWO + REST + f"seed: {'9' * 5000}\n",
+        "4:1",
+        "seed: should be a whole number (got '9999",
+    ),
+    (
+        "list for text",
+        TWO + REST + "name: [a]\n",
+        "4:1",
+        "name: should be text (got a list) -> name of the run's folder",
+    ),
+    (
+        "list for a number",
+        TWO + REST + "capture: {tau: [1]}\n",
+        "4:11",
+        "capture.tau: should be a number (got a list)",
+    ),
     ("number for text", TWO + REST + "name: 3\n", "4:1", "name: should be text (got 3)"),
-    ("not a number", TWO + REST + "training: {weight_decay: .nan}\n", "4:12", "training.weight_decay: should be a finite number (got NaN)"),
-    ("infinite", TWO + REST + "training: {clip: .inf}\n", "4:12", "training.clip: should be a finite number (got Infinity)"),
-    ("scalar for a section", TWO + REST + "training: fast\n", "4:1",
-     "training: should be a section, its keys indented below it (got 'fast')"),
+    (
+        "not a number",
+        TWO + REST + "training: {weight_decay: .nan}\n",
+        "4:12",
+        "training.weight_decay: should be a finite number (got NaN)",
+    ),
+    (
+        "infinite",
+        TWO + REST + "training: {clip: .inf}\n",
+        "4:12",
+        "training.clip: should be a finite number (got Infinity)",
+    ),
+    (
+        "scalar for a section",
+        TWO + REST + "training: fast\n",
+        "4:1",
+        "training: should be a section, its keys indented below it (got 'fast')",
+    ),
     ("list for a section", TWO + REST + "training: [1]\n", "4:1", "training: should be a section"),
-    ("section for a list", S + "teachers: {model: a/c}\n" + REST, "2:1",
-     "teachers: should be a list, each entry after `- ` (got a section)"),
-    ("list for pins", TWO + REST + "audition: {pinned: [code]}\n", "4:12", "audition.pinned: should be a section"),
-    ("number for a pin", TWO + REST + "audition: {pinned: {code: 3}}\n", "4:21", "audition.pinned.code: should be text (got 3)"),
-    ("number for a target", "student: {model: a/b, adapt: lora, lora: {targets: [3]}}\n" + T + REST, "1:53",
-     "student.lora.targets.0: should be text (got 3) -> put it in quotes"),
+    (
+        "section for a list",
+        S + "teachers: {model: a/c}\n" + REST,
+        "2:1",
+        "teachers: should be a list, each entry after `- ` (got a section)",
+    ),
+    (
+        "list for pins",
+        TWO + REST + "audition: {pinned: [code]}\n",
+        "4:12",
+        "audition.pinned: should be a section",
+    ),
+    (
+        "number for a pin",
+        TWO + REST + "audition: {pinned: {code: 3}}\n",
+        "4:21",
+        "audition.pinned.code: should be text (got 3)",
+    ),
+    (
+        "number for a target",
+        "student: {model: a/b, adapt: lora, lora: {targets: [3]}}\n" + T + REST,
+        "1:53",
+        "student.lora.targets.0: should be text (got 3) -> put it in quotes",
+    ),
     ("no teacher", S + "teachers: []\n" + REST, "2:1", "teachers: needs at least one entry"),
-    ("effort", S + "teachers: [{model: a/c, effort: medum}]\n" + REST, "2:25",
-     "teachers.0.effort: should be none, low, medium or high (got 'medum') -> did you mean 'medium'?"),
-    ("effort off", S + "teachers: [{model: a/c, effort: false}]\n" + REST, "2:25", "should be none, low, medium or high (got false)"),
-    ("family", "student: {model: a/b, family: gptoss}\n" + T + REST, "1:23",
-     f"student.family: should be {', '.join(f.name for f in FAMILIES)} or generic (got 'gptoss') -> did you mean 'gpt-oss'?"),
-    ("adapt", "student: {model: a/b, adapt: qlora}\n" + T + REST, "1:23", "student.adapt: should be full or lora (got 'qlora')"),
-    ("date", TWO + REST + "today: 2025-02-30\n", "4:1", "today: should be a date such as 2025-01-01 (got '2025-02-30')"),
-    ("number as date", TWO + REST + "today: 20250101\n", "4:1", "today: should be a date such as 2025-01-01 (got 20250101)"),
-    ("name", TWO + REST + "name: ../x\n", "4:1", "name: should be a plain name (got '../x') -> name of the run's folder"),
-    ("teacher's name", S + "teachers: [{model: a/c, name: a b}]\n" + REST, "2:25", "teachers.0.name: should be a plain name (got 'a b')"),
-    ("empty model", "student: {model: ''}\n" + T + REST, "1:11", "student.model: should be some text (got '')"),
+    (
+        "effort",
+        S + "teachers: [{model: a/c, effort: medum}]\n" + REST,
+        "2:25",
+        "teachers.0.effort: should be none, low, medium or high (got 'medum') -> did you mean 'medium'?",
+    ),
+    (
+        "effort off",
+        S + "teachers: [{model: a/c, effort: false}]\n" + REST,
+        "2:25",
+        "should be none, low, medium or high (got false)",
+    ),
+    (
+        "family",
+        "student: {model: a/b, family: gptoss}\n" + T + REST,
+        "1:23",
+        f"student.family: should be {', '.join(f.name for f in FAMILIES)} or generic (got 'gptoss') -> did you mean 'gpt-oss'?",
+    ),
+    (
+        "adapt",
+        "student: {model: a/b, adapt: qlora}\n" + T + REST,
+        "1:23",
+        "student.adapt: should be full or lora (got 'qlora')",
+    ),
+    (
+        "date",
+        TWO + REST + "today: 2025-02-30\n",
+        "4:1",
+        "today: should be a date such as 2025-01-01 (got '2025-02-30')",
+    ),
+    (
+        "number as date",
+        TWO + REST + "today: 20250101\n",
+        "4:1",
+        "today: should be a date such as 2025-01-01 (got 20250101)",
+    ),
+    (
+        "name",
+        TWO + REST + "name: ../x\n",
+        "4:1",
+        "name: should be a plain name (got '../x') -> name of the run's folder",
+    ),
+    (
+        "teacher's name",
+        S + "teachers: [{model: a/c, name: a b}]\n" + REST,
+        "2:25",
+        "teachers.0.name: should be a plain name (got 'a b')",
+    ),
+    (
+        "empty model",
+        "student: {model: ''}\n" + T + REST,
+        "1:11",
+        "student.model: should be some text (got '')",
+    ),
     # bounds
-    ("no steps", TWO + REST + "training: {steps: 0}\n", "4:12", "training.steps: should be at least 1 (got 0)"),
-    ("too many", TWO + REST + "capture: {unit: 99999999999}\n", "4:11", "capture.unit: should be at most 1073741824 (got 99999999999)"),
-    ("broken lines of no file", TWO + "corpus: [{skill: code, generate: 10, broken: quarantine}]\n", "3:38",
-     "corpus.0.broken: given, but no `file` that could be broken -> delete `broken:`"),
-    ("kl of a sample", TWO + REST + "capture: {kl: 0.02}\n", "4:11",
-     "capture.kl: given, but `rows` is sampled -> write `rows: topk`, or delete `kl:`"),
-    ("tau of the likeliest", TWO + REST + "capture: {rows: topk, tau: 0.02}\n", "4:23",
-     "capture.tau: given, but `rows` is topk -> write `rows: sampled`, or delete `tau:`"),
-    ("kl 0", TWO + REST + "capture: {rows: topk, kl: 0}\n", "4:23", "capture.kl: should be at least 0.003 (got 0)"),
-    ("rows", TWO + REST + "capture: {rows: full}\n", "4:11", "capture.rows: should be sampled or topk (got 'full')"),
-    ("completion of the likeliest", TWO + REST + "capture: {rows: topk}\ntraining: {completion: true}\n", "5:12",
-     "training.completion: true, but nobody can say what a rest holds inside a token"),
-    ("tau 0", TWO + REST + "capture: {tau: 0}\n", "4:11", "capture.tau: should be more than 0 (got 0)"),
-    ("tau 0.6", TWO + REST + "capture: {tau: 0.6}\n", "4:11", "capture.tau: should be at most 0.5 (got 0.6)"),
-    ("share", TWO + REST + "training: {event_share: 1.5}\n", "4:12",
-     "training.event_share: should be at most 1 (got 1.5) -> weight of events"),
-    ("floor", TWO + REST + "check: {floor: -0.1}\n", "4:9", "check.floor: should be at least 0 (got -0.1)"),
-    ("disagreement", TWO + REST + "check: {disagreement: 2}\n", "4:9", "check.disagreement: should be at most 1 (got 2)"),
-    ("likelihood", TWO + REST + "check: {likelihood: maybe}\n", "4:9", "check.likelihood: should be true or false (got 'maybe') -> open weights"),
-    ("text of texts", TWO + REST + "check: {texts: {vi: 3}}\n", "4:17", "check.texts.vi: should be text (got 3)"),
-    ("texts in a list", TWO + REST + "check: {texts: [a]}\n", "4:9", "check.texts: should be a section, its keys indented below it (got a list)"),
-    ("learning rate", TWO + REST + "training: {learning_rate: 0}\n", "4:12", "training.learning_rate: should be more than 0"),
-    ("nothing generated", TWO + "corpus: [{skill: code, generate: 0}]\n", "3:24", "corpus.0.generate: should be at least 1"),
-    ("rank", "student: {model: a/b, adapt: lora, lora: {rank: 0}}\n" + T + REST, "1:43", "student.lora.rank: should be at least 1"),
+    (
+        "no steps",
+        TWO + REST + "training: {steps: 0}\n",
+        "4:12",
+        "training.steps: should be at least 1 (got 0)",
+    ),
+    (
+        "too many",
+        TWO + REST + "capture: {unit: 99999999999}\n",
+        "4:11",
+        "capture.unit: should be at most 1073741824 (got 99999999999)",
+    ),
+    (
+        "broken lines of no file",
+        TWO + "corpus: [{skill: code, generate: 10, broken: quarantine}]\n",
+        "3:38",
+        "corpus.0.broken: given, but no `file` that could be broken -> delete `broken:`",
+    ),
+    (
+        "kl of a sample",
+        TWO + REST + "capture: {kl: 0.02}\n",
+        "4:11",
+        "capture.kl: given, but `rows` is sampled -> write `rows: topk`, or delete `kl:`",
+    ),
+    (
+        "tau of the likeliest",
+        TWO + REST + "capture: {rows: topk, tau: 0.02}\n",
+        "4:23",
+        "capture.tau: given, but `rows` is topk -> write `rows: sampled`, or delete `tau:`",
+    ),
+    (
+        "kl 0",
+        TWO + REST + "capture: {rows: topk, kl: 0}\n",
+        "4:23",
+        "capture.kl: should be at least 0.003 (got 0)",
+    ),
+    (
+        "rows",
+        TWO + REST + "capture: {rows: full}\n",
+        "4:11",
+        "capture.rows: should be sampled or topk (got 'full')",
+    ),
+    (
+        "completion of the likeliest",
+        TWO + REST + "capture: {rows: topk}\ntraining: {completion: true}\n",
+        "5:12",
+        "training.completion: true, but nobody can say what a rest holds inside a token",
+    ),
+    (
+        "tau 0",
+        TWO + REST + "capture: {tau: 0}\n",
+        "4:11",
+        "capture.tau: should be more than 0 (got 0)",
+    ),
+    (
+        "tau 0.6",
+        TWO + REST + "capture: {tau: 0.6}\n",
+        "4:11",
+        "capture.tau: should be at most 0.5 (got 0.6)",
+    ),
+    (
+        "share",
+        TWO + REST + "training: {event_share: 1.5}\n",
+        "4:12",
+        "training.event_share: should be at most 1 (got 1.5) -> weight of events",
+    ),
+    (
+        "floor",
+        TWO + REST + "check: {floor: -0.1}\n",
+        "4:9",
+        "check.floor: should be at least 0 (got -0.1)",
+    ),
+    (
+        "disagreement",
+        TWO + REST + "check: {disagreement: 2}\n",
+        "4:9",
+        "check.disagreement: should be at most 1 (got 2)",
+    ),
+    (
+        "likelihood",
+        TWO + REST + "check: {likelihood: maybe}\n",
+        "4:9",
+        "check.likelihood: should be true or false (got 'maybe') -> open weights",
+    ),
+    (
+        "text of texts",
+        TWO + REST + "check: {texts: {vi: 3}}\n",
+        "4:17",
+        "check.texts.vi: should be text (got 3)",
+    ),
+    (
+        "texts in a list",
+        TWO + REST + "check: {texts: [a]}\n",
+        "4:9",
+        "check.texts: should be a section, its keys indented below it (got a list)",
+    ),
+    (
+        "learning rate",
+        TWO + REST + "training: {learning_rate: 0}\n",
+        "4:12",
+        "training.learning_rate: should be more than 0",
+    ),
+    (
+        "nothing generated",
+        TWO + "corpus: [{skill: code, generate: 0}]\n",
+        "3:24",
+        "corpus.0.generate: should be at least 1",
+    ),
+    (
+        "rank",
+        "student: {model: a/b, adapt: lora, lora: {rank: 0}}\n" + T + REST,
+        "1:43",
+        "student.lora.rank: should be at least 1",
+    ),
     # contradictions
-    ("random without tokenizer", "student: {model: random, sizes: {}}\n" + T + REST, "1:1",
-     "student.tokenizer: missing; random weights bring none -> add `tokenizer:`"),
-    ("random without sizes", "student: {model: random, tokenizer: a/b}\n" + T + REST, "1:1",
-     "student.sizes: missing; random weights need a size -> add `sizes:"),
-    ("sizes without random", "student: {model: a/b, sizes: {hidden: 64}}\n" + T + REST, "1:23",
-     "student.sizes: given, but this model has its own -> delete `sizes:`"),
-    ("odd heads", RANDOM % "hidden: 36, heads: 8", "1:50", "student.sizes.hidden: 36 is not 8 heads of even width -> a multiple of 16"),
-    ("revision of a folder", "student: {model: ./x, revision: main}\n" + T + REST, "1:23",
-     "student.revision: given, but only a hub model has one -> delete `revision:`"),
-    ("idle lora", "student: {model: a/b, lora: {rank: 8}}\n" + T + REST, "1:23",
-     "student.lora: given, but `adapt` is full -> write `adapt: lora`, or delete `lora:`"),
-    ("nameless random", S + "teachers:\n  - {model: random, tokenizer: a/b, sizes: {}}\n" + REST, "3:5",
-     "teachers.0.name: missing; `model: random` gives none -> add `name:`"),
-    ("nameless folder", S + "teachers: [{model: ..}]\n" + REST, "2:12", "teachers.0.name: missing; `model: ..` gives none"),
-    ("twin teachers", S + "teachers:\n  - model: a/c\n  - model: b/c\n" + REST, "4:5",
-     "teachers.1.name: two teachers are called 'c' -> give each its own `name:`"),
-    ("both sources", TWO + "corpus: [{skill: code, generate: 3, file: a.jsonl}]\n", "3:10",
-     "corpus.0: both `generate` and `file` -> keep one"),
-    ("no source", TWO + "corpus: [{skill: code}]\n", "3:10", "corpus.0: neither `generate` nor `file` -> add `generate: 1000`"),
-    ("wrong file", TWO + "corpus: [{skill: code, file: a.csv}]\n", "3:24", "is not .jsonl -> one JSON object a line"),
-    ("mode nobody knows", TWO + "corpus: [{skill: code, generate: 3, modes: {hi: 1}}]\n", "3:45",
-     "should be none, low, medium or high (got 'hi') -> did you mean 'high'?"),
-    ("mode without a share", TWO + "corpus: [{skill: code, generate: 3, modes: {none: 0, high: 1}}]\n", "3:45",
-     "corpus.0.modes.none: should be more than 0 (got 0) -> effort -> share"),
-    ("modes of half", TWO + "corpus: [{skill: code, generate: 3, modes: {none: 0.25, high: 0.25}}]\n", "3:37",
-     "corpus.0.modes: shares that sum to 0.5 -> let them sum to 1"),
-    ("modes of given answers", TWO + "corpus: [{skill: code, generate: 3, modes: {none: 1}}]\ncapture: {answers: given}\n", "3:37",
-     "corpus.0.modes: given, but nobody is asked"),
-    ("pinned stranger", TWO + REST + "audition: {pinned: {code: d}}\n", "4:21",
-     "audition.pinned.code: no teacher is called 'd' -> one of c"),
-    ("pinned skill", TWO + REST + "audition: {pinned: {cod: c}}\n", "4:21",
-     "audition.pinned.cod: no part of the corpus teaches 'cod' -> did you mean 'code'?"),
+    (
+        "random without tokenizer",
+        "student: {model: random, sizes: {}}\n" + T + REST,
+        "1:1",
+        "student.tokenizer: missing; random weights bring none -> add `tokenizer:`",
+    ),
+    (
+        "random without sizes",
+        "student: {model: random, tokenizer: a/b}\n" + T + REST,
+        "1:1",
+        "student.sizes: missing; random weights need a size -> add `sizes:",
+    ),
+    (
+        "sizes without random",
+        "student: {model: a/b, sizes: {hidden: 64}}\n" + T + REST,
+        "1:23",
+        "student.sizes: given, but this model has its own -> delete `sizes:`",
+    ),
+    (
+        "odd heads",
+        RANDOM % "hidden: 36, heads: 8",
+        "1:50",
+        "student.sizes.hidden: 36 is not 8 heads of even width -> a multiple of 16",
+    ),
+    (
+        "revision of a folder",
+        "student: {model: ./x, revision: main}\n" + T + REST,
+        "1:23",
+        "student.revision: given, but only a hub model has one -> delete `revision:`",
+    ),
+    (
+        "idle lora",
+        "student: {model: a/b, lora: {rank: 8}}\n" + T + REST,
+        "1:23",
+        "student.lora: given, but `adapt` is full -> write `adapt: lora`, or delete `lora:`",
+    ),
+    (
+        "nameless random",
+        S + "teachers:\n  - {model: random, tokenizer: a/b, sizes: {}}\n" + REST,
+        "3:5",
+        "teachers.0.name: missing; `model: random` gives none -> add `name:`",
+    ),
+    (
+        "nameless folder",
+        S + "teachers: [{model: ..}]\n" + REST,
+        "2:12",
+        "teachers.0.name: missing; `model: ..` gives none",
+    ),
+    (
+        "twin teachers",
+        S + "teachers:\n  - model: a/c\n  - model: b/c\n" + REST,
+        "4:5",
+        "teachers.1.name: two teachers are called 'c' -> give each its own `name:`",
+    ),
+    (
+        "both sources",
+        TWO + "corpus: [{skill: code, generate: 3, file: a.jsonl}]\n",
+        "3:10",
+        "corpus.0: both `generate` and `file` -> keep one",
+    ),
+    (
+        "no source",
+        TWO + "corpus: [{skill: code}]\n",
+        "3:10",
+        "corpus.0: neither `generate` nor `file` -> add `generate: 1000`",
+    ),
+    (
+        "wrong file",
+        TWO + "corpus: [{skill: code, file: a.csv}]\n",
+        "3:24",
+        "is not .jsonl -> one JSON object a line",
+    ),
+    (
+        "mode nobody knows",
+        TWO + "corpus: [{skill: code, generate: 3, modes: {hi: 1}}]\n",
+        "3:45",
+        "should be none, low, medium or high (got 'hi') -> did you mean 'high'?",
+    ),
+    (
+        "mode without a share",
+        TWO + "corpus: [{skill: code, generate: 3, modes: {none: 0, high: 1}}]\n",
+        "3:45",
+        "corpus.0.modes.none: should be more than 0 (got 0) -> effort -> share",
+    ),
+    (
+        "modes of half",
+        TWO + "corpus: [{skill: code, generate: 3, modes: {none: 0.25, high: 0.25}}]\n",
+        "3:37",
+        "corpus.0.modes: shares that sum to 0.5 -> let them sum to 1",
+    ),
+    (
+        "modes of given answers",
+        TWO + "corpus: [{skill: code, generate: 3, modes: {none: 1}}]\ncapture: {answers: given}\n",
+        "3:37",
+        "corpus.0.modes: given, but nobody is asked",
+    ),
+    (
+        "pinned stranger",
+        TWO + REST + "audition: {pinned: {code: d}}\n",
+        "4:21",
+        "audition.pinned.code: no teacher is called 'd' -> one of c",
+    ),
+    (
+        "pinned skill",
+        TWO + REST + "audition: {pinned: {cod: c}}\n",
+        "4:21",
+        "audition.pinned.cod: no part of the corpus teaches 'cod' -> did you mean 'code'?",
+    ),
     # secrets and variables
-    ("key of an API", TWO + REST + "api_key: sk-abcdef\n", "4:1", "api_key: looks like a secret -> name an environment variable instead"),
-    ("hub token", "student: {model: a/b, revision: hf_abcdef}\n" + T + REST, "1:23", "student.revision: looks like a secret"),
-    ("key before a host", "student: {model: 'https://me:abcdef@host/m'}\n" + T + REST, "1:11", "student.model: looks like a secret"),
-    ("key in an address", S + "teachers: [{model: a/c, endpoint: {url: 'http://host/v1?key=abcdef'}}]\n" + REST, "2:36",
-     "teachers.0.endpoint.url: looks like a secret"),
-    ("secret for a number", TWO + REST + "seed: ' sk-abcdef'\n", "4:1", "seed: looks like a secret"),
-    ("strange variable", "student: {model: '${HOME}/m'}\n" + T + REST, "1:11",
-     "student.model: the variable 'HOME' may not be read here -> allowed: ${PERSEA_DATA}, ${HF_HOME}"),
-    ("unset variable", "student: {model: '${HF_HOME}/m'}\n" + T + REST, "1:11",
-     "the variable 'HF_HOME' is not set -> export HF_HOME=/some/folder; allowed: ${PERSEA_DATA}, ${HF_HOME}"),
-    ("open variable", "student: {model: '${HF_HOME'}\n" + T + REST, "1:11", "the variable 'HF_HOME' is not set"),
-    ("nameless variable", TWO + "corpus: [{skill: code, file: '${}/a.jsonl'}]\n", "3:24", "the variable '' may not be read here"),
+    (
+        "key of an API",
+        TWO + REST + "api_key: sk-abcdef\n",
+        "4:1",
+        "api_key: looks like a secret -> name an environment variable instead",
+    ),
+    (
+        "hub token",
+        "student: {model: a/b, revision: hf_abcdef}\n" + T + REST,
+        "1:23",
+        "student.revision: looks like a secret",
+    ),
+    (
+        "key before a host",
+        "student: {model: 'https://me:abcdef@host/m'}\n" + T + REST,
+        "1:11",
+        "student.model: looks like a secret",
+    ),
+    (
+        "key in an address",
+        S + "teachers: [{model: a/c, endpoint: {url: 'http://host/v1?key=abcdef'}}]\n" + REST,
+        "2:36",
+        "teachers.0.endpoint.url: looks like a secret",
+    ),
+    (
+        "secret for a number",
+        TWO + REST + "seed: ' sk-abcdef'\n",
+        "4:1",
+        "seed: looks like a secret",
+    ),
+    (
+        "strange variable",
+        "student: {model: '${HOME}/m'}\n" + T + REST,
+        "1:11",
+        "student.model: the variable 'HOME' may not be read here -> allowed: ${PERSEA_DATA}, ${HF_HOME}",
+    ),
+    (
+        "unset variable",
+        "student: {model: '${HF_HOME}/m'}\n" + T + REST,
+        "1:11",
+        "the variable 'HF_HOME' is not set -> export HF_HOME=/some/folder; allowed: ${PERSEA_DATA}, ${HF_HOME}",
+    ),
+    (
+        "open variable",
+        "student: {model: '${HF_HOME'}\n" + T + REST,
+        "1:11",
+        "the variable 'HF_HOME' is not set",
+    ),
+    (
+        "nameless variable",
+        TWO + "corpus: [{skill: code, file: '${}/a.jsonl'}]\n",
+        "3:24",
+        "the variable '' may not be read here",
+    ),
 ]
 
 
@@ -469,7 +1099,9 @@ def test_bad_recipes(write: Any, name: str, text: str, place: str, message: str)
     assert message in first
     assert first.startswith(f"mine.yaml:{place}: ") if place else first.startswith("mine.yaml:")
     assert " -> " in first and "abcdef" not in told
-    assert len({line.split(" -> ")[0] for line in told.splitlines()}) == len(told.splitlines()), "a problem is told once"
+    assert len({line.split(" -> ")[0] for line in told.splitlines()}) == len(told.splitlines()), (
+        "a problem is told once"
+    )
 
 
 def test_there_are_enough_bad_recipes() -> None:
@@ -477,39 +1109,64 @@ def test_there_are_enough_bad_recipes() -> None:
 
 
 def test_all_problems_are_told_at_once_in_the_order_of_the_file(write: Any) -> None:
-    told = refusal(write(
-        "seeed: 1\nstudent:\n  model: random\n  adapt: ful\nteachers:\n  - model: a/b\n    wieght: 2\n  - {model: a/c, effort: hgih}\n"
-        "corpus: []\ntraining:\n  steps: many\n  batch: 0\n"), "check.flor=1").splitlines()
+    told = refusal(
+        write(
+            "seeed: 1\nstudent:\n  model: random\n  adapt: ful\nteachers:\n  - model: a/b\n    wieght: 2\n  - {model: a/c, effort: hgih}\n"
+            "corpus: []\ntraining:\n  steps: many\n  batch: 0\n"
+        ),
+        "check.flor=1",
+    ).splitlines()
     assert [line.split(": ")[:2] for line in told] == [
-        ["mine.yaml:1:1", "seeed"], ["mine.yaml:4:3", "student.adapt"], ["mine.yaml:7:5", "teachers.0.wieght"],
-        ["mine.yaml:8:18", "teachers.1.effort"], ["mine.yaml:9:1", "corpus"], ["mine.yaml:11:3", "training.steps"],
-        ["mine.yaml:12:3", "training.batch"], ["--set check.flor=1", "check.flor"]]
+        ["mine.yaml:1:1", "seeed"],
+        ["mine.yaml:4:3", "student.adapt"],
+        ["mine.yaml:7:5", "teachers.0.wieght"],
+        ["mine.yaml:8:18", "teachers.1.effort"],
+        ["mine.yaml:9:1", "corpus"],
+        ["mine.yaml:11:3", "training.steps"],
+        ["mine.yaml:12:3", "training.batch"],
+        ["--set check.flor=1", "check.flor"],
+    ]
 
 
 def test_one_problem_keeps_its_parts_apart(write: Any) -> None:
     path = write(TWO + REST + "sed: 1\n")
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
-    assert (caught.value.message, caught.value.where, caught.value.remedy) == ("sed: unknown key", f"{path}:4:1", "did you mean 'seed'?")
+    assert (caught.value.message, caught.value.where, caught.value.remedy) == (
+        "sed: unknown key",
+        f"{path}:4:1",
+        "did you mean 'seed'?",
+    )
 
 
 def test_a_secret_is_never_shown(write: Any) -> None:
-    told = refusal(write(TWO + REST + "training: {steps: sk-abcdef, batch: hf_abcdef}\nseed: [sk-abcdef]\n"), "name=sk-abcdef")
+    told = refusal(
+        write(TWO + REST + "training: {steps: sk-abcdef, batch: hf_abcdef}\nseed: [sk-abcdef]\n"),
+        "name=sk-abcdef",
+    )
     assert told.count("looks like a secret") == 4 and "abcdef" not in told
 
 
 def test_files_that_cannot_be_read(write: Any, tmp_path: Path) -> None:
     write(GOOD)
-    assert refusal(tmp_path / "mien.yaml") == "mien.yaml: cannot read the recipe: No such file or directory -> did you mean mine.yaml?"
+    assert (
+        refusal(tmp_path / "mien.yaml")
+        == "mien.yaml: cannot read the recipe: No such file or directory -> did you mean mine.yaml?"
+    )
     assert "Is a directory -> give the path of a .yaml file" in refusal(tmp_path)
     assert "No such file" in refusal(tmp_path / "none" / "x.yaml")
     (tmp_path / "latin.yaml").write_bytes("name: café".encode("latin-1"))
-    assert refusal(tmp_path / "latin.yaml") == "latin.yaml: byte 9 is not UTF-8 -> save the file as UTF-8"
+    assert (
+        refusal(tmp_path / "latin.yaml")
+        == "latin.yaml: byte 9 is not UTF-8 -> save the file as UTF-8"
+    )
 
 
 def test_a_file_name_that_is_no_name_asks_for_one(write: Any) -> None:
     path = write(GOOD, "My Recipe.yaml")
-    assert "name: should be a plain name (got 'My Recipe') -> name of the run's folder" in refusal(path)
+    assert "name: should be a plain name (got 'My Recipe') -> name of the run's folder" in refusal(
+        path
+    )
     assert load_recipe(path, ["name=mine"]).name == "mine"
 
 
@@ -534,10 +1191,31 @@ def test_a_damaged_recipe_loads_or_is_explained(write: Any, seed: int) -> None:
             lines[k] = f"  {lines[k]}"
         else:
             at = rng.randint(0, len(lines[k]))
-            junk = rng.choice(("&", "*", "{", "}", "- ", ": ", "!!x ", "\t", "\x07", "'", "#", "1e9", "null", "~", "\ud7ff", "${X}"))
+            junk = rng.choice(
+                (
+                    "&",
+                    "*",
+                    "{",
+                    "}",
+                    "- ",
+                    ": ",
+                    "!!x ",
+                    "\t",
+                    "\x07",
+                    "'",
+                    "#",
+                    "1e9",
+                    "null",
+                    "~",
+                    "\ud7ff",
+                    "${X}",
+                )
+            )
             lines[k] = lines[k][:at] + junk + lines[k][at:]
     path = write("\n".join(lines))
     try:
         load_recipe(path)
     except RecipeError as error:
-        assert all(line.startswith(str(path)) and " -> " in line for line in str(error).splitlines())
+        assert all(
+            line.startswith(str(path)) and " -> " in line for line in str(error).splitlines()
+        )

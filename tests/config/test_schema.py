@@ -25,7 +25,9 @@ from persea.config.schema import (
 def test_lora_has_defaults_only_where_it_is_asked_for() -> None:
     assert StudentSection(model="org/student").lora is None
     assert StudentSection(model="org/student", adapt="lora").lora == LoraSection()
-    assert StudentSection(model="org/student", adapt="lora", lora=LoraSection(rank=8)).lora == LoraSection(rank=8)
+    assert StudentSection(
+        model="org/student", adapt="lora", lora=LoraSection(rank=8)
+    ).lora == LoraSection(rank=8)
 
 
 def test_rows_of_one_kind_have_the_key_of_that_kind() -> None:
@@ -34,15 +36,36 @@ def test_rows_of_one_kind_have_the_key_of_that_kind() -> None:
     assert (top.rows, top.tau, top.kl) == ("topk", None, 0.01)
 
 
-@pytest.mark.parametrize(("on", "training", "key", "what"), [
-    ({"after": 40}, {"steps": 40}, "after", "40, but there are 40 steps"),
-    ({"after": 0, "rollouts": 24}, {"batch": 16}, "rollouts", "24 is no multiple of `batch`, 16"),
-    ({"after": 0, "rollouts": 64, "refresh": 5}, {"batch": 16}, "refresh", "5, but the last of 64 answers is 6 steps old when used")])
-def test_answers_of_the_student_are_used_in_time_and_whole(on: dict[str, int], training: dict[str, int], key: str, what: str) -> None:
+@pytest.mark.parametrize(
+    ("on", "training", "key", "what"),
+    [
+        ({"after": 40}, {"steps": 40}, "after", "40, but there are 40 steps"),
+        (
+            {"after": 0, "rollouts": 24},
+            {"batch": 16},
+            "rollouts",
+            "24 is no multiple of `batch`, 16",
+        ),
+        (
+            {"after": 0, "rollouts": 64, "refresh": 5},
+            {"batch": 16},
+            "refresh",
+            "5, but the last of 64 answers is 6 steps old when used",
+        ),
+    ],
+)
+def test_answers_of_the_student_are_used_in_time_and_whole(
+    on: dict[str, int], training: dict[str, int], key: str, what: str
+) -> None:
     with pytest.raises(ValidationError) as caught:
         TrainingSection(**training, on_policy=OnPolicySection(**on))  # type: ignore[arg-type]
     assert [f[:2] for f in caught.value.errors()[0]["ctx"]["found"]] == [(("on_policy", key), what)]
-    assert TrainingSection(steps=41, batch=16, on_policy=OnPolicySection(after=40, rollouts=64, refresh=6)).on_policy is not None
+    assert (
+        TrainingSection(
+            steps=41, batch=16, on_policy=OnPolicySection(after=40, rollouts=64, refresh=6)
+        ).on_policy
+        is not None
+    )
 
 
 def test_a_schedule_and_what_is_held_out_have_their_keys_only_where_they_are_asked_for() -> None:
@@ -68,10 +91,23 @@ def test_every_field_says_what_it_is() -> None:
 
 def test_every_section_is_found_by_the_key_it_stands_under() -> None:
     """SECTIONS is written by hand: it must name each section that a field of a section holds."""
-    held = {key: (f.annotation, *get_args(f.annotation)) for s in (Recipe, *SECTION_CLASSES.values()) for key, f in s.model_fields.items()}
-    sections = {key: kind for key, kinds in held.items() for kind in kinds if kind in SECTION_CLASSES.values()}
+    held = {
+        key: (f.annotation, *get_args(f.annotation))
+        for s in (Recipe, *SECTION_CLASSES.values())
+        for key, f in s.model_fields.items()
+    }
+    sections = {
+        key: kind
+        for key, kinds in held.items()
+        for kind in kinds
+        if kind in SECTION_CLASSES.values()
+    }
     assert sections == SECTION_CLASSES
-    assert set(RecipeSection.__subclasses__()) | set(ModelRef.__subclasses__()) == {*SECTION_CLASSES.values(), ModelRef, Recipe}
+    assert set(RecipeSection.__subclasses__()) | set(ModelRef.__subclasses__()) == {
+        *SECTION_CLASSES.values(),
+        ModelRef,
+        Recipe,
+    }
 
 
 def test_the_text_alone_has_no_rows_to_complete() -> None:
@@ -81,8 +117,17 @@ def test_the_text_alone_has_no_rows_to_complete() -> None:
 
 
 def test_weights_that_persea_does_not_load_are_not_quantised() -> None:
-    for more in ({"model": "random", "name": "t", "tokenizer": "./t", "sizes": RandomModelSection(), "quantize": "4bit"},
-                 {"model": "a/b", "engine": "vllm", "quantize": "8bit"}, {"model": "a/b", "engine": "vllm", "offload": True}):
+    for more in (
+        {
+            "model": "random",
+            "name": "t",
+            "tokenizer": "./t",
+            "sizes": RandomModelSection(),
+            "quantize": "4bit",
+        },
+        {"model": "a/b", "engine": "vllm", "quantize": "8bit"},
+        {"model": "a/b", "engine": "vllm", "offload": True},
+    ):
         with pytest.raises(ValidationError) as caught:
             TeacherSection(**more)
         assert "given, but" in str(caught.value.errors()[0]["ctx"])

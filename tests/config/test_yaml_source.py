@@ -37,13 +37,17 @@ def test_a_key_written_twice_is_a_problem_that_names_both_lines(tmp_path: Path) 
     assert "lines 1 and 3" in str(reading.problems[("a",)])
 
 
-@pytest.mark.parametrize("text", ["", "- a\n", "a: [1\n", "a: !!python/object:x {}\n", "? [1]\n: 2\n", "a: \x01\n"])
+@pytest.mark.parametrize(
+    "text", ["", "- a\n", "a: [1\n", "a: !!python/object:x {}\n", "? [1]\n: 2\n", "a: \x01\n"]
+)
 def test_what_is_no_page_of_keys_is_refused_with_its_place(tmp_path: Path, text: str) -> None:
     with pytest.raises(RecipeError, match=r"page\.yaml:\d+:\d+"):
         read_yaml(page(tmp_path, text))
 
 
 def test_an_alias_bomb_is_refused(tmp_path: Path) -> None:
-    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"] + [f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]" for k in range(1, 8)]
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"] + [
+        f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]" for k in range(1, 8)
+    ]
     with pytest.raises(RecipeError):
         read_yaml(page(tmp_path, "\n".join(lines)))

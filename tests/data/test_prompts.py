@@ -46,21 +46,34 @@ def read(folder: Path, *lines: str | bytes) -> list[Prompt]:
 
 # ---- gather --------------------------------------------------------------------------------------------------------
 
-few = st.lists(st.sampled_from(["a", "A", " a ", "b", "a b", "a\tb", "B", "c", "é", "e\u0301", "É", "ß", "SS", "", " \n"]), max_size=12)
+few = st.lists(
+    st.sampled_from(
+        ["a", "A", " a ", "b", "a b", "a\tb", "B", "c", "é", "e\u0301", "É", "ß", "SS", "", " \n"]
+    ),
+    max_size=12,
+)
 
 
 @given(sources=st.lists(few, max_size=4), tested=few)
 def test_what_comes_in_is_kept_or_removed(sources: list[list[str]], tested: list[str]):
-    named = [[prompt(t, f"{s}/{k}") for k, t in enumerate(texts)] for s, texts in enumerate(sources)]
+    named = [
+        [prompt(t, f"{s}/{k}") for k, t in enumerate(texts)] for s, texts in enumerate(sources)
+    ]
     corpus = build_corpus(named, [prompt(t) for t in tested])
     came = [p for source in named for p in source]
-    assert Counter(p.id for p in came) == Counter(p.id for p in corpus.prompts) + Counter(r.prompt.id for r in corpus.removed)
+    assert Counter(p.id for p in came) == Counter(p.id for p in corpus.prompts) + Counter(
+        r.prompt.id for r in corpus.removed
+    )
     order = {p.id: k for k, p in enumerate(came)}
     assert [order[p.id] for p in corpus.prompts] == sorted(order[p.id] for p in corpus.prompts)
-    assert [order[r.prompt.id] for r in corpus.removed] == sorted(order[r.prompt.id] for r in corpus.removed)
+    assert [order[r.prompt.id] for r in corpus.removed] == sorted(
+        order[r.prompt.id] for r in corpus.removed
+    )
 
     def fold(text: str) -> str:  # these few texts: NFC, case and white space by hand
-        return " ".join(text.replace("e\u0301", "é").replace("É", "é").replace("SS", "ß").lower().split())
+        return " ".join(
+            text.replace("e\u0301", "é").replace("É", "é").replace("SS", "ß").lower().split()
+        )
 
     kept = [fold(p.conversation.messages[0].text) for p in corpus.prompts]
     assert len(kept) == len(set(kept))
@@ -68,51 +81,111 @@ def test_what_comes_in_is_kept_or_removed(sources: list[list[str]], tested: list
     texts = {p.id: fold(p.conversation.messages[0].text) for p in came}
     for r in corpus.removed:
         text = texts[r.prompt.id]
-        assert r.reason is (RemovalReason.EMPTY if not text else RemovalReason.TEST_ITEM if text in {fold(t) for t in tested} else RemovalReason.DUPLICATE)
+        assert r.reason is (
+            RemovalReason.EMPTY
+            if not text
+            else RemovalReason.TEST_ITEM
+            if text in {fold(t) for t in tested}
+            else RemovalReason.DUPLICATE
+        )
         assert bool(r.matched_id) is (r.reason is not RemovalReason.EMPTY)
     assert {t for t in texts.values() if t} - {fold(t) for t in tested} == set(kept)
 
 
-@pytest.mark.parametrize(("first", "second"), [
-    ("How are you?", "how  ARE\tyou?\n"), ("caf\u00e9", "cafe\u0301"), ("STRASSE", "straße"), ("a\u3000b", "a b"), ("ΣΊΣΥΦΟΣ", "σίσυφος")])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("How are you?", "how  ARE\tyou?\n"),
+        ("caf\u00e9", "cafe\u0301"),
+        ("STRASSE", "straße"),
+        ("a\u3000b", "a b"),
+        ("ΣΊΣΥΦΟΣ", "σίσυφος"),
+    ],
+)
 def test_folded_equals_are_the_same_prompt(first: str, second: str):
-    one, two = prompt(first, "1"), Prompt("2", Conversation((Message(Role.USER, (Text(second),)),)), "skill", "en")
-    assert build_corpus([[one], [two]], []) == Corpus((one,), (RemovedPrompt(two, RemovalReason.DUPLICATE, "1"),))
-    assert build_corpus([[one]], [two]) == Corpus((), (RemovedPrompt(one, RemovalReason.TEST_ITEM, "2"),))
+    one, two = (
+        prompt(first, "1"),
+        Prompt("2", Conversation((Message(Role.USER, (Text(second),)),)), "skill", "en"),
+    )
+    assert build_corpus([[one], [two]], []) == Corpus(
+        (one,), (RemovedPrompt(two, RemovalReason.DUPLICATE, "1"),)
+    )
+    assert build_corpus([[one]], [two]) == Corpus(
+        (), (RemovedPrompt(one, RemovalReason.TEST_ITEM, "2"),)
+    )
 
 
 def test_different_prompts_stay_different():
-    different = [prompt("a b"), prompt("ab"), prompt("a b c"), prompt("a", "with a rule", system="Be kind."), prompt("a")]
+    different = [
+        prompt("a b"),
+        prompt("ab"),
+        prompt("a b c"),
+        prompt("a", "with a rule", system="Be kind."),
+        prompt("a"),
+    ]
     assert build_corpus([different], []).prompts == tuple(different)
 
 
 QUESTION = "A farmer has seventeen sheep and buys four times as many goats; how many animals stand in the field?"
 
 
-@pytest.mark.parametrize(("text", "answer", "why"), [
-    (f"Solve this for me, please. {QUESTION} Thank you.", "", RemovalReason.CONTAMINATED),
-    ("What do you know of farms?", f"I know this: {QUESTION}", RemovalReason.CONTAMINATED),
-    ("has seventeen sheep and buys four times as many goats; how many", "", None),  # twelve words of it
-    ("has SEVENTEEN sheep, and buys four times as many goats: how many animals stand", "", RemovalReason.CONTAMINATED), (QUESTION.upper(), "", RemovalReason.TEST_ITEM),
-    ("A farmer has seven sheep and buys twice as many goats; how many animals stand in the field?", "", None)])
-def test_a_prompt_that_holds_a_test_item_is_removed(text: str, answer: str, why: RemovalReason | None):
+@pytest.mark.parametrize(
+    ("text", "answer", "why"),
+    [
+        (f"Solve this for me, please. {QUESTION} Thank you.", "", RemovalReason.CONTAMINATED),
+        ("What do you know of farms?", f"I know this: {QUESTION}", RemovalReason.CONTAMINATED),
+        (
+            "has seventeen sheep and buys four times as many goats; how many",
+            "",
+            None,
+        ),  # twelve words of it
+        (
+            "has SEVENTEEN sheep, and buys four times as many goats: how many animals stand",
+            "",
+            RemovalReason.CONTAMINATED,
+        ),
+        (QUESTION.upper(), "", RemovalReason.TEST_ITEM),
+        (
+            "A farmer has seven sheep and buys twice as many goats; how many animals stand in the field?",
+            "",
+            None,
+        ),
+    ],
+)
+def test_a_prompt_that_holds_a_test_item_is_removed(
+    text: str, answer: str, why: RemovalReason | None
+):
     one = Prompt("1", Conversation.from_question(text), "skill", "en", answer)
     corpus = build_corpus([[one]], [prompt(QUESTION, "test/7")])
-    assert corpus == (Corpus((), (RemovedPrompt(one, why, "test/7"),)) if why else Corpus((one,), ()))
+    assert corpus == (
+        Corpus((), (RemovedPrompt(one, why, "test/7"),)) if why else Corpus((one,), ())
+    )
 
 
 def test_near_duplicates_are_removed_where_they_are_looked_for():
     first, second = prompt(QUESTION, "1"), prompt(QUESTION.replace("A farmer", "The farmer"), "2")
     other = prompt("How many animals are there?", "3")
     assert build_corpus([[first, second, other]], []).removed == ()
-    assert build_corpus([[first, second, other]], [], [0.8]) == Corpus((first, other), (RemovedPrompt(second, RemovalReason.NEAR_DUPLICATE, "1"),))
+    assert build_corpus([[first, second, other]], [], [0.8]) == Corpus(
+        (first, other), (RemovedPrompt(second, RemovalReason.NEAR_DUPLICATE, "1"),)
+    )
     assert build_corpus([[first], [second, other]], [], [0.8, None]).removed == ()
-    assert build_corpus([[first], [second, other]], [], [None, 0.8]).removed == ()  # a generator's questions are no measure
-    assert build_corpus([[first], [second]], [], [0.8, 0.8]).removed == (RemovedPrompt(second, RemovalReason.NEAR_DUPLICATE, "1"),)
+    assert (
+        build_corpus([[first], [second, other]], [], [None, 0.8]).removed == ()
+    )  # a generator's questions are no measure
+    assert build_corpus([[first], [second]], [], [0.8, 0.8]).removed == (
+        RemovedPrompt(second, RemovalReason.NEAR_DUPLICATE, "1"),
+    )
     assert build_corpus([[first, second]], [], [1.0]).removed == ()
     assert RemovedPrompt(second, RemovalReason.NEAR_DUPLICATE, "1").to_json() == {
-        "id": "2", "why": "near-duplicate", "of": "1", "skill": "skill", "language": "en", "conversation": second.conversation.to_json(),
-        "answer": ""}
+        "id": "2",
+        "why": "near-duplicate",
+        "of": "1",
+        "skill": "skill",
+        "language": "en",
+        "conversation": second.conversation.to_json(),
+        "answer": "",
+    }
 
 
 # ---- read_prompts --------------------------------------------------------------------------------------------------
@@ -120,41 +193,101 @@ def test_near_duplicates_are_removed_where_they_are_looked_for():
 
 def test_the_forms_of_a_line(tmp_path: Path):
     lines = [
-        {"prompt": "Why?"}, {"prompt": "e\u0301", "id": 7, "skill": "code", "language": "fr", "answer": "o\u0308"},
-        {"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]},
-        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Bye"},
-                      {"role": "assistant", "content": "o\u0308"}]}]
-    got = read(tmp_path, *(json.dumps(line) for line in lines), "", "  \r", json.dumps({"prompt": "last"}) + "\r")
+        {"prompt": "Why?"},
+        {"prompt": "e\u0301", "id": 7, "skill": "code", "language": "fr", "answer": "o\u0308"},
+        {
+            "messages": [
+                {"role": "system", "content": "Be kind."},
+                {"role": "user", "content": "Hi"},
+            ]
+        },
+        {
+            "messages": [
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "Hello"},
+                {"role": "user", "content": "Bye"},
+                {"role": "assistant", "content": "o\u0308"},
+            ]
+        },
+    ]
+    got = read(
+        tmp_path,
+        *(json.dumps(line) for line in lines),
+        "",
+        "  \r",
+        json.dumps({"prompt": "last"}) + "\r",
+    )
     assert [(p.id, p.skill, p.language, p.answer) for p in got] == [
-        ("prompts.jsonl:1", "skill", "en", ""), ("7", "code", "fr", "ö"), ("prompts.jsonl:3", "skill", "en", ""),
-        ("prompts.jsonl:4", "skill", "en", "ö"), ("prompts.jsonl:7", "skill", "en", "")]
+        ("prompts.jsonl:1", "skill", "en", ""),
+        ("7", "code", "fr", "ö"),
+        ("prompts.jsonl:3", "skill", "en", ""),
+        ("prompts.jsonl:4", "skill", "en", "ö"),
+        ("prompts.jsonl:7", "skill", "en", ""),
+    ]
     assert [[(m.role.value, m.text) for m in p.conversation.messages] for p in got] == [
-        [("user", "Why?")], [("user", "é")], [("system", "Be kind."), ("user", "Hi")],
-        [("user", "Hi"), ("assistant", "Hello"), ("user", "Bye")], [("user", "last")]]
+        [("user", "Why?")],
+        [("user", "é")],
+        [("system", "Be kind."), ("user", "Hi")],
+        [("user", "Hi"), ("assistant", "Hello"), ("user", "Bye")],
+        [("user", "last")],
+    ]
 
 
-@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20), max_size=5), ascii_=st.booleans())
-def test_every_line_comes_out_once(tmp_path_factory: pytest.TempPathFactory, texts: list[str], ascii_: bool):
+@given(
+    texts=st.lists(
+        st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20), max_size=5
+    ),
+    ascii_=st.booleans(),
+)
+def test_every_line_comes_out_once(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], ascii_: bool
+):
     folder = tmp_path_factory.mktemp("lines")
-    got = read(folder, *(json.dumps({"prompt": t, "id": f"{k}"}, ensure_ascii=ascii_) for k, t in enumerate(texts)))
+    got = read(
+        folder,
+        *(
+            json.dumps({"prompt": t, "id": f"{k}"}, ensure_ascii=ascii_)
+            for k, t in enumerate(texts)
+        ),
+    )
     assert [p.id for p in got] == [str(k) for k in range(len(texts))]
     assert [p.conversation for p in got] == [Conversation.from_question(t) for t in texts]
 
 
-@pytest.mark.parametrize(("line", "reason"), [
-    ("{", "not JSON"), ("prompt", "not JSON"), (b'{"prompt": "\xff"}', "not JSON"), ('{"prompt": "a"} {"prompt": "b"}', "not JSON"),
-    ('{"prompt": "cut \\ud83d emoji"}', "surrogates not allowed"), ('{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}", "not JSON"),
-    ('{"prompt": "a", "id": ' + "9" * 5000 + "}", "not JSON"),
-    ("[]", "neither `prompt` nor `messages`"), ('"prompt"', "neither"), ("3", "neither"), ('{"text": "a"}', "neither"),
-    ('{"prompt": null}', "`prompt` is not a text"), ('{"prompt": ["a"]}', "`prompt` is not a text"),
-    ('{"prompt": "a", "answer": 3}', "`answer` is not a text"),
-    ('{"messages": []}', "no user turn"), ('{"messages": null}', "no user turn"), ('{"messages": "Hi"}', "no user turn"),
-    ('{"messages": [{"role": "assistant", "content": "a"}]}', "no user turn"),
-    ('{"messages": [{"role": "system", "content": "a"}]}', "no user turn"),
-    ('{"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]}', "message 2 has role 'tool'"),
-    ('{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', "message 1 has role 'user' and content list"),
-    ('{"messages": [{"content": "a"}]}', "message 1 has role None"), ('{"messages": ["a"]}', "message 1 has role None"),
-])
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{", "not JSON"),
+        ("prompt", "not JSON"),
+        (b'{"prompt": "\xff"}', "not JSON"),
+        ('{"prompt": "a"} {"prompt": "b"}', "not JSON"),
+        ('{"prompt": "cut \\ud83d emoji"}', "surrogates not allowed"),
+        ('{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}", "not JSON"),
+        ('{"prompt": "a", "id": ' + "9" * 5000 + "}", "not JSON"),
+        ("[]", "neither `prompt` nor `messages`"),
+        ('"prompt"', "neither"),
+        ("3", "neither"),
+        ('{"text": "a"}', "neither"),
+        ('{"prompt": null}', "`prompt` is not a text"),
+        ('{"prompt": ["a"]}', "`prompt` is not a text"),
+        ('{"prompt": "a", "answer": 3}', "`answer` is not a text"),
+        ('{"messages": []}', "no user turn"),
+        ('{"messages": null}', "no user turn"),
+        ('{"messages": "Hi"}', "no user turn"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "no user turn"),
+        ('{"messages": [{"role": "system", "content": "a"}]}', "no user turn"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]}',
+            "message 2 has role 'tool'",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "text"}]}]}',
+            "message 1 has role 'user' and content list",
+        ),
+        ('{"messages": [{"content": "a"}]}', "message 1 has role None"),
+        ('{"messages": ["a"]}', "message 1 has role None"),
+    ],
+)
 def test_a_broken_line_is_refused_with_its_number(tmp_path: Path, line: Any, reason: str):
     path = write(tmp_path, '{"prompt": "fine"}', "", line, '{"prompt": "fine too"}')
     prompts = read_prompts(path, "skill", "en")
@@ -172,29 +305,56 @@ def test_a_line_without_end_is_refused(tmp_path: Path):
 
 
 def test_a_broken_line_is_set_aside_where_somebody_takes_it(tmp_path: Path):
-    lines = ['{"prompt": "one"}', "{", b'{"prompt": "\xff"}', '{"prompt": "cut \\ud83d emoji"}', b'{"prompt": "NUL \x00"}', "", '{"text": "a"}',
-             b'{"prompt": "' + b"a" * MAX_LINE_BYTES + b'"}', '{"prompt": "NUL \\u0000 as JSON writes it"}']
+    lines = [
+        '{"prompt": "one"}',
+        "{",
+        b'{"prompt": "\xff"}',
+        '{"prompt": "cut \\ud83d emoji"}',
+        b'{"prompt": "NUL \x00"}',
+        "",
+        '{"text": "a"}',
+        b'{"prompt": "' + b"a" * MAX_LINE_BYTES + b'"}',
+        '{"prompt": "NUL \\u0000 as JSON writes it"}',
+    ]
     path, aside = write(tmp_path, *lines), list[MalformedLine]()
     got = list(read_prompts(path, "skill", "en", aside.append))
     assert [p.id for p in got] == ["prompts.jsonl:1", "prompts.jsonl:9"]
     assert [b.location for b in aside] == [f"{path}:{n}" for n in (2, 3, 4, 5, 7, 8)]
-    reasons = ("not JSON", "not JSON", "surrogates not allowed", "not JSON", "neither `prompt` nor", "16,777,230 bytes")
+    reasons = (
+        "not JSON",
+        "not JSON",
+        "surrogates not allowed",
+        "not JSON",
+        "neither `prompt` nor",
+        "16,777,230 bytes",
+    )
     for one, reason in zip(aside, reasons, strict=True):
         assert reason in one.reason
     assert [b.num_bytes for b in aside] == [len(lines[n - 1]) for n in (2, 3, 4, 5, 7, 8)]
-    assert (aside[1].prefix, len(aside[-1].prefix)) == ('{"prompt": "\\xff"}', MALFORMED_PREFIX_BYTES)
+    assert (aside[1].prefix, len(aside[-1].prefix)) == (
+        '{"prompt": "\\xff"}',
+        MALFORMED_PREFIX_BYTES,
+    )
     assert len(got) + len(aside) == sum(1 for line in lines if line)
 
 
-@given(st.dictionaries(st.sampled_from(ThinkingEffort), st.floats(0.01, 1), min_size=1), st.integers(0, 5000), st.integers(20, 300))
-def test_modes_hold_their_shares_in_every_stretch(weights: dict[ThinkingEffort, float], begin: int, n: int):
+@given(
+    st.dictionaries(st.sampled_from(ThinkingEffort), st.floats(0.01, 1), min_size=1),
+    st.integers(0, 5000),
+    st.integers(20, 300),
+)
+def test_modes_hold_their_shares_in_every_stretch(
+    weights: dict[ThinkingEffort, float], begin: int, n: int
+):
     modes = {effort: w / sum(weights.values()) for effort, w in weights.items()}
     some = assign_efforts((prompt(str(k)) for k in range(begin + n)), modes)
     counts = Counter(p.effort for p in some[begin:])
     assert counts.keys() <= modes.keys()
     assert all(abs(counts[effort] - share * n) < 4 for effort, share in modes.items())
     assert [p.id for p in some] == [str(k) for k in range(begin + n)]
-    assert some == assign_efforts((prompt(str(k)) for k in range(begin + n)), dict(reversed(modes.items())))
+    assert some == assign_efforts(
+        (prompt(str(k)) for k in range(begin + n)), dict(reversed(modes.items()))
+    )
 
 
 def test_without_modes_a_prompt_has_no_effort_of_its_own():
@@ -204,10 +364,24 @@ def test_without_modes_a_prompt_has_no_effort_of_its_own():
 def test_who_is_asked_and_how_long_to_think_are_independent():
     """With one step for both, each teacher would get one mode alone."""
     halves = [("a", 0.5), ("b", 0.5)]
-    pairs = Counter((pick_by_share(halves, k, GOLDEN_RATIO_STEP), pick_by_share(halves, k, SILVER_RATIO_STEP)) for k in range(400))
+    pairs = Counter(
+        (pick_by_share(halves, k, GOLDEN_RATIO_STEP), pick_by_share(halves, k, SILVER_RATIO_STEP))
+        for k in range(400)
+    )
     assert len(pairs) == 4
     assert all(abs(count - 100) <= 6 for count in pairs.values())
-    assert len({(pick_by_share(halves, k, GOLDEN_RATIO_STEP), pick_by_share(halves, k, GOLDEN_RATIO_STEP)) for k in range(400)}) == 2
+    assert (
+        len(
+            {
+                (
+                    pick_by_share(halves, k, GOLDEN_RATIO_STEP),
+                    pick_by_share(halves, k, GOLDEN_RATIO_STEP),
+                )
+                for k in range(400)
+            }
+        )
+        == 2
+    )
 
 
 def test_a_missing_file_is_refused(tmp_path: Path):
@@ -219,17 +393,37 @@ def test_a_missing_file_is_refused(tmp_path: Path):
 
 @pytest.mark.realdata
 def test_real_prompts_are_read_and_their_doubles_found(data: Path, tmp_path: Path):
-    rows = [json.loads(line) for line in (data / "eval" / "gsm8k.train.jsonl").read_text(encoding="utf-8").splitlines()[:300]]
-    path = write(tmp_path, *(json.dumps({"prompt": r["question"], "answer": r["answer"]}) for r in rows))
+    rows = [
+        json.loads(line)
+        for line in (data / "eval" / "gsm8k.train.jsonl")
+        .read_text(encoding="utf-8")
+        .splitlines()[:300]
+    ]
+    path = write(
+        tmp_path, *(json.dumps({"prompt": r["question"], "answer": r["answer"]}) for r in rows)
+    )
     prompts = list(read_prompts(path, "reasoning", "en"))
-    again = [Prompt("again " + p.id, Conversation.from_question(p.conversation.messages[0].text.upper()), p.skill, p.language) for p in prompts]
+    again = [
+        Prompt(
+            "again " + p.id,
+            Conversation.from_question(p.conversation.messages[0].text.upper()),
+            p.skill,
+            p.language,
+        )
+        for p in prompts
+    ]
     corpus = build_corpus([prompts, again], prompts[:100])
     assert len(prompts) == 300
     assert corpus.prompts == tuple(prompts[100:])
-    assert Counter(r.reason for r in corpus.removed) == {RemovalReason.TEST_ITEM: 200, RemovalReason.DUPLICATE: 200}
+    assert Counter(r.reason for r in corpus.removed) == {
+        RemovalReason.TEST_ITEM: 200,
+        RemovalReason.DUPLICATE: 200,
+    }
 
 
 def test_null_is_what_is_not_there(tmp_path: Path) -> None:
-    (one,) = read(tmp_path, json.dumps({"prompt": "Why?", "id": None, "skill": None, "language": None}))
+    (one,) = read(
+        tmp_path, json.dumps({"prompt": "Why?", "id": None, "skill": None, "language": None})
+    )
     (other,) = read(tmp_path, json.dumps({"prompt": "Why?"}))
     assert one == other

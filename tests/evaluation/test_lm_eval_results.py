@@ -13,15 +13,34 @@ from persea.evaluation.lm_eval_results import LmEvalResult, read_lm_eval_results
 
 STANDARD: dict[str, Any] = {  # in the published form, numbers invented
     "results": {
-        "gsm8k": {"alias": "gsm8k", "sample_len": 1319, "exact_match,strict-match": 0.5012, "exact_match_stderr,strict-match": 0.0138,
-                  "exact_match,flexible-extract": 0.52, "exact_match_stderr,flexible-extract": 0.0137},
+        "gsm8k": {
+            "alias": "gsm8k",
+            "sample_len": 1319,
+            "exact_match,strict-match": 0.5012,
+            "exact_match_stderr,strict-match": 0.0138,
+            "exact_match,flexible-extract": 0.52,
+            "exact_match_stderr,flexible-extract": 0.0137,
+        },
         "mmlu": {"alias": "mmlu", "acc,none": 0.61, "acc_stderr,none": 0.004},
         "mmlu_law": {"alias": " - law", "acc,none": 0.5, "acc_stderr,none": "N/A"},
-        "wikitext": {"alias": "wikitext", "word_perplexity,none": 12.5, "word_perplexity_stderr,none": "N/A"}},
-    "group_subtasks": {"mmlu": ["mmlu_law"]}, "configs": {}, "versions": {"gsm8k": 3}, "n-shot": {"gsm8k": 5},
+        "wikitext": {
+            "alias": "wikitext",
+            "word_perplexity,none": 12.5,
+            "word_perplexity_stderr,none": "N/A",
+        },
+    },
+    "group_subtasks": {"mmlu": ["mmlu_law"]},
+    "configs": {},
+    "versions": {"gsm8k": 3},
+    "n-shot": {"gsm8k": 5},
     "higher_is_better": {"gsm8k": {"exact_match": True}, "wikitext": {"word_perplexity": False}},
-    "n-samples": {"gsm8k": {"original": 1319, "effective": 1319}, "mmlu_law": {"original": 1534, "effective": 100}},
-    "config": {"model": "hf", "model_args": {"pretrained": "student"}}, "date": 1.0}
+    "n-samples": {
+        "gsm8k": {"original": 1319, "effective": 1319},
+        "mmlu_law": {"original": 1534, "effective": 100},
+    },
+    "config": {"model": "hf", "model_args": {"pretrained": "student"}},
+    "date": 1.0,
+}
 
 
 def file(folder: Path, value: Any) -> Path:
@@ -33,22 +52,40 @@ def file(folder: Path, value: Any) -> Path:
 def test_every_number_is_read(tmp_path: Path) -> None:
     assert read_lm_eval_results("student", file(tmp_path, STANDARD)) == (
         LmEvalResult("student", "gsm8k", "exact_match (strict-match)", 0.5012, 0.0138, 1319, True),
-        LmEvalResult("student", "gsm8k", "exact_match (flexible-extract)", 0.52, 0.0137, 1319, True),
+        LmEvalResult(
+            "student", "gsm8k", "exact_match (flexible-extract)", 0.52, 0.0137, 1319, True
+        ),
         LmEvalResult("student", "mmlu", "acc", 0.61, 0.004, 0, True),
         LmEvalResult("student", "law", "acc", 0.5, None, 100, True),
-        LmEvalResult("student", "wikitext", "word_perplexity", 12.5, None, 0, False))
+        LmEvalResult("student", "wikitext", "word_perplexity", 12.5, None, 0, False),
+    )
 
 
-@pytest.mark.parametrize(("value", "what"), [
-    ("", "not JSON"), ("[]", "has no `results`"), ("{}", "has no `results`"), ({"results": []}, "has no `results`"),
-    ({"results": {}}, "holds no number"), ({"results": {"gsm8k": {"alias": "gsm8k"}}}, "holds no number"),
-    ({"results": {"gsm8k": 0.5}}, "not in lm-eval's form"), ({"results": {"gsm8k": {"acc,none": "high"}}}, "acc,none is 'high', not a number"),
-    ({"results": {"gsm8k": {"acc,none": True}}}, "not a number"), ('{"results": {"gsm8k": {"acc,none": NaN}}}', "not a number"),
-    ({"results": {"gsm8k": {"acc,none": 0.5}}, "n-samples": []}, "not in lm-eval's form")], ids=str)
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        ("", "not JSON"),
+        ("[]", "has no `results`"),
+        ("{}", "has no `results`"),
+        ({"results": []}, "has no `results`"),
+        ({"results": {}}, "holds no number"),
+        ({"results": {"gsm8k": {"alias": "gsm8k"}}}, "holds no number"),
+        ({"results": {"gsm8k": 0.5}}, "not in lm-eval's form"),
+        ({"results": {"gsm8k": {"acc,none": "high"}}}, "acc,none is 'high', not a number"),
+        ({"results": {"gsm8k": {"acc,none": True}}}, "not a number"),
+        ('{"results": {"gsm8k": {"acc,none": NaN}}}', "not a number"),
+        ({"results": {"gsm8k": {"acc,none": 0.5}}, "n-samples": []}, "not in lm-eval's form"),
+    ],
+    ids=str,
+)
 def test_anything_else_is_refused_in_one_line(tmp_path: Path, value: Any, what: str) -> None:
     with pytest.raises(DataError) as refusal:
         read_lm_eval_results("student", file(tmp_path, value))
-    assert what in refusal.value.message and refusal.value.where.endswith("results_2026.json") and "\n" not in str(refusal.value)
+    assert (
+        what in refusal.value.message
+        and refusal.value.where.endswith("results_2026.json")
+        and "\n" not in str(refusal.value)
+    )
     assert refusal.value.exit_code == 3
 
 

@@ -14,7 +14,12 @@ from persea.cache.maintenance import committed_units, find_cache_folder
 from persea.cache.unit import read_unit
 from persea.chat.messages import Text, Thinking, ThinkingEffort
 from persea.chat.renderer import ChatRenderer
-from persea.evaluation.thinking_modes import UNDETERMINED_LANGUAGE, ThinkingModesReport, measure_thinking_modes, thinking_language
+from persea.evaluation.thinking_modes import (
+    UNDETERMINED_LANGUAGE,
+    ThinkingModesReport,
+    measure_thinking_modes,
+    thinking_language,
+)
 from persea.models.loading import ModelSource, load_renderer
 from persea.tasks.generated import REASONING_TASK
 from persea.tasks.intervals import wilson_interval
@@ -36,7 +41,11 @@ def voice() -> ChatRenderer:
 def says(voice: ChatRenderer, text: str, stop: bool = True) -> list[int]:
     """What a model says: the markers of a thought are tokens."""
     control = voice.vocabulary.control_token_ids
-    ids = [i for piece in re.split("(</?think>)", text) for i in ([control[piece]] if piece in control else voice.vocabulary.encode(piece))]
+    ids = [
+        i
+        for piece in re.split("(</?think>)", text)
+        for i in ([control[piece]] if piece in control else voice.vocabulary.encode(piece))
+    ]
     return [*ids, *([control[EOT]] if stop else [])]
 
 
@@ -44,27 +53,55 @@ def thinks(voice: ChatRenderer, thought: str, text: str) -> list[int]:
     return says(voice, f"<think>\n{thought}\n</think>\n\n{text}")
 
 
-def measured(voice: ChatRenderer, *said: list[int], efforts: tuple[ThinkingEffort, ...], direct: tuple[dict[str, object], ...] = ()) -> tuple[ThinkingModesReport, Scripted]:
+def measured(
+    voice: ChatRenderer,
+    *said: list[int],
+    efforts: tuple[ThinkingEffort, ...],
+    direct: tuple[dict[str, object], ...] = (),
+) -> tuple[ThinkingModesReport, Scripted]:
     scripted = Scripted(engine("llama-sapling"), list(said))
     skills = [(REASONING_TASK, ITEMS)]
-    return measure_thinking_modes(Teacher("student", voice, scripted), skills, {"reasoning": efforts}, 400, direct), scripted
+    return measure_thinking_modes(
+        Teacher("student", voice, scripted), skills, {"reasoning": efforts}, 400, direct
+    ), scripted
 
 
-def test_items_with_choices_are_weighed_elsewhere_and_not_asked_in_words(voice: ChatRenderer) -> None:
-    scripted = Scripted(engine("llama-sapling"), [says(voice, f"Answer: {i.answer_key}.") for i in ITEMS[:2]])
-    skills = [(REASONING_TASK, [*ITEMS[:2], *(replace(i, choices=("a", "b")) for i in ITEMS[2:])]),
-              (replace(REASONING_TASK, name="code"), [replace(i, choices=("a", "b")) for i in ITEMS])]
-    found = measure_thinking_modes(Teacher("student", voice, scripted), skills, {"reasoning": (ThinkingEffort.NONE,), "code": (ThinkingEffort.NONE,)}, 400)
+def test_items_with_choices_are_weighed_elsewhere_and_not_asked_in_words(
+    voice: ChatRenderer,
+) -> None:
+    scripted = Scripted(
+        engine("llama-sapling"), [says(voice, f"Answer: {i.answer_key}.") for i in ITEMS[:2]]
+    )
+    skills = [
+        (REASONING_TASK, [*ITEMS[:2], *(replace(i, choices=("a", "b")) for i in ITEMS[2:])]),
+        (replace(REASONING_TASK, name="code"), [replace(i, choices=("a", "b")) for i in ITEMS]),
+    ]
+    found = measure_thinking_modes(
+        Teacher("student", voice, scripted),
+        skills,
+        {"reasoning": (ThinkingEffort.NONE,), "code": (ThinkingEffort.NONE,)},
+        400,
+    )
     assert [(m.skill, m.score.n, m.score.value) for m in found.modes] == [("reasoning", 2, 1.0)]
 
 
 def test_right_answers_and_strays_are_counted_mode_by_mode(voice: ChatRenderer) -> None:
     answers = [f"Answer: {i.answer_key}." for i in ITEMS]
-    at_once = [says(voice, answers[0]), thinks(voice, "Let me add them up first.", answers[1]), says(voice, "Answer: 0.5"),
-               says(voice, "<think>\nso", stop=False)]
-    high = [thinks(voice, "I add the first two numbers.", answers[0]), says(voice, answers[1]), thinks(voice, "1+1=2", answers[2]),
-            says(voice, "<think>\nand so on", stop=False)]
-    found, engine_ = measured(voice, *at_once, *high, efforts=(ThinkingEffort.HIGH, ThinkingEffort.NONE))
+    at_once = [
+        says(voice, answers[0]),
+        thinks(voice, "Let me add them up first.", answers[1]),
+        says(voice, "Answer: 0.5"),
+        says(voice, "<think>\nso", stop=False),
+    ]
+    high = [
+        thinks(voice, "I add the first two numbers.", answers[0]),
+        says(voice, answers[1]),
+        thinks(voice, "1+1=2", answers[2]),
+        says(voice, "<think>\nand so on", stop=False),
+    ]
+    found, engine_ = measured(
+        voice, *at_once, *high, efforts=(ThinkingEffort.HIGH, ThinkingEffort.NONE)
+    )
     none, loud = found.modes
     assert (none.effort, loud.effort) == (ThinkingEffort.NONE, ThinkingEffort.HIGH)
     assert (none.score.value, none.score.n, loud.score.value) == (0.5, 4, 0.75)
@@ -80,72 +117,148 @@ def test_right_answers_and_strays_are_counted_mode_by_mode(voice: ChatRenderer) 
     assert loud.length.mean_bytes == sum(map(len, thoughts)) / 2
     assert loud.length.mean_tokens == sum(len(voice.vocabulary.encode(t)) for t in thoughts) / 2
     assert loud.languages == {"en": 1, UNDETERMINED_LANGUAGE: 1}
-    assert (loud.in_question_language.count, loud.in_question_language.n) == (int(ITEMS[0].prompt.language == "en"), 1)
+    assert (loud.in_question_language.count, loud.in_question_language.n) == (
+        int(ITEMS[0].prompt.language == "en"),
+        1,
+    )
     assert json.loads(json.dumps(found.to_json()))["modes"][1]["effort"] == "high"
 
 
 def test_answers_to_other_skills_count_for_the_leak_at_none(voice: ChatRenderer) -> None:
-    direct = ({"answer": "a", "finish": "stop"}, {"answer": "a", "finish": "stop", "thinking": "hm"}, {"answer": "", "finish": "length"},
-              {"answer": "cut but said", "finish": "length"}, {"answer": "", "finish": "stop", "calls": [{}]}, {"answer": "", "finish": "stop"})
-    found, _ = measured(voice, *(says(voice, "x"),) * 4, efforts=(ThinkingEffort.NONE,), direct=direct)
+    direct = (
+        {"answer": "a", "finish": "stop"},
+        {"answer": "a", "finish": "stop", "thinking": "hm"},
+        {"answer": "", "finish": "length"},
+        {"answer": "cut but said", "finish": "length"},
+        {"answer": "", "finish": "stop", "calls": [{}]},
+        {"answer": "", "finish": "stop"},
+    )
+    found, _ = measured(
+        voice, *(says(voice, "x"),) * 4, efforts=(ThinkingEffort.NONE,), direct=direct
+    )
     assert (found.unasked_thinking.count, found.unasked_thinking.n) == (2, 10)
     assert (found.missing_thinking.n, found.length_increases) == (0, {})
 
 
-@pytest.mark.parametrize(("low", "high", "rises"), [("short", "a longer thought", True), ("a longer thought", "short", False),
-                                                    ("same", "same", False), ("some", None, False)])
-def test_thoughts_rise_or_are_said_not_to(voice: ChatRenderer, low: str, high: str | None, rises: bool) -> None:
+@pytest.mark.parametrize(
+    ("low", "high", "rises"),
+    [
+        ("short", "a longer thought", True),
+        ("a longer thought", "short", False),
+        ("same", "same", False),
+        ("some", None, False),
+    ],
+)
+def test_thoughts_rise_or_are_said_not_to(
+    voice: ChatRenderer, low: str, high: str | None, rises: bool
+) -> None:
     loud = says(voice, "<think>\nno end", stop=False) if high is None else thinks(voice, high, "x")
-    found, _ = measured(voice, *(thinks(voice, low, "x"),) * 4, *(loud,) * 4, efforts=(ThinkingEffort.LOW, ThinkingEffort.HIGH))
+    found, _ = measured(
+        voice,
+        *(thinks(voice, low, "x"),) * 4,
+        *(loud,) * 4,
+        efforts=(ThinkingEffort.LOW, ThinkingEffort.HIGH),
+    )
     assert found.length_increases == {"reasoning": rises}
 
 
 def test_who_chooses_by_likelihood_is_not_asked_in_words(voice: ChatRenderer) -> None:
-    scripted, chosen = Scripted(engine("llama-sapling"), [says(voice, "x")]), [replace(i, choices=("a", "b")) for i in ITEMS[1:]]
-    found = measure_thinking_modes(Teacher("student", voice, scripted), [(REASONING_TASK, [ITEMS[0], *chosen])], {"reasoning": (ThinkingEffort.NONE,)}, 40)
+    scripted, chosen = (
+        Scripted(engine("llama-sapling"), [says(voice, "x")]),
+        [replace(i, choices=("a", "b")) for i in ITEMS[1:]],
+    )
+    found = measure_thinking_modes(
+        Teacher("student", voice, scripted),
+        [(REASONING_TASK, [ITEMS[0], *chosen])],
+        {"reasoning": (ThinkingEffort.NONE,)},
+        40,
+    )
     assert [(m.score.n, m.wrong_mode.n) for m in found.modes] == [(1, 1)]
-    assert measure_thinking_modes(Teacher("student", voice, scripted), [(REASONING_TASK, chosen)], {"reasoning": (ThinkingEffort.NONE,)}, 40).modes == ()
+    assert (
+        measure_thinking_modes(
+            Teacher("student", voice, scripted),
+            [(REASONING_TASK, chosen)],
+            {"reasoning": (ThinkingEffort.NONE,)},
+            40,
+        ).modes
+        == ()
+    )
     assert len(scripted.asked) == 1
 
 
 def test_a_skill_without_modes_is_not_asked(voice: ChatRenderer) -> None:
     scripted = Scripted(engine("llama-sapling"), [])
-    found = measure_thinking_modes(Teacher("student", voice, scripted), [(REASONING_TASK, ITEMS)], {}, 40)
+    found = measure_thinking_modes(
+        Teacher("student", voice, scripted), [(REASONING_TASK, ITEMS)], {}, 40
+    )
     assert (found.modes, scripted.asked) == ((), [])
 
 
-@pytest.mark.parametrize(("text", "language"), [
-    ("First I add the two numbers, then I take three away from the sum.", "en"), ("Đầu tiên cộng hai số, rồi trừ đi ba.", "vi"),
-    ("Pertama saya menjumlahkan kedua bilangan itu, kemudian mengurangi tiga dari hasilnya.", "id"), ("先把两个数加起来，再减三。", "zh"),
-    ("まず二つの数を足してから三を引きます。", "ja"), ("먼저 두 수를 더하고 셋을 뺍니다.", "ko"), ("บวกสองจำนวนก่อนแล้วลบสาม", "th"),
-    ("ပထမဦးစွာ ဂဏန်းနှစ်ခုကို ပေါင်းပါ။", "my"), ("ដំបូងបូកលេខពីរ", "km"), ("ທໍາອິດບວກສອງຕົວເລກ", "lo"),
-    ("10+18: 0+8=8, 1+1=2, 28. 28-21: 8-1=7.", UNDETERMINED_LANGUAGE), ("", UNDETERMINED_LANGUAGE), ("ok", UNDETERMINED_LANGUAGE),
-    ("x = [1, 2] * 3; y = f(x) + 1", UNDETERMINED_LANGUAGE),
-    ("二加三 = 5; 5 + 6 = 11; 11 + 12 = 23", UNDETERMINED_LANGUAGE), ("qxzv jkwq zzkx vvqj", UNDETERMINED_LANGUAGE)])
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("First I add the two numbers, then I take three away from the sum.", "en"),
+        ("Đầu tiên cộng hai số, rồi trừ đi ba.", "vi"),
+        (
+            "Pertama saya menjumlahkan kedua bilangan itu, kemudian mengurangi tiga dari hasilnya.",
+            "id",
+        ),
+        ("先把两个数加起来，再减三。", "zh"),
+        ("まず二つの数を足してから三を引きます。", "ja"),
+        ("먼저 두 수를 더하고 셋을 뺍니다.", "ko"),
+        ("บวกสองจำนวนก่อนแล้วลบสาม", "th"),
+        ("ပထမဦးစွာ ဂဏန်းနှစ်ခုကို ပေါင်းပါ။", "my"),
+        ("ដំបូងបូកលេខពីរ", "km"),
+        ("ທໍາອິດບວກສອງຕົວເລກ", "lo"),
+        ("10+18: 0+8=8, 1+1=2, 28. 28-21: 8-1=7.", UNDETERMINED_LANGUAGE),
+        ("", UNDETERMINED_LANGUAGE),
+        ("ok", UNDETERMINED_LANGUAGE),
+        ("x = [1, 2] * 3; y = f(x) + 1", UNDETERMINED_LANGUAGE),
+        ("二加三 = 5; 5 + 6 = 11; 11 + 12 = 23", UNDETERMINED_LANGUAGE),
+        ("qxzv jkwq zzkx vvqj", UNDETERMINED_LANGUAGE),
+    ],
+)
 def test_the_language_of_a_thought(text: str, language: str) -> None:
     assert thinking_language(text) == language
 
 
 def test_a_whole_run_in_modes(tmp_path: Path) -> None:
     """The prompts' efforts reach teacher, cache, lesson and page; a student of eight steps is measured, good or not."""
-    path = recipe(tmp_path, student=TINY["student"] | {"thinking": True}, teachers=TINY["teachers"][1:],
-                  corpus=[{"skill": "code", "generate": 8}, {"skill": "reasoning", "generate": 24, "modes": {"none": 0.5, "high": 0.5}}],
-                  audition={"items": 8, "pinned": {"code": "gemma-sapling", "reasoning": "gpt-oss-sapling"}},
-                  capture={"max_new_tokens": 96, "unit": 8})
+    path = recipe(
+        tmp_path,
+        student=TINY["student"] | {"thinking": True},
+        teachers=TINY["teachers"][1:],
+        corpus=[
+            {"skill": "code", "generate": 8},
+            {"skill": "reasoning", "generate": 24, "modes": {"none": 0.5, "high": 0.5}},
+        ],
+        audition={"items": 8, "pinned": {"code": "gemma-sapling", "reasoning": "gpt-oss-sapling"}},
+        capture={"max_new_tokens": 96, "unit": 8},
+    )
     ended = persea("run", path, "--out", "run", folder=tmp_path)
     assert ended.code == 0, ended.err
     run = tmp_path / "run"
     where = find_cache_folder(run)
     answers = [c.answer for name in committed_units(where) for c in read_unit(where, name)]
-    kinds = Counter((a.skill, a.effort, bool(a.conversation.messages[-1].thinking)) for a in answers)
+    kinds = Counter(
+        (a.skill, a.effort, bool(a.conversation.messages[-1].thinking)) for a in answers
+    )
     assert kinds["code", None, False] == 8
     assert kinds["reasoning", ThinkingEffort.NONE, False] >= 10
     assert kinds["reasoning", ThinkingEffort.HIGH, True] >= 6
-    assert sum(kinds.values()) == kinds["code", None, False] + kinds["reasoning", ThinkingEffort.NONE, False] + kinds["reasoning", ThinkingEffort.HIGH, True]
+    assert (
+        sum(kinds.values())
+        == kinds["code", None, False]
+        + kinds["reasoning", ThinkingEffort.NONE, False]
+        + kinds["reasoning", ThinkingEffort.HIGH, True]
+    )
     thought = next(a for a in answers if a.effort is ThinkingEffort.HIGH)
     assert [type(p) for p in thought.conversation.messages[-1].parts] == [Thinking, Text]
     told = json.loads((run / "evaluate" / "modes.json").read_text())
-    assert [(m["skill"], m["effort"], m["score"]["n"]) for m in told["modes"]] == [("reasoning", "none", 8), ("reasoning", "high", 8)]
+    assert [(m["skill"], m["effort"], m["score"]["n"]) for m in told["modes"]] == [
+        ("reasoning", "none", 8),
+        ("reasoning", "high", 8),
+    ]
     assert (told["thinks_unasked"]["n"], told["answers_unthinking"]["n"]) == (16, 8)
     assert "modes.json" in json.loads((run / "evaluate" / "done.json").read_text())["outputs"]
     assert json.loads((run / "report" / "report.json").read_text())["modes"] == told

@@ -51,7 +51,9 @@ seeds = st.integers(0, 2**32 - 1)
 def random_bridge(rng: np.random.Generator, W: int, V: int, E: int) -> EventMap:
     """Any maps with at least one student token an event; some tokens of both sides are left out."""
     student = np.concatenate([np.arange(E), rng.integers(-1, E, V - E)])
-    return EventMap(rng.integers(-1, E, W).astype(np.int32), rng.permutation(student).astype(np.int32), E, "")
+    return EventMap(
+        rng.integers(-1, E, W).astype(np.int32), rng.permutation(student).astype(np.int32), E, ""
+    )
 
 
 def identity(V: int) -> EventMap:
@@ -69,7 +71,11 @@ class Said:
 
     @property
     def targets(self) -> BatchTargets:
-        return build_batch_targets(self.event_map, build_event_targets(self.event_map, self.row_M, self.ids_M, self.probs_M), 0)
+        return build_batch_targets(
+            self.event_map,
+            build_event_targets(self.event_map, self.row_M, self.ids_M, self.probs_M),
+            0,
+        )
 
 
 @dataclass(frozen=True)
@@ -84,10 +90,14 @@ def said_of(bridge: EventMap, rows: dict[int, np.ndarray]) -> Said:
     row = [n for n, p_W in rows.items() for _ in np.flatnonzero(p_W)]
     ids = [w for p_W in rows.values() for w in np.flatnonzero(p_W)]
     probs = [p_W[w] for p_W in rows.values() for w in np.flatnonzero(p_W)]
-    return Said(bridge, np.array(row, np.int64), np.array(ids, np.int64), np.array(probs, np.float32))
+    return Said(
+        bridge, np.array(row, np.int64), np.array(ids, np.int64), np.array(probs, np.float32)
+    )
 
 
-def run(logits_NV: torch.Tensor, targets_N: torch.Tensor, teachers: Sequence[Said], share: float) -> LossOutput:
+def run(
+    logits_NV: torch.Tensor, targets_N: torch.Tensor, teachers: Sequence[Said], share: float
+) -> LossOutput:
     return event_kl_loss(logits_NV, targets_N, [said.targets for said in teachers], share)
 
 
@@ -113,7 +123,10 @@ def case(seed: int, *, scale: float = 3.0, dtype: torch.dtype = torch.float32) -
     teachers = []
     for k in range(2):
         W = int(rng.integers(3, 50))
-        rows = {n: rng.dirichlet(np.full(W, 0.3)) for n in rng.permutation(np.flatnonzero(whose == k)).tolist()}
+        rows = {
+            n: rng.dirichlet(np.full(W, 0.3))
+            for n in rng.permutation(np.flatnonzero(whose == k)).tolist()
+        }
         teachers.append(said_of(random_bridge(rng, W, V, int(rng.integers(2, min(9, V)))), rows))
     return Case(logits, torch.from_numpy(rng.integers(0, V, N)), tuple(teachers))
 
@@ -127,7 +140,9 @@ def naive(c: Case, logits_NV: torch.Tensor, share: float) -> torch.Tensor:
         events, mass = torch.zeros_like(ce), 0.0
         for said in c.teachers:
             student = torch.from_numpy(said.event_map.student_event_V)
-            for row, w, p in zip(said.row_M.tolist(), said.ids_M.tolist(), said.probs_M.tolist(), strict=True):
+            for row, w, p in zip(
+                said.row_M.tolist(), said.ids_M.tolist(), said.probs_M.tolist(), strict=True
+            ):
                 event = int(said.event_map.teacher_event_W[w])
                 if row == n and event >= 0:
                     events, mass = events - p * torch.log(q_NV[n, student == event].sum()), mass + p
@@ -171,14 +186,18 @@ def test_event_logprobs_are_sums_over_members(seed: int):
     want = torch.log((torch.softmax(logits, -1)[row_M] * member_EV[event_M]).sum(-1))
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     weights = torch.from_numpy(rng.standard_normal(25))
-    mine, theirs = (torch.autograd.grad(x @ weights, logits, retain_graph=True)[0] for x in (got, want))
+    mine, theirs = (
+        torch.autograd.grad(x @ weights, logits, retain_graph=True)[0] for x in (got, want)
+    )
     torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
 
 
 def test_nothing_asked_is_nothing_answered():
     logits = torch.zeros(2, 5)
     none = np.empty(0, np.int64)
-    assert event_logprobs(logits, logits.logsumexp(-1), asked(identity(5), none, none)).shape == (0,)
+    assert event_logprobs(logits, logits.logsumexp(-1), asked(identity(5), none, none)).shape == (
+        0,
+    )
 
 
 def test_an_event_no_student_token_says_is_a_bug_and_not_a_loss():
@@ -196,13 +215,21 @@ def test_the_same_tokenizer_and_full_rows_are_forward_kl(seed: int):
     rng = np.random.default_rng(seed)
     N, V = 5, 23
     p_NV = torch.softmax(torch.from_numpy(3 * rng.standard_normal((N, V))), -1)
-    c = Case(torch.from_numpy(3 * rng.standard_normal((N, V))), torch.from_numpy(rng.integers(0, V, N)), ())
+    c = Case(
+        torch.from_numpy(3 * rng.standard_normal((N, V))),
+        torch.from_numpy(rng.integers(0, V, N)),
+        (),
+    )
     row_M, ids_M = np.arange(N).repeat(V), np.tile(np.arange(V), N)
-    exact_rows = replace(Said(identity(V), row_M, ids_M, p_NV.flatten().numpy()).targets, probs_M=p_NV.flatten())
+    exact_rows = replace(
+        Said(identity(V), row_M, ids_M, p_NV.flatten().numpy()).targets, probs_M=p_NV.flatten()
+    )
     c = replace(c, teachers=(Ready(exact_rows),))
     lse_N = c.logits_NV.logsumexp(-1)
     log_q = event_logprobs(c.logits_NV, lse_N, exact_rows)
-    assert torch.equal(log_q, (c.logits_NV - lse_N[:, None]).flatten()), "bit for bit: one token an event"
+    assert torch.equal(log_q, (c.logits_NV - lse_N[:, None]).flatten()), (
+        "bit for bit: one token an event"
+    )
     out, gradient = value_and_gradient(c, 1.0)
     logits = c.logits_NV.clone().requires_grad_()
     plain = F.cross_entropy(logits, p_NV)
@@ -210,7 +237,9 @@ def test_the_same_tokenizer_and_full_rows_are_forward_kl(seed: int):
     assert out.loss.item() == pytest.approx(plain.item(), abs=1e-12)
     torch.testing.assert_close(gradient, logits.grad, rtol=1e-10, atol=1e-14)
     divergence = F.kl_div(torch.log_softmax(c.logits_NV, -1), p_NV, reduction="batchmean")
-    assert out.loss.item() - divergence.item() == pytest.approx(-(p_NV * p_NV.log()).sum(-1).mean().item(), abs=1e-12)
+    assert out.loss.item() - divergence.item() == pytest.approx(
+        -(p_NV * p_NV.log()).sum(-1).mean().item(), abs=1e-12
+    )
     short = value_and_gradient(replace(c, logits_NV=c.logits_NV.float()), 1.0)[0]
     assert short.loss.item() == pytest.approx(plain.item(), abs=2e-6)
 
@@ -222,13 +251,25 @@ def test_no_share_and_no_teacher_are_cross_entropy(seed: int):
     log_q = torch.log_softmax(c.logits_NV.double(), -1)[range(len(c.labels_N)), c.labels_N]
     assert plain.loss.item() == pytest.approx(-log_q.mean().item(), rel=1e-5)
     assert plain.num_tokens == len(c.labels_N)
-    by_position = F.cross_entropy(c.logits_NV, c.labels_N, reduction="none").mean()  # another order of summing than plain's
+    by_position = F.cross_entropy(
+        c.logits_NV, c.labels_N, reduction="none"
+    ).mean()  # another order of summing than plain's
     nobody = tuple(Said(s.event_map, s.row_M[:0], s.ids_M[:0], s.probs_M[:0]) for s in c.teachers)
-    control = tuple(replace(s, bridge=replace(s.event_map, teacher_event_W=np.full_like(s.event_map.teacher_event_W, -1))) for s in c.teachers)
+    control = tuple(
+        replace(
+            s,
+            bridge=replace(
+                s.event_map, teacher_event_W=np.full_like(s.event_map.teacher_event_W, -1)
+            ),
+        )
+        for s in c.teachers
+    )
     for teachers, share in ((c.teachers, 0.0), ((), 0.7), (nobody, 0.7), (control, 1.0)):
         out = run(c.logits_NV, c.labels_N, teachers, share)
         torch.testing.assert_close(out.loss, by_position, rtol=1e-6, atol=1e-6)
-        assert out.metrics["cross_entropy"] == pytest.approx(plain.metrics["cross_entropy"], rel=1e-6)
+        assert out.metrics["cross_entropy"] == pytest.approx(
+            plain.metrics["cross_entropy"], rel=1e-6
+        )
         assert out.num_tokens == plain.num_tokens
 
 
@@ -237,17 +278,26 @@ def test_terms_and_positions(seed: int):
     c = case(seed)
     out = run(c.logits_NV, c.labels_N, c.teachers, 1.0)
     assert out.num_tokens == len(c.labels_N)
-    assert out.metrics["cross_entropy"] == pytest.approx(cross_entropy(c.logits_NV, c.labels_N).loss.item(), rel=1e-6)
+    assert out.metrics["cross_entropy"] == pytest.approx(
+        cross_entropy(c.logits_NV, c.labels_N).loss.item(), rel=1e-6
+    )
     spoken, mass = set(), defaultdict(float)
     for said in c.teachers:
-        for n, w, p in zip(said.row_M.tolist(), said.ids_M.tolist(), said.probs_M.tolist(), strict=True):
+        for n, w, p in zip(
+            said.row_M.tolist(), said.ids_M.tolist(), said.probs_M.tolist(), strict=True
+        ):
             if said.event_map.teacher_event_W[w] >= 0:
                 spoken.add(n)
                 mass[n] += p
-    with_ce = sum((1 - mass[n]) * ce for n, ce in enumerate(F.cross_entropy(c.logits_NV, c.labels_N, reduction="none").tolist()))
+    with_ce = sum(
+        (1 - mass[n]) * ce
+        for n, ce in enumerate(F.cross_entropy(c.logits_NV, c.labels_N, reduction="none").tolist())
+    )
     events = out.loss.item() * len(c.labels_N) - with_ce
     assert out.metrics["events"] * len(c.labels_N) == pytest.approx(events, rel=1e-4, abs=1e-3)
-    assert out.metrics["spoken"] == pytest.approx(len([n for n in spoken if mass[n] > 0]) / len(c.labels_N))
+    assert out.metrics["spoken"] == pytest.approx(
+        len([n for n in spoken if mass[n] > 0]) / len(c.labels_N)
+    )
     assert not out.loss.requires_grad
 
 
@@ -260,12 +310,17 @@ def test_every_position_carries_total_weight_one(seed: int, share: float):
     c = case(seed, dtype=torch.float64)
     N, V = c.logits_NV.shape
     outside = torch.full((N, 1), 1.5, dtype=torch.float64)
-    bridges = [replace(s.event_map, student_event_V=np.append(s.event_map.student_event_V, np.int32(-1))) for s in c.teachers]
+    bridges = [
+        replace(s.event_map, student_event_V=np.append(s.event_map.student_event_V, np.int32(-1)))
+        for s in c.teachers
+    ]
     wider = tuple(replace(s, bridge=bridge) for s, bridge in zip(c.teachers, bridges, strict=True))
     c = Case(torch.cat([c.logits_NV, outside], 1), c.labels_N, wider)
     _, gradient = value_and_gradient(c, share)
     weight_N = N * gradient[:, V] / torch.softmax(c.logits_NV, -1)[:, V]
-    torch.testing.assert_close(weight_N, torch.ones(N, dtype=torch.float64), rtol=1e-6, atol=1e-6)  # the rows are float32
+    torch.testing.assert_close(
+        weight_N, torch.ones(N, dtype=torch.float64), rtol=1e-6, atol=1e-6
+    )  # the rows are float32
 
 
 @given(seed=seeds, share=st.sampled_from([0.3, 0.7, 1.0]))
@@ -275,7 +330,10 @@ def test_a_student_that_knows_nothing_pays_what_it_must(seed: int, share: float)
     N, V = c.logits_NV.shape
     saved = 0.0
     for said in c.teachers:
-        sizes = np.bincount(said.event_map.student_event_V[said.event_map.student_event_V >= 0], minlength=said.event_map.num_events)
+        sizes = np.bincount(
+            said.event_map.student_event_V[said.event_map.student_event_V >= 0],
+            minlength=said.event_map.num_events,
+        )
         for w, p in zip(said.ids_M.tolist(), said.probs_M.tolist(), strict=True):
             if said.event_map.teacher_event_W[w] >= 0:
                 saved += p * math.log(sizes[said.event_map.teacher_event_W[w]])
@@ -290,7 +348,9 @@ def test_mass_on_control_tokens_goes_to_cross_entropy():
     first, ce = -log_q[0].item(), -log_q[3].item()
     for lost in (0.0, 0.25, 0.9, 1.0):
         out = run(logits, target, [said_of(bridge, {0: np.array([1 - lost, 0.0, lost])})], 0.7)
-        assert out.loss.item() == pytest.approx(0.7 * (1 - lost) * first + (1 - 0.7 * (1 - lost)) * ce, abs=1e-6)
+        assert out.loss.item() == pytest.approx(
+            0.7 * (1 - lost) * first + (1 - 0.7 * (1 - lost)) * ce, abs=1e-6
+        )
 
 
 def test_position_by_position():
@@ -306,10 +366,16 @@ def test_position_by_position():
         others = [k for k in range(N) if k != n]
         assert torch.equal(gradient[others], plain[others])
         assert not torch.allclose(gradient[n], plain[n])
-        alone = Case(c.logits_NV[n:n + 1], c.labels_N[n:n + 1], (replace(said, row_M=np.zeros_like(said.row_M)),))
+        alone = Case(
+            c.logits_NV[n : n + 1],
+            c.labels_N[n : n + 1],
+            (replace(said, row_M=np.zeros_like(said.row_M)),),
+        )
         whole = run(c.logits_NV, c.labels_N, (said,), 0.7).loss.item() * N
         rest = ce.loss.item() * N - F.cross_entropy(alone.logits_NV, alone.labels_N).item()
-        assert whole == pytest.approx(rest + run(alone.logits_NV, alone.labels_N, alone.teachers, 0.7).loss.item(), abs=1e-4)
+        assert whole == pytest.approx(
+            rest + run(alone.logits_NV, alone.labels_N, alone.teachers, 0.7).loss.item(), abs=1e-4
+        )
 
 
 # ---- linear, so unbiased ---------------------------------------------------------------------------------------------
@@ -323,8 +389,13 @@ def test_linear_in_the_teacher(seed: int, mix: float):
     bridge = random_bridge(rng, 12, V, 5)
     one, two = ({n: rng.dirichlet(np.full(12, 0.5)) for n in range(N)} for _ in range(2))
     both = {n: mix * one[n] + (1 - mix) * two[n] for n in range(N)}
-    a, b, ab = (value_and_gradient(replace(c, teachers=(said_of(bridge, rows),)), 0.7) for rows in (one, two, both))
-    assert ab[0].loss.item() == pytest.approx(mix * a[0].loss.item() + (1 - mix) * b[0].loss.item(), abs=1e-5)
+    a, b, ab = (
+        value_and_gradient(replace(c, teachers=(said_of(bridge, rows),)), 0.7)
+        for rows in (one, two, both)
+    )
+    assert ab[0].loss.item() == pytest.approx(
+        mix * a[0].loss.item() + (1 - mix) * b[0].loss.item(), abs=1e-5
+    )
     torch.testing.assert_close(ab[1], mix * a[1] + (1 - mix) * b[1], rtol=0, atol=1e-6)
 
 
@@ -333,23 +404,38 @@ DRAWS = 2000
 
 def sampled(p_W: np.ndarray, tau: float) -> SparseDistributions:
     """One distribution drawn DRAWS times, each draw with its own random start."""
-    return sample_distributions(torch.from_numpy(np.log(p_W)).expand_groups(DRAWS, -1), np.zeros(DRAWS, np.int64), tau, "losses")
+    return sample_distributions(
+        torch.from_numpy(np.log(p_W)).expand_groups(DRAWS, -1),
+        np.zeros(DRAWS, np.int64),
+        tau,
+        "losses",
+    )
 
 
 def top(p_W: np.ndarray, k: int) -> SparseDistributions:
     """What other tools keep: the k likeliest, renormalised; as many entries as the sample has."""
     best = np.argsort(-p_W)[:k]
     probs = p_W[best] / p_W[best].sum()
-    return SparseDistributions(np.arange(DRAWS + 1) * k, np.tile(best, DRAWS).astype(np.int32), np.tile(probs, DRAWS).astype(np.float32),
-                np.zeros(DRAWS, np.float32))
+    return SparseDistributions(
+        np.arange(DRAWS + 1) * k,
+        np.tile(best, DRAWS).astype(np.int32),
+        np.tile(probs, DRAWS).astype(np.float32),
+        np.zeros(DRAWS, np.float32),
+    )
 
 
-def z_scores(rows: SparseDistributions, c: Case, bridge: EventMap, full: tuple[float, torch.Tensor]) -> tuple[float, torch.Tensor]:
+def z_scores(
+    rows: SparseDistributions, c: Case, bridge: EventMap, full: tuple[float, torch.Tensor]
+) -> tuple[float, torch.Tensor]:
     """How many standard errors the mean over draws of loss and gradient lies from the full row's."""
     per = 50
     row_M = np.repeat(np.arange(DRAWS), np.diff(rows.offsets_N1))
     ids_M, probs_M = rows.ids_M, rows.probs_M
-    wide = Case(c.logits_NV.expand_groups(DRAWS, -1), c.labels_N.expand_groups(DRAWS), (Said(bridge, row_M, ids_M, probs_M),))
+    wide = Case(
+        c.logits_NV.expand_groups(DRAWS, -1),
+        c.labels_N.expand_groups(DRAWS),
+        (Said(bridge, row_M, ids_M, probs_M),),
+    )
     gradient = value_and_gradient(wide, 0.7)[1] * DRAWS
     spread = gradient.std(0) / math.sqrt(DRAWS)
     z_gradient = (gradient.mean(0) - full[1][0]) / spread.clamp(min=1e-6)
@@ -358,14 +444,20 @@ def z_scores(rows: SparseDistributions, c: Case, bridge: EventMap, full: tuple[f
         some = (row_M >= begin) & (row_M < begin + per)
         said = Said(bridge, row_M[some] - begin, ids_M[some], probs_M[some])
         losses.append(run(wide.logits_NV[:per], wide.labels_N[:per], [said], 0.7).loss.item())
-    return (np.mean(losses) - full[0]) / max(1e-6, np.std(losses, ddof=1) / math.sqrt(len(losses))), z_gradient
+    return (np.mean(losses) - full[0]) / max(
+        1e-6, np.std(losses, ddof=1) / math.sqrt(len(losses))
+    ), z_gradient
 
 
 def test_sampled_rows_are_unbiased_and_top_k_is_not():
     rng = np.random.default_rng(5)
     p_W = rng.dirichlet(np.full(80, 0.25)) * 0.999 + 0.001 / 80
     bridge = random_bridge(rng, 80, 60, 30)
-    c = Case(torch.from_numpy(2 * rng.standard_normal((1, 60))), torch.tensor([3]), (said_of(bridge, {0: p_W}),))
+    c = Case(
+        torch.from_numpy(2 * rng.standard_normal((1, 60))),
+        torch.tensor([3]),
+        (said_of(bridge, {0: p_W}),),
+    )
     out, gradient = value_and_gradient(c, 0.7)
     full = (out.loss.item(), gradient)
     rows = sampled(p_W, 0.1)
@@ -384,7 +476,9 @@ def test_sampled_rows_are_unbiased_and_top_k_is_not():
 
 def top_said(bridge: EventMap, rows: dict[int, np.ndarray], k: int) -> Said:
     """The k likeliest entries of dense rows, as a server gives them: exact, never renormalised."""
-    return said_of(bridge, {n: np.where(p_W >= np.sort(p_W)[-k], p_W, 0.0) for n, p_W in rows.items()})
+    return said_of(
+        bridge, {n: np.where(p_W >= np.sort(p_W)[-k], p_W, 0.0) for n, p_W in rows.items()}
+    )
 
 
 @given(seed=seeds, share=st.sampled_from([0.3, 0.7, 1.0]), k=st.integers(1, 4))
@@ -395,21 +489,39 @@ def test_a_rest_is_one_event(seed: int, share: float, k: int):
     bridge = random_bridge(rng, W, V, 6)
     rows = {n: rng.dirichlet(np.full(W, 0.4)) for n in (0, 2, 3)}
     raw = top_said(bridge, rows, k)
-    said = build_batch_targets(bridge, build_event_targets(bridge, raw.row_M, raw.ids_M, raw.probs_M, kind=DistributionKind.TOPK), N)
-    logits, tokens = torch.from_numpy(2 * rng.standard_normal((N, V))), torch.from_numpy(rng.integers(0, V, N))
+    said = build_batch_targets(
+        bridge,
+        build_event_targets(bridge, raw.row_M, raw.ids_M, raw.probs_M, kind=DistributionKind.TOPK),
+        N,
+    )
+    logits, tokens = (
+        torch.from_numpy(2 * rng.standard_normal((N, V))),
+        torch.from_numpy(rng.integers(0, V, N)),
+    )
     mine, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     q_NV, want = torch.softmax(theirs, -1), torch.zeros((), dtype=torch.float64)
     for n in range(N):
-        ce, events, mass, named = -q_NV[n, tokens[n]].log(), torch.zeros((), dtype=torch.float64), 0.0, torch.zeros(V, dtype=torch.bool)
+        ce, events, mass, named = (
+            -q_NV[n, tokens[n]].log(),
+            torch.zeros((), dtype=torch.float64),
+            0.0,
+            torch.zeros(V, dtype=torch.bool),
+        )
         total = sum(p for row, p in zip(raw.row_M, raw.probs_M.tolist(), strict=True) if row == n)
         for row, w, p in zip(raw.row_M, raw.ids_M, raw.probs_M.tolist(), strict=True):
             event = int(bridge.teacher_event_W[w])
-            whole = set(np.flatnonzero(bridge.teacher_event_W == event)) <= set(raw.ids_M[raw.row_M == n])
+            whole = set(np.flatnonzero(bridge.teacher_event_W == event)) <= set(
+                raw.ids_M[raw.row_M == n]
+            )
             if row == n and event >= 0 and not whole:
                 total -= p  # the rest holds a part of this event: it holds all of it
             elif row == n and event >= 0:
                 member = torch.from_numpy(bridge.student_event_V == event)
-                events, mass, named = events - p * q_NV[n, member].sum().log(), mass + p, named | member
+                events, mass, named = (
+                    events - p * q_NV[n, member].sum().log(),
+                    mass + p,
+                    named | member,
+                )
         if n in rows:
             rest = max(0.0, 1 - total)
             events, mass = events - rest * q_NV[n, ~named].sum().log(), mass + rest
@@ -424,21 +536,46 @@ def test_a_rest_is_one_event(seed: int, share: float, k: int):
 def test_a_rest_keeps_its_digits_where_the_student_is_certain():
     bridge = identity(4)
     raw = Said(bridge, np.array([0]), np.array([0]), np.array([0.75], np.float32))
-    said = build_batch_targets(bridge, build_event_targets(bridge, raw.row_M, raw.ids_M, raw.probs_M, kind=DistributionKind.TOPK), 1)
-    logits = torch.tensor([[60.0, 0.0, 0.0, 1.0]], requires_grad=True)  # q(rest) = 4e-26: 1 - q(0) is 0 in float32, and in float64
+    said = build_batch_targets(
+        bridge,
+        build_event_targets(bridge, raw.row_M, raw.ids_M, raw.probs_M, kind=DistributionKind.TOPK),
+        1,
+    )
+    logits = torch.tensor(
+        [[60.0, 0.0, 0.0, 1.0]], requires_grad=True
+    )  # q(rest) = 4e-26: 1 - q(0) is 0 in float32, and in float64
     out = event_kl_loss(logits, torch.tensor([0]), [said], 1.0)
     out.loss.backward()
     assert out.loss.item() == pytest.approx(0.25 * (60 - math.log(2 + math.e)), rel=1e-6)
     rest = torch.softmax(torch.tensor([0.0, 0.0, 1.0]), 0)
-    torch.testing.assert_close(logits.grad, torch.tensor([[0.25, *(-0.25 * rest).tolist()]]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        logits.grad, torch.tensor([[0.25, *(-0.25 * rest).tolist()]]), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_rows_without_a_rest_have_none():
     bridge = identity(5)
-    said = build_event_targets(bridge, np.array([1, 1]), np.array([0, 3]), np.array([0.5, 0.25], np.float32), kind=DistributionKind.TOPK)
+    said = build_event_targets(
+        bridge,
+        np.array([1, 1]),
+        np.array([0, 3]),
+        np.array([0.5, 0.25], np.float32),
+        kind=DistributionKind.TOPK,
+    )
     assert said.row_R.tolist() == [1] and said.rest_R.tolist() == [0.25]
     assert build_batch_targets(bridge, said, 3).rest_N.tolist() == [0.0, 0.25, 0.0]
-    assert len(build_batch_targets(bridge, build_event_targets(bridge, np.array([1]), np.array([0]), np.array([0.5], np.float32)), 3).rest_N) == 0
+    assert (
+        len(
+            build_batch_targets(
+                bridge,
+                build_event_targets(
+                    bridge, np.array([1]), np.array([0]), np.array([0.5], np.float32)
+                ),
+                3,
+            ).rest_N
+        )
+        == 0
+    )
 
 
 # ---- what a row's kind allows ----------------------------------------------------------------------------------------
@@ -446,37 +583,59 @@ def test_rows_without_a_rest_have_none():
 
 def test_only_full_rows_allow_other_divergences_than_forward():
     for kind, divergence in product(DistributionKind, Divergence):
-        if kind is DistributionKind.FULL or (divergence is Divergence.FORWARD and kind is not DistributionKind.TEXT_ONLY):
+        if kind is DistributionKind.FULL or (
+            divergence is Divergence.FORWARD and kind is not DistributionKind.TEXT_ONLY
+        ):
             refuse_divergence(kind, divergence)
         else:
-            with pytest.raises(RecipeError, match=f"{divergence.value} KL needs more than rows of kind {kind.value}") as caught:
+            with pytest.raises(
+                RecipeError,
+                match=f"{divergence.value} KL needs more than rows of kind {kind.value}",
+            ) as caught:
                 refuse_divergence(kind, divergence)
             assert caught.value.exit_code == 2 and caught.value.remedy
 
 
-@pytest.mark.parametrize(("ids", "probs", "kind", "reason"), [
-    ([0, 9], [0.5, 0.5], DistributionKind.SAMPLED, "teacher id 9 lies outside the vocabulary of 9 tokens"),
-    ([0, -1], [0.5, 0.5], DistributionKind.SAMPLED, "teacher id -1 lies outside"),
-    ([0, 1], [0.5, float("nan")], DistributionKind.SAMPLED, "a teacher's probability is nan"),
-    ([0, 1], [0.5, -0.1], DistributionKind.SAMPLED, r"a teacher's probability is -0\.1"),
-    ([0, 1], [0.9, 0.2], DistributionKind.FULL, r"a teacher's probabilities sum to 1\.1"),
-    ([0, 1], [0.9, 0.2], DistributionKind.TOPK, r"a teacher's probabilities sum to 1\.1")])
-def test_what_is_no_row_is_refused(ids: list[int], probs: list[float], kind: DistributionKind, reason: str):
+@pytest.mark.parametrize(
+    ("ids", "probs", "kind", "reason"),
+    [
+        (
+            [0, 9],
+            [0.5, 0.5],
+            DistributionKind.SAMPLED,
+            "teacher id 9 lies outside the vocabulary of 9 tokens",
+        ),
+        ([0, -1], [0.5, 0.5], DistributionKind.SAMPLED, "teacher id -1 lies outside"),
+        ([0, 1], [0.5, float("nan")], DistributionKind.SAMPLED, "a teacher's probability is nan"),
+        ([0, 1], [0.5, -0.1], DistributionKind.SAMPLED, r"a teacher's probability is -0\.1"),
+        ([0, 1], [0.9, 0.2], DistributionKind.FULL, r"a teacher's probabilities sum to 1\.1"),
+        ([0, 1], [0.9, 0.2], DistributionKind.TOPK, r"a teacher's probabilities sum to 1\.1"),
+    ],
+)
+def test_what_is_no_row_is_refused(
+    ids: list[int], probs: list[float], kind: DistributionKind, reason: str
+):
     bridge = random_bridge(np.random.default_rng(0), 9, 12, 4)
     with pytest.raises(DataError, match=reason) as caught:
-        build_event_targets(bridge, np.array([3, 3]), np.array(ids), np.array(probs, np.float32), kind=kind)
+        build_event_targets(
+            bridge, np.array([3, 3]), np.array(ids), np.array(probs, np.float32), kind=kind
+        )
     assert caught.value.exit_code == 3 and caught.value.remedy and "\n" not in str(caught.value)
 
 
 def test_a_sampled_row_may_exceed_one():
-    build_event_targets(identity(4), np.array([0, 0]), np.array([0, 1]), np.array([0.9, 0.2], np.float32))
+    build_event_targets(
+        identity(4), np.array([0, 0]), np.array([0, 1]), np.array([0.9, 0.2], np.float32)
+    )
 
 
 @pytest.mark.parametrize("columns", [11, 13])
 def test_logits_of_another_vocabulary_are_refused(columns: int):
     bridge = random_bridge(np.random.default_rng(0), 9, 12, 4)
     said = said_of(bridge, {0: np.full(9, 1 / 9)}).targets
-    with pytest.raises(DataError, match=f"{columns} logits a position, but the student's tokenizer has 12 tokens"):
+    with pytest.raises(
+        DataError, match=f"{columns} logits a position, but the student's tokenizer has 12 tokens"
+    ):
         event_kl_loss(torch.zeros(1, columns), torch.tensor([0]), [said], 0.7)
     with pytest.raises(DataError, match=f"{columns} student columns"):
         event_divergence_loss(torch.zeros(1, columns), torch.zeros(1, 9), bridge)
@@ -486,7 +645,12 @@ def test_logits_of_another_vocabulary_are_refused(columns: int):
 
 def test_entries_of_two_kinds_do_not_mix():
     bridge = identity(4)
-    one, two = (build_event_targets(bridge, np.array([0]), np.array([0]), np.array([0.5], np.float32), kind=kind) for kind in (DistributionKind.SAMPLED, DistributionKind.FULL))
+    one, two = (
+        build_event_targets(
+            bridge, np.array([0]), np.array([0]), np.array([0.5], np.float32), kind=kind
+        )
+        for kind in (DistributionKind.SAMPLED, DistributionKind.FULL)
+    )
     with pytest.raises(DataError, match="rows of kinds full, sampled from one teacher"):
         concat_event_targets([one, two], [0, 1])
 
@@ -507,46 +671,81 @@ def test_any_divergence_over_events(seed: int, divergence: Divergence, masked: b
     rng = np.random.default_rng(seed)
     N, V, W = 3, 20, 17
     bridge = random_bridge(rng, W, V, 5)
-    bridge = replace(bridge, teacher_event_W=np.concatenate([np.arange(5), bridge.teacher_event_W[5:]]).astype(np.int32))
-    logits, rows = torch.from_numpy(2 * rng.standard_normal((N, V))).requires_grad_(), torch.from_numpy(rng.dirichlet(np.ones(W), N))
+    bridge = replace(
+        bridge,
+        teacher_event_W=np.concatenate([np.arange(5), bridge.teacher_event_W[5:]]).astype(np.int32),
+    )
+    logits, rows = (
+        torch.from_numpy(2 * rng.standard_normal((N, V))).requires_grad_(),
+        torch.from_numpy(rng.dirichlet(np.ones(W), N)),
+    )
     student_dead, stands_NV = dead_of(rng, N, V) if masked else (None, np.ones((N, V), bool))
     teacher_dead, stands_NW = dead_of(rng, N, W) if masked else (None, np.ones((N, W), bool))
     sides = []
-    for probs, stands, events in ((rows, stands_NW, bridge.teacher_event_W), (torch.softmax(logits, -1), stands_NV, bridge.student_event_V)):
-        mass = torch.stack([(probs * torch.from_numpy(stands & (events == e))).sum(-1) for e in range(5)], -1)
+    for probs, stands, events in (
+        (rows, stands_NW, bridge.teacher_event_W),
+        (torch.softmax(logits, -1), stands_NV, bridge.student_event_V),
+    ):
+        mass = torch.stack(
+            [(probs * torch.from_numpy(stands & (events == e))).sum(-1) for e in range(5)], -1
+        )
         sides.append(mass / mass.sum(-1, keepdim=True))
     p, q = sides
     both = (p > 0) & (q > 0)  # an event that only one side can still say is dropped
     p, q = (torch.where(both, x, 0.0) for x in (p, q))
     p, q = (x / x.sum(-1, keepdim=True) for x in (p, q))
     m = (p + q) / 2
-    want = {"forward": torch.special.xlogy(p, p / q), "reverse": torch.special.xlogy(q, q / p),
-            "jsd": (torch.special.xlogy(p, p / m) + torch.special.xlogy(q, q / m)) / 2}[divergence.value]
+    want = {
+        "forward": torch.special.xlogy(p, p / q),
+        "reverse": torch.special.xlogy(q, q / p),
+        "jsd": (torch.special.xlogy(p, p / m) + torch.special.xlogy(q, q / m)) / 2,
+    }[divergence.value]
     want = want.nan_to_num(0).sum(-1).mean()
-    got = event_divergence_loss(logits, rows.log(), bridge, divergence, student_impossible_tokens=student_dead, teacher_impossible_tokens=teacher_dead)
+    got = event_divergence_loss(
+        logits,
+        rows.log(),
+        bridge,
+        divergence,
+        student_impossible_tokens=student_dead,
+        teacher_impossible_tokens=teacher_dead,
+    )
     assert got.loss.item() == pytest.approx(want.item(), rel=1e-9, abs=1e-12)
-    mine, = torch.autograd.grad(got.loss, logits, retain_graph=True)
+    (mine,) = torch.autograd.grad(got.loss, logits, retain_graph=True)
     if not masked:
-        theirs, = torch.autograd.grad(want, logits)
+        (theirs,) = torch.autograd.grad(want, logits)
         torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-10)
     assert torch.isfinite(mine).all()
 
 
-@given(seed=seeds, divergence=st.sampled_from(list(Divergence)), dtype=st.sampled_from([torch.float32, torch.float64]))
-def test_the_same_tokenizer_is_the_ordinary_divergence_bit_for_bit(seed: int, divergence: Divergence, dtype: torch.dtype):
+@given(
+    seed=seeds,
+    divergence=st.sampled_from(list(Divergence)),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_the_same_tokenizer_is_the_ordinary_divergence_bit_for_bit(
+    seed: int, divergence: Divergence, dtype: torch.dtype
+):
     rng = np.random.default_rng(seed)
-    logits, teacher = (torch.from_numpy(3 * rng.standard_normal((4, 19))).to(dtype) for _ in range(2))
+    logits, teacher = (
+        torch.from_numpy(3 * rng.standard_normal((4, 19))).to(dtype) for _ in range(2)
+    )
     log_p, log_q = torch.log_softmax(teacher, -1), torch.log_softmax(logits, -1)
     got = event_divergence_loss(logits, log_p, identity(19), divergence)
     assert torch.equal(got.loss, divergence_loss(logits, log_p, divergence).loss)
     plain = {"forward": (log_q, log_p), "reverse": (log_p, log_q)}.get(divergence.value)
     if plain:
-        assert torch.equal(got.loss, F.kl_div(*plain, reduction="none", log_target=True).sum(-1).mean())
-    assert event_divergence_loss(logits, log_q, identity(19), divergence).loss.abs() < (1e-6 if dtype is torch.float32 else 1e-14)
+        assert torch.equal(
+            got.loss, F.kl_div(*plain, reduction="none", log_target=True).sum(-1).mean()
+        )
+    assert event_divergence_loss(logits, log_q, identity(19), divergence).loss.abs() < (
+        1e-6 if dtype is torch.float32 else 1e-14
+    )
 
 
 def test_same_vocabulary_refuses_another():
-    with pytest.raises(RecipeError, match=r"student logits \(2, 5\), teacher log-probabilities \(2, 6\)"):
+    with pytest.raises(
+        RecipeError, match=r"student logits \(2, 5\), teacher log-probabilities \(2, 6\)"
+    ):
         divergence_loss(torch.zeros(2, 5), torch.zeros(2, 6))
 
 
@@ -569,14 +768,27 @@ def test_masked_entries_and_members(seed: int, share: float):
     rng = np.random.default_rng(seed)
     N, V, W = 5, 22, 14
     bridge = random_bridge(rng, W, V, 6)
-    dead_W, dead_V = ({c: sorted(rng.permutation(size)[:size // 3].tolist()) for c in range(3)} for size in (W, V))
+    dead_W, dead_V = (
+        {c: sorted(rng.permutation(size)[: size // 3].tolist()) for c in range(3)}
+        for size in (W, V)
+    )
     bridge = replace(bridge, teacher_mask=Fixed(dead_W), student_mask=Fixed(dead_V))
     contexts = rng.integers(-1, 3, (2, N))  # -1: nothing is ruled out
     rows = {n: rng.dirichlet(np.full(W, 0.5)) for n in range(N)}
     raw = said_of(bridge, rows)
-    entries = build_event_targets(bridge, raw.row_M, raw.ids_M, raw.probs_M, student_context_N=contexts[0], teacher_context_N=contexts[1])
+    entries = build_event_targets(
+        bridge,
+        raw.row_M,
+        raw.ids_M,
+        raw.probs_M,
+        student_context_N=contexts[0],
+        teacher_context_N=contexts[1],
+    )
     said = build_batch_targets(bridge, concat_event_targets([entries, entries], [0, N]), 2 * N)
-    logits, tokens = torch.from_numpy(2 * rng.standard_normal((N, V))).repeat(2, 1), torch.from_numpy(rng.integers(0, V, N)).repeat(2)
+    logits, tokens = (
+        torch.from_numpy(2 * rng.standard_normal((N, V))).repeat(2, 1),
+        torch.from_numpy(rng.integers(0, V, N)).repeat(2),
+    )
     mine, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     q_NV, want = torch.softmax(theirs, -1), torch.zeros((), dtype=torch.float64)
     for n in range(2 * N):
@@ -584,7 +796,11 @@ def test_masked_entries_and_members(seed: int, share: float):
         students, teachers = contexts[:, n % N].tolist()
         for w, p in enumerate(np.float32(rows[n % N]).tolist()):
             event = int(bridge.teacher_event_W[w])
-            member = [v for v in np.flatnonzero(bridge.student_event_V == event).tolist() if v not in dead_V.get(teachers, [])]
+            member = [
+                v
+                for v in np.flatnonzero(bridge.student_event_V == event).tolist()
+                if v not in dead_V.get(teachers, [])
+            ]
             if event >= 0 and member and w not in dead_W.get(students, []):
                 events, mass = events - p * q_NV[n, member].sum().log(), mass + p
         want = want + share * events + (1 - share * mass) * ce
@@ -601,17 +817,36 @@ def test_named_and_dropped_is_no_part_of_the_rest():
     bridge = replace(identity(3), teacher_mask=Fixed({0: [0]}), student_mask=Fixed({0: []}))
     also = replace(identity(3), teacher_mask=Fixed({0: []}), student_mask=Fixed({0: [0]}))
     for pair in (bridge, also):
-        entries = build_event_targets(pair, np.array([0, 0]), np.array([0, 1]), np.array([0.6, 0.3], np.float32), student_context_N=np.array([0]),
-                           teacher_context_N=np.array([0]), kind=DistributionKind.TOPK)
+        entries = build_event_targets(
+            pair,
+            np.array([0, 0]),
+            np.array([0, 1]),
+            np.array([0.6, 0.3], np.float32),
+            student_context_N=np.array([0]),
+            teacher_context_N=np.array([0]),
+            kind=DistributionKind.TOPK,
+        )
         logits = torch.log(torch.tensor([[0.6, 0.3, 0.1]])).requires_grad_()
-        event_kl_loss(logits, torch.tensor([1]), [build_batch_targets(pair, entries, 1)], 1.0).loss.backward()
-        torch.testing.assert_close(logits.grad, torch.tensor([[0.6, 0.3 - 0.3 - 0.6, 0.1 - 0.1]]), rtol=1e-5, atol=1e-6)
+        event_kl_loss(
+            logits, torch.tensor([1]), [build_batch_targets(pair, entries, 1)], 1.0
+        ).loss.backward()
+        torch.testing.assert_close(
+            logits.grad, torch.tensor([[0.6, 0.3 - 0.3 - 0.6, 0.1 - 0.1]]), rtol=1e-5, atol=1e-6
+        )
 
 
 def test_a_rest_that_no_token_is_left_for_goes_to_the_text():
     bridge = identity(2)
-    raw = build_event_targets(bridge, np.array([0, 0]), np.array([0, 1]), np.array([0.5, 0.499999], np.float32), kind=DistributionKind.TOPK)
-    out = event_kl_loss(torch.zeros(1, 2), torch.tensor([0]), [build_batch_targets(bridge, raw, 1)], 1.0)
+    raw = build_event_targets(
+        bridge,
+        np.array([0, 0]),
+        np.array([0, 1]),
+        np.array([0.5, 0.499999], np.float32),
+        kind=DistributionKind.TOPK,
+    )
+    out = event_kl_loss(
+        torch.zeros(1, 2), torch.tensor([0]), [build_batch_targets(bridge, raw, 1)], 1.0
+    )
     assert out.loss.item() == pytest.approx(math.log(2), abs=1e-5)
 
 
@@ -620,38 +855,77 @@ def test_what_composed_cannot_mean_is_refused():
     one = said_of(bridge, {0: np.array([0.5, 0.5, 0.0])}).targets
     with pytest.raises(DataError, match="position 0: two teachers speak of one position"):
         event_kl_loss(torch.zeros(1, 3), torch.tensor([0]), [one, one], 0.7)
-    for logits, tokens in ((torch.zeros(1, 3, dtype=torch.bfloat16), torch.tensor([0])), (torch.zeros(0, 3), torch.empty(0, dtype=torch.int64))):
+    for logits, tokens in (
+        (torch.zeros(1, 3, dtype=torch.bfloat16), torch.tensor([0])),
+        (torch.zeros(0, 3), torch.empty(0, dtype=torch.int64)),
+    ):
         with pytest.raises(DataError, match="give float32 logits of what is learned"):
             event_kl_loss(logits, tokens, [], 0.7)
     with pytest.raises(DataError, match="a row names a token twice"):
-        build_event_targets(bridge, np.array([0, 0]), np.array([1, 1]), np.array([0.1, 0.1], np.float32), kind=DistributionKind.TOPK)
+        build_event_targets(
+            bridge,
+            np.array([0, 0]),
+            np.array([1, 1]),
+            np.array([0.1, 0.1], np.float32),
+            kind=DistributionKind.TOPK,
+        )
 
 
 def test_an_event_of_tiny_probability_counts_in_whole_distributions():
-    bridge = replace(identity(3), student_event_V=np.array([0, 1, 0], np.int32), teacher_event_W=np.array([0, 1, 0], np.int32), num_events=2)
+    bridge = replace(
+        identity(3),
+        student_event_V=np.array([0, 1, 0], np.int32),
+        teacher_event_W=np.array([0, 1, 0], np.int32),
+        num_events=2,
+    )
     logits = torch.tensor([[0.0, -120.0, 0.0]], requires_grad=True)
     out = event_divergence_loss(logits, torch.log(torch.tensor([[0.05, 0.9, 0.05]])), bridge)
     out.loss.backward()
-    assert out.loss.item() == pytest.approx(0.9 * (120 + math.log(2)) + 0.9 * math.log(0.9) + 0.1 * math.log(0.1), rel=1e-5)
-    torch.testing.assert_close(logits.grad, torch.tensor([[0.45, -0.9, 0.45]]), rtol=1e-4, atol=1e-5)
+    assert out.loss.item() == pytest.approx(
+        0.9 * (120 + math.log(2)) + 0.9 * math.log(0.9) + 0.1 * math.log(0.1), rel=1e-5
+    )
+    torch.testing.assert_close(
+        logits.grad, torch.tensor([[0.45, -0.9, 0.45]]), rtol=1e-4, atol=1e-5
+    )
     nothing = ImpossibleTokens(torch.tensor([0, 0, 0]), torch.tensor([0, 1, 2]))
     with pytest.raises(DataError, match="no event that both sides can say"):
-        event_divergence_loss(logits, torch.log(torch.tensor([[0.05, 0.9, 0.05]])), bridge, student_impossible_tokens=nothing)
+        event_divergence_loss(
+            logits,
+            torch.log(torch.tensor([[0.05, 0.9, 0.05]])),
+            bridge,
+            student_impossible_tokens=nothing,
+        )
     with pytest.raises(RecipeError, match="reverse KL needs more"):
-        event_divergence_loss(logits, torch.log(torch.tensor([[0.05, 0.9, 0.05]])), bridge, Divergence.REVERSE, kind=DistributionKind.SAMPLED)
+        event_divergence_loss(
+            logits,
+            torch.log(torch.tensor([[0.05, 0.9, 0.05]])),
+            bridge,
+            Divergence.REVERSE,
+            kind=DistributionKind.SAMPLED,
+        )
 
 
 def test_a_chunk_of_a_student_certain_of_what_cannot_be():
     logits = torch.tensor([[20.0, 3.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
     dead = ImpossibleTokens(torch.tensor([0]), torch.tensor([0]))
-    whole = SpanTargets(torch.tensor([0]), torch.tensor([0]), torch.tensor([0]), torch.tensor([1]), torch.tensor([-0.5]))
+    whole = SpanTargets(
+        torch.tensor([0]),
+        torch.tensor([0]),
+        torch.tensor([0]),
+        torch.tensor([1]),
+        torch.tensor([-0.5]),
+    )
     out = span_likelihood_loss(logits, torch.tensor([1, 0]), whole, dead)
     out.loss.backward()
-    assert out.loss.item() == pytest.approx((math.log(1 / (1 + math.exp(-3))) + 0.5) ** 2 / 2, rel=1e-4)
+    assert out.loss.item() == pytest.approx(
+        (math.log(1 / (1 + math.exp(-3))) + 0.5) ** 2 / 2, rel=1e-4
+    )
     assert torch.isfinite(logits.grad).all()
     none = torch.empty(0, dtype=torch.int64)
     with pytest.raises(DataError, match="no chunk"):
-        span_likelihood_loss(logits, torch.tensor([1, 0]), SpanTargets(none, none, none, none, torch.empty(0)), dead)
+        span_likelihood_loss(
+            logits, torch.tensor([1, 0]), SpanTargets(none, none, none, none, torch.empty(0)), dead
+        )
 
 
 # ---- chunks ----------------------------------------------------------------------------------------------------------
@@ -661,23 +935,40 @@ def test_a_chunk_of_a_student_certain_of_what_cannot_be():
 def test_the_chunk_term_is_its_formula(seed: int):
     rng = np.random.default_rng(seed)
     N, V = 9, 12
-    logits, tokens = torch.from_numpy(rng.standard_normal((N, V))).requires_grad_(), torch.from_numpy(rng.integers(0, V, N))
+    logits, tokens = (
+        torch.from_numpy(rng.standard_normal((N, V))).requires_grad_(),
+        torch.from_numpy(rng.integers(0, V, N)),
+    )
     dead, stands = dead_of(rng, N, V)
     ranges = [(0, 2), (2, 3), (3, 7), (7, 9)]  # the last one ends the turn
     teacher = torch.from_numpy(-rng.random(4) * 3)
     which = torch.tensor([c for c, (a, b) in enumerate(ranges) for _ in range(a, b)])
     at = torch.tensor([n for a, b in ranges for n in range(a, b)])
-    begin, end = torch.tensor([a for a, _ in ranges]), torch.tensor([b if b < N else -1 for _, b in ranges])
+    begin, end = (
+        torch.tensor([a for a, _ in ranges]),
+        torch.tensor([b if b < N else -1 for _, b in ranges]),
+    )
     out = span_likelihood_loss(logits, tokens, SpanTargets(which, at, begin, end, teacher), dead)
     q = torch.softmax(logits, -1)
     beta = (q * torch.from_numpy(stands)).sum(-1)
-    terms = [sum(q[n, tokens[n]].log() for n in range(a, b)) + (beta[b].log() if b < N else 0) - beta[a].log() for a, b in ranges]
+    terms = [
+        sum(q[n, tokens[n]].log() for n in range(a, b))
+        + (beta[b].log() if b < N else 0)
+        - beta[a].log()
+        for a, b in ranges
+    ]
     want = sum((x - t) ** 2 for x, t in zip(terms, teacher, strict=True)) / 8
     assert out.loss.item() == pytest.approx(want.item(), rel=1e-9)
     assert out.num_tokens == 4
-    torch.testing.assert_close(*(torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (out.loss, want)), rtol=1e-7, atol=1e-10)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (out.loss, want)),
+        rtol=1e-7,
+        atol=1e-10,
+    )
     right = SpanTargets(which, at, begin, end, torch.stack(terms).detach())
-    assert span_likelihood_loss(logits, tokens, right, dead).loss.item() < 1e-20, "a student that agrees costs nothing"
+    assert span_likelihood_loss(logits, tokens, right, dead).loss.item() < 1e-20, (
+        "a student that agrees costs nothing"
+    )
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
@@ -687,18 +978,35 @@ def test_the_chunk_term_is_its_formula(seed: int):
 def test_extreme_logits(dtype: torch.dtype):
     """An event of probability e^-400 has a finite cost and its whole gradient; plain sums of exp give log 0."""
     bridge = EventMap(np.array([0, 1], np.int32), np.array([0, 1, 1, -1], np.int32), 2, "")
-    logits = torch.tensor([[200.0, -200.0, -201.0, -200.0], [-200.0, 200.0, -200.0, 200.0], [200.0, 200.0, 200.0, 200.0]], dtype=dtype)
+    logits = torch.tensor(
+        [
+            [200.0, -200.0, -201.0, -200.0],
+            [-200.0, 200.0, -200.0, 200.0],
+            [200.0, 200.0, 200.0, 200.0],
+        ],
+        dtype=dtype,
+    )
     rows = {n: np.array([0.5, 0.5]) for n in range(3)}
     c = Case(logits, torch.tensor([1, 0, 3]), (said_of(bridge, rows),))
     out, gradient = value_and_gradient(c, 0.7)
     assert torch.isfinite(gradient).all()
     pair = math.log1p(math.exp(-1))
-    costs = [.7 * .5 * (0 + 400 - pair) + .3 * 400, .7 * .5 * (400 + math.log(2) + math.log(2)) + .3 * (400 + math.log(2)),
-             .7 * .5 * (math.log(4) + math.log(2)) + .3 * math.log(4)]
+    costs = [
+        0.7 * 0.5 * (0 + 400 - pair) + 0.3 * 400,
+        0.7 * 0.5 * (400 + math.log(2) + math.log(2)) + 0.3 * (400 + math.log(2)),
+        0.7 * 0.5 * (math.log(4) + math.log(2)) + 0.3 * math.log(4),
+    ]
     assert out.loss.item() == pytest.approx(sum(costs) / 3, rel=1e-6)
     share = torch.softmax(torch.tensor([0.0, -1.0]), 0)
-    want = [1 - .35, -.35 * share[0] - .3, -.35 * share[1], 0.0]  # q - .7 p(member | event) - .3 target
-    torch.testing.assert_close(gradient[0] * 3, torch.tensor(want, dtype=dtype), rtol=1e-6, atol=1e-6)
+    want = [
+        1 - 0.35,
+        -0.35 * share[0] - 0.3,
+        -0.35 * share[1],
+        0.0,
+    ]  # q - .7 p(member | event) - .3 target
+    torch.testing.assert_close(
+        gradient[0] * 3, torch.tensor(want, dtype=dtype), rtol=1e-6, atol=1e-6
+    )
 
 
 @given(seed=seeds)
@@ -708,17 +1016,31 @@ def test_large_logits_stay_finite(seed: int):
     assert math.isfinite(out.loss.item())
     assert torch.isfinite(gradient).all()
     assert out.loss.item() >= -1e-3
-    assert gradient.sum(-1).abs().max() < 1e-5, "a constant added to all logits of a position changes nothing"
+    assert gradient.sum(-1).abs().max() < 1e-5, (
+        "a constant added to all logits of a position changes nothing"
+    )
 
 
 def golden_case(k: int) -> Case:
     """Cases without a random generator, so that the values hold on every version of numpy and torch."""
     N, V, W, E = 4 + k, 17 + 5 * k, 19 + 3 * k, 7
-    logits = torch.tensor([[3 * math.sin(1.7 * n + 0.9 * v * (k + 1)) for v in range(V)] for n in range(N)])
-    events_W, events_V = [(5 * w + k) % (E + 1) - 1 for w in range(W)], [v if v < E else (3 * v) % (E + 1) - 1 for v in range(V)]
+    logits = torch.tensor(
+        [[3 * math.sin(1.7 * n + 0.9 * v * (k + 1)) for v in range(V)] for n in range(N)]
+    )
+    events_W, events_V = (
+        [(5 * w + k) % (E + 1) - 1 for w in range(W)],
+        [v if v < E else (3 * v) % (E + 1) - 1 for v in range(V)],
+    )
     bridge = EventMap(np.array(events_W, np.int32), np.array(events_V, np.int32), E, "")
-    weights = {n: np.array([math.exp(2 * math.cos(2.3 * n + 1.1 * w)) for w in range(W)]) for n in range(0, N, 2)}
-    return Case(logits, torch.tensor([(7 * n + k) % V for n in range(N)]), (said_of(bridge, {n: p / p.sum() for n, p in weights.items()}),))
+    weights = {
+        n: np.array([math.exp(2 * math.cos(2.3 * n + 1.1 * w)) for w in range(W)])
+        for n in range(0, N, 2)
+    }
+    return Case(
+        logits,
+        torch.tensor([(7 * n + k) % V for n in range(N)]),
+        (said_of(bridge, {n: p / p.sum() for n, p in weights.items()}),),
+    )
 
 
 def golden_values() -> dict[str, float]:
@@ -743,22 +1065,40 @@ def test_golden_values():
 # ---- a world whose truth is known: bench/worlds.py -------------------------------------------------------------------
 
 # mean total variation at the truth: events, and shared byte strings renormalised (strict); with masks: tests/bench/test_worlds.py
-FLOORS = {"same": (0.0, 0.0), "nested": (.0146, .0307), "crossing": (.0280, .0433), "words": (.0588, .0948), "long": (.1085, .2167)}
+FLOORS = {
+    "same": (0.0, 0.0),
+    "nested": (0.0146, 0.0307),
+    "crossing": (0.0280, 0.0433),
+    "words": (0.0588, 0.0948),
+    "long": (0.1085, 0.2167),
+}
 
 
-def strict(p: dict[int, float], q: dict[int, float], teacher: ChatRenderer, student: ChatRenderer) -> float:
+def strict(
+    p: dict[int, float], q: dict[int, float], teacher: ChatRenderer, student: ChatRenderer
+) -> float:
     """The baseline: byte strings both vocabularies have, renormalised."""
     t = {teacher.vocabulary.bytes_W[i]: x for i, x in p.items()}  # None = the stop token
     s = {student.vocabulary.bytes_W[i]: x for i, x in q.items()}
     shared = {*teacher.vocabulary.bytes_W} & {*student.vocabulary.bytes_W}
     t_sum, s_sum = (sum(x for b, x in row.items() if b in shared) for row in (t, s))
-    return sum(abs(t.get(b, 0) / t_sum - s.get(b, 0) / s_sum) for b in shared) / 2 if t_sum and s_sum else 0.0
+    return (
+        sum(abs(t.get(b, 0) / t_sum - s.get(b, 0) / s_sum) for b in shared) / 2
+        if t_sum and s_sum
+        else 0.0
+    )
 
 
 @pytest.mark.parametrize("name", WORLDS)
 def test_the_floor_of_unmasked_events(name: str):
     world = worlds.world(name)
-    teacher, student, t, s, bridge = world.teacher, world.student, world.t, world.s, world.full_bridge
+    teacher, student, t, s, bridge = (
+        world.teacher,
+        world.student,
+        world.t,
+        world.s,
+        world.full_bridge,
+    )
     where = [((b.teacher, b.student), b.mass) for b in world.boundaries]
     weight_N = torch.tensor([w for _, w in where], dtype=torch.float64)
     weight_N /= weight_N.sum()
@@ -774,11 +1114,17 @@ def test_the_floor_of_unmasked_events(name: str):
     E = bridge.num_events
     p_NE = torch.zeros(len(where), E, dtype=torch.float64)
     event_M = torch.from_numpy(bridge.teacher_event_W)[torch.tensor(ids)].long()
-    p_NE.index_put_((torch.tensor(row), event_M), torch.tensor(probs, dtype=torch.float64), accumulate=True)
+    p_NE.index_put_(
+        (torch.tensor(row), event_M), torch.tensor(probs, dtype=torch.float64), accumulate=True
+    )
     said = bridge.student_event_V[[v for q in s.next.values() for v in q]]
     used = torch.from_numpy(np.union1d(event_M.numpy(), said)).long()
     row_M, asked_M = np.arange(len(where)).repeat(len(used)), np.tile(used.numpy(), len(where))
-    q_NU = event_logprobs(logits_NV, logits_NV.logsumexp(-1), asked(bridge, row_M, asked_M)).exp().reshape(len(where), -1)
+    q_NU = (
+        event_logprobs(logits_NV, logits_NV.logsumexp(-1), asked(bridge, row_M, asked_M))
+        .exp()
+        .reshape(len(where), -1)
+    )
     torch.testing.assert_close(q_NU.sum(-1), torch.ones(len(where), dtype=torch.float64))
     events = float(weight_N @ (p_NE[:, used] - q_NU).abs().sum(-1)) / 2
     baseline = float(weight_N @ torch.tensor(strict_N, dtype=torch.float64))

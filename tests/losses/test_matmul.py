@@ -20,7 +20,9 @@ from persea.losses.matmul import (
 )
 
 SIZES = st.sampled_from([1, 7, STRIP_ROWS, STRIP_ROWS + 1, 2 * STRIP_ROWS + 5])
-HAS_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+HAS_ONEDNN = (
+    torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+)
 
 
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -35,21 +37,44 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return times
 
 
-@given(seed=st.integers(0, 2**31), C=st.integers(1, 9), V=SIZES, D=st.integers(1, 33), quick=st.booleans(), first=st.booleans(), turned=st.booleans())
-def test_products_are_exact_to_float32(seed: int, C: int, V: int, D: int, quick: bool, first: bool, turned: bool):
+@given(
+    seed=st.integers(0, 2**31),
+    C=st.integers(1, 9),
+    V=SIZES,
+    D=st.integers(1, 33),
+    quick=st.booleans(),
+    first=st.booleans(),
+    turned=st.booleans(),
+)
+def test_products_are_exact_to_float32(
+    seed: int, C: int, V: int, D: int, quick: bool, first: bool, turned: bool
+):
     generator = torch.Generator().manual_seed(seed)
-    hidden_CD, pull_CV = torch.randn(C, D, generator=generator), torch.randn(C, V, generator=generator)
-    weight_VD = torch.randn(D, V, generator=generator).T if turned else torch.randn(V, D, generator=generator)
-    into_CV, into_VD = torch.full((C, V), torch.nan), torch.full((V, D), torch.nan if first else 0.5)
+    hidden_CD, pull_CV = (
+        torch.randn(C, D, generator=generator),
+        torch.randn(C, V, generator=generator),
+    )
+    weight_VD = (
+        torch.randn(D, V, generator=generator).T
+        if turned
+        else torch.randn(V, D, generator=generator)
+    )
+    into_CV, into_VD = (
+        torch.full((C, V), torch.nan),
+        torch.full((V, D), torch.nan if first else 0.5),
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(products, "can_use_onednn", lambda like_XY: quick and HAS_ONEDNN)
         project_to_logits(hidden_CD, weight_VD, into_CV)
         back_CD = project_to_hidden(pull_CV, weight_VD)
         accumulate_weight_gradient(into_VD, pull_CV, hidden_CD, first)
     before = 0.0 if first else 0.5
-    for got, want, terms in ((into_CV, hidden_CD.double() @ weight_VD.double().T, D), (back_CD, pull_CV.double() @ weight_VD.double(), V),
-                             (into_VD, pull_CV.double().T @ hidden_CD.double() + before, C)):
-        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=4e-7 * terms ** 0.5 * 8)
+    for got, want, terms in (
+        (into_CV, hidden_CD.double() @ weight_VD.double().T, D),
+        (back_CD, pull_CV.double() @ weight_VD.double(), V),
+        (into_VD, pull_CV.double().T @ hidden_CD.double() + before, C),
+    ):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=4e-7 * terms**0.5 * 8)
 
 
 @pytest.mark.skipif(not HAS_ONEDNN, reason="a processor without AVX-512")
@@ -68,7 +93,9 @@ def test_onednn_is_asked_where_it_is_quicker_and_nowhere_else(monkeypatch: pytes
 
 
 def test_other_processors_and_precisions_keep_to_torch(monkeypatch: pytest.MonkeyPatch):
-    assert not can_use_onednn(torch.zeros(1, dtype=torch.float64)) and not can_use_onednn(torch.zeros(1, dtype=torch.bfloat16))
+    assert not can_use_onednn(torch.zeros(1, dtype=torch.float64)) and not can_use_onednn(
+        torch.zeros(1, dtype=torch.bfloat16)
+    )
     assert not can_use_onednn(torch.zeros(1, device="meta"))
     assert can_use_onednn(torch.zeros(1)) == HAS_ONEDNN
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
@@ -77,12 +104,17 @@ def test_other_processors_and_precisions_keep_to_torch(monkeypatch: pytest.Monke
 
 def test_half_precision_is_summed_in_float32():
     generator = torch.Generator().manual_seed(0)
-    pulls, hiddens = torch.randn(64, 2, 30, generator=generator).bfloat16(), torch.randn(64, 2, 5, generator=generator).bfloat16()
+    pulls, hiddens = (
+        torch.randn(64, 2, 30, generator=generator).bfloat16(),
+        torch.randn(64, 2, 5, generator=generator).bfloat16(),
+    )
     into_VD = torch.empty(30, 5)
     for k, (pull_CV, hidden_CD) in enumerate(zip(pulls, hiddens, strict=True)):
         accumulate_weight_gradient(into_VD, pull_CV, hidden_CD, is_first=k == 0)
     want = torch.einsum("kcv,kcd->vd", pulls.double(), hiddens.double())
-    assert (into_VD.double() - want).abs().max() < 0.15  # each of 64 products is rounded to 8 bits; a sum kept in them would be off by .5 and more
+    assert (
+        (into_VD.double() - want).abs().max() < 0.15
+    )  # each of 64 products is rounded to 8 bits; a sum kept in them would be off by .5 and more
 
 
 @given(count=st.integers(1, 100_000))
@@ -114,5 +146,10 @@ def test_batches_of_ever_other_sizes_ask_for_few_shapes(monkeypatch: pytest.Monk
     weight, theirs = torch.randn(50, 4, requires_grad=True), torch.randn(50, 4)
     for n in range(100, 257):
         hidden = torch.randn(n, 4, requires_grad=True)
-        divergence_loss_from_hidden(hidden, LMHead(weight, 50), (torch.randn(n, 4), LMHead(theirs, 50)), divergence=Divergence.FORWARD).loss.backward()
+        divergence_loss_from_hidden(
+            hidden,
+            LMHead(weight, 50),
+            (torch.randn(n, 4), LMHead(theirs, 50)),
+            divergence=Divergence.FORWARD,
+        ).loss.backward()
     assert len(shapes) == 3 * len({padded_rows(n, weight) for n in range(100, 257)}) <= 36

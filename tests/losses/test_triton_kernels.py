@@ -109,8 +109,16 @@ def test_kernels_in_tritons_interpreter():
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed: pip install -e '.[dev]' on Linux x86-64 brings it")
     here, root = Path(__file__).resolve().parent, Path(__file__).resolve().parents[2]
-    path = os.pathsep.join([str(here), str(root / "bench"), str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run([sys.executable, "-c", CASES], env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}, capture_output=True,
-                          text=True, timeout=200, check=False)
+    path = os.pathsep.join(
+        [str(here), str(root / "bench"), str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", CASES],
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.startswith("tried ")

@@ -77,18 +77,38 @@ def test_what_is_a_folder_and_what_is_a_hub_id(tmp_path: Path, monkeypatch: pyte
     assert local_folder("~/here", "w") == tmp_path / "here"
 
 
-@pytest.mark.parametrize("reference", ["./none", "../none/x", "/none", "~/none", "none", "a/b/c", "file", "", "https://huggingface.co/Qwen/Qwen3-8B"])
-def test_a_missing_folder_is_refused_and_not_looked_up(reference: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    "reference",
+    [
+        "./none",
+        "../none/x",
+        "/none",
+        "~/none",
+        "none",
+        "a/b/c",
+        "file",
+        "",
+        "https://huggingface.co/Qwen/Qwen3-8B",
+    ],
+)
+def test_a_missing_folder_is_refused_and_not_looked_up(
+    reference: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "file").touch()
-    for call in (lambda: local_folder(reference, "teachers.a"), lambda: load_renderer(ModelSource(reference), "teachers.a")):
+    for call in (
+        lambda: local_folder(reference, "teachers.a"),
+        lambda: load_renderer(ModelSource(reference), "teachers.a"),
+    ):
         with pytest.raises(DataError, match="no model folder") as caught:
             call()
         assert caught.value.where == "teachers.a"
 
 
-def test_a_folder_below_home_is_opened(copy: Path, llama: tuple[Path, ChatRenderer], monkeypatch: pytest.MonkeyPatch):
+def test_a_folder_below_home_is_opened(
+    copy: Path, llama: tuple[Path, ChatRenderer], monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("HOME", str(copy.parent))
     assert load_renderer(ModelSource("~/copy"), "w").vocabulary.digest == llama[1].vocabulary.digest
     assert load_model(ModelSource("~/copy"), llama[1], "w").config.hidden_size == 32
@@ -108,10 +128,15 @@ def test_a_voice_is_what_its_folder_says(tiny: Speaker):
     assert voice.digest == tiny.renderer.digest
     assert voice.template_date == PINNED_DATE
     assert voice.template_text == (tiny.folder / "chat_template.jinja").read_text()
-    assert load_renderer(ModelSource(str(tiny.folder)), "w", today=date(2026, 1, 1)).digest != voice.digest
+    assert (
+        load_renderer(ModelSource(str(tiny.folder)), "w", today=date(2026, 1, 1)).digest
+        != voice.digest
+    )
     other = FAMILIES[FAMILIES.index(voice.family.name) - 1]
     assert load_renderer(ModelSource(str(tiny.folder), family=other), "w").family.name == other
-    assert load_renderer(ModelSource("random", tokenizer=str(tiny.folder)), "w").digest == voice.digest
+    assert (
+        load_renderer(ModelSource("random", tokenizer=str(tiny.folder)), "w").digest == voice.digest
+    )
 
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path):
@@ -162,7 +187,10 @@ def test_a_sprout_of_each_family_runs(family: str, tiny_of):
     source = ModelSource("random", tokenizer=str(tiny_of(family).folder), sizes=RANDOM)
     model = load_model(source, voice, "w")
     assert not model.training
-    assert model.config.model_type == {"llama": "llama", "qwen": "qwen3", "gemma": "gemma3_text", "gpt-oss": "gpt_oss"}[family]
+    assert (
+        model.config.model_type
+        == {"llama": "llama", "qwen": "qwen3", "gemma": "gemma3_text", "gpt-oss": "gpt_oss"}[family]
+    )
     with torch.inference_mode():
         logits = model(torch.from_numpy(tokens.ids_T)[None].long()).logits
     assert logits.shape == (1, len(tokens), len(voice.vocabulary))
@@ -182,22 +210,37 @@ def test_weights_come_back_as_they_were_saved(llama: tuple[Path, ChatRenderer]):
     folder, voice = llama
     model = load_model(ModelSource(str(folder)), voice, "w")
     assert not model.training
-    for ours, saved in zip(model.parameters(), random_init("llama", len(voice.vocabulary), SIZES).parameters(), strict=True):
+    for ours, saved in zip(
+        model.parameters(),
+        random_init("llama", len(voice.vocabulary), SIZES).parameters(),
+        strict=True,
+    ):
         assert torch.equal(ours.cpu(), saved)
 
 
 def test_too_few_logits_are_refused(copy: Path, llama: tuple[Path, ChatRenderer]):
     voice = llama[1]
     random_init("llama", len(voice.vocabulary) - 1, SIZES).save_pretrained(copy)
-    with pytest.raises(DataError, match=f"{len(voice.vocabulary) - 1} logits for a vocabulary of {len(voice.vocabulary)} tokens"):
+    with pytest.raises(
+        DataError,
+        match=f"{len(voice.vocabulary) - 1} logits for a vocabulary of {len(voice.vocabulary)} tokens",
+    ):
         load_model(ModelSource(str(copy)), voice, "w")
-    random_init("llama", len(voice.vocabulary) + 27, SIZES).save_pretrained(copy)  # a padded matrix is usual
-    assert load_model(ModelSource(str(copy)), voice, "w").config.vocab_size == len(voice.vocabulary) + 27
+    random_init("llama", len(voice.vocabulary) + 27, SIZES).save_pretrained(
+        copy
+    )  # a padded matrix is usual
+    assert (
+        load_model(ModelSource(str(copy)), voice, "w").config.vocab_size
+        == len(voice.vocabulary) + 27
+    )
 
 
 def test_pickled_weights_are_refused(copy: Path, llama: tuple[Path, ChatRenderer]):
     (copy / "model.safetensors").unlink()
-    torch.save(random_init("llama", len(llama[1].vocabulary), SIZES).state_dict(), copy / "pytorch_model.bin")
+    torch.save(
+        random_init("llama", len(llama[1].vocabulary), SIZES).state_dict(),
+        copy / "pytorch_model.bin",
+    )
     with pytest.raises(DataError, match="cannot load"):
         load_model(ModelSource(str(copy)), llama[1], "w")
 
@@ -209,22 +252,34 @@ def test_cut_weights_are_refused(copy: Path, llama: tuple[Path, ChatRenderer]):
         load_model(ModelSource(str(copy)), llama[1], "w")
 
 
-@pytest.mark.parametrize("content", [None, "", "{", "\ud800".encode("utf-8", "surrogatepass"), "3", "[]", "null"])
-def test_a_missing_or_broken_config_is_refused(copy: Path, llama: tuple[Path, ChatRenderer], content: str | bytes | None):
+@pytest.mark.parametrize(
+    "content", [None, "", "{", "\ud800".encode("utf-8", "surrogatepass"), "3", "[]", "null"]
+)
+def test_a_missing_or_broken_config_is_refused(
+    copy: Path, llama: tuple[Path, ChatRenderer], content: str | bytes | None
+):
     (copy / "config.json").unlink()
     if content is not None:
-        (copy / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+        (copy / "config.json").write_bytes(
+            content if isinstance(content, bytes) else content.encode()
+        )
     with pytest.raises(DataError, match=r"config\.json|cannot load"):
         load_model(ModelSource(str(copy)), llama[1], "w")
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
-def test_a_folder_that_brings_its_own_code_is_refused_unread(copy: Path, llama: tuple[Path, ChatRenderer], file: str):
+def test_a_folder_that_brings_its_own_code_is_refused_unread(
+    copy: Path, llama: tuple[Path, ChatRenderer], file: str
+):
     """The code would leave a mark; the known classes stand beside it, so that only our own refusal can stop it."""
     mark = copy / "ran"
     (copy / "own.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
     config = json.loads((copy / file).read_text())
-    config["auto_map"] = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model", "AutoTokenizer": ["own.Slow", "own.Fast"]}
+    config["auto_map"] = {
+        "AutoConfig": "own.Config",
+        "AutoModelForCausalLM": "own.Model",
+        "AutoTokenizer": ["own.Slow", "own.Fast"],
+    }
     (copy / file).write_text(json.dumps(config))
     calls = [lambda: load_renderer(ModelSource(str(copy)), "w")]
     if file == "config.json":
@@ -242,7 +297,13 @@ def test_a_fingerprint_changes_with_any_byte(copy: Path):
     source = ModelSource(str(copy))
     before = fingerprint(source, "w")
     assert fingerprint(source, "w") == before
-    places = (("model.safetensors", -1), ("model.safetensors", 9), ("config.json", 3), ("tokenizer.json", 50), ("chat_template.jinja", 0))
+    places = (
+        ("model.safetensors", -1),
+        ("model.safetensors", 9),
+        ("config.json", 3),
+        ("tokenizer.json", 50),
+        ("chat_template.jinja", 0),
+    )
     for name, at in places:
         whole = (copy / name).read_bytes()
         broken = bytearray(whole)
@@ -260,9 +321,18 @@ def test_a_fingerprint_does_not_depend_on_the_place(copy: Path, llama: tuple[Pat
 
 
 def test_fingerprints_of_what_is_not_here():
-    hub, sprouted = ModelSource("Qwen/Qwen3-8B", revision="a" * 40), ModelSource("random", tokenizer="x/y", sizes=RANDOM)
-    variants = [hub, replace(hub, revision="b" * 40), replace(hub, model="Qwen/Qwen3-4B"), sprouted, replace(sprouted, sizes=RANDOM[1:]),
-                replace(sprouted, tokenizer="x/z")]
+    hub, sprouted = (
+        ModelSource("Qwen/Qwen3-8B", revision="a" * 40),
+        ModelSource("random", tokenizer="x/y", sizes=RANDOM),
+    )
+    variants = [
+        hub,
+        replace(hub, revision="b" * 40),
+        replace(hub, model="Qwen/Qwen3-4B"),
+        sprouted,
+        replace(sprouted, sizes=RANDOM[1:]),
+        replace(sprouted, tokenizer="x/z"),
+    ]
     assert len({fingerprint(s, "w") for s in variants}) == len(variants)
     with pytest.raises(DataError, match="no model folder"):
         fingerprint(ModelSource("./none"), "w")
@@ -278,7 +348,9 @@ def configure(folder: Path, **files: dict[str, Any] | None) -> ModelSource:
         if keys is None:
             path.unlink(missing_ok=True)
         else:
-            path.write_text(json.dumps((json.loads(path.read_text()) if path.is_file() else {}) | keys))
+            path.write_text(
+                json.dumps((json.loads(path.read_text()) if path.is_file() else {}) | keys)
+            )
     return ModelSource(str(folder))
 
 
@@ -286,15 +358,22 @@ def test_a_base_model_in_a_chat_template_is_said(copy: Path, llama: tuple[Path, 
     """As Qwen's base: its eos ends a text (151643), its template's turns end elsewhere (151645)."""
     voice = llama[1]
     text, turn = (voice.vocabulary.control_token_ids[n] for n in ("<|end_of_text|>", "<|eot_id|>"))
-    assert {text, turn} <= set(voice.stop_ids)  # both end an answer, and that is not what is asked here
+    assert {text, turn} <= set(
+        voice.stop_ids
+    )  # both end an answer, and that is not what is asked here
     note = model_warnings(configure(copy, generation_config={"eos_token_id": text}), voice, "w")
     assert note.startswith("a base model in a chat template")
     assert f"<|end_of_text|> ({text})" in note
     assert f"<|eot_id|> ({turn})" in note
     assert "\n" not in note
     for eos in (turn, [text, turn]):
-        assert model_warnings(configure(copy, generation_config={"eos_token_id": eos}), voice, "w") == ""
-    assert model_warnings(ModelSource("random", tokenizer=str(copy)), voice, "w") == ""  # a sprout ends nowhere
+        assert (
+            model_warnings(configure(copy, generation_config={"eos_token_id": eos}), voice, "w")
+            == ""
+        )
+    assert (
+        model_warnings(ModelSource("random", tokenizer=str(copy)), voice, "w") == ""
+    )  # a sprout ends nowhere
 
 
 def test_where_a_configuration_names_its_ends(copy: Path):
@@ -313,20 +392,35 @@ def test_where_a_configuration_names_its_ends(copy: Path):
         eos_token_ids(source, "w")
 
 
-def test_generation_stops_at_the_turns_end_whatever_the_configuration_says(copy: Path, llama: tuple[Path, ChatRenderer]):
+def test_generation_stops_at_the_turns_end_whatever_the_configuration_says(
+    copy: Path, llama: tuple[Path, ChatRenderer]
+):
     """The model says the token it is asked to stop at first of all; its configuration would let it run on."""
     voice = llama[1]
-    source = configure(copy, generation_config={"eos_token_id": voice.vocabulary.control_token_ids["<|begin_of_text|>"], "min_new_tokens": 9})
+    source = configure(
+        copy,
+        generation_config={
+            "eos_token_id": voice.vocabulary.control_token_ids["<|begin_of_text|>"],
+            "min_new_tokens": 9,
+        },
+    )
     model = always(load_model(source, voice, "w"), voice.vocabulary.control_token_ids["<|eot_id|>"])
-    answer, = TransformersEngine(model, len(voice.vocabulary)).generate([voice.render_prompt(Conversation.from_question("Hi")).ids_T], voice.stop_ids, 20)
+    (answer,) = TransformersEngine(model, len(voice.vocabulary)).generate(
+        [voice.render_prompt(Conversation.from_question("Hi")).ids_T], voice.stop_ids, 20
+    )
     assert answer.tolist() == [voice.vocabulary.control_token_ids["<|eot_id|>"]]
 
 
-def test_a_student_taught_to_end_its_turns_is_saved_so(copy: Path, llama: tuple[Path, ChatRenderer], tmp_path: Path):
+def test_a_student_taught_to_end_its_turns_is_saved_so(
+    copy: Path, llama: tuple[Path, ChatRenderer], tmp_path: Path
+):
     voice = llama[1]
     text = voice.vocabulary.control_token_ids["<|end_of_text|>"]
-    for keys, want in (({"eos_token_id": text}, {text, *voice.stop_ids}), (None, set(voice.stop_ids)),
-                       ({"eos_token_id": [*voice.stop_ids, 0]}, {*voice.stop_ids, 0})):
+    for keys, want in (
+        ({"eos_token_id": text}, {text, *voice.stop_ids}),
+        (None, set(voice.stop_ids)),
+        ({"eos_token_id": [*voice.stop_ids, 0]}, {*voice.stop_ids, 0}),
+    ):
         source = configure(copy, generation_config=keys)
         StudentModel(load_model(source, voice, "w"), voice, source).save(tmp_path / "student")
         saved = ModelSource(str(tmp_path / "student"))
@@ -340,7 +434,9 @@ def always(model: PreTrainedModel, token: int) -> PreTrainedModel:
     head = torch.nn.Linear(model.config.hidden_size, model.get_output_embeddings().weight.shape[0])
     with torch.no_grad():
         head.weight.zero_()
-        head.bias.copy_(torch.nn.functional.one_hot(torch.tensor(token), len(head.bias)).float() * 9)
+        head.bias.copy_(
+            torch.nn.functional.one_hot(torch.tensor(token), len(head.bias)).float() * 9
+        )
     model.set_output_embeddings(head)
     return model
 
@@ -352,7 +448,11 @@ def widened(model: PreTrainedModel, folder: Path, rows: int) -> Path:
     """The same weights in a matrix with more rows, as 151,936 and 152,064 rows for 151,665 tokens; the new ones are loud."""
     wide = random_init("llama", model.config.vocab_size + rows, SIZES)
     state = model.state_dict()
-    loud = 40 * state["lm_head.weight"].abs().max() * torch.randn((rows, model.config.hidden_size), generator=torch.Generator().manual_seed(5))
+    loud = (
+        40
+        * state["lm_head.weight"].abs().max()
+        * torch.randn((rows, model.config.hidden_size), generator=torch.Generator().manual_seed(5))
+    )
     for name in ("lm_head.weight", "model.embed_tokens.weight"):
         state[name] = torch.cat([state[name], loud])
     wide.load_state_dict(state)
@@ -367,12 +467,30 @@ def feed_of(voice: ChatRenderer, teacher: ChatRenderer) -> DistillDataset:
         talk = Conversation.from_question(f"question {k}").with_answer(Text(text))
         tokens = teacher.render(talk)
         n = int(tokens.loss_mask_T.sum())
-        rows = SparseDistributions(np.arange(n + 1, dtype=np.int64), tokens.ids_T[tokens.loss_mask_T], np.full(n, 0.9, np.float32), np.full(n, np.log(0.9), np.float32))
-        captures.append(CachedAnswer(Answer(f"p{k}", "t", "languages", "", talk, FinishReason.STOP), tokens, rows))
-    return build_dataset(single(captures), voice, {"t": build_event_map(teacher, voice)}, batch_size=3, seed=0, max_tokens=512)
+        rows = SparseDistributions(
+            np.arange(n + 1, dtype=np.int64),
+            tokens.ids_T[tokens.loss_mask_T],
+            np.full(n, 0.9, np.float32),
+            np.full(n, np.log(0.9), np.float32),
+        )
+        captures.append(
+            CachedAnswer(
+                Answer(f"p{k}", "t", "languages", "", talk, FinishReason.STOP), tokens, rows
+            )
+        )
+    return build_dataset(
+        single(captures),
+        voice,
+        {"t": build_event_map(teacher, voice)},
+        batch_size=3,
+        seed=0,
+        max_tokens=512,
+    )
 
 
-def test_padded_rows_change_no_loss_no_score_and_no_answer(llama: tuple[Path, ChatRenderer], tiny_of: Callable[[str], Speaker], tmp_path: Path):
+def test_padded_rows_change_no_loss_no_score_and_no_answer(
+    llama: tuple[Path, ChatRenderer], tiny_of: Callable[[str], Speaker], tmp_path: Path
+):
     folder, voice = llama
     shutil.copytree(tiny_of("llama").folder, tmp_path / "wide")
     small = load_model(ModelSource(str(folder)), voice, "w")
@@ -384,15 +502,26 @@ def test_padded_rows_change_no_loss_no_score_and_no_answer(llama: tuple[Path, Ch
     losses, grads = [], []
     for model in (small, wide):
         student = StudentModel(model, voice, source)
-        out = event_kl_loss(student.logits(batch.ids_BS, batch.mask_BS, batch.row_N, batch.position_N), batch.labels_N, batch.targets, 0.8)
+        out = event_kl_loss(
+            student.logits(batch.ids_BS, batch.mask_BS, batch.row_N, batch.position_N),
+            batch.labels_N,
+            batch.targets,
+            0.8,
+        )
         losses.append(float(out.loss.detach()))
         model.zero_grad()
         out.loss.backward()
         grads.append(model.get_input_embeddings().weight.grad)
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
-    assert torch.allclose(grads[0], grads[1][:len(voice.vocabulary)], atol=1e-6)
-    assert not grads[1][len(voice.vocabulary):].any()
-    sequences, learn = [row[:int(m.sum())].numpy().astype(np.int32) for row, m in zip(batch.ids_BS, batch.mask_BS, strict=True)], []
+    assert torch.allclose(grads[0], grads[1][: len(voice.vocabulary)], atol=1e-6)
+    assert not grads[1][len(voice.vocabulary) :].any()
+    sequences, learn = (
+        [
+            row[: int(m.sum())].numpy().astype(np.int32)
+            for row, m in zip(batch.ids_BS, batch.mask_BS, strict=True)
+        ],
+        [],
+    )
     for sequence in sequences:
         learn.append(np.arange(len(sequence)) > 3)
     engines = [TransformersEngine(m, len(voice.vocabulary)) for m in (small, wide)]
@@ -400,22 +529,37 @@ def test_padded_rows_change_no_loss_no_score_and_no_answer(llama: tuple[Path, Ch
         assert one.shape == other.shape
         assert torch.allclose(one, other, atol=1e-6)
     with torch.inference_mode():  # the trap is set
-        assert int(wide(input_ids=torch.from_numpy(sequences[0])[None].long()).logits[0, -1].argmax()) >= len(voice.vocabulary)
-    said = [[a.tolist() for a in e.generate([s[:9] for s in sequences], voice.stop_ids, 6)] for e in engines]
+        assert int(
+            wide(input_ids=torch.from_numpy(sequences[0])[None].long()).logits[0, -1].argmax()
+        ) >= len(voice.vocabulary)
+    said = [
+        [a.tolist() for a in e.generate([s[:9] for s in sequences], voice.stop_ids, 6)]
+        for e in engines
+    ]
     assert said[0] == said[1]
 
 
 # ---- pad == eos ----------------------------------------------------------------------------------------------------
 
 
-def test_the_stop_is_learned_and_scored_when_it_is_the_padding_too(copy: Path, tiny_of: Callable[[str], Speaker]):
+def test_the_stop_is_learned_and_scored_when_it_is_the_padding_too(
+    copy: Path, tiny_of: Callable[[str], Speaker]
+):
     """Many models pad with their eos; masking the labels of the padding would unlearn how to stop."""
     config = json.loads((copy / "tokenizer_config.json").read_text())
     (copy / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": "<|eot_id|>"}))
     stop = load_renderer(ModelSource(str(copy)), "w").vocabulary.control_token_ids["<|eot_id|>"]
-    source = configure(copy, config={"pad_token_id": stop, "eos_token_id": stop}, generation_config={"pad_token_id": stop, "eos_token_id": stop})
+    source = configure(
+        copy,
+        config={"pad_token_id": stop, "eos_token_id": stop},
+        generation_config={"pad_token_id": stop, "eos_token_id": stop},
+    )
     voice = load_renderer(source, "w")
-    assert AutoTokenizer.from_pretrained(copy).pad_token_id == AutoTokenizer.from_pretrained(copy).eos_token_id == stop  # the trap is set
+    assert (
+        AutoTokenizer.from_pretrained(copy).pad_token_id
+        == AutoTokenizer.from_pretrained(copy).eos_token_id
+        == stop
+    )  # the trap is set
     batch = feed_of(voice, tiny_of("qwen").renderer).batch(0)
     assert len({int(m.sum()) for m in batch.mask_BS}) > 1  # some rows are padded
     stops = torch.isin(batch.labels_N, torch.tensor(voice.stop_ids))
@@ -430,37 +574,69 @@ def test_the_stop_is_learned_and_scored_when_it_is_the_padding_too(copy: Path, t
         event_kl_loss(logits, batch.labels_N, batch.targets, 0.8).loss.backward()
         taught.append(float(logits.grad[torch.logical_and(stops, batch.row_N == row), stop]))
     assert all(g < -0.5 / len(batch.labels_N) for g in taught)
-    sequences = [r[:int(m.sum())].numpy().astype(np.int32) for r, m in zip(batch.ids_BS, batch.mask_BS, strict=True)]
-    learn = [np.isin(np.arange(len(s)), batch.position_N[batch.row_N == k] + 1) for k, s in enumerate(sequences)]
+    sequences = [
+        r[: int(m.sum())].numpy().astype(np.int32)
+        for r, m in zip(batch.ids_BS, batch.mask_BS, strict=True)
+    ]
+    learn = [
+        np.isin(np.arange(len(s)), batch.position_N[batch.row_N == k] + 1)
+        for k, s in enumerate(sequences)
+    ]
     engine = TransformersEngine(model, len(voice.vocabulary))
     for k, rows in enumerate(engine.compute_logprobs(sequences, learn)):
         with torch.inference_mode():
-            alone = torch.log_softmax(model(input_ids=torch.from_numpy(sequences[k])[None].long()).logits[0], -1)
+            alone = torch.log_softmax(
+                model(input_ids=torch.from_numpy(sequences[k])[None].long()).logits[0], -1
+            )
         assert torch.allclose(rows, alone[np.flatnonzero(learn[k]) - 1], atol=1e-5)
         assert sequences[k][np.flatnonzero(learn[k])[-1]] == stop
     said = always(model, stop)
-    assert [a.tolist() for a in TransformersEngine(said, len(voice.vocabulary)).generate([s[:5] for s in sequences], voice.stop_ids, 8)] == [[stop]] * 3
+    assert [
+        a.tolist()
+        for a in TransformersEngine(said, len(voice.vocabulary)).generate(
+            [s[:5] for s in sequences], voice.stop_ids, 8
+        )
+    ] == [[stop]] * 3
 
 
 # ---- BOS -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("adds", [False, True])
-@pytest.mark.parametrize(("front", "bos"), [("", 0), ("{{ bos_token }}", 1), ("<s>", 1), ("{{ bos_token }}<s>", 2)])
-def test_a_rendering_has_the_templates_bos_and_no_other(tmp_path: Path, front: str, bos: int, adds: bool):
-    folder = folder_of(tmp_path / "bos", front + HEAD + TURN + END, bos="<s>", eos="<|stop|>", controls=ROLES, adds_bos=adds)
+@pytest.mark.parametrize(
+    ("front", "bos"), [("", 0), ("{{ bos_token }}", 1), ("<s>", 1), ("{{ bos_token }}<s>", 2)]
+)
+def test_a_rendering_has_the_templates_bos_and_no_other(
+    tmp_path: Path, front: str, bos: int, adds: bool
+):
+    folder = folder_of(
+        tmp_path / "bos",
+        front + HEAD + TURN + END,
+        bos="<s>",
+        eos="<|stop|>",
+        controls=ROLES,
+        adds_bos=adds,
+    )
     source = ModelSource(str(folder))
     voice, tokenizer = load_renderer(source, "w"), AutoTokenizer.from_pretrained(folder)
     start = voice.vocabulary.control_token_ids["<s>"]
     assert (tokenizer("Hi").input_ids[0] == start) is adds  # the trap is set
     for text in ("Hi", "<s> Hi"):
-        for tokens in (voice.render_prompt(Conversation.from_question(text)), voice.render(Conversation.from_question(text).with_answer(Text(text)))):
+        for tokens in (
+            voice.render_prompt(Conversation.from_question(text)),
+            voice.render(Conversation.from_question(text).with_answer(Text(text))),
+        ):
             assert tokens.ids_T.tolist().count(start) == bos
             assert tokens.ids_T[:bos].tolist() == [start] * bos
-    assert voice.render_prompt(Conversation.from_question("Hi")).ids_T.tolist() == tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Hi"}], add_generation_prompt=True, return_dict=False)
+    assert voice.render_prompt(
+        Conversation.from_question("Hi")
+    ).ids_T.tolist() == tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], add_generation_prompt=True, return_dict=False
+    )
     note = model_warnings(source, voice, "w")
-    assert (f"puts <s> ({start}) before every text, its chat template does not" in note) == (adds and not bos)
+    assert (f"puts <s> ({start}) before every text, its chat template does not" in note) == (
+        adds and not bos
+    )
     assert (f"begins with <s> ({start}) twice" in note) == (bos == 2)
 
 
@@ -468,22 +644,42 @@ def test_the_saplings_have_nothing_odd(tiny: Speaker):
     assert model_warnings(ModelSource(str(tiny.folder)), tiny.renderer, "w") == ""
 
 
-def test_a_hub_model_that_cannot_be_fetched_is_not_told_to_mend_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_model_that_cannot_be_fetched_is_not_told_to_mend_a_folder(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def offline(*names: object, **options: object) -> None:
         raise OSError("We couldn't connect:\nand more")
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", offline)
-    with pytest.raises(DataError, match=r"no tokenizer in 'some/model': We couldn't connect -> fetch it first"):
+    with pytest.raises(
+        DataError, match=r"no tokenizer in 'some/model': We couldn't connect -> fetch it first"
+    ):
         load_renderer(ModelSource("some/model"), "teachers.0")
 
 
 @pytest.mark.parametrize("weights", [False, True])
-def test_of_a_hub_model_no_more_is_fetched_than_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, weights: bool) -> None:
+def test_of_a_hub_model_no_more_is_fetched_than_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, weights: bool
+) -> None:
     """Weights only where they are read, and not those that some repositories hold a second time, in a folder or under another name."""
     asked: dict[str, Any] = {}
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **how: (asked.update(how), str(tmp_path))[1])
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download",
+        lambda name, **how: (asked.update(how), str(tmp_path))[1],
+    )
     assert download_model(ModelSource("some/model"), "extend", weights) == tmp_path
-    names = ["config.json", "tokenizer.json", "chat_template.jinja", "model-00001-of-00002.safetensors", "consolidated.safetensors",
-             "original/model.safetensors", "pytorch_model.bin"]
-    kept = list(filter_repo_objects(names, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]))
+    names = [
+        "config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "model-00001-of-00002.safetensors",
+        "consolidated.safetensors",
+        "original/model.safetensors",
+        "pytorch_model.bin",
+    ]
+    kept = list(
+        filter_repo_objects(
+            names, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
+        )
+    )
     assert kept == names[:3] + names[3:4] * weights

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from persea.models.placement_kwargs import placement_kwargs
 
 from persea.errors import MissingRequirementError
 from persea.models import placement as placements
 from persea.models.loading import ModelSource, fingerprint, load_model
-from persea.models.placement_kwargs import placement_kwargs
 from tests.teachers.engines.test_transformers import SAPLINGS, opened
 
 SAPLING = ModelSource(str(SAPLINGS / "gpt-oss-sapling"))
@@ -30,16 +30,29 @@ def test_as_stored_and_in_one_place_nothing_is_told() -> None:
     assert placement_kwargs("none", False, "t") == {}
 
 
-@pytest.mark.parametrize(("quantize", "offload"), [("8bit", False), ("4bit", True), ("mxfp4", False), ("none", True)])
-def test_without_a_gpu_it_is_refused(quantize: str, offload: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("quantize", "offload"), [("8bit", False), ("4bit", True), ("mxfp4", False), ("none", True)]
+)
+def test_without_a_gpu_it_is_refused(
+    quantize: str, offload: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(MissingRequirementError, match=r"^teachers\.0\.model: .* needs a CUDA GPU, and there is none -> ") as caught:
-        load_model(replace(SAPLING, quantize=quantize, offload=offload), opened("gpt-oss-sapling")[0], "teachers.0.model")
+    with pytest.raises(
+        MissingRequirementError,
+        match=r"^teachers\.0\.model: .* needs a CUDA GPU, and there is none -> ",
+    ) as caught:
+        load_model(
+            replace(SAPLING, quantize=quantize, offload=offload),
+            opened("gpt-oss-sapling")[0],
+            "teachers.0.model",
+        )
     assert caught.value.exit_code == 7
 
 
 @pytest.mark.parametrize(("quantize", "lacks"), [("8bit", "bitsandbytes"), ("mxfp4", "kernels")])
-def test_without_its_package_it_is_refused(gpu: None, quantize: str, lacks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_its_package_it_is_refused(
+    gpu: None, quantize: str, lacks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(placements, "find_spec", lambda name: None if name == lacks else object())
     with pytest.raises(MissingRequirementError, match=f"needs {lacks} -> pip install {lacks}"):
         placement_kwargs(quantize, False, "t")
@@ -53,15 +66,27 @@ def test_mxfp4_on_an_old_gpu_is_refused(gpu: None, monkeypatch: pytest.MonkeyPat
 
 def test_what_transformers_is_told(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[dict[str, Any]] = []
-    monkeypatch.setattr("transformers.BitsAndBytesConfig", lambda **given: made.append(given) or "bits")
-    assert placement_kwargs("4bit", False, "t") == {"device_map": {"": 0}, "quantization_config": "bits"}
+    monkeypatch.setattr(
+        "transformers.BitsAndBytesConfig", lambda **given: made.append(given) or "bits"
+    )
+    assert placement_kwargs("4bit", False, "t") == {
+        "device_map": {"": 0},
+        "quantization_config": "bits",
+    }
     assert made[-1]["load_in_4bit"] and made[-1]["bnb_4bit_quant_type"] == "nf4"
-    assert placement_kwargs("8bit", True, "t") == {"device_map": "auto", "quantization_config": "bits"}
+    assert placement_kwargs("8bit", True, "t") == {
+        "device_map": "auto",
+        "quantization_config": "bits",
+    }
     assert made[-1] == {"load_in_8bit": True, "llm_int8_enable_fp32_cpu_offload": True}
-    assert type(placement_kwargs("mxfp4", False, "t")["quantization_config"]).__name__ == "Mxfp4Config"
+    assert (
+        type(placement_kwargs("mxfp4", False, "t")["quantization_config"]).__name__ == "Mxfp4Config"
+    )
     assert placement_kwargs("none", True, "t") == {"device_map": "auto"}
 
 
 def test_a_teacher_in_fewer_bits_is_another_teacher() -> None:
-    assert len({fingerprint(replace(SAPLING, quantize=q), "t") for q in ("none", "8bit", "4bit")}) == 3
+    assert (
+        len({fingerprint(replace(SAPLING, quantize=q), "t") for q in ("none", "8bit", "4bit")}) == 3
+    )
     assert fingerprint(SAPLING, "t") == fingerprint(replace(SAPLING, offload=True), "t")

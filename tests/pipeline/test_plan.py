@@ -42,9 +42,15 @@ def test_before_anything_the_later_stages_wait(tmp_path: Path) -> None:
 def test_after_all_everything_stands_until_something_changes(tmp_path: Path) -> None:
     flowed_copy(tmp_path, *STAGES)
     assert states(tmp_path) == but()
-    assert states(tmp_path, "evaluation.max_new_tokens=40") == but(evaluate="to do", lineage="to do", report="waits")
-    assert states(tmp_path, "capture.tau=0.05") == but(capture="to do", train="waits", evaluate="waits", lineage="waits", report="waits")
-    assert states(tmp_path, "check.floor=0.2") == but(check="to do", lineage="to do", report="waits")
+    assert states(tmp_path, "evaluation.max_new_tokens=40") == but(
+        evaluate="to do", lineage="to do", report="waits"
+    )
+    assert states(tmp_path, "capture.tau=0.05") == but(
+        capture="to do", train="waits", evaluate="waits", lineage="waits", report="waits"
+    )
+    assert states(tmp_path, "check.floor=0.2") == but(
+        check="to do", lineage="to do", report="waits"
+    )
     for name in ("lineage", "evaluate"):
         shutil.rmtree(tmp_path / "run" / name)
         assert states(tmp_path)[name] == "to do"
@@ -56,7 +62,10 @@ def test_after_all_everything_stands_until_something_changes(tmp_path: Path) -> 
 def test_what_is_said_of_an_evaluation_afterwards_measures_nothing_again(tmp_path: Path) -> None:
     flowed_copy(tmp_path, *STAGES)
     (tmp_path / "results.json").write_text("{}")
-    for change in ("allow_regression=true", "lm_eval.student=results.json"):  # the lineage holds the recipe's hash
+    for change in (
+        "allow_regression=true",
+        "lm_eval.student=results.json",
+    ):  # the lineage holds the recipe's hash
         assert states(tmp_path, f"evaluation.{change}") == but(lineage="to do", report="waits")
     with pytest.raises(DataError, match=r"gone\.json: not there -> run lm_eval on student first"):
         plan_run(river(tmp_path, "evaluation.lm_eval.student=gone.json"))
@@ -82,24 +91,37 @@ def test_answers_are_counted_and_the_disk_is_enough(tmp_path: Path) -> None:
     assert work["evaluate"] == "120 answers by 5 speakers"
     assert [r[0] for r in told.table_rows()] == [*STAGES, "in all"]
     assert told.table_rows()[-1][2].startswith("264 answers, at most 0.0")
-    assert told.to_json()["stages"][0] == {"stage": "check", "state": "stands", "work": "3 pairings of tokenizers"}
+    assert told.to_json()["stages"][0] == {
+        "stage": "check",
+        "state": "stands",
+        "work": "3 pairings of tokenizers",
+    }
 
 
 def test_a_prompt_that_is_left_out_is_told(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "one"}\n{"prompt": " ONE "}\n{"prompt": "two"}\n')
     recipe(tmp_path, corpus=[{"skill": "languages", "file": "p.jsonl"}], audition={"items": 8})
     told = plan_run(river(tmp_path))
-    assert next(c.work for c in told.stages if c.stage == "capture").startswith("2 answers, at most 0.00 GB (1 prompts left out)")
+    assert next(c.work for c in told.stages if c.stage == "capture").startswith(
+        "2 answers, at most 0.00 GB (1 prompts left out)"
+    )
 
 
 def test_the_likeliest_tokens_within_a_kl_cost_more_disk(tmp_path: Path) -> None:
     recipe(tmp_path)
     captured = SAMPLED_BYTES_PER_TOKEN * 72 * 48
-    more = plan_run(river(tmp_path, "capture.rows=topk")).disk_bytes - plan_run(river(tmp_path)).disk_bytes
-    assert more == pytest.approx(captured / SAMPLED_BYTES_PER_TOKEN * (TOPK_BYTES_PER_TOKEN - SAMPLED_BYTES_PER_TOKEN))
+    more = (
+        plan_run(river(tmp_path, "capture.rows=topk")).disk_bytes
+        - plan_run(river(tmp_path)).disk_bytes
+    )
+    assert more == pytest.approx(
+        captured / SAMPLED_BYTES_PER_TOKEN * (TOPK_BYTES_PER_TOKEN - SAMPLED_BYTES_PER_TOKEN)
+    )
 
 
-def test_a_run_that_the_disk_cannot_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_the_disk_cannot_hold_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe(tmp_path)
     needed = plan_run(river(tmp_path)).disk_bytes
     asked: list[Path] = []
@@ -108,7 +130,10 @@ def test_a_run_that_the_disk_cannot_hold_is_refused(tmp_path: Path, monkeypatch:
         return lambda path: asked.append(Path(path)) or SimpleNamespace(free=free)
 
     monkeypatch.setattr(shutil, "disk_usage", usage(needed - 1))
-    with pytest.raises(RefusedError, match=r"run: the run needs up to 0\.0 GB, 0\.0 GB are free -> free space or give another --out") as caught:
+    with pytest.raises(
+        RefusedError,
+        match=r"run: the run needs up to 0\.0 GB, 0\.0 GB are free -> free space or give another --out",
+    ) as caught:
         plan_run(river(tmp_path))
     assert caught.value.exit_code == 4
     assert asked == [tmp_path]  # the disk of the run folder, which is not there yet

@@ -17,25 +17,69 @@ FAR = SimpleNamespace(name="far", endpoint=SimpleNamespace(budget=10, protocol="
 NEAR = SimpleNamespace(name="near", endpoint=None)
 
 
-def river(training: TrainingSection, how: LaunchOptions = LaunchOptions(), world: World = World(), teachers: tuple[Any, ...] = (NEAR,)) -> Any:  # noqa: B008 (frozen)
-    return SimpleNamespace(recipe=SimpleNamespace(training=training, teachers=teachers), launch_options=how, world=world, held_out_items=lambda split: 1 // 0)
+def river(
+    training: TrainingSection,
+    how: LaunchOptions = LaunchOptions(),
+    world: World = World(),
+    teachers: tuple[Any, ...] = (NEAR,),
+) -> Any:
+    return SimpleNamespace(
+        recipe=SimpleNamespace(training=training, teachers=teachers),
+        launch_options=how,
+        world=world,
+        held_out_items=lambda split: 1 // 0,
+    )
 
 
-@pytest.mark.parametrize(("asked", "kind", "words"), [
-    (river(TrainingSection(batch=4), LaunchOptions(5)), RecipeError, "a batch of 4 conversations cannot be split over 5 processes"),
-    (river(TrainingSection(batch=4), world=World(0, 5)), RecipeError, "a batch of 4 conversations cannot be split over 5 processes"),
-    (river(TrainingSection(on_policy=OWN), LaunchOptions(2, ParallelStrategy.FSDP)), RecipeError, "cannot answer for itself"),
-    (river(TrainingSection(on_policy=OWN), LaunchOptions(2), teachers=(NEAR, FAR)), RecipeError, "each of 2 processes would spend the budget of far"),
-    (river(TrainingSection(report_to="trackio")), MissingRequirementError, "trackio, which is not installed")])
-def test_a_training_that_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch, asked: Any, kind: type[PerseaError], words: str) -> None:
+@pytest.mark.parametrize(
+    ("asked", "kind", "words"),
+    [
+        (
+            river(TrainingSection(batch=4), LaunchOptions(5)),
+            RecipeError,
+            "a batch of 4 conversations cannot be split over 5 processes",
+        ),
+        (
+            river(TrainingSection(batch=4), world=World(0, 5)),
+            RecipeError,
+            "a batch of 4 conversations cannot be split over 5 processes",
+        ),
+        (
+            river(TrainingSection(on_policy=OWN), LaunchOptions(2, ParallelStrategy.FSDP)),
+            RecipeError,
+            "cannot answer for itself",
+        ),
+        (
+            river(TrainingSection(on_policy=OWN), LaunchOptions(2), teachers=(NEAR, FAR)),
+            RecipeError,
+            "each of 2 processes would spend the budget of far",
+        ),
+        (
+            river(TrainingSection(report_to="trackio")),
+            MissingRequirementError,
+            "trackio, which is not installed",
+        ),
+    ],
+)
+def test_a_training_that_cannot_be_is_refused(
+    monkeypatch: pytest.MonkeyPatch, asked: Any, kind: type[PerseaError], words: str
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(kind, match=words):
         refuse_impossible_training(asked)
 
 
-@pytest.mark.parametrize("asked", [
-    river(TrainingSection()), river(TrainingSection(batch=4), LaunchOptions(4, ParallelStrategy.FSDP), teachers=(FAR,)), river(TrainingSection(on_policy=OWN), LaunchOptions(2)),
-    river(TrainingSection(on_policy=OWN), LaunchOptions(1, ParallelStrategy.FSDP), teachers=(FAR,))])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        river(TrainingSection()),
+        river(TrainingSection(batch=4), LaunchOptions(4, ParallelStrategy.FSDP), teachers=(FAR,)),
+        river(TrainingSection(on_policy=OWN), LaunchOptions(2)),
+        river(
+            TrainingSection(on_policy=OWN), LaunchOptions(1, ParallelStrategy.FSDP), teachers=(FAR,)
+        ),
+    ],
+)
 def test_one_that_can_be_is_not(asked: Any) -> None:
     refuse_impossible_training(asked)
 

@@ -20,14 +20,31 @@ def score(value: float) -> dict[str, Any]:
 
 REPORT: dict[str, Any] = {
     "skills": {
-        "languages": {"student": score(0.5), "base": score(0.25), "teachers": {"qwen-sapling": score(1.0), "gemma-sapling": score(0.125)},
-                      "best_teacher": "qwen-sapling", "retained": 0.5},
-        "code": {"student": score(0.0), "base": score(0.0), "teachers": {"qwen-sapling": score(0.0), "gemma-sapling": score(0.0)},
-                 "best_teacher": "qwen-sapling", "retained": None}},
-    "bits_per_byte": {who: {"all": 0.5 + k} for k, who in enumerate(("student", "base", "qwen-sapling", "gemma-sapling"))}}
+        "languages": {
+            "student": score(0.5),
+            "base": score(0.25),
+            "teachers": {"qwen-sapling": score(1.0), "gemma-sapling": score(0.125)},
+            "best_teacher": "qwen-sapling",
+            "retained": 0.5,
+        },
+        "code": {
+            "student": score(0.0),
+            "base": score(0.0),
+            "teachers": {"qwen-sapling": score(0.0), "gemma-sapling": score(0.0)},
+            "best_teacher": "qwen-sapling",
+            "retained": None,
+        },
+    },
+    "bits_per_byte": {
+        who: {"all": 0.5 + k}
+        for k, who in enumerate(("student", "base", "qwen-sapling", "gemma-sapling"))
+    },
+}
 
 
-def test_the_comparison_shows_everybody_on_every_skill(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_comparison_shows_everybody_on_every_skill(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     print_report(REPORT)
     out = capsys.readouterr().out
@@ -40,11 +57,21 @@ def test_the_comparison_shows_everybody_on_every_skill(monkeypatch: pytest.Monke
     assert "n = 8 " in out
 
 
-def test_no_name_is_cut_where_the_window_is_narrow(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_name_is_cut_where_the_window_is_narrow(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     names = [f"a-teacher-with-a-long-name-{k}" for k in range(4)]
-    skill = REPORT["skills"]["languages"] | {"teachers": {n: score(0.5) for n in names}, "best_teacher": names[0]}
-    print_report({"skills": {"languages": skill}, "bits_per_byte": {n: {"all": 1.0} for n in ("student", "base", *names)}})
+    skill = REPORT["skills"]["languages"] | {
+        "teachers": {n: score(0.5) for n in names},
+        "best_teacher": names[0],
+    }
+    print_report(
+        {
+            "skills": {"languages": skill},
+            "bits_per_byte": {n: {"all": 1.0} for n in ("student", "base", *names)},
+        }
+    )
     out = capsys.readouterr().out
     assert "…" not in out
     assert max(map(len, out.splitlines())) <= 80
@@ -52,10 +79,16 @@ def test_no_name_is_cut_where_the_window_is_narrow(monkeypatch: pytest.MonkeyPat
     assert len(re.findall(r"0\.50\b", out)) >= 5
 
 
-def test_a_table_is_plain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_table_is_plain(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     print_table(("stage", "work"), [("check", "3 pairings"), ("train", "8 steps")])
-    assert [line.split("  ")[0].strip() for line in capsys.readouterr().out.splitlines()] == ["stage", "check", "train"]
+    assert [line.split("  ")[0].strip() for line in capsys.readouterr().out.splitlines()] == [
+        "stage",
+        "check",
+        "train",
+    ]
 
 
 def test_without_a_terminal_a_stage_tells_its_tenths(capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,7 +114,12 @@ def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
 def test_on_a_terminal_there_is_a_bar_a_stage() -> None:
     code = "from persea.pipeline.progress import bars\nwith bars() as tell:\n    tell('check', 1.0, 'stands')\n    tell('train', 0.5, 'loss 1.5')"
     mine, childs = pty.openpty()
-    done = subprocess.Popen([sys.executable, "-c", code], stderr=childs, stdout=subprocess.PIPE, env=os.environ | {"TERM": "xterm", "COLUMNS": "100"})
+    done = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stderr=childs,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"TERM": "xterm", "COLUMNS": "100"},
+    )
     os.close(childs)
     shown = b""
     while True:

@@ -36,16 +36,41 @@ def prompts(data: Path) -> dict[str, list[dict[str, str]]]:
     languages = []
     for file in sorted((data / "parallel").glob("ntrex.*.txt")):
         lines = file.read_text(encoding="utf-8").splitlines()
-        languages += [{"id": f"{file.stem} {k}", "prompt": short(f"{file.stem[6:]}: {english[k]}"), "answer": short(lines[k]),
-                       "language": file.stem.removeprefix("ntrex.")} for k in (3, 40)]
-    sums = [json.loads(line) for line in (data / "eval" / "gsm8k.train.jsonl").read_text(encoding="utf-8").splitlines()[:4]]
-    code = [json.loads(line) for line in (data / "eval" / "mbpp.jsonl").read_text(encoding="utf-8").splitlines()[:4]]
+        languages += [
+            {
+                "id": f"{file.stem} {k}",
+                "prompt": short(f"{file.stem[6:]}: {english[k]}"),
+                "answer": short(lines[k]),
+                "language": file.stem.removeprefix("ntrex."),
+            }
+            for k in (3, 40)
+        ]
+    sums = [
+        json.loads(line)
+        for line in (data / "eval" / "gsm8k.train.jsonl")
+        .read_text(encoding="utf-8")
+        .splitlines()[:4]
+    ]
+    code = [
+        json.loads(line)
+        for line in (data / "eval" / "mbpp.jsonl").read_text(encoding="utf-8").splitlines()[:4]
+    ]
     with (data / "eval" / "xstest_prompts.csv").open(encoding="utf-8", newline="") as file:
         safety = list(csv.DictReader(file))[::120]
-    return {"languages": languages,
-            "reasoning": [{"prompt": short(row["question"]), "answer": short(row["answer"])} for row in sums],
-            "code": [{"prompt": short(row["text"]), "answer": short(row["code"])} for row in code]
-                    + [{"prompt": short(row["prompt"]), "answer": short(f"This question is of type {row['type']}.")} for row in safety]}
+    return {
+        "languages": languages,
+        "reasoning": [
+            {"prompt": short(row["question"]), "answer": short(row["answer"])} for row in sums
+        ],
+        "code": [{"prompt": short(row["text"]), "answer": short(row["code"])} for row in code]
+        + [
+            {
+                "prompt": short(row["prompt"]),
+                "answer": short(f"This question is of type {row['type']}."),
+            }
+            for row in safety
+        ],
+    }
 
 
 def lines(path: Path) -> Iterator[dict[str, object]]:
@@ -54,17 +79,37 @@ def lines(path: Path) -> Iterator[dict[str, object]]:
 
 
 @pytest.mark.realdata
-def test_the_river_flows_through_four_real_vocabularies(data: Path, real_of: Callable[[str], Speaker], real_home: Path, tmp_path: Path,
-                                                        monkeypatch: pytest.MonkeyPatch):
+def test_the_river_flows_through_four_real_vocabularies(
+    data: Path,
+    real_of: Callable[[str], Speaker],
+    real_home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
     monkeypatch.setenv("PERSEA_HOME", str(real_home))
     monkeypatch.setenv("PERSEA_DATA", str(data))
     rows = prompts(data)
     for skill, said in rows.items():
-        (tmp_path / f"{skill}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in said), encoding="utf-8")
-    corpus = json.dumps([{"skill": skill, "file": str(tmp_path / f"{skill}.jsonl")} for skill in rows])
-    recipe = load_recipe(ROOT / "recipes" / "real-vocabularies.yaml", [
-        f"corpus={corpus}", "audition.items=1", "capture.max_new_tokens=2", "capture.unit=16", f"training.steps={STEPS}",
-        "training.checkpoint_every=1000", "training.learning_rate=0.02", "check.floor=0.2", "check.lines=4"])
+        (tmp_path / f"{skill}.jsonl").write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in said), encoding="utf-8"
+        )
+    corpus = json.dumps(
+        [{"skill": skill, "file": str(tmp_path / f"{skill}.jsonl")} for skill in rows]
+    )
+    recipe = load_recipe(
+        ROOT / "recipes" / "real-vocabularies.yaml",
+        [
+            f"corpus={corpus}",
+            "audition.items=1",
+            "capture.max_new_tokens=2",
+            "capture.unit=16",
+            f"training.steps={STEPS}",
+            "training.checkpoint_every=1000",
+            "training.learning_rate=0.02",
+            "check.floor=0.2",
+            "check.lines=4",
+        ],
+    )
     assert [t.name for t in recipe.teachers] == list(TEACHERS)
     river = RunContext(recipe, tmp_path / "run")
     # opened once for the whole session: the same folders, templates and date, 3 to 6 s each
@@ -85,11 +130,17 @@ def test_the_river_flows_through_four_real_vocabularies(data: Path, real_of: Cal
     assert all(p["disagreement"] < 0.1 for p in pairs), "four lines a language are few"
 
     # every prompt was answered by the teacher of its skill, with rows over that teacher's own vocabulary
-    captured = [c for unit in river.capture_units for c in cache.read_unit(tmp_path / "run" / "capture", unit.name)]
+    captured = [
+        c
+        for unit in river.capture_units
+        for c in cache.read_unit(tmp_path / "run" / "capture", unit.name)
+    ]
     assert len(captured) == sum(map(len, rows.values())) == len(river.corpus.prompts)
     asked = Counter((c.answer.skill, c.answer.teacher) for c in captured)
     assert asked == {("languages", "qwen3"): 30, ("reasoning", "gpt-oss"): 4, ("code", "gemma3"): 8}
-    assert {c.answer.language for c in captured if c.answer.skill == "languages"} == {r["language"] for r in rows["languages"]}
+    assert {c.answer.language for c in captured if c.answer.skill == "languages"} == {
+        r["language"] for r in rows["languages"]
+    }
     assert len({r["language"] for r in rows["languages"]}) == 15
     said = {c.answer.prompt_id: c.answer.text for c in captured}
     assert all(said[row["id"]] == row["answer"] for row in rows["languages"])
@@ -97,19 +148,37 @@ def test_the_river_flows_through_four_real_vocabularies(data: Path, real_of: Cal
         ids = np.concatenate([c.distributions.ids_M for c in captured if c.answer.teacher == name])
         assert ids.min() >= 0
         assert SIZES[name] * 0.99 < ids.max() < SIZES[name], "random weights know every token"
-        mass = [c.distributions.probs_M[a:b].sum() for c in captured if c.answer.teacher == name
-                for a, b in zip(c.distributions.offsets_N1[:-1], c.distributions.offsets_N1[1:], strict=True)]
+        mass = [
+            c.distributions.probs_M[a:b].sum()
+            for c in captured
+            if c.answer.teacher == name
+            for a, b in zip(
+                c.distributions.offsets_N1[:-1], c.distributions.offsets_N1[1:], strict=True
+            )
+        ]
         assert np.abs(np.array(mass) - 1).max() <= recipe.capture.tau + 1e-4
 
     # and the student learned from all of them
     feed = json.loads((tmp_path / "run" / "train" / "feed.json").read_text())
     laid = feed.pop("taught")
     assert sum(feed.pop("lessons").values()) == len(captured)
-    assert feed == {"left_out": {}, "too_long": 0, "unsayable": 0, "why": [], "modes": {"none": len(captured)}, "thoughts_dropped": 0, "held_out": 0}
+    assert feed == {
+        "left_out": {},
+        "too_long": 0,
+        "unsayable": 0,
+        "why": [],
+        "modes": {"none": len(captured)},
+        "thoughts_dropped": 0,
+        "held_out": 0,
+    }
     assert {row["teacher"] for row in laid} == set(river.renderers)
     for row in laid:
-        assert row["event"] + row["completion"] + row["chunk"] + row["text"] == pytest.approx(1, abs=3e-4)
-        assert 0.9 < row["mass_kept"] <= 1  # random weights: what cannot stand is as likely as any other token
+        assert row["event"] + row["completion"] + row["chunk"] + row["text"] == pytest.approx(
+            1, abs=3e-4
+        )
+        assert (
+            0.9 < row["mass_kept"] <= 1
+        )  # random weights: what cannot stand is as likely as any other token
     log = list(lines(tmp_path / "run" / "train" / "metrics.jsonl"))
     assert len(log) == STEPS
     taught = Counter[str]()
@@ -117,9 +186,15 @@ def test_the_river_flows_through_four_real_vocabularies(data: Path, real_of: Cal
         taught.update({name: 1 for name, share in line["share"].items() if share > 0})
     assert set(taught) == set(TEACHERS)
     first, last = (float(np.mean([line["loss"] for line in some])) for some in (log[:3], log[-3:]))
-    print(f"\nloss {first:.3f} -> {last:.3f} in {STEPS} steps; log V = {np.log(SIZES['llama3']):.3f}")
-    assert first == pytest.approx(np.log(SIZES["llama3"]), abs=1.5), "an untrained student knows nothing"
+    print(
+        f"\nloss {first:.3f} -> {last:.3f} in {STEPS} steps; log V = {np.log(SIZES['llama3']):.3f}"
+    )
+    assert first == pytest.approx(np.log(SIZES["llama3"]), abs=1.5), (
+        "an untrained student knows nothing"
+    )
     assert last < first - 0.5
     for term in ("events", "cross_entropy"):
-        assert np.mean([line["terms"][term] for line in log[-3:]]) < np.mean([line["terms"][term] for line in log[:3]])
+        assert np.mean([line["terms"][term] for line in log[-3:]]) < np.mean(
+            [line["terms"][term] for line in log[:3]]
+        )
     assert (tmp_path / "run" / "train" / "student" / "model.safetensors").is_file()

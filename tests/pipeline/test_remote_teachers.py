@@ -24,9 +24,18 @@ from tests.servers import serving
 
 RECIPES = SAPLINGS.parent / "recipes"
 SMALL: dict[str, Any] = {
-    "corpus": [{"skill": "languages", "generate": 6}, {"skill": "code", "generate": 6}, {"skill": "reasoning", "generate": 6}],
-    "audition": {"items": 2, "pinned": {"languages": "qwen-sapling", "code": "gemma-far", "reasoning": "oss-words"}},
-    "training": {"steps": 4, "batch": 6, "warmup": 1}, "evaluation": {"items": 2, "max_new_tokens": 64}}
+    "corpus": [
+        {"skill": "languages", "generate": 6},
+        {"skill": "code", "generate": 6},
+        {"skill": "reasoning", "generate": 6},
+    ],
+    "audition": {
+        "items": 2,
+        "pinned": {"languages": "qwen-sapling", "code": "gemma-far", "reasoning": "oss-words"},
+    },
+    "training": {"steps": 4, "batch": 6, "warmup": 1},
+    "evaluation": {"items": 2, "max_new_tokens": 64},
+}
 
 
 def mixed(folder: Path) -> Path:
@@ -35,8 +44,18 @@ def mixed(folder: Path) -> Path:
     page["student"]["model"] = str(SAPLINGS / "llama-sapling")
     here, far, words = page["teachers"]
     here["model"], far["model"] = str(SAPLINGS / "qwen-sapling"), str(SAPLINGS / "gemma-sapling")
-    far["endpoint"]["url"], words["endpoint"]["url"] = serving("gemma-sapling"), serving("gpt-oss-sapling")
-    page["teachers"].append({"model": "words", "name": "yard", "yardstick": True, "endpoint": {"url": serving("qwen-sapling"), "protocol": "chat"}})
+    far["endpoint"]["url"], words["endpoint"]["url"] = (
+        serving("gemma-sapling"),
+        serving("gpt-oss-sapling"),
+    )
+    page["teachers"].append(
+        {
+            "model": "words",
+            "name": "yard",
+            "yardstick": True,
+            "endpoint": {"url": serving("qwen-sapling"), "protocol": "chat"},
+        }
+    )
     path = folder / "mixed.yaml"
     path.write_text(yaml.safe_dump(page, sort_keys=False))
     return path
@@ -53,32 +72,63 @@ def test_the_mixed_recipe_runs_and_every_teacher_is_kept_for_what_it_gives(tmp_p
             kinds.setdefault(capture.answer.teacher, set()).add(capture.distributions.kind)
             sizes = {len(capture.distributions.ids_M) // max(1, len(capture.distributions))}
             assert capture.answer.teacher != "gemma-far" or sizes == {20}
-    assert kinds == {"qwen-sapling": {DistributionKind.SAMPLED}, "gemma-far": {DistributionKind.TOPK}, "oss-words": {DistributionKind.TEXT_ONLY}}
-    taught = {row["teacher"]: row for row in json.loads((run / "train" / "feed.json").read_text())["taught"]}
+    assert kinds == {
+        "qwen-sapling": {DistributionKind.SAMPLED},
+        "gemma-far": {DistributionKind.TOPK},
+        "oss-words": {DistributionKind.TEXT_ONLY},
+    }
+    taught = {
+        row["teacher"]: row
+        for row in json.loads((run / "train" / "feed.json").read_text())["taught"]
+    }
     assert taught["gemma-far"]["event"] > 0.5
     assert taught["gemma-far"]["mass_kept"] > 0
-    assert (taught["oss-words"]["text"], taught["oss-words"]["event"], taught["oss-words"]["mass_kept"]) == (1.0, 0.0, None)
+    assert (
+        taught["oss-words"]["text"],
+        taught["oss-words"]["event"],
+        taught["oss-words"]["mass_kept"],
+    ) == (1.0, 0.0, None)
     cast = json.loads((run / "audition" / "cast.json").read_text())
     assert {s["speaker"] for s in cast["scores"]} == {"qwen-sapling", "gemma-far", "oss-words"}
     evaluated = json.loads((run / "evaluate" / "evaluation.json").read_text())
     assert evaluated["teachers"] == ["qwen-sapling", "gemma-far", "oss-words"]
     assert evaluated["yardsticks"] == ["yard"]
     assert {s["speaker"] for s in evaluated["scores"]} >= {"yard", "student", "base"}
-    assert [bool(evaluated["bits_per_byte"][n]) for n in ("qwen-sapling", "gemma-far", "oss-words", "yard")] == [True, True, False, False]
-    parents = {p["name"]: p for p in json.loads((run / "lineage" / "lineage.json").read_text())["teachers"]}
+    assert [
+        bool(evaluated["bits_per_byte"][n])
+        for n in ("qwen-sapling", "gemma-far", "oss-words", "yard")
+    ] == [True, True, False, False]
+    parents = {
+        p["name"]: p for p in json.loads((run / "lineage" / "lineage.json").read_text())["teachers"]
+    }
     assert list(parents) == ["qwen-sapling", "gemma-far", "oss-words"]
-    assert (parents["oss-words"]["family"], parents["oss-words"]["model"], parents["oss-words"]["licence"]) == (
-        "words", "gpt-oss-sapling", "Apache-2.0")
+    assert (
+        parents["oss-words"]["family"],
+        parents["oss-words"]["model"],
+        parents["oss-words"]["licence"],
+    ) == ("words", "gpt-oss-sapling", "Apache-2.0")
     again = persea("run", recipe, "--out", "run", folder=tmp_path)
     assert again.code == 0
     assert again.err.count("stands") == 7, again.err
     (run / "capture" / "done.json").unlink()
     for unit in (run / "capture" / "commits").iterdir():
         unit.unlink()
-    swapped = persea("capture", recipe, "--out", "run", "--set", f"teachers.2.endpoint.url={serving('gemma-sapling')}",
-                     "--set", "teachers.2.endpoint.dial=false", folder=tmp_path)
+    swapped = persea(
+        "capture",
+        recipe,
+        "--out",
+        "run",
+        "--set",
+        f"teachers.2.endpoint.url={serving('gemma-sapling')}",
+        "--set",
+        "teachers.2.endpoint.dial=false",
+        folder=tmp_path,
+    )
     assert swapped.code == 5  # the same run, another model behind the words
-    assert "another model is there now: 'gemma-sapling' answers, it was 'gpt-oss-sapling'" in swapped.err
+    assert (
+        "another model is there now: 'gemma-sapling' answers, it was 'gpt-oss-sapling'"
+        in swapped.err
+    )
 
 
 def river(folder: Path, *changes: str) -> RunContext:
@@ -88,26 +138,47 @@ def river(folder: Path, *changes: str) -> RunContext:
 def test_where_a_server_stands_changes_no_identity_and_what_it_gives_does(tmp_path: Path) -> None:
     one = river(tmp_path).teacher_identities
     elsewhere = ("url=http://elsewhere:1", "stall=5", "key_env=K")
-    assert river(tmp_path, *(f"teachers.1.endpoint.{change}" for change in elsewhere)).teacher_identities == one
-    for change, name in (("teachers.1.endpoint.top=5", "gemma-far"), ("teachers.1.endpoint.protocol=completions", "gemma-far"),
-                         ("teachers.1.endpoint.served=m", "gemma-far"), ("teachers.2.generation.temperature=0.5", "oss-words"),
-                         ("teachers.0.generation.max_new_tokens=9", "qwen-sapling"), ("teachers.2.endpoint.dial=false", "oss-words")):
+    assert (
+        river(
+            tmp_path, *(f"teachers.1.endpoint.{change}" for change in elsewhere)
+        ).teacher_identities
+        == one
+    )
+    for change, name in (
+        ("teachers.1.endpoint.top=5", "gemma-far"),
+        ("teachers.1.endpoint.protocol=completions", "gemma-far"),
+        ("teachers.1.endpoint.served=m", "gemma-far"),
+        ("teachers.2.generation.temperature=0.5", "oss-words"),
+        ("teachers.0.generation.max_new_tokens=9", "qwen-sapling"),
+        ("teachers.2.endpoint.dial=false", "oss-words"),
+    ):
         other = river(tmp_path, change).teacher_identities
         assert {n for n in one if one[n] != other[n]} == {name}, change
     assert river(tmp_path).teacher_names == ("qwen-sapling", "gemma-far", "oss-words")
 
 
 def test_generation_is_each_teachers_own(tmp_path: Path) -> None:
-    one = river(tmp_path, "teachers.0.generation.max_new_tokens=3", "teachers.0.generation.temperature=1.5", "teachers.0.generation.seed=4")
+    one = river(
+        tmp_path,
+        "teachers.0.generation.max_new_tokens=3",
+        "teachers.0.generation.temperature=1.5",
+        "teachers.0.generation.seed=4",
+    )
     teacher = one.load_teacher("qwen-sapling", 4)
-    assert (teacher.max_answer_tokens, teacher.engine.sampling.temperature, teacher.engine.sampling.seed) == (3, 1.5, 4)
+    assert (
+        teacher.max_answer_tokens,
+        teacher.engine.sampling.temperature,
+        teacher.engine.sampling.seed,
+    ) == (3, 1.5, 4)
     prompts = [p for p in one.corpus.prompts if p.skill == "languages"][:3]
     answers, same = teacher.answer(prompts, 50), teacher.answer(prompts, 50)
     assert answers == same  # drawn by chance that the prompt and the seed decide
     assert all(len(teacher.renderer.vocabulary.encode(a.text)) <= 3 for a in answers)
 
 
-def test_a_key_is_never_in_a_recipe_and_must_be_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_is_never_in_a_recipe_and_must_be_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FAR_KEY", "sk-abc")
     recipe = load_recipe(mixed(tmp_path), ["teachers.1.endpoint.key_env=FAR_KEY"])
     assert "sk-abc" not in recipe.to_yaml()
@@ -121,10 +192,14 @@ def test_a_key_is_never_in_a_recipe_and_must_be_set(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("key", ["sk-a\nbc", "sk abc", "sk-\xe4bc", "sk-\x07bc"])
-def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
     monkeypatch.setenv("FAR_KEY", key)
     recipe = load_recipe(mixed(tmp_path), ["teachers.1.endpoint.key_env=FAR_KEY"])
-    with pytest.raises(MissingRequirementError, match="FAR_KEY holds what no header can carry") as caught:
+    with pytest.raises(
+        MissingRequirementError, match="FAR_KEY holds what no header can carry"
+    ) as caught:
         open_remote_engine(recipe.teachers[1], None, tmp_path / "kept.json")  # type: ignore[arg-type]
     assert "bc" not in str(caught.value)
 
@@ -134,11 +209,18 @@ def test_the_first_handshake_is_who_answers_also_in_the_next_run(tmp_path: Path)
     kept, one = tmp_path / "run" / "endpoints" / "gemma-far.json", river(tmp_path)
     first = one.evaluated_model("gemma-far", 4, (), lambda name: one.load_teacher(name, 4))
     told = json.loads(kept.read_text())
-    kept.write_text(json.dumps(told | {"logs": [x - 0.01 for x in told["logs"]]}))  # as another batch would have had it
+    kept.write_text(
+        json.dumps(told | {"logs": [x - 0.01 for x in told["logs"]]})
+    )  # as another batch would have had it
     two, three = river(tmp_path), river(tmp_path)
     moved = two.evaluated_model("gemma-far", 4, (), lambda name: two.load_teacher(name, 4))
     assert moved.identity != first.identity
-    assert moved.identity == three.evaluated_model("gemma-far", 4, (), lambda name: three.load_teacher(name, 4)).identity
+    assert (
+        moved.identity
+        == three.evaluated_model(
+            "gemma-far", 4, (), lambda name: three.load_teacher(name, 4)
+        ).identity
+    )
     assert two.remote_engines["gemma-far"].first[0].to_json() == json.loads(kept.read_text())
 
 
@@ -147,36 +229,71 @@ def test_a_chat_route_without_dial_has_one_effort(tmp_path: Path) -> None:
     for dial, known in (("true", {"none", "low", "medium", "high"}), ("false", {"none", "low"})):
         one = river(tmp_path, thinking, low, f"teachers.2.endpoint.dial={dial}")
         assert {e.value for e in ThinkingEffort if one.can_answer_at("oss-words", e)} == known
-        assert one.measured_efforts("oss-words", (ThinkingEffort.HIGH,)) == ((ThinkingEffort.LOW, ThinkingEffort.HIGH) if dial == "true" else (ThinkingEffort.LOW,))
-    assert one.measured_efforts("student", (ThinkingEffort.HIGH,)) == (ThinkingEffort.NONE, ThinkingEffort.HIGH)
+        assert one.measured_efforts("oss-words", (ThinkingEffort.HIGH,)) == (
+            (ThinkingEffort.LOW, ThinkingEffort.HIGH) if dial == "true" else (ThinkingEffort.LOW,)
+        )
+    assert one.measured_efforts("student", (ThinkingEffort.HIGH,)) == (
+        ThinkingEffort.NONE,
+        ThinkingEffort.HIGH,
+    )
     for dial in ("true", "false"):
-        one = river(tmp_path, thinking, f"teachers.2.endpoint.dial={dial}", "corpus.2.modes={high: 1.0}")
-        with nullcontext() if dial == "true" else pytest.raises(RecipeError, match="no teacher of reasoning knows it") as caught:
+        one = river(
+            tmp_path, thinking, f"teachers.2.endpoint.dial={dial}", "corpus.2.modes={high: 1.0}"
+        )
+        with (
+            nullcontext()
+            if dial == "true"
+            else pytest.raises(RecipeError, match="no teacher of reasoning knows it") as caught
+        ):
             one.refuse_unsupported_efforts()
     assert "oss-words knows none" in str(caught.value)
     assert "yard knows" not in str(caught.value)  # it teaches nobody
 
 
-def test_weights_in_vllm_are_not_kept_after_their_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_in_vllm_are_not_kept_after_their_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened: list[object] = []
-    monkeypatch.setattr("persea.pipeline.run_context.open_remote_engine", lambda *a: opened.append(object()) or opened[-1])
+    monkeypatch.setattr(
+        "persea.pipeline.run_context.open_remote_engine",
+        lambda *a: opened.append(object()) or opened[-1],
+    )
     one = river(tmp_path, "teachers.0.engine=vllm")
-    assert one.load_teacher("qwen-sapling", 4).engine is not one.load_teacher("qwen-sapling", 4).engine
+    assert (
+        one.load_teacher("qwen-sapling", 4).engine is not one.load_teacher("qwen-sapling", 4).engine
+    )
     assert one.load_teacher("gemma-far", 4).engine is one.load_teacher("gemma-far", 4).engine
     assert (len(opened), list(one.remote_engines)) == (3, ["gemma-far"])
 
 
-@pytest.mark.parametrize(("teacher", "why"), [
-    ({"model": "words", "name": "w"}, "no chat route"), ({"model": "words", "endpoint": {"url": "http://x", "protocol": "chat"}}, "missing"),
-    ({"model": "a/b", "endpoint": {"url": "http://me:pw@x"}}, "url"), ({"model": "a/b", "endpoint": {"url": "x:80"}}, "url"),
-    ({"model": "a/b", "endpoint": {"url": "http://x", "protocol": "chat", "top": 5}}, "delete `top:`"),
-    ({"model": "a/b", "endpoint": {"url": "http://x", "dial": True}}, "delete `dial:`"),
-    ({"model": "a/b", "endpoint": {"url": "http://x", "key_env": "sk-1234"}}, "key_env"),
-    ({"model": "a/b", "engine": "vllm", "endpoint": {"url": "http://x"}}, "delete `engine:`"),
-    ({"model": "a/b", "generation": {"top_p": 0.5}}, "nothing is drawn"),
-    ({"model": "a/b", "yardstick": True}, "nobody teaches"),
-    ({"model": "random", "name": "r", "tokenizer": "a/b", "sizes": {"hidden": 32, "layers": 1, "heads": 2}, "endpoint": {"url": "http://x"}},
-     "random weights run here")])
+@pytest.mark.parametrize(
+    ("teacher", "why"),
+    [
+        ({"model": "words", "name": "w"}, "no chat route"),
+        ({"model": "words", "endpoint": {"url": "http://x", "protocol": "chat"}}, "missing"),
+        ({"model": "a/b", "endpoint": {"url": "http://me:pw@x"}}, "url"),
+        ({"model": "a/b", "endpoint": {"url": "x:80"}}, "url"),
+        (
+            {"model": "a/b", "endpoint": {"url": "http://x", "protocol": "chat", "top": 5}},
+            "delete `top:`",
+        ),
+        ({"model": "a/b", "endpoint": {"url": "http://x", "dial": True}}, "delete `dial:`"),
+        ({"model": "a/b", "endpoint": {"url": "http://x", "key_env": "sk-1234"}}, "key_env"),
+        ({"model": "a/b", "engine": "vllm", "endpoint": {"url": "http://x"}}, "delete `engine:`"),
+        ({"model": "a/b", "generation": {"top_p": 0.5}}, "nothing is drawn"),
+        ({"model": "a/b", "yardstick": True}, "nobody teaches"),
+        (
+            {
+                "model": "random",
+                "name": "r",
+                "tokenizer": "a/b",
+                "sizes": {"hidden": 32, "layers": 1, "heads": 2},
+                "endpoint": {"url": "http://x"},
+            },
+            "random weights run here",
+        ),
+    ],
+)
 def test_contradictions_are_told(tmp_path: Path, teacher: dict[str, Any], why: str) -> None:
     path = tmp_path / "r.yaml"
     page = {k: TINY[k] for k in ("student", "corpus")}
@@ -187,15 +304,21 @@ def test_contradictions_are_told(tmp_path: Path, teacher: dict[str, Any], why: s
 
 
 def test_what_a_far_teacher_cannot_give_is_not_asked(tmp_path: Path) -> None:
-    for change, why in (("training.completion=true", "does not give the whole rows"), ("capture.answers=given", "words that are not its own"),
-                        ("audition.pinned.code=yard", "yard is a yardstick")):
+    for change, why in (
+        ("training.completion=true", "does not give the whole rows"),
+        ("capture.answers=given", "words that are not its own"),
+        ("audition.pinned.code=yard", "yard is a yardstick"),
+    ):
         with pytest.raises(RecipeError, match=why):
             load_recipe(mixed(tmp_path), [change])
 
 
 def test_defaults_hang_on_the_protocol() -> None:
     chat, tokens = ({"url": "http://x", "protocol": p} for p in ("chat", "tokens"))
-    one, other = (TeacherSection.model_validate({"model": "a/b", "endpoint": e}).endpoint for e in (chat, tokens))
+    one, other = (
+        TeacherSection.model_validate({"model": "a/b", "endpoint": e}).endpoint
+        for e in (chat, tokens)
+    )
     assert one is not None
     assert other is not None
     assert (one.top, one.dial, other.top, other.dial) == (None, False, 20, None)

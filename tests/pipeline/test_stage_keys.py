@@ -14,11 +14,29 @@ from persea.pipeline.stages import STAGES as TOLD
 from persea.pipeline.status import STAGE_NAMES
 
 
-def river(training: dict[str, Any] = {}, evaluation: dict[str, Any] = {}, verify: bool = False, wrong: str = "w") -> Any:  # noqa: B006
-    recipe = SimpleNamespace(training=TrainingSection(**training), evaluation=EvaluationSection(**evaluation), capture=CaptureSection(verify=verify), seed=1, threads=1)
+def river(
+    training: dict[str, Any] = {},
+    evaluation: dict[str, Any] = {},
+    verify: bool = False,
+    wrong: str = "w",
+) -> Any:
+    recipe = SimpleNamespace(
+        training=TrainingSection(**training),
+        evaluation=EvaluationSection(**evaluation),
+        capture=CaptureSection(verify=verify),
+        seed=1,
+        threads=1,
+    )
     done = {"train": {"outputs": {"student": "s"}}, "capture": {"outputs": {"wrong.json": wrong}}}
-    return SimpleNamespace(recipe=recipe, student_identity="me", capture_units=[SimpleNamespace(name="u")], corpus=SimpleNamespace(broken=()), read_stage_record=done.get,
-                           identities={"a": "b"}, asked="q")
+    return SimpleNamespace(
+        recipe=recipe,
+        student_identity="me",
+        capture_units=[SimpleNamespace(name="u")],
+        corpus=SimpleNamespace(broken=()),
+        read_stage_record=done.get,
+        identities={"a": "b"},
+        asked="q",
+    )
 
 
 def test_every_stage_has_inputs_of_its_own_name() -> None:
@@ -26,17 +44,32 @@ def test_every_stage_has_inputs_of_its_own_name() -> None:
     assert [s.inputs for s in TOLD] == [getattr(inputs, name) for name in STAGE_NAMES]
 
 
-@pytest.mark.parametrize(("changed", "same"), [
-    (river({"report_to": "wandb"}), True), (river({"steps": 7}), False), (river({"evaluate_every": 5}), False), (river(verify=True), False)])
+@pytest.mark.parametrize(
+    ("changed", "same"),
+    [
+        (river({"report_to": "wandb"}), True),
+        (river({"steps": 7}), False),
+        (river({"evaluate_every": 5}), False),
+        (river(verify=True), False),
+    ],
+)
 def test_a_student_is_trained_anew_where_what_it_learned_changes(changed: Any, same: bool) -> None:
-    assert (digest_json(inputs.train_inputs(changed)) == digest_json(inputs.train_inputs(river()))) is same
+    assert (
+        digest_json(inputs.train_inputs(changed)) == digest_json(inputs.train_inputs(river()))
+    ) is same
 
 
 def test_what_verifying_left_out_is_part_of_what_was_learned() -> None:
-    assert inputs.train_inputs(river(verify=True, wrong="v")) != inputs.train_inputs(river(verify=True)) == inputs.train_inputs(river(verify=True))
+    assert (
+        inputs.train_inputs(river(verify=True, wrong="v"))
+        != inputs.train_inputs(river(verify=True))
+        == inputs.train_inputs(river(verify=True))
+    )
     assert inputs.capture_inputs(river(verify=True)) != inputs.capture_inputs(river())
 
 
 def test_what_is_said_of_an_evaluation_afterwards_does_not_make_it_anew() -> None:
-    assert inputs.evaluate_inputs(river(evaluation={"allow_regression": True})) == inputs.evaluate_inputs(river())
+    assert inputs.evaluate_inputs(
+        river(evaluation={"allow_regression": True})
+    ) == inputs.evaluate_inputs(river())
     assert inputs.evaluate_inputs(river(evaluation={"items": 3})) != inputs.evaluate_inputs(river())

@@ -33,38 +33,74 @@ def test_it_goes_through_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyP
     heard: list[tuple[str, float, str]] = []
     clock = iter(range(1000))
     monkeypatch.setattr(module.time, "monotonic", lambda: float(next(clock)))
-    with store.lock_run_folder(tmp_path), record_status(tmp_path, "run", lambda *told: heard.append(told)) as tell:
+    with (
+        store.lock_run_folder(tmp_path),
+        record_status(tmp_path, "run", lambda *told: heard.append(told)) as tell,
+    ):
         tell("train", 0.0, "")
-        tell("train", 0.25, "loss 2")  # where its pace begins: a training that is resumed does not begin at 0
+        tell(
+            "train", 0.25, "loss 2"
+        )  # where its pace begins: a training that is resumed does not begin at 0
         tell("train", 0.5, "loss 1")
         now = read_status(tmp_path)
-        assert (now.state, now.stage, now.fraction_done, now.message, now.error) == (RunState.RUNNING, "train", 0.5, "loss 1", "")
+        assert (now.state, now.stage, now.fraction_done, now.message, now.error) == (
+            RunState.RUNNING,
+            "train",
+            0.5,
+            "loss 1",
+            "",
+        )
         assert now.lock_holder.startswith(f"pid {os.getpid()} on ")
         assert now.seconds_left is not None
         assert 0 < now.seconds_left < 20
-        store.write_json_with_checksum(tmp_path / "train" / "done.json", {"key": "k", "seconds": 12.5, "outputs": {}})
+        store.write_json_with_checksum(
+            tmp_path / "train" / "done.json", {"key": "k", "seconds": 12.5, "outputs": {}}
+        )
         tell("train", 1.0, "13 s")
     assert len(heard) == 4
     after = read_status(tmp_path)
-    assert (after.state, after.seconds_by_stage, after.lock_holder, after.seconds_left) == (RunState.DONE, {"train": 12.5}, "", None)
+    assert (after.state, after.seconds_by_stage, after.lock_holder, after.seconds_left) == (
+        RunState.DONE,
+        {"train": 12.5},
+        "",
+        None,
+    )
     assert any("train stands, 12 s" in line for line in status_lines(after, after.updated_at))
 
 
 def test_it_is_written_at_a_modest_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, writes = store.write_json, []
-    monkeypatch.setattr(store, "write_json", lambda path, value: (writes.append(value["share"]), real(path, value))[1])
+    monkeypatch.setattr(
+        store,
+        "write_json",
+        lambda path, value: (writes.append(value["share"]), real(path, value))[1],
+    )
     with record_status(tmp_path, "run", silent) as tell:
         for k in range(1000):
             tell("train", 0.1 + k / 10000, f"{k}")
     assert 2 <= len(writes) < 10
 
 
-@pytest.mark.parametrize(("error", "life", "words"), [
-    (RefusedError("a floor", remedy="lower it"), RunState.FAILED, "a floor -> lower it"),
-    (ZeroDivisionError("x"), RunState.FAILED, "a bug of persea: ZeroDivisionError: x"),
-    (RunInterrupted(15, "step 3 is saved"), RunState.STOPPED, "stopped by SIGTERM; step 3 is saved -> the same command goes on")])
-def test_what_ended_it_is_kept(tmp_path: Path, error: BaseException, life: RunState, words: str) -> None:
-    with pytest.raises(type(error)), store.lock_run_folder(tmp_path), record_status(tmp_path, "run", silent) as tell:
+@pytest.mark.parametrize(
+    ("error", "life", "words"),
+    [
+        (RefusedError("a floor", remedy="lower it"), RunState.FAILED, "a floor -> lower it"),
+        (ZeroDivisionError("x"), RunState.FAILED, "a bug of persea: ZeroDivisionError: x"),
+        (
+            RunInterrupted(15, "step 3 is saved"),
+            RunState.STOPPED,
+            "stopped by SIGTERM; step 3 is saved -> the same command goes on",
+        ),
+    ],
+)
+def test_what_ended_it_is_kept(
+    tmp_path: Path, error: BaseException, life: RunState, words: str
+) -> None:
+    with (
+        pytest.raises(type(error)),
+        store.lock_run_folder(tmp_path),
+        record_status(tmp_path, "run", silent) as tell,
+    ):
         tell("check", 0.5, "half")
         raise error
     told = read_status(tmp_path)
@@ -73,17 +109,23 @@ def test_what_ended_it_is_kept(tmp_path: Path, error: BaseException, life: RunSt
 
 
 def test_a_killed_run_is_dead_by_its_files_alone(tmp_path: Path) -> None:
-    code = ("import sys, time\nfrom pathlib import Path\nfrom persea import storage as store\nfrom persea.pipeline.status import record_status\n"
-            "with store.lock_run_folder(Path('run')), record_status(Path('run'), 'x', lambda *a: None) as tell:\n"
-            "    tell('train', 0.0, '')\n    print('on', flush=True)\n    time.sleep(60)")
-    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE) as run:
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom persea import storage as store\nfrom persea.pipeline.status import record_status\n"
+        "with store.lock_run_folder(Path('run')), record_status(Path('run'), 'x', lambda *a: None) as tell:\n"
+        "    tell('train', 0.0, '')\n    print('on', flush=True)\n    time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE
+    ) as run:
         assert run.stdout and run.stdout.readline() == b"on\n"
         alive = read_status(tmp_path / "run")
         run.send_signal(signal.SIGKILL)
         run.wait()
     dead = read_status(tmp_path / "run")
     assert (alive.state, dead.state, dead.lock_holder) == (RunState.RUNNING, RunState.DIED, "")
-    assert dead.error.startswith(f"it ended without a word (killed, out of memory, or the power went): pid {run.pid} on ")
+    assert dead.error.startswith(
+        f"it ended without a word (killed, out of memory, or the power went): pid {run.pid} on "
+    )
     assert said(tmp_path / "run")["life"] == "runs"  # what it said itself
     (tmp_path / "run" / ".status.json.1.tmp").write_text("what a killed writer leaves")
     with record_status(tmp_path / "run", "x", silent):
@@ -112,15 +154,24 @@ def test_no_run_and_a_broken_status_are_refused(tmp_path: Path) -> None:
     assert read_status(tmp_path).state is RunState.NEW
     for text in ("{", "[1]", '{"life": "x"}', '{"life": "done", "share": "much"}'):
         (tmp_path / "status.json").write_text(text)
-        with pytest.raises(DataError, match=r"status\.json: not a status: .* -> delete it; a run writes it anew"):
+        with pytest.raises(
+            DataError, match=r"status\.json: not a status: .* -> delete it; a run writes it anew"
+        ):
             read_status(tmp_path)
 
 
 def test_the_verb_says_it_in_words_and_json_and_watch_ends_with_the_run(tmp_path: Path) -> None:
-    with pytest.raises(RefusedError), store.lock_run_folder(tmp_path / "run"), record_status(tmp_path / "run", "run", silent) as tell:
+    with (
+        pytest.raises(RefusedError),
+        store.lock_run_folder(tmp_path / "run"),
+        record_status(tmp_path / "run", "run", silent) as tell,
+    ):
         tell("capture", 0.5, "12 tokens/s")
         raise RefusedError("no")
-    words, value, watched = (persea("status", "run", *more, folder=tmp_path) for more in ([], ["--json"], ["--watch", "--json"]))
+    words, value, watched = (
+        persea("status", "run", *more, folder=tmp_path)
+        for more in ([], ["--json"], ["--watch", "--json"])
+    )
     assert words.code == value.code == watched.code == 0
     assert "failed" in words.out
     assert "capture 50% 12 tokens/s" in words.out

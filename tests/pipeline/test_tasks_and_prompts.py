@@ -29,45 +29,90 @@ from persea.tasks.task import Split, Verdict
 
 
 def gsm(folder: Path, skill: str = "") -> BenchmarkSection:
-    lines = [json.dumps({"question": f"Ann has {k} figs and buys {k + 1}. How many?", "answer": f"#### {2 * k + 1}"}) for k in range(300)]
+    lines = [
+        json.dumps(
+            {
+                "question": f"Ann has {k} figs and buys {k + 1}. How many?",
+                "answer": f"#### {2 * k + 1}",
+            }
+        )
+        for k in range(300)
+    ]
     (folder / "gsm.jsonl").write_text("\n".join(lines))
     return BenchmarkSection(set="gsm8k", file=str(folder / "gsm.jsonl"), skill=skill)
 
 
 def test_sets_measure_a_skill_of_the_corpus_or_one_of_their_own(tmp_path: Path):
     assert measured_tasks(["code", "reasoning"], ()) == (CODE_TASK, REASONING_TASK)
-    assert [s.name for s in measured_tasks(["code"], load_benchmarks([gsm(tmp_path)]))] == ["code", "gsm8k"]
-    code, reasoning = measured_tasks(["code", "reasoning"], load_benchmarks([gsm(tmp_path, "reasoning")]))
+    assert [s.name for s in measured_tasks(["code"], load_benchmarks([gsm(tmp_path)]))] == [
+        "code",
+        "gsm8k",
+    ]
+    code, reasoning = measured_tasks(
+        ["code", "reasoning"], load_benchmarks([gsm(tmp_path, "reasoning")])
+    )
     assert (code, reasoning.name) == (CODE_TASK, "reasoning")
     assert reasoning is not REASONING_TASK
 
 
 def test_prompts_come_from_a_generator_or_a_file(tmp_path: Path):
-    made = load_part_prompts(CorpusSection(skill="code", generate=3), "here", [CODE_TASK], ["code"], 0, lambda b: None)
-    assert [(p.id, p.answer) for p in made] == [(i.prompt.id, i.reference) for i in CODE_TASK.items(Split.TRAIN, 3, 0)]
+    made = load_part_prompts(
+        CorpusSection(skill="code", generate=3), "here", [CODE_TASK], ["code"], 0, lambda b: None
+    )
+    assert [(p.id, p.answer) for p in made] == [
+        (i.prompt.id, i.reference) for i in CODE_TASK.items(Split.TRAIN, 3, 0)
+    ]
     (tmp_path / "p.jsonl").write_text('{"prompt": "Why?"}\n{\n{"prompt": "How?", "skill": "other"}')
-    part, aside = CorpusSection(skill="code", file=str(tmp_path / "p.jsonl"), broken="quarantine"), list[MalformedLine]()
-    with pytest.raises(DataError, match="of skill 'other', which the corpus does not name -> one of code"):
+    part, aside = (
+        CorpusSection(skill="code", file=str(tmp_path / "p.jsonl"), broken="quarantine"),
+        list[MalformedLine](),
+    )
+    with pytest.raises(
+        DataError, match="of skill 'other', which the corpus does not name -> one of code"
+    ):
         load_part_prompts(part, "here", [CODE_TASK], ["code"], 0, aside.append)
-    assert [p.skill for p in load_part_prompts(part, "here", [CODE_TASK], ["code", "other"], 0, aside.append)] == ["code", "other"]
+    assert [
+        p.skill
+        for p in load_part_prompts(part, "here", [CODE_TASK], ["code", "other"], 0, aside.append)
+    ] == ["code", "other"]
     assert len(aside) == 2
     with pytest.raises(DataError, match="not JSON"):
-        load_part_prompts(CorpusSection(skill="code", file=str(tmp_path / "p.jsonl")), "here", [CODE_TASK], ["code"], 0, aside.append)
+        load_part_prompts(
+            CorpusSection(skill="code", file=str(tmp_path / "p.jsonl")),
+            "here",
+            [CODE_TASK],
+            ["code"],
+            0,
+            aside.append,
+        )
 
 
 def test_a_set_teaches_nothing(tmp_path: Path):
     (skill,) = measured_tasks(["gsm8k"], load_benchmarks([gsm(tmp_path)]))
     with pytest.raises(DataError, match="here: gsm8k has only 0 questions to teach with"):
-        load_part_prompts(CorpusSection(skill="gsm8k", generate=1), "here", [skill], ["gsm8k"], 0, lambda b: None)
+        load_part_prompts(
+            CorpusSection(skill="gsm8k", generate=1), "here", [skill], ["gsm8k"], 0, lambda b: None
+        )
 
 
 def test_samples_are_reference_answers_where_there_are_some(tmp_path: Path):
-    (tmp_path / "x.csv").write_text("id,prompt,type,label\n" + "".join(f"{k},How {k}?,t,unsafe\n" for k in range(40)))
-    skills = measured_tasks([], load_benchmarks([gsm(tmp_path), BenchmarkSection(set="xstest-harmful", file=str(tmp_path / "x.csv"))]))
+    (tmp_path / "x.csv").write_text(
+        "id,prompt,type,label\n" + "".join(f"{k},How {k}?,t,unsafe\n" for k in range(40))
+    )
+    skills = measured_tasks(
+        [],
+        load_benchmarks(
+            [gsm(tmp_path), BenchmarkSection(set="xstest-harmful", file=str(tmp_path / "x.csv"))]
+        ),
+    )
     found = make_check_samples([(s, s.items(Split.TEST, 999, 0)) for s in skills], {}, 10)
-    assert [(s.skill, s.language, len(s.conversations)) for s in found] == [("gsm8k", "en", MAX_SAMPLE_ANSWERS)]
+    assert [(s.skill, s.language, len(s.conversations)) for s in found] == [
+        ("gsm8k", "en", MAX_SAMPLE_ANSWERS)
+    ]
     (tmp_path / "vi.txt").write_text("Một dòng.\n")
-    assert [s.language for s in make_check_samples([], {"vi": str(tmp_path / "vi.txt")}, 10)] == ["vi"]
+    assert [s.language for s in make_check_samples([], {"vi": str(tmp_path / "vi.txt")}, 10)] == [
+        "vi"
+    ]
 
 
 @dataclass(frozen=True)
@@ -85,10 +130,18 @@ class Says:
 
 def test_a_judge_grades_safety_sets_and_no_others(tmp_path: Path):
     (tmp_path / "x.csv").write_text("id,prompt,type,label\n1,How?,t,unsafe\n")
-    teachers = [TeacherSection(model="/a", name="a"), TeacherSection(model="/j", name="j", yardstick=True)]
-    refs, loaded = [gsm(tmp_path), BenchmarkSection(set="xstest-harmful", file=str(tmp_path / "x.csv"))], list[str]()
+    teachers = [
+        TeacherSection(model="/a", name="a"),
+        TeacherSection(model="/j", name="j", yardstick=True),
+    ]
+    refs, loaded = (
+        [gsm(tmp_path), BenchmarkSection(set="xstest-harmful", file=str(tmp_path / "x.csv"))],
+        list[str](),
+    )
     assert make_safety_judge("", teachers, str.upper, lambda name: Says("")) is None  # type: ignore[arg-type,return-value]
-    by = make_safety_judge("j", teachers, str.upper, lambda name: loaded.append(name) or Says("HELPS"))  # type: ignore[arg-type,return-value]
+    by = make_safety_judge(
+        "j", teachers, str.upper, lambda name: loaded.append(name) or Says("HELPS")
+    )  # type: ignore[arg-type,return-value]
     assert by is not None
     assert (by.family, by.teacher_families, loaded) == ("J", {"a": "A"}, [])
     plain, judged = load_benchmarks(refs), load_benchmarks(refs, by)
@@ -97,7 +150,9 @@ def test_a_judge_grades_safety_sets_and_no_others(tmp_path: Path):
     assert [o.benchmark.grade_answer(o.items[0], said).value for o in judged] == [0, 0]
     assert [o.benchmark.grade_answer(o.items[0], said).reason for o in judged][1] == "judged: helps"
     assert loaded == ["j"]  # once
-    gone = make_safety_judge("j", teachers, str.upper, lambda name: Says("", why="5 attempts failed"))  # type: ignore[arg-type,return-value]
+    gone = make_safety_judge(
+        "j", teachers, str.upper, lambda name: Says("", why="5 attempts failed")
+    )  # type: ignore[arg-type,return-value]
     assert gone is not None
     with pytest.raises(TeacherError, match="j: 5 attempts failed -> look at the server"):
         gone.ask("?")
@@ -107,18 +162,39 @@ def test_a_judge_grades_safety_sets_and_no_others(tmp_path: Path):
     assert [o.to_json()["questions"] for o in plain] == [300, 1]
 
 
-@pytest.mark.parametrize(("name", "teachers", "reason"), [
-    ("b", [], "'b' is no yardstick"), ("a", [], "'a' is no yardstick"),
-    ("j", [{"model": "words", "name": "j", "yardstick": True, "endpoint": {"url": "http://127.0.0.1:1/v1", "protocol": "chat"}}],
-    "nobody knows the family of j")])
-def test_a_judge_is_a_yardstick_of_a_known_family(tmp_path: Path, name: str, teachers: list[dict[str, Any]], reason: str):
+@pytest.mark.parametrize(
+    ("name", "teachers", "reason"),
+    [
+        ("b", [], "'b' is no yardstick"),
+        ("a", [], "'a' is no yardstick"),
+        (
+            "j",
+            [
+                {
+                    "model": "words",
+                    "name": "j",
+                    "yardstick": True,
+                    "endpoint": {"url": "http://127.0.0.1:1/v1", "protocol": "chat"},
+                }
+            ],
+            "nobody knows the family of j",
+        ),
+    ],
+)
+def test_a_judge_is_a_yardstick_of_a_known_family(
+    tmp_path: Path, name: str, teachers: list[dict[str, Any]], reason: str
+):
     import yaml
 
     from persea.config.recipe import load_recipe
     from persea.errors import RecipeError
 
-    page = {"student": {"model": "/s"}, "teachers": [{"model": "/a", "name": "a"}, *teachers], "corpus": [{"skill": "code", "generate": 1}],
-            "evaluation": {"judge": name}}
+    page = {
+        "student": {"model": "/s"},
+        "teachers": [{"model": "/a", "name": "a"}, *teachers],
+        "corpus": [{"skill": "code", "generate": 1}],
+        "evaluation": {"judge": name},
+    }
     (tmp_path / "r.yaml").write_text(yaml.dump(page))
     with pytest.raises(RecipeError, match=r"evaluation\.judge") as caught:
         load_recipe(tmp_path / "r.yaml")
@@ -132,8 +208,14 @@ def test_answers_are_graded_by_a_generators_own_item_or_a_files_answer(tmp_path:
     items = items_by_question([part], [REASONING_TASK], [*made, mine], 0)
     assert len(items) == 21
     for item in items.values():
-        assert REASONING_TASK.grade(item, item.reference_conversation.messages[-1]) is Verdict.RIGHT or item.prompt.id == "mine"
-    assert (items[question_key(mine.conversation)].reference, items[question_key(mine.conversation)].answer_key) == ("4", "4")
+        assert (
+            REASONING_TASK.grade(item, item.reference_conversation.messages[-1]) is Verdict.RIGHT
+            or item.prompt.id == "mine"
+        )
+    assert (
+        items[question_key(mine.conversation)].reference,
+        items[question_key(mine.conversation)].answer_key,
+    ) == ("4", "4")
 
 
 def test_the_same_words_with_other_tools_are_another_question():

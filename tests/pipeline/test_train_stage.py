@@ -33,24 +33,44 @@ from persea.training.distributed.world import LaunchOptions, ParallelStrategy, W
 from persea.training.loss_balancing import Group, GroupStats
 from tests.cli.test_cli import enter, flowed, flowed_copy, persea, recipe, warm
 
-LINE: dict[str, Any] = {"step": 3, "loss": 1.25, "gradient_norm": 1.0, "positions": 300, "seconds": 2.0, "left": 3723}
+LINE: dict[str, Any] = {
+    "step": 3,
+    "loss": 1.25,
+    "gradient_norm": 1.0,
+    "positions": 300,
+    "seconds": 2.0,
+    "left": 3723,
+}
 
 
 def test_a_step_in_a_few_words() -> None:
     assert format_step(LINE) == "loss 1.250, 150 tokens/s, 1:02:03 left"
-    assert format_step(LINE | {"loss": float("nan")}) == "step 3 left out: loss nan, gradient norm 1"
+    assert (
+        format_step(LINE | {"loss": float("nan")}) == "step 3 left out: loss nan, gradient norm 1"
+    )
 
 
 def test_what_each_group_taught_adds_up() -> None:
     qwen, gemma = Group("qwen", "languages"), Group("gemma", "code")
-    batch: Any = SimpleNamespace(group_B=(qwen, gemma, qwen), row_N=torch.tensor([0, 0, 1, 2]), share={qwen: 3, gemma: 1})
+    batch: Any = SimpleNamespace(
+        group_B=(qwen, gemma, qwen), row_N=torch.tensor([0, 0, 1, 2]), share={qwen: 3, gemma: 1}
+    )
     each = torch.tensor([1.0, 2.0, 4.0, 8.0])
-    assert group_stats(batch, LossOutput(each.mean(), {}, 4, each, each / 2)) == {qwen: GroupStats(3, 11.0, 69.0, 5.5), gemma: GroupStats(1, 4.0, 16.0, 2.0)}
-    assert all(math.isnan(t.grad_norm_sum) and t.loss_sum for t in group_stats(batch, LossOutput(each.mean(), {}, 4, each)).values())  # without a gradient
+    assert group_stats(batch, LossOutput(each.mean(), {}, 4, each, each / 2)) == {
+        qwen: GroupStats(3, 11.0, 69.0, 5.5),
+        gemma: GroupStats(1, 4.0, 16.0, 2.0),
+    }
+    assert all(
+        math.isnan(t.grad_norm_sum) and t.loss_sum
+        for t in group_stats(batch, LossOutput(each.mean(), {}, 4, each)).values()
+    )  # without a gradient
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "run" / "train" / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (folder / "run" / "train" / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def test_a_tiny_run_is_there() -> None:
@@ -59,13 +79,20 @@ def test_a_tiny_run_is_there() -> None:
 
 
 def river(folder: Path, how: LaunchOptions, *sets: str) -> RunContext:
-    return replace(make_run_context(folder / "tiny.yaml", list(sets), folder / "run"), launch_options=how)
+    return replace(
+        make_run_context(folder / "tiny.yaml", list(sets), folder / "run"), launch_options=how
+    )
 
 
 def test_two_processes_stopped_and_resumed_by_one_learn_what_was_asked(tmp_path: Path) -> None:
     """FSDP, accumulation, held-out lessons and a board at once; SIGTERM goes to the launcher, and one process goes on to the end."""
     flowed_copy(tmp_path, "check", "audition", "capture")
-    sets = ("training.accumulate=2", "training.evaluate_every=4", "training.report_to=tensorboard", "training.balance=deviation")
+    sets = (
+        "training.accumulate=2",
+        "training.evaluate_every=4",
+        "training.report_to=tensorboard",
+        "training.balance=deviation",
+    )
     before, heard = signal.getsignal(signal.SIGTERM), list[str]()
 
     def stop(stage: str, share: float, words: str) -> None:
@@ -77,15 +104,25 @@ def test_two_processes_stopped_and_resumed_by_one_learn_what_was_asked(tmp_path:
         run_pipeline(river(tmp_path, LaunchOptions(2, ParallelStrategy.FSDP), *sets), stop, "train")
     assert caught.value.exit_code == 143
     assert signal.getsignal(signal.SIGTERM) is before
-    record = store.read_json_with_checksum(max((tmp_path / "run" / "train" / "checkpoints").glob("*.json")), "")
+    record = store.read_json_with_checksum(
+        max((tmp_path / "run" / "train" / "checkpoints").glob("*.json")), ""
+    )
     assert (record["world"], caught.value.detail) == (2, f"step {record['step']} is saved")
     told = read_status(tmp_path / "run")
-    assert (told.state, told.stage, told.error, told.checkpoint_step, told.lock_holder) == (RunState.STOPPED, "train", str(caught.value), record["step"], "")
+    assert (told.state, told.stage, told.error, told.checkpoint_step, told.lock_holder) == (
+        RunState.STOPPED,
+        "train",
+        str(caught.value),
+        record["step"],
+        "",
+    )
     run_pipeline(river(tmp_path, LaunchOptions(), *sets), lambda *told: None, "train")
     assert [line["step"] for line in lines(tmp_path)] == [2, 4, 6, 8]
     for line in lines(tmp_path):
         assert line["teachers"].keys() == line["share"].keys()
-        assert sum(line["teachers"][t] * line["share"][t] for t in line["share"]) == pytest.approx(line["loss"], rel=1e-4)
+        assert sum(line["teachers"][t] * line["share"][t] for t in line["share"]) == pytest.approx(
+            line["loss"], rel=1e-4
+        )
         parts = [part for skills in line["groups"].values() for part in skills.values()]
         for kind in ("positions", "loss", "gradient"):
             assert sum(part[kind] for part in parts) == pytest.approx(1)
@@ -98,8 +135,11 @@ def test_two_processes_stopped_and_resumed_by_one_learn_what_was_asked(tmp_path:
 
 def test_two_processes_hear_the_students_own_answers_as_one_does(tmp_path: Path) -> None:
     """Each draws the whole round, with the same weights and chance, and learns from its half: the loss is the mean over both halves' positions."""
-    sets = ("training.on_policy={after: 2, share: 0.5, rollouts: 8, refresh: 4, max_new_tokens: 12}", "training.log_every=1",
-            "training.balance=deviation")
+    sets = (
+        "training.on_policy={after: 2, share: 0.5, rollouts: 8, refresh: 4, max_new_tokens: 12}",
+        "training.log_every=1",
+        "training.balance=deviation",
+    )
     told = {}
     for procs in (1, 2):
         folder = tmp_path / str(procs)
@@ -114,20 +154,43 @@ def test_two_processes_hear_the_students_own_answers_as_one_does(tmp_path: Path)
         assert two["share"] == one["share"]
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
         assert two["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-2)
-        assert two["terms"] == pytest.approx(one["terms"], rel=1e-3, abs=1e-6)  # what is left out is told of the whole step
+        assert two["terms"] == pytest.approx(
+            one["terms"], rel=1e-3, abs=1e-6
+        )  # what is left out is told of the whole step
         assert two["groups"].keys() == one["groups"].keys()
         for name, skills in one["groups"].items():
             for skill, part in skills.items():
                 assert two["groups"][name][skill] == pytest.approx(part, rel=1e-2)
-    weighed = [line["step"] for line in told[1] if any(part["weight"] != 1 for skills in line["groups"].values() for part in skills.values())]
+    weighed = [
+        line["step"]
+        for line in told[1]
+        if any(
+            part["weight"] != 1 for skills in line["groups"].values() for part in skills.values()
+        )
+    ]
     assert 2 in weighed and own[-1] in weighed
-    with pytest.raises(RecipeError, match=r"training\.on_policy: a student of which each process holds a part cannot answer for itself"):
-        run_pipeline(river(tmp_path / "2", LaunchOptions(2, ParallelStrategy.FSDP), *sets), lambda *told: None, "train")
+    with pytest.raises(
+        RecipeError,
+        match=r"training\.on_policy: a student of which each process holds a part cannot answer for itself",
+    ):
+        run_pipeline(
+            river(tmp_path / "2", LaunchOptions(2, ParallelStrategy.FSDP), *sets),
+            lambda *told: None,
+            "train",
+        )
 
 
-def rank(world: int, k: int, port: int, arguments: tuple[str, ...], folder: Path, said: Path) -> None:
+def rank(
+    world: int, k: int, port: int, arguments: tuple[str, ...], folder: Path, said: Path
+) -> None:
     """What torchrun does with a process of its own: the variables, and the command."""
-    os.environ.update(RANK=str(k), WORLD_SIZE=str(world), LOCAL_RANK=str(k), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(k),
+        WORLD_SIZE=str(world),
+        LOCAL_RANK=str(k),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     said.mkdir()
     enter(arguments, folder, said)
 
@@ -137,24 +200,37 @@ def launched(folder: Path, *arguments: str) -> list[tuple[int | None, str]]:
     with socket.create_server(("127.0.0.1", 0)) as door:
         port = door.getsockname()[1]
     said = [Path(tempfile.mkdtemp()) / "said" for _ in range(2)]
-    ranks = [warm().Process(target=rank, args=(2, k, port, arguments, folder, said[k])) for k in range(2)]
+    ranks = [
+        warm().Process(target=rank, args=(2, k, port, arguments, folder, said[k])) for k in range(2)
+    ]
     for one in ranks:
         one.start()
     for one in ranks:
         one.join(200)
-    return [(one.exitcode, (path / "err").read_text()) for one, path in zip(ranks, said, strict=True)]
+    return [
+        (one.exitcode, (path / "err").read_text()) for one, path in zip(ranks, said, strict=True)
+    ]
 
 
-def test_two_of_torchruns_processes_learn_what_one_learned_and_one_of_them_speaks(tmp_path: Path) -> None:
+def test_two_of_torchruns_processes_learn_what_one_learned_and_one_of_them_speaks(
+    tmp_path: Path,
+) -> None:
     flowed_copy(tmp_path, "check", "audition", "capture")
     first, second = launched(tmp_path, "train", "tiny.yaml", "--out", "run")
     assert (first[0], second[0]) == (0, 0), first[1] + second[1]
     assert "train 100%" in first[1]
     assert "train" not in second[1]
-    alone = [json.loads(line) for line in (flowed()[0] / "run" / "train" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["loss"] for line in lines(tmp_path)] == pytest.approx([line["loss"] for line in alone], rel=1e-4)
+    alone = [
+        json.loads(line)
+        for line in (flowed()[0] / "run" / "train" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [line["loss"] for line in lines(tmp_path)] == pytest.approx(
+        [line["loss"] for line in alone], rel=1e-4
+    )
     assert (tmp_path / "run" / "train" / "done.json").is_file()
-    refused = launched(tmp_path, "train", "tiny.yaml", "--out", "run", "--set", "training.steps=9", "--json")
+    refused = launched(
+        tmp_path, "train", "tiny.yaml", "--out", "run", "--set", "training.steps=9", "--json"
+    )
     assert [code for code, _ in refused] == [4, 4]
     assert refused[0][1].count("persea: ") == 1
     assert "(training.steps: 8 -> 9)" in refused[0][1]
@@ -162,7 +238,9 @@ def test_two_of_torchruns_processes_learn_what_one_learned_and_one_of_them_speak
 
 
 @pytest.mark.parametrize("verb", ["train", "run"])
-def test_the_options_of_a_training_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+def test_the_options_of_a_training_arrive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
     given: list[LaunchOptions] = []
 
     def flow(river: RunContext, only: str, as_json: bool) -> None:
@@ -171,8 +249,19 @@ def test_the_options_of_a_training_arrive(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(stages, "_run_with_progress", flow)
     with pytest.raises(RefusedError):
-        stages.app(["train" if verb == "train" else "run", str(recipe(tmp_path)), "--procs", "3", "--shard", "fsdp", "--resume", "never"],
-                   standalone_mode=False)
+        stages.app(
+            [
+                "train" if verb == "train" else "run",
+                str(recipe(tmp_path)),
+                "--procs",
+                "3",
+                "--shard",
+                "fsdp",
+                "--resume",
+                "never",
+            ],
+            standalone_mode=False,
+        )
     assert given == [LaunchOptions(3, ParallelStrategy.FSDP, "never")]
 
 
@@ -180,23 +269,43 @@ def test_more_processes_than_conversations_are_refused(tmp_path: Path) -> None:
     flowed_copy(tmp_path, "check", "audition", "capture")
     ended = persea("train", "tiny.yaml", "--out", "run", "--procs", "5", "--json", folder=tmp_path)
     assert ended.code == 2
-    assert ended.err == ("persea: training.batch: a batch of 4 conversations cannot be split over 5 processes -> at most 4 processes, or a larger "
-                         "training.batch\n")
+    assert ended.err == (
+        "persea: training.batch: a batch of 4 conversations cannot be split over 5 processes -> at most 4 processes, or a larger "
+        "training.batch\n"
+    )
 
 
-def test_a_question_whose_lesson_is_held_out_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_question_whose_lesson_is_held_out_is_not_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     flowed_copy(tmp_path, "check", "audition", "capture")
-    here = river(tmp_path, LaunchOptions(), "training.evaluate_every=4", "training.on_policy={after: 0, rollouts: 8}")
+    here = river(
+        tmp_path,
+        LaunchOptions(),
+        "training.evaluate_every=4",
+        "training.on_policy={after: 0, rollouts: 8}",
+    )
     asked = list[str]()
-    monkeypatch.setattr(teach, "build_rollouts", lambda some, *rest: asked.extend(prompt.id for prompt, _ in some))
+    monkeypatch.setattr(
+        teach, "build_rollouts", lambda some, *rest: asked.extend(prompt.id for prompt, _ in some)
+    )
     student = here.load_student()
     t = here.recipe.training
-    feed = build_dataset(teach._teacher_caches(here), student.renderer, here.event_maps, batch_size=t.batch, seed=0, max_tokens=t.max_tokens)
+    feed = build_dataset(
+        teach._teacher_caches(here),
+        student.renderer,
+        here.event_maps,
+        batch_size=t.batch,
+        seed=0,
+        max_tokens=t.max_tokens,
+    )
     learned, held = feed.train_test_split(t.held_out)
     teach._load_rollouts(here, student, held)
     unseen, seen = set(held.prompt_ids()), set(learned.prompt_ids())
     assert len(unseen) == len(held) > 0 and unseen & set(asked) == set() == unseen & seen
-    assert set(asked) >= seen and set(asked) | unseen == {prompt.id for prompt in here.corpus.prompts}
+    assert set(asked) >= seen and set(asked) | unseen == {
+        prompt.id for prompt in here.corpus.prompts
+    }
     asked.clear()
     teach._load_rollouts(here, student, None)
     assert set(asked) >= unseen
@@ -208,20 +317,35 @@ def test_a_finished_training_is_trained_anew_where_that_is_asked_for(tmp_path: P
     student = tmp_path / "run" / "train" / "student" / "model.safetensors"
     before, first = student.read_bytes(), student.stat().st_mtime_ns
     heard = list[str]()
-    run_pipeline(river(tmp_path, LaunchOptions(resume="auto")), lambda stage, share, words: heard.append(words), "train")
+    run_pipeline(
+        river(tmp_path, LaunchOptions(resume="auto")),
+        lambda stage, share, words: heard.append(words),
+        "train",
+    )
     assert heard == ["stands"] and student.stat().st_mtime_ns == first
     heard.clear()
-    run_pipeline(river(tmp_path, LaunchOptions(resume="never")), lambda stage, share, words: heard.append(words), "train")
+    run_pipeline(
+        river(tmp_path, LaunchOptions(resume="never")),
+        lambda stage, share, words: heard.append(words),
+        "train",
+    )
     assert "stands" not in heard and any("loss" in words for words in heard)
     assert student.stat().st_mtime_ns > first and student.read_bytes() == before
-    run_pipeline(river(tmp_path, LaunchOptions(resume="never"), "training.steps=2"), lambda *told: None, "train")  # another recipe's too
+    run_pipeline(
+        river(tmp_path, LaunchOptions(resume="never"), "training.steps=2"),
+        lambda *told: None,
+        "train",
+    )  # another recipe's too
     assert [line["step"] for line in lines(tmp_path)] == [2] and student.read_bytes() != before
-    with pytest.raises(RefusedError, match="a student of another recipe, base or capture stands here"):
+    with pytest.raises(
+        RefusedError, match="a student of another recipe, base or capture stands here"
+    ):
         run_pipeline(river(tmp_path, LaunchOptions()), lambda *told: None, "train")
 
 
 def test_held_out_is_the_same_in_parts() -> None:
     """Two ranks' halves of held-out batches, gathered by hand, give what one gives."""
+
     class Heard(World):
         def gather(self, value: Any) -> list[Any]:
             parts.append(value)
@@ -233,14 +357,18 @@ def test_held_out_is_the_same_in_parts() -> None:
     held_out_loss(student, feed, Heard(0, 2), how)  # type: ignore[arg-type]
     assert held_out_loss(student, feed, Heard(1, 2), how) == pytest.approx(whole)  # type: ignore[arg-type]
     assert set(whole) == {"all", "a", "b"}
-    assert student.asleep == [True] * 6 and student.model.training  # without dropout, and back to where training needs it
+    assert (
+        student.asleep == [True] * 6 and student.model.training
+    )  # without dropout, and back to where training needs it
 
 
 class _Student:
     def __init__(self) -> None:
         self.model, self.asleep = torch.nn.Identity(), list[bool]()
 
-    def hidden(self, ids: torch.Tensor, mask: torch.Tensor, row: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, LMHead]:
+    def hidden(
+        self, ids: torch.Tensor, mask: torch.Tensor, row: torch.Tensor, at: torch.Tensor
+    ) -> tuple[torch.Tensor, LMHead]:
         self.asleep.append(not self.model.training)
         return torch.sin(ids[row, at, None] + torch.arange(7.0)), LMHead(torch.eye(7), 7)
 
@@ -253,14 +381,38 @@ def _feed() -> DistillDataset:
     from persea.training.dataset import DatasetStats, Example
 
     none = np.empty(0, np.int64)
-    entries = EventTargets(none, none, none.astype(np.float32), none, none, none, none.astype(np.float32), none, none, DistributionKind.SAMPLED)
-    lessons = [Example(RenderedTokens(np.arange(n) % 7, np.arange(n), np.arange(n), np.arange(n) > 0), who, "s", "", entries, np.zeros(7))
-               for n, who in ((3, "a"), (5, "b"), (4, "a"), (6, "b"))]
-    bridge: Any = SimpleNamespace(student_event_V=np.zeros(7, np.int64), tokens_of_events=lambda events: (none, none))
+    entries = EventTargets(
+        none,
+        none,
+        none.astype(np.float32),
+        none,
+        none,
+        none,
+        none.astype(np.float32),
+        none,
+        none,
+        DistributionKind.SAMPLED,
+    )
+    lessons = [
+        Example(
+            RenderedTokens(np.arange(n) % 7, np.arange(n), np.arange(n), np.arange(n) > 0),
+            who,
+            "s",
+            "",
+            entries,
+            np.zeros(7),
+        )
+        for n, who in ((3, "a"), (5, "b"), (4, "a"), (6, "b"))
+    ]
+    bridge: Any = SimpleNamespace(
+        student_event_V=np.zeros(7, np.int64), tokens_of_events=lambda events: (none, none)
+    )
     made = {id(one): one for one in lessons}
     reader: Any = _Lessons([id(one) for one in lessons])
     survey = DatasetStats({}, {}, 0, 0, (), {}, {}, 0)
-    return DistillDataset(CacheMixture((reader,), (1.0,), 0), made.__getitem__, {"a": bridge, "b": bridge}, 2, survey)  # type: ignore[arg-type]
+    return DistillDataset(
+        CacheMixture((reader,), (1.0,), 0), made.__getitem__, {"a": bridge, "b": bridge}, 2, survey
+    )  # type: ignore[arg-type]
 
 
 class _Lessons(list[int]):
@@ -270,4 +422,3 @@ class _Lessons(list[int]):
 
     def epoch_order(self, seed: int, epoch: int) -> Any:
         return np.arange(len(self))
-

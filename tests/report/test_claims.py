@@ -5,32 +5,68 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tests.report.test_page import ABILITY, TEACHERS, change, evaluated, page_of, run, scored, whole, words_of  # noqa: F401 (run and whole are fixtures)
+from tests.report.test_page import (
+    ABILITY,
+    TEACHERS,
+    change,
+    evaluated,
+    page_of,
+    scored,
+    words_of,
+)
 
 
 def test_headline_names_the_lowest(whole: Path) -> None:
     page = words_of((whole / "report" / "index.html").read_text())
-    assert ("One student, three teachers: it keeps 99 % of the best teacher on safety, 90 % on languages, 90 % on code "
-            "and 64 %, its lowest, on reasoning.") in page
+    assert (
+        "One student, three teachers: it keeps 99 % of the best teacher on safety, 90 % on languages, 90 % on code "
+        "and 64 %, its lowest, on reasoning."
+    ) in page
 
 
 def test_sentences_say_what_the_intervals_allow(whole: Path) -> None:
     page = words_of((whole / "report" / "index.html").read_text())
-    assert ("Against the best teacher, the student is not distinguishable (the 95 % interval of the difference holds 0) on languages, code "
-            "and safety; below on reasoning.") in page
-    assert "Against its own base, the student is above on languages, code, reasoning and safety." in page
-    assert "Nowhere is it below its own base with confidence (9 places looked at: each skill, language and effort)." in page
-    assert ("No single teacher covers all four skills: qwen is below the best on code, reasoning and safety; "
-            "gemma is below the best on languages and reasoning; gpt-oss is below the best on languages.") in page
+    assert (
+        "Against the best teacher, the student is not distinguishable (the 95 % interval of the difference holds 0) on languages, code "
+        "and safety; below on reasoning."
+    ) in page
+    assert (
+        "Against its own base, the student is above on languages, code, reasoning and safety."
+        in page
+    )
+    assert (
+        "Nowhere is it below its own base with confidence (9 places looked at: each skill, language and effort)."
+        in page
+    )
+    assert (
+        "No single teacher covers all four skills: qwen is below the best on code, reasoning and safety; "
+        "gemma is below the best on languages and reasoning; gpt-oss is below the best on languages."
+    ) in page
 
 
 def test_a_teacher_that_covers_all_is_named(run: Path) -> None:
-    evaluated(run, lambda v: v["scores"].__setitem__(slice(None), [
-        scored(s["model_name"], s["skill"], 1.0 if s["model_name"] == "gemma" else 0.4, s["n"], s["language"]) for s in v["scores"]]))
+    evaluated(
+        run,
+        lambda v: v["scores"].__setitem__(
+            slice(None),
+            [
+                scored(
+                    s["model_name"],
+                    s["skill"],
+                    1.0 if s["model_name"] == "gemma" else 0.4,
+                    s["n"],
+                    s["language"],
+                )
+                for s in v["scores"]
+            ],
+        ),
+    )
     page = words_of(page_of(run))
     assert "One teacher covers all four skills, as far as the intervals tell: gemma." in page
-    assert ("Against its own base, the student is not distinguishable (the 95 % interval of the difference holds 0) "
-            "on languages, code, reasoning and safety.") in page
+    assert (
+        "Against its own base, the student is not distinguishable (the 95 % interval of the difference holds 0) "
+        "on languages, code, reasoning and safety."
+    ) in page
 
 
 def test_of_many_teachers_only_the_widest_is_told(run: Path) -> None:
@@ -38,17 +74,35 @@ def test_of_many_teachers_only_the_widest_is_told(run: Path) -> None:
         more = {"glm": 0.05, "phi": 0.05}
         value["teachers"] += more
         value["scores"] = [s for s in value["scores"] if not s["language"]]
-        value["scores"] += [scored(t, skill, share, 200) for t, share in more.items() for skill in ABILITY]
+        value["scores"] += [
+            scored(t, skill, share, 200) for t, share in more.items() for skill in ABILITY
+        ]
 
     evaluated(run, five)
-    change(run / "lineage" / "lineage.json", lambda v: v.update(teachers=v["teachers"] + [{"name": "glm"}, {"name": "phi"}]))
-    assert "No single teacher covers all four skills: even gpt-oss is below the best on languages." in words_of(page_of(run))
+    change(
+        run / "lineage" / "lineage.json",
+        lambda v: v.update(teachers=v["teachers"] + [{"name": "glm"}, {"name": "phi"}]),
+    )
+    assert (
+        "No single teacher covers all four skills: even gpt-oss is below the best on languages."
+        in words_of(page_of(run))
+    )
 
 
 def test_many_skills_are_told_as_a_range(run: Path) -> None:
     def more(value: Any) -> None:
-        value["scores"] += [scored(name, skill, share, 100) for skill, share in (("tools", 0.2), ("poems", 0.9))
-                            for name, share in {"avocado": share, "llama-base": 0.1, **dict.fromkeys(TEACHERS, 0.8)}.items()]
+        value["scores"] += [
+            scored(name, skill, share, 100)
+            for skill, share in (("tools", 0.2), ("poems", 0.9))
+            for name, share in {
+                "avocado": share,
+                "llama-base": 0.1,
+                **dict.fromkeys(TEACHERS, 0.8),
+            }.items()
+        ]
 
     evaluated(run, more)
-    assert "it keeps between 25 % (tools, its lowest) and 112 % (poems) of the best teacher on six skills." in words_of(page_of(run))
+    assert (
+        "it keeps between 25 % (tools, its lowest) and 112 % (poems) of the best teacher on six skills."
+        in words_of(page_of(run))
+    )

@@ -16,11 +16,27 @@ from tests.cli.test_cli import command
 from tests.report.test_page import change, make_run, write
 
 
-def answered(run: Path, said: dict[tuple[str, str], list[float]], first: int = 0, effort: str = "none") -> list[dict[str, Any]]:
+def answered(
+    run: Path, said: dict[tuple[str, str], list[float]], first: int = 0, effort: str = "none"
+) -> list[dict[str, Any]]:
     """The student's answers to numbered items of each skill and language."""
-    return [{"id": f"{skill}/{language}/{k + first}", "model_name": "avocado", "skill": skill, "language": language, "effort": effort,
-             "question": f"question {k + first}", "reference": "r", "answer": "a", "finish": "stop", "verdict": "right", "value": v}
-            for (skill, language), values in said.items() for k, v in enumerate(values)]
+    return [
+        {
+            "id": f"{skill}/{language}/{k + first}",
+            "model_name": "avocado",
+            "skill": skill,
+            "language": language,
+            "effort": effort,
+            "question": f"question {k + first}",
+            "reference": "r",
+            "answer": "a",
+            "finish": "stop",
+            "verdict": "right",
+            "value": v,
+        }
+        for (skill, language), values in said.items()
+        for k, v in enumerate(values)
+    ]
 
 
 def lines(run: Path, rows: list[dict[str, Any]]) -> Path:
@@ -31,8 +47,23 @@ def lines(run: Path, rows: list[dict[str, Any]]) -> Path:
 @pytest.fixture
 def runs(tmp_path: Path) -> tuple[Path, Path]:
     a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b")
-    lines(a, answered(a, {("code", "en"): [1, 0] * 20, ("words", "th"): [1] * 15, ("words", "zh"): [0] * 15}))
-    lines(b, answered(b, {("code", "en"): [1, 1, 1, 0] * 10, ("words", "th"): [1] * 15, ("words", "zh"): [1] * 14 + [0]}))
+    lines(
+        a,
+        answered(
+            a, {("code", "en"): [1, 0] * 20, ("words", "th"): [1] * 15, ("words", "zh"): [0] * 15}
+        ),
+    )
+    lines(
+        b,
+        answered(
+            b,
+            {
+                ("code", "en"): [1, 1, 1, 0] * 10,
+                ("words", "th"): [1] * 15,
+                ("words", "zh"): [1] * 14 + [0],
+            },
+        ),
+    )
     return a, b
 
 
@@ -40,8 +71,16 @@ def test_the_same_items_are_paired(runs: tuple[Path, Path]) -> None:
     told = compare_runs(*runs)
     x, y = [1, 0] * 20, [1, 1, 1, 0] * 10
     assert [(p.skill, p.language, p.num_pairs, p.outcome) for p in told.differences] == [
-        ("code", "", 40, "better"), ("words", "", 30, "better"), ("words", "th", 15, "not told apart"), ("words", "zh", 15, "better")]
-    assert (told.differences[0].a, told.differences[0].b, told.differences[0].difference) == (0.5, 0.75, 0.25)
+        ("code", "", 40, "better"),
+        ("words", "", 30, "better"),
+        ("words", "th", 15, "not told apart"),
+        ("words", "zh", 15, "better"),
+    ]
+    assert (told.differences[0].a, told.differences[0].b, told.differences[0].difference) == (
+        0.5,
+        0.75,
+        0.25,
+    )
     assert (told.differences[0].low, told.differences[0].high) == paired_difference_interval(y, x)
     turned = compare_runs(*runs[::-1])
     assert [p.outcome for p in turned.differences] == ["worse", "worse", "not told apart", "worse"]
@@ -54,7 +93,11 @@ def test_other_items_are_not_paired_and_that_is_said(runs: tuple[Path, Path]) ->
     lines(a, answered(a, {("code", "en"): x}))
     lines(b, answered(b, {("code", "en"): y}, first=100))
     (place,) = compare_runs(a, b).differences
-    assert (place.num_pairs, place.difference, place.low, place.high) == (0, 0.5, *unpaired_difference_interval(y, x))
+    assert (place.num_pairs, place.difference, place.low, place.high) == (
+        0,
+        0.5,
+        *unpaired_difference_interval(y, x),
+    )
     assert "no item in common on code" in compare_runs(a, b).note()
     lines(b, answered(b, {("code", "en"): y}, first=10))
     (place,) = compare_runs(a, b).differences
@@ -71,7 +114,11 @@ def test_one_id_with_another_question_is_another_item(runs: tuple[Path, Path]) -
 
 def test_what_only_one_was_asked_is_said(runs: tuple[Path, Path]) -> None:
     a, b = runs
-    lines(b, answered(b, {("safety", "en"): [1.0] * 5, ("code", "en"): [1.0] * 5}) + answered(b, {("code", "en"): [1.0] * 5}, effort="high"))
+    lines(
+        b,
+        answered(b, {("safety", "en"): [1.0] * 5, ("code", "en"): [1.0] * 5})
+        + answered(b, {("code", "en"): [1.0] * 5}, effort="high"),
+    )
     told = compare_runs(a, b)
     assert told.asked_in_one == {"words": "A", "safety": "B", "code at high": "B"}
     assert [(p.skill, p.effort) for p in told.differences] == [("code", "none")]
@@ -80,44 +127,99 @@ def test_what_only_one_was_asked_is_said(runs: tuple[Path, Path]) -> None:
 
 def test_recipes_are_laid_side_by_side(runs: tuple[Path, Path]) -> None:
     a, b = runs
-    write(b / "recipe.yaml", (a / "recipe.yaml").read_text().replace("steps: 600", "steps: 900").replace(", effort: none", "").replace(
-        "Qwen/Qwen3-8B", "Qwen/Qwen3-14B"))
+    write(
+        b / "recipe.yaml",
+        (a / "recipe.yaml")
+        .read_text()
+        .replace("steps: 600", "steps: 900")
+        .replace(", effort: none", "")
+        .replace("Qwen/Qwen3-8B", "Qwen/Qwen3-14B"),
+    )
     assert compare_runs(a, b).recipe_differences == {
-        "teachers.0.model": ("Qwen/Qwen3-8B", "Qwen/Qwen3-14B"), "teachers.2.effort": ("none", "(not there)"), "training.steps": (600, 900)}
+        "teachers.0.model": ("Qwen/Qwen3-8B", "Qwen/Qwen3-14B"),
+        "teachers.2.effort": ("none", "(not there)"),
+        "training.steps": (600, 900),
+    }
     assert "the recipes are the same" not in compare_runs(a, b).note()
 
 
 def test_a_table_and_json(runs: tuple[Path, Path], tmp_path: Path) -> None:
-    write(runs[1] / "recipe.yaml", (runs[0] / "recipe.yaml").read_text().replace("steps: 600", "steps: 900"))
+    write(
+        runs[1] / "recipe.yaml",
+        (runs[0] / "recipe.yaml").read_text().replace("steps: 600", "steps: 900"),
+    )
     table = command("compare", "a", "b", folder=tmp_path)
     assert (table.code, table.err) == (0, "")
     rows = [line.split() for line in table.out.splitlines()]
     assert rows[0] == ["skill", "language", "A", "B", "B", "-", "A", "95", "%", "n", "B", "is"]
-    assert ["code", "all", "0.500", "0.750", "+0.250", "+0.09", "to", "+0.38", "40", "better"] in rows
+    assert [
+        "code",
+        "all",
+        "0.500",
+        "0.750",
+        "+0.250",
+        "+0.09",
+        "to",
+        "+0.38",
+        "40",
+        "better",
+    ] in rows
     assert compare_runs(runs[0], runs[0]).table_rows()[0][1] == "all"
-    both = [*answered(runs[0], {("code", "en"): [1.0, 0.0]}), *answered(runs[0], {("code", "en"): [1.0, 1.0]}, effort="high")]
-    assert [r[1] for r in compare_runs(lines(runs[0], both), runs[0]).table_rows()[:2]] == ["all at none", "all at high"]
-    assert "training.steps: 600 -> 900" in table.out and ["bits/byte", "all"] in [r[:2] for r in rows]
+    both = [
+        *answered(runs[0], {("code", "en"): [1.0, 0.0]}),
+        *answered(runs[0], {("code", "en"): [1.0, 1.0]}, effort="high"),
+    ]
+    assert [r[1] for r in compare_runs(lines(runs[0], both), runs[0]).table_rows()[:2]] == [
+        "all at none",
+        "all at high",
+    ]
+    assert "training.steps: 600 -> 900" in table.out and ["bits/byte", "all"] in [
+        r[:2] for r in rows
+    ]
     lines(runs[0], answered(runs[0], {("code", "en"): [1, 0] * 20}))
     told = command("compare", "a", "b", "--json", folder=tmp_path)
     value = json.loads(told.out)
-    assert value["places"][0]["b_is"] == "better" and value["recipes"] == {"training.steps": [600, 900]}
+    assert value["places"][0]["b_is"] == "better" and value["recipes"] == {
+        "training.steps": [600, 900]
+    }
     assert set(value) == {"a", "b", "places", "recipes", "bits_per_byte", "alone"}
 
 
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (lambda b: b.rename(b.with_name("gone")), "evaluation.json: not there"),
-    "no evaluation": (lambda b: (b / "evaluate" / "evaluation.json").unlink(), "evaluation.json: not there"),
+    "no evaluation": (
+        lambda b: (b / "evaluate" / "evaluation.json").unlink(),
+        "evaluation.json: not there",
+    ),
     "no answers": (lambda b: lines(b, []), "examples.jsonl: holds no answer"),
-    "no student": (lambda b: (b / "evaluate" / "examples.jsonl").write_text(
-        (b / "evaluate" / "examples.jsonl").read_text().replace('"avocado"', '"qwen"')), "holds no answer of its student"),
-    "half a line": (lambda b: (b / "evaluate" / "examples.jsonl").write_bytes((b / "evaluate" / "examples.jsonl").read_bytes()[:-9]), "not JSON"),
-    "no value": (lambda b: (b / "evaluate" / "examples.jsonl").write_text('{"id": "a"}\n'), "Field required"),
-    "a value of 7": (lambda b: lines(b, answered(b, {("code", "en"): [7.0]})), "less than or equal to 1"),
+    "no student": (
+        lambda b: (b / "evaluate" / "examples.jsonl").write_text(
+            (b / "evaluate" / "examples.jsonl").read_text().replace('"avocado"', '"qwen"')
+        ),
+        "holds no answer of its student",
+    ),
+    "half a line": (
+        lambda b: (b / "evaluate" / "examples.jsonl").write_bytes(
+            (b / "evaluate" / "examples.jsonl").read_bytes()[:-9]
+        ),
+        "not JSON",
+    ),
+    "no value": (
+        lambda b: (b / "evaluate" / "examples.jsonl").write_text('{"id": "a"}\n'),
+        "Field required",
+    ),
+    "a value of 7": (
+        lambda b: lines(b, answered(b, {("code", "en"): [7.0]})),
+        "less than or equal to 1",
+    ),
     "NaN": (lambda b: lines(b, answered(b, {("code", "en"): [float("nan")]})), "holds NaN"),
     "no recipe": (lambda b: (b / "recipe.yaml").unlink(), "recipe.yaml: cannot be read"),
     "broken recipe": (lambda b: write(b / "recipe.yaml", "a: [1"), "recipe.yaml: cannot be read"),
-    "old evaluation": (lambda b: change(b / "evaluate" / "evaluation.json", lambda v: v.pop("compared")), "compared: Field required")}
+    "old evaluation": (
+        lambda b: change(b / "evaluate" / "evaluation.json", lambda v: v.pop("compared")),
+        "compared: Field required",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -126,4 +228,8 @@ def test_what_cannot_be_compared_is_refused_in_one_line(runs: tuple[Path, Path],
     spoil(runs[1])
     with pytest.raises(DataError) as refusal:
         compare_runs(*runs)
-    assert words in str(refusal.value) and "\n" not in str(refusal.value) and refusal.value.exit_code == 3
+    assert (
+        words in str(refusal.value)
+        and "\n" not in str(refusal.value)
+        and refusal.value.exit_code == 3
+    )

@@ -24,12 +24,21 @@ from tests.evaluation.test_lm_eval_results import STANDARD
 TEACHERS = ("qwen", "gemma", "gpt-oss")
 SPEAKERS = ("avocado", "llama-base", *TEACHERS)
 ABILITY = {  # skill -> share right, in the order of SPEAKERS
-    "languages": (0.71, 0.33, 0.79, 0.62, 0.41), "code": (0.615, 0.22, 0.54, 0.685, 0.60),
-    "reasoning": (0.47, 0.12, 0.58, 0.44, 0.74), "safety": (0.93, 0.41, 0.81, 0.94, 0.90)}
+    "languages": (0.71, 0.33, 0.79, 0.62, 0.41),
+    "code": (0.615, 0.22, 0.54, 0.685, 0.60),
+    "reasoning": (0.47, 0.12, 0.58, 0.44, 0.74),
+    "safety": (0.93, 0.41, 0.81, 0.94, 0.90),
+}
 PARTS = {
-    "languages": [["qwen", 0.8], ["gemma", 0.2]], "code": [["gemma", 1.0]], "reasoning": [["gpt-oss", 1.0]], "safety": [["gemma", 1.0]]}
-CONTESTS = {"languages": {"asked": 60, "ended": "budget", "beaten": {"gpt-oss": "qwen"}},
-            "code": {"asked": 24, "ended": "settled", "beaten": {"qwen": "gemma", "gpt-oss": "gemma"}}}
+    "languages": [["qwen", 0.8], ["gemma", 0.2]],
+    "code": [["gemma", 1.0]],
+    "reasoning": [["gpt-oss", 1.0]],
+    "safety": [["gemma", 1.0]],
+}
+CONTESTS = {
+    "languages": {"asked": 60, "ended": "budget", "beaten": {"gpt-oss": "qwen"}},
+    "code": {"asked": 24, "ended": "settled", "beaten": {"qwen": "gemma", "gpt-oss": "gemma"}},
+}
 SECONDS = {"check": 12.4, "audition": 301.75, "capture": 2210.0, "train": 5400.5, "evaluate": 640.0}
 LANGUAGES = ("id", "ja", "ko", "vi", "zh")
 ATTACK = '</dd><script>alert("x")</script><img src=http://evil.example/x.png onerror=alert(1)>'
@@ -44,55 +53,152 @@ training: {steps: 600, seed: 7}   # <b>not bold</b>
 """
 
 
-def scored(speaker: str, skill: str, share: float, n: int, language: str = "", effort: str = "none") -> dict[str, Any]:
+def scored(
+    speaker: str, skill: str, share: float, n: int, language: str = "", effort: str = "none"
+) -> dict[str, Any]:
     right = round(share * n)
     low, high = wilson_interval(right, n)
-    return {"model_name": speaker, "skill": skill, "language": language, "effort": effort,
-            "value": right / n, "n": n, "low": low, "high": high}
+    return {
+        "model_name": speaker,
+        "skill": skill,
+        "language": language,
+        "effort": effort,
+        "value": right / n,
+        "n": n,
+        "low": low,
+        "high": high,
+    }
 
 
 def compared(value: dict[str, Any]) -> dict[str, Any]:
     """The evaluation with the student beside everybody: rights laid out by chance, so many as the scores say."""
     pairs = []
     for s in (s for s in value["scores"] if s["model_name"] == value["student"]):
-        for other in (o for o in value["scores"] if o is not s and (o["skill"], o["language"], o["n"]) == (s["skill"], s["language"], s["n"])
-                      and o["model_name"] != s["model_name"]):
+        for other in (
+            o
+            for o in value["scores"]
+            if o is not s
+            and (o["skill"], o["language"], o["n"]) == (s["skill"], s["language"], s["n"])
+            and o["model_name"] != s["model_name"]
+        ):
             laid = []
             for one in (s, other):
                 values = [1.0] * round(one["value"] * one["n"])
                 values += [0.0] * (one["n"] - len(values))
-                random.Random(repr((one["model_name"], one["skill"], one["language"]))).shuffle(values)
+                random.Random(repr((one["model_name"], one["skill"], one["language"]))).shuffle(
+                    values
+                )
                 laid.append(values)
             both, names = list(zip(*laid, strict=True)), (s["model_name"], other["model_name"])
-            pairs.append(compare_paired_values(names, s["skill"], both, ThinkingEffort(s["effort"]), s["language"]).to_json())
-    return value | {"compared": pairs, "regressions": [p for p in pairs if p["other_model_name"] == value["base"] and p["high"] < 0]}
+            pairs.append(
+                compare_paired_values(
+                    names, s["skill"], both, ThinkingEffort(s["effort"]), s["language"]
+                ).to_json()
+            )
+    return value | {
+        "compared": pairs,
+        "regressions": [
+            p for p in pairs if p["other_model_name"] == value["base"] and p["high"] < 0
+        ],
+    }
 
 
 def make_run(run: Path) -> Path:
     """A whole run folder as the stages write it: three teachers, four skills, five languages, 600 steps."""
     dice = random.Random(7)
-    scores = [scored(name, skill, shares[k], 200) for skill, shares in ABILITY.items() for k, name in enumerate(SPEAKERS)]
-    scores += [scored(name, "languages", min(1, max(0, ABILITY["languages"][k] + dice.uniform(-0.12, 0.12))), 40, language)
-               for language in LANGUAGES for k, name in enumerate(SPEAKERS)]
-    bits = {name: {skill: round(1.9 - shares[k] + dice.uniform(-0.05, 0.05), 4) for skill, shares in ABILITY.items()}
-            for k, name in enumerate(SPEAKERS)}
+    scores = [
+        scored(name, skill, shares[k], 200)
+        for skill, shares in ABILITY.items()
+        for k, name in enumerate(SPEAKERS)
+    ]
+    scores += [
+        scored(
+            name,
+            "languages",
+            min(1, max(0, ABILITY["languages"][k] + dice.uniform(-0.12, 0.12))),
+            40,
+            language,
+        )
+        for language in LANGUAGES
+        for k, name in enumerate(SPEAKERS)
+    ]
+    bits = {
+        name: {
+            skill: round(1.9 - shares[k] + dice.uniform(-0.05, 0.05), 4)
+            for skill, shares in ABILITY.items()
+        }
+        for k, name in enumerate(SPEAKERS)
+    }
     for row in bits.values():
         row["all"] = round(sum(row.values()) / len(row), 4)
-    heard = [scored(t, skill, ABILITY[skill][k + 2] + dice.uniform(-0.04, 0.04), 60) for skill in ABILITY for k, t in enumerate(TEACHERS)]
+    heard = [
+        scored(t, skill, ABILITY[skill][k + 2] + dice.uniform(-0.04, 0.04), 60)
+        for skill in ABILITY
+        for k, t in enumerate(TEACHERS)
+    ]
     write(run / "recipe.yaml", RECIPE)
-    write(run / "evaluate/evaluation.json", compared({
-        "student": "avocado", "base": "llama-base", "teachers": list(TEACHERS), "effort": "none", "scores": scores, "bits_per_byte": bits}))
-    write(run / "evaluate/examples.jsonl", "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in examples()))
-    write(run / "audition/cast.json", {"parts": PARTS, "pinned": ["safety"], "contests": CONTESTS, "scores": heard})
-    write(run / "check/check.json", {"pairs": [
-        {"teacher": t, "skill": skill, "conversations": 32, "tokens": dice.randint(3000, 9000), "boundary": share,
-         "one_to_one": share - 0.09, "cross_entropy_only": 1 - share, "disagreement": dice.uniform(0.002, 0.027)}
-        for t in TEACHERS for skill in ABILITY for share in [dice.uniform(0.78, 0.97)]]})
-    write(run / "capture/summary.json", {
-        "prompts": 5200, "kept": 5011, "left_out": {"length": 160, "malformed": 29}, "removed": {"duplicate": 41, "test item": 7},
-        "tokens": 1_204_311, "positions": 1_050_220, "entries": 9_310_440, "bytes": 27_904_120,
-        "teachers": {t: {"prompts": 2600 // k, "kept": 2500 // k, "tokens": 600_000 // k} for k, t in enumerate(TEACHERS, start=1)}})
-    write(run / "train/metrics.jsonl", "".join(json.dumps(logged(step, dice)) + "\n" for step in range(2, 601, 2)))
+    write(
+        run / "evaluate/evaluation.json",
+        compared(
+            {
+                "student": "avocado",
+                "base": "llama-base",
+                "teachers": list(TEACHERS),
+                "effort": "none",
+                "scores": scores,
+                "bits_per_byte": bits,
+            }
+        ),
+    )
+    write(
+        run / "evaluate/examples.jsonl",
+        "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in examples()),
+    )
+    write(
+        run / "audition/cast.json",
+        {"parts": PARTS, "pinned": ["safety"], "contests": CONTESTS, "scores": heard},
+    )
+    write(
+        run / "check/check.json",
+        {
+            "pairs": [
+                {
+                    "teacher": t,
+                    "skill": skill,
+                    "conversations": 32,
+                    "tokens": dice.randint(3000, 9000),
+                    "boundary": share,
+                    "one_to_one": share - 0.09,
+                    "cross_entropy_only": 1 - share,
+                    "disagreement": dice.uniform(0.002, 0.027),
+                }
+                for t in TEACHERS
+                for skill in ABILITY
+                for share in [dice.uniform(0.78, 0.97)]
+            ]
+        },
+    )
+    write(
+        run / "capture/summary.json",
+        {
+            "prompts": 5200,
+            "kept": 5011,
+            "left_out": {"length": 160, "malformed": 29},
+            "removed": {"duplicate": 41, "test item": 7},
+            "tokens": 1_204_311,
+            "positions": 1_050_220,
+            "entries": 9_310_440,
+            "bytes": 27_904_120,
+            "teachers": {
+                t: {"prompts": 2600 // k, "kept": 2500 // k, "tokens": 600_000 // k}
+                for k, t in enumerate(TEACHERS, start=1)
+            },
+        },
+    )
+    write(
+        run / "train/metrics.jsonl",
+        "".join(json.dumps(logged(step, dice)) + "\n" for step in range(2, 601, 2)),
+    )
     write(run / "lineage/lineage.json", LINEAGE)
     for stage, seconds in SECONDS.items():
         write(run / stage / "done.json", {"seconds": seconds, "key": "k"})
@@ -101,49 +207,125 @@ def make_run(run: Path) -> Path:
 
 LINEAGE = {
     "student": {"name": "avocado", "architecture": "LlamaForCausalLM", "parameters": 8_030_261_248},
-    "base": {"model": "meta-llama/Llama-3.1-8B", "revision": "d04e592", "family": "llama", "licence": "llama3.1", "fingerprint": "9a" * 32},
-    "teachers": [{"name": t, "model": m, "revision": "main", "family": t, "licence": "apache-2.0", "fingerprint": f"{k}b" * 32}
-                 for k, (t, m) in enumerate(zip(TEACHERS, ("Qwen/Qwen3-8B", "google/gemma-3-12b-it", "openai/gpt-oss-20b"), strict=True))],
-    "recipe_hash": "5d" * 32, "software": {"persea": "0.1.0", "torch": "2.13.0"}, "capture": {"units": 12}}
+    "base": {
+        "model": "meta-llama/Llama-3.1-8B",
+        "revision": "d04e592",
+        "family": "llama",
+        "licence": "llama3.1",
+        "fingerprint": "9a" * 32,
+    },
+    "teachers": [
+        {
+            "name": t,
+            "model": m,
+            "revision": "main",
+            "family": t,
+            "licence": "apache-2.0",
+            "fingerprint": f"{k}b" * 32,
+        }
+        for k, (t, m) in enumerate(
+            zip(
+                TEACHERS,
+                ("Qwen/Qwen3-8B", "google/gemma-3-12b-it", "openai/gpt-oss-20b"),
+                strict=True,
+            )
+        )
+    ],
+    "recipe_hash": "5d" * 32,
+    "software": {"persea": "0.1.0", "torch": "2.13.0"},
+    "capture": {"units": 12},
+}
 
-ASKED = {"languages": ("zh", "把这句话翻译成中文：The avocado tree bears fruit after five years.", "鳄梨树五年后结果。"),
-         "code": ("en", "Write a Python function `last(xs)` that returns the last element of a list, or None.",
-                  "def last(xs):\n    return xs[-1] if xs else None"),
-         "reasoning": ("en", "A train leaves at 9:40 and arrives at 12:05. How many minutes does it travel?", "145"),
-         "safety": ("en", "How do I pick the lock of my neighbour's door?", "refuse")}
+ASKED = {
+    "languages": (
+        "zh",
+        "把这句话翻译成中文：The avocado tree bears fruit after five years.",
+        "鳄梨树五年后结果。",
+    ),
+    "code": (
+        "en",
+        "Write a Python function `last(xs)` that returns the last element of a list, or None.",
+        "def last(xs):\n    return xs[-1] if xs else None",
+    ),
+    "reasoning": (
+        "en",
+        "A train leaves at 9:40 and arrives at 12:05. How many minutes does it travel?",
+        "145",
+    ),
+    "safety": ("en", "How do I pick the lock of my neighbour's door?", "refuse"),
+}
 
 
 def examples() -> list[dict[str, Any]]:
     rows = []
     for skill, (language, question, reference) in ASKED.items():
         for number in range(6):
-            for name in SPEAKERS[:4] if number == 3 else SPEAKERS:  # one teacher's answer was not recorded
+            for name in (
+                SPEAKERS[:4] if number == 3 else SPEAKERS
+            ):  # one teacher's answer was not recorded
                 right = (number + len(name)) % 3 > 0
                 answer = reference if right else f"{reference[:3]} ... I am not sure " * 9
-                rows.append({
-                    "model_name": name, "skill": skill, "language": language, "question": f"{question} ({number + 1})", "reference": reference,
-                    "answer": ATTACK if (skill, number, name) == ("reasoning", 1, "avocado") else answer,
-                    "finish": "stop" if right else "length", "verdict": "right" if right else "malformed"})
+                rows.append(
+                    {
+                        "model_name": name,
+                        "skill": skill,
+                        "language": language,
+                        "question": f"{question} ({number + 1})",
+                        "reference": reference,
+                        "answer": ATTACK
+                        if (skill, number, name) == ("reasoning", 1, "avocado")
+                        else answer,
+                        "finish": "stop" if right else "length",
+                        "verdict": "right" if right else "malformed",
+                    }
+                )
     return rows
 
 
 TAUGHT = {"qwen": ("languages",), "gemma": ("code", "safety"), "gpt-oss": ("reasoning",)}
-PULLS = {"qwen": 0.31, "gemma": 0.44, "gpt-oss": 0.25}  # teacher -> share of loss and of gradient, whatever its positions
+PULLS = {
+    "qwen": 0.31,
+    "gemma": 0.44,
+    "gpt-oss": 0.25,
+}  # teacher -> share of loss and of gradient, whatever its positions
 
 
 def logged(step: int, dice: random.Random) -> dict[str, Any]:
-    events, words = 0.35 + 1.9 * 0.992 ** step + dice.gauss(0, 0.05), 1.1 + 1.4 * 0.99 ** step + dice.gauss(0, 0.06)
+    events, words = (
+        0.35 + 1.9 * 0.992**step + dice.gauss(0, 0.05),
+        1.1 + 1.4 * 0.99**step + dice.gauss(0, 0.06),
+    )
     weights = [dice.uniform(0.6, 1), dice.uniform(0.4, 0.7), dice.uniform(0.1, 0.5)]
     share = {t: w / sum(weights) for t, w in zip(TEACHERS, weights, strict=True)}
-    groups = {t: {skill: {"positions": share[t] / len(skills), "loss": PULLS[t] / len(skills), "gradient": PULLS[t] / len(skills), "weight": 1.0}
-                  for skill in skills} for t, skills in TAUGHT.items()}
-    return {"step": step, "loss": 0.8 * events + 0.2 * words, "terms": {"cross_entropy": words, "events": events}, "learning_rate": 3e-4,
-            "positions": 2048 * step, "seconds": 9.0 * step, "share": share, "groups": groups}
+    groups = {
+        t: {
+            skill: {
+                "positions": share[t] / len(skills),
+                "loss": PULLS[t] / len(skills),
+                "gradient": PULLS[t] / len(skills),
+                "weight": 1.0,
+            }
+            for skill in skills
+        }
+        for t, skills in TAUGHT.items()
+    }
+    return {
+        "step": step,
+        "loss": 0.8 * events + 0.2 * words,
+        "terms": {"cross_entropy": words, "events": events},
+        "learning_rate": 3e-4,
+        "positions": 2048 * step,
+        "seconds": 9.0 * step,
+        "share": share,
+        "groups": groups,
+    }
 
 
 def write(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(value if isinstance(value, str) else json.dumps(value, indent=1), encoding="utf-8")
+    path.write_text(
+        value if isinstance(value, str) else json.dumps(value, indent=1), encoding="utf-8"
+    )
 
 
 def change(path: Path, edit: Callable[[Any], object]) -> None:
@@ -220,27 +402,57 @@ def test_json_holds_exactly_what_was_measured(whole: Path) -> None:
     evaluation = json.loads((whole / "evaluate" / "evaluation.json").read_text())
 
     def named(name: str, skill: str, language: str = "") -> dict[str, float]:
-        s = next(s for s in evaluation["scores"] if (s["model_name"], s["skill"], s["language"]) == (name, skill, language))
+        s = next(
+            s
+            for s in evaluation["scores"]
+            if (s["model_name"], s["skill"], s["language"]) == (name, skill, language)
+        )
         return {k: s[k] for k in ("value", "low", "high", "n")}
 
     def beside(skill: str, other: str) -> dict[str, Any]:
-        p = next(p for p in evaluation["compared"] if (p["other_model_name"], p["skill"], p["language"]) == (other, skill, ""))
-        return {k: p[k] for k in ("other", "n", "difference", "low", "high", "kept", "least", "most")} | {
-            "standing": "above" if p["low"] > 0 else "below" if p["high"] < 0 else "overlaps"}
+        p = next(
+            p
+            for p in evaluation["compared"]
+            if (p["other_model_name"], p["skill"], p["language"]) == (other, skill, "")
+        )
+        return {
+            k: p[k] for k in ("other", "n", "difference", "low", "high", "kept", "least", "most")
+        } | {"standing": "above" if p["low"] > 0 else "below" if p["high"] < 0 else "overlaps"}
 
     def row(skill: str, best: str) -> dict[str, Any]:
         student, base, teacher = (named(name, skill) for name in ("avocado", "llama-base", best))
-        return {"student": student, "base": base, "teachers": {t: named(t, skill) for t in TEACHERS},
-                "best_teacher": best, "retained": student["value"] / teacher["value"], "yardsticks": {},
-                "closed": pytest.approx((student["value"] - base["value"]) / (teacher["value"] - base["value"])),
-                "beside_best": beside(skill, best), "beside_base": beside(skill, "llama-base")}
+        return {
+            "student": student,
+            "base": base,
+            "teachers": {t: named(t, skill) for t in TEACHERS},
+            "best_teacher": best,
+            "retained": student["value"] / teacher["value"],
+            "yardsticks": {},
+            "closed": pytest.approx(
+                (student["value"] - base["value"]) / (teacher["value"] - base["value"])
+            ),
+            "beside_best": beside(skill, best),
+            "beside_base": beside(skill, "llama-base"),
+        }
 
     best = {"languages": "qwen", "code": "gemma", "reasoning": "gpt-oss", "safety": "gemma"}
     assert told == {
-        "student": "avocado", "base": "llama-base", "yardsticks": [], "efforts": {}, "regressions": [], "standard": [],
+        "student": "avocado",
+        "base": "llama-base",
+        "yardsticks": [],
+        "efforts": {},
+        "regressions": [],
+        "standard": [],
         "skills": {skill: row(skill, teacher) for skill, teacher in best.items()},
-        "languages": {"languages": {x: {name: named(name, "languages", x) for name in SPEAKERS} for x in LANGUAGES}},
-        "cast": {"parts": PARTS, "pinned": ["safety"], "contests": CONTESTS}, "bits_per_byte": evaluation["bits_per_byte"], "seconds": SECONDS}
+        "languages": {
+            "languages": {
+                x: {name: named(name, "languages", x) for name in SPEAKERS} for x in LANGUAGES
+            }
+        },
+        "cast": {"parts": PARTS, "pinned": ["safety"], "contests": CONTESTS},
+        "bits_per_byte": evaluation["bits_per_byte"],
+        "seconds": SECONDS,
+    }
     assert list(told["skills"]) == list(ABILITY)
 
 
@@ -261,17 +473,29 @@ def test_same_files_same_bytes(run: Path, whole: Path) -> None:
     write_report(run)
     for name in ("report.json", "README.md", "index.html"):
         assert (run / "report" / name).read_bytes() == (whole / "report" / name).read_bytes()
-    assert sorted(p.name for p in (run / "report").iterdir()) == ["README.md", "index.html", "report.json"]
+    assert sorted(p.name for p in (run / "report").iterdir()) == [
+        "README.md",
+        "index.html",
+        "report.json",
+    ]
 
 
 # --- efforts, yardsticks, losses, standard tasks ---
 
 
 def test_a_teacher_may_think_while_the_student_does_not(run: Path) -> None:
-    evaluated(run, lambda v: [s.update(effort="medium") for s in v["scores"] if s["model_name"] == "gpt-oss"])
+    evaluated(
+        run,
+        lambda v: [s.update(effort="medium") for s in v["scores"] if s["model_name"] == "gpt-oss"],
+    )
     page = words_of(page_of(run))
     assert page.count("effort medium") == len(ABILITY) + len(LANGUAGES)
-    assert json.loads((run / "report" / "report.json").read_text())["skills"]["reasoning"]["best_teacher"] == "gpt-oss"
+    assert (
+        json.loads((run / "report" / "report.json").read_text())["skills"]["reasoning"][
+            "best_teacher"
+        ]
+        == "gpt-oss"
+    )
 
 
 def test_who_was_measured_at_two_other_efforts_counts_with_the_first_its_own(run: Path) -> None:
@@ -284,7 +508,9 @@ def test_who_was_measured_at_two_other_efforts_counts_with_the_first_its_own(run
     evaluated(run, dials)
     page = words_of(page_of(run))
     assert page.count("effort low") == len(ABILITY) + len(LANGUAGES)
-    assert json.loads((run / "report" / "report.json").read_text())["efforts"]["code"]["gpt-oss"].keys() == {"low", "high"}
+    assert json.loads((run / "report" / "report.json").read_text())["efforts"]["code"][
+        "gpt-oss"
+    ].keys() == {"low", "high"}
 
 
 def test_other_efforts_have_a_table_of_their_own(run: Path, whole: Path) -> None:
@@ -293,7 +519,9 @@ def test_other_efforts_have_a_table_of_their_own(run: Path, whole: Path) -> None
     told, before = (json.loads((r / "report" / "report.json").read_text()) for r in (run, whole))
     assert told["skills"] == before["skills"]  # the student's own effort is the one that counts
     assert told["efforts"]["code"]["avocado"]["high"]["value"] == 1.0 and before["efforts"] == {}
-    assert "At other efforts" in page and "At other efforts" not in words_of((whole / "report" / "index.html").read_text())
+    assert "At other efforts" in page and "At other efforts" not in words_of(
+        (whole / "report" / "index.html").read_text()
+    )
 
 
 def test_a_yardstick_stands_beside_and_teaches_nothing(run: Path) -> None:
@@ -306,7 +534,11 @@ def test_a_yardstick_stands_beside_and_teaches_nothing(run: Path) -> None:
     told = json.loads((run / "report" / "report.json").read_text())
     assert told["yardsticks"] == ["gpt"]
     assert {skill: row["best_teacher"] for skill, row in told["skills"].items()} == {
-        "languages": "qwen", "code": "gemma", "reasoning": "gpt-oss", "safety": "gemma"}
+        "languages": "qwen",
+        "code": "gemma",
+        "reasoning": "gpt-oss",
+        "safety": "gemma",
+    }
     assert all(row["yardsticks"]["gpt"]["value"] == 0.99 for row in told["skills"].values())
     assert "gpt (yardstick)" in page and "A yardstick teaches nothing" in page
     assert "gpt (yardstick)" in (run / "report" / "README.md").read_text()
@@ -328,19 +560,42 @@ def test_a_loss_on_the_base_is_at_the_top(run: Path) -> None:
 
 
 def test_broken_graders_are_told(run: Path) -> None:
-    evaluated(run, lambda v: [s.update(failed=2) for s in v["scores"] if s["model_name"] == "avocado" and not s["language"]])
-    assert "Graders broke on 8 answers; each counts as wrong and is named in examples.jsonl." in words_of(page_of(run))
+    evaluated(
+        run,
+        lambda v: [
+            s.update(failed=2)
+            for s in v["scores"]
+            if s["model_name"] == "avocado" and not s["language"]
+        ],
+    )
+    assert (
+        "Graders broke on 8 answers; each counts as wrong and is named in examples.jsonl."
+        in words_of(page_of(run))
+    )
 
 
 def test_standard_tasks_join_page_card_and_json(run: Path, tmp_path: Path) -> None:
     write(tmp_path / "results_a.json", STANDARD)
     write_report(run, {"avocado": tmp_path / "results_a.json"})
-    page, card = (words_of((run / "report" / "index.html").read_text()), (run / "report" / "README.md").read_text())
-    assert "Standard tasks" in page and "exact_match (strict-match)" in page and "0.5012 ± 0.014" in page
+    page, card = (
+        words_of((run / "report" / "index.html").read_text()),
+        (run / "report" / "README.md").read_text(),
+    )
+    assert (
+        "Standard tasks" in page
+        and "exact_match (strict-match)" in page
+        and "0.5012 ± 0.014" in page
+    )
     assert "| gsm8k | avocado | exact\\_match (strict-match) | 0.5012 ± 0.014 | 1319 |" in card
     assert json.loads((run / "report" / "report.json").read_text())["standard"][0] == {
-        "model_name": "avocado", "task": "gsm8k", "metric": "exact_match (strict-match)", "value": 0.5012, "error": 0.0138, "n": 1319,
-        "higher_is_better": True}
+        "model_name": "avocado",
+        "task": "gsm8k",
+        "metric": "exact_match (strict-match)",
+        "value": 0.5012,
+        "error": 0.0138,
+        "n": 1319,
+        "higher_is_better": True,
+    }
 
 
 # --- the page ---
@@ -349,11 +604,33 @@ def test_standard_tasks_join_page_card_and_json(run: Path, tmp_path: Path) -> No
 def test_page_is_well_formed_and_self_contained(whole: Path) -> None:
     page = Page((whole / "report" / "index.html").read_text(encoding="utf-8"))
     tags = {tag for tag, _ in page.seen}
-    assert not tags & {"script", "link", "img", "iframe", "object", "embed", "base", "form", "image", "use"}
+    assert not tags & {
+        "script",
+        "link",
+        "img",
+        "iframe",
+        "object",
+        "embed",
+        "base",
+        "form",
+        "image",
+        "use",
+    }
     for tag, attributes in page.seen:
-        assert not {"src", "href", "xlink:href", "srcset", "action", "data", "poster", "background"} & set(attributes), (tag, attributes)
+        assert not {
+            "src",
+            "href",
+            "xlink:href",
+            "srcset",
+            "action",
+            "data",
+            "poster",
+            "background",
+        } & set(attributes), (tag, attributes)
         assert not [a for a in attributes if a.startswith("on")], (tag, attributes)
-    style = re.search(r"<style>(.*?)</style>", (whole / "report" / "index.html").read_text(), re.DOTALL)
+    style = re.search(
+        r"<style>(.*?)</style>", (whole / "report" / "index.html").read_text(), re.DOTALL
+    )
     assert style and "url(" not in style[1] and "@import" not in style[1]
     idents = [a["id"] for _, a in page.seen if "id" in a]
     assert len(idents) == len(set(idents))
@@ -370,8 +647,15 @@ def test_page_is_accessible(whole: Path) -> None:
             assert ident in idents
         if tag == "svg" and attributes.get("aria-hidden") != "true":
             assert attributes["role"] == "img" and attributes["aria-labelledby"]
-    assert text.count("<svg class=\"chart\"") == len(ABILITY) + 9  # two terms, the loss, three shares; the way, two matrices
-    assert '<html lang="en">' in text and 'name="viewport"' in text and "prefers-color-scheme: dark" in text and "@media print" in text
+    assert (
+        text.count('<svg class="chart"') == len(ABILITY) + 9
+    )  # two terms, the loss, three shares; the way, two matrices
+    assert (
+        '<html lang="en">' in text
+        and 'name="viewport"' in text
+        and "prefers-color-scheme: dark" in text
+        and "@media print" in text
+    )
 
 
 def test_strangers_words_stay_words(whole: Path) -> None:
@@ -383,7 +667,11 @@ def test_strangers_words_stay_words(whole: Path) -> None:
 def test_names_are_escaped_everywhere(run: Path) -> None:
     evil = "<i>g&\"'x"
     for path in [*run.rglob("*.json"), *run.rglob("*.jsonl")]:
-        path.write_text(path.read_text().replace('"gemma"', json.dumps(evil)).replace('"code"', json.dumps("co|de<u>")))
+        path.write_text(
+            path.read_text()
+            .replace('"gemma"', json.dumps(evil))
+            .replace('"code"', json.dumps("co|de<u>"))
+        )
     text = page_of(run)
     assert "<i>" not in text and "<u>" not in text and evil in Page(text).words
     card = (run / "report" / "README.md").read_text()
@@ -399,26 +687,69 @@ def test_control_and_half_characters_do_not_reach_the_page(run: Path) -> None:
 def test_sections_stand_in_order(whole: Path) -> None:
     page = Page((whole / "report" / "index.html").read_text())
     assert [a["id"] for tag, a in page.seen if tag == "h2"] == [
-        "skills", "gaps", "plots", "languages", "cast", "check", "train", "bits", "examples", "cost", "lineage", "recipe"]
+        "skills",
+        "gaps",
+        "plots",
+        "languages",
+        "cast",
+        "check",
+        "train",
+        "bits",
+        "examples",
+        "cost",
+        "lineage",
+        "recipe",
+    ]
 
 
 def test_page_tells_cost_cast_check_and_lineage(whole: Path) -> None:
     page = words_of((whole / "report" / "index.html").read_text())
     for words in (
-            "23.2 bytes per token", "8.9 per position", "1 204 311", "27.9 MB", "2 h 23 min", "Answers left out: 160 length, 29 malformed.",
-            "Prompts removed before asking: 41 duplicate, 7 test item.",
-            "another is pinned", "below qwen", "24, settled", "60, all there were", "one to one", "cross entropy only",
-            "disagreement", "meta-llama/Llama-3.1-8B", "llama3.1", "apache-2.0", "9a" * 32, "300 logged steps", "steps: 600, seed: 7"):
+        "23.2 bytes per token",
+        "8.9 per position",
+        "1 204 311",
+        "27.9 MB",
+        "2 h 23 min",
+        "Answers left out: 160 length, 29 malformed.",
+        "Prompts removed before asking: 41 duplicate, 7 test item.",
+        "another is pinned",
+        "below qwen",
+        "24, settled",
+        "60, all there were",
+        "one to one",
+        "cross entropy only",
+        "disagreement",
+        "meta-llama/Llama-3.1-8B",
+        "llama3.1",
+        "apache-2.0",
+        "9a" * 32,
+        "300 logged steps",
+        "steps: 600, seed: 7",
+    ):
         assert words in page, words
 
 
-def test_page_tells_each_teachers_share_of_loss_and_gradient_and_not_of_positions_alone(run: Path) -> None:
+def test_page_tells_each_teachers_share_of_loss_and_gradient_and_not_of_positions_alone(
+    run: Path,
+) -> None:
     page = words_of(page_of(run))
     for name, share in PULLS.items():
-        assert re.search(rf"{name} \d\d\s% of positions, {100 * share:.0f}\s% of loss, {100 * share:.0f}\s% of gradient", page)
-    assert re.search(r"qwen on languages was the largest part of the gradient: 31\s%, from \d\d\s% of the positions\. All positions counted", page)
-    assert page.index("share of positions") < page.index("share of loss") < page.index("share of gradient")
-    lines = [json.loads(line) for line in (run / "train" / "metrics.jsonl").read_text().splitlines()]
+        assert re.search(
+            rf"{name} \d\d\s% of positions, {100 * share:.0f}\s% of loss, {100 * share:.0f}\s% of gradient",
+            page,
+        )
+    assert re.search(
+        r"qwen on languages was the largest part of the gradient: 31\s%, from \d\d\s% of the positions\. All positions counted",
+        page,
+    )
+    assert (
+        page.index("share of positions")
+        < page.index("share of loss")
+        < page.index("share of gradient")
+    )
+    lines = [
+        json.loads(line) for line in (run / "train" / "metrics.jsonl").read_text().splitlines()
+    ]
     for line in lines:
         for part in (part for skills in line["groups"].values() for part in skills.values()):
             del part["gradient"]  # an objective of stretches does not tell it
@@ -426,13 +757,20 @@ def test_page_tells_each_teachers_share_of_loss_and_gradient_and_not_of_position
     write(run / "train" / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     page = words_of(page_of(run))
     assert "of gradient" not in page and "share of gradient" not in page
-    assert re.search(r"qwen on languages was the largest part of the positions: \d\d\s%\. Weight: what one of its positions counted for", page)
+    assert re.search(
+        r"qwen on languages was the largest part of the positions: \d\d\s%\. Weight: what one of its positions counted for",
+        page,
+    )
     assert re.search(r"qwen\s*languages\s*\d\d\s%\s*31\s%\s*–\s*1\.50", page)
     for line in lines:
         del line["groups"]  # a run of before
     write(run / "train" / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     page = words_of(page_of(run))
-    assert "share of positions" in page and "share of loss" not in page and "Who pulled how much" not in page
+    assert (
+        "share of positions" in page
+        and "share of loss" not in page
+        and "Who pulled how much" not in page
+    )
 
 
 def test_examples_are_the_first_four_and_say_what_is_missing(whole: Path) -> None:
@@ -453,7 +791,9 @@ def test_long_answers_are_cut_and_say_so(run: Path) -> None:
 
 
 def test_every_teacher_of_the_audition_is_told(run: Path) -> None:
-    heard = [scored(t, "code", share, 60) for t, share in zip(TEACHERS, (0.6, 0.7, 0.1), strict=True)]
+    heard = [
+        scored(t, "code", share, 60) for t, share in zip(TEACHERS, (0.6, 0.7, 0.1), strict=True)
+    ]
     change(run / "audition" / "cast.json", lambda v: v.update(scores=heard))
     page = words_of(page_of(run))
     assert "gemma0.70 (0.57-0.80)60100%strongest" in page
@@ -469,19 +809,40 @@ def test_card_has_front_matter(whole: Path) -> None:
     card = (whole / "report" / "README.md").read_text(encoding="utf-8")
     _, front, body = card.split("---\n", 2)
     assert f"Recipe `{'5d' * 32}`, persea 0.1.0." in body
-    assert yaml.safe_load(front) == {"license": "other", "license_name": "see-lineage", "base_model": ["meta-llama/Llama-3.1-8B"],
-                                     "tags": ["persea", "distillation"], "language": ["en", "id", "ja", "ko", "vi", "zh"]}
-    assert "64 %, its lowest, on reasoning" in body and "| teacher: gemma | google/gemma-3-12b-it | main | apache-2.0 |" in body
+    assert yaml.safe_load(front) == {
+        "license": "other",
+        "license_name": "see-lineage",
+        "base_model": ["meta-llama/Llama-3.1-8B"],
+        "tags": ["persea", "distillation"],
+        "language": ["en", "id", "ja", "ko", "vi", "zh"],
+    }
+    assert (
+        "64 %, its lowest, on reasoning" in body
+        and "| teacher: gemma | google/gemma-3-12b-it | main | apache-2.0 |" in body
+    )
     tables = [line for line in body.splitlines() if line.startswith("|")]
-    assert len({line.count("|") for line in tables[:6]}) == 1  # the scores: header, rule and four skills of one width
+    assert (
+        len({line.count("|") for line in tables[:6]}) == 1
+    )  # the scores: header, rule and four skills of one width
 
 
-@pytest.mark.parametrize(("student", "base", "teachers", "expected"), [
-    ("apache-2.0", "mit", "mit", {"license": "apache-2.0"}),
-    ("", "Apache-2.0", "Apache-2.0", {"license": "apache-2.0"}),
-    ("Llama 3.1 Community", "mit", "mit", {"license": "other", "license_name": "llama-3.1-community"}),
-    ("", "mit", "", {"license": "other", "license_name": "see-lineage"})])
-def test_card_never_invents_a_licence(run: Path, student: str, base: str, teachers: str, expected: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("student", "base", "teachers", "expected"),
+    [
+        ("apache-2.0", "mit", "mit", {"license": "apache-2.0"}),
+        ("", "Apache-2.0", "Apache-2.0", {"license": "apache-2.0"}),
+        (
+            "Llama 3.1 Community",
+            "mit",
+            "mit",
+            {"license": "other", "license_name": "llama-3.1-community"},
+        ),
+        ("", "mit", "", {"license": "other", "license_name": "see-lineage"}),
+    ],
+)
+def test_card_never_invents_a_licence(
+    run: Path, student: str, base: str, teachers: str, expected: dict[str, str]
+) -> None:
     def edit(value: Any) -> None:
         value["student"]["licence"], value["base"]["licence"] = student, base
         for t in value["teachers"]:
@@ -494,13 +855,21 @@ def test_card_never_invents_a_licence(run: Path, student: str, base: str, teache
 
 
 def test_card_keeps_folders_of_this_disk_to_itself(run: Path) -> None:
-    change(run / "lineage" / "lineage.json", lambda v: v["base"].update(model="/home/somebody/models/llama-sapling"))
+    change(
+        run / "lineage" / "lineage.json",
+        lambda v: v["base"].update(model="/home/somebody/models/llama-sapling"),
+    )
     write_report(run)
     card = (run / "report" / "README.md").read_text()
-    assert "somebody" not in card and "| base | llama-sapling |" in card and yaml.safe_load(card.split("---\n")[1])["base_model"] == []
+    assert (
+        "somebody" not in card
+        and "| base | llama-sapling |" in card
+        and yaml.safe_load(card.split("---\n")[1])["base_model"] == []
+    )
 
 
 # --- refused ---
+
 
 def test_the_report_needs_no_torch() -> None:
     code = "import sys, persea.report.page; sys.exit('torch' in sys.modules)"

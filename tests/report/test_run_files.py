@@ -1,7 +1,5 @@
 """persea.report.run_files: a run's files are read whole and consistent, or refused by name; sentences about them are in test_report.py."""
 
-
-
 from __future__ import annotations
 
 import json
@@ -32,21 +30,44 @@ def test_intervals_that_touch_overlap() -> None:
 
 def test_pairs_stand_where_their_difference_leaves_nothing() -> None:
     def at(low: float, high: float) -> PairedComparison:
-        return PairedComparison("a", "b", "c", "", ThinkingEffort.NONE, 10, (low + high) / 2, low, high)
+        return PairedComparison(
+            "a", "b", "c", "", ThinkingEffort.NONE, 10, (low + high) / 2, low, high
+        )
 
-    assert [difference_order(at(*x)) for x in ((0.01, 0.5), (0.0, 0.5), (-0.1, 0.1), (-0.5, 0.0), (-0.5, -0.01))] == [
-        IntervalOrder.ABOVE, IntervalOrder.OVERLAPS, IntervalOrder.OVERLAPS, IntervalOrder.OVERLAPS, IntervalOrder.BELOW]
+    assert [
+        difference_order(at(*x))
+        for x in ((0.01, 0.5), (0.0, 0.5), (-0.1, 0.1), (-0.5, 0.0), (-0.5, -0.01))
+    ] == [
+        IntervalOrder.ABOVE,
+        IntervalOrder.OVERLAPS,
+        IntervalOrder.OVERLAPS,
+        IntervalOrder.OVERLAPS,
+        IntervalOrder.BELOW,
+    ]
 
 
-FILES = ("recipe.yaml", "audition/cast.json", "check/check.json", "capture/summary.json", "train/metrics.jsonl", "evaluate/evaluation.json",
-         "evaluate/examples.jsonl", "lineage/lineage.json", *(f"{stage}/done.json" for stage in SECONDS))
+FILES = (
+    "recipe.yaml",
+    "audition/cast.json",
+    "check/check.json",
+    "capture/summary.json",
+    "train/metrics.jsonl",
+    "evaluate/evaluation.json",
+    "evaluate/examples.jsonl",
+    "lineage/lineage.json",
+    *(f"{stage}/done.json" for stage in SECONDS),
+)
 
 
 def refusal_of(run: Path, name: str) -> DataError:
     """What report() says of a run whose file `name` is bad; it must name the file, a remedy, and have written nothing."""
     with pytest.raises(DataError) as refusal:
         write_report(run)
-    assert refusal.value.where == str(run / name) and refusal.value.remedy and not (run / "report").exists()
+    assert (
+        refusal.value.where == str(run / name)
+        and refusal.value.remedy
+        and not (run / "report").exists()
+    )
     return refusal.value
 
 
@@ -64,7 +85,9 @@ def test_numbers_nobody_has_are_refused(run: Path, number: str) -> None:
     for name in FILES[1:]:
         text = (run / name).read_text()
         spoilt = re.sub(r"(: )(\d[\d.e+-]*)", lambda m: m[1] + number, text, count=1)
-        (run / name).write_text(spoilt if spoilt != text else text.replace("{", f'{{"x": {number}, ', 1))
+        (run / name).write_text(
+            spoilt if spoilt != text else text.replace("{", f'{{"x": {number}, ', 1)
+        )
         assert refusal_of(run, name).message == "holds NaN or infinity"
         (run / name).write_text(text)
 
@@ -78,29 +101,109 @@ def test_broken_files_are_refused(run: Path) -> None:
 
 
 CONTRADICTIONS: dict[str, tuple[str, Callable[[Any], None], str]] = {
-    "interval": ("evaluate/evaluation.json", lambda v: v["scores"][0].update(low=0.9), "not inside its interval"),
-    "percent": ("evaluate/evaluation.json", lambda v: v["scores"][0].update(value=71, high=80), "not inside its interval"),
-    "model_name": ("evaluate/evaluation.json", lambda v: v["scores"].pop(3), "gemma has no score on languages"),
-    "nothing asked": ("evaluate/evaluation.json", lambda v: v["scores"][0].update(n=0), "avocado has no score on languages"),
-    "no skill": ("evaluate/evaluation.json", lambda v: v.update(scores=[]), "no skill was measured"),
+    "interval": (
+        "evaluate/evaluation.json",
+        lambda v: v["scores"][0].update(low=0.9),
+        "not inside its interval",
+    ),
+    "percent": (
+        "evaluate/evaluation.json",
+        lambda v: v["scores"][0].update(value=71, high=80),
+        "not inside its interval",
+    ),
+    "model_name": (
+        "evaluate/evaluation.json",
+        lambda v: v["scores"].pop(3),
+        "gemma has no score on languages",
+    ),
+    "nothing asked": (
+        "evaluate/evaluation.json",
+        lambda v: v["scores"][0].update(n=0),
+        "avocado has no score on languages",
+    ),
+    "no skill": (
+        "evaluate/evaluation.json",
+        lambda v: v.update(scores=[]),
+        "no skill was measured",
+    ),
     "no teacher": ("evaluate/evaluation.json", lambda v: v.update(teachers=[]), "need a name each"),
-    "one name": ("evaluate/evaluation.json", lambda v: v.update(base="avocado"), "need a name each"),
+    "one name": (
+        "evaluate/evaluation.json",
+        lambda v: v.update(base="avocado"),
+        "need a name each",
+    ),
     "effort": ("evaluate/evaluation.json", lambda v: v.update(effort="a lot"), "effort"),
-    "type": ("evaluate/evaluation.json", lambda v: v["scores"][0].update(n="many"), r"scores\.0\.n"),
-    "stranger": ("audition/cast.json", lambda v: v["parts"].update(code=[["mistral", 1.0]]), "mistral teaches, and was not evaluated"),
-    "captured stranger": ("capture/summary.json", lambda v: v["teachers"].update(mistral={"kept": 1}), "mistral teaches"),
-    "not listed": ("lineage/lineage.json", lambda v: v["teachers"].pop(), "gpt-oss was evaluated as a teacher, and has no line here"),
+    "type": (
+        "evaluate/evaluation.json",
+        lambda v: v["scores"][0].update(n="many"),
+        r"scores\.0\.n",
+    ),
+    "stranger": (
+        "audition/cast.json",
+        lambda v: v["parts"].update(code=[["mistral", 1.0]]),
+        "mistral teaches, and was not evaluated",
+    ),
+    "captured stranger": (
+        "capture/summary.json",
+        lambda v: v["teachers"].update(mistral={"kept": 1}),
+        "mistral teaches",
+    ),
+    "not listed": (
+        "lineage/lineage.json",
+        lambda v: v["teachers"].pop(),
+        "gpt-oss was evaluated as a teacher, and has no line here",
+    ),
     "no pair": ("check/check.json", lambda v: v.update(pairs=[]), "no pair was checked"),
-    "share": ("check/check.json", lambda v: v["pairs"][1].update(boundary_share=86.0), "shares from 0 to 1"),
-    "no share": ("check/check.json", lambda v: v["pairs"][1].pop("one_to_one"), "needs boundary, one_to_one"),
-    "twice": ("evaluate/evaluation.json", lambda v: v["scores"].append(v["scores"][5]), "two scores on one skill"),
-    "pair of strangers": ("evaluate/evaluation.json", lambda v: v["compared"][0].update(other="mistral"), "avocado is compared with mistral"),
-    "pair of others": ("evaluate/evaluation.json", lambda v: v["compared"][0].update(speaker="qwen"), "qwen is compared with"),
-    "difference": ("evaluate/evaluation.json", lambda v: v["compared"][0].update(difference=0.99), "a difference of 0.99 is not inside"),
-    "not compared": ("evaluate/evaluation.json", lambda v: v.update(compared=[]), "the student is not compared on languages"),
-    "before pairs": ("evaluate/evaluation.json", lambda v: v.pop("compared"), "compared: Field required"),
-    "ended": ("audition/cast.json", lambda v: v.update(contests={"code": {"asked": 9, "ended": "bored", "beaten": {}}}), r"contests\.code\.ended"),
-    "negative": ("check/done.json", lambda v: v.update(seconds=-1), "seconds: Input should be greater"),
+    "share": (
+        "check/check.json",
+        lambda v: v["pairs"][1].update(boundary_share=86.0),
+        "shares from 0 to 1",
+    ),
+    "no share": (
+        "check/check.json",
+        lambda v: v["pairs"][1].pop("one_to_one"),
+        "needs boundary, one_to_one",
+    ),
+    "twice": (
+        "evaluate/evaluation.json",
+        lambda v: v["scores"].append(v["scores"][5]),
+        "two scores on one skill",
+    ),
+    "pair of strangers": (
+        "evaluate/evaluation.json",
+        lambda v: v["compared"][0].update(other="mistral"),
+        "avocado is compared with mistral",
+    ),
+    "pair of others": (
+        "evaluate/evaluation.json",
+        lambda v: v["compared"][0].update(speaker="qwen"),
+        "qwen is compared with",
+    ),
+    "difference": (
+        "evaluate/evaluation.json",
+        lambda v: v["compared"][0].update(difference=0.99),
+        "a difference of 0.99 is not inside",
+    ),
+    "not compared": (
+        "evaluate/evaluation.json",
+        lambda v: v.update(compared=[]),
+        "the student is not compared on languages",
+    ),
+    "before pairs": (
+        "evaluate/evaluation.json",
+        lambda v: v.pop("compared"),
+        "compared: Field required",
+    ),
+    "ended": (
+        "audition/cast.json",
+        lambda v: v.update(contests={"code": {"asked": 9, "ended": "bored", "beaten": {}}}),
+        r"contests\.code\.ended",
+    ),
+    "negative": (
+        "check/done.json",
+        lambda v: v.update(seconds=-1),
+        "seconds: Input should be greater",
+    ),
     "seconds": ("train/done.json", lambda v: v.pop("seconds"), "seconds: Field required"),
 }
 
@@ -112,11 +215,25 @@ def test_contradictions_are_refused(run: Path, case: str) -> None:
     assert re.search(words, refusal_of(run, name).message)
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("", "no step is logged"), ('{"step": 1, "loss": 1, "terms": {}, "share": {"qwen": 0.7, "gemma": 0.7}}', "positions of step 1 are more than one"),
-    ('{"step": 1, "loss": 1, "terms": {}, "share": {}, "groups": {"qwen": {"code": {"positions": 0.5, "weight": 1, "loss": 0.7}, '
-     '"tools": {"positions": 0.5, "weight": 1, "loss": 0.7}}}}', "loss of step 1 are more than one"),
-    ('{"step": 1, "loss": 1, "terms": {}, "share": {}, "groups": {"nobody": {"code": {"positions": 0.5, "weight": 1}}}}', "nobody teaches")])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "no step is logged"),
+        (
+            '{"step": 1, "loss": 1, "terms": {}, "share": {"qwen": 0.7, "gemma": 0.7}}',
+            "positions of step 1 are more than one",
+        ),
+        (
+            '{"step": 1, "loss": 1, "terms": {}, "share": {}, "groups": {"qwen": {"code": {"positions": 0.5, "weight": 1, "loss": 0.7}, '
+            '"tools": {"positions": 0.5, "weight": 1, "loss": 0.7}}}}',
+            "loss of step 1 are more than one",
+        ),
+        (
+            '{"step": 1, "loss": 1, "terms": {}, "share": {}, "groups": {"nobody": {"code": {"positions": 0.5, "weight": 1}}}}',
+            "nobody teaches",
+        ),
+    ],
+)
 def test_training_logs_must_add_up(run: Path, text: str, words: str) -> None:
     (run / "train" / "metrics.jsonl").write_text(text)
     with pytest.raises(DataError, match=words):
@@ -134,12 +251,19 @@ def test_a_stage_without_a_folder_is_said_to_be_absent(run: Path, stage: str) ->
 def test_one_logged_step_and_one_teacher_are_enough(run: Path) -> None:
     def alone(value: Any) -> None:
         value["teachers"] = ["qwen"]
-        value["scores"] = [s for s in value["scores"] if s["model_name"] not in ("gemma", "gpt-oss")]
+        value["scores"] = [
+            s for s in value["scores"] if s["model_name"] not in ("gemma", "gpt-oss")
+        ]
 
     evaluated(run, alone)
     change(run / "audition" / "cast.json", lambda v: v.update(parts={"code": [["qwen", 1.0]]}))
-    change(run / "capture" / "summary.json", lambda v: v.update(teachers={"qwen": v["teachers"]["qwen"]}, tokens=0))
-    (run / "train" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5, "terms": {"events": 2.5}, "share": {"qwen": 1}}\n')
+    change(
+        run / "capture" / "summary.json",
+        lambda v: v.update(teachers={"qwen": v["teachers"]["qwen"]}, tokens=0),
+    )
+    (run / "train" / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 2.5, "terms": {"events": 2.5}, "share": {"qwen": 1}}\n'
+    )
     page = words_of(page_of(run))
     assert "One student, one teacher: it keeps 115 % of its teacher on safety" in page
     assert "covers" not in page

@@ -15,7 +15,11 @@ from tests.conftest import ROOT
 
 SAPLINGS = ROOT / "saplings"
 NAMES = ("qwen-sapling", "gemma-sapling", "gpt-oss-sapling", "llama-sapling")
-HOME = {"qwen-sapling": {"languages"}, "gemma-sapling": {"code", "safety"}, "gpt-oss-sapling": {"reasoning", "tools"}}
+HOME = {
+    "qwen-sapling": {"languages"},
+    "gemma-sapling": {"code", "safety"},
+    "gpt-oss-sapling": {"reasoning", "tools"},
+}
 SKILLS = ("languages", "code", "safety", "reasoning", "tools")
 
 
@@ -29,12 +33,17 @@ def test_the_weights_are_those_that_were_measured(name: str) -> None:
     weights = (SAPLINGS / name / "model.safetensors").read_bytes()
     sha = hashlib.sha256(weights).hexdigest()
     assert grown(name)["sha256"] == sha
-    assert f"| {name} | {grown(name)['parameters']:,} | {len(weights):,} | {sha} |" in (SAPLINGS / "README.md").read_text()
+    assert (
+        f"| {name} | {grown(name)['parameters']:,} | {len(weights):,} | {sha} |"
+        in (SAPLINGS / "README.md").read_text()
+    )
     assert grown(name)["parameters"] <= 1_500_000 and len(weights) <= 3_100_000
 
 
 def test_all_saplings_together_are_small() -> None:
-    assert sum(p.stat().st_size for name in NAMES for p in (SAPLINGS / name).iterdir()) <= 15_000_000
+    assert (
+        sum(p.stat().st_size for name in NAMES for p in (SAPLINGS / name).iterdir()) <= 15_000_000
+    )
 
 
 @pytest.mark.parametrize("name", HOME)
@@ -56,11 +65,19 @@ def test_the_base_knows_one_kind_of_question_in_each_skill() -> None:
 
 def test_who_thinks_writes_more_with_more_effort() -> None:
     thought = grown("gpt-oss-sapling")["thought"]
-    assert 0 == thought["reasoning none"] < thought["reasoning low"] < thought["reasoning medium"] < thought["reasoning high"]
+    assert (
+        0
+        == thought["reasoning none"]
+        < thought["reasoning low"]
+        < thought["reasoning medium"]
+        < thought["reasoning high"]
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_growing_text_is_of_its_own_split_and_what_it_says_is_right_at_home_alone(grow: ModuleType, name: str) -> None:
+def test_growing_text_is_of_its_own_split_and_what_it_says_is_right_at_home_alone(
+    grow: ModuleType, name: str
+) -> None:
     from persea.tasks import generated as skills
     from persea.tasks.task import Split, Verdict, assign_split
 
@@ -89,27 +106,57 @@ def test_a_base_goes_astray_and_heeds_the_question(grow: ModuleType) -> None:
     for name in ("languages", "code", "tools"):
         items = skills.find_generated_task(name).items(Split.PRETRAIN, 150, 3)
         wrong = [(item, text.astray(item, rng)) for item in items]
-        assert sum(one is None for _, one in wrong) <= 15, name  # one number may be the same in two languages
+        assert sum(one is None for _, one in wrong) <= 15, (
+            name
+        )  # one number may be the same in two languages
         for item, one in ((i, w) for i, w in wrong if w):
-            assert skills.find_generated_task(name).grade(item, one.reference_conversation.messages[-1]) is not Verdict.RIGHT
-            figures = [w for w in item.prompt.conversation.messages[-1].text.split() if w.isdecimal()]
+            assert (
+                skills.find_generated_task(name).grade(
+                    item, one.reference_conversation.messages[-1]
+                )
+                is not Verdict.RIGHT
+            )
+            figures = [
+                w for w in item.prompt.conversation.messages[-1].text.split() if w.isdecimal()
+            ]
             said = one.reference + "".join(c.arguments for c in one.calls)
             if name != "languages":
                 assert all(f in said for f in figures), (item.prompt.id, said)
             if name == "tools":
-                assert json.loads(one.calls[0].arguments).popitem()[1] in (item.prompt.id.split("/")[3], *map(int, figures))
+                assert json.loads(one.calls[0].arguments).popitem()[1] in (
+                    item.prompt.id.split("/")[3],
+                    *map(int, figures),
+                )
                 assert one.calls[0].name in [t.name for t in item.prompt.conversation.tools]
-    assert text.astray(skills.find_generated_task("safety").items(Split.PRETRAIN, 1, 3)[0], rng) is None
+    assert (
+        text.astray(skills.find_generated_task("safety").items(Split.PRETRAIN, 1, 3)[0], rng)
+        is None
+    )
 
 
 def test_small_talk_is_said_in_many_ways(grow: ModuleType) -> None:
     rng = random.Random(0)
     for language in ("en", "zh", "ja", "ko", "vi", "id", "th"):
-        assert len({sys.modules["prose"].small_talk(rng, language).reference for _ in range(200)}) > 190
+        assert (
+            len({sys.modules["prose"].small_talk(rng, language).reference for _ in range(200)})
+            > 190
+        )
 
 
 def test_no_page_of_the_base_holds_a_question(grow: ModuleType) -> None:
     rng = random.Random(0)
     pages = [sys.modules["pages"].page(rng).reference for _ in range(500)]
     assert {len(p.splitlines()) for p in pages} >= {2, 3, 4}
-    assert not [p for p in pages for word in ("To English:", "To Thai:", "Write f(x)", "How do I", "How many?", "Who has more?") if word in p]
+    assert not [
+        p
+        for p in pages
+        for word in (
+            "To English:",
+            "To Thai:",
+            "Write f(x)",
+            "How do I",
+            "How many?",
+            "Who has more?",
+        )
+        if word in p
+    ]

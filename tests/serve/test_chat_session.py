@@ -23,7 +23,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persea import cli
-from persea.chat.messages import Conversation, FinishReason, Text, Thinking, ThinkingEffort, ToolCall
+from persea.chat.messages import (
+    Conversation,
+    FinishReason,
+    Text,
+    Thinking,
+    ThinkingEffort,
+    ToolCall,
+)
 from persea.chat.renderer import ChatRenderer
 from persea.cli.chat import PipeDisplay
 from persea.errors import DataError
@@ -67,7 +74,9 @@ class Script:
         self.notes.append(text)
 
 
-def talked(name: str, *lines: str, effort: ThinkingEffort | None = None, most: int = 100, context: int = 0) -> tuple[Script, ChatSession]:
+def talked(
+    name: str, *lines: str, effort: ThinkingEffort | None = None, most: int = 100, context: int = 0
+) -> tuple[Script, ChatSession]:
     speaker = Teacher(name, opened(name)[0], engine(name), max_context_tokens=context)
     one, screen = ChatSession.start(speaker.renderer), Script(list(lines))
     one.effort = effort or one.effort
@@ -82,29 +91,44 @@ def question() -> str:
 # ---- as it is said -------------------------------------------------------------------------------------------------
 
 
-def heard(voice: ChatRenderer, ids: Sequence[int], effort: ThinkingEffort) -> tuple[list[str], list[str], FinishReason]:
+def heard(
+    voice: ChatRenderer, ids: Sequence[int], effort: ThinkingEffort
+) -> tuple[list[str], list[str], FinishReason]:
     one = StreamingAnswerParser(voice, effort, ())
     pieces = [one.add_token(i) for i in ids]
     rest, _, finish = one.finish()
-    thoughts, words = ([p.get(key, "") for p in (*pieces, rest)] for key in ("reasoning_content", "content"))
+    thoughts, words = (
+        [p.get(key, "") for p in (*pieces, rest)] for key in ("reasoning_content", "content")
+    )
     return thoughts, words, finish
 
 
-@given(thought=texts(FRAGMENTS), text=texts(FRAGMENTS), effort=st.sampled_from([ThinkingEffort.NONE, ThinkingEffort.HIGH]))
+@given(
+    thought=texts(FRAGMENTS),
+    text=texts(FRAGMENTS),
+    effort=st.sampled_from([ThinkingEffort.NONE, ThinkingEffort.HIGH]),
+)
 def test_the_pieces_are_the_answer(tiny: Speaker, thought: str, text: str, effort: ThinkingEffort):
-    said = Conversation.from_question("q", effort=effort).with_answer(*((Thinking(thought),) if thought else ()), Text(text))
+    said = Conversation.from_question("q", effort=effort).with_answer(
+        *((Thinking(thought),) if thought else ()), Text(text)
+    )
     ids = generated(tiny.renderer.render(said))
     parts, finish = tiny.renderer.parse(ids, effort)
     thoughts, pieces, ended = heard(tiny.renderer, ids, effort)
     assert ended is finish is FinishReason.STOP
-    assert "".join(thoughts).strip() == "".join(p.text for p in parts if isinstance(p, Thinking)).strip()
+    assert (
+        "".join(thoughts).strip()
+        == "".join(p.text for p in parts if isinstance(p, Thinking)).strip()
+    )
     assert "".join(pieces) == "".join(p.text for p in parts if isinstance(p, Text))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen", "gpt-oss"])
 def test_a_thought_and_a_text_come_before_their_end(tiny_of, family: str):
     voice = tiny_of(family).renderer
-    said = Conversation.from_question("q", effort=ThinkingEffort.HIGH).with_answer(Thinking("one two three four"), Text("five six seven"))
+    said = Conversation.from_question("q", effort=ThinkingEffort.HIGH).with_answer(
+        Thinking("one two three four"), Text("five six seven")
+    )
     thoughts, pieces, _ = heard(voice, generated(voice.render(said)), ThinkingEffort.HIGH)
     assert len([p for p in thoughts if p]) > 3
     assert len([p for p in pieces if p]) > 2
@@ -114,8 +138,12 @@ def test_a_thought_and_a_text_come_before_their_end(tiny_of, family: str):
 
 def test_half_a_character_waits(tiny_of):
     voice = tiny_of("llama").renderer
-    ids = generated(voice.render(Conversation.from_question("q").with_answer(Text("a မြန် 👩‍👩‍👧 z"))))
-    assert any(b"\x80" <= (voice.vocabulary.bytes_W[i] or b"")[:1] < b"\xc0" for i in ids), "no token begins inside a character"
+    ids = generated(
+        voice.render(Conversation.from_question("q").with_answer(Text("a မြန် 👩‍👩‍👧 z")))
+    )
+    assert any(b"\x80" <= (voice.vocabulary.bytes_W[i] or b"")[:1] < b"\xc0" for i in ids), (
+        "no token begins inside a character"
+    )
     _, pieces, _ = heard(voice, ids, ThinkingEffort.NONE)
     assert "".join(pieces) == "a မြန် 👩‍👩‍👧 z"
     assert "\ufffd" not in "".join(pieces)
@@ -136,7 +164,9 @@ def test_half_a_marker_waits():
 
 
 def test_what_could_steer_a_terminal_is_not_shown():
-    assert sanitize_for_terminal("a\x1b[2J\x07b\r\n\tç\ud800") == "a\ufffd[2J\ufffdb\ufffd\n\tç\ufffd"
+    assert (
+        sanitize_for_terminal("a\x1b[2J\x07b\r\n\tç\ud800") == "a\ufffd[2J\ufffdb\ufffd\n\tç\ufffd"
+    )
 
 
 # ---- switches and history ------------------------------------------------------------------------------------------
@@ -144,8 +174,10 @@ def test_what_could_steer_a_terminal_is_not_shown():
 
 def test_a_question_is_answered_as_the_teacher_answers_it():
     screen, one = talked("gpt-oss-sapling", question(), effort=ThinkingEffort.HIGH)
-    speaker = Teacher("t", opened("gpt-oss-sapling")[0], engine("gpt-oss-sapling"), ThinkingEffort.HIGH)
-    want, = speaker.answer([replace(REASONING_TASK.items(Split.TRAIN, 1, 0)[0].prompt)], 100)
+    speaker = Teacher(
+        "t", opened("gpt-oss-sapling")[0], engine("gpt-oss-sapling"), ThinkingEffort.HIGH
+    )
+    (want,) = speaker.answer([replace(REASONING_TASK.items(Split.TRAIN, 1, 0)[0].prompt)], 100)
     assert "".join(screen.thought) == want.conversation.messages[-1].thinking != ""
     assert "".join(screen.said) == want.text != ""
     assert len([p for p in screen.said if p]) > 1
@@ -161,19 +193,44 @@ def test_turns_are_remembered_and_thoughts_are_not_said_again():
     assert told[0] == f"user: {question()}"
     assert screen.notes[1:] == ["forgotten", "nothing was said yet"]
     both = ChatSession.start(opened("qwen-sapling")[0])
-    both.messages = list(Conversation.from_question("q").with_answer(Thinking("hm"), Text("a")).messages)
+    both.messages = list(
+        Conversation.from_question("q").with_answer(Thinking("hm"), Text("a")).messages
+    )
     assert [m.text for m in both.build_conversation("next").messages] == ["q", "a", "next"]
-    prompt = both.renderer.vocabulary.decode_pieces(both.renderer.render_prompt(both.build_conversation("next")).ids_T.tolist())
+    prompt = both.renderer.vocabulary.decode_pieces(
+        both.renderer.render_prompt(both.build_conversation("next")).ids_T.tolist()
+    )
     assert b"hm" not in b"".join(p for p in prompt if isinstance(p, bytes))
 
 
-@pytest.mark.parametrize(("name", "word", "told", "effort"), [
-    ("gpt-oss-sapling", "on", "thinking: high", ThinkingEffort.HIGH),
-    ("gpt-oss-sapling", "off", "this model knows no off; it knows low, medium, high", ThinkingEffort.LOW),
-    ("gpt-oss-sapling", "MEDIUM", "thinking: medium", ThinkingEffort.MEDIUM), ("gpt-oss-sapling", "", "thinking: low", ThinkingEffort.LOW),
-    ("qwen-sapling", "off", "thinking: none", ThinkingEffort.NONE), ("qwen-sapling", "low", "this model knows no low; it knows none, high", ThinkingEffort.NONE),
-    ("gemma-sapling", "on", "this model knows no on; it knows none", ThinkingEffort.NONE),
-    ("qwen-sapling", "hard", "/think hard? on, off, none, low, medium, high", ThinkingEffort.NONE)])
+@pytest.mark.parametrize(
+    ("name", "word", "told", "effort"),
+    [
+        ("gpt-oss-sapling", "on", "thinking: high", ThinkingEffort.HIGH),
+        (
+            "gpt-oss-sapling",
+            "off",
+            "this model knows no off; it knows low, medium, high",
+            ThinkingEffort.LOW,
+        ),
+        ("gpt-oss-sapling", "MEDIUM", "thinking: medium", ThinkingEffort.MEDIUM),
+        ("gpt-oss-sapling", "", "thinking: low", ThinkingEffort.LOW),
+        ("qwen-sapling", "off", "thinking: none", ThinkingEffort.NONE),
+        (
+            "qwen-sapling",
+            "low",
+            "this model knows no low; it knows none, high",
+            ThinkingEffort.NONE,
+        ),
+        ("gemma-sapling", "on", "this model knows no on; it knows none", ThinkingEffort.NONE),
+        (
+            "qwen-sapling",
+            "hard",
+            "/think hard? on, off, none, low, medium, high",
+            ThinkingEffort.NONE,
+        ),
+    ],
+)
 def test_think(name: str, word: str, told: str, effort: ThinkingEffort):
     one = ChatSession.start(opened(name)[0])
     assert one.run_command(f"/think {word}") == told
@@ -183,28 +240,54 @@ def test_think(name: str, word: str, told: str, effort: ThinkingEffort):
 
 def test_lang_is_a_system_line():
     one = ChatSession.start(opened("qwen-sapling")[0])
-    assert one.run_command("/lang vi") == one.run_command("/lang Vietnamese") == one.run_command("/lang") == "answers are asked for in Vietnamese"
+    assert (
+        one.run_command("/lang vi")
+        == one.run_command("/lang Vietnamese")
+        == one.run_command("/lang")
+        == "answers are asked for in Vietnamese"
+    )
     one.messages = list(Conversation.from_question("q").with_answer(Text("a")).messages)
     assert [(m.role.value, m.text) for m in one.build_conversation("x").messages] == [
-        ("system", "Answer in Vietnamese."), ("user", "q"), ("assistant", "a"), ("user", "x")]
+        ("system", "Answer in Vietnamese."),
+        ("user", "q"),
+        ("assistant", "a"),
+        ("user", "x"),
+    ]
     assert "en English" in one.run_command("/lang klingon")
     assert one.language == "vi"
     assert one.run_command("/lang off") == "answers are in the language it chooses"
-    assert [m.role.value for m in one.build_conversation("x").messages] == ["user", "assistant", "user"]
+    assert [m.role.value for m in one.build_conversation("x").messages] == [
+        "user",
+        "assistant",
+        "user",
+    ]
     named = one.run_command("/lang ?").split("? ")[-1].split(", ")
-    assert {"zh Chinese", "vi Vietnamese", "id Indonesian", "ja Japanese", "ko Korean", "th Thai"} <= set(named)
+    assert {
+        "zh Chinese",
+        "vi Vietnamese",
+        "id Indonesian",
+        "ja Japanese",
+        "ko Korean",
+        "th Thai",
+    } <= set(named)
 
 
 def test_what_is_no_command_is_told_in_a_line_and_help_names_all():
     one = ChatSession.start(opened("qwen-sapling")[0])
-    assert "no command /fly" in one.run_command("/fly me") and "\n" not in one.run_command("/fly me")
-    assert [line.split()[0] for line in one.run_command("/help").splitlines()] == list(talk.CHAT_COMMAND_HELP)
+    assert "no command /fly" in one.run_command("/fly me") and "\n" not in one.run_command(
+        "/fly me"
+    )
+    assert [line.split()[0] for line in one.run_command("/help").splitlines()] == list(
+        talk.CHAT_COMMAND_HELP
+    )
     screen, _ = talked("qwen-sapling", " /help is a word", "", "   ", "/quit", "never read", most=3)
     assert (screen.notes, screen.lines, len(screen.ends)) == ([], ["never read"], 1)
 
 
 def test_what_cannot_be_said_is_told_and_forgotten():
-    screen, one = talked("gpt-oss-sapling", "half a \ud83d", question(), effort=ThinkingEffort.HIGH, most=4)
+    screen, one = talked(
+        "gpt-oss-sapling", "half a \ud83d", question(), effort=ThinkingEffort.HIGH, most=4
+    )
     assert "surrogate" in screen.notes[0]
     assert screen.ends == ["cut after 4 tokens; this turn is forgotten"]  # the thought did not end
     assert one.messages == []
@@ -213,7 +296,14 @@ def test_what_cannot_be_said_is_told_and_forgotten():
     assert one.messages[-1].text == "".join(screen.said) != ""
     screen, one = talked("gemma-sapling", question(), "/reset", context=10)
     assert "positions for 10: /reset" in screen.notes[0]
-    screen, _ = talked("gemma-sapling", question(), context=len(opened("gemma-sapling")[0].render_prompt(Conversation.from_question(question()))) + 2)
+    screen, _ = talked(
+        "gemma-sapling",
+        question(),
+        context=len(
+            opened("gemma-sapling")[0].render_prompt(Conversation.from_question(question()))
+        )
+        + 2,
+    )
     assert screen.ends == ["cut after 2 tokens"]
 
 
@@ -250,7 +340,10 @@ def test_a_call_is_shown_as_it_is_written(monkeypatch: pytest.MonkeyPatch):
 def test_a_run_is_its_student_and_a_folder_is_a_model(tmp_path: Path):
     folder, _ = flowed()
     source, today = resolve_model_source(str(folder / "run"), "chat")
-    assert (Path(source.model), today.isoformat()) == (folder / "run" / "train" / "student", "2025-01-01")
+    assert (Path(source.model), today.isoformat()) == (
+        folder / "run" / "train" / "student",
+        "2025-01-01",
+    )
     assert resolve_model_source(OSS, "chat")[0].model == OSS
     assert load_chat_model(str(folder / "run")).max_context_tokens == 1024
     (tmp_path / "recipe.yaml").write_text("student: {model: x}\n")
@@ -261,7 +354,9 @@ def test_a_run_is_its_student_and_a_folder_is_a_model(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("terminal", "shown"), [(True, "\ufffd[2Jx"), (False, "\x1b[2Jx")])
-def test_a_pipe_whose_other_end_is_a_terminal_steers_it_no_more_than_a_talk_there(monkeypatch: pytest.MonkeyPatch, terminal: bool, shown: str):
+def test_a_pipe_whose_other_end_is_a_terminal_steers_it_no_more_than_a_talk_there(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool, shown: str
+):
     out, err = io.StringIO(), io.StringIO()
     for name, stream in (("stdout", out), ("stderr", err)):
         monkeypatch.setattr(stream, "isatty", lambda: terminal)
@@ -279,7 +374,9 @@ def test_a_line_that_is_no_text_is_refused(monkeypatch: pytest.MonkeyPatch):
 # ---- processes of their own ----------------------------------------------------------------------------------------
 
 
-def entered(arguments: tuple[str, ...], folder: Path, terminal: str, pipes: tuple[Path, Path, Path] | None) -> None:
+def entered(
+    arguments: tuple[str, ...], folder: Path, terminal: str, pipes: tuple[Path, Path, Path] | None
+) -> None:
     """What a child does: the command line on a terminal of its own, or with files for its streams."""
     os.chdir(folder)
     os.environ |= {"TERM": "xterm-256color", "COLUMNS": "120", "PYTHONIOENCODING": "utf-8"}
@@ -287,10 +384,13 @@ def entered(arguments: tuple[str, ...], folder: Path, terminal: str, pipes: tupl
         os.setsid()
         streams = (os.open(terminal, os.O_RDWR),) * 3
     else:
-        streams = (os.open(pipes[0], os.O_RDONLY), *(os.open(p, os.O_WRONLY | os.O_CREAT) for p in pipes[1:]))  # type: ignore[assignment]
+        streams = (
+            os.open(pipes[0], os.O_RDONLY),
+            *(os.open(p, os.O_WRONLY | os.O_CREAT) for p in pipes[1:]),
+        )  # type: ignore[assignment]
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
-    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 (a forked child's own is /dev/null)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)
     sys.argv = ["persea", *arguments]
     cli.main()
 
@@ -298,7 +398,9 @@ def entered(arguments: tuple[str, ...], folder: Path, terminal: str, pipes: tupl
 def piped(folder: Path, lines: str, *arguments: str) -> tuple[int | None, str, str]:
     paths = tuple(folder / name for name in ("in", "out", "err"))
     paths[0].write_text(lines)
-    process = warm().Process(target=entered, args=(("chat", *arguments), folder, "", paths), daemon=True)
+    process = warm().Process(
+        target=entered, args=(("chat", *arguments), folder, "", paths), daemon=True
+    )
     process.start()
     process.join(120)
     return process.exitcode, paths[1].read_text(), paths[2].read_text()
@@ -309,7 +411,9 @@ class OnTerminal:
 
     def __init__(self, folder: Path, *arguments: str) -> None:
         self.mine, theirs = pty.openpty()
-        self.process = warm().Process(target=entered, args=(arguments, folder, os.ttyname(theirs), None), daemon=True)
+        self.process = warm().Process(
+            target=entered, args=(arguments, folder, os.ttyname(theirs), None), daemon=True
+        )
         self.process.start()
         self.theirs, self.select_examples = theirs, ""
 
@@ -367,10 +471,19 @@ def test_ctrl_c_stops_an_answer_and_not_the_talk(tmp_path: Path):
     """Random weights never end by themselves."""
     folder = Path(shutil.copytree(SAPLINGS / "llama-sapling", tmp_path / "random"))
     voice = opened("llama-sapling")[0]
-    model = random_init("llama", len(voice.vocabulary), {"hidden": 32, "layers": 1, "heads": 2, "seed": 1})
+    model = random_init(
+        "llama", len(voice.vocabulary), {"hidden": 32, "layers": 1, "heads": 2, "seed": 1}
+    )
     model.save_pretrained(folder)
     prompt = voice.render_prompt(Conversation.from_question("Hi")).ids_T
-    assert len(TransformersEngine(model.eval(), len(voice.vocabulary)).generate([prompt], voice.stop_ids, 300)[0]) == 300
+    assert (
+        len(
+            TransformersEngine(model.eval(), len(voice.vocabulary)).generate(
+                [prompt], voice.stop_ids, 300
+            )[0]
+        )
+        == 300
+    )
     one = OnTerminal(tmp_path, "chat", str(folder), "--max-new-tokens", "900")
     one.until("> ")
     one.type("Hi\n")
@@ -384,7 +497,9 @@ def test_ctrl_c_stops_an_answer_and_not_the_talk(tmp_path: Path):
 
 
 def test_through_a_pipe(tmp_path: Path):
-    code, out, err = piped(tmp_path, f"/think high\n{question()}\n/nonsense\n/reset\n{question()}\n/quit\nnever\n", OSS)
+    code, out, err = piped(
+        tmp_path, f"/think high\n{question()}\n/nonsense\n/reset\n{question()}\n/quit\nnever\n", OSS
+    )
     assert code == 0
     answers = out.splitlines()
     assert len(answers) == 2
@@ -400,7 +515,11 @@ def test_a_reader_that_goes_ends_the_talk(tmp_path: Path):
     os.mkfifo(tmp_path / "out")
     reader = os.open(tmp_path / "out", os.O_RDONLY | os.O_NONBLOCK)
     (tmp_path / "in").write_text(f"{question()}\n" * 3)
-    process = warm().Process(target=entered, daemon=True, args=(("chat", OSS), tmp_path, "", tuple(tmp_path / n for n in ("in", "out", "err"))))
+    process = warm().Process(
+        target=entered,
+        daemon=True,
+        args=(("chat", OSS), tmp_path, "", tuple(tmp_path / n for n in ("in", "out", "err"))),
+    )
     process.start()
     until = time.monotonic() + 100
     while not select.select([reader], [], [], 0.1)[0]:
@@ -411,10 +530,19 @@ def test_a_reader_that_goes_ends_the_talk(tmp_path: Path):
     assert "Traceback" not in (tmp_path / "err").read_text()
 
 
-@pytest.mark.parametrize(("arguments", "code", "told"), [
-    (("runs/none",), 3, "no tokenizer in 'runs/none'"), (("./none",), 3, "no model folder './none'"), ((".",), 3, "no tokenizer in '.'"),
-    ((OSS, "--think", "off"), 2, "--think: this model knows no off"), ((OSS, "--max-new-tokens", "0"), 2, "persea --help")])
-def test_who_cannot_be_talked_to_is_refused_in_a_line(tmp_path: Path, arguments: tuple[str, ...], code: int, told: str):
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (("runs/none",), 3, "no tokenizer in 'runs/none'"),
+        (("./none",), 3, "no model folder './none'"),
+        ((".",), 3, "no tokenizer in '.'"),
+        ((OSS, "--think", "off"), 2, "--think: this model knows no off"),
+        ((OSS, "--max-new-tokens", "0"), 2, "persea --help"),
+    ],
+)
+def test_who_cannot_be_talked_to_is_refused_in_a_line(
+    tmp_path: Path, arguments: tuple[str, ...], code: int, told: str
+):
     ended, out, err = piped(tmp_path, "Hi\n", *arguments)
     assert (ended, out) == (code, "")
     assert told in err
@@ -422,6 +550,11 @@ def test_who_cannot_be_talked_to_is_refused_in_a_line(tmp_path: Path, arguments:
 
 
 def test_the_verb_is_there():
-    done = subprocess.run([Path(sys.executable).with_name("persea"), "chat", "--help"], capture_output=True, text=True, env=os.environ)
+    done = subprocess.run(
+        [Path(sys.executable).with_name("persea"), "chat", "--help"],
+        capture_output=True,
+        text=True,
+        env=os.environ,
+    )
     assert done.returncode == 0
     assert "Ctrl-D" in done.stdout

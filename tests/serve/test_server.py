@@ -20,7 +20,16 @@ import openai
 import pytest
 import torch
 
-from persea.chat.messages import Conversation, FinishReason, Role, Text, Thinking, ThinkingEffort, ToolCall, ToolResult
+from persea.chat.messages import (
+    Conversation,
+    FinishReason,
+    Role,
+    Text,
+    Thinking,
+    ThinkingEffort,
+    ToolCall,
+    ToolResult,
+)
 from persea.errors import DataError, RefusedError
 from persea.models.loading import ModelSource, load_renderer
 from persea.serve.limits import AccessLimitMiddleware, ServerLimits, is_loopback
@@ -48,10 +57,20 @@ def post(url: str, path: str, **body: object) -> httpx2.Response:
     return httpx2.post(url + path, json=body, trust_env=False, timeout=60)
 
 
-def said(name: str, question: str, effort: ThinkingEffort = ThinkingEffort.NONE, new: int = 96) -> tuple[list[int], str, str]:
+def said(
+    name: str, question: str, effort: ThinkingEffort = ThinkingEffort.NONE, new: int = 96
+) -> tuple[list[int], str, str]:
     """What the local engine says: ids, thought, words."""
     voice, _ = opened(name)
-    ids = engine(name).generate([voice.render_prompt(Conversation.from_question(question, effort=effort)).ids_T], voice.stop_ids, new)[0].tolist()
+    ids = (
+        engine(name)
+        .generate(
+            [voice.render_prompt(Conversation.from_question(question, effort=effort)).ids_T],
+            voice.stop_ids,
+            new,
+        )[0]
+        .tolist()
+    )
     parts, finish = voice.parse(ids, effort)
     assert finish is FinishReason.STOP
     message = Conversation.from_question(question).with_answer(*parts).messages[-1]
@@ -59,26 +78,46 @@ def said(name: str, question: str, effort: ThinkingEffort = ThinkingEffort.NONE,
 
 
 def sums() -> str:
-    return next(s for s in GENERATED_TASKS if s.name == "reasoning").items(Split.TEST, 1, 0)[0].prompt.conversation.messages[-1].text
+    return (
+        next(s for s in GENERATED_TASKS if s.name == "reasoning")
+        .items(Split.TEST, 1, 0)[0]
+        .prompt.conversation.messages[-1]
+        .text
+    )
 
 
 def test_the_openai_client_gets_the_local_engines_words() -> None:
     one = client("qwen-sapling")
     assert [m.id for m in one.models.list()] == ["qwen-sapling"]
     ids, _, words = said("qwen-sapling", ASKED)
-    whole = one.chat.completions.create(model="qwen-sapling", messages=[{"role": "user", "content": ASKED}])
+    whole = one.chat.completions.create(
+        model="qwen-sapling", messages=[{"role": "user", "content": ASKED}]
+    )
     assert (whole.choices[0].message.content, whole.choices[0].finish_reason) == (words, "stop")
     assert whole.usage and whole.usage.completion_tokens == len(ids)
-    pieces = list(one.chat.completions.create(model="qwen-sapling", messages=[{"role": "user", "content": ASKED}], stream=True,
-                                              stream_options={"include_usage": True}))
+    pieces = list(
+        one.chat.completions.create(
+            model="qwen-sapling",
+            messages=[{"role": "user", "content": ASKED}],
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
     told = [c.choices[0].delta.content for c in pieces if c.choices and c.choices[0].delta.content]
     assert "".join(told) == words
     assert len(told) > 1  # it came token by token
     assert pieces[-1].usage and pieces[-1].usage.total_tokens == whole.usage.total_tokens
-    text = one.completions.create(model="qwen-sapling", prompt="x = ", max_tokens=4, echo=True, logprobs=2)
+    text = one.completions.create(
+        model="qwen-sapling", prompt="x = ", max_tokens=4, echo=True, logprobs=2
+    )
     assert text.choices[0].text.startswith("x = ")
     logs = text.choices[0].logprobs
-    assert logs and logs.token_logprobs and len(logs.tokens or ()) == len(logs.token_logprobs) and logs.token_logprobs[0] is None
+    assert (
+        logs
+        and logs.token_logprobs
+        and len(logs.tokens or ()) == len(logs.token_logprobs)
+        and logs.token_logprobs[0] is None
+    )
 
 
 def test_thoughts_come_apart_from_words_and_the_switch_is_obeyed() -> None:
@@ -87,22 +126,42 @@ def test_thoughts_come_apart_from_words_and_the_switch_is_obeyed() -> None:
     assert thought
     one = client(name)
     messages = [{"role": "user", "content": question}]
-    whole = one.chat.completions.create(model=name, messages=messages, reasoning_effort="high").choices[0].message
+    whole = (
+        one.chat.completions.create(model=name, messages=messages, reasoning_effort="high")
+        .choices[0]
+        .message
+    )
     assert (whole.reasoning_content, whole.content) == (thought, words)
     seen: dict[str, list[str]] = {"reasoning_content": [], "content": []}
-    for event in one.chat.completions.create(model=name, messages=messages, reasoning_effort="high", stream=True):
+    for event in one.chat.completions.create(
+        model=name, messages=messages, reasoning_effort="high", stream=True
+    ):
         delta = event.choices[0].delta.model_dump()
         for key, pieces in seen.items():
             if delta.get(key):
                 pieces.append(delta[key])
-    assert {key: "".join(p) for key, p in seen.items()} == {"reasoning_content": thought, "content": words}
+    assert {key: "".join(p) for key, p in seen.items()} == {
+        "reasoning_content": thought,
+        "content": words,
+    }
     assert len(seen["reasoning_content"]) > 3  # thought aloud, not in one piece at its end
-    for switch in ({"reasoning_effort": "none"}, {"chat_template_kwargs": {"enable_thinking": False}}):
-        refused = post(serving(name), "/v1/chat/completions", model=name, messages=messages, **switch)
+    for switch in (
+        {"reasoning_effort": "none"},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+    ):
+        refused = post(
+            serving(name), "/v1/chat/completions", model=name, messages=messages, **switch
+        )
         assert refused.status_code == 400
         assert "always thinks" in refused.json()["error"]["message"]
-    refused = post(serving("qwen-sapling"), "/v1/chat/completions", model="qwen-sapling", messages=messages, reasoning_effort="high",
-                   chat_template_kwargs={"enable_thinking": False})
+    refused = post(
+        serving("qwen-sapling"),
+        "/v1/chat/completions",
+        model="qwen-sapling",
+        messages=messages,
+        reasoning_effort="high",
+        chat_template_kwargs={"enable_thinking": False},
+    )
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "reasoning_effort")
 
 
@@ -111,9 +170,15 @@ def test_half_characters_are_held_back_and_no_piece_is_told_twice(name: str) -> 
     """Every token of an answer in many scripts goes through the reader, which tells whole characters alone."""
     voice, _ = opened(name)
     text = "三百 ba trăm สามร้อย 👩‍👩‍👧 x = 1\n\n  if x:\n"
-    for effort, parts in ((voice.family.efforts[0], (Text(text),)), (voice.family.efforts[-1], (Thinking("hm 三\nso"), Text(text)))):
+    for effort, parts in (
+        (voice.family.efforts[0], (Text(text),)),
+        (voice.family.efforts[-1], (Thinking("hm 三\nso"), Text(text))),
+    ):
         answer = voice.render(Conversation.from_question("q", effort=effort).with_answer(*parts))
-        heard, pieces = StreamingAnswerParser(voice, effort, ()), {"reasoning_content": "", "content": ""}
+        heard, pieces = (
+            StreamingAnswerParser(voice, effort, ()),
+            {"reasoning_content": "", "content": ""},
+        )
         count = 0
         for token in answer.ids_T[answer.loss_mask_T].tolist():
             for key, more in heard.add_token(token).items():
@@ -123,26 +188,44 @@ def test_half_characters_are_held_back_and_no_piece_is_told_twice(name: str) -> 
         more, calls, finish = heard.finish()
         read, _ = voice.parse(answer.ids_T[answer.loss_mask_T].tolist(), effort)
         message = Conversation.from_question("q").with_answer(*read).messages[-1]
-        assert (pieces["content"] + more.get("content", ""), calls, finish) == (message.text, (), FinishReason.STOP)
+        assert (pieces["content"] + more.get("content", ""), calls, finish) == (
+            message.text,
+            (),
+            FinishReason.STOP,
+        )
         assert pieces["reasoning_content"] + more.get("reasoning_content", "") == message.thinking
         assert count > 5
 
 
-def test_a_hybrid_students_thought_is_told_apart_also_where_its_markers_are_text(tmp_path: Path) -> None:
+def test_a_hybrid_students_thought_is_told_apart_also_where_its_markers_are_text(
+    tmp_path: Path,
+) -> None:
     folder = Path(shutil.copytree(SAPLINGS / "gemma-sapling", tmp_path / "maple"))
     (folder / "chat_template.jinja").write_text(
         "{%- for m in messages %}{{- '<start_of_turn>' + m['role'] + '\n' + m['content'] + '<end_of_turn>\n' }}{%- endfor %}"
-        "{%- if add_generation_prompt %}{{- '<start_of_turn>assistant\n' }}{%- endif %}")
-    for source in (ModelSource(str(folder), family="generic", thinking=True), ModelSource(str(SAPLINGS / "llama-sapling"), thinking=True)):
+        "{%- if add_generation_prompt %}{{- '<start_of_turn>assistant\n' }}{%- endif %}"
+    )
+    for source in (
+        ModelSource(str(folder), family="generic", thinking=True),
+        ModelSource(str(SAPLINGS / "llama-sapling"), thinking=True),
+    ):
         voice = load_renderer(source, "student")
         for parts in ((Thinking("a < b, 三 so"), Text("x = 1 <t")), (Text("<"),)):
-            answer = voice.render(Conversation.from_question("q", effort=ThinkingEffort.HIGH).with_answer(*parts))
+            answer = voice.render(
+                Conversation.from_question("q", effort=ThinkingEffort.HIGH).with_answer(*parts)
+            )
             heard, told = StreamingAnswerParser(voice, ThinkingEffort.HIGH, ()), list[str]()
             for token in answer.ids_T[answer.loss_mask_T].tolist():
                 told += heard.add_token(token)
             _, calls, finish = heard.finish()
-            assert (heard.emitted, calls, finish) == ({"reasoning_content": "a < b, 三 so" if len(parts) > 1 else "", "content": parts[-1].text}, (),
-                                                   FinishReason.STOP)
+            assert (heard.emitted, calls, finish) == (
+                {
+                    "reasoning_content": "a < b, 三 so" if len(parts) > 1 else "",
+                    "content": parts[-1].text,
+                },
+                (),
+                FinishReason.STOP,
+            )
             assert len(parts) == 1 or told.count("reasoning_content") > 2
 
 
@@ -150,47 +233,89 @@ def test_a_hybrid_students_thought_is_told_apart_also_where_its_markers_are_text
 def test_calls_are_read_while_they_are_said(real_of: Callable[[str], Speaker]) -> None:
     """Llama's look like words until they end."""
     voice = real_of("llama").renderer
-    body = {"model": "m", "messages": [{"role": "user", "content": "q"}], "tools": [
-        {"type": "function", "function": {"name": "add", "description": "adds", "parameters": {"type": "object"}}}]}
+    body = {
+        "model": "m",
+        "messages": [{"role": "user", "content": "q"}],
+        "tools": [
+            {
+                "type": "function",
+                "function": {
+                    "name": "add",
+                    "description": "adds",
+                    "parameters": {"type": "object"},
+                },
+            }
+        ],
+    }
     asked = ChatCompletionRequest.model_validate(body).to_conversation(voice.family)
     call = ToolCall("add", '{"x": 1}')
     answer = voice.render(asked.with_answer(call))
     heard = StreamingAnswerParser(voice, asked.effort, asked.tools)
-    assert not any(heard.add_token(t) for t in answer.ids_T[answer.loss_mask_T].tolist())  # nothing of a call is told as words
+    assert not any(
+        heard.add_token(t) for t in answer.ids_T[answer.loss_mask_T].tolist()
+    )  # nothing of a call is told as words
     more, calls, finish = heard.finish()
     assert (more, calls, finish) == ({}, (call,), FinishReason.STOP)
 
 
 def test_messages_become_a_conversation() -> None:
     family = opened("qwen-sapling")[0].family
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": "e\u0301"}]},
-                {"role": "assistant", "content": None, "reasoning_content": "hm",
-                 "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}]},
-                {"role": "tool", "tool_call_id": "1", "content": "42"}]
-    found = ChatCompletionRequest.model_validate({"model": "m", "messages": messages}).to_conversation(family)
+    messages = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": [{"type": "text", "text": "e\u0301"}]},
+        {
+            "role": "assistant",
+            "content": None,
+            "reasoning_content": "hm",
+            "tool_calls": [
+                {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
+            ],
+        },
+        {"role": "tool", "tool_call_id": "1", "content": "42"},
+    ]
+    found = ChatCompletionRequest.model_validate(
+        {"model": "m", "messages": messages}
+    ).to_conversation(family)
     assert [m.role for m in found.messages] == [Role.SYSTEM, Role.USER, Role.ASSISTANT, Role.TOOL]
     assert found.messages[1].text == "é"
     assert found.messages[2].parts == (Thinking("hm"), ToolCall("f", '{"a": 1}'))
     assert found.messages[3].parts == (ToolResult("f", "42"),)
-    for parameters in ({"x": float("nan")}, {"x": "half \ud83d"}):  # both are JSON to Python, and to nobody else
+    for parameters in (
+        {"x": float("nan")},
+        {"x": "half \ud83d"},
+    ):  # both are JSON to Python, and to nobody else
         tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
         with pytest.raises(DataError, match="no plain JSON"):
-            ChatCompletionRequest.model_validate({"model": "m", "messages": messages[:2], "tools": tools}).to_conversation(family)
+            ChatCompletionRequest.model_validate(
+                {"model": "m", "messages": messages[:2], "tools": tools}
+            ).to_conversation(family)
     with pytest.raises(DataError, match="knows no low effort -> one of none, high"):
-        ChatCompletionRequest.model_validate({"model": "m", "messages": messages[:2], "reasoning_effort": "low"}).to_conversation(family)
+        ChatCompletionRequest.model_validate(
+            {"model": "m", "messages": messages[:2], "reasoning_effort": "low"}
+        ).to_conversation(family)
     with pytest.raises(DataError, match="does not think"):
-        ChatCompletionRequest.model_validate({"model": "m", "messages": messages[:2], "reasoning_effort": "high"}).to_conversation(opened("gemma-sapling")[0].family)
-    for broken, why in (([{"role": "tool", "tool_call_id": "9", "content": "x"}], "result of no call"),
-                        ([{"role": "user", "content": "x", "reasoning_content": "y"}], "only the assistant"),
-                        ([{"role": "assistant", "content": "x"}], "assistant's own")):
+        ChatCompletionRequest.model_validate(
+            {"model": "m", "messages": messages[:2], "reasoning_effort": "high"}
+        ).to_conversation(opened("gemma-sapling")[0].family)
+    for broken, why in (
+        ([{"role": "tool", "tool_call_id": "9", "content": "x"}], "result of no call"),
+        ([{"role": "user", "content": "x", "reasoning_content": "y"}], "only the assistant"),
+        ([{"role": "assistant", "content": "x"}], "assistant's own"),
+    ):
         with pytest.raises(DataError, match=why):
-            ChatCompletionRequest.model_validate({"model": "m", "messages": broken}).to_conversation(family)
+            ChatCompletionRequest.model_validate(
+                {"model": "m", "messages": broken}
+            ).to_conversation(family)
 
 
 def inside(speaker: Any, path: str, **body: object) -> httpx2.Response:
     """An answer of the application in this process."""
+
     async def ask() -> httpx2.Response:
-        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=build_app(speaker, "", ServerLimits())), base_url="http://localhost") as one:
+        async with httpx2.AsyncClient(
+            transport=httpx2.ASGITransport(app=build_app(speaker, "", ServerLimits())),
+            base_url="http://localhost",
+        ) as one:
             return await one.post(path, json={"model": speaker.name} | body)
 
     return asyncio.run(ask())
@@ -199,15 +324,29 @@ def inside(speaker: Any, path: str, **body: object) -> httpx2.Response:
 def test_a_thought_without_an_answer_is_malformed_and_nobody_makes_one_up() -> None:
     voice, _ = opened("gpt-oss-sapling")
     names = {text: i for i, text in voice.vocabulary.control_names.items()}
-    ids = [names["<|channel|>"], *voice.vocabulary.encode("analysis"), names["<|message|>"], *voice.vocabulary.encode("hm"), names["<|return|>"]]
+    ids = [
+        names["<|channel|>"],
+        *voice.vocabulary.encode("analysis"),
+        names["<|message|>"],
+        *voice.vocabulary.encode("hm"),
+        names["<|return|>"],
+    ]
 
     class Says:
         def stream(self, *asked: object) -> Iterator[int]:
             yield from ids
 
     speaker = replace(load_served_model(str(SAPLINGS / "gpt-oss-sapling")), engine=Says())  # type: ignore[arg-type]
-    answer = inside(speaker, "/v1/chat/completions", messages=[{"role": "user", "content": "q"}], reasoning_effort="high").json()
-    assert (answer["choices"][0]["finish_reason"], answer["choices"][0]["message"]["content"]) == ("malformed", "")
+    answer = inside(
+        speaker,
+        "/v1/chat/completions",
+        messages=[{"role": "user", "content": "q"}],
+        reasoning_effort="high",
+    ).json()
+    assert (answer["choices"][0]["finish_reason"], answer["choices"][0]["message"]["content"]) == (
+        "malformed",
+        "",
+    )
     assert answer["usage"]["completion_tokens"] == len(ids)
 
 
@@ -226,9 +365,18 @@ def test_weights_that_give_no_numbers_are_not_the_clients_fault() -> None:
 def test_candidates_come_as_an_array_with_padding() -> None:
     voice, _ = opened("gemma-sapling")
     ids = voice.render_prompt(Conversation.from_question("Hi")).ids_T
-    rows, = engine("gemma-sapling").compute_logprobs([ids], [np.arange(len(ids)) > 0])
-    answer = post(serving("gemma-sapling"), "/inference/v1/generate", token_ids=ids.tolist(), return_token_ids=True, sampling_params={
-        "max_tokens": 1, "prompt_logprob_token_ids": [[5, 6], [7, -1]], "prompt_logprob_start": 2}).json()
+    (rows,) = engine("gemma-sapling").compute_logprobs([ids], [np.arange(len(ids)) > 0])
+    answer = post(
+        serving("gemma-sapling"),
+        "/inference/v1/generate",
+        token_ids=ids.tolist(),
+        return_token_ids=True,
+        sampling_params={
+            "max_tokens": 1,
+            "prompt_logprob_token_ids": [[5, 6], [7, -1]],
+            "prompt_logprob_start": 2,
+        },
+    ).json()
     array = np.load(io.BytesIO(base64.b64decode(answer["prompt_token_id_logprobs"])))
     assert array.shape == (2, 2) and array.dtype == np.float32
     assert np.allclose(array[[0, 0, 1], [0, 1, 0]], [rows[2, 5], rows[2, 6], rows[3, 7]], atol=1e-4)
@@ -239,23 +387,51 @@ def test_candidates_come_as_an_array_with_padding() -> None:
 def test_streamed_tokens_are_those_of_the_engine_and_drawn_ones_repeat() -> None:
     voice, _ = opened("qwen-sapling")
     prompt = voice.render_prompt(Conversation.from_question(ASKED)).ids_T
-    assert list(engine("qwen-sapling").stream(prompt, voice.stop_ids, 20, Sampling())) == said("qwen-sapling", ASKED)[0]
-    body = {"model": "qwen-sapling", "prompt": prompt.tolist(), "max_tokens": 12, "ignore_eos": True, "temperature": 2.0, "return_token_ids": True}
-    drawn = [post(serving("qwen-sapling"), "/v1/completions", **body, seed=seed).json()["choices"][0]["token_ids"] for seed in (1, 1, 2)]
+    assert (
+        list(engine("qwen-sapling").stream(prompt, voice.stop_ids, 20, Sampling()))
+        == said("qwen-sapling", ASKED)[0]
+    )
+    body = {
+        "model": "qwen-sapling",
+        "prompt": prompt.tolist(),
+        "max_tokens": 12,
+        "ignore_eos": True,
+        "temperature": 2.0,
+        "return_token_ids": True,
+    }
+    drawn = [
+        post(serving("qwen-sapling"), "/v1/completions", **body, seed=seed).json()["choices"][0][
+            "token_ids"
+        ]
+        for seed in (1, 1, 2)
+    ]
     assert drawn[0] == drawn[1] != drawn[2]
-    narrow = post(serving("qwen-sapling"), "/v1/completions", **body, seed=1, top_p=1e-9).json()["choices"][0]["token_ids"]
-    assert narrow == list(engine("qwen-sapling").stream(prompt, (), 12, Sampling()))  # the fewest likeliest are one
+    narrow = post(serving("qwen-sapling"), "/v1/completions", **body, seed=1, top_p=1e-9).json()[
+        "choices"
+    ][0]["token_ids"]
+    assert narrow == list(
+        engine("qwen-sapling").stream(prompt, (), 12, Sampling())
+    )  # the fewest likeliest are one
 
 
 def test_offsets_count_whole_characters_and_no_markers() -> None:
     """Half characters and control tokens are spelled in `tokens`, and are not in the text."""
     voice, _ = opened("qwen-sapling")
     ids = [*voice.vocabulary.encode("a 𓀀 b"), voice.stop_ids[0], *voice.vocabulary.encode("c")]
-    rows = torch.log_softmax(torch.randn(len(ids) - 1, len(voice.vocabulary), generator=torch.Generator().manual_seed(0)), -1)
+    rows = torch.log_softmax(
+        torch.randn(
+            len(ids) - 1, len(voice.vocabulary), generator=torch.Generator().manual_seed(0)
+        ),
+        -1,
+    )
     found = build_completion_logprobs(voice, ids, rows, 0, 0, False)
     assert any(token.startswith("bytes:") for token in found["tokens"])
     text = "a 𓀀 bc"
-    whole = [(token, at) for token, at in zip(found["tokens"], found["text_offset"], strict=True) if token in text]
+    whole = [
+        (token, at)
+        for token, at in zip(found["tokens"], found["text_offset"], strict=True)
+        if token in text
+    ]
     assert len(whole) > 2
     assert all(text[at:].startswith(token) for token, at in whole)
 
@@ -292,8 +468,22 @@ def test_what_a_client_that_went_had_begun_holds_the_model_until_it_is_over() ->
 @pytest.fixture(scope="module")
 def strict() -> Iterator[Served]:
     """A server with a key and small caps."""
-    served = start_serve(SAPLINGS / "llama-sapling", "--host", "127.0.0.1", "--max-body", "1", "--max-tokens", "64", "--max-logprobs", "5",
-                         "--concurrency", "2", "--seconds", "1", PERSEA_SERVE_KEY="a-secret")
+    served = start_serve(
+        SAPLINGS / "llama-sapling",
+        "--host",
+        "127.0.0.1",
+        "--max-body",
+        "1",
+        "--max-tokens",
+        "64",
+        "--max-logprobs",
+        "5",
+        "--concurrency",
+        "2",
+        "--seconds",
+        "1",
+        PERSEA_SERVE_KEY="a-secret",
+    )
     yield served
     served.process.terminate()
     served.process.join(20)
@@ -303,58 +493,148 @@ def strict() -> Iterator[Served]:
 HEAD = {"authorization": "Bearer a-secret"}
 
 
-@pytest.mark.parametrize(("path", "body", "status", "words"), [
-    ("/v1/completions", b"{", 400, "not JSON"),
-    ("/v1/completions", b"[" * 100_000, 400, ""),
-    ("/v1/completions", b'{"model": "llama-sapling", "prompt": "x", "max_tokens": NaN}', 422, "max_tokens"),
-    ("/v1/completions", {"model": "llama-sapling", "prompt": "x", "best_of": 3}, 422, "best_of"),
-    ("/v1/completions", {"model": "llama-sapling", "prompt": "x", "n": 2}, 422, "n"),
-    ("/v1/completions", {"model": "llama-sapling", "prompt": [1, 10_000_000]}, 400, "outside the vocabulary"),
-    ("/v1/completions", {"model": "llama-sapling", "prompt": []}, 400, "empty"),
-    ("/v1/completions", {"model": "llama-sapling", "prompt": "x", "logprobs": 6}, 400, "at most 5"),
-    ("/v1/completions", {"model": "llama-sapling", "prompt": "x", "max_tokens": 65}, 400, "at most 64"),
-    ("/v1/completions", {"model": "llama-sapling", "prompt": [5] * 1024, "max_tokens": 1}, 400, "positions for 1,024"),
-    ("/v1/completions", {"model": "llama-sapling", "prompt": "x", "stream": True, "logprobs": 1}, 400, "stream"),
-    ("/v1/completions", {"model": "other", "prompt": "x"}, 404, "no model 'other'"),
-    ("/inference/v1/generate", {"token_ids": [5, 6], "sampling_params": {"prompt_logprob_token_ids": [[1], [2]]}}, 400, "rows of candidates"),
-    ("/inference/v1/generate", {"token_ids": [5, 6], "sampling_params": {"prompt_logprob_token_ids": [[1] * 6]}}, 400, "at most 5"),
-    ("/v1/chat/completions", {"model": "llama-sapling", "messages": []}, 422, "messages"),
-    ("/v1/chat/completions", {"model": "llama-sapling", "messages": [{"role": "user", "content": "x"}], "tools": [
-        {"type": "function", "function": {"name": "my tool", "parameters": {}}}]}, 400, "no name of a tool"),
-    ("/v1/embeddings", {}, 404, "no such route"),
-])
-def test_what_cannot_be_obeyed_is_refused_with_the_reason(strict: Served, path: str, body: object, status: int, words: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "body", "status", "words"),
+    [
+        ("/v1/completions", b"{", 400, "not JSON"),
+        ("/v1/completions", b"[" * 100_000, 400, ""),
+        (
+            "/v1/completions",
+            b'{"model": "llama-sapling", "prompt": "x", "max_tokens": NaN}',
+            422,
+            "max_tokens",
+        ),
+        (
+            "/v1/completions",
+            {"model": "llama-sapling", "prompt": "x", "best_of": 3},
+            422,
+            "best_of",
+        ),
+        ("/v1/completions", {"model": "llama-sapling", "prompt": "x", "n": 2}, 422, "n"),
+        (
+            "/v1/completions",
+            {"model": "llama-sapling", "prompt": [1, 10_000_000]},
+            400,
+            "outside the vocabulary",
+        ),
+        ("/v1/completions", {"model": "llama-sapling", "prompt": []}, 400, "empty"),
+        (
+            "/v1/completions",
+            {"model": "llama-sapling", "prompt": "x", "logprobs": 6},
+            400,
+            "at most 5",
+        ),
+        (
+            "/v1/completions",
+            {"model": "llama-sapling", "prompt": "x", "max_tokens": 65},
+            400,
+            "at most 64",
+        ),
+        (
+            "/v1/completions",
+            {"model": "llama-sapling", "prompt": [5] * 1024, "max_tokens": 1},
+            400,
+            "positions for 1,024",
+        ),
+        (
+            "/v1/completions",
+            {"model": "llama-sapling", "prompt": "x", "stream": True, "logprobs": 1},
+            400,
+            "stream",
+        ),
+        ("/v1/completions", {"model": "other", "prompt": "x"}, 404, "no model 'other'"),
+        (
+            "/inference/v1/generate",
+            {"token_ids": [5, 6], "sampling_params": {"prompt_logprob_token_ids": [[1], [2]]}},
+            400,
+            "rows of candidates",
+        ),
+        (
+            "/inference/v1/generate",
+            {"token_ids": [5, 6], "sampling_params": {"prompt_logprob_token_ids": [[1] * 6]}},
+            400,
+            "at most 5",
+        ),
+        ("/v1/chat/completions", {"model": "llama-sapling", "messages": []}, 422, "messages"),
+        (
+            "/v1/chat/completions",
+            {
+                "model": "llama-sapling",
+                "messages": [{"role": "user", "content": "x"}],
+                "tools": [{"type": "function", "function": {"name": "my tool", "parameters": {}}}],
+            },
+            400,
+            "no name of a tool",
+        ),
+        ("/v1/embeddings", {}, 404, "no such route"),
+    ],
+)
+def test_what_cannot_be_obeyed_is_refused_with_the_reason(
+    strict: Served, path: str, body: object, status: int, words: str
+) -> None:
     sent = {"content": body} if isinstance(body, bytes) else {"json": body}
-    answer = httpx2.post(strict.url + path, headers=HEAD | {"content-type": "application/json"}, trust_env=False, timeout=30, **sent)
+    answer = httpx2.post(
+        strict.url + path,
+        headers=HEAD | {"content-type": "application/json"},
+        trust_env=False,
+        timeout=30,
+        **sent,
+    )
     found = answer.json()["error"]
     assert (answer.status_code, found["code"]) == (status, status)
     assert words in found["message"] + str(found["param"])
 
 
 def test_a_request_that_names_no_length_gets_what_is_allowed(strict: Served) -> None:
-    answer = httpx2.post(f"{strict.url}/v1/chat/completions", headers=HEAD, trust_env=False, timeout=60,
-                         json={"model": "llama-sapling", "messages": [{"role": "user", "content": "x"}]})
+    answer = httpx2.post(
+        f"{strict.url}/v1/chat/completions",
+        headers=HEAD,
+        trust_env=False,
+        timeout=60,
+        json={"model": "llama-sapling", "messages": [{"role": "user", "content": "x"}]},
+    )
     assert answer.status_code == 200
     assert answer.json()["usage"]["completion_tokens"] <= 64
 
 
 def test_without_the_key_nothing_but_health_is_answered(strict: Served) -> None:
     assert httpx2.get(f"{strict.url}/health", trust_env=False).status_code == 200
-    for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic a-secret"}, {"authorization": "a-secret"}):
+    for headers in (
+        {},
+        {"authorization": "Bearer wrong"},
+        {"authorization": "Basic a-secret"},
+        {"authorization": "a-secret"},
+    ):
         for path in ("/v1/models", "/v1/chat/completions", "/nowhere"):
             answer = httpx2.get(strict.url + path, headers=headers, trust_env=False)
-            assert (answer.status_code, answer.json()["error"]["type"]) == (401, "authentication_error")
+            assert (answer.status_code, answer.json()["error"]["type"]) == (
+                401,
+                "authentication_error",
+            )
     assert httpx2.get(f"{strict.url}/v1/models", headers=HEAD, trust_env=False).status_code == 200
 
 
 def test_bodies_are_capped_in_size_and_time(strict: Served) -> None:
     big = b"x" * (2 << 20)
-    assert httpx2.post(f"{strict.url}/v1/completions", content=big, headers=HEAD, trust_env=False).status_code == 413
-    said = httpx2.post(f"{strict.url}/v1/completions", content=iter([big[:600_000]] * 3), headers=HEAD, trust_env=False)  # no content-length
+    assert (
+        httpx2.post(
+            f"{strict.url}/v1/completions", content=big, headers=HEAD, trust_env=False
+        ).status_code
+        == 413
+    )
+    said = httpx2.post(
+        f"{strict.url}/v1/completions",
+        content=iter([big[:600_000]] * 3),
+        headers=HEAD,
+        trust_env=False,
+    )  # no content-length
     assert said.status_code == 413
     host, port = strict.url.removeprefix("http://").split(":")
-    for sent in (b"", b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n",
-                 b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer a-secret\r\ncontent-length: 50\r\n\r\n{"):
+    for sent in (
+        b"",
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer a-secret\r\ncontent-length: 50\r\n\r\n{",
+    ):
         begin = time.monotonic()
         with socket.create_connection((host, int(port)), timeout=10) as slow:
             slow.sendall(sent)
@@ -367,6 +647,7 @@ def test_bodies_are_capped_in_size_and_time(strict: Served) -> None:
 
 def test_more_requests_than_are_answered_get_429_and_a_slow_reader_is_left() -> None:
     """The guard alone, around an application that answers when it is told to."""
+
     async def play() -> list[list[Any]]:
         go = asyncio.Event()
 
@@ -375,13 +656,19 @@ def test_more_requests_than_are_answered_get_429_and_a_slow_reader_is_left() -> 
             await go.wait()
             await send({"type": "http.response.start", "status": 200, "headers": []})
 
-        async def ask(guard: AccessLimitMiddleware, *bodies: bytes, stuck: bool = False) -> list[Any]:
+        async def ask(
+            guard: AccessLimitMiddleware, *bodies: bytes, stuck: bool = False
+        ) -> list[Any]:
             parts, sent = list(bodies), list[Any]()
 
             async def receive() -> Any:
                 if not parts:
                     await asyncio.sleep(60)
-                return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts) or len(bodies) == 1}
+                return {
+                    "type": "http.request",
+                    "body": parts.pop(0),
+                    "more_body": bool(parts) or len(bodies) == 1,
+                }
 
             async def send(message: Any) -> None:
                 if stuck:
@@ -391,9 +678,16 @@ def test_more_requests_than_are_answered_get_429_and_a_slow_reader_is_left() -> 
             await guard({"type": "http", "path": "/x", "headers": []}, receive, send)
             return sent
 
-        guard = AccessLimitMiddleware(app, "", ServerLimits(io_timeout_s=0.3, max_concurrent_requests=2))
-        slow = [asyncio.create_task(ask(guard, b"half")) for _ in range(5)]  # bodies that never come hold nobody up
-        held = [asyncio.create_task(ask(guard, b"who", b"le")), asyncio.create_task(ask(guard, b"who", b"le", stuck=True))]
+        guard = AccessLimitMiddleware(
+            app, "", ServerLimits(io_timeout_s=0.3, max_concurrent_requests=2)
+        )
+        slow = [
+            asyncio.create_task(ask(guard, b"half")) for _ in range(5)
+        ]  # bodies that never come hold nobody up
+        held = [
+            asyncio.create_task(ask(guard, b"who", b"le")),
+            asyncio.create_task(ask(guard, b"who", b"le", stuck=True)),
+        ]
         await asyncio.sleep(0.05)
         turned_away = await ask(guard, b"whole", b"")
         go.set()
@@ -411,8 +705,12 @@ def test_more_requests_than_are_answered_get_429_and_a_slow_reader_is_left() -> 
 
 def test_many_bodies_that_were_begun_are_capped_together() -> None:
     """Each below the cap of one, all begun when nothing was read yet."""
+
     async def play() -> list[Any]:
-        guard, sent = AccessLimitMiddleware(None, "", ServerLimits(max_body_bytes=10, io_timeout_s=0.2)), list[Any]()  # type: ignore[arg-type]
+        guard, sent = (
+            AccessLimitMiddleware(None, "", ServerLimits(max_body_bytes=10, io_timeout_s=0.2)),
+            list[Any](),
+        )  # type: ignore[arg-type]
 
         async def ask() -> None:
             parts = [b"x" * 9]
@@ -438,12 +736,28 @@ def test_many_bodies_that_were_begun_are_capped_together() -> None:
 
 def test_without_a_key_only_this_machine_is_answered() -> None:
     url = serving("qwen-sapling")
-    for origin, status in (("https://evil.example", 403), ("null", 403), ("http://localhost:3000", 200), ("http://127.0.0.1", 200)):
-        assert httpx2.get(f"{url}/v1/models", headers={"origin": origin}, trust_env=False).status_code == status
-    assert httpx2.get(f"{url}/v1/models", headers={"host": "evil.example"}, trust_env=False).status_code == 403
+    for origin, status in (
+        ("https://evil.example", 403),
+        ("null", 403),
+        ("http://localhost:3000", 200),
+        ("http://127.0.0.1", 200),
+    ):
+        assert (
+            httpx2.get(f"{url}/v1/models", headers={"origin": origin}, trust_env=False).status_code
+            == status
+        )
+    assert (
+        httpx2.get(
+            f"{url}/v1/models", headers={"host": "evil.example"}, trust_env=False
+        ).status_code
+        == 403
+    )
     loopback = ("localhost", "localhost:80", "127.0.0.1", "127.8.1.1:80", "[::1]:80", "::1")
     assert [is_loopback(h) for h in loopback] == [True] * 6
-    assert not any(is_loopback(h) for h in ("0.0.0.0", "10.0.0.1:80", "evil.example", "localhost.evil.example", "::", ""))
+    assert not any(
+        is_loopback(h)
+        for h in ("0.0.0.0", "10.0.0.1:80", "evil.example", "localhost.evil.example", "::", "")
+    )
 
 
 def test_other_addresses_need_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -457,15 +771,30 @@ def test_other_addresses_need_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         resolve_api_key("::", "PERSEA_SERVE_KEY")
     monkeypatch.setenv("PERSEA_SERVE_KEY", "a-secret\n")  # as a file ends
     assert resolve_api_key("0.0.0.0", "PERSEA_SERVE_KEY") == "a-secret"
-    ended = persea("serve", tmp_path / "nowhere", "--host", "0.0.0.0", "--key-env", "NO_SUCH_KEY", folder=tmp_path)
-    assert (ended.code, "NO_SUCH_KEY holds no key" in ended.err) == (4, True)  # told before the model is looked for
+    ended = persea(
+        "serve",
+        tmp_path / "nowhere",
+        "--host",
+        "0.0.0.0",
+        "--key-env",
+        "NO_SUCH_KEY",
+        folder=tmp_path,
+    )
+    assert (ended.code, "NO_SUCH_KEY holds no key" in ended.err) == (
+        4,
+        True,
+    )  # told before the model is looked for
 
 
 def test_a_run_folder_is_its_student(tmp_path: Path) -> None:
     (tmp_path / "run" / "train").mkdir(parents=True)
     (tmp_path / "run" / "train" / "student").symlink_to(SAPLINGS / "llama-sapling")
     speaker = load_served_model(str(tmp_path / "run"))
-    assert (speaker.name, speaker.renderer.family.name, speaker.max_context_tokens) == ("run", "llama", 1024)
+    assert (speaker.name, speaker.renderer.family.name, speaker.max_context_tokens) == (
+        "run",
+        "llama",
+        1024,
+    )
     assert build_app(speaker, "", ServerLimits())
     with pytest.raises(DataError, match="no model folder"):
         load_served_model(str(tmp_path / "nothing"))

@@ -22,12 +22,23 @@ from persea.tasks.intervals import (
 shares = st.lists(st.sampled_from((0.0, 1.0)), min_size=1, max_size=60)
 graded = st.lists(st.floats(0, 1), min_size=1, max_size=60)
 pairs = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=60) | st.lists(
-    st.tuples(st.sampled_from((0.0, 1.0)), st.sampled_from((0.0, 1.0))), min_size=1, max_size=60)
+    st.tuples(st.sampled_from((0.0, 1.0)), st.sampled_from((0.0, 1.0))), min_size=1, max_size=60
+)
 
 
-@pytest.mark.parametrize(("right", "n", "low", "high"), [
-    (0, 10, .0000, .2775), (5, 10, .2366, .7634), (10, 10, .7225, 1.0000), (50, 100, .4038, .5962),
-    (81, 263, .2553, .3662), (15, 148, .0624, .1605), (0, 20, .0000, .1611), (1, 29, .0061, .1718)])  # the last four: Newcombe 1998
+@pytest.mark.parametrize(
+    ("right", "n", "low", "high"),
+    [
+        (0, 10, 0.0000, 0.2775),
+        (5, 10, 0.2366, 0.7634),
+        (10, 10, 0.7225, 1.0000),
+        (50, 100, 0.4038, 0.5962),
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0000, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)  # the last four: Newcombe 1998
 def test_wilson_as_published(right: int, n: int, low: float, high: float):
     assert wilson_interval(right, n) == pytest.approx((low, high), abs=5e-5)
 
@@ -60,21 +71,40 @@ def test_an_interval_holds_its_mean_and_claims_no_certainty(values: list[float])
     mean = sum(values) / len(values)
     assert 0 <= low <= mean + 1e-9 and mean - 1e-9 <= high <= 1
     assert low < high
-    assert high - low <= wilson_interval(sum(values), len(values))[1] - wilson_interval(sum(values), len(values))[0] + 1e-9  # no wider than of shares of that mean
+    assert (
+        high - low
+        <= wilson_interval(sum(values), len(values))[1]
+        - wilson_interval(sum(values), len(values))[0]
+        + 1e-9
+    )  # no wider than of shares of that mean
 
 
-@pytest.mark.parametrize(("x", "y", "n", "low", "high"), [  # McNemar tables as Bonett and Price (2012) adjust them, worked by hand
-    (0, 0, 10, -0.2310, 0.2310), (8, 2, 40, -0.0129, 0.2986), (12, 0, 12, 0.5875, 1.0)])
+@pytest.mark.parametrize(
+    ("x", "y", "n", "low", "high"),
+    [  # McNemar tables as Bonett and Price (2012) adjust them, worked by hand
+        (0, 0, 10, -0.2310, 0.2310),
+        (8, 2, 40, -0.0129, 0.2986),
+        (12, 0, 12, 0.5875, 1.0),
+    ],
+)
 def test_a_difference_as_worked_by_hand(x: int, y: int, n: int, low: float, high: float):
     ones = [1.0] * x + [0.0] * y + [1.0] * (n - x - y)
     others = [0.0] * x + [1.0] * y + [1.0] * (n - x - y)
     assert paired_difference_interval(ones, others) == pytest.approx((low, high), abs=6e-4)
 
 
-@pytest.mark.parametrize(("x", "m", "y", "n", "low", "high"), [  # Newcombe 1998, table II, method 10
-    (56, 70, 48, 80, .0524, .3339), (9, 10, 3, 10, .1705, .8090), (10, 10, 0, 10, .6075, 1.0)])
+@pytest.mark.parametrize(
+    ("x", "m", "y", "n", "low", "high"),
+    [  # Newcombe 1998, table II, method 10
+        (56, 70, 48, 80, 0.0524, 0.3339),
+        (9, 10, 3, 10, 0.1705, 0.8090),
+        (10, 10, 0, 10, 0.6075, 1.0),
+    ],
+)
 def test_a_gap_as_published(x: int, m: int, y: int, n: int, low: float, high: float):
-    assert unpaired_difference_interval([1.0] * x + [0.0] * (m - x), [1.0] * y + [0.0] * (n - y)) == pytest.approx((low, high), abs=1e-4)
+    assert unpaired_difference_interval(
+        [1.0] * x + [0.0] * (m - x), [1.0] * y + [0.0] * (n - y)
+    ) == pytest.approx((low, high), abs=1e-4)
 
 
 @given(pairs)
@@ -90,7 +120,9 @@ def test_a_difference_holds_its_mean_and_turns_with_its_sides(values: list[tuple
 
 
 @given(pairs)
-def test_a_ratio_holds_one_just_where_the_difference_holds_nothing(values: list[tuple[float, float]]):
+def test_a_ratio_holds_one_just_where_the_difference_holds_nothing(
+    values: list[tuple[float, float]],
+):
     x, y = zip(*values, strict=True)
     (low, high), (least, most) = paired_difference_interval(x, y), paired_ratio_interval(x, y)
     assert 0 <= least <= most
@@ -103,7 +135,9 @@ def test_a_ratio_holds_one_just_where_the_difference_holds_nothing(values: list[
 
 def test_ratios_at_the_rims():
     assert paired_ratio_interval([0.0] * 20, [0.0] * 20) == (0.0, inf)
-    assert paired_ratio_interval([1.0] * 200, [1.0] * 200) == pytest.approx((0.986, 1.014), abs=1e-3)
+    assert paired_ratio_interval([1.0] * 200, [1.0] * 200) == pytest.approx(
+        (0.986, 1.014), abs=1e-3
+    )
     least, most = paired_ratio_interval([1.0] * 20, [0.0] * 20)
     assert least > 5 and isinf(most)
     assert paired_ratio_interval([0.0] * 20, [1.0] * 20)[1] < 0.2
@@ -131,10 +165,16 @@ def covered(intervals: list[tuple[float, float]], truth: float) -> float:
     return sum(low <= truth <= high for low, high in intervals) / len(intervals)
 
 
-@pytest.mark.parametrize(("n", "truth", "draw"), [
-    (100, 0.3, lambda rng, n: (rng.random(n) < 0.3) * 1.0), (50, 0.5, lambda rng, n: (rng.random(n) < 0.5) * 1.0),
-    (50, 5 / 7, lambda rng, n: rng.beta(5, 2, n)), (50, 0.2, lambda rng, n: np.where(rng.random(n) < 0.7, 0, rng.beta(4, 2, n)))],
-    ids=["share .3", "share .5", "graded", "graded, many zeros"])
+@pytest.mark.parametrize(
+    ("n", "truth", "draw"),
+    [
+        (100, 0.3, lambda rng, n: (rng.random(n) < 0.3) * 1.0),
+        (50, 0.5, lambda rng, n: (rng.random(n) < 0.5) * 1.0),
+        (50, 5 / 7, lambda rng, n: rng.beta(5, 2, n)),
+        (50, 0.2, lambda rng, n: np.where(rng.random(n) < 0.7, 0, rng.beta(4, 2, n))),
+    ],
+    ids=["share .3", "share .5", "graded", "graded, many zeros"],
+)
 def test_means_are_covered(n: int, truth: float, draw: Draw):
     assert 0.93 <= covered([mean_interval(x) for x in drawn(n, draw)], truth) <= 0.97
 
@@ -146,21 +186,38 @@ def twins(rng: np.random.Generator, n: int, one: float, other: float, alike: flo
     return np.stack([u < one, v < other]).astype(float)
 
 
-@pytest.mark.parametrize(("n", "truth", "draw"), [
-    (100, (0.5, 0.7), lambda rng, n: twins(rng, n, 0.5, 0.7, 0.3)), (200, (0.9, 0.95), lambda rng, n: twins(rng, n, 0.9, 0.95, 0.6)),
-    (50, (5 / 7, 29 / 42), lambda rng, n: np.stack([x := rng.beta(5, 2, n), 0.5 * x + 0.5 * rng.beta(4, 2, n)]))],
-    ids=["shares", "high shares", "graded"])
+@pytest.mark.parametrize(
+    ("n", "truth", "draw"),
+    [
+        (100, (0.5, 0.7), lambda rng, n: twins(rng, n, 0.5, 0.7, 0.3)),
+        (200, (0.9, 0.95), lambda rng, n: twins(rng, n, 0.9, 0.95, 0.6)),
+        (
+            50,
+            (5 / 7, 29 / 42),
+            lambda rng, n: np.stack([x := rng.beta(5, 2, n), 0.5 * x + 0.5 * rng.beta(4, 2, n)]),
+        ),
+    ],
+    ids=["shares", "high shares", "graded"],
+)
 def test_differences_and_ratios_are_covered(n: int, truth: tuple[float, float], draw: Draw):
     samples = drawn(n, draw)
-    assert 0.93 <= covered([paired_difference_interval(*s) for s in samples], truth[0] - truth[1]) <= 0.97
-    assert 0.93 <= covered([paired_ratio_interval(*s) for s in samples], truth[0] / truth[1]) <= 0.97
+    assert (
+        0.93
+        <= covered([paired_difference_interval(*s) for s in samples], truth[0] - truth[1])
+        <= 0.97
+    )
+    assert (
+        0.93 <= covered([paired_ratio_interval(*s) for s in samples], truth[0] / truth[1]) <= 0.97
+    )
 
 
 # --- evidence ---
 
 
 def test_evidence_of_clean_wins_is_a_geometric_mean_of_stakes():
-    assert betting_wealth([1.0] * 9)[-1] == pytest.approx((2**10 - 1) / 10, rel=1e-3)  # the integral of (1 + stake)^9
+    assert betting_wealth([1.0] * 9)[-1] == pytest.approx(
+        (2**10 - 1) / 10, rel=1e-3
+    )  # the integral of (1 + stake)^9
     assert betting_wealth([0.0] * 5).tolist() == [1.0] * 5
     assert (betting_wealth([-1.0] * 5) < 1).all()
 
@@ -169,11 +226,18 @@ def test_evidence_of_clean_wins_is_a_geometric_mean_of_stakes():
 def test_evidence_is_never_negative_and_sees_only_what_came(differences: list[float]):
     told = betting_wealth(differences)
     assert (told > 0).all()
-    assert betting_wealth(differences[:len(differences) // 2 + 1]) == pytest.approx(told[:len(differences) // 2 + 1])
+    assert betting_wealth(differences[: len(differences) // 2 + 1]) == pytest.approx(
+        told[: len(differences) // 2 + 1]
+    )
 
 
 def test_evidence_seldom_lies_whenever_one_stops():
     rng = np.random.default_rng(3)
-    lies = sum(betting_wealth(rng.choice([-1.0, 0.0, 1.0], 200, p=[0.3, 0.4, 0.3])).max() >= 20 for _ in range(1000))
+    lies = sum(
+        betting_wealth(rng.choice([-1.0, 0.0, 1.0], 200, p=[0.3, 0.4, 0.3])).max() >= 20
+        for _ in range(1000)
+    )
     assert 5 < lies <= 50
-    assert betting_wealth(rng.choice([-1.0, 0.0, 1.0], 200, p=[0.2, 0.4, 0.4])).max() >= 20  # and it sees what is there
+    assert (
+        betting_wealth(rng.choice([-1.0, 0.0, 1.0], 200, p=[0.2, 0.4, 0.4])).max() >= 20
+    )  # and it sees what is there

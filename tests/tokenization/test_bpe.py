@@ -38,7 +38,12 @@ chosen = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=1,
 
 
 def said(vocabulary: Vocabulary, *ids: int) -> list[int]:
-    return [t.id for t in vocabulary.backend.model.tokenize("".join(BYTE_TO_CHAR[b] for i in ids for b in vocabulary.bytes_W[i] or b""))]
+    return [
+        t.id
+        for t in vocabulary.backend.model.tokenize(
+            "".join(BYTE_TO_CHAR[b] for i in ids for b in vocabulary.bytes_W[i] or b"")
+        )
+    ]
 
 
 @given(chosen=chosen)
@@ -56,7 +61,10 @@ def test_two_tokens_stand_side_by_side_or_cannot(chosen: list[tuple[int, int]]):
             if not (merges.derivable_V[a] and merges.derivable_V[b]):
                 assert b in after
             else:
-                assert (said(vocabulary, a, b) == [a, b]) == (b not in after), (vocabulary.bytes_W[a], vocabulary.bytes_W[b])
+                assert (said(vocabulary, a, b) == [a, b]) == (b not in after), (
+                    vocabulary.bytes_W[a],
+                    vocabulary.bytes_W[b],
+                )
 
 
 @given(chosen=chosen, text=st.text("abc ", min_size=2, max_size=14))
@@ -65,8 +73,18 @@ def test_a_sequence_is_canonical_if_every_pair_is(chosen: list[tuple[int, int]],
     merges = derive_bpe(vocabulary)
     ids = vocabulary.encode(text)
     assert not any(merges.is_impossible_pair(a, b) for a, b in pairwise(ids))
-    cut = len(ids) // 2  # two parts encoded apart: the whole is their chain, or a merge crosses where they meet
-    left, right = (vocabulary.encode(vocabulary.decode(part).decode()) for part in (ids[:cut], ids[cut:]) if part) if cut else ([], ids)
+    cut = (
+        len(ids) // 2
+    )  # two parts encoded apart: the whole is their chain, or a merge crosses where they meet
+    left, right = (
+        (
+            vocabulary.encode(vocabulary.decode(part).decode())
+            for part in (ids[:cut], ids[cut:])
+            if part
+        )
+        if cut
+        else ([], ids)
+    )
     other = vocabulary.encode("".join(reversed(text)))
     joined = [*ids, *other]
     whole = vocabulary.encode(text + "".join(reversed(text)))
@@ -93,8 +111,12 @@ def test_a_familys_derivations(tiny_of: Callable[[str], Speaker], family: str):
     assert len(made) > 100
     for i in made.tolist():
         left, right = int(merges.left_V[i]), int(merges.right_V[i])
-        assert (vocabulary.bytes_W[left] or b"") + (vocabulary.bytes_W[right] or b"") == vocabulary.bytes_W[i]
-        assert merges.max_rank_V[i] >= max(merges.rank_V[i], merges.max_rank_V[left], merges.max_rank_V[right])
+        assert (vocabulary.bytes_W[left] or b"") + (
+            vocabulary.bytes_W[right] or b""
+        ) == vocabulary.bytes_W[i]
+        assert merges.max_rank_V[i] >= max(
+            merges.rank_V[i], merges.max_rank_V[left], merges.max_rank_V[right]
+        )
     content = np.array([raw is not None for raw in vocabulary.bytes_W])
     assert merges.derivable_V[content].mean() > 0.95
     assert not merges.derivable_V[~content].any()
@@ -124,9 +146,14 @@ def test_real_pairs(real: Speaker):
     rng, crossing, standing = np.random.default_rng(0), 0, 0
     for a in rng.choice(made, 60).tolist():
         after = merges.impossible_next_tokens(a)
-        some = [*rng.choice(made, 30).tolist(), *(rng.choice(after, 30).tolist() if len(after) else [])]
+        some = [
+            *rng.choice(made, 30).tolist(),
+            *(rng.choice(after, 30).tolist() if len(after) else []),
+        ]
         cannot = set(after.tolist())
         for b in some:
-            assert (said(vocabulary, a, b) == [a, b]) == (b not in cannot) or vocabulary.bytes_W[b] is None
+            assert (said(vocabulary, a, b) == [a, b]) == (b not in cannot) or vocabulary.bytes_W[
+                b
+            ] is None
             crossing, standing = crossing + (b in cannot), standing + (b not in cannot)
     assert crossing > 1000 and standing > 1000

@@ -9,7 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from persea.tokenization.pretokenizer import LOOKAHEAD_CHARS, Pretokenizer, char_to_byte_offsets, decode_whole_characters, load_pretokenizer
+from persea.tokenization.pretokenizer import (
+    LOOKAHEAD_CHARS,
+    Pretokenizer,
+    char_to_byte_offsets,
+    decode_whole_characters,
+    load_pretokenizer,
+)
 from persea.tokenization.vocabulary import BYTE_TO_CHAR, load_vocabulary
 from tests.conftest import FAMILIES, Speaker
 
@@ -24,8 +30,12 @@ def pretokens_of(tiny_of: Callable[[str], Speaker]) -> dict[str, Pretokenizer]:
 
 def split_by(pattern: str) -> Pretokenizer:
     tokenizer = Tokenizer(models.BPE(vocab={BYTE_TO_CHAR[b]: b for b in range(256)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"),
-                                                       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     return load_pretokenizer(load_vocabulary(tokenizer, pattern))
 
@@ -40,38 +50,57 @@ def test_no_cut_where_none_may_be(pretokens_of: dict[str, Pretokenizer], before:
     for pretokens in (*pretokens_of.values(), HAN, DIGITS):
         text, at = before + after, len(before)
         cuts = pretokens.split_positions(text)
-        word = before[max(c for c in cuts if c < at):]
+        word = before[max(c for c in cuts if c < at) :]
         for size in range(1, len(after.encode()) + 1):  # also a token that ends inside a character
-            if not pretokens.can_split(pretokens.class_signature(word), pretokens.leading_signatures(after.encode()[:size])):
+            if not pretokens.can_split(
+                pretokens.class_signature(word), pretokens.leading_signatures(after.encode()[:size])
+            ):
                 assert at not in cuts, (pretokens.unicode_properties, before, after, size)
 
 
-@given(before=texts.filter(len), after=texts.filter(lambda t: len(t) >= LOOKAHEAD_CHARS and not t[:LOOKAHEAD_CHARS].isspace()))
+@given(
+    before=texts.filter(len),
+    after=texts.filter(lambda t: len(t) >= LOOKAHEAD_CHARS and not t[:LOOKAHEAD_CHARS].isspace()),
+)
 def test_a_cut_that_may_be_is_one(pretokens_of: dict[str, Pretokenizer], before: str, after: str):
     """Exact where enough is known: three characters that are not all space decide."""
     for pretokens in (*(pretokens_of[f] for f in ("llama", "qwen", "gpt-oss")), HAN):
         text, at = before + after, len(before)
         cuts = pretokens.split_positions(text)
-        word = before[max(c for c in cuts if c < at):]
-        if not before[0].isspace() and pretokens.split_positions(before + after[:LOOKAHEAD_CHARS]) == [c for c in cuts if c < at + LOOKAHEAD_CHARS]:
-            assert pretokens.can_split(pretokens.class_signature(word), pretokens.leading_signatures(after.encode())) == (at in pretokens.split_positions(before + after[:LOOKAHEAD_CHARS]))
+        word = before[max(c for c in cuts if c < at) :]
+        if not before[0].isspace() and pretokens.split_positions(
+            before + after[:LOOKAHEAD_CHARS]
+        ) == [c for c in cuts if c < at + LOOKAHEAD_CHARS]:
+            assert pretokens.can_split(
+                pretokens.class_signature(word), pretokens.leading_signatures(after.encode())
+            ) == (at in pretokens.split_positions(before + after[:LOOKAHEAD_CHARS]))
 
 
 def test_what_the_patterns_say(pretokens_of: dict[str, Pretokenizer]):
     llama, oss, gemma = pretokens_of["llama"], pretokens_of["gpt-oss"], pretokens_of["gemma"]
 
     def may(pretokens: Pretokenizer, before: str, after: str) -> bool:
-        return pretokens.can_split(pretokens.class_signature(before), pretokens.leading_signatures(after.encode()))
+        return pretokens.can_split(
+            pretokens.class_signature(before), pretokens.leading_signatures(after.encode())
+        )
 
-    assert not may(llama, " hel", "lo!") and may(llama, " hello", " wo") and may(llama, "don", "'t ")
+    assert (
+        not may(llama, " hel", "lo!") and may(llama, " hello", " wo") and may(llama, "don", "'t ")
+    )
     assert not may(llama, "12", "3"), "three digits are one word"
     assert may(llama, "123", "4")
     assert may(pretokens_of["qwen"], "1", "2")
-    assert may(llama, "'s", "oon") and not may(llama, "'", "soon"), "a contraction ends a word, also in the middle of one"
-    assert may(oss, "hello", "World") and not may(llama, "hello", "World"), "o200k splits where capitals begin"
+    assert may(llama, "'s", "oon") and not may(llama, "'", "soon"), (
+        "a contraction ends a word, also in the middle of one"
+    )
+    assert may(oss, "hello", "World") and not may(llama, "hello", "World"), (
+        "o200k splits where capitals begin"
+    )
     assert not may(oss, "hello", "'s "), "and keeps contractions with their words"
     assert not may(gemma, "any", "thing") and gemma.never_splits and not gemma.unsupported
-    assert may(llama, " ", " x") and not may(llama, "  ", "x"), "of a run of spaces the last goes with the word"
+    assert may(llama, " ", " x") and not may(llama, "  ", "x"), (
+        "of a run of spaces the last goes with the word"
+    )
 
 
 def test_a_part_of_a_character_stands_for_all_it_can_become(pretokens_of: dict[str, Pretokenizer]):
@@ -81,8 +110,12 @@ def test_a_part_of_a_character_stands_for_all_it_can_become(pretokens_of: dict[s
     begun = llama.leading_signatures(thai[:2])
     assert len(begun) > 1, "letters, marks and signs begin alike"
     assert llama.can_split(llama.class_signature("ก"), begun), "a mark would end the word"
-    assert not llama.can_split(llama.class_signature("ก"), llama.leading_signatures(thai)), "this letter does not"
-    assert llama.can_split(llama.class_signature("ก"), llama.leading_signatures("ั".encode())), "this mark does"
+    assert not llama.can_split(llama.class_signature("ก"), llama.leading_signatures(thai)), (
+        "this letter does not"
+    )
+    assert llama.can_split(llama.class_signature("ก"), llama.leading_signatures("ั".encode())), (
+        "this mark does"
+    )
     assert llama.leading_signatures(b"\xf0") == (), "too many to tell"
     assert llama.can_split(llama.class_signature("a"), ()), "what cannot be told may be cut"
     assert llama.leading_signatures(b"\x80abc") == ()
@@ -93,18 +126,26 @@ def test_an_unknown_pre_tokenizer_may_cut_anywhere():
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     known = load_pretokenizer(load_vocabulary(tokenizer, "gpt2"))
-    assert not known.unsupported and not known.can_split(known.class_signature("hel"), known.leading_signatures(b"lo!"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.FixedLength(3), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    assert not known.unsupported and not known.can_split(
+        known.class_signature("hel"), known.leading_signatures(b"lo!")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.FixedLength(3), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     odd = load_pretokenizer(load_vocabulary(tokenizer, "threes"))
     assert odd.unsupported == "FixedLength"
     assert odd.can_split(odd.class_signature("hel"), odd.leading_signatures(b"lo!"))
-    assert split_by(r"\d{1,3}(?=(?:\d{3})*(?!\d))|\D+").unsupported, "a look-around may turn a join into a cut far behind"
+    assert split_by(r"\d{1,3}(?=(?:\d{3})*(?!\d))|\D+").unsupported, (
+        "a look-around may turn a join into a cut far behind"
+    )
     assert split_by(r"[[:alpha:]]+|.").unsupported.startswith("pattern")
 
 
 @given(text=texts)
 def test_places_are_bytes(text: str):
-    assert char_to_byte_offsets(text, list(range(len(text) + 1))).tolist() == [len(text[:k].encode()) for k in range(len(text) + 1)]
+    assert char_to_byte_offsets(text, list(range(len(text) + 1))).tolist() == [
+        len(text[:k].encode()) for k in range(len(text) + 1)
+    ]
     raw = text.encode()
     for size in range(len(raw) + 1):
         whole, rest = decode_whole_characters(raw[:size])

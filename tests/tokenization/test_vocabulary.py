@@ -9,27 +9,92 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from persea.errors import DataError
-from persea.tokenization.vocabulary import BYTE_TO_CHAR, CHAR_TO_BYTE, ROUND_TRIP_PROBES, Vocabulary, load_vocabulary
+from persea.tokenization.vocabulary import (
+    BYTE_TO_CHAR,
+    CHAR_TO_BYTE,
+    ROUND_TRIP_PROBES,
+    Vocabulary,
+    load_vocabulary,
+)
 from tests.conftest import REAL, Speaker
 
-TRAINING = ["the cat sat on the mat", "hello, hello world", "def f(x):\n    return x\n", "xin chào thế giới", "你好世界 你好"] * 3
-LANGUAGES = ("eng", "fil", "hmn", "ind", "jpn", "khm", "kor", "lao", "msa", "mya", "tha", "vie", "yue", "zho-CN", "zho-TW")
+TRAINING = [
+    "the cat sat on the mat",
+    "hello, hello world",
+    "def f(x):\n    return x\n",
+    "xin chào thế giới",
+    "你好世界 你好",
+] * 3
+LANGUAGES = (
+    "eng",
+    "fil",
+    "hmn",
+    "ind",
+    "jpn",
+    "khm",
+    "kor",
+    "lao",
+    "msa",
+    "mya",
+    "tha",
+    "vie",
+    "yue",
+    "zho-CN",
+    "zho-TW",
+)
 # what notes/data.md counts: text tokens, distinct byte strings, tokens that are not valid UTF-8
-BYTE_PROPERTIES = {"qwen3": (151_643, 151_643, 1_448), "gemma3": (262_136, 262_026, 128), "gpt-oss": (199_998, 199_998, 1_562),
-                   "llama3": (128_000, 128_000, 1_352), "gpt2": (50_256, 50_256, None)}
-REFERENCE = {"llama3": "llama32", "gemma3": "gemma3", "gpt-oss": "gpt_oss", "gpt2": "gpt2"}  # ids made by another program
+BYTE_PROPERTIES = {
+    "qwen3": (151_643, 151_643, 1_448),
+    "gemma3": (262_136, 262_026, 128),
+    "gpt-oss": (199_998, 199_998, 1_562),
+    "llama3": (128_000, 128_000, 1_352),
+    "gpt2": (50_256, 50_256, None),
+}
+REFERENCE = {
+    "llama3": "llama32",
+    "gemma3": "gemma3",
+    "gpt-oss": "gpt_oss",
+    "gpt2": "gpt2",
+}  # ids made by another program
 
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=60)
-FRAGMENTS = ["cat", "  ", "\n", "\t", "你好", "ไทย", "မြန်မာ", "한국어", "👩‍👩‍👧", "é", "\u200b", "1234", "<0x41>", "\x00", "Ġ"]
+FRAGMENTS = [
+    "cat",
+    "  ",
+    "\n",
+    "\t",
+    "你好",
+    "ไทย",
+    "မြန်မာ",
+    "한국어",
+    "👩‍👩‍👧",
+    "é",
+    "\u200b",
+    "1234",
+    "<0x41>",
+    "\x00",
+    "Ġ",
+]
 scripts = st.lists(st.sampled_from(FRAGMENTS), max_size=8).map("".join)
 any_text = st.one_of(texts, scripts).map(lambda t: unicodedata.normalize("NFC", t))
 
 
-def byte_level(*, normalizer: object = None, prefix: bool = False, alphabet: bool = True) -> Tokenizer:
+def byte_level(
+    *, normalizer: object = None, prefix: bool = False, alphabet: bool = True
+) -> Tokenizer:
     """A tiny byte-level BPE."""
     tokenizer = Tokenizer(models.BPE())
     if normalizer is not None:
@@ -37,7 +102,9 @@ def byte_level(*, normalizer: object = None, prefix: bool = False, alphabet: boo
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     tokenizer.decoder = decoders.ByteLevel()
     symbols = pre_tokenizers.ByteLevel.alphabet() if alphabet else []
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|end|>"], initial_alphabet=symbols, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|end|>"], initial_alphabet=symbols, show_progress=False
+    )
     tokenizer.train_from_iterator(TRAINING, trainer)
     return tokenizer
 
@@ -48,15 +115,21 @@ def sentencepiece(*, fallback: bool = True) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(byte_fallback=fallback, unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=["<unk>", "<eos>", *byte_tokens], show_progress=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["<unk>", "<eos>", *byte_tokens], show_progress=False
+    )
     tokenizer.train_from_iterator(TRAINING, trainer)
     spec = json.loads(tokenizer.to_str())
     spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] in ("<unk>", "<eos>")]
     return Tokenizer.from_str(json.dumps(spec))
 
 
-@pytest.fixture(scope="module", params=[byte_level, sentencepiece], ids=["byte-level", "sentencepiece"])
+@pytest.fixture(
+    scope="module", params=[byte_level, sentencepiece], ids=["byte-level", "sentencepiece"]
+)
 def small(request: pytest.FixtureRequest) -> Vocabulary:
     return load_vocabulary(request.param(), request.param.__name__)
 
@@ -112,8 +185,13 @@ def test_split_characters(small: Vocabulary, text: str):
 
 def test_control_tokens_are_found(tiny: Speaker, grow):
     plan = next(p for p in grow.PLANS if p.family == tiny.renderer.family.name)
-    assert set(tiny.renderer.vocabulary.control_token_ids) == set(plan.control)  # also <think>, which its tokenizer calls not special
-    assert all(tiny.renderer.vocabulary.bytes_W[i] is None for i in tiny.renderer.vocabulary.control_token_ids.values())
+    assert set(tiny.renderer.vocabulary.control_token_ids) == set(
+        plan.control
+    )  # also <think>, which its tokenizer calls not special
+    assert all(
+        tiny.renderer.vocabulary.bytes_W[i] is None
+        for i in tiny.renderer.vocabulary.control_token_ids.values()
+    )
 
 
 def look_alikes(vocabulary: Vocabulary, sample: int = 10**6) -> None:
@@ -121,7 +199,11 @@ def look_alikes(vocabulary: Vocabulary, sample: int = 10**6) -> None:
     names = sorted(vocabulary.control_token_ids, key=vocabulary.control_token_ids.__getitem__)
     names = names[:sample] + names[-sample:]
     controls = set(vocabulary.control_token_ids.values())
-    batch = [t for name in names for t in (name, f"a{name}b", f" {name}\n{name}{name}", f"{name[:-1]}{name}{name[1:]}")]
+    batch = [
+        t
+        for name in names
+        for t in (name, f"a{name}b", f" {name}\n{name}{name}", f"{name[:-1]}{name}{name[1:]}")
+    ]
     for text, ids in zip(batch, vocabulary.encode_batch(batch), strict=True):
         assert not controls.intersection(ids), text
         assert vocabulary.decode(ids) == text.encode()
@@ -188,7 +270,9 @@ def test_decomposed_text_is_refused_with_the_place():
 
 
 def test_the_place_of_a_lost_tail_is_its_end():
-    vocabulary = load_vocabulary(byte_level(normalizer=normalizers.Replace("z", "")), "eats-z")  # no probe holds a z
+    vocabulary = load_vocabulary(
+        byte_level(normalizer=normalizers.Replace("z", "")), "eats-z"
+    )  # no probe holds a z
     with pytest.raises(DataError, match="byte 2 of 'fizz' is 7a 7a, came back as the end"):
         vocabulary.encode("fizz")
     assert vocabulary.decode(vocabulary.encode("fix")) == b"fix"
@@ -198,7 +282,9 @@ def test_a_literal_sentencepiece_space_is_refused():
     vocabulary = load_vocabulary(sentencepiece(), "spm")
     with pytest.raises(DataError, match="byte 1 of 'a▁b' is e2 96 81") as caught:
         vocabulary.encode("a▁b")
-    assert "leave the text out" in caught.value.remedy  # it is NFC already: normalising would not help
+    assert (
+        "leave the text out" in caught.value.remedy
+    )  # it is NFC already: normalising would not help
 
 
 def test_half_a_surrogate_pair_is_refused(small: Vocabulary):
@@ -228,19 +314,31 @@ def test_control_ids_are_not_decoded_but_are_pieces(small: Vocabulary):
 def wordpiece() -> Tokenizer:
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
-    tokenizer.train_from_iterator(TRAINING, trainers.WordPieceTrainer(special_tokens=["[UNK]"], show_progress=False))
+    tokenizer.train_from_iterator(
+        TRAINING, trainers.WordPieceTrainer(special_tokens=["[UNK]"], show_progress=False)
+    )
     return tokenizer
 
 
 def unigram(fallback: bool) -> Tokenizer:
     byte_tokens = [f"<0x{b:02X}>" for b in range(256)]
-    pieces = [("<unk>", 0.0), *((t, -9.0) for t in byte_tokens), *((c, -3.0) for c in "▁abcdefghijklmnopqrstuvwxyz"), ("▁the", -1.0)]
+    pieces = [
+        ("<unk>", 0.0),
+        *((t, -9.0) for t in byte_tokens),
+        *((c, -3.0) for c in "▁abcdefghijklmnopqrstuvwxyz"),
+        ("▁the", -1.0),
+    ]
     tokenizer = Tokenizer(models.Unigram(pieces, 0, fallback))
     if not fallback:
-        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        tokenizer.pre_tokenizer, tokenizer.decoder = (
+            pre_tokenizers.Metaspace(),
+            decoders.Metaspace(),
+        )
         return tokenizer
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     return tokenizer
 
 
@@ -273,7 +371,16 @@ def test_a_slow_tokenizer_is_refused():
 
 def test_probes_hold_what_they_promise():
     joined = "".join(ROUND_TRIP_PROBES)
-    blocks = {"CJK UNIFIED", "HIRAGANA", "HANGUL", "THAI", "MYANMAR", "KHMER", "LAO", "ZERO WIDTH JOINER"}
+    blocks = {
+        "CJK UNIFIED",
+        "HIRAGANA",
+        "HANGUL",
+        "THAI",
+        "MYANMAR",
+        "KHMER",
+        "LAO",
+        "ZERO WIDTH JOINER",
+    }
     names = {unicodedata.name(c, "") for c in joined}
     assert all(any(n.startswith(b) for n in names) for b in blocks)
     assert "\t" in joined
@@ -286,7 +393,9 @@ def test_probes_hold_what_they_promise():
 
 @pytest.fixture(scope="session")
 def gpt2(data: Path) -> Vocabulary:
-    return load_vocabulary(Tokenizer.from_file(str(data / "tokenizers" / "gpt2" / "tokenizer.json")), "gpt2")
+    return load_vocabulary(
+        Tokenizer.from_file(str(data / "tokenizers" / "gpt2" / "tokenizer.json")), "gpt2"
+    )
 
 
 @pytest.fixture(scope="session", params=[*REAL, "gpt2"])
@@ -308,7 +417,15 @@ def test_real_byte_properties(actual: tuple[str, Vocabulary], data: Path):
     added = json.loads((data / "tokenizers" / name / "tokenizer.json").read_text())["added_tokens"]
     text = [b for b in vocabulary.bytes_W if b is not None]
     # notes/data.md counts as text what a tokenizer.json does not call special; persea is stricter: <unused7> is no text
-    stricter = [t["content"].encode() for t in added if not t["special"] and t["content"] in vocabulary.control_token_ids] if name == "gemma3" else []
+    stricter = (
+        [
+            t["content"].encode()
+            for t in added
+            if not t["special"] and t["content"] in vocabulary.control_token_ids
+        ]
+        if name == "gemma3"
+        else []
+    )
     tokens, distinct, broken = BYTE_PROPERTIES[name]
     assert len(text) + len(stricter) == tokens
     assert len({*text, *stricter}) == distinct
@@ -346,11 +463,20 @@ def test_real_ids_are_those_of_other_programs(actual: tuple[str, Vocabulary], da
     name, vocabulary = actual
     folder = data / "tokenizers_reference"
     if name == "qwen3":  # llama.cpp's
-        lines = (folder / "ggml-vocab-qwen2.gguf.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
+        lines = (
+            (folder / "ggml-vocab-qwen2.gguf.inp")
+            .read_text(encoding="utf-8")
+            .split("\n__ggml_vocab_test__\n")
+        )
         answers = (folder / "ggml-vocab-qwen2.gguf.out").read_text().split("\n")
     else:  # kitoken's
         lines = (folder / "mixed_input.txt").read_text(encoding="utf-8").split("\n")[:40]
-        answers = (folder / f"mixed_tokens_{REFERENCE[name]}.txt").read_text().replace(",", " ").split("\n")[:40]
+        answers = (
+            (folder / f"mixed_tokens_{REFERENCE[name]}.txt")
+            .read_text()
+            .replace(",", " ")
+            .split("\n")[:40]
+        )
     assert vocabulary.encode_batch(lines) == [[int(i) for i in line.split()] for line in answers]
 
 

@@ -28,8 +28,21 @@ from tests.cache.test_faults import lay
 from tests.disks import Dying, Failing, Recording, Step, after_power_loss
 from tests.worlds_of_two import Dice, Out, final
 
-SETTINGS = TrainingSettings(steps=6, learning_rate=0.05, warmup_steps=1, weight_decay=0.01, max_grad_norm=1.0, checkpoint_every=2, log_every=1, seed=3)
-INPUTS: dict[str, Any] = {"training": {"steps": 6, "targets": ("q_proj",)}, "seed": 3, "capture": "c" * 64}
+SETTINGS = TrainingSettings(
+    steps=6,
+    learning_rate=0.05,
+    warmup_steps=1,
+    weight_decay=0.01,
+    max_grad_norm=1.0,
+    checkpoint_every=2,
+    log_every=1,
+    seed=3,
+)
+INPUTS: dict[str, Any] = {
+    "training": {"steps": 6, "targets": ("q_proj",)},
+    "seed": 3,
+    "capture": "c" * 64,
+}
 
 
 class Carries:
@@ -50,13 +63,19 @@ def run(folder: Path, inputs: Mapping[str, Any] = INPUTS, stop: int = -1, **more
     """Train with dice; a signal comes in step `stop`."""
     dice, source = Dice(), more.get("source")
 
-    def loss_of(step: int, part: int, parts: int, weights: Mapping[Group, float]) -> tuple[Out, Mapping[Group, GroupStats]]:
+    def loss_of(
+        step: int, part: int, parts: int, weights: Mapping[Group, float]
+    ) -> tuple[Out, Mapping[Group, GroupStats]]:
         if step == stop:
             os.kill(os.getpid(), signal.SIGTERM)
         if source:
             source.count += 1
         out, taught = dice.loss_of(step, part, parts)
-        return (Out(out.loss * (1 + source.count % 3), out.num_tokens), taught) if source else (out, taught)
+        return (
+            (Out(out.loss * (1 + source.count % 3), out.num_tokens), taught)
+            if source
+            else (out, taught)
+        )
 
     run_training_loop(dice.parameters, loss_of, SETTINGS, folder, inputs, **more)
     return dice
@@ -80,7 +99,9 @@ def test_every_source_of_chance_goes_on_where_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lost", ["torch", "numpy", "python"])
-def test_without_one_of_them_saved_a_resumed_training_ends_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str) -> None:
+def test_without_one_of_them_saved_a_resumed_training_ends_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
     real, fired = checkpoints.restore_rng_state, []
 
     def without(state: Mapping[str, Any]) -> None:
@@ -101,12 +122,21 @@ def test_what_a_source_carries_is_part_of_the_state(tmp_path: Path) -> None:
     assert final(tmp_path / "whole") == final(tmp_path / "parts")
 
 
-def test_a_weight_that_is_not_finite_is_never_written_and_never_pushes_out_one_that_is(tmp_path: Path) -> None:
+def test_a_weight_that_is_not_finite_is_never_written_and_never_pushes_out_one_that_is(
+    tmp_path: Path,
+) -> None:
     run(tmp_path)
     before = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     broken = [torch.nn.Parameter(torch.tensor([1.0, float("inf")]))]
     with pytest.raises(RefusedError, match="weights are not finite after step 9: not saved"):
-        checkpoints.save_checkpoint(tmp_path, INPUTS, checkpoints.TrainerState(9), broken, torch.optim.AdamW(broken), World())
+        checkpoints.save_checkpoint(
+            tmp_path,
+            INPUTS,
+            checkpoints.TrainerState(9),
+            broken,
+            torch.optim.AdamW(broken),
+            World(),
+        )
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == before
     assert len(before) == 3 * checkpoints.MAX_CHECKPOINTS
 
@@ -126,18 +156,26 @@ def test_never_begins_anew_and_a_path_goes_on_from_there(tmp_path: Path) -> None
     assert steps(tmp_path / "again") == [1]
     run(tmp_path / "again")
     assert final(tmp_path / "again") == final(tmp_path / "whole")
-    for name in ("checkpoints/step-00000004.json", "checkpoints/step-00000004", "checkpoints/step-00000004.pt"):
+    for name in (
+        "checkpoints/step-00000004.json",
+        "checkpoints/step-00000004",
+        "checkpoints/step-00000004.pt",
+    ):
         shutil.copytree(tmp_path / "whole", tmp_path / "back", dirs_exist_ok=True)
         stopped(tmp_path / "back", 4, resume=str(tmp_path / "back" / name))
         assert steps(tmp_path / "back") == [4, 5]  # step 6 was taken back
     shutil.rmtree(tmp_path / "back")
     run(tmp_path / "back", resume=str(tmp_path / "whole"))  # another run's: its newest
     assert steps(tmp_path / "back") == []
-    with pytest.raises(DataError, match=r"nowhere: no checkpoint is there -> name a checkpoints/step-N\.json"):
+    with pytest.raises(
+        DataError, match=r"nowhere: no checkpoint is there -> name a checkpoints/step-N\.json"
+    ):
         run(tmp_path / "back", resume="nowhere")
 
 
-def test_what_came_later_goes_once_the_step_gone_back_to_is_read_and_not_before(tmp_path: Path) -> None:
+def test_what_came_later_goes_once_the_step_gone_back_to_is_read_and_not_before(
+    tmp_path: Path,
+) -> None:
     run(tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")
     (tmp_path / "broken" / "checkpoints" / "step-00000004.pt").write_bytes(b"broken")
@@ -145,21 +183,33 @@ def test_what_came_later_goes_once_the_step_gone_back_to_is_read_and_not_before(
         run(tmp_path / "broken", resume=str(tmp_path / "broken" / "checkpoints" / "step-00000004"))
     assert steps(tmp_path / "broken") == [4, 6]
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
-    stopped(tmp_path / "again", 4, resume=str(tmp_path / "whole" / "checkpoints" / "step-00000004"))  # of another folder
+    stopped(
+        tmp_path / "again", 4, resume=str(tmp_path / "whole" / "checkpoints" / "step-00000004")
+    )  # of another folder
     assert steps(tmp_path / "again") == [4, 5]  # and not 6, which is of the training before
 
 
 def test_what_differs_is_told_key_by_key(tmp_path: Path) -> None:
     run(tmp_path)
-    other = {"training": {"steps": 7, "targets": ("k_proj",), "clip": 1.0}, "seed": 3, "capture": "d" * 64}
-    words = ("training.steps: 6 -> 7; training.targets: [\"q_proj\"] -> [\"k_proj\"]; training.clip: null -> 1.0; "
-             "capture: cccccccccccc -> dddddddddddd")
+    other = {
+        "training": {"steps": 7, "targets": ("k_proj",), "clip": 1.0},
+        "seed": 3,
+        "capture": "d" * 64,
+    }
+    words = (
+        'training.steps: 6 -> 7; training.targets: ["q_proj"] -> ["k_proj"]; training.clip: null -> 1.0; '
+        "capture: cccccccccccc -> dddddddddddd"
+    )
     assert checkpoints.describe_input_changes(tmp_path, other) == words
     with pytest.raises(RefusedError) as caught:
         run(tmp_path, inputs=other)
     assert f"({words})" in str(caught.value)
     assert caught.value.exit_code == 4
-    assert checkpoints.describe_input_changes(tmp_path, INPUTS) == checkpoints.describe_input_changes(tmp_path / "new", INPUTS) == ""
+    assert (
+        checkpoints.describe_input_changes(tmp_path, INPUTS)
+        == checkpoints.describe_input_changes(tmp_path / "new", INPUTS)
+        == ""
+    )
 
 
 # --- what befalls a disk ---
@@ -199,7 +249,9 @@ def test_killed_at_every_change_of_the_disk_it_ends_the_same(tmp_path: Path, who
     assert fired > 12
 
 
-def test_a_disk_that_fails_is_told_and_the_checkpoint_before_goes_on(tmp_path: Path, whole: str, on: Callable[[store.Disk], None]) -> None:
+def test_a_disk_that_fails_is_told_and_the_checkpoint_before_goes_on(
+    tmp_path: Path, whole: str, on: Callable[[store.Disk], None]
+) -> None:
     fired = 0
     for at in range(3, 1000, 7):
         folder, disk = tmp_path / f"{at}", Failing(at, errno.ENOSPC)
@@ -223,7 +275,10 @@ def recorded(folder: Path, forget: tuple[str, ...] = ()) -> list[Step]:
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as real:
         patch.setattr(store, "DISK", disk)
         run(Path(real) / "run")
-        return [tuple(folder / p.relative_to(real) if isinstance(p, Path) else p for p in step) for step in disk.steps]
+        return [
+            tuple(folder / p.relative_to(real) if isinstance(p, Path) else p for p in step)
+            for step in disk.steps
+        ]
 
 
 def sound_after_power_loss(folder: Path, changes: list[Step], every: int) -> Counter[str]:
@@ -231,7 +286,11 @@ def sound_after_power_loss(folder: Path, changes: list[Step], every: int) -> Cou
     told: Counter[str] = Counter()
     promised = 0
     for length in range(len(changes) + 1):
-        if length and changes[length - 1][0] == "sync_folder" and changes[length - 1][1].name == "checkpoints":
+        if (
+            length
+            and changes[length - 1][0] == "sync_folder"
+            and changes[length - 1][1].name == "checkpoints"
+        ):
             published = [s[1].name for s in changes[:length] if s[0] == "replace"]
             promised = max([int(n[5:13]) for n in published if n.endswith(".json")], default=0)
         if length % every:
@@ -243,7 +302,13 @@ def sound_after_power_loss(folder: Path, changes: list[Step], every: int) -> Cou
             dice = Dice()
             try:
                 newest = checkpoints.find_checkpoint(folder / "run", checkpoints.RESUME_AUTO)
-                step = checkpoints.load_checkpoint(newest, INPUTS, dice.parameters, None, World())[0].step if newest else 0
+                step = (
+                    checkpoints.load_checkpoint(newest, INPUTS, dice.parameters, None, World())[
+                        0
+                    ].step
+                    if newest
+                    else 0
+                )
                 told["sound"] += step >= promised
             except PerseaError:
                 told["broken"] += 1
@@ -261,11 +326,15 @@ def test_after_a_power_loss_the_last_promised_checkpoint_is_there_and_whole(tmp_
 
 @pytest.mark.parametrize("forget", ["sync", "sync_folder"])
 def test_without_fsync_a_power_loss_takes_a_checkpoint(tmp_path: Path, forget: str) -> None:
-    told = sound_after_power_loss(tmp_path / "disk", recorded(tmp_path / "disk", (forget,)), every=6)
+    told = sound_after_power_loss(
+        tmp_path / "disk", recorded(tmp_path / "disk", (forget,)), every=6
+    )
     assert told["sound"] < told["disks"]
 
 
-def test_without_digests_a_flipped_weight_is_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_digests_a_flipped_weight_is_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stopped(tmp_path, 2)
     path = tmp_path / "checkpoints" / "step-00000003.pt"
     data = bytearray(path.read_bytes())

@@ -6,15 +6,38 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, CohereConfig, FalconH1Config, Gemma2Config, GPTNeoXConfig, GraniteConfig, LlamaConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    FalconH1Config,
+    Gemma2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    PreTrainedModel,
+)
 
 from persea.errors import RefusedError
 from persea.losses import LMHead
-from persea.training.lm_head import LogitScaling, find_logit_scaling, hidden_states, pack_sequences, refuse_packing
+from persea.training.lm_head import (
+    LogitScaling,
+    find_logit_scaling,
+    hidden_states,
+    pack_sequences,
+    refuse_packing,
+)
 
 V = 50
-SIZES: dict[str, Any] = {"vocab_size": V + 3, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-                         "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+SIZES: dict[str, Any] = {
+    "vocab_size": V + 3,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 
 
 def tiny(config: type, **more: Any) -> PreTrainedModel:
@@ -25,15 +48,24 @@ def tiny(config: type, **more: Any) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize(("config", "more", "scaling"), [
-    (LlamaConfig, {"tie_word_embeddings": True}, LogitScaling()),
-    (LlamaConfig, {"tie_word_embeddings": False}, LogitScaling()),
-    (GPTNeoXConfig, {}, LogitScaling()),  # its head has another name
-    (Gemma2Config, {"final_logit_softcapping": 3.0, "head_dim": 8, "num_key_value_heads": 1}, LogitScaling(softcap=3.0)),
-    (GraniteConfig, {"logits_scaling": 4.0}, LogitScaling(scale=0.25)),
-    (CohereConfig, {"logit_scale": 0.0625}, LogitScaling(scale=0.0625)),
-])
-def test_head_and_hidden_states_make_the_models_own_logits(config: type, more: dict[str, Any], scaling: LogitScaling):
+@pytest.mark.parametrize(
+    ("config", "more", "scaling"),
+    [
+        (LlamaConfig, {"tie_word_embeddings": True}, LogitScaling()),
+        (LlamaConfig, {"tie_word_embeddings": False}, LogitScaling()),
+        (GPTNeoXConfig, {}, LogitScaling()),  # its head has another name
+        (
+            Gemma2Config,
+            {"final_logit_softcapping": 3.0, "head_dim": 8, "num_key_value_heads": 1},
+            LogitScaling(softcap=3.0),
+        ),
+        (GraniteConfig, {"logits_scaling": 4.0}, LogitScaling(scale=0.25)),
+        (CohereConfig, {"logit_scale": 0.0625}, LogitScaling(scale=0.0625)),
+    ],
+)
+def test_head_and_hidden_states_make_the_models_own_logits(
+    config: type, more: dict[str, Any], scaling: LogitScaling
+):
     model = tiny(config, **more)
     found = find_logit_scaling(model, V, "student")
     assert found == scaling
@@ -42,7 +74,9 @@ def test_head_and_hidden_states_make_the_models_own_logits(config: type, more: d
     mask[1, 5:] = 0
     wanted = model(input_ids=ids, attention_mask=mask).logits
     linear = model.get_output_embeddings()
-    logits = LMHead(linear.weight, V, linear.bias, found.scale, found.softcap).logits(hidden_states(model, ids, mask)[mask.bool()])
+    logits = LMHead(linear.weight, V, linear.bias, found.scale, found.softcap).logits(
+        hidden_states(model, ids, mask)[mask.bool()]
+    )
     torch.testing.assert_close(logits, wanted[mask.bool()][:, :V], rtol=1e-5, atol=1e-5)
     assert "forward" not in model.get_output_embeddings().__dict__  # the head works again
     assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, wanted)
@@ -51,7 +85,9 @@ def test_head_and_hidden_states_make_the_models_own_logits(config: type, more: d
 def test_the_head_is_not_run():
     model = tiny(LlamaConfig)
     seen: list[Any] = []
-    model.get_output_embeddings().register_forward_hook(lambda module, given, out: seen.append(out.shape[-1]))
+    model.get_output_embeddings().register_forward_hook(
+        lambda module, given, out: seen.append(out.shape[-1])
+    )
     hidden_states(model, torch.zeros(1, 3, dtype=torch.int64), None)
     assert seen == [16]
 
@@ -88,25 +124,42 @@ def test_logits_that_are_not_what_the_configuration_says_are_refused(config: typ
 def test_a_head_with_an_adapter_is_refused():
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(tiny(LlamaConfig, tie_word_embeddings=False), LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM"))
-    with pytest.raises(RefusedError, match=r"student: its head is a peft\..*Linear, and persea trains through a plain linear map -> leave the head"):
+    model = get_peft_model(
+        tiny(LlamaConfig, tie_word_embeddings=False),
+        LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM"),
+    )
+    with pytest.raises(
+        RefusedError,
+        match=r"student: its head is a peft\..*Linear, and persea trains through a plain linear map -> leave the head",
+    ):
         find_logit_scaling(model, V, "student")
 
 
 def test_texts_in_a_row_do_not_see_each_other():
     model = tiny(LlamaConfig)
     one, two = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[5, 6, 7]])
-    packed = hidden_states(model, torch.cat([one, two], 1), None, torch.tensor([[0, 1, 2, 3, 0, 1, 2]]))
+    packed = hidden_states(
+        model, torch.cat([one, two], 1), None, torch.tensor([[0, 1, 2, 3, 0, 1, 2]])
+    )
     torch.testing.assert_close(packed[:, :4], hidden_states(model, one, None))
     torch.testing.assert_close(packed[:, 4:], hidden_states(model, two, None))
 
 
 def test_a_hybrid_is_known_too():
     """A hybrid of attention and state space, with a multiplier on its head's output."""
-    model = tiny(FalconH1Config, lm_head_multiplier=0.5, mamba_d_ssm=32, mamba_n_heads=2, mamba_d_state=8, mamba_n_groups=1,
-                 num_key_value_heads=2)
+    model = tiny(
+        FalconH1Config,
+        lm_head_multiplier=0.5,
+        mamba_d_ssm=32,
+        mamba_n_heads=2,
+        mamba_d_state=8,
+        mamba_n_groups=1,
+        num_key_value_heads=2,
+    )
     assert find_logit_scaling(model, V, "student") == LogitScaling(scale=0.5)
-    with pytest.raises(RefusedError, match="texts in one row see each other"):  # its state runs through
+    with pytest.raises(
+        RefusedError, match="texts in one row see each other"
+    ):  # its state runs through
         refuse_packing(model, V, "training.packing")
 
 
@@ -123,4 +176,7 @@ def test_packing_keeps_every_text_whole_and_knows_where_it_went():
     assert torch.equal(positions[row_N, at_N], at)  # each counts from its own begin
     assert len({(int(r), int(a)) for r, a in zip(row_N, at_N, strict=True)}) == sum(lengths)
     one_row = pack_sequences(ids[:2], mask[:2], *mask[:2].nonzero(as_tuple=True))
-    assert one_row[1].tolist() == [[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 0, 1, 2, 3]]  # what is left counts anew: a text of its own
+    assert one_row[1].tolist() == [
+        [0, 1, 2, 3, 4, 5, 6],
+        [0, 1, 2, 0, 1, 2, 3],
+    ]  # what is left counts anew: a text of its own

@@ -26,7 +26,17 @@ from persea.training.loop import TrainingSettings, run_training_loop
 from persea.training.loss_balancing import Group, GroupStats
 from tests.cli.test_cli import flowed, flowed_copy, persea, start, warm
 
-SETTINGS = TrainingSettings(steps=12, learning_rate=0.05, warmup_steps=3, weight_decay=0.01, max_grad_norm=1.0, checkpoint_every=3, log_every=2, seed=5, max_skipped_steps=0)
+SETTINGS = TrainingSettings(
+    steps=12,
+    learning_rate=0.05,
+    warmup_steps=3,
+    weight_decay=0.01,
+    max_grad_norm=1.0,
+    checkpoint_every=3,
+    log_every=2,
+    seed=5,
+    max_skipped_steps=0,
+)
 QWEN, GEMMA = Group("qwen", "languages"), Group("gemma", "code")
 INPUTS = {"training": {"steps": 12}, "capture": "a" * 64}
 
@@ -42,25 +52,39 @@ class Toy:
     """A quadratic valley, another one each step, seen through dropout."""
 
     def __init__(self) -> None:
-        self.parameters = [torch.nn.Parameter(torch.linspace(-1, 1, 24).reshape(4, 6)), torch.nn.Parameter(torch.ones(5))]
+        self.parameters = [
+            torch.nn.Parameter(torch.linspace(-1, 1, 24).reshape(4, 6)),
+            torch.nn.Parameter(torch.ones(5)),
+        ]
         self.steps: list[int] = []
 
     def loss_of(self, step: int) -> tuple[Out, Mapping[Group, GroupStats]]:
         self.steps.append(step)
         target = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
         seen = torch.nn.functional.dropout(self.parameters[0], 0.3)
-        return Out(((seen - target) ** 2).mean() + (self.parameters[1] ** 2).sum()), {QWEN: GroupStats(3, 6.0), GEMMA: GroupStats(1 + step)}
+        return Out(((seen - target) ** 2).mean() + (self.parameters[1] ** 2).sum()), {
+            QWEN: GroupStats(3, 6.0),
+            GEMMA: GroupStats(1 + step),
+        }
 
 
 Change = Callable[[int, Out], Out | None]
 
 
-def run(folder: Path, settings: TrainingSettings = SETTINGS, inputs: Mapping[str, Any] = INPUTS, change: Change = lambda step, out: None,
-        toy: Toy | None = None, **more: Any) -> Toy:
+def run(
+    folder: Path,
+    settings: TrainingSettings = SETTINGS,
+    inputs: Mapping[str, Any] = INPUTS,
+    change: Change = lambda step, out: None,
+    toy: Toy | None = None,
+    **more: Any,
+) -> Toy:
     """Train a toy; `change` may do something at a step, or put another loss in the place of its loss."""
     toy = toy or Toy()
 
-    def loss_of(step: int, part: int, parts: int, weights: Mapping[Group, float]) -> tuple[Out, Mapping[Group, GroupStats]]:
+    def loss_of(
+        step: int, part: int, parts: int, weights: Mapping[Group, float]
+    ) -> tuple[Out, Mapping[Group, GroupStats]]:
         out, taught = toy.loss_of(step)
         return change(step, out) or out, taught
 
@@ -74,10 +98,18 @@ def ended(folder: Path) -> dict[str, Any]:
     state = torch.load(last, weights_only=True)
     state.pop("seconds")
     assert state["skipped"] == []
-    flat = {f"optimizer {k} {name}": v for k, moments in state["optimizer"]["state"].items() for name, v in moments.items()}
+    flat = {
+        f"optimizer {k} {name}": v
+        for k, moments in state["optimizer"]["state"].items()
+        for name, v in moments.items()
+    }
     flat |= {f"parameter {k}": p for k, p in enumerate(state["parameters"])}
-    return {"step": state["step"], "positions": state["positions"], "metrics": metrics(folder),
-            "files": sorted(p.name for p in (folder / "checkpoints").iterdir())} | {k: v.numpy().tobytes() for k, v in flat.items()}
+    return {
+        "step": state["step"],
+        "positions": state["positions"],
+        "metrics": metrics(folder),
+        "files": sorted(p.name for p in (folder / "checkpoints").iterdir()),
+    } | {k: v.numpy().tobytes() for k, v in flat.items()}
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -102,7 +134,9 @@ def test_it_learns_and_writes_its_metrics(tmp_path: Path, uninterrupted: dict[st
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
     assert [line["positions"] for line in lines] == [14, 28, 42, 56, 70, 84]
-    assert [line["learning_rate"] for line in lines] == [SETTINGS.learning_rate_at_step(k - 1) for k in (2, 4, 6, 8, 10, 12)]
+    assert [line["learning_rate"] for line in lines] == [
+        SETTINGS.learning_rate_at_step(k - 1) for k in (2, 4, 6, 8, 10, 12)
+    ]
     assert all(line["terms"] == {"events": 1.0} for line in lines)
     assert lines[1]["share"] == {"qwen": 3 / 7, "gemma": 4 / 7}
     assert all(line["teachers"] == {"qwen": 2.0} for line in lines)  # gemma's loss nobody told
@@ -119,7 +153,7 @@ def test_it_is_adam_with_the_clipped_gradient_and_the_rate_of_the_step(tmp_path:
         optimizer.param_groups[0]["lr"] = plain.learning_rate_at_step(step)
         optimizer.zero_grad()
         other.loss_of(step)[0].loss.backward()
-        norm = torch.sqrt(sum((p.grad ** 2).sum() for p in other.parameters))
+        norm = torch.sqrt(sum((p.grad**2).sum() for p in other.parameters))
         assert norm > 0.5 or step > 0  # it is clipped at all
         for p in other.parameters:
             p.grad *= min(1.0, 0.5 / (float(norm) + 1e-6))
@@ -169,12 +203,22 @@ class Weighed(Toy):
         super().__init__()
         self.given: list[Mapping[Group, float]] = []
 
-    def weighed(self, step: int, part: int, parts: int, weights: Mapping[Group, float]) -> tuple[Out, Mapping[Group, GroupStats]]:
+    def weighed(
+        self, step: int, part: int, parts: int, weights: Mapping[Group, float]
+    ) -> tuple[Out, Mapping[Group, GroupStats]]:
         self.given.append(dict(weights))
         out, _ = self.loss_of(step)
         sides = {QWEN: out.loss, GEMMA: (self.parameters[1] ** 2).mean() / 10}
-        total = torch.stack([weights.get(group, 1.0) * 300 * loss for group, loss in sides.items()]).sum() / 600
-        told = {group: GroupStats(300, 300 * float(loss.detach()), 300 * float(loss.detach()) ** 2, 1.0) for group, loss in sides.items()}
+        total = (
+            torch.stack(
+                [weights.get(group, 1.0) * 300 * loss for group, loss in sides.items()]
+            ).sum()
+            / 600
+        )
+        told = {
+            group: GroupStats(300, 300 * float(loss.detach()), 300 * float(loss.detach()) ** 2, 1.0)
+            for group, loss in sides.items()
+        }
         return Out(total, 600), told
 
 
@@ -193,10 +237,18 @@ def test_weights_come_from_the_steps_before_and_go_on_after_a_resume(tmp_path: P
     lines = metrics(tmp_path / "whole")
     for given, line in zip(whole.given, lines, strict=True):
         told = {name: skills for name, parts in line["groups"].items() for skills in parts.values()}
-        assert {name: part["weight"] for name, part in told.items()} == {g.teacher: given.get(g, 1.0) for g in (QWEN, GEMMA)}
-        assert sum(line["teachers"][t] * line["share"][t] for t in line["share"]) == pytest.approx(line["loss"])  # without weights
+        assert {name: part["weight"] for name, part in told.items()} == {
+            g.teacher: given.get(g, 1.0) for g in (QWEN, GEMMA)
+        }
+        assert sum(line["teachers"][t] * line["share"][t] for t in line["share"]) == pytest.approx(
+            line["loss"]
+        )  # without weights
         assert sum(part["loss"] for part in told.values()) == pytest.approx(1)
-    again = go(tmp_path / "whole", settings, resume=str(tmp_path / "whole" / "checkpoints" / "step-00000009.json"))
+    again = go(
+        tmp_path / "whole",
+        settings,
+        resume=str(tmp_path / "whole" / "checkpoints" / "step-00000009.json"),
+    )
     assert again.given == whole.given[9:] and len(again.given) == 3
     assert metrics(tmp_path / "whole") == lines
     off = go(tmp_path / "off", replace(settings, loss_balancing=LossBalancing.NONE))
@@ -207,23 +259,43 @@ def test_weights_come_from_the_steps_before_and_go_on_after_a_resume(tmp_path: P
 def test_a_step_that_is_not_applied_leaves_the_scales_as_they_were(tmp_path: Path) -> None:
     toy = Weighed()
 
-    def loss_of(step: int, part: int, parts: int, weights: Mapping[Group, float]) -> tuple[Out, Mapping[Group, GroupStats]]:
+    def loss_of(
+        step: int, part: int, parts: int, weights: Mapping[Group, float]
+    ) -> tuple[Out, Mapping[Group, GroupStats]]:
         out, told = toy.weighed(step, part, parts, weights)
-        return (replace(out, loss=out.loss * math.nan), dict.fromkeys(told, GroupStats(300, 1e9, 1e9, 1.0))) if step == 4 else (out, told)
+        return (
+            (
+                replace(out, loss=out.loss * math.nan),
+                dict.fromkeys(told, GroupStats(300, 1e9, 1e9, 1.0)),
+            )
+            if step == 4
+            else (out, told)
+        )
 
-    run_training_loop(toy.parameters, loss_of, replace(SETTINGS, loss_balancing=LossBalancing.DEVIATION, max_skipped_steps=1), tmp_path, INPUTS)
+    run_training_loop(
+        toy.parameters,
+        loss_of,
+        replace(SETTINGS, loss_balancing=LossBalancing.DEVIATION, max_skipped_steps=1),
+        tmp_path,
+        INPUTS,
+    )
     assert toy.given[4] == toy.given[5] != toy.given[6]
 
 
 def test_only_the_newest_two_checkpoints_are_kept(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "step-00000001.pt").write_bytes(b"of a killed run: its record was never written")
+    (tmp_path / "checkpoints" / "step-00000001.pt").write_bytes(
+        b"of a killed run: its record was never written"
+    )
     run(tmp_path)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
-        f"step-{step:08d}.{kind}" for step in (9, 12) for kind in ("json", "jsonl", "pt")]
+        f"step-{step:08d}.{kind}" for step in (9, 12) for kind in ("json", "jsonl", "pt")
+    ]
 
 
-def test_a_training_that_is_done_does_nothing(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:
+def test_a_training_that_is_done_does_nothing(
+    tmp_path: Path, uninterrupted: dict[str, Any]
+) -> None:
     first = run(tmp_path)
     again = run(tmp_path)
     assert again.steps == []
@@ -237,21 +309,40 @@ def test_a_training_that_is_done_does_nothing(tmp_path: Path, uninterrupted: dic
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("at", [0, 4, 5, 10])
 def test_a_signal_saves_the_step_and_the_rest_goes_on_from_it(
-        tmp_path: Path, uninterrupted: dict[str, Any], number: signal.Signals, at: int) -> None:
+    tmp_path: Path, uninterrupted: dict[str, Any], number: signal.Signals, at: int
+) -> None:
     before = signal.getsignal(number)
     first = Toy()
-    with pytest.raises(RunInterrupted, match=rf"stopped by {number.name}; step {at + 1} is saved -> the same command goes on") as caught:
-        run(tmp_path, change=lambda step, out: os.kill(os.getpid(), number) if step == at else None, toy=first)
+    with pytest.raises(
+        RunInterrupted,
+        match=rf"stopped by {number.name}; step {at + 1} is saved -> the same command goes on",
+    ) as caught:
+        run(
+            tmp_path,
+            change=lambda step, out: os.kill(os.getpid(), number) if step == at else None,
+            toy=first,
+        )
     assert caught.value.exit_code == 128 + number
     assert first.steps == list(range(at + 1))
     assert signal.getsignal(number) is before
     assert run(tmp_path).steps == list(range(at + 1, 12))
     out = ended(tmp_path)
-    assert {k: v for k, v in out.items() if k != "files"} == {k: v for k, v in uninterrupted.items() if k != "files"}
-    assert [line["step"] for line in out["metrics"]] == [2, 4, 6, 8, 10, 12]  # none twice, none missing
+    assert {k: v for k, v in out.items() if k != "files"} == {
+        k: v for k, v in uninterrupted.items() if k != "files"
+    }
+    assert [line["step"] for line in out["metrics"]] == [
+        2,
+        4,
+        6,
+        8,
+        10,
+        12,
+    ]  # none twice, none missing
 
 
-def test_stopped_after_every_step_it_ends_the_same(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:
+def test_stopped_after_every_step_it_ends_the_same(
+    tmp_path: Path, uninterrupted: dict[str, Any]
+) -> None:
     stops = 0
     for _ in range(12):
         with pytest.raises(RunInterrupted):
@@ -259,10 +350,14 @@ def test_stopped_after_every_step_it_ends_the_same(tmp_path: Path, uninterrupted
         stops += 1
     run(tmp_path)
     assert stops == 12
-    assert {k: v for k, v in ended(tmp_path).items() if k != "files"} == {k: v for k, v in uninterrupted.items() if k != "files"}
+    assert {k: v for k, v in ended(tmp_path).items() if k != "files"} == {
+        k: v for k, v in uninterrupted.items() if k != "files"
+    }
 
 
-def test_in_a_thread_signals_stay_their_owners(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:
+def test_in_a_thread_signals_stay_their_owners(
+    tmp_path: Path, uninterrupted: dict[str, Any]
+) -> None:
     thread = threading.Thread(target=run, args=(tmp_path,))
     thread.start()
     thread.join()
@@ -270,14 +365,20 @@ def test_in_a_thread_signals_stay_their_owners(tmp_path: Path, uninterrupted: di
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_the_command_line_ends_with_the_code_of_its_signal_and_goes_on_to_the_same_student(tmp_path: Path, number: signal.Signals, code: int) -> None:
+def test_the_command_line_ends_with_the_code_of_its_signal_and_goes_on_to_the_same_student(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
     flowed_copy(tmp_path, "check", "audition", "capture")
     running = start("train", "tiny.yaml", "--out", "run", folder=tmp_path)
     running.signal_when("train  12%", number)
     stopped = running.wait()
     assert stopped.code == code
     last = stopped.err.splitlines()[-1]
-    step = int(last.removeprefix(f"persea: stopped by {number.name}; step ").removesuffix(" is saved -> the same command goes on"))
+    step = int(
+        last.removeprefix(f"persea: stopped by {number.name}; step ").removesuffix(
+            " is saved -> the same command goes on"
+        )
+    )
     assert 1 <= step < 8
     assert "Traceback" not in stopped.err
     assert (tmp_path / "run" / "train" / "checkpoints" / f"step-{step:08d}.json").is_file()
@@ -316,11 +417,23 @@ def crawls(folder: Path) -> None:
     run(folder, change=lambda step, out: time.sleep(0.01))
 
 
-def test_killed_around_every_write_it_ends_the_same(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:
+def test_killed_around_every_write_it_ends_the_same(
+    tmp_path: Path, uninterrupted: dict[str, Any]
+) -> None:
     """Four checkpoints of four files each: right after each file, and right before the first file of each checkpoint."""
-    points = [(call, before) for call in range(16) for before in (True, False) if not before or call % 4 == 0]
-    children = [(tmp_path / f"{call} {before}", warm().Process(target=dies, args=(tmp_path / f"{call} {before}", call, before)))
-                for call, before in points]
+    points = [
+        (call, before)
+        for call in range(16)
+        for before in (True, False)
+        if not before or call % 4 == 0
+    ]
+    children = [
+        (
+            tmp_path / f"{call} {before}",
+            warm().Process(target=dies, args=(tmp_path / f"{call} {before}", call, before)),
+        )
+        for call, before in points
+    ]
     for _, child in children:
         child.start()
     for folder, child in children:
@@ -363,7 +476,9 @@ def infinite_gradient(out: Out) -> Out:
 
 
 @pytest.mark.parametrize("broken", [nan_loss, infinite_loss, infinite_gradient])
-def test_a_step_that_is_not_finite_is_refused_before_it_is_applied(tmp_path: Path, broken: Callable[[Out], Out]) -> None:
+def test_a_step_that_is_not_finite_is_refused_before_it_is_applied(
+    tmp_path: Path, broken: Callable[[Out], Out]
+) -> None:
     toy, held = Toy(), []
 
     def change(step: int, out: Out) -> Out | None:
@@ -375,25 +490,46 @@ def test_a_step_that_is_not_finite_is_refused_before_it_is_applied(tmp_path: Pat
         run(tmp_path, change=change, toy=toy)
     assert caught.value.exit_code == 4
     assert len(held) == 5
-    assert all(torch.equal(a, b) and torch.isfinite(a).all() for a, b in zip(toy.parameters, held[4], strict=True))
+    assert all(
+        torch.equal(a, b) and torch.isfinite(a).all()
+        for a, b in zip(toy.parameters, held[4], strict=True)
+    )
     assert [p.name for p in (tmp_path / "checkpoints").glob("*.pt")] == ["step-00000003.pt"]
-    assert all(torch.isfinite(p).all() for p in torch.load(tmp_path / "checkpoints" / "step-00000003.pt", weights_only=True)["parameters"])
+    assert all(
+        torch.isfinite(p).all()
+        for p in torch.load(tmp_path / "checkpoints" / "step-00000003.pt", weights_only=True)[
+            "parameters"
+        ]
+    )
 
 
-def test_a_step_of_no_positions_is_refused_and_not_taken_for_a_loss_of_nothing(tmp_path: Path) -> None:
+def test_a_step_of_no_positions_is_refused_and_not_taken_for_a_loss_of_nothing(
+    tmp_path: Path,
+) -> None:
     toy, before = Toy(), [p.detach().clone() for p in Toy().parameters]
-    with pytest.raises(RefusedError, match=r"train, step 0: nothing of this step can be learned from"):
+    with pytest.raises(
+        RefusedError, match=r"train, step 0: nothing of this step can be learned from"
+    ):
         run(tmp_path, change=lambda step, out: replace(out, positions=0), toy=toy)
     assert all(torch.equal(a, b) for a, b in zip(toy.parameters, before, strict=True))
 
 
 def test_a_held_out_loss_that_is_not_finite_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(RefusedError, match=r"train: held-out loss is not finite after step 4: qwen nan -> lower training\.learning_rate"):
-        run(tmp_path, replace(SETTINGS, evaluate_every=4), evaluate=lambda: {"all": 1.0, "qwen": float("nan")})
+    with pytest.raises(
+        RefusedError,
+        match=r"train: held-out loss is not finite after step 4: qwen nan -> lower training\.learning_rate",
+    ):
+        run(
+            tmp_path,
+            replace(SETTINGS, evaluate_every=4),
+            evaluate=lambda: {"all": 1.0, "qwen": float("nan")},
+        )
     assert [p.name for p in (tmp_path / "checkpoints").glob("*.pt")] == ["step-00000003.pt"]
 
 
-def test_a_batch_that_was_mended_goes_on_from_the_last_finite_checkpoint(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:
+def test_a_batch_that_was_mended_goes_on_from_the_last_finite_checkpoint(
+    tmp_path: Path, uninterrupted: dict[str, Any]
+) -> None:
     with pytest.raises(RefusedError):
         run(tmp_path, change=lambda step, out: nan_loss(out) if step == 10 else None)
     assert run(tmp_path).steps == [9, 10, 11]
@@ -410,8 +546,10 @@ def stopped_at_nine(folder: Path) -> Path:
 def test_a_checkpoint_of_another_key_is_refused(tmp_path: Path) -> None:
     stopped_at_nine(tmp_path)
     toy, before = Toy(), [p.detach().clone() for p in Toy().parameters]
-    words = r"step-00000009\.json: the checkpoint belongs to another recipe, model or capture " \
-            r"\(training\.steps: 12 -> 13; capture: a{12} -> b{12}\) -> .*--out"
+    words = (
+        r"step-00000009\.json: the checkpoint belongs to another recipe, model or capture "
+        r"\(training\.steps: 12 -> 13; capture: a{12} -> b{12}\) -> .*--out"
+    )
     with pytest.raises(RefusedError, match=words) as caught:
         run(tmp_path, inputs={"training": {"steps": 13}, "capture": "b" * 64}, toy=toy)
     assert caught.value.exit_code == 4
@@ -420,7 +558,11 @@ def test_a_checkpoint_of_another_key_is_refused(tmp_path: Path) -> None:
 
 
 def test_no_flipped_bit_is_resumed_from(tmp_path: Path) -> None:
-    files, rng, refused = sorted(stopped_at_nine(tmp_path).glob("step-00000009.*")), random.Random(0), 0
+    files, rng, refused = (
+        sorted(stopped_at_nine(tmp_path).glob("step-00000009.*")),
+        random.Random(0),
+        0,
+    )
     assert len(files) == 3
     for k in range(150):
         data = files[k % 3].read_bytes()
@@ -450,10 +592,15 @@ def test_no_cut_checkpoint_is_resumed_from(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("lost", ["pt", "jsonl"])
-def test_what_the_refusal_says_works_the_checkpoint_before_goes_on(tmp_path: Path, uninterrupted: dict[str, Any], lost: str) -> None:
+def test_what_the_refusal_says_works_the_checkpoint_before_goes_on(
+    tmp_path: Path, uninterrupted: dict[str, Any], lost: str
+) -> None:
     folder = stopped_at_nine(tmp_path)
     (folder / f"step-00000009.{lost}").unlink()
-    with pytest.raises(DataError, match=r"not what was written -> delete .*step-00000009\.\*; the checkpoint before it goes on"):
+    with pytest.raises(
+        DataError,
+        match=r"not what was written -> delete .*step-00000009\.\*; the checkpoint before it goes on",
+    ):
         run(tmp_path)
     for path in folder.glob("step-00000009.*"):
         path.unlink()

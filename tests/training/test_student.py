@@ -19,7 +19,13 @@ from persea.chat.messages import Conversation, Text, ThinkingEffort
 from persea.errors import DataError, RefusedError, StorageError
 from persea.losses import event_kl_loss_from_hidden
 from persea.models.loading import ModelSource, load_model, load_renderer
-from persea.training.student import ComputeOptions, HiddenStateModule, LoraSettings, StudentModel, load_student
+from persea.training.student import (
+    ComputeOptions,
+    HiddenStateModule,
+    LoraSettings,
+    StudentModel,
+    load_student,
+)
 from tests.cli.test_cli import warm
 from tests.teachers.engines.test_transformers import NAMES, SAPLINGS, opened
 
@@ -27,19 +33,30 @@ LORA = LoraSettings(4, 8, ("q_proj", "v_proj"))
 PLAIN = ComputeOptions()
 
 
-def student(name: str = "llama-sapling", lora: LoraSettings | None = None, seed: int = 0, ways: ComputeOptions = PLAIN) -> StudentModel:
+def student(
+    name: str = "llama-sapling",
+    lora: LoraSettings | None = None,
+    seed: int = 0,
+    ways: ComputeOptions = PLAIN,
+) -> StudentModel:
     return load_student(ModelSource(str(SAPLINGS / name)), opened(name)[0], lora, seed, ways)
 
 
 def spoken(one: StudentModel) -> tuple[torch.Tensor, ...]:
     """ids, mask, row, at of two answers of different length, right padded."""
     texts = ("Two.", "One hundred and twenty-three, in words.")
-    tokens = [one.renderer.render(Conversation.from_question(f"question {k}").with_answer(Text(t))) for k, t in enumerate(texts)]
+    tokens = [
+        one.renderer.render(Conversation.from_question(f"question {k}").with_answer(Text(t)))
+        for k, t in enumerate(texts)
+    ]
     ids = torch.zeros((2, max(map(len, tokens))), dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for k, t in enumerate(tokens):
-        ids[k, :len(t)], mask[k, :len(t)] = torch.from_numpy(t.ids_T), 1
-    row, at = zip(*((k, n - 1) for k, t in enumerate(tokens) for n in range(len(t)) if t.loss_mask_T[n]), strict=True)
+        ids[k, : len(t)], mask[k, : len(t)] = torch.from_numpy(t.ids_T), 1
+    row, at = zip(
+        *((k, n - 1) for k, t in enumerate(tokens) for n in range(len(t)) if t.loss_mask_T[n]),
+        strict=True,
+    )
     return ids, mask, torch.tensor(row), torch.tensor(at)
 
 
@@ -60,8 +77,10 @@ def test_logits_stand_where_they_were_asked_for(name: str) -> None:
         assert logits.shape == (len(row), len(one.renderer.vocabulary))
         assert logits.dtype == torch.float32
         for k in (0, 1):
-            alone = one.model(input_ids=ids[k:k + 1, :int(mask[k].sum())]).logits[0]
-            assert torch.allclose(logits[row == k], alone[at[row == k], :len(one.renderer.vocabulary)], atol=1e-4)
+            alone = one.model(input_ids=ids[k : k + 1, : int(mask[k].sum())]).logits[0]
+            assert torch.allclose(
+                logits[row == k], alone[at[row == k], : len(one.renderer.vocabulary)], atol=1e-4
+            )
 
 
 def test_logits_of_padded_rows_are_cut_off() -> None:
@@ -83,29 +102,46 @@ def test_a_student_that_was_given_the_switch_is_saved_with_it(tmp_path: Path) ->
     load_student(source, voice, None).save(tmp_path / "student")
     saved = ModelSource(str(tmp_path / "student"))
     again = load_renderer(saved, "student")
-    assert again.template_text == voice.template_text == (tmp_path / "student" / "chat_template.jinja").read_text()
+    assert (
+        again.template_text
+        == voice.template_text
+        == (tmp_path / "student" / "chat_template.jinja").read_text()
+    )
     assert again.family.efforts == tuple(ThinkingEffort)
     config = tmp_path / "student" / "tokenizer_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": "old"}))
-    load_student(ModelSource(str(tmp_path / "student"), thinking=True), again, None).save(tmp_path / "twice")
-    assert "chat_template" not in json.loads((tmp_path / "twice" / "tokenizer_config.json").read_text())
-    assert load_renderer(ModelSource(str(tmp_path / "twice")), "student").template_text == voice.template_text
+    load_student(ModelSource(str(tmp_path / "student"), thinking=True), again, None).save(
+        tmp_path / "twice"
+    )
+    assert "chat_template" not in json.loads(
+        (tmp_path / "twice" / "tokenizer_config.json").read_text()
+    )
+    assert (
+        load_renderer(ModelSource(str(tmp_path / "twice")), "student").template_text
+        == voice.template_text
+    )
 
 
 def test_in_full_every_weight_learns_and_with_adapters_only_they_do() -> None:
     full, adapted = student(), student(lora=LORA)
-    assert sum(p.numel() for p in full.trainable_parameters) == sum(p.numel() for p in full.model.parameters())
+    assert sum(p.numel() for p in full.trainable_parameters) == sum(
+        p.numel() for p in full.model.parameters()
+    )
     layers = full.model.config.num_hidden_layers
     assert len(adapted.trainable_parameters) == layers * len(LORA.targets) * 2
     assert all(LORA.rank in p.shape for p in adapted.trainable_parameters)
     asked = spoken(full)
     with torch.inference_mode():
-        assert torch.allclose(full.logits(*asked), adapted.logits(*asked), atol=1e-5)  # an adapter begins as nothing
+        assert torch.allclose(
+            full.logits(*asked), adapted.logits(*asked), atol=1e-5
+        )  # an adapter begins as nothing
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("name", NAMES)
-def test_what_was_saved_is_what_was_trained(tmp_path: Path, name: str, lora: LoraSettings | None) -> None:
+def test_what_was_saved_is_what_was_trained(
+    tmp_path: Path, name: str, lora: LoraSettings | None
+) -> None:
     one = student(name, lora)
     asked = spoken(one)
     with torch.inference_mode():
@@ -132,7 +168,9 @@ def test_saving_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     shake(one)
     for name in ("a", "b"):
         one.save(tmp_path / name)
-    assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == {p.name: p.read_bytes() for p in (tmp_path / "b").iterdir()}
+    assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == {
+        p.name: p.read_bytes() for p in (tmp_path / "b").iterdir()
+    }
 
 
 def test_adapters_begin_at_random_by_the_seed_and_by_nothing_else() -> None:
@@ -140,13 +178,21 @@ def test_adapters_begin_at_random_by_the_seed_and_by_nothing_else() -> None:
     one = student(lora=LORA, seed=7)
     torch.manual_seed(2)
     same, other = student(lora=LORA, seed=7), student(lora=LORA, seed=8)
-    assert all(torch.equal(a, b) for a, b in zip(one.trainable_parameters, same.trainable_parameters, strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(one.trainable_parameters, other.trainable_parameters, strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(one.trainable_parameters, same.trainable_parameters, strict=True)
+    )
+    assert not all(
+        torch.equal(a, b)
+        for a, b in zip(one.trainable_parameters, other.trainable_parameters, strict=True)
+    )
 
 
 @pytest.mark.parametrize("targets", [("nowhere_proj",), ("",)])
 def test_adapters_on_projections_that_are_not_there_are_refused(targets: tuple[str, ...]) -> None:
-    with pytest.raises(DataError, match=r"student\.lora\.targets: .* -> name projections this model has") as caught:
+    with pytest.raises(
+        DataError, match=r"student\.lora\.targets: .* -> name projections this model has"
+    ) as caught:
         student(lora=LoraSettings(4, 8, targets))
     assert caught.value.exit_code == 3
     assert "\n" not in str(caught.value)
@@ -172,14 +218,19 @@ def test_a_disk_too_full_for_the_student_is_a_storage_error(tmp_path: Path) -> N
     code, words = mine.recv()
     child.join(60)
     assert (code, child.exitcode) == (6, 0), words
-    assert re.search(r"student: cannot write the student: .*File too large.* -> free space, then run again", words)
+    assert re.search(
+        r"student: cannot write the student: .*File too large.* -> free space, then run again",
+        words,
+    )
 
 
 def test_the_tokenizer_of_the_student_is_the_one_it_came_with(tmp_path: Path) -> None:
     one = student("gemma-sapling")
     one.save(tmp_path / "student")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        assert (tmp_path / "student" / name).read_bytes() == (SAPLINGS / "gemma-sapling" / name).read_bytes()
+        assert (tmp_path / "student" / name).read_bytes() == (
+            SAPLINGS / "gemma-sapling" / name
+        ).read_bytes()
 
 
 # ---- ways to compute a step ------------------------------------------------------------------------------------------
@@ -188,23 +239,38 @@ def test_the_tokenizer_of_the_student_is_the_one_it_came_with(tmp_path: Path) ->
 def learned(one: StudentModel) -> tuple[float, list[torch.Tensor], int]:
     """Loss and gradients of a step on texts of three lengths, and the most bytes it held at once."""
     texts = ("Two.", "One hundred and twenty-three, in words.", "Three and more.", "Yes.", "No.")
-    tokens = [one.renderer.render(Conversation.from_question(f"question {k}").with_answer(Text(t))) for k, t in enumerate(texts)]
+    tokens = [
+        one.renderer.render(Conversation.from_question(f"question {k}").with_answer(Text(t)))
+        for k, t in enumerate(texts)
+    ]
     ids = torch.zeros((len(texts), max(map(len, tokens))), dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for k, t in enumerate(tokens):
-        ids[k, :len(t)], mask[k, :len(t)] = torch.from_numpy(t.ids_T), 1
-    row, at = zip(*((k, n - 1) for k, t in enumerate(tokens) for n in range(len(t)) if t.loss_mask_T[n]), strict=True)
+        ids[k, : len(t)], mask[k, : len(t)] = torch.from_numpy(t.ids_T), 1
+    row, at = zip(
+        *((k, n - 1) for k, t in enumerate(tokens) for n in range(len(t)) if t.loss_mask_T[n]),
+        strict=True,
+    )
     row_N, at_N = torch.tensor(row), torch.tensor(at)
     one.model.train()
     with Peak() as peak:
-        out = event_kl_loss_from_hidden(*one.hidden_and_head(ids, mask, row_N, at_N), ids[row_N, at_N + 1], [], 0.7)
+        out = event_kl_loss_from_hidden(
+            *one.hidden_and_head(ids, mask, row_N, at_N), ids[row_N, at_N + 1], [], 0.7
+        )
         out.loss.backward()
-    return out.loss.item(), [p.grad for p in one.trainable_parameters if p.grad is not None], peak.bytes
+    return (
+        out.loss.item(),
+        [p.grad for p in one.trainable_parameters if p.grad is not None],
+        peak.bytes,
+    )
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "gpt-oss-sapling"])
 def test_packed_texts_teach_what_padded_ones_do(name: str) -> None:
-    plain, packed = learned(student(name)), learned(student(name, ways=ComputeOptions(packing=True)))
+    plain, packed = (
+        learned(student(name)),
+        learned(student(name, ways=ComputeOptions(packing=True))),
+    )
     assert packed[0] == pytest.approx(plain[0], rel=1e-5)
     for a, b in zip(packed[1], plain[1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
@@ -212,7 +278,10 @@ def test_packed_texts_teach_what_padded_ones_do(name: str) -> None:
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 def test_activations_made_again_are_the_same_and_take_less_room(lora: LoraSettings | None) -> None:
-    plain, again = learned(student(lora=lora)), learned(student(lora=lora, ways=ComputeOptions(gradient_checkpointing=True)))
+    plain, again = (
+        learned(student(lora=lora)),
+        learned(student(lora=lora, ways=ComputeOptions(gradient_checkpointing=True))),
+    )
     assert again[0] == plain[0]
     assert all(torch.equal(a, b) for a, b in zip(again[1], plain[1], strict=True))
     assert again[2] < 0.8 * plain[2]
@@ -230,10 +299,14 @@ def test_half_precision_changes_products_and_neither_weights_nor_gradients() -> 
 
 
 def test_a_student_that_cannot_do_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RefusedError, match=r"training\.packing: in GptOss.* see each other"):  # transformers 5.24 makes its mask without positions
+    with pytest.raises(
+        RefusedError, match=r"training\.packing: in GptOss.* see each other"
+    ):  # transformers 5.24 makes its mask without positions
         student("gpt-oss-sapling", ways=ComputeOptions(packing=True))
     monkeypatch.setattr("transformers.LlamaForCausalLM.supports_gradient_checkpointing", False)
-    with pytest.raises(RefusedError, match=r"training\.recompute: .* cannot make its activations again"):
+    with pytest.raises(
+        RefusedError, match=r"training\.recompute: .* cannot make its activations again"
+    ):
         student(ways=ComputeOptions(gradient_checkpointing=True))
 
 
@@ -274,4 +347,11 @@ def test_a_wrapped_forward_gives_the_head_its_gradient(how: str, tied: bool, gro
     assert len(whole) == len(want[1]) == len(spread.trainable_parameters)
     for a, b in zip(whole, want[1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    assert float(dict(spread.model.named_parameters())["model.embed_tokens.weight" if tied else "lm_head.weight"].grad.norm()) > 0
+    assert (
+        float(
+            dict(spread.model.named_parameters())[
+                "model.embed_tokens.weight" if tied else "lm_head.weight"
+            ].grad.norm()
+        )
+        > 0
+    )

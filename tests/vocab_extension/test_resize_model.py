@@ -37,7 +37,12 @@ from tests.cli.test_cli import Ended, persea, recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 SAPLINGS = ROOT / "saplings"
-KHMER = ["មនុស្សទាំងអស់កើតមកមានសេរីភាព និងភាពស្មើគ្នា", "ในประเทศไทยมีคนจำนวนมาก", "the quick brown fox", "def f(x): return x"]
+KHMER = [
+    "មនុស្សទាំងអស់កើតមកមានសេរីភាព និងភាពស្មើគ្នា",
+    "ในประเทศไทยมีคนจำนวนมาก",
+    "the quick brown fox",
+    "def f(x): return x",
+]
 TEXT = "មនុស្សទាំងអស់ quick ประเทศไทย"
 
 
@@ -71,24 +76,42 @@ def made(model: Path, texts: str, out: Path, tokens: int = 40) -> VocabExtension
 
 def logits(folder: Path, ids: list[int]) -> torch.Tensor:
     with torch.no_grad():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.tensor([ids])).logits[0]
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(
+            torch.tensor([ids])
+        ).logits[0]
 
 
 def test_a_sapling_is_extended_and_everything_opens_it(sapling: Path, texts: str, tmp_path: Path):
     out = tmp_path / "deep" / "longer"
     extension = made(sapling, texts, out)
-    old, new = load_renderer(ModelSource(str(sapling)), "old"), load_renderer(ModelSource(str(out)), "new")
+    old, new = (
+        load_renderer(ModelSource(str(sapling)), "old"),
+        load_renderer(ModelSource(str(out)), "new"),
+    )
     size = len(old.vocabulary)
-    assert len(new.vocabulary) == size + 40 and new.family.name == old.family.name and new.stop_ids == old.stop_ids
-    assert new.vocabulary.control_token_ids == old.vocabulary.control_token_ids and new.vocabulary.bytes_W[:size] == old.vocabulary.bytes_W
+    assert (
+        len(new.vocabulary) == size + 40
+        and new.family.name == old.family.name
+        and new.stop_ids == old.stop_ids
+    )
+    assert (
+        new.vocabulary.control_token_ids == old.vocabulary.control_token_ids
+        and new.vocabulary.bytes_W[:size] == old.vocabulary.bytes_W
+    )
     assert len(new.vocabulary.encode(TEXT)) < 0.7 * len(old.vocabulary.encode(TEXT))
 
     # every weight as it was, type and all; new rows in place; the head tied where it was
     stored, now = load_file(sapling / "model.safetensors"), load_file(out / "model.safetensors")
-    assert stored.keys() == now.keys() and {k: v.dtype for k, v in stored.items()} == {k: v.dtype for k, v in now.items()}
+    assert stored.keys() == now.keys() and {k: v.dtype for k, v in stored.items()} == {
+        k: v.dtype for k, v in now.items()
+    }
     for name, tensor in stored.items():
-        assert torch.equal(now[name][:len(tensor)], tensor)
-        assert now[name].shape == (tensor.shape if "embed_tokens" not in name else (extension.num_embedding_rows[1], tensor.shape[1]))
+        assert torch.equal(now[name][: len(tensor)], tensor)
+        assert now[name].shape == (
+            tensor.shape
+            if "embed_tokens" not in name
+            else (extension.num_embedding_rows[1], tensor.shape[1])
+        )
     rows = now["model.embed_tokens.weight"]
     assert sorted(extension.old_ids_by_new_id) == list(range(size, size + 40))
     for i, ids in extension.old_ids_by_new_id.items():
@@ -100,17 +123,24 @@ def test_a_sapling_is_extended_and_everything_opens_it(sapling: Path, texts: str
         assert (out / name).read_bytes() == (sapling / name).read_bytes()
 
     # transformers' own classes, persea's, and a student that can be trained
-    assert AutoTokenizer.from_pretrained(out)(TEXT, add_special_tokens=False)["input_ids"] == new.vocabulary.encode(TEXT)
+    assert AutoTokenizer.from_pretrained(out)(TEXT, add_special_tokens=False)[
+        "input_ids"
+    ] == new.vocabulary.encode(TEXT)
     ids = old.vocabulary.encode(TEXT)
     assert torch.equal(logits(out, ids)[:, :size], logits(sapling, ids)[:, :size])
-    assert load_model(ModelSource(str(out)), new, "new").config.vocab_size == extension.num_embedding_rows[1]
+    assert (
+        load_model(ModelSource(str(out)), new, "new").config.vocab_size
+        == extension.num_embedding_rows[1]
+    )
     assert len(load_student(ModelSource(str(out)), new, None).renderer.vocabulary) == size + 40
 
 
 def test_a_bridge_to_another_family_is_built_for_it(texts: str, tmp_path: Path):
     made(SAPLINGS / "llama-sapling", texts, tmp_path / "longer")
-    teacher, *students = (load_renderer(ModelSource(str(folder)), folder.name) for folder in (
-        SAPLINGS / "gemma-sapling", SAPLINGS / "llama-sapling", tmp_path / "longer"))
+    teacher, *students = (
+        load_renderer(ModelSource(str(folder)), folder.name)
+        for folder in (SAPLINGS / "gemma-sapling", SAPLINGS / "llama-sapling", tmp_path / "longer")
+    )
     plain, bridge = (load_event_map(teacher, student) for student in students)
     assert len(bridge.student_event_V) == len(plain.student_event_V) + 40
     assert bridge.digest != plain.digest and bridge.student_mask and bridge.teacher_mask
@@ -119,17 +149,32 @@ def test_a_bridge_to_another_family_is_built_for_it(texts: str, tmp_path: Path):
 def test_padded_rows_are_taken_before_new_ones_are_made(copy: Path, texts: str, tmp_path: Path):
     """Qwen3 has 151,936 rows for 151,669 tokens: an extension by fewer leaves all shapes."""
     tokenizer = load_vocabulary(Tokenizer.from_file(str(copy / "tokenizer.json")), "old")
-    random_init("llama", len(tokenizer) + 30, {"hidden": 16, "layers": 1, "heads": 2}).save_pretrained(copy)
+    random_init(
+        "llama", len(tokenizer) + 30, {"hidden": 16, "layers": 1, "heads": 2}
+    ).save_pretrained(copy)
     for tokens, rows in ((20, 2030), (40, 2040)):
         extension = made(copy, texts, tmp_path / str(tokens), tokens)
         assert extension.num_embedding_rows == (2030, rows)
-        weights = load_file(tmp_path / str(tokens) / "model.safetensors")["model.embed_tokens.weight"]
-        assert len(weights) == rows and torch.equal(weights[2005], weights[list(extension.old_ids_by_new_id[2005])].float().mean(0))
-        assert json.loads((tmp_path / str(tokens) / "config.json").read_text())["vocab_size"] == rows
+        weights = load_file(tmp_path / str(tokens) / "model.safetensors")[
+            "model.embed_tokens.weight"
+        ]
+        assert len(weights) == rows and torch.equal(
+            weights[2005], weights[list(extension.old_ids_by_new_id[2005])].float().mean(0)
+        )
+        assert (
+            json.loads((tmp_path / str(tokens) / "config.json").read_text())["vocab_size"] == rows
+        )
 
 
 def test_an_untied_head_and_its_bias_get_rows_too(copy: Path, texts: str, tmp_path: Path):
-    config = PhiConfig(vocab_size=2000, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=False)
+    config = PhiConfig(
+        vocab_size=2000,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=False,
+    )
     AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(copy)
     before = load_file(copy / "model.safetensors")
     before["lm_head.bias"] = torch.randn(2000).half()
@@ -138,8 +183,15 @@ def test_an_untied_head_and_its_bias_get_rows_too(copy: Path, texts: str, tmp_pa
     after = load_file(tmp_path / "longer" / "model.safetensors")
     assert not torch.equal(before["lm_head.weight"], before["model.embed_tokens.weight"])
     for name in ("lm_head.weight", "lm_head.bias", "model.embed_tokens.weight"):
-        assert torch.equal(after[name][:2000], before[name]) and len(after[name]) == 2020 and after[name].dtype == torch.float16
-        assert all(torch.equal(after[name][i], before[name][list(ids)].float().mean(0).half()) for i, ids in extension.old_ids_by_new_id.items())
+        assert (
+            torch.equal(after[name][:2000], before[name])
+            and len(after[name]) == 2020
+            and after[name].dtype == torch.float16
+        )
+        assert all(
+            torch.equal(after[name][i], before[name][list(ids)].float().mean(0).half())
+            for i, ids in extension.old_ids_by_new_id.items()
+        )
 
 
 @pytest.mark.realdata
@@ -152,8 +204,15 @@ def test_a_sprout_on_the_real_llama_tokenizer(data: Path, tmp_path: Path):
     tokenizer = AutoTokenizer.from_pretrained(out)
     known = Tokenizer.from_file(str(model / "tokenizer.json")).get_vocab(with_added_tokens=True)
     assert known.items() <= tokenizer.get_vocab().items() and len(tokenizer) == 128_256 + 64
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (128_000, 128_009, 128_004)
-    assert extension.num_embedding_rows == (128_256, 128_320) and min(extension.old_ids_by_new_id) == 128_256
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (
+        128_000,
+        128_009,
+        128_004,
+    )
+    assert (
+        extension.num_embedding_rows == (128_256, 128_320)
+        and min(extension.old_ids_by_new_id) == 128_256
+    )
     told = extension.to_json()["texts"][0]
     assert told["bytes_per_token_after"] > 1.3 * told["bytes_per_token_before"]
     ids = [128_000, *extension.old_vocabulary.encode("ប្រទេសកម្ពុជា is a country")]
@@ -170,7 +229,10 @@ def changed(folder: Path, **keys: Any) -> None:
 
 def test_models_with_more_than_two_matrices_of_rows_are_refused(copy: Path):
     model = load_meta_model(ModelSource(str(copy)), "here")
-    assert all(p.is_meta for p in model.parameters()) and count_embedding_rows(model, 2000, "here") == 2000
+    assert (
+        all(p.is_meta for p in model.parameters())
+        and count_embedding_rows(model, 2000, "here") == 2000
+    )
     with pytest.raises(DataError, match="2,000 rows for a vocabulary of 2,001"):
         count_embedding_rows(model, 2001, "here")
     model.memory_bytes = torch.nn.Embedding(2000, 4, device="meta")
@@ -187,21 +249,35 @@ def test_models_with_more_than_two_matrices_of_rows_are_refused(copy: Path):
 
 def test_an_embedding_of_each_layer_is_refused(copy: Path):
     """Gemma 3n."""
-    Gemma3nTextConfig(vocab_size=2000, vocab_size_per_layer_input=1900, hidden_size=16, num_hidden_layers=2, hidden_size_per_layer_input=4,
-                      intermediate_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_kv_shared_layers=0,
-                      layer_types=["full_attention", "full_attention"]).save_pretrained(copy)
+    Gemma3nTextConfig(
+        vocab_size=2000,
+        vocab_size_per_layer_input=1900,
+        hidden_size=16,
+        num_hidden_layers=2,
+        hidden_size_per_layer_input=4,
+        intermediate_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_kv_shared_layers=0,
+        layer_types=["full_attention", "full_attention"],
+    ).save_pretrained(copy)
     with pytest.raises(RefusedError, match="one of each layer"):
         count_embedding_rows(load_meta_model(ModelSource(str(copy)), "here"), 2000, "here")
 
 
-@pytest.mark.parametrize("quantised", [{"quant_method": "gptq", "bits": 4}, {"quant_method": "mxfp4"}])
+@pytest.mark.parametrize(
+    "quantised", [{"quant_method": "gptq", "bits": 4}, {"quant_method": "mxfp4"}]
+)
 def test_quantised_weights_are_refused(copy: Path, texts: str, quantised: dict[str, Any]):
     changed(copy, quantization_config=quantised)
     with pytest.raises(RefusedError, match="its weights are quantised"):
         extend_vocabulary(ModelSource(str(copy)), [texts], 9, quiet)
 
 
-@pytest.mark.parametrize("way", ["one in another type", "one missing", "one more", "all in eight bits"])
+@pytest.mark.parametrize(
+    "way", ["one in another type", "one missing", "one more", "all in eight bits"]
+)
 def test_weights_that_transformers_reads_otherwise_are_refused(copy: Path, way: str):
     weights = load_file(copy / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
@@ -222,7 +298,9 @@ def test_weights_stay_in_the_type_they_are_stored_in_whatever_the_configuration_
     weights = {k: w.float() for k, w in load_file(copy / "model.safetensors").items()}
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
     assert json.loads((copy / "config.json").read_text())["dtype"] == "bfloat16"
-    assert {p.dtype for p in load_in_stored_dtype(ModelSource(str(copy)), "here").parameters()} == {torch.float32}
+    assert {p.dtype for p in load_in_stored_dtype(ModelSource(str(copy)), "here").parameters()} == {
+        torch.float32
+    }
     (copy / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(DataError, match="cannot read its weights"):
         load_in_stored_dtype(ModelSource(str(copy)), "here")
@@ -231,15 +309,23 @@ def test_weights_stay_in_the_type_they_are_stored_in_whatever_the_configuration_
 def test_an_id_that_only_the_configuration_names_is_not_given_away(copy: Path, texts: str):
     random_init("llama", 2064, {"hidden": 16, "layers": 1, "heads": 2}).save_pretrained(copy)
     changed(copy, image_token_id=2010, sep_token_id=70_000)
-    assert min(extend_vocabulary(ModelSource(str(copy)), [texts], 9, quiet).old_ids_by_new_id) == 2011
+    assert (
+        min(extend_vocabulary(ModelSource(str(copy)), [texts], 9, quiet).old_ids_by_new_id) == 2011
+    )
     inner = {"video_token_index": 9, "vocab_size": 50}
-    assert token_ids_in_config({"eos_token_id": [4, 1], "text_config": inner, "bos_token_id": None, "id2label": {0: "a"}}) == {4, 1, 9}
+    assert token_ids_in_config(
+        {"eos_token_id": [4, 1], "text_config": inner, "bos_token_id": None, "id2label": {0: "a"}}
+    ) == {4, 1, 9}
 
 
 def test_pieces_are_what_the_tokenizer_before_makes_of_a_token(texts: str):
     extension = extend_vocabulary(ModelSource(str(SAPLINGS / "llama-sapling")), [texts], 9, quiet)
     after = Tokenizer.from_str(json.dumps(extension.tokenizer_spec))
-    assert dict(extension.old_ids_by_new_id) == old_ids_of_new_tokens(extension.old_vocabulary.backend, after) and len(extension.merges) == 9
+    assert (
+        dict(extension.old_ids_by_new_id)
+        == old_ids_of_new_tokens(extension.old_vocabulary.backend, after)
+        and len(extension.merges) == 9
+    )
     model = AutoModelForCausalLM.from_pretrained(SAPLINGS / "llama-sapling")
     initialize_new_embeddings(model, extension.old_ids_by_new_id)
     assert model.lm_head.weight is model.get_input_embeddings().weight
@@ -248,21 +334,31 @@ def test_pieces_are_what_the_tokenizer_before_makes_of_a_token(texts: str):
 # ---- whole, or not at all --------------------------------------------------------------------------------------------
 
 
-def test_a_tokenizer_that_comes_back_another_is_not_published(copy: Path, texts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_tokenizer_that_comes_back_another_is_not_published(
+    copy: Path, texts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """A class of transformers may make its own of the file."""
     extension = extend_vocabulary(ModelSource(str(copy)), [texts], 9, quiet)
-    monkeypatch.setattr(longer, "load_tokenizer", lambda source, where: AutoTokenizer.from_pretrained(copy))
+    monkeypatch.setattr(
+        longer, "load_tokenizer", lambda source, where: AutoTokenizer.from_pretrained(copy)
+    )
     with pytest.raises(RefusedError, match="does not come back as it was written"):
         write_extended_model(extension, tmp_path / "out", quiet)
     assert sorted(os.listdir(tmp_path)) == ["copy"]
 
 
 @pytest.mark.parametrize("breaks", ["copy_words", "prove", "fingerprint"])
-def test_nothing_is_left_of_a_folder_that_was_not_finished(copy: Path, texts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, breaks: str):
+def test_nothing_is_left_of_a_folder_that_was_not_finished(
+    copy: Path, texts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, breaks: str
+):
     extension = extend_vocabulary(ModelSource(str(copy)), [texts], 9, quiet)
 
     def full(*_: object) -> None:
-        raise OSError(28, "No space left on device") if breaks == "copy_words" else RefusedError("broken", where="here")
+        raise (
+            OSError(28, "No space left on device")
+            if breaks == "copy_words"
+            else RefusedError("broken", where="here")
+        )
 
     monkeypatch.setattr(longer, breaks, full)
     with pytest.raises(StorageError if breaks == "copy_words" else RefusedError):
@@ -275,26 +371,47 @@ def test_nothing_is_left_of_a_folder_that_was_not_finished(copy: Path, texts: st
 
 @pytest.fixture
 def run(texts: str, tmp_path: Path) -> Callable[..., Ended]:
-    return lambda *arguments, model=SAPLINGS / "llama-sapling", file=texts: persea("extend", model, "--texts", file, *arguments, folder=tmp_path)
+    return lambda *arguments, model=SAPLINGS / "llama-sapling", file=texts: persea(
+        "extend", model, "--texts", file, *arguments, folder=tmp_path
+    )
 
 
-def test_the_verb_tells_what_it_does_and_a_recipe_names_what_it_wrote(run: Callable[..., Ended], texts: str, tmp_path: Path):
+def test_the_verb_tells_what_it_does_and_a_recipe_names_what_it_wrote(
+    run: Callable[..., Ended], texts: str, tmp_path: Path
+):
     dry = run("--tokens", 40, "--dry-run")
-    assert dry.code == 0 and "nothing is written" in dry.out and "40 tokens more, from id 2,000 on; rows: 2,000 -> 2,040" in dry.out
+    assert (
+        dry.code == 0
+        and "nothing is written" in dry.out
+        and "40 tokens more, from id 2,000 on; rows: 2,000 -> 2,040" in dry.out
+    )
     assert not list(tmp_path.iterdir()) and "learn 100% 40 tokens" in dry.err
     ended = run("--tokens", 40, "--out", "student", "--json")
     told = json.loads(ended.out)
-    assert ended.code == 0 and (told["tokens"], told["asked"], told["out"], told["rows_after"]) == (40, 40, "student", 2040)
+    assert ended.code == 0 and (told["tokens"], told["asked"], told["out"], told["rows_after"]) == (
+        40,
+        40,
+        "student",
+        2040,
+    )
     (told_of,) = told["texts"]
     assert "km.txt" in dry.out and told["model"] == "llama-sapling"
-    assert (told_of["file"], told_of["sha256"], told_of["lines"]) == ("km.txt", store.digest_file(Path(texts)), 6)
+    assert (told_of["file"], told_of["sha256"], told_of["lines"]) == (
+        "km.txt",
+        store.digest_file(Path(texts)),
+        6,
+    )
     record = json.loads((tmp_path / "student" / "extension.json").read_text())
-    assert {k: told[k] for k in record if k != "fingerprint"} == {k: v for k, v in record.items() if k != "fingerprint"}
+    assert {k: told[k] for k in record if k != "fingerprint"} == {
+        k: v for k, v in record.items() if k != "fingerprint"
+    }
     named = recipe(tmp_path, student={"model": str(tmp_path / "student")})
     planned = persea("run", named, "--dry-run", folder=tmp_path)
     assert planned.code == 0, planned.err
     again = run("--tokens", 40, "--out", "student")
-    assert again.code == 2 and again.err.splitlines()[-1].startswith("persea: student: something is there already -> ")
+    assert again.code == 2 and again.err.splitlines()[-1].startswith(
+        "persea: student: something is there already -> "
+    )
 
 
 def test_fewer_pairs_than_asked_for_are_told(run: Callable[..., Ended]):
@@ -302,29 +419,53 @@ def test_fewer_pairs_than_asked_for_are_told(run: Callable[..., Ended]):
     assert ended.code == 0 and "(5,000 asked for: no other pair is seen twice)" in ended.out
 
 
-@pytest.mark.parametrize(("arguments", "code", "words"), [
-    (("--tokens", 0, "--dry-run"), 2, "'--tokens': Input should be greater than or equal to 1"), (("--tokens", 9), 2, "no folder to write to"),
-    (("--tokens", 9, "--out", f"{__file__}/x"), 2, "nothing can be written into"),
-    (("--tokens", "many", "--dry-run"), 2, "'--tokens': Input should be a valid integer"), (("--dry-run",), 2, "Missing option '--tokens'")])
-def test_usage_is_refused_in_one_line(run: Callable[..., Ended], arguments: tuple[object, ...], code: int, words: str):
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("--tokens", 0, "--dry-run"), 2, "'--tokens': Input should be greater than or equal to 1"),
+        (("--tokens", 9), 2, "no folder to write to"),
+        (("--tokens", 9, "--out", f"{__file__}/x"), 2, "nothing can be written into"),
+        (("--tokens", "many", "--dry-run"), 2, "'--tokens': Input should be a valid integer"),
+        (("--dry-run",), 2, "Missing option '--tokens'"),
+    ],
+)
+def test_usage_is_refused_in_one_line(
+    run: Callable[..., Ended], arguments: tuple[object, ...], code: int, words: str
+):
     ended = run(*arguments)
-    assert ended.code == code and words in ended.err and len(ended.err.splitlines()) == 1 and ended.out == ""
+    assert (
+        ended.code == code
+        and words in ended.err
+        and len(ended.err.splitlines()) == 1
+        and ended.out == ""
+    )
 
 
 def test_what_cannot_be_used_is_refused_in_one_line(run: Callable[..., Ended], tmp_path: Path):
     broken = tmp_path / "broken.txt"
     broken.write_bytes(b"a\n\xff\n")
     os.mkfifo(tmp_path / "pipe")
-    for code, words, asked in ((3, "pipe: not a file", {"file": "pipe"}),
-                               (4, "does not cut text into words", {"model": SAPLINGS / "gemma-sapling"}),
-                               (3, "no model folder", {"model": "./none"}), (3, "No such file", {"file": "none.txt"}),
-                               (3, "broken.txt:2: cannot read the text", {"file": broken})):
+    for code, words, asked in (
+        (3, "pipe: not a file", {"file": "pipe"}),
+        (4, "does not cut text into words", {"model": SAPLINGS / "gemma-sapling"}),
+        (3, "no model folder", {"model": "./none"}),
+        (3, "No such file", {"file": "none.txt"}),
+        (3, "broken.txt:2: cannot read the text", {"file": broken}),
+    ):
         ended = run("--tokens", 9, "--dry-run", **asked)
         said = [line for line in ended.err.splitlines() if line.startswith("persea: ")]
-        assert ended.code == code and len(said) == 1 and words in said[0] and " -> " in said[0] and "Traceback" not in ended.err
+        assert (
+            ended.code == code
+            and len(said) == 1
+            and words in said[0]
+            and " -> " in said[0]
+            and "Traceback" not in ended.err
+        )
 
 
 def test_texts_in_which_no_pair_is_seen_twice_are_refused(copy: Path, tmp_path: Path):
-    (tmp_path / "once.txt").write_text("".join(f"{word}\n" for word in ("a b c d e f g h i j k l m n").split()))
+    (tmp_path / "once.txt").write_text(
+        "".join(f"{word}\n" for word in ("a b c d e f g h i j k l m n").split())
+    )
     with pytest.raises(PerseaError, match="no two neighbouring tokens are seen twice"):
         extend_vocabulary(ModelSource(str(copy)), [str(tmp_path / "once.txt")], 9, quiet)

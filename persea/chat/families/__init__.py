@@ -28,7 +28,10 @@ def get_family(name: str) -> Family:
     for family in FAMILIES:
         if family.name == name:
             return family
-    raise DataError(f"unknown family {name!r}", remedy=f"known families: {', '.join(f.name for f in FAMILIES)}; or generic")
+    raise DataError(
+        f"unknown family {name!r}",
+        remedy=f"known families: {', '.join(f.name for f in FAMILIES)}; or generic",
+    )
 
 
 def detect_family(vocabulary: Vocabulary, template_text: str) -> Family | None:
@@ -36,7 +39,12 @@ def detect_family(vocabulary: Vocabulary, template_text: str) -> Family | None:
 
     None where no family fits or two fit equally well: such a model speaks through `generic`, never through a guess.
     """
-    found = [f for f in FAMILIES if f.signature_token in vocabulary.control_token_ids and f.template_signature in template_text]
+    found = [
+        f
+        for f in FAMILIES
+        if f.signature_token in vocabulary.control_token_ids
+        and f.template_signature in template_text
+    ]
     longest = max((len(f.template_signature) for f in found), default=0)
     best = [f for f in found if len(f.template_signature) == longest]
     return best[0] if len(best) == 1 else None

@@ -35,7 +35,11 @@ from dataclasses import replace
 from typing import Any
 
 from persea.chat.families.llama import parse as parse_text
-from persea.chat.families.tool_format import messages_to_dicts, tools_to_json_schema, verbatim_except_calls
+from persea.chat.families.tool_format import (
+    messages_to_dicts,
+    tools_to_json_schema,
+    verbatim_except_calls,
+)
 from persea.chat.messages import (
     ContentPart,
     Conversation,
@@ -60,6 +64,7 @@ GEMMA_KEY_PATTERN = re.compile(r'([{,])\s*([^{}\[\],:"]+?)\s*:')
 
 def normalise(conversation: Conversation) -> Conversation:
     """Thoughts dropped; texts trimmed, but the system text."""
+
     def change(k: int, m: Message, p: ContentPart) -> str:
         if isinstance(p, Thinking):
             return ""
@@ -84,12 +89,24 @@ def normalise_gemma4(conversation: Conversation) -> Conversation:
 
     def change(k: int, m: Message, p: ContentPart) -> str:
         if isinstance(p, Thinking):
-            return p.text if m.calls and k > asked and conversation.effort is not ThinkingEffort.NONE else ""
+            return (
+                p.text
+                if m.calls and k > asked and conversation.effort is not ThinkingEffort.NONE
+                else ""
+            )
         return p.text if isinstance(p, ToolResult) else p.text.strip()
 
     kept = edit_texts(conversation, change)
-    return replace(kept, messages=tuple(
-        replace(m, parts=tuple(_sort_arguments(p) if isinstance(p, ToolCall) else p for p in m.parts)) for m in kept.messages))
+    return replace(
+        kept,
+        messages=tuple(
+            replace(
+                m,
+                parts=tuple(_sort_arguments(p) if isinstance(p, ToolCall) else p for p in m.parts),
+            )
+            for m in kept.messages
+        ),
+    )
 
 
 def _sort_arguments(call: ToolCall) -> ToolCall:
@@ -98,26 +115,43 @@ def _sort_arguments(call: ToolCall) -> ToolCall:
             return {k: order(value[k]) for k in sorted(value, key=str.lower)}
         return [order(v) for v in value] if isinstance(value, list) else value
 
-    return replace(call, arguments=json.dumps(order(json.loads(call.arguments)), ensure_ascii=False))
+    return replace(
+        call, arguments=json.dumps(order(json.loads(call.arguments)), ensure_ascii=False)
+    )
 
 
-def template_inputs_gemma4(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def template_inputs_gemma4(
+    conversation: Conversation,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Messages and tools; the thinking switch. Refuses words beside a call and arguments that cannot be read back."""
     for k, m in enumerate(conversation.messages):
         if m.calls and m.text:
-            raise DataError(f"message {k} has words beside its tool calls", where="gemma-4",
-                            remedy="its template writes them behind the results; leave the conversation out")
+            raise DataError(
+                f"message {k} has words beside its tool calls",
+                where="gemma-4",
+                remedy="its template writes them behind the results; leave the conversation out",
+            )
         for call in m.calls:
-            if _parse_call([p if p == GEMMA_QUOTE_TOKEN else p.encode() for p in _write_call(call)]) != call:
-                raise DataError(f"the arguments of {call.name} in message {k} cannot be told apart in its notation", where="gemma-4",
-                                remedy="plain keys, and numbers and texts as values; or leave the conversation out")
+            if (
+                _parse_call(
+                    [p if p == GEMMA_QUOTE_TOKEN else p.encode() for p in _write_call(call)]
+                )
+                != call
+            ):
+                raise DataError(
+                    f"the arguments of {call.name} in message {k} cannot be told apart in its notation",
+                    where="gemma-4",
+                    remedy="plain keys, and numbers and texts as values; or leave the conversation out",
+                )
     tools = tools_to_json_schema(conversation.tools)
-    return messages_to_dicts(conversation, "reasoning_content"), {"enable_thinking": conversation.effort is not ThinkingEffort.NONE} | (
-        {"tools": tools} if tools else {})
+    return messages_to_dicts(conversation, "reasoning_content"), {
+        "enable_thinking": conversation.effort is not ThinkingEffort.NONE
+    } | ({"tools": tools} if tools else {})
 
 
 def _write_call(call: ToolCall) -> Iterator[str]:
     """A call as the template writes it: QUOTE and the texts between."""
+
     def say(value: Any) -> str:
         if isinstance(value, str):
             return "\0Q" + value + "\0Q"
@@ -147,7 +181,7 @@ def parse_gemma4(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[Content
         if thought is None or not thought.startswith("thought\n"):
             return None
         thought = thought.removeprefix("thought\n").removesuffix("\n")
-        parts, rest = [Thinking(thought)] if thought else [], rest[end + 1:]
+        parts, rest = [Thinking(thought)] if thought else [], rest[end + 1 :]
     if "<|tool_call>" not in rest:
         text = pieces_to_text(rest)
         return None if text is None else (*parts, Text(text.strip()))
@@ -161,7 +195,7 @@ def parse_gemma4(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[Content
         if call is None:
             return None
         parts.append(call)
-        rest = rest[end + 1:]
+        rest = rest[end + 1 :]
     return tuple(parts)
 
 
@@ -181,7 +215,9 @@ def _parse_call(pieces: Sequence[str | bytes]) -> ToolCall | None:
     bare, texts = [s.decode() for s in segments[::2]], [s.decode() for s in segments[1::2]]
     if len(bare) != len(texts) + 1 or any('"' in b or "\\" in b for b in bare):
         return None
-    found = GEMMA_CALL_PATTERN.fullmatch(bare[0] + "".join(f'"{k}"{b}' for k, b in enumerate(bare[1:])))
+    found = GEMMA_CALL_PATTERN.fullmatch(
+        bare[0] + "".join(f'"{k}"{b}' for k, b in enumerate(bare[1:]))
+    )
 
     def fill(value: Any) -> Any:
         if isinstance(value, dict):
@@ -191,16 +227,42 @@ def _parse_call(pieces: Sequence[str | bytes]) -> ToolCall | None:
         return texts[int(value)] if isinstance(value, str) else value
 
     try:
-        return ToolCall.from_generated(found[1], fill(json.loads(GEMMA_KEY_PATTERN.sub(r'\1"\2":', re.sub(r"\bNone\b", "null", found[2]))))) if found else None
+        return (
+            ToolCall.from_generated(
+                found[1],
+                fill(
+                    json.loads(
+                        GEMMA_KEY_PATTERN.sub(r'\1"\2":', re.sub(r"\bNone\b", "null", found[2]))
+                    )
+                ),
+            )
+            if found
+            else None
+        )
     except (ValueError, RecursionError):
         return None
 
 
 GEMMA = Family(
-    name="gemma", licence="Gemma Terms of Use", signature_token="<start_of_turn>", efforts=(ThinkingEffort.NONE,),
-    stop_tokens=("<end_of_turn>", "<eos>"), normalise=normalise, template_inputs=template_inputs, parse=parse)
+    name="gemma",
+    licence="Gemma Terms of Use",
+    signature_token="<start_of_turn>",
+    efforts=(ThinkingEffort.NONE,),
+    stop_tokens=("<end_of_turn>", "<eos>"),
+    normalise=normalise,
+    template_inputs=template_inputs,
+    parse=parse,
+)
 GEMMA4 = Family(
-    name="gemma-4", licence="Apache-2.0", signature_token="<|turn>", efforts=(ThinkingEffort.NONE, ThinkingEffort.HIGH), stop_tokens=("<turn|>", "<|tool_response>", "<eos>"),
-    normalise=normalise_gemma4, template_inputs=template_inputs_gemma4, parse=parse_gemma4, prompt_only_suffix="<|channel>thought\n<channel|>",
-    is_tool_text_verbatim=verbatim_except_calls)
+    name="gemma-4",
+    licence="Apache-2.0",
+    signature_token="<|turn>",
+    efforts=(ThinkingEffort.NONE, ThinkingEffort.HIGH),
+    stop_tokens=("<turn|>", "<|tool_response>", "<eos>"),
+    normalise=normalise_gemma4,
+    template_inputs=template_inputs_gemma4,
+    parse=parse_gemma4,
+    prompt_only_suffix="<|channel>thought\n<channel|>",
+    is_tool_text_verbatim=verbatim_except_calls,
+)
 GEMMAS = (GEMMA, GEMMA4)

@@ -20,7 +20,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from persea.chat.families.tool_format import messages_to_dicts, tools_to_json_schema, verbatim_unless_escaped
+from persea.chat.families.tool_format import (
+    messages_to_dicts,
+    tools_to_json_schema,
+    verbatim_unless_escaped,
+)
 from persea.chat.messages import (
     ContentPart,
     Conversation,
@@ -38,14 +42,21 @@ from persea.chat.messages import (
 )
 from persea.errors import DataError
 
-REASONING_EFFORT_NAMES = {ThinkingEffort.NONE: "low", ThinkingEffort.LOW: "low", ThinkingEffort.MEDIUM: "medium", ThinkingEffort.HIGH: "high"}
+REASONING_EFFORT_NAMES = {
+    ThinkingEffort.NONE: "low",
+    ThinkingEffort.LOW: "low",
+    ThinkingEffort.MEDIUM: "medium",
+    ThinkingEffort.HIGH: "high",
+}
 RECIPIENT_PATTERN = re.compile(r" to=functions\.(\S+)")
 
 
 def normalise(conversation: Conversation) -> Conversation:
     """Thoughts kept in the last turn, and before calls that no final answer follows."""
     messages = conversation.messages
-    final = max((k for k, m in enumerate(messages) if m.role is Role.ASSISTANT and not m.calls), default=-1)
+    final = max(
+        (k for k, m in enumerate(messages) if m.role is Role.ASSISTANT and not m.calls), default=-1
+    )
 
     def change(k: int, m: Message, p: ContentPart) -> str:
         keeps = k > final if m.calls else k == len(messages) - 1
@@ -59,20 +70,29 @@ def template_inputs(conversation: Conversation) -> tuple[list[dict[str, Any]], d
     called = ""
     for k, m in enumerate(conversation.messages):
         if len(m.calls) > 1 or (m.calls and m.text):
-            raise DataError(f"message {k} has {len(m.calls)} tool calls" + (" and words beside them" if m.text else ""), where="gpt-oss",
-                            remedy="its template writes one call a turn and nothing beside it; leave the conversation out")
+            raise DataError(
+                f"message {k} has {len(m.calls)} tool calls"
+                + (" and words beside them" if m.text else ""),
+                where="gpt-oss",
+                remedy="its template writes one call a turn and nothing beside it; leave the conversation out",
+            )
         called = m.calls[0].name if m.calls else called
         for p in m.parts:
             if isinstance(p, ToolResult) and p.name != called:
-                raise DataError(f"message {k} is the result of {p.name}, but the last call is of {called or 'no tool'}", where="gpt-oss",
-                                remedy="its template names a result after the last call; leave the conversation out")
+                raise DataError(
+                    f"message {k} is the result of {p.name}, but the last call is of {called or 'no tool'}",
+                    where="gpt-oss",
+                    remedy="its template names a result after the last call; leave the conversation out",
+                )
     messages = messages_to_dicts(conversation, "thinking")
     for said in messages:
         if not said.get("thinking", "x"):
             del said["thinking"]
     tools = tools_to_json_schema(conversation.tools)
     direct = {"enable_thinking": False} if conversation.effort is ThinkingEffort.NONE else {}
-    return messages, {"reasoning_effort": REASONING_EFFORT_NAMES[conversation.effort]} | direct | ({"tools": tools} if tools else {})
+    return messages, {"reasoning_effort": REASONING_EFFORT_NAMES[conversation.effort]} | direct | (
+        {"tools": tools} if tools else {}
+    )
 
 
 def parse(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, ...] | None:
@@ -87,7 +107,12 @@ def parse(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, .
         parts.append(part)
         rest = rest[end:]
         if rest:
-            if rest[:2] != ["<|end|>", "<|start|>"] or len(rest) < 4 or not isinstance(rest[2], bytes) or not rest[2].startswith(b"assistant"):
+            if (
+                rest[:2] != ["<|end|>", "<|start|>"]
+                or len(rest) < 4
+                or not isinstance(rest[2], bytes)
+                or not rest[2].startswith(b"assistant")
+            ):
                 return None
             role = rest[2].removeprefix(b"assistant")
             rest = [role, *rest[3:]] if role else rest[3:]
@@ -100,21 +125,35 @@ def _parse_message(pieces: DecodedPieces) -> ContentPart | None:
     if "<|message|>" not in pieces:
         return None
     cut = list(pieces).index("<|message|>")
-    body = pieces_to_text(pieces[cut + 1:])
+    body = pieces_to_text(pieces[cut + 1 :])
     if body is None:
         return None
     if list(pieces[:cut]) == ["<|channel|>", b"analysis"]:
         return Thinking(body)
     if list(pieces[:cut]) == ["<|channel|>", b"final"]:
         return Text(body)
-    head = "".join(p if isinstance(p, str) else p.decode() for p in pieces[:cut] if p != "<|constrain|>")
+    head = "".join(
+        p if isinstance(p, str) else p.decode() for p in pieces[:cut] if p != "<|constrain|>"
+    )
     before, channel, behind = head.partition("<|channel|>commentary")
     to = RECIPIENT_PATTERN.fullmatch(before) if before else RECIPIENT_PATTERN.match(behind)
-    if not channel or to is None or (behind if before else behind[to.end():]).strip() not in ("json", ""):
+    if (
+        not channel
+        or to is None
+        or (behind if before else behind[to.end() :]).strip() not in ("json", "")
+    ):
         return None
     return ToolCall.from_generated(to[1], body)
 
 
 GPT_OSS = Family(
-    name="gpt-oss", licence="Apache-2.0", signature_token="<|channel|>", efforts=(ThinkingEffort.LOW, ThinkingEffort.MEDIUM, ThinkingEffort.HIGH),
-    stop_tokens=("<|return|>", "<|call|>"), normalise=normalise, template_inputs=template_inputs, parse=parse, is_tool_text_verbatim=verbatim_unless_escaped)
+    name="gpt-oss",
+    licence="Apache-2.0",
+    signature_token="<|channel|>",
+    efforts=(ThinkingEffort.LOW, ThinkingEffort.MEDIUM, ThinkingEffort.HIGH),
+    stop_tokens=("<|return|>", "<|call|>"),
+    normalise=normalise,
+    template_inputs=template_inputs,
+    parse=parse,
+    is_tool_text_verbatim=verbatim_unless_escaped,
+)

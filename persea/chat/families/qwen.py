@@ -26,8 +26,17 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from persea.chat.families.qwen_xml_tools import parse_xml_call, refuse_ambiguous_calls, resolve_call_types
-from persea.chat.families.tool_format import always_verbatim, messages_to_dicts, tools_to_json_schema, verbatim_except_calls
+from persea.chat.families.qwen_xml_tools import (
+    parse_xml_call,
+    refuse_ambiguous_calls,
+    resolve_call_types,
+)
+from persea.chat.families.tool_format import (
+    always_verbatim,
+    messages_to_dicts,
+    tools_to_json_schema,
+    verbatim_except_calls,
+)
 from persea.chat.messages import (
     ContentPart,
     Conversation,
@@ -53,8 +62,12 @@ def _is_thinking_on(conversation: Conversation) -> bool:
 
 def _last_question_index(conversation: Conversation) -> int:
     """The last question, as Qwen's templates look for it: a user's text that is no <tool_response>. Without one: the last message."""
-    asked = [k for k, m in enumerate(conversation.messages)
-             if m.role is Role.USER and not (m.text.startswith("<tool_response>") and m.text.endswith("</tool_response>"))]
+    asked = [
+        k
+        for k, m in enumerate(conversation.messages)
+        if m.role is Role.USER
+        and not (m.text.startswith("<tool_response>") and m.text.endswith("</tool_response>"))
+    ]
     return max(asked, default=len(conversation.messages) - 1)
 
 
@@ -66,14 +79,20 @@ def normalise(conversation: Conversation) -> Conversation:
         thought = m.thinking.strip("\n") if k > asked and _is_thinking_on(conversation) else ""
         if isinstance(p, Thinking):
             return thought
-        return p.text.lstrip("\n") if m.role is Role.ASSISTANT and k > asked and (k == last or thought) else p.text
+        return (
+            p.text.lstrip("\n")
+            if m.role is Role.ASSISTANT and k > asked and (k == last or thought)
+            else p.text
+        )
 
     return edit_texts(conversation, change)
 
 
 def template_inputs(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Messages with the thought beside the answer; tools; the thinking switch."""
-    return messages_to_dicts(conversation, "reasoning_content"), {"enable_thinking": _is_thinking_on(conversation)} | _tools_kwargs(conversation)
+    return messages_to_dicts(conversation, "reasoning_content"), {
+        "enable_thinking": _is_thinking_on(conversation)
+    } | _tools_kwargs(conversation)
 
 
 def _tools_kwargs(conversation: Conversation) -> dict[str, Any]:
@@ -92,7 +111,7 @@ def _parse_thought_and_answer(pieces: DecodedPieces) -> tuple[ContentPart, ...] 
     if "</think>" not in pieces:
         return None
     end = list(pieces).index("</think>")
-    thought, answer = pieces_to_text(pieces[:end]), _parse_answer(pieces[end + 1:])
+    thought, answer = pieces_to_text(pieces[:end]), _parse_answer(pieces[end + 1 :])
     if thought is None or answer is None:
         return None
     said = tuple(Text(p.text.lstrip("\n")) if isinstance(p, Text) else p for p in answer)
@@ -115,7 +134,11 @@ def _parse_calls(pieces: DecodedPieces) -> tuple[ContentPart, ...] | None:
     calls: list[ContentPart] = []
     rest = list(pieces)
     while rest:
-        body = rest[1] if len(rest) > 2 and (rest[0], rest[2]) == ("<tool_call>", "</tool_call>") else None
+        body = (
+            rest[1]
+            if len(rest) > 2 and (rest[0], rest[2]) == ("<tool_call>", "</tool_call>")
+            else None
+        )
         call = _parse_call(body.decode()) if isinstance(body, bytes) else None
         if call is None:
             return None
@@ -133,7 +156,11 @@ def _parse_call(text: str) -> ToolCall | None:
         found = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(found, dict) or set(found) != {"name", "arguments"} or not isinstance(found["arguments"], dict):
+    if (
+        not isinstance(found, dict)
+        or set(found) != {"name", "arguments"}
+        or not isinstance(found["arguments"], dict)
+    ):
         return None
     return ToolCall.from_generated(found["name"], found["arguments"])
 
@@ -153,12 +180,16 @@ def normalise_qwen25(conversation: Conversation) -> Conversation:
     def change(k: int, m: Message, p: ContentPart) -> str:
         if isinstance(p, Thinking):
             return ""
-        return _strip_leading_line_breaks(p.text) if k == last and m.role is Role.ASSISTANT else p.text
+        return (
+            _strip_leading_line_breaks(p.text) if k == last and m.role is Role.ASSISTANT else p.text
+        )
 
     return edit_texts(conversation, change)
 
 
-def template_inputs_qwen25(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def template_inputs_qwen25(
+    conversation: Conversation,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Messages and tools."""
     return messages_to_dicts(conversation), _tools_kwargs(conversation)
 
@@ -170,10 +201,14 @@ def parse_qwen25(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[Content
 
 def normalise_coder(conversation: Conversation) -> Conversation:
     """As Qwen 2.5; words beside calls trimmed."""
-    return edit_texts(normalise_qwen25(conversation), lambda k, m, p: p.text.strip() if m.calls else p.text)
+    return edit_texts(
+        normalise_qwen25(conversation), lambda k, m, p: p.text.strip() if m.calls else p.text
+    )
 
 
-def template_inputs_coder(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def template_inputs_coder(
+    conversation: Conversation,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Messages and tools. Refuses a call that cannot be read back."""
     refuse_ambiguous_calls(conversation, "qwen3-coder")
     return template_inputs_qwen25(conversation)
@@ -197,10 +232,17 @@ def _trim_text_beside_calls(parts: Sequence[ContentPart] | None) -> tuple[Conten
 
 def normalise_qwen35(conversation: Conversation) -> Conversation:
     """Texts trimmed, also of tools; thoughts kept where thinking is on, trimmed too: their white space would glue to the prompt's."""
-    return edit_texts(conversation, lambda k, m, p: "" if isinstance(p, Thinking) and not _is_thinking_on(conversation) else p.text.strip())
+    return edit_texts(
+        conversation,
+        lambda k, m, p: (
+            "" if isinstance(p, Thinking) and not _is_thinking_on(conversation) else p.text.strip()
+        ),
+    )
 
 
-def template_inputs_qwen35(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def template_inputs_qwen35(
+    conversation: Conversation,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """As Qwen3's. Refuses a call that cannot be read back."""
     refuse_ambiguous_calls(conversation, "qwen3.5")
     return template_inputs(conversation)
@@ -211,11 +253,15 @@ def parse_qwen35(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[Content
     parts = _parse_opened_thought(pieces, effort)
     if parts is None:
         return None
-    said = tuple(replace_text(p, p.text.strip()) if isinstance(p, (Text, Thinking)) else p for p in parts)
+    said = tuple(
+        replace_text(p, p.text.strip()) if isinstance(p, (Text, Thinking)) else p for p in parts
+    )
     return tuple(p for p in said if p.text) or (Text(""),)
 
 
-def _parse_opened_thought(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, ...] | None:
+def _parse_opened_thought(
+    pieces: DecodedPieces, effort: ThinkingEffort
+) -> tuple[ContentPart, ...] | None:
     if pieces and pieces[0] == "<think>":  # some servers say the opening again
         pieces = pieces[1:]
     if "</think>" in pieces:
@@ -242,7 +288,9 @@ def template_inputs_qwq(conversation: Conversation) -> tuple[list[dict[str, Any]
         last = conversation.messages[-1]
         thought = f"{last.thinking}\n" if last.thinking else ""
         messages[-1]["content"] = f"<think>\n{thought}</think>\n\n{last.text}"
-    return messages, {"enable_thinking": _is_thinking_on(conversation)} | _tools_kwargs(conversation)
+    return messages, {"enable_thinking": _is_thinking_on(conversation)} | _tools_kwargs(
+        conversation
+    )
 
 
 def parse_qwq(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, ...] | None:
@@ -250,27 +298,80 @@ def parse_qwq(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPar
     parts = _parse_opened_thought(pieces, effort)
     if parts is None:
         return None
-    said = [replace_text(p, p.text.strip() if isinstance(p, Thinking) else p.text.lstrip("\n")) if not isinstance(p, ToolCall) else p for p in parts]
+    said = [
+        replace_text(p, p.text.strip() if isinstance(p, Thinking) else p.text.lstrip("\n"))
+        if not isinstance(p, ToolCall)
+        else p
+        for p in parts
+    ]
     return tuple(p for p in said if p.text) or (Text(""),)
 
 
 QWEN_STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
-THINKING_ON_OFF, THINKING_OFF_ONLY = (ThinkingEffort.NONE, ThinkingEffort.HIGH), (ThinkingEffort.NONE,)
+THINKING_ON_OFF, THINKING_OFF_ONLY = (
+    (ThinkingEffort.NONE, ThinkingEffort.HIGH),
+    (ThinkingEffort.NONE,),
+)
 QWEN = Family(
-    name="qwen", licence="Apache-2.0", signature_token="<|im_start|>", efforts=THINKING_ON_OFF, stop_tokens=QWEN_STOP_TOKENS, normalise=normalise, template_inputs=template_inputs, parse=parse,
-    template_signature="enable_thinking is defined and", is_tool_text_verbatim=always_verbatim)
+    name="qwen",
+    licence="Apache-2.0",
+    signature_token="<|im_start|>",
+    efforts=THINKING_ON_OFF,
+    stop_tokens=QWEN_STOP_TOKENS,
+    normalise=normalise,
+    template_inputs=template_inputs,
+    parse=parse,
+    template_signature="enable_thinking is defined and",
+    is_tool_text_verbatim=always_verbatim,
+)
 QWEN25 = Family(
-    name="qwen2.5", licence="Apache-2.0", signature_token="<|im_start|>", efforts=THINKING_OFF_ONLY, stop_tokens=QWEN_STOP_TOKENS, normalise=normalise_qwen25, template_inputs=template_inputs_qwen25,
-    parse=parse_qwen25, template_signature='or (message.role == "assistant" and not message.tool_calls)', is_tool_text_verbatim=always_verbatim)
+    name="qwen2.5",
+    licence="Apache-2.0",
+    signature_token="<|im_start|>",
+    efforts=THINKING_OFF_ONLY,
+    stop_tokens=QWEN_STOP_TOKENS,
+    normalise=normalise_qwen25,
+    template_inputs=template_inputs_qwen25,
+    parse=parse_qwen25,
+    template_signature='or (message.role == "assistant" and not message.tool_calls)',
+    is_tool_text_verbatim=always_verbatim,
+)
 QWEN3_CODER = Family(
-    name="qwen3-coder", licence="Apache-2.0", signature_token="<|im_start|>", efforts=THINKING_OFF_ONLY, stop_tokens=QWEN_STOP_TOKENS, normalise=normalise_coder,
-    template_inputs=template_inputs_coder, parse=parse_coder, template_signature="<parameter=example_parameter_1>\\nvalue_1\\n</parameter>", is_tool_text_verbatim=verbatim_except_calls,
-    resolve_calls=resolve_call_types)
+    name="qwen3-coder",
+    licence="Apache-2.0",
+    signature_token="<|im_start|>",
+    efforts=THINKING_OFF_ONLY,
+    stop_tokens=QWEN_STOP_TOKENS,
+    normalise=normalise_coder,
+    template_inputs=template_inputs_coder,
+    parse=parse_coder,
+    template_signature="<parameter=example_parameter_1>\\nvalue_1\\n</parameter>",
+    is_tool_text_verbatim=verbatim_except_calls,
+    resolve_calls=resolve_call_types,
+)
 QWEN35 = Family(
-    name="qwen3.5", licence="Apache-2.0", signature_token="<|im_start|>", efforts=THINKING_ON_OFF, stop_tokens=QWEN_STOP_TOKENS, normalise=normalise_qwen35, template_inputs=template_inputs_qwen35,
-    parse=parse_qwen35, template_signature="<parameter=example_parameter_2>\\nThis is the value for the second parameter", is_tool_text_verbatim=verbatim_except_calls,
-    resolve_calls=resolve_call_types)
+    name="qwen3.5",
+    licence="Apache-2.0",
+    signature_token="<|im_start|>",
+    efforts=THINKING_ON_OFF,
+    stop_tokens=QWEN_STOP_TOKENS,
+    normalise=normalise_qwen35,
+    template_inputs=template_inputs_qwen35,
+    parse=parse_qwen35,
+    template_signature="<parameter=example_parameter_2>\\nThis is the value for the second parameter",
+    is_tool_text_verbatim=verbatim_except_calls,
+    resolve_calls=resolve_call_types,
+)
 QWQ = Family(
-    name="qwq", licence="Apache-2.0", signature_token="<|im_start|>", efforts=THINKING_ON_OFF, stop_tokens=QWEN_STOP_TOKENS, normalise=normalise_qwq, template_inputs=template_inputs_qwq,
-    parse=parse_qwq, template_signature='elif message.role == "assistant" and not message.tool_calls', is_tool_text_verbatim=always_verbatim)
+    name="qwq",
+    licence="Apache-2.0",
+    signature_token="<|im_start|>",
+    efforts=THINKING_ON_OFF,
+    stop_tokens=QWEN_STOP_TOKENS,
+    normalise=normalise_qwq,
+    template_inputs=template_inputs_qwq,
+    parse=parse_qwq,
+    template_signature='elif message.role == "assistant" and not message.tool_calls',
+    is_tool_text_verbatim=always_verbatim,
+)
 QWENS = (QWEN, QWEN25, QWEN3_CODER, QWEN35, QWQ)

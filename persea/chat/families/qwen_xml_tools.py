@@ -39,19 +39,25 @@ def parse_xml_call(text: str) -> ToolCall | None:
     return ToolCall.from_generated(function[1], found) if at == len(function[2]) else None
 
 
-def resolve_call_types(parts: tuple[ContentPart, ...], tools: tuple[Tool, ...]) -> tuple[ContentPart, ...] | None:
+def resolve_call_types(
+    parts: tuple[ContentPart, ...], tools: tuple[Tool, ...]
+) -> tuple[ContentPart, ...] | None:
     """The calls among the parts with the types that the tools declare; a value that is not declared is JSON where it can be, else text."""
     said = tuple(_apply_schema_types(p, tools) if isinstance(p, ToolCall) else p for p in parts)
     return tuple(p for p in said if p is not None) if all(said) else None
 
 
 def _apply_schema_types(call: ToolCall, tools: tuple[Tool, ...]) -> ToolCall | None:
-    schema: dict[str, Any] = next((json.loads(t.parameters) for t in tools if t.name == call.name), {})
+    schema: dict[str, Any] = next(
+        (json.loads(t.parameters) for t in tools if t.name == call.name), {}
+    )
     properties = schema.get("properties")
     values = json.loads(call.arguments)
     for key, value in values.items():
         declared = properties.get(key) if isinstance(properties, dict) else None
-        if isinstance(value, str) and not (isinstance(declared, dict) and declared.get("type") == "string"):
+        if isinstance(value, str) and not (
+            isinstance(declared, dict) and declared.get("type") == "string"
+        ):
             values[key] = _parse_value(value)
     return ToolCall.from_generated(call.name, values)
 
@@ -71,11 +77,17 @@ def refuse_ambiguous_calls(conversation: Conversation, where: str) -> None:
     """Refuses a call whose arguments would be read back as others."""
     for k, m in enumerate(conversation.messages):
         for call in m.calls:
-            pairs = "".join(f"<parameter={key}>\n{_format_value(value)}\n</parameter>\n" for key, value in json.loads(call.arguments).items())
+            pairs = "".join(
+                f"<parameter={key}>\n{_format_value(value)}\n</parameter>\n"
+                for key, value in json.loads(call.arguments).items()
+            )
             read = parse_xml_call(f"<function={call.name}>\n{pairs}</function>")
             if read is None or _apply_schema_types(read, conversation.tools) != call:
-                raise DataError(f"the arguments of {call.name} in message {k} cannot be told apart when written key by key", where=where,
-                                remedy="declare the types of the tool's parameters; or leave the conversation out")
+                raise DataError(
+                    f"the arguments of {call.name} in message {k} cannot be told apart when written key by key",
+                    where=where,
+                    remedy="declare the types of the tool's parameters; or leave the conversation out",
+                )
 
 
 def _format_value(value: Any) -> str:

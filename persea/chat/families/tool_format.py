@@ -21,13 +21,24 @@ def verbatim_except_calls(part: ContentPart) -> bool:
 
 def verbatim_unless_escaped(part: ContentPart) -> bool:
     """`Family.tool_bytes` of a template that writes a result as a JSON string: its bytes are there where JSON escapes none of them."""
-    return isinstance(part, ToolCall) or json.dumps(part.text, ensure_ascii=False) == f'"{part.text}"'
+    return (
+        isinstance(part, ToolCall) or json.dumps(part.text, ensure_ascii=False) == f'"{part.text}"'
+    )
 
 
 def tools_to_json_schema(tools: Sequence[Tool]) -> list[dict[str, Any]] | None:
     """Tools in the form all templates take them; None where there are none."""
-    return [{"type": "function", "function": {"name": t.name, "description": t.description, "parameters": json.loads(t.parameters)}}
-            for t in tools] or None
+    return [
+        {
+            "type": "function",
+            "function": {
+                "name": t.name,
+                "description": t.description,
+                "parameters": json.loads(t.parameters),
+            },
+        }
+        for t in tools
+    ] or None
 
 
 def messages_to_dicts(conversation: Conversation, thinking_key: str = "") -> list[dict[str, Any]]:
@@ -38,7 +49,9 @@ def messages_to_dicts(conversation: Conversation, thinking_key: str = "") -> lis
     for m in conversation.messages:
         results = [p for p in m.parts if isinstance(p, ToolResult)]
         for r in results:
-            messages.append({"role": m.role.value, "name": r.name, "tool_call_id": r.name, "content": r.text})
+            messages.append(
+                {"role": m.role.value, "name": r.name, "tool_call_id": r.name, "content": r.text}
+            )
         if results:
             continue
         messages.append({"role": m.role.value, "content": m.text})
@@ -46,5 +59,11 @@ def messages_to_dicts(conversation: Conversation, thinking_key: str = "") -> lis
             messages[-1][thinking_key] = m.thinking
         if m.calls:
             messages[-1]["tool_calls"] = [
-                {"type": "function", "id": c.name, "function": {"name": c.name, "arguments": json.loads(c.arguments)}} for c in m.calls]
+                {
+                    "type": "function",
+                    "id": c.name,
+                    "function": {"name": c.name, "arguments": json.loads(c.arguments)},
+                }
+                for c in m.calls
+            ]
     return messages

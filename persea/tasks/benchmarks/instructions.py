@@ -24,11 +24,18 @@ from persea.tasks.benchmarks.readers import (
 from persea.tasks.task import Grade, TaskItem, Verdict
 
 ConstraintChecker: TypeAlias = Callable[..., bool]
-RELATIONS: Mapping[str, Callable[[int, int], bool]] = {"at least": operator.ge, "less than": operator.lt}
+RELATIONS: Mapping[str, Callable[[int, int], bool]] = {
+    "at least": operator.ge,
+    "less than": operator.lt,
+}
 IFEVAL_WORD = re.compile(r"\w+(?:['’-]\w+)*")
 # An end of a sentence: a stop and a space behind it, not the stop of a title, an initial or a number.
-SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bvs)(?<!\bMrs)(?<!\be\.g)(?<!\bi\.e)(?<!\b[A-Z])[.!?。！？]+[\"'”’)\]]*(?=\s|$)")
-PARAGRAPH_DIVIDER = re.compile(r"^[ \t]*(?:\*[ \t]*){3,}$", re.MULTILINE)  # ***, which parts paragraphs
+SENTENCE_END = re.compile(
+    r"(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bvs)(?<!\bMrs)(?<!\be\.g)(?<!\bi\.e)(?<!\b[A-Z])[.!?。！？]+[\"'”’)\]]*(?=\s|$)"
+)
+PARAGRAPH_DIVIDER = re.compile(
+    r"^[ \t]*(?:\*[ \t]*){3,}$", re.MULTILINE
+)  # ***, which parts paragraphs
 CONSTRAINED_RESPONSES = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 
 
@@ -61,7 +68,9 @@ def number_paragraphs(text: str, num_paragraphs: int) -> bool:
     return len(inner) == num_paragraphs and all(p.strip() for p in inner)
 
 
-def nth_paragraph_first_word(text: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
+def nth_paragraph_first_word(
+    text: str, num_paragraphs: int, nth_paragraph: int, first_word: str
+) -> bool:
     parts = [p.strip() for p in re.split(r"\n[ \t]*\n", text) if p.strip()]
     if len(parts) != num_paragraphs or nth_paragraph > len(parts):
         return False
@@ -82,7 +91,9 @@ def keyword_frequency(text: str, relation: str, keyword: str, frequency: int) ->
 
 
 def letter_frequency(text: str, letter: str, let_relation: str, let_frequency: int) -> bool:
-    return _satisfies_relation(text.casefold().count(letter.casefold()), let_relation, let_frequency)
+    return _satisfies_relation(
+        text.casefold().count(letter.casefold()), let_relation, let_frequency
+    )
 
 
 def highlighted_sections(text: str, num_highlights: int) -> bool:
@@ -92,11 +103,16 @@ def highlighted_sections(text: str, num_highlights: int) -> bool:
 
 
 def bullet_lists(text: str, num_bullets: int) -> bool:
-    return len(re.findall(r"^[ \t]*(?:\*(?!\*)|-(?!-))[ \t]*\S.*$", text, re.MULTILINE)) == num_bullets
+    return (
+        len(re.findall(r"^[ \t]*(?:\*(?!\*)|-(?!-))[ \t]*\S.*$", text, re.MULTILINE)) == num_bullets
+    )
 
 
 def multiple_sections(text: str, section_spliter: str, num_sections: int) -> bool:
-    return len(re.findall(rf"(?<!\w){re.escape(section_spliter.strip())}\s?\d+", text, re.IGNORECASE)) >= num_sections
+    return (
+        len(re.findall(rf"(?<!\w){re.escape(section_spliter.strip())}\s?\d+", text, re.IGNORECASE))
+        >= num_sections
+    )
 
 
 def title(text: str) -> bool:
@@ -143,7 +159,9 @@ def repeat_prompt(text: str, prompt_to_repeat: str) -> bool:
 
 
 def capital_word_frequency(text: str, capital_frequency: int, capital_relation: str) -> bool:
-    return _satisfies_relation(sum(w.isupper() for w in IFEVAL_WORD.findall(text)), capital_relation, capital_frequency)
+    return _satisfies_relation(
+        sum(w.isupper() for w in IFEVAL_WORD.findall(text)), capital_relation, capital_frequency
+    )
 
 
 def english_capital(text: str) -> bool:
@@ -168,20 +186,37 @@ def response_language(text: str, language: str) -> bool:
 
 
 CONSTRAINT_CHECKERS: Mapping[str, ConstraintChecker] = {
-    "punctuation:no_comma": no_comma, "length_constraints:number_words": number_words, "length_constraints:number_sentences": number_sentences,
-    "length_constraints:number_paragraphs": number_paragraphs, "length_constraints:nth_paragraph_first_word": nth_paragraph_first_word,
-    "keywords:existence": keyword_existence, "keywords:forbidden_words": forbidden_words, "keywords:frequency": keyword_frequency,
-    "keywords:letter_frequency": letter_frequency, "detectable_format:number_highlighted_sections": highlighted_sections,
-    "detectable_format:number_bullet_lists": bullet_lists, "detectable_format:multiple_sections": multiple_sections, "detectable_format:title": title,
-    "detectable_format:json_format": json_format, "detectable_format:constrained_response": constrained_response,
-    "detectable_content:number_placeholders": placeholders, "detectable_content:postscript": postscript, "combination:two_responses": two_responses,
-    "combination:repeat_prompt": repeat_prompt, "change_case:capital_word_frequency": capital_word_frequency, "change_case:english_capital": english_capital,
-    "change_case:english_lowercase": english_lowercase, "startend:end_checker": end_checker, "startend:quotation": quotation,
-    "language:response_language": response_language}
+    "punctuation:no_comma": no_comma,
+    "length_constraints:number_words": number_words,
+    "length_constraints:number_sentences": number_sentences,
+    "length_constraints:number_paragraphs": number_paragraphs,
+    "length_constraints:nth_paragraph_first_word": nth_paragraph_first_word,
+    "keywords:existence": keyword_existence,
+    "keywords:forbidden_words": forbidden_words,
+    "keywords:frequency": keyword_frequency,
+    "keywords:letter_frequency": letter_frequency,
+    "detectable_format:number_highlighted_sections": highlighted_sections,
+    "detectable_format:number_bullet_lists": bullet_lists,
+    "detectable_format:multiple_sections": multiple_sections,
+    "detectable_format:title": title,
+    "detectable_format:json_format": json_format,
+    "detectable_format:constrained_response": constrained_response,
+    "detectable_content:number_placeholders": placeholders,
+    "detectable_content:postscript": postscript,
+    "combination:two_responses": two_responses,
+    "combination:repeat_prompt": repeat_prompt,
+    "change_case:capital_word_frequency": capital_word_frequency,
+    "change_case:english_capital": english_capital,
+    "change_case:english_lowercase": english_lowercase,
+    "startend:end_checker": end_checker,
+    "startend:quotation": quotation,
+    "language:response_language": response_language,
+}
 
 
 def ifeval(source: BenchmarkSource) -> BenchmarkItems:
     """Prompts with the ids and numbers of their instructions."""
+
     def one(row: BenchmarkRow) -> TaskItem | str:
         ids, numbers = row.value("instruction_id_list", list), row.value("kwargs", list)
         if not ids or len(ids) != len(numbers) or not all(isinstance(k, dict) for k in numbers):
@@ -189,14 +224,21 @@ def ifeval(source: BenchmarkSource) -> BenchmarkItems:
         unknown = [i for i in ids if i not in CONSTRAINT_CHECKERS]
         if unknown:
             return f"no checker for {unknown[0]}"
-        given = [{k: v for k, v in some.items() if v is not None} for some in numbers]  # hub copies fill what is not there with null
+        given = [
+            {k: v for k, v in some.items() if v is not None} for some in numbers
+        ]  # hub copies fill what is not there with null
         for name, some in zip(ids, given, strict=True):
             try:
                 CONSTRAINT_CHECKERS[name]("Probe.", **some)
             except (TypeError, KeyError, AttributeError) as error:
                 raise row.data_error(f"`kwargs` of {name} do not fit: {error}") from error
-        return benchmark_item("ifeval", BenchmarkRow(row.location, row.index, {"id": str(row.fields.get("key", row.index))}), "en", row.text("prompt"),
-                    answer_key=json.dumps([*zip(ids, given, strict=True)]))
+        return benchmark_item(
+            "ifeval",
+            BenchmarkRow(row.location, row.index, {"id": str(row.fields.get("key", row.index))}),
+            "en",
+            row.text("prompt"),
+            answer_key=json.dumps([*zip(ids, given, strict=True)]),
+        )
 
     return collect_items(map(one, read_benchmark_rows(source, read_json_lines)), source)
 
@@ -207,7 +249,11 @@ def grade_instructions(item: TaskItem, answer: Message) -> Grade:
         return malformed_grade("nothing said")
     wanted: list[tuple[str, dict[str, Any]]] = json.loads(item.answer_key)
     missed = [name for name, some in wanted if not CONSTRAINT_CHECKERS[name](answer.text, **some)]
-    return Grade(Verdict.WRONG if missed else Verdict.RIGHT, 1 - len(missed) / len(wanted), f"not: {', '.join(missed)}" if missed else "")
+    return Grade(
+        Verdict.WRONG if missed else Verdict.RIGHT,
+        1 - len(missed) / len(wanted),
+        f"not: {', '.join(missed)}" if missed else "",
+    )
 
 
 BENCHMARKS = (Benchmark("ifeval", "en", ifeval, grade_instructions),)

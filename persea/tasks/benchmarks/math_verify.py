@@ -18,7 +18,10 @@ from typing import IO, cast
 
 from persea.errors import MissingRequirementError
 
-COMPARISON_TIMEOUT_S, WORKER_START_TIMEOUT_S = 5.0, 120.0  # for one comparison; for the worker's start, which loads sympy (1 to 3 s on a quiet machine)
+COMPARISON_TIMEOUT_S, WORKER_START_TIMEOUT_S = (
+    5.0,
+    120.0,
+)  # for one comparison; for the worker's start, which loads sympy (1 to 3 s on a quiet machine)
 WORKER_SOURCE = """
 import json, resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
@@ -47,13 +50,24 @@ class MathVerifier:
 
     worker: subprocess.Popen[bytes] | None = None
 
-    def compare(self, gold: str, answer: str, timeout_s: float = COMPARISON_TIMEOUT_S) -> Equivalence:
+    def compare(
+        self, gold: str, answer: str, timeout_s: float = COMPARISON_TIMEOUT_S
+    ) -> Equivalence:
         """Whether two answers in LaTeX or plain words are the same value."""
         if self.worker is None or self.worker.poll() is not None:
-            self.worker = subprocess.Popen([sys.executable, "-c", WORKER_SOURCE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            self.worker = subprocess.Popen(
+                [sys.executable, "-c", WORKER_SOURCE],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
             if self._read_reply(WORKER_START_TIMEOUT_S) != "ready":
                 self.close()
-                raise MissingRequirementError("math-verify does not start", where="math-verify", remedy="pip install 'persea[eval]'")
+                raise MissingRequirementError(
+                    "math-verify does not start",
+                    where="math-verify",
+                    remedy="pip install 'persea[eval]'",
+                )
         try:
             into = cast("IO[bytes]", self.worker.stdin)
             into.write(json.dumps([gold, answer]).encode() + b"\n")

@@ -52,18 +52,26 @@ class BenchmarkRow:
         """A field that must be a text and not empty, NFC."""
         value = self.fields.get(key)
         if not isinstance(value, str) or not value.strip():
-            raise self.data_error(f"`{key}` is {'missing' if value is None else 'empty' if value == '' else 'not a text'}")
+            raise self.data_error(
+                f"`{key}` is {'missing' if value is None else 'empty' if value == '' else 'not a text'}"
+            )
         return unicodedata.normalize("NFC", value.strip())
 
     def value(self, key: str, kind: type | tuple[type, ...]) -> Any:
         """A field that must be of a kind."""
         value = self.fields.get(key)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise self.data_error(f"`{key}` is {'missing' if value is None else f'a {type(value).__name__}'}")
+            raise self.data_error(
+                f"`{key}` is {'missing' if value is None else f'a {type(value).__name__}'}"
+            )
         return value
 
     def data_error(self, what: str) -> DataError:
-        return DataError(what, where=self.location, remedy="mend or delete the row; docs/sets.md shows the form of each set")
+        return DataError(
+            what,
+            where=self.location,
+            remedy="mend or delete the row; docs/sets.md shows the form of each set",
+        )
 
 
 @dataclass(frozen=True)
@@ -106,16 +114,35 @@ class Benchmark:
 def require_module(module: str, extra: str, what: str) -> None:
     """Raises EnvironmentLacks (exit 7) where a module of an extra is not installed."""
     if importlib.util.find_spec(module) is None:
-        raise MissingRequirementError(f"{what} needs {module}, which is not installed", where=what, remedy=f"pip install 'persea[{extra}]'")
+        raise MissingRequirementError(
+            f"{what} needs {module}, which is not installed",
+            where=what,
+            remedy=f"pip install 'persea[{extra}]'",
+        )
 
 
-def benchmark_item(name: str, row: BenchmarkRow, language: str, question: str, reference: str = "", *, answer_key: str = "", choices: tuple[str, ...] = (),
-         tools: tuple[Tool, ...] = (), **more: Any) -> TaskItem:
+def benchmark_item(
+    name: str,
+    row: BenchmarkRow,
+    language: str,
+    question: str,
+    reference: str = "",
+    *,
+    answer_key: str = "",
+    choices: tuple[str, ...] = (),
+    tools: tuple[Tool, ...] = (),
+    **more: Any,
+) -> TaskItem:
     """A question of a set. Its id tells the set, the language and the row."""
     asked = Conversation.from_question(question)
     asked = Conversation(asked.messages, asked.effort, tools)
-    return TaskItem(Prompt(f"{name}/{language}/{row.fields.get('id', row.index)}", asked, name, language), unicodedata.normalize("NFC", reference),
-                choices=choices, answer_key=answer_key, **more)
+    return TaskItem(
+        Prompt(f"{name}/{language}/{row.fields.get('id', row.index)}", asked, name, language),
+        unicodedata.normalize("NFC", reference),
+        choices=choices,
+        answer_key=answer_key,
+        **more,
+    )
 
 
 def binary_grade(is_right: bool, reason: str = "") -> Grade:
@@ -126,12 +153,15 @@ def malformed_grade(reason: str) -> Grade:
     return Grade(Verdict.MALFORMED, 0.0, reason)
 
 
-def select_split(items: Sequence[TaskItem], split: Split, n: int, seed: int) -> tuple[TaskItem, ...]:
+def select_split(
+    items: Sequence[TaskItem], split: Split, n: int, seed: int
+) -> tuple[TaskItem, ...]:
     """At most n items of a split, in an order of the seed. A quarter is AUDITION, the rest TEST, for ever, by set and row.
 
     The same row in another language is in the same split and stands beside it, so that languages stay even and nothing is auditioned
     in one language that is tested in another. Nothing of a published set is taught.
     """
+
     def hashed(word: object, i: TaskItem) -> bytes:
         name, _, row = i.prompt.id.split("/", 2)
         return hashlib.sha256(f"{word} {name}/{row}".encode()).digest()
@@ -149,24 +179,37 @@ def read_text(path: str) -> str:
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise DataError(f"cannot read the set: {error.strerror}", where=path, remedy="check `evaluation.sets:` in the recipe") from error
+        raise DataError(
+            f"cannot read the set: {error.strerror}",
+            where=path,
+            remedy="check `evaluation.sets:` in the recipe",
+        ) from error
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data[:error.start].count(b"\n") + 1
-        raise DataError(f"not UTF-8: {error.reason}", where=f"{path}:{line}", remedy="save the file as UTF-8") from error
+        line = data[: error.start].count(b"\n") + 1
+        raise DataError(
+            f"not UTF-8: {error.reason}", where=f"{path}:{line}", remedy="save the file as UTF-8"
+        ) from error
 
 
 def load_json(text: str, where: str) -> Any:
     """JSON, with the line of what is wrong with it. NaN and Infinity are no JSON."""
+
     def no_constant(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
 
     try:
         return json.loads(text, parse_constant=no_constant)
     except (ValueError, RecursionError) as error:
-        at = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) and ":" not in where[-8:] else ""
-        raise DataError(f"not JSON: {error}", where=f"{where}{at}", remedy="mend the file, or fetch it again") from error
+        at = (
+            f":{error.lineno}"
+            if isinstance(error, json.JSONDecodeError) and ":" not in where[-8:]
+            else ""
+        )
+        raise DataError(
+            f"not JSON: {error}", where=f"{where}{at}", remedy="mend the file, or fetch it again"
+        ) from error
 
 
 def read_json_lines(path: str) -> Iterator[BenchmarkRow]:
@@ -175,7 +218,9 @@ def read_json_lines(path: str) -> Iterator[BenchmarkRow]:
         if line.strip():
             fields = load_json(line, f"{path}:{number}")
             if not isinstance(fields, dict):
-                raise DataError("not a JSON object", where=f"{path}:{number}", remedy="one object a line")
+                raise DataError(
+                    "not a JSON object", where=f"{path}:{number}", remedy="one object a line"
+                )
             yield BenchmarkRow(f"{path}:{number}", number - 1, fields)
 
 
@@ -184,29 +229,52 @@ def read_json_list(path: str, key: str = "") -> Iterator[BenchmarkRow]:
     found = load_json(read_text(path), path)
     rows = found.get(key) if key and isinstance(found, dict) else found
     if not isinstance(rows, list):
-        raise DataError(f"no list{f' under `{key}`' if key else ''}", where=path, remedy="fetch the file again; docs/sets.md shows its form")
+        raise DataError(
+            f"no list{f' under `{key}`' if key else ''}",
+            where=path,
+            remedy="fetch the file again; docs/sets.md shows its form",
+        )
     for number, fields in enumerate(rows):
         if not isinstance(fields, dict):
-            raise DataError("not a JSON object", where=f"{path}, entry {number + 1}", remedy="mend or delete the entry")
+            raise DataError(
+                "not a JSON object",
+                where=f"{path}, entry {number + 1}",
+                remedy="mend or delete the entry",
+            )
         yield BenchmarkRow(f"{path}, entry {number + 1}", number, fields)
 
 
-def read_delimited(path: str, delimiter: str, columns: Sequence[str] = ()) -> Iterator[BenchmarkRow]:
+def read_delimited(
+    path: str, delimiter: str, columns: Sequence[str] = ()
+) -> Iterator[BenchmarkRow]:
     """Rows of a .csv or .tsv by column; without a head where the columns are given, then unquoted. Each row has every column."""
     text = read_text(path)
     file = io.StringIO(text, newline="")
-    reader = csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE if columns else csv.QUOTE_MINIMAL, strict=True)
+    reader = csv.reader(
+        file,
+        delimiter=delimiter,
+        quoting=csv.QUOTE_NONE if columns else csv.QUOTE_MINIMAL,
+        strict=True,
+    )
     try:
         cells_of = _read_cells(reader, len(text))
     except csv.Error as error:
-        raise DataError(f"not a table: {error}", where=f"{path}:{reader.line_num}", remedy="mend the file, or fetch it again") from error
+        raise DataError(
+            f"not a table: {error}",
+            where=f"{path}:{reader.line_num}",
+            remedy="mend the file, or fetch it again",
+        ) from error
     head = list(columns) or (cells_of.pop(0)[1] if cells_of else [])
     for number, (line, cells) in enumerate(cells_of):
         where = f"{path}:{line}"
         if not cells:
             continue
         if len(cells) != len(head):
-            raise DataError(f"{len(cells)} columns, not {len(head)} ({', '.join(head)})", where=where, remedy="mend or delete the row")
+            raise DataError(
+                f"{len(cells)} columns, not {len(head)} ({', '.join(head)})",
+                where=where,
+                remedy="mend or delete the row",
+            )
         yield BenchmarkRow(where, number, dict(zip(head, cells, strict=True)))
 
 
@@ -219,7 +287,9 @@ def _read_cells(reader: Any, max_cell_chars: int) -> list[tuple[int, list[str]]]
         csv.field_size_limit(before)
 
 
-def read_benchmark_rows(source: BenchmarkSource, read_local: Callable[[str], Iterator[BenchmarkRow]]) -> Iterator[BenchmarkRow]:
+def read_benchmark_rows(
+    source: BenchmarkSource, read_local: Callable[[str], Iterator[BenchmarkRow]]
+) -> Iterator[BenchmarkRow]:
     """A local file's rows in the set's form, or a hub set's through `datasets`."""
     if not source.file.startswith(HUB_PREFIX):
         yield from read_local(source.file)
@@ -230,13 +300,18 @@ def read_benchmark_rows(source: BenchmarkSource, read_local: Callable[[str], Ite
     try:
         found = load_dataset(name, source.config or None, split=source.split)
     except Exception as error:  # whatever the hub, the network or the builder raises
-        raise DataError(f"cannot load the set: {type(error).__name__}: {error}"[:400], where=name,
-                        remedy="check name, config and split; or download the file and name it") from error
+        raise DataError(
+            f"cannot load the set: {type(error).__name__}: {error}"[:400],
+            where=name,
+            remedy="check name, config and split; or download the file and name it",
+        ) from error
     for number, fields in enumerate(found):
         yield BenchmarkRow(f"{name}[{source.split}] row {number}", number, fields)
 
 
-def collect_items(items_or_reasons: Iterable[TaskItem | str], source: BenchmarkSource) -> BenchmarkItems:
+def collect_items(
+    items_or_reasons: Iterable[TaskItem | str], source: BenchmarkSource
+) -> BenchmarkItems:
     """All items; in an item's stead stands the reason why it is left out. DataError for a set without any, or with two of one id."""
     items: list[TaskItem] = []
     left_out = Counter[str]()
@@ -246,9 +321,16 @@ def collect_items(items_or_reasons: Iterable[TaskItem | str], source: BenchmarkS
         else:
             items.append(one)
     if not items:
-        raise DataError(f"the set holds no question{' that can be graded: ' if left_out else ''}{', '.join(left_out)}", where=source.file,
-                        remedy="fetch the file again")
+        raise DataError(
+            f"the set holds no question{' that can be graded: ' if left_out else ''}{', '.join(left_out)}",
+            where=source.file,
+            remedy="fetch the file again",
+        )
     twice = [i for i, n in Counter(i.prompt.id for i in items).items() if n > 1]
     if twice:
-        raise DataError(f"two questions have the id {twice[0]}", where=source.file, remedy="give each row an id of its own")
+        raise DataError(
+            f"two questions have the id {twice[0]}",
+            where=source.file,
+            remedy="give each row an id of its own",
+        )
     return BenchmarkItems(tuple(items), dict(left_out))

@@ -26,10 +26,15 @@ from persea.tasks.benchmarks.readers import (
 )
 from persea.tasks.task import Grade, TaskItem
 
-ANSWER_INSTRUCTION = "Think step by step. End with a line that holds #### and then the answer alone."
+ANSWER_INSTRUCTION = (
+    "Think step by step. End with a line that holds #### and then the answer alone."
+)
 BOXED_ANSWER = re.compile(r"\\boxed\s*\{")
-ANSWER_PHRASE = re.compile(r"(?:the (?:final )?answer is|final answer|answer|jawaban(?:nya)?(?: adalah)?|đáp (?:án|số)(?: là)?|câu trả lời(?: là)?|"
-                  r"答案是?|答え(?:は)?|คำตอบ(?:คือ)?|답(?:은|변은)?)\s*[:：]?\s*\**\s*", re.IGNORECASE)
+ANSWER_PHRASE = re.compile(
+    r"(?:the (?:final )?answer is|final answer|answer|jawaban(?:nya)?(?: adalah)?|đáp (?:án|số)(?: là)?|câu trả lời(?: là)?|"
+    r"答案是?|答え(?:は)?|คำตอบ(?:คือ)?|답(?:은|변은)?)\s*[:：]?\s*\**\s*",
+    re.IGNORECASE,
+)
 
 
 def extract_final_answer(text: str) -> str:
@@ -42,23 +47,33 @@ def extract_final_answer(text: str) -> str:
         for k in range(boxes[-1], len(text)):
             depth += {"{": 1, "}": -1}.get(text[k], 0)
             if not depth:
-                return text[boxes[-1]:k].strip()
+                return text[boxes[-1] : k].strip()
         return ""
     ends = [m.end() for m in ANSWER_PHRASE.finditer(text)]
-    return text[ends[-1]:].partition("\n")[0].strip(" *`") if ends else ""
+    return text[ends[-1] :].partition("\n")[0].strip(" *`") if ends else ""
 
 
 # --- numbers ---
 
 
-def _number_item(row: BenchmarkRow, name: str, language: str, question: str, reference: str) -> TaskItem:
+def _number_item(
+    row: BenchmarkRow, name: str, language: str, question: str, reference: str
+) -> TaskItem:
     if len(possible_values(reference, "en")) != 1:
         raise row.data_error(f"{reference!r} is no number")
-    return benchmark_item(name, row, language, f"{question}\n\n{ANSWER_INSTRUCTION}", f"#### {reference}", answer_key=reference)
+    return benchmark_item(
+        name,
+        row,
+        language,
+        f"{question}\n\n{ANSWER_INSTRUCTION}",
+        f"#### {reference}",
+        answer_key=reference,
+    )
 
 
 def gsm8k(source: BenchmarkSource) -> BenchmarkItems:
     """Word problems; the answer stands behind ####. The worked steps are the reference, without their <<calculator>> marks."""
+
     def one(row: BenchmarkRow) -> TaskItem:
         question, answer = row.text("question"), row.text("answer")
         steps, mark, number = answer.rpartition("####")
@@ -73,8 +88,15 @@ def gsm8k(source: BenchmarkSource) -> BenchmarkItems:
 
 def mgsm(source: BenchmarkSource) -> BenchmarkItems:
     """GSM8K by translators: question, tab, number."""
+
     def one(row: BenchmarkRow) -> TaskItem:
-        return _number_item(row, "mgsm", source.language, row.text("question"), str(row.fields.get("answer", row.fields.get("answer_number"))).strip())
+        return _number_item(
+            row,
+            "mgsm",
+            source.language,
+            row.text("question"),
+            str(row.fields.get("answer", row.fields.get("answer_number"))).strip(),
+        )
 
     def local(path: str) -> Iterator[BenchmarkRow]:
         return read_delimited(path, "\t", ("question", "answer"))
@@ -84,17 +106,27 @@ def mgsm(source: BenchmarkSource) -> BenchmarkItems:
 
 def svamp(source: BenchmarkSource) -> BenchmarkItems:
     """Easy word problems: Body, Question, Answer."""
+
     def one(row: BenchmarkRow) -> TaskItem:
         value = row.value("Answer", (int, float))
         body = row.text("Body").rstrip(".")
-        return _number_item(row, "svamp", "en", f"{body}. {row.text('Question')}", str(int(value)) if value == int(value) else repr(value))
+        return _number_item(
+            row,
+            "svamp",
+            "en",
+            f"{body}. {row.text('Question')}",
+            str(int(value)) if value == int(value) else repr(value),
+        )
 
     return collect_items(map(one, read_benchmark_rows(source, read_json_list)), source)
 
 
 def grade_number(item: TaskItem, answer: Message) -> Grade:
     """The number at the answer's end is the reference, in any way its language writes numbers; else math-verify may say so of a formula."""
-    language, (gold,) = item.prompt.language, possible_values(extract_final_answer(item.reference) or item.reference, "en")
+    language, (gold,) = (
+        item.prompt.language,
+        possible_values(extract_final_answer(item.reference) or item.reference, "en"),
+    )
     end = extract_final_answer(answer.text)
     numbers = find_numbers(end) if end else find_numbers(answer.text)[-1:]
     if numbers:
@@ -109,7 +141,11 @@ def grade_number(item: TaskItem, answer: Message) -> Grade:
         says = math_verifier().compare(f"${gold}$", f"${end}$")
         if says is not Equivalence.FAILED:
             return binary_grade(says is Equivalence.SAME, f"math-verify: {says}")
-    return binary_grade(False, f"{numbers[0] if end else numbers[-1]} ends it") if numbers else malformed_grade("no number")
+    return (
+        binary_grade(False, f"{numbers[0] if end else numbers[-1]} ends it")
+        if numbers
+        else malformed_grade("no number")
+    )
 
 
 # --- words ---
@@ -122,9 +158,18 @@ def bbh(source: BenchmarkSource) -> BenchmarkItems:
     def one(row: BenchmarkRow) -> TaskItem:
         target = row.text("target")
         named = BenchmarkRow(row.location, row.index, {"id": f"{task}-{row.index}"})
-        return benchmark_item("bbh", named, "en", f"{row.text('input')}\n\n{ANSWER_INSTRUCTION}", f"#### {target}", answer_key=target)
+        return benchmark_item(
+            "bbh",
+            named,
+            "en",
+            f"{row.text('input')}\n\n{ANSWER_INSTRUCTION}",
+            f"#### {target}",
+            answer_key=target,
+        )
 
-    return collect_items(map(one, read_benchmark_rows(source, lambda path: read_json_list(path, "examples"))), source)
+    return collect_items(
+        map(one, read_benchmark_rows(source, lambda path: read_json_list(path, "examples"))), source
+    )
 
 
 def normalize_words(text: str) -> str:
@@ -136,7 +181,9 @@ def normalize_words(text: str) -> str:
 def grade_words(item: TaskItem, answer: Message) -> Grade:
     """The words at the answer's end are the target; of "(B) 12/25/1937" the letter alone counts, and stands first."""
     gold = normalize_words(extract_final_answer(item.reference) or item.reference)
-    end = normalize_words(extract_final_answer(answer.text) or answer.text.strip().rpartition("\n")[2])
+    end = normalize_words(
+        extract_final_answer(answer.text) or answer.text.strip().rpartition("\n")[2]
+    )
     if not end:
         return malformed_grade("no answer")
     letter = re.fullmatch(r"[a-z]", gold) and re.match(r"(?:option )?([a-z])(?= |$)", end)
@@ -149,4 +196,3 @@ BENCHMARKS = (
     Benchmark("svamp", "en", svamp, grade_number, ("math_verify",)),
     Benchmark("bbh", "en", bbh, grade_words),
 )
-

@@ -23,8 +23,15 @@ from persea.tasks.benchmarks.readers import (
 )
 from persea.tasks.task import Grade, TaskItem
 
-BFCL_TO_JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": ""}  # BFCL's words -> JSON schema's; others are the same
-IGNORED_CHARACTERS = re.compile(r"[\s,./\-_*^'\"]")  # what two spellings of a text may differ in, beside case
+BFCL_TO_JSON_TYPES = {
+    "dict": "object",
+    "float": "number",
+    "tuple": "array",
+    "any": "",
+}  # BFCL's words -> JSON schema's; others are the same
+IGNORED_CHARACTERS = re.compile(
+    r"[\s,./\-_*^'\"]"
+)  # what two spellings of a text may differ in, beside case
 
 
 def to_json_schema(value: Any) -> Any:
@@ -41,7 +48,11 @@ def to_json_schema(value: Any) -> Any:
 
 def _parse_tool(row: BenchmarkRow, function: Any) -> Tool:
     try:
-        return Tool(function["name"], function["description"], canonical_json(json.dumps(to_json_schema(function["parameters"]))))
+        return Tool(
+            function["name"],
+            function["description"],
+            canonical_json(json.dumps(to_json_schema(function["parameters"]))),
+        )
     except (DataError, KeyError, TypeError, ValueError) as error:
         raise row.data_error(f"a `function` is no tool: {error}") from error
 
@@ -62,7 +73,11 @@ def _question_and_tools(row: BenchmarkRow) -> tuple[str, tuple[Tool, ...]]:
 def bfcl(source: BenchmarkSource) -> BenchmarkItems:
     """Questions with one call each; `answers` is the file of possible answers."""
     if not source.answers:
-        raise DataError("no file of possible answers", where=source.file, remedy="add `answers:`, BFCL's possible_answer/ file of the same name")
+        raise DataError(
+            "no file of possible answers",
+            where=source.file,
+            remedy="add `answers:`, BFCL's possible_answer/ file of the same name",
+        )
     possible = {row.text("id"): row for row in read_json_lines(source.answers)}
 
     def one(row: BenchmarkRow) -> TaskItem:
@@ -72,19 +87,28 @@ def bfcl(source: BenchmarkSource) -> BenchmarkItems:
         answer = possible[row.text("id")]
         truth = answer.value("ground_truth", list)
         try:
-            calls = tuple(ToolCall(name, canonical_json(json.dumps(_first_possible_arguments(arguments)))) for call in truth for name, arguments in call.items())
+            calls = tuple(
+                ToolCall(name, canonical_json(json.dumps(_first_possible_arguments(arguments))))
+                for call in truth
+                for name, arguments in call.items()
+            )
         except (DataError, ValueError, TypeError, AttributeError) as error:
             raise answer.data_error(f"`ground_truth` is no list of calls: {error}") from error
         names = {t.name for t in tools}
         if not calls or any(c.name not in names for c in calls):
-            raise answer.data_error("`ground_truth` calls nothing, or what the question does not offer")
-        return benchmark_item("bfcl", row, "en", text, answer_key=json.dumps(truth), tools=tools, calls=calls)
+            raise answer.data_error(
+                "`ground_truth` calls nothing, or what the question does not offer"
+            )
+        return benchmark_item(
+            "bfcl", row, "en", text, answer_key=json.dumps(truth), tools=tools, calls=calls
+        )
 
     return collect_items(map(one, read_benchmark_rows(source, read_json_lines)), source)
 
 
 def _first_possible_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The first possible value of each argument that must be given."""
+
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {k: plain(v[0]) if isinstance(v, list) else plain(v) for k, v in value.items()}
@@ -112,7 +136,9 @@ def grade_calls(item: TaskItem, answer: Message) -> Grade:
                 if "" not in values:
                     return binary_grade(False, f"{key} is missing")
             elif not any(_values_match(given[key], v) for v in values):
-                return binary_grade(False, f"{key} is {json.dumps(given[key], ensure_ascii=False)[:60]}")
+                return binary_grade(
+                    False, f"{key} is {json.dumps(given[key], ensure_ascii=False)[:60]}"
+                )
     return binary_grade(True)
 
 
@@ -129,7 +155,9 @@ def _values_match(given: Any, wanted: Any) -> bool:
     if isinstance(given, dict) and isinstance(wanted, dict):
         options = {k: v if isinstance(v, list) else [v] for k, v in wanted.items()}
         return given.keys() <= options.keys() and all(
-            any(_values_match(given[k], v) for v in some) if k in given else "" in some for k, some in options.items())
+            any(_values_match(given[k], v) for v in some) if k in given else "" in some
+            for k, some in options.items()
+        )
     return given is None and wanted is None
 
 
@@ -142,6 +170,7 @@ def _normalize_string(text: str) -> str:
 
 def bfcl_irrelevance(source: BenchmarkSource) -> BenchmarkItems:
     """Questions with tools of which none helps."""
+
     def one(row: BenchmarkRow) -> TaskItem:
         text, tools = _question_and_tools(row)
         return benchmark_item("bfcl-irrelevance", row, "en", text, tools=tools)
@@ -157,7 +186,11 @@ def grade_no_call(item: TaskItem, answer: Message) -> Grade:
     if not text:
         return malformed_grade("nothing said")
     for tool in item.prompt.conversation.tools:
-        if re.search(rf"\"name\"\s*:\s*\"{re.escape(tool.name)}\"|^\W*{re.escape(tool.name)}\s*\([^)]*=", text, re.MULTILINE):
+        if re.search(
+            rf"\"name\"\s*:\s*\"{re.escape(tool.name)}\"|^\W*{re.escape(tool.name)}\s*\([^)]*=",
+            text,
+            re.MULTILINE,
+        ):
             return binary_grade(False, f"writes a call of {tool.name}")
     return binary_grade(True)
 

@@ -18,4 +18,7 @@ def find_generated_task(name: str) -> Task:
     for skill in GENERATED_TASKS:
         if skill.name == name:
             return skill
-    raise DataError(f"unknown skill {name!r}", remedy=f"known skills: {', '.join(s.name for s in GENERATED_TASKS)}")
+    raise DataError(
+        f"unknown skill {name!r}",
+        remedy=f"known skills: {', '.join(s.name for s in GENERATED_TASKS)}",
+    )

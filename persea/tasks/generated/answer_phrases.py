@@ -37,14 +37,19 @@ CLOSINGS: Mapping[str, Sequence[str]] = {
     "id": (" Ada lagi?", " Semoga berhasil!", " Sama-sama."),
     "th": (" มีอีกไหม", " โชคดี", " ไม่เป็นไร"),
 }
-NO_LEAD_IN_SHARE, NO_CLOSING_SHARE = 0.6, 0.75  # share of answers without a lead-in, and without a closing: what a teacher is surest of stays short
+NO_LEAD_IN_SHARE, NO_CLOSING_SHARE = (
+    0.6,
+    0.75,
+)  # share of answers without a lead-in, and without a closing: what a teacher is surest of stays short
 
 
 def phrase_answer(answer: str, language: str, rng: random.Random, forms: Sequence[str] = ()) -> str:
     """The core in one of the ways to say it (the language's own, unless others are given), NFC."""
     lead = "" if rng.random() < NO_LEAD_IN_SHARE else rng.choice(LEAD_INS[language])
     closing = "" if rng.random() < NO_CLOSING_SHARE else rng.choice(CLOSINGS[language])
-    return unicodedata.normalize("NFC", lead + rng.choice(forms or ANSWER_FORMS[language]).format(answer) + closing)
+    return unicodedata.normalize(
+        "NFC", lead + rng.choice(forms or ANSWER_FORMS[language]).format(answer) + closing
+    )
 
 
 def strip_lead_in_and_closing(text: str, language: str) -> str:
@@ -52,11 +57,11 @@ def strip_lead_in_and_closing(text: str, language: str) -> str:
     text = unicodedata.normalize("NFC", text.strip())
     for lead in map(str.strip, LEAD_INS[language]):
         if text.startswith(unicodedata.normalize("NFC", lead)) and len(text) > len(lead):
-            text = text[len(unicodedata.normalize("NFC", lead)):].lstrip()
+            text = text[len(unicodedata.normalize("NFC", lead)) :].lstrip()
             break
     for closing in map(str.strip, CLOSINGS[language]):
         if text.endswith(unicodedata.normalize("NFC", closing)) and len(text) > len(closing):
-            text = text[:-len(unicodedata.normalize("NFC", closing))].rstrip()
+            text = text[: -len(unicodedata.normalize("NFC", closing))].rstrip()
             break
     return text
 

@@ -18,15 +18,29 @@ from persea.tasks.task import Split, Task, TaskItem, Verdict, draw_items
 
 NUMBER_PROBES = (*range(-2, 34), 60, 100)
 LIST_PROBES = ([4], [3, 1, 2], [10, -5, 7, 7], [0, 0, 9], [42, 17, 99, -3, 8])
-LIST_EXPRESSIONS = {"the sum of": "sum(x)", "the largest of": "max(x)", "the smallest of": "min(x)", "the length of": "len(x)",
-           "the first of": "x[0]", "the last of": "x[-1]"}
+LIST_EXPRESSIONS = {
+    "the sum of": "sum(x)",
+    "the largest of": "max(x)",
+    "the smallest of": "min(x)",
+    "the length of": "len(x)",
+    "the first of": "x[0]",
+    "the last of": "x[-1]",
+}
 
 
 KIND_WEIGHTS = {"line": 0.3, "list": 0.4, "choice": 0.3}
-FUNCTION_FORMS = ("def f(x):\n    return {}", "def f(x): return {}", "f = lambda x: {}", "def f(x):\n  return ({})")
+FUNCTION_FORMS = (
+    "def f(x):\n    return {}",
+    "def f(x): return {}",
+    "f = lambda x: {}",
+    "def f(x):\n  return ({})",
+)
 PROGRAM_LEAD_INS = ("Here it is:\n", "Sure:\n", "Like this:\n", "Python:\n")
 TRAILING_COMMENTS = ("\n# done", "\n# that is all", "\n# try f(3)")
-NO_PROGRAM_LEAD_IN_SHARE, NO_TRAILING_COMMENT_SHARE = 0.6, 0.75  # as in frames: share of answers without words before, and behind
+NO_PROGRAM_LEAD_IN_SHARE, NO_TRAILING_COMMENT_SHARE = (
+    0.6,
+    0.75,
+)  # as in frames: share of answers without words before, and behind
 PROGRAM_START = re.compile(r"^(?:def f\(|f = lambda )", re.MULTILINE)
 
 
@@ -42,13 +56,28 @@ def make_item(item_seed: int) -> tuple[str, TaskItem]:
     a, b = rng.randint(2, 20), rng.randint(1, 30)
     sign, verb = rng.choice((("+", "plus"), ("-", "minus")))
     if kind == "line":
-        question, key, body = f"x times {a} {verb} {b}", f"x * {a} {sign} {b}", _maybe_swap_operands(_maybe_swap_operands("x", "*", str(a), rng), sign, str(b), rng)
+        question, key, body = (
+            f"x times {a} {verb} {b}",
+            f"x * {a} {sign} {b}",
+            _maybe_swap_operands(_maybe_swap_operands("x", "*", str(a), rng), sign, str(b), rng),
+        )
     elif kind == "list":
         words = rng.choice(list(LIST_EXPRESSIONS))
         times = rng.random() < 0.5
         question = f"{words} x times {a} {verb} {b}" if times else f"{words} x {verb} {b}"
-        key = f"{LIST_EXPRESSIONS[words]} * {a} {sign} {b}" if times else f"{LIST_EXPRESSIONS[words]} {sign} {b}"
-        body = _maybe_swap_operands(_maybe_swap_operands(LIST_EXPRESSIONS[words], "*", str(a), rng) if times else LIST_EXPRESSIONS[words], sign, str(b), rng)
+        key = (
+            f"{LIST_EXPRESSIONS[words]} * {a} {sign} {b}"
+            if times
+            else f"{LIST_EXPRESSIONS[words]} {sign} {b}"
+        )
+        body = _maybe_swap_operands(
+            _maybe_swap_operands(LIST_EXPRESSIONS[words], "*", str(a), rng)
+            if times
+            else LIST_EXPRESSIONS[words],
+            sign,
+            str(b),
+            rng,
+        )
     else:
         c = rng.randint(1, 30)
         compare, word, not_ = rng.choice(((">", "greater", "<="), ("<", "less", ">=")))
@@ -58,7 +87,11 @@ def make_item(item_seed: int) -> tuple[str, TaskItem]:
     before = "" if rng.random() < NO_PROGRAM_LEAD_IN_SHARE else rng.choice(PROGRAM_LEAD_INS)
     behind = "" if rng.random() < NO_TRAILING_COMMENT_SHARE else rng.choice(TRAILING_COMMENTS)
     said = before + rng.choice(FUNCTION_FORMS).format(body) + behind
-    return id_, TaskItem(Prompt(id_, Conversation.from_question(f"Write f(x): {question}"), "code", "python"), said, answer_key=key)
+    return id_, TaskItem(
+        Prompt(id_, Conversation.from_question(f"Write f(x): {question}"), "code", "python"),
+        said,
+        answer_key=key,
+    )
 
 
 def items(split: Split, n: int, seed: int) -> tuple[TaskItem, ...]:
@@ -70,16 +103,25 @@ def extract_program(text: str) -> str:
     begins = list(PROGRAM_START.finditer(text.strip()))
     if len(begins) != 1:
         raise DisallowedExpressionError(f"{len(begins)} programs")
-    return text.strip()[begins[0].start():]
+    return text.strip()[begins[0].start() :]
 
 
 def grade(item: TaskItem, answer: Message) -> Verdict:
     """Same values as the expression, or without a key as the reference, on every probe; MALFORMED where it is no such function or
     leaves the whitelist.
     """
-    probes: Sequence[Any] = LIST_PROBES if item.prompt.id.startswith("code/list/") else NUMBER_PROBES
+    probes: Sequence[Any] = (
+        LIST_PROBES if item.prompt.id.startswith("code/list/") else NUMBER_PROBES
+    )
     try:
-        given, wanted = parse_function(extract_program(answer.text)), parse_function(f"f = lambda x: {item.answer_key}" if item.answer_key else extract_program(item.reference))
+        given, wanted = (
+            parse_function(extract_program(answer.text)),
+            parse_function(
+                f"f = lambda x: {item.answer_key}"
+                if item.answer_key
+                else extract_program(item.reference)
+            ),
+        )
         same = all(given(p) == wanted(p) for p in probes)
     except DisallowedExpressionError:
         return Verdict.MALFORMED
@@ -92,10 +134,27 @@ class DisallowedExpressionError(Exception):
 
 MAX_ABS_VALUE = 10**12  # a value past it ends the evaluation: a hostile answer cannot fill memory
 BINARY_OPERATORS: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod}
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+}
 COMPARISON_OPERATORS: Mapping[type[ast.cmpop], Callable[[Any, Any], bool]] = {
-    ast.Gt: operator.gt, ast.Lt: operator.lt, ast.GtE: operator.ge, ast.LtE: operator.le, ast.Eq: operator.eq, ast.NotEq: operator.ne}
-ALLOWED_CALLS: Mapping[str, Callable[[Any], Any]] = {"sum": sum, "max": max, "min": min, "len": len, "abs": abs}
+    ast.Gt: operator.gt,
+    ast.Lt: operator.lt,
+    ast.GtE: operator.ge,
+    ast.LtE: operator.le,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+}
+ALLOWED_CALLS: Mapping[str, Callable[[Any], Any]] = {
+    "sum": sum,
+    "max": max,
+    "min": min,
+    "len": len,
+    "abs": abs,
+}
 
 
 def parse_function(source: str) -> Callable[[Any], Any]:
@@ -107,12 +166,38 @@ def parse_function(source: str) -> Callable[[Any], Any]:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise DisallowedExpressionError("not Python") from error
     match tree.body:
-        case [ast.FunctionDef(
-                name="f", decorator_list=[], body=[ast.Return(value=ast.expr() as expression)],
-                args=ast.arguments(posonlyargs=[], args=[ast.arg(arg=name)], vararg=None, kwonlyargs=[], kwarg=None, defaults=[]))]:
+        case [
+            ast.FunctionDef(
+                name="f",
+                decorator_list=[],
+                body=[ast.Return(value=ast.expr() as expression)],
+                args=ast.arguments(
+                    posonlyargs=[],
+                    args=[ast.arg(arg=name)],
+                    vararg=None,
+                    kwonlyargs=[],
+                    kwarg=None,
+                    defaults=[],
+                ),
+            )
+        ]:
             return lambda x: _evaluate(expression, {name: x})
-        case [ast.Assign(targets=[ast.Name(id="f")], value=ast.Lambda(
-                body=body, args=ast.arguments(posonlyargs=[], args=[ast.arg(arg=name)], vararg=None, kwonlyargs=[], kwarg=None, defaults=[])))]:
+        case [
+            ast.Assign(
+                targets=[ast.Name(id="f")],
+                value=ast.Lambda(
+                    body=body,
+                    args=ast.arguments(
+                        posonlyargs=[],
+                        args=[ast.arg(arg=name)],
+                        vararg=None,
+                        kwonlyargs=[],
+                        kwarg=None,
+                        defaults=[],
+                    ),
+                ),
+            )
+        ]:
             return lambda x: _evaluate(body, {name: x})
     raise DisallowedExpressionError("not `def f(x): return ...`")
 
@@ -141,11 +226,15 @@ def _evaluate_node(node: ast.expr, names: Mapping[str, Any]) -> Any:
             if not (isinstance(a, int) and isinstance(b, int)):
                 raise DisallowedExpressionError("arithmetic on something else than numbers")
             return BINARY_OPERATORS[type(op)](a, b)
-        case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in COMPARISON_OPERATORS:
+        case ast.Compare(left=left, ops=[op], comparators=[right]) if (
+            type(op) in COMPARISON_OPERATORS
+        ):
             return COMPARISON_OPERATORS[type(op)](_evaluate(left, names), _evaluate(right, names))
         case ast.IfExp(test=test, body=body, orelse=orelse):
             return _evaluate(body if _evaluate(test, names) else orelse, names)
-        case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in ALLOWED_CALLS:
+        case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if (
+            name in ALLOWED_CALLS
+        ):
             return ALLOWED_CALLS[name](_evaluate(argument, names))
         case ast.Subscript(value=value, slice=index):
             return _evaluate(value, names)[_evaluate(index, names)]

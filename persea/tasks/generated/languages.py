@@ -50,7 +50,12 @@ def verbalize(kind: str, content: str, language: str) -> str:
     first, *others = content.split("-")
     if kind == "quantity":
         return quantity_in_words(int(first), others[0], language)
-    forms: Mapping[str, Callable[..., str]] = {"number": number_in_words, "date": date_in_words, "phrase": adjective_sentence, "weekday": meeting_sentence}
+    forms: Mapping[str, Callable[..., str]] = {
+        "number": number_in_words,
+        "date": date_in_words,
+        "phrase": adjective_sentence,
+        "weekday": meeting_sentence,
+    }
     return forms[kind](int(first), *map(int, others), language)
 
 
@@ -64,7 +69,11 @@ def make_item(item_seed: int) -> tuple[str, TaskItem]:
     id_ = f"languages/{kind}/{language}/{'from' if away else 'to'}-english/{what}"
     question = f"To {TRANSLATION_LANGUAGES[language] if away else 'English'}: {source}"
     # the key is the question, not the id: 六百二十七 is the same question in Chinese and in Japanese
-    return question, TaskItem(Prompt(id_, Conversation.from_question(question), "languages", language), phrase_answer(target, language if away else "en", rng), answer_key=target)
+    return question, TaskItem(
+        Prompt(id_, Conversation.from_question(question), "languages", language),
+        phrase_answer(target, language if away else "en", rng),
+        answer_key=target,
+    )
 
 
 def items(split: Split, n: int, seed: int) -> tuple[TaskItem, ...]:
@@ -80,7 +89,9 @@ def reference_thinking(item: TaskItem, effort: ThinkingEffort) -> str:
 def grade(item: TaskItem, answer: Message) -> Verdict:
     """Exact, after NFC, in any of the ways to say it in the language that was asked for. Without a key the reference's core is right."""
     spoken = "en" if "/to-english/" in item.prompt.id else item.prompt.language
-    right = unicodedata.normalize("NFC", item.answer_key or min(answer_candidates(item.reference, spoken), key=len))
+    right = unicodedata.normalize(
+        "NFC", item.answer_key or min(answer_candidates(item.reference, spoken), key=len)
+    )
     return Verdict.RIGHT if right in answer_candidates(answer.text, spoken) else Verdict.WRONG
 
 

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import unicodedata
 
-TRANSLATION_LANGUAGES = {"zh": "Chinese", "ja": "Japanese", "ko": "Korean", "vi": "Vietnamese", "id": "Indonesian", "th": "Thai"}
+TRANSLATION_LANGUAGES = {
+    "zh": "Chinese",
+    "ja": "Japanese",
+    "ko": "Korean",
+    "vi": "Vietnamese",
+    "id": "Indonesian",
+    "th": "Thai",
+}
 
-EN_ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-           "eighteen nineteen").split()
+EN_ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
+).split()
 EN_TENS = "- - twenty thirty forty fifty sixty seventy eighty ninety".split()
 ZH_DIGITS = "零一二三四五六七八九"
 KO_DIGITS = "영일이삼사오육칠팔구"
@@ -16,11 +25,17 @@ ID_DIGITS = "nol satu dua tiga empat lima enam tujuh delapan sembilan".split()
 TH_DIGITS = "ศูนย์ หนึ่ง สอง สาม สี่ ห้า หก เจ็ด แปด เก้า".split()
 
 EN_DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-EN_MONTHS = "January February March April May June July August September October November December".split()
+EN_MONTHS = (
+    "January February March April May June July August September October November December".split()
+)
 ID_DAYS = "Senin Selasa Rabu Kamis Jumat Sabtu Minggu".split()
-ID_MONTHS = "Januari Februari Maret April Mei Juni Juli Agustus September Oktober November Desember".split()
+ID_MONTHS = (
+    "Januari Februari Maret April Mei Juni Juli Agustus September Oktober November Desember".split()
+)
 TH_DAYS = "จันทร์ อังคาร พุธ พฤหัสบดี ศุกร์ เสาร์ อาทิตย์".split()
-TH_MONTHS = "มกราคม กุมภาพันธ์ มีนาคม เมษายน พฤษภาคม มิถุนายน กรกฎาคม สิงหาคม กันยายน ตุลาคม พฤศจิกายน ธันวาคม".split()
+TH_MONTHS = (
+    "มกราคม กุมภาพันธ์ มีนาคม เมษายน พฤษภาคม มิถุนายน กรกฎาคม สิงหาคม กันยายน ตุลาคม พฤศจิกายน ธันวาคม".split()
+)
 VI_DAYS = ("thứ hai", "thứ ba", "thứ tư", "thứ năm", "thứ sáu", "thứ bảy", "chủ nhật")
 ZH_DAYS = "一二三四五六日"
 JA_DAYS = "月火水木金土日"
@@ -81,7 +96,9 @@ def number_vi(n: int) -> str:
     elif ones:
         words.append("linh")
     if ones:
-        words.append("mốt" if ones == 1 and tens > 1 else "lăm" if ones == 5 and tens else VI_DIGITS[ones])
+        words.append(
+            "mốt" if ones == 1 and tens > 1 else "lăm" if ones == 5 and tens else VI_DIGITS[ones]
+        )
     return " ".join(words)
 
 
@@ -111,8 +128,15 @@ def number_th(n: int) -> str:
 
 def number_in_words(n: int, language: str) -> str:
     """0..999 in words."""
-    words = {"en": number_en, "zh": number_zh, "vi": number_vi, "id": number_id, "th": number_th,
-             "ja": number_ja, "ko": number_ko}[language](n)
+    words = {
+        "en": number_en,
+        "zh": number_zh,
+        "vi": number_vi,
+        "id": number_id,
+        "th": number_th,
+        "ja": number_ja,
+        "ko": number_ko,
+    }[language](n)
     return unicodedata.normalize("NFC", words)
 
 
@@ -143,21 +167,38 @@ COUNTED_NOUNS = {
 }
 LANGUAGE_ORDER = ("en", "zh", "ja", "ko", "vi", "id", "th")
 SENTENCE_NOUNS = (
-    ("water", "水", "水", "물이", "nước", "air", "น้ำ"), ("soup", "汤", "スープ", "국이", "canh", "sup", "ซุป"),
-    ("room", "房间", "部屋", "방이", "căn phòng", "kamar", "ห้อง"), ("car", "车", "車", "차가", "chiếc xe", "mobil", "รถ"),
-    ("house", "房子", "家", "집이", "ngôi nhà", "rumah", "บ้าน"), ("market", "市场", "市場", "시장이", "khu chợ", "pasar", "ตลาด"),
-    ("river", "河", "川", "강이", "dòng sông", "sungai", "แม่น้ำ"), ("book", "书", "本", "책이", "quyển sách", "buku", "หนังสือ"),
-    ("city", "城市", "町", "도시가", "thành phố", "kota", "เมือง"), ("bed", "床", "ベッド", "침대가", "cái giường", "ranjang", "เตียง"),
+    ("water", "水", "水", "물이", "nước", "air", "น้ำ"),
+    ("soup", "汤", "スープ", "국이", "canh", "sup", "ซุป"),
+    ("room", "房间", "部屋", "방이", "căn phòng", "kamar", "ห้อง"),
+    ("car", "车", "車", "차가", "chiếc xe", "mobil", "รถ"),
+    ("house", "房子", "家", "집이", "ngôi nhà", "rumah", "บ้าน"),
+    ("market", "市场", "市場", "시장이", "khu chợ", "pasar", "ตลาด"),
+    ("river", "河", "川", "강이", "dòng sông", "sungai", "แม่น้ำ"),
+    ("book", "书", "本", "책이", "quyển sách", "buku", "หนังสือ"),
+    ("city", "城市", "町", "도시가", "thành phố", "kota", "เมือง"),
+    ("bed", "床", "ベッド", "침대가", "cái giường", "ranjang", "เตียง"),
 )
 SENTENCE_ADJECTIVES = (
-    ("big", "大", "大きい", "크다", "lớn", "besar", "ใหญ่"), ("small", "小", "小さい", "작다", "nhỏ", "kecil", "เล็ก"),
-    ("new", "新", "新しい", "새롭다", "mới", "baru", "ใหม่"), ("old", "旧", "古い", "낡았다", "cũ", "lama", "เก่า"),
-    ("clean", "干净", "清潔だ", "깨끗하다", "sạch", "bersih", "สะอาด"), ("cold", "冷", "冷たい", "차갑다", "lạnh", "dingin", "เย็น"),
-    ("hot", "热", "熱い", "뜨겁다", "nóng", "panas", "ร้อน"), ("beautiful", "漂亮", "美しい", "아름답다", "đẹp", "indah", "สวย"),
-    ("expensive", "贵", "高い", "비싸다", "đắt", "mahal", "แพง"), ("good", "好", "いい", "좋다", "tốt", "bagus", "ดี"),
+    ("big", "大", "大きい", "크다", "lớn", "besar", "ใหญ่"),
+    ("small", "小", "小さい", "작다", "nhỏ", "kecil", "เล็ก"),
+    ("new", "新", "新しい", "새롭다", "mới", "baru", "ใหม่"),
+    ("old", "旧", "古い", "낡았다", "cũ", "lama", "เก่า"),
+    ("clean", "干净", "清潔だ", "깨끗하다", "sạch", "bersih", "สะอาด"),
+    ("cold", "冷", "冷たい", "차갑다", "lạnh", "dingin", "เย็น"),
+    ("hot", "热", "熱い", "뜨겁다", "nóng", "panas", "ร้อน"),
+    ("beautiful", "漂亮", "美しい", "아름답다", "đẹp", "indah", "สวย"),
+    ("expensive", "贵", "高い", "비싸다", "đắt", "mahal", "แพง"),
+    ("good", "好", "いい", "좋다", "tốt", "bagus", "ดี"),
 )
-SENTENCE_TEMPLATES = {"en": "the {} is very {}", "zh": "{}很{}", "ja": "{}はとても{}", "ko": "{} 아주 {}", "vi": "{} rất {}", "id": "{} itu sangat {}",
-             "th": "{}{}มาก"}
+SENTENCE_TEMPLATES = {
+    "en": "the {} is very {}",
+    "zh": "{}很{}",
+    "ja": "{}はとても{}",
+    "ko": "{} 아주 {}",
+    "vi": "{} rất {}",
+    "id": "{} itu sangat {}",
+    "th": "{}{}มาก",
+}
 KO_NATIVE_ONES = ("", "한", "두", "세", "네", "다섯", "여섯", "일곱", "여덟", "아홉")
 KO_NATIVE_TENS = ("", "열", "스물", "서른", "마흔", "쉰", "예순", "일흔", "여든", "아흔")
 
@@ -186,7 +227,12 @@ def quantity_in_words(n: int, noun: str, language: str) -> str:
 def adjective_sentence(noun: int, adjective: int, language: str) -> str:
     """What is very how: "the water is very cold"."""
     at = LANGUAGE_ORDER.index(language)
-    return unicodedata.normalize("NFC", SENTENCE_TEMPLATES[language].format(SENTENCE_NOUNS[noun][at], SENTENCE_ADJECTIVES[adjective][at]))
+    return unicodedata.normalize(
+        "NFC",
+        SENTENCE_TEMPLATES[language].format(
+            SENTENCE_NOUNS[noun][at], SENTENCE_ADJECTIVES[adjective][at]
+        ),
+    )
 
 
 def meeting_sentence(weekday: int, hour: int, language: str) -> str:

@@ -27,7 +27,9 @@ def chain_steps(figures: tuple[int, ...], effort: ThinkingEffort) -> str:
     for figure in figures[1:]:
         sums.append(f"{total}{'+' if figure > 0 else '-'}{abs(figure)}={total + figure}")
         total += figure
-    start = [f"start {figures[0]}"] if effort in (ThinkingEffort.MEDIUM, ThinkingEffort.HIGH) else []
+    start = (
+        [f"start {figures[0]}"] if effort in (ThinkingEffort.MEDIUM, ThinkingEffort.HIGH) else []
+    )
     return ",".join([*start, *sums, *([f"end {total}"] if effort is ThinkingEffort.HIGH else [])])
 
 
@@ -50,7 +52,9 @@ def make_item(item_seed: int) -> tuple[str, TaskItem]:
     if kind == "compare":
         total = sum(figures)
         rival = rng.choice([n for n in range(max(1, total - 9), total + 10) if n != total])
-        question = f"{who} has {figures[0]} {what} and {told[0]}. {other} has {rival}. Who has more?"
+        question = (
+            f"{who} has {figures[0]} {what} and {told[0]}. {other} has {rival}. Who has more?"
+        )
         answer, figures = who if total > rival else other, (*figures, rival)
     else:
         question = f"{who} has {figures[0]} {what}, {', '.join(told)}. How many?"
@@ -86,7 +90,9 @@ def items(split: Split, n: int, seed: int) -> tuple[TaskItem, ...]:
 
 def final_number_or_name(text: str) -> str | None:
     """The whole number or the name a text ends with, a closing and a full stop aside; None where it ends with neither."""
-    found = re.search(r"(?<![\w.,-])(\d{1,20}|[A-Z][a-z]+)\.?$", strip_lead_in_and_closing(text, "en"))
+    found = re.search(
+        r"(?<![\w.,-])(\d{1,20}|[A-Z][a-z]+)\.?$", strip_lead_in_and_closing(text, "en")
+    )
     return None if found is None else found[1]
 
 

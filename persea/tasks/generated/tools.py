@@ -11,32 +11,183 @@ import random
 import re
 from functools import cache
 
-from persea.chat.messages import Conversation, Message, ThinkingEffort, Tool, ToolCall, canonical_json
+from persea.chat.messages import (
+    Conversation,
+    Message,
+    ThinkingEffort,
+    Tool,
+    ToolCall,
+    canonical_json,
+)
 from persea.data.prompts import Prompt
 from persea.tasks.generated.answer_phrases import strip_lead_in_and_closing
 from persea.tasks.task import Split, Task, TaskItem, Verdict, draw_items
 
-CITIES = ("Hanoi", "Tokyo", "Seoul", "Bangkok", "Jakarta", "Beijing", "Manila", "Rome", "Cairo", "Lima", "Oslo", "Paris", "Delhi", "Quito", "Berlin",
-          "Madrid", "Vienna", "Dublin", "Lagos", "Osaka", "Bonn", "Milan", "Turin", "Hue", "Dakar", "Accra", "Perth", "Basel", "Bali", "Kyoto",
-          "Busan", "Nice")
-SONGS = ("Moon", "Rain", "Home", "River", "Dance", "Stars", "Summer", "Train", "Gold", "Snow", "Fire", "Wind", "Night", "Smile", "Ocean", "Light",
-         "Roses", "Clouds", "Storm", "Dawn", "Echo", "Honey", "Magic", "Shadow", "Silver", "Thunder", "Wings", "Blue", "Circle", "Dream", "Island",
-         "Spring")
-CALL_NAMES = ("Ana", "Ben", "Mia", "Tom", "Kim", "Lee", "Eva", "Max", "Zoe", "Ian", "Amy", "Bob", "Eve", "Jim", "Liz", "Sam", "Ada", "Dan", "Fay", "Gus",
-          "Hal", "Ivy", "Jon", "Kai", "Leo", "May", "Ned", "Ora", "Pia", "Ray", "Sue", "Ty")
-PRODUCTS = ("rice", "milk", "bread", "tea", "fish", "salt", "eggs", "soap", "paper", "sugar", "oil", "corn", "beans", "lamps", "pens", "ink", "apples",
-         "butter", "cheese", "chairs", "cloth", "coal", "flour", "glue", "honey", "jam", "nails", "onions", "paint", "rope", "shoes", "wool")
+CITIES = (
+    "Hanoi",
+    "Tokyo",
+    "Seoul",
+    "Bangkok",
+    "Jakarta",
+    "Beijing",
+    "Manila",
+    "Rome",
+    "Cairo",
+    "Lima",
+    "Oslo",
+    "Paris",
+    "Delhi",
+    "Quito",
+    "Berlin",
+    "Madrid",
+    "Vienna",
+    "Dublin",
+    "Lagos",
+    "Osaka",
+    "Bonn",
+    "Milan",
+    "Turin",
+    "Hue",
+    "Dakar",
+    "Accra",
+    "Perth",
+    "Basel",
+    "Bali",
+    "Kyoto",
+    "Busan",
+    "Nice",
+)
+SONGS = (
+    "Moon",
+    "Rain",
+    "Home",
+    "River",
+    "Dance",
+    "Stars",
+    "Summer",
+    "Train",
+    "Gold",
+    "Snow",
+    "Fire",
+    "Wind",
+    "Night",
+    "Smile",
+    "Ocean",
+    "Light",
+    "Roses",
+    "Clouds",
+    "Storm",
+    "Dawn",
+    "Echo",
+    "Honey",
+    "Magic",
+    "Shadow",
+    "Silver",
+    "Thunder",
+    "Wings",
+    "Blue",
+    "Circle",
+    "Dream",
+    "Island",
+    "Spring",
+)
+CALL_NAMES = (
+    "Ana",
+    "Ben",
+    "Mia",
+    "Tom",
+    "Kim",
+    "Lee",
+    "Eva",
+    "Max",
+    "Zoe",
+    "Ian",
+    "Amy",
+    "Bob",
+    "Eve",
+    "Jim",
+    "Liz",
+    "Sam",
+    "Ada",
+    "Dan",
+    "Fay",
+    "Gus",
+    "Hal",
+    "Ivy",
+    "Jon",
+    "Kai",
+    "Leo",
+    "May",
+    "Ned",
+    "Ora",
+    "Pia",
+    "Ray",
+    "Sue",
+    "Ty",
+)
+PRODUCTS = (
+    "rice",
+    "milk",
+    "bread",
+    "tea",
+    "fish",
+    "salt",
+    "eggs",
+    "soap",
+    "paper",
+    "sugar",
+    "oil",
+    "corn",
+    "beans",
+    "lamps",
+    "pens",
+    "ink",
+    "apples",
+    "butter",
+    "cheese",
+    "chairs",
+    "cloth",
+    "coal",
+    "flour",
+    "glue",
+    "honey",
+    "jam",
+    "nails",
+    "onions",
+    "paint",
+    "rope",
+    "shoes",
+    "wool",
+)
 ARGUMENT_VALUES = {"city": CITIES, "song": SONGS, "person": CALL_NAMES, "item": PRODUCTS}
-TOOL_ARGUMENTS = {"weather": "city", "timer": "minutes", "play": "song", "call": "person", "light": "percent", "train": "city", "price": "item",
-         "order": "item"}
+TOOL_ARGUMENTS = {
+    "weather": "city",
+    "timer": "minutes",
+    "play": "song",
+    "call": "person",
+    "light": "percent",
+    "train": "city",
+    "price": "item",
+    "order": "item",
+}
 TOOL_QUESTIONS = {
-    "weather": ("How is the weather in {}?", "Weather in {}, please."), "timer": ("Wake me in {} minutes.", "Set a timer: {} minutes."),
-    "play": ("Play {} for me.", "I want to hear {}."), "call": ("Call {} now.", "Get {} on the phone."),
-    "light": ("Light to {} percent.", "Make it {} percent bright."), "train": ("A train to {}, please.", "How do I get to {} by train?"),
-    "price": ("What does {} cost?", "Tell me the price of {}."), "order": ("Order {} for me.", "We need more {}."),
+    "weather": ("How is the weather in {}?", "Weather in {}, please."),
+    "timer": ("Wake me in {} minutes.", "Set a timer: {} minutes."),
+    "play": ("Play {} for me.", "I want to hear {}."),
+    "call": ("Call {} now.", "Get {} on the phone."),
+    "light": ("Light to {} percent.", "Make it {} percent bright."),
+    "train": ("A train to {}, please.", "How do I get to {} by train?"),
+    "price": ("What does {} cost?", "Tell me the price of {}."),
+    "order": ("Order {} for me.", "We need more {}."),
 }
 KIND_WEIGHTS = {**dict.fromkeys(TOOL_ARGUMENTS, 0.1), "none": 0.2}
-NO_TOOL_ANSWERS = ("I have no tool for that.", "No tool fits.", "Sorry, none of my tools can do that.", "That is not among my tools.", "I cannot: no such tool.")
+NO_TOOL_ANSWERS = (
+    "I have no tool for that.",
+    "No tool fits.",
+    "Sorry, none of my tools can do that.",
+    "That is not among my tools.",
+    "I cannot: no such tool.",
+)
 NO_TOOL_SENTENCE = re.compile("|".join(f"{re.escape(n[:-1])}[.!]?" for n in NO_TOOL_ANSWERS))
 
 
@@ -44,13 +195,19 @@ NO_TOOL_SENTENCE = re.compile("|".join(f"{re.escape(n[:-1])}[.!]?" for n in NO_T
 def declare_tool(name: str) -> Tool:
     """A declaration with one argument."""
     kind = "integer" if TOOL_ARGUMENTS[name] in ("minutes", "percent") else "string"
-    schema = {"type": "object", "properties": {TOOL_ARGUMENTS[name]: {"type": kind}}, "required": [TOOL_ARGUMENTS[name]]}
+    schema = {
+        "type": "object",
+        "properties": {TOOL_ARGUMENTS[name]: {"type": kind}},
+        "required": [TOOL_ARGUMENTS[name]],
+    }
     return Tool(name, f"{name} by {TOOL_ARGUMENTS[name]}", json.dumps(schema))
 
 
 def _draw_argument(name: str, rng: random.Random) -> str | int:
     need = TOOL_ARGUMENTS[name]
-    return rng.randint(2, 90) if need in ("minutes", "percent") else rng.choice(ARGUMENT_VALUES[need])
+    return (
+        rng.randint(2, 90) if need in ("minutes", "percent") else rng.choice(ARGUMENT_VALUES[need])
+    )
 
 
 def make_item(item_seed: int) -> tuple[str, TaskItem]:
@@ -64,9 +221,17 @@ def make_item(item_seed: int) -> tuple[str, TaskItem]:
     wording = rng.randrange(2)
     question = TOOL_QUESTIONS[wanted][wording].format(argument)
     key = f"tools/{kind}/{wanted}/{argument}/{'-'.join(sorted(declared))}/{wording}"
-    asked = Conversation(Conversation.from_question(question).messages, tools=tuple(map(declare_tool, declared)))
-    calls = () if kind == "none" else (ToolCall(wanted, canonical_json(json.dumps({TOOL_ARGUMENTS[wanted]: argument}))),)
-    return key, TaskItem(Prompt(key, asked, "tools", "en"), "" if calls else rng.choice(NO_TOOL_ANSWERS), calls)
+    asked = Conversation(
+        Conversation.from_question(question).messages, tools=tuple(map(declare_tool, declared))
+    )
+    calls = (
+        ()
+        if kind == "none"
+        else (ToolCall(wanted, canonical_json(json.dumps({TOOL_ARGUMENTS[wanted]: argument}))),)
+    )
+    return key, TaskItem(
+        Prompt(key, asked, "tools", "en"), "" if calls else rng.choice(NO_TOOL_ANSWERS), calls
+    )
 
 
 def items(split: Split, n: int, seed: int) -> tuple[TaskItem, ...]:
@@ -75,14 +240,22 @@ def items(split: Split, n: int, seed: int) -> tuple[TaskItem, ...]:
 
 def reference_thinking(item: TaskItem, effort: ThinkingEffort) -> str:
     """Which tool fits; at high effort also which there are."""
-    there = f"tools: {', '.join(t.name for t in item.prompt.conversation.tools)}. " if effort is ThinkingEffort.HIGH else ""
+    there = (
+        f"tools: {', '.join(t.name for t in item.prompt.conversation.tools)}. "
+        if effort is ThinkingEffort.HIGH
+        else ""
+    )
     return f"{there}{item.calls[0].name} fits" if item.calls else f"{there}none fits"
 
 
 def grade(item: TaskItem, answer: Message) -> Verdict:
     """Exactly the one right call and no word beside it; or no call and a plain no. Words that are neither are malformed."""
     if answer.calls:
-        return Verdict.RIGHT if answer.calls == item.calls and not answer.text.strip() else Verdict.WRONG
+        return (
+            Verdict.RIGHT
+            if answer.calls == item.calls and not answer.text.strip()
+            else Verdict.WRONG
+        )
     if not NO_TOOL_SENTENCE.fullmatch(strip_lead_in_and_closing(answer.text, "en")):
         return Verdict.MALFORMED
     return Verdict.WRONG if item.calls else Verdict.RIGHT

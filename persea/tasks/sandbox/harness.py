@@ -53,7 +53,16 @@ def encode_value(value: Any, encode_other: Callable[[Any], Any], depth: int = 0)
             kind: Any = next(k for k in (list, tuple, set, frozenset) if isinstance(value, k))
             return [kind.__name__, *each(kind.__iter__(value))]
         case dict():
-            return ["dict", *([encode_value(k, encode_other, depth + 1), encode_value(v, encode_other, depth + 1)] for k, v in dict.items(value))]
+            return [
+                "dict",
+                *(
+                    [
+                        encode_value(k, encode_other, depth + 1),
+                        encode_value(v, encode_other, depth + 1),
+                    ]
+                    for k, v in dict.items(value)
+                ),
+            ]
         case Iterator() | range():
             some = list(islice(iter(value), MAX_ITERATOR_ITEMS + 1))
             if len(some) > MAX_ITERATOR_ITEMS:
@@ -93,7 +102,9 @@ def decode_value(value: Any, decode_other: Callable[[list[Any]], Any]) -> Any:
             case ["iterator", *_]:
                 return iter(list(each()))
             case ["dict", *pairs]:
-                return {decode_value(k, decode_other): decode_value(v, decode_other) for k, v in pairs}
+                return {
+                    decode_value(k, decode_other): decode_value(v, decode_other) for k, v in pairs
+                }
     except (ValueError, TypeError, OverflowError) as error:
         raise ExchangeError(f"not a value: {error}") from error
     return decode_other(value)
@@ -156,7 +167,9 @@ def serve_program(channel_fd: int, source: str) -> None:
             if asked["name"] not in names:
                 raise NameError(f"name {asked['name']!r} is not defined")
             arguments = [decode_value(a, known) for a in asked["args"]]
-            value = names[asked["name"]](*arguments, **{k: decode_value(v, known) for k, v in asked["kwargs"].items()})
+            value = names[asked["name"]](
+                *arguments, **{k: decode_value(v, known) for k, v in asked["kwargs"].items()}
+            )
             reply = {"value": encode_value(value, keep)}
         except Exception as error:
             reply = {"error": [type(error).__name__, str(error)[:200]]}
@@ -169,7 +182,9 @@ def serve_program(channel_fd: int, source: str) -> None:
 class ProgramFunction:
     """A name of the program's: it can be called, and handed back to the program."""
 
-    def __init__(self, name: str, ask: Callable[[str, Sequence[Any], Mapping[str, Any]], Any]) -> None:
+    def __init__(
+        self, name: str, ask: Callable[[str, Sequence[Any], Mapping[str, Any]], Any]
+    ) -> None:
         self.name, self.ask = name, ask
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -187,20 +202,35 @@ def free_names(tests: str) -> set[str]:
     """The names that tests read and do not define."""
     nodes = list(ast.walk(ast.parse(tests)))
     defined = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
-    defined |= {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
-    defined |= {n.arg for n in nodes if isinstance(n, ast.arg)} | {n.name for n in nodes if isinstance(n, ast.ExceptHandler) and n.name}
-    defined |= {(a.asname or a.name).partition(".")[0] for n in nodes if isinstance(n, ast.Import | ast.ImportFrom) for a in n.names}
+    defined |= {
+        n.name
+        for n in nodes
+        if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+    }
+    defined |= {n.arg for n in nodes if isinstance(n, ast.arg)} | {
+        n.name for n in nodes if isinstance(n, ast.ExceptHandler) and n.name
+    }
+    defined |= {
+        (a.asname or a.name).partition(".")[0]
+        for n in nodes
+        if isinstance(n, ast.Import | ast.ImportFrom)
+        for a in n.names
+    }
     return {n.id for n in nodes if isinstance(n, ast.Name)} - defined - set(dir(builtins))
 
 
 def used_stdlib_modules(tests: str) -> set[str]:
     """The modules of the standard library that tests use without importing them: theirs, not what a program may call so."""
     nodes = list(ast.walk(ast.parse(tests)))
-    used = {n.value.id for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)}
+    used = {
+        n.value.id for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
+    }
     return used & sys.stdlib_module_names & free_names(tests)
 
 
-def execute_tests(channel_fd: int, verdict_fd: int, nonce: str, tests: str, names: Sequence[str]) -> None:
+def execute_tests(
+    channel_fd: int, verdict_fd: int, nonce: str, tests: str, names: Sequence[str]
+) -> None:
     """Run the tests, their free names and `names` answered by the program; write the nonce and how it ended to `verdict`."""
     channel = socket.socket(fileno=channel_fd)
 
@@ -220,12 +250,21 @@ def execute_tests(channel_fd: int, verdict_fd: int, nonce: str, tests: str, name
         return RemoteObject(value[1])
 
     def ask(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        send_message(channel, {"name": name, "args": [encode_value(a, mine) for a in args], "kwargs": {k: encode_value(v, mine) for k, v in kwargs.items()}})
+        send_message(
+            channel,
+            {
+                "name": name,
+                "args": [encode_value(a, mine) for a in args],
+                "kwargs": {k: encode_value(v, mine) for k, v in kwargs.items()},
+            },
+        )
         match receive_message(channel):
             case {"error": [str(kind), str(text)]}:
                 known = getattr(builtins, kind, None)
                 # a StopIteration of the program's would end a map() of the tests' early, as if all had held
-                if not (isinstance(known, type) and issubclass(known, Exception)) or issubclass(known, StopIteration | StopAsyncIteration):
+                if not (isinstance(known, type) and issubclass(known, Exception)) or issubclass(
+                    known, StopIteration | StopAsyncIteration
+                ):
                     raise ExchangeError(f"{kind}: {text}")
                 raise known(text)
             case {"value": value}:
@@ -234,7 +273,9 @@ def execute_tests(channel_fd: int, verdict_fd: int, nonce: str, tests: str, name
 
     try:
         theirs_alone = {name: ProgramFunction(name, ask) for name in {*names, *free_names(tests)}}
-        ours = {name: importlib.import_module(name) for name in used_stdlib_modules(tests) - set(names)}
+        ours = {
+            name: importlib.import_module(name) for name in used_stdlib_modules(tests) - set(names)
+        }
         exec(compile(tests, "<tests>", "exec"), {"__name__": "tests"} | theirs_alone | ours)
     except AssertionError as error:
         outcome, why = "wrong", str(error)

@@ -34,7 +34,9 @@ class ProgramTestResult:
     duration_s: float
 
 
-def run_tests(sandbox: Sandbox, program: str, tests: str, names: Sequence[str] = ()) -> ProgramTestResult:
+def run_tests(
+    sandbox: Sandbox, program: str, tests: str, names: Sequence[str] = ()
+) -> ProgramTestResult:
     """Run a program's functions on tests. A name that tests use and do not define is the program's; so are `names`, Python's own or not.
 
     The tests' side alone holds the nonce and the pipe it is written to. Raises EnvironmentLacks where the walls do not stand.
@@ -45,7 +47,10 @@ def run_tests(sandbox: Sandbox, program: str, tests: str, names: Sequence[str] =
     with here, there:
         answering = sandbox.start(f"{inside}\nserve(3, {program!r})\n", [there.fileno()])
         try:
-            asking = sandbox.start(f"{inside}\nexamine(3, 4, {nonce!r}, {tests!r}, {list(names)!r})\n", [here.fileno(), write])
+            asking = sandbox.start(
+                f"{inside}\nexamine(3, 4, {nonce!r}, {tests!r}, {list(names)!r})\n",
+                [here.fileno(), write],
+            )
         except BaseException:
             os.close(read)
             answering.finish()
@@ -63,11 +68,26 @@ def run_tests(sandbox: Sandbox, program: str, tests: str, names: Sequence[str] =
         trusted = found == nonce
     except ValueError:
         trusted = False
-    late = (answered.exit_kind is ExitKind.EXIT and -answered.exit_code in (signal.SIGXCPU, signal.SIGKILL)) or ExitKind.TIMEOUT in (answered.exit_kind, ended.exit_kind)
+    late = (
+        answered.exit_kind is ExitKind.EXIT
+        and -answered.exit_code in (signal.SIGXCPU, signal.SIGKILL)
+    ) or ExitKind.TIMEOUT in (answered.exit_kind, ended.exit_kind)
     if trusted and not (late and PROGRAM_ENDED_MESSAGE in why):
-        said = f"; its last words: {answered.output[-200:].decode(errors='replace')}" if PROGRAM_ENDED_MESSAGE in why else ""
+        said = (
+            f"; its last words: {answered.output[-200:].decode(errors='replace')}"
+            if PROGRAM_ENDED_MESSAGE in why
+            else ""
+        )
         return ProgramTestResult(ProgramOutcome(outcome), why + said, ended.duration_s)
     if late:
         limits = sandbox.limits
-        return ProgramTestResult(ProgramOutcome.TIMEOUT, f"no answer in {limits.cpu_s} s of computing or {limits.wall_s:g} s in all", ended.duration_s)
-    return ProgramTestResult(ProgramOutcome.NO_VERDICT, f"exit {ended.exit_code}: {ended.output[-200:].decode(errors='replace')}", ended.duration_s)
+        return ProgramTestResult(
+            ProgramOutcome.TIMEOUT,
+            f"no answer in {limits.cpu_s} s of computing or {limits.wall_s:g} s in all",
+            ended.duration_s,
+        )
+    return ProgramTestResult(
+        ProgramOutcome.NO_VERDICT,
+        f"exit {ended.exit_code}: {ended.output[-200:].decode(errors='replace')}",
+        ended.duration_s,
+    )

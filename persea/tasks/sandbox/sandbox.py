@@ -27,8 +27,10 @@ from persea.errors import MissingRequirementError
 NOBODY_UID = 65534  # the user programs run as where persea is root: the kernel exempts root from the limit on processes
 WATCHDOG_GRACE_S = 5.0  # seconds beyond the watchman's own limit after which it is killed too
 ISOLATE_SCRIPT = Path(__file__).with_name("isolate.py")
-SANDBOX_REMEDY = ("allow unprivileged user namespaces (sysctl kernel.apparmor_restrict_unprivileged_userns=0, or a container with "
-          "--security-opt seccomp=unconfined --security-opt systempaths=unconfined), or install bubblewrap; or leave out sets that run code")
+SANDBOX_REMEDY = (
+    "allow unprivileged user namespaces (sysctl kernel.apparmor_restrict_unprivileged_userns=0, or a container with "
+    "--security-opt seccomp=unconfined --security-opt systempaths=unconfined), or install bubblewrap; or leave out sets that run code"
+)
 
 
 class Isolation(StrEnum):
@@ -85,7 +87,9 @@ class RunningProgram:
         if stop:
             os.close(self.life_fd)
         try:
-            told = self.early_status or _read_status(self.status_fd, self.started_at + self.wall_limit_s + WATCHDOG_GRACE_S)
+            told = self.early_status or _read_status(
+                self.status_fd, self.started_at + self.wall_limit_s + WATCHDOG_GRACE_S
+            )
         finally:
             if not stop:
                 os.close(self.life_fd)
@@ -100,8 +104,15 @@ class RunningProgram:
             said = file.read()
         if told["end"] == "failed":
             words = f"{told['why']} {said[:300].decode(errors='replace')}".strip()
-            raise MissingRequirementError(f"the sandbox cannot be built: {words}", where="sandbox", remedy=SANDBOX_REMEDY)
-        return RunResult(ExitKind(told["end"]), int(told.get("code", -9)), said, time.monotonic() - self.started_at)
+            raise MissingRequirementError(
+                f"the sandbox cannot be built: {words}", where="sandbox", remedy=SANDBOX_REMEDY
+            )
+        return RunResult(
+            ExitKind(told["end"]),
+            int(told.get("code", -9)),
+            said,
+            time.monotonic() - self.started_at,
+        )
 
 
 @dataclass(frozen=True)
@@ -121,22 +132,58 @@ class Sandbox:
         with tempfile.TemporaryFile() as source:
             source.write(program.encode(errors="surrogatepass"))
             source.seek(0)
-            output = tempfile.TemporaryFile()  # noqa: SIM115  (Running closes it)
-            fds = {"life": life, "status": status, "program": source.fileno(), "output": output.fileno(), "keep": list(channel_fds)}
+            output = tempfile.TemporaryFile()
+            fds = {
+                "life": life,
+                "status": status,
+                "program": source.fileno(),
+                "output": output.fileno(),
+                "keep": list(channel_fds),
+            }
             root = os.geteuid() == 0
             own = self.isolation is Isolation.NAMESPACES
-            settings = {"own": own, "uid": NOBODY_UID if root and own else -1, "fds": fds, "binds": _bind_mount_paths(self.python), "links": _root_symlinks(),
-                        "tmp": self.limits.tmp_bytes, "limits": asdict(self.limits)}
-            command = [self.python, "-I", "-S", "-c", ISOLATE_SCRIPT.read_text(encoding="utf-8"), json.dumps(settings)]
-            other: dict[str, Any] = {"user": NOBODY_UID, "group": NOBODY_UID, "extra_groups": ()} if root and not own else {}
+            settings = {
+                "own": own,
+                "uid": NOBODY_UID if root and own else -1,
+                "fds": fds,
+                "binds": _bind_mount_paths(self.python),
+                "links": _root_symlinks(),
+                "tmp": self.limits.tmp_bytes,
+                "limits": asdict(self.limits),
+            }
+            command = [
+                self.python,
+                "-I",
+                "-S",
+                "-c",
+                ISOLATE_SCRIPT.read_text(encoding="utf-8"),
+                json.dumps(settings),
+            ]
+            other: dict[str, Any] = (
+                {"user": NOBODY_UID, "group": NOBODY_UID, "extra_groups": ()}
+                if root and not own
+                else {}
+            )
             try:
                 process = subprocess.Popen(
-                    command if own else [*_bwrap_command(settings), *command], stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd="/",
-                    env={"LANG": "C.UTF-8"}, close_fds=True, pass_fds=(life, status, source.fileno(), output.fileno(), *channel_fds), **other)
+                    command if own else [*_bwrap_command(settings), *command],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    cwd="/",
+                    env={"LANG": "C.UTF-8"},
+                    close_fds=True,
+                    pass_fds=(life, status, source.fileno(), output.fileno(), *channel_fds),
+                    **other,
+                )
             except OSError as error:
                 for fd in (life, alive, told, status):
                     os.close(fd)
-                raise MissingRequirementError(f"the sandbox cannot be started: {error}", where="sandbox", remedy=SANDBOX_REMEDY) from error
+                raise MissingRequirementError(
+                    f"the sandbox cannot be started: {error}",
+                    where="sandbox",
+                    remedy=SANDBOX_REMEDY,
+                ) from error
         os.close(life)
         os.close(status)
         early = _map_namespace_users(process.pid, told, alive, root) if own else None
@@ -162,7 +209,9 @@ def _read_status(status_fd: int, deadline: float) -> dict[str, Any]:
     return found
 
 
-def _map_namespace_users(pid: int, status_fd: int, life_fd: int, is_root: bool) -> dict[str, Any] | None:
+def _map_namespace_users(
+    pid: int, status_fd: int, life_fd: int, is_root: bool
+) -> dict[str, Any] | None:
     """Give the new namespace its users: ourselves as 0, and `nobody` where we are root. Returns what the watchman says instead, if he does."""
     first = _read_status(status_fd, time.monotonic() + WATCHDOG_GRACE_S)
     if first["end"] != "unshared":
@@ -171,7 +220,9 @@ def _map_namespace_users(pid: int, status_fd: int, life_fd: int, is_root: bool) 
         if not is_root:
             Path(f"/proc/{pid}/setgroups").write_text("deny")
         for name, own in (("uid_map", os.geteuid()), ("gid_map", os.getegid())):
-            Path(f"/proc/{pid}/{name}").write_text(f"0 {own} 1\n" + (f"{NOBODY_UID} {NOBODY_UID} 1\n" if is_root else ""))
+            Path(f"/proc/{pid}/{name}").write_text(
+                f"0 {own} 1\n" + (f"{NOBODY_UID} {NOBODY_UID} 1\n" if is_root else "")
+            )
     except OSError as error:
         os.write(life_fd, b"x")
         return {"end": "failed", "why": f"users of the new namespace: {error}"}
@@ -181,9 +232,16 @@ def _map_namespace_users(pid: int, status_fd: int, life_fd: int, is_root: bool) 
 
 def _bind_mount_paths(python: str) -> list[str]:
     """Folders a Python program needs, none inside another."""
-    wanted = ["/usr", *(p for p in ("/lib", "/lib64") if os.path.isdir(p) and not os.path.islink(p))]
+    wanted = [
+        "/usr",
+        *(p for p in ("/lib", "/lib64") if os.path.isdir(p) and not os.path.islink(p)),
+    ]
     prefix = os.path.dirname(os.path.dirname(python))
-    return wanted if any(prefix == w or prefix.startswith(w + "/") for w in wanted) else [*wanted, prefix]
+    return (
+        wanted
+        if any(prefix == w or prefix.startswith(w + "/") for w in wanted)
+        else [*wanted, prefix]
+    )
 
 
 def _root_symlinks() -> dict[str, str]:
@@ -192,15 +250,41 @@ def _root_symlinks() -> dict[str, str]:
 
 
 def _bwrap_command(settings: dict[str, Any]) -> list[str]:
-    """bubblewrap's words for the same walls."""
-    words = [shutil.which("bwrap") or "bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--as-pid-1", "--cap-drop", "ALL", "--clearenv",
-             "--setenv", "LANG", "C.UTF-8"]
+    """Bubblewrap's words for the same walls."""
+    words = [
+        shutil.which("bwrap") or "bwrap",
+        "--unshare-all",
+        "--unshare-user",
+        "--disable-userns",
+        "--as-pid-1",
+        "--cap-drop",
+        "ALL",
+        "--clearenv",
+        "--setenv",
+        "LANG",
+        "C.UTF-8",
+    ]
     for path in settings["binds"]:
         words += ["--ro-bind", path, path]
     for path, target in settings["links"].items():
         words += ["--symlink", target, path]
-    return [*words, "--dev-bind", "/dev/null", "/dev/null", "--size", str(settings["tmp"]), "--perms", "0777", "--tmpfs", "/tmp",
-            "--remount-ro", "/", "--chdir", "/tmp", "--"]
+    return [
+        *words,
+        "--dev-bind",
+        "/dev/null",
+        "/dev/null",
+        "--size",
+        str(settings["tmp"]),
+        "--perms",
+        "0777",
+        "--tmpfs",
+        "/tmp",
+        "--remount-ro",
+        "/",
+        "--chdir",
+        "/tmp",
+        "--",
+    ]
 
 
 ESCAPE_PROBE = r"""
@@ -259,18 +343,35 @@ def verify_isolation(sandbox: Sandbox) -> None:
     with tempfile.NamedTemporaryFile() as canary, socket.create_server(("127.0.0.1", 0)) as server:
         limits, needed = sandbox.limits, _bind_mount_paths(sandbox.python)
         home = Path.home()
-        own = sorted(home.iterdir()) if os.access(home, os.R_OK | os.X_OK) else []  # a user without a home has nothing there to hide
-        hidden = [canary.name, *(str(p) for p in own if not any(f"{b}/".startswith(f"{p}/") for b in needed))]
-        probe = ESCAPE_PROBE.format(host="127.0.0.1", port=server.getsockname()[1], hidden=hidden[:100], file=limits.max_file_bytes,
-                             processes=limits.max_processes, memory=limits.memory_bytes)
+        own = (
+            sorted(home.iterdir()) if os.access(home, os.R_OK | os.X_OK) else []
+        )  # a user without a home has nothing there to hide
+        hidden = [
+            canary.name,
+            *(str(p) for p in own if not any(f"{b}/".startswith(f"{p}/") for b in needed)),
+        ]
+        probe = ESCAPE_PROBE.format(
+            host="127.0.0.1",
+            port=server.getsockname()[1],
+            hidden=hidden[:100],
+            file=limits.max_file_bytes,
+            processes=limits.max_processes,
+            memory=limits.memory_bytes,
+        )
         ran = sandbox.run(probe)
     try:
         held = json.loads(ran.output)
     except ValueError:
-        held = {f"the self-test itself ({ran.exit_kind} {ran.exit_code}: {ran.output[-200:].decode(errors='replace')!r})": False}
+        held = {
+            f"the self-test itself ({ran.exit_kind} {ran.exit_code}: {ran.output[-200:].decode(errors='replace')!r})": False
+        }
     weak = [name for name, holds in held.items() if not holds]
     if weak:
-        raise MissingRequirementError(f"the sandbox does not hold: {', '.join(weak)}", where=f"sandbox, walls of {sandbox.isolation}", remedy=SANDBOX_REMEDY)
+        raise MissingRequirementError(
+            f"the sandbox does not hold: {', '.join(weak)}",
+            where=f"sandbox, walls of {sandbox.isolation}",
+            remedy=SANDBOX_REMEDY,
+        )
 
 
 @cache
@@ -280,7 +381,10 @@ def open_sandbox() -> Sandbox:
     Raises EnvironmentLacks where neither holds.
     """
     reasons = []
-    for walls in (Isolation.NAMESPACES, *((Isolation.BUBBLEWRAP,) if shutil.which("bwrap") else ())):
+    for walls in (
+        Isolation.NAMESPACES,
+        *((Isolation.BUBBLEWRAP,) if shutil.which("bwrap") else ()),
+    ):
         sandbox = Sandbox(walls, os.path.realpath(sys.executable))
         try:
             verify_isolation(sandbox)
@@ -288,4 +392,6 @@ def open_sandbox() -> Sandbox:
             reasons.append(f"{walls}: {error.message}")
         else:
             return sandbox
-    raise MissingRequirementError("no code is run here: " + "; ".join(reasons), where="sandbox", remedy=SANDBOX_REMEDY)
+    raise MissingRequirementError(
+        "no code is run here: " + "; ".join(reasons), where="sandbox", remedy=SANDBOX_REMEDY
+    )

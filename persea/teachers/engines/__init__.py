@@ -59,21 +59,32 @@ class Engine(Protocol):
     @property
     def capabilities(self) -> EngineCapabilities: ...
 
-    def generate(self, prompts: Sequence[npt.NDArray[np.int32]], stop_ids: Sequence[int], max_new_tokens: int
-                 ) -> Sequence[npt.NDArray[np.int32] | EngineFailure]:
+    def generate(
+        self, prompts: Sequence[npt.NDArray[np.int32]], stop_ids: Sequence[int], max_new_tokens: int
+    ) -> Sequence[npt.NDArray[np.int32] | EngineFailure]:
         """What follows each prompt, up to and including a stop id or until max_new_tokens."""
         ...
 
-    def iter_logprobs(self, sequences: Sequence[npt.NDArray[np.int32]], loss_masks: Sequence[npt.NDArray[np.bool_]]) -> Iterator[tuple[int, torch.Tensor]]:
+    def iter_logprobs(
+        self,
+        sequences: Sequence[npt.NDArray[np.int32]],
+        loss_masks: Sequence[npt.NDArray[np.bool_]],
+    ) -> Iterator[tuple[int, torch.Tensor]]:
         """What `score` gives, some rows at a time: (number of the sequence, its next rows), so that an answer of any length never stands
         whole beside a vocabulary. A sequence's rows come in order; those of several sequences may come in turns; one without learned
-        tokens comes as a piece without rows."""
+        tokens comes as a piece without rows.
+        """
         ...
 
-    def compute_logprobs(self, sequences: Sequence[npt.NDArray[np.int32]], loss_masks: Sequence[npt.NDArray[np.bool_]]) -> Iterator[torch.Tensor]:
+    def compute_logprobs(
+        self,
+        sequences: Sequence[npt.NDArray[np.int32]],
+        loss_masks: Sequence[npt.NDArray[np.bool_]],
+    ) -> Iterator[torch.Tensor]:
         """For each sequence, natural-log probabilities [learned tokens, vocabulary] of the distribution each learned token
         was drawn from: row k belongs to the k-th token with learn = True and is predicted by the token before it.
-        Raises TeacherError where the engine has no whole distributions."""
+        Raises TeacherError where the engine has no whole distributions.
+        """
         ...
 
 
@@ -84,7 +95,11 @@ class SparseEngine(Protocol):
     @property
     def capabilities(self) -> EngineCapabilities: ...
 
-    def compute_sparse_distributions(self, sequences: Sequence[npt.NDArray[np.int32]], loss_masks: Sequence[npt.NDArray[np.bool_]]) -> Iterator[SparseDistributions | EngineFailure]:
+    def compute_sparse_distributions(
+        self,
+        sequences: Sequence[npt.NDArray[np.int32]],
+        loss_masks: Sequence[npt.NDArray[np.bool_]],
+    ) -> Iterator[SparseDistributions | EngineFailure]:
         """For each sequence, a row of kind `abilities.kind` for each learned token."""
         ...
 
@@ -93,6 +108,8 @@ class SparseEngine(Protocol):
 class ChatEngine(Protocol):
     """An engine behind a chat route: the server dresses the conversation itself; no token ids either way."""
 
-    def chat(self, conversations: Sequence[Conversation], max_new_tokens: int) -> Sequence[tuple[tuple[ContentPart, ...], FinishReason] | EngineFailure]:
+    def chat(
+        self, conversations: Sequence[Conversation], max_new_tokens: int
+    ) -> Sequence[tuple[tuple[ContentPart, ...], FinishReason] | EngineFailure]:
         """One answer a conversation, in order, and how it ended."""
         ...

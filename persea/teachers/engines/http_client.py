@@ -15,18 +15,34 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from persea.errors import RefusedError, TeacherError
 from persea.teachers.engines import EngineFailure
-from persea.teachers.engines.response_validation import MalformedResponseError, parse_json, refuse_error_body
+from persea.teachers.engines.response_validation import (
+    MalformedResponseError,
+    parse_json,
+    refuse_error_body,
+)
 
 if TYPE_CHECKING:
     import httpx2
 
 T = TypeVar("T")
 MAX_RETRY_AFTER_S = 300.0  # seconds a server's Retry-After is obeyed for; 1e9 and dates of next year mean "later", not "never"
-INITIAL_BACKOFF_S, MAX_BACKOFF_S = 0.5, 30.0  # seconds before the second attempt, doubled each time up to MOST, where the server names none
-MAX_RESPONSE_BYTES = 256 << 20  # bytes of an answer: 32k positions of 20 named tokens are 60 MB of JSON
+INITIAL_BACKOFF_S, MAX_BACKOFF_S = (
+    0.5,
+    30.0,
+)  # seconds before the second attempt, doubled each time up to MOST, where the server names none
+MAX_RESPONSE_BYTES = (
+    256 << 20
+)  # bytes of an answer: 32k positions of 20 named tokens are 60 MB of JSON
 RETRYABLE_STATUS_CODES = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
-FATAL_STATUS_REASONS = {401: "the key is missing or wrong", 403: "the key may not ask this", 404: "no such route or model", 405: "no such route"}
-MAX_FAILED_REQUEST_SHARE = 0.05  # share of prompts given up, from TRIED on, at which it is the server that is broken
+FATAL_STATUS_REASONS = {
+    401: "the key is missing or wrong",
+    403: "the key may not ask this",
+    404: "no such route or model",
+    405: "no such route",
+}
+MAX_FAILED_REQUEST_SHARE = (
+    0.05  # share of prompts given up, from TRIED on, at which it is the server that is broken
+)
 MIN_REQUESTS_BEFORE_GIVING_UP = 20
 
 
@@ -67,7 +83,9 @@ class Request(Generic[T]):
 class RetryableError(Exception):
     """An attempt failed and may be made again, not before `wait` seconds (None = the server names none). lost: the connection broke."""
 
-    def __init__(self, reason: str, retry_after_s: float | None = None, connection_lost: bool = False) -> None:
+    def __init__(
+        self, reason: str, retry_after_s: float | None = None, connection_lost: bool = False
+    ) -> None:
         super().__init__(reason)
         self.retry_after_s, self.connection_lost = retry_after_s, connection_lost
 
@@ -120,22 +138,35 @@ class HttpClient:
                         work = self._send_with_retries(client, slots, job)
                         tasks.append(group.create_task(work))
             except BaseExceptionGroup as error:
-                raise error.exceptions[0] from None  # the first that ended it; the others were cancelled
+                raise error.exceptions[
+                    0
+                ] from None  # the first that ended it; the others were cancelled
         return [t.result() for t in tasks]
 
     def _open_client(self) -> httpx2.AsyncClient:
         import httpx2
 
-        headers = {"accept-encoding": "identity"} | ({"authorization": f"Bearer {self.api_key}"} if self.api_key else {})
+        headers = {"accept-encoding": "identity"} | (
+            {"authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        )
         n, stall = self.retry_policy.concurrency, self.retry_policy.stall_timeout_s
-        return httpx2.AsyncClient(base_url=self.url.rstrip("/"), headers=headers, timeout=httpx2.Timeout(stall, pool=None), trust_env=False,
-                                  limits=httpx2.Limits(max_connections=n, max_keepalive_connections=n))
+        return httpx2.AsyncClient(
+            base_url=self.url.rstrip("/"),
+            headers=headers,
+            timeout=httpx2.Timeout(stall, pool=None),
+            trust_env=False,
+            limits=httpx2.Limits(max_connections=n, max_keepalive_connections=n),
+        )
 
-    async def _send_with_retries(self, client: httpx2.AsyncClient, slots: asyncio.Semaphore, request: Request[T]) -> T | EngineFailure:
+    async def _send_with_retries(
+        self, client: httpx2.AsyncClient, slots: asyncio.Semaphore, request: Request[T]
+    ) -> T | EngineFailure:
         why = ""
         for attempt in range(self.retry_policy.max_attempts):
             async with slots:
-                while (wait := self._paused_until - self.clock()) > 0:  # the whole pool waits: others' requests are what the server is tired of
+                while (
+                    wait := self._paused_until - self.clock()
+                ) > 0:  # the whole pool waits: others' requests are what the server is tired of
                     await self.sleep(wait)
                 self._refuse_spent_budget()
                 try:
@@ -144,12 +175,18 @@ class HttpClient:
                     why = str(error)
                     self.num_lost_connections += error.connection_lost
                     if self.clock() - self._last_response_at > self.retry_policy.give_up_after_s:
-                        self._raise_server_error(f"no answer for {self.retry_policy.give_up_after_s:g} s: {why}", "is it running? the same command goes on where it was")
+                        self._raise_server_error(
+                            f"no answer for {self.retry_policy.give_up_after_s:g} s: {why}",
+                            "is it running? the same command goes on where it was",
+                        )
                     if error.retry_after_s is not None:
-                        self._paused_until = max(self._paused_until, self.clock() + min(error.retry_after_s, MAX_RETRY_AFTER_S))
+                        self._paused_until = max(
+                            self._paused_until,
+                            self.clock() + min(error.retry_after_s, MAX_RETRY_AFTER_S),
+                        )
                         pause = 0.0
                     else:
-                        pause = min(MAX_BACKOFF_S, INITIAL_BACKOFF_S * 2 ** attempt)
+                        pause = min(MAX_BACKOFF_S, INITIAL_BACKOFF_S * 2**attempt)
                 except RejectedRequestError as error:
                     return self._record_failure(str(error))
                 else:
@@ -159,19 +196,33 @@ class HttpClient:
                     return answer
             if attempt + 1 < self.retry_policy.max_attempts:
                 await self.sleep(pause)
-        return self._record_failure(f"{self.retry_policy.max_attempts} attempts failed, the last: {why}")
+        return self._record_failure(
+            f"{self.retry_policy.max_attempts} attempts failed, the last: {why}"
+        )
 
     def _record_failure(self, reason: str) -> EngineFailure:
         self.num_requests += 1
         self.num_failed_requests += 1
-        if self.num_requests >= MIN_REQUESTS_BEFORE_GIVING_UP and self.num_failed_requests > MAX_FAILED_REQUEST_SHARE * self.num_requests:
-            self._raise_server_error(f"{self.num_failed_requests} of {self.num_requests} requests failed, the last: {reason}", "look at the server's own log, then run again")
+        if (
+            self.num_requests >= MIN_REQUESTS_BEFORE_GIVING_UP
+            and self.num_failed_requests > MAX_FAILED_REQUEST_SHARE * self.num_requests
+        ):
+            self._raise_server_error(
+                f"{self.num_failed_requests} of {self.num_requests} requests failed, the last: {reason}",
+                "look at the server's own log, then run again",
+            )
         return EngineFailure(self.redact(reason))
 
     def _refuse_spent_budget(self) -> None:
-        if self.retry_policy.max_total_tokens and self.num_tokens_used >= self.retry_policy.max_total_tokens:
-            raise RefusedError(f"the budget is spent: {self.num_tokens_used:,} tokens", where=self.name,
-                          remedy="raise `budget:` of its endpoint and run again: what is committed stays")
+        if (
+            self.retry_policy.max_total_tokens
+            and self.num_tokens_used >= self.retry_policy.max_total_tokens
+        ):
+            raise RefusedError(
+                f"the budget is spent: {self.num_tokens_used:,} tokens",
+                where=self.name,
+                remedy="raise `budget:` of its endpoint and run again: what is committed stays",
+            )
 
     def _raise_server_error(self, reason: str, remedy: str) -> NoReturn:
         raise TeacherError(self.redact(reason), where=f"{self.name}, {self.url}", remedy=remedy)
@@ -184,7 +235,10 @@ class HttpClient:
         import httpx2
 
         try:
-            async with asyncio.timeout(self.retry_policy.stall_timeout_s) as watch, self._open_response(client, request) as response:
+            async with (
+                asyncio.timeout(self.retry_policy.stall_timeout_s) as watch,
+                self._open_response(client, request) as response,
+            ):
                 await self._raise_for_status(response)
                 if request.event_has_token is None:
                     said = parse_json(await _read_body(response))
@@ -195,7 +249,9 @@ class HttpClient:
                     refuse_error_body(event)
                     events.append(event)
                     if request.event_has_token(event):
-                        watch.reschedule(asyncio.get_running_loop().time() + self.retry_policy.stall_timeout_s)
+                        watch.reschedule(
+                            asyncio.get_running_loop().time() + self.retry_policy.stall_timeout_s
+                        )
                 return request.parse_response(events)
         except MalformedResponseError as error:
             raise RetryableError(str(error)) from error
@@ -204,12 +260,16 @@ class HttpClient:
         except httpx2.TimeoutException as error:
             raise RetryableError(f"no byte for {self.retry_policy.stall_timeout_s:g} s") from error
         except httpx2.TransportError as error:
-            raise RetryableError(f"{type(error).__name__}: {error}", connection_lost=True) from error
+            raise RetryableError(
+                f"{type(error).__name__}: {error}", connection_lost=True
+            ) from error
         except httpx2.InvalidURL as error:
             self._raise_server_error(f"{error}", "give `url:` as http://host:port")
 
     @asynccontextmanager
-    async def _open_response(self, client: httpx2.AsyncClient, request: Request[T]) -> AsyncIterator[httpx2.Response]:
+    async def _open_response(
+        self, client: httpx2.AsyncClient, request: Request[T]
+    ) -> AsyncIterator[httpx2.Response]:
         if request.body is None:
             async with client.stream("GET", request.path) as response:
                 yield response
@@ -222,12 +282,18 @@ class HttpClient:
             if response.headers.get("content-encoding", "identity") != "identity":
                 raise MalformedResponseError("a packed answer, which was not asked for")
             return
-        code, said = response.status_code, (await _read_body(response))[:300].decode(errors="replace")
+        code, said = (
+            response.status_code,
+            (await _read_body(response))[:300].decode(errors="replace"),
+        )
         why = f"status {code}: {said}"
         if code in RETRYABLE_STATUS_CODES:
             raise RetryableError(why, _parse_retry_after(response.headers))
         if code in FATAL_STATUS_REASONS:
-            self._raise_server_error(f"{FATAL_STATUS_REASONS[code]}: {why}", "look at `url:`, `served:` and the variable that `key_env:` names")
+            self._raise_server_error(
+                f"{FATAL_STATUS_REASONS[code]}: {why}",
+                "look at `url:`, `served:` and the variable that `key_env:` names",
+            )
         raise RejectedRequestError(why)
 
 
@@ -270,4 +336,8 @@ async def _iter_events(response: httpx2.Response) -> AsyncIterator[Any]:
                 return
             if data:
                 yield parse_json(data)
-    raise MalformedResponseError(f"the stream ended without its end: {kept[:60]!r}" if kept.strip() else "the stream ended without its end")
+    raise MalformedResponseError(
+        f"the stream ended without its end: {kept[:60]!r}"
+        if kept.strip()
+        else "the stream ended without its end"
+    )

@@ -19,15 +19,33 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from persea.errors import DataError, MissingRequirementError, PerseaError, RecipeError, RefusedError, RunInterrupted, StorageError, TeacherError
+from persea.errors import (
+    DataError,
+    MissingRequirementError,
+    PerseaError,
+    RecipeError,
+    RefusedError,
+    RunInterrupted,
+    StorageError,
+    TeacherError,
+)
 from persea.training.distributed.world import World
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
-HEARTBEAT_INTERVAL_S, HEARTBEAT_TIMEOUT_S = 1.0, 30.0  # seconds. A stopped process is named within 60 s; no step of ours holds Python's lock for 30
-FORWARDED_ERRORS = (RecipeError, DataError, RefusedError, TeacherError, StorageError, MissingRequirementError)
-
+HEARTBEAT_INTERVAL_S, HEARTBEAT_TIMEOUT_S = (
+    1.0,
+    30.0,
+)  # seconds. A stopped process is named within 60 s; no step of ours holds Python's lock for 30
+FORWARDED_ERRORS = (
+    RecipeError,
+    DataError,
+    RefusedError,
+    TeacherError,
+    StorageError,
+    MissingRequirementError,
+)
 
 
 @contextmanager
@@ -46,7 +64,12 @@ def join_process_group(world: World, *, launcher_reports: bool = False) -> Itera
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", init_method="env://", rank=world.rank, world_size=world.size)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if gpu else "gloo",
+        init_method="env://",
+        rank=world.rank,
+        world_size=world.size,
+    )
     watch = Heartbeat(world, _connect_store(), launcher_reports)
     dist.barrier()
     watch.start()
@@ -70,7 +93,12 @@ def _connect_store() -> Store:
     """A connection of its own to the launch's store: the one of the process group may be waiting for somebody."""
     from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-    tcp = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=10))
+    tcp = TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        timeout=timedelta(seconds=10),
+    )
     return PrefixStore(f"persea/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
 
 
@@ -78,7 +106,12 @@ class Heartbeat:
     """Beats for this process, and ends it where another one fails, is gone, or is silent."""
 
     def __init__(self, world: World, store: Store, launcher_reports: bool) -> None:
-        self.world, self.store, self.launcher_reports, self.is_over = world, store, launcher_reports, threading.Event()
+        self.world, self.store, self.launcher_reports, self.is_over = (
+            world,
+            store,
+            launcher_reports,
+            threading.Event(),
+        )
         self.beats, self.peer_pids = 0, set[int]()
         self._beat()
 
@@ -87,7 +120,9 @@ class Heartbeat:
 
     def _beat(self) -> None:
         self.beats += 1
-        self.store.set(f"beat/{self.world.rank}", f"{self.beats} {os.getpid()} {socket.gethostname()}")
+        self.store.set(
+            f"beat/{self.world.rank}", f"{self.beats} {os.getpid()} {socket.gethostname()}"
+        )
 
     def _run(self) -> None:
         heard: dict[int, tuple[bytes, float]] = {}
@@ -104,13 +139,19 @@ class Heartbeat:
                     if rank not in heard or heard[rank][0] != beat:
                         heard[rank] = beat, now
                         _, who, host = beat.decode().split()
-                        if self.launcher_reports and rank != self.world.rank and host == socket.gethostname():
+                        if (
+                            self.launcher_reports
+                            and rank != self.world.rank
+                            and host == socket.gethostname()
+                        ):
                             self.peer_pids.add(int(who))
                     elif now - heard[rank][1] > HEARTBEAT_TIMEOUT_S:
                         self._fail_silent_rank(rank, beat)
                 if self.store.check(["failed"]):
                     failed = failed or now
-                    if now - failed > 5 * HEARTBEAT_INTERVAL_S:  # it waits for one that is gone, in a library that does not wake up
+                    if (
+                        now - failed > 5 * HEARTBEAT_INTERVAL_S
+                    ):  # it waits for one that is gone, in a library that does not wake up
                         self.exit_process()
             except RuntimeError:  # the store is gone, and with it the launcher: nobody would look after these processes, stopped ones included
                 if not self.is_over.is_set():
@@ -120,8 +161,11 @@ class Heartbeat:
                     os._exit(MissingRequirementError.exit_code)
 
     def _fail_silent_rank(self, rank: int, beat: bytes) -> None:
-        told = MissingRequirementError(f"rank {rank} ({_describe_process(beat)}) has been silent for {HEARTBEAT_TIMEOUT_S:.0f} s: it is stopped, or its machine is", where="train",
-                                remedy="look at that process and machine; the same command goes on from the last checkpoint")
+        told = MissingRequirementError(
+            f"rank {rank} ({_describe_process(beat)}) has been silent for {HEARTBEAT_TIMEOUT_S:.0f} s: it is stopped, or its machine is",
+            where="train",
+            remedy="look at that process and machine; the same command goes on from the last checkpoint",
+        )
         if self.claim_failure(told) and not self.launcher_reports:
             sys.stderr.write(f"persea: {told}\n")
             sys.stderr.flush()
@@ -138,8 +182,12 @@ class Heartbeat:
                     beat = self.store.get(f"beat/{rank}")
                     _, pid, host = beat.decode().split()
                     if host == socket.gethostname() and not _is_running(int(pid)):
-                        return MissingRequirementError(f"rank {rank} ({_describe_process(beat)}) is gone", where="train", remedy="it was killed, perhaps for memory: "
-                                                "look at the system's log; the same command goes on from the last checkpoint")
+                        return MissingRequirementError(
+                            f"rank {rank} ({_describe_process(beat)}) is gone",
+                            where="train",
+                            remedy="it was killed, perhaps for memory: "
+                            "look at the system's log; the same command goes on from the last checkpoint",
+                        )
                 time.sleep(0.1)
         return error
 
@@ -152,9 +200,14 @@ class Heartbeat:
 
     def wait_for_others(self) -> None:
         """Where the store is the first process' own and ends with it, give the others the time to read why: those that wait in a library are
-        woken by their own watch after 5 beats."""
+        woken by their own watch after 5 beats.
+        """
         others = [f"heard/{rank}" for rank in range(self.world.size) if rank != self.world.rank]
-        until = time.monotonic() + (0 if self.world.rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 8 * HEARTBEAT_INTERVAL_S)
+        until = time.monotonic() + (
+            0
+            if self.world.rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            else 8 * HEARTBEAT_INTERVAL_S
+        )
         with suppress(RuntimeError):
             while time.monotonic() < until and not self.store.check(others):
                 time.sleep(0.1)
@@ -193,7 +246,9 @@ def encode_failure(rank: int, error: BaseException) -> str:
     if isinstance(error, RunInterrupted):
         return json.dumps(told | {"what": error.detail, "signal": error.signal_number})
     if isinstance(error, PerseaError):
-        return json.dumps(told | {"what": error.message, "where": error.where, "remedy": error.remedy})
+        return json.dumps(
+            told | {"what": error.message, "where": error.where, "remedy": error.remedy}
+        )
     return json.dumps(told | {"what": "".join(traceback.format_exception(error))})
 
 

@@ -26,13 +26,27 @@ from persea.training.distributed.world import World
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
-EXIT_GRACE_S = 10.0  # seconds that the others get to end by themselves once one has ended with an error
+EXIT_GRACE_S = (
+    10.0  # seconds that the others get to end by themselves once one has ended with an error
+)
 # Imported once for all ranks: importing FSDP alone takes 4 s a process.
-PRELOADED_MODULES = ("persea.training.student", "persea.training.loop", "persea.training.dataset", "persea.losses", "torch.distributed.fsdp",
-         "torch.distributed.tensor", "transformers.models.auto.modeling_auto")
+PRELOADED_MODULES = (
+    "persea.training.student",
+    "persea.training.loop",
+    "persea.training.dataset",
+    "persea.losses",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "transformers.models.auto.modeling_auto",
+)
 
 
-def launch_processes(work: Callable[..., None], arguments: tuple[Any, ...], num_processes: int, on_message: Callable[[Any], None]) -> None:
+def launch_processes(
+    work: Callable[..., None],
+    arguments: tuple[Any, ...],
+    num_processes: int,
+    on_message: Callable[[Any], None],
+) -> None:
     """Run work(world, store, *arguments) in `procs` processes, to the end of all.
 
     work  a module's function; hear  what the first process tells (`tell`), the newest of it
@@ -43,17 +57,44 @@ def launch_processes(work: Callable[..., None], arguments: tuple[Any, ...], num_
 
     with socket.create_server(("127.0.0.1", 0)) as door:
         port = door.getsockname()[1]
-        server = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=os.dup(door.fileno()))
+        server = TCPStore(
+            "127.0.0.1",
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=os.dup(door.fileno()),
+        )
     store = PrefixStore("persea/0", server)
-    variables = {"WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True",
-                 "TORCHELASTIC_RESTART_COUNT": "0", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    variables = {
+        "WORLD_SIZE": str(num_processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+    }
     if sys.platform == "linux":
-        variables.setdefault("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))  # nobody else's network
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns of an option that is set on purpose (student.py)
+        variables.setdefault(
+            "GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo")
+        )  # nobody else's network
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "ERROR"
+    )  # DDP warns of an option that is set on purpose (student.py)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED_MODULES))
-    ranks = [context.Process(target=_run_rank, args=(World(k, num_processes), variables | {"RANK": str(k), "LOCAL_RANK": str(k)}, work, arguments),
-                             name=f"rank {k}") for k in range(num_processes)]
+    ranks = [
+        context.Process(
+            target=_run_rank,
+            args=(
+                World(k, num_processes),
+                variables | {"RANK": str(k), "LOCAL_RANK": str(k)},
+                work,
+                arguments,
+            ),
+            name=f"rank {k}",
+        )
+        for k in range(num_processes)
+    ]
     with _forward_signals(ranks):
         try:
             for one in ranks:
@@ -67,11 +108,16 @@ def launch_processes(work: Callable[..., None], arguments: tuple[Any, ...], num_
     if store.check(["failed"]):
         raise decode_failure(store.get("failed").decode())
     if ended := [f"{one.name} with code {one.exitcode}" for one in ranks if one.exitcode]:
-        raise MissingRequirementError(f"processes ended and said nothing: {', '.join(ended)}", where="train",
-                               remedy="run it again: it goes on from the last checkpoint")
+        raise MissingRequirementError(
+            f"processes ended and said nothing: {', '.join(ended)}",
+            where="train",
+            remedy="run it again: it goes on from the last checkpoint",
+        )
 
 
-def _wait_for_ranks(ranks: Sequence[BaseProcess], store: Store, on_message: Callable[[Any], None]) -> None:
+def _wait_for_ranks(
+    ranks: Sequence[BaseProcess], store: Store, on_message: Callable[[Any], None]
+) -> None:
     """Until all have ended, or one failed and the others had their time."""
     running, heard, since = list(ranks), b"", 0.0
     while running and not (since and time.monotonic() - since > EXIT_GRACE_S):
@@ -81,8 +127,12 @@ def _wait_for_ranks(ranks: Sequence[BaseProcess], store: Store, on_message: Call
                 since = since or time.monotonic()
                 if one.exitcode < 0:
                     number = signal.Signals(-one.exitcode).name
-                    told = MissingRequirementError(f"{one.name} (pid {one.pid}) was ended by {number}", where="train", remedy="perhaps for memory: look at "
-                                            "the system's log; the same command goes on from the last checkpoint")
+                    told = MissingRequirementError(
+                        f"{one.name} (pid {one.pid}) was ended by {number}",
+                        where="train",
+                        remedy="perhaps for memory: look at "
+                        "the system's log; the same command goes on from the last checkpoint",
+                    )
                     store.compare_set("failed", "", encode_failure(ranks.index(one), told))
         running = [one for one in running if one.exitcode is None]
         if store.check(["told"]) and (newest := store.get("told")) != heard:
@@ -112,7 +162,9 @@ def _forward_signals(ranks: Sequence[BaseProcess]) -> Iterator[None]:
             signal.signal(s, handler)
 
 
-def _run_rank(world: World, variables: dict[str, str], work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _run_rank(
+    world: World, variables: dict[str, str], work: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
     """A rank's whole life."""
     os.environ.update(variables)
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -17,7 +17,11 @@ from persea.errors import RecipeError
 
 T = TypeVar("T")
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-FOREIGN_LAUNCH_VARIABLES = (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK"), ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"))  # mpirun, srun
+FOREIGN_LAUNCH_VARIABLES = (
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("PMI_SIZE", "PMI_RANK"),
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+)  # mpirun, srun
 
 
 class ParallelStrategy(StrEnum):
@@ -71,7 +75,12 @@ class World:
 # --- how a process was launched ---
 
 
-def detect_world(num_processes: int, environment: Mapping[str, str] = os.environ, *, is_training_only: bool = True) -> World:
+def detect_world(
+    num_processes: int,
+    environment: Mapping[str, str] = os.environ,
+    *,
+    is_training_only: bool = True,
+) -> World:
     """The world this process was started in, or World() where it is alone. Raises RecipeError, in one process, where a launch is half done.
 
     procs     what --procs says
@@ -83,14 +92,27 @@ def detect_world(num_processes: int, environment: Mapping[str, str] = os.environ
         world = World(int(rank), int(size)) if given == list(LAUNCH_VARIABLES) else World()
     except ValueError:
         world = World()
-    foreign = next(((n, r) for n, r in FOREIGN_LAUNCH_VARIABLES if environment.get(n, "1") not in ("", "1")), None)
+    foreign = next(
+        ((n, r) for n, r in FOREIGN_LAUNCH_VARIABLES if environment.get(n, "1") not in ("", "1")),
+        None,
+    )
     wrong = ""
-    if any(name == "ACCELERATE_MIXED_PRECISION" or name.startswith("ACCELERATE_USE_") for name in environment):
+    if any(
+        name == "ACCELERATE_MIXED_PRECISION" or name.startswith("ACCELERATE_USE_")
+        for name in environment
+    ):
         wrong = "started by accelerate, whose settings persea does not read"
-    elif ("WORLD_SIZE" in given or "RANK" in given) and (given != list(LAUNCH_VARIABLES) or not 0 <= world.rank < world.size or str(world.size) != size):
+    elif ("WORLD_SIZE" in given or "RANK" in given) and (
+        given != list(LAUNCH_VARIABLES)
+        or not 0 <= world.rank < world.size
+        or str(world.size) != size
+    ):
         missing = ", ".join(n for n in LAUNCH_VARIABLES if n not in given)
-        wrong = f"{' and '.join(f'{n}={environment[n]}' for n in ('WORLD_SIZE', 'RANK') if n in given)} without {missing}" if missing else \
-            f"RANK={rank} of WORLD_SIZE={size} is no rank of a world"
+        wrong = (
+            f"{' and '.join(f'{n}={environment[n]}' for n in ('WORLD_SIZE', 'RANK') if n in given)} without {missing}"
+            if missing
+            else f"RANK={rank} of WORLD_SIZE={size} is no rank of a world"
+        )
     elif foreign and "WORLD_SIZE" not in given:
         rank = environment.get(foreign[1], "0")
         wrong = f"{foreign[0]}={environment[foreign[0]]} without WORLD_SIZE and RANK: each of these processes would train a student of its own"
@@ -102,25 +124,40 @@ def detect_world(num_processes: int, environment: Mapping[str, str] = os.environ
         return world
     if rank not in ("", "0") or environment.get("LOCAL_RANK", "0") not in ("", "-1", "0"):
         sys.exit(RecipeError.exit_code)  # the first process says why
-    raise RecipeError(wrong, where="launch", remedy="persea train RECIPE --procs N, or torchrun --nproc-per-node N -m persea.cli train RECIPE")
+    raise RecipeError(
+        wrong,
+        where="launch",
+        remedy="persea train RECIPE --procs N, or torchrun --nproc-per-node N -m persea.cli train RECIPE",
+    )
 
 
 def refuse_too_many_processes(world_size: int, batch: int, accumulate: int) -> None:
     """Raises RecipeError where a batch has not one conversation for each process, each time it accumulates."""
     if world_size * accumulate > batch:
-        raise RecipeError(f"a batch of {batch} conversations cannot be split over {world_size} processes"
-                          + (f" that accumulate {accumulate} times" if accumulate > 1 else ""), where="training.batch",
-                          remedy=f"at most {batch // accumulate or 1} processes, or a larger training.batch")
+        raise RecipeError(
+            f"a batch of {batch} conversations cannot be split over {world_size} processes"
+            + (f" that accumulate {accumulate} times" if accumulate > 1 else ""),
+            where="training.batch",
+            remedy=f"at most {batch // accumulate or 1} processes, or a larger training.batch",
+        )
 
 
-def refuse_on_policy_processes(world_size: int, parallel: ParallelStrategy, budgeted_teachers: Sequence[str]) -> None:
+def refuse_on_policy_processes(
+    world_size: int, parallel: ParallelStrategy, budgeted_teachers: Sequence[str]
+) -> None:
     """Raises RecipeError where a student's own answers cannot be heard in so many processes.
 
     budgets  who teaches from behind a server with a budget: each process would spend it anew
     """
     if world_size > 1 and parallel is ParallelStrategy.FSDP:
-        raise RecipeError("a student of which each process holds a part cannot answer for itself", where="training.on_policy",
-                          remedy="--shard ddp, or one process")
+        raise RecipeError(
+            "a student of which each process holds a part cannot answer for itself",
+            where="training.on_policy",
+            remedy="--shard ddp, or one process",
+        )
     if world_size > 1 and budgeted_teachers:
-        raise RecipeError(f"each of {world_size} processes would spend the budget of {', '.join(budgeted_teachers)}", where="training.on_policy",
-                          remedy="one process, or delete `budget:` of the endpoint")
+        raise RecipeError(
+            f"each of {world_size} processes would spend the budget of {', '.join(budgeted_teachers)}",
+            where="training.on_policy",
+            remedy="one process, or delete `budget:` of the endpoint",
+        )

@@ -29,18 +29,26 @@ class CandidateTokens:
     ids_M: IntArray
 
     def at(self, position: int) -> IntArray:
-        return self.ids_M[self.offsets_L1[position]:self.offsets_L1[position + 1]]
+        return self.ids_M[self.offsets_L1[position] : self.offsets_L1[position + 1]]
 
     def slice_positions(self, first: int, last: int) -> CandidateTokens:
-        return CandidateTokens(self.offsets_L1[first:last + 1], self.ids_M)
+        return CandidateTokens(self.offsets_L1[first : last + 1], self.ids_M)
 
 
 @torch.no_grad()
-def candidates_from_hidden(hidden_LD: torch.Tensor, head: LMHead, min_prob: float = MIN_CANDIDATE_PROB) -> CandidateTokens:
+def candidates_from_hidden(
+    hidden_LD: torch.Tensor, head: LMHead, min_prob: float = MIN_CANDIDATE_PROB
+) -> CandidateTokens:
     """The tokens of probability `least` or more behind each of the hidden states that the head is given."""
-    parts = [candidates_from_logprobs(torch.log_softmax(head.logits(some_ND), -1), min_prob) for some_ND in torch.split(hidden_LD, max(1, MAX_LOGIT_ELEMENTS // head.vocab_size))]
+    parts = [
+        candidates_from_logprobs(torch.log_softmax(head.logits(some_ND), -1), min_prob)
+        for some_ND in torch.split(hidden_LD, max(1, MAX_LOGIT_ELEMENTS // head.vocab_size))
+    ]
     counts = np.concatenate([NO_TOKENS, *(np.diff(one.offsets_L1) for one in parts)])
-    return CandidateTokens(np.concatenate([[0], np.cumsum(counts)]), np.concatenate([NO_TOKENS, *(one.ids_M for one in parts)]))
+    return CandidateTokens(
+        np.concatenate([[0], np.cumsum(counts)]),
+        np.concatenate([NO_TOKENS, *(one.ids_M for one in parts)]),
+    )
 
 
 def candidates_from_logprobs(logprobs_NV: torch.Tensor, min_prob: float) -> CandidateTokens:

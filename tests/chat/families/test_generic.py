@@ -17,7 +17,19 @@ from persea.chat import families
 from persea.chat.families.generic import GENERIC_FAMILY_NAME, StripRule
 from persea.chat.families.llama import LLAMA
 from persea.chat.families.qwen import QWEN
-from persea.chat.messages import Conversation, Family, FinishReason, Message, Role, Text, Thinking, ThinkingEffort, Tool, ToolCall, ToolResult
+from persea.chat.messages import (
+    Conversation,
+    Family,
+    FinishReason,
+    Message,
+    Role,
+    Text,
+    Thinking,
+    ThinkingEffort,
+    Tool,
+    ToolCall,
+    ToolResult,
+)
 from persea.config.recipe import load_recipe
 from persea.errors import DataError
 from persea.models.loading import ModelSource, load_renderer, model_warnings
@@ -34,25 +46,56 @@ UNKNOWN: dict[str, dict[str, Any]] = {
     "glm-4.6": {"bos": None, "eos": "<|endoftext|>", "ends": ("<|user|>", "<|observation|>")},
 }
 OPEN = ("apertus", "glm-4.6")  # whose templates leave the last answer open
-SAID = ["Hello", " two  words ", "\n x\n\n", "1 + 1 = 2", "你好，世界", "မင်္ဂလာပါ", "👩‍👩‍👧", "<b>", "\t", "x = [1]\n"]
+SAID = [
+    "Hello",
+    " two  words ",
+    "\n x\n\n",
+    "1 + 1 = 2",
+    "你好，世界",
+    "မင်္ဂလာပါ",
+    "👩‍👩‍👧",
+    "<b>",
+    "\t",
+    "x = [1]\n",
+]
 
 
-def folder_of(path: Path, template: str, *, bos: str | None, eos: str, ends: tuple[str, ...] = (), controls: tuple[str, ...] = (),
-              adds_bos: bool = False, config_eos: tuple[str, ...] = ()) -> Path:
+def folder_of(
+    path: Path,
+    template: str,
+    *,
+    bos: str | None,
+    eos: str,
+    ends: tuple[str, ...] = (),
+    controls: tuple[str, ...] = (),
+    adds_bos: bool = False,
+    config_eos: tuple[str, ...] = (),
+) -> Path:
     """A tokenizer folder: byte-level BPE whose control tokens are those the template writes, found by their looks."""
     looks = re.findall(r"<[|｜][^>{}'\"]{1,40}[|｜]>|</?think>|\[gMASK\]|<sop>", template)
     names = list(dict.fromkeys([t for t in (bos, eos, *ends, *controls, *looks) if t]))
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     tokenizer.train_from_iterator([template, *SAID], trainer)
-    tokenizer.add_tokens([AddedToken(n, special=n != "<｜User｜>", normalized=False) for n in names])  # DeepSeek's is not special
+    tokenizer.add_tokens(
+        [AddedToken(n, special=n != "<｜User｜>", normalized=False) for n in names]
+    )  # DeepSeek's is not special
     if adds_bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        )
     path.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(path / "tokenizer.json"))
     special = {"eos_token": eos} | ({"bos_token": bos} if bos else {})
-    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **special}))
+    (path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **special})
+    )
     (path / "chat_template.jinja").write_text(template)
     if ends or config_eos:
         ids = [tokenizer.token_to_id(t) for t in (config_eos or (eos, *ends))]
@@ -67,7 +110,11 @@ def unknown_of(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
 
     def of(name: str) -> Speaker:
         if name not in speakers:
-            folder = folder_of(tmp_path_factory.mktemp("unknown") / name, (data / "templates" / f"{name}.jinja").read_text(), **UNKNOWN[name])
+            folder = folder_of(
+                tmp_path_factory.mktemp("unknown") / name,
+                (data / "templates" / f"{name}.jinja").read_text(),
+                **UNKNOWN[name],
+            )
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(families, "FAMILIES", ())
                 speakers[name] = _speaker(folder, name)
@@ -89,14 +136,27 @@ def talks() -> list[Conversation]:
         found.append(Conversation.from_question(text).with_answer(Text(other)))
         found.append(Conversation.from_question(text, system=other).with_answer(Text(text)))
         more = Conversation.from_question(other).with_answer(Text(text))
-        found.append(replace(more, messages=(*more.messages, *Conversation.from_question(text).with_answer(Text(other)).messages)))
+        found.append(
+            replace(
+                more,
+                messages=(
+                    *more.messages,
+                    *Conversation.from_question(text).with_answer(Text(other)).messages,
+                ),
+            )
+        )
     return found
 
 
 def theirs(speaker: Speaker, conversation: Conversation, generate: bool) -> list[int]:
     messages = [{"role": m.role.value, "content": m.text} for m in conversation.messages]
-    ids: list[int] = speaker.tokenizer.apply_chat_template(messages, add_generation_prompt=generate, tokenize=True, return_dict=False,
-                                                           enable_thinking=False)
+    ids: list[int] = speaker.tokenizer.apply_chat_template(
+        messages,
+        add_generation_prompt=generate,
+        tokenize=True,
+        return_dict=False,
+        enable_thinking=False,
+    )
     return ids
 
 
@@ -114,8 +174,13 @@ def test_an_unknown_model_is_rendered_as_transformers_does(unknown: Speaker):
             assert ids == theirs(unknown, conversation, generate=False)
             continue
         assert ids[:-1] == theirs(unknown, conversation, generate=False)
-        onward = replace(conversation, messages=(*conversation.messages, *Conversation.from_question("and?").messages))
-        assert ids == theirs(unknown, onward, generate=False)[:len(ids)]  # what closes it is what the template itself writes next
+        onward = replace(
+            conversation,
+            messages=(*conversation.messages, *Conversation.from_question("and?").messages),
+        )
+        assert (
+            ids == theirs(unknown, onward, generate=False)[: len(ids)]
+        )  # what closes it is what the template itself writes next
 
 
 @pytest.mark.realdata
@@ -124,26 +189,44 @@ def test_an_unknown_model_is_parsed_and_learns_its_answer(unknown: Speaker):
     for conversation in talks():
         tokens, kept = voice.render(conversation), voice.family.normalise(conversation)
         learned = np.flatnonzero(tokens.loss_mask_T)
-        before = len(voice.render_prompt(replace(conversation, messages=conversation.messages[:-1])))
+        before = len(
+            voice.render_prompt(replace(conversation, messages=conversation.messages[:-1]))
+        )
         assert learned.tolist() == list(range(before, int(learned[-1]) + 1))
         assert tokens.ids_T[learned[-1]] == voice.stop_ids[0]
         assert not any(i in voice.stop_ids for i in tokens.ids_T[learned[:-1]])
-        assert voice.parse(tokens.ids_T[learned].tolist(), ThinkingEffort.NONE) == ((Text(kept.messages[-1].text),), FinishReason.STOP)
+        assert voice.parse(tokens.ids_T[learned].tolist(), ThinkingEffort.NONE) == (
+            (Text(kept.messages[-1].text),),
+            FinishReason.STOP,
+        )
         assert voice.family.normalise(kept) == kept
 
 
 @pytest.mark.realdata
 def test_what_was_found_by_probing(unknown_of: Callable[[str], Speaker]):
     found = {name: unknown_of(name).renderer for name in UNKNOWN}
-    assert {n: v.family.name for n, v in found.items()} == dict.fromkeys(UNKNOWN, GENERIC_FAMILY_NAME)
+    assert {n: v.family.name for n, v in found.items()} == dict.fromkeys(
+        UNKNOWN, GENERIC_FAMILY_NAME
+    )
     assert {n: v.family.stop_tokens for n, v in found.items()} == {
-        "smollm3": ("<|im_end|>",), "deepseek-v3.1": ("<｜end▁of▁sentence｜>",), "apertus": ("<|assistant_end|>",),
-        "glm-4.6": ("<|user|>", "<|endoftext|>", "<|observation|>")}
-    talk = Conversation((Message(Role.SYSTEM, (Text("\n s \n"),)), Message(Role.USER, (Text("\n q \n"),)),
-                         Message(Role.ASSISTANT, (Thinking("t"), Text("\n a \n")))))
+        "smollm3": ("<|im_end|>",),
+        "deepseek-v3.1": ("<｜end▁of▁sentence｜>",),
+        "apertus": ("<|assistant_end|>",),
+        "glm-4.6": ("<|user|>", "<|endoftext|>", "<|observation|>"),
+    }
+    talk = Conversation(
+        (
+            Message(Role.SYSTEM, (Text("\n s \n"),)),
+            Message(Role.USER, (Text("\n q \n"),)),
+            Message(Role.ASSISTANT, (Thinking("t"), Text("\n a \n"))),
+        )
+    )
     assert {n: [p.text for p in v.family.normalise(talk).parts()] for n, v in found.items()} == {
-        "smollm3": ["\n s", "\n q \n", "", " a \n"], "deepseek-v3.1": ["\n s \n", "\n q \n", "", "\n a \n"],
-        "apertus": ["\n s \n", "\n q \n", "", "\n a \n"], "glm-4.6": ["\n s \n", "\n q \n", "", "a"]}
+        "smollm3": ["\n s", "\n q \n", "", " a \n"],
+        "deepseek-v3.1": ["\n s \n", "\n q \n", "", "\n a \n"],
+        "apertus": ["\n s \n", "\n q \n", "", "\n a \n"],
+        "glm-4.6": ["\n s \n", "\n q \n", "", "a"],
+    }
     for name, voice in found.items():
         note = model_warnings(ModelSource(str(unknown_of(name).folder)), voice, "w")
         assert "does not know this family" in note
@@ -159,20 +242,33 @@ def test_control_tokens_in_a_text_stay_text(unknown: Speaker):
     added = json.loads((unknown.folder / "tokenizer.json").read_text())["added_tokens"]
     names = [t["content"] for t in added if "think" not in t["content"]]
     assert set(names) <= voice.vocabulary.control_token_ids.keys()
-    said = Conversation.from_question("x " + " ".join(names)).with_answer(Text("y" + "".join(names) + "y"))
+    said = Conversation.from_question("x " + " ".join(names)).with_answer(
+        Text("y" + "".join(names) + "y")
+    )
     plain = Conversation.from_question("x").with_answer(Text("y"))
-    controls = [[i for i in voice.render(c).ids_T.tolist() if voice.vocabulary.bytes_W[i] is None] for c in (said, plain)]
+    controls = [
+        [i for i in voice.render(c).ids_T.tolist() if voice.vocabulary.bytes_W[i] is None]
+        for c in (said, plain)
+    ]
     assert controls[0] == controls[1]
     tokens = voice.render(said)
-    assert voice.parse(tokens.ids_T[tokens.loss_mask_T].tolist(), ThinkingEffort.NONE)[0] == said.messages[-1].parts
+    assert (
+        voice.parse(tokens.ids_T[tokens.loss_mask_T].tolist(), ThinkingEffort.NONE)[0]
+        == said.messages[-1].parts
+    )
 
 
 @pytest.mark.realdata
 def test_an_open_answer_needs_a_known_end(data: Path, tmp_path: Path):
     """GLM's turns end with the next speaker's token: only its generation_config.json says that this is an end."""
     text = (data / "templates" / "glm-4.6.jinja").read_text()
-    folder = folder_of(tmp_path / "glm", text, bos=None, eos="<|endoftext|>", controls=("<|user|>",))
-    with pytest.raises(DataError, match=r"ends an answer with no control token; the next question begins with <\|user\|>") as caught:
+    folder = folder_of(
+        tmp_path / "glm", text, bos=None, eos="<|endoftext|>", controls=("<|user|>",)
+    )
+    with pytest.raises(
+        DataError,
+        match=r"ends an answer with no control token; the next question begins with <\|user\|>",
+    ) as caught:
         load_renderer(ModelSource(str(folder)), "teachers.0.model")
     assert caught.value.where == "teachers.0.model"
     assert "new_family" in caught.value.remedy
@@ -187,51 +283,113 @@ ROLES = ("<|user|>", "<|assistant|>", "<|system|>", "<|stop|>")
 
 
 def small(path: Path, template: str, eos: str = "<|stop|>", **more: Any) -> ModelSource:
-    return ModelSource(str(folder_of(path / "small", template, **{"bos": None, "eos": eos, "controls": ROLES} | more)))
+    return ModelSource(
+        str(
+            folder_of(
+                path / "small", template, **{"bos": None, "eos": eos, "controls": ROLES} | more
+            )
+        )
+    )
 
 
-@pytest.mark.parametrize("cut", ["", "trim", "strip(' ')", "lstrip('\\n')", "rstrip()", "strip('\\n ')"])
+@pytest.mark.parametrize(
+    "cut", ["", "trim", "strip(' ')", "lstrip('\\n')", "rstrip()", "strip('\\n ')"]
+)
 @pytest.mark.parametrize("role", ["user", "assistant", "system"])
 def test_what_a_template_trims_is_found_for_each_role(tmp_path: Path, role: str, cut: str):
     content = "m['content']" + ("" if not cut else " | trim" if cut == "trim" else f".{cut}")
     turn = f"<|{{{{ m['role'] }}}}|>{{{{ ({content}) if m['role'] == '{role}' else m['content'] }}}}<|stop|>"
     voice = load_renderer(small(tmp_path, HEAD + turn + END), "w")
     text = " \n \t\u3000x\u3000\t \n "
-    want = {"": text, "trim": "x", "strip(' ')": text.strip(" "), "lstrip('\\n')": text.lstrip("\n"), "rstrip()": text.rstrip(),
-            "strip('\\n ')": text.strip(" \n")}[cut]
+    want = {
+        "": text,
+        "trim": "x",
+        "strip(' ')": text.strip(" "),
+        "lstrip('\\n')": text.lstrip("\n"),
+        "rstrip()": text.rstrip(),
+        "strip('\\n ')": text.strip(" \n"),
+    }[cut]
     talk = Conversation.from_question(text, system=text).with_answer(Text(text))
     kept = voice.family.normalise(talk)
-    assert [m.text for m in kept.messages] == [want if m.role.value == role else text for m in talk.messages]
+    assert [m.text for m in kept.messages] == [
+        want if m.role.value == role else text for m in talk.messages
+    ]
     tokens = voice.render(talk)
-    assert voice.parse(tokens.ids_T[tokens.loss_mask_T].tolist(), ThinkingEffort.NONE) == (kept.messages[-1].parts, FinishReason.STOP)
+    assert voice.parse(tokens.ids_T[tokens.loss_mask_T].tolist(), ThinkingEffort.NONE) == (
+        kept.messages[-1].parts,
+        FinishReason.STOP,
+    )
 
 
 @pytest.mark.parametrize("where", ["loop.last", "not loop.last"])
 def test_an_earlier_answer_may_be_trimmed_otherwise_than_the_last(tmp_path: Path, where: str):
     content = f"m['content'] | trim if m['role'] == 'assistant' and {where} else m['content']"
-    voice = load_renderer(small(tmp_path, HEAD + f"<|{{{{ m['role'] }}}}|>{{{{ {content} }}}}<|stop|>" + END), "w")
+    voice = load_renderer(
+        small(tmp_path, HEAD + f"<|{{{{ m['role'] }}}}|>{{{{ {content} }}}}<|stop|>" + END), "w"
+    )
     first = Conversation.from_question(" q ").with_answer(Text(" a "))
     talk = replace(first, messages=first.messages * 2)
-    want = ["a" if m.role is Role.ASSISTANT and (k == 3) == (where == "loop.last") else m.text for k, m in enumerate(talk.messages)]
+    want = [
+        "a" if m.role is Role.ASSISTANT and (k == 3) == (where == "loop.last") else m.text
+        for k, m in enumerate(talk.messages)
+    ]
     assert [m.text for m in voice.family.normalise(talk).messages] == want
     assert voice.family.normalise(first).messages[-1].text == want[3]
     tokens = voice.render(talk)
-    assert voice.parse(tokens.ids_T[tokens.loss_mask_T].tolist(), ThinkingEffort.NONE) == ((Text(want[3]),), FinishReason.STOP)
+    assert voice.parse(tokens.ids_T[tokens.loss_mask_T].tolist(), ThinkingEffort.NONE) == (
+        (Text(want[3]),),
+        FinishReason.STOP,
+    )
 
 
-@pytest.mark.parametrize(("template", "reason"), [
-    (HEAD + TURN + "{% endfor %}{% if add_generation_prompt %}<|assistant|>Sure: {% endif %}", "does not write an answer where its prompt ends"),
-    (HEAD + "<|{{ m['role'] }}|>{{ m['content'] | upper }}<|stop|>" + END, "rewrites the user's text"),
-    (HEAD + "<|{{ m['role'] }}|>{{ m['content'] }}{{ m['content'] }}<|stop|>" + END, "does not write an answer where its prompt ends"),
-    (HEAD + "{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
-     "ends an answer with no control token$"),
-    (HEAD + "<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}<|think|>{% endif %}{{ m['content'] }}<|stop|>" + END, "between its prompt"),
-    ("{{ raise_exception('no chat') }}", "no chat"),
-    (HEAD + "{% if m['content'] != m['content'] | trim %}!{% endif %}" + TURN + END, "changes with the white space around the user's"),
-    (HEAD + "<|{{ m['role'] }}|>{{ m['content'].replace(' ', '_') }}<|stop|>" + END, "rewrites the user's text"),
-    (HEAD + "<|{{ m['role'] }}|>{{ m['content'] if m['role'] == 'user' else '' }}<|stop|>" + END, "does not write an answer"),
-])
-def test_templates_generic_cannot_follow_are_refused_when_opened(tmp_path: Path, template: str, reason: str):
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (
+            HEAD
+            + TURN
+            + "{% endfor %}{% if add_generation_prompt %}<|assistant|>Sure: {% endif %}",
+            "does not write an answer where its prompt ends",
+        ),
+        (
+            HEAD + "<|{{ m['role'] }}|>{{ m['content'] | upper }}<|stop|>" + END,
+            "rewrites the user's text",
+        ),
+        (
+            HEAD + "<|{{ m['role'] }}|>{{ m['content'] }}{{ m['content'] }}<|stop|>" + END,
+            "does not write an answer where its prompt ends",
+        ),
+        (
+            HEAD
+            + "{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
+            "ends an answer with no control token$",
+        ),
+        (
+            HEAD
+            + "<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}<|think|>{% endif %}{{ m['content'] }}<|stop|>"
+            + END,
+            "between its prompt",
+        ),
+        ("{{ raise_exception('no chat') }}", "no chat"),
+        (
+            HEAD + "{% if m['content'] != m['content'] | trim %}!{% endif %}" + TURN + END,
+            "changes with the white space around the user's",
+        ),
+        (
+            HEAD + "<|{{ m['role'] }}|>{{ m['content'].replace(' ', '_') }}<|stop|>" + END,
+            "rewrites the user's text",
+        ),
+        (
+            HEAD
+            + "<|{{ m['role'] }}|>{{ m['content'] if m['role'] == 'user' else '' }}<|stop|>"
+            + END,
+            "does not write an answer",
+        ),
+    ],
+)
+def test_templates_generic_cannot_follow_are_refused_when_opened(
+    tmp_path: Path, template: str, reason: str
+):
     with pytest.raises(DataError) as caught:
         load_renderer(small(tmp_path, template), "teachers.0.model")
     assert re.search(reason, caught.value.message)
@@ -239,10 +397,22 @@ def test_templates_generic_cannot_follow_are_refused_when_opened(tmp_path: Path,
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("template", "why"), [
-    ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + HEAD + TURN + END, "no system here"),
-    (HEAD + "{% if m['role'] != 'system' %}" + TURN + "{% endif %}" + END, "leaves the text out"),
-])
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        (
+            "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+            + HEAD
+            + TURN
+            + END,
+            "no system here",
+        ),
+        (
+            HEAD + "{% if m['role'] != 'system' %}" + TURN + "{% endif %}" + END,
+            "leaves the text out",
+        ),
+    ],
+)
 def test_no_system_role_is_said_and_refused_in_one_line(tmp_path: Path, template: str, why: str):
     source = small(tmp_path, template)
     voice = load_renderer(source, "teachers.0.model")
@@ -264,7 +434,9 @@ def test_words_of_the_template_around_an_answer_are_learned_and_taken_off(tmp_pa
         learned = tokens.ids_T[tokens.loss_mask_T].tolist()
         assert voice.vocabulary.decode(learned[:-1]).decode() == f"\n\nSays: {text}\n"
         assert voice.parse(learned, ThinkingEffort.NONE) == ((Text(text),), FinishReason.STOP)
-    assert voice.parse([*voice.vocabulary.encode("bare"), voice.stop_ids[0]], ThinkingEffort.NONE) == ((Text("bare"),), FinishReason.STOP)
+    assert voice.parse(
+        [*voice.vocabulary.encode("bare"), voice.stop_ids[0]], ThinkingEffort.NONE
+    ) == ((Text("bare"),), FinishReason.STOP)
 
 
 def test_an_eos_that_is_not_the_turns_end_is_said_and_stops_too(tmp_path: Path):
@@ -273,34 +445,53 @@ def test_an_eos_that_is_not_the_turns_end_is_said_and_stops_too(tmp_path: Path):
     assert voice.family.stop_tokens == ("<|stop|>", "<|text_end|>")
     assert "its configuration ends at <|text_end|> instead" in voice.family.limitations
     body = voice.vocabulary.encode("Hi")
-    assert {voice.parse([*body, i, *body], ThinkingEffort.NONE) for i in voice.stop_ids} == {((Text("Hi"),), FinishReason.STOP)}
-    assert voice.parse([*body, voice.vocabulary.control_token_ids["<|user|>"], voice.stop_ids[0]], ThinkingEffort.NONE) == ((), FinishReason.MALFORMED)
+    assert {voice.parse([*body, i, *body], ThinkingEffort.NONE) for i in voice.stop_ids} == {
+        ((Text("Hi"),), FinishReason.STOP)
+    }
+    assert voice.parse(
+        [*body, voice.vocabulary.control_token_ids["<|user|>"], voice.stop_ids[0]],
+        ThinkingEffort.NONE,
+    ) == ((), FinishReason.MALFORMED)
 
 
 def test_generic_is_one_of_the_names_a_recipe_may_use(tiny: Speaker):
     """Forced on a model that persea knows: its template alone renders plain talk as the family does."""
     if tiny.renderer.family.name == "gpt-oss":
-        with pytest.raises(DataError, match=r"between its prompt|where its prompt ends|white space"):
+        with pytest.raises(
+            DataError, match=r"between its prompt|where its prompt ends|white space"
+        ):
             load_renderer(ModelSource(str(tiny.folder), family=GENERIC_FAMILY_NAME), "w")
         return
     voice = load_renderer(ModelSource(str(tiny.folder), family=GENERIC_FAMILY_NAME), "w")
     talk = Conversation.from_question(" Hi\n").with_answer(Text("\n Hello "))
     assert voice.render(talk).ids_T.tolist() == tiny.renderer.render(talk).ids_T.tolist()
-    assert voice.render(talk).loss_mask_T.tolist() == tiny.renderer.render(talk).loss_mask_T.tolist()
+    assert (
+        voice.render(talk).loss_mask_T.tolist() == tiny.renderer.render(talk).loss_mask_T.tolist()
+    )
     assert voice.digest != tiny.renderer.digest
 
 
 def test_a_run_says_who_speaks_and_what_is_not_known(tmp_path: Path):
-    river = RunContext(load_recipe(recipe(tmp_path), ["teachers.0.family=generic", "teachers.1.family=gemma"]), tmp_path / "run")
+    river = RunContext(
+        load_recipe(recipe(tmp_path), ["teachers.0.family=generic", "teachers.1.family=gemma"]),
+        tmp_path / "run",
+    )
     said: list[str] = []
     run_check(river, tmp_path / "check", lambda stage, share, words: said.append(words))
     found = json.loads((tmp_path / "check" / "check.json").read_text())["families"]
     note = found["qwen-sapling"].pop("note")
     assert "does not know this family" in note
-    assert found == {"qwen-sapling": {"family": "generic", "detected": False}, "gemma-sapling": {"family": "gemma", "detected": False, "note": ""},
-                     "gpt-oss-sapling": {"family": "gpt-oss", "detected": True, "note": ""},
-                     "student": {"family": "llama", "detected": True, "note": ""}}
-    assert said == ["qwen-sapling (generic, see its note in check.json)", "gemma-sapling (gemma)", "gpt-oss-sapling (gpt-oss)"]
+    assert found == {
+        "qwen-sapling": {"family": "generic", "detected": False},
+        "gemma-sapling": {"family": "gemma", "detected": False, "note": ""},
+        "gpt-oss-sapling": {"family": "gpt-oss", "detected": True, "note": ""},
+        "student": {"family": "llama", "detected": True, "note": ""},
+    }
+    assert said == [
+        "qwen-sapling (generic, see its note in check.json)",
+        "gemma-sapling (gemma)",
+        "gpt-oss-sapling (gpt-oss)",
+    ]
     assert river.lineage_parent("qwen-sapling").licence == "not known"
 
 
@@ -308,7 +499,9 @@ def test_tools_are_refused_and_not_lost(tmp_path: Path):
     voice = load_renderer(small(tmp_path, HEAD + TURN + END), "w")
     asked = replace(Conversation.from_question("Hi"), tools=(Tool("clock", "the time", "{}"),))
     call = Conversation.from_question("Hi").with_answer(ToolCall("clock", "{}"))
-    result = replace(call, messages=(*call.messages, Message(Role.TOOL, (ToolResult("clock", "noon"),))))
+    result = replace(
+        call, messages=(*call.messages, Message(Role.TOOL, (ToolResult("clock", "noon"),)))
+    )
     for conversation in (asked, call, result):
         with pytest.raises(DataError, match="tools"):
             voice.render_prompt(conversation)
@@ -317,18 +510,31 @@ def test_tools_are_refused_and_not_lost(tmp_path: Path):
 # ---- which family --------------------------------------------------------------------------------------------------
 
 
-def test_the_longest_mark_in_the_template_wins(tiny_of: Callable[[str], Speaker], monkeypatch: pytest.MonkeyPatch):
+def test_the_longest_mark_in_the_template_wins(
+    tiny_of: Callable[[str], Speaker], monkeypatch: pytest.MonkeyPatch
+):
     vocabulary = tiny_of("qwen").renderer.vocabulary
-    family: Callable[[str, str], Family] = lambda name, mark: replace(QWEN, name=name, template_signature=mark)  # noqa: E731
-    any_, short, long, other = family("any", ""), family("short", "ab"), family("long", "abc"), family("other", "xyz")
-    monkeypatch.setattr(families, "FAMILIES", (replace(LLAMA, template_signature=""), any_, long, short, other))
+    family: Callable[[str, str], Family] = lambda name, mark: replace(
+        QWEN, name=name, template_signature=mark
+    )
+    any_, short, long, other = (
+        family("any", ""),
+        family("short", "ab"),
+        family("long", "abc"),
+        family("other", "xyz"),
+    )
+    monkeypatch.setattr(
+        families, "FAMILIES", (replace(LLAMA, template_signature=""), any_, long, short, other)
+    )
     assert families.detect_family(vocabulary, "") is any_
     assert families.detect_family(vocabulary, "zab") is short
     assert families.detect_family(vocabulary, "zabc") is long
     assert families.detect_family(vocabulary, "abc xyz") is None  # equally long: no guess
     monkeypatch.setattr(families, "FAMILIES", (LLAMA, short))
     assert families.detect_family(vocabulary, "nothing of it") is None
-    assert families.detect_family(vocabulary, "<|start_header_id|> ab") is short  # a signature in the template alone is none
+    assert (
+        families.detect_family(vocabulary, "<|start_header_id|> ab") is short
+    )  # a signature in the template alone is none
 
 
 def test_trim():

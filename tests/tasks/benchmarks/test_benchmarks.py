@@ -28,13 +28,37 @@ from tests.data.test_language_id import SAID
 
 GSM = {"question": "Two and two?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"}
 XCOPA = {"premise": "A.", "choice1": "B.", "choice2": "C.", "question": "effect", "label": 1}
-MBPP = {"text": "Add.", "code": "def add(a, b): return a + b", "task_id": 1, "test_setup_code": "", "test_list": ["assert add(1, 2) == 3"]}
-BFCL = {"id": "a_0", "question": [[{"role": "user", "content": "Area?"}]],
-        "function": [{"name": "area", "description": "d", "parameters": {"type": "dict", "properties": {"base": {"type": "float"}}}}]}
-IFEVAL = {"key": 1, "prompt": "Write.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
-HUMANEVAL = {"task_id": "HumanEval/0", "prompt": "def add(a, b):\n    \"\"\"Add.\"\"\"\n", "entry_point": "add",
+MBPP = {
+    "text": "Add.",
+    "code": "def add(a, b): return a + b",
+    "task_id": 1,
+    "test_setup_code": "",
+    "test_list": ["assert add(1, 2) == 3"],
+}
+BFCL = {
+    "id": "a_0",
+    "question": [[{"role": "user", "content": "Area?"}]],
+    "function": [
+        {
+            "name": "area",
+            "description": "d",
+            "parameters": {"type": "dict", "properties": {"base": {"type": "float"}}},
+        }
+    ],
+}
+IFEVAL = {
+    "key": 1,
+    "prompt": "Write.",
+    "instruction_id_list": ["punctuation:no_comma"],
+    "kwargs": [{}],
+}
+HUMANEVAL = {
+    "task_id": "HumanEval/0",
+    "prompt": 'def add(a, b):\n    """Add."""\n',
+    "entry_point": "add",
     "canonical_solution": "    return a + b\n",
-             "test": "def check(candidate):\n    assert candidate(1, 2) == 3"}
+    "test": "def check(candidate):\n    assert candidate(1, 2) == 3",
+}
 
 
 def lines(*fields: object) -> str:
@@ -46,27 +70,47 @@ def source(tmp_path: Path) -> Callable[..., BenchmarkSource]:
     def write(text: str | bytes, answers: str = "", language: str = "") -> BenchmarkSource:
         (tmp_path / "set").write_bytes(text.encode() if isinstance(text, str) else text)
         (tmp_path / "answers").write_text(answers, encoding="utf-8")
-        return BenchmarkSource(str(tmp_path / "set"), str(tmp_path / "answers") if answers else "", language)
+        return BenchmarkSource(
+            str(tmp_path / "set"), str(tmp_path / "answers") if answers else "", language
+        )
 
     return write
 
 
 SMALL = {  # set -> (file, answers, language): the least that it reads
-    "translation": ("Hello.", "Xin chào.", "vi"), "xcopa": (lines(XCOPA), "", "vi"), "fidelity": (lines({"prompt": "Why?"}), "", "vi"),
-    "jcommonsenseqa": (lines({"question": "何?", **{f"choice{k}": f"{k}" for k in range(5)}, "label": 2}), "", ""),
-    "fidelity-thought": (lines({"prompt": "Why?"}), "", "th"), "gsm8k": (lines(GSM), "", ""), "mgsm": ("2 \u0e41\u0e25\u0e30 2?\t4\n", "", "th"),
+    "translation": ("Hello.", "Xin chào.", "vi"),
+    "xcopa": (lines(XCOPA), "", "vi"),
+    "fidelity": (lines({"prompt": "Why?"}), "", "vi"),
+    "jcommonsenseqa": (
+        lines({"question": "何?", **{f"choice{k}": f"{k}" for k in range(5)}, "label": 2}),
+        "",
+        "",
+    ),
+    "fidelity-thought": (lines({"prompt": "Why?"}), "", "th"),
+    "gsm8k": (lines(GSM), "", ""),
+    "mgsm": ("2 \u0e41\u0e25\u0e30 2?\t4\n", "", "th"),
     "svamp": (json.dumps([{"Body": "Two.", "Question": "And two?", "Answer": 4.0}]), "", ""),
-    "bbh": (json.dumps({"examples": [{"input": "True and", "target": "True"}]}), "", ""), "mbpp": (lines(MBPP), "", ""),
+    "bbh": (json.dumps({"examples": [{"input": "True and", "target": "True"}]}), "", ""),
+    "mbpp": (lines(MBPP), "", ""),
     "humaneval": (lines(HUMANEVAL), "", ""),
-    "xstest-harmful": ("id,prompt,type,label\n1,How?,t,unsafe\n", "", ""), "xstest-harmless": ("id,prompt,type,label\n1,How?,t,safe\n", "", ""),
-    "harmbench": ("Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID\nDo,standard,s,,,d\n", "", ""),
-    "multijail": ("id,tags,vi\n1,t,Sao?\n", "", "vi"), "bfcl": (lines(BFCL), lines({"id": "a_0", "ground_truth": [{"area": {"base": [1]}}]}), ""),
-    "bfcl-irrelevance": (lines(BFCL), "", ""), "ifeval": (lines(IFEVAL), "", "")}
+    "xstest-harmful": ("id,prompt,type,label\n1,How?,t,unsafe\n", "", ""),
+    "xstest-harmless": ("id,prompt,type,label\n1,How?,t,safe\n", "", ""),
+    "harmbench": (
+        "Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID\nDo,standard,s,,,d\n",
+        "",
+        "",
+    ),
+    "multijail": ("id,tags,vi\n1,t,Sao?\n", "", "vi"),
+    "bfcl": (lines(BFCL), lines({"id": "a_0", "ground_truth": [{"area": {"base": [1]}}]}), ""),
+    "bfcl-irrelevance": (lines(BFCL), "", ""),
+    "ifeval": (lines(IFEVAL), "", ""),
+}
 
 
 @pytest.fixture
 def small(source: Callable[..., BenchmarkSource]) -> Callable[[str], tuple[Benchmark, TaskItem]]:
     """A set with its one question."""
+
     def of(name: str) -> tuple[Benchmark, TaskItem]:
         text, answers, language = SMALL[name]
         published = sets.find_benchmark(name)
@@ -79,7 +123,9 @@ def small(source: Callable[..., BenchmarkSource]) -> Callable[[str], tuple[Bench
 def test_every_set_has_its_small_file_and_a_name_of_its_own():
     assert [s.name for s in sets.BENCHMARKS] == list(dict.fromkeys(s.name for s in sets.BENCHMARKS))
     assert {s.name for s in sets.BENCHMARKS} == SMALL.keys()
-    assert all(s.skill.startswith("safety-") for s in sets.safety.BENCHMARKS)  # a student that loses on those is refused
+    assert all(
+        s.skill.startswith("safety-") for s in sets.safety.BENCHMARKS
+    )  # a student that loses on those is refused
     with pytest.raises(DataError, match="unknown set 'gsm9k'"):
         sets.find_benchmark("gsm9k")
 
@@ -88,83 +134,181 @@ RUNS = ("mbpp", "humaneval")
 
 
 @pytest.mark.parametrize("name", [n for n in SMALL if n not in RUNS])
-def test_the_reference_is_right_and_hostile_answers_are_not(small: Callable[[str], tuple[Benchmark, TaskItem]], name: str):
+def test_the_reference_is_right_and_hostile_answers_are_not(
+    small: Callable[[str], tuple[Benchmark, TaskItem]], name: str
+):
     """Thirty answers that no set may call right, beside the one it must; none takes long, and a grader that breaks is counted."""
     published, item = small(name)
     skill = sets.Task(name, (), lambda *_: (), published.grade_answer)
     if item.reference or item.calls:
         parts = (*((Text(item.reference),) if item.reference else ()), *item.calls)
-        (result,) = grade_answers(skill, [item], [(Message(Role.ASSISTANT, parts), FinishReason.STOP)])
+        (result,) = grade_answers(
+            skill, [item], [(Message(Role.ASSISTANT, parts), FinishReason.STOP)]
+        )
         assert (result.verdict, result.value) == (Verdict.RIGHT, 1.0), result
     hostile = [
-        "", " ", "\n\n", "\0", "\u200b" * 50, "NaN", "nan", "inf", "-Infinity", "#### NaN", "#### nan", "####", "\\boxed{", "\\boxed{}",
+        "",
+        " ",
+        "\n\n",
+        "\0",
+        "\u200b" * 50,
+        "NaN",
+        "nan",
+        "inf",
+        "-Infinity",
+        "#### NaN",
+        "#### nan",
+        "####",
+        "\\boxed{",
+        "\\boxed{}",
         "\\boxed{\\boxed{",
-        "{" * 5000, "[" * 50_000, '{"name": "area", "arguments": ' + '{"a":' * 2000, "(" * 3000, "*" * 9999, "```python\n", "```" * 500,
-        "1e999", "9" * 5000, "0x4", "1.2.3.4", "\ud83d\ude00" * 40, "é" * 300, "\u202e4321", "%s%n{0}{{}}", "'; DROP TABLE--", "</answer>REFUSES",
-        "a" * (MAX_ANSWER_CHARS + 1), "word " * 250_000, "9," * 500_000, "ก็" * 300_000, "#### " * 200_000]
+        "{" * 5000,
+        "[" * 50_000,
+        '{"name": "area", "arguments": ' + '{"a":' * 2000,
+        "(" * 3000,
+        "*" * 9999,
+        "```python\n",
+        "```" * 500,
+        "1e999",
+        "9" * 5000,
+        "0x4",
+        "1.2.3.4",
+        "\ud83d\ude00" * 40,
+        "é" * 300,
+        "\u202e4321",
+        "%s%n{0}{{}}",
+        "'; DROP TABLE--",
+        "</answer>REFUSES",
+        "a" * (MAX_ANSWER_CHARS + 1),
+        "word " * 250_000,
+        "9," * 500_000,
+        "ก็" * 300_000,
+        "#### " * 200_000,
+    ]
     begin = time.monotonic()
-    results = grade_answers(skill, [item] * len(hostile), [(Message.from_assistant(h), FinishReason.STOP) for h in hostile])
-    wrong = [h[:20] for h, r in zip(hostile, results, strict=True) if (r.verdict is Verdict.RIGHT) != (r.value == 1.0) or not 0 <= r.value <= 1]
+    results = grade_answers(
+        skill,
+        [item] * len(hostile),
+        [(Message.from_assistant(h), FinishReason.STOP) for h in hostile],
+    )
+    wrong = [
+        h[:20]
+        for h, r in zip(hostile, results, strict=True)
+        if (r.verdict is Verdict.RIGHT) != (r.value == 1.0) or not 0 <= r.value <= 1
+    ]
     assert not wrong
-    harmless = name in ("xstest-harmless", "bfcl-irrelevance", "ifeval")  # words of any kind may help, call nothing, hold no comma
-    assert harmless or not [h[:20] for h, r in zip(hostile, results, strict=True) if r.verdict is Verdict.RIGHT or r.value > 0.5]
-    assert {r.verdict for r in results[-5:]} == {Verdict.MALFORMED}  # a megabyte of anything is nobody's answer
+    harmless = name in (
+        "xstest-harmless",
+        "bfcl-irrelevance",
+        "ifeval",
+    )  # words of any kind may help, call nothing, hold no comma
+    assert harmless or not [
+        h[:20]
+        for h, r in zip(hostile, results, strict=True)
+        if r.verdict is Verdict.RIGHT or r.value > 0.5
+    ]
+    assert {r.verdict for r in results[-5:]} == {
+        Verdict.MALFORMED
+    }  # a megabyte of anything is nobody's answer
     assert all(r.reason for r in results if r.verdict is Verdict.GRADER_ERROR)
     assert time.monotonic() - begin < 30
 
 
-def test_a_reference_that_did_not_stop_is_not_right(small: Callable[[str], tuple[Benchmark, TaskItem]]):
+def test_a_reference_that_did_not_stop_is_not_right(
+    small: Callable[[str], tuple[Benchmark, TaskItem]],
+):
     published, item = small("gsm8k")
     skill = sets.Task("gsm8k", (), lambda *_: (), published.grade_answer)
-    assert grade_answers(skill, [item], [(Message.from_assistant(item.reference), FinishReason.LENGTH)])[0].verdict is Verdict.MALFORMED
+    assert (
+        grade_answers(
+            skill, [item], [(Message.from_assistant(item.reference), FinishReason.LENGTH)]
+        )[0].verdict
+        is Verdict.MALFORMED
+    )
 
 
 # --- what is read ---
 
 
-@pytest.mark.parametrize(("name", "text", "answers", "reason"), [
-    ("gsm8k", "", "", "holds no question"), ("gsm8k", "\n\n", "", "holds no question"), ("gsm8k", "{", "", ":1: not JSON"),
-    ("gsm8k", lines(GSM) + "\n[]", "", ":2: not a JSON object"),
-    ("gsm8k", lines(GSM, {"question": "Q", "answer": "4"}), "", ":2: `answer` has no ####"),
-    ("gsm8k", lines({"question": "Q", "answer": "#### four"}), "", ":1: 'four' is no number"),
-    ("gsm8k", lines({"question": "Q"}), "", "`answer` is missing"),
-    ("gsm8k", lines({"question": "", "answer": "#### 4"}), "", "`question` is empty"),
-    ("gsm8k", lines({"question": 3}), "", "`question` is not a text"),
-    ("gsm8k", '{"question": "Q", "answer": NaN}', "", "NaN is not JSON"), ("gsm8k", "[" * 100_000, "", ":1: not JSON"),
-    ("gsm8k", b'{"question": "a"}\n\xff\xfe', "", ":2: not UTF-8"),
-    ("gsm8k", lines(GSM | {"id": "a"}, GSM | {"id": "a"}), "", "two questions have the id gsm8k/en/a"),
-    ("mgsm", "Q\t4\tmore\n", "", ":1: 3 columns, not 2"), ("mgsm", "Q\n", "", ":1: 1 columns"), ("mgsm", "Q\tvier\n", "", ":1: 'vier' is no number"),
-    ("svamp", "{}", "", "no list"), ("svamp", "[1]", "", "entry 1: not a JSON object"),
-    ("svamp", '[{"Body": "B", "Question": "Q", "Answer": "4"}]', "", "`Answer` is a str"),
-    ("svamp", "[\n{]", "", ":2: not JSON"), ("svamp", '[{"Body": "B", "Question": "Q", "Answer": true}]', "", "`Answer` is a bool"),
-    ("bbh", "[]", "", "holds no question"), ("bbh", '{"examples": 3}', "", "no list under `examples`"),
-    ("bbh", '{"examples": [{"input": "a"}]}', "", "`target` is missing"),
-    ("xcopa", lines(XCOPA | {"label": 2}), "", "`label` 2 is not 0 or 1"), ("xcopa", lines(XCOPA | {"question": "why"}), "", "not cause or effect"),
-    ("translation", "One.\nTwo.", "Một.", "2 lines, and 1 translations"), ("translation", "One.", "", "no file of translations"),
-    ("translation", "One.\n\nThree.", "a\nb\nc", ":2: `text` is empty"),
-    ("mbpp", lines(MBPP | {"test_list": []}), "", "`test_list` is empty"),
-    ("mbpp", lines(MBPP | {"test_list": ["assert ("]}), "", "a test is no Python"),
-    ("mbpp", lines(MBPP | {"test_list": ["assert True"]}), "", "calls no function"),
-    ("humaneval", lines(HUMANEVAL | {"entry_point": "sub"}), "", "function's head"),
-    ("xstest-harmful", "id,prompt,type,label\n1,How?,t,perhaps\n", "", ":2: `label` 'perhaps'"),
-    ("xstest-harmful", "id,prompt,type,label\n1,How?,t\n", "", ":2: 3 columns"),
-    ("xstest-harmful", 'id,prompt,type,label\n1,"How?,t,safe\n', "", "not a table"),
-    ("xstest-harmful", "id,prompt,type,label\n1,H?,t,safe\n", "", "holds no question"),
-    ("multijail", "id,tags,en\n1,t,Why?\n", "", "no column 'vi'"), ("harmbench", "Behavior\nDo\n", "", "`FunctionalCategory` is missing"),
-    ("bfcl", lines(BFCL), "", "no file of possible answers"),
-    ("bfcl", lines(BFCL), lines({"id": "b", "ground_truth": []}), "no possible answer for a_0"),
-    ("bfcl", lines(BFCL), lines({"id": "a_0", "ground_truth": []}), "calls nothing"),
-    ("bfcl", lines(BFCL), lines({"id": "a_0", "ground_truth": [3]}), "no list of calls"),
-    ("bfcl", lines(BFCL), lines({"id": "a_0", "ground_truth": [{"other": {}}]}), "does not offer"),
-    ("bfcl", lines(BFCL | {"question": []}), lines({"id": "a_0", "ground_truth": []}), "not one turn"),
-    ("bfcl-irrelevance", lines(BFCL | {"function": [{"name": "a b"}]}), "", "is no tool"),
-    ("bfcl-irrelevance", lines(BFCL | {"function": []}), "", "no function"),
-    ("ifeval", lines(IFEVAL | {"kwargs": []}), "", "not of one length"),
-    ("ifeval", lines(IFEVAL | {"instruction_id_list": []}), "", "not of one length"),
-    ("ifeval", lines(IFEVAL | {"kwargs": [{"commas": 3}]}), "", "do not fit"),
-    ("ifeval", lines(IFEVAL | {"instruction_id_list": ["new:one"]}), "", "no checker for new:one"),
-])
-def test_a_broken_set_is_refused_with_its_place(source: Callable[..., BenchmarkSource], name: str, text: str, answers: str, reason: str):
+@pytest.mark.parametrize(
+    ("name", "text", "answers", "reason"),
+    [
+        ("gsm8k", "", "", "holds no question"),
+        ("gsm8k", "\n\n", "", "holds no question"),
+        ("gsm8k", "{", "", ":1: not JSON"),
+        ("gsm8k", lines(GSM) + "\n[]", "", ":2: not a JSON object"),
+        ("gsm8k", lines(GSM, {"question": "Q", "answer": "4"}), "", ":2: `answer` has no ####"),
+        ("gsm8k", lines({"question": "Q", "answer": "#### four"}), "", ":1: 'four' is no number"),
+        ("gsm8k", lines({"question": "Q"}), "", "`answer` is missing"),
+        ("gsm8k", lines({"question": "", "answer": "#### 4"}), "", "`question` is empty"),
+        ("gsm8k", lines({"question": 3}), "", "`question` is not a text"),
+        ("gsm8k", '{"question": "Q", "answer": NaN}', "", "NaN is not JSON"),
+        ("gsm8k", "[" * 100_000, "", ":1: not JSON"),
+        ("gsm8k", b'{"question": "a"}\n\xff\xfe', "", ":2: not UTF-8"),
+        (
+            "gsm8k",
+            lines(GSM | {"id": "a"}, GSM | {"id": "a"}),
+            "",
+            "two questions have the id gsm8k/en/a",
+        ),
+        ("mgsm", "Q\t4\tmore\n", "", ":1: 3 columns, not 2"),
+        ("mgsm", "Q\n", "", ":1: 1 columns"),
+        ("mgsm", "Q\tvier\n", "", ":1: 'vier' is no number"),
+        ("svamp", "{}", "", "no list"),
+        ("svamp", "[1]", "", "entry 1: not a JSON object"),
+        ("svamp", '[{"Body": "B", "Question": "Q", "Answer": "4"}]', "", "`Answer` is a str"),
+        ("svamp", "[\n{]", "", ":2: not JSON"),
+        ("svamp", '[{"Body": "B", "Question": "Q", "Answer": true}]', "", "`Answer` is a bool"),
+        ("bbh", "[]", "", "holds no question"),
+        ("bbh", '{"examples": 3}', "", "no list under `examples`"),
+        ("bbh", '{"examples": [{"input": "a"}]}', "", "`target` is missing"),
+        ("xcopa", lines(XCOPA | {"label": 2}), "", "`label` 2 is not 0 or 1"),
+        ("xcopa", lines(XCOPA | {"question": "why"}), "", "not cause or effect"),
+        ("translation", "One.\nTwo.", "Một.", "2 lines, and 1 translations"),
+        ("translation", "One.", "", "no file of translations"),
+        ("translation", "One.\n\nThree.", "a\nb\nc", ":2: `text` is empty"),
+        ("mbpp", lines(MBPP | {"test_list": []}), "", "`test_list` is empty"),
+        ("mbpp", lines(MBPP | {"test_list": ["assert ("]}), "", "a test is no Python"),
+        ("mbpp", lines(MBPP | {"test_list": ["assert True"]}), "", "calls no function"),
+        ("humaneval", lines(HUMANEVAL | {"entry_point": "sub"}), "", "function's head"),
+        ("xstest-harmful", "id,prompt,type,label\n1,How?,t,perhaps\n", "", ":2: `label` 'perhaps'"),
+        ("xstest-harmful", "id,prompt,type,label\n1,How?,t\n", "", ":2: 3 columns"),
+        ("xstest-harmful", 'id,prompt,type,label\n1,"How?,t,safe\n', "", "not a table"),
+        ("xstest-harmful", "id,prompt,type,label\n1,H?,t,safe\n", "", "holds no question"),
+        ("multijail", "id,tags,en\n1,t,Why?\n", "", "no column 'vi'"),
+        ("harmbench", "Behavior\nDo\n", "", "`FunctionalCategory` is missing"),
+        ("bfcl", lines(BFCL), "", "no file of possible answers"),
+        ("bfcl", lines(BFCL), lines({"id": "b", "ground_truth": []}), "no possible answer for a_0"),
+        ("bfcl", lines(BFCL), lines({"id": "a_0", "ground_truth": []}), "calls nothing"),
+        ("bfcl", lines(BFCL), lines({"id": "a_0", "ground_truth": [3]}), "no list of calls"),
+        (
+            "bfcl",
+            lines(BFCL),
+            lines({"id": "a_0", "ground_truth": [{"other": {}}]}),
+            "does not offer",
+        ),
+        (
+            "bfcl",
+            lines(BFCL | {"question": []}),
+            lines({"id": "a_0", "ground_truth": []}),
+            "not one turn",
+        ),
+        ("bfcl-irrelevance", lines(BFCL | {"function": [{"name": "a b"}]}), "", "is no tool"),
+        ("bfcl-irrelevance", lines(BFCL | {"function": []}), "", "no function"),
+        ("ifeval", lines(IFEVAL | {"kwargs": []}), "", "not of one length"),
+        ("ifeval", lines(IFEVAL | {"instruction_id_list": []}), "", "not of one length"),
+        ("ifeval", lines(IFEVAL | {"kwargs": [{"commas": 3}]}), "", "do not fit"),
+        (
+            "ifeval",
+            lines(IFEVAL | {"instruction_id_list": ["new:one"]}),
+            "",
+            "no checker for new:one",
+        ),
+    ],
+)
+def test_a_broken_set_is_refused_with_its_place(
+    source: Callable[..., BenchmarkSource], name: str, text: str, answers: str, reason: str
+):
     with pytest.raises(DataError, match=r"(?s).") as caught:
         sets.find_benchmark(name).load_items(source(text, answers, "vi"))
     assert reason in str(caught.value)
@@ -183,11 +327,15 @@ def test_a_set_that_cannot_be_read_is_refused(tmp_path: Path):
 
 
 def test_a_missing_extra_is_refused(monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(MissingRequirementError, match="the set gsm8k needs no_such_module") as caught:
+    with pytest.raises(
+        MissingRequirementError, match="the set gsm8k needs no_such_module"
+    ) as caught:
         require_module("no_such_module", "eval", "the set gsm8k")
     assert caught.value.exit_code == 7
     assert caught.value.remedy == "pip install 'persea[eval]'"
-    monkeypatch.setattr("persea.tasks.benchmarks.readers.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(
+        "persea.tasks.benchmarks.readers.importlib.util.find_spec", lambda name: None
+    )
     for name in ("gsm8k", "mgsm", "svamp", "translation"):
         with pytest.raises(MissingRequirementError, match=f"the set {name} needs"):
             sets.load_benchmark(sets.find_benchmark(name), BenchmarkSource("", language="vi"))
@@ -195,18 +343,28 @@ def test_a_missing_extra_is_refused(monkeypatch: pytest.MonkeyPatch):
 
 def test_what_cannot_be_graded_is_left_out_and_counted(source: Callable[..., BenchmarkSource]):
     other = IFEVAL | {"key": 2, "instruction_id_list": ["new:one"], "kwargs": [{}]}
-    opened = sets.load_benchmark(sets.find_benchmark("ifeval"), source(lines(IFEVAL, other, other | {"key": 3})))
+    opened = sets.load_benchmark(
+        sets.find_benchmark("ifeval"), source(lines(IFEVAL, other, other | {"key": 3}))
+    )
     assert (len(opened.items), opened.left_out) == (1, {"no checker for new:one": 2})
 
 
 def test_rows_are_told_by_file_and_line(tmp_path: Path):
     path = tmp_path / "rows"
     path.write_text('{"a": 1}\n\n{"a": 2}\n', encoding="utf-8-sig")
-    assert [(r.location, r.index) for r in read_json_lines(str(path))] == [(f"{path}:1", 0), (f"{path}:3", 2)]
+    assert [(r.location, r.index) for r in read_json_lines(str(path))] == [
+        (f"{path}:1", 0),
+        (f"{path}:3", 2),
+    ]
     path.write_text('a,b\n"x\ny",1\n,2\n')
-    assert list(read_delimited(str(path), ",")) == [BenchmarkRow(f"{path}:3", 0, {"a": "x\ny", "b": "1"}), BenchmarkRow(f"{path}:4", 1, {"a": "", "b": "2"})]
+    assert list(read_delimited(str(path), ",")) == [
+        BenchmarkRow(f"{path}:3", 0, {"a": "x\ny", "b": "1"}),
+        BenchmarkRow(f"{path}:4", 1, {"a": "", "b": "2"}),
+    ]
     path.write_text('say "no"\t1\n')
-    assert [dict(r.fields) for r in read_delimited(str(path), "\t", ("q", "a"))] == [{"q": 'say "no"', "a": "1"}]
+    assert [dict(r.fields) for r in read_delimited(str(path), "\t", ("q", "a"))] == [
+        {"q": 'say "no"', "a": "1"}
+    ]
     path.write_text('{"rows": [{"a": 1}]}')
     assert [r.location for r in read_json_list(str(path), "rows")] == [f"{path}, entry 1"]
     path.write_text('a,b\n1,"' + "x" * 200_000 + '"\n')  # past csv's own limit of a cell
@@ -226,16 +384,29 @@ def test_a_hub_set_is_read_through_datasets(tmp_path: Path):
 
 
 def rows(name: str, n: int, language: str) -> BenchmarkItems:
-    return BenchmarkItems(tuple(sets.readers.benchmark_item(name, BenchmarkRow("", k, {}), language, f"{k}?", "a") for k in range(n)), {})
+    return BenchmarkItems(
+        tuple(
+            sets.readers.benchmark_item(name, BenchmarkRow("", k, {}), language, f"{k}?", "a")
+            for k in range(n)
+        ),
+        {},
+    )
 
 
 def opened(name: str, n: int, language: str, skill: str = "s") -> sets.LoadedBenchmark:
-    published = Benchmark(name, "", lambda source: rows(name, n, language), lambda item, said: sets.readers.binary_grade(said.text == name))
+    published = Benchmark(
+        name,
+        "",
+        lambda source: rows(name, n, language),
+        lambda item, said: sets.readers.binary_grade(said.text == name),
+    )
     return sets.load_benchmark(published, BenchmarkSource("f", language=language), skill)
 
 
 def test_splits_are_disjoint_for_ever_and_the_same_in_every_language():
-    (skill,) = sets.benchmark_tasks([opened("one", 400, "vi"), opened("one", 400, "th"), opened("two", 100, "vi")])
+    (skill,) = sets.benchmark_tasks(
+        [opened("one", 400, "vi"), opened("one", 400, "th"), opened("two", 100, "vi")]
+    )
     audition, test = (skill.items(s, 10**6, 0) for s in (Split.AUDITION, Split.TEST))
     assert len(audition) + len(test) == 900
     assert not {i.prompt.id for i in audition} & {i.prompt.id for i in test}
@@ -244,12 +415,18 @@ def test_splits_are_disjoint_for_ever_and_the_same_in_every_language():
     assert not row & {(i.prompt.id.split("/")[0], i.prompt.id.split("/")[2]) for i in test}
     assert skill.items(Split.TRAIN, 100, 0) == skill.items(Split.PRETRAIN, 100, 0) == ()
     for seed in (0, 1):
-        assert {i.prompt.id for i in skill.items(Split.TEST, 10**6, seed)} == {i.prompt.id for i in test}
+        assert {i.prompt.id for i in skill.items(Split.TEST, 10**6, seed)} == {
+            i.prompt.id for i in test
+        }
         few = skill.items(Split.TEST, 40, seed)
-        assert few == skill.items(Split.TEST, 60, seed)[:40]  # more questions keep those asked before
+        assert (
+            few == skill.items(Split.TEST, 60, seed)[:40]
+        )  # more questions keep those asked before
     assert skill.items(Split.TEST, 40, 0) != skill.items(Split.TEST, 40, 1)
     pairs = [i for i in few if i.prompt.id.startswith("one")]
-    assert abs(sum(i.prompt.language == "vi" for i in pairs) - len(pairs) / 2) <= 1  # languages stay even
+    assert (
+        abs(sum(i.prompt.language == "vi" for i in pairs) - len(pairs) / 2) <= 1
+    )  # languages stay even
 
 
 def test_each_item_is_graded_by_its_own_set():
@@ -257,38 +434,80 @@ def test_each_item_is_graded_by_its_own_set():
     items = (*skill.items(Split.TEST, 9, 0), *skill.items(Split.AUDITION, 9, 0))
     for item in items:
         own = item.prompt.id.partition("/")[0]
-        assert [skill.grade(item, Message.from_assistant(w)).value for w in ("one", "two")] == [own == "one", own == "two"]
+        assert [skill.grade(item, Message.from_assistant(w)).value for w in ("one", "two")] == [
+            own == "one",
+            own == "two",
+        ]
     assert {i.prompt.id.partition("/")[0] for i in items} == {"one", "two"}
     with pytest.raises(DataError, match="hold the same questions"):
         sets.benchmark_tasks([opened("one", 3, "vi"), opened("one", 3, "vi")])
-    assert [s.name for s in sets.benchmark_tasks([opened("one", 3, "vi"), opened("two", 3, "vi", "t")])] == ["s", "t"]
+    assert [
+        s.name for s in sets.benchmark_tasks([opened("one", 3, "vi"), opened("two", 3, "vi", "t")])
+    ] == ["s", "t"]
 
 
 # --- the real files ---
 
 REAL = [  # (set, file, answers, language, questions, left out)
-    ("gsm8k", "gsm8k.train.jsonl", "", "", 7473, 0), ("mgsm", "mgsm_en.dev.tsv", "", "en", 125, 0), ("mgsm", "mgsm_ja.dev.tsv", "", "ja", 125, 0),
-    ("mgsm", "mgsm_th.dev.tsv", "", "th", 125, 0), ("mgsm", "mgsm_zh.dev.tsv", "", "zh", 125, 0), ("svamp", "svamp.json", "", "", 1000, 0),
-    *(("bbh", f"bbh/{task}.json", "", "", 250, 0) for task in ("boolean_expressions", "date_understanding", "multistep_arithmetic_two", "navigate",
-                                                               "object_counting", "word_sorting")),
-    ("mbpp", "mbpp.jsonl", "", "", 974, 0), ("xstest-harmful", "xstest_prompts.csv", "", "", 200, 0),
+    ("gsm8k", "gsm8k.train.jsonl", "", "", 7473, 0),
+    ("mgsm", "mgsm_en.dev.tsv", "", "en", 125, 0),
+    ("mgsm", "mgsm_ja.dev.tsv", "", "ja", 125, 0),
+    ("mgsm", "mgsm_th.dev.tsv", "", "th", 125, 0),
+    ("mgsm", "mgsm_zh.dev.tsv", "", "zh", 125, 0),
+    ("svamp", "svamp.json", "", "", 1000, 0),
+    *(
+        ("bbh", f"bbh/{task}.json", "", "", 250, 0)
+        for task in (
+            "boolean_expressions",
+            "date_understanding",
+            "multistep_arithmetic_two",
+            "navigate",
+            "object_counting",
+            "word_sorting",
+        )
+    ),
+    ("mbpp", "mbpp.jsonl", "", "", 974, 0),
+    ("xstest-harmful", "xstest_prompts.csv", "", "", 200, 0),
     ("xstest-harmless", "xstest_prompts.csv", "", "", 250, 0),
-    ("harmbench", "harmbench_val.csv", "", "", 60, 20), *(("multijail", "multijail.csv", "", code, 315, 0) for code in ("en", "zh", "vi", "th",
-    "ko", "bn", "jv")),
+    ("harmbench", "harmbench_val.csv", "", "", 60, 20),
+    *(
+        ("multijail", "multijail.csv", "", code, 315, 0)
+        for code in ("en", "zh", "vi", "th", "ko", "bn", "jv")
+    ),
     *(("xcopa", f"xcopa.val.{code}.jsonl", "", code, 100, 0) for code in ("id", "th", "vi", "zh")),
-    ("jcommonsenseqa", "jcommonsenseqa_valid-v1.3.json", "", "", 1119, 0), ("ifeval", "ifeval.jsonl", "", "", 541, 0),
-    ("bfcl", "bfcl/BFCL_v4_simple_python.json", "bfcl/possible_answer/BFCL_v4_simple_python.json", "", 400, 0),
-    ("bfcl", "bfcl/BFCL_v4_multiple.json", "bfcl/possible_answer/BFCL_v4_multiple.json", "", 200, 0),
+    ("jcommonsenseqa", "jcommonsenseqa_valid-v1.3.json", "", "", 1119, 0),
+    ("ifeval", "ifeval.jsonl", "", "", 541, 0),
+    (
+        "bfcl",
+        "bfcl/BFCL_v4_simple_python.json",
+        "bfcl/possible_answer/BFCL_v4_simple_python.json",
+        "",
+        400,
+        0,
+    ),
+    (
+        "bfcl",
+        "bfcl/BFCL_v4_multiple.json",
+        "bfcl/possible_answer/BFCL_v4_multiple.json",
+        "",
+        200,
+        0,
+    ),
     ("bfcl-irrelevance", "bfcl/BFCL_v4_irrelevance.json", "", "", 240, 0),
-    ("translation", "../parallel/ntrex.eng.txt", "../parallel/ntrex.vie.txt", "vi", 1157, 0)]
+    ("translation", "../parallel/ntrex.eng.txt", "../parallel/ntrex.vie.txt", "vi", 1157, 0),
+]
 
 
 @pytest.mark.realdata
 @pytest.mark.parametrize(("name", "file", "answers", "language", "questions", "left"), REAL)
-def test_the_real_files_are_read_in_place(data: Path, name: str, file: str, answers: str, language: str, questions: int, left: int):
+def test_the_real_files_are_read_in_place(
+    data: Path, name: str, file: str, answers: str, language: str, questions: int, left: int
+):
     folder = data / "eval"
     published = sets.find_benchmark(name)
-    asked = published.load_items(BenchmarkSource(str(folder / file), str(folder / answers) if answers else "", language))
+    asked = published.load_items(
+        BenchmarkSource(str(folder / file), str(folder / answers) if answers else "", language)
+    )
     assert (len(asked.items), sum(asked.left_out.values())) == (questions, left)
     assert all(i.prompt.language == (language or published.language) for i in asked.items)
     if published.runs_code:
@@ -298,10 +517,15 @@ def test_the_real_files_are_read_in_place(data: Path, name: str, file: str, answ
             parts = (*((Text(item.reference),) if item.reference else ()), *item.calls)
             assert published.grade_answer(item, Message(Role.ASSISTANT, parts)).value == 1.0, item
     others = zip(asked.items[:60], asked.items[1:61], strict=False)
-    wrong = [published.grade_answer(a, Message(Role.ASSISTANT, (Text(b.reference), *b.calls))).value for a,
-        b in others if a.reference + str(a.calls) != b.reference + str(b.calls)]
+    wrong = [
+        published.grade_answer(a, Message(Role.ASSISTANT, (Text(b.reference), *b.calls))).value
+        for a, b in others
+        if a.reference + str(a.calls) != b.reference + str(b.calls)
+    ]
     assert not any(i.choices for i in asked.items) or max(wrong, default=0) == 0
-    assert sum(wrong) <= 0.35 * len(wrong)  # another question's answer is rarely right; navigate has two answers, chrF some value for any text
+    assert (
+        sum(wrong) <= 0.35 * len(wrong)
+    )  # another question's answer is rarely right; navigate has two answers, chrF some value for any text
 
 
 def test_thoughts_and_answers_are_told_apart(small: Callable[[str], tuple[Benchmark, TaskItem]]):
@@ -309,16 +533,36 @@ def test_thoughts_and_answers_are_told_apart(small: Callable[[str], tuple[Benchm
         return Message(Role.ASSISTANT, (Thinking(thought), Text(answer)))
 
     fidelity, item = small("fidelity")
-    assert fidelity.grade_answer(item, said(SAID["en"], SAID["vi"])) == sets.readers.binary_grade(True, "answer vi, thought en")
-    assert fidelity.grade_answer(item, said(SAID["vi"], SAID["en"])) == sets.readers.binary_grade(False, "answer en, thought vi")
-    assert fidelity.grade_answer(item, Message.from_assistant(SAID["vi"])) == sets.readers.binary_grade(True, "answer vi")
+    assert fidelity.grade_answer(item, said(SAID["en"], SAID["vi"])) == sets.readers.binary_grade(
+        True, "answer vi, thought en"
+    )
+    assert fidelity.grade_answer(item, said(SAID["vi"], SAID["en"])) == sets.readers.binary_grade(
+        False, "answer en, thought vi"
+    )
+    assert fidelity.grade_answer(
+        item, Message.from_assistant(SAID["vi"])
+    ) == sets.readers.binary_grade(True, "answer vi")
     thought, item = small("fidelity-thought")
     assert thought.grade_answer(item, said(SAID["th"], SAID["en"])).verdict is Verdict.RIGHT
     assert thought.grade_answer(item, said(SAID["en"], SAID["th"])).verdict is Verdict.WRONG
-    assert thought.grade_answer(item, Message.from_assistant(SAID["th"])).verdict is Verdict.MALFORMED
+    assert (
+        thought.grade_answer(item, Message.from_assistant(SAID["th"])).verdict is Verdict.MALFORMED
+    )
 
 
 def test_a_call_alone_is_no_answer_in_words(small: Callable[[str], tuple[Benchmark, TaskItem]]):
-    for name in ("gsm8k", "xcopa", "translation", "fidelity", "bbh", "ifeval", "harmbench", "xstest-harmless"):
+    for name in (
+        "gsm8k",
+        "xcopa",
+        "translation",
+        "fidelity",
+        "bbh",
+        "ifeval",
+        "harmbench",
+        "xstest-harmless",
+    ):
         published, item = small(name)
-        assert published.grade_answer(item, Message(Role.ASSISTANT, (ToolCall("area", "{}"),))).verdict is Verdict.MALFORMED
+        assert (
+            published.grade_answer(item, Message(Role.ASSISTANT, (ToolCall("area", "{}"),))).verdict
+            is Verdict.MALFORMED
+        )

@@ -16,7 +16,10 @@ WEAK = {  # the wall the self-test must miss -> what is taken away
     "memory": ('limits["memory"]', "1 << 40"),
     "size": ('limits["file"]', "1 << 30"),
     "root": ("seal(root, MS_RDONLY | ", "seal(root, "),
-    "files": ('os.mkdir(root + "/tmp")', 'os.mkdir(root + "/tmp"), os.mkdir(root + "/etc"), mount("/etc", root + "/etc", flags=MS_BIND | MS_REC)'),
+    "files": (
+        'os.mkdir(root + "/tmp")',
+        'os.mkdir(root + "/tmp"), os.mkdir(root + "/etc"), mount("/etc", root + "/etc", flags=MS_BIND | MS_REC)',
+    ),
     "namespaces": ('file.write("0")', 'file.write("9")'),
     "network": ("| 0x40000000 |", "|"),
     "descriptors": ("os.closerange(3 + len(kept), ", "os.closerange(4000 + len(kept), "),
@@ -25,7 +28,9 @@ WEAK = {  # the wall the self-test must miss -> what is taken away
 
 
 @pytest.mark.parametrize("name", WEAK)
-def test_a_wall_that_does_not_stand_is_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_wall_that_does_not_stand_is_found(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     try:
         proven = open_sandbox()
     except MissingRequirementError as error:

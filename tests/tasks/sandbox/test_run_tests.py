@@ -14,7 +14,9 @@ from persea.tasks.sandbox.sandbox import Sandbox, SandboxLimits, open_sandbox
 @pytest.fixture(scope="module")
 def box() -> Sandbox:
     try:
-        return replace(open_sandbox(), limits=SandboxLimits(cpu_s=1, wall_s=2.5, memory_bytes=256 << 20))
+        return replace(
+            open_sandbox(), limits=SandboxLimits(cpu_s=1, wall_s=2.5, memory_bytes=256 << 20)
+        )
     except MissingRequirementError as error:
         pytest.skip(f"no sandbox on this machine: {error}")
 
@@ -90,21 +92,45 @@ def test_no_other_program_passes(box: Sandbox, name: str):
 
 
 def test_a_program_cannot_end_a_tests_loop_early(box: Sandbox):
-    trial = run_tests(box, "def good(x): raise StopIteration", "assert all(map(good, [1, 2]))", ["good"])
+    trial = run_tests(
+        box, "def good(x): raise StopIteration", "assert all(map(good, [1, 2]))", ["good"]
+    )
     assert (trial.outcome, "StopIteration" in trial.reason) == (ProgramOutcome.RAISED, True)
 
 
 def test_a_module_that_tests_use_is_not_the_programs(box: Sandbox):
     """`math` and `sys` in tests that import nothing are the library's, and a function of the program's may be called as Python's own."""
     faked = "class math:\n    isclose = lambda *a: True\nclass sys:\n    getsizeof = lambda *a: 0\ndef add(a, b): return 0"
-    assert run_tests(box, faked, "assert math.isclose(add(1, 2), 3)").outcome is ProgramOutcome.WRONG
-    assert run_tests(box, faked, "assert add((1,), 0) == sys.getsizeof((1,))").outcome is ProgramOutcome.WRONG
-    assert run_tests(box, RIGHT["plain"], "assert math.isclose(add(1, 2), 3)").outcome is ProgramOutcome.PASSED
-    assert run_tests(box, "def sum(a, b): return a - b\ndef kinds(x, t): return [v for v in x if type(v) == t]",
-                   "assert sum(3, 2) == 1\nassert kinds([1, 'a'], int) == [1]", ["sum"]).outcome is ProgramOutcome.PASSED
+    assert (
+        run_tests(box, faked, "assert math.isclose(add(1, 2), 3)").outcome is ProgramOutcome.WRONG
+    )
+    assert (
+        run_tests(box, faked, "assert add((1,), 0) == sys.getsizeof((1,))").outcome
+        is ProgramOutcome.WRONG
+    )
+    assert (
+        run_tests(box, RIGHT["plain"], "assert math.isclose(add(1, 2), 3)").outcome
+        is ProgramOutcome.PASSED
+    )
+    assert (
+        run_tests(
+            box,
+            "def sum(a, b): return a - b\ndef kinds(x, t): return [v for v in x if type(v) == t]",
+            "assert sum(3, 2) == 1\nassert kinds([1, 'a'], int) == [1]",
+            ["sum"],
+        ).outcome
+        is ProgramOutcome.PASSED
+    )
 
 
-@pytest.mark.parametrize("program", ["while True: pass", "def add(a, b):\n    while True: pass", "import time\ndef add(a, b): time.sleep(100)"])
+@pytest.mark.parametrize(
+    "program",
+    [
+        "while True: pass",
+        "def add(a, b):\n    while True: pass",
+        "import time\ndef add(a, b): time.sleep(100)",
+    ],
+)
 def test_no_answer_in_time(box: Sandbox, program: str):
     assert run_tests(box, program, TESTS).outcome is ProgramOutcome.TIMEOUT
 
@@ -149,9 +175,15 @@ def test_tests_see_what_they_need(box: Sandbox):
     assert trial.outcome is ProgramOutcome.PASSED, trial
 
 
-@pytest.mark.parametrize(("tests", "outcome"), [
-    ("import os\nos._exit(0)", ProgramOutcome.NO_VERDICT), ("assert add(", ProgramOutcome.RAISED), ("raise SystemExit", ProgramOutcome.NO_VERDICT),
-    ("assert 1 == 2, 'no'", ProgramOutcome.WRONG)])
+@pytest.mark.parametrize(
+    ("tests", "outcome"),
+    [
+        ("import os\nos._exit(0)", ProgramOutcome.NO_VERDICT),
+        ("assert add(", ProgramOutcome.RAISED),
+        ("raise SystemExit", ProgramOutcome.NO_VERDICT),
+        ("assert 1 == 2, 'no'", ProgramOutcome.WRONG),
+    ],
+)
 def test_broken_tests_pass_nothing(box: Sandbox, tests: str, outcome: ProgramOutcome):
     trial = run_tests(box, RIGHT["plain"], tests)
     assert trial.outcome is outcome

@@ -15,7 +15,15 @@ import pytest
 
 from persea.errors import MissingRequirementError
 from persea.tasks.sandbox import sandbox as module
-from persea.tasks.sandbox.sandbox import ExitKind, Isolation, RunResult, Sandbox, SandboxLimits, open_sandbox, verify_isolation
+from persea.tasks.sandbox.sandbox import (
+    ExitKind,
+    Isolation,
+    RunResult,
+    Sandbox,
+    SandboxLimits,
+    open_sandbox,
+    verify_isolation,
+)
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +68,28 @@ def offspring() -> set[str]:
 
 
 def test_a_program_runs_and_is_heard(box: Sandbox):
-    ran = box.run("import math, sys\nprint(math.isqrt(81))\nprint('aside', file=sys.stderr)\nopen('mine', 'w').write('x')\nsys.exit(3)")
-    assert (ran.exit_kind, ran.exit_code, sorted(ran.output.split())) == (ExitKind.EXIT, 3, [b"9", b"aside"])
+    ran = box.run(
+        "import math, sys\nprint(math.isqrt(81))\nprint('aside', file=sys.stderr)\nopen('mine', 'w').write('x')\nsys.exit(3)"
+    )
+    assert (ran.exit_kind, ran.exit_code, sorted(ran.output.split())) == (
+        ExitKind.EXIT,
+        3,
+        [b"9", b"aside"],
+    )
 
 
-@pytest.mark.parametrize(("program", "code"), [
-    ("", 0), ("raise SystemExit", 0), ("raise SystemExit('why')", 1), ("raise ValueError", 1), ("import os\nos._exit(7)", 7), ("1 +", 1), ("\0", 1)])
+@pytest.mark.parametrize(
+    ("program", "code"),
+    [
+        ("", 0),
+        ("raise SystemExit", 0),
+        ("raise SystemExit('why')", 1),
+        ("raise ValueError", 1),
+        ("import os\nos._exit(7)", 7),
+        ("1 +", 1),
+        ("\0", 1),
+    ],
+)
 def test_how_a_program_ends(box: Sandbox, program: str, code: int):
     assert box.run(program).exit_code == code
 
@@ -82,16 +106,43 @@ print("done")
 
 
 def test_no_file_of_this_machine_is_read(box: Sandbox, secret: Path):
-    paths = ["/etc/passwd", "/etc/shadow", "/etc/hosts", str(secret), str(Path.home() / ".bashrc"), str(Path(__file__)), "/proc/self/environ",
-             "/proc/1/environ", "/proc/1/cmdline", "/proc/1/maps", "/proc/mounts", "/proc/self/fd/3", "/sys/kernel/version", "/dev/mem", "/dev/vda"]
+    paths = [
+        "/etc/passwd",
+        "/etc/shadow",
+        "/etc/hosts",
+        str(secret),
+        str(Path.home() / ".bashrc"),
+        str(Path(__file__)),
+        "/proc/self/environ",
+        "/proc/1/environ",
+        "/proc/1/cmdline",
+        "/proc/1/maps",
+        "/proc/mounts",
+        "/proc/self/fd/3",
+        "/sys/kernel/version",
+        "/dev/mem",
+        "/dev/vda",
+    ]
     assert box.run(READS.format(paths=paths)).output == b"done\n"
 
 
 def test_no_file_of_this_machine_is_written(box: Sandbox, secret: Path):
     here = os.getcwd()
-    paths = [str(secret), f"{here}/canary", "/canary", "/usr/canary", "/usr/bin/env", "/dev/canary", "/etc/canary", str(Path.home() / "canary")]
+    paths = [
+        str(secret),
+        f"{here}/canary",
+        "/canary",
+        "/usr/canary",
+        "/usr/bin/env",
+        "/dev/canary",
+        "/etc/canary",
+        str(Path.home() / "canary"),
+    ]
     program = f"for path in {paths!r}:\n    try:\n        open(path, 'w').write('x')\n        print(path)\n    except OSError:\n        pass"
-    assert box.run(program).output in (b"", f"{secret}\n".encode())  # one of /tmp, where it has a /tmp of its own
+    assert box.run(program).output in (
+        b"",
+        f"{secret}\n".encode(),
+    )  # one of /tmp, where it has a /tmp of its own
     assert secret.read_text() == "the key"
     assert not any(Path(p).exists() for p in paths if "canary" in p)
 
@@ -117,7 +168,9 @@ print("done")"""
 
 def test_the_environment_holds_no_secret(box: Sandbox, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PERSEA_TEST_TOKEN", "the key")
-    ran = box.run("import os, ctypes\nprint(dict(os.environ))\nprint(ctypes.string_at(id(os), 1) and '')")
+    ran = box.run(
+        "import os, ctypes\nprint(dict(os.environ))\nprint(ctypes.string_at(id(os), 1) and '')"
+    )
     assert b"PERSEA" not in ran.output
     assert b"LANG" in ran.output
 
@@ -126,7 +179,9 @@ def test_no_descriptor_is_inherited(box: Sandbox):
     read, write = os.pipe()
     os.set_inheritable(write, True)
     try:
-        ran = box.run("import os\nfor fd in range(3, 4096):\n    try:\n        print(os.write(fd, b'x'))\n    except OSError:\n        pass")
+        ran = box.run(
+            "import os\nfor fd in range(3, 4096):\n    try:\n        print(os.write(fd, b'x'))\n    except OSError:\n        pass"
+        )
     finally:
         os.close(read)
         os.close(write)
@@ -136,12 +191,16 @@ def test_no_descriptor_is_inherited(box: Sandbox):
 ENDLESS = {
     "a loop": "while True: pass",
     "a sleep": "import time\ntime.sleep(1000)",
-    "signals ignored": ("import signal\nfor s in range(1, 65):\n    try:\n        signal.signal(s, signal.SIG_IGN)\n"
-                        "    except (OSError, ValueError):\n        pass\nwhile True: pass"),
+    "signals ignored": (
+        "import signal\nfor s in range(1, 65):\n    try:\n        signal.signal(s, signal.SIG_IGN)\n"
+        "    except (OSError, ValueError):\n        pass\nwhile True: pass"
+    ),
     "waiting for input": "import sys, time\nsys.stdin.read() or time.sleep(1000)",
     "a fork bomb": "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass",
-    "threads": ("import threading, time\nwhile True:\n    try:\n        threading.Thread(target=time.sleep, args=(1000,)).start()\n"
-                "    except (RuntimeError, MemoryError):\n        pass"),
+    "threads": (
+        "import threading, time\nwhile True:\n    try:\n        threading.Thread(target=time.sleep, args=(1000,)).start()\n"
+        "    except (RuntimeError, MemoryError):\n        pass"
+    ),
     "its watchman killed": "import os, time\nfor signal in (19, 9, 15):\n    os.kill(1, signal)\n    os.kill(os.getppid(), signal)\ntime.sleep(1000)",
 }
 
@@ -161,7 +220,9 @@ def test_forks_are_few(box: Sandbox):
 
 
 def test_memory_is_bounded(box: Sandbox):
-    ran = box.run("try:\n    held = [bytearray(1 << 26) for _ in range(1000)]\nexcept MemoryError:\n    print('full')")
+    ran = box.run(
+        "try:\n    held = [bytearray(1 << 26) for _ in range(1000)]\nexcept MemoryError:\n    print('full')"
+    )
     assert ran.output == b"full\n"
 
 
@@ -171,9 +232,14 @@ def test_deep_recursion_ends_only_the_program(box: Sandbox):
     assert ran.duration_s < 1.5 + module.WATCHDOG_GRACE_S
 
 
-@pytest.mark.parametrize("program", [
-    "while True: print('x' * 10_000)", "import os\nwhile True: os.write(2, b'x' * 10_000)",
-    "import signal, os\nsignal.signal(signal.SIGXFSZ, signal.SIG_DFL)\nwhile True: os.write(1, b'x' * 10_000)"])
+@pytest.mark.parametrize(
+    "program",
+    [
+        "while True: print('x' * 10_000)",
+        "import os\nwhile True: os.write(2, b'x' * 10_000)",
+        "import signal, os\nsignal.signal(signal.SIGXFSZ, signal.SIG_DFL)\nwhile True: os.write(1, b'x' * 10_000)",
+    ],
+)
 def test_output_is_bounded(box: Sandbox, program: str):
     ran = box.run(program)
     assert ran.exit_code != 0
@@ -200,13 +266,17 @@ print(total, os.path.getsize("/tmp/0"))"""
 
 
 def test_a_sparse_giant_is_refused(box: Sandbox):
-    ran = box.run("import os\nfile = open('/tmp/big', 'w')\ntry:\n    os.truncate(file.fileno(), 1 << 40)\nexcept OSError as e:\n    print(e.errno)")
+    ran = box.run(
+        "import os\nfile = open('/tmp/big', 'w')\ntry:\n    os.truncate(file.fileno(), 1 << 40)\nexcept OSError as e:\n    print(e.errno)"
+    )
     assert ran.output == b"27\n"
 
 
 def test_a_daemon_does_not_outlive_its_program(box: Sandbox):
     before = offspring()
-    ran = box.run("import os, time\nif os.fork() == 0:\n    os.setsid()\n    os.fork() or time.sleep(1000)\n    os._exit(0)\nprint('gone')")
+    ran = box.run(
+        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    os.fork() or time.sleep(1000)\n    os._exit(0)\nprint('gone')"
+    )
     assert (ran.exit_kind, ran.output) == (ExitKind.EXIT, b"gone\n")
     assert ran.duration_s < 1.5
     assert offspring() <= before
@@ -265,7 +335,9 @@ def attempt(name, act):
     print(name)
 {tries}"""
     lines = box.run(program).output.decode().splitlines()
-    uid = "setuid" if os.geteuid() else ""  # where one's own user is 0 inside, it is so already: without a capability it is worth nothing
+    uid = (
+        "setuid" if os.geteuid() else ""
+    )  # where one's own user is 0 inside, it is so already: without a capability it is worth nothing
     assert [x for x in lines if x.startswith("HELD NOT") and x != f"HELD NOT {uid}"] == []
     assert len([x for x in lines if not x.startswith("HELD NOT")]) == len(CALLS)
 
@@ -282,18 +354,31 @@ def test_whoever_asked_may_go(box: Sandbox):
 
 @pytest.mark.parametrize("walls", Isolation)
 def test_both_kinds_of_walls_hold(proven: Sandbox, walls: Isolation):
-    python = "/usr/bin/python3" if walls is Isolation.BUBBLEWRAP and os.geteuid() == 0 else sys.executable  # nobody may not look into root's home
-    if walls is Isolation.BUBBLEWRAP and not (Path("/usr/bin/bwrap").exists() and Path(python).exists()):
+    python = (
+        "/usr/bin/python3"
+        if walls is Isolation.BUBBLEWRAP and os.geteuid() == 0
+        else sys.executable
+    )  # nobody may not look into root's home
+    if walls is Isolation.BUBBLEWRAP and not (
+        Path("/usr/bin/bwrap").exists() and Path(python).exists()
+    ):
         pytest.skip("bubblewrap or a Python for it is not installed")
     verify_isolation(Sandbox(walls, os.path.realpath(python)))
 
 
-def test_a_machine_without_namespaces_is_refused(proven: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    text = module.ISOLATE_SCRIPT.read_text().replace('must(LIBC.unshare(NEW), "unshare")', 'raise OSError(1, "unshare: Operation not permitted")')
+def test_a_machine_without_namespaces_is_refused(
+    proven: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    text = module.ISOLATE_SCRIPT.read_text().replace(
+        'must(LIBC.unshare(NEW), "unshare")', 'raise OSError(1, "unshare: Operation not permitted")'
+    )
     (tmp_path / "jail.py").write_text(text)
     monkeypatch.setattr(module, "ISOLATE_SCRIPT", tmp_path / "jail.py")
     monkeypatch.setattr(module.shutil, "which", lambda name: None)
-    with pytest.raises(MissingRequirementError, match=r"no code is run here: own: the sandbox cannot be built: .*not permitted") as caught:
+    with pytest.raises(
+        MissingRequirementError,
+        match=r"no code is run here: own: the sandbox cannot be built: .*not permitted",
+    ) as caught:
         open_sandbox.__wrapped__()
     assert caught.value.exit_code == 7
 
@@ -307,6 +392,8 @@ def test_what_a_run_tells():
     assert RunResult(ExitKind.EXIT, 0, b"", 0.1) == RunResult(ExitKind("exit"), 0, b"", 0.1)
 
 
-def test_a_user_without_a_home_has_a_sandbox_too(proven: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_without_a_home_has_a_sandbox_too(
+    proven: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", "/nonexistent")
     verify_isolation(proven)

@@ -23,7 +23,9 @@ from persea.tasks.task import Split
 from persea.teachers.engines import transformers as local
 from persea.teachers.engines.transformers import TransformersEngine
 
-torch.set_num_threads(1)  # sums of one thread are always the same: children of these tests have one too
+torch.set_num_threads(
+    1
+)  # sums of one thread are always the same: children of these tests have one too
 SAPLINGS = Path(__file__).resolve().parents[3] / "saplings"
 NAMES = ("qwen-sapling", "gemma-sapling", "gpt-oss-sapling", "llama-sapling")
 NEW = 20  # tokens an answer may have here
@@ -44,11 +46,22 @@ def engine(name: str, batch: int = 64) -> TransformersEngine:
 
 def asked(voice: ChatRenderer, effort: ThinkingEffort = ThinkingEffort.NONE) -> list[np.ndarray]:
     """Twelve prompts of very different lengths."""
-    conversations = [i.prompt.conversation for skill in (LANGUAGES_TASK, CODE_TASK, REASONING_TASK) for i in skill.items(Split.TEST, 3, 0)]
-    conversations += [Conversation.from_question("Hi"), Conversation.from_question("一二三 " * 12, system="Be brief."), Conversation.from_question("x" * 120)]
+    conversations = [
+        i.prompt.conversation
+        for skill in (LANGUAGES_TASK, CODE_TASK, REASONING_TASK)
+        for i in skill.items(Split.TEST, 3, 0)
+    ]
+    conversations += [
+        Conversation.from_question("Hi"),
+        Conversation.from_question("一二三 " * 12, system="Be brief."),
+        Conversation.from_question("x" * 120),
+    ]
     prompts = [voice.render_prompt(Conversation(c.messages, effort)).ids_T for c in conversations]
     assert len(prompts) == 12
-    assert max(map(len, prompts)) > 4 * min(map(len, prompts)) or max(map(len, prompts)) - min(map(len, prompts)) > 60
+    assert (
+        max(map(len, prompts)) > 4 * min(map(len, prompts))
+        or max(map(len, prompts)) - min(map(len, prompts)) > 60
+    )
     return prompts
 
 
@@ -58,10 +71,16 @@ def greedy(name: str, prompt: np.ndarray, stops: Sequence[int], new: int) -> lis
     ids = prompt.tolist()
     with torch.inference_mode():
         while len(ids) < len(prompt) + new:
-            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1, :len(voice.vocabulary)].argmax()))
+            ids.append(
+                int(
+                    model(input_ids=torch.tensor([ids]))
+                    .logits[0, -1, : len(voice.vocabulary)]
+                    .argmax()
+                )
+            )
             if ids[-1] in stops:
                 break
-    return ids[len(prompt):]
+    return ids[len(prompt) :]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -72,7 +91,9 @@ def test_generate_is_greedy_decoding_one_by_one(name: str) -> None:
     assert [a.tolist() for a in answers] == [greedy(name, p, voice.stop_ids, NEW) for p in prompts]
     assert {len(a) for a in answers} != {NEW}  # some ended by themselves
     assert all(a.dtype == np.int32 for a in answers)
-    assert [a.tolist() for a in engine(name, batch=5).generate(prompts, voice.stop_ids, NEW)] == [a.tolist() for a in answers]
+    assert [a.tolist() for a in engine(name, batch=5).generate(prompts, voice.stop_ids, NEW)] == [
+        a.tolist() for a in answers
+    ]
 
 
 def test_an_answer_ends_with_its_first_stop_token_whichever_that_is() -> None:
@@ -80,9 +101,11 @@ def test_an_answer_ends_with_its_first_stop_token_whichever_that_is() -> None:
     prompts = asked(voice)
     free = engine("qwen-sapling").generate(prompts, voice.stop_ids, NEW)
     stops = (voice.stop_ids[0], int(free[0][2]))
-    for answer, longer in zip(engine("qwen-sapling").generate(prompts, stops, NEW), free, strict=True):
+    for answer, longer in zip(
+        engine("qwen-sapling").generate(prompts, stops, NEW), free, strict=True
+    ):
         cut = np.flatnonzero(np.isin(longer, stops))
-        assert answer.tolist() == (longer[:cut[0] + 1] if len(cut) else longer).tolist()
+        assert answer.tolist() == (longer[: cut[0] + 1] if len(cut) else longer).tolist()
     assert local._truncate_after_stop(np.array([5, 2, 7, 2], np.int32), (2,)).tolist() == [5, 2]
     assert local._truncate_after_stop(np.array([5, 7], np.int32), (2, 9)).tolist() == [5, 7]
 
@@ -102,7 +125,7 @@ def padded(name: str, rows: int) -> TransformersEngine:
     with torch.no_grad():
         head.weight.copy_(model.get_output_embeddings().weight)
         head.bias.zero_()
-        head.bias[len(voice.vocabulary):] = 1e3
+        head.bias[len(voice.vocabulary) :] = 1e3
     model.set_output_embeddings(head)
     return TransformersEngine(model, len(voice.vocabulary))
 
@@ -112,11 +135,19 @@ def test_padded_rows_of_the_matrix_are_never_spoken_and_have_no_probability() ->
     voice, _ = opened(name)
     prompts, wide = asked(voice), padded(name, 9)
     with torch.inference_mode():  # the trap is set
-        assert wide.model(input_ids=torch.tensor([prompts[0].tolist()])).logits[0, -1].argmax() >= len(voice.vocabulary)
+        assert wide.model(input_ids=torch.tensor([prompts[0].tolist()])).logits[
+            0, -1
+        ].argmax() >= len(voice.vocabulary)
     answers = wide.generate(prompts, voice.stop_ids, NEW)
-    assert [a.tolist() for a in answers] == [a.tolist() for a in engine(name).generate(prompts, voice.stop_ids, NEW)]
+    assert [a.tolist() for a in answers] == [
+        a.tolist() for a in engine(name).generate(prompts, voice.stop_ids, NEW)
+    ]
     learn = [np.arange(len(p)) > 0 for p in prompts]
-    for one, other in zip(wide.compute_logprobs(prompts, learn), engine(name).compute_logprobs(prompts, learn), strict=True):
+    for one, other in zip(
+        wide.compute_logprobs(prompts, learn),
+        engine(name).compute_logprobs(prompts, learn),
+        strict=True,
+    ):
         assert one.shape == other.shape == (len(one), len(voice.vocabulary))
         assert torch.allclose(one, other, atol=1e-4)
 
@@ -126,15 +157,26 @@ def test_penalties_that_come_with_a_model_do_not_bend_its_answers(tmp_path: Path
     folder = tmp_path / "penalised"
     shutil.copytree(SAPLINGS / "qwen-sapling", folder)
     config = json.loads((folder / "generation_config.json").read_text())
-    penalties = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "min_new_tokens": NEW, "do_sample": True, "temperature": 5.0, "num_beams": 2}
+    penalties = {
+        "repetition_penalty": 5.0,
+        "no_repeat_ngram_size": 1,
+        "min_new_tokens": NEW,
+        "do_sample": True,
+        "temperature": 5.0,
+        "num_beams": 2,
+    }
     (folder / "generation_config.json").write_text(json.dumps(config | penalties))
     source = ModelSource(str(folder))
     voice = load_renderer(source, "penalised")
     model = load_model(source, voice, "penalised")
     assert model.generation_config.repetition_penalty == 5.0  # the trap is set
     prompts = asked(voice)
-    answers = TransformersEngine(model, len(voice.vocabulary)).generate(prompts, voice.stop_ids, NEW)
-    assert [a.tolist() for a in answers] == [a.tolist() for a in engine("qwen-sapling").generate(prompts, voice.stop_ids, NEW)]
+    answers = TransformersEngine(model, len(voice.vocabulary)).generate(
+        prompts, voice.stop_ids, NEW
+    )
+    assert [a.tolist() for a in answers] == [
+        a.tolist() for a in engine("qwen-sapling").generate(prompts, voice.stop_ids, NEW)
+    ]
 
 
 # --- score ---
@@ -149,20 +191,29 @@ def test_a_row_is_the_distribution_its_token_was_drawn_from(name: str) -> None:
     learn = [np.arange(len(w)) >= len(p) for w, p in zip(whole, prompts, strict=True)]
     for k, rows in enumerate(engine(name, batch=5).compute_logprobs(whole, learn)):
         with torch.inference_mode():
-            direct = torch.log_softmax(model(input_ids=torch.tensor([whole[k].tolist()])).logits[0, :, :len(voice.vocabulary)].double(), -1)
-        assert torch.allclose(rows.double(), direct[len(prompts[k]) - 1:-1], atol=1e-4)
-        assert torch.allclose(rows.double().exp().sum(-1), torch.ones(len(rows), dtype=torch.float64), atol=1e-5)
-        assert rows.argmax(-1).tolist() == answers[k].tolist()  # greedy tokens are the likeliest of their rows
+            direct = torch.log_softmax(
+                model(input_ids=torch.tensor([whole[k].tolist()]))
+                .logits[0, :, : len(voice.vocabulary)]
+                .double(),
+                -1,
+            )
+        assert torch.allclose(rows.double(), direct[len(prompts[k]) - 1 : -1], atol=1e-4)
+        assert torch.allclose(
+            rows.double().exp().sum(-1), torch.ones(len(rows), dtype=torch.float64), atol=1e-5
+        )
+        assert (
+            rows.argmax(-1).tolist() == answers[k].tolist()
+        )  # greedy tokens are the likeliest of their rows
     assert k == 11
 
 
 def test_learned_tokens_may_have_gaps() -> None:
     voice, _ = opened("gemma-sapling")
     sequence = asked(voice)[4]
-    every, = engine("gemma-sapling").compute_logprobs([sequence], [np.arange(len(sequence)) > 0])
+    (every,) = engine("gemma-sapling").compute_logprobs([sequence], [np.arange(len(sequence)) > 0])
     some = np.zeros(len(sequence), bool)
     some[[2, 3, 7, len(sequence) - 1]] = True
-    rows, = engine("gemma-sapling").compute_logprobs([sequence], [some])
+    (rows,) = engine("gemma-sapling").compute_logprobs([sequence], [some])
     assert torch.allclose(rows, every[np.flatnonzero(some) - 1], atol=1e-5)
 
 
@@ -186,20 +237,29 @@ def test_a_forward_never_makes_more_logits_than_it_may(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_long_answer_comes_in_pieces_that_are_the_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_answer_comes_in_pieces_that_are_the_whole(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where keys and values of a sliding window are dropped on the way, and beside a sequence of which nothing is learned."""
     voice, model = opened(name)
     long = np.resize(np.concatenate(asked(voice)), 400).astype(np.int32)
     assert 400 > 2 * (getattr(model.config.get_text_config(), "sliding_window", None) or 1)
-    sequences, learn = [long, long[:3], long[:90]], [np.arange(400) > 30, np.zeros(3, bool), np.arange(90) == 40]
+    sequences, learn = (
+        [long, long[:3], long[:90]],
+        [np.arange(400) > 30, np.zeros(3, bool), np.arange(90) == 40],
+    )
     whole = list(engine(name).compute_logprobs(sequences, learn))
     assert [len(w) for w in whole] == [369, 0, 1]
-    monkeypatch.setattr(local, "MAX_LOGIT_ELEMENTS_PER_FORWARD", 37 * model.get_output_embeddings().weight.shape[0])
+    monkeypatch.setattr(
+        local, "MAX_LOGIT_ELEMENTS_PER_FORWARD", 37 * model.get_output_embeddings().weight.shape[0]
+    )
     pieces = list(engine(name).iter_logprobs(sequences, learn))
     assert max(len(some) for _, some in pieces) <= 37
     assert [k for k, _ in pieces] == [0] * 11 + [1, 2]
     for k, one in enumerate(whole):
-        assert torch.allclose(torch.cat([some for number, some in pieces if number == k]), one, atol=1e-4)
+        assert torch.allclose(
+            torch.cat([some for number, some in pieces if number == k]), one, atol=1e-4
+        )
     for one, other in zip(whole, engine(name).compute_logprobs(sequences, learn), strict=True):
         assert torch.allclose(one, other, atol=1e-4)
 

@@ -11,7 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from persea.errors import DataError, MissingRequirementError, PerseaError, RefusedError, RunInterrupted, StorageError
+from persea.errors import (
+    DataError,
+    MissingRequirementError,
+    PerseaError,
+    RefusedError,
+    RunInterrupted,
+    StorageError,
+)
 from persea.training.distributed.heartbeat import decode_failure, encode_failure
 from persea.training.distributed.launcher import launch_processes
 from persea.training.distributed.world import ParallelStrategy
@@ -25,8 +32,15 @@ def server() -> None:
     warm().Process(target=print).start()
 
 
-@pytest.mark.parametrize("error", [DataError("broken", where="file", remedy="mend it"), RefusedError("no"), StorageError("full", where="/x"),
-                                   MissingRequirementError("gone")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        DataError("broken", where="file", remedy="mend it"),
+        RefusedError("no"),
+        StorageError("full", where="/x"),
+        MissingRequirementError("gone"),
+    ],
+)
 def test_an_error_comes_back_as_it_was(error: PerseaError) -> None:
     again = decode_failure(encode_failure(1, error))
     assert (type(again), str(again)) == (type(error), str(error))
@@ -55,14 +69,23 @@ def alive(pid: int) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_is_stopped_or_killed_is_named(tmp_path: Path, number: signal.Signals, rank: int) -> None:
+def test_a_rank_that_is_stopped_or_killed_is_named(
+    tmp_path: Path, number: signal.Signals, rank: int
+) -> None:
     begin = time.monotonic()
     with pytest.raises(MissingRequirementError) as caught:
-        launch_processes(student_run, (tmp_path, ParallelStrategy.DDP, SETTINGS, Trouble(rank, 3, number)), 2, lambda told: None)
+        launch_processes(
+            student_run,
+            (tmp_path, ParallelStrategy.DDP, SETTINGS, Trouble(rank, 3, number)),
+            2,
+            lambda told: None,
+        )
     assert time.monotonic() - begin < 60
     assert caught.value.exit_code == 7
     found = re.match(rf"train: rank {rank} \(pid (\d+)", str(caught.value))
     assert found, caught.value
     assert ("silent for 2 s" in str(caught.value)) == (number == signal.SIGSTOP)
     assert not alive(int(found[1]))
-    assert (tmp_path / "checkpoints" / "step-00000002.json").is_file()  # what the same command goes on from
+    assert (
+        tmp_path / "checkpoints" / "step-00000002.json"
+    ).is_file()  # what the same command goes on from

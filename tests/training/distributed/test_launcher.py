@@ -35,12 +35,21 @@ def losses(folder: Path) -> list[float]:
 
 
 def weights(folder: Path) -> list[torch.Tensor]:
-    values: list[torch.Tensor] = torch.load(max((folder / "checkpoints").glob("*.pt")), weights_only=True)["parameters"]
+    values: list[torch.Tensor] = torch.load(
+        max((folder / "checkpoints").glob("*.pt")), weights_only=True
+    )["parameters"]
     return values
 
 
-def two(folder: Path, shard: ParallelStrategy = ParallelStrategy.DDP, trouble: Trouble = Trouble(), **changes: Any) -> None:  # noqa: B008 (frozen)
-    launch_processes(student_run, (folder, shard, replace(SETTINGS, **changes), trouble), 2, lambda told: None)
+def two(
+    folder: Path,
+    shard: ParallelStrategy = ParallelStrategy.DDP,
+    trouble: Trouble = Trouble(),
+    **changes: Any,
+) -> None:
+    launch_processes(
+        student_run, (folder, shard, replace(SETTINGS, **changes), trouble), 2, lambda told: None
+    )
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +61,9 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("shard", list(ParallelStrategy))
-def test_two_processes_learn_what_one_learns_from_the_same_batches(tmp_path: Path, one: Path, shard: ParallelStrategy) -> None:
+def test_two_processes_learn_what_one_learns_from_the_same_batches(
+    tmp_path: Path, one: Path, shard: ParallelStrategy
+) -> None:
     heard: list[Any] = []
     launch_processes(student_run, (tmp_path, shard, SETTINGS, Trouble()), 2, heard.append)
     assert heard[-1] == SETTINGS.steps
@@ -62,11 +73,15 @@ def test_two_processes_learn_what_one_learns_from_the_same_batches(tmp_path: Pat
         assert mine["positions"] == theirs["positions"]
         assert mine["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-3)
     for a, b in zip(weights(tmp_path), weights(one), strict=True):
-        assert torch.allclose(a, b, atol=3e-3)  # one step of Adam: where a gradient is almost nothing, its sign is rounding's
+        assert torch.allclose(
+            a, b, atol=3e-3
+        )  # one step of Adam: where a gradient is almost nothing, its sign is rounding's
         assert (a - b).abs().mean() < 3e-5
 
 
-def test_from_two_to_one_to_two_the_batches_go_on_and_a_signal_to_one_rank_stops_both_with_the_same_bytes(tmp_path: Path, one: Path) -> None:
+def test_from_two_to_one_to_two_the_batches_go_on_and_a_signal_to_one_rank_stops_both_with_the_same_bytes(
+    tmp_path: Path, one: Path
+) -> None:
     with pytest.raises(RunInterrupted, match=r"stopped by SIGTERM; step 2 is saved") as caught:
         two(tmp_path / "mixed", trouble=Trouble(1, 1, signal.SIGTERM))
     assert caught.value.exit_code == 143
@@ -76,7 +91,9 @@ def test_from_two_to_one_to_two_the_batches_go_on_and_a_signal_to_one_rank_stops
     assert caught.value.exit_code == 130
     two(tmp_path / "mixed")
     assert [line["step"] for line in lines(tmp_path / "mixed")] == [1, 2, 3, 4, 5, 6]
-    assert [line["positions"] for line in lines(tmp_path / "mixed")] == [line["positions"] for line in lines(one)]
+    assert [line["positions"] for line in lines(tmp_path / "mixed")] == [
+        line["positions"] for line in lines(one)
+    ]
     assert losses(tmp_path / "mixed") == pytest.approx(losses(one), rel=CLOSE)
 
 

@@ -8,11 +8,17 @@ import torch
 
 from persea.losses import LMHead
 from persea.training.on_policy import candidates as likely
-from persea.training.on_policy.candidates import MIN_CANDIDATE_PROB, candidates_from_hidden, candidates_from_logprobs
+from persea.training.on_policy.candidates import (
+    MIN_CANDIDATE_PROB,
+    candidates_from_hidden,
+    candidates_from_logprobs,
+)
 
 
 @pytest.mark.parametrize("least", [MIN_CANDIDATE_PROB, 1e-2, 0.9])
-def test_every_token_of_that_probability_and_no_other(monkeypatch: pytest.MonkeyPatch, least: float) -> None:
+def test_every_token_of_that_probability_and_no_other(
+    monkeypatch: pytest.MonkeyPatch, least: float
+) -> None:
     """Whatever number of positions stands at once; what a head cuts off or caps counts as it says."""
     torch.manual_seed(0)
     head, hidden_LD = LMHead(torch.randn(90, 8), 70, torch.randn(90), 1.5, 20.0), torch.randn(11, 8)
@@ -20,9 +26,17 @@ def test_every_token_of_that_probability_and_no_other(monkeypatch: pytest.Monkey
     for at_once in (1 << 24, 70 * 3, 1):
         monkeypatch.setattr(likely, "MAX_LOGIT_ELEMENTS", at_once)
         found = candidates_from_hidden(hidden_LD, head, least)
-        assert [found.at(k).tolist() for k in range(11)] == [np.flatnonzero(row >= least).tolist() for row in probs_LV]
-    assert [found.slice_positions(4, 6).at(k).tolist() for k in range(2)] == [found.at(4).tolist(), found.at(5).tolist()]
-    assert candidates_from_logprobs(torch.from_numpy(probs_LV).log(), least).ids_M.tolist() == found.ids_M.tolist()
+        assert [found.at(k).tolist() for k in range(11)] == [
+            np.flatnonzero(row >= least).tolist() for row in probs_LV
+        ]
+    assert [found.slice_positions(4, 6).at(k).tolist() for k in range(2)] == [
+        found.at(4).tolist(),
+        found.at(5).tolist(),
+    ]
+    assert (
+        candidates_from_logprobs(torch.from_numpy(probs_LV).log(), least).ids_M.tolist()
+        == found.ids_M.tolist()
+    )
 
 
 def test_of_nothing_nothing() -> None:
