@@ -242,7 +242,7 @@ def extend(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from persea.models.loading import resolve_model_source
     from persea.pipeline.progress import progress_bars
-    from persea.pipeline.run_context import silence_transformers
+    from persea.pipeline.model_refs import silence_transformers
     from persea.vocab_extension import resize_model as longer
 
     silence_transformers()

@@ -54,7 +54,7 @@ def serve(
         )
     from transformers.utils import logging
 
-    from persea.pipeline.run_context import set_threads
+    from persea.models.loading import set_threads
     from persea.serve.limits import ServerLimits
     from persea.serve.server import load_served_model, resolve_api_key
     from persea.serve.server import run_server as listen

@@ -679,6 +679,12 @@ class TrainingSection(RecipeSection):
         validate_default=True,
         description="share of the lessons held out, in whole batches; only with `evaluate_every`",
     )
+    shuffle_window_blocks: int = Field(
+        default=64,
+        ge=1,
+        le=MAX_COUNT,
+        description="blocks of about 4,096 captured tokens that are shuffled together in an epoch",
+    )
     skips: int = Field(
         default=3,
         ge=0,
@@ -841,6 +847,9 @@ class EvaluationSection(RecipeSection):
     lm_eval: dict[str, str] = Field(
         default={}, description="speaker -> a results file of lm-eval that joins the page"
     )
+    judge_max_new_tokens: int = Field(
+        default=16, ge=1, le=MAX_COUNT, description="longest verdict of the judge, in its tokens"
+    )
     judge: str = Field(
         default="",
         description="a yardstick that grades safety sets instead of rules; none of a teacher's family",
@@ -871,5 +880,16 @@ class CheckSection(RecipeSection):
     lines: int = Field(default=200, ge=1, le=MAX_COUNT, description="lines of each text, at most")
     likelihood: bool | None = Field(
         default=None,
-        description="open weights, to see whether a teacher's template suits it (default: those in a folder of at most 4 GB)",
+        description="open weights, to see whether a teacher's template suits it (default: those in a folder of at most max_likelihood_bytes)",
+    )
+    max_likelihood_bytes: int = Field(
+        default=4_000_000_000,
+        ge=0,
+        description="with `likelihood` unset, the largest weights in a local folder that are opened, in bytes",
+    )
+    max_answers_per_language: int = Field(
+        default=64,
+        ge=1,
+        le=MAX_COUNT,
+        description="reference answers of one skill and language to compare, at most",
     )

@@ -16,12 +16,9 @@ from persea.cache.capture import assign_prompts, open_teacher_caches
 from persea.cache.reader import AnswerSource
 from persea.config.schema import TrainingSection
 from persea.losses import LossOutput, event_kl_loss_from_hidden
-from persea.pipeline.run_context import (
-    ProgressCallback,
-    RunContext,
-    set_threads,
-    silence_transformers,
-)
+from persea.models.loading import set_threads
+from persea.pipeline.model_refs import silence_transformers
+from persea.pipeline.run_context import ProgressCallback, RunContext
 from persea.training import checkpoint as checkpoints
 from persea.training.dataset import Batch, DistillDataset, build_dataset
 from persea.training.distributed.launcher import launch_processes, send_to_launcher
@@ -59,7 +56,7 @@ def train_in_processes(
         world.broadcast("teach")
         student = train_rank(context, folder, inputs, progress)
     if how.num_processes > 1 or world.size > 1:
-        student = context.load_student()
+        student = context.models.load_student()
         newest = checkpoints.find_checkpoint(folder, checkpoints.RESUME_AUTO)
         assert newest is not None  # the last step is always saved
         checkpoints.load_checkpoint(newest, inputs, student.trainable_parameters, None, World())
@@ -106,11 +103,11 @@ def train_rank(
 ) -> StudentModel:
     """This process' share of the training; the student it holds."""
     t, world = context.recipe.training, context.world
-    student = context.load_student().distribute(world, context.launch_options.parallel)
+    student = context.models.load_student().distribute(world, context.launch_options.parallel)
     feed = build_dataset(
         _teacher_caches(context),
         student.renderer,
-        context.event_maps,
+        context.models.event_maps,
         batch_size=t.batch,
         seed=context.recipe.seed,
         max_tokens=t.max_tokens,
@@ -167,10 +164,12 @@ def train_rank(
 def _teacher_caches(context: RunContext) -> Sequence[tuple[AnswerSource, float]]:
     """What the teachers said, without the answers that verifying found wrong."""
     heard: Sequence[tuple[AnswerSource, float]] = open_teacher_caches(
-        context.capture_units, context.folder / "capture"
+        context.capture_units,
+        context.folder / "capture",
+        context.recipe.training.shuffle_window_blocks,
     )
     return (
-        without_rejected(heard, store.read_json(context.folder / "capture" / "wrong.json"))
+        without_rejected(heard, store.read_json(context.folder / "capture" / "rejected.json"))
         if context.recipe.capture.verify
         else heard
     )
@@ -192,8 +191,8 @@ def _load_rollouts(
     return build_rollouts(
         asked,
         student,
-        lambda name: context.load_teacher(name, t.batch),
-        context.event_maps,
+        lambda name: context.models.load_teacher(name, t.batch),
+        context.models.event_maps,
         t.on_policy,
         t.batch,
         context.recipe.seed,

@@ -385,7 +385,11 @@ def _render_template(template: str, context: dict[str, Any]) -> bytes:
     ).encode()
 
 
-def write_report(run_folder: Path, lm_eval_files: Mapping[str, Path] | None = None) -> Path:
+def write_report(
+    run_folder: Path,
+    lm_eval_files: Mapping[str, Path] | None = None,
+    out_folder: Path | None = None,
+) -> Path:
     """Write run/report/: report.json, README.md (the card), index.html (the page, one file); return the page.
 
     lm_eval  speaker -> results file of lm-eval that joins them
@@ -442,7 +446,7 @@ def write_report(run_folder: Path, lm_eval_files: Mapping[str, Path] | None = No
         _render_template("page.html.jinja", context),
         _render_template("model_card.md.jinja", context),
     )
-    folder = run_folder / "report"
+    folder = out_folder or run_folder / "report"
     store.write_json(
         folder / "report.json",
         report_summary(files, found, standard) | ({"modes": modes.to_json()} if modes else {}),
