@@ -19,7 +19,8 @@ from persea.config.recipe import load_recipe
 from persea.evaluation.answering import answer_items, single_model_loader
 from persea.evaluation.audition import build_cast
 from persea.evaluation.racing import TaskRace, interleave_languages, race_teachers
-from persea.pipeline.run_context import RunContext, set_threads
+from persea.models.loading import set_threads
+from persea.pipeline.run_context import RunContext
 from persea.tasks import intervals
 from persea.tasks.task import ItemResult, Split, Task, TaskItem, grade_answers
 
@@ -39,10 +40,10 @@ def recorded(
     river = RunContext(recipe, ROOT / "runs" / "bench-audition")
     set_threads(recipe.threads)
     skills = river.held_out_items(Split.AUDITION)
-    load = single_model_loader(lambda name: river.load_teacher(name, recipe.audition.batch))
+    load = single_model_loader(lambda name: river.models.load_teacher(name, recipe.audition.batch))
     answers = {}
-    for name in river.renderers:
-        speaker = river.evaluated_model(name, recipe.audition.batch, (), load)
+    for name in river.models.renderers:
+        speaker = river.models.evaluated_model(name, recipe.audition.batch, (), load)
         for skill, some in skills:
             results, _ = answer_items(
                 speaker, speaker.efforts[0], skill, some, recipe.capture.max_new_tokens
@@ -53,7 +54,7 @@ def recorded(
                 flush=True,
             )
     for skill, some in skills:
-        said = [r for name in river.renderers for r in answers[name, skill.name].values()]
+        said = [r for name in river.models.renderers for r in answers[name, skill.name].values()]
         drawn = random.Random(0).choices(said, k=len(some))
         results = grade_answers(skill, some, [(r.answer, r.finish) for r in drawn])
         answers[BAD, skill.name] = {r.item.prompt.id: r for r in results}
@@ -68,11 +69,11 @@ def main() -> None:
     seeds = int(sys.argv[1]) if len(sys.argv) > 1 else 20
     items = int(sys.argv[2]) if len(sys.argv) > 2 else 100
     skills, answers, river = recorded(items)
-    teachers = [*river.renderers, BAD]
+    teachers = [*river.models.renderers, BAD]
     efforts = {
-        t: river.measured_efforts(t, ())[0]
-        if t in river.renderers
-        else next(iter(river.measured_efforts(n, ())[0] for n in river.renderers))
+        t: river.models.measured_efforts(t, ())[0]
+        if t in river.models.renderers
+        else next(iter(river.models.measured_efforts(n, ())[0] for n in river.models.renderers))
         for t in teachers
     }
 

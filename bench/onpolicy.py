@@ -23,7 +23,9 @@ from results import RUNS as OFF
 
 from persea import storage as store
 from persea.chat.messages import FinishReason, ThinkingEffort
-from persea.pipeline.run_context import STUDENT, RunContext, set_threads
+from persea.models.loading import set_threads
+from persea.pipeline.model_refs import STUDENT
+from persea.pipeline.run_context import RunContext
 from persea.tasks.intervals import CONFIDENCE_LEVEL, paired_difference_interval
 from persea.tasks.task import Split, grade_answers
 
@@ -38,7 +40,7 @@ def told(river: RunContext, items: int) -> dict[str, Any]:
     if path.is_file():
         return dict(json.loads(path.read_text()))
     set_threads(river.recipe.threads)
-    student, found, nats, size = river.load_participant(STUDENT, 200), dict[str, Any](), 0.0, 0
+    student, found, nats, size = river.models.load_participant(STUDENT, 200), dict[str, Any](), 0.0, 0
     for skill, some in ((s, s.items(Split.TEST, items, river.recipe.seed)) for s in ALL):
         for effort in river.taught_efforts.get(skill.name, (ThinkingEffort.NONE,)):
             answers = student.answer(
@@ -67,7 +69,7 @@ def told(river: RunContext, items: int) -> dict[str, Any]:
     out = {
         "answers": found,
         "bits_per_byte": nats / size,
-        "seconds": river.read_stage_record("train")["seconds"],
+        "seconds": river.stages.read_record("train")["seconds"],
         "positions": lines[-1]["positions"],
         "own": {
             "lines": len(own),

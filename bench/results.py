@@ -29,7 +29,9 @@ import numpy as np
 
 from persea.config.recipe import load_recipe
 from persea.config.schema import CorpusSection, LossBalancing
-from persea.pipeline.run_context import BASE, STUDENT, RunContext, set_threads
+from persea.models.loading import set_threads
+from persea.pipeline.model_refs import BASE, STUDENT
+from persea.pipeline.run_context import RunContext
 from persea.storage import digest_file
 from persea.tasks.task import Split, grade_answers, score_results
 from persea.teachers.teacher import Teacher
@@ -73,7 +75,7 @@ def measured(river: RunContext, name: str, items: int) -> dict[str, Any]:
     if path.is_file() and (stands := dict(json.loads(path.read_text()))).pop("weights") == weights:
         return stands
     set_threads(river.recipe.threads)
-    speaker, settings = river.load_participant(name, 200), river.recipe.evaluation
+    speaker, settings = river.models.load_participant(name, 200), river.recipe.evaluation
     scores, bits, size = {}, 0.0, 0
     for skill, some in ((s, s.items(Split.TEST, items, river.recipe.seed)) for s in ALL):
         answers = speaker.answer([i.prompt for i in some], settings.max_new_tokens)

@@ -132,7 +132,7 @@ def verify_cache(folder: Path) -> list[CacheProblem]:
                 CacheProblem(
                     path,
                     "not committed: left by a killed run",
-                    "it may be deleted; the next cached writes it again",
+                    "it may be deleted; the next capture writes it again",
                     is_harmless=True,
                 )
             )

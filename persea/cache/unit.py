@@ -312,14 +312,14 @@ def open_unit(folder: Path, name: str) -> CacheUnit:
         data = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
     except FileNotFoundError as error:
         raise DataError(
-            f"committed, but {error.strerror}", slices=str(path), remedy=remedy
+            f"committed, but {error.strerror}", where=str(path), remedy=remedy
         ) from error
     except OSError as error:
         raise storage.unreadable_file_error(path, error) from error
     if size != record["bytes"]:
         raise DataError(
-            f"{size:,} bytes, slices {record['bytes']:,} were committed",
-            slices=str(path),
+            f"{size:,} bytes, where {record['bytes']:,} were committed",
+            where=str(path),
             remedy=remedy,
         )
     try:
@@ -329,7 +329,7 @@ def open_unit(folder: Path, name: str) -> CacheUnit:
         is_intact = False
     if not is_intact:
         raise DataError(
-            "its bytes do not match the committed sha256", slices=str(path), remedy=remedy
+            "its bytes do not match the committed sha256", where=str(path), remedy=remedy
         )
     tables, byte_lengths_U = tables_from_bytes(data[slices["tables"]].tobytes())
     index_B4 = np.frombuffer(data[slices["index"]].tobytes(), "<i8").reshape(-1, 4)

@@ -94,8 +94,8 @@ def silence_transformers() -> None:
     """Make transformers print errors only: persea has progress bars of its own."""
     from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @dataclass(eq=False)

@@ -102,7 +102,7 @@ def print_check(check_result: dict[str, Any]) -> None:
         if not likelihood["language"]:
             console.print(
                 f"{likelihood['teacher']}: {likelihood['template_bits_per_byte']:.2f} bits per byte "
-                f"with its own template, {likelihood['bare_bits_per_byte']:.2f} without a template",
+                f"with its own template, {likelihood['bare_bits_per_byte']:.2f} without one",
                 highlight=False,
                 soft_wrap=True,
             )

@@ -184,15 +184,14 @@ def run_capture(context: RunContext, folder: Path, progress: ProgressCallback) -
         RefusedError: A budget is spent, no answer is complete, or verification rejected all.
         DataError: A prompt has no answer although `capture.answers` is `given`.
     """
-    from persea.cache.answer_filter import verify_answers
-    from persea.cache.capture import (
+    from persea.cache.accounting import (
         CaptureBudget,
         account_for_prompts,
         capture_summary,
-        capture_teacher,
-        open_teacher_caches,
         quarantine_records,
     )
+    from persea.cache.answer_filter import verify_answers
+    from persea.cache.capture import capture_teacher, open_teacher_caches
 
     settings, units, corpus = context.recipe.capture, context.capture_units, context.corpus
     budget = CaptureBudget(len(corpus.prompts), settings.tokens or 0, settings.hours or 0)

@@ -28,7 +28,7 @@ def states(folder: Path, *overrides: str) -> dict[str, str]:
 
 
 def but(**others: str) -> dict[str, str]:
-    return dict.fromkeys(STAGES, "stands") | others
+    return dict.fromkeys(STAGES, "up to date") | others
 
 
 def test_before_anything_the_later_stages_wait(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_what_is_said_of_an_evaluation_afterwards_measures_nothing_again(tmp_pat
         "lm_eval.student=results.json",
     ):  # the lineage holds the recipe's hash
         assert states(tmp_path, f"evaluation.{change}") == but(lineage="to do", report="waits")
-    with pytest.raises(DataError, match=r"gone\.json: not there -> run lm_eval on student first"):
+    with pytest.raises(DataError, match=r"gone\.json: no such file -> run lm_eval on student first"):
         plan_run(river(tmp_path, "evaluation.lm_eval.student=gone.json"))
 
 
@@ -88,13 +88,13 @@ def test_answers_are_counted_and_the_disk_is_enough(tmp_path: Path) -> None:
     assert work["audition"] == "at most 72 answers by 3 teachers"
     assert work["capture"].startswith("72 answers, at most 0.00 GB (0 prompts left out)")
     assert work["train"] == "8 steps of 4 conversations"
-    assert work["evaluate"] == "120 answers by 5 speakers"
-    assert [r[0] for r in told.table_rows()] == [*STAGES, "in all"]
+    assert work["evaluate"] == "120 answers by 5 models"
+    assert [r[0] for r in told.table_rows()] == [*STAGES, "total"]
     assert told.table_rows()[-1][2].startswith("264 answers, at most 0.0")
     assert told.to_json()["stages"][0] == {
         "stage": "check",
-        "state": "stands",
-        "work": "3 pairings of tokenizers",
+        "state": "up to date",
+        "work": "3 tokenizer pairs",
     }
 
 

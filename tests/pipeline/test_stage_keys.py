@@ -9,8 +9,8 @@ import pytest
 
 from persea.config.schema import CaptureSection, EvaluationSection, TrainingSection
 from persea.pipeline import stage_keys as inputs
-from persea.pipeline.run_context import digest_json
-from persea.pipeline.stages import STAGES as TOLD
+from persea.storage import digest_json
+from persea.pipeline.stages import STAGES
 from persea.pipeline.status import STAGE_NAMES
 
 
@@ -27,27 +27,27 @@ def river(
         seed=1,
         threads=1,
     )
-    done = {"train": {"outputs": {"student": "s"}}, "capture": {"outputs": {"wrong.json": wrong}}}
+    done = {"train": {"outputs": {"student": "s"}}, "capture": {"outputs": {"rejected.json": wrong}}}
     return SimpleNamespace(
         recipe=recipe,
-        student_identity="me",
+        models=SimpleNamespace(student_identity="me", teacher_identities={"a": "b"}),
+        stages=SimpleNamespace(read_record=done.get),
         capture_units=[SimpleNamespace(name="u")],
-        corpus=SimpleNamespace(broken=()),
-        read_stage_record=done.get,
-        identities={"a": "b"},
-        asked="q",
+        corpus=SimpleNamespace(malformed=()),
+        items_digest=lambda split: f"digest of {split}",
     )
 
 
 def test_every_stage_has_inputs_of_its_own_name() -> None:
-    assert tuple(s.name for s in TOLD) == STAGE_NAMES
-    assert [s.inputs for s in TOLD] == [getattr(inputs, name) for name in STAGE_NAMES]
+    assert tuple(s.name for s in STAGES) == STAGE_NAMES
+    assert [s.inputs for s in STAGES] == [getattr(inputs, f"{name}_inputs") for name in STAGE_NAMES]
 
 
 @pytest.mark.parametrize(
     ("changed", "same"),
     [
-        (river({"report_to": "wandb"}), True),
+        (river({"report_to": "wandb", "log_every": 7, "checkpoint_every": 9}), True),
+        (river({"evaluate_every": 5, "held_out": 0.05}), False),
         (river({"steps": 7}), False),
         (river({"evaluate_every": 5}), False),
         (river(verify=True), False),

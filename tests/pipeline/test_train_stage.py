@@ -289,12 +289,12 @@ def test_a_question_whose_lesson_is_held_out_is_not_asked(
     monkeypatch.setattr(
         teach, "build_rollouts", lambda some, *rest: asked.extend(prompt.id for prompt, _ in some)
     )
-    student = here.load_student()
+    student = here.models.load_student()
     t = here.recipe.training
     feed = build_dataset(
         teach._teacher_caches(here),
         student.renderer,
-        here.event_maps,
+        here.models.event_maps,
         batch_size=t.batch,
         seed=0,
         max_tokens=t.max_tokens,

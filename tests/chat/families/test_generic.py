@@ -492,7 +492,7 @@ def test_a_run_says_who_speaks_and_what_is_not_known(tmp_path: Path):
         "gemma-sapling (gemma)",
         "gpt-oss-sapling (gpt-oss)",
     ]
-    assert river.lineage_parent("qwen-sapling").licence == "not known"
+    assert river.models.lineage_parent("qwen-sapling").licence == "not known"
 
 
 def test_tools_are_refused_and_not_lost(tmp_path: Path):
