@@ -232,7 +232,7 @@ def test_what_does_not_fit_together_is_not_merged(folder: Path, tmp_path: Path) 
         unit_metadata={"teacher": "a", "identity": "other weights"},
     )
     with pytest.raises(
-        RefusedError, match=r"a is not the same teacher in .*capture -> keep the two caches apart"
+        RefusedError, match=r"a is another model in .*capture -> do not merge the two caches"
     ):
         merge_caches(folder, [other])
     third = tmp_path / "third"

@@ -172,3 +172,29 @@ def test_a_mixture_that_makes_no_sense_is_refused(
 ) -> None:
     with pytest.raises(DataError, match=r"mixture: \d caches of .* -> give each"):
         CacheMixture(tuple(open_cache_reader(folder, [n]) for n in names), shares, 0)
+
+
+# --- the public function ---
+
+
+def test_a_run_folder_or_its_capture_is_opened_by_teacher(tmp_path: Path) -> None:
+    for name, teacher, seed in (("u1", "a", 1), ("u0", "b", 2)):
+        cache.write_unit(
+            tmp_path / "capture",
+            name,
+            captures(seed, 3),
+            {},
+            tau=TAU,
+            unit_metadata={"teacher": teacher},
+        )
+    whole = open_cache(tmp_path)
+    assert len(whole) == 6
+    assert_same(whole[0], captures(2, 3)[0])  # units in order of name
+    assert (whole[0].teacher, whole[0].prompt_id) == ("teacher", "2 id/0")
+    only = open_cache(str(tmp_path / "capture"), teacher="a")
+    assert [c.prompt_id for c in only] == [c.prompt_id for c in captures(1, 3)]
+    assert sorted(only.epoch_order(0, 0).tolist()) == [0, 1, 2]
+    with pytest.raises(DataError, match="no answers of 'c' -> persea cache info"):
+        open_cache(tmp_path, teacher="c")
+    with pytest.raises(DataError, match="no cache in this folder"):
+        open_cache(tmp_path / "units")

@@ -11,9 +11,14 @@ import pytest
 
 from persea.config.recipe import load_recipe
 from persea.errors import DataError, RefusedError
-from persea.pipeline.plan import SAMPLED_BYTES_PER_TOKEN, TOPK_BYTES_PER_TOKEN, plan_run
+from persea.pipeline.plan import (
+    SAMPLED_BYTES_PER_TOKEN,
+    TOPK_BYTES_PER_TOKEN,
+    plan_run,
+    training_bytes,
+)
 from persea.pipeline.run_context import RunContext
-from tests.cli.test_cli import STAGES, flowed_copy, recipe, tree
+from tests.cli.test_cli import SAPLINGS, STAGES, flowed_copy, recipe, tree
 
 
 def river(folder: Path, *overrides: str) -> RunContext:
@@ -139,3 +144,44 @@ def test_a_run_that_the_disk_cannot_hold_is_refused(
     assert asked == [tmp_path]  # the disk of the run folder, which is not there yet
     monkeypatch.setattr(shutil, "disk_usage", usage(needed))
     assert plan_run(river(tmp_path)).disk_free == needed
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+def test_checkpoints_of_adapters_are_counted_as_adapters(tmp_path: Path, rank: int) -> None:
+    """A checkpoint of LoRA holds the matrices that are trained; these are counted from shapes."""
+    from persea.config.schema import LoraSection, StudentSection
+    from persea.models.loading import ModelSource, load_renderer
+    from persea.training.student import LoraSettings, load_student
+
+    model = str(SAPLINGS / "llama-sapling")
+    lora = LoraSection(rank=rank, alpha=2, targets=("q_proj", "v_proj"))
+    full, adapted = (
+        training_bytes(StudentSection(model=model, **more))
+        for more in ({}, {"adapt": "lora", "lora": lora})
+    )
+    student = load_student(
+        ModelSource(model),
+        load_renderer(ModelSource(model), "student"),
+        LoraSettings(rank, 2, ("q_proj", "v_proj")),
+        0,
+    )
+    num_trained = sum(p.numel() for p in student.trainable_parameters.values())
+    num_weights = full // (4 * (1 + 3 * 3))
+    assert adapted == 4 * (num_weights + 3 * 3 * num_trained)
+    assert adapted < full / 3
+
+
+def test_weights_in_half_precision_are_counted_once(tmp_path: Path) -> None:
+    """The size in float32 comes from shapes: it does not depend on the stored type."""
+    import torch
+    from safetensors.torch import save_file
+
+    from persea.config.schema import StudentSection
+
+    sizes = []
+    for dtype in (torch.float32, torch.float16):
+        folder = tmp_path / str(dtype)
+        folder.mkdir()
+        save_file({"a.weight": torch.zeros(3, 5, dtype=dtype)}, folder / "model.safetensors")
+        sizes.append(training_bytes(StudentSection(model=str(folder))))
+    assert sizes == [4 * 15 * (1 + 3 * 3)] * 2

@@ -67,7 +67,7 @@ def test_prompts_come_from_a_generator_or_a_file(tmp_path: Path):
         list[MalformedLine](),
     )
     with pytest.raises(
-        DataError, match="of skill 'other', which the corpus does not name -> one of code"
+        DataError, match="of skill 'other', which the corpus does not name -> use one of code"
     ):
         load_part_prompts(part, "here", [CODE_TASK], ["code"], 0, aside.append)
     assert [
