@@ -97,11 +97,11 @@ def _check_teacher(
 
     settings, models = context.recipe.check, context.models
     renderer, event_map = models.renderers[teacher.name], models.event_maps[teacher.name]
-    load_weights = settings.likelihood
-    if load_weights is None:
+    load_weights = settings.likelihood and not is_remote(teacher)
+    if settings.likelihood is None and not is_remote(teacher):
         load_weights = is_small_local_model(model_source(teacher), settings.max_likelihood_bytes)
     retained_mass, likelihoods = None, []
-    if load_weights and not is_remote(teacher):
+    if load_weights:
         loaded = models.load_teacher(teacher.name, context.recipe.audition.batch)
         samples = [
             s

@@ -165,7 +165,7 @@ def test_checkpoints_of_adapters_are_counted_as_adapters(tmp_path: Path, rank: i
         LoraSettings(rank, 2, ("q_proj", "v_proj")),
         0,
     )
-    num_trained = sum(p.numel() for p in student.trainable_parameters.values())
+    num_trained = sum(p.numel() for p in student.trainable_parameters)
     num_weights = full // (4 * (1 + 3 * 3))
     assert adapted == 4 * (num_weights + 3 * 3 * num_trained)
     assert adapted < full / 3

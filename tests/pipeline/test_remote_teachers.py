@@ -17,6 +17,7 @@ from persea.config.recipe import load_recipe
 from persea.config.schema import GenerationSection, TeacherSection
 from persea.distributions import DistributionKind
 from persea.errors import MissingRequirementError, RecipeError
+from persea.pipeline.preflight import refuse_unsupported_efforts
 from persea.pipeline.remote_teachers import endpoint_identity, open_remote_engine
 from persea.pipeline.run_context import RunContext
 from tests.cli.test_cli import SAPLINGS, TINY, persea
@@ -185,7 +186,7 @@ def test_a_key_is_never_in_a_recipe_and_must_be_set(
     monkeypatch.setenv("FAR_KEY", "sk-other")
     assert load_recipe(mixed(tmp_path), ["teachers.1.endpoint.key_env=FAR_KEY"]).hash == recipe.hash
     monkeypatch.delenv("FAR_KEY")
-    with pytest.raises(MissingRequirementError, match="FAR_KEY holds no key") as caught:
+    with pytest.raises(MissingRequirementError, match="FAR_KEY is not set") as caught:
         open_remote_engine(recipe.teachers[1], None, tmp_path / "kept.json")  # type: ignore[arg-type]
     assert caught.value.exit_code == 7
     assert endpoint_identity(recipe.teachers[0]) == []
@@ -198,7 +199,7 @@ def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(
     monkeypatch.setenv("FAR_KEY", key)
     recipe = load_recipe(mixed(tmp_path), ["teachers.1.endpoint.key_env=FAR_KEY"])
     with pytest.raises(
-        MissingRequirementError, match="FAR_KEY holds what no header can carry"
+        MissingRequirementError, match="FAR_KEY contains characters that an HTTP header cannot carry"
     ) as caught:
         open_remote_engine(recipe.teachers[1], None, tmp_path / "kept.json")  # type: ignore[arg-type]
     assert "bc" not in str(caught.value)
@@ -245,7 +246,7 @@ def test_a_chat_route_without_dial_has_one_effort(tmp_path: Path) -> None:
             if dial == "true"
             else pytest.raises(RecipeError, match="no teacher of reasoning knows it") as caught
         ):
-            one.refuse_unsupported_efforts()
+            refuse_unsupported_efforts(one)
     assert "oss-words knows none" in str(caught.value)
     assert "yard knows" not in str(caught.value)  # it teaches nobody
 
@@ -255,7 +256,7 @@ def test_weights_in_vllm_are_not_kept_after_their_stage(
 ) -> None:
     opened: list[object] = []
     monkeypatch.setattr(
-        "persea.pipeline.run_context.open_remote_engine",
+        "persea.pipeline.model_refs.open_remote_engine",
         lambda *a: opened.append(object()) or opened[-1],
     )
     one = river(tmp_path, "teachers.0.engine=vllm")

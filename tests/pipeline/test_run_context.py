@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shutil
+import weakref
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,7 @@ from persea.pipeline.model_refs import BASE, STUDENT, has_effort
 from persea.pipeline.preflight import refuse_unsupported_efforts
 from persea.pipeline.run_context import RunContext
 from persea.pipeline.stages import STAGES as STREAM
-from persea.pipeline.stages import run_pipeline
+from persea.pipeline.stages import run_check, run_pipeline
 from persea.storage import digest_json
 from persea.tasks import generated as skills
 from persea.tasks.task import Split
@@ -470,3 +472,22 @@ def test_a_set_too_small_for_a_split_is_told_at_the_start(tmp_path: Path) -> Non
         DataError, match=r"evaluation\.sets: no question of gsm8k is left for the (audition|test) split"
     ):
         _ = one.items_digest(Split.AUDITION), one.items_digest(Split.TEST)
+
+
+def test_check_holds_one_teacher_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = river(tmp_path)
+    load, loaded = one.models.load_teacher, list[tuple[str, Any]]()
+
+    def load_alone(name: str, batch: int) -> Any:
+        gc.collect()
+        assert [n for n, model in loaded if model() is not None] == []
+        teacher = load(name, batch)
+        loaded.append((name, weakref.ref(teacher.engine.model)))
+        return teacher
+
+    monkeypatch.setattr(one.models, "load_teacher", load_alone)
+    (tmp_path / "check").mkdir()
+    run_check(one, tmp_path / "check", lambda *_: None)
+    assert [name for name, _ in loaded] == ["qwen-sapling", "gemma-sapling", "gpt-oss-sapling"]
