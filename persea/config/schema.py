@@ -590,18 +590,53 @@ class OnPolicySection(RecipeSection):
     temperature: float = Field(
         default=1.0, gt=0, le=2, description="of drawing; 1 is the student's own distribution"
     )
-    objective: Literal["events", "chunk"] = Field(
+    objective: Literal["events", "span_likelihood"] = Field(
         default="events",
-        description="events = reverse KL at every common boundary; chunk = how likely both find each stretch between two",
+        description="events = reverse KL at every common boundary; span_likelihood = compare the "
+        "likelihoods of the text between two common boundaries",
     )
     truncated: Literal["keep", "drop"] = Field(
         default="keep",
         description="what an answer cut at `max_new_tokens` said so far is learned, or not",
     )
+    min_candidate_prob: float = Field(
+        default=1e-4,
+        ge=0,
+        lt=1,
+        description="tokens of at least this probability are tested for impossibility at a common "
+        "boundary; 0 = all tokens, which takes seconds a boundary",
+    )
+    min_loop_repeats: int = Field(
+        default=4,
+        ge=2,
+        le=MAX_COUNT,
+        description="repetitions in a row after which an answer counts as a loop and is left out",
+    )
+    max_loop_period: int = Field(
+        default=64, ge=1, le=MAX_COUNT, description="longest repeated stretch, in tokens"
+    )
+    min_loop_tokens: int = Field(
+        default=12,
+        ge=1,
+        le=MAX_COUNT,
+        description="least tokens of a loop: 'ha ha ha ha' is no loop",
+    )
+
+
+class LossTerm(RecipeSection):
+    """One loss of a weighted sum. The names are those of `persea.losses.LOSSES`."""
+
+    name: str = Field(
+        pattern=r"^[a-z][a-z0-9_]*$", description="name of the loss, such as event_kl"
+    )
+    weight: float = Field(default=1.0, gt=0, le=MAX_COUNT, description="factor of the loss")
 
 
 class TrainingSection(RecipeSection):
-    """event_share and completion as docs/results.md decided them (points 5 and 7)."""
+    """How the student is trained.
+
+    docs/results.md decided event_weight (point 5) and completion (point 7).
+    """
 
     steps: int = Field(default=1500, ge=1, le=MAX_COUNT, description="optimiser steps")
     batch: int = Field(default=16, ge=1, le=MAX_COUNT, description="conversations a step")
@@ -609,11 +644,12 @@ class TrainingSection(RecipeSection):
     warmup: int = Field(
         default=50, ge=0, le=MAX_COUNT, description="steps until the highest learning rate"
     )
-    event_share: float = Field(
+    event_weight: float = Field(
         default=0.7,
         ge=0,
         le=1,
-        description="weight of events at common boundaries; the rest is cross-entropy",
+        description="weight of the KL over common events; the rest is cross-entropy "
+        "(`event_share` in recipes of version 0.1)",
     )
     completion: bool = Field(
         default=False,
@@ -621,7 +657,13 @@ class TrainingSection(RecipeSection):
     )
     objective: Literal["events", "sft"] = Field(
         default="events",
-        description="events = the teachers' distributions and their text; sft = their text alone (supervised fine-tuning)",
+        description="events = the teachers' distributions and their text; sft = their text alone "
+        "(supervised fine-tuning)",
+    )
+    loss: tuple[LossTerm, ...] = Field(
+        default=(),
+        description="weighted sum of losses instead of `objective` and `event_weight`, such as "
+        "[{name: event_kl, weight: 0.7}, {name: cross_entropy, weight: 0.3}]",
     )
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32",
@@ -690,12 +732,84 @@ class TrainingSection(RecipeSection):
         description="what a position counts for: none = all alike; deviation = by the scale of its "
         "teacher's and skill's losses, so that none drowns the others",
     )
+    balance_half_life_steps: float = Field(
+        default=50,
+        gt=0,
+        le=MAX_COUNT,
+        description="loss balancing: steps after which a step's losses count for half",
+    )
+    balance_max_ratio: float = Field(
+        default=2.0,
+        ge=1,
+        le=MAX_COUNT,
+        description="loss balancing: largest weight of a group relative to equal weights, and the "
+        "inverse of the smallest",
+    )
+    balance_prior_tokens: float = Field(
+        default=200,
+        ge=0,
+        le=MAX_COUNT,
+        description="loss balancing: tokens at the overall scale that every group starts with",
+    )
+    min_learning_rate_ratio: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="last learning rate as a share of the peak",
+    )
+    adam_beta1: float = Field(
+        default=0.9, ge=0, lt=1, description="AdamW: decay of the mean of gradients"
+    )
+    adam_beta2: float = Field(
+        default=0.98, ge=0, lt=1, description="AdamW: decay of the mean of squared gradients"
+    )
+    adam_epsilon: float = Field(
+        default=1e-8, gt=0, le=1, description="AdamW: added to the root of that mean"
+    )
     report_to: Literal["tensorboard", "trackio", "wandb"] | None = Field(
         default=None, description="show the metrics there too, as they come"
     )
     on_policy: OnPolicySection | None = Field(
         default=None, description="learn from the student's own answers too; not given = never"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_old_keys(cls, data: object) -> object:
+        """Read `event_share`, the key of `event_weight` in recipes of version 0.1."""
+        if isinstance(data, dict) and "event_share" in data and "event_weight" not in data:
+            return {("event_weight" if k == "event_share" else k): v for k, v in data.items()}
+        return data
+
+    @property
+    def loss_terms(self) -> tuple[tuple[str, float], ...]:
+        """Name and weight of each loss, also where `objective` and `event_weight` give them."""
+        if self.loss:
+            return tuple((term.name, term.weight) for term in self.loss)
+        if self.objective == "sft" or not self.event_weight:
+            return (("cross_entropy", 1.0),)
+        terms = (("event_kl", self.event_weight), ("cross_entropy", 1 - self.event_weight))
+        return tuple((name, weight) for name, weight in terms if weight)
+
+    @model_validator(mode="after")
+    def _check_loss(self) -> Self:
+        given = self.model_fields_set & {"objective", "event_weight"} if self.loss else set()
+        names = [term.name for term in self.loss]
+        return check_contradictions(
+            self,
+            (
+                bool(given),
+                ("loss",),
+                f"given beside {' and '.join(sorted(given))}",
+                f"delete `{min(given, default='')}:`; the weights of `loss` say the same",
+            ),
+            (
+                len(set(names)) < len(names),
+                ("loss",),
+                "a loss is named twice",
+                "add the weights and name it once",
+            ),
+        )
 
     @model_validator(mode="after")
     def _check_unused_keys(self) -> Self:
@@ -751,14 +865,20 @@ class TrainingSection(RecipeSection):
 
     @model_validator(mode="after")
     def _check_objective(self) -> Self:
-        idle = self.objective == "sft" and self.completion
+        uses_targets = any(name != "cross_entropy" for name, _ in self.loss_terms)
         return check_contradictions(
             self,
             (
-                idle,
+                self.completion and not uses_targets and self.objective == "sft",
                 ("completion",),
                 "given, but `objective` is sft",
                 "write `objective: events`, or delete `completion:`",
+            ),
+            (
+                self.completion and not uses_targets and bool(self.loss),
+                ("completion",),
+                "given, but `loss` has no event_kl",
+                "add event_kl, or delete `completion:`",
             ),
         )
 

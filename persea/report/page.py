@@ -42,7 +42,7 @@ EXAMPLES_PER_SKILL, MAX_TEXT_CHARS = (
     4,
     1200,
 )  # questions shown per skill; characters shown of a text
-LEADING_LOSS_TERMS = ("events", "cross_entropy")  # first among the curves
+LEADING_LOSS_TERMS = ("event_kl", "cross_entropy")  # first among the curves
 LINEAGE_KEYS = ["name", "licence", "model", "family", "revision", "fingerprint"]
 HUB_LICENCES = (
     "apache-2.0",

@@ -258,7 +258,7 @@ def test_no_share_and_no_teacher_are_cross_entropy(seed: int):
     control = tuple(
         replace(
             s,
-            bridge=replace(
+            event_map=replace(
                 s.event_map, teacher_event_W=np.full_like(s.event_map.teacher_event_W, -1)
             ),
         )
@@ -294,8 +294,8 @@ def test_terms_and_positions(seed: int):
         for n, ce in enumerate(F.cross_entropy(c.logits_NV, c.labels_N, reduction="none").tolist())
     )
     events = out.loss.item() * len(c.labels_N) - with_ce
-    assert out.metrics["events"] * len(c.labels_N) == pytest.approx(events, rel=1e-4, abs=1e-3)
-    assert out.metrics["spoken"] == pytest.approx(
+    assert out.metrics["event_kl"] * len(c.labels_N) == pytest.approx(events, rel=1e-4, abs=1e-3)
+    assert out.metrics["supervised"] == pytest.approx(
         len([n for n in spoken if mass[n] > 0]) / len(c.labels_N)
     )
     assert not out.loss.requires_grad
@@ -314,7 +314,9 @@ def test_every_position_carries_total_weight_one(seed: int, share: float):
         replace(s.event_map, student_event_V=np.append(s.event_map.student_event_V, np.int32(-1)))
         for s in c.teachers
     ]
-    wider = tuple(replace(s, bridge=bridge) for s, bridge in zip(c.teachers, bridges, strict=True))
+    wider = tuple(
+        replace(s, event_map=bridge) for s, bridge in zip(c.teachers, bridges, strict=True)
+    )
     c = Case(torch.cat([c.logits_NV, outside], 1), c.labels_N, wider)
     _, gradient = value_and_gradient(c, share)
     weight_N = N * gradient[:, V] / torch.softmax(c.logits_NV, -1)[:, V]
@@ -405,7 +407,7 @@ DRAWS = 2000
 def sampled(p_W: np.ndarray, tau: float) -> SparseDistributions:
     """One distribution drawn DRAWS times, each draw with its own random start."""
     return sample_distributions(
-        torch.from_numpy(np.log(p_W)).expand_groups(DRAWS, -1),
+        torch.from_numpy(np.log(p_W)).expand(DRAWS, -1),
         np.zeros(DRAWS, np.int64),
         tau,
         "losses",
@@ -432,8 +434,8 @@ def z_scores(
     row_M = np.repeat(np.arange(DRAWS), np.diff(rows.offsets_N1))
     ids_M, probs_M = rows.ids_M, rows.probs_M
     wide = Case(
-        c.logits_NV.expand_groups(DRAWS, -1),
-        c.labels_N.expand_groups(DRAWS),
+        c.logits_NV.expand(DRAWS, -1),
+        c.labels_N.expand(DRAWS),
         (Said(bridge, row_M, ids_M, probs_M),),
     )
     gradient = value_and_gradient(wide, 0.7)[1] * DRAWS

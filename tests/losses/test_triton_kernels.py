@@ -1,6 +1,6 @@
-"""Kernels for a GPU against the functions they stand for: in Triton's interpreter, on random inputs, in memory full of NaN.
+"""The Triton kernels against the functions they implement: in Triton's interpreter, on random inputs, in memory full of NaN.
 
-In a process of its own, for Triton reads TRITON_INTERPRET once, when it is imported. Skipped, in words, where there is no Triton.
+In a process of its own, because Triton reads TRITON_INTERPRET once, at import. Skipped where Triton is not installed.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from test_losses import case, random_bridge, said_of
 from persea.errors import DataError
 from persea.losses import Divergence
 from persea.losses import triton_kernels as fused
-from persea.losses.event_kl import composed_rows
-from persea.losses.divergence import same_rows
+from persea.losses.event_kl import event_kl_per_token
+from persea.losses.divergence import divergence_with_gradient
 
 torch.set_num_threads(1)
 rooms = []
 def poisoned(n, like):
     rooms.append(n)
     return torch.full((n,), math.nan)
-fused.room = poisoned
-fused.BLOCK, fused.BLOCK_EVENT_TOKENS = 16, 2  # so that rows of 8 to 40 columns take several rounds, and are no multiple of one
+fused.empty_float32 = poisoned
+fused.BLOCK_COLUMNS, fused.BLOCK_EVENT_TOKENS = 16, 2  # so that rows of 8 to 40 columns take several rounds, and are no multiple of one
 
 def walled(logits):
     "The same rows inside a wider matrix of NaN: what is read past a row's end would show."
@@ -46,7 +46,7 @@ for seed in range(4):
     for share in (0.7, 1.0)[:2 - seed // 2]:
         c = case(seed)
         teachers = [t.targets for t in c.teachers]
-        known = composed_rows(c.logits_NV, c.labels_N, teachers, share)
+        known = event_kl_per_token(c.logits_NV, c.labels_N, teachers, share)
         want = torch.empty_like(c.logits_NV)
         known.write_gradient(c.logits_NV, want)
         wide, inside = walled(c.logits_NV)
@@ -59,7 +59,7 @@ rng = np.random.default_rng(1)
 bridge = random_bridge(rng, 30, 40, 4)  # events of about ten tokens
 said = said_of(bridge, {n: rng.dirichlet(np.full(30, .3)) for n in (0, 2)}).targets
 logits, tokens = 30 * torch.randn(3, 40), torch.tensor([1, 2, 3])
-known = composed_rows(logits, tokens, [said], 0.7)
+known = event_kl_per_token(logits, tokens, [said], 0.7)
 want = torch.empty_like(logits)
 known.write_gradient(logits, want)
 loss = fused.triton_event_kl(logits, tokens, [said], 0.7)[0]
@@ -79,11 +79,11 @@ for divergence in Divergence:
         wide, inside = walled(mine)
         other_wide, other = walled(theirs)
         loss = fused.triton_divergence(inside, other, divergence)
-        want = same_rows(mine, theirs, divergence)
+        want = divergence_with_gradient(mine, theirs, divergence)
         close(loss, want, 1e-5), close(inside, mine)
         assert wide[:, 37:].isnan().all()
         tried += len(loss)
-from persea.losses import Head, composed_head, divergence_head
+from persea.losses import LMHead, divergence_loss_from_hidden, event_kl_loss_from_hidden
 from persea.losses import chunked_head as heads
 c = case(7)
 weight, hidden = torch.randn(c.logits_NV.shape[1], 3), torch.randn(len(c.labels_N), 3)
@@ -93,8 +93,8 @@ for gpu in (False, True):
     heads.can_use_triton = lambda logits, gpu=gpu: gpu
     before = len(rooms)
     w, h = weight.clone().requires_grad_(), hidden.clone().requires_grad_()
-    outs = [composed_head(h, Head(w, len(w)), c.labels_N, [t.targets for t in c.teachers], 0.7),
-            divergence_head(h, Head(w, len(w)), (hidden, Head(weight, len(w))))]
+    outs = [event_kl_loss_from_hidden(h, LMHead(w, len(w)), c.labels_N, [t.targets for t in c.teachers], 0.7),
+            divergence_loss_from_hidden(h, LMHead(w, len(w)), (hidden, LMHead(weight, len(w))))]
     sum(out.loss for out in outs).backward()
     found.append((outs[0].loss.detach(), outs[1].loss.detach(), w.grad, h.grad))
     assert (len(rooms) > before) == gpu

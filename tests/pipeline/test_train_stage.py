@@ -20,9 +20,8 @@ import torch
 from persea import storage as store
 from persea.cli import run as stages
 from persea.cli.options import make_run_context
-from persea.config.schema import TrainingSection
 from persea.errors import RecipeError, RefusedError, RunInterrupted
-from persea.losses import LMHead, LossOutput
+from persea.losses import EventKL, LMHead, LossOutput
 from persea.pipeline import train_stage as teach
 from persea.pipeline.run_context import RunContext
 from persea.pipeline.stages import run_pipeline
@@ -45,15 +44,15 @@ LINE: dict[str, Any] = {
 
 def test_a_step_in_a_few_words() -> None:
     assert format_step(LINE) == "loss 1.250, 150 tokens/s, 1:02:03 left"
-    assert (
-        format_step(LINE | {"loss": float("nan")}) == "step 3 left out: loss nan, gradient norm 1"
-    )
+    assert format_step(LINE | {"loss": float("nan")}) == "step 3 skipped: loss nan, gradient norm 1"
 
 
 def test_what_each_group_taught_adds_up() -> None:
     qwen, gemma = Group("qwen", "languages"), Group("gemma", "code")
     batch: Any = SimpleNamespace(
-        group_B=(qwen, gemma, qwen), row_N=torch.tensor([0, 0, 1, 2]), share={qwen: 3, gemma: 1}
+        group_B=(qwen, gemma, qwen),
+        row_N=torch.tensor([0, 0, 1, 2]),
+        tokens_by_group={qwen: 3, gemma: 1},
     )
     each = torch.tensor([1.0, 2.0, 4.0, 8.0])
     assert group_stats(batch, LossOutput(each.mean(), {}, 4, each, each / 2)) == {
@@ -128,8 +127,8 @@ def test_two_processes_stopped_and_resumed_by_one_learn_what_was_asked(tmp_path:
             assert sum(part[kind] for part in parts) == pytest.approx(1)
         assert any(part["weight"] != 1 for part in parts)
         assert ("held_out" in line) == (line["step"] in (4, 8))
-    feed = json.loads((tmp_path / "run" / "train" / "feed.json").read_text())
-    assert (feed["held_out"], sum(feed["lessons"].values()) > 50) == (4, True)
+    counts = json.loads((tmp_path / "run" / "train" / "dataset.json").read_text())
+    assert (counts["held_out"], sum(counts["examples"].values()) > 50) == (4, True)
     assert list((tmp_path / "run" / "train" / "tensorboard").iterdir())
 
 
@@ -147,7 +146,7 @@ def test_two_processes_hear_the_students_own_answers_as_one_does(tmp_path: Path)
         flowed_copy(folder, "check", "audition", "capture")
         run_pipeline(river(folder, LaunchOptions(procs), *sets), lambda *told: None, "train")
         told[procs] = lines(folder)
-    own = [line["step"] for line in told[2] if "reverse" in line["terms"]]
+    own = [line["step"] for line in told[2] if "reverse_kl" in line["terms"]]
     assert own == [4, 6, 8]
     for one, two in zip(told[1], told[2], strict=True):
         assert two["positions"] == one["positions"]
@@ -171,7 +170,7 @@ def test_two_processes_hear_the_students_own_answers_as_one_does(tmp_path: Path)
     assert 2 in weighed and own[-1] in weighed
     with pytest.raises(
         RecipeError,
-        match=r"training\.on_policy: a student of which each process holds a part cannot answer for itself",
+        match=r"training\.on_policy: a student that is sharded over processes cannot generate answers",
     ):
         run_pipeline(
             river(tmp_path / "2", LaunchOptions(2, ParallelStrategy.FSDP), *sets),
@@ -347,15 +346,15 @@ def test_held_out_is_the_same_in_parts() -> None:
     """Two ranks' halves of held-out batches, gathered by hand, give what one gives."""
 
     class Heard(World):
-        def gather(self, value: Any) -> list[Any]:
+        def all_gather(self, value: Any) -> list[Any]:
             parts.append(value)
             return list(parts)
 
     parts: list[Any] = []
-    feed, student, how = _feed(), _Student(), TrainingSection(batch=2)
-    whole = held_out_loss(student, feed, World(), how)  # type: ignore[arg-type]
-    held_out_loss(student, feed, Heard(0, 2), how)  # type: ignore[arg-type]
-    assert held_out_loss(student, feed, Heard(1, 2), how) == pytest.approx(whole)  # type: ignore[arg-type]
+    feed, student, loss_fn = _feed(), _Student(), EventKL(event_weight=0.7)
+    whole = held_out_loss(student, feed, World(), loss_fn)  # type: ignore[arg-type]
+    held_out_loss(student, feed, Heard(0, 2), loss_fn)  # type: ignore[arg-type]
+    assert held_out_loss(student, feed, Heard(1, 2), loss_fn) == pytest.approx(whole)  # type: ignore[arg-type]
     assert set(whole) == {"all", "a", "b"}
     assert (
         student.asleep == [True] * 6 and student.model.training
@@ -366,7 +365,7 @@ class _Student:
     def __init__(self) -> None:
         self.model, self.asleep = torch.nn.Identity(), list[bool]()
 
-    def hidden(
+    def hidden_and_head(
         self, ids: torch.Tensor, mask: torch.Tensor, row: torch.Tensor, at: torch.Tensor
     ) -> tuple[torch.Tensor, LMHead]:
         self.asleep.append(not self.model.training)
@@ -378,7 +377,8 @@ def _feed() -> DistillDataset:
     from persea.chat.messages import RenderedTokens
     from persea.distributions import DistributionKind
     from persea.losses import EventTargets
-    from persea.training.dataset import DatasetStats, Example
+    from persea.training.dataset import DatasetStats
+    from persea.training.example import Example
 
     none = np.empty(0, np.int64)
     entries = EventTargets(
@@ -410,7 +410,7 @@ def _feed() -> DistillDataset:
     made = {id(one): one for one in lessons}
     reader: Any = _Lessons([id(one) for one in lessons])
     survey = DatasetStats({}, {}, 0, 0, (), {}, {}, 0)
-    return DistillDataset(
+    return DistillDataset.from_mixture(
         CacheMixture((reader,), (1.0,), 0), made.__getitem__, {"a": bridge, "b": bridge}, 2, survey
     )  # type: ignore[arg-type]
 

@@ -312,7 +312,7 @@ def logged(step: int, dice: random.Random) -> dict[str, Any]:
     return {
         "step": step,
         "loss": 0.8 * events + 0.2 * words,
-        "terms": {"cross_entropy": words, "events": events},
+        "terms": {"cross_entropy": words, "event_kl": events},
         "learning_rate": 3e-4,
         "positions": 2048 * step,
         "seconds": 9.0 * step,

@@ -37,6 +37,7 @@ SETTINGS = TrainingSettings(
     checkpoint_every=2,
     log_every=1,
     seed=3,
+    max_skipped_steps=3,
 )
 INPUTS: dict[str, Any] = {
     "training": {"steps": 6, "targets": ("q_proj",)},
@@ -61,7 +62,7 @@ class Carries:
 
 def run(folder: Path, inputs: Mapping[str, Any] = INPUTS, stop: int = -1, **more: Any) -> Dice:
     """Train with dice; a signal comes in step `stop`."""
-    dice, source = Dice(), more.get("source")
+    dice, source = Dice(), more.get("batch_source")
 
     def loss_of(
         step: int, part: int, parts: int, weights: Mapping[Group, float]
@@ -168,7 +169,7 @@ def test_never_begins_anew_and_a_path_goes_on_from_there(tmp_path: Path) -> None
     run(tmp_path / "back", resume=str(tmp_path / "whole"))  # another run's: its newest
     assert steps(tmp_path / "back") == []
     with pytest.raises(
-        DataError, match=r"nowhere: no checkpoint is there -> name a checkpoints/step-N\.json"
+        DataError, match=r"nowhere: no checkpoint found -> name a checkpoints/step-N\.json"
     ):
         run(tmp_path / "back", resume="nowhere")
 
@@ -179,7 +180,7 @@ def test_what_came_later_goes_once_the_step_gone_back_to_is_read_and_not_before(
     run(tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")
     (tmp_path / "broken" / "checkpoints" / "step-00000004.pt").write_bytes(b"broken")
-    with pytest.raises(DataError, match="this checkpoint is not what was written"):
+    with pytest.raises(DataError, match="the checkpoint is damaged"):
         run(tmp_path / "broken", resume=str(tmp_path / "broken" / "checkpoints" / "step-00000004"))
     assert steps(tmp_path / "broken") == [4, 6]
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
@@ -342,7 +343,7 @@ def test_without_digests_a_flipped_weight_is_trained_on(
     assert at > 0
     data[at + 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(DataError, match="not what was written"):
+    with pytest.raises(DataError, match="the checkpoint is damaged"):
         run(tmp_path)
     record = store.read_json_with_checksum(path.with_suffix(".json"), "")
     monkeypatch.setattr(store, "digest_file", lambda path: record["state"])

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import persea.training.dataset as feed_module
+import persea.training.dataset as dataset_module
+import persea.training.example as example_module
 from persea.alignment.boundary_mask import UNRESTRICTED_CONTEXT
 from persea.alignment.event_map import EventMap, build_event_map
 from persea.alignment.spans import common_boundaries
@@ -23,11 +24,12 @@ from persea.distributions import SparseDistributions
 from persea.errors import DataError
 from persea.losses import event_kl_loss
 from persea.teachers.teacher import Answer
-from persea.training.dataset import Batch, DistillDataset, Example, build_dataset, build_example
+from persea.training.dataset import Batch, DistillDataset, build_dataset
+from persea.training.example import Example, build_example
 from persea.training.loss_balancing import Group
 from tests.conftest import FAMILIES, Speaker
 
-said_by = feed_module._render_capture
+render_answer = example_module.render_answer
 TEXTS = [
     "Hello",
     " two words",
@@ -231,7 +233,7 @@ def test_what_is_set_aside_is_never_learned(voices: Voices, bridges: dict[str, E
     ]
     with pytest.raises(
         DataError,
-        match=r"training\.held_out: 9 lessons are too few to hold out 8 and learn from batches of 8",
+        match=r"training\.held_out: 9 examples are too few to hold out 8 and train on batches of 8",
     ):
         flow(voices, bridges, 9, 8).train_test_split(0.1)
 
@@ -254,7 +256,7 @@ def test_too_long_answers_are_counted_and_left_out(voices: Voices, bridges: dict
     assert feed.stats.too_long == sum(feed.stats.skipped.values()) == 9 - len(kept) > 0
     with pytest.raises(
         DataError,
-        match=f"no answer is left: 9 have more than {lengths[0] - 1} tokens, 0 cannot be said",
+        match=f"no answer is left: 9 have more than {lengths[0] - 1} tokens, 0 cannot be written",
     ) as caught:
         flow(voices, bridges, 9, max_tokens=lengths[0] - 1)
     assert "training.max_tokens" in caught.value.remedy
@@ -278,7 +280,7 @@ def test_modes_and_thoughts_that_are_not_learned_are_counted(
     told = build_dataset(
         one(made), voices["llama"], bridges, batch_size=1, seed=0, max_tokens=512
     ).stats.to_json()
-    assert (told["modes"], told["thoughts_dropped"]) == ({"none": 3, "high": 2}, 2)
+    assert (told["efforts"], told["thinking_dropped"]) == ({"none": 3, "high": 2}, 2)
 
 
 def test_an_answer_the_student_cannot_say_is_left_out_with_its_reason(voices: Voices):
@@ -303,7 +305,7 @@ def test_an_answer_the_student_cannot_say_is_left_out_with_its_reason(voices: Vo
         captures[1].answer.prompt_id in told.reasons[0]
         and "does not give the text back" in told.reasons[0]
     )
-    with pytest.raises(DataError, match="1 cannot be said"):
+    with pytest.raises(DataError, match="1 cannot be written"):
         build_dataset(
             one(captures[1:]), voices["gemma"], bridges, batch_size=1, seed=0, max_tokens=512
         )
@@ -399,7 +401,7 @@ def test_a_share_of_the_lessons_is_held_out_in_whole_batches(
     assert [one.tokens.ids_T.tobytes() for one in lessons_of(feed.train_test_split(0.3)[1])] == [
         one.tokens.ids_T.tobytes() for one in lessons_of(held)
     ]
-    with pytest.raises(DataError, match="12 lessons are too few to hold out 12"):
+    with pytest.raises(DataError, match="12 examples are too few to hold out 12"):
         feed.train_test_split(0.95)
 
 
@@ -411,20 +413,22 @@ def test_only_the_last_lessons_are_kept_and_what_is_made_anew_is_the_same(
     assert len(whole._example_cache) == 9
     made: list[str] = []
     monkeypatch.setattr(
-        feed_module,
-        "_render_capture",
-        lambda capture, voice: made.append(capture.answer.prompt_id) or said_by(capture, voice),
+        example_module,
+        "render_answer",
+        lambda answer, renderer: (
+            made.append(answer.answer.prompt_id) or render_answer(answer, renderer)
+        ),
     )
-    weights = [feed_module._cache_cost(x) for x in lessons_of(whole)]
-    monkeypatch.setattr(feed_module, "EXAMPLE_CACHE_TOKENS", sum(sorted(weights)[-3:]))
+    weights = [dataset_module._cache_cost(x) for x in lessons_of(whole)]
+    monkeypatch.setattr(dataset_module, "EXAMPLE_CACHE_TOKENS", sum(sorted(weights)[-3:]))
     few = flow(voices, bridges, 9)
     made.clear()
     for k in range(6):
         assert same(few.batch(k), before[k])
         assert (
-            few._cache_tokens[0]
-            == sum(map(feed_module._cache_cost, few._example_cache.values()))
-            <= feed_module.EXAMPLE_CACHE_TOKENS
+            few._cache_tokens
+            == sum(map(dataset_module._cache_cost, few._example_cache.values()))
+            <= dataset_module.EXAMPLE_CACHE_TOKENS
         )
     assert len(made) > 9, "some were made twice"
 
@@ -513,10 +517,10 @@ def test_a_lesson_has_each_boundarys_row(
     # what is told of it
     (row,) = build_dataset(
         one([capture]), voices["llama"], bridges, batch_size=1, seed=0, max_tokens=9999
-    ).stats.to_json()["taught"]
+    ).stats.to_json()["supervision"]
     assert (row["teacher"], row["language"], row["tokens"]) == (teacher, "", len(learned_S))
     assert row["event"] == pytest.approx(len(both.student_C) / len(learned_S), abs=1e-4)
-    assert row["event"] + row["completion"] + row["chunk"] + row["text"] == pytest.approx(
+    assert row["event"] + row["partial_token"] + row["span"] + row["text"] == pytest.approx(
         1, abs=3e-4
     )
     whole = sum(
@@ -524,7 +528,7 @@ def test_a_lesson_has_each_boundarys_row(
         for at in both.teacher_C.tolist()
         for m in range(*rows.offsets_N1[learned_T.index(at) :][:2].tolist())
     )
-    assert row["mass_kept"] == (
+    assert row["mass_retained"] == (
         pytest.approx(sum(p * k for (_, _, p), k in masked.items()) / whole, abs=1e-4)
         if whole
         else None

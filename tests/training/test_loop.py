@@ -45,7 +45,9 @@ INPUTS = {"training": {"steps": 12}, "capture": "a" * 64}
 class Out:
     loss: torch.Tensor
     num_tokens: int = 7
-    metrics: Mapping[str, float] = field(default_factory=lambda: {"events": 1.0})
+    metrics: Mapping[str, torch.Tensor] = field(
+        default_factory=lambda: {"event_kl": torch.tensor(1.0)}
+    )
 
 
 class Toy:
@@ -137,7 +139,7 @@ def test_it_learns_and_writes_its_metrics(tmp_path: Path, uninterrupted: dict[st
     assert [line["learning_rate"] for line in lines] == [
         SETTINGS.learning_rate_at_step(k - 1) for k in (2, 4, 6, 8, 10, 12)
     ]
-    assert all(line["terms"] == {"events": 1.0} for line in lines)
+    assert all(line["terms"] == {"event_kl": 1.0} for line in lines)
     assert lines[1]["share"] == {"qwen": 3 / 7, "gemma": 4 / 7}
     assert all(line["teachers"] == {"qwen": 2.0} for line in lines)  # gemma's loss nobody told
     assert lines[-1]["loss"] < lines[0]["loss"]
@@ -485,7 +487,7 @@ def test_a_step_that_is_not_finite_is_refused_before_it_is_applied(
         held.append([p.detach().clone() for p in toy.parameters])
         return broken(out) if step == 4 else None
 
-    words = r"train: loss .*, gradient norm \S+ at step 5, taught by gemma, qwen: not applied -> lower training\.learning_rate"
+    words = r"train: loss .*, gradient norm \S+ at step 5 \(teachers: gemma, qwen\): not applied -> lower training\.learning_rate"
     with pytest.raises(RefusedError, match=words) as caught:
         run(tmp_path, change=change, toy=toy)
     assert caught.value.exit_code == 4
@@ -507,10 +509,8 @@ def test_a_step_of_no_positions_is_refused_and_not_taken_for_a_loss_of_nothing(
     tmp_path: Path,
 ) -> None:
     toy, before = Toy(), [p.detach().clone() for p in Toy().parameters]
-    with pytest.raises(
-        RefusedError, match=r"train, step 0: nothing of this step can be learned from"
-    ):
-        run(tmp_path, change=lambda step, out: replace(out, positions=0), toy=toy)
+    with pytest.raises(RefusedError, match=r"train, step 0: no supervised position in this step"):
+        run(tmp_path, change=lambda step, out: replace(out, num_tokens=0), toy=toy)
     assert all(torch.equal(a, b) for a, b in zip(toy.parameters, before, strict=True))
 
 
@@ -599,7 +599,7 @@ def test_what_the_refusal_says_works_the_checkpoint_before_goes_on(
     (folder / f"step-00000009.{lost}").unlink()
     with pytest.raises(
         DataError,
-        match=r"not what was written -> delete .*step-00000009\.\*; the checkpoint before it goes on",
+        match=r"the checkpoint is damaged: .* -> delete .*step-00000009\.\*; the training resumes from the checkpoint before it",
     ):
         run(tmp_path)
     for path in folder.glob("step-00000009.*"):

@@ -122,7 +122,7 @@ def test_parts_add_up_however_they_are_cut(parts: list[dict[Group, GroupStats]])
     assert whole.keys() == nested.keys() == {group for part in parts for group in part}
     for group, one in whole.items():
         assert one.num_tokens == sum(part[group].num_tokens for part in parts if group in part)
-        for key in ("nats", "squares", "pull"):
+        for key in ("loss_sum", "squared_loss_sum", "grad_norm_sum"):
             assert getattr(one, key) == pytest.approx(getattr(nested[group], key))
     one, other = (
         update_scales({A: GroupScale(7, 3)}, whole),

@@ -211,7 +211,7 @@ def save_where_files_stay_small(folder: Path, pipe: Connection) -> None:
 
 
 def test_a_disk_too_full_for_the_student_is_a_storage_error(tmp_path: Path) -> None:
-    mine, childs = warm().PipeDisplay(duplex=False)
+    mine, childs = warm().Pipe(duplex=False)
     child = warm().Process(target=save_where_files_stay_small, args=(tmp_path / "student", childs))
     child.start()
     assert mine.poll(120)

@@ -28,14 +28,14 @@ from persea.tasks.task import Split
 from persea.teachers.teacher import Teacher
 from persea.training.loss_balancing import Group
 from persea.training.on_policy import rollouts
-from persea.training.on_policy.rollouts import (
+from persea.training.on_policy.rollout_answers import (
     RolloutAnswer,
     RolloutPrompt,
-    Rollouts,
     has_repetition_loop,
     parse_rollout,
     place_sampled_tokens,
 )
+from persea.training.on_policy.rollouts import Rollouts
 from persea.training.on_policy.teacher_scores import TeacherScorer
 from persea.training.student import StudentModel
 from tests.conftest import Speaker
@@ -213,12 +213,12 @@ def test_an_ordinary_answer_is_no_loop() -> None:
 @pytest.mark.parametrize(
     ("ids", "terms", "why"),
     [
-        ([], TERMS, "unasked"),
+        ([], TERMS, "prompt"),
         ("yes|", TERMS, ""),
         ("yes", TERMS, ""),
         ("yes", TERMS.model_copy(update={"truncated": "drop"}), "length"),
         (" b" * 30 + "|", TERMS, "loop"),
-        ("x y z|", TERMS, "long"),
+        ("x y z|", TERMS, "too_long"),
     ],
     ids=str,
 )
@@ -234,7 +234,7 @@ def test_what_is_not_learned_from_has_a_reason(ids: Any, terms: OnPolicySection,
         voice,
         np.array(ids, np.int32),
         terms,
-        4 if why == "long" else 512,
+        4 if why == "too_long" else 512,
     )
     if why:
         assert found == why
@@ -428,7 +428,7 @@ def test_where_a_thought_ends_is_taught_too() -> None:
 
 def test_where_only_log_probabilities_are_known_chunks_teach() -> None:
     """The same tokenizer: half the mean squared difference of the two log-probabilities of every own token of content."""
-    own = source(STUDENT, terms=TERMS.model_copy(update={"objective": "chunk"}))
+    own = source(STUDENT, terms=TERMS.model_copy(update={"objective": "span_likelihood"}))
     with torch.no_grad():
         for p in own.student.model.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.02)
@@ -449,17 +449,20 @@ def test_where_only_log_probabilities_are_known_chunks_teach() -> None:
         values.append((q - p) ** 2 / 2)
     expected = torch.cat(values)
     assert (
-        sum(t.num_tokens for t in taught.values()) == len(expected) and out.metrics["chunk"] > 1e-3
+        sum(t.num_tokens for t in taught.values()) == len(expected)
+        and out.metrics["span_likelihood"] > 1e-3
     )
     assert float(out.loss.detach()) == pytest.approx(float(expected.mean()), rel=1e-3)
     mixed, _ = source(
-        "qwen-sapling", "gemma-sapling", terms=TERMS.model_copy(update={"objective": "chunk"})
+        "qwen-sapling",
+        "gemma-sapling",
+        terms=TERMS.model_copy(update={"objective": "span_likelihood"}),
     ).loss(3)
     mixed.loss.backward()
     assert torch.isfinite(mixed.loss)
 
 
-@pytest.mark.parametrize("objective", ["events", "chunk"])
+@pytest.mark.parametrize("objective", ["events", "span_likelihood"])
 def test_a_groups_weight_multiplies_its_part_of_the_loss(objective: str) -> None:
     def own() -> Rollouts:
         return source(
@@ -473,7 +476,7 @@ def test_a_groups_weight_multiplies_its_part_of_the_loss(objective: str) -> None
     assert len(taught) > 1
     weight = {group: 1.5 + k for k, group in enumerate(taught)}
     del weight[next(iter(taught))]  # not heard yet: 1
-    out, told = own().loss(2, group_weights=weight)
+    out, told = own().loss(2, weights=weight)
     expected = (
         sum(weight.get(group, 1.0) * t.loss_sum for group, t in taught.items()) / plain.num_tokens
     )
@@ -481,7 +484,7 @@ def test_a_groups_weight_multiplies_its_part_of_the_loss(objective: str) -> None
     assert float(plain.loss.detach()) == pytest.approx(
         sum(t.loss_sum for t in taught.values()) / plain.num_tokens, rel=1e-5
     )
-    name = {"events": "reverse", "chunk": "chunk"}[objective]
+    name = {"events": "reverse_kl", "span_likelihood": "span_likelihood"}[objective]
     assert (
         out.metrics[name] == pytest.approx(plain.metrics[name]) == float(plain.loss.detach())
     )  # terms are without weights
@@ -492,7 +495,7 @@ def test_a_groups_weight_multiplies_its_part_of_the_loss(objective: str) -> None
         assert t.grad_norm_sum == pytest.approx(
             weight.get(group, 1.0) * taught[group].grad_norm_sum, nan_ok=True
         )
-        assert np.isnan(t.grad_norm_sum) == (objective == "chunk")
+        assert np.isnan(t.grad_norm_sum) == (objective == "span_likelihood")
 
 
 def test_steps_on_its_own_words_bring_the_student_nearer() -> None:
@@ -546,7 +549,7 @@ def test_where_nothing_can_be_learned_the_run_is_refused() -> None:
     )
     with pytest.raises(
         RefusedError,
-        match=r"train, step 2: of 2 answers of the student none can be learned from \(\{'length': 2\}\) -> raise training",
+        match=r"train, step 2: of 2 answers of the student none can be trained on \(\{'length': 2\}\) -> raise training",
     ):
         own.loss(2)
 
@@ -582,7 +585,7 @@ def test_what_is_in_flight_is_carried_by_a_checkpoint() -> None:
     second, _ = own.loss(5)
     assert own._in_flight is drawn
     resumed = source("qwen-sapling", of=own.student)
-    with pytest.raises(DataError, match="answers of round 0 are not in flight at step 5"):
+    with pytest.raises(DataError, match="the sampled answers of batch 0 are missing at step 5"):
         resumed.loss(5)
     resumed.restore((kept,))
     assert resumed.state() == kept
@@ -606,7 +609,8 @@ def test_a_stale_answer_is_refused() -> None:
     own = source("qwen-sapling", terms=TERMS.model_copy(update={"refresh": 1}))
     own.loss(3)
     with pytest.raises(
-        RefusedError, match="answers drawn at step 3 are stale at step 5: at most 1 steps old"
+        RefusedError,
+        match="answers sampled at step 3 are too old at step 5: at most 1 steps are allowed",
     ):
         own.loss(5)
 

@@ -26,12 +26,12 @@ from persea.teachers.engines import Engine, EngineCapabilities, EngineFailure
 from persea.teachers.engines.transformers import TransformersEngine
 from persea.training.on_policy.candidates import NO_TOKENS, candidates_from_hidden
 from persea.training.on_policy.rollouts import Rollouts
-from persea.training.on_policy.teacher_scores import (
+from persea.training.on_policy.span_scores import (
     MULTI_TOKEN_SPANS,
-    TeacherScorer,
-    _AlignedAnswer,
-    _TeacherSpanScores,
+    AlignedAnswer,
+    TeacherSpanScores,
 )
+from persea.training.on_policy.teacher_scores import TeacherScorer
 from tests.teachers.engines.test_transformers import opened
 from tests.training.on_policy.test_rollouts import STUDENT, TERMS, bridge, pair
 
@@ -245,9 +245,9 @@ def test_a_server_that_names_tokens_can_teach_chunks() -> None:
 @pytest.mark.parametrize(
     ("kind", "objective", "why"),
     [
-        (DistributionKind.TOPK, "events", "reverse KL over events needs whole ones"),
-        (DistributionKind.TEXT_ONLY, "chunk", "words alone"),
-        (DistributionKind.TOPK, "chunk", ""),
+        (DistributionKind.TOPK, "events", "reverse KL over events needs whole distributions"),
+        (DistributionKind.TEXT_ONLY, "span_likelihood", "only text"),
+        (DistributionKind.TOPK, "span_likelihood", ""),
     ],
 )
 def test_a_teacher_that_knows_too_little_is_refused(
@@ -364,7 +364,7 @@ def test_what_can_stand_is_summed_itself_and_where_nothing_is_known_to_nothing_i
     some = spoken("qwen-sapling", "two words")
     theirs, gone = some[0][1], np.array([1, 2])
     token, n = int(np.flatnonzero(theirs.loss_mask_T)[1]), int(theirs.loss_mask_T.sum())
-    laid = _AlignedAnswer(
+    laid = AlignedAnswer(
         np.array([[0, token]]), np.array([[0, 7]]), *(np.empty((0, 2), np.int64) for _ in range(2))
     )
     knows: Any = SimpleNamespace(
@@ -373,7 +373,7 @@ def test_what_can_stand_is_summed_itself_and_where_nothing_is_known_to_nothing_i
     )
     rows = torch.full((n, len(opened("qwen-sapling")[0].vocabulary)), -200.0)
     rows[1, [1, 3, 4]] = torch.tensor([0.0, -50.0, -50.0])
-    said = _TeacherSpanScores(knows, [theirs], [laid])
+    said = TeacherSpanScores(knows, [theirs], [laid])
     said.add_logprobs(0, 0, rows, None)
     assert said.log_possible_mass[0] == {token: pytest.approx(-50 + np.log(2), abs=1e-12)}
     for lost, want in ((0.75, np.log(0.25)), (1.0002, -np.inf)):
