@@ -648,8 +648,7 @@ class TrainingSection(RecipeSection):
         default=0.7,
         ge=0,
         le=1,
-        description="weight of the KL over common events; the rest is cross-entropy "
-        "(`event_share` in recipes of version 0.1)",
+        description="weight of the KL over common events; the rest is cross-entropy",
     )
     completion: bool = Field(
         default=False,
@@ -772,14 +771,6 @@ class TrainingSection(RecipeSection):
     on_policy: OnPolicySection | None = Field(
         default=None, description="learn from the student's own answers too; not given = never"
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_old_keys(cls, data: object) -> object:
-        """Read `event_share`, the key of `event_weight` in recipes of version 0.1."""
-        if isinstance(data, dict) and "event_share" in data and "event_weight" not in data:
-            return {("event_weight" if k == "event_share" else k): v for k, v in data.items()}
-        return data
 
     @property
     def loss_terms(self) -> tuple[tuple[str, float], ...]:

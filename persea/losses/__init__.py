@@ -65,6 +65,7 @@ def build_loss(terms: Iterable[tuple[str, float]]) -> Loss:
         RecipeError: for an unknown name, and for a loss that cannot train on captured answers.
 
     Example:
+        >>> from persea.losses import build_loss
         >>> build_loss([("event_kl", 0.7), ("cross_entropy", 0.3)]).terms
         [(EventKL(event_weight=0.7), 1.0)]
     """

@@ -226,6 +226,7 @@ def event_kl_loss(
         loss,
         event_kl_metrics(per_token.cross_entropy_N, per_token.event_loss_N, per_token.supervised_N),
         len(labels_N),
+        per_token.loss_N,
     )
 
 

@@ -35,6 +35,7 @@ class TokenLoss(Loss):
 
     Example:
         >>> import torch
+        >>> from persea.losses import TokenLoss
         >>> class SquaredError(TokenLoss):
         ...     name = "squared_error"
         ...     def token_losses(self, logits_CV, labels_C, targets):
@@ -88,6 +89,7 @@ class EventKL(Loss):
 
     Example:
         >>> import torch
+        >>> from persea.losses import EventKL
         >>> loss_fn = EventKL(event_weight=0.7)
         >>> out = loss_fn(torch.zeros(2, 4), torch.tensor([0, 3]), targets=())
         >>> round(out.loss.item(), 4), sorted(out.metrics)
@@ -148,6 +150,7 @@ class CrossEntropy(Loss):
 
     Example:
         >>> import torch
+        >>> from persea.losses import CrossEntropy
         >>> out = CrossEntropy()(torch.zeros(1, 4), torch.tensor([2]))
         >>> round(out.loss.item(), 4)
         1.3863
@@ -260,7 +263,7 @@ class SpanLikelihood(Loss):
 
     Example:
         >>> import torch
-        >>> from persea.losses import ImpossibleTokens, SpanTargets
+        >>> from persea.losses import ImpossibleTokens, SpanLikelihood, SpanTargets
         >>> spans = SpanTargets(*map(torch.tensor, ([0, 0], [0, 1], [0], [-1], [-2.0])))
         >>> nothing = ImpossibleTokens(*(torch.empty(0, dtype=torch.int64) for _ in range(2)))
         >>> out = SpanLikelihood()(torch.zeros(2, 4), torch.tensor([0, 3]), (spans, nothing))
@@ -303,7 +306,7 @@ class WeightedLosses(Loss):
         terms: losses and their weights, at least one.
 
     Example:
-        >>> import torch
+        >>> from persea.losses import CrossEntropy, EventKL, WeightedLosses
         >>> loss_fn = WeightedLosses([(EventKL(event_weight=1.0), 0.7), (CrossEntropy(), 0.3)])
         >>> loss_fn.terms
         [(EventKL(event_weight=0.7), 1.0)]

@@ -19,7 +19,14 @@ from persea.evaluation.audition import Cast
 from persea.report import svg as charts
 from persea.tasks.task import PairedComparison, Score, Verdict
 
-PAIRING_KEYS = ["teacher", "skill", "conversations", "boundary", "one_to_one", "cross_entropy_only"]
+PAIRING_KEYS = [
+    "teacher",
+    "skill",
+    "conversations",
+    "boundary_share",
+    "one_to_one_share",
+    "cross_entropy_only_share",
+]
 SHARE_KINDS = ("positions", "loss", "gradient")  # what a teacher's skill has shares of
 REPORTED_STAGES = ("check", "audition", "capture", "train", "evaluate")
 UnitInterval: TypeAlias = Annotated[float, Field(ge=0, le=1 + 1e-9)]

@@ -153,8 +153,9 @@ class DistillDataset(torch.utils.data.Dataset[Example]):
     answer is cut.
 
     Args:
-        cache: a cache, or several caches and the share of each. A share holds however many answers
-            of the cache are skipped; each cache is read epoch after epoch.
+        cache: a cache, a list of cached answers, or several caches and the share of each. A share
+            holds however many answers of the cache are skipped; each cache is read epoch after
+            epoch.
         student: the student's renderer.
         teachers: renderer of each teacher, by the name in the cache. The event maps are built, or
             loaded from disk.
@@ -172,16 +173,26 @@ class DistillDataset(torch.utils.data.Dataset[Example]):
             answers of a teacher without renderer and event map.
 
     Example:
-        >>> dataset = DistillDataset(cache, student=student, teachers={"qwen": teacher}
-        ...     )  # doctest: +SKIP
-        >>> loader = torch.utils.data.DataLoader(
-        ...     dataset, batch_size=8, shuffle=True, collate_fn=dataset.collate_fn
-        ... )  # doctest: +SKIP
+        >>> import persea
+        >>> from persea.cache.unit import CachedAnswer
+        >>> from persea.chat.messages import Conversation, FinishReason, Text
+        >>> from persea.distributions import text_only_distributions
+        >>> from persea.teachers.teacher import Answer
+        >>> teacher = persea.load_renderer("saplings/qwen-sapling")
+        >>> student = persea.load_renderer("saplings/llama-sapling")
+        >>> conversation = Conversation.from_question("2 + 2?").with_answer(Text("4"))
+        >>> tokens = teacher.render(conversation)
+        >>> answer = Answer("p0", "qwen", "reasoning", "en", conversation, FinishReason.STOP)
+        >>> text = text_only_distributions(int(tokens.loss_mask_T.sum()))
+        >>> cache = [CachedAnswer(answer, tokens, text)]  # or persea.open_cache("runs/avocado")
+        >>> dataset = persea.DistillDataset(cache, student=student, teachers={"qwen": teacher})
+        >>> sorted(dataset.collate_fn([dataset[0]]))
+        ['attention_mask', 'batch', 'input_ids', 'labels']
     """
 
     def __init__(
         self,
-        cache: AnswerSource | Sequence[tuple[AnswerSource, float]],
+        cache: AnswerSource | Sequence[CachedAnswer] | Sequence[tuple[AnswerSource, float]],
         *,
         student: ChatRenderer,
         teachers: Mapping[str, ChatRenderer] | None = None,
@@ -359,13 +370,25 @@ class DistillDataset(torch.utils.data.Dataset[Example]):
         return one
 
 
+class _AnswerList(tuple[CachedAnswer, ...]):
+    """Cached answers in memory as an AnswerSource."""
+
+    __slots__ = ()
+
+    def epoch_order(self, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+        """Return every index once, shuffled."""
+        return np.random.default_rng([seed, epoch]).permutation(len(self))
+
+
 def _as_caches(
-    cache: AnswerSource | Sequence[tuple[AnswerSource, float]],
+    cache: AnswerSource | Sequence[CachedAnswer] | Sequence[tuple[AnswerSource, float]],
 ) -> Sequence[tuple[AnswerSource, float]]:
     """Return (cache, share) pairs; a single cache has share 1."""
     if hasattr(cache, "epoch_order"):
         return [(cast("AnswerSource", cache), 1.0)]
-    return cache
+    if all(isinstance(one, CachedAnswer) for one in cache):
+        return [(cast("AnswerSource", _AnswerList(cast("Sequence[CachedAnswer]", cache))), 1.0)]
+    return cast("Sequence[tuple[AnswerSource, float]]", cache)
 
 
 def _cache_cost(one: Example) -> int:

@@ -82,7 +82,7 @@ def test_a_short_recipe_gets_every_default(write: Any) -> None:
     assert [t.name for t in recipe.teachers] == ["one", "two"]
     assert [t.effort for t in recipe.teachers] == [ThinkingEffort.NONE, ThinkingEffort.HIGH]
     assert (recipe.student.adapt, recipe.student.lora, recipe.student.sizes) == ("full", None, None)
-    assert (recipe.training.steps, recipe.training.learning_rate, recipe.training.event_share) == (
+    assert (recipe.training.steps, recipe.training.learning_rate, recipe.training.event_weight) == (
         30,
         3e-3,
         0.7,
@@ -873,9 +873,9 @@ BAD: list[tuple[str, str, str, str]] = [
     ),
     (
         "share",
-        TWO + REST + "training: {event_share: 1.5}\n",
+        TWO + REST + "training: {event_weight: 1.5}\n",
         "4:12",
-        "training.event_share: should be at most 1 (got 1.5) -> weight of events",
+        "training.event_weight: should be at most 1 (got 1.5) -> weight of the KL",
     ),
     (
         "floor",

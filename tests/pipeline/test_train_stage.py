@@ -342,6 +342,38 @@ def test_a_finished_training_is_trained_anew_where_that_is_asked_for(tmp_path: P
         run_pipeline(river(tmp_path, LaunchOptions()), lambda *told: None, "train")
 
 
+LISTED = "training.loss=[{name: event_kl, weight: 0.7}, {name: cross_entropy, weight: 0.3}]"
+
+
+@pytest.mark.parametrize(
+    ("keys", "listed"),
+    [
+        (("training.event_weight=0.7",), (LISTED,)),
+        (("training.objective=sft",), ("training.loss=[{name: cross_entropy}]",)),
+    ],
+    ids=["events", "sft"],
+)
+def test_listed_losses_give_the_same_student_as_objective_and_event_weight(
+    tmp_path: Path, keys: tuple[str, ...], listed: tuple[str, ...]
+) -> None:
+    students = []
+    for name, sets in (("keys", keys), ("listed", listed)):
+        folder = tmp_path / name
+        folder.mkdir()
+        flowed_copy(folder, "check", "audition", "capture")
+        run_pipeline(river(folder, LaunchOptions(), *sets), lambda *told: None, "train")
+        students.append((folder / "run" / "train" / "student" / "model.safetensors").read_bytes())
+    assert students[0] == students[1]
+
+
+def test_an_unknown_loss_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    flowed_copy(tmp_path, "check", "audition", "capture")
+    context = river(tmp_path, LaunchOptions(), "training.loss=[{name: event_cl}]")
+    with pytest.raises(RecipeError, match=r"training\.loss: no loss 'event_cl'"):
+        run_pipeline(context, lambda *told: None, "train")
+    assert not (tmp_path / "run" / "train").exists()
+
+
 def test_held_out_is_the_same_in_parts() -> None:
     """Two ranks' halves of held-out batches, gathered by hand, give what one gives."""
 

@@ -355,3 +355,19 @@ def real_disk() -> Iterator[None]:
     """No test leaves its disk to the next."""
     yield
     assert type(store.DISK) is store.Disk
+
+
+def test_how_often_a_training_is_logged_and_saved_may_change(tmp_path: Path) -> None:
+    """They change no result; a checkpoint was refused as another recipe's, in both directions."""
+
+    def inputs(**observed: Any) -> dict[str, Any]:
+        return {**INPUTS, "training": {**INPUTS["training"], **observed}}
+
+    stopped(tmp_path, 2, inputs=inputs(log_every=1, checkpoint_every=2, report_to="wandb"))
+    for other in (inputs(log_every=5, checkpoint_every=1), inputs()):
+        assert checkpoints.describe_input_changes(tmp_path, other) == ""
+    changed = {**inputs(log_every=5), "seed": 4}
+    assert checkpoints.describe_input_changes(tmp_path, changed) == "seed: 3 -> 4"
+    run(tmp_path, inputs=inputs(log_every=5, checkpoint_every=1))
+    run(tmp_path / "whole")
+    assert final(tmp_path) == final(tmp_path / "whole")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -739,3 +741,66 @@ def test_a_batch_feeds_the_objective(voices: Voices, bridges: dict[str, EventMap
         "every position of this text is a common boundary"
     )
     assert event_kl_loss(logits, batch.labels_N, batch.targets, 1.0).loss.item() < 1e-3
+
+
+# ---- a torch dataset -------------------------------------------------------------------------------------------------
+
+
+def test_it_is_a_dataset_for_a_data_loader(
+    voices: Voices, bridges: dict[str, EventMap], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Indices in the order of the answers; padded labels are ignored; teachers give the same maps."""
+    monkeypatch.setenv("PERSEA_HOME", str(tmp_path))
+    captures = captures_of(voices, 7)
+    dataset = DistillDataset(
+        Held(captures), student=voices["llama"], teachers={name: voices[name] for name in TEACHERS}
+    )
+    assert len(dataset) == 7
+    assert [dataset[k].tokens.ids_T.tolist() for k in range(7)] == [
+        build_example(c, voices["llama"], bridges[c.answer.teacher]).tokens.ids_T.tolist()
+        for c in captures
+    ]
+    assert dataset[-1] is dataset[6]
+    for index in (7, -8):
+        with pytest.raises(IndexError, match=f"example {index} of 7"):
+            dataset[index]
+    loader = torch.utils.data.DataLoader(dataset, batch_size=3, collate_fn=dataset.collate_fn)
+    seen = 0
+    for inputs in loader:
+        batch = inputs["batch"]
+        examples = [dataset[seen + k] for k in range(len(batch.ids_BS))]
+        assert same(batch, dataset_module.collate(examples, bridges))
+        labels_BS = torch.full_like(batch.ids_BS, -100)
+        for b, example in enumerate(examples):
+            supervised = np.flatnonzero(example.tokens.loss_mask_T)
+            labels_BS[b, supervised] = torch.from_numpy(example.tokens.ids_T[supervised]).long()
+        assert torch.equal(inputs["labels"], labels_BS)
+        assert torch.equal(inputs["input_ids"], batch.ids_BS)
+        assert torch.equal(inputs["attention_mask"], batch.mask_BS)
+        rows = [dataset.to_hf_dataset()[seen + k] for k in range(len(examples))]
+        assert same(dataset.collate_fn(rows)["batch"], batch)
+        assert same(batch.to("cpu"), batch)
+        seen += len(examples)
+    assert seen == 7
+    listed = DistillDataset(captures, student=voices["llama"], event_maps=bridges, seed=4)
+    shared = DistillDataset(one(captures), student=voices["llama"], event_maps=bridges, seed=4)
+    assert same(listed.batch(0), shared.batch(0))
+
+
+def test_a_teacher_without_tokenizer_is_an_error(
+    voices: Voices, bridges: dict[str, EventMap]
+) -> None:
+    with pytest.raises(DataError, match=r"answers of qwen, .* -> pass teachers=\{'qwen'"):
+        DistillDataset(
+            captures_of(voices, 3),
+            student=voices["llama"],
+            event_maps={"gemma": bridges["gemma"]},
+        )
+
+
+def test_a_teacher_without_a_supervised_token_has_shares_of_zero() -> None:
+    """The shares were 0 / 0 = NaN, which no JSON reader takes."""
+    none = np.zeros(example_module.NUM_COUNTS)
+    stats = dataset_module.DatasetStats({"t": 1}, {}, 0, 0, (), {("t", ""): none}, {}, 0)
+    (row,) = json.loads(json.dumps(stats.to_json(), allow_nan=False))["supervision"]
+    assert (row["tokens"], row["event"], row["text"], row["mass_retained"]) == (0, 0, 0, None)

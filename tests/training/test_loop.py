@@ -619,3 +619,35 @@ def test_a_record_of_another_step_is_refused(tmp_path: Path) -> None:
     store.write_json_with_checksum(folder / "step-00000011.json", record | {"step": 11})
     with pytest.raises(DataError, match="step-00000011"):
         run(tmp_path)
+
+
+# --- the recipe's numbers ---
+
+
+def test_a_recipes_defaults_are_those_of_the_functions() -> None:
+    """Each default is written once in the recipe's schema and once where a caller without recipe needs it."""
+    section = TrainingSection()
+    settings = TrainingSettings.from_section(section, 7)
+    bare = TrainingSettings(
+        steps=section.steps,
+        learning_rate=section.learning_rate,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=section.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        checkpoint_every=section.checkpoint_every,
+        log_every=section.log_every,
+        seed=7,
+        max_skipped_steps=3,
+    )
+    assert settings == bare
+    assert (settings.adam_betas, settings.adam_epsilon) == ((0.9, 0.98), 1e-8)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"adam_betas": (0.5, 0.98)}, {"adam_epsilon": 0.1}, {"min_learning_rate_ratio": 0.9}],
+    ids=str,
+)
+def test_each_of_the_optimisers_numbers_arrives(tmp_path: Path, change: dict[str, Any]) -> None:
+    one, other = run(tmp_path / "a"), run(tmp_path / "b", replace(SETTINGS, **change))
+    assert not torch.equal(one.parameters[0], other.parameters[0])

@@ -32,6 +32,7 @@ from persea.config.schema import OnPolicySection
 from persea.data.prompts import Prompt
 from persea.distributions import DistributionKind
 from persea.errors import DataError, RecipeError, RefusedError
+from persea.losses import LossOutput
 from persea.training import loss_balancing as balance
 from persea.training.loss_balancing import Group
 from persea.training.on_policy.candidates import candidates_from_hidden
@@ -158,8 +159,6 @@ class Rollouts:
             RefusedError: if no answer of the whole step can be trained on.
         """
         import torch
-
-        from persea.losses import LossOutput
 
         everything, left_out, lengths = self._parse_answers(step, 0, 1)
         answers = self._render_for_teachers(everything, left_out)

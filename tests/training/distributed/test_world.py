@@ -55,7 +55,7 @@ WRONG: dict[str, tuple[int, dict[str, str], bool, str]] = {
         1,
         FIRST | {"WORLD_SIZE": "two"},
         True,
-        "RANK=0 of WORLD_SIZE=two is no rank of a world",
+        "RANK=0 of WORLD_SIZE=two is not a valid rank",
     ),
     "accelerate": (
         1,
@@ -77,7 +77,7 @@ WRONG: dict[str, tuple[int, dict[str, str], bool, str]] = {
         "each of these processes would train a student of its own",
     ),
     "procs inside": (2, FIRST, True, "--procs 2 inside a launch of 2"),
-    "every stage": (1, FIRST, False, "every stage would be done 2 times"),
+    "every stage": (1, FIRST, False, "every stage would run 2 times"),
 }
 
 
@@ -141,7 +141,7 @@ def test_a_batch_has_a_conversation_for_each_process_each_time(
             2,
             ParallelStrategy.FSDP,
             (),
-            "a student of which each process holds a part cannot answer for itself",
+            "a student that is sharded over processes cannot generate answers",
         ),
     ],
 )

@@ -643,3 +643,38 @@ def test_drawing_is_the_models_own_distribution(name: str) -> None:
         [prompt] * 600, voice.stop_ids, 1, temperature=1.5, seed=6
     )
     assert [d.tolist() for d in other] != [d.tolist() for d in drawn]
+
+
+def test_both_sides_use_the_recipes_candidate_probability(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The student's side had a threshold of its own, whatever the teacher's scorer was built with."""
+    one = student()
+    config = TERMS.model_copy(update={"min_candidate_prob": 0.01, "after": 0})
+    prompts = [i.prompt for i in GENERATED_TASKS[0].items(Split.TRAIN, 4, 0)]
+    used: list[float] = []
+    real = rollouts.candidates_from_hidden
+
+    def noted(hidden: torch.Tensor, head: Any, min_prob: float) -> Any:
+        used.append(min_prob)
+        return real(hidden, head, min_prob)
+
+    monkeypatch.setattr(rollouts, "candidates_from_hidden", noted)
+    source = rollouts.build_rollouts(
+        [(prompt, "qwen-sapling") for prompt in prompts],
+        one,
+        lambda name: pair(name).teacher,
+        {"qwen-sapling": bridge("qwen-sapling")},
+        config,
+        2,
+        3,
+        512,
+    )
+    assert source.scorers["qwen-sapling"].min_prob == 0.01
+    source.loss(0)
+    assert used == [0.01]
+
+
+def test_a_loop_is_what_the_recipe_says() -> None:
+    ids = list(b"no " * 3)
+    assert not has_repetition_loop(ids)
+    assert has_repetition_loop(ids, min_repeats=3, min_tokens=9)
+    assert not has_repetition_loop(ids, min_repeats=3, max_period=2, min_tokens=9)
