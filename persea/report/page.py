@@ -84,7 +84,7 @@ def _paired_to_json(pair: PairedComparison) -> dict[str, Any]:
             "retained_low",
             "retained_high",
         )
-    } | {"standing": difference_order(pair)}
+    } | {"order": difference_order(pair)}
 
 
 def report_summary(
@@ -100,9 +100,9 @@ def report_summary(
             "best_teacher": r.best_teacher.model_name,
             "retained": r.retained,
             "reference_models": {s.model_name: _score_to_json(s) for s in r.reference_models},
-            "closed": r.gap_closed,
-            "beside_best": _paired_to_json(r.versus_best),
-            "beside_base": _paired_to_json(r.versus_base),
+            "gap_closed": r.gap_closed,
+            "versus_best": _paired_to_json(r.versus_best),
+            "versus_base": _paired_to_json(r.versus_base),
         }
         for r in comparisons
     }

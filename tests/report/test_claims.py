@@ -11,7 +11,9 @@ from tests.report.test_page import (
     change,
     evaluated,
     page_of,
+    run,  # noqa: F401 (a fixture)
     scored,
+    whole,  # noqa: F401 (a fixture)
     words_of,
 )
 

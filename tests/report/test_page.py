@@ -35,9 +35,17 @@ PARTS = {
     "reasoning": [["gpt-oss", 1.0]],
     "safety": [["gemma", 1.0]],
 }
-CONTESTS = {
-    "languages": {"asked": 60, "ended": "budget", "beaten": {"gpt-oss": "qwen"}},
-    "code": {"asked": 24, "ended": "settled", "beaten": {"qwen": "gemma", "gpt-oss": "gemma"}},
+DECISIONS = {
+    "languages": {
+        "num_items_asked": 60,
+        "stop_reason": "budget",
+        "eliminated": {"gpt-oss": "qwen"},
+    },
+    "code": {
+        "num_items_asked": 24,
+        "stop_reason": "settled",
+        "eliminated": {"qwen": "gemma", "gpt-oss": "gemma"},
+    },
 }
 SECONDS = {"check": 12.4, "audition": 301.75, "capture": 2210.0, "train": 5400.5, "evaluate": 640.0}
 LANGUAGES = ("id", "ja", "ko", "vi", "zh")
@@ -156,7 +164,7 @@ def make_run(run: Path) -> Path:
     )
     write(
         run / "audition/cast.json",
-        {"parts": PARTS, "pinned": ["safety"], "contests": CONTESTS, "scores": heard},
+        {"parts": PARTS, "pinned": ["safety"], "decisions": DECISIONS, "scores": heard},
     )
     write(
         run / "check/check.json",
@@ -416,8 +424,18 @@ def test_json_holds_exactly_what_was_measured(whole: Path) -> None:
             if (p["other_model_name"], p["skill"], p["language"]) == (other, skill, "")
         )
         return {
-            k: p[k] for k in ("other", "n", "difference", "low", "high", "kept", "least", "most")
-        } | {"standing": "above" if p["low"] > 0 else "below" if p["high"] < 0 else "overlaps"}
+            k: p[k]
+            for k in (
+                "other_model_name",
+                "n",
+                "difference",
+                "low",
+                "high",
+                "retained",
+                "retained_low",
+                "retained_high",
+            )
+        } | {"order": "above" if p["low"] > 0 else "below" if p["high"] < 0 else "overlaps"}
 
     def row(skill: str, best: str) -> dict[str, Any]:
         student, base, teacher = (named(name, skill) for name in ("avocado", "llama-base", best))
@@ -427,19 +445,19 @@ def test_json_holds_exactly_what_was_measured(whole: Path) -> None:
             "teachers": {t: named(t, skill) for t in TEACHERS},
             "best_teacher": best,
             "retained": student["value"] / teacher["value"],
-            "yardsticks": {},
-            "closed": pytest.approx(
+            "reference_models": {},
+            "gap_closed": pytest.approx(
                 (student["value"] - base["value"]) / (teacher["value"] - base["value"])
             ),
-            "beside_best": beside(skill, best),
-            "beside_base": beside(skill, "llama-base"),
+            "versus_best": beside(skill, best),
+            "versus_base": beside(skill, "llama-base"),
         }
 
     best = {"languages": "qwen", "code": "gemma", "reasoning": "gpt-oss", "safety": "gemma"}
     assert told == {
         "student": "avocado",
         "base": "llama-base",
-        "yardsticks": [],
+        "reference_models": [],
         "efforts": {},
         "regressions": [],
         "standard": [],
@@ -449,7 +467,7 @@ def test_json_holds_exactly_what_was_measured(whole: Path) -> None:
                 x: {name: named(name, "languages", x) for name in SPEAKERS} for x in LANGUAGES
             }
         },
-        "cast": {"parts": PARTS, "pinned": ["safety"], "contests": CONTESTS},
+        "cast": {"parts": PARTS, "pinned": ["safety"], "decisions": DECISIONS},
         "bits_per_byte": evaluation["bits_per_byte"],
         "seconds": SECONDS,
     }
@@ -526,22 +544,22 @@ def test_other_efforts_have_a_table_of_their_own(run: Path, whole: Path) -> None
 
 def test_a_yardstick_stands_beside_and_teaches_nothing(run: Path) -> None:
     def more(value: Any) -> None:
-        value["yardsticks"] = ["gpt"]
+        value["reference_models"] = ["gpt"]
         value["scores"] += [scored("gpt", skill, 0.99, 200) for skill in ABILITY]
 
     evaluated(run, more)
     page = words_of(page_of(run))
     told = json.loads((run / "report" / "report.json").read_text())
-    assert told["yardsticks"] == ["gpt"]
+    assert told["reference_models"] == ["gpt"]
     assert {skill: row["best_teacher"] for skill, row in told["skills"].items()} == {
         "languages": "qwen",
         "code": "gemma",
         "reasoning": "gpt-oss",
         "safety": "gemma",
     }
-    assert all(row["yardsticks"]["gpt"]["value"] == 0.99 for row in told["skills"].values())
-    assert "gpt (yardstick)" in page and "A yardstick teaches nothing" in page
-    assert "gpt (yardstick)" in (run / "report" / "README.md").read_text()
+    assert all(row["reference_models"]["gpt"]["value"] == 0.99 for row in told["skills"].values())
+    assert "gpt (reference model)" in page and "A reference model is only measured" in page
+    assert "gpt (reference model)" in (run / "report" / "README.md").read_text()
 
 
 def test_a_loss_on_the_base_is_at_the_top(run: Path) -> None:
@@ -563,7 +581,7 @@ def test_broken_graders_are_told(run: Path) -> None:
     evaluated(
         run,
         lambda v: [
-            s.update(failed=2)
+            s.update(grader_errors=2)
             for s in v["scores"]
             if s["model_name"] == "avocado" and not s["language"]
         ],
@@ -592,7 +610,7 @@ def test_standard_tasks_join_page_card_and_json(run: Path, tmp_path: Path) -> No
         "task": "gsm8k",
         "metric": "exact_match (strict-match)",
         "value": 0.5012,
-        "error": 0.0138,
+        "stderr": 0.0138,
         "n": 1319,
         "higher_is_better": True,
     }

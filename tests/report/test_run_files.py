@@ -156,7 +156,7 @@ CONTRADICTIONS: dict[str, tuple[str, Callable[[Any], None], str]] = {
     "no pair": ("check/check.json", lambda v: v.update(pairs=[]), "no pair was checked"),
     "share": (
         "check/check.json",
-        lambda v: v["pairs"][1].update(boundary_share=86.0),
+        lambda v: v["pairs"][1].update(boundary=86.0),
         "shares from 0 to 1",
     ),
     "no share": (
@@ -171,12 +171,12 @@ CONTRADICTIONS: dict[str, tuple[str, Callable[[Any], None], str]] = {
     ),
     "pair of strangers": (
         "evaluate/evaluation.json",
-        lambda v: v["compared"][0].update(other="mistral"),
+        lambda v: v["compared"][0].update(other_model_name="mistral"),
         "avocado is compared with mistral",
     ),
     "pair of others": (
         "evaluate/evaluation.json",
-        lambda v: v["compared"][0].update(speaker="qwen"),
+        lambda v: v["compared"][0].update(model_name="qwen"),
         "qwen is compared with",
     ),
     "difference": (
@@ -196,8 +196,10 @@ CONTRADICTIONS: dict[str, tuple[str, Callable[[Any], None], str]] = {
     ),
     "ended": (
         "audition/cast.json",
-        lambda v: v.update(contests={"code": {"asked": 9, "ended": "bored", "beaten": {}}}),
-        r"contests\.code\.ended",
+        lambda v: v.update(
+            decisions={"code": {"num_items_asked": 9, "stop_reason": "bored", "eliminated": {}}}
+        ),
+        r"decisions\.code\.stop_reason",
     ),
     "negative": (
         "check/done.json",

@@ -69,8 +69,8 @@ def broken(**changes: Any) -> dict[str, Any]:
     [
         ("{", "Invalid JSON"),
         (broken(modes=3), "modes"),
-        (broken(unasked_thinking={"found": 9, "n": 3, "low": 0, "high": 1}), "counts more"),
-        (broken(unasked_thinking={"found": 1, "n": 3, "low": 0, "high": 2}), "counts more"),
+        (broken(unasked_thinking={"count": 9, "n": 3, "low": 0, "high": 1}), "counts more"),
+        (broken(unasked_thinking={"count": 1, "n": 3, "low": 0, "high": 2}), "counts more"),
         ({}, "student"),
     ],
     ids=str,
