@@ -15,7 +15,8 @@ from persea.errors import DataError, TeacherError
 from persea.evaluation.compatibility import ConversationSample, read_texts
 from persea.tasks import benchmarks as sets
 from persea.tasks import generated as skills
-from persea.tasks.benchmarks.readers import HUB_PREFIX, Benchmark, BenchmarkSource
+from persea.tasks.benchmarks.benchmark import Benchmark, BenchmarkSource
+from persea.tasks.benchmarks.readers import HUB_PREFIX
 from persea.tasks.task import Split, Task, TaskItem
 from persea.teachers.teacher import Teacher as Speaking
 
