@@ -27,6 +27,7 @@ from persea.tasks.benchmarks.readers import (
     read_json_lines,
     read_json_list,
 )
+from persea.tasks.sandbox.run_tests import ProgramOutcome, ProgramTestResult
 from persea.tasks.sandbox.sandbox import SandboxLimits
 from persea.tasks.task import Split, Task, TaskItem, Verdict, grade_answers
 from tests.data.test_language_id import SAID
@@ -244,7 +245,12 @@ def test_a_reference_that_did_not_stop_is_not_right(
         ("gsm8k", "{", "", ":1: not JSON"),
         ("gsm8k", lines(GSM) + "\n[]", "", ":2: not a JSON object"),
         ("gsm8k", lines(GSM, {"question": "Q", "answer": "4"}), "", ":2: `answer` has no ####"),
-        ("gsm8k", lines({"question": "Q", "answer": "#### four"}), "", ":1: 'four' is not a number"),
+        (
+            "gsm8k",
+            lines({"question": "Q", "answer": "#### four"}),
+            "",
+            ":1: 'four' is not a number",
+        ),
         ("gsm8k", lines({"question": "Q"}), "", "`answer` is missing"),
         ("gsm8k", lines({"question": "", "answer": "#### 4"}), "", "`question` is empty"),
         ("gsm8k", lines({"question": 3}), "", "`question` is not a text"),
@@ -349,7 +355,7 @@ def test_a_missing_extra_is_refused(monkeypatch: pytest.MonkeyPatch):
         "persea.tasks.benchmarks.benchmark.importlib.util.find_spec", lambda name: None
     )
     for name in ("gsm8k", "mgsm", "svamp", "translation"):
-        with pytest.raises(MissingRequirementError, match=f"the set {name} needs"):
+        with pytest.raises(MissingRequirementError, match=f"the benchmark {name} needs"):
             sets.load_benchmark(sets.find_benchmark(name), BenchmarkSource("", language="vi"))
 
 
@@ -426,14 +432,14 @@ def test_grading_options_reach_the_graders(
     (result,) = grade_answers(task, [item], [said])
     assert result.verdict is Verdict.GRADER_ERROR
     assert "took more than 0.01 s" in result.reason
-    limits = []
+    limits: list[SandboxLimits] = []
+    passed = ProgramTestResult(ProgramOutcome.PASSED, "", 0.0)
     monkeypatch.setattr(sets.code, "open_sandbox", limits.append)
-    monkeypatch.setattr(sets.code, "run_tests", lambda *_: pytest.skip.Exception)
+    monkeypatch.setattr(sets.code, "run_tests", lambda *_: passed)
     program, item = small("mbpp")
     code = program.with_options(GradingOptions(sandbox=SandboxLimits(cpu_s=1)))
-    with pytest.raises(AttributeError):
-        code.grade_answer(item, Message.from_assistant("def f(x): return x"))
-    assert limits == [SandboxLimits(cpu_s=1)] or item.answer_key.partition("\0")[0] != "f"
+    assert code.grade_answer(item, Message.from_assistant(item.reference)).value == 1
+    assert limits == [SandboxLimits(cpu_s=1)]
 
 
 # --- splits and skills ---
