@@ -107,7 +107,7 @@ def test_other_items_are_not_paired_and_that_is_said(runs: tuple[Path, Path]) ->
     lines(b, answered(b, {("code", "en"): y}, first=10))
     (place,) = compare_runs(a, b).differences
     assert (place.num_pairs, place.difference, place.b_n) == (30, 0.5, 40)
-    assert "only some items in common on code" in compare_runs(a, b).note()
+    assert "only some common items on code" in compare_runs(a, b).note()
 
 
 def test_one_id_with_another_question_is_another_item(runs: tuple[Path, Path]) -> None:
