@@ -15,7 +15,14 @@ from persea.chat.messages import Message
 from persea.config.schema import BenchmarkSection, CorpusSection
 from persea.config.yaml_source import suggest_choice
 from persea.errors import DataError, RecipeError
-from persea.tasks.benchmarks import code, instructions, languages, reasoning, safety, tools
+from persea.tasks.benchmarks import (
+    code,
+    instructions,
+    languages,
+    reasoning,
+    safety,
+    tools,
+)
 from persea.tasks.benchmarks.benchmark import (
     Benchmark,
     BenchmarkSource,
