@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from persea.chat.messages import Message
-from persea.config.schema import BenchmarkSection, CorpusSection
+from persea.config.schema import BenchmarkSection, CorpusSection, GradingSection
 from persea.config.yaml_source import suggest_choice
 from persea.errors import DataError, RecipeError
 from persea.tasks.benchmarks import (
@@ -31,7 +31,7 @@ from persea.tasks.benchmarks.benchmark import (
     select_split,
 )
 from persea.tasks.generated import GENERATED_TASKS
-from persea.tasks.sandbox.sandbox import open_sandbox
+from persea.tasks.sandbox.sandbox import SandboxLimits, open_sandbox
 from persea.tasks.task import Grade, Split, Task, TaskItem
 
 BENCHMARKS: tuple[Benchmark, ...] = (
@@ -133,6 +133,20 @@ def reject_unknown_names(
     ]
     if errors:
         raise errors[0] if len(errors) == 1 else RecipeError("\n".join(map(str, errors)))
+
+
+def grading_options(section: GradingSection) -> GradingOptions:
+    """Return the grading options of a recipe's `evaluation.grading`."""
+    return GradingOptions(
+        section.max_answer_chars,
+        section.min_correct_chrf,
+        section.math_timeout_s,
+        SandboxLimits(
+            cpu_s=section.code_cpu_s,
+            wall_s=section.code_wall_s,
+            memory_bytes=section.code_memory_bytes,
+        ),
+    )
 
 
 def load_benchmark(
