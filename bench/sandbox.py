@@ -20,7 +20,7 @@ from pathlib import Path
 
 from persea.chat.messages import Message
 from persea.tasks.benchmarks import find_benchmark
-from persea.tasks.benchmarks.readers import BenchmarkSource
+from persea.tasks.benchmarks.benchmark import BenchmarkSource
 from persea.tasks.sandbox.run_tests import run_tests
 from persea.tasks.sandbox.sandbox import open_sandbox
 

@@ -33,6 +33,10 @@ COMMANDS: Any = typer.main.get_command(app)
 INVENTED = {
     "persea/families/maple.py",
     "tests/test_maple.py",
+    "persea/tasks/generated/spelling.py",
+    "tests/tasks/generated/test_spelling.py",
+    "persea/tasks/benchmarks/boolq.py",
+    "tests/tasks/benchmarks/test_boolq.py",
 }  # the family that docs/new_family.md adds
 WRITTEN = {"bench/results/chaos-train.json"}  # by a command that docs name; no run of it is kept
 
