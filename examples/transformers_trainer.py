@@ -12,16 +12,16 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
-import persea
 from persea.cache.reader import open_cache_reader
 from persea.cache.unit import CachedAnswer, write_unit
 from persea.chat.messages import FinishReason
 from persea.distributions import sample_distributions
-from persea.losses import EventKL
+from persea.losses import EventKL, Loss
 from persea.models.loading import ModelSource, load_model, load_renderer
 from persea.tasks.generated import LANGUAGES_TASK
 from persea.tasks.task import Split
@@ -57,11 +57,17 @@ def capture(teacher: Teacher, folder: Path, num_prompts: int) -> None:
 class DistillTrainer(transformers.Trainer):
     """A Trainer whose loss is one of persea's: logits at supervised positions, labels, targets."""
 
-    def __init__(self, *args: object, loss_fn: persea.losses.Loss, vocab_size: int, **kwargs):
+    def __init__(self, *args: Any, loss_fn: Loss, vocab_size: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.distill_loss, self.vocab_size = loss_fn, vocab_size
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
         batch = inputs["batch"]
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
         logits_NV = outputs.logits[batch.row_N, batch.position_N, : self.vocab_size]

@@ -1,4 +1,6 @@
-"""Losses from hidden states are those from logits, in float64 to the last digits, however small the chunks; and they need little room."""
+"""Losses from hidden states are those from logits, in float64 to the last digits, however small the
+chunks; and they need little room.
+"""
 
 from __future__ import annotations
 
@@ -221,7 +223,7 @@ def test_weights_count_positions():
     )
 
 
-# ---- whole distributions ---------------------------------------------------------------------------------------------
+# ---- whole distributions -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -234,7 +236,9 @@ def test_weights_count_positions():
 def test_divergences_of_one_vocabulary(
     divergence: Divergence, seed: int, size: int, online: bool, times: float
 ):
-    """From rows that are given, some tokens ruled out where the divergence allows it, and from a teacher's own head."""
+    """From rows that are given, some tokens ruled out where the divergence allows it, and from a
+    teacher's own head.
+    """
     rng = np.random.default_rng(seed)
     N, V = 6, 21
     head, theirs = random_head(rng, V, 5), random_head(rng, V, 9)
@@ -318,7 +322,7 @@ def test_divergences_over_events(
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
-# ---- precision, room, refusals ---------------------------------------------------------------------------------------
+# ---- precision, room, refusals -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -355,7 +359,9 @@ def test_float32_and_bfloat16_stay_near_float64(dtype: torch.dtype):
 def test_rows_of_zeros_beside_a_chunk_change_nothing(
     divergence: Divergence | None, seed: int, N: int, size: int
 ):
-    """Float32 products are made with more rows than there are positions (products.padded_rows), whatever head and chunks; float64's are not."""
+    """Float32 products are made with more rows than there are positions (products.padded_rows),
+    whatever head and chunks; float64's are not.
+    """
     rng = np.random.default_rng(seed)
     exact, V = random_head(rng, 21, 5), 21
     hidden, thinks = (
@@ -411,7 +417,9 @@ def test_autocast_does_not_reach_into_the_head():
 @pytest.mark.parametrize("positions", [64, 512])
 @pytest.mark.parametrize("teachers", [1, 4])
 def test_workspace_does_not_grow_with_positions_or_teachers(positions: int, teachers: int):
-    """Beside the gradients themselves, and what the rows themselves take, a few chunks' worth: half a MiB here for 1.5 MiB of logits and more."""
+    """Beside the gradients themselves, and what the rows themselves take, a few chunks' worth: half
+    a MiB here for 1.5 MiB of logits and more.
+    """
     rng = np.random.default_rng(0)
     V, D = 6_000, 8
     weight, hidden = (

@@ -1,4 +1,6 @@
-"""The default objective against a slow float64 oracle, against its own algebra, and against a world whose truth is known."""
+"""The default objective against a slow float64 oracle, against its own algebra, and against a world
+whose truth is known.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "composed.json"
 seeds = st.integers(0, 2**32 - 1)
 
 
-# ---- cases -----------------------------------------------------------------------------------------------------------
+# ---- cases ---------------------------------------------------------------------------------------
 
 
 def random_bridge(rng: np.random.Generator, W: int, V: int, E: int) -> EventMap:
@@ -115,7 +117,9 @@ class Case:
 
 
 def case(seed: int, *, scale: float = 3.0, dtype: torch.dtype = torch.float32) -> Case:
-    """Two teachers with vocabularies of their own; each speaks of some positions, nobody of the rest."""
+    """Two teachers with vocabularies of their own; each speaks of some positions, nobody of the
+    rest.
+    """
     rng = np.random.default_rng(seed)
     N, V = int(rng.integers(2, 9)), int(rng.integers(8, 40))
     logits = torch.from_numpy(scale * rng.standard_normal((N, V))).to(dtype)
@@ -132,7 +136,9 @@ def case(seed: int, *, scale: float = 3.0, dtype: torch.dtype = torch.float32) -
 
 
 def naive(c: Case, logits_NV: torch.Tensor, share: float) -> torch.Tensor:
-    """The module's formula, position by position and event by event, in whatever precision the logits have."""
+    """The module's formula, position by position and event by event, in whatever precision the
+    logits have.
+    """
     q_NV = torch.softmax(logits_NV, -1)
     total = torch.zeros((), dtype=logits_NV.dtype)
     for n in range(len(logits_NV)):
@@ -158,7 +164,7 @@ def value_and_gradient(c: Case, share: float) -> tuple[LossOutput, torch.Tensor]
     return out, logits.grad
 
 
-# ---- against the oracle ----------------------------------------------------------------------------------------------
+# ---- against the oracle --------------------------------------------------------------------------
 
 
 @given(seed=seeds, share=st.sampled_from([0.0, 0.3, 0.7, 1.0]))
@@ -206,12 +212,14 @@ def test_an_event_no_student_token_says_is_a_bug_and_not_a_loss():
         run(torch.zeros(1, 3), torch.tensor([0]), [said_of(bridge, {0: np.array([0.5, 0.5])})], 0.7)
 
 
-# ---- what it reduces to ----------------------------------------------------------------------------------------------
+# ---- what it reduces to --------------------------------------------------------------------------
 
 
 @given(seed=seeds)
 def test_the_same_tokenizer_and_full_rows_are_forward_kl(seed: int):
-    """The divergence everybody knows: soft cross-entropy, whose difference to the forward KL is the teacher's own entropy."""
+    """The divergence everybody knows: soft cross-entropy, whose difference to the forward KL is the
+    teacher's own entropy.
+    """
     rng = np.random.default_rng(seed)
     N, V = 5, 23
     p_NV = torch.softmax(torch.from_numpy(3 * rng.standard_normal((N, V))), -1)
@@ -301,12 +309,14 @@ def test_terms_and_positions(seed: int):
     assert not out.loss.requires_grad
 
 
-# ---- total weight one ------------------------------------------------------------------------------------------------
+# ---- total weight one ----------------------------------------------------------------------------
 
 
 @given(seed=seeds, share=st.sampled_from([0.3, 0.7, 1.0]))
 def test_every_position_carries_total_weight_one(seed: int, share: float):
-    """A token that is in no event and is never the target gets its gradient from the normaliser alone: total weight times q."""
+    """A token that is in no event and is never the target gets its gradient from the normaliser
+    alone: total weight times q.
+    """
     c = case(seed, dtype=torch.float64)
     N, V = c.logits_NV.shape
     outside = torch.full((N, 1), 1.5, dtype=torch.float64)
@@ -380,7 +390,7 @@ def test_position_by_position():
         )
 
 
-# ---- linear, so unbiased ---------------------------------------------------------------------------------------------
+# ---- linear, so unbiased -------------------------------------------------------------------------
 
 
 @given(seed=seeds, mix=st.floats(0, 1))
@@ -473,7 +483,7 @@ def test_sampled_rows_are_unbiased_and_top_k_is_not():
     assert z_gradient.abs().max() > 40
 
 
-# ---- a head with a rest ----------------------------------------------------------------------------------------------
+# ---- a head with a rest --------------------------------------------------------------------------
 
 
 def top_said(bridge: EventMap, rows: dict[int, np.ndarray], k: int) -> Said:
@@ -580,7 +590,7 @@ def test_rows_without_a_rest_have_none():
     )
 
 
-# ---- what a row's kind allows ----------------------------------------------------------------------------------------
+# ---- what a row's kind allows --------------------------------------------------------------------
 
 
 def test_only_full_rows_allow_other_divergences_than_forward():
@@ -657,7 +667,7 @@ def test_entries_of_two_kinds_do_not_mix():
         concat_event_targets([one, two], [0, 1])
 
 
-# ---- whole distributions ---------------------------------------------------------------------------------------------
+# ---- whole distributions -------------------------------------------------------------------------
 
 
 def dead_of(rng: np.random.Generator, N: int, size: int) -> tuple[ImpossibleTokens, np.ndarray]:
@@ -751,7 +761,7 @@ def test_same_vocabulary_refuses_another():
         divergence_loss(torch.zeros(2, 5), torch.zeros(2, 6))
 
 
-# ---- masks -----------------------------------------------------------------------------------------------------------
+# ---- masks ---------------------------------------------------------------------------------------
 
 
 class Fixed:
@@ -766,7 +776,9 @@ class Fixed:
 
 @given(seed=seeds, share=st.sampled_from([0.3, 1.0]))
 def test_masked_entries_and_members(seed: int, share: float):
-    """The module's formula with what cannot stand crossed out by hand, on both sides; nothing is renormalised."""
+    """The module's formula with what cannot stand crossed out by hand, on both sides; nothing is
+    renormalised.
+    """
     rng = np.random.default_rng(seed)
     N, V, W = 5, 22, 14
     bridge = random_bridge(rng, W, V, 6)
@@ -932,7 +944,7 @@ def test_a_chunk_of_a_student_certain_of_what_cannot_be():
         )
 
 
-# ---- chunks ----------------------------------------------------------------------------------------------------------
+# ---- chunks --------------------------------------------------------------------------------------
 
 
 @given(seed=seeds)
@@ -975,12 +987,14 @@ def test_the_chunk_term_is_its_formula(seed: int):
     )
 
 
-# ---- numbers ---------------------------------------------------------------------------------------------------------
+# ---- numbers -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_extreme_logits(dtype: torch.dtype):
-    """An event of probability e^-400 has a finite cost and its whole gradient; plain sums of exp give log 0."""
+    """An event of probability e^-400 has a finite cost and its whole gradient; plain sums of exp
+    give log 0.
+    """
     bridge = EventMap(np.array([0, 1], np.int32), np.array([0, 1, 1, -1], np.int32), 2, "")
     logits = torch.tensor(
         [
@@ -1026,7 +1040,9 @@ def test_large_logits_stay_finite(seed: int):
 
 
 def golden_case(k: int) -> Case:
-    """Cases without a random generator, so that the values hold on every version of numpy and torch."""
+    """Cases without a random generator, so that the values hold on every version of numpy and
+    torch.
+    """
     N, V, W, E = 4 + k, 17 + 5 * k, 19 + 3 * k, 7
     logits = torch.tensor(
         [[3 * math.sin(1.7 * n + 0.9 * v * (k + 1)) for v in range(V)] for n in range(N)]
@@ -1066,9 +1082,10 @@ def test_golden_values():
         assert value == pytest.approx(want[name], abs=3e-5), name
 
 
-# ---- a world whose truth is known: bench/worlds.py -------------------------------------------------------------------
+# ---- a world whose truth is known: bench/worlds.py -----------------------------------------------
 
-# mean total variation at the truth: events, and shared byte strings renormalised (strict); with masks: tests/bench/test_worlds.py
+# mean total variation at the truth: events, and shared byte strings renormalised (strict); with
+# masks: tests/bench/test_worlds.py
 FLOORS = {
     "same": (0.0, 0.0),
     "nested": (0.0146, 0.0307),
@@ -1114,7 +1131,8 @@ def test_the_floor_of_unmasked_events(name: str):
             logits_NV[n, v] = math.log(x)
         row, ids, probs = row + [n] * len(p), [*ids, *p], [*probs, *p.values()]
         strict_N.append(strict(p, q, teacher, student))
-    # the student at its true optimum, through the code that trains: event probabilities against the teacher's
+    # the student at its true optimum, through the code that trains: event probabilities against the
+    # teacher's
     E = bridge.num_events
     p_NE = torch.zeros(len(where), E, dtype=torch.float64)
     event_M = torch.from_numpy(bridge.teacher_event_W)[torch.tensor(ids)].long()

@@ -1,4 +1,6 @@
-"""The loss modules: the same numbers as the functions, from logits and from hidden states, and sums of losses."""
+"""The loss modules: the same numbers as the functions, from logits and from hidden states, and sums
+of losses.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The stage train in one process and several: each part of a batch is itself, and what a person sees of it."""
+"""The stage train in one process and several: each part of a batch is itself, and what a person
+sees of it.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,9 @@ def river(folder: Path, how: LaunchOptions, *sets: str) -> RunContext:
 
 
 def test_two_processes_stopped_and_resumed_by_one_learn_what_was_asked(tmp_path: Path) -> None:
-    """FSDP, accumulation, held-out lessons and a board at once; SIGTERM goes to the launcher, and one process goes on to the end."""
+    """FSDP, accumulation, held-out lessons and a board at once; SIGTERM goes to the launcher, and
+    one process goes on to the end.
+    """
     flowed_copy(tmp_path, "check", "audition", "capture")
     sets = (
         "training.accumulate=2",
@@ -133,7 +137,9 @@ def test_two_processes_stopped_and_resumed_by_one_learn_what_was_asked(tmp_path:
 
 
 def test_two_processes_hear_the_students_own_answers_as_one_does(tmp_path: Path) -> None:
-    """Each draws the whole round, with the same weights and chance, and learns from its half: the loss is the mean over both halves' positions."""
+    """Each draws the whole round, with the same weights and chance, and learns from its half: the
+    loss is the mean over both halves' positions.
+    """
     sets = (
         "training.on_policy={after: 2, share: 0.5, rollouts: 8, refresh: 4, max_new_tokens: 12}",
         "training.log_every=1",
@@ -195,7 +201,9 @@ def rank(
 
 
 def launched(folder: Path, *arguments: str) -> list[tuple[int | None, str]]:
-    """(exit code, stderr) of two processes with the variables of torchrun; the real one is in bench/chaos_train.py."""
+    """(exit code, stderr) of two processes with the variables of torchrun; the real one is in
+    bench/chaos_train.py.
+    """
     with socket.create_server(("127.0.0.1", 0)) as door:
         port = door.getsockname()[1]
     said = [Path(tempfile.mkdtemp()) / "said" for _ in range(2)]
@@ -311,7 +319,9 @@ def test_a_question_whose_lesson_is_held_out_is_not_asked(
 
 
 def test_a_finished_training_is_trained_anew_where_that_is_asked_for(tmp_path: Path) -> None:
-    """`--resume never` began anew only where a training was half done; a finished one was said to stand, and so was a refused one."""
+    """`--resume never` began anew only where a training was half done; a finished one was said to
+    stand, and so was a refused one.
+    """
     flowed_copy(tmp_path, "check", "audition", "capture", "train")
     student = tmp_path / "run" / "train" / "student" / "model.safetensors"
     before, first = student.read_bytes(), student.stat().st_mtime_ns
@@ -386,7 +396,8 @@ def test_held_out_is_the_same_in_parts() -> None:
     feed, student, loss_fn = _feed(), _Student(), EventKL(event_weight=0.7)
     whole = held_out_loss(student, feed, World(), loss_fn)  # type: ignore[arg-type]
     held_out_loss(student, feed, Heard(0, 2), loss_fn)  # type: ignore[arg-type]
-    assert held_out_loss(student, feed, Heard(1, 2), loss_fn) == pytest.approx(whole)  # type: ignore[arg-type]
+    # type: ignore[arg-type]
+    assert held_out_loss(student, feed, Heard(1, 2), loss_fn) == pytest.approx(whole)
     assert set(whole) == {"all", "a", "b"}
     assert (
         student.asleep == [True] * 6 and student.model.training

@@ -283,7 +283,9 @@ def recorded(folder: Path, forget: tuple[str, ...] = ()) -> list[Step]:
 
 
 def sound_after_power_loss(folder: Path, changes: list[Step], every: int) -> Counter[str]:
-    """Lay down what may be left after prefixes of the changes. A checkpoint that was promised must be there, and load."""
+    """Lay down what may be left after prefixes of the changes. A checkpoint that was promised must
+    be there, and load.
+    """
     told: Counter[str] = Counter()
     promised = 0
     for length in range(len(changes) + 1):

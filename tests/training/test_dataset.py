@@ -1,4 +1,6 @@
-"""Batches say of every learned token who taught it and where its distribution stands, the same whoever asks, and when."""
+"""Batches say of every learned token who taught it and where its distribution stands, the same
+whoever asks, and when.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,9 @@ def bridges(voices: Voices) -> dict[str, EventMap]:
 def captured(
     voice: ChatRenderer, name: str, number: int, conversation: Conversation
 ) -> CachedAnswer:
-    """A capture whose rows can be told apart: row n of it holds 0 to 3 entries, the first of probability (number + n/1000)/1000."""
+    """A capture whose rows can be told apart: row n of it holds 0 to 3 entries, the first of
+    probability (number + n/1000)/1000.
+    """
     tokens = voice.render(conversation)
     rng = np.random.default_rng(number)
     sizes = rng.integers(0, 4, int(tokens.loss_mask_T.sum()))
@@ -178,7 +182,7 @@ def lessons_in(feed: DistillDataset, batch: Batch) -> list[int]:
     ]
 
 
-# ---- order -----------------------------------------------------------------------------------------------------------
+# ---- order ---------------------------------------------------------------------------------------
 
 
 def test_a_batch_is_the_same_whoever_asks_and_when(voices: Voices, bridges: dict[str, EventMap]):
@@ -340,7 +344,9 @@ def test_a_broken_row_is_refused_and_not_left_out(
 def test_caches_are_mixed_by_share_and_each_is_read_epoch_after_epoch(
     voices: Voices, bridges: dict[str, EventMap]
 ):
-    """What is left out of a cache changes nothing of its share; a cache of which nothing is left has none."""
+    """What is left out of a cache changes nothing of its share; a cache of which nothing is left
+    has none.
+    """
     captures = captures_of(voices, 12)
     parts = [Held(c for c in captures if c.answer.teacher == name) for name in TEACHERS]
     feed = build_dataset(
@@ -435,7 +441,7 @@ def test_only_the_last_lessons_are_kept_and_what_is_made_anew_is_the_same(
     assert len(made) > 9, "some were made twice"
 
 
-# ---- one lesson ------------------------------------------------------------------------------------------------------
+# ---- one lesson ----------------------------------------------------------------------------------
 
 
 @given(
@@ -446,7 +452,9 @@ def test_only_the_last_lessons_are_kept_and_what_is_made_anew_is_the_same(
 def test_a_lesson_has_each_boundarys_row(
     voices: Voices, bridges: dict[str, EventMap], text: str, thought: str, teacher: str
 ):
-    """Entry by entry, by a walk over the boundaries; masks drop just what their own definition drops."""
+    """Entry by entry, by a walk over the boundaries; masks drop just what their own definition
+    drops.
+    """
     capture = captured(voices[teacher], teacher, 0, asked(text, thought))
     bridge = bridges[teacher]
     said = build_example(capture, voices["llama"], bridge)
@@ -583,7 +591,7 @@ def test_a_lesson_is_learned_in_the_mode_it_was_asked_in(
     assert bool(thought & set(learned.targets.row_M.tolist())) is (mode is not ThinkingEffort.NONE)
 
 
-# ---- one batch -------------------------------------------------------------------------------------------------------
+# ---- one batch -----------------------------------------------------------------------------------
 
 
 @given(
@@ -635,7 +643,8 @@ def test_a_batch_against_an_oracle(
     for b, k in enumerate(held):
         length = len(lessons[k].tokens)
         assert batch.mask_BS[b].tolist() == [1] * length + [0] * (batch.ids_BS.shape[1] - length)
-    # what the teachers say, by bytes: the row of the teacher's token that begins where the learned token begins
+    # what the teachers say, by bytes: the row of the teacher's token that begins where the learned
+    # token begins
     said: Counter[tuple[str, int, int, float]] = Counter()
     for n, (b, at, _) in enumerate(want):
         capture, tokens = made[held[b]], lessons[held[b]].tokens
@@ -700,7 +709,9 @@ def test_a_batch_of_one_teacher_is_taught_by_one(voices: Voices, bridges: dict[s
 def test_an_answer_that_shares_no_boundary_still_teaches_its_words(
     voices: Voices, bridges: dict[str, EventMap]
 ):
-    """No row arrives, cross-entropy stays: an empty answer's stop is the only common boundary, and here its row is empty."""
+    """No row arrives, cross-entropy stays: an empty answer's stop is the only common boundary, and
+    here its row is empty.
+    """
     capture = captured(voices["qwen"], "qwen", 1, asked(""))
     learned = int(capture.tokens.loss_mask_T.sum())
     capture = replace(
@@ -722,7 +733,9 @@ def test_an_answer_that_shares_no_boundary_still_teaches_its_words(
 
 
 def test_a_batch_feeds_the_objective(voices: Voices, bridges: dict[str, EventMap]):
-    """A teacher sure of its own words: at the boundaries the loss pulls towards the realised tokens' events."""
+    """A teacher sure of its own words: at the boundaries the loss pulls towards the realised
+    tokens' events.
+    """
     conversation = asked("two and 1234 cats")
     tokens = voices["qwen"].render(conversation)
     ids = tokens.ids_T[tokens.loss_mask_T].astype(np.int32)
@@ -743,7 +756,7 @@ def test_a_batch_feeds_the_objective(voices: Voices, bridges: dict[str, EventMap
     assert event_kl_loss(logits, batch.labels_N, batch.targets, 1.0).loss.item() < 1e-3
 
 
-# ---- a torch dataset -------------------------------------------------------------------------------------------------
+# ---- a torch dataset -----------------------------------------------------------------------------
 
 
 def test_it_is_a_dataset_for_a_data_loader(

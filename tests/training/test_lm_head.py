@@ -1,4 +1,6 @@
-"""A model's head is found and proven, whatever the model makes of its output; what is not known is refused."""
+"""A model's head is found and proven, whatever the model makes of its output; what is not known is
+refused.
+"""
 
 from __future__ import annotations
 

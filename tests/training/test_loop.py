@@ -1,4 +1,6 @@
-"""Stopped, killed or left alone, a training ends with the same bits; nothing broken is resumed from and nothing infinite applied."""
+"""Stopped, killed or left alone, a training ends with the same bits; nothing broken is resumed from
+and nothing infinite applied.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,9 @@ def run(
     toy: Toy | None = None,
     **more: Any,
 ) -> Toy:
-    """Train a toy; `change` may do something at a step, or put another loss in the place of its loss."""
+    """Train a toy; `change` may do something at a step, or put another loss in the place of its
+    loss.
+    """
     toy = toy or Toy()
 
     def loss_of(
@@ -95,7 +99,9 @@ def run(
 
 
 def ended(folder: Path) -> dict[str, Any]:
-    """Everything a training left, without its clock: weights, optimiser, metrics, names of checkpoints."""
+    """Everything a training left, without its clock: weights, optimiser, metrics, names of
+    checkpoints.
+    """
     last = sorted((folder / "checkpoints").glob("*.pt"))[-1]
     state = torch.load(last, weights_only=True)
     state.pop("seconds")
@@ -199,7 +205,9 @@ def test_what_a_source_carries_from_step_to_step_is_in_the_checkpoint(tmp_path: 
 
 
 class Weighed(Toy):
-    """Two groups' losses of very different size, each times its weight; both shrink as the toy learns."""
+    """Two groups' losses of very different size, each times its weight; both shrink as the toy
+    learns.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -422,7 +430,9 @@ def crawls(folder: Path) -> None:
 def test_killed_around_every_write_it_ends_the_same(
     tmp_path: Path, uninterrupted: dict[str, Any]
 ) -> None:
-    """Four checkpoints of four files each: right after each file, and right before the first file of each checkpoint."""
+    """Four checkpoints of four files each: right after each file, and right before the first file
+    of each checkpoint.
+    """
     points = [
         (call, before)
         for call in range(16)
@@ -625,7 +635,9 @@ def test_a_record_of_another_step_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_recipes_defaults_are_those_of_the_functions() -> None:
-    """Each default is written once in the recipe's schema and once where a caller without recipe needs it."""
+    """Each default is written once in the recipe's schema and once where a caller without recipe
+    needs it.
+    """
     section = TrainingSection()
     settings = TrainingSettings.from_section(section, 7)
     bare = TrainingSettings(

@@ -1,4 +1,6 @@
-"""Weights come from steps before, are one in the mean over positions, and neither drown a group nor blow up what is mastered."""
+"""Weights come from steps before, are one in the mean over positions, and neither drown a group nor
+blow up what is mastered.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +89,9 @@ def test_whoever_was_hardly_heard_counts_like_everybody() -> None:
 
 
 def test_old_steps_fade() -> None:
-    """A group that has become easy counts as such: half of what is known of it is forgotten in HALF steps."""
+    """A group that has become easy counts as such: half of what is known of it is forgotten in HALF
+    steps.
+    """
     hard = steps({A: 1.0, B: 1.0}, times=400)
     for _ in range(HALF_LIFE_STEPS):
         hard = update_scales(

@@ -1,4 +1,6 @@
-"""The student's logits end with its vocabulary, and what is saved is what was trained, whole or with adapters."""
+"""The student's logits end with its vocabulary, and what is saved is what was trained, whole or
+with adapters.
+"""
 
 from __future__ import annotations
 
@@ -233,7 +235,7 @@ def test_the_tokenizer_of_the_student_is_the_one_it_came_with(tmp_path: Path) ->
         ).read_bytes()
 
 
-# ---- ways to compute a step ------------------------------------------------------------------------------------------
+# ---- ways to compute a step ----------------------------------------------------------------------
 
 
 def learned(one: StudentModel) -> tuple[float, list[torch.Tensor], int]:
@@ -323,7 +325,9 @@ def group(tmp_path: Path) -> Iterator[None]:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_a_wrapped_forward_gives_the_head_its_gradient(how: str, tied: bool, group: None) -> None:
-    """The head's weight comes out of the wrapped forward: whole, and where hooks wait for its gradient."""
+    """The head's weight comes out of the wrapped forward: whole, and where hooks wait for its
+    gradient.
+    """
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 

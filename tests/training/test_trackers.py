@@ -1,4 +1,6 @@
-"""Trackers are imported on demand; tensorboard shows the logged values; a missing one is an error before any work."""
+"""Trackers are imported on demand; tensorboard shows the logged values; a missing one is an error
+before any work.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Heartbeats of training processes: join a process group, detect dead or stopped ranks, exit
-together.
+"""Heartbeats of training processes: detect dead or stopped ranks and exit together.
 
 A thread of every process writes a heartbeat to the launch's store once a second. If a rank's
 heartbeat stops for 30 s, the rank is reported and all processes exit. The store keeps the first
@@ -221,7 +220,7 @@ class Heartbeat:
 
         Ranks that wait inside a library exit through their own heartbeat thread.
         """
-        others = [f"heard/{rank}" for rank in range(self.world.size) if rank != self.world.rank]
+        others = [f"read/{rank}" for rank in range(self.world.size) if rank != self.world.rank]
         until = time.monotonic() + (
             0
             if self.world.rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -235,7 +234,7 @@ class Heartbeat:
         """Exit at once with the code of the stored failure; library threads would block an exit."""
         sys.stderr.flush()
         with suppress(RuntimeError):
-            self.store.set(f"heard/{self.world.rank}", "")
+            self.store.set(f"read/{self.world.rank}", "")
         with suppress(RuntimeError):
             os._exit(json.loads(self.store.get(FAILURE_KEY))["code"])
         os._exit(MissingRequirementError.exit_code)

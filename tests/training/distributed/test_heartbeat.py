@@ -1,4 +1,6 @@
-"""Who is stopped, killed or fails among processes that train together is named, and nobody is left behind."""
+"""Who is stopped, killed or fails among processes that train together is named, and nobody is left
+behind.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A launch is a world or is refused, by one process in one line; what a world says to itself it hears."""
+"""A launch is a world or is refused, by one process in one line; what a world says to itself it
+hears.
+"""
 
 from __future__ import annotations
 

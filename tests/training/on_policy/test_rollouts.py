@@ -1,4 +1,6 @@
-"""The student's own answers: its own tokens over the right bytes, exact reverse KL beside each teacher, the same whoever resumes."""
+"""The student's own answers: its own tokens over the right bytes, exact reverse KL beside each
+teacher, the same whoever resumes.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,9 @@ def source(
     seed: int = 3,
     of: StudentModel | None = None,
 ) -> Rollouts:
-    """Prompts of three skills, taught by the named ones in turn; a call of a tool has no bytes to meet at in some families."""
+    """Prompts of three skills, taught by the named ones in turn; a call of a tool has no bytes to
+    meet at in some families.
+    """
     prompts = [
         i.prompt
         for skill in GENERATED_TASKS
@@ -358,7 +362,9 @@ def test_each_teacher_speaks_in_its_own_template_of_the_common_boundaries_alone(
 
 
 def test_where_a_thought_ends_is_taught_too() -> None:
-    """The same tokenizer: reverse KL of every own token of content, and of each run of markers half the squared difference of its likelihoods."""
+    """The same tokenizer: reverse KL of every own token of content, and of each run of markers half
+    the squared difference of its likelihoods.
+    """
     own = source(STUDENT)
     with torch.no_grad():
         for p in own.student.model.parameters():
@@ -427,7 +433,9 @@ def test_where_a_thought_ends_is_taught_too() -> None:
 
 
 def test_where_only_log_probabilities_are_known_chunks_teach() -> None:
-    """The same tokenizer: half the mean squared difference of the two log-probabilities of every own token of content."""
+    """The same tokenizer: half the mean squared difference of the two log-probabilities of every
+    own token of content.
+    """
     own = source(STUDENT, terms=TERMS.model_copy(update={"objective": "span_likelihood"}))
     with torch.no_grad():
         for p in own.student.model.parameters():
@@ -518,7 +526,9 @@ def test_steps_on_its_own_words_bring_the_student_nearer() -> None:
 def test_a_part_of_which_nothing_can_be_learned_has_no_positions_and_the_others_go_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As with `--procs 2` where all of one process' answers loop: each still runs the model once, and its backward reaches every weight."""
+    """As with `--procs 2` where all of one process' answers loop: each still runs the model once,
+    and its backward reaches every weight.
+    """
     real = rollouts.parse_rollout
     first: list[RolloutPrompt] = []
 
@@ -567,11 +577,14 @@ def test_shares_of_steps_hold_in_every_stretch(after: int, share: float) -> None
 
 
 def replace_terms(**changes: Any) -> Rollouts:
-    return Rollouts(None, (), {}, TERMS.model_copy(update=changes), 2, 0, 512)  # type: ignore[arg-type]
+    # type: ignore[arg-type]
+    return Rollouts(None, (), {}, TERMS.model_copy(update=changes), 2, 0, 512)
 
 
 def test_what_is_in_flight_is_carried_by_a_checkpoint() -> None:
-    """A round of 4 answers is used at its first two due steps, 3 and 5; one that resumes between them needs what was drawn."""
+    """A round of 4 answers is used at its first two due steps, 3 and 5; one that resumes between
+    them needs what was drawn.
+    """
     own = source("qwen-sapling")
     steps = [step for step in range(2, 12) if own.is_due(step)]
     assert steps[:4] == [3, 5, 7, 9]

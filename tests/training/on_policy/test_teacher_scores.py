@@ -1,4 +1,6 @@
-"""What a teacher says of a student's own tokens: its own template's rows at the common boundaries, and stretches between them."""
+"""What a teacher says of a student's own tokens: its own template's rows at the common boundaries,
+and stretches between them.
+"""
 
 from __future__ import annotations
 
@@ -277,7 +279,9 @@ def marker(tokens: RenderedTokens, at: int) -> bool:
 
 
 def structured(name: str) -> list[tuple[RenderedTokens, RenderedTokens]]:
-    """A thought that ends with a full stop, one that does not, and a call of a tool: in the student's tokens and in the teacher's."""
+    """A thought that ends with a full stop, one that does not, and a call of a tool: in the
+    student's tokens and in the teacher's.
+    """
     tools = next(skill for skill in GENERATED_TASKS if skill.name == "tools")
     asked = Conversation.from_question("2+3?", effort=ThinkingEffort.HIGH)
     talks = [
@@ -360,7 +364,9 @@ def test_marks_by_a_walk(name: str) -> None:
 
 
 def test_what_can_stand_is_summed_itself_and_where_nothing_is_known_to_nothing_is_learned() -> None:
-    """1 - what cannot stand has no digits where the teacher is certain of it: its log was -inf, and the step was left out."""
+    """1 - what cannot stand has no digits where the teacher is certain of it: its log was -inf, and
+    the step was left out.
+    """
     some = spoken("qwen-sapling", "two words")
     theirs, gone = some[0][1], np.array([1, 2])
     token, n = int(np.flatnonzero(theirs.loss_mask_T)[1]), int(theirs.loss_mask_T.sum())
@@ -390,7 +396,9 @@ def test_what_can_stand_is_summed_itself_and_where_nothing_is_known_to_nothing_i
 
 @dataclass(frozen=True)
 class Certain:
-    """An engine whose server is certain, within its rounding, of what cannot stand: of the likeliest dead token, wherever there is one."""
+    """An engine whose server is certain, within its rounding, of what cannot stand: of the
+    likeliest dead token, wherever there is one.
+    """
 
     pair: TeacherScorer
     some: Sequence[tuple[RenderedTokens, RenderedTokens]]
@@ -426,7 +434,8 @@ class Certain:
 
 def test_a_stretch_between_rims_that_nobody_can_say_is_left_out() -> None:
     here, some = pair("qwen-sapling"), spoken("qwen-sapling")
-    certain = TeacherScorer(replace(here.teacher, engine=Certain(here, some)), here.event_map)  # type: ignore[arg-type]
+    # type: ignore[arg-type]
+    certain = TeacherScorer(replace(here.teacher, engine=Certain(here, some)), here.event_map)
     whole, (less, dead) = here.score_spans(some)[0], certain.score_spans(some)
     assert 0 < len(less.teacher_logprob_C) < len(whole.teacher_logprob_C)
     assert torch.isfinite(less.teacher_logprob_C).all()
@@ -436,7 +445,9 @@ def test_a_stretch_between_rims_that_nobody_can_say_is_left_out() -> None:
 
 @pytest.mark.parametrize("name", ["qwen-sapling", "gpt-oss-sapling"])
 def test_what_cannot_stand_is_found_among_likely_tokens(name: str) -> None:
-    """Rows, places and stretches as with every token asked; of what cannot stand, all that either side finds likely, and nothing else."""
+    """Rows, places and stretches as with every token asked; of what cannot stand, all that either
+    side finds likely, and nothing else.
+    """
     some, whole = spoken(name), pair(name)
     least, learned = 1e-3, sum(int(own.loss_mask_T.sum()) for own, _ in some)
     torch.manual_seed(0)
@@ -480,7 +491,9 @@ def test_what_cannot_stand_is_found_among_likely_tokens(name: str) -> None:
 
 
 def test_where_all_that_is_likely_cannot_stand_nothing_is_learned() -> None:
-    """What is left there is below what was asked: whether it can stand nobody knows, and it would be blown up to a whole distribution."""
+    """What is left there is below what was asked: whether it can stand nobody knows, and it would
+    be blown up to a whole distribution.
+    """
     some, whole = spoken("qwen-sapling", ANSWERS[0]), pair("qwen-sapling")
     want = whole.score_boundaries(some)
     assert want.student_impossible_tokens is not None
