@@ -26,7 +26,7 @@ from persea.distributions import (
 )
 from persea.errors import DataError, RefusedError
 from persea.evaluation.audition import Cast
-from persea.teachers.engines import EngineFailure, SparseEngine
+from persea.teachers.engines import EngineFailure
 from persea.teachers.teacher import Answer, Teacher
 
 if TYPE_CHECKING:
@@ -328,7 +328,7 @@ def _write_answers(
         dropped[FinishReason.REFUSED.value] += len(quarantine)
     refuse_if_changed()
     about = {"teacher": unit.teacher, "identity": unit.identity}
-    if isinstance(teacher.engine, SparseEngine):
+    if not teacher.engine.capabilities.has_full_distributions:
         able = teacher.engine.capabilities
         cache.write_unit(
             folder,
@@ -365,7 +365,7 @@ def _answer_distributions(
         [t.ids_T for _, t in complete_answers],
         [t.loss_mask_T for _, t in complete_answers],
     )
-    if isinstance(teacher.engine, SparseEngine):
+    if not teacher.engine.capabilities.has_full_distributions:
         yield from teacher.engine.compute_sparse_distributions(ids, learn)
         return
     seen_W = np.zeros(len(teacher.renderer.vocabulary), np.int64)

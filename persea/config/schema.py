@@ -190,8 +190,9 @@ class EndpointSection(RecipeSection):
         pattern=r"^https?://[^/@\s]+(/[^@\s]*)?$",
         description="where it is, without the route: http://127.0.0.1:8000",
     )
-    protocol: Literal["tokens", "completions", "sglang", "chat"] = Field(
+    protocol: str = Field(
         default="tokens",
+        pattern=SLUG_PATTERN,
         description="tokens = vLLM's and persea's token route; completions = with echo and token ids; sglang; chat = words alone",
     )
     served: str = Field(
@@ -237,6 +238,18 @@ class EndpointSection(RecipeSection):
         default=0,
         ge=0,
         description="tokens, asked and said, after which a run stops and says so; 0 = no limit",
+    )
+    max_failed_share: float = Field(
+        default=0.05,
+        ge=0,
+        le=1,
+        description="share of failed requests, from 20 requests on, at which the server is given up",
+    )
+    max_fingerprint_drift: float = Field(
+        default=0.1,
+        ge=0,
+        description="mean difference in nats, over the log-probabilities of the handshake, from which "
+        "the server is taken to have another model",
     )
 
     @model_validator(mode="after")
@@ -314,8 +327,10 @@ class TeacherSection(ModelRef):
         default=False,
         description="keep in main memory what the GPU has no room for; slow, and never needed on a CPU",
     )
-    engine: Literal["local", "vllm"] = Field(
-        default="local", description="what runs its weights on this machine"
+    engine: str = Field(
+        default="local",
+        pattern=SLUG_PATTERN,
+        description="runs its weights on this machine: local (transformers) or vllm",
     )
     endpoint: EndpointSection | None = Field(
         default=None, description="a server that runs it; then no weights are loaded here"

@@ -236,7 +236,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(own_home: Path) -> None:
     whole = teacher("qwen-sapling")
     one = speaker(
         "qwen-sapling",
-        lambda: replace(whole, engine=Dying(whole.engine.model, whole.engine.vocabulary)),
+        lambda: replace(whole, engine=Dying(whole.engine.model, whole.engine.vocab_size)),
     )  # type: ignore[attr-defined]
     dies = True
     with pytest.raises(KeyboardInterrupt):

@@ -239,7 +239,7 @@ def test_a_cast_of_an_earlier_version_is_read() -> None:
         "pinned": [],
         "scores": [
             {
-                "speaker": "qwen",
+                "model_name": "qwen",
                 "skill": "code",
                 "language": "",
                 "effort": "none",

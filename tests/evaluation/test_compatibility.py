@@ -222,7 +222,7 @@ class Drawn:
         self, sequences: Sequence[np.ndarray], learn: Sequence[np.ndarray]
     ) -> Iterator[torch.Tensor]:
         for wanted in learn:
-            yield self.logprobs_W.expand_groups(int(wanted.sum()), -1)
+            yield self.logprobs_W.expand(int(wanted.sum()), -1)
 
 
 def test_the_mass_that_masks_keep_is_measured(to_llama: Pair):
