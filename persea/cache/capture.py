@@ -524,10 +524,10 @@ class CaptureBudget:
             (
                 self.max_tokens,
                 self._tokens_cached,
-                "capture.tokens",
+                "capture.max_total_tokens",
                 f"{self._tokens_cached:,} tokens",
             ),
-            (self.max_hours, seconds / 3600, "capture.hours", f"{seconds / 3600:.2f} hours"),
+            (self.max_hours, seconds / 3600, "capture.max_hours", f"{seconds / 3600:.2f} hours"),
         ):
             if limit and spent >= limit and self._prompts_done < self.num_prompts:
                 raise RefusedError(

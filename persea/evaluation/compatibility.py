@@ -418,7 +418,7 @@ def refuse_incompatible(
             raise RefusedError(
                 f"only {p.boundary_share:.0%} of the student's tokens stand on a common boundary (floor {min_boundary_share:.0%})",
                 where=where,
-                remedy="choose a teacher or student whose tokenizers are nearer, or lower check.floor",
+                remedy="choose a teacher or student whose tokenizers are nearer, or lower check.min_common_share",
             )
         if (
             p.num_boundaries
@@ -428,7 +428,7 @@ def refuse_incompatible(
             raise RefusedError(
                 f"{p.event_disagreement:.1%} of the common boundaries disagree on the event (at most {max_event_disagreement:.1%})",
                 where=where,
-                remedy="choose a teacher or student whose tokenizers are nearer, or raise check.disagreement",
+                remedy="choose a teacher or student whose tokenizers are nearer, or raise check.max_disagreement",
             )
     for one in likelihoods:
         if (

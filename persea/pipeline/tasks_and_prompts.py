@@ -58,7 +58,7 @@ def make_safety_judge(
         return said.text
 
     return SafetyJudge(
-        families[name], {t.name: families[t.name] for t in teachers if not t.yardstick}, ask
+        families[name], {t.name: families[t.name] for t in teachers if not t.reference}, ask
     )
 
 
@@ -83,7 +83,7 @@ def load_benchmarks(
             s.file or f"{HUB_PREFIX}{s.hub}", s.answers or "", s.language, s.config, s.split
         )
 
-    return tuple(sets.load_benchmark(named(s.set), source(s), s.skill) for s in refs)
+    return tuple(sets.load_benchmark(named(s.benchmark), source(s), s.skill) for s in refs)
 
 
 def measured_tasks(
@@ -115,7 +115,7 @@ def load_part_prompts(
                 Path(part.file),
                 part.skill,
                 part.language,
-                on_malformed if part.broken == "quarantine" else None,
+                on_malformed if part.on_malformed == "quarantine" else None,
             )
         )
         for prompt in read:
@@ -125,7 +125,7 @@ def load_part_prompts(
                     where=part.file,
                     remedy=f"one of {', '.join(skill_names)}; or add a part of that skill",
                 )
-        return assign_efforts(read, part.modes)
+        return assign_efforts(read, part.effort_shares)
     items = next(s for s in tasks if s.name == part.skill).items(
         Split.TRAIN, part.generate or 0, seed
     )
@@ -135,7 +135,7 @@ def load_part_prompts(
             where=where,
             remedy=f"ask for at most {len(items):,}",
         )
-    return assign_efforts((replace(i.prompt, answer=i.reference) for i in items), part.modes)
+    return assign_efforts((replace(i.prompt, answer=i.reference) for i in items), part.effort_shares)
 
 
 def items_by_question(

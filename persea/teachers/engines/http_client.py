@@ -221,7 +221,7 @@ class HttpClient:
             raise RefusedError(
                 f"the budget is spent: {self.num_tokens_used:,} tokens",
                 where=self.name,
-                remedy="raise `budget:` of its endpoint and run again: what is committed stays",
+                remedy="raise `max_total_tokens:` of its endpoint and run again: what is committed stays",
             )
 
     def _raise_server_error(self, reason: str, remedy: str) -> NoReturn:
@@ -292,7 +292,7 @@ class HttpClient:
         if code in FATAL_STATUS_REASONS:
             self._raise_server_error(
                 f"{FATAL_STATUS_REASONS[code]}: {why}",
-                "look at `url:`, `served:` and the variable that `key_env:` names",
+                "look at `url:`, `served_model_name:` and the variable that `key_env:` names",
             )
         raise RejectedRequestError(why)
 
