@@ -16,7 +16,8 @@ from persea.cache import unit as cache
 from persea.cache.maintenance import committed_units
 from persea.cache.reader import CacheReader, open_cache_reader
 from persea.chat.messages import FinishReason, RenderedTokens, Text, ThinkingEffort
-from persea.data.prompts import MAX_LINE_BYTES, Corpus, MalformedLine, Prompt
+from persea.data.formats import MAX_LINE_BYTES
+from persea.data.prompts import Corpus, MalformedLine, Prompt
 from persea.distributions import (
     DistributionKind,
     SparseDistributions,

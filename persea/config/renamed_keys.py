@@ -124,7 +124,10 @@ def _rename_in_section(source: YamlSource, value: Any, path: KeyPath) -> None:
             value[key] = new_value
             dotted = ".".join(map(str, here))
             _add_notice(
-                source, source.locations.get(here, ""), f"{dotted}: {item}", f"{dotted}: {new_value}"
+                source,
+                source.locations.get(here, ""),
+                f"{dotted}: {item}",
+                f"{dotted}: {new_value}",
             )
 
 

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import codecs
-import json
-import sys
-import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from math import log, sqrt
 from pathlib import Path
 from typing import Any
@@ -20,6 +15,7 @@ from persea.alignment.event_map import EventMap, event_map_digest
 from persea.alignment.spans import CommonBoundaries, SupervisionKind, align
 from persea.chat.messages import Conversation, RenderedTokens, Text
 from persea.chat.renderer import ChatRenderer
+from persea.data.text_files import read_text_lines
 from persea.errors import DataError, RefusedError
 from persea.tasks.intervals import Z95, wilson_interval
 from persea.teachers.teacher import Teacher
@@ -340,67 +336,6 @@ def read_texts(language: str, file_ref: str, max_lines: int) -> ConversationSamp
         said,
         tuple(f"{Path(name).name}:{number}" for number, _ in texts),
     )
-
-
-def read_text_lines(
-    file_ref: str, where: str, max_lines: int = sys.maxsize
-) -> list[tuple[int, str]]:
-    """(line number, text in NFC) of a text file's first lines that hold one: `FILE`, or `FILE#key` for that key of a JSON object on every line.
-
-    Raises DataError as `read_texts` does.
-    """
-    name, _, key = file_ref.partition("#")
-    remedy = "give a UTF-8 file, one text a line"
-    try:
-        raw = Path(name).read_bytes().removeprefix(codecs.BOM_UTF8)
-        rows = (
-            raw.decode().replace("\r\n", "\n").replace("\r", "\n").split("\n")
-        )  # a stray sign of a line's end is no text
-    except OSError as error:
-        raise DataError(f"cannot read the text: {error}", where=where, remedy=remedy) from error
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"cannot read the text: not UTF-8 at byte {error.start:,}",
-            where=f"{where}:{line}",
-            remedy=remedy,
-        ) from error
-    filled = ((number, row) for number, row in enumerate(rows, start=1) if row.strip())
-    texts = [
-        (
-            n,
-            unicodedata.normalize(
-                "NFC", _read_text_field(row, key, f"{where}:{n}") if key else row
-            ),
-        )
-        for n, row in islice(filled, max_lines)
-    ]
-    if not texts:
-        raise DataError("no line with a text", where=where, remedy=remedy)
-    return texts
-
-
-def _read_text_field(row: str, key: str, where: str) -> str:
-    try:
-        value = json.loads(row)
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            "not a JSON object", where=where, remedy="leave out the `#key` to take the line itself"
-        ) from error
-    if not isinstance(value, dict) or not isinstance(value.get(key), str):
-        raise DataError(
-            f"no text under {key!r}",
-            where=where,
-            remedy="name a key that holds a text on every line, after `#`",
-        )
-    text: str = value[key]
-    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-        raise DataError(
-            "half a surrogate pair has no bytes",
-            where=where,
-            remedy="the text was cut inside a character; mend it or leave it out",
-        )
-    return text
 
 
 def refuse_incompatible(

@@ -20,7 +20,11 @@ def refuse_impossible_training(context: RunContext) -> None:
         refuse_on_policy_processes(
             procs,
             context.launch_options.parallel,
-            [far.name for far in context.recipe.teachers if far.endpoint and far.endpoint.max_total_tokens],
+            [
+                far.name
+                for far in context.recipe.teachers
+                if far.endpoint and far.endpoint.max_total_tokens
+            ],
         )
     refuse_missing_tracker(t.report_to)
     if context.launch_options.resume not in (

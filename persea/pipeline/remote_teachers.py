@@ -40,7 +40,18 @@ def endpoint_identity(ref: TeacherSection) -> list[Any]:
     """Of a teacher behind a server, what its answers depend on; not where it stands, nor how patiently it is asked."""
     at = ref.endpoint
     model = "words" if ref.model == TEXT_ONLY_MODEL else ref.model  # literal in kept caches
-    return [] if at is None else [model, ref.revision, at.protocol, at.served_model_name, at.top_logprobs, at.send_effort]
+    return (
+        []
+        if at is None
+        else [
+            model,
+            ref.revision,
+            at.protocol,
+            at.served_model_name,
+            at.top_logprobs,
+            at.send_effort,
+        ]
+    )
 
 
 def generation_identity(ref: TeacherSection) -> list[Any]:
@@ -114,18 +125,33 @@ def _open_server_engine(
     line = HttpClient(
         at.url,
         ref.name,
-        RetryPolicy(at.concurrency, at.max_attempts, at.stall_timeout_s, at.give_up_after_s, at.max_total_tokens),
+        RetryPolicy(
+            at.concurrency,
+            at.max_attempts,
+            at.stall_timeout_s,
+            at.give_up_after_s,
+            at.max_total_tokens,
+        ),
         key,
     )
     engine: TokenServerEngine | ChatServerEngine
     if at.protocol == "chat":
         engine = ChatServerEngine(
-            line, at.served_model_name or resolve_served_model(line, ""), sampling, bool(at.send_effort), ref.effort
+            line,
+            at.served_model_name or resolve_served_model(line, ""),
+            sampling,
+            bool(at.send_effort),
+            ref.effort,
         )
     else:
         dialect = next(d for d in WIRE_FORMATS if d.name == at.protocol)
         engine = TokenServerEngine(
-            line, renderer, dialect, resolve_served_model(line, at.served_model_name), at.top_logprobs or 1, sampling
+            line,
+            renderer,
+            dialect,
+            resolve_served_model(line, at.served_model_name),
+            at.top_logprobs or 1,
+            sampling,
         )
     engine.handshake()
     return engine

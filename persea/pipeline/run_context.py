@@ -123,7 +123,9 @@ class RunContext:
 
     @cached_property
     def student_renderer(self) -> ChatRenderer:
-        return load_renderer(model_source(self.recipe.student), "student.model", self.recipe.template_date)
+        return load_renderer(
+            model_source(self.recipe.student), "student.model", self.recipe.template_date
+        )
 
     @cached_property
     def family_info(self) -> dict[str, dict[str, Any]]:
@@ -257,7 +259,9 @@ class RunContext:
     def check_samples(self) -> tuple[ConversationSample, ...]:
         """What check lays over each other: every skill's reference answers, by language, and the recipe's texts."""
         return questions.make_check_samples(
-            self.held_out_items(Split.AUDITION), self.recipe.check.texts, self.recipe.check.max_lines_per_text
+            self.held_out_items(Split.AUDITION),
+            self.recipe.check.texts,
+            self.recipe.check.max_lines_per_text,
         )
 
     @cached_property
@@ -308,7 +312,10 @@ class RunContext:
         """Raises RecipeError where the student cannot learn a mode of the corpus, or nobody who may be cast for it can be asked in it."""
         for k, part in enumerate(self.recipe.corpus):
             for effort in part.effort_shares:
-                where, pinned = f"corpus.{k}.effort_shares", self.recipe.audition.pinned.get(part.skill)
+                where, pinned = (
+                    f"corpus.{k}.effort_shares",
+                    self.recipe.audition.pinned.get(part.skill),
+                )
                 if effort not in self.student_renderer.family.efforts:
                     raise RecipeError(
                         f"{effort} is asked for, and the student's template cannot tell it",
@@ -372,7 +379,11 @@ class RunContext:
     def capture_units(self) -> tuple[CaptureUnit, ...]:
         """What the cast is asked, in units named by all that determines their bytes."""
         c = self.recipe.capture
-        kind = {"tau": c.sampling_threshold} if c.distributions == "sampled" else {"rows": c.distributions, "kl": c.max_kl}
+        kind = (
+            {"tau": c.sampling_threshold}
+            if c.distributions == "sampled"
+            else {"rows": c.distributions, "kl": c.max_kl}
+        )
         settings = {
             **kind,
             "answers": c.answers,

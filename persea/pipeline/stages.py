@@ -164,7 +164,9 @@ def run_capture(context: RunContext, folder: Path, progress: ProgressCallback) -
     from persea.cache.capture import capture_teacher as ask
 
     settings = context.recipe.capture
-    pace = CaptureBudget(len(context.corpus.prompts), settings.max_total_tokens or 0, settings.max_hours or 0)
+    pace = CaptureBudget(
+        len(context.corpus.prompts), settings.max_total_tokens or 0, settings.max_hours or 0
+    )
     for name in dict.fromkeys(u.teacher for u in context.capture_units):
         ask(
             context.capture_units,
@@ -338,7 +340,10 @@ def run_pipeline(context: RunContext, progress: ProgressCallback, only_stage: st
                         stage.name, stage.inputs(context), partial(stage.run, context), told
                     )
         context.world.broadcast("over")
-    if only_stage in ("", "evaluate", "report") and not context.recipe.evaluation.allow_safety_regression:
+    if (
+        only_stage in ("", "evaluate", "report")
+        and not context.recipe.evaluation.allow_safety_regression
+    ):
         from persea.evaluation.evaluate import refuse_saved_regressions
 
         refuse_saved_regressions(context.folder / "evaluate" / "evaluation.json")

@@ -10,7 +10,8 @@ from pathlib import Path
 from persea.cache.answer_filter import QuestionKey, question_key
 from persea.chat.messages import Conversation, ThinkingEffort
 from persea.config.schema import BenchmarkSection, CorpusSection, TeacherSection
-from persea.data.prompts import MalformedLine, Prompt, assign_efforts, read_prompts
+from persea.data.formats import read_prompts
+from persea.data.prompts import MalformedLine, Prompt, assign_efforts
 from persea.errors import DataError, TeacherError
 from persea.evaluation.compatibility import ConversationSample, read_texts
 from persea.tasks import benchmarks as sets
@@ -116,6 +117,7 @@ def load_part_prompts(
                 part.skill,
                 part.language,
                 on_malformed if part.on_malformed == "quarantine" else None,
+                part.max_line_bytes,
             )
         )
         for prompt in read:
@@ -135,7 +137,9 @@ def load_part_prompts(
             where=where,
             remedy=f"ask for at most {len(items):,}",
         )
-    return assign_efforts((replace(i.prompt, answer=i.reference) for i in items), part.effort_shares)
+    return assign_efforts(
+        (replace(i.prompt, answer=i.reference) for i in items), part.effort_shares
+    )
 
 
 def items_by_question(

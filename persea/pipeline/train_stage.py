@@ -116,7 +116,9 @@ def train_rank(
         max_tokens=t.max_length,
         partial_tokens=t.partial_tokens,
     )
-    learned, held = feed.train_test_split(t.validation_share) if t.validation_share else (feed, None)
+    learned, held = (
+        feed.train_test_split(t.validation_share) if t.validation_share else (feed, None)
+    )
     rollouts = _load_rollouts(context, student, held)
 
     def loss_of(

@@ -68,7 +68,11 @@ def reject_unknown_names(
     """Raises RecipeError, a line for each set, or else for each skill of the corpus, that nobody knows. Opens no file."""
     sets = {s.name: s for s in BENCHMARKS}
     wrong = [
-        (f"evaluation.benchmarks.{k}.benchmark", f"unknown set {r.benchmark!r}", suggest_choice(r.benchmark, list(sets)))
+        (
+            f"evaluation.benchmarks.{k}.benchmark",
+            f"unknown set {r.benchmark!r}",
+            suggest_choice(r.benchmark, list(sets)),
+        )
         for k, r in enumerate(refs)
         if r.benchmark not in sets
     ]

@@ -222,7 +222,11 @@ class Rollouts:
                     else f"{name} gives words alone: it cannot say how likely it finds what the student said",
                     where="training.on_policy.objective",
                     remedy="teach from captures, or with a teacher whose weights are here"
-                    + ("" if kind is DistributionKind.TEXT_ONLY else "; or `objective: span_likelihood`"),
+                    + (
+                        ""
+                        if kind is DistributionKind.TEXT_ONLY
+                        else "; or `objective: span_likelihood`"
+                    ),
                 )
 
     def is_due(self, step: int) -> bool:
