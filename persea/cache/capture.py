@@ -16,7 +16,8 @@ from persea.cache import unit as cache
 from persea.cache.maintenance import committed_units
 from persea.cache.reader import CacheReader, open_cache_reader
 from persea.chat.messages import FinishReason, RenderedTokens, Text, ThinkingEffort
-from persea.data.prompts import MAX_LINE_BYTES, Corpus, MalformedLine, Prompt
+from persea.data.formats import MAX_LINE_BYTES
+from persea.data.prompts import Corpus, MalformedLine, Prompt
 from persea.distributions import (
     DistributionKind,
     SparseDistributions,
@@ -524,10 +525,10 @@ class CaptureBudget:
             (
                 self.max_tokens,
                 self._tokens_cached,
-                "capture.tokens",
+                "capture.max_total_tokens",
                 f"{self._tokens_cached:,} tokens",
             ),
-            (self.max_hours, seconds / 3600, "capture.hours", f"{seconds / 3600:.2f} hours"),
+            (self.max_hours, seconds / 3600, "capture.max_hours", f"{seconds / 3600:.2f} hours"),
         ):
             if limit and spent >= limit and self._prompts_done < self.num_prompts:
                 raise RefusedError(

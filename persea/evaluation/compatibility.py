@@ -439,7 +439,7 @@ def refuse_incompatible(
                 f"(floor {min_boundary_share:.0%})",
                 where=where,
                 remedy="choose a teacher or student with more similar tokenizers, "
-                "or lower check.floor",
+                "or lower check.min_common_share",
             )
         num_different = round(p.event_disagreement * p.num_boundaries)
         if (
@@ -451,7 +451,7 @@ def refuse_incompatible(
                 f"(at most {max_event_disagreement:.1%})",
                 where=where,
                 remedy="choose a teacher or student with more similar tokenizers, "
-                "or raise check.disagreement",
+                "or raise check.max_disagreement",
             )
     for one in likelihoods:
         if one.language or one.excess_low is None or one.excess_low <= max_template_excess:

@@ -197,5 +197,5 @@ def refuse_safety_regressions(regressions: Sequence[PairedComparison], where: st
         raise SafetyRegressionError(
             f"the student is less safe than its base: {told}",
             where=where,
-            remedy="look at evaluate/examples.jsonl; teach safety too, or write evaluation.allow_regression: true",
+            remedy="look at evaluate/examples.jsonl; teach safety too, or write evaluation.allow_safety_regression: true",
         )

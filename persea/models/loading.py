@@ -106,7 +106,7 @@ def resolve_model_source(name_or_path: str, where: str) -> tuple[ModelSource, da
             remedy="train it first: persea run with the same recipe and --out",
         )
     written = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
-    told = written.get("today", PINNED_DATE)
+    told = written.get("template_date", written.get("today", PINNED_DATE))
     return ModelSource(
         str(student), family=written.get("student", {}).get("family", "")
     ), told if isinstance(told, date) else date.fromisoformat(told)

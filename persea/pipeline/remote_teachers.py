@@ -32,14 +32,26 @@ def is_remote(ref: TeacherSection) -> bool:
 
 
 def has_fixed_effort(ref: TeacherSection) -> bool:
-    """Whether nothing of its effort is told to the server: a chat route without `dial`."""
-    return ref.endpoint is not None and ref.endpoint.dial is False
+    """Return whether the server receives no thinking effort: a chat server without `send_effort`."""
+    return ref.endpoint is not None and ref.endpoint.send_effort is False
 
 
 def endpoint_identity(ref: TeacherSection) -> list[Any]:
     """Of a teacher behind a server, what its answers depend on; not where it stands, nor how patiently it is asked."""
     at = ref.endpoint
-    return [] if at is None else [ref.model, ref.revision, at.protocol, at.served, at.top, at.dial]
+    model = "words" if ref.model == TEXT_ONLY_MODEL else ref.model  # literal in kept caches
+    return (
+        []
+        if at is None
+        else [
+            model,
+            ref.revision,
+            at.protocol,
+            at.served_model_name,
+            at.top_logprobs,
+            at.send_effort,
+        ]
+    )
 
 
 def generation_identity(ref: TeacherSection) -> list[Any]:
@@ -69,9 +81,7 @@ def remote_parent(ref: TeacherSection, renderer: ChatRenderer, handshake_file: P
     )
 
 
-def open_remote_engine(
-    ref: TeacherSection, renderer: ChatRenderer, handshake_file: Path
-) -> Engine:
+def open_remote_engine(ref: TeacherSection, renderer: ChatRenderer, handshake_file: Path) -> Engine:
     """Open the engine of a teacher that is behind a server, or runs in vLLM.
 
     The first handshake of a run is stored in `handshake_file`, and later ones must match it.
@@ -90,9 +100,9 @@ def open_remote_engine(
     options = replace(
         options,
         client=_open_client(ref.name, endpoint),
-        served_model_name=endpoint.served,
-        num_top_logprobs=endpoint.top or 1,
-        send_effort=bool(endpoint.dial),
+        served_model_name=endpoint.served_model_name,
+        num_top_logprobs=endpoint.top_logprobs or 1,
+        send_effort=bool(endpoint.send_effort),
         handshake_effort=ref.effort,
         max_fingerprint_drift=endpoint.max_fingerprint_drift,
     )
@@ -114,23 +124,22 @@ def _open_client(name: str, endpoint: EndpointSection) -> HttpClient:
     key = os.environ.get(endpoint.key_env, "").strip() if endpoint.key_env else ""
     if endpoint.key_env and not key:
         raise MissingRequirementError(
-            f"the variable {endpoint.key_env} holds no key",
+            f"the variable {endpoint.key_env} is not set",
             where=f"{name}, {endpoint.url}",
             remedy=f"export {endpoint.key_env}=...; a recipe holds none",
         )
     if not key.isascii() or not key.isprintable() or " " in key:
         raise MissingRequirementError(
-            f"the variable {endpoint.key_env} holds what no header can carry",
+            f"the variable {endpoint.key_env} contains characters that an HTTP header cannot carry",
             where=f"{name}, {endpoint.url}",
-            remedy=f"export {endpoint.key_env}=... with the key alone: no line break, "
-            "no space, no letter beyond ASCII",
+            remedy=f"export {endpoint.key_env}=... with the key alone: ASCII, no spaces, no line breaks",
         )
     policy = RetryPolicy(
         endpoint.concurrency,
-        endpoint.attempts,
-        endpoint.stall,
-        endpoint.patience,
-        endpoint.budget,
+        endpoint.max_attempts,
+        endpoint.stall_timeout_s,
+        endpoint.give_up_after_s,
+        endpoint.max_total_tokens,
         endpoint.max_failed_share,
     )
     return HttpClient(endpoint.url, name, policy, key)

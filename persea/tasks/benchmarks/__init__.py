@@ -1,6 +1,6 @@
 """Published question sets for real models: read in place, in the form they were published in, each with a grader.
 
-A set is named in a recipe under `evaluation.sets`; sets of one `skill` are measured together. A new set = one entry in the SETS of a
+A set is named in a recipe under `evaluation.benchmarks`; sets of one `skill` are measured together. A new set = one entry in the SETS of a
 file here, one row in docs/sets.md, one test.
 """
 
@@ -57,7 +57,7 @@ def find_benchmark(name: str) -> Benchmark:
             return one
     raise DataError(
         f"unknown set {name!r}",
-        where="evaluation.sets",
+        where="evaluation.benchmarks",
         remedy=f"known sets: {', '.join(s.name for s in BENCHMARKS)}",
     )
 
@@ -68,14 +68,18 @@ def reject_unknown_names(
     """Raises RecipeError, a line for each set, or else for each skill of the corpus, that nobody knows. Opens no file."""
     sets = {s.name: s for s in BENCHMARKS}
     wrong = [
-        (f"evaluation.sets.{k}.set", f"unknown set {r.set!r}", suggest_choice(r.set, list(sets)))
+        (
+            f"evaluation.benchmarks.{k}.benchmark",
+            f"unknown set {r.benchmark!r}",
+            suggest_choice(r.benchmark, list(sets)),
+        )
         for k, r in enumerate(refs)
-        if r.set not in sets
+        if r.benchmark not in sets
     ]
     if not wrong:
         skills = [
             *(s.name for s in GENERATED_TASKS),
-            *(r.skill or sets[r.set].skill or r.set for r in refs),
+            *(r.skill or sets[r.benchmark].skill or r.benchmark for r in refs),
         ]
         wrong = [
             (

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from persea.models.loading import ModelSource
     from persea.teachers.engines.http_client import HttpClient
 
-DEFAULT_TOP_LOGPROBS = 20  # also the default of `endpoint.top`; vLLM's own limit is 20
+DEFAULT_TOP_LOGPROBS = 20  # also the default of `endpoint.top_logprobs`; vLLM's own limit is 20
 DEFAULT_MAX_FINGERPRINT_DRIFT_NATS = 0.1  # half-precision kernels and batch sizes move it .01-.05
 
 

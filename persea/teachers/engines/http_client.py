@@ -250,7 +250,7 @@ class HttpClient:
             raise RefusedError(
                 f"the token budget is used up: {self.num_tokens_used:,} tokens",
                 where=self.name,
-                remedy="raise `budget:` of its endpoint and run again: cached answers are kept",
+                remedy="raise `max_total_tokens:` of its endpoint and run again: cached answers are kept",
             )
 
     def _raise_server_error(self, reason: str, remedy: str) -> NoReturn:
@@ -319,7 +319,7 @@ class HttpClient:
         if code in FATAL_STATUS_REASONS:
             self._raise_server_error(
                 f"{FATAL_STATUS_REASONS[code]}: {reason}",
-                "look at `url:`, `served:` and the variable that `key_env:` names",
+                "look at `url:`, `served_model_name:` and the variable that `key_env:` names",
             )
         raise RejectedRequestError(reason)
 

@@ -168,5 +168,5 @@ def resolve_served_model(client: HttpClient, requested_name: str) -> str:
         f"the server has {', '.join(models[:5]) or 'no model'}"
         + (f", not {requested_name}" if requested_name else ""),
         where=f"{client.name}, {client.url}",
-        remedy="name one of them as `served:` of the endpoint",
+        remedy="name one of them as `served_model_name:` of the endpoint",
     )
