@@ -183,7 +183,7 @@ def _generate_answers(
 def _choose_answers(
     model: EvaluatedModel, items: Sequence[TaskItem]
 ) -> tuple[dict[str, _ItemAnswer], int]:
-    """Choose the most likely choice per byte; return answers by prompt id, and how many were kept."""
+    """Choose the most likely choice per byte; return what `_generate_answers` returns."""
     answers: dict[str, _ItemAnswer] = {}
     num_reused = 0
     for batch in _item_batches(items):

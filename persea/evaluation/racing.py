@@ -198,7 +198,7 @@ class TaskRace:
             self.stop_reason = StopReason.BUDGET
 
     def is_eliminated_everywhere(self, name: str) -> bool:
-        """Return whether a teacher is eliminated and leads in no language: it needs no more items."""
+        """Return whether a teacher is eliminated and leads in no language."""
         return name in self.eliminated and all(
             mean(scores[name])
             <= max(mean(v) for other, v in scores.items() if other not in self.eliminated)

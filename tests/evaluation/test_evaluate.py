@@ -344,7 +344,7 @@ def test_an_evaluation_is_plain_json() -> None:
     assert json.loads(json.dumps(value, allow_nan=False)) == value
     assert (value["effort"], value["reference_models"]) == ("none", ["gpt"])
     assert set(value["bits_per_byte"]["qwen-sapling"]) == {"reasoning", "all"}
-    assert [PairedComparison(**p) for p in value["comparisons"]] == [pair]
+    assert [PairedComparison(**p) for p in value["compared"]] == [pair]
     assert FinishReason.STOP in {
         r.finish for r in heard.results_for("qwen-sapling", ThinkingEffort.NONE, "reasoning")
     }
