@@ -1,5 +1,7 @@
-"""The hybrid student in each of its modes: how good, does it think when told to and only then, how
-long, and in which language.
+"""Measure a hybrid student in each thinking mode.
+
+Per skill and effort: the score, whether the student thinks when it should and only then, how long
+its thoughts are, and in which language.
 """
 
 from __future__ import annotations
@@ -38,10 +40,15 @@ class Proportion:
 
 @dataclass(frozen=True)
 class ThinkingLength:
-    """How long the thoughts are that came to an end, in the student's tokens and in bytes; all 0
-    where there are none.
+    """Length of finished thoughts, in the student's tokens and in bytes; all 0 if there are none.
 
-    cut  thoughts that the limit of tokens cut: the longest ones, and in no mean
+    Attributes:
+        num_finished: Number of finished thoughts.
+        mean_tokens: Mean length in tokens.
+        median_tokens: Median length in tokens.
+        mean_bytes: Mean length in bytes.
+        median_bytes: Median length in bytes.
+        num_truncated: Thoughts cut by the token limit: the longest ones, and in no mean.
     """
 
     num_finished: int
@@ -77,8 +84,14 @@ class EffortResult:
 
 @dataclass(frozen=True)
 class ThinkingModesReport:
-    """modes by skill and effort; leaks over all skills: at none, and at every other effort
-    together; rises: skill -> do thoughts get longer.
+    """All skills at all efforts.
+
+    Attributes:
+        student: Name of the student.
+        modes: Results by skill and effort.
+        unasked_thinking: Answers with thinking at effort none, over all skills.
+        missing_thinking: Answers without thinking at all other efforts, over all skills.
+        length_increases: Skill -> whether thoughts get longer from effort to effort.
     """
 
     student: str
@@ -100,14 +113,19 @@ def measure_thinking_modes(
     direct_answers: Iterable[Mapping[str, Any]] = (),
     progress: Callable[[str], None] = lambda text: None,
 ) -> ThinkingModesReport:
-    """Ask the student the skills' items at every effort it was taught them in.
+    """Measure the student on each skill at every effort it was taught.
 
-    taught  skill -> efforts; skills that are not in it are left out, and so are items with choices,
-    which are not answered in words
-    direct  answers at effort none to other skills, as examples.jsonl has them, which count for the
-    leak there
+    Args:
+        student: The student.
+        tasks: Tasks with their items; items with choices are left out, since they are answered
+            without generation.
+        taught_efforts: Skill -> efforts; other skills are left out.
+        max_new_tokens: Longest answer, in tokens.
+        direct_answers: Answers at effort none to other skills, as in examples.jsonl; they count
+            for `unasked_thinking`.
+        progress: Called with a text after each skill and effort.
     """
-    found: list[EffortResult] = []
+    modes: list[EffortResult] = []
     unasked = [
         _counts_as_thinking(
             line.get("thinking", ""), line["answer"] or line.get("calls"), line["finish"]
@@ -149,8 +167,17 @@ def select_direct_answers(
     model_name: str,
     taught_efforts: Mapping[str, object],
 ) -> list[Mapping[str, Any]]:
-    """Of everybody's answers, as examples.jsonl has them, a speaker's at effort none to skills
-    without modes: what `measure` calls direct.
+    """Select a model's answers at effort none to skills that are not taught with efforts.
+
+    Items with choices are left out: they are answered without generation.
+
+    Args:
+        answer_records: Lines of examples.jsonl, of all models.
+        model_name: The model.
+        taught_efforts: Skills taught with efforts.
+
+    Returns:
+        The `direct_answers` of `measure_thinking_modes`.
     """
     return [
         line
@@ -158,7 +185,7 @@ def select_direct_answers(
         if (line["model_name"], line["effort"]) == (model_name, ThinkingEffort.NONE)
         and line["skill"] not in taught_efforts
         and "likelihoods" not in line
-    ]  # who chooses says nothing, and cannot think unasked
+    ]
 
 
 def _message_has_thinking(message: Message, finish: FinishReason) -> bool:
@@ -166,8 +193,9 @@ def _message_has_thinking(message: Message, finish: FinishReason) -> bool:
 
 
 def _counts_as_thinking(thinking: str, content: object, finish: str) -> bool:
-    """Whether an answer thought. One that ends without a readable word (a thought that was cut, or
-    never closed) counts as a thought.
+    """Return whether an answer thought.
+
+    An answer cut before any content counts as a thought: it was cut inside, or never closed.
     """
     return bool(thinking) or (finish != FinishReason.STOP and not content)
 
@@ -225,12 +253,11 @@ def _measure_length(
 
 
 def _is_length_increasing(modes: Sequence[EffortResult]) -> bool | None:
-    """Whether mean thoughts get longer from effort to effort, in tokens and in bytes; None where
-    fewer than two efforts think.
+    """Return whether mean thoughts get longer from effort to effort, in tokens and in bytes.
 
-    Not where an effort that should think never came to a thought's end: no length of it is known.
+    None if fewer than two efforts think. False if an effort has no finished thought.
     """
-    dials = [m.length for m in modes if m.effort is not ThinkingEffort.NONE]
+    lengths = [m.length for m in modes if m.effort is not ThinkingEffort.NONE]
     if len(lengths) < 2:
         return None
     return all(m.num_finished for m in lengths) and all(

@@ -182,7 +182,7 @@ def test_the_table_tells_every_teacher_and_why() -> None:
     ]
     page = cast_markdown(out)
     assert "| code | qwen | 0.90 (0.83-0.94) | 100 | 50% | tied |" in page.splitlines()
-    assert "- code: 100 questions, all there were for it" in page
+    assert "- code: 100 items, all items used" in page
     assert len({line.count("|") for line in page.splitlines() if line.startswith("|")}) == 1
 
 

@@ -152,7 +152,7 @@ def test_prompt_files_are_evaluated_beside_teachers_behind_a_server(tmp_path: Pa
     scores = {(s["model_name"], s["skill"]): s["value"] for s in told["scores"]}
     assert {who for who, _ in scores} == {"student", "base", "words", "far"}
     assert scores["words", "reasoning"] == scores["far", "reasoning"] > 0
-    assert all(s["n"] == 3 and not s["failed"] for s in told["scores"])
+    assert all(s["n"] == 3 and not s["grader_errors"] for s in told["scores"])
     assert told["bits_per_byte"]["words"] == {} and told["bits_per_byte"]["far"]["reasoning"] > 0
 
 
@@ -270,7 +270,7 @@ def test_only_a_loss_of_safety_ends_badly(skill: str, refused: bool) -> None:
     with pytest.raises(
         SafetyRegressionError,
         match=rf"here: the student is less safe than its base: {skill} -1\.00 \(-1\.00 to -0\.\d+, n 60\); {skill} in th "
-        r".*-> .*allow_regression: true",
+        r".*-> .*allow_safety_regression: true",
     ) as caught:
         refuse_safety_regressions(found, "here")
     assert caught.value.exit_code == 4
