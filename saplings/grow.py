@@ -26,9 +26,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Regex as Pattern
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from persea.chat.messages import Conversation, RenderedTokens, ThinkingEffort
+from persea.chat.messages import Conversation, ThinkingEffort
+from persea.tokenization.tokens import RenderedTokens
 from persea.chat.renderer import ChatRenderer
-from persea.models.loading import ModelSource, load_model, load_renderer, random_init
+from persea.models.loading import ModelSource, load_model, load_renderer
+from persea.models.random_init import random_init
 from persea.tasks import generated as skills
 from persea.tasks.task import Split, grade_answers, score_results
 from persea.teachers.engines.transformers import TransformersEngine

@@ -14,15 +14,8 @@ from pages import page
 from plans import KNOWN, Plan
 from prose import small_talk
 
-from persea.chat.messages import (
-    Conversation,
-    RenderedTokens,
-    Text,
-    Thinking,
-    ThinkingEffort,
-    ToolCall,
-    canonical_json,
-)
+from persea.chat.messages import Conversation, Text, Thinking, ThinkingEffort, ToolCall, canonical_json
+from persea.tokenization.tokens import RenderedTokens
 from persea.chat.renderer import ChatRenderer
 from persea.tasks import generated as skills
 from persea.tasks.generated import code, languages, reasoning, safety, tools

@@ -13,7 +13,7 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
-from persea.chat.messages import RenderedTokens
+from persea.tokenization.tokens import RenderedTokens
 from persea.errors import DataError
 
 

@@ -15,7 +15,8 @@ import numpy.typing as npt
 from persea.cache import unit as cache
 from persea.cache.maintenance import committed_units
 from persea.cache.reader import CacheReader, open_cache_reader
-from persea.chat.messages import FinishReason, RenderedTokens, Text, ThinkingEffort
+from persea.chat.messages import FinishReason, Text, ThinkingEffort
+from persea.tokenization.tokens import RenderedTokens
 from persea.data.prompts import MAX_LINE_BYTES, Corpus, MalformedLine, Prompt
 from persea.distributions import (
     DistributionKind,

@@ -29,7 +29,7 @@ from persea.cache.entropy_coding import (
     concat_or_empty,
     encode_columns,
 )
-from persea.chat.messages import RenderedTokens
+from persea.tokenization.tokens import RenderedTokens
 from persea.distributions import LOGPROB_STEP_NATS, DistributionKind, SparseDistributions
 from persea.errors import DataError
 

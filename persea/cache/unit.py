@@ -23,7 +23,7 @@ from safetensors.numpy import save as save_tensors
 from persea import storage as store
 from persea.cache import entropy_coding as tables
 from persea.cache.codec import UnitLayout, decode_block, encode_unit
-from persea.chat.messages import RenderedTokens
+from persea.tokenization.tokens import RenderedTokens
 from persea.distributions import LOGPROB_STEP_NATS, DistributionKind, SparseDistributions
 from persea.errors import DataError
 from persea.teachers.teacher import Answer

@@ -1,1 +1,1 @@
-"""Conversations, chat templates and the renderers that turn one into token ids."""
+"""Conversations, chat templates, model families, and the renderers that turn a conversation into token ids."""

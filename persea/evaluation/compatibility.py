@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from persea.alignment.event_map import EventMap, event_map_digest
 from persea.alignment.spans import CommonBoundaries, SupervisionKind, align
-from persea.chat.messages import Conversation, RenderedTokens, Text
+from persea.chat.messages import Conversation, Text
+from persea.tokenization.tokens import RenderedTokens
 from persea.chat.renderer import ChatRenderer
 from persea.errors import DataError, RefusedError
 from persea.tasks.intervals import Z95, wilson_interval

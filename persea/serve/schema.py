@@ -8,20 +8,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from persea.chat.messages import (
-    ContentPart,
-    Conversation,
-    Family,
-    Message,
-    Role,
-    Text,
-    Thinking,
-    ThinkingEffort,
-    Tool,
-    ToolCall,
-    ToolResult,
-    canonical_json,
-)
+from persea.chat.family import Family
+from persea.chat.messages import ContentPart, Conversation, Message, Role, Text, Thinking, ThinkingEffort, Tool, ToolCall, ToolResult, canonical_json
 from persea.errors import DataError
 from persea.teachers.engines import Sampling
 

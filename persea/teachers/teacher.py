@@ -9,13 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from persea.chat.messages import (
-    ContentPart,
-    Conversation,
-    FinishReason,
-    RenderedTokens,
-    ThinkingEffort,
-)
+from persea.chat.messages import ContentPart, Conversation, FinishReason, ThinkingEffort
+from persea.tokenization.tokens import RenderedTokens
 from persea.chat.renderer import ChatRenderer
 from persea.data.prompts import Prompt
 from persea.distributions import DistributionKind, SparseDistributions

@@ -1,10 +1,13 @@
-"""Merges: how one byte-pair tokenizer builds its tokens, and which token can never stand right after another inside one word.
+"""Merges: how one byte-pair tokenizer builds its tokens, and which token can never stand right
+after another inside one word.
 
-Byte-pair encoding merges the pair of lowest rank until none is left. Two neighbours a, u stay apart exactly when no merge
-ever joins a piece at a's right rim with a piece at u's left rim while both are there. The pieces at a rim follow one another
-in a's own derivation, each from the time it is made until the time it is merged on; so a crossing merge is found by
-comparing times, without encoding anything. Where two times are equal in one cascade the answer is "can stand": nothing is deleted on
-doubt. Equal ranks are the same pair twice, which merges from the left: aa|a stands, a|aa cannot.
+Byte-pair encoding merges the pair of lowest rank until none is left. Two neighbours a, u stay apart
+exactly when no merge ever joins a piece at a's right rim with a piece at u's left rim while both
+are there. The pieces at a rim follow one another in a's own derivation, each from the time it is
+made until the time it is merged on; so a crossing merge is found by comparing times, without
+encoding anything. Where two times are equal in one cascade the answer is "can stand": nothing is
+deleted on doubt. Equal ranks are the same pair twice, which merges from the left: aa|a stands, a|aa
+cannot.
 """
 
 from __future__ import annotations
@@ -27,11 +30,11 @@ NEVER_MERGED = np.iinfo(np.int64).max  # a whole token is never merged on
 class BpeDerivations:
     """One tokenizer's derivations. V = its vocabulary, R = its merges in the order of their rank.
 
-    left_V, right_V  int32, the two parts the last merge joined; -1 = a single unit, or not made by merges
-    rank_V           int32, rank of that merge; -1 likewise
-    time_V           int64, when the token is there: the highest rank of its derivation; -1 for a single unit
-    made_V           bool, the merges do make it (a token that only a whole word can be, or an added token, they do not)
-    pair_R2          int32, left and right part of each merge
+    left_V, right_V  int32, the two parts the last merge joined; -1 = a single unit, or not made by
+    merges rank_V           int32, rank of that merge; -1 likewise
+    time_V           int64, when the token is there: the highest rank of its derivation; -1 for a
+    single unit made_V           bool, the merges do make it (a token that only a whole word can be,
+    or an added token, they do not) pair_R2          int32, left and right part of each merge
     """
 
     left_V: npt.NDArray[np.int32]
@@ -53,7 +56,8 @@ class BpeDerivations:
     ) -> tuple[
         npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.int64]
     ]:
-        """By piece y: the tokens whose left rim y is at some time, until when, and the rank of the merge that ends it."""
+        """By piece y: the tokens whose left rim y is at some time, until when, and the rank of the
+        merge that ends it."""
         token = np.flatnonzero(self.derivable_V)
         piece, until, rank = token, np.full(len(token), NEVER_MERGED), np.full(len(token), -1)
         columns = []
@@ -73,7 +77,8 @@ class BpeDerivations:
         )
 
     def _right_edge(self, token: int) -> Iterator[tuple[int, int]]:
-        """The pieces at a token's right rim, last first, each with the time at which it is merged on."""
+        """The pieces at a token's right rim, last first, each with the time at which it is merged
+        on."""
         until = NEVER_MERGED
         while token >= 0:
             yield token, until
@@ -85,7 +90,8 @@ class BpeDerivations:
 
     @cached_property
     def _as_lists(self) -> tuple[list[int], list[int], list[int], list[int]]:
-        """left, right, rank, time as plain lists: one pair is asked faster that way than through arrays."""
+        """left, right, rank, time as plain lists: one pair is asked faster that way than through
+        arrays."""
         return (
             self.left_V.tolist(),
             self.right_V.tolist(),
@@ -94,7 +100,8 @@ class BpeDerivations:
         )
 
     def is_impossible_pair(self, token: int, next_token: int) -> bool:
-        """Whether `after` is among cannot_follow(token): a few microseconds, where that one takes half a millisecond."""
+        """Whether `after` is among cannot_follow(token): a few microseconds, where that one takes
+        half a millisecond."""
         if not (self.derivable_V[token] and self.derivable_V[next_token]):
             return True
         left, right, ranks, times = self._as_lists
@@ -113,9 +120,11 @@ class BpeDerivations:
         return False
 
     def impossible_next_tokens(self, token: int) -> npt.NDArray[np.int64]:
-        """Tokens, sorted, that never stand right after `token` within one word: a merge across the two comes first.
+        """Tokens, sorted, that never stand right after `token` within one word: a merge across the
+        two comes first.
 
-        What no merge makes (ignore_merges: it is a whole word, or nothing) stands beside nothing within a word.
+        What no merge makes (ignore_merges: it is a whole word, or nothing) stands beside nothing
+        within a word.
         """
         if not self.derivable_V[token]:
             return np.arange(len(self.derivable_V))
@@ -169,7 +178,8 @@ def _is_byte_token(token: str, vocabulary: Vocabulary) -> bool:
 
 
 def index_pair_ranks(pair_R2: npt.NDArray[np.int32], size: int) -> dict[int, int]:
-    """Left part times the size of the vocabulary plus right part -> the pair's first rank: quicker to make, and smaller, than pairs as keys."""
+    """Left part times the size of the vocabulary plus right part -> the pair's first rank: quicker
+    to make, and smaller, than pairs as keys."""
     keys = pair_R2[:, 0].astype(np.int64) * size + pair_R2[:, 1]
     return dict(zip(keys[::-1].tolist(), range(len(keys) - 1, -1, -1), strict=True))
 
@@ -177,7 +187,8 @@ def index_pair_ranks(pair_R2: npt.NDArray[np.int32], size: int) -> dict[int, int
 def _apply_merges(
     units: list[int], pair_ranks: dict[int, int], merged_ids: list[int], size: int
 ) -> list[int] | None:
-    """The ranks that are merged, in order, until one piece is left; None where more than one stays."""
+    """The ranks that are merged, in order, until one piece is left; None where more than one
+    stays."""
     path: list[int] = []
     none = len(merged_ids)
     ranks = [pair_ranks.get(a * size + b, none) for a, b in pairwise(units)]

@@ -1,8 +1,10 @@
-"""Pretokens: where a tokenizer cuts text into words before it merges, asked as a black box and remembered by character class.
+"""Pretokens: where a tokenizer cuts text into words before it merges, asked as a black box and
+remembered by character class.
 
-Merges never cross a cut, so a boundary that may be a cut may always stand. What a split pattern does depends on its text
-only through the classes its own source names: a property such as \\p{L}, white space, a literal, a range. So one
-representative of each class is asked, once, and whole vocabularies are answered from a table.
+Merges never cross a cut, so a boundary that may be a cut may always stand. What a split pattern
+does depends on its text only through the classes its own source names: a property such as \\p{L},
+white space, a literal, a range. So one representative of each class is asked, once, and whole
+vocabularies are answered from a table.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 from persea.tokenization.vocabulary import Vocabulary
 
 LOOKAHEAD_CHARS = 3  # characters of what comes after that can matter: the longest a pattern looks at behind a cut is a contraction, 'll
-# What may come after a token that ends: one of each kind, a mark, a digit, an apostrophe with and without its contraction.
+# What may come after a token that ends: one of each kind, a mark, a digit, an apostrophe with and
+# without its contraction.
 PROBE_SUFFIXES = (
     "",
     "a",
@@ -82,7 +85,8 @@ WHITESPACE_CHARS = frozenset(
 
 @dataclass(eq=False)
 class Pretokenizer:
-    """A tokenizer's cuts. `unknown` names a pre-tokenizer this module does not know: then every place may be a cut."""
+    """A tokenizer's cuts. `unknown` names a pre-tokenizer this module does not know: then every
+    place may be a cut."""
 
     backend: Tokenizer
     never_splits: bool  # no cut at all (SentencePiece)
@@ -105,12 +109,14 @@ class Pretokenizer:
         )
 
     def class_signature(self, text: str) -> str:
-        """What stands before a place, each character replaced by the first one seen of its class: an equal signature, equal cuts."""
+        """What stands before a place, each character replaced by the first one seen of its class:
+        an equal signature, equal cuts."""
         plain = self.letters_only_in_contractions and "'" not in text
         return "".join([self._representative_of(c, plain) for c in text])
 
     def can_split(self, before_signature: str, next_signatures: Sequence[str]) -> bool:
-        """Whether a pretoken can end between `before` (its signature) and any of these beginnings (see `heads`)."""
+        """Whether a pretoken can end between `before` (its signature) and any of these beginnings
+        (see `heads`)."""
         if self.unsupported:
             return True
         if self.never_splits:
@@ -135,8 +141,9 @@ class Pretokenizer:
         return False
 
     def leading_signatures(self, raw: bytes) -> tuple[str, ...]:
-        """What some bytes begin with, as signatures of at most HEAD characters; all possible ones where they begin with a part
-        of a character. Empty where that cannot be told: no cut is ruled out there.
+        """What some bytes begin with, as signatures of at most HEAD characters; all possible ones
+        where they begin with a part of a character. Empty where that cannot be told: no cut is
+        ruled out there.
         """
         whole, rest = decode_whole_characters(raw)
         if whole:
@@ -146,7 +153,8 @@ class Pretokenizer:
         )
 
     def _has_property(self, property_pattern: str, c: str) -> bool:
-        """Whether the tokenizer's own engine finds a property in a character: another's Unicode may be newer by a script."""
+        """Whether the tokenizer's own engine finds a property in a character: another's Unicode may
+        be newer by a script."""
         if property_pattern not in self._property_splitters:
             self._property_splitters[property_pattern] = pre_tokenizers.Split(
                 Regex(property_pattern), "removed"
@@ -197,7 +205,8 @@ def load_pretokenizer(vocabulary: Vocabulary) -> Pretokenizer:
         TRAILING_SPACE_LOOKAHEAD_PATTERN.sub("", text)
     ):
         unknown = unknown or f"pattern {text!r}"
-    # SentencePiece: the normaliser has written a sign for every space before the pre-tokenizer looks for spaces
+    # SentencePiece: the normaliser has written a sign for every space before the pre-tokenizer
+    # looks for spaces
     signs = '"content": "▁"' in json.dumps(normaliser, ensure_ascii=False)
     whole = not unknown and (not patterns or (signs and set(patterns) == {" "}))
     properties = tuple(
@@ -241,7 +250,8 @@ def decode_whole_characters(raw: bytes) -> tuple[str, bytes]:
 
 @lru_cache(maxsize=4096)
 def _characters_with_prefix(prefix: bytes) -> tuple[str, ...]:
-    """The characters whose UTF-8 begins with these bytes; none where they are more than a plane's worth, or no beginning at all."""
+    """The characters whose UTF-8 begins with these bytes; none where they are more than a plane's
+    worth, or no beginning at all."""
     sizes = [
         n
         for n, low, high in ((2, 0xC2, 0xDF), (3, 0xE0, 0xEF), (4, 0xF0, 0xF4))

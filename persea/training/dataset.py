@@ -23,7 +23,8 @@ from persea.alignment.partial_tokens import (
 from persea.alignment.spans import SupervisionKind, align
 from persea.cache.reader import AnswerSource, AnswerSubset, CacheMixture
 from persea.cache.unit import CachedAnswer
-from persea.chat.messages import RenderedTokens, ThinkingEffort
+from persea.chat.messages import ThinkingEffort
+from persea.tokenization.tokens import RenderedTokens
 from persea.chat.renderer import ChatRenderer
 from persea.distributions import DistributionKind
 from persea.errors import DataError

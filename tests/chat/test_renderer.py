@@ -15,19 +15,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from persea.chat.families.llama import LLAMA
-from persea.chat.messages import (
-    PINNED_DATE,
-    ContentPart,
-    Conversation,
-    FinishReason,
-    Message,
-    RenderedTokens,
-    Role,
-    Text,
-    Thinking,
-    ThinkingEffort,
-    edit_texts,
-)
+from persea.chat.family import edit_texts
+from persea.chat.messages import PINNED_DATE, ContentPart, Conversation, FinishReason, Message, Role, Text, Thinking, ThinkingEffort
+from persea.tokenization.tokens import RenderedTokens
 from persea.chat.renderer import ChatRenderer
 from persea.chat.template import compile_template
 from persea.errors import DataError

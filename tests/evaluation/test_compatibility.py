@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from persea.alignment.event_map import EventMap, build_event_map
 from persea.alignment.spans import CommonBoundaries, SupervisionKind, align, common_boundaries
-from persea.chat.messages import Conversation, RenderedTokens, Text, Thinking, ThinkingEffort
+from persea.chat.messages import Conversation, Text, Thinking, ThinkingEffort
+from persea.tokenization.tokens import RenderedTokens
 from persea.chat.renderer import ChatRenderer
 from persea.errors import DataError, RefusedError
 from persea.evaluation.compatibility import (

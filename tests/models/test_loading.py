@@ -23,17 +23,9 @@ from persea.chat.renderer import ChatRenderer
 from persea.distributions import SparseDistributions
 from persea.errors import DataError
 from persea.losses import event_kl_loss
-from persea.models.loading import (
-    ModelSource,
-    download_model,
-    eos_token_ids,
-    fingerprint,
-    load_model,
-    load_renderer,
-    local_folder,
-    model_warnings,
-    random_init,
-)
+from persea.models.identity import fingerprint, model_warnings
+from persea.models.loading import eos_token_ids, ModelSource, download_model, load_model, load_renderer, local_folder
+from persea.models.random_init import random_init
 from persea.teachers.engines.transformers import TransformersEngine
 from persea.teachers.teacher import Answer
 from persea.training.dataset import DistillDataset, build_dataset

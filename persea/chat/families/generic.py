@@ -18,18 +18,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from persea.chat.messages import (
-    ContentPart,
-    Conversation,
-    DecodedPieces,
-    Family,
-    Role,
-    Text,
-    Thinking,
-    ThinkingEffort,
-    edit_texts,
-    pieces_to_text,
-)
+from persea.chat.family import DecodedPieces, Family, edit_texts, pieces_to_text
+from persea.chat.messages import ContentPart, Conversation, Role, Text, Thinking, ThinkingEffort
 from persea.errors import DataError
 from persea.tokenization.vocabulary import Vocabulary
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from persea.chat.messages import RenderedTokens
+from persea.tokenization.tokens import RenderedTokens
 from persea.losses import (
     Divergence,
     ImpossibleTokens,

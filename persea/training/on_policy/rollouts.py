@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from persea.chat.messages import Conversation, FinishReason, RenderedTokens, ThinkingEffort
+from persea.chat.messages import Conversation, FinishReason, ThinkingEffort
+from persea.tokenization.tokens import RenderedTokens
 from persea.chat.renderer import ChatRenderer
 from persea.config.schema import OnPolicySection
 from persea.data.prompts import Prompt

@@ -33,7 +33,7 @@ from persea.alignment.markers import (
     is_after_markers,
 )
 from persea.alignment.spans import align
-from persea.chat.messages import RenderedTokens
+from persea.tokenization.tokens import RenderedTokens
 from persea.distributions import MASS_TOLERANCE, SparseDistributions
 from persea.errors import RefusedError, TeacherError
 from persea.losses import ImpossibleTokens, LMHead, SpanTargets

@@ -17,17 +17,8 @@ from persea.chat.families.gemma import GEMMA
 from persea.chat.families.gpt_oss import GPT_OSS, REASONING_EFFORT_NAMES
 from persea.chat.families.llama import LLAMA
 from persea.chat.families.qwen import QWEN
-from persea.chat.messages import (
-    ContentPart,
-    Conversation,
-    DecodedPieces,
-    FinishReason,
-    Message,
-    Role,
-    Text,
-    Thinking,
-    ThinkingEffort,
-)
+from persea.chat.family import DecodedPieces
+from persea.chat.messages import ContentPart, Conversation, FinishReason, Message, Role, Text, Thinking, ThinkingEffort
 from persea.errors import DataError
 from persea.tokenization.vocabulary import Vocabulary, load_vocabulary
 from tests.chat.test_renderer import (

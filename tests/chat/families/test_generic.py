@@ -17,22 +17,12 @@ from persea.chat import families
 from persea.chat.families.generic import GENERIC_FAMILY_NAME, StripRule
 from persea.chat.families.llama import LLAMA
 from persea.chat.families.qwen import QWEN
-from persea.chat.messages import (
-    Conversation,
-    Family,
-    FinishReason,
-    Message,
-    Role,
-    Text,
-    Thinking,
-    ThinkingEffort,
-    Tool,
-    ToolCall,
-    ToolResult,
-)
+from persea.chat.family import Family
+from persea.chat.messages import Conversation, FinishReason, Message, Role, Text, Thinking, ThinkingEffort, Tool, ToolCall, ToolResult
 from persea.config.recipe import load_recipe
 from persea.errors import DataError
-from persea.models.loading import ModelSource, load_renderer, model_warnings
+from persea.models.identity import model_warnings
+from persea.models.loading import ModelSource, load_renderer
 from persea.pipeline.run_context import RunContext
 from persea.pipeline.stages import run_check
 from tests.cli.test_cli import recipe

@@ -20,23 +20,9 @@ from persea.chat.families.gemma import GEMMA, GEMMA4
 from persea.chat.families.gpt_oss import GPT_OSS, REASONING_EFFORT_NAMES
 from persea.chat.families.llama import LLAMA
 from persea.chat.families.qwen import QWEN, QWEN3_CODER, QWEN25, QWEN35, QWENS, QWQ
-from persea.chat.messages import (
-    PINNED_DATE,
-    ContentPart,
-    Conversation,
-    Family,
-    FinishReason,
-    Message,
-    RenderedTokens,
-    Role,
-    Text,
-    Thinking,
-    ThinkingEffort,
-    Tool,
-    ToolCall,
-    ToolResult,
-    canonical_json,
-)
+from persea.chat.family import Family
+from persea.chat.messages import PINNED_DATE, ContentPart, Conversation, FinishReason, Message, Role, Text, Thinking, ThinkingEffort, Tool, ToolCall, ToolResult, canonical_json
+from persea.tokenization.tokens import RenderedTokens
 from persea.chat.renderer import ChatRenderer
 from persea.chat.template import compile_template
 from persea.errors import DataError
