@@ -1,1 +1,1 @@
-"""Conversations, chat templates, model families, and the renderers that turn a conversation into token ids."""
+"""Conversations, chat templates, model families, and renderers from conversations to token ids."""

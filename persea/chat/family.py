@@ -34,7 +34,8 @@ def keep_calls_as_parsed(
     parts: tuple[ContentPart, ...], tools: tuple[Tool, ...]
 ) -> tuple[ContentPart, ...]:
     """Return the parts unchanged: `Family.resolve_calls` where calls are parsed without the
-    tools."""
+    tools.
+    """
     return parts
 
 
@@ -127,7 +128,8 @@ def _edit_message_parts(
     index: int, message: Message, edit: Callable[[int, Message, ContentPart], str]
 ) -> tuple[ContentPart, ...]:
     """Return the parts of one message, each with its share of the edited joined text of its
-    kind."""
+    kind.
+    """
     retained: dict[type[ContentPart], str] = {}
     position: dict[type[ContentPart], int] = {}
     for joined in (Text(message.text), Thinking(message.thinking)):

@@ -171,7 +171,8 @@ class ToolCall:
 @dataclass(frozen=True)
 class ToolResult:
     """The result of a tool call. Its content is the text; the name of the tool belongs to the
-    template."""
+    template.
+    """
 
     name: str
     text: str

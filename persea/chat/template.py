@@ -27,7 +27,8 @@ TEMPLATE_REMEDY = "take the template from the model's own repository"
 
 class _GenerationBlock(Extension):
     """`{% generation %}...{% endgeneration %}`, which marks the assistant's tokens for TRL; here
-    only its body counts."""
+    only its body counts.
+    """
 
     tags: ClassVar[set[str]] = {"generation"}
 

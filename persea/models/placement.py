@@ -9,8 +9,8 @@ from typing import Any
 
 from persea.errors import MissingRequirementError
 
-# Packages besides transformers. Without them transformers would load an MXFP4 model in 16 bits, four
-# times as large, so persea refuses instead.
+# Packages besides transformers. Without them transformers would load an MXFP4 model in 16 bits,
+# four times as large, so persea refuses instead.
 QUANTIZATION_PACKAGES = {
     "8bit": ("bitsandbytes",),
     "4bit": ("bitsandbytes",),

@@ -1,5 +1,6 @@
 """One tokenizer's view of a conversation: token ids, their byte offsets in the content, and the
-loss mask."""
+loss mask.
+"""
 
 from __future__ import annotations
 

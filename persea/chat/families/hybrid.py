@@ -198,8 +198,9 @@ def _template_inputs(
             THINK_CLOSE in answer.thinking or answer.text.lstrip().startswith(THINK_OPEN)
         ):
             raise DataError(
-                f"the answer contains "
-                f"{THINK_CLOSE if THINK_CLOSE in answer.thinking else THINK_OPEN}, which is plain text for this tokenizer and looks like the end of a thought",
+                "the answer contains "
+                f"{THINK_CLOSE if THINK_CLOSE in answer.thinking else THINK_OPEN}, "
+                "which is plain text for this tokenizer and looks like the end of a thought",
                 where=family.name,
                 remedy="leave the conversation out",
             )
