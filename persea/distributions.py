@@ -70,12 +70,14 @@ class SparseDistributions:
         return len(self.offsets_N1) - 1
 
 
-def validate_logprobs(logprobs_NW: torch.Tensor, where: str) -> None:
+def validate_logprobs(logprobs_NW: torch.Tensor, where: str, is_complete: bool = False) -> None:
     """Refuse log-probabilities that are no distribution.
 
     Args:
         logprobs_NW: Natural log-probabilities, [positions, vocabulary].
         where: The place for error messages.
+        is_complete: Whether the whole vocabulary is given, so that a sum below 1 - MASS_TOLERANCE
+            is refused too.
 
     Raises:
         DataError: A position contains NaN, a log-probability above MASS_TOLERANCE, or probabilities
@@ -90,19 +92,23 @@ def validate_logprobs(logprobs_NW: torch.Tensor, where: str) -> None:
     chunk = _rows_per_chunk(logprobs_NW)
     for first in range(0, len(logprobs_NW), chunk):
         chunk_NW = logprobs_NW[first : first + chunk]
-        nan_N = torch.isnan(chunk_NW).any(-1)
+        nan_N, sum_N = torch.isnan(chunk_NW).any(-1), chunk_NW.double().exp().sum(-1)
         for fault, bad_N in (
             ("NaN", nan_N),
-            ("a log-probability above 0", (chunk_NW > MASS_TOLERANCE).any(-1)),
             (
-                f"a mass above 1 + {MASS_TOLERANCE:g}",
-                chunk_NW.double().exp().sum(-1) > 1 + MASS_TOLERANCE,
+                f"a log-probability above {MASS_TOLERANCE:g}",
+                (chunk_NW > MASS_TOLERANCE).any(-1),
+            ),
+            (f"a sum of probabilities above 1 + {MASS_TOLERANCE:g}", sum_N > 1 + MASS_TOLERANCE),
+            (
+                f"a sum of probabilities below 1 - {MASS_TOLERANCE:g}",
+                (sum_N < 1 - MASS_TOLERANCE) & is_complete,
             ),
         ):
             if bool(bad_N.any()):
                 row = first + int(bad_N.nonzero()[0])
                 raise DataError(
-                    f"position {row} of {len(logprobs_NW)} is no distribution: {fault}",
+                    f"row {row} of {len(logprobs_NW)} is no distribution: {fault}",
                     where=where,
                     remedy=remedy,
                 )
@@ -173,8 +179,8 @@ def sample_distributions(
     for span in spans:
         p_NW = logprobs_NW[span].double().exp()
         # The comparison is also False for NaN and for a probability above 1.
-        if not bool((p_NW.sum(-1) <= 1 + MASS_TOLERANCE).all()):
-            validate_logprobs(logprobs_NW, seed)
+        if not bool(((p_NW.sum(-1) - 1).abs() <= MASS_TOLERANCE).all()):
+            validate_logprobs(logprobs_NW, seed, is_complete=True)
         parts.append(_threshold_sample(p_NW, uniform_N1[span], tau))
     sizes, ids, values = (np.concatenate(some) for some in zip(*parts, strict=True))
     target_N = torch.from_numpy(np.asarray(target_ids_N, np.int64))

@@ -17,6 +17,7 @@ import pytest
 
 from persea import storage as store
 from persea.errors import DataError, StorageError
+from tests.disks import Recording
 
 SIZES = (3_000_000, 1_000_000)
 
@@ -340,3 +341,22 @@ def test_a_file_that_may_not_grow_is_a_storage_error(tmp_path: Path) -> None:
     assert record.startswith("6 ")
     assert "File too large" in big + record
     assert (lock, files) == ("written", "['early', 'lock', 'run'] b'early'")
+
+
+def test_a_nested_folder_is_synced_from_the_deepest_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Recording()
+    monkeypatch.setattr(store, "DISK", disk)
+    with store.open_atomic_folder(tmp_path / "out") as folder:
+        (folder / "a" / "b").mkdir(parents=True)
+        (folder / "a" / "b" / "file").write_text("x")
+    synced = [step[1].name for step in disk.steps if step[0] in ("sync", "sync_folder")]
+    assert synced == ["file", "b", "a", f".out.{os.getpid()}.tmp", tmp_path.name]
+
+
+@pytest.mark.parametrize("text", ["NaN", '{"a": Infinity}', "[-Infinity]", "{", b"\xff"])
+def test_json_of_the_standard_only(text: str | bytes) -> None:
+    with pytest.raises(ValueError):
+        store.parse_json(text)
+    assert store.parse_json('{"a": [1.5, null]}') == {"a": [1.5, None]}

@@ -141,13 +141,16 @@ class ChatRenderer:
         Returns:
             The parts and how the answer ended: STOP, LENGTH (no stop token), or MALFORMED (no
             parts).
+
+        Raises:
+            DataError: An id is outside the vocabulary.
         """
         stop = next((k for k, i in enumerate(ids) if i in self.stop_ids), None)
+        pieces = self.vocabulary.decode_pieces(ids if stop is None else ids[:stop])
         try:
-            pieces = self.vocabulary.decode_pieces(ids if stop is None else ids[:stop])
             parsed = self.family.parse(pieces, effort)
             parts = None if parsed is None else self.family.resolve_calls(parsed, tools)
-        except (UnicodeDecodeError, DataError):  # cut characters; ids outside the vocabulary
+        except UnicodeDecodeError:  # the answer ends inside a character
             parts = None
         if stop is None:
             return parts or (), FinishReason.LENGTH

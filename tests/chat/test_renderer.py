@@ -16,11 +16,21 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from persea.chat.families.llama import LLAMA
 from persea.chat.family import edit_texts
-from persea.chat.messages import PINNED_DATE, ContentPart, Conversation, FinishReason, Message, Role, Text, Thinking, ThinkingEffort
-from persea.tokenization.tokens import RenderedTokens
+from persea.chat.messages import (
+    PINNED_DATE,
+    ContentPart,
+    Conversation,
+    FinishReason,
+    Message,
+    Role,
+    Text,
+    Thinking,
+    ThinkingEffort,
+)
 from persea.chat.renderer import ChatRenderer
 from persea.chat.template import compile_template
 from persea.errors import DataError
+from persea.tokenization.tokens import RenderedTokens
 from persea.tokenization.vocabulary import load_vocabulary
 from tests.conftest import Speaker
 
@@ -275,11 +285,11 @@ def generated(tokens: RenderedTokens) -> list[int]:
 
 
 def same_as_transformers(speaker: Speaker, conversation: Conversation) -> None:
-    today = speaker.today()
-    assert today.render(conversation).ids_T.tolist() == theirs(
+    dated = speaker.today()
+    assert dated.render(conversation).ids_T.tolist() == theirs(
         speaker, conversation, generate=False
     )
-    assert today.render_prompt(question_of(conversation)).ids_T.tolist() == theirs(
+    assert dated.render_prompt(question_of(conversation)).ids_T.tolist() == theirs(
         speaker, question_of(conversation), generate=True
     )
 

@@ -316,12 +316,12 @@ def test_to_json_is_json(pair_of: Callable[[str, str], Pair]):
 
 
 def test_bytes_that_cannot_be_located_are_refused(pair_of: Callable[[str, str], Pair]):
-    with pytest.raises(DataError, match="does not give the text back"):
+    with pytest.raises(DataError, match="does not reproduce the text"):
         pairing(pair_of("gemma", "llama"), answered("a literal ▁"))
 
 
 def test_a_name_stands_beside_what_cannot_be_said(pair_of: Callable[[str, str], Pair]):
-    with pytest.raises(DataError, match=r"no\. 1: the tokenizer does not give the text back"):
+    with pytest.raises(DataError, match=r"no\. 1: the tokenizer does not reproduce the text"):
         pairing(pair_of("gemma", "llama"), answered("fine", "a literal ▁"))
 
 

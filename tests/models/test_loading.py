@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,16 @@ from persea.chat.renderer import ChatRenderer
 from persea.distributions import SparseDistributions
 from persea.errors import DataError
 from persea.losses import event_kl_loss
-from persea.models.identity import fingerprint, model_warnings
-from persea.models.loading import eos_token_ids, ModelSource, download_model, load_model, load_renderer, local_folder
+from persea.models.identity import model_warnings
+from persea.models.loading import (
+    ModelSource,
+    download_model,
+    eos_token_ids,
+    load_model,
+    load_renderer,
+    local_folder,
+    resolve_model_source,
+)
 from persea.models.random_init import random_init
 from persea.teachers.engines.transformers import TransformersEngine
 from persea.teachers.teacher import Answer
@@ -32,27 +39,8 @@ from persea.training.dataset import DistillDataset, build_dataset
 from persea.training.student import StudentModel
 from tests.chat.families.test_generic import END, HEAD, ROLES, TURN, folder_of
 from tests.conftest import FAMILIES, Speaker
+from tests.models.conftest import SIZES, configure
 from tests.training.test_dataset import one as single
-
-SIZES = {"hidden": 32, "layers": 1, "heads": 2, "seed": 1, "experts": 2}
-RANDOM = tuple(SIZES.items())
-
-
-@pytest.fixture(scope="module")
-def llama(tiny_of, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ChatRenderer]:
-    """A whole model folder: the tiny Llama tokenizer, and weights that fit it."""
-    speaker = tiny_of("llama")
-    folder = tmp_path_factory.mktemp("models") / "llama"
-    shutil.copytree(speaker.folder, folder)
-    random_init("llama", len(speaker.renderer.vocabulary), SIZES).save_pretrained(folder)
-    return folder, speaker.renderer
-
-
-@pytest.fixture
-def copy(llama: tuple[Path, ChatRenderer], tmp_path: Path) -> Path:
-    """A copy of it that a test may break."""
-    return Path(shutil.copytree(llama[0], tmp_path / "copy"))
-
 
 # ---- where ---------------------------------------------------------------------------------------------------------
 
@@ -121,7 +109,7 @@ def test_a_voice_is_what_its_folder_says(tiny: Speaker):
     assert voice.template_date == PINNED_DATE
     assert voice.template_text == (tiny.folder / "chat_template.jinja").read_text()
     assert (
-        load_renderer(ModelSource(str(tiny.folder)), "w", today=date(2026, 1, 1)).digest
+        load_renderer(ModelSource(str(tiny.folder)), "w", template_date=date(2026, 1, 1)).digest
         != voice.digest
     )
     other = FAMILIES[FAMILIES.index(voice.family.name) - 1]
@@ -129,6 +117,26 @@ def test_a_voice_is_what_its_folder_says(tiny: Speaker):
     assert (
         load_renderer(ModelSource("random", tokenizer=str(tiny.folder)), "w").digest == voice.digest
     )
+
+
+def test_a_folder_or_hub_id_alone_is_enough(copy: Path, llama: tuple[Path, ChatRenderer]):
+    renderer = load_renderer(str(copy))
+    assert renderer.digest == llama[1].digest
+    with pytest.raises(DataError, match="none: no model folder"):
+        load_renderer("./none")
+
+
+def test_a_run_folder_is_its_student(copy: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(copy, run / "train" / "student")
+    (run / "recipe.yaml").write_text("student: {family: llama}\ntoday: 2026-01-02\n")
+    source, template_date = resolve_model_source(str(run), "chat")
+    assert source == ModelSource(str(run / "train" / "student"), family="llama")
+    assert template_date == date(2026, 1, 2)
+    for broken in ("", "[1]"):
+        (run / "recipe.yaml").write_text(broken)
+        with pytest.raises(DataError, match="recipe of this run is no mapping"):
+            resolve_model_source(str(run), "chat")
 
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path):
@@ -170,32 +178,6 @@ def test_an_unknown_family_is_refused(copy: Path):
 
 
 # ---- weights -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_sprout_of_each_family_runs(family: str, tiny_of):
-    voice = tiny_of(family).renderer
-    tokens = voice.render(Conversation.from_question("Hello").with_answer(Text("Hi")))
-    source = ModelSource("random", tokenizer=str(tiny_of(family).folder), sizes=RANDOM)
-    model = load_model(source, voice, "w")
-    assert not model.training
-    assert (
-        model.config.model_type
-        == {"llama": "llama", "qwen": "qwen3", "gemma": "gemma3_text", "gpt-oss": "gpt_oss"}[family]
-    )
-    with torch.inference_mode():
-        logits = model(torch.from_numpy(tokens.ids_T)[None].long()).logits
-    assert logits.shape == (1, len(tokens), len(voice.vocabulary))
-    assert torch.isfinite(logits).all()
-    again, other = (random_init(family, len(voice.vocabulary), SIZES | {"seed": s}) for s in (1, 2))
-    first = model.get_input_embeddings().weight
-    assert torch.equal(first, again.get_input_embeddings().weight)
-    assert not torch.equal(first, other.get_input_embeddings().weight)
-
-
-def test_a_sprout_of_an_unknown_family_is_refused():
-    with pytest.raises(DataError, match="no small architecture known for family 'falcon'"):
-        random_init("falcon", 100, SIZES)
 
 
 def test_weights_come_back_as_they_were_saved(llama: tuple[Path, ChatRenderer]):
@@ -282,90 +264,7 @@ def test_a_folder_that_brings_its_own_code_is_refused_unread(
     assert not mark.exists()
 
 
-# ---- fingerprints --------------------------------------------------------------------------------------------------
-
-
-def test_a_fingerprint_changes_with_any_byte(copy: Path):
-    source = ModelSource(str(copy))
-    before = fingerprint(source, "w")
-    assert fingerprint(source, "w") == before
-    places = (
-        ("model.safetensors", -1),
-        ("model.safetensors", 9),
-        ("config.json", 3),
-        ("tokenizer.json", 50),
-        ("chat_template.jinja", 0),
-    )
-    for name, at in places:
-        whole = (copy / name).read_bytes()
-        broken = bytearray(whole)
-        broken[at] ^= 1
-        (copy / name).write_bytes(broken)
-        assert fingerprint(source, "w") != before, name
-        (copy / name).write_bytes(whole)
-    assert fingerprint(source, "w") == before
-    (copy / "model.safetensors").rename(copy / "other.safetensors")
-    assert fingerprint(source, "w") != before
-
-
-def test_a_fingerprint_does_not_depend_on_the_place(copy: Path, llama: tuple[Path, ChatRenderer]):
-    assert fingerprint(ModelSource(str(copy)), "w") == fingerprint(ModelSource(str(llama[0])), "w")
-
-
-def test_fingerprints_of_what_is_not_here():
-    hub, sprouted = (
-        ModelSource("Qwen/Qwen3-8B", revision="a" * 40),
-        ModelSource("random", tokenizer="x/y", sizes=RANDOM),
-    )
-    variants = [
-        hub,
-        replace(hub, revision="b" * 40),
-        replace(hub, model="Qwen/Qwen3-4B"),
-        sprouted,
-        replace(sprouted, sizes=RANDOM[1:]),
-        replace(sprouted, tokenizer="x/z"),
-    ]
-    assert len({fingerprint(s, "w") for s in variants}) == len(variants)
-    with pytest.raises(DataError, match="no model folder"):
-        fingerprint(ModelSource("./none"), "w")
-
-
-# ---- where a model's own configuration misleads --------------------------------------------------------------------
-
-
-def configure(folder: Path, **files: dict[str, Any] | None) -> ModelSource:
-    """The folder with these keys in its configurations; None takes the file away."""
-    for name, keys in files.items():
-        path = folder / f"{name}.json"
-        if keys is None:
-            path.unlink(missing_ok=True)
-        else:
-            path.write_text(
-                json.dumps((json.loads(path.read_text()) if path.is_file() else {}) | keys)
-            )
-    return ModelSource(str(folder))
-
-
-def test_a_base_model_in_a_chat_template_is_said(copy: Path, llama: tuple[Path, ChatRenderer]):
-    """As Qwen's base: its eos ends a text (151643), its template's turns end elsewhere (151645)."""
-    voice = llama[1]
-    text, turn = (voice.vocabulary.control_token_ids[n] for n in ("<|end_of_text|>", "<|eot_id|>"))
-    assert {text, turn} <= set(
-        voice.stop_ids
-    )  # both end an answer, and that is not what is asked here
-    note = model_warnings(configure(copy, generation_config={"eos_token_id": text}), voice, "w")
-    assert note.startswith("a base model in a chat template")
-    assert f"<|end_of_text|> ({text})" in note
-    assert f"<|eot_id|> ({turn})" in note
-    assert "\n" not in note
-    for eos in (turn, [text, turn]):
-        assert (
-            model_warnings(configure(copy, generation_config={"eos_token_id": eos}), voice, "w")
-            == ""
-        )
-    assert (
-        model_warnings(ModelSource("random", tokenizer=str(copy)), voice, "w") == ""
-    )  # a sprout ends nowhere
+# ---- a model's own configuration ------------------------------------------------------------------
 
 
 def test_where_a_configuration_names_its_ends(copy: Path):
@@ -630,10 +529,6 @@ def test_a_rendering_has_the_templates_bos_and_no_other(
         adds and not bos
     )
     assert (f"begins with <s> ({start}) twice" in note) == (bos == 2)
-
-
-def test_the_saplings_have_nothing_odd(tiny: Speaker):
-    assert model_warnings(ModelSource(str(tiny.folder)), tiny.renderer, "w") == ""
 
 
 def test_a_hub_model_that_cannot_be_fetched_is_not_told_to_mend_a_folder(

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from persea.models.placement import placement_kwargs
 
 from persea.errors import MissingRequirementError
 from persea.models import placement as placements
 from persea.models.identity import fingerprint
 from persea.models.loading import ModelSource, load_model
+from persea.models.placement import placement_kwargs
 from tests.teachers.engines.test_transformers import SAPLINGS, opened
 
 SAPLING = ModelSource(str(SAPLINGS / "gpt-oss-sapling"))

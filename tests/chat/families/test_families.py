@@ -18,7 +18,16 @@ from persea.chat.families.gpt_oss import GPT_OSS, REASONING_EFFORT_NAMES
 from persea.chat.families.llama import LLAMA
 from persea.chat.families.qwen import QWEN
 from persea.chat.family import DecodedPieces
-from persea.chat.messages import ContentPart, Conversation, FinishReason, Message, Role, Text, Thinking, ThinkingEffort
+from persea.chat.messages import (
+    ContentPart,
+    Conversation,
+    FinishReason,
+    Message,
+    Role,
+    Text,
+    Thinking,
+    ThinkingEffort,
+)
 from persea.errors import DataError
 from persea.tokenization.vocabulary import Vocabulary, load_vocabulary
 from tests.chat.test_renderer import (
@@ -107,7 +116,10 @@ def test_none_or_several_signatures_are_no_family(controls: tuple[str, ...]):
 
 @pytest.mark.parametrize("family", families.FAMILIES, ids=lambda f: f.name)
 def test_a_signature_and_a_mark_are_enough(family):
-    assert families.detect_family(vocabulary(family.signature), family.template_signature) is family
+    assert (
+        families.detect_family(vocabulary(family.signature_token), family.template_signature)
+        is family
+    )
 
 
 @pytest.mark.realdata
@@ -307,13 +319,13 @@ def test_qwen_answers(pieces: DecodedPieces, want: tuple[ContentPart, ...] | Non
 def test_plain_answers(family):
     assert family.parse((b"Hi",), ThinkingEffort.NONE) == (Text("Hi"),)
     assert family.parse((), ThinkingEffort.NONE) == (Text(""),)
-    for control in ("<bos>", family.signature, "<hole 7>"):
+    for control in ("<bos>", family.signature_token, "<hole 7>"):
         assert family.parse((b"Hi", control, b"!"), ThinkingEffort.NONE) is None
 
 
 @pytest.mark.parametrize("family", FOUR, ids=FAMILIES)
 def test_no_family_takes_its_own_opening_for_an_answer(family):
-    assert family.parse((family.signature, b"user"), ThinkingEffort.NONE) is None
+    assert family.parse((family.signature_token, b"user"), ThinkingEffort.NONE) is None
 
 
 # ---- the real tokenizers with the real templates -------------------------------------------------------------------

@@ -18,7 +18,18 @@ from persea.chat.families.generic import GENERIC_FAMILY_NAME, StripRule
 from persea.chat.families.llama import LLAMA
 from persea.chat.families.qwen import QWEN
 from persea.chat.family import Family
-from persea.chat.messages import Conversation, FinishReason, Message, Role, Text, Thinking, ThinkingEffort, Tool, ToolCall, ToolResult
+from persea.chat.messages import (
+    Conversation,
+    FinishReason,
+    Message,
+    Role,
+    Text,
+    Thinking,
+    ThinkingEffort,
+    Tool,
+    ToolCall,
+    ToolResult,
+)
 from persea.config.recipe import load_recipe
 from persea.errors import DataError
 from persea.models.identity import model_warnings
@@ -399,7 +410,7 @@ def test_templates_generic_cannot_follow_are_refused_when_opened(
         ),
         (
             HEAD + "{% if m['role'] != 'system' %}" + TURN + "{% endif %}" + END,
-            "leaves the text out",
+            "drops the text",
         ),
     ],
 )

@@ -182,7 +182,7 @@ def test_a_tokenizer_with_the_tokens_tells_them_from_text(
 def test_a_tokenizer_without_the_tokens_refuses_what_could_be_taken_for_them(
     maple: ChatRenderer, parts
 ):
-    with pytest.raises(DataError, match="nothing would tell it"):
+    with pytest.raises(DataError, match="looks like the end of a thought"):
         maple.render(asked(ThinkingEffort.HIGH).with_answer(*parts))
 
 
@@ -276,17 +276,17 @@ def test_a_family_with_a_switch_of_its_own_is_refused(
     [
         (
             "{{ messages[-1]['content'] }}<end_of_turn>",
-            "does not take the effort|does not write an answer",
+            "does not keep the effort|does not write an answer",
         ),
         (
             "{%- for m in messages if m['role'] != 'system' %}{{ '<start_of_turn>' + m['role'] + '\n' + m['content'] + '<end_of_turn>\n' }}"
             "{%- endfor %}{%- if add_generation_prompt %}{{ '<start_of_turn>assistant\n' }}{%- endif %}",
-            "does not take the effort",
+            "does not keep the effort",
         ),
         (
             "{%- for m in messages %}{{ '<start_of_turn>' + m['role'] + '\n' + m['content'].split('</think>')[-1] + '<end_of_turn>\n' }}"
             "{%- endfor %}{%- if add_generation_prompt %}{{ '<start_of_turn>assistant\n' }}{%- endif %}",
-            "does not take the effort",
+            "does not keep the effort",
         ),
     ],
 )

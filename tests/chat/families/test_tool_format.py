@@ -21,11 +21,25 @@ from persea.chat.families.gpt_oss import GPT_OSS, REASONING_EFFORT_NAMES
 from persea.chat.families.llama import LLAMA
 from persea.chat.families.qwen import QWEN, QWEN3_CODER, QWEN25, QWEN35, QWENS, QWQ
 from persea.chat.family import Family
-from persea.chat.messages import PINNED_DATE, ContentPart, Conversation, FinishReason, Message, Role, Text, Thinking, ThinkingEffort, Tool, ToolCall, ToolResult, canonical_json
-from persea.tokenization.tokens import RenderedTokens
+from persea.chat.messages import (
+    PINNED_DATE,
+    ContentPart,
+    Conversation,
+    FinishReason,
+    Message,
+    Role,
+    Text,
+    Thinking,
+    ThinkingEffort,
+    Tool,
+    ToolCall,
+    ToolResult,
+    canonical_json,
+)
 from persea.chat.renderer import ChatRenderer
 from persea.chat.template import compile_template
 from persea.errors import DataError
+from persea.tokenization.tokens import RenderedTokens
 from tests.chat.families.test_families import vocabulary
 from tests.chat.test_renderer import FRAGMENTS, LOOK_ALIKES, generated, texts
 from tests.conftest import Speaker
@@ -142,7 +156,7 @@ def formed(name: str, speaker: Speaker, data: Path) -> Form:
     text = (data / "templates" / f"{name}.jinja").read_text()
     special = {k: v for k, v in speaker.tokenizer.special_tokens_map.items() if isinstance(v, str)}
     today = (
-        speaker.today().today if name == "gpt-oss" else PINNED_DATE
+        speaker.today().template_date if name == "gpt-oss" else PINNED_DATE
     )  # transformers can be told no other date than today
     voice = replace(
         speaker.renderer,
@@ -393,7 +407,7 @@ def refused(form: Form, conversation: Conversation, error: DataError) -> bool:
     ):  # QwQ's template looks for the thought's end in the text
         return form.renderer.family is QWQ and any("</think>" in text for text in spoken)
     return (
-        "cannot be told apart" in error.message
+        "are ambiguous" in error.message
         and form.renderer.family in (QWEN3_CODER, QWEN35)
         and any("parameter" in t for t in spoken)
     )
@@ -526,15 +540,19 @@ def test_a_template_without_tools_is_told_from_one_with_them(
     ("name", "messages", "reason"),
     [
         ("llama3.1", (ASKED, Message(Role.ASSISTANT, (CALL, CALL))), "2 tool calls"),
-        ("llama3.1", (ASKED, Message(Role.ASSISTANT, (Text("So"), CALL))), "words beside"),
+        ("llama3.1", (ASKED, Message(Role.ASSISTANT, (Text("So"), CALL))), "text beside"),
         (
             "llama3.1",
             (ASKED, Message(Role.ASSISTANT, (Text('{"name": "f", "parameters": {}}'),))),
             "reads as a tool call",
         ),
-        ("llama3.1", (Message(Role.ASSISTANT, (Text("Hi"),)), ASKED), "does not begin with one"),
+        (
+            "llama3.1",
+            (Message(Role.ASSISTANT, (Text("Hi"),)), ASKED),
+            "does not begin with a question",
+        ),
         ("gpt-oss", (ASKED, Message(Role.ASSISTANT, (CALL, CALL))), "2 tool calls"),
-        ("gpt-oss", (ASKED, Message(Role.ASSISTANT, (Text("So"), CALL))), "words beside"),
+        ("gpt-oss", (ASKED, Message(Role.ASSISTANT, (Text("So"), CALL))), "text beside"),
         (
             "gpt-oss",
             (ASKED, CALLED, Message(Role.TOOL, (ToolResult("clock", "7"),))),
@@ -544,12 +562,12 @@ def test_a_template_without_tools_is_told_from_one_with_them(
         (
             "qwen3.5",
             (ASKED, Message(Role.ASSISTANT, (ToolCall("f", '{"x": "1"}'),))),
-            "cannot be told apart",
+            "are ambiguous",
         ),
         (
             "qwen3-coder",
             (ASKED, Message(Role.ASSISTANT, (ToolCall("f", '{"x": "a\\n</parameter>\\n"}'),))),
-            "cannot be told apart",
+            "are ambiguous",
         ),
         (
             "qwen3.5",
@@ -564,13 +582,17 @@ def test_a_template_without_tools_is_told_from_one_with_them(
         (
             "qwen3",
             (ASKED, Message(Role.ASSISTANT, (CALL, Text("words behind")))),
-            "mixes what cannot be said",
+            "mixes parts that do not belong",
         ),
-        ("qwen3", (ASKED, CALLED, Message(Role.TOOL, (Text("31"),))), "mixes what cannot be said"),
+        (
+            "qwen3",
+            (ASKED, CALLED, Message(Role.TOOL, (Text("31"),))),
+            "mixes parts that do not belong",
+        ),
         (
             "qwen3",
             (ASKED, Message(Role.USER, (ToolResult("get_weather", "31"),))),
-            "mixes what cannot be said",
+            "mixes parts that do not belong",
         ),
     ],
 )
@@ -804,7 +826,7 @@ def test_a_name_no_template_could_hold_is_refused(name: str):
         lambda: ToolResult(name, ""),
         lambda: Tool(name, "", "{}"),
     ):
-        with pytest.raises(DataError, match="is no name of a tool"):
+        with pytest.raises(DataError, match="is not a valid tool name"):
             make()
     assert ToolCall.from_generated(name, "{}") is None
 
@@ -965,7 +987,7 @@ def test_gemma4_whatever_is_said_comes_back(gemma4: Form, conversation: Conversa
     try:
         check4(gemma4, conversation)
     except DataError as error:
-        assert "cannot be told apart" in error.message
+        assert "are ambiguous" in error.message
 
 
 def test_what_gemma4_keeps():
@@ -1021,6 +1043,8 @@ Q = '<|"|>'
         (("<|tool_call>", b"call:f{x:", Q, b"a}", "<tool_call|>"), None),
         (("<|tool_call>", b'call:f{x:"a"}', "<tool_call|>"), None),
         (("<|tool_call>", b"f{}", "<tool_call|>"), None),
+        (("<|tool_call>", b"call:f{", Q, b"x", Q, b":1}", "<tool_call|>"), None),  # a quoted key
+        (("<|tool_call>", b"call:f{", Q, b"x", Q, b" :1}", "<tool_call|>"), None),
         (("<|tool_call>", b"call:f{x}", "<tool_call|>"), None),
         (("<|tool_call>", "<tool_call|>"), None),
         (("<|tool_call>", b"call:f{}", "<tool_call|>", b"words"), None),
@@ -1034,7 +1058,7 @@ def test_gemma4_answers(pieces: tuple[str | bytes, ...], want: tuple[ContentPart
 
 @pytest.mark.realdata
 def test_gemma4_refuses_words_beside_a_call(gemma4: Form):
-    with pytest.raises(DataError, match="words beside its tool calls"):
+    with pytest.raises(DataError, match="text beside its tool calls"):
         gemma4.renderer.render(
             Conversation((ASKED, Message(Role.ASSISTANT, (Text("So"), CALL))), tools=(WEATHER,))
         )
