@@ -1,4 +1,5 @@
-"""Rows are sparse and unbiased, and what is no distribution is refused before anything is drawn from it."""
+"""Rows are sparse and unbiased, and what is no distribution is refused before anything is drawn
+from it."""
 
 from __future__ import annotations
 
@@ -191,7 +192,8 @@ def test_how_many_rows_are_worked_on_at_once_changes_nothing(
 
 
 def test_the_memory_of_sampling_does_not_grow_with_the_answer() -> None:
-    """A vocabulary of 262,144: what is allocated beside the log-probabilities stays under 64 MiB and a little."""
+    """A vocabulary of 262,144: what is allocated beside the log-probabilities stays under 64 MiB
+    and a little."""
     logs = torch.log_softmax(
         torch.randn(24, 262_144, generator=torch.Generator().manual_seed(0)), -1
     )
@@ -211,7 +213,7 @@ def test_an_answer_without_learned_tokens_has_no_rows() -> None:
     assert len(sample_rows(torch.empty(0, 300), 0.01, "nothing")) == 0
 
 
-# --- the likeliest, and a rest ---
+# --- the likeliest, and a rest --------------------------------------------------------------------
 
 
 def frequency(seed: int, width: int) -> np.ndarray:
@@ -265,9 +267,9 @@ def test_the_fewest_likeliest_entries_within_the_kl(
         span = slice(rows.offsets_N1[k], rows.offsets_N1[k + 1])
         named = rows.ids_M[span]
         assert named.tolist() == sorted(np.argsort(-p[k], kind="stable")[: len(named)].tolist())
-        if (
-            len(named) > 1
-        ):  # one fewer, unrounded, is not enough, or misses by what rounding the likeliest down costs
+        # One entry fewer, unrounded, is not enough, or fails by the cost of rounding the most likely
+        # value down.
+        if len(named) > 1:
             fewer = named[named != np.argsort(-p[k], kind="stable")[len(named) - 1]]
             exact = SparseDistributions(
                 np.array([0, len(fewer)]),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from datetime import date
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, TypeAlias
 
 import jinja2
 from jinja2 import nodes
@@ -30,7 +30,7 @@ class _GenerationBlock(Extension):
     only its body counts.
     """
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)

@@ -126,7 +126,7 @@ def resolve_model_source(name_or_path: str, where: str) -> tuple[ModelSource, da
         )
     template_date = settings.get("template_date", settings.get("today", PINNED_DATE))
     if not isinstance(template_date, date):
-        template_date = date.fromisoformat(template_date)
+        template_date = date.fromisoformat(str(template_date))
     family = (settings.get("student") or {}).get("family", "")
     return ModelSource(str(student), family=family), template_date
 
@@ -287,6 +287,7 @@ def load_model(source: ModelSource, renderer: ChatRenderer, where: str) -> PreTr
     import torch
 
     placement = placement_kwargs(source.quantize, source.offload, where)
+    model: Any
     if source.is_random:
         model = random_init(renderer.family.name, len(renderer.vocabulary), dict(source.sizes))
     else:
@@ -300,9 +301,10 @@ def load_model(source: ModelSource, renderer: ChatRenderer, where: str) -> PreTr
             where=where,
             remedy="tokenizer and model do not belong together",
         )
-    if placement:  # from_pretrained has placed the weights
-        return model.eval()
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    if not placement:  # otherwise from_pretrained has placed the weights
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    loaded: PreTrainedModel = model.eval()
+    return loaded
 
 
 def read_weights(source: ModelSource, where: str, **load_kwargs: Any) -> Any:

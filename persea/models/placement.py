@@ -4,6 +4,7 @@ otherwise.
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -68,17 +69,16 @@ def placement_kwargs(quantize: str, offload: bool, where: str) -> dict[str, Any]
         "device_map": "auto" if offload else {"": torch.cuda.current_device()}
     }
     if quantize:
-        from transformers import BitsAndBytesConfig, Mxfp4Config
-
+        transformers: Any = import_module("transformers")
         kwargs["quantization_config"] = {
-            "8bit": lambda: BitsAndBytesConfig(
+            "8bit": lambda: transformers.BitsAndBytesConfig(
                 load_in_8bit=True, llm_int8_enable_fp32_cpu_offload=offload
             ),
-            "4bit": lambda: BitsAndBytesConfig(
+            "4bit": lambda: transformers.BitsAndBytesConfig(
                 load_in_4bit=True,
                 bnb_4bit_quant_type=FOUR_BIT_TYPE,
                 bnb_4bit_compute_dtype=torch.bfloat16,
             ),
-            "mxfp4": Mxfp4Config,
+            "mxfp4": lambda: transformers.Mxfp4Config(),
         }[quantize]()
     return kwargs

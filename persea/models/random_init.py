@@ -28,7 +28,7 @@ def random_init(family: str, vocab_size: int, sizes: dict[str, int]) -> PreTrain
         DataError: The family has no `random_config`.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     make_config = next((f.random_config for f in FAMILIES if f.name == family), None)
     if make_config is None:
@@ -50,5 +50,7 @@ def random_init(family: str, vocab_size: int, sizes: dict[str, int]) -> PreTrain
         "pad_token_id": None,
     }
     config = make_config(common, sizes)
+    auto_model: Any = transformers.AutoModelForCausalLM
     torch.manual_seed(sizes.get("seed", 0))
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = auto_model.from_config(config, dtype=torch.float32)
+    return model

@@ -227,20 +227,18 @@ def load_vocabulary(
     added = backend.get_added_tokens_decoder()
     marker_pattern = re.compile("|".join([CONTROL_MARKER, *control_markers]), re.DOTALL)
     control = {
-        token.content: i
-        for i, token in added.items()
-        if token.special or marker_pattern.fullmatch(token.content)
+        t.content: i for i, t in added.items() if t.special or marker_pattern.fullmatch(t.content)
     }
     ids = backend.get_vocab(with_added_tokens=False)
     bytes_W: list[bytes | None] = [None] * (max([*ids.values(), *added]) + 1)
     to_bytes = _byte_level_bytes if byte_level else _sentencepiece_bytes
     for token, i in ids.items():
         bytes_W[i] = to_bytes(token)
-    for i, token in added.items():
-        if token.content in control:
+    for i, added_token in added.items():
+        if added_token.content in control:
             bytes_W[i] = None
         elif bytes_W[i] is None:
-            bytes_W[i] = token.content.encode()
+            bytes_W[i] = added_token.content.encode()
     definition = backend.to_str()
     plain = Tokenizer.from_str(definition)
     plain.no_padding()

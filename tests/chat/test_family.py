@@ -1,4 +1,5 @@
-"""What families share: texts are edited as a template sees them, and facts of a family are used nowhere else."""
+"""What families share: texts are edited as a template sees them, and facts of a family are used
+nowhere else."""
 
 from __future__ import annotations
 

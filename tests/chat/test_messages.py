@@ -26,7 +26,7 @@ def test_json_round_trip(conversation: Conversation):
     assert Conversation.from_json(json.loads(json.dumps(conversation.to_json()))) == conversation
 
 
-# ---- single cases --------------------------------------------------------------------------------------------------
+# ---- single cases --------------------------------------------------------------------------------
 
 
 def test_text_and_thinking_of_a_message():
@@ -57,7 +57,7 @@ def test_answers_are_normalised_too():
 def test_argument_names_that_become_equal_are_refused():
     """NFC must not drop an argument without a word."""
     call = ToolCall("f", '{"é": 1, "e\u0301": 2}')
-    with pytest.raises(DataError, match="arguments of tool f cannot be normalised.*two keys"):
+    with pytest.raises(DataError, match=r"arguments of tool f cannot be normalised.*two keys"):
         Conversation.from_question("x").with_answer(call)
     assert ToolCall.from_generated("f", call.arguments) is None
     nested = ToolCall("f", '{"a": {"é": 1}, "b": {"e\u0301": 2}}')

@@ -88,23 +88,25 @@ def test_file_stats_change_when_a_file_is_written(copy: Path) -> None:
 
 def test_a_base_model_in_a_chat_template_is_said(copy: Path, llama: tuple[Path, ChatRenderer]):
     """As Qwen's base: its eos ends a text (151643), its template's turns end elsewhere (151645)."""
-    voice = llama[1]
-    text, turn = (voice.vocabulary.control_token_ids[n] for n in ("<|end_of_text|>", "<|eot_id|>"))
+    renderer = llama[1]
+    text, turn = (
+        renderer.vocabulary.control_token_ids[n] for n in ("<|end_of_text|>", "<|eot_id|>")
+    )
     assert {text, turn} <= set(
-        voice.stop_ids
+        renderer.stop_ids
     )  # both end an answer, and that is not what is asked here
-    note = model_warnings(configure(copy, generation_config={"eos_token_id": text}), voice, "w")
+    note = model_warnings(configure(copy, generation_config={"eos_token_id": text}), renderer, "w")
     assert note.startswith("a base model with a chat template")
     assert f"<|end_of_text|> ({text})" in note
     assert f"<|eot_id|> ({turn})" in note
     assert "\n" not in note
     for eos in (turn, [text, turn]):
         assert (
-            model_warnings(configure(copy, generation_config={"eos_token_id": eos}), voice, "w")
+            model_warnings(configure(copy, generation_config={"eos_token_id": eos}), renderer, "w")
             == ""
         )
     assert (
-        model_warnings(ModelSource("random", tokenizer=str(copy)), voice, "w") == ""
+        model_warnings(ModelSource("random", tokenizer=str(copy)), renderer, "w") == ""
     )  # a sprout ends nowhere
 
 

@@ -1,4 +1,5 @@
-"""What this machine cannot hold as asked is refused with exit code 7, and never loaded larger than asked."""
+"""What this machine cannot hold as asked is refused with exit code 7, and never loaded larger than
+asked."""
 
 from __future__ import annotations
 

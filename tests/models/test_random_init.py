@@ -16,10 +16,10 @@ from tests.models.conftest import RANDOM, SIZES
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_sprout_of_each_family_runs(family: str, tiny_of):
-    voice = tiny_of(family).renderer
-    tokens = voice.render(Conversation.from_question("Hello").with_answer(Text("Hi")))
+    renderer = tiny_of(family).renderer
+    tokens = renderer.render(Conversation.from_question("Hello").with_answer(Text("Hi")))
     source = ModelSource("random", tokenizer=str(tiny_of(family).folder), sizes=RANDOM)
-    model = load_model(source, voice, "w")
+    model = load_model(source, renderer, "w")
     assert not model.training
     assert (
         model.config.model_type
@@ -27,9 +27,11 @@ def test_a_sprout_of_each_family_runs(family: str, tiny_of):
     )
     with torch.inference_mode():
         logits = model(torch.from_numpy(tokens.ids_T)[None].long()).logits
-    assert logits.shape == (1, len(tokens), len(voice.vocabulary))
+    assert logits.shape == (1, len(tokens), len(renderer.vocabulary))
     assert torch.isfinite(logits).all()
-    again, other = (random_init(family, len(voice.vocabulary), SIZES | {"seed": s}) for s in (1, 2))
+    again, other = (
+        random_init(family, len(renderer.vocabulary), SIZES | {"seed": s}) for s in (1, 2)
+    )
     first = model.get_input_embeddings().weight
     assert torch.equal(first, again.get_input_embeddings().weight)
     assert not torch.equal(first, other.get_input_embeddings().weight)

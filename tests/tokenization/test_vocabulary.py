@@ -195,7 +195,8 @@ def test_control_tokens_are_found(tiny: Speaker, grow):
 
 
 def look_alikes(vocabulary: Vocabulary, sample: int = 10**6) -> None:
-    """Every control token as text, alone, glued and doubled, is text: no control id, and its bytes come back."""
+    """Every control token as text, alone, glued and doubled, is text: no control id, and its bytes
+    come back."""
     names = sorted(vocabulary.control_token_ids, key=vocabulary.control_token_ids.__getitem__)
     names = names[:sample] + names[-sample:]
     controls = set(vocabulary.control_token_ids.values())
@@ -388,7 +389,7 @@ def test_probes_hold_what_they_promise():
     assert "  " in joined
 
 
-# ---- the real tokenizers -------------------------------------------------------------------------------------------
+# ---- the real tokenizers -------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -416,7 +417,8 @@ def test_real_byte_properties(actual: tuple[str, Vocabulary], data: Path):
     name, vocabulary = actual
     added = json.loads((data / "tokenizers" / name / "tokenizer.json").read_text())["added_tokens"]
     text = [b for b in vocabulary.bytes_W if b is not None]
-    # notes/data.md counts as text what a tokenizer.json does not call special; persea is stricter: <unused7> is no text
+    # notes/data.md counts as text what a tokenizer.json does not call special; persea is stricter:
+    # <unused7> is no text
     stricter = (
         [
             t["content"].encode()

@@ -1,4 +1,5 @@
-"""docs/new_family.md tells the truth: its diff applies to persea as it is, and the test it brings passes."""
+"""docs/new_family.md tells the truth: its diff applies to persea as it is, and the test it brings
+passes."""
 
 from __future__ import annotations
 
