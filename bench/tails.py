@@ -16,7 +16,8 @@ import numpy as np
 
 from persea.cache import unit as cache
 from persea.cache.unit import CachedAnswer
-from persea.chat.messages import Conversation, FinishReason, RenderedTokens, Text
+from persea.chat.messages import Conversation, FinishReason, Text
+from persea.tokenization.tokens import RenderedTokens
 from persea.distributions import (
     LOGPROB_STEP_NATS,
     DistributionKind,

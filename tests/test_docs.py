@@ -31,8 +31,8 @@ PAGES = [
 ]
 COMMANDS: Any = typer.main.get_command(app)
 INVENTED = {
-    "persea/families/maple.py",
-    "tests/test_maple.py",
+    "persea/chat/families/maple.py",
+    "tests/chat/families/test_maple.py",
 }  # the family that docs/new_family.md adds
 WRITTEN = {"bench/results/chaos-train.json"}  # by a command that docs name; no run of it is kept
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from persea.cache import unit as cache
 from persea.cache.maintenance import committed_units
 from persea.cache.reader import CacheReader, open_cache_reader
-from persea.chat.messages import FinishReason, RenderedTokens, Text, ThinkingEffort
+from persea.chat.messages import FinishReason, Text, ThinkingEffort
 from persea.data.formats import MAX_LINE_BYTES
 from persea.data.prompts import Corpus, MalformedLine, Prompt
 from persea.distributions import (
@@ -29,6 +29,7 @@ from persea.errors import DataError, RefusedError
 from persea.evaluation.audition import Cast
 from persea.teachers.engines import EngineFailure
 from persea.teachers.teacher import Answer, Teacher
+from persea.tokenization.tokens import RenderedTokens
 
 if TYPE_CHECKING:
     import torch

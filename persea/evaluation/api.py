@@ -34,7 +34,8 @@ from persea.evaluation.compatibility import (
 )
 from persea.evaluation.evaluate import EvaluationAnswers, compare_student, evaluate_model
 from persea.evaluation.racing import DEFAULT_RACE_SETTINGS, RaceSettings, race_teachers
-from persea.models.loading import fingerprint, load_renderer, resolve_model_source
+from persea.models.identity import fingerprint
+from persea.models.loading import load_renderer, resolve_model_source
 from persea.storage import digest_json
 from persea.tasks.generated import GENERATED_TASKS, find_generated_task
 from persea.tasks.task import ItemResult, PairedComparison, Score, Split, Task, TaskItem

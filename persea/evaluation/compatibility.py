@@ -19,12 +19,13 @@ import numpy.typing as npt
 
 from persea.alignment.event_map import EventMap, event_map_digest
 from persea.alignment.spans import CommonBoundaries, SupervisionKind, align
-from persea.chat.messages import Conversation, RenderedTokens, Text
+from persea.chat.messages import Conversation, Text
 from persea.chat.renderer import ChatRenderer
 from persea.data.text_files import read_text_lines
 from persea.errors import DataError, RefusedError
 from persea.tasks.intervals import Z95, wilson_interval
 from persea.teachers.teacher import Teacher
+from persea.tokenization.tokens import RenderedTokens
 from persea.tokenization.vocabulary import Vocabulary
 
 # Bits per byte by which a chat template may be worse than no template. Measured on the qwen sapling

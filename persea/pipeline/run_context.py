@@ -28,14 +28,8 @@ from persea.errors import DataError, RecipeError, RefusedError
 from persea.evaluation.answering import EvaluatedModel
 from persea.evaluation.audition import Cast
 from persea.evaluation.compatibility import ConversationSample
-from persea.models.loading import (
-    ModelSource,
-    file_stats,
-    fingerprint,
-    load_renderer,
-    local_folder,
-    model_warnings,
-)
+from persea.models.identity import file_stats, fingerprint, model_warnings
+from persea.models.loading import ModelSource, load_renderer, local_folder
 from persea.models.loading import set_threads as set_threads
 from persea.pipeline import tasks_and_prompts as questions
 from persea.pipeline.remote_teachers import (

@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from persea.chat.family import Family
 from persea.chat.messages import (
     ContentPart,
     Conversation,
-    Family,
     Message,
     Role,
     Text,

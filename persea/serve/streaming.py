@@ -11,10 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from persea.chat.families.hybrid import THINK_CLOSE, THINK_OPEN
+from persea.chat.family import DecodedPieces
 from persea.chat.messages import (
     ContentPart,
-    DecodedPieces,
     FinishReason,
     Text,
     Thinking,
@@ -29,13 +28,6 @@ from persea.teachers.engines.transformers import TransformersEngine
 
 T = TypeVar("T")
 MAX_LOGPROB_ELEMENTS_PER_PROMPT = 1 << 28  # numbers of one scored prompt: a gibibyte in float32
-# What could end a thought that has begun, so that it can be read before its end is said: Qwen's block, the same as text, harmony's channel.
-THINKING_END_CANDIDATES: tuple[tuple[str | bytes, ...], ...] = (
-    (),
-    (THINK_CLOSE,),
-    (THINK_CLOSE.encode(),),
-    ("<|end|>", "<|start|>", b"assistant", "<|channel|>", b"final", "<|message|>"),
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,20 +132,18 @@ class StreamingAnswerParser:
         parts = next(
             (
                 p
-                for end in THINKING_END_CANDIDATES
+                for end in ((), *self.renderer.family.thought_ends)
                 if (p := self._parse_pieces((*pieces, *end))) is not None
             ),
             None,
         )
         whole = _text_by_field(parts or ())
         words, thought = whole["content"].lstrip(), whole["reasoning_content"]
-        if (self.tools and words.startswith("{")) or THINK_OPEN.startswith(
-            words
-        ):  # where markers are text, half of one may be the whole's beginning
+        # Where thought markers are plain text, the answer may begin with a part of one.
+        opening, closing = self.renderer.family.text_thought_markers
+        if (self.tools and words.startswith("{")) or opening.startswith(words):
             whole["content"] = ""
-        half = next(
-            (n for n in range(len(THINK_CLOSE), 0, -1) if thought.endswith(THINK_CLOSE[:n])), 0
-        )
+        half = next((n for n in range(len(closing), 0, -1) if thought.endswith(closing[:n])), 0)
         whole["reasoning_content"] = thought[: len(thought) - half]
         return self._take_new_text({key: text.rstrip() for key, text in whole.items()})
 

@@ -11,18 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from persea.chat.messages import (
-    ContentPart,
-    Conversation,
-    FinishReason,
-    RenderedTokens,
-    ThinkingEffort,
-)
+from persea.chat.messages import ContentPart, Conversation, FinishReason, ThinkingEffort
 from persea.chat.renderer import ChatRenderer
 from persea.data.prompts import Prompt
 from persea.distributions import SparseDistributions
 from persea.errors import DataError, TeacherError
 from persea.teachers.engines import Engine, EngineFailure
+from persea.tokenization.tokens import RenderedTokens
 
 if TYPE_CHECKING:
     import torch

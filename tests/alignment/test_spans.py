@@ -14,16 +14,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from persea.alignment.spans import SupervisionKind, align, aligned_spans, common_boundaries
-from persea.chat.messages import (
-    ContentPart,
-    Conversation,
-    Message,
-    RenderedTokens,
-    Role,
-    Text,
-    Thinking,
-    ThinkingEffort,
-)
+from persea.chat.messages import ContentPart, Conversation, Message, Role, Text, Thinking, ThinkingEffort
+from persea.tokenization.tokens import RenderedTokens
 from persea.chat.renderer import ChatRenderer
 from persea.errors import DataError
 from tests.conftest import FAMILIES, Speaker

@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from persea.cache.codec import CODEC_TOLERANCE_NATS, decode_block, encode_unit
-from persea.chat.messages import RenderedTokens
+from persea.tokenization.tokens import RenderedTokens
 from persea.distributions import (
     LOGPROB_STEP_NATS,
     DistributionKind,

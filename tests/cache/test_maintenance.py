@@ -22,7 +22,8 @@ from persea.cache.maintenance import (
     verify_cache,
 )
 from persea.cache.unit import CachedAnswer
-from persea.chat.messages import Conversation, RenderedTokens
+from persea.chat.messages import Conversation
+from persea.tokenization.tokens import RenderedTokens
 from persea.distributions import DistributionKind, SparseDistributions
 from persea.errors import DataError, RefusedError
 from tests.cache.test_unit import TAU, assert_same, captures

@@ -375,7 +375,7 @@ class _Student:
 
 def _feed() -> DistillDataset:
     from persea.cache.reader import CacheMixture
-    from persea.chat.messages import RenderedTokens
+    from persea.tokenization.tokens import RenderedTokens
     from persea.distributions import DistributionKind
     from persea.losses import EventTargets
     from persea.training.dataset import DatasetStats, Example

@@ -34,13 +34,13 @@ from persea.alignment.markers import (
     is_after_markers,
 )
 from persea.alignment.spans import align
-from persea.chat.messages import RenderedTokens
 from persea.distributions import MASS_TOLERANCE, SparseDistributions
 from persea.errors import RefusedError, TeacherError
 from persea.losses import ImpossibleTokens, LMHead, SpanTargets
 from persea.teachers.engines import EngineFailure
 from persea.teachers.engines.transformers import TransformersEngine
 from persea.teachers.teacher import Teacher
+from persea.tokenization.tokens import RenderedTokens
 from persea.training.lm_head import find_logit_scaling, hidden_states
 from persea.training.on_policy.candidates import (
     MAX_LOGIT_ELEMENTS,

@@ -15,7 +15,8 @@ import torch
 
 from persea.alignment.markers import align_marker_runs
 from persea.alignment.spans import align
-from persea.chat.messages import Conversation, RenderedTokens, Text, Thinking, ThinkingEffort
+from persea.chat.messages import Conversation, Text, Thinking, ThinkingEffort
+from persea.tokenization.tokens import RenderedTokens
 from persea.chat.renderer import ChatRenderer
 from persea.distributions import DistributionKind, SparseDistributions
 from persea.errors import RecipeError, TeacherError
