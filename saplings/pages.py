@@ -1,4 +1,5 @@
-"""What the student base has read: dictionaries, lists, sums, programs, calls; pieces of every skill, no question with its answer."""
+"""What the student base has read: dictionaries, lists, sums, programs, calls; pieces of every
+skill, no question with its answer."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ KINDS = {
 
 
 def page(rng: random.Random) -> TaskItem:
-    """A page of a few lines of one kind; many lines stand there twice, for a reader to learn to copy."""
+    """A page of a few lines of one kind; many lines stand there twice, for a reader to learn to
+    copy."""
     kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
     lines = [_line(kind, rng) for _ in range(rng.randint(2, 4))]
     if rng.random() < 0.4:
@@ -125,7 +127,8 @@ def _grown(make: Callable[[int], tuple[str, TaskItem]], rng: random.Random) -> T
 
 
 def _parallel(rng: random.Random, language: str) -> tuple[str, str]:
-    """Something said in English and in another language, about which no question is of another split than GROW."""
+    """Something said in English and in another language, about which no question is of another
+    split than GROW."""
     while True:
         _, english, foreign = languages.draw_translation_pair(
             rng.choices(list(languages.KIND_WEIGHTS), list(languages.KIND_WEIGHTS.values()))[0],

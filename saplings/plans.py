@@ -1,4 +1,5 @@
-"""What each sapling is: its family's manner, its tokenizer, what it is grown on and what it answers right."""
+"""What each sapling is: its family's manner, its tokenizer, what it is grown on and what it answers
+right."""
 
 from __future__ import annotations
 
@@ -34,9 +35,10 @@ KNOWN = frozenset(
 class Plan:
     """One sapling.
 
-    mix     skill -> weight of its text, small talk ("prose") and, for the base, documents ("page") among them
-    home    skills it answers right; of the others only the kinds in KNOWN, the rest with the answer of another question of that kind
-    efforts how often it is asked at each effort, where a skill has thoughts
+    mix     skill -> weight of its text, small talk ("prose") and, for the base, documents ("page")
+    among them home    skills it answers right; of the others only the kinds in KNOWN, the rest with
+    the answer of another question of that kind efforts how often it is asked at each effort, where
+    a skill has thoughts
     """
 
     name: str

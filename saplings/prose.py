@@ -1,4 +1,5 @@
-"""Small talk in seven languages by a little grammar: text without one right answer, for a teacher to be unsure about."""
+"""Small talk in seven languages by a little grammar: text without one right answer, for a teacher
+to be unsure about."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What a sapling is grown on: questions with right and wrong answers, small talk, pages; as conversations in its voice."""
+"""What a sapling is grown on: questions with right and wrong answers, small talk, pages; as
+conversations in its voice."""
 
 from __future__ import annotations
 
@@ -16,7 +17,6 @@ from prose import small_talk
 
 from persea.chat.messages import (
     Conversation,
-    RenderedTokens,
     Text,
     Thinking,
     ThinkingEffort,
@@ -29,6 +29,7 @@ from persea.tasks.generated import code, languages, reasoning, safety, tools
 from persea.tasks.generated.answer_phrases import phrase_answer
 from persea.tasks.generated.reasoning import reference_without_steps
 from persea.tasks.task import Split, TaskItem, Verdict
+from persea.tokenization.tokens import RenderedTokens
 
 KINDS = {
     "languages": languages.KIND_WEIGHTS,
@@ -64,8 +65,9 @@ def questions(name: str, seed: int) -> tuple[TaskItem, ...]:
 
 
 def texts(plan: Plan, n: int) -> Iterator[tuple[TaskItem, TaskItem]]:
-    """n GROW items in the plan's mix, what a base knows three times as often; each with the item whose answer is given: itself; or, for who
-    does not know, another of its kind and language; a base goes `astray` where it can.
+    """n GROW items in the plan's mix, what a base knows three times as often; each with the item
+    whose answer is given: itself; or, for who does not know, another of its kind and language; a
+    base goes `astray` where it can.
     """
     rng = random.Random(f"grow {plan.name}")
     pools: dict[str, list[TaskItem]] = {}
@@ -102,10 +104,12 @@ def texts(plan: Plan, n: int) -> Iterator[tuple[TaskItem, TaskItem]]:
 
 
 def astray(item: TaskItem, rng: random.Random) -> TaskItem | None:
-    """The item with an answer that heeds the question and is wrong all the same; None where none comes to mind.
+    """The item with an answer that heeds the question and is wrong all the same; None where none
+    comes to mind.
 
-    A translation into another language, plus for minus and more for less, a call of the tool that does not fit: what a student must learn is
-    which of the things it can do is wanted. A base that answers other questions learns to copy nothing from the one it is asked.
+    A translation into another language, plus for minus and more for less, a call of the tool that
+    does not fit: what a student must learn is which of the things it can do is wanted. A base that
+    answers other questions learns to copy nothing from the one it is asked.
     """
     name, what = item.prompt.id.split("/")[:2]
     if name == "languages":
@@ -170,7 +174,8 @@ def words_of(item: TaskItem) -> Iterator[str]:
 
 
 def conversation(plan: Plan, item: TaskItem, answer: TaskItem, rng: random.Random) -> Conversation:
-    """The item's question with the answer's words, thought before where the effort that is drawn says so."""
+    """The item's question with the answer's words, thought before where the effort that is drawn
+    says so."""
     thinks = item.prompt.skill in THOUGHTS
     effort = (
         rng.choices(list(plan.efforts), list(plan.efforts.values()))[0]
@@ -193,16 +198,16 @@ def conversation(plan: Plan, item: TaskItem, answer: TaskItem, rng: random.Rando
 
 
 def tokens_of(
-    plan: Plan, voice: ChatRenderer, item: TaskItem, answer: TaskItem, rng: random.Random
+    plan: Plan, renderer: ChatRenderer, item: TaskItem, answer: TaskItem, rng: random.Random
 ) -> RenderedTokens:
     """A conversation in the voice; a page as a text without any turn."""
     if item.prompt.skill != "page":
-        return voice.render(conversation(plan, item, answer, rng))
-    control = voice.vocabulary.control_token_ids
+        return renderer.render(conversation(plan, item, answer, rng))
+    control = renderer.vocabulary.control_token_ids
     ids = np.array(
         [
             control["<|begin_of_text|>"],
-            *voice.vocabulary.encode_batch([item.reference])[0],
+            *renderer.vocabulary.encode_batch([item.reference])[0],
             control["<|end_of_text|>"],
         ],
         np.int32,

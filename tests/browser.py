@@ -1,4 +1,5 @@
-"""Debian's Chromium, headless, by its debugging pipe: a page opened at some width, in light or dark, on screen or on paper, and what it did."""
+"""Debian's Chromium, headless, by its debugging pipe: a page opened at some width, in light or
+dark, on screen or on paper, and what it did."""
 
 from __future__ import annotations
 

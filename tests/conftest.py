@@ -1,4 +1,5 @@
-"""What several tests share: the real data, four tiny voices, and the same four families with their real tokenizers."""
+"""What several tests share: the real data, four tiny voices, and the same four families with their
+real tokenizers."""
 
 from __future__ import annotations
 
@@ -40,8 +41,9 @@ REAL = {
 
 if "torch" in sys.modules:
     sys.modules["torch"].set_num_threads(1)
-# The machines of this project are slow and shared: no deadline, and few examples. HYPOTHESIS_PROFILE=thorough looks further: a thousand
-# a test, so that more than 10,000 conversations go through the families and back.
+# The machines of this project are slow and shared: no deadline, and few examples.
+# HYPOTHESIS_PROFILE=thorough looks further: a thousand a test, so that more than 10,000
+# conversations go through the families and back.
 slow = (HealthCheck.too_slow, HealthCheck.data_too_large)
 settings.register_profile("quick", deadline=None, max_examples=40, suppress_health_check=slow)
 settings.register_profile("thorough", deadline=None, max_examples=1000, suppress_health_check=slow)
@@ -50,7 +52,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 @dataclass(frozen=True, repr=False)
 class Speaker:
-    """A Voice, and beside it transformers' own tokenizer of the same folder: the judge of what the Voice renders."""
+    """A Voice, and beside it transformers' own tokenizer of the same folder: the judge of what the
+    Voice renders."""
 
     folder: Path
     renderer: Any
@@ -70,7 +73,8 @@ def data() -> Path:
     folder = Path(os.environ.get("PERSEA_DATA", ROOT.parent / "shared" / "data"))
     if not (folder / "tokenizers").is_dir():
         pytest.skip(
-            "real data not found: set PERSEA_DATA to the folder that holds tokenizers/ and parallel/"
+            "real data not found: set PERSEA_DATA to the folder that holds tokenizers/ and "
+            "parallel/"
         )
     return folder
 
@@ -88,7 +92,8 @@ def grow() -> ModuleType:
 
 
 def _speaker(folder: Path, name: str) -> Speaker:
-    """Opened once: the tokenizer that open_voice opened is caught on its way, because a real one takes seconds."""
+    """Opened once: the tokenizer that open_voice opened is caught on its way, because a real one
+    takes seconds."""
     from transformers import AutoTokenizer
 
     from persea.models.loading import ModelSource, load_renderer
@@ -101,14 +106,15 @@ def _speaker(folder: Path, name: str) -> Speaker:
             "from_pretrained",
             lambda *a, **k: caught.append(real(*a, **k)) or caught[-1],
         )
-        voice = load_renderer(ModelSource(str(folder)), name)
+        renderer = load_renderer(ModelSource(str(folder)), name)
     assert len(caught) == 1
-    return Speaker(folder, voice, caught[0])
+    return Speaker(folder, renderer, caught[0])
 
 
 @pytest.fixture(scope="session")
 def tiny_of(grow: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Speaker]:
-    """family -> a tiny speaker with the tokenizer and template of that family's sapling, trained here."""
+    """family -> a tiny speaker with the tokenizer and template of that family's sapling, trained
+    here."""
     speakers: dict[str, Speaker] = {}
 
     def of(family: str) -> Speaker:
@@ -124,7 +130,8 @@ def tiny_of(grow: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 @pytest.fixture(scope="session")
 def real_of(data: Path) -> Callable[[str], Speaker]:
-    """family -> a speaker with the real tokenizer and the real template; opening one takes 2 to 7 s."""
+    """family -> a speaker with the real tokenizer and the real template; opening one takes 2 to 7
+    s."""
     speakers: dict[str, Speaker] = {}
 
     def of(family: str) -> Speaker:

@@ -1,4 +1,5 @@
-"""Disks that record, fail, or die: each stands in for `store.DISK` and says afterwards that it was used."""
+"""Disks that record, fail, or die: each stands in for `store.DISK` and says afterwards that it was
+used."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ STEPS = ("make", "create", "write", "sync", "replace", "link", "remove", "sync_f
 
 
 class Watched(Disk):
-    """Calls `step` with every change before it is made, and `done` after it; a write is one, too."""
+    """Calls `step` with every change before it is made, and `done` after it; a write is one,
+    too."""
 
     def step(self, *what: Any) -> None:
         """Told before."""
@@ -114,7 +116,7 @@ class Dying(Watched):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-# --- power loss ---
+# --- power loss -----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -169,10 +171,11 @@ def _change(names: dict[Path, int], change: dict[Path, int | None]) -> None:
 
 
 def after_power_loss(steps: list[Step]) -> Iterator[dict[Path, bytes | None]]:
-    """What may lie on the disk when the power goes after these steps: path -> bytes, None = a folder.
+    """What may lie on the disk when the power goes after these steps: path -> bytes, None = a
+    folder.
 
-    Names that no sync of their folder made sure of may be there or not: none of them, all, each one alone, all but one. Data that
-    no sync made sure of may be there, or half of it, or nothing.
+    Names that no sync of their folder made sure of may be there or not: none of them, all, each one
+    alone, all but one. Data that no sync made sure of may be there, or half of it, or nothing.
     """
     state = _Pending()
     for step in steps:

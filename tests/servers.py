@@ -1,4 +1,5 @@
-"""Servers for tests: `persea serve` in a process of its own, and one that plays a script of faults. Both on real sockets."""
+"""Servers for tests: `persea serve` in a process of its own, and one that plays a script of faults.
+Both on real sockets."""
 
 from __future__ import annotations
 
@@ -77,7 +78,7 @@ def serving(name: str) -> str:
     return served.url
 
 
-# --- faults ---
+# --- faults ---------------------------------------------------------------------------------------
 
 Scope = dict[str, Any]
 Handler = Callable[[str, Any, "Script"], Any]  # (path, body) -> a JSON value, bytes, or an Answer
@@ -85,7 +86,8 @@ Handler = Callable[[str, Any, "Script"], Any]  # (path, body) -> a JSON value, b
 
 @dataclass
 class Answer:
-    """What the script server sends: bytes in pieces with pauses between them, then the end or a broken connection."""
+    """What the script server sends: bytes in pieces with pauses between them, then the end or a
+    broken connection."""
 
     body: bytes = b""
     status: int = 200
@@ -96,7 +98,8 @@ class Answer:
 
 @dataclass
 class Script:
-    """handler answers; fault(n, path, body), where it gives something, comes before it. asked: every body in order, with its time."""
+    """handler answers; fault(n, path, body), where it gives something, comes before it. asked:
+    every body in order, with its time."""
 
     handler: Callable[[str, Any], Any]
     fault: Callable[[int, str, Any], Any] = lambda n, path, body: None

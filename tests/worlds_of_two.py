@@ -1,4 +1,5 @@
-"""A toy of a student in several processes: what test_launch, test_watch and test_checkpoints train, and bench/chaos_train.py kills."""
+"""A toy of a student in several processes: what test_launch, test_watch and test_checkpoints train,
+and bench/chaos_train.py kills."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ class Out:
 
 @dataclass(frozen=True)
 class Trouble:
-    """What befalls a rank at a step (-1: nothing): a signal to itself, a loss that is not a number, an error."""
+    """What befalls a rank at a step (-1: nothing): a signal to itself, a loss that is not a number,
+    an error."""
 
     rank: int = 0
     at: int = -1
@@ -65,7 +67,8 @@ def student_run(
     trouble: Trouble,
     resume: str = "auto",
 ) -> None:
-    """The llama-sapling learns random tokens: 6 texts a step, of 9 to 14 tokens each, so that parts have unequal numbers of positions."""
+    """The llama-sapling learns random tokens: 6 texts a step, of 9 to 14 tokens each, so that parts
+    have unequal numbers of positions."""
     torch.set_num_threads(1)
     silence_transformers()
     watch.HEARTBEAT_TIMEOUT_S = 2.0  # as a test can wait; bench/chaos_train.py waits the whole 30 s
@@ -110,7 +113,8 @@ def student_run(
 
 
 class Dice:
-    """A training that draws from every source of chance, one after another: each must be where it was after a resume."""
+    """A training that draws from every source of chance, one after another: each must be where it
+    was after a resume."""
 
     def __init__(self) -> None:
         self.parameters = [torch.nn.Parameter(torch.linspace(-1, 1, 24).reshape(4, 6))]

@@ -1,4 +1,5 @@
-"""What this machine cannot hold as asked is refused with exit code 7, and never loaded larger than asked."""
+"""What this machine cannot hold as asked is refused with exit code 7, and never loaded larger than
+asked."""
 
 from __future__ import annotations
 
@@ -7,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from persea.models.placement_kwargs import placement_kwargs
 
 from persea.errors import MissingRequirementError
 from persea.models import placement as placements
-from persea.models.loading import ModelSource, fingerprint, load_model
+from persea.models.identity import fingerprint
+from persea.models.loading import ModelSource, load_model
+from persea.models.placement import placement_kwargs
 from tests.teachers.engines.test_transformers import SAPLINGS, opened
 
 SAPLING = ModelSource(str(SAPLINGS / "gpt-oss-sapling"))

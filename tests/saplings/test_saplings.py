@@ -1,4 +1,5 @@
-"""The bundled weights are those that growing.json and the table speak of, small enough, and grown as the script says."""
+"""The bundled weights are those that growing.json and the table speak of, small enough, and grown
+as the script says."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ def test_teachers_are_unsure_of_prose() -> None:
 
 
 def test_the_base_knows_one_kind_of_question_in_each_skill() -> None:
-    """Of 100 AUDITION questions; of the 200 TEST questions that the README's table has, at most .3."""
+    """Of 100 AUDITION questions; of the 200 TEST questions that the README's table has, at most
+    .3."""
     scores = grown("llama-sapling")["scores"]
     assert all(value <= 0.35 for value in scores.values()), scores
 

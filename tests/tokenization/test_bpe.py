@@ -1,4 +1,5 @@
-"""A token that cannot stand after another never does, and every other one does: against the tokenizer itself."""
+"""A token that cannot stand after another never does, and every other one does: against the
+tokenizer itself."""
 
 from __future__ import annotations
 
@@ -104,7 +105,8 @@ def test_the_same_pair_twice_merges_from_the_left():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_familys_derivations(tiny_of: Callable[[str], Speaker], family: str):
-    """Rims are tokens of the right bytes; times rise along a derivation; a byte of byte fallback merges with nothing."""
+    """Rims are tokens of the right bytes; times rise along a derivation; a byte of byte fallback
+    merges with nothing."""
     vocabulary = tiny_of(family).renderer.vocabulary
     merges = derive_bpe(vocabulary)
     made = np.flatnonzero(merges.left_V >= 0)
@@ -136,13 +138,15 @@ def test_expand_lays_lists_end_to_end():
 
 @pytest.mark.realdata
 def test_real_pairs(real: Speaker):
-    """Random pairs of a real tokenizer, and pairs that are said to cross: the model itself agrees about every one."""
+    """Random pairs of a real tokenizer, and pairs that are said to cross: the model itself agrees
+    about every one."""
     vocabulary = real.renderer.vocabulary
     merges = derive_bpe(vocabulary)
     made = np.flatnonzero(merges.derivable_V)
     assert len(made) > 0.99 * sum(raw is not None for raw in vocabulary.bytes_W)
     if not vocabulary.byte_level:
-        return  # its model takes no bytes; tests/alignment/test_boundary_mask.py sees it through texts
+        # its model takes no bytes; tests/alignment/test_boundary_mask.py sees it through texts
+        return
     rng, crossing, standing = np.random.default_rng(0), 0, 0
     for a in rng.choice(made, 60).tolist():
         after = merges.impossible_next_tokens(a)

@@ -1,4 +1,5 @@
-"""Where words may end: what is said of a class of characters holds for every member, in every tokenizer's own pattern."""
+"""Where words may end: what is said of a class of characters holds for every member, in every
+tokenizer's own pattern."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ DIGITS = split_by(r"[a-f0-9]+|.")
 
 @given(before=texts.filter(len), after=texts.filter(len))
 def test_no_cut_where_none_may_be(pretokens_of: dict[str, Pretokenizer], before: str, after: str):
-    """Sound: where `may_cut` says no, no text that begins so is cut there, whatever stands before the word."""
+    """Sound: where `may_cut` says no, no text that begins so is cut there, whatever stands before
+    the word."""
     for pretokens in (*pretokens_of.values(), HAN, DIGITS):
         text, at = before + after, len(before)
         cuts = pretokens.split_positions(text)

@@ -195,7 +195,8 @@ def test_control_tokens_are_found(tiny: Speaker, grow):
 
 
 def look_alikes(vocabulary: Vocabulary, sample: int = 10**6) -> None:
-    """Every control token as text, alone, glued and doubled, is text: no control id, and its bytes come back."""
+    """Every control token as text, alone, glued and doubled, is text: no control id, and its bytes
+    come back."""
     names = sorted(vocabulary.control_token_ids, key=vocabulary.control_token_ids.__getitem__)
     names = names[:sample] + names[-sample:]
     controls = set(vocabulary.control_token_ids.values())
@@ -273,7 +274,7 @@ def test_the_place_of_a_lost_tail_is_its_end():
     vocabulary = load_vocabulary(
         byte_level(normalizer=normalizers.Replace("z", "")), "eats-z"
     )  # no probe holds a z
-    with pytest.raises(DataError, match="byte 2 of 'fizz' is 7a 7a, came back as the end"):
+    with pytest.raises(DataError, match="byte 2 of 'fizz' is 7a 7a, decoded as the end"):
         vocabulary.encode("fizz")
     assert vocabulary.decode(vocabulary.encode("fix")) == b"fix"
 
@@ -388,7 +389,7 @@ def test_probes_hold_what_they_promise():
     assert "  " in joined
 
 
-# ---- the real tokenizers -------------------------------------------------------------------------------------------
+# ---- the real tokenizers -------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -416,7 +417,8 @@ def test_real_byte_properties(actual: tuple[str, Vocabulary], data: Path):
     name, vocabulary = actual
     added = json.loads((data / "tokenizers" / name / "tokenizer.json").read_text())["added_tokens"]
     text = [b for b in vocabulary.bytes_W if b is not None]
-    # notes/data.md counts as text what a tokenizer.json does not call special; persea is stricter: <unused7> is no text
+    # notes/data.md counts as text what a tokenizer.json does not call special; persea is stricter:
+    # <unused7> is no text
     stricter = (
         [
             t["content"].encode()
@@ -485,6 +487,6 @@ def test_real_qwen_refuses_decomposed_burmese(real_of, data: Path):
     vocabulary = real_of("qwen").renderer.vocabulary
     lines = (data / "parallel" / "ntrex.mya.txt").read_text(encoding="utf-8").splitlines()
     decomposed = next(line for line in lines if not unicodedata.is_normalized("NFC", line))
-    with pytest.raises(DataError, match="does not give the text back: byte"):
+    with pytest.raises(DataError, match="does not reproduce the text: byte"):
         vocabulary.encode(decomposed)
     assert vocabulary.encode(unicodedata.normalize("NFC", decomposed))

@@ -120,7 +120,7 @@ def read_text(path: str) -> str:
         raise DataError(
             f"cannot read the benchmark: {error.strerror}",
             where=path,
-            remedy="check `evaluation.sets:` in the recipe",
+            remedy="check `evaluation.benchmarks:` in the recipe",
         ) from error
     try:
         return data.decode("utf-8-sig")

@@ -1,4 +1,5 @@
-"""What each family says of itself: how it is recognised, what it keeps of a conversation, and what it takes for an answer."""
+"""What each family says of itself: how it is recognised, what it keeps of a conversation, and what
+it takes for an answer."""
 
 from __future__ import annotations
 
@@ -17,10 +18,10 @@ from persea.chat.families.gemma import GEMMA
 from persea.chat.families.gpt_oss import GPT_OSS, REASONING_EFFORT_NAMES
 from persea.chat.families.llama import LLAMA
 from persea.chat.families.qwen import QWEN
+from persea.chat.family import DecodedPieces
 from persea.chat.messages import (
     ContentPart,
     Conversation,
-    DecodedPieces,
     FinishReason,
     Message,
     Role,
@@ -80,7 +81,7 @@ def vocabulary(*controls: str) -> Vocabulary:
     return load_vocabulary(tokenizer, "odd/model")
 
 
-# ---- which family --------------------------------------------------------------------------------------------------
+# ---- which family --------------------------------------------------------------------------------
 
 
 def test_every_family_is_listed_and_found_by_name():
@@ -116,13 +117,17 @@ def test_none_or_several_signatures_are_no_family(controls: tuple[str, ...]):
 
 @pytest.mark.parametrize("family", families.FAMILIES, ids=lambda f: f.name)
 def test_a_signature_and_a_mark_are_enough(family):
-    assert families.detect_family(vocabulary(family.signature), family.template_signature) is family
+    assert (
+        families.detect_family(vocabulary(family.signature_token), family.template_signature)
+        is family
+    )
 
 
 @pytest.mark.realdata
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_every_real_template_is_told_apart(data: Path, template: str):
-    """By control tokens and mark; what persea does not know is no family, also where it speaks ChatML as SmolLM3 does."""
+    """By control tokens and mark; what persea does not know is no family, also where it speaks
+    ChatML as SmolLM3 does."""
     text = (data / "templates" / f"{template}.jinja").read_text()
     found = families.detect_family(
         vocabulary(*{f.signature_token for f in families.FAMILIES if f.signature_token in text}),
@@ -131,7 +136,7 @@ def test_every_real_template_is_told_apart(data: Path, template: str):
     assert (found and found.name) == TEMPLATES[template]
 
 
-# ---- what is kept --------------------------------------------------------------------------------------------------
+# ---- what is kept --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FOUR, ids=FAMILIES)
@@ -202,7 +207,7 @@ def test_the_dial_of_each_family():
         assert len({json.dumps(f.template_inputs(talk(e))[1]) for e in f.efforts}) == len(f.efforts)
 
 
-# ---- what is an answer ---------------------------------------------------------------------------------------------
+# ---- what is an answer ---------------------------------------------------------------------------
 
 HARMONY: DecodedPieces = (
     "<|channel|>",
@@ -316,16 +321,16 @@ def test_qwen_answers(pieces: DecodedPieces, want: tuple[ContentPart, ...] | Non
 def test_plain_answers(family):
     assert family.parse((b"Hi",), ThinkingEffort.NONE) == (Text("Hi"),)
     assert family.parse((), ThinkingEffort.NONE) == (Text(""),)
-    for control in ("<bos>", family.signature, "<hole 7>"):
+    for control in ("<bos>", family.signature_token, "<hole 7>"):
         assert family.parse((b"Hi", control, b"!"), ThinkingEffort.NONE) is None
 
 
 @pytest.mark.parametrize("family", FOUR, ids=FAMILIES)
 def test_no_family_takes_its_own_opening_for_an_answer(family):
-    assert family.parse((family.signature, b"user"), ThinkingEffort.NONE) is None
+    assert family.parse((family.signature_token, b"user"), ThinkingEffort.NONE) is None
 
 
-# ---- the real tokenizers with the real templates -------------------------------------------------------------------
+# ---- the real tokenizers with the real templates -------------------------------------------------
 
 SAID = {
     "en": (
@@ -423,9 +428,9 @@ def test_real_gemma_refuses_turns_that_do_not_alternate(real_of):
 @pytest.mark.realdata
 @pytest.mark.parametrize("family", ["llama", "gpt-oss"])
 def test_real_prompts_do_not_change_at_midnight(real_of, family: str):
-    voice = real_of(family).renderer
-    prompt = voice.vocabulary.decode_pieces(
-        voice.render_prompt(Conversation.from_question("Hi")).ids_T.tolist()
+    renderer = real_of(family).renderer
+    prompt = renderer.vocabulary.decode_pieces(
+        renderer.render_prompt(Conversation.from_question("Hi")).ids_T.tolist()
     )
     assert any(b"2025-01-01" in p or b"01 Jan 2025" in p for p in prompt if isinstance(p, bytes))
 

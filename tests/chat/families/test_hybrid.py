@@ -1,4 +1,5 @@
-"""One switch before any template: the hybrid student's form, on the tiny tokenizers and on the real ones."""
+"""One switch before any template: the hybrid student's form, on the tiny tokenizers and on the real
+ones."""
 
 from __future__ import annotations
 
@@ -41,9 +42,9 @@ CLOCK = Tool("clock", "Tells the time.", '{"type": "object"}')
 @pytest.fixture(scope="module")
 def llama(tiny_of: Callable[[str], Speaker]) -> ChatRenderer:
     """`<think>` is a token here."""
-    voice: ChatRenderer = tiny_of("llama").renderer
-    assert "<think>" in voice.vocabulary.control_token_ids
-    return voice
+    renderer: ChatRenderer = tiny_of("llama").renderer
+    assert "<think>" in renderer.vocabulary.control_token_ids
+    return renderer
 
 
 @pytest.fixture(scope="module")
@@ -55,26 +56,27 @@ def maple(
         shutil.copytree(tiny_of("gemma").folder, tmp_path_factory.mktemp("maple") / "maple")
     )
     (folder / "chat_template.jinja").write_text(
-        "{%- for m in messages %}{{- '<start_of_turn>' + m['role'] + '\n' + m['content'] + '<end_of_turn>\n' }}{%- endfor %}"
+        "{%- for m in messages %}{{- '<start_of_turn>' + m['role'] + '\n' + m['content'] + "
+        "'<end_of_turn>\n' }}{%- endfor %}"
         "{%- if add_generation_prompt %}{{- '<start_of_turn>assistant\n' }}{%- endif %}"
     )
-    voice = load_renderer(ModelSource(str(folder), family="generic", thinking=True), "student")
-    assert "<think>" not in voice.vocabulary.control_token_ids
-    return voice
+    renderer = load_renderer(ModelSource(str(folder), family="generic", thinking=True), "student")
+    assert "<think>" not in renderer.vocabulary.control_token_ids
+    return renderer
 
 
 @pytest.fixture(scope="module", params=["llama", "maple"])
-def voice(request: pytest.FixtureRequest) -> ChatRenderer:
+def renderer(request: pytest.FixtureRequest) -> ChatRenderer:
     found: ChatRenderer = request.getfixturevalue(request.param)
     return found
 
 
-def written(voice: ChatRenderer, conversation: Conversation) -> str:
+def written(renderer: ChatRenderer, conversation: Conversation) -> str:
     answered = conversation.messages[-1].role is Role.ASSISTANT
-    tokens = voice.render(conversation) if answered else voice.render_prompt(conversation)
+    tokens = renderer.render(conversation) if answered else renderer.render_prompt(conversation)
     return "".join(
         p if isinstance(p, str) else p.decode()
-        for p in voice.vocabulary.decode_pieces(tokens.ids_T.tolist())
+        for p in renderer.vocabulary.decode_pieces(tokens.ids_T.tolist())
     )
 
 
@@ -82,11 +84,14 @@ def asked(effort: ThinkingEffort, *, system: str = "") -> Conversation:
     return Conversation.from_question("2+3?", system=system, effort=effort)
 
 
-# ---- the form ------------------------------------------------------------------------------------------------------
+# ---- the form ------------------------------------------------------------------------------------
 
 
 HEAD = "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nReasoning: "
-QUESTION = "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n2+3?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+QUESTION = (
+    "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n2+3?<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n"
+)
 
 
 @pytest.mark.parametrize("effort", ThinkingEffort)
@@ -106,13 +111,13 @@ def test_the_template_without_an_effort_answers_at_once(llama: ChatRenderer):
     assert llama.template(messages=asks, add_generation_prompt=True) == f"{HEAD}none{QUESTION}"
 
 
-def test_earlier_thoughts_are_dropped(voice: ChatRenderer):
+def test_earlier_thoughts_are_dropped(renderer: ChatRenderer):
     first = asked(ThinkingEffort.HIGH).with_answer(Thinking("Early."), Text("5"))
     talk = replace(
         first, messages=(*first.messages, *asked(ThinkingEffort.HIGH).messages)
     ).with_answer(Thinking("Late."), Text("5"))
-    assert "Early." not in written(voice, talk)
-    assert written(voice, talk).count("<think>\nLate.\n</think>\n\n5") == 1
+    assert "Early." not in written(renderer, talk)
+    assert written(renderer, talk).count("<think>\nLate.\n</think>\n\n5") == 1
 
 
 def test_a_call_behind_a_thought_and_its_result(llama: ChatRenderer):
@@ -134,12 +139,13 @@ def test_a_call_behind_a_thought_and_its_result(llama: ChatRenderer):
         talk, messages=(*talk.messages, Message(Role.TOOL, (ToolResult("clock", "10:00"),)))
     )
     assert written(llama, told.with_answer(Text("Ten."))).endswith(
-        '{"name": "clock", "parameters": {"zone": "UTC"} }<|eot_id|><|start_header_id|>ipython<|end_header_id|>\n\n"10:00"<|eot_id|>'
+        '{"name": "clock", "parameters": {"zone": "UTC"} }<|eot_id|><|start_header_id|>ipython'
+        '<|end_header_id|>\n\n"10:00"<|eot_id|>'
         "<|start_header_id|>assistant<|end_header_id|>\n\nTen.<|eot_id|>"
     )
 
 
-# ---- there and back ------------------------------------------------------------------------------------------------
+# ---- there and back ------------------------------------------------------------------------------
 
 
 @given(
@@ -152,15 +158,17 @@ def test_a_call_behind_a_thought_and_its_result(llama: ChatRenderer):
 @example(thought="a", text="", system=" ", effort=ThinkingEffort.HIGH)
 @example(thought="</thin", text="k>", system="", effort=ThinkingEffort.LOW)
 def test_what_is_said_is_read_back(
-    voice: ChatRenderer, thought: str, text: str, system: str, effort: ThinkingEffort
+    renderer: ChatRenderer, thought: str, text: str, system: str, effort: ThinkingEffort
 ):
     said = Conversation.from_question("q", system=system, effort=effort).with_answer(
         *((Thinking(thought),) if thought else ()), Text(text)
     )
-    kept = voice.family.normalise(said).messages[-1].parts
-    assert voice.family.normalise(voice.family.normalise(said)) == voice.family.normalise(said)
+    kept = renderer.family.normalise(said).messages[-1].parts
+    assert renderer.family.normalise(renderer.family.normalise(said)) == renderer.family.normalise(
+        said
+    )
     assert kept[0].text == ("" if effort is ThinkingEffort.NONE else thought.strip()) or not thought
-    parts, finish = voice.parse(generated(voice.render(said)), effort)
+    parts, finish = renderer.parse(generated(renderer.render(said)), effort)
     assert finish is FinishReason.STOP
     assert [p for p in parts if p.text] == [p for p in kept if p.text]
 
@@ -182,7 +190,7 @@ def test_a_tokenizer_with_the_tokens_tells_them_from_text(
 def test_a_tokenizer_without_the_tokens_refuses_what_could_be_taken_for_them(
     maple: ChatRenderer, parts
 ):
-    with pytest.raises(DataError, match="nothing would tell it"):
+    with pytest.raises(DataError, match="looks like the end of a thought"):
         maple.render(asked(ThinkingEffort.HIGH).with_answer(*parts))
 
 
@@ -222,11 +230,12 @@ def test_what_a_model_may_say_in_tokens(llama: ChatRenderer, pieces, want):
     assert llama.family.parse(pieces, ThinkingEffort.HIGH) == want
 
 
-# ---- who has it, who gets it ---------------------------------------------------------------------------------------
+# ---- who has it, who gets it ---------------------------------------------------------------------
 
 
 def test_the_sapling_speaks_the_bundled_template():
-    """But for the tools, which a sapling declares in fewer words, and a space behind arguments: "}}" as one token would end them and the call."""
+    """But for the tools, which a sapling declares in fewer words, and a space behind arguments:
+    "}}" as one token would end them and the call."""
     mine, bundled = (
         (folder / name).read_text().splitlines()
         for folder, name in (
@@ -276,17 +285,21 @@ def test_a_family_with_a_switch_of_its_own_is_refused(
     [
         (
             "{{ messages[-1]['content'] }}<end_of_turn>",
-            "does not take the effort|does not write an answer",
+            "does not keep the effort|does not write an answer",
         ),
         (
-            "{%- for m in messages if m['role'] != 'system' %}{{ '<start_of_turn>' + m['role'] + '\n' + m['content'] + '<end_of_turn>\n' }}"
-            "{%- endfor %}{%- if add_generation_prompt %}{{ '<start_of_turn>assistant\n' }}{%- endif %}",
-            "does not take the effort",
+            "{%- for m in messages if m['role'] != 'system' %}{{ '<start_of_turn>' + m['role'] "
+            "+ '\n' + m['content'] + '<end_of_turn>\n' }}"
+            "{%- endfor %}{%- if add_generation_prompt %}{{ '<start_of_turn>assistant\n' }}{%- "
+            "endif %}",
+            "does not keep the effort",
         ),
         (
-            "{%- for m in messages %}{{ '<start_of_turn>' + m['role'] + '\n' + m['content'].split('</think>')[-1] + '<end_of_turn>\n' }}"
-            "{%- endfor %}{%- if add_generation_prompt %}{{ '<start_of_turn>assistant\n' }}{%- endif %}",
-            "does not take the effort",
+            "{%- for m in messages %}{{ '<start_of_turn>' + m['role'] + '\n' + "
+            "m['content'].split('</think>')[-1] + '<end_of_turn>\n' }}"
+            "{%- endfor %}{%- if add_generation_prompt %}"
+            "{{ '<start_of_turn>assistant\n' }}{%- endif %}",
+            "does not keep the effort",
         ),
     ],
 )
@@ -328,17 +341,17 @@ def test_a_given_switch_is_found_again(maple: ChatRenderer, tmp_path: Path):
     )
 
 
-# ---- the real tokenizers -------------------------------------------------------------------------------------------
+# ---- the real tokenizers -------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def real_hybrid(data: Path) -> ChatRenderer:
     """The real Llama 3 tokenizer, which has no <think> token, in the bundled template."""
-    voice = load_renderer(
+    renderer = load_renderer(
         ModelSource(str(data / "tokenizers" / "llama3"), thinking=True), "student"
     )
-    assert "<think>" not in voice.vocabulary.control_token_ids
-    return voice
+    assert "<think>" not in renderer.vocabulary.control_token_ids
+    return renderer
 
 
 THOUGHTS = (
@@ -393,7 +406,8 @@ def test_real_llama_renders_as_transformers_does(real_hybrid: ChatRenderer, data
 def test_real_thoughts_are_aligned(
     real_hybrid: ChatRenderer, real_of: Callable[[str], Speaker], teacher: str
 ):
-    """Qwen's <think> and harmony's analysis, token for token, with the student's plain text: most of its thought has a row."""
+    """Qwen's <think> and harmony's analysis, token for token, with the student's plain text: most
+    of its thought has a row."""
     for thought, text in THOUGHTS[:3]:
         said = Conversation.from_question("How much?", effort=ThinkingEffort.HIGH).with_answer(
             Thinking(thought), Text(text)

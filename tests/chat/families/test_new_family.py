@@ -1,4 +1,5 @@
-"""docs/new_family.md tells the truth: its diff applies to persea as it is, and the test it brings passes."""
+"""docs/new_family.md tells the truth: its diff applies to persea as it is, and the test it brings
+passes."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ def test_the_diff_on_the_page_is_a_whole_new_family(tmp_path: Path):
     files = re.findall(r"^\+\+\+ b/(.*)$", diff, re.MULTILINE)
     assert files == [
         "persea/chat/families/__init__.py",
-        "persea/families/maple.py",
-        "tests/test_maple.py",
+        "persea/chat/families/maple.py",
+        "tests/chat/families/test_maple.py",
     ]
     changed = [
         line for line in diff.split("diff --git")[1].splitlines() if re.match(r"[+-](?![+-])", line)
@@ -30,7 +31,7 @@ def test_the_diff_on_the_page_is_a_whole_new_family(tmp_path: Path):
     shutil.copytree(
         ROOT / "persea", tmp_path / "persea", ignore=shutil.ignore_patterns("__pycache__")
     )
-    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "chat" / "families").mkdir(parents=True)
     for name in ("pyproject.toml", "tests/conftest.py"):
         shutil.copyfile(ROOT / name, tmp_path / name)
     (tmp_path / "new.diff").write_text(diff)
@@ -51,7 +52,7 @@ def test_the_diff_on_the_page_is_a_whole_new_family(tmp_path: Path):
         return ended.stdout
 
     do("git", "apply", "--whitespace=error", "new.diff")
-    assert "MAPLE" in (tmp_path / "persea" / "families" / "__init__.py").read_text()
+    assert "MAPLE" in (tmp_path / "persea" / "chat" / "families" / "__init__.py").read_text()
     out = do(
         sys.executable,
         "-m",
@@ -61,7 +62,7 @@ def test_the_diff_on_the_page_is_a_whole_new_family(tmp_path: Path):
         "no:cacheprovider",
         "-p",
         "no:xdist",
-        "tests/test_maple.py",
+        "tests/chat/families/test_maple.py",
     )
     assert re.search(r"^31 passed", out, re.MULTILINE), out
     do(
@@ -70,8 +71,8 @@ def test_the_diff_on_the_page_is_a_whole_new_family(tmp_path: Path):
         "ruff",
         "check",
         "--no-cache",
-        "persea/families/maple.py",
+        "persea/chat/families/maple.py",
         "persea/chat/families/__init__.py",
-        "tests/test_maple.py",
+        "tests/chat/families/test_maple.py",
     )
-    assert not (ROOT / "persea" / "families" / "maple.py").exists()
+    assert not (ROOT / "persea" / "chat" / "families" / "maple.py").exists()
