@@ -17,6 +17,7 @@ from typing import Any
 from persea.chat.messages import Conversation, Message, Tool
 from persea.data.prompts import Prompt
 from persea.errors import DataError, MissingRequirementError
+from persea.storage import parse_strict_json
 from persea.tasks.task import Grade, Split, TaskItem, Verdict
 
 MAX_ANSWER_CHARS = 200_000  # characters of an answer; a longer one is a model that cannot stop, and no grader's time is given to it
@@ -195,12 +196,8 @@ def read_text(path: str) -> str:
 
 def load_json(text: str, where: str) -> Any:
     """JSON, with the line of what is wrong with it. NaN and Infinity are no JSON."""
-
-    def no_constant(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
-
     try:
-        return json.loads(text, parse_constant=no_constant)
+        return parse_strict_json(text)
     except (ValueError, RecursionError) as error:
         at = (
             f":{error.lineno}"

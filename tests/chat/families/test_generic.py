@@ -451,7 +451,7 @@ def test_an_eos_that_is_not_the_turns_end_is_said_and_stops_too(tmp_path: Path):
     source = small(tmp_path, HEAD + TURN + END, eos="<|text_end|>")
     renderer = load_renderer(source, "w")
     assert renderer.family.stop_tokens == ("<|stop|>", "<|text_end|>")
-    assert "its configuration ends at <|text_end|> instead" in renderer.family.limitations
+    assert "its configuration ends a text with <|text_end|> instead" in renderer.family.limitations
     body = renderer.vocabulary.encode("Hi")
     assert {renderer.parse([*body, i, *body], ThinkingEffort.NONE) for i in renderer.stop_ids} == {
         ((Text("Hi"),), FinishReason.STOP)
