@@ -334,9 +334,7 @@ def _select_topk(
 ) -> tuple[
     npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.bool_]
 ]:
-    """Return the stored entries: number for each position, ids, grid steps, which are the
-    target.
-    """
+    """Return the stored entries: number for each position, ids, grid steps, whether the target."""
     n, width = p_NW.shape
     mass_N = p_NW.sum(1)
     kl_to_frequency_N = (p_NW * (np.maximum(logprobs_NW, MIN_LOGPROB) - np.log(frequency_W))).sum(1)

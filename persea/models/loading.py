@@ -428,9 +428,7 @@ def _first_line(error: Exception) -> str:
 
 
 def set_threads(threads: int) -> None:
-    """Set torch's number of threads; the same number gives the same bits, 0 keeps torch's
-    choice.
-    """
+    """Set torch's number of threads, which decides the last bits; 0 keeps torch's choice."""
     if threads:
         import torch
 

@@ -60,7 +60,7 @@ class BpeDerivations:
     ) -> tuple[
         npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.int64]
     ]:
-        """For each piece: the tokens with it at their left edge, until when, and the rank that ends
+        """For each piece: tokens with it at their left edge, until when, and the rank that ends
         it.
         """
         token = np.flatnonzero(self.derivable_V)
@@ -82,9 +82,7 @@ class BpeDerivations:
         )
 
     def _right_edge(self, token: int) -> Iterator[tuple[int, int]]:
-        """Yield the pieces at a token's right edge, last first, and the time until which each
-        exists.
-        """
+        """Yield the pieces at a token's right edge, last first, and until when each exists."""
         until = NEVER_MERGED
         while token >= 0:
             yield token, until
@@ -96,9 +94,7 @@ class BpeDerivations:
 
     @cached_property
     def _as_lists(self) -> tuple[list[int], list[int], list[int], list[int]]:
-        """Left part, right part, rank and time as lists, which are faster than arrays for one
-        pair.
-        """
+        """Left part, right part, rank and time as lists, which are faster for a single pair."""
         return (
             self.left_V.tolist(),
             self.right_V.tolist(),
@@ -216,9 +212,7 @@ def _apply_merges(
 
 
 def group_offsets(keys: npt.NDArray[np.integer], size: int) -> npt.NDArray[np.int64]:
-    """Return int64 group offsets of entries sorted by key: key k is [offsets[k], offsets[k +
-    1]).
-    """
+    """Return int64 offsets of groups by key: entries of key k are [offsets[k], offsets[k + 1])."""
     return np.concatenate([[0], np.cumsum(np.bincount(keys, minlength=size))]).astype(np.int64)
 
 

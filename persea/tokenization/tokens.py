@@ -1,6 +1,4 @@
-"""A conversation as tokens of one tokenizer: ids, byte offsets in the content, and the loss
-mask.
-"""
+"""A conversation as tokens of one tokenizer: ids, byte offsets in the content, loss mask."""
 
 from __future__ import annotations
 

@@ -37,9 +37,7 @@ NO_THINKING_KWARGS = {"enable_thinking": False}
 
 @dataclass(frozen=True)
 class StripRule:
-    """White space that the template strips from a text: arguments of `str.lstrip` and
-    `str.rstrip`.
-    """
+    """White space that a template strips: the arguments of `str.lstrip` and `str.rstrip`."""
 
     left: str | None
     right: str | None
@@ -116,9 +114,7 @@ def infer_family(
         )
 
     def parse(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, ...] | None:
-        """Parse one text without control tokens, and without the template's text around an
-        answer.
-        """
+        """Parse one text without control tokens; remove the template's text around the answer."""
         text = pieces_to_text(pieces)
         if text is None:
             return None
