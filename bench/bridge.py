@@ -37,9 +37,9 @@ from peer import TRL, has_trl
 
 from persea.alignment.event_map import EventMap, build_event_map, load_event_map
 from persea.alignment.spans import align
-from persea.chat.messages import RenderedTokens
 from persea.chat.renderer import ChatRenderer
 from persea.models.loading import ModelSource, load_renderer
+from persea.tokenization.tokens import RenderedTokens
 from persea.tokenization.vocabulary import Vocabulary
 
 DATA = Path(

@@ -27,13 +27,15 @@ from tails import REGIMES, bound, cost, positions, sampled_rows, synthetic
 
 from persea.cache import unit as cache
 from persea.cache.unit import CachedAnswer
-from persea.chat.messages import Conversation, FinishReason, RenderedTokens, Text
+from persea.chat.messages import Conversation, FinishReason, Text
 from persea.distributions import DistributionKind, SparseDistributions, sample_distributions
-from persea.models.loading import ModelSource, load_model, load_renderer, random_init
+from persea.models.loading import ModelSource, load_model, load_renderer
+from persea.models.random_init import random_init
 from persea.tasks.generated import GENERATED_TASKS
 from persea.tasks.task import Split
 from persea.teachers.engines.transformers import TransformersEngine
 from persea.teachers.teacher import Answer
+from persea.tokenization.tokens import RenderedTokens
 
 ROOT = Path(__file__).resolve().parent.parent
 TAU = 0.02  # the recipe's default

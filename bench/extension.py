@@ -18,6 +18,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from persea.chat.families import CONTROL_MARKERS
 from persea.tokenization.vocabulary import Vocabulary, load_vocabulary
 from persea.vocab_extension.learn_merges import (
     Merge,
@@ -60,7 +61,7 @@ def longer(
     backend: Tokenizer, spec: Mapping[str, Any], merges: Sequence[Merge], old: Vocabulary
 ) -> Vocabulary:
     new = load_vocabulary(
-        Tokenizer.from_str(json.dumps(extend_tokenizer_spec(spec, merges))), old.name
+        Tokenizer.from_str(json.dumps(extend_tokenizer_spec(spec, merges))), old.name, CONTROL_MARKERS
     )
     refuse_changed_tokens(old, new, old.name)
     return new
@@ -79,7 +80,7 @@ def tokens_a_byte(
 
 def measured(name: str, files: Mapping[str, MergeTrainingText]) -> dict[str, Any]:
     backend = Tokenizer.from_file(str(DATA / "tokenizers" / name / "tokenizer.json"))
-    old, spec = load_vocabulary(backend, name), json.loads(backend.to_str())
+    old, spec = load_vocabulary(backend, name, CONTROL_MARKERS), json.loads(backend.to_str())
     clock = time.process_time()
     merges = learn_merges(
         backend,
@@ -96,7 +97,7 @@ def measured(name: str, files: Mapping[str, MergeTrainingText]) -> dict[str, Any
 
 def balance(files: Mapping[str, MergeTrainingText]) -> Iterator[dict[str, Any]]:
     backend = Tokenizer.from_file(str(DATA / "tokenizers" / "llama3" / "tokenizer.json"))
-    old, spec = load_vocabulary(backend, "llama3"), json.loads(backend.to_str())
+    old, spec = load_vocabulary(backend, "llama3", CONTROL_MARKERS), json.loads(backend.to_str())
     two = {name: files[name] for name in ("khm", "lao")}
     for few in FEW:
         khmer, lao = (

@@ -16,7 +16,7 @@ import numpy as np
 
 from persea.cache import unit as cache
 from persea.cache.unit import CachedAnswer
-from persea.chat.messages import Conversation, FinishReason, RenderedTokens, Text
+from persea.chat.messages import Conversation, FinishReason, Text
 from persea.distributions import (
     LOGPROB_STEP_NATS,
     DistributionKind,
@@ -24,6 +24,7 @@ from persea.distributions import (
     min_entries_within_kl,
 )
 from persea.teachers.teacher import Answer
+from persea.tokenization.tokens import RenderedTokens
 
 WEB_TOKENS = 236e9
 V = 151_936

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from persea.alignment.event_map import EventMap
-from persea.chat.messages import RenderedTokens
+from persea.tokenization.tokens import RenderedTokens
 
 SOURCE: Mapping[str, Mapping[str, float]] = {  # after "" (the text begins), a, b, c
     "": {"a": 0.5, "b": 0.3, "c": 0.2},

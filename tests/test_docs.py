@@ -31,8 +31,8 @@ PAGES = [
 ]
 COMMANDS: Any = typer.main.get_command(app)
 INVENTED = {
-    "persea/families/maple.py",
-    "tests/test_maple.py",
+    "persea/chat/families/maple.py",
+    "tests/chat/families/test_maple.py",
     "persea/tasks/generated/spelling.py",
     "tests/tasks/generated/test_spelling.py",
     "persea/tasks/benchmarks/boolq.py",

@@ -16,8 +16,8 @@ from bench.objectives.data import ASKED, Window
 from bench.objectives.models import padded, states
 from bench.objectives.vocabularies import Speaker
 from persea.alignment.spans import aligned_spans, common_boundaries
-from persea.chat.messages import RenderedTokens
 from persea.distributions import SparseDistributions, sample_distributions
+from persea.tokenization.tokens import RenderedTokens
 
 Ints = npt.NDArray[np.int64]
 

@@ -30,10 +30,10 @@ from bench.objectives.methods import Setting, events, prepare
 from bench.objectives.models import optimizer, order, padded, rate, states, step_with
 from bench.objectives.vocabularies import Speaker
 from bench.objectives.words import AT_ONCE, drawn, given
-from persea.chat.messages import RenderedTokens
 from persea.losses import LMHead
 from persea.teachers.engines.transformers import TransformersEngine
 from persea.teachers.teacher import Teacher as Asked
+from persea.tokenization.tokens import RenderedTokens
 from persea.training.on_policy.candidates import MIN_CANDIDATE_PROB, candidates_from_hidden
 from persea.training.on_policy.loss import build_on_policy_loss
 from persea.training.on_policy.teacher_scores import TeacherScorer

@@ -18,11 +18,12 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from bench.objectives import data
+from persea.chat.families import CONTROL_MARKERS
 from persea.chat.families.gemma import GEMMA
 from persea.chat.families.gpt_oss import GPT_OSS
 from persea.chat.families.llama import LLAMA
 from persea.chat.families.qwen import QWEN
-from persea.chat.messages import Family
+from persea.chat.family import Family
 from persea.chat.renderer import ChatRenderer
 from persea.tokenization.vocabulary import BYTE_TO_CHAR, Vocabulary, load_vocabulary
 
@@ -105,7 +106,7 @@ def usage(backend: Tokenizer, texts: Sequence[str]) -> Counter[str]:
 
 
 def speaker(spec: dict[str, Any], name: str, family: Family, start: str) -> Speaker:
-    vocabulary = load_vocabulary(Tokenizer.from_str(json.dumps(spec)), name)
+    vocabulary = load_vocabulary(Tokenizer.from_str(json.dumps(spec)), name, CONTROL_MARKERS)
     return Speaker(
         ChatRenderer(family, vocabulary, no_template, ""), vocabulary.control_token_ids[start]
     )

@@ -23,7 +23,6 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from persea.chat.messages import RenderedTokens
 from persea.tokenization.bpe import BpeDerivations, derive_bpe, expand_groups, group_offsets
 from persea.tokenization.pretokenizer import (
     PROBE_PREFIXES,
@@ -32,6 +31,7 @@ from persea.tokenization.pretokenizer import (
     decode_whole_characters,
     load_pretokenizer,
 )
+from persea.tokenization.tokens import RenderedTokens
 from persea.tokenization.vocabulary import Vocabulary
 
 UNRESTRICTED_CONTEXT = (

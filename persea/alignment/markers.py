@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from persea.alignment.spans import CommonBoundaries, align
-from persea.chat.messages import RenderedTokens
+from persea.tokenization.tokens import RenderedTokens
 
 IntArray = npt.NDArray[np.int64]
 

@@ -132,12 +132,14 @@ def train_rank(
         _teacher_caches(context),
         student.renderer,
         context.event_maps,
-        batch_size=t.batch,
+        batch_size=t.batch_size,
         seed=context.recipe.seed,
-        max_tokens=t.max_tokens,
-        partial_tokens=t.completion,
+        max_tokens=t.max_length,
+        partial_tokens=t.partial_tokens,
     )
-    trained, held_out = dataset.train_test_split(t.held_out) if t.held_out else (dataset, None)
+    trained, held_out = (
+        dataset.train_test_split(t.validation_share) if t.validation_share else (dataset, None)
+    )
     rollouts = _load_rollouts(context, student, held_out)
     loss_fn = build_loss(t.loss_terms)
 
@@ -176,7 +178,7 @@ def _teacher_caches(context: RunContext) -> Sequence[tuple[AnswerSource, float]]
     )
     return (
         without_rejected(caches, store.read_json(context.folder / "capture" / "wrong.json"))
-        if context.recipe.capture.verify
+        if context.recipe.capture.drop_wrong_answers
         else caches
     )
 
@@ -197,12 +199,12 @@ def _load_rollouts(
     return build_rollouts(
         assignments,
         student,
-        lambda name: context.load_teacher(name, t.batch),
+        lambda name: context.load_teacher(name, t.batch_size),
         context.event_maps,
         t.on_policy,
-        t.batch,
+        t.batch_size,
         context.recipe.seed,
-        t.max_tokens,
+        t.max_length,
     )
 
 

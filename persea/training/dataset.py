@@ -317,8 +317,8 @@ class DistillDataset(torch.utils.data.Dataset[Example]):
             raise DataError(
                 f"{len(self)} examples are too few to hold out {n} "
                 f"and train on batches of {self.batch_size}",
-                where="training.held_out",
-                remedy="a larger corpus, a smaller training.batch, or training.evaluate_every: 0",
+                where="training.validation_share",
+                remedy="a larger corpus, a smaller training.batch_size, or training.evaluate_every: 0",
             )
         held_out_L = np.zeros(len(self), np.bool_)
         held_out_L[np.random.default_rng([mixture.seed, n]).permutation(len(self))[:n]] = True
@@ -496,7 +496,7 @@ def build_dataset(
             f"{survey.unrenderable} cannot be written by the student's tokenizer or template"
             + "".join(f" ({reason})" for reason in survey.reasons[:1]),
             where="train",
-            remedy="raise training.max_tokens, or choose another student",
+            remedy="raise training.max_length, or choose another student",
         )
     readers, shares = zip(*parts, strict=True)
     return DistillDataset.from_mixture(

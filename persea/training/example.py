@@ -16,11 +16,12 @@ from persea.alignment.partial_tokens import (
 )
 from persea.alignment.spans import Alignment, SupervisionKind, align
 from persea.cache.unit import CachedAnswer
-from persea.chat.messages import RenderedTokens, ThinkingEffort
+from persea.chat.messages import ThinkingEffort
 from persea.chat.renderer import ChatRenderer
 from persea.distributions import DistributionKind, SparseDistributions
 from persea.losses import EventTargets, build_event_targets, concat_event_targets
 from persea.tokenization.bpe import expand_groups
+from persea.tokenization.tokens import RenderedTokens
 
 NUM_COUNTS = len(SupervisionKind) + 3  # length of Example.counts
 

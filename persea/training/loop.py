@@ -84,18 +84,18 @@ class TrainingSettings:
         return cls(
             steps=section.steps,
             learning_rate=section.learning_rate,
-            warmup_steps=section.warmup,
+            warmup_steps=section.warmup_steps,
             weight_decay=section.weight_decay,
-            max_grad_norm=section.clip,
+            max_grad_norm=section.max_grad_norm,
             checkpoint_every=section.checkpoint_every,
             log_every=section.log_every,
             seed=seed,
-            max_skipped_steps=section.skips,
+            max_skipped_steps=section.max_skipped_steps,
             schedule=section.schedule,
             cooldown_share=section.cooldown or 0.0,
-            micro_batches=section.accumulate,
+            micro_batches=section.micro_batches,
             evaluate_every=section.evaluate_every,
-            loss_balancing=section.balance,
+            loss_balancing=section.loss_balancing,
             balance_half_life_steps=section.balance_half_life_steps,
             balance_max_ratio=section.balance_max_ratio,
             balance_prior_tokens=section.balance_prior_tokens,
@@ -349,7 +349,7 @@ def _accumulate_gradients(
             "no supervised position in this step",
             where=f"train, step {step}",
             remedy="with training.on_policy no token of a teacher begins where a token of the "
-            "student's answers does: raise `after`, or `batch`",
+            "student's answers does: raise `start_step`, or `batch_size`",
         )
     for parameter in parameters:
         if parameter.grad is not None:
@@ -475,7 +475,7 @@ def _record_skipped_step(
         ),
         where="train",
         remedy="lower training.learning_rate, or inspect the batch; the last checkpoint is finite "
-        "(training.skips: most steps to skip)",
+        "(training.max_skipped_steps: most steps to skip)",
     )
 
 

@@ -311,8 +311,8 @@ def load_student(
         if not model.supports_gradient_checkpointing:
             raise RefusedError(
                 f"{type(model).__name__} does not support gradient checkpointing",
-                where="training.recompute",
-                remedy="recompute: false",
+                where="training.gradient_checkpointing",
+                remedy="gradient_checkpointing: false",
             )
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     student = StudentModel(model, renderer, source, options)

@@ -18,7 +18,6 @@ from persea.chat.messages import (
     ContentPart,
     Conversation,
     Message,
-    RenderedTokens,
     Role,
     Text,
     Thinking,
@@ -26,6 +25,7 @@ from persea.chat.messages import (
 )
 from persea.chat.renderer import ChatRenderer
 from persea.errors import DataError
+from persea.tokenization.tokens import RenderedTokens
 from tests.conftest import FAMILIES, Speaker
 
 FRAGMENTS = [

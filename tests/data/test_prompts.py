@@ -12,10 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persea.chat.messages import Conversation, Message, Role, Text, ThinkingEffort
+from persea.data.formats import MALFORMED_PREFIX_BYTES, MAX_LINE_BYTES, read_prompts
 from persea.data.prompts import (
     GOLDEN_RATIO_STEP,
-    MALFORMED_PREFIX_BYTES,
-    MAX_LINE_BYTES,
     SILVER_RATIO_STEP,
     Corpus,
     MalformedLine,
@@ -25,7 +24,6 @@ from persea.data.prompts import (
     assign_efforts,
     build_corpus,
     pick_by_share,
-    read_prompts,
 )
 from persea.errors import DataError
 

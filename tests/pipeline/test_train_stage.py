@@ -91,10 +91,10 @@ def test_two_processes_stopped_and_resumed_by_one_learn_what_was_asked(tmp_path:
     """
     flowed_copy(tmp_path, "check", "audition", "capture")
     sets = (
-        "training.accumulate=2",
+        "training.micro_batches=2",
         "training.evaluate_every=4",
         "training.report_to=tensorboard",
-        "training.balance=deviation",
+        "training.loss_balancing=deviation",
     )
     before, heard = signal.getsignal(signal.SIGTERM), list[str]()
 
@@ -141,9 +141,9 @@ def test_two_processes_hear_the_students_own_answers_as_one_does(tmp_path: Path)
     loss is the mean over both halves' positions.
     """
     sets = (
-        "training.on_policy={after: 2, share: 0.5, rollouts: 8, refresh: 4, max_new_tokens: 12}",
+        "training.on_policy={start_step: 2, share: 0.5, rollouts: 8, max_staleness_steps: 4, max_new_tokens: 12}",
         "training.log_every=1",
-        "training.balance=deviation",
+        "training.loss_balancing=deviation",
     )
     told = {}
     for procs in (1, 2):
@@ -277,8 +277,8 @@ def test_more_processes_than_conversations_are_refused(tmp_path: Path) -> None:
     ended = persea("train", "tiny.yaml", "--out", "run", "--procs", "5", "--json", folder=tmp_path)
     assert ended.code == 2
     assert ended.err == (
-        "persea: training.batch: a batch of 4 conversations cannot be split over 5 processes -> at most 4 processes, or a larger "
-        "training.batch\n"
+        "persea: training.batch_size: a batch of 4 conversations cannot be split over 5 processes -> at most 4 processes, or a larger "
+        "training.batch_size\n"
     )
 
 
@@ -290,7 +290,7 @@ def test_a_question_whose_lesson_is_held_out_is_not_asked(
         tmp_path,
         LaunchOptions(),
         "training.evaluate_every=4",
-        "training.on_policy={after: 0, rollouts: 8}",
+        "training.on_policy={start_step: 0, rollouts: 8}",
     )
     asked = list[str]()
     monkeypatch.setattr(
@@ -302,11 +302,11 @@ def test_a_question_whose_lesson_is_held_out_is_not_asked(
         teach._teacher_caches(here),
         student.renderer,
         here.event_maps,
-        batch_size=t.batch,
+        batch_size=t.batch_size,
         seed=0,
-        max_tokens=t.max_tokens,
+        max_tokens=t.max_length,
     )
-    learned, held = feed.train_test_split(t.held_out)
+    learned, held = feed.train_test_split(t.validation_share)
     teach._load_rollouts(here, student, held)
     unseen, seen = set(held.prompt_ids()), set(learned.prompt_ids())
     assert len(unseen) == len(held) > 0 and unseen & set(asked) == set() == unseen & seen
@@ -396,7 +396,6 @@ def test_held_out_is_the_same_in_parts() -> None:
     feed, student, loss_fn = _feed(), _Student(), EventKL(event_weight=0.7)
     whole = held_out_loss(student, feed, World(), loss_fn)  # type: ignore[arg-type]
     held_out_loss(student, feed, Heard(0, 2), loss_fn)  # type: ignore[arg-type]
-    # type: ignore[arg-type]
     assert held_out_loss(student, feed, Heard(1, 2), loss_fn) == pytest.approx(whole)
     assert set(whole) == {"all", "a", "b"}
     assert (
@@ -417,9 +416,9 @@ class _Student:
 
 def _feed() -> DistillDataset:
     from persea.cache.reader import CacheMixture
-    from persea.chat.messages import RenderedTokens
     from persea.distributions import DistributionKind
     from persea.losses import EventTargets
+    from persea.tokenization.tokens import RenderedTokens
     from persea.training.dataset import DatasetStats
     from persea.training.example import Example
 

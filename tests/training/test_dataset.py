@@ -265,7 +265,7 @@ def test_too_long_answers_are_counted_and_left_out(voices: Voices, bridges: dict
         match=f"no answer is left: 9 have more than {lengths[0] - 1} tokens, 0 cannot be written",
     ) as caught:
         flow(voices, bridges, 9, max_tokens=lengths[0] - 1)
-    assert "training.max_tokens" in caught.value.remedy
+    assert "training.max_length" in caught.value.remedy
     with pytest.raises(DataError, match="no answer is left: 0 have"):
         flow(voices, bridges, 0)
 
@@ -309,7 +309,7 @@ def test_an_answer_the_student_cannot_say_is_left_out_with_its_reason(voices: Vo
     )
     assert (
         captures[1].answer.prompt_id in told.reasons[0]
-        and "does not give the text back" in told.reasons[0]
+        and "does not reproduce the text" in told.reasons[0]
     )
     with pytest.raises(DataError, match="1 cannot be written"):
         build_dataset(

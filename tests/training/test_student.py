@@ -307,7 +307,8 @@ def test_a_student_that_cannot_do_it_is_refused(monkeypatch: pytest.MonkeyPatch)
         student("gpt-oss-sapling", ways=ComputeOptions(packing=True))
     monkeypatch.setattr("transformers.LlamaForCausalLM.supports_gradient_checkpointing", False)
     with pytest.raises(
-        RefusedError, match=r"training\.recompute: .* does not support gradient checkpointing"
+        RefusedError,
+        match=r"training\.gradient_checkpointing: .* does not support gradient checkpointing",
     ):
         student(ways=ComputeOptions(gradient_checkpointing=True))
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from persea.chat.messages import Conversation, FinishReason, RenderedTokens, ThinkingEffort
+from persea.chat.messages import Conversation, FinishReason, ThinkingEffort
 from persea.chat.renderer import ChatRenderer
 from persea.config.schema import OnPolicySection
 from persea.data.prompts import Prompt
 from persea.errors import DataError
+from persea.tokenization.tokens import RenderedTokens
 
 
 @dataclass(frozen=True)

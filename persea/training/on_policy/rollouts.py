@@ -27,12 +27,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from persea.chat.messages import RenderedTokens
 from persea.config.schema import OnPolicySection
 from persea.data.prompts import Prompt
 from persea.distributions import DistributionKind
 from persea.errors import DataError, RecipeError, RefusedError
 from persea.losses import LossOutput
+from persea.tokenization.tokens import RenderedTokens
 from persea.training import loss_balancing as balance
 from persea.training.loss_balancing import Group
 from persea.training.on_policy.candidates import candidates_from_hidden
@@ -128,8 +128,8 @@ class Rollouts:
                 )
 
     def is_due(self, step: int) -> bool:
-        """Return whether a step is on-policy: from `after` on, `share` of the steps, evenly."""
-        since = step - self.config.after
+        """Return whether a step is on-policy: from `start_step` on, `share` of the steps, evenly."""
+        since = step - self.config.start_step
         return since >= 0 and math.floor((since + 1) * self.config.share) > math.floor(
             since * self.config.share
         )
@@ -167,7 +167,7 @@ class Rollouts:
                 f"of {len(lengths)} answers of the student none can be trained on "
                 f"({dict(left_out)})",
                 where=f"train, step {step}",
-                remedy="raise training.on_policy.after, so that the student can answer before its "
+                remedy="raise training.on_policy.start_step, so that the student can answer before its "
                 "answers are used, or max_new_tokens",
             )
         if parts > 1:
@@ -275,7 +275,7 @@ class Rollouts:
     ) -> tuple[list[RolloutAnswer], Counter[str], list[int]]:
         """Return the usable answers of a step, why the others are left out, and all lengths."""
         number, index = divmod(
-            math.floor((step - self.config.after) * self.config.share),
+            math.floor((step - self.config.start_step) * self.config.share),
             self.config.rollouts // self.batch_size,
         )
         if index == 0 and (self._in_flight is None or self._in_flight.step != step):
@@ -287,12 +287,12 @@ class Rollouts:
                 where="train",
                 remedy="resume from a checkpoint of this run, which holds them",
             )
-        if step - batch.step > self.config.refresh:
+        if step - batch.step > self.config.max_staleness_steps:
             raise RefusedError(
                 f"answers sampled at step {batch.step} are too old at step {step}: "
-                f"at most {self.config.refresh} steps are allowed",
+                f"at most {self.config.max_staleness_steps} steps are allowed",
                 where="train",
-                remedy="raise training.on_policy.refresh, or lower rollouts",
+                remedy="raise training.on_policy.max_staleness_steps, or lower rollouts",
             )
         begin = index * self.batch_size
         chosen = range(

@@ -27,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
+from typing import cast
 
 import numpy as np
 import torch
@@ -39,12 +40,12 @@ from persea.alignment.markers import (
     is_after_markers,
 )
 from persea.alignment.spans import align
-from persea.chat.messages import RenderedTokens
 from persea.errors import RefusedError, TeacherError
 from persea.losses import ImpossibleTokens, LMHead, SpanTargets
-from persea.teachers.engines import EngineFailure, SparseEngine
+from persea.teachers.engines import EngineFailure
 from persea.teachers.engines.transformers import TransformersEngine
 from persea.teachers.teacher import Teacher
+from persea.tokenization.tokens import RenderedTokens
 from persea.training.lm_head import find_logit_scaling, hidden_states
 from persea.training.on_policy.candidates import (
     MAX_LOGIT_ELEMENTS,
@@ -212,7 +213,7 @@ class TeacherScorer:
         aligned = [self._align_answer(own, theirs, ALL_SPANS) for own, theirs in answers]
         span_scores = TeacherSpanScores(self, [theirs for _, theirs in answers], aligned)
         engine = self.teacher.engine
-        if isinstance(engine, SparseEngine):
+        if not engine.capabilities.has_full_distributions:
             for k, rows in enumerate(
                 engine.compute_sparse_distributions(
                     [theirs.ids_T for _, theirs in answers],
@@ -272,11 +273,10 @@ class TeacherScorer:
         None for a head that is no plain linear map (quantised) or is offloaded: an offloaded weight
         is in memory only during a forward pass.
         """
-        engine = self.teacher.engine
-        if (
-            not isinstance(engine, TransformersEngine)
-            or engine.model.get_output_embeddings().weight.is_meta
-        ):
+        if not self.teacher.engine.capabilities.has_local_model:
+            return None
+        engine = cast(TransformersEngine, self.teacher.engine)
+        if engine.model.get_output_embeddings().weight.is_meta:
             return None
         try:
             scaling = find_logit_scaling(engine.model, engine.vocab_size, self.teacher.name)
@@ -294,15 +294,16 @@ class TeacherScorer:
         self, answers: Sequence[tuple[RenderedTokens, RenderedTokens]]
     ) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
         """Yield (answer, first supervised token, log-probabilities, outputs to keep of them)."""
-        done, engine = [0] * len(answers), self.teacher.engine
-        if self._local_head is None or not isinstance(engine, TransformersEngine):
-            for k, logprobs_NW in engine.iter_logprobs(
+        done = [0] * len(answers)
+        if self._local_head is None:
+            for k, logprobs_NW in self.teacher.engine.iter_logprobs(
                 [theirs.ids_T for _, theirs in answers],
                 [theirs.loss_mask_T for _, theirs in answers],
             ):
                 yield k, done[k], logprobs_NW, logprobs_NW
                 done[k] += len(logprobs_NW)
             return
+        engine = cast(TransformersEngine, self.teacher.engine)
         for begin in range(0, len(answers), engine.batch_size):
             batch = [theirs for _, theirs in answers[begin : begin + engine.batch_size]]
             ids_BS, mask_BS = torch.zeros((2, len(batch), max(map(len, batch))), dtype=torch.int64)

@@ -43,7 +43,9 @@ from persea.training.student import StudentModel
 from tests.conftest import Speaker
 from tests.teachers.engines.test_transformers import NAMES, engine, opened
 
-TERMS = OnPolicySection(after=2, share=0.5, rollouts=4, refresh=2, max_new_tokens=24)
+TERMS = OnPolicySection(
+    start_step=2, share=0.5, rollouts=4, max_staleness_steps=2, max_new_tokens=24
+)
 STUDENT = "llama-sapling"
 BRIDGES: dict[str, EventMap] = {}
 
@@ -509,7 +511,9 @@ def test_a_groups_weight_multiplies_its_part_of_the_loss(objective: str) -> None
 def test_steps_on_its_own_words_bring_the_student_nearer() -> None:
     own = source(
         "qwen-sapling",
-        terms=TERMS.model_copy(update={"share": 1.0, "after": 0, "rollouts": 8, "refresh": 100}),
+        terms=TERMS.model_copy(
+            update={"share": 1.0, "start_step": 0, "rollouts": 8, "max_staleness_steps": 100}
+        ),
         size=8,
     )
     optimizer = torch.optim.AdamW(own.student.trainable_parameters, 1e-3)
@@ -569,7 +573,7 @@ def test_where_nothing_can_be_learned_the_run_is_refused() -> None:
 
 @given(st.integers(0, 50), st.floats(0.01, 1))
 def test_shares_of_steps_hold_in_every_stretch(after: int, share: float) -> None:
-    own = replace_terms(after=after, share=share)
+    own = replace_terms(start_step=after, share=share)
     due = [own.is_due(step) for step in range(400)]
     assert not any(due[:after])
     for n in (10, 50, 300):
@@ -577,7 +581,6 @@ def test_shares_of_steps_hold_in_every_stretch(after: int, share: float) -> None
 
 
 def replace_terms(**changes: Any) -> Rollouts:
-    # type: ignore[arg-type]
     return Rollouts(None, (), {}, TERMS.model_copy(update=changes), 2, 0, 512)
 
 
@@ -619,7 +622,7 @@ def test_the_same_step_draws_the_same_and_another_step_or_seed_something_else() 
 
 
 def test_a_stale_answer_is_refused() -> None:
-    own = source("qwen-sapling", terms=TERMS.model_copy(update={"refresh": 1}))
+    own = source("qwen-sapling", terms=TERMS.model_copy(update={"max_staleness_steps": 1}))
     own.loss(3)
     with pytest.raises(
         RefusedError,
@@ -661,7 +664,7 @@ def test_drawing_is_the_models_own_distribution(name: str) -> None:
 def test_both_sides_use_the_recipes_candidate_probability(monkeypatch: pytest.MonkeyPatch) -> None:
     """The student's side had a threshold of its own, whatever the teacher's scorer was built with."""
     one = student()
-    config = TERMS.model_copy(update={"min_candidate_prob": 0.01, "after": 0})
+    config = TERMS.model_copy(update={"min_candidate_prob": 0.01, "start_step": 0})
     prompts = [i.prompt for i in GENERATED_TASKS[0].items(Split.TRAIN, 4, 0)]
     used: list[float] = []
     real = rollouts.candidates_from_hidden

@@ -17,7 +17,7 @@ import torch
 
 from persea.alignment.markers import align_marker_runs
 from persea.alignment.spans import align
-from persea.chat.messages import Conversation, RenderedTokens, Text, Thinking, ThinkingEffort
+from persea.chat.messages import Conversation, Text, Thinking, ThinkingEffort
 from persea.chat.renderer import ChatRenderer
 from persea.distributions import DistributionKind, SparseDistributions
 from persea.errors import RecipeError, TeacherError
@@ -26,6 +26,7 @@ from persea.tasks.generated import GENERATED_TASKS
 from persea.tasks.task import Split
 from persea.teachers.engines import Engine, EngineCapabilities, EngineFailure
 from persea.teachers.engines.transformers import TransformersEngine
+from persea.tokenization.tokens import RenderedTokens
 from persea.training.on_policy.candidates import NO_TOKENS, candidates_from_hidden
 from persea.training.on_policy.rollouts import Rollouts
 from persea.training.on_policy.span_scores import (
@@ -434,7 +435,6 @@ class Certain:
 
 def test_a_stretch_between_rims_that_nobody_can_say_is_left_out() -> None:
     here, some = pair("qwen-sapling"), spoken("qwen-sapling")
-    # type: ignore[arg-type]
     certain = TeacherScorer(replace(here.teacher, engine=Certain(here, some)), here.event_map)
     whole, (less, dead) = here.score_spans(some)[0], certain.score_spans(some)
     assert 0 < len(less.teacher_logprob_C) < len(whole.teacher_logprob_C)
