@@ -439,7 +439,7 @@ def top(p_W: np.ndarray, k: int) -> SparseDistributions:
 def z_scores(
     rows: SparseDistributions, c: Case, bridge: EventMap, full: tuple[float, torch.Tensor]
 ) -> tuple[float, torch.Tensor]:
-    """How many standard errors the mean over draws of loss and gradient lies from the full row's."""
+    """Standard errors between the mean over draws of loss and gradient, and the full row's."""
     per = 50
     row_M = np.repeat(np.arange(DRAWS), np.diff(rows.offsets_N1))
     ids_M, probs_M = rows.ids_M, rows.probs_M
@@ -826,7 +826,9 @@ def test_masked_entries_and_members(seed: int, share: float):
 
 
 def test_named_and_dropped_is_no_part_of_the_rest():
-    """The row names A .6, which cannot stand, and B .3; .1 is left for C. Of the rest's pull nothing goes to A, also where only A's
+    """The row names A .6, which is impossible, and B .3; .1 is left for C.
+
+    Of the rest's target mass nothing goes to A, also where only A's
     student token cannot stand."""
     bridge = replace(identity(3), teacher_mask=Fixed({0: [0]}), student_mask=Fixed({0: []}))
     also = replace(identity(3), teacher_mask=Fixed({0: []}), student_mask=Fixed({0: [0]}))

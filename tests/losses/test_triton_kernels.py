@@ -1,6 +1,7 @@
-"""The Triton kernels against the functions they implement: in Triton's interpreter, on random inputs, in memory full of NaN.
+"""The Triton kernels against the functions they implement, in memory full of NaN.
 
-In a process of its own, because Triton reads TRITON_INTERPRET once, at import. Skipped where Triton is not installed.
+They run in Triton's interpreter, in a process of its own, because Triton reads TRITON_INTERPRET
+once, at import. Skipped where Triton is not installed.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def poisoned(n, like):
     rooms.append(n)
     return torch.full((n,), math.nan)
 fused.empty_float32 = poisoned
-fused.BLOCK_COLUMNS, fused.BLOCK_EVENT_TOKENS = 16, 2  # so that rows of 8 to 40 columns take several rounds, and are no multiple of one
+# rows of 8 to 40 columns take several rounds, and are no multiple of one
+fused.BLOCK_COLUMNS, fused.BLOCK_EVENT_TOKENS = 16, 2
 
 def walled(logits):
     "The same rows inside a wider matrix of NaN: what is read past a row's end would show."
@@ -51,7 +53,8 @@ for seed in range(4):
         known.write_gradient(c.logits_NV, want)
         wide, inside = walled(c.logits_NV)
         loss, text, events, spoken = fused.triton_event_kl(inside, c.labels_N, teachers, share)
-        close(loss, known.loss_N, 1e-5), close(text, known.cross_entropy_N, 1e-5), close(events, known.event_loss_N, 1e-5), close(inside, want)
+        close(loss, known.loss_N, 1e-5), close(text, known.cross_entropy_N, 1e-5)
+        close(events, known.event_loss_N, 1e-5), close(inside, want)
         assert torch.equal(spoken, known.supervised_N)
         assert wide[:, c.logits_NV.shape[1]:].isnan().all() and wide[-1].isnan().all()
         tried += len(loss)
@@ -73,7 +76,9 @@ else:
 for divergence in Divergence:
     for seed in range(2):
         rng = np.random.default_rng(seed)
-        mine, theirs = (torch.from_numpy(4 * rng.standard_normal((3, 37))).float() for _ in range(2))
+        mine, theirs = (
+            torch.from_numpy(4 * rng.standard_normal((3, 37))).float() for _ in range(2)
+        )
         if divergence is not Divergence.REVERSE:
             theirs[torch.from_numpy(rng.random((3, 37)) < 0.3)] = -math.inf
         wide, inside = walled(mine)
@@ -93,7 +98,8 @@ for gpu in (False, True):
     heads.can_use_triton = lambda logits, gpu=gpu: gpu
     before = len(rooms)
     w, h = weight.clone().requires_grad_(), hidden.clone().requires_grad_()
-    outs = [event_kl_loss_from_hidden(h, LMHead(w, len(w)), c.labels_N, [t.targets for t in c.teachers], 0.7),
+    targets = [t.targets for t in c.teachers]
+    outs = [event_kl_loss_from_hidden(h, LMHead(w, len(w)), c.labels_N, targets, 0.7),
             divergence_loss_from_hidden(h, LMHead(w, len(w)), (hidden, LMHead(weight, len(w))))]
     sum(out.loss for out in outs).backward()
     found.append((outs[0].loss.detach(), outs[1].loss.detach(), w.grad, h.grad))

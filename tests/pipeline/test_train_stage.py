@@ -141,7 +141,8 @@ def test_two_processes_hear_the_students_own_answers_as_one_does(tmp_path: Path)
     loss is the mean over both halves' positions.
     """
     sets = (
-        "training.on_policy={start_step: 2, share: 0.5, rollouts: 8, max_staleness_steps: 4, max_new_tokens: 12}",
+        "training.on_policy={start_step: 2, share: 0.5, rollouts: 8, max_staleness_steps: 4, "
+        "max_new_tokens: 12}",
         "training.log_every=1",
         "training.loss_balancing=deviation",
     )
@@ -176,7 +177,7 @@ def test_two_processes_hear_the_students_own_answers_as_one_does(tmp_path: Path)
     assert 2 in weighed and own[-1] in weighed
     with pytest.raises(
         RecipeError,
-        match=r"training\.on_policy: a student that is sharded over processes cannot generate answers",
+        match=r"training\.on_policy: a student that is sharded over processes cannot generate",
     ):
         run_pipeline(
             river(tmp_path / "2", LaunchOptions(2, ParallelStrategy.FSDP), *sets),
@@ -277,8 +278,8 @@ def test_more_processes_than_conversations_are_refused(tmp_path: Path) -> None:
     ended = persea("train", "tiny.yaml", "--out", "run", "--procs", "5", "--json", folder=tmp_path)
     assert ended.code == 2
     assert ended.err == (
-        "persea: training.batch_size: a batch of 4 conversations cannot be split over 5 processes -> at most 4 processes, or a larger "
-        "training.batch_size\n"
+        "persea: training.batch_size: a batch of 4 conversations cannot be split over 5 processes "
+        "-> at most 4 processes, or a larger training.batch_size\n"
     )
 
 

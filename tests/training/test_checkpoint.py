@@ -1,4 +1,4 @@
-"""A checkpoint holds all that a training is made of, survives what befalls a disk, and is refused where it belongs to something else.
+"""A checkpoint holds all of a training, survives disk faults, and is refused for other inputs.
 
 The last tests take away an fsync, a digest, a saved source of chance, and see the others fail.
 """
@@ -88,7 +88,7 @@ def stopped(folder: Path, at: int, **more: Any) -> None:
 
 
 def differs_after_a_resume(folder: Path) -> bool:
-    """Whether a training that is stopped after its third step ends otherwise than one that is not."""
+    """Whether a training that is stopped after its third step ends differently."""
     run(folder / "whole")
     stopped(folder / "parts", 2)
     run(folder / "parts")
@@ -198,7 +198,8 @@ def test_what_differs_is_told_key_by_key(tmp_path: Path) -> None:
         "capture": "d" * 64,
     }
     words = (
-        'training.steps: 6 -> 7; training.targets: ["q_proj"] -> ["k_proj"]; training.clip: null -> 1.0; '
+        'training.steps: 6 -> 7; training.targets: ["q_proj"] -> ["k_proj"]; '
+        "training.clip: null -> 1.0; "
         "capture: cccccccccccc -> dddddddddddd"
     )
     assert checkpoints.describe_input_changes(tmp_path, other) == words

@@ -762,7 +762,7 @@ def test_a_batch_feeds_the_objective(voices: Voices, bridges: dict[str, EventMap
 def test_it_is_a_dataset_for_a_data_loader(
     voices: Voices, bridges: dict[str, EventMap], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Indices in the order of the answers; padded labels are ignored; teachers give the same maps."""
+    """Indices in the order of the answers; padded labels are ignored; teachers give the maps."""
     monkeypatch.setenv("PERSEA_HOME", str(tmp_path))
     captures = captures_of(voices, 7)
     dataset = DistillDataset(

@@ -132,7 +132,8 @@ def test_a_head_with_an_adapter_is_refused():
     )
     with pytest.raises(
         RefusedError,
-        match=r"student: the head is a peft\..*Linear, and persea needs a plain linear layer -> leave the head",
+        match=r"student: the head is a peft\..*Linear, and persea needs a plain linear layer "
+        r"-> leave the head",
     ):
         find_logit_scaling(model, V, "student")
 

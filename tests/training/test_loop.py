@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from persea import storage as store
-from persea.config.schema import LossBalancing
+from persea.config.schema import LossBalancing, TrainingSection
 from persea.errors import DataError, RefusedError, RunInterrupted
 from persea.training.loop import TrainingSettings, run_training_loop
 from persea.training.loss_balancing import Group, GroupStats
@@ -325,7 +325,7 @@ def test_a_signal_saves_the_step_and_the_rest_goes_on_from_it(
     first = Toy()
     with pytest.raises(
         RunInterrupted,
-        match=rf"stopped by {number.name}; step {at + 1} is saved -> run the same command to continue",
+        match=rf"stopped by {number.name}; step {at + 1} is saved -> run the same command",
     ) as caught:
         run(
             tmp_path,
@@ -497,7 +497,10 @@ def test_a_step_that_is_not_finite_is_refused_before_it_is_applied(
         held.append([p.detach().clone() for p in toy.parameters])
         return broken(out) if step == 4 else None
 
-    words = r"train: loss .*, gradient norm \S+ at step 5 \(teachers: gemma, qwen\): not applied -> lower training\.learning_rate"
+    words = (
+        r"train: loss .*, gradient norm \S+ at step 5 \(teachers: gemma, qwen\): not applied "
+        r"-> lower training\.learning_rate"
+    )
     with pytest.raises(RefusedError, match=words) as caught:
         run(tmp_path, change=change, toy=toy)
     assert caught.value.exit_code == 4
@@ -527,7 +530,8 @@ def test_a_step_of_no_positions_is_refused_and_not_taken_for_a_loss_of_nothing(
 def test_a_held_out_loss_that_is_not_finite_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(
         RefusedError,
-        match=r"train: held-out loss is not finite after step 4: qwen nan -> lower training\.learning_rate",
+        match=r"train: held-out loss is not finite after step 4: qwen nan "
+        r"-> lower training\.learning_rate",
     ):
         run(
             tmp_path,
@@ -609,7 +613,8 @@ def test_what_the_refusal_says_works_the_checkpoint_before_goes_on(
     (folder / f"step-00000009.{lost}").unlink()
     with pytest.raises(
         DataError,
-        match=r"the checkpoint is damaged: .* -> delete .*step-00000009\.\*; the training resumes from the checkpoint before it",
+        match=r"the checkpoint is damaged: .* -> delete .*step-00000009\.\*; "
+        r"the training resumes from the checkpoint before it",
     ):
         run(tmp_path)
     for path in folder.glob("step-00000009.*"):

@@ -239,7 +239,7 @@ def test_the_tokenizer_of_the_student_is_the_one_it_came_with(tmp_path: Path) ->
 
 
 def learned(one: StudentModel) -> tuple[float, list[torch.Tensor], int]:
-    """Loss and gradients of a step on texts of three lengths, and the most bytes it held at once."""
+    """Loss and gradients of a step on texts of three lengths, and its peak memory in bytes."""
     texts = ("Two.", "One hundred and twenty-three, in words.", "Three and more.", "Yes.", "No.")
     tokens = [
         one.renderer.render(Conversation.from_question(f"question {k}").with_answer(Text(t)))

@@ -91,7 +91,8 @@ def test_a_missing_tracker_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
         MissingRequirementError,
-        match=r"training\.report_to is wandb, which is not installed -> pip install 'persea\[wandb\]'",
+        match=r"training\.report_to is wandb, which is not installed "
+        r"-> pip install 'persea\[wandb\]'",
     ) as caught:
         refuse_missing_tracker("wandb")
     assert caught.value.exit_code == 7

@@ -128,7 +128,7 @@ class Rollouts:
                 )
 
     def is_due(self, step: int) -> bool:
-        """Return whether a step is on-policy: from `start_step` on, `share` of the steps, evenly."""
+        """Return whether a step is on-policy: from `start_step` on, an even `share` of steps."""
         since = step - self.config.start_step
         return since >= 0 and math.floor((since + 1) * self.config.share) > math.floor(
             since * self.config.share
@@ -167,8 +167,8 @@ class Rollouts:
                 f"of {len(lengths)} answers of the student none can be trained on "
                 f"({dict(left_out)})",
                 where=f"train, step {step}",
-                remedy="raise training.on_policy.start_step, so that the student can answer before its "
-                "answers are used, or max_new_tokens",
+                remedy="raise training.on_policy.start_step, so that the student can answer before "
+                "its answers are used, or max_new_tokens",
             )
         if parts > 1:
             own_part = self._parse_answers(step, part, parts)[0]

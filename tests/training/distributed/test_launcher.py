@@ -45,10 +45,13 @@ def weights(folder: Path) -> list[torch.Tensor]:
     return values
 
 
+NO_TROUBLE = Trouble()
+
+
 def two(
     folder: Path,
     shard: ParallelStrategy = ParallelStrategy.DDP,
-    trouble: Trouble = Trouble(),
+    trouble: Trouble = NO_TROUBLE,
     **changes: Any,
 ) -> None:
     launch_processes(
@@ -83,7 +86,7 @@ def test_two_processes_learn_what_one_learns_from_the_same_batches(
         assert (a - b).abs().mean() < 3e-5
 
 
-def test_from_two_to_one_to_two_the_batches_go_on_and_a_signal_to_one_rank_stops_both_with_the_same_bytes(
+def test_from_two_to_one_to_two_processes_and_a_signal_stops_both_with_the_same_bytes(
     tmp_path: Path, one: Path
 ) -> None:
     with pytest.raises(RunInterrupted, match=r"stopped by SIGTERM; step 2 is saved") as caught:

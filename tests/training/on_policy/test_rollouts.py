@@ -563,7 +563,8 @@ def test_where_nothing_can_be_learned_the_run_is_refused() -> None:
     )
     with pytest.raises(
         RefusedError,
-        match=r"train, step 2: of 2 answers of the student none can be trained on \(\{'length': 2\}\) -> raise training",
+        match=r"train, step 2: of 2 answers of the student none can be trained on "
+        r"\(\{'length': 2\}\) -> raise training",
     ):
         own.loss(2)
 
@@ -662,7 +663,7 @@ def test_drawing_is_the_models_own_distribution(name: str) -> None:
 
 
 def test_both_sides_use_the_recipes_candidate_probability(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The student's side had a threshold of its own, whatever the teacher's scorer was built with."""
+    """The student's side had a threshold of its own, whatever that of the teacher's scorer."""
     one = student()
     config = TERMS.model_copy(update={"min_candidate_prob": 0.01, "start_step": 0})
     prompts = [i.prompt for i in GENERATED_TASKS[0].items(Split.TRAIN, 4, 0)]

@@ -159,7 +159,17 @@ def test_chunks_by_a_walk_over_the_spans(name: str) -> None:
                 )
             )
 
-            def beta(s: int) -> float:
+            def beta(
+                s: int,
+                boundary: Any = boundary,
+                gone: Any = gone,
+                first: Any = first,
+                place: Any = place,
+                theirs: Any = theirs,
+                own: Any = own,
+                rows: Any = rows,
+                row: Any = row,
+            ) -> float:
                 t = np.array([boundary[s]])
                 gone.update(
                     (first + int(place[s]), int(v))
