@@ -71,7 +71,7 @@ POINTS = {
         "replace", "step-00000006.json", after=True
     ),
     "an old record is removed, its state is not": Point("remove", "step-00000003.json", after=True),
-    "lessons are told of, the student is not saved": Point("replace", "feed.json", after=True),
+    "lessons are told of, the student is not saved": Point("replace", "dataset.json", after=True),
     "the student is saved, the stage's record is not": Point("create", "done.json"),
     "the stage's record is synced, not named": Point("replace", "done.json"),
 }

@@ -63,7 +63,7 @@ def told(river: RunContext, items: int) -> dict[str, Any]:
         json.loads(line)
         for line in (river.folder / "train" / "metrics.jsonl").read_text().splitlines()
     ]
-    own = [line for line in lines if "reverse" in line["terms"]]
+    own = [line for line in lines if "reverse_kl" in line["terms"]]
     out = {
         "answers": found,
         "bits_per_byte": nats / size,
