@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from persea.alignment.event_map import EventMap, event_map_digest
-from persea.alignment.spans import CommonBoundaries, SupervisionKind, align
+from persea.alignment.spans import CommonBoundaries, SupervisionKind, align_batch
 from persea.chat.messages import Conversation, RenderedTokens, Text
 from persea.chat.renderer import ChatRenderer
 from persea.data.text_files import read_text_lines
@@ -148,7 +148,7 @@ def check_pair(
             remedy="open the bridge of these two voices",
         )
     theirs = sample.render(teacher_renderer)
-    found = align(student_tokens, theirs)
+    found = align_batch(student_tokens, theirs)
     both, ids_S, ids_T = (
         found.boundaries,
         _concatenate_ids(student_tokens),

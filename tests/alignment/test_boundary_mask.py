@@ -17,14 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from persea.alignment.boundary_mask import (
+from persea.alignment.boundary_mask import BoundaryMask
+from persea.alignment.event_map import first_tokens
+from persea.alignment.token_order import (
     MID_CHARACTER,
     UNRESTRICTED_CONTEXT,
-    BoundaryMask,
     TokenOrder,
     get_token_order,
 )
-from persea.alignment.event_map import first_tokens
 from persea.tokenization.vocabulary import BYTE_TO_CHAR, Vocabulary, load_vocabulary
 from tests.alignment.test_event_map import real_bridge, real_home
 from tests.conftest import FAMILIES, Speaker
@@ -329,23 +329,21 @@ def test_what_was_searched_before_changes_nothing(
         monkeypatch.undo()
 
 
-def test_what_patience_was_not_enough_for_stays_and_is_never_taken_for_known(
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_candidate_whose_search_is_given_up_is_kept_and_not_taken_for_known(
     tiny_masks: Callable[[str, str], tuple[BoundaryMask, BoundaryMask]],
 ):
-    """Impatient, a mask drops nothing that a patient one keeps; what it could not decide is no witness and no state where both meet."""
+    """A mask with few search tokens removes a subset; undecided searches leave no witnesses."""
     mask = tiny_masks("gpt-oss", "llama")[1]
     ids = np.array(mask.other.vocabulary.encode(TEXTS[0] + TEXTS[1]))
     contexts = sorted(set(mask.other.context_ids(ids, range(1, len(ids))).tolist()))[:12]
-    patient, hasty = fresh(mask), fresh(mask)
+    patient = fresh(mask)
+    hasty = BoundaryMask(mask.other, mask.own, mask.first_token_W, max_search_tokens=3)
     whole = [set(patient.impossible_tokens(context).tolist()) for context in contexts]
-    monkeypatch.setattr("persea.alignment.boundary_mask.MAX_SEARCH_TOKENS", 3)
     less = [set(hasty.impossible_tokens(context).tolist()) for context in contexts]
     assert all(few <= every for few, every in zip(less, whole, strict=True)) and sum(
         map(len, less)
     ) < sum(map(len, whole))
     assert hasty._undecided_states
-    monkeypatch.undo()
     for state in hasty._meeting_states:
         assert patient._search_meeting(state, [0])
     for candidate in np.flatnonzero((hasty._witness_WK >= 0).any(1)).tolist():

@@ -428,7 +428,7 @@ def test_what_is_kept_makes_the_same_masks_and_a_student_has_one_keeper(
     for _, t, s in pairs.values():
         load_event_map(t, s)
     monkeypatch.setattr(
-        "persea.alignment.boundary_mask.derive_bpe", lambda vocabulary: pytest.fail("derived again")
+        "persea.alignment.token_order.derive_bpe", lambda vocabulary: pytest.fail("derived again")
     )
     opened = {
         id(v): replace(v, vocabulary=replace(v.vocabulary))

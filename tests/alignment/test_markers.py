@@ -75,7 +75,7 @@ def test_markers_that_one_side_has_alone_are_said_by_the_others_first_word() -> 
         ["<|channel|>final<|message|>it"],
     )
     first = int(np.flatnonzero(own.loss_mask_T)[0])
-    assert first in align([own], [theirs]).boundaries.student_C.tolist()
+    assert first in align(own, theirs).boundaries.student_C.tolist()
     assert 0 not in pair("gpt-oss-sapling").score_boundaries([(own, theirs)]).position_C.tolist()
 
 

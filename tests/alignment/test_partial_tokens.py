@@ -12,7 +12,6 @@ import pytest
 import worlds
 from worlds import Inside, World
 
-from persea.alignment.boundary_mask import UNRESTRICTED_CONTEXT
 from persea.alignment.event_map import EventMap, build_event_map
 from persea.alignment.partial_tokens import (
     PartialTokenProjector,
@@ -21,6 +20,7 @@ from persea.alignment.partial_tokens import (
     token_prefixes,
 )
 from persea.alignment.spans import align
+from persea.alignment.token_order import UNRESTRICTED_CONTEXT
 from persea.cache.unit import CachedAnswer
 from persea.chat.messages import Conversation, FinishReason, Text
 from persea.chat.renderer import ChatRenderer
@@ -249,7 +249,7 @@ def test_a_lesson_with_completion(
             plain.event_M.tolist(),
             plain.probs_M.tolist(),
         )
-        found = align([mine], [theirs])
+        found = align(mine, theirs)
         place = np.cumsum(mine.loss_mask_T) - 1
         inside = set(
             place[
@@ -318,7 +318,7 @@ def test_what_is_left_of_a_real_token_names_the_students_event(
         tokens = differ = unsaid = inside = 0
         for conversation in conversations:
             mine, theirs = student.render(conversation), teacher.render(conversation)
-            found = align([mine], [theirs]).partial_tokens
+            found = align(mine, theirs).partial_tokens
             at, over, said = (
                 side[found.at_common_boundary_I]
                 for side in (found.student_I, found.teacher_I, found.prefix_len_I)

@@ -13,7 +13,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from persea.alignment.spans import SupervisionKind, align, aligned_spans, common_boundaries
+from persea.alignment.spans import (
+    SupervisionKind,
+    align,
+    align_batch,
+    aligned_spans,
+    common_boundaries,
+)
 from persea.chat.messages import (
     ContentPart,
     Conversation,
@@ -431,9 +437,9 @@ def test_spans_are_as_fine_as_the_boundaries_allow(voices: Voices, text: str):
 def test_a_batch_is_its_conversations(voices: Voices, said: list[Conversation]):
     for s, t in (("llama", "gemma"), ("gemma", "qwen"), ("qwen", "gpt-oss")):
         ones, twos = ([voices[n].render(c) for c in said] for n in (s, t))
-        whole = align(ones, twos)
+        whole = align_batch(ones, twos)
         assert whole.student_offsets_B1.tolist() == np.cumsum([0, *map(len, ones)]).tolist()
-        single = [align([one], [two]) for one, two in zip(ones, twos, strict=True)]
+        single = [align(one, two) for one, two in zip(ones, twos, strict=True)]
         for side in ("student", "teacher"):
             first = getattr(whole, f"{side}_B1")[:-1]
             for what, name in (
@@ -473,7 +479,7 @@ def test_every_learned_token_is_taught_in_one_way(voices: Voices, conversation: 
     rendered = {name: voice.render(conversation) for name, voice in voices.items()}
     for s, one in rendered.items():
         for t, two in rendered.items():
-            found = align([one], [two])
+            found = align(one, two)
             covers = {
                 k: (int(two.starts_T[k]), int(two.ends_T[k]))
                 for k in np.flatnonzero(two.loss_mask_T)
@@ -526,7 +532,7 @@ def test_all_four_ways_occur(voices: Voices):
         way
         for s in FAMILIES
         for t in FAMILIES
-        for way in align(
+        for way in align_batch(
             [voices[s].render(conversation)], [voices[t].render(conversation)]
         ).supervision_S
     }
@@ -538,7 +544,7 @@ def test_no_token_is_taught_where_the_other_side_learns_nothing(voices: Voices):
         voices["llama"].render(answered(Text("Hi"))),
         voices["qwen"].render_prompt(Conversation.from_question("Hi")),
     )
-    found = align([s], [t])
+    found = align(s, t)
     assert set(found.supervision_S[s.loss_mask_T]) == {SupervisionKind.TEXT}
     assert (
         len(found.boundaries.student_C)
@@ -551,13 +557,13 @@ def test_no_token_is_taught_where_the_other_side_learns_nothing(voices: Voices):
 def test_what_is_no_pair_of_renderings_is_refused(voices: Voices):
     s = voices["llama"].render(answered(Text(LOREM)))
     with pytest.raises(DataError, match="2 renderings of the student against 1"):
-        align([s, s], [s])
+        align_batch([s, s], [s])
     learned = np.flatnonzero(s.loss_mask_T)
     for k, j in ((learned[3], learned[2]), (learned[2], learned[3])):
         starts = s.starts_T.copy()
         starts[k] = starts[j]
         with pytest.raises(DataError, match="begin at the same byte"):
-            align([RenderedTokens(s.ids_T, starts, s.ends_T, s.loss_mask_T)], [s])
+            align_batch([RenderedTokens(s.ids_T, starts, s.ends_T, s.loss_mask_T)], [s])
 
 
 # ---- strings that break others ---------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from persea.alignment.boundary_mask import UNRESTRICTED_CONTEXT, BoundaryMask
+from persea.alignment.boundary_mask import BoundaryMask
 from persea.alignment.event_map import EventMap
 from persea.alignment.markers import (
     align_marker_runs,
@@ -33,6 +33,7 @@ from persea.alignment.markers import (
     is_after_markers,
 )
 from persea.alignment.spans import align
+from persea.alignment.token_order import UNRESTRICTED_CONTEXT
 from persea.chat.messages import RenderedTokens
 from persea.distributions import MASS_TOLERANCE, SparseDistributions
 from persea.errors import RefusedError, TeacherError
@@ -321,7 +322,7 @@ class TeacherScorer:
     ) -> _AlignedAnswer:
         """Runs of markers, and the spans of a kind that cover the same bytes."""
         found, (mine_X2, other_X2) = (
-            align([student_tokens], [teacher_tokens]),
+            align(student_tokens, teacher_tokens),
             align_marker_runs(student_tokens, teacher_tokens),
         )
         spans = found.spans
