@@ -200,7 +200,7 @@ def test_rows_that_cannot_be_completed_are_refused():
             RecipeError, match=f"rows of kind {kind.value} say nothing in the middle of a token"
         ) as caught:
             require_projectable_kind(kind)
-        assert caught.value.where == "training.completion"
+        assert caught.value.where == "training.partial_tokens"
 
 
 def test_the_same_tokenizer_has_nothing_inside(tiny_of: Callable[[str], Speaker]):

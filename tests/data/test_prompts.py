@@ -177,8 +177,8 @@ def test_near_duplicates_are_removed_where_they_are_looked_for():
     assert build_corpus([[first, second]], [], [1.0]).removed == ()
     assert RemovedPrompt(second, RemovalReason.NEAR_DUPLICATE, "1").to_json() == {
         "id": "2",
-        "why": "near-duplicate",
-        "of": "1",
+        "reason": "near-duplicate",
+        "matched_id": "1",
         "skill": "skill",
         "language": "en",
         "conversation": second.conversation.to_json(),

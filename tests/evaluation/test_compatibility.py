@@ -347,7 +347,7 @@ def test_below_the_floor_is_refused(pair_of: Callable[[str, str], Pair]):
         refuse_incompatible([good, bad], [], 0.3, 0.1)
     assert caught.value.exit_code == 4
     assert caught.value.where == "far-away -> student, code vi"
-    assert "check.floor" in caught.value.remedy
+    assert "check.min_common_share" in caught.value.remedy
 
 
 def test_disagreement_is_refused_where_a_sample_is_long_enough_to_prove_it(
@@ -373,7 +373,7 @@ def test_disagreement_is_refused_where_a_sample_is_long_enough_to_prove_it(
     ) as caught:
         refuse_incompatible([replace(found, num_boundaries=5000)], [], 0.0, 0.1)
     assert (caught.value.exit_code, caught.value.where) == (4, "teacher -> student, languages hmn")
-    assert "check.disagreement" in caught.value.remedy
+    assert "check.max_disagreement" in caught.value.remedy
 
 
 # ---- does its template suit a teacher? -------------------------------------------------------------------------------

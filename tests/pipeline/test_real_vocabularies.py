@@ -102,12 +102,12 @@ def test_the_river_flows_through_four_real_vocabularies(
             f"corpus={corpus}",
             "audition.items=1",
             "capture.max_new_tokens=2",
-            "capture.unit=16",
+            "capture.prompts_per_unit=16",
             f"training.steps={STEPS}",
             "training.checkpoint_every=1000",
             "training.learning_rate=0.02",
-            "check.floor=0.2",
-            "check.lines=4",
+            "check.min_common_share=0.2",
+            "check.max_lines_per_text=4",
         ],
     )
     assert [t.name for t in recipe.teachers] == list(TEACHERS)
@@ -156,7 +156,7 @@ def test_the_river_flows_through_four_real_vocabularies(
                 c.distributions.offsets_N1[:-1], c.distributions.offsets_N1[1:], strict=True
             )
         ]
-        assert np.abs(np.array(mass) - 1).max() <= recipe.capture.tau + 1e-4
+        assert np.abs(np.array(mass) - 1).max() <= recipe.capture.sampling_threshold + 1e-4
 
     # and the student learned from all of them
     feed = json.loads((tmp_path / "run" / "train" / "feed.json").read_text())

@@ -246,8 +246,8 @@ def test_a_server_that_names_tokens_can_teach_chunks() -> None:
     ("kind", "objective", "why"),
     [
         (DistributionKind.TOPK, "events", "reverse KL over events needs whole ones"),
-        (DistributionKind.TEXT_ONLY, "chunk", "words alone"),
-        (DistributionKind.TOPK, "chunk", ""),
+        (DistributionKind.TEXT_ONLY, "span_likelihood", "words alone"),
+        (DistributionKind.TOPK, "span_likelihood", ""),
     ],
 )
 def test_a_teacher_that_knows_too_little_is_refused(
