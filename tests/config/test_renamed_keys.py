@@ -75,7 +75,7 @@ def test_each_use_is_reported_once_with_its_place(write: Any) -> None:
         "the old name still works" in notices
     )
     assert (
-        "mine.yaml:18:32: evaluation.benchmarks.0.set is now evaluation.benchmarks.0.benchmark; "
+        "mine.yaml:17:32: evaluation.benchmarks.0.set is now evaluation.benchmarks.0.benchmark; "
         "the old name still works" in notices
     )
 
