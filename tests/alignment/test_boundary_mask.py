@@ -1,4 +1,7 @@
-"""What a mask drops is impossible, and (nearly) all that is impossible is dropped: by enumeration, and on all kinds of real text."""
+"""Boundary masks remove impossible tokens, nearly all of them and nothing else.
+
+Checked by enumeration of toy tokenizers and on many kinds of real text.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +93,7 @@ def deleted(pair: tuple[BoundaryMask, BoundaryMask], texts: Sequence[str]) -> tu
     return lost, seen
 
 
-# ---- any two tokenizers, by enumeration ------------------------------------------------------------------------------
+# --- any two tokenizers, by enumeration ---
 
 
 def byte_level(
@@ -157,14 +160,17 @@ STRINGS = [
 @settings(max_examples=25)
 @given(one=toys, two=toys)
 def test_nothing_that_occurs_is_dropped(one: Vocabulary, two: Vocabulary):
-    """Sound, whatever the merges, the words, added tokens and byte fallback: over all strings of up to six characters and more."""
+    """Masks are sound for any merges, words, added tokens and byte fallback."""
     lost, seen = deleted(masks(one, two), STRINGS[::3])
     assert seen > 1000
     assert lost == 0
 
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 RIGHT_ALIGNED = r"\d{1,3}(?=(?:\d{3})*(?!\d))|\D+"
 
 
@@ -197,7 +203,7 @@ def test_nothing_is_dropped_under_real_patterns(one: Vocabulary, two: Vocabulary
 @settings(max_examples=15)
 @given(one=chosen, two=chosen)
 def test_what_never_occurs_is_dropped(one: list[tuple[int, int]], two: list[tuple[int, int]]):
-    """Complete where no word ends: of the tokens that a common boundary rules out in every longer string, less than 2 % stay."""
+    """Without word ends masks are nearly complete: less than 2 % of impossible tokens stay."""
     vocabularies = byte_level(one, "", False, "ab"), byte_level(two, "", False, "ab")
     pair = masks(*vocabularies)
     follows: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[set[int], set[int]]] = defaultdict(
@@ -230,12 +236,12 @@ def test_what_never_occurs_is_dropped(one: list[tuple[int, int]], two: list[tupl
     )  # a place where both meet may lie beyond the longest string
 
 
-# ---- the exact worlds ------------------------------------------------------------------------------------------------
+# --- the exact worlds ---
 
 
 @pytest.mark.parametrize("name", worlds.WORLDS)
 def test_the_exact_worlds(name: str):
-    """Nothing possible is dropped, and what stays though impossible is impossible only because strings end at six characters."""
+    """A possible token is never masked; one stays only because strings end at 6 characters."""
     world = worlds.world(name)
     bridge = world.full_bridge
     if name == "same":
@@ -262,7 +268,7 @@ def test_the_exact_worlds(name: str):
     assert stays == 0
 
 
-# ---- real and tiny families ------------------------------------------------------------------------------------------
+# --- real and tiny families ---
 
 
 @pytest.fixture(scope="module")
@@ -310,7 +316,7 @@ def test_what_was_searched_before_changes_nothing(
     tiny_masks: Callable[[str, str], tuple[BoundaryMask, BoundaryMask]],
     teacher: str,
 ):
-    """Contexts in one order, in the other, each on its own, and where a few states are all that is remembered."""
+    """Masks are equal in any order of contexts, each alone, and with a full state cache."""
     for mask in tiny_masks(teacher, "llama"):
         ids = np.array(mask.other.vocabulary.encode(TEXTS[0] + TEXTS[1]))
         contexts = sorted(set(mask.other.context_ids(ids, range(1, len(ids))).tolist()))[:12]

@@ -1,4 +1,4 @@
-"""Two vocabularies over the same events: what both maps owe each other, on every pair of tiny voices and on real ones."""
+"""Event maps: properties of both sides on every pair of tiny tokenizers and on real ones."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def bridge_of(tiny_of: Callable[[str], Speaker]) -> BridgeOf:
 every_pair = pytest.mark.parametrize(("teacher", "student"), list(permutations(FAMILIES, 2)))
 
 
-# ---- oracles -------------------------------------------------------------------------------------------------------
+# --- oracles ---
 
 
 def blank(raw: bytes) -> bool:
@@ -76,7 +76,7 @@ def blank(raw: bytes) -> bool:
 
 
 def first(vocabulary: Vocabulary, raw: bytes) -> bytes | None:
-    """The bytes of the first token of some text, as the tokenizer itself encodes it; None for what is no text, or not as it stands."""
+    """Return the bytes of a text's first token by the tokenizer itself; None if not encodable."""
     try:
         text = raw.decode()
     except UnicodeDecodeError:
@@ -87,7 +87,7 @@ def first(vocabulary: Vocabulary, raw: bytes) -> bytes | None:
 
 
 def canonical(raw: bytes, own: Vocabulary, other: Vocabulary) -> bytes | None:
-    """Re-encode the bytes with the other tokenizer, keep the first token, and back, until the bytes stay."""
+    """Re-encode the bytes with both tokenizers in turn, first token only, until they stay."""
     while True:
         there = first(other, raw)
         back = first(own, there) if there else None
@@ -155,7 +155,7 @@ def check_properties(bridge: EventMap, teacher: ChatRenderer, student: ChatRende
         assert (bridge.student_event_V[members] == event).all()
 
 
-# ---- every pair of tiny voices ---------------------------------------------------------------------------------------
+# --- every pair of tiny voices ---
 
 
 @every_pair
@@ -205,7 +205,7 @@ def test_no_mass_is_lost_but_on_control_tokens(bridge_of: BridgeOf, teacher: str
 
 
 def test_a_splitting_pair_has_coarser_events(bridge_of: BridgeOf):
-    """The maps are many-to-one where they must be, and shared byte strings stay apart where they can."""
+    """Maps are many-to-one where they must be, and common byte strings have their own events."""
     bridge, t, s = bridge_of("gemma", "llama")
     shared = {b for b in t.vocabulary.bytes_W if b} & {b for b in s.vocabulary.bytes_W if b}
     apart = {b for b in shared if not blank(b)}
@@ -229,7 +229,7 @@ def test_the_same_tokenizer_is_the_identity(tiny_of: Callable[[str], Speaker], f
 def test_the_same_tokenizer_with_another_stop_is_not_the_identity(
     tiny_of: Callable[[str], Speaker],
 ):
-    """Else a student would learn to end its turns with the teacher's stop token, which nobody stops at."""
+    """Otherwise a student would learn to end turns with a token at which no decoder stops."""
     voice = tiny_of("qwen").renderer
     other = replace(voice, family=replace(voice.family, stops=("<|endoftext|>",)))
     bridge = build_event_map(other, voice)
@@ -240,7 +240,7 @@ def test_the_same_tokenizer_with_another_stop_is_not_the_identity(
     check_properties(bridge, other, voice)
 
 
-# ---- any two tokenizers ----------------------------------------------------------------------------------------------
+# --- any two tokenizers ---
 
 
 def voice_of(
@@ -341,7 +341,7 @@ odd_bytes = st.one_of(
 
 @given(raws=st.lists(odd_bytes, min_size=1, max_size=8))
 def test_any_bytes_have_a_first_token(bridge_of: BridgeOf, raws: list[bytes]):
-    """Also what is no text, what a normaliser would rewrite, and the sign SentencePiece writes for a space."""
+    """Bytes that are not text, that a normaliser changes, and SentencePiece's "▁" included."""
     for family in FAMILIES:
         target = bridge_of(family, family)[2].vocabulary
         source = replace(target, bytes_W=(*raws, None), control_token_ids={"<x>": len(raws)})
@@ -353,7 +353,7 @@ def test_any_bytes_have_a_first_token(bridge_of: BridgeOf, raws: list[bytes]):
 
 
 def test_pieces_of_characters_and_the_sentencepiece_sign(bridge_of: BridgeOf):
-    """A byte-level teacher that has tokens of `▁` and of parts of characters, and a student that has neither."""
+    """A byte-level teacher has tokens for "▁" and parts of characters, the student has none."""
     teacher = voice_of(byte_level([*SAID * 3, "▁▁ ▁▁x"], 340), "byte-level")
     student = bridge_of("gemma", "gemma")[2]
     sign = "▁".encode()
@@ -390,7 +390,7 @@ def test_a_target_that_lacks_bytes_is_refused(bridge_of: BridgeOf):
     assert "poor" in caught.value.where
 
 
-# ---- kept on disk ----------------------------------------------------------------------------------------------------
+# --- kept on disk ---
 
 
 def same(one: EventMap, two: EventMap) -> bool:
@@ -511,11 +511,11 @@ def test_the_digest_names_all_a_bridge_depends_on(bridge_of: BridgeOf):
     assert event_map_digest(replace(t, template_text="x"), s) == event_map_digest(t, s)
 
 
-# ---- the real tokenizers ---------------------------------------------------------------------------------------------
+# --- the real tokenizers ---
 
-# Per cent of common boundaries where the two realised tokens map to different events: upper bounds, about a quarter above
-# what was measured on 200 NTREX lines, Python's library and JSON. Student: Llama 3. With longest-prefix maps Gemma's
-# Indonesian stands at 14, o200k's at 12.
+# Per cent of common boundaries where the two observed tokens are different events: upper bounds,
+# about a quarter above the values on 200 NTREX lines, Python's library and JSON. Student: Llama 3. With
+# longest-prefix maps Gemma has 14 in Indonesian, o200k 12.
 TEXTS = (
     "eng",
     "fil",
@@ -590,7 +590,7 @@ def disagreement(
     shared: set[bytes],
     texts: Sequence[str],
 ) -> tuple[float, float, float]:
-    """Per cent of common boundaries with two different events: by this bridge, by longest shared prefixes, and by token bytes."""
+    """Return the per cent of different events by fixpoints, by longest prefixes, by bytes."""
     longest = cache(lambda raw: next(raw[:n] for n in range(len(raw), 0, -1) if raw[:n] in shared))
     counts = np.zeros(4)
     for text in texts:
@@ -649,7 +649,8 @@ def test_real_vocabularies_agree(
         for name, said in texts.items()
     }
     print(
-        f"\n{family} -> llama: built in {seconds:.1f} s, {bridge.num_events:,} events; per cent that disagree, fixpoint/prefix/bytes:",
+        f"\n{family} -> llama: built in {seconds:.1f} s, {bridge.num_events:,} events; "
+        "per cent that disagree, fixpoint/prefix/bytes:",
         "  ".join(f"{name} {a:.2f}/{b:.1f}/{c:.0f}" for name, (a, b, c) in rows.items()),
     )
     for name, (by_events, by_prefix, by_bytes) in rows.items():
@@ -678,7 +679,7 @@ def test_real_same_tokenizer_is_the_identity(real_of: Callable[[str], Speaker]):
     assert (bridge.teacher_event_W == bridge.student_event_V).all()
 
 
-# the texts of shared/notes/xtoken.md 3.3, small: (teacher, student, text, per cent of common boundaries that may disagree)
+# (teacher, student, text, per cent of common boundaries that may be different events)
 UDHR = (
     ("gemma", "llama", "ind", 1.2),
     ("gpt-oss", "llama", "ind", 2.2),

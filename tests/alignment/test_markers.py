@@ -47,7 +47,7 @@ def written(name: str, tokens: RenderedTokens, ranges: np.ndarray) -> list[str]:
 def test_where_one_part_ends_and_another_begins_both_say_so(
     name: str, open_: str, close: str, call: str, called: str
 ) -> None:
-    """With the first content behind it; the full stop of a thought is part of a token that the student's template shares."""
+    """A stretch ends after the first content; a shared full stop belongs to the run."""
     told = [
         [
             written(who, side, ranges)
@@ -66,7 +66,7 @@ def test_where_one_part_ends_and_another_begins_both_say_so(
 
 
 def test_markers_that_one_side_has_alone_are_said_by_the_others_first_word() -> None:
-    """gpt-oss says by a channel that text comes, the student by beginning it: a row behind the channel knows nothing of a call."""
+    """gpt-oss marks text by a channel, the student by its first word: no token corresponds."""
     asked = Conversation.from_question("2+3?").with_answer(Text("it is 5"))
     own, theirs = (opened(name)[0].render(asked) for name in (STUDENT, "gpt-oss-sapling"))
     mine, others = align_marker_runs(own, theirs)

@@ -1,4 +1,4 @@
-"""In the middle of a teacher token its row still speaks: against exact worlds, by brute force, and on real text."""
+"""Partial tokens: against exact worlds, by brute force, and on real text."""
 
 from __future__ import annotations
 
@@ -41,10 +41,11 @@ def completer_of(bridge: EventMap) -> PartialTokenProjector:
     return completer
 
 
-# ---- exact worlds ----------------------------------------------------------------------------------------------------
+# --- exact worlds ---
 
-# mean total variation between what the rows say, renormalised, and the true law of the student's next event: (with the student's
-# condition, without). Words: "b" is left of the teacher's "ab", and a "c" after it makes "bc" of it, an event of its own.
+# Mean total variation between the projected distribution, renormalised, and the true one of the
+# student's next event: (with the student's context, without).
+# World "words": "b" is left of the teacher's "ab", and a "c" after it makes "bc", another event.
 FLOORS = {"crossing": (0.0, 0.664), "words": (0.0775, 0.0775), "long": (0.0, 0.0)}
 
 
@@ -107,7 +108,7 @@ def test_the_floor_inside_teacher_tokens(name: str):
     assert tuple(x / total for x in lost) == pytest.approx(FLOORS[name], abs=5e-4)
 
 
-# ---- by brute force --------------------------------------------------------------------------------------------------
+# --- by brute force ---
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +130,7 @@ def pair_of(
 def test_entries_by_brute_force(
     pair_of: Callable[[str, str], tuple[ChatRenderer, ChatRenderer, EventMap]], teacher: str
 ):
-    """Every teacher token that goes on with the bytes said, and of its event the student tokens that some teacher token goes on with."""
+    """Return the projected entries, and the members that no teacher token continues with."""
     t, s, bridge = pair_of(teacher, "llama")
     completer, W = completer_of(bridge), len(t.vocabulary)
     rng, seen, crossed = np.random.default_rng(1), 0, 0
@@ -208,14 +209,14 @@ def test_the_same_tokenizer_has_nothing_inside(tiny_of: Callable[[str], Speaker]
     assert make_partial_token_projector(build_event_map(voice, voice)) is None
 
 
-# ---- in lessons ------------------------------------------------------------------------------------------------------
+# --- in lessons ---
 
 
 @pytest.mark.parametrize("teacher", ["qwen", "gemma", "gpt-oss"])
 def test_a_lesson_with_completion(
     pair_of: Callable[[str, str], tuple[ChatRenderer, ChatRenderer, EventMap]], teacher: str
 ):
-    """The entries at boundaries stay as they are; more stand just where a student token begins inside a teacher's."""
+    """Entries at boundaries stay; new ones are exactly at student tokens inside a teacher's."""
     t, s, bridge = pair_of(teacher, "llama")
     added = 0
     for text in (
@@ -274,10 +275,11 @@ def test_a_lesson_with_completion(
     assert added > 5 or teacher != "gemma"  # the other saplings' tokens cut where llama's do
 
 
-# ---- real text -------------------------------------------------------------------------------------------------------
+# --- real text ---
 
-# per cent of student tokens inside a teacher token that begins commonly, and of those, where the rest of the realised teacher token
-# names another event than the realised student token, or none: bounds above what 20 and 60 NTREX lines showed
+# Per cent of student tokens inside a teacher token that begins at a common boundary; and of
+# those, where the rest of the observed teacher token
+# is another event than the observed student token, or none: bounds above 20 and 60 NTREX lines
 INSIDE = {
     "gemma": {
         "ind": (20, 1.2, 2.5),

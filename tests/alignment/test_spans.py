@@ -1,4 +1,4 @@
-"""Two renderings of one conversation meet exactly where their tokens begin at the same byte, and nowhere else."""
+"""Two renderings have a common boundary exactly where tokens begin at the same byte."""
 
 from __future__ import annotations
 
@@ -107,11 +107,11 @@ def voices(tiny_of: Callable[[str], Speaker]) -> Voices:
     return Voices({family: tiny_of(family).renderer for family in FAMILIES})
 
 
-# ---- an oracle that reads ids and nothing else ---------------------------------------------------------------------
+# --- an oracle that reads ids and nothing else ---
 
 
 def kept(family: str, conversation: Conversation) -> list[tuple[str, int, str]]:
-    """(whose part, place of its first kept byte, kept text) of each part; the families' rules written down again."""
+    """Return (role, first content byte, content text) of each part, by the families' rules."""
     at, out = 0, []
     for message in conversation.messages:
         for part in message.parts:
@@ -136,8 +136,11 @@ def kept(family: str, conversation: Conversation) -> list[tuple[str, int, str]]:
 
 
 def places(voice: ChatRenderer, tokens: RenderedTokens, conversation: Conversation) -> Places:
-    """Where the answer's tokens begin -> (index, how many bytes of the part), read off the ids: the runs of bytes between
-    control tokens are walked backwards from the last stop token, the text, and before it the thought."""
+    """Return token index and byte count of the answer's tokens, found from the ids alone.
+
+    Runs of bytes between control tokens are walked backwards from the last stop token: the text,
+    and before it the thought.
+    """
     family, pieces = voice.family.name, [voice.vocabulary.bytes_W[i] for i in tokens.ids_T]
     said_at = [(who, at, text.encode()) for who, at, text in kept(family, conversation)]
     parts = {who: (at, text) for who, at, text in said_at}  # the last of each
@@ -184,7 +187,7 @@ def pairs_of(student: RenderedTokens, teacher: RenderedTokens) -> list[tuple[int
     return list(zip(both.student_C.tolist(), both.teacher_C.tolist(), strict=True))
 
 
-# ---- properties ----------------------------------------------------------------------------------------------------
+# --- properties ---
 
 
 @given(conversation=conversations())
@@ -218,7 +221,7 @@ def test_boundaries_are_the_common_starts(voices: Voices, conversation: Conversa
 
 
 def covered(found: Places, begin: int, end: int) -> list[tuple[str, int]]:
-    """The bytes of the answer that tokens [begin, end) cover, and "stop" where the stop token is among them."""
+    """Return the answer's bytes that tokens [begin, end) cover, and "stop" for the stop token."""
     return sorted(
         b
         for (kind, at), (index, size) in found.items()
@@ -306,7 +309,7 @@ def test_what_is_not_learned_is_no_boundary(voices: Voices, conversation: Conver
             assert len(aligned_spans(prompt, other.render(conversation)).student_C2) == 0
 
 
-# ---- single cases --------------------------------------------------------------------------------------------------
+# --- single cases ---
 
 
 def answered(
@@ -331,7 +334,7 @@ def test_the_stop_tokens_meet(voices: Voices, student: str, teacher: str):
 
 
 def test_a_stop_never_meets_a_word(voices: Voices):
-    """llama trims the answer and stops where gpt-oss still says two spaces: one place, two different things."""
+    """llama trims the answer and stops where gpt-oss still has two spaces."""
     s, t = (
         voices["llama"].render(answered(Text("Hi  "))),
         voices["gpt-oss"].render(answered(Text("Hi  "))),
@@ -353,7 +356,7 @@ def test_a_beginning_of_text_token_on_one_side_moves_nothing(voices: Voices):
 
 
 def test_boundaries_inside_a_character(voices: Voices):
-    """Neither knows these scripts: the student's bytes and the teacher's byte fallback meet between the bytes of one character."""
+    """With byte fallback on both sides, boundaries lie between the bytes of one character."""
     text = "မြန်မာ ខ្មែរ 𓀀"
     conversation = answered(Text(text), question="")
     characters = set(np.cumsum([0] + [len(c.encode()) for c in text]).tolist())
@@ -423,7 +426,7 @@ def test_spans_are_as_fine_as_the_boundaries_allow(voices: Voices, text: str):
         assert not firsts & set(range(a + 1, b))
 
 
-# ---- whole batches ---------------------------------------------------------------------------------------------------
+# --- whole batches ---
 
 
 @given(said=st.lists(conversations(), max_size=5))
@@ -566,7 +569,7 @@ def test_what_is_no_pair_of_renderings_is_refused(voices: Voices):
             align_batch([RenderedTokens(s.ids_T, starts, s.ends_T, s.loss_mask_T)], [s])
 
 
-# ---- strings that break others ---------------------------------------------------------------------------------------
+# --- strings that break others ---
 
 HARD = {
     "emoji": "👩‍👩‍👧‍👦🏳️‍🌈👍🏽 🇻🇳",
@@ -647,7 +650,7 @@ def test_a_cap_cuts_either_side_anywhere(
 
 
 def test_a_cut_inside_a_character_loses_the_last_span_alone(voices: Voices):
-    """The student's rendering ends inside an emoji: the span it stands in has no common end, all before it stay."""
+    """The student's rendering ends inside an emoji: that span has no common end."""
     conversation = answered(Text("Hello there 👩 x"))
     one, two = voices["llama"].render(conversation), voices["gemma"].render(conversation)
     whole = aligned_spans(one, two).student_C2.tolist()
@@ -663,7 +666,7 @@ def test_a_cut_inside_a_character_loses_the_last_span_alone(voices: Voices):
         assert len([x for x in whole if x[1] <= k]) - len(kept) <= 1
 
 
-# ---- the real tokenizers ---------------------------------------------------------------------------------------------
+# --- the real tokenizers ---
 
 
 @pytest.fixture(scope="module")

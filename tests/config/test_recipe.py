@@ -1,4 +1,4 @@
-"""The recipe: what a person may write, what the file means, and what every mistake is answered with."""
+"""Recipes: valid files, their meaning, and the message of every mistake."""
 
 from __future__ import annotations
 
@@ -231,9 +231,8 @@ def test_texts_to_check_are_files_beside_the_recipe(
 ) -> None:
     monkeypatch.setenv("PERSEA_DATA", str(tmp_path / "data"))
     page = (
-        TWO
-        + REST
-        + "check: {texts: {vi: vi.txt, py: 'sub/a.jsonl#code', random: random, th: '${PERSEA_DATA}/th.txt'}}\n"
+        TWO + REST + "check: {texts: {vi: vi.txt, py: 'sub/a.jsonl#code', random: random, "
+        "th: '${PERSEA_DATA}/th.txt'}}\n"
     )
     recipe = load_recipe(write(page))
     assert recipe.check.texts == {
@@ -295,7 +294,10 @@ def test_the_hash_is_of_what_is_written_not_of_where_it_lies(write: Any, tmp_pat
 def test_order_comments_and_spelt_out_defaults_do_not_change_the_hash(write: Any) -> None:
     plain = load_recipe(write(GOOD)).hash
     head, tail = GOOD.split("teachers:")
-    other = f"# a comment\nseed: 0\nteachers:{tail}  batch_size: 16\ncheck: {{min_common_share: 3.0e-1}}\n{head}  adapt: full\n"
+    other = (
+        f"# a comment\nseed: 0\nteachers:{tail}  batch_size: 16\n"
+        f"check: {{min_common_share: 3.0e-1}}\n{head}  adapt: full\n"
+    )
     assert load_recipe(write(other)).hash == plain
 
 
@@ -421,7 +423,8 @@ BAD_OVERRIDES = [
     ),
     (
         "training.steps=many",
-        "--set training.steps=many: training.steps: should be a whole number (got 'many') -> optimiser steps",
+        "--set training.steps=many: training.steps: should be a whole number (got 'many') -> "
+        "optimiser steps",
     ),
     ("training.steps='20'", "should be a whole number (got '20')"),
     ("training.steps=", "--set training.steps=: training.steps: has no value -> give one"),
@@ -449,7 +452,8 @@ BAD_OVERRIDES = [
     ("teachers=[]", "--set teachers=[]: teachers: needs at least one entry"),
     (
         "student={model: a, model: b}",
-        "--set student={model: a, model: b}: student.model: written twice, on lines 1 and 1 -> keep one",
+        "--set student={model: a, model: b}: student.model: written twice, on lines 1 and 1 "
+        "-> keep one",
     ),
     (
         "student.tokenizer=hf_abcdef",
@@ -770,7 +774,8 @@ BAD: list[tuple[str, str, str, str]] = [
         "effort",
         S + "teachers: [{model: a/c, effort: medum}]\n" + REST,
         "2:25",
-        "teachers.0.effort: should be none, low, medium or high (got 'medum') -> did you mean 'medium'?",
+        "teachers.0.effort: should be none, low, medium or high (got 'medum') -> did you "
+        "mean 'medium'?",
     ),
     (
         "effort off",
@@ -782,7 +787,8 @@ BAD: list[tuple[str, str, str, str]] = [
         "family",
         "student: {model: a/b, family: gptoss}\n" + T + REST,
         "1:23",
-        f"student.family: should be {', '.join(f.name for f in FAMILIES)} or generic (got 'gptoss') -> did you mean 'gpt-oss'?",
+        f"student.family: should be {', '.join(f.name for f in FAMILIES)} or generic (got "
+        "'gptoss') -> did you mean 'gpt-oss'?",
     ),
     (
         "adapt",
@@ -837,19 +843,22 @@ BAD: list[tuple[str, str, str, str]] = [
         "broken lines of no file",
         TWO + "corpus: [{skill: code, generate: 10, on_malformed: quarantine}]\n",
         "3:38",
-        "corpus.0.on_malformed: given, but no `file` that could have malformed lines -> delete `on_malformed:`",
+        "corpus.0.on_malformed: given, but no `file` that could have malformed lines -> "
+        "delete `on_malformed:`",
     ),
     (
         "kl of a sample",
         TWO + REST + "capture: {max_kl: 0.02}\n",
         "4:11",
-        "capture.max_kl: given, but `distributions` is sampled -> write `distributions: topk`, or delete `max_kl:`",
+        "capture.max_kl: given, but `distributions` is sampled -> write `distributions: "
+        "topk`, or delete `max_kl:`",
     ),
     (
         "tau of the likeliest",
         TWO + REST + "capture: {distributions: topk, sampling_threshold: 0.02}\n",
         "4:32",
-        "capture.sampling_threshold: given, but `distributions` is topk -> write `distributions: sampled`, or delete `sampling_threshold:`",
+        "capture.sampling_threshold: given, but `distributions` is topk -> write "
+        "`distributions: sampled`, or delete `sampling_threshold:`",
     ),
     (
         "kl 0",
@@ -867,7 +876,8 @@ BAD: list[tuple[str, str, str, str]] = [
         "completion of the likeliest",
         TWO + REST + "capture: {distributions: topk}\ntraining: {partial_tokens: true}\n",
         "5:12",
-        "training.partial_tokens: true, but the rest of a topk distribution has no tokens to look inside",
+        "training.partial_tokens: true, but the rest of a topk distribution has no tokens to "
+        "look inside",
     ),
     (
         "tau 0",
@@ -940,7 +950,8 @@ BAD: list[tuple[str, str, str, str]] = [
         "random without tokenizer",
         "student: {model: random, sizes: {}}\n" + T + REST,
         "1:1",
-        "student.tokenizer: missing; random weights have no tokenizer of their own -> add `tokenizer:`",
+        "student.tokenizer: missing; random weights have no tokenizer of their own -> add "
+        "`tokenizer:`",
     ),
     (
         "random without sizes",
@@ -1028,8 +1039,8 @@ BAD: list[tuple[str, str, str, str]] = [
     ),
     (
         "modes of given answers",
-        TWO
-        + "corpus: [{skill: code, generate: 3, effort_shares: {none: 1}}]\ncapture: {answers: given}\n",
+        TWO + "corpus: [{skill: code, generate: 3, effort_shares: {none: 1}}]\n"
+        "capture: {answers: given}\n",
         "3:37",
         "corpus.0.effort_shares: given, but no teacher answers",
     ),
@@ -1080,13 +1091,15 @@ BAD: list[tuple[str, str, str, str]] = [
         "strange variable",
         "student: {model: '${HOME}/m'}\n" + T + REST,
         "1:11",
-        "student.model: the variable 'HOME' may not be read here -> allowed: ${PERSEA_DATA}, ${HF_HOME}",
+        "student.model: the variable 'HOME' may not be read here -> allowed: ${PERSEA_DATA}, "
+        "${HF_HOME}",
     ),
     (
         "unset variable",
         "student: {model: '${HF_HOME}/m'}\n" + T + REST,
         "1:11",
-        "the variable 'HF_HOME' is not set -> export HF_HOME=/some/folder; allowed: ${PERSEA_DATA}, ${HF_HOME}",
+        "the variable 'HF_HOME' is not set -> export HF_HOME=/some/folder; allowed: "
+        "${PERSEA_DATA}, ${HF_HOME}",
     ),
     (
         "open variable",
@@ -1122,7 +1135,8 @@ def test_there_are_enough_bad_recipes() -> None:
 def test_all_problems_are_told_at_once_in_the_order_of_the_file(write: Any) -> None:
     told = refusal(
         write(
-            "seeed: 1\nstudent:\n  model: random\n  adapt: ful\nteachers:\n  - model: a/b\n    wieght: 2\n  - {model: a/c, effort: hgih}\n"
+            "seeed: 1\nstudent:\n  model: random\n  adapt: ful\n"
+            "teachers:\n  - model: a/b\n    wieght: 2\n  - {model: a/c, effort: hgih}\n"
             "corpus: []\ntraining:\n  steps: many\n  batch_size: 0\n"
         ),
         "check.flor=1",
@@ -1190,7 +1204,7 @@ def test_a_byte_order_mark_and_windows_newlines_are_no_problem(write: Any, tmp_p
 
 @pytest.mark.parametrize("seed", range(40))
 def test_a_damaged_recipe_loads_or_is_explained(write: Any, seed: int) -> None:
-    """Whatever is cut out of, put into or swapped in a recipe: a Recipe, or a RecipeError with a place and a remedy on each line."""
+    """A damaged recipe loads, or each line of the RecipeError has a location and a remedy."""
     rng, text = random.Random(seed), (ROOT / "recipes" / "real-vocabularies.yaml").read_text()
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     for _ in range(rng.randint(1, 4)):

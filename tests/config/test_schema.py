@@ -1,4 +1,4 @@
-"""The sections of a recipe: defaults that hang together, meanings for every key, nothing that can be changed."""
+"""Recipe sections: defaults that depend on other keys, descriptions, immutability."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""persea.config.yaml_source: plain data with the place of every key. What recipes make of it is in test_recipe.py."""
+"""YAML as plain data with the location of every key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of words that are tested are found in every script; near-duplicates by what they share, never by a hash alone."""
+"""Held-out texts are found in every script; near-duplicates by word runs, never by a hash alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ from persea.data.dedup import (
     word_ngrams,
 )
 
-WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau upsilon".split()
+WORDS = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma "
+    "tau upsilon"
+).split()
 
 
 def test_words_and_characters():
@@ -108,7 +111,7 @@ def test_a_short_text_is_found_as_a_whole_and_a_very_short_one_where_it_is_the_p
 
 
 def test_how_a_set_asks_is_not_what_it_asks():
-    """A sentence that stands in every question is not a test item, nor is a prompt that holds it."""
+    """A line in every question is not a test item, nor is a prompt that contains it."""
     form = (
         "Think step by step and end with a line that holds nothing but the answer itself, please."
     )
@@ -235,7 +238,7 @@ def test_ten_thousand_prompts_take_seconds():
     ],
 )
 def test_a_run_is_as_long_in_every_script(data: Path, code: str, low: float, high: float):
-    """The same sentences weigh about the same: words of Korean say more than English ones, syllables of Vietnamese less."""
+    """The same sentences have about the same weight in every script."""
 
     def weight(name: str) -> float:
         return sum(

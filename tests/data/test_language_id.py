@@ -1,4 +1,4 @@
-"""Languages of texts: every script, code and formulas left out, and nothing where nobody can say."""
+"""Language identification in every script, without code and formulas; "" if unsure."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def read(folder: Path, *lines: str | bytes) -> list[Prompt]:
     return list(read_prompts(write(folder, *lines), "skill", "en"))
 
 
-# ---- gather --------------------------------------------------------------------------------------------------------
+# --- gather ---
 
 few = st.lists(
     st.sampled_from(
@@ -124,7 +124,10 @@ def test_different_prompts_stay_different():
     assert build_corpus([different], []).prompts == tuple(different)
 
 
-QUESTION = "A farmer has seventeen sheep and buys four times as many goats; how many animals stand in the field?"
+QUESTION = (
+    "A farmer has seventeen sheep and buys four times as many goats; "
+    "how many animals stand in the field?"
+)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +147,8 @@ QUESTION = "A farmer has seventeen sheep and buys four times as many goats; how 
         ),
         (QUESTION.upper(), "", RemovalReason.TEST_ITEM),
         (
-            "A farmer has seven sheep and buys twice as many goats; how many animals stand in the field?",
+            "A farmer has seven sheep and buys twice as many goats; "
+            "how many animals stand in the field?",
             "",
             None,
         ),
@@ -186,7 +190,7 @@ def test_near_duplicates_are_removed_where_they_are_looked_for():
     }
 
 
-# ---- read_prompts --------------------------------------------------------------------------------------------------
+# --- read_prompts ---
 
 
 def test_the_forms_of_a_line(tmp_path: Path):
