@@ -108,9 +108,7 @@ def test_bundled_recipes_are_valid(
     assert load_recipe(path).source_path == path
 
 
-def test_the_three_recipes_ask_what_they_should(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_values_of_three_bundled_recipes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PERSEA_DATA", str(tmp_path))
     paths = [ROOT / "recipes" / f"{n}.yaml" for n in ("quickstart", "avocado", "real-vocabularies")]
     quick, avocado, real = map(load_recipe, paths)
@@ -146,7 +144,7 @@ def test_the_three_recipes_ask_what_they_should(
     assert real.audition.pinned == {"languages": "qwen3", "code": "gemma3", "reasoning": "gpt-oss"}
 
 
-def test_onpolicy_is_the_quickstart_and_the_students_own_answers(
+def test_onpolicy_is_the_quickstart_with_on_policy_training(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """So that the two students can be compared, and bench/onpolicy.py's arms are these recipes."""
@@ -192,7 +190,7 @@ def test_a_recipe_can_be_made_in_python() -> None:
     assert len(recipe.hash) == 64 and yaml.safe_load(recipe.to_yaml())["student"]["model"] == "a/b"
 
 
-def test_the_schema_is_for_the_file_a_person_writes() -> None:
+def test_the_json_schema_describes_the_file() -> None:
     described = recipe_json_schema()
     json.dumps(described)
     assert described["required"] == ["student", "teachers", "corpus"]
@@ -283,7 +281,7 @@ def test_allowed_variables_are_filled_in(
 # --- hash and to_yaml ---
 
 
-def test_the_hash_is_of_what_is_written_not_of_where_it_lies(write: Any, tmp_path: Path) -> None:
+def test_the_hash_does_not_depend_on_the_folder(write: Any, tmp_path: Path) -> None:
     text = GOOD.replace("org/one", "./one")
     (tmp_path / "elsewhere").mkdir()
     here, there = load_recipe(write(text)), load_recipe(write(text, "elsewhere/mine.yaml"))
@@ -363,7 +361,7 @@ def test_to_yaml_loads_again_to_the_same_recipe(write: Any, overrides: tuple[str
 # --- overrides ---
 
 
-def test_overrides_are_laid_over_the_file_in_order(write: Any) -> None:
+def test_overrides_apply_in_order(write: Any) -> None:
     recipe = load_recipe(
         write(GOOD),
         [
@@ -390,7 +388,7 @@ def test_overrides_are_laid_over_the_file_in_order(write: Any) -> None:
     )
 
 
-def test_an_override_mends_a_broken_value(write: Any) -> None:
+def test_an_override_replaces_a_wrong_value(write: Any) -> None:
     assert (
         load_recipe(
             write(GOOD.replace("steps: 30", "steps: many")), ["training.steps=5"]
@@ -1132,7 +1130,7 @@ def test_there_are_enough_bad_recipes() -> None:
     assert len({name for name, *_ in BAD}) == len(BAD) >= 40
 
 
-def test_all_problems_are_told_at_once_in_the_order_of_the_file(write: Any) -> None:
+def test_all_problems_are_reported_at_once_in_file_order(write: Any) -> None:
     told = refusal(
         write(
             "seeed: 1\nstudent:\n  model: random\n  adapt: ful\n"
@@ -1153,7 +1151,7 @@ def test_all_problems_are_told_at_once_in_the_order_of_the_file(write: Any) -> N
     ]
 
 
-def test_one_problem_keeps_its_parts_apart(write: Any) -> None:
+def test_one_problem_has_message_location_and_remedy(write: Any) -> None:
     path = write(TWO + REST + "sed: 1\n")
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
@@ -1189,7 +1187,7 @@ def test_files_that_cannot_be_read(write: Any, tmp_path: Path) -> None:
     )
 
 
-def test_a_file_name_that_is_no_name_asks_for_one(write: Any) -> None:
+def test_a_file_name_that_is_not_a_plain_name_is_refused(write: Any) -> None:
     path = write(GOOD, "My Recipe.yaml")
     assert "name: should be a plain name (got 'My Recipe') -> name of the run's folder" in refusal(
         path

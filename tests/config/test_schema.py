@@ -30,7 +30,7 @@ def test_lora_has_defaults_only_where_it_is_asked_for() -> None:
     ).lora == LoraSection(rank=8)
 
 
-def test_rows_of_one_kind_have_the_key_of_that_kind() -> None:
+def test_each_kind_of_distribution_has_its_own_key() -> None:
     sampled, top = CaptureSection(), CaptureSection(distributions="topk")
     assert (sampled.distributions, sampled.sampling_threshold, sampled.max_kl) == (
         "sampled",
@@ -58,7 +58,7 @@ def test_rows_of_one_kind_have_the_key_of_that_kind() -> None:
         ),
     ],
 )
-def test_answers_of_the_student_are_used_in_time_and_whole(
+def test_rollouts_are_used_in_time_and_completely(
     on: dict[str, int], training: dict[str, int], key: str, what: str
 ) -> None:
     with pytest.raises(ValidationError) as caught:
@@ -74,7 +74,7 @@ def test_answers_of_the_student_are_used_in_time_and_whole(
     )
 
 
-def test_a_schedule_and_what_is_held_out_have_their_keys_only_where_they_are_asked_for() -> None:
+def test_cooldown_and_validation_share_have_defaults_only_if_used() -> None:
     plain, asked = TrainingSection(), TrainingSection(schedule=LRSchedule.WSD, evaluate_every=100)
     assert (plain.cooldown, plain.validation_share, plain.report_to) == (None, None, None)
     assert (asked.cooldown, asked.validation_share) == (0.2, 0.05)
@@ -89,13 +89,13 @@ def test_sections_cannot_be_changed() -> None:
         section.steps = 3  # type: ignore[misc]
 
 
-def test_every_field_says_what_it_is() -> None:
+def test_every_field_has_a_description() -> None:
     for name, section in {**SECTION_CLASSES, "recipe": Recipe}.items():
         for key, described in section.model_fields.items():
             assert described.description, f"{name}.{key}"
 
 
-def test_every_section_is_found_by_the_key_it_stands_under() -> None:
+def test_every_section_is_found_by_its_key() -> None:
     """SECTIONS is written by hand: it must name each section that a field of a section holds."""
     held = {
         key: (f.annotation, *get_args(f.annotation))
@@ -116,7 +116,7 @@ def test_every_section_is_found_by_the_key_it_stands_under() -> None:
     }
 
 
-def test_the_text_alone_has_no_rows_to_complete() -> None:
+def test_sft_has_no_partial_tokens() -> None:
     with pytest.raises(ValidationError) as caught:
         TrainingSection(objective="sft", partial_tokens=True)
     assert "`objective` is sft" in str(caught.value.errors()[0]["ctx"])

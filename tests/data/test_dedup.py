@@ -110,7 +110,7 @@ def test_a_short_text_is_found_as_a_whole_and_a_very_short_one_where_it_is_the_p
     assert MIN_CONTAMINATION_WORDS <= 9 < CONTAMINATION_NGRAM_WORDS
 
 
-def test_how_a_set_asks_is_not_what_it_asks():
+def test_lines_in_every_question_are_not_compared():
     """A line in every question is not a test item, nor is a prompt that contains it."""
     form = (
         "Think step by step and end with a line that holds nothing but the answer itself, please."
@@ -162,7 +162,7 @@ def test_near_duplicates(first: str, second: str, same: bool):
     ),
     st.sampled_from([0.5, 0.8, 1.0]),
 )
-def test_what_hashing_finds_is_decided_by_the_runs_themselves(texts: list[str], share: float):
+def test_word_runs_decide_not_hashes(texts: list[str], share: float):
     """The index finds the same texts as comparing each with each."""
     near, kept = NearDuplicateIndex(share), list[tuple[str, frozenset[str]]]()
     for k, text in enumerate(texts):
