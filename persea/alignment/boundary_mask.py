@@ -1,22 +1,11 @@
 """Boundary masks: tokens that no continuation of the text allows at the other tokenizer's boundary.
 
-At a common boundary both models condition on their own tokenizer starting a token there, and a
-boundary carries information about the next bytes. A teacher token after which no text keeps the
-student's boundary belongs to a future that the student's condition excludes, and the other way
-round. Removing such tokens on both sides removes the bias: in worlds with known distributions the
-total variation of .015-.109 falls to .000-.010 (`make bench-bias`). Only impossible tokens are
-removed. A simpler test, encoding the last token and the candidate alone, looks no further than the
-candidate and removes .6-1.5 % of the observed tokens in Japanese and Thai under Qwen
-(`bench/masks.py`).
-
-A candidate is possible if both tokenizers can go on to a byte where both have a boundary: the other
-tokenizer with tokens over the candidate's bytes, the candidate's own tokenizer over the bytes that
-the other's last token adds, in turn. token_order.py decides which token may follow which.
-
-A search that has not ended after `max_search_tokens` keeps its candidate. Searches share what they
-found, so whether one ends can depend on the searches before it: a candidate that one process keeps
-may be removed in another that asked in another order. Both are sound, because a token is removed
-only if it is proven impossible.
+At a common boundary each model conditions on its own tokenizer starting a token there, which
+carries information about the next bytes. Tokens that cannot follow the other tokenizer's boundary
+are therefore removed on both sides. In worlds with known distributions this reduces the bias from a
+total variation of .015-.109 to .000-.010 (`make bench-bias`). A simpler test, encoding the last
+token and the candidate alone, removes .6-1.5 % of the observed tokens in Japanese and Thai under
+Qwen, because it looks no further than the candidate (`bench/masks.py`).
 """
 
 from __future__ import annotations
@@ -45,8 +34,16 @@ MAX_CACHED_STATES = 1_000_000  # about 250 bytes each; when full, all are droppe
 class BoundaryMask:
     """Finds the tokens of `own` that are impossible where the tokenizer `other` has a boundary.
 
-    Whether both tokenizers meet after a token of `other` over a candidate does not depend on the
-    context; only whether that token may follow in it does.
+    A candidate is possible if both tokenizers can go on to a byte where both have a boundary:
+    `other` with tokens over the candidate's bytes, `own` over the bytes that the last token of
+    `other` adds, in turn. `TokenOrder` decides which token may follow which. Whether both meet
+    after a first token of `other` does not depend on the context; only whether that token may
+    follow in it does.
+
+    A search that has not ended after `max_search_tokens` keeps its candidate. Searches share their
+    results, so whether one ends can depend on earlier ones: a candidate that one process keeps may
+    be removed in another that asked in another order. Both are sound, because a token is removed
+    only if it is proven impossible, and searches that end do not depend on the order.
 
     Attributes:
         other: The tokenizer whose boundary is given.

@@ -231,7 +231,7 @@ def test_the_same_tokenizer_with_another_stop_is_not_the_identity(
 ):
     """Otherwise a student would learn to end turns with a token at which no decoder stops."""
     renderer = tiny_of("qwen").renderer
-    other = replace(renderer, family=replace(renderer.family, stops=("<|endoftext|>",)))
+    other = replace(renderer, family=replace(renderer.family, stop_tokens=("<|endoftext|>",)))
     emap = build_event_map(other, renderer)
     assert other.stop_ids != renderer.stop_ids
     assert emap.teacher_event_W[other.stop_ids[0]] == 0
@@ -383,7 +383,7 @@ def test_a_target_that_lacks_bytes_is_refused(event_map_of: EventMapOf):
     assert len(said) < 256
     poor = renderer_of(byte_level(["ab"], 300, alphabet=sorted(said)), "poor")
     rich = event_map_of("llama", "llama")[1]
-    with pytest.raises(DataError, match=r"poor cannot say the bytes [0-9a-f]{2}") as caught:
+    with pytest.raises(DataError, match=r"poor has no tokens for the bytes [0-9a-f]{2}") as caught:
         build_event_map(rich, poor)
     assert caught.value.exit_code == 3
     assert "->" in caught.value.where

@@ -198,7 +198,7 @@ def test_distributions_without_bytes_are_refused():
         require_projectable_kind(kind)
     for kind in (DistributionKind.TOPK, DistributionKind.TEXT_ONLY):
         with pytest.raises(
-            RecipeError, match=f"rows of kind {kind.value} say nothing in the middle of a token"
+            RecipeError, match=f"distributions of kind {kind.value} cannot be used inside a token"
         ) as caught:
             require_projectable_kind(kind)
         assert caught.value.where == "training.partial_tokens"

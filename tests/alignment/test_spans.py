@@ -455,11 +455,11 @@ def test_a_batch_equals_its_conversations(renderers: Renderers, said: list[Conve
         assert whole.student_offsets_B1.tolist() == np.cumsum([0, *map(len, ones)]).tolist()
         single = [align(one, two) for one, two in zip(ones, twos, strict=True)]
         for side in ("student", "teacher"):
-            first = getattr(whole, f"{side}_B1")[:-1]
+            first = getattr(whole, f"{side}_offsets_B1")[:-1]
             for what, name in (
                 ("boundaries", f"{side}_C"),
                 ("spans", f"{side}_C2"),
-                ("inside", f"{side}_I"),
+                ("partial_tokens", f"{side}_I"),
             ):
                 want = [
                     getattr(getattr(one, what), name) + k
