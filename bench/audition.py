@@ -39,10 +39,10 @@ def recorded(
     river = RunContext(recipe, ROOT / "runs" / "bench-audition")
     set_threads(recipe.threads)
     skills = river.held_out_items(Split.AUDITION)
-    load = single_model_loader(lambda name: river.load_teacher(name, recipe.audition.batch))
+    load = single_model_loader(lambda name: river.load_teacher(name, recipe.audition.batch_size))
     answers = {}
     for name in river.renderers:
-        speaker = river.evaluated_model(name, recipe.audition.batch, (), load)
+        speaker = river.evaluated_model(name, recipe.audition.batch_size, (), load)
         for skill, some in skills:
             results, _ = answer_items(
                 speaker, speaker.efforts[0], skill, some, recipe.capture.max_new_tokens
@@ -88,11 +88,11 @@ def main() -> None:
         )
         course.update_eliminated(len(order))
         whole.append(course)
-    truth = build_cast(whole, efforts, {}, river.recipe.audition.floor).parts
+    truth = build_cast(whole, efforts, {}, river.recipe.audition.min_score).parts
     runs = []
     for seed in range(seeds):
         courses = race_teachers(teachers, skills, seed, ask)
-        found = build_cast(courses, efforts, {}, river.recipe.audition.floor).parts
+        found = build_cast(courses, efforts, {}, river.recipe.audition.min_score).parts
         asked = sum(len(v) for c in courses for v in c.scores.values())
         names = {p: [t for t, _ in mine] for p, mine in found.items()}
         runs.append(

@@ -20,9 +20,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from persea.alignment.boundary_mask import UNRESTRICTED_CONTEXT, BoundaryMask
+from persea.alignment.boundary_mask import BoundaryMask
 from persea.alignment.event_map import load_event_map
 from persea.alignment.spans import align
+from persea.alignment.token_order import UNRESTRICTED_CONTEXT
 from persea.chat.messages import Conversation, Text
 from persea.chat.renderer import ChatRenderer
 from persea.models.loading import ModelSource, load_renderer
@@ -76,7 +77,7 @@ def main() -> None:
             for language in LANGUAGES:
                 talk = Conversation.from_question("?").with_answer(Text(lines(language)[k]))
                 own, theirs = student.render(talk), teacher.render(talk)
-                at = align([own], [theirs]).boundaries
+                at = align(own, theirs).boundaries
                 begun = time.process_time()
                 contexts = [
                     (bridge.student_mask, c, s, own, common[language])

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from peer import TRL, has_trl
 
 from persea.alignment.event_map import EventMap, build_event_map, load_event_map
-from persea.alignment.spans import align
+from persea.alignment.spans import align_batch
 from persea.chat.renderer import ChatRenderer
 from persea.models.loading import ModelSource, load_renderer
 from persea.tokenization.tokens import RenderedTokens
@@ -157,10 +157,10 @@ def alignment(student: Vocabulary, teacher: Vocabulary, peer: Any) -> dict[str, 
     found: dict[str, Any] = {"texts": len(said), "student_tokens": n}
 
     def from_offsets() -> object:
-        return align(ones, twos)
+        return align_batch(ones, twos)
 
     def from_text() -> object:
-        return align(laid(student, said), laid(teacher, said))
+        return align_batch(laid(student, said), laid(teacher, said))
 
     if peer is None or not teacher.byte_level:  # TRL refuses SentencePiece
         for name, work in (("from_offsets", from_offsets), ("from_text", from_text)):
@@ -177,7 +177,7 @@ def alignment(student: Vocabulary, teacher: Vocabulary, peer: Any) -> dict[str, 
         for side in (ones, twos)
     ]
     groups = [peer.align(a, b)[0] for a, b in zip(*offsets, strict=True)]
-    spans = align(ones, twos).spans.student_C2
+    spans = align_batch(ones, twos).spans.student_C2
     assert len(spans) == sum(map(len, groups)), "both find the same spans"
 
     def trl_from_offsets() -> object:

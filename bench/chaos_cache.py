@@ -40,7 +40,7 @@ SMALL = [
     "corpus.2.generate=40",
     "corpus.3.generate=40",
     "corpus.4.generate=40",
-    "capture.unit=10",
+    "capture.prompts_per_unit=10",
     "audition.items=20",
     "evaluation.items=5",
 ]

@@ -61,7 +61,9 @@ def longer(
     backend: Tokenizer, spec: Mapping[str, Any], merges: Sequence[Merge], old: Vocabulary
 ) -> Vocabulary:
     new = load_vocabulary(
-        Tokenizer.from_str(json.dumps(extend_tokenizer_spec(spec, merges))), old.name, CONTROL_MARKERS
+        Tokenizer.from_str(json.dumps(extend_tokenizer_spec(spec, merges))),
+        old.name,
+        CONTROL_MARKERS,
     )
     refuse_changed_tokens(old, new, old.name)
     return new

@@ -5,8 +5,8 @@
 For each seed (prompts, order and sampling of rows change; saplings stay), arm by arm:
 
     student      the quickstart's own; with it base and teachers are measured
-    sft          a student of the same answers, by cross-entropy alone (training.event_share = 0)
-    balance      a student of the same answers, its groups balanced as the recipe's student is not (training.balance)
+    sft          a student of the same answers, by cross-entropy alone (training.event_weight = 0)
+    balance      a student of the same answers, its groups balanced as the recipe's student is not (training.loss_balancing)
     oracle       a student of each teacher's own skills alone, as many steps; the routed oracle takes the best of these, skill by skill
     only         a student of each teacher alone, asked every prompt of the recipe
 
@@ -125,16 +125,18 @@ def measurements(arm: str, seed: int, items: int) -> Iterator[tuple[str, dict[st
         yield (
             arm,
             measured(
-                made(folder / "sft", [*sets, "training.event_share=0"], "train", reuse=main.folder),
+                made(
+                    folder / "sft", [*sets, "training.event_weight=0"], "train", reuse=main.folder
+                ),
                 STUDENT,
                 items,
             ),
         )
     elif arm == "balance":
-        for how in (b for b in LossBalancing if b is not main.recipe.training.balance):
+        for how in (b for b in LossBalancing if b is not main.recipe.training.loss_balancing):
             other = made(
                 folder / f"balance-{how}",
-                [*sets, f"training.balance={how}"],
+                [*sets, f"training.loss_balancing={how}"],
                 "train",
                 reuse=main.folder,
             )
@@ -148,7 +150,7 @@ def measurements(arm: str, seed: int, items: int) -> Iterator[tuple[str, dict[st
             )
             yield f"only {name}", measured(alone, STUDENT, items)
         elif mine := [
-            p.model_dump(exclude_defaults=True, effort="json")
+            p.model_dump(exclude_defaults=True, mode="json")
             for p in main.recipe.corpus
             if cast[p.skill] == name
         ]:
@@ -163,16 +165,18 @@ def measurements(arm: str, seed: int, items: int) -> Iterator[tuple[str, dict[st
 
 
 def plain(part: CorpusSection) -> dict[str, Any]:
-    return part.model_dump(exclude_defaults=True, exclude_none=True, effort="json")
+    return part.model_dump(exclude_defaults=True, exclude_none=True, mode="json")
 
 
 def _known(part: dict[str, Any], efforts: Collection[str]) -> dict[str, Any]:
     """The part asked in the modes that one teacher knows, in the same proportion."""
-    modes = {mode: share for mode, share in part.get("modes", {}).items() if mode in efforts}
-    if modes == part.get("modes", {}):
+    modes = {
+        mode: share for mode, share in part.get("effort_shares", {}).items() if mode in efforts
+    }
+    if modes == part.get("effort_shares", {}):
         return part
-    return {k: v for k, v in part.items() if k != "modes"} | (
-        {"modes": {m: s / sum(modes.values()) for m, s in modes.items()}} if modes else {}
+    return {k: v for k, v in part.items() if k != "effort_shares"} | (
+        {"effort_shares": {m: s / sum(modes.values()) for m, s in modes.items()}} if modes else {}
     )
 
 

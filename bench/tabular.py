@@ -19,7 +19,7 @@ import torch
 from baselines import Shared, bpm, chunk_likelihood, strict, uld
 from worlds import Boundary, Floats, Prefix, World, chunks
 
-from persea.alignment.boundary_mask import UNRESTRICTED_CONTEXT
+from persea.alignment.token_order import UNRESTRICTED_CONTEXT
 
 NOWHERE = -60.0  # the logit of a token that never follows: e^-60 moves no figure given here, and keeps gradients finite
 

@@ -149,7 +149,7 @@ def test_what_is_not_there_is_found() -> None:
     assert unknown_options("`persea run R --frob`, `persea run R --procs 2`") == {"--frob"}
     assert unknown_targets("`make frob`, `make test`") == {"frob"}
     assert unknown_keys(
-        "`training.frob`, `teachers[].quantize`, `evaluation.sets`, `check.json`"
+        "`training.frob`, `teachers[].quantize`, `evaluation.benchmarks`, `check.json`"
     ) == {"training.frob"}
 
 

@@ -20,7 +20,6 @@ from bench.objectives.examples import Batch, Group, Ints, Lesson, Teacher, sampl
 
 from bench import baselines
 from bench.objectives.vocabularies import Speaker
-from persea.alignment.boundary_mask import UNRESTRICTED_CONTEXT
 from persea.alignment.event_map import EventMap, load_event_map
 from persea.alignment.partial_tokens import (
     PartialTokenProjector,
@@ -28,6 +27,7 @@ from persea.alignment.partial_tokens import (
     token_prefixes,
 )
 from persea.alignment.spans import align
+from persea.alignment.token_order import UNRESTRICTED_CONTEXT
 from persea.distributions import DistributionKind, SparseDistributions
 from persea.losses import (
     BatchTargets,
@@ -247,7 +247,7 @@ def inside(one: Lesson, pair: Pair, rows: str) -> EventTargets:
     drawn = SparseDistributions(
         offsets, ids_M.astype(np.int32), probs_M, np.zeros(len(offsets) - 1, np.float32), kind
     )
-    found = align([one.student], [one.spoken]).partial_tokens
+    found = align(one.student, one.spoken).partial_tokens
     at_I, in_I, said_I = (
         side[found.at_common_boundary_I]
         for side in (found.student_I, found.teacher_I, found.prefix_len_I)

@@ -37,9 +37,9 @@ from tabular import (
 )
 from worlds import WORLDS, Boundary, World, chunks, markov, starts
 
-from persea.alignment.boundary_mask import UNRESTRICTED_CONTEXT
 from persea.alignment.partial_tokens import make_partial_token_projector
 from persea.alignment.spans import aligned_spans, common_boundaries
+from persea.alignment.token_order import UNRESTRICTED_CONTEXT
 from persea.distributions import DistributionKind, SparseDistributions, sample_distributions
 from persea.losses import (
     BatchTargets,
