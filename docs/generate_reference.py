@@ -1,0 +1,162 @@
+"""Write docs/reference/recipe.md and docs/reference/cli.md from schema and command line.
+
+python docs/generate_reference.py
+
+tests/test_docs.py holds both pages in step with the code.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer.main
+
+from persea.cli import app
+from persea.config.recipe import recipe_json_schema
+
+HERE = Path(__file__).resolve().parent / "reference"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def _resolve(node: dict[str, Any], defs: dict[str, Any]) -> dict[str, Any]:
+    """The node that a $ref names, with the keys written beside the $ref."""
+    if "$ref" not in node:
+        return node
+    return defs[node["$ref"].rpartition("/")[2]] | {k: v for k, v in node.items() if k != "$ref"}
+
+
+def _describe_type(node: dict[str, Any], defs: dict[str, Any]) -> str:
+    """A value's type in words: `integer >= 1`, `full | lora`, `list of section`."""
+    node = _resolve(node, defs)
+    if options := node.get("anyOf") or node.get("oneOf"):
+        return " or ".join(dict.fromkeys(_describe_type(part, defs) for part in options))
+    if "enum" in node:
+        return ", ".join(f"`{value}`" for value in node["enum"] if value != "")
+    if "const" in node:
+        return f"`{node['const']}`"
+    if "properties" in node:
+        return "section"
+    kind = node.get("type", "any")
+    if kind == "array":
+        return f"list of {_describe_type(node.get('items', {}), defs)}"
+    if kind == "object":
+        value = node.get("additionalProperties", {})
+        return f"mapping to {_describe_type(value, defs)}" if isinstance(value, dict) else "mapping"
+    bounds = [
+        f"{sign} {node[key]:g}"
+        for key, sign in (
+            ("minimum", ">="),
+            ("exclusiveMinimum", ">"),
+            ("maximum", "<="),
+            ("exclusiveMaximum", "<"),
+        )
+        if key in node and node[key] < 10**9
+    ]
+    return " ".join([{"null": "none"}.get(kind, kind), ", ".join(bounds)]).strip()
+
+
+def _describe_default(node: dict[str, Any], required: bool) -> str:
+    if required:
+        return "**required**"
+    if "default" not in node:
+        return "see meaning"
+    default = node["default"]
+    if default is None:
+        return "none"
+    if default in ("", [], {}):
+        return "empty"
+    if isinstance(default, dict):
+        return "its defaults"
+    return f"`{str(default).lower() if isinstance(default, bool) else default}`"
+
+
+def _subsections(node: dict[str, Any], defs: dict[str, Any], path: str) -> list[tuple[str, Any]]:
+    """The sections below a value: (path, section), a list's items under the list's name with []."""
+    node = _resolve(node, defs)
+    if "properties" in node:
+        return [(path, node)]
+    found = []
+    for part in (*node.get("anyOf", ()), *node.get("oneOf", ()), *node.get("allOf", ())):
+        found += _subsections(part, defs, path)
+    if "items" in node:
+        found += _subsections(node["items"], defs, f"{path}[]")
+    return found
+
+
+def recipe_page() -> str:
+    """Return docs/reference/recipe.md: one table a section, one row a key."""
+    schema = recipe_json_schema()
+    defs = schema.get("$defs", {})
+    lines = [
+        "# Recipe keys",
+        "",
+        "Every key of a recipe, from its JSON schema (`persea schema`).",
+        "`python docs/generate_reference.py` writes this page.",
+        "`training.steps` is the key `steps` in the section `training`;",
+        "`teachers[]` is one entry of the list `teachers`.",
+    ]
+    queue: list[tuple[str, Any]] = [("", schema)]
+    while queue:
+        path, section = queue.pop(0)
+        lines += ["", f"## {path or 'The recipe'}", ""]
+        if path and (text := section.get("description")):
+            lines += [_cell(text), ""]
+        lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
+        below = []
+        for name, node in section["properties"].items():
+            merged = _resolve(node, defs)
+            meaning = node.get("description") or merged.get("description", "")
+            default = _describe_default(node, name in section.get("required", ()))
+            cells = (f"`{name}`", _describe_type(node, defs), default, _cell(meaning))
+            lines.append(f"| {' | '.join(cells)} |")
+            below += _subsections(node, defs, f"{path}.{name}".lstrip("."))
+        queue = below + queue
+    return "\n".join(lines) + "\n"
+
+
+def _parameter_rows(command: Any) -> list[str]:
+    """One table row for each argument and option of a command."""
+    rows = []
+    for parameter in command.params:
+        if "--help" in parameter.opts:
+            continue
+        is_option = parameter.param_type_name == "option"
+        name = ", ".join(parameter.opts) if is_option else parameter.name.upper()
+        default = getattr(parameter.default, "value", parameter.default)
+        is_shown = parameter.show_default and not isinstance(default, bool | None | list | tuple)
+        shown = "**required**" if parameter.required else f"`{default}`" if is_shown else ""
+        rows.append(f"| `{name}` | {shown} | {_cell(parameter.help or '')} |")
+    return rows
+
+
+def cli_page() -> str:
+    """Return docs/reference/cli.md: every command with its arguments and options."""
+    root: Any = typer.main.get_command(app)
+    lines = [
+        "# Command line",
+        "",
+        "Every command with its arguments and options, as in `persea --help`.",
+        "`python docs/generate_reference.py` writes this page.",
+        "Exit codes and error messages are in [troubleshooting](../troubleshooting.md).",
+    ]
+    for name, command in root.commands.items():
+        for words, one in (
+            [(name, command)]
+            if not hasattr(command, "commands")
+            else [(f"{name} {below}", c) for below, c in command.commands.items()]
+        ):
+            lines += ["", f"## persea {words}", "", _cell(one.help or "")]
+            if rows := _parameter_rows(one):
+                lines += ["", "| argument or option | default | meaning |", "|---|---|---|", *rows]
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {"recipe.md": recipe_page, "cli.md": cli_page}
+
+if __name__ == "__main__":
+    for name, page in PAGES.items():
+        (HERE / name).write_text(page(), encoding="utf-8")
