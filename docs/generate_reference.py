@@ -1,21 +1,34 @@
-"""Write docs/reference/recipe.md and docs/reference/cli.md from schema and command line.
+"""Write docs/reference/{recipe,cli,errors}.md from schema, command line and raise sites.
 
 python docs/generate_reference.py
 
-tests/test_docs.py holds both pages in step with the code.
+tests/test_docs.py holds the pages in step with the code.
 """
 
 from __future__ import annotations
 
+import ast
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import typer.main
 
+from persea import errors
 from persea.cli import app
 from persea.config.recipe import recipe_json_schema
 
 HERE = Path(__file__).resolve().parent / "reference"
+SOURCE = HERE.parent.parent / "persea"
+EXIT_CODES = {
+    2: "Usage, or the recipe",
+    3: "Data or models",
+    4: "Refused: it could be done, and the result would be wrong",
+    5: "A teacher or its server",
+    6: "Storage",
+    7: "The environment lacks something",
+}
 
 
 def _cell(text: str) -> str:
@@ -155,7 +168,85 @@ def cli_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"recipe.md": recipe_page, "cli.md": cli_page}
+def _texts_by_name(tree: ast.Module) -> dict[str, ast.expr]:
+    """Names that a module assigns once, with a string."""
+    found: dict[str, list[ast.expr]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            found.setdefault(node.targets[0].id, []).append(node.value)
+    return {
+        name: values[0]
+        for name, values in found.items()
+        if len(values) == 1 and isinstance(values[0], ast.Constant | ast.JoinedStr)
+    }
+
+
+def _pattern(node: ast.expr | None, names: dict[str, ast.expr]) -> str:
+    """A string expression as text, with … for each part that is known only at run time."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_pattern(part, {}) for part in node.values)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return _pattern(node.left, names) + _pattern(node.right, names)
+    if isinstance(node, ast.IfExp):
+        parts = [
+            text for text in (_pattern(node.body, names), _pattern(node.orelse, names)) if text
+        ]
+        return " / ".join(parts) if len(parts) == 2 else "…"
+    if isinstance(node, ast.Name) and node.id in names:
+        return _pattern(names[node.id], {})
+    return "" if node is None else "…"
+
+
+def error_messages() -> Iterator[tuple[int, str, str, str]]:
+    """Yield (exit code, module, message, remedy) of every raised PerseaError with a text."""
+    for path in sorted(SOURCE.rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = _texts_by_name(tree)
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call):
+                continue
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+            name = node.func.id if isinstance(node.func, ast.Name) else name
+            kind = getattr(errors, name, None)
+            if not (isinstance(kind, type) and issubclass(kind, errors.PerseaError)):
+                continue
+            keywords = {k.arg: k.value for k in node.keywords}
+            message = _pattern(node.args[0] if node.args else keywords.get("message"), names)
+            if re.sub(r"[^a-z]", "", message):
+                module = ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+                yield kind.exit_code, module, message, _pattern(keywords.get("remedy"), names)
+
+
+def errors_page() -> str:
+    """Return docs/reference/errors.md: every error message by exit code, with its remedy."""
+    lines = [
+        "# Every error message",
+        "",
+        "All error messages by exit code, taken from the source.",
+        "… stands for a name, number or path.",
+        "`python docs/generate_reference.py` writes this page.",
+        "[Troubleshooting](../troubleshooting.md) explains the frequent ones.",
+    ]
+    found = sorted(set(error_messages()))
+    for code, title in EXIT_CODES.items():
+        lines += [
+            "",
+            f"## Exit code {code}: {title}",
+            "",
+            "| message | remedy | from |",
+            "|---|---|---|",
+        ]
+        lines += [
+            f"| {_cell(message)} | {_cell(remedy)} | {module} |"
+            for one, module, message, remedy in found
+            if one == code
+        ]
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {"recipe.md": recipe_page, "cli.md": cli_page, "errors.md": errors_page}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():
