@@ -161,6 +161,28 @@ def unknown_keys(text: str) -> set[str]:
     }
 
 
+FREE_KEYS = {"audition.pinned", "check.texts", "corpus.effort_shares", "evaluation.lm_eval_results"}
+
+
+def written_keys(node: Any, before: str = "") -> set[str]:
+    """Every key of a piece of a recipe as a path, a list's items under the list's own name."""
+    if isinstance(node, list):
+        return {key for part in node for key in written_keys(part, before)}
+    if not isinstance(node, dict) or before.rstrip(".") in FREE_KEYS:
+        return set()
+    return {f"{before}{name}" for name in node} | {
+        key for name, below in node.items() for key in written_keys(below, f"{before}{name}.")
+    }
+
+
+def unknown_yaml_keys(text: str) -> set[str]:
+    """Keys in ```yaml blocks that no recipe has."""
+    described = recipe_json_schema()
+    known = keys(described, described["$defs"])
+    blocks = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return {key for block in blocks for key in written_keys(yaml.safe_load(block)) - known}
+
+
 def plain(text: str) -> str:
     """A text without code blocks, patches and inline code."""
     text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
@@ -176,6 +198,7 @@ def test_everything_a_page_names_exists(page: Path) -> None:
     assert not unknown_options(text)
     assert not unknown_targets(text)
     assert not unknown_keys(text)
+    assert not unknown_yaml_keys(text)
 
 
 def test_a_wrong_name_is_found() -> None:
@@ -193,6 +216,9 @@ def test_a_wrong_name_is_found() -> None:
     assert unknown_keys(
         "`training.frob`, `teachers[].quantize`, `evaluation.items`, `check.json`"
     ) == {"training.frob"}
+    assert unknown_yaml_keys(
+        "```yaml\nteachers:\n  - {name: a, frob: 1}\ncheck: {texts: {vi: b}}\n```\n"
+    ) == {"teachers.frob"}
     assert PRIVATE_WORDS.search("the teacher's voice") and not PRIVATE_WORDS.search("invoice")
 
 
