@@ -18,6 +18,7 @@ import typer.main
 from persea import errors
 from persea.cli import app
 from persea.config.recipe import recipe_json_schema
+from persea.config.renamed_keys import RENAMED_KEYS
 
 HERE = Path(__file__).resolve().parent / "reference"
 SOURCE = HERE.parent.parent / "persea"
@@ -128,6 +129,14 @@ def recipe_page() -> str:
             lines.append(f"| {' | '.join(cells)} |")
             below += _subsections(node, defs, f"{path}.{name}".lstrip("."))
         queue = below + queue
+    lines += ["", "## Renamed keys", "", "The old names are still read, each with a notice.", ""]
+    lines += ["| old key | today |", "|---|---|"]
+    for path, names in RENAMED_KEYS.items():
+        section = ".".join(path).replace(".*", "[]")
+        for old, new in names.items():
+            lines.append(
+                "| " + " | ".join(f"`{f'{section}.{k}'.lstrip('.')}`" for k in (old, new)) + " |"
+            )
     return "\n".join(lines) + "\n"
 
 

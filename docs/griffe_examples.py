@@ -1,4 +1,4 @@
-"""Griffe extension: read the docstring section `Example:` as `Examples:`, whose doctests are code."""
+"""Griffe extension: read a docstring's section `Example:` as `Examples:`, so doctests are code."""
 
 from __future__ import annotations
 
