@@ -15,6 +15,7 @@ import pytest
 import typer.main
 import yaml
 
+import persea
 from persea.cli import app
 from persea.config.recipe import recipe_json_schema
 from persea.config.renamed_keys import RENAMED_KEYS
@@ -191,6 +192,14 @@ def unknown_yaml_keys(text: str) -> set[str]:
     return {key for block in blocks for key in written_keys(yaml.safe_load(block)) - known}
 
 
+def unknown_public_names(text: str) -> set[str]:
+    """Names of persea and persea.losses in ```python blocks that are not public."""
+    blocks = "\n".join(re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    names = set(re.findall(r"\bpersea\.(\w+)", blocks)) - set(persea.__all__)
+    losses = set(re.findall(r"\bpersea\.losses\.(\w+)", blocks)) - set(persea.losses.__all__)
+    return names | losses
+
+
 def plain(text: str) -> str:
     """A text without code blocks, patches and inline code."""
     text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
@@ -209,6 +218,7 @@ def test_everything_a_page_names_exists(page: Path) -> None:
     names_old_keys = page.name in ("CHANGELOG.md", "recipe.md")
     assert not unknown_keys(text) - (RENAMED if names_old_keys else set())
     assert not unknown_yaml_keys(text)
+    assert not unknown_public_names(text)
 
 
 def test_a_wrong_name_is_found() -> None:
@@ -229,6 +239,9 @@ def test_a_wrong_name_is_found() -> None:
     assert unknown_yaml_keys(
         "```yaml\nteachers:\n  - {name: a, frob: 1}\ncheck: {texts: {vi: b}}\n```\n"
     ) == {"teachers.frob"}
+    assert unknown_public_names("```python\npersea.frob()\npersea.losses.EventKL()\n```\n") == {
+        "frob"
+    }
     assert PRIVATE_WORDS.search("the teacher's voice") and not PRIVATE_WORDS.search("invoice")
 
 
