@@ -148,7 +148,7 @@ def measurements(arm: str, seed: int, items: int) -> Iterator[tuple[str, dict[st
             )
             yield f"only {name}", measured(alone, STUDENT, items)
         elif mine := [
-            p.model_dump(exclude_defaults=True, effort="json")
+            p.model_dump(exclude_defaults=True, mode="json")
             for p in main.recipe.corpus
             if cast[p.skill] == name
         ]:
@@ -163,7 +163,7 @@ def measurements(arm: str, seed: int, items: int) -> Iterator[tuple[str, dict[st
 
 
 def plain(part: CorpusSection) -> dict[str, Any]:
-    return part.model_dump(exclude_defaults=True, exclude_none=True, effort="json")
+    return part.model_dump(exclude_defaults=True, exclude_none=True, mode="json")
 
 
 def _known(part: dict[str, Any], efforts: Collection[str]) -> dict[str, Any]:

@@ -71,7 +71,7 @@ class Code:
         """Natural log-probability of every token after a byte, in closed form."""
         return np.array([logprob(t, after) for t in self.tokens])
 
-    def laid(self, ids: list[int]) -> RenderedTokens:
+    def rendered(self, ids: list[int]) -> RenderedTokens:
         """The tokens over their bytes, all learned."""
         ends = np.cumsum([len(self.tokens[i]) for i in ids])
         starts = np.concatenate([[0], ends[:-1]])
@@ -83,7 +83,7 @@ class Code:
         )
 
 
-def bridge(teacher: Code, student: Code) -> EventMap:
+def event_map(teacher: Code, student: Code) -> EventMap:
     """Each token to the leaf of the trees' intersection on its path: its shortest prefix that is a token of either."""
     leaves = {*teacher.tokens, *student.tokens}
 

@@ -400,7 +400,7 @@ def report(lines: Sequence[Line], size: str) -> None:
         if own[0]["seed"] == SEEDS[0] and name not in others
     }
     (docs / "img" / "objectives_curves.svg").write_text(
-        told.training_charts("dev bits per byte against tokens, seed 1, one schedule each", drawn)
+        told.line_chart("dev bits per byte against tokens, seed 1, one schedule each", drawn)
     )
 
 

@@ -21,7 +21,7 @@ from bench.objectives.chunks import CHUNKED, gathered
 from bench.objectives.data import ASKED, Window
 from bench.objectives.extension import carried, open_extended
 from bench.objectives.gold import gold, with_last
-from bench.objectives.lessons import Batch, Lesson, Teacher, collate, open_lessons
+from bench.objectives.examples import Batch, Lesson, Teacher, collate, open_lessons
 from bench.objectives.methods import KEPT, METHODS, Pair, Setting, keep, open_kept, prepare
 from bench.objectives.models import Size, padded, states
 from bench.objectives.vocabularies import Speaker
@@ -67,7 +67,7 @@ class World:
         }
 
     @cached_property
-    def model_names(self) -> dict[str, Speaker]:
+    def speakers(self) -> dict[str, Speaker]:
         return self.real | (
             {"student": open_extended(self.folder, self.size.extended, self.texts_of("student"))}
             if self.size.extended
@@ -116,7 +116,7 @@ class World:
             )
             torch.save(model.state_dict(), path)
         model.load_state_dict(torch.load(path, weights_only=True))
-        return carried(model, plain, self.model_names["student"])
+        return carried(model, plain, self.speakers["student"])
 
     def grow(self) -> None:
         """Trains the teachers that do not stand yet."""
@@ -124,7 +124,7 @@ class World:
             path = self.folder / f"{who}.pt"
             if not path.is_file():
                 models.train_teacher(
-                    self.model_names[who],
+                    self.speakers[who],
                     {d: self.text["train"][d] for d in domains},
                     self.size,
                     who,
@@ -135,8 +135,8 @@ class World:
     def teachers(self) -> dict[str, Teacher]:
         return {
             who: Teacher(
-                self.model_names[who],
-                models.open_teacher(self.model_names[who], self.size, self.folder / f"{who}.pt"),
+                self.speakers[who],
+                models.open_teacher(self.speakers[who], self.size, self.folder / f"{who}.pt"),
             )
             for who in self.size.teaches
         }
@@ -144,7 +144,7 @@ class World:
     @cached_property
     def pairs(self) -> dict[str, Pair]:
         return {
-            who: Pair(teacher, self.model_names["student"])
+            who: Pair(teacher, self.speakers["student"])
             for who, teacher in self.teachers.items()
         }
 
@@ -176,7 +176,7 @@ class World:
             open_lessons(
                 self.kept(name),
                 [w for pool in pools.values() for w in pool],
-                self.model_names["student"],
+                self.speakers["student"],
                 self.teachers,
             )
         )
@@ -195,7 +195,7 @@ class World:
         return open_said(self.folder / "said.json", self.windows("unlimited", 1.0), self.teachers)
 
     def batches(self, arm: Arm) -> Iterator[Batch]:
-        student = self.model_names["student"]
+        student = self.speakers["student"]
         if arm.method in ("cross-entropy", "sft"):
             pools = self.said if arm.method == "sft" else self.windows(arm.regime, arm.length)
             if arm.method == "sft" and arm.regime == "limited":
@@ -271,7 +271,7 @@ def measure(model: LlamaForCausalLM, speaker: Speaker, windows: Sequence[Window]
 
 def run(world: World, arm: Arm) -> dict[str, Any]:
     """Trains one student and measures it."""
-    size, student = world.size, world.model_names["student"]
+    size, student = world.size, world.speakers["student"]
     model = world.begun(arm.seed)
     adam, steps = models.optimizer(model, arm.rate), round(size.steps * arm.length)
     setting, loss_of = (

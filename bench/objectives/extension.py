@@ -21,7 +21,7 @@ from persea.vocab_extension.learn_merges import (
 from persea.vocab_extension.resize_model import initialize_new_embeddings
 
 
-def learned(backend: Tokenizer, texts: Sequence[str], count: int) -> list[Merge]:
+def learn_merges(backend: Tokenizer, texts: Sequence[str], count: int) -> list[Merge]:
     """The first `count` merges of one text, however many tokens they make."""
     return extension.learn_merges(backend, count_words(backend, [texts]), count)[:count]
 
@@ -34,7 +34,7 @@ def open_extended(folder: Path, count: int, texts: Sequence[str]) -> Speaker:
         path.write_text(
             json.dumps(
                 extend_tokenizer_spec(
-                    spec, learned(Tokenizer.from_str(json.dumps(spec)), texts, count)
+                    spec, learn_merges(Tokenizer.from_str(json.dumps(spec)), texts, count)
                 )
             )
         )

@@ -73,7 +73,7 @@ def measured(world: World, arms: dict[str, Arm | None]) -> dict[str, Any]:
     """By student (None = untrained): mean and standard deviation over batches of cosine and norm ratio, chunk against events."""
     out: dict[str, Any] = {}
     for name, arm in arms.items():
-        model = make(world.size.student, len(world.model_names["student"].vocabulary), seed=1)
+        model = make(world.size.student, len(world.speakers["student"].vocabulary), seed=1)
         if arm is not None:
             model.load_state_dict(torch.load(world.student(arm), weights_only=True))
         batches = world.batches(Arm("events", "sampled .01", 0.7, 0.0, "limited", 7))

@@ -25,7 +25,7 @@ class Shape:
     hidden: int
     layers: int
     heads: int
-    supervised_context_ids: int
+    inner: int
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def make(shape: Shape, vocabulary: int, seed: int) -> LlamaForCausalLM:
         hidden_size=shape.hidden,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
-        intermediate_size=shape.supervised_context_ids,
+        intermediate_size=shape.inner,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=None,

@@ -25,7 +25,7 @@ from transformers import LlamaForCausalLM
 
 from bench.objectives.arms import Arm, World, held_out, measure
 from bench.objectives.data import ASKED, Window
-from bench.objectives.lessons import Lesson, Teacher, collate, plain
+from bench.objectives.examples import Lesson, Teacher, collate, plain
 from bench.objectives.methods import Setting, events, prepare
 from bench.objectives.models import optimizer, order, padded, rate, states, step_with
 from bench.objectives.vocabularies import Speaker
@@ -238,7 +238,7 @@ def heard(
 
 def batches(begun: Begun, model: LlamaForCausalLM, seed: int, steps: int) -> Iterator[list[Own]]:
     """The student's words, REFRESH steps of them drawn at once; what is no text is left out."""
-    size, student = begun.world.size, begun.world.model_names["student"]
+    size, student = begun.world.size, begun.world.speakers["student"]
     walk = order(begun.windows, size.batch, seed)
     for at in range(0, steps, REFRESH):
         n = min(REFRESH, steps - at)
@@ -252,7 +252,7 @@ def batches(begun: Begun, model: LlamaForCausalLM, seed: int, steps: int) -> Ite
 
 def run(begun: Begun, more: More, pairs: Mapping[str, TeacherScorer]) -> dict[str, Any]:
     world, size = begun.world, begun.world.size
-    model, student = begun.student(more.seed), world.model_names["student"]
+    model, student = begun.student(more.seed), world.speakers["student"]
     adam, steps = optimizer(model, more.rate), round(size.steps * MORE)
     setting = Setting(begun.arm.method, begun.arm.rows, begun.arm.share)
     text = order(begun.examples, size.batch, more.seed)
@@ -264,7 +264,7 @@ def run(begun: Begun, more: More, pairs: Mapping[str, TeacherScorer]) -> dict[st
             some = next(own)
             left_out += size.batch - len(some)
             tokens += sum(len(one.ids) - one.prefix for one in some)
-            step_with(adam, model, heard(model, world.model_names, some, pairs), lr)
+            step_with(adam, model, heard(model, world.speakers, some, pairs), lr)
         else:
             batch = collate(next(text), student)
             tokens += len(batch.labels_N)
@@ -277,7 +277,7 @@ def run(begun: Begun, more: More, pairs: Mapping[str, TeacherScorer]) -> dict[st
         "calibration": round(found.calibration, 4),
         "tokens": tokens,
         "left_out": left_out,
-    } | spoken_by(model, world.model_names, windows, pairs)
+    } | spoken_by(model, world.speakers, windows, pairs)
 
 
 def spoken_by(

@@ -69,7 +69,7 @@ def pages_of(lines: Sequence[Line]) -> dict[str, np.ndarray]:
     }
 
 
-def paired(
+def compare_paired_results(
     ours: Sequence[Line], theirs: Sequence[Line], seed: int = 0
 ) -> dict[str, tuple[float, float, float]]:
     """Difference of bits per byte, ours - theirs, by domain and 'mean': (value, low, high), 95 % over pages drawn anew, the same for both."""
@@ -142,7 +142,7 @@ def paired_same_seeds(own: Sequence[Line], other: Sequence[Line]) -> str:
     both = {line["seed"] for line in own} & {line["seed"] for line in other}
     if not both:
         return ""
-    value, low, high = paired(
+    value, low, high = compare_paired_results(
         [line for line in own if line["seed"] in both],
         [line for line in other if line["seed"] in both],
     )["mean"]
@@ -157,7 +157,7 @@ def first_everywhere(lines: Sequence[Line], size: str, ours: str, regime: str = 
         both = {line["seed"] for line in own} & {line["seed"] for line in found[ours]}
         if name == ours or not both:
             continue
-        gaps = paired(
+        gaps = compare_paired_results(
             [x for x in found[ours] if x["seed"] in both], [x for x in own if x["seed"] in both]
         )
         cells = []
@@ -499,7 +499,7 @@ def axis(low: float, high: float, a: float, b: float) -> Callable[[float], float
     return lambda value: a + (b - a) * (value - low) / (high - low)
 
 
-def dots(title: str, rows: Sequence[tuple[str, float, float, float]]) -> str:
+def dot_plot(title: str, rows: Sequence[tuple[str, float, float, float]]) -> str:
     """A dot and an interval a row; the line at zero is cross-entropy."""
     low, high = min(0.0, *(r[2] for r in rows)), max(0.0, *(r[3] for r in rows))
     pad = (high - low) * 0.05
@@ -518,7 +518,7 @@ def dots(title: str, rows: Sequence[tuple[str, float, float, float]]) -> str:
     return svg(770, bottom + 8, body)
 
 
-def curves(title: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+def line_chart(title: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> str:
     """Bits per byte on dev against tokens; each line's name stands at its end."""
     points = [p for line in series.values() for p in line]
     x = axis(math.log(min(p[0] for p in points)), math.log(max(p[0] for p in points)), 60, 520)

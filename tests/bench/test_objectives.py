@@ -64,11 +64,11 @@ def test_windows_are_short_nfc_and_cover_the_document() -> None:
     document = bench_data.Document("th", "p", "สวัสดีชาวโลก สามร้อย\n" * 40 + "x" * 700)
     cut = bench_data.windows(document)
     assert "".join(w.text for w in cut) == document.text
-    assert all(0 < len(w.text.encode()) <= bench_data.SHUFFLE_WINDOW_BLOCKS for w in cut)
+    assert all(0 < len(w.text.encode()) <= bench_data.WINDOW for w in cut)
 
 
 def test_cut_vocabularies_say_every_text(world: Any) -> None:
-    for who, speaker in world.model_names.items():
+    for who, speaker in world.speakers.items():
         size = world.size.vocabulary
         assert size <= len(speaker.vocabulary) <= size + 30, (
             who
@@ -89,7 +89,7 @@ def test_whole_rows_written_densely_are_perseas_own_objective(world: Any) -> Non
     """events_full against persea.losses.event_kl_loss on rows with every entry; and sampled rows come near it on average."""
     batch = batch_of(world)
     torch.manual_seed(0)
-    logits = torch.randn(len(batch.labels_N), len(world.model_names["student"].vocabulary))
+    logits = torch.randn(len(batch.labels_N), len(world.speakers["student"].vocabulary))
     setting = methods.Setting("events", "full", 0.7)
     losses = []
     for rows in ("full", "top-k all"):
@@ -112,7 +112,7 @@ def test_share_zero_is_cross_entropy_and_every_method_has_a_gradient(
     batch = batch_of(world)
     torch.manual_seed(0)
     logits = torch.randn(
-        len(batch.labels_N), len(world.model_names["student"].vocabulary), requires_grad=True
+        len(batch.labels_N), len(world.speakers["student"].vocabulary), requires_grad=True
     )
     rows = "sampled .01" if " + " in method else "full"
     plain = methods.cross_entropy(logits, batch, {}, methods.Setting("cross-entropy", "none", 0.0))
@@ -126,7 +126,7 @@ def test_share_zero_is_cross_entropy_and_every_method_has_a_gradient(
 
 
 def test_bits_are_counted_by_hand(world: Any) -> None:
-    speaker, windows = world.model_names["student"], world.text["test"]["en"][:3]
+    speaker, windows = world.speakers["student"], world.text["test"]["en"][:3]
     model = models.make(world.size.student, len(speaker.vocabulary), seed=1)
     bits = 0.0
     for w in windows:
@@ -156,7 +156,7 @@ def test_a_finished_run_is_skipped_and_a_seed_repeats(world: Any, tmp_path: Path
 def test_sft_text_is_as_long_as_the_windows(world: Any) -> None:
     for domain, pool in world.said.items():
         assert len(pool) == len(world.windows("unlimited", 1.0)[domain])
-        assert all(0 < len(w.text.encode()) <= bench_data.SHUFFLE_WINDOW_BLOCKS + 3 for w in pool)
+        assert all(0 < len(w.text.encode()) <= bench_data.WINDOW + 3 for w in pool)
 
 
 # ---- scripts that the student breaks into bytes, and its vocabulary extended ------------------------------------------
@@ -168,13 +168,13 @@ def scripts(world: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     size = replace(
         models.SIZES["toy"],
         name="toy-scripts",
-        teaches=bench_data.LANGUAGE_OF_SCRIPT,
+        teaches=bench_data.SCRIPTS,
         batch=4,
         vocabulary=3000,
         seen=200,
         per_page=6,
         met=8,
-        extend_tokenizer_spec=64,
+        extended=64,
     )
     made = arms.World(size, tmp_path_factory.mktemp("scripts"))
     made.grow()
@@ -217,7 +217,7 @@ def test_learned_merges_are_the_most_frequent_pairs_by_hand() -> None:
 
 
 def test_an_extended_student_says_the_same_bytes_in_fewer_tokens(scripts: Any) -> None:
-    old, new = scripts.real["student"].vocabulary, scripts.model_names["student"].vocabulary
+    old, new = scripts.real["student"].vocabulary, scripts.speakers["student"].vocabulary
     assert len(new) == len(old) + 64
     texts = [w.text for d in ("km", "my", "lo") for w in scripts.text["test"][d][:20]]
     before, after = (
@@ -232,7 +232,7 @@ def test_an_extended_student_says_the_same_bytes_in_fewer_tokens(scripts: Any) -
 
 
 def test_new_rows_are_the_mean_of_their_pieces_and_old_ones_stay(scripts: Any) -> None:
-    plain, longer = scripts.real["student"], scripts.model_names["student"]
+    plain, longer = scripts.real["student"], scripts.speakers["student"]
     model = models.make(scripts.size.student, len(plain.vocabulary), seed=3)
     rows = model.get_input_embeddings().weight.detach().clone()
     made = extension.carried(model, plain, longer)
@@ -371,7 +371,7 @@ def test_chunks_cover_the_same_bytes_and_weight_zero_is_events_with_masks(world:
                 n += 1
     assert n == len(found.teacher_C) > 0 and bool((found.teacher_C < 1e-4).all())
     torch.manual_seed(0)
-    logits = torch.randn(len(batch.labels_N), len(world.model_names["student"].vocabulary))
+    logits = torch.randn(len(batch.labels_N), len(world.speakers["student"].vocabulary))
     assert not set(zip(gone.row_D.tolist(), gone.token_D.tolist(), strict=True)) & set(
         enumerate(batch.labels_N.tolist())
     )
@@ -388,7 +388,7 @@ def test_own_words_are_heard_as_their_teacher_says_and_a_run_learns(
 ) -> None:
     """Every token of what a student said lies where its bytes are, the loss is that of persea's own rows, and a step moves the weights."""
     begun = onpolicy.Begun(world, arms.Arm("events", "sampled .01", 0.7, 4e-3, "unlimited", 1))
-    model, student, pairs = begun.student(1), world.model_names["student"], begun.pairs()
+    model, student, pairs = begun.student(1), world.speakers["student"], begun.pairs()
     windows = [w for pool in begun.windows.values() for w in pool]
     assert not {w.text for w in windows} & {
         w.text for pool in world.windows("unlimited", 1.0).values() for w in pool
@@ -397,7 +397,7 @@ def test_own_words_are_heard_as_their_teacher_says_and_a_run_learns(
     assert len(some) > len(windows) // 3
     for own in some:
         teacher, raw = (
-            world.model_names[bench_data.EVALUATION_KIND_WEIGHTS[own.window.domain]],
+            world.speakers[bench_data.ASKED[own.window.domain]],
             own.text.encode(),
         )
         for tokens, speaker in zip(
@@ -407,7 +407,7 @@ def test_own_words_are_heard_as_their_teacher_says_and_a_run_learns(
             assert all(raw[a:b] == speaker.vocabulary.bytes_W[i] for a, b, i in placed)
             assert tokens.ends_T[-1] == len(raw)
         assert own.window.text.startswith(student.vocabulary.decode(own.ids[: own.prefix]).decode())
-    loss = onpolicy.heard(model, world.model_names, some, pairs)
+    loss = onpolicy.heard(model, world.speakers, some, pairs)
     assert float(loss.detach()) > 0
     (line,) = onpolicy.run_all(
         world, begun.arm, [onpolicy.More("own", 1e-3, 1)], tmp_path / "lines.jsonl"
@@ -428,14 +428,14 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_of_its_own_words(wor
     """With one vocabulary and one model on both sides the loss is zero, and both spend the same bits."""
     who = "B"
     teacher = world.teachers[who]
-    speakers = world.model_names | {"student": teacher.speaker}
+    speakers = world.speakers | {"student": teacher.speaker}
     pair = onpolicy.TeacherScorer(
         onpolicy.asked(who, teacher),
         load_event_map(teacher.speaker.renderer, teacher.speaker.renderer),
     )
     windows = [w for d in bench_data.TEACHES[who] for w in world.text["test"][d][:3]]
     some = [
-        onpolicy.place_sampled_tokens(teacher.speaker, w, teacher.speaker.vocabulary.encode(w.text))
+        onpolicy.own_words(teacher.speaker, w, teacher.speaker.vocabulary.encode(w.text))
         for w in windows
     ]  # as its tokenizer spells it
     assert abs(float(onpolicy.heard(teacher.model, speakers, some, {who: pair}).detach())) < 1e-5
@@ -463,7 +463,7 @@ def test_own_words_are_compared_window_by_window() -> None:
             line,
             on=on,
             part="test",
-            learning_rate_at_step=0.001,
+            rate=0.001,
             mean=2.0,
             taught=0.9,
             calibration=0.1,

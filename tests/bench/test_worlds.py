@@ -697,7 +697,7 @@ def drawn(
         ),
         D,
     )
-    logits_DV = logits_V.expand_groups(D, -1).clone().requires_grad_()
+    logits_DV = logits_V.expand(D, -1).clone().requires_grad_()
     event_kl_loss(logits_DV, torch.full((D,), int(world.columns_V[0])), [said], 0.7).loss.backward()
     return logits_DV.grad * D
 
@@ -734,7 +734,7 @@ def test_sampled_rows_have_the_full_rows_gradient(name: str, masked: bool):
         world, b, rows_of(b.p_W[None], world.columns_W, DistributionKind.FULL), masked, logits_V
     )[0]
     sample = sample_distributions(
-        torch.from_numpy(np.log(np.maximum(b.p_W, 1e-30))).expand_groups(DRAWS, -1),
+        torch.from_numpy(np.log(np.maximum(b.p_W, 1e-30))).expand(DRAWS, -1),
         np.zeros(DRAWS, np.int64),
         0.4,
         "worlds",
@@ -792,7 +792,7 @@ def long_text() -> tuple[str, list[int], list[int]]:
 
 def test_a_long_text_without_a_bias():
     text, t, s = long_text()
-    teacher, student = TEACHER.build_event_groups(t), STUDENT.build_event_groups(s)
+    teacher, student = TEACHER.rendered(t), STUDENT.rendered(s)
     rows_t, rows_s = (
         {after: one.row(after) for after in tunstall.SOURCE} for one in (TEACHER, STUDENT)
     )
