@@ -1,10 +1,12 @@
-"""Does the audition find the right teachers, and with how many questions? On the bundled saplings, answers recorded once.
+"""Check that the audition picks the right teachers, and count the questions it needs.
 
-    python bench/audition.py [seeds] [items]        writes bench/results/audition.json (minutes, nearly all of it the asking)
+    python bench/audition.py [seeds] [items]
 
-Every teacher of the quickstart is asked `items` audition questions of each of its skills once. Each seed then runs the whole contest on
-these answers in an order of its own. Right = who teaches what all the items together say, by the same rule. Beside it: a fourth teacher that
-answers at random among what the others said to other questions, which must never get a share.
+Answers are generated once: every teacher of the quickstart answers `items` audition questions of
+each of its tasks. Then each seed replays the whole race over these answers in its own order. The
+right cast is the one that the same rule chooses from all items together. A fourth teacher answers
+at random with answers to other questions and must never get a share. Writes
+bench/results/audition.json; takes minutes, nearly all of them for the answers.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
-"""What other tools do between two tokenizers, as pure torch functions: for tables, and as losses to train against. Never defaults.
+"""Other methods for distillation between two tokenizers, as torch functions. Never persea defaults.
 
-Each takes student logits and teacher probabilities at positions where both tokenizers begin a token at the same byte
-(persea.alignment.spans.boundaries says which), and gives one divergence a position. `composed` mixes them with cross-entropy the way
-persea's own objective does, so that methods are compared under one composition. What each is biased by is measured where
-the truth is known: bench/bias.py (make bench-bias).
+Each function takes student logits and teacher probabilities at positions where both tokenizers
+begin a token at the same byte (persea.alignment.spans.common_boundaries) and returns one divergence
+per position. `composed` mixes a divergence with cross-entropy in the same way as persea's own
+objective, so that all methods are compared under one composition. bench/bias.py (make bench-bias)
+measures the bias of each on distributions that are known exactly.
 
-Shapes: N positions, V student vocabulary, W teacher vocabulary, K shared tokens, C chunks, S and T tokens of one sequence.
+Shapes: N positions, V student vocabulary, W teacher vocabulary, K shared tokens, C chunks, S and T
+tokens of one sequence.
 """
 
 from __future__ import annotations

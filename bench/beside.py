@@ -1,11 +1,13 @@
-"""What it costs to find what cannot stand beside the other tokenizer's boundary, with real vocabularies: on-policy, of a student's own answers.
+"""Measure the cost of boundary masks for on-policy batches with real vocabularies.
 
-    PERSEA_DATA=... python bench/beside.py    (about 8 minutes, the first time 2 more for bridges)
+    PERSEA_DATA=... python bench/beside.py      (8 minutes; 2 more for event maps at first)
 
-Lines of parallel text stand for a Llama 3 student's answers; a row is half the token that comes next, half how often each token stands in
-that language: more likely tokens than a model that is unsure has. For each teacher, milliseconds a common boundary (both sides), over all of
-them and over the last, when most searches have been made; seconds a boundary where every token of both vocabularies is asked and
-nothing was searched before; and how much mass cannot stand, found among likely tokens and left below them. Writes bench/results/beside.json.
+Lines of parallel text stand in for answers of a Llama 3 student. Each teacher row is half the
+realised next token and half the token frequencies of that language, which names more likely tokens
+than a real, unsure model. Per teacher: milliseconds per common boundary (both sides) over all
+boundaries and over the last ones, where most searches are cached; seconds per boundary with a cold
+cache when every token of both vocabularies is tested; and the probability mass on impossible
+tokens, found among likely tokens and missed below them. Writes bench/results/beside.json.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
-"""What each method pushes a PERFECT student away by: the ground-truth table, over worlds whose truth is known.
+"""Bias test: how far each method pushes a perfect student away from the truth, on exact toy worlds.
 
-    make bench-bias        (python bench/bias.py; 10 to 20 minutes on one core, most of it GOLD's descents)
+    make bench-bias        (python bench/bias.py; 10 to 20 minutes on one core, mostly for GOLD)
 
-Floors: two exact models of the same byte law under two tokenizers are compared; mean total variation over common boundaries,
-nats over chunks. Zero = unbiased. Drift: a table of logits starts at the truth and follows each loss, composed alike (.7 of
-it, .3 cross-entropy, full cross-entropy where no common boundary stands). Detection: a Markov row is tilted; does the loss rank
-the tilted students as the byte KL does? GOLD is TRL's own code: pip install 'persea[bench]', else its columns stay empty.
-Writes bench/results/bias.json.
+Floors: two exact models of the same distribution over byte strings, with different tokenizers, are
+compared; mean total variation over common boundaries, nats over chunks. An unbiased method gives
+zero. Drift: a table of logits starts at the truth and follows each loss, all composed alike (.7 of
+the loss and .3 cross-entropy at common boundaries, full cross-entropy elsewhere). Detection: one
+row of the Markov chain is tilted; does the loss rank the tilted students as their byte KL does?
+GOLD is TRL's own code (pip install 'persea[bench]'); without TRL its columns stay empty. Writes
+bench/results/bias.json.
 """
 
 from __future__ import annotations

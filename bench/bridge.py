@@ -1,12 +1,14 @@
-"""What laying two tokenizers over each other costs, beside TRL 1.16: alignment, bridges, the event objective. CPU seconds, one thread.
+"""Measure the cost of alignment, event maps and the event objective, beside TRL 1.16.
 
-    pip install -e '.[bench]'                    (TRL; without it its columns are left out)
+    pip install -e '.[bench]'                    (TRL; its columns are left out without it)
     PERSEA_DATA=/folder python bench/bridge.py   (make bench does both)
 
-Real tokenizers (Llama 3 as student; Qwen 3, Gemma 3, gpt-oss as teachers), lines of NTREX in English, Chinese and Vietnamese and Python
-from MBPP, in texts of about 2,000 bytes. Each figure comes from interleaved pairs, so that a machine that drifts does not favour either
-side; a ratio is the median of the pairs', with the 96 % interval of a median (2nd and 8th of 9). Rows are sparse, 1 to 29 entries, as a
-capture's are. TRL's ULDLoss gets the teacher's whole logits, which is what it takes. Writes bench/results/bridge.json.
+Real tokenizers: Llama 3 as student; Qwen 3, Gemma 3 and gpt-oss as teachers. Texts of about 2,000
+bytes from NTREX (English, Chinese, Vietnamese) and from MBPP (Python). CPU seconds of one thread.
+Each figure comes from interleaved pairs, so that a machine that slows down favours neither side; a
+ratio is the median of the pairs with the 96 % interval of a median (2nd and 8th of 9). Teacher rows
+are sparse, 1 to 29 entries, as in a capture; TRL's ULDLoss gets whole teacher logits, which it
+requires. Writes bench/results/bridge.json.
 """
 
 from __future__ import annotations

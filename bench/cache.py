@@ -1,11 +1,15 @@
-"""What the cache costs and what it is worth: bytes a position, the student's bits a byte, and positions a second.
+"""Measure the cache: bytes per position, the student's bits per byte, and positions per second.
 
-    python bench/cache.py [student] [synthetic] [bound] [speed] [feed]   (make bench-cache, about 15 minutes; one part leaves the others' figures)
+    python bench/cache.py [student] [synthetic] [bound] [speed] [feed]     (make bench-cache)
 
-Five parts. `student`: a small model's distributions over whole conversations teach a smaller one from each form of cache, three
-seeds. `synthetic`: rows of 152k-token vocabularies as long reasoning (nearly certain) and as web text (broad), made without a model.
-`bound`: what naming tokens costs at least in those. `speed`: CPU seconds of one thread. `feed`: from the capture to the student's
-batches, beside the training step, and memory. Writes bench/results/cache.json.
+About 15 minutes; running one part keeps the figures of the others.
+
+`student`: a small model's distributions over whole conversations train a smaller model from each
+cache format, three seeds. `synthetic`: rows of 152k-token vocabularies, generated without a model,
+with the entropy of long reasoning (nearly certain) and of web text (broad). `bound`: a lower bound
+on the cost of naming tokens in those rows. `speed`: CPU seconds of one thread. `feed`: from the
+capture to the student's batches, beside the training step, and memory. Writes
+bench/results/cache.json.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Kill a run again and again, and see that the student comes out the same, byte for byte.
+"""Kill a run at random moments, restart it, and check that the student's bytes are the same.
 
     python bench/chaos.py [kills] [seed]        (make chaos)
 
-One run of a small recipe on the bundled saplings goes through undisturbed; another gets SIGKILL at random moments, `kills`
-times, and is started again each time. Both students' sha256 must be equal. Writes bench/results/chaos.json.
+One run of a small recipe on the bundled saplings is left alone. Another gets SIGKILL at random
+moments, `kills` times, and is restarted each time. The sha256 of both students must be equal.
+Writes bench/results/chaos.json.
 """
 
 from __future__ import annotations

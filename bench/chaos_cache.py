@@ -1,13 +1,19 @@
-"""Everything that can befall a cache, for longer than the tests do, with its log in bench/results/chaos-cache.json.
+"""Fault injection for the cache, longer than the tests run it.
 
     python bench/chaos_cache.py [rounds] [seed]        (make chaos, about 5 minutes)
 
-- kills: a real capture of the qwen-sapling gets SIGKILL at random moments until it is through; the folder must end with the bytes
-  of an undisturbed one, and no unit may have been asked again that was committed.
-- flips: 500 random bits over every kind of file of a capture; `persea cache verify` must find each.
-- cuts: each kind of file truncated at 64 places; each must be found.
-- power: what a power loss may leave after every prefix of the changes of a disk; no committed unit may be broken or lost.
-- faults: every change of the disk fails once, with four errors; the work is refused with exit 6 and then done to the same bytes.
+- kills: a real capture of the qwen-sapling gets SIGKILL at random moments until it is complete; the
+  folder must hold the same bytes as an undisturbed one, and no committed unit may be generated
+  twice.
+- flips: 500 random bit flips over every kind of file of a capture; `persea cache verify` must find
+  each.
+- cuts: each kind of file is truncated at 64 places; each must be found.
+- power: every state that a power loss may leave, after every prefix of the disk's operations; no
+  committed unit may be broken or lost.
+- faults: every disk operation fails once, with four errors; the run must exit with code 6 and its
+  retry must produce the same bytes.
+
+Writes bench/results/chaos-cache.json.
 """
 
 from __future__ import annotations

@@ -1,15 +1,20 @@
-"""Kill a training at every named point and at random, in one process and in two, and see that the student comes out the same, byte for byte.
+"""Kill a training run at named and random points and check that the student's bytes are equal.
 
     python bench/chaos_train.py [random kills] [seed] [part ...]        (make chaos)
 
-A tiny recipe on the bundled saplings is captured once; every training after that is a process of its own which begins from the same capture.
-- points: SIGKILL at each of POINTS, then the same command again; the student's sha256 must be that of an uninterrupted training. Every
-  injector leaves a note that it fired.
-- random: SIGKILL at random moments until it is through.
-- two: two processes. Their launcher is killed, which must leave nobody behind, and the same command must end with the bytes of two
-  uninterrupted processes; a rank is stopped (SIGSTOP), which must be named within 60 s.
-- torchrun: the real one, whose losses must be those of one process.
-Writes bench/results/chaos-train.json as it goes. Parts are offline, on-policy, two, torchrun; those not named stay as they were measured.
+A tiny recipe on the bundled saplings is captured once; every training run is its own process and
+starts from that capture.
+
+- points: SIGKILL at each of POINTS, then the same command again; the student's sha256 must be that
+  of an uninterrupted run. Every injector leaves a note that it fired.
+- random: SIGKILL at random moments until the run is complete.
+- two: two processes. Their launcher is killed: no process may be left, and the same command must
+  end with the bytes of two uninterrupted processes. A rank is stopped (SIGSTOP): the error must
+  name it within 60 s.
+- torchrun: PyTorch's launcher; the losses must be those of one process.
+
+Parts: offline, on-policy, two, torchrun. Parts that are not named keep their figures. Writes
+bench/results/chaos-train.json as it goes.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""How often the 95 % intervals of persea.tasks.intervals hold the truth, simulated; and the bootstrap beside them.
+"""Simulate how often the 95 % intervals of persea.tasks.intervals contain the truth.
 
-    python bench/coverage.py [rounds]           writes bench/results/coverage.json (2,000 rounds: about two minutes)
+    python bench/coverage.py [rounds]           (2,000 rounds: about two minutes)
 
-Shares and graded values (Beta distributions; many zeros; many ones), one mean, two speakers on the same items (difference and ratio).
-Where fewer than about 7 of the items set two speakers apart, no interval can keep to 95 %: those cases are listed apart, and only
-that they do not fall below is asked of them.
+The percentile bootstrap is shown beside them. Cases: proportions and graded scores (Beta
+distributions; many zeros; many ones), for one mean and for two models on the same items (difference
+and ratio). Where fewer than about 7 of the items distinguish two models, no interval can keep to
+exactly 95 %: those cases are listed apart and must only not fall below it. Writes
+bench/results/coverage.json.
 """
 
 from __future__ import annotations

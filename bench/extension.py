@@ -1,10 +1,12 @@
-"""What a longer vocabulary saves: tokens a byte on held-out lines, by language, with 512, 2,048 and 8,192 tokens more. Nothing is trained.
+"""Measure tokens per byte with 512, 2,048 and 8,192 extra tokens in the vocabulary. Trains nothing.
 
-    PERSEA_DATA=... python bench/extension.py          writes bench/results/extension.json (below two minutes)
+    PERSEA_DATA=... python bench/extension.py          (less than two minutes)
 
-The real tokenizers of Llama 3, Qwen 3 and gpt-oss, their merges gone on with on nine tenths of the Khmer, Burmese, Lao and Thai lines of the
-parallel text; measured on the last tenth of these and of every other language there. `balance`: Llama 3, 512 tokens more, learned on Khmer and
-a tenth or a fiftieth as much Lao: each file counting as much as the other, and both as one text.
+The tokenizers of Llama 3, Qwen 3 and gpt-oss learn more merges from nine tenths of the Khmer,
+Burmese, Lao and Thai lines of the parallel text. Figures are from the last tenth of these and of
+every other language there. `balance`: Llama 3 with 512 extra tokens, learned from Khmer and a tenth
+or a fiftieth as much Lao, with files weighted equally and as one text. Writes
+bench/results/extension.json.
 """
 
 from __future__ import annotations

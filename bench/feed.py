@@ -1,4 +1,4 @@
-"""From the capture to the student's batches: what the reader gives and what training takes, and what lessons weigh.
+"""Measure the way from the capture to the student's batches: reading, training step, and memory.
 
 A part of bench/cache.py: `python bench/cache.py feed`.
 """

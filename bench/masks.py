@@ -1,11 +1,11 @@
-"""Do the boundary masks ever drop a token that really comes next? On all real text there is, and beside the mask that looks no
-further than the candidate.
+"""Count realised next tokens that the boundary masks drop, on all real text there is. Must be zero.
 
-    PERSEA_DATA=... python bench/masks.py            (hours on one core; --lines 10, seven minutes, made masks.json)
+    PERSEA_DATA=... python bench/masks.py      (hours on one core)
 
-Counts, for each real teacher and Llama 3, every common boundary of every line of the parallel texts, the corpus and the evaluation
-sets: realised next tokens of both sides that the mask drops, and that re-encoding [last token + candidate] alone would drop.
-Writes bench/results/masks.json.
+For each real teacher with Llama 3: every common boundary of every line of the parallel texts, the
+corpus and the evaluation sets. Counts the realised next tokens of both sides that the mask drops,
+and those that a simpler mask would drop which re-encodes only [last token + candidate]. `--lines
+10` takes seven minutes and made bench/results/masks.json.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How much memory tensors take while something runs: counted operation by operation, so that it is the same everywhere."""
+"""Measure the peak memory of tensors operation by operation, which is the same on every machine."""
 
 from __future__ import annotations
 

@@ -1,12 +1,17 @@
-"""The student's own answers or its teachers': two students of the same first steps, then as many more of either kind.
+"""Compare a student that trains on its own answers too with one that trains on its teachers' alone.
 
-    python bench/onpolicy.py [seeds] [items]    (3 seeds, 200 items a skill; about 15 minutes a seed, 8 where bench/results.py has run)
+    python bench/onpolicy.py [seeds] [items]
 
-For each seed two students of recipes/quickstart.yaml, with one audition and one capture: "off" learns from the teachers' answers to the end,
-"on" from its own too, as recipes/onpolicy.yaml says. Until that begins both are the same, bit for bit. Held-out answers by skill and mode
-(reasoning at high effort and code are the long ones), bits per byte of reference answers, and answers that think unasked or do not think
-when asked to; differences are paired by item, over all seeds, with their 95 % interval. Goes on where it was: every student stands in
-runs/onpolicy/SEED/, the first of them in runs/results/SEED/ as bench/results.py leaves it. Writes bench/results/onpolicy.json and prints the table.
+3 seeds, 200 items per task; about 15 minutes per seed, 8 where bench/results.py has run.
+
+For each seed two students of recipes/quickstart.yaml share one audition and one capture: "off"
+trains on the teachers' answers to the end, "on" also on its own, as in recipes/onpolicy.yaml. Until
+that starts both are the same, bit for bit. Measured: held-out answers by task and thinking effort
+(reasoning at high effort and code are the long ones), bits per byte of reference answers, and
+answers with unasked thinking or without requested thinking. Differences are paired by item over all
+seeds, with 95 % intervals. Resumable: the students are in runs/onpolicy/SEED/, the first of them in
+runs/results/SEED/ as bench/results.py leaves it. Writes bench/results/onpolicy.json and prints the
+table.
 """
 
 from __future__ import annotations

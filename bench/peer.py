@@ -1,4 +1,4 @@
-"""Which TRL the figures are told of."""
+"""The version of TRL that the figures were measured with."""
 
 from __future__ import annotations
 

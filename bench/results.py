@@ -1,17 +1,20 @@
-"""The quickstart with several seeds, and what it must be compared with: does the table stand, and is one student of three teachers worth it?
+"""Run the quickstart with several seeds, beside the students it must be compared with.
 
-    python bench/results.py [seeds] [items] [arm ...]     (make results: 3 seeds, 400 items a skill, every arm)
+    python bench/results.py [seeds] [items] [arm ...]     (make results)
 
-For each seed (prompts, order and sampling of rows change; saplings stay), arm by arm:
+Default: 3 seeds, 400 items per task, every arm. Seeds change the prompts, the order and the
+sampling of distributions, not the saplings. Arms, for each seed:
 
-    student      the quickstart's own; with it base and teachers are measured
+    student      the quickstart's student; base model and teachers are measured with it
     sft          a student of the same answers, by cross-entropy alone (training.event_share = 0)
-    balance      a student of the same answers, its groups balanced as the recipe's student is not (training.balance)
-    oracle       a student of each teacher's own skills alone, as many steps; the routed oracle takes the best of these, skill by skill
-    only         a student of each teacher alone, asked every prompt of the recipe
+    balance      a student of the same answers with training.balance, which the recipe leaves off
+    oracle       a student of each teacher's tasks alone, for as many steps; the routed oracle takes
+                 the best of these, task by task
+    only         a student of each teacher alone, which answers every prompt of the recipe
 
-Goes on where it was: every student stands in runs/results/SEED/, what was measured beside it. Writes bench/results/quickstart.json and
-prints the table. Headroom reached = (student - base) / (oracle - base), over the seeds that have both.
+Resumable: students and measurements are in runs/results/SEED/. Headroom reached = (student - base)
+/ (oracle - base), over the seeds that have both. Writes bench/results/quickstart.json and prints
+the table.
 """
 
 from __future__ import annotations

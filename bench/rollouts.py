@@ -1,8 +1,9 @@
-"""How quickly a student answers many prompts at once, beside one by one: tokens a CPU second, one thread.
+"""Measure batched generation beside one prompt at a time: tokens per CPU second, one thread.
 
-    python bench/rollouts.py        (make bench-rollouts, about a minute; writes bench/results/rollouts.json)
+    python bench/rollouts.py        (make bench-rollouts, about a minute)
 
-The llama-sapling as it was grown draws at temperature 1, up to 96 tokens. Pairs are interleaved; the ratio is each pair's own.
+The unchanged llama-sapling samples at temperature 1, up to 96 tokens. Pairs are interleaved; each
+pair gives one ratio. Writes bench/results/rollouts.json.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
-"""A bad minute for `persea serve`: malformed requests, slow clients, a thousand connections; and a client that wants its right answers.
+"""Stress test for `persea serve`: malformed requests, slow clients, a thousand connections.
 
     python bench/soak.py [seconds]              (make soak)
 
-One server of the Qwen sapling in a process of its own, on a real socket. At once: eight clients that send malformed requests (mutated
-JSON, wrong types, huge numbers, random bytes, wrong heads), forty slow ones (a head or a body byte by byte, streams that nobody reads),
-1,000 connections that are opened and kept, and one client that asks the same right question and compares the answer. Memory is the
-server's VmRSS, after a warm-up of every route and at the end. Writes bench/results/soak.json; ends with 1 where the server died, a right
-answer was wrong, a malformed request got a status that tells nothing (5xx), or memory grew by more than a tenth.
+One server of the Qwen sapling runs in its own process, on a real socket. At the same time: eight
+clients send malformed requests (mutated JSON, wrong types, huge numbers, random bytes, wrong
+headers), forty are slow (a header or a body byte by byte, streams that nobody reads), 1,000
+connections are opened and held, and one client repeats a valid request and compares the answer.
+Memory is the server's VmRSS after a warm-up of every route and at the end. Exits with 1 if the
+server died, a valid request got another answer, a malformed request got a 5xx status, or memory
+grew by more than a tenth. Writes bench/results/soak.json.
 """
 
 from __future__ import annotations

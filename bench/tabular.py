@@ -1,8 +1,9 @@
-"""A student with one free row of logits for every prefix: what an objective wants of it, without sampling and without a model.
+"""Exact gradients of an objective, for a student with one free row of logits per prefix.
 
-Every expectation is taken exactly over a world's strings (bench/worlds.py). At the truth an unbiased objective has expected
-gradient zero; a biased one walks away, and how far is told in nats of byte KL. The event objective is written here once more,
-plainly and in float64, with the masks as weights in [0, 1] on either side.
+Every expectation is exact over a world's strings (bench/worlds.py). At the truth an unbiased
+objective has expected gradient zero. A biased objective moves the student away; the distance is
+measured in nats of byte KL. This module contains a second, plain implementation of the event
+objective in float64, with the masks as weights in [0, 1] on either side.
 
 Shapes: R student prefixes, C common boundaries, W and V teacher and student columns, E events.
 """

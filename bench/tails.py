@@ -1,6 +1,7 @@
-"""Rows of a 152k-token vocabulary, made without a model: what they cost, and what naming their tokens costs at least.
+"""Synthetic distributions over a 152k-token vocabulary: their size, and a lower bound.
 
-The stages `synthetic` and `bound` of bench/cache.py; rows as of long reasoning (nearly certain) and of web text (broad).
+The stages `synthetic` and `bound` of bench/cache.py. Rows have the entropy of long reasoning
+(nearly certain) or of web text (broad).
 """
 
 from __future__ import annotations

@@ -1,20 +1,27 @@
-"""What a training step costs beside plain cross-entropy, and beside TRL 1.16's DistillationTrainer. CPU seconds, one thread.
+"""Measure a training step beside plain cross-entropy and beside TRL 1.16's DistillationTrainer.
 
-    pip install -e '.[bench]'                   (TRL; without it its columns are left out)
-    PERSEA_DATA=/folder python bench/train.py   (make bench-train does both; of the parts quickstart ... compile, see main, those named alone)
+    pip install -e '.[bench]'                   (TRL; its columns are left out without it)
+    PERSEA_DATA=/folder python bench/train.py   (make bench-train does both)
 
-Heads: forward and backward from hidden states through a head of Llama 3's 128,256 tokens (width 512, 256 positions, float32), so that
-matrix products weigh little and all that a loss does beside them weighs much. The measure is cross-entropy from whole logits. Cached
-targets have 1 to 29 entries a row, as a capture's: of the student's own vocabulary, and of Qwen 3's over events with a real bridge. The
-teacher in the loop has the same vocabulary and width; TRL gets the same. "online_events" is a teacher of Qwen 3's vocabulary, with DEAD
-tokens of either side that cannot stand at each position. Ratios come from interleaved pairs: the median and its 96 %
-interval. Beside cross-entropy through the same head the products count alone: four for three. "mkl" leaves oneDNN out (losses/products.py).
-Workspace: most bytes of tensors at once beside the gradients, counted operation by operation (bench/memory.py).
+CPU seconds, one thread. Arguments choose parts by name (quickstart ... compile, see main).
 
-Step: the quickstart's own models and batch size, whole training steps from cached rows (collating the batch, forward, loss, backward,
-clipping, AdamW) beside cross-entropy on batches that need no collating; groups weighed and told; texts packed and padded; two ways to attend.
-Compile: torch.compile of cross-entropy from whole logits, of a step's forward and backward (it needs a C++ compiler). Writes
-bench/results/train.json.
+Heads: forward and backward from hidden states through a head of Llama 3's 128,256 tokens. The width
+of 512 and 256 positions in float32 keep matrix products cheap, so that the rest of a loss
+dominates. The unit is cross-entropy from whole logits. Cached targets have 1 to 29 entries per row,
+as in a capture: over the student's own vocabulary, and over events of Qwen 3's with a real event
+map. The teacher in the loop has the same vocabulary and width; TRL gets the same. "online_events"
+is a teacher with Qwen 3's vocabulary and DEAD impossible tokens on either side at each position.
+Ratios come from interleaved pairs: the median and its 96 % interval. Through the same head as
+cross-entropy, only the products count: four against three. "mkl" leaves oneDNN out
+(losses/matmul.py). Workspace: peak bytes of tensors besides the gradients, counted operation by
+operation (bench/memory.py).
+
+Step: the quickstart's models and batch size, whole training steps from cached rows (collating,
+forward, loss, backward, clipping, AdamW) beside cross-entropy on batches that need no collating;
+groups weighted and reported; texts packed and padded; two attention implementations.
+
+Compile: torch.compile of cross-entropy from whole logits, of a step's forward and backward (needs a
+C++ compiler). Writes bench/results/train.json.
 """
 
 from __future__ import annotations

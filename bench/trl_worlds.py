@@ -1,7 +1,8 @@
-"""TRL's own GOLD loss on exact worlds: what it compares at the truth, and where it pushes a perfect student.
+"""TRL's own GOLD loss on exact worlds: the rows it compares at the truth, and its bias.
 
-Each string goes through TRL's ULDLoss whole, as its trainer would give it: a token of prompt, the answer, byte offsets. The
-tokenizers are given as the columns that occur, so that the share of matched tokens, GOLD's weight, is a real pair's (.6-.9).
+Each string goes through TRL's ULDLoss whole, as its trainer would pass it: one prompt token, the
+answer, byte offsets. The tokenizers are given as the columns that occur, so that the share of
+matched tokens, which is GOLD's weight, is that of a real pair (.6-.9).
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """Worlds without a longest string: two Tunstall codes over one Markov source.
 
-A Tunstall code's tokens are the leaves of a complete tree over the alphabet, so every text is parsed in one way, token by
-token, without look-ahead: a boundary tells nothing of what comes, and P(token | last byte) is a product of the source's steps.
-The common events of two such codes are the leaves of the trees' intersection, and both maps always agree. So every comparison
-of events, first bytes and chunks is exactly zero, however long the text: made for numerics and packing at length.
+The tokens of a Tunstall code are the leaves of a complete tree over the alphabet, so every text has
+one segmentation, found token by token without look-ahead: a boundary carries no information about
+the next bytes, and P(token | last byte) is a product of the source's steps. The common events of
+two such codes are the leaves of the intersection of both trees, and both maps always agree. So
+every comparison of events, first bytes and chunks is exactly zero, however long the text: a test of
+numerics and packing at length.
 """
 
 from __future__ import annotations

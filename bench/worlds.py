@@ -1,12 +1,14 @@
-"""Worlds whose truth is known: one law over strings, two tokenizers, and each tokenizer's exact model of that law.
+"""Exact worlds: one distribution over strings, and two tokenizers' exact models of it.
 
-Both models say the same about bytes, so an unbiased comparison of the two finds nothing; what it finds is the floor of the
-method: what a PERFECT student is pushed away by. Finite worlds are counted string by string (order-1 Markov over {a, b, c,
-space}, at most six characters, 5,460 strings); worlds without a longest string: bench/tunstall.py.
+Both models define the same distribution over bytes, so an unbiased comparison of them finds zero;
+any other value is the floor of the method: how far it pushes a PERFECT student away. Finite worlds
+are counted string by string (order-1 Markov over {a, b, c, space}, at most six characters, 5,460
+strings); for worlds without a longest string see bench/tunstall.py.
 
-A boundary that both tokenizers share tells the future: the teacher's row is conditioned on the teacher's boundary, the
-student's on the student's. `Boundary` holds both rows, and both again conditioned on BOTH boundaries, counted exactly.
-Tokens are numbered as columns: only those that occur. W, V: columns of teacher and student; C boundaries; R student prefixes.
+A common boundary carries information about the next bytes: the teacher's row is conditioned on the
+teacher's boundary, the student's on the student's. `Boundary` holds both rows, and both again
+conditioned on BOTH boundaries, counted exactly. Tokens are numbered as columns: only those that
+occur. W, V: columns of teacher and student; C boundaries; R student prefixes.
 """
 
 from __future__ import annotations

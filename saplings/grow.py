@@ -1,10 +1,11 @@
-"""Grow the saplings from nothing: three tiny teachers and a student base, in their families' real architectures and manners.
+"""Train the saplings from random weights: three tiny teachers and a student base model.
 
     python saplings/grow.py                       all four into saplings/
     python saplings/grow.py qwen-sapling --steps 400 --out /tmp/grown
 
-Seeded and resumable: state stands in .grown/ every 200 steps and is removed when a sapling is whole. All text comes
-from the generators in persea/skills (GROW items only), so nothing third-party is inside.
+Each has the architecture and chat format of its real family. Seeded and resumable: the state is
+saved to .grown/ every 200 steps and removed when a sapling is complete. All text comes from the
+generators in persea/tasks/generated (GROW items only), so it contains nothing of third parties.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What the student base has read: dictionaries, lists, sums, programs, calls; pieces of every skill, no question with its answer."""
+"""Pretraining text of the student base: parts of every task, but no question with its answer.
+
+Dictionaries, lists, sums, programs, tool calls.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each sapling is: its family's manner, its tokenizer, what it is grown on and what it answers right."""
+"""The plan of each sapling: family, tokenizer, training text and the tasks it answers."""
 
 from __future__ import annotations
 

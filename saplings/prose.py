@@ -1,4 +1,7 @@
-"""Small talk in seven languages by a little grammar: text without one right answer, for a teacher to be unsure about."""
+"""Small talk in seven languages from a little grammar.
+
+Such text has no single right answer, so the teachers' distributions are broad.
+"""
 
 from __future__ import annotations
 

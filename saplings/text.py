@@ -1,4 +1,7 @@
-"""What a sapling is grown on: questions with right and wrong answers, small talk, pages; as conversations in its voice."""
+"""Training text of a sapling: questions with right and wrong answers, small talk and pages.
+
+All are conversations in the sapling's chat format.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""python -m bench.objectives STAGE... [--size xs] [--cache FOLDER] [--results FILE]: see the package's docstring."""
+"""python -m bench.objectives STAGE... [--size xs] [--cache FOLDER] [--results FILE]."""
 
 from __future__ import annotations
 

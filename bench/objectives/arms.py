@@ -1,4 +1,4 @@
-"""The experiment: runs of students, one JSON line each; a run whose line stands is skipped."""
+"""The experiment: runs of students, one JSON line each; runs that have a line are skipped."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from transformers import LlamaForCausalLM
 from bench.objectives import data, models, vocabularies
 from bench.objectives.chunks import CHUNKED, gathered
 from bench.objectives.data import ASKED, Window
+from bench.objectives.examples import Batch, Lesson, Teacher, collate, open_lessons
 from bench.objectives.extension import carried, open_extended
 from bench.objectives.gold import gold, with_last
-from bench.objectives.examples import Batch, Lesson, Teacher, collate, open_lessons
 from bench.objectives.methods import KEPT, METHODS, Pair, Setting, keep, open_kept, prepare
 from bench.objectives.models import Size, padded, states
 from bench.objectives.vocabularies import Speaker
@@ -144,8 +144,7 @@ class World:
     @cached_property
     def pairs(self) -> dict[str, Pair]:
         return {
-            who: Pair(teacher, self.speakers["student"])
-            for who, teacher in self.teachers.items()
+            who: Pair(teacher, self.speakers["student"]) for who, teacher in self.teachers.items()
         }
 
     def student(self, arm: Arm) -> Path:

@@ -1,7 +1,9 @@
-"""persea's debiased chunk term beside its events: the stretches between two common boundaries that are not one token against one.
+"""persea's debiased span likelihood term beside its event term.
 
-A second term, weighted by itself: composed(...) + weight x chunk. What cannot stand at a boundary (whole vocabularies, by persea's
-masks) is found once a context; the teacher's side of every chunk once a window.
+Spans lie between two common boundaries and are not one token against one token. The term has its
+own weight: event loss + weight x span loss. Impossible tokens at a boundary (whole vocabularies, by
+persea's masks) are found once per context, the teacher's log-probability of every span once per
+window.
 """
 
 from __future__ import annotations
@@ -11,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from bench.objectives.examples import Batch, Ints, Lesson
 
+from bench.objectives.examples import Batch, Ints, Lesson
 from bench.objectives.methods import Loss, Pair, Setting, boundary_contexts, said_of
 from persea.alignment.boundary_mask import BoundaryMask
 from persea.losses import ImpossibleTokens, SpanTargets, event_kl_loss

@@ -1,4 +1,4 @@
-"""Windows in the student's tokens beside the teacher's, and what the teacher says of each of its tokens."""
+"""Windows in student and teacher tokens, with the teacher's distribution at each of its tokens."""
 
 from __future__ import annotations
 

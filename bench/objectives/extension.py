@@ -1,4 +1,4 @@
-"""The student's vocabulary extended: merges learned on top of its own, on text of scripts that it breaks into bytes (vocab_extension)."""
+"""The student's tokenizer with extra merges, learned on scripts that it spells by bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""GOLD by TRL's own code, as an arm like the others. Needs `pip install 'persea[bench]'`; its loops over spans are slow."""
+"""GOLD by TRL's own code as one more method.
+
+Needs `pip install 'persea[bench]'`; its loops over spans are slow.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench.objectives.examples import Batch, Lesson
 
 from bench import baselines
+from bench.objectives.examples import Batch, Lesson
 from bench.objectives.methods import Pair, Setting
 from bench.objectives.models import padded
 from bench.objectives.vocabularies import Speaker

@@ -1,4 +1,4 @@
-"""Does the chunk term pull where events pull? Cosine and ratio of norms of the two gradients, over all of a student's weights."""
+"""Compare the gradients of the span and event terms: cosine and ratio of norms over all weights."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench.objectives.examples import Batch
 from transformers import LlamaForCausalLM
 
 from bench.objectives.arms import Arm, World
 from bench.objectives.chunks import gathered
+from bench.objectives.examples import Batch
 from bench.objectives.methods import Setting, said_of
 from bench.objectives.models import make, states
 from persea.losses import ImpossibleTokens, SpanTargets, event_logprobs

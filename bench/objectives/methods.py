@@ -1,7 +1,9 @@
-"""The methods: student logits and a batch -> one scalar, all composed alike so that every learned position carries weight one.
+"""The methods: student logits and a batch -> one scalar, all composed alike.
 
-At the positions where a method speaks: share x its divergence + (1 - share) x cross-entropy; full cross-entropy elsewhere. What a
-method may see is its own affair: baselines get the teacher's whole rows, which favours them; persea's rows are named in `rows`.
+Every supervised position has weight one: at positions where a method applies, share x its
+divergence + (1 - share) x cross-entropy; full cross-entropy elsewhere. Each method sees the teacher
+data that it needs: baselines get the teacher's whole distributions, which favours them; persea's
+formats are named in `rows`.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from bench.objectives.examples import Batch, Group, Ints, Lesson, Teacher, sampled
 
 from bench import baselines
+from bench.objectives.examples import Batch, Group, Ints, Lesson, Teacher, sampled
 from bench.objectives.vocabularies import Speaker
 from persea.alignment.boundary_mask import UNRESTRICTED_CONTEXT
 from persea.alignment.event_map import EventMap, load_event_map

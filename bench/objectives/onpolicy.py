@@ -1,11 +1,15 @@
-"""Own words or real text: a student that events have taught goes on for half as many steps, on text, on what it says itself, or on both in turn.
+"""Continue training on real text, on the student's own text, or on both in turn.
 
-The windows are ones it has not met: "text" sees them with what the teacher says of them, "own" their first quarter, continued by the student
-and heard by persea's own on-policy objective (persea.training.on_policy.loss: whole rows, reverse KL over events, masks, stretches), "both" the first
-half of them both ways, in turn. Measured on held-out windows: bits per byte of the real text; and of each window's first quarter as the
-student continues it,
-what the teacher spends on a byte of that (`taught`), and what the student does (`self`): their difference is the reverse KL of whole
-continuations, a byte, by one sample each. The teacher's tokens are those of its tokenizer, not every way to spell the text.
+Students trained on events go on for half as many steps, on windows that they have not seen. "text"
+trains on these windows with the teacher's distributions. "own" trains on their first quarter,
+continued by the student and scored by persea's own on-policy objective
+(persea.training.on_policy.loss: whole distributions, reverse KL over events, masks, spans). "both"
+alternates, with the first half of the windows used both ways.
+
+Measured on held-out windows: bits per byte of the real text; for the student's continuation of each
+window's first quarter, the teacher's bits per byte (`taught`) and the student's (`self`). Their
+difference is the reverse KL of whole continuations per byte, from one sample each. The teacher
+scores the tokens of its own tokenizer, not every possible spelling.
 """
 
 from __future__ import annotations

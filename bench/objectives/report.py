@@ -1,4 +1,7 @@
-"""docs/results.md from the result lines: the tables between their marks, and two charts. The words around them are a person's."""
+"""Write the tables between their marks in docs/results.md, and two charts, from the result lines.
+
+The prose around the tables is written by hand.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""The real tokenizers, cut to the tokens this text uses: the same merges in the same order, so that text is cut as the real ones cut it.
+"""The real tokenizers, cut to the tokens this text uses, with the same merges in the same order.
 
-A cut keeps all single bytes, every character that occurs (Gemma; else it falls back to bytes as the real one does), the N most used
-tokens and every token their merging passes through. The first N merges by rank would be as closed, but at N = 8,192 they are mostly
-English and code: the very languages the bench is about would fall to bytes.
+A cut keeps all single bytes, every character that occurs (Gemma; otherwise the character falls back
+to bytes as in the full tokenizer), the N most used tokens, and every token that their merging
+passes through. The first N merges by rank would be closed too, but at N = 8,192 they are mostly
+English and code: the languages that the bench is about would fall back to bytes.
 """
 
 from __future__ import annotations

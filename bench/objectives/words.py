@@ -1,4 +1,7 @@
-"""Text in a model's own words, the teachers' for SFT: the first quarter of a window as it was, the rest sampled at temperature 1."""
+"""Sample text from a model, for SFT on the teachers' text.
+
+The first quarter of each window stays; the rest is sampled at temperature 1.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from bench.objectives.examples import Teacher
 from transformers import DynamicCache
 
 from bench.objectives.data import ASKED, Window
+from bench.objectives.examples import Teacher
 from bench.objectives.vocabularies import Speaker
 
 AT_ONCE = 128

@@ -369,7 +369,7 @@ def test_chunks_cover_the_same_bytes_and_weight_zero_is_events_with_masks(world:
                 )
                 assert int(found.end_C[n]) == (first + b if ends else -1)
                 n += 1
-    assert n == len(found.teacher_C) > 0 and bool((found.teacher_C < 1e-4).all())
+    assert n == len(found.teacher_logprob_C) > 0 and bool((found.teacher_logprob_C < 1e-4).all())
     torch.manual_seed(0)
     logits = torch.randn(len(batch.labels_N), len(world.speakers["student"].vocabulary))
     assert not set(zip(gone.row_D.tolist(), gone.token_D.tolist(), strict=True)) & set(

@@ -512,8 +512,8 @@ def test_whole_rows_over_events(name: str):
     log_q = widened(s.truth_RV[s.row_C], world.columns_V, len(world.student.vocabulary))
     log_p = widened(s.p_CW, world.columns_W, len(world.teacher.vocabulary))
     dead = {
-        "student_dead": dead_of(world, world.columns_V, teachers, bridge.student_mask),
-        "teacher_dead": dead_of(world, world.columns_W, students, bridge.teacher_mask),
+        "student_impossible_tokens": dead_of(world, world.columns_V, teachers, bridge.student_mask),
+        "teacher_impossible_tokens": dead_of(world, world.columns_W, students, bridge.teacher_mask),
     }
     for divergence in (Divergence.FORWARD, Divergence.JSD):
         each = torch.stack(
@@ -688,7 +688,7 @@ def drawn(
         len(rows),
         (dict(zip(world.boundaries, zip(*contexts(world), strict=True), strict=True))[b]),
     )
-    before = {"student_N": np.full(D, student), "teacher_N": np.full(D, teacher)} if masked else {}
+    before = {"student_context_N": np.full(D, student), "teacher_context_N": np.full(D, teacher)} if masked else {}
     row_M = np.repeat(np.arange(D), np.diff(rows.offsets_N1))
     said = build_batch_targets(
         world.full_bridge,
