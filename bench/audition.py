@@ -36,7 +36,9 @@ def recorded(
     dict[tuple[str, str], dict[str, ItemResult]],
     RunContext,
 ]:
-    """The quickstart's skills with their audition questions, and every teacher's graded answer to each."""
+    """Return the quickstart's tasks with their audition questions, and every teacher's graded
+    answers.
+    """
     recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml", [f"audition.items={items}"])
     river = RunContext(recipe, ROOT / "runs" / "bench-audition")
     set_threads(recipe.threads)
@@ -51,7 +53,7 @@ def recorded(
             )
             answers[name, skill.name] = {r.item.prompt.id: r for r in results}
             print(
-                f"{name:16} {skill.name:12} {sum(r.value for r in results) / len(results):.3f} of {len(results)}",
+                f"{name:16} {skill.name:12} {share_right(results):.3f} of {len(results)}",
                 flush=True,
             )
     for skill, some in skills:
@@ -60,10 +62,15 @@ def recorded(
         results = grade_answers(skill, some, [(r.answer, r.finish) for r in drawn])
         answers[BAD, skill.name] = {r.item.prompt.id: r for r in results}
         print(
-            f"{BAD:16} {skill.name:12} {sum(r.value for r in results) / len(results):.3f} of {len(results)}",
+            f"{BAD:16} {skill.name:12} {share_right(results):.3f} of {len(results)}",
             flush=True,
         )
     return skills, answers, river
+
+
+def share_right(results: Sequence[ItemResult]) -> float:
+    """Return the mean score."""
+    return sum(r.value for r in results) / len(results)
 
 
 def main() -> None:

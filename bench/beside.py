@@ -35,10 +35,8 @@ OUT = Path(__file__).resolve().parent / "results" / "beside.json"
 TEACHERS = ("qwen3", "gemma3", "gpt-oss")
 LANGUAGES = ("eng", "vie", "zho-CN", "jpn", "tha")
 LINES, SEEN = 30, 400  # lines of each language asked; lines that frequencies are counted in
-WHOLE, LOOK = (
-    3,
-    500,
-)  # contexts a side at which every token is asked; of every so many contexts one's mass is looked at
+WHOLE = 3  # contexts per side at which every token is tested
+LOOK = 500  # the mass is measured at one of this many contexts
 
 
 def voice(name: str) -> ChatRenderer:
@@ -141,7 +139,7 @@ def main() -> None:
 
 
 def fresh(mask: BoundaryMask) -> BoundaryMask:
-    """The same, nothing searched yet."""
+    """Return the same mask with an empty cache."""
     return BoundaryMask(mask.other, mask.own, mask.first_token_W)
 
 

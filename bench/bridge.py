@@ -58,7 +58,7 @@ def seconds(work: Work) -> float:
 
 
 def compare(ours: Work, theirs: Work, pairs: int = PAIRS) -> dict[str, float]:
-    """Median CPU seconds of both, and theirs / ours with its interval."""
+    """Return median CPU seconds of both, and theirs / ours with its interval."""
     ours(), theirs()
     found = [(seconds(ours), seconds(theirs)) for _ in range(pairs)]
     ratios = sorted(b / a for a, b in found)
@@ -73,7 +73,7 @@ def compare(ours: Work, theirs: Work, pairs: int = PAIRS) -> dict[str, float]:
 
 
 def texts() -> list[str]:
-    """About 600 kB, in pieces of about TEXT bytes."""
+    """Return about 600 kB of text, in pieces of about TEXT bytes."""
     said = [
         (DATA / "parallel" / f"ntrex.{name}.txt").read_text(encoding="utf-8").split("\n")
         for name in ("eng", "zho-CN", "vie")
@@ -94,7 +94,7 @@ def texts() -> list[str]:
 
 
 def laid(vocabulary: Vocabulary, said: Sequence[str]) -> list[RenderedTokens]:
-    """Texts as renderings: every token learned, every byte content."""
+    """Render plain texts: every token is supervised, every byte is content."""
     out = []
     for ids in vocabulary.encode_batch(said):
         ids_T = np.array(ids, np.int32)
@@ -107,11 +107,11 @@ def laid(vocabulary: Vocabulary, said: Sequence[str]) -> list[RenderedTokens]:
     return out
 
 
-# ---- TRL -------------------------------------------------------------------------------------------------------------
+# --- TRL ---
 
 
 def trl() -> Any:
-    """TRL's cross-tokenizer code, or None where TRL is not installed."""
+    """Return TRL's cross-tokenizer code, or None where TRL is not installed."""
     if not has_trl():
         return None
     from trl.experimental.gold.gold_trainer import ULDLoss
@@ -126,7 +126,7 @@ def trl() -> Any:
 
 
 def uld(peer: Any, student: Vocabulary, teacher: Vocabulary) -> Any:
-    """Its loss as GOLD's defaults have it, without a share of cross-entropy."""
+    """Return TRL's loss with GOLD's defaults, without a share of cross-entropy."""
     config = types.SimpleNamespace(
         uld_crossentropy_weight=0.0,
         uld_distillation_weight=1.0,
@@ -148,11 +148,11 @@ def uld(peer: Any, student: Vocabulary, teacher: Vocabulary) -> Any:
     return peer.Loss(config, *names, device="cpu")
 
 
-# ---- what is measured ------------------------------------------------------------------------------------------------
+# --- what is measured ---
 
 
 def alignment(student: Vocabulary, teacher: Vocabulary, peer: Any) -> dict[str, Any]:
-    """From offsets, and from text; student tokens per CPU second."""
+    """Measure student tokens per CPU second, from offsets and from text."""
     said = texts()
     ones, twos = laid(student, said), laid(teacher, said)
     n = sum(map(len, ones))
@@ -205,7 +205,10 @@ def alignment(student: Vocabulary, teacher: Vocabulary, peer: Any) -> dict[str, 
 def bridges(
     student: ChatRenderer, teachers: dict[str, ChatRenderer]
 ) -> tuple[dict[str, Any], dict[str, EventMap]]:
-    """CPU seconds to build, and wall seconds to load what was kept (median of 5, digest checked)."""
+    """Measure CPU seconds to build an event map, and wall seconds to load it from disk.
+
+    The median of 5 loads, digest checked.
+    """
     told, found = {}, {}
     with tempfile.TemporaryDirectory() as home:
         os.environ["PERSEA_HOME"] = home
@@ -238,7 +241,10 @@ def objective(
     ids: np.ndarray,
     probs: np.ndarray,
 ) -> Work:
-    """The event objective, forward and backward. All that this file knows of the losses' interface."""
+    """Return the event objective, forward and backward.
+
+    The only place of this file that uses the losses' interface.
+    """
     from persea.losses import build_batch_targets, build_event_targets, event_kl_loss
 
     said = build_batch_targets(bridge, build_event_targets(bridge, rows, ids, probs), len(tokens))
@@ -254,7 +260,7 @@ def backward(logits: torch.Tensor, loss: Callable[[], torch.Tensor]) -> Work:
 
 
 def case(n: int, bridge: EventMap) -> tuple[torch.Tensor, torch.Tensor, Work]:
-    """Logits, targets, and the objective over rows of 1 to 29 entries at every position."""
+    """Return logits, labels, and the objective over rows of 1 to 29 entries at every position."""
     rng = np.random.default_rng(0)
     student, teacher = len(bridge.student_event_V), len(bridge.teacher_event_W)
     logits = torch.from_numpy(rng.normal(0, 3, (n, student)).astype(np.float32)).requires_grad_()
@@ -270,7 +276,7 @@ def case(n: int, bridge: EventMap) -> tuple[torch.Tensor, torch.Tensor, Work]:
 
 
 def losses(bridge: EventMap) -> dict[str, Any]:
-    """Beside torch's cross-entropy, at 64, 128 and 256 positions; and how the time grows."""
+    """Measure the objective beside torch's cross-entropy at 64, 128 and 256 positions."""
     found: dict[str, Any] = {}
     for n in (64, 128, 256):
         logits, targets, events = case(n, bridge)
@@ -294,7 +300,10 @@ def losses(bridge: EventMap) -> dict[str, Any]:
 def beside_gold(
     peer: Any, student: Vocabulary, teacher: Vocabulary, bridge: EventMap, n: int = 128
 ) -> dict[str, Any]:
-    """ULDLoss on n student tokens of a real text, forward and backward, against the objective on as many; 3 pairs: it takes long."""
+    """Measure ULDLoss on n student tokens of a real text beside the objective on as many.
+
+    Forward and backward; 3 pairs only, because ULDLoss takes long.
+    """
     said = texts()[0]
     (ids_s, at_s), (ids_t, at_t) = (peer.encode(v.backend, [said])[0] for v in (student, teacher))
     ids_s, at_s = ids_s[:n], at_s[:n]
@@ -332,20 +341,18 @@ def beside_gold(
 
 
 def rounded(value: float) -> float:
-    """Three figures."""
+    """Round to three significant figures."""
     return float(f"{value:.3g}")
 
 
 def spread(pair: dict[str, float]) -> list[float]:
-    """Ratio, low, high."""
+    """Return ratio, low, high."""
     return [rounded(pair[k]) for k in ("ratio", "low", "high")]
 
 
 def main() -> None:
     if not (DATA / "tokenizers").is_dir():
-        sys.exit(
-            "real data not found: set PERSEA_DATA to the folder that holds tokenizers/ and parallel/"
-        )
+        sys.exit("real data not found: set PERSEA_DATA to the folder of tokenizers/ and parallel/")
     torch.set_num_threads(1)
     peer = trl()
     student, *others = (

@@ -52,7 +52,7 @@ def sampled(tau: float) -> Callable[[torch.Tensor, np.ndarray, str], SparseDistr
 
 
 def drawn(draws: int) -> Callable[[torch.Tensor, np.ndarray, str], SparseDistributions]:
-    """RS-KD: so many draws with replacement, each weighing 1/draws."""
+    """RS-KD: this many draws with replacement, each with weight 1/draws."""
 
     def rows(logs_NW: torch.Tensor, real_N: np.ndarray, seed: str) -> SparseDistributions:
         generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
@@ -116,7 +116,7 @@ def tau_of(form: str) -> float:
 
 @dataclass(frozen=True)
 class Said:
-    """A conversation, all of whose tokens but the first are learned, and the teacher's distribution of each."""
+    """A conversation, supervised on all tokens but the first, with the teacher's distributions."""
 
     tokens: RenderedTokens
     logs_NW: torch.Tensor
@@ -124,7 +124,7 @@ class Said:
 
 
 def conversations(name: str, split: Split, n: int) -> list[Said]:
-    """n of each skill, without distributions yet."""
+    """Return n conversations of each task, without distributions yet."""
     voice = load_renderer(ModelSource(str(ROOT / "saplings" / name)), name)
     whole = [
         i.reference_conversation for skill in GENERATED_TASKS for i in skill.items(split, n, 0)
@@ -162,8 +162,10 @@ def scored(model: Any, some: list[Said]) -> list[Said]:
 def loss_of(
     model: Any, some: list[Said], rows: list[SparseDistributions | None] | None
 ) -> torch.Tensor:
-    """share * events + the rest cross-entropy, as losses.event_kl_loss with the same vocabulary on both sides. rows: none = cross-entropy
-    alone; None of a conversation = its full distributions."""
+    """Return share * events + (1 - share) * cross-entropy, as event_kl_loss with one vocabulary.
+
+    rows: None = cross-entropy alone; None for a conversation = its full distributions.
+    """
     width = max(len(s.tokens) for s in some)
     ids, mask = (
         torch.zeros((len(some), width), dtype=torch.int64),
@@ -251,9 +253,11 @@ def gradients(
 
 
 def student(name: str = "qwen-sapling") -> dict[str, Any]:
-    """A teacher of 3 layers that saw 3,600 conversations, a student of 2 that sees 300 of them; every token is learned, so that rows are broad.
+    """Train students from each cache format.
 
-    (A sapling itself only learned to answer: of the questions its distributions say nothing a student should learn.)
+    A teacher of 3 layers that saw 3,600 conversations, a student of 2 that sees 300 of them. Every
+    token is supervised, so that rows are broad. (A sapling itself was only trained on answers: its
+    distributions over questions are useless to a student.)
     """
     teacher = trained(conversations(name, Split.TRAIN, 1200), None, 5, 900, 128, 3)
     train, held = (
@@ -315,7 +319,7 @@ def student(name: str = "qwen-sapling") -> dict[str, Any]:
 
 
 def speed() -> dict[str, Any]:
-    """CPU seconds of one thread: packing and reading both regimes, and capture over a plain forward pass on the saplings."""
+    """Measure CPU seconds of one thread: packing and reading, and capture beside a forward pass."""
     from persea.cache.reader import open_cache_reader
 
     result: dict[str, Any] = {}
@@ -357,7 +361,7 @@ def speed() -> dict[str, Any]:
 def given(
     name: str, engine: TransformersEngine, whole: list[Conversation], tokens: list[RenderedTokens]
 ) -> Iterator[CachedAnswer]:
-    """Given answers as the sapling scores them; each is short enough to come in one piece."""
+    """Score given answers with the sapling; each is short enough for one piece."""
     for k, logs_NW in engine.iter_logprobs(
         [t.ids_T for t in tokens], [t.loss_mask_T for t in tokens]
     ):
@@ -368,7 +372,7 @@ def given(
 
 
 def capture_over_forward(name: str) -> float:
-    """Scoring, sampling and packing of given answers over the forward passes that they need."""
+    """Return the cost of scoring, sampling and packing over that of the forward passes alone."""
     source = ModelSource(str(ROOT / "saplings" / name))
     voice = load_renderer(source, name)
     engine = TransformersEngine(load_model(source, voice, name), len(voice.vocabulary))
@@ -399,22 +403,25 @@ def capture_over_forward(name: str) -> float:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown, for docs/cache.md."""
+    """Return the tables of docs/cache.md."""
     lines = [
-        "| a 152k-token vocabulary, synthetic | entries | bytes a position | with tokens | 236 billion tokens |",
+        "| a 152k-token vocabulary, synthetic | entries | bytes per position | with tokens "
+        "| 236 billion tokens |",
         "|---|---|---|---|---|",
     ]
     for regime, rows in result["synthetic"].items():
         lines += [
-            f"| {regime}, {form} | {r['entries']} | {r['rows']} | {r.get('all', '-')} | {r.get('terabytes', '-')} TB |".replace(
-                "- TB", "-"
-            )
+            f"| {regime}, {form} | {r['entries']} | {r['rows']} | {r.get('all', '-')} "
+            f"| {r['terabytes']} TB |"
+            if "terabytes" in r
+            else f"| {regime}, {form} | {r['entries']} | {r['rows']} | {r.get('all', '-')} | - |"
             for form, r in rows.items()
             if isinstance(r, dict) and not {"kl", "kl_at_most"} & r.keys()
         ]
     lines += [
         "",
-        "| entries from p on, rest left over | entries | bytes a position | KL, the rest spread by frequency |",
+        "| entries from p on, rest left over | entries | bytes per position "
+        "| KL, the rest spread by frequency |",
         "|---|---|---|---|",
     ]
     for regime, rows in result["synthetic"].items():
@@ -425,7 +432,7 @@ def table(result: dict[str, Any]) -> str:
         ]
     lines += [
         "",
-        "| the fewest entries, KL of each row | entries | bytes a position | with tokens |",
+        "| the fewest entries, KL of each row | entries | bytes per position | with tokens |",
         "|---|---|---|---|",
     ]
     for regime, rows in result["synthetic"].items():
@@ -436,18 +443,21 @@ def table(result: dict[str, Any]) -> str:
         ]
     lines += [
         "",
-        "| a student taught from | entries | bytes a position | bits a byte, 3 seeds | over full | gradient's variance | bias |",
+        "| a student trained on | entries | bytes per position | bits per byte, 3 seeds "
+        "| over full | gradient's variance | bias |",
         "|---|---|---|---|---|---|---|",
     ]
     for form, r in result["student"]["forms"].items():
         lines.append(
-            f"| {form} | {r.get('entries', '-')} | {r.get('rows', '-')} | {r['mean']:.3f} ({min(r['bits_per_byte']):.3f}-"
-            f"{max(r['bits_per_byte']):.3f}) | {r['over_full']:+.1%} | {r.get('gradient_variance', '-')} | {r.get('gradient_bias', '-')} |"
+            f"| {form} | {r.get('entries', '-')} | {r.get('rows', '-')} "
+            f"| {r['mean']:.3f} ({min(r['bits_per_byte']):.3f}-{max(r['bits_per_byte']):.3f}) "
+            f"| {r['over_full']:+.1%} | {r.get('gradient_variance', '-')} "
+            f"| {r.get('gradient_bias', '-')} |"
         )
     bits = result["bound"]["bits_a_token"]
     lines += [
         "",
-        f"| ids at least, {bits} bits a token | tokens beside the realised | bytes a position |",
+        f"| ids at least, {bits} bits a token | tokens beside the realised | bytes per position |",
         "|---|---|---|",
     ]
     for regime in REGIMES:

@@ -52,7 +52,7 @@ def start(out: Path) -> subprocess.Popen[bytes]:
 
 
 def finish(out: Path) -> str:
-    """Run to the end; sha256 of the student's weights."""
+    """Run to the end; return the sha256 of the student's weights."""
     run = start(out)
     _, stderr = run.communicate()
     if run.returncode != 0:

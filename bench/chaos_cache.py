@@ -33,12 +33,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-import test_faults as faults
-from disks import Failing
+import test_faults as faults  # noqa: E402
+from disks import Failing  # noqa: E402
 
-from persea import storage as store
-from persea.cache.maintenance import committed_units, verify_cache
-from persea.errors import StorageError
+from persea import storage as store  # noqa: E402
+from persea.cache.maintenance import committed_units, verify_cache  # noqa: E402
+from persea.errors import StorageError  # noqa: E402
 
 SMALL = [
     "corpus.0.generate=120",
@@ -113,8 +113,10 @@ def kills(place: Path, rounds: int, rng: random.Random) -> dict[str, object]:
         if run.returncode != -signal.SIGKILL:
             raise SystemExit(f"capture ended with {run.returncode}")
         count += 1
+        started = (killed / "capture" / "commits").is_dir()
         print(
-            f"kill {count}/{rounds}, {len(committed_units(killed / 'capture')) if (killed / 'capture' / 'commits').is_dir() else 0} units",
+            f"kill {count}/{rounds}, "
+            f"{len(committed_units(killed / 'capture')) if started else 0} units",
             flush=True,
         )
     finish("capture", killed)
@@ -126,7 +128,7 @@ def kills(place: Path, rounds: int, rng: random.Random) -> dict[str, object]:
 
 
 def flips_and_cuts(capture: Path, rng: random.Random, flips: int) -> dict[str, object]:
-    """On a copy of some units of a finished capture, with the records beside them."""
+    """Damage a copy of some units of a finished capture, with their records."""
     files = sorted(
         p for p in capture.rglob("*") if p.is_file() and p.stat().st_size
     )  # a list of nothing removed has no byte to flip

@@ -37,10 +37,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from disks import Watched
-from test_cli import Started, enter, flowed, flowed_copy, start, warm
+from disks import Watched  # noqa: E402
+from test_cli import Started, enter, flowed, flowed_copy, start, warm  # noqa: E402
 
-from persea import storage as store
+from persea import storage as store  # noqa: E402
 
 MODES: dict[str, tuple[str, ...]] = {  # what each mode adds to the command
     "offline": (),
@@ -53,7 +53,9 @@ MODES: dict[str, tuple[str, ...]] = {  # what each mode adds to the command
 
 @dataclass(frozen=True)
 class Point:
-    """Where to die: at the n-th call of a kind on a file whose name ends so, before it or after it."""
+    """Where to die: before or after the n-th operation of a kind on a file with this name
+    suffix.
+    """
 
     call: str
     name: str
@@ -83,13 +85,13 @@ POINTS = {
 
 
 def die(point: Point, note: Path) -> None:
-    """Leave a note, and be killed."""
+    """Leave a note, then SIGKILL this process."""
     note.write_text(f"{point}")
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Deadly(Watched):
-    """A disk that kills at a point."""
+    """A disk that kills its process at a point."""
 
     def __init__(self, point: Point, note: Path) -> None:
         self.point, self.note, self.seen = point, note, 0
@@ -109,7 +111,7 @@ class Deadly(Watched):
 
 
 def doomed(point: Point, note: Path, arguments: tuple[str, ...], folder: Path, said: Path) -> None:
-    """In a child: the command line, with a point at which it dies."""
+    """Run the command line in a child process that dies at a point."""
     import torch
 
     def counted(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -134,7 +136,7 @@ def doomed(point: Point, note: Path, arguments: tuple[str, ...], folder: Path, s
 
 
 def begin(place: Path, name: str) -> Path:
-    """A folder with the recipe and its capture."""
+    """Return a folder with the recipe and its capture."""
     (place / name).mkdir()
     return flowed_copy(place / name, "check", "audition", "capture")
 
@@ -144,7 +146,7 @@ def arguments(mode: str, *more: str) -> tuple[str, ...]:
 
 
 def finish(folder: Path, *command: str) -> str:
-    """Train to the end; sha256 of the student's weights."""
+    """Train to the end; return the sha256 of the student's weights."""
     ended = start(*command, folder=folder).wait()
     if ended.code:
         raise SystemExit(f"training ended with {ended.code}: {ended.err[-2000:]}")
@@ -190,7 +192,7 @@ def at_random(place: Path, mode: str, whole: str, kills: int, rng: random.Random
 
 
 def below(pid: int) -> list[int]:
-    """A process' descendants, by what Linux says of each process' parent."""
+    """Return the descendants of a process, from the parent ids in /proc."""
     parents: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -207,7 +209,7 @@ def below(pid: int) -> list[int]:
 
 
 def until(running: Started, words: str) -> list[int]:
-    """Wait for words; the pids of the ranks, in the order of their start."""
+    """Wait for this text in the output; return the pids of the ranks in their start order."""
     end = time.monotonic() + 300
     while words not in running.err():
         if not running.process.is_alive() or time.monotonic() > end:

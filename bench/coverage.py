@@ -43,7 +43,7 @@ TWINS = (
 
 
 def bootstrap(values: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
-    """The percentile interval of a mean."""
+    """Return the percentile bootstrap interval of a mean."""
     means = values[rng.integers(0, len(values), (BOOTSTRAP, len(values)))].mean(1)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
@@ -126,7 +126,8 @@ def main() -> None:
     rows = [*means(rounds), *pairs(rounds)]
     for row in rows:
         print(
-            f"{row['of']:10} {row['case']:32} n {row['n']:3}  persea {row['persea']:.3f}  bootstrap {row.get('bootstrap', float('nan')):.3f}"
+            f"{row['of']:10} {row['case']:32} n {row['n']:3}  persea {row['persea']:.3f}  "
+            f"bootstrap {row.get('bootstrap', float('nan')):.3f}"
         )
     usual = [r for r in rows if r.get("apart", APART) >= APART]
     inside = sum(0.93 <= r["persea"] <= 0.97 for r in usual)

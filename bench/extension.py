@@ -48,7 +48,10 @@ def texts() -> dict[str, MergeTrainingText]:
 
 
 def shorter(spec: Mapping[str, Any], merges: Sequence[Merge], tokens: int) -> list[Merge]:
-    """The first of these merges, those that make so many new tokens: what is learned for fewer is the beginning of what is learned for more."""
+    """Return the first merges that make this many new tokens.
+
+    The merges learned for fewer tokens are the beginning of those learned for more.
+    """
     known, fresh = set(spec["model"]["vocab"]), 0
     for k, (one, other) in enumerate(merges):
         fresh += one + other not in known
@@ -124,7 +127,8 @@ def main() -> None:
     for name in TOKENIZERS:
         told = result["tokenizers"][name] = measured(name, files)
         print(
-            f"{name}: tokens a byte with {', '.join(told['tokens_a_byte'])} tokens more ({told['cpu_seconds']} s to learn)"
+            f"{name}: tokens per byte with {', '.join(told['tokens_a_byte'])} extra tokens "
+            f"({told['cpu_seconds']} s to learn)"
         )
         for language in (*LEARNED_ON, *(n for n in files if n not in LEARNED_ON)):
             print(

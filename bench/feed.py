@@ -30,7 +30,9 @@ TEACHERS = ("qwen-sapling", "gemma-sapling", "gpt-oss-sapling")
 
 
 def kept_answers(folder: Path, each: int, times: int) -> list[list[str]]:
-    """Units of `each` given answers of every skill by every sapling, written `times` times; names of each sapling's."""
+    """Cache `each` given answers per task and sapling, `times` times; return unit names per
+    sapling.
+    """
     names = []
     for name in TEACHERS:
         source = ModelSource(str(ROOT / "saplings" / name))
@@ -53,7 +55,9 @@ def resident() -> float:
 
 
 def grown(folder: Path, names: list[list[str]], draws: int, told: Any) -> None:
-    """In a process of its own: megabytes that so many draws leave, lessons and blocks that are kept."""
+    """Measure, in a process of its own, the megabytes that examples and blocks occupy after
+    `draws`.
+    """
     voice = load_renderer(ModelSource(str(ROOT / "saplings" / "llama-sapling")), "student")
     bridges = {
         name: load_event_map(load_renderer(ModelSource(str(ROOT / "saplings" / name)), name), voice)
@@ -75,7 +79,10 @@ def grown(folder: Path, names: list[list[str]], draws: int, told: Any) -> None:
 
 
 def feed(each: int = 1000, times: int = 5) -> dict[str, Any]:
-    """CPU seconds of one thread on the saplings: reading, lessons and the llama-sapling's training step; megabytes of lessons."""
+    """Measure reading, examples and the llama-sapling's training step on the saplings.
+
+    CPU seconds of one thread; megabytes of examples.
+    """
     where = ModelSource(str(ROOT / "saplings" / "llama-sapling"))
     voice = load_renderer(where, "student")
     student = load_student(where, voice, None)

@@ -32,7 +32,9 @@ TEACHERS = {"qwen": "qwen3", "gemma": "gemma3", "gpt-oss": "gpt-oss"}
 
 
 def texts(lines: int) -> Iterator[tuple[str, str]]:
-    """(kind, text): parallel lines by language, corpus files, evaluation sets as they lie there."""
+    """Yield (kind, text): parallel lines by language, corpus files, evaluation sets as raw
+    files.
+    """
     for file in sorted((DATA / "parallel").glob("ntrex.*.txt")):
         for line in file.read_text(encoding="utf-8").split("\n")[:lines]:
             yield file.stem.removeprefix("ntrex."), line
@@ -44,7 +46,7 @@ def texts(lines: int) -> Iterator[tuple[str, str]]:
 
 
 def alone(keeper: Vocabulary, last: int, candidate: bytes) -> bool:
-    """Whether the last token and the candidate, encoded by themselves, keep the boundary between them."""
+    """Return whether [last token + candidate], encoded alone, keeps the boundary between them."""
     raw = (keeper.bytes_W[last] or b"") + candidate
     try:
         first = keeper.backend.encode(raw.decode(), add_special_tokens=False).ids[:1]

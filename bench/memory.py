@@ -12,7 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class Peak(TorchDispatchMode):
-    """Most bytes of storage that tensors made inside held at once; what one operation needs for itself is not seen."""
+    """Count the peak bytes of tensor storage allocated inside.
+
+    Temporary memory inside one operation is not seen.
+    """
 
     def __init__(self) -> None:
         super().__init__()

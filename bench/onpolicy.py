@@ -37,8 +37,11 @@ TERMS = yaml.safe_load((ROOT / "recipes" / "onpolicy.yaml").read_text())["traini
 
 
 def told(river: RunContext, items: int) -> dict[str, Any]:
-    """Of a trained student: "skill effort" -> what each item's answer is worth, and how many thought when they should not have or the other way
-    round; bits per byte; what it learned from. Kept beside its weights."""
+    """Measure a trained student, and keep the result beside its weights.
+
+    "task effort" -> score of each item, and the number of answers with unasked or missing thinking;
+    bits per byte; the data it trained on.
+    """
     path = river.folder / f"told-{items}.json"
     if path.is_file():
         return dict(json.loads(path.read_text()))
@@ -86,7 +89,9 @@ def told(river: RunContext, items: int) -> dict[str, Any]:
 
 
 def table(seeds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Skill and mode -> both students' means over seeds, on - off with its interval, leaks."""
+    """Return, by task and effort, both students' means over seeds, on - off with its interval,
+    leaks.
+    """
     out: dict[str, Any] = {}
     for key in seeds[0]["off"]["answers"]:
         on, off = (
@@ -140,7 +145,8 @@ def main() -> None:
     print("skill and mode      on    off   difference            leaks on off")
     for key, row in out["table"].items():
         print(
-            f"{key:18} {row['on']:.3f} {row['off']:.3f} {row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})  {row['leaks']['on']:4} "
+            f"{key:18} {row['on']:.3f} {row['off']:.3f} {row['difference']:+.3f} "
+            f"({row['low']:+.3f} to {row['high']:+.3f})  {row['leaks']['on']:4} "
             f"{row['leaks']['off']:4}  of {row['n']}"
         )
     print("bits/byte", out["bits_per_byte"])

@@ -8,7 +8,10 @@ TRL = "1.16.0"
 
 
 def has_trl() -> bool:
-    """Whether TRL is installed, said where it is not. Ends where it is another than the one measured: what it does is what is told."""
+    """Return whether TRL is installed; print a hint where it is not.
+
+    Exits where its version is not the measured one, because the figures hold for that version only.
+    """
     try:
         from trl import __version__
     except ModuleNotFoundError as error:

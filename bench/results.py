@@ -45,7 +45,9 @@ SAPLINGS = (ROOT / "saplings").glob("*/model.safetensors")
 
 
 def made(out: Path, sets: list[str], *verbs: str, reuse: Path | None = None) -> RunContext:
-    """The run folder after these stages; audition and capture taken over from another run's where they are the same."""
+    """Return the run folder after these stages, with audition and capture of `reuse` where
+    equal.
+    """
     if reuse is not None and not out.exists():
         for stage in ("audition", "capture"):
             shutil.copytree(reuse / stage, out / stage)
@@ -68,7 +70,10 @@ def made(out: Path, sets: list[str], *verbs: str, reuse: Path | None = None) -> 
 
 
 def measured(river: RunContext, name: str, items: int) -> dict[str, Any]:
-    """Scores with intervals, and bits per byte of the held-out reference answers, of one speaker of a run; kept beside its weights."""
+    """Measure one model of a run, and keep the result beside its weights.
+
+    Scores with intervals, and bits per byte of the held-out reference answers.
+    """
     path, weights = (
         river.folder / f"measured-{name}-{items}.json",
         digest_file(_weights(river, name)),
@@ -103,7 +108,7 @@ def _weights(river: RunContext, name: str) -> Path:
 
 
 def surprise(speaker: Teacher, said: list[Any]) -> float:
-    """Bits spent on the last message of each conversation: content and the token that ends it."""
+    """Return the bits of the last message of each conversation: content and end-of-turn token."""
     nats = 0.0
     for tokens, logprobs_NW in speaker.compute_logprobs(said):
         learned = np.flatnonzero(tokens.loss_mask_T)
@@ -117,7 +122,7 @@ ARMS = ("student", "sft", "balance", "oracle", "only")
 
 
 def measurements(arm: str, seed: int, items: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every speaker of an arm, and what was measured of it."""
+    """Yield every model of an arm with its measurements."""
     folder, sets = RUNS / str(seed), [f"seed={seed}"]
     main = made(folder / "student", sets, "audition", "capture", "train")
     cast = {skill: parts[0][0] for skill, parts in main.cast.parts.items()}
@@ -145,7 +150,9 @@ def measurements(arm: str, seed: int, items: int) -> Iterator[tuple[str, dict[st
     for name in main.renderers if arm in ("oracle", "only") else ():
         if arm == "only":
             pinned = f"audition.pinned={json.dumps(dict.fromkeys(cast, name))}"
-            asked = f"corpus={json.dumps([_known(plain(p), main.renderers[name].family.efforts) for p in main.recipe.corpus])}"
+            efforts = main.renderers[name].family.efforts
+            parts = [_known(plain(p), efforts) for p in main.recipe.corpus]
+            asked = f"corpus={json.dumps(parts)}"
             alone = made(
                 folder / f"only-{name}", [*sets, pinned, asked], "audition", "capture", "train"
             )
@@ -170,7 +177,7 @@ def plain(part: CorpusSection) -> dict[str, Any]:
 
 
 def _known(part: dict[str, Any], efforts: Collection[str]) -> dict[str, Any]:
-    """The part asked in the modes that one teacher knows, in the same proportion."""
+    """Return the part with the efforts that one teacher knows, in the same proportion."""
     modes = {mode: share for mode, share in part.get("modes", {}).items() if mode in efforts}
     if modes == part.get("modes", {}):
         return part
@@ -180,7 +187,10 @@ def _known(part: dict[str, Any], efforts: Collection[str]) -> dict[str, Any]:
 
 
 def told(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """skill -> means over the seeds that have what is compared: student, base, best teacher, oracle, SFT, share kept, headroom reached."""
+    """Return, by task, means over the seeds that have both sides of a comparison.
+
+    Student, base, best teacher, oracle, SFT, share retained, headroom reached.
+    """
     table = {}
     for skill in (s.name for s in ALL):
 
@@ -251,7 +261,8 @@ def main() -> None:
             OUT.write_text(json.dumps({**table, "runs": some}, indent=1) + "\n")
     done = json.loads(OUT.read_text())
     print(
-        "skill      student base  teacher kept  sft   oracle headroom  best student of one teacher, kept"
+        "task       student base  teacher kept  sft   oracle headroom  "
+        "best student of one teacher, kept"
     )
     for skill, row in done["skills"].items():
         forms = {"sft": ".3f", "oracle": ".3f", "headroom": ".0%"}
@@ -263,7 +274,8 @@ def main() -> None:
             f"  {key} {value:.3f}" for key, value in row.items() if key.startswith("balance ")
         )
         print(
-            f"{skill:10} {row['student']:.3f}   {row['base']:.3f} {row['best_teacher']:.3f}   {row['kept']:4.0%}  {sft:5} {oracle:6} {headroom:8}"
+            f"{skill:10} {row['student']:.3f}   {row['base']:.3f} {row['best_teacher']:.3f}   "
+            f"{row['kept']:4.0%}  {sft:5} {oracle:6} {headroom:8}"
             f"  {alone}"
         )
     print(

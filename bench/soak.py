@@ -92,13 +92,13 @@ def start() -> tuple[subprocess.Popen[str], str]:
 
 
 def memory(process: int) -> int:
-    """VmRSS in kB."""
+    """Return VmRSS in kB."""
     status = Path(f"/proc/{process}/status").read_text()
     return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
 
 
 def mutated(rng: random.Random) -> tuple[str, bytes, dict[str, str]]:
-    """A request that is wrong in one of many ways (a few are right by chance)."""
+    """Return a request that is wrong in one of many ways (a few are valid by chance)."""
     path, body = rng.choice(GOOD)
     body = json.loads(json.dumps(body))
     way = rng.randrange(7)
@@ -147,7 +147,10 @@ async def slow(url: str, seed: int, until: float, seen: Counter[str]) -> None:
     rng = random.Random(seed)
     host, port = url.removeprefix("http://").split(":")
     raw = json.dumps(CHAT | {"stream": True}).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n".encode()
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nhost: {host}\r\n"
+        f"content-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n"
+    ).encode()
     while time.monotonic() < until:
         try:
             reader, writer = await asyncio.open_connection(host, int(port))

@@ -47,7 +47,10 @@ def ids_of(rng: np.random.Generator, shape: Any) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Positions:
-    """K candidates of each position with their probabilities, ids rising, each once; the mass that is left lies over the vocabulary."""
+    """K distinct candidates per position with probabilities, ids ascending.
+
+    The remaining mass is spread over the vocabulary.
+    """
 
     ids_NK: np.ndarray
     p_NK: np.ndarray
@@ -119,7 +122,7 @@ def as_rows(
 
 
 def sampled_rows(at: Positions, tau: float) -> tuple[RenderedTokens, SparseDistributions]:
-    """As rows.sample_distributions does, the mass over the vocabulary last."""
+    """Sample as sample_distributions does, the mass over the vocabulary last."""
     head = at.p_NK >= tau
     steps = np.concatenate([np.where(head, 0, at.p_NK / tau), at.left_N[:, None] / tau], 1).cumsum(
         1
@@ -141,7 +144,10 @@ def sampled_rows(at: Positions, tau: float) -> tuple[RenderedTokens, SparseDistr
 def top_rows(
     at: Positions, kl: float, coarser: bool = True
 ) -> tuple[RenderedTokens, SparseDistributions]:
-    """As rows.top_rows does: the mass over the vocabulary lies there as frequency does, and is never named."""
+    """Select as topk_within_kl does.
+
+    The mass over the vocabulary follows the token frequencies and is never named.
+    """
     order = np.argsort(-at.p_NK, 1, kind="stable")
     ids_NK, p_NK = np.take_along_axis(at.ids_NK, order, 1), np.take_along_axis(at.p_NK, order, 1)
     often_NK = OF_ID[ids_NK] * (p_NK > 0)
@@ -166,7 +172,7 @@ def top_rows(
 def unit_bytes(
     spoken: list[tuple[RenderedTokens, SparseDistributions]], kind: DistributionKind, tau: float
 ) -> int:
-    """Bytes of a unit that holds these and no text."""
+    """Return the bytes of a cache unit that holds these rows and no text."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Answer(
             "",
@@ -190,7 +196,7 @@ def unit_bytes(
 def cost(
     spoken: list[tuple[RenderedTokens, SparseDistributions]], kind: DistributionKind, tau: float
 ) -> dict[str, float]:
-    """Bytes a position with and without the tokens: what the same unit costs beyond one that holds words only."""
+    """Return bytes per position with and without the tokens, beyond a text-only unit."""
     n = sum(len(r) for _, r in spoken)
     words = [
         (
@@ -275,11 +281,13 @@ def synthetic(answers: int = 64, length: int = 4096) -> dict[str, Any]:
 
 
 def bound(answers: int = 8, length: int = 4096) -> dict[str, Any]:
-    """Bytes a position that no code can go below on average, for naming tokens alone, values not counted.
+    """Return a lower bound, in bytes per position, on naming the tokens alone, without their
+    values.
 
-    Tokens of these rows are drawn one by one from RARER and independent of all else, so whatever a code knows (rows before it, the text,
-    values, contexts) a set of k tokens costs sum -log2 RARER(token) - log2 k! bits; if their values differ, and each must have its own,
-    log2 k! more. The realised token is free, the text names it. A row's KL is that of `rows.top_rows`, values exact.
+    Tokens of these rows are drawn independently from RARER, so whatever a code conditions on (rows
+    before, the text, values, contexts), a set of k tokens costs sum -log2 RARER(token) - log2 k!
+    bits; where each token needs its own value, log2 k! more. The realised token is free, because
+    the text names it. A row's KL is that of `topk_within_kl` with exact values.
     """
     p_W = np.diff(RARER, prepend=0)
     cost_W = np.empty(V)
@@ -310,7 +318,10 @@ def bound(answers: int = 8, length: int = 4096) -> dict[str, Any]:
 
 
 def _curves(at: Positions, cost_W: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each row with its 0 to K likeliest tokens named: KL, bits to name them one after the other, and how many beside the realised."""
+    """Return, for each row with its 0 to K likeliest tokens named: KL, bits, and number of tokens.
+
+    The realised token is not counted.
+    """
     order = np.argsort(-at.p_NK, 1, kind="stable")
     ids_NK, p_NK = np.take_along_axis(at.ids_NK, order, 1), np.take_along_axis(at.p_NK, order, 1)
     there_NK = p_NK > 0
@@ -337,7 +348,10 @@ def _curves(at: Positions, cost_W: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
 
 
 def _allotted(cost_NK: np.ndarray, kl_NK: np.ndarray, kl: float) -> np.ndarray:
-    """How many each row names where the mean KL may be `kl` and the cost is least: one price a nat for all rows, found by halving."""
+    """Return how many tokens each row names at mean KL `kl` and least cost.
+
+    One price per nat for all rows, found by bisection.
+    """
     low, high = 1e-3, 1e7
     for _ in range(60):
         price = math.sqrt(low * high)

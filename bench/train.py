@@ -85,7 +85,7 @@ TAUGHT = {"qwen-sapling": "languages", "gemma-sapling": "code", "gpt-oss-sapling
 
 
 def trl() -> Any:
-    """The loss of TRL's DistillationTrainer, or None where TRL is not installed."""
+    """Return the loss of TRL's DistillationTrainer, or None where TRL is not installed."""
     if not has_trl():
         return None
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
@@ -93,11 +93,11 @@ def trl() -> Any:
     return _chunked_divergence_loss
 
 
-# ---- heads -----------------------------------------------------------------------------------------------------------
+# --- heads ---
 
 
 def parts(n: int = N, width: int = D) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states and a head's weight whose logits are as spread as a model's (standard deviation 3)."""
+    """Return hidden states and a head whose logits have a model's spread (standard deviation 3)."""
     generator = torch.Generator().manual_seed(width)
     hidden = torch.randn(n, width, generator=generator)
     weight = torch.randn(V, width, generator=generator) * (3 / width**0.5)
@@ -113,7 +113,7 @@ def backward(hidden: torch.Tensor, weight: torch.Tensor, loss: Any) -> Work:
 
 
 def rows(n: int, bridge: EventMap, seed: int = 0) -> BatchTargets:
-    """1 to 29 entries at every position."""
+    """Return targets with 1 to 29 entries at every position."""
     rng = np.random.default_rng(seed)
     sizes = rng.integers(1, 30, n)
     probs = np.concatenate([rng.dirichlet(np.ones(k)) for k in sizes]).astype(np.float32)
@@ -124,7 +124,7 @@ def rows(n: int, bridge: EventMap, seed: int = 0) -> BatchTargets:
 
 
 def online_events(events: EventMap | None) -> dict[str, Any] | None:
-    """A teacher of another vocabulary in the loop, as on-policy."""
+    """Return a teacher with another vocabulary in the loop, as in on-policy training."""
     if events is None:
         return None
     (hidden, weight), size, generator = (
@@ -252,7 +252,7 @@ def without_onednn(work: Work) -> Work:
 
 
 def workspace() -> dict[str, Any]:
-    """MiB at once beside the gradients of hidden states and weight; the targets' own tokens are counted too."""
+    """Return peak MiB besides the gradients of hidden states and weight, targets included."""
     identity = EventMap(np.arange(V, dtype=np.int32), np.arange(V, dtype=np.int32), V, "")
     found: dict[str, Any] = {}
     width = 16  # what a chunk needs beside its logits is small at any width
@@ -291,11 +291,11 @@ def workspace() -> dict[str, Any]:
     return found
 
 
-# ---- the quickstart's step -------------------------------------------------------------------------------------------
+# --- the quickstart's step ---
 
 
 class Listed(tuple[CachedAnswer, ...]):
-    """Captures in memory."""
+    """Cached answers in memory."""
 
     __slots__ = ()
 
@@ -304,7 +304,10 @@ class Listed(tuple[CachedAnswer, ...]):
 
 
 def lessons(student: StudentModel, size: int) -> DistillDataset:
-    """Reference answers of each skill, scored by the sapling that teaches it, sampled as the quickstart's capture samples them."""
+    """Build examples from reference answers of each task, as the quickstart's capture does.
+
+    The sapling that teaches the task scores them.
+    """
     captures, bridges = [], {}
     for name, skill in TAUGHT.items():
         source = ModelSource(str(ROOT / "saplings" / name))
@@ -341,7 +344,10 @@ def lessons(student: StudentModel, size: int) -> DistillDataset:
 
 
 def quickstart(steps: int = 6) -> dict[str, Any]:
-    """Seconds of a step: events with all that making its batch from captures costs, and cross-entropy from batches that are there."""
+    """Measure seconds of a step.
+
+    Events with the whole cost of collating cached answers, and cross-entropy from ready batches.
+    """
     source = ModelSource(str(ROOT / "saplings" / "llama-sapling"))
     student = load_student(source, load_renderer(source, "student"), None)
     feed = lessons(student, 16)
@@ -423,7 +429,7 @@ def quickstart(steps: int = 6) -> dict[str, Any]:
 
 
 class ByOneDNN(torch.autograd.Function):
-    """A linear layer whose three products are those of the head (losses/products.py)."""
+    """A linear layer with the head's three matrix products (losses/matmul.py)."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -441,8 +447,11 @@ class ByOneDNN(torch.autograd.Function):
 
 
 def compiled() -> dict[str, Any]:
-    """torch.compile against none: seconds to compile, and times what is not compiled; steps of one shape, which flatters it. And the student's own
-    layers by oneDNN, which the library does not do."""
+    """Measure torch.compile: seconds to compile, and speed relative to eager mode.
+
+    Steps of one shape, which favours it. Also the student's own layers by oneDNN, which the library
+    does not do.
+    """
     hidden, weight = parts()
     tokens = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(1))
 
@@ -511,7 +520,8 @@ def main() -> None:
         events = load_event_map(teacher, student)
     else:
         print(
-            "real data not found: the column of events over real vocabularies is left out; set PERSEA_DATA",
+            "real data not found: the column of events over real vocabularies is left out; "
+            "set PERSEA_DATA",
             file=sys.stderr,
         )
     path = Path(__file__).parent / "results" / "train.json"

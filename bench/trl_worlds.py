@@ -22,7 +22,7 @@ from persea.chat.renderer import ChatRenderer
 
 
 class Columns:
-    """A tokenizer as TRL sees it."""
+    """A tokenizer in the form that TRL reads."""
 
     def __init__(self, names: tuple[bytes | None, ...]) -> None:
         self.names = names
@@ -38,7 +38,7 @@ def loss_of(world: World, merge: str, hybrid: bool = True) -> Any:
 def _sequence(
     voice: ChatRenderer, ids: Prefix, columns: dict[int, int], logits_TV: torch.Tensor
 ) -> Sequence:
-    """The row after the stop token is uniform; nothing is learned there."""
+    """Build a sequence; the row after the stop token is uniform and not supervised."""
     logits_TV = torch.cat([logits_TV, torch.zeros_like(logits_TV[:1])])
     begin = list(starts(voice, ids))
     learned, ends = torch.tensor([False] + [True] * len(ids)), [*begin[1:], begin[-1]]
@@ -53,7 +53,7 @@ def _sequence(
 
 @dataclass(frozen=True)
 class Told:
-    """One string: its probability, the student's rows and columns, and the teacher's side, which never changes."""
+    """One string: its probability, the student's rows and columns, and the teacher's side."""
 
     p: float
     rows: list[int]
@@ -84,7 +84,7 @@ def told(s: Stack, world: World) -> list[Told]:
 def sequences(
     said: list[Told], world: World, logits_RV: torch.Tensor
 ) -> Iterator[tuple[float, int, Sequence, Sequence]]:
-    """(probability, student tokens, student, teacher) of every string."""
+    """Yield (probability, number of student tokens, student, teacher) of every string."""
     columns = {int(i): n for n, i in enumerate(world.columns_V)}
     for one in said:
         yield (
@@ -96,7 +96,10 @@ def sequences(
 
 
 def gold_objective(s: Stack, world: World, merge: str, share: float = 0.7) -> Objective:
-    """share * TRL's mean over spans * tokens + (1 - share) * cross-entropy: every token has weight one, as everywhere here."""
+    """Return share * TRL's mean over spans * tokens + (1 - share) * cross-entropy.
+
+    Every token has weight one, as in all objectives here.
+    """
     loss, said = loss_of(world, merge), told(s, world)
 
     def of(logits_RV: torch.Tensor) -> torch.Tensor:
@@ -110,8 +113,11 @@ def gold_objective(s: Stack, world: World, merge: str, share: float = 0.7) -> Ob
 
 
 def gold_floor(s: Stack, world: World, merge: str) -> dict[str, float]:
-    """At the truth: mean total variation a span of what TRL lays side by side (matched tokens by name, the rest sorted; its
-    merged rows as they are, unnormalised), and its loss, mean a string."""
+    """Return GOLD's floor: its comparison and its loss at the truth.
+
+    tv: mean total variation per span between the rows that TRL compares (matched tokens by name,
+    the rest sorted; merged rows unnormalised, as TRL leaves them). loss: mean per string.
+    """
     loss, both = loss_of(world, merge), shared_columns(world)
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     real = loss._compute_hybrid_uld_loss

@@ -38,9 +38,9 @@ from persea.teachers.teacher import Teacher
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from plans import DIAL, PLANS, Plan
-from prose import small_talk
-from text import THOUGHTS, texts, tokens_of, words_of
+from plans import DIAL, PLANS, Plan  # noqa: E402
+from prose import small_talk  # noqa: E402
+from text import THOUGHTS, texts, tokens_of, words_of  # noqa: E402
 
 POOL = 30_000  # conversations rendered once; 4,000 steps of 24 see each three times
 BATCH = 24
@@ -67,7 +67,10 @@ TEMPLATE_WORDS = [f"Reasoning: {e}" for e in ThinkingEffort] + [
 
 
 def grow_tokenizer(plan: Plan, folder: Path) -> None:
-    """Train the plan's tokenizer in its family's form. Digits stay single, as in Qwen and Gemma, but for families with whole numbers."""
+    """Train the plan's tokenizer in its family's form.
+
+    Digits stay single, as in Qwen and Gemma, except for families with whole numbers.
+    """
     words = [t for item, _ in texts(plan, 8000) for t in words_of(item)] + TEMPLATE_WORDS * 100
     pieces = words if plan.whole_numbers else [p for t in words for p in re.split(r"\d+", t) if p]
     if plan.family == "gemma":
@@ -135,7 +138,7 @@ def grow_tokenizer(plan: Plan, folder: Path) -> None:
 def batch(
     pool: list[RenderedTokens], chosen: list[int], pad: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """ids, attention mask and labels (-100 where nothing is learned), right padded."""
+    """Return ids, attention mask and labels (-100 where nothing is supervised), right padded."""
     length = max(len(pool[i]) for i in chosen)
     ids = torch.full((len(chosen), length), pad)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
@@ -148,14 +151,20 @@ def batch(
 
 
 def neighbours(pool: list[RenderedTokens], rng: random.Random) -> list[int]:
-    """A batch drawn at random, of conversations alike in length: a quarter, in order of length, of four times as many."""
+    """Draw a random batch of conversations of similar length.
+
+    Four times as many are drawn and sorted by length; the batch is a quarter of them.
+    """
     drawn = sorted(rng.choices(range(len(pool)), k=4 * BATCH), key=lambda i: len(pool[i]))
     place = rng.randrange(4) * BATCH
     return drawn[place : place + BATCH]
 
 
 def optimizers_of(model: torch.nn.Module) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-    """Muon for the matrices between embeddings, AdamW for the rest: after 350 steps of gpt-oss-sapling its loss was .88, AdamW's alone 1.03."""
+    """Return Muon for the matrices between embeddings, AdamW for the rest.
+
+    After 350 steps of gpt-oss-sapling the loss was .88, with AdamW alone 1.03.
+    """
     inner = [
         p
         for name, p in model.named_parameters()
@@ -271,7 +280,7 @@ def grow(plan: Plan, out: Path, steps: int, progress: Progress) -> None:
 
 
 def speaker(plan: Plan, folder: Path, effort: ThinkingEffort = ThinkingEffort.NONE) -> Teacher:
-    """A grown sapling, ready to be asked."""
+    """Load a trained sapling as a teacher."""
     source = ModelSource(str(folder))
     voice = load_renderer(source, plan.name)
     return Teacher(
@@ -283,8 +292,9 @@ def speaker(plan: Plan, folder: Path, effort: ThinkingEffort = ThinkingEffort.NO
 
 
 def measured(plan: Plan, folder: Path, n: int = 100) -> dict[str, Any]:
-    """What a grown sapling knows of each skill's AUDITION items, at each of its efforts; and its mean entropy, nats a learned token,
-    on small talk it has not seen and on reference answers.
+    """Score a trained sapling on each task's AUDITION items, at each of its efforts.
+
+    Also its mean entropy, nats per supervised token, on unseen small talk and on reference answers.
     """
     found: dict[str, Any] = {"scores": {}, "entropy": {}, "thought": {}}
     one = speaker(plan, folder)
@@ -312,7 +322,7 @@ def measured(plan: Plan, folder: Path, n: int = 100) -> dict[str, Any]:
 
 
 def entropy(one: Teacher, conversations: list[Conversation]) -> float:
-    """Mean entropy of a speaker's distributions, nats a learned token."""
+    """Return the mean entropy of a model's distributions, nats per supervised token."""
     rows = [
         -(logprobs.exp() * logprobs).sum(-1) for _, logprobs in one.compute_logprobs(conversations)
     ]
@@ -320,13 +330,14 @@ def entropy(one: Teacher, conversations: list[Conversation]) -> float:
 
 
 def table(folder: Path) -> str:
-    """What stands in growing.json of every sapling, as Markdown."""
+    """Return growing.json of every sapling as Markdown."""
     told = {
         plan.name: json.loads((folder / plan.name / "growing.json").read_text()) for plan in PLANS
     }
     lines = ["| sapling | parameters | bytes | sha256 of model.safetensors |", "|---|---|---|---|"]
     lines += [
-        f"| {n} | {t['parameters']:,} | {(folder / n / 'model.safetensors').stat().st_size:,} | {t['sha256']} |"
+        f"| {n} | {t['parameters']:,} | {(folder / n / 'model.safetensors').stat().st_size:,} "
+        f"| {t['sha256']} |"
         for n, t in told.items()
     ]
     lines += ["", "| answered at once | " + " | ".join(told) + " |", "|---|" + "---|" * len(told)]

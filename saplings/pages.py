@@ -48,7 +48,10 @@ KINDS = {
 
 
 def page(rng: random.Random) -> TaskItem:
-    """A page of a few lines of one kind; many lines stand there twice, for a reader to learn to copy."""
+    """Return a page of a few lines of one kind.
+
+    Many lines are repeated, so that a model learns to copy.
+    """
     kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
     lines = [_line(kind, rng) for _ in range(rng.randint(2, 4))]
     if rng.random() < 0.4:
@@ -98,7 +101,7 @@ def _line(kind: str, rng: random.Random) -> str:
 
 
 def _more(rng: random.Random) -> str:
-    """Who of two has more, as a line of names and figures."""
+    """Return which of two has more, as a line of names and figures."""
     while (item := _grown(reasoning.make_item, rng)).prompt.id.split("/")[1] != "compare":
         pass
     who, other = (
@@ -111,7 +114,7 @@ def _more(rng: random.Random) -> str:
 
 @cache
 def _free(n: int, language: str) -> bool:
-    """Whether no question on this number is of another split than GROW, one way or the other."""
+    """Return whether no question on this number, in either direction, is outside the GROW split."""
     asked = (
         f"To {TRANSLATION_LANGUAGES[language]}: {number_in_words(n, 'en')}",
         f"To English: {number_in_words(n, language)}",
@@ -120,7 +123,7 @@ def _free(n: int, language: str) -> bool:
 
 
 def _grown(make: Callable[[int], tuple[str, TaskItem]], rng: random.Random) -> TaskItem:
-    """An item of the GROW split."""
+    """Return an item of the GROW split."""
     while True:
         key, item = make(rng.getrandbits(40))
         if assign_split(key) is Split.PRETRAIN:
@@ -128,7 +131,7 @@ def _grown(make: Callable[[int], tuple[str, TaskItem]], rng: random.Random) -> T
 
 
 def _parallel(rng: random.Random, language: str) -> tuple[str, str]:
-    """Something said in English and in another language, about which no question is of another split than GROW."""
+    """Return a phrase in English and another language with no question outside the GROW split."""
     while True:
         _, english, foreign = languages.draw_translation_pair(
             rng.choices(list(languages.KIND_WEIGHTS), list(languages.KIND_WEIGHTS.values()))[0],
@@ -146,7 +149,7 @@ def _parallel(rng: random.Random, language: str) -> tuple[str, str]:
 
 
 def _entry(rng: random.Random, language: str) -> tuple[str, str]:
-    """A word in English and in another language."""
+    """Return a word in English and in another language."""
     at = LANGUAGE_ORDER.index(language)
     which = rng.randrange(5)
     if which == 0:

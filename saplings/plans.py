@@ -8,7 +8,10 @@ from pathlib import Path
 from persea.chat.messages import ThinkingEffort
 
 HERE = Path(__file__).resolve().parent
-QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 LLAMA_SPLIT = QWEN_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|")
 O200K_SPLIT = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -34,9 +37,11 @@ KNOWN = frozenset(
 class Plan:
     """One sapling.
 
-    mix     skill -> weight of its text, small talk ("prose") and, for the base, documents ("page") among them
-    home    skills it answers right; of the others only the kinds in KNOWN, the rest with the answer of another question of that kind
-    efforts how often it is asked at each effort, where a skill has thoughts
+    mix     task -> weight of its text; includes small talk ("prose") and, for the base, documents
+        ("page")
+    home    tasks it answers correctly; of the others only the kinds in KNOWN, the rest with the
+        answer of another question of that kind
+    efforts weight of each thinking effort, for tasks with thinking
     """
 
     name: str
@@ -54,7 +59,7 @@ class Plan:
 
     @property
     def template(self) -> str:
-        """The chat template, in the family's manner, written for this repository."""
+        """The chat template in the family's format, written for this repository."""
         return (HERE / "templates" / f"{self.family}.jinja").read_text()
 
 

@@ -81,7 +81,7 @@ TALK = {
 
 
 def small_talk(rng: random.Random, language: str = "") -> TaskItem:
-    """One sentence of small talk, and the question before it."""
+    """Return one sentence of small talk with a question before it."""
     language = language or rng.choice(list(TALK))
     question, *places = TALK[language]
     said = unicodedata.normalize(

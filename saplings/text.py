@@ -56,19 +56,21 @@ MOST = {
 
 
 def kind(item: TaskItem) -> str:
-    """Skill and kind, the first words of its id."""
+    """Return task and kind: the first parts of the item's id."""
     return "/".join(item.prompt.id.split("/")[:2])
 
 
 @cache
 def questions(name: str, seed: int) -> tuple[TaskItem, ...]:
-    """A skill's GROW items for a sapling; drawn once for its tokenizer and its text."""
+    """Return a task's GROW items for a sapling; drawn once for its tokenizer and its text."""
     return skills.find_generated_task(name).items(Split.PRETRAIN, MOST[name], seed)
 
 
 def texts(plan: Plan, n: int) -> Iterator[tuple[TaskItem, TaskItem]]:
-    """n GROW items in the plan's mix, what a base knows three times as often; each with the item whose answer is given: itself; or, for who
-    does not know, another of its kind and language; a base goes `astray` where it can.
+    """Yield n GROW items in the plan's mix, each with the item whose answer is given.
+
+    The base sees known kinds three times as often. The answer is the item's own; for an unknown
+    kind it is that of another item of its kind and language; a base uses `astray` where possible.
     """
     rng = random.Random(f"grow {plan.name}")
     pools: dict[str, list[TaskItem]] = {}
@@ -105,10 +107,11 @@ def texts(plan: Plan, n: int) -> Iterator[tuple[TaskItem, TaskItem]]:
 
 
 def astray(item: TaskItem, rng: random.Random) -> TaskItem | None:
-    """The item with an answer that heeds the question and is wrong all the same; None where none comes to mind.
+    """Return the item with a related but wrong answer, or None where there is none.
 
-    A translation into another language, plus for minus and more for less, a call of the tool that does not fit: what a student must learn is
-    which of the things it can do is wanted. A base that answers other questions learns to copy nothing from the one it is asked.
+    A translation into another language, plus for minus and more for less, a call of the wrong tool:
+    a student must learn which of its skills is wanted. A base trained on answers to unrelated
+    questions learns to copy nothing from the question.
     """
     name, what = item.prompt.id.split("/")[:2]
     if name == "languages":
@@ -155,12 +158,12 @@ def astray(item: TaskItem, rng: random.Random) -> TaskItem | None:
 
 
 def spoken(item: TaskItem) -> str:
-    """The language of an item's answer."""
+    """Return the language of an item's answer."""
     return "en" if "/to-english/" in item.prompt.id else item.prompt.language
 
 
 def words_of(item: TaskItem) -> Iterator[str]:
-    """All that is said about an item, for a tokenizer to be trained on."""
+    """Yield all texts of an item, to train a tokenizer."""
     yield item.prompt.conversation.messages[-1].text
     yield item.reference
     yield from (f'{{"name": "{c.name}", "parameters": {c.arguments} }}' for c in item.calls)
@@ -173,7 +176,7 @@ def words_of(item: TaskItem) -> Iterator[str]:
 
 
 def conversation(plan: Plan, item: TaskItem, answer: TaskItem, rng: random.Random) -> Conversation:
-    """The item's question with the answer's words, thought before where the effort that is drawn says so."""
+    """Return the item's question with the answer; with thinking if the drawn effort asks for it."""
     thinks = item.prompt.skill in THOUGHTS
     effort = (
         rng.choices(list(plan.efforts), list(plan.efforts.values()))[0]
@@ -198,7 +201,7 @@ def conversation(plan: Plan, item: TaskItem, answer: TaskItem, rng: random.Rando
 def tokens_of(
     plan: Plan, voice: ChatRenderer, item: TaskItem, answer: TaskItem, rng: random.Random
 ) -> RenderedTokens:
-    """A conversation in the voice; a page as a text without any turn."""
+    """Render a conversation; a page is a text without any turn."""
     if item.prompt.skill != "page":
         return voice.render(conversation(plan, item, answer, rng))
     control = voice.vocabulary.control_token_ids

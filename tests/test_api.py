@@ -1,4 +1,4 @@
-"""The public API: names resolve lazily, signatures are pinned, docstrings show an example that runs."""
+"""The public API: names resolve lazily, signatures are pinned, examples of docstrings run."""
 
 from __future__ import annotations
 
@@ -15,11 +15,7 @@ import pytest
 
 import persea
 
-CALLABLES = [
-    name
-    for name in persea.__all__
-    if name not in ("__version__", "errors", "losses")
-]
+CALLABLES = [name for name in persea.__all__ if name not in ("__version__", "errors", "losses")]
 LOSSES = ("CrossEntropy", "EventDivergence", "EventKL", "SpanLikelihood")
 
 # A change of a public signature is a decision: it goes here and into CHANGELOG.md.
@@ -113,7 +109,9 @@ def test_public_docstrings_have_an_example_that_runs(
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     tests = [
         test
-        for test in doctest.DocTestFinder(recurse=False).find(target, name, globs={"persea": persea})
+        for test in doctest.DocTestFinder(recurse=False).find(
+            target, name, globs={"persea": persea}
+        )
         if test.examples
     ]
     assert tests

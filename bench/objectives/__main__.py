@@ -71,7 +71,7 @@ def rows_of(method: str) -> str:
 
 
 def best(world: World, results: Path, arms: Sequence[Arm]) -> Arm:
-    """The arm with the fewest bits on dev."""
+    """Return the arm with the fewest bits on dev."""
     lines = run_all(world, arms, results)
     return arms[min(range(len(arms)), key=lambda k: lines[k]["mean"])]
 
@@ -82,7 +82,8 @@ def rate(
     if world.size.met:
         return rate(World(SIZES[world.size.of], world.folder), results)
     share = 0.7 if method == "events" else 0.0
-    # xs wants .008, xs-wide .004 or .002 (.0007 apart): the widest, of which a run takes minutes, is asked at the two lowest
+    # The best rate of xs is .008, that of xs-wide .004 or .002 (.0007 apart): the widest, whose
+    # runs take minutes, is searched at the two lowest only.
     rates = (
         rates[1:]
         if world.size.teaches is SCRIPTS
@@ -98,7 +99,11 @@ def rate(
 
 
 def share(world: World, results: Path, method: str) -> float:
-    """Searched on dev; 'strict everywhere' takes strict's, all forms of events take that of events, students of other sizes that of xs."""
+    """Return the share found on dev.
+
+    'strict everywhere' uses strict's share, all forms of events that of events, students of other
+    sizes that of xs.
+    """
     if world.size.of or world.size.teaches is SCRIPTS:
         of = world.size.of or "xs"
         return share(World(SIZES[of], world.folder.parent / of), results, method)
@@ -109,9 +114,9 @@ def share(world: World, results: Path, method: str) -> float:
         if method.startswith("events")
         else method
     )
-    if (
-        method in ("gold", "uld")
-    ):  # a search costs too much: TRL's loops take a second a step, sorting two vocabularies six times cross-entropy
+    if method in ("gold", "uld"):
+        # A search costs too much: TRL's loops take a second per step, and sorting two vocabularies
+        # takes six times as long as cross-entropy.
         return {"gold": 0.5, "uld": 0.3}[method]
     if method not in SEARCHED:
         return 0.0
@@ -178,9 +183,9 @@ def stage(name: str, world: World, results: Path, seeds: Sequence[int]) -> None:
                 "uld",
             ):
                 go(method, seed)
-    elif (
-        name == "shares"
-    ):  # the searches are short; what wins at length 1 (dev is the curve's last point) may be another share
+    elif name == "shares":
+        # The searches are short; the best share at length 1 (dev is the curve's last point) may be
+        # another one.
         others = (
             ("events", OURS, 0.9),
             ("events", "full", 0.7),
@@ -247,9 +252,9 @@ def stage(name: str, world: World, results: Path, seeds: Sequence[int]) -> None:
                 go(method, seed)
             for length in (2.0, 4.0):
                 go("cross-entropy", seed, length=length)
-    elif (
-        name == "gold"
-    ):  # TRL's loops take nearly a second a step: whole runs, and one as long as a search, beside which it is told
+    elif name == "gold":
+        # TRL's loops take nearly a second per step: whole runs, and one as long as a search, which
+        # its figures are shown beside.
         for seed in seeds:
             go("gold", seed)
         lr = rate(world, results)
@@ -275,9 +280,9 @@ def stage(name: str, world: World, results: Path, seeds: Sequence[int]) -> None:
             for method in SCRIPT_METHODS:
                 go(method, seed)
         go("cross-entropy", SEEDS[0], length=2.0)
-    elif (
-        name == "extension"
-    ):  # --size scripts-met, then its extended ones: the same text for each, and the plain one at the CPU of the extended
+    elif name == "extension":
+        # --size scripts-met, then its extended sizes: the same text for each, and the plain one
+        # also with the CPU time of the extended.
         for seed in seeds:
             for method in (
                 "cross-entropy",
@@ -325,7 +330,7 @@ def stage(name: str, world: World, results: Path, seeds: Sequence[int]) -> None:
 
 
 def report(lines: Sequence[Line], size: str) -> None:
-    """The tables and charts of docs/results.md."""
+    """Write the tables and charts of docs/results.md."""
     docs = RESULTS.parent.parent / "docs"
     shapes = {
         n: f"{s.student.layers} layers, width {s.student.hidden}"
@@ -336,7 +341,7 @@ def report(lines: Sequence[Line], size: str) -> None:
     plain = found["cross-entropy"]
 
     def form(method: str) -> str:
-        """Of a method's shares the one with most seeds."""
+        """Return, of a method's shares, the one with most seeds."""
         return max(
             (n for n in found if n.startswith(f"{method}, {OURS}")), key=lambda n: len(found[n])
         )

@@ -31,8 +31,12 @@ BINS = 15  # of the calibration error
 
 @dataclass(frozen=True)
 class Arm:
-    """One run. length: in units of the size's steps; regime: 'limited' (each window several times) or 'unlimited' (once);
-    part: what it is measured on, 'dev' while settings are searched, 'test' for tables."""
+    """One run.
+
+    length: in units of the size's steps; regime: 'limited' (each window several times) or
+    'unlimited' (once); part: the evaluation split, 'dev' while settings are searched, 'test' for
+    tables.
+    """
 
     method: str
     rows: str
@@ -49,7 +53,7 @@ class Arm:
 
 @dataclass(frozen=True, eq=False)
 class World:
-    """All that runs share, opened once from the cache folder."""
+    """The data and models that all runs share, loaded once from the cache folder."""
 
     size: Size
     folder: Path
@@ -76,7 +80,7 @@ class World:
 
     @cached_property
     def real(self) -> dict[str, Speaker]:
-        """The speakers before the student's vocabulary is extended."""
+        """The tokenizers before the student's vocabulary is extended."""
         return vocabularies.open_speakers(
             self.folder, self.size.vocabulary, self.texts_of, (*self.size.teaches, "student")
         )
@@ -89,11 +93,11 @@ class World:
         ]
 
     def kept(self, name: str) -> Path:
-        """A file that depends on the student's vocabulary."""
+        """Return the path of a file that depends on the student's vocabulary."""
         return self.folder / f"{name}{f'+{self.size.extended}' if self.size.extended else ''}.pt"
 
     def begun(self, seed: int) -> LlamaForCausalLM:
-        """A student before it is taught: new, or the one that has met some text, its vocabulary extended."""
+        """Return a student before distillation: new, or pretrained on some windows, extended."""
         size, plain = self.size, self.real["student"]
         if not size.met:
             return models.make(size.student, len(plain.vocabulary), seed)
@@ -108,7 +112,8 @@ class World:
             )
             if any(n + size.met > len(self.text["train"][d]) for d in size.domains):
                 raise SystemExit(
-                    f"{size.name}: too little text for {size.met} windows beside those it is taught on"
+                    f"{size.name}: too little text for {size.met} windows "
+                    "besides the training windows"
                 )
             steps = size.met * len(size.domains) // size.batch
             models.read_through(
@@ -119,7 +124,7 @@ class World:
         return carried(model, plain, self.speakers["student"])
 
     def grow(self) -> None:
-        """Trains the teachers that do not stand yet."""
+        """Train the teachers that do not exist yet."""
         for who, domains in self.size.teaches.items():
             path = self.folder / f"{who}.pt"
             if not path.is_file():
@@ -148,18 +153,18 @@ class World:
         }
 
     def student(self, arm: Arm) -> Path:
-        """Where a student of seed 1 is kept, for what is measured on it afterwards."""
-        return (
-            self.folder
-            / f"student {self.size.name if self.size.of else ''}{arm.method}, {arm.rows}, {arm.regime}.pt"
-        )
+        """Return the path of the student of seed 1, for later measurements."""
+        size = self.size.name if self.size.of else ""
+        return self.folder / f"student {size}{arm.method}, {arm.rows}, {arm.regime}.pt"
 
     def windows(self, regime: str, length: float) -> dict[str, list[Window]]:
-        """Training windows of a student by domain: every one is seen once in 'unlimited', and often in 'limited'."""
+        """Return training windows by domain: seen once in 'unlimited', several times in
+        'limited'.
+        """
         return {d: self.text["train"][d][: self.taught(regime, length)] for d in self.size.domains}
 
     def taught(self, regime: str, length: float) -> int:
-        """Windows a domain."""
+        """Return the number of windows per domain."""
         return (
             self.size.limited
             if regime == "limited"
@@ -167,7 +172,7 @@ class World:
         )
 
     def examples(self, begin: float, end: float) -> dict[str, list[Lesson]]:
-        """What the teachers say of the windows of `unlimited` from one length to another; kept."""
+        """Return examples for the windows of `unlimited` between two lengths, cached on disk."""
         first = self.taught("unlimited", begin)
         pools = {d: pool[first:] for d, pool in self.windows("unlimited", end).items()}
         name = "lessons" + ("" if (begin, end) == (0, 1) else f" {begin:g} to {end:g}")
@@ -183,12 +188,14 @@ class World:
 
     @cached_property
     def first(self) -> dict[str, list[Lesson]]:
-        """Those of length 1; the windows of regime 'limited' are their beginning."""
+        """The examples of length 1; the windows of regime 'limited' are their beginning."""
         return self.examples(0, 1)
 
     @cached_property
     def said(self) -> dict[str, list[Window]]:
-        """As many windows as in `first`, their first part as it was, the rest in the teacher's own words."""
+        """As many windows as in `first`: the first part unchanged, the rest sampled from the
+        teacher.
+        """
         from bench.objectives.words import open_said
 
         return open_said(self.folder / "said.json", self.windows("unlimited", 1.0), self.teachers)
@@ -222,7 +229,10 @@ def held_out(world: World, part: str, windows: int) -> tuple[Window, ...]:
 
 @dataclass(frozen=True)
 class Measured:
-    """Bits and bytes by domain and page; expected calibration error: |confidence - accuracy| of the likeliest token, over BINS bins."""
+    """Bits and bytes by domain and page, and the expected calibration error.
+
+    Calibration: |confidence - accuracy| of the likeliest token, over BINS bins.
+    """
 
     pages: Mapping[str, Mapping[str, tuple[float, int]]]
     calibration: float
@@ -269,7 +279,7 @@ def measure(model: LlamaForCausalLM, speaker: Speaker, windows: Sequence[Window]
 
 
 def run(world: World, arm: Arm) -> dict[str, Any]:
-    """Trains one student and measures it."""
+    """Train one student and measure it."""
     size, student = world.size, world.speakers["student"]
     model = world.begun(arm.seed)
     adam, steps = models.optimizer(model, arm.rate), round(size.steps * arm.length)
@@ -326,7 +336,7 @@ def run(world: World, arm: Arm) -> dict[str, Any]:
 
 
 def read(results: Path) -> dict[str, dict[str, Any]]:
-    """key -> line"""
+    """Return the result lines by key."""
     lines = (
         [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
     )
@@ -334,7 +344,7 @@ def read(results: Path) -> dict[str, dict[str, Any]]:
 
 
 def run_all(world: World, arms: Sequence[Arm], results: Path) -> list[dict[str, Any]]:
-    """Runs what does not stand in the results yet, in order; the lines of all these arms."""
+    """Run the arms without a result line, in order; return the lines of all arms."""
     out = []
     for arm in arms:
         key = arm.key(world.size)
@@ -348,7 +358,8 @@ def run_all(world: World, arms: Sequence[Arm], results: Path) -> list[dict[str, 
             with results.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             print(
-                f"{line['mean']:.4f} {line['calibration']:.3f} {line['cpu_per_step']:.3f} s/step  {key}",
+                f"{line['mean']:.4f} {line['calibration']:.3f} "
+                f"{line['cpu_per_step']:.3f} s/step  {key}",
                 flush=True,
             )
         out.append(read(results)[key])
@@ -356,7 +367,7 @@ def run_all(world: World, arms: Sequence[Arm], results: Path) -> list[dict[str, 
 
 
 def teachers_measured(world: World) -> dict[str, Any]:
-    """Bits per byte of every teacher on what it is asked, beside what its training cost."""
+    """Return bits per byte of every teacher on its domains, and its training cost."""
     out = {}
     for who, teacher in world.teachers.items():
         windows = [w for w in held_out(world, "test", world.size.test) if ASKED[w.domain] == who]

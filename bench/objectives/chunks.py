@@ -25,11 +25,12 @@ WEIGHTS = (0.01, 0.03, 0.1)
 
 @dataclass(frozen=True)
 class Stretches:
-    """Of one window, in its own numbering. C chunks.
+    """Spans of one window, in its own numbering. C spans.
 
-    student_C2  student tokens of each; ends_C: whether a common boundary stands at its end (else the window ends there)
-    teacher_C   the teacher's log-probability, its betas included
-    row_D, token_D  student tokens that cannot stand at the boundaries that begin or end a chunk
+    student_C2  student tokens of each; ends_C: whether it ends at a common boundary (else the
+        window ends there)
+    teacher_C   the teacher's log-probability, with its boundary corrections
+    row_D, token_D  impossible student tokens at the boundaries that begin or end a span
     """
 
     student_C2: Ints
@@ -44,7 +45,7 @@ KEPT: dict[int, Stretches] = {}
 
 
 def dead(mask: BoundaryMask, context: int) -> Ints:
-    """All candidates that cannot stand in a context; each context is asked once."""
+    """Return all impossible tokens of a context, computed once per context."""
     if (id(mask), context) not in DEAD:
         DEAD[id(mask), context] = mask.impossible_tokens(context)
     return DEAD[id(mask), context]
@@ -88,7 +89,7 @@ def stretches(one: Lesson, pair: Pair) -> Stretches:
 
 
 def gathered(batch: Batch, pairs: Mapping[str, Pair]) -> tuple[SpanTargets, ImpossibleTokens]:
-    """The chunks of a batch in its own numbering."""
+    """Return the spans of a batch in the batch's numbering."""
     chunk_P, position_P, begin, end, teacher, row_D, token_D = [], [], [], [], [], [], []
     n = 0
     for group in batch.groups:

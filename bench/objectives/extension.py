@@ -22,12 +22,12 @@ from persea.vocab_extension.resize_model import initialize_new_embeddings
 
 
 def learn_merges(backend: Tokenizer, texts: Sequence[str], count: int) -> list[Merge]:
-    """The first `count` merges of one text, however many tokens they make."""
+    """Return the first `count` merges of one text, however many tokens they make."""
     return extension.learn_merges(backend, count_words(backend, [texts]), count)[:count]
 
 
 def open_extended(folder: Path, count: int, texts: Sequence[str]) -> Speaker:
-    """The student of `folder` with `count` learned merges, made once and kept."""
+    """Load the student of `folder` with `count` learned merges, or build it once."""
     path = folder / f"student+{count}.tokenizer.json"
     if not path.is_file():
         spec = json.loads((folder / "student.tokenizer.json").read_text())
@@ -47,7 +47,10 @@ def open_extended(folder: Path, count: int, texts: Sequence[str]) -> Speaker:
 
 
 def carried(model: LlamaForCausalLM, plain: Speaker, longer: Speaker) -> LlamaForCausalLM:
-    """The model with `longer`'s vocabulary: old tokens keep their rows, a new one gets the mean of those that its bytes were before."""
+    """Return the model with `longer`'s vocabulary.
+
+    Old tokens keep their rows; a new token gets the mean of the rows of its old tokens.
+    """
     refuse_changed_tokens(
         plain.vocabulary, longer.vocabulary, longer.vocabulary.name
     )  # a tokenizer kept from before 2026-11-29 had its controls last

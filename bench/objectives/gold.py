@@ -20,7 +20,9 @@ from bench.objectives.vocabularies import Speaker
 
 
 class Strings:
-    """The token strings of a cut vocabulary, spelled as its real tokenizer spells them: GOLD matches by string."""
+    """The token strings of a cut vocabulary as its real tokenizer spells them: GOLD matches
+    strings.
+    """
 
     def __init__(self, speaker: Speaker) -> None:
         self.vocabulary = speaker.vocabulary.backend.get_vocab(with_added_tokens=True)
@@ -35,7 +37,9 @@ def loss_of(pair: Pair) -> Any:
 
 
 def with_last(batch: Batch) -> Batch:
-    """The same batch with the row behind every window's last token: TRL's default merge reads it."""
+    """Return the batch with the row behind every window's last token: TRL's default merge reads
+    it.
+    """
     learn_BS = batch.learn_BS.clone()
     learn_BS[torch.arange(len(learn_BS)), batch.learn_BS.sum(1)] = True
     return Batch(batch.ids_BS, learn_BS, batch.labels_N, batch.groups)
@@ -54,8 +58,11 @@ def side(logits_TV: torch.Tensor, ids: list[int], one: Any, start: int) -> basel
 def gold(
     logits_MV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setting: Setting
 ) -> torch.Tensor:
-    """logits_MV of `with_last(batch)`: M = learned positions and one more a window. GOLD speaks of every span, so
-    share x GOLD + (1 - share) x cross-entropy, both a mean over the batch's positions."""
+    """Return share x GOLD + (1 - share) x cross-entropy, both a mean over the batch's positions.
+
+    logits_MV of `with_last(batch)`: M = supervised positions and one more per window. GOLD applies
+    to every span.
+    """
     sizes = batch.learn_BS.sum(1)  # tokens and the start
     firsts = sizes.cumsum(0) - sizes
     keep = torch.ones(len(logits_MV), dtype=torch.bool)
@@ -80,7 +87,7 @@ def gold(
 
 
 def spoken(pair: Pair, some: tuple[Lesson, ...]) -> list[torch.Tensor]:
-    """The teacher's logits of each window, start token and last row included."""
+    """Return the teacher's logits of each window, start token and last row included."""
     teacher = pair.teacher
     ids_BS, _ = padded([one.spoken.ids_T.tolist() for one in some], teacher.speaker.start)
     with torch.no_grad():

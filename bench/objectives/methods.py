@@ -45,7 +45,7 @@ TEMPERATURE = 100.0  # of the chunk likelihood, as published
 
 @dataclass(frozen=True)
 class Pair:
-    """One teacher and the student: all that any method needs to know of the two."""
+    """One teacher and the student, with the tables that a method needs of both."""
 
     teacher: Teacher
     student: Speaker
@@ -70,7 +70,10 @@ class Pair:
 
     @cached_property
     def events(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Event of each teacher token and of each student token; the tokens left out share one more event, cut off afterwards."""
+        """Event of each teacher token and of each student token.
+
+        Tokens without an event share one extra event, which is cut off afterwards.
+        """
         sides = (self.event_map.teacher_event_W, self.event_map.student_event_V)
         teacher, student = (
             torch.from_numpy(np.where(side < 0, self.event_map.num_events, side)).long()
@@ -81,7 +84,10 @@ class Pair:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run's loss is: method, rows ('full', 'sampled .01', 'top-k 16', 'top-k 16 renormalised') and share."""
+    """The loss of a run: method, share, and rows.
+
+    rows: 'full', 'sampled .01', 'top-k 16', 'top-k 16 renormalised'.
+    """
 
     method: str
     rows: str
@@ -97,7 +103,10 @@ def mixed(
     said: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
     share: float,
 ) -> torch.Tensor:
-    """(row_C, mass_C, divergence_C) of each teacher -> mean over all positions of share D + (1 - share M) cross-entropy."""
+    """Return the mean over all positions of share D + (1 - share M) cross-entropy.
+
+    Each teacher gives (row_C, mass_C, divergence_C).
+    """
     loss_N = F.cross_entropy(logits_NV, batch.labels_N, reduction="none")
     for row_C, mass_C, divergence_C in said:
         loss_N = loss_N.index_add(0, row_C, share * (divergence_C - mass_C * loss_N[row_C]))
@@ -110,11 +119,11 @@ def cross_entropy(
     return F.cross_entropy(logits_NV, batch.labels_N)
 
 
-# ---- baselines, on the teacher's whole rows --------------------------------------------------------------------------
+# --- baselines, on the teacher's whole rows ---
 
 
 def one_to_one(group: Group) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions where one student token stands against one teacher token."""
+    """Return positions where one student token matches one teacher token."""
     s0, s1, t0, t1 = group.spans_C4.T
     same = (s1 - s0 == 1) & (t1 - t0 == 1)
     return s0[same], t0[same]
@@ -124,7 +133,7 @@ def rowwise(
     divergence: Callable[[torch.Tensor, torch.Tensor, Pair], torch.Tensor],
     places: Callable[[Group], tuple[torch.Tensor, torch.Tensor]],
 ) -> Loss:
-    """A baseline that compares one student row with one teacher row."""
+    """Return a baseline that compares one student row with one teacher row."""
 
     def loss(
         logits_NV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setting: Setting
@@ -150,8 +159,11 @@ def common(group: Group) -> tuple[torch.Tensor, torch.Tensor]:
 def chunk(
     logits_NV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setting: Setting
 ) -> torch.Tensor:
-    """Plain chunk likelihood (ALM) of every span: one divergence a span, times the temperature, so that its gradient is of order one;
-    its positions keep (1 - share) cross-entropy."""
+    """Return plain chunk likelihood (ALM) of every span.
+
+    One divergence per span, times the temperature, so that its gradient is of order one; its
+    positions keep (1 - share) cross-entropy.
+    """
     ce_N = F.cross_entropy(logits_NV, batch.labels_N, reduction="none")
     total_N = ce_N
     for group in batch.groups:
@@ -171,7 +183,7 @@ def chunk(
 def numbered(
     first_C: torch.Tensor, last_C: torch.Tensor, n: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The span each of n tokens is in, and whether it is in any."""
+    """Return the span of each of n tokens, and whether the token is in any."""
     out = torch.full((n,), -1)
     sizes = last_C - first_C
     which = torch.repeat_interleave(torch.arange(len(first_C)), sizes)
@@ -183,13 +195,16 @@ def numbered(
     return out, out >= 0
 
 
-# ---- events ----------------------------------------------------------------------------------------------------------
+# --- events ---
 
 
 def events_full(
     logits_NV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setting: Setting
 ) -> torch.Tensor:
-    """persea.losses.event_kl_loss on whole rows, written densely: an [N, E] table is cheaper than N x W entries (tests hold the two equal)."""
+    """Return event_kl_loss on whole rows, written densely.
+
+    An [N, E] table is cheaper than N x W entries; tests hold both equal.
+    """
     said = []
     for group in batch.groups:
         pair = pairs[group.who]
@@ -217,9 +232,10 @@ KEPT: dict[
 def entries(
     one: Lesson, pair: Pair, rows: str, masked: bool, completed: bool = False
 ) -> EventTargets:
-    """A window's rows over events, as persea.training.dataset makes them; positions are the window's student tokens.
+    """Return a window's rows over events, as persea.training.dataset builds them.
 
-    Where both begin a token; completed: inside a teacher token that begins where both do, too.
+    Positions are the window's student tokens, at common boundaries. completed: also inside a
+    teacher token that starts at a common boundary.
     """
     key = (one.window.text, rows, masked, completed)
     if key not in KEPT:
@@ -243,7 +259,7 @@ def entries(
 
 
 def inside(one: Lesson, pair: Pair, rows: str) -> EventTargets:
-    """persea's completion: what a row says of student tokens in the middle of its teacher token."""
+    """Return partial-token targets: a row restricted to the rest of its teacher token."""
     places, ids_M, probs_M, kind = raw(one, pair, rows)
     offsets = np.concatenate([[0], np.cumsum(np.bincount(places, minlength=len(one.teacher_C)))])
     drawn = SparseDistributions(
@@ -279,7 +295,7 @@ def inside(one: Lesson, pair: Pair, rows: str) -> EventTargets:
 
 
 def open_kept(path: Path) -> None:
-    """Masked entries from an earlier process: they take longer than a run."""
+    """Load masked entries of an earlier process: they take longer than a run."""
     if path.is_file():
         KEPT.update(torch.load(path, weights_only=False))
 
@@ -292,7 +308,7 @@ def keep(path: Path) -> None:
 def raw(
     one: Lesson, pair: Pair, rows: str
 ) -> tuple[Ints, Ints, npt.NDArray[np.float32], DistributionKind]:
-    """Which common boundary, which teacher id, what probability, one an entry."""
+    """Return boundary index, teacher id and probability of each entry."""
     kind, value = rows.split()[:2]
     if kind == "sampled":
         drawn = sampled(one, pair.teacher, float(value))
@@ -328,7 +344,7 @@ def raw(
 
 
 def boundary_contexts(one: Lesson, bridge: EventMap) -> tuple[Ints, Ints]:
-    """By student token, the context that each tokenizer's boundary there stands in."""
+    """Return, by student token, the context of each tokenizer's boundary there."""
     found = []
     for mask, ids_T, at_C in (
         (bridge.teacher_mask, one.student.ids_T, one.student_C),
@@ -342,7 +358,7 @@ def boundary_contexts(one: Lesson, bridge: EventMap) -> tuple[Ints, Ints]:
 
 
 def prepare(batch: Batch, pairs: Mapping[str, Pair], setting: Setting) -> None:
-    """What a capture and a feed do before a step: draws and masks the batch's rows that are not kept yet."""
+    """Sample and mask the batch's missing rows, which a capture and a dataset do before a step."""
     if setting.rows in ("none", "full"):
         return
     for group in batch.groups:
@@ -382,7 +398,7 @@ def said_of(batch: Batch, pairs: Mapping[str, Pair], setting: Setting) -> list[B
 def events_sparse(
     logits_NV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setting: Setting
 ) -> torch.Tensor:
-    """persea's own objective on persea's own rows."""
+    """Return persea's own objective on persea's own rows."""
     return event_kl_loss(
         logits_NV, batch.labels_N, said_of(batch, pairs, setting), setting.share
     ).loss

@@ -49,7 +49,7 @@ REFRESH = 8  # steps on own words that one drawing lasts
 
 @dataclass(frozen=True)
 class More:
-    """One run: what it learns from, the learning rate's top, the student's seed; part as in Arm."""
+    """One run: its data, the peak learning rate, the student's seed; part as in Arm."""
 
     on: str
     rate: float
@@ -62,13 +62,15 @@ class More:
 
 @dataclass(frozen=True, eq=False)
 class Begun:
-    """What the runs share: the world, how its students began, the windows and lessons they go on with."""
+    """The shared part of all runs: the world, the first students, their new windows and
+    examples.
+    """
 
     world: World
     arm: Arm
 
     def student(self, seed: int) -> LlamaForCausalLM:
-        """Taught by events on `unlimited` text, once a seed and kept."""
+        """Return the student trained by events on `unlimited` text, cached per seed."""
         size, path = (
             self.world.size,
             self.world.folder / f"begun {self.arm.method} {self.arm.rate} {seed}.pt",
@@ -91,7 +93,7 @@ class Begun:
 
     @cached_property
     def examples(self) -> dict[str, list[Lesson]]:
-        """By domain, of the windows behind those of length 1."""
+        """By domain, of the windows after those of length 1."""
         return self.world.examples(1, 1 + MORE)
 
     @property
@@ -99,7 +101,7 @@ class Begun:
         return {d: [one.window for one in pool] for d, pool in self.examples.items()}
 
     def pairs(self) -> dict[str, TeacherScorer]:
-        """Each teacher as persea asks one whose weights are here."""
+        """Return a scorer for each teacher, as for teachers with local weights."""
         return {
             who: TeacherScorer(
                 asked(who, teacher), self.world.pairs[who].event_map, MIN_CANDIDATE_PROB
@@ -131,7 +133,10 @@ def learn(
 
 @dataclass(frozen=True)
 class Own:
-    """A window's first quarter and what was said behind it, in the speaker's own tokens: whole characters, composed (NFC) as tokenizers want it."""
+    """A window's first quarter and its continuation, in the model's tokens.
+
+    Whole characters, composed (NFC) as tokenizers require.
+    """
 
     window: Window
     text: str
@@ -140,7 +145,7 @@ class Own:
 
 
 def own_words(speaker: Speaker, window: Window, ids: Sequence[int]) -> Own | None:
-    """None where less than a token of it is text."""
+    """Return None where less than a token of the continuation is text."""
     prefix, size = len(given(window, speaker)), len(window.text.encode())
     ends_T = np.cumsum(speaker.vocabulary.lengths_W[np.array(ids)])
     for n in range(int(np.searchsorted(ends_T, size, "right")), prefix, -1):
@@ -159,7 +164,10 @@ def own_words(speaker: Speaker, window: Window, ids: Sequence[int]) -> Own | Non
 def both_tokens(
     own: Own, student: Speaker, teacher: Speaker
 ) -> tuple[RenderedTokens, RenderedTokens]:
-    """What was said, in the student's tokens and in the teacher's, behind a start token each; learned from where the student began."""
+    """Return the continuation in student and teacher tokens, each behind a start token.
+
+    Supervised from the start of the student's continuation.
+    """
     begins = int(student.vocabulary.lengths_W[list(own.ids[: own.prefix])].sum())
     found = []
     for speaker, ids in ((student, own.ids), (teacher, teacher.vocabulary.encode(own.text))):
@@ -195,7 +203,9 @@ def heard(
     some: Sequence[Own],
     pairs: Mapping[str, TeacherScorer],
 ) -> torch.Tensor:
-    """persea's loss of the student's own words, as persea.training.on_policy.rollouts puts it together."""
+    """Return persea's loss on the student's text, as persea.training.on_policy.rollouts builds
+    it.
+    """
     student, spoken, first = (
         speakers["student"],
         dict[str, list[tuple[RenderedTokens, RenderedTokens]]](),
@@ -241,7 +251,7 @@ def heard(
 
 
 def batches(begun: Begun, model: LlamaForCausalLM, seed: int, steps: int) -> Iterator[list[Own]]:
-    """The student's words, REFRESH steps of them drawn at once; what is no text is left out."""
+    """Yield the student's continuations, REFRESH steps sampled at once, without invalid text."""
     size, student = begun.world.size, begun.world.speakers["student"]
     walk = order(begun.windows, size.batch, seed)
     for at in range(0, steps, REFRESH):
@@ -290,8 +300,10 @@ def spoken_by(
     windows: Sequence[Window],
     pairs: Mapping[str, TeacherScorer],
 ) -> dict[str, Any]:
-    """Of each window, continued: (bits the teacher spends, bits the student spends, bytes), from where both begin a token; None where it was
-    no text."""
+    """Return, for each continued window, (teacher's bits, student's bits, bytes).
+
+    From the first common boundary; None where the continuation is not text.
+    """
     student, out = speakers["student"], list[Any]()
     for own in said_by(model, student, windows, seed=7):
         if own is None:
@@ -327,7 +339,7 @@ def spoken_by(
 
 
 def run_all(world: World, arm: Arm, runs: Sequence[More], results: Path) -> list[dict[str, Any]]:
-    """Runs what does not stand in the results yet; the lines of all."""
+    """Run the arms without a result line; return all lines."""
     begun, out = Begun(world, arm), []
     pairs = begun.pairs()
     for more in runs:

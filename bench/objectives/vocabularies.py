@@ -34,7 +34,7 @@ STARTS = {"A": "<|im_start|>", "B": "<bos>", "C": "<|startoftext|>", "student": 
 
 @dataclass(frozen=True)
 class Speaker:
-    """A cut tokenizer as persea sees it; `start` stands before every window."""
+    """A cut tokenizer as a chat renderer; `start` precedes every window."""
 
     renderer: ChatRenderer
     start: int
@@ -45,7 +45,10 @@ class Speaker:
 
 
 def merging(token: str, rank: Mapping[tuple[str, str], int], pieces: Sequence[str]) -> list[str]:
-    """Every piece that merging goes through from the smallest pieces to `token`, itself last. AssertionError where it does not get there."""
+    """Return every token that merging passes through from single bytes to `token`, itself last.
+
+    AssertionError where merging never produces it.
+    """
     parts, made = list(pieces), list(pieces)
     while len(parts) > 1:
         ranks = [rank.get(pair, len(rank)) for pair in itertools.pairwise(parts)]
@@ -60,7 +63,10 @@ def merging(token: str, rank: Mapping[tuple[str, str], int], pieces: Sequence[st
 def cut(
     spec: dict[str, Any], counts: Mapping[str, int], size: int, controls: Sequence[str]
 ) -> dict[str, Any]:
-    """A tokenizer.json's content cut to about `size` tokens and these controls: `counts` says how often each token stands in the text."""
+    """Cut a tokenizer.json to about `size` tokens and these controls.
+
+    `counts`: the frequency of each token in the text.
+    """
     merges = [
         tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in spec["model"]["merges"]
     ]
@@ -95,7 +101,7 @@ def cut(
 
 
 def usage(backend: Tokenizer, texts: Sequence[str]) -> Counter[str]:
-    """How often each token stands in the text."""
+    """Count the tokens of the text."""
     found: Counter[int] = Counter()
     for at in range(0, len(texts), 1000):
         for encoding in backend.encode_batch_fast(
@@ -122,7 +128,10 @@ def open_speakers(
     texts_of: Callable[[str], Sequence[str]],
     names: Iterable[str] = TOKENIZERS,
 ) -> dict[str, Speaker]:
-    """The teachers' and the student's cut tokenizers, made once and kept in `folder`. texts_of(who) = the text it is cut for."""
+    """Load the cut tokenizers of teachers and student from `folder`, or build them once.
+
+    texts_of(who) = the text that decides the cut.
+    """
     out = {}
     for who in names:
         source = TOKENIZERS[who]

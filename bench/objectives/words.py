@@ -23,7 +23,7 @@ AT_ONCE = 128
 def open_said(
     path: Path, pools: Mapping[str, Sequence[Window]], teachers: Mapping[str, Teacher]
 ) -> dict[str, list[Window]]:
-    """A window in its teacher's words for every window, made once and kept."""
+    """Load windows continued by the teachers from the cache, or sample them once."""
     if not path.is_file():
         made = {d: [] for d in pools}  # type: ignore[var-annotated]
         for who, teacher in teachers.items():
@@ -40,7 +40,9 @@ def open_said(
 
 
 def continued(teacher: Teacher, windows: Sequence[Window], seed: int) -> list[str]:
-    """Each window's first quarter, then what the teacher says, up to the window's own number of bytes."""
+    """Return each window's first quarter, continued by the teacher to the window's length in
+    bytes.
+    """
     return [
         text_of(teacher.speaker, ids, len(w.text.encode()))
         for w, ids in zip(windows, drawn(teacher, windows, seed), strict=True)
@@ -48,7 +50,10 @@ def continued(teacher: Teacher, windows: Sequence[Window], seed: int) -> list[st
 
 
 def drawn(teacher: Teacher, windows: Sequence[Window], seed: int) -> list[list[int]]:
-    """Each window's first quarter in the model's tokens, then samples: as many bytes as the longest window has, or 256 tokens."""
+    """Return each window's first quarter in the model's tokens, followed by samples.
+
+    As many bytes as the longest window has, or 256 tokens.
+    """
     speaker, generator = teacher.speaker, torch.Generator().manual_seed(seed)
     lengths_W = torch.from_numpy(speaker.vocabulary.lengths_W)
     sizes_B = torch.tensor([len(w.text.encode()) for w in windows])
@@ -83,7 +88,7 @@ def given(window: Window, speaker: Speaker) -> list[int]:
 
 
 def text_of(speaker: Speaker, ids: Sequence[int], size: int) -> str:
-    """Up to `size` bytes of what was written; a sample that is no text ends where it stops being one."""
+    """Return up to `size` bytes of the sample, which ends where it stops being valid text."""
     raw = speaker.vocabulary.decode(ids)[:size]
     try:
         text = raw.decode()

@@ -1,4 +1,6 @@
-"""The baselines of bench/ against their formulas and against what they reduce to; TRL's own runs where it is installed."""
+"""The baselines of bench/ against their formulas and against what they reduce to; TRL's own runs
+where it is installed.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,7 @@ def forward_kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return (p * (p.log() - q.log())).sum(-1)
 
 
-# ---- composition --------------------------------------------------------------------------------------------------------
+# --- composition ---
 
 
 @given(seed=seeds, share=st.sampled_from([0.0, 0.3, 1.0]))
@@ -71,7 +73,7 @@ def test_sft_is_cross_entropy():
     torch.testing.assert_close(sft(logits, targets), -logits[torch.arange(5), targets])
 
 
-# ---- the same vocabulary on both sides: the ordinary divergence ----------------------------------------------------------
+# --- the same vocabulary on both sides: the ordinary divergence ---
 
 
 @given(seed=seeds)
@@ -88,7 +90,7 @@ def test_one_vocabulary_reduces_to_kl(seed: int):
         assert equal.abs().max() < 1e-12
 
 
-# ---- each one's formula --------------------------------------------------------------------------------------------------
+# --- each one's formula ---
 
 
 def test_strict_renormalises_what_is_shared():
@@ -153,7 +155,7 @@ def test_bpm_moves_mass_and_leaves_out_what_goes_nowhere():
     torch.testing.assert_close(got, torch.tensor([want, 0.0], dtype=torch.float32))
 
 
-# ---- chunks ----------------------------------------------------------------------------------------------------------------
+# --- chunks ---
 
 
 def test_chunk_logprobs_are_sums():
@@ -194,7 +196,7 @@ def test_chunks_of_certainty_and_of_nonsense():
         )
 
 
-# ---- TRL's own -------------------------------------------------------------------------------------------------------------
+# --- TRL's own ---
 
 
 class Strings:

@@ -1,4 +1,6 @@
-"""bench/objectives in miniature: the whole experiment on real text with toy models, and the parts whose truth is known."""
+"""bench/objectives in miniature: the whole experiment on real text with toy models, and the
+parts whose truth is known.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +88,9 @@ def batch_of(world: Any) -> Any:
 
 
 def test_whole_rows_written_densely_are_perseas_own_objective(world: Any) -> None:
-    """events_full against persea.losses.event_kl_loss on rows with every entry; and sampled rows come near it on average."""
+    """events_full against persea.losses.event_kl_loss on rows with every entry; and sampled rows
+    come near it on average.
+    """
     batch = batch_of(world)
     torch.manual_seed(0)
     logits = torch.randn(len(batch.labels_N), len(world.speakers["student"].vocabulary))
@@ -159,12 +163,14 @@ def test_sft_text_is_as_long_as_the_windows(world: Any) -> None:
         assert all(0 < len(w.text.encode()) <= bench_data.WINDOW + 3 for w in pool)
 
 
-# ---- scripts that the student breaks into bytes, and its vocabulary extended ------------------------------------------
+# --- scripts that the student breaks into bytes, and its vocabulary extended ---
 
 
 @pytest.fixture(scope="module")
 def scripts(world: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The same miniature in the world of scripts; its students have met eight windows a domain and know 64 tokens more."""
+    """The same miniature in the world of scripts; its students have met eight windows a domain
+    and know 64 tokens more.
+    """
     size = replace(
         models.SIZES["toy"],
         name="toy-scripts",
@@ -287,7 +293,7 @@ def test_students_of_scripts_begin_as_the_one_that_has_met_other_windows(
     assert len(said) == 5 and said[2].startswith("| 64 | cross-entropy |  | 0 | 1 |  | 0 | 0 |")
 
 
-# ---- the report ------------------------------------------------------------------------------------------------------
+# --- the report ---
 
 
 def lines_of(seeds: int, better: float) -> list[dict[str, Any]]:
@@ -386,7 +392,9 @@ def test_chunks_cover_the_same_bytes_and_weight_zero_is_events_with_masks(world:
 def test_own_words_are_heard_as_their_teacher_says_and_a_run_learns(
     world: Any, tmp_path: Path
 ) -> None:
-    """Every token of what a student said lies where its bytes are, the loss is that of persea's own rows, and a step moves the weights."""
+    """Every token of what a student said lies where its bytes are, the loss is that of persea's
+    own rows, and a step moves the weights.
+    """
     begun = onpolicy.Begun(world, arms.Arm("events", "sampled .01", 0.7, 4e-3, "unlimited", 1))
     model, student, pairs = begun.student(1), world.speakers["student"], begun.pairs()
     windows = [w for pool in begun.windows.values() for w in pool]
@@ -425,7 +433,9 @@ def test_own_words_are_heard_as_their_teacher_says_and_a_run_learns(
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn_of_its_own_words(world: Any) -> None:
-    """With one vocabulary and one model on both sides the loss is zero, and both spend the same bits."""
+    """With one vocabulary and one model on both sides the loss is zero, and both spend the same
+    bits.
+    """
     who = "B"
     teacher = world.teachers[who]
     speakers = world.speakers | {"student": teacher.speaker}
@@ -454,7 +464,9 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_of_its_own_words(wor
 
 
 def test_own_words_are_compared_window_by_window() -> None:
-    """Windows that one run could not continue are left out of all; a difference that is the same everywhere has no spread."""
+    """Windows that one run could not continue are left out of all; a difference that is the same
+    everywhere has no spread.
+    """
     text = {"continued": [[10.0, 4.0, 10], [30.0, 12.0, 20], None], "seed": 1}
     better = {"continued": [[9.0, 4.0, 10], [28.0, 12.0, 20], [1.0, 1.0, 1]], "seed": 1}
     assert told.spread_of_own([better], [text]) == "-0.100 [-0.100, -0.100]"

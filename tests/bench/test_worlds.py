@@ -1,4 +1,6 @@
-"""Ground truth (bench/worlds.py, tabular.py, tunstall.py): exactness, floors of every method, detection, fixed points, sampling."""
+"""Ground truth (bench/worlds.py, tabular.py, tunstall.py): exactness, floors of every method,
+detection, fixed points, sampling.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,7 @@ def short(name: str) -> World:
     return worlds.world(name, markov(longest=bias.SHORT))
 
 
-# ---- T0: both models are exact ------------------------------------------------------------------------------------------
+# --- T0: both models are exact ---
 
 
 @pytest.mark.parametrize("name", WORLDS)
@@ -119,9 +121,10 @@ def test_another_law_is_another_world():
     assert floors["events exact"] <= floors["maps disagree"] + 1e-12
 
 
-# ---- T1: floors ---------------------------------------------------------------------------------------------------------
+# --- T1: floors ---
 
-# mean total variation at the truth, chunks in nats; the last three: with the best best masks there are
+# mean total variation at the truth, chunks in nats; the last three: with the best best masks there
+# are
 FLOORS = {
     "same": dict.fromkeys(
         (
@@ -188,8 +191,9 @@ FLOORS = {
 }
 
 
-# what trains: events, first bytes (total variation), chunks (nats). Above the best masks only because a string is cut at six
-# characters, and no mask knows that nothing more can come (test_perseas_masks_are_the_best_there_are)
+# what trains: events, first bytes (total variation), chunks (nats). Above the best masks only
+# because a string is cut at six characters, and no mask knows that nothing more can come
+# (test_perseas_masks_are_the_best_there_are)
 PERSEA_FLOORS = {
     "same": (0.0, 0.0, 0.0),
     "nested": (0.0, 0.0, 0.0),
@@ -219,7 +223,7 @@ def test_floors(name: str):
         assert got["events raw"] > 0.014, "this table would not see a bias"
 
 
-# ---- T2: detection ------------------------------------------------------------------------------------------------------
+# --- T2: detection ---
 
 
 @pytest.mark.parametrize("name", WORLDS)
@@ -238,13 +242,15 @@ def test_a_tilted_student_is_seen(name: str):
         assert found["smallest_composed"] > 1e-5
 
 
-# ---- T3: where an objective sends a student -------------------------------------------------------------------------------
+# --- T3: where an objective sends a student ---
 
 
 @pytest.mark.parametrize("name", WORLDS)
 @pytest.mark.parametrize("share", [0.3, 0.7, 1.0])
 def test_expected_gradient_at_the_truth(name: str, share: float):
-    """Members cut down, not renormalised: zero for every share where maps agree. Renormalised, or unmasked, it is not."""
+    """Members cut down, not renormalised: zero for every share where maps agree. Renormalised,
+    or unmasked, it is not.
+    """
     world = short(name)
     by_mask = {mask: stack(world, mask) for mask in (no_mask, exact_mask, exact_weights)}
     pushes = {mask: push(events(s, share), s) for mask, s in by_mask.items()}
@@ -283,7 +289,8 @@ def test_a_perfect_student_stays_and_another_arrives(name: str):
     )
 
 
-# nats of byte KL a string after 200 steps of one descent from the truth; at least this much for what is biased
+# nats of byte KL a string after 200 steps of one descent from the truth; at least this much for
+# what is biased
 DRIFTS = {"strict": 0.005, "uld": 0.03, "bpm": 0.02, "raw": 0.003}
 
 
@@ -302,24 +309,28 @@ def test_what_is_biased_drifts(name: str):
 
 
 def test_the_control_of_the_drifts():
-    """One tokenizer on both sides: every method lets the perfect student be, so the drifts above are the methods' own."""
+    """One tokenizer on both sides: every method lets the perfect student be, so the drifts above
+    are the methods' own.
+    """
     world = short("same")
     s = stack(world, no_mask)
     for method in ("strict", "bpm"):
         assert push(baseline(s, world, method), s) < 1e-12
-    # ULD has a kink at the truth, where rounding decides the sign: descent with a falling rate ends there again
+    # ULD has a kink at the truth, where rounding decides the sign: descent with a falling rate ends
+    # there again
     assert byte_kl(s, descend(baseline(s, world, "uld"), s, s.truth_logits, 200, 0.05)) < 1e-6
 
 
-# ---- persea's own masks and losses on these worlds ------------------------------------------------------------------------
+# --- persea's own masks and losses on these worlds ---
 
 
 @dataclass(frozen=True)
 class Positions:
-    """Every learned position there is, whole vocabularies: boundaries first, then what is inside teacher tokens. N positions.
+    """Every learned position there is, whole vocabularies: boundaries first, then what is inside
+    teacher tokens. N positions.
 
-    row_N, target_N, weight_N  student row, token that stands there, probability
-    said, entries  what the teacher says, as the feed gives it
+    row_N, target_N, weight_N  student row, token that stands there, probability said, entries  what
+    the teacher says, as the feed gives it
     """
 
     row_N: torch.Tensor
@@ -355,7 +366,9 @@ def positions(
     kind: DistributionKind = DistributionKind.FULL,
     top: int | None = None,
 ) -> Positions:
-    """top: only so many of the likeliest teacher tokens; renormalised if the rows are to pass for whole ones."""
+    """top: only so many of the likeliest teacher tokens; renormalised if the rows are to pass
+    for whole ones.
+    """
     s = stack(world, no_mask)
     at_C, target_C = (x.numpy() for x in s.both_CV.nonzero(as_tuple=True))
     inside = [
@@ -404,7 +417,9 @@ def positions(
 
 
 def composed_table(world: World, p: Positions, share: float = 0.7) -> Objective:
-    """persea.losses.event_kl_loss over all positions, as an objective of the table of columns: only its gradient is right."""
+    """persea.losses.event_kl_loss over all positions, as an objective of the table of columns:
+    only its gradient is right.
+    """
     columns, wide = torch.from_numpy(world.columns_V), len(world.student.vocabulary)
 
     def of(logits_RV: torch.Tensor) -> torch.Tensor:
@@ -421,7 +436,9 @@ def composed_table(world: World, p: Positions, share: float = 0.7) -> Objective:
 @pytest.mark.parametrize("name", WORLDS)
 @pytest.mark.parametrize("mask", [no_mask, persea_mask], ids=["plain", "masked"])
 def test_the_plain_objective_is_perseas(name: str, mask: Mask):
-    """events() of bench/tabular.py and what trains have the same expected gradient, at the truth and elsewhere."""
+    """events() of bench/tabular.py and what trains have the same expected gradient, at the truth
+    and elsewhere.
+    """
     world = short(name)
     s, p = stack(world, mask), positions(world, mask is persea_mask)
     assert p.weight_N.sum().item() == pytest.approx(s.mass_R.sum().item())
@@ -436,7 +453,9 @@ def test_the_plain_objective_is_perseas(name: str, mask: Mask):
 
 @pytest.mark.parametrize("name", WORLDS)
 def test_perseas_masks_are_the_best_there_are(name: str):
-    """They delete nothing that is ever realised, and where a token still fits below the longest string keep nothing else."""
+    """They delete nothing that is ever realised, and where a token still fits below the longest
+    string keep nothing else.
+    """
     world = whole(name)
     kept_too_much = 0
     for b in world.boundaries:
@@ -454,7 +473,9 @@ def test_perseas_masks_are_the_best_there_are(name: str):
 
 
 def test_a_mask_does_not_look_at_what_comes():
-    """What is dead at a boundary is the same whether the rest of the text is there or not: a mask that saw it would leak the future."""
+    """What is dead at a boundary is the same whether the rest of the text is there or not: a
+    mask that saw it would leak the future.
+    """
     world = whole("words")
     bridge = world.full_bridge
     alone = dict(
@@ -505,7 +526,9 @@ def widened(rows_CX: torch.Tensor, columns: np.ndarray, wide: int) -> torch.Tens
 
 @pytest.mark.parametrize("name", ["same", "nested", "crossing", "words"])
 def test_whole_rows_over_events(name: str):
-    """losses.full at the truth, masked: nothing where the maps agree and no mask is blind; the measure of bench/bias.py elsewhere."""
+    """losses.full at the truth, masked: nothing where the maps agree and no mask is blind; the
+    measure of bench/bias.py elsewhere.
+    """
     world = short(name)
     s, bridge = stack(world, persea_mask), world.full_bridge
     students, teachers = contexts(world)
@@ -543,7 +566,9 @@ def test_whole_rows_over_events(name: str):
 
 @pytest.mark.parametrize("name", ["same", "nested", "words", "long"])
 def test_the_debiased_chunk_term(name: str):
-    """losses.chunk at the truth: nothing where persea's masks know all there is to know; without masks it pushes."""
+    """losses.chunk at the truth: nothing where persea's masks know all there is to know; without
+    masks it pushes.
+    """
     world = short(name)
     s, bridge = stack(world, persea_mask), world.full_bridge
     _, teachers = contexts(world)
@@ -583,7 +608,8 @@ def test_the_debiased_chunk_term(name: str):
         assert got < raw.loss.item() / 2
 
 
-# byte KL, nats a string, where what trains leaves a perfect student: 0 but for strings cut short and maps that disagree
+# byte KL, nats a string, where what trains leaves a perfect student: 0 but for strings cut short
+# and maps that disagree
 PERSEA_STAYS = {"same": 0.0, "nested": 0.0, "crossing": 5.5e-4, "words": 8.9e-4, "long": 0.0146}
 
 
@@ -596,7 +622,8 @@ def test_what_trains_lets_a_perfect_student_be(name: str):
         assert end == pytest.approx(PERSEA_STAYS[name], rel=0.05, abs=1e-6)
 
 
-# push at the truth and byte KL of the fixed point, masked: what is inside a teacher token learns from the text; from completion
+# push at the truth and byte KL of the fixed point, masked: what is inside a teacher token learns
+# from the text; from completion
 COMPLETION = {
     "crossing": ((0.0195, 5.49e-4), (0.0195, 5.49e-4)),
     "words": ((0.0092, 8.90e-4), (0.0114, 9.51e-4)),
@@ -605,7 +632,9 @@ COMPLETION = {
 
 
 def completed(world: World, p: Positions) -> Positions:
-    """Positions with persea.alignment.partial_tokens where the teacher token begins at a common boundary; the others stay with the text."""
+    """Positions with persea.alignment.partial_tokens where the teacher token begins at a common
+    boundary; the others stay with the text.
+    """
     places, number = world.insides, {prefix: r for r, prefix in enumerate(world.s.next)}
     at_N = range(len(p.row_N) - sum(int((i.q_V > 0).sum()) for i in places), len(p.row_N))
     cells = [(i, v) for i in places for v in np.flatnonzero(i.q_V)]
@@ -650,7 +679,9 @@ def completed(world: World, p: Positions) -> Positions:
 
 @pytest.mark.parametrize("name", COMPLETION)
 def test_completion_lets_a_perfect_student_be(name: str):
-    """A teacher token's rest, said to the student inside it, pushes hardly more than the text there, which pushes nowhere."""
+    """A teacher token's rest, said to the student inside it, pushes hardly more than the text
+    there, which pushes nowhere.
+    """
     world = short(name)
     s, p = stack(world, no_mask), positions(world, True)
     for these, (pushed, end) in zip((p, completed(world, p)), COMPLETION[name], strict=True):
@@ -659,14 +690,16 @@ def test_completion_lets_a_perfect_student_be(name: str):
         assert byte_kl(s, iterate(objective, s, s.truth_logits, 40)) == pytest.approx(end, rel=0.02)
 
 
-# push at the truth, masked: the three likeliest teacher tokens and one rest event; the same three renormalised
+# push at the truth, masked: the three likeliest teacher tokens and one rest event; the same three
+# renormalised
 REST = {"same": (0.0, 0.82), "nested": (0.0, 0.81), "crossing": (0.020, 0.75), "long": (0.39, 0.58)}
 
 
 @pytest.mark.parametrize("name", REST)
 def test_top_k(name: str):
-    """With a rest it is unbiased with one tokenizer; between two the rest holds tokens that cannot stand, and nobody can tell how
-    much of it. Renormalised it pushes everywhere."""
+    """With a rest it is unbiased with one tokenizer; between two the rest holds tokens that
+    cannot stand, and nobody can tell how much of it. Renormalised it pushes everywhere.
+    """
     world = short(name)
     s = stack(world, no_mask)
     for kind, want in zip((DistributionKind.TOPK, DistributionKind.FULL), REST[name], strict=True):
@@ -675,7 +708,7 @@ def test_top_k(name: str):
         )
 
 
-# ---- T6: sampled rows -----------------------------------------------------------------------------------------------------
+# --- T6: sampled rows ---
 
 DRAWS = 3000
 
@@ -683,12 +716,18 @@ DRAWS = 3000
 def drawn(
     world: World, b: Boundary, rows: SparseDistributions, masked: bool, logits_V: torch.Tensor
 ) -> torch.Tensor:
-    """Gradient of persea's objective at one boundary, the text's token a member of an event, once for each row. [D, V]"""
+    """Gradient of persea's objective at one boundary, the text's token a member of an event,
+    once for each row. [D, V]
+    """
     D, (student, teacher) = (
         len(rows),
         (dict(zip(world.boundaries, zip(*contexts(world), strict=True), strict=True))[b]),
     )
-    before = {"student_context_N": np.full(D, student), "teacher_context_N": np.full(D, teacher)} if masked else {}
+    before = (
+        {"student_context_N": np.full(D, student), "teacher_context_N": np.full(D, teacher)}
+        if masked
+        else {}
+    )
     row_M = np.repeat(np.arange(D), np.diff(rows.offsets_N1))
     said = build_batch_targets(
         world.full_bridge,
@@ -717,7 +756,9 @@ def rows_of(p_DW: np.ndarray, ids: np.ndarray, kind: DistributionKind) -> Sparse
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 @pytest.mark.parametrize("name", ["crossing", "words"])
 def test_sampled_rows_have_the_full_rows_gradient(name: str, masked: bool):
-    """Entries that cannot stand are drawn like the others and dropped after: linear in p, so unbiased. Top-k is not."""
+    """Entries that cannot stand are drawn like the others and dropped after: linear in p, so
+    unbiased. Top-k is not.
+    """
     world = short(name)
     several = [
         b
@@ -757,7 +798,8 @@ def test_sampled_rows_have_the_full_rows_gradient(name: str, masked: bool):
         assert bias == pytest.approx(TOP[name, masked, kind], abs=1e-3), (kind, bias)
 
 
-# the largest bias of a gradient's entry (of at most 1): the two likeliest renormalised, and the two likeliest with one rest event
+# the largest bias of a gradient's entry (of at most 1): the two likeliest renormalised, and the two
+# likeliest with one rest event
 TOP: dict[tuple[str, bool, DistributionKind], float] = {
     ("crossing", False, DistributionKind.FULL): 0.1128,
     ("crossing", False, DistributionKind.TOPK): 0.1123,
@@ -770,7 +812,7 @@ TOP: dict[tuple[str, bool, DistributionKind], float] = {
 }
 
 
-# ---- T9: no longest string ------------------------------------------------------------------------------------------------
+# --- T9: no longest string ---
 
 TEACHER, STUDENT = tunstall.Code(tunstall.code(11, "a")), tunstall.Code(tunstall.code(19, "c"))
 
@@ -848,7 +890,9 @@ def test_a_long_text_without_a_bias():
 
 
 def test_without_a_leak_strict_is_unbiased_too():
-    """So what pushes on the finite worlds is the boundary's own information, not the renormalisation as such."""
+    """So what pushes on the finite worlds is the boundary's own information, not the
+    renormalisation as such.
+    """
     shared = {
         t: (TEACHER.number[t], STUDENT.number[t]) for t in {*TEACHER.tokens} & {*STUDENT.tokens}
     }
@@ -868,7 +912,7 @@ def test_a_tunstall_student_that_is_wrong_is_seen():
     assert bias.tv(p_E, q_E) > 0.3
 
 
-# ---- T10: TRL's own -------------------------------------------------------------------------------------------------------
+# --- T10: TRL's own ---
 
 GOLD = {
     "same": (0.0, 0.0),
