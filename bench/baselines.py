@@ -35,8 +35,9 @@ def composed(
 
 
 def sft(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy on the answer's own tokens, nats, [N]. Unbiased; learns nothing of what the
-    teacher did not say.
+    """Return cross-entropy on the answer's own tokens, nats, [N].
+
+    Unbiased, but uses nothing of the teacher except the text.
     """
     return F.cross_entropy(logits_NV, targets_N, reduction="none")
 

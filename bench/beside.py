@@ -39,7 +39,7 @@ WHOLE = 3  # contexts per side at which every token is tested
 LOOK = 500  # the mass is measured at one of this many contexts
 
 
-def voice(name: str) -> ChatRenderer:
+def renderer(name: str) -> ChatRenderer:
     return load_renderer(ModelSource("random", tokenizer=str(DATA / "tokenizers" / name)), name)
 
 
@@ -58,13 +58,13 @@ def frequencies(speaker: ChatRenderer, texts: list[str]) -> npt.NDArray[np.float
 
 
 def main() -> None:
-    student, out = voice("llama3"), dict[str, object]()
+    student, out = renderer("llama3"), dict[str, object]()
     common = {language: frequencies(student, lines(language)[:SEEN]) for language in LANGUAGES}
     for name in TEACHERS:
-        teacher = voice(name)
-        bridge = load_event_map(teacher, student)
-        assert bridge.student_mask is not None and bridge.teacher_mask is not None
-        masks = (bridge.student_mask, bridge.teacher_mask)
+        teacher = renderer(name)
+        event_map = load_event_map(teacher, student)
+        assert event_map.student_mask is not None and event_map.teacher_mask is not None
+        masks = (event_map.student_mask, event_map.teacher_mask)
         spent, boundaries, asked, seen, looked, curve = 0.0, 0, 0, 0, 0, list[tuple[int, float]]()
         missed, found_mass = 0.0, 0.0
         whole = {id(mask): list[float]() for mask in masks}
@@ -79,9 +79,9 @@ def main() -> None:
                 at = align([own], [theirs]).boundaries
                 begun = time.process_time()
                 contexts = [
-                    (bridge.student_mask, c, s, own, common[language])
+                    (event_map.student_mask, c, s, own, common[language])
                     for c, s in zip(
-                        bridge.student_mask.other.supervised_context_ids(
+                        event_map.student_mask.other.supervised_context_ids(
                             theirs, at.teacher_C
                         ).tolist(),
                         at.student_C.tolist(),
@@ -89,9 +89,9 @@ def main() -> None:
                     )
                 ]
                 contexts += [
-                    (bridge.teacher_mask, c, t, theirs, rare[language])
+                    (event_map.teacher_mask, c, t, theirs, rare[language])
                     for c, t in zip(
-                        bridge.teacher_mask.other.supervised_context_ids(
+                        event_map.teacher_mask.other.supervised_context_ids(
                             own, at.student_C
                         ).tolist(),
                         at.teacher_C.tolist(),
@@ -106,7 +106,7 @@ def main() -> None:
                     if k == 0 and context != UNRESTRICTED_CONTEXT and len(whole[id(mask)]) < WHOLE:
                         whole[id(mask)].append(every(fresh(mask), context))
                     begun = time.process_time()
-                    dead = mask.impossible_tokens(context, likely)
+                    impossible = mask.impossible_tokens(context, likely)
                     spent += time.process_time() - begun
                     asked, seen = asked + len(likely), seen + 1
                     if seen % LOOK == 0:
@@ -114,7 +114,7 @@ def main() -> None:
                         missed += float(
                             row[elsewhere[id(mask)].impossible_tokens(context, rest)].sum()
                         )
-                        found_mass, looked = found_mass + float(row[dead].sum()), looked + 1
+                        found_mass, looked = found_mass + float(row[impossible].sum()), looked + 1
                 boundaries += len(at.student_C)
             curve.append((boundaries, spent))
         out[name] = {

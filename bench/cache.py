@@ -115,7 +115,7 @@ def tau_of(form: str) -> float:
 
 
 @dataclass(frozen=True)
-class Said:
+class ScoredConversation:
     """A conversation, supervised on all tokens but the first, with the teacher's distributions."""
 
     tokens: RenderedTokens
@@ -123,19 +123,19 @@ class Said:
     bytes: int
 
 
-def conversations(name: str, split: Split, n: int) -> list[Said]:
+def conversations(name: str, split: Split, n: int) -> list[ScoredConversation]:
     """Return n conversations of each task, without distributions yet."""
-    voice = load_renderer(ModelSource(str(ROOT / "saplings" / name)), name)
+    renderer = load_renderer(ModelSource(str(ROOT / "saplings" / name)), name)
     whole = [
         i.reference_conversation for skill in GENERATED_TASKS for i in skill.items(split, n, 0)
     ]
     out = []
     for c in whole:
-        t = voice.render(c)
+        t = renderer.render(c)
         out.append(
-            Said(
+            ScoredConversation(
                 RenderedTokens(t.ids_T, t.starts_T, t.ends_T, np.arange(len(t)) > 0),
-                torch.empty(len(t) - 1, len(voice.vocabulary)),
+                torch.empty(len(t) - 1, len(renderer.vocabulary)),
                 sum(len(p.text.encode()) for p in c.parts()),
             )
         )
@@ -143,7 +143,7 @@ def conversations(name: str, split: Split, n: int) -> list[Said]:
 
 
 @torch.no_grad()
-def scored(model: Any, some: list[Said]) -> list[Said]:
+def scored(model: Any, some: list[ScoredConversation]) -> list[ScoredConversation]:
     width = some[0].logs_NW.shape[1]
     return [
         replace(
@@ -160,7 +160,7 @@ def scored(model: Any, some: list[Said]) -> list[Said]:
 
 
 def loss_of(
-    model: Any, some: list[Said], rows: list[SparseDistributions | None] | None
+    model: Any, some: list[ScoredConversation], rows: list[SparseDistributions | None] | None
 ) -> torch.Tensor:
     """Return share * events + (1 - share) * cross-entropy, as event_kl_loss with one vocabulary.
 
@@ -202,7 +202,7 @@ def densely(rows: SparseDistributions, width: int) -> torch.Tensor:
 
 
 def trained(
-    train: list[Said],
+    train: list[ScoredConversation],
     rows: list[SparseDistributions | None] | None,
     seed: int,
     steps: int,
@@ -230,7 +230,7 @@ def trained(
 
 
 @torch.no_grad()
-def bits(model: Any, held: list[Said]) -> float:
+def bits(model: Any, held: list[ScoredConversation]) -> float:
     nats = sum(
         float(loss_of(model, held[k : k + 64], None))
         * sum(len(s.logs_NW) for s in held[k : k + 64])
@@ -240,7 +240,10 @@ def bits(model: Any, held: list[Said]) -> float:
 
 
 def gradients(
-    model: Any, train: list[Said], rows: list[SparseDistributions | None], batches: list[list[int]]
+    model: Any,
+    train: list[ScoredConversation],
+    rows: list[SparseDistributions | None],
+    batches: list[list[int]],
 ) -> torch.Tensor:
     out = []
     for some in batches:
@@ -324,7 +327,7 @@ def speed() -> dict[str, Any]:
 
     result: dict[str, Any] = {}
     for regime in REGIMES:
-        spoken = [sampled_rows(positions(regime, 4096, k), 0.05) for k in range(32)]
+        cached = [sampled_rows(positions(regime, 4096, k), 0.05) for k in range(32)]
         answer = Answer(
             "",
             "t",
@@ -336,7 +339,7 @@ def speed() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             begin = time.process_time()
             cache.write_unit(
-                Path(folder), "u", [CachedAnswer(answer, t, r) for t, r in spoken], {}, tau=0.05
+                Path(folder), "u", [CachedAnswer(answer, t, r) for t, r in cached], {}, tau=0.05
             )
             packed = time.process_time() - begin
             best = float("inf")
@@ -346,7 +349,7 @@ def speed() -> dict[str, Any]:
                 for k in read.epoch_order(0, 0).tolist():
                     read[k]
                 best = min(best, time.process_time() - begin)
-        n = 4096 * len(spoken)
+        n = 4096 * len(cached)
         result[regime] = {
             "pack_positions_per_second": round(n / packed),
             "read_positions_per_second": round(n / best),
@@ -374,14 +377,14 @@ def given(
 def capture_over_forward(name: str) -> float:
     """Return the cost of scoring, sampling and packing over that of the forward passes alone."""
     source = ModelSource(str(ROOT / "saplings" / name))
-    voice = load_renderer(source, name)
-    engine = TransformersEngine(load_model(source, voice, name), len(voice.vocabulary))
+    renderer = load_renderer(source, name)
+    engine = TransformersEngine(load_model(source, renderer, name), len(renderer.vocabulary))
     whole = [
         i.reference_conversation
         for skill in GENERATED_TASKS
         for i in skill.items(Split.TRAIN, 128, 0)
     ]
-    tokens = [voice.render(c) for c in whole]
+    tokens = [renderer.render(c) for c in whole]
     ratios = []
     for _ in range(5):
         begin = time.process_time()

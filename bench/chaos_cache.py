@@ -31,14 +31,13 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-
-import test_faults as faults  # noqa: E402
-from disks import Failing  # noqa: E402
+sys.path.insert(0, str(ROOT))
 
 from persea import storage as store  # noqa: E402
 from persea.cache.maintenance import committed_units, verify_cache  # noqa: E402
 from persea.errors import StorageError  # noqa: E402
+from tests.cache import test_faults as faults  # noqa: E402
+from tests.disks import Failing  # noqa: E402
 
 SMALL = [
     "corpus.0.generate=120",

@@ -35,12 +35,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-
-from disks import Watched  # noqa: E402
-from test_cli import Started, enter, flowed, flowed_copy, start, warm  # noqa: E402
+sys.path.insert(0, str(ROOT))
 
 from persea import storage as store  # noqa: E402
+from tests.cli.test_cli import Started, enter, flowed, flowed_copy, start, warm  # noqa: E402
+from tests.disks import Watched  # noqa: E402
 
 MODES: dict[str, tuple[str, ...]] = {  # what each mode adds to the command
     "offline": (),
@@ -78,7 +77,7 @@ POINTS = {
         "replace", "step-00000006.json", after=True
     ),
     "an old record is removed, its state is not": Point("remove", "step-00000003.json", after=True),
-    "lessons are told of, the student is not saved": Point("replace", "feed.json", after=True),
+    "the dataset is reported, the student is not saved": Point("replace", "feed.json", after=True),
     "the student is saved, the stage's record is not": Point("create", "done.json"),
     "the stage's record is synced, not named": Point("replace", "done.json"),
 }
@@ -110,7 +109,7 @@ class Deadly(Watched):
             die(self.point, self.note)
 
 
-def doomed(point: Point, note: Path, arguments: tuple[str, ...], folder: Path, said: Path) -> None:
+def doomed(point: Point, note: Path, arguments: tuple[str, ...], folder: Path, log: Path) -> None:
     """Run the command line in a child process that dies at a point."""
     import torch
 
@@ -132,7 +131,7 @@ def doomed(point: Point, note: Path, arguments: tuple[str, ...], folder: Path, s
         torch.optim.AdamW.step = counted(torch.optim.AdamW.step)  # type: ignore[method-assign]
     else:
         store.DISK = Deadly(point, note)
-    enter(arguments, folder, said)
+    enter(arguments, folder, log)
 
 
 def begin(place: Path, name: str) -> Path:
@@ -154,18 +153,21 @@ def finish(folder: Path, *command: str) -> str:
 
 
 def points(place: Path, mode: str, whole: str) -> dict[str, Any]:
-    told: dict[str, Any] = {}
+    outcome: dict[str, Any] = {}
     for k, (name, point) in enumerate(POINTS.items()):
-        folder, said = begin(place, f"{mode} {k}"), Path(tempfile.mkdtemp())
+        folder, log = begin(place, f"{mode} {k}"), Path(tempfile.mkdtemp())
         note = folder / "fired"
-        child = warm().Process(target=doomed, args=(point, note, arguments(mode), folder, said))
+        child = warm().Process(target=doomed, args=(point, note, arguments(mode), folder, log))
         child.start()
         child.join()
         fired = child.exitcode == -signal.SIGKILL and note.is_file()
-        told[name] = {"fired": fired, "equal": fired and finish(folder, *arguments(mode)) == whole}
-        print(f"{mode} {k + 1}/{len(POINTS)} {name}: {told[name]}", flush=True)
+        outcome[name] = {
+            "fired": fired,
+            "equal": fired and finish(folder, *arguments(mode)) == whole,
+        }
+        print(f"{mode} {k + 1}/{len(POINTS)} {name}: {outcome[name]}", flush=True)
         shutil.rmtree(folder)
-    return told
+    return outcome
 
 
 def at_random(place: Path, mode: str, whole: str, kills: int, rng: random.Random) -> dict[str, Any]:
@@ -174,7 +176,7 @@ def at_random(place: Path, mode: str, whole: str, kills: int, rng: random.Random
     running = start(*arguments(mode), folder=folder)
     running.signal_when(
         "train  12%", signal.SIGKILL
-    )  # the first one tells how long it takes to the first step
+    )  # the first run shows how long the first step takes
     running.wait()
     count, length = 1, time.monotonic() - clock
     while count < kills:
@@ -213,7 +215,7 @@ def until(running: Started, words: str) -> list[int]:
     end = time.monotonic() + 300
     while words not in running.err():
         if not running.process.is_alive() or time.monotonic() > end:
-            raise SystemExit(f"never said {words!r}: {running.err()}")
+            raise SystemExit(f"{words!r} never appeared: {running.err()}")
         time.sleep(0.05)
     assert running.process.pid
     servers = [
@@ -243,7 +245,7 @@ def two(place: Path, mode: str) -> dict[str, Any]:
     os.kill(ranks[1], signal.SIGSTOP)
     clock = time.monotonic()
     ended = running.wait()
-    told = {
+    outcome = {
         "ranks": len(ranks),
         "orphans": len(left),
         "hung": {
@@ -252,7 +254,7 @@ def two(place: Path, mode: str) -> dict[str, Any]:
             "said": ended.err.splitlines()[-1].replace(f" on {socket.gethostname()}", ""),
         },
     }
-    return told | {"equal": finish(folder, *command) == whole}
+    return outcome | {"equal": finish(folder, *command) == whole}
 
 
 def torchrun(place: Path) -> dict[str, Any]:

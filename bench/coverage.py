@@ -131,7 +131,7 @@ def main() -> None:
         )
     usual = [r for r in rows if r.get("apart", APART) >= APART]
     inside = sum(0.93 <= r["persea"] <= 0.97 for r in usual)
-    told = {
+    result = {
         "rounds": rounds,
         "usual": {
             "cases": len(usual),
@@ -146,8 +146,8 @@ def main() -> None:
         },
         "rows": rows,
     }
-    print(json.dumps({k: v for k, v in told.items() if k != "rows"}, indent=1))
-    (ROOT / "bench" / "results" / "coverage.json").write_text(json.dumps(told, indent=1) + "\n")
+    print(json.dumps({k: v for k, v in result.items() if k != "rows"}, indent=1))
+    (ROOT / "bench" / "results" / "coverage.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -75,8 +75,8 @@ def tokens_a_byte(
     files: Mapping[str, MergeTrainingText], old: Vocabulary, new: Vocabulary
 ) -> dict[str, float]:
     return {
-        name: round(told.tokens_after / told.bytes, 4)
-        for name, told in (
+        name: round(outcome.tokens_after / outcome.bytes, 4)
+        for name, outcome in (
             (name, measure_tokenization_cost(one, old, new)) for name, one in files.items()
         )
     }
@@ -91,12 +91,12 @@ def measured(name: str, files: Mapping[str, MergeTrainingText]) -> dict[str, Any
         count_words(backend, [files[language].training_lines for language in LEARNED_ON]),
         max(SIZES),
     )
-    seconds, told = round(time.process_time() - clock, 1), {"0": tokens_a_byte(files, old, old)}
+    seconds, outcome = round(time.process_time() - clock, 1), {"0": tokens_a_byte(files, old, old)}
     for size in SIZES:
-        told[str(size)] = tokens_a_byte(
+        outcome[str(size)] = tokens_a_byte(
             files, old, longer(backend, spec, shorter(spec, merges, size), old)
         )
-    return {"known": len(old), "cpu_seconds": seconds, "tokens_a_byte": told}
+    return {"known": len(old), "cpu_seconds": seconds, "tokens_a_byte": outcome}
 
 
 def balance(files: Mapping[str, MergeTrainingText]) -> Iterator[dict[str, Any]]:
@@ -125,15 +125,15 @@ def main() -> None:
         "tokenizers": {},
     }
     for name in TOKENIZERS:
-        told = result["tokenizers"][name] = measured(name, files)
+        outcome = result["tokenizers"][name] = measured(name, files)
         print(
-            f"{name}: tokens per byte with {', '.join(told['tokens_a_byte'])} extra tokens "
-            f"({told['cpu_seconds']} s to learn)"
+            f"{name}: tokens per byte with {', '.join(outcome['tokens_a_byte'])} extra tokens "
+            f"({outcome['cpu_seconds']} s to learn)"
         )
         for language in (*LEARNED_ON, *(n for n in files if n not in LEARNED_ON)):
             print(
                 f"  {language:7}",
-                *(f"{row[language]:.3f}" for row in told["tokens_a_byte"].values()),
+                *(f"{row[language]:.3f}" for row in outcome["tokens_a_byte"].values()),
                 flush=True,
             )
     result["balance"] = list(balance(files))

@@ -45,11 +45,11 @@ def texts(lines: int) -> Iterator[tuple[str, str]]:
                     yield folder.split("/")[0], line[:4000]
 
 
-def alone(keeper: Vocabulary, last: int, candidate: bytes) -> bool:
+def alone(vocabulary: Vocabulary, last: int, candidate: bytes) -> bool:
     """Return whether [last token + candidate], encoded alone, keeps the boundary between them."""
-    raw = (keeper.bytes_W[last] or b"") + candidate
+    raw = (vocabulary.bytes_W[last] or b"") + candidate
     try:
-        first = keeper.backend.encode(raw.decode(), add_special_tokens=False).ids[:1]
+        first = vocabulary.backend.encode(raw.decode(), add_special_tokens=False).ids[:1]
     except UnicodeDecodeError:
         return True  # no text: cannot be asked
     return first == [last]
@@ -88,17 +88,17 @@ def main() -> None:
     student = load_renderer(ModelSource(str(DATA / "tokenizers" / "llama3")), "llama")
     out: dict[str, dict[str, dict[str, float]]] = {}
     for name, folder in TEACHERS.items():
-        bridge = load_event_map(
+        event_map = load_event_map(
             load_renderer(ModelSource(str(DATA / "tokenizers" / folder)), name), student
         )
-        assert bridge.teacher_mask and bridge.student_mask
+        assert event_map.teacher_mask and event_map.student_mask
         found: dict[str, Counter[str]] = {}
         clock = time.process_time()
         for kind, text in texts(lines):
             try:
                 count(
-                    bridge.teacher_mask,
-                    bridge.student_mask,
+                    event_map.teacher_mask,
+                    event_map.student_mask,
                     unicodedata.normalize("NFC", text),
                     found.setdefault(kind, Counter()),
                 )

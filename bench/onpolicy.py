@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from results import ALL, ROOT, made, surprise
+from results import ALL, ROOT, made, reference_bits
 from results import RUNS as OFF
 
 from persea import storage as store
@@ -36,46 +36,46 @@ RUNS, OUT = ROOT / "runs" / "onpolicy", ROOT / "bench" / "results" / "onpolicy.j
 TERMS = yaml.safe_load((ROOT / "recipes" / "onpolicy.yaml").read_text())["training"]["on_policy"]
 
 
-def told(river: RunContext, items: int) -> dict[str, Any]:
+def measured(context: RunContext, items: int) -> dict[str, Any]:
     """Measure a trained student, and keep the result beside its weights.
 
     "task effort" -> score of each item, and the number of answers with unasked or missing thinking;
     bits per byte; the data it trained on.
     """
-    path = river.folder / f"told-{items}.json"
+    path = context.folder / f"told-{items}.json"
     if path.is_file():
         return dict(json.loads(path.read_text()))
-    set_threads(river.recipe.threads)
-    student, found, nats, size = river.load_participant(STUDENT, 200), dict[str, Any](), 0.0, 0
-    for skill, some in ((s, s.items(Split.TEST, items, river.recipe.seed)) for s in ALL):
-        for effort in river.taught_efforts.get(skill.name, (ThinkingEffort.NONE,)):
+    set_threads(context.recipe.threads)
+    student, found, nats, size = context.load_participant(STUDENT, 200), dict[str, Any](), 0.0, 0
+    for skill, some in ((s, s.items(Split.TEST, items, context.recipe.seed)) for s in ALL):
+        for effort in context.taught_efforts.get(skill.name, (ThinkingEffort.NONE,)):
             answers = student.answer(
                 [replace(i.prompt, effort=effort) for i in some],
-                river.recipe.evaluation.max_new_tokens,
+                context.recipe.evaluation.max_new_tokens,
             )
-            said = [(a.conversation.messages[-1], a.finish) for a in answers]
+            answered = [(a.conversation.messages[-1], a.finish) for a in answers]
             thought = [
                 bool(m.thinking) or (finish is not FinishReason.STOP and not m.text and not m.calls)
-                for m, finish in said
+                for m, finish in answered
             ]
             found[f"{skill.name} {effort}"] = {
-                "values": [r.value for r in grade_answers(skill, some, said)],
+                "values": [r.value for r in grade_answers(skill, some, answered)],
                 "leaks": sum(one is (effort is ThinkingEffort.NONE) for one in thought),
             }
         can = [
             i.reference_conversation for i in some if student.can_render(i.reference_conversation)
         ]
-        nats += surprise(student, can)
+        nats += reference_bits(student, can)
         size += sum(len(p.text.encode()) for c in can for p in c.messages[-1].parts)
     lines = [
         json.loads(line)
-        for line in (river.folder / "train" / "metrics.jsonl").read_text().splitlines()
+        for line in (context.folder / "train" / "metrics.jsonl").read_text().splitlines()
     ]
     own = [line for line in lines if "reverse" in line["terms"]]
     out = {
         "answers": found,
         "bits_per_byte": nats / size,
-        "seconds": river.read_stage_record("train")["seconds"],
+        "seconds": context.read_stage_record("train")["seconds"],
         "positions": lines[-1]["positions"],
         "own": {
             "lines": len(own),
@@ -126,7 +126,7 @@ def main() -> None:
             "train",
             reuse=off.folder,
         )
-        found.append({"off": told(off, items), "on": told(on, items)})
+        found.append({"off": measured(off, items), "on": measured(on, items)})
         out = {
             "seeds": len(found),
             "items": items,

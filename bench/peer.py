@@ -18,5 +18,7 @@ def has_trl() -> bool:
         print(f"{error}: TRL's columns are left out; pip install -e '.[bench]'", file=sys.stderr)
         return False
     if __version__ != TRL:
-        sys.exit(f"trl {__version__}: these figures are told of {TRL}; pip install -e '.[bench]'")
+        sys.exit(
+            f"trl {__version__}: these figures were measured with {TRL}; pip install -e '.[bench]'"
+        )
     return True

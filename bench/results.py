@@ -69,48 +69,51 @@ def made(out: Path, sets: list[str], *verbs: str, reuse: Path | None = None) -> 
     return RunContext(load_recipe(RECIPE, sets), out)
 
 
-def measured(river: RunContext, name: str, items: int) -> dict[str, Any]:
+def measured(context: RunContext, name: str, items: int) -> dict[str, Any]:
     """Measure one model of a run, and keep the result beside its weights.
 
     Scores with intervals, and bits per byte of the held-out reference answers.
     """
     path, weights = (
-        river.folder / f"measured-{name}-{items}.json",
-        digest_file(_weights(river, name)),
+        context.folder / f"measured-{name}-{items}.json",
+        digest_file(_weights(context, name)),
     )
-    if path.is_file() and (stands := dict(json.loads(path.read_text()))).pop("weights") == weights:
-        return stands
-    set_threads(river.recipe.threads)
-    speaker, settings = river.load_participant(name, 200), river.recipe.evaluation
+    if (
+        path.is_file()
+        and (previous := dict(json.loads(path.read_text()))).pop("weights") == weights
+    ):
+        return previous
+    set_threads(context.recipe.threads)
+    speaker, settings = context.load_participant(name, 200), context.recipe.evaluation
     scores, bits, size = {}, 0.0, 0
-    for skill, some in ((s, s.items(Split.TEST, items, river.recipe.seed)) for s in ALL):
+    for skill, some in ((s, s.items(Split.TEST, items, context.recipe.seed)) for s in ALL):
         answers = speaker.answer([i.prompt for i in some], settings.max_new_tokens)
         results = grade_answers(
             skill, some, [(a.conversation.messages[-1], a.finish) for a in answers]
         )
         scores[skill.name] = score_results(name, skill.name, results, speaker.effort).to_json()
-        said = [
+        references = [
             i.reference_conversation for i in some if speaker.can_render(i.reference_conversation)
         ]
-        bits += surprise(speaker, said)
-        size += sum(len(p.text.encode()) for c in said for p in c.messages[-1].parts)
+        bits += reference_bits(speaker, references)
+        size += sum(len(p.text.encode()) for c in references for p in c.messages[-1].parts)
     found = {"scores": scores, "bits_per_byte": bits / size}
     path.write_text(json.dumps(found | {"weights": weights}, indent=1) + "\n")
     return found
 
 
-def _weights(river: RunContext, name: str) -> Path:
-    r = river.recipe
-    model = {STUDENT: str(river.folder / "train" / "student"), BASE: r.student.model}.get(
+def _weights(context: RunContext, name: str) -> Path:
+    r = context.recipe
+    model = {STUDENT: str(context.folder / "train" / "student"), BASE: r.student.model}.get(
         name
     ) or next(t.model for t in r.teachers if t.name == name)
     return Path(model) / "model.safetensors"
 
 
-def surprise(speaker: Teacher, said: list[Any]) -> float:
+def reference_bits(speaker: Teacher, references: list[Any]) -> float:
     """Return the bits of the last message of each conversation: content and end-of-turn token."""
     nats = 0.0
-    for tokens, logprobs_NW in speaker.compute_logprobs(said):
+    for tokens, logprobs_NW in speaker.compute_logprobs(references):
         learned = np.flatnonzero(tokens.loss_mask_T)
         picked_N = logprobs_NW.numpy()[np.arange(len(learned)), tokens.ids_T[learned]]
         nats -= float(picked_N[tokens.starts_T[learned] >= 0].astype(np.float64).sum())
@@ -186,7 +189,7 @@ def _known(part: dict[str, Any], efforts: Collection[str]) -> dict[str, Any]:
     )
 
 
-def told(runs: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Return, by task, means over the seeds that have both sides of a comparison.
 
     Student, base, best teacher, oracle, SFT, share retained, headroom reached.
@@ -240,9 +243,9 @@ def main() -> None:
         "saplings": {p.parent.name: digest_file(p) for p in sorted(SAPLINGS)},
     }
     before = json.loads(OUT.read_text()) if OUT.is_file() else {}
-    stands = before.get("runs", []) if before.get("asked") == asked else []
+    previous = before.get("runs", []) if before.get("asked") == asked else []
     runs: list[dict[str, Any]] = [
-        stands[k] if k < len(stands) else {} for k in range(max(seeds, len(stands)))
+        previous[k] if k < len(previous) else {} for k in range(max(seeds, len(previous)))
     ]
     for arm in arms:
         for seed in range(seeds):
@@ -255,7 +258,7 @@ def main() -> None:
             table = {
                 "asked": asked,
                 "seeds": {n: sum(n in one for one in some) for n in some[0]},
-                "skills": told(some),
+                "skills": summary(some),
                 "bits_per_byte": bits,
             }
             OUT.write_text(json.dumps({**table, "runs": some}, indent=1) + "\n")

@@ -27,20 +27,20 @@ TOGETHER, ALONE, PAIRS, NEW = 64, 8, 3, 96
 def main() -> None:
     torch.set_num_threads(1)
     where = ModelSource(str(ROOT / "saplings" / "llama-sapling"))
-    voice = load_renderer(where, "student")
-    model = load_model(where, voice, "student")
+    renderer = load_renderer(where, "student")
+    model = load_model(where, renderer, "student")
     asked = [
-        voice.render_prompt(i.prompt.conversation).ids_T
+        renderer.render_prompt(i.prompt.conversation).ids_T
         for skill in GENERATED_TASKS
         for i in skill.items(Split.TRAIN, TOGETHER, 0)
     ][:: len(GENERATED_TASKS)][:TOGETHER]
 
     def pace(batch: int, prompts: int, seed: int) -> float:
         begin = time.process_time()
-        said = TransformersEngine(model, len(voice.vocabulary), batch).generate_rollouts(
-            asked[:prompts], voice.stop_ids, NEW, temperature=1.0, seed=seed
+        sampled = TransformersEngine(model, len(renderer.vocabulary), batch).generate_rollouts(
+            asked[:prompts], renderer.stop_ids, NEW, temperature=1.0, seed=seed
         )
-        return sum(map(len, said)) / (time.process_time() - begin)
+        return sum(map(len, sampled)) / (time.process_time() - begin)
 
     pace(TOGETHER, TOGETHER, 99)
     pairs = [(pace(TOGETHER, TOGETHER, k), pace(1, ALONE, k)) for k in range(PAIRS)]

@@ -196,7 +196,7 @@ async def honest(url: str, want: str, until: float, seen: Counter[str]) -> None:
         while time.monotonic() < until:
             answer = await client.post("/v1/chat/completions", json=CHAT)
             if answer.status_code == 429:
-                seen["told to wait"] += 1
+                seen["asked to wait"] += 1
             else:
                 right = (
                     answer.status_code == 200
@@ -229,11 +229,11 @@ def main() -> None:
     try:
         for _ in range(20):  # warm: every route, its errors, its streams
             for path, body in GOOD:
-                said = httpx2.post(url + path, json=body, trust_env=False, timeout=60)
+                response = httpx2.post(url + path, json=body, trust_env=False, timeout=60)
                 httpx2.post(url + path, content=b"{", trust_env=False, timeout=60)
                 if path == GOOD[0][0]:
-                    assert said.status_code == 200, said.text
-                    want = said.json()["choices"][0]["message"]["content"]
+                    assert response.status_code == 200, response.text
+                    want = response.json()["choices"][0]["message"]["content"]
         asyncio.run(storm(url, 5, want))
         time.sleep(6)
         before = memory(server.pid)

@@ -49,7 +49,7 @@ def persea_mask(world: World, b: Boundary) -> tuple[Floats, Floats]:
     0 for tokens after which no text at all keeps the other boundary. Does not know the
     distribution.
     """
-    bridge = world.full_bridge
+    bridge = world.full_event_map
     if bridge.teacher_mask is None or bridge.student_mask is None:
         return no_mask(world, b)
     found = []
@@ -182,10 +182,10 @@ def events(s: Stack, share: float = 0.7, renormalised: bool = False) -> Objectiv
     def of(logits_RV: torch.Tensor) -> torch.Tensor:
         log_q_RV = torch.log_softmax(logits_RV, -1)
         p_CE, q_CE = event_masses(s, log_q_RV.exp()[s.row_C])
-        said = (q_CE > 0) & (p_CE > 0)
-        p_CE = torch.where(said, p_CE, 0.0)
+        both_CE = (q_CE > 0) & (p_CE > 0)
+        p_CE = torch.where(both_CE, p_CE, 0.0)
         kept_C = p_CE.sum(-1)
-        loss_C = -(p_CE * torch.where(said, q_CE, 1.0).log()).sum(-1)
+        loss_C = -(p_CE * torch.where(both_CE, q_CE, 1.0).log()).sum(-1)
         if renormalised:
             loss_C = loss_C + kept_C * torch.where(kept_C > 0, q_CE.sum(-1), 1.0).log()
         return (s.mass_C * share * loss_C).sum() + text(s, log_q_RV, 1 - share * kept_C)

@@ -32,9 +32,7 @@ SEEN = 1 / (np.arange(1, V + 1) + 2.7) ** 1.05
 SEEN /= SEEN.sum()
 PLACE = np.random.default_rng(99).permutation(V)  # rank -> id
 OF_ID = SEEN[np.argsort(PLACE)]
-RARER = np.cumsum(
-    SEEN**0.8 / (SEEN**0.8).sum()
-)  # what stands in tails is rarer than what is written
+RARER = np.cumsum(SEEN**0.8 / (SEEN**0.8).sum())  # tokens in tails are rarer than tokens in text
 REGIMES = {
     "reasoning": (1.65, 0.8, 0.6, 0.0006, 0.09),
     "text": (0.5, 0.5, 0.35, 0.02, 0.4),
@@ -170,7 +168,7 @@ def top_rows(
 
 
 def unit_bytes(
-    spoken: list[tuple[RenderedTokens, SparseDistributions]], kind: DistributionKind, tau: float
+    cached: list[tuple[RenderedTokens, SparseDistributions]], kind: DistributionKind, tau: float
 ) -> int:
     """Return the bytes of a cache unit that holds these rows and no text."""
     with tempfile.TemporaryDirectory() as folder:
@@ -185,7 +183,7 @@ def unit_bytes(
         cache.write_unit(
             Path(folder),
             "u",
-            [CachedAnswer(answer, t, r) for t, r in spoken],
+            [CachedAnswer(answer, t, r) for t, r in cached],
             {},
             tau=tau,
             kind=kind,
@@ -194,10 +192,10 @@ def unit_bytes(
 
 
 def cost(
-    spoken: list[tuple[RenderedTokens, SparseDistributions]], kind: DistributionKind, tau: float
+    cached: list[tuple[RenderedTokens, SparseDistributions]], kind: DistributionKind, tau: float
 ) -> dict[str, float]:
     """Return bytes per position with and without the tokens, beyond a text-only unit."""
-    n = sum(len(r) for _, r in spoken)
+    n = sum(len(r) for _, r in cached)
     words = [
         (
             t,
@@ -209,11 +207,11 @@ def cost(
                 DistributionKind.TEXT_ONLY,
             ),
         )
-        for t, r in spoken
+        for t, r in cached
     ]
-    whole, bare = unit_bytes(spoken, kind, tau), unit_bytes(words, DistributionKind.TEXT_ONLY, tau)
+    whole, bare = unit_bytes(cached, kind, tau), unit_bytes(words, DistributionKind.TEXT_ONLY, tau)
     return {
-        "entries": round(sum(len(r.ids_M) for _, r in spoken) / n, 2),
+        "entries": round(sum(len(r.ids_M) for _, r in cached) / n, 2),
         "rows": round((whole - bare) / n, 2),
         "all": round(whole / n, 2),
     }
@@ -252,11 +250,11 @@ def synthetic(answers: int = 64, length: int = 4096) -> dict[str, Any]:
                         + at.left_N * np.log(np.maximum(at.left_N, 1e-12) / rest)
                     ).mean()
                 )
-            spoken = [
+            cached = [
                 as_rows(at, at.p_NK >= least, at.p_NK, none, 1e-9, DistributionKind.TOPK)
                 for at in made
             ]
-            here[f"all from {least:g}"] = cost(spoken, DistributionKind.TOPK, 1e-9) | {
+            here[f"all from {least:g}"] = cost(cached, DistributionKind.TOPK, 1e-9) | {
                 "kl": round(float(np.mean(kl)), 4)
             }
             print(regime, least, here[f"all from {least:g}"], flush=True)

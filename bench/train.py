@@ -112,14 +112,14 @@ def backward(hidden: torch.Tensor, weight: torch.Tensor, loss: Any) -> Work:
     return work
 
 
-def rows(n: int, bridge: EventMap, seed: int = 0) -> BatchTargets:
+def rows(n: int, event_map: EventMap, seed: int = 0) -> BatchTargets:
     """Return targets with 1 to 29 entries at every position."""
     rng = np.random.default_rng(seed)
     sizes = rng.integers(1, 30, n)
     probs = np.concatenate([rng.dirichlet(np.ones(k)) for k in sizes]).astype(np.float32)
-    ids = rng.integers(0, len(bridge.teacher_event_W), len(probs))
+    ids = rng.integers(0, len(event_map.teacher_event_W), len(probs))
     return build_batch_targets(
-        bridge, build_event_targets(bridge, np.repeat(np.arange(n), sizes), ids, probs), n
+        event_map, build_event_targets(event_map, np.repeat(np.arange(n), sizes), ids, probs), n
     )
 
 
@@ -177,7 +177,7 @@ def heads(events: EventMap | None, peer: Any) -> dict[str, Any]:
     thinks = thinks + 0.3 * torch.randn(N, D, generator=torch.Generator().manual_seed(2))
     head, teacher = LMHead(weight, V), (thinks, LMHead(theirs, V))
     identity = EventMap(np.arange(V, dtype=np.int32), np.arange(V, dtype=np.int32), V, "")
-    said = {"cached": rows(N, identity)} | ({"events": rows(N, events)} if events else {})
+    targets = {"cached": rows(N, identity)} | ({"events": rows(N, events)} if events else {})
     plain = backward(hidden, weight, lambda: F.cross_entropy(hidden @ weight.T, tokens))
     found: dict[str, Any] = {"vocabulary": V, "width": D, "positions": N}
     works = {
@@ -191,7 +191,7 @@ def heads(events: EventMap | None, peer: Any) -> dict[str, Any]:
             weight,
             lambda one=one: event_kl_loss_from_hidden(hidden, head, tokens, [one], 0.7).loss,
         )
-        for name, one in said.items()
+        for name, one in targets.items()
     }
     works |= {
         f"online_{d.value}": backward(
@@ -263,8 +263,8 @@ def workspace() -> dict[str, Any]:
             LMHead(weight, V),
             4 * (V + n) * width,
         )
-        said = [rows(n // teachers, identity, k) for k in range(teachers)]
-        said = [
+        targets = [rows(n // teachers, identity, k) for k in range(teachers)]
+        targets = [
             BatchTargets(
                 t.row_M + k * (n // teachers),
                 t.probs_M,
@@ -275,10 +275,10 @@ def workspace() -> dict[str, Any]:
                 t.excluded_token_A,
                 V,
             )
-            for k, t in enumerate(said)
+            for k, t in enumerate(targets)
         ]
         with Peak() as cached:
-            event_kl_loss_from_hidden(hidden, head, tokens, said, 0.7)
+            event_kl_loss_from_hidden(hidden, head, tokens, targets, 0.7)
         with Peak() as online:
             divergence_loss_from_hidden(hidden, head, (hidden.detach(), LMHead(weight.detach(), V)))
         with Peak() as whole:
@@ -303,17 +303,19 @@ class Listed(tuple[CachedAnswer, ...]):
         return np.random.default_rng([seed, epoch]).permutation(len(self))
 
 
-def lessons(student: StudentModel, size: int) -> DistillDataset:
+def build_quickstart(student: StudentModel, size: int) -> DistillDataset:
     """Build examples from reference answers of each task, as the quickstart's capture does.
 
     The sapling that teaches the task scores them.
     """
-    captures, bridges = [], {}
+    captures, event_maps = [], {}
     for name, skill in TAUGHT.items():
         source = ModelSource(str(ROOT / "saplings" / name))
-        voice = load_renderer(source, name)
+        renderer = load_renderer(source, name)
         teacher = Teacher(
-            name, voice, TransformersEngine(load_model(source, voice, name), len(voice.vocabulary))
+            name,
+            renderer,
+            TransformersEngine(load_model(source, renderer, name), len(renderer.vocabulary)),
         )
         talks = [
             item.reference_conversation
@@ -332,11 +334,11 @@ def lessons(student: StudentModel, size: int) -> DistillDataset:
                     sampled,
                 )
             )
-        bridges[name] = load_event_map(voice, student.renderer)
+        event_maps[name] = load_event_map(renderer, student.renderer)
     return build_dataset(
         [(Listed(captures), 1.0)],
         student.renderer,
-        bridges,
+        event_maps,
         batch_size=size,
         seed=0,
         max_tokens=512,
@@ -350,7 +352,7 @@ def quickstart(steps: int = 6) -> dict[str, Any]:
     """
     source = ModelSource(str(ROOT / "saplings" / "llama-sapling"))
     student = load_student(source, load_renderer(source, "student"), None)
-    feed = lessons(student, 16)
+    feed = build_quickstart(student, 16)
     optimizer = torch.optim.AdamW(student.trainable_parameters, lr=1e-5)
     student.model.train()
     made = [feed.batch(step) for step in range(steps)]

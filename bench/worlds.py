@@ -143,10 +143,10 @@ class Exact:
         return sum(math.log(self.next[ids[:k]][token]) for k, token in enumerate(ids))
 
 
-def encode(voice: ChatRenderer, texts: Sequence[str]) -> dict[str, Prefix]:
+def encode(renderer: ChatRenderer, texts: Sequence[str]) -> dict[str, Prefix]:
     return {
-        text: (*some, voice.stop_ids[0])
-        for text, some in zip(texts, voice.vocabulary.encode_batch(texts), strict=True)
+        text: (*some, renderer.stop_ids[0])
+        for text, some in zip(texts, renderer.vocabulary.encode_batch(texts), strict=True)
     }
 
 
@@ -165,12 +165,12 @@ def exact(ids: dict[str, Prefix], law: Law) -> Exact:
     )
 
 
-def starts(voice: ChatRenderer, ids: Sequence[int]) -> Iterator[int]:
+def starts(renderer: ChatRenderer, ids: Sequence[int]) -> Iterator[int]:
     """Yield the first byte of each token; the stop token starts at the end of the string."""
     at = 0
     for i in ids:
         yield at
-        at += len(voice.vocabulary.bytes_W[i] or b"")
+        at += len(renderer.vocabulary.bytes_W[i] or b"")
 
 
 # --- both tokenizers over the same law ---
@@ -249,7 +249,7 @@ class World:
         return np.unique(np.concatenate([np.array(ids) for ids in self.s.ids.values()]))
 
     @cached_property
-    def full_bridge(self) -> EventMap:
+    def full_event_map(self) -> EventMap:
         """Persea's own event map, over whole vocabularies."""
         return build_event_map(self.teacher, self.student)
 
@@ -257,15 +257,15 @@ class World:
     def event_map(self) -> EventMap:
         """The same maps over columns; events renumbered without those that never occur."""
         events_W, events_V = (
-            self.full_bridge.teacher_event_W[self.columns_W],
-            self.full_bridge.student_event_V[self.columns_V],
+            self.full_event_map.teacher_event_W[self.columns_W],
+            self.full_event_map.student_event_V[self.columns_V],
         )
         used, both = np.unique(np.concatenate([events_W, events_V]), return_inverse=True)
         return EventMap(
             both[: len(events_W)].astype(np.int32),
             both[len(events_W) :].astype(np.int32),
             len(used),
-            self.full_bridge.digest,
+            self.full_event_map.digest,
         )
 
     def row_W(self, row: Mapping[int, float]) -> Floats:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from bench.objectives import report as told
+from bench.objectives import report as tables
 from bench.objectives.arms import Arm, World, read, run_all, teachers_measured
 from bench.objectives.chunks import CHUNKED
 from bench.objectives.data import SCRIPTS
@@ -248,7 +248,7 @@ def stage(name: str, world: World, results: Path, seeds: Sequence[int]) -> None:
             go("events", seed, length=2.0)
     elif name == "larger":
         for seed in seeds:
-            for method in told.LARGER:
+            for method in tables.LARGER:
                 go(method, seed)
             for length in (2.0, 4.0):
                 go("cross-entropy", seed, length=length)
@@ -337,7 +337,7 @@ def report(lines: Sequence[Line], size: str) -> None:
         for n, s in SIZES.items()
         if size in (n, s.of)
     }
-    found = told.chosen(lines, size=size, regime="unlimited", length=1.0)
+    found = tables.chosen(lines, size=size, regime="unlimited", length=1.0)
     plain = found["cross-entropy"]
 
     def form(method: str) -> str:
@@ -346,44 +346,44 @@ def report(lines: Sequence[Line], size: str) -> None:
             (n for n in found if n.startswith(f"{method}, {OURS}")), key=lambda n: len(found[n])
         )
 
-    told.written(
+    tables.written(
         docs / "results.md",
         {
-            "teachers": told.teachers_table(
+            "teachers": tables.teachers_table(
                 json.loads((RESULTS / f"objectives_teachers_{size}.json").read_text())
             ),
-            "unlimited": told.main_table(lines, size, "unlimited"),
-            "pairs": told.first_everywhere(lines, size, form("events")),
-            "masks": told.first_everywhere(lines, size, form("events + masks")),
-            "limited": told.main_table(lines, size, "limited"),
-            "shortcut": told.shortcut(lines, size),
-            "gradients": told.gradients_table(
+            "unlimited": tables.main_table(lines, size, "unlimited"),
+            "pairs": tables.first_everywhere(lines, size, form("events")),
+            "masks": tables.first_everywhere(lines, size, form("events + masks")),
+            "limited": tables.main_table(lines, size, "limited"),
+            "shortcut": tables.shortcut(lines, size),
+            "gradients": tables.gradients_table(
                 json.loads((RESULTS / f"objectives_gradients_{size}.json").read_text())
             ),
-            "larger": told.larger_table(lines, shapes),
-            "scripts": told.main_table(lines, "scripts", "unlimited"),
-            "scripts-pairs": told.first_everywhere(lines, "scripts", f"{INSIDE}, {OURS}"),
-            "scripts-teachers": told.teachers_table(
+            "larger": tables.larger_table(lines, shapes),
+            "scripts": tables.main_table(lines, "scripts", "unlimited"),
+            "scripts-pairs": tables.first_everywhere(lines, "scripts", f"{INSIDE}, {OURS}"),
+            "scripts-teachers": tables.teachers_table(
                 json.loads((RESULTS / "objectives_teachers_scripts.json").read_text())
             ),
-            "scripts-searches": told.searches(lines, "scripts"),
-            "extension": told.extension_table(
+            "scripts-searches": tables.searches(lines, "scripts"),
+            "extension": tables.extension_table(
                 lines, {n: str(s.extended) for n, s in SIZES.items() if s.met}
             ),
-            "onpolicy": told.onpolicy_table(
+            "onpolicy": tables.onpolicy_table(
                 [
                     x
                     for x in read(RESULTS / "objectives_onpolicy.jsonl").values()
                     if json.loads(x["key"])["size"] == size
                 ]
             ),
-            "searches": told.searches(lines, size),
+            "searches": tables.searches(lines, size),
         },
     )
     gaps = [
         (
             name,
-            *told.compare_paired_results(
+            *tables.compare_paired_results(
                 own, [x for x in plain if x["seed"] in {y["seed"] for y in own}]
             )["mean"],
         )
@@ -392,7 +392,7 @@ def report(lines: Sequence[Line], size: str) -> None:
     ]
     (docs / "img").mkdir(exist_ok=True)
     (docs / "img" / "objectives.svg").write_text(
-        told.dot_plot(
+        tables.dot_plot(
             "bits per byte less cross-entropy's (95 % over pages)", sorted(gaps, key=lambda g: g[1])
         )
     )
@@ -405,7 +405,7 @@ def report(lines: Sequence[Line], size: str) -> None:
         if own[0]["seed"] == SEEDS[0] and name not in others
     }
     (docs / "img" / "objectives_curves.svg").write_text(
-        told.line_chart("dev bits per byte against tokens, seed 1, one schedule each", drawn)
+        tables.line_chart("dev bits per byte against tokens, seed 1, one schedule each", drawn)
     )
 
 
@@ -420,12 +420,12 @@ def main() -> None:
     )
     parser.add_argument("--results", type=Path, default=RESULTS / "objectives.jsonl")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    said = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    world = World(SIZES[said.size], said.cache / (SIZES[said.size].of or said.size))
-    for name in said.stages:
-        stage(name, world, said.results, said.seeds)
-    print(len(read(said.results)), "lines in", said.results)
+    world = World(SIZES[options.size], options.cache / (SIZES[options.size].of or options.size))
+    for name in options.stages:
+        stage(name, world, options.results, options.seeds)
+    print(len(read(options.results)), "lines in", options.results)
 
 
 if __name__ == "__main__":

@@ -192,18 +192,22 @@ class World:
         return self.examples(0, 1)
 
     @cached_property
-    def said(self) -> dict[str, list[Window]]:
+    def teacher_text(self) -> dict[str, list[Window]]:
         """As many windows as in `first`: the first part unchanged, the rest sampled from the
         teacher.
         """
-        from bench.objectives.words import open_said
+        from bench.objectives.words import open_continuations
 
-        return open_said(self.folder / "said.json", self.windows("unlimited", 1.0), self.teachers)
+        return open_continuations(
+            self.folder / "said.json", self.windows("unlimited", 1.0), self.teachers
+        )
 
     def batches(self, arm: Arm) -> Iterator[Batch]:
         student = self.speakers["student"]
         if arm.method in ("cross-entropy", "sft"):
-            pools = self.said if arm.method == "sft" else self.windows(arm.regime, arm.length)
+            pools = (
+                self.teacher_text if arm.method == "sft" else self.windows(arm.regime, arm.length)
+            )
             if arm.method == "sft" and arm.regime == "limited":
                 pools = {d: p[: self.size.limited] for d, p in pools.items()}
             for chosen in models.order(pools, self.size.batch, arm.seed):

@@ -39,7 +39,7 @@ def domains_of(teaches: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
 DOMAINS = domains_of(TEACHES)
 ASKED = {
     d: who for teaches in (TEACHES, SCRIPTS) for who in reversed(teaches) for d in teaches[who]
-}  # who speaks; of English B
+}  # the teacher of each domain; B for English
 SOURCES = {
     "zh": ("reactdocs.zh", "vuedocs.zh", "tldr.zh", "ud.chinese-gsdsimp", "ntrex.zho-CN"),
     "ja": ("pythondocs.ja", "reactdocs.ja", "tldr.ja", "ud.japanese-gsd", "ntrex.jpn"),
@@ -161,7 +161,7 @@ def _read(data: Path, source: str) -> Iterator[tuple[str, str]]:
             text = page["text"]
             if source.startswith(
                 ("reactdocs", "vuedocs")
-            ):  # the same code stands in every language: it is not what they measure
+            ):  # the code is the same in every language and is not measured
                 text = re.sub(r"```.*?(```|\Z)", "", text, flags=re.DOTALL)
             yield page_of(page["id"]), text
 

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 from bench.objectives.arms import Arm, World
 from bench.objectives.chunks import gathered
 from bench.objectives.examples import Batch
-from bench.objectives.methods import Setting, said_of
+from bench.objectives.methods import Setting, targets_of
 from bench.objectives.models import make, states
 from persea.losses import ImpossibleTokens, SpanTargets, event_logprobs
 from persea.losses import span_likelihood_loss as chunk_term
@@ -23,7 +23,7 @@ BATCHES = 8
 def of_events(logits_NV: torch.Tensor, batch: Batch, world: World) -> torch.Tensor:
     """Return the event term alone, a mean over the positions where it applies."""
     total, spoken = torch.zeros(()), 0
-    for said in said_of(batch, world.pairs, Setting("events + masks", "sampled .01", 1.0)):
+    for said in targets_of(batch, world.pairs, Setting("events + masks", "sampled .01", 1.0)):
         total = (
             total - (said.probs_M * event_logprobs(logits_NV, logits_NV.logsumexp(-1), said)).sum()
         )

@@ -100,7 +100,7 @@ Loss: TypeAlias = Callable[[torch.Tensor, Batch, Mapping[str, Pair], Setting], t
 def mixed(
     logits_NV: torch.Tensor,
     batch: Batch,
-    said: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
     share: float,
 ) -> torch.Tensor:
     """Return the mean over all positions of share D + (1 - share M) cross-entropy.
@@ -108,7 +108,7 @@ def mixed(
     Each teacher gives (row_C, mass_C, divergence_C).
     """
     loss_N = F.cross_entropy(logits_NV, batch.labels_N, reduction="none")
-    for row_C, mass_C, divergence_C in said:
+    for row_C, mass_C, divergence_C in parts:
         loss_N = loss_N.index_add(0, row_C, share * (divergence_C - mass_C * loss_N[row_C]))
     return loss_N.mean()
 
@@ -138,16 +138,16 @@ def rowwise(
     def loss(
         logits_NV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setting: Setting
     ) -> torch.Tensor:
-        said = []
+        parts = []
         for group in batch.groups:
             pair = pairs[group.who]
             row_C, at_C = places(group)
             with torch.no_grad():
                 probs_CW = pair.teacher.logprobs(group.states_TD[at_C]).exp()
-            said.append(
+            parts.append(
                 (row_C, torch.ones(len(row_C)), divergence(logits_NV[row_C], probs_CW, pair))
             )
-        return mixed(logits_NV, batch, said, setting.share)
+        return mixed(logits_NV, batch, parts, setting.share)
 
     return loss
 
@@ -205,7 +205,7 @@ def events_full(
 
     An [N, E] table is cheaper than N x W entries; tests hold both equal.
     """
-    said = []
+    parts = []
     for group in batch.groups:
         pair = pairs[group.who]
         event_W, event_V = pair.events
@@ -216,8 +216,8 @@ def events_full(
         log_q_CE = torch.log(
             q_CE.clamp_min(torch.finfo(q_CE.dtype).tiny)
         )  # an event of probability below 1e-38 counts as 1e-38
-        said.append((group.row_C, p_CE.sum(-1), -(p_CE * log_q_CE).sum(-1)))
-    return mixed(logits_NV, batch, said, setting.share)
+        parts.append((group.row_C, p_CE.sum(-1), -(p_CE * log_q_CE).sum(-1)))
+    return mixed(logits_NV, batch, parts, setting.share)
 
 
 def summed(values_NW: torch.Tensor, event_W: torch.Tensor, events: int) -> torch.Tensor:
@@ -301,7 +301,7 @@ def open_kept(path: Path) -> None:
 
 
 def keep(path: Path) -> None:
-    masked = {key: said for key, said in KEPT.items() if key[2]}
+    masked = {key: parts for key, parts in KEPT.items() if key[2]}
     torch.save(masked, path)
 
 
@@ -343,12 +343,12 @@ def raw(
     )
 
 
-def boundary_contexts(one: Lesson, bridge: EventMap) -> tuple[Ints, Ints]:
+def boundary_contexts(one: Lesson, event_map: EventMap) -> tuple[Ints, Ints]:
     """Return, by student token, the context of each tokenizer's boundary there."""
     found = []
     for mask, ids_T, at_C in (
-        (bridge.teacher_mask, one.student.ids_T, one.student_C),
-        (bridge.student_mask, one.spoken.ids_T, one.teacher_C),
+        (event_map.teacher_mask, one.student.ids_T, one.student_C),
+        (event_map.student_mask, one.spoken.ids_T, one.teacher_C),
     ):
         assert mask is not None, "two different tokenizers"
         of_N = np.full(len(one.student), UNRESTRICTED_CONTEXT, np.int64)
@@ -372,7 +372,7 @@ def prepare(batch: Batch, pairs: Mapping[str, Pair], setting: Setting) -> None:
             )
 
 
-def said_of(batch: Batch, pairs: Mapping[str, Pair], setting: Setting) -> list[BatchTargets]:
+def targets_of(batch: Batch, pairs: Mapping[str, Pair], setting: Setting) -> list[BatchTargets]:
     out = []
     for group in batch.groups:
         parts = [
@@ -400,7 +400,7 @@ def events_sparse(
 ) -> torch.Tensor:
     """Return persea's own objective on persea's own rows."""
     return event_kl_loss(
-        logits_NV, batch.labels_N, said_of(batch, pairs, setting), setting.share
+        logits_NV, batch.labels_N, targets_of(batch, pairs, setting), setting.share
     ).loss
 
 

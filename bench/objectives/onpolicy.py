@@ -184,7 +184,7 @@ def both_tokens(
     return found[0], found[1]
 
 
-def said_by(
+def sample_continuations(
     model: LlamaForCausalLM, speaker: Speaker, windows: Sequence[Window], seed: int
 ) -> list[Own | None]:
     model.eval()
@@ -197,7 +197,7 @@ def said_by(
     return [own_words(speaker, w, one) for w, one in zip(windows, ids, strict=True)]
 
 
-def heard(
+def on_policy_loss(
     model: LlamaForCausalLM,
     speakers: Mapping[str, Speaker],
     some: Sequence[Own],
@@ -258,7 +258,9 @@ def batches(begun: Begun, model: LlamaForCausalLM, seed: int, steps: int) -> Ite
         n = min(REFRESH, steps - at)
         chosen = [next(walk) for _ in range(n)]
         said = iter(
-            said_by(model, student, [w for some in chosen for w in some], seed=1000 * seed + at)
+            sample_continuations(
+                model, student, [w for some in chosen for w in some], seed=1000 * seed + at
+            )
         )
         for some in chosen:
             yield [own for own in (next(said) for _ in some) if own is not None]
@@ -278,7 +280,7 @@ def run(begun: Begun, more: More, pairs: Mapping[str, TeacherScorer]) -> dict[st
             some = next(own)
             left_out += size.batch - len(some)
             tokens += sum(len(one.ids) - one.prefix for one in some)
-            step_with(adam, model, heard(model, world.speakers, some, pairs), lr)
+            step_with(adam, model, on_policy_loss(model, world.speakers, some, pairs), lr)
         else:
             batch = collate(next(text), student)
             tokens += len(batch.labels_N)
@@ -305,7 +307,7 @@ def spoken_by(
     From the first common boundary; None where the continuation is not text.
     """
     student, out = speakers["student"], list[Any]()
-    for own in said_by(model, student, windows, seed=7):
+    for own in sample_continuations(model, student, windows, seed=7):
         if own is None:
             out.append(None)
             continue
@@ -343,23 +345,23 @@ def run_all(world: World, arm: Arm, runs: Sequence[More], results: Path) -> list
     begun, out = Begun(world, arm), []
     pairs = begun.pairs()
     for more in runs:
-        stands = (
+        done = (
             {line["key"]: line for line in map(json.loads, results.read_text().splitlines())}
             if results.is_file()
             else {}
         )
         key = more.key(world.size.name)
-        if key not in stands:
-            stands[key] = {"key": key, **asdict(more), **run(begun, more, pairs)}
+        if key not in done:
+            done[key] = {"key": key, **asdict(more), **run(begun, more, pairs)}
             with results.open("a") as file:
-                file.write(json.dumps(stands[key]) + "\n")
+                file.write(json.dumps(done[key]) + "\n")
             print(
                 {
                     k: v
-                    for k, v in stands[key].items()
+                    for k, v in done[key].items()
                     if k not in ("continued", "bits_per_byte", "key")
                 },
                 flush=True,
             )
-        out.append(stands[key])
+        out.append(done[key])
     return out

@@ -20,7 +20,7 @@ from bench.objectives.vocabularies import Speaker
 AT_ONCE = 128
 
 
-def open_said(
+def open_continuations(
     path: Path, pools: Mapping[str, Sequence[Window]], teachers: Mapping[str, Teacher]
 ) -> dict[str, list[Window]]:
     """Load windows continued by the teachers from the cache, or sample them once."""

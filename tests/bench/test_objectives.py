@@ -28,7 +28,7 @@ extension = importlib.import_module("bench.objectives.extension")
 methods = importlib.import_module("bench.objectives.methods")
 models = importlib.import_module("bench.objectives.models")
 onpolicy = importlib.import_module("bench.objectives.onpolicy")
-told = importlib.import_module("bench.objectives.report")
+report = importlib.import_module("bench.objectives.report")
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +289,7 @@ def test_students_of_scripts_begin_as_the_one_that_has_met_other_windows(
         and lines[1]["mean"] < lines[0]["mean"]
     )
     assert set(lines[1]["bits_per_byte"]) == {"km", "my", "lo", "tha"}
-    said = told.extension_table(lines, {"toy-scripts": "64"}).splitlines()
+    said = report.extension_table(lines, {"toy-scripts": "64"}).splitlines()
     assert len(said) == 5 and said[2].startswith("| 64 | cross-entropy |  | 0 | 1 |  | 0 | 0 |")
 
 
@@ -307,7 +307,7 @@ def lines_of(seeds: int, better: float) -> list[dict[str, Any]]:
 
 
 def test_a_paired_difference_is_found_exactly_and_pages_drawn_alike_cancel() -> None:
-    gaps = told.compare_paired_results(lines_of(2, 0.1), lines_of(2, 0.0))
+    gaps = report.compare_paired_results(lines_of(2, 0.1), lines_of(2, 0.0))
     for value, low, high in gaps.values():
         assert (
             value == pytest.approx(-0.1)
@@ -320,9 +320,9 @@ def test_a_paired_difference_is_found_exactly_and_pages_drawn_alike_cancel() -> 
     ("reached", "said"), [(2.5, "1.0"), (2.25, "1.4"), (2.0, "2.0"), (2.6, "< 1")]
 )
 def test_tokens_to_equal_quality(reached: float, said: str) -> None:
-    assert told.factor([(1.0, 2.5), (2.0, 2.0), (4.0, 1.9)], reached) == said
+    assert report.factor([(1.0, 2.5), (2.0, 2.0), (4.0, 1.9)], reached) == said
     assert (
-        told.factor([(1.0, 2.5), (2.0, 2.0), (4.0, 2.1)], 1.8)
+        report.factor([(1.0, 2.5), (2.0, 2.0), (4.0, 2.1)], 1.8)
         == "not reached: best 2.000 at 2 times"
     )
 
@@ -330,10 +330,10 @@ def test_tokens_to_equal_quality(reached: float, said: str) -> None:
 def test_a_table_goes_between_its_marks_or_is_refused(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- one -->\nold\n<!-- end -->\nb\n")
-    told.written(page, {"one": "new"})
+    report.written(page, {"one": "new"})
     assert page.read_text() == "a\n<!-- one -->\nnew\n<!-- end -->\nb\n"
     with pytest.raises(SystemExit, match="0 places"):
-        told.written(page, {"two": "x"})
+        report.written(page, {"two": "x"})
 
 
 def test_masks_only_take_away_and_never_what_stands_there(world: Any) -> None:
@@ -360,7 +360,7 @@ def test_masks_only_take_away_and_never_what_stands_there(world: Any) -> None:
 
 def test_chunks_cover_the_same_bytes_and_weight_zero_is_events_with_masks(world: Any) -> None:
     batch = batch_of(world)
-    found, gone = chunks.gathered(batch, world.pairs)
+    found, impossible = chunks.gathered(batch, world.pairs)
     n = 0
     for group in batch.groups:
         for one, first in zip(group.examples, group.first_student, strict=True):
@@ -378,7 +378,7 @@ def test_chunks_cover_the_same_bytes_and_weight_zero_is_events_with_masks(world:
     assert n == len(found.teacher_logprob_C) > 0 and bool((found.teacher_logprob_C < 1e-4).all())
     torch.manual_seed(0)
     logits = torch.randn(len(batch.labels_N), len(world.speakers["student"].vocabulary))
-    assert not set(zip(gone.row_D.tolist(), gone.token_D.tolist(), strict=True)) & set(
+    assert not set(zip(impossible.row_D.tolist(), impossible.token_D.tolist(), strict=True)) & set(
         enumerate(batch.labels_N.tolist())
     )
     setting = methods.Setting("events + masks", "sampled .01", 0.7)
@@ -401,7 +401,11 @@ def test_own_words_are_heard_as_their_teacher_says_and_a_run_learns(
     assert not {w.text for w in windows} & {
         w.text for pool in world.windows("unlimited", 1.0).values() for w in pool
     }
-    some = [own for own in onpolicy.said_by(model, student, windows, seed=1) if own is not None]
+    some = [
+        own
+        for own in onpolicy.sample_continuations(model, student, windows, seed=1)
+        if own is not None
+    ]
     assert len(some) > len(windows) // 3
     for own in some:
         teacher, raw = (
@@ -415,7 +419,7 @@ def test_own_words_are_heard_as_their_teacher_says_and_a_run_learns(
             assert all(raw[a:b] == speaker.vocabulary.bytes_W[i] for a, b, i in placed)
             assert tokens.ends_T[-1] == len(raw)
         assert own.window.text.startswith(student.vocabulary.decode(own.ids[: own.prefix]).decode())
-    loss = onpolicy.heard(model, world.speakers, some, pairs)
+    loss = onpolicy.on_policy_loss(model, world.speakers, some, pairs)
     assert float(loss.detach()) > 0
     (line,) = onpolicy.run_all(
         world, begun.arm, [onpolicy.More("own", 1e-3, 1)], tmp_path / "lines.jsonl"
@@ -448,12 +452,15 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_of_its_own_words(wor
         onpolicy.own_words(teacher.speaker, w, teacher.speaker.vocabulary.encode(w.text))
         for w in windows
     ]  # as its tokenizer spells it
-    assert abs(float(onpolicy.heard(teacher.model, speakers, some, {who: pair}).detach())) < 1e-5
+    assert (
+        abs(float(onpolicy.on_policy_loss(teacher.model, speakers, some, {who: pair}).detach()))
+        < 1e-5
+    )
     assert all(own.text.startswith(w.text[:4]) for own, w in zip(some, windows, strict=True))
     told_of = onpolicy.spoken_by(teacher.model, speakers, windows, {who: pair})
     spelled = [
         own
-        for own in onpolicy.said_by(teacher.model, teacher.speaker, windows, seed=7)
+        for own in onpolicy.sample_continuations(teacher.model, teacher.speaker, windows, seed=7)
         if own is not None
     ]
     same = [list(own.ids) == teacher.speaker.vocabulary.encode(own.text) for own in spelled]
@@ -469,7 +476,7 @@ def test_own_words_are_compared_window_by_window() -> None:
     """
     text = {"continued": [[10.0, 4.0, 10], [30.0, 12.0, 20], None], "seed": 1}
     better = {"continued": [[9.0, 4.0, 10], [28.0, 12.0, 20], [1.0, 1.0, 1]], "seed": 1}
-    assert told.spread_of_own([better], [text]) == "-0.100 [-0.100, -0.100]"
+    assert report.spread_of_own([better], [text]) == "-0.100 [-0.100, -0.100]"
     lines = [
         dict(
             line,
@@ -486,5 +493,5 @@ def test_own_words_are_compared_window_by_window() -> None:
     ]
     assert (
         "| own | 0.001 | 1 | 2.000 | 0.900 | 0.400 | 0.500 | -0.100 [-0.100, -0.100] | 0.100 | 1 |"
-        in told.onpolicy_table(lines)
+        in report.onpolicy_table(lines)
     )

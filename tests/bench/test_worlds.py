@@ -336,25 +336,25 @@ class Positions:
     row_N: torch.Tensor
     target_N: torch.Tensor
     weight_N: torch.Tensor
-    said: BatchTargets
+    targets: BatchTargets
     entries: EventTargets
 
 
 def contexts(world: World) -> tuple[np.ndarray, np.ndarray]:
     """Of each boundary, the number of what stands before it: student's, teacher's."""
-    bridge = world.full_bridge
-    if bridge.teacher_mask is None:
+    event_map = world.full_event_map
+    if event_map.teacher_mask is None:
         return (np.full(len(world.boundaries), UNRESTRICTED_CONTEXT),) * 2
     found = [
         [
-            keeper.context_ids(np.array(prefix, np.int64), [len(prefix)])[0]
+            order.context_ids(np.array(prefix, np.int64), [len(prefix)])[0]
             if prefix
             else UNRESTRICTED_CONTEXT
             for prefix in prefixes
         ]
-        for keeper, prefixes in (
-            (bridge.teacher_mask.other, [b.student for b in world.boundaries]),
-            (bridge.student_mask.other, [b.teacher for b in world.boundaries]),
+        for order, prefixes in (
+            (event_map.teacher_mask.other, [b.student for b in world.boundaries]),
+            (event_map.student_mask.other, [b.teacher for b in world.boundaries]),
         )
     ]
     return np.array(found[0]), np.array(found[1])
@@ -398,7 +398,7 @@ def positions(
         else [None, None]
     )
     entries = build_event_targets(
-        world.full_bridge,
+        world.full_event_map,
         row_M,
         world.columns_W[column_M],
         p_NW[row_M, column_M].numpy(),
@@ -411,7 +411,7 @@ def positions(
         rows,
         target_N,
         weight_N,
-        build_batch_targets(world.full_bridge, entries, len(target_N)),
+        build_batch_targets(world.full_event_map, entries, len(target_N)),
         entries,
     )
 
@@ -427,7 +427,7 @@ def composed_table(world: World, p: Positions, share: float = 0.7) -> Objective:
             1, columns, logits_RV[p.row_N]
         )
         leaf = logits_NV.detach().requires_grad_()
-        event_kl_loss(leaf, p.target_N, [p.said], share).loss.backward()
+        event_kl_loss(leaf, p.target_N, [p.targets], share).loss.backward()
         return (leaf.grad * p.weight_N[:, None] * len(p.row_N) * logits_NV).sum()
 
     return of
@@ -477,7 +477,7 @@ def test_a_mask_does_not_look_at_what_comes():
     mask that saw it would leak the future.
     """
     world = whole("words")
-    bridge = world.full_bridge
+    event_map = world.full_event_map
     alone = dict(
         zip(
             ((b.teacher, b.student) for b in world.boundaries),
@@ -489,7 +489,7 @@ def test_a_mask_does_not_look_at_what_comes():
         t, s = world.t.ids[text], world.s.ids[text]
         for k, j in worlds.common(world, text)[1:]:
             for mask, ids, at, before in zip(
-                (bridge.teacher_mask, bridge.student_mask),
+                (event_map.teacher_mask, event_map.student_mask),
                 (s, t),
                 (j, k),
                 alone[t[:k], s[:j]],
@@ -530,13 +530,17 @@ def test_whole_rows_over_events(name: str):
     measure of bench/bias.py elsewhere.
     """
     world = short(name)
-    s, bridge = stack(world, persea_mask), world.full_bridge
+    s, event_map = stack(world, persea_mask), world.full_event_map
     students, teachers = contexts(world)
     log_q = widened(s.truth_RV[s.row_C], world.columns_V, len(world.student.vocabulary))
     log_p = widened(s.p_CW, world.columns_W, len(world.teacher.vocabulary))
     dead = {
-        "student_impossible_tokens": dead_of(world, world.columns_V, teachers, bridge.student_mask),
-        "teacher_impossible_tokens": dead_of(world, world.columns_W, students, bridge.teacher_mask),
+        "student_impossible_tokens": dead_of(
+            world, world.columns_V, teachers, event_map.student_mask
+        ),
+        "teacher_impossible_tokens": dead_of(
+            world, world.columns_W, students, event_map.teacher_mask
+        ),
     }
     for divergence in (Divergence.FORWARD, Divergence.JSD):
         each = torch.stack(
@@ -544,7 +548,7 @@ def test_whole_rows_over_events(name: str):
                 event_divergence_loss(
                     log_q[c : c + 1],
                     log_p[c : c + 1],
-                    bridge,
+                    event_map,
                     divergence,
                     **{
                         side: ImpossibleTokens(
@@ -570,7 +574,7 @@ def test_the_debiased_chunk_term(name: str):
     masks it pushes.
     """
     world = short(name)
-    s, bridge = stack(world, persea_mask), world.full_bridge
+    s, event_map = stack(world, persea_mask), world.full_event_map
     _, teachers = contexts(world)
     number = {(b.teacher, b.student): n for n, b in enumerate(world.boundaries)}
     kept_T = (s.p_CW * s.ok_CW).sum(-1).log()
@@ -593,11 +597,11 @@ def test_the_debiased_chunk_term(name: str):
     before = np.where(
         np.array(at_boundary) >= 0, teachers[np.array(at_boundary)], UNRESTRICTED_CONTEXT
     )
-    dead = dead_of(world, world.columns_V, before, bridge.student_mask)
+    dead = dead_of(world, world.columns_V, before, event_map.student_mask)
     numbers = (torch.tensor(of), torch.arange(len(row)), torch.tensor(begin), torch.tensor(end))
-    said = SpanTargets(*numbers, torch.tensor(teacher, dtype=torch.float64))
-    got = chunk_term(logits, torch.tensor(target), said, dead).loss.item()
-    undebiased = replace(said, teacher_logprob_C=torch.tensor(plain, dtype=torch.float64))
+    targets = SpanTargets(*numbers, torch.tensor(teacher, dtype=torch.float64))
+    got = chunk_term(logits, torch.tensor(target), targets, dead).loss.item()
+    undebiased = replace(targets, teacher_logprob_C=torch.tensor(plain, dtype=torch.float64))
     raw = chunk_term(
         logits, torch.tensor(target), undebiased, ImpossibleTokens(*[torch.empty(0).long()] * 2)
     )
@@ -644,19 +648,19 @@ def completed(world: World, p: Positions) -> Positions:
         if len(world.teacher.vocabulary.decode(i.teacher)) in set(starts(world.student, i.student))
     ]
     some = [cells[n][0] for n in common]
-    keeper = world.full_bridge.teacher_mask.other
-    before = np.array([keeper.context_ids(np.array(i.student), [len(i.student)])[0] for i in some])
+    order = world.full_event_map.teacher_mask.other
+    before = np.array([order.context_ids(np.array(i.student), [len(i.student)])[0] for i in some])
     rows = rows_of(
         np.array([world.row_W(world.t.next[i.teacher]) for i in some]),
         world.columns_W,
         DistributionKind.FULL,
     )
-    more = make_partial_token_projector(world.full_bridge).project(
+    more = make_partial_token_projector(world.full_event_map).project(
         rows, np.arange(len(some)), [i.emitted for i in some], before
     )
     assert len(more.student_index_M) > 0
     none, row_M = np.empty(0, np.int64), np.array(at_N)[common][more.student_index_M]
-    said = EventTargets(
+    targets = EventTargets(
         row_M,
         more.event_M,
         more.probs_M,
@@ -671,8 +675,8 @@ def completed(world: World, p: Positions) -> Positions:
     assert [number[i.student] for i, _ in cells] == p.row_N[list(at_N)].tolist()
     return replace(
         p,
-        said=build_batch_targets(
-            world.full_bridge, concat_event_targets([p.entries, said], [0, 0]), len(p.row_N)
+        targets=build_batch_targets(
+            world.full_event_map, concat_event_targets([p.entries, targets], [0, 0]), len(p.row_N)
         ),
     )
 
@@ -729,15 +733,17 @@ def drawn(
         else {}
     )
     row_M = np.repeat(np.arange(D), np.diff(rows.offsets_N1))
-    said = build_batch_targets(
-        world.full_bridge,
+    targets = build_batch_targets(
+        world.full_event_map,
         build_event_targets(
-            world.full_bridge, row_M, rows.ids_M, rows.probs_M, kind=rows.kind, **before
+            world.full_event_map, row_M, rows.ids_M, rows.probs_M, kind=rows.kind, **before
         ),
         D,
     )
     logits_DV = logits_V.expand(D, -1).clone().requires_grad_()
-    event_kl_loss(logits_DV, torch.full((D,), int(world.columns_V[0])), [said], 0.7).loss.backward()
+    event_kl_loss(
+        logits_DV, torch.full((D,), int(world.columns_V[0])), [targets], 0.7
+    ).loss.backward()
     return logits_DV.grad * D
 
 
@@ -859,7 +865,7 @@ def test_a_long_text_without_a_bias():
     ]
     assert np.abs(gaps).max() < 1e-9
     # event distributions at every boundary, through the code that trains, in float32 as it trains
-    bridge = tunstall.event_map(TEACHER, STUDENT)
+    event_map = tunstall.event_map(TEACHER, STUDENT)
     after = [text[a - 1] if a else "" for a in student.starts_T[both.student_C]]
     logits = torch.from_numpy(np.array([rows_s[a] for a in after], np.float32))
     p_CW = torch.from_numpy(np.exp([rows_t[a] for a in after]))
@@ -867,24 +873,24 @@ def test_a_long_text_without_a_bias():
         np.repeat(np.arange(len(after)), len(TEACHER.tokens)),
         np.tile(np.arange(len(TEACHER.tokens)), len(after)),
     )
-    said = build_batch_targets(
-        bridge,
+    targets = build_batch_targets(
+        event_map,
         build_event_targets(
-            bridge, row_M, ids_M, p_CW.flatten().numpy(), kind=DistributionKind.FULL
+            event_map, row_M, ids_M, p_CW.flatten().numpy(), kind=DistributionKind.FULL
         ),
         len(after),
     )
-    q_M = event_logprobs(logits, logits.logsumexp(-1), said).exp()
-    p_CE = torch.zeros(len(after), bridge.num_events, dtype=torch.float64).index_add(
-        1, torch.from_numpy(bridge.teacher_event_W).long(), p_CW
+    q_M = event_logprobs(logits, logits.logsumexp(-1), targets).exp()
+    p_CE = torch.zeros(len(after), event_map.num_events, dtype=torch.float64).index_add(
+        1, torch.from_numpy(event_map.teacher_event_W).long(), p_CW
     )
     assert (
-        q_M - p_CE[:, torch.from_numpy(bridge.teacher_event_W).long()].flatten()
+        q_M - p_CE[:, torch.from_numpy(event_map.teacher_event_W).long()].flatten()
     ).abs().max() < 1e-6
     # nothing but events: a perfect student's gradient is zero at each of them, not only on average
     logits = logits.clone().requires_grad_()
     event_kl_loss(
-        logits, torch.from_numpy(student.ids_T[both.student_C]).long(), [said], 1.0
+        logits, torch.from_numpy(student.ids_T[both.student_C]).long(), [targets], 1.0
     ).loss.backward()
     assert logits.grad.abs().max() * len(after) < 1e-5
 
@@ -903,11 +909,11 @@ def test_without_a_leak_strict_is_unbiased_too():
 
 
 def test_a_tunstall_student_that_is_wrong_is_seen():
-    bridge = tunstall.event_map(TEACHER, STUDENT)
+    event_map = tunstall.event_map(TEACHER, STUDENT)
     p, q = np.exp(TEACHER.row("a")), np.exp(STUDENT.row("b"))
     p_E, q_E = (
-        np.bincount(bridge.teacher_event_W, p, bridge.num_events),
-        np.bincount(bridge.student_event_V, q, bridge.num_events),
+        np.bincount(event_map.teacher_event_W, p, event_map.num_events),
+        np.bincount(event_map.student_event_V, q, event_map.num_events),
     )
     assert bias.tv(p_E, q_E) > 0.3
 
