@@ -237,7 +237,7 @@ def test_what_never_occurs_is_dropped(one: list[tuple[int, int]], two: list[tupl
 def test_the_exact_worlds(name: str):
     """Nothing possible is dropped, and what stays though impossible is impossible only because strings end at six characters."""
     world = worlds.world(name)
-    bridge = world.full_bridge
+    bridge = world.full_event_map
     if name == "same":
         assert bridge.teacher_mask is None and bridge.student_mask is None
         return
