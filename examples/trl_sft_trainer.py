@@ -52,6 +52,7 @@ trainer = DistillSFTTrainer(
         logging_steps=10,
         save_strategy="no",
         report_to="none",
+        bf16=False,  # the default needs a GPU
         remove_unused_columns=False,  # keep the numbers of the examples
         dataset_kwargs={"skip_prepare_dataset": True},  # persea has tokenized the answers already
     ),

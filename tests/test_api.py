@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import ast
+import atexit
 import doctest
+import functools
 import inspect
-import os
+import json
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import persea
+from tests.cli.test_cli import TINY
 
+ROOT = Path(__file__).resolve().parents[1]
 CALLABLES = [name for name in persea.__all__ if name not in ("__version__", "errors", "losses")]
 LOSSES = ("CrossEntropy", "EventDivergence", "EventKL", "SpanLikelihood")
 
@@ -96,16 +103,69 @@ def test_public_signatures_are_pinned(name: str) -> None:
     assert str(inspect.signature(public_objects()[name])) == SIGNATURES.get(name)
 
 
+# --- a tiny run, and the API on its results ---
+
+
+@functools.cache
+def tiny_run() -> persea.DistillResult:
+    """Run a tiny recipe once per process, with the public API."""
+    folder = Path(tempfile.mkdtemp(prefix="persea-api-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = folder / "tiny.yaml"
+    path.write_text(json.dumps(TINY))  # JSON is YAML
+    recipe = persea.Recipe.from_yaml(path, overrides=["seed=1"])
+    return persea.distill(recipe, out=folder / "run", progress=lambda *_: None)
+
+
+def test_distill_returns_student_report_and_evaluation() -> None:
+    run = tiny_run()
+    assert (run.student / "model.safetensors").is_file()
+    assert (run.folder / "report" / "index.html").is_file()
+    assert run.report and run.evaluation
+
+
+def test_a_captured_cache_trains_with_a_dataloader() -> None:
+    """Cache, dataset, torch DataLoader, loss: metrics are tensors, and the gradient is finite."""
+    run, saplings = tiny_run(), ROOT / "saplings"
+    student = persea.load_renderer(str(saplings / "llama-sapling"))
+    teachers = {
+        one: persea.load_renderer(str(saplings / one))
+        for one in ("qwen-sapling", "gemma-sapling", "gpt-oss-sapling")
+    }
+    dataset = persea.DistillDataset(
+        persea.open_cache(run.folder), student=student, teachers=teachers
+    )
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=4, shuffle=True, collate_fn=dataset.collate_fn
+    )
+    inputs = next(iter(loader))
+    assert inputs["input_ids"].shape == inputs["labels"].shape == inputs["attention_mask"].shape
+    batch = inputs["batch"]
+    logits_NV = torch.randn(len(batch.labels_N), len(student.vocabulary), requires_grad=True)
+    out = persea.losses.EventKL(event_weight=0.7)(logits_NV, batch.labels_N, batch.targets)
+    out.loss.backward()
+    assert out.num_tokens == len(batch.labels_N)
+    assert all(isinstance(value, torch.Tensor) for value in out.metrics.values())
+    assert bool(torch.isfinite(logits_NV.grad).all()) and bool(logits_NV.grad.any())
+    supervised = inputs["labels"] != -100
+    assert int(supervised.sum()) == len(batch.labels_N)
+    assert torch.equal(inputs["labels"][supervised], inputs["input_ids"][supervised])
+
+
 @pytest.mark.parametrize("name", [*CALLABLES, *(f"losses.{name}" for name in LOSSES)])
 def test_public_docstrings_have_an_example_that_runs(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each example runs in an empty folder, on the bundled saplings, in seconds."""
+    """Each example runs in seconds in a folder that looks like the repository after a quickstart."""
     target = public_objects()[name]
     doc = inspect.getdoc(target) or ""
     assert "Example" in doc and ">>>" in doc, f"persea.{name} shows no example"
+    for folder in ("saplings", "recipes", "tests"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    if "runs/" in doc:
+        (tmp_path / "runs").mkdir()
+        (tmp_path / "runs" / "quickstart").symlink_to(tiny_run().folder)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PERSEA_HOME", os.environ.get("PERSEA_HOME", str(tmp_path / "home")))
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     tests = [
         test

@@ -82,7 +82,7 @@ def short(name: str) -> World:
 
 
 @pytest.mark.parametrize("name", WORLDS)
-def test_both_models_say_the_law(name: str):
+def test_both_models_equal_the_distribution(name: str):
     world = whole(name)
     assert len(world.law) == 5460
     assert sum(world.law.values()) == pytest.approx(1, abs=1e-12)
@@ -98,8 +98,8 @@ def test_both_models_say_the_law(name: str):
 
 
 @pytest.mark.parametrize("name", WORLDS)
-def test_every_student_position_stands_somewhere(name: str):
-    """At a common boundary or inside a teacher token; together they are all positions, once."""
+def test_every_student_position_is_a_boundary_or_inside_a_teacher_token(name: str):
+    """Together both kinds are all positions, each once."""
     world = whole(name)
     mass = dict.fromkeys(world.s.next, 0.0)
     for place in (*world.boundaries, *world.insides):
@@ -108,8 +108,8 @@ def test_every_student_position_stands_somewhere(name: str):
     assert all(place.p_W.sum() > 0 for place in world.insides)
 
 
-def test_another_law_is_another_world():
-    """The counting has nothing of Markov in it: any weights over any strings."""
+def test_counting_works_for_any_distribution():
+    """The counting does not assume a Markov chain: any weights over any strings."""
     rng = np.random.default_rng(3)
     law = dict(zip(list(markov(longest=3)), rng.dirichlet(np.full(84, 0.3)).tolist(), strict=True))
     law = {text: p for text, p in law.items() if p > 0}
@@ -123,8 +123,7 @@ def test_another_law_is_another_world():
 
 # --- T1: floors ---
 
-# mean total variation at the truth, chunks in nats; the last three: with the best best masks there
-# are
+# mean total variation at the truth, chunks in nats; the last three: with the best possible masks
 FLOORS = {
     "same": dict.fromkeys(
         (
@@ -191,9 +190,9 @@ FLOORS = {
 }
 
 
-# what trains: events, first bytes (total variation), chunks (nats). Above the best masks only
-# because a string is cut at six characters, and no mask knows that nothing more can come
-# (test_perseas_masks_are_the_best_there_are)
+# with the masks that train: events, first bytes (total variation), chunks (nats). Larger than with
+# the best masks only because strings end at six characters, which no mask knows
+# (test_boundary_masks_are_the_best_possible)
 PERSEA_FLOORS = {
     "same": (0.0, 0.0, 0.0),
     "nested": (0.0, 0.0, 0.0),
@@ -227,14 +226,14 @@ def test_floors(name: str):
 
 
 @pytest.mark.parametrize("name", WORLDS)
-def test_a_tilted_student_is_seen(name: str):
+def test_a_tilted_student_is_detected(name: str):
     found = bias.detection(name, exact_weights, longest=bias.SHORT)
     assert found["composed"] >= 0.95, "ranks students as the byte KL does"
     if name in (
         "same",
         "nested",
         "crossing",
-    ):  # in words and long much lies inside events, where only the text speaks
+    ):  # in words and long much lies inside events, where only the text trains
         assert found["events"] >= 0.95
     if name in AGREE:
         assert found["monotone"] == 1.0
@@ -242,14 +241,15 @@ def test_a_tilted_student_is_seen(name: str):
         assert found["smallest_composed"] > 1e-5
 
 
-# --- T3: where an objective sends a student ---
+# --- T3: fixed points of an objective ---
 
 
 @pytest.mark.parametrize("name", WORLDS)
 @pytest.mark.parametrize("share", [0.3, 0.7, 1.0])
 def test_expected_gradient_at_the_truth(name: str, share: float):
-    """Members cut down, not renormalised: zero for every share where maps agree. Renormalised,
-    or unmasked, it is not.
+    """Masked without renormalisation: zero for every share where maps agree.
+
+    Not zero if renormalised or unmasked.
     """
     world = short(name)
     by_mask = {mask: stack(world, mask) for mask in (no_mask, exact_mask, exact_weights)}
@@ -275,7 +275,7 @@ STAYS = {
 
 
 @pytest.mark.parametrize("name", WORLDS)
-def test_a_perfect_student_stays_and_another_arrives(name: str):
+def test_a_perfect_student_stays_and_a_random_one_converges(name: str):
     s = stack(short(name), exact_weights)
     assert byte_kl(s, random_logits(s, 1)) > 0.5
     for begin in (s.truth_logits, random_logits(s, 1)):
@@ -295,7 +295,7 @@ DRIFTS = {"strict": 0.005, "uld": 0.03, "bpm": 0.02, "raw": 0.003}
 
 
 @pytest.mark.parametrize("name", ["nested", "crossing", "words", "long"])
-def test_what_is_biased_drifts(name: str):
+def test_biased_methods_drift(name: str):
     world = short(name)
     s = stack(world, no_mask)
     for method, least in DRIFTS.items():
@@ -308,9 +308,10 @@ def test_what_is_biased_drifts(name: str):
     assert byte_kl(s, descend(raw, s, s.truth_logits, 200, 0.2)) > 1e-3
 
 
-def test_the_control_of_the_drifts():
-    """One tokenizer on both sides: every method lets the perfect student be, so the drifts above
-    are the methods' own.
+def test_drifts_vanish_with_one_tokenizer():
+    """With one tokenizer on both sides no method moves the perfect student.
+
+    So the drifts above come from the methods.
     """
     world = short("same")
     s = stack(world, no_mask)
@@ -326,11 +327,10 @@ def test_the_control_of_the_drifts():
 
 @dataclass(frozen=True)
 class Positions:
-    """Every learned position there is, whole vocabularies: boundaries first, then what is inside
-    teacher tokens. N positions.
+    """All N supervised positions, whole vocabularies: boundaries first, then inside teacher tokens.
 
-    row_N, target_N, weight_N  student row, token that stands there, probability said, entries  what
-    the teacher says, as the feed gives it
+    row_N, target_N, weight_N: student row, realised token, probability; targets, entries: the
+    teacher's targets as the dataset builds them.
     """
 
     row_N: torch.Tensor
@@ -341,7 +341,7 @@ class Positions:
 
 
 def contexts(world: World) -> tuple[np.ndarray, np.ndarray]:
-    """Of each boundary, the number of what stands before it: student's, teacher's."""
+    """Return the context ids (student's, teacher's) at each boundary."""
     event_map = world.full_event_map
     if event_map.teacher_mask is None:
         return (np.full(len(world.boundaries), UNRESTRICTED_CONTEXT),) * 2
@@ -366,8 +366,9 @@ def positions(
     kind: DistributionKind = DistributionKind.FULL,
     top: int | None = None,
 ) -> Positions:
-    """top: only so many of the likeliest teacher tokens; renormalised if the rows are to pass
-    for whole ones.
+    """Return the positions.
+
+    top: only so many of the likeliest teacher tokens, renormalised if the rows are declared FULL.
     """
     s = stack(world, no_mask)
     at_C, target_C = (x.numpy() for x in s.both_CV.nonzero(as_tuple=True))
@@ -417,8 +418,9 @@ def positions(
 
 
 def composed_table(world: World, p: Positions, share: float = 0.7) -> Objective:
-    """persea.losses.event_kl_loss over all positions, as an objective of the table of columns:
-    only its gradient is right.
+    """Return event_kl_loss over all positions, as an objective of the table of columns.
+
+    Only its gradient is right.
     """
     columns, wide = torch.from_numpy(world.columns_V), len(world.student.vocabulary)
 
@@ -435,9 +437,10 @@ def composed_table(world: World, p: Positions, share: float = 0.7) -> Objective:
 
 @pytest.mark.parametrize("name", WORLDS)
 @pytest.mark.parametrize("mask", [no_mask, persea_mask], ids=["plain", "masked"])
-def test_the_plain_objective_is_perseas(name: str, mask: Mask):
-    """events() of bench/tabular.py and what trains have the same expected gradient, at the truth
-    and elsewhere.
+def test_the_plain_objective_equals_event_kl_loss(name: str, mask: Mask):
+    """events() of bench/tabular.py and event_kl_loss have the same expected gradient.
+
+    At the truth and elsewhere.
     """
     world = short(name)
     s, p = stack(world, mask), positions(world, mask is persea_mask)
@@ -452,10 +455,8 @@ def test_the_plain_objective_is_perseas(name: str, mask: Mask):
 
 
 @pytest.mark.parametrize("name", WORLDS)
-def test_perseas_masks_are_the_best_there_are(name: str):
-    """They delete nothing that is ever realised, and where a token still fits below the longest
-    string keep nothing else.
-    """
+def test_boundary_masks_are_the_best_possible(name: str):
+    """They drop no realised token, and below the longest string they keep nothing else."""
     world = whole(name)
     kept_too_much = 0
     for b in world.boundaries:
@@ -472,9 +473,10 @@ def test_perseas_masks_are_the_best_there_are(name: str):
     )
 
 
-def test_a_mask_does_not_look_at_what_comes():
-    """What is dead at a boundary is the same whether the rest of the text is there or not: a
-    mask that saw it would leak the future.
+def test_masks_do_not_depend_on_later_text():
+    """Impossible tokens are the same with and without the rest of the text.
+
+    A mask that saw later text would leak the future.
     """
     world = whole("words")
     event_map = world.full_event_map
@@ -501,10 +503,10 @@ def test_a_mask_does_not_look_at_what_comes():
                 )
 
 
-def dead_of(
+def impossible_of(
     world: World, columns: np.ndarray, before: np.ndarray, mask: object
 ) -> ImpossibleTokens:
-    """What cannot stand at each boundary, in the form the losses take."""
+    """Return the impossible tokens of each boundary, in the form of the losses."""
     if mask is None:
         return ImpossibleTokens(
             torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
@@ -517,7 +519,7 @@ def dead_of(
 
 
 def widened(rows_CX: torch.Tensor, columns: np.ndarray, wide: int) -> torch.Tensor:
-    """Probabilities over columns as natural logs over a whole vocabulary."""
+    """Spread probabilities over columns to natural logs over a whole vocabulary."""
     logs = torch.where(rows_CX > 0, rows_CX.clamp(min=1e-300).log(), NOWHERE)
     return torch.full((len(rows_CX), wide), NOWHERE, dtype=torch.float64).index_copy(
         1, torch.from_numpy(columns), logs
@@ -526,19 +528,20 @@ def widened(rows_CX: torch.Tensor, columns: np.ndarray, wide: int) -> torch.Tens
 
 @pytest.mark.parametrize("name", ["same", "nested", "crossing", "words"])
 def test_whole_rows_over_events(name: str):
-    """losses.full at the truth, masked: nothing where the maps agree and no mask is blind; the
-    measure of bench/bias.py elsewhere.
+    """event_divergence_loss at the truth, masked.
+
+    Zero where the maps agree and no mask is blind; as large as in bench/bias.py elsewhere.
     """
     world = short(name)
     s, event_map = stack(world, persea_mask), world.full_event_map
     students, teachers = contexts(world)
     log_q = widened(s.truth_RV[s.row_C], world.columns_V, len(world.student.vocabulary))
     log_p = widened(s.p_CW, world.columns_W, len(world.teacher.vocabulary))
-    dead = {
-        "student_impossible_tokens": dead_of(
+    impossible = {
+        "student_impossible_tokens": impossible_of(
             world, world.columns_V, teachers, event_map.student_mask
         ),
-        "teacher_impossible_tokens": dead_of(
+        "teacher_impossible_tokens": impossible_of(
             world, world.columns_W, students, event_map.teacher_mask
         ),
     }
@@ -555,7 +558,7 @@ def test_whole_rows_over_events(name: str):
                             torch.zeros(int((d.row_D == c).sum()), dtype=torch.int64),
                             d.token_D[d.row_D == c],
                         )
-                        for side, d in dead.items()
+                        for side, d in impossible.items()
                     },
                 ).loss
                 for c in range(0, len(log_q), 7)
@@ -570,9 +573,7 @@ def test_whole_rows_over_events(name: str):
 
 @pytest.mark.parametrize("name", ["same", "nested", "words", "long"])
 def test_the_debiased_chunk_term(name: str):
-    """losses.chunk at the truth: nothing where persea's masks know all there is to know; without
-    masks it pushes.
-    """
+    """span_likelihood_loss at the truth: zero where the masks are exact; biased without masks."""
     world = short(name)
     s, event_map = stack(world, persea_mask), world.full_event_map
     _, teachers = contexts(world)
@@ -597,10 +598,10 @@ def test_the_debiased_chunk_term(name: str):
     before = np.where(
         np.array(at_boundary) >= 0, teachers[np.array(at_boundary)], UNRESTRICTED_CONTEXT
     )
-    dead = dead_of(world, world.columns_V, before, event_map.student_mask)
+    impossible = impossible_of(world, world.columns_V, before, event_map.student_mask)
     numbers = (torch.tensor(of), torch.arange(len(row)), torch.tensor(begin), torch.tensor(end))
     targets = SpanTargets(*numbers, torch.tensor(teacher, dtype=torch.float64))
-    got = chunk_term(logits, torch.tensor(target), targets, dead).loss.item()
+    got = chunk_term(logits, torch.tensor(target), targets, impossible).loss.item()
     undebiased = replace(targets, teacher_logprob_C=torch.tensor(plain, dtype=torch.float64))
     raw = chunk_term(
         logits, torch.tensor(target), undebiased, ImpossibleTokens(*[torch.empty(0).long()] * 2)
@@ -612,23 +613,29 @@ def test_the_debiased_chunk_term(name: str):
         assert got < raw.loss.item() / 2
 
 
-# byte KL, nats a string, where what trains leaves a perfect student: 0 but for strings cut short
-# and maps that disagree
-PERSEA_STAYS = {"same": 0.0, "nested": 0.0, "crossing": 5.5e-4, "words": 8.9e-4, "long": 0.0146}
+# byte KL, nats per string, of a perfect student after training: 0 except for strings that end at
+# six characters and maps that disagree
+BYTE_KL_OF_PERFECT = {
+    "same": 0.0,
+    "nested": 0.0,
+    "crossing": 5.5e-4,
+    "words": 8.9e-4,
+    "long": 0.0146,
+}
 
 
 @pytest.mark.parametrize("name", WORLDS)
-def test_what_trains_lets_a_perfect_student_be(name: str):
+def test_event_kl_keeps_a_perfect_student(name: str):
     world = short(name)
     s, p = stack(world, persea_mask), positions(world, True)
     for begin in (s.truth_logits, random_logits(s, 1)):
         end = byte_kl(s, iterate(composed_table(world, p), s, begin, 40))
-        assert end == pytest.approx(PERSEA_STAYS[name], rel=0.05, abs=1e-6)
+        assert end == pytest.approx(BYTE_KL_OF_PERFECT[name], rel=0.05, abs=1e-6)
 
 
-# push at the truth and byte KL of the fixed point, masked: what is inside a teacher token learns
-# from the text; from completion
-COMPLETION = {
+# push at the truth and byte KL of the fixed point, masked: positions inside a teacher token train
+# on the text; on partial-token targets
+PARTIAL_TOKENS = {
     "crossing": ((0.0195, 5.49e-4), (0.0195, 5.49e-4)),
     "words": ((0.0092, 8.90e-4), (0.0114, 9.51e-4)),
     "long": ((0.0417, 0.0146), (0.0417, 0.0146)),
@@ -636,8 +643,10 @@ COMPLETION = {
 
 
 def completed(world: World, p: Positions) -> Positions:
-    """Positions with persea.alignment.partial_tokens where the teacher token begins at a common
-    boundary; the others stay with the text.
+    """Add persea.alignment.partial_tokens targets where the teacher token starts at a common
+    boundary.
+
+    The other positions inside teacher tokens keep the text.
     """
     places, number = world.insides, {prefix: r for r, prefix in enumerate(world.s.next)}
     at_N = range(len(p.row_N) - sum(int((i.q_V > 0).sum()) for i in places), len(p.row_N))
@@ -681,14 +690,12 @@ def completed(world: World, p: Positions) -> Positions:
     )
 
 
-@pytest.mark.parametrize("name", COMPLETION)
-def test_completion_lets_a_perfect_student_be(name: str):
-    """A teacher token's rest, said to the student inside it, pushes hardly more than the text
-    there, which pushes nowhere.
-    """
+@pytest.mark.parametrize("name", PARTIAL_TOKENS)
+def test_partial_tokens_keep_a_perfect_student(name: str):
+    """Targets for the rest of a teacher token push hardly more than the text, which is unbiased."""
     world = short(name)
     s, p = stack(world, no_mask), positions(world, True)
-    for these, (pushed, end) in zip((p, completed(world, p)), COMPLETION[name], strict=True):
+    for these, (pushed, end) in zip((p, completed(world, p)), PARTIAL_TOKENS[name], strict=True):
         objective = composed_table(world, these)
         assert push(objective, s) == pytest.approx(pushed, abs=2e-4)
         assert byte_kl(s, iterate(objective, s, s.truth_logits, 40)) == pytest.approx(end, rel=0.02)
@@ -701,8 +708,10 @@ REST = {"same": (0.0, 0.82), "nested": (0.0, 0.81), "crossing": (0.020, 0.75), "
 
 @pytest.mark.parametrize("name", REST)
 def test_top_k(name: str):
-    """With a rest it is unbiased with one tokenizer; between two the rest holds tokens that
-    cannot stand, and nobody can tell how much of it. Renormalised it pushes everywhere.
+    """Top-k with a rest event is unbiased with one tokenizer.
+
+    Between two tokenizers the rest contains an unknown mass of impossible tokens. Renormalised
+    top-k is biased everywhere.
     """
     world = short(name)
     s = stack(world, no_mask)
@@ -720,8 +729,9 @@ DRAWS = 3000
 def drawn(
     world: World, b: Boundary, rows: SparseDistributions, masked: bool, logits_V: torch.Tensor
 ) -> torch.Tensor:
-    """Gradient of persea's objective at one boundary, the text's token a member of an event,
-    once for each row. [D, V]
+    """Return the gradient at one boundary for each sampled row, [D, V].
+
+    The label is a member of an event.
     """
     D, (student, teacher) = (
         len(rows),
@@ -762,8 +772,9 @@ def rows_of(p_DW: np.ndarray, ids: np.ndarray, kind: DistributionKind) -> Sparse
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 @pytest.mark.parametrize("name", ["crossing", "words"])
 def test_sampled_rows_have_the_full_rows_gradient(name: str, masked: bool):
-    """Entries that cannot stand are drawn like the others and dropped after: linear in p, so
-    unbiased. Top-k is not.
+    """Impossible entries are sampled like the others and dropped afterwards.
+
+    That is linear in p, so unbiased. Top-k is not.
     """
     world = short(name)
     several = [
@@ -864,7 +875,7 @@ def test_a_long_text_without_a_bias():
         for (a, b), (c, d) in zip(between.teacher_C2, between.student_C2, strict=True)
     ]
     assert np.abs(gaps).max() < 1e-9
-    # event distributions at every boundary, through the code that trains, in float32 as it trains
+    # event distributions at every boundary, through the training code, in float32 as in training
     event_map = tunstall.event_map(TEACHER, STUDENT)
     after = [text[a - 1] if a else "" for a in student.starts_T[both.student_C]]
     logits = torch.from_numpy(np.array([rows_s[a] for a in after], np.float32))
@@ -895,10 +906,8 @@ def test_a_long_text_without_a_bias():
     assert logits.grad.abs().max() * len(after) < 1e-5
 
 
-def test_without_a_leak_strict_is_unbiased_too():
-    """So what pushes on the finite worlds is the boundary's own information, not the
-    renormalisation as such.
-    """
+def test_without_boundary_information_strict_is_unbiased():
+    """So the bias on the finite worlds comes from the boundary, not from renormalising."""
     shared = {
         t: (TEACHER.number[t], STUDENT.number[t]) for t in {*TEACHER.tokens} & {*STUDENT.tokens}
     }
@@ -908,7 +917,7 @@ def test_without_a_leak_strict_is_unbiased_too():
         assert strict(q, p.exp(), both).item() == pytest.approx(0, abs=1e-12)
 
 
-def test_a_tunstall_student_that_is_wrong_is_seen():
+def test_a_wrong_tunstall_student_is_detected():
     event_map = tunstall.event_map(TEACHER, STUDENT)
     p, q = np.exp(TEACHER.row("a")), np.exp(STUDENT.row("b"))
     p_E, q_E = (
