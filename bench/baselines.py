@@ -235,7 +235,7 @@ def chunk_likelihood(
         )
     tiny = torch.finfo(
         student_C.dtype
-    ).eps  # a chunk that is certain on both sides costs nothing and has log(1-p) = -inf
+    ).eps  # a chunk that is certain on both sides has loss 0 and log(1-p) = -inf
     log_p, log_q = (x.clamp(max=-tiny * temperature) / temperature for x in (teacher_C, student_C))
     not_p, not_q = (torch.log(-torch.expm1(x)) for x in (log_p, log_q))
     return log_p.exp() * (log_p - log_q) + not_p.exp() * (not_p - not_q)

@@ -34,7 +34,7 @@ DATA = Path(os.environ.get("PERSEA_DATA", Path(__file__).resolve().parents[2] / 
 OUT = Path(__file__).resolve().parent / "results" / "beside.json"
 TEACHERS = ("qwen3", "gemma3", "gpt-oss")
 LANGUAGES = ("eng", "vie", "zho-CN", "jpn", "tha")
-LINES, SEEN = 30, 400  # lines of each language asked; lines that frequencies are counted in
+LINES, SEEN = 30, 400  # lines of each language measured; lines that token frequencies come from
 WHOLE = 3  # contexts per side at which every token is tested
 LOOK = 500  # the mass is measured at one of this many contexts
 
@@ -70,7 +70,7 @@ def main() -> None:
         whole = {id(mask): list[float]() for mask in masks}
         elsewhere = {
             id(mask): fresh(mask) for mask in masks
-        }  # what is looked at there warms nothing that is timed
+        }  # its lookups must not fill the cache of the timed masks
         rare = {language: frequencies(teacher, lines(language)[:SEEN]) for language in LANGUAGES}
         for k in range(LINES):
             for language in LANGUAGES:

@@ -52,7 +52,7 @@ MASKS: dict[str, Mask] = {
     "best masks": exact_mask,
     "exact": exact_weights,
 }
-SHORT = 4  # the longest string of the worlds that students descend in: 340 strings, 341 rows
+SHORT = 4  # the longest string of the worlds for gradient descent: 340 strings, 341 rows
 
 # --- floors ---
 
@@ -81,7 +81,7 @@ def first_byte_columns(w: World) -> tuple[list[int], list[int]]:
     )  # type: ignore[return-value]
 
 
-Kept: TypeAlias = list[tuple[Floats, Floats]]  # of each boundary, what a mask keeps
+Kept: TypeAlias = list[tuple[Floats, Floats]]  # the tokens that a mask keeps, for each boundary
 
 
 def keeps(w: World, mask: Mask) -> Kept:

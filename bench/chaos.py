@@ -79,7 +79,7 @@ def main() -> None:
             run.communicate()
             if (
                 run.returncode == 0
-            ):  # it came through before the kill: undo its last stages and go on killing
+            ):  # it finished before the kill: undo its last stages and continue
                 for record in (
                     killed / "train" / "done.json",
                     killed / "evaluate" / "done.json",

@@ -104,7 +104,7 @@ def kills(place: Path, rounds: int, rng: random.Random) -> dict[str, object]:
         lost += any(
             after.get(name) != sha for name, sha in before.items() if name.startswith("commits")
         )
-        if run.returncode == 0:  # through before the kill: some units go, and on
+        if run.returncode == 0:  # finished before the kill: remove some units and continue
             for path in rng.sample(sorted((killed / "capture" / "commits").glob("*.json")), 12):
                 path.unlink()
             (killed / "capture" / "done.json").unlink()
@@ -130,7 +130,7 @@ def flips_and_cuts(capture: Path, rng: random.Random, flips: int) -> dict[str, o
     """Damage a copy of some units of a finished capture, with their records."""
     files = sorted(
         p for p in capture.rglob("*") if p.is_file() and p.stat().st_size
-    )  # a list of nothing removed has no byte to flip
+    )  # an empty list of removed prompts has no byte to flip
     kinds = {"/".join(p.relative_to(capture).parts[:-1]) or p.name for p in files}
     found = 0
     for k in range(flips):

@@ -41,7 +41,7 @@ from persea import storage as store  # noqa: E402
 from tests.cli.test_cli import Started, enter, flowed, flowed_copy, start, warm  # noqa: E402
 from tests.disks import Watched  # noqa: E402
 
-MODES: dict[str, tuple[str, ...]] = {  # what each mode adds to the command
+MODES: dict[str, tuple[str, ...]] = {  # extra arguments of each mode
     "offline": (),
     "on-policy": (
         "--set",

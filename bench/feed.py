@@ -69,7 +69,7 @@ def grown(folder: Path, names: list[list[str]], draws: int, sizes: Any) -> None:
     for read, name in zip(readers, TEACHERS, strict=True):
         for number in range(
             0, len(read), max(1, len(read) // 64)
-        ):  # what masks remember is theirs, and does not count here
+        ):  # the caches of the masks are not part of the dataset
             build_example(read[number], renderer, event_maps[name])
     before = resident()
     feed = build_dataset(

@@ -51,7 +51,7 @@ def alone(vocabulary: Vocabulary, last: int, candidate: bytes) -> bool:
     try:
         first = vocabulary.backend.encode(raw.decode(), add_special_tokens=False).ids[:1]
     except UnicodeDecodeError:
-        return True  # no text: cannot be asked
+        return True  # not valid text: cannot be encoded
     return first == [last]
 
 

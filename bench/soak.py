@@ -155,7 +155,7 @@ async def slow(url: str, seed: int, until: float, seen: Counter[str]) -> None:
         try:
             reader, writer = await asyncio.open_connection(host, int(port))
             if rng.random() < 0.3:
-                writer.write(head + raw)  # and never read
+                writer.write(head + raw)  # the response is never read
                 await asyncio.sleep(rng.uniform(1, 8))
             else:
                 for byte in (head + raw)[rng.randrange(40) :]:
@@ -223,11 +223,11 @@ async def storm(url: str, seconds: float, want: str) -> dict[str, Counter[str]]:
 def main() -> None:
     logging.getLogger("asyncio").setLevel(
         logging.ERROR
-    )  # writes into connections that were closed are what this is about
+    )  # errors on closed connections are expected here
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 60.0
     server, url = start()
     try:
-        for _ in range(20):  # warm: every route, its errors, its streams
+        for _ in range(20):  # warm-up: every route, its errors, its streams
             for path, body in GOOD:
                 response = httpx2.post(url + path, json=body, trust_env=False, timeout=60)
                 httpx2.post(url + path, content=b"{", trust_env=False, timeout=60)

@@ -22,8 +22,7 @@ from worlds import Boundary, Floats, Prefix, World, chunks
 
 from persea.alignment.boundary_mask import UNRESTRICTED_CONTEXT
 
-# the logit of a token that never follows: e^-60 moves no figure given here, and keeps gradients
-# finite
+# logit of a token that never follows: e^-60 changes no reported figure and keeps gradients finite
 NOWHERE = -60.0
 
 Mask: TypeAlias = Callable[[World, Boundary], tuple[Floats, Floats]]
@@ -112,7 +111,7 @@ def stack(world: World, mask: Mask) -> Stack:
     rest_RV = (mass_R[:, None] * truth_RV).index_add(0, row_C, -mass_C[:, None] * both_CV)
     rest_RV = torch.where(
         rest_RV > 1e-15, rest_RV, 0.0
-    )  # what remains of a difference of equal sums
+    )  # rounding error of a difference of equal sums
     events_W, events_V = (
         torch.from_numpy(x).long()
         for x in (world.event_map.teacher_event_W, world.event_map.student_event_V)

@@ -67,7 +67,7 @@ def positions(regime: str, n: int, seed: int, k: int = 256) -> Positions:
     ids_NK = ids_of(rng, (n, k))
     order = np.argsort(
         ids_NK - w_NK / 2, 1
-    )  # of an id that was drawn twice the likelier comes first, and stays
+    )  # of an id that was drawn twice, the likelier copy comes first and is kept
     ids_NK, w_NK = np.take_along_axis(ids_NK, order, 1), np.take_along_axis(w_NK, order, 1)
     w_NK[:, 1:][ids_NK[:, 1:] == ids_NK[:, :-1]] = 0
     p_NK = w_NK * ((1 - left_N) / w_NK.sum(1))[:, None]

@@ -80,7 +80,7 @@ BETAS = {
     Divergence.FORWARD: 0.0,
     Divergence.JSD: 0.5,
     Divergence.REVERSE: 1.0,
-}  # what TRL calls them
+}  # their names in TRL
 TAUGHT = {"qwen-sapling": "languages", "gemma-sapling": "code", "gpt-oss-sapling": "reasoning"}
 
 
@@ -255,7 +255,7 @@ def workspace() -> dict[str, Any]:
     """Return peak MiB besides the gradients of hidden states and weight, targets included."""
     identity = EventMap(np.arange(V, dtype=np.int32), np.arange(V, dtype=np.int32), V, "")
     found: dict[str, Any] = {}
-    width = 16  # what a chunk needs beside its logits is small at any width
+    width = 16  # memory of a chunk beyond its logits is small at any width
     for n, teachers in ((64, 1), (256, 1), (256, 4)):
         hidden, weight = parts(n, width)
         tokens, head, floor = (
@@ -481,9 +481,7 @@ def compiled() -> dict[str, Any]:
         work = backward(hidden, weight, quick)
         before = os.times()[:4]
         work()
-        first = sum(os.times()[:4]) - sum(
-            before
-        )  # the compiler's own too, which is another process
+        first = sum(os.times()[:4]) - sum(before)  # includes the compiler, which is another process
         pair = compare(backward(hidden, weight, eager), work, pairs=5)
         found[name] = {
             "compiling": rounded(first),
@@ -529,7 +527,7 @@ def main() -> None:
     path = Path(__file__).parent / "results" / "train.json"
     out: dict[str, Any] = (
         json.loads(path.read_text()) if sys.argv[1:] and path.is_file() else {}
-    )  # a whole run keeps nothing of another
+    )  # a complete run replaces all earlier figures
     out |= {
         "torch": torch.__version__,
         "trl": TRL if peer else out.get("trl"),

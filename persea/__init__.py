@@ -81,15 +81,17 @@ _MODULE_OF = {
 _SUBMODULES = ("errors", "losses")
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name from its module and keep it."""
-    if name in _SUBMODULES:
-        return importlib.import_module(f"persea.{name}")
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'persea' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # type checkers read the imports above and find misspelt names
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name from its module and keep it."""
+        if name in _SUBMODULES:
+            return importlib.import_module(f"persea.{name}")
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module 'persea' has no attribute {name!r}")
+        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -156,7 +156,7 @@ def test_a_captured_cache_trains_with_a_dataloader() -> None:
 def test_public_docstrings_have_an_example_that_runs(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each example runs in seconds in a folder that looks like the repository after a quickstart."""
+    """Each example runs in a folder that looks like the repository after a quickstart."""
     target = public_objects()[name]
     doc = inspect.getdoc(target) or ""
     assert "Example" in doc and ">>>" in doc, f"persea.{name} shows no example"

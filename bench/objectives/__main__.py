@@ -23,8 +23,11 @@ from bench.objectives.report import Line
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 RATES, SHARES, SEEDS = (2e-3, 4e-3, 8e-3, 1.6e-2), (0.3, 0.5, 0.7, 0.9), (1, 2, 3)
-MORE_RATES = {"text": (1e-3, 3e-3, 6e-3), "own": (3e-4, 1e-3, 3e-3)}  # of a student that goes on
-OURS = "sampled .01"  # the rows persea keeps of a teacher; baselines see whole ones
+MORE_RATES = {
+    "text": (1e-3, 3e-3, 6e-3),
+    "own": (3e-4, 1e-3, 3e-3),
+}  # learning rates of a continued student
+OURS = "sampled .01"  # persea's sampled rows; baselines get whole distributions
 SEARCHED = ("events", "strict", "bpm", "chunk")
 STAGES = (
     "teachers",
@@ -297,7 +300,7 @@ def stage(name: str, world: World, results: Path, seeds: Sequence[int]) -> None:
         go("cross-entropy", SEEDS[0], length=0.0)
         if not world.size.extended:
             go("cross-entropy", SEEDS[0], length=0.5)
-    elif name == "onpolicy":  # its own measures, and so its own lines
+    elif name == "onpolicy":  # its measures differ, so it has its own result file
         arm0, own = (
             arm(world, results, "events", 0),
             results.with_name(f"{results.stem}_onpolicy.jsonl"),

@@ -53,7 +53,7 @@ def carried(model: LlamaForCausalLM, plain: Speaker, longer: Speaker) -> LlamaFo
     """
     refuse_changed_tokens(
         plain.vocabulary, longer.vocabulary, longer.vocabulary.name
-    )  # a tokenizer kept from before 2026-11-29 had its controls last
+    )  # tokenizers cached before 2026-11-29 have their control tokens last
     pieces = old_ids_of_new_tokens(plain.vocabulary.backend, longer.vocabulary.backend)
     if pieces:
         initialize_new_embeddings(model, pieces)

@@ -63,14 +63,14 @@ def gold(
     logits_MV of `with_last(batch)`: M = supervised positions and one more per window. GOLD applies
     to every span.
     """
-    sizes = batch.learn_BS.sum(1)  # tokens and the start
+    sizes = batch.learn_BS.sum(1)  # tokens and the start token
     firsts = sizes.cumsum(0) - sizes
     keep = torch.ones(len(logits_MV), dtype=torch.bool)
     keep[firsts + sizes - 1] = False
     ce = F.cross_entropy(logits_MV[keep], batch.labels_N)
     students = (
         firsts - torch.arange(len(firsts))
-    ).tolist()  # where a window's learned positions begin in batch.labels_N
+    ).tolist()  # index in batch.labels_N of each window's first supervised position
     total = torch.zeros(())
     for group in batch.groups:
         pair = pairs[group.who]

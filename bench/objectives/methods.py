@@ -226,7 +226,7 @@ def summed(values_NW: torch.Tensor, event_W: torch.Tensor, events: int) -> torch
 
 KEPT: dict[
     tuple[str, str, bool, bool], EventTargets
-] = {}  # what a teacher says of a window is drawn once, as a capture and a feed keep it
+] = {}  # entries of a window are sampled once, as in a capture
 
 
 def entries(
@@ -414,7 +414,7 @@ def events(
 
 METHODS: dict[str, Loss] = {
     "cross-entropy": cross_entropy,
-    "sft": cross_entropy,  # on text the teacher wrote: see arms.windows_for
+    "sft": cross_entropy,  # on text sampled from the teacher: see arms.World.teacher_text
     "strict": rowwise(
         lambda logits, probs, pair: baselines.strict(logits, probs, pair.shared), one_to_one
     ),

@@ -44,7 +44,7 @@ from persea.training.on_policy.teacher_scores import TeacherScorer
 
 ON = ("none", "text", "both", "own")
 MORE = 0.5  # of a size's steps
-REFRESH = 8  # steps on own words that one drawing lasts
+REFRESH = 8  # steps per round of sampling
 
 
 @dataclass(frozen=True)

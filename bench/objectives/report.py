@@ -23,7 +23,7 @@ LARGER = (
     "events",
     "events + masks",
     "strict everywhere",
-)  # asked of larger students too: sizes xs-wide and xs-wider
+)  # methods that larger students run too: sizes xs-wide and xs-wider
 NAMES = {
     "sft": "SFT on teacher samples",
     "strict": "strict, 1:1 positions",
@@ -559,7 +559,7 @@ def line_chart(title: str, series: Mapping[str, Sequence[tuple[float, float]]]) 
         )
     for tokens in np.geomspace(
         min(p[0] for p in points), max(p[0] for p in points), 4
-    ):  # evenly: two lines' own places run into each other
+    ):  # evenly spaced: the labels of two lines would overlap
         body.append(
             f'<text x="{x(math.log(tokens)):.1f}" y="352" text-anchor="end">'
             f"{tokens / 1000:.0f} k</text>"

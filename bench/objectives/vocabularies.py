@@ -83,7 +83,7 @@ def cut(
             kept.update(merging(token, rank, [token] if token in kept else list(token)))
         except (
             AssertionError
-        ):  # Llama 3 and gpt-oss hold 678 whole words that no merge makes (ignore_merges)
+        ):  # Llama 3 and gpt-oss have 678 whole words that no merge produces (ignore_merges)
             if not spec["model"].get("ignore_merges"):
                 raise
             kept.add(token)

@@ -70,9 +70,7 @@ def drawn(teacher: Teacher, windows: Sequence[Window], seed: int) -> list[list[i
                 input_ids=last_B[:, None], past_key_values=cache, use_cache=True
             ).last_hidden_state[:, -1]
             probs_BW = teacher.logprobs(hidden).exp()
-        probs_BW[:, lengths_W == 0] = (
-            0  # nothing here ends: start and stop tokens were never learned
-        )
+        probs_BW[:, lengths_W == 0] = 0  # samples never end: start and stop tokens were not trained
         last_B = torch.multinomial(probs_BW, 1, generator=generator)[:, 0]
         for b, prefix in enumerate(prefixes):
             if len(written[b]) < len(prefix):
