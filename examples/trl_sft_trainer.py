@@ -1,99 +1,61 @@
-"""Distil with TRL's SFTTrainer on persea's dataset and loss.
+"""Train on persea's dataset and loss with TRL's `SFTTrainer`. Needs `pip install trl`.
 
-The same small capture and student as in transformers_trainer.py. SFTTrainer takes a
-`datasets.Dataset`: `DistillDataset.to_hf_dataset()` gives one with the index of each example, and
-`collate_fn` turns the indices into batches. Needs `pip install trl`.
+    persea run recipes/quickstart.yaml          (or another recipe; the teachers answer once)
+    python examples/trl_sft_trainer.py runs/quickstart [steps]
 
-    python examples/trl_sft_trainer.py [STEPS]
+SFTTrainer takes a `datasets.Dataset` only: `to_hf_dataset()` gives one of example numbers, and
+`collate_fn` turns these numbers into batches.
 """
 
-from __future__ import annotations
-
 import sys
-import tempfile
 from pathlib import Path
-from typing import Any
 
-import torch
-import transformers
-import trl
-from transformers_trainer import SAPLINGS, capture
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
 
-from persea.cache.reader import open_cache_reader
-from persea.losses import EventKL
-from persea.models.loading import ModelSource, load_model, load_renderer
-from persea.teachers.engines.transformers import TransformersEngine
-from persea.teachers.teacher import Teacher
-from persea.training.dataset import DistillDataset
+import persea
 
-STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 100
+SAPLINGS = Path(__file__).resolve().parent.parent / "saplings"
+RUN = Path(sys.argv[1]) if len(sys.argv) > 1 else Path("runs/quickstart")
+STEPS = int(sys.argv[2]) if len(sys.argv) > 2 else 100
+TEACHERS = ("qwen-sapling", "gemma-sapling", "gpt-oss-sapling")
 
 
-class DistillSFTTrainer(trl.SFTTrainer):
+class DistillSFTTrainer(SFTTrainer):
     """An SFTTrainer whose loss is persea's event KL."""
 
-    distill_loss: EventKL
-    vocab_size: int
+    loss_fn = persea.losses.EventKL(event_weight=0.7)
 
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | None = None,
-    ) -> Any:
-        batch = inputs["batch"]
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):  # noqa: ANN001, ANN003, ANN201
+        """Compute the loss at the supervised positions."""
+        batch = inputs["batch"].to(inputs["input_ids"].device)
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
-        logits_NV = outputs.logits[batch.row_N, batch.position_N, : self.vocab_size]
-        out = self.distill_loss(logits_NV.float(), batch.labels_N, batch.targets)
-        return (out.loss, outputs) if return_outputs else out.loss
+        logits_NV = outputs.logits[batch.row_N, batch.position_N, :VOCAB_SIZE]
+        loss = self.loss_fn(logits_NV, batch.labels_N, batch.targets).loss
+        return (loss, outputs) if return_outputs else loss
 
 
-def main() -> None:
-    """Capture, then train."""
-    transformers.set_seed(0)
-    torch.set_num_threads(1)
-    teacher_source, student_source = (
-        ModelSource(str(SAPLINGS / name)) for name in ("qwen-sapling", "llama-sapling")
-    )
-    teacher_renderer = load_renderer(teacher_source, "teacher")
-    student_renderer = load_renderer(student_source, "student")
-    with tempfile.TemporaryDirectory() as folder:
-        engine = TransformersEngine(
-            load_model(teacher_source, teacher_renderer, "teacher"),
-            len(teacher_renderer.vocabulary),
-        )
-        capture(Teacher("qwen", teacher_renderer, engine), Path(folder) / "capture", 200)
-        cache = open_cache_reader(Path(folder) / "capture", ["unit"])
-        dataset = DistillDataset(
-            cache, student=student_renderer, teachers={"qwen": teacher_renderer}
-        )
-        trainer = DistillSFTTrainer(
-            model=load_model(student_source, student_renderer, "student").float(),
-            processing_class=transformers.AutoTokenizer.from_pretrained(student_source.model),
-            train_dataset=dataset.to_hf_dataset(),
-            data_collator=dataset.collate_fn,
-            args=trl.SFTConfig(
-                output_dir=str(Path(folder) / "trainer"),
-                max_steps=STEPS,
-                per_device_train_batch_size=16,
-                learning_rate=3e-3,
-                logging_steps=max(1, STEPS // 5),
-                save_strategy="no",
-                report_to="none",
-                remove_unused_columns=False,
-                disable_tqdm=True,
-                use_cpu=True,
-                bf16=False,
-                dataset_kwargs={"skip_prepare_dataset": True},
-            ),
-        )
-        trainer.distill_loss = EventKL(dataset.event_maps["qwen"], event_weight=0.7)
-        trainer.vocab_size = len(student_renderer.vocabulary)
-        trainer.train()
-        losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-        print(f"loss {float(losses[0]):.3f} -> {float(losses[-1]):.3f}")
-
-
-if __name__ == "__main__":
-    main()
+student = persea.load_renderer(str(SAPLINGS / "llama-sapling"))
+teachers = {name: persea.load_renderer(str(SAPLINGS / name)) for name in TEACHERS}
+dataset = persea.DistillDataset(persea.open_cache(RUN), student=student, teachers=teachers)
+VOCAB_SIZE = len(student.vocabulary)  # the model's embedding may be padded beyond it
+trainer = DistillSFTTrainer(
+    model=AutoModelForCausalLM.from_pretrained(SAPLINGS / "llama-sapling", dtype="float32"),
+    processing_class=AutoTokenizer.from_pretrained(SAPLINGS / "llama-sapling"),
+    train_dataset=dataset.to_hf_dataset(),
+    data_collator=dataset.collate_fn,
+    args=SFTConfig(
+        output_dir="runs/trl_sft_trainer",
+        per_device_train_batch_size=16,
+        max_steps=STEPS,
+        learning_rate=3e-3,
+        logging_steps=10,
+        save_strategy="no",
+        report_to="none",
+        bf16=False,  # the default needs a GPU
+        remove_unused_columns=False,  # keep the numbers of the examples
+        dataset_kwargs={"skip_prepare_dataset": True},  # persea has tokenized the answers already
+    ),
+)
+trainer.train()
+trainer.save_model("runs/trl_sft_trainer/student")

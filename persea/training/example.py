@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from persea.alignment.boundary_mask import UNRESTRICTED_CONTEXT
 from persea.alignment.event_map import EventMap
 from persea.alignment.partial_tokens import (
     PartialTokenProjector,
@@ -15,6 +14,7 @@ from persea.alignment.partial_tokens import (
     token_prefixes,
 )
 from persea.alignment.spans import Alignment, SupervisionKind, align
+from persea.alignment.token_order import UNRESTRICTED_CONTEXT
 from persea.cache.unit import CachedAnswer
 from persea.chat.messages import ThinkingEffort
 from persea.chat.renderer import ChatRenderer
@@ -90,7 +90,7 @@ def align_answer(
     projector: PartialTokenProjector | None,
 ) -> Example:
     """Build the example of an answer that is already rendered; see `build_example`."""
-    aligned = align([tokens], [answer.tokens])
+    aligned = align(tokens, answer.tokens)
     boundaries, rows = aligned.boundaries, answer.distributions
     index_S, index_T = _supervised_index(tokens), _supervised_index(answer.tokens)
     row_C, position_C = index_T[boundaries.teacher_C], index_S[boundaries.student_C]

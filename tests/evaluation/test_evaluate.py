@@ -123,9 +123,9 @@ def test_prompt_files_are_evaluated_beside_teachers_behind_a_server(tmp_path: Pa
     teachers = [
         {
             "name": "words",
-            "model": "words",
+            "model": "text_only",
             "effort": "low",
-            "endpoint": {"url": url, "protocol": "chat", "dial": True},
+            "endpoint": {"url": url, "protocol": "chat", "send_effort": True},
         },
         {"name": "far", "model": path, "effort": "low", "endpoint": {"url": url}},
     ]
@@ -139,7 +139,7 @@ def test_prompt_files_are_evaluated_beside_teachers_behind_a_server(tmp_path: Pa
                 evaluation={
                     "items": 3,
                     "max_new_tokens": 60,
-                    "sets": [{"set": "ifeval", "file": str(tmp_path / "ifeval.jsonl")}],
+                    "benchmarks": [{"benchmark": "ifeval", "file": str(tmp_path / "ifeval.jsonl")}],
                 },
             )
         ),
@@ -291,7 +291,9 @@ def test_a_run_ends_badly_once_all_is_written(
 ) -> None:
     """The stages run to the last one first: what was measured is there to be looked at."""
     river = RunContext(
-        load_recipe(recipe(tmp_path), [f"evaluation.allow_regression={str(allowed).lower()}"]),
+        load_recipe(
+            recipe(tmp_path), [f"evaluation.allow_safety_regression={str(allowed).lower()}"]
+        ),
         tmp_path / "run",
     )
     worked: list[str] = []
@@ -312,7 +314,8 @@ def test_a_run_ends_badly_once_all_is_written(
     if only == "report":
         run.run_pipeline(
             replace(
-                river, recipe=load_recipe(recipe(tmp_path), ["evaluation.allow_regression=true"])
+                river,
+                recipe=load_recipe(recipe(tmp_path), ["evaluation.allow_safety_regression=true"]),
             ),
             lambda *a: None,
         )

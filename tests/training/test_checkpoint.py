@@ -193,13 +193,13 @@ def test_what_came_later_goes_once_the_step_gone_back_to_is_read_and_not_before(
 def test_what_differs_is_told_key_by_key(tmp_path: Path) -> None:
     run(tmp_path)
     other = {
-        "training": {"steps": 7, "targets": ("k_proj",), "clip": 1.0},
+        "training": {"steps": 7, "targets": ("k_proj",), "max_grad_norm": 1.0},
         "seed": 3,
         "capture": "d" * 64,
     }
     words = (
         'training.steps: 6 -> 7; training.targets: ["q_proj"] -> ["k_proj"]; '
-        "training.clip: null -> 1.0; "
+        "training.max_grad_norm: null -> 1.0; "
         "capture: cccccccccccc -> dddddddddddd"
     )
     assert checkpoints.describe_input_changes(tmp_path, other) == words

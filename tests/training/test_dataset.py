@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 import persea.training.dataset as dataset_module
 import persea.training.example as example_module
-from persea.alignment.boundary_mask import UNRESTRICTED_CONTEXT
 from persea.alignment.event_map import EventMap, build_event_map
 from persea.alignment.spans import common_boundaries
+from persea.alignment.token_order import UNRESTRICTED_CONTEXT
 from persea.cache.unit import CachedAnswer
 from persea.chat.messages import Conversation, FinishReason, Text, Thinking, ThinkingEffort
 from persea.chat.renderer import ChatRenderer

@@ -32,7 +32,7 @@ from typing import cast
 import numpy as np
 import torch
 
-from persea.alignment.boundary_mask import UNRESTRICTED_CONTEXT, BoundaryMask
+from persea.alignment.boundary_mask import BoundaryMask
 from persea.alignment.event_map import EventMap
 from persea.alignment.markers import (
     align_marker_runs,
@@ -40,6 +40,7 @@ from persea.alignment.markers import (
     is_after_markers,
 )
 from persea.alignment.spans import align
+from persea.alignment.token_order import UNRESTRICTED_CONTEXT
 from persea.errors import RefusedError, TeacherError
 from persea.losses import ImpossibleTokens, LMHead, SpanTargets
 from persea.teachers.engines import EngineFailure
@@ -237,7 +238,7 @@ class TeacherScorer:
         self, student_tokens: RenderedTokens, teacher_tokens: RenderedTokens, span_kind: int
     ) -> AlignedAnswer:
         """Return the marker runs and the spans of a kind that cover the same bytes."""
-        alignment = align([student_tokens], [teacher_tokens])
+        alignment = align(student_tokens, teacher_tokens)
         student_X2, teacher_X2 = align_marker_runs(student_tokens, teacher_tokens)
         spans = alignment.spans
         wanted_C = ~is_after_markers(

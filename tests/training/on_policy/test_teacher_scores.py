@@ -89,7 +89,7 @@ def test_rows_are_the_teachers_own_at_every_common_boundary(name: str) -> None:
     for found in (pair(name).score_boundaries(some), cut(name).score_boundaries(some)):
         want, first = [], 0
         for own, theirs in some:
-            both = align([own], [theirs]).boundaries
+            both = align(own, theirs).boundaries
             place, row = np.cumsum(own.loss_mask_T) - 1, np.cumsum(theirs.loss_mask_T) - 1
             rows = dense(name, theirs, voice)
             free = [
@@ -133,7 +133,7 @@ def test_a_position_where_no_event_is_left_is_left_out(monkeypatch: pytest.Monke
     assert mask is not None
     n = int(
         (
-            mask.other.supervised_context_ids(theirs, align([own], [theirs]).boundaries.teacher_C)
+            mask.other.supervised_context_ids(theirs, align(own, theirs).boundaries.teacher_C)
             == asked[0]
         ).sum()
     )  # no run of markers is in these words
@@ -149,7 +149,7 @@ def test_chunks_by_a_walk_over_the_spans(name: str) -> None:
     for found, dead in (pair(name).score_spans(some), cut(name).score_spans(some)):
         values, members, ends, begins, gone, first = [], [], [], [], set[tuple[int, int]](), 0
         for own, theirs in some:
-            laid, rows = align([own], [theirs]), dense(name, theirs, voice)
+            laid, rows = align(own, theirs), dense(name, theirs, voice)
             place, row = np.cumsum(own.loss_mask_T) - 1, np.cumsum(theirs.loss_mask_T) - 1
             boundary = dict(
                 zip(
@@ -419,7 +419,7 @@ class Certain:
         self, sequences: Sequence[np.ndarray], learn: Sequence[np.ndarray]
     ) -> Iterator[SparseDistributions]:
         for own, theirs in self.some:
-            at = align([own], [theirs]).boundaries
+            at = align(own, theirs).boundaries
             contexts = self.pair._boundary_contexts(
                 own, theirs, np.stack([at.student_C, at.teacher_C], 1)
             )[:, 1].tolist()
