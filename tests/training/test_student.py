@@ -305,7 +305,7 @@ def test_a_student_that_cannot_do_it_is_refused(monkeypatch: pytest.MonkeyPatch)
         student("gpt-oss-sapling", ways=ComputeOptions(packing=True))
     monkeypatch.setattr("transformers.LlamaForCausalLM.supports_gradient_checkpointing", False)
     with pytest.raises(
-        RefusedError, match=r"training\.recompute: .* cannot make its activations again"
+        RefusedError, match=r"training\.gradient_checkpointing: .* cannot make its activations again"
     ):
         student(ways=ComputeOptions(gradient_checkpointing=True))
 

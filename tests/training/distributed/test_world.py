@@ -126,7 +126,7 @@ def test_a_batch_has_a_conversation_for_each_process_each_time(
         return
     with pytest.raises(
         RecipeError,
-        match=rf"training\.batch: a batch of {batch} conversations cannot be split over {world} processes",
+        match=rf"training\.batch_size: a batch of {batch} conversations cannot be split over {world} processes",
     ):
         refuse_too_many_processes(world, batch, accumulate)
 
