@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from persea.alignment.spans import CommonBoundaries, align
-from persea.chat.messages import RenderedTokens
+from persea.tokenization.tokens import RenderedTokens
 
 IntArray = npt.NDArray[np.int64]
 START_OF_ANSWER = -2  # position of the markers that an answer begins with

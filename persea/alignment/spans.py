@@ -15,8 +15,8 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
-from persea.chat.messages import RenderedTokens
 from persea.errors import DataError
+from persea.tokenization.tokens import RenderedTokens
 
 
 class SupervisionKind(IntEnum):

@@ -17,7 +17,6 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from persea.chat.messages import RenderedTokens
 from persea.tokenization.bpe import BpeDerivations, derive_bpe
 from persea.tokenization.pretokenizer import (
     PROBE_PREFIXES,
@@ -26,6 +25,7 @@ from persea.tokenization.pretokenizer import (
     decode_whole_characters,
     load_pretokenizer,
 )
+from persea.tokenization.tokens import RenderedTokens
 from persea.tokenization.vocabulary import Vocabulary
 
 # Context in which every candidate is possible: the start of an answer, or after a control token.

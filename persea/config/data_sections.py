@@ -170,6 +170,21 @@ class AuditionSection(RecipeSection):
         default={},
         description="skill -> teacher that you choose yourself, instead of by measurement",
     )
+    first_round: int = Field(
+        default=10, ge=1, le=MAX_COUNT, description="questions of each skill in the first round"
+    )
+    min_items_per_language: int = Field(
+        default=4,
+        ge=1,
+        le=MAX_COUNT,
+        description="questions of each language before the ranking of a skill may be final",
+    )
+    round_growth: float = Field(
+        default=0.5,
+        ge=0,
+        le=100,
+        description="questions of a later round, as a share of all asked before it",
+    )
 
 
 class CaptureSection(RecipeSection):

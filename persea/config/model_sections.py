@@ -13,6 +13,7 @@ from persea.chat.messages import ThinkingEffort
 from persea.config.section import (
     MAX_COUNT,
     NAME_PATTERN,
+    SLUG_PATTERN,
     RecipeSection,
     check_contradictions,
 )
@@ -164,8 +165,9 @@ class EndpointSection(RecipeSection):
         pattern=r"^https?://[^/@\s]+(/[^@\s]*)?$",
         description="address of the server, without the route: http://127.0.0.1:8000",
     )
-    protocol: Literal["tokens", "completions", "sglang", "chat"] = Field(
+    protocol: str = Field(
         default="tokens",
+        pattern=SLUG_PATTERN,
         description="tokens = vLLM's and persea's token route; completions = with echo and token "
         "ids; sglang; chat = text without log-probabilities",
     )
@@ -216,6 +218,18 @@ class EndpointSection(RecipeSection):
         ge=0,
         description="tokens, sent and received, after which the run stops with a message; 0 = no "
         "limit",
+    )
+    max_failed_share: float = Field(
+        default=0.05,
+        ge=0,
+        le=1,
+        description="share of failed requests, from 20 requests on, above which the run stops",
+    )
+    max_fingerprint_drift: float = Field(
+        default=0.1,
+        ge=0,
+        description="mean difference in nats, over the log-probabilities of the handshake, above "
+        "which the server is taken to run another model",
     )
 
     @model_validator(mode="after")
@@ -295,8 +309,10 @@ class TeacherSection(ModelRef):
         description="keep the layers that do not fit on the GPU in main memory; slow, and without "
         "use on a CPU",
     )
-    engine: Literal["local", "vllm"] = Field(
-        default="local", description="library that runs its weights on this machine"
+    engine: str = Field(
+        default="local",
+        pattern=SLUG_PATTERN,
+        description="library that runs its weights on this machine",
     )
     endpoint: EndpointSection | None = Field(
         default=None, description="a server that runs it; then no weights are loaded here"

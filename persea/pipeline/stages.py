@@ -74,7 +74,7 @@ def run_check(context: RunContext, folder: Path, progress: ProgressCallback) -> 
                 opened,
                 [s for s in samples if s.skill != TEXT_FILES_SKILL and s.is_supported_by(voice)],
             )
-            kept = make_retained_mass(opened, bridge)
+            kept = make_retained_mass(opened, bridge, settings.min_counted_probability)
         pairs += [
             pairing(
                 teacher.name,
@@ -102,14 +102,20 @@ def run_check(context: RunContext, folder: Path, progress: ProgressCallback) -> 
             "families": context.family_info,
         },
     )
-    refuse_incompatible(pairs, likelihoods, settings.min_common_share, settings.max_disagreement)
+    refuse_incompatible(
+        pairs,
+        likelihoods,
+        settings.min_common_share,
+        settings.max_disagreement,
+        settings.max_template_excess,
+    )
 
 
 def run_audition(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
     """Measure every teacher on every skill, in rounds, until the ranking is settled; cast the strongest."""
     from persea.evaluation.answering import answer_items, single_model_loader
     from persea.evaluation.audition import build_cast, cast_markdown
-    from persea.evaluation.racing import compare_efforts, race_teachers
+    from persea.evaluation.racing import RaceSettings, compare_efforts, race_teachers
 
     settings, most = context.recipe.audition, context.recipe.capture.max_new_tokens
     load = single_model_loader(lambda name: context.load_teacher(name, settings.batch_size))
@@ -126,6 +132,7 @@ def run_audition(context: RunContext, folder: Path, progress: ProgressCallback) 
             speakers[name], speakers[name].efforts[0], skill, items, most
         )[0],
         lambda share, words: progress("audition", share, words),
+        RaceSettings(settings.first_round, settings.min_items_per_language, settings.round_growth),
     )
     dials, said = compare_efforts(
         courses,

@@ -23,7 +23,7 @@ from persea.alignment.spans import SupervisionKind, align
 from persea.alignment.token_order import UNRESTRICTED_CONTEXT
 from persea.cache.reader import AnswerSource, AnswerSubset, CacheMixture
 from persea.cache.unit import CachedAnswer
-from persea.chat.messages import RenderedTokens, ThinkingEffort
+from persea.chat.messages import ThinkingEffort
 from persea.chat.renderer import ChatRenderer
 from persea.distributions import DistributionKind
 from persea.errors import DataError
@@ -35,6 +35,7 @@ from persea.losses import (
     concat_event_targets,
 )
 from persea.tokenization.bpe import expand_groups
+from persea.tokenization.tokens import RenderedTokens
 from persea.training.loss_balancing import Group
 
 

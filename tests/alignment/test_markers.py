@@ -9,7 +9,8 @@ import pytest
 
 from persea.alignment.markers import align_marker_runs
 from persea.alignment.spans import align
-from persea.chat.messages import Conversation, RenderedTokens, Text
+from persea.chat.messages import Conversation, Text
+from persea.tokenization.tokens import RenderedTokens
 from tests.teachers.engines.test_transformers import opened
 from tests.training.on_policy.test_rollouts import STUDENT, pair
 from tests.training.on_policy.test_teacher_scores import marker, structured

@@ -62,7 +62,11 @@ def begins_commonly(world: World, inside: Inside) -> bool:
 @pytest.mark.parametrize("name", FLOORS)
 def test_total_variation_inside_teacher_tokens(name: str):
     world = worlds.world(name)
+<<<<<<< HEAD
     completer = projector_of(world.full_bridge)
+=======
+    completer = completer_of(world.full_event_map)
+>>>>>>> h8
     total, lost = 0.0, [0.0, 0.0]
     for inside in world.insides:
         if not begins_commonly(world, inside):
@@ -76,7 +80,7 @@ def test_total_variation_inside_teacher_tokens(name: str):
         )
         q: dict[int, float] = defaultdict(float)
         for v, x in zip(world.columns_V.tolist(), inside.q_V.tolist(), strict=True):
-            q[int(world.full_bridge.student_event_V[v])] += x
+            q[int(world.full_event_map.student_event_V[v])] += x
         for k, context in enumerate(
             (
                 completer.student_order.context_ids(
@@ -88,13 +92,13 @@ def test_total_variation_inside_teacher_tokens(name: str):
             said = completer.project(rows, np.array([0]), [inside.emitted], context)
             assert len(said.student_index_M), "some teacher token did go on"
             p = (
-                np.bincount(said.event_M, said.probs_M, world.full_bridge.num_events)
+                np.bincount(said.event_M, said.probs_M, world.full_event_map.num_events)
                 / said.probs_M.sum()
             )
             lost[k] += (
                 inside.mass
                 * sum(
-                    abs(p[e] - q[e] / sum(q.values())) for e in range(world.full_bridge.num_events)
+                    abs(p[e] - q[e] / sum(q.values())) for e in range(world.full_event_map.num_events)
                 )
                 / 2
             )

@@ -24,7 +24,6 @@ from persea.chat.messages import (
     ContentPart,
     Conversation,
     Message,
-    RenderedTokens,
     Role,
     Text,
     Thinking,
@@ -32,6 +31,7 @@ from persea.chat.messages import (
 )
 from persea.chat.renderer import ChatRenderer
 from persea.errors import DataError
+from persea.tokenization.tokens import RenderedTokens
 from tests.conftest import FAMILIES, Speaker
 
 FRAGMENTS = [

@@ -606,5 +606,5 @@ def test_a_signal_is_not_an_error_that_a_library_could_swallow() -> None:
     assert caught.value.exit_code == 143
     assert (
         str(caught.value)
-        == "stopped by SIGTERM; what is committed stays -> the same command goes on"
+        == "stopped by SIGTERM; committed work is kept -> run the same command to continue"
     )

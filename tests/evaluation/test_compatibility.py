@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from persea.alignment.event_map import EventMap, build_event_map
 from persea.alignment.spans import CommonBoundaries, SupervisionKind, align_batch, common_boundaries
-from persea.chat.messages import Conversation, RenderedTokens, Text, Thinking, ThinkingEffort
+from persea.chat.messages import Conversation, Text, Thinking, ThinkingEffort
 from persea.chat.renderer import ChatRenderer
 from persea.errors import DataError, RefusedError
 from persea.evaluation.compatibility import (
@@ -37,6 +37,7 @@ from persea.tasks import generated as skills
 from persea.tasks.task import Split
 from persea.teachers.engines.transformers import TransformersEngine
 from persea.teachers.teacher import Teacher
+from persea.tokenization.tokens import RenderedTokens
 from tests.conftest import FAMILIES, ROOT, Speaker
 
 FRAGMENTS = [
@@ -222,7 +223,7 @@ class Drawn:
         self, sequences: Sequence[np.ndarray], learn: Sequence[np.ndarray]
     ) -> Iterator[torch.Tensor]:
         for wanted in learn:
-            yield self.logprobs_W.expand_groups(int(wanted.sum()), -1)
+            yield self.logprobs_W.expand(int(wanted.sum()), -1)
 
 
 def test_the_mass_that_masks_keep_is_measured(to_llama: Pair):
@@ -315,12 +316,12 @@ def test_to_json_is_json(pair_of: Callable[[str, str], Pair]):
 
 
 def test_bytes_that_cannot_be_located_are_refused(pair_of: Callable[[str, str], Pair]):
-    with pytest.raises(DataError, match="does not give the text back"):
+    with pytest.raises(DataError, match="does not reproduce the text"):
         pairing(pair_of("gemma", "llama"), answered("a literal ▁"))
 
 
 def test_a_name_stands_beside_what_cannot_be_said(pair_of: Callable[[str, str], Pair]):
-    with pytest.raises(DataError, match=r"no\. 1: the tokenizer does not give the text back"):
+    with pytest.raises(DataError, match=r"no\. 1: the tokenizer does not reproduce the text"):
         pairing(pair_of("gemma", "llama"), answered("fine", "a literal ▁"))
 
 

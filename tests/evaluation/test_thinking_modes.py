@@ -259,7 +259,7 @@ def test_a_whole_run_in_modes(tmp_path: Path) -> None:
         ("reasoning", "none", 8),
         ("reasoning", "high", 8),
     ]
-    assert (told["thinks_unasked"]["n"], told["answers_unthinking"]["n"]) == (16, 8)
+    assert (told["unasked_thinking"]["n"], told["missing_thinking"]["n"]) == (16, 8)
     assert "modes.json" in json.loads((run / "evaluate" / "done.json").read_text())["outputs"]
     assert json.loads((run / "report" / "report.json").read_text())["modes"] == told
     assert "Thinking or not" in (run / "report" / "index.html").read_text()

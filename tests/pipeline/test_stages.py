@@ -289,7 +289,7 @@ def test_stopped_while_it_captures_it_says_so_and_goes_on(tmp_path: Path) -> Non
         assert ended.code == 128 + number
         assert (
             ended.err.splitlines()[-1]
-            == f"persea: stopped by {number.name}; what is committed stays -> the same command goes on"
+            == f"persea: stopped by {number.name}; committed work is kept -> run the same command to continue"
         )
         assert "Traceback" not in ended.err
     kept = times(run / "capture" / "commits")

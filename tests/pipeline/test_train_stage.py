@@ -375,9 +375,9 @@ class _Student:
 
 def _feed() -> DistillDataset:
     from persea.cache.reader import CacheMixture
-    from persea.chat.messages import RenderedTokens
     from persea.distributions import DistributionKind
     from persea.losses import EventTargets
+    from persea.tokenization.tokens import RenderedTokens
     from persea.training.dataset import DatasetStats, Example
 
     none = np.empty(0, np.int64)

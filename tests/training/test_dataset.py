@@ -301,7 +301,7 @@ def test_an_answer_the_student_cannot_say_is_left_out_with_its_reason(voices: Vo
     )
     assert (
         captures[1].answer.prompt_id in told.reasons[0]
-        and "does not give the text back" in told.reasons[0]
+        and "does not reproduce the text" in told.reasons[0]
     )
     with pytest.raises(DataError, match="1 cannot be said"):
         build_dataset(

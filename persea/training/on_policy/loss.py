@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from persea.chat.messages import RenderedTokens
 from persea.losses import (
     Divergence,
     ImpossibleTokens,
@@ -19,6 +18,7 @@ from persea.losses import (
     divergence_loss_from_hidden,
     span_likelihood_loss,
 )
+from persea.tokenization.tokens import RenderedTokens
 from persea.training.loss_balancing import GroupStats
 from persea.training.on_policy.candidates import CandidateTokens
 from persea.training.on_policy.teacher_scores import TeacherScorer

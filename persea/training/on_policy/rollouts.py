@@ -24,12 +24,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from persea.chat.messages import Conversation, FinishReason, RenderedTokens, ThinkingEffort
+from persea.chat.messages import Conversation, FinishReason, ThinkingEffort
 from persea.chat.renderer import ChatRenderer
 from persea.config.schema import OnPolicySection
 from persea.data.prompts import Prompt
 from persea.distributions import DistributionKind
 from persea.errors import DataError, RecipeError, RefusedError
+from persea.tokenization.tokens import RenderedTokens
 from persea.training import loss_balancing as balance
 from persea.training.loss_balancing import Group
 from persea.training.on_policy.candidates import MIN_CANDIDATE_PROB, candidates_from_hidden

@@ -15,7 +15,7 @@ import torch
 
 from persea.alignment.markers import align_marker_runs
 from persea.alignment.spans import align
-from persea.chat.messages import Conversation, RenderedTokens, Text, Thinking, ThinkingEffort
+from persea.chat.messages import Conversation, Text, Thinking, ThinkingEffort
 from persea.chat.renderer import ChatRenderer
 from persea.distributions import DistributionKind, SparseDistributions
 from persea.errors import RecipeError, TeacherError
@@ -24,6 +24,7 @@ from persea.tasks.generated import GENERATED_TASKS
 from persea.tasks.task import Split
 from persea.teachers.engines import Engine, EngineCapabilities, EngineFailure
 from persea.teachers.engines.transformers import TransformersEngine
+from persea.tokenization.tokens import RenderedTokens
 from persea.training.on_policy.candidates import NO_TOKENS, candidates_from_hidden
 from persea.training.on_policy.rollouts import Rollouts
 from persea.training.on_policy.teacher_scores import (
