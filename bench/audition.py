@@ -42,19 +42,11 @@ def answer_all(
     recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml", [f"audition.items={items}"])
     context = RunContext(recipe, ROOT / "runs" / "bench-audition")
     set_threads(recipe.threads)
-<<<<<<< HEAD
-    skills = river.held_out_items(Split.AUDITION)
-    load = single_model_loader(lambda name: river.load_teacher(name, recipe.audition.batch_size))
-    answers = {}
-    for name in river.renderers:
-        speaker = river.evaluated_model(name, recipe.audition.batch_size, (), load)
-=======
     skills = context.held_out_items(Split.AUDITION)
-    load = single_model_loader(lambda name: context.load_teacher(name, recipe.audition.batch))
+    load = single_model_loader(lambda name: context.load_teacher(name, recipe.audition.batch_size))
     answers = {}
     for name in context.renderers:
-        speaker = context.evaluated_model(name, recipe.audition.batch, (), load)
->>>>>>> h8
+        speaker = context.evaluated_model(name, recipe.audition.batch_size, (), load)
         for skill, some in skills:
             results, _ = answer_items(
                 speaker, speaker.efforts[0], skill, some, recipe.capture.max_new_tokens
@@ -108,19 +100,11 @@ def main() -> None:
         )
         course.update_eliminated(len(order))
         whole.append(course)
-<<<<<<< HEAD
-    truth = build_cast(whole, efforts, {}, river.recipe.audition.min_score).parts
+    truth = build_cast(whole, efforts, {}, context.recipe.audition.min_score).parts
     runs = []
     for seed in range(seeds):
         courses = race_teachers(teachers, skills, seed, ask)
-        found = build_cast(courses, efforts, {}, river.recipe.audition.min_score).parts
-=======
-    truth = build_cast(whole, efforts, {}, context.recipe.audition.floor).parts
-    runs = []
-    for seed in range(seeds):
-        courses = race_teachers(teachers, skills, seed, ask)
-        found = build_cast(courses, efforts, {}, context.recipe.audition.floor).parts
->>>>>>> h8
+        found = build_cast(courses, efforts, {}, context.recipe.audition.min_score).parts
         asked = sum(len(v) for c in courses for v in c.scores.values())
         names = {p: [t for t, _ in mine] for p, mine in found.items()}
         runs.append(

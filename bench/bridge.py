@@ -162,11 +162,7 @@ def alignment(student: Vocabulary, teacher: Vocabulary, peer: Any) -> dict[str, 
         return align_batch(ones, twos)
 
     def from_text() -> object:
-<<<<<<< HEAD
-        return align_batch(laid(student, said), laid(teacher, said))
-=======
-        return align(laid(student, pieces), laid(teacher, pieces))
->>>>>>> h8
+        return align_batch(laid(student, pieces), laid(teacher, pieces))
 
     if peer is None or not teacher.byte_level:  # TRL refuses SentencePiece
         for name, work in (("from_offsets", from_offsets), ("from_text", from_text)):

@@ -5,20 +5,12 @@
 Default: 3 seeds, 400 items per task, every arm. Seeds change the prompts, the order and the
 sampling of distributions, not the saplings. Arms, for each seed:
 
-<<<<<<< HEAD
-    student      the quickstart's own; with it base and teachers are measured
-    sft          a student of the same answers, by cross-entropy alone (training.event_weight = 0)
-    balance      a student of the same answers, its groups balanced as the recipe's student is not (training.loss_balancing)
-    oracle       a student of each teacher's own skills alone, as many steps; the routed oracle takes the best of these, skill by skill
-    only         a student of each teacher alone, asked every prompt of the recipe
-=======
     student      the quickstart's student; base model and teachers are measured with it
-    sft          a student of the same answers, by cross-entropy alone (training.event_share = 0)
-    balance      a student of the same answers with training.balance, which the recipe leaves off
+    sft          a student of the same answers, by cross-entropy alone (training.event_weight = 0)
+    balance      a student of the same answers with training.loss_balancing, which the recipe leaves off
     oracle       a student of each teacher's tasks alone, for as many steps; the routed oracle takes
                  the best of these, task by task
     only         a student of each teacher alone, which answers every prompt of the recipe
->>>>>>> h8
 
 Resumable: students and measurements are in runs/results/SEED/. Headroom reached = (student - base)
 / (oracle - base), over the seeds that have both. Writes bench/results/quickstart.json and prints
@@ -190,17 +182,11 @@ def plain(part: CorpusSection) -> dict[str, Any]:
 
 
 def _known(part: dict[str, Any], efforts: Collection[str]) -> dict[str, Any]:
-<<<<<<< HEAD
-    """The part asked in the modes that one teacher knows, in the same proportion."""
+    """Return the part with the efforts that one teacher knows, in the same proportion."""
     modes = {
         mode: share for mode, share in part.get("effort_shares", {}).items() if mode in efforts
     }
     if modes == part.get("effort_shares", {}):
-=======
-    """Return the part with the efforts that one teacher knows, in the same proportion."""
-    modes = {mode: share for mode, share in part.get("modes", {}).items() if mode in efforts}
-    if modes == part.get("modes", {}):
->>>>>>> h8
         return part
     return {k: v for k, v in part.items() if k != "effort_shares"} | (
         {"effort_shares": {m: s / sum(modes.values()) for m, s in modes.items()}} if modes else {}

@@ -245,11 +245,7 @@ def test_impossible_tokens_are_masked(one: list[tuple[int, int]], two: list[tupl
 def test_the_exact_worlds(name: str):
     """A possible token is never masked; one stays only because strings end at 6 characters."""
     world = worlds.world(name)
-<<<<<<< HEAD
-    emap = world.full_bridge
-=======
-    bridge = world.full_event_map
->>>>>>> h8
+    emap = world.full_event_map
     if name == "same":
         assert emap.teacher_mask is None and emap.student_mask is None
         return

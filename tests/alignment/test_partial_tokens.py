@@ -62,11 +62,7 @@ def begins_commonly(world: World, inside: Inside) -> bool:
 @pytest.mark.parametrize("name", FLOORS)
 def test_total_variation_inside_teacher_tokens(name: str):
     world = worlds.world(name)
-<<<<<<< HEAD
-    completer = projector_of(world.full_bridge)
-=======
-    completer = completer_of(world.full_event_map)
->>>>>>> h8
+    completer = projector_of(world.full_event_map)
     total, lost = 0.0, [0.0, 0.0]
     for inside in world.insides:
         if not begins_commonly(world, inside):
@@ -98,7 +94,8 @@ def test_total_variation_inside_teacher_tokens(name: str):
             lost[k] += (
                 inside.mass
                 * sum(
-                    abs(p[e] - q[e] / sum(q.values())) for e in range(world.full_event_map.num_events)
+                    abs(p[e] - q[e] / sum(q.values()))
+                    for e in range(world.full_event_map.num_events)
                 )
                 / 2
             )
