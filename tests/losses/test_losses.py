@@ -615,7 +615,7 @@ def test_only_full_rows_allow_other_divergences_than_forward():
             [0, 9],
             [0.5, 0.5],
             DistributionKind.SAMPLED,
-            "teacher id 9 lies outside the vocabulary of 9 tokens",
+            "teacher id 9 is outside the vocabulary of 9 tokens",
         ),
         ([0, -1], [0.5, 0.5], DistributionKind.SAMPLED, "teacher id -1 lies outside"),
         ([0, 1], [0.5, float("nan")], DistributionKind.SAMPLED, "a teacher's probability is nan"),
