@@ -8,8 +8,8 @@ from persea.pipeline.run_context import RunContext, digest_json
 from persea.pipeline.status import STAGE_NAMES
 
 POST_EVALUATION_KEYS = {
-    "allow_regression",
-    "lm_eval",
+    "allow_safety_regression",
+    "lm_eval_results",
 }  # what the recipe says of an evaluation once it is there
 
 
@@ -39,7 +39,7 @@ def capture_inputs(context: RunContext) -> object:
         *([b.location, b.reason] for b in context.corpus.malformed),
         *(
             ["verify", context.recipe.evaluation.grading.model_dump()]
-            if context.recipe.capture.verify
+            if context.recipe.capture.drop_wrong_answers
             else []
         ),
     ]
@@ -51,11 +51,12 @@ def train_inputs(context: RunContext) -> dict[str, Any]:
         "training": context.recipe.training.model_dump(mode="json", exclude={"report_to"}),
         "seed": context.recipe.seed,
         "threads": context.recipe.threads,
+        "max_mask_search_tokens": context.recipe.check.max_mask_search_tokens,
         "student": context.student_identity,
         "capture": digest_json([u.name for u in context.capture_units]),
     } | (
         {"verified": [context.read_stage_record("capture")["outputs"]["wrong.json"]]}
-        if context.recipe.capture.verify
+        if context.recipe.capture.drop_wrong_answers
         else {}
     )
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from persea.cache.answer_filter import QuestionKey, question_key
 from persea.chat.messages import Conversation, ThinkingEffort
 from persea.config.schema import BenchmarkSection, CorpusSection, TeacherSection
-from persea.data.prompts import MalformedLine, Prompt, assign_efforts, read_prompts
+from persea.data.formats import read_prompts
+from persea.data.prompts import MalformedLine, Prompt, assign_efforts
 from persea.errors import DataError, TeacherError
 from persea.evaluation.compatibility import ConversationSample, read_texts
 from persea.tasks import benchmarks as sets
@@ -59,7 +60,7 @@ def make_safety_judge(
         return said.text
 
     return SafetyJudge(
-        families[name], {t.name: families[t.name] for t in teachers if not t.yardstick}, ask
+        families[name], {t.name: families[t.name] for t in teachers if not t.reference}, ask
     )
 
 
@@ -86,7 +87,7 @@ def load_benchmarks(
             s.file or f"{HUB_PREFIX}{s.hub}", s.answers or "", s.language, s.config, s.split
         )
 
-    return tuple(sets.load_benchmark(named(s.set), source(s), s.skill, options) for s in refs)
+    return tuple(sets.load_benchmark(named(s.benchmark), source(s), s.skill, options) for s in refs)
 
 
 def measured_tasks(
@@ -118,7 +119,8 @@ def load_part_prompts(
                 Path(part.file),
                 part.skill,
                 part.language,
-                on_malformed if part.broken == "quarantine" else None,
+                on_malformed if part.on_malformed == "quarantine" else None,
+                part.max_line_bytes,
             )
         )
         for prompt in read:
@@ -128,7 +130,7 @@ def load_part_prompts(
                     where=part.file,
                     remedy=f"one of {', '.join(skill_names)}; or add a part of that skill",
                 )
-        return assign_efforts(read, part.modes)
+        return assign_efforts(read, part.effort_shares)
     items = next(s for s in tasks if s.name == part.skill).items(
         Split.TRAIN, part.generate or 0, seed
     )
@@ -138,7 +140,9 @@ def load_part_prompts(
             where=where,
             remedy=f"ask for at most {len(items):,}",
         )
-    return assign_efforts((replace(i.prompt, answer=i.reference) for i in items), part.modes)
+    return assign_efforts(
+        (replace(i.prompt, answer=i.reference) for i in items), part.effort_shares
+    )
 
 
 def items_by_question(

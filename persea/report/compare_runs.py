@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from persea.chat.messages import ThinkingEffort
+from persea.config.renamed_keys import rename_in_plain_data
 from persea.errors import DataError
 from persea.report.run_files import GradedAnswer, read_graded_answers
 from persea.tasks.intervals import paired_difference_interval, unpaired_difference_interval
@@ -249,7 +250,8 @@ def _flat_recipe(run_folder: Path) -> dict[str, Any]:
     """Return the run's recipe with flat keys such as teachers.0.model."""
     path = run_folder / "recipe.yaml"
     try:
-        return dict(_flatten(yaml.safe_load(path.read_text(encoding="utf-8")), ""))
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return dict(_flatten(rename_in_plain_data(data), ""))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise DataError(
             f"cannot be read: {error}".splitlines()[0],

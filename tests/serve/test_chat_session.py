@@ -34,7 +34,8 @@ from persea.chat.messages import (
 from persea.chat.renderer import ChatRenderer
 from persea.cli.chat import PipeDisplay
 from persea.errors import DataError
-from persea.models.loading import random_init, resolve_model_source
+from persea.models.loading import resolve_model_source
+from persea.models.random_init import random_init
 from persea.serve import chat_session as talk
 from persea.serve.chat_session import ChatSession, load_chat_model, run_chat, sanitize_for_terminal
 from persea.serve.streaming import StreamingAnswerParser

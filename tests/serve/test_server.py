@@ -564,7 +564,7 @@ HEAD = {"authorization": "Bearer a-secret"}
                 "tools": [{"type": "function", "function": {"name": "my tool", "parameters": {}}}],
             },
             400,
-            "no name of a tool",
+            "is not a valid tool name",
         ),
         ("/v1/embeddings", {}, 404, "no such route"),
     ],

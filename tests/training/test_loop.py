@@ -315,7 +315,7 @@ def test_a_signal_saves_the_step_and_the_rest_goes_on_from_it(
     first = Toy()
     with pytest.raises(
         RunInterrupted,
-        match=rf"stopped by {number.name}; step {at + 1} is saved -> the same command goes on",
+        match=rf"stopped by {number.name}; step {at + 1} is saved -> run the same command to continue",
     ) as caught:
         run(
             tmp_path,
@@ -376,7 +376,7 @@ def test_the_command_line_ends_with_the_code_of_its_signal_and_goes_on_to_the_sa
     last = stopped.err.splitlines()[-1]
     step = int(
         last.removeprefix(f"persea: stopped by {number.name}; step ").removesuffix(
-            " is saved -> the same command goes on"
+            " is saved -> run the same command to continue"
         )
     )
     assert 1 <= step < 8

@@ -1,6 +1,6 @@
 """Published benchmarks for real models, read in their published file formats, each with a grader.
 
-A recipe names benchmarks under `evaluation.sets`; benchmarks with one `skill` are measured
+A recipe names benchmarks under `evaluation.benchmarks`; benchmarks with one `skill` are measured
 together. A new benchmark is one file with a BENCHMARKS tuple, its line in the tuple here, a row in
 docs/sets.md and one test: see docs/new_task.md.
 """
@@ -84,7 +84,7 @@ def find_benchmark(name: str) -> Benchmark:
             return one
     raise DataError(
         f"unknown benchmark {name!r}",
-        where="evaluation.sets",
+        where="evaluation.benchmarks",
         remedy=f"known benchmarks: {', '.join(b.name for b in BENCHMARKS)}",
     )
 
@@ -95,7 +95,7 @@ def reject_unknown_names(
     """Check the names of benchmarks and skills in a recipe. Opens no file.
 
     Args:
-        refs: The recipe's `evaluation.sets`.
+        refs: The recipe's `evaluation.benchmarks`.
         corpus: The recipe's `corpus`.
         where: File of the recipe, for the message.
 
@@ -106,17 +106,17 @@ def reject_unknown_names(
     known = {b.name: b for b in BENCHMARKS}
     wrong = [
         (
-            f"evaluation.sets.{k}.set",
-            f"unknown benchmark {r.set!r}",
-            suggest_choice(r.set, list(known)),
+            f"evaluation.benchmarks.{k}.benchmark",
+            f"unknown benchmark {r.benchmark!r}",
+            suggest_choice(r.benchmark, list(known)),
         )
         for k, r in enumerate(refs)
-        if r.set not in known
+        if r.benchmark not in known
     ]
     if not wrong:
         skills = [
             *(t.name for t in GENERATED_TASKS),
-            *(r.skill or known[r.set].skill or r.set for r in refs),
+            *(r.skill or known[r.benchmark].skill or r.benchmark for r in refs),
         ]
         wrong = [
             (

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 from persea.chat.messages import Message
 from persea.data.language_id import detect_language, is_same_language
+from persea.storage import parse_strict_json
 from persea.tasks.benchmarks.benchmark import (
     Benchmark,
     BenchmarkItems,
@@ -138,12 +139,8 @@ def title(text: str) -> bool:
 def json_format(text: str) -> bool:
     """Check that the text is one JSON value, fenced or not. NaN is not JSON."""
     bare = re.sub(r"\A\s*```(?:json)?\s*\n?|\n?\s*```\s*\Z", "", text, flags=re.IGNORECASE).strip()
-
-    def no_constant(name: str) -> None:
-        raise ValueError(name)
-
     try:
-        json.loads(bare, parse_constant=no_constant)
+        parse_strict_json(bare)
     except (ValueError, RecursionError):
         return False
     return True

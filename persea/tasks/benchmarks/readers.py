@@ -15,6 +15,7 @@ from typing import Any
 from persea.chat.messages import Conversation, Tool, ToolCall
 from persea.data.prompts import Prompt
 from persea.errors import DataError
+from persea.storage import parse_strict_json
 from persea.tasks.benchmarks.benchmark import BenchmarkItems, BenchmarkSource
 from persea.tasks.task import TaskItem
 
@@ -120,7 +121,7 @@ def read_text(path: str) -> str:
         raise DataError(
             f"cannot read the benchmark: {error.strerror}",
             where=path,
-            remedy="check `evaluation.sets:` in the recipe",
+            remedy="check `evaluation.benchmarks:` in the recipe",
         ) from error
     try:
         return data.decode("utf-8-sig")
@@ -144,12 +145,8 @@ def load_json(text: str, where: str) -> Any:
     Raises:
         DataError: If the text is no JSON; the message names the line.
     """
-
-    def refuse_constant(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
-
     try:
-        return json.loads(text, parse_constant=refuse_constant)
+        return parse_strict_json(text)
     except (ValueError, RecursionError) as error:
         has_line = ":" in where[-8:]
         line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
