@@ -735,9 +735,9 @@ def test_page_shows_cost_cast_check_and_lineage(whole: Path) -> None:
         "Answers left out: 160 length, 29 malformed.",
         "Prompts removed before capture: 41 duplicate, 7 test item.",
         "another is pinned",
-        "below qwen",
-        "24, decided",
-        "60, all available",
+        "worse than qwen",
+        "24, settled",
+        "60, all items used",
         "one to one",
         "cross-entropy only",
         "different events",
@@ -832,7 +832,7 @@ def test_every_teacher_of_the_audition_is_shown(run: Path) -> None:
     change(run / "audition" / "cast.json", lambda v: v.update(scores=heard))
     page = words_of(page_of(run))
     assert "gemma0.70 (0.57-0.80)60100%strongest" in page
-    assert "qwen0.60 (0.47-0.71)60-below gemma" in page
+    assert "qwen0.60 (0.47-0.71)60-worse than gemma" in page
     change(run / "audition" / "cast.json", lambda v: v.update(scores=[]))
     assert "The audition measured no score." in words_of(page_of(run))
 
