@@ -328,7 +328,7 @@ def test_a_name_stands_beside_what_cannot_be_said(pair_of: Callable[[str, str], 
 def test_the_bridge_of_another_pair_is_refused(pair_of: Callable[[str, str], Pair]):
     teacher, student, _ = pair_of("qwen", "llama")
     with pytest.raises(
-        DataError, match="teacher -> student: this bridge was built for other tokenizers"
+        DataError, match="teacher -> student: this event map was built for other tokenizers"
     ):
         pairing(Pair((teacher, student, pair_of("gemma", "llama")[2])), answered("Hello"))
 
@@ -348,7 +348,7 @@ def test_below_the_floor_is_refused(pair_of: Callable[[str, str], Pair]):
         refuse_incompatible([good, bad], [], 0.3, 0.1)
     assert caught.value.exit_code == 4
     assert caught.value.where == "far-away -> student, code vi"
-    assert "check.floor" in caught.value.remedy
+    assert "check.min_common_share" in caught.value.remedy
 
 
 def test_disagreement_is_refused_where_a_sample_is_long_enough_to_prove_it(
@@ -374,7 +374,7 @@ def test_disagreement_is_refused_where_a_sample_is_long_enough_to_prove_it(
     ) as caught:
         refuse_incompatible([replace(found, num_boundaries=5000)], [], 0.0, 0.1)
     assert (caught.value.exit_code, caught.value.where) == (4, "teacher -> student, languages hmn")
-    assert "check.disagreement" in caught.value.remedy
+    assert "check.max_disagreement" in caught.value.remedy
 
 
 # ---- does its template suit a teacher? -------------------------------------------------------------------------------
@@ -479,7 +479,7 @@ def test_a_template_that_makes_a_teacher_worse_is_refused(tiny_of: Callable[[str
     )
     assert found[0].excess_low
     assert found[0].excess_low > MAX_TEMPLATE_EXCESS_BITS_PER_BYTE
-    with pytest.raises(RefusedError, match=r"template costs it \d\.\d\d bits a byte") as caught:
+    with pytest.raises(RefusedError, match=r"template costs \d\.\d\d bits per byte") as caught:
         refuse_incompatible([], found, 0.3, 0.1)
     assert (caught.value.exit_code, caught.value.where) == (4, "wrong-clothes, 8 answers")
     assert "chat_template.jinja" in caught.value.remedy

@@ -192,7 +192,7 @@ def test_turns_are_remembered_and_thoughts_are_not_said_again():
     told = screen.notes[0].splitlines()
     assert [line.split(":")[0] for line in told] == ["user", "assistant", "user", "assistant"]
     assert told[0] == f"user: {question()}"
-    assert screen.notes[1:] == ["forgotten", "nothing was said yet"]
+    assert screen.notes[1:] == ["new conversation", "no message yet"]
     both = ChatSession.start(opened("qwen-sapling")[0])
     both.messages = list(
         Conversation.from_question("q").with_answer(Thinking("hm"), Text("a")).messages
@@ -211,7 +211,7 @@ def test_turns_are_remembered_and_thoughts_are_not_said_again():
         (
             "gpt-oss-sapling",
             "off",
-            "this model knows no off; it knows low, medium, high",
+            "this model has no off; it has low, medium, high",
             ThinkingEffort.LOW,
         ),
         ("gpt-oss-sapling", "MEDIUM", "thinking: medium", ThinkingEffort.MEDIUM),
@@ -220,10 +220,10 @@ def test_turns_are_remembered_and_thoughts_are_not_said_again():
         (
             "qwen-sapling",
             "low",
-            "this model knows no low; it knows none, high",
+            "this model has no low; it has none, high",
             ThinkingEffort.NONE,
         ),
-        ("gemma-sapling", "on", "this model knows no on; it knows none", ThinkingEffort.NONE),
+        ("gemma-sapling", "on", "this model has no on; it has none", ThinkingEffort.NONE),
         (
             "qwen-sapling",
             "hard",
@@ -245,7 +245,7 @@ def test_lang_is_a_system_line():
         one.run_command("/lang vi")
         == one.run_command("/lang Vietnamese")
         == one.run_command("/lang")
-        == "answers are asked for in Vietnamese"
+        == "the model is asked to answer in Vietnamese"
     )
     one.messages = list(Conversation.from_question("q").with_answer(Text("a")).messages)
     assert [(m.role.value, m.text) for m in one.build_conversation("x").messages] == [
@@ -256,7 +256,7 @@ def test_lang_is_a_system_line():
     ]
     assert "en English" in one.run_command("/lang klingon")
     assert one.language == "vi"
-    assert one.run_command("/lang off") == "answers are in the language it chooses"
+    assert one.run_command("/lang off") == "the model chooses the language of its answers"
     assert [m.role.value for m in one.build_conversation("x").messages] == [
         "user",
         "assistant",
@@ -290,7 +290,7 @@ def test_what_cannot_be_said_is_told_and_forgotten():
         "gpt-oss-sapling", "half a \ud83d", question(), effort=ThinkingEffort.HIGH, most=4
     )
     assert "surrogate" in screen.notes[0]
-    assert screen.ends == ["cut after 4 tokens; this turn is forgotten"]  # the thought did not end
+    assert screen.ends == ["cut after 4 tokens; this turn is not in the history"]  # the thought did not end
     assert one.messages == []
     screen, one = talked("gemma-sapling", question(), most=4)
     assert screen.ends == ["cut after 4 tokens"]
@@ -537,7 +537,7 @@ def test_a_reader_that_goes_ends_the_talk(tmp_path: Path):
         (("runs/none",), 3, "no tokenizer in 'runs/none'"),
         (("./none",), 3, "no model folder './none'"),
         ((".",), 3, "no tokenizer in '.'"),
-        ((OSS, "--think", "off"), 2, "--think: this model knows no off"),
+        ((OSS, "--think", "off"), 2, "--think: this model has no off"),
         ((OSS, "--max-new-tokens", "0"), 2, "persea --help"),
     ],
 )

@@ -285,11 +285,11 @@ def test_messages_become_a_conversation() -> None:
         {"x": "half \ud83d"},
     ):  # both are JSON to Python, and to nobody else
         tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
-        with pytest.raises(DataError, match="no plain JSON"):
+        with pytest.raises(DataError, match="not plain JSON"):
             ChatCompletionRequest.model_validate(
                 {"model": "m", "messages": messages[:2], "tools": tools}
             ).to_conversation(family)
-    with pytest.raises(DataError, match="knows no low effort -> one of none, high"):
+    with pytest.raises(DataError, match="has no low effort -> one of none, high"):
         ChatCompletionRequest.model_validate(
             {"model": "m", "messages": messages[:2], "reasoning_effort": "low"}
         ).to_conversation(family)
@@ -522,19 +522,19 @@ HEAD = {"authorization": "Bearer a-secret"}
             "/v1/completions",
             {"model": "llama-sapling", "prompt": "x", "logprobs": 6},
             400,
-            "at most 5",
+            "the limit is 5",
         ),
         (
             "/v1/completions",
             {"model": "llama-sapling", "prompt": "x", "max_tokens": 65},
             400,
-            "at most 64",
+            "the limit is 64",
         ),
         (
             "/v1/completions",
             {"model": "llama-sapling", "prompt": [5] * 1024, "max_tokens": 1},
             400,
-            "positions for 1,024",
+            "model's 1,024 positions",
         ),
         (
             "/v1/completions",
@@ -553,7 +553,7 @@ HEAD = {"authorization": "Bearer a-secret"}
             "/inference/v1/generate",
             {"token_ids": [5, 6], "sampling_params": {"prompt_logprob_token_ids": [[1] * 6]}},
             400,
-            "at most 5",
+            "the limit is 5",
         ),
         ("/v1/chat/completions", {"model": "llama-sapling", "messages": []}, 422, "messages"),
         (
@@ -762,7 +762,7 @@ def test_without_a_key_only_this_machine_is_answered() -> None:
 
 def test_other_addresses_need_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PERSEA_SERVE_KEY", raising=False)
-    with pytest.raises(RefusedError, match="PERSEA_SERVE_KEY holds no key") as caught:
+    with pytest.raises(RefusedError, match="PERSEA_SERVE_KEY is not set") as caught:
         resolve_api_key("0.0.0.0", "PERSEA_SERVE_KEY")
     assert caught.value.exit_code == 4
     assert resolve_api_key("127.0.0.1", "PERSEA_SERVE_KEY") == ""
@@ -780,7 +780,7 @@ def test_other_addresses_need_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "NO_SUCH_KEY",
         folder=tmp_path,
     )
-    assert (ended.code, "NO_SUCH_KEY holds no key" in ended.err) == (
+    assert (ended.code, "NO_SUCH_KEY is not set" in ended.err) == (
         4,
         True,
     )  # told before the model is looked for

@@ -1026,3 +1026,28 @@ def test_a_refused_prompt_is_an_answer_that_says_why() -> None:
         "too long for the server",
         None,
     )
+
+
+def test_a_server_is_asked_inside_a_running_event_loop() -> None:
+    """A notebook's cells run inside one."""
+    url = serving(QWEN)
+
+    async def cell() -> list[Any]:
+        line = HttpClient(url, "far", QUICK)
+        found = endpoint(url, QWEN)
+        return [resolve_served_model(line, ""), *found.generate(asked(QWEN)[:2], (0,), 3)]
+
+    name, *answers = asyncio.run(cell())
+    assert name == QWEN and len(answers) == 2
+    assert not any(isinstance(a, EngineFailure) for a in answers)
+
+
+def test_limits_of_failures_and_of_drift_are_settings() -> None:
+    one = ServerFingerprint("m", (-1.0, -2.0))
+    other = ServerFingerprint("m", (-1.1, -2.1))
+    one.refuse_other_model(other, "far", 0.2)
+    with pytest.raises(TeacherError, match=r"moved by 0\.10 nats"):
+        one.refuse_other_model(other, "far", 0.05)
+    patient = HttpClient("http://x", "far", replace(QUICK, max_failed_share=1.0))
+    for _ in range(40):
+        assert isinstance(patient._record_failure("no"), EngineFailure)

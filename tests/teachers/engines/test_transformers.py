@@ -284,3 +284,39 @@ def test_weights_that_are_not_finite_are_a_teacher_error(tmp_path: Path, value: 
     assert caught.value.exit_code == 5
     with pytest.raises(TeacherError, match="not finite"):
         broken.generate(prompts, voice.stop_ids, 4)
+
+
+def test_the_models_own_generation_config_comes_back_also_after_an_exception(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    renderer, model = opened("qwen-sapling")
+    own = model.generation_config
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        assert model.generation_config is not own
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "generate", fail)
+    with pytest.raises(KeyboardInterrupt):
+        engine("qwen-sapling").generate(asked(renderer)[:1], renderer.stop_ids, 2)
+    assert model.generation_config is own
+
+
+@pytest.mark.parametrize(
+    ("scores", "fails"),
+    [
+        ([[0.0, float("-inf")], [1.0, 2.0]], False),
+        ([[0.0, float("nan")], [1.0, 2.0]], True),
+        ([[0.0, float("inf")], [1.0, 2.0]], True),
+        ([[0.0, 1.0], [float("-inf"), float("-inf")]], True),
+    ],
+)
+def test_logits_without_a_finite_maximum_are_refused(
+    scores: list[list[float]], fails: bool
+) -> None:
+    logits = torch.tensor(scores)
+    if fails:
+        with pytest.raises(TeacherError, match="not finite"):
+            local._require_finite_logits(torch.zeros(2, 1), logits)
+    else:
+        assert local._require_finite_logits(torch.zeros(2, 1), logits) is logits
