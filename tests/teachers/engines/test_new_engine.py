@@ -1,4 +1,4 @@
-"""docs/new_engine.md is true: its diff applies to persea as it is, and the test it brings passes."""
+"""docs/new_engine.md is true: its diff applies to persea, and the test in it passes."""
 
 from __future__ import annotations
 
