@@ -33,9 +33,7 @@ MIN_FREQUENCY = 1e-300  # avoids a division by 0
 
 
 class DistributionKind(StrEnum):
-    """How much of the teacher's distribution is stored, which decides the losses that may use
-    it.
-    """
+    """How much of the teacher's distribution is stored, which decides the possible losses."""
 
     FULL = "full"  # every token: for any divergence
     # An unbiased sample: only for losses linear in the teacher's probabilities (forward KL).
@@ -220,8 +218,7 @@ def distributions_from_top_logprobs(
     target_ids_N: npt.NDArray[np.integer],
     target_logprob_N: npt.NDArray[np.floating],
 ) -> SparseDistributions:
-    """Return TOPK distributions from the K log-probabilities that a server returns for each
-    position.
+    """Return TOPK distributions from a server's K log-probabilities for each position.
 
     The values are exact, except at a position whose probabilities sum to more than 1 by more than a
     float32 sum can: there they are rounded down to the codec's grid, so that the codec's own
@@ -337,9 +334,7 @@ def _select_topk(
 ) -> tuple[
     npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.bool_]
 ]:
-    """Return the stored entries: how many for each position, ids, grid steps, and which are the
-    target.
-    """
+    """Return the stored entries: number for each position, ids, grid steps, whether the target."""
     n, width = p_NW.shape
     mass_N = p_NW.sum(1)
     kl_to_frequency_N = (p_NW * (np.maximum(logprobs_NW, MIN_LOGPROB) - np.log(frequency_W))).sum(1)

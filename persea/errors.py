@@ -1,6 +1,4 @@
-"""Errors with exit codes: each says in one line what failed, where, why, and what to do about
-it.
-"""
+"""Errors with exit codes. Each states in one line what failed, where, why, and the remedy."""
 
 from __future__ import annotations
 
@@ -39,8 +37,9 @@ class DataError(PerseaError):
 
 
 class RefusedError(PerseaError):
-    """The request is possible but would be wrong: a score below its floor, a licence, a changed
-    recipe, a plan that cannot fit. Exit code 4.
+    """The request is possible but would be wrong. Exit code 4.
+
+    Examples: a score below its floor, a licence, a changed recipe, a plan that cannot fit.
     """
 
     exit_code = 4

@@ -60,10 +60,9 @@ def _raise_storage_errors(path: Path) -> Iterator[None]:
 
 
 class Disk:
-    """All calls that change the disk. Tests replace `DISK` to record calls, fail them, or stop
-    between them.
+    """All calls that change the disk.
 
-    tests/disks.py has such disks.
+    Tests replace `DISK` to record calls, fail them, or stop between them (tests/disks.py).
     """
 
     def make(self, folder: Path) -> None:
@@ -104,9 +103,7 @@ DISK = Disk()
 
 
 def _make_folder(folder: Path) -> None:
-    """Create a folder and its parents, each synced in its parent, so that they survive a power
-    loss.
-    """
+    """Create a folder and its parents, each synced in its parent to survive a power loss."""
     if not folder.is_dir():
         _make_folder(folder.parent)
         with suppress(FileExistsError):  # another process created it first
@@ -128,8 +125,7 @@ def _temporary_file(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
 
 @contextmanager
 def open_atomic(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that appears at `path` complete or not at all, also after a power
-    loss.
+    """Open a file for writing that is complete or absent, also after a power loss.
 
     Raises:
         StorageError: The file cannot be written.
@@ -144,8 +140,7 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def open_atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a folder to fill that appears at `path` complete or not at all, also after a power
-    loss.
+    """Yield a folder to fill that is complete or absent at the end, also after a power loss.
 
     At `path` there must be nothing, or an empty folder.
 
@@ -226,7 +221,7 @@ def read_json_with_checksum(path: Path, remedy: str) -> dict[str, Any]:
     return record
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_strict_json(text: str | bytes) -> Any:
     """Parse JSON as the standard defines it.
 
     Raises:
@@ -241,8 +236,11 @@ def _refuse_json_constant(name: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> str:
-    """Write a value as indented JSON and return the sha256. NaN and Infinity are refused
-    (ValueError).
+    """Write a value as indented JSON and return the sha256.
+
+    Raises:
+        ValueError: The value contains NaN or Infinity.
+        StorageError: The file cannot be written.
     """
     return write_atomic(
         path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
@@ -250,8 +248,11 @@ def write_json(path: Path, value: Any) -> str:
 
 
 def write_json_lines(path: Path, values: Iterable[Any]) -> str:
-    """Write values as JSON lines and return the sha256. NaN and Infinity are refused
-    (ValueError).
+    """Write values as JSON lines and return the sha256.
+
+    Raises:
+        ValueError: A value contains NaN or Infinity.
+        StorageError: The file cannot be written.
     """
     return write_atomic(
         path,

@@ -1,12 +1,12 @@
-"""Grow the saplings from nothing: three tiny teachers and a student base, in their families' real
-architectures and manners.
+"""Train the saplings from nothing: three tiny teachers and a base model for the student.
 
     python saplings/grow.py                       all four into saplings/
     python saplings/grow.py qwen-sapling --steps 400 --out /tmp/grown
 
-Seeded and resumable: state stands in .grown/ every 200 steps and is removed when a sapling is
-whole. All text comes from the generators in persea/skills (GROW items only), so nothing third-party
-is inside.
+They have their families' real architectures, tokenizers and templates. Training is seeded and
+resumable: its state is saved to .grown/ every 200 steps and removed when a sapling is complete. All
+text comes from the generators in persea/tasks/generated (GROW items only), so the saplings contain
+nothing from third parties.
 """
 
 from __future__ import annotations
@@ -70,8 +70,10 @@ TEMPLATE_WORDS = [f"Reasoning: {e}" for e in ThinkingEffort] + [
 
 
 def grow_tokenizer(plan: Plan, folder: Path) -> None:
-    """Train the plan's tokenizer in its family's form. Digits stay single, as in Qwen and Gemma,
-    but for families with whole numbers."""
+    """Train the plan's tokenizer in its family's form.
+
+    Digits stay single, as in Qwen and Gemma, except for families with whole numbers.
+    """
     words = [t for item, _ in texts(plan, 8000) for t in words_of(item)] + TEMPLATE_WORDS * 100
     pieces = words if plan.whole_numbers else [p for t in words for p in re.split(r"\d+", t) if p]
     if plan.family == "gemma":
@@ -139,7 +141,8 @@ def grow_tokenizer(plan: Plan, folder: Path) -> None:
 def batch(
     pool: list[RenderedTokens], chosen: list[int], pad: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """ids, attention mask and labels (-100 where nothing is learned), right padded."""
+    """Return ids, attention mask and labels (-100 for positions without a loss), padded on the
+    right."""
     length = max(len(pool[i]) for i in chosen)
     ids = torch.full((len(chosen), length), pad)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
@@ -152,16 +155,20 @@ def batch(
 
 
 def neighbours(pool: list[RenderedTokens], rng: random.Random) -> list[int]:
-    """A batch drawn at random, of conversations alike in length: a quarter, in order of length, of
-    four times as many."""
+    """Return a random batch of conversations of similar length.
+
+    It is a random quarter, in order of length, of four times as many random conversations.
+    """
     drawn = sorted(rng.choices(range(len(pool)), k=4 * BATCH), key=lambda i: len(pool[i]))
     place = rng.randrange(4) * BATCH
     return drawn[place : place + BATCH]
 
 
 def optimizers_of(model: torch.nn.Module) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-    """Muon for the matrices between embeddings, AdamW for the rest: after 350 steps of
-    gpt-oss-sapling its loss was .88, AdamW's alone 1.03."""
+    """Return Muon for the matrices between the embeddings and AdamW for the rest.
+
+    After 350 steps of gpt-oss-sapling the loss was 0.88; with AdamW alone it was 1.03.
+    """
     inner = [
         p
         for name, p in model.named_parameters()
@@ -182,7 +189,7 @@ def optimizers_of(model: torch.nn.Module) -> tuple[torch.optim.Optimizer, torch.
 
 
 def grow(plan: Plan, out: Path, steps: int, progress: Progress) -> None:
-    """Train one sapling and write it as a Hugging Face folder, bf16."""
+    """Train one sapling and write it as a Hugging Face folder in bf16."""
     state_file = HERE.parent / ".added_token_continuations" / f"{plan.name}.pt"
     state_file.parent.mkdir(exist_ok=True)
     folder = out / plan.name
@@ -277,7 +284,7 @@ def grow(plan: Plan, out: Path, steps: int, progress: Progress) -> None:
 
 
 def speaker(plan: Plan, folder: Path, effort: ThinkingEffort = ThinkingEffort.NONE) -> Teacher:
-    """A grown sapling, ready to be asked."""
+    """Load a grown sapling as a teacher."""
     source = ModelSource(str(folder))
     renderer = load_renderer(source, plan.name)
     return Teacher(
@@ -289,8 +296,11 @@ def speaker(plan: Plan, folder: Path, effort: ThinkingEffort = ThinkingEffort.NO
 
 
 def measured(plan: Plan, folder: Path, n: int = 100) -> dict[str, Any]:
-    """What a grown sapling knows of each skill's AUDITION items, at each of its efforts; and its
-    mean entropy, nats a learned token, on small talk it has not seen and on reference answers.
+    """Measure a grown sapling.
+
+    Returns:
+        Its scores on each task's AUDITION items at each of its efforts, and its mean entropy (nats
+        for each token with a loss) on unseen small talk and on reference answers.
     """
     found: dict[str, Any] = {"scores": {}, "entropy": {}, "thought": {}}
     one = speaker(plan, folder)
@@ -318,7 +328,7 @@ def measured(plan: Plan, folder: Path, n: int = 100) -> dict[str, Any]:
 
 
 def entropy(one: Teacher, conversations: list[Conversation]) -> float:
-    """Mean entropy of a speaker's distributions, nats a learned token."""
+    """Return the mean entropy of a model's distributions in nats for each token with a loss."""
     rows = [
         -(logprobs.exp() * logprobs).sum(-1) for _, logprobs in one.compute_logprobs(conversations)
     ]
@@ -326,7 +336,7 @@ def entropy(one: Teacher, conversations: list[Conversation]) -> float:
 
 
 def table(folder: Path) -> str:
-    """What stands in growing.json of every sapling, as Markdown."""
+    """Return growing.json of every sapling as a Markdown table."""
     told = {
         plan.name: json.loads((folder / plan.name / "growing.json").read_text()) for plan in PLANS
     }

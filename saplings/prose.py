@@ -1,5 +1,7 @@
-"""Small talk in seven languages by a little grammar: text without one right answer, for a teacher
-to be unsure about."""
+"""Small talk in seven languages from a small grammar: text without one correct answer.
+
+A teacher can be uncertain about it.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,7 @@ TALK = {
 
 
 def small_talk(rng: random.Random, language: str = "") -> TaskItem:
-    """One sentence of small talk, and the question before it."""
+    """Return one sentence of small talk and the question before it."""
     language = language or rng.choice(list(TALK))
     question, *places = TALK[language]
     said = unicodedata.normalize(

@@ -1,5 +1,7 @@
-"""Debian's Chromium, headless, by its debugging pipe: a page opened at some width, in light or
-dark, on screen or on paper, and what it did."""
+"""Debian's Chromium, headless, controlled by its debugging pipe.
+
+A page is opened at a given width, light or dark, on screen or on paper.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,7 @@ needed = pytest.mark.skipif(
 
 @dataclass
 class Browser:
-    """One open page. `events` is everything it told while it worked."""
+    """One open page. `events` are the browser's messages."""
 
     send: int
     receive: int
@@ -76,7 +78,7 @@ class Browser:
         return told
 
     def open(self, page: Path, width: int = 1200, dark: bool = False, paper: bool = False) -> None:
-        """Load a page and wait until it stands still."""
+        """Load a page and wait until it does not change any more."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -94,13 +96,13 @@ class Browser:
             self.events.append(self._next())
 
     def asked(self, script: str) -> Any:
-        """The value of an expression in the page."""
+        """Return the value of an expression in the page."""
         return self.call("Runtime.evaluate", expression=script, returnByValue=True)["result"].get(
             "value"
         )
 
     def picture(self, to: Path) -> bytes:
-        """The whole page as PNG."""
+        """Return the whole page as PNG."""
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
         data = self.call(
             "Page.captureScreenshot",
@@ -118,7 +120,7 @@ class Browser:
         return to.read_bytes()
 
     def printed(self, to: Path) -> bytes:
-        """The whole page as PDF, A4."""
+        """Return the whole page as a PDF on A4."""
         to.write_bytes(
             base64.b64decode(
                 self.call(
@@ -129,7 +131,7 @@ class Browser:
         return to.read_bytes()
 
     def complaints(self) -> list[str]:
-        """Everything on the console, and every exception."""
+        """Return all console messages and exceptions."""
         said = {
             "Log.entryAdded": "entry",
             "Runtime.consoleAPICalled": "args",
@@ -151,7 +153,7 @@ class Browser:
 
 @contextmanager
 def browser() -> Iterator[Browser]:
-    """A browser of its own, with a profile of its own, gone in the end."""
+    """Start a browser with its own profile, which is deleted at the end."""
     (its_in, mine_out), (mine_in, its_out) = os.pipe(), os.pipe()
     low, high = (
         fcntl.fcntl(fd, fcntl.F_DUPFD, 20) for fd in (its_in, its_out)

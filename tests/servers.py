@@ -1,5 +1,5 @@
-"""Servers for tests: `persea serve` in a process of its own, and one that plays a script of faults.
-Both on real sockets."""
+"""Servers for tests on real sockets: `persea serve` in its own process, and a scripted faulty
+server."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Served:
 
 
 def _enter(arguments: tuple[str, ...], said: str, variables: dict[str, str]) -> None:
-    """What the child does: the command line's entry point, its outputs in a file."""
+    """Run the command line's entry point in the child, with its output in a file."""
     os.environ |= variables
     descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -46,7 +46,7 @@ def _enter(arguments: tuple[str, ...], said: str, variables: dict[str, str]) -> 
 
 
 def start_serve(model: Path, *options: str, **variables: str) -> Served:
-    """`persea serve` on a free port, a process of its own; the caller ends it."""
+    """Start `persea serve` on a free port in its own process; the caller ends it."""
     said = Path(tempfile.mkdtemp()) / "said"
     arguments = ("serve", str(model), "--port", "0", "--threads", "1", *options)
     process = warm().Process(target=_enter, args=(arguments, str(said), variables), daemon=True)
@@ -72,7 +72,7 @@ def start_serve(model: Path, *options: str, **variables: str) -> Served:
 
 @functools.cache
 def serving(name: str) -> str:
-    """URL of a server of that sapling, one a session of tests."""
+    """URL of a server of that sapling, one for each session of tests."""
     served = start_serve(ROOT / "saplings" / name)
     atexit.register(served.process.kill)
     return served.url
@@ -86,8 +86,8 @@ Handler = Callable[[str, Any, "Script"], Any]  # (path, body) -> a JSON value, b
 
 @dataclass
 class Answer:
-    """What the script server sends: bytes in pieces with pauses between them, then the end or a
-    broken connection."""
+    """A response of the scripted server: bytes in pieces with pauses, then the end or a broken
+    connection."""
 
     body: bytes = b""
     status: int = 200
@@ -98,8 +98,10 @@ class Answer:
 
 @dataclass
 class Script:
-    """handler answers; fault(n, path, body), where it gives something, comes before it. asked:
-    every body in order, with its time."""
+    """A scripted server. `asked` holds every request body in order, with its time.
+
+    `fault(n, path, body)` comes before `handler` if it returns something.
+    """
 
     handler: Callable[[str, Any], Any]
     fault: Callable[[int, str, Any], Any] = lambda n, path, body: None
@@ -142,7 +144,7 @@ class Script:
 
 @contextmanager
 def playing(script: Script) -> Iterator[Script]:
-    """The script behind a real socket, in a thread."""
+    """Serve the script on a real socket in a thread."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     server = uvicorn.Server(
@@ -163,7 +165,7 @@ def playing(script: Script) -> Iterator[Script]:
 
 
 def events(*said: Any) -> bytes:
-    """A stream, whole."""
+    """Return all events of a stream."""
     return (
         b"".join(b"data: " + json.dumps(e).encode() + b"\n\n" for e in said) + b"data: [DONE]\n\n"
     )

@@ -1,5 +1,5 @@
-"""Rows are sparse and unbiased, and what is no distribution is refused before anything is drawn
-from it."""
+"""Sampled distributions are sparse and unbiased, and invalid input is refused before any
+sampling."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_row_keeps_the_head_exactly_and_its_mass(
     st.floats(0, 8),
     taus,
 )
-def test_pieces_are_drawn_as_the_whole_is(
+def test_chunks_give_the_same_samples_as_the_whole(
     seed: int, n: int, cuts: list[int], heat: float, tau: float
 ) -> None:
     logs, real_N = logprobs(seed, n, 50, heat), np.arange(n) % 50
@@ -120,7 +120,7 @@ def test_the_mean_over_draws_is_the_distribution(heat: float, tau: float) -> Non
     logs = logprobs(3, 1, 60, heat)
     p = logs.double().exp().numpy()[0]
     rows = sample_rows(logs.expand(draws, -1), tau, "mean")
-    mean = np.bincount(rows.ids_M, group_weights=rows.probs_M, minlength=60) / draws
+    mean = np.bincount(rows.ids_M, weights=rows.probs_M, minlength=60) / draws
     deviation = np.where(p < tau, np.sqrt(p * (tau - p).clip(0) / draws), 0)
     assert (np.abs(mean - p) <= 5 * deviation + EPS).all()
     assert np.abs(mean - p).max() > 0 or heat == 8.0  # it was sampled at all
@@ -137,7 +137,7 @@ def test_a_certain_row_costs_one_entry() -> None:
     assert len(sample_rows(nearly, 0.01, "nearly").ids_M) == 500
 
 
-def test_the_realised_token_is_kept_whatever_was_drawn() -> None:
+def test_the_target_logprob_is_stored_whatever_was_sampled() -> None:
     logs = logprobs(2, 50, 300, 4.0)
     realised = np.random.default_rng(0).integers(0, 300, 50)
     rows = sample_distributions(logs, realised, 0.2, "realised")
@@ -164,7 +164,7 @@ def test_the_realised_token_is_kept_whatever_was_drawn() -> None:
         ),
     ],
 )
-def test_what_is_no_distribution_is_refused(change: object, reason: str) -> None:
+def test_invalid_distributions_are_refused(change: object, reason: str) -> None:
     logs = logprobs(1, 6, 50, 1.0)
     validate_logprobs(logs, "here")
     sample_rows(logs, 0.1, "whole")
@@ -192,8 +192,7 @@ def test_how_many_rows_are_worked_on_at_once_changes_nothing(
 
 
 def test_the_memory_of_sampling_does_not_grow_with_the_answer() -> None:
-    """A vocabulary of 262,144: what is allocated beside the log-probabilities stays under 64 MiB
-    and a little."""
+    """With a vocabulary of 262,144 the extra memory stays a little above 64 MiB."""
     logs = torch.log_softmax(
         torch.randn(24, 262_144, generator=torch.Generator().manual_seed(0)), -1
     )
@@ -222,7 +221,7 @@ def frequency(seed: int, width: int) -> np.ndarray:
 
 
 def lost(p: np.ndarray, rows: SparseDistributions, spread: np.ndarray) -> np.ndarray:
-    """KL(p || what can be rebuilt), written out token by token."""
+    """KL(p || reconstruction), computed token by token."""
     q = dense(rows, p.shape[1])
     for n in range(len(p)):
         unnamed = np.setdiff1d(
@@ -267,8 +266,8 @@ def test_the_fewest_likeliest_entries_within_the_kl(
         span = slice(rows.offsets_N1[k], rows.offsets_N1[k + 1])
         named = rows.ids_M[span]
         assert named.tolist() == sorted(np.argsort(-p[k], kind="stable")[: len(named)].tolist())
-        # One entry fewer, unrounded, is not enough, or fails by the cost of rounding the most likely
-        # value down.
+        # One entry fewer, unrounded, is not enough, or fails by the cost of rounding the most
+        # likely value down.
         if len(named) > 1:
             fewer = named[named != np.argsort(-p[k], kind="stable")[len(named) - 1]]
             exact = SparseDistributions(
@@ -313,7 +312,7 @@ def test_values_are_coarser_where_the_kl_allows_it() -> None:
     assert (bins % 16 == 0).mean() > 0.5
 
 
-def test_what_is_no_distribution_is_no_top_either() -> None:
+def test_invalid_distributions_are_refused_as_topk() -> None:
     logs = logprobs(1, 6, 50, 1.0)
     logs[3, 7] = float("nan")
     with pytest.raises(DataError, match="row 3 of 6 is no distribution: NaN"):
@@ -329,7 +328,7 @@ def test_what_is_no_distribution_is_no_top_either() -> None:
 
 
 def test_a_target_that_rounding_alone_misses_is_not_reached_in_silence() -> None:
-    with pytest.raises(AssertionError, match="further than 1e-12"):
+    with pytest.raises(AssertionError, match="has KL > 1e-12"):
         topk_within_kl(
             logprobs(1, 6, 50, 1.0), np.zeros(6, np.int64), 1e-12, np.full(50, 0.02), "here"
         )

@@ -1,5 +1,5 @@
-"""Files are whole or not there, the first commit wins, one run holds a folder, and a disk that
-fails is told with exit code 6."""
+"""Files are complete or absent, the first record wins, one run holds a folder, and disk faults exit
+with 6."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SIZES = (3_000_000, 1_000_000)
 
 
 def child(code: str, *arguments: object, wrap: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    """Python code in a process of its own."""
+    """Run Python code in its own process."""
     return subprocess.Popen(
         [*wrap, sys.executable, "-c", code, *map(str, arguments)],
         stdout=subprocess.PIPE,
@@ -40,7 +40,7 @@ def hidden(folder: Path) -> list[Path]:
 # --- publish --------------------------------------------------------------------------------------
 
 
-def test_publish_writes_the_bytes_and_says_their_digest(tmp_path: Path) -> None:
+def test_write_atomic_writes_the_bytes_and_returns_their_digest(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folders" / "file"
     sha = store.write_atomic(path, b"persea")
     assert path.read_bytes() == b"persea"
@@ -81,7 +81,7 @@ def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
     assert not hidden(tmp_path)
 
 
-def test_a_killed_writer_leaves_the_file_whole(tmp_path: Path) -> None:
+def test_a_killed_writer_leaves_the_file_complete(tmp_path: Path) -> None:
     path, rng, killed = tmp_path / "file", random.Random(5), 0
 
     code = (
@@ -102,8 +102,11 @@ def test_a_killed_writer_leaves_the_file_whole(tmp_path: Path) -> None:
 
 
 def test_publish_survives_a_power_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGKILL cannot show this: the bytes are on the disk before the name points at them, and the
-    name is before we go on."""
+    """The bytes are on the disk before the name points to them, and the name before the call
+    returns.
+
+    SIGKILL cannot show this.
+    """
     order: list[str] = []
     fsync, replace, link = os.fsync, Path.replace, os.link
     monkeypatch.setattr(
@@ -122,7 +125,7 @@ def test_publish_survives_a_power_loss(tmp_path: Path, monkeypatch: pytest.Monke
     assert order == [f".record.{os.getpid()}.tmp", "link", tmp_path.name]
 
 
-def test_what_a_killed_process_left_of_a_folder_is_in_nobodys_way(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_replaced(tmp_path: Path) -> None:
     (tmp_path / f".out.{os.getpid()}.tmp" / "left").mkdir(parents=True)
     with store.open_atomic_folder(tmp_path / "out") as folder:
         (folder / "part").mkdir()
@@ -132,7 +135,7 @@ def test_what_a_killed_process_left_of_a_folder_is_in_nobodys_way(tmp_path: Path
     ] == ["part"]
 
 
-def test_a_folder_is_published_whole_and_once(
+def test_a_folder_appears_complete_and_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "out").mkdir()
@@ -305,8 +308,8 @@ print(sorted(p.name for p in folder.rglob("*")), (folder / "early").read_bytes()
 
 
 def in_namespace(prepare: str, folder: Path) -> list[str]:
-    """Run TRY where `prepare` has mounted something at the folder; skips where this machine has no
-    user namespaces."""
+    """Run TRY where `prepare` has mounted something at the folder; skips without user
+    namespaces."""
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip(
             "no unprivileged user namespaces here (unshare -rm): a full disk cannot be made"
@@ -343,8 +346,7 @@ def test_a_read_only_disk_is_a_storage_error(tmp_path: Path) -> None:
 
 
 def test_a_file_that_may_not_grow_is_a_storage_error(tmp_path: Path) -> None:
-    """The same without namespaces: a limit on file size fails every write of more than its
-    bytes."""
+    """The same without namespaces: a limit on the file size fails every larger write."""
     (tmp_path / "early").write_bytes(b"early")
     done = subprocess.run(
         [sys.executable, "-c", TRY, str(tmp_path)],
@@ -374,5 +376,5 @@ def test_a_nested_folder_is_synced_from_the_deepest_entry(
 @pytest.mark.parametrize("text", ["NaN", '{"a": Infinity}', "[-Infinity]", "{", b"\xff"])
 def test_json_of_the_standard_only(text: str | bytes) -> None:
     with pytest.raises(ValueError):
-        store.parse_json(text)
-    assert store.parse_json('{"a": [1.5, null]}') == {"a": [1.5, None]}
+        store.parse_strict_json(text)
+    assert store.parse_strict_json('{"a": [1.5, null]}') == {"a": [1.5, None]}

@@ -33,9 +33,7 @@ DecodedPieces: TypeAlias = Sequence["str | bytes"]
 def keep_calls_as_parsed(
     parts: tuple[ContentPart, ...], tools: tuple[Tool, ...]
 ) -> tuple[ContentPart, ...]:
-    """Return the parts unchanged: `Family.resolve_calls` where calls are parsed without the
-    tools.
-    """
+    """Return the parts unchanged: `Family.resolve_calls` where calls need no tools."""
     return parts
 
 
@@ -103,8 +101,7 @@ class Family:
 def edit_texts(
     conversation: Conversation, edit: Callable[[int, Message, ContentPart], str]
 ) -> Conversation:
-    """Return the conversation with trimmed or emptied texts, as the functions `Family.normalise`
-    need.
+    """Return the conversation with trimmed or emptied texts, for `Family.normalise`.
 
     A chat template sees all text parts of one message as one string, and all its thoughts as
     another, so `edit` gets them joined; each part then keeps its share of the result. Tool results
@@ -127,9 +124,7 @@ def edit_texts(
 def _edit_message_parts(
     index: int, message: Message, edit: Callable[[int, Message, ContentPart], str]
 ) -> tuple[ContentPart, ...]:
-    """Return the parts of one message, each with its share of the edited joined text of its
-    kind.
-    """
+    """Return the parts of one message, each with its share of the edited text of its kind."""
     retained: dict[type[ContentPart], str] = {}
     position: dict[type[ContentPart], int] = {}
     for joined in (Text(message.text), Thinking(message.thinking)):

@@ -16,7 +16,7 @@ from enum import StrEnum
 from typing import Any, TypeAlias
 
 from persea.errors import DataError
-from persea.storage import parse_json
+from persea.storage import parse_strict_json
 
 # The templates of gpt-oss and Llama 3 write today's date: without a fixed date a cached prompt
 # would change every midnight.
@@ -74,7 +74,7 @@ def canonical_json(value: str) -> str:
         ValueError: `value` is not a JSON object, or contains NaN or Infinity.
     """
     try:
-        parsed = parse_json(value)
+        parsed = parse_strict_json(value)
         text = json.dumps(parsed, ensure_ascii=False, allow_nan=False)
         text.encode()
     except RecursionError as error:
@@ -127,8 +127,9 @@ class Tool:
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A tool call of the assistant. Its content is the text of the arguments; the name belongs to
-    the template.
+    """A tool call of the assistant.
+
+    Its content is the text of the arguments; the name belongs to the template.
 
     Attributes:
         name: Name of the tool.
@@ -170,9 +171,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class ToolResult:
-    """The result of a tool call. Its content is the text; the name of the tool belongs to the
-    template.
-    """
+    """The result of a tool call. The text is content; the tool's name belongs to the template."""
 
     name: str
     text: str

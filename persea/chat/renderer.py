@@ -462,9 +462,7 @@ def _is_well_formed(message: Message) -> bool:
 
 
 def _placeholder(text: str, part: ContentPart) -> str:
-    """Return the placeholder for a part's text; a JSON object for a call's arguments, as templates
-    need.
-    """
+    """Return the placeholder for a part's text; templates need JSON objects for arguments."""
     return f'{{"{text}": 0}}' if isinstance(part, ToolCall) else text
 
 
@@ -474,9 +472,7 @@ def _part_offsets(
     has_bytes: Callable[[ContentPart], bool],
     family: str,
 ) -> dict[int, int]:
-    """Return part index -> offset of its first retained byte in the original conversation's
-    content.
-    """
+    """Return part index -> offset of its first retained byte in the original content."""
     offsets: dict[int, int] = {}
     position = 0
     pairs = zip(original.parts(), normalised.parts(), strict=True)

@@ -26,9 +26,7 @@ TEMPLATE_REMEDY = "take the template from the model's own repository"
 
 
 class _GenerationBlock(Extension):
-    """`{% generation %}...{% endgeneration %}`, which marks the assistant's tokens for TRL; here
-    only its body counts.
-    """
+    """`{% generation %}`, which marks the assistant's tokens for TRL; only its body is used."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 

@@ -79,6 +79,38 @@ class BenchmarkSection(RecipeSection):
         )
 
 
+class GradingSection(RecipeSection):
+    """Limits that can decide a grade of a published benchmark (persea.tasks.benchmarks.benchmark)."""
+
+    max_answer_chars: int = Field(
+        default=200_000,
+        ge=1,
+        le=MAX_COUNT,
+        description="a longer answer is malformed: the model could not stop",
+    )
+    min_correct_chrf: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="chrF from which a translation is labelled right; scores use the chrF itself",
+    )
+    math_timeout_s: float = Field(
+        default=5.0, gt=0, le=3600, description="seconds for one comparison by math-verify"
+    )
+    code_cpu_s: int = Field(
+        default=5, ge=1, le=3600, description="seconds of CPU time of a program in the sandbox"
+    )
+    code_wall_s: float = Field(
+        default=10.0, gt=0, le=3600, description="seconds of wall time of a program in the sandbox"
+    )
+    code_memory_bytes: int = Field(
+        default=512 << 20,
+        ge=1 << 26,
+        le=1 << 40,
+        description="memory of one process of a program in the sandbox",
+    )
+
+
 class EvaluationSection(RecipeSection):
     """How the student is compared with its base, its teachers and reference models."""
 
@@ -109,6 +141,9 @@ class EvaluationSection(RecipeSection):
     benchmarks: tuple[BenchmarkSection, ...] = Field(
         default=(),
         description="published benchmarks; they decide the cast and compare every model",
+    )
+    grading: GradingSection = Field(
+        default=GradingSection(), description="limits of graders of published benchmarks"
     )
 
 

@@ -22,7 +22,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from persea.chat.messages import PINNED_DATE
-from persea.config.renamed_keys import rename_old_keys, rename_override
+from persea.config.renamed_keys import RENAMED_KEYS, rename_old_keys, rename_override
 from persea.config.schema import (
     MAX_COUNT,
     SLUG_PATTERN,
@@ -386,6 +386,8 @@ def _explain_error(error: ErrorDetails) -> Iterator[tuple[KeyPath, str, str]]:
     """Translate one of pydantic's findings to (key, problem, remedy) triples."""
     path = tuple(k for k in error["loc"] if k != "[key]")
     kind, context = error["type"], error.get("ctx", {})
+    if kind == "default_factory_not_called" or (kind == "too_short" and error["input"]):
+        return  # pydantic also reports the wrong value that this default or list depends on
     given = f"(got {_abbreviate_value(error['input'])})"
     if kind == "contradiction":
         yield from (((*path, *key), what, remedy) for key, what, remedy in context["found"])
@@ -400,8 +402,6 @@ def _explain_error(error: ErrorDetails) -> Iterator[tuple[KeyPath, str, str]]:
             f"should be {', '.join(choices[:-1])} or {choices[-1]} {given}",
             suggest_choice(str(error["input"]), choices),
         )
-    elif kind == "default_factory_not_called" or (kind == "too_short" and error["input"]):
-        return  # pydantic also reports the wrong value that this default or entry depends on
     else:
         yield path, *_explain_value_error(error, path, given)
 
@@ -436,6 +436,7 @@ def _key_description(path: KeyPath) -> str:
 
 
 def _did_you_mean(path: KeyPath) -> str:
+    """Return a remedy for an unknown key: where it belongs, or the most similar key."""
     key, owner = str(path[-1]), _owning_section(path)
     homes = [
         f"under `{name}:`"
@@ -443,11 +444,14 @@ def _did_you_mean(path: KeyPath) -> str:
         if key in section.model_fields
     ]
     homes += ["at the top of the file"] if key in Recipe.model_fields else []
-    return (
-        f"it belongs {' or '.join(homes)}"
-        if homes
-        else suggest_choice(key, list(owner.model_fields) if owner else [])
-    )
+    for section_path, renamed in RENAMED_KEYS.items():
+        if key in renamed:
+            names = [str(k) for k in section_path if k != "*"]
+            where = f"under `{names[-1]}:`" if names else "at the top of the file"
+            homes.append(f"{where} as `{renamed[key]}`")
+    if homes:
+        return f"it belongs {' or '.join(homes)}"
+    return suggest_choice(key, list(owner.model_fields) if owner else [])
 
 
 def _abbreviate_value(value: Any) -> str:

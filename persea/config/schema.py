@@ -6,7 +6,12 @@ from persea.config.data_sections import (
     CorpusSection,
     DedupSection,
 )
-from persea.config.evaluation_sections import BenchmarkSection, CheckSection, EvaluationSection
+from persea.config.evaluation_sections import (
+    BenchmarkSection,
+    CheckSection,
+    EvaluationSection,
+    GradingSection,
+)
 from persea.config.model_sections import (
     TEXT_ONLY_MODEL,
     EndpointSection,
@@ -47,6 +52,7 @@ __all__ = [
     "EvaluationSection",
     "FamilyName",
     "GenerationSection",
+    "GradingSection",
     "LRSchedule",
     "LoraSection",
     "LossBalancing",

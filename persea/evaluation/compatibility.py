@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from persea.alignment.event_map import EventMap, event_map_digest
-from persea.alignment.spans import CommonBoundaries, SupervisionKind, align
+from persea.alignment.spans import CommonBoundaries, SupervisionKind, align_batch
 from persea.chat.messages import Conversation, Text
 from persea.chat.renderer import ChatRenderer
 from persea.data.text_files import read_text_lines
@@ -200,7 +200,7 @@ def check_pair(
             remedy="load the event map of these two chat renderers",
         )
     teacher_tokens = sample.render(teacher_renderer)
-    alignment = align(student_tokens, teacher_tokens)
+    alignment = align_batch(student_tokens, teacher_tokens)
     boundaries = alignment.boundaries
     student_ids_S = _concatenate_ids(student_tokens)
     teacher_ids_T = _concatenate_ids(teacher_tokens)

@@ -184,7 +184,7 @@ def select_direct_answers(
         for line in answer_records
         if (line["model_name"], line["effort"]) == (model_name, ThinkingEffort.NONE)
         and line["skill"] not in taught_efforts
-        and "likelihoods" not in line
+        and "choice_logprobs_per_byte" not in line
     ]
 
 

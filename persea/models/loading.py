@@ -251,10 +251,9 @@ def _refuse_thinking_option(family: Family, where: str) -> None:
 
 
 def eos_token_ids(source: ModelSource, where: str) -> tuple[int, ...]:
-    """Return the end-of-text ids in the model's own configuration, in generation_config.json or
-    else config.json.
+    """Return the end-of-text ids in the model's own configuration.
 
-    A random model has none.
+    They are read from generation_config.json, or else config.json. A random model has none.
     """
     if source.is_random:
         return ()
@@ -374,9 +373,7 @@ def download_model(source: ModelSource, where: str, with_weights: bool = True) -
 
 
 def copy_tokenizer_files(source_folder: Path, target_folder: Path) -> None:
-    """Copy tokenizer, chat template and generation configuration from one model folder to
-    another.
-    """
+    """Copy tokenizer, chat template and generation configuration to another model folder."""
     for name in (
         "tokenizer.json",
         "tokenizer_config.json",
@@ -431,9 +428,7 @@ def _first_line(error: Exception) -> str:
 
 
 def set_threads(threads: int) -> None:
-    """Set torch's number of threads; 0 keeps torch's own choice. The same number gives the same
-    bits.
-    """
+    """Set torch's number of threads, which decides the last bits; 0 keeps torch's choice."""
     if threads:
         import torch
 

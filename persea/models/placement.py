@@ -1,6 +1,4 @@
-"""Quantised weights and offloading to main memory, for teachers that do not fit on a GPU
-otherwise.
-"""
+"""Quantised weights and offloading to main memory, for teachers too large for a GPU."""
 
 from __future__ import annotations
 

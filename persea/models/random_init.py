@@ -1,6 +1,4 @@
-"""Small randomly initialised models of each family's real architecture, for tests and
-demonstrations.
-"""
+"""Small randomly initialised models of each family's real architecture."""
 
 from __future__ import annotations
 

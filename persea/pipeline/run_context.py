@@ -43,7 +43,7 @@ from persea.pipeline.remote_teachers import (
 )
 from persea.report.lineage import ParentModel
 from persea.storage import digest_json as digest_json
-from persea.tasks.benchmarks import LoadedBenchmark
+from persea.tasks.benchmarks import LoadedBenchmark, grading_options
 from persea.tasks.task import Split, Task, TaskItem
 from persea.training.distributed.world import LaunchOptions, World
 
@@ -208,7 +208,10 @@ class RunContext:
             lambda t: self.renderers[t].family.name,
             partial(self.load_teacher, batch=1),
         )
-        return questions.load_benchmarks(self.recipe.evaluation.benchmarks, by)
+        evaluation = self.recipe.evaluation
+        return questions.load_benchmarks(
+            evaluation.benchmarks, by, grading_options(evaluation.grading)
+        )
 
     @cached_property
     def tasks(self) -> tuple[Task, ...]:

@@ -28,6 +28,7 @@ def audition_inputs(context: RunContext) -> object:
         context.items_digest,
         context.recipe.skills,
         context.recipe.audition.model_dump(),
+        context.recipe.evaluation.grading.model_dump(),
         context.recipe.capture.max_new_tokens,
     ]
 
@@ -36,7 +37,11 @@ def capture_inputs(context: RunContext) -> object:
     return [
         *(u.name for u in context.capture_units),
         *([b.location, b.reason] for b in context.corpus.malformed),
-        *["verify"] * context.recipe.capture.drop_wrong_answers,
+        *(
+            ["verify", context.recipe.evaluation.grading.model_dump()]
+            if context.recipe.capture.drop_wrong_answers
+            else []
+        ),
     ]
 
 

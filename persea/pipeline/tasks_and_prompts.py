@@ -16,7 +16,8 @@ from persea.errors import DataError, TeacherError
 from persea.evaluation.compatibility import ConversationSample, read_texts
 from persea.tasks import benchmarks as sets
 from persea.tasks import generated as skills
-from persea.tasks.benchmarks.readers import HUB_PREFIX, Benchmark, BenchmarkSource
+from persea.tasks.benchmarks.benchmark import Benchmark, BenchmarkSource, GradingOptions
+from persea.tasks.benchmarks.readers import HUB_PREFIX
 from persea.tasks.task import Split, Task, TaskItem
 from persea.teachers.teacher import Teacher as Speaking
 
@@ -64,7 +65,9 @@ def make_safety_judge(
 
 
 def load_benchmarks(
-    refs: Iterable[BenchmarkSection], judge: SafetyJudge | None = None
+    refs: Iterable[BenchmarkSection],
+    judge: SafetyJudge | None = None,
+    options: GradingOptions | None = None,
 ) -> tuple[sets.LoadedBenchmark, ...]:
     """A recipe's published sets, read; those about safety graded by a judge, where there is one.
 
@@ -84,7 +87,7 @@ def load_benchmarks(
             s.file or f"{HUB_PREFIX}{s.hub}", s.answers or "", s.language, s.config, s.split
         )
 
-    return tuple(sets.load_benchmark(named(s.benchmark), source(s), s.skill) for s in refs)
+    return tuple(sets.load_benchmark(named(s.benchmark), source(s), s.skill, options) for s in refs)
 
 
 def measured_tasks(

@@ -1,5 +1,4 @@
-"""How a byte-pair tokenizer builds its tokens, and which token can never follow another within a
-word.
+"""How a byte-pair tokenizer builds its tokens, and which token can never follow another in a word.
 
 Byte-pair encoding merges the pair of lowest rank until none is left. Two neighbouring tokens stay
 apart exactly when no merge ever joins a piece at the right edge of the first with a piece at the
@@ -61,8 +60,8 @@ class BpeDerivations:
     ) -> tuple[
         npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.int64]
     ]:
-        """For each piece: the tokens that have it at their left edge, until when, and the rank that
-        ends it.
+        """For each piece: tokens with it at their left edge, until when, and the rank that ends
+        it.
         """
         token = np.flatnonzero(self.derivable_V)
         piece, until, rank = token, np.full(len(token), NEVER_MERGED), np.full(len(token), -1)
@@ -83,9 +82,7 @@ class BpeDerivations:
         )
 
     def _right_edge(self, token: int) -> Iterator[tuple[int, int]]:
-        """Yield the pieces at a token's right edge, last first, each with the time until which it
-        exists.
-        """
+        """Yield the pieces at a token's right edge, last first, and until when each exists."""
         until = NEVER_MERGED
         while token >= 0:
             yield token, until
@@ -97,9 +94,7 @@ class BpeDerivations:
 
     @cached_property
     def _as_lists(self) -> tuple[list[int], list[int], list[int], list[int]]:
-        """Left part, right part, rank and time as lists, which are faster than arrays for a single
-        pair.
-        """
+        """Left part, right part, rank and time as lists, which are faster for a single pair."""
         return (
             self.left_V.tolist(),
             self.right_V.tolist(),
@@ -197,9 +192,7 @@ def index_pair_ranks(pair_R2: npt.NDArray[np.int32], size: int) -> dict[int, int
 def _apply_merges(
     units: list[int], pair_ranks: dict[int, int], merged_ids: list[int], size: int
 ) -> list[int] | None:
-    """Return the ranks of the merges in order until one piece is left; None if several pieces
-    remain.
-    """
+    """Return the ranks of the merges in order; None if more than one piece remains."""
     path: list[int] = []
     none = len(merged_ids)
     ranks = [pair_ranks.get(a * size + b, none) for a, b in pairwise(units)]
@@ -219,18 +212,14 @@ def _apply_merges(
 
 
 def group_offsets(keys: npt.NDArray[np.integer], size: int) -> npt.NDArray[np.int64]:
-    """Return int64 offsets of the groups when entries are sorted by key; key k is [offsets[k],
-    offsets[k + 1]).
-    """
+    """Return int64 offsets of groups by key: entries of key k are [offsets[k], offsets[k + 1])."""
     return np.concatenate([[0], np.cumsum(np.bincount(keys, minlength=size))]).astype(np.int64)
 
 
 def expand_groups(
     offsets: npt.NDArray[np.int64], keys: npt.NDArray[np.integer]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return the indices of all entries of all keys, laid end to end, and the position of each
-    one's key.
-    """
+    """Return the indices of all entries of all keys in turn, and the position of each one's key."""
     sizes = offsets[keys + 1] - offsets[keys]
     row = np.repeat(np.arange(len(keys)), sizes)
     index = np.arange(len(row)) - np.repeat(np.cumsum(sizes) - sizes, sizes) + offsets[keys][row]

@@ -146,8 +146,7 @@ class Pretokenizer:
         )
 
     def _has_property(self, property_pattern: str, c: str) -> bool:
-        """Return whether a character has a Unicode property, by the tokenizer's own regular
-        expressions.
+        """Return whether a character has a Unicode property, by the tokenizer's own engine.
 
         Another engine's Unicode version may have one more script.
         """

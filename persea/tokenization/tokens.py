@@ -1,6 +1,4 @@
-"""One tokenizer's view of a conversation: token ids, their byte offsets in the content, and the
-loss mask.
-"""
+"""A conversation as tokens of one tokenizer: ids, byte offsets in the content, loss mask."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ class RenderedTokens:
         ids_T: int32 token ids.
         starts_T: int32, offset of the first content byte of the token. -1 for a template token
             without content bytes, and for a token that also covers text of the template, on either
-            side. The token that ends the turn stands at the end of the content and has no bytes
+            side. The token that ends the turn lies at the end of the content and has no bytes
             (start = end).
         ends_T: int32, offset one past the last content byte of the token; -1 for a template token.
         loss_mask_T: bool, True for the tokens of the last assistant turn, which the model must

@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from persea.alignment.boundary_mask import UNRESTRICTED_CONTEXT
 from persea.alignment.event_map import EventMap
 from persea.alignment.partial_tokens import (
     PartialTokenProjector,
@@ -21,6 +20,7 @@ from persea.alignment.partial_tokens import (
     token_prefixes,
 )
 from persea.alignment.spans import SupervisionKind, align
+from persea.alignment.token_order import UNRESTRICTED_CONTEXT
 from persea.cache.reader import AnswerSource, AnswerSubset, CacheMixture
 from persea.cache.unit import CachedAnswer
 from persea.chat.messages import ThinkingEffort
@@ -260,7 +260,7 @@ def _align_capture(
     event_map: EventMap,
     projector: PartialTokenProjector | None,
 ) -> Example:
-    found = align([tokens], [capture.tokens])
+    found = align(tokens, capture.tokens)
     both, rows, answer = found.boundaries, capture.distributions, capture.answer
     place_S, row_T = np.cumsum(tokens.loss_mask_T) - 1, np.cumsum(capture.tokens.loss_mask_T) - 1
     row_C, place_C = row_T[both.teacher_C], place_S[both.student_C]

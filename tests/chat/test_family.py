@@ -1,5 +1,4 @@
-"""What families share: texts are edited as a template sees them, and facts of a family are used
-nowhere else."""
+"""Functions that families share, and the rule that family facts are in the families only."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def test_ask_normalises_once():
 
 
 def test_answers_are_normalised_too():
-    """A byte-level model can say e + U+0301, and Qwen's tokenizer would not give it back."""
+    """A byte-level model can generate e + U+0301, which Qwen's tokenizer would not reproduce."""
     assert ask("x", Thinking("o\u0308"), Text("e\u0301")).messages[-1].parts == (
         Thinking("ö"),
         Text("é"),
@@ -55,7 +55,7 @@ def test_answers_are_normalised_too():
 
 
 def test_argument_names_that_become_equal_are_refused():
-    """NFC must not drop an argument without a word."""
+    """NFC must not drop an argument silently."""
     call = ToolCall("f", '{"é": 1, "e\u0301": 2}')
     with pytest.raises(DataError, match=r"arguments of tool f cannot be normalised.*two keys"):
         Conversation.from_question("x").with_answer(call)

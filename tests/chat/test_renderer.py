@@ -1,4 +1,4 @@
-"""A rendered conversation is the model's own, token for token, and every content token knows its
+"""A conversation renders as by transformers, token for token, and every content token has its
 bytes."""
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ def texts(fragments: list[str]) -> st.SearchStrategy[str]:
 
 @st.composite
 def conversations(draw: st.DrawFn, fragments: list[str] = FRAGMENTS) -> Conversation:
-    """A system text or none, one to three turns, thoughts or none, ending with the assistant's
-    answer."""
+    """Conversations of one to three turns, with and without system text and thoughts, ending with
+    an answer."""
     text = texts(fragments)
     messages = [Message(Role.SYSTEM, (Text(draw(text)),))] if draw(st.booleans()) else []
     for _ in range(draw(st.integers(1, 3))):
@@ -118,7 +118,7 @@ def conversations(draw: st.DrawFn, fragments: list[str] = FRAGMENTS) -> Conversa
 
 
 def form(renderer: ChatRenderer) -> str:
-    """A family's name; a Llama with the hybrid template keeps other things than one without."""
+    """A family's name; a Llama with the hybrid template keeps other content than one without."""
     return (
         "hybrid"
         if renderer.family.name == "llama" and len(renderer.family.efforts) > 1
@@ -132,8 +132,8 @@ def form(renderer: ChatRenderer) -> str:
 def theirs(
     speaker: Speaker, conversation: Conversation, *, generate: bool, tokenize: bool = True
 ) -> Any:
-    """transformers' own rendering of the texts as they were given: no trimming, no dropping by
-    persea."""
+    """Return transformers' rendering of the texts as they are given, without persea's
+    normalisation."""
     family = form(speaker.renderer)
     switches: dict[str, Any] = {}
     if family == "hybrid":
@@ -167,8 +167,11 @@ def question_of(conversation: Conversation) -> Conversation:
 
 
 def assume_no_look_alike(speaker: Speaker, conversation: Conversation) -> None:
-    """transformers takes control tokens in a text for control tokens; persea does not. (hypothesis
-    tries those in our sources.)"""
+    """Skip texts with control tokens, which transformers encodes as control tokens and persea as
+    text.
+
+    hypothesis tries those that occur in our sources.
+    """
     assume(
         not any(
             name in p.text
@@ -184,8 +187,7 @@ def assume_no_look_alike(speaker: Speaker, conversation: Conversation) -> None:
 def trimmed(
     family: str, m: Message, kind: type[ContentPart], whole: str, last: bool, effort: ThinkingEffort
 ) -> tuple[int, int]:
-    """[begin, end) of what a family keeps of a message's texts, or of its thoughts, laid end to
-    end."""
+    """[begin, end) of the content that a family keeps of a message's joined texts or thoughts."""
     if kind is Thinking and family == "hybrid" and last and effort is not ThinkingEffort.NONE:
         return len(whole) - len(whole.lstrip()), len(whole.rstrip())
     if kind is Thinking and family == "qwen" and last and effort is not ThinkingEffort.NONE:
@@ -202,8 +204,8 @@ def trimmed(
 
 
 def shares(family: str, conversation: Conversation) -> list[tuple[int, str]]:
-    """(first kept character, kept text) of each part, the families' rules written down here a
-    second time."""
+    """(first kept character, kept text) of each part, by a second implementation of the families'
+    rules."""
     out = []
     for k, m in enumerate(conversation.messages):
         read = {Text: 0, Thinking: 0}
@@ -223,7 +225,7 @@ def kept(family: str, conversation: Conversation) -> list[str]:
 
 
 def places(family: str, conversation: Conversation) -> list[tuple[int, int]]:
-    """[start, end) of each part's kept bytes among the content's bytes; empty parts have none."""
+    """[start, end) of each part's kept bytes in the content; empty parts have none."""
     at, out = 0, []
     for part, (first, text) in zip(conversation.parts(), shares(family, conversation), strict=True):
         start = at + len(part.text[:first].encode())
@@ -234,15 +236,14 @@ def places(family: str, conversation: Conversation) -> list[tuple[int, int]]:
 
 
 def content_bytes(conversation: Conversation) -> bytes:
-    """The parts laid end to end with one free byte between them; 0xff stands in no UTF-8 text."""
+    """The parts laid end to end with one unused byte between them; 0xff occurs in no UTF-8 text."""
     return b"\xff".join(p.text.encode() for p in conversation.parts())
 
 
 def check_places(
     renderer: ChatRenderer, conversation: Conversation, tokens: RenderedTokens
 ) -> None:
-    """Every token's bytes are the content's bytes at its place, and every kept byte has exactly one
-    token."""
+    """Check that each token has its content bytes and each kept byte exactly one token."""
     content, spans = content_bytes(conversation), places(form(renderer), conversation)
     covered = np.zeros(len(content) + 1, int)
     stops = 0
@@ -325,7 +326,7 @@ def test_the_prompt_is_a_prefix(tiny: Speaker, conversation: Conversation):
 
 
 @given(conversation=conversations(FRAGMENTS + LOOK_ALIKES))
-def test_every_content_token_knows_its_bytes(tiny: Speaker, conversation: Conversation):
+def test_every_content_token_has_its_byte_offsets(tiny: Speaker, conversation: Conversation):
     check_places(tiny.renderer, conversation, tiny.renderer.render(conversation))
     check_places(
         tiny.renderer,
@@ -335,7 +336,9 @@ def test_every_content_token_knows_its_bytes(tiny: Speaker, conversation: Conver
 
 
 @given(conversation=conversations())
-def test_what_is_learned_is_the_last_answer_and_its_stop(tiny: Speaker, conversation: Conversation):
+def test_the_loss_mask_is_the_last_answer_and_its_stop_token(
+    tiny: Speaker, conversation: Conversation
+):
     assume_no_look_alike(tiny, conversation)
     whole = theirs(tiny, conversation, generate=False, tokenize=False)
     before = theirs(tiny, question_of(conversation), generate=True, tokenize=False)
@@ -372,7 +375,9 @@ def test_parse_gives_the_answer_back(tiny: Speaker, conversation: Conversation):
 
 
 @given(conversation=conversations(FRAGMENTS + LOOK_ALIKES))
-def test_an_answer_cut_anywhere_is_cut_and_nothing_worse(tiny: Speaker, conversation: Conversation):
+def test_an_answer_cut_anywhere_has_length_as_finish_reason(
+    tiny: Speaker, conversation: Conversation
+):
     ids = generated(tiny.renderer.render(conversation))
     assert tiny.renderer.parse(ids, conversation.effort)[1] is not FinishReason.LENGTH
     for end in range(len(ids)):
@@ -382,7 +387,7 @@ def test_an_answer_cut_anywhere_is_cut_and_nothing_worse(tiny: Speaker, conversa
 
 
 @given(data=st.data())
-def test_parse_takes_whatever_a_model_says(tiny: Speaker, data: st.DataObject):
+def test_parse_accepts_any_generated_ids(tiny: Speaker, data: st.DataObject):
     controls = sorted(tiny.renderer.vocabulary.control_token_ids.values())
     ids = data.draw(
         st.lists(
@@ -401,7 +406,7 @@ def test_parse_takes_whatever_a_model_says(tiny: Speaker, data: st.DataObject):
 
 @given(conversation=conversations(FRAGMENTS + LOOK_ALIKES))
 def test_look_alikes_bring_no_control_token(tiny: Speaker, conversation: Conversation):
-    """The scaffolding of a conversation has the same control tokens whatever is said in it."""
+    """The template's control tokens are the same for every content."""
 
     def controls(c: Conversation) -> list[int]:
         return [
@@ -467,7 +472,7 @@ def test_decomposed_text_reaches_no_token(tiny_of):
 
 
 def test_content_the_template_rewrites_is_refused(tiny_of):
-    """Parts in an order the template does not have: the thought after the words."""
+    """Parts in an order that the template does not have: the thought after the text."""
     with pytest.raises(DataError, match="changes the content of message parts"):
         tiny_of("gpt-oss").renderer.render(
             ask("Hi", Text("words"), Thinking("thought"), effort=ThinkingEffort.HIGH)
@@ -510,8 +515,8 @@ def test_templates_that_cannot_be_trained_with_are_refused(tiny_of, template: st
         _with_template(tiny_of("llama"), template).render(ask())
 
 
-def test_tokens_across_the_rims_of_the_content():
-    """Tokens that begin in the scaffolding or end in it, and control tokens behind the stop."""
+def test_tokens_across_the_edges_of_the_content():
+    """Tokens that begin or end in template text, and control tokens after the stop token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = (
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
@@ -591,7 +596,7 @@ def test_the_digest_changes_with_all_it_depends_on(tiny_of):
 
 
 def test_two_texts_in_one_message_are_one_text(tiny: Speaker):
-    """Streams and tools hand an answer over in pieces; a template sees their concatenation."""
+    """Streams and tools return an answer in pieces; a template sees their concatenation."""
     for texts, whole in (
         (("one ", "two\n", "\nthree"), "one two\n\nthree"),
         (("\n", "\n a", "", "b \n", "\n"), None),
@@ -607,15 +612,14 @@ def test_two_texts_in_one_message_are_one_text(tiny: Speaker):
 
 
 def test_two_thoughts_in_one_message_are_one_thought(tiny: Speaker):
-    """gpt-oss may think in several analysis messages; another family's voice must not glue their
-    lines together."""
+    """gpt-oss may think in several analysis messages; another family must not join their lines."""
     same_as_transformers(
         tiny,
         ask("Hi", Thinking("one\n"), Thinking("two\n"), Text("\nyes"), effort=ThinkingEffort.HIGH),
     )
 
 
-def test_a_family_may_trim_and_drop_but_not_rewrite(tiny_of):
+def test_a_family_may_trim_and_drop_but_not_rewrite_content(tiny_of):
     renderer = tiny_of("llama").renderer
     shouting = replace(
         renderer,
@@ -632,8 +636,8 @@ WHITE = " \n\t\r\x0b\x0c\u3000\xa0\u2028\x85"
 
 @pytest.mark.realdata
 def test_no_white_space_glues_a_real_answer_to_its_prompt(real: Speaker):
-    """An answer may begin with white space, and no token may cover the end of the prompt and the
-    start of the answer."""
+    """No token may cover the end of the prompt and the start of an answer that begins with white
+    space."""
     for white in itertools.chain.from_iterable(itertools.product(WHITE, repeat=n) for n in (1, 2)):
         conversation = ask("Hi", Text("".join(white) + "x"))
         prompt, whole = (

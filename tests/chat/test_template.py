@@ -1,5 +1,4 @@
-"""A stranger's template can write text and nothing else, and writes what transformers would
-write."""
+"""A template can only write text, and writes the same text as in transformers."""
 
 from __future__ import annotations
 
@@ -140,7 +139,7 @@ def test_generation_blocks_are_their_body():
         "{{ undefined_thing }}{{ messages[0].nothing }}",
     ],
 )
-def test_what_is_written_is_what_transformers_writes(text: str, generate: bool):
+def test_templates_render_as_in_transformers(text: str, generate: bool):
     (want,), _ = render_jinja_template(
         [TALK],
         chat_template=text,

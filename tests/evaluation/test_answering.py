@@ -297,12 +297,15 @@ def test_the_likeliest_choice_per_byte_is_the_answer() -> None:
             r.answer.text
             == i.choices[max(range(len(i.choices)), key=lambda k: r.choice_logprobs_per_byte[k])]
         )
-        assert (r.finish, r.to_json()["likelihoods"]) == (
+        assert (r.finish, r.to_json()["choice_logprobs_per_byte"]) == (
             FinishReason.STOP,
             list(r.choice_logprobs_per_byte),
         )
     assert results[0].verdict is Verdict.RIGHT  # the sapling was grown on numbers
-    assert results[2].choice_logprobs_per_byte == () and "likelihoods" not in results[2].to_json()
+    assert (
+        results[2].choice_logprobs_per_byte == ()
+        and "choice_logprobs_per_byte" not in results[2].to_json()
+    )
     assert answer_items(evaluated("qwen-sapling", one), ThinkingEffort.NONE, skill, items, 40) == (
         results,
         4,

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persea.alignment.event_map import EventMap, build_event_map
-from persea.alignment.spans import CommonBoundaries, SupervisionKind, align, common_boundaries
+from persea.alignment.spans import CommonBoundaries, SupervisionKind, align_batch, common_boundaries
 from persea.chat.messages import Conversation, Text, Thinking, ThinkingEffort
 from persea.chat.renderer import ChatRenderer
 from persea.errors import DataError, RefusedError
@@ -203,7 +203,7 @@ def test_mass_that_masks_keep_is_told_where_somebody_measures_it(
         mine: Sequence[RenderedTokens], theirs: Sequence[RenderedTokens], both: CommonBoundaries
     ) -> np.ndarray:
         seen.append((len(mine), len(theirs), len(both.student_C)))
-        assert both.student_C.tolist() == align(mine, theirs).boundaries.student_C.tolist()
+        assert both.student_C.tolist() == align_batch(mine, theirs).boundaries.student_C.tolist()
         return np.linspace(0.5, 1, len(both.student_C))
 
     found = pairing(pair, said, kept)
@@ -234,7 +234,7 @@ def test_the_mass_that_masks_keep_is_measured(to_llama: Pair):
     measured = make_retained_mass(Teacher("t", teacher, engine), event_map)
     said = answered("Hello, two words.", "สวัสดี你好 12345", "def f(x):\n    return x")
     mine, theirs = [student.render(c) for c in said], [teacher.render(c) for c in said]
-    both = align(mine, theirs).boundaries
+    both = align_batch(mine, theirs).boundaries
     got, want, less = measured(mine, theirs, both), [], 0
     for s, t in zip(mine, theirs, strict=True):
         one = common_boundaries(s, t)
@@ -699,7 +699,7 @@ def test_real_vocabularies_have_boundaries_in_common(
     shares = {}
     for name in TEXTS:
         some = read_texts(name, str(data / files.get(name, f"parallel/ntrex.{name}.txt")), 60)
-        taught = align(some.render(student), some.render(teacher)).supervision_S
+        taught = align_batch(some.render(student), some.render(teacher)).supervision_S
         shares[name] = (
             100
             * np.bincount(taught[taught >= 0], minlength=len(SupervisionKind))

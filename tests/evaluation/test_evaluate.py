@@ -33,7 +33,7 @@ from persea.tasks.generated import CODE_TASK, LANGUAGES_TASK, REASONING_TASK, TO
 from persea.tasks.intervals import paired_difference_interval
 from persea.tasks.task import PairedComparison, Split
 from tests.cli.test_cli import SAPLINGS, recipe
-from tests.evaluation.test_answering import Counting
+from tests.evaluation.test_answering import Counting, evaluated
 from tests.evaluation.test_racing import item, result
 from tests.servers import serving
 from tests.teachers.test_teacher import teacher
@@ -127,9 +127,9 @@ def test_prompt_files_are_evaluated_beside_teachers_behind_a_server(tmp_path: Pa
     teachers = [
         {
             "name": "words",
-            "model": "words",
+            "model": "text_only",
             "effort": "low",
-            "endpoint": {"url": url, "protocol": "chat", "dial": True},
+            "endpoint": {"url": url, "protocol": "chat", "send_effort": True},
         },
         {"name": "far", "model": path, "effort": "low", "endpoint": {"url": url}},
     ]
@@ -143,7 +143,7 @@ def test_prompt_files_are_evaluated_beside_teachers_behind_a_server(tmp_path: Pa
                 evaluation={
                     "items": 3,
                     "max_new_tokens": 60,
-                    "sets": [{"set": "ifeval", "file": str(tmp_path / "ifeval.jsonl")}],
+                    "benchmarks": [{"benchmark": "ifeval", "file": str(tmp_path / "ifeval.jsonl")}],
                 },
             )
         ),
@@ -296,7 +296,9 @@ def test_a_run_ends_badly_once_all_is_written(
 ) -> None:
     """The stages run to the last one first: what was measured is there to be looked at."""
     river = RunContext(
-        load_recipe(recipe(tmp_path), [f"evaluation.allow_regression={str(allowed).lower()}"]),
+        load_recipe(
+            recipe(tmp_path), [f"evaluation.allow_safety_regression={str(allowed).lower()}"]
+        ),
         tmp_path / "run",
     )
     worked: list[str] = []
@@ -317,7 +319,8 @@ def test_a_run_ends_badly_once_all_is_written(
     if only == "report":
         run.run_pipeline(
             replace(
-                river, recipe=load_recipe(recipe(tmp_path), ["evaluation.allow_regression=true"])
+                river,
+                recipe=load_recipe(recipe(tmp_path), ["evaluation.allow_safety_regression=true"]),
             ),
             lambda *a: None,
         )

@@ -238,10 +238,10 @@ def test_a_whole_run_in_modes(tmp_path: Path) -> None:
         teachers=TINY["teachers"][1:],
         corpus=[
             {"skill": "code", "generate": 8},
-            {"skill": "reasoning", "generate": 24, "modes": {"none": 0.5, "high": 0.5}},
+            {"skill": "reasoning", "generate": 24, "effort_shares": {"none": 0.5, "high": 0.5}},
         ],
         audition={"items": 8, "pinned": {"code": "gemma-sapling", "reasoning": "gpt-oss-sapling"}},
-        capture={"max_new_tokens": 96, "unit": 8},
+        capture={"max_new_tokens": 96, "prompts_per_unit": 8},
     )
     ended = persea("run", path, "--out", "run", folder=tmp_path)
     assert ended.code == 0, ended.err

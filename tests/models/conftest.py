@@ -19,7 +19,7 @@ RANDOM = tuple(SIZES.items())
 
 @pytest.fixture(scope="module")
 def llama(tiny_of, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ChatRenderer]:
-    """A whole model folder: the tiny Llama tokenizer, and weights that fit it."""
+    """A model folder: the tiny Llama tokenizer and weights that fit it."""
     speaker = tiny_of("llama")
     folder = tmp_path_factory.mktemp("models") / "llama"
     shutil.copytree(speaker.folder, folder)
@@ -29,12 +29,12 @@ def llama(tiny_of, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Chat
 
 @pytest.fixture
 def copy(llama: tuple[Path, ChatRenderer], tmp_path: Path) -> Path:
-    """A copy of it that a test may break."""
+    """A copy of the folder that a test may damage."""
     return Path(shutil.copytree(llama[0], tmp_path / "copy"))
 
 
 def configure(folder: Path, **files: dict[str, Any] | None) -> ModelSource:
-    """The folder with these keys in its configurations; None takes the file away."""
+    """Set these keys in the folder's configurations; None deletes the file."""
     for name, keys in files.items():
         path = folder / f"{name}.json"
         if keys is None:

@@ -43,7 +43,7 @@ def test_a_fingerprint_does_not_depend_on_the_place(copy: Path, llama: tuple[Pat
     assert fingerprint(ModelSource(str(copy)), "w") == fingerprint(ModelSource(str(llama[0])), "w")
 
 
-def test_fingerprints_of_what_is_not_here():
+def test_fingerprints_of_hub_and_random_models():
     hub, sprouted = (
         ModelSource("Qwen/Qwen3-8B", revision="a" * 40),
         ModelSource("random", tokenizer="x/y", sizes=RANDOM),
@@ -86,8 +86,10 @@ def test_file_stats_change_when_a_file_is_written(copy: Path) -> None:
     assert file_stats(ModelSource("random"), "w") == file_stats(ModelSource("a/b"), "w") == ()
 
 
-def test_a_base_model_in_a_chat_template_is_said(copy: Path, llama: tuple[Path, ChatRenderer]):
-    """As Qwen's base: its eos ends a text (151643), its template's turns end elsewhere (151645)."""
+def test_a_base_model_with_a_chat_template_is_reported(
+    copy: Path, llama: tuple[Path, ChatRenderer]
+):
+    """As in Qwen's base model: its eos is 151643, and its template ends turns with 151645."""
     renderer = llama[1]
     text, turn = (
         renderer.vocabulary.control_token_ids[n] for n in ("<|end_of_text|>", "<|eot_id|>")

@@ -1,5 +1,4 @@
-"""Weights and voices come from folders without surprises: no code, no pickle, no vocabulary that
-does not fit."""
+"""Models load from folders without code and pickles, and only with a matching vocabulary."""
 
 from __future__ import annotations
 
@@ -46,7 +45,7 @@ from tests.training.test_dataset import one as single
 # ---- where ---------------------------------------------------------------------------------------
 
 
-def test_what_is_a_folder_and_what_is_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_folders_and_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     (tmp_path / "file").touch()
@@ -104,7 +103,7 @@ def test_a_hub_id_that_cannot_be_had_is_refused_in_one_line():
 # ---- voices --------------------------------------------------------------------------------------
 
 
-def test_a_voice_is_what_its_folder_says(tiny: Speaker):
+def test_a_renderer_depends_on_its_folder_and_date(tiny: Speaker):
     renderer = load_renderer(ModelSource(str(tiny.folder)), "w")
     assert renderer.digest == tiny.renderer.digest
     assert renderer.template_date == PINNED_DATE
@@ -182,7 +181,7 @@ def test_an_unknown_family_is_refused(copy: Path):
 # ---- weights -------------------------------------------------------------------------------------
 
 
-def test_weights_come_back_as_they_were_saved(llama: tuple[Path, ChatRenderer]):
+def test_weights_load_as_they_were_saved(llama: tuple[Path, ChatRenderer]):
     folder, renderer = llama
     model = load_model(ModelSource(str(folder)), renderer, "w")
     assert not model.training
@@ -222,7 +221,7 @@ def test_pickled_weights_are_refused(copy: Path, llama: tuple[Path, ChatRenderer
         load_model(ModelSource(str(copy)), llama[1], "w")
 
 
-def test_cut_weights_are_refused(copy: Path, llama: tuple[Path, ChatRenderer]):
+def test_truncated_weights_are_refused(copy: Path, llama: tuple[Path, ChatRenderer]):
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(DataError, match="cannot load"):
@@ -245,11 +244,11 @@ def test_a_missing_or_broken_config_is_refused(
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
-def test_a_folder_that_brings_its_own_code_is_refused_unread(
+def test_a_folder_with_its_own_code_is_refused_unread(
     copy: Path, llama: tuple[Path, ChatRenderer], file: str
 ):
-    """The code would leave a mark; the known classes stand beside it, so that only our own refusal
-    can stop it."""
+    """The code would leave a mark. A known class is beside it, so only persea's own check can
+    refuse."""
     mark = copy / "ran"
     (copy / "own.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
     config = json.loads((copy / file).read_text())
@@ -287,11 +286,10 @@ def test_where_a_configuration_names_its_ends(copy: Path):
         eos_token_ids(source, "w")
 
 
-def test_generation_stops_at_the_turns_end_whatever_the_configuration_says(
+def test_generation_stops_at_the_turns_end_despite_the_configuration(
     copy: Path, llama: tuple[Path, ChatRenderer]
 ):
-    """The model says the token it is asked to stop at first of all; its configuration would let it
-    run on."""
+    """The model generates the stop token first; its configuration alone would let it continue."""
     renderer = llama[1]
     source = configure(
         copy,
@@ -330,7 +328,7 @@ def test_a_student_taught_to_end_its_turns_is_saved_so(
 
 
 def always(model: PreTrainedModel, token: int) -> PreTrainedModel:
-    """A model that says one token only."""
+    """A model that generates one token only."""
     head = torch.nn.Linear(model.config.hidden_size, model.get_output_embeddings().weight.shape[0])
     with torch.no_grad():
         head.weight.zero_()
@@ -345,8 +343,8 @@ def always(model: PreTrainedModel, token: int) -> PreTrainedModel:
 
 
 def widened(model: PreTrainedModel, folder: Path, rows: int) -> Path:
-    """The same weights in a matrix with more rows, as 151,936 and 152,064 rows for 151,665 tokens;
-    the new ones are loud."""
+    """The same weights in a matrix with more rows, such as 152,064 for 151,665 tokens; the new ones
+    are large."""
     wide = random_init("llama", model.config.vocab_size + rows, SIZES)
     state = model.state_dict()
     loud = (
@@ -362,7 +360,7 @@ def widened(model: PreTrainedModel, folder: Path, rows: int) -> Path:
 
 
 def feed_of(renderer: ChatRenderer, teacher: ChatRenderer) -> DistillDataset:
-    """Three answers; the teacher is sure of each token it said."""
+    """Three answers, of whose tokens the teacher is certain."""
     captures = []
     for k, text in enumerate(("Hello there", "一二三", "x = [1]\n")):
         talk = Conversation.from_question(f"question {k}").with_answer(Text(text))
@@ -446,8 +444,7 @@ def test_padded_rows_change_no_loss_no_score_and_no_answer(
 def test_the_stop_is_learned_and_scored_when_it_is_the_padding_too(
     copy: Path, tiny_of: Callable[[str], Speaker]
 ):
-    """Many models pad with their eos; masking the labels of the padding would unlearn how to
-    stop."""
+    """Many models pad with their eos; masking the labels of padding ids would unlearn the stop."""
     config = json.loads((copy / "tokenizer_config.json").read_text())
     (copy / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": "<|eot_id|>"}))
     stop = load_renderer(ModelSource(str(copy)), "w").vocabulary.control_token_ids["<|eot_id|>"]
@@ -542,7 +539,7 @@ def test_a_rendering_has_the_templates_bos_and_no_other(
     assert (f"begins with <s> ({start}) twice" in note) == (bos == 2)
 
 
-def test_a_hub_model_that_cannot_be_fetched_is_not_told_to_mend_a_folder(
+def test_a_hub_model_that_cannot_be_downloaded_has_its_own_remedy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def offline(*names: object, **options: object) -> None:
@@ -556,11 +553,11 @@ def test_a_hub_model_that_cannot_be_fetched_is_not_told_to_mend_a_folder(
 
 
 @pytest.mark.parametrize("weights", [False, True])
-def test_of_a_hub_model_no_more_is_fetched_than_is_asked_for(
+def test_only_requested_files_of_a_hub_model_are_downloaded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, weights: bool
 ) -> None:
-    """Weights only where they are read, and not those that some repositories hold a second time, in
-    a folder or under another name."""
+    """Weights are downloaded only on request, and not those that a repository holds a second
+    time."""
     asked: dict[str, Any] = {}
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download",

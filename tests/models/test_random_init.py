@@ -15,7 +15,7 @@ from tests.models.conftest import RANDOM, SIZES
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_sprout_of_each_family_runs(family: str, tiny_of):
+def test_a_random_model_of_each_family_runs(family: str, tiny_of):
     renderer = tiny_of(family).renderer
     tokens = renderer.render(Conversation.from_question("Hello").with_answer(Text("Hi")))
     source = ModelSource("random", tokenizer=str(tiny_of(family).folder), sizes=RANDOM)
@@ -37,7 +37,7 @@ def test_a_sprout_of_each_family_runs(family: str, tiny_of):
     assert not torch.equal(first, other.get_input_embeddings().weight)
 
 
-def test_a_sprout_of_an_unknown_family_is_refused():
+def test_a_random_model_of_an_unknown_family_is_refused():
     with pytest.raises(DataError, match="no small architecture known for family 'falcon'"):
         random_init("falcon", 100, SIZES)
 

@@ -1,4 +1,4 @@
-"""Every token is its bytes or a control token, and no text ever becomes a control token."""
+"""Every token is its bytes or a control token, and no text becomes a control token."""
 
 from __future__ import annotations
 
@@ -195,8 +195,7 @@ def test_control_tokens_are_found(tiny: Speaker, grow):
 
 
 def look_alikes(vocabulary: Vocabulary, sample: int = 10**6) -> None:
-    """Every control token as text, alone, glued and doubled, is text: no control id, and its bytes
-    come back."""
+    """Check that every control token as text, alone, joined and doubled, is encoded as text."""
     names = sorted(vocabulary.control_token_ids, key=vocabulary.control_token_ids.__getitem__)
     names = names[:sample] + names[-sample:]
     controls = set(vocabulary.control_token_ids.values())
@@ -370,7 +369,7 @@ def test_a_slow_tokenizer_is_refused():
         load_vocabulary(object(), "slow")
 
 
-def test_probes_hold_what_they_promise():
+def test_round_trip_probes_cover_their_kinds():
     joined = "".join(ROUND_TRIP_PROBES)
     blocks = {
         "CJK UNIFIED",
@@ -446,7 +445,7 @@ def _is_utf8(b: bytes) -> bool:
 
 @pytest.mark.realdata
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_real_sentences_come_back(actual: tuple[str, Vocabulary], data: Path, language: str):
+def test_real_sentences_are_reproduced(actual: tuple[str, Vocabulary], data: Path, language: str):
     lines = (data / "parallel" / f"ntrex.{language}.txt").read_text(encoding="utf-8").splitlines()
     batch = [unicodedata.normalize("NFC", line) for line in lines[:20]]
     assert len(batch) == 20

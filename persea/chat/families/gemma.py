@@ -88,8 +88,9 @@ def parse(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, .
 
 
 def normalise_gemma4(conversation: Conversation) -> Conversation:
-    """Keep thoughts beside calls after the last question if thinking is on; trim texts, sort
-    arguments.
+    """Trim texts, sort arguments, and drop most thoughts.
+
+    Thoughts are kept beside calls after the last question if thinking is on.
     """
     last_question = max(
         (k for k, m in enumerate(conversation.messages) if m.role is Role.USER), default=-1
@@ -164,21 +165,21 @@ def template_inputs_gemma4(
 def _write_call(call: ToolCall) -> Iterator[str]:
     """Yield a call as the template writes it: quote tokens and the text between them."""
 
-    def say(value: Any) -> str:
+    def write(value: Any) -> str:
         if isinstance(value, str):
             return "\0Q" + value + "\0Q"
         if isinstance(value, dict):
-            return "{" + ",".join(f"{k}:{say(v)}" for k, v in value.items()) + "}"
+            return "{" + ",".join(f"{k}:{write(v)}" for k, v in value.items()) + "}"
         if isinstance(value, list):
-            return "[" + ",".join(map(say, value)) + "]"
+            return "[" + ",".join(map(write, value)) + "]"
         return str(value).lower() if isinstance(value, bool) else str(value)
 
-    parts = f"call:{call.name}{say(json.loads(call.arguments))}".split("\0Q")
-    for k, part in enumerate(parts):
+    pieces = f"call:{call.name}{write(json.loads(call.arguments))}".split("\0Q")
+    for k, piece in enumerate(pieces):
         if k:
             yield GEMMA_QUOTE_TOKEN
-        if part:
-            yield part
+        if piece:
+            yield piece
 
 
 def parse_gemma4(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, ...] | None:

@@ -37,9 +37,7 @@ NO_THINKING_KWARGS = {"enable_thinking": False}
 
 @dataclass(frozen=True)
 class StripRule:
-    """White space that the template strips from a text: the arguments of `str.lstrip` and
-    `str.rstrip`.
-    """
+    """White space that a template strips: the arguments of `str.lstrip` and `str.rstrip`."""
 
     left: str | None
     right: str | None
@@ -104,9 +102,7 @@ def infer_family(
         )
 
     def template_inputs(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Messages as every template takes them; thinking switched off where the template has the
-        usual switch.
-        """
+        """Return messages as every template takes them, with the usual thinking switch off."""
         if behaviour.no_system_reason and any(m.role is Role.SYSTEM for m in conversation.messages):
             raise DataError(
                 f"the chat template takes no system text: {behaviour.no_system_reason}",
@@ -118,9 +114,7 @@ def infer_family(
         )
 
     def parse(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, ...] | None:
-        """One text, no control token inside, without what the template itself writes around an
-        answer.
-        """
+        """Parse one text without control tokens; remove the template's text around the answer."""
         text = pieces_to_text(pieces)
         if text is None:
             return None
@@ -153,9 +147,7 @@ def infer_family(
 
 
 def close_last_answer(template: ChatTemplate, stop_token: str) -> ChatTemplate:
-    """Return a template that writes the stop token after the last answer, for one that leaves it
-    open.
-    """
+    """Return the template with the stop token after a last answer that it leaves open."""
 
     def render(messages: list[dict[str, Any]], add_generation_prompt: bool, **switches: Any) -> str:
         text = template(messages=messages, add_generation_prompt=add_generation_prompt, **switches)

@@ -94,9 +94,9 @@ def template_inputs(conversation: Conversation) -> tuple[list[dict[str, Any]], d
                     "leave the conversation out",
                 )
     messages = messages_to_dicts(conversation, "thinking")
-    for said in messages:
-        if not said.get("thinking", "x"):
-            del said["thinking"]
+    for message in messages:
+        if not message.get("thinking", "x"):
+            del message["thinking"]
     tools = tools_to_json_schema(conversation.tools)
     switch = {"enable_thinking": False} if conversation.effort is ThinkingEffort.NONE else {}
     return messages, {"reasoning_effort": REASONING_EFFORT_NAMES[conversation.effort]} | switch | (

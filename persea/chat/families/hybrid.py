@@ -1,5 +1,6 @@
-"""The hybrid format: one thinking switch for any chat template, so that one student thinks or
-answers at once.
+"""The hybrid format: one thinking switch for any chat template.
+
+With it one student thinks or answers at once.
 
     <|begin_of_text|><|start_header_id|>system<|end_header_id|>
 

@@ -1,5 +1,4 @@
-"""Qwen: ChatML in five variants, distinguished by the template's text
-(`Family.template_signature`).
+"""Qwen: ChatML in five variants, distinguished by their templates (`Family.template_signature`).
 
     <|im_start|>user
     Hello<|im_end|>
@@ -11,11 +10,13 @@
     Hi!<|im_end|>
 
     qwen         Qwen3: an empty <think> block switches thinking off; thoughts before the last
-    question are dropped qwen2.5      no thinking
+                 question are dropped
+    qwen2.5      no thinking
     qwen3-coder  no thinking; calls are written key by key
-    qwen3.5      the prompt opens <think>; texts are trimmed, earlier thoughts kept; calls key by
-    key qwq          the prompt opens <think>; the template takes the thought as part of the text
-    and drops earlier ones
+    qwen3.5      the prompt opens <think>; texts are trimmed, earlier thoughts kept; calls are
+                 written key by key
+    qwq          the prompt opens <think>; the template takes the thought as part of the text and
+                 drops earlier ones
 
 A call is {"name": "f", "arguments": {...}} between <tool_call> and </tool_call>; any number of
 calls may follow the text. Key by key (`qwen_xml_tools.py`) a call has no byte offsets, because the
@@ -64,8 +65,7 @@ def _is_thinking_on(conversation: Conversation) -> bool:
 
 
 def _last_question_index(conversation: Conversation) -> int:
-    """Return the index of the last user text that is no <tool_response>, as Qwen's templates look
-    for it.
+    """Return the index of the last user text that is no <tool_response>, as the templates find it.
 
     Without one it is the last message.
     """
@@ -266,8 +266,9 @@ def template_inputs_qwen35(
 
 
 def parse_qwen35(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, ...] | None:
-    """Parse thought </think> answer [calls], trimmed; without thinking the prompt has closed the
-    block.
+    """Parse thought </think> answer [calls], trimmed.
+
+    Without thinking the prompt has closed the block.
     """
     parts = _parse_opened_thought(pieces, effort)
     if parts is None:
@@ -281,7 +282,7 @@ def parse_qwen35(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[Content
 def _parse_opened_thought(
     pieces: DecodedPieces, effort: ThinkingEffort
 ) -> tuple[ContentPart, ...] | None:
-    if pieces and pieces[0] == "<think>":  # some servers say the opening again
+    if pieces and pieces[0] == "<think>":  # some servers repeat the opening of the prompt
         pieces = pieces[1:]
     if "</think>" in pieces:
         return _parse_thought_and_answer(pieces)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-import json
 from dataclasses import dataclass
 from itertools import pairwise
 from math import exp, isfinite
@@ -23,6 +22,7 @@ from persea.distributions import (
     SparseDistributions,
     distributions_from_top_logprobs,
 )
+from persea.storage import parse_strict_json
 
 # A log-probability may exceed 0 by the rounding of float32.
 POSITIVE_LOGPROB_TOLERANCE_NATS = 1e-6
@@ -97,14 +97,10 @@ def require_logprob(value: Any, label: str) -> float:
 def parse_json(body: bytes | str) -> Any:
     """Parse JSON; NaN and Infinity are refused."""
     try:
-        return json.loads(body, parse_constant=_reject_json_constant)
+        return parse_strict_json(body)
     except (ValueError, RecursionError) as error:
         start = body[:60] if isinstance(body, str) else body[:60].decode(errors="replace")
         raise MalformedResponseError(f"not JSON: {start!r}") from error
-
-
-def _reject_json_constant(name: str) -> None:
-    raise ValueError(name)
 
 
 def to_sparse_distributions(

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from persea.alignment.boundary_mask import UNRESTRICTED_CONTEXT, BoundaryMask
+from persea.alignment.boundary_mask import BoundaryMask
 from persea.alignment.event_map import EventMap
 from persea.alignment.markers import (
     align_marker_runs,
@@ -34,6 +34,7 @@ from persea.alignment.markers import (
     is_after_markers,
 )
 from persea.alignment.spans import align
+from persea.alignment.token_order import UNRESTRICTED_CONTEXT
 from persea.distributions import MASS_TOLERANCE, SparseDistributions
 from persea.errors import RefusedError, TeacherError
 from persea.losses import ImpossibleTokens, LMHead, SpanTargets
@@ -322,7 +323,7 @@ class TeacherScorer:
     ) -> _AlignedAnswer:
         """Runs of markers, and the spans of a kind that cover the same bytes."""
         found, (mine_X2, other_X2) = (
-            align([student_tokens], [teacher_tokens]),
+            align(student_tokens, teacher_tokens),
             align_marker_runs(student_tokens, teacher_tokens),
         )
         spans = found.spans
@@ -361,7 +362,9 @@ class TeacherScorer:
         if not self.teacher.engine.capabilities.has_local_model:
             return None
         engine = cast(TransformersEngine, self.teacher.engine)
-        if engine.model.get_output_embeddings().weight.is_meta:  # offloaded: it is here in a forward alone
+        if (
+            engine.model.get_output_embeddings().weight.is_meta
+        ):  # offloaded: it is here in a forward alone
             return None
         try:
             scaling = find_logit_scaling(engine.model, engine.vocab_size, self.teacher.name)

@@ -1,5 +1,4 @@
-"""What each family says of itself: how it is recognised, what it keeps of a conversation, and what
-it takes for an answer."""
+"""Each family is detected, normalises conversations, and parses answers."""
 
 from __future__ import annotations
 
@@ -116,7 +115,7 @@ def test_none_or_several_signatures_are_no_family(controls: tuple[str, ...]):
 
 
 @pytest.mark.parametrize("family", families.FAMILIES, ids=lambda f: f.name)
-def test_a_signature_and_a_mark_are_enough(family):
+def test_signature_token_and_template_signature_are_enough(family):
     assert (
         families.detect_family(vocabulary(family.signature_token), family.template_signature)
         is family
@@ -125,9 +124,11 @@ def test_a_signature_and_a_mark_are_enough(family):
 
 @pytest.mark.realdata
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_every_real_template_is_told_apart(data: Path, template: str):
-    """By control tokens and mark; what persea does not know is no family, also where it speaks
-    ChatML as SmolLM3 does."""
+def test_every_real_template_is_detected(data: Path, template: str):
+    """Families are detected by control tokens and template signature.
+
+    Unknown models have no family, even if they use ChatML as SmolLM3 does.
+    """
     text = (data / "templates" / f"{template}.jinja").read_text()
     found = families.detect_family(
         vocabulary(*{f.signature_token for f in families.FAMILIES if f.signature_token in text}),
@@ -182,7 +183,7 @@ def talk(effort: ThinkingEffort) -> Conversation:
         ),
     ],
 )
-def test_what_each_family_keeps(family, effort: ThinkingEffort, want: list[str]):
+def test_content_that_each_family_keeps(family, effort: ThinkingEffort, want: list[str]):
     assert [p.text for p in family.normalise(talk(effort)).parts()] == want
 
 
@@ -364,7 +365,7 @@ def from_grid(
 
 @pytest.mark.realdata
 @pytest.mark.parametrize("language", SAID)
-def test_real_voices_are_transformers_own(real: Speaker, language: str):
+def test_real_renderings_equal_transformers(real: Speaker, language: str):
     for case in GRID:
         if case[0] == language:
             conversation = from_grid(*case)
@@ -378,8 +379,8 @@ def test_real_voices_are_transformers_own(real: Speaker, language: str):
 
 @pytest.mark.realdata
 @pytest.mark.parametrize("fragment", ["tricky", "look-alikes"])
-def test_real_voices_on_tricky_text(real: Speaker, fragment: str):
-    """Every fragment at once, and one by one, as question and as answer."""
+def test_real_renderings_of_tricky_text(real: Speaker, fragment: str):
+    """Every fragment at once and one by one, as question and as answer."""
     fragments = (
         FRAGMENTS if fragment == "tricky" else [s for s in LOOK_ALIKES if "channel" not in s]
     )
@@ -402,7 +403,7 @@ def test_real_voices_on_tricky_text(real: Speaker, fragment: str):
 
 @pytest.mark.realdata
 @given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=40))
-def test_real_voices_on_any_text(real: Speaker, text: str):
+def test_real_renderings_of_any_text(real: Speaker, text: str):
     text = unicodedata.normalize("NFC", text)
     conversation = Conversation.from_question(text).with_answer(Text(f"a{text}"))
     assume_no_look_alike(real, conversation)

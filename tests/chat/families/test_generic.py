@@ -1,5 +1,4 @@
-"""A model persea does not know speaks by its own template alone, exactly as transformers renders
-it; or it is refused."""
+"""An unknown model is rendered by its own template exactly as transformers does, or refused."""
 
 from __future__ import annotations
 
@@ -74,8 +73,7 @@ def folder_of(
     adds_bos: bool = False,
     config_eos: tuple[str, ...] = (),
 ) -> Path:
-    """A tokenizer folder: byte-level BPE whose control tokens are those the template writes, found
-    by their looks."""
+    """Make a tokenizer folder: byte-level BPE with the control tokens that the template writes."""
     looks = re.findall(r"<[|｜][^>{}'\"]{1,40}[|｜]>|</?think>|\[gMASK\]|<sop>", template)
     names = list(dict.fromkeys([t for t in (bos, eos, *ends, *controls, *looks) if t]))
     tokenizer = Tokenizer(models.BPE())
@@ -109,7 +107,7 @@ def folder_of(
 
 @pytest.fixture(scope="module")
 def unknown_of(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Speaker]:
-    """name -> a speaker with that model's real template and a tiny tokenizer."""
+    """Name -> that model's real template on a tiny tokenizer."""
     speakers: dict[str, Speaker] = {}
 
     def of(name: str) -> Speaker:
@@ -207,7 +205,7 @@ def test_an_unknown_model_is_parsed_and_learns_its_answer(unknown: Speaker):
 
 
 @pytest.mark.realdata
-def test_what_was_found_by_probing(unknown_of: Callable[[str], Speaker]):
+def test_results_of_probing(unknown_of: Callable[[str], Speaker]):
     found = {name: unknown_of(name).renderer for name in UNKNOWN}
     assert {n: v.family.name for n, v in found.items()} == dict.fromkeys(
         UNKNOWN, GENERIC_FAMILY_NAME
@@ -241,7 +239,7 @@ def test_what_was_found_by_probing(unknown_of: Callable[[str], Speaker]):
 
 @pytest.mark.realdata
 def test_control_tokens_in_a_text_stay_text(unknown: Speaker):
-    """Also DeepSeek's <｜User｜>, which its tokenizer calls an ordinary token."""
+    """This includes DeepSeek's <｜User｜>, which its tokenizer does not declare special."""
     renderer = unknown.renderer
     added = json.loads((unknown.folder / "tokenizer.json").read_text())["added_tokens"]
     names = [t["content"] for t in added if "think" not in t["content"]]
@@ -264,8 +262,8 @@ def test_control_tokens_in_a_text_stay_text(unknown: Speaker):
 
 @pytest.mark.realdata
 def test_an_open_answer_needs_a_known_end(data: Path, tmp_path: Path):
-    """GLM's turns end with the next speaker's token: only its generation_config.json says that this
-    is an end."""
+    """GLM's turns end with the next role's token; only generation_config.json declares it as an
+    end."""
     text = (data / "templates" / "glm-4.6.jinja").read_text()
     folder = folder_of(
         tmp_path / "glm", text, bos=None, eos="<|endoftext|>", controls=("<|user|>",)
@@ -301,7 +299,7 @@ def small(path: Path, template: str, eos: str = "<|stop|>", **more: Any) -> Mode
     "cut", ["", "trim", "strip(' ')", "lstrip('\\n')", "rstrip()", "strip('\\n ')"]
 )
 @pytest.mark.parametrize("role", ["user", "assistant", "system"])
-def test_what_a_template_trims_is_found_for_each_role(tmp_path: Path, role: str, cut: str):
+def test_strip_rules_are_found_for_each_role(tmp_path: Path, role: str, cut: str):
     content = "m['content']" + ("" if not cut else " | trim" if cut == "trim" else f".{cut}")
     turn = (
         f"<|{{{{ m['role'] }}}}|>{{{{ ({content}) if m['role'] == '{role}' else m['content'] "
@@ -330,7 +328,7 @@ def test_what_a_template_trims_is_found_for_each_role(tmp_path: Path, role: str,
 
 
 @pytest.mark.parametrize("where", ["loop.last", "not loop.last"])
-def test_an_earlier_answer_may_be_trimmed_otherwise_than_the_last(tmp_path: Path, where: str):
+def test_earlier_answers_may_be_trimmed_differently(tmp_path: Path, where: str):
     content = f"m['content'] | trim if m['role'] == 'assistant' and {where} else m['content']"
     renderer = load_renderer(
         small(tmp_path, HEAD + f"<|{{{{ m['role'] }}}}|>{{{{ {content} }}}}<|stop|>" + END), "w"
@@ -418,7 +416,7 @@ def test_templates_generic_cannot_follow_are_refused_when_opened(
         ),
     ],
 )
-def test_no_system_role_is_said_and_refused_in_one_line(tmp_path: Path, template: str, why: str):
+def test_a_missing_system_role_is_reported_and_refused(tmp_path: Path, template: str, why: str):
     source = small(tmp_path, template)
     renderer = load_renderer(source, "teachers.0.model")
     assert why in renderer.family.limitations
@@ -431,7 +429,7 @@ def test_no_system_role_is_said_and_refused_in_one_line(tmp_path: Path, template
         assert "\n" not in str(caught.value)
 
 
-def test_words_of_the_template_around_an_answer_are_learned_and_taken_off(tmp_path: Path):
+def test_template_text_around_an_answer_is_in_the_loss_mask_and_removed_by_parse(tmp_path: Path):
     turn = (
         "<|{{ m['role'] }}|>{{ '\n\nSays: ' if m['role'] == 'assistant' }}{{ m['content'] "
         "}}\n<|stop|>"
@@ -447,11 +445,11 @@ def test_words_of_the_template_around_an_answer_are_learned_and_taken_off(tmp_pa
     ) == ((Text("bare"),), FinishReason.STOP)
 
 
-def test_an_eos_that_is_not_the_turns_end_is_said_and_stops_too(tmp_path: Path):
+def test_an_eos_that_is_not_the_turns_end_is_reported_and_stops_too(tmp_path: Path):
     source = small(tmp_path, HEAD + TURN + END, eos="<|text_end|>")
     renderer = load_renderer(source, "w")
     assert renderer.family.stop_tokens == ("<|stop|>", "<|text_end|>")
-    assert "its configuration ends at <|text_end|> instead" in renderer.family.limitations
+    assert "its configuration ends a text with <|text_end|> instead" in renderer.family.limitations
     body = renderer.vocabulary.encode("Hi")
     assert {renderer.parse([*body, i, *body], ThinkingEffort.NONE) for i in renderer.stop_ids} == {
         ((Text("Hi"),), FinishReason.STOP)
@@ -463,8 +461,8 @@ def test_an_eos_that_is_not_the_turns_end_is_said_and_stops_too(tmp_path: Path):
 
 
 def test_generic_is_one_of_the_names_a_recipe_may_use(tiny: Speaker):
-    """Forced on a model that persea knows: its template alone renders plain talk as the family
-    does."""
+    """Forced on a known model, the inferred family renders plain conversations as the model's
+    family does."""
     if tiny.renderer.family.name == "gpt-oss":
         with pytest.raises(
             DataError, match=r"between its prompt|where its prompt ends|white space"
@@ -481,7 +479,7 @@ def test_generic_is_one_of_the_names_a_recipe_may_use(tiny: Speaker):
     assert renderer.digest != tiny.renderer.digest
 
 
-def test_a_run_says_who_speaks_and_what_is_not_known(tmp_path: Path):
+def test_a_run_reports_families_and_their_limitations(tmp_path: Path):
     river = RunContext(
         load_recipe(recipe(tmp_path), ["teachers.0.family=generic", "teachers.1.family=gemma"]),
         tmp_path / "run",
@@ -520,7 +518,7 @@ def test_tools_are_refused_and_not_lost(tmp_path: Path):
 # ---- which family --------------------------------------------------------------------------------
 
 
-def test_the_longest_mark_in_the_template_wins(
+def test_the_longest_template_signature_wins(
     tiny_of: Callable[[str], Speaker], monkeypatch: pytest.MonkeyPatch
 ):
     vocabulary = tiny_of("qwen").renderer.vocabulary

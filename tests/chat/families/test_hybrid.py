@@ -1,5 +1,4 @@
-"""One switch before any template: the hybrid student's form, on the tiny tokenizers and on the real
-ones."""
+"""The hybrid format of the student, on tiny and real tokenizers."""
 
 from __future__ import annotations
 
@@ -41,7 +40,7 @@ CLOCK = Tool("clock", "Tells the time.", '{"type": "object"}')
 
 @pytest.fixture(scope="module")
 def llama(tiny_of: Callable[[str], Speaker]) -> ChatRenderer:
-    """`<think>` is a token here."""
+    """A tokenizer in which `<think>` is a token."""
     renderer: ChatRenderer = tiny_of("llama").renderer
     assert "<think>" in renderer.vocabulary.control_token_ids
     return renderer
@@ -51,7 +50,7 @@ def llama(tiny_of: Callable[[str], Speaker]) -> ChatRenderer:
 def maple(
     tiny_of: Callable[[str], Speaker], tmp_path_factory: pytest.TempPathFactory
 ) -> ChatRenderer:
-    """A family persea does not know, given the switch; `<think>` is plain text here."""
+    """An unknown family with the hybrid switch, in which `<think>` is plain text."""
     folder = Path(
         shutil.copytree(tiny_of("gemma").folder, tmp_path_factory.mktemp("maple") / "maple")
     )
@@ -95,7 +94,7 @@ QUESTION = (
 
 
 @pytest.mark.parametrize("effort", ThinkingEffort)
-def test_the_head_tells_the_effort(llama: ChatRenderer, effort: ThinkingEffort):
+def test_the_prompt_starts_with_the_effort(llama: ChatRenderer, effort: ThinkingEffort):
     assert written(llama, asked(effort)) == f"{HEAD}{effort}{QUESTION}"
     assert (
         written(llama, asked(effort, system="Be brief. "))
@@ -157,7 +156,7 @@ def test_a_call_behind_a_thought_and_its_result(llama: ChatRenderer):
 @example(thought="  ", text="\n\nx", system="", effort=ThinkingEffort.HIGH)
 @example(thought="a", text="", system=" ", effort=ThinkingEffort.HIGH)
 @example(thought="</thin", text="k>", system="", effort=ThinkingEffort.LOW)
-def test_what_is_said_is_read_back(
+def test_renderings_are_parsed_back(
     renderer: ChatRenderer, thought: str, text: str, system: str, effort: ThinkingEffort
 ):
     said = Conversation.from_question("q", system=system, effort=effort).with_answer(
@@ -174,7 +173,7 @@ def test_what_is_said_is_read_back(
 
 
 @given(thought=texts(FRAGMENTS + LOOK_ALIKES), text=texts(FRAGMENTS + LOOK_ALIKES))
-def test_a_tokenizer_with_the_tokens_tells_them_from_text(
+def test_a_tokenizer_with_think_tokens_distinguishes_them_from_text(
     llama: ChatRenderer, thought: str, text: str
 ):
     said = asked(ThinkingEffort.HIGH).with_answer(Thinking(f"a{thought}b"), Text(f"<think>{text}"))
@@ -187,9 +186,7 @@ def test_a_tokenizer_with_the_tokens_tells_them_from_text(
 @pytest.mark.parametrize(
     "parts", [(Thinking("so </think> then"), Text("x")), (Text(" <think> I do"),)]
 )
-def test_a_tokenizer_without_the_tokens_refuses_what_could_be_taken_for_them(
-    maple: ChatRenderer, parts
-):
+def test_a_tokenizer_without_think_tokens_refuses_ambiguous_texts(maple: ChatRenderer, parts):
     with pytest.raises(DataError, match="looks like the end of a thought"):
         maple.render(asked(ThinkingEffort.HIGH).with_answer(*parts))
 
@@ -205,7 +202,7 @@ def test_a_tokenizer_without_the_tokens_refuses_what_could_be_taken_for_them(
         ("<think>so</think>", (Thinking("so"), Text(""))),
     ],
 )
-def test_what_a_model_may_say_in_plain_text(maple: ChatRenderer, said: str, want):
+def test_answers_with_markers_in_plain_text(maple: ChatRenderer, said: str, want):
     ids = [*maple.vocabulary.encode(said), maple.stop_ids[0]]
     assert (
         maple.parse(ids, ThinkingEffort.HIGH) == ((), FinishReason.MALFORMED)
@@ -226,16 +223,19 @@ def test_what_a_model_may_say_in_plain_text(maple: ChatRenderer, said: str, want
         ((b"<think>\nso\n</think>\n\nHi",), (Text("<think>\nso\n</think>\n\nHi"),)),
     ],
 )
-def test_what_a_model_may_say_in_tokens(llama: ChatRenderer, pieces, want):
+def test_answers_with_markers_as_tokens(llama: ChatRenderer, pieces, want):
     assert llama.family.parse(pieces, ThinkingEffort.HIGH) == want
 
 
 # ---- who has it, who gets it ---------------------------------------------------------------------
 
 
-def test_the_sapling_speaks_the_bundled_template():
-    """But for the tools, which a sapling declares in fewer words, and a space behind arguments:
-    "}}" as one token would end them and the call."""
+def test_the_sapling_has_the_bundled_template():
+    """The sapling's template equals the bundled one except for two details.
+
+    It declares tools in fewer words, and writes a space after arguments: "}}" as one token would
+    end both the arguments and the call.
+    """
     mine, bundled = (
         (folder / name).read_text().splitlines()
         for folder, name in (
@@ -276,7 +276,7 @@ def test_no_real_template_has_the_switch_already(data: Path):
 def test_a_family_with_a_switch_of_its_own_is_refused(
     tiny_of: Callable[[str], Speaker], family: str
 ):
-    with pytest.raises(DataError, match="a thinking switch of its own"):
+    with pytest.raises(DataError, match="its own thinking switch"):
         load_renderer(ModelSource(str(tiny_of(family).folder), thinking=True), "student.model")
 
 
@@ -327,7 +327,7 @@ def test_a_llama_base_without_any_template_gets_the_bundled_one(
 
 
 def test_a_given_switch_is_found_again(maple: ChatRenderer, tmp_path: Path):
-    """The folder as a student is saved: its template alone says that it thinks."""
+    """A saved student's folder is detected as thinking by its template alone."""
     folder = Path(shutil.copytree(maple.vocabulary.name, tmp_path / "again"))
     assert maple.template_text.startswith(HYBRID_PRELUDE)
     (folder / "chat_template.jinja").write_text(maple.template_text)
@@ -346,7 +346,7 @@ def test_a_given_switch_is_found_again(maple: ChatRenderer, tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def real_hybrid(data: Path) -> ChatRenderer:
-    """The real Llama 3 tokenizer, which has no <think> token, in the bundled template."""
+    """The real Llama 3 tokenizer, which has no <think> token, with the bundled template."""
     renderer = load_renderer(
         ModelSource(str(data / "tokenizers" / "llama3"), thinking=True), "student"
     )
@@ -406,8 +406,8 @@ def test_real_llama_renders_as_transformers_does(real_hybrid: ChatRenderer, data
 def test_real_thoughts_are_aligned(
     real_hybrid: ChatRenderer, real_of: Callable[[str], Speaker], teacher: str
 ):
-    """Qwen's <think> and harmony's analysis, token for token, with the student's plain text: most
-    of its thought has a row."""
+    """Qwen's <think> and harmony's analysis align with the student's plain text for most of the
+    thought."""
     for thought, text in THOUGHTS[:3]:
         said = Conversation.from_question("How much?", effort=ThinkingEffort.HIGH).with_answer(
             Thinking(thought), Text(text)

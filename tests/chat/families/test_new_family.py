@@ -1,5 +1,4 @@
-"""docs/new_family.md tells the truth: its diff applies to persea as it is, and the test it brings
-passes."""
+"""The diff in docs/new_family.md applies to persea, and its test passes."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[3]
 PAGE = ROOT / "docs" / "new_family.md"
 
 
-def test_the_diff_on_the_page_is_a_whole_new_family(tmp_path: Path):
+def test_the_diff_on_the_page_is_a_complete_family(tmp_path: Path):
     (diff,) = re.findall(r"^```diff\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     files = re.findall(r"^\+\+\+ b/(.*)$", diff, re.MULTILINE)
     assert files == [

@@ -1,5 +1,5 @@
-"""Tools, and every form of every family: token for token the template's own, calls read back,
-nothing lost unsaid."""
+"""Tools in every variant of every family: rendered as by transformers, parsed back, losses
+refused."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ CALL = ToolCall(
 
 @dataclass(frozen=True, repr=False)
 class Form:
-    """One template on its tokenizer, and transformers' own tokenizer as the judge."""
+    """One template on its tokenizer, and transformers' tokenizer as the reference."""
 
     name: str
     renderer: ChatRenderer
@@ -94,7 +94,7 @@ class Form:
         return f"Form({self.name})"
 
     def theirs(self, conversation: Conversation, generate: bool) -> list[int]:
-        """The conversation's texts as they are given, through apply_chat_template."""
+        """Return transformers' rendering of the texts as they are given."""
         family, messages = self.renderer.family, []
         for k, m in enumerate(conversation.messages):
             said: dict[str, Any] = {"role": m.role.value, "content": m.text}
@@ -175,7 +175,7 @@ def form_of(real_of: Callable[[str], Speaker], data: Path) -> Callable[[str], Fo
 
 
 def written(form: Form, conversation: Conversation) -> list[tuple[int, bytes]]:
-    """(place among the content's bytes, bytes) of each part that must have tokens."""
+    """Return (offset in the content, bytes) of each part that must have tokens."""
     kept, at, out = form.renderer.family.normalise(conversation), 0, []
     for whole, part in zip(conversation.parts(), kept.parts(), strict=True):
         bare = (
@@ -201,8 +201,8 @@ def written(form: Form, conversation: Conversation) -> list[tuple[int, bytes]]:
 
 
 def check_bytes(form: Form, conversation: Conversation, tokens: RenderedTokens) -> None:
-    """Every byte of every written part has exactly one token that holds it, and no other place has
-    any."""
+    """Check that exactly one token holds each byte of a written part, and no token any other
+    byte."""
     parts = written(form, conversation)
     content = b"\xff".join(p.text.encode() for p in conversation.parts())
     covered = np.zeros(len(content) + 1, int)
@@ -227,8 +227,7 @@ def check_bytes(form: Form, conversation: Conversation, tokens: RenderedTokens) 
 
 
 def check(form: Form, conversation: Conversation, raw: bool = True) -> None:
-    """Token for token transformers' own, of the conversation as it is or as it is kept; every byte
-    in its place; read back."""
+    """Check the rendering against transformers, the byte offsets, and the parsed answer."""
     renderer = form.renderer
     given = conversation if raw else renderer.family.normalise(conversation)
     tokens, prompt = (
@@ -249,7 +248,8 @@ def read_back(renderer: ChatRenderer, conversation: Conversation, tokens: Render
 
 
 def talks(line: str, effort: ThinkingEffort, name: str) -> list[Conversation]:
-    """System or not, one turn and more, empty parts; tools declared, called, answered."""
+    """Conversations with and without system text, tools, calls and results, and with empty
+    parts."""
     user, say = Message(Role.USER, (Text(line),)), Message(Role.ASSISTANT, (Text(f"Yes: {line}"),))
     system, short = (
         Message(Role.SYSTEM, (Text(f"Be brief. {line}"),)),
@@ -296,8 +296,10 @@ def talks(line: str, effort: ThinkingEffort, name: str) -> list[Conversation]:
 
 
 def opens_without_thought(form: Form, conversation: Conversation) -> bool:
-    """Qwen 3.5 with thinking on and no thought: its template's two newlines are one token, its
-    prompt's is another."""
+    """Whether Qwen 3.5 is asked to think and has no thought.
+
+    Its template then writes two line breaks as one token, where its prompt has another token.
+    """
     return (
         form.renderer.family is QWEN35
         and conversation.effort is not ThinkingEffort.NONE
@@ -367,8 +369,8 @@ def calls(draw: st.DrawFn, fragments: list[str]) -> ToolCall:
 
 @st.composite
 def tool_talks(draw: st.DrawFn, fragments: list[str], name: str) -> Conversation:
-    """One to three turns; in each a question, none to two rounds of call and result, and an answer,
-    or at the end a call."""
+    """One to three turns of a question, up to two rounds of call and result, and an answer or a
+    call."""
     text = texts([f for f in fragments if "channel" not in f] if name == "gpt-oss" else fragments)
 
     def thought() -> tuple[ContentPart, ...]:
@@ -396,7 +398,7 @@ def tool_talks(draw: st.DrawFn, fragments: list[str], name: str) -> Conversation
 
 
 def refused(form: Form, conversation: Conversation, error: DataError) -> bool:
-    """Whether a refusal is one of those that a person would expect of this conversation."""
+    """Whether the refusal is one that a person would expect for this conversation."""
     spoken = [p.text for m in conversation.messages for p in m.parts]
     controls = any(
         name in text.replace('\\\\"', '"')
@@ -421,7 +423,7 @@ def refused(form: Form, conversation: Conversation, error: DataError) -> bool:
 @pytest.mark.realdata
 @pytest.mark.parametrize("name", FORMS)
 @given(data=st.data())
-def test_whatever_is_said_comes_back(
+def test_renderings_with_tools_are_parsed_back(
     form_of: Callable[[str], Form], name: str, data: st.DataObject
 ):
     form = form_of(name)
@@ -449,8 +451,7 @@ def test_whatever_is_said_comes_back(
 def test_an_answer_cut_anywhere_is_never_a_call(
     form_of: Callable[[str], Form], name: str, effort: ThinkingEffort
 ):
-    """Cut without its stop it is LENGTH; with a stop behind the cut it is malformed or a text, and
-    never an exception."""
+    """A cut answer is LENGTH without a stop, and malformed or text with one; never an exception."""
     renderer = form_of(name).renderer
     question = Conversation.from_question("Hi", effort=effort)
     for parts in ((Thinking("So it is"), CALL), (Thinking("So it is"), Text("Hello there"))):
@@ -520,11 +521,8 @@ def test_gemma3_refuses_tools_and_does_not_lose_them(form_of: Callable[[str], Fo
 
 
 @pytest.mark.parametrize("family", ["qwen", "gpt-oss"])
-def test_a_template_without_tools_is_told_from_one_with_them(
-    tiny_of: Callable[[str], Speaker], family: str
-):
-    """Whatever its family can say: a sapling's template has tools, the same one without its lines
-    on them has none."""
+def test_a_template_without_tools_is_detected(tiny_of: Callable[[str], Speaker], family: str):
+    """A sapling's template has tools; the same template without its lines about tools has none."""
     renderer = tiny_of(family).renderer
     text = re.sub(
         r"\{%- if tools %}.*?\n\{%- endif %}\n",
@@ -609,7 +607,7 @@ def test_a_template_without_tools_is_told_from_one_with_them(
         ),
     ],
 )
-def test_what_a_template_would_lose_or_blur_is_refused(
+def test_content_that_a_template_would_drop_or_blur_is_refused(
     form_of: Callable[[str], Form], name: str, messages: tuple[Message, ...], reason: str
 ):
     with pytest.raises(DataError, match=reason):
@@ -617,9 +615,8 @@ def test_what_a_template_would_lose_or_blur_is_refused(
 
 
 @pytest.mark.realdata
-def test_what_looks_like_a_stand_in_is_none(form_of: Callable[[str], Form]):
-    """The renderings that find the content use private characters; so may a tool's quoted
-    result."""
+def test_content_like_a_placeholder_is_content(form_of: Callable[[str], Form]):
+    """Placeholders use private characters, and a tool's quoted result may contain the same ones."""
     odd = Message(
         Role.TOOL,
         (ToolResult("get_weather", 'a "\ue0000.0\ue001" \ue0001.1\ue001 {"\ue0000.1\ue001": 0}'),),
@@ -635,7 +632,8 @@ def test_what_looks_like_a_stand_in_is_none(form_of: Callable[[str], Form]):
 def test_the_thought_before_a_call_is_seen_while_calling_and_dropped_when_answered(
     form_of: Callable[[str], Form],
 ):
-    """gpt-oss' template; what its prompt after a result has, its finished conversation has not."""
+    """In gpt-oss' template the prompt after a result has the thought, the finished conversation
+    does not."""
     form = form_of("gpt-oss")
     thinking = Message(Role.ASSISTANT, (Thinking("Let me look"), CALL))
     asking = Conversation((ASKED, thinking, RESULT), ThinkingEffort.HIGH, (WEATHER,))
@@ -661,9 +659,9 @@ def test_a_control_token_in_a_tool_is_refused(form_of: Callable[[str], Form]):
 
 
 @pytest.mark.realdata
-def test_every_form_is_told_by_its_template(data: Path):
-    """The rule of `families.detect_family`: of all forms whose mark is in the template, the one
-    with the longest."""
+def test_every_variant_is_detected_by_its_template(data: Path):
+    """Of all variants whose signature is in the template, `detect_family` returns the longest
+    one."""
     for name, (_, form) in FORMS.items():
         text = (data / "templates" / f"{name}.jinja").read_text()
         told = [
@@ -912,7 +910,7 @@ def gemma4(data: Path) -> Form:
 
 
 def theirs4(form: Form, conversation: Conversation, generate: bool) -> str:
-    """transformers' rendering of the conversation, as text."""
+    """Return transformers' rendering of the conversation as text."""
     messages: list[dict[str, Any]] = []
     for m in conversation.messages:
         if m.role is Role.TOOL:
@@ -959,8 +957,8 @@ def theirs4(form: Form, conversation: Conversation, generate: bool) -> str:
 
 
 def check4(form: Form, conversation: Conversation) -> None:
-    """The prompt is the template's; the whole is the prompt and what the template's whole has
-    behind the same place."""
+    """Check that the rendering is the template's prompt and the rest of the template's
+    rendering."""
     question = replace(conversation, messages=conversation.messages[:-1])
     prompt, whole = theirs4(form, question, True), theirs4(form, conversation, False)
     said = whole.removeprefix(
@@ -1001,7 +999,7 @@ def test_gemma4_by_its_template(gemma4: Form, data: Path, effort: ThinkingEffort
 
 @pytest.mark.realdata
 @given(conversation=tool_talks(FRAGMENTS, "gemma-4"))
-def test_gemma4_whatever_is_said_comes_back(gemma4: Form, conversation: Conversation):
+def test_gemma4_renderings_are_parsed_back(gemma4: Form, conversation: Conversation):
     assume(not any(name in p.text for p in conversation.parts() for name in CONTROLS4))
     try:
         check4(gemma4, conversation)
@@ -1009,7 +1007,7 @@ def test_gemma4_whatever_is_said_comes_back(gemma4: Form, conversation: Conversa
         assert "are ambiguous" in error.message
 
 
-def test_what_gemma4_keeps():
+def test_content_that_gemma4_keeps():
     parts = (Thinking(" why "), ToolCall("f", '{"b": {"z": 1, "A": 2}, "a": "x"}'))
     talk = Conversation(
         (
@@ -1076,7 +1074,7 @@ def test_gemma4_answers(pieces: tuple[str | bytes, ...], want: tuple[ContentPart
 
 
 @pytest.mark.realdata
-def test_gemma4_refuses_words_beside_a_call(gemma4: Form):
+def test_gemma4_refuses_text_beside_a_call(gemma4: Form):
     with pytest.raises(DataError, match="text beside its tool calls"):
         gemma4.renderer.render(
             Conversation((ASKED, Message(Role.ASSISTANT, (Text("So"), CALL))), tools=(WEATHER,))
