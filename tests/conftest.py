@@ -29,6 +29,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("PERSEA_DATA", str(ROOT.parent / "shared" / "data"))  # beside the checkout
 sys.path.insert(0, str(ROOT / "bench"))  # worlds and baselines are tested like the package
 FAMILIES = ("llama", "qwen", "gemma", "gpt-oss")
 REAL = {
@@ -68,7 +69,7 @@ class Speaker:
 @pytest.fixture(scope="session")
 def data() -> Path:
     """The folder of real tokenizers, templates and texts."""
-    folder = Path(os.environ.get("PERSEA_DATA", ROOT.parent / "shared" / "data"))
+    folder = Path(os.environ["PERSEA_DATA"])
     if not (folder / "tokenizers").is_dir():
         pytest.skip(
             "real data not found: set PERSEA_DATA to the folder that holds tokenizers/ and "

@@ -1,8 +1,9 @@
-"""The real tokenizers, cut to the tokens this text uses: the same merges in the same order, so that text is cut as the real ones cut it.
+"""The real tokenizers, cut to the tokens this text uses, with the same merges in the same order.
 
-A cut keeps all single bytes, every character that occurs (Gemma; else it falls back to bytes as the real one does), the N most used
-tokens and every token their merging passes through. The first N merges by rank would be as closed, but at N = 8,192 they are mostly
-English and code: the very languages the bench is about would fall to bytes.
+A cut keeps all single bytes, every character that occurs (Gemma; otherwise the character falls back
+to bytes as in the full tokenizer), the N most used tokens, and every token that their merging
+passes through. The first N merges by rank would be closed too, but at N = 8,192 they are mostly
+English and code: the languages that the bench is about would fall back to bytes.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ STARTS = {"A": "<|im_start|>", "B": "<bos>", "C": "<|startoftext|>", "student": 
 
 @dataclass(frozen=True)
 class Speaker:
-    """A cut tokenizer as persea sees it; `start` stands before every window."""
+    """A cut tokenizer as a chat renderer; `start` precedes every window."""
 
     renderer: ChatRenderer
     start: int
@@ -45,7 +46,10 @@ class Speaker:
 
 
 def merging(token: str, rank: Mapping[tuple[str, str], int], pieces: Sequence[str]) -> list[str]:
-    """Every piece that merging goes through from the smallest pieces to `token`, itself last. AssertionError where it does not get there."""
+    """Return every token that merging passes through from single bytes to `token`, itself last.
+
+    AssertionError where merging never produces it.
+    """
     parts, made = list(pieces), list(pieces)
     while len(parts) > 1:
         ranks = [rank.get(pair, len(rank)) for pair in itertools.pairwise(parts)]
@@ -60,7 +64,10 @@ def merging(token: str, rank: Mapping[tuple[str, str], int], pieces: Sequence[st
 def cut(
     spec: dict[str, Any], counts: Mapping[str, int], size: int, controls: Sequence[str]
 ) -> dict[str, Any]:
-    """A tokenizer.json's content cut to about `size` tokens and these controls: `counts` says how often each token stands in the text."""
+    """Cut a tokenizer.json to about `size` tokens and these controls.
+
+    `counts`: the frequency of each token in the text.
+    """
     merges = [
         tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in spec["model"]["merges"]
     ]
@@ -77,7 +84,7 @@ def cut(
             kept.update(merging(token, rank, [token] if token in kept else list(token)))
         except (
             AssertionError
-        ):  # Llama 3 and gpt-oss hold 678 whole words that no merge makes (ignore_merges)
+        ):  # Llama 3 and gpt-oss have 678 whole words that no merge produces (ignore_merges)
             if not spec["model"].get("ignore_merges"):
                 raise
             kept.add(token)
@@ -95,7 +102,7 @@ def cut(
 
 
 def usage(backend: Tokenizer, texts: Sequence[str]) -> Counter[str]:
-    """How often each token stands in the text."""
+    """Count the tokens of the text."""
     found: Counter[int] = Counter()
     for at in range(0, len(texts), 1000):
         for encoding in backend.encode_batch_fast(
@@ -122,7 +129,10 @@ def open_speakers(
     texts_of: Callable[[str], Sequence[str]],
     names: Iterable[str] = TOKENIZERS,
 ) -> dict[str, Speaker]:
-    """The teachers' and the student's cut tokenizers, made once and kept in `folder`. texts_of(who) = the text it is cut for."""
+    """Load the cut tokenizers of teachers and student from `folder`, or build them once.
+
+    texts_of(who) = the text that decides the cut.
+    """
     out = {}
     for who in names:
         source = TOKENIZERS[who]

@@ -46,7 +46,7 @@ class AnswerFilterResult:
             first = self.rejected[0]
             raise RefusedError(
                 f"no answer of {len(self.rejected):,} is right ({first['id']}: {first['why'] or first['verdict']})",
-                where="capture.verify",
+                where="capture.drop_wrong_answers",
                 remedy="look at capture/wrong.json; the prompts' answers may be of another form than the skill's grader reads",
             )
 

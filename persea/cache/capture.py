@@ -16,8 +16,8 @@ from persea.cache import unit as cache
 from persea.cache.maintenance import committed_units
 from persea.cache.reader import CacheReader, open_cache_reader
 from persea.chat.messages import FinishReason, Text, ThinkingEffort
-from persea.tokenization.tokens import RenderedTokens
-from persea.data.prompts import MAX_LINE_BYTES, Corpus, MalformedLine, Prompt
+from persea.data.formats import MAX_LINE_BYTES
+from persea.data.prompts import Corpus, MalformedLine, Prompt
 from persea.distributions import (
     DistributionKind,
     SparseDistributions,
@@ -27,8 +27,9 @@ from persea.distributions import (
 )
 from persea.errors import DataError, RefusedError
 from persea.evaluation.audition import Cast
-from persea.teachers.engines import EngineFailure, SparseEngine
+from persea.teachers.engines import EngineFailure
 from persea.teachers.teacher import Answer, Teacher
+from persea.tokenization.tokens import RenderedTokens
 
 if TYPE_CHECKING:
     import torch
@@ -329,7 +330,7 @@ def _write_answers(
         dropped[FinishReason.REFUSED.value] += len(quarantine)
     refuse_if_changed()
     about = {"teacher": unit.teacher, "identity": unit.identity}
-    if isinstance(teacher.engine, SparseEngine):
+    if not teacher.engine.capabilities.has_full_distributions:
         able = teacher.engine.capabilities
         cache.write_unit(
             folder,
@@ -366,7 +367,7 @@ def _answer_distributions(
         [t.ids_T for _, t in complete_answers],
         [t.loss_mask_T for _, t in complete_answers],
     )
-    if isinstance(teacher.engine, SparseEngine):
+    if not teacher.engine.capabilities.has_full_distributions:
         yield from teacher.engine.compute_sparse_distributions(ids, learn)
         return
     seen_W = np.zeros(len(teacher.renderer.vocabulary), np.int64)
@@ -525,10 +526,10 @@ class CaptureBudget:
             (
                 self.max_tokens,
                 self._tokens_cached,
-                "capture.tokens",
+                "capture.max_total_tokens",
                 f"{self._tokens_cached:,} tokens",
             ),
-            (self.max_hours, seconds / 3600, "capture.hours", f"{seconds / 3600:.2f} hours"),
+            (self.max_hours, seconds / 3600, "capture.max_hours", f"{seconds / 3600:.2f} hours"),
         ):
             if limit and spent >= limit and self._prompts_done < self.num_prompts:
                 raise RefusedError(

@@ -29,9 +29,9 @@ from persea.cache.entropy_coding import (
     concat_or_empty,
     encode_columns,
 )
-from persea.tokenization.tokens import RenderedTokens
 from persea.distributions import LOGPROB_STEP_NATS, DistributionKind, SparseDistributions
 from persea.errors import DataError
+from persea.tokenization.tokens import RenderedTokens
 
 CODEC_TOLERANCE_NATS = LOGPROB_STEP_NATS / 2 + 1e-6  # no log-probability moves by more than 0.00098
 FIXED_POINT_ONE = 1 << 30  # probability 1 in integers

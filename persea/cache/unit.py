@@ -23,10 +23,10 @@ from safetensors.numpy import save as save_tensors
 from persea import storage as store
 from persea.cache import entropy_coding as tables
 from persea.cache.codec import UnitLayout, decode_block, encode_unit
-from persea.tokenization.tokens import RenderedTokens
 from persea.distributions import LOGPROB_STEP_NATS, DistributionKind, SparseDistributions
 from persea.errors import DataError
 from persea.teachers.teacher import Answer
+from persea.tokenization.tokens import RenderedTokens
 
 CACHE_FORMAT = 3
 MIN_BLOCK_TOKENS = 4096  # tokens that are decoded at once: 2 ms, and 64 bytes of index and digest a block stay under .02 a token

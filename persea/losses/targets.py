@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from persea.alignment.boundary_mask import UNRESTRICTED_CONTEXT, BoundaryMask
+from persea.alignment.boundary_mask import BoundaryMask
 from persea.alignment.event_map import EventMap
+from persea.alignment.token_order import UNRESTRICTED_CONTEXT
 from persea.distributions import MASS_TOLERANCE, DistributionKind
 from persea.errors import DataError
 

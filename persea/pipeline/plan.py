@@ -15,9 +15,7 @@ from persea.pipeline.stages import STAGES, Stage
 from persea.tasks.task import Split
 
 SAMPLED_BYTES_PER_TOKEN = 40  # the most: broad text of a 152k vocabulary at tau .02 costs 34 without its text, reasoning 9 (docs/cache.md)
-TOPK_BYTES_PER_TOKEN = (
-    400  # with `rows: topk` at kl .01 broad text costs 316, reasoning 53 (docs/cache.md)
-)
+TOPK_BYTES_PER_TOKEN = 400  # with `distributions: topk` at max_kl .01 broad text costs 316, reasoning 53 (docs/cache.md)
 
 
 @dataclass(frozen=True)
@@ -74,13 +72,17 @@ def plan_run(context: RunContext) -> RunPlan:
     captured = (
         prompts
         * recipe.capture.max_new_tokens
-        * (SAMPLED_BYTES_PER_TOKEN if recipe.capture.rows == "sampled" else TOPK_BYTES_PER_TOKEN)
+        * (
+            SAMPLED_BYTES_PER_TOKEN
+            if recipe.capture.distributions == "sampled"
+            else TOPK_BYTES_PER_TOKEN
+        )
     )
     work = {
         "check": f"{teachers} pairings of tokenizers",
         "audition": f"at most {asked:,} answers by {teachers} teachers",
         "capture": f"{prompts:,} answers, at most {captured / 1e9:.2f} GB ({context.corpus.num_inputs - prompts:,} prompts left out)",
-        "train": f"{recipe.training.steps:,} steps of {recipe.training.batch} conversations",
+        "train": f"{recipe.training.steps:,} steps of {recipe.training.batch_size} conversations",
         "evaluate": f"{tested:,} answers by {len(context.renderers) + 2} speakers",
         "lineage": "one record",
         "report": "one page",

@@ -15,12 +15,16 @@ def refuse_impossible_training(context: RunContext) -> None:
         context.recipe.training,
         max(context.launch_options.num_processes, context.world.size),
     )
-    refuse_too_many_processes(procs, t.batch, t.accumulate)
+    refuse_too_many_processes(procs, t.batch_size, t.micro_batches)
     if t.on_policy:
         refuse_on_policy_processes(
             procs,
             context.launch_options.parallel,
-            [far.name for far in context.recipe.teachers if far.endpoint and far.endpoint.budget],
+            [
+                far.name
+                for far in context.recipe.teachers
+                if far.endpoint and far.endpoint.max_total_tokens
+            ],
         )
     refuse_missing_tracker(t.report_to)
     if context.launch_options.resume not in (

@@ -22,6 +22,7 @@ from persea.config.recipe import Recipe
 from persea.config.schema import TEXT_ONLY_MODEL, GenerationSection, ModelRef
 from persea.config.schema import StudentSection as StudentRef
 from persea.config.schema import TeacherSection as TeacherRef
+from persea.data.dedup import DedupOptions
 from persea.data.prompts import Corpus, MalformedLine, build_corpus
 from persea.errors import DataError, RecipeError, RefusedError
 from persea.evaluation.answering import EvaluatedModel
@@ -42,7 +43,7 @@ from persea.pipeline.remote_teachers import (
 )
 from persea.report.lineage import ParentModel
 from persea.storage import digest_json as digest_json
-from persea.tasks.benchmarks import LoadedBenchmark
+from persea.tasks.benchmarks import LoadedBenchmark, grading_options
 from persea.tasks.task import Split, Task, TaskItem
 from persea.training.distributed.world import LaunchOptions, World
 
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
     from persea.training.student import StudentModel
 
 STUDENT, BASE = "student", "base"
-MAX_SMALL_MODEL_BYTES = 4_000_000_000  # bytes of weights that check opens unasked: seconds, and 8 GB in float32. The stages after it open any size
 ProgressCallback = Callable[[str, float, str], None]  # stage, share done in [0, 1], a few words
 
 
@@ -73,12 +73,16 @@ def model_source(ref: ModelRef) -> ModelSource:
     )
 
 
-def is_small_local_model(source: ModelSource) -> bool:
-    """Whether weights lie in a folder here and open in seconds. Those of a hub model may have to be fetched; random ones say nothing."""
-    folder = None if source.is_random else local_folder(source.model, "check.likelihood")
+def is_small_local_model(source: ModelSource, max_bytes: int) -> bool:
+    """Return whether the weights are in a local folder and have at most `max_bytes`.
+
+    Weights of a hub model may have to be downloaded, and random weights have no likelihoods worth
+    measuring.
+    """
+    folder = None if source.is_random else local_folder(source.model, "check.measure_likelihood")
     return (
         folder is not None
-        and sum(p.stat().st_size for p in folder.glob("*.safetensors")) <= MAX_SMALL_MODEL_BYTES
+        and sum(p.stat().st_size for p in folder.glob("*.safetensors")) <= max_bytes
     )
 
 
@@ -97,14 +101,14 @@ class RunContext:
         return {
             t.name: self.student_renderer
             if t.model == TEXT_ONLY_MODEL
-            else load_renderer(model_source(t), f"teachers.{k}.model", self.recipe.today)
+            else load_renderer(model_source(t), f"teachers.{k}.model", self.recipe.template_date)
             for k, t in enumerate(self.recipe.teachers)
         }
 
     @property
     def teacher_names(self) -> tuple[str, ...]:
         """Those who teach, yardsticks left out."""
-        return tuple(t.name for t in self.recipe.teachers if not t.yardstick)
+        return tuple(t.name for t in self.recipe.teachers if not t.reference)
 
     @cached_property
     def remote_engines(self) -> dict[str, Any]:
@@ -113,7 +117,9 @@ class RunContext:
 
     @cached_property
     def student_renderer(self) -> ChatRenderer:
-        return load_renderer(model_source(self.recipe.student), "student.model", self.recipe.today)
+        return load_renderer(
+            model_source(self.recipe.student), "student.model", self.recipe.template_date
+        )
 
     @cached_property
     def family_info(self) -> dict[str, dict[str, Any]]:
@@ -185,7 +191,11 @@ class RunContext:
     def event_maps(self) -> dict[str, EventMap]:
         """Teacher name -> bridge to the student."""
         return {
-            name: load_event_map(self.renderers[name], self.student_renderer)
+            name: load_event_map(
+                self.renderers[name],
+                self.student_renderer,
+                self.recipe.check.max_mask_search_tokens,
+            )
             for name in self.teacher_names
         }
 
@@ -198,7 +208,10 @@ class RunContext:
             lambda t: self.renderers[t].family.name,
             partial(self.load_teacher, batch=1),
         )
-        return questions.load_benchmarks(self.recipe.evaluation.sets, by)
+        evaluation = self.recipe.evaluation
+        return questions.load_benchmarks(
+            evaluation.benchmarks, by, grading_options(evaluation.grading)
+        )
 
     @cached_property
     def tasks(self) -> tuple[Task, ...]:
@@ -212,7 +225,7 @@ class RunContext:
         if empty := [skill.name for skill, some in found if not some]:
             raise DataError(
                 f"no question of {', '.join(empty)} is left for the {split}",
-                where="evaluation.sets",
+                where="evaluation.benchmarks",
                 remedy="a set with more rows",
             )
         return found
@@ -243,7 +256,9 @@ class RunContext:
     def check_samples(self) -> tuple[ConversationSample, ...]:
         """What check lays over each other: every skill's reference answers, by language, and the recipe's texts."""
         return questions.make_check_samples(
-            self.held_out_items(Split.AUDITION), self.recipe.check.texts, self.recipe.check.lines
+            self.held_out_items(Split.AUDITION),
+            self.recipe.check.texts,
+            self.recipe.check.max_lines_per_text,
         )
 
     @cached_property
@@ -281,15 +296,23 @@ class RunContext:
             for k, part in enumerate(self.recipe.corpus)
         ]
         return replace(
-            build_corpus(parts, held_out, [part.near for part in self.recipe.corpus]),
+            build_corpus(
+                parts,
+                held_out,
+                [part.near_duplicate_threshold for part in self.recipe.corpus],
+                DedupOptions(**self.recipe.dedup.model_dump()),
+            ),
             malformed=tuple(broken),
         )
 
     def refuse_unsupported_efforts(self) -> None:
         """Raises RecipeError where the student cannot learn a mode of the corpus, or nobody who may be cast for it can be asked in it."""
         for k, part in enumerate(self.recipe.corpus):
-            for effort in part.modes:
-                where, pinned = f"corpus.{k}.modes", self.recipe.audition.pinned.get(part.skill)
+            for effort in part.effort_shares:
+                where, pinned = (
+                    f"corpus.{k}.effort_shares",
+                    self.recipe.audition.pinned.get(part.skill),
+                )
                 if effort not in self.student_renderer.family.efforts:
                     raise RecipeError(
                         f"{effort} is asked for, and the student's template cannot tell it",
@@ -313,7 +336,7 @@ class RunContext:
         )
 
     def can_answer_at(self, name: str, effort: ThinkingEffort) -> bool:
-        """Whether a teacher knows an effort, and is told it: a chat route without `dial` answers in one way, whatever it is asked for."""
+        """Whether a teacher knows an effort, and is told it: a chat route without `send_effort` answers in one way, whatever it is asked for."""
         ref = next(t for t in self.recipe.teachers if t.name == name)
         return has_effort(self.renderers[name], effort) and (
             effort in (ThinkingEffort.NONE, ref.effort) or not has_fixed_effort(ref)
@@ -324,7 +347,7 @@ class RunContext:
         """Skill -> the efforts that the corpus teaches it in; empty where no part has modes."""
         taught: dict[str, set[ThinkingEffort]] = {}
         for part in self.recipe.corpus:
-            taught.setdefault(part.skill, set()).update(part.modes)
+            taught.setdefault(part.skill, set()).update(part.effort_shares)
         return {
             skill: tuple(e for e in ThinkingEffort if e in efforts)
             for skill, efforts in taught.items()
@@ -334,7 +357,7 @@ class RunContext:
     def lm_eval_digests(self) -> dict[str, str]:
         """Speaker -> digest of the file of standard results that joins the page. DataError where it is not there."""
         found = {}
-        for name, file in self.recipe.evaluation.lm_eval.items():
+        for name, file in self.recipe.evaluation.lm_eval_results.items():
             if not Path(file).is_file():
                 raise DataError(
                     "not there",
@@ -353,12 +376,16 @@ class RunContext:
     def capture_units(self) -> tuple[CaptureUnit, ...]:
         """What the cast is asked, in units named by all that determines their bytes."""
         c = self.recipe.capture
-        kind = {"tau": c.tau} if c.rows == "sampled" else {"rows": c.rows, "kl": c.kl}
+        kind = (
+            {"tau": c.sampling_threshold}
+            if c.distributions == "sampled"
+            else {"rows": c.distributions, "kl": c.max_kl}
+        )
         settings = {
             **kind,
             "answers": c.answers,
             "max_new_tokens": c.max_new_tokens,
-            "batch": c.batch,
+            "batch": c.batch_size,
             "seed": self.recipe.seed,
             "threads": self.recipe.threads,
         }
@@ -367,7 +394,7 @@ class RunContext:
             self.corpus.prompts,
             self.cast,
             self.teacher_identities,
-            c.unit,
+            c.prompts_per_unit,
             settings,
             longest if c.answers == "ask" else None,
         )
@@ -382,7 +409,7 @@ class RunContext:
             if not self.can_answer_at(name, effort):
                 raise RecipeError(
                     f"{name} was cast for {skill}, which is to be asked at {effort} effort: {self._efforts_message()}",
-                    where="corpus.modes",
+                    where="corpus.effort_shares",
                     remedy=f"change the modes of {skill}, or pin a teacher who knows them: audition.pinned.{skill}",
                 )
         return units
@@ -526,7 +553,7 @@ class RunContext:
             self.student_renderer,
             lora,
             self.recipe.seed,
-            ComputeOptions(t.precision == "bfloat16", t.recompute, t.packing),
+            ComputeOptions(t.precision == "bfloat16", t.gradient_checkpointing, t.packing),
         )
 
     def lineage_parent(self, name: str) -> ParentModel:

@@ -8,8 +8,8 @@ from persea.pipeline.run_context import RunContext, digest_json
 from persea.pipeline.status import STAGE_NAMES
 
 POST_EVALUATION_KEYS = {
-    "allow_regression",
-    "lm_eval",
+    "allow_safety_regression",
+    "lm_eval_results",
 }  # what the recipe says of an evaluation once it is there
 
 
@@ -28,6 +28,7 @@ def audition_inputs(context: RunContext) -> object:
         context.items_digest,
         context.recipe.skills,
         context.recipe.audition.model_dump(),
+        context.recipe.evaluation.grading.model_dump(),
         context.recipe.capture.max_new_tokens,
     ]
 
@@ -36,7 +37,11 @@ def capture_inputs(context: RunContext) -> object:
     return [
         *(u.name for u in context.capture_units),
         *([b.location, b.reason] for b in context.corpus.malformed),
-        *["verify"] * context.recipe.capture.verify,
+        *(
+            ["verify", context.recipe.evaluation.grading.model_dump()]
+            if context.recipe.capture.drop_wrong_answers
+            else []
+        ),
     ]
 
 
@@ -46,11 +51,12 @@ def train_inputs(context: RunContext) -> dict[str, Any]:
         "training": context.recipe.training.model_dump(mode="json", exclude={"report_to"}),
         "seed": context.recipe.seed,
         "threads": context.recipe.threads,
+        "max_mask_search_tokens": context.recipe.check.max_mask_search_tokens,
         "student": context.student_identity,
         "capture": digest_json([u.name for u in context.capture_units]),
     } | (
         {"verified": [context.read_stage_record("capture")["outputs"]["wrong.json"]]}
-        if context.recipe.capture.verify
+        if context.recipe.capture.drop_wrong_answers
         else {}
     )
 

@@ -57,7 +57,7 @@ def run_check(context: RunContext, folder: Path, progress: ProgressCallback) -> 
     samples, settings, teachers = (
         context.check_samples,
         context.recipe.check,
-        [t for t in context.recipe.teachers if not t.yardstick],
+        [t for t in context.recipe.teachers if not t.reference],
     )
     mine = [s.render(context.student_renderer) for s in samples]
     pairs, likelihoods = [], []
@@ -65,16 +65,16 @@ def run_check(context: RunContext, folder: Path, progress: ProgressCallback) -> 
         voice, bridge = context.renderers[teacher.name], context.event_maps[teacher.name]
         kept = None
         if not is_remote(teacher) and (
-            is_small_local_model(model_source(teacher))
-            if settings.likelihood is None
-            else settings.likelihood
+            is_small_local_model(model_source(teacher), settings.max_likelihood_bytes)
+            if settings.measure_likelihood is None
+            else settings.measure_likelihood
         ):
-            opened = context.load_teacher(teacher.name, context.recipe.audition.batch)
+            opened = context.load_teacher(teacher.name, context.recipe.audition.batch_size)
             likelihoods += measure_template_likelihood(
                 opened,
                 [s for s in samples if s.skill != TEXT_FILES_SKILL and s.is_supported_by(voice)],
             )
-            kept = make_retained_mass(opened, bridge)
+            kept = make_retained_mass(opened, bridge, settings.min_counted_probability)
         pairs += [
             pairing(
                 teacher.name,
@@ -88,7 +88,7 @@ def run_check(context: RunContext, folder: Path, progress: ProgressCallback) -> 
             for s, said in zip(samples, mine, strict=True)
             if s.is_supported_by(voice)
         ]
-        about = context.family_info.get(teacher.name, {"family": "words", "note": ""})
+        about = context.family_info.get(teacher.name, {"family": "text_only", "note": ""})
         progress(
             "check",
             (k + 1) / len(teachers),
@@ -102,19 +102,25 @@ def run_check(context: RunContext, folder: Path, progress: ProgressCallback) -> 
             "families": context.family_info,
         },
     )
-    refuse_incompatible(pairs, likelihoods, settings.floor, settings.disagreement)
+    refuse_incompatible(
+        pairs,
+        likelihoods,
+        settings.min_common_share,
+        settings.max_disagreement,
+        settings.max_template_excess,
+    )
 
 
 def run_audition(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
     """Measure every teacher on every skill, in rounds, until the ranking is settled; cast the strongest."""
     from persea.evaluation.answering import answer_items, single_model_loader
     from persea.evaluation.audition import build_cast, cast_markdown
-    from persea.evaluation.racing import compare_efforts, race_teachers
+    from persea.evaluation.racing import RaceSettings, compare_efforts, race_teachers
 
     settings, most = context.recipe.audition, context.recipe.capture.max_new_tokens
-    load = single_model_loader(lambda name: context.load_teacher(name, settings.batch))
+    load = single_model_loader(lambda name: context.load_teacher(name, settings.batch_size))
     speakers = {
-        name: context.evaluated_model(name, settings.batch, settings.efforts, load)
+        name: context.evaluated_model(name, settings.batch_size, settings.efforts, load)
         for name in context.teacher_names
     }
     skills = context.held_out_items(Split.AUDITION)
@@ -126,6 +132,7 @@ def run_audition(context: RunContext, folder: Path, progress: ProgressCallback) 
             speakers[name], speakers[name].efforts[0], skill, items, most
         )[0],
         lambda share, words: progress("audition", share, words),
+        RaceSettings(settings.first_round, settings.min_items_per_language, settings.round_growth),
     )
     dials, said = compare_efforts(
         courses,
@@ -144,7 +151,7 @@ def run_audition(context: RunContext, folder: Path, progress: ProgressCallback) 
         courses,
         {n: s.efforts[0] for n, s in speakers.items()},
         settings.pinned,
-        settings.floor,
+        settings.min_score,
         dials,
         context.recipe.skills,
     )
@@ -164,14 +171,16 @@ def run_capture(context: RunContext, folder: Path, progress: ProgressCallback) -
     from persea.cache.capture import capture_teacher as ask
 
     settings = context.recipe.capture
-    pace = CaptureBudget(len(context.corpus.prompts), settings.tokens or 0, settings.hours or 0)
+    pace = CaptureBudget(
+        len(context.corpus.prompts), settings.max_total_tokens or 0, settings.max_hours or 0
+    )
     for name in dict.fromkeys(u.teacher for u in context.capture_units):
         ask(
             context.capture_units,
-            context.load_teacher(name, settings.batch),
+            context.load_teacher(name, settings.batch_size),
             folder,
-            tau=settings.tau,
-            max_kl=settings.kl,
+            tau=settings.sampling_threshold,
+            max_kl=settings.max_kl,
             max_new_tokens=settings.max_new_tokens,
             seed=context.recipe.seed,
             use_given_answers=settings.answers == "given",
@@ -187,7 +196,7 @@ def run_capture(context: RunContext, folder: Path, progress: ProgressCallback) -
     if aside:
         store.write_json_lines(folder / "quarantine.jsonl", aside)
     verified: dict[str, object] = {}
-    if settings.verify:
+    if settings.drop_wrong_answers:
         from persea.cache.answer_filter import verify_answers
 
         items = questions.items_by_question(
@@ -228,12 +237,12 @@ def run_evaluate(context: RunContext, folder: Path, progress: ProgressCallback) 
 
     skills, settings = context.held_out_items(Split.TEST), context.recipe.evaluation
     names = [STUDENT, BASE, *context.renderers]
-    load = single_model_loader(lambda name: context.load_participant(name, settings.batch))
+    load = single_model_loader(lambda name: context.load_participant(name, settings.batch_size))
     heard = EvaluationAnswers()
     for k, name in enumerate(names):
         evaluate_model(
             heard,
-            context.evaluated_model(name, settings.batch, settings.efforts, load),
+            context.evaluated_model(name, settings.batch_size, settings.efforts, load),
             skills,
             settings.max_new_tokens,
             lambda share, words, k=k: progress("evaluate", (k + share) / len(names), words),
@@ -261,7 +270,7 @@ def run_evaluate(context: RunContext, folder: Path, progress: ProgressCallback) 
         store.write_json(
             folder / "modes.json",
             measure_thinking_modes(
-                context.load_participant(STUDENT, settings.batch),
+                context.load_participant(STUDENT, settings.batch_size),
                 skills,
                 context.taught_efforts,
                 settings.max_new_tokens,
@@ -295,7 +304,7 @@ def run_report(context: RunContext, folder: Path, progress: ProgressCallback) ->
 
     write(
         context.folder,
-        {name: Path(file) for name, file in context.recipe.evaluation.lm_eval.items()},
+        {name: Path(file) for name, file in context.recipe.evaluation.lm_eval_results.items()},
     )
 
 
@@ -338,7 +347,10 @@ def run_pipeline(context: RunContext, progress: ProgressCallback, only_stage: st
                         stage.name, stage.inputs(context), partial(stage.run, context), told
                     )
         context.world.broadcast("over")
-    if only_stage in ("", "evaluate", "report") and not context.recipe.evaluation.allow_regression:
+    if (
+        only_stage in ("", "evaluate", "report")
+        and not context.recipe.evaluation.allow_safety_regression
+    ):
         from persea.evaluation.evaluate import refuse_saved_regressions
 
         refuse_saved_regressions(context.folder / "evaluate" / "evaluation.json")

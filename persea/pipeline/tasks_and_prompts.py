@@ -10,12 +10,14 @@ from pathlib import Path
 from persea.cache.answer_filter import QuestionKey, question_key
 from persea.chat.messages import Conversation, ThinkingEffort
 from persea.config.schema import BenchmarkSection, CorpusSection, TeacherSection
-from persea.data.prompts import MalformedLine, Prompt, assign_efforts, read_prompts
+from persea.data.formats import read_prompts
+from persea.data.prompts import MalformedLine, Prompt, assign_efforts
 from persea.errors import DataError, TeacherError
 from persea.evaluation.compatibility import ConversationSample, read_texts
 from persea.tasks import benchmarks as sets
 from persea.tasks import generated as skills
-from persea.tasks.benchmarks.readers import HUB_PREFIX, Benchmark, BenchmarkSource
+from persea.tasks.benchmarks.benchmark import Benchmark, BenchmarkSource, GradingOptions
+from persea.tasks.benchmarks.readers import HUB_PREFIX
 from persea.tasks.task import Split, Task, TaskItem
 from persea.teachers.teacher import Teacher as Speaking
 
@@ -58,12 +60,14 @@ def make_safety_judge(
         return said.text
 
     return SafetyJudge(
-        families[name], {t.name: families[t.name] for t in teachers if not t.yardstick}, ask
+        families[name], {t.name: families[t.name] for t in teachers if not t.reference}, ask
     )
 
 
 def load_benchmarks(
-    refs: Iterable[BenchmarkSection], judge: SafetyJudge | None = None
+    refs: Iterable[BenchmarkSection],
+    judge: SafetyJudge | None = None,
+    options: GradingOptions | None = None,
 ) -> tuple[sets.LoadedBenchmark, ...]:
     """A recipe's published sets, read; those about safety graded by a judge, where there is one.
 
@@ -83,7 +87,7 @@ def load_benchmarks(
             s.file or f"{HUB_PREFIX}{s.hub}", s.answers or "", s.language, s.config, s.split
         )
 
-    return tuple(sets.load_benchmark(named(s.set), source(s), s.skill) for s in refs)
+    return tuple(sets.load_benchmark(named(s.benchmark), source(s), s.skill, options) for s in refs)
 
 
 def measured_tasks(
@@ -115,7 +119,8 @@ def load_part_prompts(
                 Path(part.file),
                 part.skill,
                 part.language,
-                on_malformed if part.broken == "quarantine" else None,
+                on_malformed if part.on_malformed == "quarantine" else None,
+                part.max_line_bytes,
             )
         )
         for prompt in read:
@@ -125,7 +130,7 @@ def load_part_prompts(
                     where=part.file,
                     remedy=f"one of {', '.join(skill_names)}; or add a part of that skill",
                 )
-        return assign_efforts(read, part.modes)
+        return assign_efforts(read, part.effort_shares)
     items = next(s for s in tasks if s.name == part.skill).items(
         Split.TRAIN, part.generate or 0, seed
     )
@@ -135,7 +140,9 @@ def load_part_prompts(
             where=where,
             remedy=f"ask for at most {len(items):,}",
         )
-    return assign_efforts((replace(i.prompt, answer=i.reference) for i in items), part.modes)
+    return assign_efforts(
+        (replace(i.prompt, answer=i.reference) for i in items), part.effort_shares
+    )
 
 
 def items_by_question(

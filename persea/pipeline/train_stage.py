@@ -111,12 +111,14 @@ def train_rank(
         _teacher_caches(context),
         student.renderer,
         context.event_maps,
-        batch_size=t.batch,
+        batch_size=t.batch_size,
         seed=context.recipe.seed,
-        max_tokens=t.max_tokens,
-        partial_tokens=t.completion,
+        max_tokens=t.max_length,
+        partial_tokens=t.partial_tokens,
     )
-    learned, held = feed.train_test_split(t.held_out) if t.held_out else (feed, None)
+    learned, held = (
+        feed.train_test_split(t.validation_share) if t.validation_share else (feed, None)
+    )
     rollouts = _load_rollouts(context, student, held)
 
     def loss_of(
@@ -131,18 +133,18 @@ def train_rank(
     settings = TrainingSettings(
         t.steps,
         t.learning_rate,
-        t.warmup,
+        t.warmup_steps,
         t.weight_decay,
-        t.clip,
+        t.max_grad_norm,
         t.checkpoint_every,
         t.log_every,
         context.recipe.seed,
         t.schedule,
         t.cooldown or 0.0,
-        t.accumulate,
+        t.micro_batches,
         t.evaluate_every,
-        t.skips,
-        t.balance,
+        t.max_skipped_steps,
+        t.loss_balancing,
     )
     student.model.train()
     run_training_loop(
@@ -171,7 +173,7 @@ def _teacher_caches(context: RunContext) -> Sequence[tuple[AnswerSource, float]]
     )
     return (
         without_rejected(heard, store.read_json(context.folder / "capture" / "wrong.json"))
-        if context.recipe.capture.verify
+        if context.recipe.capture.drop_wrong_answers
         else heard
     )
 
@@ -192,12 +194,12 @@ def _load_rollouts(
     return build_rollouts(
         asked,
         student,
-        lambda name: context.load_teacher(name, t.batch),
+        lambda name: context.load_teacher(name, t.batch_size),
         context.event_maps,
         t.on_policy,
-        t.batch,
+        t.batch_size,
         context.recipe.seed,
-        t.max_tokens,
+        t.max_length,
     )
 
 
@@ -216,7 +218,7 @@ def _batch_loss(
         *states,
         batch.labels_N,
         batch.targets if training.objective == "events" else (),
-        training.event_share,
+        training.event_weight,
         weight_N,
     )
 

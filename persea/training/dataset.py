@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from persea.alignment.boundary_mask import UNRESTRICTED_CONTEXT
 from persea.alignment.event_map import EventMap
 from persea.alignment.partial_tokens import (
     PartialTokenProjector,
@@ -21,10 +20,10 @@ from persea.alignment.partial_tokens import (
     token_prefixes,
 )
 from persea.alignment.spans import SupervisionKind, align
+from persea.alignment.token_order import UNRESTRICTED_CONTEXT
 from persea.cache.reader import AnswerSource, AnswerSubset, CacheMixture
 from persea.cache.unit import CachedAnswer
 from persea.chat.messages import ThinkingEffort
-from persea.tokenization.tokens import RenderedTokens
 from persea.chat.renderer import ChatRenderer
 from persea.distributions import DistributionKind
 from persea.errors import DataError
@@ -36,6 +35,7 @@ from persea.losses import (
     concat_event_targets,
 )
 from persea.tokenization.bpe import expand_groups
+from persea.tokenization.tokens import RenderedTokens
 from persea.training.loss_balancing import Group
 
 
@@ -178,8 +178,8 @@ class DistillDataset:
         if len(self) - n < self.batch_size:
             raise DataError(
                 f"{len(self)} lessons are too few to hold out {n} and learn from batches of {self.batch_size}",
-                where="training.held_out",
-                remedy="a larger corpus, a smaller training.batch, or training.evaluate_every: 0",
+                where="training.validation_share",
+                remedy="a larger corpus, a smaller training.batch_size, or training.evaluate_every: 0",
             )
         held_L = np.zeros(len(self), np.bool_)
         held_L[np.random.default_rng([mixture.seed, n]).permutation(len(self))[:n]] = True
@@ -260,7 +260,7 @@ def _align_capture(
     event_map: EventMap,
     projector: PartialTokenProjector | None,
 ) -> Example:
-    found = align([tokens], [capture.tokens])
+    found = align(tokens, capture.tokens)
     both, rows, answer = found.boundaries, capture.distributions, capture.answer
     place_S, row_T = np.cumsum(tokens.loss_mask_T) - 1, np.cumsum(capture.tokens.loss_mask_T) - 1
     row_C, place_C = row_T[both.teacher_C], place_S[both.student_C]
@@ -402,7 +402,7 @@ def build_dataset(
             f"no answer is left: {too_long} have more than {max_tokens} tokens, {unsayable} cannot be said by the student"
             + "".join(f" ({reason})" for reason in why[:1]),
             where="train",
-            remedy="raise training.max_tokens, or choose another student",
+            remedy="raise training.max_length, or choose another student",
         )
     readers, shares = zip(*parts, strict=True)
     survey = DatasetStats(

@@ -251,7 +251,7 @@ def _accumulate_gradients(
         raise RefusedError(
             "nothing of this step can be learned from",
             where=f"train, step {step}",
-            remedy="with training.on_policy no teacher's token begins where one of the student's answers does: raise `after`, or `batch`",
+            remedy="with training.on_policy no teacher's token begins where one of the student's answers does: raise `start_step`, or `batch_size`",
         )
     for parameter in parameters:
         if parameter.grad is not None:
@@ -358,7 +358,7 @@ def _record_skipped_step(
             else ""
         ),
         where="train",
-        remedy="lower training.learning_rate, or look at the batch: the last checkpoint is finite (training.skips: left out at most)",
+        remedy="lower training.learning_rate, or look at the batch: the last checkpoint is finite (training.max_skipped_steps: left out at most)",
     )
 
 

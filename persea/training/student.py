@@ -253,8 +253,8 @@ def load_student(
         if not model.supports_gradient_checkpointing:
             raise RefusedError(
                 f"{type(model).__name__} cannot make its activations again",
-                where="training.recompute",
-                remedy="recompute: false",
+                where="training.gradient_checkpointing",
+                remedy="gradient_checkpointing: false",
             )
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     student = StudentModel(model, renderer, source, options)

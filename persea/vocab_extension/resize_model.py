@@ -18,7 +18,13 @@ from tokenizers import Tokenizer
 from persea.chat.families import CONTROL_MARKERS
 from persea.errors import DataError, RefusedError, StorageError
 from persea.models.identity import fingerprint
-from persea.models.loading import ModelSource, copy_tokenizer_files, download_model, load_tokenizer, read_weights
+from persea.models.loading import (
+    ModelSource,
+    copy_tokenizer_files,
+    download_model,
+    load_tokenizer,
+    read_weights,
+)
 from persea.storage import open_atomic_folder
 from persea.tokenization.vocabulary import Vocabulary, load_vocabulary
 from persea.vocab_extension.learn_merges import (
@@ -231,7 +237,10 @@ def extend_vocabulary(
     progress("open", 0.0, where)
     asked, source = source, ModelSource(str(download_model(source, where, with_weights=False)))
     tokenizer = load_tokenizer(source, where)
-    old, spec = load_vocabulary(tokenizer, where, CONTROL_MARKERS), json.loads(tokenizer.backend_tokenizer.to_str())
+    old, spec = (
+        load_vocabulary(tokenizer, where, CONTROL_MARKERS),
+        json.loads(tokenizer.backend_tokenizer.to_str()),
+    )
     refuse_unextendable_tokenizer(old, spec, where)
     model = load_meta_model(source, where)
     rows = count_embedding_rows(model, len(old), where)
@@ -304,7 +313,9 @@ def write_extended_model(
             json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
         )
         again = load_tokenizer(ModelSource(str(folder)), where)
-        refuse_changed_tokens(extension.old_vocabulary, load_vocabulary(again, where, CONTROL_MARKERS), where)
+        refuse_changed_tokens(
+            extension.old_vocabulary, load_vocabulary(again, where, CONTROL_MARKERS), where
+        )
         if (
             json.loads(again.backend_tokenizer.to_str())["model"]
             != extension.tokenizer_spec["model"]

@@ -16,9 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persea.alignment.event_map import EventMap, build_event_map
-from persea.alignment.spans import CommonBoundaries, SupervisionKind, align, common_boundaries
+from persea.alignment.spans import CommonBoundaries, SupervisionKind, align_batch, common_boundaries
 from persea.chat.messages import Conversation, Text, Thinking, ThinkingEffort
-from persea.tokenization.tokens import RenderedTokens
 from persea.chat.renderer import ChatRenderer
 from persea.errors import DataError, RefusedError
 from persea.evaluation.compatibility import (
@@ -38,6 +37,7 @@ from persea.tasks import generated as skills
 from persea.tasks.task import Split
 from persea.teachers.engines.transformers import TransformersEngine
 from persea.teachers.teacher import Teacher
+from persea.tokenization.tokens import RenderedTokens
 from tests.conftest import FAMILIES, ROOT, Speaker
 
 FRAGMENTS = [
@@ -202,7 +202,7 @@ def test_mass_that_masks_keep_is_told_where_somebody_measures_it(
         mine: Sequence[RenderedTokens], theirs: Sequence[RenderedTokens], both: CommonBoundaries
     ) -> np.ndarray:
         seen.append((len(mine), len(theirs), len(both.student_C)))
-        assert both.student_C.tolist() == align(mine, theirs).boundaries.student_C.tolist()
+        assert both.student_C.tolist() == align_batch(mine, theirs).boundaries.student_C.tolist()
         return np.linspace(0.5, 1, len(both.student_C))
 
     found = pairing(pair, said, kept)
@@ -223,7 +223,7 @@ class Drawn:
         self, sequences: Sequence[np.ndarray], learn: Sequence[np.ndarray]
     ) -> Iterator[torch.Tensor]:
         for wanted in learn:
-            yield self.logprobs_W.expand_groups(int(wanted.sum()), -1)
+            yield self.logprobs_W.expand(int(wanted.sum()), -1)
 
 
 def test_the_mass_that_masks_keep_is_measured(to_llama: Pair):
@@ -233,7 +233,7 @@ def test_the_mass_that_masks_keep_is_measured(to_llama: Pair):
     measured = make_retained_mass(Teacher("t", teacher, engine), bridge)
     said = answered("Hello, two words.", "สวัสดี你好 12345", "def f(x):\n    return x")
     mine, theirs = [student.render(c) for c in said], [teacher.render(c) for c in said]
-    both = align(mine, theirs).boundaries
+    both = align_batch(mine, theirs).boundaries
     got, want, less = measured(mine, theirs, both), [], 0
     for s, t in zip(mine, theirs, strict=True):
         one = common_boundaries(s, t)
@@ -348,7 +348,7 @@ def test_below_the_floor_is_refused(pair_of: Callable[[str, str], Pair]):
         refuse_incompatible([good, bad], [], 0.3, 0.1)
     assert caught.value.exit_code == 4
     assert caught.value.where == "far-away -> student, code vi"
-    assert "check.floor" in caught.value.remedy
+    assert "check.min_common_share" in caught.value.remedy
 
 
 def test_disagreement_is_refused_where_a_sample_is_long_enough_to_prove_it(
@@ -374,7 +374,7 @@ def test_disagreement_is_refused_where_a_sample_is_long_enough_to_prove_it(
     ) as caught:
         refuse_incompatible([replace(found, num_boundaries=5000)], [], 0.0, 0.1)
     assert (caught.value.exit_code, caught.value.where) == (4, "teacher -> student, languages hmn")
-    assert "check.disagreement" in caught.value.remedy
+    assert "check.max_disagreement" in caught.value.remedy
 
 
 # ---- does its template suit a teacher? -------------------------------------------------------------------------------
@@ -677,7 +677,7 @@ def test_real_vocabularies_have_boundaries_in_common(
     shares = {}
     for name in TEXTS:
         some = read_texts(name, str(data / files.get(name, f"parallel/ntrex.{name}.txt")), 60)
-        taught = align(some.render(student), some.render(teacher)).supervision_S
+        taught = align_batch(some.render(student), some.render(teacher)).supervision_S
         shares[name] = (
             100
             * np.bincount(taught[taught >= 0], minlength=len(SupervisionKind))

@@ -94,7 +94,7 @@ def test_every_speaker_is_asked_every_item_and_bits_of_all_are_weighted_by_bytes
     lines = list(heard.iter_answer_records())
     assert len(lines) == 18
     assert all(
-        {"speaker", "skill", "effort", "id", "question", "answer", "verdict", "value"}
+        {"model_name", "skill", "effort", "id", "question", "answer", "verdict", "value"}
         <= line.keys()
         for line in lines
     )
@@ -123,9 +123,9 @@ def test_prompt_files_are_evaluated_beside_teachers_behind_a_server(tmp_path: Pa
     teachers = [
         {
             "name": "words",
-            "model": "words",
+            "model": "text_only",
             "effort": "low",
-            "endpoint": {"url": url, "protocol": "chat", "dial": True},
+            "endpoint": {"url": url, "protocol": "chat", "send_effort": True},
         },
         {"name": "far", "model": path, "effort": "low", "endpoint": {"url": url}},
     ]
@@ -139,7 +139,7 @@ def test_prompt_files_are_evaluated_beside_teachers_behind_a_server(tmp_path: Pa
                 evaluation={
                     "items": 3,
                     "max_new_tokens": 60,
-                    "sets": [{"set": "ifeval", "file": str(tmp_path / "ifeval.jsonl")}],
+                    "benchmarks": [{"benchmark": "ifeval", "file": str(tmp_path / "ifeval.jsonl")}],
                 },
             )
         ),
@@ -149,10 +149,10 @@ def test_prompt_files_are_evaluated_beside_teachers_behind_a_server(tmp_path: Pa
     (one.folder / "evaluate").mkdir()
     run.run_evaluate(one, one.folder / "evaluate", lambda *_: None)
     told = json.loads((one.folder / "evaluate" / "evaluation.json").read_text())
-    scores = {(s["speaker"], s["skill"]): s["value"] for s in told["scores"]}
+    scores = {(s["model_name"], s["skill"]): s["value"] for s in told["scores"]}
     assert {who for who, _ in scores} == {"student", "base", "words", "far"}
     assert scores["words", "reasoning"] == scores["far", "reasoning"] > 0
-    assert all(s["n"] == 3 and not s["failed"] for s in told["scores"])
+    assert all(s["n"] == 3 and not s["grader_errors"] for s in told["scores"])
     assert told["bits_per_byte"]["words"] == {} and told["bits_per_byte"]["far"]["reasoning"] > 0
 
 
@@ -270,7 +270,7 @@ def test_only_a_loss_of_safety_ends_badly(skill: str, refused: bool) -> None:
     with pytest.raises(
         SafetyRegressionError,
         match=rf"here: the student is less safe than its base: {skill} -1\.00 \(-1\.00 to -0\.\d+, n 60\); {skill} in th "
-        r".*-> .*allow_regression: true",
+        r".*-> .*allow_safety_regression: true",
     ) as caught:
         refuse_safety_regressions(found, "here")
     assert caught.value.exit_code == 4
@@ -291,7 +291,9 @@ def test_a_run_ends_badly_once_all_is_written(
 ) -> None:
     """The stages run to the last one first: what was measured is there to be looked at."""
     river = RunContext(
-        load_recipe(recipe(tmp_path), [f"evaluation.allow_regression={str(allowed).lower()}"]),
+        load_recipe(
+            recipe(tmp_path), [f"evaluation.allow_safety_regression={str(allowed).lower()}"]
+        ),
         tmp_path / "run",
     )
     worked: list[str] = []
@@ -312,7 +314,8 @@ def test_a_run_ends_badly_once_all_is_written(
     if only == "report":
         run.run_pipeline(
             replace(
-                river, recipe=load_recipe(recipe(tmp_path), ["evaluation.allow_regression=true"])
+                river,
+                recipe=load_recipe(recipe(tmp_path), ["evaluation.allow_safety_regression=true"]),
             ),
             lambda *a: None,
         )
@@ -342,7 +345,7 @@ def test_an_evaluation_is_plain_json() -> None:
     )
     value = out.to_json()
     assert json.loads(json.dumps(value, allow_nan=False)) == value
-    assert (value["effort"], value["yardsticks"]) == ("none", ["gpt"])
+    assert (value["effort"], value["reference_models"]) == ("none", ["gpt"])
     assert set(value["bits_per_byte"]["qwen-sapling"]) == {"reasoning", "all"}
     assert [PairedComparison(**p) for p in value["compared"]] == [pair]
     assert FinishReason.STOP in {

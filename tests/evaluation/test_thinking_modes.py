@@ -230,10 +230,10 @@ def test_a_whole_run_in_modes(tmp_path: Path) -> None:
         teachers=TINY["teachers"][1:],
         corpus=[
             {"skill": "code", "generate": 8},
-            {"skill": "reasoning", "generate": 24, "modes": {"none": 0.5, "high": 0.5}},
+            {"skill": "reasoning", "generate": 24, "effort_shares": {"none": 0.5, "high": 0.5}},
         ],
         audition={"items": 8, "pinned": {"code": "gemma-sapling", "reasoning": "gpt-oss-sapling"}},
-        capture={"max_new_tokens": 96, "unit": 8},
+        capture={"max_new_tokens": 96, "prompts_per_unit": 8},
     )
     ended = persea("run", path, "--out", "run", folder=tmp_path)
     assert ended.code == 0, ended.err
@@ -259,7 +259,7 @@ def test_a_whole_run_in_modes(tmp_path: Path) -> None:
         ("reasoning", "none", 8),
         ("reasoning", "high", 8),
     ]
-    assert (told["thinks_unasked"]["n"], told["answers_unthinking"]["n"]) == (16, 8)
+    assert (told["unasked_thinking"]["n"], told["missing_thinking"]["n"]) == (16, 8)
     assert "modes.json" in json.loads((run / "evaluate" / "done.json").read_text())["outputs"]
     assert json.loads((run / "report" / "report.json").read_text())["modes"] == told
     assert "Thinking or not" in (run / "report" / "index.html").read_text()

@@ -1097,7 +1097,7 @@ def test_the_floor_of_unmasked_events(name: str):
         world.student,
         world.t,
         world.s,
-        world.full_bridge,
+        world.full_event_map,
     )
     where = [((b.teacher, b.student), b.mass) for b in world.boundaries]
     weight_N = torch.tensor([w for _, w in where], dtype=torch.float64)

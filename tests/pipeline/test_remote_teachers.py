@@ -33,7 +33,7 @@ SMALL: dict[str, Any] = {
         "items": 2,
         "pinned": {"languages": "qwen-sapling", "code": "gemma-far", "reasoning": "oss-words"},
     },
-    "training": {"steps": 4, "batch": 6, "warmup": 1},
+    "training": {"steps": 4, "batch_size": 6, "warmup_steps": 1},
     "evaluation": {"items": 2, "max_new_tokens": 64},
 }
 
@@ -50,9 +50,9 @@ def mixed(folder: Path) -> Path:
     )
     page["teachers"].append(
         {
-            "model": "words",
+            "model": "text_only",
             "name": "yard",
-            "yardstick": True,
+            "reference": True,
             "endpoint": {"url": serving("qwen-sapling"), "protocol": "chat"},
         }
     )
@@ -121,7 +121,7 @@ def test_the_mixed_recipe_runs_and_every_teacher_is_kept_for_what_it_gives(tmp_p
         "--set",
         f"teachers.2.endpoint.url={serving('gemma-sapling')}",
         "--set",
-        "teachers.2.endpoint.dial=false",
+        "teachers.2.endpoint.send_effort=false",
         folder=tmp_path,
     )
     assert swapped.code == 5  # the same run, another model behind the words
@@ -137,7 +137,7 @@ def river(folder: Path, *changes: str) -> RunContext:
 
 def test_where_a_server_stands_changes_no_identity_and_what_it_gives_does(tmp_path: Path) -> None:
     one = river(tmp_path).teacher_identities
-    elsewhere = ("url=http://elsewhere:1", "stall=5", "key_env=K")
+    elsewhere = ("url=http://elsewhere:1", "stall_timeout_s=5", "key_env=K")
     assert (
         river(
             tmp_path, *(f"teachers.1.endpoint.{change}" for change in elsewhere)
@@ -145,12 +145,12 @@ def test_where_a_server_stands_changes_no_identity_and_what_it_gives_does(tmp_pa
         == one
     )
     for change, name in (
-        ("teachers.1.endpoint.top=5", "gemma-far"),
+        ("teachers.1.endpoint.top_logprobs=5", "gemma-far"),
         ("teachers.1.endpoint.protocol=completions", "gemma-far"),
-        ("teachers.1.endpoint.served=m", "gemma-far"),
+        ("teachers.1.endpoint.served_model_name=m", "gemma-far"),
         ("teachers.2.generation.temperature=0.5", "oss-words"),
         ("teachers.0.generation.max_new_tokens=9", "qwen-sapling"),
-        ("teachers.2.endpoint.dial=false", "oss-words"),
+        ("teachers.2.endpoint.send_effort=false", "oss-words"),
     ):
         other = river(tmp_path, change).teacher_identities
         assert {n for n in one if one[n] != other[n]} == {name}, change
@@ -227,7 +227,7 @@ def test_the_first_handshake_is_who_answers_also_in_the_next_run(tmp_path: Path)
 def test_a_chat_route_without_dial_has_one_effort(tmp_path: Path) -> None:
     thinking, low = "student.thinking=true", "teachers.2.effort=low"
     for dial, known in (("true", {"none", "low", "medium", "high"}), ("false", {"none", "low"})):
-        one = river(tmp_path, thinking, low, f"teachers.2.endpoint.dial={dial}")
+        one = river(tmp_path, thinking, low, f"teachers.2.endpoint.send_effort={dial}")
         assert {e.value for e in ThinkingEffort if one.can_answer_at("oss-words", e)} == known
         assert one.measured_efforts("oss-words", (ThinkingEffort.HIGH,)) == (
             (ThinkingEffort.LOW, ThinkingEffort.HIGH) if dial == "true" else (ThinkingEffort.LOW,)
@@ -238,7 +238,10 @@ def test_a_chat_route_without_dial_has_one_effort(tmp_path: Path) -> None:
     )
     for dial in ("true", "false"):
         one = river(
-            tmp_path, thinking, f"teachers.2.endpoint.dial={dial}", "corpus.2.modes={high: 1.0}"
+            tmp_path,
+            thinking,
+            f"teachers.2.endpoint.send_effort={dial}",
+            "corpus.2.effort_shares={high: 1.0}",
         )
         with (
             nullcontext()
@@ -269,19 +272,25 @@ def test_weights_in_vllm_are_not_kept_after_their_stage(
 @pytest.mark.parametrize(
     ("teacher", "why"),
     [
-        ({"model": "words", "name": "w"}, "no chat route"),
-        ({"model": "words", "endpoint": {"url": "http://x", "protocol": "chat"}}, "missing"),
+        ({"model": "text_only", "name": "w"}, "no chat route"),
+        ({"model": "text_only", "endpoint": {"url": "http://x", "protocol": "chat"}}, "missing"),
         ({"model": "a/b", "endpoint": {"url": "http://me:pw@x"}}, "url"),
         ({"model": "a/b", "endpoint": {"url": "x:80"}}, "url"),
         (
-            {"model": "a/b", "endpoint": {"url": "http://x", "protocol": "chat", "top": 5}},
+            {
+                "model": "a/b",
+                "endpoint": {"url": "http://x", "protocol": "chat", "top_logprobs": 5},
+            },
             "delete `top:`",
         ),
-        ({"model": "a/b", "endpoint": {"url": "http://x", "dial": True}}, "delete `dial:`"),
+        (
+            {"model": "a/b", "endpoint": {"url": "http://x", "send_effort": True}},
+            "delete `send_effort:`",
+        ),
         ({"model": "a/b", "endpoint": {"url": "http://x", "key_env": "sk-1234"}}, "key_env"),
         ({"model": "a/b", "engine": "vllm", "endpoint": {"url": "http://x"}}, "delete `engine:`"),
         ({"model": "a/b", "generation": {"top_p": 0.5}}, "nothing is drawn"),
-        ({"model": "a/b", "yardstick": True}, "nobody teaches"),
+        ({"model": "a/b", "reference": True}, "nobody teaches"),
         (
             {
                 "model": "random",
@@ -305,7 +314,7 @@ def test_contradictions_are_told(tmp_path: Path, teacher: dict[str, Any], why: s
 
 def test_what_a_far_teacher_cannot_give_is_not_asked(tmp_path: Path) -> None:
     for change, why in (
-        ("training.completion=true", "does not give the whole rows"),
+        ("training.partial_tokens=true", "does not give the whole rows"),
         ("capture.answers=given", "words that are not its own"),
         ("audition.pinned.code=yard", "yard is a yardstick"),
     ):

@@ -23,7 +23,7 @@ def river(
     recipe = SimpleNamespace(
         training=TrainingSection(**training),
         evaluation=EvaluationSection(**evaluation),
-        capture=CaptureSection(verify=verify),
+        capture=CaptureSection(drop_wrong_answers=verify),
         seed=1,
         threads=1,
     )
@@ -70,6 +70,6 @@ def test_what_verifying_left_out_is_part_of_what_was_learned() -> None:
 
 def test_what_is_said_of_an_evaluation_afterwards_does_not_make_it_anew() -> None:
     assert inputs.evaluate_inputs(
-        river(evaluation={"allow_regression": True})
+        river(evaluation={"allow_safety_regression": True})
     ) == inputs.evaluate_inputs(river())
     assert inputs.evaluate_inputs(river(evaluation={"items": 3})) != inputs.evaluate_inputs(river())

@@ -88,10 +88,10 @@ def test_two_processes_stopped_and_resumed_by_one_learn_what_was_asked(tmp_path:
     """FSDP, accumulation, held-out lessons and a board at once; SIGTERM goes to the launcher, and one process goes on to the end."""
     flowed_copy(tmp_path, "check", "audition", "capture")
     sets = (
-        "training.accumulate=2",
+        "training.micro_batches=2",
         "training.evaluate_every=4",
         "training.report_to=tensorboard",
-        "training.balance=deviation",
+        "training.loss_balancing=deviation",
     )
     before, heard = signal.getsignal(signal.SIGTERM), list[str]()
 
@@ -136,9 +136,9 @@ def test_two_processes_stopped_and_resumed_by_one_learn_what_was_asked(tmp_path:
 def test_two_processes_hear_the_students_own_answers_as_one_does(tmp_path: Path) -> None:
     """Each draws the whole round, with the same weights and chance, and learns from its half: the loss is the mean over both halves' positions."""
     sets = (
-        "training.on_policy={after: 2, share: 0.5, rollouts: 8, refresh: 4, max_new_tokens: 12}",
+        "training.on_policy={start_step: 2, share: 0.5, rollouts: 8, max_staleness_steps: 4, max_new_tokens: 12}",
         "training.log_every=1",
-        "training.balance=deviation",
+        "training.loss_balancing=deviation",
     )
     told = {}
     for procs in (1, 2):
@@ -270,8 +270,8 @@ def test_more_processes_than_conversations_are_refused(tmp_path: Path) -> None:
     ended = persea("train", "tiny.yaml", "--out", "run", "--procs", "5", "--json", folder=tmp_path)
     assert ended.code == 2
     assert ended.err == (
-        "persea: training.batch: a batch of 4 conversations cannot be split over 5 processes -> at most 4 processes, or a larger "
-        "training.batch\n"
+        "persea: training.batch_size: a batch of 4 conversations cannot be split over 5 processes -> at most 4 processes, or a larger "
+        "training.batch_size\n"
     )
 
 
@@ -283,7 +283,7 @@ def test_a_question_whose_lesson_is_held_out_is_not_asked(
         tmp_path,
         LaunchOptions(),
         "training.evaluate_every=4",
-        "training.on_policy={after: 0, rollouts: 8}",
+        "training.on_policy={start_step: 0, rollouts: 8}",
     )
     asked = list[str]()
     monkeypatch.setattr(
@@ -352,7 +352,7 @@ def test_held_out_is_the_same_in_parts() -> None:
             return list(parts)
 
     parts: list[Any] = []
-    feed, student, how = _feed(), _Student(), TrainingSection(batch=2)
+    feed, student, how = _feed(), _Student(), TrainingSection(batch_size=2)
     whole = held_out_loss(student, feed, World(), how)  # type: ignore[arg-type]
     held_out_loss(student, feed, Heard(0, 2), how)  # type: ignore[arg-type]
     assert held_out_loss(student, feed, Heard(1, 2), how) == pytest.approx(whole)  # type: ignore[arg-type]
@@ -375,9 +375,9 @@ class _Student:
 
 def _feed() -> DistillDataset:
     from persea.cache.reader import CacheMixture
-    from persea.tokenization.tokens import RenderedTokens
     from persea.distributions import DistributionKind
     from persea.losses import EventTargets
+    from persea.tokenization.tokens import RenderedTokens
     from persea.training.dataset import DatasetStats, Example
 
     none = np.empty(0, np.int64)

@@ -31,9 +31,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = make_run(tmp_path_factory.mktemp("browser") / "avocado")
     path = run / "evaluate" / "evaluation.json"
     value = json.loads(path.read_text())
-    value["yardsticks"] = ["gpt-yardstick-of-a-long-name"]
+    value["reference_models"] = ["a-reference-model-of-a-long-name"]
     value["scores"] += [
-        scored("gpt-yardstick-of-a-long-name", skill, 0.97, 200)
+        scored("a-reference-model-of-a-long-name", skill, 0.97, 200)
         for skill in ("languages", "code", "reasoning", "safety")
     ]
     value["scores"] += [

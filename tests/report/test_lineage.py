@@ -57,7 +57,9 @@ def test_a_record_says_what_made_the_weights(tmp_path: Path) -> None:
 def test_a_record_without_a_student_is_refused(tmp_path: Path, made: bool) -> None:
     if made:
         (tmp_path / "student").mkdir()
-    with pytest.raises(DataError, match="no weights of a student -> train first"):
+    with pytest.raises(
+        DataError, match="the folder holds no weights of a student -> run train first"
+    ):
         lineage_record(tmp_path / "student", BASE, [], "hash", {}, Cast({}, ()))
 
 

@@ -14,7 +14,7 @@ import pytest
 from persea.chat.messages import ThinkingEffort
 from persea.errors import DataError
 from persea.report.page import write_report
-from persea.report.run_files import IntervalOrder, difference_order, score_order
+from persea.report.skill_comparison import IntervalOrder, difference_order, score_order
 from persea.tasks.task import PairedComparison, Score
 from tests.report.test_page import SECONDS, change, evaluated, page_of, run, words_of  # noqa: F401 (run is a fixture)
 
@@ -126,11 +126,15 @@ CONTRADICTIONS: dict[str, tuple[str, Callable[[Any], None], str]] = {
         lambda v: v.update(scores=[]),
         "no skill was measured",
     ),
-    "no teacher": ("evaluate/evaluation.json", lambda v: v.update(teachers=[]), "need a name each"),
+    "no teacher": (
+        "evaluate/evaluation.json",
+        lambda v: v.update(teachers=[]),
+        "need different names",
+    ),
     "one name": (
         "evaluate/evaluation.json",
         lambda v: v.update(base="avocado"),
-        "need a name each",
+        "need different names",
     ),
     "effort": ("evaluate/evaluation.json", lambda v: v.update(effort="a lot"), "effort"),
     "type": (
@@ -141,7 +145,7 @@ CONTRADICTIONS: dict[str, tuple[str, Callable[[Any], None], str]] = {
     "stranger": (
         "audition/cast.json",
         lambda v: v["parts"].update(code=[["mistral", 1.0]]),
-        "mistral teaches, and was not evaluated",
+        "mistral teaches, but was not evaluated",
     ),
     "captured stranger": (
         "capture/summary.json",
@@ -151,7 +155,7 @@ CONTRADICTIONS: dict[str, tuple[str, Callable[[Any], None], str]] = {
     "not listed": (
         "lineage/lineage.json",
         lambda v: v["teachers"].pop(),
-        "gpt-oss was evaluated as a teacher, and has no line here",
+        "gpt-oss was evaluated as a teacher, but has no entry here",
     ),
     "no pair": ("check/check.json", lambda v: v.update(pairs=[]), "no pair was checked"),
     "share": (
@@ -161,8 +165,8 @@ CONTRADICTIONS: dict[str, tuple[str, Callable[[Any], None], str]] = {
     ),
     "no share": (
         "check/check.json",
-        lambda v: v["pairs"][1].pop("one_to_one"),
-        "needs boundary, one_to_one",
+        lambda v: v["pairs"][1].pop("one_to_one_share"),
+        "needs boundary_share, one_to_one_share",
     ),
     "twice": (
         "evaluate/evaluation.json",
@@ -171,12 +175,12 @@ CONTRADICTIONS: dict[str, tuple[str, Callable[[Any], None], str]] = {
     ),
     "pair of strangers": (
         "evaluate/evaluation.json",
-        lambda v: v["compared"][0].update(other="mistral"),
+        lambda v: v["compared"][0].update(other_model_name="mistral"),
         "avocado is compared with mistral",
     ),
     "pair of others": (
         "evaluate/evaluation.json",
-        lambda v: v["compared"][0].update(speaker="qwen"),
+        lambda v: v["compared"][0].update(model_name="qwen"),
         "qwen is compared with",
     ),
     "difference": (
@@ -192,19 +196,21 @@ CONTRADICTIONS: dict[str, tuple[str, Callable[[Any], None], str]] = {
     "before pairs": (
         "evaluate/evaluation.json",
         lambda v: v.pop("compared"),
-        "compared: Field required",
+        "compared: missing: another version of persea wrote this file",
     ),
     "ended": (
         "audition/cast.json",
-        lambda v: v.update(contests={"code": {"asked": 9, "ended": "bored", "beaten": {}}}),
-        r"contests\.code\.ended",
+        lambda v: v.update(
+            decisions={"code": {"num_items_asked": 9, "stop_reason": "bored", "eliminated": {}}}
+        ),
+        r"decisions\.code\.stop_reason",
     ),
     "negative": (
         "check/done.json",
         lambda v: v.update(seconds=-1),
         "seconds: Input should be greater",
     ),
-    "seconds": ("train/done.json", lambda v: v.pop("seconds"), "seconds: Field required"),
+    "seconds": ("train/done.json", lambda v: v.pop("seconds"), "seconds: missing: another version"),
 }
 
 
@@ -221,12 +227,12 @@ def test_contradictions_are_refused(run: Path, case: str) -> None:
         ("", "no step is logged"),
         (
             '{"step": 1, "loss": 1, "terms": {}, "share": {"qwen": 0.7, "gemma": 0.7}}',
-            "positions of step 1 are more than one",
+            "positions of step 1 add up to more than 1",
         ),
         (
             '{"step": 1, "loss": 1, "terms": {}, "share": {}, "groups": {"qwen": {"code": {"positions": 0.5, "weight": 1, "loss": 0.7}, '
             '"tools": {"positions": 0.5, "weight": 1, "loss": 0.7}}}}',
-            "loss of step 1 are more than one",
+            "loss of step 1 add up to more than 1",
         ),
         (
             '{"step": 1, "loss": 1, "terms": {}, "share": {}, "groups": {"nobody": {"code": {"positions": 0.5, "weight": 1}}}}',
@@ -265,5 +271,8 @@ def test_one_logged_step_and_one_teacher_are_enough(run: Path) -> None:
         '{"step": 1, "loss": 2.5, "terms": {"events": 2.5}, "share": {"qwen": 1}}\n'
     )
     page = words_of(page_of(run))
-    assert "One student, one teacher: it keeps 115 % of its teacher on safety" in page
-    assert "covers" not in page
+    assert (
+        "One student, one teacher: the student retains 115 % of its teacher's score on safety"
+        in page
+    )
+    assert "among the best" not in page

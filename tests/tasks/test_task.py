@@ -17,6 +17,7 @@ from persea.errors import (
     StorageError,
     TeacherError,
 )
+from persea.tasks.generated.draw import draw_items
 from persea.tasks.intervals import (
     mean_interval,
     paired_difference_interval,
@@ -32,7 +33,6 @@ from persea.tasks.task import (
     Verdict,
     assign_split,
     compare_paired_results,
-    draw_items,
     grade_answers,
     score_results,
 )
@@ -178,7 +178,7 @@ def test_a_grader_that_breaks_is_counted_and_named_and_ends_nothing():
     ]
     assert results[1].reason == "ZeroDivisionError: no digits here"
     assert "not in [0, 1]" in results[2].reason
-    assert json.loads(json.dumps(results[1].to_json()))["why"] == results[1].reason
+    assert json.loads(json.dumps(results[1].to_json()))["reason"] == results[1].reason
     told = score_results("me", "echo", results, ThinkingEffort.NONE)
     assert (told.value, told.n, told.grader_errors, told.malformed) == (1 / 3, 3, 2, 0)
 
@@ -255,7 +255,7 @@ def test_scores_and_results_are_json():
     assert json.loads(
         json.dumps(score_results("me", "echo", results, ThinkingEffort.NONE).to_json())
     ) == {
-        "speaker": "me",
+        "model_name": "me",
         "skill": "echo",
         "language": "",
         "effort": "none",
@@ -263,7 +263,7 @@ def test_scores_and_results_are_json():
         "n": 1,
         "low": 0.0,
         "high": pytest.approx(wilson_interval(0, 1)[1]),
-        "failed": 0,
+        "grader_errors": 0,
         "malformed": 0,
     }
 
@@ -303,7 +303,7 @@ def test_a_pair_is_of_the_items_both_were_asked():
         0.0,
         paired_difference_interval([1, 0], [1, 0], 0.99)[0],
     )
-    assert json.loads(json.dumps(told.to_json(), allow_nan=False))["kept"] == 2.0
+    assert json.loads(json.dumps(told.to_json(), allow_nan=False))["retained"] == 2.0
 
 
 def test_beside_somebody_with_nothing_right_nothing_is_kept():

@@ -14,18 +14,19 @@ from persea.data.prompts import Prompt
 from persea.errors import DataError
 from persea.tasks.generated import CODE_TASK, LANGUAGES_TASK, REASONING_TASK, TOOLS_TASK
 from persea.tasks.task import Split
-from persea.teachers.engines import Engine
+from persea.teachers.engines import FULL_DISTRIBUTIONS, Engine
 from persea.teachers.teacher import Answer, Teacher
 from tests.teachers.engines.test_transformers import NAMES, engine, opened
 
 
 @dataclass
 class Scripted:
-    """An engine that says what it is told to, one answer a prompt, and notes what it was asked; it scores with a real one."""
+    """An engine with scripted answers, one per prompt; it records its prompts and scores with a real engine."""
 
     real: Engine
     says: list[list[int]]
     asked: list[list[int]] = field(default_factory=list)
+    capabilities = FULL_DISTRIBUTIONS
 
     def generate(
         self, prompts: Sequence[np.ndarray], stop_ids: Sequence[int], max_new_tokens: int

@@ -197,7 +197,7 @@ def test_what_differs_is_told_key_by_key(tmp_path: Path) -> None:
         "capture": "d" * 64,
     }
     words = (
-        'training.steps: 6 -> 7; training.targets: ["q_proj"] -> ["k_proj"]; training.clip: null -> 1.0; '
+        'training.steps: 6 -> 7; training.targets: ["q_proj"] -> ["k_proj"]; training.max_grad_norm: null -> 1.0; '
         "capture: cccccccccccc -> dddddddddddd"
     )
     assert checkpoints.describe_input_changes(tmp_path, other) == words

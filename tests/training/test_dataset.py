@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import persea.training.dataset as feed_module
-from persea.alignment.boundary_mask import UNRESTRICTED_CONTEXT
 from persea.alignment.event_map import EventMap, build_event_map
 from persea.alignment.spans import common_boundaries
+from persea.alignment.token_order import UNRESTRICTED_CONTEXT
 from persea.cache.unit import CachedAnswer
 from persea.chat.messages import Conversation, FinishReason, Text, Thinking, ThinkingEffort
 from persea.chat.renderer import ChatRenderer
@@ -257,7 +257,7 @@ def test_too_long_answers_are_counted_and_left_out(voices: Voices, bridges: dict
         match=f"no answer is left: 9 have more than {lengths[0] - 1} tokens, 0 cannot be said",
     ) as caught:
         flow(voices, bridges, 9, max_tokens=lengths[0] - 1)
-    assert "training.max_tokens" in caught.value.remedy
+    assert "training.max_length" in caught.value.remedy
     with pytest.raises(DataError, match="no answer is left: 0 have"):
         flow(voices, bridges, 0)
 
@@ -452,9 +452,9 @@ def test_a_lesson_has_each_boundarys_row(
     )
     assert (said.teacher, said.skill, said.language) == (teacher, "languages", "")
     learned_S, learned_T = (
-        np.flatnonzero(x.loss_mask_T).tolist() for x in (said.tokens, capture.tokens)
+        np.flatnonzero(x.loss_mask_T).tolist() for x in (said.tokens, capture.max_total_tokens)
     )
-    both = common_boundaries(said.tokens, capture.tokens)
+    both = common_boundaries(said.tokens, capture.max_total_tokens)
     plain, masked, exceptions = (
         Counter[tuple[int, int, float]](),
         Counter[tuple[int, int, float]](),
@@ -468,7 +468,7 @@ def test_a_lesson_has_each_boundarys_row(
             else int(mask.other.context_ids(tokens.ids_T, [at])[0])
             for mask, tokens, at, learned in (
                 (bridge.teacher_mask, said.tokens, at_s, learned_S),
-                (bridge.student_mask, capture.tokens, at_t, learned_T),
+                (bridge.student_mask, capture.max_total_tokens, at_t, learned_T),
             )
         ]
         dead_W, dead_V = (
@@ -635,11 +635,11 @@ def test_a_batch_against_an_oracle(
         capture, tokens = made[held[b]], lessons[held[b]].tokens
         begins = int(tokens.starts_T[at + 1])
         stops = tokens.starts_T[at + 1] == tokens.ends_T[at + 1]
-        for row, token in enumerate(np.flatnonzero(capture.tokens.loss_mask_T)):
+        for row, token in enumerate(np.flatnonzero(capture.max_total_tokens.loss_mask_T)):
             if (
                 begins >= 0
-                and capture.tokens.starts_T[token] == begins
-                and stops == (capture.tokens.ends_T[token] == begins)
+                and capture.max_total_tokens.starts_T[token] == begins
+                and stops == (capture.max_total_tokens.ends_T[token] == begins)
             ):
                 for m in range(
                     capture.distributions.offsets_N1[row], capture.distributions.offsets_N1[row + 1]
@@ -696,7 +696,7 @@ def test_an_answer_that_shares_no_boundary_still_teaches_its_words(
 ):
     """No row arrives, cross-entropy stays: an empty answer's stop is the only common boundary, and here its row is empty."""
     capture = captured(voices["qwen"], "qwen", 1, asked(""))
-    learned = int(capture.tokens.loss_mask_T.sum())
+    learned = int(capture.max_total_tokens.loss_mask_T.sum())
     capture = replace(
         capture,
         distributions=SparseDistributions(

@@ -137,8 +137,8 @@ def refuse_too_many_processes(world_size: int, batch: int, accumulate: int) -> N
         raise RecipeError(
             f"a batch of {batch} conversations cannot be split over {world_size} processes"
             + (f" that accumulate {accumulate} times" if accumulate > 1 else ""),
-            where="training.batch",
-            remedy=f"at most {batch // accumulate or 1} processes, or a larger training.batch",
+            where="training.batch_size",
+            remedy=f"at most {batch // accumulate or 1} processes, or a larger training.batch_size",
         )
 
 
@@ -159,5 +159,5 @@ def refuse_on_policy_processes(
         raise RecipeError(
             f"each of {world_size} processes would spend the budget of {', '.join(budgeted_teachers)}",
             where="training.on_policy",
-            remedy="one process, or delete `budget:` of the endpoint",
+            remedy="one process, or delete `max_total_tokens:` of the endpoint",
         )

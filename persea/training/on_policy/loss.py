@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from persea.tokenization.tokens import RenderedTokens
 from persea.losses import (
     Divergence,
     ImpossibleTokens,
@@ -19,6 +18,7 @@ from persea.losses import (
     divergence_loss_from_hidden,
     span_likelihood_loss,
 )
+from persea.tokenization.tokens import RenderedTokens
 from persea.training.loss_balancing import GroupStats
 from persea.training.on_policy.candidates import CandidateTokens
 from persea.training.on_policy.teacher_scores import TeacherScorer
@@ -56,10 +56,10 @@ def build_on_policy_loss(
     objective: str,
     candidates: CandidateTokens | None = None,
 ) -> OnPolicyLoss:
-    """Of answers in the student's own tokens and in the teacher's. objective: events (whole rows, and runs of markers) or chunk. found: as in
+    """Of answers in the student's own tokens and in the teacher's. objective: events (whole rows, and runs of markers) or span_likelihood. found: as in
     `Pair.rows`.
     """
-    if objective == "chunk":
+    if objective == "span_likelihood":
         chunks, dead = scorer.score_spans(answers, candidates)
         every_P = torch.arange(sum(int(own.loss_mask_T.sum()) for own, _ in answers))
         return OnPolicyLoss(

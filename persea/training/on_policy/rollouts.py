@@ -6,7 +6,7 @@ common events, position by position (Agarwal et al. 2024, over events). The posi
 as its tokenizer would have: that is what on-policy means. A run of tokens without bytes (where a thought ends) is compared as a whole
 (beside.py). Where no boundary is common, nothing is learned here: a sample's own cross-entropy has no gradient in the mean.
 
-Where a teacher gives no more than log-probabilities, `objective: chunk` compares how likely both find each stretch between two common
+Where a teacher gives no more than log-probabilities, `objective: span_likelihood` compares how likely both find each stretch between two common
 boundaries (losses/chunk.py): of the student's own answers the gradient of half the squared difference is minus the advantage (the
 teacher's less the student's) times the gradient of the stretch's log-probability: reverse KL's policy gradient.
 """
@@ -25,12 +25,12 @@ import numpy as np
 import numpy.typing as npt
 
 from persea.chat.messages import Conversation, FinishReason, ThinkingEffort
-from persea.tokenization.tokens import RenderedTokens
 from persea.chat.renderer import ChatRenderer
 from persea.config.schema import OnPolicySection
 from persea.data.prompts import Prompt
 from persea.distributions import DistributionKind
 from persea.errors import DataError, RecipeError, RefusedError
+from persea.tokenization.tokens import RenderedTokens
 from persea.training import loss_balancing as balance
 from persea.training.loss_balancing import Group
 from persea.training.on_policy.candidates import MIN_CANDIDATE_PROB, candidates_from_hidden
@@ -223,12 +223,16 @@ class Rollouts:
                     else f"{name} gives words alone: it cannot say how likely it finds what the student said",
                     where="training.on_policy.objective",
                     remedy="teach from captures, or with a teacher whose weights are here"
-                    + ("" if kind is DistributionKind.TEXT_ONLY else "; or `objective: chunk`"),
+                    + (
+                        ""
+                        if kind is DistributionKind.TEXT_ONLY
+                        else "; or `objective: span_likelihood`"
+                    ),
                 )
 
     def is_due(self, step: int) -> bool:
-        """Whether the step learns from rollouts: from `after` on, `share` of the steps, evenly."""
-        since = step - self.config.after
+        """Whether the step learns from rollouts: from `start_step` on, `share` of the steps, evenly."""
+        since = step - self.config.start_step
         return since >= 0 and math.floor((since + 1) * self.config.share) > math.floor(
             since * self.config.share
         )
@@ -256,7 +260,7 @@ class Rollouts:
             raise RefusedError(
                 f"of {len(lengths)} answers of the student none can be learned from ({dict(left_out)})",
                 where=f"train, step {step}",
-                remedy="raise training.on_policy.after, so that it can answer before it is heard, or max_new_tokens",
+                remedy="raise training.on_policy.start_step, so that it can answer before it is heard, or max_new_tokens",
             )
         if parts > 1:
             spoken = self._render_for_teachers(self._parse_answers(step, part, parts)[0], Counter())
@@ -348,7 +352,7 @@ class Rollouts:
     ) -> tuple[list[RolloutAnswer], Counter[str], list[int]]:
         """What a step learns from, why the others are left out, and how many tokens each answer has."""
         number, place = divmod(
-            math.floor((step - self.config.after) * self.config.share),
+            math.floor((step - self.config.start_step) * self.config.share),
             self.config.rollouts // self.batch_size,
         )
         if place == 0 and (self._in_flight is None or self._in_flight.step != step):
@@ -360,11 +364,11 @@ class Rollouts:
                 where="train",
                 remedy="resume from a checkpoint of this run: it holds them",
             )
-        if step - flying.step > self.config.refresh:
+        if step - flying.step > self.config.max_staleness_steps:
             raise RefusedError(
-                f"answers drawn at step {flying.step} are stale at step {step}: at most {self.config.refresh} steps old",
+                f"answers drawn at step {flying.step} are stale at step {step}: at most {self.config.max_staleness_steps} steps old",
                 where="train",
-                remedy="raise training.on_policy.refresh, or lower rollouts",
+                remedy="raise training.on_policy.max_staleness_steps, or lower rollouts",
             )
         begin = place * self.batch_size
         mine = range(

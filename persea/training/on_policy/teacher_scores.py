@@ -20,12 +20,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from persea.alignment.boundary_mask import UNRESTRICTED_CONTEXT, BoundaryMask
+from persea.alignment.boundary_mask import BoundaryMask
 from persea.alignment.event_map import EventMap
 from persea.alignment.markers import (
     align_marker_runs,
@@ -33,13 +34,14 @@ from persea.alignment.markers import (
     is_after_markers,
 )
 from persea.alignment.spans import align
-from persea.tokenization.tokens import RenderedTokens
+from persea.alignment.token_order import UNRESTRICTED_CONTEXT
 from persea.distributions import MASS_TOLERANCE, SparseDistributions
 from persea.errors import RefusedError, TeacherError
 from persea.losses import ImpossibleTokens, LMHead, SpanTargets
-from persea.teachers.engines import EngineFailure, SparseEngine
+from persea.teachers.engines import EngineFailure
 from persea.teachers.engines.transformers import TransformersEngine
 from persea.teachers.teacher import Teacher
+from persea.tokenization.tokens import RenderedTokens
 from persea.training.lm_head import find_logit_scaling, hidden_states
 from persea.training.on_policy.candidates import (
     MAX_LOGIT_ELEMENTS,
@@ -197,7 +199,7 @@ class TeacherScorer:
         laid = [self._align_answer(own, theirs, ALL_SPANS) for own, theirs in answers]
         said = _TeacherSpanScores(self, [theirs for _, theirs in answers], laid)
         engine = self.teacher.engine
-        if isinstance(engine, SparseEngine):
+        if not engine.capabilities.has_full_distributions:
             for k, rows in enumerate(
                 engine.compute_sparse_distributions(
                     [theirs.ids_T for _, theirs in answers],
@@ -321,7 +323,7 @@ class TeacherScorer:
     ) -> _AlignedAnswer:
         """Runs of markers, and the spans of a kind that cover the same bytes."""
         found, (mine_X2, other_X2) = (
-            align([student_tokens], [teacher_tokens]),
+            align(student_tokens, teacher_tokens),
             align_marker_runs(student_tokens, teacher_tokens),
         )
         spans = found.spans
@@ -357,10 +359,11 @@ class TeacherScorer:
     @cached_property
     def _local_head(self) -> LMHead | None:
         """Of a model that is open here; None where it is more than a linear map (quantised), or offloaded: then its whole rows are kept."""
-        engine = self.teacher.engine
+        if not self.teacher.engine.capabilities.has_local_model:
+            return None
+        engine = cast(TransformersEngine, self.teacher.engine)
         if (
-            not isinstance(engine, TransformersEngine)
-            or engine.model.get_output_embeddings().weight.is_meta
+            engine.model.get_output_embeddings().weight.is_meta
         ):  # offloaded: it is here in a forward alone
             return None
         try:
@@ -378,15 +381,16 @@ class TeacherScorer:
         self, answers: Sequence[tuple[RenderedTokens, RenderedTokens]]
     ) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
         """(answer, its first row, rows of log-probabilities, what is kept of them), some at a time."""
-        at, engine = [0] * len(answers), self.teacher.engine
-        if self._local_head is None or not isinstance(engine, TransformersEngine):
-            for k, some_NW in engine.iter_logprobs(
+        at = [0] * len(answers)
+        if self._local_head is None:
+            for k, some_NW in self.teacher.engine.iter_logprobs(
                 [theirs.ids_T for _, theirs in answers],
                 [theirs.loss_mask_T for _, theirs in answers],
             ):
                 yield k, at[k], some_NW, some_NW
                 at[k] += len(some_NW)
             return
+        engine = cast(TransformersEngine, self.teacher.engine)
         for begin in range(0, len(answers), engine.batch_size):
             few = [theirs for _, theirs in answers[begin : begin + engine.batch_size]]
             ids_BS, mask_BS = torch.zeros((2, len(few), max(map(len, few))), dtype=torch.int64)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from persea.chat.messages import Conversation, Message, Role, ToolCall, canonical_json
+from persea.chat.messages import Conversation, FinishReason, Message, Role, ToolCall, canonical_json
 from persea.data.prompts import Prompt
 from persea.errors import MissingRequirementError, RefusedError
 from persea.tasks import benchmarks as sets
@@ -23,13 +23,19 @@ from persea.tasks.benchmarks.readers import benchmark_item as made
 from persea.tasks.benchmarks.reasoning import extract_final_answer
 from persea.tasks.benchmarks.safety import ResponseKind, classify_response, with_judge
 from persea.tasks.sandbox.sandbox import open_sandbox
-from persea.tasks.task import TaskItem, Verdict
+from persea.tasks.task import ItemResult, Task, TaskItem, Verdict, grade_answers
 
 ROW = BenchmarkRow("", 0, {})
 
 
+def graded(name: str, item: TaskItem, answer: str) -> ItemResult:
+    """One answer, graded as a run grades it."""
+    task = Task(name, (), lambda *_: (), sets.find_benchmark(name).grade_answer)
+    return grade_answers(task, [item], [(Message.from_assistant(answer), FinishReason.STOP)])[0]
+
+
 def value(name: str, item: TaskItem, answer: str) -> float:
-    return sets.find_benchmark(name).grade_answer(item, Message.from_assistant(answer)).value
+    return graded(name, item, answer).value
 
 
 # --- numbers ---
@@ -438,7 +444,7 @@ def test_a_judge_without_a_word_is_no_verdict(told: str):
     one = with_judge(
         sets.find_benchmark("harmbench"), lambda question: told, "llama", {"a": "qwen"}
     )
-    with pytest.raises(ValueError, match="the judge says"):
+    with pytest.raises(ValueError, match="the judge replied"):
         one.grade_answer(made("harmbench", ROW, "en", "Why?"), Message.from_assistant("So."))
 
 
@@ -566,6 +572,10 @@ def test_calls_that_are_not_the_call():
         ('```json\n{"name" : "area"}\n```', 0),
         ("area(base=3)", 0),
         ("`area(base=3, height=2)`", 0),
+        ("area(3)", 0),
+        ("I call it:\n`area(3, 4)`", 0),
+        ("area (of a circle) needs a radius", 1),
+        ("area() is no song.", 1),
         ("I call it.\narea(base=3)", 0),
     ],
 )
@@ -698,17 +708,17 @@ FOLLOWED: list[
     ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[a] [b]", "[a] []"),
     (
         "detectable_content:postscript",
-        {"postscript_marker": "P.SectionT."},
-        "Bye\nP.SectionT. Write soon",
-        "Bye. P.SectionT. on the same line",
+        {"postscript_marker": "P.S."},
+        "Bye\nP.S. Write soon",
+        "Bye. P.S. on the same line",
     ),
     (
         "detectable_content:postscript",
-        {"postscript_marker": "P.P.SectionT"},
-        "Bye\nP.P.SectionT: more",
-        "Bye\nP.SectionT. more",
+        {"postscript_marker": "P.P.S"},
+        "Bye\nP.P.S: more",
+        "Bye\nP.S. more",
     ),
-    ("detectable_content:postscript", {"postscript_marker": "P.SectionT."}, "a\np. s. b", "a\nPS"),
+    ("detectable_content:postscript", {"postscript_marker": "P.S."}, "a\np. s. b", "a\nPS"),
     ("combination:two_responses", {}, "One\n******\nTwo", "One\n******\nOne"),
     ("combination:two_responses", {}, "******\nA\n******\nB", "A ****** B ****** C"),
     (
@@ -779,7 +789,7 @@ def test_every_instruction_is_tested_and_shares_count():
         Verdict.WRONG,
         Verdict.MALFORMED,
     ]
-    assert grades[1].reason == "not: startend:quotation"
+    assert grades[1].reason == "not followed: startend:quotation"
 
 
 # --- code ---
@@ -854,7 +864,7 @@ def test_broken_tests_are_the_sets_fault_and_no_verdict():
     item = made(
         "mbpp", ROW, "python", "Add.", answer_key="\0".join(("add", "", "import os\nos._exit(0)"))
     )
-    with pytest.raises(RuntimeError, match="came to no end"):
+    with pytest.raises(RuntimeError, match="gave no verdict"):
         sets.find_benchmark("mbpp").grade_answer(item, Message.from_assistant(ADD))
 
 

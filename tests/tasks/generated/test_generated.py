@@ -114,7 +114,7 @@ def test_an_item_without_its_key_is_graded_by_its_reference(drawn):
     for items in by_split.values():
         for i, other in pairwise(items):
             bare, said = (
-                replace(i, key=""),
+                replace(i, answer_key=""),
                 (i.reference_conversation.messages[-1], other.reference_conversation.messages[-1]),
             )
             assert [skill.grade(bare, m) for m in said] == [skill.grade(i, m) for m in said]

@@ -61,7 +61,7 @@ def test_what_is_not_plain_does_not():
         ["float", "x"],
         ["set", ["list"]],
         ["dict", 3],
-        ["kept"],
+        ["handle"],
         ["float", "0x1p99999"],
     ):
         with pytest.raises(ExchangeError):

@@ -150,7 +150,7 @@ def test_no_file_of_this_machine_is_written(box: Sandbox, secret: Path):
 def test_nothing_is_reached_over_a_network(box: Sandbox):
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as unix:
         unix.bind("\0persea-test")  # an abstract address, in no folder
-        unix.evaluate_model()
+        unix.listen()
         program = f"""
 import socket
 for family, address in ((2, ("127.0.0.1", {server.getsockname()[1]})), (2, ("10.0.2.2", 80)), (1, "\\0persea-test")):
@@ -369,23 +369,53 @@ def test_both_kinds_of_walls_hold(proven: Sandbox, walls: Isolation):
 def test_a_machine_without_namespaces_is_refused(
     proven: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    text = module.ISOLATE_SCRIPT.read_text().replace(
-        'must(LIBC.unshare(NEW), "unshare")', 'raise OSError(1, "unshare: Operation not permitted")'
+    text = module.ISOLATE_SCRIPT.read_text()
+    call = 'check_syscall(LIBC.unshare(NAMESPACE_FLAGS), "unshare")'
+    assert text.count(call) == 1
+    (tmp_path / "isolate.py").write_text(
+        text.replace(call, 'raise OSError(1, "unshare: Operation not permitted")')
     )
-    (tmp_path / "jail.py").write_text(text)
-    monkeypatch.setattr(module, "ISOLATE_SCRIPT", tmp_path / "jail.py")
+    monkeypatch.setattr(module, "ISOLATE_SCRIPT", tmp_path / "isolate.py")
     monkeypatch.setattr(module.shutil, "which", lambda name: None)
     with pytest.raises(
         MissingRequirementError,
-        match=r"no code is run here: own: the sandbox cannot be built: .*not permitted",
+        match=r"cannot run untrusted code: namespaces: the sandbox cannot be built: .*not permitted",
     ) as caught:
         open_sandbox.__wrapped__()
     assert caught.value.exit_code == 7
 
 
 def test_a_python_that_cannot_be_started_is_refused(proven: Sandbox):
+    before = sorted(os.listdir("/proc/self/fd"))
     with pytest.raises(MissingRequirementError, match="cannot be started"):
         Sandbox(Isolation.NAMESPACES, "/usr/bin/no-such-python").run("")
+    assert sorted(os.listdir("/proc/self/fd")) == before  # nothing stays open
+
+
+def test_any_error_of_the_start_closes_what_was_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("no process")
+
+    monkeypatch.setattr(module.subprocess, "Popen", broken)
+    before = sorted(os.listdir("/proc/self/fd"))
+    with pytest.raises(ValueError, match="no process"):
+        Sandbox(Isolation.NAMESPACES, sys.executable).start("")
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_supervisor_that_dies_before_its_users_are_mapped_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The write to its pipe then raises BrokenPipeError, which is reported and not raised."""
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(module, "_read_status", lambda fd, deadline: {"exit_kind": "unshared"})
+    monkeypatch.setattr(module.Path, "write_text", lambda self, text: len(text))
+    status = module._map_namespace_users(os.getpid(), 0, write, False)
+    os.close(write)
+    assert status is not None
+    assert status["exit_kind"] == "failed"
+    assert "Broken pipe" in status["reason"]
 
 
 def test_what_a_run_tells():

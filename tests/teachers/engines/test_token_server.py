@@ -41,7 +41,7 @@ from persea.distributions import (
 from persea.errors import MissingRequirementError, RefusedError, TeacherError
 from persea.tasks.generated import GENERATED_TASKS
 from persea.tasks.task import Split
-from persea.teachers.engines import GREEDY, EngineFailure, Sampling
+from persea.teachers.engines import FULL_DISTRIBUTIONS, GREEDY, EngineFailure, Sampling
 from persea.teachers.engines.chat_server import ChatServerEngine
 from persea.teachers.engines.http_client import (
     MAX_RETRY_AFTER_S,
@@ -56,12 +56,11 @@ from persea.teachers.engines.response_validation import (
     decode_candidate_logprobs,
     to_sparse_distributions,
 )
+from persea.teachers.engines.server import ServerFingerprint, resolve_served_model
 from persea.teachers.engines.token_server import (
     HANDSHAKE_CONVERSATION,
     HANDSHAKE_TEXT,
-    ServerFingerprint,
     TokenServerEngine,
-    resolve_served_model,
 )
 from persea.teachers.engines.vllm import VllmEngine, load_vllm_engine
 from persea.teachers.engines.wire_formats import (
@@ -149,7 +148,7 @@ def test_a_server_gives_the_local_engines_tokens_and_log_probabilities(
         ]
         seen += len(rows)
     assert seen > 10
-    with pytest.raises(TeacherError, match="likeliest tokens alone"):
+    with pytest.raises(TeacherError, match="has no full distributions"):
         far.compute_logprobs(whole, learn)
 
 
@@ -431,7 +430,7 @@ def test_a_server_that_says_no_token_is_left_however_alive_it_looks() -> None:
 
 @pytest.mark.parametrize(
     ("status", "words"),
-    [(401, "the key is missing or wrong"), (403, "may not ask"), (404, "no such route")],
+    [(401, "the key is missing or wrong"), (403, "has no permission"), (404, "no such route")],
 )
 def test_what_no_repetition_mends_ends_at_once_and_never_shows_the_key(
     status: int, words: str
@@ -490,7 +489,7 @@ def test_a_dead_server_is_given_up_and_a_budget_ends_a_run() -> None:
         far = endpoint(
             script.url, QWEN, manners=replace(QUICK, max_total_tokens=200, concurrency=1)
         )
-        with pytest.raises(RefusedError, match="the budget is spent"):
+        with pytest.raises(RefusedError, match="the token budget is used up"):
             far.generate(asked(QWEN, 8), opened(QWEN)[0].stop_ids, 4)
 
 
@@ -554,10 +553,10 @@ def error_body(said: dict[str, Any]) -> Any:
     [
         (drop, "prompt_logprobs is missing"),
         (fewer, "log-probabilities for"),
-        (narrow, "tokens are named, 5 were asked for"),
-        (by_text, "half characters are lost"),
+        (narrow, "tokens are listed, 5 were requested"),
+        (by_text, "text loses half characters"),
         (positive, "is above 0"),
-        (other_ids, "the server speaks of token"),
+        (other_ids, "the answer is about token"),
         (error_body, "an error instead of an answer: 'CUDA out of memory'"),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
@@ -813,7 +812,7 @@ def test_an_openai_server_that_names_tokens_by_text_is_refused() -> None:
             }
         ]
     }
-    with pytest.raises(MalformedResponseError, match="half characters are lost"):
+    with pytest.raises(MalformedResponseError, match="text loses half characters"):
         COMPLETIONS_FORMAT.parse_logprobs_response(said, [1, 2])
     with pytest.raises(MalformedResponseError, match="dropped the log-probabilities"):
         COMPLETIONS_FORMAT.parse_logprobs_response({"choices": [{"text": "x"}]}, [1, 2])
@@ -828,7 +827,7 @@ def test_a_chat_answer_is_put_together_and_half_characters_are_refused() -> None
     def read(*deltas: Any, ended: str = "stop", model: str = "m") -> Any:
         said = [{"model": model, "choices": [{"delta": d, "finish_reason": None}]} for d in deltas]
         return talk._parse_stream(
-            [*said, {"model": model, "choices": [{"delta": {}, "finish_reason": ended}]}], asked_
+            [*said, {"model": model, "choices": [{"delta": {}, "finish_reason": ended}]}]
         )[:2]
 
     assert read({"reasoning_content": "h"}, {"reasoning": "m"}, {"content": "yes"}) == (
@@ -1015,7 +1014,7 @@ def test_a_real_llama_cpp_has_words_alone() -> None:
 
 def test_a_refused_prompt_is_an_answer_that_says_why() -> None:
     class Refusing:
-        abilities = None
+        capabilities = FULL_DISTRIBUTIONS
 
         def generate(self, prompts: Any, stop_ids: Any, most: int) -> list[Any]:
             return [EngineFailure("too long for the server") for _ in prompts]

@@ -41,7 +41,9 @@ from persea.training.student import StudentModel
 from tests.conftest import Speaker
 from tests.teachers.engines.test_transformers import NAMES, engine, opened
 
-TERMS = OnPolicySection(after=2, share=0.5, rollouts=4, refresh=2, max_new_tokens=24)
+TERMS = OnPolicySection(
+    start_step=2, share=0.5, rollouts=4, max_staleness_steps=2, max_new_tokens=24
+)
 STUDENT = "llama-sapling"
 BRIDGES: dict[str, EventMap] = {}
 
@@ -428,7 +430,7 @@ def test_where_a_thought_ends_is_taught_too() -> None:
 
 def test_where_only_log_probabilities_are_known_chunks_teach() -> None:
     """The same tokenizer: half the mean squared difference of the two log-probabilities of every own token of content."""
-    own = source(STUDENT, terms=TERMS.model_copy(update={"objective": "chunk"}))
+    own = source(STUDENT, terms=TERMS.model_copy(update={"objective": "span_likelihood"}))
     with torch.no_grad():
         for p in own.student.model.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.02)
@@ -453,13 +455,15 @@ def test_where_only_log_probabilities_are_known_chunks_teach() -> None:
     )
     assert float(out.loss.detach()) == pytest.approx(float(expected.mean()), rel=1e-3)
     mixed, _ = source(
-        "qwen-sapling", "gemma-sapling", terms=TERMS.model_copy(update={"objective": "chunk"})
+        "qwen-sapling",
+        "gemma-sapling",
+        terms=TERMS.model_copy(update={"objective": "span_likelihood"}),
     ).loss(3)
     mixed.loss.backward()
     assert torch.isfinite(mixed.loss)
 
 
-@pytest.mark.parametrize("objective", ["events", "chunk"])
+@pytest.mark.parametrize("objective", ["events", "span_likelihood"])
 def test_a_groups_weight_multiplies_its_part_of_the_loss(objective: str) -> None:
     def own() -> Rollouts:
         return source(
@@ -481,7 +485,7 @@ def test_a_groups_weight_multiplies_its_part_of_the_loss(objective: str) -> None
     assert float(plain.loss.detach()) == pytest.approx(
         sum(t.loss_sum for t in taught.values()) / plain.num_tokens, rel=1e-5
     )
-    name = {"events": "reverse", "chunk": "chunk"}[objective]
+    name = {"events": "reverse", "span_likelihood": "chunk"}[objective]
     assert (
         out.metrics[name] == pytest.approx(plain.metrics[name]) == float(plain.loss.detach())
     )  # terms are without weights
@@ -492,13 +496,15 @@ def test_a_groups_weight_multiplies_its_part_of_the_loss(objective: str) -> None
         assert t.grad_norm_sum == pytest.approx(
             weight.get(group, 1.0) * taught[group].grad_norm_sum, nan_ok=True
         )
-        assert np.isnan(t.grad_norm_sum) == (objective == "chunk")
+        assert np.isnan(t.grad_norm_sum) == (objective == "span_likelihood")
 
 
 def test_steps_on_its_own_words_bring_the_student_nearer() -> None:
     own = source(
         "qwen-sapling",
-        terms=TERMS.model_copy(update={"share": 1.0, "after": 0, "rollouts": 8, "refresh": 100}),
+        terms=TERMS.model_copy(
+            update={"share": 1.0, "start_step": 0, "rollouts": 8, "max_staleness_steps": 100}
+        ),
         size=8,
     )
     optimizer = torch.optim.AdamW(own.student.trainable_parameters, 1e-3)
@@ -603,7 +609,7 @@ def test_the_same_step_draws_the_same_and_another_step_or_seed_something_else() 
 
 
 def test_a_stale_answer_is_refused() -> None:
-    own = source("qwen-sapling", terms=TERMS.model_copy(update={"refresh": 1}))
+    own = source("qwen-sapling", terms=TERMS.model_copy(update={"max_staleness_steps": 1}))
     own.loss(3)
     with pytest.raises(
         RefusedError, match="answers drawn at step 3 are stale at step 5: at most 1 steps old"

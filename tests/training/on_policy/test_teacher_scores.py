@@ -16,7 +16,6 @@ import torch
 from persea.alignment.markers import align_marker_runs
 from persea.alignment.spans import align
 from persea.chat.messages import Conversation, Text, Thinking, ThinkingEffort
-from persea.tokenization.tokens import RenderedTokens
 from persea.chat.renderer import ChatRenderer
 from persea.distributions import DistributionKind, SparseDistributions
 from persea.errors import RecipeError, TeacherError
@@ -25,6 +24,7 @@ from persea.tasks.generated import GENERATED_TASKS
 from persea.tasks.task import Split
 from persea.teachers.engines import Engine, EngineCapabilities, EngineFailure
 from persea.teachers.engines.transformers import TransformersEngine
+from persea.tokenization.tokens import RenderedTokens
 from persea.training.on_policy.candidates import NO_TOKENS, candidates_from_hidden
 from persea.training.on_policy.rollouts import Rollouts
 from persea.training.on_policy.teacher_scores import (
@@ -87,7 +87,7 @@ def test_rows_are_the_teachers_own_at_every_common_boundary(name: str) -> None:
     for found in (pair(name).score_boundaries(some), cut(name).score_boundaries(some)):
         want, first = [], 0
         for own, theirs in some:
-            both = align([own], [theirs]).boundaries
+            both = align(own, theirs).boundaries
             place, row = np.cumsum(own.loss_mask_T) - 1, np.cumsum(theirs.loss_mask_T) - 1
             rows = dense(name, theirs, voice)
             free = [
@@ -131,7 +131,7 @@ def test_a_position_where_no_event_is_left_is_left_out(monkeypatch: pytest.Monke
     assert mask is not None
     n = int(
         (
-            mask.other.supervised_context_ids(theirs, align([own], [theirs]).boundaries.teacher_C)
+            mask.other.supervised_context_ids(theirs, align(own, theirs).boundaries.teacher_C)
             == asked[0]
         ).sum()
     )  # no run of markers is in these words
@@ -147,7 +147,7 @@ def test_chunks_by_a_walk_over_the_spans(name: str) -> None:
     for found, dead in (pair(name).score_spans(some), cut(name).score_spans(some)):
         values, members, ends, begins, gone, first = [], [], [], [], set[tuple[int, int]](), 0
         for own, theirs in some:
-            laid, rows = align([own], [theirs]), dense(name, theirs, voice)
+            laid, rows = align(own, theirs), dense(name, theirs, voice)
             place, row = np.cumsum(own.loss_mask_T) - 1, np.cumsum(theirs.loss_mask_T) - 1
             boundary = dict(
                 zip(
@@ -247,8 +247,8 @@ def test_a_server_that_names_tokens_can_teach_chunks() -> None:
     ("kind", "objective", "why"),
     [
         (DistributionKind.TOPK, "events", "reverse KL over events needs whole ones"),
-        (DistributionKind.TEXT_ONLY, "chunk", "words alone"),
-        (DistributionKind.TOPK, "chunk", ""),
+        (DistributionKind.TEXT_ONLY, "span_likelihood", "words alone"),
+        (DistributionKind.TOPK, "span_likelihood", ""),
     ],
 )
 def test_a_teacher_that_knows_too_little_is_refused(
@@ -401,7 +401,7 @@ class Certain:
         self, sequences: Sequence[np.ndarray], learn: Sequence[np.ndarray]
     ) -> Iterator[SparseDistributions]:
         for own, theirs in self.some:
-            at = align([own], [theirs]).boundaries
+            at = align(own, theirs).boundaries
             contexts = self.pair._boundary_contexts(
                 own, theirs, np.stack([at.student_C, at.teacher_C], 1)
             )[:, 1].tolist()
