@@ -41,9 +41,9 @@ from persea.tokenization.tokens import RenderedTokens
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from plans import DIAL, PLANS, Plan
-from prose import small_talk
-from text import THOUGHTS, texts, tokens_of, words_of
+from plans import DIAL, PLANS, Plan  # noqa: E402
+from prose import small_talk  # noqa: E402
+from text import THOUGHTS, texts, tokens_of, words_of  # noqa: E402
 
 POOL = 30_000  # conversations rendered once; 4,000 steps of 24 see each three times
 BATCH = 24
