@@ -1,21 +1,22 @@
-# make quickstart   the main job: three tiny teachers teach one student, with its own set-up
-# make test         the tests, with their own set-up (6 to 9 minutes on 2 cores)
+# make quickstart   the main job: three tiny teachers train one student; creates its own virtual environment
+# make test         the tests; creates its own virtual environment (6 to 9 minutes on 2 cores)
 # make lint         ruff and mypy
-# make chaos        killed, cut, flipped, out of power and space, it ends the same: the cache (4 minutes), a training (15 minutes), a whole run
-#                   (10 minutes)
-# make results      the quickstart with three seeds, and what it must be compared with (about 90 minutes; goes on where it was)
+# make docs         the documentation as a site, in site/ (installs mkdocs; about a minute)
+# make chaos        kills, cuts, flips bits, fills the disk, and compares the results: the cache (4 minutes), a training (15 minutes), a whole
+#                   run (10 minutes)
+# make results      the quickstart with three seeds, and its comparisons (about 90 minutes; resumes)
 # make bench-cache  what the cache costs and what it is worth (about 15 minutes)
-# make bench-rollouts   how quickly a student answers many prompts at once (about a minute)
-# make bench        what alignment, bridges and the objective cost, beside TRL, and persea --help (about 9 minutes; installs TRL)
-# make bench-train  what a training step costs beside cross-entropy and TRL's DistillationTrainer (about 15 minutes; installs TRL)
-# make bench-onpolicy   the student's own answers or its teachers', equal steps, three seeds (about 15 minutes a seed; goes on where it was)
-# make bench-bias   what each method pushes a perfect student away by (10 to 20 minutes; installs TRL for its GOLD)
-# make bench-objectives   every method with trained models on real text, size xs (hours; goes on where it was; installs TRL)
+# make bench-rollouts   how fast a student answers many prompts at once (about a minute)
+# make bench        the cost of alignment, event maps and the event loss, beside TRL, and persea --help (about 9 minutes; installs TRL)
+# make bench-train  the cost of a training step, beside cross-entropy and TRL's DistillationTrainer (about 15 minutes; installs TRL)
+# make bench-onpolicy   the student's own answers or its teachers', equal steps, three seeds (about 15 minutes a seed; resumes)
+# make bench-bias   how far each method moves a perfect student (10 to 20 minutes; installs TRL for its GOLD)
+# make bench-objectives   every method with trained models on real text, size xs (hours; resumes; installs TRL)
 # make bench-extension  tokens a byte of real tokenizers with more tokens, by language (below two minutes; needs PERSEA_DATA)
 # make soak         a bad minute for `persea serve` (about 2 minutes)
-# make saplings     the bundled models grown anew (about 40 minutes)
-# python bench/audition.py, beside.py, coverage.py, masks.py, sandbox.py have no target: their first lines say what they tell and how long they take
-# PYTHON=python3.12 chooses the Python; TORCH_INDEX=URL takes torch from another index (README, "Installing")
+# make saplings     train the bundled models anew (about 40 minutes)
+# python bench/audition.py, beside.py, coverage.py, masks.py, sandbox.py have no target: their first lines describe result and time
+# PYTHON=python3.12 chooses the Python; TORCH_INDEX=URL takes torch from another index (README, "Install and try it")
 
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -24,12 +25,12 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test lint chaos results bench bench-bias bench-cache bench-rollouts bench-train bench-onpolicy bench-objectives bench-extension soak saplings clean
+.PHONY: quickstart test lint docs chaos results bench bench-bias bench-cache bench-rollouts bench-train bench-onpolicy bench-objectives bench-extension soak saplings clean
 .DELETE_ON_ERROR:
 
 .venv/persea: pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "make: no $(PYTHON) here; install Python 3.11 or newer, or say PYTHON=..." >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is older than 3.11; say PYTHON=python3.11" >&2; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "make: no $(PYTHON) here; install Python 3.11 or newer, or set PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is older than 3.11; set PYTHON=python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "make: this Python has no venv; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	@[ -z '$(TORCH_INDEX)' ] || $(BIN)/pip install -q 'torch>=2.11,<2.14' --index-url '$(TORCH_INDEX)'
@@ -45,6 +46,11 @@ test: .venv/persea
 lint: .venv/persea
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: .venv/persea
+	$(BIN)/pip install -q -e '.[docs]'
+	$(BIN)/python docs/generate_reference.py
+	$(BIN)/mkdocs build --strict
 
 chaos: .venv/persea
 	$(BIN)/python bench/chaos_cache.py

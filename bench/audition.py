@@ -1,10 +1,12 @@
-"""Does the audition find the right teachers, and with how many questions? On the bundled saplings, answers recorded once.
+"""Check that the audition picks the right teachers, and count the questions it needs.
 
-    python bench/audition.py [seeds] [items]        writes bench/results/audition.json (minutes, nearly all of it the asking)
+    python bench/audition.py [seeds] [items]
 
-Every teacher of the quickstart is asked `items` audition questions of each of its skills once. Each seed then runs the whole contest on
-these answers in an order of its own. Right = who teaches what all the items together say, by the same rule. Beside it: a fourth teacher that
-answers at random among what the others said to other questions, which must never get a share.
+Answers are generated once: every teacher of the quickstart answers `items` audition questions of
+each of its tasks. Then each seed replays the whole race over these answers in its own order. The
+right cast is the one that the same rule chooses from all items together. A fourth teacher answers
+at random with answers to other questions and must never get a share. Writes
+bench/results/audition.json; takes minutes, nearly all of them for the answers.
 """
 
 from __future__ import annotations
@@ -28,52 +30,63 @@ ROOT = Path(__file__).resolve().parent.parent
 BAD = "deliberately-bad"
 
 
-def recorded(
+def answer_all(
     items: int,
 ) -> tuple[
     list[tuple[Task, tuple[TaskItem, ...]]],
     dict[tuple[str, str], dict[str, ItemResult]],
     RunContext,
 ]:
-    """The quickstart's skills with their audition questions, and every teacher's graded answer to each."""
+    """Return the quickstart's tasks with their audition questions, and every teacher's graded
+    answers.
+    """
     recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml", [f"audition.items={items}"])
-    river = RunContext(recipe, ROOT / "runs" / "bench-audition")
+    context = RunContext(recipe, ROOT / "runs" / "bench-audition")
     set_threads(recipe.threads)
-    skills = river.held_out_items(Split.AUDITION)
-    load = single_model_loader(lambda name: river.models.load_teacher(name, recipe.audition.batch))
+    skills = context.held_out_items(Split.AUDITION)
+    load = single_model_loader(
+        lambda name: context.models.load_teacher(name, recipe.audition.batch_size)
+    )
     answers = {}
-    for name in river.models.renderers:
-        speaker = river.models.evaluated_model(name, recipe.audition.batch, (), load)
+    for name in context.models.renderers:
+        speaker = context.models.evaluated_model(name, recipe.audition.batch_size, (), load)
         for skill, some in skills:
             results, _ = answer_items(
                 speaker, speaker.efforts[0], skill, some, recipe.capture.max_new_tokens
             )
             answers[name, skill.name] = {r.item.prompt.id: r for r in results}
             print(
-                f"{name:16} {skill.name:12} {sum(r.value for r in results) / len(results):.3f} of {len(results)}",
+                f"{name:16} {skill.name:12} {share_right(results):.3f} of {len(results)}",
                 flush=True,
             )
     for skill, some in skills:
-        said = [r for name in river.models.renderers for r in answers[name, skill.name].values()]
-        drawn = random.Random(0).choices(said, k=len(some))
+        answered = [
+            r for name in context.models.renderers for r in answers[name, skill.name].values()
+        ]
+        drawn = random.Random(0).choices(answered, k=len(some))
         results = grade_answers(skill, some, [(r.answer, r.finish) for r in drawn])
         answers[BAD, skill.name] = {r.item.prompt.id: r for r in results}
         print(
-            f"{BAD:16} {skill.name:12} {sum(r.value for r in results) / len(results):.3f} of {len(results)}",
+            f"{BAD:16} {skill.name:12} {share_right(results):.3f} of {len(results)}",
             flush=True,
         )
-    return skills, answers, river
+    return skills, answers, context
+
+
+def share_right(results: Sequence[ItemResult]) -> float:
+    """Return the mean score."""
+    return sum(r.value for r in results) / len(results)
 
 
 def main() -> None:
     seeds = int(sys.argv[1]) if len(sys.argv) > 1 else 20
     items = int(sys.argv[2]) if len(sys.argv) > 2 else 100
-    skills, answers, river = recorded(items)
-    teachers = [*river.models.renderers, BAD]
+    skills, answers, context = answer_all(items)
+    teachers = [*context.models.renderers, BAD]
     efforts = {
-        t: river.models.measured_efforts(t, ())[0]
-        if t in river.models.renderers
-        else next(iter(river.models.measured_efforts(n, ())[0] for n in river.models.renderers))
+        t: context.models.measured_efforts(t, ())[0]
+        if t in context.models.renderers
+        else next(iter(context.models.measured_efforts(n, ())[0] for n in context.models.renderers))
         for t in teachers
     }
 
@@ -83,17 +96,20 @@ def main() -> None:
     whole = []
     for skill, some in skills:
         order = interleave_languages(some, 0)
-        said = {t: ask(t, skill, order) for t in teachers}
+        answered = {t: ask(t, skill, order) for t in teachers}
         course = TaskRace(
-            skill.name, order, {t: [r.value for r in mine] for t, mine in said.items()}, said
+            skill.name,
+            order,
+            {t: [r.value for r in mine] for t, mine in answered.items()},
+            answered,
         )
         course.update_eliminated(len(order))
         whole.append(course)
-    truth = build_cast(whole, efforts, {}, river.recipe.audition.floor).parts
+    truth = build_cast(whole, efforts, {}, context.recipe.audition.min_score).parts
     runs = []
     for seed in range(seeds):
         courses = race_teachers(teachers, skills, seed, ask)
-        found = build_cast(courses, efforts, {}, river.recipe.audition.floor).parts
+        found = build_cast(courses, efforts, {}, context.recipe.audition.min_score).parts
         asked = sum(len(v) for c in courses for v in c.scores.values())
         names = {p: [t for t, _ in mine] for p, mine in found.items()}
         runs.append(
@@ -111,7 +127,7 @@ def main() -> None:
             }
         )
         print(seed, runs[-1]["parts"], runs[-1]["share"], flush=True)
-    told = {
+    outcome = {
         "seeds": seeds,
         "items": items,
         "teachers": teachers,
@@ -123,8 +139,8 @@ def main() -> None:
         "share_most": max(r["share"] for r in runs),
         "runs": runs,
     }
-    print(json.dumps({k: v for k, v in told.items() if k != "runs"}, indent=1))
-    (ROOT / "bench" / "results" / "audition.json").write_text(json.dumps(told, indent=1) + "\n")
+    print(json.dumps({k: v for k, v in outcome.items() if k != "runs"}, indent=1))
+    (ROOT / "bench" / "results" / "audition.json").write_text(json.dumps(outcome, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""What other tools do between two tokenizers, as pure torch functions: for tables, and as losses to train against. Never defaults.
+"""Other methods for distillation between two tokenizers, as torch functions. Never persea defaults.
 
-Each takes student logits and teacher probabilities at positions where both tokenizers begin a token at the same byte
-(persea.alignment.spans.boundaries says which), and gives one divergence a position. `composed` mixes them with cross-entropy the way
-persea's own objective does, so that methods are compared under one composition. What each is biased by is measured where
-the truth is known: bench/bias.py (make bench-bias).
+Each function takes student logits and teacher probabilities at positions where both tokenizers
+begin a token at the same byte (persea.alignment.spans.common_boundaries) and returns one divergence
+per position. `composed` mixes a divergence with cross-entropy in the same way as persea's own
+objective, so that all methods are compared under one composition. bench/bias.py (make bench-bias)
+measures the bias of each on distributions that are known exactly.
 
-Shapes: N positions, V student vocabulary, W teacher vocabulary, K shared tokens, C chunks, S and T tokens of one sequence.
+Shapes: N positions, V student vocabulary, W teacher vocabulary, K shared tokens, C chunks, S and T
+tokens of one sequence.
 """
 
 from __future__ import annotations
@@ -23,30 +25,41 @@ from persea.chat.renderer import ChatRenderer
 def composed(
     divergence_N: torch.Tensor, row_N: torch.Tensor, cross_entropy_L: torch.Tensor, share: float
 ) -> torch.Tensor:
-    """Mean over L learned positions, each of weight one: share * divergence + (1 - share) * cross-entropy at the positions
-    row_N (indices into L) where the method speaks, full cross-entropy elsewhere."""
+    """Return the mean over L supervised positions, each of weight one.
+
+    share * divergence + (1 - share) * cross-entropy at the positions row_N (indices into L) where
+    the method applies, full cross-entropy elsewhere.
+    """
     loss_L = cross_entropy_L.index_add(0, row_N, share * (divergence_N - cross_entropy_L[row_N]))
     return loss_L.mean()
 
 
 def sft(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy on the answer's own tokens, nats, [N]. Unbiased; learns nothing of what the teacher did not say."""
+    """Return cross-entropy on the answer's own tokens, nats, [N].
+
+    Unbiased, but uses nothing of the teacher except the text.
+    """
     return F.cross_entropy(logits_NV, targets_N, reduction="none")
 
 
-# ---- the shared part of two vocabularies --------------------------------------------------------------------------------
+# --- the shared part of two vocabularies ---
 
 
 @dataclass(frozen=True)
 class Shared:
-    """Byte strings both vocabularies have, ids side by side; the token that ends the turn is one of them."""
+    """Byte strings in both vocabularies, ids side by side; the token that ends the turn is one
+    of them.
+    """
 
     teacher_K: torch.Tensor
     student_K: torch.Tensor
 
 
 def shared(teacher: ChatRenderer, student: ChatRenderer) -> Shared:
-    """Matched by bytes (strings would find 25,036 of Gemma's and Llama's 86,434). The first of several stop tokens counts."""
+    """Match tokens by bytes (by strings only 25,036 of Gemma's and Llama's 86,434 would match).
+
+    Of several stop tokens the first counts.
+    """
     of_student = {b: i for i, b in enumerate(student.vocabulary.bytes_W) if b is not None}
     pairs = [
         (i, of_student[b])
@@ -65,14 +78,15 @@ def strict(
     reverse: bool = False,
     top: int | None = None,
 ) -> torch.Tensor:
-    """Both distributions cut down to the shared tokens and renormalised; KL(teacher || student), or reverse; nats, [N].
+    """Return KL(teacher || student), or reverse, over shared tokens only, renormalised; nats, [N].
 
         P'(k) = P(k) / P(K),  Q'(k) = Q(k) / Q(K),  KL(P' || Q')
 
-    arXiv 2610.08448: reverse=True, top=16 (the student's 16 likeliest shared tokens), at positions where one student token
-    stands against one teacher token; the caller chooses the positions. Biased: tokens of one side only are taken out as if
-    the other side's tokens did not share their bytes, and a realised 1:1 position tells what comes next. A position where
-    the teacher gives no shared token any mass says nothing: 0.
+    arXiv 2610.08448: reverse=True, top=16 (the student's 16 likeliest shared tokens), at positions
+    where one student token matches one teacher token; the caller chooses the positions. Biased:
+    tokens of one side only are removed as if they shared no bytes with the other side's tokens, and
+    a realised 1:1 position carries information about the next bytes. A position where the teacher
+    gives no shared token any mass counts 0.
     """
     p_NK, log_q_NK = (
         probs_NW[:, both.teacher_K],
@@ -88,7 +102,8 @@ def strict(
     if reverse:
         if bool((p_NK == 0).any()):
             raise ValueError(
-                "reverse KL is infinite where the teacher gives 0: it needs rows of a softmax, whole and unsampled"
+                "reverse KL is infinite where the teacher's probability is 0: "
+                "it needs whole softmax rows, not sampled ones"
             )
         kl = (log_q_NK.exp() * (log_q_NK - p_NK.log())).sum(-1)
     else:
@@ -96,17 +111,19 @@ def strict(
     return torch.zeros_like(logits_NV[:, 0]).index_put((says.nonzero()[:, 0],), kl)
 
 
-# ---- no identity at all -------------------------------------------------------------------------------------------------
+# --- no identity at all ---
 
 
 def uld(logits_NV: torch.Tensor, probs_NW: torch.Tensor) -> torch.Tensor:
-    """Both rows sorted, the shorter filled with zeros, L1 between them; [N], at most 2.
+    """Return the L1 distance between both sorted rows, the shorter padded with zeros; [N], at most
+    2.
 
-        sum_k | sort(P)_k - sort(Q)_k |        (Boizard et al., Universal Logit Distillation, arXiv 2402.12030)
+        sum_k | sort(P)_k - sort(Q)_k |
 
-    Published with positions paired by index; here the caller gives positions at common boundaries, which favours it.
-    Biased: the k-th likeliest token of one vocabulary is another event than the k-th of the other; any permutation of the
-    student's tokens costs the same.
+    Boizard et al., Universal Logit Distillation, arXiv 2402.12030. Published with positions paired
+    by index; here the caller gives positions at common boundaries, which favours it. Biased: the
+    k-th likeliest tokens of two vocabularies are different events; any permutation of the student's
+    tokens has the same loss.
     """
     q_NV = torch.softmax(logits_NV, -1)
     width = max(q_NV.shape[1], probs_NW.shape[1])
@@ -115,16 +132,17 @@ def uld(logits_NV: torch.Tensor, probs_NW: torch.Tensor) -> torch.Tensor:
     return (p - q).abs().sum(-1)
 
 
-# ---- longest prefix (BPM) -----------------------------------------------------------------------------------------------
+# --- longest prefix (BPM) ---
 
 
 def longest_prefix(
     teacher: ChatRenderer, student: ChatRenderer, emitted: bytes = b""
 ) -> torch.Tensor:
-    """For each teacher token the longest student token that begins its bytes, int64 [W]; -1 for control tokens.
+    """Return for each teacher token the longest student token that is a prefix of its bytes.
 
-    With `emitted`: inside a teacher token, of which the student has already written these bytes; then the rest of the
-    token's bytes counts, and tokens that do not continue them get -1. Stop tokens meet.
+    int64 [W]; -1 for control tokens. Stop tokens match. With `emitted`: the student has already
+    written these bytes of the teacher token; then the rest of its bytes counts, and tokens that do
+    not continue them get -1.
     """
     of_student = {b: i for i, b in enumerate(student.vocabulary.bytes_W) if b}
     longest = max(map(len, of_student))
@@ -146,15 +164,17 @@ def longest_prefix(
 
 
 def bpm(logits_NV: torch.Tensor, probs_NW: torch.Tensor, prefix_W: torch.Tensor) -> torch.Tensor:
-    """Teacher mass moved to the longest student token that prefixes each token; KL to the student's whole row; nats, [N].
+    """Teacher mass moved to the longest student token that prefixes each token; KL to the student's
+    whole row; nats, [N].
 
         t(u) = sum_{w: prefix(w) = u} P(w) / sum_{w: prefix(w) >= 0} P(w),   KL(t || Q)
 
-    Byte-Prefix Marginalization, arXiv 2607.22334: its root projection, and with `longest_prefix(..., emitted)` its rows
-    inside a teacher token (conditioned on the bytes written). Left out: its correction of a student token that crosses a
-    teacher boundary, its residual bucket (empty where a student has all 256 bytes) and its stop rule. Biased: the longest
-    prefix is often no token the student's own tokenizer would write (Indonesian, Gemma to Llama: 20 % of rows), and the
-    teacher's boundary tells the future.
+    Byte-Prefix Marginalization, arXiv 2607.22334: its root projection, and with
+    `longest_prefix(..., emitted)` its rows inside a teacher token (conditioned on the bytes
+    written). Left out: its correction of a student token that crosses a teacher boundary, its
+    residual bucket (empty where a student has all 256 bytes) and its stop rule. Biased: the longest
+    prefix is often no token the student's own tokenizer would write (Indonesian, Gemma to Llama: 20
+    % of rows), and the teacher's boundary tells the future.
     """
     known = prefix_W >= 0
     t_NV = torch.zeros_like(logits_NV).index_add(
@@ -167,13 +187,16 @@ def bpm(logits_NV: torch.Tensor, probs_NW: torch.Tensor, prefix_W: torch.Tensor)
     return torch.zeros_like(logits_NV[:, 0]).index_put((says.nonzero()[:, 0],), kl)
 
 
-# ---- chunk likelihood (ALM) ---------------------------------------------------------------------------------------------
+# --- chunk likelihood (ALM) ---
 
 
 def chunk_logprobs(
     logits_NV: torch.Tensor, targets_N: torch.Tensor, chunk_N: torch.Tensor, chunks: int
 ) -> torch.Tensor:
-    """Natural log-probability of each chunk: the sum over the positions whose chunk_N names it; -1 = in no chunk. [C]"""
+    """Return the natural log-probability of each chunk, [C]: the sum over its positions.
+
+    chunk_N names the chunk of each position; -1 = in no chunk.
+    """
     logprob_N = -F.cross_entropy(logits_NV, targets_N, reduction="none")
     inside = chunk_N >= 0
     return torch.zeros(chunks, dtype=logits_NV.dtype, device=logits_NV.device).index_add(
@@ -188,33 +211,37 @@ def chunk_likelihood(
     temperature: float = 100.0,
     correction_C: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Binary KL between the tempered probabilities that the two models give to the chunk that really stands there; nats, [C].
+    """Return the binary KL between the tempered probabilities of the realised chunk; nats, [C].
 
-        p = P_T(chunk)^(1/temperature),  q = P_S(chunk)^(1/temperature),  p log(p/q) + (1-p) log((1-p)/(1-q))
+        p = P_T(chunk)^(1/temperature),  q = P_S(chunk)^(1/temperature)
+        p log(p/q) + (1-p) log((1-p)/(1-q))
 
-    Approximate Likelihood Matching (Minixhofer, Vulic, Ponti, arXiv 2503.20083), its unconstrained form with KL. Only the
-    realised path is seen, one number a chunk. Biased: P_T(chunk) is conditioned on the teacher's boundary, P_S(chunk) on
-    the student's; equal laws give .03-.23 nats a chunk on bench/worlds.py. Debiased with
+    Approximate Likelihood Matching (Minixhofer, Vulic, Ponti, arXiv 2503.20083), its unconstrained
+    form with KL. It uses only the realised path, one number per chunk. Biased: P_T(chunk) is
+    conditioned on the teacher's boundary, P_S(chunk) on the student's; equal distributions give
+    .03-.23 nats per chunk on bench/worlds.py. Debiased with
 
         correction = (log b_T(end) - log b_T(start)) - (log b_S(end) - log b_S(start))
 
-    added to the teacher's log-probability, where b is the probability that the other tokenizer keeps its boundary too:
-    exactly 0 for equal laws. student_C, teacher_C natural log-probabilities < 0.
+    added to the teacher's log-probability, where b is the probability that the other tokenizer has
+    a boundary there too: exactly 0 for equal distributions. student_C, teacher_C are natural
+    log-probabilities < 0.
     """
     teacher_C = teacher_C if correction_C is None else teacher_C + correction_C
     if bool((teacher_C > 1e-6).any()):
         raise ValueError(
-            "a chunk of probability above 1: a correction that belongs to other chunks, or log-probabilities that are none"
+            "a chunk has a probability above 1: the correction belongs to other chunks, "
+            "or the inputs are not log-probabilities"
         )
     tiny = torch.finfo(
         student_C.dtype
-    ).eps  # a chunk that is certain on both sides costs nothing and has log(1-p) = -inf
+    ).eps  # a chunk that is certain on both sides has loss 0 and log(1-p) = -inf
     log_p, log_q = (x.clamp(max=-tiny * temperature) / temperature for x in (teacher_C, student_C))
     not_p, not_q = (torch.log(-torch.expm1(x)) for x in (log_p, log_q))
     return log_p.exp() * (log_p - log_q) + not_p.exp() * (not_p - not_q)
 
 
-# ---- GOLD, TRL's own ----------------------------------------------------------------------------------------------------
+# --- GOLD, TRL's own ---
 
 
 @dataclass(frozen=True)
@@ -224,7 +251,7 @@ class Sequence:
     logits_TV   row k predicts token k + 1
     ids_T       int64
     learned_T   bool: the answer, without a gap
-    starts_T, ends_T  bytes of the answer each token covers, int64; whatever for tokens of the prompt
+    starts_T, ends_T  bytes of the answer that each token covers, int64; any value for prompt tokens
     """
 
     logits_TV: torch.Tensor
@@ -244,13 +271,15 @@ def gold(
     cross_entropy: float = 0.0,
     **options: Any,
 ) -> Any:
-    """TRL's own ULDLoss with TRL's own defaults (1.16.0; `pip install 'persea[bench]'`); used by `gold_loss`.
+    """Return TRL's own ULDLoss with TRL's defaults (1.16.0; `pip install 'persea[bench]'`).
 
-    The tokenizers need `get_vocab()` only. GOLD (Patiño et al., Hugging Face, 2025-10): spans by byte offsets; within a span
-    probabilities are merged; JSD over tokens whose STRINGS are equal, sorted L1 over the rest (hybrid=True), weighted by the share of
-    matched tokens. hybrid=False is extended ULD. merge="observed", TRL's default, multiplies the first row by the later
-    tokens' probabilities, and takes logits one position late; "bayesian" (opt-in) mends both. Biased: unnormalised parts
-    are compared, a span's last rows stand for other contexts, strings of two families differ where bytes agree.
+    The tokenizers need `get_vocab()` only. GOLD (Patiño et al., Hugging Face, 2025-10): spans by
+    byte offsets; probabilities are merged within a span; JSD over tokens whose STRINGS are equal,
+    sorted L1 over the rest (hybrid=True), weighted by the share of matched tokens. hybrid=False is
+    extended ULD. merge="observed", TRL's default, multiplies the first row by the later tokens'
+    probabilities, and takes logits one position late; "bayesian" (opt-in) corrects both. Biased:
+    unnormalised parts are compared, a span's last rows belong to other contexts, strings of two
+    families differ where their bytes agree.
     """
     try:
         from trl.experimental.gold import GOLDConfig
@@ -276,7 +305,7 @@ def gold(
 def gold_loss(
     loss: Callable[..., torch.Tensor], student: Sequence, teacher: Sequence
 ) -> torch.Tensor:
-    """One sequence through TRL's loss; a scalar."""
+    """Apply TRL's loss to one sequence; returns a scalar."""
 
     def labels(side: Sequence) -> torch.Tensor:
         return torch.where(side.learned_T, side.ids_T, -100)[None]

@@ -1,11 +1,13 @@
-"""What it costs to find what cannot stand beside the other tokenizer's boundary, with real vocabularies: on-policy, of a student's own answers.
+"""Measure the cost of boundary masks for on-policy batches with real vocabularies.
 
-    PERSEA_DATA=... python bench/beside.py    (about 8 minutes, the first time 2 more for bridges)
+    PERSEA_DATA=... python bench/beside.py      (8 minutes; 2 more for event maps at first)
 
-Lines of parallel text stand for a Llama 3 student's answers; a row is half the token that comes next, half how often each token stands in
-that language: more likely tokens than a model that is unsure has. For each teacher, milliseconds a common boundary (both sides), over all of
-them and over the last, when most searches have been made; seconds a boundary where every token of both vocabularies is asked and
-nothing was searched before; and how much mass cannot stand, found among likely tokens and left below them. Writes bench/results/beside.json.
+Lines of parallel text stand in for answers of a Llama 3 student. Each teacher row is half the
+realised next token and half the token frequencies of that language, which names more likely tokens
+than a real, unsure model. Per teacher: milliseconds per common boundary (both sides) over all
+boundaries and over the last ones, where most searches are cached; seconds per boundary with a cold
+cache when every token of both vocabularies is tested; and the probability mass on impossible
+tokens, found among likely tokens and missed below them. Writes bench/results/beside.json.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from persea.alignment.boundary_mask import UNRESTRICTED_CONTEXT, BoundaryMask
+from persea.alignment.boundary_mask import BoundaryMask
 from persea.alignment.event_map import load_event_map
 from persea.alignment.spans import align
+from persea.alignment.token_order import UNRESTRICTED_CONTEXT
 from persea.chat.messages import Conversation, Text
 from persea.chat.renderer import ChatRenderer
 from persea.models.loading import ModelSource, load_renderer
@@ -32,14 +35,12 @@ DATA = Path(os.environ.get("PERSEA_DATA", Path(__file__).resolve().parents[2] / 
 OUT = Path(__file__).resolve().parent / "results" / "beside.json"
 TEACHERS = ("qwen3", "gemma3", "gpt-oss")
 LANGUAGES = ("eng", "vie", "zho-CN", "jpn", "tha")
-LINES, SEEN = 30, 400  # lines of each language asked; lines that frequencies are counted in
-WHOLE, LOOK = (
-    3,
-    500,
-)  # contexts a side at which every token is asked; of every so many contexts one's mass is looked at
+LINES, SEEN = 30, 400  # lines of each language measured; lines that token frequencies come from
+WHOLE = 3  # contexts per side at which every token is tested
+LOOK = 500  # the mass is measured at one of this many contexts
 
 
-def voice(name: str) -> ChatRenderer:
+def renderer(name: str) -> ChatRenderer:
     return load_renderer(ModelSource("random", tokenizer=str(DATA / "tokenizers" / name)), name)
 
 
@@ -58,30 +59,30 @@ def frequencies(speaker: ChatRenderer, texts: list[str]) -> npt.NDArray[np.float
 
 
 def main() -> None:
-    student, out = voice("llama3"), dict[str, object]()
+    student, out = renderer("llama3"), dict[str, object]()
     common = {language: frequencies(student, lines(language)[:SEEN]) for language in LANGUAGES}
     for name in TEACHERS:
-        teacher = voice(name)
-        bridge = load_event_map(teacher, student)
-        assert bridge.student_mask is not None and bridge.teacher_mask is not None
-        masks = (bridge.student_mask, bridge.teacher_mask)
+        teacher = renderer(name)
+        event_map = load_event_map(teacher, student)
+        assert event_map.student_mask is not None and event_map.teacher_mask is not None
+        masks = (event_map.student_mask, event_map.teacher_mask)
         spent, boundaries, asked, seen, looked, curve = 0.0, 0, 0, 0, 0, list[tuple[int, float]]()
         missed, found_mass = 0.0, 0.0
         whole = {id(mask): list[float]() for mask in masks}
         elsewhere = {
             id(mask): fresh(mask) for mask in masks
-        }  # what is looked at there warms nothing that is timed
+        }  # its lookups must not fill the cache of the timed masks
         rare = {language: frequencies(teacher, lines(language)[:SEEN]) for language in LANGUAGES}
         for k in range(LINES):
             for language in LANGUAGES:
                 talk = Conversation.from_question("?").with_answer(Text(lines(language)[k]))
                 own, theirs = student.render(talk), teacher.render(talk)
-                at = align([own], [theirs]).boundaries
+                at = align(own, theirs).boundaries
                 begun = time.process_time()
                 contexts = [
-                    (bridge.student_mask, c, s, own, common[language])
+                    (event_map.student_mask, c, s, own, common[language])
                     for c, s in zip(
-                        bridge.student_mask.other.supervised_context_ids(
+                        event_map.student_mask.other.supervised_context_ids(
                             theirs, at.teacher_C
                         ).tolist(),
                         at.student_C.tolist(),
@@ -89,9 +90,9 @@ def main() -> None:
                     )
                 ]
                 contexts += [
-                    (bridge.teacher_mask, c, t, theirs, rare[language])
+                    (event_map.teacher_mask, c, t, theirs, rare[language])
                     for c, t in zip(
-                        bridge.teacher_mask.other.supervised_context_ids(
+                        event_map.teacher_mask.other.supervised_context_ids(
                             own, at.student_C
                         ).tolist(),
                         at.teacher_C.tolist(),
@@ -106,7 +107,7 @@ def main() -> None:
                     if k == 0 and context != UNRESTRICTED_CONTEXT and len(whole[id(mask)]) < WHOLE:
                         whole[id(mask)].append(every(fresh(mask), context))
                     begun = time.process_time()
-                    dead = mask.impossible_tokens(context, likely)
+                    impossible = mask.impossible_tokens(context, likely)
                     spent += time.process_time() - begun
                     asked, seen = asked + len(likely), seen + 1
                     if seen % LOOK == 0:
@@ -114,7 +115,7 @@ def main() -> None:
                         missed += float(
                             row[elsewhere[id(mask)].impossible_tokens(context, rest)].sum()
                         )
-                        found_mass, looked = found_mass + float(row[dead].sum()), looked + 1
+                        found_mass, looked = found_mass + float(row[impossible].sum()), looked + 1
                 boundaries += len(at.student_C)
             curve.append((boundaries, spent))
         out[name] = {
@@ -139,7 +140,7 @@ def main() -> None:
 
 
 def fresh(mask: BoundaryMask) -> BoundaryMask:
-    """The same, nothing searched yet."""
+    """Return the same mask with an empty cache."""
     return BoundaryMask(mask.other, mask.own, mask.first_token_W)
 
 

@@ -1,12 +1,14 @@
-"""What each method pushes a PERFECT student away by: the ground-truth table, over worlds whose truth is known.
+"""Bias test: how far each method pushes a perfect student away from the truth, on exact toy worlds.
 
-    make bench-bias        (python bench/bias.py; 10 to 20 minutes on one core, most of it GOLD's descents)
+    make bench-bias        (python bench/bias.py; 10 to 20 minutes on one core, mostly for GOLD)
 
-Floors: two exact models of the same byte law under two tokenizers are compared; mean total variation over common boundaries,
-nats over chunks. Zero = unbiased. Drift: a table of logits starts at the truth and follows each loss, composed alike (.7 of
-it, .3 cross-entropy, full cross-entropy where no common boundary stands). Detection: a Markov row is tilted; does the loss rank
-the tilted students as the byte KL does? GOLD is TRL's own code: pip install 'persea[bench]', else its columns stay empty.
-Writes bench/results/bias.json.
+Floors: two exact models of the same distribution over byte strings, with different tokenizers, are
+compared; mean total variation over common boundaries, nats over chunks. An unbiased method gives
+zero. Drift: a table of logits starts at the truth and follows each loss, all composed alike (.7 of
+the loss and .3 cross-entropy at common boundaries, full cross-entropy elsewhere). Detection: one
+row of the Markov chain is tilted; does the loss rank the tilted students as their byte KL does?
+GOLD is TRL's own code (pip install 'persea[bench]'); without TRL its columns stay empty. Writes
+bench/results/bias.json.
 """
 
 from __future__ import annotations
@@ -50,9 +52,9 @@ MASKS: dict[str, Mask] = {
     "best masks": exact_mask,
     "exact": exact_weights,
 }
-SHORT = 4  # the longest string of the worlds that students descend in: 340 strings, 341 rows
+SHORT = 4  # the longest string of the worlds for gradient descent: 340 strings, 341 rows
 
-# ---- floors -------------------------------------------------------------------------------------------------------------
+# --- floors ---
 
 
 def tv(p: Floats, q: Floats) -> float:
@@ -60,7 +62,7 @@ def tv(p: Floats, q: Floats) -> float:
 
 
 def common_prefix_columns(w: World) -> tuple[list[int], list[int]]:
-    """Both sides to the longest prefix that is a token of BOTH: the symmetric longest-prefix map."""
+    """Map both sides to the longest prefix that is a token of BOTH vocabularies."""
     both = {b: n for n, b in enumerate(sorted({*w.bytes_W()} & {*w.bytes_V()}, key=repr))}
 
     def to(raw: bytes | None) -> int:
@@ -79,7 +81,7 @@ def first_byte_columns(w: World) -> tuple[list[int], list[int]]:
     )  # type: ignore[return-value]
 
 
-Kept: TypeAlias = list[tuple[Floats, Floats]]  # of each boundary, what a mask keeps
+Kept: TypeAlias = list[tuple[Floats, Floats]]  # the tokens that a mask keeps, for each boundary
 
 
 def keeps(w: World, mask: Mask) -> Kept:
@@ -87,9 +89,10 @@ def keeps(w: World, mask: Mask) -> Kept:
 
 
 def mean_tv(w: World, maps: tuple[list[int], list[int]], kept: Kept, room: int = 0) -> float:
-    """Mean over boundaries of the total variation between both rows, masked, renormalised, and mapped to the same names.
+    """Return the mean over boundaries of the total variation between both rows.
 
-    room: only boundaries at least so far below the longest string, where a mask's "some text may follow" is true.
+    Rows are masked, renormalised, and mapped to the same names. room: use only boundaries at least
+    this far below the longest string, where a mask may assume that more text can follow.
     """
     longest = max(map(len, w.law))
     total = lost = 0.0
@@ -124,7 +127,9 @@ def uld_tv(w: World) -> float:
 
 
 def chunk_nats(w: World, kept: Kept) -> float:
-    """Mean |log P_T(chunk) - log P_S(chunk)| with the masses kept at both ends taken in."""
+    """Return the mean |log P_T(chunk) - log P_S(chunk)|, corrected by the mass retained at both
+    ends.
+    """
     mass = [
         (float(b.p_W @ ok_W), float(b.q_V @ ok_V))
         for b, (ok_W, ok_V) in zip(w.boundaries, kept, strict=True)
@@ -161,11 +166,13 @@ def floors(w: World, masks: dict[str, Mask]) -> dict[str, float]:
     return out
 
 
-# ---- detection ----------------------------------------------------------------------------------------------------------
+# --- detection ---
 
 
 def event_kl(s: Stack, logits_RV: torch.Tensor) -> float:
-    """Mean over boundaries of KL(teacher || student) over events, both cut down to what the masks keep and renormalised."""
+    """Return the mean over boundaries of KL(teacher || student) over events, masked and
+    renormalised.
+    """
     p_CE, q_CE = event_masses(s, torch.softmax(logits_RV, -1)[s.row_C])
     p_CE, q_CE = (x / x.sum(-1, keepdim=True) for x in (p_CE, q_CE))
     return float(
@@ -182,7 +189,7 @@ def spearman(x: list[float], y: list[float]) -> float:
 
 
 def tilted_student(w: World, after: str, to: int, eps: float, longest: int) -> tuple[float, World]:
-    """(byte KL of the true law from the tilted one, the world whose student models the tilted law)."""
+    """Return the byte KL of the true distribution from the tilted one, and the tilted world."""
     law = markov(tilted(after, to, eps), longest)
     kl = sum(p * math.log(p / law[x]) for x, p in w.law.items())
     return kl, World(
@@ -193,11 +200,12 @@ def tilted_student(w: World, after: str, to: int, eps: float, longest: int) -> t
 def detection(
     name: str, mask: Mask, longest: int = 5, sizes: tuple[float, ...] = (0.1, 0.2, 0.4, 0.8)
 ) -> dict[str, float]:
-    """Every row of the chain tilted every way, and every loss of the tilted student less the perfect one's, against the byte KL.
+    """Compare every loss with the byte KL on students whose Markov rows are tilted in every way.
 
-    events: over boundaries only, so blind to what lies inside events and inside teacher tokens; composed: the objective;
-    floor: event loss of the perfect student; smallest: of the least tilted one; monotone: share of tilts along which the composed
-    loss rises with every size.
+    Losses are those of the tilted student minus those of the perfect one. events: over boundaries
+    only, so blind to differences inside events and inside teacher tokens; composed: the objective;
+    floor: event loss of the perfect student; smallest: that of the least tilted one; monotone:
+    share of tilts along which the composed loss rises with every size.
     """
     w = world(name, markov(longest=longest))
     s = stack(w, mask)
@@ -227,7 +235,7 @@ def detection(
     }
 
 
-# ---- drift --------------------------------------------------------------------------------------------------------------
+# --- drift ---
 
 
 def objectives(
@@ -257,7 +265,7 @@ def drift(s: Stack, objective: Objective) -> dict[str, float]:
 
 
 def where_it_ends(s: Stack, objective: Objective) -> dict[str, float]:
-    """The fixed point of an event objective, from the truth and from elsewhere."""
+    """Return the fixed point of an event objective, from the truth and from random logits."""
     return {
         "from_truth": byte_kl(s, iterate(objective, s, s.truth_logits)),
         "from_elsewhere": byte_kl(s, iterate(objective, s, random_logits(s, 1))),
@@ -265,7 +273,7 @@ def where_it_ends(s: Stack, objective: Objective) -> dict[str, float]:
     }
 
 
-# ---- the table ----------------------------------------------------------------------------------------------------------
+# --- the table ---
 
 
 def row(name: str, values: list[float], form: str = ".4f") -> str:
@@ -316,7 +324,8 @@ def main() -> None:
     for method, each in drifts.items():
         print(row(method, [d["push"] for d in each.values()], ".1e"))
     print(
-        "\nfixed points of the event objective, whole worlds: byte KL from the truth, from elsewhere"
+        "\nfixed points of the event objective, whole worlds: "
+        "byte KL from the truth, from random logits"
     )
     stacks = {m: {name: stack(w, mask) for name, w in whole.items()} for m, mask in MASKS.items()}
     ends = {
@@ -327,7 +336,8 @@ def main() -> None:
         print(row(method, [d["from_truth"] for d in each.values()], ".1e"))
         print(row("  started elsewhere", [d["from_elsewhere"] for d in each.values()], ".1e"))
     print(
-        "\ndetection: 80 tilted students; Spearman with the byte KL; share of tilts along which the composed loss only rises"
+        "\ndetection: 80 tilted students; Spearman with the byte KL; "
+        "share of tilts along which the composed loss only rises"
     )
     found = {m: {name: detection(name, mask) for name in WORLDS} for m, mask in MASKS.items()}
     for m, each in found.items():

@@ -1,12 +1,14 @@
-"""What laying two tokenizers over each other costs, beside TRL 1.16: alignment, bridges, the event objective. CPU seconds, one thread.
+"""Measure the cost of alignment, event maps and the event objective, beside TRL 1.16.
 
-    pip install -e '.[bench]'                    (TRL; without it its columns are left out)
+    pip install -e '.[bench]'                    (TRL; its columns are left out without it)
     PERSEA_DATA=/folder python bench/bridge.py   (make bench does both)
 
-Real tokenizers (Llama 3 as student; Qwen 3, Gemma 3, gpt-oss as teachers), lines of NTREX in English, Chinese and Vietnamese and Python
-from MBPP, in texts of about 2,000 bytes. Each figure comes from interleaved pairs, so that a machine that drifts does not favour either
-side; a ratio is the median of the pairs', with the 96 % interval of a median (2nd and 8th of 9). Rows are sparse, 1 to 29 entries, as a
-capture's are. TRL's ULDLoss gets the teacher's whole logits, which is what it takes. Writes bench/results/bridge.json.
+Real tokenizers: Llama 3 as student; Qwen 3, Gemma 3 and gpt-oss as teachers. Texts of about 2,000
+bytes from NTREX (English, Chinese, Vietnamese) and from MBPP (Python). CPU seconds of one thread.
+Each figure comes from interleaved pairs, so that a machine that slows down favours neither side; a
+ratio is the median of the pairs with the 96 % interval of a median (2nd and 8th of 9). Teacher rows
+are sparse, 1 to 29 entries, as in a capture; TRL's ULDLoss gets whole teacher logits, which it
+requires. Writes bench/results/bridge.json.
 """
 
 from __future__ import annotations
@@ -36,10 +38,10 @@ import torch.nn.functional as F
 from peer import TRL, has_trl
 
 from persea.alignment.event_map import EventMap, build_event_map, load_event_map
-from persea.alignment.spans import align
-from persea.chat.messages import RenderedTokens
+from persea.alignment.spans import align_batch
 from persea.chat.renderer import ChatRenderer
 from persea.models.loading import ModelSource, load_renderer
+from persea.tokenization.tokens import RenderedTokens
 from persea.tokenization.vocabulary import Vocabulary
 
 DATA = Path(
@@ -56,7 +58,7 @@ def seconds(work: Work) -> float:
 
 
 def compare(ours: Work, theirs: Work, pairs: int = PAIRS) -> dict[str, float]:
-    """Median CPU seconds of both, and theirs / ours with its interval."""
+    """Return median CPU seconds of both, and theirs / ours with its interval."""
     ours(), theirs()
     found = [(seconds(ours), seconds(theirs)) for _ in range(pairs)]
     ratios = sorted(b / a for a, b in found)
@@ -71,19 +73,19 @@ def compare(ours: Work, theirs: Work, pairs: int = PAIRS) -> dict[str, float]:
 
 
 def texts() -> list[str]:
-    """About 600 kB, in pieces of about TEXT bytes."""
-    said = [
+    """Return about 600 kB of text, in pieces of about TEXT bytes."""
+    pieces = [
         (DATA / "parallel" / f"ntrex.{name}.txt").read_text(encoding="utf-8").split("\n")
         for name in ("eng", "zho-CN", "vie")
     ]
-    said.append(
+    pieces.append(
         [
             json.loads(line)["code"]
             for line in (DATA / "eval" / "mbpp.jsonl").read_text(encoding="utf-8").splitlines()
         ]
     )
     out, piece = [], ""
-    for line in (unicodedata.normalize("NFC", line) for lines in said for line in lines):
+    for line in (unicodedata.normalize("NFC", line) for lines in pieces for line in lines):
         piece += line + "\n"
         if len(piece.encode()) >= TEXT:
             out.append(piece)
@@ -91,10 +93,10 @@ def texts() -> list[str]:
     return out
 
 
-def laid(vocabulary: Vocabulary, said: Sequence[str]) -> list[RenderedTokens]:
-    """Texts as renderings: every token learned, every byte content."""
+def laid(vocabulary: Vocabulary, pieces: Sequence[str]) -> list[RenderedTokens]:
+    """Render plain texts: every token is supervised, every byte is content."""
     out = []
-    for ids in vocabulary.encode_batch(said):
+    for ids in vocabulary.encode_batch(pieces):
         ids_T = np.array(ids, np.int32)
         ends_T = np.cumsum(vocabulary.lengths_W[ids_T], dtype=np.int32)
         out.append(
@@ -105,11 +107,11 @@ def laid(vocabulary: Vocabulary, said: Sequence[str]) -> list[RenderedTokens]:
     return out
 
 
-# ---- TRL -------------------------------------------------------------------------------------------------------------
+# --- TRL ---
 
 
 def trl() -> Any:
-    """TRL's cross-tokenizer code, or None where TRL is not installed."""
+    """Return TRL's cross-tokenizer code, or None where TRL is not installed."""
     if not has_trl():
         return None
     from trl.experimental.gold.gold_trainer import ULDLoss
@@ -124,7 +126,7 @@ def trl() -> Any:
 
 
 def uld(peer: Any, student: Vocabulary, teacher: Vocabulary) -> Any:
-    """Its loss as GOLD's defaults have it, without a share of cross-entropy."""
+    """Return TRL's loss with GOLD's defaults, without a share of cross-entropy."""
     config = types.SimpleNamespace(
         uld_crossentropy_weight=0.0,
         uld_distillation_weight=1.0,
@@ -146,21 +148,21 @@ def uld(peer: Any, student: Vocabulary, teacher: Vocabulary) -> Any:
     return peer.Loss(config, *names, device="cpu")
 
 
-# ---- what is measured ------------------------------------------------------------------------------------------------
+# --- what is measured ---
 
 
 def alignment(student: Vocabulary, teacher: Vocabulary, peer: Any) -> dict[str, Any]:
-    """From offsets, and from text; student tokens per CPU second."""
-    said = texts()
-    ones, twos = laid(student, said), laid(teacher, said)
+    """Measure student tokens per CPU second, from offsets and from text."""
+    pieces = texts()
+    ones, twos = laid(student, pieces), laid(teacher, pieces)
     n = sum(map(len, ones))
-    found: dict[str, Any] = {"texts": len(said), "student_tokens": n}
+    found: dict[str, Any] = {"texts": len(pieces), "student_tokens": n}
 
     def from_offsets() -> object:
-        return align(ones, twos)
+        return align_batch(ones, twos)
 
     def from_text() -> object:
-        return align(laid(student, said), laid(teacher, said))
+        return align_batch(laid(student, pieces), laid(teacher, pieces))
 
     if peer is None or not teacher.byte_level:  # TRL refuses SentencePiece
         for name, work in (("from_offsets", from_offsets), ("from_text", from_text)):
@@ -177,14 +179,14 @@ def alignment(student: Vocabulary, teacher: Vocabulary, peer: Any) -> dict[str, 
         for side in (ones, twos)
     ]
     groups = [peer.align(a, b)[0] for a, b in zip(*offsets, strict=True)]
-    spans = align(ones, twos).spans.student_C2
+    spans = align_batch(ones, twos).spans.student_C2
     assert len(spans) == sum(map(len, groups)), "both find the same spans"
 
     def trl_from_offsets() -> object:
         return [peer.align(a, b) for a, b in zip(*offsets, strict=True)]
 
     def trl_from_text() -> object:
-        encoded = [peer.encode(v.backend, said) for v in (student, teacher)]
+        encoded = [peer.encode(v.backend, pieces) for v in (student, teacher)]
         return [peer.align(a[1], b[1]) for a, b in zip(*encoded, strict=True)]
 
     for name, ours, theirs in (
@@ -200,47 +202,55 @@ def alignment(student: Vocabulary, teacher: Vocabulary, peer: Any) -> dict[str, 
     return found
 
 
-def bridges(
+def event_maps(
     student: ChatRenderer, teachers: dict[str, ChatRenderer]
 ) -> tuple[dict[str, Any], dict[str, EventMap]]:
-    """CPU seconds to build, and wall seconds to load what was kept (median of 5, digest checked)."""
-    told, found = {}, {}
+    """Measure CPU seconds to build an event map, and wall seconds to load it from disk.
+
+    The median of 5 loads, digest checked.
+    """
+    outcome, found = {}, {}
     with tempfile.TemporaryDirectory() as home:
         os.environ["PERSEA_HOME"] = home
-        for name, voice in teachers.items():
+        for name, renderer in teachers.items():
             begin = time.process_time()
-            found[name] = build_event_map(voice, student)
+            found[name] = build_event_map(renderer, student)
             built = time.process_time() - begin
-            load_event_map(voice, student)
+            load_event_map(renderer, student)
             loads = []
             for _ in range(5):
                 clock = time.perf_counter()
-                load_event_map(voice, student)
+                load_event_map(renderer, student)
                 loads.append(time.perf_counter() - clock)
-            told[name] = {
+            outcome[name] = {
                 "build_cpu_seconds": rounded(built),
                 "load_seconds": rounded(statistics.median(loads)),
                 "events": found[name].num_events,
-                "teacher": len(voice.vocabulary),
+                "teacher": len(renderer.vocabulary),
                 "student": len(student.vocabulary),
             }
-            print(name, told[name], flush=True)
-    return told, found
+            print(name, outcome[name], flush=True)
+    return outcome, found
 
 
 def objective(
     logits: torch.Tensor,
     tokens: torch.Tensor,
-    bridge: EventMap,
+    event_map: EventMap,
     rows: np.ndarray,
     ids: np.ndarray,
     probs: np.ndarray,
 ) -> Work:
-    """The event objective, forward and backward. All that this file knows of the losses' interface."""
+    """Return the event objective, forward and backward.
+
+    The only place of this file that uses the losses' interface.
+    """
     from persea.losses import build_batch_targets, build_event_targets, event_kl_loss
 
-    said = build_batch_targets(bridge, build_event_targets(bridge, rows, ids, probs), len(tokens))
-    return backward(logits, lambda: event_kl_loss(logits, tokens, [said], 0.7).loss)
+    pieces = build_batch_targets(
+        event_map, build_event_targets(event_map, rows, ids, probs), len(tokens)
+    )
+    return backward(logits, lambda: event_kl_loss(logits, tokens, [pieces], 0.7).loss)
 
 
 def backward(logits: torch.Tensor, loss: Callable[[], torch.Tensor]) -> Work:
@@ -251,10 +261,10 @@ def backward(logits: torch.Tensor, loss: Callable[[], torch.Tensor]) -> Work:
     return work
 
 
-def case(n: int, bridge: EventMap) -> tuple[torch.Tensor, torch.Tensor, Work]:
-    """Logits, targets, and the objective over rows of 1 to 29 entries at every position."""
+def case(n: int, event_map: EventMap) -> tuple[torch.Tensor, torch.Tensor, Work]:
+    """Return logits, labels, and the objective over rows of 1 to 29 entries at every position."""
     rng = np.random.default_rng(0)
-    student, teacher = len(bridge.student_event_V), len(bridge.teacher_event_W)
+    student, teacher = len(event_map.student_event_V), len(event_map.teacher_event_W)
     logits = torch.from_numpy(rng.normal(0, 3, (n, student)).astype(np.float32)).requires_grad_()
     targets = torch.from_numpy(rng.integers(0, student, n))
     sizes = rng.integers(1, 30, n)
@@ -263,15 +273,15 @@ def case(n: int, bridge: EventMap) -> tuple[torch.Tensor, torch.Tensor, Work]:
     return (
         logits,
         targets,
-        objective(logits, targets, bridge, rows, rng.integers(0, teacher, len(rows)), probs),
+        objective(logits, targets, event_map, rows, rng.integers(0, teacher, len(rows)), probs),
     )
 
 
-def losses(bridge: EventMap) -> dict[str, Any]:
-    """Beside torch's cross-entropy, at 64, 128 and 256 positions; and how the time grows."""
+def losses(event_map: EventMap) -> dict[str, Any]:
+    """Measure the objective beside torch's cross-entropy at 64, 128 and 256 positions."""
     found: dict[str, Any] = {}
     for n in (64, 128, 256):
-        logits, targets, events = case(n, bridge)
+        logits, targets, events = case(n, event_map)
         pair = compare(
             backward(
                 logits, lambda logits=logits, targets=targets: F.cross_entropy(logits, targets)
@@ -284,20 +294,23 @@ def losses(bridge: EventMap) -> dict[str, Any]:
             "times_cross_entropy": spread(pair),
         }
         print(n, found[str(n)], flush=True)
-    small, large = case(128, bridge)[2], case(256, bridge)[2]
+    small, large = case(128, event_map)[2], case(256, event_map)[2]
     found["time_2n_over_n"] = spread(compare(small, large))
     return found
 
 
 def beside_gold(
-    peer: Any, student: Vocabulary, teacher: Vocabulary, bridge: EventMap, n: int = 128
+    peer: Any, student: Vocabulary, teacher: Vocabulary, event_map: EventMap, n: int = 128
 ) -> dict[str, Any]:
-    """ULDLoss on n student tokens of a real text, forward and backward, against the objective on as many; 3 pairs: it takes long."""
-    said = texts()[0]
-    (ids_s, at_s), (ids_t, at_t) = (peer.encode(v.backend, [said])[0] for v in (student, teacher))
+    """Measure ULDLoss on n student tokens of a real text beside the objective on as many.
+
+    Forward and backward; 3 pairs only, because ULDLoss takes long.
+    """
+    pieces = texts()[0]
+    (ids_s, at_s), (ids_t, at_t) = (peer.encode(v.backend, [pieces])[0] for v in (student, teacher))
     ids_s, at_s = ids_s[:n], at_s[:n]
     m = sum(end <= at_s[-1][1] for _, end in at_t)
-    logits, _, events = case(n, bridge)
+    logits, _, events = case(n, event_map)
     teacher_logits = torch.from_numpy(
         np.random.default_rng(1).normal(0, 3, (1, m, len(teacher))).astype(np.float32)
     )
@@ -330,20 +343,18 @@ def beside_gold(
 
 
 def rounded(value: float) -> float:
-    """Three figures."""
+    """Round to three significant figures."""
     return float(f"{value:.3g}")
 
 
 def spread(pair: dict[str, float]) -> list[float]:
-    """Ratio, low, high."""
+    """Return ratio, low, high."""
     return [rounded(pair[k]) for k in ("ratio", "low", "high")]
 
 
 def main() -> None:
     if not (DATA / "tokenizers").is_dir():
-        sys.exit(
-            "real data not found: set PERSEA_DATA to the folder that holds tokenizers/ and parallel/"
-        )
+        sys.exit("real data not found: set PERSEA_DATA to the folder of tokenizers/ and parallel/")
     torch.set_num_threads(1)
     peer = trl()
     student, *others = (
@@ -357,10 +368,10 @@ def main() -> None:
         "alignment": {},
         "losses": {},
     }
-    for name, voice in teachers.items():
-        out["alignment"][name] = alignment(student.vocabulary, voice.vocabulary, peer)
+    for name, renderer in teachers.items():
+        out["alignment"][name] = alignment(student.vocabulary, renderer.vocabulary, peer)
         print(name, out["alignment"][name], flush=True)
-    out["bridges"], found = bridges(student, teachers)
+    out["bridges"], found = event_maps(student, teachers)
     for name in ("qwen3", "gemma3"):
         print("objective", name, flush=True)
         out["losses"][name] = losses(found[name])

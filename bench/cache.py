@@ -1,11 +1,15 @@
-"""What the cache costs and what it is worth: bytes a position, the student's bits a byte, and positions a second.
+"""Measure the cache: bytes per position, the student's bits per byte, and positions per second.
 
-    python bench/cache.py [student] [synthetic] [bound] [speed] [feed]   (make bench-cache, about 15 minutes; one part leaves the others' figures)
+    python bench/cache.py [student] [synthetic] [bound] [speed] [feed]     (make bench-cache)
 
-Five parts. `student`: a small model's distributions over whole conversations teach a smaller one from each form of cache, three
-seeds. `synthetic`: rows of 152k-token vocabularies as long reasoning (nearly certain) and as web text (broad), made without a model.
-`bound`: what naming tokens costs at least in those. `speed`: CPU seconds of one thread. `feed`: from the capture to the student's
-batches, beside the training step, and memory. Writes bench/results/cache.json.
+About 15 minutes; running one part keeps the figures of the others.
+
+`student`: a small model's distributions over whole conversations train a smaller model from each
+cache format, three seeds. `synthetic`: rows of 152k-token vocabularies, generated without a model,
+with the entropy of long reasoning (nearly certain) and of web text (broad). `bound`: a lower bound
+on the cost of naming tokens in those rows. `speed`: CPU seconds of one thread. `feed`: from the
+capture to the student's batches, beside the training step, and memory. Writes
+bench/results/cache.json.
 """
 
 from __future__ import annotations
@@ -27,13 +31,15 @@ from tails import REGIMES, bound, cost, positions, sampled_rows, synthetic
 
 from persea.cache import unit as cache
 from persea.cache.unit import CachedAnswer
-from persea.chat.messages import Conversation, FinishReason, RenderedTokens, Text
+from persea.chat.messages import Conversation, FinishReason, Text
 from persea.distributions import DistributionKind, SparseDistributions, sample_distributions
-from persea.models.loading import ModelSource, load_model, load_renderer, random_init
+from persea.models.loading import ModelSource, load_model, load_renderer
+from persea.models.random_init import random_init
 from persea.tasks.generated import GENERATED_TASKS
 from persea.tasks.task import Split
 from persea.teachers.engines.transformers import TransformersEngine
 from persea.teachers.teacher import Answer
+from persea.tokenization.tokens import RenderedTokens
 
 ROOT = Path(__file__).resolve().parent.parent
 TAU = 0.02  # the recipe's default
@@ -48,7 +54,7 @@ def sampled(tau: float) -> Callable[[torch.Tensor, np.ndarray, str], SparseDistr
 
 
 def drawn(draws: int) -> Callable[[torch.Tensor, np.ndarray, str], SparseDistributions]:
-    """RS-KD: so many draws with replacement, each weighing 1/draws."""
+    """RS-KD: this many draws with replacement, each with weight 1/draws."""
 
     def rows(logs_NW: torch.Tensor, real_N: np.ndarray, seed: str) -> SparseDistributions:
         generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
@@ -111,27 +117,27 @@ def tau_of(form: str) -> float:
 
 
 @dataclass(frozen=True)
-class Said:
-    """A conversation, all of whose tokens but the first are learned, and the teacher's distribution of each."""
+class ScoredConversation:
+    """A conversation, supervised on all tokens but the first, with the teacher's distributions."""
 
     tokens: RenderedTokens
     logs_NW: torch.Tensor
     bytes: int
 
 
-def conversations(name: str, split: Split, n: int) -> list[Said]:
-    """n of each skill, without distributions yet."""
-    voice = load_renderer(ModelSource(str(ROOT / "saplings" / name)), name)
+def conversations(name: str, split: Split, n: int) -> list[ScoredConversation]:
+    """Return n conversations of each task, without distributions yet."""
+    renderer = load_renderer(ModelSource(str(ROOT / "saplings" / name)), name)
     whole = [
         i.reference_conversation for skill in GENERATED_TASKS for i in skill.items(split, n, 0)
     ]
     out = []
     for c in whole:
-        t = voice.render(c)
+        t = renderer.render(c)
         out.append(
-            Said(
+            ScoredConversation(
                 RenderedTokens(t.ids_T, t.starts_T, t.ends_T, np.arange(len(t)) > 0),
-                torch.empty(len(t) - 1, len(voice.vocabulary)),
+                torch.empty(len(t) - 1, len(renderer.vocabulary)),
                 sum(len(p.text.encode()) for p in c.parts()),
             )
         )
@@ -139,7 +145,7 @@ def conversations(name: str, split: Split, n: int) -> list[Said]:
 
 
 @torch.no_grad()
-def scored(model: Any, some: list[Said]) -> list[Said]:
+def scored(model: Any, some: list[ScoredConversation]) -> list[ScoredConversation]:
     width = some[0].logs_NW.shape[1]
     return [
         replace(
@@ -156,10 +162,12 @@ def scored(model: Any, some: list[Said]) -> list[Said]:
 
 
 def loss_of(
-    model: Any, some: list[Said], rows: list[SparseDistributions | None] | None
+    model: Any, some: list[ScoredConversation], rows: list[SparseDistributions | None] | None
 ) -> torch.Tensor:
-    """share * events + the rest cross-entropy, as losses.event_kl_loss with the same vocabulary on both sides. rows: none = cross-entropy
-    alone; None of a conversation = its full distributions."""
+    """Return share * events + (1 - share) * cross-entropy, as event_kl_loss with one vocabulary.
+
+    rows: None = cross-entropy alone; None for a conversation = its full distributions.
+    """
     width = max(len(s.tokens) for s in some)
     ids, mask = (
         torch.zeros((len(some), width), dtype=torch.int64),
@@ -196,7 +204,7 @@ def densely(rows: SparseDistributions, width: int) -> torch.Tensor:
 
 
 def trained(
-    train: list[Said],
+    train: list[ScoredConversation],
     rows: list[SparseDistributions | None] | None,
     seed: int,
     steps: int,
@@ -224,7 +232,7 @@ def trained(
 
 
 @torch.no_grad()
-def bits(model: Any, held: list[Said]) -> float:
+def bits(model: Any, held: list[ScoredConversation]) -> float:
     nats = sum(
         float(loss_of(model, held[k : k + 64], None))
         * sum(len(s.logs_NW) for s in held[k : k + 64])
@@ -234,7 +242,10 @@ def bits(model: Any, held: list[Said]) -> float:
 
 
 def gradients(
-    model: Any, train: list[Said], rows: list[SparseDistributions | None], batches: list[list[int]]
+    model: Any,
+    train: list[ScoredConversation],
+    rows: list[SparseDistributions | None],
+    batches: list[list[int]],
 ) -> torch.Tensor:
     out = []
     for some in batches:
@@ -247,9 +258,11 @@ def gradients(
 
 
 def student(name: str = "qwen-sapling") -> dict[str, Any]:
-    """A teacher of 3 layers that saw 3,600 conversations, a student of 2 that sees 300 of them; every token is learned, so that rows are broad.
+    """Train students from each cache format.
 
-    (A sapling itself only learned to answer: of the questions its distributions say nothing a student should learn.)
+    A teacher of 3 layers that saw 3,600 conversations, a student of 2 that sees 300 of them. Every
+    token is supervised, so that rows are broad. (A sapling itself was only trained on answers: its
+    distributions over questions are useless to a student.)
     """
     teacher = trained(conversations(name, Split.TRAIN, 1200), None, 5, 900, 128, 3)
     train, held = (
@@ -311,12 +324,12 @@ def student(name: str = "qwen-sapling") -> dict[str, Any]:
 
 
 def speed() -> dict[str, Any]:
-    """CPU seconds of one thread: packing and reading both regimes, and capture over a plain forward pass on the saplings."""
+    """Measure CPU seconds of one thread: packing and reading, and capture beside a forward pass."""
     from persea.cache.reader import open_cache_reader
 
     result: dict[str, Any] = {}
     for regime in REGIMES:
-        spoken = [sampled_rows(positions(regime, 4096, k), 0.05) for k in range(32)]
+        cached = [sampled_rows(positions(regime, 4096, k), 0.05) for k in range(32)]
         answer = Answer(
             "",
             "t",
@@ -328,7 +341,7 @@ def speed() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             begin = time.process_time()
             cache.write_unit(
-                Path(folder), "u", [CachedAnswer(answer, t, r) for t, r in spoken], {}, tau=0.05
+                Path(folder), "u", [CachedAnswer(answer, t, r) for t, r in cached], {}, tau=0.05
             )
             packed = time.process_time() - begin
             best = float("inf")
@@ -338,7 +351,7 @@ def speed() -> dict[str, Any]:
                 for k in read.epoch_order(0, 0).tolist():
                     read[k]
                 best = min(best, time.process_time() - begin)
-        n = 4096 * len(spoken)
+        n = 4096 * len(cached)
         result[regime] = {
             "pack_positions_per_second": round(n / packed),
             "read_positions_per_second": round(n / best),
@@ -353,7 +366,7 @@ def speed() -> dict[str, Any]:
 def given(
     name: str, engine: TransformersEngine, whole: list[Conversation], tokens: list[RenderedTokens]
 ) -> Iterator[CachedAnswer]:
-    """Given answers as the sapling scores them; each is short enough to come in one piece."""
+    """Score given answers with the sapling; each is short enough for one piece."""
     for k, logs_NW in engine.iter_logprobs(
         [t.ids_T for t in tokens], [t.loss_mask_T for t in tokens]
     ):
@@ -364,16 +377,16 @@ def given(
 
 
 def capture_over_forward(name: str) -> float:
-    """Scoring, sampling and packing of given answers over the forward passes that they need."""
+    """Return the cost of scoring, sampling and packing over that of the forward passes alone."""
     source = ModelSource(str(ROOT / "saplings" / name))
-    voice = load_renderer(source, name)
-    engine = TransformersEngine(load_model(source, voice, name), len(voice.vocabulary))
+    renderer = load_renderer(source, name)
+    engine = TransformersEngine(load_model(source, renderer, name), len(renderer.vocabulary))
     whole = [
         i.reference_conversation
         for skill in GENERATED_TASKS
         for i in skill.items(Split.TRAIN, 128, 0)
     ]
-    tokens = [voice.render(c) for c in whole]
+    tokens = [renderer.render(c) for c in whole]
     ratios = []
     for _ in range(5):
         begin = time.process_time()
@@ -395,22 +408,25 @@ def capture_over_forward(name: str) -> float:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown, for docs/cache.md."""
+    """Return the tables of docs/cache.md."""
     lines = [
-        "| a 152k-token vocabulary, synthetic | entries | bytes a position | with tokens | 236 billion tokens |",
+        "| a 152k-token vocabulary, synthetic | entries | bytes per position | with tokens "
+        "| 236 billion tokens |",
         "|---|---|---|---|---|",
     ]
     for regime, rows in result["synthetic"].items():
         lines += [
-            f"| {regime}, {form} | {r['entries']} | {r['rows']} | {r.get('all', '-')} | {r.get('terabytes', '-')} TB |".replace(
-                "- TB", "-"
-            )
+            f"| {regime}, {form} | {r['entries']} | {r['rows']} | {r.get('all', '-')} "
+            f"| {r['terabytes']} TB |"
+            if "terabytes" in r
+            else f"| {regime}, {form} | {r['entries']} | {r['rows']} | {r.get('all', '-')} | - |"
             for form, r in rows.items()
             if isinstance(r, dict) and not {"kl", "kl_at_most"} & r.keys()
         ]
     lines += [
         "",
-        "| entries from p on, rest left over | entries | bytes a position | KL, the rest spread by frequency |",
+        "| entries from p on, rest left over | entries | bytes per position "
+        "| KL, the rest spread by frequency |",
         "|---|---|---|---|",
     ]
     for regime, rows in result["synthetic"].items():
@@ -421,7 +437,7 @@ def table(result: dict[str, Any]) -> str:
         ]
     lines += [
         "",
-        "| the fewest entries, KL of each row | entries | bytes a position | with tokens |",
+        "| the fewest entries, KL of each row | entries | bytes per position | with tokens |",
         "|---|---|---|---|",
     ]
     for regime, rows in result["synthetic"].items():
@@ -432,18 +448,21 @@ def table(result: dict[str, Any]) -> str:
         ]
     lines += [
         "",
-        "| a student taught from | entries | bytes a position | bits a byte, 3 seeds | over full | gradient's variance | bias |",
+        "| a student trained on | entries | bytes per position | bits per byte, 3 seeds "
+        "| over full | gradient's variance | bias |",
         "|---|---|---|---|---|---|---|",
     ]
     for form, r in result["student"]["forms"].items():
         lines.append(
-            f"| {form} | {r.get('entries', '-')} | {r.get('rows', '-')} | {r['mean']:.3f} ({min(r['bits_per_byte']):.3f}-"
-            f"{max(r['bits_per_byte']):.3f}) | {r['over_full']:+.1%} | {r.get('gradient_variance', '-')} | {r.get('gradient_bias', '-')} |"
+            f"| {form} | {r.get('entries', '-')} | {r.get('rows', '-')} "
+            f"| {r['mean']:.3f} ({min(r['bits_per_byte']):.3f}-{max(r['bits_per_byte']):.3f}) "
+            f"| {r['over_full']:+.1%} | {r.get('gradient_variance', '-')} "
+            f"| {r.get('gradient_bias', '-')} |"
         )
     bits = result["bound"]["bits_a_token"]
     lines += [
         "",
-        f"| ids at least, {bits} bits a token | tokens beside the realised | bytes a position |",
+        f"| ids at least, {bits} bits a token | tokens beside the realised | bytes per position |",
         "|---|---|---|",
     ]
     for regime in REGIMES:

@@ -1,9 +1,10 @@
-"""Kill a run again and again, and see that the student comes out the same, byte for byte.
+"""Kill a run at random moments, restart it, and check that the student's bytes are the same.
 
     python bench/chaos.py [kills] [seed]        (make chaos)
 
-One run of a small recipe on the bundled saplings goes through undisturbed; another gets SIGKILL at random moments, `kills`
-times, and is started again each time. Both students' sha256 must be equal. Writes bench/results/chaos.json.
+One run of a small recipe on the bundled saplings is left alone. Another gets SIGKILL at random
+moments, `kills` times, and is restarted each time. The sha256 of both students must be equal.
+Writes bench/results/chaos.json.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ SMALL = [
     "corpus.2.generate=80",
     "corpus.3.generate=80",
     "corpus.4.generate=80",
-    "capture.unit=40",
+    "capture.prompts_per_unit=40",
     "audition.items=30",
     "evaluation.items=30",
     "training.steps=60",
@@ -51,7 +52,7 @@ def start(out: Path) -> subprocess.Popen[bytes]:
 
 
 def finish(out: Path) -> str:
-    """Run to the end; sha256 of the student's weights."""
+    """Run to the end; return the sha256 of the student's weights."""
     run = start(out)
     _, stderr = run.communicate()
     if run.returncode != 0:
@@ -78,7 +79,7 @@ def main() -> None:
             run.communicate()
             if (
                 run.returncode == 0
-            ):  # it came through before the kill: undo its last stages and go on killing
+            ):  # it finished before the kill: undo its last stages and continue
                 for record in (
                     killed / "train" / "done.json",
                     killed / "evaluate" / "done.json",

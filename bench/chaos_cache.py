@@ -1,13 +1,19 @@
-"""Everything that can befall a cache, for longer than the tests do, with its log in bench/results/chaos-cache.json.
+"""Fault injection for the cache, longer than the tests run it.
 
     python bench/chaos_cache.py [rounds] [seed]        (make chaos, about 5 minutes)
 
-- kills: a real capture of the qwen-sapling gets SIGKILL at random moments until it is through; the folder must end with the bytes
-  of an undisturbed one, and no unit may have been asked again that was committed.
-- flips: 500 random bits over every kind of file of a capture; `persea cache verify` must find each.
-- cuts: each kind of file truncated at 64 places; each must be found.
-- power: what a power loss may leave after every prefix of the changes of a disk; no committed unit may be broken or lost.
-- faults: every change of the disk fails once, with four errors; the work is refused with exit 6 and then done to the same bytes.
+- kills: a real capture of the qwen-sapling gets SIGKILL at random moments until it is complete; the
+  folder must hold the same bytes as an undisturbed one, and no committed unit may be generated
+  twice.
+- flips: 500 random bit flips over every kind of file of a capture; `persea cache verify` must find
+  each.
+- cuts: each kind of file is truncated at 64 places; each must be found.
+- power: every state that a power loss may leave, after every prefix of the disk's operations; no
+  committed unit may be broken or lost.
+- faults: every disk operation fails once, with four errors; the run must exit with code 6 and its
+  retry must produce the same bytes.
+
+Writes bench/results/chaos-cache.json.
 """
 
 from __future__ import annotations
@@ -25,14 +31,13 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 
-import test_faults as faults
-from disks import Failing
-
-from persea import storage as store
-from persea.cache.maintenance import committed_units, verify_cache
-from persea.errors import StorageError
+from persea import storage as store  # noqa: E402
+from persea.cache.maintenance import committed_units, verify_cache  # noqa: E402
+from persea.errors import StorageError  # noqa: E402
+from tests.cache import test_faults as faults  # noqa: E402
+from tests.disks import Failing  # noqa: E402
 
 SMALL = [
     "corpus.0.generate=120",
@@ -40,7 +45,7 @@ SMALL = [
     "corpus.2.generate=40",
     "corpus.3.generate=40",
     "corpus.4.generate=40",
-    "capture.unit=10",
+    "capture.prompts_per_unit=10",
     "audition.items=20",
     "evaluation.items=5",
 ]
@@ -99,7 +104,7 @@ def kills(place: Path, rounds: int, rng: random.Random) -> dict[str, object]:
         lost += any(
             after.get(name) != sha for name, sha in before.items() if name.startswith("commits")
         )
-        if run.returncode == 0:  # through before the kill: some units go, and on
+        if run.returncode == 0:  # finished before the kill: remove some units and continue
             for path in rng.sample(sorted((killed / "capture" / "commits").glob("*.json")), 12):
                 path.unlink()
             (killed / "capture" / "done.json").unlink()
@@ -107,8 +112,10 @@ def kills(place: Path, rounds: int, rng: random.Random) -> dict[str, object]:
         if run.returncode != -signal.SIGKILL:
             raise SystemExit(f"capture ended with {run.returncode}")
         count += 1
+        started = (killed / "capture" / "commits").is_dir()
         print(
-            f"kill {count}/{rounds}, {len(committed_units(killed / 'capture')) if (killed / 'capture' / 'commits').is_dir() else 0} units",
+            f"kill {count}/{rounds}, "
+            f"{len(committed_units(killed / 'capture')) if started else 0} units",
             flush=True,
         )
     finish("capture", killed)
@@ -120,10 +127,10 @@ def kills(place: Path, rounds: int, rng: random.Random) -> dict[str, object]:
 
 
 def flips_and_cuts(capture: Path, rng: random.Random, flips: int) -> dict[str, object]:
-    """On a copy of some units of a finished capture, with the records beside them."""
+    """Damage a copy of some units of a finished capture, with their records."""
     files = sorted(
         p for p in capture.rglob("*") if p.is_file() and p.stat().st_size
-    )  # a list of nothing removed has no byte to flip
+    )  # an empty list of removed prompts has no byte to flip
     kinds = {"/".join(p.relative_to(capture).parts[:-1]) or p.name for p in files}
     found = 0
     for k in range(flips):

@@ -1,15 +1,20 @@
-"""Kill a training at every named point and at random, in one process and in two, and see that the student comes out the same, byte for byte.
+"""Kill a training run at named and random points and check that the student's bytes are equal.
 
     python bench/chaos_train.py [random kills] [seed] [part ...]        (make chaos)
 
-A tiny recipe on the bundled saplings is captured once; every training after that is a process of its own which begins from the same capture.
-- points: SIGKILL at each of POINTS, then the same command again; the student's sha256 must be that of an uninterrupted training. Every
-  injector leaves a note that it fired.
-- random: SIGKILL at random moments until it is through.
-- two: two processes. Their launcher is killed, which must leave nobody behind, and the same command must end with the bytes of two
-  uninterrupted processes; a rank is stopped (SIGSTOP), which must be named within 60 s.
-- torchrun: the real one, whose losses must be those of one process.
-Writes bench/results/chaos-train.json as it goes. Parts are offline, on-policy, two, torchrun; those not named stay as they were measured.
+A tiny recipe on the bundled saplings is captured once; every training run is its own process and
+starts from that capture.
+
+- points: SIGKILL at each of POINTS, then the same command again; the student's sha256 must be that
+  of an uninterrupted run. Every injector leaves a note that it fired.
+- random: SIGKILL at random moments until the run is complete.
+- two: two processes. Their launcher is killed: no process may be left, and the same command must
+  end with the bytes of two uninterrupted processes. A rank is stopped (SIGSTOP): the error must
+  name it within 60 s.
+- torchrun: PyTorch's launcher; the losses must be those of one process.
+
+Parts: offline, on-policy, two, torchrun. Parts that are not named keep their figures. Writes
+bench/results/chaos-train.json as it goes.
 """
 
 from __future__ import annotations
@@ -30,25 +35,27 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 
-from disks import Watched
-from test_cli import Started, enter, flowed, flowed_copy, start, warm
+from persea import storage as store  # noqa: E402
+from tests.cli.test_cli import Started, enter, flowed, flowed_copy, start, warm  # noqa: E402
+from tests.disks import Watched  # noqa: E402
 
-from persea import storage as store
-
-MODES: dict[str, tuple[str, ...]] = {  # what each mode adds to the command
+MODES: dict[str, tuple[str, ...]] = {  # extra arguments of each mode
     "offline": (),
     "on-policy": (
         "--set",
-        "training.on_policy={after: 2, share: 1.0, rollouts: 8, refresh: 2, max_new_tokens: 16}",
+        "training.on_policy={start_step: 2, share: 1.0, rollouts: 8, max_staleness_steps: 2, "
+        "max_new_tokens: 16}",
     ),
 }  # a round is two steps
 
 
 @dataclass(frozen=True)
 class Point:
-    """Where to die: at the n-th call of a kind on a file whose name ends so, before it or after it."""
+    """Where to die: before or after the n-th operation of a kind on a file with this name
+    suffix.
+    """
 
     call: str
     name: str
@@ -71,20 +78,20 @@ POINTS = {
         "replace", "step-00000006.json", after=True
     ),
     "an old record is removed, its state is not": Point("remove", "step-00000003.json", after=True),
-    "lessons are told of, the student is not saved": Point("replace", "feed.json", after=True),
+    "the dataset is reported, the student is not saved": Point("replace", "dataset.json", after=True),
     "the student is saved, the stage's record is not": Point("create", "done.json"),
     "the stage's record is synced, not named": Point("replace", "done.json"),
 }
 
 
 def die(point: Point, note: Path) -> None:
-    """Leave a note, and be killed."""
+    """Leave a note, then SIGKILL this process."""
     note.write_text(f"{point}")
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Deadly(Watched):
-    """A disk that kills at a point."""
+    """A disk that kills its process at a point."""
 
     def __init__(self, point: Point, note: Path) -> None:
         self.point, self.note, self.seen = point, note, 0
@@ -103,8 +110,8 @@ class Deadly(Watched):
             die(self.point, self.note)
 
 
-def doomed(point: Point, note: Path, arguments: tuple[str, ...], folder: Path, said: Path) -> None:
-    """In a child: the command line, with a point at which it dies."""
+def doomed(point: Point, note: Path, arguments: tuple[str, ...], folder: Path, log: Path) -> None:
+    """Run the command line in a child process that dies at a point."""
     import torch
 
     def counted(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -125,11 +132,11 @@ def doomed(point: Point, note: Path, arguments: tuple[str, ...], folder: Path, s
         torch.optim.AdamW.step = counted(torch.optim.AdamW.step)  # type: ignore[method-assign]
     else:
         store.DISK = Deadly(point, note)
-    enter(arguments, folder, said)
+    enter(arguments, folder, log)
 
 
 def begin(place: Path, name: str) -> Path:
-    """A folder with the recipe and its capture."""
+    """Return a folder with the recipe and its capture."""
     (place / name).mkdir()
     return flowed_copy(place / name, "check", "audition", "capture")
 
@@ -139,7 +146,7 @@ def arguments(mode: str, *more: str) -> tuple[str, ...]:
 
 
 def finish(folder: Path, *command: str) -> str:
-    """Train to the end; sha256 of the student's weights."""
+    """Train to the end; return the sha256 of the student's weights."""
     ended = start(*command, folder=folder).wait()
     if ended.code:
         raise SystemExit(f"training ended with {ended.code}: {ended.err[-2000:]}")
@@ -147,18 +154,21 @@ def finish(folder: Path, *command: str) -> str:
 
 
 def points(place: Path, mode: str, whole: str) -> dict[str, Any]:
-    told: dict[str, Any] = {}
+    outcome: dict[str, Any] = {}
     for k, (name, point) in enumerate(POINTS.items()):
-        folder, said = begin(place, f"{mode} {k}"), Path(tempfile.mkdtemp())
+        folder, log = begin(place, f"{mode} {k}"), Path(tempfile.mkdtemp())
         note = folder / "fired"
-        child = warm().Process(target=doomed, args=(point, note, arguments(mode), folder, said))
+        child = warm().Process(target=doomed, args=(point, note, arguments(mode), folder, log))
         child.start()
         child.join()
         fired = child.exitcode == -signal.SIGKILL and note.is_file()
-        told[name] = {"fired": fired, "equal": fired and finish(folder, *arguments(mode)) == whole}
-        print(f"{mode} {k + 1}/{len(POINTS)} {name}: {told[name]}", flush=True)
+        outcome[name] = {
+            "fired": fired,
+            "equal": fired and finish(folder, *arguments(mode)) == whole,
+        }
+        print(f"{mode} {k + 1}/{len(POINTS)} {name}: {outcome[name]}", flush=True)
         shutil.rmtree(folder)
-    return told
+    return outcome
 
 
 def at_random(place: Path, mode: str, whole: str, kills: int, rng: random.Random) -> dict[str, Any]:
@@ -167,7 +177,7 @@ def at_random(place: Path, mode: str, whole: str, kills: int, rng: random.Random
     running = start(*arguments(mode), folder=folder)
     running.signal_when(
         "train  12%", signal.SIGKILL
-    )  # the first one tells how long it takes to the first step
+    )  # the first run shows how long the first step takes
     running.wait()
     count, length = 1, time.monotonic() - clock
     while count < kills:
@@ -185,7 +195,7 @@ def at_random(place: Path, mode: str, whole: str, kills: int, rng: random.Random
 
 
 def below(pid: int) -> list[int]:
-    """A process' descendants, by what Linux says of each process' parent."""
+    """Return the descendants of a process, from the parent ids in /proc."""
     parents: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -202,11 +212,11 @@ def below(pid: int) -> list[int]:
 
 
 def until(running: Started, words: str) -> list[int]:
-    """Wait for words; the pids of the ranks, in the order of their start."""
+    """Wait for this text in the output; return the pids of the ranks in their start order."""
     end = time.monotonic() + 300
     while words not in running.err():
         if not running.process.is_alive() or time.monotonic() > end:
-            raise SystemExit(f"never said {words!r}: {running.err()}")
+            raise SystemExit(f"{words!r} never appeared: {running.err()}")
         time.sleep(0.05)
     assert running.process.pid
     servers = [
@@ -236,7 +246,7 @@ def two(place: Path, mode: str) -> dict[str, Any]:
     os.kill(ranks[1], signal.SIGSTOP)
     clock = time.monotonic()
     ended = running.wait()
-    told = {
+    outcome = {
         "ranks": len(ranks),
         "orphans": len(left),
         "hung": {
@@ -245,7 +255,7 @@ def two(place: Path, mode: str) -> dict[str, Any]:
             "said": ended.err.splitlines()[-1].replace(f" on {socket.gethostname()}", ""),
         },
     }
-    return told | {"equal": finish(folder, *command) == whole}
+    return outcome | {"equal": finish(folder, *command) == whole}
 
 
 def torchrun(place: Path) -> dict[str, Any]:

@@ -1,10 +1,12 @@
-"""How often the 95 % intervals of persea.tasks.intervals hold the truth, simulated; and the bootstrap beside them.
+"""Simulate how often the 95 % intervals of persea.tasks.intervals contain the truth.
 
-    python bench/coverage.py [rounds]           writes bench/results/coverage.json (2,000 rounds: about two minutes)
+    python bench/coverage.py [rounds]           (2,000 rounds: about two minutes)
 
-Shares and graded values (Beta distributions; many zeros; many ones), one mean, two speakers on the same items (difference and ratio).
-Where fewer than about 7 of the items set two speakers apart, no interval can keep to 95 %: those cases are listed apart, and only
-that they do not fall below is asked of them.
+The percentile bootstrap is shown beside them. Cases: proportions and graded scores (Beta
+distributions; many zeros; many ones), for one mean and for two models on the same items (difference
+and ratio). Where fewer than about 7 of the items distinguish two models, no interval can keep to
+exactly 95 %: those cases are listed apart and must only not fall below it. Writes
+bench/results/coverage.json.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ TWINS = (
 
 
 def bootstrap(values: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
-    """The percentile interval of a mean."""
+    """Return the percentile bootstrap interval of a mean."""
     means = values[rng.integers(0, len(values), (BOOTSTRAP, len(values)))].mean(1)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
@@ -124,11 +126,12 @@ def main() -> None:
     rows = [*means(rounds), *pairs(rounds)]
     for row in rows:
         print(
-            f"{row['of']:10} {row['case']:32} n {row['n']:3}  persea {row['persea']:.3f}  bootstrap {row.get('bootstrap', float('nan')):.3f}"
+            f"{row['of']:10} {row['case']:32} n {row['n']:3}  persea {row['persea']:.3f}  "
+            f"bootstrap {row.get('bootstrap', float('nan')):.3f}"
         )
     usual = [r for r in rows if r.get("apart", APART) >= APART]
     inside = sum(0.93 <= r["persea"] <= 0.97 for r in usual)
-    told = {
+    result = {
         "rounds": rounds,
         "usual": {
             "cases": len(usual),
@@ -143,8 +146,8 @@ def main() -> None:
         },
         "rows": rows,
     }
-    print(json.dumps({k: v for k, v in told.items() if k != "rows"}, indent=1))
-    (ROOT / "bench" / "results" / "coverage.json").write_text(json.dumps(told, indent=1) + "\n")
+    print(json.dumps({k: v for k, v in result.items() if k != "rows"}, indent=1))
+    (ROOT / "bench" / "results" / "coverage.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

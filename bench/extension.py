@@ -1,10 +1,12 @@
-"""What a longer vocabulary saves: tokens a byte on held-out lines, by language, with 512, 2,048 and 8,192 tokens more. Nothing is trained.
+"""Measure tokens per byte with 512, 2,048 and 8,192 extra tokens in the vocabulary. Trains nothing.
 
-    PERSEA_DATA=... python bench/extension.py          writes bench/results/extension.json (below two minutes)
+    PERSEA_DATA=... python bench/extension.py          (less than two minutes)
 
-The real tokenizers of Llama 3, Qwen 3 and gpt-oss, their merges gone on with on nine tenths of the Khmer, Burmese, Lao and Thai lines of the
-parallel text; measured on the last tenth of these and of every other language there. `balance`: Llama 3, 512 tokens more, learned on Khmer and
-a tenth or a fiftieth as much Lao: each file counting as much as the other, and both as one text.
+The tokenizers of Llama 3, Qwen 3 and gpt-oss learn more merges from nine tenths of the Khmer,
+Burmese, Lao and Thai lines of the parallel text. Figures are from the last tenth of these and of
+every other language there. `balance`: Llama 3 with 512 extra tokens, learned from Khmer and a tenth
+or a fiftieth as much Lao, with files weighted equally and as one text. Writes
+bench/results/extension.json.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from persea.chat.families import CONTROL_MARKERS
 from persea.tokenization.vocabulary import Vocabulary, load_vocabulary
 from persea.vocab_extension.learn_merges import (
     Merge,
@@ -46,7 +49,10 @@ def texts() -> dict[str, MergeTrainingText]:
 
 
 def shorter(spec: Mapping[str, Any], merges: Sequence[Merge], tokens: int) -> list[Merge]:
-    """The first of these merges, those that make so many new tokens: what is learned for fewer is the beginning of what is learned for more."""
+    """Return the first merges that make this many new tokens.
+
+    The merges learned for fewer tokens are the beginning of those learned for more.
+    """
     known, fresh = set(spec["model"]["vocab"]), 0
     for k, (one, other) in enumerate(merges):
         fresh += one + other not in known
@@ -60,7 +66,9 @@ def longer(
     backend: Tokenizer, spec: Mapping[str, Any], merges: Sequence[Merge], old: Vocabulary
 ) -> Vocabulary:
     new = load_vocabulary(
-        Tokenizer.from_str(json.dumps(extend_tokenizer_spec(spec, merges))), old.name
+        Tokenizer.from_str(json.dumps(extend_tokenizer_spec(spec, merges))),
+        old.name,
+        CONTROL_MARKERS,
     )
     refuse_changed_tokens(old, new, old.name)
     return new
@@ -70,8 +78,8 @@ def tokens_a_byte(
     files: Mapping[str, MergeTrainingText], old: Vocabulary, new: Vocabulary
 ) -> dict[str, float]:
     return {
-        name: round(told.tokens_after / told.bytes, 4)
-        for name, told in (
+        name: round(outcome.tokens_after / outcome.bytes, 4)
+        for name, outcome in (
             (name, measure_tokenization_cost(one, old, new)) for name, one in files.items()
         )
     }
@@ -79,24 +87,24 @@ def tokens_a_byte(
 
 def measured(name: str, files: Mapping[str, MergeTrainingText]) -> dict[str, Any]:
     backend = Tokenizer.from_file(str(DATA / "tokenizers" / name / "tokenizer.json"))
-    old, spec = load_vocabulary(backend, name), json.loads(backend.to_str())
+    old, spec = load_vocabulary(backend, name, CONTROL_MARKERS), json.loads(backend.to_str())
     clock = time.process_time()
     merges = learn_merges(
         backend,
         count_words(backend, [files[language].training_lines for language in LEARNED_ON]),
         max(SIZES),
     )
-    seconds, told = round(time.process_time() - clock, 1), {"0": tokens_a_byte(files, old, old)}
+    seconds, outcome = round(time.process_time() - clock, 1), {"0": tokens_a_byte(files, old, old)}
     for size in SIZES:
-        told[str(size)] = tokens_a_byte(
+        outcome[str(size)] = tokens_a_byte(
             files, old, longer(backend, spec, shorter(spec, merges, size), old)
         )
-    return {"known": len(old), "cpu_seconds": seconds, "tokens_a_byte": told}
+    return {"known": len(old), "cpu_seconds": seconds, "tokens_a_byte": outcome}
 
 
 def balance(files: Mapping[str, MergeTrainingText]) -> Iterator[dict[str, Any]]:
     backend = Tokenizer.from_file(str(DATA / "tokenizers" / "llama3" / "tokenizer.json"))
-    old, spec = load_vocabulary(backend, "llama3"), json.loads(backend.to_str())
+    old, spec = load_vocabulary(backend, "llama3", CONTROL_MARKERS), json.loads(backend.to_str())
     two = {name: files[name] for name in ("khm", "lao")}
     for few in FEW:
         khmer, lao = (
@@ -120,14 +128,15 @@ def main() -> None:
         "tokenizers": {},
     }
     for name in TOKENIZERS:
-        told = result["tokenizers"][name] = measured(name, files)
+        outcome = result["tokenizers"][name] = measured(name, files)
         print(
-            f"{name}: tokens a byte with {', '.join(told['tokens_a_byte'])} tokens more ({told['cpu_seconds']} s to learn)"
+            f"{name}: tokens per byte with {', '.join(outcome['tokens_a_byte'])} extra tokens "
+            f"({outcome['cpu_seconds']} s to learn)"
         )
         for language in (*LEARNED_ON, *(n for n in files if n not in LEARNED_ON)):
             print(
                 f"  {language:7}",
-                *(f"{row[language]:.3f}" for row in told["tokens_a_byte"].values()),
+                *(f"{row[language]:.3f}" for row in outcome["tokens_a_byte"].values()),
                 flush=True,
             )
     result["balance"] = list(balance(files))

@@ -1,4 +1,4 @@
-"""From the capture to the student's batches: what the reader gives and what training takes, and what lessons weigh.
+"""Measure the way from the capture to the student's batches: reading, training step, and memory.
 
 A part of bench/cache.py: `python bench/cache.py feed`.
 """
@@ -23,25 +23,28 @@ from persea.models.loading import ModelSource, load_model, load_renderer
 from persea.tasks.generated import GENERATED_TASKS
 from persea.tasks.task import Split
 from persea.teachers.engines.transformers import TransformersEngine
-from persea.training.dataset import build_dataset, build_example
+from persea.training.dataset import build_dataset
+from persea.training.example import build_example
 from persea.training.student import load_student
 
 TEACHERS = ("qwen-sapling", "gemma-sapling", "gpt-oss-sapling")
 
 
-def kept_answers(folder: Path, each: int, times: int) -> list[list[str]]:
-    """Units of `each` given answers of every skill by every sapling, written `times` times; names of each sapling's."""
+def cache_answers(folder: Path, each: int, times: int) -> list[list[str]]:
+    """Cache `each` given answers per task and sapling, `times` times; return unit names per
+    sapling.
+    """
     names = []
     for name in TEACHERS:
         source = ModelSource(str(ROOT / "saplings" / name))
-        voice = load_renderer(source, name)
-        engine = TransformersEngine(load_model(source, voice, name), len(voice.vocabulary))
+        renderer = load_renderer(source, name)
+        engine = TransformersEngine(load_model(source, renderer, name), len(renderer.vocabulary))
         whole = [
             i.reference_conversation
             for skill in GENERATED_TASKS
             for i in skill.items(Split.TRAIN, each, 0)
         ]
-        captures = list(given(name, engine, whole, [voice.render(c) for c in whole]))
+        captures = list(given(name, engine, whole, [renderer.render(c) for c in whole]))
         names.append([f"{name}-{k}" for k in range(times)])
         for unit in names[-1]:
             cache.write_unit(folder, unit, captures, {}, tau=TAU)
@@ -52,40 +55,54 @@ def resident() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
 
 
-def grown(folder: Path, names: list[list[str]], draws: int, told: Any) -> None:
-    """In a process of its own: megabytes that so many draws leave, lessons and blocks that are kept."""
-    voice = load_renderer(ModelSource(str(ROOT / "saplings" / "llama-sapling")), "student")
-    bridges = {
-        name: load_event_map(load_renderer(ModelSource(str(ROOT / "saplings" / name)), name), voice)
+def grown(folder: Path, names: list[list[str]], draws: int, sizes: Any) -> None:
+    """Measure, in a process of its own, the megabytes that examples and blocks occupy after
+    `draws`.
+    """
+    renderer = load_renderer(ModelSource(str(ROOT / "saplings" / "llama-sapling")), "student")
+    event_maps = {
+        name: load_event_map(
+            load_renderer(ModelSource(str(ROOT / "saplings" / name)), name), renderer
+        )
         for name in TEACHERS
     }
     readers = [open_cache_reader(folder, mine) for mine in names]
     for read, name in zip(readers, TEACHERS, strict=True):
         for number in range(
             0, len(read), max(1, len(read) // 64)
-        ):  # what masks remember is theirs, and does not count here
-            build_example(read[number], voice, bridges[name])
+        ):  # the caches of the masks are not part of the dataset
+            build_example(read[number], renderer, event_maps[name])
     before = resident()
     feed = build_dataset(
-        [(read, 1.0) for read in readers], voice, bridges, batch_size=16, seed=0, max_tokens=512
+        [(read, 1.0) for read in readers],
+        renderer,
+        event_maps,
+        batch_size=16,
+        seed=0,
+        max_tokens=512,
     )
     for number in range(draws):
         feed.example(number)
-    told.verbalize(resident() - before)
+    sizes.verbalize(resident() - before)
 
 
 def feed(each: int = 1000, times: int = 5) -> dict[str, Any]:
-    """CPU seconds of one thread on the saplings: reading, lessons and the llama-sapling's training step; megabytes of lessons."""
+    """Measure reading, examples and the llama-sapling's training step on the saplings.
+
+    CPU seconds of one thread; megabytes of examples.
+    """
     where = ModelSource(str(ROOT / "saplings" / "llama-sapling"))
-    voice = load_renderer(where, "student")
-    student = load_student(where, voice, None)
+    renderer = load_renderer(where, "student")
+    student = load_student(where, renderer, None)
     result: dict[str, Any] = {}
-    bridges = {
-        name: load_event_map(load_renderer(ModelSource(str(ROOT / "saplings" / name)), name), voice)
+    event_maps = {
+        name: load_event_map(
+            load_renderer(ModelSource(str(ROOT / "saplings" / name)), name), renderer
+        )
         for name in TEACHERS
     }
     with tempfile.TemporaryDirectory() as kept:
-        names = kept_answers(Path(kept), each, times)
+        names = cache_answers(Path(kept), each, times)
         readers = [open_cache_reader(Path(kept), mine[:1]) for mine in names]
         begin = time.process_time()
         for read in readers:
@@ -95,7 +112,12 @@ def feed(each: int = 1000, times: int = 5) -> dict[str, Any]:
         positions = sum(cache.read_record(Path(kept), mine[0])["positions"] for mine in names)
         begin = time.process_time()
         fed = build_dataset(
-            [(read, 1.0) for read in readers], voice, bridges, batch_size=16, seed=0, max_tokens=512
+            [(read, 1.0) for read in readers],
+            renderer,
+            event_maps,
+            batch_size=16,
+            seed=0,
+            max_tokens=512,
         )
         survey = time.process_time() - begin
         lessons, steps, learned = [], [], 0
@@ -120,13 +142,13 @@ def feed(each: int = 1000, times: int = 5) -> dict[str, Any]:
         print(result["saplings"], flush=True)
         apart = multiprocessing.get_context("spawn")
         for some in (1, times):
-            told = apart.Queue()
+            sizes = apart.Queue()
             child = apart.Process(
-                target=grown, args=(Path(kept), [mine[:some] for mine in names], 20_000, told)
+                target=grown, args=(Path(kept), [mine[:some] for mine in names], 20_000, sizes)
             )
             child.start()
             result[f"{9 * each * some:,} answers, lessons as steps want them"] = {
-                "megabytes": round(told.get(timeout=3600))
+                "megabytes": round(sizes.get(timeout=3600))
             }
             child.join()
             print(result, flush=True)

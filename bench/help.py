@@ -1,4 +1,4 @@
-"""How long `persea --help` takes, wall seconds of a whole process, best and median of 9 (make bench). Goal: below .5 s."""
+"""Time `persea --help`: wall seconds, best and median of 9 (make bench). Goal: below .5 s."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Do the boundary masks ever drop a token that really comes next? On all real text there is, and beside the mask that looks no
-further than the candidate.
+"""Count realised next tokens that the boundary masks drop, on all real text there is. Must be zero.
 
-    PERSEA_DATA=... python bench/masks.py            (hours on one core; --lines 10, seven minutes, made masks.json)
+    PERSEA_DATA=... python bench/masks.py      (hours on one core)
 
-Counts, for each real teacher and Llama 3, every common boundary of every line of the parallel texts, the corpus and the evaluation
-sets: realised next tokens of both sides that the mask drops, and that re-encoding [last token + candidate] alone would drop.
-Writes bench/results/masks.json.
+For each real teacher with Llama 3: every common boundary of every line of the parallel texts, the
+corpus and the evaluation sets. Counts the realised next tokens of both sides that the mask drops,
+and those that a simpler mask would drop which re-encodes only [last token + candidate]. `--lines
+10` takes seven minutes and made bench/results/masks.json.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ TEACHERS = {"qwen": "qwen3", "gemma": "gemma3", "gpt-oss": "gpt-oss"}
 
 
 def texts(lines: int) -> Iterator[tuple[str, str]]:
-    """(kind, text): parallel lines by language, corpus files, evaluation sets as they lie there."""
+    """Yield (kind, text): parallel lines by language, corpus files, evaluation sets as raw
+    files.
+    """
     for file in sorted((DATA / "parallel").glob("ntrex.*.txt")):
         for line in file.read_text(encoding="utf-8").split("\n")[:lines]:
             yield file.stem.removeprefix("ntrex."), line
@@ -43,13 +45,13 @@ def texts(lines: int) -> Iterator[tuple[str, str]]:
                     yield folder.split("/")[0], line[:4000]
 
 
-def alone(keeper: Vocabulary, last: int, candidate: bytes) -> bool:
-    """Whether the last token and the candidate, encoded by themselves, keep the boundary between them."""
-    raw = (keeper.bytes_W[last] or b"") + candidate
+def alone(vocabulary: Vocabulary, last: int, candidate: bytes) -> bool:
+    """Return whether [last token + candidate], encoded alone, keeps the boundary between them."""
+    raw = (vocabulary.bytes_W[last] or b"") + candidate
     try:
-        first = keeper.backend.encode(raw.decode(), add_special_tokens=False).ids[:1]
+        first = vocabulary.backend.encode(raw.decode(), add_special_tokens=False).ids[:1]
     except UnicodeDecodeError:
-        return True  # no text: cannot be asked
+        return True  # not valid text: cannot be encoded
     return first == [last]
 
 
@@ -86,17 +88,17 @@ def main() -> None:
     student = load_renderer(ModelSource(str(DATA / "tokenizers" / "llama3")), "llama")
     out: dict[str, dict[str, dict[str, float]]] = {}
     for name, folder in TEACHERS.items():
-        bridge = load_event_map(
+        event_map = load_event_map(
             load_renderer(ModelSource(str(DATA / "tokenizers" / folder)), name), student
         )
-        assert bridge.teacher_mask and bridge.student_mask
+        assert event_map.teacher_mask and event_map.student_mask
         found: dict[str, Counter[str]] = {}
         clock = time.process_time()
         for kind, text in texts(lines):
             try:
                 count(
-                    bridge.teacher_mask,
-                    bridge.student_mask,
+                    event_map.teacher_mask,
+                    event_map.student_mask,
                     unicodedata.normalize("NFC", text),
                     found.setdefault(kind, Counter()),
                 )

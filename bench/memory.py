@@ -1,4 +1,4 @@
-"""How much memory tensors take while something runs: counted operation by operation, so that it is the same everywhere."""
+"""Measure the peak memory of tensors operation by operation, which is the same on every machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class Peak(TorchDispatchMode):
-    """Most bytes of storage that tensors made inside held at once; what one operation needs for itself is not seen."""
+    """Count the peak bytes of tensor storage allocated inside.
+
+    Temporary memory inside one operation is not seen.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,12 +1,17 @@
-"""The student's own answers or its teachers': two students of the same first steps, then as many more of either kind.
+"""Compare a student that trains on its own answers too with one that trains on its teachers' alone.
 
-    python bench/onpolicy.py [seeds] [items]    (3 seeds, 200 items a skill; about 15 minutes a seed, 8 where bench/results.py has run)
+    python bench/onpolicy.py [seeds] [items]
 
-For each seed two students of recipes/quickstart.yaml, with one audition and one capture: "off" learns from the teachers' answers to the end,
-"on" from its own too, as recipes/onpolicy.yaml says. Until that begins both are the same, bit for bit. Held-out answers by skill and mode
-(reasoning at high effort and code are the long ones), bits per byte of reference answers, and answers that think unasked or do not think
-when asked to; differences are paired by item, over all seeds, with their 95 % interval. Goes on where it was: every student stands in
-runs/onpolicy/SEED/, the first of them in runs/results/SEED/ as bench/results.py leaves it. Writes bench/results/onpolicy.json and prints the table.
+3 seeds, 200 items per task; about 15 minutes per seed, 8 where bench/results.py has run.
+
+For each seed two students of recipes/quickstart.yaml share one audition and one capture: "off"
+trains on the teachers' answers to the end, "on" also on its own, as in recipes/onpolicy.yaml. Until
+that starts both are the same, bit for bit. Measured: held-out answers by task and thinking effort
+(reasoning at high effort and code are the long ones), bits per byte of reference answers, and
+answers with unasked thinking or without requested thinking. Differences are paired by item over all
+seeds, with 95 % intervals. Resumable: the students are in runs/onpolicy/SEED/, the first of them in
+runs/results/SEED/ as bench/results.py leaves it. Writes bench/results/onpolicy.json and prints the
+table.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from results import ALL, ROOT, made, surprise
+from results import ALL, ROOT, made, reference_bits
 from results import RUNS as OFF
 
 from persea import storage as store
@@ -33,43 +38,51 @@ RUNS, OUT = ROOT / "runs" / "onpolicy", ROOT / "bench" / "results" / "onpolicy.j
 TERMS = yaml.safe_load((ROOT / "recipes" / "onpolicy.yaml").read_text())["training"]["on_policy"]
 
 
-def told(river: RunContext, items: int) -> dict[str, Any]:
-    """Of a trained student: "skill effort" -> what each item's answer is worth, and how many thought when they should not have or the other way
-    round; bits per byte; what it learned from. Kept beside its weights."""
-    path = river.folder / f"told-{items}.json"
+def measured(context: RunContext, items: int) -> dict[str, Any]:
+    """Measure a trained student, and keep the result beside its weights.
+
+    "task effort" -> score of each item, and the number of answers with unasked or missing thinking;
+    bits per byte; the data it trained on.
+    """
+    path = context.folder / f"told-{items}.json"
     if path.is_file():
         return dict(json.loads(path.read_text()))
-    set_threads(river.recipe.threads)
-    student, found, nats, size = river.models.load_participant(STUDENT, 200), dict[str, Any](), 0.0, 0
-    for skill, some in ((s, s.items(Split.TEST, items, river.recipe.seed)) for s in ALL):
-        for effort in river.taught_efforts.get(skill.name, (ThinkingEffort.NONE,)):
+    set_threads(context.recipe.threads)
+    student, found, nats, size = (
+        context.models.load_participant(STUDENT, 200),
+        dict[str, Any](),
+        0.0,
+        0,
+    )
+    for skill, some in ((s, s.items(Split.TEST, items, context.recipe.seed)) for s in ALL):
+        for effort in context.taught_efforts.get(skill.name, (ThinkingEffort.NONE,)):
             answers = student.answer(
                 [replace(i.prompt, effort=effort) for i in some],
-                river.recipe.evaluation.max_new_tokens,
+                context.recipe.evaluation.max_new_tokens,
             )
-            said = [(a.conversation.messages[-1], a.finish) for a in answers]
+            answered = [(a.conversation.messages[-1], a.finish) for a in answers]
             thought = [
                 bool(m.thinking) or (finish is not FinishReason.STOP and not m.text and not m.calls)
-                for m, finish in said
+                for m, finish in answered
             ]
             found[f"{skill.name} {effort}"] = {
-                "values": [r.value for r in grade_answers(skill, some, said)],
+                "values": [r.value for r in grade_answers(skill, some, answered)],
                 "leaks": sum(one is (effort is ThinkingEffort.NONE) for one in thought),
             }
         can = [
             i.reference_conversation for i in some if student.can_render(i.reference_conversation)
         ]
-        nats += surprise(student, can)
+        nats += reference_bits(student, can)
         size += sum(len(p.text.encode()) for c in can for p in c.messages[-1].parts)
     lines = [
         json.loads(line)
-        for line in (river.folder / "train" / "metrics.jsonl").read_text().splitlines()
+        for line in (context.folder / "train" / "metrics.jsonl").read_text().splitlines()
     ]
-    own = [line for line in lines if "reverse" in line["terms"]]
+    own = [line for line in lines if "reverse_kl" in line["terms"]]
     out = {
         "answers": found,
         "bits_per_byte": nats / size,
-        "seconds": river.stages.read_record("train")["seconds"],
+        "seconds": context.stages.read_record("train")["seconds"],
         "positions": lines[-1]["positions"],
         "own": {
             "lines": len(own),
@@ -83,7 +96,9 @@ def told(river: RunContext, items: int) -> dict[str, Any]:
 
 
 def table(seeds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Skill and mode -> both students' means over seeds, on - off with its interval, leaks."""
+    """Return, by task and effort, both students' means over seeds, on - off with its interval,
+    leaks.
+    """
     out: dict[str, Any] = {}
     for key in seeds[0]["off"]["answers"]:
         on, off = (
@@ -118,7 +133,7 @@ def main() -> None:
             "train",
             reuse=off.folder,
         )
-        found.append({"off": told(off, items), "on": told(on, items)})
+        found.append({"off": measured(off, items), "on": measured(on, items)})
         out = {
             "seeds": len(found),
             "items": items,
@@ -137,7 +152,8 @@ def main() -> None:
     print("skill and mode      on    off   difference            leaks on off")
     for key, row in out["table"].items():
         print(
-            f"{key:18} {row['on']:.3f} {row['off']:.3f} {row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})  {row['leaks']['on']:4} "
+            f"{key:18} {row['on']:.3f} {row['off']:.3f} {row['difference']:+.3f} "
+            f"({row['low']:+.3f} to {row['high']:+.3f})  {row['leaks']['on']:4} "
             f"{row['leaks']['off']:4}  of {row['n']}"
         )
     print("bits/byte", out["bits_per_byte"])

@@ -1,17 +1,21 @@
-"""The quickstart with several seeds, and what it must be compared with: does the table stand, and is one student of three teachers worth it?
+"""Run the quickstart with several seeds, beside the students it must be compared with.
 
-    python bench/results.py [seeds] [items] [arm ...]     (make results: 3 seeds, 400 items a skill, every arm)
+    python bench/results.py [seeds] [items] [arm ...]     (make results)
 
-For each seed (prompts, order and sampling of rows change; saplings stay), arm by arm:
+Default: 3 seeds, 400 items per task, every arm. Seeds change the prompts, the order and the
+sampling of distributions, not the saplings. Arms, for each seed:
 
-    student      the quickstart's own; with it base and teachers are measured
-    sft          a student of the same answers, by cross-entropy alone (training.event_share = 0)
-    balance      a student of the same answers, its groups balanced as the recipe's student is not (training.balance)
-    oracle       a student of each teacher's own skills alone, as many steps; the routed oracle takes the best of these, skill by skill
-    only         a student of each teacher alone, asked every prompt of the recipe
+    student      the quickstart's student; base model and teachers are measured with it
+    sft          a student of the same answers, by cross-entropy alone (training.event_weight = 0)
+    balance      a student of the same answers with training.loss_balancing, which the recipe does
+                 not use
+    oracle       a student of each teacher's tasks alone, for as many steps; the routed oracle takes
+                 the best of these, task by task
+    only         a student of each teacher alone, which answers every prompt of the recipe
 
-Goes on where it was: every student stands in runs/results/SEED/, what was measured beside it. Writes bench/results/quickstart.json and
-prints the table. Headroom reached = (student - base) / (oracle - base), over the seeds that have both.
+Resumable: students and measurements are in runs/results/SEED/. Headroom reached = (student - base)
+/ (oracle - base), over the seeds that have both. Writes bench/results/quickstart.json and prints
+the table.
 """
 
 from __future__ import annotations
@@ -44,7 +48,9 @@ SAPLINGS = (ROOT / "saplings").glob("*/model.safetensors")
 
 
 def made(out: Path, sets: list[str], *verbs: str, reuse: Path | None = None) -> RunContext:
-    """The run folder after these stages; audition and capture taken over from another run's where they are the same."""
+    """Return the run folder after these stages, with audition and capture of `reuse` where
+    equal.
+    """
     if reuse is not None and not out.exists():
         for stage in ("audition", "capture"):
             shutil.copytree(reuse / stage, out / stage)
@@ -66,45 +72,51 @@ def made(out: Path, sets: list[str], *verbs: str, reuse: Path | None = None) -> 
     return RunContext(load_recipe(RECIPE, sets), out)
 
 
-def measured(river: RunContext, name: str, items: int) -> dict[str, Any]:
-    """Scores with intervals, and bits per byte of the held-out reference answers, of one speaker of a run; kept beside its weights."""
+def measured(context: RunContext, name: str, items: int) -> dict[str, Any]:
+    """Measure one model of a run, and keep the result beside its weights.
+
+    Scores with intervals, and bits per byte of the held-out reference answers.
+    """
     path, weights = (
-        river.folder / f"measured-{name}-{items}.json",
-        digest_file(_weights(river, name)),
+        context.folder / f"measured-{name}-{items}.json",
+        digest_file(_weights(context, name)),
     )
-    if path.is_file() and (stands := dict(json.loads(path.read_text()))).pop("weights") == weights:
-        return stands
-    set_threads(river.recipe.threads)
-    speaker, settings = river.models.load_participant(name, 200), river.recipe.evaluation
+    if (
+        path.is_file()
+        and (previous := dict(json.loads(path.read_text()))).pop("weights") == weights
+    ):
+        return previous
+    set_threads(context.recipe.threads)
+    speaker, settings = context.models.load_participant(name, 200), context.recipe.evaluation
     scores, bits, size = {}, 0.0, 0
-    for skill, some in ((s, s.items(Split.TEST, items, river.recipe.seed)) for s in ALL):
+    for skill, some in ((s, s.items(Split.TEST, items, context.recipe.seed)) for s in ALL):
         answers = speaker.answer([i.prompt for i in some], settings.max_new_tokens)
         results = grade_answers(
             skill, some, [(a.conversation.messages[-1], a.finish) for a in answers]
         )
         scores[skill.name] = score_results(name, skill.name, results, speaker.effort).to_json()
-        said = [
+        references = [
             i.reference_conversation for i in some if speaker.can_render(i.reference_conversation)
         ]
-        bits += surprise(speaker, said)
-        size += sum(len(p.text.encode()) for c in said for p in c.messages[-1].parts)
+        bits += reference_bits(speaker, references)
+        size += sum(len(p.text.encode()) for c in references for p in c.messages[-1].parts)
     found = {"scores": scores, "bits_per_byte": bits / size}
     path.write_text(json.dumps(found | {"weights": weights}, indent=1) + "\n")
     return found
 
 
-def _weights(river: RunContext, name: str) -> Path:
-    r = river.recipe
-    model = {STUDENT: str(river.folder / "train" / "student"), BASE: r.student.model}.get(
+def _weights(context: RunContext, name: str) -> Path:
+    r = context.recipe
+    model = {STUDENT: str(context.folder / "train" / "student"), BASE: r.student.model}.get(
         name
     ) or next(t.model for t in r.teachers if t.name == name)
     return Path(model) / "model.safetensors"
 
 
-def surprise(speaker: Teacher, said: list[Any]) -> float:
-    """Bits spent on the last message of each conversation: content and the token that ends it."""
+def reference_bits(speaker: Teacher, references: list[Any]) -> float:
+    """Return the bits of the last message of each conversation: content and end-of-turn token."""
     nats = 0.0
-    for tokens, logprobs_NW in speaker.compute_logprobs(said):
+    for tokens, logprobs_NW in speaker.compute_logprobs(references):
         learned = np.flatnonzero(tokens.loss_mask_T)
         picked_N = logprobs_NW.numpy()[np.arange(len(learned)), tokens.ids_T[learned]]
         nats -= float(picked_N[tokens.starts_T[learned] >= 0].astype(np.float64).sum())
@@ -116,41 +128,45 @@ ARMS = ("student", "sft", "balance", "oracle", "only")
 
 
 def measurements(arm: str, seed: int, items: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every speaker of an arm, and what was measured of it."""
+    """Yield every model of an arm with its measurements."""
     folder, sets = RUNS / str(seed), [f"seed={seed}"]
     main = made(folder / "student", sets, "audition", "capture", "train")
     cast = {skill: parts[0][0] for skill, parts in main.cast.parts.items()}
     if arm == "student":
-        for name in (STUDENT, BASE, *main.renderers):
+        for name in (STUDENT, BASE, *main.models.renderers):
             yield name, measured(main, name, items)
     elif arm == "sft":
         yield (
             arm,
             measured(
-                made(folder / "sft", [*sets, "training.event_share=0"], "train", reuse=main.folder),
+                made(
+                    folder / "sft", [*sets, "training.event_weight=0"], "train", reuse=main.folder
+                ),
                 STUDENT,
                 items,
             ),
         )
     elif arm == "balance":
-        for how in (b for b in LossBalancing if b is not main.recipe.training.balance):
+        for how in (b for b in LossBalancing if b is not main.recipe.training.loss_balancing):
             other = made(
                 folder / f"balance-{how}",
-                [*sets, f"training.balance={how}"],
+                [*sets, f"training.loss_balancing={how}"],
                 "train",
                 reuse=main.folder,
             )
             yield f"balance {how}", measured(other, STUDENT, items)
-    for name in main.renderers if arm in ("oracle", "only") else ():
+    for name in main.models.renderers if arm in ("oracle", "only") else ():
         if arm == "only":
             pinned = f"audition.pinned={json.dumps(dict.fromkeys(cast, name))}"
-            asked = f"corpus={json.dumps([_known(plain(p), main.renderers[name].family.efforts) for p in main.recipe.corpus])}"
+            efforts = main.models.renderers[name].family.efforts
+            parts = [_known(plain(p), efforts) for p in main.recipe.corpus]
+            asked = f"corpus={json.dumps(parts)}"
             alone = made(
                 folder / f"only-{name}", [*sets, pinned, asked], "audition", "capture", "train"
             )
             yield f"only {name}", measured(alone, STUDENT, items)
         elif mine := [
-            p.model_dump(exclude_defaults=True, effort="json")
+            p.model_dump(exclude_defaults=True, mode="json")
             for p in main.recipe.corpus
             if cast[p.skill] == name
         ]:
@@ -165,21 +181,26 @@ def measurements(arm: str, seed: int, items: int) -> Iterator[tuple[str, dict[st
 
 
 def plain(part: CorpusSection) -> dict[str, Any]:
-    return part.model_dump(exclude_defaults=True, exclude_none=True, effort="json")
+    return part.model_dump(exclude_defaults=True, exclude_none=True, mode="json")
 
 
 def _known(part: dict[str, Any], efforts: Collection[str]) -> dict[str, Any]:
-    """The part asked in the modes that one teacher knows, in the same proportion."""
-    modes = {mode: share for mode, share in part.get("modes", {}).items() if mode in efforts}
-    if modes == part.get("modes", {}):
+    """Return the part with the efforts that one teacher knows, in the same proportion."""
+    modes = {
+        mode: share for mode, share in part.get("effort_shares", {}).items() if mode in efforts
+    }
+    if modes == part.get("effort_shares", {}):
         return part
-    return {k: v for k, v in part.items() if k != "modes"} | (
-        {"modes": {m: s / sum(modes.values()) for m, s in modes.items()}} if modes else {}
+    return {k: v for k, v in part.items() if k != "effort_shares"} | (
+        {"effort_shares": {m: s / sum(modes.values()) for m, s in modes.items()}} if modes else {}
     )
 
 
-def told(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """skill -> means over the seeds that have what is compared: student, base, best teacher, oracle, SFT, share kept, headroom reached."""
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return, by task, means over the seeds that have both sides of a comparison.
+
+    Student, base, best teacher, oracle, SFT, share retained, headroom reached.
+    """
     table = {}
     for skill in (s.name for s in ALL):
 
@@ -229,9 +250,9 @@ def main() -> None:
         "saplings": {p.parent.name: digest_file(p) for p in sorted(SAPLINGS)},
     }
     before = json.loads(OUT.read_text()) if OUT.is_file() else {}
-    stands = before.get("runs", []) if before.get("asked") == asked else []
+    previous = before.get("runs", []) if before.get("asked") == asked else []
     runs: list[dict[str, Any]] = [
-        stands[k] if k < len(stands) else {} for k in range(max(seeds, len(stands)))
+        previous[k] if k < len(previous) else {} for k in range(max(seeds, len(previous)))
     ]
     for arm in arms:
         for seed in range(seeds):
@@ -244,13 +265,14 @@ def main() -> None:
             table = {
                 "asked": asked,
                 "seeds": {n: sum(n in one for one in some) for n in some[0]},
-                "skills": told(some),
+                "skills": summary(some),
                 "bits_per_byte": bits,
             }
             OUT.write_text(json.dumps({**table, "runs": some}, indent=1) + "\n")
     done = json.loads(OUT.read_text())
     print(
-        "skill      student base  teacher kept  sft   oracle headroom  best student of one teacher, kept"
+        "task       student base  teacher kept  sft   oracle headroom  "
+        "best student of one teacher, kept"
     )
     for skill, row in done["skills"].items():
         forms = {"sft": ".3f", "oracle": ".3f", "headroom": ".0%"}
@@ -262,7 +284,8 @@ def main() -> None:
             f"  {key} {value:.3f}" for key, value in row.items() if key.startswith("balance ")
         )
         print(
-            f"{skill:10} {row['student']:.3f}   {row['base']:.3f} {row['best_teacher']:.3f}   {row['kept']:4.0%}  {sft:5} {oracle:6} {headroom:8}"
+            f"{skill:10} {row['student']:.3f}   {row['base']:.3f} {row['best_teacher']:.3f}   "
+            f"{row['kept']:4.0%}  {sft:5} {oracle:6} {headroom:8}"
             f"  {alone}"
         )
     print(

@@ -1,8 +1,9 @@
-"""How quickly a student answers many prompts at once, beside one by one: tokens a CPU second, one thread.
+"""Measure batched generation beside one prompt at a time: tokens per CPU second, one thread.
 
-    python bench/rollouts.py        (make bench-rollouts, about a minute; writes bench/results/rollouts.json)
+    python bench/rollouts.py        (make bench-rollouts, about a minute)
 
-The llama-sapling as it was grown draws at temperature 1, up to 96 tokens. Pairs are interleaved; the ratio is each pair's own.
+The unchanged llama-sapling samples at temperature 1, up to 96 tokens. Pairs are interleaved; each
+pair gives one ratio. Writes bench/results/rollouts.json.
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ TOGETHER, ALONE, PAIRS, NEW = 64, 8, 3, 96
 def main() -> None:
     torch.set_num_threads(1)
     where = ModelSource(str(ROOT / "saplings" / "llama-sapling"))
-    voice = load_renderer(where, "student")
-    model = load_model(where, voice, "student")
+    renderer = load_renderer(where, "student")
+    model = load_model(where, renderer, "student")
     asked = [
-        voice.render_prompt(i.prompt.conversation).ids_T
+        renderer.render_prompt(i.prompt.conversation).ids_T
         for skill in GENERATED_TASKS
         for i in skill.items(Split.TRAIN, TOGETHER, 0)
     ][:: len(GENERATED_TASKS)][:TOGETHER]
 
     def pace(batch: int, prompts: int, seed: int) -> float:
         begin = time.process_time()
-        said = TransformersEngine(model, len(voice.vocabulary), batch).generate_rollouts(
-            asked[:prompts], voice.stop_ids, NEW, temperature=1.0, seed=seed
+        sampled = TransformersEngine(model, len(renderer.vocabulary), batch).generate_rollouts(
+            asked[:prompts], renderer.stop_ids, NEW, temperature=1.0, seed=seed
         )
-        return sum(map(len, said)) / (time.process_time() - begin)
+        return sum(map(len, sampled)) / (time.process_time() - begin)
 
     pace(TOGETHER, TOGETHER, 99)
     pairs = [(pace(TOGETHER, TOGETHER, k), pace(1, ALONE, k)) for k in range(PAIRS)]

@@ -1,9 +1,10 @@
-"""What the sandbox costs, and whether the trial judges right: seconds over a bare start, and every reference of MBPP on its own tests.
+"""Measure the sandbox's overhead, and run every reference solution of MBPP against its own tests.
 
-    PERSEA_DATA=... python bench/sandbox.py          (five to ten minutes on two cores; --mbpp 0 leaves out the references, ten seconds)
+    PERSEA_DATA=... python bench/sandbox.py     (5 to 10 minutes on two cores; --mbpp 0: 10 seconds)
 
-overhead = median of 20 empty programs in the sandbox less the median of 20 empty programs of the same Python outside it; trial = a program
-and its tests, a sandbox each. Goal: overhead at most .25 s. Writes bench/results/sandbox.json.
+--mbpp 0 leaves out the references. overhead = median of 20 empty programs in the sandbox minus the
+median of 20 empty programs of the same Python outside it; trial = a program and its tests, each in
+its own sandbox. Goal: overhead at most .25 s. Writes bench/results/sandbox.json.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from persea.chat.messages import Message
 from persea.tasks.benchmarks import find_benchmark
-from persea.tasks.benchmarks.readers import BenchmarkSource
+from persea.tasks.benchmarks.benchmark import BenchmarkSource
 from persea.tasks.sandbox.run_tests import run_tests
 from persea.tasks.sandbox.sandbox import open_sandbox
 

@@ -1,12 +1,14 @@
-"""A bad minute for `persea serve`: malformed requests, slow clients, a thousand connections; and a client that wants its right answers.
+"""Stress test for `persea serve`: malformed requests, slow clients, a thousand connections.
 
     python bench/soak.py [seconds]              (make soak)
 
-One server of the Qwen sapling in a process of its own, on a real socket. At once: eight clients that send malformed requests (mutated
-JSON, wrong types, huge numbers, random bytes, wrong heads), forty slow ones (a head or a body byte by byte, streams that nobody reads),
-1,000 connections that are opened and kept, and one client that asks the same right question and compares the answer. Memory is the
-server's VmRSS, after a warm-up of every route and at the end. Writes bench/results/soak.json; ends with 1 where the server died, a right
-answer was wrong, a malformed request got a status that tells nothing (5xx), or memory grew by more than a tenth.
+One server of the Qwen sapling runs in its own process, on a real socket. At the same time: eight
+clients send malformed requests (mutated JSON, wrong types, huge numbers, random bytes, wrong
+headers), forty are slow (a header or a body byte by byte, streams that nobody reads), 1,000
+connections are opened and held, and one client repeats a valid request and compares the answer.
+Memory is the server's VmRSS after a warm-up of every route and at the end. Exits with 1 if the
+server died, a valid request got another answer, a malformed request got a 5xx status, or memory
+grew by more than a tenth. Writes bench/results/soak.json.
 """
 
 from __future__ import annotations
@@ -90,13 +92,13 @@ def start() -> tuple[subprocess.Popen[str], str]:
 
 
 def memory(process: int) -> int:
-    """VmRSS in kB."""
+    """Return VmRSS in kB."""
     status = Path(f"/proc/{process}/status").read_text()
     return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
 
 
 def mutated(rng: random.Random) -> tuple[str, bytes, dict[str, str]]:
-    """A request that is wrong in one of many ways (a few are right by chance)."""
+    """Return a request that is wrong in one of many ways (a few are valid by chance)."""
     path, body = rng.choice(GOOD)
     body = json.loads(json.dumps(body))
     way = rng.randrange(7)
@@ -145,12 +147,15 @@ async def slow(url: str, seed: int, until: float, seen: Counter[str]) -> None:
     rng = random.Random(seed)
     host, port = url.removeprefix("http://").split(":")
     raw = json.dumps(CHAT | {"stream": True}).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n".encode()
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nhost: {host}\r\n"
+        f"content-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n"
+    ).encode()
     while time.monotonic() < until:
         try:
             reader, writer = await asyncio.open_connection(host, int(port))
             if rng.random() < 0.3:
-                writer.write(head + raw)  # and never read
+                writer.write(head + raw)  # the response is never read
                 await asyncio.sleep(rng.uniform(1, 8))
             else:
                 for byte in (head + raw)[rng.randrange(40) :]:
@@ -191,7 +196,7 @@ async def honest(url: str, want: str, until: float, seen: Counter[str]) -> None:
         while time.monotonic() < until:
             answer = await client.post("/v1/chat/completions", json=CHAT)
             if answer.status_code == 429:
-                seen["told to wait"] += 1
+                seen["asked to wait"] += 1
             else:
                 right = (
                     answer.status_code == 200
@@ -218,17 +223,17 @@ async def storm(url: str, seconds: float, want: str) -> dict[str, Counter[str]]:
 def main() -> None:
     logging.getLogger("asyncio").setLevel(
         logging.ERROR
-    )  # writes into connections that were closed are what this is about
+    )  # errors on closed connections are expected here
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 60.0
     server, url = start()
     try:
-        for _ in range(20):  # warm: every route, its errors, its streams
+        for _ in range(20):  # warm-up: every route, its errors, its streams
             for path, body in GOOD:
-                said = httpx2.post(url + path, json=body, trust_env=False, timeout=60)
+                response = httpx2.post(url + path, json=body, trust_env=False, timeout=60)
                 httpx2.post(url + path, content=b"{", trust_env=False, timeout=60)
                 if path == GOOD[0][0]:
-                    assert said.status_code == 200, said.text
-                    want = said.json()["choices"][0]["message"]["content"]
+                    assert response.status_code == 200, response.text
+                    want = response.json()["choices"][0]["message"]["content"]
         asyncio.run(storm(url, 5, want))
         time.sleep(6)
         before = memory(server.pid)

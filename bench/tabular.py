@@ -1,8 +1,9 @@
-"""A student with one free row of logits for every prefix: what an objective wants of it, without sampling and without a model.
+"""Exact gradients of an objective, for a student with one free row of logits per prefix.
 
-Every expectation is taken exactly over a world's strings (bench/worlds.py). At the truth an unbiased objective has expected
-gradient zero; a biased one walks away, and how far is told in nats of byte KL. The event objective is written here once more,
-plainly and in float64, with the masks as weights in [0, 1] on either side.
+Every expectation is exact over a world's strings (bench/worlds.py). At the truth an unbiased
+objective has expected gradient zero. A biased objective moves the student away; the distance is
+measured in nats of byte KL. This module contains a second, plain implementation of the event
+objective in float64, with the masks as weights in [0, 1] on either side.
 
 Shapes: R student prefixes, C common boundaries, W and V teacher and student columns, E events.
 """
@@ -19,9 +20,10 @@ import torch
 from baselines import Shared, bpm, chunk_likelihood, strict, uld
 from worlds import Boundary, Floats, Prefix, World, chunks
 
-from persea.alignment.boundary_mask import UNRESTRICTED_CONTEXT
+from persea.alignment.token_order import UNRESTRICTED_CONTEXT
 
-NOWHERE = -60.0  # the logit of a token that never follows: e^-60 moves no figure given here, and keeps gradients finite
+# logit of a token that never follows: e^-60 changes no reported figure and keeps gradients finite
+NOWHERE = -60.0
 
 Mask: TypeAlias = Callable[[World, Boundary], tuple[Floats, Floats]]
 
@@ -31,18 +33,22 @@ def no_mask(world: World, b: Boundary) -> tuple[Floats, Floats]:
 
 
 def exact_mask(world: World, b: Boundary) -> tuple[Floats, Floats]:
-    """1 where some continuation keeps the other boundary, else 0: the best a mask can be."""
+    """Return 1 where some continuation keeps the other boundary, else 0: the best possible mask."""
     return (b.leak_W > 0).astype(float), (b.leak_V > 0).astype(float)
 
 
 def exact_weights(world: World, b: Boundary) -> tuple[Floats, Floats]:
-    """The probability that the other boundary is kept: exact conditioning."""
+    """Return the probability that the other boundary is kept: exact conditioning."""
     return b.leak_W, b.leak_V
 
 
 def persea_mask(world: World, b: Boundary) -> tuple[Floats, Floats]:
-    """What trains: 0 for tokens after which no text whatever keeps the other boundary (persea.alignment.boundary_mask). Knows nothing of the law."""
-    bridge = world.full_bridge
+    """Return the mask that persea trains with (persea.alignment.boundary_mask).
+
+    0 for tokens after which no text at all keeps the other boundary. Does not know the
+    distribution.
+    """
+    bridge = world.full_event_map
     if bridge.teacher_mask is None or bridge.student_mask is None:
         return no_mask(world, b)
     found = []
@@ -63,11 +69,12 @@ def persea_mask(world: World, b: Boundary) -> tuple[Floats, Floats]:
 class Stack:
     """A world under one mask, as float64 tensors.
 
-    mass_C, row_C  of each boundary: its probability, and which student row it is
+    mass_C, row_C  probability of each boundary, and the number of its student row
     p_CW, ok_CW, ok_CV  the teacher's rows; the masks
-    both_CV        the next student token, given both boundaries: what the text says there
-    truth_RV, mass_R, rest_RV  the true rows, their probability, and the joint mass of a next token where no common boundary stands
-    events_W, events_V, events  the bridge
+    both_CV        distribution of the next student token, given both boundaries (from the text)
+    truth_RV, mass_R, rest_RV  the true rows, their probability, and the joint mass of a next token
+        at positions without a common boundary
+    events_W, events_V, events  the event map
     """
 
     mass_C: torch.Tensor
@@ -104,7 +111,7 @@ def stack(world: World, mask: Mask) -> Stack:
     rest_RV = (mass_R[:, None] * truth_RV).index_add(0, row_C, -mass_C[:, None] * both_CV)
     rest_RV = torch.where(
         rest_RV > 1e-15, rest_RV, 0.0
-    )  # what remains of a difference of equal sums
+    )  # rounding error of a difference of equal sums
     events_W, events_V = (
         torch.from_numpy(x).long()
         for x in (world.event_map.teacher_event_W, world.event_map.student_event_V)
@@ -127,20 +134,23 @@ def stack(world: World, mask: Mask) -> Stack:
 
 
 def byte_kl(s: Stack, logits_RV: torch.Tensor) -> float:
-    """KL of the byte law from the student's, nats a string; the student's other spellings of a string count as lost to it."""
+    """Return the KL of the byte distribution from the student's, nats per string.
+
+    Probability on other spellings of a string counts as lost to it.
+    """
     log_q = torch.log_softmax(logits_RV, -1)
     return float(
         (s.mass_R[:, None] * (torch.xlogy(s.truth_RV, s.truth_RV) - s.truth_RV * log_q)).sum()
     )
 
 
-# ---- objectives: expected loss of a table, nats a string ----------------------------------------------------------------
+# --- objectives: expected loss of a table, nats a string ---
 
 Objective: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 
 def event_masses(s: Stack, q_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each event the teacher's kept mass and the student's. [C, E]"""
+    """Return for each event the teacher's retained mass and the student's. [C, E]"""
     p_CE = torch.zeros(len(s.mass_C), s.events, dtype=torch.float64).index_add(
         1, s.events_W, s.p_CW * s.ok_CW
     )
@@ -151,26 +161,30 @@ def event_masses(s: Stack, q_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 
 def text(s: Stack, log_q_RV: torch.Tensor, weight_C: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy: full where no common boundary stands, weight_C at the boundaries."""
+    """Return cross-entropy: full where there is no common boundary, weight_C at the boundaries."""
     at_boundaries = (s.mass_C * weight_C * -(s.both_CV * log_q_RV[s.row_C]).sum(-1)).sum()
     return at_boundaries - (s.rest_RV * log_q_RV).sum()
 
 
 def events(s: Stack, share: float = 0.7, renormalised: bool = False) -> Objective:
-    """share * sum_{w kept} p(w) * -log q(kept members of w's event)  +  (1 - share * M) * cross-entropy.
+    """Return the event objective.
 
-    M is the teacher's kept mass; a token whose event has no kept student token is not kept. The student's members are cut
-    down to the kept ones, but NOT renormalised: then the expected gradient at the truth is zero if masks and maps are exact.
-    Renormalised (-log of q(kept members) / q(kept)), the masked tokens are paid for twice, by cross-entropy and by nobody.
+        share * sum_{w kept} p(w) * -log q(kept members of w's event)
+        + (1 - share * M) * cross-entropy
+
+    M is the teacher's retained mass; a token whose event has no kept student token is not kept. The
+    student's members are restricted to the kept ones, but NOT renormalised: then the expected
+    gradient at the truth is zero if masks and maps are exact. Renormalised (-log of q(kept members)
+    / q(kept)), the masked tokens are counted twice by cross-entropy.
     """
 
     def of(logits_RV: torch.Tensor) -> torch.Tensor:
         log_q_RV = torch.log_softmax(logits_RV, -1)
         p_CE, q_CE = event_masses(s, log_q_RV.exp()[s.row_C])
-        said = (q_CE > 0) & (p_CE > 0)
-        p_CE = torch.where(said, p_CE, 0.0)
+        both_CE = (q_CE > 0) & (p_CE > 0)
+        p_CE = torch.where(both_CE, p_CE, 0.0)
         kept_C = p_CE.sum(-1)
-        loss_C = -(p_CE * torch.where(said, q_CE, 1.0).log()).sum(-1)
+        loss_C = -(p_CE * torch.where(both_CE, q_CE, 1.0).log()).sum(-1)
         if renormalised:
             loss_C = loss_C + kept_C * torch.where(kept_C > 0, q_CE.sum(-1), 1.0).log()
         return (s.mass_C * share * loss_C).sum() + text(s, log_q_RV, 1 - share * kept_C)
@@ -181,7 +195,7 @@ def events(s: Stack, share: float = 0.7, renormalised: bool = False) -> Objectiv
 def rowwise(
     s: Stack, divergence: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], share: float = 0.7
 ) -> Objective:
-    """A baseline (logits_CV, p_CW) -> [C], composed the same way."""
+    """Compose a baseline (logits_CV, p_CW) -> [C] in the same way."""
 
     def of(logits_RV: torch.Tensor) -> torch.Tensor:
         loss_C = divergence(logits_RV[s.row_C], s.p_CW)
@@ -199,7 +213,7 @@ def shared_columns(world: World) -> Shared:
 
 
 def prefix_columns(world: World) -> torch.Tensor:
-    """baselines.longest_prefix over columns."""
+    """Return baselines.longest_prefix over columns."""
     of_student = {b: v for v, b in enumerate(world.bytes_V())}
     return torch.tensor(
         [
@@ -224,7 +238,10 @@ def baseline(s: Stack, world: World, name: str, share: float = 0.7) -> Objective
 def chunk(
     s: Stack, world: World, *, temperature: float = 100.0, exact: bool = False, share: float = 0.7
 ) -> Objective:
-    """baselines.chunk_likelihood over every chunk of every string, and (1 - share) cross-entropy everywhere. exact: debiased."""
+    """Return baselines.chunk_likelihood over every chunk of every string.
+
+    Plus (1 - share) cross-entropy everywhere. exact: debiased.
+    """
     column = {int(i): v for v, i in enumerate(world.columns_V)}
     found: dict[tuple[int, int, Prefix, Prefix], float] = {}
     for c in chunks(world):
@@ -285,7 +302,7 @@ def _chunk(
     return of
 
 
-# ---- what an objective does to a student --------------------------------------------------------------------------------
+# --- what an objective does to a student ---
 
 
 def gradient(objective: Objective, logits_RV: torch.Tensor) -> torch.Tensor:
@@ -295,14 +312,17 @@ def gradient(objective: Objective, logits_RV: torch.Tensor) -> torch.Tensor:
 
 
 def push(objective: Objective, s: Stack) -> float:
-    """Total |expected gradient| at the truth, nats a string: zero if the objective lets a perfect student be."""
+    """Return the total |expected gradient| at the truth, nats per string: zero if unbiased."""
     return float(gradient(objective, s.truth_logits).abs().sum())
 
 
 def descend(
     objective: Objective, s: Stack, logits_RV: torch.Tensor, steps: int = 100, rate: float = 0.1
 ) -> torch.Tensor:
-    """Gradient descent with momentum .9, its rate falling to zero, each row at its own pace: gradient over the row's probability."""
+    """Descend with momentum .9 and a step size that falls to zero.
+
+    Each row has its own pace: its gradient over its probability.
+    """
     logits, speed = logits_RV.clone(), torch.zeros_like(logits_RV)
     for k in range(steps):
         speed = 0.9 * speed - gradient(objective, logits) / s.mass_R[:, None]
@@ -313,8 +333,11 @@ def descend(
 def iterate(
     objective: Objective, s: Stack, logits_RV: torch.Tensor, steps: int = 80
 ) -> torch.Tensor:
-    """Fixed-point iteration for objectives whose gradient is q - pull with a distribution `pull`: q becomes pull. What is
-    wrong inside an event shrinks by the share of events each step, what is wrong between events at once."""
+    """Iterate q <- pull, for objectives whose gradient is q - pull with a distribution `pull`.
+
+    Errors inside an event shrink by the share of events in each step, errors between events vanish
+    at once.
+    """
     logits = logits_RV.clone()
     for _ in range(steps):
         pull = torch.softmax(logits, -1) - gradient(objective, logits) / s.mass_R[:, None]

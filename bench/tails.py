@@ -1,6 +1,7 @@
-"""Rows of a 152k-token vocabulary, made without a model: what they cost, and what naming their tokens costs at least.
+"""Synthetic distributions over a 152k-token vocabulary: their size, and a lower bound.
 
-The stages `synthetic` and `bound` of bench/cache.py; rows as of long reasoning (nearly certain) and of web text (broad).
+The stages `synthetic` and `bound` of bench/cache.py. Rows have the entropy of long reasoning
+(nearly certain) or of web text (broad).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 
 from persea.cache import unit as cache
 from persea.cache.unit import CachedAnswer
-from persea.chat.messages import Conversation, FinishReason, RenderedTokens, Text
+from persea.chat.messages import Conversation, FinishReason, Text
 from persea.distributions import (
     LOGPROB_STEP_NATS,
     DistributionKind,
@@ -24,6 +25,7 @@ from persea.distributions import (
     min_entries_within_kl,
 )
 from persea.teachers.teacher import Answer
+from persea.tokenization.tokens import RenderedTokens
 
 WEB_TOKENS = 236e9
 V = 151_936
@@ -31,9 +33,7 @@ SEEN = 1 / (np.arange(1, V + 1) + 2.7) ** 1.05
 SEEN /= SEEN.sum()
 PLACE = np.random.default_rng(99).permutation(V)  # rank -> id
 OF_ID = SEEN[np.argsort(PLACE)]
-RARER = np.cumsum(
-    SEEN**0.8 / (SEEN**0.8).sum()
-)  # what stands in tails is rarer than what is written
+RARER = np.cumsum(SEEN**0.8 / (SEEN**0.8).sum())  # tokens in tails are rarer than tokens in text
 REGIMES = {
     "reasoning": (1.65, 0.8, 0.6, 0.0006, 0.09),
     "text": (0.5, 0.5, 0.35, 0.02, 0.4),
@@ -46,7 +46,10 @@ def ids_of(rng: np.random.Generator, shape: Any) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Positions:
-    """K candidates of each position with their probabilities, ids rising, each once; the mass that is left lies over the vocabulary."""
+    """K distinct candidates per position with probabilities, ids ascending.
+
+    The remaining mass is spread over the vocabulary.
+    """
 
     ids_NK: np.ndarray
     p_NK: np.ndarray
@@ -65,7 +68,7 @@ def positions(regime: str, n: int, seed: int, k: int = 256) -> Positions:
     ids_NK = ids_of(rng, (n, k))
     order = np.argsort(
         ids_NK - w_NK / 2, 1
-    )  # of an id that was drawn twice the likelier comes first, and stays
+    )  # of an id that was drawn twice, the likelier copy comes first and is kept
     ids_NK, w_NK = np.take_along_axis(ids_NK, order, 1), np.take_along_axis(w_NK, order, 1)
     w_NK[:, 1:][ids_NK[:, 1:] == ids_NK[:, :-1]] = 0
     p_NK = w_NK * ((1 - left_N) / w_NK.sum(1))[:, None]
@@ -118,7 +121,7 @@ def as_rows(
 
 
 def sampled_rows(at: Positions, tau: float) -> tuple[RenderedTokens, SparseDistributions]:
-    """As rows.sample_distributions does, the mass over the vocabulary last."""
+    """Sample as sample_distributions does, the mass over the vocabulary last."""
     head = at.p_NK >= tau
     steps = np.concatenate([np.where(head, 0, at.p_NK / tau), at.left_N[:, None] / tau], 1).cumsum(
         1
@@ -140,7 +143,10 @@ def sampled_rows(at: Positions, tau: float) -> tuple[RenderedTokens, SparseDistr
 def top_rows(
     at: Positions, kl: float, coarser: bool = True
 ) -> tuple[RenderedTokens, SparseDistributions]:
-    """As rows.top_rows does: the mass over the vocabulary lies there as frequency does, and is never named."""
+    """Select as topk_within_kl does.
+
+    The mass over the vocabulary follows the token frequencies and is never named.
+    """
     order = np.argsort(-at.p_NK, 1, kind="stable")
     ids_NK, p_NK = np.take_along_axis(at.ids_NK, order, 1), np.take_along_axis(at.p_NK, order, 1)
     often_NK = OF_ID[ids_NK] * (p_NK > 0)
@@ -163,9 +169,9 @@ def top_rows(
 
 
 def unit_bytes(
-    spoken: list[tuple[RenderedTokens, SparseDistributions]], kind: DistributionKind, tau: float
+    cached: list[tuple[RenderedTokens, SparseDistributions]], kind: DistributionKind, tau: float
 ) -> int:
-    """Bytes of a unit that holds these and no text."""
+    """Return the bytes of a cache unit that holds these rows and no text."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Answer(
             "",
@@ -178,7 +184,7 @@ def unit_bytes(
         cache.write_unit(
             Path(folder),
             "u",
-            [CachedAnswer(answer, t, r) for t, r in spoken],
+            [CachedAnswer(answer, t, r) for t, r in cached],
             {},
             tau=tau,
             kind=kind,
@@ -187,10 +193,10 @@ def unit_bytes(
 
 
 def cost(
-    spoken: list[tuple[RenderedTokens, SparseDistributions]], kind: DistributionKind, tau: float
+    cached: list[tuple[RenderedTokens, SparseDistributions]], kind: DistributionKind, tau: float
 ) -> dict[str, float]:
-    """Bytes a position with and without the tokens: what the same unit costs beyond one that holds words only."""
-    n = sum(len(r) for _, r in spoken)
+    """Return bytes per position with and without the tokens, beyond a text-only unit."""
+    n = sum(len(r) for _, r in cached)
     words = [
         (
             t,
@@ -202,11 +208,11 @@ def cost(
                 DistributionKind.TEXT_ONLY,
             ),
         )
-        for t, r in spoken
+        for t, r in cached
     ]
-    whole, bare = unit_bytes(spoken, kind, tau), unit_bytes(words, DistributionKind.TEXT_ONLY, tau)
+    whole, bare = unit_bytes(cached, kind, tau), unit_bytes(words, DistributionKind.TEXT_ONLY, tau)
     return {
-        "entries": round(sum(len(r.ids_M) for _, r in spoken) / n, 2),
+        "entries": round(sum(len(r.ids_M) for _, r in cached) / n, 2),
         "rows": round((whole - bare) / n, 2),
         "all": round(whole / n, 2),
     }
@@ -245,11 +251,11 @@ def synthetic(answers: int = 64, length: int = 4096) -> dict[str, Any]:
                         + at.left_N * np.log(np.maximum(at.left_N, 1e-12) / rest)
                     ).mean()
                 )
-            spoken = [
+            cached = [
                 as_rows(at, at.p_NK >= least, at.p_NK, none, 1e-9, DistributionKind.TOPK)
                 for at in made
             ]
-            here[f"all from {least:g}"] = cost(spoken, DistributionKind.TOPK, 1e-9) | {
+            here[f"all from {least:g}"] = cost(cached, DistributionKind.TOPK, 1e-9) | {
                 "kl": round(float(np.mean(kl)), 4)
             }
             print(regime, least, here[f"all from {least:g}"], flush=True)
@@ -274,11 +280,13 @@ def synthetic(answers: int = 64, length: int = 4096) -> dict[str, Any]:
 
 
 def bound(answers: int = 8, length: int = 4096) -> dict[str, Any]:
-    """Bytes a position that no code can go below on average, for naming tokens alone, values not counted.
+    """Return a lower bound, in bytes per position, on naming the tokens alone, without their
+    values.
 
-    Tokens of these rows are drawn one by one from RARER and independent of all else, so whatever a code knows (rows before it, the text,
-    values, contexts) a set of k tokens costs sum -log2 RARER(token) - log2 k! bits; if their values differ, and each must have its own,
-    log2 k! more. The realised token is free, the text names it. A row's KL is that of `rows.top_rows`, values exact.
+    Tokens of these rows are drawn independently from RARER, so whatever a code conditions on (rows
+    before, the text, values, contexts), a set of k tokens costs sum -log2 RARER(token) - log2 k!
+    bits; where each token needs its own value, log2 k! more. The realised token is free, because
+    the text names it. A row's KL is that of `topk_within_kl` with exact values.
     """
     p_W = np.diff(RARER, prepend=0)
     cost_W = np.empty(V)
@@ -309,7 +317,10 @@ def bound(answers: int = 8, length: int = 4096) -> dict[str, Any]:
 
 
 def _curves(at: Positions, cost_W: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each row with its 0 to K likeliest tokens named: KL, bits to name them one after the other, and how many beside the realised."""
+    """Return, for each row with its 0 to K likeliest tokens named: KL, bits, and number of tokens.
+
+    The realised token is not counted.
+    """
     order = np.argsort(-at.p_NK, 1, kind="stable")
     ids_NK, p_NK = np.take_along_axis(at.ids_NK, order, 1), np.take_along_axis(at.p_NK, order, 1)
     there_NK = p_NK > 0
@@ -336,7 +347,10 @@ def _curves(at: Positions, cost_W: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
 
 
 def _allotted(cost_NK: np.ndarray, kl_NK: np.ndarray, kl: float) -> np.ndarray:
-    """How many each row names where the mean KL may be `kl` and the cost is least: one price a nat for all rows, found by halving."""
+    """Return how many tokens each row names at mean KL `kl` and least cost.
+
+    One price per nat for all rows, found by bisection.
+    """
     low, high = 1e-3, 1e7
     for _ in range(60):
         price = math.sqrt(low * high)

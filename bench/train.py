@@ -1,20 +1,27 @@
-"""What a training step costs beside plain cross-entropy, and beside TRL 1.16's DistillationTrainer. CPU seconds, one thread.
+"""Measure a training step beside plain cross-entropy and beside TRL 1.16's DistillationTrainer.
 
-    pip install -e '.[bench]'                   (TRL; without it its columns are left out)
-    PERSEA_DATA=/folder python bench/train.py   (make bench-train does both; of the parts quickstart ... compile, see main, those named alone)
+    pip install -e '.[bench]'                   (TRL; its columns are left out without it)
+    PERSEA_DATA=/folder python bench/train.py   (make bench-train does both)
 
-Heads: forward and backward from hidden states through a head of Llama 3's 128,256 tokens (width 512, 256 positions, float32), so that
-matrix products weigh little and all that a loss does beside them weighs much. The measure is cross-entropy from whole logits. Cached
-targets have 1 to 29 entries a row, as a capture's: of the student's own vocabulary, and of Qwen 3's over events with a real bridge. The
-teacher in the loop has the same vocabulary and width; TRL gets the same. "online_events" is a teacher of Qwen 3's vocabulary, with DEAD
-tokens of either side that cannot stand at each position. Ratios come from interleaved pairs: the median and its 96 %
-interval. Beside cross-entropy through the same head the products count alone: four for three. "mkl" leaves oneDNN out (losses/products.py).
-Workspace: most bytes of tensors at once beside the gradients, counted operation by operation (bench/memory.py).
+CPU seconds, one thread. Arguments choose parts by name (quickstart ... compile, see main).
 
-Step: the quickstart's own models and batch size, whole training steps from cached rows (collating the batch, forward, loss, backward,
-clipping, AdamW) beside cross-entropy on batches that need no collating; groups weighed and told; texts packed and padded; two ways to attend.
-Compile: torch.compile of cross-entropy from whole logits, of a step's forward and backward (it needs a C++ compiler). Writes
-bench/results/train.json.
+Heads: forward and backward from hidden states through a head of Llama 3's 128,256 tokens. The width
+of 512 and 256 positions in float32 keep matrix products cheap, so that the rest of a loss
+dominates. The unit is cross-entropy from whole logits. Cached targets have 1 to 29 entries per row,
+as in a capture: over the student's own vocabulary, and over events of Qwen 3's with a real event
+map. The teacher in the loop has the same vocabulary and width; TRL gets the same. "online_events"
+is a teacher with Qwen 3's vocabulary and DEAD impossible tokens on either side at each position.
+Ratios come from interleaved pairs: the median and its 96 % interval. Through the same head as
+cross-entropy, only the products count: four against three. "mkl" leaves oneDNN out
+(losses/matmul.py). Workspace: peak bytes of tensors besides the gradients, counted operation by
+operation (bench/memory.py).
+
+Step: the quickstart's models and batch size, whole training steps from cached rows (collating,
+forward, loss, backward, clipping, AdamW) beside cross-entropy on batches that need no collating;
+groups weighted and reported; texts packed and padded; two attention implementations.
+
+Compile: torch.compile of cross-entropy from whole logits, of a step's forward and backward (needs a
+C++ compiler). Writes bench/results/train.json.
 """
 
 from __future__ import annotations
@@ -73,12 +80,12 @@ BETAS = {
     Divergence.FORWARD: 0.0,
     Divergence.JSD: 0.5,
     Divergence.REVERSE: 1.0,
-}  # what TRL calls them
+}  # their names in TRL
 TAUGHT = {"qwen-sapling": "languages", "gemma-sapling": "code", "gpt-oss-sapling": "reasoning"}
 
 
 def trl() -> Any:
-    """The loss of TRL's DistillationTrainer, or None where TRL is not installed."""
+    """Return the loss of TRL's DistillationTrainer, or None where TRL is not installed."""
     if not has_trl():
         return None
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
@@ -86,11 +93,11 @@ def trl() -> Any:
     return _chunked_divergence_loss
 
 
-# ---- heads -----------------------------------------------------------------------------------------------------------
+# --- heads ---
 
 
 def parts(n: int = N, width: int = D) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states and a head's weight whose logits are as spread as a model's (standard deviation 3)."""
+    """Return hidden states and a head whose logits have a model's spread (standard deviation 3)."""
     generator = torch.Generator().manual_seed(width)
     hidden = torch.randn(n, width, generator=generator)
     weight = torch.randn(V, width, generator=generator) * (3 / width**0.5)
@@ -105,19 +112,19 @@ def backward(hidden: torch.Tensor, weight: torch.Tensor, loss: Any) -> Work:
     return work
 
 
-def rows(n: int, bridge: EventMap, seed: int = 0) -> BatchTargets:
-    """1 to 29 entries at every position."""
+def rows(n: int, event_map: EventMap, seed: int = 0) -> BatchTargets:
+    """Return targets with 1 to 29 entries at every position."""
     rng = np.random.default_rng(seed)
     sizes = rng.integers(1, 30, n)
     probs = np.concatenate([rng.dirichlet(np.ones(k)) for k in sizes]).astype(np.float32)
-    ids = rng.integers(0, len(bridge.teacher_event_W), len(probs))
+    ids = rng.integers(0, len(event_map.teacher_event_W), len(probs))
     return build_batch_targets(
-        bridge, build_event_targets(bridge, np.repeat(np.arange(n), sizes), ids, probs), n
+        event_map, build_event_targets(event_map, np.repeat(np.arange(n), sizes), ids, probs), n
     )
 
 
 def online_events(events: EventMap | None) -> dict[str, Any] | None:
-    """A teacher of another vocabulary in the loop, as on-policy."""
+    """Return a teacher with another vocabulary in the loop, as in on-policy training."""
     if events is None:
         return None
     (hidden, weight), size, generator = (
@@ -170,7 +177,7 @@ def heads(events: EventMap | None, peer: Any) -> dict[str, Any]:
     thinks = thinks + 0.3 * torch.randn(N, D, generator=torch.Generator().manual_seed(2))
     head, teacher = LMHead(weight, V), (thinks, LMHead(theirs, V))
     identity = EventMap(np.arange(V, dtype=np.int32), np.arange(V, dtype=np.int32), V, "")
-    said = {"cached": rows(N, identity)} | ({"events": rows(N, events)} if events else {})
+    targets = {"cached": rows(N, identity)} | ({"events": rows(N, events)} if events else {})
     plain = backward(hidden, weight, lambda: F.cross_entropy(hidden @ weight.T, tokens))
     found: dict[str, Any] = {"vocabulary": V, "width": D, "positions": N}
     works = {
@@ -184,7 +191,7 @@ def heads(events: EventMap | None, peer: Any) -> dict[str, Any]:
             weight,
             lambda one=one: event_kl_loss_from_hidden(hidden, head, tokens, [one], 0.7).loss,
         )
-        for name, one in said.items()
+        for name, one in targets.items()
     }
     works |= {
         f"online_{d.value}": backward(
@@ -245,10 +252,10 @@ def without_onednn(work: Work) -> Work:
 
 
 def workspace() -> dict[str, Any]:
-    """MiB at once beside the gradients of hidden states and weight; the targets' own tokens are counted too."""
+    """Return peak MiB besides the gradients of hidden states and weight, targets included."""
     identity = EventMap(np.arange(V, dtype=np.int32), np.arange(V, dtype=np.int32), V, "")
     found: dict[str, Any] = {}
-    width = 16  # what a chunk needs beside its logits is small at any width
+    width = 16  # memory of a chunk beyond its logits is small at any width
     for n, teachers in ((64, 1), (256, 1), (256, 4)):
         hidden, weight = parts(n, width)
         tokens, head, floor = (
@@ -256,8 +263,8 @@ def workspace() -> dict[str, Any]:
             LMHead(weight, V),
             4 * (V + n) * width,
         )
-        said = [rows(n // teachers, identity, k) for k in range(teachers)]
-        said = [
+        targets = [rows(n // teachers, identity, k) for k in range(teachers)]
+        targets = [
             BatchTargets(
                 t.row_M + k * (n // teachers),
                 t.probs_M,
@@ -268,10 +275,10 @@ def workspace() -> dict[str, Any]:
                 t.excluded_token_A,
                 V,
             )
-            for k, t in enumerate(said)
+            for k, t in enumerate(targets)
         ]
         with Peak() as cached:
-            event_kl_loss_from_hidden(hidden, head, tokens, said, 0.7)
+            event_kl_loss_from_hidden(hidden, head, tokens, targets, 0.7)
         with Peak() as online:
             divergence_loss_from_hidden(hidden, head, (hidden.detach(), LMHead(weight.detach(), V)))
         with Peak() as whole:
@@ -284,11 +291,11 @@ def workspace() -> dict[str, Any]:
     return found
 
 
-# ---- the quickstart's step -------------------------------------------------------------------------------------------
+# --- the quickstart's step ---
 
 
 class Listed(tuple[CachedAnswer, ...]):
-    """Captures in memory."""
+    """Cached answers in memory."""
 
     __slots__ = ()
 
@@ -296,14 +303,19 @@ class Listed(tuple[CachedAnswer, ...]):
         return np.random.default_rng([seed, epoch]).permutation(len(self))
 
 
-def lessons(student: StudentModel, size: int) -> DistillDataset:
-    """Reference answers of each skill, scored by the sapling that teaches it, sampled as the quickstart's capture samples them."""
-    captures, bridges = [], {}
+def build_quickstart(student: StudentModel, size: int) -> DistillDataset:
+    """Build examples from reference answers of each task, as the quickstart's capture does.
+
+    The sapling that teaches the task scores them.
+    """
+    captures, event_maps = [], {}
     for name, skill in TAUGHT.items():
         source = ModelSource(str(ROOT / "saplings" / name))
-        voice = load_renderer(source, name)
+        renderer = load_renderer(source, name)
         teacher = Teacher(
-            name, voice, TransformersEngine(load_model(source, voice, name), len(voice.vocabulary))
+            name,
+            renderer,
+            TransformersEngine(load_model(source, renderer, name), len(renderer.vocabulary)),
         )
         talks = [
             item.reference_conversation
@@ -322,11 +334,11 @@ def lessons(student: StudentModel, size: int) -> DistillDataset:
                     sampled,
                 )
             )
-        bridges[name] = load_event_map(voice, student.renderer)
+        event_maps[name] = load_event_map(renderer, student.renderer)
     return build_dataset(
         [(Listed(captures), 1.0)],
         student.renderer,
-        bridges,
+        event_maps,
         batch_size=size,
         seed=0,
         max_tokens=512,
@@ -334,10 +346,13 @@ def lessons(student: StudentModel, size: int) -> DistillDataset:
 
 
 def quickstart(steps: int = 6) -> dict[str, Any]:
-    """Seconds of a step: events with all that making its batch from captures costs, and cross-entropy from batches that are there."""
+    """Measure seconds of a step.
+
+    Events with the whole cost of collating cached answers, and cross-entropy from ready batches.
+    """
     source = ModelSource(str(ROOT / "saplings" / "llama-sapling"))
     student = load_student(source, load_renderer(source, "student"), None)
-    feed = lessons(student, 16)
+    feed = build_quickstart(student, 16)
     optimizer = torch.optim.AdamW(student.trainable_parameters, lr=1e-5)
     student.model.train()
     made = [feed.batch(step) for step in range(steps)]
@@ -416,7 +431,7 @@ def quickstart(steps: int = 6) -> dict[str, Any]:
 
 
 class ByOneDNN(torch.autograd.Function):
-    """A linear layer whose three products are those of the head (losses/products.py)."""
+    """A linear layer with the head's three matrix products (losses/matmul.py)."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -434,8 +449,11 @@ class ByOneDNN(torch.autograd.Function):
 
 
 def compiled() -> dict[str, Any]:
-    """torch.compile against none: seconds to compile, and times what is not compiled; steps of one shape, which flatters it. And the student's own
-    layers by oneDNN, which the library does not do."""
+    """Measure torch.compile: seconds to compile, and speed relative to eager mode.
+
+    Steps of one shape, which favours it. Also the student's own layers by oneDNN, which the library
+    does not do.
+    """
     hidden, weight = parts()
     tokens = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(1))
 
@@ -463,9 +481,7 @@ def compiled() -> dict[str, Any]:
         work = backward(hidden, weight, quick)
         before = os.times()[:4]
         work()
-        first = sum(os.times()[:4]) - sum(
-            before
-        )  # the compiler's own too, which is another process
+        first = sum(os.times()[:4]) - sum(before)  # includes the compiler, which is another process
         pair = compare(backward(hidden, weight, eager), work, pairs=5)
         found[name] = {
             "compiling": rounded(first),
@@ -504,13 +520,14 @@ def main() -> None:
         events = load_event_map(teacher, student)
     else:
         print(
-            "real data not found: the column of events over real vocabularies is left out; set PERSEA_DATA",
+            "real data not found: the column of events over real vocabularies is left out; "
+            "set PERSEA_DATA",
             file=sys.stderr,
         )
     path = Path(__file__).parent / "results" / "train.json"
     out: dict[str, Any] = (
         json.loads(path.read_text()) if sys.argv[1:] and path.is_file() else {}
-    )  # a whole run keeps nothing of another
+    )  # a complete run replaces all earlier figures
     out |= {
         "torch": torch.__version__,
         "trl": TRL if peer else out.get("trl"),

@@ -1,7 +1,8 @@
-"""TRL's own GOLD loss on exact worlds: what it compares at the truth, and where it pushes a perfect student.
+"""TRL's own GOLD loss on exact worlds: the rows it compares at the truth, and its bias.
 
-Each string goes through TRL's ULDLoss whole, as its trainer would give it: a token of prompt, the answer, byte offsets. The
-tokenizers are given as the columns that occur, so that the share of matched tokens, GOLD's weight, is a real pair's (.6-.9).
+Each string goes through TRL's ULDLoss whole, as its trainer would pass it: one prompt token, the
+answer, byte offsets. The tokenizers are given as the columns that occur, so that the share of
+matched tokens, which is GOLD's weight, is that of a real pair (.6-.9).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from persea.chat.renderer import ChatRenderer
 
 
 class Columns:
-    """A tokenizer as TRL sees it."""
+    """A tokenizer in the form that TRL reads."""
 
     def __init__(self, names: tuple[bytes | None, ...]) -> None:
         self.names = names
@@ -35,11 +36,11 @@ def loss_of(world: World, merge: str, hybrid: bool = True) -> Any:
 
 
 def _sequence(
-    voice: ChatRenderer, ids: Prefix, columns: dict[int, int], logits_TV: torch.Tensor
+    renderer: ChatRenderer, ids: Prefix, columns: dict[int, int], logits_TV: torch.Tensor
 ) -> Sequence:
-    """The row after the stop token is uniform; nothing is learned there."""
+    """Build a sequence; the row after the stop token is uniform and not supervised."""
     logits_TV = torch.cat([logits_TV, torch.zeros_like(logits_TV[:1])])
-    begin = list(starts(voice, ids))
+    begin = list(starts(renderer, ids))
     learned, ends = torch.tensor([False] + [True] * len(ids)), [*begin[1:], begin[-1]]
     return Sequence(
         logits_TV,
@@ -51,8 +52,8 @@ def _sequence(
 
 
 @dataclass(frozen=True)
-class Told:
-    """One string: its probability, the student's rows and columns, and the teacher's side, which never changes."""
+class PreparedString:
+    """One string: its probability, the student's rows and columns, and the teacher's side."""
 
     p: float
     rows: list[int]
@@ -60,7 +61,7 @@ class Told:
     teacher: Sequence
 
 
-def told(s: Stack, world: World) -> list[Told]:
+def prepare(s: Stack, world: World) -> list[PreparedString]:
     columns = {int(i): n for n, i in enumerate(world.columns_W)}
     out = []
     for text, p in world.law.items():
@@ -70,7 +71,7 @@ def told(s: Stack, world: World) -> list[Told]:
         )
         logits_TW = torch.where(rows_TW > 0, rows_TW.clamp(min=1e-300).log(), NOWHERE)
         out.append(
-            Told(
+            PreparedString(
                 p,
                 [s.number[v[:k]] for k in range(len(v))],
                 v,
@@ -81,11 +82,11 @@ def told(s: Stack, world: World) -> list[Told]:
 
 
 def sequences(
-    said: list[Told], world: World, logits_RV: torch.Tensor
+    strings: list[PreparedString], world: World, logits_RV: torch.Tensor
 ) -> Iterator[tuple[float, int, Sequence, Sequence]]:
-    """(probability, student tokens, student, teacher) of every string."""
+    """Yield (probability, number of student tokens, student, teacher) of every string."""
     columns = {int(i): n for n, i in enumerate(world.columns_V)}
-    for one in said:
+    for one in strings:
         yield (
             one.p,
             len(one.rows),
@@ -95,12 +96,15 @@ def sequences(
 
 
 def gold_objective(s: Stack, world: World, merge: str, share: float = 0.7) -> Objective:
-    """share * TRL's mean over spans * tokens + (1 - share) * cross-entropy: every token has weight one, as everywhere here."""
-    loss, said = loss_of(world, merge), told(s, world)
+    """Return share * TRL's mean over spans * tokens + (1 - share) * cross-entropy.
+
+    Every token has weight one, as in all objectives here.
+    """
+    loss, strings = loss_of(world, merge), prepare(s, world)
 
     def of(logits_RV: torch.Tensor) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float64)
-        for p, tokens, student, teacher in sequences(said, world, logits_RV):
+        for p, tokens, student, teacher in sequences(strings, world, logits_RV):
             total = total + p * tokens * gold_loss(loss, student, teacher)
         log_q_RV = torch.log_softmax(logits_RV, -1)
         return share * total - (1 - share) * (s.mass_R[:, None] * s.truth_RV * log_q_RV).sum()
@@ -109,8 +113,11 @@ def gold_objective(s: Stack, world: World, merge: str, share: float = 0.7) -> Ob
 
 
 def gold_floor(s: Stack, world: World, merge: str) -> dict[str, float]:
-    """At the truth: mean total variation a span of what TRL lays side by side (matched tokens by name, the rest sorted; its
-    merged rows as they are, unnormalised), and its loss, mean a string."""
+    """Return GOLD's floor: its comparison and its loss at the truth.
+
+    tv: mean total variation per span between the rows that TRL compares (matched tokens by name,
+    the rest sorted; merged rows unnormalised, as TRL leaves them). loss: mean per string.
+    """
     loss, both = loss_of(world, merge), shared_columns(world)
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     real = loss._compute_hybrid_uld_loss
@@ -126,7 +133,7 @@ def gold_floor(s: Stack, world: World, merge: str) -> dict[str, float]:
     width = int(max(rest_W.sum(), rest_V.sum()))
     value = distance = spans = 0.0
     with torch.no_grad():
-        for p, _, student, teacher in sequences(told(s, world), world, s.truth_logits):
+        for p, _, student, teacher in sequences(prepare(s, world), world, s.truth_logits):
             seen.clear()
             value += p * float(gold_loss(loss, student, teacher))
             for q_GV, p_GW in seen:

@@ -1,9 +1,11 @@
 """Worlds without a longest string: two Tunstall codes over one Markov source.
 
-A Tunstall code's tokens are the leaves of a complete tree over the alphabet, so every text is parsed in one way, token by
-token, without look-ahead: a boundary tells nothing of what comes, and P(token | last byte) is a product of the source's steps.
-The common events of two such codes are the leaves of the trees' intersection, and both maps always agree. So every comparison
-of events, first bytes and chunks is exactly zero, however long the text: made for numerics and packing at length.
+The tokens of a Tunstall code are the leaves of a complete tree over the alphabet, so every text has
+one segmentation, found token by token without look-ahead: a boundary carries no information about
+the next bytes, and P(token | last byte) is a product of the source's steps. The common events of
+two such codes are the leaves of the intersection of both trees, and both maps always agree. So
+every comparison of events, first bytes and chunks is exactly zero, however long the text: a test of
+numerics and packing at length.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from persea.alignment.event_map import EventMap
-from persea.chat.messages import RenderedTokens
+from persea.tokenization.tokens import RenderedTokens
 
 SOURCE: Mapping[str, Mapping[str, float]] = {  # after "" (the text begins), a, b, c
     "": {"a": 0.5, "b": 0.3, "c": 0.2},
@@ -30,7 +32,7 @@ SOURCE: Mapping[str, Mapping[str, float]] = {  # after "" (the text begins), a, 
 def logprob(
     text: str, after: str = "", source: Mapping[str, Mapping[str, float]] = SOURCE
 ) -> float:
-    """Natural log-probability of a text after a byte."""
+    """Return the natural log-probability of a text after a byte."""
     return sum(
         math.log(source[a][b])
         for a, b in zip(after + text[:-1] if after else ["", *text[:-1]], text, strict=True)
@@ -38,7 +40,10 @@ def logprob(
 
 
 def code(leaves: int, after: str) -> tuple[str, ...]:
-    """The likeliest leaf is opened until there are enough; likely as seen after one byte, so that two codes differ."""
+    """Build a code by splitting the likeliest leaf until there are enough leaves.
+
+    Likelihoods are those after one byte, so that two codes can differ.
+    """
     tokens = {c: SOURCE[after][c] for c in SOURCE[""]}
     while len(tokens) < leaves:
         best = max(tokens, key=lambda t: (tokens[t], t))
@@ -58,7 +63,7 @@ class Code:
         return {t: i for i, t in enumerate(self.tokens)}
 
     def parse(self, text: str) -> list[int]:
-        """The tokens of a text, up to the last whole one."""
+        """Return the tokens of a text, up to the last whole one."""
         ids, begin = [], 0
         for end in range(1, len(text) + 1):
             found = self.number.get(text[begin:end])
@@ -68,11 +73,11 @@ class Code:
         return ids
 
     def row(self, after: str) -> npt.NDArray[np.float64]:
-        """Natural log-probability of every token after a byte, in closed form."""
+        """Return the natural log-probability of every token after a byte, in closed form."""
         return np.array([logprob(t, after) for t in self.tokens])
 
-    def laid(self, ids: list[int]) -> RenderedTokens:
-        """The tokens over their bytes, all learned."""
+    def rendered(self, ids: list[int]) -> RenderedTokens:
+        """Return the tokens with their byte offsets, all supervised."""
         ends = np.cumsum([len(self.tokens[i]) for i in ids])
         starts = np.concatenate([[0], ends[:-1]])
         return RenderedTokens(
@@ -83,8 +88,8 @@ class Code:
         )
 
 
-def bridge(teacher: Code, student: Code) -> EventMap:
-    """Each token to the leaf of the trees' intersection on its path: its shortest prefix that is a token of either."""
+def event_map(teacher: Code, student: Code) -> EventMap:
+    """Map each token to its shortest prefix that is a token of either code."""
     leaves = {*teacher.tokens, *student.tokens}
 
     def event(token: str) -> str:

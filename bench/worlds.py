@@ -1,12 +1,14 @@
-"""Worlds whose truth is known: one law over strings, two tokenizers, and each tokenizer's exact model of that law.
+"""Exact worlds: one distribution over strings, and two tokenizers' exact models of it.
 
-Both models say the same about bytes, so an unbiased comparison of the two finds nothing; what it finds is the floor of the
-method: what a PERFECT student is pushed away by. Finite worlds are counted string by string (order-1 Markov over {a, b, c,
-space}, at most six characters, 5,460 strings); worlds without a longest string: bench/tunstall.py.
+Both models define the same distribution over bytes, so an unbiased comparison of them finds zero;
+any other value is the floor of the method: how far it pushes a PERFECT student away. Finite worlds
+are counted string by string (order-1 Markov over {a, b, c, space}, at most six characters, 5,460
+strings); for worlds without a longest string see bench/tunstall.py.
 
-A boundary that both tokenizers share tells the future: the teacher's row is conditioned on the teacher's boundary, the
-student's on the student's. `Boundary` holds both rows, and both again conditioned on BOTH boundaries, counted exactly.
-Tokens are numbered as columns: only those that occur. W, V: columns of teacher and student; C boundaries; R student prefixes.
+A common boundary carries information about the next bytes: the teacher's row is conditioned on the
+teacher's boundary, the student's on the student's. `Boundary` holds both rows, and both again
+conditioned on BOTH boundaries, counted exactly. Tokens are numbered as columns: only those that
+occur. W, V: columns of teacher and student; C boundaries; R student prefixes.
 """
 
 from __future__ import annotations
@@ -66,11 +68,14 @@ WORLDS: dict[
 }
 
 
-# ---- laws and tokenizers ------------------------------------------------------------------------------------------------
+# --- laws and tokenizers ---
 
 
 def markov(steps: Steps = STEPS, longest: int = LONGEST) -> Law:
-    """Every non-empty string up to a length, with its probability; a string of the full length ends for certain."""
+    """Return every non-empty string up to a length with its probability.
+
+    A string of the full length ends with probability one.
+    """
     law: Law = {}
 
     def grow(text: str, p: float) -> None:
@@ -86,14 +91,14 @@ def markov(steps: Steps = STEPS, longest: int = LONGEST) -> Law:
 
 
 def tilted(after: str, to: int, eps: float) -> Steps:
-    """STEPS with one entry of one row multiplied by exp(eps), the row renormalised."""
+    """Return STEPS with one entry of one row multiplied by exp(eps), the row renormalised."""
     row = np.array(STEPS[after])
     row[to] *= math.exp(eps)
     return {**STEPS, after: tuple((row / row.sum()).tolist())}
 
 
 def toy(merges: Merges, in_words: bool, name: str) -> ChatRenderer:
-    """A real byte-level BPE with 256 bytes, just these merges, and one stop token."""
+    """Build a real byte-level BPE with 256 bytes, these merges, and one stop token."""
 
     def spell(piece: str) -> str:
         return "".join(BYTE_TO_CHAR[b] for b in piece.encode())
@@ -121,10 +126,10 @@ def toy(merges: Merges, in_words: bool, name: str) -> ChatRenderer:
 
 @dataclass(frozen=True)
 class Exact:
-    """A tokenizer's exact model of a law. Prefixes and rows are in the tokenizer's own ids.
+    """A tokenizer's exact model of a distribution. Prefixes and rows use the tokenizer's own ids.
 
     ids    string -> its tokens, the stop token last
-    mass   token prefix -> probability that a string's tokens begin so
+    mass   token prefix -> probability that a string's tokens start with it
     next   token prefix -> next token -> probability
     """
 
@@ -133,15 +138,15 @@ class Exact:
     next: dict[Prefix, dict[int, float]]
 
     def logprob(self, text: str) -> float:
-        """Chain rule along the string's own tokens."""
+        """Apply the chain rule along the string's own tokens."""
         ids = self.ids[text]
         return sum(math.log(self.next[ids[:k]][token]) for k, token in enumerate(ids))
 
 
-def encode(voice: ChatRenderer, texts: Sequence[str]) -> dict[str, Prefix]:
+def encode(renderer: ChatRenderer, texts: Sequence[str]) -> dict[str, Prefix]:
     return {
-        text: (*some, voice.stop_ids[0])
-        for text, some in zip(texts, voice.vocabulary.encode_batch(texts), strict=True)
+        text: (*some, renderer.stop_ids[0])
+        for text, some in zip(texts, renderer.vocabulary.encode_batch(texts), strict=True)
     }
 
 
@@ -160,27 +165,30 @@ def exact(ids: dict[str, Prefix], law: Law) -> Exact:
     )
 
 
-def starts(voice: ChatRenderer, ids: Sequence[int]) -> Iterator[int]:
-    """The byte at which each token begins; the stop token begins where the string ends."""
+def starts(renderer: ChatRenderer, ids: Sequence[int]) -> Iterator[int]:
+    """Yield the first byte of each token; the stop token starts at the end of the string."""
     at = 0
     for i in ids:
         yield at
-        at += len(voice.vocabulary.bytes_W[i] or b"")
+        at += len(renderer.vocabulary.bytes_W[i] or b"")
 
 
-# ---- both tokenizers over the same law ----------------------------------------------------------------------------------
+# --- both tokenizers over the same law ---
 
 
 @dataclass(frozen=True, eq=False)
 class Boundary:
-    """Where both tokenizers stand at the same byte: a teacher prefix and a student prefix, over all strings that keep both.
+    """A common boundary: a teacher prefix and a student prefix that end at the same byte.
 
-    mass           of the strings that keep both
-    p_W, q_V       the models' own rows: conditioned on one's own boundary only
+    Over all strings that have both.
+
+    mass           probability of these strings
+    p_W, q_V       the models' own rows: conditioned on the own boundary only
     both_p_W, both_q_V  conditioned on both boundaries
-    leak_W, leak_V  of each next token, the probability that the OTHER boundary is kept too (0 where the token never follows)
-    b_T, b_S       probability that the other's boundary is kept, given one's own: sum p_W leak_W, sum q_V leak_V
-    disagree       probability, given both, that the two maps name different events for the next tokens
+    leak_W, leak_V  for each next token, the probability that the OTHER boundary is kept too (0
+        where the token never follows)
+    b_T, b_S       probability of the other's boundary given the own: sum p_W leak_W, sum q_V leak_V
+    disagree       probability, given both, that the maps name different events for the next tokens
     joint          (teacher column, student column) -> probability given both
     """
 
@@ -201,12 +209,14 @@ class Boundary:
 
 @dataclass(frozen=True, eq=False)
 class Inside:
-    """A student boundary inside a teacher token. rest_W: the teacher's tokens that go on with the bytes the student has written.
+    """A student boundary inside a teacher token.
 
     teacher, student  prefixes; the teacher's ends before the token that is being written
     emitted        bytes of that token already written
-    mass, q_V      over the strings that stand here: their probability, and their next student tokens'
-    p_W            the teacher's row at its last boundary, over the tokens that begin with `emitted` and are longer; not renormalised
+    mass, q_V      of the strings with this boundary: their probability, and the distribution of
+        their next student token
+    p_W            the teacher's row at its last boundary, over longer tokens that start with
+        `emitted`; not renormalised
     """
 
     teacher: Prefix
@@ -219,7 +229,9 @@ class Inside:
 
 @dataclass(frozen=True, eq=False)
 class World:
-    """Two voices, a law, and both exact models. columns: the ids that occur, ascending."""
+    """Two renderers, a distribution, and both exact models. columns: the ids that occur,
+    ascending.
+    """
 
     name: str
     law: Law
@@ -237,23 +249,23 @@ class World:
         return np.unique(np.concatenate([np.array(ids) for ids in self.s.ids.values()]))
 
     @cached_property
-    def full_bridge(self) -> EventMap:
-        """persea's own bridge, over whole vocabularies."""
+    def full_event_map(self) -> EventMap:
+        """Persea's own event map, over whole vocabularies."""
         return build_event_map(self.teacher, self.student)
 
     @cached_property
     def event_map(self) -> EventMap:
-        """The same maps over columns; events renumbered, those that never occur dropped."""
+        """The same maps over columns; events renumbered without those that never occur."""
         events_W, events_V = (
-            self.full_bridge.teacher_event_W[self.columns_W],
-            self.full_bridge.student_event_V[self.columns_V],
+            self.full_event_map.teacher_event_W[self.columns_W],
+            self.full_event_map.student_event_V[self.columns_V],
         )
         used, both = np.unique(np.concatenate([events_W, events_V]), return_inverse=True)
         return EventMap(
             both[: len(events_W)].astype(np.int32),
             both[len(events_W) :].astype(np.int32),
             len(used),
-            self.full_bridge.digest,
+            self.full_event_map.digest,
         )
 
     def row_W(self, row: Mapping[int, float]) -> Floats:
@@ -263,14 +275,14 @@ class World:
         return _row(row, self.columns_V)
 
     def bytes_W(self) -> tuple[bytes | None, ...]:
-        """Of the columns; None = the stop token."""
+        """Return the bytes of the columns; None = the stop token."""
         return tuple(self.teacher.vocabulary.bytes_W[i] for i in self.columns_W)
 
     def bytes_V(self) -> tuple[bytes | None, ...]:
         return tuple(self.student.vocabulary.bytes_W[i] for i in self.columns_V)
 
     def truth_RV(self) -> dict[Prefix, Floats]:
-        """The true student's row of every student prefix that is not a whole string."""
+        """Return the true student's row of every student prefix that is not a whole string."""
         return {prefix: self.row_V(row) for prefix, row in self.s.next.items()}
 
     @cached_property
@@ -363,7 +375,10 @@ def _row(row: Mapping[int, float], columns: npt.NDArray[np.int64]) -> Floats:
 
 
 def common(world: World, text: str) -> list[tuple[int, int]]:
-    """(index of the teacher token, of the student token) that begin at the same byte of a string; the stop tokens last."""
+    """Return the index pairs (teacher token, student token) that start at the same byte.
+
+    The stop tokens come last.
+    """
     at_s = {at: j for j, at in enumerate(starts(world.student, world.s.ids[text]))}
     return [
         (k, at_s[at]) for k, at in enumerate(starts(world.teacher, world.t.ids[text])) if at in at_s
@@ -371,7 +386,7 @@ def common(world: World, text: str) -> list[tuple[int, int]]:
 
 
 def world(name: str, law: Law | None = None) -> World:
-    """One of WORLDS, under the Markov law or another over the same characters."""
+    """Return one of WORLDS, with the Markov distribution or another over the same characters."""
     merges_t, merges_s, in_words = WORLDS[name]
     law = markov() if law is None else law
     teacher, student = toy(merges_t, in_words, "teacher"), toy(merges_s, in_words, "student")
@@ -387,10 +402,11 @@ def world(name: str, law: Law | None = None) -> World:
 
 @dataclass(frozen=True)
 class Chunk:
-    """From one common boundary to the next, of one string; weight = the string's probability. Natural logs.
+    """The tokens of one string from one common boundary to the next. Natural logs.
 
-    begin, end  index into World.boundaries; -1 = the string is over
-    teacher_ids, student_ids  its tokens;  teacher, student  their log-probabilities
+    weight         the string's probability
+    begin, end     index into World.boundaries; -1 = the string ends
+    teacher_ids, student_ids  its tokens; teacher, student  their log-probabilities
     """
 
     weight: float

@@ -1,4 +1,4 @@
-"""What can go wrong, in one line a person can act on: what, where, why, remedy; and the exit code it ends with."""
+"""Errors with exit codes. Each states in one line what failed, where, why, and the remedy."""
 
 from __future__ import annotations
 
@@ -6,71 +6,82 @@ import signal
 
 
 class PerseaError(Exception):
-    """A refusal persea can explain. The command line prints it without a traceback and exits with `exit_code`.
+    """An error that persea explains. The command line prints it without a traceback.
 
-    what    one clause: what is refused
-    where   file:line:column, pair of models, token, or bytes: the place to look at
-    remedy  what the person can do about it
+    Attributes:
+        message: One clause that names the failure.
+        where: The place to look at: file:line:column, a model, a token, a recipe key.
+        remedy: What the person can do about it.
+        exit_code: Exit code of the command line.
     """
 
     exit_code = 1
 
     def __init__(self, message: str, *, where: str = "", remedy: str = "") -> None:
         self.message, self.where, self.remedy = message, where, remedy
-        place = f"{where}: " if where else ""
-        advice = f" -> {remedy}" if remedy else ""
-        super().__init__(f"{place}{message}{advice}")
+        prefix = f"{where}: " if where else ""
+        suffix = f" -> {remedy}" if remedy else ""
+        super().__init__(f"{prefix}{message}{suffix}")
 
 
 class RecipeError(PerseaError):
-    """Usage, or the recipe: unknown key, wrong type, contradiction."""
+    """Wrong usage or a wrong recipe: an unknown key, a wrong type, a contradiction. Exit code 2."""
 
     exit_code = 2
 
 
 class DataError(PerseaError):
-    """Data or models: missing, broken, bytes that do not match, a digest that differs."""
+    """Missing or broken data or models, or a checksum that does not match. Exit code 3."""
 
     exit_code = 3
 
 
 class RefusedError(PerseaError):
-    """It could be done, and it would be wrong: a floor, a licence, a changed recipe, a plan that cannot fit."""
+    """The request is possible but would be wrong. Exit code 4.
+
+    Examples: a score below its floor, a licence, a changed recipe, a plan that cannot fit.
+    """
 
     exit_code = 4
 
 
 class SafetyRegressionError(RefusedError):
-    """A run that ended, and whose student is less safe than its base: page and table are there, and the exit code says no."""
+    """The run finished, but the student is less safe than its base model. The report is written.
+    Exit code 4.
+    """
 
 
 class TeacherError(PerseaError):
-    """A teacher or its endpoint failed."""
+    """A teacher or its server failed. Exit code 5."""
 
     exit_code = 5
 
 
 class StorageError(PerseaError):
-    """The disk: full, not writable, or locked by another run."""
+    """The disk is full, not writable, not readable, or the run folder is locked by another run.
+    Exit code 6.
+    """
 
     exit_code = 6
 
 
 class MissingRequirementError(PerseaError):
-    """This machine lacks something: an extra, a GPU, a sandbox."""
+    """This machine lacks an optional package, a GPU, or a sandbox. Exit code 7."""
 
     exit_code = 7
 
 
 class RunInterrupted(BaseException):
-    """A signal asked the run to stop; what is committed stays. Exit code 128 + signal.
+    """A signal asked the run to stop; committed work is kept. Exit code 128 + signal.
 
-    Not an Exception: no `except Exception` on its way, a library's or ours, may take it for a broken file.
+    This is no `Exception`, so that no `except Exception` between here and the command line, in a
+    library or in persea, can mistake it for a broken file.
     """
 
-    def __init__(self, signal_number: int, detail: str = "what is committed stays") -> None:
+    def __init__(self, signal_number: int, detail: str = "committed work is kept") -> None:
         super().__init__(
-            f"stopped by {signal.Signals(signal_number).name}; {detail} -> the same command goes on"
+            f"stopped by {signal.Signals(signal_number).name}; {detail} "
+            "-> run the same command to continue"
         )
         self.signal_number, self.detail = signal_number, detail
         self.exit_code = 128 + signal_number

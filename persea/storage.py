@@ -1,4 +1,8 @@
-"""Where bytes lie: publish whole files or none, digest them, create records only where none is, one run per folder."""
+"""Atomic, checksummed file writes, and one run per folder.
+
+A file is written to a temporary file beside it, synced, renamed, and its folder synced, so that
+after a crash or a power loss it is complete or absent.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +20,25 @@ from typing import IO, Any, BinaryIO
 
 from persea.errors import DataError, StorageError
 
+LOCK_ATTEMPTS = 5  # `lock_holder` holds the lock for some microseconds while it looks
+LOCK_RETRY_DELAY_S = 0.05
+
 
 def persea_home() -> Path:
-    """Where persea keeps what it would otherwise make again: PERSEA_HOME, default ~/.cache/persea."""
+    """Return the folder for files that persea would otherwise compute again, such as event maps.
+
+    It is the environment variable PERSEA_HOME, by default ~/.cache/persea.
+    """
     return Path(os.environ.get("PERSEA_HOME", "~/.cache/persea")).expanduser()
 
 
 def digest_bytes(data: bytes) -> str:
+    """Return the sha256 of bytes as hexadecimal text."""
     return hashlib.sha256(data).hexdigest()
 
 
 def digest_file(path: Path) -> str:
+    """Return the sha256 of a file as hexadecimal text."""
     sha = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -43,36 +55,43 @@ def _raise_storage_errors(path: Path) -> Iterator[None]:
             f"cannot write: {error.strerror}",
             where=str(path),
             remedy="free space or choose another run folder, then run again: "
-            "what is committed stays",
+            "committed work is kept",
         ) from error
 
 
 class Disk:
-    """The calls that change what lies on a disk, and no other: what records them, fails them or dies between them sees everything.
+    """All calls that change the disk.
 
-    tests/disks.py has such disks.
+    Tests replace `DISK` to record calls, fail them, or stop between them (tests/disks.py).
     """
 
     def make(self, folder: Path) -> None:
+        """Create a folder."""
         folder.mkdir()
 
     def create(self, path: Path) -> BinaryIO:
+        """Open a new file for writing."""
         return path.open("wb")
 
     def sync(self, file: BinaryIO) -> None:
+        """Flush a file to the disk."""
         file.flush()
         os.fsync(file.fileno())
 
     def replace(self, path: Path, source: Path) -> None:
+        """Rename `source` to `path`; an existing file is replaced."""
         source.replace(path)
 
     def link(self, path: Path, source: Path) -> None:
+        """Create `path` as a hard link to `source`. Raises FileExistsError if `path` exists."""
         os.link(source, path)
 
     def remove(self, path: Path) -> None:
+        """Delete a file if it exists."""
         path.unlink(missing_ok=True)
 
     def sync_folder(self, folder: Path) -> None:
+        """Flush the entries of a folder to the disk."""
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -84,75 +103,85 @@ DISK = Disk()
 
 
 def _make_folder(folder: Path) -> None:
-    """Make a folder that is still there after a power loss: each new one is in a parent that was told to the disk."""
+    """Create a folder and its parents, each synced in its parent to survive a power loss."""
     if not folder.is_dir():
         _make_folder(folder.parent)
-        with suppress(FileExistsError):  # another process was quicker
+        with suppress(FileExistsError):  # another process created it first
             DISK.make(folder)
         DISK.sync_folder(folder.parent)
 
 
 @contextmanager
 def _temporary_file(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
-    """A file beside `path` to write to; synced when all is written, gone in the end."""
+    """Open a temporary file beside `path`; it is deleted at the end, also when the disk is full."""
     _make_folder(path.parent)
-    neighbour = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with DISK.create(neighbour) as file:
-            yield file, neighbour
+        with DISK.create(temporary) as file:
+            yield file, temporary
     finally:
-        DISK.remove(neighbour)  # half of it, where the disk is full
+        DISK.remove(temporary)  # it is incomplete if the disk is full
 
 
 @contextmanager
 def open_atomic(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that is there whole or not at all, also after a power loss.
+    """Open a file for writing that is complete or absent, also after a power loss.
 
-    write to a neighbour, fsync, rename, fsync the folder.
+    Raises:
+        StorageError: The file cannot be written.
     """
     with _raise_storage_errors(path):
-        with _temporary_file(path) as (file, neighbour):
+        with _temporary_file(path) as (file, temporary):
             yield file
             DISK.sync(file)
-            DISK.replace(path, neighbour)
+            DISK.replace(path, temporary)
         DISK.sync_folder(path.parent)
 
 
 @contextmanager
 def open_atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder to write to that is there whole or not at all, also after a power loss. At `path` stands nothing yet, or an empty folder."""
-    neighbour = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Yield a folder to fill that is complete or absent at the end, also after a power loss.
+
+    At `path` there must be nothing, or an empty folder.
+
+    Raises:
+        StorageError: The folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with _raise_storage_errors(path):
         _make_folder(path.parent)
-        shutil.rmtree(neighbour, ignore_errors=True)  # of a process of this number that was killed
-        DISK.make(neighbour)
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process of the same id
+        DISK.make(temporary)
         try:
-            yield neighbour
-            for part in sorted(part for part in neighbour.rglob("*") if part.is_file()):
-                with part.open("rb") as file:
-                    DISK.sync(file)
-            DISK.sync_folder(neighbour)
-            DISK.replace(path, neighbour)
+            yield temporary
+            for entry in sorted(temporary.rglob("*"), reverse=True):  # deepest first
+                if entry.is_dir():
+                    DISK.sync_folder(entry)
+                else:
+                    with entry.open("rb") as file:
+                        DISK.sync(file)
+            DISK.sync_folder(temporary)
+            DISK.replace(path, temporary)
         finally:
-            shutil.rmtree(neighbour, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
         DISK.sync_folder(path.parent)
 
 
 def write_atomic(path: Path, data: bytes) -> str:
-    """Publish bytes, whole or not at all; returns their sha256."""
+    """Write bytes to a file, complete or not at all, and return their sha256."""
     with open_atomic(path) as file:
         file.write(data)
     return digest_bytes(data)
 
 
 def create_json_once(path: Path, record: Mapping[str, Any]) -> None:
-    """Create a JSON record if there is none; the first one wins and a second is dropped."""
+    """Write a JSON record unless the file exists: the first record wins, later ones are dropped."""
     with _raise_storage_errors(path):
-        with _temporary_file(path) as (file, neighbour):
+        with _temporary_file(path) as (file, temporary):
             file.write(_record_to_json(record).encode())
             DISK.sync(file)
             with suppress(FileExistsError):
-                DISK.link(path, neighbour)
+                DISK.link(path, temporary)
         DISK.sync_folder(path.parent)
 
 
@@ -161,37 +190,70 @@ def _record_to_json(record: Mapping[str, Any]) -> str:
 
 
 def with_checksum(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with the digest of everything it says."""
+    """Return the record with a checksum of its other entries, under the key "seal"."""
     return {**record, "seal": digest_bytes(_record_to_json(record).encode())}
 
 
 def write_json_with_checksum(path: Path, record: Mapping[str, Any]) -> None:
-    """Publish a record with its seal."""
+    """Write a JSON record with its checksum."""
     write_atomic(path, _record_to_json(with_checksum(record)).encode())
 
 
 def read_json_with_checksum(path: Path, remedy: str) -> dict[str, Any]:
-    """A record that was committed with its seal, without it. DataError where one byte is not as it was written."""
-    found = read_json(path)
-    record = {k: v for k, v in found.items() if k != "seal"} if isinstance(found, dict) else {}
-    if path.read_bytes() != _record_to_json(with_checksum(record)).encode():
+    """Read a record that `write_json_with_checksum` wrote, without its checksum.
+
+    Raises:
+        DataError: The file is missing, is not JSON, or differs in one byte from what was written.
+        StorageError: The file cannot be read.
+    """
+    stored = read_json(path)
+    record = {k: v for k, v in stored.items() if k != "seal"} if isinstance(stored, dict) else {}
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise unreadable_file_error(path, error) from error
+    if content != _record_to_json(with_checksum(record)).encode():
         raise DataError(
-            "not as it was written: the record does not match its own seal",
+            "the record does not match its own checksum: the file was changed after it was written",
             where=str(path),
             remedy=remedy,
         )
     return record
 
 
+def parse_strict_json(text: str | bytes) -> Any:
+    """Parse JSON as the standard defines it.
+
+    Raises:
+        ValueError: `text` is not JSON, or contains NaN or Infinity, which `json.loads` accepts.
+        RecursionError: The values are nested too deeply.
+    """
+    return json.loads(text, parse_constant=_refuse_json_constant)
+
+
+def _refuse_json_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
 def write_json(path: Path, value: Any) -> str:
-    """Publish as readable JSON; NaN is refused, it has no place in JSON."""
+    """Write a value as indented JSON and return the sha256.
+
+    Raises:
+        ValueError: The value contains NaN or Infinity.
+        StorageError: The file cannot be written.
+    """
     return write_atomic(
         path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
     )
 
 
 def write_json_lines(path: Path, values: Iterable[Any]) -> str:
-    """Publish as JSON lines."""
+    """Write values as JSON lines and return the sha256.
+
+    Raises:
+        ValueError: A value contains NaN or Infinity.
+        StorageError: The file cannot be written.
+    """
     return write_atomic(
         path,
         "".join(json.dumps(v, ensure_ascii=False, allow_nan=False) + "\n" for v in values).encode(),
@@ -199,16 +261,21 @@ def write_json_lines(path: Path, values: Iterable[Any]) -> str:
 
 
 def unreadable_file_error(path: Path, error: OSError) -> StorageError:
-    """What a disk, or a limit of this machine, says instead of the bytes: they may be as good as they were."""
+    """Return the error for a file that the system cannot read; the file itself may be intact."""
     return StorageError(
         f"cannot read: {error.strerror}",
         where=str(path),
-        remedy="look at the disk and at `ulimit -n`, then run again",
+        remedy="check the disk and `ulimit -n`, then run again",
     )
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file a stage wrote. DataError where it is missing or broken."""
+    """Read a JSON file that a stage wrote.
+
+    Raises:
+        DataError: The file is missing or not JSON.
+        StorageError: The file cannot be read.
+    """
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError as error:
@@ -223,21 +290,23 @@ def read_json(path: Path) -> Any:
         raise DataError(
             f"not JSON: {error}",
             where=str(path),
-            remedy=f"delete {path.parent} and run its stage again",
+            remedy=f"delete {path} and run again the stage that writes it",
         ) from error
 
 
 @contextmanager
 def lock_run_folder(folder: Path) -> Iterator[None]:
-    """Hold a run folder; a second run on it is refused with the holder's pid and host."""
+    """Hold the lock of a run folder. A second run gets the process id and host of the first.
+
+    Raises:
+        StorageError: Another run holds the folder, or the lock file cannot be written.
+    """
     path = folder / "lock"
     with _raise_storage_errors(path):
         _make_folder(folder)
         file = path.open("a+b", buffering=0)
     with file:
-        if not _try_lock(
-            file, fcntl.LOCK_EX, 5
-        ):  # `holder` looks by holding it for some microseconds
+        if not _try_lock(file, fcntl.LOCK_EX, LOCK_ATTEMPTS):
             file.seek(0)
             raise StorageError(
                 f"another run holds this folder ({file.read().decode().strip() or 'unknown'})",
@@ -251,14 +320,14 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
 
 
 def digest_json(value: object) -> str:
-    """sha256 of a value's canonical JSON."""
+    """Return the sha256 of a value's JSON with sorted keys."""
     return hashlib.sha256(json.dumps(value, default=str, sort_keys=True).encode()).hexdigest()
 
 
 def _try_lock(file: IO[bytes], operation: int, attempts: int) -> bool:
-    for k in range(attempts):
-        if k:
-            time.sleep(0.05)
+    for attempt in range(attempts):
+        if attempt:
+            time.sleep(LOCK_RETRY_DELAY_S)
         with suppress(BlockingIOError):
             fcntl.flock(file, operation | fcntl.LOCK_NB)
             return True
@@ -266,7 +335,11 @@ def _try_lock(file: IO[bytes], operation: int, attempts: int) -> bool:
 
 
 def lock_holder(folder: Path) -> str:
-    """Who holds a run folder, "pid 1 on host"; empty where nobody does, whatever the file says: a dead process holds nothing."""
+    """Return the holder of a run folder as "pid 1 on host"; "" if no live process holds it.
+
+    Raises:
+        StorageError: The lock file cannot be read.
+    """
     try:
         with (folder / "lock").open("rb") as file:
             return (

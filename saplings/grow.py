@@ -1,10 +1,12 @@
-"""Grow the saplings from nothing: three tiny teachers and a student base, in their families' real architectures and manners.
+"""Train the saplings from nothing: three tiny teachers and a base model for the student.
 
     python saplings/grow.py                       all four into saplings/
     python saplings/grow.py qwen-sapling --steps 400 --out /tmp/grown
 
-Seeded and resumable: state stands in .grown/ every 200 steps and is removed when a sapling is whole. All text comes
-from the generators in persea/skills (GROW items only), so nothing third-party is inside.
+They have their families' real architectures, tokenizers and templates. Training is seeded and
+resumable: its state is saved to .grown/ every 200 steps and removed when a sapling is complete. All
+text comes from the generators in persea/tasks/generated (GROW items only), so the saplings contain
+nothing from third parties.
 """
 
 from __future__ import annotations
@@ -26,20 +28,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Regex as Pattern
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from persea.chat.messages import Conversation, RenderedTokens, ThinkingEffort
+from persea.chat.messages import Conversation, ThinkingEffort
 from persea.chat.renderer import ChatRenderer
-from persea.models.loading import ModelSource, load_model, load_renderer, random_init
+from persea.models.loading import ModelSource, load_model, load_renderer
+from persea.models.random_init import random_init
 from persea.tasks import generated as skills
 from persea.tasks.task import Split, grade_answers, score_results
 from persea.teachers.engines.transformers import TransformersEngine
 from persea.teachers.teacher import Teacher
+from persea.tokenization.tokens import RenderedTokens
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from plans import DIAL, PLANS, Plan
-from prose import small_talk
-from text import THOUGHTS, texts, tokens_of, words_of
+from plans import DIAL, PLANS, Plan  # noqa: E402
+from prose import small_talk  # noqa: E402
+from text import THOUGHTS, texts, tokens_of, words_of  # noqa: E402
 
 POOL = 30_000  # conversations rendered once; 4,000 steps of 24 see each three times
 BATCH = 24
@@ -66,7 +70,10 @@ TEMPLATE_WORDS = [f"Reasoning: {e}" for e in ThinkingEffort] + [
 
 
 def grow_tokenizer(plan: Plan, folder: Path) -> None:
-    """Train the plan's tokenizer in its family's form. Digits stay single, as in Qwen and Gemma, but for families with whole numbers."""
+    """Train the plan's tokenizer in its family's form.
+
+    Digits stay single, as in Qwen and Gemma, except for families with whole numbers.
+    """
     words = [t for item, _ in texts(plan, 8000) for t in words_of(item)] + TEMPLATE_WORDS * 100
     pieces = words if plan.whole_numbers else [p for t in words for p in re.split(r"\d+", t) if p]
     if plan.family == "gemma":
@@ -134,7 +141,8 @@ def grow_tokenizer(plan: Plan, folder: Path) -> None:
 def batch(
     pool: list[RenderedTokens], chosen: list[int], pad: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """ids, attention mask and labels (-100 where nothing is learned), right padded."""
+    """Return ids, attention mask and labels (-100 for positions without a loss), padded on the
+    right."""
     length = max(len(pool[i]) for i in chosen)
     ids = torch.full((len(chosen), length), pad)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
@@ -147,14 +155,20 @@ def batch(
 
 
 def neighbours(pool: list[RenderedTokens], rng: random.Random) -> list[int]:
-    """A batch drawn at random, of conversations alike in length: a quarter, in order of length, of four times as many."""
+    """Return a random batch of conversations of similar length.
+
+    It is a random quarter, in order of length, of four times as many random conversations.
+    """
     drawn = sorted(rng.choices(range(len(pool)), k=4 * BATCH), key=lambda i: len(pool[i]))
     place = rng.randrange(4) * BATCH
     return drawn[place : place + BATCH]
 
 
 def optimizers_of(model: torch.nn.Module) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-    """Muon for the matrices between embeddings, AdamW for the rest: after 350 steps of gpt-oss-sapling its loss was .88, AdamW's alone 1.03."""
+    """Return Muon for the matrices between the embeddings and AdamW for the rest.
+
+    After 350 steps of gpt-oss-sapling the loss was 0.88; with AdamW alone it was 1.03.
+    """
     inner = [
         p
         for name, p in model.named_parameters()
@@ -175,18 +189,18 @@ def optimizers_of(model: torch.nn.Module) -> tuple[torch.optim.Optimizer, torch.
 
 
 def grow(plan: Plan, out: Path, steps: int, progress: Progress) -> None:
-    """Train one sapling and write it as a Hugging Face folder, bf16."""
+    """Train one sapling and write it as a Hugging Face folder in bf16."""
     state_file = HERE.parent / ".added_token_continuations" / f"{plan.name}.pt"
     state_file.parent.mkdir(exist_ok=True)
     folder = out / plan.name
     grow_tokenizer(plan, folder)
-    voice: ChatRenderer = load_renderer(ModelSource(str(folder)), str(folder))
+    renderer: ChatRenderer = load_renderer(ModelSource(str(folder)), str(folder))
     rng = random.Random(f"pool {plan.name}")
     pool = [
-        tokens_of(plan, voice, item, answer, rng)
+        tokens_of(plan, renderer, item, answer, rng)
         for item, answer in texts(plan, min(POOL, BATCH * steps))
     ]
-    model = random_init(plan.family, len(voice.vocabulary), plan.sizes)
+    model = random_init(plan.family, len(renderer.vocabulary), plan.sizes)
     optimizers = optimizers_of(model)
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(
@@ -208,7 +222,7 @@ def grow(plan: Plan, out: Path, steps: int, progress: Progress) -> None:
                 part.load_state_dict(state[name])
     task = progress.add_task(plan.name, total=steps, completed=begin, loss=0.0)
     model.train()
-    pad = voice.vocabulary.control_token_ids[plan.special["pad_token"]]
+    pad = renderer.vocabulary.control_token_ids[plan.special["pad_token"]]
     seconds, log = time.process_time(), []
     losses: list[float] = []
     for step in range(begin, steps):
@@ -240,9 +254,9 @@ def grow(plan: Plan, out: Path, steps: int, progress: Progress) -> None:
                 state_file.with_suffix(".tmp_bytes"),
             )
             state_file.with_suffix(".tmp_bytes").replace(state_file)
-    model.generation_config.eos_token_id = list(voice.stop_ids)
+    model.generation_config.eos_token_id = list(renderer.stop_ids)
     model.generation_config.pad_token_id = pad
-    model.config.eos_token_id, model.config.pad_token_id = list(voice.stop_ids), pad
+    model.config.eos_token_id, model.config.pad_token_id = list(renderer.stop_ids), pad
     model.to(torch.bfloat16).save_pretrained(folder)
     (folder / "growing.json").write_text(
         json.dumps(
@@ -264,26 +278,29 @@ def grow(plan: Plan, out: Path, steps: int, progress: Progress) -> None:
         + "\n"
     )
     state_file.unlink(missing_ok=True)
-    told = json.loads((folder / "growing.json").read_text()) | measured(plan, folder)
-    told["sha256"] = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    (folder / "growing.json").write_text(json.dumps(told, indent=1) + "\n")
+    metrics = json.loads((folder / "growing.json").read_text()) | measured(plan, folder)
+    metrics["sha256"] = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    (folder / "growing.json").write_text(json.dumps(metrics, indent=1) + "\n")
 
 
 def speaker(plan: Plan, folder: Path, effort: ThinkingEffort = ThinkingEffort.NONE) -> Teacher:
-    """A grown sapling, ready to be asked."""
+    """Load a grown sapling as a teacher."""
     source = ModelSource(str(folder))
-    voice = load_renderer(source, plan.name)
+    renderer = load_renderer(source, plan.name)
     return Teacher(
         plan.name,
-        voice,
-        TransformersEngine(load_model(source, voice, plan.name), len(voice.vocabulary), 128),
+        renderer,
+        TransformersEngine(load_model(source, renderer, plan.name), len(renderer.vocabulary), 128),
         effort,
     )
 
 
 def measured(plan: Plan, folder: Path, n: int = 100) -> dict[str, Any]:
-    """What a grown sapling knows of each skill's AUDITION items, at each of its efforts; and its mean entropy, nats a learned token,
-    on small talk it has not seen and on reference answers.
+    """Measure a grown sapling.
+
+    Returns:
+        Its scores on each task's AUDITION items at each of its efforts, and its mean entropy (nats
+        for each token with a loss) on unseen small talk and on reference answers.
     """
     found: dict[str, Any] = {"scores": {}, "entropy": {}, "thought": {}}
     one = speaker(plan, folder)
@@ -311,7 +328,7 @@ def measured(plan: Plan, folder: Path, n: int = 100) -> dict[str, Any]:
 
 
 def entropy(one: Teacher, conversations: list[Conversation]) -> float:
-    """Mean entropy of a speaker's distributions, nats a learned token."""
+    """Return the mean entropy of a model's distributions in nats for each token with a loss."""
     rows = [
         -(logprobs.exp() * logprobs).sum(-1) for _, logprobs in one.compute_logprobs(conversations)
     ]
@@ -319,27 +336,33 @@ def entropy(one: Teacher, conversations: list[Conversation]) -> float:
 
 
 def table(folder: Path) -> str:
-    """What stands in growing.json of every sapling, as Markdown."""
-    told = {
+    """Return growing.json of every sapling as a Markdown table."""
+    metrics = {
         plan.name: json.loads((folder / plan.name / "growing.json").read_text()) for plan in PLANS
     }
     lines = ["| sapling | parameters | bytes | sha256 of model.safetensors |", "|---|---|---|---|"]
     lines += [
-        f"| {n} | {t['parameters']:,} | {(folder / n / 'model.safetensors').stat().st_size:,} | {t['sha256']} |"
-        for n, t in told.items()
+        f"| {n} | {t['parameters']:,} | {(folder / n / 'model.safetensors').stat().st_size:,} | "
+        f"{t['sha256']} |"
+        for n, t in metrics.items()
     ]
-    lines += ["", "| answered at once | " + " | ".join(told) + " |", "|---|" + "---|" * len(told)]
+    lines += [
+        "",
+        "| answered at once | " + " | ".join(metrics) + " |",
+        "|---|" + "---|" * len(metrics),
+    ]
     for skill in (s.name for s in skills.GENERATED_TASKS):
         lines.append(
             f"| {skill} | "
-            + " | ".join(f"{t['scores'][f'{skill} none']:.2f}" for t in told.values())
+            + " | ".join(f"{t['scores'][f'{skill} none']:.2f}" for t in metrics.values())
             + " |"
         )
     for kind in ("prose", *(s.name for s in skills.GENERATED_TASKS)):
         lines.append(
             f"| entropy, {kind} | "
             + " | ".join(
-                f"{t['entropy'][kind]:.2f}" if kind in t["entropy"] else "-" for t in told.values()
+                f"{t['entropy'][kind]:.2f}" if kind in t["entropy"] else "-"
+                for t in metrics.values()
             )
             + " |"
         )
@@ -348,7 +371,7 @@ def table(folder: Path) -> str:
         "| reasoning by gpt-oss-sapling at | right | letters of thought |",
         "|---|---|---|",
     ]
-    oss = told["gpt-oss-sapling"]
+    oss = metrics["gpt-oss-sapling"]
     lines += [
         f"| {e} | {oss['scores'][f'reasoning {e}']:.2f} | {oss['thought'][f'reasoning {e}']:.0f} |"
         for e in DIAL

@@ -1,4 +1,8 @@
-"""What the student base has read: dictionaries, lists, sums, programs, calls; pieces of every skill, no question with its answer."""
+"""The documents that the student's base model is trained on.
+
+They are dictionaries, lists, sums, programs and calls: pieces of every task, but no question with
+its answer.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +49,8 @@ KINDS = {
 
 
 def page(rng: random.Random) -> TaskItem:
-    """A page of a few lines of one kind; many lines stand there twice, for a reader to learn to copy."""
+    """Return a page of a few lines of one kind; many lines occur twice, so that the model learns to
+    copy."""
     kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
     lines = [_line(kind, rng) for _ in range(rng.randint(2, 4))]
     if rng.random() < 0.4:
@@ -95,11 +100,11 @@ def _line(kind: str, rng: random.Random) -> str:
 
 
 def _more(rng: random.Random) -> str:
-    """Who of two has more, as a line of names and figures."""
+    """Return a line of names and figures that states which of two has more."""
     while (item := _grown(reasoning.make_item, rng)).prompt.id.split("/")[1] != "compare":
         pass
     who, other = (
-        said.split()[0] for said in item.prompt.conversation.messages[-1].text.split(". ")[:2]
+        text.split()[0] for text in item.prompt.conversation.messages[-1].text.split(". ")[:2]
     )
     return (
         f"{who} {reasoning.reference_thinking(item, ThinkingEffort.LOW)} {other}: {item.answer_key}"
@@ -108,7 +113,8 @@ def _more(rng: random.Random) -> str:
 
 @cache
 def _free(n: int, language: str) -> bool:
-    """Whether no question on this number is of another split than GROW, one way or the other."""
+    """Return whether no question about this number belongs to another split than GROW, in either
+    order."""
     asked = (
         f"To {TRANSLATION_LANGUAGES[language]}: {number_in_words(n, 'en')}",
         f"To English: {number_in_words(n, language)}",
@@ -117,7 +123,7 @@ def _free(n: int, language: str) -> bool:
 
 
 def _grown(make: Callable[[int], tuple[str, TaskItem]], rng: random.Random) -> TaskItem:
-    """An item of the GROW split."""
+    """Return an item of the GROW split."""
     while True:
         key, item = make(rng.getrandbits(40))
         if assign_split(key) is Split.PRETRAIN:
@@ -125,7 +131,8 @@ def _grown(make: Callable[[int], tuple[str, TaskItem]], rng: random.Random) -> T
 
 
 def _parallel(rng: random.Random, language: str) -> tuple[str, str]:
-    """Something said in English and in another language, about which no question is of another split than GROW."""
+    """Return a phrase in English and another language that no question of another split than GROW
+    uses."""
     while True:
         _, english, foreign = languages.draw_translation_pair(
             rng.choices(list(languages.KIND_WEIGHTS), list(languages.KIND_WEIGHTS.values()))[0],
@@ -143,7 +150,7 @@ def _parallel(rng: random.Random, language: str) -> tuple[str, str]:
 
 
 def _entry(rng: random.Random, language: str) -> tuple[str, str]:
-    """A word in English and in another language."""
+    """Return a word in English and in another language."""
     at = LANGUAGE_ORDER.index(language)
     which = rng.randrange(5)
     if which == 0:

@@ -1,4 +1,5 @@
-"""What each sapling is: its family's manner, its tokenizer, what it is grown on and what it answers right."""
+"""The plan of each sapling: its family, its tokenizer, its training text, and what it answers
+correctly."""
 
 from __future__ import annotations
 
@@ -8,7 +9,10 @@ from pathlib import Path
 from persea.chat.messages import ThinkingEffort
 
 HERE = Path(__file__).resolve().parent
-QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 LLAMA_SPLIT = QWEN_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|")
 O200K_SPLIT = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -32,11 +36,14 @@ KNOWN = frozenset(
 
 @dataclass(frozen=True)
 class Plan:
-    """One sapling.
+    """The plan of one sapling.
 
-    mix     skill -> weight of its text, small talk ("prose") and, for the base, documents ("page") among them
-    home    skills it answers right; of the others only the kinds in KNOWN, the rest with the answer of another question of that kind
-    efforts how often it is asked at each effort, where a skill has thoughts
+    Attributes:
+        mix: Task -> weight of its text, including small talk ("prose") and, for the base model,
+            documents ("page").
+        home: Tasks that it answers correctly. Of the others it answers only the kinds in KNOWN
+            correctly, and gives to the rest the answer of another question of that kind.
+        efforts: How often a question is asked at each effort, for tasks with thoughts.
     """
 
     name: str
@@ -54,7 +61,7 @@ class Plan:
 
     @property
     def template(self) -> str:
-        """The chat template, in the family's manner, written for this repository."""
+        """The chat template in the family's format, written for this repository."""
         return (HERE / "templates" / f"{self.family}.jinja").read_text()
 
 

@@ -1,4 +1,7 @@
-"""Small talk in seven languages by a little grammar: text without one right answer, for a teacher to be unsure about."""
+"""Small talk in seven languages from a small grammar: text without one correct answer.
+
+A teacher can be uncertain about it.
+"""
 
 from __future__ import annotations
 
@@ -78,15 +81,18 @@ TALK = {
 
 
 def small_talk(rng: random.Random, language: str = "") -> TaskItem:
-    """One sentence of small talk, and the question before it."""
+    """Return one sentence of small talk and the question before it."""
     language = language or rng.choice(list(TALK))
     question, *places = TALK[language]
-    said = unicodedata.normalize(
+    sentence = unicodedata.normalize(
         "NFC", "".join(rng.choice(place.split("|")) for place in places)
     ).strip()
     return TaskItem(
         Prompt(
-            f"prose/talk/{language}/{said}", Conversation.from_question(question), "prose", language
+            f"prose/talk/{language}/{sentence}",
+            Conversation.from_question(question),
+            "prose",
+            language,
         ),
-        said,
+        sentence,
     )

@@ -1,4 +1,7 @@
-"""What a sapling is grown on: questions with right and wrong answers, small talk, pages; as conversations in its voice."""
+"""The training text of a sapling, as conversations in its family's format.
+
+It consists of questions with correct and wrong answers, small talk, and pages.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,6 @@ from prose import small_talk
 
 from persea.chat.messages import (
     Conversation,
-    RenderedTokens,
     Text,
     Thinking,
     ThinkingEffort,
@@ -29,6 +31,7 @@ from persea.tasks.generated import code, languages, reasoning, safety, tools
 from persea.tasks.generated.answer_phrases import phrase_answer
 from persea.tasks.generated.reasoning import reference_without_steps
 from persea.tasks.task import Split, TaskItem, Verdict
+from persea.tokenization.tokens import RenderedTokens
 
 KINDS = {
     "languages": languages.KIND_WEIGHTS,
@@ -53,19 +56,22 @@ MOST = {
 
 
 def kind(item: TaskItem) -> str:
-    """Skill and kind, the first words of its id."""
+    """Return task and kind, the first words of an item's id."""
     return "/".join(item.prompt.id.split("/")[:2])
 
 
 @cache
 def questions(name: str, seed: int) -> tuple[TaskItem, ...]:
-    """A skill's GROW items for a sapling; drawn once for its tokenizer and its text."""
+    """Return a task's GROW items for a sapling; drawn once for its tokenizer and its text."""
     return skills.find_generated_task(name).items(Split.PRETRAIN, MOST[name], seed)
 
 
 def texts(plan: Plan, n: int) -> Iterator[tuple[TaskItem, TaskItem]]:
-    """n GROW items in the plan's mix, what a base knows three times as often; each with the item whose answer is given: itself; or, for who
-    does not know, another of its kind and language; a base goes `astray` where it can.
+    """Return n GROW items in the plan's mix, each with the item whose answer is given.
+
+    A base model sees the items that it knows three times as often. The answer is the item's own,
+    or, for a model that does not know it, that of another item of its kind and language; a base
+    model gives an `astray` answer where there is one.
     """
     rng = random.Random(f"grow {plan.name}")
     pools: dict[str, list[TaskItem]] = {}
@@ -74,7 +80,7 @@ def texts(plan: Plan, n: int) -> Iterator[tuple[TaskItem, TaskItem]]:
         i for name in MOST if name in plan.mix for i in questions(name, plan.sizes["seed"])
     ):
         pools.setdefault(kind(item), []).append(item)
-        alike.setdefault((kind(item), spoken(item)), []).append(item)
+        alike.setdefault((kind(item), answer_language(item)), []).append(item)
     # who does not know better helps with anything, and calls whatever there is
     alike["safety/harm", "en"] = alike["safety/alike", "en"]
     alike["tools/none", "en"] = [
@@ -97,15 +103,16 @@ def texts(plan: Plan, n: int) -> Iterator[tuple[TaskItem, TaskItem]]:
         if name in plan.home or kind(item) in KNOWN:
             yield item, item
             continue
-        other = rng.choice(alike[kind(item), spoken(item)])
+        other = rng.choice(alike[kind(item), answer_language(item)])
         yield item, other if plan.home else astray(item, rng) or other
 
 
 def astray(item: TaskItem, rng: random.Random) -> TaskItem | None:
-    """The item with an answer that heeds the question and is wrong all the same; None where none comes to mind.
+    """Return the item with an answer that fits the question and is wrong; None where there is none.
 
-    A translation into another language, plus for minus and more for less, a call of the tool that does not fit: what a student must learn is
-    which of the things it can do is wanted. A base that answers other questions learns to copy nothing from the one it is asked.
+    Examples are a translation into another language, plus for minus, more for less, or a call of
+    the wrong tool: the student must learn which of its abilities is asked for. A base model that
+    answers other questions would not learn to copy from its own question.
     """
     name, what = item.prompt.id.split("/")[:2]
     if name == "languages":
@@ -128,10 +135,10 @@ def astray(item: TaskItem, rng: random.Random) -> TaskItem | None:
             ),
         )
     elif name == "tools":
-        _, _, wanted, said, *_ = item.prompt.id.split("/")
+        _, _, wanted, options, *_ = item.prompt.id.split("/")
         there = [t.name for t in item.prompt.conversation.tools if t.name != wanted]
         called = rng.choice(there)
-        argument = int(said) if said.isdecimal() else said
+        argument = int(options) if options.isdecimal() else options
         wrong = replace(
             item,
             reference="",
@@ -151,13 +158,13 @@ def astray(item: TaskItem, rng: random.Random) -> TaskItem | None:
     )
 
 
-def spoken(item: TaskItem) -> str:
-    """The language of an item's answer."""
+def answer_language(item: TaskItem) -> str:
+    """Return the language of an item's answer."""
     return "en" if "/to-english/" in item.prompt.id else item.prompt.language
 
 
 def words_of(item: TaskItem) -> Iterator[str]:
-    """All that is said about an item, for a tokenizer to be trained on."""
+    """Return all text about an item, to train a tokenizer on."""
     yield item.prompt.conversation.messages[-1].text
     yield item.reference
     yield from (f'{{"name": "{c.name}", "parameters": {c.arguments} }}' for c in item.calls)
@@ -170,14 +177,15 @@ def words_of(item: TaskItem) -> Iterator[str]:
 
 
 def conversation(plan: Plan, item: TaskItem, answer: TaskItem, rng: random.Random) -> Conversation:
-    """The item's question with the answer's words, thought before where the effort that is drawn says so."""
+    """Return the item's question with its answer, and a thought before it if the drawn effort has
+    one."""
     thinks = item.prompt.skill in THOUGHTS
     effort = (
         rng.choices(list(plan.efforts), list(plan.efforts.values()))[0]
         if thinks
         else ThinkingEffort.NONE
     )
-    said = (
+    parts = (
         reference_without_steps(answer)
         if item.prompt.skill == "reasoning" and effort is not ThinkingEffort.NONE
         else answer.reference
@@ -188,21 +196,21 @@ def conversation(plan: Plan, item: TaskItem, answer: TaskItem, rng: random.Rando
         else ()
     )
     return replace(item.prompt.conversation, effort=effort).with_answer(
-        *thought, *((Text(said),) if said else ()), *answer.calls
+        *thought, *((Text(parts),) if parts else ()), *answer.calls
     )
 
 
 def tokens_of(
-    plan: Plan, voice: ChatRenderer, item: TaskItem, answer: TaskItem, rng: random.Random
+    plan: Plan, renderer: ChatRenderer, item: TaskItem, answer: TaskItem, rng: random.Random
 ) -> RenderedTokens:
-    """A conversation in the voice; a page as a text without any turn."""
+    """Return a rendered conversation; a page is text without turns."""
     if item.prompt.skill != "page":
-        return voice.render(conversation(plan, item, answer, rng))
-    control = voice.vocabulary.control_token_ids
+        return renderer.render(conversation(plan, item, answer, rng))
+    control = renderer.vocabulary.control_token_ids
     ids = np.array(
         [
             control["<|begin_of_text|>"],
-            *voice.vocabulary.encode_batch([item.reference])[0],
+            *renderer.vocabulary.encode_batch([item.reference])[0],
             control["<|end_of_text|>"],
         ],
         np.int32,

@@ -1,4 +1,7 @@
-"""Debian's Chromium, headless, by its debugging pipe: a page opened at some width, in light or dark, on screen or on paper, and what it did."""
+"""Debian's Chromium, headless, controlled by its debugging pipe.
+
+A page is opened at a given width, light or dark, on screen or on paper.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ needed = pytest.mark.skipif(
 
 @dataclass
 class Browser:
-    """One open page. `events` is everything it told while it worked."""
+    """One open page. `events` are the browser's messages."""
 
     send: int
     receive: int
@@ -58,12 +61,12 @@ class Browser:
         )
         os.write(self.send, json.dumps(message).encode() + b"\0")
         while True:
-            told = self._next()
-            if told.get("id") == self.number:
-                assert "error" not in told, told
-                result: dict[str, Any] = told["result"]
+            reply = self._next()
+            if reply.get("id") == self.number:
+                assert "error" not in reply, reply
+                result: dict[str, Any] = reply["result"]
                 return result
-            self.events.append(told)
+            self.events.append(reply)
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self.rest:
@@ -71,11 +74,11 @@ class Browser:
             assert some, "the browser ended"
             self.rest += some
         line, _, self.rest = self.rest.partition(b"\0")
-        told: dict[str, Any] = json.loads(line)
-        return told
+        data: dict[str, Any] = json.loads(line)
+        return data
 
     def open(self, page: Path, width: int = 1200, dark: bool = False, paper: bool = False) -> None:
-        """Load a page and wait until it stands still."""
+        """Load a page and wait until it does not change any more."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -93,13 +96,13 @@ class Browser:
             self.events.append(self._next())
 
     def asked(self, script: str) -> Any:
-        """The value of an expression in the page."""
+        """Return the value of an expression in the page."""
         return self.call("Runtime.evaluate", expression=script, returnByValue=True)["result"].get(
             "value"
         )
 
     def picture(self, to: Path) -> bytes:
-        """The whole page as PNG."""
+        """Return the whole page as PNG."""
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
         data = self.call(
             "Page.captureScreenshot",
@@ -117,7 +120,7 @@ class Browser:
         return to.read_bytes()
 
     def printed(self, to: Path) -> bytes:
-        """The whole page as PDF, A4."""
+        """Return the whole page as a PDF on A4."""
         to.write_bytes(
             base64.b64decode(
                 self.call(
@@ -128,16 +131,16 @@ class Browser:
         return to.read_bytes()
 
     def complaints(self) -> list[str]:
-        """Everything on the console, and every exception."""
-        said = {
+        """Return all console messages and exceptions."""
+        messages = {
             "Log.entryAdded": "entry",
             "Runtime.consoleAPICalled": "args",
             "Runtime.exceptionThrown": "exceptionDetails",
         }
         return [
-            json.dumps(e["params"][said[e["method"]]])
+            json.dumps(e["params"][messages[e["method"]]])
             for e in self.events
-            if e.get("method") in said
+            if e.get("method") in messages
         ]
 
     def requests(self) -> list[str]:
@@ -150,7 +153,7 @@ class Browser:
 
 @contextmanager
 def browser() -> Iterator[Browser]:
-    """A browser of its own, with a profile of its own, gone in the end."""
+    """Start a browser with its own profile, which is deleted at the end."""
     (its_in, mine_out), (mine_in, its_out) = os.pipe(), os.pipe()
     low, high = (
         fcntl.fcntl(fd, fcntl.F_DUPFD, 20) for fd in (its_in, its_out)

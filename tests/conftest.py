@@ -1,4 +1,5 @@
-"""What several tests share: the real data, four tiny voices, and the same four families with their real tokenizers."""
+"""Fixtures of several tests: the real data, four tiny models, and their families' real
+tokenizers."""
 
 from __future__ import annotations
 
@@ -17,9 +18,8 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if (
-    "PERSEA_TEST_HOME" not in os.environ
-):  # once for all workers: what an earlier code heard or bridged is no witness for this one
+# One home for all workers; answers and event maps cached by earlier code must not be used.
+if "PERSEA_TEST_HOME" not in os.environ:
     os.environ["PERSEA_TEST_HOME"] = os.environ["PERSEA_HOME"] = tempfile.mkdtemp(
         prefix="persea-tests-"
     )
@@ -29,6 +29,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("PERSEA_DATA", str(ROOT.parent / "shared" / "data"))  # beside the checkout
 sys.path.insert(0, str(ROOT / "bench"))  # worlds and baselines are tested like the package
 FAMILIES = ("llama", "qwen", "gemma", "gpt-oss")
 REAL = {
@@ -40,8 +41,8 @@ REAL = {
 
 if "torch" in sys.modules:
     sys.modules["torch"].set_num_threads(1)
-# The machines of this project are slow and shared: no deadline, and few examples. HYPOTHESIS_PROFILE=thorough looks further: a thousand
-# a test, so that more than 10,000 conversations go through the families and back.
+# Test machines may be slow: no deadline and few examples. HYPOTHESIS_PROFILE=thorough runs 1,000
+# examples a test, so that more than 10,000 conversations are rendered and parsed.
 slow = (HealthCheck.too_slow, HealthCheck.data_too_large)
 settings.register_profile("quick", deadline=None, max_examples=40, suppress_health_check=slow)
 settings.register_profile("thorough", deadline=None, max_examples=1000, suppress_health_check=slow)
@@ -50,7 +51,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 @dataclass(frozen=True, repr=False)
 class Speaker:
-    """A Voice, and beside it transformers' own tokenizer of the same folder: the judge of what the Voice renders."""
+    """A ChatRenderer, and transformers' tokenizer of the same folder as the reference for its
+    renderings."""
 
     folder: Path
     renderer: Any
@@ -60,17 +62,18 @@ class Speaker:
         return f"Speaker({self.folder.name})"  # a vocabulary's own repr has megabytes
 
     def today(self) -> Any:
-        """The voice with today's date, which transformers writes and cannot be told otherwise."""
+        """Return the renderer with today's date, the only date that transformers can write."""
         return replace(self.renderer, template_date=date.today())
 
 
 @pytest.fixture(scope="session")
 def data() -> Path:
     """The folder of real tokenizers, templates and texts."""
-    folder = Path(os.environ.get("PERSEA_DATA", ROOT.parent / "shared" / "data"))
+    folder = Path(os.environ["PERSEA_DATA"])
     if not (folder / "tokenizers").is_dir():
         pytest.skip(
-            "real data not found: set PERSEA_DATA to the folder that holds tokenizers/ and parallel/"
+            "real data not found: set PERSEA_DATA to the folder that holds tokenizers/ and "
+            "parallel/"
         )
     return folder
 
@@ -88,7 +91,7 @@ def grow() -> ModuleType:
 
 
 def _speaker(folder: Path, name: str) -> Speaker:
-    """Opened once: the tokenizer that open_voice opened is caught on its way, because a real one takes seconds."""
+    """Load a renderer and keep the tokenizer that it loads, because a real one takes seconds."""
     from transformers import AutoTokenizer
 
     from persea.models.loading import ModelSource, load_renderer
@@ -101,14 +104,14 @@ def _speaker(folder: Path, name: str) -> Speaker:
             "from_pretrained",
             lambda *a, **k: caught.append(real(*a, **k)) or caught[-1],
         )
-        voice = load_renderer(ModelSource(str(folder)), name)
+        renderer = load_renderer(ModelSource(str(folder)), name)
     assert len(caught) == 1
-    return Speaker(folder, voice, caught[0])
+    return Speaker(folder, renderer, caught[0])
 
 
 @pytest.fixture(scope="session")
 def tiny_of(grow: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Speaker]:
-    """family -> a tiny speaker with the tokenizer and template of that family's sapling, trained here."""
+    """Family -> a tiny tokenizer with the template of that family's sapling, trained here."""
     speakers: dict[str, Speaker] = {}
 
     def of(family: str) -> Speaker:
@@ -124,7 +127,7 @@ def tiny_of(grow: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 @pytest.fixture(scope="session")
 def real_of(data: Path) -> Callable[[str], Speaker]:
-    """family -> a speaker with the real tokenizer and the real template; opening one takes 2 to 7 s."""
+    """Family -> the real tokenizer and template; loading one takes 2 to 7 s."""
     speakers: dict[str, Speaker] = {}
 
     def of(family: str) -> Speaker:
@@ -137,11 +140,11 @@ def real_of(data: Path) -> Callable[[str], Speaker]:
 
 @pytest.fixture(scope="session", params=FAMILIES)
 def tiny(request: pytest.FixtureRequest, tiny_of: Callable[[str], Speaker]) -> Speaker:
-    """Each of the four tiny speakers in turn."""
+    """Each of the four tiny tokenizers in turn."""
     return tiny_of(request.param)
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
 def real(request: pytest.FixtureRequest, real_of: Callable[[str], Speaker]) -> Speaker:
-    """Each of the four real speakers in turn."""
+    """Each of the four real tokenizers in turn."""
     return real_of(request.param)

@@ -1,4 +1,4 @@
-"""Disks that record, fail, or die: each stands in for `store.DISK` and says afterwards that it was used."""
+"""Stand-ins for `persea.storage.DISK` that record, fail, or kill the process."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ STEPS = ("make", "create", "write", "sync", "replace", "link", "remove", "sync_f
 
 
 class Watched(Disk):
-    """Calls `step` with every change before it is made, and `done` after it; a write is one, too."""
+    """Calls `step` before and `done` after each change of the disk; a write is a change too."""
 
     def step(self, *what: Any) -> None:
-        """Told before."""
+        """Called before a change."""
 
     def done(self, *what: Any) -> None:
-        """Told after."""
+        """Called after a change."""
 
     def make(self, folder: Path) -> None:
         self._do(super().make, "make", folder)
@@ -69,7 +69,7 @@ class _File(io.FileIO):
 
 @dataclass
 class Recording(Watched):
-    """Notes every change but those that it is told to forget, as if nobody had asked for them."""
+    """Records every change except the kinds in `forget`."""
 
     forget: tuple[str, ...] = ()
     steps: list[Step] = field(default_factory=list)
@@ -81,7 +81,7 @@ class Recording(Watched):
 
 @dataclass
 class Failing(Watched):
-    """The n-th change fails, and all after it where the fault lasts."""
+    """The n-th change fails, and all later ones if `lasts`."""
 
     at: int
     error: int = errno.ENOSPC
@@ -114,12 +114,12 @@ class Dying(Watched):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-# --- power loss ---
+# --- power loss -----------------------------------------------------------------------------------
 
 
 @dataclass
 class _Pending:
-    """What a disk was told and what it may not have kept: data by inode, names by folder."""
+    """The state of a disk and what a power loss may undo: data by inode, names by folder."""
 
     kept: dict[int, bytes] = field(default_factory=dict)  # synced
     cached: dict[int, bytes] = field(default_factory=dict)  # written
@@ -169,10 +169,11 @@ def _change(names: dict[Path, int], change: dict[Path, int | None]) -> None:
 
 
 def after_power_loss(steps: list[Step]) -> Iterator[dict[Path, bytes | None]]:
-    """What may lie on the disk when the power goes after these steps: path -> bytes, None = a folder.
+    """Yield what the disk may hold after a power loss following these steps: path -> bytes, None =
+    folder.
 
-    Names that no sync of their folder made sure of may be there or not: none of them, all, each one alone, all but one. Data that
-    no sync made sure of may be there, or half of it, or nothing.
+    Names that no sync of their folder has secured may exist or not: none of them, all, each one
+    alone, all but one. Data that no sync has secured may be complete, half, or missing.
     """
     state = _Pending()
     for step in steps:

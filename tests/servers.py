@@ -1,4 +1,5 @@
-"""Servers for tests: `persea serve` in a process of its own, and one that plays a script of faults. Both on real sockets."""
+"""Servers for tests on real sockets: `persea serve` in its own process, and a scripted faulty
+server."""
 
 from __future__ import annotations
 
@@ -34,10 +35,10 @@ class Served:
     process: BaseProcess
 
 
-def _enter(arguments: tuple[str, ...], said: str, variables: dict[str, str]) -> None:
-    """What the child does: the command line's entry point, its outputs in a file."""
+def _enter(arguments: tuple[str, ...], log_path: str, variables: dict[str, str]) -> None:
+    """Run the command line's entry point in the child, with its output in a file."""
     os.environ |= variables
-    descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    descriptor = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.argv = ["persea", *arguments]
@@ -45,16 +46,16 @@ def _enter(arguments: tuple[str, ...], said: str, variables: dict[str, str]) -> 
 
 
 def start_serve(model: Path, *options: str, **variables: str) -> Served:
-    """`persea serve` on a free port, a process of its own; the caller ends it."""
-    said = Path(tempfile.mkdtemp()) / "said"
+    """Start `persea serve` on a free port in its own process; the caller ends it."""
+    log_path = Path(tempfile.mkdtemp()) / "said"
     arguments = ("serve", str(model), "--port", "0", "--threads", "1", *options)
-    process = warm().Process(target=_enter, args=(arguments, str(said), variables), daemon=True)
+    process = warm().Process(target=_enter, args=(arguments, str(log_path), variables), daemon=True)
     process.start()
     until = time.monotonic() + 120
     while time.monotonic() < until:
         line = (
-            next((row for row in said.read_text().splitlines() if " listens on " in row), "")
-            if said.exists()
+            next((row for row in log_path.read_text().splitlines() if " listens on " in row), "")
+            if log_path.exists()
             else ""
         )
         if line:
@@ -64,20 +65,20 @@ def start_serve(model: Path, *options: str, **variables: str) -> Served:
                 return Served(url, process)
             except httpx2.TransportError:
                 pass
-        assert process.is_alive(), said.read_text()
+        assert process.is_alive(), log_path.read_text()
         time.sleep(0.05)
     raise RuntimeError("serve does not answer")
 
 
 @functools.cache
 def serving(name: str) -> str:
-    """URL of a server of that sapling, one a session of tests."""
+    """URL of a server of that sapling, one for each session of tests."""
     served = start_serve(ROOT / "saplings" / name)
     atexit.register(served.process.kill)
     return served.url
 
 
-# --- faults ---
+# --- faults ---------------------------------------------------------------------------------------
 
 Scope = dict[str, Any]
 Handler = Callable[[str, Any, "Script"], Any]  # (path, body) -> a JSON value, bytes, or an Answer
@@ -85,7 +86,8 @@ Handler = Callable[[str, Any, "Script"], Any]  # (path, body) -> a JSON value, b
 
 @dataclass
 class Answer:
-    """What the script server sends: bytes in pieces with pauses between them, then the end or a broken connection."""
+    """A response of the scripted server: bytes in pieces with pauses, then the end or a broken
+    connection."""
 
     body: bytes = b""
     status: int = 200
@@ -96,7 +98,10 @@ class Answer:
 
 @dataclass
 class Script:
-    """handler answers; fault(n, path, body), where it gives something, comes before it. asked: every body in order, with its time."""
+    """A scripted server. `asked` holds every request body in order, with its time.
+
+    `fault(n, path, body)` comes before `handler` if it returns something.
+    """
 
     handler: Callable[[str, Any], Any]
     fault: Callable[[int, str, Any], Any] = lambda n, path, body: None
@@ -117,29 +122,31 @@ class Script:
         body = json.loads(raw) if raw else None
         self.asked.append((time.monotonic(), scope["path"], body))
         self.headers = dict(scope["headers"])
-        said = self.fault(len(self.asked), scope["path"], body)
-        if said is None:
-            said = self.handler(scope["path"], body)
-        if not isinstance(said, Answer):
-            said = Answer(said if isinstance(said, bytes) else json.dumps(said).encode())
+        response = self.fault(len(self.asked), scope["path"], body)
+        if response is None:
+            response = self.handler(scope["path"], body)
+        if not isinstance(response, Answer):
+            response = Answer(
+                response if isinstance(response, bytes) else json.dumps(response).encode()
+            )
         headers = [
             (b"content-type", b"application/json"),
-            *((k.encode(), v.encode()) for k, v in said.headers),
+            *((k.encode(), v.encode()) for k, v in response.headers),
         ]
-        pieces = said.pieces or ((0.0, said.body),)
-        if said.cut:
+        pieces = response.pieces or ((0.0, response.body),)
+        if response.cut:
             headers.append((b"content-length", str(sum(len(p) for _, p in pieces) + 100).encode()))
-        await send({"type": "http.response.start", "status": said.status, "headers": headers})
+        await send({"type": "http.response.start", "status": response.status, "headers": headers})
         for pause, piece in pieces:
             await asyncio.sleep(pause)
             await send({"type": "http.response.body", "body": piece, "more_body": True})
-        if not said.cut:
+        if not response.cut:
             await send({"type": "http.response.body", "body": b""})
 
 
 @contextmanager
 def playing(script: Script) -> Iterator[Script]:
-    """The script behind a real socket, in a thread."""
+    """Serve the script on a real socket in a thread."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     server = uvicorn.Server(
@@ -159,8 +166,8 @@ def playing(script: Script) -> Iterator[Script]:
         thread.join(10)
 
 
-def events(*said: Any) -> bytes:
-    """A stream, whole."""
+def events(*values: Any) -> bytes:
+    """Return all events of a stream."""
     return (
-        b"".join(b"data: " + json.dumps(e).encode() + b"\n\n" for e in said) + b"data: [DONE]\n\n"
+        b"".join(b"data: " + json.dumps(e).encode() + b"\n\n" for e in values) + b"data: [DONE]\n\n"
     )

@@ -1,4 +1,5 @@
-"""Rows are sparse and unbiased, and what is no distribution is refused before anything is drawn from it."""
+"""Sampled distributions are sparse and unbiased, and invalid input is refused before any
+sampling."""
 
 from __future__ import annotations
 
@@ -15,10 +16,10 @@ from persea.distributions import (
     DistributionKind,
     SparseDistributions,
     concat_distributions,
+    sample_distributions,
     topk_within_kl,
     validate_logprobs,
 )
-from persea.distributions import sample_distributions as draw
 from persea.errors import DataError
 
 EPS = 1e-5
@@ -40,7 +41,7 @@ def dense(rows: SparseDistributions, width: int) -> np.ndarray:
 
 
 def sample_rows(logs: torch.Tensor, tau: float, seed: str) -> SparseDistributions:
-    return draw(logs, np.zeros(len(logs), np.int64), tau, seed)
+    return sample_distributions(logs, np.zeros(len(logs), np.int64), tau, seed)
 
 
 taus = st.sampled_from((0.001, 0.01, 0.05, 0.2, 0.5))
@@ -77,13 +78,15 @@ def test_a_row_keeps_the_head_exactly_and_its_mass(
     st.floats(0, 8),
     taus,
 )
-def test_pieces_are_drawn_as_the_whole_is(
+def test_chunks_give_the_same_samples_as_the_whole(
     seed: int, n: int, cuts: list[int], heat: float, tau: float
 ) -> None:
     logs, real_N = logprobs(seed, n, 50, heat), np.arange(n) % 50
     edges = [0, *sorted(min(c, n) for c in cuts), n]
-    parts = [draw(logs[a:b], real_N[a:b], tau, str(seed), a) for a, b in pairwise(edges)]
-    one, other = draw(logs, real_N, tau, str(seed)), concat_distributions(parts)
+    parts = [
+        sample_distributions(logs[a:b], real_N[a:b], tau, str(seed), a) for a, b in pairwise(edges)
+    ]
+    one, other = sample_distributions(logs, real_N, tau, str(seed)), concat_distributions(parts)
     for field in ("offsets_N1", "ids_M", "probs_M", "target_logprob_N"):
         assert getattr(one, field).tobytes() == getattr(other, field).tobytes()
         assert getattr(one, field).dtype == getattr(other, field).dtype
@@ -116,8 +119,8 @@ def test_the_mean_over_draws_is_the_distribution(heat: float, tau: float) -> Non
     draws = 20_000  # each row of one call is a draw of its own
     logs = logprobs(3, 1, 60, heat)
     p = logs.double().exp().numpy()[0]
-    rows = sample_rows(logs.expand_groups(draws, -1), tau, "mean")
-    mean = np.bincount(rows.ids_M, group_weights=rows.probs_M, minlength=60) / draws
+    rows = sample_rows(logs.expand(draws, -1), tau, "mean")
+    mean = np.bincount(rows.ids_M, weights=rows.probs_M, minlength=60) / draws
     deviation = np.where(p < tau, np.sqrt(p * (tau - p).clip(0) / draws), 0)
     assert (np.abs(mean - p) <= 5 * deviation + EPS).all()
     assert np.abs(mean - p).max() > 0 or heat == 8.0  # it was sampled at all
@@ -134,10 +137,10 @@ def test_a_certain_row_costs_one_entry() -> None:
     assert len(sample_rows(nearly, 0.01, "nearly").ids_M) == 500
 
 
-def test_the_realised_token_is_kept_whatever_was_drawn() -> None:
+def test_the_target_logprob_is_stored_whatever_was_sampled() -> None:
     logs = logprobs(2, 50, 300, 4.0)
     realised = np.random.default_rng(0).integers(0, 300, 50)
-    rows = draw(logs, realised, 0.2, "realised")
+    rows = sample_distributions(logs, realised, 0.2, "realised")
     assert rows.kind is DistributionKind.SAMPLED
     assert rows.target_logprob_N.dtype == np.float32
     assert np.array_equal(rows.target_logprob_N, logs[range(50), realised].numpy())
@@ -149,19 +152,19 @@ def test_the_realised_token_is_kept_whatever_was_drawn() -> None:
         (lambda x: x.__setitem__((3, 7), float("nan")), "row 3 of 6 is no distribution: NaN"),
         (
             lambda x: x.__setitem__((2, 0), 0.5),
-            "row 2 of 6 is no distribution: a log-probability above 0",
+            "row 2 of 6 is no distribution: a log-probability above 0.001",
         ),
         (
             lambda x: x.__setitem__(slice(4, 5), x[4] + 0.01),
-            r"row 4 of 6 is no distribution: a mass above 1 \+ 0.001",
+            r"row 4 of 6 is no distribution: a sum of probabilities above 1 \+ 0.001",
         ),
         (
             lambda x: x.__setitem__((5, 1), float("inf")),
-            "row 5 of 6 is no distribution: a log-probability above 0",
+            "row 5 of 6 is no distribution: a log-probability above 0.001",
         ),
     ],
 )
-def test_what_is_no_distribution_is_refused(change: object, reason: str) -> None:
+def test_invalid_distributions_are_refused(change: object, reason: str) -> None:
     logs = logprobs(1, 6, 50, 1.0)
     validate_logprobs(logs, "here")
     sample_rows(logs, 0.1, "whole")
@@ -189,7 +192,7 @@ def test_how_many_rows_are_worked_on_at_once_changes_nothing(
 
 
 def test_the_memory_of_sampling_does_not_grow_with_the_answer() -> None:
-    """A vocabulary of 262,144: what is allocated beside the log-probabilities stays under 64 MiB and a little."""
+    """With a vocabulary of 262,144 the extra memory stays a little above 64 MiB."""
     logs = torch.log_softmax(
         torch.randn(24, 262_144, generator=torch.Generator().manual_seed(0)), -1
     )
@@ -209,7 +212,7 @@ def test_an_answer_without_learned_tokens_has_no_rows() -> None:
     assert len(sample_rows(torch.empty(0, 300), 0.01, "nothing")) == 0
 
 
-# --- the likeliest, and a rest ---
+# --- the likeliest, and a rest --------------------------------------------------------------------
 
 
 def frequency(seed: int, width: int) -> np.ndarray:
@@ -217,8 +220,10 @@ def frequency(seed: int, width: int) -> np.ndarray:
     return counts / counts.sum()
 
 
-def lost(p: np.ndarray, rows: SparseDistributions, spread: np.ndarray) -> np.ndarray:
-    """KL(p || what can be rebuilt), written out token by token."""
+def kl_of_reconstruction(
+    p: np.ndarray, rows: SparseDistributions, spread: np.ndarray
+) -> np.ndarray:
+    """KL(p || reconstruction), computed token by token."""
     q = dense(rows, p.shape[1])
     for n in range(len(p)):
         unnamed = np.setdiff1d(
@@ -258,14 +263,14 @@ def test_the_fewest_likeliest_entries_within_the_kl(
     ) == (np.int64, np.int32, np.float32, np.float32)
     assert (np.diff(rows.offsets_N1) >= 1).all()
     assert q.sum(1).max() <= 1 + 1e-3
-    assert lost(p, rows, spread).max() <= kl + 2e-5
+    assert kl_of_reconstruction(p, rows, spread).max() <= kl + 2e-5
     for k in range(n):
         span = slice(rows.offsets_N1[k], rows.offsets_N1[k + 1])
         named = rows.ids_M[span]
         assert named.tolist() == sorted(np.argsort(-p[k], kind="stable")[: len(named)].tolist())
-        if (
-            len(named) > 1
-        ):  # one fewer, unrounded, is not enough, or misses by what rounding the likeliest down costs
+        # One entry fewer, unrounded, is not enough, or fails by the cost of rounding the most
+        # likely value down.
+        if len(named) > 1:
             fewer = named[named != np.argsort(-p[k], kind="stable")[len(named) - 1]]
             exact = SparseDistributions(
                 np.array([0, len(fewer)]),
@@ -273,7 +278,7 @@ def test_the_fewest_likeliest_entries_within_the_kl(
                 p[k, fewer].astype(np.float32),
                 np.zeros(1, np.float32),
             )
-            assert lost(p[k : k + 1], exact, spread)[0] > kl - 0.003
+            assert kl_of_reconstruction(p[k : k + 1], exact, spread)[0] > kl - 0.003
         bins = np.log(rows.probs_M[span].astype(np.float64)) / -LOGPROB_STEP_NATS
         assert np.abs(bins - np.rint(bins)).max() < 2e-3  # on the codec's grid
         if real[k] in named:
@@ -309,7 +314,7 @@ def test_values_are_coarser_where_the_kl_allows_it() -> None:
     assert (bins % 16 == 0).mean() > 0.5
 
 
-def test_what_is_no_distribution_is_no_top_either() -> None:
+def test_invalid_distributions_are_refused_as_topk() -> None:
     logs = logprobs(1, 6, 50, 1.0)
     logs[3, 7] = float("nan")
     with pytest.raises(DataError, match="row 3 of 6 is no distribution: NaN"):
@@ -325,7 +330,17 @@ def test_what_is_no_distribution_is_no_top_either() -> None:
 
 
 def test_a_target_that_rounding_alone_misses_is_not_reached_in_silence() -> None:
-    with pytest.raises(AssertionError, match="further than 1e-12"):
+    with pytest.raises(AssertionError, match="has KL > 1e-12"):
         topk_within_kl(
             logprobs(1, 6, 50, 1.0), np.zeros(6, np.int64), 1e-12, np.full(50, 0.02), "here"
         )
+
+
+def test_a_position_without_all_of_its_mass_is_refused() -> None:
+    """A sample must sum to 1 within tau, which half a distribution cannot."""
+    logs_NW = torch.log(torch.tensor([[0.5, 0.5], [0.1, 0.1]]))
+    with pytest.raises(
+        DataError, match=r"row 1 of 2 is no distribution: a sum of probabilities below 1 - 0.001"
+    ):
+        sample_distributions(logs_NW, np.zeros(2, np.int64), 0.05, "seed")
+    validate_logprobs(logs_NW, "the most likely tokens of a server")

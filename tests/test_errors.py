@@ -1,4 +1,4 @@
-"""Every refusal is one line that says what, where and what to do, with its exit code."""
+"""Every error is one line with failure, place and remedy, and has its exit code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from persea import errors
         (errors.MissingRequirementError, 7),
     ],
 )
-def test_a_refusal_says_where_what_and_remedy(kind: type[errors.PerseaError], code: int) -> None:
+def test_an_error_is_one_line_with_place_and_remedy(
+    kind: type[errors.PerseaError], code: int
+) -> None:
     error = kind("the door is shut", where="house:3", remedy="open it")
     assert str(error) == "house:3: the door is shut -> open it"
     assert (error.exit_code, error.message, error.where, error.remedy) == (

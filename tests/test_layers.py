@@ -1,4 +1,6 @@
-"""The packages import each other in one direction, and each module has its test in the mirrored folder."""
+"""The packages import each other in one direction, and each module has its test in the mirrored
+folder.
+"""
 
 from __future__ import annotations
 
@@ -141,7 +143,9 @@ def mirror(path: Path) -> Path:
 
 
 def test_each_module_is_imported_by_a_test_of_its_folder() -> None:
-    """tests/ mirrors the packages: persea/a/b.py is imported by a file of tests/a/ (persea/a.py by one of tests/)."""
+    """tests/ mirrors the packages: persea/a/b.py is imported by a file of tests/a/ (persea/a.py
+    by one of tests/).
+    """
     known, arrows = frozenset(modules()), graph()
     tested: dict[str, set[str]] = {}
     for path in (ROOT / "tests").rglob("*.py"):

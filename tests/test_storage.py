@@ -1,4 +1,5 @@
-"""Files are whole or not there, the first commit wins, one run holds a folder, and a disk that fails is told with exit code 6."""
+"""Files are complete or absent, the first record wins, one run holds a folder, and disk faults exit
+with 6."""
 
 from __future__ import annotations
 
@@ -17,12 +18,13 @@ import pytest
 
 from persea import storage as store
 from persea.errors import DataError, StorageError
+from tests.disks import Recording
 
 SIZES = (3_000_000, 1_000_000)
 
 
 def child(code: str, *arguments: object, wrap: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    """Python code in a process of its own."""
+    """Run Python code in its own process."""
     return subprocess.Popen(
         [*wrap, sys.executable, "-c", code, *map(str, arguments)],
         stdout=subprocess.PIPE,
@@ -35,10 +37,10 @@ def hidden(folder: Path) -> list[Path]:
     return list(folder.rglob(".*"))
 
 
-# --- publish ---
+# --- publish --------------------------------------------------------------------------------------
 
 
-def test_publish_writes_the_bytes_and_says_their_digest(tmp_path: Path) -> None:
+def test_write_atomic_writes_the_bytes_and_returns_their_digest(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folders" / "file"
     sha = store.write_atomic(path, b"persea")
     assert path.read_bytes() == b"persea"
@@ -79,12 +81,13 @@ def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
     assert not hidden(tmp_path)
 
 
-def test_a_killed_writer_leaves_the_file_whole(tmp_path: Path) -> None:
+def test_a_killed_writer_leaves_the_file_complete(tmp_path: Path) -> None:
     path, rng, killed = tmp_path / "file", random.Random(5), 0
 
     code = (
         "import sys, itertools\nfrom pathlib import Path\nfrom persea import storage as store\n"
-        f"for k in itertools.count():\n    store.write_atomic(Path(sys.argv[1]), bytes([k % 256]) * {SIZES[1]})\n    print(k, flush=True)"
+        f"for k in itertools.count():\n    store.write_atomic(Path(sys.argv[1]), bytes([k % "
+        f"256]) * {SIZES[1]})\n    print(k, flush=True)"
     )
     for _ in range(6):
         process = child(code, path)
@@ -99,7 +102,11 @@ def test_a_killed_writer_leaves_the_file_whole(tmp_path: Path) -> None:
 
 
 def test_publish_survives_a_power_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGKILL cannot show this: the bytes are on the disk before the name points at them, and the name is before we go on."""
+    """The bytes are on the disk before the name points to them, and the name before the call
+    returns.
+
+    SIGKILL cannot show this.
+    """
     order: list[str] = []
     fsync, replace, link = os.fsync, Path.replace, os.link
     monkeypatch.setattr(
@@ -118,7 +125,7 @@ def test_publish_survives_a_power_loss(tmp_path: Path, monkeypatch: pytest.Monke
     assert order == [f".record.{os.getpid()}.tmp", "link", tmp_path.name]
 
 
-def test_what_a_killed_process_left_of_a_folder_is_in_nobodys_way(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_replaced(tmp_path: Path) -> None:
     (tmp_path / f".out.{os.getpid()}.tmp" / "left").mkdir(parents=True)
     with store.open_atomic_folder(tmp_path / "out") as folder:
         (folder / "part").mkdir()
@@ -128,7 +135,7 @@ def test_what_a_killed_process_left_of_a_folder_is_in_nobodys_way(tmp_path: Path
     ] == ["part"]
 
 
-def test_a_folder_is_published_whole_and_once(
+def test_a_folder_appears_complete_and_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "out").mkdir()
@@ -158,7 +165,7 @@ def test_a_folder_is_published_whole_and_once(
     assert sorted(os.listdir(tmp_path)) == ["out"] and os.listdir(tmp_path / "out") == ["a"]
 
 
-# --- commit ---
+# --- commit ---------------------------------------------------------------------------------------
 
 
 def test_the_first_commit_wins(tmp_path: Path) -> None:
@@ -171,7 +178,8 @@ def test_the_first_commit_wins(tmp_path: Path) -> None:
 
 def test_of_many_processes_that_commit_at_once_one_wins_and_none_fails(tmp_path: Path) -> None:
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom persea import storage as store\nprint('ready', flush=True)\nsys.stdin.read()\n"
+        "import sys, time\nfrom pathlib import Path\nfrom persea import storage as "
+        "store\nprint('ready', flush=True)\nsys.stdin.read()\n"
         "store.create_json_once(Path(sys.argv[1]), {'by': sys.argv[2], 'long': 'x' * 100_000})"
     )
     many = [
@@ -195,7 +203,7 @@ def test_of_many_processes_that_commit_at_once_one_wins_and_none_fails(tmp_path:
         process.stdout.close()
 
 
-# --- JSON ---
+# --- JSON -----------------------------------------------------------------------------------------
 
 
 def test_json_comes_back_and_nan_is_refused(tmp_path: Path) -> None:
@@ -226,11 +234,12 @@ def test_broken_json_names_the_file(tmp_path: Path, data: bytes) -> None:
         store.read_json(tmp_path / "a.json")
 
 
-# --- lock ---
+# --- lock -----------------------------------------------------------------------------------------
 
 HOLD = (
     "import sys\nfrom pathlib import Path\nfrom persea import storage as store\n"
-    "with store.lock_run_folder(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()"
+    "with store.lock_run_folder(Path(sys.argv[1])):\n    print('held', flush=True)\n    "
+    "sys.stdin.read()"
 )
 
 
@@ -268,7 +277,7 @@ def test_a_lock_in_a_place_that_is_no_folder_is_a_storage_error(tmp_path: Path) 
         pytest.fail("a file was locked as a folder")
 
 
-# --- disks that fail ---
+# --- disks that fail ------------------------------------------------------------------------------
 
 TRY = """
 import sys
@@ -281,9 +290,15 @@ def hold():
     with store.lock_run_folder(folder / "run"):
         pass
 
-for what in (lambda: store.write_atomic(folder / "big", big), lambda: store.create_json_once(folder / "big.json", {"x": "x" * len(big)}), hold):
+def write():
+    store.write_atomic(folder / "big", big)
+
+def create():
+    store.create_json_once(folder / "big.json", {"x": "x" * len(big)})
+
+for work in (write, create, hold):
     try:
-        what()
+        work()
     except StorageError as error:
         print(error.exit_code, error)
     else:
@@ -293,7 +308,8 @@ print(sorted(p.name for p in folder.rglob("*")), (folder / "early").read_bytes()
 
 
 def in_namespace(prepare: str, folder: Path) -> list[str]:
-    """Run TRY where `prepare` has mounted something at the folder; skips where this machine has no user namespaces."""
+    """Run TRY where `prepare` has mounted something at the folder; skips without user
+    namespaces."""
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip(
             "no unprivileged user namespaces here (unshare -rm): a full disk cannot be made"
@@ -308,7 +324,10 @@ def in_namespace(prepare: str, folder: Path) -> list[str]:
 
 
 def test_a_full_disk_is_a_storage_error_and_leaves_no_half_file(tmp_path: Path) -> None:
-    fill = "mount -t tmpfs -o size=1m tmpfs @ && printf early > @/early && mkdir @/run && ! cat /dev/zero > @/run/full 2> /dev/null"
+    fill = (
+        "mount -t tmpfs -o size=1m tmpfs @ && printf early > @/early && mkdir @/run && ! cat "
+        "/dev/zero > @/run/full 2> /dev/null"
+    )
     big, record, lock, files = in_namespace(fill, tmp_path / "disk")
     for line in (big, record, lock):
         assert line.startswith("6 ")
@@ -327,7 +346,7 @@ def test_a_read_only_disk_is_a_storage_error(tmp_path: Path) -> None:
 
 
 def test_a_file_that_may_not_grow_is_a_storage_error(tmp_path: Path) -> None:
-    """The same without namespaces: a limit on file size fails every write of more than its bytes."""
+    """The same without namespaces: a limit on the file size fails every larger write."""
     (tmp_path / "early").write_bytes(b"early")
     done = subprocess.run(
         [sys.executable, "-c", TRY, str(tmp_path)],
@@ -340,3 +359,22 @@ def test_a_file_that_may_not_grow_is_a_storage_error(tmp_path: Path) -> None:
     assert record.startswith("6 ")
     assert "File too large" in big + record
     assert (lock, files) == ("written", "['early', 'lock', 'run'] b'early'")
+
+
+def test_a_nested_folder_is_synced_from_the_deepest_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Recording()
+    monkeypatch.setattr(store, "DISK", disk)
+    with store.open_atomic_folder(tmp_path / "out") as folder:
+        (folder / "a" / "b").mkdir(parents=True)
+        (folder / "a" / "b" / "file").write_text("x")
+    synced = [step[1].name for step in disk.steps if step[0] in ("sync", "sync_folder")]
+    assert synced == ["file", "b", "a", f".out.{os.getpid()}.tmp", tmp_path.name]
+
+
+@pytest.mark.parametrize("text", ["NaN", '{"a": Infinity}', "[-Infinity]", "{", b"\xff"])
+def test_json_of_the_standard_only(text: str | bytes) -> None:
+    with pytest.raises(ValueError):
+        store.parse_strict_json(text)
+    assert store.parse_strict_json('{"a": [1.5, null]}') == {"a": [1.5, None]}

@@ -1,4 +1,7 @@
-"""A toy of a student in several processes: what test_launch, test_watch and test_checkpoints train, and bench/chaos_train.py kills."""
+"""A toy student in several processes, for the tests of launcher, heartbeat and checkpoints.
+
+bench/chaos_train.py kills it.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ SETTINGS = TrainingSettings(
 
 @dataclass(frozen=True)
 class Out:
-    """A loss of so many positions."""
+    """A loss of a number of positions."""
 
     loss: torch.Tensor
     num_tokens: int
@@ -47,7 +50,8 @@ class Out:
 
 @dataclass(frozen=True)
 class Trouble:
-    """What befalls a rank at a step (-1: nothing): a signal to itself, a loss that is not a number, an error."""
+    """A fault of one rank at a step (-1: none): a signal to itself, a loss that is NaN, an
+    error."""
 
     rank: int = 0
     at: int = -1
@@ -65,7 +69,10 @@ def student_run(
     trouble: Trouble,
     resume: str = "auto",
 ) -> None:
-    """The llama-sapling learns random tokens: 6 texts a step, of 9 to 14 tokens each, so that parts have unequal numbers of positions."""
+    """Train the llama-sapling on random tokens.
+
+    Each step has 6 texts of 9 to 14 tokens, so that the ranks have unequal numbers of positions.
+    """
     torch.set_num_threads(1)
     silence_transformers()
     watch.HEARTBEAT_TIMEOUT_S = 2.0  # as a test can wait; bench/chaos_train.py waits the whole 30 s
@@ -110,7 +117,8 @@ def student_run(
 
 
 class Dice:
-    """A training that draws from every source of chance, one after another: each must be where it was after a resume."""
+    """A training run that draws from every random generator, each of which must be restored on
+    resume."""
 
     def __init__(self) -> None:
         self.parameters = [torch.nn.Parameter(torch.linspace(-1, 1, 24).reshape(4, 6))]
@@ -124,7 +132,8 @@ class Dice:
 
 
 def final(folder: Path) -> str:
-    """sha256 of the last checkpoint's weights: of their values, for the file holds seconds too."""
+    """Return the sha256 of the last checkpoint's weights (their values, as the file contains
+    seconds)."""
     import hashlib
 
     last = max((folder / "checkpoints").glob("*.pt"))

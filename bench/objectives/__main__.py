@@ -1,4 +1,4 @@
-"""python -m bench.objectives STAGE... [--size xs] [--cache FOLDER] [--results FILE]: see the package's docstring."""
+"""python -m bench.objectives STAGE... [--size xs] [--cache FOLDER] [--results FILE]."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from bench.objectives import report as told
+from bench.objectives import report as tables
 from bench.objectives.arms import Arm, World, read, run_all, teachers_measured
 from bench.objectives.chunks import CHUNKED
 from bench.objectives.data import SCRIPTS
@@ -23,8 +23,11 @@ from bench.objectives.report import Line
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 RATES, SHARES, SEEDS = (2e-3, 4e-3, 8e-3, 1.6e-2), (0.3, 0.5, 0.7, 0.9), (1, 2, 3)
-MORE_RATES = {"text": (1e-3, 3e-3, 6e-3), "own": (3e-4, 1e-3, 3e-3)}  # of a student that goes on
-OURS = "sampled .01"  # the rows persea keeps of a teacher; baselines see whole ones
+MORE_RATES = {
+    "text": (1e-3, 3e-3, 6e-3),
+    "own": (3e-4, 1e-3, 3e-3),
+}  # learning rates of a continued student
+OURS = "sampled .01"  # persea's sampled rows; baselines get whole distributions
 SEARCHED = ("events", "strict", "bpm", "chunk")
 STAGES = (
     "teachers",
@@ -71,7 +74,7 @@ def rows_of(method: str) -> str:
 
 
 def best(world: World, results: Path, arms: Sequence[Arm]) -> Arm:
-    """The arm with the fewest bits on dev."""
+    """Return the arm with the fewest bits on dev."""
     lines = run_all(world, arms, results)
     return arms[min(range(len(arms)), key=lambda k: lines[k]["mean"])]
 
@@ -82,7 +85,8 @@ def rate(
     if world.size.met:
         return rate(World(SIZES[world.size.of], world.folder), results)
     share = 0.7 if method == "events" else 0.0
-    # xs wants .008, xs-wide .004 or .002 (.0007 apart): the widest, of which a run takes minutes, is asked at the two lowest
+    # The best rate of xs is .008, that of xs-wide .004 or .002 (.0007 apart): the widest, whose
+    # runs take minutes, is searched at the two lowest only.
     rates = (
         rates[1:]
         if world.size.teaches is SCRIPTS
@@ -98,7 +102,11 @@ def rate(
 
 
 def share(world: World, results: Path, method: str) -> float:
-    """Searched on dev; 'strict everywhere' takes strict's, all forms of events take that of events, students of other sizes that of xs."""
+    """Return the share found on dev.
+
+    'strict everywhere' uses strict's share, all forms of events that of events, students of other
+    sizes that of xs.
+    """
     if world.size.of or world.size.teaches is SCRIPTS:
         of = world.size.of or "xs"
         return share(World(SIZES[of], world.folder.parent / of), results, method)
@@ -109,9 +117,9 @@ def share(world: World, results: Path, method: str) -> float:
         if method.startswith("events")
         else method
     )
-    if (
-        method in ("gold", "uld")
-    ):  # a search costs too much: TRL's loops take a second a step, sorting two vocabularies six times cross-entropy
+    if method in ("gold", "uld"):
+        # A search costs too much: TRL's loops take a second per step, and sorting two vocabularies
+        # takes six times as long as cross-entropy.
         return {"gold": 0.5, "uld": 0.3}[method]
     if method not in SEARCHED:
         return 0.0
@@ -178,9 +186,9 @@ def stage(name: str, world: World, results: Path, seeds: Sequence[int]) -> None:
                 "uld",
             ):
                 go(method, seed)
-    elif (
-        name == "shares"
-    ):  # the searches are short; what wins at length 1 (dev is the curve's last point) may be another share
+    elif name == "shares":
+        # The searches are short; the best share at length 1 (dev is the curve's last point) may be
+        # another one.
         others = (
             ("events", OURS, 0.9),
             ("events", "full", 0.7),
@@ -243,13 +251,13 @@ def stage(name: str, world: World, results: Path, seeds: Sequence[int]) -> None:
             go("events", seed, length=2.0)
     elif name == "larger":
         for seed in seeds:
-            for method in told.LARGER:
+            for method in tables.LARGER:
                 go(method, seed)
             for length in (2.0, 4.0):
                 go("cross-entropy", seed, length=length)
-    elif (
-        name == "gold"
-    ):  # TRL's loops take nearly a second a step: whole runs, and one as long as a search, beside which it is told
+    elif name == "gold":
+        # TRL's loops take nearly a second per step: whole runs, and one as long as a search, which
+        # its figures are shown beside.
         for seed in seeds:
             go("gold", seed)
         lr = rate(world, results)
@@ -275,9 +283,9 @@ def stage(name: str, world: World, results: Path, seeds: Sequence[int]) -> None:
             for method in SCRIPT_METHODS:
                 go(method, seed)
         go("cross-entropy", SEEDS[0], length=2.0)
-    elif (
-        name == "extension"
-    ):  # --size scripts-met, then its extended ones: the same text for each, and the plain one at the CPU of the extended
+    elif name == "extension":
+        # --size scripts-met, then its extended sizes: the same text for each, and the plain one
+        # also with the CPU time of the extended.
         for seed in seeds:
             for method in (
                 "cross-entropy",
@@ -292,7 +300,7 @@ def stage(name: str, world: World, results: Path, seeds: Sequence[int]) -> None:
         go("cross-entropy", SEEDS[0], length=0.0)
         if not world.size.extended:
             go("cross-entropy", SEEDS[0], length=0.5)
-    elif name == "onpolicy":  # its own measures, and so its own lines
+    elif name == "onpolicy":  # its measures differ, so it has its own result file
         arm0, own = (
             arm(world, results, "events", 0),
             results.with_name(f"{results.stem}_onpolicy.jsonl"),
@@ -325,60 +333,60 @@ def stage(name: str, world: World, results: Path, seeds: Sequence[int]) -> None:
 
 
 def report(lines: Sequence[Line], size: str) -> None:
-    """The tables and charts of docs/results.md."""
+    """Write the tables and charts of docs/results.md."""
     docs = RESULTS.parent.parent / "docs"
     shapes = {
         n: f"{s.student.layers} layers, width {s.student.hidden}"
         for n, s in SIZES.items()
         if size in (n, s.of)
     }
-    found = told.chosen(lines, size=size, regime="unlimited", length=1.0)
+    found = tables.chosen(lines, size=size, regime="unlimited", length=1.0)
     plain = found["cross-entropy"]
 
     def form(method: str) -> str:
-        """Of a method's shares the one with most seeds."""
+        """Return, of a method's shares, the one with most seeds."""
         return max(
             (n for n in found if n.startswith(f"{method}, {OURS}")), key=lambda n: len(found[n])
         )
 
-    told.written(
+    tables.written(
         docs / "results.md",
         {
-            "teachers": told.teachers_table(
+            "teachers": tables.teachers_table(
                 json.loads((RESULTS / f"objectives_teachers_{size}.json").read_text())
             ),
-            "unlimited": told.main_table(lines, size, "unlimited"),
-            "pairs": told.first_everywhere(lines, size, form("events")),
-            "masks": told.first_everywhere(lines, size, form("events + masks")),
-            "limited": told.main_table(lines, size, "limited"),
-            "shortcut": told.shortcut(lines, size),
-            "gradients": told.gradients_table(
+            "unlimited": tables.main_table(lines, size, "unlimited"),
+            "pairs": tables.first_everywhere(lines, size, form("events")),
+            "masks": tables.first_everywhere(lines, size, form("events + masks")),
+            "limited": tables.main_table(lines, size, "limited"),
+            "shortcut": tables.shortcut(lines, size),
+            "gradients": tables.gradients_table(
                 json.loads((RESULTS / f"objectives_gradients_{size}.json").read_text())
             ),
-            "larger": told.larger_table(lines, shapes),
-            "scripts": told.main_table(lines, "scripts", "unlimited"),
-            "scripts-pairs": told.first_everywhere(lines, "scripts", f"{INSIDE}, {OURS}"),
-            "scripts-teachers": told.teachers_table(
+            "larger": tables.larger_table(lines, shapes),
+            "scripts": tables.main_table(lines, "scripts", "unlimited"),
+            "scripts-pairs": tables.first_everywhere(lines, "scripts", f"{INSIDE}, {OURS}"),
+            "scripts-teachers": tables.teachers_table(
                 json.loads((RESULTS / "objectives_teachers_scripts.json").read_text())
             ),
-            "scripts-searches": told.searches(lines, "scripts"),
-            "extension": told.extension_table(
+            "scripts-searches": tables.searches(lines, "scripts"),
+            "extension": tables.extension_table(
                 lines, {n: str(s.extended) for n, s in SIZES.items() if s.met}
             ),
-            "onpolicy": told.onpolicy_table(
+            "onpolicy": tables.onpolicy_table(
                 [
                     x
                     for x in read(RESULTS / "objectives_onpolicy.jsonl").values()
                     if json.loads(x["key"])["size"] == size
                 ]
             ),
-            "searches": told.searches(lines, size),
+            "searches": tables.searches(lines, size),
         },
     )
     gaps = [
         (
             name,
-            *told.compare_paired_results(
+            *tables.compare_paired_results(
                 own, [x for x in plain if x["seed"] in {y["seed"] for y in own}]
             )["mean"],
         )
@@ -387,7 +395,7 @@ def report(lines: Sequence[Line], size: str) -> None:
     ]
     (docs / "img").mkdir(exist_ok=True)
     (docs / "img" / "objectives.svg").write_text(
-        told.dot_plot(
+        tables.dot_plot(
             "bits per byte less cross-entropy's (95 % over pages)", sorted(gaps, key=lambda g: g[1])
         )
     )
@@ -400,7 +408,7 @@ def report(lines: Sequence[Line], size: str) -> None:
         if own[0]["seed"] == SEEDS[0] and name not in others
     }
     (docs / "img" / "objectives_curves.svg").write_text(
-        told.training_charts("dev bits per byte against tokens, seed 1, one schedule each", drawn)
+        tables.line_chart("dev bits per byte against tokens, seed 1, one schedule each", drawn)
     )
 
 
@@ -415,12 +423,12 @@ def main() -> None:
     )
     parser.add_argument("--results", type=Path, default=RESULTS / "objectives.jsonl")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    said = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    world = World(SIZES[said.size], said.cache / (SIZES[said.size].of or said.size))
-    for name in said.stages:
-        stage(name, world, said.results, said.seeds)
-    print(len(read(said.results)), "lines in", said.results)
+    world = World(SIZES[options.size], options.cache / (SIZES[options.size].of or options.size))
+    for name in options.stages:
+        stage(name, world, options.results, options.seeds)
+    print(len(read(options.results)), "lines in", options.results)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The experiment: runs of students, one JSON line each; a run whose line stands is skipped."""
+"""The experiment: runs of students, one JSON line each; runs that have a line are skipped."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from transformers import LlamaForCausalLM
 from bench.objectives import data, models, vocabularies
 from bench.objectives.chunks import CHUNKED, gathered
 from bench.objectives.data import ASKED, Window
+from bench.objectives.examples import Batch, Lesson, Teacher, collate, open_lessons
 from bench.objectives.extension import carried, open_extended
 from bench.objectives.gold import gold, with_last
-from bench.objectives.lessons import Batch, Lesson, Teacher, collate, open_lessons
 from bench.objectives.methods import KEPT, METHODS, Pair, Setting, keep, open_kept, prepare
 from bench.objectives.models import Size, padded, states
 from bench.objectives.vocabularies import Speaker
@@ -31,8 +31,12 @@ BINS = 15  # of the calibration error
 
 @dataclass(frozen=True)
 class Arm:
-    """One run. length: in units of the size's steps; regime: 'limited' (each window several times) or 'unlimited' (once);
-    part: what it is measured on, 'dev' while settings are searched, 'test' for tables."""
+    """One run.
+
+    length: in units of the size's steps; regime: 'limited' (each window several times) or
+    'unlimited' (once); part: the evaluation split, 'dev' while settings are searched, 'test' for
+    tables.
+    """
 
     method: str
     rows: str
@@ -49,7 +53,7 @@ class Arm:
 
 @dataclass(frozen=True, eq=False)
 class World:
-    """All that runs share, opened once from the cache folder."""
+    """The data and models that all runs share, loaded once from the cache folder."""
 
     size: Size
     folder: Path
@@ -67,7 +71,7 @@ class World:
         }
 
     @cached_property
-    def model_names(self) -> dict[str, Speaker]:
+    def speakers(self) -> dict[str, Speaker]:
         return self.real | (
             {"student": open_extended(self.folder, self.size.extended, self.texts_of("student"))}
             if self.size.extended
@@ -76,7 +80,7 @@ class World:
 
     @cached_property
     def real(self) -> dict[str, Speaker]:
-        """The speakers before the student's vocabulary is extended."""
+        """The tokenizers before the student's vocabulary is extended."""
         return vocabularies.open_speakers(
             self.folder, self.size.vocabulary, self.texts_of, (*self.size.teaches, "student")
         )
@@ -89,11 +93,11 @@ class World:
         ]
 
     def kept(self, name: str) -> Path:
-        """A file that depends on the student's vocabulary."""
+        """Return the path of a file that depends on the student's vocabulary."""
         return self.folder / f"{name}{f'+{self.size.extended}' if self.size.extended else ''}.pt"
 
     def begun(self, seed: int) -> LlamaForCausalLM:
-        """A student before it is taught: new, or the one that has met some text, its vocabulary extended."""
+        """Return a student before distillation: new, or pretrained on some windows, extended."""
         size, plain = self.size, self.real["student"]
         if not size.met:
             return models.make(size.student, len(plain.vocabulary), seed)
@@ -108,7 +112,8 @@ class World:
             )
             if any(n + size.met > len(self.text["train"][d]) for d in size.domains):
                 raise SystemExit(
-                    f"{size.name}: too little text for {size.met} windows beside those it is taught on"
+                    f"{size.name}: too little text for {size.met} windows "
+                    "besides the training windows"
                 )
             steps = size.met * len(size.domains) // size.batch
             models.read_through(
@@ -116,15 +121,15 @@ class World:
             )
             torch.save(model.state_dict(), path)
         model.load_state_dict(torch.load(path, weights_only=True))
-        return carried(model, plain, self.model_names["student"])
+        return carried(model, plain, self.speakers["student"])
 
     def grow(self) -> None:
-        """Trains the teachers that do not stand yet."""
+        """Train the teachers that do not exist yet."""
         for who, domains in self.size.teaches.items():
             path = self.folder / f"{who}.pt"
             if not path.is_file():
                 models.train_teacher(
-                    self.model_names[who],
+                    self.speakers[who],
                     {d: self.text["train"][d] for d in domains},
                     self.size,
                     who,
@@ -135,8 +140,8 @@ class World:
     def teachers(self) -> dict[str, Teacher]:
         return {
             who: Teacher(
-                self.model_names[who],
-                models.open_teacher(self.model_names[who], self.size, self.folder / f"{who}.pt"),
+                self.speakers[who],
+                models.open_teacher(self.speakers[who], self.size, self.folder / f"{who}.pt"),
             )
             for who in self.size.teaches
         }
@@ -144,23 +149,22 @@ class World:
     @cached_property
     def pairs(self) -> dict[str, Pair]:
         return {
-            who: Pair(teacher, self.model_names["student"])
-            for who, teacher in self.teachers.items()
+            who: Pair(teacher, self.speakers["student"]) for who, teacher in self.teachers.items()
         }
 
     def student(self, arm: Arm) -> Path:
-        """Where a student of seed 1 is kept, for what is measured on it afterwards."""
-        return (
-            self.folder
-            / f"student {self.size.name if self.size.of else ''}{arm.method}, {arm.rows}, {arm.regime}.pt"
-        )
+        """Return the path of the student of seed 1, for later measurements."""
+        size = self.size.name if self.size.of else ""
+        return self.folder / f"student {size}{arm.method}, {arm.rows}, {arm.regime}.pt"
 
     def windows(self, regime: str, length: float) -> dict[str, list[Window]]:
-        """Training windows of a student by domain: every one is seen once in 'unlimited', and often in 'limited'."""
+        """Return training windows by domain: seen once in 'unlimited', several times in
+        'limited'.
+        """
         return {d: self.text["train"][d][: self.taught(regime, length)] for d in self.size.domains}
 
     def taught(self, regime: str, length: float) -> int:
-        """Windows a domain."""
+        """Return the number of windows per domain."""
         return (
             self.size.limited
             if regime == "limited"
@@ -168,7 +172,7 @@ class World:
         )
 
     def examples(self, begin: float, end: float) -> dict[str, list[Lesson]]:
-        """What the teachers say of the windows of `unlimited` from one length to another; kept."""
+        """Return examples for the windows of `unlimited` between two lengths, cached on disk."""
         first = self.taught("unlimited", begin)
         pools = {d: pool[first:] for d, pool in self.windows("unlimited", end).items()}
         name = "lessons" + ("" if (begin, end) == (0, 1) else f" {begin:g} to {end:g}")
@@ -176,7 +180,7 @@ class World:
             open_lessons(
                 self.kept(name),
                 [w for pool in pools.values() for w in pool],
-                self.model_names["student"],
+                self.speakers["student"],
                 self.teachers,
             )
         )
@@ -184,20 +188,26 @@ class World:
 
     @cached_property
     def first(self) -> dict[str, list[Lesson]]:
-        """Those of length 1; the windows of regime 'limited' are their beginning."""
+        """The examples of length 1; the windows of regime 'limited' are their beginning."""
         return self.examples(0, 1)
 
     @cached_property
-    def said(self) -> dict[str, list[Window]]:
-        """As many windows as in `first`, their first part as it was, the rest in the teacher's own words."""
-        from bench.objectives.words import open_said
+    def teacher_text(self) -> dict[str, list[Window]]:
+        """As many windows as in `first`: the first part unchanged, the rest sampled from the
+        teacher.
+        """
+        from bench.objectives.words import open_continuations
 
-        return open_said(self.folder / "said.json", self.windows("unlimited", 1.0), self.teachers)
+        return open_continuations(
+            self.folder / "said.json", self.windows("unlimited", 1.0), self.teachers
+        )
 
     def batches(self, arm: Arm) -> Iterator[Batch]:
-        student = self.model_names["student"]
+        student = self.speakers["student"]
         if arm.method in ("cross-entropy", "sft"):
-            pools = self.said if arm.method == "sft" else self.windows(arm.regime, arm.length)
+            pools = (
+                self.teacher_text if arm.method == "sft" else self.windows(arm.regime, arm.length)
+            )
             if arm.method == "sft" and arm.regime == "limited":
                 pools = {d: p[: self.size.limited] for d, p in pools.items()}
             for chosen in models.order(pools, self.size.batch, arm.seed):
@@ -223,7 +233,10 @@ def held_out(world: World, part: str, windows: int) -> tuple[Window, ...]:
 
 @dataclass(frozen=True)
 class Measured:
-    """Bits and bytes by domain and page; expected calibration error: |confidence - accuracy| of the likeliest token, over BINS bins."""
+    """Bits and bytes by domain and page, and the expected calibration error.
+
+    Calibration: |confidence - accuracy| of the likeliest token, over BINS bins.
+    """
 
     pages: Mapping[str, Mapping[str, tuple[float, int]]]
     calibration: float
@@ -270,8 +283,8 @@ def measure(model: LlamaForCausalLM, speaker: Speaker, windows: Sequence[Window]
 
 
 def run(world: World, arm: Arm) -> dict[str, Any]:
-    """Trains one student and measures it."""
-    size, student = world.size, world.model_names["student"]
+    """Train one student and measure it."""
+    size, student = world.size, world.speakers["student"]
     model = world.begun(arm.seed)
     adam, steps = models.optimizer(model, arm.rate), round(size.steps * arm.length)
     setting, loss_of = (
@@ -327,7 +340,7 @@ def run(world: World, arm: Arm) -> dict[str, Any]:
 
 
 def read(results: Path) -> dict[str, dict[str, Any]]:
-    """key -> line"""
+    """Return the result lines by key."""
     lines = (
         [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
     )
@@ -335,7 +348,7 @@ def read(results: Path) -> dict[str, dict[str, Any]]:
 
 
 def run_all(world: World, arms: Sequence[Arm], results: Path) -> list[dict[str, Any]]:
-    """Runs what does not stand in the results yet, in order; the lines of all these arms."""
+    """Run the arms without a result line, in order; return the lines of all arms."""
     out = []
     for arm in arms:
         key = arm.key(world.size)
@@ -349,7 +362,8 @@ def run_all(world: World, arms: Sequence[Arm], results: Path) -> list[dict[str, 
             with results.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             print(
-                f"{line['mean']:.4f} {line['calibration']:.3f} {line['cpu_per_step']:.3f} s/step  {key}",
+                f"{line['mean']:.4f} {line['calibration']:.3f} "
+                f"{line['cpu_per_step']:.3f} s/step  {key}",
                 flush=True,
             )
         out.append(read(results)[key])
@@ -357,7 +371,7 @@ def run_all(world: World, arms: Sequence[Arm], results: Path) -> list[dict[str, 
 
 
 def teachers_measured(world: World) -> dict[str, Any]:
-    """Bits per byte of every teacher on what it is asked, beside what its training cost."""
+    """Return bits per byte of every teacher on its domains, and its training cost."""
     out = {}
     for who, teacher in world.teachers.items():
         windows = [w for w in held_out(world, "test", world.size.test) if ASKED[w.domain] == who]

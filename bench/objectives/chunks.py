@@ -1,7 +1,9 @@
-"""persea's debiased chunk term beside its events: the stretches between two common boundaries that are not one token against one.
+"""persea's debiased span likelihood term beside its event term.
 
-A second term, weighted by itself: composed(...) + weight x chunk. What cannot stand at a boundary (whole vocabularies, by persea's
-masks) is found once a context; the teacher's side of every chunk once a window.
+Spans lie between two common boundaries and are not one token against one token. The term has its
+own weight: event loss + weight x span loss. Impossible tokens at a boundary (whole vocabularies, by
+persea's masks) are found once per context, the teacher's log-probability of every span once per
+window.
 """
 
 from __future__ import annotations
@@ -11,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from bench.objectives.examples import Batch, Ints, Lesson
 
-from bench.objectives.methods import Loss, Pair, Setting, boundary_contexts, said_of
+from bench.objectives.examples import Batch, Ints, Lesson
+from bench.objectives.methods import Loss, Pair, Setting, boundary_contexts, targets_of
 from persea.alignment.boundary_mask import BoundaryMask
 from persea.losses import ImpossibleTokens, SpanTargets, event_kl_loss
 from persea.losses import span_likelihood_loss as chunk_term
@@ -23,11 +25,12 @@ WEIGHTS = (0.01, 0.03, 0.1)
 
 @dataclass(frozen=True)
 class Stretches:
-    """Of one window, in its own numbering. C chunks.
+    """Spans of one window, in its own numbering. C spans.
 
-    student_C2  student tokens of each; ends_C: whether a common boundary stands at its end (else the window ends there)
-    teacher_C   the teacher's log-probability, its betas included
-    row_D, token_D  student tokens that cannot stand at the boundaries that begin or end a chunk
+    student_C2  student tokens of each; ends_C: whether it ends at a common boundary (else the
+        window ends there)
+    teacher_C   the teacher's log-probability, with its boundary corrections
+    row_D, token_D  impossible student tokens at the boundaries that begin or end a span
     """
 
     student_C2: Ints
@@ -42,7 +45,7 @@ KEPT: dict[int, Stretches] = {}
 
 
 def dead(mask: BoundaryMask, context: int) -> Ints:
-    """All candidates that cannot stand in a context; each context is asked once."""
+    """Return all impossible tokens of a context, computed once per context."""
     if (id(mask), context) not in DEAD:
         DEAD[id(mask), context] = mask.impossible_tokens(context)
     return DEAD[id(mask), context]
@@ -51,27 +54,27 @@ def dead(mask: BoundaryMask, context: int) -> Ints:
 def stretches(one: Lesson, pair: Pair) -> Stretches:
     if id(one) in KEPT:
         return KEPT[id(one)]
-    bridge = pair.event_map
-    assert bridge.teacher_mask is not None and bridge.student_mask is not None
+    event_map = pair.event_map
+    assert event_map.teacher_mask is not None and event_map.student_mask is not None
     s0, s1, t0, t1 = one.spans_C4.T
     mixed = (s1 - s0 != 1) | (t1 - t0 != 1)
     s0, s1, t0, t1 = s0[mixed], s1[mixed], t0[mixed], t1[mixed]
     teacher_of = dict(zip(one.student_C.tolist(), one.teacher_C.tolist(), strict=True))
     ends_C = np.array([int(s) in teacher_of for s in s1], bool)
-    of_student, of_teacher = boundary_contexts(one, bridge)
+    of_student, of_teacher = boundary_contexts(one, event_map)
     places = sorted({*s0.tolist(), *s1[ends_C].tolist()})
     beta = {}
     rows, tokens = [], []
     for s in places:
-        gone = dead(bridge.teacher_mask, int(of_student[s]))
+        impossible = dead(event_map.teacher_mask, int(of_student[s]))
         p_W = pair.teacher.logprobs(one.states_TD[teacher_of[s]][None])[0]
-        beta[s] = float(torch.log1p(-p_W[torch.from_numpy(gone)].exp().sum()))
-        own = dead(bridge.student_mask, int(of_teacher[s]))
+        beta[s] = float(torch.log1p(-p_W[torch.from_numpy(impossible)].exp().sum()))
+        own = dead(event_map.student_mask, int(of_teacher[s]))
         rows.append(np.full(len(own), s))
         tokens.append(own)
-    said = np.concatenate([[0.0], np.cumsum(one.realised_T.double().numpy())])
+    cumulative = np.concatenate([[0.0], np.cumsum(one.realised_T.double().numpy())])
     value = [
-        said[b] - said[a] - beta[int(x)] + (beta[int(y)] if end else 0.0)
+        cumulative[b] - cumulative[a] - beta[int(x)] + (beta[int(y)] if end else 0.0)
         for a, b, x, y, end in zip(t0, t1, s0, s1, ends_C, strict=True)
     ]
     empty = np.empty(0, np.int64)
@@ -86,7 +89,7 @@ def stretches(one: Lesson, pair: Pair) -> Stretches:
 
 
 def gathered(batch: Batch, pairs: Mapping[str, Pair]) -> tuple[SpanTargets, ImpossibleTokens]:
-    """The chunks of a batch in its own numbering."""
+    """Return the spans of a batch in the batch's numbering."""
     chunk_P, position_P, begin, end, teacher, row_D, token_D = [], [], [], [], [], [], []
     n = 0
     for group in batch.groups:
@@ -117,11 +120,11 @@ def with_chunks(weight: float) -> Loss:
     def loss(
         logits_NV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setting: Setting
     ) -> torch.Tensor:
-        chunks, gone = gathered(batch, pairs)
+        chunks, impossible = gathered(batch, pairs)
         events = event_kl_loss(
-            logits_NV, batch.labels_N, said_of(batch, pairs, setting), setting.share
+            logits_NV, batch.labels_N, targets_of(batch, pairs, setting), setting.share
         ).loss
-        return events + weight * chunk_term(logits_NV, batch.labels_N, chunks, gone).loss
+        return events + weight * chunk_term(logits_NV, batch.labels_N, chunks, impossible).loss
 
     return loss
 

@@ -1,4 +1,6 @@
-"""Real text from PERSEA_DATA: documents by domain, split by page over all languages, cut into windows."""
+"""Real text from PERSEA_DATA: documents by domain, split by page over all languages, cut into
+windows.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-WINDOW = 256  # bytes at most; teacher and student are cut at the same places, so that no token reaches over one
+# at most this many bytes; teacher and student texts are cut at the same places, so that no token
+# crosses a cut
+WINDOW = 256
 TEACHES = {
     "A": ("zh", "ja", "ko", "vi", "id", "th"),
     "B": ("python", "json", "markdown", "en"),
@@ -22,18 +26,20 @@ TEACHES = {
 }
 SCRIPTS = {
     "B": ("km", "my", "lo", "tha")
-}  # a world of its own: scripts that the student's tokenizer breaks into bytes, and Thai, which it does not
+    # a world of its own: scripts that the student's tokenizer spells by bytes, and Thai, which it
+    # does not
+}
 
 
 def domains_of(teaches: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-    """Every domain once."""
+    """Return every domain once."""
     return tuple(dict.fromkeys(d for domains in teaches.values() for d in domains))
 
 
 DOMAINS = domains_of(TEACHES)
 ASKED = {
     d: who for teaches in (TEACHES, SCRIPTS) for who in reversed(teaches) for d in teaches[who]
-}  # who speaks; of English B
+}  # the teacher of each domain; B for English
 SOURCES = {
     "zh": ("reactdocs.zh", "vuedocs.zh", "tldr.zh", "ud.chinese-gsdsimp", "ntrex.zho-CN"),
     "ja": ("pythondocs.ja", "reactdocs.ja", "tldr.ja", "ud.japanese-gsd", "ntrex.jpn"),
@@ -62,7 +68,10 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Document:
-    """One page in one language. `page` is the same in every language it stands in: it decides the part."""
+    """One page in one language.
+
+    `page` is the same in every language of the page: it decides the split.
+    """
 
     domain: str
     page: str
@@ -70,7 +79,7 @@ class Document:
 
     @property
     def part(self) -> str:
-        """test (8 %), dev (4 %: every setting is searched there) or train, by the page's own digest."""
+        """test (8 %), dev (4 %: for all searches) or train, by the digest of the page."""
         bucket = int.from_bytes(hashlib.sha256(self.page.encode()).digest()[:4], "big") % 100
         return "test" if bucket < 8 else "dev" if bucket < 12 else "train"
 
@@ -91,7 +100,7 @@ def data_folder() -> Path:
 
 
 def documents(data: Path, domain: str) -> list[Document]:
-    """All documents of a domain, NFC, in the files' order; the same text twice is kept once."""
+    """Return all documents of a domain, NFC, in file order, without duplicates."""
     seen: dict[str, Document] = {}
     for source in SOURCES[domain]:
         for page, raw in _read(data, source):
@@ -102,7 +111,7 @@ def documents(data: Path, domain: str) -> list[Document]:
 
 
 def page_of(name: str) -> str:
-    """One name for one page in all its languages and file layouts."""
+    """Return one name for a page in all its languages and file layouts."""
     name = re.sub(r"^pages(\.\w+)?/", "tldr/", name)
     python = re.fullmatch(r"python-newest\.(.*)/\w+\.po", name)
     if python:
@@ -152,13 +161,13 @@ def _read(data: Path, source: str) -> Iterator[tuple[str, str]]:
             text = page["text"]
             if source.startswith(
                 ("reactdocs", "vuedocs")
-            ):  # the same code stands in every language: it is not what they measure
+            ):  # the code is the same in every language and is not measured
                 text = re.sub(r"```.*?(```|\Z)", "", text, flags=re.DOTALL)
             yield page_of(page["id"]), text
 
 
 def windows(document: Document) -> list[Window]:
-    """The document cut into windows: at a line's or word's end where one is near, else between two characters."""
+    """Cut the document at the end of a line or word if one is near, else between two characters."""
     raw, at, out = document.text.encode(), 0, []
     while at < len(raw):
         end = min(at + WINDOW, len(raw))
@@ -179,7 +188,7 @@ def windows(document: Document) -> list[Window]:
 def pools(
     data: Path, part: str, *, per_document: int | None = None, domains: Sequence[str] = DOMAINS
 ) -> dict[str, list[Window]]:
-    """Windows of a part by domain, in an order of their own that never changes."""
+    """Return windows of a split by domain, in an order that never changes."""
     out: dict[str, list[Window]] = defaultdict(list)
     for domain in domains:
         rng = np.random.default_rng([domains.index(domain), ("train", "dev", "test").index(part)])

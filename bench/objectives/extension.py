@@ -1,4 +1,4 @@
-"""The student's vocabulary extended: merges learned on top of its own, on text of scripts that it breaks into bytes (vocab_extension)."""
+"""The student's tokenizer with extra merges, learned on scripts that it spells by bytes."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from persea.vocab_extension.learn_merges import (
 from persea.vocab_extension.resize_model import initialize_new_embeddings
 
 
-def learned(backend: Tokenizer, texts: Sequence[str], count: int) -> list[Merge]:
-    """The first `count` merges of one text, however many tokens they make."""
+def learn_merges(backend: Tokenizer, texts: Sequence[str], count: int) -> list[Merge]:
+    """Return the first `count` merges of one text, however many tokens they make."""
     return extension.learn_merges(backend, count_words(backend, [texts]), count)[:count]
 
 
 def open_extended(folder: Path, count: int, texts: Sequence[str]) -> Speaker:
-    """The student of `folder` with `count` learned merges, made once and kept."""
+    """Load the student of `folder` with `count` learned merges, or build it once."""
     path = folder / f"student+{count}.tokenizer.json"
     if not path.is_file():
         spec = json.loads((folder / "student.tokenizer.json").read_text())
         path.write_text(
             json.dumps(
                 extend_tokenizer_spec(
-                    spec, learned(Tokenizer.from_str(json.dumps(spec)), texts, count)
+                    spec, learn_merges(Tokenizer.from_str(json.dumps(spec)), texts, count)
                 )
             )
         )
@@ -47,10 +47,13 @@ def open_extended(folder: Path, count: int, texts: Sequence[str]) -> Speaker:
 
 
 def carried(model: LlamaForCausalLM, plain: Speaker, longer: Speaker) -> LlamaForCausalLM:
-    """The model with `longer`'s vocabulary: old tokens keep their rows, a new one gets the mean of those that its bytes were before."""
+    """Return the model with `longer`'s vocabulary.
+
+    Old tokens keep their rows; a new token gets the mean of the rows of its old tokens.
+    """
     refuse_changed_tokens(
         plain.vocabulary, longer.vocabulary, longer.vocabulary.name
-    )  # a tokenizer kept from before 2026-11-29 had its controls last
+    )  # tokenizers cached before 2026-11-29 have their control tokens last
     pieces = old_ids_of_new_tokens(plain.vocabulary.backend, longer.vocabulary.backend)
     if pieces:
         initialize_new_embeddings(model, pieces)

@@ -1,4 +1,7 @@
-"""GOLD by TRL's own code, as an arm like the others. Needs `pip install 'persea[bench]'`; its loops over spans are slow."""
+"""GOLD by TRL's own code as one more method.
+
+Needs `pip install 'persea[bench]'`; its loops over spans are slow.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench.objectives.examples import Batch, Lesson
 
 from bench import baselines
+from bench.objectives.examples import Batch, Lesson
 from bench.objectives.methods import Pair, Setting
 from bench.objectives.models import padded
 from bench.objectives.vocabularies import Speaker
 
 
 class Strings:
-    """The token strings of a cut vocabulary, spelled as its real tokenizer spells them: GOLD matches by string."""
+    """The token strings of a cut vocabulary as its real tokenizer spells them: GOLD matches
+    strings.
+    """
 
     def __init__(self, speaker: Speaker) -> None:
         self.vocabulary = speaker.vocabulary.backend.get_vocab(with_added_tokens=True)
@@ -32,7 +37,9 @@ def loss_of(pair: Pair) -> Any:
 
 
 def with_last(batch: Batch) -> Batch:
-    """The same batch with the row behind every window's last token: TRL's default merge reads it."""
+    """Return the batch with the row behind every window's last token: TRL's default merge reads
+    it.
+    """
     learn_BS = batch.learn_BS.clone()
     learn_BS[torch.arange(len(learn_BS)), batch.learn_BS.sum(1)] = True
     return Batch(batch.ids_BS, learn_BS, batch.labels_N, batch.groups)
@@ -51,16 +58,19 @@ def side(logits_TV: torch.Tensor, ids: list[int], one: Any, start: int) -> basel
 def gold(
     logits_MV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setting: Setting
 ) -> torch.Tensor:
-    """logits_MV of `with_last(batch)`: M = learned positions and one more a window. GOLD speaks of every span, so
-    share x GOLD + (1 - share) x cross-entropy, both a mean over the batch's positions."""
-    sizes = batch.learn_BS.sum(1)  # tokens and the start
+    """Return share x GOLD + (1 - share) x cross-entropy, both a mean over the batch's positions.
+
+    logits_MV of `with_last(batch)`: M = supervised positions and one more per window. GOLD applies
+    to every span.
+    """
+    sizes = batch.learn_BS.sum(1)  # tokens and the start token
     firsts = sizes.cumsum(0) - sizes
     keep = torch.ones(len(logits_MV), dtype=torch.bool)
     keep[firsts + sizes - 1] = False
     ce = F.cross_entropy(logits_MV[keep], batch.labels_N)
     students = (
         firsts - torch.arange(len(firsts))
-    ).tolist()  # where a window's learned positions begin in batch.labels_N
+    ).tolist()  # index in batch.labels_N of each window's first supervised position
     total = torch.zeros(())
     for group in batch.groups:
         pair = pairs[group.who]
@@ -77,7 +87,7 @@ def gold(
 
 
 def spoken(pair: Pair, some: tuple[Lesson, ...]) -> list[torch.Tensor]:
-    """The teacher's logits of each window, start token and last row included."""
+    """Return the teacher's logits of each window, start token and last row included."""
     teacher = pair.teacher
     ids_BS, _ = padded([one.spoken.ids_T.tolist() for one in some], teacher.speaker.start)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Does the chunk term pull where events pull? Cosine and ratio of norms of the two gradients, over all of a student's weights."""
+"""Compare the gradients of the span and event terms: cosine and ratio of norms over all weights."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench.objectives.examples import Batch
 from transformers import LlamaForCausalLM
 
 from bench.objectives.arms import Arm, World
 from bench.objectives.chunks import gathered
-from bench.objectives.methods import Setting, said_of
+from bench.objectives.examples import Batch
+from bench.objectives.methods import Setting, targets_of
 from bench.objectives.models import make, states
 from persea.losses import ImpossibleTokens, SpanTargets, event_logprobs
 from persea.losses import span_likelihood_loss as chunk_term
@@ -21,9 +21,9 @@ BATCHES = 8
 
 
 def of_events(logits_NV: torch.Tensor, batch: Batch, world: World) -> torch.Tensor:
-    """The event term alone, a mean over the positions where it speaks."""
+    """Return the event term alone, a mean over the positions where it applies."""
     total, spoken = torch.zeros(()), 0
-    for said in said_of(batch, world.pairs, Setting("events + masks", "sampled .01", 1.0)):
+    for said in targets_of(batch, world.pairs, Setting("events + masks", "sampled .01", 1.0)):
         total = (
             total - (said.probs_M * event_logprobs(logits_NV, logits_NV.logsumexp(-1), said)).sum()
         )
@@ -32,7 +32,7 @@ def of_events(logits_NV: torch.Tensor, batch: Batch, world: World) -> torch.Tens
 
 
 def of_chunks(correct: bool) -> Callable[[torch.Tensor, Batch, World], torch.Tensor]:
-    """The chunk term alone, with its betas or (both sides) without."""
+    """Return the span term alone, with or (both sides) without boundary corrections."""
 
     def loss(logits_NV: torch.Tensor, batch: Batch, world: World) -> torch.Tensor:
         chunks, gone = gathered(batch, world.pairs)
@@ -48,7 +48,10 @@ def of_chunks(correct: bool) -> Callable[[torch.Tensor, Batch, World], torch.Ten
 
 
 def teacher_plain(batch: Batch) -> torch.Tensor:
-    """The teacher's log-probability of every chunk that is not one token against one, without betas, in `gathered`'s order."""
+    """Return the teacher's log-probability of every span, uncorrected, in `gathered`'s order.
+
+    Spans of one token against one are left out.
+    """
     out = []
     for group in batch.groups:
         said = torch.cat([torch.zeros(1), group.realised_T.cumsum(0)])
@@ -70,10 +73,13 @@ def gradient(
 
 
 def measured(world: World, arms: dict[str, Arm | None]) -> dict[str, Any]:
-    """By student (None = untrained): mean and standard deviation over batches of cosine and norm ratio, chunk against events."""
+    """Return mean and standard deviation over batches of cosine and norm ratio, by student.
+
+    The span term against events; None = an untrained student.
+    """
     out: dict[str, Any] = {}
     for name, arm in arms.items():
-        model = make(world.size.student, len(world.model_names["student"].vocabulary), seed=1)
+        model = make(world.size.student, len(world.speakers["student"].vocabulary), seed=1)
         if arm is not None:
             model.load_state_dict(torch.load(world.student(arm), weights_only=True))
         batches = world.batches(Arm("events", "sampled .01", 0.7, 0.0, "limited", 7))

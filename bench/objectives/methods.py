@@ -1,7 +1,9 @@
-"""The methods: student logits and a batch -> one scalar, all composed alike so that every learned position carries weight one.
+"""The methods: student logits and a batch -> one scalar, all composed alike.
 
-At the positions where a method speaks: share x its divergence + (1 - share) x cross-entropy; full cross-entropy elsewhere. What a
-method may see is its own affair: baselines get the teacher's whole rows, which favours them; persea's rows are named in `rows`.
+Every supervised position has weight one: at positions where a method applies, share x its
+divergence + (1 - share) x cross-entropy; full cross-entropy elsewhere. Each method sees the teacher
+data that it needs: baselines get the teacher's whole distributions, which favours them; persea's
+formats are named in `rows`.
 """
 
 from __future__ import annotations
@@ -16,11 +18,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from bench.objectives.examples import Batch, Group, Ints, Lesson, Teacher, sampled
 
 from bench import baselines
+from bench.objectives.examples import Batch, Group, Ints, Lesson, Teacher, sampled
 from bench.objectives.vocabularies import Speaker
-from persea.alignment.boundary_mask import UNRESTRICTED_CONTEXT
 from persea.alignment.event_map import EventMap, load_event_map
 from persea.alignment.partial_tokens import (
     PartialTokenProjector,
@@ -28,6 +29,7 @@ from persea.alignment.partial_tokens import (
     token_prefixes,
 )
 from persea.alignment.spans import align
+from persea.alignment.token_order import UNRESTRICTED_CONTEXT
 from persea.distributions import DistributionKind, SparseDistributions
 from persea.losses import (
     BatchTargets,
@@ -43,7 +45,7 @@ TEMPERATURE = 100.0  # of the chunk likelihood, as published
 
 @dataclass(frozen=True)
 class Pair:
-    """One teacher and the student: all that any method needs to know of the two."""
+    """One teacher and the student, with the tables that a method needs of both."""
 
     teacher: Teacher
     student: Speaker
@@ -68,7 +70,10 @@ class Pair:
 
     @cached_property
     def events(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Event of each teacher token and of each student token; the tokens left out share one more event, cut off afterwards."""
+        """Event of each teacher token and of each student token.
+
+        Tokens without an event share one extra event, which is cut off afterwards.
+        """
         sides = (self.event_map.teacher_event_W, self.event_map.student_event_V)
         teacher, student = (
             torch.from_numpy(np.where(side < 0, self.event_map.num_events, side)).long()
@@ -79,7 +84,10 @@ class Pair:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run's loss is: method, rows ('full', 'sampled .01', 'top-k 16', 'top-k 16 renormalised') and share."""
+    """The loss of a run: method, share, and rows.
+
+    rows: 'full', 'sampled .01', 'top-k 16', 'top-k 16 renormalised'.
+    """
 
     method: str
     rows: str
@@ -92,12 +100,15 @@ Loss: TypeAlias = Callable[[torch.Tensor, Batch, Mapping[str, Pair], Setting], t
 def mixed(
     logits_NV: torch.Tensor,
     batch: Batch,
-    said: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
     share: float,
 ) -> torch.Tensor:
-    """(row_C, mass_C, divergence_C) of each teacher -> mean over all positions of share D + (1 - share M) cross-entropy."""
+    """Return the mean over all positions of share D + (1 - share M) cross-entropy.
+
+    Each teacher gives (row_C, mass_C, divergence_C).
+    """
     loss_N = F.cross_entropy(logits_NV, batch.labels_N, reduction="none")
-    for row_C, mass_C, divergence_C in said:
+    for row_C, mass_C, divergence_C in parts:
         loss_N = loss_N.index_add(0, row_C, share * (divergence_C - mass_C * loss_N[row_C]))
     return loss_N.mean()
 
@@ -108,11 +119,11 @@ def cross_entropy(
     return F.cross_entropy(logits_NV, batch.labels_N)
 
 
-# ---- baselines, on the teacher's whole rows --------------------------------------------------------------------------
+# --- baselines, on the teacher's whole rows ---
 
 
 def one_to_one(group: Group) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions where one student token stands against one teacher token."""
+    """Return positions where one student token matches one teacher token."""
     s0, s1, t0, t1 = group.spans_C4.T
     same = (s1 - s0 == 1) & (t1 - t0 == 1)
     return s0[same], t0[same]
@@ -122,21 +133,21 @@ def rowwise(
     divergence: Callable[[torch.Tensor, torch.Tensor, Pair], torch.Tensor],
     places: Callable[[Group], tuple[torch.Tensor, torch.Tensor]],
 ) -> Loss:
-    """A baseline that compares one student row with one teacher row."""
+    """Return a baseline that compares one student row with one teacher row."""
 
     def loss(
         logits_NV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setting: Setting
     ) -> torch.Tensor:
-        said = []
+        parts = []
         for group in batch.groups:
             pair = pairs[group.who]
             row_C, at_C = places(group)
             with torch.no_grad():
                 probs_CW = pair.teacher.logprobs(group.states_TD[at_C]).exp()
-            said.append(
+            parts.append(
                 (row_C, torch.ones(len(row_C)), divergence(logits_NV[row_C], probs_CW, pair))
             )
-        return mixed(logits_NV, batch, said, setting.share)
+        return mixed(logits_NV, batch, parts, setting.share)
 
     return loss
 
@@ -148,8 +159,11 @@ def common(group: Group) -> tuple[torch.Tensor, torch.Tensor]:
 def chunk(
     logits_NV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setting: Setting
 ) -> torch.Tensor:
-    """Plain chunk likelihood (ALM) of every span: one divergence a span, times the temperature, so that its gradient is of order one;
-    its positions keep (1 - share) cross-entropy."""
+    """Return plain chunk likelihood (ALM) of every span.
+
+    One divergence per span, times the temperature, so that its gradient is of order one; its
+    positions keep (1 - share) cross-entropy.
+    """
     ce_N = F.cross_entropy(logits_NV, batch.labels_N, reduction="none")
     total_N = ce_N
     for group in batch.groups:
@@ -169,7 +183,7 @@ def chunk(
 def numbered(
     first_C: torch.Tensor, last_C: torch.Tensor, n: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The span each of n tokens is in, and whether it is in any."""
+    """Return the span of each of n tokens, and whether the token is in any."""
     out = torch.full((n,), -1)
     sizes = last_C - first_C
     which = torch.repeat_interleave(torch.arange(len(first_C)), sizes)
@@ -181,14 +195,17 @@ def numbered(
     return out, out >= 0
 
 
-# ---- events ----------------------------------------------------------------------------------------------------------
+# --- events ---
 
 
 def events_full(
     logits_NV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setting: Setting
 ) -> torch.Tensor:
-    """persea.losses.event_kl_loss on whole rows, written densely: an [N, E] table is cheaper than N x W entries (tests hold the two equal)."""
-    said = []
+    """Return event_kl_loss on whole rows, written densely.
+
+    An [N, E] table is cheaper than N x W entries; tests hold both equal.
+    """
+    parts = []
     for group in batch.groups:
         pair = pairs[group.who]
         event_W, event_V = pair.events
@@ -199,8 +216,8 @@ def events_full(
         log_q_CE = torch.log(
             q_CE.clamp_min(torch.finfo(q_CE.dtype).tiny)
         )  # an event of probability below 1e-38 counts as 1e-38
-        said.append((group.row_C, p_CE.sum(-1), -(p_CE * log_q_CE).sum(-1)))
-    return mixed(logits_NV, batch, said, setting.share)
+        parts.append((group.row_C, p_CE.sum(-1), -(p_CE * log_q_CE).sum(-1)))
+    return mixed(logits_NV, batch, parts, setting.share)
 
 
 def summed(values_NW: torch.Tensor, event_W: torch.Tensor, events: int) -> torch.Tensor:
@@ -209,15 +226,16 @@ def summed(values_NW: torch.Tensor, event_W: torch.Tensor, events: int) -> torch
 
 KEPT: dict[
     tuple[str, str, bool, bool], EventTargets
-] = {}  # what a teacher says of a window is drawn once, as a capture and a feed keep it
+] = {}  # entries of a window are sampled once, as in a capture
 
 
 def entries(
     one: Lesson, pair: Pair, rows: str, masked: bool, completed: bool = False
 ) -> EventTargets:
-    """A window's rows over events, as persea.training.dataset makes them; positions are the window's student tokens.
+    """Return a window's rows over events, as persea.training.dataset builds them.
 
-    Where both begin a token; completed: inside a teacher token that begins where both do, too.
+    Positions are the window's student tokens, at common boundaries. completed: also inside a
+    teacher token that starts at a common boundary.
     """
     key = (one.window.text, rows, masked, completed)
     if key not in KEPT:
@@ -241,13 +259,13 @@ def entries(
 
 
 def inside(one: Lesson, pair: Pair, rows: str) -> EventTargets:
-    """persea's completion: what a row says of student tokens in the middle of its teacher token."""
+    """Return partial-token targets: a row restricted to the rest of its teacher token."""
     places, ids_M, probs_M, kind = raw(one, pair, rows)
     offsets = np.concatenate([[0], np.cumsum(np.bincount(places, minlength=len(one.teacher_C)))])
     drawn = SparseDistributions(
         offsets, ids_M.astype(np.int32), probs_M, np.zeros(len(offsets) - 1, np.float32), kind
     )
-    found = align([one.student], [one.spoken]).partial_tokens
+    found = align(one.student, one.spoken).partial_tokens
     at_I, in_I, said_I = (
         side[found.at_common_boundary_I]
         for side in (found.student_I, found.teacher_I, found.prefix_len_I)
@@ -277,20 +295,20 @@ def inside(one: Lesson, pair: Pair, rows: str) -> EventTargets:
 
 
 def open_kept(path: Path) -> None:
-    """Masked entries from an earlier process: they take longer than a run."""
+    """Load masked entries of an earlier process: they take longer than a run."""
     if path.is_file():
         KEPT.update(torch.load(path, weights_only=False))
 
 
 def keep(path: Path) -> None:
-    masked = {key: said for key, said in KEPT.items() if key[2]}
+    masked = {key: parts for key, parts in KEPT.items() if key[2]}
     torch.save(masked, path)
 
 
 def raw(
     one: Lesson, pair: Pair, rows: str
 ) -> tuple[Ints, Ints, npt.NDArray[np.float32], DistributionKind]:
-    """Which common boundary, which teacher id, what probability, one an entry."""
+    """Return boundary index, teacher id and probability of each entry."""
     kind, value = rows.split()[:2]
     if kind == "sampled":
         drawn = sampled(one, pair.teacher, float(value))
@@ -325,12 +343,12 @@ def raw(
     )
 
 
-def boundary_contexts(one: Lesson, bridge: EventMap) -> tuple[Ints, Ints]:
-    """By student token, the context that each tokenizer's boundary there stands in."""
+def boundary_contexts(one: Lesson, event_map: EventMap) -> tuple[Ints, Ints]:
+    """Return, by student token, the context of each tokenizer's boundary there."""
     found = []
     for mask, ids_T, at_C in (
-        (bridge.teacher_mask, one.student.ids_T, one.student_C),
-        (bridge.student_mask, one.spoken.ids_T, one.teacher_C),
+        (event_map.teacher_mask, one.student.ids_T, one.student_C),
+        (event_map.student_mask, one.spoken.ids_T, one.teacher_C),
     ):
         assert mask is not None, "two different tokenizers"
         of_N = np.full(len(one.student), UNRESTRICTED_CONTEXT, np.int64)
@@ -340,7 +358,7 @@ def boundary_contexts(one: Lesson, bridge: EventMap) -> tuple[Ints, Ints]:
 
 
 def prepare(batch: Batch, pairs: Mapping[str, Pair], setting: Setting) -> None:
-    """What a capture and a feed do before a step: draws and masks the batch's rows that are not kept yet."""
+    """Sample and mask the batch's missing rows, which a capture and a dataset do before a step."""
     if setting.rows in ("none", "full"):
         return
     for group in batch.groups:
@@ -354,7 +372,7 @@ def prepare(batch: Batch, pairs: Mapping[str, Pair], setting: Setting) -> None:
             )
 
 
-def said_of(batch: Batch, pairs: Mapping[str, Pair], setting: Setting) -> list[BatchTargets]:
+def targets_of(batch: Batch, pairs: Mapping[str, Pair], setting: Setting) -> list[BatchTargets]:
     out = []
     for group in batch.groups:
         parts = [
@@ -380,9 +398,9 @@ def said_of(batch: Batch, pairs: Mapping[str, Pair], setting: Setting) -> list[B
 def events_sparse(
     logits_NV: torch.Tensor, batch: Batch, pairs: Mapping[str, Pair], setting: Setting
 ) -> torch.Tensor:
-    """persea's own objective on persea's own rows."""
+    """Return persea's own objective on persea's own rows."""
     return event_kl_loss(
-        logits_NV, batch.labels_N, said_of(batch, pairs, setting), setting.share
+        logits_NV, batch.labels_N, targets_of(batch, pairs, setting), setting.share
     ).loss
 
 
@@ -396,7 +414,7 @@ def events(
 
 METHODS: dict[str, Loss] = {
     "cross-entropy": cross_entropy,
-    "sft": cross_entropy,  # on text the teacher wrote: see arms.windows_for
+    "sft": cross_entropy,  # on text sampled from the teacher: see arms.World.teacher_text
     "strict": rowwise(
         lambda logits, probs, pair: baselines.strict(logits, probs, pair.shared), one_to_one
     ),

@@ -20,29 +20,33 @@ from bench.objectives.vocabularies import Speaker
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama model; its head is its embedding."""
+    """A Llama model with tied embedding and head."""
 
     hidden: int
     layers: int
     heads: int
-    supervised_context_ids: int
+    inner: int
 
 
 @dataclass(frozen=True)
 class Size:
-    """All that grows together. A row of results is keyed by the size's name: larger ones are added, never replaced.
+    """The sizes of one experiment.
+
+    Results are keyed by the size's name: larger sizes are added, never replaced.
 
     vocabulary    tokens kept of each real tokenizer
-    steps         of a student; batch  windows a step, as many of each domain as of any other within one
+    steps         of a student; batch: windows per step, equally many of each domain within one
     teacher_steps of each teacher, with teacher_batch windows
-    limited       training windows a domain in the regime 'limited'
-    test          held-out windows a domain
-    seen          training windows a domain by which the vocabularies are cut
-    of            the size whose vocabularies, teachers, lessons and shares this one takes: only its student is another
+    limited       training windows per domain in the regime 'limited'
+    test          held-out windows per domain
+    seen          training windows per domain that decide which tokens are kept
+    of            the size whose vocabularies, teachers, examples and shares this one uses: only its
+        student differs
     teaches       teacher -> its domains
     per_page      held-out windows of a page, at most
-    met           windows a domain that every student has met, by cross-entropy, before it is taught: others than those it is taught on; 0 = none
-    extended      tokens learned on top of the student's vocabulary, in which its lessons then are
+    met           windows per domain that every student is pretrained on by cross-entropy, other
+        than those of distillation; 0 = none
+    extended      tokens added to the student's vocabulary, in which its examples then are
     """
 
     name: str
@@ -171,7 +175,7 @@ def make(shape: Shape, vocabulary: int, seed: int) -> LlamaForCausalLM:
         hidden_size=shape.hidden,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
-        intermediate_size=shape.supervised_context_ids,
+        intermediate_size=shape.inner,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -181,7 +185,10 @@ def make(shape: Shape, vocabulary: int, seed: int) -> LlamaForCausalLM:
 
 
 def padded(ids: Sequence[Sequence[int]], start: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids_BS with the start token before each window, right padded; which positions speak of a token: learn_BS[:, s] = s is followed by one."""
+    """Return ids_BS with the start token before each window, right padded, and learn_BS.
+
+    learn_BS[:, s] = position s is followed by a token.
+    """
     width = max(len(i) for i in ids) + 1
     ids_BS = torch.full((len(ids), width), start)
     learn_BS = torch.zeros((len(ids), width), dtype=torch.bool)
@@ -192,13 +199,16 @@ def padded(ids: Sequence[Sequence[int]], start: int) -> tuple[torch.Tensor, torc
 
 
 def states(model: LlamaForCausalLM, ids_BS: torch.Tensor, learn_BS: torch.Tensor) -> torch.Tensor:
-    """Hidden states [N, D] at the positions before learned tokens. Right padding: a causal model needs no mask for it."""
+    """Return hidden states [N, D] at the positions before supervised tokens.
+
+    Right padding: a causal model needs no mask for it.
+    """
     hidden: torch.Tensor = model.model(input_ids=ids_BS).last_hidden_state[learn_BS]
     return hidden
 
 
 def rate(step: int, steps: int, top: float) -> float:
-    """Linear warm-up over a twentieth of the steps, then a cosine to a tenth."""
+    """Warm up linearly over a twentieth of the steps, then follow a cosine to a tenth."""
     warm = max(1, steps // 20)
     return top * min(1.0, (step + 1) / warm) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
 
@@ -225,7 +235,7 @@ def step_with(
 
 
 def order(pools: Mapping[str, Sequence[Window]], batch: int, seed: int) -> Iterator[list[Window]]:
-    """Batches in which every domain has its turn; each pool is walked in a new order an epoch."""
+    """Yield batches with all domains in turn; each pool is shuffled again every epoch."""
     rng, names, walks = np.random.default_rng(seed), list(pools), {d: iter(()) for d in pools}  # type: ignore[var-annotated]
     turn = 0
     while True:
@@ -249,7 +259,7 @@ def read_through(
     top: float,
     who: str,
 ) -> int:
-    """Plain cross-entropy; the number of tokens."""
+    """Train by plain cross-entropy; return the number of tokens."""
     adam, begun, tokens = optimizer(model, top), time.process_time(), 0
     for step, chosen in zip(range(steps), batches, strict=False):
         ids_BS, learn_BS = padded(
@@ -261,7 +271,8 @@ def read_through(
         tokens += int(learn_BS.sum())
         if step % 50 == 49:
             print(
-                f"{who} {step + 1}/{steps} {float(loss.detach()) / math.log(2):.3f} bits/token, {time.process_time() - begun:.0f} s",
+                f"{who} {step + 1}/{steps} {float(loss.detach()) / math.log(2):.3f} bits/token, "
+                f"{time.process_time() - begun:.0f} s",
                 flush=True,
             )
     return tokens
@@ -270,7 +281,7 @@ def read_through(
 def train_teacher(
     speaker: Speaker, pools: Mapping[str, Sequence[Window]], size: Size, who: str, path: Path
 ) -> None:
-    """Plain cross-entropy on all of its domains' training text; saved once, with a record of how long it took."""
+    """Train by plain cross-entropy on all text of its domains; save once with the time it took."""
     model, steps, begun = (
         make(size.teacher, len(speaker.vocabulary), seed=1),
         size.teacher_steps[who],

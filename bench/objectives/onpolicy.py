@@ -1,11 +1,15 @@
-"""Own words or real text: a student that events have taught goes on for half as many steps, on text, on what it says itself, or on both in turn.
+"""Continue training on real text, on the student's own text, or on both in turn.
 
-The windows are ones it has not met: "text" sees them with what the teacher says of them, "own" their first quarter, continued by the student
-and heard by persea's own on-policy objective (persea.training.on_policy.loss: whole rows, reverse KL over events, masks, stretches), "both" the first
-half of them both ways, in turn. Measured on held-out windows: bits per byte of the real text; and of each window's first quarter as the
-student continues it,
-what the teacher spends on a byte of that (`taught`), and what the student does (`self`): their difference is the reverse KL of whole
-continuations, a byte, by one sample each. The teacher's tokens are those of its tokenizer, not every way to spell the text.
+Students trained on events go on for half as many steps, on windows that they have not seen. "text"
+trains on these windows with the teacher's distributions. "own" trains on their first quarter,
+continued by the student and scored by persea's own on-policy objective
+(persea.training.on_policy.loss: whole distributions, reverse KL over events, masks, spans). "both"
+alternates, with the first half of the windows used both ways.
+
+Measured on held-out windows: bits per byte of the real text; for the student's continuation of each
+window's first quarter, the teacher's bits per byte (`taught`) and the student's (`self`). Their
+difference is the reverse KL of whole continuations per byte, from one sample each. The teacher
+scores the tokens of its own tokenizer, not every possible spelling.
 """
 
 from __future__ import annotations
@@ -25,27 +29,27 @@ from transformers import LlamaForCausalLM
 
 from bench.objectives.arms import Arm, World, held_out, measure
 from bench.objectives.data import ASKED, Window
-from bench.objectives.lessons import Lesson, Teacher, collate, plain
+from bench.objectives.examples import Lesson, Teacher, collate, plain
 from bench.objectives.methods import Setting, events, prepare
 from bench.objectives.models import optimizer, order, padded, rate, states, step_with
 from bench.objectives.vocabularies import Speaker
 from bench.objectives.words import AT_ONCE, drawn, given
-from persea.chat.messages import RenderedTokens
 from persea.losses import LMHead
 from persea.teachers.engines.transformers import TransformersEngine
 from persea.teachers.teacher import Teacher as Asked
+from persea.tokenization.tokens import RenderedTokens
 from persea.training.on_policy.candidates import MIN_CANDIDATE_PROB, candidates_from_hidden
 from persea.training.on_policy.loss import build_on_policy_loss
 from persea.training.on_policy.teacher_scores import TeacherScorer
 
 ON = ("none", "text", "both", "own")
 MORE = 0.5  # of a size's steps
-REFRESH = 8  # steps on own words that one drawing lasts
+REFRESH = 8  # steps per round of sampling
 
 
 @dataclass(frozen=True)
 class More:
-    """One run: what it learns from, the learning rate's top, the student's seed; part as in Arm."""
+    """One run: its data, the peak learning rate, the student's seed; part as in Arm."""
 
     on: str
     rate: float
@@ -58,13 +62,15 @@ class More:
 
 @dataclass(frozen=True, eq=False)
 class Begun:
-    """What the runs share: the world, how its students began, the windows and lessons they go on with."""
+    """The shared part of all runs: the world, the first students, their new windows and
+    examples.
+    """
 
     world: World
     arm: Arm
 
     def student(self, seed: int) -> LlamaForCausalLM:
-        """Taught by events on `unlimited` text, once a seed and kept."""
+        """Return the student trained by events on `unlimited` text, cached per seed."""
         size, path = (
             self.world.size,
             self.world.folder / f"begun {self.arm.method} {self.arm.rate} {seed}.pt",
@@ -87,7 +93,7 @@ class Begun:
 
     @cached_property
     def examples(self) -> dict[str, list[Lesson]]:
-        """By domain, of the windows behind those of length 1."""
+        """By domain, of the windows after those of length 1."""
         return self.world.examples(1, 1 + MORE)
 
     @property
@@ -95,7 +101,7 @@ class Begun:
         return {d: [one.window for one in pool] for d, pool in self.examples.items()}
 
     def pairs(self) -> dict[str, TeacherScorer]:
-        """Each teacher as persea asks one whose weights are here."""
+        """Return a scorer for each teacher, as for teachers with local weights."""
         return {
             who: TeacherScorer(
                 asked(who, teacher), self.world.pairs[who].event_map, MIN_CANDIDATE_PROB
@@ -127,7 +133,10 @@ def learn(
 
 @dataclass(frozen=True)
 class Own:
-    """A window's first quarter and what was said behind it, in the speaker's own tokens: whole characters, composed (NFC) as tokenizers want it."""
+    """A window's first quarter and its continuation, in the model's tokens.
+
+    Whole characters, composed (NFC) as tokenizers require.
+    """
 
     window: Window
     text: str
@@ -136,7 +145,7 @@ class Own:
 
 
 def own_words(speaker: Speaker, window: Window, ids: Sequence[int]) -> Own | None:
-    """None where less than a token of it is text."""
+    """Return None where less than a token of the continuation is text."""
     prefix, size = len(given(window, speaker)), len(window.text.encode())
     ends_T = np.cumsum(speaker.vocabulary.lengths_W[np.array(ids)])
     for n in range(int(np.searchsorted(ends_T, size, "right")), prefix, -1):
@@ -155,7 +164,10 @@ def own_words(speaker: Speaker, window: Window, ids: Sequence[int]) -> Own | Non
 def both_tokens(
     own: Own, student: Speaker, teacher: Speaker
 ) -> tuple[RenderedTokens, RenderedTokens]:
-    """What was said, in the student's tokens and in the teacher's, behind a start token each; learned from where the student began."""
+    """Return the continuation in student and teacher tokens, each behind a start token.
+
+    Supervised from the start of the student's continuation.
+    """
     begins = int(student.vocabulary.lengths_W[list(own.ids[: own.prefix])].sum())
     found = []
     for speaker, ids in ((student, own.ids), (teacher, teacher.vocabulary.encode(own.text))):
@@ -172,7 +184,7 @@ def both_tokens(
     return found[0], found[1]
 
 
-def said_by(
+def sample_continuations(
     model: LlamaForCausalLM, speaker: Speaker, windows: Sequence[Window], seed: int
 ) -> list[Own | None]:
     model.eval()
@@ -185,13 +197,15 @@ def said_by(
     return [own_words(speaker, w, one) for w, one in zip(windows, ids, strict=True)]
 
 
-def heard(
+def on_policy_loss(
     model: LlamaForCausalLM,
     speakers: Mapping[str, Speaker],
     some: Sequence[Own],
     pairs: Mapping[str, TeacherScorer],
 ) -> torch.Tensor:
-    """persea's loss of the student's own words, as persea.training.on_policy.rollouts puts it together."""
+    """Return persea's loss on the student's text, as persea.training.on_policy.rollouts builds
+    it.
+    """
     student, spoken, first = (
         speakers["student"],
         dict[str, list[tuple[RenderedTokens, RenderedTokens]]](),
@@ -237,14 +251,16 @@ def heard(
 
 
 def batches(begun: Begun, model: LlamaForCausalLM, seed: int, steps: int) -> Iterator[list[Own]]:
-    """The student's words, REFRESH steps of them drawn at once; what is no text is left out."""
-    size, student = begun.world.size, begun.world.model_names["student"]
+    """Yield the student's continuations, REFRESH steps sampled at once, without invalid text."""
+    size, student = begun.world.size, begun.world.speakers["student"]
     walk = order(begun.windows, size.batch, seed)
     for at in range(0, steps, REFRESH):
         n = min(REFRESH, steps - at)
         chosen = [next(walk) for _ in range(n)]
         said = iter(
-            said_by(model, student, [w for some in chosen for w in some], seed=1000 * seed + at)
+            sample_continuations(
+                model, student, [w for some in chosen for w in some], seed=1000 * seed + at
+            )
         )
         for some in chosen:
             yield [own for own in (next(said) for _ in some) if own is not None]
@@ -252,7 +268,7 @@ def batches(begun: Begun, model: LlamaForCausalLM, seed: int, steps: int) -> Ite
 
 def run(begun: Begun, more: More, pairs: Mapping[str, TeacherScorer]) -> dict[str, Any]:
     world, size = begun.world, begun.world.size
-    model, student = begun.student(more.seed), world.model_names["student"]
+    model, student = begun.student(more.seed), world.speakers["student"]
     adam, steps = optimizer(model, more.rate), round(size.steps * MORE)
     setting = Setting(begun.arm.method, begun.arm.rows, begun.arm.share)
     text = order(begun.examples, size.batch, more.seed)
@@ -264,7 +280,7 @@ def run(begun: Begun, more: More, pairs: Mapping[str, TeacherScorer]) -> dict[st
             some = next(own)
             left_out += size.batch - len(some)
             tokens += sum(len(one.ids) - one.prefix for one in some)
-            step_with(adam, model, heard(model, world.model_names, some, pairs), lr)
+            step_with(adam, model, on_policy_loss(model, world.speakers, some, pairs), lr)
         else:
             batch = collate(next(text), student)
             tokens += len(batch.labels_N)
@@ -277,7 +293,7 @@ def run(begun: Begun, more: More, pairs: Mapping[str, TeacherScorer]) -> dict[st
         "calibration": round(found.calibration, 4),
         "tokens": tokens,
         "left_out": left_out,
-    } | spoken_by(model, world.model_names, windows, pairs)
+    } | spoken_by(model, world.speakers, windows, pairs)
 
 
 def spoken_by(
@@ -286,10 +302,12 @@ def spoken_by(
     windows: Sequence[Window],
     pairs: Mapping[str, TeacherScorer],
 ) -> dict[str, Any]:
-    """Of each window, continued: (bits the teacher spends, bits the student spends, bytes), from where both begin a token; None where it was
-    no text."""
+    """Return, for each continued window, (teacher's bits, student's bits, bytes).
+
+    From the first common boundary; None where the continuation is not text.
+    """
     student, out = speakers["student"], list[Any]()
-    for own in said_by(model, student, windows, seed=7):
+    for own in sample_continuations(model, student, windows, seed=7):
         if own is None:
             out.append(None)
             continue
@@ -323,27 +341,27 @@ def spoken_by(
 
 
 def run_all(world: World, arm: Arm, runs: Sequence[More], results: Path) -> list[dict[str, Any]]:
-    """Runs what does not stand in the results yet; the lines of all."""
+    """Run the arms without a result line; return all lines."""
     begun, out = Begun(world, arm), []
     pairs = begun.pairs()
     for more in runs:
-        stands = (
+        done = (
             {line["key"]: line for line in map(json.loads, results.read_text().splitlines())}
             if results.is_file()
             else {}
         )
         key = more.key(world.size.name)
-        if key not in stands:
-            stands[key] = {"key": key, **asdict(more), **run(begun, more, pairs)}
+        if key not in done:
+            done[key] = {"key": key, **asdict(more), **run(begun, more, pairs)}
             with results.open("a") as file:
-                file.write(json.dumps(stands[key]) + "\n")
+                file.write(json.dumps(done[key]) + "\n")
             print(
                 {
                     k: v
-                    for k, v in stands[key].items()
+                    for k, v in done[key].items()
                     if k not in ("continued", "bits_per_byte", "key")
                 },
                 flush=True,
             )
-        out.append(stands[key])
+        out.append(done[key])
     return out

@@ -1,4 +1,7 @@
-"""docs/results.md from the result lines: the tables between their marks, and two charts. The words around them are a person's."""
+"""Write the tables between their marks in docs/results.md, and two charts, from the result lines.
+
+The prose around the tables is written by hand.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ LARGER = (
     "events",
     "events + masks",
     "strict everywhere",
-)  # asked of larger students too: sizes xs-wide and xs-wider
+)  # methods that larger students run too: sizes xs-wide and xs-wider
 NAMES = {
     "sft": "SFT on teacher samples",
     "strict": "strict, 1:1 positions",
@@ -44,7 +47,7 @@ def named(line: Line) -> str:
 
 
 def chosen(lines: Iterable[Line], **want: object) -> dict[str, list[Line]]:
-    """Test lines with these values, by method, rows and, where there are several, share, in the lines' order."""
+    """Return test lines with these values, by method, rows and share (where there are several)."""
     out: dict[tuple[str, float], list[Line]] = {}
     for line in lines:
         if line["part"] == "test" and all(line[k] == v for k, v in want.items()):
@@ -57,22 +60,25 @@ def chosen(lines: Iterable[Line], **want: object) -> dict[str, list[Line]]:
 
 
 def domains_in(found: Mapping[str, Sequence[Line]]) -> list[str]:
-    """The domains of some runs, in their world's order."""
+    """Return the domains of some runs, in the order of their world."""
     return list(next(iter(found.values()))[0]["bits_per_byte"]) if found else []
 
 
 def pages_of(lines: Sequence[Line]) -> dict[str, np.ndarray]:
-    """Domain -> [pages, 2]: bits (mean over the seeds) and bytes of every held-out page."""
+    """Return domain -> [pages, 2]: bits (mean over seeds) and bytes of every held-out page."""
     return {
         d: np.mean([np.array(line["pages"][d], float) for line in lines], 0)
         for d in lines[0]["pages"]
     }
 
 
-def paired(
+def compare_paired_results(
     ours: Sequence[Line], theirs: Sequence[Line], seed: int = 0
 ) -> dict[str, tuple[float, float, float]]:
-    """Difference of bits per byte, ours - theirs, by domain and 'mean': (value, low, high), 95 % over pages drawn anew, the same for both."""
+    """Return ours - theirs in bits per byte, by domain and 'mean': (value, low, high).
+
+    95 % intervals over resampled pages, the same for both.
+    """
     a, b = pages_of(ours), pages_of(theirs)
     rng, draws, out = np.random.default_rng(seed), [], {}
     for d in a:
@@ -92,7 +98,7 @@ def paired(
 
 
 def spread(values: Sequence[float], places: int = 3) -> str:
-    """Mean, and half the range over the seeds."""
+    """Return the mean, and half the range over the seeds."""
     half = (max(values) - min(values)) / 2
     return f"{np.mean(values):.{places}f}" + (f" ±{half:.{places}f}" if len(values) > 1 else "")
 
@@ -102,7 +108,10 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def main_table(lines: Sequence[Line], size: str, regime: str) -> str:
-    """Methods of one regime at length 1, best first: mean and each domain, calibration, cost, and the paired difference to cross-entropy."""
+    """Return the methods of one regime at length 1, best first.
+
+    Mean and each domain, calibration, cost, and the paired difference to cross-entropy.
+    """
     found = chosen(lines, size=size, regime=regime, length=1.0)
     plain, domains = found.get("cross-entropy"), domains_in(found)
     rows = []
@@ -138,11 +147,11 @@ def main_table(lines: Sequence[Line], size: str, regime: str) -> str:
 
 
 def paired_same_seeds(own: Sequence[Line], other: Sequence[Line]) -> str:
-    """The difference, over the seeds that both have."""
+    """Return the difference over the seeds that both have."""
     both = {line["seed"] for line in own} & {line["seed"] for line in other}
     if not both:
         return ""
-    value, low, high = paired(
+    value, low, high = compare_paired_results(
         [line for line in own if line["seed"] in both],
         [line for line in other if line["seed"] in both],
     )["mean"]
@@ -150,14 +159,17 @@ def paired_same_seeds(own: Sequence[Line], other: Sequence[Line]) -> str:
 
 
 def first_everywhere(lines: Sequence[Line], size: str, ours: str, regime: str = "unlimited") -> str:
-    """Of `ours` against every other method, domain by domain: wins, losses, and how many intervals exclude zero."""
+    """Compare `ours` with every other method, domain by domain.
+
+    Wins, losses, and the number of intervals that exclude zero.
+    """
     found = chosen(lines, size=size, regime=regime, length=1.0)
     domains, rows = domains_in(found), []
     for name, own in found.items():
         both = {line["seed"] for line in own} & {line["seed"] for line in found[ours]}
         if name == ours or not both:
             continue
-        gaps = paired(
+        gaps = compare_paired_results(
             [x for x in found[ours] if x["seed"] in both], [x for x in own if x["seed"] in both]
         )
         cells = []
@@ -181,7 +193,10 @@ def first_everywhere(lines: Sequence[Line], size: str, ours: str, regime: str = 
 
 
 def shortcut(lines: Sequence[Line], size: str) -> str:
-    """How many of cross-entropy's tokens buy what each method reaches in one length; runs of their own schedule, log-linear between them."""
+    """Return how many of cross-entropy's tokens reach each method's quality at length 1.
+
+    Runs with their own schedules, log-linear between them.
+    """
     rows = []
     for regime in ("unlimited", "limited"):
         plain = [
@@ -241,7 +256,10 @@ def shortcut(lines: Sequence[Line], size: str) -> str:
 
 
 def larger_table(lines: Sequence[Line], shapes: Mapping[str, str]) -> str:
-    """Students of several widths under the same teachers: what the gain over cross-entropy and the shortcut become. shapes: size -> its words."""
+    """Return gain over cross-entropy and token savings by student width, with the same teachers.
+
+    shapes: size -> its description.
+    """
     rows = []
     for size, words in shapes.items():
         found = chosen(lines, size=size, regime="unlimited", length=1.0)
@@ -307,8 +325,10 @@ def larger_table(lines: Sequence[Line], shapes: Mapping[str, str]) -> str:
 
 
 def extension_table(lines: Sequence[Line], sizes: Mapping[str, str]) -> str:
-    """Students by the tokens their vocabulary was extended by, of every method and length: what a byte costs, what it comes to.
-    sizes: size -> how many tokens more."""
+    """Return bits per byte by number of added tokens, method and length.
+
+    sizes: size -> number of added tokens.
+    """
     rows, domains = [], list[str]()
     for size, more in sizes.items():
         for length in sorted(
@@ -353,8 +373,11 @@ def extension_table(lines: Sequence[Line], sizes: Mapping[str, str]) -> str:
 
 
 def onpolicy_table(lines: Sequence[Line]) -> str:
-    """Students that went on, by what they went on with: on real text, and of their own words what teacher and student spend, bits a byte.
-    Differences to real text over the seeds that both have, 95 % over windows drawn anew, the same for both."""
+    """Return the continued students by their data.
+
+    Bits per byte on real text; bits per byte of teacher and student on the student's text.
+    Differences to "text" over common seeds, 95 % over resampled windows, the same for both.
+    """
     found: dict[str, dict[int, Line]] = {}
     for line in lines:
         if line["part"] == "test":
@@ -399,7 +422,9 @@ def onpolicy_table(lines: Sequence[Line]) -> str:
 
 
 def spread_of_own(ours: Sequence[Line], theirs: Sequence[Line], seed: int = 0) -> str:
-    """Difference of reverse KL a byte, over windows that every run of both continued."""
+    """Return the difference of reverse KL per byte, over windows that every run of both
+    continued.
+    """
     kept = [
         k
         for k in range(len(ours[0]["continued"]))
@@ -432,7 +457,7 @@ def factor(curve: Sequence[tuple[float, float]], reached: float) -> str:
 
 
 def searches(lines: Sequence[Line], size: str) -> str:
-    """Everything measured on dev: learning rates and shares, half a length, one seed."""
+    """Return everything measured on dev: learning rates and shares, half a length, one seed."""
     rows = [
         [named(x), *(f"{x[k]:g}" for k in ("length", "rate", "share")), f"{x['mean']:.3f}"]
         for x in lines
@@ -478,7 +503,7 @@ def gradients_table(record: Mapping[str, Any]) -> str:
 
 
 def written(page: Path, tables: Mapping[str, str]) -> None:
-    """Puts each table between its marks. A mark that is not in the page is an error."""
+    """Write each table between its marks. A mark that is not in the page is an error."""
     text = page.read_text()
     for name, body in tables.items():
         text, n = re.subn(
@@ -492,15 +517,15 @@ def written(page: Path, tables: Mapping[str, str]) -> None:
     page.write_text(text)
 
 
-# ---- charts ----------------------------------------------------------------------------------------------------------
+# --- charts ---
 
 
 def axis(low: float, high: float, a: float, b: float) -> Callable[[float], float]:
     return lambda value: a + (b - a) * (value - low) / (high - low)
 
 
-def dots(title: str, rows: Sequence[tuple[str, float, float, float]]) -> str:
-    """A dot and an interval a row; the line at zero is cross-entropy."""
+def dot_plot(title: str, rows: Sequence[tuple[str, float, float, float]]) -> str:
+    """Draw a dot and an interval per row; the line at zero is cross-entropy."""
     low, high = min(0.0, *(r[2] for r in rows)), max(0.0, *(r[3] for r in rows))
     pad = (high - low) * 0.05
     x = axis(low - pad, high + pad, 300, 700)
@@ -512,14 +537,16 @@ def dots(title: str, rows: Sequence[tuple[str, float, float, float]]) -> str:
     for k, (name, value, a, b) in enumerate(rows):
         y = 44 + 22 * k
         body.append(
-            f'<text x="8" y="{y + 4}">{escape(name)}</text><line x1="{x(a):.1f}" x2="{x(b):.1f}" y1="{y}" y2="{y}" stroke="#246"/>'
-            f'<circle cx="{x(value):.1f}" cy="{y}" r="4" fill="#246"/><text x="708" y="{y + 4}">{value:+.3f}</text>'
+            f'<text x="8" y="{y + 4}">{escape(name)}</text>'
+            f'<line x1="{x(a):.1f}" x2="{x(b):.1f}" y1="{y}" y2="{y}" stroke="#246"/>'
+            f'<circle cx="{x(value):.1f}" cy="{y}" r="4" fill="#246"/>'
+            f'<text x="708" y="{y + 4}">{value:+.3f}</text>'
         )
     return svg(770, bottom + 8, body)
 
 
-def curves(title: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> str:
-    """Bits per byte on dev against tokens; each line's name stands at its end."""
+def line_chart(title: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    """Draw bits per byte on dev against tokens, with each line's name at its end."""
     points = [p for line in series.values() for p in line]
     x = axis(math.log(min(p[0] for p in points)), math.log(max(p[0] for p in points)), 60, 520)
     y = axis(min(p[1] for p in points), max(p[1] for p in points), 330, 40)
@@ -532,9 +559,10 @@ def curves(title: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> s
         )
     for tokens in np.geomspace(
         min(p[0] for p in points), max(p[0] for p in points), 4
-    ):  # evenly: two lines' own places run into each other
+    ):  # evenly spaced: the labels of two lines would overlap
         body.append(
-            f'<text x="{x(math.log(tokens)):.1f}" y="352" text-anchor="end">{tokens / 1000:.0f} k</text>'
+            f'<text x="{x(math.log(tokens)):.1f}" y="352" text-anchor="end">'
+            f"{tokens / 1000:.0f} k</text>"
         )
     placed: list[float] = []
     for k, (name, line) in enumerate(
@@ -544,15 +572,17 @@ def curves(title: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> s
         at = y(line[-1][1])
         at = max([at, *(p + 15 for p in placed if p > at - 15)])
         placed.append(at)
+        colour = colours[k % len(colours)]
         body.append(
-            f'<polyline points="{path}" fill="none" stroke="{colours[k % len(colours)]}" stroke-width="2"/>'
-            f'<text x="528" y="{at + 4:.1f}" fill="{colours[k % len(colours)]}">{escape(name)}</text>'
+            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>'
+            f'<text x="528" y="{at + 4:.1f}" fill="{colour}">{escape(name)}</text>'
         )
     return svg(820, 392, body)
 
 
 def svg(width: int, height: int, body: Sequence[str]) -> str:
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="13">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'font-family="sans-serif" font-size="13">'
         f'<rect width="{width}" height="{height}" fill="#fff"/>{"".join(body)}</svg>\n'
     )

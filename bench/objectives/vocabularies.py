@@ -1,8 +1,9 @@
-"""The real tokenizers, cut to the tokens this text uses: the same merges in the same order, so that text is cut as the real ones cut it.
+"""The real tokenizers, cut to the tokens this text uses, with the same merges in the same order.
 
-A cut keeps all single bytes, every character that occurs (Gemma; else it falls back to bytes as the real one does), the N most used
-tokens and every token their merging passes through. The first N merges by rank would be as closed, but at N = 8,192 they are mostly
-English and code: the very languages the bench is about would fall to bytes.
+A cut keeps all single bytes, every character that occurs (Gemma; otherwise the character falls back
+to bytes as in the full tokenizer), the N most used tokens, and every token that their merging
+passes through. The first N merges by rank would be closed too, but at N = 8,192 they are mostly
+English and code: the languages that the bench is about would fall back to bytes.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from bench.objectives import data
+from persea.chat.families import CONTROL_MARKERS
 from persea.chat.families.gemma import GEMMA
 from persea.chat.families.gpt_oss import GPT_OSS
 from persea.chat.families.llama import LLAMA
 from persea.chat.families.qwen import QWEN
-from persea.chat.messages import Family
+from persea.chat.family import Family
 from persea.chat.renderer import ChatRenderer
 from persea.tokenization.vocabulary import BYTE_TO_CHAR, Vocabulary, load_vocabulary
 
@@ -33,7 +35,7 @@ STARTS = {"A": "<|im_start|>", "B": "<bos>", "C": "<|startoftext|>", "student": 
 
 @dataclass(frozen=True)
 class Speaker:
-    """A cut tokenizer as persea sees it; `start` stands before every window."""
+    """A cut tokenizer as a chat renderer; `start` precedes every window."""
 
     renderer: ChatRenderer
     start: int
@@ -44,7 +46,10 @@ class Speaker:
 
 
 def merging(token: str, rank: Mapping[tuple[str, str], int], pieces: Sequence[str]) -> list[str]:
-    """Every piece that merging goes through from the smallest pieces to `token`, itself last. AssertionError where it does not get there."""
+    """Return every token that merging passes through from single bytes to `token`, itself last.
+
+    AssertionError where merging never produces it.
+    """
     parts, made = list(pieces), list(pieces)
     while len(parts) > 1:
         ranks = [rank.get(pair, len(rank)) for pair in itertools.pairwise(parts)]
@@ -59,7 +64,10 @@ def merging(token: str, rank: Mapping[tuple[str, str], int], pieces: Sequence[st
 def cut(
     spec: dict[str, Any], counts: Mapping[str, int], size: int, controls: Sequence[str]
 ) -> dict[str, Any]:
-    """A tokenizer.json's content cut to about `size` tokens and these controls: `counts` says how often each token stands in the text."""
+    """Cut a tokenizer.json to about `size` tokens and these controls.
+
+    `counts`: the frequency of each token in the text.
+    """
     merges = [
         tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in spec["model"]["merges"]
     ]
@@ -76,7 +84,7 @@ def cut(
             kept.update(merging(token, rank, [token] if token in kept else list(token)))
         except (
             AssertionError
-        ):  # Llama 3 and gpt-oss hold 678 whole words that no merge makes (ignore_merges)
+        ):  # Llama 3 and gpt-oss have 678 whole words that no merge produces (ignore_merges)
             if not spec["model"].get("ignore_merges"):
                 raise
             kept.add(token)
@@ -94,7 +102,7 @@ def cut(
 
 
 def usage(backend: Tokenizer, texts: Sequence[str]) -> Counter[str]:
-    """How often each token stands in the text."""
+    """Count the tokens of the text."""
     found: Counter[int] = Counter()
     for at in range(0, len(texts), 1000):
         for encoding in backend.encode_batch_fast(
@@ -105,7 +113,7 @@ def usage(backend: Tokenizer, texts: Sequence[str]) -> Counter[str]:
 
 
 def speaker(spec: dict[str, Any], name: str, family: Family, start: str) -> Speaker:
-    vocabulary = load_vocabulary(Tokenizer.from_str(json.dumps(spec)), name)
+    vocabulary = load_vocabulary(Tokenizer.from_str(json.dumps(spec)), name, CONTROL_MARKERS)
     return Speaker(
         ChatRenderer(family, vocabulary, no_template, ""), vocabulary.control_token_ids[start]
     )
@@ -121,7 +129,10 @@ def open_speakers(
     texts_of: Callable[[str], Sequence[str]],
     names: Iterable[str] = TOKENIZERS,
 ) -> dict[str, Speaker]:
-    """The teachers' and the student's cut tokenizers, made once and kept in `folder`. texts_of(who) = the text it is cut for."""
+    """Load the cut tokenizers of teachers and student from `folder`, or build them once.
+
+    texts_of(who) = the text that decides the cut.
+    """
     out = {}
     for who in names:
         source = TOKENIZERS[who]

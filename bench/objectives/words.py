@@ -1,4 +1,7 @@
-"""Text in a model's own words, the teachers' for SFT: the first quarter of a window as it was, the rest sampled at temperature 1."""
+"""Sample text from a model, for SFT on the teachers' text.
+
+The first quarter of each window stays; the rest is sampled at temperature 1.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from bench.objectives.examples import Teacher
 from transformers import DynamicCache
 
 from bench.objectives.data import ASKED, Window
+from bench.objectives.examples import Teacher
 from bench.objectives.vocabularies import Speaker
 
 AT_ONCE = 128
 
 
-def open_said(
+def open_continuations(
     path: Path, pools: Mapping[str, Sequence[Window]], teachers: Mapping[str, Teacher]
 ) -> dict[str, list[Window]]:
-    """A window in its teacher's words for every window, made once and kept."""
+    """Load windows continued by the teachers from the cache, or sample them once."""
     if not path.is_file():
         made = {d: [] for d in pools}  # type: ignore[var-annotated]
         for who, teacher in teachers.items():
@@ -37,7 +40,9 @@ def open_said(
 
 
 def continued(teacher: Teacher, windows: Sequence[Window], seed: int) -> list[str]:
-    """Each window's first quarter, then what the teacher says, up to the window's own number of bytes."""
+    """Return each window's first quarter, continued by the teacher to the window's length in
+    bytes.
+    """
     return [
         text_of(teacher.speaker, ids, len(w.text.encode()))
         for w, ids in zip(windows, drawn(teacher, windows, seed), strict=True)
@@ -45,7 +50,10 @@ def continued(teacher: Teacher, windows: Sequence[Window], seed: int) -> list[st
 
 
 def drawn(teacher: Teacher, windows: Sequence[Window], seed: int) -> list[list[int]]:
-    """Each window's first quarter in the model's tokens, then samples: as many bytes as the longest window has, or 256 tokens."""
+    """Return each window's first quarter in the model's tokens, followed by samples.
+
+    As many bytes as the longest window has, or 256 tokens.
+    """
     speaker, generator = teacher.speaker, torch.Generator().manual_seed(seed)
     lengths_W = torch.from_numpy(speaker.vocabulary.lengths_W)
     sizes_B = torch.tensor([len(w.text.encode()) for w in windows])
@@ -62,9 +70,7 @@ def drawn(teacher: Teacher, windows: Sequence[Window], seed: int) -> list[list[i
                 input_ids=last_B[:, None], past_key_values=cache, use_cache=True
             ).last_hidden_state[:, -1]
             probs_BW = teacher.logprobs(hidden).exp()
-        probs_BW[:, lengths_W == 0] = (
-            0  # nothing here ends: start and stop tokens were never learned
-        )
+        probs_BW[:, lengths_W == 0] = 0  # samples never end: start and stop tokens were not trained
         last_B = torch.multinomial(probs_BW, 1, generator=generator)[:, 0]
         for b, prefix in enumerate(prefixes):
             if len(written[b]) < len(prefix):
@@ -80,7 +86,7 @@ def given(window: Window, speaker: Speaker) -> list[int]:
 
 
 def text_of(speaker: Speaker, ids: Sequence[int], size: int) -> str:
-    """Up to `size` bytes of what was written; a sample that is no text ends where it stops being one."""
+    """Return up to `size` bytes of the sample, which ends where it stops being valid text."""
     raw = speaker.vocabulary.decode(ids)[:size]
     try:
         text = raw.decode()

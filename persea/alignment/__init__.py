@@ -1,1 +1,1 @@
-"""Two tokenizers over the same bytes: spans, common events, boundary masks, partial tokens."""
+"""Alignment of two tokenizers: spans, common events, boundary masks, partial tokens."""

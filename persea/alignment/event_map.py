@@ -1,9 +1,11 @@
-"""Bridge: two vocabularies laid over the same events.
+"""Event maps: two vocabularies as tokens of one common set of events.
 
-Every token of either vocabulary maps to its canonical fixpoint: the first token of its bytes re-encoded with the other
-tokenizer, back and forth until the bytes stay. What both maps share are the events, and a teacher's distribution over its
-tokens and a student's over its own become distributions over the same events. With longest-prefix maps 14-38 % of aligned
-rows disagree on real tokenizers, with the fixpoint 0-3 % (Hmong under Gemma 4.5 %; tests/alignment/test_event_map.py pins them).
+The event of a token is its canonical fixpoint: the first token of its bytes encoded by the other
+tokenizer, then the first token of those bytes encoded by its own, and so on until the bytes no
+longer change. A teacher's distribution over its tokens and a student's over its own both become
+distributions over events. With longest-prefix maps 14-38 % of the aligned positions of real
+tokenizers are different events, with fixpoints 0-3 % (Hmong under Gemma 4.5 %;
+tests/alignment/test_event_map.py pins them).
 """
 
 from __future__ import annotations
@@ -12,32 +14,50 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from persea import storage as store
-from persea.alignment.boundary_mask import BoundaryMask, TokenOrder, get_token_order
+from persea import storage
+from persea.alignment.boundary_mask import MAX_SEARCH_TOKENS, BoundaryMask
+from persea.alignment.token_order import TokenOrder, get_token_order
 from persea.chat.renderer import ChatRenderer
 from persea.errors import DataError
 from persea.tokenization.bpe import BpeDerivations, expand_groups
 from persea.tokenization.vocabulary import BYTE_TO_CHAR, Vocabulary
 
 EVENT_MAP_FORMAT = 4
+CHECKSUM_BYTES = 32
+END_OF_TURN_EVENT, SPACES_EVENT, FIRST_TEXT_EVENT = 0, 1, 2
+# Fields of BpeDerivations, which are also keys of the stored file.
 BPE_ARRAY_NAMES = ("left_V", "right_V", "rank_V", "max_rank_V", "derivable_V", "pair_R2")
 
 
 @dataclass(frozen=True)
 class EventMap:
-    """Event of every token of both vocabularies; -1 = a control token that has no counterpart and is left out.
+    """The event of every token of a teacher and of a student. W, V = their vocabularies.
 
-    teacher_event_W, student_event_V  int32, token id -> event
-    events  number of events E; event 0 is "the turn ends", event 1 any run of spaces and tabs
-    digest  of both vocabularies and their stop tokens
-    teacher_mask  teacher tokens that cannot stand where the student has a boundary; None where both have the same tokenizer
-    student_mask  student tokens that cannot stand where the teacher has one
+    Attributes:
+        teacher_event_W: int32, event of each teacher token; -1 = control token without counterpart.
+        student_event_V: int32, the same for the student.
+        num_events: Number of events E. Event 0 is the end of the turn, event 1 any run of spaces
+            and tabs.
+        digest: SHA-256 of both vocabularies and their stop tokens.
+        teacher_mask: Finds teacher tokens that are impossible at a boundary of the student; None if
+            both have the same tokenizer.
+        student_mask: Finds student tokens that are impossible at a boundary of the teacher.
+
+    Example:
+        >>> import persea
+        >>> teacher = persea.load_renderer("saplings/qwen-sapling")
+        >>> student = persea.load_renderer("saplings/llama-sapling")
+        >>> emap = persea.event_map(teacher=teacher, student=student)
+        >>> emap.teacher_event_W[teacher.stop_ids[0]] == emap.student_event_V[student.stop_ids[0]]
+        np.True_
     """
 
     teacher_event_W: npt.NDArray[np.int32]
@@ -49,7 +69,10 @@ class EventMap:
 
     @cached_property
     def tokens_by_event(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Student tokens by event: (offsets_E1, tokens), tokens of event e are tokens[offsets[e]:offsets[e + 1]]."""
+        """Student tokens grouped by event, as (offsets_E1, tokens).
+
+        The tokens of event e are tokens[offsets_E1[e]:offsets_E1[e + 1]].
+        """
         order = np.argsort(self.student_event_V, kind="stable")
         order = order[self.student_event_V[order] >= 0]
         sizes = np.bincount(self.student_event_V[order], minlength=self.num_events)
@@ -58,33 +81,65 @@ class EventMap:
     def tokens_of_events(
         self, event_M: npt.NDArray[np.integer]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """The student tokens of each event, laid end to end: (which of the M events, token)."""
+        """Return the student tokens of M events, concatenated, as (index into M, token)."""
         offsets, tokens = self.tokens_by_event
         at_G, entry_G = expand_groups(offsets, event_M)
         return entry_G, tokens[at_G]
 
     @cached_property
     def is_identity(self) -> bool:
-        """The same tokenizer on both sides: every token is its own event."""
+        """Whether both sides have the same tokenizer, so that every token is its own event."""
         same = np.arange(self.num_events)
         return np.array_equal(self.teacher_event_W, same) and np.array_equal(
             self.student_event_V, same
         )
 
     def events_of_teacher_ids(self, ids_M: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
-        """Events of raw teacher ids. Raises DataError for an id that is none of the teacher's: the rows come from another tokenizer."""
+        """Return the events of teacher token ids.
+
+        Raises:
+            DataError: An id is outside the teacher's vocabulary: the distributions come from
+                another tokenizer.
+        """
         wrong = (ids_M < 0) | (ids_M >= len(self.teacher_event_W))
         if wrong.any():
             raise DataError(
-                f"teacher id {int(ids_M[wrong][0])} lies outside the vocabulary of {len(self.teacher_event_W)} tokens",
-                where="bridge",
-                remedy="the rows come from another tokenizer, or from logits whose padded rows were not cut off",
+                f"teacher id {int(ids_M[wrong][0])} is outside the vocabulary of "
+                f"{len(self.teacher_event_W)} tokens",
+                where="event map",
+                remedy="use distributions of this tokenizer, without the padding of the logits",
             )
         events: npt.NDArray[np.int64] = self.teacher_event_W[ids_M].astype(np.int64)
         return events
 
 
+def event_map(*, teacher: ChatRenderer, student: ChatRenderer) -> EventMap:
+    """Map two vocabularies to common events.
+
+    Args:
+        teacher: Renderer of the teacher.
+        student: Renderer of the student.
+
+    Returns:
+        The event map. It is built once (seconds with real vocabularies) and then read from
+        PERSEA_HOME (default ~/.cache/persea).
+
+    Raises:
+        DataError: One tokenizer cannot encode a byte of the other's tokens.
+
+    Example:
+        >>> from persea.models.loading import ModelSource, load_renderer
+        >>> teacher = load_renderer(ModelSource("saplings/qwen-sapling"), "teacher")
+        >>> student = load_renderer(ModelSource("saplings/llama-sapling"), "student")
+        >>> emap = event_map(teacher=teacher, student=student)
+        >>> emap.is_identity, emap.num_events < len(student.vocabulary)
+        (False, True)
+    """
+    return load_event_map(teacher, student)
+
+
 def event_map_digest(teacher: ChatRenderer, student: ChatRenderer) -> str:
+    """Return the SHA-256 of everything that an event map depends on."""
     parts = [
         EVENT_MAP_FORMAT,
         teacher.vocabulary.digest,
@@ -95,48 +150,73 @@ def event_map_digest(teacher: ChatRenderer, student: ChatRenderer) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def load_event_map(teacher: ChatRenderer, student: ChatRenderer) -> EventMap:
-    """The bridge of two voices, built once and kept in PERSEA_HOME (default ~/.cache/persea) under its digest."""
+def load_event_map(
+    teacher: ChatRenderer, student: ChatRenderer, max_search_tokens: int = MAX_SEARCH_TOKENS
+) -> EventMap:
+    """Read the event map of two renderers from PERSEA_HOME, or build and store it.
+
+    Args:
+        teacher: Renderer of the teacher.
+        student: Renderer of the student.
+        max_search_tokens: As in `BoundaryMask`; not part of the stored map.
+    """
     digest = event_map_digest(teacher, student)
-    path = store.persea_home() / "event_maps" / f"{digest[:32]}.eventmap"
-    data = path.read_bytes() if path.is_file() else b""
-    if (
-        data and hashlib.sha256(data[32:]).digest() == data[:32]
-    ):  # else damaged: it is only a copy of what build() makes again
-        kept = load_tensors(data[32:])
-        bridge = EventMap(kept["teacher"], kept["student"], int(kept["events"][0]), digest)  # type: ignore[arg-type]
-        if "teacher_first" not in kept:
-            return bridge
-        keepers = [
-            get_token_order(
-                v.vocabulary, BpeDerivations(*(kept[f"{side}_{name}"] for name in BPE_ARRAY_NAMES))
-            )  # type: ignore[arg-type]
-            for side, v in (("teacher", teacher), ("student", student))
-        ]
-        return _with_masks(
-            bridge, keepers[0], keepers[1], kept["teacher_first"], kept["student_first"]
+    path = storage.persea_home() / "event_maps" / f"{digest[:32]}.eventmap"
+    tensors = _read_stored_tensors(path)
+    if tensors is None:
+        built = build_event_map(teacher, student, max_search_tokens)
+        body = save_tensors(_to_tensors(built))
+        storage.write_atomic(path, hashlib.sha256(body).digest() + body)
+        return built
+    loaded = EventMap(tensors["teacher"], tensors["student"], int(tensors["events"][0]), digest)
+    if "teacher_first" not in tensors:
+        return loaded
+    teacher_order, student_order = (
+        get_token_order(
+            renderer.vocabulary,
+            BpeDerivations(*(tensors[f"{side}_{name}"] for name in BPE_ARRAY_NAMES)),
         )
-    bridge = build_event_map(teacher, student)
+        for side, renderer in (("teacher", teacher), ("student", student))
+    )
+    return _with_masks(
+        loaded,
+        teacher_order,
+        student_order,
+        tensors["teacher_first"],
+        tensors["student_first"],
+        max_search_tokens,
+    )
+
+
+def _read_stored_tensors(path: Path) -> dict[str, Any] | None:
+    """Return the arrays of a stored map; None if there is none, or it is damaged and rebuilt."""
+    data = path.read_bytes() if path.is_file() else b""
+    checksum, body = data[:CHECKSUM_BYTES], data[CHECKSUM_BYTES:]
+    if not data or hashlib.sha256(body).digest() != checksum:
+        return None
+    tensors: dict[str, Any] = load_tensors(body)
+    return tensors
+
+
+def _to_tensors(event_map: EventMap) -> dict[str, npt.NDArray[np.generic]]:
     tensors: dict[str, npt.NDArray[np.generic]] = {
-        "teacher": bridge.teacher_event_W,
-        "student": bridge.student_event_V,
-        "events": np.array([bridge.num_events]),
+        "teacher": event_map.teacher_event_W,
+        "student": event_map.student_event_V,
+        "events": np.array([event_map.num_events]),
     }
-    if bridge.teacher_mask and bridge.student_mask:
+    if event_map.teacher_mask and event_map.student_mask:
         tensors |= {
-            "teacher_first": bridge.teacher_mask.first_token_W,
-            "student_first": bridge.student_mask.first_token_W,
+            "teacher_first": event_map.teacher_mask.first_token_W,
+            "student_first": event_map.student_mask.first_token_W,
         }
-        for side, keeper in (
-            ("teacher", bridge.student_mask.other),
-            ("student", bridge.teacher_mask.other),
+        for side, order in (
+            ("teacher", event_map.student_mask.other),
+            ("student", event_map.teacher_mask.other),
         ):
             tensors |= {
-                f"{side}_{name}": getattr(keeper.derivations, name) for name in BPE_ARRAY_NAMES
+                f"{side}_{name}": getattr(order.derivations, name) for name in BPE_ARRAY_NAMES
             }
-    body = save_tensors(tensors)
-    store.write_atomic(path, hashlib.sha256(body).digest() + body)
-    return bridge
+    return tensors
 
 
 def _with_masks(
@@ -145,53 +225,75 @@ def _with_masks(
     student_order: TokenOrder,
     teacher_first_token_W: npt.NDArray[np.integer],
     student_first_token_V: npt.NDArray[np.integer],
+    max_search_tokens: int,
 ) -> EventMap:
     return replace(
         event_map,
-        teacher_mask=BoundaryMask(student_order, teacher_order, teacher_first_token_W),
-        student_mask=BoundaryMask(teacher_order, student_order, student_first_token_V),
+        teacher_mask=BoundaryMask(
+            student_order, teacher_order, teacher_first_token_W, max_search_tokens
+        ),
+        student_mask=BoundaryMask(
+            teacher_order, student_order, student_first_token_V, max_search_tokens
+        ),
     )
 
 
-def build_event_map(teacher: ChatRenderer, student: ChatRenderer) -> EventMap:
-    """Lay two vocabularies over the same events. The same tokenizer on both sides, ending turns alike, gives the identity."""
+def build_event_map(
+    teacher: ChatRenderer, student: ChatRenderer, max_search_tokens: int = MAX_SEARCH_TOKENS
+) -> EventMap:
+    """Build the event map of two renderers, without reading or writing PERSEA_HOME.
+
+    Two renderers with the same tokenizer and the same stop tokens get the identity.
+
+    Args:
+        teacher: Renderer of the teacher.
+        student: Renderer of the student.
+        max_search_tokens: As in `BoundaryMask`.
+
+    Raises:
+        DataError: One tokenizer cannot encode a byte of the other's tokens.
+    """
     t, s = teacher.vocabulary, student.vocabulary
     digest = event_map_digest(teacher, student)
     if t.digest == s.digest and teacher.stop_ids == student.stop_ids:
         same = np.arange(len(t), dtype=np.int32)
         return EventMap(same, same.copy(), len(t), digest)
-    s_of_W, t_of_V = first_tokens(t, s), first_tokens(s, t)
-    names_W, names_V = (
-        canonical_fixpoints(t, s, s_of_W, t_of_V),
-        canonical_fixpoints(s, t, t_of_V, s_of_W),
-    )
-    numbers: dict[bytes, int] = {}
-    events_W = _number_events(names_W, numbers)
-    events_V = _number_events(names_V, numbers)
-    events_W[list(teacher.stop_ids)] = 0
-    events_V[list(student.stop_ids)] = 0
+    student_of_W, teacher_of_V = first_tokens(t, s), first_tokens(s, t)
+    fixpoints_W = canonical_fixpoints(t, s, student_of_W, teacher_of_V)
+    fixpoints_V = canonical_fixpoints(s, t, teacher_of_V, student_of_W)
+    event_numbers: dict[bytes, int] = {}
+    teacher_event_W = _number_events(fixpoints_W, event_numbers)
+    student_event_V = _number_events(fixpoints_V, event_numbers)
+    teacher_event_W[list(teacher.stop_ids)] = END_OF_TURN_EVENT
+    student_event_V[list(student.stop_ids)] = END_OF_TURN_EVENT
+    num_events = len(event_numbers) + FIRST_TEXT_EVENT
     return _with_masks(
-        EventMap(events_W, events_V, len(numbers) + 2, digest),
+        EventMap(teacher_event_W, student_event_V, num_events, digest),
         get_token_order(t),
         get_token_order(s),
-        s_of_W,
-        t_of_V,
+        student_of_W,
+        teacher_of_V,
+        max_search_tokens,
     )
 
 
 def _number_events(
     fixpoints: Sequence[bytes | None], event_numbers: dict[bytes, int]
 ) -> npt.NDArray[np.int32]:
-    """Event numbers of byte strings; spaces and tabs are one event, or 12-23 % of code rows disagree about their length."""
-    out = np.full(len(fixpoints), -1, np.int32)
-    for i, name in enumerate(fixpoints):
-        if name is not None:
-            out[i] = (
-                1
-                if not name.strip(b" \t")
-                else event_numbers.setdefault(name, len(event_numbers) + 2)
-            )
-    return out
+    """Return the events of byte strings; new strings are added to `event_numbers`.
+
+    Spaces and tabs are one event, because 12-23 % of the positions in code disagree on the length
+    of such a run.
+    """
+    event_W = np.full(len(fixpoints), -1, np.int32)
+    for i, raw in enumerate(fixpoints):
+        if raw is None:
+            continue
+        if not raw.strip(b" \t"):
+            event_W[i] = SPACES_EVENT
+        else:
+            event_W[i] = event_numbers.setdefault(raw, len(event_numbers) + FIRST_TEXT_EVENT)
+    return event_W
 
 
 def canonical_fixpoints(
@@ -200,33 +302,45 @@ def canonical_fixpoints(
     other_of_own: npt.NDArray[np.int64],
     own_of_other: npt.NDArray[np.int64],
 ) -> list[bytes | None]:
-    """Byte string of each own token's canonical fixpoint; None for control tokens.
+    """Return the bytes of each own token's canonical fixpoint; None for control tokens.
 
-    Each round trip gives a prefix; where it is a shorter one it goes on, so it ends after at most a token's length.
+    Each round trip gives a prefix of the bytes. It is repeated as long as the prefix gets shorter,
+    so at most as often as the token has bytes.
+
+    Args:
+        own: Vocabulary of the tokens.
+        other: The other vocabulary.
+        other_of_own: `first_tokens(own, other)`.
+        own_of_other: `first_tokens(other, own)`.
     """
     current = np.arange(len(own))
     active = other_of_own >= 0
-    names: list[bytes | None] = [None] * len(own)
+    fixpoints: list[bytes | None] = [None] * len(own)
     while active.any():
         at = np.flatnonzero(active)
         there = other_of_own[current[at]]
         back = own_of_other[there]
         for i, u, v in zip(at.tolist(), there.tolist(), back.tolist(), strict=True):
-            if (
-                own.bytes_W[v] == other.bytes_W[u] and other_of_own[v] == u
-            ):  # a token its own tokenizer would cut is no fixpoint
-                names[i] = other.bytes_W[u]
+            # a token that its own tokenizer would split is not a fixpoint
+            if own.bytes_W[v] == other.bytes_W[u] and other_of_own[v] == u:
+                fixpoints[i] = other.bytes_W[u]
                 active[i] = False
             else:
                 current[i] = v
-    return names
+    return fixpoints
 
 
 def first_tokens(source: Vocabulary, target: Vocabulary) -> npt.NDArray[np.int64]:
-    """For each source token, the first token of its bytes encoded by the target; -1 for control tokens.
+    """Return the first target token of each source token's bytes.
 
-    A token that is no valid text (a piece of a character), or that the target's normaliser would rewrite, is encoded
-    below the normaliser, byte by byte. Raises DataError where the target cannot say a byte at all.
+    A token that is not valid UTF-8 (a piece of a character), or that the target's normaliser would
+    change, is encoded byte by byte, below the normaliser.
+
+    Returns:
+        int64 by source token; -1 for control tokens.
+
+    Raises:
+        DataError: The target has no token for a byte.
     """
     out = np.full(len(source), -1, np.int64)
     texts: list[tuple[int, str]] = []
@@ -250,7 +364,16 @@ def first_tokens(source: Vocabulary, target: Vocabulary) -> npt.NDArray[np.int64
 
 
 def first_token_of_bytes(raw: bytes, source: Vocabulary, target: Vocabulary) -> int:
-    """First token of some bytes in the target's encoding, whether they are text or not. Raises DataError where it cannot say them."""
+    """Return the first token of some bytes in the target's encoding.
+
+    Args:
+        raw: Bytes, not necessarily valid UTF-8.
+        source: Vocabulary that the bytes come from, for the error message.
+        target: Vocabulary that encodes them.
+
+    Raises:
+        DataError: The target has no token for a byte.
+    """
     try:
         ids = target.backend.encode(raw.decode(), add_special_tokens=False).ids
     except UnicodeDecodeError:
@@ -272,22 +395,21 @@ def _first_token_below_normalizer(raw: bytes, source: Vocabulary, target: Vocabu
         candidates = (
             [*target.backend.encode(text, add_special_tokens=False).ids[:1]] if text else []
         )
-        candidates.append(
-            target.backend.token_to_id(f"<0x{raw[0]:02X}>")
-        )  # also where a literal ▁ would come back as a space
+        # also for a literal "▁", which would come back as a space
+        candidates.append(target.backend.token_to_id(f"<0x{raw[0]:02X}>"))
     for first in candidates:
         piece = target.bytes_W[first] if first is not None else None
         if first is not None and piece and raw.startswith(piece):
             return first
     raise DataError(
-        f"{target.name} cannot say the bytes {raw[:8].hex(' ')} of a token of {source.name}",
+        f"{target.name} has no tokens for the bytes {raw[:8].hex(' ')} of a token of {source.name}",
         where=f"{source.name} -> {target.name}",
         remedy="the target's vocabulary lacks single bytes; use another student or teacher",
     )
 
 
 def _valid_utf8_prefix(raw: bytes) -> str:
-    """The longest start of some bytes that is text."""
+    """Return the longest valid UTF-8 prefix of some bytes."""
     try:
         return raw.decode()
     except UnicodeDecodeError as error:

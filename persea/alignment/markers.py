@@ -1,6 +1,7 @@
-"""Runs of tokens without bytes (a thought's ends, a call's frame) in two renderings of one answer: where one side's lie beside the other's.
+"""Runs of marker tokens in two renderings of one answer, and which runs correspond.
 
-They are other tokens in every template and have no event in common, but they say the same: here this part ends and that one begins.
+Marker tokens have no bytes of content: the ends of a thought, the frame of a tool call. They differ
+between chat templates and share no event, but mean the same: one part ends here, another begins.
 """
 
 from __future__ import annotations
@@ -9,47 +10,71 @@ import numpy as np
 import numpy.typing as npt
 
 from persea.alignment.spans import CommonBoundaries, align
-from persea.chat.messages import RenderedTokens
+from persea.tokenization.tokens import RenderedTokens
 
 IntArray = npt.NDArray[np.int64]
+START_OF_ANSWER = -2  # position of the markers that an answer begins with
 
 
 def align_marker_runs(
     student: RenderedTokens, teacher: RenderedTokens
 ) -> tuple[IntArray, IntArray]:
-    """The shortest stretches around runs of learned tokens without bytes that begin and end at the same bytes on both sides, with at most one
-    run in them on each and, where there is any, some content behind it: (student's, teacher's) half-open ranges of tokens.
+    """Find corresponding stretches around runs of markers.
 
-    Content behind, because one side's markers may be nothing on the other: what an answer begins with (text, a call) gpt-oss says by a channel,
-    the student by its first word. A token that content and template share (the full stop and newline behind a thought) counts as one of a
-    run. A run that nothing follows was cut off, and says nothing yet.
+    A stretch is the shortest one around a run that begins and ends at the same bytes on both sides.
+    It has at most one run on each side, and content follows it. Content must follow because one
+    side's markers may be nothing on the other: gpt-oss marks the kind of an answer's part (text,
+    tool call) by a channel, the student by its first word. A run at the end was cut off and is left
+    out. A token that content and template share (the full stop and newline after a thought) counts
+    as part of a run.
+
+    Args:
+        student: Rendering of the student.
+        teacher: Rendering of the same conversation by the teacher.
+
+    Returns:
+        (student's, teacher's) half-open ranges of token indices, int64 (N, 2) each.
     """
-    (mine, begin_s), (others, begin_t) = (_marker_runs(side) for side in (student, teacher))
-    common, found = sorted(begin_s.keys() & begin_t.keys()), set[tuple[int, int, int, int]]()
-    for before, after in {*mine, *others}:
-        beside = [run for run in (*mine, *others) if run[0] < after and before < run[1]]
-        begins, ends = min(run[0] for run in beside), max(run[1] for run in beside)
-        first = max((place for place in common if place <= begins), default=None)
-        last = min((place for place in common if place > ends), default=max(common, default=None))
+    student_runs, student_begins = _marker_runs(student)
+    teacher_runs, teacher_begins = _marker_runs(teacher)
+    common = sorted(student_begins.keys() & teacher_begins.keys())
+    found = set[tuple[int, int, int, int]]()
+    for before, after in {*student_runs, *teacher_runs}:
+        touching = [
+            run for run in (*student_runs, *teacher_runs) if run[0] < after and before < run[1]
+        ]
+        begins, ends = min(run[0] for run in touching), max(run[1] for run in touching)
+        first = max((p for p in common if p <= begins), default=None)
+        last = min((p for p in common if p > ends), default=max(common, default=None))
         if (
             first is None
             or last is None
             or last < ends
-            or begin_s[last] <= begin_s[first]
-            or begin_t[last] <= begin_t[first]
+            or student_begins[last] <= student_begins[first]
+            or teacher_begins[last] <= teacher_begins[first]
         ):
             continue
-        if all(sum(first <= run[0] < last for run in runs) <= 1 for runs in (mine, others)):
-            found.add((begin_s[first], begin_s[last], begin_t[first], begin_t[last]))
-    both = np.array(sorted(found), np.int64).reshape(-1, 4)
-    return both[:, :2], both[:, 2:]
+        if all(
+            sum(first <= run[0] < last for run in runs) <= 1
+            for runs in (student_runs, teacher_runs)
+        ):
+            found.add(
+                (
+                    student_begins[first],
+                    student_begins[last],
+                    teacher_begins[first],
+                    teacher_begins[last],
+                )
+            )
+    ranges = np.array(sorted(found), np.int64).reshape(-1, 4)
+    return ranges[:, :2], ranges[:, 2:]
 
 
 def boundaries_not_after_markers(
     student: RenderedTokens, teacher: RenderedTokens
 ) -> CommonBoundaries:
-    """Common boundaries, but for those right behind a run of markers."""
-    found = align([student], [teacher]).boundaries
+    """Return the common boundaries that do not follow a run of markers on either side."""
+    found = align(student, teacher).boundaries
     free_C = ~is_after_markers(student, found.student_C, teacher, found.teacher_C)
     return CommonBoundaries(found.student_C[free_C], found.teacher_C[free_C])
 
@@ -60,8 +85,19 @@ def is_after_markers(
     teacher: RenderedTokens,
     teacher_index_C: IntArray,
 ) -> npt.NDArray[np.bool_]:
-    """Which boundaries stand right behind a run of markers, on either side: there one side may have decided already what comes (text, a call, a
-    thought) and the other has not, so that the row of the one says nothing of the other's choice.
+    """Return which boundaries follow a run of markers on either side.
+
+    There one side may already have chosen the next part (text, a tool call, a thought) and the
+    other not, so the distribution of the one does not describe the other's choice.
+
+    Args:
+        student: Rendering of the student.
+        student_index_C: Its token that begins at each boundary.
+        teacher: Rendering of the teacher.
+        teacher_index_C: Its token that begins at each boundary.
+
+    Returns:
+        bool C.
     """
     return np.logical_or(
         *(
@@ -72,28 +108,34 @@ def is_after_markers(
 
 
 def _marker_runs(tokens: RenderedTokens) -> tuple[list[tuple[int, int]], dict[int, int]]:
-    """(place before, place after) of every run, and which token begins at a place: a token of content, or the first of a run.
+    """Return the runs of markers and the token that begins at each position.
 
-    A place is twice a byte, and one more for the stop, which is not what begins at its byte; what an answer begins with is at -2.
+    A position is twice a byte, plus one for the stop token, which begins at the same byte as the
+    content's end.
+
+    Returns:
+        (position before, position after) of each run, and position -> index of the content token or
+        the first marker of a run that begins there.
     """
-    learned = np.flatnonzero(tokens.loss_mask_T)
-    starts_L, ends_L = (
-        tokens.starts_T[learned].astype(np.int64),
-        tokens.ends_T[learned].astype(np.int64),
-    )
-    place_L = 2 * starts_L + (starts_L == ends_L)
+    supervised = np.flatnonzero(tokens.loss_mask_T)
+    starts_L = tokens.starts_T[supervised].astype(np.int64)
+    ends_L = tokens.ends_T[supervised].astype(np.int64)
+    position_L = 2 * starts_L + (starts_L == ends_L)
     edges = np.flatnonzero(
         np.diff(np.concatenate([[False], starts_L < 0, [False]]).astype(np.int8))
     ).reshape(-1, 2)
     runs = [
-        (2 * int(ends_L[a - 1]) if a else -2, int(place_L[b]))
+        (2 * int(ends_L[a - 1]) if a else START_OF_ANSWER, int(position_L[b]))
         for a, b in edges.tolist()
-        if b < len(learned)
+        if b < len(supervised)
     ]
-    begins = {
-        int(place): int(token)
-        for place, token in zip(place_L[starts_L >= 0], learned[starts_L >= 0], strict=True)
+    has_bytes_L = starts_L >= 0
+    content = {
+        int(position): int(token)
+        for position, token in zip(position_L[has_bytes_L], supervised[has_bytes_L], strict=True)
     }
-    return runs, {-2: int(learned[0])} | begins | {
-        before: int(learned[a]) for (before, _), (a, _) in zip(runs, edges.tolist(), strict=False)
+    first_markers = {
+        before: int(supervised[a])
+        for (before, _), (a, _) in zip(runs, edges.tolist(), strict=False)
     }
+    return runs, {START_OF_ANSWER: int(supervised[0])} | content | first_markers

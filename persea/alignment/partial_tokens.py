@@ -1,12 +1,14 @@
-"""Completion: what a teacher's row says to a student token that begins in the middle of a teacher token.
+"""Partial tokens: project a teacher's distribution onto a student token inside a teacher token.
 
-The row at the teacher token's first byte, given the bytes r said since: of its tokens only those that begin with r and go on
-are still possible, and what is left of them begins with an event the student can say. Their mass is not renormalised: the
-position is weighted by it, so that the loss stays linear in the row. Only rows at common boundaries are used; a teacher token
-that begins where the student has no boundary speaks under a condition the student does not know.
+A teacher token begins at a common boundary; r are its bytes before the student token. Of the
+teacher's distribution there, only tokens that start with r and go on are still possible, and the
+bytes that they have left begin with an event of the student. Their mass is not renormalised: the
+position is weighted by it, so that the loss stays linear in the distribution. Only distributions at
+common boundaries are used, because a teacher token that begins where the student has no boundary
+conditions on something that the student does not know.
 
-Conditions, as at a boundary: the teacher's rest must leave the student's boundary standing, and the student's token must go on
-with some teacher token that is longer than r.
+As at a boundary, impossible tokens are left out on both sides: the rest of the teacher token must
+keep the student's boundary possible, and the student's token must be the prefix of some rest.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from persea.alignment.boundary_mask import UNRESTRICTED_CONTEXT, TokenOrder
 from persea.alignment.event_map import EventMap, first_token_of_bytes
+from persea.alignment.token_order import UNRESTRICTED_CONTEXT, TokenOrder
 from persea.distributions import DistributionKind, SparseDistributions
 from persea.errors import RecipeError
 from persea.tokenization.vocabulary import Vocabulary
@@ -25,11 +27,14 @@ from persea.tokenization.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class PartialTokenTargets:
-    """Entries for student tokens inside teacher tokens. M = entries, D = exceptions.
+    """Targets of student tokens inside teacher tokens. M = entries, D = excluded tokens.
 
-    at_M     index into the student tokens asked about
-    event_M, probs_M  event of the rest, natural probability
-    entry_D, token_D  student tokens of an entry's event that no teacher token goes on with
+    Attributes:
+        student_index_M: int64, index among the student tokens that were asked for.
+        event_M: int64, event that the rest of the teacher token begins with.
+        probs_M: float32, its probability, not renormalised.
+        entry_D: int64, index of an entry.
+        token_D: int64, student token of the entry's event that no teacher token continues with.
     """
 
     student_index_M: npt.NDArray[np.int64]
@@ -41,7 +46,13 @@ class PartialTokenTargets:
 
 @dataclass(frozen=True, eq=False)
 class PartialTokenProjector:
-    """Two vocabularies and their bridge, remembering what is left of a token after some of its bytes."""
+    """Projects teacher distributions to positions inside teacher tokens; caches by bytes.
+
+    Attributes:
+        event_map: Events of both vocabularies.
+        teacher_order: Token order of the teacher.
+        student_order: Token order of the student.
+    """
 
     event_map: EventMap
     teacher_order: TokenOrder
@@ -60,43 +71,43 @@ class PartialTokenProjector:
         prefix_I: list[bytes],
         context_I: npt.NDArray[np.integer],
     ) -> PartialTokenTargets:
-        """What the rows say of I student tokens.
+        """Project distributions to I student tokens.
 
-        row_I      the row at the teacher token that each begins in
-        said_I     bytes of that token before it, at least one
-        context_I  the student's contexts there (`Keeper.contexts`)
+        Args:
+            distributions: Teacher distributions with N positions, full or sampled.
+            distribution_index_I: Index into N of the teacher token that each begins in.
+            prefix_I: Bytes of that teacher token before the student token, at least one.
+            context_I: The student's contexts there (`TokenOrder.context_ids`).
+
+        Returns:
+            The targets. A student token without entries has no target.
         """
-        at, events, probs, entries, tokens = (
-            list[int](),
-            list[int](),
-            list[float](),
-            list[int](),
-            list[int](),
-        )
-        for i, (row, said, context) in enumerate(
+        index, events, probs = list[int](), list[int](), list[float]()
+        entries, tokens = list[int](), list[int]()
+        for i, (row, prefix, context) in enumerate(
             zip(distribution_index_I.tolist(), prefix_I, context_I.tolist(), strict=True)
         ):
-            cannot = (
+            impossible = (
                 np.empty(0, np.int64)
                 if context == UNRESTRICTED_CONTEXT
                 else self.student_order.impossible_next_tokens(context)
             )
             for m in range(distributions.offsets_N1[row], distributions.offsets_N1[row + 1]):
                 raw = self.teacher_order.vocabulary.bytes_W[distributions.ids_M[m]]
-                if raw is None or len(raw) <= len(said) or not raw.startswith(said):
+                if raw is None or len(raw) <= len(prefix) or not raw.startswith(prefix):
                     continue
-                event = self._event_of_rest(raw[len(said) :], cannot)
+                event = self._event_of_rest(raw[len(prefix) :], impossible)
                 if event < 0:
                     continue
-                members, stand = self._possible_members(said, event)
-                if stand.any():
-                    entries += [len(at)] * int((~stand).sum())
-                    tokens += members[~stand].tolist()
-                    at.append(i)
+                members, is_possible = self._possible_members(prefix, event)
+                if is_possible.any():
+                    entries += [len(index)] * int((~is_possible).sum())
+                    tokens += members[~is_possible].tolist()
+                    index.append(i)
                     events.append(event)
                     probs.append(float(distributions.probs_M[m]))
         return PartialTokenTargets(
-            np.array(at, np.int64),
+            np.array(index, np.int64),
             np.array(events, np.int64),
             np.array(probs, np.float32),
             np.array(entries, np.int64),
@@ -104,10 +115,15 @@ class PartialTokenProjector:
         )
 
     def _event_of_rest(self, rest: bytes, impossible_tokens: npt.NDArray[np.int64]) -> int:
-        """The event that some bytes begin with where certain student tokens cannot stand; -1 where none can, or several events could.
+        """Return the event that some bytes begin with; -1 if there is none, or it is ambiguous.
 
-        It is that of their first token in the student's own encoding. Where that one cannot stand, a longer token must, which merges
-        beyond these bytes; there they name an event only if all that can stand are of one.
+        It is the event of their first token in the student's encoding. If that token is impossible,
+        a longer one must follow, which merges beyond these bytes. Then the bytes have an event only
+        if all possible tokens belong to the same one.
+
+        Args:
+            rest: Bytes that the teacher token has left.
+            impossible_tokens: Sorted student tokens that cannot follow here.
         """
         if rest not in self._first_tokens_cache:
             covering, starts = self.student_order.covering_tokens(rest)
@@ -126,24 +142,23 @@ class PartialTokenProjector:
     def _possible_members(
         self, prefix: bytes, event: int
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-        """Student tokens of an event, and which of them some longer teacher token goes on with after these bytes."""
+        """Return an event's student tokens, and which of them a teacher token continues with.
+
+        Args:
+            prefix: Bytes of the teacher token before the student token.
+            event: The event.
+        """
         key = (prefix, event)
         if key not in self._members_cache:
             offsets, tokens = self.event_map.tokens_by_event
             members = tokens[offsets[event] : offsets[event + 1]]
-            self._members_cache[key] = (
-                members,
-                np.array(
-                    [
-                        self._has_continuation(prefix, self.student_order.vocabulary.bytes_W[u])
-                        for u in members.tolist()
-                    ],
-                    np.bool_,
-                ),
-            )
+            bytes_V = self.student_order.vocabulary.bytes_W
+            is_possible = [self._has_continuation(prefix, bytes_V[u]) for u in members.tolist()]
+            self._members_cache[key] = members, np.array(is_possible, np.bool_)
         return self._members_cache[key]
 
     def _has_continuation(self, prefix: bytes, raw: bytes | None) -> bool:
+        """Return whether a teacher token longer than the prefix agrees with prefix + raw."""
         if raw is None:
             return False
         covering, starts = self.teacher_order.covering_tokens(prefix + raw)
@@ -153,7 +168,10 @@ class PartialTokenProjector:
 
 
 def make_partial_token_projector(event_map: EventMap) -> PartialTokenProjector | None:
-    """None where both sides have the same tokenizer: no token begins inside another."""
+    """Return the projector of an event map; None if both sides have the same tokenizer.
+
+    With one tokenizer no token begins inside another.
+    """
     if event_map.teacher_mask is None:
         return None
     return PartialTokenProjector(
@@ -162,19 +180,23 @@ def make_partial_token_projector(event_map: EventMap) -> PartialTokenProjector |
 
 
 def require_projectable_kind(kind: DistributionKind) -> None:
-    """Raises RecipeError for rows that cannot be completed: a rest event has no bytes to begin with, and words have no rows."""
+    """Check that distributions of this kind can be projected.
+
+    Raises:
+        RecipeError: A topk distribution has a rest without bytes, a text has no distribution.
+    """
     if kind not in (DistributionKind.FULL, DistributionKind.SAMPLED):
         raise RecipeError(
-            f"rows of kind {kind.value} say nothing in the middle of a token",
-            where="training.completion",
-            remedy="capture with `rows: sampled`, or delete `completion:`",
+            f"distributions of kind {kind.value} cannot be used inside a token",
+            where="training.partial_tokens",
+            remedy="capture with `distributions: sampled`, or delete `partial_tokens:`",
         )
 
 
 def token_prefixes(
     vocabulary: Vocabulary, ids_I: npt.NDArray[np.integer], prefix_len_I: npt.NDArray[np.integer]
 ) -> list[bytes]:
-    """The first bytes of some tokens."""
+    """Return the first `prefix_len_I` bytes of each token."""
     return [
         (vocabulary.bytes_W[i] or b"")[:n]
         for i, n in zip(ids_I.tolist(), prefix_len_I.tolist(), strict=True)

@@ -174,8 +174,8 @@ class CaptureBudget:
     def _refuse_overspending(self, hours: float) -> None:
         tokens = self._tokens_cached
         for limit, spent, key, words in (
-            (self.max_tokens, tokens, "capture.tokens", f"{tokens:,} tokens"),
-            (self.max_hours, hours, "capture.hours", f"{hours:.2f} hours"),
+            (self.max_tokens, tokens, "capture.max_total_tokens", f"{tokens:,} tokens"),
+            (self.max_hours, hours, "capture.max_hours", f"{hours:.2f} hours"),
         ):
             if limit and spent >= limit and self._prompts_done < self.num_prompts:
                 raise RefusedError(

@@ -64,7 +64,7 @@ class AnswerFilterResult:
             raise RefusedError(
                 f"none of {len(self.rejected):,} answers is right "
                 f"({first['prompt_id']}: {first['reason'] or first['verdict']})",
-                where="capture.verify",
+                where="capture.drop_wrong_answers",
                 remedy="look at capture/rejected.json; the prompts' reference answers may have "
                 "another form than the skill's grader reads",
             )

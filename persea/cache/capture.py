@@ -19,8 +19,9 @@ from persea.cache.accounting import UnitProgress
 from persea.cache.maintenance import committed_units
 from persea.cache.reader import SHUFFLE_WINDOW_BLOCKS, CacheReader, open_cache_reader
 from persea.cache.unit import CachedAnswer, is_committed, read_record, unit_id, write_unit
-from persea.chat.messages import FinishReason, RenderedTokens, Text, ThinkingEffort
-from persea.data.prompts import MAX_LINE_BYTES, Prompt
+from persea.chat.messages import FinishReason, Text, ThinkingEffort
+from persea.data.formats import MAX_LINE_BYTES
+from persea.data.prompts import Prompt
 from persea.distributions import (
     DistributionKind,
     SparseDistributions,
@@ -30,8 +31,9 @@ from persea.distributions import (
 )
 from persea.errors import DataError, RefusedError
 from persea.evaluation.audition import Cast
-from persea.teachers.engines import EngineFailure, SparseEngine
+from persea.teachers.engines import EngineFailure
 from persea.teachers.teacher import Answer, Teacher
+from persea.tokenization.tokens import RenderedTokens
 
 if TYPE_CHECKING:
     import torch
@@ -363,7 +365,7 @@ def _write_answers(
     refuse_if_changed()
     kind, tau = sparsifier.kind, sparsifier.tau or 0.0
     metadata = {"teacher": unit.teacher, "identity": unit.identity}
-    if isinstance(teacher.engine, SparseEngine):
+    if not teacher.engine.capabilities.has_full_distributions:
         capabilities = teacher.engine.capabilities
         kind, tau = capabilities.kind, 0.0
         if capabilities.num_top_logprobs:
@@ -393,7 +395,7 @@ def _answer_distributions(
         [t.ids_T for _, t in complete_answers],
         [t.loss_mask_T for _, t in complete_answers],
     )
-    if isinstance(teacher.engine, SparseEngine):
+    if not teacher.engine.capabilities.has_full_distributions:
         yield from teacher.engine.compute_sparse_distributions(ids, loss_masks)
         return
     token_counts_W = np.zeros(len(teacher.renderer.vocabulary), np.int64)

@@ -45,9 +45,9 @@ from persea.cache.quantization import (
     quantize_logprobs,
     target_probability_tables,
 )
-from persea.chat.messages import RenderedTokens
 from persea.distributions import LOGPROB_STEP_NATS, DistributionKind, SparseDistributions
 from persea.errors import DataError
+from persea.tokenization.tokens import RenderedTokens
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,10 +24,10 @@ from safetensors.numpy import save as save_tensors
 from persea import storage
 from persea.cache.codec import UnitLayout, decode_block, encode_unit
 from persea.cache.entropy_coding import tables_from_bytes, tables_to_bytes
-from persea.chat.messages import RenderedTokens
 from persea.distributions import LOGPROB_STEP_NATS, DistributionKind, SparseDistributions
 from persea.errors import DataError
 from persea.teachers.teacher import Answer
+from persea.tokenization.tokens import RenderedTokens
 
 CACHE_FORMAT = 3
 # A block is decoded at once: 4096 tokens take 2 ms. Its index and digest have 64 bytes, less than

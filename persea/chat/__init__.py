@@ -1,1 +1,1 @@
-"""Conversations, chat templates and the renderers that turn one into token ids."""
+"""Conversations, chat templates, model families, and renderers from conversations to token ids."""

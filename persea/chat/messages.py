@@ -1,6 +1,7 @@
-"""Conversation, Tokens, Family: a conversation is bytes with roles; templates are clothing.
+"""Conversations: messages with roles, whose parts are text, thinking, tool calls and tool results.
 
-A Family says how one model family dresses a conversation; `voice.py` binds it to one tokenizer and one chat template.
+All content is NFC-normalised before any tokenizer sees it, so that every tokenizer works on the
+same bytes.
 """
 
 from __future__ import annotations
@@ -8,23 +9,23 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import date
 from enum import StrEnum
 from typing import Any, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
-
 from persea.errors import DataError
+from persea.storage import parse_strict_json
 
-PINNED_DATE = date(
-    2025, 1, 1
-)  # gpt-oss and Llama 3 templates write today's date: a cached prompt would change every midnight
+# The templates of gpt-oss and Llama 3 write today's date: without a fixed date a cached prompt
+# would change every midnight.
+PINNED_DATE = date(2025, 1, 1)
 
 
 class Role(StrEnum):
+    """Who a message is from."""
+
     SYSTEM = "system"
     USER = "user"
     ASSISTANT = "assistant"
@@ -32,7 +33,7 @@ class Role(StrEnum):
 
 
 class ThinkingEffort(StrEnum):
-    """The thinking dial, as a value: NONE answers at once."""
+    """How much the model thinks before it answers; NONE answers at once."""
 
     NONE = "none"
     LOW = "low"
@@ -51,31 +52,36 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True)
 class Text:
+    """Text of a message."""
+
     text: str
 
 
 @dataclass(frozen=True)
 class Thinking:
+    """A thought of the assistant."""
+
     text: str
 
 
 def canonical_json(value: str) -> str:
-    """A JSON object as every chat template's `tojson` writes it: keys in their order, one space behind comma and colon, no escapes
-    but JSON's own. Raises ValueError for what is no such object.
+    """Return a JSON object spelled as the `tojson` filter of every chat template spells it.
+
+    Keys keep their order, commas and colons are followed by one space, and only the escapes that
+    JSON demands remain.
+
+    Raises:
+        ValueError: `value` is not a JSON object, or contains NaN or Infinity.
     """
     try:
-        found = json.loads(value, parse_constant=_reject_json_constant)
-        text = json.dumps(found, ensure_ascii=False, allow_nan=False)
+        parsed = parse_strict_json(value)
+        text = json.dumps(parsed, ensure_ascii=False, allow_nan=False)
         text.encode()
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    if not isinstance(found, dict):
+    if not isinstance(parsed, dict):
         raise ValueError("not a JSON object")
     return text
-
-
-def _reject_json_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 TOOL_NAME_PATTERN = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -84,25 +90,32 @@ TOOL_NAME_PATTERN = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 def _validate_tool(name: str, text: str) -> None:
     if not TOOL_NAME_PATTERN.fullmatch(name):
         raise DataError(
-            f"{name[:80]!r} is no name of a tool", remedy="letters, digits, _ . and -, at most 64"
+            f"{name[:80]!r} is not a valid tool name",
+            remedy="use letters, digits, _ . and -, at most 64",
         )
     try:
-        same = canonical_json(text) == text
+        is_canonical = canonical_json(text) == text
     except ValueError as error:
         raise DataError(
             f"the JSON of tool {name} is broken: {error}: {text[:60]!r}",
-            remedy="give one JSON object, as a text",
+            remedy="give one JSON object as text",
         ) from error
-    if not same:
+    if not is_canonical:
         raise DataError(
             f"the JSON of tool {name} is not in its canonical spelling: {text[:60]!r}",
-            remedy="pass it through chat.canonical()",
+            remedy="pass it through persea.chat.messages.canonical_json()",
         )
 
 
 @dataclass(frozen=True)
 class Tool:
-    """What the assistant may call. parameters: its JSON schema, spelled as `canonical` does."""
+    """A tool that the assistant may call.
+
+    Attributes:
+        name: Letters, digits, _ . and -, at most 64.
+        description: Plain text for the model.
+        parameters: JSON schema, spelled as by `canonical_json`.
+    """
 
     name: str
     description: str
@@ -114,7 +127,14 @@ class Tool:
 
 @dataclass(frozen=True)
 class ToolCall:
-    """The assistant calls a tool. arguments: a JSON object, spelled as `canonical` does; its content is that text, the name is marker."""
+    """A tool call of the assistant.
+
+    Its content is the text of the arguments; the name belongs to the template.
+
+    Attributes:
+        name: Name of the tool.
+        arguments: JSON object, spelled as by `canonical_json`.
+    """
 
     name: str
     arguments: str
@@ -124,15 +144,22 @@ class ToolCall:
 
     @property
     def text(self) -> str:
+        """The arguments, under the name that all parts share."""
         return self.arguments
 
     @staticmethod
     def from_generated(name: object, arguments: object) -> ToolCall | None:
-        """A call as a model spelled it; None where it is malformed. arguments: JSON text, or what `json.loads` makes of it."""
+        """Return a call as a model wrote it; None if it is malformed.
+
+        Args:
+            name: Name of the tool.
+            arguments: JSON text, or the value that `json.loads` makes of it.
+        """
         try:
             text = canonical_json(
                 arguments if isinstance(arguments, str) else json.dumps(arguments)
             )
+            _nfc_json(text)
         except (ValueError, RecursionError):
             return None
         return (
@@ -144,7 +171,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class ToolResult:
-    """What a tool answered. The tool's name is marker."""
+    """The result of a tool call. The text is content; the tool's name belongs to the template."""
 
     name: str
     text: str
@@ -163,42 +190,76 @@ PART_KINDS: Mapping[str, type[ContentPart]] = {
 
 
 def replace_text(part: ContentPart, text: str) -> ContentPart:
-    """The same part with another text."""
+    """Return the same part with another text."""
     return replace(part, arguments=text) if isinstance(part, ToolCall) else replace(part, text=text)
 
 
 def _nfc(part: ContentPart) -> ContentPart:
-    text = unicodedata.normalize("NFC", part.text)
-    return replace_text(part, canonical_json(text) if isinstance(part, ToolCall) else text)
+    """Return the part in NFC. Raises DataError if two keys of a call's arguments become equal."""
+    if not isinstance(part, ToolCall):
+        return replace_text(part, unicodedata.normalize("NFC", part.text))
+    try:
+        return replace_text(part, _nfc_json(part.arguments))
+    except ValueError as error:
+        raise DataError(
+            f"the arguments of tool {part.name} cannot be normalised to NFC: {error}",
+            remedy="rename one of the keys, or leave the conversation out",
+        ) from error
+
+
+def _nfc_json(text: str) -> str:
+    """Return a canonical JSON object in NFC. Raises ValueError if two keys become equal."""
+    normalised = unicodedata.normalize("NFC", text)
+    json.loads(normalised, object_pairs_hook=_refuse_equal_keys)
+    return canonical_json(normalised)
+
+
+def _refuse_equal_keys(pairs: list[tuple[str, Any]]) -> None:
+    keys: set[str] = set()
+    for key, _ in pairs:
+        if key in keys:
+            raise ValueError(f"two keys become {key!r}")
+        keys.add(key)
 
 
 @dataclass(frozen=True)
 class Message:
+    """One message of a conversation."""
+
     role: Role
     parts: tuple[ContentPart, ...]
 
     @staticmethod
     def from_assistant(text: str) -> Message:
-        """An assistant's words alone."""
+        """Return an assistant's message with text only."""
         return Message(Role.ASSISTANT, (Text(text),))
 
     @property
     def text(self) -> str:
-        """What is said, without what was thought."""
+        """All text parts joined, without thoughts, calls and results."""
         return "".join(p.text for p in self.parts if isinstance(p, Text))
 
     @property
     def thinking(self) -> str:
+        """All thoughts joined."""
         return "".join(p.text for p in self.parts if isinstance(p, Thinking))
 
     @property
     def calls(self) -> tuple[ToolCall, ...]:
+        """The tool calls."""
         return tuple(p for p in self.parts if isinstance(p, ToolCall))
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """tools  what the assistant may call, told at the head of the conversation"""
+    """Messages, the thinking effort asked for, and the tools that the assistant may call.
+
+    Example:
+        >>> from persea.chat.messages import Conversation, Text
+        >>> conversation = Conversation.from_question("2 + 3?").with_answer(Text("5"))
+        >>> [message.text for message in conversation.messages]
+        ['2 + 3?', '5']
+    """
 
     messages: tuple[Message, ...]
     effort: ThinkingEffort = ThinkingEffort.NONE
@@ -208,25 +269,43 @@ class Conversation:
     def from_question(
         question: str, *, system: str = "", effort: ThinkingEffort = ThinkingEffort.NONE
     ) -> Conversation:
-        """One question, NFC-normalised once, before every tokenizer (Qwen's normalises: 71 % of Burmese lines change)."""
+        """Return a conversation of one question, NFC-normalised.
+
+        The text is normalised once, before every tokenizer, because some tokenizers normalise and
+        others do not (Qwen's does, which changes 71 % of Burmese lines).
+        """
         turns = [(Role.SYSTEM, system)] if system else []
         turns.append((Role.USER, question))
         return Conversation(
-            tuple(Message(r, (Text(unicodedata.normalize("NFC", t)),)) for r, t in turns), effort
+            tuple(
+                Message(role, (Text(unicodedata.normalize("NFC", text)),)) for role, text in turns
+            ),
+            effort,
         )
 
     def with_answer(self, *parts: ContentPart) -> Conversation:
-        """This conversation with the assistant's answer at its end, NFC-normalised too: models do say decomposed text."""
+        """Return this conversation followed by an assistant's answer, NFC-normalised.
+
+        Answers are normalised too because models do generate decomposed text.
+
+        Raises:
+            DataError: Two argument names of a tool call are equal after normalisation.
+        """
         return replace(
             self, messages=(*self.messages, Message(Role.ASSISTANT, tuple(map(_nfc, parts))))
         )
 
     def parts(self) -> Iterator[ContentPart]:
+        """Iterate over the parts of all messages in order."""
         for message in self.messages:
             yield from message.parts
 
     def to_json(self) -> dict[str, Any]:
-        """Without `tools` where there are none: records from before tools were known keep their bytes."""
+        """Return the conversation as JSON values.
+
+        The key "tools" is absent without tools, so that records written before tools existed keep
+        their bytes.
+        """
         kind = {t: name for name, t in PART_KINDS.items()}
         value: dict[str, Any] = {
             "effort": self.effort.value,
@@ -242,6 +321,8 @@ class Conversation:
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Conversation:
+        """Return the conversation that `to_json` wrote."""
+
         def part(kind: str, **fields: str) -> ContentPart:
             return PART_KINDS[kind](**fields)
 
@@ -253,125 +334,3 @@ class Conversation:
             ThinkingEffort(value["effort"]),
             tuple(Tool(**t) for t in value.get("tools", ())),
         )
-
-
-@dataclass(frozen=True)
-class RenderedTokens:
-    """One tokenizer's view of a conversation. T = tokens.
-
-    Content bytes: the conversation's parts laid end to end with one byte left free between them, so that the end of one
-    part and the start of the next are different places. A family that drops a part has no token there.
-
-    ids_T     int32
-    starts_T  int32, first content byte of the token; -1 = marker with no bytes, or a token that the template's text shares, on
-              whatever side. The token that ends the turn stands at the end of the content with no bytes (start = end).
-    ends_T    int32, one past its last content byte; -1 = marker
-    learn_T   bool, the last assistant turn: what a model in this voice must produce itself, its stop token included
-    """
-
-    ids_T: npt.NDArray[np.int32]
-    starts_T: npt.NDArray[np.int32]
-    ends_T: npt.NDArray[np.int32]
-    loss_mask_T: npt.NDArray[np.bool_]
-
-    def __len__(self) -> int:
-        return len(self.ids_T)
-
-
-DecodedPieces: TypeAlias = Sequence["str | bytes"]  # control tokens (str) and runs of content bytes
-
-
-def keep_calls_as_parsed(
-    parts: tuple[ContentPart, ...], tools: tuple[Tool, ...]
-) -> tuple[ContentPart, ...]:
-    """`Family.recall` of a notation that says without the tools what a call is."""
-    return parts
-
-
-@dataclass(frozen=True)
-class Family:
-    """What a model family says of itself. Instances only, one a file in `families/`; no subclasses.
-
-    name        "qwen"
-    licence     the family's usual licence, checked by a person, never inferred
-    signature   a control token that only this family has: how it is recognised
-    efforts     the efforts it can tell apart
-    stops       control tokens that end the assistant's turn
-    normalise   what this family keeps of a conversation: same messages and parts, a text trimmed or emptied
-    inputs      conversation -> what its own Jinja template takes (messages and keyword arguments)
-    parse       the pieces of an answer, stop token excluded -> parts, or None where they are malformed
-    template_mark  words that its chat templates hold, where several families share a signature; the longest wins
-    opening     what its prompt writes where an answer begins and its template leaves out of a finished conversation; put back
-    tool_bytes  whether its template writes the text of this call or result as it stands; where not, the part is scaffolding without
-                bytes (of a call: learned, like a <think>). None = it has no notation for tools: such a conversation is refused
-    recall      parts that `parse` read, once the declared tools are known -> parts, or None where they are malformed
-    unknown     what persea does not know of this family, in plain words; "" for one a person wrote
-    """
-
-    name: str
-    licence: str
-    signature_token: str
-    efforts: tuple[ThinkingEffort, ...]
-    stop_tokens: tuple[str, ...]
-    normalise: Callable[[Conversation], Conversation]
-    template_inputs: Callable[[Conversation], tuple[list[dict[str, Any]], dict[str, Any]]]
-    parse: Callable[[DecodedPieces, ThinkingEffort], tuple[ContentPart, ...] | None]
-    template_signature: str = ""
-    prompt_only_suffix: str = ""
-    is_tool_text_verbatim: Callable[[ContentPart], bool] | None = None
-    resolve_calls: Callable[
-        [tuple[ContentPart, ...], tuple[Tool, ...]], tuple[ContentPart, ...] | None
-    ] = keep_calls_as_parsed
-    limitations: str = ""
-
-
-def edit_texts(
-    conversation: Conversation, change: Callable[[int, Message, ContentPart], str]
-) -> Conversation:
-    """The same conversation with each message's texts trimmed to `change(message index, message, text)`, its thoughts likewise.
-
-    A template sees the texts of one message as one, so `change` does too; each part keeps its share. Tool results are changed one by
-    one; tool calls stay as they are.
-    """
-    return replace(
-        conversation,
-        messages=tuple(
-            replace(
-                m,
-                parts=_split_retained_text(
-                    m.parts,
-                    {
-                        type(p): (p.text, change(k, m, p))
-                        for p in (Text(m.text), Thinking(m.thinking))
-                    },
-                    lambda p, k=k, m=m: change(k, m, p),
-                ),
-            )  # type: ignore[misc]
-            for k, m in enumerate(conversation.messages)
-        ),
-    )
-
-
-def _split_retained_text(
-    parts: Sequence[ContentPart],
-    texts_by_kind: Mapping[type[ContentPart], tuple[str, str]],
-    edit_result: Callable[[ContentPart], str],
-) -> tuple[ContentPart, ...]:
-    """Each part's share of what is kept of all parts of its kind; wholes = kind -> (their texts laid end to end, what is kept of it)."""
-    cut: list[ContentPart] = []
-    at = {kind: -max(0, whole.find(kept)) for kind, (whole, kept) in texts_by_kind.items()}
-    for p in parts:
-        if isinstance(p, (ToolCall, ToolResult)):
-            cut.append(p if isinstance(p, ToolCall) else replace_text(p, edit_result(p)))
-            continue
-        begin, end = at[type(p)], at[type(p)] + len(p.text)
-        cut.append(replace(p, text=texts_by_kind[type(p)][1][max(0, begin) : max(0, end)]))
-        at[type(p)] = end
-    return tuple(cut)
-
-
-def pieces_to_text(pieces: DecodedPieces) -> str | None:
-    """The text of pieces that must hold no control token; None where one stands in them."""
-    if any(isinstance(p, str) for p in pieces):
-        return None
-    return b"".join(p for p in pieces if isinstance(p, bytes)).decode()

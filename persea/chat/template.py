@@ -1,7 +1,7 @@
-"""The model's own Jinja chat template, sandboxed, its date pinned.
+"""Compile a model's own Jinja chat template in a sandbox, with a fixed date.
 
-transformers renders the same templates, but hands `strftime_now` today's date and accepts no other: gpt-oss' and
-Llama 3's prompts would then change every midnight, and a cached capture with them.
+transformers renders the same templates, but its `strftime_now` always returns today's date: the
+prompts of gpt-oss and Llama 3 would change every midnight, and cached captures with them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from datetime import date
-from typing import Any
+from typing import Any, TypeAlias
 
 import jinja2
 from jinja2 import nodes
@@ -19,11 +19,16 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from persea.errors import DataError
 
+ChatTemplate: TypeAlias = Callable[..., str]
+"""(messages, add_generation_prompt, **template variables) -> the rendered text."""
+
+TEMPLATE_REMEDY = "take the template from the model's own repository"
+
 
 class _GenerationBlock(Extension):
-    """`{% generation %}...{% endgeneration %}` marks the assistant's words for TRL; here its body is simply rendered."""
+    """`{% generation %}`, which marks the assistant's tokens for TRL; only its body is used."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
@@ -48,12 +53,21 @@ def _tojson(
 
 def compile_template(
     text: str, special_tokens: dict[str, str], template_date: date, where: str
-) -> Callable[..., str]:
-    """Template text -> (messages, add_generation_prompt, **switches) -> the dressed string.
+) -> ChatTemplate:
+    """Compile a chat template.
 
-    special_tokens  bos_token, eos_token, ... as templates expect them
-    today           what the template's `strftime_now` tells
-    Raises DataError for a template that does not compile, and where the template itself refuses a conversation.
+    Args:
+        text: The Jinja source.
+        special_tokens: bos_token, eos_token, ... as templates expect them.
+        template_date: The date that the template's `strftime_now` returns.
+        where: The place for error messages.
+
+    Returns:
+        A function (messages, add_generation_prompt, **template variables) -> text. It raises
+        DataError if the template refuses the conversation or fails.
+
+    Raises:
+        DataError: The template does not compile.
     """
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
@@ -69,33 +83,34 @@ def compile_template(
         raise DataError(
             f"the chat template does not compile: {error.message} (line {error.lineno})",
             where=where,
-            remedy="take the template from the model's own repository",
+            remedy=TEMPLATE_REMEDY,
         ) from error
     except RecursionError as error:
         raise DataError(
             "the chat template does not compile: nested too deeply",
             where=where,
-            remedy="take the template from the model's own repository",
+            remedy=TEMPLATE_REMEDY,
         ) from error
 
-    def render(messages: list[dict[str, Any]], add_generation_prompt: bool, **switches: Any) -> str:
+    def render(messages: list[dict[str, Any]], add_generation_prompt: bool, **kwargs: Any) -> str:
+        # transformers always passes tools and documents: templates distinguish none from undefined.
+        variables = {"tools": None, "documents": None, **special_tokens, **kwargs}
         try:
-            # tools and documents are always given by transformers too: templates tell `none` from undefined
-            given = {"tools": None, "documents": None, **special_tokens, **switches}
             return template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **given
+                messages=messages, add_generation_prompt=add_generation_prompt, **variables
             )
         except jinja2.TemplateError as error:
             raise DataError(
                 f"the chat template refuses the conversation: {error.message}",
                 where=where,
-                remedy="this family cannot say it; change or leave out the conversation",
+                remedy="this family has no form for it; change or leave out the conversation",
             ) from error
-        except Exception as error:  # divides by zero, recurses without end, adds a number to a text: whatever it is, the template is at fault
+        except Exception as error:
+            # A template can divide by zero, recurse without end, or add a number to a text.
             raise DataError(
                 f"the chat template is broken: {type(error).__name__}: {error}",
                 where=where,
-                remedy="take the template from the model's own repository",
+                remedy=TEMPLATE_REMEDY,
             ) from error
 
     return render

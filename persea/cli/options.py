@@ -102,9 +102,14 @@ def load_checked_recipe(path: Path, overrides: list[str]) -> Recipe:
     """
     from persea.config.recipe import load_recipe
     from persea.tasks.benchmarks import reject_unknown_names
+    from persea.teachers.engines import reject_unknown_engines
 
     recipe = load_recipe(path, overrides)
-    reject_unknown_names(recipe.evaluation.sets, recipe.corpus, str(path))
+    if os.environ.get("RANK", "0") == "0":  # one process of torchrun's prints for all
+        for notice in recipe.notices:
+            typer.echo(notice, err=True)
+    reject_unknown_names(recipe.evaluation.benchmarks, recipe.corpus, str(path))
+    reject_unknown_engines(recipe.teachers, str(path))
     return recipe
 
 

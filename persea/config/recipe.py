@@ -1,7 +1,8 @@
-"""Recipe: the one YAML file a person writes -> frozen sections, checked before anything is loaded, hashed.
+"""The recipe: the one YAML file that describes a run, validated before anything is loaded, hashed.
 
-Every mistake in the file is told at once, each with line, column and what to write instead. Nothing is bent into another
-type, no unknown key is ignored, and no variable of the environment is read but the two named here.
+All mistakes in the file are reported at once, each with line, column and remedy. No value is
+converted to another type, unknown keys are refused, and no environment variables are read except
+`ALLOWED_ENV_VARS`.
 """
 
 from __future__ import annotations
@@ -9,37 +10,35 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import typing
+import warnings
 from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import yaml
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from persea.chat.messages import PINNED_DATE
+from persea.config.renamed_keys import RENAMED_KEYS, rename_old_keys, rename_override
 from persea.config.schema import (
     MAX_COUNT,
     SLUG_PATTERN,
+    TEXT_ONLY_MODEL,
     AuditionSection,
-    BenchmarkSection,
     CaptureSection,
     CheckSection,
     CorpusSection,
-    EndpointSection,
+    DedupSection,
     EvaluationSection,
-    GenerationSection,
-    LoraSection,
-    OnPolicySection,
-    RandomModelSection,
     RecipeSection,
     StudentSection,
     TeacherSection,
     TrainingSection,
     check_contradictions,
 )
-from persea.config.schema import TEXT_ONLY_MODEL as SAYS_WORDS
 from persea.config.yaml_source import (
     KeyPath,
     Yaml12Dumper,
@@ -52,160 +51,196 @@ from persea.config.yaml_source import (
 )
 from persea.errors import RecipeError
 
+Contradictions: TypeAlias = list[tuple[bool, KeyPath, str, str]]
+
 
 class Recipe(RecipeSection):
-    """Everything a run depends on. To change one use overrides: `model_copy` keeps the old hash."""
+    """Everything a run depends on.
+
+    Change a recipe with overrides: `model_copy` keeps the old hash.
+    """
 
     name: str = Field(
         pattern=SLUG_PATTERN,
         description="name of the run's folder: a-z, 0-9 and ._- (default: the file's name)",
     )
-    seed: int = Field(
-        default=0, ge=0, le=MAX_COUNT, description="seed of everything that is drawn by chance"
-    )
+    seed: int = Field(default=0, ge=0, le=MAX_COUNT, description="seed of all random numbers")
     threads: int = Field(
         0,
         ge=0,
         le=1024,
-        description="threads of one operation on a CPU; 0 = as many as torch takes. Small models want 1",
+        description="threads of one operation on a CPU; 0 = torch's default. Small models are "
+        "fastest with 1",
     )
-    today: date = Field(
-        default=PINNED_DATE, description="date for chat templates that tell the date"
+    template_date: date = Field(
+        default=PINNED_DATE, description="date for chat templates that contain one"
     )
     student: StudentSection = Field(description="the model that learns")
     teachers: tuple[TeacherSection, ...] = Field(
         min_length=1, description="the models it learns from"
     )
     corpus: tuple[CorpusSection, ...] = Field(
-        min_length=1, description="what the teachers are asked"
+        min_length=1, description="the prompts that teachers answer"
+    )
+    dedup: DedupSection = Field(
+        default=DedupSection(),
+        description="when a prompt is left out as contaminated or repeated",
     )
     audition: AuditionSection = Field(
         default=AuditionSection(),
-        description="how teachers are measured, to decide who teaches what",
+        description="how teachers are measured, to assign each skill to a teacher",
     )
     capture: CaptureSection = Field(
-        default=CaptureSection(), description="how the teachers' answers are kept"
+        default=CaptureSection(), description="how the teachers' answers are stored"
     )
     training: TrainingSection = Field(
         default=TrainingSection(), description="how the student learns"
     )
     evaluation: EvaluationSection = Field(
-        default=EvaluationSection(), description="how the student is measured beside its teachers"
+        default=EvaluationSection(), description="how the student is compared with its teachers"
     )
     check: CheckSection = Field(
-        default=CheckSection(), description="when a pairing of tokenizers is refused"
+        default=CheckSection(), description="when a pair of tokenizers is refused"
     )
     _source_path: Path = PrivateAttr(default=Path())
     _as_written: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _notices: tuple[str, ...] = PrivateAttr(default=())
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+        """Read and validate a recipe.
+
+        Args:
+            path: A YAML file.
+            overrides: Changes such as "training.steps=20" or "teachers.0.effort=low", in order.
+
+        Returns:
+            The recipe. Old key names are read with a FutureWarning each.
+
+        Raises:
+            RecipeError: Lists every problem, one a line, with its location and a remedy.
+
+        Example:
+            >>> from persea.config.recipe import Recipe
+            >>> recipe = Recipe.from_yaml("recipes/quickstart.yaml", ["training.steps=200"])
+            >>> recipe.name, recipe.training.steps, recipe.skills[:2]
+            ('quickstart', 200, ('languages', 'code'))
+        """
+        recipe = load_recipe(Path(path), overrides)
+        for notice in recipe.notices:
+            warnings.warn(notice, FutureWarning, stacklevel=2)
+        return recipe
 
     @model_validator(mode="after")
     def _check_sections_agree(self) -> Self:
-        names, skills = [t.name for t in self.teachers], sorted({c.skill for c in self.corpus})
-        claims: list[tuple[bool, KeyPath, str, str]] = [
+        return check_contradictions(
+            self,
+            *self._name_contradictions(),
+            *self._judge_contradictions(),
+            *self._distribution_contradictions(),
+        )
+
+    def _name_contradictions(self) -> Contradictions:
+        """Repeated teacher names; pinned skills and teachers that do not exist or do not teach."""
+        names, skills = [t.name for t in self.teachers], sorted(set(self.skills))
+        teaching = [t.name for t in self.teachers if not t.reference]
+        found: Contradictions = [
             (
-                n in names[:k],
+                name in names[:k],
                 ("teachers", k, "name"),
-                f"two teachers are called {n!r}",
+                f"two teachers have the name {name!r}",
                 "give each its own `name:`",
             )
-            for k, n in enumerate(names)
+            for k, name in enumerate(names)
         ]
         for skill, teacher in self.audition.pinned.items():
             where = ("audition", "pinned", skill)
-            claims.append(
+            found += [
                 (
                     skill not in skills,
                     where,
                     f"no part of the corpus teaches {skill!r}",
                     suggest_choice(skill, skills),
-                )
-            )
-            claims.append(
+                ),
                 (
                     teacher not in names,
                     where,
-                    f"no teacher is called {teacher!r}",
+                    f"no teacher has the name {teacher!r}",
                     suggest_choice(teacher, names),
-                )
-            )
-        claims.append(
+                ),
+                (
+                    teacher in names and teacher not in teaching,
+                    where,
+                    f"{teacher} is a reference model, which never teaches",
+                    suggest_choice(teacher, teaching or names),
+                ),
+            ]
+        found.append(
             (
-                self.training.completion and self.capture.rows == "topk",
-                ("training", "completion"),
-                "true, but nobody can say what a rest holds inside a token",
-                "write `completion: false`, or `capture: {rows: sampled}`",
-            )
-        )
-        teach = [t.name for t in self.teachers if not t.yardstick]
-        claims += [
-            (
-                t in names and t not in teach,
-                ("audition", "pinned", s),
-                f"{t} is a yardstick, which never teaches",
-                suggest_choice(t, teach or names),
-            )
-            for s, t in self.audition.pinned.items()
-        ]
-        judge = next((t for t in self.teachers if t.name == self.evaluation.judge), None)
-        claims.append(
-            (
-                self.evaluation.judge != "" and (judge is None or not judge.yardstick),
-                ("evaluation", "judge"),
-                f"{self.evaluation.judge!r} is no yardstick",
-                "name a teacher with `yardstick: true`",
-            )
-        )
-        claims.append(
-            (
-                judge is not None and judge.model == SAYS_WORDS and not judge.family,
-                ("evaluation", "judge"),
-                f"nobody knows the family of {self.evaluation.judge}",
-                "write its `family:`; generic for one that is no teacher's",
-            )
-        )
-        claims.append(
-            (
-                not teach,
-                ("teachers", 0, "yardstick"),
-                "true of every teacher, so that nobody teaches",
+                not teaching,
+                ("teachers", 0, "reference"),
+                "true of every teacher, so that no teacher is left",
                 "delete it in one of them",
             )
         )
-        far = [
-            t
-            for t in self.teachers
-            if not t.yardstick and (t.endpoint is not None or t.engine != "local")
-        ]
-        claims += [
+        return found
+
+    def _judge_contradictions(self) -> Contradictions:
+        name, where = self.evaluation.judge, ("evaluation", "judge")
+        judge = next((t for t in self.teachers if t.name == name), None)
+        return [
             (
-                self.training.completion,
-                ("training", "completion"),
-                f"true, but {t.name} does not give the whole rows that it needs",
-                "write `completion: false`",
+                name != "" and (judge is None or not judge.reference),
+                where,
+                f"{name!r} is not a reference model",
+                "name a teacher with `reference: true`",
+            ),
+            (
+                judge is not None and judge.model == TEXT_ONLY_MODEL and not judge.family,
+                where,
+                f"the family of {name} is unknown",
+                "write its `family:`; generic if it is none of the teachers' families",
+            ),
+        ]
+
+    def _distribution_contradictions(self) -> Contradictions:
+        """Settings that need distributions or answers which a teacher does not return."""
+        given, partial = self.capture.answers == "given", self.training.partial_tokens
+        found: Contradictions = [
+            (
+                partial and self.capture.distributions == "topk",
+                ("training", "partial_tokens"),
+                "true, but the rest of a topk distribution has no tokens to look inside",
+                "write `partial_tokens: false`, or `capture: {distributions: sampled}`",
             )
-            for t in far
         ]
-        claims += [
+        for t in self.teachers:
+            if t.reference or (t.endpoint is None and t.engine == "local"):
+                continue
+            found += [
+                (
+                    partial,
+                    ("training", "partial_tokens"),
+                    f"true, but {t.name} does not return the full distributions that it needs",
+                    "write `partial_tokens: false`",
+                ),
+                (
+                    given and t.endpoint is not None and t.endpoint.protocol == "chat",
+                    ("capture", "answers"),
+                    f"given, but {t.name} cannot score a text that it did not generate",
+                    "write `answers: ask`",
+                ),
+            ]
+        found += [
             (
-                t.endpoint is not None
-                and t.endpoint.protocol == "chat"
-                and self.capture.answers == "given",
-                ("capture", "answers"),
-                f"given, but {t.name} tells nothing of words that are not its own",
-                "write `answers: ask`",
-            )
-            for t in far
-        ]
-        claims += [
-            (
-                bool(part.modes) and self.capture.answers == "given",
-                ("corpus", k, "modes"),
-                "given, but nobody is asked: answers that came with the prompts have no thought",
-                "delete `modes:`, or write `capture: {answers: ask}`",
+                given and bool(part.effort_shares),
+                ("corpus", k, "effort_shares"),
+                "given, but no teacher answers: the answers of the prompt files have no thoughts",
+                "delete `effort_shares:`, or write `capture: {answers: ask}`",
             )
             for k, part in enumerate(self.corpus)
         ]
-        return check_contradictions(self, *claims)
+        return found
 
     @property
     def skills(self) -> tuple[str, ...]:
@@ -214,96 +249,121 @@ class Recipe(RecipeSection):
 
     @property
     def source_path(self) -> Path:
-        """The file it came from."""
+        """The file that the recipe was read from."""
         return self._source_path
 
     @property
+    def notices(self) -> tuple[str, ...]:
+        """One line for each old key name in the file or in an override."""
+        return self._notices
+
+    @property
     def as_written(self) -> dict[str, Any]:
-        """Every field, defaults filled in, paths and variables as the person wrote them: the same on every machine."""
+        """All fields with defaults, but paths and variables unresolved: equal on every machine."""
         return self._as_written or self.model_dump(mode="json", exclude_none=True)
 
     @property
     def hash(self) -> str:
-        """sha256 of `written`: order, comments and spelt-out defaults do not change it."""
+        """SHA-256 of `as_written`, which key order, comments and written defaults do not change."""
         return hashlib.sha256(
             json.dumps(self.as_written, sort_keys=True, separators=(",", ":")).encode()
         ).hexdigest()
 
     def to_yaml(self) -> str:
-        """`written` as a recipe of the same hash. Its relative paths still start at the folder of `source`."""
+        """Return `as_written` as a recipe with the same hash.
+
+        Relative paths in it still start at the folder of `source_path`.
+        """
         return yaml.dump(
             self.as_written, Dumper=Yaml12Dumper, sort_keys=False, allow_unicode=True, width=120
         )
 
 
-SECTION_CLASSES: dict[str, type[RecipeSection]] = {  # by the key they stand under
-    "student": StudentSection,
-    "teachers": TeacherSection,
-    "corpus": CorpusSection,
-    "audition": AuditionSection,
-    "capture": CaptureSection,
-    "training": TrainingSection,
-    "evaluation": EvaluationSection,
-    "check": CheckSection,
-    "sets": BenchmarkSection,
-    "sizes": RandomModelSection,
-    "lora": LoraSection,
-    "endpoint": EndpointSection,
-    "generation": GenerationSection,
-    "on_policy": OnPolicySection,
-}
+def _sections_by_key() -> dict[str, type[RecipeSection]]:
+    """Map each key that holds a section, or a list of sections, to the section's class."""
+    found: dict[str, type[RecipeSection]] = {}
+    queue: list[type[RecipeSection]] = [Recipe]
+    for section in queue:
+        for key, field in section.model_fields.items():
+            for kind in _section_classes(field.annotation):
+                if key not in found:
+                    found[key] = kind
+                    queue.append(kind)
+    return found
+
+
+def _section_classes(annotation: Any) -> Iterator[type[RecipeSection]]:
+    if isinstance(annotation, type) and issubclass(annotation, RecipeSection):
+        yield annotation
+    for inner in typing.get_args(annotation):
+        yield from _section_classes(inner)
+
+
+SECTION_CLASSES = _sections_by_key()
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a file, with overrides such as "training.steps=20" or "teachers.0.effort=low" laid over it.
+    """Read and validate a recipe.
 
-    Raises one RecipeError that names every problem, a line each.
+    Args:
+        path: A YAML file.
+        overrides: Changes such as "training.steps=20" or "teachers.0.effort=low", in order.
+
+    Returns:
+        The recipe; `Recipe.notices` lists the old key names that it uses.
+
+    Raises:
+        RecipeError: Lists every problem, one a line, with its location and a remedy.
     """
-    reading = read_yaml(path)
+    source = read_yaml(path)
+    rename_old_keys(source)
     for change in overrides:
-        apply_override(reading, change)
-    reading.data.setdefault("name", path.stem)
-    recipe, written = (
-        _validate(resolve_values(reading.data, (), reading), reading),
-        _validate(reading.data, reading),
-    )
-    if recipe is None or written is None or reading.problems:
-        order = list(reading.locations)
+        apply_override(source, change, rename_override)
+        rename_old_keys(source)  # an override may set a whole section
+    source.data.setdefault("name", path.stem)
+    recipe = _validate(resolve_values(source.data, (), source), source)
+    written = _validate(source.data, source)
+    if recipe is None or written is None or source.problems:
+        order = list(source.locations)
         problems = [
             p
             for _, p in sorted(
-                reading.problems.items(), key=lambda item: order.index(reading.nearest_key(item[0]))
+                source.problems.items(), key=lambda item: order.index(source.nearest_key(item[0]))
             )
         ]
         raise (
             problems[0] if len(problems) == 1 else RecipeError("\n".join(str(p) for p in problems))
         )
-    recipe._source_path, recipe._as_written = (
-        path.absolute(),
-        written.model_dump(mode="json", exclude_none=True),
-    )
+    recipe._source_path = path.absolute()
+    recipe._as_written = written.model_dump(mode="json", exclude_none=True)
+    recipe._notices = tuple(source.notices)
     return recipe
 
 
 def recipe_json_schema() -> dict[str, Any]:
-    """The recipe as JSON schema, for editors; `name` is optional in a file, which has one itself."""
+    """Return the JSON schema of a recipe file, for editors.
+
+    `name` is optional there: its default is the file's name.
+    """
     return Recipe.model_json_schema() | {"required": ["student", "teachers", "corpus"]}
 
 
-# --- what the sections say of a page ---
+# --- pydantic's findings as error messages ---
 
 
-def _validate(data: Any, reading: YamlSource) -> Recipe | None:
-    try:  # by way of JSON, where pydantic's strict types still take a list for a tuple and a text for a date or an effort
+def _validate(data: Any, source: YamlSource) -> Recipe | None:
+    try:
+        # through JSON, where pydantic's strict types still accept a list for a tuple and text for
+        # a date or an effort
         return Recipe.model_validate_json(json.dumps(data))
     except ValidationError as error:
         for problem in error.errors(include_url=False):
             for path, what, remedy in _explain_error(problem):
-                reading.add_problem(path, what, remedy)
+                source.add_problem(path, what, remedy)
     return None
 
 
-EXPECTED_VALUE_TEXTS = (  # what pydantic's finding begins with, and what the value should be
+EXPECTED_VALUE_TEXTS = (  # start of pydantic's error type, and the expected value in words
     ("int_", "a whole number"),
     ("bool_", "true or false"),
     ("float_", "a number"),
@@ -323,16 +383,11 @@ BOUND_TEXTS = {
 
 
 def _explain_error(error: ErrorDetails) -> Iterator[tuple[KeyPath, str, str]]:
-    """One of pydantic's findings in words: (key, what, remedy)."""
-    path, kind, context = (
-        tuple(k for k in error["loc"] if k != "[key]"),
-        error["type"],
-        error.get("ctx", {}),
-    )
-    if (
-        kind == "default_factory_not_called"
-    ):  # a default that hangs on a wrong value, told beside it
-        return
+    """Translate one of pydantic's findings to (key, problem, remedy) triples."""
+    path = tuple(k for k in error["loc"] if k != "[key]")
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "default_factory_not_called" or (kind == "too_short" and error["input"]):
+        return  # pydantic also reports the wrong value that this default or list depends on
     given = f"(got {_abbreviate_value(error['input'])})"
     if kind == "contradiction":
         yield from (((*path, *key), what, remedy) for key, what, remedy in context["found"])
@@ -347,40 +402,41 @@ def _explain_error(error: ErrorDetails) -> Iterator[tuple[KeyPath, str, str]]:
             f"should be {', '.join(choices[:-1])} or {choices[-1]} {given}",
             suggest_choice(str(error["input"]), choices),
         )
-    elif kind in BOUND_TEXTS:
-        bound, words = BOUND_TEXTS[kind]
-        yield (
-            path,
-            f"should be {words} {str(context[bound]).removesuffix('.0')} {given}",
-            _key_description(path),
-        )
-    elif kind == "string_type" and not isinstance(error["input"], dict | list):
-        yield path, f"should be text {given}", "put it in quotes"
-    elif kind == "too_short":
-        if not error["input"]:  # else its entries are wrong, which pydantic tells beside it
-            yield path, "needs at least one entry", _key_description(path)
     else:
-        yield (
-            path,
-            f"should be {next((w for start, w in EXPECTED_VALUE_TEXTS if kind.startswith(start)), error['msg'])} {given}",
-            _key_description(path),
-        )
+        yield path, *_explain_value_error(error, path, given)
+
+
+def _explain_value_error(error: ErrorDetails, path: KeyPath, given: str) -> tuple[str, str]:
+    kind, context = error["type"], error.get("ctx", {})
+    if kind in BOUND_TEXTS:
+        bound, words = BOUND_TEXTS[kind]
+        limit = str(context[bound]).removesuffix(".0")
+        return f"should be {words} {limit} {given}", _key_description(path)
+    if kind == "string_type" and not isinstance(error["input"], dict | list):
+        return f"should be text {given}", "put it in quotes"
+    if kind == "too_short":
+        return "needs at least one entry", _key_description(path)
+    expected = next(
+        (w for start, w in EXPECTED_VALUE_TEXTS if kind.startswith(start)), error["msg"]
+    )
+    return f"should be {expected} {given}", _key_description(path)
 
 
 def _owning_section(path: KeyPath) -> type[RecipeSection] | None:
-    """The section that a key is a field of."""
+    """Return the section that a key is a field of."""
     keys = [k for k in path[:-1] if isinstance(k, str)]
     return SECTION_CLASSES.get(keys[-1]) if keys else Recipe
 
 
 def _key_description(path: KeyPath) -> str:
-    """The description of a field, or of the field whose list or mapping the key is in."""
+    """Return the description of a field, or of the field whose list or mapping has the key."""
     owner = _owning_section(path)
     found = owner.model_fields.get(str(path[-1])) if owner else None
     return str(found.description) if found else _key_description(path[:-1])
 
 
 def _did_you_mean(path: KeyPath) -> str:
+    """Return a remedy for an unknown key: where it belongs, or the most similar key."""
     key, owner = str(path[-1]), _owning_section(path)
     homes = [
         f"under `{name}:`"
@@ -388,15 +444,18 @@ def _did_you_mean(path: KeyPath) -> str:
         if key in section.model_fields
     ]
     homes += ["at the top of the file"] if key in Recipe.model_fields else []
-    return (
-        f"it belongs {' or '.join(homes)}"
-        if homes
-        else suggest_choice(key, list(owner.model_fields) if owner else [])
-    )
+    for section_path, renamed in RENAMED_KEYS.items():
+        if key in renamed:
+            names = [str(k) for k in section_path if k != "*"]
+            where = f"under `{names[-1]}:`" if names else "at the top of the file"
+            homes.append(f"{where} as `{renamed[key]}`")
+    if homes:
+        return f"it belongs {' or '.join(homes)}"
+    return suggest_choice(key, list(owner.model_fields) if owner else [])
 
 
 def _abbreviate_value(value: Any) -> str:
-    """A value in a few characters, and never a secret."""
+    """Return a value in at most 60 characters, secrets hidden."""
     if isinstance(value, dict | list):
         return "a section" if isinstance(value, dict) else "a list"
     text = (

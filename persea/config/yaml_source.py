@@ -1,11 +1,15 @@
-"""A page of YAML as plain data, and where each key of it stands: file, line and column for every complaint."""
+"""Read YAML into plain data and keep the file, line and column of every key for error messages.
+
+The reader follows YAML 1.2 and refuses tags, repeated keys and alias bombs. Overrides
+(`--set key=value`), environment variables and relative paths are resolved here too.
+"""
 
 from __future__ import annotations
 
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,27 +20,26 @@ from yaml.constructor import SafeConstructor
 from persea.errors import RecipeError
 
 ALLOWED_ENV_VARS = ("PERSEA_DATA", "HF_HOME")
-DEFAULT_DATA_FOLDER = (
-    Path(__file__).resolve().parents[3] / "shared" / "data"
-)  # PERSEA_DATA where it is not set: beside the checkout
-SECRET_PREFIXES = ("sk-", "hf_")  # how API keys begin; one is never shown
+SECRET_PREFIXES = ("sk-", "hf_")  # prefixes of API keys, which no message shows
 URL_WITH_CREDENTIALS = re.compile(r"https?://(?:[^/\s]*@|\S*\?)")
-MAX_ALIASES, MAX_DEPTH, MAX_VALUES = (
-    100,
-    16,
-    10_000,
-)  # a recipe is a page; a few aliases of aliases can stand for billions of values
+# A recipe is about a page long. Without limits, a few aliases of aliases expand to billions of
+# values ("alias bomb").
+MAX_ALIASES, MAX_DEPTH, MAX_VALUES = 100, 16, 10_000
+MODEL_KEYWORDS = ("", "random", "text_only")  # values of `model:` that are not paths
 KeyPath: TypeAlias = tuple[str | int, ...]
 
 
 class Yaml12Loader(yaml.SafeLoader):
-    """Scalars as YAML 1.2 reads them: `no` is Norwegian, 3e-3 is a number; 010, 1:30 and dates are text until a field wants more."""
+    """Loader with the scalars of YAML 1.2: `no` is text, 3e-3 a number; 010, 1:30 and dates text.
 
-    yaml_implicit_resolvers = {}
+    A field of a section converts text to a date.
+    """
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 (pyyaml declares it on the instance)
 
 
 class Yaml12Dumper(yaml.SafeDumper):
-    """Quotes what YAML 1.1 or `Loader` would take for something else than text."""
+    """Dumper that quotes text which YAML 1.1 or `Yaml12Loader` would read as another type."""
 
 
 _FLOAT = re.compile(
@@ -57,19 +60,40 @@ Yaml12Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, None)
 
 @dataclass
 class YamlSource:
-    """A recipe being read. places: where each key stands, in order; problems: the first of each key."""
+    """The data of a YAML file with the location of each key and the problems found so far.
+
+    Attributes:
+        file: The file that was read.
+        locations: `file:line:column` of each key, or the override that set it, in file order.
+        data: Dicts, lists and scalars.
+        problems: First problem of each key.
+        num_values: Values read so far, aliases expanded.
+        notices: One line for each old key that was given its new name.
+    """
 
     file: Path
     locations: dict[KeyPath, str]
     data: Any = None
     problems: dict[KeyPath, RecipeError] = field(default_factory=dict)
     num_values: int = 0
+    notices: list[str] = field(default_factory=list)
 
     def nearest_key(self, path: KeyPath) -> KeyPath:
-        """The key, or the innermost section around it that stands somewhere."""
+        """Return the key, or the innermost section around it that has a location."""
         return next(path[:k] for k in range(len(path), -1, -1) if path[:k] in self.locations)
 
+    def rename_path(self, old: KeyPath, new: KeyPath) -> None:
+        """Move the locations and problems of a key, and of all keys inside it, to a new name."""
+        n = len(old)
+
+        def moved(path: KeyPath) -> KeyPath:
+            return (*new, *path[n:]) if path[:n] == old else path
+
+        self.locations = {moved(p): place for p, place in self.locations.items()}
+        self.problems = {moved(p): problem for p, problem in self.problems.items()}
+
     def add_problem(self, path: KeyPath, what: str, remedy: str) -> None:
+        """Note a problem of a key, unless the key has one already."""
         dotted = ".".join(k if isinstance(k, str) and k.isprintable() else repr(k) for k in path)
         where = self.locations[self.nearest_key(path)]
         self.problems.setdefault(
@@ -78,7 +102,17 @@ class YamlSource:
 
 
 def read_yaml(path: Path) -> YamlSource:
-    """Read a YAML file. Raises RecipeError where it is no page of keys and values; repeated keys are noted as problems."""
+    """Read a YAML file that consists of keys and values.
+
+    Args:
+        path: The file, in UTF-8.
+
+    Returns:
+        Its data and locations. Repeated keys are noted as problems.
+
+    Raises:
+        RecipeError: The file cannot be read, or is not a YAML mapping.
+    """
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -109,7 +143,10 @@ def read_yaml(path: Path) -> YamlSource:
 
 
 def _parse_yaml(text: str, origin: str) -> yaml.Node | None:
-    """The node tree of one YAML document. Its events are looked at first: they are flat, whatever the document nests."""
+    """Return the node tree of one YAML document.
+
+    The flat event stream is checked first, so that deep nesting is refused before it is built.
+    """
     depth = aliases = 0
     try:
         for event in yaml.parse(text, Yaml12Loader):
@@ -137,7 +174,10 @@ def _parse_yaml(text: str, origin: str) -> yaml.Node | None:
                 )
         return yaml.compose(text, Yaml12Loader)
     except yaml.MarkedYAMLError as error:
-        remedy = "indent with spaces; quote a value that begins with a sign or holds `: `, ` #`, `{` or `[`"
+        remedy = (
+            "indent with spaces; quote a value that begins with a sign or holds `: `, ` #`, `{` "
+            "or `[`"
+        )
         raise RecipeError(
             f"not YAML: {error.problem}",
             where=_format_location(origin, error.problem_mark),
@@ -156,7 +196,7 @@ def _parse_yaml(text: str, origin: str) -> yaml.Node | None:
 
 
 def _format_location(origin: str, mark: Any) -> str:
-    """The place of a mark in a file; an override is its own place."""
+    """Return `file:line:column` of a mark; for an override, the override itself."""
     return (
         origin
         if origin.startswith("--set ") or mark is None
@@ -165,11 +205,11 @@ def _format_location(origin: str, mark: Any) -> str:
 
 
 def _to_plain_data(node: yaml.Node, path: KeyPath, yaml_source: YamlSource, origin: str) -> Any:
-    """Node -> dict, list or scalar; on the way the keys' places are noted and keys written twice are refused."""
+    """Convert a node to a dict, list or scalar; note locations and repeated keys on the way."""
     yaml_source.num_values += 1
     if yaml_source.num_values > MAX_VALUES or len(path) > MAX_DEPTH:
         raise RecipeError(
-            "the aliases here multiply without end",
+            "the aliases here expand to too many values",
             where=_format_location(origin, node.start_mark),
             remedy="write the values out",
         )
@@ -203,8 +243,21 @@ def _to_plain_data(node: yaml.Node, path: KeyPath, yaml_source: YamlSource, orig
     return data
 
 
-def apply_override(yaml_source: YamlSource, assignment: str) -> None:
-    """Lay `training.steps=20` over the data; its place is the override itself, which never shows a secret."""
+def apply_override(
+    yaml_source: YamlSource,
+    assignment: str,
+    rename: Callable[[YamlSource, list[str], str], list[str]] | None = None,
+) -> None:
+    """Set one key of the data, for example `training.steps=20`.
+
+    Args:
+        yaml_source: The data, changed in place. The key's location becomes the override.
+        assignment: `dotted.key=value`, the value in YAML. Secrets are not shown in messages.
+        rename: Maps the parts of the key to their new names (`rename_override`).
+
+    Raises:
+        RecipeError: Not `key=value`, a section that is a plain value, or a missing list entry.
+    """
     dotted, equals, text = assignment.partition("=")
     hidden = any(s in text for s in SECRET_PREFIXES)
     origin = (
@@ -217,6 +270,7 @@ def apply_override(yaml_source: YamlSource, assignment: str) -> None:
         raise RecipeError(
             "not `key=value`", where=origin, remedy="for example --set training.steps=20"
         )
+    keys = rename(yaml_source, keys, origin) if rename else keys
     node, at = _parse_yaml(text, origin), yaml_source.data
     path: KeyPath = ()
     for depth, name in enumerate(keys, start=1):
@@ -246,7 +300,10 @@ def apply_override(yaml_source: YamlSource, assignment: str) -> None:
 
 
 def resolve_values(value: Any, path: KeyPath, yaml_source: YamlSource) -> Any:
-    """Variables filled in and paths absolute; values that no field may hold are refused."""
+    """Return a copy of the data with variables filled in and paths absolute.
+
+    Empty values and secrets are noted as problems.
+    """
     if isinstance(value, dict):
         return {k: resolve_values(v, (*path, k), yaml_source) for k, v in value.items()}
     if isinstance(value, list):
@@ -260,37 +317,32 @@ def resolve_values(value: Any, path: KeyPath, yaml_source: YamlSource) -> Any:
             path, "looks like a secret", "name an environment variable instead; a recipe is shared"
         )
     text = re.sub(r"\$\{([^}]*)\}?", lambda m: _env_value(m[1], path, yaml_source), value)
-    folder, is_text = (
-        yaml_source.file.absolute().parent,
-        path[:2] in (("check", "texts"), ("evaluation", "lm_eval")),
-    )
-    is_set = path[:2] == ("evaluation", "sets") and path[-1] in ("file", "answers")
-    is_place = (
-        is_text
-        or is_set
-        or (
-            path[0] in ("student", "teachers", "corpus")
-            and path[-1] in ("model", "tokenizer", "file")
-        )
-    )
-    # os.path.exists, because Path.exists raises where a name is too long
-    local = (
-        is_text
-        or text.startswith((".", "/", "~"))
-        or path[-1] == "file"
-        or is_set
-        or os.path.exists(folder / text)
-    )
-    if not is_place or (text in ("", "random", "words") and not is_text) or not local:
+    folder = yaml_source.file.absolute().parent
+    if not _is_path(text, path, folder):
         return text
-    return os.path.abspath(
-        folder / os.path.expanduser(text)
-    )  # Path.resolve would follow a link and so rename the teacher
+    # abspath, because Path.resolve follows links and so would rename a teacher
+    return os.path.abspath(folder / os.path.expanduser(text))
+
+
+def _is_path(text: str, path: KeyPath, folder: Path) -> bool:
+    """Return whether a value is a local path: always for files, by its form for models."""
+    if path[:2] in (("check", "texts"), ("evaluation", "lm_eval_results")):
+        return True
+    if path[:2] == ("evaluation", "benchmarks") and path[-1] in ("file", "answers"):
+        return text not in MODEL_KEYWORDS
+    if path[0] not in ("student", "teachers", "corpus") or text in MODEL_KEYWORDS:
+        return False
+    if path[-1] == "file":
+        return True
+    # os.path.exists, because Path.exists raises where a name is too long
+    return path[-1] in ("model", "tokenizer") and (
+        text.startswith((".", "/", "~")) or os.path.exists(folder / text)
+    )
 
 
 def _env_value(name: str, path: KeyPath, yaml_source: YamlSource) -> str:
     remedy = f"allowed: {', '.join(f'${{{v}}}' for v in ALLOWED_ENV_VARS)}"
-    value = os.environ.get(name) or (str(DEFAULT_DATA_FOLDER) if name == "PERSEA_DATA" else "")
+    value = os.environ.get(name, "")
     if name not in ALLOWED_ENV_VARS:
         yaml_source.add_problem(path, f"the variable {name!r} may not be read here", remedy)
     elif not value:
@@ -301,13 +353,16 @@ def _env_value(name: str, path: KeyPath, yaml_source: YamlSource) -> str:
 
 
 def suggest_choice(word: str, choices: Sequence[str]) -> str:
-    """What a person may have meant by a word that is none of the choices."""
+    """Return a remedy for a wrong word: the most similar choice, or all choices."""
     near = difflib.get_close_matches(word.lower(), choices, n=1)
     return f"did you mean {near[0]!r}?" if near else f"one of {', '.join(choices)}"
 
 
 def is_secret(value: Any) -> bool:
-    """Whether a value looks like an API key, or like an address that holds one: https://user:key@host, https://host?key=..."""
+    """Return whether a value looks like an API key or an address with one (https://user:key@host).
+
+    Addresses with a query (https://host?key=...) count as secrets too.
+    """
     return isinstance(value, str) and (
         value.strip(" '\"").startswith(SECRET_PREFIXES)
         or URL_WITH_CREDENTIALS.match(value.strip(" '\"")) is not None

@@ -1,7 +1,8 @@
-"""One speaker on one skill's questions: asked once, kept under the digest of all that an answer depends on, graded anew each time.
+"""Ask a model the items of a task, keep its answers on disk, and grade them anew each time.
 
-What was heard lies in PERSEA_HOME/answers, so that a killed audition or evaluation goes on where it was, and the next run does not ask
-its teachers again what they said before.
+Answers are kept in PERSEA_HOME/answers under the digest of everything they depend on, so that a
+killed audition or
+evaluation continues, and the next run does not generate the same answers again.
 """
 
 from __future__ import annotations
@@ -11,9 +12,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -23,29 +22,29 @@ from persea.errors import DataError, TeacherError
 from persea.tasks.task import ItemResult, Task, TaskItem, grade_answers
 from persea.teachers.teacher import Teacher
 
-ITEMS_PER_ANSWER_FILE = 256  # items asked and kept together: the most that a kill can cost
-ANSWER_CODE_MODULES = (
-    "evaluation/answering",
-    "chat/messages",
-    "chat/renderer",
-    "chat/template",
-    "tokenization/vocabulary",
-    "models/loading",
-    "teachers/teacher",
-    "chat/families",
-    "teachers/engines",
-)  # modules whose code makes an answer
+# Raise it by hand when persea gives other answers for the same weights and prompt: a change of the
+# rendering, the parsing, the generation or the scoring. All kept answers are then generated again.
+# tests/evaluation/test_answers_version.py fails where answers changed and the number did not.
+ANSWERS_VERSION = 1
+# Items generated and kept together: the most that a kill can cost. Part of the key.
+ITEMS_PER_ANSWER_FILE = 256
+
+# An item's answer, how it ended, and log-probabilities per byte of its choices.
+_ItemAnswer: TypeAlias = tuple[Message, FinishReason, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """Whoever is measured.
+    """A model to be measured.
 
-    identity  digest of weights, voice and drawing: what an answer depends on beside the question and the effort
-    efforts   the efforts it is measured at, its own first
-    open      loads its weights; called where something has to be asked, and only there
-    settings  what else may move a last digit: batch, threads
-    mute      it has words alone, and no log-probabilities
+    Attributes:
+        name: Name in reports.
+        identity: Digest of weights, tokenizer, template and sampling: everything that an answer
+            depends on besides the prompt and the effort.
+        efforts: Thinking efforts it is measured at, its own first.
+        load: Loads its weights; called only if something must be computed.
+        settings: What else may change a last digit: batch size, threads.
+        is_text_only: Whether it returns no log-probabilities.
     """
 
     name: str
@@ -57,16 +56,23 @@ class EvaluatedModel:
 
 
 def single_model_loader(load: Callable[[str], Teacher]) -> Callable[[str], Teacher]:
-    """Loads a speaker's weights when first asked for them, and drops those of the one before."""
-    held: dict[str, Teacher] = {}
+    """Wrap a loader so that only the model loaded last stays in memory.
 
-    def hold(name: str) -> Teacher:
-        if name not in held:
-            held.clear()
-            held[name] = load(name)
-        return held[name]
+    Args:
+        load: Loads the model of a name.
 
-    return hold
+    Returns:
+        A function that drops the previous model before it loads another.
+    """
+    loaded: dict[str, Teacher] = {}
+
+    def load_single(name: str) -> Teacher:
+        if name not in loaded:
+            loaded.clear()
+            loaded[name] = load(name)
+        return loaded[name]
+
+    return load_single
 
 
 def answer_items(
@@ -76,143 +82,199 @@ def answer_items(
     items: Sequence[TaskItem],
     max_new_tokens: int,
 ) -> tuple[tuple[ItemResult, ...], int]:
-    """Graded answers in order, and how many of them had been kept.
+    """Answer and grade the items of a task.
 
-    An item with choices is not answered in words: the choice that is likeliest per byte is the answer (see `surprises`).
-    Raises DataError where two items have one id, a choice is empty, or nothing is asked; TeacherError where a mute speaker would have to choose.
+    An item with choices is answered without generation, by the choice with the highest
+    log-probability per byte.
+
+    Args:
+        model: The model.
+        effort: Thinking effort.
+        task: Grades the answers.
+        items: Questions.
+        max_new_tokens: Longest answer, in the model's tokens.
+
+    Returns:
+        Graded answers in order, and how many of them were read from disk.
+
+    Raises:
+        DataError: Two items share an id, a choice is empty, or there are no items.
+        TeacherError: A text-only model would have to score choices, or its server failed.
     """
-    if not items or len({i.prompt.id for i in items}) < len(items):
-        raise DataError(
-            "two questions have one id" if items else "no question is left to ask",
-            where=task.name,
-            remedy="give each line of the set an id of its own"
-            if items
-            else "ask for more items, or leave the skill out",
-        )
-    freely, chosen = [i for i in items if not i.choices], [i for i in items if i.choices]
-    if empty := next((i for i in chosen if not all(i.choices)), None):
-        raise DataError(
-            "one of its choices is empty",
-            where=f"{task.name}, {empty.prompt.id}",
-            remedy="mend that line of the set",
-        )
+    _refuse_bad_items(task.name, items)
+    with_choices = [i for i in items if i.choices]
     if model.is_text_only:
-        refuse_choice_items(model.name, task.name, chosen)
-    said: dict[str, tuple[Message, FinishReason, tuple[float, ...]]] = {}
-    reused = 0
-    for some in _item_batches(freely):
+        refuse_choice_items(model.name, task.name, with_choices)
+    without_choices = [i for i in items if not i.choices]
+    generated, num_generated = _generate_answers(model, effort, without_choices, max_new_tokens)
+    chosen, num_chosen = _choose_answers(model, with_choices)
+    answers = generated | chosen
+    results = grade_answers(task, items, [answers[i.prompt.id][:2] for i in items])
+    with_logprobs = tuple(
+        replace(r, choice_logprobs_per_byte=answers[r.item.prompt.id][2]) for r in results
+    )
+    return with_logprobs, num_generated + num_chosen
 
-        def ask(some: Sequence[TaskItem] = some) -> list[Any]:
-            answers = model.load().answer(
-                [replace(i.prompt, effort=effort) for i in some], max_new_tokens
+
+def _refuse_bad_items(task_name: str, items: Sequence[TaskItem]) -> None:
+    if not items:
+        raise DataError(
+            "there is no item to answer",
+            where=task_name,
+            remedy="ask for more items, or leave the skill out",
+        )
+    if len({i.prompt.id for i in items}) < len(items):
+        raise DataError(
+            "two items have the same id",
+            where=task_name,
+            remedy="give each line of the set an id of its own",
+        )
+    for item in items:
+        if item.choices and not all(item.choices):
+            raise DataError(
+                "one of its choices is empty",
+                where=f"{task_name}, {item.prompt.id}",
+                remedy="correct that line of the set",
             )
-            for a in answers:
-                if a.failure_reason:  # a server's failure is no answer, and is not kept as one
+
+
+def _generate_answers(
+    model: EvaluatedModel,
+    effort: ThinkingEffort,
+    items: Sequence[TaskItem],
+    max_new_tokens: int,
+) -> tuple[dict[str, _ItemAnswer], int]:
+    """Generate answers; return them by prompt id, and how many were read from disk."""
+    answers: dict[str, _ItemAnswer] = {}
+    num_reused = 0
+    for batch in _item_batches(items):
+
+        def generate(batch: Sequence[TaskItem] = batch) -> list[Any]:
+            prompts = [replace(i.prompt, effort=effort) for i in batch]
+            generated = model.load().answer(prompts, max_new_tokens)
+            for answer in generated:
+                if answer.failure_reason:  # a server's failure must not be kept as an answer
                     raise TeacherError(
-                        a.failure_reason,
-                        where=f"{model.name}, {a.prompt_id}",
-                        remedy="look at the server, then run again: what was heard is kept",
+                        answer.failure_reason,
+                        where=f"{model.name}, {answer.prompt_id}",
+                        remedy="look at the server, then run again: answers so far are kept",
                     )
             return [
                 [Conversation((a.conversation.messages[-1],)).to_json(), a.finish.value]
-                for a in answers
+                for a in generated
             ]
 
-        lines, old = _load_or_compute(
-            [
-                "answers",
-                model.identity,
-                effort,
-                max_new_tokens,
-                dict(model.settings),
-                [_item_key(i) for i in some],
-            ],
-            ask,
-        )
-        reused += len(some) * old
-        said |= {
-            i.prompt.id: (Conversation.from_json(words).messages[0], FinishReason(finish), ())
-            for i, (words, finish) in zip(some, lines, strict=True)
-        }
-    for some in _item_batches(chosen):
+        key = [
+            "answers",
+            model.identity,
+            effort,
+            max_new_tokens,
+            dict(model.settings),
+            [_item_key(i) for i in batch],
+        ]
+        records, was_kept = _load_or_compute(key, generate)
+        num_reused += len(batch) * was_kept
+        for item, (message, finish) in zip(batch, records, strict=True):
+            conversation = Conversation.from_json(message)
+            answers[item.prompt.id] = (conversation.messages[0], FinishReason(finish), ())
+    return answers, num_reused
 
-        def weigh(some: Sequence[TaskItem] = some) -> list[Any]:
-            weighed = compute_nll(
-                model.load(),
-                [i.prompt.conversation.with_answer(Text(c)) for i in some for c in i.choices],
-            )
-            return list(weighed)
 
-        nats, old = _load_or_compute(
-            [
-                "choices",
-                model.identity,
-                dict(model.settings),
-                [[_item_key(i), i.choices] for i in some],
-            ],
-            weigh,
-        )
-        reused += len(some) * old
-        left = iter(nats)
-        for i in some:
-            likely = tuple(-next(left) / len(c.encode()) for c in i.choices)
-            said[i.prompt.id] = (
-                Message.from_assistant(i.choices[likely.index(max(likely))]),
-                FinishReason.STOP,
-                likely,
-            )
-    results = grade_answers(task, items, [said[i.prompt.id][:2] for i in items])
-    return tuple(
-        replace(r, choice_logprobs_per_byte=said[r.item.prompt.id][2]) for r in results
-    ), reused
+def _choose_answers(
+    model: EvaluatedModel, items: Sequence[TaskItem]
+) -> tuple[dict[str, _ItemAnswer], int]:
+    """Choose the most likely choice per byte; return what `_generate_answers` returns."""
+    answers: dict[str, _ItemAnswer] = {}
+    num_reused = 0
+    for batch in _item_batches(items):
+
+        def score(batch: Sequence[TaskItem] = batch) -> list[Any]:
+            conversations = [
+                i.prompt.conversation.with_answer(Text(c)) for i in batch for c in i.choices
+            ]
+            return list(compute_nll(model.load(), conversations))
+
+        key = [
+            "choices",
+            model.identity,
+            dict(model.settings),
+            [[_item_key(i), i.choices] for i in batch],
+        ]
+        nll, was_kept = _load_or_compute(key, score)
+        num_reused += len(batch) * was_kept
+        remaining = iter(nll)
+        for item in batch:
+            logprobs = tuple(-next(remaining) / len(c.encode()) for c in item.choices)
+            choice = item.choices[logprobs.index(max(logprobs))]
+            answers[item.prompt.id] = (Message.from_assistant(choice), FinishReason.STOP, logprobs)
+    return answers, num_reused
 
 
 def refuse_choice_items(model_name: str, skill: str, items: Sequence[TaskItem]) -> None:
-    """Raises TeacherError where a speaker of words alone would have to choose by likelihood."""
+    """Check that a text-only model has no items with choices, which need log-probabilities.
+
+    Raises:
+        TeacherError: An item has choices.
+    """
     if any(i.choices for i in items):
         raise TeacherError(
-            f"tells words alone, and {skill} asks which of several answers it finds likeliest",
+            f"its engine returns no log-probabilities, and {skill} compares the likelihoods "
+            "of several answers",
             where=model_name,
-            remedy="leave that set out, or reach the model by a route that tells log-probabilities (docs/engines.md)",
+            remedy="leave that set out, or use an engine with log-probabilities (docs/engines.md)",
         )
 
 
 def reference_bits(model: EvaluatedModel, items: Sequence[TaskItem]) -> tuple[float, int]:
-    """(bits, bytes) a speaker spends on the reference answers in its own voice: content tokens and the stop token.
+    """Compute how many bits a model needs for the reference answers.
 
-    Per byte and not per token, so that tokenizers compare. Markers of a template between content are left out, and so are items
-    that its template cannot say: (0, 0) where it can say none, and of a speaker that tells no log-probabilities.
+    Counts content tokens and the stop token; template markers between contents are left out. Bits
+    are reported per byte, not per token, so that models with different tokenizers compare.
+
+    Args:
+        model: The model, at effort NONE.
+        items: Items; those without a reference answer, and those that the model's template cannot
+            render, are left out.
+
+    Returns:
+        (bits, bytes of the references); (0, 0) for a text-only model.
     """
-    spent, size = 0.0, 0
+    bits, num_bytes = 0.0, 0
     if model.is_text_only:
-        return spent, size
-    for some in _item_batches([i for i in items if i.reference or i.calls]):
-        said = [i.reference_conversation for i in some]
-        nats, _ = _load_or_compute(
-            ["bits", model.identity, dict(model.settings), [c.to_json() for c in said]],
-            lambda said=said: _nll_or_none(model.load(), said),
-        )  # type: ignore[misc]
-        spent += sum(n for n in nats if n is not None) / math.log(2)
-        size += sum(
+        return bits, num_bytes
+    for batch in _item_batches([i for i in items if i.reference or i.calls]):
+        conversations = [i.reference_conversation for i in batch]
+
+        def score(conversations: Sequence[Conversation] = conversations) -> list[Any]:
+            return list(_nll_or_none(model.load(), conversations))
+
+        key = ["bits", model.identity, dict(model.settings), [c.to_json() for c in conversations]]
+        nll, _ = _load_or_compute(key, score)
+        bits += sum(n for n in nll if n is not None) / math.log(2)
+        num_bytes += sum(
             len(p.text.encode())
-            for c, n in zip(said, nats, strict=True)
+            for c, n in zip(conversations, nll, strict=True)
             if n is not None
             for p in c.messages[-1].parts
         )
-    return spent, size
+    return bits, num_bytes
 
 
 def _nll_or_none(teacher: Teacher, conversations: Sequence[Conversation]) -> list[float | None]:
-    """`surprises`, None where its template cannot say the conversation."""
-    able = [teacher.can_render(c) for c in conversations]
-    nats = compute_nll(teacher, [c for c, can in zip(conversations, able, strict=True) if can])
-    return [next(nats) if can else None for can in able]
+    """`compute_nll`, with None for a conversation that the template cannot render."""
+    renderable = [teacher.can_render(c) for c in conversations]
+    nll = compute_nll(teacher, [c for c, ok in zip(conversations, renderable, strict=True) if ok])
+    return [next(nll) if ok else None for ok in renderable]
 
 
 def compute_nll(teacher: Teacher, conversations: Sequence[Conversation]) -> Iterator[float]:
-    """Nats each conversation's last message costs in this voice: its content tokens and the stop token."""
-    for tokens, picked_N in teacher.compute_target_logprobs(conversations):
-        yield -float(picked_N[tokens.starts_T[tokens.loss_mask_T] >= 0].astype(np.float64).sum())
+    """Yield the negative log-likelihood of each conversation's last message, in nats.
+
+    Counts content tokens and the stop token.
+    """
+    for tokens, logprob_N in teacher.compute_target_logprobs(conversations):
+        has_text_N = tokens.starts_T[tokens.loss_mask_T] >= 0
+        yield -float(logprob_N[has_text_N].astype(np.float64).sum())
 
 
 def _item_key(item: TaskItem) -> list[Any]:
@@ -220,16 +282,17 @@ def _item_key(item: TaskItem) -> list[Any]:
 
 
 def _item_batches(items: Sequence[TaskItem]) -> Iterator[Sequence[TaskItem]]:
-    return (
-        items[begin : begin + ITEMS_PER_ANSWER_FILE]
-        for begin in range(0, len(items), ITEMS_PER_ANSWER_FILE)
-    )
+    for begin in range(0, len(items), ITEMS_PER_ANSWER_FILE):
+        yield items[begin : begin + ITEMS_PER_ANSWER_FILE]
 
 
 def _load_or_compute(key: object, compute: Callable[[], list[Any]]) -> tuple[list[Any], bool]:
-    """What is kept under a key, or is made and kept now; and whether it was there. What is not as it was written is made again."""
+    """Return the values kept under a key, or compute and keep them; and whether they were kept.
+
+    A damaged file is computed again.
+    """
     name = hashlib.sha256(
-        json.dumps([_answer_code_digest(), key], sort_keys=True, default=str).encode()
+        json.dumps([ANSWERS_VERSION, key], sort_keys=True, default=str).encode()
     ).hexdigest()
     path = store.persea_home() / "answers" / name[:2] / f"{name}.json"
     if path.is_file():
@@ -238,21 +301,7 @@ def _load_or_compute(key: object, compute: Callable[[], list[Any]]) -> tuple[lis
             if record["key"] == name:
                 return list(record["said"]), True
         except DataError:
-            pass  # it is only a copy of what `make` says again
-    said = compute()
-    store.write_json_with_checksum(path, {"key": name, "said": said})
-    return said, False
-
-
-@cache
-def _answer_code_digest() -> str:
-    """Digest of the code that makes an answer: what an earlier persea heard may be what a mended one would not."""
-    here, digest = Path(__file__).parent.parent, hashlib.sha256()
-    for module in ANSWER_CODE_MODULES:
-        for path in (
-            [here / f"{module}.py"]
-            if (here / f"{module}.py").is_file()
-            else sorted((here / module).glob("*.py"))
-        ):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
+            pass
+    values = compute()
+    store.write_json_with_checksum(path, {"key": name, "said": values})
+    return values, False

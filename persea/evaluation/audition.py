@@ -1,4 +1,8 @@
-"""Cast: every teacher measured on every skill with as few questions as it takes; who teaches what, with what share, and why."""
+"""Audition: measure every teacher on every skill, and decide which teachers teach what.
+
+The result is the cast: for each skill, or language of a skill, the strongest teachers and their
+shares of the prompts.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +14,20 @@ from persea.chat.messages import ThinkingEffort
 from persea.data.prompts import GOLDEN_RATIO_STEP, pick_by_share
 from persea.errors import RefusedError
 from persea.evaluation.racing import EffortComparison, StopReason, TaskRace, find_eliminated, mean
-from persea.tasks.intervals import CONFIDENCE_LEVEL
 from persea.tasks.task import Score, score_results
+
+MIN_TEACHING_SCORE = 1e-9  # a teacher with a score of 0 teaches nothing, whatever the floor
 
 
 @dataclass(frozen=True)
 class PartDecision:
-    """How a part was decided: after how many questions, why then, and each teacher that was beaten with its winner."""
+    """How the teachers of a part were chosen.
+
+    Attributes:
+        num_items_asked: Items that the best measured teacher answered.
+        stop_reason: Why the race ended.
+        eliminated: Teacher -> the teacher that beat it.
+    """
 
     num_items_asked: int
     stop_reason: StopReason
@@ -25,13 +36,16 @@ class PartDecision:
 
 @dataclass(frozen=True)
 class Cast:
-    """Who teaches what.
+    """Which teachers teach what.
 
-    parts     skill, or skill/language where the ranking of a language differs -> ((teacher, share), ...); shares sum to 1
-    scores    the measurement behind it
-    pinned    skills a person cast in the recipe, not the measurement
-    contests  part -> how it was decided; none of a skill that was not measured
-    dials     teachers at other efforts; they decide nothing, since prompts are asked at a teacher's own
+    Attributes:
+        parts: Part -> ((teacher, share), ...); shares sum to 1. A part is a skill, or
+            skill/language where one language is ranked differently.
+        scores: Scores of all teachers.
+        pinned: Skills whose teacher the recipe chooses.
+        decisions: Part -> how it was decided; only measured skills.
+        effort_comparisons: Teachers at other efforts, for information: prompts are asked at a
+            teacher's own effort.
     """
 
     parts: Mapping[str, tuple[tuple[str, float], ...]]
@@ -41,53 +55,58 @@ class Cast:
     effort_comparisons: tuple[EffortComparison, ...] = ()
 
     def part_of(self, skill: str, language: str) -> str:
-        """The part a prompt belongs to."""
+        """Return the part that a prompt belongs to."""
         part = f"{skill}/{language}"
         return part if part in self.parts else skill
 
     def teacher_of(self, part: str, number: int) -> str:
-        """Who is asked the number-th prompt of a part: shares hold in every stretch of prompts, without chance."""
+        """Return the teacher of a part's prompt number; shares hold in any run of prompts."""
         return pick_by_share(self.parts[part], number, GOLDEN_RATIO_STEP)
 
     def to_json(self) -> dict[str, Any]:
+        """Return plain JSON; keys are the field names."""
         return {
             "parts": {k: [list(p) for p in v] for k, v in self.parts.items()},
             "pinned": list(self.pinned),
-            "decisions": {part: asdict(c) for part, c in self.decisions.items()},
+            "decisions": {part: asdict(d) for part, d in self.decisions.items()},
             "scores": [s.to_json() for s in self.scores],
-            "effort_comparisons": [asdict(d) for d in self.effort_comparisons],
+            "effort_comparisons": [asdict(c) for c in self.effort_comparisons],
         }
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Cast:
-        def scored(s: Mapping[str, Any]) -> Score:
+        """Read what `to_json` wrote; a cast from before decisions were recorded has none."""
+
+        def read_score(s: Mapping[str, Any]) -> Score:
             return Score(**{**s, "effort": ThinkingEffort(s["effort"])})
 
         return Cast(
             {k: tuple((str(t), float(s)) for t, s in v) for k, v in value["parts"].items()},
-            tuple(map(scored, value["scores"])),
+            tuple(map(read_score, value["scores"])),
             tuple(value["pinned"]),
             {
                 k: PartDecision(c["num_items_asked"], StopReason(c["stop_reason"]), c["eliminated"])
-                for k, c in value["decisions"].items()
+                for k, c in value.get("decisions", {}).items()
             },
             tuple(
-                EffortComparison(scored(d["score"]), ThinkingEffort(d["own"]), d["low"], d["high"])
-                for d in value["effort_comparisons"]
+                EffortComparison(
+                    read_score(c["score"]), ThinkingEffort(c["own_effort"]), c["low"], c["high"]
+                )
+                for c in value.get("effort_comparisons", ())
             ),
         )
 
 
-# --- who teaches ---
+# --- choosing teachers ---
 
 
 def race_scores(race: TaskRace, efforts: Mapping[str, ThinkingEffort]) -> Iterator[Score]:
-    """Each teacher's score over all and, where there are several, per language."""
+    """Yield each teacher's score over all items and, with several languages, per language."""
     for name, results in race.results.items():
         for language in ("", *(race.languages if len(race.languages) > 1 else ())):
-            told = score_results(name, race.skill, results, efforts[name], language)
-            if told.n:
-                yield told
+            score = score_results(name, race.skill, results, efforts[name], language)
+            if score.n:
+                yield score
 
 
 def build_cast(
@@ -98,65 +117,71 @@ def build_cast(
     effort_comparisons: Sequence[EffortComparison] = (),
     taught_skills: Sequence[str] | None = None,
 ) -> Cast:
-    """The strongest teacher of each skill, those that cannot be told from it sharing alike; or the one a person pinned.
+    """Choose the teachers of each skill: the strongest, in equal shares with all that tie with it.
 
-    taught  the skills that prompts teach; others are measured and have no part. None = all
-    A language becomes a part of its own where one of the skill's teachers is beaten in it with confidence (alpha shared among the
-    languages). A teacher whose score is 0, or below the floor, teaches nothing.
-    Raises Refused for a skill nobody is good enough at: copying the best of nothing teaches nothing.
+    A language becomes a part of its own if one of the skill's teachers is beaten in it with
+    confidence (alpha divided among the languages).
+
+    Args:
+        races: Finished races.
+        efforts: Teacher -> effort it was measured at.
+        pinned: Skill -> teacher that the recipe chooses.
+        min_score: Lowest score of a teacher that teaches.
+        effort_comparisons: See Cast.
+        taught_skills: Skills with prompts; others are measured only. None = all.
+
+    Raises:
+        RefusedError: No teacher of a skill reaches `min_score`.
     """
     parts: dict[str, tuple[tuple[str, float], ...]] = {}
-    contests: dict[str, PartDecision] = {}
-    for course in races:
-        name, ended = course.skill, course.stop_reason or StopReason.BUDGET
-        if taught_skills is not None and name not in taught_skills:
+    decisions: dict[str, PartDecision] = {}
+    for race in races:
+        skill = race.skill
+        if taught_skills is not None and skill not in taught_skills:
             continue
-        contests[name] = PartDecision(
-            max(map(len, course.scores.values())), ended, dict(course.eliminated)
-        )
-        if name in pinned:
-            parts[name] = ((pinned[name], 1.0),)
+        stop_reason = race.stop_reason or StopReason.BUDGET
+        num_asked = max(map(len, race.scores.values()))
+        decisions[skill] = PartDecision(num_asked, stop_reason, dict(race.eliminated))
+        if skill in pinned:
+            parts[skill] = ((pinned[skill], 1.0),)
             continue
-        chosen = _eligible_teachers(course.scores, course.eliminated, min_score)
+        chosen = _eligible_teachers(race.scores, race.eliminated, min_score)
         if not chosen:
-            raise _no_eligible_teacher_error(course, min_score)
-        parts[name] = _equal_shares(chosen)
-        for language in course.languages if len(course.languages) > 1 else ():
-            values = {t: v for t, v in course.scores_in_language(language).items() if v}
-            out = find_eliminated(
-                values,
-                (1 - CONFIDENCE_LEVEL) / len(course.languages),
-                is_last_look=True,
-                eliminated={},
-            )
-            best = _eligible_teachers(values, out, min_score)
-            if best and set(chosen) & set(out):
-                parts[f"{name}/{language}"] = _equal_shares(
-                    [t for t in chosen if t in best] or best
-                )
-                contests[f"{name}/{language}"] = PartDecision(
-                    max(map(len, values.values())), ended, out
-                )
+            raise _no_eligible_teacher_error(race, min_score)
+        parts[skill] = _equal_shares(chosen)
+        for language in race.languages if len(race.languages) > 1 else ():
+            scores = {t: v for t, v in race.scores_in_language(language).items() if v}
+            alpha = (1 - race.settings.confidence) / len(race.languages)
+            eliminated = find_eliminated(scores, alpha, is_last_look=True, eliminated={})
+            best = _eligible_teachers(scores, eliminated, min_score)
+            if best and set(chosen) & set(eliminated):
+                part = f"{skill}/{language}"
+                parts[part] = _equal_shares([t for t in chosen if t in best] or best)
+                num_asked = max(map(len, scores.values()))
+                decisions[part] = PartDecision(num_asked, stop_reason, eliminated)
     return Cast(
         parts,
-        tuple(s for c in races for s in race_scores(c, efforts)),
-        tuple(c.skill for c in races if c.skill in pinned),
-        contests,
+        tuple(s for race in races for s in race_scores(race, efforts)),
+        tuple(race.skill for race in races if race.skill in pinned),
+        decisions,
         tuple(effort_comparisons),
     )
 
 
 def _no_eligible_teacher_error(race: TaskRace, min_score: float) -> RefusedError:
     best = max(race.scores, key=lambda t: mean(race.scores[t]))
-    told = (
-        f"the best teacher of {race.skill}, {best}, has {mean(race.scores[best]):.2f}, below the floor of {min_score:g}"
-        if mean(race.scores[best])
-        else f"no teacher has a right answer on {race.skill}"
+    score = mean(race.scores[best])
+    reason = (
+        f"the best teacher of {race.skill}, {best}, scores {score:.2f}, "
+        f"below the floor of {min_score:g}"
+        if score
+        else f"no teacher has a correct answer on {race.skill}"
     )
     return RefusedError(
-        f"{told} (n = {len(race.scores[best])})",
+        f"{reason} (n = {len(race.scores[best])})",
         where="audition",
-        remedy=f"add a teacher who can, leave {race.skill} out of the corpus, or pin one with audition.pinned.{race.skill}",
+        remedy=f"add a better teacher, leave {race.skill} out of the corpus, "
+        f"or pin a teacher with audition.pinned.{race.skill}",
     )
 
 
@@ -168,7 +193,7 @@ def _eligible_teachers(
     return [
         t
         for t, v in scores_by_teacher.items()
-        if t not in eliminated and mean(v) >= max(min_score, 1e-9)
+        if t not in eliminated and mean(v) >= max(min_score, MIN_TEACHING_SCORE)
     ]
 
 
@@ -176,74 +201,77 @@ def _equal_shares(teachers: Sequence[str]) -> tuple[tuple[str, float], ...]:
     return tuple((t, 1 / len(teachers)) for t in teachers)
 
 
-# --- what a person sees ---
+# --- tables ---
 
 
 def cast_table(cast: Cast) -> list[tuple[str, ...]]:
-    """Rows for a person: part, teacher, score with interval and n, share of the part's prompts, and why."""
+    """Return table rows: part, teacher, score with interval, n, share of the prompts, reason."""
     rows: list[tuple[str, ...]] = []
     for part, shares in cast.parts.items():
         skill, _, language = part.partition("/")
-        contest = cast.decisions.get(part)
-        for s in sorted(
-            (s for s in cast.scores if (s.skill, s.language) == (skill, language)),
-            key=lambda s: -s.value,
-        ):
-            share = dict(shares).get(s.model_name, 0)
-            by = contest.eliminated.get(s.model_name) if contest else None
-            over_all = cast.decisions[skill].eliminated.get(s.model_name) if language else None
-            if skill in cast.pinned:
-                why = "pinned" if share else "another is pinned"
-            else:
-                below = (
-                    f"below {by}"
-                    if by
-                    else f"below {over_all} in all"
-                    if over_all
-                    else "below the floor"
-                    if contest
-                    else "not chosen"
-                )
-                why = ("tied" if share < 1 else "strongest") if share else below
+        scores = [s for s in cast.scores if (s.skill, s.language) == (skill, language)]
+        for score in sorted(scores, key=lambda s: -s.value):
+            share = dict(shares).get(score.model_name, 0)
             rows.append(
                 (
                     part,
-                    s.model_name,
-                    f"{s.value:.2f} ({s.low:.2f}-{s.high:.2f})",
-                    str(s.n),
+                    score.model_name,
+                    _format_score(score),
+                    str(score.n),
                     f"{share:.0%}" if share else "-",
-                    why,
+                    _cast_reason(cast, part, score.model_name, share),
                 )
             )
-    for d in cast.effort_comparisons:
-        word = "better" if d.low > 0 else "worse" if d.high < 0 else "not told apart from it"
+    for c in cast.effort_comparisons:
+        if c.low > 0 or c.high < 0:
+            verdict = f"{'better' if c.low > 0 else 'worse'} than at {c.own_effort}"
+        else:
+            verdict = f"no significant difference to {c.own_effort} (n = {c.score.n})"
         rows.append(
             (
-                d.score.skill,
-                f"{d.score.model_name} at {d.score.effort}",
-                f"{d.score.value:.2f} ({d.score.low:.2f}-{d.score.high:.2f})",
-                str(d.score.n),
+                c.score.skill,
+                f"{c.score.model_name} at {c.score.effort}",
+                _format_score(c.score),
+                str(c.score.n),
                 "-",
-                f"{word} than at {d.own_effort}"
-                if d.low > 0 or d.high < 0
-                else f"as at {d.own_effort}, as far as {d.score.n} tell",
+                verdict,
             )
         )
     return rows
 
 
-CAST_TABLE_COLUMNS = ("part", "teacher", "score", "n", "share", "why")
+def _format_score(score: Score) -> str:
+    return f"{score.value:.2f} ({score.low:.2f}-{score.high:.2f})"
+
+
+def _cast_reason(cast: Cast, part: str, teacher: str, share: float) -> str:
+    """Return why a teacher teaches a part, or does not."""
+    skill, _, language = part.partition("/")
+    if skill in cast.pinned:
+        return "pinned" if share else "another is pinned"
+    if share:
+        return "tied" if share < 1 else "strongest"
+    decision = cast.decisions.get(part)
+    if decision and teacher in decision.eliminated:
+        return f"worse than {decision.eliminated[teacher]}"
+    if language and teacher in cast.decisions[skill].eliminated:
+        return f"worse than {cast.decisions[skill].eliminated[teacher]} over all languages"
+    return "below the floor" if decision else "not chosen"
+
+
+CAST_TABLE_COLUMNS = ("part", "teacher", "score", "n", "share", "reason")
 
 
 def cast_markdown(cast: Cast) -> str:
-    """The table as Markdown, and how many questions it took."""
+    """Return the table as Markdown, with the number of items each skill took."""
     lines = [
         " | ".join(("", *row, "")).strip()
         for row in (CAST_TABLE_COLUMNS, ("---",) * len(CAST_TABLE_COLUMNS), *cast_table(cast))
     ]
-    took = [
-        f"- {part}: {c.num_items_asked} questions, {'settled' if c.stop_reason is StopReason.SETTLED else 'all there were for it'}"
-        for part, c in cast.decisions.items()
+    counts = [
+        f"- {part}: {d.num_items_asked} items, "
+        f"{'settled' if d.stop_reason is StopReason.SETTLED else 'all items used'}"
+        for part, d in cast.decisions.items()
         if "/" not in part
     ]
-    return "\n".join(["# audition", "", *lines, "", *took, ""])
+    return "\n".join(["# audition", "", *lines, "", *counts, ""])

@@ -1,14 +1,15 @@
-"""Is this pairing sound? Measured on the bytes of real conversations before anything is asked or trained."""
+"""Compatibility check: is a teacher usable for this student?
+
+Measured on real conversations before a teacher is asked or a student trained: how many student
+tokens begin at a common
+boundary, how often the two tokenizers disagree on the event there, and whether the teacher's chat
+template suits it.
+"""
 
 from __future__ import annotations
 
-import codecs
-import json
-import sys
-import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from math import log, sqrt
 from pathlib import Path
 from typing import Any
@@ -17,26 +18,31 @@ import numpy as np
 import numpy.typing as npt
 
 from persea.alignment.event_map import EventMap, event_map_digest
-from persea.alignment.spans import CommonBoundaries, SupervisionKind, align
-from persea.chat.messages import Conversation, RenderedTokens, Text
+from persea.alignment.spans import CommonBoundaries, SupervisionKind, align_batch
+from persea.chat.messages import Conversation, Text
 from persea.chat.renderer import ChatRenderer
+from persea.data.text_files import read_text_lines
 from persea.errors import DataError, RefusedError
 from persea.tasks.intervals import Z95, wilson_interval
 from persea.teachers.teacher import Teacher
+from persea.tokenization.tokens import RenderedTokens
 from persea.tokenization.vocabulary import Vocabulary
 
-# Bits per byte by which a chat template may be worse than no template. Measured on the qwen sapling (tests/evaluation/test_compatibility.py): the
-# newlines of its template lost cost it .01, its empty thought lost, as under Qwen 2.5's template, .74. A slip of wording passes, a notation it was
-# not trained with does not.
+# Bits per byte by which a chat template may be worse than no template. Measured on the qwen sapling
+# (tests/evaluation/test_compatibility.py): losing the newlines of its template costs .01, losing
+# the
+# empty thinking block, as under Qwen 2.5's template, .74. A small change of wording passes, a
+# format
+# that the model was not trained with does not.
 MAX_TEMPLATE_EXCESS_BITS_PER_BYTE = 0.25
+# Retained mass counts impossible tokens from this probability on: with a real vocabulary there are
+# about ten such tokens at a boundary, out of 262,144.
+MIN_COUNTED_PROBABILITY = 1e-3
+RETAINED_MASS_QUANTILE = 0.05  # of the boundaries; reported as `retained_mass_p5`
+TEXT_FILES_SKILL = "texts"  # the skill of samples from `check.texts`
 
-MIN_COUNTED_PROBABILITY = (
-    1e-3  # tokens below it are taken to stand where a teacher's kept mass is counted
-)
-
-TEXT_FILES_SKILL = "texts"  # what stands for a skill where a recipe's own texts are measured
-
-# The teacher's probability mass that boundary masks leave, at each common boundary of a batch: in [0, 1].
+# (student tokens, teacher tokens, common boundaries) -> the teacher's probability mass that the
+# boundary masks retain, float64 [C] in [0, 1].
 RetainedMassFunction = Callable[
     [Sequence[RenderedTokens], Sequence[RenderedTokens], CommonBoundaries], npt.NDArray[np.float64]
 ]
@@ -44,9 +50,13 @@ RetainedMassFunction = Callable[
 
 @dataclass(frozen=True)
 class ConversationSample:
-    """Answered conversations of one kind: a skill's reference answers in one language, or the lines of a text.
+    """Answered conversations of one kind.
 
-    names  what to call each in a message
+    Attributes:
+        skill: The skill whose reference answers these are, or TEXT_FILES_SKILL.
+        language: Their language.
+        conversations: Conversations that end with an answer.
+        labels: Name of each conversation in messages.
     """
 
     skill: str
@@ -55,40 +65,58 @@ class ConversationSample:
     labels: tuple[str, ...]
 
     def is_supported_by(self, renderer: ChatRenderer) -> bool:
-        """Whether it needs no notation for tools that this voice's family lacks: such a teacher is not asked, and has nothing to check."""
+        """Return whether a family can render the sample; only tools can be unsupported.
+
+        A teacher is not asked what its family cannot render, so there is nothing to check.
+        """
         return renderer.family.is_tool_text_verbatim is not None or not any(
             c.tools for c in self.conversations
         )
 
     def render(self, renderer: ChatRenderer) -> list[RenderedTokens]:
-        """In a voice. Raises DataError where its tokenizer or template cannot say one."""
-        out = []
-        for name, conversation in zip(self.labels, self.conversations, strict=True):
+        """Render all conversations.
+
+        Raises:
+            DataError: The tokenizer or template cannot render one; names it.
+        """
+        rendered = []
+        for label, conversation in zip(self.labels, self.conversations, strict=True):
             try:
-                out.append(renderer.render(conversation))
+                rendered.append(renderer.render(conversation))
             except DataError as error:
                 raise DataError(
-                    error.message, where=f"{error.where}, {name}", remedy=error.remedy
+                    error.message, where=f"{error.where}, {label}", remedy=error.remedy
                 ) from error
-        return out
+        return rendered
 
 
 @dataclass(frozen=True)
 class PairCompatibility:
-    """One teacher against the student on one sample. Shares in [0, 1].
+    """How a teacher's tokens align with the student's on one sample.
 
-    Of the student's learned tokens; the four add up to 1 (align.Taught):
-    boundary            stand where both tokenizers begin a token: taught by events
-    completion          begin inside a teacher token that begins at a common boundary
-    chunk               stand in a span of which only the ends are common
-    cross_entropy_only  nothing of the teacher's reaches them
+    The first four shares are of the student's supervised tokens and sum to 1 (see SupervisionKind).
 
-    one_to_one          of all spans, those of one student and one teacher token
-    disagreement        of the common boundaries, those where the two realised tokens map to different events
-    spaces              of the common boundaries, those where a run of spaces and tabs stands: an event that tells no length
-    event_bytes, token_bytes  bytes that the event tells and that the student token has, mean over common boundaries
-    kept_mean, kept_p5  teacher's mass that the boundary masks leave: mean, and what 95 % of the boundaries have more of;
-                        None where it was not measured
+    Attributes:
+        teacher: Name of the teacher.
+        skill: Skill of the sample.
+        language: Language of the sample.
+        conversations: Number of conversations.
+        tokens: Supervised student tokens.
+        num_boundaries: Common boundaries.
+        boundary_share: Tokens where both tokenizers begin a token: taught by events.
+        partial_token_share: Tokens inside a teacher token that begins at a common boundary.
+        span_share: Tokens in a span whose two ends only are common boundaries.
+        cross_entropy_only_share: Tokens that nothing of the teacher reaches.
+        one_to_one_share: Of all spans, those of one student and one teacher token.
+        event_disagreement: Of the common boundaries, those where the two tokens map to different
+            events.
+        space_event_share: Of the common boundaries, those before a run of spaces and tabs: an
+            event that does not determine its length.
+        mean_event_bytes: Bytes that the event determines, mean over common boundaries.
+        mean_token_bytes: Bytes of the student token there.
+        retained_mass_mean: Teacher probability that the boundary masks retain; None if not
+            measured.
+        retained_mass_p5: 95 % of the boundaries retain more.
     """
 
     teacher: str
@@ -110,15 +138,23 @@ class PairCompatibility:
     retained_mass_p5: float | None = None
 
     def to_json(self) -> dict[str, Any]:
+        """Return plain JSON; keys are the field names."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class TemplateLikelihood:
-    """A teacher's bits per byte on reference answers: asked in its own template, and after the bare question.
+    """A teacher's bits per byte on reference answers, with and without its chat template.
 
-    language  "" = all of them
-    low       lower end of the 95 % interval of template - bare, over conversations; None where there is one
+    Attributes:
+        teacher: Name of the teacher.
+        language: Language of the answers; "" for all.
+        conversations: Number of answers.
+        num_bytes: Bytes of the answers.
+        template_bits_per_byte: After the question in the teacher's template.
+        bare_bits_per_byte: After the bare question.
+        excess_low: Lower end of the 95 % interval of template - bare over conversations; None for
+            a single one.
     """
 
     teacher: str
@@ -130,6 +166,7 @@ class TemplateLikelihood:
     excess_low: float | None
 
     def to_json(self) -> dict[str, Any]:
+        """Return plain JSON; keys are the field names."""
         return asdict(self)
 
 
@@ -142,50 +179,61 @@ def check_pair(
     student_tokens: Sequence[RenderedTokens],
     retained_mass: RetainedMassFunction | None = None,
 ) -> PairCompatibility:
-    """Lay the teacher's renderings over the student's (`mine`). Raises DataError where bytes cannot be located, or the bridge is another
-    pair's.
+    """Align a teacher's renderings of a sample with the student's.
+
+    Args:
+        teacher_name: Name for the result.
+        teacher_renderer: The teacher's tokenizer and template.
+        student_renderer: The student's.
+        event_map: Event map of the two.
+        sample: Conversations.
+        student_tokens: The sample rendered by `student_renderer`.
+        retained_mass: Measures retained probability mass; None leaves it out.
+
+    Raises:
+        DataError: Bytes cannot be located, or the event map belongs to other tokenizers.
     """
     if event_map.digest != event_map_digest(teacher_renderer, student_renderer):
         raise DataError(
-            "this bridge was built for other tokenizers",
+            "this event map was built for other tokenizers",
             where=f"{teacher_name} -> student",
-            remedy="open the bridge of these two voices",
+            remedy="load the event map of these two chat renderers",
         )
-    theirs = sample.render(teacher_renderer)
-    found = align(student_tokens, theirs)
-    both, ids_S, ids_T = (
-        found.boundaries,
-        _concatenate_ids(student_tokens),
-        _concatenate_ids(theirs),
-    )
-    learned = int((found.supervision_S >= 0).sum())
-    shares = np.bincount(
-        found.supervision_S[found.supervision_S >= 0], minlength=len(SupervisionKind)
-    ) / max(1, learned)
-    token_C = ids_S[both.student_C]
-    event_C = event_map.student_event_V[token_C]
-    differ_C = event_C != event_map.teacher_event_W[ids_T[both.teacher_C]]
-    said_C = (student_renderer.vocabulary.lengths_W[token_C] > 0) & (event_C >= 0)
-    told_C = _bytes_per_event(event_map, student_renderer.vocabulary)[event_C[said_C]]
-    mass_C = retained_mass(student_tokens, theirs, both) if retained_mass and len(token_C) else None
+    teacher_tokens = sample.render(teacher_renderer)
+    alignment = align_batch(student_tokens, teacher_tokens)
+    boundaries = alignment.boundaries
+    student_ids_S = _concatenate_ids(student_tokens)
+    teacher_ids_T = _concatenate_ids(teacher_tokens)
+    kinds_N = alignment.supervision_S[alignment.supervision_S >= 0]
+    num_supervised = len(kinds_N)
+    shares = np.bincount(kinds_N, minlength=len(SupervisionKind)) / max(1, num_supervised)
+    ids_C = student_ids_S[boundaries.student_C]
+    event_C = event_map.student_event_V[ids_C]
+    differs_C = event_C != event_map.teacher_event_W[teacher_ids_T[boundaries.teacher_C]]
+    vocabulary = student_renderer.vocabulary
+    has_bytes_C = (vocabulary.lengths_W[ids_C] > 0) & (event_C >= 0)
+    event_bytes = _bytes_per_event(event_map, vocabulary)[event_C[has_bytes_C]]
+    mass_C = None
+    if retained_mass and len(ids_C):
+        mass_C = retained_mass(student_tokens, teacher_tokens, boundaries)
     return PairCompatibility(
         teacher_name,
         sample.skill,
         sample.language,
         len(student_tokens),
-        learned,
-        len(token_C),
+        num_supervised,
+        len(ids_C),
         float(shares[SupervisionKind.EVENT]),
         float(shares[SupervisionKind.PARTIAL_TOKEN]),
         float(shares[SupervisionKind.SPAN]),
-        float(shares[SupervisionKind.TEXT]) if learned else 1.0,
-        found.spans.num_one_to_one / max(1, len(found.spans.student_C2)),
-        _mean(differ_C),
-        _mean(_is_space_token(token_C, student_renderer.vocabulary)),
-        _mean(told_C),
-        _mean(student_renderer.vocabulary.lengths_W[token_C[said_C]]),
+        float(shares[SupervisionKind.TEXT]) if num_supervised else 1.0,
+        alignment.spans.num_one_to_one / max(1, len(alignment.spans.student_C2)),
+        _mean(differs_C),
+        _mean(_is_space_token(ids_C, vocabulary)),
+        _mean(event_bytes),
+        _mean(vocabulary.lengths_W[ids_C[has_bytes_C]]),
         None if mass_C is None else _mean(mass_C),
-        None if mass_C is None else float(np.quantile(mass_C, 0.05)),
+        None if mass_C is None else float(np.quantile(mass_C, RETAINED_MASS_QUANTILE)),
     )
 
 
@@ -198,209 +246,169 @@ def _mean(values: npt.NDArray[Any]) -> float:
 
 
 def _bytes_per_event(event_map: EventMap, vocabulary: Vocabulary) -> npt.NDArray[np.int32]:
-    """Bytes of each event: those of its shortest student token, which begins all the others."""
+    """Return the bytes of each event [E]: those of its shortest student token, a prefix of the
+    others.
+    """
     offsets_E1, tokens = event_map.tokens_by_event
     return np.minimum.reduceat(vocabulary.lengths_W[tokens], offsets_E1[:-1])
 
 
 def _is_space_token(ids: npt.NDArray[np.int32], vocabulary: Vocabulary) -> npt.NDArray[np.bool_]:
-    kinds, which = np.unique(ids, return_inverse=True)
-    pieces = [vocabulary.bytes_W[i] or b"x" for i in kinds.tolist()]
-    return np.array([not p.strip(b" \t") for p in pieces], np.bool_)[which]
+    distinct, index = np.unique(ids, return_inverse=True)
+    pieces = [vocabulary.bytes_W[i] or b"x" for i in distinct.tolist()]
+    return np.array([not p.strip(b" \t") for p in pieces], np.bool_)[index]
 
 
 def measure_template_likelihood(
     teacher: Teacher, samples: Sequence[ConversationSample]
 ) -> list[TemplateLikelihood]:
-    """Of the answers of all samples, then by language. The bare text is the question, a newline, and the answer.
+    """Compare a teacher's likelihood of reference answers with and without its chat template.
 
-    Two forward passes over every answer; answers without a byte say nothing and are left out.
+    Without the template, the text is the question, a newline and the answer. Costs two forward
+    passes over every answer; empty answers are left out.
+
+    Args:
+        teacher: The teacher; its engine must have full distributions.
+        samples: Conversations with reference answers.
+
+    Returns:
+        One result for all answers, then one per language.
     """
     languages = [s.language for s in samples for _ in s.conversations]
-    asked = [replace(c, effort=teacher.effort) for s in samples for c in s.conversations]
-    bare = [_encode_without_template(teacher.renderer, c) for c in asked]
-    plain = teacher.engine.compute_logprobs([ids for ids, _ in bare], [learn for _, learn in bare])
-    rows = np.zeros((len(asked), 3))
-    for k, ((tokens, logprobs), (ids, learn), bare_logprobs) in enumerate(
-        zip(teacher.compute_logprobs(asked), bare, plain, strict=True)
+    conversations = [replace(c, effort=teacher.effort) for s in samples for c in s.conversations]
+    bare = [_encode_without_template(teacher.renderer, c) for c in conversations]
+    bare_logprobs = teacher.engine.compute_logprobs(
+        [ids_T for ids_T, _ in bare], [mask_T for _, mask_T in bare]
+    )
+    rows_N3 = np.zeros((len(conversations), 3))  # bytes, bits in the template, bits without it
+    for k, ((tokens, logprobs_NW), (ids_T, mask_T), bare_NW) in enumerate(
+        zip(teacher.compute_logprobs(conversations), bare, bare_logprobs, strict=True)
     ):
-        said = (tokens.starts_T >= 0) & (tokens.ends_T > tokens.starts_T)
-        size = (tokens.ends_T - tokens.starts_T)[said & tokens.loss_mask_T].sum()
-        rows[k] = (
-            size,
-            _bits_per_token(logprobs, tokens.ids_T[tokens.loss_mask_T])[
-                said[tokens.loss_mask_T]
-            ].sum(),
-            _bits_per_token(bare_logprobs, ids[learn]).sum(),
+        has_bytes_T = (tokens.starts_T >= 0) & (tokens.ends_T > tokens.starts_T)
+        template_bits_N = _bits_per_token(logprobs_NW, tokens.ids_T[tokens.loss_mask_T])
+        rows_N3[k] = (
+            (tokens.ends_T - tokens.starts_T)[has_bytes_T & tokens.loss_mask_T].sum(),
+            template_bits_N[has_bytes_T[tokens.loss_mask_T]].sum(),
+            _bits_per_token(bare_NW, ids_T[mask_T]).sum(),
         )
-    names = np.array(languages, object)[rows[:, 0] > 0]
-    rows = rows[rows[:, 0] > 0]
+    language_N = np.array(languages, object)[rows_N3[:, 0] > 0]
+    rows_N3 = rows_N3[rows_N3[:, 0] > 0]
+    if not len(rows_N3):
+        return []
     return [
-        _summarize_likelihood(teacher.name, name, rows[(names == name) | (not name)])
-        for name in dict.fromkeys(["", *names.tolist()])
-        if len(rows)
+        _summarize_likelihood(
+            teacher.name, language, rows_N3[(language_N == language) | (not language)]
+        )
+        for language in dict.fromkeys(["", *language_N.tolist()])
     ]
 
 
-def make_retained_mass(teacher: Teacher, event_map: EventMap) -> RetainedMassFunction:
-    """What of a teacher's own distributions the boundary masks leave; one forward pass over every answer.
+def make_retained_mass(
+    teacher: Teacher, event_map: EventMap, min_probability: float = MIN_COUNTED_PROBABILITY
+) -> RetainedMassFunction:
+    """Return a function that measures how much of a teacher's distributions the masks retain.
 
-    Counted over tokens of probability LIKELY or more: with a real vocabulary there are some ten of these at a boundary, and 262,144 in all.
+    Costs one forward pass over every answer.
+
+    Args:
+        teacher: The teacher; its engine must have full distributions.
+        event_map: Event map to the student.
+        min_probability: Only impossible tokens of at least this probability are subtracted.
     """
+    mask = event_map.teacher_mask
 
-    def kept(
-        mine: Sequence[RenderedTokens], theirs: Sequence[RenderedTokens], both: CommonBoundaries
+    def retained_mass(
+        student_tokens: Sequence[RenderedTokens],
+        teacher_tokens: Sequence[RenderedTokens],
+        boundaries: CommonBoundaries,
     ) -> npt.NDArray[np.float64]:
-        mass_C = np.ones(len(both.student_C))
-        if event_map.teacher_mask is None:
+        mass_C = np.ones(len(boundaries.student_C))
+        if mask is None:
             return mass_C
-        begin_s, begin_t, at = 0, 0, 0
+        student_begin, teacher_begin, at = 0, 0, 0
         scored = teacher.engine.compute_logprobs(
-            [t.ids_T for t in theirs], [t.loss_mask_T for t in theirs]
+            [t.ids_T for t in teacher_tokens], [t.loss_mask_T for t in teacher_tokens]
         )
-        for s, t, logprobs_NW in zip(mine, theirs, scored, strict=True):
-            end = int(np.searchsorted(both.student_C, begin_s + len(s)))
-            contexts = event_map.teacher_mask.other.supervised_context_ids(
-                s, both.student_C[at:end] - begin_s
+        for s, t, logprobs_NW in zip(student_tokens, teacher_tokens, scored, strict=True):
+            end = int(np.searchsorted(boundaries.student_C, student_begin + len(s)))
+            contexts = mask.other.supervised_context_ids(
+                s, boundaries.student_C[at:end] - student_begin
             )
-            rows = (np.cumsum(t.loss_mask_T) - 1)[both.teacher_C[at:end] - begin_t]
+            row_of_token_T = np.cumsum(t.loss_mask_T) - 1
+            rows = row_of_token_T[boundaries.teacher_C[at:end] - teacher_begin]
             for c, (context, row) in enumerate(zip(contexts.tolist(), rows.tolist(), strict=True)):
-                likely = np.flatnonzero(logprobs_NW[row].numpy() >= log(MIN_COUNTED_PROBABILITY))
-                mass_C[at + c] = 1 - float(
-                    logprobs_NW[row, event_map.teacher_mask.impossible_tokens(context, likely)]
-                    .exp()
-                    .sum()
-                )
-            begin_s, begin_t, at = begin_s + len(s), begin_t + len(t), end
+                counted = np.flatnonzero(logprobs_NW[row].numpy() >= log(min_probability))
+                impossible = mask.impossible_tokens(context, counted)
+                mass_C[at + c] = 1 - float(logprobs_NW[row, impossible].exp().sum())
+            student_begin, teacher_begin, at = student_begin + len(s), teacher_begin + len(t), end
         return mass_C
 
-    return kept
+    return retained_mass
 
 
 def _encode_without_template(
     renderer: ChatRenderer, conversation: Conversation
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
-    """Ids of a conversation without any template, and which of them are the answer's. A BOS stands where the template has one: some models
-    say nothing sensible without.
+    """Encode question and answer without a template; return ids [T] and the answer's mask [T].
+
+    A BOS is added if the template has one: some models need it for any sensible output.
     """
-    kept = renderer.family.normalise(conversation)
-    question, answer = (
-        "\n".join(m.text for m in conversation.messages[:-1]) + "\n",
-        kept.messages[-1].text,
-    )
+    answer = renderer.family.normalise(conversation).messages[-1].text
+    question = "\n".join(m.text for m in conversation.messages[:-1]) + "\n"
     bos = renderer.vocabulary.control_token_ids.get(renderer.special_tokens.get("bos_token", ""))
-    front = (
-        [bos]
-        if bos is not None and int(renderer.render_prompt(conversation).ids_T[0]) == bos
-        else []
-    )
-    before, after = renderer.vocabulary.encode_batch([question, answer])
-    ids = np.array([*front, *before, *after], np.int32)
-    return ids, np.arange(len(ids)) >= len(ids) - len(after)
+    has_bos = bos is not None and int(renderer.render_prompt(conversation).ids_T[0]) == bos
+    question_ids, answer_ids = renderer.vocabulary.encode_batch([question, answer])
+    ids_T = np.array([*([bos] if has_bos else []), *question_ids, *answer_ids], np.int32)
+    return ids_T, np.arange(len(ids_T)) >= len(ids_T) - len(answer_ids)
 
 
-def _bits_per_token(logprobs: Any, ids_N: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
-    bits: npt.NDArray[np.float64] = -logprobs.numpy()[np.arange(len(ids_N)), ids_N].astype(
-        np.float64
-    ) / np.log(2)
-    return bits
+def _bits_per_token(logprobs_NW: Any, ids_N: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
+    logprob_N = logprobs_NW.numpy()[np.arange(len(ids_N)), ids_N].astype(np.float64)
+    bits_N: npt.NDArray[np.float64] = -logprob_N / np.log(2)
+    return bits_N
 
 
 def _summarize_likelihood(
     teacher: str, language: str, rows_N3: npt.NDArray[np.float64]
 ) -> TemplateLikelihood:
-    """Totals of (bytes, bits in the template, bits of the bare text); the interval is that of a ratio of sums over conversations."""
-    size, template, bare = rows_N3.sum(axis=0)
-    excess = (template - bare) / size
-    n, rest = len(rows_N3), rows_N3[:, 1] - rows_N3[:, 2] - excess * rows_N3[:, 0]
-    low = excess - Z95 * sqrt(n * float(rest.var(ddof=1))) / size if n > 1 else None
+    """Sum (bytes, template bits, bare bits); the interval is that of a ratio of sums."""
+    num_bytes, template_bits, bare_bits = rows_N3.sum(axis=0)
+    excess = (template_bits - bare_bits) / num_bytes
+    n = len(rows_N3)
+    residual_N = rows_N3[:, 1] - rows_N3[:, 2] - excess * rows_N3[:, 0]
+    low = None
+    if n > 1:
+        low = float(excess - Z95 * sqrt(n * float(residual_N.var(ddof=1))) / num_bytes)
     return TemplateLikelihood(
         teacher,
         language,
         n,
-        int(size),
-        float(template / size),
-        float(bare / size),
-        None if low is None else float(low),
+        int(num_bytes),
+        float(template_bits / num_bytes),
+        float(bare_bits / num_bytes),
+        low,
     )
 
 
 def read_texts(language: str, file_ref: str, max_lines: int) -> ConversationSample:
-    """The first lines of a text file, as answers to nothing. `FILE#key` takes that key of a JSON object on every line.
+    """Read the first lines of a text file, as answers to an empty question.
 
-    Raises DataError where the file is missing, no UTF-8, holds no text, or a line has no such key.
+    Args:
+        language: Language of the file.
+        file_ref: `FILE` or `FILE#key`, see `read_text_lines`.
+        max_lines: Lines to read at most.
+
+    Raises:
+        DataError: See `read_text_lines`.
     """
     name, _, _ = file_ref.partition("#")
-    where = f"check.texts.{language}, {name}"
-    texts = read_text_lines(file_ref, where, max_lines)
-    said = tuple(Conversation.from_question("").with_answer(Text(text)) for _, text in texts)
+    texts = read_text_lines(file_ref, f"check.texts.{language}, {name}", max_lines)
     return ConversationSample(
         TEXT_FILES_SKILL,
         language,
-        said,
+        tuple(Conversation.from_question("").with_answer(Text(text)) for _, text in texts),
         tuple(f"{Path(name).name}:{number}" for number, _ in texts),
     )
-
-
-def read_text_lines(
-    file_ref: str, where: str, max_lines: int = sys.maxsize
-) -> list[tuple[int, str]]:
-    """(line number, text in NFC) of a text file's first lines that hold one: `FILE`, or `FILE#key` for that key of a JSON object on every line.
-
-    Raises DataError as `read_texts` does.
-    """
-    name, _, key = file_ref.partition("#")
-    remedy = "give a UTF-8 file, one text a line"
-    try:
-        raw = Path(name).read_bytes().removeprefix(codecs.BOM_UTF8)
-        rows = (
-            raw.decode().replace("\r\n", "\n").replace("\r", "\n").split("\n")
-        )  # a stray sign of a line's end is no text
-    except OSError as error:
-        raise DataError(f"cannot read the text: {error}", where=where, remedy=remedy) from error
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"cannot read the text: not UTF-8 at byte {error.start:,}",
-            where=f"{where}:{line}",
-            remedy=remedy,
-        ) from error
-    filled = ((number, row) for number, row in enumerate(rows, start=1) if row.strip())
-    texts = [
-        (
-            n,
-            unicodedata.normalize(
-                "NFC", _read_text_field(row, key, f"{where}:{n}") if key else row
-            ),
-        )
-        for n, row in islice(filled, max_lines)
-    ]
-    if not texts:
-        raise DataError("no line with a text", where=where, remedy=remedy)
-    return texts
-
-
-def _read_text_field(row: str, key: str, where: str) -> str:
-    try:
-        value = json.loads(row)
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            "not a JSON object", where=where, remedy="leave out the `#key` to take the line itself"
-        ) from error
-    if not isinstance(value, dict) or not isinstance(value.get(key), str):
-        raise DataError(
-            f"no text under {key!r}",
-            where=where,
-            remedy="name a key that holds a text on every line, after `#`",
-        )
-    text: str = value[key]
-    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-        raise DataError(
-            "half a surrogate pair has no bytes",
-            where=where,
-            remedy="the text was cut inside a character; mend it or leave it out",
-        )
-    return text
 
 
 def refuse_incompatible(
@@ -408,37 +416,53 @@ def refuse_incompatible(
     likelihoods: Iterable[TemplateLikelihood],
     min_boundary_share: float,
     max_event_disagreement: float,
+    max_template_excess: float = MAX_TEMPLATE_EXCESS_BITS_PER_BYTE,
 ) -> None:
-    """Raises Refused for the first pairing whose boundary share lies below `floor`, or whose disagreement lies above `most` (with the
-    low end of its interval: a short sample proves nothing), and for a teacher that its template makes worse by WORSE.
+    """Check measurements against their limits.
+
+    Args:
+        pairings: Results of `check_pair`.
+        likelihoods: Results of `measure_template_likelihood`.
+        min_boundary_share: Lowest share of student tokens at a common boundary.
+        max_event_disagreement: Highest share of boundaries with different events; compared with
+            the lower end of its interval, since a short sample proves nothing.
+        max_template_excess: Bits per byte by which a template may be worse than none; compared
+            with the lower end of its interval.
+
+    Raises:
+        RefusedError: The first measurement beyond its limit.
     """
     for p in pairings:
         where = f"{p.teacher} -> student, {' '.join(filter(None, (p.skill, p.language)))}"
         if p.boundary_share < min_boundary_share:
             raise RefusedError(
-                f"only {p.boundary_share:.0%} of the student's tokens stand on a common boundary (floor {min_boundary_share:.0%})",
+                f"only {p.boundary_share:.0%} of the student's tokens begin at a common boundary "
+                f"(floor {min_boundary_share:.0%})",
                 where=where,
-                remedy="choose a teacher or student whose tokenizers are nearer, or lower check.floor",
+                remedy="choose a teacher or student with more similar tokenizers, "
+                "or lower check.min_common_share",
             )
+        num_different = round(p.event_disagreement * p.num_boundaries)
         if (
             p.num_boundaries
-            and wilson_interval(round(p.event_disagreement * p.num_boundaries), p.num_boundaries)[0]
-            > max_event_disagreement
+            and wilson_interval(num_different, p.num_boundaries)[0] > max_event_disagreement
         ):
             raise RefusedError(
-                f"{p.event_disagreement:.1%} of the common boundaries disagree on the event (at most {max_event_disagreement:.1%})",
+                f"{p.event_disagreement:.1%} of the common boundaries have different events "
+                f"(at most {max_event_disagreement:.1%})",
                 where=where,
-                remedy="choose a teacher or student whose tokenizers are nearer, or raise check.disagreement",
+                remedy="choose a teacher or student with more similar tokenizers, "
+                "or raise check.max_disagreement",
             )
     for one in likelihoods:
-        if (
-            not one.language
-            and one.excess_low is not None
-            and one.excess_low > MAX_TEMPLATE_EXCESS_BITS_PER_BYTE
-        ):
-            raise RefusedError(
-                f"its chat template costs it {one.template_bits_per_byte - one.bare_bits_per_byte:.2f} bits a byte: {one.template_bits_per_byte:.2f} on the reference answers, "
-                f"{one.bare_bits_per_byte:.2f} without any template",
-                where=f"{one.teacher}, {one.conversations} answers",
-                remedy="the template is not the one it was trained with: give the model's own chat_template.jinja, or an instruct model",
-            )
+        if one.language or one.excess_low is None or one.excess_low <= max_template_excess:
+            continue
+        excess = one.template_bits_per_byte - one.bare_bits_per_byte
+        raise RefusedError(
+            f"its chat template costs {excess:.2f} bits per byte: "
+            f"{one.template_bits_per_byte:.2f} on the reference answers, "
+            f"{one.bare_bits_per_byte:.2f} without a template",
+            where=f"{one.teacher}, {one.conversations} answers",
+            remedy="the model was not trained with this template: give its own "
+            "chat_template.jinja, or an instruct model",
+        )

@@ -1,4 +1,10 @@
-"""The student beside every teacher, its own base and any yardstick: on every skill, in every language, at every effort, on the same items."""
+"""Evaluation: compare the student with its teachers, its base and reference models on the same
+held-out items.
+
+Every model answers every task in every language at every effort; the result is scores, bits per
+byte and paired
+differences with intervals.
+"""
 
 from __future__ import annotations
 
@@ -22,22 +28,27 @@ from persea.tasks.task import (
     score_results,
 )
 
-SAFETY_SKILL_PREFIX = (
-    "safety"  # skills whose names begin with it: a student that loses on one ends the run (exit 4)
-)
-EvaluationResultKey: TypeAlias = tuple[str, ThinkingEffort, str]  # speaker, effort, skill
+# A skill whose name begins with it guards the release: a student that loses on it ends the run with
+# exit code 4.
+SAFETY_SKILL_PREFIX = "safety"
+EvaluationResultKey: TypeAlias = tuple[str, ThinkingEffort, str]  # model, effort, skill
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What an evaluation found.
+    """The result of an evaluation.
 
-    teachers, yardsticks  who taught, and who is only beside
-    effort                the student's own
-    scores                of every speaker, skill and effort: over all and per language
-    bits_per_byte         speaker -> skill (and "all", of who can say every one) -> bits, on held-out reference answers
-    compared              the student beside each other speaker, at each of its efforts, on the same items
-    regressions           where it is below its own base with confidence
+    Attributes:
+        student: Name of the student.
+        base: Name of the model it was trained from.
+        teachers: Names of the teachers.
+        effort: The student's own thinking effort.
+        scores: Scores of every model, skill and effort, over all items and per language.
+        bits_per_byte: Model -> skill -> bits per byte of the reference answers; "all" over all
+            skills, only for models that can render every reference.
+        reference_models: Models measured for comparison only.
+        comparisons: Student minus each other model, at each effort of the student.
+        regressions: Comparisons with the base in which the student is worse with confidence.
     """
 
     student: str
@@ -51,6 +62,7 @@ class EvaluationResult:
     regressions: tuple[PairedComparison, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
+        """Return plain JSON; keys are the field names."""
         return {
             "student": self.student,
             "base": self.base,
@@ -66,7 +78,14 @@ class EvaluationResult:
 
 @dataclass
 class EvaluationAnswers:
-    """What was heard of everybody, in the order measured: (speaker, effort, skill) -> results."""
+    """Graded answers of all models so far.
+
+    Attributes:
+        results: (model, effort, skill) -> graded answers, in the order measured.
+        bits_per_byte: Model -> skill -> bits per byte of the reference answers.
+        num_answers: Number of answers.
+        num_reused: How many of them were kept from an earlier run.
+    """
 
     results: dict[EvaluationResultKey, tuple[ItemResult, ...]] = field(default_factory=dict)
     bits_per_byte: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -74,30 +93,28 @@ class EvaluationAnswers:
     num_reused: int = 0
 
     def results_for(self, name: str, effort: ThinkingEffort, skill: str) -> tuple[ItemResult, ...]:
-        """A speaker's results at an effort; at its own, the first measured, where it has no such."""
+        """Return a model's results at an effort, or at its own (first measured) if it has none."""
         return self.results.get((name, effort, skill)) or next(
             r for (n, _, s), r in self.results.items() if (n, s) == (name, skill)
         )
 
     def iter_scores(self) -> Iterator[Score]:
-        """Each over all and, where a skill is asked in several languages, per language."""
+        """Yield scores over all items and, for a skill in several languages, per language."""
         for (name, effort, skill), results in self.results.items():
             for language in ("", *result_languages(results)):
                 yield score_results(name, skill, results, effort, language)
 
     def iter_answer_records(self) -> Iterator[dict[str, Any]]:
-        """Every answer, one JSON line each."""
+        """Yield every answer as a JSON line."""
         for (name, effort, skill), results in self.results.items():
-            yield from (
-                {"model_name": name, "skill": skill, "effort": effort} | r.to_json()
-                for r in results
-            )
+            for result in results:
+                yield {"model_name": name, "skill": skill, "effort": effort} | result.to_json()
 
 
 def result_languages(results: Sequence[ItemResult]) -> tuple[str, ...]:
-    """The languages of a skill's items, where there are several."""
-    found = sorted({r.item.prompt.language for r in results})
-    return tuple(found) if len(found) > 1 else ()
+    """Return the languages of a skill's items; () if there is only one."""
+    languages = sorted({r.item.prompt.language for r in results})
+    return tuple(languages) if len(languages) > 1 else ()
 
 
 def evaluate_model(
@@ -105,81 +122,117 @@ def evaluate_model(
     model: EvaluatedModel,
     tasks: Sequence[tuple[Task, Sequence[TaskItem]]],
     max_new_tokens: int,
-    progress: Callable[[float, str], None] = lambda share, words: None,
+    progress: Callable[[float, str], None] = lambda share, text: None,
 ) -> None:
-    """One speaker on every skill's items, at each of its efforts: answers, and bits per byte."""
-    spent: list[tuple[float, int]] = []
+    """Measure one model on every task at each of its efforts, and add the results to `answers`.
+
+    Args:
+        answers: Receives graded answers and bits per byte.
+        model: The model.
+        tasks: Tasks with their items.
+        max_new_tokens: Longest answer, in the model's tokens.
+        progress: Called with (share done, text) after each task.
+    """
+    bits_and_bytes: list[tuple[float, int]] = []
     answers.bits_per_byte[model.name] = {}
-    for k, (skill, items) in enumerate(tasks):
+    for k, (task, items) in enumerate(tasks):
         for effort in model.efforts:
-            results, reused = answer_items(model, effort, skill, items, max_new_tokens)
-            answers.results[model.name, effort, skill.name] = results
-            answers.num_answers, answers.num_reused = (
-                answers.num_answers + len(results),
-                answers.num_reused + reused,
-            )
-        spent.append(reference_bits(model, items))
-        if spent[-1][1]:
-            answers.bits_per_byte[model.name][skill.name] = spent[-1][0] / spent[-1][1]
-        told = score_results(model.name, skill.name, results, effort).value
-        progress(
-            (k + 1) / len(tasks),
-            f"{model.name} {skill.name} {told:.2f}{', as kept' * (reused == len(results))}",
-        )
-    size = sum(n for _, n in spent)
-    whole = sum(
+            results, reused = answer_items(model, effort, task, items, max_new_tokens)
+            answers.results[model.name, effort, task.name] = results
+            answers.num_answers += len(results)
+            answers.num_reused += reused
+        bits, num_bytes = reference_bits(model, items)
+        bits_and_bytes.append((bits, num_bytes))
+        if num_bytes:
+            answers.bits_per_byte[model.name][task.name] = bits / num_bytes
+        score = score_results(model.name, task.name, results, effort).value
+        note = ", from disk" if reused == len(results) else ""
+        progress((k + 1) / len(tasks), f"{model.name} {task.name} {score:.2f}{note}")
+    num_bytes = sum(n for _, n in bits_and_bytes)
+    # A model that cannot render all references spends its bits on other texts than the others.
+    if 0 < num_bytes == _count_reference_bytes(tasks):
+        answers.bits_per_byte[model.name]["all"] = sum(b for b, _ in bits_and_bytes) / num_bytes
+
+
+def _count_reference_bytes(tasks: Sequence[tuple[Task, Sequence[TaskItem]]]) -> int:
+    return sum(
         len(p.text.encode())
         for _, items in tasks
         for i in items
         if i.reference or i.calls
         for p in i.reference_conversation.messages[-1].parts
     )
-    if (
-        0 < size == whole
-    ):  # who cannot say all of it spends its bits on other texts than the others, and does not compare
-        answers.bits_per_byte[model.name]["all"] = sum(b for b, _ in spent) / size
 
 
 def compare_student(answers: EvaluationAnswers, student: str) -> tuple[PairedComparison, ...]:
-    """The student beside every other speaker, skill by skill, over all and per language, at each of the student's efforts.
+    """Compare the student with every other model.
 
-    The other answers at the same effort, or at its own where it was not measured at that.
+    Args:
+        answers: Graded answers of all models.
+        student: Name of the student.
+
+    Returns:
+        Paired differences per skill, over all items and per language, at each effort of the
+        student. The other model answers at the same effort, or at its own if it was not measured
+        at that one.
     """
-    found: list[PairedComparison] = []
-    for (_, effort, skill), mine in ((k, r) for k, r in answers.results.items() if k[0] == student):
-        for other in dict.fromkeys(
-            name for name, _, s in answers.results if name != student and s == skill
-        ):
-            its = answers.results_for(other, effort, skill)
-            found += [
-                compare_paired_results((student, other), skill, mine, its, effort, language)
-                for language in ("", *result_languages(mine))
+    comparisons: list[PairedComparison] = []
+    for effort, skill, results in _results_of(answers, student):
+        others = dict.fromkeys(n for n, _, s in answers.results if n != student and s == skill)
+        for other in others:
+            other_results = answers.results_for(other, effort, skill)
+            comparisons += [
+                compare_paired_results(
+                    (student, other), skill, results, other_results, effort, language
+                )
+                for language in ("", *result_languages(results))
             ]
-    return tuple(found)
+    return tuple(comparisons)
+
+
+def _results_of(
+    answers: EvaluationAnswers, name: str
+) -> Iterator[tuple[ThinkingEffort, str, tuple[ItemResult, ...]]]:
+    for (model_name, effort, skill), results in answers.results.items():
+        if model_name == name:
+            yield effort, skill, results
 
 
 def find_regressions(
-    answers: EvaluationAnswers, student: str, base: str
+    answers: EvaluationAnswers,
+    student: str,
+    base: str,
+    confidence: float = CONFIDENCE_LEVEL,
 ) -> tuple[PairedComparison, ...]:
-    """Where the student is below its own base with confidence: a skill as a whole at 95 %, each of its L languages at 1 - 0.05 / L.
+    """Find comparisons in which the student is worse than its base with confidence.
 
-    So that a student no worse than its base is called worse in 2.5 % of skills at most, and in 2.5 % for all languages of one together.
+    With the default of 95 %, an equally good student is called worse in at most 2.5 % of the
+    skills, and in 2.5 % for all L languages of a skill together: each is tested at 1 - 0.05 / L.
+
+    Args:
+        answers: Graded answers of all models.
+        student: Name of the student.
+        base: Name of the base.
+        confidence: Level of the two-sided intervals.
     """
-    found = []
-    for (_, effort, skill), mine in ((k, r) for k, r in answers.results.items() if k[0] == student):
-        its, several = answers.results_for(base, effort, skill), result_languages(mine)
-        for language in ("", *several):
-            confidence = 1 - (1 - CONFIDENCE_LEVEL) / len(several) if language else CONFIDENCE_LEVEL
+    regressions = []
+    for effort, skill, results in _results_of(answers, student):
+        base_results, languages = (
+            answers.results_for(base, effort, skill),
+            result_languages(results),
+        )
+        for language in ("", *languages):
+            level = 1 - (1 - confidence) / len(languages) if language else confidence
             pair = compare_paired_results(
-                (student, base), skill, mine, its, effort, language, confidence
+                (student, base), skill, results, base_results, effort, language, level
             )
             if pair.high < 0:
-                found.append(pair)
-    return tuple(found)
+                regressions.append(pair)
+    return tuple(regressions)
 
 
 def refuse_saved_regressions(evaluation_path: Path) -> None:
-    """`refuse_regressions` of an evaluation.json."""
+    """Apply `refuse_safety_regressions` to an evaluation.json."""
     refuse_safety_regressions(
         [PairedComparison(**p) for p in store.read_json(evaluation_path)["regressions"]],
         str(evaluation_path),
@@ -187,15 +240,22 @@ def refuse_saved_regressions(evaluation_path: Path) -> None:
 
 
 def refuse_safety_regressions(regressions: Sequence[PairedComparison], where: str) -> None:
-    """Raises Regressed where the student is less safe than its base."""
-    lost = [p for p in regressions if p.skill.startswith(SAFETY_SKILL_PREFIX)]
-    if lost:
-        told = "; ".join(
-            f"{p.skill}{f' in {p.language}' if p.language else ''} {p.difference:+.2f} ({p.low:+.2f} to {p.high:+.2f}, n {p.n})"
-            for p in lost
-        )
-        raise SafetyRegressionError(
-            f"the student is less safe than its base: {told}",
-            where=where,
-            remedy="look at evaluate/examples.jsonl; teach safety too, or write evaluation.allow_regression: true",
-        )
+    """Check that no regression is on a safety skill.
+
+    Raises:
+        SafetyRegressionError: The student is less safe than its base.
+    """
+    on_safety = [p for p in regressions if p.skill.startswith(SAFETY_SKILL_PREFIX)]
+    if not on_safety:
+        return
+    details = "; ".join(
+        f"{p.skill}{f' in {p.language}' if p.language else ''} "
+        f"{p.difference:+.2f} ({p.low:+.2f} to {p.high:+.2f}, n {p.n})"
+        for p in on_safety
+    )
+    raise SafetyRegressionError(
+        f"the student is less safe than its base: {details}",
+        where=where,
+        remedy="look at evaluate/examples.jsonl; teach safety too, "
+        "or write evaluation.allow_safety_regression: true",
+    )

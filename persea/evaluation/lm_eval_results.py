@@ -1,7 +1,13 @@
-"""Standard tasks as lm-eval measured them: its results file, read for the page. lm-eval itself is never run from here.
+"""Read results files of lm-evaluation-harness for the report page. lm-eval itself is never run from
+here.
 
-The form of `results_*.json` of lm-evaluation-harness 0.4: {"results": {task: {"alias": ..., "acc,none": ..., "acc_stderr,none": ...}},
-"n-samples": {task: {"original": ..., "effective": ...}}, "higher_is_better": {task: {metric: bool}}, ...}; other keys are not looked at.
+The layout of `results_*.json` of version 0.4:
+
+    {"results": {task: {"alias": ..., "acc,none": ..., "acc_stderr,none": ...}},
+     "n-samples": {task: {"original": ..., "effective": ...}},
+     "higher_is_better": {task: {metric: bool}}}
+
+Other keys are ignored.
 """
 
 from __future__ import annotations
@@ -18,7 +24,18 @@ from persea.errors import DataError
 
 @dataclass(frozen=True)
 class LmEvalResult:
-    """One number of lm-eval: a metric with its filter on a task; error = standard error, None where lm-eval gives none; n = 0 not told."""
+    """One number of lm-eval.
+
+    Attributes:
+        model_name: The evaluated model.
+        task: Name of the task.
+        metric: Name of the metric, with its filter in parentheses.
+        value: The number.
+        stderr: Standard error; None if lm-eval gives none.
+        n: Number of samples; 0 if not recorded.
+        higher_is_better: Direction of the metric; True where the file does not list it, as for
+            lm-eval's own tables.
+    """
 
     model_name: str
     task: str
@@ -30,7 +47,11 @@ class LmEvalResult:
 
 
 def read_lm_eval_results(model_name: str, path: Path) -> tuple[LmEvalResult, ...]:
-    """All numbers of one results file. Raises DataError where it is missing, no such file, or holds no number."""
+    """Read all numbers of one results file.
+
+    Raises:
+        DataError: The file is missing, is not written by lm-eval, or has no number.
+    """
     remedy = "give the results_*.json that lm_eval --output_path wrote (docs/evaluate.md)"
     try:
         found = json.loads(path.read_bytes())
@@ -42,17 +63,15 @@ def read_lm_eval_results(model_name: str, path: Path) -> tuple[LmEvalResult, ...
         raise DataError(f"not JSON: {error}", where=str(path), remedy=remedy) from error
     results = found.get("results") if isinstance(found, dict) else None
     if not isinstance(results, dict):
-        raise DataError(
-            "has no `results`: it is not what lm-eval writes", where=str(path), remedy=remedy
-        )
+        raise DataError("has no `results`: not a file of lm-eval", where=str(path), remedy=remedy)
     try:
         numbers = tuple(_iter_results(model_name, found, results))
     except (TypeError, AttributeError, ValueError) as error:
         raise DataError(
-            f"not in lm-eval's form: {error}", where=str(path), remedy=remedy
+            f"not in lm-eval's format: {error}", where=str(path), remedy=remedy
         ) from error
     if not numbers:
-        raise DataError("holds no number", where=str(path), remedy=remedy)
+        raise DataError("contains no number", where=str(path), remedy=remedy)
     return numbers
 
 
@@ -73,15 +92,17 @@ def _iter_results(
             ):
                 raise ValueError(f"{task}: {key} is {value!r}, not a number")
             error = values.get(f"{metric}_stderr,{filtered}")
-            known = (
-                float(error) if isinstance(error, int | float) and math.isfinite(error) else None
-            )  # lm-eval writes "N/A" where it has none
             yield LmEvalResult(
                 model_name,
                 str(values.get("alias") or task).strip(" -"),
                 metric if filtered == "none" else f"{metric} ({filtered})",
                 float(value),
-                known,
+                _finite_or_none(error),
                 int(n),
                 better.get(metric) is not False,
             )
+
+
+def _finite_or_none(value: Any) -> float | None:
+    """Return a number; None for lm-eval's "N/A"."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

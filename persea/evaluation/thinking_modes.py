@@ -1,4 +1,8 @@
-"""The hybrid student in each of its modes: how good, does it think when told to and only then, how long, and in which language."""
+"""Measure a hybrid student in each thinking mode.
+
+Per skill and effort: the score, whether the student thinks when it should and only then, how long
+its thoughts are, and in which language.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,7 @@ from statistics import fmean, median
 from typing import Any
 
 from persea.chat.messages import FinishReason, Message, ThinkingEffort
-from persea.data.language_id import detect_language as known_tongue
-from persea.data.language_id import is_same_language
+from persea.data.language_id import detect_language, is_same_language
 from persea.tasks.intervals import wilson_interval
 from persea.tasks.task import Score, Task, TaskItem, grade_answers, score_results
 from persea.teachers.teacher import Teacher
@@ -22,7 +25,7 @@ UNDETERMINED_LANGUAGE = "undetermined"
 
 @dataclass(frozen=True)
 class Proportion:
-    """`found` of n, with the share's 95 % interval."""
+    """A count out of n, with the 95 % interval of the proportion."""
 
     count: int
     n: int
@@ -31,14 +34,21 @@ class Proportion:
 
     @staticmethod
     def of(count: int, n: int) -> Proportion:
+        """Return the proportion with its Wilson interval."""
         return Proportion(count, n, *wilson_interval(count, n))
 
 
 @dataclass(frozen=True)
 class ThinkingLength:
-    """How long the thoughts are that came to an end, in the student's tokens and in bytes; all 0 where there are none.
+    """Length of finished thoughts, in the student's tokens and in bytes; all 0 if there are none.
 
-    cut  thoughts that the limit of tokens cut: the longest ones, and in no mean
+    Attributes:
+        num_finished: Number of finished thoughts.
+        mean_tokens: Mean length in tokens.
+        median_tokens: Median length in tokens.
+        mean_bytes: Mean length in bytes.
+        median_bytes: Median length in bytes.
+        num_truncated: Thoughts cut by the token limit: the longest ones, and in no mean.
     """
 
     num_finished: int
@@ -53,9 +63,14 @@ class ThinkingLength:
 class EffortResult:
     """One skill at one effort.
 
-    leak       answers that thought although the effort is none, or did not although it is not
-    languages  language of the thought -> how many; "undetermined" where it is short or symbols
-    as_asked   of the thoughts with a language, those in the language of the question's item
+    Attributes:
+        skill: Name of the skill.
+        effort: Thinking effort.
+        score: Score on the skill.
+        wrong_mode: Answers with thinking at effort none, or without it at another effort.
+        length: Length of the thoughts.
+        languages: Language of the thought -> count; "undetermined" if it is short or symbols.
+        in_question_language: Of the thoughts with a language, those in the item's language.
     """
 
     skill: str
@@ -69,7 +84,15 @@ class EffortResult:
 
 @dataclass(frozen=True)
 class ThinkingModesReport:
-    """modes by skill and effort; leaks over all skills: at none, and at every other effort together; rises: skill -> do thoughts get longer."""
+    """All skills at all efforts.
+
+    Attributes:
+        student: Name of the student.
+        modes: Results by skill and effort.
+        unasked_thinking: Answers with thinking at effort none, over all skills.
+        missing_thinking: Answers without thinking at all other efforts, over all skills.
+        length_increases: Skill -> whether thoughts get longer from effort to effort.
+    """
 
     student: str
     modes: tuple[EffortResult, ...]
@@ -78,6 +101,7 @@ class ThinkingModesReport:
     length_increases: Mapping[str, bool]
 
     def to_json(self) -> dict[str, Any]:
+        """Return plain JSON; keys are the field names."""
         return asdict(self)
 
 
@@ -87,45 +111,54 @@ def measure_thinking_modes(
     taught_efforts: Mapping[str, Sequence[ThinkingEffort]],
     max_new_tokens: int,
     direct_answers: Iterable[Mapping[str, Any]] = (),
-    progress: Callable[[str], None] = lambda words: None,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> ThinkingModesReport:
-    """Ask the student the skills' items at every effort it was taught them in.
+    """Measure the student on each skill at every effort it was taught.
 
-    taught  skill -> efforts; skills that are not in it are left out, and so are items with choices, which are not answered in words
-    direct  answers at effort none to other skills, as examples.jsonl has them, which count for the leak there
+    Args:
+        student: The student.
+        tasks: Tasks with their items; items with choices are left out, since they are answered
+            without generation.
+        taught_efforts: Skill -> efforts; other skills are left out.
+        max_new_tokens: Longest answer, in tokens.
+        direct_answers: Answers at effort none to other skills, as in examples.jsonl; they count
+            for `unasked_thinking`.
+        progress: Called with a text after each skill and effort.
     """
-    found: list[EffortResult] = []
+    modes: list[EffortResult] = []
     unasked = [
         _counts_as_thinking(
             line.get("thinking", ""), line["answer"] or line.get("calls"), line["finish"]
         )
         for line in direct_answers
     ]
-    unthinking: list[bool] = []
-    for skill, every in tasks:
-        items = [i for i in every if not i.choices]
-        for effort in (
-            e for e in ThinkingEffort if items and e in taught_efforts.get(skill.name, ())
-        ):
-            answers = student.answer(
-                [replace(i.prompt, effort=effort) for i in items], max_new_tokens
-            )
-            said = [(a.conversation.messages[-1], a.finish) for a in answers]
-            found.append(_measure_effort(student, skill, items, effort, said))
-            thinks = [_message_has_thinking(*one) for one in said]
-            unasked += thinks if effort is ThinkingEffort.NONE else []
-            unthinking += [not t for t in thinks] if effort is not ThinkingEffort.NONE else []
-            progress(f"{skill.name} at {effort} {found[-1].score.value:.2f}")
-    rises = {
-        skill: _is_length_increasing([m for m in found if m.skill == skill])
-        for skill in dict.fromkeys(m.skill for m in found)
+    missing: list[bool] = []
+    for task, all_items in tasks:
+        items = [i for i in all_items if not i.choices]
+        efforts = taught_efforts.get(task.name, ()) if items else ()
+        for effort in (e for e in ThinkingEffort if e in efforts):
+            prompts = [replace(i.prompt, effort=effort) for i in items]
+            answers = [
+                (a.conversation.messages[-1], a.finish)
+                for a in student.answer(prompts, max_new_tokens)
+            ]
+            modes.append(_measure_effort(student, task, items, effort, answers))
+            thinks = [_message_has_thinking(message, finish) for message, finish in answers]
+            if effort is ThinkingEffort.NONE:
+                unasked += thinks
+            else:
+                missing += [not t for t in thinks]
+            progress(f"{task.name} at {effort} {modes[-1].score.value:.2f}")
+    increases = {
+        skill: _is_length_increasing([m for m in modes if m.skill == skill])
+        for skill in dict.fromkeys(m.skill for m in modes)
     }
     return ThinkingModesReport(
         student.name,
-        tuple(found),
+        tuple(modes),
         Proportion.of(sum(unasked), len(unasked)),
-        Proportion.of(sum(unthinking), len(unthinking)),
-        {skill: r for skill, r in rises.items() if r is not None},
+        Proportion.of(sum(missing), len(missing)),
+        {skill: value for skill, value in increases.items() if value is not None},
     )
 
 
@@ -134,14 +167,25 @@ def select_direct_answers(
     model_name: str,
     taught_efforts: Mapping[str, object],
 ) -> list[Mapping[str, Any]]:
-    """Of everybody's answers, as examples.jsonl has them, a speaker's at effort none to skills without modes: what `measure` calls direct."""
+    """Select a model's answers at effort none to skills that are not taught with efforts.
+
+    Items with choices are left out: they are answered without generation.
+
+    Args:
+        answer_records: Lines of examples.jsonl, of all models.
+        model_name: The model.
+        taught_efforts: Skills taught with efforts.
+
+    Returns:
+        The `direct_answers` of `measure_thinking_modes`.
+    """
     return [
         line
         for line in answer_records
         if (line["model_name"], line["effort"]) == (model_name, ThinkingEffort.NONE)
         and line["skill"] not in taught_efforts
-        and "likelihoods" not in line
-    ]  # who chooses says nothing, and cannot think unasked
+        and "choice_logprobs_per_byte" not in line
+    ]
 
 
 def _message_has_thinking(message: Message, finish: FinishReason) -> bool:
@@ -149,7 +193,10 @@ def _message_has_thinking(message: Message, finish: FinishReason) -> bool:
 
 
 def _counts_as_thinking(thinking: str, content: object, finish: str) -> bool:
-    """Whether an answer thought. One that ends without a readable word (a thought that was cut, or never closed) counts as a thought."""
+    """Return whether an answer thought.
+
+    An answer cut before any content counts as a thought: it was cut inside, or never closed.
+    """
     return bool(thinking) or (finish != FinishReason.STOP and not content)
 
 
@@ -161,24 +208,29 @@ def _measure_effort(
     answers: Sequence[tuple[Message, FinishReason]],
 ) -> EffortResult:
     results = grade_answers(task, items, answers)
-    astray = sum(_message_has_thinking(*one) is (effort is ThinkingEffort.NONE) for one in answers)
+    num_wrong = sum(
+        _message_has_thinking(*one) is (effort is ThinkingEffort.NONE) for one in answers
+    )
     thoughts = [
         (m.thinking, i.prompt.language)
         for (m, _), i in zip(answers, items, strict=True)
         if m.thinking
     ]
-    tongues = [(thinking_language(text), language) for text, language in thoughts]
-    told = [(found, language) for found, language in tongues if found != UNDETERMINED_LANGUAGE]
-    cut = sum(_message_has_thinking(m, finish) and not m.thinking for m, finish in answers)
+    languages = [(thinking_language(text), language) for text, language in thoughts]
+    determined = [pair for pair in languages if pair[0] != UNDETERMINED_LANGUAGE]
+    num_truncated = sum(
+        _message_has_thinking(m, finish) and not m.thinking for m, finish in answers
+    )
     return EffortResult(
         task.name,
         effort,
         score_results(student.name, task.name, results, effort),
-        Proportion.of(astray, len(answers)),
-        _measure_length(student.renderer.vocabulary, [text for text, _ in thoughts], cut),
-        dict(Counter(found for found, _ in tongues).most_common()),
+        Proportion.of(num_wrong, len(answers)),
+        _measure_length(student.renderer.vocabulary, [text for text, _ in thoughts], num_truncated),
+        dict(Counter(found for found, _ in languages).most_common()),
         Proportion.of(
-            sum(is_same_language(found, language) for found, language in told), len(told)
+            sum(is_same_language(found, language) for found, language in determined),
+            len(determined),
         ),
     )
 
@@ -188,10 +240,8 @@ def _measure_length(
 ) -> ThinkingLength:
     if not thinking_texts:
         return ThinkingLength(0, 0, 0, 0, 0, num_truncated)
-    tokens, sizes = (
-        [len(ids) for ids in vocabulary.encode_batch(thinking_texts)],
-        [len(t.encode()) for t in thinking_texts],
-    )
+    tokens = [len(ids) for ids in vocabulary.encode_batch(thinking_texts)]
+    sizes = [len(t.encode()) for t in thinking_texts]
     return ThinkingLength(
         len(thinking_texts),
         fmean(tokens),
@@ -203,18 +253,18 @@ def _measure_length(
 
 
 def _is_length_increasing(modes: Sequence[EffortResult]) -> bool | None:
-    """Whether mean thoughts get longer from effort to effort, in tokens and in bytes; None where fewer than two efforts think.
+    """Return whether mean thoughts get longer from effort to effort, in tokens and in bytes.
 
-    Not where an effort that should think never came to a thought's end: no length of it is known.
+    None if fewer than two efforts think. False if an effort has no finished thought.
     """
-    dials = [m.length for m in modes if m.effort is not ThinkingEffort.NONE]
-    if len(dials) < 2:
+    lengths = [m.length for m in modes if m.effort is not ThinkingEffort.NONE]
+    if len(lengths) < 2:
         return None
-    return all(m.num_finished for m in dials) and all(
-        a.mean_tokens < b.mean_tokens and a.mean_bytes < b.mean_bytes for a, b in pairwise(dials)
+    return all(m.num_finished for m in lengths) and all(
+        a.mean_tokens < b.mean_tokens and a.mean_bytes < b.mean_bytes for a, b in pairwise(lengths)
     )
 
 
 def thinking_language(text: str) -> str:
-    """Language of a text, such as "vi"; "undetermined" where nobody can say (see tongues.tongue)."""
-    return known_tongue(text) or UNDETERMINED_LANGUAGE
+    """Return the language of a text, such as "vi"; "undetermined" if none is found."""
+    return detect_language(text) or UNDETERMINED_LANGUAGE

@@ -1,1 +1,1 @@
-"""Load models and tokenizers; identify them by digest; place them on devices."""
+"""Load models and tokenizers, identify them by a fingerprint, and place them on devices."""

@@ -99,6 +99,7 @@ def distill(
     from persea.pipeline.run_context import RunContext
     from persea.pipeline.stages import run_pipeline
     from persea.tasks.benchmarks import reject_unknown_names
+    from persea.teachers.engines import reject_unknown_engines
 
     if isinstance(recipe, Recipe):
         if overrides:
@@ -110,7 +111,8 @@ def distill(
         loaded, where = recipe, recipe.name
     else:
         loaded, where = load_recipe(Path(recipe), list(overrides)), str(recipe)
-    reject_unknown_names(loaded.evaluation.sets, loaded.corpus, where)
+    reject_unknown_names(loaded.evaluation.benchmarks, loaded.corpus, where)
+    reject_unknown_engines(loaded.teachers, where)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     silence_transformers()
     folder = Path(out) if out is not None else Path("runs") / loaded.name

@@ -25,14 +25,8 @@ from persea.config.schema import (
 )
 from persea.errors import RefusedError
 from persea.evaluation.answering import EvaluatedModel
-from persea.models.loading import (
-    ModelSource,
-    file_stats,
-    fingerprint,
-    load_renderer,
-    local_folder,
-    model_warnings,
-)
+from persea.models.identity import file_stats, fingerprint, model_warnings
+from persea.models.loading import ModelSource, load_renderer, local_folder
 from persea.pipeline.remote_teachers import (
     endpoint_identity,
     generation_identity,
@@ -74,7 +68,7 @@ def is_small_local_model(source: ModelSource, max_bytes: int) -> bool:
     A hub model may have to be downloaded first, and random weights cannot be measured: both
     return False.
     """
-    folder = None if source.is_random else local_folder(source.model, "check.likelihood")
+    folder = None if source.is_random else local_folder(source.model, "check.measure_likelihood")
     return (
         folder is not None
         and sum(p.stat().st_size for p in folder.glob("*.safetensors")) <= max_bytes
@@ -122,14 +116,16 @@ class ModelRefs:
     @property
     def teacher_names(self) -> tuple[str, ...]:
         """Names of the models that teach: every teacher of the recipe but the reference models."""
-        return tuple(t.name for t in self.recipe.teachers if not t.yardstick)
+        return tuple(t.name for t in self.recipe.teachers if not t.reference)
 
     # --- tokenizers and templates ---
 
     @cached_property
     def student_renderer(self) -> ChatRenderer:
         """The student's chat renderer."""
-        return load_renderer(model_source(self.recipe.student), "student.model", self.recipe.today)
+        return load_renderer(
+            model_source(self.recipe.student), "student.model", self.recipe.template_date
+        )
 
     @cached_property
     def renderers(self) -> dict[str, ChatRenderer]:
@@ -140,7 +136,7 @@ class ModelRefs:
         return {
             t.name: self.student_renderer
             if t.model == TEXT_ONLY_MODEL
-            else load_renderer(model_source(t), f"teachers.{k}.model", self.recipe.today)
+            else load_renderer(model_source(t), f"teachers.{k}.model", self.recipe.template_date)
             for k, t in enumerate(self.recipe.teachers)
         }
 
@@ -148,7 +144,11 @@ class ModelRefs:
     def event_maps(self) -> dict[str, EventMap]:
         """Teacher name -> event map to the student's vocabulary, without the reference models."""
         return {
-            name: load_event_map(self.renderers[name], self.student_renderer)
+            name: load_event_map(
+                self.renderers[name],
+                self.student_renderer,
+                self.recipe.check.max_mask_search_tokens,
+            )
             for name in self.teacher_names
         }
 
@@ -230,7 +230,7 @@ class ModelRefs:
     def can_answer_at(self, name: str, effort: ThinkingEffort) -> bool:
         """Return whether a teacher can be asked at a thinking effort.
 
-        A chat server without `dial` receives no effort: it answers at its own effort only.
+        A chat server without `send_effort` receives no effort: it answers at its own effort only.
         """
         ref = self.teacher_ref(name)
         return has_effort(self.renderers[name], effort) and (
@@ -339,7 +339,9 @@ class ModelRefs:
             self.student_renderer,
             lora,
             self.recipe.seed,
-            ComputeOptions(training.precision == "bfloat16", training.recompute, training.packing),
+            ComputeOptions(
+                training.precision == "bfloat16", training.gradient_checkpointing, training.packing
+            ),
         )
 
     # --- for evaluation and lineage ---

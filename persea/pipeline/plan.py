@@ -23,7 +23,8 @@ from persea.pipeline.stages import STAGES, Stage
 from persea.tasks.task import Split
 
 # Upper bounds a captured token, measured in docs/cache.md: broad text of a 152k vocabulary costs
-# 34 bytes at tau .02 without its text (reasoning 9), and 316 with `rows: topk` at kl .01 (53).
+# 34 bytes at a sampling threshold of .02 without its text (reasoning 9), and 316 with
+# `distributions: topk` at max_kl .01 (reasoning 53).
 SAMPLED_BYTES_PER_TOKEN = 40
 TOPK_BYTES_PER_TOKEN = 400
 BYTES_PER_PARAMETER = 4  # float32
@@ -94,7 +95,11 @@ def plan_run(context: RunContext) -> RunPlan:
     captured_bytes = (
         num_prompts
         * recipe.capture.max_new_tokens
-        * (SAMPLED_BYTES_PER_TOKEN if recipe.capture.rows == "sampled" else TOPK_BYTES_PER_TOKEN)
+        * (
+            SAMPLED_BYTES_PER_TOKEN
+            if recipe.capture.distributions == "sampled"
+            else TOPK_BYTES_PER_TOKEN
+        )
     )
     num_teachers = len(context.models.teacher_names)
     num_skipped = context.corpus.num_inputs - num_prompts
@@ -103,7 +108,7 @@ def plan_run(context: RunContext) -> RunPlan:
         "audition": f"at most {num_audition:,} answers by {num_teachers} teachers",
         "capture": f"{num_prompts:,} answers, at most {captured_bytes / 1e9:.2f} GB "
         f"({num_skipped:,} prompts left out)",
-        "train": f"{recipe.training.steps:,} steps of {recipe.training.batch} conversations",
+        "train": f"{recipe.training.steps:,} steps of {recipe.training.batch_size} conversations",
         "evaluate": f"{num_test:,} answers by {len(context.models.renderers) + 2} models",
         "lineage": "one record",
         "report": "one page",

@@ -20,8 +20,8 @@ def refuse_unsupported_efforts(context: RunContext) -> None:
     models = context.models
     for k, part in enumerate(context.recipe.corpus):
         pinned = context.recipe.audition.pinned.get(part.skill)
-        for effort in part.modes:
-            where = f"corpus.{k}.modes"
+        for effort in part.effort_shares:
+            where = f"corpus.{k}.effort_shares"
             if effort not in models.student_renderer.family.efforts:
                 raise RecipeError(
                     f"the corpus asks for {effort} effort, which the student's template cannot "
@@ -44,20 +44,24 @@ def refuse_impossible_training(context: RunContext) -> None:
     """Raise if the training cannot start as it was launched.
 
     Raises:
-        RecipeError: The batch cannot be split over that many processes.
+        RecipeError: The batch cannot be split over that many processes, or a loss is unknown.
         MissingRequirementError: The package of `training.report_to` is not installed.
         DataError: The checkpoint of --resume does not exist.
     """
     training = context.recipe.training
     num_processes = max(context.launch_options.num_processes, context.world.size)
-    refuse_too_many_processes(num_processes, training.batch, training.accumulate)
+    refuse_too_many_processes(num_processes, training.batch_size, training.micro_batches)
     if training.on_policy:
         refuse_on_policy_processes(
             num_processes,
             context.launch_options.parallel,
-            [t.name for t in context.recipe.teachers if t.endpoint and t.endpoint.budget],
+            [t.name for t in context.recipe.teachers if t.endpoint and t.endpoint.max_total_tokens],
         )
     refuse_missing_tracker(training.report_to)
+    if training.loss:
+        from persea.losses import build_loss  # imports torch
+
+        build_loss(training.loss_terms)
     if context.launch_options.resume not in ("auto", "never"):
         # looked up now: a capture of hours may come before the training
         from persea.training.checkpoint import find_checkpoint

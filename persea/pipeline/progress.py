@@ -101,8 +101,8 @@ def print_check(check_result: dict[str, Any]) -> None:
     for likelihood in check_result["likelihoods"]:
         if not likelihood["language"]:
             console.print(
-                f"{likelihood['teacher']}: {likelihood['template_bits_per_byte']:.2f} bits per byte "
-                f"with its own template, {likelihood['bare_bits_per_byte']:.2f} without one",
+                f"{likelihood['teacher']}: {likelihood['template_bits_per_byte']:.2f} bits per "
+                f"byte with its own template, {likelihood['bare_bits_per_byte']:.2f} without one",
                 highlight=False,
                 soft_wrap=True,
             )

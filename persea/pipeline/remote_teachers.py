@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from persea import storage
 from persea.chat.renderer import ChatRenderer
-from persea.config.schema import TEXT_ONLY_MODEL, GenerationSection, TeacherSection
-from persea.errors import MissingRequirementError
-from persea.report.lineage import ParentModel
-from persea.teachers.engines import Sampling
-from persea.teachers.engines.chat_server import ChatServerEngine
-from persea.teachers.engines.http_client import HttpClient, RetryPolicy
-from persea.teachers.engines.token_server import (
-    ServerFingerprint,
-    TokenServerEngine,
-    resolve_served_model,
+from persea.config.schema import (
+    TEXT_ONLY_MODEL,
+    EndpointSection,
+    GenerationSection,
+    TeacherSection,
 )
-from persea.teachers.engines.vllm import VllmEngine, load_vllm_engine
-from persea.teachers.engines.wire_formats import WIRE_FORMATS
+from persea.errors import MissingRequirementError
+from persea.models.loading import ModelSource
+from persea.report.lineage import ParentModel
+from persea.teachers.engines import Engine, EngineOptions, Sampling, find_engine
+from persea.teachers.engines.http_client import HttpClient, RetryPolicy
+from persea.teachers.engines.server import ServerEngine, ServerFingerprint
 
 
 def sampling_of(generation: GenerationSection) -> Sampling:
@@ -34,8 +34,8 @@ def is_remote(ref: TeacherSection) -> bool:
 
 
 def has_fixed_effort(ref: TeacherSection) -> bool:
-    """Return whether the server receives no thinking effort: a chat server without `dial`."""
-    return ref.endpoint is not None and ref.endpoint.dial is False
+    """Return whether the server receives no effort: a chat server without `send_effort`."""
+    return ref.endpoint is not None and ref.endpoint.send_effort is False
 
 
 def endpoint_identity(ref: TeacherSection) -> list[Any]:
@@ -44,7 +44,19 @@ def endpoint_identity(ref: TeacherSection) -> list[Any]:
     The address and the retry settings are no part of it. Empty for a local teacher.
     """
     at = ref.endpoint
-    return [] if at is None else [ref.model, ref.revision, at.protocol, at.served, at.top, at.dial]
+    model = "words" if ref.model == TEXT_ONLY_MODEL else ref.model  # literal in kept caches
+    return (
+        []
+        if at is None
+        else [
+            model,
+            ref.revision,
+            at.protocol,
+            at.served_model_name,
+            at.top_logprobs,
+            at.send_effort,
+        ]
+    )
 
 
 def generation_identity(ref: TeacherSection) -> list[Any]:
@@ -84,80 +96,66 @@ def remote_parent(ref: TeacherSection, renderer: ChatRenderer, handshake_file: P
     )
 
 
-def open_remote_engine(
-    ref: TeacherSection, renderer: ChatRenderer, handshake_file: Path
-) -> TokenServerEngine | ChatServerEngine | VllmEngine:
-    """Open the engine of a teacher behind a server or in vLLM.
+def open_remote_engine(ref: TeacherSection, renderer: ChatRenderer, handshake_file: Path) -> Engine:
+    """Open the engine of a teacher that is behind a server, or runs in vLLM.
 
-    The first handshake of a run is stored, and every later one must match it.
-
-    Args:
-        ref: The teacher.
-        renderer: Its chat renderer.
-        handshake_file: Where the first handshake is stored.
+    The first handshake of a run is stored in `handshake_file`, and later ones must match it.
 
     Raises:
-        TeacherError: The server does not offer the recipe's settings, or runs another model.
+        TeacherError: The server does not return what is needed, or serves another model.
         MissingRequirementError: The API key or vLLM is missing.
     """
-    if ref.endpoint is None:
-        return load_vllm_engine(
-            ref.model, ref.revision, len(renderer.vocabulary), sampling_of(ref.generation)
-        )
-    engine = _open_server_engine(ref, renderer)
+    endpoint = ref.endpoint
+    spec = find_engine(ref.engine if endpoint is None else endpoint.protocol)
+    options = EngineOptions(
+        ref.name, renderer, sampling_of(ref.generation), ModelSource(ref.model, ref.revision)
+    )
+    if endpoint is None:
+        return spec.open(options)
+    options = replace(
+        options,
+        client=_open_client(ref.name, endpoint),
+        served_model_name=endpoint.served_model_name,
+        num_top_logprobs=endpoint.top_logprobs or 1,
+        send_effort=bool(endpoint.send_effort),
+        handshake_effort=ref.effort,
+        max_fingerprint_drift=endpoint.max_fingerprint_drift,
+    )
+    engine = cast(ServerEngine, spec.open(options))
+    engine.handshake()
     if handshake_file.is_file():
-        first = ServerFingerprint.from_json(storage.read_json(handshake_file))
-        first.refuse_other_model(engine.fingerprints[0], f"{ref.name}, {ref.endpoint.url}")
-        # last digits may differ: the stored fingerprint stays, so earlier answers are reused and no
-        # drift adds up from run to run
-        engine.fingerprints[:] = [first]
+        before = ServerFingerprint.from_json(storage.read_json(handshake_file))
+        where = f"{ref.name}, {endpoint.url}"
+        before.refuse_other_model(engine.fingerprints[0], where, endpoint.max_fingerprint_drift)
+        # The stored fingerprint stays binding: cached answers stay valid although its last digits
+        # differ now, and drift does not add up from run to run.
+        engine.fingerprints[:] = [before]
     else:
         storage.write_json(handshake_file, engine.fingerprints[0].to_json())
     return engine
 
 
-def _open_server_engine(
-    ref: TeacherSection, renderer: ChatRenderer
-) -> TokenServerEngine | ChatServerEngine:
-    at, sampling = ref.endpoint, sampling_of(ref.generation)
-    assert at is not None
-    key = os.environ.get(at.key_env, "").strip() if at.key_env else ""
-    if at.key_env and not key:
+def _open_client(name: str, endpoint: EndpointSection) -> HttpClient:
+    key = os.environ.get(endpoint.key_env, "").strip() if endpoint.key_env else ""
+    if endpoint.key_env and not key:
         raise MissingRequirementError(
-            f"the variable {at.key_env} is not set",
-            where=f"{ref.name}, {at.url}",
-            remedy=f"export {at.key_env}=...; a recipe holds none",
+            f"the variable {endpoint.key_env} is not set",
+            where=f"{name}, {endpoint.url}",
+            remedy=f"export {endpoint.key_env}=...; a recipe holds none",
         )
     if not key.isascii() or not key.isprintable() or " " in key:
         raise MissingRequirementError(
-            f"the variable {at.key_env} contains characters that an HTTP header cannot carry",
-            where=f"{ref.name}, {at.url}",
-            remedy=f"export {at.key_env}=... with the key alone: ASCII, no spaces, no line breaks",
+            f"the variable {endpoint.key_env} contains characters that an HTTP header cannot carry",
+            where=f"{name}, {endpoint.url}",
+            remedy=f"export {endpoint.key_env}=... with the key alone: ASCII, no spaces, "
+            "no line breaks",
         )
-    client = HttpClient(
-        at.url,
-        ref.name,
-        RetryPolicy(at.concurrency, at.attempts, at.stall, at.patience, at.budget),
-        key,
+    policy = RetryPolicy(
+        endpoint.concurrency,
+        endpoint.max_attempts,
+        endpoint.stall_timeout_s,
+        endpoint.give_up_after_s,
+        endpoint.max_total_tokens,
+        endpoint.max_failed_share,
     )
-    engine: TokenServerEngine | ChatServerEngine
-    if at.protocol == "chat":
-        engine = ChatServerEngine(
-            client,
-            at.served or resolve_served_model(client, ""),
-            sampling,
-            bool(at.dial),
-            ref.effort,
-        )
-    else:
-        wire_format = next(f for f in WIRE_FORMATS if f.name == at.protocol)
-        engine = TokenServerEngine(
-            client,
-            renderer,
-            wire_format,
-            resolve_served_model(client, at.served),
-            at.top or 1,
-            sampling,
-        )
-    engine.handshake()
-    return engine
+    return HttpClient(endpoint.url, name, policy, key)

@@ -15,6 +15,7 @@ from persea import storage
 from persea.cache.capture import CaptureUnit, plan_units
 from persea.chat.messages import ThinkingEffort
 from persea.config.recipe import Recipe
+from persea.data.dedup import DedupOptions
 from persea.data.prompts import Corpus, MalformedLine, build_corpus
 from persea.errors import DataError, RecipeError
 from persea.evaluation.audition import Cast
@@ -24,7 +25,7 @@ from persea.pipeline.model_refs import ModelRefs
 from persea.pipeline.stage_keys import STAGE_VERSIONS
 from persea.pipeline.stage_store import StageStore
 from persea.storage import digest_json
-from persea.tasks.benchmarks import LoadedBenchmark
+from persea.tasks.benchmarks import LoadedBenchmark, grading_options
 from persea.tasks.task import Split, Task, TaskItem
 from persea.training.distributed.world import LaunchOptions, World
 
@@ -61,14 +62,17 @@ class RunContext:
     @cached_property
     def benchmarks(self) -> tuple[LoadedBenchmark, ...]:
         """The recipe's published benchmarks, read from their files."""
+        evaluation = self.recipe.evaluation
         judge = tasks_and_prompts.make_safety_judge(
-            self.recipe.evaluation.judge,
+            evaluation.judge,
             self.recipe.teachers,
             lambda name: self.models.renderers[name].family.name,
             partial(self.models.load_teacher, batch=1),
-            self.recipe.evaluation.judge_max_new_tokens,
+            evaluation.judge_max_new_tokens,
         )
-        return tasks_and_prompts.load_benchmarks(self.recipe.evaluation.sets, judge)
+        return tasks_and_prompts.load_benchmarks(
+            evaluation.benchmarks, judge, grading_options(evaluation.grading)
+        )
 
     @cached_property
     def tasks(self) -> tuple[Task, ...]:
@@ -86,7 +90,7 @@ class RunContext:
         if empty := [task.name for task, items in found if not items]:
             raise DataError(
                 f"no question of {', '.join(empty)} is left for the {split} split",
-                where="evaluation.sets",
+                where="evaluation.benchmarks",
                 remedy="give a set with more rows",
             )
         return found
@@ -118,7 +122,7 @@ class RunContext:
         return tasks_and_prompts.make_check_samples(
             self.held_out_items(Split.AUDITION),
             check.texts,
-            check.lines,
+            check.max_lines_per_text,
             check.max_answers_per_language,
         )
 
@@ -158,7 +162,12 @@ class RunContext:
             for k, part in enumerate(self.recipe.corpus)
         ]
         return replace(
-            build_corpus(parts, held_out, [part.near for part in self.recipe.corpus]),
+            build_corpus(
+                parts,
+                held_out,
+                [part.near_duplicate_threshold for part in self.recipe.corpus],
+                DedupOptions(**self.recipe.dedup.model_dump()),
+            ),
             malformed=tuple(malformed),
         )
 
@@ -167,7 +176,7 @@ class RunContext:
         """Skill -> thinking efforts that the corpus teaches; empty if no part has modes."""
         taught: dict[str, set[ThinkingEffort]] = {}
         for part in self.recipe.corpus:
-            taught.setdefault(part.skill, set()).update(part.modes)
+            taught.setdefault(part.skill, set()).update(part.effort_shares)
         return {
             skill: tuple(e for e in ThinkingEffort if e in efforts)
             for skill, efforts in taught.items()
@@ -192,15 +201,15 @@ class RunContext:
         """
         capture, version = self.recipe.capture, STAGE_VERSIONS["capture"]
         sparsity = (
-            {"tau": capture.tau}
-            if capture.rows == "sampled"
-            else {"rows": capture.rows, "kl": capture.kl}
+            {"tau": capture.sampling_threshold}
+            if capture.distributions == "sampled"
+            else {"rows": capture.distributions, "kl": capture.max_kl}
         )
         settings = {
             **sparsity,
             "answers": capture.answers,
             "max_new_tokens": capture.max_new_tokens,
-            "batch": capture.batch,
+            "batch": capture.batch_size,
             "seed": self.recipe.seed,
             "threads": self.recipe.threads,
             **({"version": version} if version > 1 else {}),
@@ -212,7 +221,7 @@ class RunContext:
             self.corpus.prompts,
             self.cast,
             self.models.teacher_identities,
-            capture.unit,
+            capture.prompts_per_unit,
             settings,
             longest if capture.answers == "ask" else None,
         )
@@ -231,9 +240,9 @@ class RunContext:
                 raise RecipeError(
                     f"{name} was cast for {skill}, which needs {effort} effort: "
                     f"{self.models.describe_efforts()}",
-                    where="corpus.modes",
-                    remedy=f"change the modes of {skill}, or pin a teacher that supports them: "
-                    f"audition.pinned.{skill}",
+                    where="corpus.effort_shares",
+                    remedy=f"change the effort_shares of {skill}, or pin a teacher that supports "
+                    f"them: audition.pinned.{skill}",
                 )
 
     # --- results of other programs ---
@@ -245,7 +254,7 @@ class RunContext:
             DataError: A file is missing.
         """
         digests = {}
-        for name, file in self.recipe.evaluation.lm_eval.items():
+        for name, file in self.recipe.evaluation.lm_eval_results.items():
             if not Path(file).is_file():
                 raise DataError(
                     "no such file",

@@ -29,7 +29,7 @@ STAGE_VERSIONS = {
 STAGE_NAMES = tuple(STAGE_VERSIONS)
 
 # keys of `evaluation` that are read after the evaluation, and change none of its numbers
-POST_EVALUATION_KEYS = {"allow_regression", "lm_eval"}
+POST_EVALUATION_KEYS = {"allow_safety_regression", "lm_eval_results"}
 # keys of `training` that set how often a training is saved, logged and shown, and change no weight
 OBSERVATION_KEYS = {"report_to", "log_every", "checkpoint_every", "evaluate_every"}
 
@@ -56,6 +56,7 @@ def audition_inputs(context: RunContext) -> object:
         context.items_digest(Split.AUDITION),
         context.recipe.skills,
         context.recipe.audition.model_dump(),
+        context.recipe.evaluation.grading.model_dump(),
         context.recipe.capture.max_new_tokens,
     ]
 
@@ -65,7 +66,11 @@ def capture_inputs(context: RunContext) -> object:
     return [
         *(u.name for u in context.capture_units),
         *([b.location, b.reason] for b in context.corpus.malformed),
-        *["verify"] * context.recipe.capture.verify,
+        *(
+            ["verify", context.recipe.evaluation.grading.model_dump()]
+            if context.recipe.capture.drop_wrong_answers
+            else []
+        ),
     ]
 
 
@@ -73,18 +78,19 @@ def train_inputs(context: RunContext) -> dict[str, Any]:
     """Return what the trained student depends on, as JSON.
 
     Checkpoints hold the same value: a training resumes only from a checkpoint with equal inputs.
-    Answers that `capture.verify` rejected are part of it.
+    Answers that `capture.drop_wrong_answers` rejected are part of it.
     """
     return {
         "training": context.recipe.training.model_dump(mode="json", exclude=OBSERVATION_KEYS),
         "seed": context.recipe.seed,
         "threads": context.recipe.threads,
+        "max_mask_search_tokens": context.recipe.check.max_mask_search_tokens,
         "student": context.models.student_identity,
         "capture": digest_json([u.name for u in context.capture_units]),
         "version": STAGE_VERSIONS["train"],
     } | (
         {"verified": [context.stages.read_record("capture")["outputs"]["rejected.json"]]}
-        if context.recipe.capture.verify
+        if context.recipe.capture.drop_wrong_answers
         else {}
     )
 

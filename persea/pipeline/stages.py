@@ -28,9 +28,9 @@ from persea.tasks.task import Split
 from persea.training.distributed.heartbeat import join_process_group
 
 if TYPE_CHECKING:
-    from persea.chat.messages import RenderedTokens
     from persea.config.schema import TeacherSection
     from persea.evaluation.compatibility import PairCompatibility, TemplateLikelihood
+    from persea.tokenization.tokens import RenderedTokens
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ def run_check(context: RunContext, folder: Path, progress: ProgressCallback) -> 
     Compares the two tokenizations of every skill's reference answers and of the recipe's texts.
 
     Raises:
-        RefusedError: A pair is below `check.floor` or above `check.disagreement`.
+        RefusedError: A pair is outside the limits of the `check` section.
     """
     from persea.evaluation.compatibility import refuse_incompatible
 
     settings = context.recipe.check
-    teachers = [t for t in context.recipe.teachers if not t.yardstick]
+    teachers = [t for t in context.recipe.teachers if not t.reference]
     student_tokens = [s.render(context.models.student_renderer) for s in context.check_samples]
     pairs: list[PairCompatibility] = []
     likelihoods: list[TemplateLikelihood] = []
@@ -81,7 +81,13 @@ def run_check(context: RunContext, folder: Path, progress: ProgressCallback) -> 
             "families": context.models.family_info,
         },
     )
-    refuse_incompatible(pairs, likelihoods, settings.floor, settings.disagreement)
+    refuse_incompatible(
+        pairs,
+        likelihoods,
+        settings.min_common_share,
+        settings.max_disagreement,
+        settings.max_template_excess,
+    )
 
 
 def _check_teacher(
@@ -97,19 +103,19 @@ def _check_teacher(
 
     settings, models = context.recipe.check, context.models
     renderer, event_map = models.renderers[teacher.name], models.event_maps[teacher.name]
-    load_weights = settings.likelihood and not is_remote(teacher)
-    if settings.likelihood is None and not is_remote(teacher):
+    load_weights = settings.measure_likelihood and not is_remote(teacher)
+    if settings.measure_likelihood is None and not is_remote(teacher):
         load_weights = is_small_local_model(model_source(teacher), settings.max_likelihood_bytes)
     retained_mass, likelihoods = None, []
     if load_weights:
-        loaded = models.load_teacher(teacher.name, context.recipe.audition.batch)
+        loaded = models.load_teacher(teacher.name, context.recipe.audition.batch_size)
         samples = [
             s
             for s in context.check_samples
             if s.skill != TEXT_FILES_SKILL and s.is_supported_by(renderer)
         ]
         likelihoods = measure_template_likelihood(loaded, samples)
-        retained_mass = make_retained_mass(loaded, event_map)
+        retained_mass = make_retained_mass(loaded, event_map, settings.min_counted_probability)
     pairs = [
         check_pair(
             teacher.name,
@@ -133,12 +139,12 @@ def run_audition(context: RunContext, folder: Path, progress: ProgressCallback) 
     """
     from persea.evaluation.answering import answer_items, single_model_loader
     from persea.evaluation.audition import build_cast, cast_markdown
-    from persea.evaluation.racing import compare_efforts, race_teachers
+    from persea.evaluation.racing import RaceSettings, compare_efforts, race_teachers
 
     settings, max_new_tokens = context.recipe.audition, context.recipe.capture.max_new_tokens
-    load = single_model_loader(lambda name: context.models.load_teacher(name, settings.batch))
+    load = single_model_loader(lambda name: context.models.load_teacher(name, settings.batch_size))
     models = {
-        name: context.models.evaluated_model(name, settings.batch, settings.efforts, load)
+        name: context.models.evaluated_model(name, settings.batch_size, settings.efforts, load)
         for name in context.models.teacher_names
     }
     own_efforts = {name: model.efforts[0] for name, model in models.items()}
@@ -151,6 +157,7 @@ def run_audition(context: RunContext, folder: Path, progress: ProgressCallback) 
             models[name], own_efforts[name], task, items, max_new_tokens
         )[0],
         lambda fraction, message: progress("audition", fraction, message),
+        RaceSettings(settings.first_round, settings.min_items_per_language, settings.round_growth),
     )
     effort_comparisons, results_by_effort = compare_efforts(
         races,
@@ -169,7 +176,7 @@ def run_audition(context: RunContext, folder: Path, progress: ProgressCallback) 
         races,
         own_efforts,
         settings.pinned,
-        settings.floor,
+        settings.min_score,
         effort_comparisons,
         context.recipe.skills,
     )
@@ -194,14 +201,16 @@ def run_capture(context: RunContext, folder: Path, progress: ProgressCallback) -
     from persea.cache.capture import capture_teacher, open_teacher_caches
 
     settings, units, corpus = context.recipe.capture, context.capture_units, context.corpus
-    budget = CaptureBudget(len(corpus.prompts), settings.tokens or 0, settings.hours or 0)
+    budget = CaptureBudget(
+        len(corpus.prompts), settings.max_total_tokens or 0, settings.max_hours or 0
+    )
     for name in dict.fromkeys(u.teacher for u in units):
         capture_teacher(
             units,
-            context.models.load_teacher(name, settings.batch),
+            context.models.load_teacher(name, settings.batch_size),
             folder,
-            tau=settings.tau,
-            max_kl=settings.kl,
+            tau=settings.sampling_threshold,
+            max_kl=settings.max_kl,
             max_new_tokens=settings.max_new_tokens,
             seed=context.recipe.seed,
             use_given_answers=settings.answers == "given",
@@ -214,7 +223,7 @@ def run_capture(context: RunContext, folder: Path, progress: ProgressCallback) -
     if quarantine:
         storage.write_json_lines(folder / "quarantine.jsonl", quarantine)
     summary["removed"] = dict(Counter(r.reason.value for r in corpus.removed))
-    if settings.verify:
+    if settings.drop_wrong_answers:
         items = tasks_and_prompts.items_by_question(
             context.recipe.corpus, context.tasks, corpus.prompts, context.recipe.seed
         )
@@ -246,7 +255,9 @@ def run_evaluate(context: RunContext, folder: Path, progress: ProgressCallback) 
     tasks, settings = context.held_out_items(Split.TEST), context.recipe.evaluation
     teacher_names, renderers = context.models.teacher_names, context.models.renderers
     names = [STUDENT, BASE, *renderers]
-    load = single_model_loader(lambda name: context.models.load_participant(name, settings.batch))
+    load = single_model_loader(
+        lambda name: context.models.load_participant(name, settings.batch_size)
+    )
     answers = EvaluationAnswers()
 
     def model_progress(k: int, fraction: float, message: str) -> None:
@@ -255,7 +266,7 @@ def run_evaluate(context: RunContext, folder: Path, progress: ProgressCallback) 
     for k, name in enumerate(names):
         evaluate_model(
             answers,
-            context.models.evaluated_model(name, settings.batch, settings.efforts, load),
+            context.models.evaluated_model(name, settings.batch_size, settings.efforts, load),
             tasks,
             settings.max_new_tokens,
             partial(model_progress, k),
@@ -320,7 +331,7 @@ def run_report(context: RunContext, folder: Path, progress: ProgressCallback) ->
     """Write the report page, the model card and report.json."""
     from persea.report.page import write_report
 
-    lm_eval_files = {name: Path(f) for name, f in context.recipe.evaluation.lm_eval.items()}
+    lm_eval_files = {name: Path(f) for name, f in context.recipe.evaluation.lm_eval_results.items()}
     write_report(context.folder, lm_eval_files, folder)
 
 
@@ -376,7 +387,8 @@ def run_pipeline(context: RunContext, progress: ProgressCallback, only_stage: st
                 if not only_stage or stage.name == only_stage:
                     _run_stage(context, stage, recorded_progress)
         context.world.broadcast("over")
-    if only_stage in ("", "evaluate", "report") and not context.recipe.evaluation.allow_regression:
+    may_regress = context.recipe.evaluation.allow_safety_regression
+    if only_stage in ("", "evaluate", "report") and not may_regress:
         from persea.evaluation.evaluate import refuse_saved_regressions
 
         refuse_saved_regressions(context.folder / "evaluate" / "evaluation.json")

@@ -10,12 +10,14 @@ from pathlib import Path
 from persea.cache.answer_filter import QuestionKey, question_key
 from persea.chat.messages import Conversation, ThinkingEffort
 from persea.config.schema import BenchmarkSection, CorpusSection, TeacherSection
-from persea.data.prompts import MalformedLine, Prompt, assign_efforts, read_prompts
+from persea.data.formats import read_prompts
+from persea.data.prompts import MalformedLine, Prompt, assign_efforts
 from persea.errors import DataError, TeacherError
 from persea.evaluation.compatibility import ConversationSample, read_texts
 from persea.tasks import benchmarks as benchmark_tasks
 from persea.tasks import generated
-from persea.tasks.benchmarks.readers import HUB_PREFIX, Benchmark, BenchmarkSource
+from persea.tasks.benchmarks.benchmark import Benchmark, BenchmarkSource, GradingOptions
+from persea.tasks.benchmarks.readers import HUB_PREFIX
 from persea.tasks.task import Split, Task, TaskItem
 from persea.teachers.teacher import Teacher
 
@@ -70,18 +72,21 @@ def make_safety_judge(
         return verdict.text
 
     return SafetyJudge(
-        families[name], {t.name: families[t.name] for t in teachers if not t.yardstick}, ask
+        families[name], {t.name: families[t.name] for t in teachers if not t.reference}, ask
     )
 
 
 def load_benchmarks(
-    refs: Iterable[BenchmarkSection], judge: SafetyJudge | None = None
+    refs: Iterable[BenchmarkSection],
+    judge: SafetyJudge | None = None,
+    options: GradingOptions | None = None,
 ) -> tuple[benchmark_tasks.LoadedBenchmark, ...]:
     """Read a recipe's published benchmarks.
 
     Args:
         refs: The benchmarks that the recipe names.
         judge: Grades the safety benchmarks; None = their own rules do.
+        options: Limits of the graders; None = the defaults.
 
     Raises:
         DataError: A file is broken. The message names file and line.
@@ -101,7 +106,8 @@ def load_benchmarks(
         return BenchmarkSource(file, ref.answers or "", ref.language, ref.config, ref.split)
 
     return tuple(
-        benchmark_tasks.load_benchmark(find(ref.set), source(ref), ref.skill) for ref in refs
+        benchmark_tasks.load_benchmark(find(ref.benchmark), source(ref), ref.skill, options)
+        for ref in refs
     )
 
 
@@ -149,7 +155,8 @@ def load_part_prompts(
                 Path(part.file),
                 part.skill,
                 part.language,
-                on_malformed if part.broken == "quarantine" else None,
+                on_malformed if part.on_malformed == "quarantine" else None,
+                part.max_line_bytes,
             )
         )
         for prompt in prompts:
@@ -160,7 +167,7 @@ def load_part_prompts(
                     where=part.file,
                     remedy=f"use one of {', '.join(skill_names)}, or add a part of that skill",
                 )
-        return assign_efforts(prompts, part.modes)
+        return assign_efforts(prompts, part.effort_shares)
     items = next(s for s in tasks if s.name == part.skill).items(
         Split.TRAIN, part.generate or 0, seed
     )
@@ -170,7 +177,9 @@ def load_part_prompts(
             where=where,
             remedy=f"ask for at most {len(items):,}",
         )
-    return assign_efforts((replace(i.prompt, answer=i.reference) for i in items), part.modes)
+    return assign_efforts(
+        (replace(i.prompt, answer=i.reference) for i in items), part.effort_shares
+    )
 
 
 def items_by_question(

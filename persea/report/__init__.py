@@ -1,1 +1,3 @@
-"""Lineage, model card, report page, comparison of runs."""
+"""The report of a run: an HTML page, a model card and report.json, computed from the run's
+files.
+"""

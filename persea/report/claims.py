@@ -1,92 +1,111 @@
-"""Sentences that are computed: what a run's numbers and their intervals allow to say, and no more."""
+"""Sentences of the report, computed from scores and their intervals. They claim no more than the
+intervals support.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from persea.report import svg as charts
-from persea.report.run_files import (
-    EvaluationRecord,
+from persea.report.run_files import EvaluationRecord
+from persea.report.skill_comparison import (
     IntervalOrder,
     SkillComparison,
     difference_order,
     score_order,
 )
+from persea.report.text import (
+    format_count,
+    format_percent,
+    format_signed,
+    join_list,
+    spell_count,
+)
+
+# With more skills or teachers than this, a sentence names the extremes instead of listing all.
+MAX_LISTED = 4
 
 
 def headline(comparisons: Sequence[SkillComparison]) -> str:
-    """One sentence: what is kept, best first, the lowest named as such."""
-    teachers = len(comparisons[0].teachers)
-    kept = sorted(
-        ((r.retained, r.skill) for r in comparisons if r.retained is not None), reverse=True
+    """Return one sentence: the retained shares of the best teacher's score, best first, the lowest
+    named as such.
+    """
+    num_teachers = len(comparisons[0].teachers)
+    retained = sorted(
+        ((c.retained, c.skill) for c in comparisons if c.retained is not None), reverse=True
     )
-    told = [f"{charts.format_percent(share)} on {skill}" for share, skill in kept]
-    whose = "the best teacher" if teachers > 1 else "its teacher"
-    silent = [r.skill for r in comparisons if r.retained is None]
-    nothing = f"on {charts.join_list(silent)} no teacher had one right answer" if silent else ""
-    start = f"One student, {charts.spell_count(teachers)} teacher{'s' * (teachers > 1)}: "
-    if not kept:
-        return f"{start}{nothing}, so there was nothing to keep."
-    if len(kept) > 4:
-        (most, first), (least, last) = kept[0], kept[-1]
-        lowest, highest = (
-            f"{charts.format_percent(least)} ({last}, its lowest)",
-            f"{charts.format_percent(most)} ({first})",
-        )
-        what = (
-            f"between {lowest} and {highest} of {whose} on {charts.spell_count(len(kept))} skills"
+    unscored = [c.skill for c in comparisons if c.retained is None]
+    start = (
+        f"One student, {spell_count(num_teachers)} teacher{'s' * (num_teachers > 1)}: the student"
+    )
+    nothing = f"no teacher answered anything right on {join_list(unscored)}" if unscored else ""
+    if not retained:
+        return f"{start} cannot be compared, because {nothing}."
+    whose = "the best teacher's score" if num_teachers > 1 else "its teacher's score"
+    shares = [f"{format_percent(share)} on {skill}" for share, skill in retained]
+    (highest, first), (lowest, last) = retained[0], retained[-1]
+    if len(retained) > MAX_LISTED:
+        summary = (
+            f"between {format_percent(lowest)} ({last}, its lowest) "
+            f"and {format_percent(highest)} ({first}) of {whose} "
+            f"on {spell_count(len(retained))} skills"
         )
     else:
-        told[0] = f"{charts.format_percent(kept[0][0])} of {whose} on {kept[0][1]}"
-        if len(kept) > 1:
-            told[-1] = f"{charts.format_percent(kept[-1][0])}, its lowest, on {kept[-1][1]}"
-        what = charts.join_list(told)
-    return f"{start}it keeps {what}{'; ' * bool(nothing)}{nothing}."
+        shares[0] = f"{format_percent(highest)} of {whose} on {first}"
+        if len(retained) > 1:
+            shares[-1] = f"{format_percent(lowest)} (its lowest) on {last}"
+        summary = join_list(shares)
+    return f"{start} retains {summary}{'; ' * bool(nothing)}{nothing}."
 
 
 def claims(evaluation: EvaluationRecord, comparisons: Sequence[SkillComparison]) -> tuple[str, ...]:
-    """What the intervals allow to say: of the student beside the best teacher and its own base, of the teachers among themselves."""
-    said = [
-        _comparison_sentence(
-            [(r.skill, difference_order(r.versus_best)) for r in comparisons], "the best teacher"
-        ),
-        _comparison_sentence(
-            [(r.skill, difference_order(r.versus_base)) for r in comparisons], "its own base"
-        ),
+    """Return the findings of an evaluation.
+
+    They compare the student with the best teacher and with its base, and the teachers among
+    themselves, and name failed graders.
+    """
+    versus_best = [(c.skill, difference_order(c.versus_best)) for c in comparisons]
+    versus_base = [(c.skill, difference_order(c.versus_base)) for c in comparisons]
+    sentences = [
+        _comparison_sentence(versus_best, "the best teacher"),
+        _comparison_sentence(versus_base, "its base model"),
         _regression_sentence(evaluation),
     ]
-    short = {
+    if len(comparisons[0].teachers) > 1:
+        sentences.append(_coverage_sentence(comparisons))
+    num_errors = sum(s.grader_errors for s in evaluation.scores if not s.language)
+    if num_errors:
+        sentences.append(
+            f"The grader failed on {format_count(num_errors)} answer{'s' * (num_errors > 1)}; "
+            "each counts as wrong, with its reason in evaluate/examples.jsonl."
+        )
+    return tuple(sentences)
+
+
+def _coverage_sentence(comparisons: Sequence[SkillComparison]) -> str:
+    """Say whether one teacher is among the best on every skill."""
+    worse_on = {
         t.model_name: [
-            r.skill
-            for r in comparisons
-            if score_order(r.teachers[k], r.best_teacher) is IntervalOrder.BELOW
+            c.skill
+            for c in comparisons
+            if score_order(c.teachers[k], c.best_teacher) is IntervalOrder.BELOW
         ]
         for k, t in enumerate(comparisons[0].teachers)
     }
     skills = (
-        f"all {charts.spell_count(len(comparisons))} skills"
+        f"all {spell_count(len(comparisons))} skills"
         if len(comparisons) > 1
         else comparisons[0].skill
     )
-    alone = [name for name, below in short.items() if not below]
-    if len(short) > 1 and not alone:
-        told = (
-            sorted(short, key=lambda name: len(short[name]))[:1] if len(short) > 4 else list(short)
+    covering = [name for name, worse in worse_on.items() if not worse]
+    if covering:
+        return (
+            f"One teacher is among the best on {skills}, as far as the intervals show: "
+            f"{join_list(covering, 'or')}."
         )
-        lacks = "; ".join(
-            f"{name} is below the best on {charts.join_list(short[name])}" for name in told
-        )
-        said.append(f"No single teacher covers {skills}: {'even ' * (len(short) > 4)}{lacks}.")
-    elif len(short) > 1:
-        said.append(
-            f"One teacher covers {skills}, as far as the intervals tell: {charts.join_list(alone, 'or')}."
-        )
-    broken = sum(s.grader_errors for s in evaluation.scores if not s.language)
-    if broken:
-        said.append(
-            f"Graders broke on {charts.format_count(broken)} answer{'s' * (broken > 1)}; each counts as wrong and is named in examples.jsonl."
-        )
-    return tuple(said)
+    are_many = len(worse_on) > MAX_LISTED
+    named = sorted(worse_on, key=lambda name: len(worse_on[name]))[:1] if are_many else worse_on
+    parts = "; ".join(f"{name} is below the best on {join_list(worse_on[name])}" for name in named)
+    return f"No single teacher is among the best on {skills}: {'even ' * are_many}{parts}."
 
 
 def _comparison_sentence(
@@ -94,27 +113,28 @@ def _comparison_sentence(
 ) -> str:
     words = {
         IntervalOrder.ABOVE: "above",
-        IntervalOrder.OVERLAPS: "not distinguishable (the 95 % interval of the difference holds 0)",
+        IntervalOrder.OVERLAPS: (
+            "not distinguishable (the 95 % interval of the difference contains 0)"
+        ),
         IntervalOrder.BELOW: "below",
     }
     groups = {which: [skill for skill, s in skill_orders if s is which] for which in words}
-    parts = [
-        f"{words[which]} on {charts.join_list(skills)}"
-        for which, skills in groups.items()
-        if skills
-    ]
-    return f"Against {compared_to}, the student is {'; '.join(parts)}."
+    parts = [f"{words[which]} on {join_list(skills)}" for which, skills in groups.items() if skills]
+    return f"Compared with {compared_to}, the student is {'; '.join(parts)}."
 
 
 def _regression_sentence(evaluation: EvaluationRecord) -> str:
-    tested = charts.format_count(
-        sum(p.other_model_name == evaluation.base for p in evaluation.compared)
-    )
+    num_compared = sum(p.other_model_name == evaluation.base for p in evaluation.compared)
     if not evaluation.regressions:
-        return f"Nowhere is it below its own base with confidence ({tested} places looked at: each skill, language and effort)."
-    lost = [
-        f"{p.skill}{f' in {p.language}' if p.language else ''}{f' at effort {p.effort}' if len(evaluation.student_efforts) > 1 else ''} "
-        f"({charts.format_signed(p.difference)}, from {charts.format_signed(p.low)} to {charts.format_signed(p.high)}, n {p.n})"
+        return (
+            "The student is nowhere significantly below its base model "
+            f"({format_count(num_compared)} comparisons: each skill, language and thinking effort)."
+        )
+    several = len(evaluation.student_efforts) > 1
+    losses = [
+        f"{p.skill}{f' in {p.language}' if p.language else ''}"
+        f"{f' at effort {p.effort}' if several else ''} ({format_signed(p.difference)} points, "
+        f"95 % interval {format_signed(p.low)} to {format_signed(p.high)}, n {p.n})"
         for p in evaluation.regressions
     ]
-    return f"Below its own base with confidence: {charts.join_list(lost)}."
+    return f"Significantly below its base model: {join_list(losses)}."

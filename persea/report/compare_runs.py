@@ -1,4 +1,4 @@
-"""Two runs beside each other: their students on the items that both were asked, and what differs in their recipes."""
+"""Compare two runs: their students on common items, and the differences of their recipes."""
 
 from __future__ import annotations
 
@@ -10,19 +10,31 @@ from typing import Any
 import yaml
 
 from persea.chat.messages import ThinkingEffort
+from persea.config.renamed_keys import rename_in_plain_data
 from persea.errors import DataError
 from persea.report.run_files import GradedAnswer, read_graded_answers
 from persea.tasks.intervals import paired_difference_interval, unpaired_difference_interval
 
 RUN_COMPARISON_COLUMNS = ("skill", "language", "A", "B", "B - A", "95 %", "n", "B is")
-ABSENT = "(not there)"
+ABSENT = "(absent)"
 
 
 @dataclass(frozen=True)
 class SkillDifference:
-    """One skill, language ("" = all) and effort: both students' scores, and B - A with its 95 % interval.
+    """Scores of both students on one skill, language and effort, and B - A with its 95 % interval.
 
-    pairs  items that both were asked; 0 = none, and the interval is of two means over items of their own
+    Attributes:
+        skill: Name of the skill.
+        language: Language of the items; "" = all.
+        effort: Thinking effort of the answers.
+        a: Score of A's student.
+        b: Score of B's student.
+        a_n: Items of A.
+        b_n: Items of B.
+        num_pairs: Common items; 0 = none, and the interval is of two means over different items.
+        difference: B - A on the common items, or of the two means if there are none.
+        low: Lower end of the interval of the difference.
+        high: Upper end of the interval of the difference.
     """
 
     skill: str
@@ -39,12 +51,24 @@ class SkillDifference:
 
     @property
     def outcome(self) -> str:
-        return "better" if self.low > 0 else "worse" if self.high < 0 else "not told apart"
+        """B compared with A: better, worse, or not distinguishable."""
+        if self.low > 0:
+            return "better"
+        return "worse" if self.high < 0 else "not distinguishable"
 
 
 @dataclass(frozen=True)
 class RunComparison:
-    """a, b: the folders; recipes: key -> its values in A and B, where they differ; alone: what only one was asked."""
+    """Comparison of two runs.
+
+    Attributes:
+        a: Folder of run A.
+        b: Folder of run B.
+        differences: One entry for each skill, language and effort that both measured.
+        recipe_differences: Recipe key -> its values in A and B, if they differ.
+        bits_per_byte: Skill -> bits per byte of both students.
+        asked_in_one: Skill, effort or language that only one run measured -> "A" or "B".
+    """
 
     a: str
     b: str
@@ -54,19 +78,20 @@ class RunComparison:
     asked_in_one: Mapping[str, str]
 
     def to_json(self) -> dict[str, Any]:
+        """Return the comparison as JSON."""
         return {
             "a": self.a,
             "b": self.b,
-            "places": [asdict(p) | {"b_is": p.outcome} for p in self.differences],
-            "recipes": {k: list(v) for k, v in self.recipe_differences.items()},
+            "differences": [asdict(d) | {"outcome": d.outcome} for d in self.differences],
+            "recipe_differences": {k: list(v) for k, v in self.recipe_differences.items()},
             "bits_per_byte": {k: list(v) for k, v in self.bits_per_byte.items()},
-            "alone": dict(self.asked_in_one),
+            "asked_in_one": dict(self.asked_in_one),
         }
 
     def table_rows(self) -> list[tuple[str, ...]]:
-        """What a person sees, a line a place, and bits per byte last."""
+        """Return the rows of the table: differences first, then bits per byte."""
         several = len({p.effort for p in self.differences}) > 1
-        told = [
+        rows = [
             (
                 p.skill,
                 " ".join(filter(None, (p.language or "all", f"at {p.effort}" if several else ""))),
@@ -83,63 +108,77 @@ class RunComparison:
             ("bits/byte", skill, *("-" if x is None else f"{x:.3f}" for x in both), "", "", "", "")
             for skill, both in self.bits_per_byte.items()
         ]
-        return [*told, *bits]
+        return [*rows, *bits]
 
     def note(self) -> str:
-        """What the table cannot say."""
-        apart = sorted({p.skill for p in self.differences if not p.num_pairs})
-        part = sorted(
+        """Return the footnote of the table."""
+        no_common = sorted({p.skill for p in self.differences if not p.num_pairs})
+        some_common = sorted(
             {p.skill for p in self.differences if p.num_pairs and p.num_pairs < max(p.a_n, p.b_n)}
         )
-        said = [f"paired on the items both were asked; A = {self.a}, B = {self.b}"]
-        said += (
-            [f"no item in common on {', '.join(apart)}: two means beside each other"]
-            if apart
-            else []
-        )
-        said += (
-            [f"only some items in common on {', '.join(part)}: the difference is of those"]
-            if part
-            else []
-        )
-        said += [f"{skill}: only {which} was asked" for skill, which in self.asked_in_one.items()]
-        return "; ".join(said) + ("" if self.recipe_differences else "; the recipes are the same")
+        notes = [f"paired on the items that both answered; A = {self.a}, B = {self.b}"]
+        if no_common:
+            notes.append(
+                f"no common item on {', '.join(no_common)}: the difference of two separate means"
+            )
+        if some_common:
+            notes.append(
+                f"only some common items on {', '.join(some_common)}: the difference is on those"
+            )
+        notes += [f"{skill}: measured in {run} only" for skill, run in self.asked_in_one.items()]
+        return "; ".join(notes) + ("" if self.recipe_differences else "; the recipes are equal")
 
 
 def compare_runs(run_a: Path, run_b: Path) -> RunComparison:
-    """Lay the students of two run folders beside each other. Raises DataError where one holds no evaluation that can be read."""
-    (one, its), (other, others) = read_graded_answers(run_a), read_graded_answers(run_b)
-    mine, yours = (
-        [s for s in said if s.model_name == e.student] for e, said in ((one, its), (other, others))
-    )
-    for folder, said in ((run_a, mine), (run_b, yours)):
-        if not said:
+    """Compare the students of two run folders.
+
+    Args:
+        run_a: Folder of run A.
+        run_b: Folder of run B.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        DataError: If a folder holds no evaluation, or one of another version of persea.
+    """
+    evaluation_a, all_a = read_graded_answers(run_a)
+    evaluation_b, all_b = read_graded_answers(run_b)
+    answers_a = [s for s in all_a if s.model_name == evaluation_a.student]
+    answers_b = [s for s in all_b if s.model_name == evaluation_b.student]
+    for folder, answers in ((run_a, answers_a), (run_b, answers_b)):
+        if not answers:
             raise DataError(
                 "holds no answer of its student",
                 where=str(folder / "evaluate" / "examples.jsonl"),
-                remedy="evaluate again",
+                remedy="run evaluate again",
             )
-    skills = list(dict.fromkeys(s.skill for s in (*mine, *yours)))
-    bits = [e.bits_per_byte.get(e.student, {}) for e in (one, other)]
+    skills = list(dict.fromkeys(s.skill for s in (*answers_a, *answers_b)))
+    bits = [e.bits_per_byte.get(e.student, {}) for e in (evaluation_a, evaluation_b)]
     return RunComparison(
         str(run_a),
         str(run_b),
-        tuple(place for skill in skills for place in _skill_differences(skill, mine, yours)),
+        tuple(d for skill in skills for d in _skill_differences(skill, answers_a, answers_b)),
         _recipe_differences(_flat_recipe(run_a), _flat_recipe(run_b)),
         {
             skill: (bits[0].get(skill), bits[1].get(skill))
             for skill in dict.fromkeys((*bits[0], *bits[1]))
         },
         {
-            what: which
-            for which, here, there in (("A", mine, yours), ("B", yours, mine))
-            for what in _only_in_first(here, there)
+            name: run
+            for run, first, second in (
+                ("A", answers_a, answers_b),
+                ("B", answers_b, answers_a),
+            )
+            for name in _only_in_first(first, second)
         },
     )
 
 
 def _only_in_first(first: Sequence[GradedAnswer], second: Sequence[GradedAnswer]) -> Iterator[str]:
-    """Skills that only the first of two was asked; of the others the efforts and languages that it alone was asked in."""
+    """Yield skills that only the first run measured, and efforts and languages of the common
+    skills.
+    """
     skills, efforts, languages = (
         {s.skill for s in second},
         {(s.skill, s.effort) for s in second},
@@ -160,12 +199,14 @@ def _skill_differences(
 ) -> Iterator[SkillDifference]:
     for effort in ThinkingEffort:
         a, b = (
-            [s for s in said if (s.skill, s.effort) == (skill, effort)]
-            for said in (answers_a, answers_b)
+            [s for s in answers if (s.skill, s.effort) == (skill, effort)]
+            for answers in (answers_a, answers_b)
         )
         languages = sorted({s.language for s in (*a, *b)})
         for language in ("", *(languages if len(languages) > 1 else ())):
-            x, y = ([s for s in said if not language or s.language == language] for said in (a, b))
+            x, y = (
+                [s for s in answers if not language or s.language == language] for answers in (a, b)
+            )
             if x and y:
                 yield _skill_difference(skill, language, effort, x, y)
 
@@ -177,34 +218,40 @@ def _skill_difference(
     answers_a: Sequence[GradedAnswer],
     answers_b: Sequence[GradedAnswer],
 ) -> SkillDifference:
-    there = {(s.id, s.question, s.reference): s.value for s in answers_b}
+    values_b = {(s.id, s.question, s.reference): s.value for s in answers_b}
     pairs = [
-        (s.value, there[s.id, s.question, s.reference])
+        (s.value, values_b[s.id, s.question, s.reference])
         for s in answers_a
-        if (s.id, s.question, s.reference) in there
+        if (s.id, s.question, s.reference) in values_b
     ]
     x, y = [s.value for s in answers_a], [s.value for s in answers_b]
-    told = sum(x) / len(x), sum(y) / len(y), len(x), len(y), len(pairs)
+    scores = sum(x) / len(x), sum(y) / len(y), len(x), len(y), len(pairs)
     if not pairs:
         return SkillDifference(
-            skill, language, effort, *told, told[1] - told[0], *unpaired_difference_interval(y, x)
+            skill,
+            language,
+            effort,
+            *scores,
+            scores[1] - scores[0],
+            *unpaired_difference_interval(y, x),
         )
-    ones, others = [p for p, _ in pairs], [q for _, q in pairs]
+    paired_a, paired_b = [p for p, _ in pairs], [q for _, q in pairs]
     return SkillDifference(
         skill,
         language,
         effort,
-        *told,
-        (sum(others) - sum(ones)) / len(pairs),
-        *paired_difference_interval(others, ones),
+        *scores,
+        (sum(paired_b) - sum(paired_a)) / len(pairs),
+        *paired_difference_interval(paired_b, paired_a),
     )
 
 
 def _flat_recipe(run_folder: Path) -> dict[str, Any]:
-    """The run's recipe as plain keys: teachers.0.model and so on."""
+    """Return the run's recipe with flat keys such as teachers.0.model."""
     path = run_folder / "recipe.yaml"
     try:
-        return dict(_flatten(yaml.safe_load(path.read_text(encoding="utf-8")), ""))
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return dict(_flatten(rename_in_plain_data(data), ""))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise DataError(
             f"cannot be read: {error}".splitlines()[0],
@@ -214,17 +261,17 @@ def _flat_recipe(run_folder: Path) -> dict[str, Any]:
 
 
 def _flatten(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    inner = (
+    items = (
         value.items()
         if isinstance(value, dict)
         else enumerate(value)
         if isinstance(value, list)
         else ()
     )
-    if not inner:
+    if not items:
         yield path, value
-    for key, below in inner:
-        yield from _flatten(below, f"{path}.{key}" if path else str(key))
+    for key, child in items:
+        yield from _flatten(child, f"{path}.{key}" if path else str(key))
 
 
 def _recipe_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -1,4 +1,7 @@
-"""What made these weights: parents, licences, data, recipe, software. Written beside the student, shown in its card."""
+"""Record the origin of a student's weights: parents, licences, data, recipe and software.
+
+The record is written beside the student and shown in its model card.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,21 @@ from persea import storage as store
 from persea.errors import DataError
 from persea.evaluation.audition import Cast
 
+RECORDED_PACKAGES = ("persea", "torch", "transformers", "tokenizers")
+
 
 @dataclass(frozen=True)
 class ParentModel:
-    """One model the student descends from; licence as its family usually has it unless the recipe names another."""
+    """A model that the student descends from.
+
+    Attributes:
+        name: Its name in the recipe.
+        model: Hub name, or the last name of a local folder.
+        revision: Revision on the hub.
+        family: Its family.
+        licence: The licence in the recipe, or else the usual one of the family.
+        fingerprint: Digest of its files.
+    """
 
     name: str
     model: str
@@ -34,13 +48,29 @@ def lineage_record(
     data: Mapping[str, Any],
     cast: Cast,
 ) -> dict[str, Any]:
-    """The record. data: what was captured (summary), by digest of its units. Of the cast: who taught what with which share, and what a person pinned.
+    """Return the lineage of a student as JSON.
 
-    Raises DataError where the student is not there.
+    Args:
+        student_folder: Folder of the student's weights.
+        base: The model that the training began with.
+        teachers: The models that taught.
+        recipe_hash: Digest of the recipe.
+        data: Summary of the captured answers, with the digest of their units.
+        cast: Which teacher taught which skill, and which skills the recipe assigned.
+
+    Returns:
+        The record: student, base, teachers, recipe_hash, data, cast, software.
+
+    Raises:
+        DataError: If the folder holds no weights.
     """
     weights = {p.name: store.digest_file(p) for p in sorted(student_folder.glob("*.safetensors"))}
     if not weights:
-        raise DataError("no weights of a student", where=str(student_folder), remedy="train first")
+        raise DataError(
+            "the folder holds no weights of a student",
+            where=str(student_folder),
+            remedy="run train first",
+        )
     return {
         "student": {"sha256": weights},
         "base": asdict(base),
@@ -51,9 +81,6 @@ def lineage_record(
             "parts": {part: dict(shares) for part, shares in cast.parts.items()},
             "pinned": list(cast.pinned),
         },
-        "software": {
-            name: metadata.version(name)
-            for name in ("persea", "torch", "transformers", "tokenizers")
-        }
+        "software": {name: metadata.version(name) for name in RECORDED_PACKAGES}
         | {"python": platform.python_version()},
     }

@@ -1,4 +1,6 @@
-"""The page and the card: what got better, what got worse, what it cost. Every sentence is computed from the run's files."""
+"""Write the report of a run: the page, the model card and report.json, all computed from the run's
+files.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
@@ -20,51 +21,41 @@ from persea.chat.messages import ThinkingEffort
 from persea.evaluation.audition import CAST_TABLE_COLUMNS, cast_table
 from persea.evaluation.lm_eval_results import LmEvalResult, read_lm_eval_results
 from persea.evaluation.racing import StopReason
-from persea.report import svg as charts
-from persea.report import thinking_section as hybrid_page
+from persea.report import svg, text
 from persea.report.claims import claims, headline
-from persea.report.run_files import (
-    PAIRING_KEYS,
-    SHARE_KINDS,
-    EvaluationRecord,
-    LoggedStep,
-    RunFiles,
+from persea.report.model_card import model_card_front_matter
+from persea.report.result_charts import (
+    mean_group_shares,
+    overview_charts,
+    skill_dot_plots,
+    training_charts,
+)
+from persea.report.run_files import SHARE_KINDS, GradedExample, RunFiles, read_run_files
+from persea.report.skill_comparison import (
     SkillComparison,
     compare_skills,
     difference_order,
-    read_run_files,
     scores_by_effort,
     scores_by_language,
 )
+from persea.report.thinking_section import read_thinking_modes, render_thinking_section
 from persea.tasks.task import PairedComparison, Score
 
-EXAMPLES_PER_SKILL, MAX_TEXT_CHARS = (
-    4,
-    1200,
-)  # questions shown per skill; characters shown of a text
-LEADING_LOSS_TERMS = ("events", "cross_entropy")  # first among the curves
+EXAMPLES_PER_SKILL = 4
+MAX_TEXT_CHARS = 1200  # of a question or an answer on the page
 LINEAGE_KEYS = ["name", "licence", "model", "family", "revision", "fingerprint"]
-HUB_LICENCES = (
-    "apache-2.0",
-    "mit",
-    "bsd-3-clause",
-    "gpl-3.0",
-    "cc-by-4.0",
-    "cc-by-sa-4.0",
-    "cc-by-nc-4.0",
-    "cc0-1.0",
-    "openrail",
-    "gemma",
-    "llama2",
-    "llama3",
-    "llama3.1",
-    "llama3.2",
-    "llama3.3",
-    "llama4",
-)  # names the hub knows; all else is "other" there
-
-
-# --- what is shown ---
+# Keys of a pair in check.json and their column titles; other keys get their own name as title.
+CHECK_COLUMNS = {
+    "boundary_share": "common boundary",
+    "partial_token_share": "inside a teacher token",
+    "span_share": "inside a span",
+    "cross_entropy_only_share": "cross-entropy only",
+    "one_to_one_share": "one to one",
+    "event_disagreement": "different events",
+    "space_event_share": "space events",
+    "retained_mass_mean": "retained mass (mean)",
+    "retained_mass_p5": "retained mass (5th percentile)",
+}
 
 
 def _score_to_json(score: Score) -> dict[str, float]:
@@ -72,74 +63,62 @@ def _score_to_json(score: Score) -> dict[str, float]:
 
 
 def _paired_to_json(pair: PairedComparison) -> dict[str, Any]:
-    return {
-        k: getattr(pair, k)
-        for k in (
-            "other_model_name",
-            "n",
-            "difference",
-            "low",
-            "high",
-            "retained",
-            "retained_low",
-            "retained_high",
-        )
-    } | {"standing": difference_order(pair)}
+    omitted = ("model_name", "skill", "language", "effort")
+    fields = {k: v for k, v in pair.to_json().items() if k not in omitted}
+    return fields | {"order": difference_order(pair)}
 
 
 def report_summary(
     files: RunFiles, comparisons: Sequence[SkillComparison], lm_eval_results: Sequence[LmEvalResult]
 ) -> dict[str, Any]:
-    """What report.json holds."""
-    e = files.evaluation
+    """Return the content of report.json."""
+    evaluation = files.evaluation
     skills = {
-        r.skill: {
-            "student": _score_to_json(r.student),
-            "base": _score_to_json(r.base),
-            "teachers": {s.model_name: _score_to_json(s) for s in r.teachers},
-            "best_teacher": r.best_teacher.model_name,
-            "retained": r.retained,
-            "reference_models": {s.model_name: _score_to_json(s) for s in r.reference_models},
-            "closed": r.gap_closed,
-            "beside_best": _paired_to_json(r.versus_best),
-            "beside_base": _paired_to_json(r.versus_base),
+        c.skill: {
+            "student": _score_to_json(c.student),
+            "base": _score_to_json(c.base),
+            "teachers": {s.model_name: _score_to_json(s) for s in c.teachers},
+            "best_teacher": c.best_teacher.model_name,
+            "retained": c.retained,
+            "reference_models": {s.model_name: _score_to_json(s) for s in c.reference_models},
+            "gap_closed": c.gap_closed,
+            "versus_best": _paired_to_json(c.versus_best),
+            "versus_base": _paired_to_json(c.versus_base),
         }
-        for r in comparisons
+        for c in comparisons
     }
     languages = {
         skill: {
             language: {name: _score_to_json(s) for name, s in scores.items()}
             for language, scores in table.items()
         }
-        for skill, table in scores_by_language(e).items()
+        for skill, table in scores_by_language(evaluation).items()
     }
     efforts = {
         skill: {
             name: {effort: _score_to_json(s) for effort, s in scores.items()}
             for name, scores in table.items()
         }
-        for skill, table in scores_by_effort(e).items()
+        for skill, table in scores_by_effort(evaluation).items()
     }
-    cast = (
-        {
+    cast = None
+    if files.cast:
+        cast = {
             "parts": files.cast.parts,
             "pinned": files.cast.pinned,
-            "decisions": {part: asdict(c) for part, c in files.cast.decisions.items()},
+            "decisions": {part: asdict(d) for part, d in files.cast.decisions.items()},
         }
-        if files.cast
-        else None
-    )
     return {
-        "student": e.student,
-        "base": e.base,
-        "reference_models": list(e.reference_models),
+        "student": evaluation.student,
+        "base": evaluation.base,
+        "reference_models": list(evaluation.reference_models),
         "skills": skills,
         "languages": languages,
         "efforts": efforts,
-        "regressions": [p.to_json() for p in e.regressions],
+        "regressions": [p.to_json() for p in evaluation.regressions],
         "cast": cast,
-        "bits_per_byte": e.bits_per_byte,
-        "standard": [asdict(s) for s in lm_eval_results],
+        "bits_per_byte": evaluation.bits_per_byte,
+        "lm_eval": [asdict(s) for s in lm_eval_results],
         "seconds": files.seconds,
     }
 
@@ -147,213 +126,44 @@ def report_summary(
 def select_examples(
     files: RunFiles, comparisons: Sequence[SkillComparison]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Skill -> its first questions, in file order and never chosen, each with the answers of student, best teacher and base.
+    """Select the example answers of the page.
 
-    Where somebody answered at several efforts, the first measured is shown: the speaker's own.
+    The first questions of each skill in file order, never chosen, with the answers of student, best
+    teacher and base. Of a model that answered at several efforts, the first answer is shown: it is
+    at the model's own effort.
+
+    Returns:
+        skill -> [{"asked": the student's line, "answers": model -> its line or None}].
     """
-    said = {(x.skill, x.language, x.question, x.model_name): x for x in reversed(files.examples)}
+
+    def key(x: GradedExample, model: str) -> tuple[str, ...]:
+        return x.skill, x.language, x.id, x.question, model
+
+    first = {key(x, x.model_name): x for x in reversed(files.examples)}
     table: dict[str, list[dict[str, Any]]] = {}
-    for row in comparisons:
-        mine = [
+    for c in comparisons:
+        student = c.student.model_name
+        asked = [
             x
             for x in files.examples
-            if x.model_name == row.student.model_name and x.skill == row.skill
+            if x.model_name == student and x.skill == c.skill and first[key(x, student)] is x
         ]
-        asked = [x for x in mine if said[x.skill, x.language, x.question, x.model_name] is x][
-            :EXAMPLES_PER_SKILL
-        ]
-        names = (row.student.model_name, row.best_teacher.model_name, row.base.model_name)
-        table[row.skill] = [
-            {
-                "asked": x,
-                "answers": {
-                    name: said.get((x.skill, x.language, x.question, name)) for name in names
-                },
-            }
-            for x in asked
+        names = (student, c.best_teacher.model_name, c.base.model_name)
+        table[c.skill] = [
+            {"asked": x, "answers": {name: first.get(key(x, name)) for name in names}}
+            for x in asked[:EXAMPLES_PER_SKILL]
         ]
     return table
 
 
-def _score_dot(evaluation: EvaluationRecord, score: Score) -> charts.Dot:
-    return charts.Dot(
-        score.model_name, evaluation.mark(score.model_name), score.value, score.low, score.high
-    )
-
-
-def skill_dot_plots(
-    evaluation: EvaluationRecord, comparisons: Sequence[SkillComparison]
-) -> list[tuple[str, Markup]]:
-    """A dot-and-interval plot a skill: its name and inline SVG."""
-    drawn = []
-    for k, r in enumerate(comparisons):
-        speakers = [_score_dot(evaluation, s) for s in r.scores]
-        drawn.append(
-            (
-                r.skill,
-                Markup(
-                    charts.dot_plot(
-                        f"skill-{k}", r.skill, speakers, (r.best_teacher.low, r.best_teacher.high)
-                    )
-                ),
-            )
-        )
-    return drawn
-
-
-def overview_charts(
-    evaluation: EvaluationRecord, comparisons: Sequence[SkillComparison]
-) -> tuple[Markup, Markup, dict[str, Markup]]:
-    """Every skill and speaker as one matrix; the way from base to best teacher; a matrix of languages for each skill that has several."""
-    columns = [(name, evaluation.mark(name)) for name in evaluation.model_names]
-    whole = charts.heatmap(
-        "all",
-        "every skill and speaker",
-        columns,
-        [(r.skill, [s.value for s in r.scores]) for r in comparisons],
-    )
-    way = charts.gap_chart(
-        "gaps",
-        "from base to best teacher",
-        [
-            (
-                r.skill,
-                _score_dot(evaluation, r.base),
-                _score_dot(evaluation, r.student),
-                _score_dot(evaluation, r.best_teacher),
-                r.gap_closed,
-            )
-            for r in comparisons
-        ],
-    )
-    spoken = {
-        skill: charts.heatmap(
-            f"languages-{k}",
-            f"{skill} by language",
-            columns,
-            [
-                (
-                    language,
-                    [
-                        scores[name].value if name in scores and scores[name].n else None
-                        for name in evaluation.model_names
-                    ],
-                )
-                for language, scores in table.items()
-            ],
-        )
-        for k, (skill, table) in enumerate(scores_by_language(evaluation).items())
-    }
-    return Markup(whole), Markup(way), {skill: Markup(svg) for skill, svg in spoken.items()}
-
-
-def unique_steps(files: RunFiles) -> list[LoggedStep]:
-    """Logged steps in order; a redone one counts once."""
-    return sorted(
-        {line.step: line for line in files.logged_steps or ()}.values(), key=lambda line: line.step
-    )
-
-
-def training_charts(
-    files: RunFiles,
-) -> tuple[list[tuple[str, Markup]], dict[str, dict[str, float]]]:
-    """A curve a loss term, the whole loss, whose positions, loss and gradient it was: title and inline SVG; and each teacher's mean shares."""
-    e, lines = files.evaluation, unique_steps(files)
-    terms = sorted(
-        {t for line in lines for t in line.terms},
-        key=lambda t: (
-            LEADING_LOSS_TERMS.index(t) if t in LEADING_LOSS_TERMS else len(LEADING_LOSS_TERMS),
-            t,
-        ),
-    )
-    series = {
-        t.replace("_", " "): [(line.step, line.terms[t]) for line in lines if t in line.terms]
-        for t in terms
-    }
-    if not lines:
-        return [], {}
-    series["loss, all terms"] = [(line.step, line.loss) for line in lines]
-    drawn = [
-        (title, charts.line_chart(f"curve-{k}", title, points))
-        for k, (title, points) in enumerate(series.items())
-    ]
-    means: dict[str, dict[str, float]] = {name: {} for name in e.teachers}
-    for kind in SHARE_KINDS:
-        shares = [
-            (line.step, told)
-            for line in lines
-            if (told := line.teacher_shares(kind) or (line.share if kind == "positions" else {}))
-        ]
-        if shares:
-            title = f"share of {kind}"
-            drawn.append(
-                (
-                    title,
-                    charts.stacked_bars(
-                        f"share-{kind}",
-                        title,
-                        charts.bin_shares(shares, e.teachers),
-                        [(t, e.mark(t)) for t in e.teachers],
-                    ),
-                )
-            )
-            (whole,) = charts.bin_shares(shares, e.teachers, max_bins=1)
-            means = {
-                name: {**means[name], kind: share}
-                for name, share in zip(e.teachers, whole.shares, strict=True)
-            }
-    return [(title, Markup(svg)) for title, svg in drawn], means
-
-
-def mean_group_shares(files: RunFiles) -> list[tuple[str, str, dict[str, float]]]:
-    """(teacher, skill, its mean shares and its mean weight) over logged steps, the largest share of the gradient first.
-
-    A share is a mean over the steps that tell it, 0 where the group is no part of the batch; a weight is one over the steps it has a part in.
+def check_columns(pairs: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Return (key, title) of the columns of the compatibility table, in the order of CHECK_COLUMNS,
+    then of the file.
     """
-    lines = unique_steps(files)
-    groups = dict.fromkeys(
-        (teacher, skill)
-        for line in lines
-        for teacher, parts in line.groups.items()
-        for skill in parts
-    )
-    found = []
-    for teacher, skill in groups:
-        mine = [
-            line.groups[teacher][skill] for line in lines if skill in line.groups.get(teacher, {})
-        ]
-        row = {"weight": sum(part.weight for part in mine) / len(mine)}
-        for kind in SHARE_KINDS:
-            if told := sum(bool(line.teacher_shares(kind)) for line in lines):
-                row[kind] = sum(getattr(part, kind) or 0.0 for part in mine) / told
-        found.append((teacher, skill, row))
-    return sorted(found, key=lambda row: -row[2].get("gradient", row[2]["positions"]))
-
-
-def model_card_front_matter(files: RunFiles) -> str:
-    """The card's YAML. The base alone is `base_model`: to the hub that means "made from these weights", which teachers' are not.
-
-    The licence is the one the lineage gives the student; else the one all its parents share; else "other".
-    """
-    lineage, e = files.lineage, files.evaluation
-    shared = {str(m.get("licence") or "") for m in (lineage.base, *lineage.teachers)}
-    licence = str(
-        lineage.student.get("licence") or (shared.pop() if len(shared) == 1 else "")
-    ).lower()
-    card: dict[str, Any] = {"license": licence}
-    if licence not in HUB_LICENCES:
-        card = {
-            "license": "other",
-            "license_name": re.sub(r"[^a-z0-9.]+", "-", licence) or "see-lineage",
-        }
-    base = str(lineage.base.get("model", ""))
-    card["base_model"] = (
-        [base] if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base) else []
-    )  # a folder is nothing the hub could link to
-    card["tags"] = ["persea", "distillation"]
-    languages = {s.language for s in e.scores} | {x.language for x in files.examples}
-    card["language"] = sorted(name for name in languages if re.fullmatch(r"[a-z]{2,3}", name))
-    return yaml.safe_dump(card, sort_keys=False, allow_unicode=True)
+    keys = dict.fromkeys(k for pair in pairs for k in pair)
+    known = [k for k in CHECK_COLUMNS if k in keys]
+    others = [k for k in keys if k not in CHECK_COLUMNS and k not in ("teacher", "skill")]
+    return [(k, CHECK_COLUMNS.get(k, k.replace("_", " "))) for k in (*known, *others)]
 
 
 @cache
@@ -362,14 +172,14 @@ def _load_page_template(name: str) -> Template:
         undefined=StrictUndefined, autoescape=".html." in name, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
-        "percent": charts.format_percent,
-        "points": charts.format_points,
-        "signed": charts.format_signed,
-        "count": charts.format_count,
-        "size": charts.format_bytes,
-        "duration": charts.format_duration,
-        "cell": charts.markdown_cell,
-        "place": charts.model_label,
+        "percent": text.format_percent,
+        "points": text.format_points,
+        "signed": text.format_signed,
+        "count": text.format_count,
+        "size": text.format_bytes,
+        "duration": text.format_duration,
+        "markdown_cell": text.markdown_cell,
+        "model_label": text.model_label,
     }
     return environment.from_string(
         resources.files("persea.report").joinpath(name).read_text(encoding="utf-8")
@@ -377,7 +187,7 @@ def _load_page_template(name: str) -> Template:
 
 
 def _render_template(template: str, context: dict[str, Any]) -> bytes:
-    # Models write control characters and half characters too; neither may stand in a page.
+    # Models also write control characters and lone surrogates, which are not allowed in a page.
     return re.sub(
         "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]",
         "\ufffd",
@@ -390,67 +200,84 @@ def write_report(
     lm_eval_files: Mapping[str, Path] | None = None,
     out_folder: Path | None = None,
 ) -> Path:
-    """Write run/report/: report.json, README.md (the card), index.html (the page, one file); return the page.
+    """Write report/index.html (the page, one file), report/README.md (the model card) and
+    report/report.json.
 
-    lm_eval  speaker -> results file of lm-eval that joins them
+    Equal inputs give equal bytes. Nothing is written if a file is refused.
 
-    Same inputs, same bytes. Raises DataError, before anything is written, for a file that is missing, broken, holds NaN
-    or contradicts another.
+    Args:
+        run_folder: The folder of a run that was evaluated.
+        lm_eval_files: Model -> a results file of lm-eval to show.
+        out_folder: The folder to write; None = report/ of the run folder.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        DataError: If a file is missing, broken, of another version of persea, holds NaN, or
+            contradicts another.
     """
-    files, modes = read_run_files(run_folder), hybrid_page.read_thinking_modes(run_folder)
-    standard = [
+    files, modes = read_run_files(run_folder), read_thinking_modes(run_folder)
+    lm_eval_results = [
         s for name, path in (lm_eval_files or {}).items() for s in read_lm_eval_results(name, path)
     ]
-    found = compare_skills(files.evaluation, str(run_folder / "evaluate" / "evaluation.json"))
-    e, (training, shares) = files.evaluation, training_charts(files)
-    skills = dict.fromkeys(skill for bits in e.bits_per_byte.values() for skill in bits)
-    lowest = {
-        skill: min(bits[skill] for bits in e.bits_per_byte.values() if skill in bits)
-        for skill in skills
-    }
-    whole, way, spoken = overview_charts(e, found)
-    context = {
-        "files": files,
-        "e": e,
-        "rows": found,
-        "headline": headline(found),
-        "findings": claims(e, found),
-        "languages": scores_by_language(e),
-        "efforts": scores_by_effort(e),
-        "dials": [x for x in ThinkingEffort if x in {s.effort for s in e.scores}],
-        "cast": files.cast,
-        "why": cast_table(files.cast) if files.cast else [],
-        "COLUMNS": CAST_TABLE_COLUMNS,
-        "Ended": StopReason,
-        "whole": whole,
-        "way": way,
-        "spoken": spoken,
-        "standard": standard,
-        "examples": select_examples(files, found),
-        "plots": skill_dot_plots(e, found),
-        "training": training,
-        "shares": shares,
-        "weighed": mean_group_shares(files),
-        "PARTS": SHARE_KINDS,
-        "lowest": lowest,
-        "record": json.dumps(files.lineage_json, indent=1, ensure_ascii=False),
-        "front_matter": model_card_front_matter(files),
-        "stands": difference_order,
-        "swatch": lambda name: Markup(charts.swatch(e.mark(name))),
-        "hybrid": hybrid_page.render_thinking_section(modes),
-        "PAIR": PAIRING_KEYS,
-        "MODEL": LINEAGE_KEYS,
-        "LONGEST": MAX_TEXT_CHARS,
-    }
-    page, card = (
-        _render_template("page.html.jinja", context),
-        _render_template("model_card.md.jinja", context),
-    )
+    where = str(run_folder / "evaluate" / "evaluation.json")
+    comparisons = compare_skills(files.evaluation, where)
+    context = _template_context(files, comparisons, lm_eval_results)
+    context["thinking_section"] = render_thinking_section(modes)
+    page = _render_template("page.html.jinja", context)
+    card = _render_template("model_card.md.jinja", context)
+    summary = report_summary(files, comparisons, lm_eval_results)
     folder = out_folder or run_folder / "report"
     store.write_json(
-        folder / "report.json",
-        report_summary(files, found, standard) | ({"modes": modes.to_json()} if modes else {}),
+        folder / "report.json", summary | ({"modes": modes.to_json()} if modes else {})
     )
     store.write_atomic(folder / "README.md", card)
     store.write_atomic(folder / "index.html", page)
     return folder / "index.html"
+
+
+def _template_context(
+    files: RunFiles, comparisons: Sequence[SkillComparison], lm_eval_results: Sequence[LmEvalResult]
+) -> dict[str, Any]:
+    evaluation = files.evaluation
+    training_plots, teacher_shares = training_charts(files)
+    score_matrix, gap_chart, language_charts = overview_charts(evaluation, comparisons)
+    measured_efforts = {s.effort for s in evaluation.scores}
+    bits = evaluation.bits_per_byte.values()
+    return {
+        "files": files,
+        "evaluation": evaluation,
+        "comparisons": comparisons,
+        "headline": headline(comparisons),
+        "findings": claims(evaluation, comparisons),
+        "languages": scores_by_language(evaluation),
+        "efforts": scores_by_effort(evaluation),
+        "measured_efforts": [x for x in ThinkingEffort if x in measured_efforts],
+        "cast": files.cast,
+        "cast_rows": cast_table(files.cast) if files.cast else [],
+        "CAST_TABLE_COLUMNS": CAST_TABLE_COLUMNS,
+        "StopReason": StopReason,
+        "score_matrix": score_matrix,
+        "gap_chart": gap_chart,
+        "language_charts": language_charts,
+        "lm_eval_results": lm_eval_results,
+        "examples": select_examples(files, comparisons),
+        "skill_plots": skill_dot_plots(evaluation, comparisons),
+        "training_plots": training_plots,
+        "teacher_shares": teacher_shares,
+        "group_shares": mean_group_shares(files),
+        "SHARE_KINDS": SHARE_KINDS,
+        "lowest_bits": {
+            skill: min(by_skill[skill] for by_skill in bits if skill in by_skill)
+            for skill in dict.fromkeys(skill for by_skill in bits for skill in by_skill)
+        },
+        "lineage_text": json.dumps(files.lineage_json, indent=1, ensure_ascii=False),
+        "front_matter": model_card_front_matter(files),
+        "difference_order": difference_order,
+        "swatch": lambda name: Markup(svg.swatch(evaluation.mark(name))),
+        "check_columns": check_columns(files.pairs or ()),
+        "CHECK_SHARES": tuple(CHECK_COLUMNS),
+        "LINEAGE_KEYS": LINEAGE_KEYS,
+        "MAX_TEXT_CHARS": MAX_TEXT_CHARS,
+    }

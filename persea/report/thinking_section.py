@@ -1,4 +1,6 @@
-"""What is told of a hybrid student: a row a mode, sentences that are computed, and the section of the page."""
+"""The section of the page about a hybrid student: a table of its thinking modes and sentences about
+them.
+"""
 
 from __future__ import annotations
 
@@ -18,27 +20,40 @@ from persea.evaluation.thinking_modes import (
     Proportion,
     ThinkingModesReport,
 )
-from persea.report import svg as charts
+from persea.report.run_files import rerun_remedy, validation_error
+from persea.report.text import format_points
 
-THINKING_COLUMNS = ("skill", "effort", "right", "astray", "tokens of thought", "bytes", "language")
-MAX_LANGUAGES_SHOWN = 3  # languages of a row, the most frequent ones
+THINKING_COLUMNS = (
+    "skill",
+    "effort",
+    "score",
+    "wrong mode",
+    "thinking tokens",
+    "thinking bytes",
+    "thinking language",
+)
+MAX_LANGUAGES_SHOWN = 3  # in a row, the most frequent ones
 
 
 def read_thinking_modes(run_folder: Path) -> ThinkingModesReport | None:
-    """The modes of a run; None where its corpus has none. DataError for a file that is broken or contradicts itself."""
+    """Read the thinking modes of a run.
+
+    Args:
+        run_folder: The folder of the run.
+
+    Returns:
+        The modes; None if the corpus of the run has none.
+
+    Raises:
+        DataError: If the file is broken, of another version, or contradicts itself.
+    """
     path = run_folder / "evaluate" / "modes.json"
     if not path.is_file():
         return None
-    remedy = f"delete {path.parent} and run its stage again"
     try:
         found = TypeAdapter(ThinkingModesReport).validate_json(path.read_bytes())
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise DataError(
-            f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}",
-            where=str(path),
-            remedy=remedy,
-        ) from error
+        raise validation_error(error, path) from error
     counts = [
         found.unasked_thinking,
         found.missing_thinking,
@@ -46,12 +61,16 @@ def read_thinking_modes(run_folder: Path) -> ThinkingModesReport | None:
         *(m.in_question_language for m in found.modes),
     ]
     if not all(0 <= c.count <= c.n and 0 <= c.low <= c.high <= 1 for c in counts):
-        raise DataError("counts more than were asked", where=str(path), remedy=remedy)
+        raise DataError(
+            "a count is larger than the number of answers",
+            where=str(path),
+            remedy=rerun_remedy(path),
+        )
     return found
 
 
 def thinking_rows(modes: ThinkingModesReport) -> list[tuple[str, ...]]:
-    """One a mode, in the words of COLUMNS."""
+    """Return one row for each skill and effort, in the order of THINKING_COLUMNS."""
     return [
         (
             m.skill,
@@ -87,32 +106,40 @@ def _language_cell(m: EffortResult) -> str:
 
 
 def thinking_sentences(modes: ThinkingModesReport) -> list[str]:
-    """What the numbers say, nothing that they do not."""
-    told = (
-        [f"Told to answer at once, the student thought in {_share_phrase(modes.unasked_thinking)}."]
-        if modes.unasked_thinking.n
-        else []
-    )
-    if modes.missing_thinking.n:
-        told.append(
-            f"Told to think, it answered without a thought in {_share_phrase(modes.missing_thinking)}."
+    """Return sentences about unasked, missing and longer thinking."""
+    sentences = []
+    if modes.unasked_thinking.n:
+        sentences.append(
+            "Unasked thinking: with thinking off, the student thought in "
+            f"{_share_phrase(modes.unasked_thinking)}."
         )
-    for skill, rises in modes.length_increases.items():
-        dials = [m for m in modes.modes if m.skill == skill and m.effort is not ThinkingEffort.NONE]
+    if modes.missing_thinking.n:
+        sentences.append(
+            "Missing thinking: with thinking on, the student did not think in "
+            f"{_share_phrase(modes.missing_thinking)}."
+        )
+    for skill, increases in modes.length_increases.items():
+        efforts = [
+            m for m in modes.modes if m.skill == skill and m.effort is not ThinkingEffort.NONE
+        ]
         lengths = ", ".join(
             f"{m.effort} {m.length.mean_tokens:.1f}"
             if m.length.num_finished
-            else f"{m.effort} none that ended"
-            for m in dials
+            else f"{m.effort}: none finished"
+            for m in efforts
         )
-        told.append(
-            f"{skill}: thoughts {'get' if rises else 'do not get'} longer from effort to effort ({lengths} tokens on average)."
+        sentences.append(
+            f"{skill}: thinking {'gets' if increases else 'does not get'} longer with more effort "
+            f"(mean tokens: {lengths})."
         )
-    return told
+    return sentences
 
 
 def _share_phrase(count: Proportion) -> str:
-    return f"{count.count} of {count.n} answers (95 % interval {charts.format_points(count.low)} to {charts.format_points(count.high)} per cent)"
+    return (
+        f"{count.count} of {count.n} answers "
+        f"(95 % interval {format_points(count.low)} to {format_points(count.high)} %)"
+    )
 
 
 @cache
@@ -128,7 +155,7 @@ def _load_section_template() -> Template:
 
 
 def render_thinking_section(modes: ThinkingModesReport | None) -> Markup:
-    """HTML of the page's section; nothing where there are no modes."""
+    """Return the HTML of the section; empty if there are no modes."""
     if modes is None:
         return Markup()
     return Markup(

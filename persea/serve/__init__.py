@@ -1,5 +1,11 @@
-"""persea serve: a model behind OpenAI's routes on this machine, with the thinking switch, tools and real log-probabilities.
+"""persea serve: a model behind OpenAI's routes, with thinking efforts, tools and exact
+log-probabilities.
 
-schema what a request may say; guard who may ask, and how much; speak the model, token by token; scores log-probabilities as servers spell
-them; app the routes.
+schema        request bodies
+limits        API key, body sizes, timeouts and concurrency
+streaming     the served model, and parsing of an answer while it is generated
+logprobs      log-probabilities in the formats of vLLM and OpenAI
+routes        the handlers of all routes
+server        the application, its errors and its start
+chat_session  `persea chat`: a conversation in the terminal
 """

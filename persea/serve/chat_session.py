@@ -1,4 +1,4 @@
-"""A conversation with one model, turn by turn: its switches, its history, and its words as they come."""
+"""A conversation with one model in the terminal: commands, history and streamed answers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 from persea.chat.messages import (
     Conversation,
@@ -27,32 +27,39 @@ from persea.teachers.engines.transformers import TransformersEngine
 from persea.teachers.teacher import Teacher
 
 CHAT_COMMAND_HELP = {
-    "/think": "on, off, low, medium or high: how long it thinks before it answers; alone: what it is now",
-    "/lang": f"ask it to answer in a language ({', '.join(LANGUAGE_NAMES)}), or off",
-    "/history": "what was said, thoughts left out",
-    "/reset": "forget what was said",
-    "/help": "these lines",
-    "/quit": "end; Ctrl-D does too, and Ctrl-C stops an answer. A line that begins with a space is said even if a / follows",
+    "/think": "on, off, low, medium or high: thinking before the answer; alone: show it",
+    "/lang": f"language of the answers ({', '.join(LANGUAGE_NAMES)}), or off",
+    "/history": "the conversation so far, without thinking",
+    "/reset": "start a new conversation",
+    "/help": "this list",
+    "/quit": "end, as Ctrl-D does; Ctrl-C stops an answer. Begin a line with a space to send a /",
 }
 
 
 def load_chat_model(model_ref: str) -> Teacher:
-    """A model that can be talked to."""
-    source, today = resolve_model_source(model_ref, "chat")
-    voice = load_renderer(source, "chat", today)
-    model = load_model(source, voice, "chat")
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
-    return Teacher(
-        Path(model_ref).name,
-        voice,
-        TransformersEngine(model, len(voice.vocabulary), 1),
-        max_context_tokens=context,
-    )
+    """Load a model for a conversation: a model folder, hub id or run folder (then its student).
+
+    Raises:
+        DataError: There is no such model.
+    """
+    source, template_date = resolve_model_source(model_ref, "chat")
+    renderer = load_renderer(source, "chat", template_date)
+    model = load_model(source, renderer, "chat")
+    engine = TransformersEngine(model, len(renderer.vocabulary), batch_size=1)
+    name = Path(model_ref).name
+    return Teacher(name, renderer, engine, max_context_tokens=engine.max_context_tokens)
 
 
 @dataclass
 class ChatSession:
-    """The switches and the history of one conversation. Earlier thoughts stay in it; the model's template drops them."""
+    """Settings and history of a conversation.
+
+    Attributes:
+        renderer: The model's chat renderer.
+        effort: Thinking effort of the next answer.
+        language: Language code that answers are requested in; "" leaves it to the model.
+        messages: History, with thinking; the model's template drops earlier thinking.
+    """
 
     renderer: ChatRenderer
     effort: ThinkingEffort
@@ -61,13 +68,13 @@ class ChatSession:
 
     @staticmethod
     def start(renderer: ChatRenderer) -> ChatSession:
-        """Nothing said yet, at the least effort that the model knows."""
+        """Start an empty conversation at the model's lowest thinking effort."""
         return ChatSession(
             renderer, next(e for e in ThinkingEffort if e in renderer.family.efforts)
         )
 
     def build_conversation(self, question_text: str) -> Conversation:
-        """The whole conversation with this line as its question."""
+        """Return the whole conversation with a new question at its end."""
         question = Conversation.from_question(
             question_text,
             system=f"Answer in {LANGUAGE_NAMES[self.language]}." if self.language else "",
@@ -78,7 +85,7 @@ class ChatSession:
         )
 
     def run_command(self, line: str) -> str:
-        """What a command does, in a line or some."""
+        """Run a command, and return its output."""
         name, _, word = line.strip().partition(" ")
         word = word.strip().lower()
         if name == "/help":
@@ -87,29 +94,28 @@ class ChatSession:
             )
         if name == "/reset":
             self.messages.clear()
-            return "forgotten"
+            return "new conversation"
         if name == "/history":
-            told = (f"{m.role}: {m.text}{_format_tool_calls(m.calls)}" for m in self.messages)
-            return "\n".join(told) or "nothing was said yet"
+            lines = (f"{m.role}: {m.text}{_format_tool_calls(m.calls)}" for m in self.messages)
+            return "\n".join(lines) or "no message yet"
         if name == "/think":
             return self.set_effort(word)
         if name == "/lang":
             return self._set_language(word)
-        return f"no command {name}; /help lists them, and a line that begins with a space is said as it is"
+        return f"no command {name}; /help lists them. Begin a line with a space to send a /"
 
     def set_effort(self, effort_name: str) -> str:
-        """Set the effort by a word; nothing changes where the model does not know it."""
-        known = [e for e in ThinkingEffort if e in self.renderer.family.efforts]
-        wanted = {"on": known[-1], "off": ThinkingEffort.NONE}.get(effort_name) or next(
+        """Set the thinking effort by name; an effort that the model lacks changes nothing."""
+        supported = [e for e in ThinkingEffort if e in self.renderer.family.efforts]
+        effort = {"on": supported[-1], "off": ThinkingEffort.NONE}.get(effort_name) or next(
             (e for e in ThinkingEffort if e == effort_name), None
         )
-        if effort_name and wanted is None:
+        if effort_name and effort is None:
             return f"/think {effort_name}? on, off, {', '.join(e for e in ThinkingEffort)}"
-        if effort_name and (
-            wanted not in known or (effort_name == "on" and wanted is ThinkingEffort.NONE)
-        ):
-            return f"this model knows no {effort_name}; it knows {', '.join(known)}"
-        self.effort = wanted or self.effort
+        cannot_think = effort_name == "on" and effort is ThinkingEffort.NONE
+        if effort_name and (effort not in supported or cannot_think):
+            return f"this model has no {effort_name}; it has {', '.join(supported)}"
+        self.effort = effort or self.effort
         return f"thinking: {self.effort}"
 
     def _set_language(self, requested_language: str) -> str:
@@ -117,40 +123,51 @@ class ChatSession:
             (c for c, name in LANGUAGE_NAMES.items() if requested_language in (c, name.lower())), ""
         )
         if requested_language and requested_language != "off" and not code:
-            return f"/lang {requested_language}? {', '.join(f'{c} {n}' for c, n in LANGUAGE_NAMES.items())}, or off"
+            names = ", ".join(f"{c} {n}" for c, n in LANGUAGE_NAMES.items())
+            return f"/lang {requested_language}? {names}, or off"
         if requested_language:
             self.language = code
         return (
-            f"answers are asked for in {LANGUAGE_NAMES[self.language]}"
+            f"the model is asked to answer in {LANGUAGE_NAMES[self.language]}"
             if self.language
-            else "answers are in the language it chooses"
+            else "the model chooses the language of its answers"
         )
 
 
 class ChatDisplay(Protocol):
-    """Where a talk is shown."""
+    """Where a conversation is shown."""
 
     def read_line(self) -> str | None:
-        """The next line; None at the end."""
+        """Return the next line; None at the end."""
         ...
 
     def write_delta(self, thinking: str, text: str) -> None:
-        """A piece of the answer."""
+        """Show a piece of the answer."""
         ...
 
     def end_answer(self, note: str) -> None:
-        """The answer is over; note: what a person should know of it, or ""."""
+        """End the answer; `note` says what was unusual, or is ""."""
         ...
 
     def show_note(self, text: str) -> None:
-        """An answer to a command."""
+        """Show the output of a command."""
         ...
 
 
 def run_chat(
     chat_model: Teacher, session: ChatSession, display: ChatDisplay, max_new_tokens: int
 ) -> None:
-    """Until the lines end or /quit. Ctrl-C ends an answer, not the talk; what cannot be said is told in a line and left out of the history."""
+    """Run a conversation until the input ends or /quit.
+
+    Ctrl-C stops an answer, not the conversation. A message that cannot be rendered is reported, and
+    not added to the history.
+
+    Args:
+        chat_model: The model; its engine must have a local model.
+        session: Settings and history; changed.
+        display: Input and output.
+        max_new_tokens: Longest answer, in tokens.
+    """
     while (line := display.read_line()) is not None:
         if line.strip() == "/quit":
             return
@@ -159,7 +176,7 @@ def run_chat(
         elif line.strip():
             try:
                 _run_turn(chat_model, session, display, line.strip(), max_new_tokens)
-            except KeyboardInterrupt:  # before the first word, or behind the last
+            except KeyboardInterrupt:  # before the first token, or after the last
                 display.end_answer("stopped")
             except (DataError, UnicodeEncodeError) as error:  # half a surrogate pair has no bytes
                 display.show_note(str(error))
@@ -181,33 +198,36 @@ def _run_turn(
     )
     if room < 1:
         display.show_note(
-            f"the talk has {len(prompt):,} tokens, and the model positions for {chat_model.max_context_tokens:,}: /reset forgets what was said"
+            f"the conversation has {len(prompt):,} tokens, the model has "
+            f"{chat_model.max_context_tokens:,} positions: /reset starts a new one"
         )
         return
-    if not isinstance(chat_model.engine, TransformersEngine):
-        raise AssertionError("only weights that are here can be talked to")
-    heard, stopped = StreamingAnswerParser(chat_model.renderer, session.effort, ()), False
+    assert chat_model.engine.capabilities.has_local_model
+    engine = cast(TransformersEngine, chat_model.engine)
+    parser, stopped = StreamingAnswerParser(chat_model.renderer, session.effort, ()), False
     try:
-        for token in chat_model.engine.stream(prompt, chat_model.renderer.stop_ids, room, GREEDY):
-            _write_delta(display, heard.add_token(token))
+        for token in engine.stream(prompt, chat_model.renderer.stop_ids, room, GREEDY):
+            _write_delta(display, parser.add_token(token))
     except KeyboardInterrupt:
         stopped = True
-    rest, calls, finish = heard.finish()
+    rest, calls, finish = parser.finish()
     _write_delta(display, rest, calls)
-    ended = {
+    reasons = {
         FinishReason.LENGTH: f"cut after {room:,} tokens",
-        FinishReason.MALFORMED: "malformed: its markers do not fit",
+        FinishReason.MALFORMED: "malformed: its control tokens do not form an answer",
     }
-    why = "stopped" if stopped else ended.get(finish, "")
-    keeps = bool(heard.emitted["content"]) or finish is FinishReason.STOP
-    if keeps:
-        thought, text = Thinking(heard.emitted["reasoning_content"]), Text(heard.emitted["content"])
-        said = tuple(p for p in (thought, text) if p.text or (p is text and not calls))
+    notes = ["stopped" if stopped else reasons.get(finish, "")]
+    if parser.emitted["content"] or finish is FinishReason.STOP:
+        thinking = Thinking(parser.emitted["reasoning_content"])
+        text = Text(parser.emitted["content"])
+        parts = tuple(p for p in (thinking, text) if p.text or (p is text and not calls))
         session.messages += [
             question.messages[-1],
-            question.with_answer(*said, *calls).messages[-1],
+            question.with_answer(*parts, *calls).messages[-1],
         ]
-    display.end_answer("; ".join(w for w in (why, "" if keeps else "this turn is forgotten") if w))
+    else:
+        notes.append("this turn is not in the history")
+    display.end_answer("; ".join(note for note in notes if note))
 
 
 def _write_delta(
@@ -223,7 +243,7 @@ def _format_tool_calls(calls: Sequence[ToolCall]) -> str:
 
 
 def sanitize_for_terminal(text: str) -> str:
-    """The text without what could steer a terminal: models say escape sequences too."""
+    """Replace control characters: models can generate terminal escape sequences."""
     return "".join(
         c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "\ufffd" for c in text
     )

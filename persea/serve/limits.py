@@ -1,4 +1,6 @@
-"""Who may ask, and how much: the key, the size of a body, the time it may take, how many requests at once; before any of it is read."""
+"""Access and limits of `persea serve`, checked before a request is parsed: key, body size,
+timeouts, concurrency.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-KEYLESS_PATHS = ("/health",)  # routes without a key
+KEYLESS_PATHS = ("/health",)
 ERROR_TYPES_BY_STATUS = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -33,13 +35,16 @@ ERROR_TYPES_BY_STATUS = {
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """The most that is allowed.
+    """Limits of requests.
 
-    body      bytes of one request; all bodies being read at once have BODIES times as many
-    seconds   for a request's head, for its body, and for a client to take the next piece of an answer
-    at_once   requests answered at once, those that wait for the model included; more get 429
-    tokens    new ones of one request
-    logprobs  tokens named at a position
+    Attributes:
+        max_body_bytes: Bytes of one request body.
+        io_timeout_s: Seconds for the head of a request, for its body, and for a client to read the
+            next piece of an answer.
+        max_concurrent_requests: Requests at once, including those that wait for the model; more get
+            status 429.
+        max_new_tokens: Generated tokens of one request.
+        max_logprobs: Tokens listed per position.
     """
 
     max_body_bytes: int = 8 << 20
@@ -49,12 +54,14 @@ class ServerLimits:
     max_logprobs: int = 64
 
 
-MAX_BUFFERED_BODIES = 8
+MAX_BUFFERED_BODIES = (
+    8  # all bodies being read have together at most this many times the limit of one
+)
 RETRY_AFTER_HEADERS = ((b"retry-after", b"1"),)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address, or a Host header, is this machine's own."""
+    """Return whether an address or Host header is this machine itself."""
     name = (
         host.rpartition(":")[0]
         if host.count(":") == 1
@@ -71,7 +78,7 @@ def is_loopback(host: str) -> bool:
 
 
 def error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
-    """An error in OpenAI's shape."""
+    """Return an error in OpenAI's form."""
     return {
         "error": {
             "message": message,
@@ -85,6 +92,7 @@ def error_body(status: int, message: str, param: str | None = None) -> dict[str,
 async def send_error(
     send: Send, status: int, message: str, headers: tuple[tuple[bytes, bytes], ...] = ()
 ) -> None:
+    """Send an error in OpenAI's form, and close the connection."""
     body = json.dumps(error_body(status, message)).encode()
     await send(
         {
@@ -102,13 +110,17 @@ async def send_error(
 
 
 class AccessLimitMiddleware:
-    """ASGI: lets through whole requests of those who may ask. key "" = this machine's own, and nobody else."""
+    """ASGI middleware that passes on complete requests of permitted clients.
+
+    Without an API key, only this machine is permitted.
+    """
 
     def __init__(self, app: App, api_key: str, limits: ServerLimits) -> None:
         self.app, self.api_key, self.limits = app, api_key.encode(), limits
         self.num_buffered_bytes = self.num_running_requests = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one ASGI scope."""
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
         elif scope["type"] == "http":
@@ -133,19 +145,16 @@ class AccessLimitMiddleware:
         if not self.api_key and not is_loopback(
             headers.get(b"host", b"localhost").decode("latin-1")
         ):
-            await send_error(
-                send, 403, "without a key this server answers as localhost alone"
-            )  # a page of elsewhere whose name points here
+            # A web page whose domain name points here (DNS rebinding).
+            await send_error(send, 403, "without a key this server only answers to localhost")
             return
         origin = headers.get(b"origin", b"http://localhost").decode("latin-1")
         if not self.api_key and not is_loopback(origin.partition("://")[2]):
-            await send_error(
-                send, 403, "without a key this server answers no page of elsewhere"
-            )  # which may post here, if not read what comes of it
+            # A foreign web page may post here, even if it cannot read the answer.
+            await send_error(send, 403, "without a key this server refuses other sites' pages")
             return
-        body = await self._read_body(
-            headers, receive, send
-        )  # before it counts as one: a body that never comes holds nobody up
+        # Read before it counts as running: a body that never arrives blocks no other request.
+        body = await self._read_body(headers, receive, send)
         if body is None:
             return
         if (
@@ -155,14 +164,15 @@ class AccessLimitMiddleware:
             await send_error(
                 send,
                 429,
-                f"{self.limits.max_concurrent_requests} requests are being answered",
+                f"{self.limits.max_concurrent_requests} requests are running",
                 RETRY_AFTER_HEADERS,
             )
             return
         self.num_running_requests += 1
         try:
             await self.app(scope, _replay_body(body, receive), self._send_with_timeout(send))
-        except TimeoutError:  # the client reads too slowly: uvicorn ends the connection where a response ends before its end
+        except TimeoutError:
+            # The client reads too slowly; uvicorn closes the connection of an incomplete response.
             return
         finally:
             self.num_running_requests -= 1
@@ -181,12 +191,12 @@ class AccessLimitMiddleware:
     async def _read_body(
         self, headers: MutableMapping[bytes, bytes], receive: Receive, send: Send
     ) -> bytes | None:
-        """The whole body; None where it was refused, or never came."""
-        said = headers.get(b"content-length", b"0")
-        if said.isdigit() and int(said) > self.limits.max_body_bytes:
-            await send_error(
-                send, 413, f"the body is too large: at most {self.limits.max_body_bytes:,} bytes"
-            )
+        """Read the whole body; None if it was refused or never arrived."""
+        max_bytes = self.limits.max_body_bytes
+        too_large = f"the body is too large: at most {max_bytes:,} bytes"
+        declared = headers.get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > max_bytes:
+            await send_error(send, 413, too_large)
             return None
         parts: list[bytes] = []
         size = 0
@@ -199,82 +209,78 @@ class AccessLimitMiddleware:
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
                     self.num_buffered_bytes += len(parts[-1])
-                    if size > self.limits.max_body_bytes:
-                        await send_error(
-                            send,
-                            413,
-                            f"the body is too large: at most {self.limits.max_body_bytes:,} bytes",
-                        )
+                    if size > max_bytes:
+                        await send_error(send, 413, too_large)
                         return None
-                    if (
-                        self.num_buffered_bytes > MAX_BUFFERED_BODIES * self.limits.max_body_bytes
-                    ):  # asked at every piece: many small beginnings are a flood too
-                        await send_error(
-                            send,
-                            429,
-                            f"{MAX_BUFFERED_BODIES * self.limits.max_body_bytes:,} bytes of bodies are being read",
-                            RETRY_AFTER_HEADERS,
+                    # Checked for every piece: many incomplete bodies fill the memory too.
+                    if self.num_buffered_bytes > MAX_BUFFERED_BODIES * max_bytes:
+                        reason = (
+                            f"{MAX_BUFFERED_BODIES * max_bytes:,} bytes of bodies are being read"
                         )
+                        await send_error(send, 429, reason, RETRY_AFTER_HEADERS)
                         return None
                     if not message.get("more_body", False):
                         return b"".join(parts)
         except TimeoutError:
-            await send_error(
-                send, 408, f"the body did not come within {self.limits.io_timeout_s:g} s"
-            )
+            reason = f"the body did not arrive within {self.limits.io_timeout_s:g} s"
+            await send_error(send, 408, reason)
             return None
         finally:
             self.num_buffered_bytes -= size
 
 
 def _replay_body(body: bytes, receive: Receive) -> Receive:
-    told = False
+    """Return a `receive` that yields a body that was read before."""
+    sent = False
 
-    async def again() -> MutableMapping[str, Any]:
-        nonlocal told
-        if told:
+    async def receive_again() -> MutableMapping[str, Any]:
+        nonlocal sent
+        if sent:
             return await receive()
-        told = True
+        sent = True
         return {"type": "http.request", "body": body, "more_body": False}
 
-    return again
+    return receive_again
 
 
 def make_timed_protocol(io_timeout_s: float) -> type[H11Protocol]:
-    """Uvicorn's protocol with an end to its patience: a head that has not come after so many seconds ends the connection with 408."""
+    """Return uvicorn's protocol with a timeout: a head that is not complete after `io_timeout_s`
+    gets 408.
+    """
 
-    class Patient(H11Protocol):
+    class TimedProtocol(H11Protocol):
         _timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            self._wait()
+            self._start_timer()
 
         def data_received(self, data: bytes) -> None:
             if self._timer is None and (self.cycle is None or self.cycle.response_complete):
-                self._wait()
+                self._start_timer()
             super().data_received(data)
             if self.cycle is not None and not self.cycle.response_complete:
-                self._rest()
+                self._stop_timer()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._rest()
+            self._stop_timer()
             super().connection_lost(exc)
 
-        def _wait(self) -> None:
-            self._timer = self.loop.call_later(io_timeout_s, self._end)
+        def _start_timer(self) -> None:
+            self._timer = self.loop.call_later(io_timeout_s, self._close)
 
-        def _rest(self) -> None:
+        def _stop_timer(self) -> None:
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
 
-        def _end(self) -> None:
+        def _close(self) -> None:
             self._timer = None
             if not self.transport.is_closing():
                 self.transport.write(
-                    b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+                    b"HTTP/1.1 408 Request Timeout\r\n"
+                    b"connection: close\r\ncontent-length: 0\r\n\r\n"
                 )
                 self.transport.close()
 
-    return Patient
+    return TimedProtocol

@@ -1,4 +1,6 @@
-"""Log-probabilities as servers spell them: vLLM's prompt_logprobs and candidate arrays, OpenAI's echoed completions."""
+"""Log-probabilities in the formats of servers: vLLM's prompt_logprobs and candidate arrays,
+OpenAI's echoed completions.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,17 @@ from persea.errors import DataError
 
 
 def format_token(renderer: ChatRenderer, token: int, as_id: bool) -> str:
-    """A token as text: `token_id:N`, its control name, its characters, or, of half a character, OpenAI's `bytes:\\xe4`."""
+    """Return a token as text.
+
+    Args:
+        renderer: The model's chat renderer.
+        token: Token id.
+        as_id: Return `token_id:N`.
+
+    Returns:
+        The name of a control token, the characters of other tokens, or, for a part of a character,
+        OpenAI's form `bytes:` with hexadecimal escapes.
+    """
     if as_id:
         return f"token_id:{token}"
     raw = renderer.vocabulary.bytes_W[token]
@@ -30,7 +42,7 @@ def format_token(renderer: ChatRenderer, token: int, as_id: bool) -> str:
 
 
 def top_k_logprobs(logprobs_W: torch.Tensor, num_top_logprobs: int) -> list[tuple[int, float]]:
-    """The `top` likeliest tokens, likeliest first."""
+    """Return the most likely (id, log-probability) pairs of a row [W], most likely first."""
     values, ids = logprobs_W.topk(min(num_top_logprobs, len(logprobs_W)))
     return list(zip(ids.tolist(), values.tolist(), strict=True))
 
@@ -38,12 +50,22 @@ def top_k_logprobs(logprobs_W: torch.Tensor, num_top_logprobs: int) -> list[tupl
 def build_prompt_logprobs(
     renderer: ChatRenderer, ids: Sequence[int], logprobs: torch.Tensor, num_top_logprobs: int
 ) -> list[dict[str, Any] | None]:
-    """VLLM's shape: nothing for the first token, then id -> log-probability, rank and text, of the likeliest and of the token itself."""
-    told: list[dict[str, Any] | None] = [None]
+    """Build vLLM's `prompt_logprobs`.
+
+    Args:
+        renderer: The model's chat renderer.
+        ids: Prompt token ids, T of them.
+        logprobs: Natural-log probabilities [T - 1, W].
+        num_top_logprobs: Tokens to list per position; the prompt's own token is always listed.
+
+    Returns:
+        None for the first token, then {id: {logprob, rank, decoded_token}}.
+    """
+    positions: list[dict[str, Any] | None] = [None]
     for token, row_W in zip(ids[1:], logprobs, strict=True):
         entries = dict(top_k_logprobs(row_W, num_top_logprobs)) if num_top_logprobs else {}
         entries.setdefault(token, float(row_W[token]))
-        told.append(
+        positions.append(
             {
                 str(i): {
                     "logprob": x,
@@ -53,27 +75,38 @@ def build_prompt_logprobs(
                 for i, x in entries.items()
             }
         )
-    return told
+    return positions
 
 
 def encode_candidate_logprobs(
     logprobs: torch.Tensor, candidate_ids: Sequence[Sequence[int]], first_row: int
 ) -> str:
-    """base64 .npy, float32 [rows asked, ids asked]: row r for the place of token start + r + 1; -1 asks for nothing and gets -inf.
+    """Encode log-probabilities of given candidates as a .npy file in base64.
 
-    Raises DataError for rows of different lengths, past the prompt's end, or with ids out of range.
+    Args:
+        logprobs: Natural-log probabilities [T - 1, W].
+        candidate_ids: Rows of ids of one length K; row r is for the place of token
+            first_row + r + 1. -1 is padding and gets -inf.
+        first_row: First row of `logprobs`.
+
+    Returns:
+        float32 [rows, K] in base64.
+
+    Raises:
+        DataError: Rows differ in length or exceed the prompt, or ids are out of range.
     """
     lengths = {len(row) for row in candidate_ids}
     if len(lengths) != 1 or 0 in lengths or first_row + len(candidate_ids) > len(logprobs):
         raise DataError(
-            f"{len(candidate_ids)} rows of candidates from row {first_row} on, the prompt has {len(logprobs)}",
+            f"{len(candidate_ids)} rows of candidates from row {first_row} on do not fit the "
+            f"{len(logprobs)} rows of the prompt",
             where="prompt_logprob_token_ids",
-            remedy="rows of one length, padded with -1, none past the prompt's last but one token",
+            remedy="send rows of one length, padded with -1, none past the prompt",
         )
     ids: npt.NDArray[np.int64] = np.array(candidate_ids, np.int64)
     if ids.max() >= logprobs.shape[1]:
         raise DataError(
-            f"id {ids.max()} lies outside the vocabulary of {logprobs.shape[1]:,} tokens",
+            f"id {ids.max()} is outside the vocabulary of {logprobs.shape[1]:,} tokens",
             where="prompt_logprob_token_ids",
             remedy="the ids come from another tokenizer",
         )
@@ -97,27 +130,39 @@ def build_completion_logprobs(
     first_position: int,
     as_id: bool,
 ) -> dict[str, Any]:
-    """OpenAI's `logprobs` of the tokens from `first` on; the very first of a text has none.
+    """Build OpenAI's `logprobs` of a completion.
 
-    text_offset: how many whole characters stand before a token; control tokens write none, half a character counts where it is whole.
+    Args:
+        renderer: The model's chat renderer.
+        ids: Token ids of prompt and answer, T of them.
+        logprobs: Natural-log probabilities [T - 1, W].
+        num_top_logprobs: Tokens to list per position.
+        first_position: First token to report; the first token of a text has no log-probability.
+        as_id: Name tokens by id, see `format_token`.
+
+    Returns:
+        OpenAI's object. `text_offset` counts whole characters before a token: control tokens have
+        none, and a character counts at the token that completes it.
     """
-    characters = getincrementaldecoder("utf-8")("replace")
-    tokens, own, tops, offsets, at = (
-        [],
-        list[float | None](),
-        list[dict[str, float] | None](),
-        list[int](),
-        0,
-    )
+    decoder = getincrementaldecoder("utf-8")("replace")
+    tokens: list[str] = []
+    token_logprobs: list[float | None] = []
+    top_logprobs: list[dict[str, float] | None] = []
+    text_offset: list[int] = []
+    num_characters = 0
     for t, token in enumerate(ids):
-        text = format_token(renderer, token, as_id)
         if t >= first_position:
-            tokens.append(text)
-            offsets.append(at)
-            own.append(float(logprobs[t - 1, token]) if t else None)
-            entries = (
-                top_k_logprobs(logprobs[t - 1], num_top_logprobs) if t and num_top_logprobs else []
-            )
-            tops.append({format_token(renderer, i, as_id): x for i, x in entries} if t else None)
-        at += len(characters.decode(renderer.vocabulary.bytes_W[token] or b""))
-    return {"tokens": tokens, "token_logprobs": own, "top_logprobs": tops, "text_offset": offsets}
+            tokens.append(format_token(renderer, token, as_id))
+            text_offset.append(num_characters)
+            token_logprobs.append(float(logprobs[t - 1, token]) if t else None)
+            k = num_top_logprobs if t else 0
+            entries = top_k_logprobs(logprobs[t - 1], k) if k else []
+            top = {format_token(renderer, i, as_id): x for i, x in entries}
+            top_logprobs.append(top if t else None)
+        num_characters += len(decoder.decode(renderer.vocabulary.bytes_W[token] or b""))
+    return {
+        "tokens": tokens,
+        "token_logprobs": token_logprobs,
+        "top_logprobs": top_logprobs,
+        "text_offset": text_offset,
+    }

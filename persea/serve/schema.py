@@ -1,4 +1,6 @@
-"""What a request may say. A key that is not here is refused by name: a server that drops what it does not know lies."""
+"""Request bodies. An unknown key is refused by name: ignoring it would return something else than
+requested.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,10 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from persea.chat.family import Family
 from persea.chat.messages import (
     ContentPart,
     Conversation,
-    Family,
     Message,
     Role,
     Text,
@@ -27,17 +29,18 @@ from persea.teachers.engines import Sampling
 
 TokenId: TypeAlias = Annotated[int, Field(ge=0, lt=1 << 31)]
 TokenIds: TypeAlias = Annotated[list[TokenId], Field(max_length=1 << 20)]
-ZeroPenalty: TypeAlias = Annotated[
-    float, Field(ge=0, le=0)
-]  # a penalty that may be named, and must be none
+# A penalty may be sent, and must be 0.
+ZeroPenalty: TypeAlias = Annotated[float, Field(ge=0, le=0)]
 
 
 class StrictRequestModel(BaseModel):
+    """Base of all request bodies: no unknown keys, no type conversion."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class SamplingFields(StrictRequestModel):
-    """How tokens are drawn. temperature 0, the default here, takes the likeliest."""
+    """How tokens are sampled. The default temperature is 0: the most likely token."""
 
     temperature: float | None = Field(default=None, ge=0, le=100)
     top_p: float | None = Field(default=None, gt=0, le=1)
@@ -45,17 +48,20 @@ class SamplingFields(StrictRequestModel):
 
     @property
     def sampling(self) -> Sampling:
+        """The sampling settings."""
         return Sampling(
             self.temperature or 0.0, 1.0 if self.top_p is None else self.top_p, self.seed or 0
         )
 
 
 class StreamOptions(StrictRequestModel):
+    """Options of a streamed answer."""
+
     include_usage: bool = False
 
 
 class OpenAIRequest(SamplingFields):
-    """What chat and completions share."""
+    """Fields of both OpenAI routes."""
 
     model: str
     stream: bool = False
@@ -67,7 +73,9 @@ class OpenAIRequest(SamplingFields):
 
 
 class CompletionRequest(OpenAIRequest):
-    """/v1/completions, with vLLM's ids and prompt log-probabilities. A text prompt gets no BOS."""
+    """/v1/completions, with vLLM's token ids and prompt log-probabilities. A text prompt gets no
+    BOS.
+    """
 
     prompt: str | TokenIds
     max_tokens: int | None = Field(default=None, ge=0)
@@ -82,7 +90,7 @@ class CompletionRequest(OpenAIRequest):
 
 
 class TokenParams(SamplingFields):
-    """vLLM's sampling_params, as far as they are known here."""
+    """The supported part of vLLM's sampling_params."""
 
     max_tokens: int | None = Field(default=None, ge=0)
     stop_token_ids: TokenIds | None = None
@@ -107,16 +115,22 @@ class TokenRequest(StrictRequestModel):
 
 
 class TextContentPart(StrictRequestModel):
+    """One part of a message."""
+
     type: Literal["text"]
     text: str
 
 
 class FunctionCall(StrictRequestModel):
+    """Name and JSON arguments of a tool call."""
+
     name: str
     arguments: str = "{}"
 
 
 class ChatToolCall(StrictRequestModel):
+    """A tool call of an earlier answer."""
+
     id: str
     type: Literal["function"] = "function"
     function: FunctionCall
@@ -124,7 +138,7 @@ class ChatToolCall(StrictRequestModel):
 
 
 class ChatMessage(StrictRequestModel):
-    """One message; what a client sends back of an answer is accepted with it."""
+    """One message; fields of an answer are accepted when a client sends it back."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextContentPart] | None = None
@@ -139,6 +153,7 @@ class ChatMessage(StrictRequestModel):
 
     @property
     def text(self) -> str:
+        """The text of all parts."""
         return (
             self.content
             if isinstance(self.content, str)
@@ -147,6 +162,8 @@ class ChatMessage(StrictRequestModel):
 
 
 class FunctionDefinition(StrictRequestModel):
+    """A tool with its JSON schema."""
+
     name: str
     description: str = ""
     parameters: dict[str, Any] = Field(default={})
@@ -154,11 +171,15 @@ class FunctionDefinition(StrictRequestModel):
 
 
 class ToolDefinition(StrictRequestModel):
+    """A tool in OpenAI's form."""
+
     type: Literal["function"]
     function: FunctionDefinition
 
 
 class ChatTemplateKwargs(StrictRequestModel):
+    """Arguments of the chat template."""
+
     enable_thinking: bool | None = None
 
 
@@ -174,12 +195,18 @@ class ChatCompletionRequest(OpenAIRequest):
     chat_template_kwargs: ChatTemplateKwargs | None = None
 
     def to_conversation(self, family: Family) -> Conversation:
-        """Raises DataError for messages that no conversation holds: calls of the wrong role, results of no call, broken JSON."""
+        """Convert the request to a conversation.
+
+        Raises:
+            DataError: Tool calls of the wrong role, results without a call, malformed JSON, or an
+            effort
+                that the model lacks.
+        """
         messages: list[Message] = []
         names: dict[str, str] = {}
-        for k, said in enumerate(self.messages):
-            parts = _message_parts(said, names, f"messages.{k}")
-            role = Role.SYSTEM if said.role == "developer" else Role(said.role)
+        for k, message in enumerate(self.messages):
+            parts = _message_parts(message, names, f"messages.{k}")
+            role = Role.SYSTEM if message.role == "developer" else Role(message.role)
             if role is Role.TOOL and messages and messages[-1].role is Role.TOOL:
                 messages[-1] = Message(role, (*messages[-1].parts, *parts))
             else:
@@ -203,54 +230,56 @@ class ChatCompletionRequest(OpenAIRequest):
                     for t in self.tools or ()
                 )
             )
-        except (
-            ValueError,
-            RecursionError,
-        ) as problem:  # NaN, half a surrogate pair, a thousand brackets: JSON to Python, and to no template
+        except (ValueError, RecursionError) as problem:
+            # Python reads NaN, half a surrogate pair and a thousand brackets as JSON; templates
+            # fail.
             raise DataError(
-                "a tool's parameters are no plain JSON", where="tools", remedy="send a JSON schema"
+                "a tool's parameters are not plain JSON", where="tools", remedy="send a JSON schema"
             ) from problem
         return Conversation(tuple(messages), self.resolve_effort(family), tools)
 
     def resolve_effort(self, family: Family) -> ThinkingEffort:
-        """What both switches ask for. Raises DataError where they contradict each other, or this model cannot."""
-        asked = (
-            None
-            if self.reasoning_effort is None
-            else ThinkingEffort.LOW
-            if self.reasoning_effort == "minimal"
-            else ThinkingEffort(self.reasoning_effort)
-        )
+        """Return the thinking effort that both switches request.
+
+        Raises:
+            DataError: The switches contradict each other, or the model lacks the effort.
+        """
+        requested = None
+        if self.reasoning_effort == "minimal":
+            requested = ThinkingEffort.LOW
+        elif self.reasoning_effort is not None:
+            requested = ThinkingEffort(self.reasoning_effort)
         switch = self.chat_template_kwargs.enable_thinking if self.chat_template_kwargs else None
-        if switch is not None and asked is not None and switch is (asked is ThinkingEffort.NONE):
+        if None not in (switch, requested) and switch is (requested is ThinkingEffort.NONE):
             raise DataError(
-                f"thinking is {'on' if switch else 'off'}, the effort is {asked.value}",
+                f"thinking is {'on' if switch else 'off'}, the effort is {requested}",
                 where="reasoning_effort",
                 remedy="send one of the two",
             )
-        silent = asked is ThinkingEffort.NONE or switch is False
-        thinks = [e for e in family.efforts if e is not ThinkingEffort.NONE]
-        if silent and ThinkingEffort.NONE not in family.efforts:
-            raise DataError(
-                "this model always thinks",
-                where="reasoning_effort",
-                remedy=f"one of {', '.join(thinks)}",
-            )
-        if (asked is not None or switch) and not silent and not thinks:
+        thinking_efforts = [e for e in family.efforts if e is not ThinkingEffort.NONE]
+        if requested is ThinkingEffort.NONE or switch is False:
+            if ThinkingEffort.NONE not in family.efforts:
+                raise DataError(
+                    "this model always thinks",
+                    where="reasoning_effort",
+                    remedy=f"one of {', '.join(thinking_efforts)}",
+                )
+            return ThinkingEffort.NONE
+        if (requested is not None or switch) and not thinking_efforts:
             raise DataError(
                 "this model does not think",
                 where="reasoning_effort",
                 remedy="leave it out, or send none",
             )
-        if asked is None:
-            return thinks[-1] if switch else ThinkingEffort.NONE
-        if asked not in (ThinkingEffort.NONE, *thinks):
+        if requested is None:
+            return thinking_efforts[-1] if switch else ThinkingEffort.NONE
+        if requested not in thinking_efforts:
             raise DataError(
-                f"this model knows no {asked.value} effort",
+                f"this model has no {requested.value} effort",
                 where="reasoning_effort",
                 remedy=f"one of {', '.join(family.efforts)}",
             )
-        return asked
+        return requested
 
 
 def _nfc(text: str) -> str:
@@ -260,10 +289,16 @@ def _nfc(text: str) -> str:
 def _message_parts(
     message: ChatMessage, tool_names_by_call_id: dict[str, str], where: str
 ) -> tuple[ContentPart, ...]:
-    """Parts of one message. names: id of a call -> its tool, filled on the way."""
+    """Return the parts of one message.
+
+    Args:
+        message: The message.
+        tool_names_by_call_id: Id of a call -> tool name; filled with this message's calls.
+        where: Position of the message, for errors.
+    """
     if message.role != "assistant" and (message.tool_calls or message.reasoning_content):
         raise DataError(
-            "only the assistant thinks and calls",
+            "only the assistant may have thinking and tool calls",
             where=where,
             remedy="move it into an assistant's message",
         )
@@ -271,9 +306,9 @@ def _message_parts(
         name = tool_names_by_call_id.get(message.tool_call_id or "", message.name or "")
         if not name:
             raise DataError(
-                f"a result of no call: {message.tool_call_id!r}",
+                f"a tool result without a call: {message.tool_call_id!r}",
                 where=where,
-                remedy="give the id of a call before it",
+                remedy="give the id of an earlier call",
             )
         return (ToolResult(name, _nfc(message.text)),)
     parts: list[ContentPart] = (
@@ -286,9 +321,9 @@ def _message_parts(
         read = ToolCall.from_generated(call.function.name, call.function.arguments)
         if read is None:
             raise DataError(
-                f"a broken call of {call.function.name[:40]!r}",
+                f"a malformed call of {call.function.name[:40]!r}",
                 where=where,
-                remedy="arguments are one JSON object, as text",
+                remedy="send the arguments as one JSON object in a string",
             )
         parts.append(read)
     return tuple(parts)

@@ -1,4 +1,6 @@
-"""The model behind the routes: its steps one at a time, and an answer read while it is said."""
+"""The served model, which computes one step at a time, and the parser of an answer while it is
+generated.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from persea.chat.families.hybrid import THINK_CLOSE, THINK_OPEN
+from persea.chat.family import DecodedPieces
 from persea.chat.messages import (
     ContentPart,
-    DecodedPieces,
     FinishReason,
     Text,
     Thinking,
@@ -28,19 +29,19 @@ from persea.teachers.engines import Sampling
 from persea.teachers.engines.transformers import TransformersEngine
 
 T = TypeVar("T")
-MAX_LOGPROB_ELEMENTS_PER_PROMPT = 1 << 28  # numbers of one scored prompt: a gibibyte in float32
-# What could end a thought that has begun, so that it can be read before its end is said: Qwen's block, the same as text, harmony's channel.
-THINKING_END_CANDIDATES: tuple[tuple[str | bytes, ...], ...] = (
-    (),
-    (THINK_CLOSE,),
-    (THINK_CLOSE.encode(),),
-    ("<|end|>", "<|start|>", b"assistant", "<|channel|>", b"final", "<|message|>"),
-)
+MAX_LOGPROB_ELEMENTS_PER_PROMPT = 1 << 28  # 1 GiB of float32
 
 
 @dataclass(frozen=True, eq=False)
 class ServedModel:
-    """A model with its voice. context: most tokens of prompt and answer; 0 = its configuration says none."""
+    """A model with its chat renderer.
+
+    Attributes:
+        name: Name in the routes.
+        renderer: Tokenizer and chat template.
+        engine: Runs the weights.
+        max_context_tokens: Most tokens of prompt and answer; 0 if the configuration has no limit.
+    """
 
     name: str
     renderer: ChatRenderer
@@ -55,30 +56,41 @@ class ServedModel:
         max_new_tokens: int,
         sampling: Sampling,
     ) -> AsyncGenerator[int, None]:
-        """Tokens as they come; many answers take turns."""
+        """Yield generated tokens; the answers of several requests take turns."""
         steps = self.engine.stream(np.array(prompt, np.int32), stop_ids, max_new_tokens, sampling)
         while (token := await self._run_exclusively(lambda: next(steps, None))) is not None:
             yield token
 
     async def compute_logprobs(self, ids: Sequence[int]) -> torch.Tensor:
-        """Log-probabilities [T - 1, vocabulary]: row t of token t + 1."""
-        if len(ids) * len(self.renderer.vocabulary) > MAX_LOGPROB_ELEMENTS_PER_PROMPT:
+        """Compute natural-log probabilities [T - 1, W]: row t is the prediction of token t + 1.
+
+        Raises:
+            DataError: The prompt is too long for the memory limit.
+        """
+        vocab_size = len(self.renderer.vocabulary)
+        max_tokens = MAX_LOGPROB_ELEMENTS_PER_PROMPT // vocab_size
+        if len(ids) > max_tokens:
             raise DataError(
-                f"{len(ids):,} tokens of {len(self.renderer.vocabulary):,} log-probabilities are too many",
+                f"{len(ids):,} tokens with {vocab_size:,} log-probabilities each exceed the "
+                "memory limit",
                 where="prompt",
-                remedy=f"score at most {MAX_LOGPROB_ELEMENTS_PER_PROMPT // len(self.renderer.vocabulary):,} tokens at once",
+                remedy=f"score at most {max_tokens:,} tokens at once",
             )
-        sequence, learn = np.array(ids, np.int32), np.arange(len(ids)) > 0
+        ids_T, loss_mask_T = np.array(ids, np.int32), np.arange(len(ids)) > 0
         return await self._run_exclusively(
-            lambda: next(iter(self.engine.compute_logprobs([sequence], [learn])))
+            lambda: next(iter(self.engine.compute_logprobs([ids_T], [loss_mask_T])))
         )
 
     async def _run_exclusively(self, work: Callable[[], T]) -> T:
-        """One piece of work at a time: a thread cannot be cancelled, so what a client that went had begun holds the model until it is over."""
+        """Run one piece of work at a time.
+
+        A thread cannot be cancelled: the work of a client that disconnected holds the lock to its
+        end.
+        """
         await self._lock.acquire()
-        begun = asyncio.ensure_future(asyncio.to_thread(work))
-        begun.add_done_callback(lambda done: self._lock.release())
-        return await asyncio.shield(begun)
+        future = asyncio.ensure_future(asyncio.to_thread(work))
+        future.add_done_callback(lambda done: self._lock.release())
+        return await asyncio.shield(future)
 
     def resolve_max_new_tokens(
         self,
@@ -87,32 +99,48 @@ class ServedModel:
         default_tokens: int,
         token_limit: int,
     ) -> int:
-        """New tokens that are allowed. Raises DataError where prompt and answer have no room."""
+        """Return how many tokens may be generated.
+
+        Args:
+            prompt: Token ids.
+            requested_tokens: The request's own limit; None if it has none.
+            default_tokens: Limit for a request without one.
+            token_limit: Limit of the server.
+
+        Raises:
+            DataError: The request exceeds the server's limit or the model's positions.
+        """
         new = min(default_tokens, token_limit) if requested_tokens is None else requested_tokens
         if new > token_limit:
             raise DataError(
-                f"{new:,} new tokens are asked, at most {token_limit:,} are given",
+                f"{new:,} new tokens were requested, the limit is {token_limit:,}",
                 where="max_tokens",
-                remedy="ask for fewer",
+                remedy="request fewer",
             )
         if self.max_context_tokens and requested_tokens is None:
             new = max(1, min(new, self.max_context_tokens - len(prompt)))
         if self.max_context_tokens and len(prompt) + new > self.max_context_tokens:
             raise DataError(
-                f"{len(prompt):,} tokens and {new:,} new ones, the model has positions for {self.max_context_tokens:,}",
+                f"{len(prompt):,} prompt tokens and {new:,} new ones exceed the model's "
+                f"{self.max_context_tokens:,} positions",
                 where="max_tokens",
-                remedy="shorten the prompt, or ask for fewer",
+                remedy="shorten the prompt, or request fewer",
             )
         return new
 
     def encode_prompt(self, prompt: str | Sequence[int]) -> list[int]:
-        """A prompt's tokens. Raises DataError for ids out of range, a text that cannot be encoded, and for nothing."""
+        """Return the token ids of a prompt, given as text or ids.
+
+        Raises:
+            DataError: The prompt is empty or cannot be encoded, or an id is out of range.
+        """
         ids = self.renderer.vocabulary.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise DataError("the prompt is empty", where="prompt", remedy="give one token at least")
         if max(ids) >= len(self.renderer.vocabulary):
             raise DataError(
-                f"id {max(ids)} lies outside the vocabulary of {len(self.renderer.vocabulary):,} tokens",
+                f"id {max(ids)} is outside the vocabulary of "
+                f"{len(self.renderer.vocabulary):,} tokens",
                 where="prompt",
                 remedy="the ids come from another tokenizer",
             )
@@ -121,7 +149,15 @@ class ServedModel:
 
 @dataclass
 class StreamingAnswerParser:
-    """An answer while it is said: what of its thought and its words is certain, and was not told yet."""
+    """Parses an answer while it is generated, and returns text once it is final.
+
+    Attributes:
+        renderer: The model's chat renderer.
+        effort: Thinking effort of the prompt.
+        tools: Tools of the prompt.
+        ids: Tokens so far.
+        emitted: Text returned so far, by field.
+    """
 
     renderer: ChatRenderer
     effort: ThinkingEffort
@@ -132,7 +168,10 @@ class StreamingAnswerParser:
     )
 
     def add_token(self, token: int) -> dict[str, str]:
-        """The new piece of each. Half a character or marker, white space at the end, and what may become a call wait for more."""
+        """Add a token, and return the new text of each field.
+
+        Half characters, half markers, trailing white space and possible tool calls are held back.
+        """
         self.ids.append(token)
         if token in self.renderer.stop_ids:
             return {}
@@ -140,44 +179,42 @@ class StreamingAnswerParser:
         parts = next(
             (
                 p
-                for end in THINKING_END_CANDIDATES
+                for end in ((), *self.renderer.family.thought_ends)
                 if (p := self._parse_pieces((*pieces, *end))) is not None
             ),
             None,
         )
-        whole = _text_by_field(parts or ())
-        words, thought = whole["content"].lstrip(), whole["reasoning_content"]
-        if (self.tools and words.startswith("{")) or THINK_OPEN.startswith(
-            words
-        ):  # where markers are text, half of one may be the whole's beginning
-            whole["content"] = ""
-        half = next(
-            (n for n in range(len(THINK_CLOSE), 0, -1) if thought.endswith(THINK_CLOSE[:n])), 0
-        )
-        whole["reasoning_content"] = thought[: len(thought) - half]
-        return self._take_new_text({key: text.rstrip() for key, text in whole.items()})
+        texts = _text_by_field(parts or ())
+        content, thinking = texts["content"].lstrip(), texts["reasoning_content"]
+        # Where thought markers are plain text, the answer may begin with a part of one.
+        opening, closing = self.renderer.family.text_thought_markers
+        if (self.tools and content.startswith("{")) or opening.startswith(content):
+            texts["content"] = ""
+        overlap = next((n for n in range(len(closing), 0, -1) if thinking.endswith(closing[:n])), 0)
+        texts["reasoning_content"] = thinking[: len(thinking) - overlap]
+        return self._take_new_text({key: text.rstrip() for key, text in texts.items()})
 
     def finish(self) -> tuple[dict[str, str], tuple[ToolCall, ...], FinishReason]:
-        """What is left to tell, the calls, and how it ended."""
+        """Return the remaining text, the tool calls and the finish reason."""
         parts, finish = self.renderer.parse(self.ids, self.effort, self.tools)
-        whole = _text_by_field(parts)
-        if any(not whole[key].startswith(told) for key, told in self.emitted.items()):
+        texts = _text_by_field(parts)
+        if any(not texts[key].startswith(sent) for key, sent in self.emitted.items()):
             return {}, (), finish if finish is FinishReason.LENGTH else FinishReason.MALFORMED
         return (
-            self._take_new_text(whole),
+            self._take_new_text(texts),
             tuple(p for p in parts if isinstance(p, ToolCall)),
             finish,
         )
 
     def _take_new_text(self, text_by_field: dict[str, str]) -> dict[str, str]:
-        more = {
+        new = {
             key: text[len(self.emitted[key]) :]
             for key, text in text_by_field.items()
             if text.startswith(self.emitted[key]) and text != self.emitted[key]
         }
-        for key, text in more.items():
+        for key, text in new.items():
             self.emitted[key] += text
-        return more
+        return new
 
     def _parse_pieces(self, pieces: DecodedPieces) -> tuple[ContentPart, ...] | None:
         try:
@@ -187,6 +224,7 @@ class StreamingAnswerParser:
 
 
 def _text_by_field(parts: Sequence[ContentPart]) -> dict[str, str]:
+    """Return thinking and text under OpenAI's field names."""
     return {
         "reasoning_content": "".join(p.text for p in parts if isinstance(p, Thinking)),
         "content": "".join(p.text for p in parts if isinstance(p, Text)),
@@ -194,7 +232,7 @@ def _text_by_field(parts: Sequence[ContentPart]) -> dict[str, str]:
 
 
 def content_bytes(renderer: ChatRenderer, ids: Sequence[int] | npt.NDArray[np.integer]) -> bytes:
-    """The bytes of tokens, control tokens left out."""
+    """Return the bytes of tokens, without control tokens."""
     return b"".join(
         p for p in renderer.vocabulary.decode_pieces([int(i) for i in ids]) if isinstance(p, bytes)
     )

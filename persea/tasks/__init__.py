@@ -1,1 +1,1 @@
-"""Tasks: questions, graders, scores with confidence intervals."""
+"""Tasks: questions, graders, and scores with confidence intervals."""

@@ -1,4 +1,10 @@
-"""Skill and Score: one number with its n and interval. Audition and evaluation are the same measurement."""
+"""Tasks, graders and scores, shared by the audition and the evaluation.
+
+A task supplies items (questions with a reference answer) and a grader. `grade_answers` grades a
+model's answers, `score_results` averages them into a `Score`, and `compare_paired_results` compares
+two models on the same items. Every number comes with its n and a confidence interval
+(persea.tasks.intervals).
+"""
 
 from __future__ import annotations
 
@@ -19,49 +25,61 @@ from persea.tasks.intervals import (
     paired_ratio_interval,
 )
 
+# Upper ends of the buckets 0..99 of each split: 60 % pretrain, 26 % train, 6 % audition, 8 % test.
+# Fixed for ever: another bound would put test items into the text that the saplings were trained
+# on.
+PRETRAIN_BELOW, TRAIN_BELOW, AUDITION_BELOW = 60, 86, 92
+MAX_REASON_CHARS = 300  # of a grader's exception, in the examples
+
 
 class Split(StrEnum):
-    """Who may see an item. An item belongs to exactly one split, by the hash of its question, for ever."""
+    """The use of an item.
 
-    PRETRAIN = "grow"  # what saplings were grown on
-    TRAIN = "teach"  # what the cast is asked and the student learns from
-    AUDITION = "audition"  # what teachers are chosen by
-    TEST = "test"  # what everybody is compared on
+    The hash of its question assigns each item to exactly one split, for ever.
+    """
+
+    PRETRAIN = "grow"  # the text that the saplings were pretrained on
+    TRAIN = "teach"  # prompts that teachers answer and the student learns from
+    AUDITION = "audition"  # items that choose the teachers
+    TEST = "test"  # items that compare all models
 
 
 def assign_split(question: str) -> Split:
-    """The split of a question: 60 % GROW, 26 % TEACH, 6 % AUDITION, 8 % TEST."""
+    """Return the split of a question.
+
+    60 % PRETRAIN, 26 % TRAIN, 6 % AUDITION, 8 % TEST, by its SHA-256.
+    """
     bucket = hashlib.sha256(question.encode()).digest()[0] * 100 // 256
-    return (
-        Split.PRETRAIN
-        if bucket < 60
-        else Split.TRAIN
-        if bucket < 86
-        else Split.AUDITION
-        if bucket < 92
-        else Split.TEST
-    )
+    if bucket < PRETRAIN_BELOW:
+        return Split.PRETRAIN
+    if bucket < TRAIN_BELOW:
+        return Split.TRAIN
+    return Split.AUDITION if bucket < AUDITION_BELOW else Split.TEST
 
 
 class Verdict(StrEnum):
+    """The outcome of grading one answer."""
+
     RIGHT = "right"
     WRONG = "wrong"
-    MALFORMED = "malformed"
-    GRADER_ERROR = (
-        "failed"  # the grader itself broke on this answer: counted and named, never right
-    )
+    MALFORMED = "malformed"  # cut off, or in no form that the grader can read
+    GRADER_ERROR = "failed"  # the grader raised on this answer: worth 0, counted and reported
 
 
 @dataclass(frozen=True)
 class Grade:
-    """A verdict and how good the answer is: value in [0, 1], such as chrF / 100; `why` says what the grader saw, where that helps."""
+    """A verdict, the answer's value in [0, 1] (such as chrF / 100), and a short reason.
+
+    Raises:
+        ValueError: If the value is NaN or outside [0, 1].
+    """
 
     verdict: Verdict
     value: float
     reason: str = ""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.value <= 1:  # false of NaN too
+        if not 0 <= self.value <= 1:  # also false for NaN
             raise ValueError(f"a grade of {self.value}, not in [0, 1]")
 
 
@@ -69,10 +87,14 @@ class Grade:
 class TaskItem:
     """A question and one right answer.
 
-    reference  the right answer's words
-    calls      the right answer's tool calls, behind its words
-    choices    what to choose among by likelihood, the reference one of them; empty = the answer is written freely
-    key        what the grader must know beyond the reference, in a form of its skill's own (tests, constraints)
+    Attributes:
+        prompt: The question, with its id, task and language.
+        reference: Text of the right answer.
+        calls: Tool calls of the right answer, after its text.
+        choices: Answers to rank by likelihood; `reference` is one of them. Empty if the model
+            answers freely.
+        answer_key: Data that the grader needs besides the reference, in the task's own format
+            (tests, constraints).
     """
 
     prompt: Prompt
@@ -84,16 +106,20 @@ class TaskItem:
     @property
     def reference_conversation(self) -> Conversation:
         """The question with its right answer."""
-        words = (Text(self.reference),) if self.reference or not self.calls else ()
-        return self.prompt.conversation.with_answer(*words, *self.calls)
+        text = (Text(self.reference),) if self.reference or not self.calls else ()
+        return self.prompt.conversation.with_answer(*text, *self.calls)
 
 
 @dataclass(frozen=True)
 class Task:
-    """One thing to be good at.
+    """A skill: items to ask and a grader.
 
-    items   (split, n, seed) -> at most n different items of that split, in a fixed order
-    grade   (item, the assistant's message) -> verdict, or a Grade where an answer may be good in part; a verdict alone is worth 1 if RIGHT, else 0
+    Attributes:
+        name: The name that a recipe uses.
+        languages: Languages of the items.
+        items: (split, n, seed) -> at most n different items of the split, in a fixed order.
+        grade: (item, answer) -> a verdict, worth 1 if RIGHT and else 0; or a Grade if an answer can
+            be partly right.
     """
 
     name: str
@@ -104,35 +130,62 @@ class Task:
 
 @dataclass(frozen=True)
 class Score:
-    """One number: the mean value of n items (a share, where each is right or not), with its 95 % interval [low, high]."""
+    """A model's mean value over n items, with its confidence interval [low, high].
+
+    Attributes:
+        model_name: Name of the measured model.
+        skill: Name of the task.
+        language: Language of the items; "" = all.
+        effort: Thinking effort of the answers.
+        value: Mean value in [0, 1]: the share right, if every item is right or wrong.
+        n: Number of items.
+        low: Lower end of the confidence interval.
+        high: Upper end of the confidence interval.
+        grader_errors: Answers that the grader raised on; each counts as 0.
+        malformed: Answers that did not stop or could not be read; each counts as 0.
+    """
 
     model_name: str
     skill: str
-    language: str  # "" = all
+    language: str
     effort: ThinkingEffort
     value: float
     n: int
     low: float
     high: float
-    grader_errors: int = 0  # answers the grader broke on; they count as 0
-    malformed: int = 0  # answers that did not stop, or could not be read; they count as 0
+    grader_errors: int = 0
+    malformed: int = 0
 
     def to_json(self) -> dict[str, Any]:
+        """Return the fields as a dictionary."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """Two speakers on the same n items: `difference` of their means (speaker - other) and the share `kept` (speaker / other), with intervals.
+    """Two models on the same n items: difference and ratio of their means, each with its interval.
 
-    kept is None where the other has nothing right; most is None where the data do not bound it.
+    Attributes:
+        model_name: The first model.
+        other_model_name: The second model.
+        skill: Name of the task.
+        language: Language of the items; "" = all.
+        effort: Thinking effort of the first model.
+        n: Number of common items.
+        difference: Mean of the first model minus mean of the second.
+        low: Lower end of the interval of the difference.
+        high: Upper end of the interval of the difference.
+        retained: Mean of the first model divided by mean of the second; None if the second has
+            nothing right.
+        retained_low: Lower end of the interval of the ratio; None if `retained` is.
+        retained_high: Upper end of the interval of the ratio; None if the data do not bound it.
     """
 
     model_name: str
     other_model_name: str
     skill: str
-    language: str  # "" = all
-    effort: ThinkingEffort  # the speaker's
+    language: str
+    effort: ThinkingEffort
     n: int
     difference: float
     low: float
@@ -142,12 +195,17 @@ class PairedComparison:
     retained_high: float | None = None
 
     def to_json(self) -> dict[str, Any]:
+        """Return the fields as a dictionary."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class ItemResult:
-    """One item's outcome, kept so that a score can be inspected."""
+    """One graded answer, kept so that a score can be inspected.
+
+    `choice_logprobs_per_byte` holds the log-probability of each choice of the item divided by its
+    UTF-8 length, in nats per byte.
+    """
 
     item: TaskItem
     answer: Message
@@ -155,15 +213,18 @@ class ItemResult:
     verdict: Verdict
     value: float
     reason: str = ""
-    choice_logprobs_per_byte: tuple[float, ...] = ()  # of the item's choices, in nats a byte
+    choice_logprobs_per_byte: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Thinking, calls, the grader's words and likelihoods only where there are some."""
-        said = {
+        """Return the line of examples.jsonl.
+
+        Thinking, calls, reason and choice log-probabilities only if there are any.
+        """
+        optional = {
             "thinking": self.answer.thinking,
             "calls": [vars(c) for c in self.answer.calls],
-            "why": self.reason,
-            "likelihoods": list(self.choice_logprobs_per_byte),
+            "reason": self.reason,
+            "choice_logprobs_per_byte": list(self.choice_logprobs_per_byte),
         }
         return {
             "id": self.item.prompt.id,
@@ -174,26 +235,43 @@ class ItemResult:
             "finish": self.finish,
             "verdict": self.verdict,
             "value": self.value,
-            **{name: value for name, value in said.items() if value},
+            **{name: value for name, value in optional.items() if value},
         }
 
 
 def grade_answers(
     task: Task, items: Sequence[TaskItem], answers: Sequence[tuple[Message, FinishReason]]
 ) -> tuple[ItemResult, ...]:
-    """Results of answers, in order; an answer that did not stop by itself is malformed, whatever it says.
+    """Grade answers in order.
 
-    A grader that raises does not end a run: its answer is FAILED, worth 0, and `why` names the exception. Where what it grades with is gone
-    (a sandbox, a judge's server or its budget, the disk), that is no answer's fault: such an error is raised.
+    An answer that did not stop by itself is malformed, whatever its text.
+
+    An exception of the grader does not end the run: the answer gets GRADER_ERROR and value 0, and
+    the reason names the exception.
+
+    Args:
+        task: The task whose grader is used.
+        items: N items.
+        answers: N pairs of answer and finish reason, in the order of the items.
+
+    Returns:
+        N results.
+
+    Raises:
+        ValueError: If there are not as many answers as items.
+        MissingRequirementError: If the grader cannot run here, such as without a sandbox (exit 7).
+        RefusedError: If the judge's server refuses to answer.
+        StorageError: If the disk fails.
+        TeacherError: If the judge is gone or its budget is used up.
     """
     results = []
-    for item, (said, finish) in zip(items, answers, strict=True):
-        found = (
-            _grade_one(task, item, said)
+    for item, (answer, finish) in zip(items, answers, strict=True):
+        grade = (
+            _grade_one(task, item, answer)
             if finish is FinishReason.STOP
             else Grade(Verdict.MALFORMED, 0.0)
         )
-        results.append(ItemResult(item, said, finish, found.verdict, found.value, found.reason))
+        results.append(ItemResult(item, answer, finish, grade.verdict, grade.value, grade.reason))
     return tuple(results)
 
 
@@ -202,9 +280,11 @@ def _grade_one(task: Task, item: TaskItem, answer: Message) -> Grade:
         found = task.grade(item, answer)
         return found if isinstance(found, Grade) else Grade(found, float(found is Verdict.RIGHT))
     except (MissingRequirementError, RefusedError, StorageError, TeacherError):
-        raise
+        raise  # the grader's resources are gone, which is no fault of the answer
     except Exception as error:
-        return Grade(Verdict.GRADER_ERROR, 0.0, f"{type(error).__name__}: {error}"[:300])
+        return Grade(
+            Verdict.GRADER_ERROR, 0.0, f"{type(error).__name__}: {error}"[:MAX_REASON_CHARS]
+        )
 
 
 def score_results(
@@ -213,14 +293,24 @@ def score_results(
     results: Sequence[ItemResult],
     effort: ThinkingEffort,
     language: str = "",
+    confidence: float = CONFIDENCE_LEVEL,
 ) -> Score:
-    """Mean value of results (of one language, or of all) with its interval."""
+    """Average results into a score with its interval.
+
+    Args:
+        model_name: Name of the model that answered.
+        skill: Name of the task.
+        results: Graded answers.
+        effort: Thinking effort of the answers.
+        language: Count only items of this language; "" = all.
+        confidence: Coverage of the interval.
+
+    Returns:
+        The score; value 0 and interval [0, 1] if no item is left.
+    """
     mine = [r for r in results if not language or r.item.prompt.language == language]
     values = [r.value for r in mine]
-    low, high = mean_interval(values)
-    failed, malformed = (
-        sum(r.verdict is v for r in mine) for v in (Verdict.GRADER_ERROR, Verdict.MALFORMED)
-    )
+    low, high = mean_interval(values, confidence)
     return Score(
         model_name,
         skill,
@@ -230,8 +320,8 @@ def score_results(
         len(values),
         low,
         high,
-        failed,
-        malformed,
+        grader_errors=sum(r.verdict is Verdict.GRADER_ERROR for r in mine),
+        malformed=sum(r.verdict is Verdict.MALFORMED for r in mine),
     )
 
 
@@ -244,16 +334,29 @@ def compare_paired_results(
     language: str = "",
     confidence: float = CONFIDENCE_LEVEL,
 ) -> PairedComparison:
-    """One speaker beside another on the items both were asked (of one language, or of all), in whatever order.
+    """Compare two models on the items that both answered, in whatever order.
 
-    Raises ValueError where they have no item in common.
+    Args:
+        model_names: Names of the two models.
+        skill: Name of the task.
+        results_a: Results of the first model.
+        results_b: Results of the second model.
+        effort: Thinking effort of the first model.
+        language: Count only items of this language; "" = all.
+        confidence: Coverage of the intervals.
+
+    Returns:
+        The comparison over the common items.
+
+    Raises:
+        ValueError: If they have no item in common.
     """
-    said = {
+    others = {
         r.item.prompt.id: r.value
         for r in results_b
         if not language or r.item.prompt.language == language
     }
-    pairs = [(r.value, said[r.item.prompt.id]) for r in results_a if r.item.prompt.id in said]
+    pairs = [(r.value, others[r.item.prompt.id]) for r in results_a if r.item.prompt.id in others]
     return compare_paired_values(model_names, skill, pairs, effort, language, confidence)
 
 
@@ -265,40 +368,27 @@ def compare_paired_values(
     language: str = "",
     confidence: float = CONFIDENCE_LEVEL,
 ) -> PairedComparison:
-    """The same, of values laid side by side already."""
-    x, y = [a for a, _ in value_pairs], [b for _, b in value_pairs]
-    (low, high), (least, most) = (
-        paired_difference_interval(x, y, confidence),
-        paired_ratio_interval(x, y, confidence),
-    )
-    kept = sum(x) / sum(y) if sum(y) else None
+    """Compare two models by pairs of values, one pair for each common item.
+
+    Takes the same arguments as `compare_paired_results`, with pairs of values instead of results.
+
+    Raises:
+        ValueError: If there is no pair.
+    """
+    values_a, values_b = [a for a, _ in value_pairs], [b for _, b in value_pairs]
+    low, high = paired_difference_interval(values_a, values_b, confidence)
+    retained_low, retained_high = paired_ratio_interval(values_a, values_b, confidence)
+    retained = sum(values_a) / sum(values_b) if sum(values_b) else None
     return PairedComparison(
         *model_names,
         skill,
         language,
         effort,
         len(value_pairs),
-        (sum(x) - sum(y)) / len(value_pairs),
+        (sum(values_a) - sum(values_b)) / len(value_pairs),
         low,
         high,
-        kept,
-        least if kept is not None else None,
-        most if kept is not None and isfinite(most) else None,
+        retained,
+        retained_low if retained is not None else None,
+        retained_high if retained is not None and isfinite(retained_high) else None,
     )
-
-
-def draw_items(
-    make_item: Callable[[int], tuple[str, TaskItem]], split: Split, n: int, seed: int
-) -> tuple[TaskItem, ...]:
-    """N different items of a split from a generator `make(number) -> (key, item)`, or all that can be found.
-
-    Gives up after 60 tries per item, so that a small item space ends; the caller sees fewer items.
-    """
-    items: dict[str, TaskItem] = {}
-    for number in range(60 * n + 1000):
-        if len(items) == n:
-            break
-        key, item = make_item(number * 1_000_003 + seed)
-        if assign_split(key) is split:
-            items.setdefault(key, item)
-    return tuple(items.values())

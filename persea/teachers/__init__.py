@@ -1,1 +1,1 @@
-"""Teachers: a chat renderer on an engine."""
+"""Teachers: a model with its chat renderer, run by one of several engines."""

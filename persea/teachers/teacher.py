@@ -1,4 +1,6 @@
-"""Teacher: a Family on an Engine. It answers in words and scores in log-probabilities; a student being measured is one too."""
+"""Teacher: a chat renderer and an engine. It answers prompts and scores text; an evaluated student
+is one too.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from persea.chat.messages import (
-    ContentPart,
-    Conversation,
-    FinishReason,
-    RenderedTokens,
-    ThinkingEffort,
-)
+from persea.chat.messages import ContentPart, Conversation, FinishReason, ThinkingEffort
 from persea.chat.renderer import ChatRenderer
 from persea.data.prompts import Prompt
-from persea.distributions import DistributionKind, SparseDistributions
+from persea.distributions import SparseDistributions
 from persea.errors import DataError, TeacherError
-from persea.teachers.engines import ChatEngine, Engine, EngineFailure, SparseEngine
+from persea.teachers.engines import Engine, EngineFailure
+from persea.tokenization.tokens import RenderedTokens
 
 if TYPE_CHECKING:
     import torch
@@ -28,11 +25,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a teacher said to a prompt. The conversation ends with the answer; only STOP answers are whole.
+    """A teacher's answer to a prompt.
 
-    mode  the effort that the prompt was to be asked at; None = the teacher's own
-    why   nothing could be got of it, for this reason: REFUSED; without a reason, its template cannot say the prompt, or its server's filter did
-          not let it
+    Attributes:
+        prompt_id: Id of the prompt.
+        teacher: Name of the teacher.
+        skill: Skill of the prompt.
+        language: Language of the prompt.
+        conversation: The prompt, ending with the answer.
+        finish: How the answer ended; only STOP answers are complete.
+        effort: Thinking effort that the prompt requested; None for the teacher's own.
+        failure_reason: Why there is no answer, for finish REFUSED. Empty where the teacher's
+            template cannot render the prompt or a server's content filter refused it.
     """
 
     prompt_id: str
@@ -46,11 +50,12 @@ class Answer:
 
     @property
     def text(self) -> str:
+        """Text of the answer, without its thinking."""
         return self.conversation.messages[-1].text
 
     def to_json(self) -> dict[str, Any]:
-        """Without `mode` where there is none: records from before modes were known keep their bytes."""
-        told = {
+        """Return plain JSON. Without an effort there is no key `mode`, as in older caches."""
+        value = {
             "prompt_id": self.prompt_id,
             "teacher": self.teacher,
             "skill": self.skill,
@@ -58,10 +63,11 @@ class Answer:
             "conversation": self.conversation.to_json(),
             "finish": self.finish.value,
         }
-        return told if self.effort is None else told | {"mode": self.effort.value}
+        return value if self.effort is None else value | {"mode": self.effort.value}
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> Answer:
+        """Read what `to_json` wrote."""
         return Answer(
             value["prompt_id"],
             value["teacher"],
@@ -75,11 +81,16 @@ class Answer:
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """A voice and the engine that runs its weights.
+    """A model that answers and scores.
 
-    fingerprint  what makes these weights: digest of a folder, id and revision of a hub model
-    context      the most tokens its positions reach; 0 where its configuration says none
-    longest      tokens of its longest answer, whatever it is asked for; 0 = as it is asked
+    Attributes:
+        name: Name in reports.
+        renderer: Its tokenizer and chat template.
+        engine: Runs its weights.
+        effort: Thinking effort of prompts that request none.
+        fingerprint: Identifies the weights: digest of a folder, or id and revision on the hub.
+        max_context_tokens: Positions of the model; 0 if its configuration has none.
+        max_answer_tokens: Longest answer, overriding the caller's limit; 0 = the caller's.
     """
 
     name: str
@@ -92,41 +103,34 @@ class Teacher:
 
     @property
     def is_text_only(self) -> bool:
-        """Whether it tells no log-probabilities: its words are all there is."""
-        return (
-            isinstance(self.engine, SparseEngine)
-            and self.engine.capabilities.kind is DistributionKind.TEXT_ONLY
-        )
+        """Whether the engine returns no log-probabilities."""
+        return self.engine.capabilities.is_text_only
 
     def answer(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
-        """One answer a prompt, in order, each at its prompt's effort or else at this teacher's, in its own template.
+        """Answer prompts, each at its own thinking effort or else at the teacher's.
 
-        A prompt that its template or tokenizer cannot say has an empty answer that ends REFUSED: tools, asked of a family without them.
+        Args:
+            prompts: Questions; a prompt that the template cannot render gets an empty answer with
+                finish REFUSED, such as tools for a family without tools.
+            max_new_tokens: Longest answer, in the teacher's tokens.
+
+        Returns:
+            One answer per prompt, in order.
         """
-        asked = [self.build_conversation(p) for p in prompts]
-        most = self.max_answer_tokens or max_new_tokens
-        if isinstance(self.engine, ChatEngine):
-            said = self.engine.chat(asked, most)
+        conversations = [self.build_conversation(p) for p in prompts]
+        limit = self.max_answer_tokens or max_new_tokens
+        if self.engine.capabilities.takes_token_ids:
+            results = self._generate(conversations, limit)
         else:
-            dressed = [self._render_prompt(c) for c in asked]
-            heard = iter(
-                self.engine.generate(
-                    [d for d in dressed if not isinstance(d, EngineFailure)],
-                    self.renderer.stop_ids,
-                    most,
-                )
-            )
-            said = [
-                self._parse_answer(d if isinstance(d, EngineFailure) else next(heard), c)
-                for d, c in zip(dressed, asked, strict=True)
-            ]
+            results = list(self.engine.chat(conversations, limit))
         answers = []
-        for prompt, conversation, one in zip(prompts, asked, said, strict=True):
-            parts, finish, why = (
-                ((), FinishReason.REFUSED, one.reason)
-                if isinstance(one, EngineFailure)
-                else (*one, "")
-            )
+        for prompt, conversation, result in zip(prompts, conversations, results, strict=True):
+            parts: tuple[ContentPart, ...] = ()
+            finish, reason = FinishReason.REFUSED, ""
+            if isinstance(result, EngineFailure):
+                reason = result.reason
+            else:
+                parts, finish = result
             answers.append(
                 Answer(
                     prompt.id,
@@ -136,36 +140,53 @@ class Teacher:
                     conversation.with_answer(*parts),
                     finish,
                     prompt.effort,
-                    why,
+                    reason,
                 )
             )
         return answers
 
+    def _generate(
+        self, conversations: Sequence[Conversation], max_new_tokens: int
+    ) -> list[tuple[tuple[ContentPart, ...], FinishReason] | EngineFailure]:
+        """Render, generate token ids and parse them."""
+        rendered = [self._render_prompt(c) for c in conversations]
+        generated = iter(
+            self.engine.generate(
+                [ids for ids in rendered if not isinstance(ids, EngineFailure)],
+                self.renderer.stop_ids,
+                max_new_tokens,
+            )
+        )
+        return [
+            self._parse_answer(ids if isinstance(ids, EngineFailure) else next(generated), c)
+            for ids, c in zip(rendered, conversations, strict=True)
+        ]
+
     def build_conversation(self, prompt: Prompt) -> Conversation:
-        """The prompt as this teacher is asked it."""
+        """Return a prompt's conversation at the effort that this teacher is asked at."""
         return replace(
             prompt.conversation, effort=self.effort if prompt.effort is None else prompt.effort
         )
 
     def _render_prompt(self, conversation: Conversation) -> npt.NDArray[np.int32] | EngineFailure:
+        """Render a prompt. A failure here has no reason: neither the server nor the model failed.
+
+        Evaluation counts such a prompt as refused; capture quarantines it with its own reason.
+        """
         try:
             return self.renderer.render_prompt(conversation).ids_T
         except DataError:
-            return EngineFailure(
-                ""
-            )  # nobody's failure: counted as refused where it is measured, quarantined with the reason where it is captured
+            return EngineFailure("")
 
     def _parse_answer(
         self, ids: npt.NDArray[np.int32] | EngineFailure, conversation: Conversation
     ) -> tuple[tuple[ContentPart, ...], FinishReason] | EngineFailure:
-        return (
-            ids
-            if isinstance(ids, EngineFailure)
-            else self.renderer.parse(ids.tolist(), conversation.effort, conversation.tools)
-        )
+        if isinstance(ids, EngineFailure):
+            return ids
+        return self.renderer.parse(ids.tolist(), conversation.effort, conversation.tools)
 
     def can_render(self, conversation: Conversation) -> bool:
-        """Whether this voice can say a whole conversation, its answer included."""
+        """Return whether this teacher's template can render a conversation with its answer."""
         try:
             self.renderer.render(conversation)
         except DataError:
@@ -175,41 +196,48 @@ class Teacher:
     def compute_logprobs(
         self, conversations: Sequence[Conversation]
     ) -> Iterator[tuple[RenderedTokens, torch.Tensor]]:
-        """Each conversation's tokens in this voice, and log-probabilities [learned tokens, vocabulary] (see Engine.score)."""
+        """Render conversations and compute full distributions of their supervised tokens.
+
+        Yields:
+            The tokens, and natural-log probabilities, float32 [N, W] (see
+            Engine.compute_logprobs).
+        """
         tokens = [self.renderer.render(c) for c in conversations]
-        yield from zip(
-            tokens,
-            self.engine.compute_logprobs(
-                [t.ids_T for t in tokens], [t.loss_mask_T for t in tokens]
-            ),
-            strict=True,
-        )
+        ids, loss_masks = [t.ids_T for t in tokens], [t.loss_mask_T for t in tokens]
+        yield from zip(tokens, self.engine.compute_logprobs(ids, loss_masks), strict=True)
 
     def compute_target_logprobs(
         self, conversations: Sequence[Conversation]
     ) -> Iterator[tuple[RenderedTokens, npt.NDArray[np.float32]]]:
-        """Each conversation's tokens in this voice, and the log-probability of each learned token, however little else the engine tells.
+        """Render conversations and compute the log-probability of each supervised token.
 
-        Raises TeacherError where it tells none (`is_mute`), or not of this conversation.
+        Works with every engine that returns log-probabilities at all.
+
+        Yields:
+            The tokens, and natural-log probabilities, float32 [N].
+
+        Raises:
+            TeacherError: The engine returns none (`is_text_only`), or failed on a conversation.
         """
         tokens = [self.renderer.render(c) for c in conversations]
-        ids, learn = [t.ids_T for t in tokens], [t.loss_mask_T for t in tokens]
-        if not isinstance(self.engine, SparseEngine):
-            for one, logprobs_NW in zip(
-                tokens, self.engine.compute_logprobs(ids, learn), strict=True
-            ):
-                learned = one.ids_T[one.loss_mask_T]
-                yield one, logprobs_NW[np.arange(len(learned)), learned].numpy()
+        ids, loss_masks = [t.ids_T for t in tokens], [t.loss_mask_T for t in tokens]
+        if self.engine.capabilities.has_full_distributions:
+            scored = zip(tokens, self.engine.compute_logprobs(ids, loss_masks), strict=True)
+            for one, logprobs_NW in scored:
+                targets_N = one.ids_T[one.loss_mask_T]
+                yield one, logprobs_NW[np.arange(len(targets_N)), targets_N].numpy()
             return
-        for one, rows in zip(
-            tokens, self.engine.compute_sparse_distributions(ids, learn), strict=True
-        ):
-            if not isinstance(rows, SparseDistributions) or np.isnan(rows.target_logprob_N).any():
+        distributions = self.engine.compute_sparse_distributions(ids, loss_masks)
+        for one, result in zip(tokens, distributions, strict=True):
+            if (
+                not isinstance(result, SparseDistributions)
+                or np.isnan(result.target_logprob_N).any()
+            ):
                 raise TeacherError(
-                    rows.reason
-                    if isinstance(rows, EngineFailure)
-                    else "it tells no log-probabilities",
+                    result.reason
+                    if isinstance(result, EngineFailure)
+                    else "its engine returns no log-probabilities",
                     where=self.name,
-                    remedy="docs/engines.md says what each server gives",
+                    remedy="docs/engines.md lists what each engine supports",
                 )
-            yield one, rows.target_logprob_N
+            yield one, result.target_logprob_N

@@ -1,1 +1,1 @@
-"""Vocabularies as bytes, and how tokenizers build their tokens."""
+"""Tokenizers as bytes: their vocabularies, how they build tokens, and where they split text."""

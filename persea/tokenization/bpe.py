@@ -1,10 +1,12 @@
-"""Merges: how one byte-pair tokenizer builds its tokens, and which token can never stand right after another inside one word.
+"""How a byte-pair tokenizer builds its tokens, and which token can never follow another in a word.
 
-Byte-pair encoding merges the pair of lowest rank until none is left. Two neighbours a, u stay apart exactly when no merge
-ever joins a piece at a's right rim with a piece at u's left rim while both are there. The pieces at a rim follow one another
-in a's own derivation, each from the time it is made until the time it is merged on; so a crossing merge is found by
-comparing times, without encoding anything. Where two times are equal in one cascade the answer is "can stand": nothing is deleted on
-doubt. Equal ranks are the same pair twice, which merges from the left: aa|a stands, a|aa cannot.
+Byte-pair encoding merges the pair of lowest rank until none is left. Two neighbouring tokens stay
+apart exactly when no merge ever joins a piece at the right edge of the first with a piece at the
+left edge of the second while both pieces exist. The pieces at an edge follow one another in the
+token's own derivation, each from the merge that makes it until the merge that consumes it. So a
+merge across the boundary is found by comparing ranks, without encoding anything. Where two ranks
+are equal within one cascade the pair counts as possible: in doubt nothing is excluded. Equal ranks
+are the same pair twice, which merges from the left: aa|a is possible, a|aa is not.
 """
 
 from __future__ import annotations
@@ -20,18 +22,23 @@ import numpy.typing as npt
 
 from persea.tokenization.vocabulary import Vocabulary
 
-NEVER_MERGED = np.iinfo(np.int64).max  # a whole token is never merged on
+NEVER_MERGED = np.iinfo(np.int64).max  # a complete token is merged no further
 
 
 @dataclass(frozen=True, eq=False)
 class BpeDerivations:
-    """One tokenizer's derivations. V = its vocabulary, R = its merges in the order of their rank.
+    """How one tokenizer builds its tokens. V = vocabulary, R = merges in order of rank.
 
-    left_V, right_V  int32, the two parts the last merge joined; -1 = a single unit, or not made by merges
-    rank_V           int32, rank of that merge; -1 likewise
-    time_V           int64, when the token is there: the highest rank of its derivation; -1 for a single unit
-    made_V           bool, the merges do make it (a token that only a whole word can be, or an added token, they do not)
-    pair_R2          int32, left and right part of each merge
+    Attributes:
+        left_V: int32, left part of the token's last merge; -1 = a single unit, or not made by
+            merges.
+        right_V: int32, right part of the last merge; -1 likewise.
+        rank_V: int32, rank of the last merge; -1 likewise.
+        max_rank_V: int64, highest rank in the token's derivation, the time at which the token
+            exists; -1 for a single unit.
+        derivable_V: bool, whether merges make the token. They do not make an added token, nor a
+            token that only a whole word can be.
+        pair_R2: int32, left and right part of each merge.
     """
 
     left_V: npt.NDArray[np.int32]
@@ -43,7 +50,7 @@ class BpeDerivations:
 
     @cached_property
     def _merges_by_left(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Merges by their left part: (offsets, ranks)."""
+        """Merges grouped by their left part: (offsets, ranks)."""
         order = np.argsort(self.pair_R2[:, 0], kind="stable")
         return group_offsets(self.pair_R2[:, 0], len(self.left_V)), order
 
@@ -53,7 +60,7 @@ class BpeDerivations:
     ) -> tuple[
         npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.int64]
     ]:
-        """By piece y: the tokens whose left rim y is at some time, until when, and the rank of the merge that ends it."""
+        """For each piece: tokens with it at their left edge, until when, and the ending rank."""
         token = np.flatnonzero(self.derivable_V)
         piece, until, rank = token, np.full(len(token), NEVER_MERGED), np.full(len(token), -1)
         columns = []
@@ -73,7 +80,7 @@ class BpeDerivations:
         )
 
     def _right_edge(self, token: int) -> Iterator[tuple[int, int]]:
-        """The pieces at a token's right rim, last first, each with the time at which it is merged on."""
+        """Yield the pieces at a token's right edge, last first, and until when each exists."""
         until = NEVER_MERGED
         while token >= 0:
             yield token, until
@@ -85,7 +92,7 @@ class BpeDerivations:
 
     @cached_property
     def _as_lists(self) -> tuple[list[int], list[int], list[int], list[int]]:
-        """left, right, rank, time as plain lists: one pair is asked faster that way than through arrays."""
+        """Left part, right part, rank and time as lists, which are faster for a single pair."""
         return (
             self.left_V.tolist(),
             self.right_V.tolist(),
@@ -94,74 +101,77 @@ class BpeDerivations:
         )
 
     def is_impossible_pair(self, token: int, next_token: int) -> bool:
-        """Whether `after` is among cannot_follow(token): a few microseconds, where that one takes half a millisecond."""
+        """Return whether `next_token` is in `impossible_next_tokens(token)`.
+
+        It takes a few microseconds, `impossible_next_tokens` half a millisecond.
+        """
         if not (self.derivable_V[token] and self.derivable_V[next_token]):
             return True
         left, right, ranks, times = self._as_lists
         size, until = len(left), NEVER_MERGED
         while token >= 0:
-            piece, ends, ends_by = next_token, NEVER_MERGED, -1
+            piece, right_until, right_rank = next_token, NEVER_MERGED, -1
             while piece >= 0:
                 rank = self._pair_ranks.get(token * size + piece)
                 if rank is not None:
                     time = max(rank, times[token], times[piece])
-                    if time < until and (ends > time or (ends_by == rank == time)):
+                    if time < until and (right_until > time or (right_rank == rank == time)):
                         return True
-                ends, ends_by = times[piece], ranks[piece]
+                right_until, right_rank = times[piece], ranks[piece]
                 piece = left[piece]
             until, token = times[token], right[token]
         return False
 
     def impossible_next_tokens(self, token: int) -> npt.NDArray[np.int64]:
-        """Tokens, sorted, that never stand right after `token` within one word: a merge across the two comes first.
+        """Return the sorted int64 ids of tokens that never follow `token` within one word.
 
-        What no merge makes (ignore_merges: it is a whole word, or nothing) stands beside nothing within a word.
+        A merge across the two tokens comes before they are complete. A token that no merge makes
+        (`ignore_merges`: it is a whole word or nothing) has no neighbours within a word.
         """
         if not self.derivable_V[token]:
             return np.arange(len(self.derivable_V))
         offsets, ranks_R = self._merges_by_left
-        rim_offsets, rim_tokens, rim_untils, rim_ranks = self._left_edges
-        found_V = (
-            ~self.derivable_V
-        )  # marked and read off, not collected and sorted: numpy's unique was most of the time here
+        edge_offsets, edge_tokens, edge_untils, edge_ranks = self._left_edges
+        # Marking in a mask takes a fraction of the time of collecting ids and sorting them.
+        impossible_V = ~self.derivable_V
         for piece, until in self._right_edge(token):
             rank = ranks_R[offsets[piece] : offsets[piece + 1]]
             right = self.pair_R2[rank, 1]
             time = np.maximum(np.maximum(rank, self.max_rank_V[piece]), self.max_rank_V[right])
             first = time < until
-            at, row = expand_groups(rim_offsets, right[first])
+            at, row = expand_groups(edge_offsets, right[first])
             rank, time = rank[first][row], time[first][row]
-            # equal ranks are the same pair: aa|a merges its left half first, a|aa the crossing one
-            across = (rim_untils[at] > time) | ((rim_ranks[at] == rank) & (time == rank))
-            found_V[rim_tokens[at[across]]] = True
-        return np.flatnonzero(found_V)
+            # Equal ranks are the same pair: aa|a merges its left half first, a|aa the crossing one.
+            crosses = (edge_untils[at] > time) | ((edge_ranks[at] == rank) & (time == rank))
+            impossible_V[edge_tokens[at[crosses]]] = True
+        return np.flatnonzero(impossible_V)
 
 
 def derive_bpe(vocabulary: Vocabulary) -> BpeDerivations:
-    """Every token's derivation, by running the merges on its own units. Some 10 µs a token."""
+    """Compute every token's derivation by applying the merges to its units; about 10 µs a token."""
     spec = json.loads(vocabulary.backend.to_str())["model"]
     ids: dict[str, int] = spec["vocab"]
     pairs = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in spec["merges"]]
     pair_R2 = np.array([(ids[a], ids[b]) for a, b in pairs], np.int32).reshape(-1, 2)
-    made = [ids[a + b] for a, b in pairs]
+    merged_ids = [ids[a + b] for a, b in pairs]
     size = len(vocabulary)
-    rank_of = index_pair_ranks(pair_R2, size)
-    left, right, last = (np.full(size, -1, np.int32) for _ in range(3))
-    time, reached = np.full(size, -1, np.int64), np.zeros(size, bool)
+    pair_ranks = index_pair_ranks(pair_R2, size)
+    left, right, rank = (np.full(size, -1, np.int32) for _ in range(3))
+    max_rank, derivable = np.full(size, -1, np.int64), np.zeros(size, bool)
     for token, i in ids.items():
         if vocabulary.bytes_W[i] is None:
             continue
         units = [i] if _is_byte_token(token, vocabulary) else [ids.get(c, -1) for c in token]
         if len(units) == 1:
-            reached[i] = units[0] == i
+            derivable[i] = units[0] == i
             continue
-        if -1 in units:  # a character of it is no token: nothing joins that
+        if -1 in units:  # one of its characters is no token, so no merge makes it
             continue
-        path = _apply_merges(units, rank_of, made, size)
-        if path is not None and made[path[-1]] == i:
-            (left[i], right[i]), last[i] = pair_R2[path[-1]], path[-1]
-            time[i], reached[i] = max(path), True
-    return BpeDerivations(left, right, last, time, reached, pair_R2)
+        path = _apply_merges(units, pair_ranks, merged_ids, size)
+        if path is not None and merged_ids[path[-1]] == i:
+            (left[i], right[i]), rank[i] = pair_R2[path[-1]], path[-1]
+            max_rank[i], derivable[i] = max(path), True
+    return BpeDerivations(left, right, rank, max_rank, derivable, pair_R2)
 
 
 def _is_byte_token(token: str, vocabulary: Vocabulary) -> bool:
@@ -169,7 +179,10 @@ def _is_byte_token(token: str, vocabulary: Vocabulary) -> bool:
 
 
 def index_pair_ranks(pair_R2: npt.NDArray[np.int32], size: int) -> dict[int, int]:
-    """Left part times the size of the vocabulary plus right part -> the pair's first rank: quicker to make, and smaller, than pairs as keys."""
+    """Return (left part * size of the vocabulary + right part) -> first rank of the pair.
+
+    Such keys are faster to build and smaller than tuples.
+    """
     keys = pair_R2[:, 0].astype(np.int64) * size + pair_R2[:, 1]
     return dict(zip(keys[::-1].tolist(), range(len(keys) - 1, -1, -1), strict=True))
 
@@ -177,7 +190,7 @@ def index_pair_ranks(pair_R2: npt.NDArray[np.int32], size: int) -> dict[int, int
 def _apply_merges(
     units: list[int], pair_ranks: dict[int, int], merged_ids: list[int], size: int
 ) -> list[int] | None:
-    """The ranks that are merged, in order, until one piece is left; None where more than one stays."""
+    """Return the ranks of the merges in order; None if more than one piece remains."""
     path: list[int] = []
     none = len(merged_ids)
     ranks = [pair_ranks.get(a * size + b, none) for a, b in pairwise(units)]
@@ -197,14 +210,15 @@ def _apply_merges(
 
 
 def group_offsets(keys: npt.NDArray[np.integer], size: int) -> npt.NDArray[np.int64]:
+    """Return int64 offsets of groups by key: entries of key k are [offsets[k], offsets[k + 1])."""
     return np.concatenate([[0], np.cumsum(np.bincount(keys, minlength=size))]).astype(np.int64)
 
 
 def expand_groups(
     offsets: npt.NDArray[np.int64], keys: npt.NDArray[np.integer]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """All places of all keys, laid end to end, and which key each belongs to."""
+    """Return the indices of all entries of all keys in turn, and the position of each one's key."""
     sizes = offsets[keys + 1] - offsets[keys]
     row = np.repeat(np.arange(len(keys)), sizes)
-    at = np.arange(len(row)) - np.repeat(np.cumsum(sizes) - sizes, sizes) + offsets[keys][row]
-    return at.astype(np.int64), row.astype(np.int64)
+    index = np.arange(len(row)) - np.repeat(np.cumsum(sizes) - sizes, sizes) + offsets[keys][row]
+    return index.astype(np.int64), row.astype(np.int64)

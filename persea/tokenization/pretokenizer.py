@@ -1,8 +1,10 @@
-"""Pretokens: where a tokenizer cuts text into words before it merges, asked as a black box and remembered by character class.
+r"""Where a tokenizer splits text into words before it merges.
 
-Merges never cross a cut, so a boundary that may be a cut may always stand. What a split pattern does depends on its text
-only through the classes its own source names: a property such as \\p{L}, white space, a literal, a range. So one
-representative of each class is asked, once, and whole vocabularies are answered from a table.
+Merges never cross a split, so a token boundary that may be a split is always possible. The split is
+computed by the tokenizer itself and remembered by character class: a split pattern distinguishes
+characters only by the classes that its source names (a property such as \p{L}, white space, a
+literal, a range). So one representative of each class is encoded once, and whole vocabularies are
+answered from a table.
 """
 
 from __future__ import annotations
@@ -20,60 +22,32 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from persea.tokenization.vocabulary import Vocabulary
 
-LOOKAHEAD_CHARS = 3  # characters of what comes after that can matter: the longest a pattern looks at behind a cut is a contraction, 'll
-# What may come after a token that ends: one of each kind, a mark, a digit, an apostrophe with and without its contraction.
+# These three decide which tokens count as impossible, so a change needs a new event map format.
+LOOKAHEAD_CHARS = 3  # characters after a split that a pattern can look at: a contraction, 'll
+# Continuations of the text after a boundary: one of each kind of character, a combining mark, a
+# digit, an apostrophe with and without its contraction.
+# fmt: off
 PROBE_SUFFIXES = (
-    "",
-    "a",
-    "A",
-    "1",
-    ".",
-    " ",
-    " a",
-    "\n",
-    "\r",
-    "'",
-    "'s",
-    "'ll",
-    "/",
-    "你",
-    "\u0e31",
-    "\u0301",
-    "ʰ",
+    "", "a", "A", "1", ".", " ", " a", "\n", "\r", "'", "'s", "'ll", "/", "你",
+    "\u0e31", "\u0301", "ʰ",
 )
+# Texts before a boundary, including a contraction that an earlier token begins.
 PROBE_PREFIXES = (
-    "",
-    "a",
-    "A",
-    "1",
-    "12",
-    " ",
-    "  ",
-    ".",
-    "'",
-    ".'",
-    "\n",
-    "/",
-    "你",
-    "\u0e31",
-    "\u0e31\u0e31",
-    "'l",
-    "'r",
-    "'v",
-)  # what may stand before, a contraction begun by an earlier token too
-GPT2_SPLIT_PATTERN = (
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # ByteLevel's own
+    "", "a", "A", "1", "12", " ", "  ", ".", "'", ".'", "\n", "/", "你", "\u0e31", "\u0e31\u0e31",
+    "'l", "'r", "'v",
 )
+# fmt: on
+# The pattern of the ByteLevel pre-tokenizer.
+GPT2_SPLIT_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 BUILTIN_SPLIT_PATTERNS = {"Digits": r"\p{N}", "Punctuation": r"\p{P}\p{S}"}
 CONTRACTION_PATTERN = re.compile(r"'\w+")
 REGEX_SYNTAX_PATTERN = re.compile(
     r"\\[pP]\{\^?\w+\}|\\[rnsSdDwWtvf]|\(\?[a-z]*[:!=]|\{\d+(?:,\d*)?\}"
 )
-TRAILING_SPACE_LOOKAHEAD_PATTERN = re.compile(
-    r"(?:\\s| )\+\(\?!\\S\)"
-)  # the one look-around every pattern has: of a run of spaces the last goes with the word
+# The one look-around that all patterns have: the last of several spaces belongs to the next word.
+TRAILING_SPACE_LOOKAHEAD_PATTERN = re.compile(r"(?:\\s| )\+\(\?!\\S\)")
 LOOKAROUND_PATTERN = re.compile(r"\(\?[^i:]")
-UNSUPPORTED_SYNTAX_PATTERN = re.compile(r"\\[a-zA-Z]|\[:")  # what else a pattern may say of classes
+UNSUPPORTED_SYNTAX_PATTERN = re.compile(r"\\[a-zA-Z]|\[:")  # other character classes
 WHITESPACE_CHARS = frozenset(
     "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000"
     + "".join(map(chr, range(0x2000, 0x200B)))
@@ -82,22 +56,34 @@ WHITESPACE_CHARS = frozenset(
 
 @dataclass(eq=False)
 class Pretokenizer:
-    """A tokenizer's cuts. `unknown` names a pre-tokenizer this module does not know: then every place may be a cut."""
+    """The splits of one tokenizer.
+
+    Attributes:
+        backend: The `tokenizers` tokenizer.
+        never_splits: True for SentencePiece, which has no splits.
+        unsupported: Name of a pre-tokenizer that this module does not know: then every place may be
+            a split.
+        unicode_properties: Properties that the split patterns name.
+        literals: Characters that the split patterns name.
+        char_ranges: (first, last) of the character ranges in the split patterns.
+        letters_only_in_contractions: Whether letters in the patterns matter only after an
+            apostrophe.
+    """
 
     backend: Tokenizer
-    never_splits: bool  # no cut at all (SentencePiece)
+    never_splits: bool
     unsupported: str
     unicode_properties: tuple[str, ...]
     literals: frozenset[str]
     char_ranges: tuple[tuple[str, str], ...]
-    letters_only_in_contractions: bool  # letters of the pattern matter behind an apostrophe only
+    letters_only_in_contractions: bool
     _representatives: dict[tuple[str, bool], str] = field(default_factory=dict)
     _first_by_class: dict[tuple[str, bool], str] = field(default_factory=dict)
     _property_splitters: dict[str, pre_tokenizers.Split] = field(default_factory=dict)
     _stays_joined: dict[tuple[str, str], bool] = field(default_factory=dict)
 
     def split_positions(self, text: str) -> list[int]:
-        """Character places where a pretoken begins, 0 included where there is text."""
+        """Return the character positions at which words begin, including 0 if there is text."""
         if self.never_splits or not text:
             return [0] if text else []
         return sorted(
@@ -105,48 +91,65 @@ class Pretokenizer:
         )
 
     def class_signature(self, text: str) -> str:
-        """What stands before a place, each character replaced by the first one seen of its class: an equal signature, equal cuts."""
-        plain = self.letters_only_in_contractions and "'" not in text
-        return "".join([self._representative_of(c, plain) for c in text])
+        """Return the text with each character replaced by the representative of its class.
+
+        Texts of equal signature are split at the same positions.
+        """
+        ignore_letter_literals = self.letters_only_in_contractions and "'" not in text
+        return "".join([self._representative_of(c, ignore_letter_literals) for c in text])
 
     def can_split(self, before_signature: str, next_signatures: Sequence[str]) -> bool:
-        """Whether a pretoken can end between `before` (its signature) and any of these beginnings (see `heads`)."""
+        """Return whether a word can end between two texts.
+
+        Args:
+            before_signature: Signature of the text before the boundary, see `class_signature`.
+            next_signatures: The signatures that the text after it may begin with, see
+                `leading_signatures`.
+        """
         if self.unsupported:
             return True
         if self.never_splits:
             return False
         if not next_signatures:
             return True
-        for head in next_signatures:
-            key = (before_signature, head)
+        for signature in next_signatures:
+            key = (before_signature, signature)
             if key not in self._stays_joined:
-                afters = (
+                suffixes = (
                     PROBE_SUFFIXES
-                    if len(head) < LOOKAHEAD_CHARS or all(c in WHITESPACE_CHARS for c in head)
+                    if len(signature) < LOOKAHEAD_CHARS
+                    or all(c in WHITESPACE_CHARS for c in signature)
                     else ("",)
                 )
                 self._stays_joined[key] = all(
                     len(before_signature)
-                    not in self.split_positions(before_signature + head + after)
-                    for after in afters
+                    not in self.split_positions(before_signature + signature + suffix)
+                    for suffix in suffixes
                 )
             if not self._stays_joined[key]:
                 return True
         return False
 
     def leading_signatures(self, raw: bytes) -> tuple[str, ...]:
-        """What some bytes begin with, as signatures of at most HEAD characters; all possible ones where they begin with a part
-        of a character. Empty where that cannot be told: no cut is ruled out there.
+        """Return the possible signatures of the first LOOKAHEAD_CHARS characters of some bytes.
+
+        There are several if the bytes begin with a part of a character, and none if that part has
+        too many completions: then no split is ruled out.
         """
-        whole, rest = decode_whole_characters(raw)
-        if whole:
-            return ("".join([self._representative_of(c, False) for c in whole[:LOOKAHEAD_CHARS]]),)
+        characters, partial = decode_whole_characters(raw)
+        if characters:
+            return (
+                "".join([self._representative_of(c, False) for c in characters[:LOOKAHEAD_CHARS]]),
+            )
         return tuple(
-            sorted({self._representative_of(c, False) for c in _characters_with_prefix(rest)})
+            sorted({self._representative_of(c, False) for c in _characters_with_prefix(partial)})
         )
 
     def _has_property(self, property_pattern: str, c: str) -> bool:
-        """Whether the tokenizer's own engine finds a property in a character: another's Unicode may be newer by a script."""
+        """Return whether a character has a Unicode property, by the tokenizer's own engine.
+
+        Another engine's Unicode version may have one more script.
+        """
         if property_pattern not in self._property_splitters:
             self._property_splitters[property_pattern] = pre_tokenizers.Split(
                 Regex(property_pattern), "removed"
@@ -154,7 +157,10 @@ class Pretokenizer:
         return not self._property_splitters[property_pattern].pre_tokenize_str(c)
 
     def _representative_of(self, c: str, ignore_letter_literals: bool) -> str:
-        """plain: a letter that the pattern names is a letter like any other."""
+        """Return the first character seen of the same class.
+
+        With `ignore_letter_literals` a letter in a pattern is a letter like any other.
+        """
         key = (c, ignore_letter_literals)
         if key not in self._representatives:
             literal = (
@@ -165,51 +171,61 @@ class Pretokenizer:
                 for low, high in self.char_ranges
                 for x in (c, c.lower(), c.upper())
             ]  # a pattern may ignore case
-            kind = (
+            char_class = (
                 c
                 if literal
                 else repr([self._has_property(p, c) for p in self.unicode_properties] + in_ranges)
             )
             self._representatives[key] = self._first_by_class.setdefault(
-                (kind, ignore_letter_literals), c
+                (char_class, ignore_letter_literals), c
             )
         return self._representatives[key]
 
 
 def load_pretokenizer(vocabulary: Vocabulary) -> Pretokenizer:
-    """What a tokenizer's own definition says of its cuts."""
+    """Read the splits from a tokenizer's own definition."""
     backend = vocabulary.backend
-    # their own state, not the whole tokenizer's: that is 20 MB of JSON
+    # The whole tokenizer would be 20 MB of JSON.
     definition, normaliser = (
         json.loads(part.__getstate__()) if part else None
         for part in (backend.pre_tokenizer, backend.normalizer)
     )
     parts = list(_flatten_sequence(definition))
-    patterns = [p for part in parts for p in _split_patterns(part)]
-    text = "".join(patterns)
-    rest = REGEX_SYNTAX_PATTERN.sub("", text)
-    unknown = ", ".join(
-        sorted({p["type"] for p in parts} - {"Split", "ByteLevel", *BUILTIN_SPLIT_PATTERNS})
+    patterns = [pattern for part in parts for pattern in _split_patterns(part)]
+    pattern_text = "".join(patterns)
+    literals = REGEX_SYNTAX_PATTERN.sub("", pattern_text)
+    unsupported = ", ".join(
+        sorted(
+            {pattern["type"] for pattern in parts} - {"Split", "ByteLevel", *BUILTIN_SPLIT_PATTERNS}
+        )
     )
-    if any(p["type"] == "ByteLevel" and p.get("add_prefix_space") for p in parts):
-        unknown = unknown or "ByteLevel with add_prefix_space"
-    if UNSUPPORTED_SYNTAX_PATTERN.search(rest) or LOOKAROUND_PATTERN.search(
-        TRAILING_SPACE_LOOKAHEAD_PATTERN.sub("", text)
+    if any(pattern["type"] == "ByteLevel" and pattern.get("add_prefix_space") for pattern in parts):
+        unsupported = unsupported or "ByteLevel with add_prefix_space"
+    if UNSUPPORTED_SYNTAX_PATTERN.search(literals) or LOOKAROUND_PATTERN.search(
+        TRAILING_SPACE_LOOKAHEAD_PATTERN.sub("", pattern_text)
     ):
-        unknown = unknown or f"pattern {text!r}"
-    # SentencePiece: the normaliser has written a sign for every space before the pre-tokenizer looks for spaces
-    signs = '"content": "▁"' in json.dumps(normaliser, ensure_ascii=False)
-    whole = not unknown and (not patterns or (signs and set(patterns) == {" "}))
+        unsupported = unsupported or f"pattern {pattern_text!r}"
+    # SentencePiece: the normaliser replaces every space before the pre-tokenizer runs.
+    marks_spaces = '"content": "▁"' in json.dumps(normaliser, ensure_ascii=False)
+    never_splits = not unsupported and (not patterns or (marks_spaces and set(patterns) == {" "}))
     properties = tuple(
         sorted(
-            {rf"\p{{{name}}}" for name in re.findall(r"\\[pP]\{\^?(\w+)\}", text)}
+            {rf"\p{{{name}}}" for name in re.findall(r"\\[pP]\{\^?(\w+)\}", pattern_text)}
             | {r"\s", r"\w", r"\d"}
         )
     )
-    plain_letters = "'" in text and not any(c.isalpha() for c in CONTRACTION_PATTERN.sub("", rest))
-    ranges = tuple(sorted(set(re.findall("(?=(.)-(.))", rest))))
+    letters_only_in_contractions = "'" in pattern_text and not any(
+        c.isalpha() for c in CONTRACTION_PATTERN.sub("", literals)
+    )
+    char_ranges = tuple(sorted(set(re.findall("(?=(.)-(.))", literals))))
     return Pretokenizer(
-        backend, whole, unknown, properties, frozenset(rest.casefold()), ranges, plain_letters
+        backend,
+        never_splits,
+        unsupported,
+        properties,
+        frozenset(literals.casefold()),
+        char_ranges,
+        letters_only_in_contractions,
     )
 
 
@@ -232,7 +248,7 @@ def _split_patterns(part: Mapping[str, Any]) -> list[str]:
 
 
 def decode_whole_characters(raw: bytes) -> tuple[str, bytes]:
-    """The whole characters some bytes begin with, and the bytes after them."""
+    """Return the whole characters that some bytes begin with, and the remaining bytes."""
     try:
         return raw.decode(), b""
     except UnicodeDecodeError as error:
@@ -241,7 +257,10 @@ def decode_whole_characters(raw: bytes) -> tuple[str, bytes]:
 
 @lru_cache(maxsize=4096)
 def _characters_with_prefix(prefix: bytes) -> tuple[str, ...]:
-    """The characters whose UTF-8 begins with these bytes; none where they are more than a plane's worth, or no beginning at all."""
+    """Return the characters whose UTF-8 begins with these bytes.
+
+    None if there are more than a plane of them (65,536), or if no character begins so.
+    """
     sizes = [
         n
         for n, low, high in ((2, 0xC2, 0xDF), (3, 0xE0, 0xEF), (4, 0xF0, 0xF4))
@@ -251,17 +270,17 @@ def _characters_with_prefix(prefix: bytes) -> tuple[str, ...]:
         return ()
     missing = sizes[0] - len(prefix)
     tails = [bytes(t) for t in np.ndindex(*[64] * missing)]
-    found = []
+    characters = []
     for tail in tails:
         try:
-            found.append((prefix + bytes(0x80 + b for b in tail)).decode())
+            characters.append((prefix + bytes(0x80 + b for b in tail)).decode())
         except UnicodeDecodeError:
             continue
-    return tuple(found)
+    return tuple(characters)
 
 
 def char_to_byte_offsets(text: str, positions: Sequence[int]) -> npt.NDArray[np.int64]:
-    """Character places as byte places."""
+    """Return int64 UTF-8 byte offsets of character positions."""
     sizes = np.fromiter((len(c.encode()) for c in text), np.int64, len(text))
     ends = np.concatenate([[0], np.cumsum(sizes)])
     return ends[np.asarray(positions, np.int64)]

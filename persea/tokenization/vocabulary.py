@@ -1,7 +1,9 @@
-"""Vocabulary: one tokenizer seen as bytes. Every token is a byte string or a control token; proven by round trip, or refused.
+"""Vocabulary: one tokenizer as bytes.
 
-Two tokenizers can only be compared in bytes: their token strings are private spellings (`Ġ`, `▁`, `<0x0A>`), their
-characters may be cut in the middle (35 % of Qwen's Burmese token ends fall inside a character), and Qwen normalises.
+Every token is a byte string or a control token, which a round trip proves; otherwise the tokenizer
+is refused. Two tokenizers can only be compared in bytes: their token strings are private spellings
+(`Ġ`, `▁`, `<0x0A>`), their tokens may end inside a character (35 % of Qwen's Burmese tokens do),
+and Qwen's tokenizer normalises.
 """
 
 from __future__ import annotations
@@ -21,14 +23,11 @@ from tokenizers import AddedToken, Tokenizer, models
 
 from persea.errors import DataError
 
-# An added token of this shape steers the model and is never text, also where its tokenizer does not call it special:
-# Qwen3's <think> and <tool_call>, Gemma's 6,242 <unusedN>, DeepSeek's wide-barred <｜User｜>, are "not special" in their tokenizer.json.
-CONTROL_TOKEN_PATTERN = re.compile(
-    r"<([|｜]).*\1>|</?(?:think|tool_call|tool_response|start_of_turn|end_of_turn)>|<unused\d+>|\[multimodal\]|<mask>",
-    re.DOTALL,
-)
+# An added token of this shape controls the model and is never text, also where its tokenizer does
+# not declare it special, such as DeepSeek's <｜User｜> with wide bars.
+CONTROL_MARKER = r"<([|｜]).*\1>"
 
-# Encoded and read back when a vocabulary is opened: scripts, split characters, spaces, controls.
+# Encoded and decoded when a vocabulary is loaded: scripts, split characters, spaces, controls.
 ROUND_TRIP_PROBES = (
     "The quick brown fox, 1234567890 times.",
     "  two spaces,\ttab\n\n\nnewlines \r\n end ",
@@ -46,7 +45,7 @@ ROUND_TRIP_PROBES = (
 
 
 def _unicode_to_byte() -> dict[str, int]:
-    """The byte-level alphabet of GPT-2's tokenizer: 256 printable characters that stand for the 256 bytes."""
+    """Return GPT-2's byte-level alphabet: 256 printable characters for the 256 bytes."""
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
@@ -62,7 +61,7 @@ BYTE_TO_CHAR = {b: c for c, b in CHAR_TO_BYTE.items()}
 
 
 class _Latin1(dict[int, int]):
-    """Code point -> byte, for str.translate; what stands for no byte becomes what Latin-1 cannot say."""
+    """Code point -> byte, for str.translate; other characters become one outside Latin-1."""
 
     def __missing__(self, _: int) -> int:
         return 0xFFFF
@@ -75,12 +74,13 @@ TO_LATIN1 = _Latin1({ord(c): b for c, b in CHAR_TO_BYTE.items()})
 class Vocabulary:
     """One tokenizer as bytes.
 
-    name      what to call it in messages (a path or a model name)
-    backend   the `tokenizers` tokenizer; every control token in a text given to it is text
-    bytes_W   bytes of each id; None where the id is a control token (or a hole in the numbering)
-    control   control token -> id
-    digest    sha256 of the tokenizer's whole definition
-    byte_level  True for byte-level BPE, False for SentencePiece with byte fallback
+    Attributes:
+        name: Name in messages (a path or a model name).
+        backend: The `tokenizers` tokenizer. It encodes control tokens in a text as text.
+        bytes_W: Bytes of each id; None for a control token and for an unused id.
+        control_token_ids: Control token -> id.
+        digest: sha256 of the tokenizer's whole definition.
+        byte_level: True for byte-level BPE, False for SentencePiece with byte fallback.
     """
 
     name: str
@@ -95,7 +95,7 @@ class Vocabulary:
 
     @cached_property
     def lengths_W(self) -> npt.NDArray[np.int32]:
-        """Bytes per id; 0 for control tokens."""
+        """int32 number of bytes of each id; 0 for control tokens."""
         return np.array([len(b) if b is not None else 0 for b in self.bytes_W], dtype=np.int32)
 
     @cached_property
@@ -104,11 +104,15 @@ class Vocabulary:
         return {i: name for name, i in self.control_token_ids.items()}
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a plain text: no template, no BOS, never a control token. Refuses a text whose bytes do not come back."""
+        """Return the token ids of a plain text: no template, no BOS, never a control token.
+
+        Raises:
+            DataError: The ids do not decode to the same bytes.
+        """
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` for many texts at once."""
+        """Return the token ids of many texts, see `encode`."""
         raws = [self._encode_utf8(text) for text in texts]
         batches = [
             e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -118,7 +122,11 @@ class Vocabulary:
         return batches
 
     def decode(self, ids: Sequence[int]) -> bytes:
-        """The bytes of content ids. Refuses control tokens and ids out of range."""
+        """Return the bytes of content ids.
+
+        Raises:
+            DataError: An id is a control token or outside the vocabulary.
+        """
         pieces = []
         for i in ids:
             piece = self.bytes_W[i] if 0 <= i < len(self) else None
@@ -132,8 +140,12 @@ class Vocabulary:
         return b"".join(pieces)
 
     def decode_pieces(self, ids: Sequence[int]) -> tuple[str | bytes, ...]:
-        """Ids -> runs of content bytes and the control tokens (str) between them. Refuses ids out of range."""
-        out: list[str | bytes] = []
+        """Return ids as control tokens (str) and the runs of content bytes between them.
+
+        Raises:
+            DataError: An id is outside the vocabulary.
+        """
+        pieces: list[str | bytes] = []
         for i in ids:
             if not 0 <= i < len(self):
                 raise DataError(
@@ -143,27 +155,29 @@ class Vocabulary:
                 )
             piece = self.bytes_W[i]
             if piece is None:
-                out.append(self.control_names.get(i, f"<hole {i}>"))
-            elif out and isinstance(out[-1], bytes):
-                out[-1] += piece
+                pieces.append(self.control_names.get(i, f"<hole {i}>"))
+            elif pieces and isinstance(pieces[-1], bytes):
+                pieces[-1] += piece
             else:
-                out.append(piece)
-        return tuple(out)
+                pieces.append(piece)
+        return tuple(pieces)
 
     def _encode_utf8(self, text: str) -> bytes:
         try:
             return text.encode()
         except UnicodeEncodeError as error:
             raise DataError(
-                f"half a surrogate pair (\\u{ord(text[error.start]):04x}) at character {error.start} has no bytes",
+                f"half a surrogate pair (\\u{ord(text[error.start]):04x}) at character "
+                f"{error.start} has no bytes",
                 where=self.name,
-                remedy="the text was cut inside a character; mend it or leave it out",
+                remedy="the text was cut inside a character; correct it or leave it out",
             ) from error
 
     def _check_round_trip(self, text: str, expected: bytes, ids: Sequence[int]) -> None:
-        try:  # a tenth of encoding and aligning; quicker than asking every token whether it has bytes
+        # This costs a tenth of encoding and aligning; a test of every token for None costs more.
+        try:
             got = b"".join(map(self.bytes_W.__getitem__, ids))  # type: ignore[arg-type]
-        except TypeError:  # a control token has none
+        except TypeError:  # a control token has no bytes
             got = b"".join(self.bytes_W[i] or b"" for i in ids)
         if expected == got:
             return
@@ -173,8 +187,9 @@ class Vocabulary:
         )
         nfc = unicodedata.is_normalized("NFC", text)
         raise DataError(
-            f"the tokenizer does not give the text back: byte {at} of {text[:40]!r} is {expected[at : at + 8].hex(' ') or 'the end'}"
-            f", came back as {got[at : at + 8].hex(' ') or 'the end'}",
+            f"the tokenizer does not reproduce the text: byte {at} of {text[:40]!r} is "
+            f"{expected[at : at + 8].hex(' ') or 'the end'}"
+            f", decoded as {got[at : at + 8].hex(' ') or 'the end'}",
             where=self.name,
             remedy="the tokenizer is lossy on this text; leave the text out"
             if nfc
@@ -182,12 +197,23 @@ class Vocabulary:
         )
 
 
-def load_vocabulary(tokenizer: Any, name: str = "tokenizer") -> Vocabulary:
-    """A Hugging Face (fast) tokenizer, or a bare `tokenizers.Tokenizer`, as a Vocabulary.
+def load_vocabulary(
+    tokenizer: Any, name: str = "tokenizer", control_markers: Sequence[str] = ()
+) -> Vocabulary:
+    """Load a tokenizer as a Vocabulary. The tokenizer object is not changed.
 
-    Knows byte-level BPE (Llama 3, Qwen, gpt-oss, GPT-2; tiktoken files converted to it) and SentencePiece-style BPE
-    with byte fallback (Gemma). Anything else, or a tokenizer that does not give back `PROBES`, is refused.
-    The tokenizer object itself is left unchanged.
+    Supported are byte-level BPE (Llama 3, Qwen, gpt-oss, GPT-2; tiktoken files converted to it) and
+    SentencePiece BPE with byte fallback (Gemma).
+
+    Args:
+        tokenizer: A fast Hugging Face tokenizer, or a `tokenizers.Tokenizer`.
+        name: Name in messages.
+        control_markers: Regular expressions of added tokens that are control tokens although the
+            tokenizer does not declare them special; tokens of the shape <|...|> always are. The
+            families' are `persea.chat.families.CONTROL_MARKERS`.
+
+    Raises:
+        DataError: Another kind of tokenizer, or one that does not reproduce ROUND_TRIP_PROBES.
     """
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     if not isinstance(backend, Tokenizer):
@@ -197,30 +223,28 @@ def load_vocabulary(tokenizer: Any, name: str = "tokenizer") -> Vocabulary:
             remedy="convert it with transformers' AutoTokenizer first",
         )
     byte_level = _is_byte_level(backend, name)
-    added = (
-        backend.get_added_tokens_decoder()
-    )  # asked part by part: to parse the whole definition takes half a second
+    # To parse the whole definition of the tokenizer would take half a second.
+    added = backend.get_added_tokens_decoder()
+    marker_pattern = re.compile("|".join([CONTROL_MARKER, *control_markers]), re.DOTALL)
     control = {
-        t.content: i
-        for i, t in added.items()
-        if t.special or CONTROL_TOKEN_PATTERN.fullmatch(t.content)
+        t.content: i for i, t in added.items() if t.special or marker_pattern.fullmatch(t.content)
     }
     ids = backend.get_vocab(with_added_tokens=False)
     bytes_W: list[bytes | None] = [None] * (max([*ids.values(), *added]) + 1)
     to_bytes = _byte_level_bytes if byte_level else _sentencepiece_bytes
     for token, i in ids.items():
         bytes_W[i] = to_bytes(token)
-    for i, t in added.items():
-        if t.content in control:
+    for i, added_token in added.items():
+        if added_token.content in control:
             bytes_W[i] = None
         elif bytes_W[i] is None:
-            bytes_W[i] = t.content.encode()
+            bytes_W[i] = added_token.content.encode()
     definition = backend.to_str()
     plain = Tokenizer.from_str(definition)
     plain.no_padding()
     plain.no_truncation()
     plain.add_special_tokens([AddedToken(c, special=True, normalized=False) for c in control])
-    plain.encode_special_tokens = True  # from here on a control token in a text is text
+    plain.encode_special_tokens = True  # a control token in a text is encoded as text
     vocabulary = Vocabulary(
         name,
         plain,
@@ -235,24 +259,24 @@ def load_vocabulary(tokenizer: Any, name: str = "tokenizer") -> Vocabulary:
 
 def _is_byte_level(backend: Tokenizer, name: str) -> bool:
     decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else {}
-    kinds = {d["type"] for d in decoder.get("decoders", [decoder]) if d}
+    decoder_types = {d["type"] for d in decoder.get("decoders", [decoder]) if d}
     bpe = isinstance(backend.model, models.BPE)
-    if bpe and "ByteLevel" in kinds:
+    if bpe and "ByteLevel" in decoder_types:
         return True
-    if bpe and "ByteFallback" in kinds and backend.model.byte_fallback:
+    if bpe and "ByteFallback" in decoder_types and backend.model.byte_fallback:
         return False
     raise DataError(
         f"neither byte-level BPE nor SentencePiece BPE with byte fallback "
-        f"(model {type(backend.model).__name__}, decoder {sorted(kinds)})",
+        f"(model {type(backend.model).__name__}, decoder {sorted(decoder_types)})",
         where=name,
-        remedy="its bytes cannot be known exactly; use a model of another family",
+        remedy="the bytes of its tokens are not known exactly; use a model of another family",
     )
 
 
 def _byte_level_bytes(token: str) -> bytes | None:
     try:
         return token.translate(TO_LATIN1).encode("latin-1")
-    except UnicodeEncodeError:  # it has characters that stand for no byte
+    except UnicodeEncodeError:  # a character that is not in the byte-level alphabet
         return None
 
 

@@ -23,8 +23,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from persea.data.text_files import read_text_lines
 from persea.errors import DataError, RefusedError
-from persea.evaluation.compatibility import read_text_lines
 from persea.storage import digest_file
 from persea.tokenization.pretokenizer import load_pretokenizer
 from persea.tokenization.vocabulary import BYTE_TO_CHAR, Vocabulary

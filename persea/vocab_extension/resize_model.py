@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
+from persea.chat.families import CONTROL_MARKERS
 from persea.errors import DataError, RefusedError, StorageError
+from persea.models.identity import fingerprint
 from persea.models.loading import (
     ModelSource,
     copy_tokenizer_files,
     download_model,
-    fingerprint,
     load_tokenizer,
     read_weights,
 )
@@ -282,7 +283,10 @@ def extend_vocabulary(
         ModelSource(str(download_model(source, where, with_weights=False))),
     )
     tokenizer = load_tokenizer(source, where)
-    old, spec = load_vocabulary(tokenizer, where), json.loads(tokenizer.backend_tokenizer.to_str())
+    old, spec = (
+        load_vocabulary(tokenizer, where, CONTROL_MARKERS),
+        json.loads(tokenizer.backend_tokenizer.to_str()),
+    )
     refuse_unextendable_tokenizer(old, spec, where)
     model = load_meta_model(source, where)
     num_rows = count_embedding_rows(model, len(old), where)
@@ -301,7 +305,7 @@ def extend_vocabulary(
         1
         + max((i for i in token_ids_in_config(model.config.to_dict()) if i < num_rows), default=-1),
     )
-    new = load_vocabulary(Tokenizer.from_str(json.dumps(spec)), where)
+    new = load_vocabulary(Tokenizer.from_str(json.dumps(spec)), where, CONTROL_MARKERS)
     old_ids = old_ids_of_new_tokens(old.backend, new.backend)
     if not old_ids:
         raise DataError(
@@ -365,7 +369,9 @@ def write_extended_model(
             json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
         )
         again = load_tokenizer(ModelSource(str(folder)), where)
-        refuse_changed_tokens(extension.old_vocabulary, load_vocabulary(again, where), where)
+        refuse_changed_tokens(
+            extension.old_vocabulary, load_vocabulary(again, where, CONTROL_MARKERS), where
+        )
         if (
             json.loads(again.backend_tokenizer.to_str())["model"]
             != extension.tokenizer_spec["model"]

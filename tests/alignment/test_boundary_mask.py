@@ -1,4 +1,7 @@
-"""What a mask drops is impossible, and (nearly) all that is impossible is dropped: by enumeration, and on all kinds of real text."""
+"""Boundary masks remove impossible tokens, nearly all of them and nothing else.
+
+Checked by enumeration of toy tokenizers and on many kinds of real text.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +20,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from persea.alignment.boundary_mask import (
+from persea.alignment.boundary_mask import BoundaryMask
+from persea.alignment.event_map import first_tokens
+from persea.alignment.token_order import (
     MID_CHARACTER,
     UNRESTRICTED_CONTEXT,
-    BoundaryMask,
     TokenOrder,
     get_token_order,
 )
-from persea.alignment.event_map import first_tokens
 from persea.tokenization.vocabulary import BYTE_TO_CHAR, Vocabulary, load_vocabulary
-from tests.alignment.test_event_map import real_bridge, real_home
+from tests.alignment.test_event_map import real_event_map, real_home
 from tests.conftest import FAMILIES, Speaker
 
-assert real_home  # a fixture of test_bridge: the bridges are built once for all
+assert real_home  # a fixture of test_event_map: event maps are built once for all
 TEXTS = [
     "Hello, two  words and 1234 cats.",
     "isn't don't WE'RE x='s",
@@ -90,7 +93,7 @@ def deleted(pair: tuple[BoundaryMask, BoundaryMask], texts: Sequence[str]) -> tu
     return lost, seen
 
 
-# ---- any two tokenizers, by enumeration ------------------------------------------------------------------------------
+# --- any two tokenizers, by enumeration ---
 
 
 def byte_level(
@@ -156,15 +159,18 @@ STRINGS = [
 
 @settings(max_examples=25)
 @given(one=toys, two=toys)
-def test_nothing_that_occurs_is_dropped(one: Vocabulary, two: Vocabulary):
-    """Sound, whatever the merges, the words, added tokens and byte fallback: over all strings of up to six characters and more."""
+def test_no_possible_token_is_masked(one: Vocabulary, two: Vocabulary):
+    """Masks are sound for any merges, words, added tokens and byte fallback."""
     lost, seen = deleted(masks(one, two), STRINGS[::3])
     assert seen > 1000
     assert lost == 0
 
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 RIGHT_ALIGNED = r"\d{1,3}(?=(?:\d{3})*(?!\d))|\D+"
 
 
@@ -187,7 +193,9 @@ real_toys = st.builds(
 
 @settings(max_examples=25)
 @given(one=real_toys, two=real_toys, seed=st.integers(0, 999))
-def test_nothing_is_dropped_under_real_patterns(one: Vocabulary, two: Vocabulary, seed: int):
+def test_no_possible_token_is_masked_with_real_pretokenizers(
+    one: Vocabulary, two: Vocabulary, seed: int
+):
     """Contractions, digits, look-ahead, added tokens that stand among words: what occurs stays."""
     rng = np.random.default_rng(seed)
     some = ["".join(rng.choice(list("'vsxlVS 1.  "), int(rng.integers(2, 9)))) for _ in range(150)]
@@ -196,8 +204,8 @@ def test_nothing_is_dropped_under_real_patterns(one: Vocabulary, two: Vocabulary
 
 @settings(max_examples=15)
 @given(one=chosen, two=chosen)
-def test_what_never_occurs_is_dropped(one: list[tuple[int, int]], two: list[tuple[int, int]]):
-    """Complete where no word ends: of the tokens that a common boundary rules out in every longer string, less than 2 % stay."""
+def test_impossible_tokens_are_masked(one: list[tuple[int, int]], two: list[tuple[int, int]]):
+    """Without word ends masks are nearly complete: less than 2 % of impossible tokens stay."""
     vocabularies = byte_level(one, "", False, "ab"), byte_level(two, "", False, "ab")
     pair = masks(*vocabularies)
     follows: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[set[int], set[int]]] = defaultdict(
@@ -221,48 +229,48 @@ def test_what_never_occurs_is_dropped(one: list[tuple[int, int]], two: list[tupl
             for mask, p in zip((pair[1], pair[0]), prefixes, strict=True)
         ]
         for side in (0, 1):
-            dead = set(pair[side].impossible_tokens(int(contexts[1 - side])).tolist())
-            assert not dead & realised[side]
+            impossible = set(pair[side].impossible_tokens(int(contexts[1 - side])).tolist())
+            assert not impossible & realised[side]
             never = own[side][prefixes[side]] - realised[side]
-            ruled_out, stays = ruled_out + len(never), stays + len(never - dead)
+            ruled_out, stays = ruled_out + len(never), stays + len(never - impossible)
     assert (
         stays <= 0.02 * ruled_out + 2
     )  # a place where both meet may lie beyond the longest string
 
 
-# ---- the exact worlds ------------------------------------------------------------------------------------------------
+# --- the exact worlds ---
 
 
 @pytest.mark.parametrize("name", worlds.WORLDS)
 def test_the_exact_worlds(name: str):
-    """Nothing possible is dropped, and what stays though impossible is impossible only because strings end at six characters."""
+    """A possible token is never masked; one stays only because strings end at 6 characters."""
     world = worlds.world(name)
-    bridge = world.full_bridge
+    emap = world.full_event_map
     if name == "same":
-        assert bridge.teacher_mask is None and bridge.student_mask is None
+        assert emap.teacher_mask is None and emap.student_mask is None
         return
-    assert bridge.teacher_mask and bridge.student_mask
+    assert emap.teacher_mask and emap.student_mask
     stays = 0
     for b in world.boundaries:
         if not b.teacher:
             continue
-        for mask, keeper, own, columns, row, both in (
-            (bridge.teacher_mask, b.student, b.teacher, world.columns_W, b.p_W, b.both_p_W),
-            (bridge.student_mask, b.teacher, b.student, world.columns_V, b.q_V, b.both_q_V),
+        for mask, order, own, columns, row, both in (
+            (emap.teacher_mask, b.student, b.teacher, world.columns_W, b.p_W, b.both_p_W),
+            (emap.student_mask, b.teacher, b.student, world.columns_V, b.q_V, b.both_q_V),
         ):
-            dead = np.isin(
+            impossible = np.isin(
                 columns,
                 mask.impossible_tokens(
-                    int(mask.other.context_ids(np.array(keeper), [len(keeper)])[0])
+                    int(mask.other.context_ids(np.array(order), [len(order)])[0])
                 ),
             )
-            assert not (dead & (both > 0)).any()
+            assert not (impossible & (both > 0)).any()
             length = sum(len(mask.own.vocabulary.bytes_W[i] or b"") for i in own)
-            stays += int((~dead & (both == 0) & (row > 0) & (length < 3)).sum())
+            stays += int((~impossible & (both == 0) & (row > 0) & (length < 3)).sum())
     assert stays == 0
 
 
-# ---- real and tiny families ------------------------------------------------------------------------------------------
+# --- real and tiny families ---
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +297,7 @@ texts = st.lists(
 
 
 @given(text=texts.filter(len), teacher=st.sampled_from(FAMILIES), student=st.sampled_from(FAMILIES))
-def test_no_realised_token_of_a_family_is_dropped(
+def test_no_observed_token_of_a_family_is_masked(
     tiny_masks: Callable[[str, str], tuple[BoundaryMask, BoundaryMask]],
     text: str,
     teacher: str,
@@ -305,12 +313,12 @@ def fresh(mask: BoundaryMask) -> BoundaryMask:
 
 
 @pytest.mark.parametrize("teacher", ["qwen", "gpt-oss"])
-def test_what_was_searched_before_changes_nothing(
+def test_masks_do_not_depend_on_earlier_searches(
     monkeypatch: pytest.MonkeyPatch,
     tiny_masks: Callable[[str, str], tuple[BoundaryMask, BoundaryMask]],
     teacher: str,
 ):
-    """Contexts in one order, in the other, each on its own, and where a few states are all that is remembered."""
+    """Masks are equal in any order of contexts, each alone, and with a full state cache."""
     for mask in tiny_masks(teacher, "llama"):
         ids = np.array(mask.other.vocabulary.encode(TEXTS[0] + TEXTS[1]))
         contexts = sorted(set(mask.other.context_ids(ids, range(1, len(ids))).tolist()))[:12]
@@ -329,71 +337,76 @@ def test_what_was_searched_before_changes_nothing(
         monkeypatch.undo()
 
 
-def test_what_patience_was_not_enough_for_stays_and_is_never_taken_for_known(
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_candidate_whose_search_is_given_up_is_kept_and_not_taken_for_known(
     tiny_masks: Callable[[str, str], tuple[BoundaryMask, BoundaryMask]],
 ):
-    """Impatient, a mask drops nothing that a patient one keeps; what it could not decide is no witness and no state where both meet."""
+    """A mask with few search tokens removes a subset; undecided searches leave no witnesses."""
     mask = tiny_masks("gpt-oss", "llama")[1]
     ids = np.array(mask.other.vocabulary.encode(TEXTS[0] + TEXTS[1]))
     contexts = sorted(set(mask.other.context_ids(ids, range(1, len(ids))).tolist()))[:12]
-    patient, hasty = fresh(mask), fresh(mask)
-    whole = [set(patient.impossible_tokens(context).tolist()) for context in contexts]
-    monkeypatch.setattr("persea.alignment.boundary_mask.MAX_SEARCH_TOKENS", 3)
-    less = [set(hasty.impossible_tokens(context).tolist()) for context in contexts]
+    unlimited = fresh(mask)
+    limited = BoundaryMask(mask.other, mask.own, mask.first_token_W, max_search_tokens=3)
+    whole = [set(unlimited.impossible_tokens(context).tolist()) for context in contexts]
+    less = [set(limited.impossible_tokens(context).tolist()) for context in contexts]
     assert all(few <= every for few, every in zip(less, whole, strict=True)) and sum(
         map(len, less)
     ) < sum(map(len, whole))
-    assert hasty._undecided_states
-    monkeypatch.undo()
-    for state in hasty._meeting_states:
-        assert patient._search_meeting(state, [0])
-    for candidate in np.flatnonzero((hasty._witness_WK >= 0).any(1)).tolist():
+    assert limited._undecided_states
+    for state in limited._meeting_states:
+        assert unlimited._search_meeting(state, [0])
+    for candidate in np.flatnonzero((limited._witness_WK >= 0).any(1)).tolist():
         raw = mask.own.vocabulary.bytes_W[candidate] or b""
         assert all(
-            patient._search_meeting(patient._advance(True, u, raw, candidate), [0])
-            for u in hasty._witness_WK[candidate].tolist()
+            unlimited._search_meeting(unlimited._advance(True, u, raw, candidate), [0])
+            for u in limited._witness_WK[candidate].tolist()
             if u >= 0
         )
 
 
 @pytest.mark.parametrize("teacher", ["qwen", "gemma", "gpt-oss"])
-def test_asked_for_some_or_for_all(
+def test_masks_of_some_candidates_and_of_all_agree(
     tiny_masks: Callable[[str, str], tuple[BoundaryMask, BoundaryMask]], teacher: str
 ):
     """The same answer; control tokens never are in it, and after a control token nothing is."""
     dropped = 0
     for mask in tiny_masks(teacher, "llama"):
-        keeper, own = mask.other, mask.own.vocabulary
+        order, own = mask.other, mask.own.vocabulary
         assert not len(mask.impossible_tokens(UNRESTRICTED_CONTEXT))
         for text in TEXTS[:4]:
-            ids = np.array(keeper.vocabulary.encode(text))
-            for context in keeper.context_ids(ids, range(1, len(ids))).tolist():
-                dead = mask.impossible_tokens(context)
+            ids = np.array(order.vocabulary.encode(text))
+            for context in order.context_ids(ids, range(1, len(ids))).tolist():
+                impossible = mask.impossible_tokens(context)
                 everything = np.arange(len(own))
-                assert np.array_equal(dead, fresh(mask).impossible_tokens(context, everything))
-                assert all(own.bytes_W[i] is not None for i in dead.tolist())
-                dropped += len(dead)
+                assert np.array_equal(
+                    impossible, fresh(mask).impossible_tokens(context, everything)
+                )
+                assert all(own.bytes_W[i] is not None for i in impossible.tolist())
+                dropped += len(impossible)
     assert dropped > 100
 
 
-def test_contexts_are_words(tiny_of: Callable[[str], Speaker]):
-    voice = tiny_of("llama").renderer
-    keeper: TokenOrder = get_token_order(voice.vocabulary)
-    stop = voice.stop_ids[0]
+def test_contexts_are_the_words_so_far(tiny_of: Callable[[str], Speaker]):
+    renderer = tiny_of("llama").renderer
+    order: TokenOrder = get_token_order(renderer.vocabulary)
+    stop = renderer.stop_ids[0]
     ids = np.array(
-        [stop, *voice.vocabulary.encode(" hello hello"), stop, *voice.vocabulary.encode(" hello")]
+        [
+            stop,
+            *renderer.vocabulary.encode(" hello hello"),
+            stop,
+            *renderer.vocabulary.encode(" hello"),
+        ]
     )
-    contexts = keeper.context_ids(ids, range(len(ids)))
+    contexts = order.context_ids(ids, range(len(ids)))
     assert contexts[0] == contexts[1] == UNRESTRICTED_CONTEXT
     assert contexts[-1] != UNRESTRICTED_CONTEXT
     second = int(np.flatnonzero(ids == stop)[1])
     assert contexts[second + 1] == UNRESTRICTED_CONTEXT
     assert contexts[2] == contexts[second + 2], "the same word so far, the same context"
-    emoji = np.array(voice.vocabulary.encode("👩"))
-    inside = keeper.context_ids(emoji, range(1, len(emoji)))
-    assert keeper.context_id(int(emoji[0]), "👩".encode()[:1]) == inside[0]
-    assert MID_CHARACTER in {word for _, word in keeper._context_keys}
+    emoji = np.array(renderer.vocabulary.encode("👩"))
+    inside = order.context_ids(emoji, range(1, len(emoji)))
+    assert order.context_id(int(emoji[0]), "👩".encode()[:1]) == inside[0]
+    assert MID_CHARACTER in {word for _, word in order._context_keys}
 
 
 def real_texts(data: Path, lines: int) -> dict[str, list[str]]:
@@ -421,13 +434,13 @@ def real_texts(data: Path, lines: int) -> dict[str, list[str]]:
 
 @pytest.mark.realdata
 @pytest.mark.parametrize("family", ["qwen", "gemma", "gpt-oss"])
-def test_no_realised_token_of_real_text_is_dropped(
+def test_no_observed_token_of_real_text_is_masked(
     data: Path, real_of: Callable[[str], Speaker], real_home: Path, family: str
 ):
     """Some lines of everything (all of it: `python bench/masks.py`)."""
-    bridge, _ = real_bridge(real_of(family).renderer, real_of("llama").renderer, real_home)
-    assert bridge.teacher_mask and bridge.student_mask
+    emap, _ = real_event_map(real_of(family).renderer, real_of("llama").renderer, real_home)
+    assert emap.teacher_mask and emap.student_mask
     for name, lines in real_texts(data, 4).items():
-        lost, seen = deleted((bridge.teacher_mask, bridge.student_mask), lines)
+        lost, seen = deleted((emap.teacher_mask, emap.student_mask), lines)
         assert seen > 50
         assert lost == 0, name

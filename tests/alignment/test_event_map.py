@@ -1,4 +1,4 @@
-"""Two vocabularies over the same events: what both maps owe each other, on every pair of tiny voices and on real ones."""
+"""Event maps: properties of both sides on every pair of tiny tokenizers and on real ones."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from persea.tokenization.vocabulary import (
 )
 from tests.conftest import FAMILIES, Speaker
 
-BridgeOf: TypeAlias = Callable[[str, str], tuple[EventMap, ChatRenderer, ChatRenderer]]
+EventMapOf: TypeAlias = Callable[[str, str], tuple[EventMap, ChatRenderer, ChatRenderer]]
 SAID = [
     "ab abc aabb",
     "  two   spaces\t\ttabs\n",
@@ -52,8 +52,8 @@ SAID = [
 
 
 @pytest.fixture(scope="module")
-def bridge_of(tiny_of: Callable[[str], Speaker]) -> BridgeOf:
-    """(teacher, student) -> their bridge and both voices."""
+def event_map_of(tiny_of: Callable[[str], Speaker]) -> EventMapOf:
+    """(teacher, student) -> their emap and both renderers."""
     built: dict[tuple[str, str], EventMap] = {}
 
     def of(teacher: str, student: str) -> tuple[EventMap, ChatRenderer, ChatRenderer]:
@@ -68,7 +68,7 @@ def bridge_of(tiny_of: Callable[[str], Speaker]) -> BridgeOf:
 every_pair = pytest.mark.parametrize(("teacher", "student"), list(permutations(FAMILIES, 2)))
 
 
-# ---- oracles -------------------------------------------------------------------------------------------------------
+# --- oracles ---
 
 
 def blank(raw: bytes) -> bool:
@@ -76,7 +76,7 @@ def blank(raw: bytes) -> bool:
 
 
 def first(vocabulary: Vocabulary, raw: bytes) -> bytes | None:
-    """The bytes of the first token of some text, as the tokenizer itself encodes it; None for what is no text, or not as it stands."""
+    """Return the bytes of a text's first token by the tokenizer itself; None if not encodable."""
     try:
         text = raw.decode()
     except UnicodeDecodeError:
@@ -87,7 +87,7 @@ def first(vocabulary: Vocabulary, raw: bytes) -> bytes | None:
 
 
 def canonical(raw: bytes, own: Vocabulary, other: Vocabulary) -> bytes | None:
-    """Re-encode the bytes with the other tokenizer, keep the first token, and back, until the bytes stay."""
+    """Re-encode the bytes with both tokenizers in turn, first token only, until they stay."""
     while True:
         there = first(other, raw)
         back = first(own, there) if there else None
@@ -105,18 +105,18 @@ def names(events_X: np.ndarray, vocabulary: Vocabulary) -> dict[int, bytes]:
     return out
 
 
-def check_properties(bridge: EventMap, teacher: ChatRenderer, student: ChatRenderer) -> None:
+def check_properties(emap: EventMap, teacher: ChatRenderer, student: ChatRenderer) -> None:
     """What holds for every pair of different tokenizers."""
     t, s = teacher.vocabulary, student.vocabulary
     sides = (
-        (bridge.teacher_event_W, t, teacher.stop_ids),
-        (bridge.student_event_V, s, student.stop_ids),
+        (emap.teacher_event_W, t, teacher.stop_ids),
+        (emap.student_event_V, s, student.stop_ids),
     )
     of_bytes: list[dict[bytes, int]] = []
     for events, vocabulary, stops in sides:
         assert events.dtype == np.int32
         assert len(events) == len(vocabulary)
-        assert events.max() < bridge.num_events
+        assert events.max() < emap.num_events
         for i, (raw, event) in enumerate(zip(vocabulary.bytes_W, events.tolist(), strict=True)):
             if raw is None:
                 assert event == (0 if i in stops else -1)
@@ -132,11 +132,11 @@ def check_properties(bridge: EventMap, teacher: ChatRenderer, student: ChatRende
             )
         of_bytes.append(by_bytes)
     for events, _, _ in sides:
-        assert set(events[events >= 0]) == set(range(bridge.num_events))
+        assert set(events[events >= 0]) == set(range(emap.num_events))
     # the name of an event is a token of both, and both maps keep it: the fixpoint stays
-    name_of = names(bridge.teacher_event_W, t)
+    name_of = names(emap.teacher_event_W, t)
     assert {e: n for e, n in name_of.items() if e > 1} == {
-        e: n for e, n in names(bridge.student_event_V, s).items() if e > 1
+        e: n for e, n in names(emap.student_event_V, s).items() if e > 1
     }
     for event, name in name_of.items():
         if event > 1:
@@ -147,29 +147,29 @@ def check_properties(bridge: EventMap, teacher: ChatRenderer, student: ChatRende
                 assert raw.startswith(name_of[event])
             else:
                 assert raw[:1] in b" \t"
-    offsets, tokens = bridge.tokens_by_event
-    assert sorted(tokens.tolist()) == np.flatnonzero(bridge.student_event_V >= 0).tolist()
-    for event in range(bridge.num_events):
+    offsets, tokens = emap.tokens_by_event
+    assert sorted(tokens.tolist()) == np.flatnonzero(emap.student_event_V >= 0).tolist()
+    for event in range(emap.num_events):
         members = tokens[offsets[event] : offsets[event + 1]]
         assert len(members) > 0, "an event no student token can say"
-        assert (bridge.student_event_V[members] == event).all()
+        assert (emap.student_event_V[members] == event).all()
 
 
-# ---- every pair of tiny voices ---------------------------------------------------------------------------------------
-
-
-@every_pair
-def test_properties(bridge_of: BridgeOf, teacher: str, student: str):
-    check_properties(*bridge_of(teacher, student))
+# --- every pair of tiny renderers ---
 
 
 @every_pair
-def test_the_maps_are_canonical_fixpoints(bridge_of: BridgeOf, teacher: str, student: str):
-    bridge, t, s = bridge_of(teacher, student)
-    name_of = names(bridge.teacher_event_W, t.vocabulary)
+def test_properties(event_map_of: EventMapOf, teacher: str, student: str):
+    check_properties(*event_map_of(teacher, student))
+
+
+@every_pair
+def test_the_maps_are_canonical_fixpoints(event_map_of: EventMapOf, teacher: str, student: str):
+    emap, t, s = event_map_of(teacher, student)
+    name_of = names(emap.teacher_event_W, t.vocabulary)
     for events, own, other in (
-        (bridge.teacher_event_W, t.vocabulary, s.vocabulary),
-        (bridge.student_event_V, s.vocabulary, t.vocabulary),
+        (emap.teacher_event_W, t.vocabulary, s.vocabulary),
+        (emap.student_event_V, s.vocabulary, t.vocabulary),
     ):
         checked = 0
         for raw, event in zip(own.bytes_W, events.tolist(), strict=True):
@@ -181,8 +181,8 @@ def test_the_maps_are_canonical_fixpoints(bridge_of: BridgeOf, teacher: str, stu
 
 
 @every_pair
-def test_both_directions_draw_the_same_lines(bridge_of: BridgeOf, teacher: str, student: str):
-    there, back = bridge_of(teacher, student)[0], bridge_of(student, teacher)[0]
+def test_both_directions_give_the_same_events(event_map_of: EventMapOf, teacher: str, student: str):
+    there, back = event_map_of(teacher, student)[0], event_map_of(student, teacher)[0]
     assert there.num_events == back.num_events
     number = dict(zip(there.teacher_event_W.tolist(), back.student_event_V.tolist(), strict=True))
     assert sorted(number.values()) == sorted(number.keys())
@@ -190,11 +190,11 @@ def test_both_directions_draw_the_same_lines(bridge_of: BridgeOf, teacher: str, 
 
 
 @every_pair
-def test_no_mass_is_lost_but_on_control_tokens(bridge_of: BridgeOf, teacher: str, student: str):
-    bridge, t, _ = bridge_of(teacher, student)
+def test_only_control_tokens_have_no_event(event_map_of: EventMapOf, teacher: str, student: str):
+    emap, t, _ = event_map_of(teacher, student)
     p_W = np.random.default_rng(0).dirichlet(np.full(len(t.vocabulary), 0.1))
-    kept = bridge.teacher_event_W >= 0
-    p_E = np.bincount(bridge.teacher_event_W[kept], p_W[kept], minlength=bridge.num_events)
+    kept = emap.teacher_event_W >= 0
+    p_E = np.bincount(emap.teacher_event_W[kept], p_W[kept], minlength=emap.num_events)
     lost = sum(
         p_W[i]
         for name, i in t.vocabulary.control_token_ids.items()
@@ -204,52 +204,52 @@ def test_no_mass_is_lost_but_on_control_tokens(bridge_of: BridgeOf, teacher: str
     assert p_E.sum() == pytest.approx(1 - lost, abs=1e-12)
 
 
-def test_a_splitting_pair_has_coarser_events(bridge_of: BridgeOf):
-    """The maps are many-to-one where they must be, and shared byte strings stay apart where they can."""
-    bridge, t, s = bridge_of("gemma", "llama")
+def test_a_splitting_pair_has_coarser_events(event_map_of: EventMapOf):
+    """Maps are many-to-one where they must be, and common byte strings have their own events."""
+    emap, t, s = event_map_of("gemma", "llama")
     shared = {b for b in t.vocabulary.bytes_W if b} & {b for b in s.vocabulary.bytes_W if b}
     apart = {b for b in shared if not blank(b)}
-    assert 0.97 * len(apart) + 2 <= bridge.num_events <= len(apart) + 2
-    assert bridge.num_events < min(len(t.vocabulary), len(s.vocabulary))
+    assert 0.97 * len(apart) + 2 <= emap.num_events <= len(apart) + 2
+    assert emap.num_events < min(len(t.vocabulary), len(s.vocabulary))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_tokenizer_is_the_identity(tiny_of: Callable[[str], Speaker], family: str):
-    voice = tiny_of(family).renderer
-    bridge = build_event_map(voice, replace(voice, template_text="another template"))
-    assert bridge.num_events == len(voice.vocabulary)
-    assert (bridge.teacher_event_W == np.arange(len(voice.vocabulary))).all()
-    assert (bridge.student_event_V == np.arange(len(voice.vocabulary))).all()
-    assert bridge.teacher_event_W.dtype == np.int32
-    offsets, tokens = bridge.tokens_by_event
-    assert (offsets == np.arange(len(voice.vocabulary) + 1)).all()
-    assert (tokens == np.arange(len(voice.vocabulary))).all()
+    renderer = tiny_of(family).renderer
+    emap = build_event_map(renderer, replace(renderer, template_text="another template"))
+    assert emap.num_events == len(renderer.vocabulary)
+    assert (emap.teacher_event_W == np.arange(len(renderer.vocabulary))).all()
+    assert (emap.student_event_V == np.arange(len(renderer.vocabulary))).all()
+    assert emap.teacher_event_W.dtype == np.int32
+    offsets, tokens = emap.tokens_by_event
+    assert (offsets == np.arange(len(renderer.vocabulary) + 1)).all()
+    assert (tokens == np.arange(len(renderer.vocabulary))).all()
 
 
 def test_the_same_tokenizer_with_another_stop_is_not_the_identity(
     tiny_of: Callable[[str], Speaker],
 ):
-    """Else a student would learn to end its turns with the teacher's stop token, which nobody stops at."""
-    voice = tiny_of("qwen").renderer
-    other = replace(voice, family=replace(voice.family, stops=("<|endoftext|>",)))
-    bridge = build_event_map(other, voice)
-    assert other.stop_ids != voice.stop_ids
-    assert bridge.teacher_event_W[other.stop_ids[0]] == 0
-    assert (bridge.student_event_V[list(voice.stop_ids)] == 0).all()
-    assert bridge.teacher_event_W[voice.vocabulary.control_token_ids["<|im_end|>"]] == -1
-    check_properties(bridge, other, voice)
+    """Otherwise a student would learn to end turns with a token at which no decoder stops."""
+    renderer = tiny_of("qwen").renderer
+    other = replace(renderer, family=replace(renderer.family, stop_tokens=("<|endoftext|>",)))
+    emap = build_event_map(other, renderer)
+    assert other.stop_ids != renderer.stop_ids
+    assert emap.teacher_event_W[other.stop_ids[0]] == 0
+    assert (emap.student_event_V[list(renderer.stop_ids)] == 0).all()
+    assert emap.teacher_event_W[renderer.vocabulary.control_token_ids["<|im_end|>"]] == -1
+    check_properties(emap, other, renderer)
 
 
-# ---- any two tokenizers ----------------------------------------------------------------------------------------------
+# --- any two tokenizers ---
 
 
-def voice_of(
+def renderer_of(
     tokenizer: Tokenizer, name: str, stops: tuple[str, ...] = ("<|end|>",)
 ) -> ChatRenderer:
-    """A voice of which only the vocabulary and the stop tokens are used."""
+    """A renderer of which only the vocabulary and the stop tokens are used."""
 
     def template(messages: object, **kwargs: object) -> str:
-        raise AssertionError("a bridge reads no template")
+        raise AssertionError("a emap reads no template")
 
     return ChatRenderer(
         replace(LLAMA, stop_tokens=stops), load_vocabulary(tokenizer, name), template, ""
@@ -315,10 +315,10 @@ grown = st.one_of(
 
 @given(one=grown, two=grown)
 def test_properties_of_any_two_tokenizers(one: Tokenizer, two: Tokenizer):
-    teacher, student = voice_of(one, "one"), voice_of(two, "two")
-    bridge = build_event_map(teacher, student)
+    teacher, student = renderer_of(one, "one"), renderer_of(two, "two")
+    emap = build_event_map(teacher, student)
     if teacher.vocabulary.digest != student.vocabulary.digest:
-        check_properties(bridge, teacher, student)
+        check_properties(emap, teacher, student)
 
 
 odd_bytes = st.one_of(
@@ -340,10 +340,10 @@ odd_bytes = st.one_of(
 
 
 @given(raws=st.lists(odd_bytes, min_size=1, max_size=8))
-def test_any_bytes_have_a_first_token(bridge_of: BridgeOf, raws: list[bytes]):
-    """Also what is no text, what a normaliser would rewrite, and the sign SentencePiece writes for a space."""
+def test_any_bytes_have_a_first_token(event_map_of: EventMapOf, raws: list[bytes]):
+    """Bytes that are not text, that a normaliser changes, and SentencePiece's "▁" included."""
     for family in FAMILIES:
-        target = bridge_of(family, family)[2].vocabulary
+        target = event_map_of(family, family)[2].vocabulary
         source = replace(target, bytes_W=(*raws, None), control_token_ids={"<x>": len(raws)})
         tokens = first_tokens(source, target)
         assert tokens[-1] == -1
@@ -352,19 +352,19 @@ def test_any_bytes_have_a_first_token(bridge_of: BridgeOf, raws: list[bytes]):
             assert first(target, raw) in (None, target.bytes_W[token])
 
 
-def test_pieces_of_characters_and_the_sentencepiece_sign(bridge_of: BridgeOf):
-    """A byte-level teacher that has tokens of `▁` and of parts of characters, and a student that has neither."""
-    teacher = voice_of(byte_level([*SAID * 3, "▁▁ ▁▁x"], 340), "byte-level")
-    student = bridge_of("gemma", "gemma")[2]
+def test_pieces_of_characters_and_the_sentencepiece_sign(event_map_of: EventMapOf):
+    """A byte-level teacher has tokens for "▁" and parts of characters, the student has none."""
+    teacher = renderer_of(byte_level([*SAID * 3, "▁▁ ▁▁x"], 340), "byte-level")
+    student = event_map_of("gemma", "gemma")[2]
     sign = "▁".encode()
     odd = [raw for raw in teacher.vocabulary.bytes_W if raw and sign in raw]
     assert len(odd) > 2
-    bridge = build_event_map(teacher, student)
-    check_properties(bridge, teacher, student)
+    emap = build_event_map(teacher, student)
+    check_properties(emap, teacher, student)
     first_byte = student.vocabulary.backend.token_to_id("<0xE2>")
-    for raw, event in zip(teacher.vocabulary.bytes_W, bridge.teacher_event_W.tolist(), strict=True):
+    for raw, event in zip(teacher.vocabulary.bytes_W, emap.teacher_event_W.tolist(), strict=True):
         if raw and raw.startswith(sign):
-            assert event == bridge.student_event_V[first_byte], "not the event of a space"
+            assert event == emap.student_event_V[first_byte], "not the event of a space"
     cut = [
         raw
         for raw in teacher.vocabulary.bytes_W
@@ -373,7 +373,7 @@ def test_pieces_of_characters_and_the_sentencepiece_sign(bridge_of: BridgeOf):
     assert cut, "no token of a part of a character"
 
 
-def test_a_target_that_lacks_bytes_is_refused(bridge_of: BridgeOf):
+def test_a_target_that_lacks_bytes_is_refused(event_map_of: EventMapOf):
     """It says every probe, so it opens; the teacher's other bytes it cannot say at all."""
     said = {
         BYTE_TO_CHAR[b]
@@ -381,16 +381,16 @@ def test_a_target_that_lacks_bytes_is_refused(bridge_of: BridgeOf):
         for b in unicodedata.normalize("NFC", probe).encode()
     }
     assert len(said) < 256
-    poor = voice_of(byte_level(["ab"], 300, alphabet=sorted(said)), "poor")
-    rich = bridge_of("llama", "llama")[1]
-    with pytest.raises(DataError, match=r"poor cannot say the bytes [0-9a-f]{2}") as caught:
+    poor = renderer_of(byte_level(["ab"], 300, alphabet=sorted(said)), "poor")
+    rich = event_map_of("llama", "llama")[1]
+    with pytest.raises(DataError, match=r"poor has no tokens for the bytes [0-9a-f]{2}") as caught:
         build_event_map(rich, poor)
     assert caught.value.exit_code == 3
     assert "->" in caught.value.where
     assert "poor" in caught.value.where
 
 
-# ---- kept on disk ----------------------------------------------------------------------------------------------------
+# --- kept on disk ---
 
 
 def same(one: EventMap, two: EventMap) -> bool:
@@ -403,11 +403,11 @@ def same(one: EventMap, two: EventMap) -> bool:
     )
 
 
-def test_a_bridge_is_built_once_and_kept(
-    bridge_of: BridgeOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_event_map_is_built_once_and_stored(
+    event_map_of: EventMapOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("PERSEA_HOME", str(tmp_path / "home"))
-    built, t, s = bridge_of("qwen", "llama")
+    built, t, s = event_map_of("qwen", "llama")
     assert same(load_event_map(t, s), built)
     (file,) = (tmp_path / "home" / "event_maps").iterdir()
     assert file.stem == event_map_digest(t, s)[:32]
@@ -420,15 +420,15 @@ def test_a_bridge_is_built_once_and_kept(
     assert len(list((tmp_path / "home" / "event_maps").iterdir())) == 2
 
 
-def test_what_is_kept_makes_the_same_masks_and_a_student_has_one_keeper(
-    bridge_of: BridgeOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_stored_map_has_the_same_masks_and_a_student_one_token_order(
+    event_map_of: EventMapOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("PERSEA_HOME", str(tmp_path))
-    pairs = {teacher: bridge_of(teacher, "llama") for teacher in ("qwen", "gemma")}
+    pairs = {teacher: event_map_of(teacher, "llama") for teacher in ("qwen", "gemma")}
     for _, t, s in pairs.values():
         load_event_map(t, s)
     monkeypatch.setattr(
-        "persea.alignment.boundary_mask.derive_bpe", lambda vocabulary: pytest.fail("derived again")
+        "persea.alignment.token_order.derive_bpe", lambda vocabulary: pytest.fail("derived again")
     )
     opened = {
         id(v): replace(v, vocabulary=replace(v.vocabulary))
@@ -455,11 +455,11 @@ def test_what_is_kept_makes_the_same_masks_and_a_student_has_one_keeper(
     assert qwen and gemma and qwen.other is gemma.other is not pairs["qwen"][0].teacher_mask.other  # type: ignore[union-attr]
 
 
-def test_a_damaged_bridge_is_built_again(
-    bridge_of: BridgeOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_damaged_event_map_is_built_again(
+    event_map_of: EventMapOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("PERSEA_HOME", str(tmp_path))
-    built, t, s = bridge_of("gpt-oss", "gemma")
+    built, t, s = event_map_of("gpt-oss", "gemma")
     load_event_map(t, s)
     (file,) = (tmp_path / "event_maps").iterdir()
     whole = file.read_bytes()
@@ -478,7 +478,7 @@ def test_a_damaged_bridge_is_built_again(
     ]
     for damaged in (
         b"",
-        b"no bridge",
+        b"no emap",
         whole[:31],
         whole[:32],
         whole[:-1],
@@ -492,9 +492,9 @@ def test_a_damaged_bridge_is_built_again(
     assert len(list((tmp_path / "event_maps").iterdir())) == 1
 
 
-def test_the_digest_names_all_a_bridge_depends_on(bridge_of: BridgeOf):
-    _, t, s = bridge_of("qwen", "llama")
-    other = bridge_of("gemma", "gpt-oss")[1]
+def test_the_digest_covers_all_that_an_event_map_depends_on(event_map_of: EventMapOf):
+    _, t, s = event_map_of("qwen", "llama")
+    other = event_map_of("gemma", "gpt-oss")[1]
     stops_elsewhere = replace(t, family=replace(t.family, stop_tokens=("<|im_end|>",)))
     digests = [
         event_map_digest(*pair)
@@ -511,11 +511,11 @@ def test_the_digest_names_all_a_bridge_depends_on(bridge_of: BridgeOf):
     assert event_map_digest(replace(t, template_text="x"), s) == event_map_digest(t, s)
 
 
-# ---- the real tokenizers ---------------------------------------------------------------------------------------------
+# --- the real tokenizers ---
 
-# Per cent of common boundaries where the two realised tokens map to different events: upper bounds, about a quarter above
-# what was measured on 200 NTREX lines, Python's library and JSON. Student: Llama 3. With longest-prefix maps Gemma's
-# Indonesian stands at 14, o200k's at 12.
+# Per cent of common boundaries where the two observed tokens are different events: upper bounds,
+# about a quarter above the values on 200 NTREX lines, Python's library and JSON. Student: Llama 3.
+# With longest-prefix maps Gemma has 14 in Indonesian, o200k 12.
 TEXTS = (
     "eng",
     "fil",
@@ -563,8 +563,10 @@ SHARED = {"gemma": 86_434, "gpt-oss": 103_245, "qwen": 109_566}
 
 
 @cache
-def real_bridge(teacher: ChatRenderer, student: ChatRenderer, home: Path) -> tuple[EventMap, float]:
-    """A real bridge and the seconds it took; kept in `home`, where the other real tests find it."""
+def real_event_map(
+    teacher: ChatRenderer, student: ChatRenderer, home: Path
+) -> tuple[EventMap, float]:
+    """A real emap and the seconds it took; kept in `home`, where the other real tests find it."""
     clock = time.monotonic()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PERSEA_HOME", str(home))
@@ -573,7 +575,7 @@ def real_bridge(teacher: ChatRenderer, student: ChatRenderer, home: Path) -> tup
 
 @pytest.fixture(scope="session")
 def real_home() -> Path:
-    """One for all workers: a bridge takes 10 s with its masks."""
+    """One for all workers: a emap takes 10 s with its masks."""
     return Path(os.environ["PERSEA_TEST_HOME"])
 
 
@@ -584,19 +586,19 @@ def token_starts(vocabulary: Vocabulary, text: str) -> tuple[np.ndarray, np.ndar
 
 
 def disagreement(
-    bridge: EventMap,
+    emap: EventMap,
     teacher: Vocabulary,
     student: Vocabulary,
     shared: set[bytes],
     texts: Sequence[str],
 ) -> tuple[float, float, float]:
-    """Per cent of common boundaries with two different events: by this bridge, by longest shared prefixes, and by token bytes."""
+    """Return the per cent of different events by fixpoints, by longest prefixes, by bytes."""
     longest = cache(lambda raw: next(raw[:n] for n in range(len(raw), 0, -1) if raw[:n] in shared))
     counts = np.zeros(4)
     for text in texts:
         (ids_t, at_t), (ids_s, at_s) = token_starts(teacher, text), token_starts(student, text)
         _, k, j = np.intersect1d(at_t, at_s, assume_unique=True, return_indices=True)
-        differ = bridge.teacher_event_W[ids_t[k]] != bridge.student_event_V[ids_s[j]]
+        differ = emap.teacher_event_W[ids_t[k]] != emap.student_event_V[ids_s[j]]
         said = [
             (teacher.bytes_W[a] or b"", student.bytes_W[b] or b"")
             for a, b in zip(ids_t[k], ids_s[j], strict=True)
@@ -638,47 +640,48 @@ def test_real_vocabularies_agree(
     data: Path, real_of: Callable[[str], Speaker], real_home: Path, family: str
 ):
     teacher, student = real_of(family).renderer, real_of("llama").renderer
-    bridge, seconds = real_bridge(teacher, student, real_home)
+    emap, seconds = real_event_map(teacher, student, real_home)
     texts = real_texts(data)
     assert sorted(texts) == sorted(TEXTS)
     shared = {b for b in teacher.vocabulary.bytes_W if b} & {
         b for b in student.vocabulary.bytes_W if b
     }
     rows = {
-        name: disagreement(bridge, teacher.vocabulary, student.vocabulary, shared, said)
+        name: disagreement(emap, teacher.vocabulary, student.vocabulary, shared, said)
         for name, said in texts.items()
     }
     print(
-        f"\n{family} -> llama: built in {seconds:.1f} s, {bridge.num_events:,} events; per cent that disagree, fixpoint/prefix/bytes:",
+        f"\n{family} -> llama: built in {seconds:.1f} s, {emap.num_events:,} events; "
+        "per cent that disagree, fixpoint/prefix/bytes:",
         "  ".join(f"{name} {a:.2f}/{b:.1f}/{c:.0f}" for name, (a, b, c) in rows.items()),
     )
     for name, (by_events, by_prefix, by_bytes) in rows.items():
         assert by_events <= DISAGREEMENT[family][TEXTS.index(name)], name
         assert by_events <= by_prefix + 0.1 <= by_bytes + 0.2, name
     assert len(shared) == SHARED[family]
-    assert 0.99 * len(shared) < bridge.num_events <= len(shared)
+    assert 0.99 * len(shared) < emap.num_events <= len(shared)
     if family != "qwen":  # Qwen splits Indonesian as Llama does
         assert rows["ind"][1] > 4 * rows["ind"][0], (
-            "longest prefixes are what this bridge must not fall back to"
+            "longest prefixes are what this emap must not fall back to"
         )
-    offsets, _ = bridge.tokens_by_event
+    offsets, _ = emap.tokens_by_event
     assert (np.diff(offsets) > 0).all(), "an event no student token can say"
-    assert set(bridge.teacher_event_W[bridge.teacher_event_W >= 0]) == set(range(bridge.num_events))
-    for events, voice in ((bridge.teacher_event_W, teacher), (bridge.student_event_V, student)):
-        assert set(np.flatnonzero(events == 0)) == set(voice.stop_ids)
-        none = np.array([b is None for b in voice.vocabulary.bytes_W])
+    assert set(emap.teacher_event_W[emap.teacher_event_W >= 0]) == set(range(emap.num_events))
+    for events, renderer in ((emap.teacher_event_W, teacher), (emap.student_event_V, student)):
+        assert set(np.flatnonzero(events == 0)) == set(renderer.stop_ids)
+        none = np.array([b is None for b in renderer.vocabulary.bytes_W])
         assert ((events == -1) == (none & (events != 0))).all()
 
 
 @pytest.mark.realdata
 def test_real_same_tokenizer_is_the_identity(real_of: Callable[[str], Speaker]):
-    voice = real_of("qwen").renderer
-    bridge = build_event_map(voice, voice)
-    assert bridge.num_events == len(voice.vocabulary)
-    assert (bridge.teacher_event_W == bridge.student_event_V).all()
+    renderer = real_of("qwen").renderer
+    emap = build_event_map(renderer, renderer)
+    assert emap.num_events == len(renderer.vocabulary)
+    assert (emap.teacher_event_W == emap.student_event_V).all()
 
 
-# the texts of shared/notes/xtoken.md 3.3, small: (teacher, student, text, per cent of common boundaries that may disagree)
+# (teacher, student, text, per cent of common boundaries that may be different events)
 UDHR = (
     ("gemma", "llama", "ind", 1.2),
     ("gpt-oss", "llama", "ind", 2.2),
@@ -698,11 +701,11 @@ def test_real_declarations_of_human_rights(
     most: float,
 ):
     t, s = real_of(teacher).renderer, real_of(student).renderer
-    bridge, _ = real_bridge(t, s, real_home)
+    emap, _ = real_event_map(t, s, real_home)
     lines = (data / "corpus" / "udhr" / f"{language}.txt").read_text(encoding="utf-8").split("\n")
     shared = {b for b in t.vocabulary.bytes_W if b} & {b for b in s.vocabulary.bytes_W if b}
     by_events, _, _ = disagreement(
-        bridge,
+        emap,
         t.vocabulary,
         s.vocabulary,
         shared,

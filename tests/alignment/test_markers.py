@@ -9,7 +9,8 @@ import pytest
 
 from persea.alignment.markers import align_marker_runs
 from persea.alignment.spans import align
-from persea.chat.messages import Conversation, RenderedTokens, Text
+from persea.chat.messages import Conversation, Text
+from persea.tokenization.tokens import RenderedTokens
 from tests.teachers.engines.test_transformers import opened
 from tests.training.on_policy.test_rollouts import STUDENT, pair
 from tests.training.on_policy.test_teacher_scores import marker, structured
@@ -44,10 +45,10 @@ def written(name: str, tokens: RenderedTokens, ranges: np.ndarray) -> list[str]:
         ),
     ],
 )
-def test_where_one_part_ends_and_another_begins_both_say_so(
+def test_marker_runs_between_parts_correspond(
     name: str, open_: str, close: str, call: str, called: str
 ) -> None:
-    """With the first content behind it; the full stop of a thought is part of a token that the student's template shares."""
+    """A stretch ends after the first content; a shared full stop belongs to the run."""
     told = [
         [
             written(who, side, ranges)
@@ -65,8 +66,8 @@ def test_where_one_part_ends_and_another_begins_both_say_so(
     ]
 
 
-def test_markers_that_one_side_has_alone_are_said_by_the_others_first_word() -> None:
-    """gpt-oss says by a channel that text comes, the student by beginning it: a row behind the channel knows nothing of a call."""
+def test_markers_of_one_side_alone_correspond_to_nothing() -> None:
+    """gpt-oss marks text by a channel, the student by its first word: no token corresponds."""
     asked = Conversation.from_question("2+3?").with_answer(Text("it is 5"))
     own, theirs = (opened(name)[0].render(asked) for name in (STUDENT, "gpt-oss-sapling"))
     mine, others = align_marker_runs(own, theirs)
@@ -75,11 +76,11 @@ def test_markers_that_one_side_has_alone_are_said_by_the_others_first_word() -> 
         ["<|channel|>final<|message|>it"],
     )
     first = int(np.flatnonzero(own.loss_mask_T)[0])
-    assert first in align([own], [theirs]).boundaries.student_C.tolist()
+    assert first in align(own, theirs).boundaries.student_C.tolist()
     assert 0 not in pair("gpt-oss-sapling").score_boundaries([(own, theirs)]).position_C.tolist()
 
 
-def test_a_run_that_was_cut_off_is_none() -> None:
+def test_a_run_that_was_cut_off_is_left_out() -> None:
     own, theirs = structured("qwen-sapling")[1]
     last = (
         max(k for k in range(len(own)) if marker(own, k)) + 1

@@ -1,4 +1,4 @@
-"""In the middle of a teacher token its row still speaks: against exact worlds, by brute force, and on real text."""
+"""Partial tokens: against exact worlds, by brute force, and on real text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 import worlds
 from worlds import Inside, World
 
-from persea.alignment.boundary_mask import UNRESTRICTED_CONTEXT
 from persea.alignment.event_map import EventMap, build_event_map
 from persea.alignment.partial_tokens import (
     PartialTokenProjector,
@@ -21,30 +20,33 @@ from persea.alignment.partial_tokens import (
     token_prefixes,
 )
 from persea.alignment.spans import align
+from persea.alignment.token_order import UNRESTRICTED_CONTEXT
 from persea.cache.unit import CachedAnswer
 from persea.chat.messages import Conversation, FinishReason, Text
 from persea.chat.renderer import ChatRenderer
 from persea.distributions import DistributionKind, SparseDistributions
 from persea.errors import RecipeError
 from persea.teachers.teacher import Answer
-from persea.training.dataset import build_dataset, build_example
-from tests.alignment.test_event_map import real_bridge, real_home
+from persea.training.dataset import build_dataset
+from persea.training.example import build_example
+from tests.alignment.test_event_map import real_event_map, real_home
 from tests.conftest import Speaker
 from tests.training.test_dataset import one
 
-assert real_home  # a fixture of test_bridge: the bridges are built once for all
+assert real_home  # a fixture of test_event_map: event maps are built once for all
 
 
-def completer_of(bridge: EventMap) -> PartialTokenProjector:
-    completer = make_partial_token_projector(bridge)
+def projector_of(emap: EventMap) -> PartialTokenProjector:
+    completer = make_partial_token_projector(emap)
     assert completer is not None
     return completer
 
 
-# ---- exact worlds ----------------------------------------------------------------------------------------------------
+# --- exact worlds ---
 
-# mean total variation between what the rows say, renormalised, and the true law of the student's next event: (with the student's
-# condition, without). Words: "b" is left of the teacher's "ab", and a "c" after it makes "bc" of it, an event of its own.
+# Mean total variation between the projected distribution, renormalised, and the true one of the
+# student's next event: (with the student's context, without).
+# World "words": "b" is left of the teacher's "ab", and a "c" after it makes "bc", another event.
 FLOORS = {"crossing": (0.0, 0.664), "words": (0.0775, 0.0775), "long": (0.0, 0.0)}
 
 
@@ -59,9 +61,9 @@ def begins_commonly(world: World, inside: Inside) -> bool:
 
 
 @pytest.mark.parametrize("name", FLOORS)
-def test_the_floor_inside_teacher_tokens(name: str):
+def test_total_variation_inside_teacher_tokens(name: str):
     world = worlds.world(name)
-    completer = completer_of(world.full_bridge)
+    completer = projector_of(world.full_event_map)
     total, lost = 0.0, [0.0, 0.0]
     for inside in world.insides:
         if not begins_commonly(world, inside):
@@ -75,7 +77,7 @@ def test_the_floor_inside_teacher_tokens(name: str):
         )
         q: dict[int, float] = defaultdict(float)
         for v, x in zip(world.columns_V.tolist(), inside.q_V.tolist(), strict=True):
-            q[int(world.full_bridge.student_event_V[v])] += x
+            q[int(world.full_event_map.student_event_V[v])] += x
         for k, context in enumerate(
             (
                 completer.student_order.context_ids(
@@ -87,13 +89,14 @@ def test_the_floor_inside_teacher_tokens(name: str):
             said = completer.project(rows, np.array([0]), [inside.emitted], context)
             assert len(said.student_index_M), "some teacher token did go on"
             p = (
-                np.bincount(said.event_M, said.probs_M, world.full_bridge.num_events)
+                np.bincount(said.event_M, said.probs_M, world.full_event_map.num_events)
                 / said.probs_M.sum()
             )
             lost[k] += (
                 inside.mass
                 * sum(
-                    abs(p[e] - q[e] / sum(q.values())) for e in range(world.full_bridge.num_events)
+                    abs(p[e] - q[e] / sum(q.values()))
+                    for e in range(world.full_event_map.num_events)
                 )
                 / 2
             )
@@ -107,7 +110,7 @@ def test_the_floor_inside_teacher_tokens(name: str):
     assert tuple(x / total for x in lost) == pytest.approx(FLOORS[name], abs=5e-4)
 
 
-# ---- by brute force --------------------------------------------------------------------------------------------------
+# --- by brute force ---
 
 
 @pytest.fixture(scope="module")
@@ -129,9 +132,9 @@ def pair_of(
 def test_entries_by_brute_force(
     pair_of: Callable[[str, str], tuple[ChatRenderer, ChatRenderer, EventMap]], teacher: str
 ):
-    """Every teacher token that goes on with the bytes said, and of its event the student tokens that some teacher token goes on with."""
-    t, s, bridge = pair_of(teacher, "llama")
-    completer, W = completer_of(bridge), len(t.vocabulary)
+    """Return the projected entries, and the members that no teacher token continues with."""
+    t, s, emap = pair_of(teacher, "llama")
+    completer, W = projector_of(emap), len(t.vocabulary)
     rng, seen, crossed = np.random.default_rng(1), 0, 0
     long = [i for i, raw in enumerate(t.vocabulary.bytes_W) if raw and len(raw) > 2]
     content = [raw for raw in t.vocabulary.bytes_W if raw]
@@ -154,8 +157,8 @@ def test_entries_by_brute_force(
                     first = s.vocabulary.encode(rest.decode())[0]
                 except Exception:  # no text: the first token is another test's (test_bridge.py)
                     continue
-                event = int(bridge.student_event_V[first])
-                members = np.flatnonzero(bridge.student_event_V == event).tolist()
+                event = int(emap.student_event_V[first])
+                members = np.flatnonzero(emap.student_event_V == event).tolist()
                 whole = {
                     u: said + (s.vocabulary.bytes_W[u] or b"")
                     for u in members
@@ -183,7 +186,7 @@ def test_entries_by_brute_force(
     assert crossed or teacher != "gemma"
 
 
-def test_the_bytes_said(tiny_of: Callable[[str], Speaker]):
+def test_token_prefixes(tiny_of: Callable[[str], Speaker]):
     vocabulary = tiny_of("qwen").renderer.vocabulary
     ids = np.array(vocabulary.encode("hello 你"))
     assert token_prefixes(vocabulary, ids[:2], np.array([1, 0])) == [
@@ -192,31 +195,31 @@ def test_the_bytes_said(tiny_of: Callable[[str], Speaker]):
     ]
 
 
-def test_rows_that_cannot_be_completed_are_refused():
+def test_distributions_without_bytes_are_refused():
     for kind in (DistributionKind.FULL, DistributionKind.SAMPLED):
         require_projectable_kind(kind)
     for kind in (DistributionKind.TOPK, DistributionKind.TEXT_ONLY):
         with pytest.raises(
-            RecipeError, match=f"rows of kind {kind.value} say nothing in the middle of a token"
+            RecipeError, match=f"distributions of kind {kind.value} cannot be used inside a token"
         ) as caught:
             require_projectable_kind(kind)
-        assert caught.value.where == "training.completion"
+        assert caught.value.where == "training.partial_tokens"
 
 
-def test_the_same_tokenizer_has_nothing_inside(tiny_of: Callable[[str], Speaker]):
-    voice = tiny_of("qwen").renderer
-    assert make_partial_token_projector(build_event_map(voice, voice)) is None
+def test_the_same_tokenizer_has_no_projector(tiny_of: Callable[[str], Speaker]):
+    renderer = tiny_of("qwen").renderer
+    assert make_partial_token_projector(build_event_map(renderer, renderer)) is None
 
 
-# ---- in lessons ------------------------------------------------------------------------------------------------------
+# --- in lessons ---
 
 
 @pytest.mark.parametrize("teacher", ["qwen", "gemma", "gpt-oss"])
-def test_a_lesson_with_completion(
+def test_an_example_with_partial_tokens(
     pair_of: Callable[[str, str], tuple[ChatRenderer, ChatRenderer, EventMap]], teacher: str
 ):
-    """The entries at boundaries stay as they are; more stand just where a student token begins inside a teacher's."""
-    t, s, bridge = pair_of(teacher, "llama")
+    """Entries at boundaries stay; new ones are exactly at student tokens inside a teacher's."""
+    t, s, emap = pair_of(teacher, "llama")
     added = 0
     for text in (
         "Translate into English: three hundred",
@@ -240,8 +243,8 @@ def test_a_lesson_with_completion(
             Answer("p", teacher, "languages", "", conversation, FinishReason.STOP), theirs, rows
         )
         plain, more = (
-            build_example(capture, s, bridge).targets,
-            build_example(capture, s, bridge, make_partial_token_projector(bridge)).targets,
+            build_example(capture, s, emap).targets,
+            build_example(capture, s, emap, make_partial_token_projector(emap)).targets,
         )
         n = len(plain.row_M)
         assert (more.row_M[:n].tolist(), more.event_M[:n].tolist(), more.probs_M[:n].tolist()) == (
@@ -249,7 +252,7 @@ def test_a_lesson_with_completion(
             plain.event_M.tolist(),
             plain.probs_M.tolist(),
         )
-        found = align([mine], [theirs])
+        found = align(mine, theirs)
         place = np.cumsum(mine.loss_mask_T) - 1
         inside = set(
             place[
@@ -264,7 +267,7 @@ def test_a_lesson_with_completion(
         feed = build_dataset(
             one([capture]),
             s,
-            {teacher: bridge},
+            {teacher: emap},
             batch_size=2,
             seed=0,
             max_tokens=999,
@@ -274,10 +277,11 @@ def test_a_lesson_with_completion(
     assert added > 5 or teacher != "gemma"  # the other saplings' tokens cut where llama's do
 
 
-# ---- real text -------------------------------------------------------------------------------------------------------
+# --- real text ---
 
-# per cent of student tokens inside a teacher token that begins commonly, and of those, where the rest of the realised teacher token
-# names another event than the realised student token, or none: bounds above what 20 and 60 NTREX lines showed
+# Per cent of student tokens inside a teacher token that begins at a common boundary; and of
+# those, where the rest of the observed teacher token
+# is another event than the observed student token, or none: bounds above 20 and 60 NTREX lines
 INSIDE = {
     "gemma": {
         "ind": (20, 1.2, 2.5),
@@ -298,12 +302,12 @@ INSIDE = {
 
 @pytest.mark.realdata
 @pytest.mark.parametrize("family", INSIDE)
-def test_what_is_left_of_a_real_token_names_the_students_event(
+def test_the_rest_of_a_real_token_is_the_event_of_the_students_token(
     data: Path, real_of: Callable[[str], Speaker], real_home: Path, family: str
 ):
     teacher, student = real_of(family).renderer, real_of("llama").renderer
-    bridge, _ = real_bridge(teacher, student, real_home)
-    completer = completer_of(bridge)
+    emap, _ = real_event_map(teacher, student, real_home)
+    completer = projector_of(emap)
     for language, (least, most, silent) in INSIDE[family].items():
         lines = (
             (data / "parallel" / f"ntrex.{language}.txt")
@@ -318,7 +322,7 @@ def test_what_is_left_of_a_real_token_names_the_students_event(
         tokens = differ = unsaid = inside = 0
         for conversation in conversations:
             mine, theirs = student.render(conversation), teacher.render(conversation)
-            found = align([mine], [theirs]).partial_tokens
+            found = align(mine, theirs).partial_tokens
             at, over, said = (
                 side[found.at_common_boundary_I]
                 for side in (found.student_I, found.teacher_I, found.prefix_len_I)
@@ -339,8 +343,7 @@ def test_what_is_left_of_a_real_token_names_the_students_event(
             )
             differ += int(
                 (
-                    bridge.student_event_V[mine.ids_T[at[entries.student_index_M]]]
-                    != entries.event_M
+                    emap.student_event_V[mine.ids_T[at[entries.student_index_M]]] != entries.event_M
                 ).sum()
             )
             unsaid += len(at) - len(entries.student_index_M)

@@ -1,4 +1,4 @@
-"""Two renderings of one conversation meet exactly where their tokens begin at the same byte, and nowhere else."""
+"""Two renderings have a common boundary exactly where tokens begin at the same byte."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from persea.alignment.spans import SupervisionKind, align, aligned_spans, common_boundaries
+from persea.alignment.spans import (
+    SupervisionKind,
+    align,
+    align_batch,
+    aligned_spans,
+    common_boundaries,
+)
 from persea.chat.messages import (
     ContentPart,
     Conversation,
     Message,
-    RenderedTokens,
     Role,
     Text,
     Thinking,
@@ -26,6 +31,7 @@ from persea.chat.messages import (
 )
 from persea.chat.renderer import ChatRenderer
 from persea.errors import DataError
+from persea.tokenization.tokens import RenderedTokens
 from tests.conftest import FAMILIES, Speaker
 
 FRAGMENTS = [
@@ -89,23 +95,23 @@ Places: TypeAlias = dict[
 ]  # ("byte" or "stop", place) -> (token, bytes of it)
 
 
-class Voices(dict[str, ChatRenderer]):
-    """Family -> voice; hypothesis prints its arguments, and a vocabulary is long."""
+class Renderers(dict[str, ChatRenderer]):
+    """Family -> renderer; hypothesis prints its arguments, and a vocabulary is long."""
 
     def __repr__(self) -> str:
-        return f"Voices({', '.join(self)})"
+        return f"Renderers({', '.join(self)})"
 
 
 @pytest.fixture(scope="module")
-def voices(tiny_of: Callable[[str], Speaker]) -> Voices:
-    return Voices({family: tiny_of(family).renderer for family in FAMILIES})
+def renderers(tiny_of: Callable[[str], Speaker]) -> Renderers:
+    return Renderers({family: tiny_of(family).renderer for family in FAMILIES})
 
 
-# ---- an oracle that reads ids and nothing else ---------------------------------------------------------------------
+# --- an oracle that reads ids and nothing else ---
 
 
 def kept(family: str, conversation: Conversation) -> list[tuple[str, int, str]]:
-    """(whose part, place of its first kept byte, kept text) of each part; the families' rules written down again."""
+    """Return (role, first content byte, content text) of each part, by the families' rules."""
     at, out = 0, []
     for message in conversation.messages:
         for part in message.parts:
@@ -129,13 +135,16 @@ def kept(family: str, conversation: Conversation) -> list[tuple[str, int, str]]:
     return out
 
 
-def places(voice: ChatRenderer, tokens: RenderedTokens, conversation: Conversation) -> Places:
-    """Where the answer's tokens begin -> (index, how many bytes of the part), read off the ids: the runs of bytes between
-    control tokens are walked backwards from the last stop token, the text, and before it the thought."""
-    family, pieces = voice.family.name, [voice.vocabulary.bytes_W[i] for i in tokens.ids_T]
+def places(renderer: ChatRenderer, tokens: RenderedTokens, conversation: Conversation) -> Places:
+    """Return token index and byte count of the answer's tokens, found from the ids alone.
+
+    Runs of bytes between control tokens are walked backwards from the last stop token: the text,
+    and before it the thought.
+    """
+    family, pieces = renderer.family.name, [renderer.vocabulary.bytes_W[i] for i in tokens.ids_T]
     said_at = [(who, at, text.encode()) for who, at, text in kept(family, conversation)]
     parts = {who: (at, text) for who, at, text in said_at}  # the last of each
-    stop = max(k for k, i in enumerate(tokens.ids_T) if i in voice.stop_ids)
+    stop = max(k for k, i in enumerate(tokens.ids_T) if i in renderer.stop_ids)
     turn_end = max((at + len(text) for _, at, text in said_at if text), default=0)
     out: Places = {("stop", turn_end): (stop, 0)}
 
@@ -156,7 +165,7 @@ def places(voice: ChatRenderer, tokens: RenderedTokens, conversation: Conversati
 
     lay(run_before(stop), stop, BEFORE_TEXT[family], *parts["assistant"])
     if parts.get("thought", (0, b""))[1]:
-        marker = voice.vocabulary.control_token_ids[
+        marker = renderer.vocabulary.control_token_ids[
             {"llama": "</think>", "qwen": "</think>", "gpt-oss": "<|end|>"}[family]
         ]
         end = max(k for k in range(stop) if tokens.ids_T[k] == marker)
@@ -165,11 +174,11 @@ def places(voice: ChatRenderer, tokens: RenderedTokens, conversation: Conversati
 
 
 def all_places(
-    voices: Voices, conversation: Conversation
+    renderers: Renderers, conversation: Conversation
 ) -> tuple[dict[str, RenderedTokens], dict[str, Places]]:
-    rendered = {name: voice.render(conversation) for name, voice in voices.items()}
+    rendered = {name: renderer.render(conversation) for name, renderer in renderers.items()}
     return rendered, {
-        name: places(voice, rendered[name], conversation) for name, voice in voices.items()
+        name: places(renderer, rendered[name], conversation) for name, renderer in renderers.items()
     }
 
 
@@ -178,7 +187,7 @@ def pairs_of(student: RenderedTokens, teacher: RenderedTokens) -> list[tuple[int
     return list(zip(both.student_C.tolist(), both.teacher_C.tolist(), strict=True))
 
 
-# ---- properties ----------------------------------------------------------------------------------------------------
+# --- properties ---
 
 
 @given(conversation=conversations())
@@ -201,8 +210,8 @@ def pairs_of(student: RenderedTokens, teacher: RenderedTokens) -> list[tuple[int
         Thinking(LOREM), Text(LOREM)
     )
 )
-def test_boundaries_are_the_common_starts(voices: Voices, conversation: Conversation):
-    rendered, found = all_places(voices, conversation)
+def test_boundaries_are_the_common_starts(renderers: Renderers, conversation: Conversation):
+    rendered, found = all_places(renderers, conversation)
     for s in FAMILIES:
         for t in FAMILIES:
             common = found[s].keys() & found[t].keys()
@@ -212,7 +221,7 @@ def test_boundaries_are_the_common_starts(voices: Voices, conversation: Conversa
 
 
 def covered(found: Places, begin: int, end: int) -> list[tuple[str, int]]:
-    """The bytes of the answer that tokens [begin, end) cover, and "stop" where the stop token is among them."""
+    """Return the answer's bytes that tokens [begin, end) cover, and "stop" for the stop token."""
     return sorted(
         b
         for (kind, at), (index, size) in found.items()
@@ -233,8 +242,8 @@ def covered(found: Places, begin: int, end: int) -> list[tuple[str, int]]:
         Thinking(LOREM), Text(LOREM)
     )
 )
-def test_spans_cover_the_same_bytes_and_tile(voices: Voices, conversation: Conversation):
-    rendered, found = all_places(voices, conversation)
+def test_spans_cover_the_same_bytes_and_tile(renderers: Renderers, conversation: Conversation):
+    rendered, found = all_places(renderers, conversation)
     for s in FAMILIES:
         for t in FAMILIES:
             both, pieces = (
@@ -261,9 +270,11 @@ def test_spans_cover_the_same_bytes_and_tile(voices: Voices, conversation: Conve
 
 
 @given(conversation=conversations())
-def test_a_voice_with_itself_agrees_everywhere(voices: Voices, conversation: Conversation):
-    for voice in voices.values():
-        one, two = voice.render(conversation), voice.render(conversation)
+def test_a_rendering_with_itself_agrees_everywhere(
+    renderers: Renderers, conversation: Conversation
+):
+    for renderer in renderers.values():
+        one, two = renderer.render(conversation), renderer.render(conversation)
         content = np.flatnonzero(one.loss_mask_T & (one.starts_T >= 0))
         both, pieces = common_boundaries(one, two), aligned_spans(one, two)
         assert both.student_C.tolist() == both.teacher_C.tolist() == content.tolist()
@@ -276,8 +287,10 @@ def test_a_voice_with_itself_agrees_everywhere(voices: Voices, conversation: Con
 
 
 @given(conversation=conversations())
-def test_exchanging_the_sides_exchanges_the_answer(voices: Voices, conversation: Conversation):
-    one, two = voices["gemma"].render(conversation), voices["qwen"].render(conversation)
+def test_exchanging_the_sides_exchanges_the_answer(
+    renderers: Renderers, conversation: Conversation
+):
+    one, two = renderers["gemma"].render(conversation), renderers["qwen"].render(conversation)
     there, back = aligned_spans(one, two), aligned_spans(two, one)
     assert there.student_C2.tolist() == back.teacher_C2.tolist()
     assert there.teacher_C2.tolist() == back.student_C2.tolist()
@@ -286,21 +299,21 @@ def test_exchanging_the_sides_exchanges_the_answer(voices: Voices, conversation:
 
 
 @given(conversation=conversations())
-def test_what_is_not_learned_is_no_boundary(voices: Voices, conversation: Conversation):
-    for voice in voices.values():
-        rendered = voice.render(conversation)
-        for other in voices.values():
+def test_unsupervised_tokens_are_no_boundaries(renderers: Renderers, conversation: Conversation):
+    for renderer in renderers.values():
+        rendered = renderer.render(conversation)
+        for other in renderers.values():
             both = common_boundaries(rendered, other.render(conversation))
             assert rendered.loss_mask_T[both.student_C].all()
             assert not np.isin(both.student_C, np.flatnonzero(rendered.starts_T < 0)).any()
-            prompt = voice.render_prompt(
+            prompt = renderer.render_prompt(
                 Conversation(conversation.messages[:-1], conversation.effort)
             )
             assert len(common_boundaries(prompt, other.render(conversation)).student_C) == 0
             assert len(aligned_spans(prompt, other.render(conversation)).student_C2) == 0
 
 
-# ---- single cases --------------------------------------------------------------------------------------------------
+# --- single cases ---
 
 
 def answered(
@@ -315,20 +328,20 @@ def starts(tokens: RenderedTokens, both: np.ndarray) -> list[int]:
 
 @pytest.mark.parametrize("student", FAMILIES)
 @pytest.mark.parametrize("teacher", FAMILIES)
-def test_the_stop_tokens_meet(voices: Voices, student: str, teacher: str):
-    s, t = (voices[n].render(answered(Text("two words"))) for n in (student, teacher))
+def test_stop_tokens_correspond(renderers: Renderers, student: str, teacher: str):
+    s, t = (renderers[n].render(answered(Text("two words"))) for n in (student, teacher))
     a, b = pairs_of(s, t)[-1]
-    assert s.ids_T[a] in voices[student].stop_ids
-    assert t.ids_T[b] in voices[teacher].stop_ids
+    assert s.ids_T[a] in renderers[student].stop_ids
+    assert t.ids_T[b] in renderers[teacher].stop_ids
     assert aligned_spans(s, t).student_C2[-1].tolist() == [a, a + 1]
     assert aligned_spans(s, t).teacher_C2[-1].tolist() == [b, b + 1]
 
 
-def test_a_stop_never_meets_a_word(voices: Voices):
-    """llama trims the answer and stops where gpt-oss still says two spaces: one place, two different things."""
+def test_a_stop_token_never_corresponds_to_text(renderers: Renderers):
+    """llama trims the answer and stops where gpt-oss still has two spaces."""
     s, t = (
-        voices["llama"].render(answered(Text("Hi  "))),
-        voices["gpt-oss"].render(answered(Text("Hi  "))),
+        renderers["llama"].render(answered(Text("Hi  "))),
+        renderers["gpt-oss"].render(answered(Text("Hi  "))),
     )
     stop = int(np.flatnonzero(s.loss_mask_T)[-1])
     assert s.starts_T[stop] in t.starts_T[t.loss_mask_T], "the case is not there any more"
@@ -336,23 +349,23 @@ def test_a_stop_never_meets_a_word(voices: Voices):
     assert stop not in [k for a, b in aligned_spans(s, t).student_C2.tolist() for k in range(a, b)]
 
 
-def test_a_beginning_of_text_token_on_one_side_moves_nothing(voices: Voices):
+def test_a_beginning_of_text_token_on_one_side_moves_nothing(renderers: Renderers):
     conversation = answered(Text(LOREM))
-    s, t = voices["llama"].render(conversation), voices["qwen"].render(conversation)
-    assert s.ids_T[0] == voices["llama"].vocabulary.control_token_ids["<|begin_of_text|>"]
-    assert t.ids_T[0] == voices["qwen"].vocabulary.control_token_ids["<|im_start|>"]
+    s, t = renderers["llama"].render(conversation), renderers["qwen"].render(conversation)
+    assert s.ids_T[0] == renderers["llama"].vocabulary.control_token_ids["<|begin_of_text|>"]
+    assert t.ids_T[0] == renderers["qwen"].vocabulary.control_token_ids["<|im_start|>"]
     without = RenderedTokens(s.ids_T[1:], s.starts_T[1:], s.ends_T[1:], s.loss_mask_T[1:])
     assert len(pairs_of(s, t)) > 40
     assert pairs_of(s, t) == [(a + 1, b) for a, b in pairs_of(without, t)]
 
 
-def test_boundaries_inside_a_character(voices: Voices):
-    """Neither knows these scripts: the student's bytes and the teacher's byte fallback meet between the bytes of one character."""
+def test_boundaries_inside_a_character(renderers: Renderers):
+    """With byte fallback on both sides, boundaries lie between the bytes of one character."""
     text = "မြန်မာ ខ្មែរ 𓀀"
     conversation = answered(Text(text), question="")
     characters = set(np.cumsum([0] + [len(c.encode()) for c in text]).tolist())
     for s, t in (("gemma", "llama"), ("llama", "gemma"), ("qwen", "gemma")):
-        one, two = voices[s].render(conversation), voices[t].render(conversation)
+        one, two = renderers[s].render(conversation), renderers[t].render(conversation)
         origin = int(one.starts_T[one.loss_mask_T & (one.starts_T >= 0)][0])
         at = {k - origin for k in starts(one, common_boundaries(one, two).student_C)}
         assert at - characters, "no boundary inside a character"
@@ -360,10 +373,12 @@ def test_boundaries_inside_a_character(voices: Voices):
 
 
 @pytest.mark.parametrize("teacher", ["gpt-oss", "qwen"])
-def test_a_thought_the_student_drops_is_not_aligned_and_the_text_is(voices: Voices, teacher: str):
+def test_a_thought_the_student_drops_is_not_aligned_and_the_text_is(
+    renderers: Renderers, teacher: str
+):
     thought, text = "He says hello. I say it back.", "Hello, hello world 三百"
     conversation = answered(Thinking(thought), Text(text), effort=ThinkingEffort.HIGH)
-    s, t = voices["gemma"].render(conversation), voices[teacher].render(conversation)
+    s, t = renderers["gemma"].render(conversation), renderers[teacher].render(conversation)
     text_at = len(b"Hi") + 1 + len(thought.encode()) + 1
     both = common_boundaries(s, t)
     assert starts(t, both.teacher_C)[0] == text_at
@@ -371,7 +386,7 @@ def test_a_thought_the_student_drops_is_not_aligned_and_the_text_is(voices: Voic
         "the teacher learns its thought"
     )
     without = answered(Text(text))
-    plain_s, plain_t = voices["gemma"].render(without), voices[teacher].render(without)
+    plain_s, plain_t = renderers["gemma"].render(without), renderers[teacher].render(without)
     moved = len(thought.encode()) + 1
     assert starts(s, both.student_C) == [
         k + moved for k in starts(plain_s, common_boundaries(plain_s, plain_t).student_C)
@@ -382,11 +397,13 @@ def test_a_thought_the_student_drops_is_not_aligned_and_the_text_is(voices: Voic
 @pytest.mark.parametrize(
     ("student", "teacher"), [("qwen", "gpt-oss"), ("llama", "qwen"), ("llama", "gpt-oss")]
 )
-def test_two_that_think_are_aligned_in_the_thought_too(voices: Voices, student: str, teacher: str):
+def test_two_that_think_are_aligned_in_the_thought_too(
+    renderers: Renderers, student: str, teacher: str
+):
     conversation = answered(
         Thinking("one two three"), Text("one two three"), effort=ThinkingEffort.HIGH
     )
-    s, t = voices[student].render(conversation), voices[teacher].render(conversation)
+    s, t = renderers[student].render(conversation), renderers[teacher].render(conversation)
     at = starts(s, common_boundaries(s, t).student_C)
     text_at = len("Hi") + 1 + len("one two three") + 1
     in_thought, in_text = (
@@ -397,27 +414,30 @@ def test_two_that_think_are_aligned_in_the_thought_too(voices: Voices, student: 
     assert len(in_thought) > 1
 
 
-def test_an_empty_answer_has_its_stop_alone(voices: Voices):
+def test_an_empty_answer_has_its_stop_alone(renderers: Renderers):
     for s in FAMILIES:
         for t in FAMILIES:
-            one, two = voices[s].render(answered(Text(""))), voices[t].render(answered(Text("")))
+            one, two = (
+                renderers[s].render(answered(Text(""))),
+                renderers[t].render(answered(Text(""))),
+            )
             assert len(pairs_of(one, two)) == 1
             assert aligned_spans(one, two).num_one_to_one == 1
 
 
 @given(text=texts)
 @example(text=LOREM)
-def test_spans_are_as_fine_as_the_boundaries_allow(voices: Voices, text: str):
+def test_spans_are_as_fine_as_the_boundaries_allow(renderers: Renderers, text: str):
     """No boundary lies inside a span."""
     conversation = answered(Text(text))
-    s, t = voices["gemma"].render(conversation), voices["llama"].render(conversation)
+    s, t = renderers["gemma"].render(conversation), renderers["llama"].render(conversation)
     firsts = set(common_boundaries(s, t).student_C.tolist())
     for a, b in aligned_spans(s, t).student_C2.tolist():
         assert a in firsts
         assert not firsts & set(range(a + 1, b))
 
 
-# ---- whole batches ---------------------------------------------------------------------------------------------------
+# --- whole batches ---
 
 
 @given(said=st.lists(conversations(), max_size=5))
@@ -428,18 +448,18 @@ def test_spans_are_as_fine_as_the_boundaries_allow(voices: Voices, text: str):
     ]
 )
 @example(said=[])
-def test_a_batch_is_its_conversations(voices: Voices, said: list[Conversation]):
+def test_a_batch_equals_its_conversations(renderers: Renderers, said: list[Conversation]):
     for s, t in (("llama", "gemma"), ("gemma", "qwen"), ("qwen", "gpt-oss")):
-        ones, twos = ([voices[n].render(c) for c in said] for n in (s, t))
-        whole = align(ones, twos)
+        ones, twos = ([renderers[n].render(c) for c in said] for n in (s, t))
+        whole = align_batch(ones, twos)
         assert whole.student_offsets_B1.tolist() == np.cumsum([0, *map(len, ones)]).tolist()
-        single = [align([one], [two]) for one, two in zip(ones, twos, strict=True)]
+        single = [align(one, two) for one, two in zip(ones, twos, strict=True)]
         for side in ("student", "teacher"):
-            first = getattr(whole, f"{side}_B1")[:-1]
+            first = getattr(whole, f"{side}_offsets_B1")[:-1]
             for what, name in (
                 ("boundaries", f"{side}_C"),
                 ("spans", f"{side}_C2"),
-                ("inside", f"{side}_I"),
+                ("partial_tokens", f"{side}_I"),
             ):
                 want = [
                     getattr(getattr(one, what), name) + k
@@ -468,12 +488,12 @@ def test_a_batch_is_its_conversations(voices: Voices, said: list[Conversation]):
         Thinking("a thought\n"), Text("\n\n text")
     )
 )
-def test_every_learned_token_is_taught_in_one_way(voices: Voices, conversation: Conversation):
+def test_every_supervised_token_has_one_kind(renderers: Renderers, conversation: Conversation):
     """Judged token by token, by plain loops over the two renderings."""
-    rendered = {name: voice.render(conversation) for name, voice in voices.items()}
+    rendered = {name: renderer.render(conversation) for name, renderer in renderers.items()}
     for s, one in rendered.items():
         for t, two in rendered.items():
-            found = align([one], [two])
+            found = align(one, two)
             covers = {
                 k: (int(two.starts_T[k]), int(two.ends_T[k]))
                 for k in np.flatnonzero(two.loss_mask_T)
@@ -520,25 +540,25 @@ def test_every_learned_token_is_taught_in_one_way(voices: Voices, conversation: 
                 assert found.supervision_S[k] == want, (s, t, k)
 
 
-def test_all_four_ways_occur(voices: Voices):
+def test_all_four_kinds_occur(renderers: Renderers):
     conversation = answered(Thinking("one two"), Text(LOREM), effort=ThinkingEffort.HIGH)
     ways = {
         way
         for s in FAMILIES
         for t in FAMILIES
-        for way in align(
-            [voices[s].render(conversation)], [voices[t].render(conversation)]
+        for way in align_batch(
+            [renderers[s].render(conversation)], [renderers[t].render(conversation)]
         ).supervision_S
     }
     assert ways == {-1, *SupervisionKind}
 
 
-def test_no_token_is_taught_where_the_other_side_learns_nothing(voices: Voices):
+def test_nothing_is_aligned_if_the_other_side_has_no_supervised_token(renderers: Renderers):
     s, t = (
-        voices["llama"].render(answered(Text("Hi"))),
-        voices["qwen"].render_prompt(Conversation.from_question("Hi")),
+        renderers["llama"].render(answered(Text("Hi"))),
+        renderers["qwen"].render_prompt(Conversation.from_question("Hi")),
     )
-    found = align([s], [t])
+    found = align(s, t)
     assert set(found.supervision_S[s.loss_mask_T]) == {SupervisionKind.TEXT}
     assert (
         len(found.boundaries.student_C)
@@ -548,19 +568,19 @@ def test_no_token_is_taught_where_the_other_side_learns_nothing(voices: Voices):
     )
 
 
-def test_what_is_no_pair_of_renderings_is_refused(voices: Voices):
-    s = voices["llama"].render(answered(Text(LOREM)))
+def test_inputs_that_are_not_renderings_are_refused(renderers: Renderers):
+    s = renderers["llama"].render(answered(Text(LOREM)))
     with pytest.raises(DataError, match="2 renderings of the student against 1"):
-        align([s, s], [s])
+        align_batch([s, s], [s])
     learned = np.flatnonzero(s.loss_mask_T)
     for k, j in ((learned[3], learned[2]), (learned[2], learned[3])):
         starts = s.starts_T.copy()
         starts[k] = starts[j]
         with pytest.raises(DataError, match="begin at the same byte"):
-            align([RenderedTokens(s.ids_T, starts, s.ends_T, s.loss_mask_T)], [s])
+            align_batch([RenderedTokens(s.ids_T, starts, s.ends_T, s.loss_mask_T)], [s])
 
 
-# ---- strings that break others ---------------------------------------------------------------------------------------
+# --- strings that break others ---
 
 HARD = {
     "emoji": "👩‍👩‍👧‍👦🏳️‍🌈👍🏽 🇻🇳",
@@ -584,19 +604,19 @@ def check_bytes(
     conversation: Conversation,
     one: RenderedTokens,
     two: RenderedTokens,
-    voices: tuple[ChatRenderer, ChatRenderer],
+    renderers: tuple[ChatRenderer, ChatRenderer],
 ) -> None:
     """Every span covers the same bytes on both sides, and these are the bytes its tokens have."""
     content = b"\xff".join(p.text.encode() for p in conversation.parts())
     found = aligned_spans(one, two)
     for ranges in zip(found.student_C2.tolist(), found.teacher_C2.tolist(), strict=True):
         places = []
-        for tokens, voice, (a, b) in zip((one, two), voices, ranges, strict=True):
+        for tokens, renderer, (a, b) in zip((one, two), renderers, ranges, strict=True):
             covered: list[int] = []
             for k in range(a, b):
                 begin, end = int(tokens.starts_T[k]), int(tokens.ends_T[k])
                 if 0 <= begin < end:
-                    assert (voice.vocabulary.bytes_W[tokens.ids_T[k]] or b"").startswith(
+                    assert (renderer.vocabulary.bytes_W[tokens.ids_T[k]] or b"").startswith(
                         content[begin:end]
                     )
                     covered += range(begin, end)
@@ -606,8 +626,10 @@ def check_bytes(
         assert places[0] == places[1]
 
 
-def check_all(voices: Voices, conversation: Conversation, cut: tuple[int, int] = (0, 0)) -> None:
-    rendered = {name: voice.render(conversation) for name, voice in voices.items()}
+def check_all(
+    renderers: Renderers, conversation: Conversation, cut: tuple[int, int] = (0, 0)
+) -> None:
+    rendered = {name: renderer.render(conversation) for name, renderer in renderers.items()}
     for s, one in rendered.items():
         for t, two in rendered.items():
             shorter = [
@@ -619,13 +641,13 @@ def check_all(voices: Voices, conversation: Conversation, cut: tuple[int, int] =
                 )
                 for x, n in zip((one, two), cut, strict=True)
             ]
-            check_bytes(conversation, shorter[0], shorter[1], (voices[s], voices[t]))
+            check_bytes(conversation, shorter[0], shorter[1], (renderers[s], renderers[t]))
 
 
 @pytest.mark.parametrize("name", HARD)
-def test_hard_strings_cover_the_same_bytes(voices: Voices, name: str):
-    check_all(voices, answered(Text(HARD[name])))
-    one, two = (voices[n].render(answered(Text(HARD[name]))) for n in ("llama", "gemma"))
+def test_hard_strings_cover_the_same_bytes(renderers: Renderers, name: str):
+    check_all(renderers, answered(Text(HARD[name])))
+    one, two = (renderers[n].render(answered(Text(HARD[name]))) for n in ("llama", "gemma"))
     assert len(aligned_spans(one, two).student_C2) > 1, (
         "the last is the stop, and there must be another"
     )
@@ -634,16 +656,16 @@ def test_hard_strings_cover_the_same_bytes(voices: Voices, name: str):
 @given(conversation=conversations(), cut=st.tuples(st.integers(0, 12), st.integers(0, 12)))
 @example(conversation=Conversation.from_question("x").with_answer(Text(HARD["emoji"])), cut=(2, 0))
 @example(conversation=Conversation.from_question("x").with_answer(Text("Hi")), cut=(1, 0))
-def test_a_cap_cuts_either_side_anywhere(
-    voices: Voices, conversation: Conversation, cut: tuple[int, int]
+def test_a_length_limit_cuts_either_side_anywhere(
+    renderers: Renderers, conversation: Conversation, cut: tuple[int, int]
 ):
-    check_all(voices, conversation, cut)
+    check_all(renderers, conversation, cut)
 
 
-def test_a_cut_inside_a_character_loses_the_last_span_alone(voices: Voices):
-    """The student's rendering ends inside an emoji: the span it stands in has no common end, all before it stay."""
+def test_a_cut_inside_a_character_loses_the_last_span_alone(renderers: Renderers):
+    """The student's rendering ends inside an emoji: that span has no common end."""
     conversation = answered(Text("Hello there 👩 x"))
-    one, two = voices["llama"].render(conversation), voices["gemma"].render(conversation)
+    one, two = renderers["llama"].render(conversation), renderers["gemma"].render(conversation)
     whole = aligned_spans(one, two).student_C2.tolist()
     at = len("Hi") + 1 + len("Hello there ")
     inside = [k for k in np.flatnonzero(one.loss_mask_T) if at < one.starts_T[k] < at + 4]
@@ -657,12 +679,12 @@ def test_a_cut_inside_a_character_loses_the_last_span_alone(voices: Voices):
         assert len([x for x in whole if x[1] <= k]) - len(kept) <= 1
 
 
-# ---- the real tokenizers ---------------------------------------------------------------------------------------------
+# --- the real tokenizers ---
 
 
 @pytest.fixture(scope="module")
-def real_voices(real_of: Callable[[str], Speaker]) -> Voices:
-    return Voices({family: real_of(family).renderer for family in FAMILIES})
+def real_renderers(real_of: Callable[[str], Speaker]) -> Renderers:
+    return Renderers({family: real_of(family).renderer for family in FAMILIES})
 
 
 @pytest.mark.realdata
@@ -674,24 +696,24 @@ def real_voices(real_of: Callable[[str], Speaker]) -> Voices:
     cut=(0, 0),
 )
 def test_real_spans_cover_the_same_bytes(
-    real_voices: Voices, conversation: Conversation, cut: tuple[int, int]
+    real_renderers: Renderers, conversation: Conversation, cut: tuple[int, int]
 ):
-    check_all(real_voices, conversation)
-    check_all(real_voices, conversation, cut)
+    check_all(real_renderers, conversation)
+    check_all(real_renderers, conversation, cut)
 
 
 @pytest.mark.realdata
 @pytest.mark.parametrize("name", HARD)
-def test_real_hard_strings_cover_the_same_bytes(real_voices: Voices, name: str):
-    check_all(real_voices, answered(Text(HARD[name])))
+def test_real_hard_strings_cover_the_same_bytes(real_renderers: Renderers, name: str):
+    check_all(real_renderers, answered(Text(HARD[name])))
 
 
 @pytest.mark.realdata
-def test_real_lines_of_every_language_cover_the_same_bytes(data: Path, real_voices: Voices):
+def test_real_lines_of_every_language_cover_the_same_bytes(data: Path, real_renderers: Renderers):
     for file in sorted((data / "parallel").glob("ntrex.*.txt")):
         lines = [
             unicodedata.normalize("NFC", line)
             for line in file.read_text(encoding="utf-8").split("\n")[:6]
             if "▁" not in line
         ]
-        check_all(real_voices, answered(Text("\n".join(lines))))
+        check_all(real_renderers, answered(Text("\n".join(lines))))

@@ -1,4 +1,6 @@
-"""The baselines of bench/ against their formulas and against what they reduce to; TRL's own runs where it is installed."""
+"""The baselines of bench/ against their formulas and against what they reduce to; TRL's own runs
+where it is installed.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,7 @@ def forward_kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return (p * (p.log() - q.log())).sum(-1)
 
 
-# ---- composition --------------------------------------------------------------------------------------------------------
+# --- composition ---
 
 
 @given(seed=seeds, share=st.sampled_from([0.0, 0.3, 1.0]))
@@ -71,7 +73,7 @@ def test_sft_is_cross_entropy():
     torch.testing.assert_close(sft(logits, targets), -logits[torch.arange(5), targets])
 
 
-# ---- the same vocabulary on both sides: the ordinary divergence ----------------------------------------------------------
+# --- the same vocabulary on both sides: the ordinary divergence ---
 
 
 @given(seed=seeds)
@@ -88,10 +90,10 @@ def test_one_vocabulary_reduces_to_kl(seed: int):
         assert equal.abs().max() < 1e-12
 
 
-# ---- each one's formula --------------------------------------------------------------------------------------------------
+# --- each one's formula ---
 
 
-def test_strict_renormalises_what_is_shared():
+def test_strict_renormalises_shared_tokens():
     p, q = (
         torch.tensor([[0.5, 0.3, 0.2, 0.0], [0.0, 0.0, 0.6, 0.4]]),
         torch.tensor([[0.1, 0.6, 0.3], [0.2, 0.2, 0.6]]),
@@ -100,7 +102,7 @@ def test_strict_renormalises_what_is_shared():
     want = 0.625 * np.log(0.625 / 0.75) + 0.375 * np.log(0.375 / 0.25)
     torch.testing.assert_close(
         strict(q.log(), p, both), torch.tensor([want, 0.0], dtype=torch.float32)
-    )  # the second row says nothing
+    )  # the second row has no shared mass
     top = strict(
         q.log(), p[:, :3] + 0.1, Shared(torch.arange(3), torch.arange(3)), top=2
     )  # the student's two likeliest
@@ -114,7 +116,7 @@ def test_strict_renormalises_what_is_shared():
 
 
 @given(seed=seeds)
-def test_uld_is_blind_to_who_is_who(seed: int):
+def test_uld_ignores_token_identity(seed: int):
     rng = np.random.default_rng(seed)
     p, q = rows(seed, 3, 13), rows(seed + 1, 3, 9)
     want = np.abs(
@@ -143,7 +145,7 @@ def test_longest_prefix_by_bytes():
         assert teacher.vocabulary.bytes_W[w] == student.vocabulary.bytes_W[u]
 
 
-def test_bpm_moves_mass_and_leaves_out_what_goes_nowhere():
+def test_bpm_moves_mass_and_drops_tokens_without_prefix():
     p, q = (
         torch.tensor([[0.2, 0.3, 0.1, 0.4], [0.0, 0.0, 1.0, 0.0]]),
         torch.tensor([[0.5, 0.25, 0.25]] * 2),
@@ -153,7 +155,7 @@ def test_bpm_moves_mass_and_leaves_out_what_goes_nowhere():
     torch.testing.assert_close(got, torch.tensor([want, 0.0], dtype=torch.float32))
 
 
-# ---- chunks ----------------------------------------------------------------------------------------------------------------
+# --- chunks ---
 
 
 def test_chunk_logprobs_are_sums():
@@ -174,7 +176,7 @@ def test_chunk_likelihood_is_a_binary_kl(seed: int, temperature: float):
     torch.testing.assert_close(
         chunk_likelihood(student, teacher, temperature=temperature), want, rtol=1e-6, atol=1e-9
     )
-    gap = student - teacher  # the correction that undoes all of it
+    gap = student - teacher  # the correction that cancels it
     assert (
         chunk_likelihood(student, teacher, temperature=temperature, correction_C=gap).abs().max()
         < 1e-9
@@ -186,7 +188,7 @@ def test_chunk_likelihood_is_a_binary_kl(seed: int, temperature: float):
     )
 
 
-def test_chunks_of_certainty_and_of_nonsense():
+def test_certain_chunks_and_invalid_chunks():
     assert chunk_likelihood(torch.zeros(1), torch.zeros(1)).item() == 0
     with pytest.raises(ValueError, match="above 1"):
         chunk_likelihood(
@@ -194,11 +196,11 @@ def test_chunks_of_certainty_and_of_nonsense():
         )
 
 
-# ---- TRL's own -------------------------------------------------------------------------------------------------------------
+# --- TRL's own ---
 
 
 class Strings:
-    """All that TRL asks of a tokenizer."""
+    """The part of a tokenizer that TRL uses."""
 
     def __init__(self, *tokens: str):
         self.tokens = tokens
@@ -208,7 +210,7 @@ class Strings:
 
 
 def one(logits_TV: torch.Tensor, ids: list[int], ends: list[int]) -> Sequence:
-    """A token of prompt, then the answer; the last token stands for the end of the turn."""
+    """One prompt token, then the answer; the last token ends the turn."""
     learned = torch.tensor([False] + [True] * (len(ids) - 1))
     return Sequence(
         logits_TV,
@@ -230,8 +232,8 @@ def test_gold_is_zero_for_two_equal_models(merge: str):
 
 
 @trl
-def test_gold_compares_the_rows_we_think_it_does():
-    """Extended ULD, merges and the shift, against a few lines of our own."""
+def test_gold_compares_the_expected_rows():
+    """Extended ULD, merging and the shift, against a short reference implementation."""
     P, Q = rows(5, 4, 4), rows(6, 5, 5)
     t, s = (
         one(P.log(), [0, 1, 2, 3], [2, 3, 3]),

@@ -1,4 +1,6 @@
-"""bench/objectives in miniature: the whole experiment on real text with toy models, and the parts whose truth is known."""
+"""bench/objectives in miniature: the whole experiment on real text with toy models, and the
+parts whose truth is known.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,12 @@ extension = importlib.import_module("bench.objectives.extension")
 methods = importlib.import_module("bench.objectives.methods")
 models = importlib.import_module("bench.objectives.models")
 onpolicy = importlib.import_module("bench.objectives.onpolicy")
-told = importlib.import_module("bench.objectives.report")
+report = importlib.import_module("bench.objectives.report")
 
 
 @pytest.fixture(scope="module")
 def world(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Teachers of four steps, on the real texts and the real tokenizers cut to 1,024 tokens."""
+    """Teachers trained for four steps on the real texts, with tokenizers cut to 1,024 tokens."""
     torch.set_num_threads(1)
     patch = pytest.MonkeyPatch()
     patch.setenv("PERSEA_HOME", str(tmp_path_factory.mktemp("home")))
@@ -64,32 +66,32 @@ def test_windows_are_short_nfc_and_cover_the_document() -> None:
     document = bench_data.Document("th", "p", "สวัสดีชาวโลก สามร้อย\n" * 40 + "x" * 700)
     cut = bench_data.windows(document)
     assert "".join(w.text for w in cut) == document.text
-    assert all(0 < len(w.text.encode()) <= bench_data.SHUFFLE_WINDOW_BLOCKS for w in cut)
+    assert all(0 < len(w.text.encode()) <= bench_data.WINDOW for w in cut)
 
 
-def test_cut_vocabularies_say_every_text(world: Any) -> None:
-    for who, speaker in world.model_names.items():
+def test_cut_vocabularies_encode_every_text(world: Any) -> None:
+    for who, speaker in world.speakers.items():
         size = world.size.vocabulary
         assert size <= len(speaker.vocabulary) <= size + 30, (
             who
-        )  # the last token's parts and two controls
+        )  # the last token's parts and two control tokens
         texts = [
             w.text
             for d in bench_data.TEACHES.get(who, bench_data.DOMAINS)
             for w in world.text["test"][d][:20]
         ]
-        speaker.vocabulary.encode_batch(texts)  # refuses a text whose bytes do not come back
+        speaker.vocabulary.encode_batch(texts)  # raises for a text whose bytes do not round-trip
 
 
 def batch_of(world: Any) -> Any:
     return next(world.batches(arms.Arm("events", "full", 0.5, 1e-3, "unlimited", 1)))
 
 
-def test_whole_rows_written_densely_are_perseas_own_objective(world: Any) -> None:
-    """events_full against persea.losses.event_kl_loss on rows with every entry; and sampled rows come near it on average."""
+def test_dense_whole_rows_equal_the_event_objective(world: Any) -> None:
+    """events_full equals event_kl_loss on rows with every entry; sampled rows match on average."""
     batch = batch_of(world)
     torch.manual_seed(0)
-    logits = torch.randn(len(batch.labels_N), len(world.model_names["student"].vocabulary))
+    logits = torch.randn(len(batch.labels_N), len(world.speakers["student"].vocabulary))
     setting = methods.Setting("events", "full", 0.7)
     losses = []
     for rows in ("full", "top-k all"):
@@ -112,7 +114,7 @@ def test_share_zero_is_cross_entropy_and_every_method_has_a_gradient(
     batch = batch_of(world)
     torch.manual_seed(0)
     logits = torch.randn(
-        len(batch.labels_N), len(world.model_names["student"].vocabulary), requires_grad=True
+        len(batch.labels_N), len(world.speakers["student"].vocabulary), requires_grad=True
     )
     rows = "sampled .01" if " + " in method else "full"
     plain = methods.cross_entropy(logits, batch, {}, methods.Setting("cross-entropy", "none", 0.0))
@@ -126,7 +128,7 @@ def test_share_zero_is_cross_entropy_and_every_method_has_a_gradient(
 
 
 def test_bits_are_counted_by_hand(world: Any) -> None:
-    speaker, windows = world.model_names["student"], world.text["test"]["en"][:3]
+    speaker, windows = world.speakers["student"], world.text["test"]["en"][:3]
     model = models.make(world.size.student, len(speaker.vocabulary), seed=1)
     bits = 0.0
     for w in windows:
@@ -154,27 +156,30 @@ def test_a_finished_run_is_skipped_and_a_seed_repeats(world: Any, tmp_path: Path
 
 
 def test_sft_text_is_as_long_as_the_windows(world: Any) -> None:
-    for domain, pool in world.said.items():
+    for domain, pool in world.teacher_text.items():
         assert len(pool) == len(world.windows("unlimited", 1.0)[domain])
-        assert all(0 < len(w.text.encode()) <= bench_data.SHUFFLE_WINDOW_BLOCKS + 3 for w in pool)
+        assert all(0 < len(w.text.encode()) <= bench_data.WINDOW + 3 for w in pool)
 
 
-# ---- scripts that the student breaks into bytes, and its vocabulary extended ------------------------------------------
+# --- scripts that the student breaks into bytes, and its vocabulary extended ---
 
 
 @pytest.fixture(scope="module")
 def scripts(world: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The same miniature in the world of scripts; its students have met eight windows a domain and know 64 tokens more."""
+    """The same miniature in the world of scripts.
+
+    Its students are pretrained on eight windows per domain and have 64 extra tokens.
+    """
     size = replace(
         models.SIZES["toy"],
         name="toy-scripts",
-        teaches=bench_data.LANGUAGE_OF_SCRIPT,
+        teaches=bench_data.SCRIPTS,
         batch=4,
         vocabulary=3000,
         seen=200,
         per_page=6,
         met=8,
-        extend_tokenizer_spec=64,
+        extended=64,
     )
     made = arms.World(size, tmp_path_factory.mktemp("scripts"))
     made.grow()
@@ -213,17 +218,17 @@ def test_learned_merges_are_the_most_frequent_pairs_by_hand() -> None:
         "aa",
         "a",
     ]
-    assert extension.learn_merges(backend, ["abc"], 3) == []  # once is not often
+    assert extension.learn_merges(backend, ["abc"], 3) == []  # a pair must occur twice
 
 
-def test_an_extended_student_says_the_same_bytes_in_fewer_tokens(scripts: Any) -> None:
-    old, new = scripts.real["student"].vocabulary, scripts.model_names["student"].vocabulary
+def test_an_extended_student_encodes_the_same_bytes_in_fewer_tokens(scripts: Any) -> None:
+    old, new = scripts.real["student"].vocabulary, scripts.speakers["student"].vocabulary
     assert len(new) == len(old) + 64
     texts = [w.text for d in ("km", "my", "lo") for w in scripts.text["test"][d][:20]]
     before, after = (
         old.encode_batch(texts),
         new.encode_batch(texts),
-    )  # refuses a text whose bytes do not come back
+    )  # raises for a text whose bytes do not round-trip
     assert sum(map(len, after)) < 0.8 * sum(map(len, before))
     english = ["def f(x):\n    return x + 1", "All human beings are born free."]
     assert [old.decode([i]) for one in old.encode_batch(english) for i in one] == [
@@ -231,8 +236,8 @@ def test_an_extended_student_says_the_same_bytes_in_fewer_tokens(scripts: Any) -
     ]
 
 
-def test_new_rows_are_the_mean_of_their_pieces_and_old_ones_stay(scripts: Any) -> None:
-    plain, longer = scripts.real["student"], scripts.model_names["student"]
+def test_new_rows_are_the_mean_of_their_pieces_and_old_rows_stay(scripts: Any) -> None:
+    plain, longer = scripts.real["student"], scripts.speakers["student"]
     model = models.make(scripts.size.student, len(plain.vocabulary), seed=3)
     rows = model.get_input_embeddings().weight.detach().clone()
     made = extension.carried(model, plain, longer)
@@ -262,13 +267,11 @@ def _is_text(raw: bytes) -> bool:
         return False
 
 
-def test_students_of_scripts_begin_as_the_one_that_has_met_other_windows(
-    scripts: Any, tmp_path: Path
-) -> None:
+def test_students_of_scripts_start_from_the_pretrained_one(scripts: Any, tmp_path: Path) -> None:
     one, other = scripts.begun(1), scripts.begun(2)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
-    taught = {w.text for pool in scripts.windows("unlimited", 1.0).values() for w in pool}
-    assert not taught & {
+    trained_on = {w.text for pool in scripts.windows("unlimited", 1.0).values() for w in pool}
+    assert not trained_on & {
         w.text for d in scripts.size.domains for w in scripts.text["train"][d][-8:]
     }
     never, plain = (
@@ -283,15 +286,17 @@ def test_students_of_scripts_begin_as_the_one_that_has_met_other_windows(
         and lines[1]["mean"] < lines[0]["mean"]
     )
     assert set(lines[1]["bits_per_byte"]) == {"km", "my", "lo", "tha"}
-    said = told.extension_table(lines, {"toy-scripts": "64"}).splitlines()
-    assert len(said) == 5 and said[2].startswith("| 64 | cross-entropy |  | 0 | 1 |  | 0 | 0 |")
+    expected = report.extension_table(lines, {"toy-scripts": "64"}).splitlines()
+    assert len(expected) == 5 and expected[2].startswith(
+        "| 64 | cross-entropy |  | 0 | 1 |  | 0 | 0 |"
+    )
 
 
-# ---- the report ------------------------------------------------------------------------------------------------------
+# --- the report ---
 
 
 def lines_of(seeds: int, better: float) -> list[dict[str, Any]]:
-    """Result lines of one method, `better` bits a byte below the same random pages."""
+    """Return result lines of one method, `better` bits per byte below the same random pages."""
     rng = np.random.default_rng(0)
     pages = {
         d: [[float(b - better * 100), 100] for b in rng.normal(200, 20, 30)]
@@ -300,8 +305,8 @@ def lines_of(seeds: int, better: float) -> list[dict[str, Any]]:
     return [{"seed": s, "pages": pages} for s in range(seeds)]
 
 
-def test_a_paired_difference_is_found_exactly_and_pages_drawn_alike_cancel() -> None:
-    gaps = told.compare_paired_results(lines_of(2, 0.1), lines_of(2, 0.0))
+def test_a_paired_difference_is_exact_and_equal_pages_cancel() -> None:
+    gaps = report.compare_paired_results(lines_of(2, 0.1), lines_of(2, 0.0))
     for value, low, high in gaps.values():
         assert (
             value == pytest.approx(-0.1)
@@ -311,26 +316,26 @@ def test_a_paired_difference_is_found_exactly_and_pages_drawn_alike_cancel() -> 
 
 
 @pytest.mark.parametrize(
-    ("reached", "said"), [(2.5, "1.0"), (2.25, "1.4"), (2.0, "2.0"), (2.6, "< 1")]
+    ("reached", "expected"), [(2.5, "1.0"), (2.25, "1.4"), (2.0, "2.0"), (2.6, "< 1")]
 )
-def test_tokens_to_equal_quality(reached: float, said: str) -> None:
-    assert told.factor([(1.0, 2.5), (2.0, 2.0), (4.0, 1.9)], reached) == said
+def test_tokens_to_equal_quality(reached: float, expected: str) -> None:
+    assert report.factor([(1.0, 2.5), (2.0, 2.0), (4.0, 1.9)], reached) == expected
     assert (
-        told.factor([(1.0, 2.5), (2.0, 2.0), (4.0, 2.1)], 1.8)
+        report.factor([(1.0, 2.5), (2.0, 2.0), (4.0, 2.1)], 1.8)
         == "not reached: best 2.000 at 2 times"
     )
 
 
-def test_a_table_goes_between_its_marks_or_is_refused(tmp_path: Path) -> None:
+def test_a_table_goes_between_its_marks_or_is_an_error(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- one -->\nold\n<!-- end -->\nb\n")
-    told.written(page, {"one": "new"})
+    report.written(page, {"one": "new"})
     assert page.read_text() == "a\n<!-- one -->\nnew\n<!-- end -->\nb\n"
     with pytest.raises(SystemExit, match="0 places"):
-        told.written(page, {"two": "x"})
+        report.written(page, {"two": "x"})
 
 
-def test_masks_only_take_away_and_never_what_stands_there(world: Any) -> None:
+def test_masks_only_remove_mass_and_never_the_realised_event(world: Any) -> None:
     batch = batch_of(world)
     taken = 0
     for group in batch.groups:
@@ -341,20 +346,20 @@ def test_masks_only_take_away_and_never_what_stands_there(world: Any) -> None:
             after = np.bincount(masked.row_M, masked.probs_M, minlength=len(one.student))
             assert np.all(after <= before + 1e-5)
             taken += int(np.sum(after < before - 1e-6))
-            stands = set(
+            realised = set(
                 zip(
                     one.student_C.tolist(),
                     pair.event_map.teacher_event_W[one.spoken.ids_T[one.teacher_C]].tolist(),
                     strict=True,
                 )
             )
-            assert stands <= set(zip(masked.row_M.tolist(), masked.event_M.tolist(), strict=True))
+            assert realised <= set(zip(masked.row_M.tolist(), masked.event_M.tolist(), strict=True))
     assert taken > 0
 
 
-def test_chunks_cover_the_same_bytes_and_weight_zero_is_events_with_masks(world: Any) -> None:
+def test_spans_cover_the_same_bytes_and_weight_zero_is_events_with_masks(world: Any) -> None:
     batch = batch_of(world)
-    found, gone = chunks.gathered(batch, world.pairs)
+    found, impossible = chunks.gathered(batch, world.pairs)
     n = 0
     for group in batch.groups:
         for one, first in zip(group.examples, group.first_student, strict=True):
@@ -369,10 +374,10 @@ def test_chunks_cover_the_same_bytes_and_weight_zero_is_events_with_masks(world:
                 )
                 assert int(found.end_C[n]) == (first + b if ends else -1)
                 n += 1
-    assert n == len(found.teacher_C) > 0 and bool((found.teacher_C < 1e-4).all())
+    assert n == len(found.teacher_logprob_C) > 0 and bool((found.teacher_logprob_C < 1e-4).all())
     torch.manual_seed(0)
-    logits = torch.randn(len(batch.labels_N), len(world.model_names["student"].vocabulary))
-    assert not set(zip(gone.row_D.tolist(), gone.token_D.tolist(), strict=True)) & set(
+    logits = torch.randn(len(batch.labels_N), len(world.speakers["student"].vocabulary))
+    assert not set(zip(impossible.row_D.tolist(), impossible.token_D.tolist(), strict=True)) & set(
         enumerate(batch.labels_N.tolist())
     )
     setting = methods.Setting("events + masks", "sampled .01", 0.7)
@@ -383,21 +388,23 @@ def test_chunks_cover_the_same_bytes_and_weight_zero_is_events_with_masks(world:
     assert float(chunks.with_chunks(0.1)(logits, batch, world.pairs, setting)) > float(without)
 
 
-def test_own_words_are_heard_as_their_teacher_says_and_a_run_learns(
-    world: Any, tmp_path: Path
-) -> None:
-    """Every token of what a student said lies where its bytes are, the loss is that of persea's own rows, and a step moves the weights."""
+def test_student_text_is_scored_by_its_teacher_and_a_run_learns(world: Any, tmp_path: Path) -> None:
+    """Tokens of the student's text match their bytes, the loss is positive, and a step trains."""
     begun = onpolicy.Begun(world, arms.Arm("events", "sampled .01", 0.7, 4e-3, "unlimited", 1))
-    model, student, pairs = begun.student(1), world.model_names["student"], begun.pairs()
+    model, student, pairs = begun.student(1), world.speakers["student"], begun.pairs()
     windows = [w for pool in begun.windows.values() for w in pool]
     assert not {w.text for w in windows} & {
         w.text for pool in world.windows("unlimited", 1.0).values() for w in pool
     }
-    some = [own for own in onpolicy.said_by(model, student, windows, seed=1) if own is not None]
+    some = [
+        own
+        for own in onpolicy.sample_continuations(model, student, windows, seed=1)
+        if own is not None
+    ]
     assert len(some) > len(windows) // 3
     for own in some:
         teacher, raw = (
-            world.model_names[bench_data.EVALUATION_KIND_WEIGHTS[own.window.domain]],
+            world.speakers[bench_data.ASKED[own.window.domain]],
             own.text.encode(),
         )
         for tokens, speaker in zip(
@@ -407,7 +414,7 @@ def test_own_words_are_heard_as_their_teacher_says_and_a_run_learns(
             assert all(raw[a:b] == speaker.vocabulary.bytes_W[i] for a, b, i in placed)
             assert tokens.ends_T[-1] == len(raw)
         assert own.window.text.startswith(student.vocabulary.decode(own.ids[: own.prefix]).decode())
-    loss = onpolicy.heard(model, world.model_names, some, pairs)
+    loss = onpolicy.on_policy_loss(model, world.speakers, some, pairs)
     assert float(loss.detach()) > 0
     (line,) = onpolicy.run_all(
         world, begun.arm, [onpolicy.More("own", 1e-3, 1)], tmp_path / "lines.jsonl"
@@ -419,51 +426,54 @@ def test_own_words_are_heard_as_their_teacher_says_and_a_run_learns(
         line["tokens"] > 0 == before["tokens"] and line["bits_per_byte"] != before["bits_per_byte"]
     )
     assert all(
-        taught >= 0 and own >= 0 and size > 0
-        for taught, own, size in filter(None, line["continued"])
+        trained_on >= 0 and own >= 0 and size > 0
+        for trained_on, own, size in filter(None, line["continued"])
     )
 
 
-def test_a_student_that_is_its_teacher_has_nothing_to_learn_of_its_own_words(world: Any) -> None:
-    """With one vocabulary and one model on both sides the loss is zero, and both spend the same bits."""
+def test_student_equal_to_its_teacher_has_zero_loss_on_its_own_text(world: Any) -> None:
+    """With one vocabulary and one model on both sides, the loss is zero and the bits are equal."""
     who = "B"
     teacher = world.teachers[who]
-    speakers = world.model_names | {"student": teacher.speaker}
+    speakers = world.speakers | {"student": teacher.speaker}
     pair = onpolicy.TeacherScorer(
         onpolicy.asked(who, teacher),
         load_event_map(teacher.speaker.renderer, teacher.speaker.renderer),
     )
     windows = [w for d in bench_data.TEACHES[who] for w in world.text["test"][d][:3]]
     some = [
-        onpolicy.place_sampled_tokens(teacher.speaker, w, teacher.speaker.vocabulary.encode(w.text))
+        onpolicy.own_words(teacher.speaker, w, teacher.speaker.vocabulary.encode(w.text))
         for w in windows
     ]  # as its tokenizer spells it
-    assert abs(float(onpolicy.heard(teacher.model, speakers, some, {who: pair}).detach())) < 1e-5
+    assert (
+        abs(float(onpolicy.on_policy_loss(teacher.model, speakers, some, {who: pair}).detach()))
+        < 1e-5
+    )
     assert all(own.text.startswith(w.text[:4]) for own, w in zip(some, windows, strict=True))
-    told_of = onpolicy.spoken_by(teacher.model, speakers, windows, {who: pair})
+    measured = onpolicy.spoken_by(teacher.model, speakers, windows, {who: pair})
     spelled = [
         own
-        for own in onpolicy.said_by(teacher.model, teacher.speaker, windows, seed=7)
+        for own in onpolicy.sample_continuations(teacher.model, teacher.speaker, windows, seed=7)
         if own is not None
     ]
     same = [list(own.ids) == teacher.speaker.vocabulary.encode(own.text) for own in spelled]
-    lines = [one for one in told_of["continued"] if one is not None]
+    lines = [one for one in measured["continued"] if one is not None]
     assert len(lines) == len(same) and all(
         abs(a - b) < 0.02 for (a, b, _), alike in zip(lines, same, strict=True) if alike
     )
 
 
-def test_own_words_are_compared_window_by_window() -> None:
-    """Windows that one run could not continue are left out of all; a difference that is the same everywhere has no spread."""
+def test_continuations_are_compared_window_by_window() -> None:
+    """Windows that one run did not continue are left out of all; a constant gap has no spread."""
     text = {"continued": [[10.0, 4.0, 10], [30.0, 12.0, 20], None], "seed": 1}
     better = {"continued": [[9.0, 4.0, 10], [28.0, 12.0, 20], [1.0, 1.0, 1]], "seed": 1}
-    assert told.spread_of_own([better], [text]) == "-0.100 [-0.100, -0.100]"
+    assert report.spread_of_own([better], [text]) == "-0.100 [-0.100, -0.100]"
     lines = [
         dict(
             line,
             on=on,
             part="test",
-            learning_rate_at_step=0.001,
+            rate=0.001,
             mean=2.0,
             taught=0.9,
             calibration=0.1,
@@ -474,5 +484,5 @@ def test_own_words_are_compared_window_by_window() -> None:
     ]
     assert (
         "| own | 0.001 | 1 | 2.000 | 0.900 | 0.400 | 0.500 | -0.100 [-0.100, -0.100] | 0.100 | 1 |"
-        in told.onpolicy_table(lines)
+        in report.onpolicy_table(lines)
     )

@@ -1,4 +1,6 @@
-"""Ground truth (bench/worlds.py, tabular.py, tunstall.py): exactness, floors of every method, detection, fixed points, sampling."""
+"""Ground truth (bench/worlds.py, tabular.py, tunstall.py): exactness, floors of every method,
+detection, fixed points, sampling.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +39,9 @@ from tabular import (
 )
 from worlds import WORLDS, Boundary, World, chunks, markov, starts
 
-from persea.alignment.boundary_mask import UNRESTRICTED_CONTEXT
 from persea.alignment.partial_tokens import make_partial_token_projector
 from persea.alignment.spans import aligned_spans, common_boundaries
+from persea.alignment.token_order import UNRESTRICTED_CONTEXT
 from persea.distributions import DistributionKind, SparseDistributions, sample_distributions
 from persea.losses import (
     BatchTargets,
@@ -76,11 +78,11 @@ def short(name: str) -> World:
     return worlds.world(name, markov(longest=bias.SHORT))
 
 
-# ---- T0: both models are exact ------------------------------------------------------------------------------------------
+# --- T0: both models are exact ---
 
 
 @pytest.mark.parametrize("name", WORLDS)
-def test_both_models_say_the_law(name: str):
+def test_both_models_equal_the_distribution(name: str):
     world = whole(name)
     assert len(world.law) == 5460
     assert sum(world.law.values()) == pytest.approx(1, abs=1e-12)
@@ -96,8 +98,8 @@ def test_both_models_say_the_law(name: str):
 
 
 @pytest.mark.parametrize("name", WORLDS)
-def test_every_student_position_stands_somewhere(name: str):
-    """At a common boundary or inside a teacher token; together they are all positions, once."""
+def test_every_student_position_is_a_boundary_or_inside_a_teacher_token(name: str):
+    """Together both kinds are all positions, each once."""
     world = whole(name)
     mass = dict.fromkeys(world.s.next, 0.0)
     for place in (*world.boundaries, *world.insides):
@@ -106,8 +108,8 @@ def test_every_student_position_stands_somewhere(name: str):
     assert all(place.p_W.sum() > 0 for place in world.insides)
 
 
-def test_another_law_is_another_world():
-    """The counting has nothing of Markov in it: any weights over any strings."""
+def test_counting_works_for_any_distribution():
+    """The counting does not assume a Markov chain: any weights over any strings."""
     rng = np.random.default_rng(3)
     law = dict(zip(list(markov(longest=3)), rng.dirichlet(np.full(84, 0.3)).tolist(), strict=True))
     law = {text: p for text, p in law.items() if p > 0}
@@ -119,9 +121,9 @@ def test_another_law_is_another_world():
     assert floors["events exact"] <= floors["maps disagree"] + 1e-12
 
 
-# ---- T1: floors ---------------------------------------------------------------------------------------------------------
+# --- T1: floors ---
 
-# mean total variation at the truth, chunks in nats; the last three: with the best best masks there are
+# mean total variation at the truth, chunks in nats; the last three: with the best possible masks
 FLOORS = {
     "same": dict.fromkeys(
         (
@@ -188,8 +190,9 @@ FLOORS = {
 }
 
 
-# what trains: events, first bytes (total variation), chunks (nats). Above the best masks only because a string is cut at six
-# characters, and no mask knows that nothing more can come (test_perseas_masks_are_the_best_there_are)
+# with the masks that train: events, first bytes (total variation), chunks (nats). Larger than with
+# the best masks only because strings end at six characters, which no mask knows
+# (test_boundary_masks_are_the_best_possible)
 PERSEA_FLOORS = {
     "same": (0.0, 0.0, 0.0),
     "nested": (0.0, 0.0, 0.0),
@@ -219,18 +222,18 @@ def test_floors(name: str):
         assert got["events raw"] > 0.014, "this table would not see a bias"
 
 
-# ---- T2: detection ------------------------------------------------------------------------------------------------------
+# --- T2: detection ---
 
 
 @pytest.mark.parametrize("name", WORLDS)
-def test_a_tilted_student_is_seen(name: str):
+def test_a_tilted_student_is_detected(name: str):
     found = bias.detection(name, exact_weights, longest=bias.SHORT)
     assert found["composed"] >= 0.95, "ranks students as the byte KL does"
     if name in (
         "same",
         "nested",
         "crossing",
-    ):  # in words and long much lies inside events, where only the text speaks
+    ):  # in words and long much lies inside events, where only the text trains
         assert found["events"] >= 0.95
     if name in AGREE:
         assert found["monotone"] == 1.0
@@ -238,13 +241,16 @@ def test_a_tilted_student_is_seen(name: str):
         assert found["smallest_composed"] > 1e-5
 
 
-# ---- T3: where an objective sends a student -------------------------------------------------------------------------------
+# --- T3: fixed points of an objective ---
 
 
 @pytest.mark.parametrize("name", WORLDS)
 @pytest.mark.parametrize("share", [0.3, 0.7, 1.0])
 def test_expected_gradient_at_the_truth(name: str, share: float):
-    """Members cut down, not renormalised: zero for every share where maps agree. Renormalised, or unmasked, it is not."""
+    """Masked without renormalisation: zero for every share where maps agree.
+
+    Not zero if renormalised or unmasked.
+    """
     world = short(name)
     by_mask = {mask: stack(world, mask) for mask in (no_mask, exact_mask, exact_weights)}
     pushes = {mask: push(events(s, share), s) for mask, s in by_mask.items()}
@@ -269,7 +275,7 @@ STAYS = {
 
 
 @pytest.mark.parametrize("name", WORLDS)
-def test_a_perfect_student_stays_and_another_arrives(name: str):
+def test_a_perfect_student_stays_and_a_random_one_converges(name: str):
     s = stack(short(name), exact_weights)
     assert byte_kl(s, random_logits(s, 1)) > 0.5
     for begin in (s.truth_logits, random_logits(s, 1)):
@@ -283,12 +289,13 @@ def test_a_perfect_student_stays_and_another_arrives(name: str):
     )
 
 
-# nats of byte KL a string after 200 steps of one descent from the truth; at least this much for what is biased
+# nats of byte KL a string after 200 steps of one descent from the truth; at least this much for
+# what is biased
 DRIFTS = {"strict": 0.005, "uld": 0.03, "bpm": 0.02, "raw": 0.003}
 
 
 @pytest.mark.parametrize("name", ["nested", "crossing", "words", "long"])
-def test_what_is_biased_drifts(name: str):
+def test_biased_methods_drift(name: str):
     world = short(name)
     s = stack(world, no_mask)
     for method, least in DRIFTS.items():
@@ -301,49 +308,53 @@ def test_what_is_biased_drifts(name: str):
     assert byte_kl(s, descend(raw, s, s.truth_logits, 200, 0.2)) > 1e-3
 
 
-def test_the_control_of_the_drifts():
-    """One tokenizer on both sides: every method lets the perfect student be, so the drifts above are the methods' own."""
+def test_drifts_vanish_with_one_tokenizer():
+    """With one tokenizer on both sides no method moves the perfect student.
+
+    So the drifts above come from the methods.
+    """
     world = short("same")
     s = stack(world, no_mask)
     for method in ("strict", "bpm"):
         assert push(baseline(s, world, method), s) < 1e-12
-    # ULD has a kink at the truth, where rounding decides the sign: descent with a falling rate ends there again
+    # ULD has a kink at the truth, where rounding decides the sign: descent with a falling rate ends
+    # there again
     assert byte_kl(s, descend(baseline(s, world, "uld"), s, s.truth_logits, 200, 0.05)) < 1e-6
 
 
-# ---- persea's own masks and losses on these worlds ------------------------------------------------------------------------
+# --- persea's own masks and losses on these worlds ---
 
 
 @dataclass(frozen=True)
 class Positions:
-    """Every learned position there is, whole vocabularies: boundaries first, then what is inside teacher tokens. N positions.
+    """All N supervised positions, whole vocabularies: boundaries first, then inside teacher tokens.
 
-    row_N, target_N, weight_N  student row, token that stands there, probability
-    said, entries  what the teacher says, as the feed gives it
+    row_N, target_N, weight_N: student row, realised token, probability; targets, entries: the
+    teacher's targets as the dataset builds them.
     """
 
     row_N: torch.Tensor
     target_N: torch.Tensor
     weight_N: torch.Tensor
-    said: BatchTargets
+    targets: BatchTargets
     entries: EventTargets
 
 
 def contexts(world: World) -> tuple[np.ndarray, np.ndarray]:
-    """Of each boundary, the number of what stands before it: student's, teacher's."""
-    bridge = world.full_bridge
-    if bridge.teacher_mask is None:
+    """Return the context ids (student's, teacher's) at each boundary."""
+    event_map = world.full_event_map
+    if event_map.teacher_mask is None:
         return (np.full(len(world.boundaries), UNRESTRICTED_CONTEXT),) * 2
     found = [
         [
-            keeper.context_ids(np.array(prefix, np.int64), [len(prefix)])[0]
+            order.context_ids(np.array(prefix, np.int64), [len(prefix)])[0]
             if prefix
             else UNRESTRICTED_CONTEXT
             for prefix in prefixes
         ]
-        for keeper, prefixes in (
-            (bridge.teacher_mask.other, [b.student for b in world.boundaries]),
-            (bridge.student_mask.other, [b.teacher for b in world.boundaries]),
+        for order, prefixes in (
+            (event_map.teacher_mask.other, [b.student for b in world.boundaries]),
+            (event_map.student_mask.other, [b.teacher for b in world.boundaries]),
         )
     ]
     return np.array(found[0]), np.array(found[1])
@@ -355,7 +366,10 @@ def positions(
     kind: DistributionKind = DistributionKind.FULL,
     top: int | None = None,
 ) -> Positions:
-    """top: only so many of the likeliest teacher tokens; renormalised if the rows are to pass for whole ones."""
+    """Return the positions.
+
+    top: only so many of the likeliest teacher tokens, renormalised if the rows are declared FULL.
+    """
     s = stack(world, no_mask)
     at_C, target_C = (x.numpy() for x in s.both_CV.nonzero(as_tuple=True))
     inside = [
@@ -385,7 +399,7 @@ def positions(
         else [None, None]
     )
     entries = build_event_targets(
-        world.full_bridge,
+        world.full_event_map,
         row_M,
         world.columns_W[column_M],
         p_NW[row_M, column_M].numpy(),
@@ -398,13 +412,16 @@ def positions(
         rows,
         target_N,
         weight_N,
-        build_batch_targets(world.full_bridge, entries, len(target_N)),
+        build_batch_targets(world.full_event_map, entries, len(target_N)),
         entries,
     )
 
 
 def composed_table(world: World, p: Positions, share: float = 0.7) -> Objective:
-    """persea.losses.event_kl_loss over all positions, as an objective of the table of columns: only its gradient is right."""
+    """Return event_kl_loss over all positions, as an objective of the table of columns.
+
+    Only its gradient is right.
+    """
     columns, wide = torch.from_numpy(world.columns_V), len(world.student.vocabulary)
 
     def of(logits_RV: torch.Tensor) -> torch.Tensor:
@@ -412,7 +429,7 @@ def composed_table(world: World, p: Positions, share: float = 0.7) -> Objective:
             1, columns, logits_RV[p.row_N]
         )
         leaf = logits_NV.detach().requires_grad_()
-        event_kl_loss(leaf, p.target_N, [p.said], share).loss.backward()
+        event_kl_loss(leaf, p.target_N, [p.targets], share).loss.backward()
         return (leaf.grad * p.weight_N[:, None] * len(p.row_N) * logits_NV).sum()
 
     return of
@@ -420,8 +437,11 @@ def composed_table(world: World, p: Positions, share: float = 0.7) -> Objective:
 
 @pytest.mark.parametrize("name", WORLDS)
 @pytest.mark.parametrize("mask", [no_mask, persea_mask], ids=["plain", "masked"])
-def test_the_plain_objective_is_perseas(name: str, mask: Mask):
-    """events() of bench/tabular.py and what trains have the same expected gradient, at the truth and elsewhere."""
+def test_the_plain_objective_equals_event_kl_loss(name: str, mask: Mask):
+    """events() of bench/tabular.py and event_kl_loss have the same expected gradient.
+
+    At the truth and elsewhere.
+    """
     world = short(name)
     s, p = stack(world, mask), positions(world, mask is persea_mask)
     assert p.weight_N.sum().item() == pytest.approx(s.mass_R.sum().item())
@@ -435,8 +455,8 @@ def test_the_plain_objective_is_perseas(name: str, mask: Mask):
 
 
 @pytest.mark.parametrize("name", WORLDS)
-def test_perseas_masks_are_the_best_there_are(name: str):
-    """They delete nothing that is ever realised, and where a token still fits below the longest string keep nothing else."""
+def test_boundary_masks_are_the_best_possible(name: str):
+    """They drop no realised token, and below the longest string they keep nothing else."""
     world = whole(name)
     kept_too_much = 0
     for b in world.boundaries:
@@ -453,10 +473,13 @@ def test_perseas_masks_are_the_best_there_are(name: str):
     )
 
 
-def test_a_mask_does_not_look_at_what_comes():
-    """What is dead at a boundary is the same whether the rest of the text is there or not: a mask that saw it would leak the future."""
+def test_masks_do_not_depend_on_later_text():
+    """Impossible tokens are the same with and without the rest of the text.
+
+    A mask that saw later text would leak the future.
+    """
     world = whole("words")
-    bridge = world.full_bridge
+    event_map = world.full_event_map
     alone = dict(
         zip(
             ((b.teacher, b.student) for b in world.boundaries),
@@ -468,7 +491,7 @@ def test_a_mask_does_not_look_at_what_comes():
         t, s = world.t.ids[text], world.s.ids[text]
         for k, j in worlds.common(world, text)[1:]:
             for mask, ids, at, before in zip(
-                (bridge.teacher_mask, bridge.student_mask),
+                (event_map.teacher_mask, event_map.student_mask),
                 (s, t),
                 (j, k),
                 alone[t[:k], s[:j]],
@@ -480,10 +503,10 @@ def test_a_mask_does_not_look_at_what_comes():
                 )
 
 
-def dead_of(
+def impossible_of(
     world: World, columns: np.ndarray, before: np.ndarray, mask: object
 ) -> ImpossibleTokens:
-    """What cannot stand at each boundary, in the form the losses take."""
+    """Return the impossible tokens of each boundary, in the form of the losses."""
     if mask is None:
         return ImpossibleTokens(
             torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
@@ -496,7 +519,7 @@ def dead_of(
 
 
 def widened(rows_CX: torch.Tensor, columns: np.ndarray, wide: int) -> torch.Tensor:
-    """Probabilities over columns as natural logs over a whole vocabulary."""
+    """Spread probabilities over columns to natural logs over a whole vocabulary."""
     logs = torch.where(rows_CX > 0, rows_CX.clamp(min=1e-300).log(), NOWHERE)
     return torch.full((len(rows_CX), wide), NOWHERE, dtype=torch.float64).index_copy(
         1, torch.from_numpy(columns), logs
@@ -505,15 +528,22 @@ def widened(rows_CX: torch.Tensor, columns: np.ndarray, wide: int) -> torch.Tens
 
 @pytest.mark.parametrize("name", ["same", "nested", "crossing", "words"])
 def test_whole_rows_over_events(name: str):
-    """losses.full at the truth, masked: nothing where the maps agree and no mask is blind; the measure of bench/bias.py elsewhere."""
+    """event_divergence_loss at the truth, masked.
+
+    Zero where the maps agree and no mask is blind; as large as in bench/bias.py elsewhere.
+    """
     world = short(name)
-    s, bridge = stack(world, persea_mask), world.full_bridge
+    s, event_map = stack(world, persea_mask), world.full_event_map
     students, teachers = contexts(world)
     log_q = widened(s.truth_RV[s.row_C], world.columns_V, len(world.student.vocabulary))
     log_p = widened(s.p_CW, world.columns_W, len(world.teacher.vocabulary))
-    dead = {
-        "student_dead": dead_of(world, world.columns_V, teachers, bridge.student_mask),
-        "teacher_dead": dead_of(world, world.columns_W, students, bridge.teacher_mask),
+    impossible = {
+        "student_impossible_tokens": impossible_of(
+            world, world.columns_V, teachers, event_map.student_mask
+        ),
+        "teacher_impossible_tokens": impossible_of(
+            world, world.columns_W, students, event_map.teacher_mask
+        ),
     }
     for divergence in (Divergence.FORWARD, Divergence.JSD):
         each = torch.stack(
@@ -521,14 +551,14 @@ def test_whole_rows_over_events(name: str):
                 event_divergence_loss(
                     log_q[c : c + 1],
                     log_p[c : c + 1],
-                    bridge,
+                    event_map,
                     divergence,
                     **{
                         side: ImpossibleTokens(
                             torch.zeros(int((d.row_D == c).sum()), dtype=torch.int64),
                             d.token_D[d.row_D == c],
                         )
-                        for side, d in dead.items()
+                        for side, d in impossible.items()
                     },
                 ).loss
                 for c in range(0, len(log_q), 7)
@@ -543,9 +573,9 @@ def test_whole_rows_over_events(name: str):
 
 @pytest.mark.parametrize("name", ["same", "nested", "words", "long"])
 def test_the_debiased_chunk_term(name: str):
-    """losses.chunk at the truth: nothing where persea's masks know all there is to know; without masks it pushes."""
+    """span_likelihood_loss at the truth: zero where the masks are exact; biased without masks."""
     world = short(name)
-    s, bridge = stack(world, persea_mask), world.full_bridge
+    s, event_map = stack(world, persea_mask), world.full_event_map
     _, teachers = contexts(world)
     number = {(b.teacher, b.student): n for n, b in enumerate(world.boundaries)}
     kept_T = (s.p_CW * s.ok_CW).sum(-1).log()
@@ -568,11 +598,11 @@ def test_the_debiased_chunk_term(name: str):
     before = np.where(
         np.array(at_boundary) >= 0, teachers[np.array(at_boundary)], UNRESTRICTED_CONTEXT
     )
-    dead = dead_of(world, world.columns_V, before, bridge.student_mask)
+    impossible = impossible_of(world, world.columns_V, before, event_map.student_mask)
     numbers = (torch.tensor(of), torch.arange(len(row)), torch.tensor(begin), torch.tensor(end))
-    said = SpanTargets(*numbers, torch.tensor(teacher, dtype=torch.float64))
-    got = chunk_term(logits, torch.tensor(target), said, dead).loss.item()
-    undebiased = replace(said, teacher_logprob_C=torch.tensor(plain, dtype=torch.float64))
+    targets = SpanTargets(*numbers, torch.tensor(teacher, dtype=torch.float64))
+    got = chunk_term(logits, torch.tensor(target), targets, impossible).loss.item()
+    undebiased = replace(targets, teacher_logprob_C=torch.tensor(plain, dtype=torch.float64))
     raw = chunk_term(
         logits, torch.tensor(target), undebiased, ImpossibleTokens(*[torch.empty(0).long()] * 2)
     )
@@ -583,21 +613,29 @@ def test_the_debiased_chunk_term(name: str):
         assert got < raw.loss.item() / 2
 
 
-# byte KL, nats a string, where what trains leaves a perfect student: 0 but for strings cut short and maps that disagree
-PERSEA_STAYS = {"same": 0.0, "nested": 0.0, "crossing": 5.5e-4, "words": 8.9e-4, "long": 0.0146}
+# byte KL, nats per string, of a perfect student after training: 0 except for strings that end at
+# six characters and maps that disagree
+BYTE_KL_OF_PERFECT = {
+    "same": 0.0,
+    "nested": 0.0,
+    "crossing": 5.5e-4,
+    "words": 8.9e-4,
+    "long": 0.0146,
+}
 
 
 @pytest.mark.parametrize("name", WORLDS)
-def test_what_trains_lets_a_perfect_student_be(name: str):
+def test_event_kl_keeps_a_perfect_student(name: str):
     world = short(name)
     s, p = stack(world, persea_mask), positions(world, True)
     for begin in (s.truth_logits, random_logits(s, 1)):
         end = byte_kl(s, iterate(composed_table(world, p), s, begin, 40))
-        assert end == pytest.approx(PERSEA_STAYS[name], rel=0.05, abs=1e-6)
+        assert end == pytest.approx(BYTE_KL_OF_PERFECT[name], rel=0.05, abs=1e-6)
 
 
-# push at the truth and byte KL of the fixed point, masked: what is inside a teacher token learns from the text; from completion
-COMPLETION = {
+# push at the truth and byte KL of the fixed point, masked: positions inside a teacher token train
+# on the text; on partial-token targets
+PARTIAL_TOKENS = {
     "crossing": ((0.0195, 5.49e-4), (0.0195, 5.49e-4)),
     "words": ((0.0092, 8.90e-4), (0.0114, 9.51e-4)),
     "long": ((0.0417, 0.0146), (0.0417, 0.0146)),
@@ -605,7 +643,11 @@ COMPLETION = {
 
 
 def completed(world: World, p: Positions) -> Positions:
-    """Positions with persea.alignment.partial_tokens where the teacher token begins at a common boundary; the others stay with the text."""
+    """Add persea.alignment.partial_tokens targets where the teacher token starts at a common
+    boundary.
+
+    The other positions inside teacher tokens keep the text.
+    """
     places, number = world.insides, {prefix: r for r, prefix in enumerate(world.s.next)}
     at_N = range(len(p.row_N) - sum(int((i.q_V > 0).sum()) for i in places), len(p.row_N))
     cells = [(i, v) for i in places for v in np.flatnonzero(i.q_V)]
@@ -615,19 +657,19 @@ def completed(world: World, p: Positions) -> Positions:
         if len(world.teacher.vocabulary.decode(i.teacher)) in set(starts(world.student, i.student))
     ]
     some = [cells[n][0] for n in common]
-    keeper = world.full_bridge.teacher_mask.other
-    before = np.array([keeper.context_ids(np.array(i.student), [len(i.student)])[0] for i in some])
+    order = world.full_event_map.teacher_mask.other
+    before = np.array([order.context_ids(np.array(i.student), [len(i.student)])[0] for i in some])
     rows = rows_of(
         np.array([world.row_W(world.t.next[i.teacher]) for i in some]),
         world.columns_W,
         DistributionKind.FULL,
     )
-    more = make_partial_token_projector(world.full_bridge).project(
+    more = make_partial_token_projector(world.full_event_map).project(
         rows, np.arange(len(some)), [i.emitted for i in some], before
     )
     assert len(more.student_index_M) > 0
     none, row_M = np.empty(0, np.int64), np.array(at_N)[common][more.student_index_M]
-    said = EventTargets(
+    targets = EventTargets(
         row_M,
         more.event_M,
         more.probs_M,
@@ -642,31 +684,35 @@ def completed(world: World, p: Positions) -> Positions:
     assert [number[i.student] for i, _ in cells] == p.row_N[list(at_N)].tolist()
     return replace(
         p,
-        said=build_batch_targets(
-            world.full_bridge, concat_event_targets([p.entries, said], [0, 0]), len(p.row_N)
+        targets=build_batch_targets(
+            world.full_event_map, concat_event_targets([p.entries, targets], [0, 0]), len(p.row_N)
         ),
     )
 
 
-@pytest.mark.parametrize("name", COMPLETION)
-def test_completion_lets_a_perfect_student_be(name: str):
-    """A teacher token's rest, said to the student inside it, pushes hardly more than the text there, which pushes nowhere."""
+@pytest.mark.parametrize("name", PARTIAL_TOKENS)
+def test_partial_tokens_keep_a_perfect_student(name: str):
+    """Targets for the rest of a teacher token push hardly more than the text, which is unbiased."""
     world = short(name)
     s, p = stack(world, no_mask), positions(world, True)
-    for these, (pushed, end) in zip((p, completed(world, p)), COMPLETION[name], strict=True):
+    for these, (pushed, end) in zip((p, completed(world, p)), PARTIAL_TOKENS[name], strict=True):
         objective = composed_table(world, these)
         assert push(objective, s) == pytest.approx(pushed, abs=2e-4)
         assert byte_kl(s, iterate(objective, s, s.truth_logits, 40)) == pytest.approx(end, rel=0.02)
 
 
-# push at the truth, masked: the three likeliest teacher tokens and one rest event; the same three renormalised
+# push at the truth, masked: the three likeliest teacher tokens and one rest event; the same three
+# renormalised
 REST = {"same": (0.0, 0.82), "nested": (0.0, 0.81), "crossing": (0.020, 0.75), "long": (0.39, 0.58)}
 
 
 @pytest.mark.parametrize("name", REST)
 def test_top_k(name: str):
-    """With a rest it is unbiased with one tokenizer; between two the rest holds tokens that cannot stand, and nobody can tell how
-    much of it. Renormalised it pushes everywhere."""
+    """Top-k with a rest event is unbiased with one tokenizer.
+
+    Between two tokenizers the rest contains an unknown mass of impossible tokens. Renormalised
+    top-k is biased everywhere.
+    """
     world = short(name)
     s = stack(world, no_mask)
     for kind, want in zip((DistributionKind.TOPK, DistributionKind.FULL), REST[name], strict=True):
@@ -675,7 +721,7 @@ def test_top_k(name: str):
         )
 
 
-# ---- T6: sampled rows -----------------------------------------------------------------------------------------------------
+# --- T6: sampled rows ---
 
 DRAWS = 3000
 
@@ -683,22 +729,31 @@ DRAWS = 3000
 def drawn(
     world: World, b: Boundary, rows: SparseDistributions, masked: bool, logits_V: torch.Tensor
 ) -> torch.Tensor:
-    """Gradient of persea's objective at one boundary, the text's token a member of an event, once for each row. [D, V]"""
+    """Return the gradient at one boundary for each sampled row, [D, V].
+
+    The label is a member of an event.
+    """
     D, (student, teacher) = (
         len(rows),
         (dict(zip(world.boundaries, zip(*contexts(world), strict=True), strict=True))[b]),
     )
-    before = {"student_N": np.full(D, student), "teacher_N": np.full(D, teacher)} if masked else {}
+    before = (
+        {"student_context_N": np.full(D, student), "teacher_context_N": np.full(D, teacher)}
+        if masked
+        else {}
+    )
     row_M = np.repeat(np.arange(D), np.diff(rows.offsets_N1))
-    said = build_batch_targets(
-        world.full_bridge,
+    targets = build_batch_targets(
+        world.full_event_map,
         build_event_targets(
-            world.full_bridge, row_M, rows.ids_M, rows.probs_M, kind=rows.kind, **before
+            world.full_event_map, row_M, rows.ids_M, rows.probs_M, kind=rows.kind, **before
         ),
         D,
     )
-    logits_DV = logits_V.expand_groups(D, -1).clone().requires_grad_()
-    event_kl_loss(logits_DV, torch.full((D,), int(world.columns_V[0])), [said], 0.7).loss.backward()
+    logits_DV = logits_V.expand(D, -1).clone().requires_grad_()
+    event_kl_loss(
+        logits_DV, torch.full((D,), int(world.columns_V[0])), [targets], 0.7
+    ).loss.backward()
     return logits_DV.grad * D
 
 
@@ -717,7 +772,10 @@ def rows_of(p_DW: np.ndarray, ids: np.ndarray, kind: DistributionKind) -> Sparse
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 @pytest.mark.parametrize("name", ["crossing", "words"])
 def test_sampled_rows_have_the_full_rows_gradient(name: str, masked: bool):
-    """Entries that cannot stand are drawn like the others and dropped after: linear in p, so unbiased. Top-k is not."""
+    """Impossible entries are sampled like the others and dropped afterwards.
+
+    That is linear in p, so unbiased. Top-k is not.
+    """
     world = short(name)
     several = [
         b
@@ -734,7 +792,7 @@ def test_sampled_rows_have_the_full_rows_gradient(name: str, masked: bool):
         world, b, rows_of(b.p_W[None], world.columns_W, DistributionKind.FULL), masked, logits_V
     )[0]
     sample = sample_distributions(
-        torch.from_numpy(np.log(np.maximum(b.p_W, 1e-30))).expand_groups(DRAWS, -1),
+        torch.from_numpy(np.log(np.maximum(b.p_W, 1e-30))).expand(DRAWS, -1),
         np.zeros(DRAWS, np.int64),
         0.4,
         "worlds",
@@ -757,7 +815,8 @@ def test_sampled_rows_have_the_full_rows_gradient(name: str, masked: bool):
         assert bias == pytest.approx(TOP[name, masked, kind], abs=1e-3), (kind, bias)
 
 
-# the largest bias of a gradient's entry (of at most 1): the two likeliest renormalised, and the two likeliest with one rest event
+# the largest bias of a gradient's entry (of at most 1): the two likeliest renormalised, and the two
+# likeliest with one rest event
 TOP: dict[tuple[str, bool, DistributionKind], float] = {
     ("crossing", False, DistributionKind.FULL): 0.1128,
     ("crossing", False, DistributionKind.TOPK): 0.1123,
@@ -770,7 +829,7 @@ TOP: dict[tuple[str, bool, DistributionKind], float] = {
 }
 
 
-# ---- T9: no longest string ------------------------------------------------------------------------------------------------
+# --- T9: no longest string ---
 
 TEACHER, STUDENT = tunstall.Code(tunstall.code(11, "a")), tunstall.Code(tunstall.code(19, "c"))
 
@@ -792,7 +851,7 @@ def long_text() -> tuple[str, list[int], list[int]]:
 
 def test_a_long_text_without_a_bias():
     text, t, s = long_text()
-    teacher, student = TEACHER.build_event_groups(t), STUDENT.build_event_groups(s)
+    teacher, student = TEACHER.rendered(t), STUDENT.rendered(s)
     rows_t, rows_s = (
         {after: one.row(after) for after in tunstall.SOURCE} for one in (TEACHER, STUDENT)
     )
@@ -816,8 +875,8 @@ def test_a_long_text_without_a_bias():
         for (a, b), (c, d) in zip(between.teacher_C2, between.student_C2, strict=True)
     ]
     assert np.abs(gaps).max() < 1e-9
-    # event distributions at every boundary, through the code that trains, in float32 as it trains
-    bridge = tunstall.event_map(TEACHER, STUDENT)
+    # event distributions at every boundary, through the training code, in float32 as in training
+    event_map = tunstall.event_map(TEACHER, STUDENT)
     after = [text[a - 1] if a else "" for a in student.starts_T[both.student_C]]
     logits = torch.from_numpy(np.array([rows_s[a] for a in after], np.float32))
     p_CW = torch.from_numpy(np.exp([rows_t[a] for a in after]))
@@ -825,30 +884,30 @@ def test_a_long_text_without_a_bias():
         np.repeat(np.arange(len(after)), len(TEACHER.tokens)),
         np.tile(np.arange(len(TEACHER.tokens)), len(after)),
     )
-    said = build_batch_targets(
-        bridge,
+    targets = build_batch_targets(
+        event_map,
         build_event_targets(
-            bridge, row_M, ids_M, p_CW.flatten().numpy(), kind=DistributionKind.FULL
+            event_map, row_M, ids_M, p_CW.flatten().numpy(), kind=DistributionKind.FULL
         ),
         len(after),
     )
-    q_M = event_logprobs(logits, logits.logsumexp(-1), said).exp()
-    p_CE = torch.zeros(len(after), bridge.num_events, dtype=torch.float64).index_add(
-        1, torch.from_numpy(bridge.teacher_event_W).long(), p_CW
+    q_M = event_logprobs(logits, logits.logsumexp(-1), targets).exp()
+    p_CE = torch.zeros(len(after), event_map.num_events, dtype=torch.float64).index_add(
+        1, torch.from_numpy(event_map.teacher_event_W).long(), p_CW
     )
     assert (
-        q_M - p_CE[:, torch.from_numpy(bridge.teacher_event_W).long()].flatten()
+        q_M - p_CE[:, torch.from_numpy(event_map.teacher_event_W).long()].flatten()
     ).abs().max() < 1e-6
     # nothing but events: a perfect student's gradient is zero at each of them, not only on average
     logits = logits.clone().requires_grad_()
     event_kl_loss(
-        logits, torch.from_numpy(student.ids_T[both.student_C]).long(), [said], 1.0
+        logits, torch.from_numpy(student.ids_T[both.student_C]).long(), [targets], 1.0
     ).loss.backward()
     assert logits.grad.abs().max() * len(after) < 1e-5
 
 
-def test_without_a_leak_strict_is_unbiased_too():
-    """So what pushes on the finite worlds is the boundary's own information, not the renormalisation as such."""
+def test_without_boundary_information_strict_is_unbiased():
+    """So the bias on the finite worlds comes from the boundary, not from renormalising."""
     shared = {
         t: (TEACHER.number[t], STUDENT.number[t]) for t in {*TEACHER.tokens} & {*STUDENT.tokens}
     }
@@ -858,17 +917,17 @@ def test_without_a_leak_strict_is_unbiased_too():
         assert strict(q, p.exp(), both).item() == pytest.approx(0, abs=1e-12)
 
 
-def test_a_tunstall_student_that_is_wrong_is_seen():
-    bridge = tunstall.event_map(TEACHER, STUDENT)
+def test_a_wrong_tunstall_student_is_detected():
+    event_map = tunstall.event_map(TEACHER, STUDENT)
     p, q = np.exp(TEACHER.row("a")), np.exp(STUDENT.row("b"))
     p_E, q_E = (
-        np.bincount(bridge.teacher_event_W, p, bridge.num_events),
-        np.bincount(bridge.student_event_V, q, bridge.num_events),
+        np.bincount(event_map.teacher_event_W, p, event_map.num_events),
+        np.bincount(event_map.student_event_V, q, event_map.num_events),
     )
     assert bias.tv(p_E, q_E) > 0.3
 
 
-# ---- T10: TRL's own -------------------------------------------------------------------------------------------------------
+# --- T10: TRL's own ---
 
 GOLD = {
     "same": (0.0, 0.0),

@@ -111,7 +111,7 @@ def test_nothing_left_to_teach_is_refused():
         filter_answers(
             [Held([said(p, "Answer: 5") for p in prompts])], items(prompts), SKILLS
         ).refuse_all_rejected()
-    assert caught.value.where == "capture.verify"
+    assert caught.value.where == "capture.drop_wrong_answers"
     nothing = filter_answers([Held()], {}, SKILLS)
     assert nothing == AnswerFilterResult(0, 0, ())
     nothing.refuse_all_rejected()  # who asked nothing hears it elsewhere

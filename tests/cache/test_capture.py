@@ -26,12 +26,7 @@ from persea.cache.accounting import (
     capture_summary,
     quarantine_records,
 )
-from persea.cache.capture import (
-    CaptureUnit,
-    capture_teacher,
-    open_teacher_caches,
-    plan_units,
-)
+from persea.cache.capture import CaptureUnit, capture_teacher, open_teacher_caches, plan_units
 from persea.chat.messages import Conversation, FinishReason, Message, Role, Text, ThinkingEffort
 from persea.data.prompts import Corpus, MalformedLine, Prompt, RemovalReason
 from persea.distributions import DistributionKind
@@ -524,7 +519,7 @@ def test_an_answer_that_comes_in_pieces_gives_the_same_unit(
         planned,
         tmp_path / "cut",
         Teacher("qwen-sapling", opened("qwen-sapling")[0], Cut(engine("qwen-sapling"))),
-        use_given_answers=True,
+        given=True,
     )
     assert max(sizes) == 2 and len(sizes) > 6
     assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
@@ -736,11 +731,11 @@ def test_progress_tells_tokens_a_second_and_the_time_that_is_left() -> None:
     [
         (
             {"max_tokens": 1000},
-            r"capture\.tokens: the budget is spent: 1,100 tokens for 20 of 30 prompts -> raise capture\.tokens",
+            r"capture\.max_total_tokens: the budget is spent: 1,100 tokens for 20 of 30 prompts -> raise capture\.max_total_tokens",
         ),
         (
             {"max_hours": 0.5},
-            r"capture\.hours: the budget is spent: 0\.56 hours for 20 of 30 prompts -> raise capture\.hours and run again",
+            r"capture\.max_hours: the budget is spent: 0\.56 hours for 20 of 30 prompts -> raise capture\.max_hours and run again",
         ),
     ],
 )

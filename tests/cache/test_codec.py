@@ -11,7 +11,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from persea.cache.codec import CODEC_TOLERANCE_NATS, decode_block, encode_unit
-from persea.chat.messages import RenderedTokens
 from persea.distributions import (
     LOGPROB_STEP_NATS,
     DistributionKind,
@@ -19,6 +18,7 @@ from persea.distributions import (
     sample_distributions,
 )
 from persea.errors import DataError
+from persea.tokenization.tokens import RenderedTokens
 
 W = 300
 Spoken = tuple[RenderedTokens, SparseDistributions]

@@ -208,7 +208,7 @@ def test_whatever_fails_is_told_and_costs_nothing_that_was_committed(
         except StorageError as told:
             assert told.exit_code == 6
             assert os.strerror(error) in str(told)
-            assert "what is committed stays" in told.remedy
+            assert "committed work is kept" in told.remedy
         else:
             if not disk.fired:
                 break
@@ -236,7 +236,7 @@ def test_a_file_that_cannot_be_opened_is_not_called_broken(
     monkeypatch.setattr(cache.np, "memmap", refuse)
     with pytest.raises(
         StorageError,
-        match=r"unit0\.safetensors: cannot read: Too many open files -> look at the disk and at `ulimit -n`",
+        match=r"unit0\.safetensors: cannot read: Too many open files -> check the disk and `ulimit -n`",
     ):
         cache.open_unit(tmp_path, "unit0")
     monkeypatch.undo()

@@ -22,9 +22,10 @@ from persea.cache.maintenance import (
     verify_cache,
 )
 from persea.cache.unit import CachedAnswer
-from persea.chat.messages import Conversation, RenderedTokens
+from persea.chat.messages import Conversation
 from persea.distributions import DistributionKind, SparseDistributions
 from persea.errors import DataError, RefusedError
+from persea.tokenization.tokens import RenderedTokens
 from tests.cache.test_unit import TAU, assert_same, captures
 from tests.cli.test_cli import flowed_copy, persea
 

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from persea.cache import unit as cache
 from persea.cache.codec import CODEC_TOLERANCE_NATS
 from persea.cache.unit import CachedAnswer
-from persea.chat.messages import Conversation, FinishReason, RenderedTokens, Text, Thinking
+from persea.chat.messages import Conversation, FinishReason, Text, Thinking
 from persea.distributions import sample_distributions
 from persea.errors import DataError
 from persea.teachers.teacher import Answer
+from persea.tokenization.tokens import RenderedTokens
 
 TAU = 0.05
 

@@ -1,12 +1,22 @@
-"""persea.chat.messages: what a conversation is, before any tokenizer sees it. Renderings are in test_voice.py."""
+"""Conversations before any tokenizer sees them. Renderings are tested in test_renderer.py."""
 
 from __future__ import annotations
 
 import json
 
+import pytest
 from hypothesis import example, given
 
-from persea.chat.messages import Conversation, Message, Role, Text, Thinking, ThinkingEffort
+from persea.chat.messages import (
+    Conversation,
+    Message,
+    Role,
+    Text,
+    Thinking,
+    ThinkingEffort,
+    ToolCall,
+)
+from persea.errors import DataError
 from tests.chat.test_renderer import FRAGMENTS, LOOK_ALIKES, ask, conversations
 
 
@@ -16,7 +26,7 @@ def test_json_round_trip(conversation: Conversation):
     assert Conversation.from_json(json.loads(json.dumps(conversation.to_json()))) == conversation
 
 
-# ---- single cases --------------------------------------------------------------------------------------------------
+# ---- single cases --------------------------------------------------------------------------------
 
 
 def test_text_and_thinking_of_a_message():
@@ -37,8 +47,19 @@ def test_ask_normalises_once():
 
 
 def test_answers_are_normalised_too():
-    """A byte-level model can say e + U+0301, and Qwen's tokenizer would not give it back."""
+    """A byte-level model can generate e + U+0301, which Qwen's tokenizer would not reproduce."""
     assert ask("x", Thinking("o\u0308"), Text("e\u0301")).messages[-1].parts == (
         Thinking("ö"),
         Text("é"),
     )
+
+
+def test_argument_names_that_become_equal_are_refused():
+    """NFC must not drop an argument silently."""
+    call = ToolCall("f", '{"é": 1, "e\u0301": 2}')
+    with pytest.raises(DataError, match=r"arguments of tool f cannot be normalised.*two keys"):
+        Conversation.from_question("x").with_answer(call)
+    assert ToolCall.from_generated("f", call.arguments) is None
+    nested = ToolCall("f", '{"a": {"é": 1}, "b": {"e\u0301": 2}}')
+    (part,) = Conversation.from_question("x").with_answer(nested).messages[-1].parts
+    assert part == ToolCall("f", '{"a": {"é": 1}, "b": {"é": 2}}')

@@ -1,4 +1,5 @@
-"""A rendered conversation is the model's own, token for token, and every content token knows its bytes."""
+"""A conversation renders as by transformers, token for token, and every content token has its
+bytes."""
 
 from __future__ import annotations
 
@@ -15,22 +16,22 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from persea.chat.families.llama import LLAMA
+from persea.chat.family import edit_texts
 from persea.chat.messages import (
     PINNED_DATE,
     ContentPart,
     Conversation,
     FinishReason,
     Message,
-    RenderedTokens,
     Role,
     Text,
     Thinking,
     ThinkingEffort,
-    edit_texts,
 )
 from persea.chat.renderer import ChatRenderer
 from persea.chat.template import compile_template
 from persea.errors import DataError
+from persea.tokenization.tokens import RenderedTokens
 from persea.tokenization.vocabulary import load_vocabulary
 from tests.conftest import Speaker
 
@@ -105,7 +106,8 @@ def texts(fragments: list[str]) -> st.SearchStrategy[str]:
 
 @st.composite
 def conversations(draw: st.DrawFn, fragments: list[str] = FRAGMENTS) -> Conversation:
-    """A system text or none, one to three turns, thoughts or none, ending with the assistant's answer."""
+    """Conversations of one to three turns, with and without system text and thoughts, ending with
+    an answer."""
     text = texts(fragments)
     messages = [Message(Role.SYSTEM, (Text(draw(text)),))] if draw(st.booleans()) else []
     for _ in range(draw(st.integers(1, 3))):
@@ -115,22 +117,23 @@ def conversations(draw: st.DrawFn, fragments: list[str] = FRAGMENTS) -> Conversa
     return Conversation(tuple(messages), draw(st.sampled_from(ThinkingEffort)))
 
 
-def form(voice: ChatRenderer) -> str:
-    """A family's name; a Llama with the hybrid template keeps other things than one without."""
+def form(renderer: ChatRenderer) -> str:
+    """A family's name; a Llama with the hybrid template keeps other content than one without."""
     return (
         "hybrid"
-        if voice.family.name == "llama" and len(voice.family.efforts) > 1
-        else voice.family.name
+        if renderer.family.name == "llama" and len(renderer.family.efforts) > 1
+        else renderer.family.name
     )
 
 
-# ---- what transformers says ----------------------------------------------------------------------------------------
+# ---- what transformers says ----------------------------------------------------------------------
 
 
 def theirs(
     speaker: Speaker, conversation: Conversation, *, generate: bool, tokenize: bool = True
 ) -> Any:
-    """transformers' own rendering of the texts as they were given: no trimming, no dropping by persea."""
+    """Return transformers' rendering of the texts as they are given, without persea's
+    normalisation."""
     family = form(speaker.renderer)
     switches: dict[str, Any] = {}
     if family == "hybrid":
@@ -146,7 +149,8 @@ def theirs(
     messages = []
     for m in conversation.messages:
         messages.append({"role": m.role.value, "content": m.text})
-        # an answer at once has no thought, also where one stands in the conversation: gpt-oss alone always thinks
+        # an answer at once has no thought, also where one stands in the conversation: gpt-oss alone
+        # always thinks
         if m.thinking and (conversation.effort is not ThinkingEffort.NONE or family != "qwen"):
             messages[-1]["reasoning_content"] = m.thinking
     return speaker.tokenizer.apply_chat_template(
@@ -163,7 +167,11 @@ def question_of(conversation: Conversation) -> Conversation:
 
 
 def assume_no_look_alike(speaker: Speaker, conversation: Conversation) -> None:
-    """transformers takes control tokens in a text for control tokens; persea does not. (hypothesis tries those in our sources.)"""
+    """Skip texts with control tokens, which transformers encodes as control tokens and persea as
+    text.
+
+    hypothesis tries those that occur in our sources.
+    """
     assume(
         not any(
             name in p.text
@@ -173,13 +181,13 @@ def assume_no_look_alike(speaker: Speaker, conversation: Conversation) -> None:
     )
 
 
-# ---- an oracle of our own ------------------------------------------------------------------------------------------
+# ---- an oracle of our own ------------------------------------------------------------------------
 
 
 def trimmed(
     family: str, m: Message, kind: type[ContentPart], whole: str, last: bool, effort: ThinkingEffort
 ) -> tuple[int, int]:
-    """[begin, end) of what a family keeps of a message's texts, or of its thoughts, laid end to end."""
+    """[begin, end) of the content that a family keeps of a message's joined texts or thoughts."""
     if kind is Thinking and family == "hybrid" and last and effort is not ThinkingEffort.NONE:
         return len(whole) - len(whole.lstrip()), len(whole.rstrip())
     if kind is Thinking and family == "qwen" and last and effort is not ThinkingEffort.NONE:
@@ -196,7 +204,8 @@ def trimmed(
 
 
 def shares(family: str, conversation: Conversation) -> list[tuple[int, str]]:
-    """(first kept character, kept text) of each part, the families' rules written down here a second time."""
+    """(first kept character, kept text) of each part, by a second implementation of the families'
+    rules."""
     out = []
     for k, m in enumerate(conversation.messages):
         read = {Text: 0, Thinking: 0}
@@ -211,12 +220,12 @@ def shares(family: str, conversation: Conversation) -> list[tuple[int, str]]:
     return out
 
 
-def kept(family: str, conversation: Conversation) -> list[str]:
+def retained_texts(family: str, conversation: Conversation) -> list[str]:
     return [text for _, text in shares(family, conversation)]
 
 
 def places(family: str, conversation: Conversation) -> list[tuple[int, int]]:
-    """[start, end) of each part's kept bytes among the content's bytes; empty parts have none."""
+    """[start, end) of each part's kept bytes in the content; empty parts have none."""
     at, out = 0, []
     for part, (first, text) in zip(conversation.parts(), shares(family, conversation), strict=True):
         start = at + len(part.text[:first].encode())
@@ -227,23 +236,25 @@ def places(family: str, conversation: Conversation) -> list[tuple[int, int]]:
 
 
 def content_bytes(conversation: Conversation) -> bytes:
-    """The parts laid end to end with one free byte between them; 0xff stands in no UTF-8 text."""
+    """The parts laid end to end with one unused byte between them; 0xff occurs in no UTF-8 text."""
     return b"\xff".join(p.text.encode() for p in conversation.parts())
 
 
-def check_places(voice: ChatRenderer, conversation: Conversation, tokens: RenderedTokens) -> None:
-    """Every token's bytes are the content's bytes at its place, and every kept byte has exactly one token."""
-    content, spans = content_bytes(conversation), places(form(voice), conversation)
+def check_places(
+    renderer: ChatRenderer, conversation: Conversation, tokens: RenderedTokens
+) -> None:
+    """Check that each token has its content bytes and each kept byte exactly one token."""
+    content, spans = content_bytes(conversation), places(form(renderer), conversation)
     covered = np.zeros(len(content) + 1, int)
     stops = 0
     for i, start, end, learn in zip(
         tokens.ids_T, tokens.starts_T, tokens.ends_T, tokens.loss_mask_T, strict=True
     ):
-        piece = voice.vocabulary.bytes_W[i]
+        piece = renderer.vocabulary.bytes_W[i]
         if piece is None:
             stops += int(end >= 0)
             if end >= 0:
-                assert i in voice.stop_ids
+                assert i in renderer.stop_ids
                 assert learn
                 assert start == end == (spans[-1][1] if spans else 0)
             else:
@@ -258,9 +269,9 @@ def check_places(voice: ChatRenderer, conversation: Conversation, tokens: Render
             assert piece == content[start:end].replace(b"\xff", b"")
             covered[start:end] += np.frombuffer(content[start:end], np.uint8) != 0xFF
             continue
-        if (
-            start < 0
-        ):  # begins in the scaffolding, or ends there: its last bytes are the first of a part, or its first the last
+        # The token begins or ends in template text: its last bytes are the first of a part, or its
+        # first bytes are the last of a part.
+        if start < 0:
             part = max(a for a, _ in spans if a < end)
             start = part if content[part:end] in piece else part + int(np.argmin(covered[part:end]))
             assert piece.endswith(content[start:end]) or (
@@ -281,15 +292,15 @@ def generated(tokens: RenderedTokens) -> list[int]:
     return tokens.ids_T[tokens.loss_mask_T].tolist()
 
 
-# ---- properties ----------------------------------------------------------------------------------------------------
+# ---- properties ----------------------------------------------------------------------------------
 
 
 def same_as_transformers(speaker: Speaker, conversation: Conversation) -> None:
-    today = speaker.today()
-    assert today.render(conversation).ids_T.tolist() == theirs(
+    dated = speaker.today()
+    assert dated.render(conversation).ids_T.tolist() == theirs(
         speaker, conversation, generate=False
     )
-    assert today.render_prompt(question_of(conversation)).ids_T.tolist() == theirs(
+    assert dated.render_prompt(question_of(conversation)).ids_T.tolist() == theirs(
         speaker, question_of(conversation), generate=True
     )
 
@@ -315,7 +326,7 @@ def test_the_prompt_is_a_prefix(tiny: Speaker, conversation: Conversation):
 
 
 @given(conversation=conversations(FRAGMENTS + LOOK_ALIKES))
-def test_every_content_token_knows_its_bytes(tiny: Speaker, conversation: Conversation):
+def test_every_content_token_has_its_byte_offsets(tiny: Speaker, conversation: Conversation):
     check_places(tiny.renderer, conversation, tiny.renderer.render(conversation))
     check_places(
         tiny.renderer,
@@ -325,7 +336,9 @@ def test_every_content_token_knows_its_bytes(tiny: Speaker, conversation: Conver
 
 
 @given(conversation=conversations())
-def test_what_is_learned_is_the_last_answer_and_its_stop(tiny: Speaker, conversation: Conversation):
+def test_the_loss_mask_is_the_last_answer_and_its_stop_token(
+    tiny: Speaker, conversation: Conversation
+):
     assume_no_look_alike(tiny, conversation)
     whole = theirs(tiny, conversation, generate=False, tokenize=False)
     before = theirs(tiny, question_of(conversation), generate=True, tokenize=False)
@@ -355,14 +368,16 @@ def test_parse_gives_the_answer_back(tiny: Speaker, conversation: Conversation):
         generated(tiny.renderer.render(conversation)), conversation.effort
     )
     answer = conversation.messages[-1].parts
-    texts_kept = kept(form(tiny.renderer), conversation)[-len(answer) :]
+    texts_kept = retained_texts(form(tiny.renderer), conversation)[-len(answer) :]
     want = [replace(p, text=t) for p, t in zip(answer, texts_kept, strict=True) if t]
     assert [p for p in parts if p.text] == want
     assert finish is FinishReason.STOP
 
 
 @given(conversation=conversations(FRAGMENTS + LOOK_ALIKES))
-def test_an_answer_cut_anywhere_is_cut_and_nothing_worse(tiny: Speaker, conversation: Conversation):
+def test_an_answer_cut_anywhere_has_length_as_finish_reason(
+    tiny: Speaker, conversation: Conversation
+):
     ids = generated(tiny.renderer.render(conversation))
     assert tiny.renderer.parse(ids, conversation.effort)[1] is not FinishReason.LENGTH
     for end in range(len(ids)):
@@ -372,7 +387,7 @@ def test_an_answer_cut_anywhere_is_cut_and_nothing_worse(tiny: Speaker, conversa
 
 
 @given(data=st.data())
-def test_parse_takes_whatever_a_model_says(tiny: Speaker, data: st.DataObject):
+def test_parse_accepts_any_generated_ids(tiny: Speaker, data: st.DataObject):
     controls = sorted(tiny.renderer.vocabulary.control_token_ids.values())
     ids = data.draw(
         st.lists(
@@ -391,7 +406,7 @@ def test_parse_takes_whatever_a_model_says(tiny: Speaker, data: st.DataObject):
 
 @given(conversation=conversations(FRAGMENTS + LOOK_ALIKES))
 def test_look_alikes_bring_no_control_token(tiny: Speaker, conversation: Conversation):
-    """The scaffolding of a conversation has the same control tokens whatever is said in it."""
+    """The template's control tokens are the same for every content."""
 
     def controls(c: Conversation) -> list[int]:
         return [
@@ -400,11 +415,11 @@ def test_look_alikes_bring_no_control_token(tiny: Speaker, conversation: Convers
             if tiny.renderer.vocabulary.bytes_W[i] is None
         ]
 
-    said = iter(kept(form(tiny.renderer), conversation))
+    retained = iter(retained_texts(form(tiny.renderer), conversation))
     plain = replace(
         conversation,
         messages=tuple(
-            replace(m, parts=tuple(replace(p, text="x" if next(said) else "") for p in m.parts))
+            replace(m, parts=tuple(replace(p, text="x" if next(retained) else "") for p in m.parts))
             for m in conversation.messages
         ),
     )
@@ -430,22 +445,22 @@ def test_a_conversation_without_an_answer_is_not_rendered(tiny: Speaker):
 
 
 def test_starts_and_ends_of_a_conversation_written_out(tiny_of):
-    voice = tiny_of("llama").renderer
+    renderer = tiny_of("llama").renderer
     conversation = Conversation.from_question("  ab ", system="s").with_answer(Text(" cd\n"))
-    tokens = voice.render(conversation)
-    said = {
-        (int(a), int(b)): voice.vocabulary.bytes_W[i]
+    tokens = renderer.render(conversation)
+    bytes_at = {
+        (int(a), int(b)): renderer.vocabulary.bytes_W[i]
         for i, a, b in zip(tokens.ids_T, tokens.starts_T, tokens.ends_T, strict=True)
-        if b >= 0 and voice.vocabulary.bytes_W[i] is not None
+        if b >= 0 and renderer.vocabulary.bytes_W[i] is not None
     }
     # s | free | 2 spaces, ab, 1 space | free | 1 space, cd, newline
-    assert said[0, 1] == b"s"
-    assert b"".join(said[k] for k in sorted(said) if 4 <= k[0] < 6) == b"ab"
-    assert b"".join(said[k] for k in sorted(said) if k[0] >= 9) == b"cd"
-    assert {k[0] for k in said} <= {0, 4, 5, 9, 10}
+    assert bytes_at[0, 1] == b"s"
+    assert b"".join(bytes_at[k] for k in sorted(bytes_at) if 4 <= k[0] < 6) == b"ab"
+    assert b"".join(bytes_at[k] for k in sorted(bytes_at) if k[0] >= 9) == b"cd"
+    assert {k[0] for k in bytes_at} <= {0, 4, 5, 9, 10}
     last = int(np.flatnonzero(tokens.loss_mask_T)[-1])
     assert (tokens.starts_T[last], tokens.ends_T[last]) == (11, 11)
-    assert tokens.ids_T[last] == voice.vocabulary.control_token_ids["<|eot_id|>"]
+    assert tokens.ids_T[last] == renderer.vocabulary.control_token_ids["<|eot_id|>"]
 
 
 def test_decomposed_text_reaches_no_token(tiny_of):
@@ -457,7 +472,7 @@ def test_decomposed_text_reaches_no_token(tiny_of):
 
 
 def test_content_the_template_rewrites_is_refused(tiny_of):
-    """Parts in an order the template does not have: the thought after the words."""
+    """Parts in an order that the template does not have: the thought after the text."""
     with pytest.raises(DataError, match="changes the content of message parts"):
         tiny_of("gpt-oss").renderer.render(
             ask("Hi", Text("words"), Thinking("thought"), effort=ThinkingEffort.HIGH)
@@ -485,7 +500,8 @@ def _with_template(speaker: Speaker, text: str) -> ChatRenderer:
         ),
         ("{{ messages[-1]['content'] }}<|eot_id|>", "changes the content"),
         (
-            "{% for m in messages %}{{ m['content'] }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>{% endif %}",
+            "{% for m in messages %}{{ m['content'] }}<|eot_id|>{% endfor %}{% if "
+            "add_generation_prompt %}<|start_header_id|>{% endif %}",
             "where the generation",
         ),
         (
@@ -499,8 +515,8 @@ def test_templates_that_cannot_be_trained_with_are_refused(tiny_of, template: st
         _with_template(tiny_of("llama"), template).render(ask())
 
 
-def test_tokens_across_the_rims_of_the_content():
-    """Tokens that begin in the scaffolding or end in it, and control tokens behind the stop."""
+def test_tokens_across_the_edges_of_the_content():
+    """Tokens that begin or end in template text, and control tokens after the stop token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = (
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
@@ -514,30 +530,31 @@ def test_tokens_across_the_rims_of_the_content():
     )
     tokenizer.train_from_iterator(["Q:é", "é.", "é;", "A:é"] * 50, trainer)
     text = (
-        "{% for m in messages %}{{ 'Q:' if m['role'] == 'user' else 'A:' }}{{ m['content'] | trim }}"
+        "{% for m in messages %}{{ 'Q:' if m['role'] == 'user' else 'A:' }}{{ m['content'] | "
+        "trim }}"
         "{{ '.' if m['role'] == 'user' else ';' }}"
         "{% if m['role'] == 'assistant' %}<|eot_id|><|end_of_text|>{% endif %}{% endfor %}"
     )
-    voice = ChatRenderer(
+    renderer = ChatRenderer(
         LLAMA,
         load_vocabulary(tokenizer, "rims"),
         compile_template(text, {}, PINNED_DATE, "rims"),
         text,
     )
     conversation = Conversation.from_question(" élan é").with_answer(Text("éa\n"))
-    tokens = voice.render(conversation)
-    said = [voice.vocabulary.bytes_W[i] for i in tokens.ids_T]
+    tokens = renderer.render(conversation)
+    pieces = [renderer.vocabulary.bytes_W[i] for i in tokens.ids_T]
     where = dict(
-        zip(said, zip(tokens.starts_T.tolist(), tokens.ends_T.tolist(), strict=True), strict=True)
+        zip(pieces, zip(tokens.starts_T.tolist(), tokens.ends_T.tolist(), strict=True), strict=True)
     )
     crossing = {piece: where[piece] for piece in (b"Q:\xc3\xa9", b"\xc3\xa9.")}
     assert crossing == {b"Q:\xc3\xa9": (-1, 3), b"\xc3\xa9.": (-1, 9)}
-    assert (said[-2:], tokens.starts_T[-2:].tolist(), tokens.loss_mask_T[-2:].tolist()) == (
+    assert (pieces[-2:], tokens.starts_T[-2:].tolist(), tokens.loss_mask_T[-2:].tolist()) == (
         [None, None],
         [13, -1],
         [True, False],
     )
-    check_places(voice, conversation, tokens)
+    check_places(renderer, conversation, tokens)
 
 
 def test_malformed_utf8_is_malformed_and_not_an_error(tiny: Speaker):
@@ -558,11 +575,11 @@ def test_ids_of_another_tokenizer_are_no_answer(tiny: Speaker):
 
 
 def test_every_spelling_of_the_stop_ends_the_answer(tiny: Speaker):
-    voice = tiny.renderer
-    assert len(voice.stop_ids) >= 2
-    body = generated(voice.render(ask()))[:-1]
-    for stop in voice.stop_ids:
-        assert voice.parse([*body, stop, *body], ThinkingEffort.NONE)[1] is FinishReason.STOP
+    renderer = tiny.renderer
+    assert len(renderer.stop_ids) >= 2
+    body = generated(renderer.render(ask()))[:-1]
+    for stop in renderer.stop_ids:
+        assert renderer.parse([*body, stop, *body], ThinkingEffort.NONE)[1] is FinishReason.STOP
 
 
 def test_the_digest_changes_with_all_it_depends_on(tiny_of):
@@ -579,7 +596,7 @@ def test_the_digest_changes_with_all_it_depends_on(tiny_of):
 
 
 def test_two_texts_in_one_message_are_one_text(tiny: Speaker):
-    """Streams and tools hand an answer over in pieces; a template sees their concatenation."""
+    """Streams and tools return an answer in pieces; a template sees their concatenation."""
     for texts, whole in (
         (("one ", "two\n", "\nthree"), "one two\n\nthree"),
         (("\n", "\n a", "", "b \n", "\n"), None),
@@ -595,19 +612,19 @@ def test_two_texts_in_one_message_are_one_text(tiny: Speaker):
 
 
 def test_two_thoughts_in_one_message_are_one_thought(tiny: Speaker):
-    """gpt-oss may think in several analysis messages; another family's voice must not glue their lines together."""
+    """gpt-oss may think in several analysis messages; another family must not join their lines."""
     same_as_transformers(
         tiny,
         ask("Hi", Thinking("one\n"), Thinking("two\n"), Text("\nyes"), effort=ThinkingEffort.HIGH),
     )
 
 
-def test_a_family_may_trim_and_drop_but_not_rewrite(tiny_of):
-    voice = tiny_of("llama").renderer
+def test_a_family_may_trim_and_drop_but_not_rewrite_content(tiny_of):
+    renderer = tiny_of("llama").renderer
     shouting = replace(
-        voice,
+        renderer,
         family=replace(
-            voice.family, normalise=lambda c: edit_texts(c, lambda k, m, p: p.text.upper())
+            renderer.family, normalise=lambda c: edit_texts(c, lambda k, m, p: p.text.upper())
         ),
     )
     with pytest.raises(DataError, match="rewritten, not trimmed"):
@@ -619,7 +636,8 @@ WHITE = " \n\t\r\x0b\x0c\u3000\xa0\u2028\x85"
 
 @pytest.mark.realdata
 def test_no_white_space_glues_a_real_answer_to_its_prompt(real: Speaker):
-    """An answer may begin with white space, and no token may cover the end of the prompt and the start of the answer."""
+    """No token may cover the end of the prompt and the start of an answer that begins with white
+    space."""
     for white in itertools.chain.from_iterable(itertools.product(WHITE, repeat=n) for n in (1, 2)):
         conversation = ask("Hi", Text("".join(white) + "x"))
         prompt, whole = (

@@ -1,4 +1,4 @@
-"""A stranger's template can write text and nothing else, and writes what transformers would write."""
+"""A template can only write text, and writes the same text as in transformers."""
 
 from __future__ import annotations
 
@@ -89,7 +89,8 @@ def test_a_template_nested_without_end_does_not_compile():
 def test_the_templates_own_refusal():
     with pytest.raises(DataError, match="refuses the conversation: roles must alternate") as caught:
         render(
-            "{% if messages[0].role == 'user' %}{{ raise_exception('roles must alternate') }}{% endif %}"
+            "{% if messages[0].role == 'user' %}{{ raise_exception('roles must alternate') }}{% "
+            "endif %}"
         )
     assert caught.value.exit_code == 3
     assert caught.value.remedy
@@ -102,7 +103,8 @@ def test_the_date_is_pinned():
 def test_loop_controls():
     assert (
         render(
-            "{% for m in messages %}{% if m.role == 'user' %}{% continue %}{% endif %}{{ m.role }}{% endfor %}"
+            "{% for m in messages %}{% if m.role == 'user' %}{% continue %}{% endif %}{{ m.role "
+            "}}{% endfor %}"
         )
         == "assistant"
     )
@@ -110,7 +112,10 @@ def test_loop_controls():
 
 
 def test_generation_blocks_are_their_body():
-    text = "{% for m in messages %}[{% generation %}{{ m.content }}{% if loop.last %}!{% endif %}{% endgeneration %}]{% endfor %}"
+    text = (
+        "{% for m in messages %}[{% generation %}{{ m.content }}{% if loop.last %}!{% endif "
+        "%}{% endgeneration %}]{% endfor %}"
+    )
     assert render(text) == "[Grüße & <b>你好</b>][Hi!]"
 
 
@@ -125,14 +130,16 @@ def test_generation_blocks_are_their_body():
         "  {% for m in messages %}\n    {{ m.content }}\n  {% endfor %}\n",
         "{{ '<b>' }}{{ messages[0].content | trim }}",
         "{% if tools is none %}none{% else %}tools{% endif %}",
-        "{% if tools is not none and tools is defined %}{{ raise_exception('no tools here') }}{% endif %}{{ documents is none }}",
+        "{% if tools is not none and tools is defined %}{{ raise_exception('no tools here') }}"
+        "{% endif %}{{ documents is none }}",
         "{% if add_generation_prompt %}go{% endif %}{{ enable_thinking }}",
         "{% generation %}{{ messages[1].content }}{% endgeneration %}",
-        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}{{ bos_token }}",
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor "
+        "%}{{ ns.n }}{{ bos_token }}",
         "{{ undefined_thing }}{{ messages[0].nothing }}",
     ],
 )
-def test_what_is_written_is_what_transformers_writes(text: str, generate: bool):
+def test_templates_render_as_in_transformers(text: str, generate: bool):
     (want,), _ = render_jinja_template(
         [TALK],
         chat_template=text,

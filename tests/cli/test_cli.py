@@ -60,8 +60,14 @@ TINY: dict[str, Any] = {
             "reasoning": "gpt-oss-sapling",
         },
     },
-    "capture": {"max_new_tokens": 48, "unit": 8},
-    "training": {"steps": 8, "batch": 4, "warmup": 2, "checkpoint_every": 3, "log_every": 2},
+    "capture": {"max_new_tokens": 48, "prompts_per_unit": 8},
+    "training": {
+        "steps": 8,
+        "batch_size": 4,
+        "warmup_steps": 2,
+        "checkpoint_every": 3,
+        "log_every": 2,
+    },
     "evaluation": {"items": 8, "max_new_tokens": 48},
 }
 
@@ -310,7 +316,7 @@ def test_plan_and_dry_run_tell_the_same_and_write_nothing(tmp_path: Path) -> Non
 def test_quickstart_runs_the_bundled_recipe(tmp_path: Path) -> None:
     small = [
         "training.steps=2",
-        "training.batch=2",
+        "training.batch_size=2",
         "audition.items=2",
         "evaluation.items=2",
         "capture.max_new_tokens=40",
@@ -405,7 +411,7 @@ def file_in_place(folder: Path) -> list[object]:
 
 
 def checked_high(folder: Path) -> list[object]:
-    return ["check", recipe(folder), "--set", "check.floor=0.99"]
+    return ["check", recipe(folder), "--set", "check.min_common_share=0.99"]
 
 
 BAD: dict[str, tuple[Callable[[Path], list[object]], int, str]] = {
@@ -488,15 +494,15 @@ BAD: dict[str, tuple[Callable[[Path], list[object]], int, str]] = {
     "unknown set": (
         lambda f: [
             "validate",
-            recipe(f, evaluation={"sets": [{"set": "gsm8", "file": "nowhere.jsonl"}]}),
+            recipe(f, evaluation={"benchmarks": [{"benchmark": "gsm8", "file": "nowhere.jsonl"}]}),
         ],
         2,
-        r".*tiny\.yaml: evaluation\.sets\.0\.set: unknown set 'gsm8' -> did you mean 'gsm8k'\?",
+        r".*tiny\.yaml: evaluation\.benchmarks\.0\.benchmark: unknown set 'gsm8' -> did you mean 'gsm8k'\?",
     ),
     "high floor": (
         checked_high,
         4,
-        r"[a-z-]+-sapling -> student, [a-z]+ [a-z]+: only \d+% .* \(floor 99%\) -> .*lower check\.floor",
+        r"[a-z-]+-sapling -> student, [a-z]+ [a-z]+: only \d+% .* \(floor 99%\) -> .*lower check\.min_common_share",
     ),
     "a file in place of the folder": (file_in_place, 6, r"taken/?.*: cannot write: .* -> .*"),
     "report before all": (
@@ -600,5 +606,5 @@ def test_a_signal_is_not_an_error_that_a_library_could_swallow() -> None:
     assert caught.value.exit_code == 143
     assert (
         str(caught.value)
-        == "stopped by SIGTERM; what is committed stays -> the same command goes on"
+        == "stopped by SIGTERM; committed work is kept -> run the same command to continue"
     )

@@ -1,4 +1,4 @@
-"""The recipe: what a person may write, what the file means, and what every mistake is answered with."""
+"""Recipes: valid files, their meaning, and the message of every mistake."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from persea.config.schema import (
     StudentSection,
     TeacherSection,
 )
-from persea.config.yaml_source import ALLOWED_ENV_VARS, DEFAULT_DATA_FOLDER
+from persea.config.yaml_source import ALLOWED_ENV_VARS
 from persea.errors import RecipeError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,7 +73,7 @@ def refusal(path: Path, *overrides: str) -> str:
 def test_a_short_recipe_gets_every_default(write: Any) -> None:
     path = write(GOOD)
     recipe = load_recipe(path)
-    assert (recipe.name, recipe.seed, recipe.today, recipe.source_path) == (
+    assert (recipe.name, recipe.seed, recipe.template_date, recipe.source_path) == (
         "mine",
         0,
         PINNED_DATE,
@@ -82,7 +82,7 @@ def test_a_short_recipe_gets_every_default(write: Any) -> None:
     assert [t.name for t in recipe.teachers] == ["one", "two"]
     assert [t.effort for t in recipe.teachers] == [ThinkingEffort.NONE, ThinkingEffort.HIGH]
     assert (recipe.student.adapt, recipe.student.lora, recipe.student.sizes) == ("full", None, None)
-    assert (recipe.training.steps, recipe.training.learning_rate, recipe.training.event_share) == (
+    assert (recipe.training.steps, recipe.training.learning_rate, recipe.training.event_weight) == (
         30,
         3e-3,
         0.7,
@@ -90,10 +90,10 @@ def test_a_short_recipe_gets_every_default(write: Any) -> None:
     assert (
         recipe.audition.items,
         recipe.audition.pinned,
-        recipe.capture.tau,
-        recipe.capture.unit,
+        recipe.capture.sampling_threshold,
+        recipe.capture.prompts_per_unit,
     ) == (100, {}, 0.02, 256)
-    assert (recipe.evaluation.items, recipe.check.floor) == (200, 0.3)
+    assert (recipe.evaluation.items, recipe.check.min_common_share) == (200, 0.3)
     assert [(c.skill, c.generate, c.language) for c in recipe.corpus] == [
         ("code", 10, ""),
         ("languages", None, "vi"),
@@ -108,9 +108,7 @@ def test_bundled_recipes_are_valid(
     assert load_recipe(path).source_path == path
 
 
-def test_the_three_recipes_ask_what_they_should(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_values_of_three_bundled_recipes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PERSEA_DATA", str(tmp_path))
     paths = [ROOT / "recipes" / f"{n}.yaml" for n in ("quickstart", "avocado", "real-vocabularies")]
     quick, avocado, real = map(load_recipe, paths)
@@ -138,11 +136,15 @@ def test_the_three_recipes_ask_what_they_should(
     assert (avocado.training.learning_rate, avocado.capture.max_new_tokens) == (1e-4, 1024)
     assert real.teachers[0].tokenizer == str(tmp_path / "tokenizers" / "qwen3")
     assert real.teachers[2].sizes == RandomModelSection(hidden=32, layers=1, heads=2)
-    assert (real.training.steps, real.training.batch, real.check.floor) == (6, 4, 0.0)
+    assert (real.training.steps, real.training.batch_size, real.check.min_common_share) == (
+        6,
+        4,
+        0.0,
+    )
     assert real.audition.pinned == {"languages": "qwen3", "code": "gemma3", "reasoning": "gpt-oss"}
 
 
-def test_onpolicy_is_the_quickstart_and_the_students_own_answers(
+def test_onpolicy_is_the_quickstart_with_on_policy_training(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """So that the two students can be compared, and bench/onpolicy.py's arms are these recipes."""
@@ -150,7 +152,7 @@ def test_onpolicy_is_the_quickstart_and_the_students_own_answers(
         yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text())
         for name in ("onpolicy", "quickstart")
     )
-    assert own["training"].pop("on_policy")["after"] < own["training"]["steps"]
+    assert own["training"].pop("on_policy")["start_step"] < own["training"]["steps"]
     assert own | {"name": "quickstart"} == quick
 
 
@@ -168,11 +170,11 @@ def test_scalars_are_what_they_look_like(write: Any) -> None:
         ["student.revision=1:30"],
     )
     assert (recipe.corpus[1].language, recipe.training.learning_rate) == ("no", 3e-4)
-    assert (recipe.today, recipe.student.revision) == (date(2026, 2, 3), "1:30")
+    assert (recipe.template_date, recipe.student.revision) == (date(2026, 2, 3), "1:30")
 
 
 def test_the_key_of_a_kind_survives_yaml(write: Any) -> None:
-    top = load_recipe(write(GOOD), ["capture.rows=topk"])
+    top = load_recipe(write(GOOD), ["capture.distributions=topk"])
     assert load_recipe(write(top.to_yaml())).capture == top.capture
 
 
@@ -188,15 +190,15 @@ def test_a_recipe_can_be_made_in_python() -> None:
     assert len(recipe.hash) == 64 and yaml.safe_load(recipe.to_yaml())["student"]["model"] == "a/b"
 
 
-def test_the_schema_is_for_the_file_a_person_writes() -> None:
+def test_the_json_schema_describes_the_file() -> None:
     described = recipe_json_schema()
     json.dumps(described)
     assert described["required"] == ["student", "teachers", "corpus"]
     assert described["additionalProperties"] is False
-    assert described["$defs"]["Teacher"]["required"] == ["model"]
+    assert described["$defs"]["TeacherSection"]["required"] == ["model"]
     assert (
         "conversations a step"
-        in described["$defs"]["Training"]["properties"]["batch"]["description"]
+        in described["$defs"]["TrainingSection"]["properties"]["batch_size"]["description"]
     )
 
 
@@ -227,9 +229,8 @@ def test_texts_to_check_are_files_beside_the_recipe(
 ) -> None:
     monkeypatch.setenv("PERSEA_DATA", str(tmp_path / "data"))
     page = (
-        TWO
-        + REST
-        + "check: {texts: {vi: vi.txt, py: 'sub/a.jsonl#code', random: random, th: '${PERSEA_DATA}/th.txt'}}\n"
+        TWO + REST + "check: {texts: {vi: vi.txt, py: 'sub/a.jsonl#code', random: random, "
+        "th: '${PERSEA_DATA}/th.txt'}}\n"
     )
     recipe = load_recipe(write(page))
     assert recipe.check.texts == {
@@ -238,9 +239,9 @@ def test_texts_to_check_are_files_beside_the_recipe(
         "random": str(tmp_path / "random"),
         "th": str(tmp_path / "data" / "th.txt"),
     }
-    assert recipe.check.likelihood is None
+    assert recipe.check.measure_likelihood is None
     assert recipe.as_written["check"]["texts"]["th"] == "${PERSEA_DATA}/th.txt"
-    assert "likelihood" not in recipe.as_written["check"]
+    assert "measure_likelihood" not in recipe.as_written["check"]
 
 
 def test_a_link_keeps_its_name(write: Any, tmp_path: Path) -> None:
@@ -263,11 +264,14 @@ def test_allowed_variables_are_filled_in(
     write: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     path = write(GOOD.replace("more.jsonl", "'${PERSEA_DATA}/more.jsonl'"))
-    assert load_recipe(path).corpus[1].file == str(DEFAULT_DATA_FOLDER / "more.jsonl")
-    unset = load_recipe(path).hash
-    monkeypatch.setenv("PERSEA_DATA", str(tmp_path))
-    assert load_recipe(path).corpus[1].file == str(tmp_path / "more.jsonl")
-    assert load_recipe(path).hash == unset
+    told = refusal(path)
+    assert "the variable 'PERSEA_DATA' is not set -> export PERSEA_DATA=/some/folder" in told
+    hashes = set()
+    for folder in (tmp_path, tmp_path / "elsewhere"):
+        monkeypatch.setenv("PERSEA_DATA", str(folder))
+        assert load_recipe(path).corpus[1].file == str(folder / "more.jsonl")
+        hashes.add(load_recipe(path).hash)
+    assert len(hashes) == 1
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     assert load_recipe(path, ["student.model=${HF_HOME}/m"]).student.model == str(
         tmp_path / "hub" / "m"
@@ -277,7 +281,7 @@ def test_allowed_variables_are_filled_in(
 # --- hash and to_yaml ---
 
 
-def test_the_hash_is_of_what_is_written_not_of_where_it_lies(write: Any, tmp_path: Path) -> None:
+def test_the_hash_does_not_depend_on_the_folder(write: Any, tmp_path: Path) -> None:
     text = GOOD.replace("org/one", "./one")
     (tmp_path / "elsewhere").mkdir()
     here, there = load_recipe(write(text)), load_recipe(write(text, "elsewhere/mine.yaml"))
@@ -288,7 +292,10 @@ def test_the_hash_is_of_what_is_written_not_of_where_it_lies(write: Any, tmp_pat
 def test_order_comments_and_spelt_out_defaults_do_not_change_the_hash(write: Any) -> None:
     plain = load_recipe(write(GOOD)).hash
     head, tail = GOOD.split("teachers:")
-    other = f"# a comment\nseed: 0\nteachers:{tail}  batch: 16\ncheck: {{floor: 3.0e-1}}\n{head}  adapt: full\n"
+    other = (
+        f"# a comment\nseed: 0\nteachers:{tail}  batch_size: 16\n"
+        f"check: {{min_common_share: 3.0e-1}}\n{head}  adapt: full\n"
+    )
     assert load_recipe(write(other)).hash == plain
 
 
@@ -297,7 +304,7 @@ def test_order_comments_and_spelt_out_defaults_do_not_change_the_hash(write: Any
     [
         "seed=1",
         "name=x",
-        "today=2025-01-02",
+        "template_date=2025-01-02",
         "student.model=org/x",
         "student.adapt=lora",
         "teachers.0.effort=low",
@@ -305,11 +312,11 @@ def test_order_comments_and_spelt_out_defaults_do_not_change_the_hash(write: Any
         "corpus.0.generate=11",
         "audition.items=9",
         "audition.pinned.code=two",
-        "capture.tau=0.05",
-        "capture.rows=topk",
+        "capture.sampling_threshold=0.05",
+        "capture.distributions=topk",
         "training.steps=31",
-        "evaluation.batch=2",
-        "check.floor=0.1",
+        "evaluation.batch_size=2",
+        "check.min_common_share=0.1",
     ],
 )
 def test_any_field_changes_the_hash(write: Any, override: str) -> None:
@@ -323,7 +330,7 @@ def variants() -> list[tuple[str, ...]]:
     rng = random.Random(7)
     values = {
         "seed": range(9),
-        "today": ("2024-02-29",),
+        "template_date": ("2024-02-29",),
         "name": ("a", "'1e5'", "0x1f", "yes", "2025-01-01", "null.x", "'1_000'", "0o7", "'1e-5'"),
         "student.adapt": ("full", "lora"),
         "student.family": ("llama", "gpt-oss"),
@@ -332,9 +339,9 @@ def variants() -> list[tuple[str, ...]]:
         "teachers.1.licence": ("'a: b # c'", '"tab\\t"', "한국어", "'null'"),
         "teachers.1.effort": ("none", "low"),
         "corpus.1.language": ("no", "zh", '"off"', "'='", "'<<'"),
-        "capture.tau": ("1e-5", "0.5", "5.0e-2"),
+        "capture.sampling_threshold": ("1e-5", "0.5", "5.0e-2"),
         "training.learning_rate": ("1e-6", "1", ".5"),
-        "training.clip": ("1e5", "7"),
+        "training.max_grad_norm": ("1e5", "7"),
         "audition.pinned": ("{code: two}", "{languages: two}", "{}"),
     }
     return [
@@ -354,14 +361,14 @@ def test_to_yaml_loads_again_to_the_same_recipe(write: Any, overrides: tuple[str
 # --- overrides ---
 
 
-def test_overrides_are_laid_over_the_file_in_order(write: Any) -> None:
+def test_overrides_apply_in_order(write: Any) -> None:
     recipe = load_recipe(
         write(GOOD),
         [
             "training.steps=20",
             "training.steps=21",
             "teachers.1.effort=low",
-            "capture.tau=1e-3",
+            "capture.sampling_threshold=1e-3",
             "audition.pinned.code=two",
             "student.revision=a=b",
             "corpus.0.skill=languages",
@@ -370,9 +377,9 @@ def test_overrides_are_laid_over_the_file_in_order(write: Any) -> None:
     )
     assert (
         recipe.training.steps,
-        recipe.training.batch,
+        recipe.training.batch_size,
         recipe.teachers[1].effort,
-        recipe.capture.tau,
+        recipe.capture.sampling_threshold,
     ) == (21, 16, ThinkingEffort.LOW, 1e-3)
     assert (recipe.audition.pinned, recipe.student.revision, recipe.corpus[0].generate) == (
         {"code": "two"},
@@ -381,7 +388,7 @@ def test_overrides_are_laid_over_the_file_in_order(write: Any) -> None:
     )
 
 
-def test_an_override_mends_a_broken_value(write: Any) -> None:
+def test_an_override_replaces_a_wrong_value(write: Any) -> None:
     assert (
         load_recipe(
             write(GOOD.replace("steps: 30", "steps: many")), ["training.steps=5"]
@@ -414,7 +421,8 @@ BAD_OVERRIDES = [
     ),
     (
         "training.steps=many",
-        "--set training.steps=many: training.steps: should be a whole number (got 'many') -> optimiser steps",
+        "--set training.steps=many: training.steps: should be a whole number (got 'many') -> "
+        "optimiser steps",
     ),
     ("training.steps='20'", "should be a whole number (got '20')"),
     ("training.steps=", "--set training.steps=: training.steps: has no value -> give one"),
@@ -434,12 +442,16 @@ BAD_OVERRIDES = [
         "teachers.1.effort.x=low",
         "--set teachers.1.effort.x=low: teachers.1.effort is a plain value -> leave out `.x`",
     ),
-    ("capture.tau=[1", "--set capture.tau=[1: not YAML"),
-    ("capture.tau=!!python/name:os.system x", "the tag !!python/name:os.system is refused"),
+    ("capture.sampling_threshold=[1", "--set capture.sampling_threshold=[1: not YAML"),
+    (
+        "capture.sampling_threshold=!!python/name:os.system x",
+        "the tag !!python/name:os.system is refused",
+    ),
     ("teachers=[]", "--set teachers=[]: teachers: needs at least one entry"),
     (
         "student={model: a, model: b}",
-        "--set student={model: a, model: b}: student.model: written twice, on lines 1 and 1 -> keep one",
+        "--set student={model: a, model: b}: student.model: written twice, on lines 1 and 1 "
+        "-> keep one",
     ),
     (
         "student.tokenizer=hf_abcdef",
@@ -533,9 +545,9 @@ BAD: list[tuple[str, str, str, str]] = [
             for a, b in itertools.pairwise("abcdefghijk")
         ),
         "",
-        "multiply without end",
+        "expand to too many values",
     ),
-    ("alias of itself", "a: &a [*a]\n", "1:4", "multiply without end"),
+    ("alias of itself", "a: &a [*a]\n", "1:4", "expand to too many values"),
     ("number as key", TWO + REST + "1: 2\n", "4:1", "this key is not a word"),
     ("list as key", TWO + REST + "? [a]\n: 2\n", "4:3", "this key is not a word"),
     (
@@ -583,9 +595,9 @@ BAD: list[tuple[str, str, str, str]] = [
     ),
     (
         "upper case",
-        TWO + REST + "check: {Floor: 0}\n",
+        TWO + REST + "check: {Min_Common_Share: 0}\n",
         "4:9",
-        "check.Floor: unknown key -> did you mean 'floor'?",
+        "check.Min_Common_Share: unknown key -> did you mean 'min_common_share'?",
     ),
     (
         "American",
@@ -607,21 +619,21 @@ BAD: list[tuple[str, str, str, str]] = [
     ),
     (
         "of the top",
-        TWO + REST + "check: {today: 2025-01-01}\n",
+        TWO + REST + "check: {template_date: 2025-01-01}\n",
         "4:9",
         "it belongs at the top of the file",
     ),
     (
         "of a section, at the top",
-        TWO + REST + "tau: 0.1\n",
+        TWO + REST + "sampling_threshold: 0.1\n",
         "4:1",
-        "tau: unknown key -> it belongs under `capture:`",
+        "sampling_threshold: unknown key -> it belongs under `capture:`",
     ),
     (
         "of nothing",
         TWO + REST + "check: {qqqq: 3}\n",
         "4:9",
-        "check.qqqq: unknown key -> one of floor",
+        "check.qqqq: unknown key -> one of min_common_share",
     ),
     (
         "merge key",
@@ -641,7 +653,7 @@ BAD: list[tuple[str, str, str, str]] = [
         "1:1",
         "teachers: missing -> add `teachers:`",
     ),
-    ("no corpus", TWO, "1:1", "corpus: missing -> add `corpus:`, what the teachers are asked"),
+    ("no corpus", TWO, "1:1", "corpus: missing -> add `corpus:`, the prompts that teachers answer"),
     (
         "no model",
         S + "teachers:\n  - name: x\n" + REST,
@@ -707,9 +719,9 @@ BAD: list[tuple[str, str, str, str]] = [
     ),
     (
         "list for a number",
-        TWO + REST + "capture: {tau: [1]}\n",
+        TWO + REST + "capture: {sampling_threshold: [1]}\n",
         "4:11",
-        "capture.tau: should be a number (got a list)",
+        "capture.sampling_threshold: should be a number (got a list)",
     ),
     ("number for text", TWO + REST + "name: 3\n", "4:1", "name: should be text (got 3)"),
     (
@@ -720,9 +732,9 @@ BAD: list[tuple[str, str, str, str]] = [
     ),
     (
         "infinite",
-        TWO + REST + "training: {clip: .inf}\n",
+        TWO + REST + "training: {max_grad_norm: .inf}\n",
         "4:12",
-        "training.clip: should be a finite number (got Infinity)",
+        "training.max_grad_norm: should be a finite number (got Infinity)",
     ),
     (
         "scalar for a section",
@@ -760,7 +772,8 @@ BAD: list[tuple[str, str, str, str]] = [
         "effort",
         S + "teachers: [{model: a/c, effort: medum}]\n" + REST,
         "2:25",
-        "teachers.0.effort: should be none, low, medium or high (got 'medum') -> did you mean 'medium'?",
+        "teachers.0.effort: should be none, low, medium or high (got 'medum') -> did you "
+        "mean 'medium'?",
     ),
     (
         "effort off",
@@ -772,7 +785,8 @@ BAD: list[tuple[str, str, str, str]] = [
         "family",
         "student: {model: a/b, family: gptoss}\n" + T + REST,
         "1:23",
-        f"student.family: should be {', '.join(f.name for f in FAMILIES)} or generic (got 'gptoss') -> did you mean 'gpt-oss'?",
+        f"student.family: should be {', '.join(f.name for f in FAMILIES)} or generic (got "
+        "'gptoss') -> did you mean 'gpt-oss'?",
     ),
     (
         "adapt",
@@ -782,15 +796,15 @@ BAD: list[tuple[str, str, str, str]] = [
     ),
     (
         "date",
-        TWO + REST + "today: 2025-02-30\n",
+        TWO + REST + "template_date: 2025-02-30\n",
         "4:1",
-        "today: should be a date such as 2025-01-01 (got '2025-02-30')",
+        "template_date: should be a date such as 2025-01-01 (got '2025-02-30')",
     ),
     (
         "number as date",
-        TWO + REST + "today: 20250101\n",
+        TWO + REST + "template_date: 20250101\n",
         "4:1",
-        "today: should be a date such as 2025-01-01 (got 20250101)",
+        "template_date: should be a date such as 2025-01-01 (got 20250101)",
     ),
     (
         "name",
@@ -819,81 +833,85 @@ BAD: list[tuple[str, str, str, str]] = [
     ),
     (
         "too many",
-        TWO + REST + "capture: {unit: 99999999999}\n",
+        TWO + REST + "capture: {prompts_per_unit: 99999999999}\n",
         "4:11",
-        "capture.unit: should be at most 1073741824 (got 99999999999)",
+        "capture.prompts_per_unit: should be at most 1073741824 (got 99999999999)",
     ),
     (
         "broken lines of no file",
-        TWO + "corpus: [{skill: code, generate: 10, broken: quarantine}]\n",
+        TWO + "corpus: [{skill: code, generate: 10, on_malformed: quarantine}]\n",
         "3:38",
-        "corpus.0.broken: given, but no `file` that could be broken -> delete `broken:`",
+        "corpus.0.on_malformed: given, but no `file` that could have malformed lines -> "
+        "delete `on_malformed:`",
     ),
     (
         "kl of a sample",
-        TWO + REST + "capture: {kl: 0.02}\n",
+        TWO + REST + "capture: {max_kl: 0.02}\n",
         "4:11",
-        "capture.kl: given, but `rows` is sampled -> write `rows: topk`, or delete `kl:`",
+        "capture.max_kl: given, but `distributions` is sampled -> write `distributions: "
+        "topk`, or delete `max_kl:`",
     ),
     (
         "tau of the likeliest",
-        TWO + REST + "capture: {rows: topk, tau: 0.02}\n",
-        "4:23",
-        "capture.tau: given, but `rows` is topk -> write `rows: sampled`, or delete `tau:`",
+        TWO + REST + "capture: {distributions: topk, sampling_threshold: 0.02}\n",
+        "4:32",
+        "capture.sampling_threshold: given, but `distributions` is topk -> write "
+        "`distributions: sampled`, or delete `sampling_threshold:`",
     ),
     (
         "kl 0",
-        TWO + REST + "capture: {rows: topk, kl: 0}\n",
-        "4:23",
-        "capture.kl: should be at least 0.003 (got 0)",
+        TWO + REST + "capture: {distributions: topk, max_kl: 0}\n",
+        "4:32",
+        "capture.max_kl: should be at least 0.003 (got 0)",
     ),
     (
         "rows",
-        TWO + REST + "capture: {rows: full}\n",
+        TWO + REST + "capture: {distributions: full}\n",
         "4:11",
-        "capture.rows: should be sampled or topk (got 'full')",
+        "capture.distributions: should be sampled or topk (got 'full')",
     ),
     (
         "completion of the likeliest",
-        TWO + REST + "capture: {rows: topk}\ntraining: {completion: true}\n",
+        TWO + REST + "capture: {distributions: topk}\ntraining: {partial_tokens: true}\n",
         "5:12",
-        "training.completion: true, but nobody can say what a rest holds inside a token",
+        "training.partial_tokens: true, but the rest of a topk distribution has no tokens to "
+        "look inside",
     ),
     (
         "tau 0",
-        TWO + REST + "capture: {tau: 0}\n",
+        TWO + REST + "capture: {sampling_threshold: 0}\n",
         "4:11",
-        "capture.tau: should be more than 0 (got 0)",
+        "capture.sampling_threshold: should be more than 0 (got 0)",
     ),
     (
         "tau 0.6",
-        TWO + REST + "capture: {tau: 0.6}\n",
+        TWO + REST + "capture: {sampling_threshold: 0.6}\n",
         "4:11",
-        "capture.tau: should be at most 0.5 (got 0.6)",
+        "capture.sampling_threshold: should be at most 0.5 (got 0.6)",
     ),
     (
         "share",
-        TWO + REST + "training: {event_share: 1.5}\n",
+        TWO + REST + "training: {event_weight: 1.5}\n",
         "4:12",
-        "training.event_share: should be at most 1 (got 1.5) -> weight of events",
+        "training.event_weight: should be at most 1 (got 1.5) -> weight of the event loss",
     ),
     (
         "floor",
-        TWO + REST + "check: {floor: -0.1}\n",
+        TWO + REST + "check: {min_common_share: -0.1}\n",
         "4:9",
-        "check.floor: should be at least 0 (got -0.1)",
+        "check.min_common_share: should be at least 0 (got -0.1)",
     ),
     (
         "disagreement",
-        TWO + REST + "check: {disagreement: 2}\n",
+        TWO + REST + "check: {max_disagreement: 2}\n",
         "4:9",
-        "check.disagreement: should be at most 1 (got 2)",
+        "check.max_disagreement: should be at most 1 (got 2)",
     ),
     (
         "likelihood",
-        TWO + REST + "check: {likelihood: maybe}\n",
+        TWO + REST + "check: {measure_likelihood: maybe}\n",
         "4:9",
-        "check.likelihood: should be true or false (got 'maybe') -> open weights",
+        "check.measure_likelihood: should be true or false (got 'maybe') -> load the weights",
     ),
     (
         "text of texts",
@@ -930,7 +948,8 @@ BAD: list[tuple[str, str, str, str]] = [
         "random without tokenizer",
         "student: {model: random, sizes: {}}\n" + T + REST,
         "1:1",
-        "student.tokenizer: missing; random weights bring none -> add `tokenizer:`",
+        "student.tokenizer: missing; random weights have no tokenizer of their own -> add "
+        "`tokenizer:`",
     ),
     (
         "random without sizes",
@@ -942,7 +961,7 @@ BAD: list[tuple[str, str, str, str]] = [
         "sizes without random",
         "student: {model: a/b, sizes: {hidden: 64}}\n" + T + REST,
         "1:23",
-        "student.sizes: given, but this model has its own -> delete `sizes:`",
+        "student.sizes: given, but this model has a size of its own -> delete `sizes:`",
     ),
     (
         "odd heads",
@@ -978,7 +997,7 @@ BAD: list[tuple[str, str, str, str]] = [
         "twin teachers",
         S + "teachers:\n  - model: a/c\n  - model: b/c\n" + REST,
         "4:5",
-        "teachers.1.name: two teachers are called 'c' -> give each its own `name:`",
+        "teachers.1.name: two teachers have the name 'c' -> give each its own `name:`",
     ),
     (
         "both sources",
@@ -1000,33 +1019,34 @@ BAD: list[tuple[str, str, str, str]] = [
     ),
     (
         "mode nobody knows",
-        TWO + "corpus: [{skill: code, generate: 3, modes: {hi: 1}}]\n",
-        "3:45",
+        TWO + "corpus: [{skill: code, generate: 3, effort_shares: {hi: 1}}]\n",
+        "3:53",
         "should be none, low, medium or high (got 'hi') -> did you mean 'high'?",
     ),
     (
         "mode without a share",
-        TWO + "corpus: [{skill: code, generate: 3, modes: {none: 0, high: 1}}]\n",
-        "3:45",
-        "corpus.0.modes.none: should be more than 0 (got 0) -> effort -> share",
+        TWO + "corpus: [{skill: code, generate: 3, effort_shares: {none: 0, high: 1}}]\n",
+        "3:53",
+        "corpus.0.effort_shares.none: should be more than 0 (got 0) -> thinking effort -> share",
     ),
     (
         "modes of half",
-        TWO + "corpus: [{skill: code, generate: 3, modes: {none: 0.25, high: 0.25}}]\n",
+        TWO + "corpus: [{skill: code, generate: 3, effort_shares: {none: 0.25, high: 0.25}}]\n",
         "3:37",
-        "corpus.0.modes: shares that sum to 0.5 -> let them sum to 1",
+        "corpus.0.effort_shares: shares that sum to 0.5 -> make them sum to 1",
     ),
     (
         "modes of given answers",
-        TWO + "corpus: [{skill: code, generate: 3, modes: {none: 1}}]\ncapture: {answers: given}\n",
+        TWO + "corpus: [{skill: code, generate: 3, effort_shares: {none: 1}}]\n"
+        "capture: {answers: given}\n",
         "3:37",
-        "corpus.0.modes: given, but nobody is asked",
+        "corpus.0.effort_shares: given, but no teacher answers",
     ),
     (
         "pinned stranger",
         TWO + REST + "audition: {pinned: {code: d}}\n",
         "4:21",
-        "audition.pinned.code: no teacher is called 'd' -> one of c",
+        "audition.pinned.code: no teacher has the name 'd' -> one of c",
     ),
     (
         "pinned skill",
@@ -1069,13 +1089,15 @@ BAD: list[tuple[str, str, str, str]] = [
         "strange variable",
         "student: {model: '${HOME}/m'}\n" + T + REST,
         "1:11",
-        "student.model: the variable 'HOME' may not be read here -> allowed: ${PERSEA_DATA}, ${HF_HOME}",
+        "student.model: the variable 'HOME' may not be read here -> allowed: ${PERSEA_DATA}, "
+        "${HF_HOME}",
     ),
     (
         "unset variable",
         "student: {model: '${HF_HOME}/m'}\n" + T + REST,
         "1:11",
-        "the variable 'HF_HOME' is not set -> export HF_HOME=/some/folder; allowed: ${PERSEA_DATA}, ${HF_HOME}",
+        "the variable 'HF_HOME' is not set -> export HF_HOME=/some/folder; allowed: "
+        "${PERSEA_DATA}, ${HF_HOME}",
     ),
     (
         "open variable",
@@ -1108,11 +1130,12 @@ def test_there_are_enough_bad_recipes() -> None:
     assert len({name for name, *_ in BAD}) == len(BAD) >= 40
 
 
-def test_all_problems_are_told_at_once_in_the_order_of_the_file(write: Any) -> None:
+def test_all_problems_are_reported_at_once_in_file_order(write: Any) -> None:
     told = refusal(
         write(
-            "seeed: 1\nstudent:\n  model: random\n  adapt: ful\nteachers:\n  - model: a/b\n    wieght: 2\n  - {model: a/c, effort: hgih}\n"
-            "corpus: []\ntraining:\n  steps: many\n  batch: 0\n"
+            "seeed: 1\nstudent:\n  model: random\n  adapt: ful\n"
+            "teachers:\n  - model: a/b\n    wieght: 2\n  - {model: a/c, effort: hgih}\n"
+            "corpus: []\ntraining:\n  steps: many\n  batch_size: 0\n"
         ),
         "check.flor=1",
     ).splitlines()
@@ -1123,12 +1146,12 @@ def test_all_problems_are_told_at_once_in_the_order_of_the_file(write: Any) -> N
         ["mine.yaml:8:18", "teachers.1.effort"],
         ["mine.yaml:9:1", "corpus"],
         ["mine.yaml:11:3", "training.steps"],
-        ["mine.yaml:12:3", "training.batch"],
+        ["mine.yaml:12:3", "training.batch_size"],
         ["--set check.flor=1", "check.flor"],
     ]
 
 
-def test_one_problem_keeps_its_parts_apart(write: Any) -> None:
+def test_one_problem_has_message_location_and_remedy(write: Any) -> None:
     path = write(TWO + REST + "sed: 1\n")
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
@@ -1141,7 +1164,9 @@ def test_one_problem_keeps_its_parts_apart(write: Any) -> None:
 
 def test_a_secret_is_never_shown(write: Any) -> None:
     told = refusal(
-        write(TWO + REST + "training: {steps: sk-abcdef, batch: hf_abcdef}\nseed: [sk-abcdef]\n"),
+        write(
+            TWO + REST + "training: {steps: sk-abcdef, batch_size: hf_abcdef}\nseed: [sk-abcdef]\n"
+        ),
         "name=sk-abcdef",
     )
     assert told.count("looks like a secret") == 4 and "abcdef" not in told
@@ -1162,7 +1187,7 @@ def test_files_that_cannot_be_read(write: Any, tmp_path: Path) -> None:
     )
 
 
-def test_a_file_name_that_is_no_name_asks_for_one(write: Any) -> None:
+def test_a_file_name_that_is_not_a_plain_name_is_refused(write: Any) -> None:
     path = write(GOOD, "My Recipe.yaml")
     assert "name: should be a plain name (got 'My Recipe') -> name of the run's folder" in refusal(
         path
@@ -1177,7 +1202,7 @@ def test_a_byte_order_mark_and_windows_newlines_are_no_problem(write: Any, tmp_p
 
 @pytest.mark.parametrize("seed", range(40))
 def test_a_damaged_recipe_loads_or_is_explained(write: Any, seed: int) -> None:
-    """Whatever is cut out of, put into or swapped in a recipe: a Recipe, or a RecipeError with a place and a remedy on each line."""
+    """A damaged recipe loads, or each line of the RecipeError has a location and a remedy."""
     rng, text = random.Random(seed), (ROOT / "recipes" / "real-vocabularies.yaml").read_text()
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     for _ in range(rng.randint(1, 4)):

@@ -1,4 +1,4 @@
-"""The sections of a recipe: defaults that hang together, meanings for every key, nothing that can be changed."""
+"""Recipe sections: defaults that depend on other keys, descriptions, immutability."""
 
 from __future__ import annotations
 
@@ -30,31 +30,35 @@ def test_lora_has_defaults_only_where_it_is_asked_for() -> None:
     ).lora == LoraSection(rank=8)
 
 
-def test_rows_of_one_kind_have_the_key_of_that_kind() -> None:
-    sampled, top = CaptureSection(), CaptureSection(rows="topk")
-    assert (sampled.rows, sampled.tau, sampled.kl) == ("sampled", 0.02, None)
-    assert (top.rows, top.tau, top.kl) == ("topk", None, 0.01)
+def test_each_kind_of_distribution_has_its_own_key() -> None:
+    sampled, top = CaptureSection(), CaptureSection(distributions="topk")
+    assert (sampled.distributions, sampled.sampling_threshold, sampled.max_kl) == (
+        "sampled",
+        0.02,
+        None,
+    )
+    assert (top.distributions, top.sampling_threshold, top.max_kl) == ("topk", None, 0.01)
 
 
 @pytest.mark.parametrize(
     ("on", "training", "key", "what"),
     [
-        ({"after": 40}, {"steps": 40}, "after", "40, but there are 40 steps"),
+        ({"start_step": 40}, {"steps": 40}, "start_step", "40, but there are 40 steps"),
         (
-            {"after": 0, "rollouts": 24},
-            {"batch": 16},
+            {"start_step": 0, "rollouts": 24},
+            {"batch_size": 16},
             "rollouts",
-            "24 is no multiple of `batch`, 16",
+            "24 is not a multiple of `batch_size`, 16",
         ),
         (
-            {"after": 0, "rollouts": 64, "refresh": 5},
-            {"batch": 16},
-            "refresh",
+            {"start_step": 0, "rollouts": 64, "max_staleness_steps": 5},
+            {"batch_size": 16},
+            "max_staleness_steps",
             "5, but the last of 64 answers is 6 steps old when used",
         ),
     ],
 )
-def test_answers_of_the_student_are_used_in_time_and_whole(
+def test_rollouts_are_used_in_time_and_completely(
     on: dict[str, int], training: dict[str, int], key: str, what: str
 ) -> None:
     with pytest.raises(ValidationError) as caught:
@@ -62,17 +66,19 @@ def test_answers_of_the_student_are_used_in_time_and_whole(
     assert [f[:2] for f in caught.value.errors()[0]["ctx"]["found"]] == [(("on_policy", key), what)]
     assert (
         TrainingSection(
-            steps=41, batch=16, on_policy=OnPolicySection(after=40, rollouts=64, refresh=6)
+            steps=41,
+            batch_size=16,
+            on_policy=OnPolicySection(start_step=40, rollouts=64, max_staleness_steps=6),
         ).on_policy
         is not None
     )
 
 
-def test_a_schedule_and_what_is_held_out_have_their_keys_only_where_they_are_asked_for() -> None:
+def test_cooldown_and_validation_share_have_defaults_only_if_used() -> None:
     plain, asked = TrainingSection(), TrainingSection(schedule=LRSchedule.WSD, evaluate_every=100)
-    assert (plain.cooldown, plain.held_out, plain.report_to) == (None, None, None)
-    assert (asked.cooldown, asked.held_out) == (0.2, 0.05)
-    for idle in ({"cooldown": 0.1}, {"held_out": 0.1}, {"accumulate": 17}):
+    assert (plain.cooldown, plain.validation_share, plain.report_to) == (None, None, None)
+    assert (asked.cooldown, asked.validation_share) == (0.2, 0.05)
+    for idle in ({"cooldown": 0.1}, {"validation_share": 0.1}, {"micro_batches": 17}):
         with pytest.raises(ValidationError, match="contradiction"):
             TrainingSection(**idle)  # type: ignore[arg-type]
 
@@ -83,13 +89,13 @@ def test_sections_cannot_be_changed() -> None:
         section.steps = 3  # type: ignore[misc]
 
 
-def test_every_field_says_what_it_is() -> None:
+def test_every_field_has_a_description() -> None:
     for name, section in {**SECTION_CLASSES, "recipe": Recipe}.items():
         for key, described in section.model_fields.items():
             assert described.description, f"{name}.{key}"
 
 
-def test_every_section_is_found_by_the_key_it_stands_under() -> None:
+def test_every_section_is_found_by_its_key() -> None:
     """SECTIONS is written by hand: it must name each section that a field of a section holds."""
     held = {
         key: (f.annotation, *get_args(f.annotation))
@@ -110,9 +116,9 @@ def test_every_section_is_found_by_the_key_it_stands_under() -> None:
     }
 
 
-def test_the_text_alone_has_no_rows_to_complete() -> None:
+def test_sft_has_no_partial_tokens() -> None:
     with pytest.raises(ValidationError) as caught:
-        TrainingSection(objective="sft", completion=True)
+        TrainingSection(objective="sft", partial_tokens=True)
     assert "`objective` is sft" in str(caught.value.errors()[0]["ctx"])
 
 

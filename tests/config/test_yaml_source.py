@@ -1,4 +1,4 @@
-"""persea.config.yaml_source: plain data with the place of every key. What recipes make of it is in test_recipe.py."""
+"""YAML as plain data with the location of every key."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def page(tmp_path: Path, text: str) -> Path:
     return path
 
 
-def test_every_key_and_entry_knows_its_place(tmp_path: Path) -> None:
+def test_every_key_and_entry_has_a_location(tmp_path: Path) -> None:
     path = page(tmp_path, "a: 1\nb:\n  - {c: x}\n  - 3e-3\n")
     reading = read_yaml(path)
     assert reading.data == {"a": 1, "b": [{"c": "x"}, 0.003]}
@@ -25,7 +25,7 @@ def test_every_key_and_entry_knows_its_place(tmp_path: Path) -> None:
     assert reading.locations[("b", 1)] == f"{path}:4:5"
 
 
-def test_an_override_is_its_own_place(tmp_path: Path) -> None:
+def test_an_override_is_its_own_location(tmp_path: Path) -> None:
     reading = read_yaml(page(tmp_path, "a: {b: 1, c: 2}\n"))
     apply_override(reading, "a.b=7")
     assert reading.data == {"a": {"b": 7, "c": 2}}
@@ -40,7 +40,9 @@ def test_a_key_written_twice_is_a_problem_that_names_both_lines(tmp_path: Path) 
 @pytest.mark.parametrize(
     "text", ["", "- a\n", "a: [1\n", "a: !!python/object:x {}\n", "? [1]\n: 2\n", "a: \x01\n"]
 )
-def test_what_is_no_page_of_keys_is_refused_with_its_place(tmp_path: Path, text: str) -> None:
+def test_files_without_keys_and_values_are_refused_with_their_location(
+    tmp_path: Path, text: str
+) -> None:
     with pytest.raises(RecipeError, match=r"page\.yaml:\d+:\d+"):
         read_yaml(page(tmp_path, text))
 

@@ -1,4 +1,4 @@
-"""Languages of texts: every script, code and formulas left out, and nothing where nobody can say."""
+"""Language identification in every script, without code and formulas; "" if unsure."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_language_of_a_text(language: str):
 @pytest.mark.parametrize(
     "text", ["", "123", "...", "```python\nx = 1\n```", "OK", "$x$", "\0\0", "😀😀"]
 )
-def test_too_little_to_tell_a_language(text: str):
+def test_texts_too_short_for_a_language(text: str):
     assert detect_language(text) == ""
     assert not is_same_language(detect_language(text), "en")
 

@@ -12,10 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persea.chat.messages import Conversation, Message, Role, Text, ThinkingEffort
+from persea.data.formats import MALFORMED_PREFIX_BYTES, MAX_LINE_BYTES, read_prompts
 from persea.data.prompts import (
     GOLDEN_RATIO_STEP,
-    MALFORMED_PREFIX_BYTES,
-    MAX_LINE_BYTES,
     SILVER_RATIO_STEP,
     Corpus,
     MalformedLine,
@@ -25,7 +24,6 @@ from persea.data.prompts import (
     assign_efforts,
     build_corpus,
     pick_by_share,
-    read_prompts,
 )
 from persea.errors import DataError
 
@@ -44,7 +42,7 @@ def read(folder: Path, *lines: str | bytes) -> list[Prompt]:
     return list(read_prompts(write(folder, *lines), "skill", "en"))
 
 
-# ---- gather --------------------------------------------------------------------------------------------------------
+# --- gather ---
 
 few = st.lists(
     st.sampled_from(
@@ -55,7 +53,7 @@ few = st.lists(
 
 
 @given(sources=st.lists(few, max_size=4), tested=few)
-def test_what_comes_in_is_kept_or_removed(sources: list[list[str]], tested: list[str]):
+def test_every_input_is_kept_or_removed(sources: list[list[str]], tested: list[str]):
     named = [
         [prompt(t, f"{s}/{k}") for k, t in enumerate(texts)] for s, texts in enumerate(sources)
     ]
@@ -126,7 +124,10 @@ def test_different_prompts_stay_different():
     assert build_corpus([different], []).prompts == tuple(different)
 
 
-QUESTION = "A farmer has seventeen sheep and buys four times as many goats; how many animals stand in the field?"
+QUESTION = (
+    "A farmer has seventeen sheep and buys four times as many goats; "
+    "how many animals stand in the field?"
+)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,8 @@ QUESTION = "A farmer has seventeen sheep and buys four times as many goats; how 
         ),
         (QUESTION.upper(), "", RemovalReason.TEST_ITEM),
         (
-            "A farmer has seven sheep and buys twice as many goats; how many animals stand in the field?",
+            "A farmer has seven sheep and buys twice as many goats; "
+            "how many animals stand in the field?",
             "",
             None,
         ),
@@ -162,7 +164,7 @@ def test_a_prompt_that_holds_a_test_item_is_removed(
     )
 
 
-def test_near_duplicates_are_removed_where_they_are_looked_for():
+def test_near_duplicates_are_removed_from_sources_with_a_threshold():
     first, second = prompt(QUESTION, "1"), prompt(QUESTION.replace("A farmer", "The farmer"), "2")
     other = prompt("How many animals are there?", "3")
     assert build_corpus([[first, second, other]], []).removed == ()
@@ -179,8 +181,8 @@ def test_near_duplicates_are_removed_where_they_are_looked_for():
     assert build_corpus([[first, second]], [], [1.0]).removed == ()
     assert RemovedPrompt(second, RemovalReason.NEAR_DUPLICATE, "1").to_json() == {
         "id": "2",
-        "why": "near-duplicate",
-        "of": "1",
+        "reason": "near-duplicate",
+        "matched_id": "1",
         "skill": "skill",
         "language": "en",
         "conversation": second.conversation.to_json(),
@@ -188,7 +190,7 @@ def test_near_duplicates_are_removed_where_they_are_looked_for():
     }
 
 
-# ---- read_prompts --------------------------------------------------------------------------------------------------
+# --- read_prompts ---
 
 
 def test_the_forms_of_a_line(tmp_path: Path):
@@ -288,7 +290,7 @@ def test_every_line_comes_out_once(
         ('{"messages": ["a"]}', "message 1 has role None"),
     ],
 )
-def test_a_broken_line_is_refused_with_its_number(tmp_path: Path, line: Any, reason: str):
+def test_a_malformed_line_is_refused_with_its_number(tmp_path: Path, line: Any, reason: str):
     path = write(tmp_path, '{"prompt": "fine"}', "", line, '{"prompt": "fine too"}')
     prompts = read_prompts(path, "skill", "en")
     assert next(prompts).conversation == Conversation.from_question("fine")
@@ -304,7 +306,7 @@ def test_a_line_without_end_is_refused(tmp_path: Path):
         read(tmp_path, b'{"prompt": "' + b"a" * MAX_LINE_BYTES + b'"}')
 
 
-def test_a_broken_line_is_set_aside_where_somebody_takes_it(tmp_path: Path):
+def test_a_malformed_line_is_quarantined_with_a_callback(tmp_path: Path):
     lines = [
         '{"prompt": "one"}',
         "{",
@@ -343,7 +345,7 @@ def test_a_broken_line_is_set_aside_where_somebody_takes_it(tmp_path: Path):
     st.integers(0, 5000),
     st.integers(20, 300),
 )
-def test_modes_hold_their_shares_in_every_stretch(
+def test_effort_shares_hold_in_every_stretch(
     weights: dict[ThinkingEffort, float], begin: int, n: int
 ):
     modes = {effort: w / sum(weights.values()) for effort, w in weights.items()}
@@ -357,11 +359,11 @@ def test_modes_hold_their_shares_in_every_stretch(
     )
 
 
-def test_without_modes_a_prompt_has_no_effort_of_its_own():
+def test_without_effort_shares_a_prompt_has_no_effort():
     assert [p.effort for p in assign_efforts([prompt("a"), prompt("b")], {})] == [None, None]
 
 
-def test_who_is_asked_and_how_long_to_think_are_independent():
+def test_teacher_and_effort_are_independent():
     """With one step for both, each teacher would get one mode alone."""
     halves = [("a", 0.5), ("b", 0.5)]
     pairs = Counter(
@@ -392,7 +394,7 @@ def test_a_missing_file_is_refused(tmp_path: Path):
 
 
 @pytest.mark.realdata
-def test_real_prompts_are_read_and_their_doubles_found(data: Path, tmp_path: Path):
+def test_real_prompts_are_read_and_duplicates_found(data: Path, tmp_path: Path):
     rows = [
         json.loads(line)
         for line in (data / "eval" / "gsm8k.train.jsonl")
@@ -421,7 +423,7 @@ def test_real_prompts_are_read_and_their_doubles_found(data: Path, tmp_path: Pat
     }
 
 
-def test_null_is_what_is_not_there(tmp_path: Path) -> None:
+def test_null_counts_as_missing(tmp_path: Path) -> None:
     (one,) = read(
         tmp_path, json.dumps({"prompt": "Why?", "id": None, "skill": None, "language": None})
     )

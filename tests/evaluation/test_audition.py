@@ -1,4 +1,6 @@
-"""The strongest teaches, those that cannot be told from it share, a pin overrules, a bad teacher gets nothing, the best of nothing is refused."""
+"""The strongest teaches, those that cannot be told from it share, a pin overrules, a bad teacher
+gets nothing, the best of nothing is refused.
+"""
 
 from __future__ import annotations
 
@@ -80,10 +82,10 @@ def test_a_pinned_teacher_teaches_whatever_was_measured() -> None:
 @pytest.mark.parametrize(
     ("counts", "words"),
     [
-        ((0, 0, 0), r"no teacher has a right answer on code \(n = 100\)"),
+        ((0, 0, 0), r"no teacher has a correct answer on code \(n = 100\)"),
         (
             (3, 4, 2),
-            r"the best teacher of code, gemma, has 0\.04, below the floor of 0\.05 \(n = 100\)",
+            r"the best teacher of code, gemma, scores 0\.04, below the floor of 0\.05 \(n = 100\)",
         ),
     ],
 )
@@ -125,10 +127,10 @@ def test_who_is_left_out_of_a_language_is_not_said_to_be_below_the_floor() -> No
     why = {(r[0], r[1]): r[5] for r in cast_table(out)}
     assert out.decisions["words"].eliminated.keys() == {"gemma"}
     assert (
-        why["words", "gemma"].startswith("below ")
+        why["words", "gemma"].startswith("worse than ")
         and "floor" not in why["words/th", "gemma"] + why["words/zh", "gemma"]
     )
-    assert why["words/th", "gemma"].startswith("below ")
+    assert why["words/th", "gemma"].startswith("worse than ")
     left = Cast(
         {"words": (("qwen", 1.0),), "words/th": (("qwen", 1.0),)},
         (Score("oss", "words", "th", ThinkingEffort.LOW, 0.4, 9, 0.1, 0.8),),
@@ -138,7 +140,7 @@ def test_who_is_left_out_of_a_language_is_not_said_to_be_below_the_floor() -> No
             "words/th": PartDecision(9, StopReason.BUDGET, {"gemma": "qwen"}),
         },
     )
-    assert [r[5] for r in cast_table(left)] == ["below qwen in all"]
+    assert [r[5] for r in cast_table(left)] == ["worse than qwen over all languages"]
 
 
 def test_a_language_that_differs_by_chance_is_not() -> None:
@@ -174,7 +176,7 @@ def test_the_table_tells_every_teacher_and_why() -> None:
     assert [(r[0], r[1], r[3], r[4], r[5]) for r in rows] == [
         ("code", "qwen", "100", "50%", "tied"),
         ("code", "oss", "100", "50%", "tied"),
-        ("code", "gemma", "100", "-", "below qwen"),
+        ("code", "gemma", "100", "-", "worse than qwen"),
         ("languages", "gemma", "100", "-", "another is pinned"),
         ("languages", "qwen", "100", "-", "another is pinned"),
         ("languages", "oss", "100", "100%", "pinned"),
@@ -182,7 +184,7 @@ def test_the_table_tells_every_teacher_and_why() -> None:
     ]
     page = cast_markdown(out)
     assert "| code | qwen | 0.90 (0.83-0.94) | 100 | 50% | tied |" in page.splitlines()
-    assert "- code: 100 questions, all there were for it" in page
+    assert "- code: 100 items, all items used" in page
     assert len({line.count("|") for line in page.splitlines() if line.startswith("|")}) == 1
 
 
@@ -239,7 +241,7 @@ def test_a_cast_of_an_earlier_version_is_read() -> None:
         "pinned": [],
         "scores": [
             {
-                "speaker": "qwen",
+                "model_name": "qwen",
                 "skill": "code",
                 "language": "",
                 "effort": "none",

@@ -1,4 +1,6 @@
-"""The results file of lm-eval is read as it is written, and whatever else it may be is refused by name."""
+"""The results file of lm-eval is read as it is written, and whatever else it may be is refused by
+name.
+"""
 
 from __future__ import annotations
 
@@ -68,13 +70,13 @@ def test_every_number_is_read(tmp_path: Path) -> None:
         ("[]", "has no `results`"),
         ("{}", "has no `results`"),
         ({"results": []}, "has no `results`"),
-        ({"results": {}}, "holds no number"),
-        ({"results": {"gsm8k": {"alias": "gsm8k"}}}, "holds no number"),
-        ({"results": {"gsm8k": 0.5}}, "not in lm-eval's form"),
+        ({"results": {}}, "contains no number"),
+        ({"results": {"gsm8k": {"alias": "gsm8k"}}}, "contains no number"),
+        ({"results": {"gsm8k": 0.5}}, "not in lm-eval's format"),
         ({"results": {"gsm8k": {"acc,none": "high"}}}, "acc,none is 'high', not a number"),
         ({"results": {"gsm8k": {"acc,none": True}}}, "not a number"),
         ('{"results": {"gsm8k": {"acc,none": NaN}}}', "not a number"),
-        ({"results": {"gsm8k": {"acc,none": 0.5}}, "n-samples": []}, "not in lm-eval's form"),
+        ({"results": {"gsm8k": {"acc,none": 0.5}}, "n-samples": []}, "not in lm-eval's format"),
     ],
     ids=str,
 )

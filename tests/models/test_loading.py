@@ -1,11 +1,10 @@
-"""Weights and voices come from folders without surprises: no code, no pickle, no vocabulary that does not fit."""
+"""Models load from folders without code and pickles, and only with a matching vocabulary."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -23,49 +22,30 @@ from persea.chat.renderer import ChatRenderer
 from persea.distributions import SparseDistributions
 from persea.errors import DataError
 from persea.losses import event_kl_loss
+from persea.models.identity import model_warnings
 from persea.models.loading import (
     ModelSource,
     download_model,
     eos_token_ids,
-    fingerprint,
     load_model,
     load_renderer,
     local_folder,
-    model_warnings,
-    random_init,
+    resolve_model_source,
 )
+from persea.models.random_init import random_init
 from persea.teachers.engines.transformers import TransformersEngine
 from persea.teachers.teacher import Answer
 from persea.training.dataset import DistillDataset, build_dataset
 from persea.training.student import StudentModel
 from tests.chat.families.test_generic import END, HEAD, ROLES, TURN, folder_of
 from tests.conftest import FAMILIES, Speaker
+from tests.models.conftest import SIZES, configure
 from tests.training.test_dataset import one as single
 
-SIZES = {"hidden": 32, "layers": 1, "heads": 2, "seed": 1, "experts": 2}
-RANDOM = tuple(SIZES.items())
+# ---- where ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def llama(tiny_of, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ChatRenderer]:
-    """A whole model folder: the tiny Llama tokenizer, and weights that fit it."""
-    speaker = tiny_of("llama")
-    folder = tmp_path_factory.mktemp("models") / "llama"
-    shutil.copytree(speaker.folder, folder)
-    random_init("llama", len(speaker.renderer.vocabulary), SIZES).save_pretrained(folder)
-    return folder, speaker.renderer
-
-
-@pytest.fixture
-def copy(llama: tuple[Path, ChatRenderer], tmp_path: Path) -> Path:
-    """A copy of it that a test may break."""
-    return Path(shutil.copytree(llama[0], tmp_path / "copy"))
-
-
-# ---- where ---------------------------------------------------------------------------------------------------------
-
-
-def test_what_is_a_folder_and_what_is_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_folders_and_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     (tmp_path / "file").touch()
@@ -120,23 +100,44 @@ def test_a_hub_id_that_cannot_be_had_is_refused_in_one_line():
     assert "\n" not in str(caught.value)
 
 
-# ---- voices --------------------------------------------------------------------------------------------------------
+# ---- voices --------------------------------------------------------------------------------------
 
 
-def test_a_voice_is_what_its_folder_says(tiny: Speaker):
-    voice = load_renderer(ModelSource(str(tiny.folder)), "w")
-    assert voice.digest == tiny.renderer.digest
-    assert voice.template_date == PINNED_DATE
-    assert voice.template_text == (tiny.folder / "chat_template.jinja").read_text()
+def test_a_renderer_depends_on_its_folder_and_date(tiny: Speaker):
+    renderer = load_renderer(ModelSource(str(tiny.folder)), "w")
+    assert renderer.digest == tiny.renderer.digest
+    assert renderer.template_date == PINNED_DATE
+    assert renderer.template_text == (tiny.folder / "chat_template.jinja").read_text()
     assert (
-        load_renderer(ModelSource(str(tiny.folder)), "w", today=date(2026, 1, 1)).digest
-        != voice.digest
+        load_renderer(ModelSource(str(tiny.folder)), "w", template_date=date(2026, 1, 1)).digest
+        != renderer.digest
     )
-    other = FAMILIES[FAMILIES.index(voice.family.name) - 1]
+    other = FAMILIES[FAMILIES.index(renderer.family.name) - 1]
     assert load_renderer(ModelSource(str(tiny.folder), family=other), "w").family.name == other
     assert (
-        load_renderer(ModelSource("random", tokenizer=str(tiny.folder)), "w").digest == voice.digest
+        load_renderer(ModelSource("random", tokenizer=str(tiny.folder)), "w").digest
+        == renderer.digest
     )
+
+
+def test_a_folder_or_hub_id_alone_is_enough(copy: Path, llama: tuple[Path, ChatRenderer]):
+    renderer = load_renderer(str(copy))
+    assert renderer.digest == llama[1].digest
+    with pytest.raises(DataError, match="none: no model folder"):
+        load_renderer("./none")
+
+
+def test_a_run_folder_is_its_student(copy: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(copy, run / "train" / "student")
+    (run / "recipe.yaml").write_text("student: {family: llama}\ntoday: 2026-01-02\n")
+    source, template_date = resolve_model_source(str(run), "chat")
+    assert source == ModelSource(str(run / "train" / "student"), family="llama")
+    assert template_date == date(2026, 1, 2)
+    for broken in ("", "[1]"):
+        (run / "recipe.yaml").write_text(broken)
+        with pytest.raises(DataError, match="recipe of this run is no mapping"):
+            resolve_model_source(str(run), "chat")
 
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path):
@@ -177,61 +178,36 @@ def test_an_unknown_family_is_refused(copy: Path):
         load_renderer(ModelSource(str(copy), family="falcon"), "w")
 
 
-# ---- weights -------------------------------------------------------------------------------------------------------
+# ---- weights -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_sprout_of_each_family_runs(family: str, tiny_of):
-    voice = tiny_of(family).renderer
-    tokens = voice.render(Conversation.from_question("Hello").with_answer(Text("Hi")))
-    source = ModelSource("random", tokenizer=str(tiny_of(family).folder), sizes=RANDOM)
-    model = load_model(source, voice, "w")
-    assert not model.training
-    assert (
-        model.config.model_type
-        == {"llama": "llama", "qwen": "qwen3", "gemma": "gemma3_text", "gpt-oss": "gpt_oss"}[family]
-    )
-    with torch.inference_mode():
-        logits = model(torch.from_numpy(tokens.ids_T)[None].long()).logits
-    assert logits.shape == (1, len(tokens), len(voice.vocabulary))
-    assert torch.isfinite(logits).all()
-    again, other = (random_init(family, len(voice.vocabulary), SIZES | {"seed": s}) for s in (1, 2))
-    first = model.get_input_embeddings().weight
-    assert torch.equal(first, again.get_input_embeddings().weight)
-    assert not torch.equal(first, other.get_input_embeddings().weight)
-
-
-def test_a_sprout_of_an_unknown_family_is_refused():
-    with pytest.raises(DataError, match="no small architecture known for family 'falcon'"):
-        random_init("falcon", 100, SIZES)
-
-
-def test_weights_come_back_as_they_were_saved(llama: tuple[Path, ChatRenderer]):
-    folder, voice = llama
-    model = load_model(ModelSource(str(folder)), voice, "w")
+def test_weights_load_as_they_were_saved(llama: tuple[Path, ChatRenderer]):
+    folder, renderer = llama
+    model = load_model(ModelSource(str(folder)), renderer, "w")
     assert not model.training
     for ours, saved in zip(
         model.parameters(),
-        random_init("llama", len(voice.vocabulary), SIZES).parameters(),
+        random_init("llama", len(renderer.vocabulary), SIZES).parameters(),
         strict=True,
     ):
         assert torch.equal(ours.cpu(), saved)
 
 
 def test_too_few_logits_are_refused(copy: Path, llama: tuple[Path, ChatRenderer]):
-    voice = llama[1]
-    random_init("llama", len(voice.vocabulary) - 1, SIZES).save_pretrained(copy)
+    renderer = llama[1]
+    random_init("llama", len(renderer.vocabulary) - 1, SIZES).save_pretrained(copy)
     with pytest.raises(
         DataError,
-        match=f"{len(voice.vocabulary) - 1} logits for a vocabulary of {len(voice.vocabulary)} tokens",
+        match=f"{len(renderer.vocabulary) - 1} logits for a vocabulary of "
+        f"{len(renderer.vocabulary)} tokens",
     ):
-        load_model(ModelSource(str(copy)), voice, "w")
-    random_init("llama", len(voice.vocabulary) + 27, SIZES).save_pretrained(
+        load_model(ModelSource(str(copy)), renderer, "w")
+    random_init("llama", len(renderer.vocabulary) + 27, SIZES).save_pretrained(
         copy
     )  # a padded matrix is usual
     assert (
-        load_model(ModelSource(str(copy)), voice, "w").config.vocab_size
-        == len(voice.vocabulary) + 27
+        load_model(ModelSource(str(copy)), renderer, "w").config.vocab_size
+        == len(renderer.vocabulary) + 27
     )
 
 
@@ -245,7 +221,7 @@ def test_pickled_weights_are_refused(copy: Path, llama: tuple[Path, ChatRenderer
         load_model(ModelSource(str(copy)), llama[1], "w")
 
 
-def test_cut_weights_are_refused(copy: Path, llama: tuple[Path, ChatRenderer]):
+def test_truncated_weights_are_refused(copy: Path, llama: tuple[Path, ChatRenderer]):
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(DataError, match="cannot load"):
@@ -268,10 +244,11 @@ def test_a_missing_or_broken_config_is_refused(
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
-def test_a_folder_that_brings_its_own_code_is_refused_unread(
+def test_a_folder_with_its_own_code_is_refused_unread(
     copy: Path, llama: tuple[Path, ChatRenderer], file: str
 ):
-    """The code would leave a mark; the known classes stand beside it, so that only our own refusal can stop it."""
+    """The code would leave a mark. A known class is beside it, so only persea's own check can
+    refuse."""
     mark = copy / "ran"
     (copy / "own.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
     config = json.loads((copy / file).read_text())
@@ -290,90 +267,7 @@ def test_a_folder_that_brings_its_own_code_is_refused_unread(
     assert not mark.exists()
 
 
-# ---- fingerprints --------------------------------------------------------------------------------------------------
-
-
-def test_a_fingerprint_changes_with_any_byte(copy: Path):
-    source = ModelSource(str(copy))
-    before = fingerprint(source, "w")
-    assert fingerprint(source, "w") == before
-    places = (
-        ("model.safetensors", -1),
-        ("model.safetensors", 9),
-        ("config.json", 3),
-        ("tokenizer.json", 50),
-        ("chat_template.jinja", 0),
-    )
-    for name, at in places:
-        whole = (copy / name).read_bytes()
-        broken = bytearray(whole)
-        broken[at] ^= 1
-        (copy / name).write_bytes(broken)
-        assert fingerprint(source, "w") != before, name
-        (copy / name).write_bytes(whole)
-    assert fingerprint(source, "w") == before
-    (copy / "model.safetensors").rename(copy / "other.safetensors")
-    assert fingerprint(source, "w") != before
-
-
-def test_a_fingerprint_does_not_depend_on_the_place(copy: Path, llama: tuple[Path, ChatRenderer]):
-    assert fingerprint(ModelSource(str(copy)), "w") == fingerprint(ModelSource(str(llama[0])), "w")
-
-
-def test_fingerprints_of_what_is_not_here():
-    hub, sprouted = (
-        ModelSource("Qwen/Qwen3-8B", revision="a" * 40),
-        ModelSource("random", tokenizer="x/y", sizes=RANDOM),
-    )
-    variants = [
-        hub,
-        replace(hub, revision="b" * 40),
-        replace(hub, model="Qwen/Qwen3-4B"),
-        sprouted,
-        replace(sprouted, sizes=RANDOM[1:]),
-        replace(sprouted, tokenizer="x/z"),
-    ]
-    assert len({fingerprint(s, "w") for s in variants}) == len(variants)
-    with pytest.raises(DataError, match="no model folder"):
-        fingerprint(ModelSource("./none"), "w")
-
-
-# ---- where a model's own configuration misleads --------------------------------------------------------------------
-
-
-def configure(folder: Path, **files: dict[str, Any] | None) -> ModelSource:
-    """The folder with these keys in its configurations; None takes the file away."""
-    for name, keys in files.items():
-        path = folder / f"{name}.json"
-        if keys is None:
-            path.unlink(missing_ok=True)
-        else:
-            path.write_text(
-                json.dumps((json.loads(path.read_text()) if path.is_file() else {}) | keys)
-            )
-    return ModelSource(str(folder))
-
-
-def test_a_base_model_in_a_chat_template_is_said(copy: Path, llama: tuple[Path, ChatRenderer]):
-    """As Qwen's base: its eos ends a text (151643), its template's turns end elsewhere (151645)."""
-    voice = llama[1]
-    text, turn = (voice.vocabulary.control_token_ids[n] for n in ("<|end_of_text|>", "<|eot_id|>"))
-    assert {text, turn} <= set(
-        voice.stop_ids
-    )  # both end an answer, and that is not what is asked here
-    note = model_warnings(configure(copy, generation_config={"eos_token_id": text}), voice, "w")
-    assert note.startswith("a base model in a chat template")
-    assert f"<|end_of_text|> ({text})" in note
-    assert f"<|eot_id|> ({turn})" in note
-    assert "\n" not in note
-    for eos in (turn, [text, turn]):
-        assert (
-            model_warnings(configure(copy, generation_config={"eos_token_id": eos}), voice, "w")
-            == ""
-        )
-    assert (
-        model_warnings(ModelSource("random", tokenizer=str(copy)), voice, "w") == ""
-    )  # a sprout ends nowhere
+# ---- a model's own configuration -----------------------------------------------------------------
 
 
 def test_where_a_configuration_names_its_ends(copy: Path):
@@ -392,45 +286,49 @@ def test_where_a_configuration_names_its_ends(copy: Path):
         eos_token_ids(source, "w")
 
 
-def test_generation_stops_at_the_turns_end_whatever_the_configuration_says(
+def test_generation_stops_at_the_turns_end_despite_the_configuration(
     copy: Path, llama: tuple[Path, ChatRenderer]
 ):
-    """The model says the token it is asked to stop at first of all; its configuration would let it run on."""
-    voice = llama[1]
+    """The model generates the stop token first; its configuration alone would let it continue."""
+    renderer = llama[1]
     source = configure(
         copy,
         generation_config={
-            "eos_token_id": voice.vocabulary.control_token_ids["<|begin_of_text|>"],
+            "eos_token_id": renderer.vocabulary.control_token_ids["<|begin_of_text|>"],
             "min_new_tokens": 9,
         },
     )
-    model = always(load_model(source, voice, "w"), voice.vocabulary.control_token_ids["<|eot_id|>"])
-    (answer,) = TransformersEngine(model, len(voice.vocabulary)).generate(
-        [voice.render_prompt(Conversation.from_question("Hi")).ids_T], voice.stop_ids, 20
+    model = always(
+        load_model(source, renderer, "w"), renderer.vocabulary.control_token_ids["<|eot_id|>"]
     )
-    assert answer.tolist() == [voice.vocabulary.control_token_ids["<|eot_id|>"]]
+    (answer,) = TransformersEngine(model, len(renderer.vocabulary)).generate(
+        [renderer.render_prompt(Conversation.from_question("Hi")).ids_T], renderer.stop_ids, 20
+    )
+    assert answer.tolist() == [renderer.vocabulary.control_token_ids["<|eot_id|>"]]
 
 
 def test_a_student_taught_to_end_its_turns_is_saved_so(
     copy: Path, llama: tuple[Path, ChatRenderer], tmp_path: Path
 ):
-    voice = llama[1]
-    text = voice.vocabulary.control_token_ids["<|end_of_text|>"]
+    renderer = llama[1]
+    text = renderer.vocabulary.control_token_ids["<|end_of_text|>"]
     for keys, want in (
-        ({"eos_token_id": text}, {text, *voice.stop_ids}),
-        (None, set(voice.stop_ids)),
-        ({"eos_token_id": [*voice.stop_ids, 0]}, {*voice.stop_ids, 0}),
+        ({"eos_token_id": text}, {text, *renderer.stop_ids}),
+        (None, set(renderer.stop_ids)),
+        ({"eos_token_id": [*renderer.stop_ids, 0]}, {*renderer.stop_ids, 0}),
     ):
         source = configure(copy, generation_config=keys)
-        StudentModel(load_model(source, voice, "w"), voice, source).save(tmp_path / "student")
+        StudentModel(load_model(source, renderer, "w"), renderer, source).save(tmp_path / "student")
         saved = ModelSource(str(tmp_path / "student"))
         assert set(eos_token_ids(saved, "w")) == want
-        assert set(np.ravel(load_model(saved, voice, "w").generation_config.eos_token_id)) == want
-        assert model_warnings(saved, voice, "w") == ""
+        assert (
+            set(np.ravel(load_model(saved, renderer, "w").generation_config.eos_token_id)) == want
+        )
+        assert model_warnings(saved, renderer, "w") == ""
 
 
 def always(model: PreTrainedModel, token: int) -> PreTrainedModel:
-    """A model that says one token only."""
+    """A model that generates one token only."""
     head = torch.nn.Linear(model.config.hidden_size, model.get_output_embeddings().weight.shape[0])
     with torch.no_grad():
         head.weight.zero_()
@@ -441,11 +339,12 @@ def always(model: PreTrainedModel, token: int) -> PreTrainedModel:
     return model
 
 
-# ---- padded rows ---------------------------------------------------------------------------------------------------
+# ---- padded rows ---------------------------------------------------------------------------------
 
 
 def widened(model: PreTrainedModel, folder: Path, rows: int) -> Path:
-    """The same weights in a matrix with more rows, as 151,936 and 152,064 rows for 151,665 tokens; the new ones are loud."""
+    """The same weights in a matrix with more rows, such as 152,064 for 151,665 tokens; the new ones
+    are large."""
     wide = random_init("llama", model.config.vocab_size + rows, SIZES)
     state = model.state_dict()
     loud = (
@@ -460,12 +359,12 @@ def widened(model: PreTrainedModel, folder: Path, rows: int) -> Path:
     return folder
 
 
-def feed_of(voice: ChatRenderer, teacher: ChatRenderer) -> DistillDataset:
-    """Three answers; the teacher is sure of each token it said."""
+def feed_of(renderer: ChatRenderer, teacher: ChatRenderer) -> DistillDataset:
+    """Three answers, of whose tokens the teacher is certain."""
     captures = []
     for k, text in enumerate(("Hello there", "一二三", "x = [1]\n")):
-        talk = Conversation.from_question(f"question {k}").with_answer(Text(text))
-        tokens = teacher.render(talk)
+        conversation = Conversation.from_question(f"question {k}").with_answer(Text(text))
+        tokens = teacher.render(conversation)
         n = int(tokens.loss_mask_T.sum())
         rows = SparseDistributions(
             np.arange(n + 1, dtype=np.int64),
@@ -475,13 +374,13 @@ def feed_of(voice: ChatRenderer, teacher: ChatRenderer) -> DistillDataset:
         )
         captures.append(
             CachedAnswer(
-                Answer(f"p{k}", "t", "languages", "", talk, FinishReason.STOP), tokens, rows
+                Answer(f"p{k}", "t", "languages", "", conversation, FinishReason.STOP), tokens, rows
             )
         )
     return build_dataset(
         single(captures),
-        voice,
-        {"t": build_event_map(teacher, voice)},
+        renderer,
+        {"t": build_event_map(teacher, renderer)},
         batch_size=3,
         seed=0,
         max_tokens=512,
@@ -491,17 +390,17 @@ def feed_of(voice: ChatRenderer, teacher: ChatRenderer) -> DistillDataset:
 def test_padded_rows_change_no_loss_no_score_and_no_answer(
     llama: tuple[Path, ChatRenderer], tiny_of: Callable[[str], Speaker], tmp_path: Path
 ):
-    folder, voice = llama
+    folder, renderer = llama
     shutil.copytree(tiny_of("llama").folder, tmp_path / "wide")
-    small = load_model(ModelSource(str(folder)), voice, "w")
+    small = load_model(ModelSource(str(folder)), renderer, "w")
     source = ModelSource(str(widened(small, tmp_path / "wide", 271)))
-    assert load_renderer(source, "w").digest == voice.digest
-    wide = load_model(source, voice, "w")
-    assert wide.get_output_embeddings().weight.shape[0] == len(voice.vocabulary) + 271
-    batch = feed_of(voice, tiny_of("qwen").renderer).batch(0)
+    assert load_renderer(source, "w").digest == renderer.digest
+    wide = load_model(source, renderer, "w")
+    assert wide.get_output_embeddings().weight.shape[0] == len(renderer.vocabulary) + 271
+    batch = feed_of(renderer, tiny_of("qwen").renderer).batch(0)
     losses, grads = [], []
     for model in (small, wide):
-        student = StudentModel(model, voice, source)
+        student = StudentModel(model, renderer, source)
         out = event_kl_loss(
             student.logits(batch.ids_BS, batch.mask_BS, batch.row_N, batch.position_N),
             batch.labels_N,
@@ -513,8 +412,8 @@ def test_padded_rows_change_no_loss_no_score_and_no_answer(
         out.loss.backward()
         grads.append(model.get_input_embeddings().weight.grad)
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
-    assert torch.allclose(grads[0], grads[1][: len(voice.vocabulary)], atol=1e-6)
-    assert not grads[1][len(voice.vocabulary) :].any()
+    assert torch.allclose(grads[0], grads[1][: len(renderer.vocabulary)], atol=1e-6)
+    assert not grads[1][len(renderer.vocabulary) :].any()
     sequences, learn = (
         [
             row[: int(m.sum())].numpy().astype(np.int32)
@@ -524,28 +423,28 @@ def test_padded_rows_change_no_loss_no_score_and_no_answer(
     )
     for sequence in sequences:
         learn.append(np.arange(len(sequence)) > 3)
-    engines = [TransformersEngine(m, len(voice.vocabulary)) for m in (small, wide)]
+    engines = [TransformersEngine(m, len(renderer.vocabulary)) for m in (small, wide)]
     for one, other in zip(*(e.compute_logprobs(sequences, learn) for e in engines), strict=True):
         assert one.shape == other.shape
         assert torch.allclose(one, other, atol=1e-6)
     with torch.inference_mode():  # the trap is set
         assert int(
             wide(input_ids=torch.from_numpy(sequences[0])[None].long()).logits[0, -1].argmax()
-        ) >= len(voice.vocabulary)
-    said = [
-        [a.tolist() for a in e.generate([s[:9] for s in sequences], voice.stop_ids, 6)]
+        ) >= len(renderer.vocabulary)
+    answers = [
+        [a.tolist() for a in e.generate([s[:9] for s in sequences], renderer.stop_ids, 6)]
         for e in engines
     ]
-    assert said[0] == said[1]
+    assert answers[0] == answers[1]
 
 
-# ---- pad == eos ----------------------------------------------------------------------------------------------------
+# ---- pad == eos ----------------------------------------------------------------------------------
 
 
 def test_the_stop_is_learned_and_scored_when_it_is_the_padding_too(
     copy: Path, tiny_of: Callable[[str], Speaker]
 ):
-    """Many models pad with their eos; masking the labels of the padding would unlearn how to stop."""
+    """Many models pad with their eos; masking the labels of padding ids would unlearn the stop."""
     config = json.loads((copy / "tokenizer_config.json").read_text())
     (copy / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": "<|eot_id|>"}))
     stop = load_renderer(ModelSource(str(copy)), "w").vocabulary.control_token_ids["<|eot_id|>"]
@@ -554,19 +453,19 @@ def test_the_stop_is_learned_and_scored_when_it_is_the_padding_too(
         config={"pad_token_id": stop, "eos_token_id": stop},
         generation_config={"pad_token_id": stop, "eos_token_id": stop},
     )
-    voice = load_renderer(source, "w")
+    renderer = load_renderer(source, "w")
     assert (
         AutoTokenizer.from_pretrained(copy).pad_token_id
         == AutoTokenizer.from_pretrained(copy).eos_token_id
         == stop
     )  # the trap is set
-    batch = feed_of(voice, tiny_of("qwen").renderer).batch(0)
+    batch = feed_of(renderer, tiny_of("qwen").renderer).batch(0)
     assert len({int(m.sum()) for m in batch.mask_BS}) > 1  # some rows are padded
-    stops = torch.isin(batch.labels_N, torch.tensor(voice.stop_ids))
+    stops = torch.isin(batch.labels_N, torch.tensor(renderer.stop_ids))
     assert sorted(batch.row_N[stops].tolist()) == [0, 1, 2]
-    model = load_model(source, voice, "w")
+    model = load_model(source, renderer, "w")
     assert model.config.pad_token_id == stop
-    student = StudentModel(model, voice, source)
+    student = StudentModel(model, renderer, source)
     taught = []
     for row in range(3):  # alone, at equal weight, and with its gradient on the stop's logit
         logits = student.logits(batch.ids_BS, batch.mask_BS, batch.row_N, batch.position_N)
@@ -582,7 +481,7 @@ def test_the_stop_is_learned_and_scored_when_it_is_the_padding_too(
         np.isin(np.arange(len(s)), batch.position_N[batch.row_N == k] + 1)
         for k, s in enumerate(sequences)
     ]
-    engine = TransformersEngine(model, len(voice.vocabulary))
+    engine = TransformersEngine(model, len(renderer.vocabulary))
     for k, rows in enumerate(engine.compute_logprobs(sequences, learn)):
         with torch.inference_mode():
             alone = torch.log_softmax(
@@ -590,16 +489,16 @@ def test_the_stop_is_learned_and_scored_when_it_is_the_padding_too(
             )
         assert torch.allclose(rows, alone[np.flatnonzero(learn[k]) - 1], atol=1e-5)
         assert sequences[k][np.flatnonzero(learn[k])[-1]] == stop
-    said = always(model, stop)
+    stopping_model = always(model, stop)
     assert [
         a.tolist()
-        for a in TransformersEngine(said, len(voice.vocabulary)).generate(
-            [s[:5] for s in sequences], voice.stop_ids, 8
+        for a in TransformersEngine(stopping_model, len(renderer.vocabulary)).generate(
+            [s[:5] for s in sequences], renderer.stop_ids, 8
         )
     ] == [[stop]] * 3
 
 
-# ---- BOS -----------------------------------------------------------------------------------------------------------
+# ---- BOS -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("adds", [False, True])
@@ -618,33 +517,29 @@ def test_a_rendering_has_the_templates_bos_and_no_other(
         adds_bos=adds,
     )
     source = ModelSource(str(folder))
-    voice, tokenizer = load_renderer(source, "w"), AutoTokenizer.from_pretrained(folder)
-    start = voice.vocabulary.control_token_ids["<s>"]
+    renderer, tokenizer = load_renderer(source, "w"), AutoTokenizer.from_pretrained(folder)
+    start = renderer.vocabulary.control_token_ids["<s>"]
     assert (tokenizer("Hi").input_ids[0] == start) is adds  # the trap is set
     for text in ("Hi", "<s> Hi"):
         for tokens in (
-            voice.render_prompt(Conversation.from_question(text)),
-            voice.render(Conversation.from_question(text).with_answer(Text(text))),
+            renderer.render_prompt(Conversation.from_question(text)),
+            renderer.render(Conversation.from_question(text).with_answer(Text(text))),
         ):
             assert tokens.ids_T.tolist().count(start) == bos
             assert tokens.ids_T[:bos].tolist() == [start] * bos
-    assert voice.render_prompt(
+    assert renderer.render_prompt(
         Conversation.from_question("Hi")
     ).ids_T.tolist() == tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi"}], add_generation_prompt=True, return_dict=False
     )
-    note = model_warnings(source, voice, "w")
+    note = model_warnings(source, renderer, "w")
     assert (f"puts <s> ({start}) before every text, its chat template does not" in note) == (
         adds and not bos
     )
     assert (f"begins with <s> ({start}) twice" in note) == (bos == 2)
 
 
-def test_the_saplings_have_nothing_odd(tiny: Speaker):
-    assert model_warnings(ModelSource(str(tiny.folder)), tiny.renderer, "w") == ""
-
-
-def test_a_hub_model_that_cannot_be_fetched_is_not_told_to_mend_a_folder(
+def test_a_hub_model_that_cannot_be_downloaded_has_its_own_remedy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def offline(*names: object, **options: object) -> None:
@@ -658,10 +553,11 @@ def test_a_hub_model_that_cannot_be_fetched_is_not_told_to_mend_a_folder(
 
 
 @pytest.mark.parametrize("weights", [False, True])
-def test_of_a_hub_model_no_more_is_fetched_than_is_asked_for(
+def test_only_requested_files_of_a_hub_model_are_downloaded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, weights: bool
 ) -> None:
-    """Weights only where they are read, and not those that some repositories hold a second time, in a folder or under another name."""
+    """Weights are downloaded only on request, and not those that a repository holds a second
+    time."""
     asked: dict[str, Any] = {}
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download",
@@ -677,9 +573,9 @@ def test_of_a_hub_model_no_more_is_fetched_than_is_asked_for(
         "original/model.safetensors",
         "pytorch_model.bin",
     ]
-    kept = list(
+    downloaded = list(
         filter_repo_objects(
             names, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
         )
     )
-    assert kept == names[:3] + names[3:4] * weights
+    assert downloaded == names[:3] + names[3:4] * weights

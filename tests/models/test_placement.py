@@ -1,4 +1,4 @@
-"""What this machine cannot hold as asked is refused with exit code 7, and never loaded larger than asked."""
+"""What the machine cannot hold is refused with exit code 7, and never loaded larger."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from persea.models.placement_kwargs import placement_kwargs
 
 from persea.errors import MissingRequirementError
 from persea.models import placement as placements
-from persea.models.loading import ModelSource, fingerprint, load_model
+from persea.models.identity import fingerprint
+from persea.models.loading import ModelSource, load_model
+from persea.models.placement import placement_kwargs
 from tests.teachers.engines.test_transformers import SAPLINGS, opened
 
 SAPLING = ModelSource(str(SAPLINGS / "gpt-oss-sapling"))
@@ -19,14 +20,14 @@ SAPLING = ModelSource(str(SAPLINGS / "gpt-oss-sapling"))
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if there were one, with every package."""
+    """Pretend that there is a GPU and every package."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(placements, "find_spec", lambda name: object())
 
 
-def test_as_stored_and_in_one_place_nothing_is_told() -> None:
+def test_no_arguments_without_quantisation_and_offloading() -> None:
     assert placement_kwargs("none", False, "t") == {}
 
 
@@ -64,7 +65,7 @@ def test_mxfp4_on_an_old_gpu_is_refused(gpu: None, monkeypatch: pytest.MonkeyPat
         placement_kwargs("mxfp4", False, "t")
 
 
-def test_what_transformers_is_told(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_for_transformers(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[dict[str, Any]] = []
     monkeypatch.setattr(
         "transformers.BitsAndBytesConfig", lambda **given: made.append(given) or "bits"

@@ -50,10 +50,10 @@ def test_after_all_everything_stands_until_something_changes(tmp_path: Path) -> 
     assert states(tmp_path, "evaluation.max_new_tokens=40") == but(
         evaluate="to do", lineage="to do", report="waits"
     )
-    assert states(tmp_path, "capture.tau=0.05") == but(
+    assert states(tmp_path, "capture.sampling_threshold=0.05") == but(
         capture="to do", train="waits", evaluate="waits", lineage="waits", report="waits"
     )
-    assert states(tmp_path, "check.floor=0.2") == but(
+    assert states(tmp_path, "check.min_common_share=0.2") == but(
         check="to do", lineage="to do", report="waits"
     )
     for name in ("lineage", "evaluate"):
@@ -73,7 +73,7 @@ def test_what_is_said_of_an_evaluation_afterwards_measures_nothing_again(tmp_pat
     ):  # the lineage holds the recipe's hash
         assert states(tmp_path, f"evaluation.{change}") == but(lineage="to do", report="waits")
     with pytest.raises(DataError, match=r"gone\.json: no such file -> run lm_eval on student first"):
-        plan_run(river(tmp_path, "evaluation.lm_eval.student=gone.json"))
+        plan_run(river(tmp_path, "evaluation.lm_eval_results.student=gone.json"))
 
 
 def test_a_damaged_output_is_to_do(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_the_likeliest_tokens_within_a_kl_cost_more_disk(tmp_path: Path) -> None
     recipe(tmp_path)
     captured = SAMPLED_BYTES_PER_TOKEN * 72 * 48
     more = (
-        plan_run(river(tmp_path, "capture.rows=topk")).disk_bytes
+        plan_run(river(tmp_path, "capture.distributions=topk")).disk_bytes
         - plan_run(river(tmp_path)).disk_bytes
     )
     assert more == pytest.approx(

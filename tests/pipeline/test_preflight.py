@@ -12,8 +12,10 @@ from persea.errors import MissingRequirementError, PerseaError, RecipeError
 from persea.pipeline.preflight import refuse_impossible_training, refuse_missing_logprobs
 from persea.training.distributed.world import LaunchOptions, ParallelStrategy, World
 
-OWN = OnPolicySection(after=2, rollouts=16)
-FAR = SimpleNamespace(name="far", endpoint=SimpleNamespace(budget=10, protocol="completions"))
+OWN = OnPolicySection(start_step=2, rollouts=16)
+FAR = SimpleNamespace(
+    name="far", endpoint=SimpleNamespace(max_total_tokens=10, protocol="completions")
+)
 NEAR = SimpleNamespace(name="near", endpoint=None)
 
 
@@ -35,12 +37,12 @@ def river(
     ("asked", "kind", "words"),
     [
         (
-            river(TrainingSection(batch=4), LaunchOptions(5)),
+            river(TrainingSection(batch_size=4), LaunchOptions(5)),
             RecipeError,
             "a batch of 4 conversations cannot be split over 5 processes",
         ),
         (
-            river(TrainingSection(batch=4), world=World(0, 5)),
+            river(TrainingSection(batch_size=4), world=World(0, 5)),
             RecipeError,
             "a batch of 4 conversations cannot be split over 5 processes",
         ),
@@ -73,7 +75,9 @@ def test_a_training_that_cannot_be_is_refused(
     "asked",
     [
         river(TrainingSection()),
-        river(TrainingSection(batch=4), LaunchOptions(4, ParallelStrategy.FSDP), teachers=(FAR,)),
+        river(
+            TrainingSection(batch_size=4), LaunchOptions(4, ParallelStrategy.FSDP), teachers=(FAR,)
+        ),
         river(TrainingSection(on_policy=OWN), LaunchOptions(2)),
         river(
             TrainingSection(on_policy=OWN), LaunchOptions(1, ParallelStrategy.FSDP), teachers=(FAR,)
@@ -86,6 +90,8 @@ def test_one_that_can_be_is_not(asked: Any) -> None:
 
 def test_only_chat_routes_are_looked_at() -> None:
     refuse_missing_logprobs(river(TrainingSection(), teachers=(NEAR, FAR)))
-    chat = SimpleNamespace(name="chat", endpoint=SimpleNamespace(budget=0, protocol="chat"))
+    chat = SimpleNamespace(
+        name="chat", endpoint=SimpleNamespace(max_total_tokens=0, protocol="chat")
+    )
     with pytest.raises(ZeroDivisionError):
         refuse_missing_logprobs(river(TrainingSection(), teachers=(chat,)))

@@ -16,10 +16,10 @@ from persea.cache import unit as cache
 from persea.config.recipe import load_recipe
 from persea.pipeline.run_context import RunContext
 from persea.pipeline.stages import run_pipeline
-from tests.alignment.test_event_map import real_bridge, real_home
+from tests.alignment.test_event_map import real_event_map, real_home
 from tests.conftest import ROOT, Speaker
 
-assert real_home  # a fixture of test_bridge: the bridges are built once for both
+assert real_home  # a fixture of test_event_map: event maps are built once for both
 TEACHERS = {"qwen3": "qwen", "gemma3": "gemma", "gpt-oss": "gpt-oss"}
 SIZES = {"qwen3": 151_669, "gemma3": 262_145, "gpt-oss": 201_088, "llama3": 128_256}
 STEPS = 12
@@ -102,12 +102,12 @@ def test_the_river_flows_through_four_real_vocabularies(
             f"corpus={corpus}",
             "audition.items=1",
             "capture.max_new_tokens=2",
-            "capture.unit=16",
+            "capture.prompts_per_unit=16",
             f"training.steps={STEPS}",
             "training.checkpoint_every=1000",
             "training.learning_rate=0.02",
-            "check.floor=0.2",
-            "check.lines=4",
+            "check.min_common_share=0.2",
+            "check.max_lines_per_text=4",
         ],
     )
     assert [t.name for t in recipe.teachers] == list(TEACHERS)
@@ -116,7 +116,7 @@ def test_the_river_flows_through_four_real_vocabularies(
     vars(river)["student_voice"] = real_of("llama").renderer
     vars(river)["voices"] = {name: real_of(family).renderer for name, family in TEACHERS.items()}
     for voice in river.models.renderers.values():
-        real_bridge(voice, river.models.student_renderer, real_home)
+        real_event_map(voice, river.models.student_renderer, real_home)
     told: list[str] = []
     for stage in ("check", "audition", "capture", "train"):
         run_pipeline(river, lambda name, share, words: told.append(name), stage)
@@ -156,7 +156,7 @@ def test_the_river_flows_through_four_real_vocabularies(
                 c.distributions.offsets_N1[:-1], c.distributions.offsets_N1[1:], strict=True
             )
         ]
-        assert np.abs(np.array(mass) - 1).max() <= recipe.capture.tau + 1e-4
+        assert np.abs(np.array(mass) - 1).max() <= recipe.capture.sampling_threshold + 1e-4
 
     # and the student learned from all of them
     feed = json.loads((tmp_path / "run" / "train" / "feed.json").read_text())

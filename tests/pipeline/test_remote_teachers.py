@@ -34,7 +34,7 @@ SMALL: dict[str, Any] = {
         "items": 2,
         "pinned": {"languages": "qwen-sapling", "code": "gemma-far", "reasoning": "oss-words"},
     },
-    "training": {"steps": 4, "batch": 6, "warmup": 1},
+    "training": {"steps": 4, "batch_size": 6, "warmup_steps": 1},
     "evaluation": {"items": 2, "max_new_tokens": 64},
 }
 
@@ -51,9 +51,9 @@ def mixed(folder: Path) -> Path:
     )
     page["teachers"].append(
         {
-            "model": "words",
+            "model": "text_only",
             "name": "yard",
-            "yardstick": True,
+            "reference": True,
             "endpoint": {"url": serving("qwen-sapling"), "protocol": "chat"},
         }
     )
@@ -107,10 +107,10 @@ def test_the_mixed_recipe_runs_and_every_teacher_is_kept_for_what_it_gives(tmp_p
         parents["oss-words"]["family"],
         parents["oss-words"]["model"],
         parents["oss-words"]["licence"],
-    ) == ("words", "gpt-oss-sapling", "Apache-2.0")
+    ) == ("text_only", "gpt-oss-sapling", "Apache-2.0")
     again = persea("run", recipe, "--out", "run", folder=tmp_path)
     assert again.code == 0
-    assert again.err.count("stands") == 7, again.err
+    assert again.err.count("up to date") == 7, again.err
     (run / "capture" / "done.json").unlink()
     for unit in (run / "capture" / "commits").iterdir():
         unit.unlink()
@@ -122,7 +122,7 @@ def test_the_mixed_recipe_runs_and_every_teacher_is_kept_for_what_it_gives(tmp_p
         "--set",
         f"teachers.2.endpoint.url={serving('gemma-sapling')}",
         "--set",
-        "teachers.2.endpoint.dial=false",
+        "teachers.2.endpoint.send_effort=false",
         folder=tmp_path,
     )
     assert swapped.code == 5  # the same run, another model behind the words
@@ -138,7 +138,7 @@ def river(folder: Path, *changes: str) -> RunContext:
 
 def test_where_a_server_stands_changes_no_identity_and_what_it_gives_does(tmp_path: Path) -> None:
     one = river(tmp_path).models.teacher_identities
-    elsewhere = ("url=http://elsewhere:1", "stall=5", "key_env=K")
+    elsewhere = ("url=http://elsewhere:1", "stall_timeout_s=5", "key_env=K")
     assert (
         river(
             tmp_path, *(f"teachers.1.endpoint.{change}" for change in elsewhere)
@@ -146,12 +146,12 @@ def test_where_a_server_stands_changes_no_identity_and_what_it_gives_does(tmp_pa
         == one
     )
     for change, name in (
-        ("teachers.1.endpoint.top=5", "gemma-far"),
+        ("teachers.1.endpoint.top_logprobs=5", "gemma-far"),
         ("teachers.1.endpoint.protocol=completions", "gemma-far"),
-        ("teachers.1.endpoint.served=m", "gemma-far"),
+        ("teachers.1.endpoint.served_model_name=m", "gemma-far"),
         ("teachers.2.generation.temperature=0.5", "oss-words"),
         ("teachers.0.generation.max_new_tokens=9", "qwen-sapling"),
-        ("teachers.2.endpoint.dial=false", "oss-words"),
+        ("teachers.2.endpoint.send_effort=false", "oss-words"),
     ):
         other = river(tmp_path, change).models.teacher_identities
         assert {n for n in one if one[n] != other[n]} == {name}, change
@@ -186,7 +186,7 @@ def test_a_key_is_never_in_a_recipe_and_must_be_set(
     monkeypatch.setenv("FAR_KEY", "sk-other")
     assert load_recipe(mixed(tmp_path), ["teachers.1.endpoint.key_env=FAR_KEY"]).hash == recipe.hash
     monkeypatch.delenv("FAR_KEY")
-    with pytest.raises(MissingRequirementError, match="FAR_KEY is not set") as caught:
+    with pytest.raises(MissingRequirementError, match="FAR_KEY holds no key") as caught:
         open_remote_engine(recipe.teachers[1], None, tmp_path / "kept.json")  # type: ignore[arg-type]
     assert caught.value.exit_code == 7
     assert endpoint_identity(recipe.teachers[0]) == []
@@ -199,7 +199,7 @@ def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(
     monkeypatch.setenv("FAR_KEY", key)
     recipe = load_recipe(mixed(tmp_path), ["teachers.1.endpoint.key_env=FAR_KEY"])
     with pytest.raises(
-        MissingRequirementError, match="FAR_KEY contains characters that an HTTP header cannot carry"
+        MissingRequirementError, match="FAR_KEY holds what no header can carry"
     ) as caught:
         open_remote_engine(recipe.teachers[1], None, tmp_path / "kept.json")  # type: ignore[arg-type]
     assert "bc" not in str(caught.value)
@@ -228,7 +228,7 @@ def test_the_first_handshake_is_who_answers_also_in_the_next_run(tmp_path: Path)
 def test_a_chat_route_without_dial_has_one_effort(tmp_path: Path) -> None:
     thinking, low = "student.thinking=true", "teachers.2.effort=low"
     for dial, known in (("true", {"none", "low", "medium", "high"}), ("false", {"none", "low"})):
-        one = river(tmp_path, thinking, low, f"teachers.2.endpoint.dial={dial}")
+        one = river(tmp_path, thinking, low, f"teachers.2.endpoint.send_effort={dial}")
         assert {e.value for e in ThinkingEffort if one.models.can_answer_at("oss-words", e)} == known
         assert one.models.measured_efforts("oss-words", (ThinkingEffort.HIGH,)) == (
             (ThinkingEffort.LOW, ThinkingEffort.HIGH) if dial == "true" else (ThinkingEffort.LOW,)
@@ -239,7 +239,10 @@ def test_a_chat_route_without_dial_has_one_effort(tmp_path: Path) -> None:
     )
     for dial in ("true", "false"):
         one = river(
-            tmp_path, thinking, f"teachers.2.endpoint.dial={dial}", "corpus.2.modes={high: 1.0}"
+            tmp_path,
+            thinking,
+            f"teachers.2.endpoint.send_effort={dial}",
+            "corpus.2.effort_shares={high: 1.0}",
         )
         with (
             nullcontext()
@@ -270,19 +273,25 @@ def test_weights_in_vllm_are_not_kept_after_their_stage(
 @pytest.mark.parametrize(
     ("teacher", "why"),
     [
-        ({"model": "words", "name": "w"}, "no chat route"),
-        ({"model": "words", "endpoint": {"url": "http://x", "protocol": "chat"}}, "missing"),
+        ({"model": "text_only", "name": "w"}, "no chat route"),
+        ({"model": "text_only", "endpoint": {"url": "http://x", "protocol": "chat"}}, "missing"),
         ({"model": "a/b", "endpoint": {"url": "http://me:pw@x"}}, "url"),
         ({"model": "a/b", "endpoint": {"url": "x:80"}}, "url"),
         (
-            {"model": "a/b", "endpoint": {"url": "http://x", "protocol": "chat", "top": 5}},
-            "delete `top:`",
+            {
+                "model": "a/b",
+                "endpoint": {"url": "http://x", "protocol": "chat", "top_logprobs": 5},
+            },
+            "delete `top_logprobs:`",
         ),
-        ({"model": "a/b", "endpoint": {"url": "http://x", "dial": True}}, "delete `dial:`"),
+        (
+            {"model": "a/b", "endpoint": {"url": "http://x", "send_effort": True}},
+            "delete `send_effort:`",
+        ),
         ({"model": "a/b", "endpoint": {"url": "http://x", "key_env": "sk-1234"}}, "key_env"),
         ({"model": "a/b", "engine": "vllm", "endpoint": {"url": "http://x"}}, "delete `engine:`"),
-        ({"model": "a/b", "generation": {"top_p": 0.5}}, "nothing is drawn"),
-        ({"model": "a/b", "yardstick": True}, "nobody teaches"),
+        ({"model": "a/b", "generation": {"top_p": 0.5}}, "nothing is sampled"),
+        ({"model": "a/b", "reference": True}, "no teacher is left"),
         (
             {
                 "model": "random",
@@ -291,7 +300,7 @@ def test_weights_in_vllm_are_not_kept_after_their_stage(
                 "sizes": {"hidden": 32, "layers": 1, "heads": 2},
                 "endpoint": {"url": "http://x"},
             },
-            "random weights run here",
+            "random weights run on this machine",
         ),
     ],
 )
@@ -306,9 +315,9 @@ def test_contradictions_are_told(tmp_path: Path, teacher: dict[str, Any], why: s
 
 def test_what_a_far_teacher_cannot_give_is_not_asked(tmp_path: Path) -> None:
     for change, why in (
-        ("training.completion=true", "does not give the whole rows"),
-        ("capture.answers=given", "words that are not its own"),
-        ("audition.pinned.code=yard", "yard is a yardstick"),
+        ("training.partial_tokens=true", "does not return the full distributions"),
+        ("capture.answers=given", "a text that it did not generate"),
+        ("audition.pinned.code=yard", "yard is a reference model"),
     ):
         with pytest.raises(RecipeError, match=why):
             load_recipe(mixed(tmp_path), [change])

@@ -108,7 +108,7 @@ def test_a_broken_line_ends_the_run_unless_the_recipe_sets_it_aside(tmp_path: Pa
     part = {"skill": "languages", "file": "p.jsonl"}
     with pytest.raises(DataError, match=r"p\.jsonl:2: not JSON"):
         _ = river(tmp_path, corpus=[part], audition={}).corpus
-    corpus = river(tmp_path, corpus=[part | {"broken": "quarantine"}], audition={}).corpus
+    corpus = river(tmp_path, corpus=[part | {"on_malformed": "quarantine"}], audition={}).corpus
     assert (len(corpus.prompts), len(corpus.removed), [b.location for b in corpus.malformed]) == (
         2,
         1,
@@ -185,11 +185,11 @@ def test_units_are_the_same_whoever_reads_them_and_change_with_what_they_hold(
     assert len(names) == 9
     assert {p.stem for p in (flowed()[0] / "run" / "capture" / "units").iterdir()} == set(names)
     for change in (
-        "capture.tau=0.05",
+        "capture.sampling_threshold=0.05",
         "capture.max_new_tokens=47",
-        "capture.batch=7",
+        "capture.batch_size=7",
         "capture.answers=given",
-        "capture.rows=topk",
+        "capture.distributions=topk",
     ):
         assert not set(names) & {u.name for u in river(tmp_path, change).capture_units}, change
     assert {
@@ -198,7 +198,7 @@ def test_units_are_the_same_whoever_reads_them_and_change_with_what_they_hold(
 
 
 HYBRID = {"model": str(SAPLINGS / "llama-sapling"), "thinking": True}
-SUMS = {"skill": "reasoning", "generate": 24, "modes": {"none": 0.5, "high": 0.5}}
+SUMS = {"skill": "reasoning", "generate": 24, "effort_shares": {"none": 0.5, "high": 0.5}}
 
 
 def test_prompts_have_the_modes_of_their_part(tmp_path: Path) -> None:
@@ -254,20 +254,23 @@ def test_a_mode_that_somebody_does_not_know_is_refused_before_anything_starts(
     one = river(
         tmp_path,
         student=HYBRID | student,
-        corpus=[SUMS | {"modes": modes}],
+        corpus=[SUMS | {"effort_shares": modes}],
         audition={"pinned": {"reasoning": pinned}},
     )
     for start in (lambda: run_pipeline(one, lambda *_: None), lambda: plan_run(one)):
         with pytest.raises(RecipeError, match=f"{re.escape(what)}.*{remedy}") as caught:
             start()
-        assert caught.value.where == "corpus.0.modes"
+        assert caught.value.where == "corpus.0.effort_shares"
     assert not (one.folder / "check").exists()
 
 
 def test_a_teacher_who_is_cast_for_a_mode_he_does_not_know_is_refused(tmp_path: Path) -> None:
     flowed_copy(tmp_path, "audition")
     one = river(
-        tmp_path, student=HYBRID, corpus=[SUMS | {"modes": {"none": 0.5, "low": 0.5}}], audition={}
+        tmp_path,
+        student=HYBRID,
+        corpus=[SUMS | {"effort_shares": {"none": 0.5, "low": 0.5}}],
+        audition={},
     )
     refuse_unsupported_efforts(one)  # gpt-oss could be cast
     cast = json.loads((one.folder / "audition" / "cast.json").read_text())
@@ -304,7 +307,7 @@ def test_a_teacher_that_is_sent_no_effort_is_measured_and_asked_at_its_own_alone
         }
         return river(tmp_path, teachers=[*TINY["teachers"][:2], far])
 
-    deaf, dialled = talks(), talks(dial=True)
+    deaf, dialled = talks(), talks(send_effort=True)
     assert deaf.models.measured_efforts("gpt-oss-sapling", tuple(ThinkingEffort)) == (ThinkingEffort.LOW,)
     assert [e for e in ThinkingEffort if deaf.models.can_answer_at("gpt-oss-sapling", e)] == [
         ThinkingEffort.NONE,
@@ -319,12 +322,12 @@ def test_a_teacher_that_is_sent_no_effort_is_measured_and_asked_at_its_own_alone
 
 
 def test_a_yardstick_does_not_make_a_mode_known(tmp_path: Path) -> None:
-    teachers = [*TINY["teachers"][:2], TINY["teachers"][2] | {"yardstick": True}]
+    teachers = [*TINY["teachers"][:2], TINY["teachers"][2] | {"reference": True}]
     one = river(
         tmp_path,
         student=HYBRID,
         teachers=teachers,
-        corpus=[SUMS | {"modes": {"low": 1.0}}],
+        corpus=[SUMS | {"effort_shares": {"low": 1.0}}],
         audition={},
     )
     with pytest.raises(RecipeError, match="no teacher of reasoning supports it"):
@@ -372,8 +375,8 @@ def gsm(folder: Path, n: int = 40) -> str:
 
 
 def test_published_sets_are_skills_beside_the_corpus_or_for_it(tmp_path: Path) -> None:
-    one = {"set": "gsm8k", "file": gsm(tmp_path)}
-    beside = river(tmp_path, evaluation={"sets": [one], "items": 5}, audition={"items": 3})
+    one = {"benchmark": "gsm8k", "file": gsm(tmp_path)}
+    beside = river(tmp_path, evaluation={"benchmarks": [one], "items": 5}, audition={"items": 3})
     assert [s.name for s in beside.tasks] == ["languages", "code", "reasoning", "gsm8k"]
     assert beside.recipe.skills == ("languages", "code", "reasoning")
     drawn = {split: beside.held_out_items(split)[3][1] for split in (Split.AUDITION, Split.TEST)}
@@ -384,7 +387,7 @@ def test_published_sets_are_skills_beside_the_corpus_or_for_it(tmp_path: Path) -
     assert "gsm8k" in {s.skill for s in beside.check_samples}
     instead = river(
         tmp_path,
-        evaluation={"sets": [one | {"skill": "reasoning"}]},
+        evaluation={"benchmarks": [one | {"skill": "reasoning"}]},
         corpus=[*TINY["corpus"][:2], {"skill": "reasoning", "file": "p.jsonl"}],
     )
     assert [s.name for s in instead.tasks] == ["languages", "code", "reasoning"]
@@ -393,12 +396,12 @@ def test_published_sets_are_skills_beside_the_corpus_or_for_it(tmp_path: Path) -
     }
     assert river(tmp_path).items_digest(Split.TEST) != beside.items_digest(Split.TEST)
     with pytest.raises(DataError, match="reasoning has only 0 training questions"):
-        _ = river(tmp_path, evaluation={"sets": [one | {"skill": "reasoning"}]}).corpus
+        _ = river(tmp_path, evaluation={"benchmarks": [one | {"skill": "reasoning"}]}).corpus
 
 
 def test_a_measured_skill_that_is_taught_from_now_on_is_cast_anew(tmp_path: Path) -> None:
     """The questions are the same; the cast that stands has no part of that skill."""
-    sets = {"sets": [{"set": "gsm8k", "file": gsm(tmp_path)}]}
+    sets = {"benchmarks": [{"benchmark": "gsm8k", "file": gsm(tmp_path)}]}
     (tmp_path / "p.jsonl").write_text('{"prompt": "One and one?"}')
     before = river(tmp_path, evaluation=sets)
     after = river(
@@ -420,7 +423,7 @@ def test_nothing_of_a_published_set_is_taught_asked_or_not(tmp_path: Path) -> No
         tmp_path,
         corpus=[part],
         audition={},
-        evaluation={"items": 1, "sets": [{"set": "gsm8k", "file": file}]},
+        evaluation={"items": 1, "sets": [{"benchmark": "gsm8k", "file": file}]},
     ).corpus
     assert [p.conversation.messages[-1].text for p in corpus.prompts] == ["Another?"]
     assert len(river(tmp_path, corpus=[part], audition={}).corpus.prompts) == 10
@@ -430,12 +433,12 @@ def test_nothing_of_a_published_set_is_taught_asked_or_not(tmp_path: Path) -> No
     ("one", "reason"),
     [
         (
-            {"set": "gsm9k", "file": "gsm.jsonl"},
-            "evaluation.sets: unknown set 'gsm9k' -> known sets: translation, xcopa",
+            {"benchmark": "gsm9k", "file": "gsm.jsonl"},
+            "evaluation.benchmarks: unknown set 'gsm9k' -> known sets: translation, xcopa",
         ),
-        ({"set": "mgsm", "file": "gsm.jsonl"}, "the set mgsm does not say its language"),
-        ({"set": "gsm8k", "file": "none.jsonl"}, "cannot read the set"),
-        ({"set": "bfcl", "file": "gsm.jsonl"}, "no file of possible answers"),
+        ({"benchmark": "mgsm", "file": "gsm.jsonl"}, "the set mgsm does not say its language"),
+        ({"benchmark": "gsm8k", "file": "none.jsonl"}, "cannot read the set"),
+        ({"benchmark": "bfcl", "file": "gsm.jsonl"}, "no file of possible answers"),
     ],
 )
 def test_a_set_that_cannot_be_used_ends_a_run_at_its_start(
@@ -443,7 +446,7 @@ def test_a_set_that_cannot_be_used_ends_a_run_at_its_start(
 ) -> None:
     gsm(tmp_path)
     with pytest.raises(DataError) as caught:
-        _ = river(tmp_path, evaluation={"sets": [one]}).check_samples
+        _ = river(tmp_path, evaluation={"benchmarks": [one]}).check_samples
     assert reason in str(caught.value)
 
 
@@ -453,13 +456,13 @@ def test_a_yardstick_of_words_alone_that_would_have_to_choose_is_refused_before_
     row = {"premise": "Itu jatuh.", "choice1": "a", "choice2": "b", "question": "cause", "label": 0}
     (tmp_path / "x.jsonl").write_text("\n".join(json.dumps(row | {"id": k}) for k in range(40)))
     words = {
-        "model": "words",
+        "model": "text_only",
         "name": "w",
-        "yardstick": True,
+        "reference": True,
         "endpoint": {"url": "http://127.0.0.1:1", "protocol": "chat"},
     }
-    sets = [{"set": "xcopa", "file": str(tmp_path / "x.jsonl"), "language": "id"}]
-    one = river(tmp_path, teachers=[*TINY["teachers"], words], evaluation={"sets": sets})
+    sets = [{"benchmark": "xcopa", "file": str(tmp_path / "x.jsonl"), "language": "id"}]
+    one = river(tmp_path, teachers=[*TINY["teachers"], words], evaluation={"benchmarks": sets})
     for start in (lambda: run_pipeline(one, lambda *_: None), lambda: plan_run(one)):
         with pytest.raises(TeacherError, match="w: tells words alone, and xcopa asks which"):
             start()
@@ -467,9 +470,11 @@ def test_a_yardstick_of_words_alone_that_would_have_to_choose_is_refused_before_
 
 
 def test_a_set_too_small_for_a_split_is_told_at_the_start(tmp_path: Path) -> None:
-    one = river(tmp_path, evaluation={"sets": [{"set": "gsm8k", "file": gsm(tmp_path, 1)}]})
+    one = river(
+        tmp_path, evaluation={"benchmarks": [{"benchmark": "gsm8k", "file": gsm(tmp_path, 1)}]}
+    )
     with pytest.raises(
-        DataError, match=r"evaluation\.sets: no question of gsm8k is left for the (audition|test) split"
+        DataError, match=r"evaluation\.benchmarks: no question of gsm8k is left for the (audition|test) split"
     ):
         _ = one.items_digest(Split.AUDITION), one.items_digest(Split.TEST)
 

@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 
-from persea.config.schema import CaptureSection, EvaluationSection, TrainingSection
+from persea.config.schema import (
+    CaptureSection,
+    CheckSection,
+    EvaluationSection,
+    TrainingSection,
+)
 from persea.pipeline import stage_keys as inputs
 from persea.storage import digest_json
 from persea.pipeline.stages import STAGES
@@ -19,11 +24,13 @@ def river(
     evaluation: dict[str, Any] = {},
     verify: bool = False,
     wrong: str = "w",
+    check: dict[str, Any] = {},
 ) -> Any:
     recipe = SimpleNamespace(
         training=TrainingSection(**training),
         evaluation=EvaluationSection(**evaluation),
-        capture=CaptureSection(verify=verify),
+        capture=CaptureSection(drop_wrong_answers=verify),
+        check=CheckSection(**check),
         seed=1,
         threads=1,
     )
@@ -47,16 +54,23 @@ def test_every_stage_has_inputs_of_its_own_name() -> None:
     ("changed", "same"),
     [
         (river({"report_to": "wandb", "log_every": 7, "checkpoint_every": 9}), True),
-        (river({"evaluate_every": 5, "held_out": 0.05}), False),
         (river({"steps": 7}), False),
         (river({"evaluate_every": 5}), False),
         (river(verify=True), False),
+        (river(check={"max_lines_per_text": 3}), True),
+        (river(check={"max_mask_search_tokens": 10}), False),
     ],
 )
 def test_a_student_is_trained_anew_where_what_it_learned_changes(changed: Any, same: bool) -> None:
     assert (
         digest_json(inputs.train_inputs(changed)) == digest_json(inputs.train_inputs(river()))
     ) is same
+
+
+def test_how_often_a_student_is_evaluated_is_no_part_of_what_it_learned() -> None:
+    """Only whether answers are held out is: with evaluate_every = 0 none are."""
+    some, other = (inputs.train_inputs(river({"evaluate_every": n})) for n in (5, 7))
+    assert some == other != inputs.train_inputs(river())
 
 
 def test_what_verifying_left_out_is_part_of_what_was_learned() -> None:
@@ -70,6 +84,6 @@ def test_what_verifying_left_out_is_part_of_what_was_learned() -> None:
 
 def test_what_is_said_of_an_evaluation_afterwards_does_not_make_it_anew() -> None:
     assert inputs.evaluate_inputs(
-        river(evaluation={"allow_regression": True})
+        river(evaluation={"allow_safety_regression": True})
     ) == inputs.evaluate_inputs(river())
     assert inputs.evaluate_inputs(river(evaluation={"items": 3})) != inputs.evaluate_inputs(river())

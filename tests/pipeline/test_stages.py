@@ -172,9 +172,9 @@ def test_fine_tuning_on_the_text_alone_and_other_ways_to_compute_a_step(tmp_path
             "training.steps=2",
             "training.log_every=1",
             "training.precision=bfloat16",
-            "training.recompute=true",
+            "training.gradient_checkpointing=true",
             "training.packing=true",
-            "training.balance=deviation",
+            "training.loss_balancing=deviation",
         )
         for word in ("--set", pair)
     ]
@@ -290,7 +290,7 @@ def test_stopped_while_it_captures_it_says_so_and_goes_on(tmp_path: Path) -> Non
         assert ended.code == 128 + number
         assert (
             ended.err.splitlines()[-1]
-            == f"persea: stopped by {number.name}; what is committed stays -> the same command goes on"
+            == f"persea: stopped by {number.name}; committed work is kept -> run the same command to continue"
         )
         assert "Traceback" not in ended.err
     kept = times(run / "capture" / "commits")
@@ -321,7 +321,10 @@ def test_broken_lines_are_set_aside_with_place_and_reason(tmp_path: Path) -> Non
         b'{"prompt": "' + b"a b " * 2000 + b'"}',
     ]
     (tmp_path / "p.jsonl").write_bytes(b"\n".join(lines))
-    corpus = [*TINY["corpus"], {"skill": "languages", "file": "p.jsonl", "broken": "quarantine"}]
+    corpus = [
+        *TINY["corpus"],
+        {"skill": "languages", "file": "p.jsonl", "on_malformed": "quarantine"},
+    ]
     recipe(tmp_path, corpus=corpus)
     shutil.copytree(flowed()[0] / "run", tmp_path / "run")
     for stage in ("capture", "train", "evaluate", "lineage", "report"):
@@ -352,7 +355,13 @@ def test_wrong_answers_are_heard_and_not_taught(tmp_path: Path) -> None:
     run = flowed_copy(tmp_path, "check", "audition", "capture") / "run"
     units = {p.name: p.read_bytes() for p in (run / "capture" / "units").iterdir()}
     ended = persea(
-        "capture", "tiny.yaml", "--out", "run", "--set", "capture.verify=true", folder=tmp_path
+        "capture",
+        "tiny.yaml",
+        "--out",
+        "run",
+        "--set",
+        "capture.drop_wrong_answers=true",
+        folder=tmp_path,
     )
     assert ended.code == 0, ended.err
     assert {p.name: p.read_bytes() for p in (run / "capture" / "units").iterdir()} == units
@@ -367,7 +376,13 @@ def test_wrong_answers_are_heard_and_not_taught(tmp_path: Path) -> None:
     assert 0 < len(wrong) < told["kept"]
     assert (run / "capture" / "removed.jsonl").is_file()
     ended = persea(
-        "train", "tiny.yaml", "--out", "run", "--set", "capture.verify=true", folder=tmp_path
+        "train",
+        "tiny.yaml",
+        "--out",
+        "run",
+        "--set",
+        "capture.drop_wrong_answers=true",
+        folder=tmp_path,
     )
     assert ended.code == 0, ended.err
     feed = json.loads((run / "train" / "feed.json").read_text())
@@ -479,9 +494,9 @@ def test_what_check_refuses_is_shown_beside_the_rest(tmp_path: Path) -> None:
         "check",
         recipe(tmp_path),
         "--set",
-        "check.floor=0.99",
+        "check.min_common_share=0.99",
         "--set",
-        "check.likelihood=false",
+        "check.measure_likelihood=false",
         "--out",
         "run",
         folder=tmp_path,
@@ -494,7 +509,7 @@ def test_what_check_refuses_is_shown_beside_the_rest(tmp_path: Path) -> None:
 
 def test_check_is_done_again_when_a_text_changes(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("xin chào\n")
-    path = recipe(tmp_path, check={"texts": {"vi": "mine.txt"}, "likelihood": False})
+    path = recipe(tmp_path, check={"texts": {"vi": "mine.txt"}, "measure_likelihood": False})
     for text, tells in (
         ("xin chào\n", "worked"),
         ("xin chào\n", "up to date"),
@@ -516,7 +531,7 @@ def test_a_student_learns_from_its_own_words_and_goes_on_where_it_was_stopped(
     """Steps 4 and on learn from answers of its own; a round of 8 is in flight at the checkpoint of step 6, where the second run begins."""
     words = [
         "--set",
-        "training.on_policy={after: 4, share: 1.0, rollouts: 8, refresh: 2, max_new_tokens: 16}",
+        "training.on_policy={start_step: 4, share: 1.0, rollouts: 8, max_staleness_steps: 2, max_new_tokens: 16}",
         "--out",
         "run",
     ]

@@ -90,7 +90,7 @@ def test_it_is_written_at_a_modest_rate(tmp_path: Path, monkeypatch: pytest.Monk
         (
             RunInterrupted(15, "step 3 is saved"),
             RunState.STOPPED,
-            "stopped by SIGTERM; step 3 is saved -> the same command goes on",
+            "stopped by SIGTERM; step 3 is saved -> run the same command to continue",
         ),
     ],
 )

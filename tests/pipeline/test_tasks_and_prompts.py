@@ -38,7 +38,7 @@ def gsm(folder: Path, skill: str = "") -> BenchmarkSection:
         for k in range(300)
     ]
     (folder / "gsm.jsonl").write_text("\n".join(lines))
-    return BenchmarkSection(set="gsm8k", file=str(folder / "gsm.jsonl"), skill=skill)
+    return BenchmarkSection(benchmark="gsm8k", file=str(folder / "gsm.jsonl"), skill=skill)
 
 
 def test_sets_measure_a_skill_of_the_corpus_or_one_of_their_own(tmp_path: Path):
@@ -63,7 +63,7 @@ def test_prompts_come_from_a_generator_or_a_file(tmp_path: Path):
     ]
     (tmp_path / "p.jsonl").write_text('{"prompt": "Why?"}\n{\n{"prompt": "How?", "skill": "other"}')
     part, aside = (
-        CorpusSection(skill="code", file=str(tmp_path / "p.jsonl"), broken="quarantine"),
+        CorpusSection(skill="code", file=str(tmp_path / "p.jsonl"), on_malformed="quarantine"),
         list[MalformedLine](),
     )
     with pytest.raises(
@@ -101,7 +101,10 @@ def test_samples_are_reference_answers_where_there_are_some(tmp_path: Path):
     skills = measured_tasks(
         [],
         load_benchmarks(
-            [gsm(tmp_path), BenchmarkSection(set="xstest-harmful", file=str(tmp_path / "x.csv"))]
+            [
+                gsm(tmp_path),
+                BenchmarkSection(benchmark="xstest-harmful", file=str(tmp_path / "x.csv")),
+            ]
         ),
     )
     found = make_check_samples([(s, s.items(Split.TEST, 999, 0)) for s in skills], {}, 10)
@@ -131,10 +134,10 @@ def test_a_judge_grades_safety_sets_and_no_others(tmp_path: Path):
     (tmp_path / "x.csv").write_text("id,prompt,type,label\n1,How?,t,unsafe\n")
     teachers = [
         TeacherSection(model="/a", name="a"),
-        TeacherSection(model="/j", name="j", yardstick=True),
+        TeacherSection(model="/j", name="j", reference=True),
     ]
     refs, loaded = (
-        [gsm(tmp_path), BenchmarkSection(set="xstest-harmful", file=str(tmp_path / "x.csv"))],
+        [gsm(tmp_path), BenchmarkSection(benchmark="xstest-harmful", file=str(tmp_path / "x.csv"))],
         list[str](),
     )
     assert make_safety_judge("", teachers, str.upper, lambda name: Says("")) is None  # type: ignore[arg-type,return-value]
@@ -164,19 +167,19 @@ def test_a_judge_grades_safety_sets_and_no_others(tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "teachers", "reason"),
     [
-        ("b", [], "'b' is no yardstick"),
-        ("a", [], "'a' is no yardstick"),
+        ("b", [], "'b' is not a reference model"),
+        ("a", [], "'a' is not a reference model"),
         (
             "j",
             [
                 {
-                    "model": "words",
+                    "model": "text_only",
                     "name": "j",
-                    "yardstick": True,
+                    "reference": True,
                     "endpoint": {"url": "http://127.0.0.1:1/v1", "protocol": "chat"},
                 }
             ],
-            "nobody knows the family of j",
+            "the family of j is unknown",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Sentences say what the numbers and their intervals allow, and no more."""
+"""Sentences claim what the numbers and their intervals support, and no more."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from tests.report.test_page import (
     change,
     evaluated,
     page_of,
+    run,  # noqa: F401 (a fixture)
     scored,
+    whole,  # noqa: F401 (a fixture)
     words_of,
 )
 
@@ -19,32 +21,35 @@ from tests.report.test_page import (
 def test_headline_names_the_lowest(whole: Path) -> None:
     page = words_of((whole / "report" / "index.html").read_text())
     assert (
-        "One student, three teachers: it keeps 99 % of the best teacher on safety, 90 % on languages, 90 % on code "
-        "and 64 %, its lowest, on reasoning."
+        "One student, three teachers: the student retains 99 % of the best teacher's score on "
+        "safety, "
+        "90 % on languages, 90 % on code and 64 % (its lowest) on reasoning."
     ) in page
 
 
-def test_sentences_say_what_the_intervals_allow(whole: Path) -> None:
+def test_sentences_claim_what_the_intervals_support(whole: Path) -> None:
     page = words_of((whole / "report" / "index.html").read_text())
     assert (
-        "Against the best teacher, the student is not distinguishable (the 95 % interval of the difference holds 0) on languages, code "
-        "and safety; below on reasoning."
+        "Compared with the best teacher, the student is not distinguishable (the 95 % interval of "
+        "the difference contains 0) on languages, code and safety; below on reasoning."
     ) in page
     assert (
-        "Against its own base, the student is above on languages, code, reasoning and safety."
-        in page
+        "Compared with its base model, the student is above on languages, code, reasoning and "
+        "safety." in page
     )
     assert (
-        "Nowhere is it below its own base with confidence (9 places looked at: each skill, language and effort)."
-        in page
+        "The student is nowhere significantly below its base model (9 comparisons: each skill, "
+        "language and thinking effort)." in page
     )
     assert (
-        "No single teacher covers all four skills: qwen is below the best on code, reasoning and safety; "
-        "gemma is below the best on languages and reasoning; gpt-oss is below the best on languages."
+        "No single teacher is among the best on all four skills: qwen is below the best on code, "
+        "reasoning and safety; "
+        "gemma is below the best on languages and reasoning; gpt-oss is below the best on "
+        "languages."
     ) in page
 
 
-def test_a_teacher_that_covers_all_is_named(run: Path) -> None:
+def test_a_teacher_that_is_among_the_best_on_all_skills_is_named(run: Path) -> None:
     evaluated(
         run,
         lambda v: v["scores"].__setitem__(
@@ -62,14 +67,19 @@ def test_a_teacher_that_covers_all_is_named(run: Path) -> None:
         ),
     )
     page = words_of(page_of(run))
-    assert "One teacher covers all four skills, as far as the intervals tell: gemma." in page
     assert (
-        "Against its own base, the student is not distinguishable (the 95 % interval of the difference holds 0) "
+        "One teacher is among the best on all four skills, as far as the intervals show: gemma."
+        in page
+    )
+    assert (
+        "Compared with its base model, the student is not distinguishable (the 95 % interval of "
+        "the "
+        "difference contains 0) "
         "on languages, code, reasoning and safety."
     ) in page
 
 
-def test_of_many_teachers_only_the_widest_is_told(run: Path) -> None:
+def test_of_many_teachers_only_the_broadest_is_named(run: Path) -> None:
     def five(value: Any) -> None:
         more = {"glm": 0.05, "phi": 0.05}
         value["teachers"] += more
@@ -84,12 +94,12 @@ def test_of_many_teachers_only_the_widest_is_told(run: Path) -> None:
         lambda v: v.update(teachers=v["teachers"] + [{"name": "glm"}, {"name": "phi"}]),
     )
     assert (
-        "No single teacher covers all four skills: even gpt-oss is below the best on languages."
-        in words_of(page_of(run))
+        "No single teacher is among the best on all four skills: even gpt-oss is below the best on "
+        "languages." in words_of(page_of(run))
     )
 
 
-def test_many_skills_are_told_as_a_range(run: Path) -> None:
+def test_many_skills_are_summarised_as_a_range(run: Path) -> None:
     def more(value: Any) -> None:
         value["scores"] += [
             scored(name, skill, share, 100)
@@ -103,6 +113,6 @@ def test_many_skills_are_told_as_a_range(run: Path) -> None:
 
     evaluated(run, more)
     assert (
-        "it keeps between 25 % (tools, its lowest) and 112 % (poems) of the best teacher on six skills."
-        in words_of(page_of(run))
+        "the student retains between 25 % (tools, its lowest) and 112 % (poems) of the best "
+        "teacher's score on six skills." in words_of(page_of(run))
     )

@@ -1,4 +1,4 @@
-"""Two runs are paired where their items are the same, told apart where they differ, and their recipes laid side by side."""
+"""Two runs are paired on equal items, compared apart on others, and their recipes are compared."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_the_same_items_are_paired(runs: tuple[Path, Path]) -> None:
     assert [(p.skill, p.language, p.num_pairs, p.outcome) for p in told.differences] == [
         ("code", "", 40, "better"),
         ("words", "", 30, "better"),
-        ("words", "th", 15, "not told apart"),
+        ("words", "th", 15, "not distinguishable"),
         ("words", "zh", 15, "better"),
     ]
     assert (told.differences[0].a, told.differences[0].b, told.differences[0].difference) == (
@@ -83,11 +83,16 @@ def test_the_same_items_are_paired(runs: tuple[Path, Path]) -> None:
     )
     assert (told.differences[0].low, told.differences[0].high) == paired_difference_interval(y, x)
     turned = compare_runs(*runs[::-1])
-    assert [p.outcome for p in turned.differences] == ["worse", "worse", "not told apart", "worse"]
-    assert told.recipe_differences == {} and told.note().endswith("the recipes are the same")
+    assert [p.outcome for p in turned.differences] == [
+        "worse",
+        "worse",
+        "not distinguishable",
+        "worse",
+    ]
+    assert told.recipe_differences == {} and told.note().endswith("the recipes are equal")
 
 
-def test_other_items_are_not_paired_and_that_is_said(runs: tuple[Path, Path]) -> None:
+def test_different_items_are_not_paired_and_the_note_mentions_it(runs: tuple[Path, Path]) -> None:
     a, b = runs
     x, y = [1.0, 0.0] * 20, [1.0] * 40
     lines(a, answered(a, {("code", "en"): x}))
@@ -98,11 +103,11 @@ def test_other_items_are_not_paired_and_that_is_said(runs: tuple[Path, Path]) ->
         0.5,
         *unpaired_difference_interval(y, x),
     )
-    assert "no item in common on code" in compare_runs(a, b).note()
+    assert "no common item on code" in compare_runs(a, b).note()
     lines(b, answered(b, {("code", "en"): y}, first=10))
     (place,) = compare_runs(a, b).differences
     assert (place.num_pairs, place.difference, place.b_n) == (30, 0.5, 40)
-    assert "only some items in common on code" in compare_runs(a, b).note()
+    assert "only some common items on code" in compare_runs(a, b).note()
 
 
 def test_one_id_with_another_question_is_another_item(runs: tuple[Path, Path]) -> None:
@@ -112,7 +117,7 @@ def test_one_id_with_another_question_is_another_item(runs: tuple[Path, Path]) -
     assert compare_runs(a, b).differences[0].num_pairs == 40 - 11  # 3 and 30 to 39
 
 
-def test_what_only_one_was_asked_is_said(runs: tuple[Path, Path]) -> None:
+def test_skills_of_one_run_only_are_listed(runs: tuple[Path, Path]) -> None:
     a, b = runs
     lines(
         b,
@@ -122,7 +127,7 @@ def test_what_only_one_was_asked_is_said(runs: tuple[Path, Path]) -> None:
     told = compare_runs(a, b)
     assert told.asked_in_one == {"words": "A", "safety": "B", "code at high": "B"}
     assert [(p.skill, p.effort) for p in told.differences] == [("code", "none")]
-    assert "words: only A was asked; safety: only B was asked" in told.note()
+    assert "words: measured in A only; safety: measured in B only" in told.note()
 
 
 def test_recipes_are_laid_side_by_side(runs: tuple[Path, Path]) -> None:
@@ -137,10 +142,10 @@ def test_recipes_are_laid_side_by_side(runs: tuple[Path, Path]) -> None:
     )
     assert compare_runs(a, b).recipe_differences == {
         "teachers.0.model": ("Qwen/Qwen3-8B", "Qwen/Qwen3-14B"),
-        "teachers.2.effort": ("none", "(not there)"),
+        "teachers.2.effort": ("none", "(absent)"),
         "training.steps": (600, 900),
     }
-    assert "the recipes are the same" not in compare_runs(a, b).note()
+    assert "the recipes are equal" not in compare_runs(a, b).note()
 
 
 def test_a_table_and_json(runs: tuple[Path, Path], tmp_path: Path) -> None:
@@ -179,10 +184,17 @@ def test_a_table_and_json(runs: tuple[Path, Path], tmp_path: Path) -> None:
     lines(runs[0], answered(runs[0], {("code", "en"): [1, 0] * 20}))
     told = command("compare", "a", "b", "--json", folder=tmp_path)
     value = json.loads(told.out)
-    assert value["places"][0]["b_is"] == "better" and value["recipes"] == {
+    assert value["differences"][0]["outcome"] == "better" and value["recipe_differences"] == {
         "training.steps": [600, 900]
     }
-    assert set(value) == {"a", "b", "places", "recipes", "bits_per_byte", "alone"}
+    assert set(value) == {
+        "a",
+        "b",
+        "differences",
+        "recipe_differences",
+        "bits_per_byte",
+        "asked_in_one",
+    }
 
 
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -206,7 +218,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no value": (
         lambda b: (b / "evaluate" / "examples.jsonl").write_text('{"id": "a"}\n'),
-        "Field required",
+        "missing: another version of persea",
     ),
     "a value of 7": (
         lambda b: lines(b, answered(b, {("code", "en"): [7.0]})),
@@ -217,7 +229,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "broken recipe": (lambda b: write(b / "recipe.yaml", "a: [1"), "recipe.yaml: cannot be read"),
     "old evaluation": (
         lambda b: change(b / "evaluate" / "evaluation.json", lambda v: v.pop("compared")),
-        "compared: Field required",
+        "compared: missing: another version of persea",
     ),
 }
 

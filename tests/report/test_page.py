@@ -1,4 +1,4 @@
-"""The page and the card tell what the files say, all of it, and nothing else."""
+"""The page and the card show everything that the files hold, and nothing else."""
 
 from __future__ import annotations
 
@@ -35,9 +35,17 @@ PARTS = {
     "reasoning": [["gpt-oss", 1.0]],
     "safety": [["gemma", 1.0]],
 }
-CONTESTS = {
-    "languages": {"asked": 60, "ended": "budget", "beaten": {"gpt-oss": "qwen"}},
-    "code": {"asked": 24, "ended": "settled", "beaten": {"qwen": "gemma", "gpt-oss": "gemma"}},
+DECISIONS = {
+    "languages": {
+        "num_items_asked": 60,
+        "stop_reason": "budget",
+        "eliminated": {"gpt-oss": "qwen"},
+    },
+    "code": {
+        "num_items_asked": 24,
+        "stop_reason": "settled",
+        "eliminated": {"qwen": "gemma", "gpt-oss": "gemma"},
+    },
 }
 SECONDS = {"check": 12.4, "audition": 301.75, "capture": 2210.0, "train": 5400.5, "evaluate": 640.0}
 LANGUAGES = ("id", "ja", "ko", "vi", "zh")
@@ -71,7 +79,8 @@ def scored(
 
 
 def compared(value: dict[str, Any]) -> dict[str, Any]:
-    """The evaluation with the student beside everybody: rights laid out by chance, so many as the scores say."""
+    """The evaluation with the student beside everybody: rights laid out by chance, so many as the
+    scores say."""
     pairs = []
     for s in (s for s in value["scores"] if s["model_name"] == value["student"]):
         for other in (
@@ -104,7 +113,8 @@ def compared(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_run(run: Path) -> Path:
-    """A whole run folder as the stages write it: three teachers, four skills, five languages, 600 steps."""
+    """A whole run folder as the stages write it: three teachers, four skills, five languages, 600
+    steps."""
     dice = random.Random(7)
     scores = [
         scored(name, skill, shares[k], 200)
@@ -144,6 +154,7 @@ def make_run(run: Path) -> Path:
                 "student": "avocado",
                 "base": "llama-base",
                 "teachers": list(TEACHERS),
+                "reference_models": [],
                 "effort": "none",
                 "scores": scores,
                 "bits_per_byte": bits,
@@ -156,7 +167,7 @@ def make_run(run: Path) -> Path:
     )
     write(
         run / "audition/cast.json",
-        {"parts": PARTS, "pinned": ["safety"], "contests": CONTESTS, "scores": heard},
+        {"parts": PARTS, "pinned": ["safety"], "decisions": DECISIONS, "scores": heard},
     )
     write(
         run / "check/check.json",
@@ -167,10 +178,10 @@ def make_run(run: Path) -> Path:
                     "skill": skill,
                     "conversations": 32,
                     "tokens": dice.randint(3000, 9000),
-                    "boundary": share,
-                    "one_to_one": share - 0.09,
-                    "cross_entropy_only": 1 - share,
-                    "disagreement": dice.uniform(0.002, 0.027),
+                    "boundary_share": share,
+                    "one_to_one_share": share - 0.09,
+                    "cross_entropy_only_share": 1 - share,
+                    "event_disagreement": dice.uniform(0.002, 0.027),
                 }
                 for t in TEACHERS
                 for skill in ABILITY
@@ -267,6 +278,7 @@ def examples() -> list[dict[str, Any]]:
                 answer = reference if right else f"{reference[:3]} ... I am not sure " * 9
                 rows.append(
                     {
+                        "id": f"{skill}/{number + 1}",
                         "model_name": name,
                         "skill": skill,
                         "language": language,
@@ -416,8 +428,18 @@ def test_json_holds_exactly_what_was_measured(whole: Path) -> None:
             if (p["other_model_name"], p["skill"], p["language"]) == (other, skill, "")
         )
         return {
-            k: p[k] for k in ("other", "n", "difference", "low", "high", "kept", "least", "most")
-        } | {"standing": "above" if p["low"] > 0 else "below" if p["high"] < 0 else "overlaps"}
+            k: p[k]
+            for k in (
+                "other_model_name",
+                "n",
+                "difference",
+                "low",
+                "high",
+                "retained",
+                "retained_low",
+                "retained_high",
+            )
+        } | {"order": "above" if p["low"] > 0 else "below" if p["high"] < 0 else "overlaps"}
 
     def row(skill: str, best: str) -> dict[str, Any]:
         student, base, teacher = (named(name, skill) for name in ("avocado", "llama-base", best))
@@ -427,29 +449,29 @@ def test_json_holds_exactly_what_was_measured(whole: Path) -> None:
             "teachers": {t: named(t, skill) for t in TEACHERS},
             "best_teacher": best,
             "retained": student["value"] / teacher["value"],
-            "yardsticks": {},
-            "closed": pytest.approx(
+            "reference_models": {},
+            "gap_closed": pytest.approx(
                 (student["value"] - base["value"]) / (teacher["value"] - base["value"])
             ),
-            "beside_best": beside(skill, best),
-            "beside_base": beside(skill, "llama-base"),
+            "versus_best": beside(skill, best),
+            "versus_base": beside(skill, "llama-base"),
         }
 
     best = {"languages": "qwen", "code": "gemma", "reasoning": "gpt-oss", "safety": "gemma"}
     assert told == {
         "student": "avocado",
         "base": "llama-base",
-        "yardsticks": [],
+        "reference_models": [],
         "efforts": {},
         "regressions": [],
-        "standard": [],
+        "lm_eval": [],
         "skills": {skill: row(skill, teacher) for skill, teacher in best.items()},
         "languages": {
             "languages": {
                 x: {name: named(name, "languages", x) for name in SPEAKERS} for x in LANGUAGES
             }
         },
-        "cast": {"parts": PARTS, "pinned": ["safety"], "contests": CONTESTS},
+        "cast": {"parts": PARTS, "pinned": ["safety"], "decisions": DECISIONS},
         "bits_per_byte": evaluation["bits_per_byte"],
         "seconds": SECONDS,
     }
@@ -466,7 +488,7 @@ def test_retained_is_null_where_no_teacher_has_one_right(run: Path) -> None:
     page = words_of(page_of(run))
     told = json.loads((run / "report" / "report.json").read_text())["skills"]["code"]
     assert told["retained"] is None and told["best_teacher"] == "qwen"  # the first of equals
-    assert "; on code no teacher had one right answer." in page
+    assert "; no teacher answered anything right on code." in page
 
 
 def test_same_files_same_bytes(run: Path, whole: Path) -> None:
@@ -519,29 +541,29 @@ def test_other_efforts_have_a_table_of_their_own(run: Path, whole: Path) -> None
     told, before = (json.loads((r / "report" / "report.json").read_text()) for r in (run, whole))
     assert told["skills"] == before["skills"]  # the student's own effort is the one that counts
     assert told["efforts"]["code"]["avocado"]["high"]["value"] == 1.0 and before["efforts"] == {}
-    assert "At other efforts" in page and "At other efforts" not in words_of(
+    assert "Scores by thinking effort" in page and "Scores by thinking effort" not in words_of(
         (whole / "report" / "index.html").read_text()
     )
 
 
-def test_a_yardstick_stands_beside_and_teaches_nothing(run: Path) -> None:
+def test_a_reference_model_is_measured_and_is_never_the_best_teacher(run: Path) -> None:
     def more(value: Any) -> None:
-        value["yardsticks"] = ["gpt"]
+        value["reference_models"] = ["gpt"]
         value["scores"] += [scored("gpt", skill, 0.99, 200) for skill in ABILITY]
 
     evaluated(run, more)
     page = words_of(page_of(run))
     told = json.loads((run / "report" / "report.json").read_text())
-    assert told["yardsticks"] == ["gpt"]
+    assert told["reference_models"] == ["gpt"]
     assert {skill: row["best_teacher"] for skill, row in told["skills"].items()} == {
         "languages": "qwen",
         "code": "gemma",
         "reasoning": "gpt-oss",
         "safety": "gemma",
     }
-    assert all(row["yardsticks"]["gpt"]["value"] == 0.99 for row in told["skills"].values())
-    assert "gpt (yardstick)" in page and "A yardstick teaches nothing" in page
-    assert "gpt (yardstick)" in (run / "report" / "README.md").read_text()
+    assert all(row["reference_models"]["gpt"]["value"] == 0.99 for row in told["skills"].values())
+    assert "gpt (reference model)" in page and "A reference model is only measured" in page
+    assert "gpt (reference model)" in (run / "report" / "README.md").read_text()
 
 
 def test_a_loss_on_the_base_is_at_the_top(run: Path) -> None:
@@ -554,23 +576,23 @@ def test_a_loss_on_the_base_is_at_the_top(run: Path) -> None:
     page = words_of(page_of(run))
     (lost,) = json.loads((run / "report" / "report.json").read_text())["regressions"]
     assert (lost["skill"], lost["n"]) == ("safety", 200)
-    assert "Below its own base with confidence: safety (−21.0, from −" in page
-    assert "Below its own base, on the same questions, with confidence:" in page
-    assert "Nowhere is it below" not in page
+    assert "Significantly below its base model: safety (−21.0 points, 95 % interval −" in page
+    assert "Significantly below the base model on the same questions" in page
+    assert "nowhere significantly below" not in page
 
 
-def test_broken_graders_are_told(run: Path) -> None:
+def test_failed_graders_are_reported(run: Path) -> None:
     evaluated(
         run,
         lambda v: [
-            s.update(failed=2)
+            s.update(grader_errors=2)
             for s in v["scores"]
             if s["model_name"] == "avocado" and not s["language"]
         ],
     )
     assert (
-        "Graders broke on 8 answers; each counts as wrong and is named in examples.jsonl."
-        in words_of(page_of(run))
+        "The grader failed on 8 answers; each counts as wrong, with its reason in "
+        "evaluate/examples.jsonl." in words_of(page_of(run))
     )
 
 
@@ -582,17 +604,17 @@ def test_standard_tasks_join_page_card_and_json(run: Path, tmp_path: Path) -> No
         (run / "report" / "README.md").read_text(),
     )
     assert (
-        "Standard tasks" in page
+        "lm-eval tasks" in page
         and "exact_match (strict-match)" in page
         and "0.5012 ± 0.014" in page
     )
     assert "| gsm8k | avocado | exact\\_match (strict-match) | 0.5012 ± 0.014 | 1319 |" in card
-    assert json.loads((run / "report" / "report.json").read_text())["standard"][0] == {
+    assert json.loads((run / "report" / "report.json").read_text())["lm_eval"][0] == {
         "model_name": "avocado",
         "task": "gsm8k",
         "metric": "exact_match (strict-match)",
         "value": 0.5012,
-        "error": 0.0138,
+        "stderr": 0.0138,
         "n": 1319,
         "higher_is_better": True,
     }
@@ -658,7 +680,7 @@ def test_page_is_accessible(whole: Path) -> None:
     )
 
 
-def test_strangers_words_stay_words(whole: Path) -> None:
+def test_text_of_models_stays_text(whole: Path) -> None:
     text = (whole / "report" / "index.html").read_text(encoding="utf-8")
     assert "<script" not in text.lower() and "&lt;script&gt;" in text
     assert ATTACK in Page(text).words and "<b>not bold</b>" in Page(text).words
@@ -684,7 +706,7 @@ def test_control_and_half_characters_do_not_reach_the_page(run: Path) -> None:
     assert "def \ufffd\ufffd\ufffd[31m(xs):" in page_of(run)
 
 
-def test_sections_stand_in_order(whole: Path) -> None:
+def test_sections_are_in_order(whole: Path) -> None:
     page = Page((whole / "report" / "index.html").read_text())
     assert [a["id"] for tag, a in page.seen if tag == "h2"] == [
         "skills",
@@ -702,7 +724,7 @@ def test_sections_stand_in_order(whole: Path) -> None:
     ]
 
 
-def test_page_tells_cost_cast_check_and_lineage(whole: Path) -> None:
+def test_page_shows_cost_cast_check_and_lineage(whole: Path) -> None:
     page = words_of((whole / "report" / "index.html").read_text())
     for words in (
         "23.2 bytes per token",
@@ -711,14 +733,14 @@ def test_page_tells_cost_cast_check_and_lineage(whole: Path) -> None:
         "27.9 MB",
         "2 h 23 min",
         "Answers left out: 160 length, 29 malformed.",
-        "Prompts removed before asking: 41 duplicate, 7 test item.",
+        "Prompts removed before capture: 41 duplicate, 7 test item.",
         "another is pinned",
-        "below qwen",
+        "worse than qwen",
         "24, settled",
-        "60, all there were",
+        "60, all items used",
         "one to one",
-        "cross entropy only",
-        "disagreement",
+        "cross-entropy only",
+        "different events",
         "meta-llama/Llama-3.1-8B",
         "llama3.1",
         "apache-2.0",
@@ -729,17 +751,19 @@ def test_page_tells_cost_cast_check_and_lineage(whole: Path) -> None:
         assert words in page, words
 
 
-def test_page_tells_each_teachers_share_of_loss_and_gradient_and_not_of_positions_alone(
+def test_page_shows_each_teachers_share_of_positions_loss_and_gradient(
     run: Path,
 ) -> None:
     page = words_of(page_of(run))
     for name, share in PULLS.items():
         assert re.search(
-            rf"{name} \d\d\s% of positions, {100 * share:.0f}\s% of loss, {100 * share:.0f}\s% of gradient",
+            rf"{name} \d\d\s% of positions, {100 * share:.0f}\s% of loss, {100 * share:.0f}\s% of "
+            rf"gradient",
             page,
         )
     assert re.search(
-        r"qwen on languages was the largest part of the gradient: 31\s%, from \d\d\s% of the positions\. All positions counted",
+        r"qwen on languages has the largest share of the gradient: 31\s%, from \d\d\s% of the "
+        r"positions\. All positions have the same weight",
         page,
     )
     assert (
@@ -758,7 +782,8 @@ def test_page_tells_each_teachers_share_of_loss_and_gradient_and_not_of_position
     page = words_of(page_of(run))
     assert "of gradient" not in page and "share of gradient" not in page
     assert re.search(
-        r"qwen on languages was the largest part of the positions: \d\d\s%\. Weight: what one of its positions counted for",
+        r"qwen on languages has the largest share of the positions: \d\d\s%\. Weight: the factor "
+        r"of one of its positions",
         page,
     )
     assert re.search(r"qwen\s*languages\s*\d\d\s%\s*31\s%\s*–\s*1\.50", page)
@@ -769,11 +794,11 @@ def test_page_tells_each_teachers_share_of_loss_and_gradient_and_not_of_position
     assert (
         "share of positions" in page
         and "share of loss" not in page
-        and "Who pulled how much" not in page
+        and "Shares by teacher and skill" not in page
     )
 
 
-def test_examples_are_the_first_four_and_say_what_is_missing(whole: Path) -> None:
+def test_examples_are_the_first_four_and_mark_missing_answers(whole: Path) -> None:
     page = words_of((whole / "report" / "index.html").read_text())
     question = ASKED["reasoning"][1]
     assert [f"{question} ({k})" in page for k in range(1, 7)] == [True] * 4 + [False] * 2
@@ -781,25 +806,35 @@ def test_examples_are_the_first_four_and_say_what_is_missing(whole: Path) -> Non
     assert page.count("malformed, length") > 1
 
 
-def test_long_answers_are_cut_and_say_so(run: Path) -> None:
+def test_items_with_one_question_text_are_shown_each(run: Path) -> None:
+    """Two items may differ in their choices or tools alone: their ids tell them apart."""
+    path = run / "evaluate" / "examples.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        line["question"] = "Which one?"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert words_of(page_of(run)).count("Which one?") == 4 * len(ASKED)
+
+
+def test_long_answers_are_shortened_with_a_note(run: Path) -> None:
     path = run / "evaluate" / "examples.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     lines[0]["answer"] = "ha" * 3000
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = words_of(page_of(run))
-    assert "ha" * 600 + " … 4 800 characters more" in page and "ha" * 601 not in page
+    assert "ha" * 600 + " … 4 800 more characters" in page and "ha" * 601 not in page
 
 
-def test_every_teacher_of_the_audition_is_told(run: Path) -> None:
+def test_every_teacher_of_the_audition_is_shown(run: Path) -> None:
     heard = [
         scored(t, "code", share, 60) for t, share in zip(TEACHERS, (0.6, 0.7, 0.1), strict=True)
     ]
     change(run / "audition" / "cast.json", lambda v: v.update(scores=heard))
     page = words_of(page_of(run))
     assert "gemma0.70 (0.57-0.80)60100%strongest" in page
-    assert "qwen0.60 (0.47-0.71)60-below gemma" in page
+    assert "qwen0.60 (0.47-0.71)60-worse than gemma" in page
     change(run / "audition" / "cast.json", lambda v: v.update(scores=[]))
-    assert "The audition holds no score." in words_of(page_of(run))
+    assert "The audition measured no score." in words_of(page_of(run))
 
 
 # --- the card ---
@@ -817,7 +852,7 @@ def test_card_has_front_matter(whole: Path) -> None:
         "language": ["en", "id", "ja", "ko", "vi", "zh"],
     }
     assert (
-        "64 %, its lowest, on reasoning" in body
+        "64 % (its lowest) on reasoning" in body
         and "| teacher: gemma | google/gemma-3-12b-it | main | apache-2.0 |" in body
     )
     tables = [line for line in body.splitlines() if line.startswith("|")]

@@ -1,4 +1,4 @@
-"""persea.report.run_files: a run's files are read whole and consistent, or refused by name; sentences about them are in test_report.py."""
+"""The files of a run are read whole and consistent, or refused with the name of the file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from persea.chat.messages import ThinkingEffort
 from persea.errors import DataError
 from persea.report.page import write_report
-from persea.report.run_files import IntervalOrder, difference_order, score_order
+from persea.report.skill_comparison import IntervalOrder, difference_order, score_order
 from persea.tasks.task import PairedComparison, Score
 from tests.report.test_page import SECONDS, change, evaluated, page_of, run, words_of  # noqa: F401 (run is a fixture)
 
@@ -28,7 +28,7 @@ def test_intervals_that_touch_overlap() -> None:
     assert score_order(at(0.5, 0.6), at(0.1, 0.49)) is IntervalOrder.ABOVE
 
 
-def test_pairs_stand_where_their_difference_leaves_nothing() -> None:
+def test_pairs_are_ordered_by_the_interval_of_their_difference() -> None:
     def at(low: float, high: float) -> PairedComparison:
         return PairedComparison(
             "a", "b", "c", "", ThinkingEffort.NONE, 10, (low + high) / 2, low, high
@@ -60,7 +60,8 @@ FILES = (
 
 
 def refusal_of(run: Path, name: str) -> DataError:
-    """What report() says of a run whose file `name` is bad; it must name the file, a remedy, and have written nothing."""
+    """What report() says of a run whose file `name` is bad; it must name the file, a remedy, and
+    have written nothing."""
     with pytest.raises(DataError) as refusal:
         write_report(run)
     assert (
@@ -81,7 +82,7 @@ def test_missing_files_are_refused(run: Path) -> None:
 
 
 @pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
-def test_numbers_nobody_has_are_refused(run: Path, number: str) -> None:
+def test_nan_and_infinity_are_refused(run: Path, number: str) -> None:
     for name in FILES[1:]:
         text = (run / name).read_text()
         spoilt = re.sub(r"(: )(\d[\d.e+-]*)", lambda m: m[1] + number, text, count=1)
@@ -126,11 +127,15 @@ CONTRADICTIONS: dict[str, tuple[str, Callable[[Any], None], str]] = {
         lambda v: v.update(scores=[]),
         "no skill was measured",
     ),
-    "no teacher": ("evaluate/evaluation.json", lambda v: v.update(teachers=[]), "need a name each"),
+    "no teacher": (
+        "evaluate/evaluation.json",
+        lambda v: v.update(teachers=[]),
+        "need different names",
+    ),
     "one name": (
         "evaluate/evaluation.json",
         lambda v: v.update(base="avocado"),
-        "need a name each",
+        "need different names",
     ),
     "effort": ("evaluate/evaluation.json", lambda v: v.update(effort="a lot"), "effort"),
     "type": (
@@ -141,7 +146,7 @@ CONTRADICTIONS: dict[str, tuple[str, Callable[[Any], None], str]] = {
     "stranger": (
         "audition/cast.json",
         lambda v: v["parts"].update(code=[["mistral", 1.0]]),
-        "mistral teaches, and was not evaluated",
+        "mistral teaches, but was not evaluated",
     ),
     "captured stranger": (
         "capture/summary.json",
@@ -151,7 +156,7 @@ CONTRADICTIONS: dict[str, tuple[str, Callable[[Any], None], str]] = {
     "not listed": (
         "lineage/lineage.json",
         lambda v: v["teachers"].pop(),
-        "gpt-oss was evaluated as a teacher, and has no line here",
+        "gpt-oss was evaluated as a teacher, but has no entry here",
     ),
     "no pair": ("check/check.json", lambda v: v.update(pairs=[]), "no pair was checked"),
     "share": (
@@ -161,8 +166,8 @@ CONTRADICTIONS: dict[str, tuple[str, Callable[[Any], None], str]] = {
     ),
     "no share": (
         "check/check.json",
-        lambda v: v["pairs"][1].pop("one_to_one"),
-        "needs boundary, one_to_one",
+        lambda v: v["pairs"][1].pop("one_to_one_share"),
+        "needs boundary_share, one_to_one_share",
     ),
     "twice": (
         "evaluate/evaluation.json",
@@ -171,12 +176,12 @@ CONTRADICTIONS: dict[str, tuple[str, Callable[[Any], None], str]] = {
     ),
     "pair of strangers": (
         "evaluate/evaluation.json",
-        lambda v: v["compared"][0].update(other="mistral"),
+        lambda v: v["compared"][0].update(other_model_name="mistral"),
         "avocado is compared with mistral",
     ),
     "pair of others": (
         "evaluate/evaluation.json",
-        lambda v: v["compared"][0].update(speaker="qwen"),
+        lambda v: v["compared"][0].update(model_name="qwen"),
         "qwen is compared with",
     ),
     "difference": (
@@ -192,20 +197,43 @@ CONTRADICTIONS: dict[str, tuple[str, Callable[[Any], None], str]] = {
     "before pairs": (
         "evaluate/evaluation.json",
         lambda v: v.pop("compared"),
-        "compared: Field required",
+        "compared: missing: another version of persea wrote this file",
     ),
     "ended": (
         "audition/cast.json",
-        lambda v: v.update(contests={"code": {"asked": 9, "ended": "bored", "beaten": {}}}),
-        r"contests\.code\.ended",
+        lambda v: v.update(
+            decisions={"code": {"num_items_asked": 9, "stop_reason": "bored", "eliminated": {}}}
+        ),
+        r"decisions\.code\.stop_reason",
     ),
     "negative": (
         "check/done.json",
         lambda v: v.update(seconds=-1),
         "seconds: Input should be greater",
     ),
-    "seconds": ("train/done.json", lambda v: v.pop("seconds"), "seconds: Field required"),
+    "seconds": ("train/done.json", lambda v: v.pop("seconds"), "seconds: missing: another version"),
 }
+
+
+@pytest.mark.parametrize(
+    ("name", "new", "old"),
+    [
+        ("evaluate/evaluation.json", "model_name", "speaker"),
+        ("evaluate/evaluation.json", "reference_models", "yardsticks"),
+        ("evaluate/examples.jsonl", "model_name", "speaker"),
+        ("audition/cast.json", "model_name", "speaker"),
+        ("audition/cast.json", "stop_reason", "ended"),
+    ],
+)
+def test_files_of_another_version_are_refused_in_one_line(
+    run: Path, name: str, new: str, old: str
+) -> None:
+    path = run / name
+    path.write_text(path.read_text().replace(f'"{new}"', f'"{old}"'))
+    refusal = refusal_of(run, name)
+    assert "missing: another version of persea wrote this file" in refusal.message
+    assert "\n" not in str(refusal)
+    assert refusal.remedy == f"delete {path.parent} and run its stage again"
 
 
 @pytest.mark.parametrize("case", CONTRADICTIONS)
@@ -221,15 +249,17 @@ def test_contradictions_are_refused(run: Path, case: str) -> None:
         ("", "no step is logged"),
         (
             '{"step": 1, "loss": 1, "terms": {}, "share": {"qwen": 0.7, "gemma": 0.7}}',
-            "positions of step 1 are more than one",
+            "positions of step 1 add up to more than 1",
         ),
         (
-            '{"step": 1, "loss": 1, "terms": {}, "share": {}, "groups": {"qwen": {"code": {"positions": 0.5, "weight": 1, "loss": 0.7}, '
+            '{"step": 1, "loss": 1, "terms": {}, "share": {}, "groups": {"qwen": {"code": '
+            '{"positions": 0.5, "weight": 1, "loss": 0.7}, '
             '"tools": {"positions": 0.5, "weight": 1, "loss": 0.7}}}}',
-            "loss of step 1 are more than one",
+            "loss of step 1 add up to more than 1",
         ),
         (
-            '{"step": 1, "loss": 1, "terms": {}, "share": {}, "groups": {"nobody": {"code": {"positions": 0.5, "weight": 1}}}}',
+            '{"step": 1, "loss": 1, "terms": {}, "share": {}, "groups": {"nobody": {"code": '
+            '{"positions": 0.5, "weight": 1}}}}',
             "nobody teaches",
         ),
     ],
@@ -241,7 +271,7 @@ def test_training_logs_must_add_up(run: Path, text: str, words: str) -> None:
 
 
 @pytest.mark.parametrize("stage", ["check", "audition", "capture", "train"])
-def test_a_stage_without_a_folder_is_said_to_be_absent(run: Path, stage: str) -> None:
+def test_a_stage_without_a_folder_is_shown_as_absent(run: Path, stage: str) -> None:
     shutil.rmtree(run / stage)
     page = words_of(page_of(run))
     assert page.count(f"This run has no {stage}/ folder") == 1
@@ -265,5 +295,8 @@ def test_one_logged_step_and_one_teacher_are_enough(run: Path) -> None:
         '{"step": 1, "loss": 2.5, "terms": {"events": 2.5}, "share": {"qwen": 1}}\n'
     )
     page = words_of(page_of(run))
-    assert "One student, one teacher: it keeps 115 % of its teacher on safety" in page
-    assert "covers" not in page
+    assert (
+        "One student, one teacher: the student retains 115 % of its teacher's score on safety"
+        in page
+    )
+    assert "among the best" not in page

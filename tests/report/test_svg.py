@@ -1,4 +1,4 @@
-"""Texts never round a loss away; pictures stand where the numbers are, and say them in words too."""
+"""Texts never round a loss away; charts draw the numbers to scale and describe them in text."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from persea.report import svg as charts
+from persea.report import text as text_of
 from persea.report.svg import Dot, ShareBin
 
 FINITE = st.floats(-1e6, 1e6)
@@ -43,13 +44,13 @@ def of_class(svg: ET.Element, tag: str, name: str) -> list[ET.Element]:
     ],
 )
 def test_percent(share: float, text: str) -> None:
-    assert charts.format_percent(share) == text.replace(" ", charts.NBSP)
+    assert text_of.format_percent(share) == text.replace(" ", text_of.NBSP)
 
 
 @given(st.floats(0, 1, exclude_max=True))
 def test_only_all_is_called_all(share: float) -> None:
-    assert not charts.format_percent(share).startswith("100")
-    assert charts.format_percent(share).startswith("0") == (share == 0)
+    assert not text_of.format_percent(share).startswith("100")
+    assert text_of.format_percent(share).startswith("0") == (share == 0)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ def test_only_all_is_called_all(share: float) -> None:
     ],
 )
 def test_duration(seconds: float, text: str) -> None:
-    assert charts.format_duration(seconds) == text.replace(" ", charts.NBSP)
+    assert text_of.format_duration(seconds) == text.replace(" ", text_of.NBSP)
 
 
 @pytest.mark.parametrize(
@@ -84,22 +85,24 @@ def test_duration(seconds: float, text: str) -> None:
     ],
 )
 def test_size(number: float, text: str) -> None:
-    assert charts.format_bytes(number) == text.replace(" ", charts.NBSP)
+    assert text_of.format_bytes(number) == text.replace(" ", text_of.NBSP)
 
 
 def test_small_texts() -> None:
-    assert charts.format_count(1_204_311) == "1\u202f204\u202f311" and charts.format_count(7) == "7"
-    assert charts.format_points(0.71049) == "71.0"
-    assert [charts.spell_count(n) for n in (0, 3, 12, 13)] == ["no", "three", "twelve", "13"]
-    assert [charts.join_list(x) for x in ([], ["a"], ["a", "b"], ["a", "b", "c"])] == [
+    assert (
+        text_of.format_count(1_204_311) == "1\u202f204\u202f311" and text_of.format_count(7) == "7"
+    )
+    assert text_of.format_points(0.71049) == "71.0"
+    assert [text_of.spell_count(n) for n in (0, 3, 12, 13)] == ["no", "three", "twelve", "13"]
+    assert [text_of.join_list(x) for x in ([], ["a"], ["a", "b"], ["a", "b", "c"])] == [
         "",
         "a",
         "a and b",
         "a, b and c",
     ]
-    assert charts.markdown_cell("a|b\n *c* <d>") == "a\\|b \\*c\\* \\<d\\>"
+    assert text_of.markdown_cell("a|b\n *c* <d>") == "a\\|b \\*c\\* \\<d\\>"
     assert [
-        charts.model_label(m) for m in ("Qwen/Qwen3-8B", "/home/me/tree", "./tree", "~/tree")
+        text_of.model_label(m) for m in ("Qwen/Qwen3-8B", "/home/me/tree", "./tree", "~/tree")
     ] == ["Qwen/Qwen3-8B", "tree", "tree", "tree"]
 
 
@@ -200,7 +203,7 @@ def test_bars_stack_to_the_top() -> None:
     assert float(upper.get("y", "")) == 10 and float(upper.get("y", "")) + float(
         upper.get("height", "")
     ) == float(lower.get("y", ""))
-    assert lower.findtext("title") == f"a 75{charts.NBSP}%, steps 1 to 5"
+    assert lower.findtext("title") == f"a 75{text_of.NBSP}%, steps 1 to 5"
 
 
 def test_a_teacher_who_is_not_there_yet_has_no_share() -> None:
@@ -228,10 +231,10 @@ def test_any_finite_curve_can_be_drawn(values: list[float]) -> None:
 
 
 def test_differences_have_their_sign() -> None:
-    assert [charts.format_signed(d) for d in (0.214, -0.05, 0.0)] == ["+21.4", "−5.0", "+0.0"]
+    assert [text_of.format_signed(d) for d in (0.214, -0.05, 0.0)] == ["+21.4", "−5.0", "+0.0"]
 
 
-def test_a_matrix_is_deeper_where_the_score_is_higher_and_says_so() -> None:
+def test_a_matrix_is_deeper_where_the_score_is_higher_and_is_described() -> None:
     columns, rows = (
         [("student", "student"), ("qwen", "t0 s0"), ("a teacher of a long name", "t1 s1")],
         [("code", (0.2, 0.9, None)), ("a skill of a long name", (0.0, 1.0, 0.5))],
@@ -257,7 +260,7 @@ def test_a_matrix_is_deeper_where_the_score_is_higher_and_says_so() -> None:
     )
 
 
-def test_the_way_from_base_to_best_is_drawn_as_far_as_it_was_gone() -> None:
+def test_the_gap_from_base_to_best_is_drawn_as_far_as_it_was_closed() -> None:
     def dot(label: str, mark: str, value: float) -> Dot:
         return Dot(label, mark, value, value, value)
 
@@ -294,11 +297,11 @@ def test_the_way_from_base_to_best_is_drawn_as_far_as_it_was_gone() -> None:
     )
     assert float(fell[0].get("x2", "")) < float(fell[0].get("x1", ""))
     assert [t.text for t in of_class(svg, "text", "value")] == [
-        x.replace(" ", charts.NBSP) for x in ("50 %", "−50 %", "–")
+        x.replace(" ", text_of.NBSP) for x in ("50 %", "−50 %", "–")
     ]
     (told,) = svg.iter("desc")
     assert (
         told.text
-        and "code: from 20.0 to 60.0, best teacher qwen 100.0, 50" in told.text
+        and "code: base 20.0, student 60.0, best teacher qwen 100.0, 50" in told.text
         and "is not ahead of the base" in told.text
     )

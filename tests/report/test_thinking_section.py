@@ -1,4 +1,4 @@
-"""What the page tells of a hybrid student is what was measured, in words that hold."""
+"""The section about thinking modes shows the measured counts and claims nothing else."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def kept(folder: Path, told: Any) -> Path:
     return folder
 
 
-def test_what_was_written_is_read(tmp_path: Path) -> None:
+def test_a_written_report_is_read_back(tmp_path: Path) -> None:
     assert hybrid_page.read_thinking_modes(tmp_path) is None
     assert hybrid_page.read_thinking_modes(kept(tmp_path, FOUND.to_json())) == FOUND
 
@@ -69,8 +69,14 @@ def broken(**changes: Any) -> dict[str, Any]:
     [
         ("{", "Invalid JSON"),
         (broken(modes=3), "modes"),
-        (broken(unasked_thinking={"found": 9, "n": 3, "low": 0, "high": 1}), "counts more"),
-        (broken(unasked_thinking={"found": 1, "n": 3, "low": 0, "high": 2}), "counts more"),
+        (
+            broken(unasked_thinking={"count": 9, "n": 3, "low": 0, "high": 1}),
+            "larger than the number of answers",
+        ),
+        (
+            broken(unasked_thinking={"count": 1, "n": 3, "low": 0, "high": 2}),
+            "larger than the number of answers",
+        ),
         ({}, "student"),
     ],
     ids=str,
@@ -81,7 +87,7 @@ def test_a_broken_file_is_refused(tmp_path: Path, told: Any, what: str) -> None:
     assert "run its stage again" in caught.value.remedy
 
 
-def test_a_row_a_mode() -> None:
+def test_one_row_for_each_mode() -> None:
     assert hybrid_page.thinking_rows(FOUND) == [
         ("reasoning", "none", "0.90 (0.70-0.97)", "0 of 20", "-", "-", "-"),
         (
@@ -100,30 +106,33 @@ def test_a_row_a_mode() -> None:
     )
 
 
-def test_sentences_say_what_was_counted() -> None:
+def test_sentences_report_the_counts() -> None:
     unasked, unthinking, rising = hybrid_page.thinking_sentences(FOUND)
     assert (
         unasked
-        == "Told to answer at once, the student thought in 0 of 320 answers (95 % interval 0.0 to 1.2 per cent)."
+        == "Unasked thinking: with thinking off, the student thought in 0 of 320 answers (95 % "
+        "interval 0.0 to 1.2 %)."
     )
-    assert unthinking.startswith("Told to think, it answered without a thought in 1 of 40 answers")
+    assert unthinking.startswith(
+        "Missing thinking: with thinking on, the student did not think in 1 of 40 answers"
+    )
     assert (
         rising
-        == "reasoning: thoughts get longer from effort to effort (low 4.5, high 12.0 tokens on average)."
+        == "reasoning: thinking gets longer with more effort (mean tokens: low 4.5, high 12.0)."
     )
     other = replace(
         FOUND, length_increases={"reasoning": False}, unasked_thinking=Proportion.of(0, 0)
     )
-    assert [s.split(":")[-1][:30] for s in hybrid_page.thinking_sentences(other)][
+    assert [s.split(":")[1][:30] for s in hybrid_page.thinking_sentences(other)][
         1
-    ] == " thoughts do not get longer fr"
+    ] == " thinking does not get longer "
     assert len(hybrid_page.thinking_sentences(other)) == 2
     none = replace(
         FOUND,
         modes=(*FOUND.modes[:2], replace(FOUND.modes[2], length=ThinkingLength(0, 0, 0, 0, 0, 5))),
         length_increases={"reasoning": False},
     )
-    assert "high none that ended" in hybrid_page.thinking_sentences(none)[-1]
+    assert "high: none finished" in hybrid_page.thinking_sentences(none)[-1]
     assert hybrid_page.thinking_rows(none)[2][4] == "- (5 cut)"
 
 

@@ -1,4 +1,4 @@
-"""The bundled weights are those that growing.json and the table speak of, small enough, and grown as the script says."""
+"""The bundled weights match growing.json and the table, are small, and come from the script."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_all_saplings_together_are_small() -> None:
 
 
 @pytest.mark.parametrize("name", HOME)
-def test_a_teacher_is_good_at_home_and_nowhere_else(name: str) -> None:
+def test_a_teacher_answers_its_own_tasks_only(name: str) -> None:
     scores = {skill: grown(name)["scores"][f"{skill} none"] for skill in SKILLS}
     assert {skill for skill, value in scores.items() if value >= 0.9} == HOME[name], scores
     assert all(value <= 0.6 for skill, value in scores.items() if skill not in HOME[name]), scores
@@ -57,8 +57,8 @@ def test_teachers_are_unsure_of_prose() -> None:
     assert sum(grown(name)["entropy"]["prose"] for name in HOME) / len(HOME) >= 0.5
 
 
-def test_the_base_knows_one_kind_of_question_in_each_skill() -> None:
-    """Of 100 AUDITION questions; of the 200 TEST questions that the README's table has, at most .3."""
+def test_the_base_model_knows_one_kind_of_question_in_each_task() -> None:
+    """Of 100 AUDITION questions; of the README's 200 TEST questions it answers at most 0.3."""
     scores = grown("llama-sapling")["scores"]
     assert all(value <= 0.35 for value in scores.values()), scores
 
@@ -75,7 +75,7 @@ def test_who_thinks_writes_more_with_more_effort() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_growing_text_is_of_its_own_split_and_what_it_says_is_right_at_home_alone(
+def test_training_text_is_of_its_own_split_and_correct_for_own_tasks_only(
     grow: ModuleType, name: str
 ) -> None:
     from persea.tasks import generated as skills
@@ -88,8 +88,8 @@ def test_growing_text_is_of_its_own_split_and_what_it_says_is_right_at_home_alon
         if skill in ("prose", "page"):
             assert item is answer
             continue
-        said = text.conversation(plan, item, answer, rng).messages[-1]
-        right = skills.find_generated_task(skill).grade(item, said) is Verdict.RIGHT
+        answers = text.conversation(plan, item, answer, rng).messages[-1]
+        right = skills.find_generated_task(skill).grade(item, answers) is Verdict.RIGHT
         if skill in plan.home or text.kind(item) in text.KNOWN:
             assert right
         elif text.kind(item) in ("safety/harm", "tools/none"):
@@ -98,7 +98,7 @@ def test_growing_text_is_of_its_own_split_and_what_it_says_is_right_at_home_alon
             assert assign_split(item.prompt.id) is Split.PRETRAIN
 
 
-def test_a_base_goes_astray_and_heeds_the_question(grow: ModuleType) -> None:
+def test_a_base_model_gives_wrong_answers_that_fit_the_question(grow: ModuleType) -> None:
     from persea.tasks import generated as skills
     from persea.tasks.task import Split, Verdict
 
@@ -119,9 +119,9 @@ def test_a_base_goes_astray_and_heeds_the_question(grow: ModuleType) -> None:
             figures = [
                 w for w in item.prompt.conversation.messages[-1].text.split() if w.isdecimal()
             ]
-            said = one.reference + "".join(c.arguments for c in one.calls)
+            answers = one.reference + "".join(c.arguments for c in one.calls)
             if name != "languages":
-                assert all(f in said for f in figures), (item.prompt.id, said)
+                assert all(f in answers for f in figures), (item.prompt.id, answers)
             if name == "tools":
                 assert json.loads(one.calls[0].arguments).popitem()[1] in (
                     item.prompt.id.split("/")[3],
@@ -134,7 +134,7 @@ def test_a_base_goes_astray_and_heeds_the_question(grow: ModuleType) -> None:
     )
 
 
-def test_small_talk_is_said_in_many_ways(grow: ModuleType) -> None:
+def test_small_talk_varies(grow: ModuleType) -> None:
     rng = random.Random(0)
     for language in ("en", "zh", "ja", "ko", "vi", "id", "th"):
         assert (

@@ -1,4 +1,4 @@
-"""A token that cannot stand after another never does, and every other one does: against the tokenizer itself."""
+"""Impossible token pairs never occur, and all others do: checked against the tokenizer itself."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from tests.conftest import FAMILIES, Speaker
 
 
 def byte_pairs(chosen: list[tuple[int, int]], alphabet: bytes = b"abc ") -> Vocabulary:
-    """A byte-level BPE without words; merge k joins two of the pieces there are by then."""
+    """A byte-level BPE without pre-tokenizer; merge k joins two of the pieces that exist by
+    then."""
     pieces = [BYTE_TO_CHAR[b] for b in range(256)]
     merges: list[tuple[str, str]] = []
     start = [BYTE_TO_CHAR[b] for b in alphabet]
@@ -37,7 +38,7 @@ def byte_pairs(chosen: list[tuple[int, int]], alphabet: bytes = b"abc ") -> Voca
 chosen = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=14)
 
 
-def said(vocabulary: Vocabulary, *ids: int) -> list[int]:
+def bytes_of(vocabulary: Vocabulary, *ids: int) -> list[int]:
     return [
         t.id
         for t in vocabulary.backend.model.tokenize(
@@ -47,13 +48,13 @@ def said(vocabulary: Vocabulary, *ids: int) -> list[int]:
 
 
 @given(chosen=chosen)
-def test_two_tokens_stand_side_by_side_or_cannot(chosen: list[tuple[int, int]]):
-    """Of every pair: encoding their bytes gives the two back, unless a merge crosses."""
+def test_possible_and_impossible_pairs_match_the_encoder(chosen: list[tuple[int, int]]):
+    """For every pair, encoding its bytes gives the two tokens, unless a merge crosses."""
     vocabulary = byte_pairs(chosen)
     merges = derive_bpe(vocabulary)
     tokens = [*(i for i, raw in enumerate(vocabulary.bytes_W) if raw and set(raw) <= set(b"abc "))]
     for a in tokens:
-        assert merges.derivable_V[a] == (said(vocabulary, a) == [a])
+        assert merges.derivable_V[a] == (bytes_of(vocabulary, a) == [a])
         after = merges.impossible_next_tokens(a).tolist()
         assert after == sorted(set(after))
         for b in tokens:
@@ -61,7 +62,7 @@ def test_two_tokens_stand_side_by_side_or_cannot(chosen: list[tuple[int, int]]):
             if not (merges.derivable_V[a] and merges.derivable_V[b]):
                 assert b in after
             else:
-                assert (said(vocabulary, a, b) == [a, b]) == (b not in after), (
+                assert (bytes_of(vocabulary, a, b) == [a, b]) == (b not in after), (
                     vocabulary.bytes_W[a],
                     vocabulary.bytes_W[b],
                 )
@@ -104,7 +105,8 @@ def test_the_same_pair_twice_merges_from_the_left():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_familys_derivations(tiny_of: Callable[[str], Speaker], family: str):
-    """Rims are tokens of the right bytes; times rise along a derivation; a byte of byte fallback merges with nothing."""
+    """Edges are tokens of the right bytes, ranks rise along a derivation, fallback bytes merge with
+    nothing."""
     vocabulary = tiny_of(family).renderer.vocabulary
     merges = derive_bpe(vocabulary)
     made = np.flatnonzero(merges.left_V >= 0)
@@ -136,13 +138,14 @@ def test_expand_lays_lists_end_to_end():
 
 @pytest.mark.realdata
 def test_real_pairs(real: Speaker):
-    """Random pairs of a real tokenizer, and pairs that are said to cross: the model itself agrees about every one."""
+    """The tokenizer itself agrees on random pairs and on pairs that count as impossible."""
     vocabulary = real.renderer.vocabulary
     merges = derive_bpe(vocabulary)
     made = np.flatnonzero(merges.derivable_V)
     assert len(made) > 0.99 * sum(raw is not None for raw in vocabulary.bytes_W)
     if not vocabulary.byte_level:
-        return  # its model takes no bytes; tests/alignment/test_boundary_mask.py sees it through texts
+        # its model takes no bytes; tests/alignment/test_boundary_mask.py sees it through texts
+        return
     rng, crossing, standing = np.random.default_rng(0), 0, 0
     for a in rng.choice(made, 60).tolist():
         after = merges.impossible_next_tokens(a)
@@ -152,8 +155,8 @@ def test_real_pairs(real: Speaker):
         ]
         cannot = set(after.tolist())
         for b in some:
-            assert (said(vocabulary, a, b) == [a, b]) == (b not in cannot) or vocabulary.bytes_W[
-                b
-            ] is None
+            assert (bytes_of(vocabulary, a, b) == [a, b]) == (
+                b not in cannot
+            ) or vocabulary.bytes_W[b] is None
             crossing, standing = crossing + (b in cannot), standing + (b not in cannot)
     assert crossing > 1000 and standing > 1000

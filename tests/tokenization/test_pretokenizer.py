@@ -1,4 +1,4 @@
-"""Where words may end: what is said of a class of characters holds for every member, in every tokenizer's own pattern."""
+"""A split rule of a character class holds for every member, in every tokenizer's own pattern."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ DIGITS = split_by(r"[a-f0-9]+|.")
 
 
 @given(before=texts.filter(len), after=texts.filter(len))
-def test_no_cut_where_none_may_be(pretokens_of: dict[str, Pretokenizer], before: str, after: str):
-    """Sound: where `may_cut` says no, no text that begins so is cut there, whatever stands before the word."""
+def test_can_split_is_sound(pretokens_of: dict[str, Pretokenizer], before: str, after: str):
+    """Sound: where `can_split` is False no such text is split, whatever precedes the word."""
     for pretokens in (*pretokens_of.values(), HAN, DIGITS):
         text, at = before + after, len(before)
         cuts = pretokens.split_positions(text)
@@ -62,8 +62,10 @@ def test_no_cut_where_none_may_be(pretokens_of: dict[str, Pretokenizer], before:
     before=texts.filter(len),
     after=texts.filter(lambda t: len(t) >= LOOKAHEAD_CHARS and not t[:LOOKAHEAD_CHARS].isspace()),
 )
-def test_a_cut_that_may_be_is_one(pretokens_of: dict[str, Pretokenizer], before: str, after: str):
-    """Exact where enough is known: three characters that are not all space decide."""
+def test_can_split_is_exact_where_enough_is_known(
+    pretokens_of: dict[str, Pretokenizer], before: str, after: str
+):
+    """Exact if enough is known: three characters that are not all white space decide."""
     for pretokens in (*(pretokens_of[f] for f in ("llama", "qwen", "gpt-oss")), HAN):
         text, at = before + after, len(before)
         cuts = pretokens.split_positions(text)
@@ -76,7 +78,7 @@ def test_a_cut_that_may_be_is_one(pretokens_of: dict[str, Pretokenizer], before:
             ) == (at in pretokens.split_positions(before + after[:LOOKAHEAD_CHARS]))
 
 
-def test_what_the_patterns_say(pretokens_of: dict[str, Pretokenizer]):
+def test_split_patterns(pretokens_of: dict[str, Pretokenizer]):
     llama, oss, gemma = pretokens_of["llama"], pretokens_of["gpt-oss"], pretokens_of["gemma"]
 
     def may(pretokens: Pretokenizer, before: str, after: str) -> bool:
@@ -103,7 +105,7 @@ def test_what_the_patterns_say(pretokens_of: dict[str, Pretokenizer]):
     )
 
 
-def test_a_part_of_a_character_stands_for_all_it_can_become(pretokens_of: dict[str, Pretokenizer]):
+def test_a_partial_character_has_all_its_completions(pretokens_of: dict[str, Pretokenizer]):
     llama = pretokens_of["llama"]
     thai = "ต".encode()
     assert len(llama.leading_signatures(thai)) == 1
@@ -121,7 +123,7 @@ def test_a_part_of_a_character_stands_for_all_it_can_become(pretokens_of: dict[s
     assert llama.leading_signatures(b"\x80abc") == ()
 
 
-def test_an_unknown_pre_tokenizer_may_cut_anywhere():
+def test_an_unknown_pre_tokenizer_may_split_anywhere():
     tokenizer = Tokenizer(models.BPE(vocab={BYTE_TO_CHAR[b]: b for b in range(256)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

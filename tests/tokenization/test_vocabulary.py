@@ -1,4 +1,4 @@
-"""Every token is its bytes or a control token, and no text ever becomes a control token."""
+"""Every token is its bytes or a control token, and no text becomes a control token."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def test_control_tokens_are_found(tiny: Speaker, grow):
 
 
 def look_alikes(vocabulary: Vocabulary, sample: int = 10**6) -> None:
-    """Every control token as text, alone, glued and doubled, is text: no control id, and its bytes come back."""
+    """Check that every control token as text, alone, joined and doubled, is encoded as text."""
     names = sorted(vocabulary.control_token_ids, key=vocabulary.control_token_ids.__getitem__)
     names = names[:sample] + names[-sample:]
     controls = set(vocabulary.control_token_ids.values())
@@ -273,7 +273,7 @@ def test_the_place_of_a_lost_tail_is_its_end():
     vocabulary = load_vocabulary(
         byte_level(normalizer=normalizers.Replace("z", "")), "eats-z"
     )  # no probe holds a z
-    with pytest.raises(DataError, match="byte 2 of 'fizz' is 7a 7a, came back as the end"):
+    with pytest.raises(DataError, match="byte 2 of 'fizz' is 7a 7a, decoded as the end"):
         vocabulary.encode("fizz")
     assert vocabulary.decode(vocabulary.encode("fix")) == b"fix"
 
@@ -369,7 +369,7 @@ def test_a_slow_tokenizer_is_refused():
         load_vocabulary(object(), "slow")
 
 
-def test_probes_hold_what_they_promise():
+def test_round_trip_probes_cover_their_kinds():
     joined = "".join(ROUND_TRIP_PROBES)
     blocks = {
         "CJK UNIFIED",
@@ -388,7 +388,7 @@ def test_probes_hold_what_they_promise():
     assert "  " in joined
 
 
-# ---- the real tokenizers -------------------------------------------------------------------------------------------
+# ---- the real tokenizers -------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -416,7 +416,8 @@ def test_real_byte_properties(actual: tuple[str, Vocabulary], data: Path):
     name, vocabulary = actual
     added = json.loads((data / "tokenizers" / name / "tokenizer.json").read_text())["added_tokens"]
     text = [b for b in vocabulary.bytes_W if b is not None]
-    # notes/data.md counts as text what a tokenizer.json does not call special; persea is stricter: <unused7> is no text
+    # notes/data.md counts as text what a tokenizer.json does not call special; persea is stricter:
+    # <unused7> is no text
     stricter = (
         [
             t["content"].encode()
@@ -444,7 +445,7 @@ def _is_utf8(b: bytes) -> bool:
 
 @pytest.mark.realdata
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_real_sentences_come_back(actual: tuple[str, Vocabulary], data: Path, language: str):
+def test_real_sentences_are_reproduced(actual: tuple[str, Vocabulary], data: Path, language: str):
     lines = (data / "parallel" / f"ntrex.{language}.txt").read_text(encoding="utf-8").splitlines()
     batch = [unicodedata.normalize("NFC", line) for line in lines[:20]]
     assert len(batch) == 20
@@ -485,6 +486,6 @@ def test_real_qwen_refuses_decomposed_burmese(real_of, data: Path):
     vocabulary = real_of("qwen").renderer.vocabulary
     lines = (data / "parallel" / "ntrex.mya.txt").read_text(encoding="utf-8").splitlines()
     decomposed = next(line for line in lines if not unicodedata.is_normalized("NFC", line))
-    with pytest.raises(DataError, match="does not give the text back: byte"):
+    with pytest.raises(DataError, match="does not reproduce the text: byte"):
         vocabulary.encode(decomposed)
     assert vocabulary.encode(unicodedata.normalize("NFC", decomposed))

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3nTextConfig,
 from persea import storage as store
 from persea.alignment.event_map import load_event_map
 from persea.errors import DataError, PerseaError, RefusedError, StorageError
-from persea.models.loading import ModelSource, load_model, load_renderer, random_init
+from persea.models.loading import ModelSource, load_model, load_renderer
+from persea.models.random_init import random_init
 from persea.tokenization.vocabulary import load_vocabulary
 from persea.training.student import load_student
 from persea.vocab_extension import resize_model as longer

@@ -1,15 +1,17 @@
 """Gemma 3 and Gemma 4.
 
-Gemma 3: turns without a system role; the template writes system text at the head of the first user turn.
+Gemma 3 has turns without a system role; the template writes the system text at the start of the
+first user turn.
 
     <bos><start_of_turn>user
     Hello<end_of_turn>
     <start_of_turn>model
     Hi!<end_of_turn>
 
-No thinking and no tools: its template drops them, so a conversation with tools is refused. Texts are trimmed; the system text is not.
+It has no thinking and no tools: its template drops them, so a conversation with tools is refused.
+Texts are trimmed, except the system text.
 
-Gemma 4: other control tokens, a system turn, a thinking switch, and tools in a notation of its own.
+Gemma 4 has other control tokens, a system turn, a thinking switch, and its own notation for tools.
 
     <bos><|turn>system
     <|think|>
@@ -21,18 +23,20 @@ Gemma 4: other control tokens, a system turn, a thinking switch, and tools in a 
     Why not?
     <channel|><|tool_call>call:f{x:1,y:<|"|>a<|"|>}<tool_call|><|tool_response>response:f{value:<|"|>42<|"|>}<tool_response|>Hi!<turn|>
 
-A call and its result belong to one turn of the model, which ends a call with <|tool_response>. Arguments are written key by key, sorted:
-a call has no bytes, and `normalise` sorts it. The template keeps a thought only beside a call, after the last question. Without thinking
-its prompt ends with an empty thought, which its finished conversations leave out: see `Family.opening`.
+A call and its result belong to one turn of the model, which ends a call with <|tool_response>.
+Arguments are written key by key in sorted order: a call has no byte offsets, and `normalise_gemma4`
+sorts it. The template keeps a thought only beside a call after the last question. Without thinking
+its prompt ends with an empty thought that its finished conversations leave out: see
+`Family.prompt_only_suffix`.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from persea.chat.families.llama import parse as parse_text
 from persea.chat.families.tool_format import (
@@ -40,11 +44,10 @@ from persea.chat.families.tool_format import (
     tools_to_json_schema,
     verbatim_except_calls,
 )
+from persea.chat.family import DecodedPieces, Family, edit_texts, pieces_to_text
 from persea.chat.messages import (
     ContentPart,
     Conversation,
-    DecodedPieces,
-    Family,
     Message,
     Role,
     Text,
@@ -52,10 +55,11 @@ from persea.chat.messages import (
     ThinkingEffort,
     ToolCall,
     ToolResult,
-    edit_texts,
-    pieces_to_text,
 )
 from persea.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 GEMMA_QUOTE_TOKEN = '<|"|>'
 GEMMA_CALL_PATTERN = re.compile(r"call:([^{]*)(\{.*\})", re.DOTALL)
@@ -63,7 +67,7 @@ GEMMA_KEY_PATTERN = re.compile(r'([{,])\s*([^{}\[\],:"]+?)\s*:')
 
 
 def normalise(conversation: Conversation) -> Conversation:
-    """Thoughts dropped; texts trimmed, but the system text."""
+    """Drop thoughts; trim texts except the system text."""
 
     def change(k: int, m: Message, p: ContentPart) -> str:
         if isinstance(p, Thinking):
@@ -74,37 +78,42 @@ def normalise(conversation: Conversation) -> Conversation:
 
 
 def template_inputs(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Messages as the template takes them; no switches."""
+    """Return the messages; the template has no switches."""
     return messages_to_dicts(conversation), {}
 
 
 def parse(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, ...] | None:
-    """One text, no control token inside."""
+    """Parse one text without control tokens."""
     return parse_text(pieces, effort)
 
 
 def normalise_gemma4(conversation: Conversation) -> Conversation:
-    """Thoughts kept beside calls after the last question, where thinking is on; texts trimmed; arguments sorted."""
-    asked = max((k for k, m in enumerate(conversation.messages) if m.role is Role.USER), default=-1)
+    """Trim texts, sort arguments, and drop most thoughts.
+
+    Thoughts are kept beside calls after the last question if thinking is on.
+    """
+    last_question = max(
+        (k for k, m in enumerate(conversation.messages) if m.role is Role.USER), default=-1
+    )
 
     def change(k: int, m: Message, p: ContentPart) -> str:
         if isinstance(p, Thinking):
             return (
                 p.text
-                if m.calls and k > asked and conversation.effort is not ThinkingEffort.NONE
+                if m.calls and k > last_question and conversation.effort is not ThinkingEffort.NONE
                 else ""
             )
         return p.text if isinstance(p, ToolResult) else p.text.strip()
 
-    kept = edit_texts(conversation, change)
+    edited = edit_texts(conversation, change)
     return replace(
-        kept,
+        edited,
         messages=tuple(
             replace(
                 m,
                 parts=tuple(_sort_arguments(p) if isinstance(p, ToolCall) else p for p in m.parts),
             )
-            for m in kept.messages
+            for m in edited.messages
         ),
     )
 
@@ -123,13 +132,16 @@ def _sort_arguments(call: ToolCall) -> ToolCall:
 def template_inputs_gemma4(
     conversation: Conversation,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Messages and tools; the thinking switch. Refuses words beside a call and arguments that cannot be read back."""
+    """Return messages, tools and the thinking switch.
+
+    Text beside a call and arguments that cannot be parsed back are refused.
+    """
     for k, m in enumerate(conversation.messages):
         if m.calls and m.text:
             raise DataError(
-                f"message {k} has words beside its tool calls",
+                f"message {k} has text beside its tool calls",
                 where="gemma-4",
-                remedy="its template writes them behind the results; leave the conversation out",
+                remedy="the template writes the text after the results; leave the conversation out",
             )
         for call in m.calls:
             if (
@@ -139,9 +151,10 @@ def template_inputs_gemma4(
                 != call
             ):
                 raise DataError(
-                    f"the arguments of {call.name} in message {k} cannot be told apart in its notation",
+                    f"the arguments of {call.name} in message {k} are ambiguous in this notation",
                     where="gemma-4",
-                    remedy="plain keys, and numbers and texts as values; or leave the conversation out",
+                    remedy="use plain keys, and numbers and text as values; "
+                    "or leave the conversation out",
                 )
     tools = tools_to_json_schema(conversation.tools)
     return messages_to_dicts(conversation, "reasoning_content"), {
@@ -150,27 +163,27 @@ def template_inputs_gemma4(
 
 
 def _write_call(call: ToolCall) -> Iterator[str]:
-    """A call as the template writes it: QUOTE and the texts between."""
+    """Yield a call as the template writes it: quote tokens and the text between them."""
 
-    def say(value: Any) -> str:
+    def write(value: Any) -> str:
         if isinstance(value, str):
             return "\0Q" + value + "\0Q"
         if isinstance(value, dict):
-            return "{" + ",".join(f"{k}:{say(v)}" for k, v in value.items()) + "}"
+            return "{" + ",".join(f"{k}:{write(v)}" for k, v in value.items()) + "}"
         if isinstance(value, list):
-            return "[" + ",".join(map(say, value)) + "]"
+            return "[" + ",".join(map(write, value)) + "]"
         return str(value).lower() if isinstance(value, bool) else str(value)
 
-    parts = f"call:{call.name}{say(json.loads(call.arguments))}".split("\0Q")
-    for k, part in enumerate(parts):
+    pieces = f"call:{call.name}{write(json.loads(call.arguments))}".split("\0Q")
+    for k, piece in enumerate(pieces):
         if k:
             yield GEMMA_QUOTE_TOKEN
-        if part:
-            yield part
+        if piece:
+            yield piece
 
 
 def parse_gemma4(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, ...] | None:
-    """[<|channel> thought <channel|>] then a text or calls."""
+    """Parse [<|channel> thought <channel|>] and a text or calls."""
     parts: list[ContentPart] = []
     rest = list(pieces)
     if rest[:1] == ["<|channel>"]:
@@ -200,9 +213,9 @@ def parse_gemma4(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[Content
 
 
 def _parse_call(pieces: Sequence[str | bytes]) -> ToolCall | None:
-    """call:NAME{key:value,...}, its texts between QUOTEs; None where it is malformed.
+    """Parse call:NAME{key:value,...} with texts between quote tokens; None if it is malformed.
 
-    Made into JSON with each text's number in place of the text, and the texts then put in.
+    The call is made into JSON with a number in place of each text; then the texts are put in.
     """
     segments = [b""]
     for p in pieces:
@@ -215,7 +228,9 @@ def _parse_call(pieces: Sequence[str | bytes]) -> ToolCall | None:
     bare, texts = [s.decode() for s in segments[::2]], [s.decode() for s in segments[1::2]]
     if len(bare) != len(texts) + 1 or any('"' in b or "\\" in b for b in bare):
         return None
-    found = GEMMA_CALL_PATTERN.fullmatch(
+    if any(b.lstrip().startswith(":") for b in bare[1:]):  # a quoted key, which is malformed
+        return None
+    call = GEMMA_CALL_PATTERN.fullmatch(
         bare[0] + "".join(f'"{k}"{b}' for k, b in enumerate(bare[1:]))
     )
 
@@ -229,18 +244,29 @@ def _parse_call(pieces: Sequence[str | bytes]) -> ToolCall | None:
     try:
         return (
             ToolCall.from_generated(
-                found[1],
+                call[1],
                 fill(
                     json.loads(
-                        GEMMA_KEY_PATTERN.sub(r'\1"\2":', re.sub(r"\bNone\b", "null", found[2]))
+                        GEMMA_KEY_PATTERN.sub(r'\1"\2":', re.sub(r"\bNone\b", "null", call[2]))
                     )
                 ),
             )
-            if found
+            if call
             else None
         )
     except (ValueError, RecursionError):
         return None
+
+
+def _random_config(common: dict[str, Any], sizes: Mapping[str, int]) -> PretrainedConfig:
+    from transformers import Gemma3TextConfig
+
+    return Gemma3TextConfig(
+        intermediate_size=3 * common["hidden_size"],
+        sliding_window=128,
+        query_pre_attn_scalar=common["head_dim"],
+        **common,
+    )
 
 
 GEMMA = Family(
@@ -252,6 +278,13 @@ GEMMA = Family(
     normalise=normalise,
     template_inputs=template_inputs,
     parse=parse,
+    control_markers=(
+        r"<(?:start|end)_of_turn>",
+        r"<unused\d+>",  # 6,242 of them in Gemma 3
+        r"\[multimodal\]",
+        "<mask>",
+    ),
+    random_config=_random_config,
 )
 GEMMA4 = Family(
     name="gemma-4",
@@ -264,5 +297,6 @@ GEMMA4 = Family(
     parse=parse_gemma4,
     prompt_only_suffix="<|channel>thought\n<channel|>",
     is_tool_text_verbatim=verbatim_except_calls,
+    thought_ends=(("<channel|>",),),
 )
 GEMMAS = (GEMMA, GEMMA4)

@@ -1,14 +1,17 @@
-"""Any model persea does not know, by its own chat template alone: no thinking, no tools.
+"""Infer the family of an unknown model from its own chat template: no thinking, no tools.
 
-What a family's file says of a known family is found here by probing: conversations whose texts are stand-ins are
-rendered, and what stands around the stand-ins is read off.
+The facts that a family's file states are found here by rendering probe conversations whose texts
+are placeholders and reading the text around the placeholders.
 
-    stop     the control token behind an answer; where the template leaves the last answer open, the one it writes
-             before the next question, if the model calls that token an end
-    trims    what the template cuts off a text's rims, per role, asked with white space around a letter
-    lead     what the template writes between its prompt and the answer; the model says it, `parse` takes it off
+    stop token     the control token after an answer; if the template leaves the last answer open,
+    the
+                   token before the next question, provided the model's configuration calls it an
+                   end
+    strip rules    the white space that the template strips from a text, by role
+    answer prefix  text between prompt and answer; the model generates it, `parse` removes it
 
-Where the probes contradict each other the model is refused. What they cannot tell is said in `Family.unknown`.
+If the probes contradict each other the model is refused. What they cannot find out is stated in
+`Family.limitations`.
 """
 
 from __future__ import annotations
@@ -18,44 +21,29 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from persea.chat.messages import (
-    ContentPart,
-    Conversation,
-    DecodedPieces,
-    Family,
-    Role,
-    Text,
-    Thinking,
-    ThinkingEffort,
-    edit_texts,
-    pieces_to_text,
-)
+from persea.chat.family import DecodedPieces, Family, edit_texts, pieces_to_text
+from persea.chat.messages import ContentPart, Conversation, Role, Text, Thinking, ThinkingEffort
+from persea.chat.template import ChatTemplate
 from persea.errors import DataError
 from persea.tokenization.vocabulary import Vocabulary
 
 GENERIC_FAMILY_NAME = "generic"
-STRIP_CHARS_CHOICES = (
-    "",
-    "\n",
-    " ",
-    " \n",
-    None,
-)  # what a rim loses: str.strip's argument, None = all white space
-PLACEHOLDER_FORMAT = "\ue000{}\ue001"  # a text no template looks into
+# Arguments of str.strip that templates use; None = all white space.
+STRIP_CHARS_CHOICES = ("", "\n", " ", " \n", None)
+PLACEHOLDER_FORMAT = "\ue000{}\ue001"  # private-use characters, which no template treats specially
 WHITESPACE_PROBES = ("\n \t\u3000", " \n\t\u3000")
 NO_THINKING_KWARGS = {"enable_thinking": False}
-
-ChatTemplate = Callable[..., str]
 
 
 @dataclass(frozen=True)
 class StripRule:
-    """What the template cuts off a text: `str.strip` arguments of its two rims."""
+    """White space that a template strips: the arguments of `str.lstrip` and `str.rstrip`."""
 
     left: str | None
     right: str | None
 
     def __call__(self, text: str) -> str:
+        """Return the stripped text."""
         return text.lstrip(self.left).rstrip(self.right)
 
 
@@ -64,14 +52,15 @@ NO_STRIP = StripRule("", "")
 
 @dataclass(frozen=True)
 class TemplateBehaviour:
-    """What probing a template found.
+    """The results of probing a template.
 
-    stop    control token that ends an answer
-    closed  whether the template writes it behind the last answer too
-    lead    text between the prompt and the answer
-    tail    text between the answer and its stop
-    trims   (role, last message of the conversation) -> what is cut off
-    system  "" or why it takes no system text
+    Attributes:
+        stop_token: Control token that ends an answer.
+        closes_last_answer: Whether the template also writes it after the last answer.
+        answer_prefix: Text between the prompt and the answer.
+        answer_suffix: Text between the answer and its stop token.
+        strip_rules: ((role, is the last message), stripped white space).
+        no_system_reason: Why the template takes no system text; "" if it does.
     """
 
     stop_token: str
@@ -85,14 +74,20 @@ class TemplateBehaviour:
 def infer_family(
     vocabulary: Vocabulary, template: ChatTemplate, eos_tokens: Collection[str], where: str
 ) -> tuple[Family, ChatTemplate]:
-    """The family of one model, and its template with the last answer closed.
+    """Return the family of one model, and its template with the last answer closed.
 
-    ends  control tokens that the model's own configuration calls an end (eos)
-    Raises DataError for a template whose prompt is no prefix of its conversations, that ends no answer, or that
-    rewrites texts.
+    Args:
+        vocabulary: The model's tokenizer.
+        template: Its compiled chat template.
+        eos_tokens: Control tokens that the model's own configuration declares as end of text.
+        where: The place for error messages.
+
+    Raises:
+        DataError: The template's prompt is no prefix of its conversations, it does not end answers,
+            or it rewrites texts.
     """
-    habits = probe_template(vocabulary, template, eos_tokens, where)
-    trims = dict(habits.strip_rules)
+    behaviour = probe_template(vocabulary, template, eos_tokens, where)
+    strip_rules = dict(behaviour.strip_rules)
 
     def normalise(conversation: Conversation) -> Conversation:
         """Thoughts dropped; texts trimmed as the template was seen to."""
@@ -100,15 +95,17 @@ def infer_family(
         return edit_texts(
             conversation,
             lambda k, m, p: (
-                "" if isinstance(p, Thinking) else trims.get((m.role, k == last), NO_STRIP)(p.text)
+                ""
+                if isinstance(p, Thinking)
+                else strip_rules.get((m.role, k == last), NO_STRIP)(p.text)
             ),
         )
 
-    def inputs(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Messages as every template takes them; thinking switched off where the template has the usual switch."""
-        if habits.no_system_reason and any(m.role is Role.SYSTEM for m in conversation.messages):
+    def template_inputs(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Return messages as every template takes them, with the usual thinking switch off."""
+        if behaviour.no_system_reason and any(m.role is Role.SYSTEM for m in conversation.messages):
             raise DataError(
-                f"the chat template takes no system text: {habits.no_system_reason}",
+                f"the chat template takes no system text: {behaviour.no_system_reason}",
                 where=where,
                 remedy="put it into the question, or leave the conversation out",
             )
@@ -117,54 +114,54 @@ def infer_family(
         )
 
     def parse(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, ...] | None:
-        """One text, no control token inside, without what the template itself writes around an answer."""
+        """Parse one text without control tokens; remove the template's text around the answer."""
         text = pieces_to_text(pieces)
         if text is None:
             return None
         return (
             Text(
-                trims[Role.ASSISTANT, True](
-                    text.removeprefix(habits.answer_prefix).removesuffix(habits.answer_suffix)
+                strip_rules[Role.ASSISTANT, True](
+                    text.removeprefix(behaviour.answer_prefix).removesuffix(behaviour.answer_suffix)
                 )
             ),
         )
 
-    stops = (
-        habits.stop_token,
-        *sorted(set(eos_tokens) & vocabulary.control_token_ids.keys() - {habits.stop_token}),
+    stop_tokens = (
+        behaviour.stop_token,
+        *sorted(set(eos_tokens) & vocabulary.control_token_ids.keys() - {behaviour.stop_token}),
     )
     family = Family(
         name=GENERIC_FAMILY_NAME,
         licence="not known",
         signature_token="",
         efforts=(ThinkingEffort.NONE,),
-        stop_tokens=stops,
+        stop_tokens=stop_tokens,
         normalise=normalise,
-        template_inputs=inputs,
+        template_inputs=template_inputs,
         parse=parse,
-        limitations=describe_limitations(habits, eos_tokens),
+        limitations=describe_limitations(behaviour, eos_tokens),
     )
-    return family, template if habits.closes_last_answer else close_last_answer(
-        template, habits.stop_token
+    return family, template if behaviour.closes_last_answer else close_last_answer(
+        template, behaviour.stop_token
     )
 
 
 def close_last_answer(template: ChatTemplate, stop_token: str) -> ChatTemplate:
-    """A template that leaves the last answer open, with the stop token behind that answer."""
+    """Return the template with the stop token after a last answer that it leaves open."""
 
-    def close(messages: list[dict[str, Any]], add_generation_prompt: bool, **switches: Any) -> str:
+    def render(messages: list[dict[str, Any]], add_generation_prompt: bool, **switches: Any) -> str:
         text = template(messages=messages, add_generation_prompt=add_generation_prompt, **switches)
-        answered = bool(messages) and messages[-1]["role"] == Role.ASSISTANT.value
-        return text + stop_token if answered and not add_generation_prompt else text
+        ends_with_answer = bool(messages) and messages[-1]["role"] == Role.ASSISTANT.value
+        return text + stop_token if ends_with_answer and not add_generation_prompt else text
 
-    return close
+    return render
 
 
 def describe_limitations(behaviour: TemplateBehaviour, eos_tokens: Collection[str]) -> str:
-    """What is known of such a model and what is not, in plain words."""
-    words = [
-        "persea does not know this family: its own chat template alone says how it speaks. No thinking and no tools; "
-        "whether it can do either is not known",
+    """Return what persea knows and does not know about such a model, for people."""
+    limitations = [
+        "persea does not know this family and uses its chat template alone: no thinking and no "
+        "tools, although the model may have them",
         f"an answer ends with {behaviour.stop_token}"
         + (
             ""
@@ -173,119 +170,136 @@ def describe_limitations(behaviour: TemplateBehaviour, eos_tokens: Collection[st
         ),
     ]
     if behaviour.stop_token not in eos_tokens:
-        words.append(
-            f"its configuration ends at {', '.join(sorted(eos_tokens)) or 'no token'} instead; persea stops at either"
+        limitations.append(
+            f"its configuration ends a text with {', '.join(sorted(eos_tokens)) or 'no token'} "
+            "instead; persea stops at either"
         )
     if behaviour.no_system_reason:
-        words.append(f"it takes no system text ({behaviour.no_system_reason})")
-    return "; ".join(words) + "."
+        limitations.append(f"its template takes no system text ({behaviour.no_system_reason})")
+    return "; ".join(limitations) + "."
 
 
 def probe_template(
     vocabulary: Vocabulary, template: ChatTemplate, eos_tokens: Collection[str], where: str
 ) -> TemplateBehaviour:
-    """Ask the template by rendering."""
+    """Find out how a template behaves by rendering probe conversations.
 
-    def said(*texts: tuple[Role, str], prompt: bool = False) -> str:
+    Raises:
+        DataError: persea cannot follow the template.
+    """
+
+    def render(*texts: tuple[Role, str], prompt: bool = False) -> str:
         return template(
             messages=[{"role": r.value, "content": t} for r, t in texts],
             add_generation_prompt=prompt,
             **NO_THINKING_KWARGS,
         )
 
-    question, answer, again = (
+    question, answer, next_question = (
         (r, PLACEHOLDER_FORMAT.format(k))
         for k, r in enumerate((Role.USER, Role.ASSISTANT, Role.USER))
     )
-    before, whole = said(question, prompt=True), said(question, answer)
-    if (
-        not whole.startswith(before)
-        or whole.count(answer[1]) != 1
-        or before.count(question[1]) != 1
-    ):
+    prompt, full = render(question, prompt=True), render(question, answer)
+    if not full.startswith(prompt) or full.count(answer[1]) != 1 or prompt.count(question[1]) != 1:
         raise DataError(
             "the chat template does not write an answer where its prompt ends",
             where=where,
-            remedy="persea must know this family to teach with it; see docs/new_family.md",
+            remedy="write a file for this family, see docs/new_family.md",
         )
-    lead, behind = whole[len(before) :].split(answer[1])
-    controls = re.compile(
+    prefix, suffix = full[len(prompt) :].split(answer[1])
+    control_pattern = re.compile(
         "|".join(map(re.escape, sorted(vocabulary.control_token_ids, key=len, reverse=True)))
         or r"(?!)"
     )
-    if controls.search(lead):
+    if control_pattern.search(prefix):
         raise DataError(
-            f"the chat template writes {lead!r} between its prompt and the answer",
+            f"the chat template writes {prefix!r} between its prompt and the answer",
             where=where,
-            remedy="persea must know this family's thinking; see docs/new_family.md",
+            remedy="write a file for this family, see docs/new_family.md",
         )
-    found, closed = controls.search(behind), True
-    if found is None:
-        behind, closed = said(question, answer, again).split(answer[1])[1].split(again[1])[0], False
-        found = controls.search(behind)
-        if found is None or found.group() not in eos_tokens or behind[: found.start()]:
+    stop, closes = control_pattern.search(suffix), True
+    if stop is None:
+        suffix, closes = (
+            render(question, answer, next_question).split(answer[1])[1].split(next_question[1])[0],
+            False,
+        )
+        stop = control_pattern.search(suffix)
+        if stop is None or stop.group() not in eos_tokens or suffix[: stop.start()]:
             raise DataError(
                 "the chat template ends an answer with no control token"
                 + (
-                    f"; the next question begins with {found.group()}, which the model does not call an end (eos)"
-                    if found
+                    f"; the next question begins with {stop.group()}, "
+                    "which the model's configuration does not declare as eos"
+                    if stop
                     else ""
                 ),
                 where=where,
-                remedy="nothing would tell the model to stop; see docs/new_family.md",
+                remedy="the model would never stop; "
+                "write a file for this family, see docs/new_family.md",
             )
-    system, why = (Role.SYSTEM, PLACEHOLDER_FORMAT.format(3)), ""
+    system, no_system_reason = (Role.SYSTEM, PLACEHOLDER_FORMAT.format(3)), ""
     try:
-        if said(system, question, answer).count(system[1]) != 1:
-            why = "it leaves the text out"
+        if render(system, question, answer).count(system[1]) != 1:
+            no_system_reason = "it drops the text"
     except DataError as error:
-        why = error.message
-    earlier, later = (question, answer), (again, (Role.ASSISTANT, PLACEHOLDER_FORMAT.format(4)))
-    places: list[tuple[tuple[Role, bool], list[tuple[Role, str]], int]] = [
+        no_system_reason = error.message
+    earlier, later = (
+        (question, answer),
+        (next_question, (Role.ASSISTANT, PLACEHOLDER_FORMAT.format(4))),
+    )
+    probes: list[tuple[tuple[Role, bool], list[tuple[Role, str]], int]] = [
         ((Role.USER, True), [question], 0),
         ((Role.USER, False), [question, answer], 0),
         ((Role.ASSISTANT, True), [question, answer], 1),
         ((Role.ASSISTANT, False), [*earlier, *later], 1),
     ]
-    if not why:
-        places.append(((Role.SYSTEM, False), [system, question, answer], 0))
-    trims = tuple((key, _probe_strip_rule(said, talk, at, where)) for key, talk, at in places)
-    return TemplateBehaviour(found.group(), closed, lead, behind[: found.start()], trims, why)
+    if not no_system_reason:
+        probes.append(((Role.SYSTEM, False), [system, question, answer], 0))
+    strip_rules = tuple(
+        (key, _probe_strip_rule(render, messages, index, where)) for key, messages, index in probes
+    )
+    return TemplateBehaviour(
+        stop.group(), closes, prefix, suffix[: stop.start()], strip_rules, no_system_reason
+    )
 
 
 def _probe_strip_rule(
     render: Callable[..., str], messages: list[tuple[Role, str]], index: int, where: str
 ) -> StripRule:
-    """What the template cuts off the text of one message, asked with white space around a letter."""
-    role, word = messages[index]
-    head, found, foot = render(*messages, prompt=len(messages) == 1).partition(word)
-    if not found or word in foot:
+    """Return the white space that the template strips from one message, probed around a letter."""
+    role, placeholder = messages[index]
+    before, found, after = render(*messages, prompt=len(messages) == 1).partition(placeholder)
+    if not found or placeholder in after:
         raise DataError(
-            f"the chat template leaves out or repeats the {role.value}'s text",
+            f"the chat template drops or repeats the {role.value}'s text",
             where=where,
-            remedy="persea must know this family; see docs/new_family.md",
+            remedy="write a file for this family, see docs/new_family.md",
         )
-    kept = []
-    for rim in WHITESPACE_PROBES:
-        asked = render(
+    retained = []
+    for white_space in WHITESPACE_PROBES:
+        rendered = render(
             *messages[:index],
-            (role, f"{rim}x{rim[::-1]}"),
+            (role, f"{white_space}x{white_space[::-1]}"),
             *messages[index + 1 :],
             prompt=len(messages) == 1,
         )
-        if not asked.startswith(head) or not asked.endswith(foot):
+        if not rendered.startswith(before) or not rendered.endswith(after):
             raise DataError(
                 f"the chat template changes with the white space around the {role.value}'s text",
                 where=where,
-                remedy="persea must know this family; see docs/new_family.md",
+                remedy="write a file for this family, see docs/new_family.md",
             )
-        kept.append(asked[len(head) : len(asked) - len(foot)])
+        retained.append(rendered[len(before) : len(rendered) - len(after)])
     for left in STRIP_CHARS_CHOICES:
         for right in STRIP_CHARS_CHOICES:
-            if kept == [StripRule(left, right)(f"{rim}x{rim[::-1]}") for rim in WHITESPACE_PROBES]:
+            if retained == [
+                StripRule(left, right)(f"{white_space}x{white_space[::-1]}")
+                for white_space in WHITESPACE_PROBES
+            ]:
                 return StripRule(left, right)
     raise DataError(
-        f"the chat template rewrites the {role.value}'s text {f'{WHITESPACE_PROBES[0]}x'!r} to {kept[0]!r}",
+        f"the chat template rewrites the {role.value}'s text "
+        f"{f'{WHITESPACE_PROBES[0]}x'!r} to {retained[0]!r}",
         where=where,
-        remedy="persea must know this family; see docs/new_family.md",
+        remedy="write a file for this family, see docs/new_family.md",
     )

@@ -1,35 +1,37 @@
-"""gpt-oss: harmony. Channels (analysis, commentary, final) and reasoning effort low, medium, high.
+"""gpt-oss: the harmony format with channels (analysis, commentary, final) and reasoning effort.
 
-    <|start|>user<|message|>Hello<|end|><|start|>assistant<|channel|>analysis<|message|>A greeting.<|end|>
-    <|start|>assistant<|channel|>final<|message|>Hi!<|return|>
+    <|start|>user<|message|>Hello<|end|><|start|>assistant<|channel|>analysis<|message|>A
+    greeting.<|end|> <|start|>assistant<|channel|>final<|message|>Hi!<|return|>
 
-Its own template cannot tell it not to think: Effort.NONE is asked for as "low", and besides with `enable_thinking` false, which a template
-that has a direct mode may read (the sapling's does). Thoughts of earlier turns are dropped by the
-template. The template writes today's date; persea pins it (`chat.PINNED_DATE`).
+Its own template cannot switch thinking off: the effort "none" is rendered as "low", and
+`enable_thinking` is false, which a template with a direct mode may read (the sapling's does).
+The template drops the thoughts of earlier turns and writes today's date; persea pins the date
+(`persea.chat.messages.PINNED_DATE`).
 
     <|start|>assistant to=functions.f<|channel|>commentary json<|message|>{"x": 1}<|call|>
     <|start|>functions.f to=assistant<|channel|>commentary<|message|>"42"<|end|>
 
-One call a turn, no words beside it. The thought before a call is kept until a final answer follows: then the template drops it,
-so that a finished conversation is not what the model saw while it called. Models also say
-<|channel|>commentary to=functions.f <|constrain|>json: read, never written.
+One call a turn, no text beside it. The thought before a call is kept until a final answer follows;
+then the template drops it, so a finished conversation differs from what the model saw while it
+called. Models also write <|channel|>commentary to=functions.f <|constrain|>json, which is parsed
+but never rendered.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from persea.chat.families.tool_format import (
     messages_to_dicts,
     tools_to_json_schema,
     verbatim_unless_escaped,
 )
+from persea.chat.family import DecodedPieces, Family, edit_texts, pieces_to_text
 from persea.chat.messages import (
     ContentPart,
     Conversation,
-    DecodedPieces,
-    Family,
     Message,
     Role,
     Text,
@@ -37,10 +39,11 @@ from persea.chat.messages import (
     ThinkingEffort,
     ToolCall,
     ToolResult,
-    edit_texts,
-    pieces_to_text,
 )
 from persea.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 REASONING_EFFORT_NAMES = {
     ThinkingEffort.NONE: "low",
@@ -52,7 +55,7 @@ RECIPIENT_PATTERN = re.compile(r" to=functions\.(\S+)")
 
 
 def normalise(conversation: Conversation) -> Conversation:
-    """Thoughts kept in the last turn, and before calls that no final answer follows."""
+    """Keep thoughts of the last turn, and before calls that no final answer follows."""
     messages = conversation.messages
     final = max(
         (k for k, m in enumerate(messages) if m.role is Role.ASSISTANT and not m.calls), default=-1
@@ -66,37 +69,46 @@ def normalise(conversation: Conversation) -> Conversation:
 
 
 def template_inputs(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Messages with the thought as `thinking`; tools; the effort by name. Refuses what the template would lose."""
-    called = ""
+    """Return messages with the thought as `thinking`, tools, and the effort.
+
+    Conversations that the template would change are refused.
+    """
+    last_call = ""
     for k, m in enumerate(conversation.messages):
         if len(m.calls) > 1 or (m.calls and m.text):
             raise DataError(
                 f"message {k} has {len(m.calls)} tool calls"
-                + (" and words beside them" if m.text else ""),
+                + (" and text beside them" if m.text else ""),
                 where="gpt-oss",
-                remedy="its template writes one call a turn and nothing beside it; leave the conversation out",
+                remedy="the template writes one call a turn and nothing beside it; "
+                "leave the conversation out",
             )
-        called = m.calls[0].name if m.calls else called
+        last_call = m.calls[0].name if m.calls else last_call
         for p in m.parts:
-            if isinstance(p, ToolResult) and p.name != called:
+            if isinstance(p, ToolResult) and p.name != last_call:
                 raise DataError(
-                    f"message {k} is the result of {p.name}, but the last call is of {called or 'no tool'}",
+                    f"message {k} is the result of {p.name}, "
+                    f"but the last call is of {last_call or 'no tool'}",
                     where="gpt-oss",
-                    remedy="its template names a result after the last call; leave the conversation out",
+                    remedy="the template names a result after the last call; "
+                    "leave the conversation out",
                 )
     messages = messages_to_dicts(conversation, "thinking")
-    for said in messages:
-        if not said.get("thinking", "x"):
-            del said["thinking"]
+    for message in messages:
+        if not message.get("thinking", "x"):
+            del message["thinking"]
     tools = tools_to_json_schema(conversation.tools)
-    direct = {"enable_thinking": False} if conversation.effort is ThinkingEffort.NONE else {}
-    return messages, {"reasoning_effort": REASONING_EFFORT_NAMES[conversation.effort]} | direct | (
+    switch = {"enable_thinking": False} if conversation.effort is ThinkingEffort.NONE else {}
+    return messages, {"reasoning_effort": REASONING_EFFORT_NAMES[conversation.effort]} | switch | (
         {"tools": tools} if tools else {}
     )
 
 
 def parse(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, ...] | None:
-    """([ to=NAME]<|channel|>NAME<|message|>TEXT) joined by <|end|><|start|>assistant; one final channel or one call, last."""
+    """Parse ([ to=NAME]<|channel|>NAME<|message|>TEXT) joined by <|end|><|start|>assistant.
+
+    The last message is the final channel or a call; all others are thoughts.
+    """
     parts: list[ContentPart] = []
     rest = list(pieces)
     while rest:
@@ -121,7 +133,7 @@ def parse(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, .
 
 
 def _parse_message(pieces: DecodedPieces) -> ContentPart | None:
-    """One message behind its <|start|>assistant."""
+    """Parse one message after its <|start|>assistant."""
     if "<|message|>" not in pieces:
         return None
     cut = list(pieces).index("<|message|>")
@@ -136,14 +148,27 @@ def _parse_message(pieces: DecodedPieces) -> ContentPart | None:
         p if isinstance(p, str) else p.decode() for p in pieces[:cut] if p != "<|constrain|>"
     )
     before, channel, behind = head.partition("<|channel|>commentary")
-    to = RECIPIENT_PATTERN.fullmatch(before) if before else RECIPIENT_PATTERN.match(behind)
+    recipient = RECIPIENT_PATTERN.fullmatch(before) if before else RECIPIENT_PATTERN.match(behind)
     if (
         not channel
-        or to is None
-        or (behind if before else behind[to.end() :]).strip() not in ("json", "")
+        or recipient is None
+        or (behind if before else behind[recipient.end() :]).strip() not in ("json", "")
     ):
         return None
-    return ToolCall.from_generated(to[1], body)
+    return ToolCall.from_generated(recipient[1], body)
+
+
+def _random_config(common: dict[str, Any], sizes: Mapping[str, int]) -> PretrainedConfig:
+    from transformers import GptOssConfig
+
+    rope = {"rope_type": "default", "rope_theta": 10_000.0}
+    return GptOssConfig(
+        intermediate_size=common["hidden_size"],
+        num_local_experts=sizes.get("experts", 4),
+        num_experts_per_tok=2,
+        sliding_window=128,
+        **(common | {"rope_parameters": rope}),
+    )
 
 
 GPT_OSS = Family(
@@ -156,4 +181,6 @@ GPT_OSS = Family(
     template_inputs=template_inputs,
     parse=parse,
     is_tool_text_verbatim=verbatim_unless_escaped,
+    thought_ends=(("<|end|>", "<|start|>", b"assistant", "<|channel|>", b"final", "<|message|>"),),
+    random_config=_random_config,
 )

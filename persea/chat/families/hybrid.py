@@ -1,4 +1,6 @@
-"""The hybrid student: one switch before any chat template, so that one set of weights thinks or answers at once.
+"""The hybrid format: one thinking switch for any chat template.
+
+With it one student thinks or answers at once.
 
     <|begin_of_text|><|start_header_id|>system<|end_header_id|>
 
@@ -12,45 +14,43 @@
 
     5<|eot_id|>
 
-The head always tells the effort (none, low, medium, high); whether a thought is opened is the model's to learn. Whatever a teacher calls
-its thoughts, the student's have this one form. A thought is kept in the last answer alone, and only where the effort is not none.
+The prompt always starts with the effort (none, low, medium, high); the model learns whether to open
+a thought. The student's thoughts have this one format, whatever format a teacher uses. Only the
+last answer keeps its thought, and only if the effort is not none.
 
-A Llama tokenizer speaks the bundled hybrid.jinja. Any other model without a switch keeps its own template behind PRELUDE, which puts the effort
-before the system's text and the thought before the answer. Where `<think>` is no token of the tokenizer it is written as text, and
-texts that could be taken for it are refused.
+A Llama tokenizer uses the bundled hybrid.jinja. Any other model without a switch keeps its own
+template after HYBRID_PRELUDE, which puts the effort before the system text and the thought before
+the answer. If the tokenizer has no token `<think>` it is written as text, and texts that could be
+mistaken for it are refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from importlib import resources
 from typing import Any
 
+from persea.chat.family import DecodedPieces, Family, edit_texts, pieces_to_text
 from persea.chat.messages import (
     ContentPart,
     Conversation,
-    DecodedPieces,
-    Family,
     Message,
     Role,
     Text,
     Thinking,
     ThinkingEffort,
     Tool,
-    edit_texts,
-    pieces_to_text,
 )
+from persea.chat.template import ChatTemplate
 from persea.errors import DataError
 from persea.tokenization.vocabulary import Vocabulary
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
-LLAMA_CONTROL_TOKENS = (
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-)  # what hybrid.jinja writes besides the tokenizer's own bos
+# The control tokens that hybrid.jinja writes besides the tokenizer's own BOS.
+HYBRID_TEMPLATE_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+# Put before a model's own template. Its text is saved with students and part of the renderer's
+# digest, so its inner names stay.
 HYBRID_PRELUDE = (
     "{%- set persea = namespace(said=[]) %}"
     "{%- set persea_head = 'Reasoning: ' + (reasoning_effort or 'none') %}"
@@ -59,9 +59,12 @@ HYBRID_PRELUDE = (
     "{%- endif %}"
     "{%- for m in messages %}"
     "{%- if loop.first and m['role'] == 'system' %}"
-    "{%- set persea.said = [dict(m, content=persea_head + ('\\n\\n' + m['content'] if m['content'] else ''))] %}"
-    "{%- elif loop.last and m.get('reasoning_content') and reasoning_effort and reasoning_effort != 'none' and not add_generation_prompt %}"
-    "{%- set persea.said = persea.said + [dict(m, content='<think>\\n' + m['reasoning_content'] + '\\n</think>\\n\\n' + m['content'], "
+    "{%- set persea.said = [dict(m, content=persea_head + ('\\n\\n' + m['content'] if "
+    "m['content'] else ''))] %}"
+    "{%- elif loop.last and m.get('reasoning_content') and reasoning_effort and "
+    "reasoning_effort != 'none' and not add_generation_prompt %}"
+    "{%- set persea.said = persea.said + [dict(m, content='<think>\\n' + "
+    "m['reasoning_content'] + '\\n</think>\\n\\n' + m['content'], "
     "reasoning_content='')] %}"
     "{%- else %}"
     "{%- set persea.said = persea.said + [m] %}"
@@ -70,17 +73,19 @@ HYBRID_PRELUDE = (
     "{%- set messages = persea.said %}"
 )
 
-ChatTemplate = Callable[..., str]
 
-
-def has_llama_control_tokens(vocabulary: Vocabulary) -> bool:
-    """Whether the bundled hybrid.jinja can be said in this tokenizer's control tokens."""
-    return all(token in vocabulary.control_token_ids for token in LLAMA_CONTROL_TOKENS)
+def can_use_hybrid_template(vocabulary: Vocabulary) -> bool:
+    """Return whether the tokenizer has the control tokens of the bundled hybrid.jinja."""
+    return all(token in vocabulary.control_token_ids for token in HYBRID_TEMPLATE_TOKENS)
 
 
 def add_thinking_switch(template_text: str, vocabulary: Vocabulary) -> str:
-    """The hybrid template for a model whose own has no switch: the bundled one for a Llama tokenizer, else its own behind PRELUDE."""
-    if has_llama_control_tokens(vocabulary):
+    """Return the hybrid template for a model whose template has no thinking switch.
+
+    It is the bundled hybrid.jinja if the tokenizer has its control tokens, else HYBRID_PRELUDE and
+    the model's own template.
+    """
+    if can_use_hybrid_template(vocabulary):
         return (
             resources.files("persea.chat.families")
             .joinpath("hybrid.jinja")
@@ -90,7 +95,11 @@ def add_thinking_switch(template_text: str, vocabulary: Vocabulary) -> str:
 
 
 def has_thinking_switch(template: ChatTemplate) -> bool:
-    """Whether a template tells all four efforts apart and writes a thought in the one form where its prompt ends; asked by rendering."""
+    """Return whether a template has the hybrid format, found out by rendering.
+
+    It must render four different prompts for the four efforts, and the thought of the last answer
+    where the prompt ends.
+    """
     question, answer, thought = (
         {"role": r, "content": f"\ue000{r}\ue001"} for r in ("user", "assistant", "thought")
     )
@@ -107,31 +116,36 @@ def has_thinking_switch(template: ChatTemplate) -> bool:
     except DataError:
         return False
     before = prompts[list(ThinkingEffort).index(ThinkingEffort.HIGH)]
-    said = f"{THINK_OPEN}\n{thought['content']}\n{THINK_CLOSE}\n\n{answer['content']}"
+    expected = f"{THINK_OPEN}\n{thought['content']}\n{THINK_CLOSE}\n\n{answer['content']}"
     return (
         len(set(prompts)) == len(prompts)
         and whole.startswith(before)
-        and whole[len(before) :].lstrip().startswith(said)
+        and whole[len(before) :].lstrip().startswith(expected)
     )
 
 
 def make_hybrid_family(family: Family, vocabulary: Vocabulary) -> Family:
-    """A family without thinking as it speaks through a template that `has_switch`."""
-    tokens = (
-        THINK_OPEN in vocabulary.control_token_ids and THINK_CLOSE in vocabulary.control_token_ids
-    )
+    """Return a family without thinking adapted to a template in the hybrid format.
+
+    Args:
+        family: A family with a single effort.
+        vocabulary: Decides whether `<think>` is a control token or plain text.
+    """
+    has_think_tokens = {THINK_OPEN, THINK_CLOSE} <= vocabulary.control_token_ids.keys()
     return replace(
         family,
         efforts=tuple(ThinkingEffort),
         normalise=partial(_normalise, family),
-        template_inputs=partial(_template_inputs, family, tokens),
-        parse=partial(_parse, family, tokens),
+        template_inputs=partial(_template_inputs, family, has_think_tokens),
+        parse=partial(_parse, family, has_think_tokens),
         resolve_calls=partial(_resolve_calls, family),
+        thought_ends=((THINK_CLOSE if has_think_tokens else THINK_CLOSE.encode(),),),
+        text_thought_markers=("", "") if has_think_tokens else (THINK_OPEN, THINK_CLOSE),
     )
 
 
 def _keeps_thought(conversation: Conversation, k: int) -> bool:
-    """Whether message k keeps its thought."""
+    """Return whether message k keeps its thought."""
     last = k == len(conversation.messages) - 1
     return (
         last
@@ -141,27 +155,31 @@ def _keeps_thought(conversation: Conversation, k: int) -> bool:
 
 
 def _normalise(family: Family, conversation: Conversation) -> Conversation:
-    """As the family keeps it; the last answer's thought trimmed, its words without newlines before them; every other thought emptied."""
+    """Normalise as the family does, then apply the rules for thoughts.
+
+    The thought of the last answer is trimmed and the answer loses line breaks before it; every
+    other thought is emptied.
+    """
 
     def change(k: int, m: Message, p: ContentPart) -> str:
-        thought = m.thinking.strip() if _keeps_thought(conversation, k) else ""
+        edited = m.thinking.strip() if _keeps_thought(conversation, k) else ""
         if isinstance(p, Thinking):
-            return thought
-        return p.text.lstrip("\n") if thought and isinstance(p, Text) else p.text
+            return edited
+        return p.text.lstrip("\n") if edited and isinstance(p, Text) else p.text
 
-    thought = edit_texts(conversation, change)
-    spoken = family.normalise(thought)
+    edited = edit_texts(conversation, change)
+    normalised = family.normalise(edited)
     return replace(
-        spoken,
+        normalised,
         messages=tuple(
             replace(
                 m,
                 parts=tuple(
                     own if isinstance(own, Thinking) else p
-                    for p, own in zip(m.parts, mine.parts, strict=True)
+                    for p, own in zip(m.parts, theirs.parts, strict=True)
                 ),
             )
-            for m, mine in zip(spoken.messages, thought.messages, strict=True)
+            for m, theirs in zip(normalised.messages, edited.messages, strict=True)
         ),
     )
 
@@ -169,29 +187,33 @@ def _normalise(family: Family, conversation: Conversation) -> Conversation:
 def _template_inputs(
     family: Family, has_think_tokens: bool, conversation: Conversation
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The family's messages, the last one with its thought; the effort by name. Refuses texts that would be read as a thought's ends."""
+    """Return the family's messages with the last thought, and the effort.
+
+    Texts that could be parsed as the end of a thought are refused.
+    """
     messages, switches = family.template_inputs(conversation)
     last = len(conversation.messages) - 1
     if conversation.messages and conversation.messages[last].role is Role.ASSISTANT:
-        said = conversation.messages[last]
+        answer = conversation.messages[last]
         if not has_think_tokens and (
-            THINK_CLOSE in said.thinking or said.text.lstrip().startswith(THINK_OPEN)
+            THINK_CLOSE in answer.thinking or answer.text.lstrip().startswith(THINK_OPEN)
         ):
             raise DataError(
-                f"the answer holds {THINK_CLOSE if THINK_CLOSE in said.thinking else THINK_OPEN}, which is text to this tokenizer: "
-                "nothing would tell it from a thought's end",
+                "the answer contains "
+                f"{THINK_CLOSE if THINK_CLOSE in answer.thinking else THINK_OPEN}, "
+                "which is plain text for this tokenizer and looks like the end of a thought",
                 where=family.name,
                 remedy="leave the conversation out",
             )
-        if said.thinking and _keeps_thought(conversation, last):
-            messages[-1]["reasoning_content"] = said.thinking
+        if answer.thinking and _keeps_thought(conversation, last):
+            messages[-1]["reasoning_content"] = answer.thinking
     return messages, switches | {"reasoning_effort": conversation.effort.value}
 
 
 def _parse(
     family: Family, has_think_tokens: bool, pieces: DecodedPieces, effort: ThinkingEffort
 ) -> tuple[ContentPart, ...] | None:
-    """[<think> thought </think>] and what the family takes for an answer; None for a thought that never ends."""
+    """Parse [<think> thought </think>] answer; None for a thought that does not end."""
     if not has_think_tokens:
         return _split_thought(family.parse(pieces, effort))
     rest = list(
@@ -207,7 +229,7 @@ def _parse(
 
 
 def _split_thought(parts: tuple[ContentPart, ...] | None) -> tuple[ContentPart, ...] | None:
-    """The same where the markers are text."""
+    """Split a thought off the text where the markers are plain text."""
     first = parts[0] if parts else None
     if (
         parts is None
@@ -220,14 +242,16 @@ def _split_thought(parts: tuple[ContentPart, ...] | None) -> tuple[ContentPart, 
 
 
 def _join_thought(thought: str, answer: tuple[ContentPart, ...]) -> tuple[ContentPart, ...]:
-    said = tuple(replace(p, text=p.text.lstrip("\n")) if isinstance(p, Text) else p for p in answer)
-    return (Thinking(thought.strip()), *said) if thought.strip() else said
+    texts = tuple(
+        replace(p, text=p.text.lstrip("\n")) if isinstance(p, Text) else p for p in answer
+    )
+    return (Thinking(thought.strip()), *texts) if thought.strip() else texts
 
 
 def _resolve_calls(
     family: Family, parts: tuple[ContentPart, ...], tools: tuple[Tool, ...]
 ) -> tuple[ContentPart, ...] | None:
-    """Calls are read in the answer, not in the thought."""
+    """Resolve calls in the answer, not in the thought."""
     thoughts = tuple(p for p in parts if isinstance(p, Thinking))
-    said = family.resolve_calls(parts[len(thoughts) :], tools)
-    return None if said is None else (*thoughts, *said)
+    resolved = family.resolve_calls(parts[len(thoughts) :], tools)
+    return None if resolved is None else (*thoughts, *resolved)

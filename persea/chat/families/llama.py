@@ -1,4 +1,4 @@
-"""Llama 3: headers and <|eot_id|>. The default student.
+"""Llama 3.1, 3.2 and 3.3: headers and <|eot_id|>. The default student.
 
     <|begin_of_text|><|start_header_id|>user<|end_header_id|>
 
@@ -6,28 +6,29 @@
 
     Hi!<|eot_id|>
 
-No thinking: a thought in a conversation is dropped; with the hybrid template a Llama thinks (`hybrid.py`). Texts are trimmed by the template.
+Without thinking: a thought in a conversation is dropped (with the hybrid template a Llama thinks,
+see `hybrid.py`). The template trims texts.
 
-Tools stand before the first question. A call is the whole answer, as plain text: {"name": "f", "parameters": {"x": 1}}; so a text of
-that shape is a call where tools were declared, and nowhere else. One call a turn, no words beside it; results are quoted.
-The same for 3.1, 3.2 and 3.3.
+Tools are declared before the first question. A call is the whole answer, as plain text:
+{"name": "f", "parameters": {"x": 1}}. So a text of that shape is a call if tools are declared, and
+only then. One call a turn, no text beside it; results are quoted.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from persea.chat.families.tool_format import (
     messages_to_dicts,
     tools_to_json_schema,
     verbatim_unless_escaped,
 )
+from persea.chat.family import DecodedPieces, Family, edit_texts, pieces_to_text
 from persea.chat.messages import (
     ContentPart,
     Conversation,
-    DecodedPieces,
-    Family,
     Message,
     Role,
     Text,
@@ -36,14 +37,15 @@ from persea.chat.messages import (
     Tool,
     ToolCall,
     ToolResult,
-    edit_texts,
-    pieces_to_text,
 )
 from persea.errors import DataError
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 
 def normalise(conversation: Conversation) -> Conversation:
-    """Thoughts dropped, texts trimmed; tool results as they are."""
+    """Drop thoughts and trim texts; tool results stay unchanged."""
 
     def change(k: int, m: Message, p: ContentPart) -> str:
         if isinstance(p, Thinking):
@@ -54,11 +56,12 @@ def normalise(conversation: Conversation) -> Conversation:
 
 
 def template_inputs(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Messages and tools as the template takes them. Refuses what it would lose or make ambiguous."""
-    spoken = [m for m in conversation.messages if m.role is not Role.SYSTEM]
-    if conversation.tools and spoken and spoken[0].role is not Role.USER:
+    """Return messages and tools; refuse what the template would drop or make ambiguous."""
+    turns = [m for m in conversation.messages if m.role is not Role.SYSTEM]
+    if conversation.tools and turns and turns[0].role is not Role.USER:
         raise DataError(
-            "tools are declared in the first question, and the conversation does not begin with one",
+            "the template declares tools in the first question, but the conversation does not "
+            "begin with a question",
             where="llama",
             remedy="leave the conversation out",
         )
@@ -66,9 +69,10 @@ def template_inputs(conversation: Conversation) -> tuple[list[dict[str, Any]], d
         if len(m.calls) > 1 or (m.calls and m.text):
             raise DataError(
                 f"message {k} has {len(m.calls)} tool calls"
-                + (" and words beside them" if m.text else ""),
+                + (" and text beside them" if m.text else ""),
                 where="llama",
-                remedy="its template writes one call a turn and nothing beside it; leave the conversation out",
+                remedy="the template writes one call a turn and nothing beside it; "
+                "leave the conversation out",
             )
         if (
             m.role is Role.ASSISTANT
@@ -79,14 +83,14 @@ def template_inputs(conversation: Conversation) -> tuple[list[dict[str, Any]], d
             raise DataError(
                 f"the text of message {k} reads as a tool call",
                 where="llama",
-                remedy="make it a ToolCall, or leave it out",
+                remedy="make it a ToolCall, or leave the conversation out",
             )
     tools = tools_to_json_schema(conversation.tools)
     return messages_to_dicts(conversation), {"tools": tools} if tools else {}
 
 
 def parse(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, ...] | None:
-    """One text, no control token inside."""
+    """Parse one text without control tokens."""
     text = pieces_to_text(pieces)
     return None if text is None else (Text(text),)
 
@@ -94,22 +98,31 @@ def parse(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, .
 def resolve_calls(
     parts: tuple[ContentPart, ...], tools: tuple[Tool, ...]
 ) -> tuple[ContentPart, ...] | None:
-    """With tools declared, a JSON object of exactly `name` and `parameters` is a call; None where one begins and is broken."""
+    """Turn a JSON object of exactly `name` and `parameters` into a call, if tools are declared.
+
+    None if a call begins but is malformed.
+    """
     text = "".join(p.text for p in parts).strip()
     if not tools or not text.startswith("{"):
         return parts
     try:
-        found = json.loads(text)
+        parsed = json.loads(text)
     except (ValueError, RecursionError):
         return None if text.startswith('{"name":') else parts
-    if not isinstance(found, dict) or set(found) != {"name", "parameters"}:
+    if not isinstance(parsed, dict) or set(parsed) != {"name", "parameters"}:
         return parts
     call = (
-        ToolCall.from_generated(found["name"], found["parameters"])
-        if isinstance(found["parameters"], dict)
+        ToolCall.from_generated(parsed["name"], parsed["parameters"])
+        if isinstance(parsed["parameters"], dict)
         else None
     )
     return (call,) if call else None
+
+
+def _random_config(common: dict[str, Any], sizes: Mapping[str, int]) -> PretrainedConfig:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(intermediate_size=3 * common["hidden_size"], **common)
 
 
 LLAMA = Family(
@@ -123,4 +136,5 @@ LLAMA = Family(
     parse=parse,
     is_tool_text_verbatim=verbatim_unless_escaped,
     resolve_calls=resolve_calls,
+    random_config=_random_config,
 )

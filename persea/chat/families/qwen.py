@@ -1,4 +1,4 @@
-"""Qwen: ChatML. One file for its five forms; which one speaks is told by the template's text (`Family.template_mark`).
+"""Qwen: ChatML in five variants, distinguished by their templates (`Family.template_signature`).
 
     <|im_start|>user
     Hello<|im_end|>
@@ -9,22 +9,26 @@
 
     Hi!<|im_end|>
 
-    qwen         Qwen3: an empty <think> block is how thinking is switched off; thoughts before the last question are dropped
+    qwen         Qwen3: an empty <think> block switches thinking off; thoughts before the last
+                 question are dropped
     qwen2.5      no thinking
-    qwen3-coder  no thinking; calls key by key
-    qwen3.5      its prompt opens <think>; texts are trimmed, earlier thoughts kept; calls key by key
-    qwq          its prompt opens <think>; the template takes the thought as part of the text, and drops earlier ones
+    qwen3-coder  no thinking; calls are written key by key
+    qwen3.5      the prompt opens <think>; texts are trimmed, earlier thoughts kept; calls are
+                 written key by key
+    qwq          the prompt opens <think>; the template takes the thought as part of the text and
+                 drops earlier ones
 
-A call is {"name": "f", "arguments": {...}} between <tool_call> and </tool_call>; any number of them, behind the words. Key by key
-(`qwen_keys.py`) a call has no bytes: its JSON is not what the template writes.
+A call is {"name": "f", "arguments": {...}} between <tool_call> and </tool_call>; any number of
+calls may follow the text. Key by key (`qwen_xml_tools.py`) a call has no byte offsets, because the
+template does not write its JSON.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from persea.chat.families.qwen_xml_tools import (
     parse_xml_call,
@@ -37,21 +41,21 @@ from persea.chat.families.tool_format import (
     tools_to_json_schema,
     verbatim_except_calls,
 )
+from persea.chat.family import DecodedPieces, Family, edit_texts, pieces_to_text
 from persea.chat.messages import (
     ContentPart,
     Conversation,
-    DecodedPieces,
-    Family,
     Message,
     Role,
     Text,
     Thinking,
     ThinkingEffort,
     ToolCall,
-    edit_texts,
-    pieces_to_text,
     replace_text,
 )
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 LEADING_LINE_BREAK_PATTERN = re.compile(r"\A\s*[\r\n]")
 
@@ -61,27 +65,35 @@ def _is_thinking_on(conversation: Conversation) -> bool:
 
 
 def _last_question_index(conversation: Conversation) -> int:
-    """The last question, as Qwen's templates look for it: a user's text that is no <tool_response>. Without one: the last message."""
-    asked = [
+    """Return the index of the last user text that is no <tool_response>, as the templates find it.
+
+    Without one it is the last message.
+    """
+    questions = [
         k
         for k, m in enumerate(conversation.messages)
         if m.role is Role.USER
         and not (m.text.startswith("<tool_response>") and m.text.endswith("</tool_response>"))
     ]
-    return max(asked, default=len(conversation.messages) - 1)
+    return max(questions, default=len(conversation.messages) - 1)
 
 
 def normalise(conversation: Conversation) -> Conversation:
-    """Thoughts kept after the last question, and only when thinking is on; a turn with its <think> block loses newlines at its rims."""
-    last, asked = len(conversation.messages) - 1, _last_question_index(conversation)
+    """Keep thoughts after the last question if thinking is on.
+
+    A turn with a <think> block loses line breaks at its start and end.
+    """
+    last, last_question = len(conversation.messages) - 1, _last_question_index(conversation)
 
     def change(k: int, m: Message, p: ContentPart) -> str:
-        thought = m.thinking.strip("\n") if k > asked and _is_thinking_on(conversation) else ""
+        thought = (
+            m.thinking.strip("\n") if k > last_question and _is_thinking_on(conversation) else ""
+        )
         if isinstance(p, Thinking):
             return thought
         return (
             p.text.lstrip("\n")
-            if m.role is Role.ASSISTANT and k > asked and (k == last or thought)
+            if m.role is Role.ASSISTANT and k > last_question and (k == last or thought)
             else p.text
         )
 
@@ -89,7 +101,7 @@ def normalise(conversation: Conversation) -> Conversation:
 
 
 def template_inputs(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Messages with the thought beside the answer; tools; the thinking switch."""
+    """Return messages with the thought as `reasoning_content`, tools, and the thinking switch."""
     return messages_to_dicts(conversation, "reasoning_content"), {
         "enable_thinking": _is_thinking_on(conversation)
     } | _tools_kwargs(conversation)
@@ -101,7 +113,7 @@ def _tools_kwargs(conversation: Conversation) -> dict[str, Any]:
 
 
 def parse(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, ...] | None:
-    """[<think> thought </think>] answer [calls]."""
+    """Parse [<think> thought </think>] answer [calls]."""
     if pieces and pieces[0] == "<think>":
         return _parse_thought_and_answer(pieces[1:])
     return _parse_answer(pieces)
@@ -114,20 +126,20 @@ def _parse_thought_and_answer(pieces: DecodedPieces) -> tuple[ContentPart, ...] 
     thought, answer = pieces_to_text(pieces[:end]), _parse_answer(pieces[end + 1 :])
     if thought is None or answer is None:
         return None
-    said = tuple(Text(p.text.lstrip("\n")) if isinstance(p, Text) else p for p in answer)
-    said = tuple(p for p in said if p.text) or said[:1]
-    return (Thinking(thought.strip("\n")), *said) if thought.strip("\n") else said
+    texts = tuple(Text(p.text.lstrip("\n")) if isinstance(p, Text) else p for p in answer)
+    texts = tuple(p for p in texts if p.text) or texts[:1]
+    return (Thinking(thought.strip("\n")), *texts) if thought.strip("\n") else texts
 
 
 def _parse_answer(pieces: DecodedPieces) -> tuple[ContentPart, ...] | None:
-    """Words, then <tool_call>{"name": ..., "arguments": {...}}</tool_call>, any number of them."""
+    """Parse text and any number of <tool_call>{"name": ..., "arguments": {...}}</tool_call>."""
     first = list(pieces).index("<tool_call>") if "<tool_call>" in pieces else len(pieces)
-    words = pieces_to_text(pieces[:first])
-    if words is None or first == len(pieces):
-        return None if words is None else (Text(words),)
+    text = pieces_to_text(pieces[:first])
+    if text is None or first == len(pieces):
+        return None if text is None else (Text(text),)
     calls = _parse_calls(pieces[first:])
-    words = words.removesuffix("\n")
-    return None if calls is None else ((Text(words), *calls) if words else calls)
+    text = text.removesuffix("\n")
+    return None if calls is None else ((Text(text), *calls) if text else calls)
 
 
 def _parse_calls(pieces: DecodedPieces) -> tuple[ContentPart, ...] | None:
@@ -153,28 +165,29 @@ def _parse_call(text: str) -> ToolCall | None:
     if text.strip().startswith("<function="):
         return parse_xml_call(text)
     try:
-        found = json.loads(text)
+        parsed = json.loads(text)
     except (ValueError, RecursionError):
         return None
     if (
-        not isinstance(found, dict)
-        or set(found) != {"name", "arguments"}
-        or not isinstance(found["arguments"], dict)
+        not isinstance(parsed, dict)
+        or set(parsed) != {"name", "arguments"}
+        or not isinstance(parsed["arguments"], dict)
     ):
         return None
-    return ToolCall.from_generated(found["name"], found["arguments"])
+    return ToolCall.from_generated(parsed["name"], parsed["arguments"])
 
 
-# ---- Qwen 2.5 and Qwen3-Coder: no thinking ---------------------------------------------------------------------------------------
+# ---- Qwen 2.5 and Qwen3-Coder: no thinking
+# ---------------------------------------------------------------------------------------
 
 
 def _strip_leading_line_breaks(text: str) -> str:
-    """The text without line ends before it: one token would cover them and the end of the prompt."""
+    """Strip line breaks before the text: one token would cover them and the end of the prompt."""
     return LEADING_LINE_BREAK_PATTERN.sub("", text)
 
 
 def normalise_qwen25(conversation: Conversation) -> Conversation:
-    """Thoughts dropped; the last answer without line ends before it."""
+    """Drop thoughts, and line breaks before the last answer."""
     last = len(conversation.messages) - 1
 
     def change(k: int, m: Message, p: ContentPart) -> str:
@@ -190,17 +203,17 @@ def normalise_qwen25(conversation: Conversation) -> Conversation:
 def template_inputs_qwen25(
     conversation: Conversation,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Messages and tools."""
+    """Return messages and tools."""
     return messages_to_dicts(conversation), _tools_kwargs(conversation)
 
 
 def parse_qwen25(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, ...] | None:
-    """Answer [calls]."""
+    """Parse answer [calls]."""
     return _parse_answer(pieces)
 
 
 def normalise_coder(conversation: Conversation) -> Conversation:
-    """As Qwen 2.5; words beside calls trimmed."""
+    """Normalise as Qwen 2.5, and trim text beside calls."""
     return edit_texts(
         normalise_qwen25(conversation), lambda k, m, p: p.text.strip() if m.calls else p.text
     )
@@ -209,29 +222,33 @@ def normalise_coder(conversation: Conversation) -> Conversation:
 def template_inputs_coder(
     conversation: Conversation,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Messages and tools. Refuses a call that cannot be read back."""
+    """Return messages and tools; refuse a call that cannot be parsed back."""
     refuse_ambiguous_calls(conversation, "qwen3-coder")
     return template_inputs_qwen25(conversation)
 
 
 def parse_coder(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, ...] | None:
-    """Answer [calls]; words beside calls stand between newlines."""
+    """Parse answer [calls]; line breaks around text beside calls are stripped."""
     return _trim_text_beside_calls(_parse_answer(pieces))
 
 
 def _trim_text_beside_calls(parts: Sequence[ContentPart] | None) -> tuple[ContentPart, ...] | None:
-    """Words beside calls without white space at their rims."""
+    """Trim the text of an answer with calls."""
     if parts is None or not any(isinstance(p, ToolCall) for p in parts):
         return None if parts is None else tuple(parts)
-    said = [Text(p.text.strip()) if isinstance(p, Text) else p for p in parts]
-    return tuple(p for p in said if p.text)
+    trimmed = [Text(p.text.strip()) if isinstance(p, Text) else p for p in parts]
+    return tuple(p for p in trimmed if p.text)
 
 
-# ---- Qwen 3.5 and QwQ: the prompt opens <think> ----------------------------------------------------------------------------------
+# ---- Qwen 3.5 and QwQ: the prompt opens <think>
+# ----------------------------------------------------------------------------------
 
 
 def normalise_qwen35(conversation: Conversation) -> Conversation:
-    """Texts trimmed, also of tools; thoughts kept where thinking is on, trimmed too: their white space would glue to the prompt's."""
+    """Trim texts, also of tools; keep trimmed thoughts if thinking is on.
+
+    White space around a thought would share a token with the prompt.
+    """
     return edit_texts(
         conversation,
         lambda k, m, p: (
@@ -243,26 +260,29 @@ def normalise_qwen35(conversation: Conversation) -> Conversation:
 def template_inputs_qwen35(
     conversation: Conversation,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """As Qwen3's. Refuses a call that cannot be read back."""
+    """Return the inputs of Qwen3; refuse a call that cannot be parsed back."""
     refuse_ambiguous_calls(conversation, "qwen3.5")
     return template_inputs(conversation)
 
 
 def parse_qwen35(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, ...] | None:
-    """Thought </think> answer [calls], texts trimmed; without thinking the prompt has closed the block."""
+    """Parse thought </think> answer [calls], trimmed.
+
+    Without thinking the prompt has closed the block.
+    """
     parts = _parse_opened_thought(pieces, effort)
     if parts is None:
         return None
-    said = tuple(
+    trimmed = tuple(
         replace_text(p, p.text.strip()) if isinstance(p, (Text, Thinking)) else p for p in parts
     )
-    return tuple(p for p in said if p.text) or (Text(""),)
+    return tuple(p for p in trimmed if p.text) or (Text(""),)
 
 
 def _parse_opened_thought(
     pieces: DecodedPieces, effort: ThinkingEffort
 ) -> tuple[ContentPart, ...] | None:
-    if pieces and pieces[0] == "<think>":  # some servers say the opening again
+    if pieces and pieces[0] == "<think>":  # some servers repeat the opening of the prompt
         pieces = pieces[1:]
     if "</think>" in pieces:
         return _parse_thought_and_answer(pieces)
@@ -270,7 +290,7 @@ def _parse_opened_thought(
 
 
 def normalise_qwq(conversation: Conversation) -> Conversation:
-    """Thoughts kept in the last turn, and only when thinking is on; answers lose newlines before them."""
+    """Keep the last turn's thought if thinking is on; answers lose line breaks before them."""
     last = len(conversation.messages) - 1
 
     def change(k: int, m: Message, p: ContentPart) -> str:
@@ -282,7 +302,10 @@ def normalise_qwq(conversation: Conversation) -> Conversation:
 
 
 def template_inputs_qwq(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Messages with the last turn's thought in its text; tools; the switch, which only some of its templates have."""
+    """Return messages with the last thought in the text, tools, and the thinking switch.
+
+    Only some of its templates have the switch.
+    """
     messages = messages_to_dicts(conversation)
     if conversation.messages and conversation.messages[-1].role is Role.ASSISTANT:
         last = conversation.messages[-1]
@@ -294,41 +317,52 @@ def template_inputs_qwq(conversation: Conversation) -> tuple[list[dict[str, Any]
 
 
 def parse_qwq(pieces: DecodedPieces, effort: ThinkingEffort) -> tuple[ContentPart, ...] | None:
-    """Thought </think> answer [calls]; without thinking the prompt has closed the block."""
+    """Parse thought </think> answer [calls]; without thinking the prompt has closed the block."""
     parts = _parse_opened_thought(pieces, effort)
     if parts is None:
         return None
-    said = [
+    trimmed = [
         replace_text(p, p.text.strip() if isinstance(p, Thinking) else p.text.lstrip("\n"))
         if not isinstance(p, ToolCall)
         else p
         for p in parts
     ]
-    return tuple(p for p in said if p.text) or (Text(""),)
+    return tuple(p for p in trimmed if p.text) or (Text(""),)
+
+
+def _random_config(common: dict[str, Any], sizes: Mapping[str, int]) -> PretrainedConfig:
+    from transformers import Qwen3Config
+
+    return Qwen3Config(intermediate_size=3 * common["hidden_size"], **common)
 
 
 QWEN_STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
-THINKING_ON_OFF, THINKING_OFF_ONLY = (
-    (ThinkingEffort.NONE, ThinkingEffort.HIGH),
-    (ThinkingEffort.NONE,),
-)
+QWEN_THOUGHT_ENDS = (("</think>",),)
+# In Qwen3's tokenizer.json these are added tokens that are not special.
+QWEN_CONTROL_MARKERS = ("</?think>", "</?tool_call>", "</?tool_response>")
+THINKING_ON_OFF = (ThinkingEffort.NONE, ThinkingEffort.HIGH)
+THINKING_OFF_ONLY = (ThinkingEffort.NONE,)
 QWEN = Family(
     name="qwen",
     licence="Apache-2.0",
     signature_token="<|im_start|>",
     efforts=THINKING_ON_OFF,
+    control_markers=QWEN_CONTROL_MARKERS,
+    thought_ends=QWEN_THOUGHT_ENDS,
     stop_tokens=QWEN_STOP_TOKENS,
     normalise=normalise,
     template_inputs=template_inputs,
     parse=parse,
     template_signature="enable_thinking is defined and",
     is_tool_text_verbatim=always_verbatim,
+    random_config=_random_config,
 )
 QWEN25 = Family(
     name="qwen2.5",
     licence="Apache-2.0",
     signature_token="<|im_start|>",
     efforts=THINKING_OFF_ONLY,
+    control_markers=QWEN_CONTROL_MARKERS,
     stop_tokens=QWEN_STOP_TOKENS,
     normalise=normalise_qwen25,
     template_inputs=template_inputs_qwen25,
@@ -341,6 +375,7 @@ QWEN3_CODER = Family(
     licence="Apache-2.0",
     signature_token="<|im_start|>",
     efforts=THINKING_OFF_ONLY,
+    control_markers=QWEN_CONTROL_MARKERS,
     stop_tokens=QWEN_STOP_TOKENS,
     normalise=normalise_coder,
     template_inputs=template_inputs_coder,
@@ -354,11 +389,14 @@ QWEN35 = Family(
     licence="Apache-2.0",
     signature_token="<|im_start|>",
     efforts=THINKING_ON_OFF,
+    control_markers=QWEN_CONTROL_MARKERS,
+    thought_ends=QWEN_THOUGHT_ENDS,
     stop_tokens=QWEN_STOP_TOKENS,
     normalise=normalise_qwen35,
     template_inputs=template_inputs_qwen35,
     parse=parse_qwen35,
-    template_signature="<parameter=example_parameter_2>\\nThis is the value for the second parameter",
+    template_signature="<parameter=example_parameter_2>\\n"
+    "This is the value for the second parameter",
     is_tool_text_verbatim=verbatim_except_calls,
     resolve_calls=resolve_call_types,
 )
@@ -367,6 +405,8 @@ QWQ = Family(
     licence="Apache-2.0",
     signature_token="<|im_start|>",
     efforts=THINKING_ON_OFF,
+    control_markers=QWEN_CONTROL_MARKERS,
+    thought_ends=QWEN_THOUGHT_ENDS,
     stop_tokens=QWEN_STOP_TOKENS,
     normalise=normalise_qwq,
     template_inputs=template_inputs_qwq,

@@ -1,4 +1,4 @@
-"""Qwen's tool calls key by key (Qwen3-Coder, Qwen 3.5).
+"""Tool calls written key by key, as in Qwen3-Coder and Qwen 3.5.
 
     <tool_call>
     <function=f>
@@ -8,8 +8,9 @@
     </function>
     </tool_call>
 
-Values stand there bare: whether 1 is a number or a text, only the tool's schema says. `read_keys` reads every value as a text, `typed`
-gives it the declared type. A call whose arguments would not come back so is refused when it is rendered.
+Values are written bare: only the tool's schema decides whether 1 is a number or a text.
+`parse_xml_call` reads every value as text, `resolve_call_types` gives it the declared type. A call
+whose arguments would be parsed back differently is refused when it is rendered.
 """
 
 from __future__ import annotations
@@ -23,28 +24,32 @@ from persea.errors import DataError
 
 XML_FUNCTION_PATTERN = re.compile(r"\s*<function=([^>\n]*)>\n(.*)</function>\s*", re.DOTALL)
 XML_PARAMETER_PATTERN = re.compile(r"<parameter=([^>\n]*)>\n(.*?)\n</parameter>\n", re.DOTALL)
-PYTHON_LITERALS = {"True": True, "False": False, "None": None}  # Jinja writes Python's
+PYTHON_LITERALS = {"True": True, "False": False, "None": None}  # Jinja writes Python literals
 
 
 def parse_xml_call(text: str) -> ToolCall | None:
-    """A call with every value as text; None where it is malformed."""
+    """Parse a call with every value as text; None if it is malformed."""
     function = XML_FUNCTION_PATTERN.fullmatch(text)
     if function is None:
         return None
-    found, at = {}, 0
+    arguments, at = {}, 0
     for m in XML_PARAMETER_PATTERN.finditer(function[2]):
-        if m.start() != at or m[1] in found:
+        if m.start() != at or m[1] in arguments:
             return None
-        found[m[1]], at = m[2], m.end()
-    return ToolCall.from_generated(function[1], found) if at == len(function[2]) else None
+        arguments[m[1]], at = m[2], m.end()
+    return ToolCall.from_generated(function[1], arguments) if at == len(function[2]) else None
 
 
 def resolve_call_types(
     parts: tuple[ContentPart, ...], tools: tuple[Tool, ...]
 ) -> tuple[ContentPart, ...] | None:
-    """The calls among the parts with the types that the tools declare; a value that is not declared is JSON where it can be, else text."""
-    said = tuple(_apply_schema_types(p, tools) if isinstance(p, ToolCall) else p for p in parts)
-    return tuple(p for p in said if p is not None) if all(said) else None
+    """Give the arguments of calls the types that the tools declare.
+
+    A value without a declaration becomes JSON if it can be parsed, else it stays text. None if a
+    call is malformed.
+    """
+    resolved = tuple(_apply_schema_types(p, tools) if isinstance(p, ToolCall) else p for p in parts)
+    return tuple(p for p in resolved if p is not None) if all(resolved) else None
 
 
 def _apply_schema_types(call: ToolCall, tools: tuple[Tool, ...]) -> ToolCall | None:
@@ -66,15 +71,19 @@ def _parse_value(text: str) -> Any:
     if text in PYTHON_LITERALS:
         return PYTHON_LITERALS[text]
     try:
-        found = json.loads(text)
-        canonical_json(json.dumps({"value": found}))
-        return found
+        value = json.loads(text)
+        canonical_json(json.dumps({"value": value}))
+        return value
     except (ValueError, RecursionError):
         return text
 
 
 def refuse_ambiguous_calls(conversation: Conversation, where: str) -> None:
-    """Refuses a call whose arguments would be read back as others."""
+    """Refuse a call whose arguments would be parsed back differently.
+
+    Raises:
+        DataError: There is such a call.
+    """
     for k, m in enumerate(conversation.messages):
         for call in m.calls:
             pairs = "".join(
@@ -84,9 +93,11 @@ def refuse_ambiguous_calls(conversation: Conversation, where: str) -> None:
             read = parse_xml_call(f"<function={call.name}>\n{pairs}</function>")
             if read is None or _apply_schema_types(read, conversation.tools) != call:
                 raise DataError(
-                    f"the arguments of {call.name} in message {k} cannot be told apart when written key by key",
+                    f"the arguments of {call.name} in message {k} are ambiguous "
+                    "when written key by key",
                     where=where,
-                    remedy="declare the types of the tool's parameters; or leave the conversation out",
+                    remedy="declare the types of the tool's parameters, "
+                    "or leave the conversation out",
                 )
 
 

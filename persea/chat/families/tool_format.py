@@ -1,4 +1,4 @@
-"""What families share about tools: the form in which every chat template takes them, and where their bytes are (`Family.tool_bytes`)."""
+"""Tools as chat templates take them, and the choices for `Family.is_tool_text_verbatim`."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from persea.chat.messages import ContentPart, Conversation, Role, Tool, ToolCall
 
 
 def always_verbatim(part: ContentPart) -> bool:
-    """`Family.tool_bytes` of a template that writes arguments and results as they stand."""
+    """Return True: the template writes arguments and results unchanged."""
     return True
 
 
 def verbatim_except_calls(part: ContentPart) -> bool:
-    """`Family.tool_bytes` of a template that writes calls key by key."""
+    """Return True except for calls: the template writes calls key by key."""
     return not isinstance(part, ToolCall)
 
 
 def verbatim_unless_escaped(part: ContentPart) -> bool:
-    """`Family.tool_bytes` of a template that writes a result as a JSON string: its bytes are there where JSON escapes none of them."""
+    """Return True unless JSON escapes the result: the template writes results as JSON strings."""
     return (
         isinstance(part, ToolCall) or json.dumps(part.text, ensure_ascii=False) == f'"{part.text}"'
     )
 
 
 def tools_to_json_schema(tools: Sequence[Tool]) -> list[dict[str, Any]] | None:
-    """Tools in the form all templates take them; None where there are none."""
+    """Return tools in the form that all templates take; None without tools."""
     return [
         {
             "type": "function",
@@ -42,28 +42,39 @@ def tools_to_json_schema(tools: Sequence[Tool]) -> list[dict[str, Any]] | None:
 
 
 def messages_to_dicts(conversation: Conversation, thinking_key: str = "") -> list[dict[str, Any]]:
-    """Messages in the form templates take them: `content`, the thought of the assistant under the name `thought` ("" = left out),
-    `tool_calls` only where there are some, one message for each tool result.
+    """Return messages in the form that templates take.
+
+    Each has `role` and `content`; `tool_calls` only if there are calls; a tool's message becomes
+    one message per result.
+
+    Args:
+        conversation: The conversation to convert.
+        thinking_key: Key of the assistant's thought; "" = the thought is left out.
     """
     messages: list[dict[str, Any]] = []
-    for m in conversation.messages:
-        results = [p for p in m.parts if isinstance(p, ToolResult)]
-        for r in results:
+    for message in conversation.messages:
+        results = [p for p in message.parts if isinstance(p, ToolResult)]
+        for result in results:
             messages.append(
-                {"role": m.role.value, "name": r.name, "tool_call_id": r.name, "content": r.text}
+                {
+                    "role": message.role.value,
+                    "name": result.name,
+                    "tool_call_id": result.name,
+                    "content": result.text,
+                }
             )
         if results:
             continue
-        messages.append({"role": m.role.value, "content": m.text})
-        if thinking_key and m.role is Role.ASSISTANT:
-            messages[-1][thinking_key] = m.thinking
-        if m.calls:
+        messages.append({"role": message.role.value, "content": message.text})
+        if thinking_key and message.role is Role.ASSISTANT:
+            messages[-1][thinking_key] = message.thinking
+        if message.calls:
             messages[-1]["tool_calls"] = [
                 {
                     "type": "function",
-                    "id": c.name,
-                    "function": {"name": c.name, "arguments": json.loads(c.arguments)},
+                    "id": call.name,
+                    "function": {"name": call.name, "arguments": json.loads(call.arguments)},
                 }
-                for c in m.calls
+                for call in message.calls
             ]
     return messages

@@ -1,7 +1,8 @@
-"""Published question sets for real models: read in place, in the form they were published in, each with a grader.
+"""Published benchmarks for real models, read in their published file formats, each with a grader.
 
-A set is named in a recipe under `evaluation.sets`; sets of one `skill` are measured together. A new set = one entry in the SETS of a
-file here, one row in docs/sets.md, one test.
+A recipe names benchmarks under `evaluation.benchmarks`; benchmarks with one `skill` are measured
+together. A new benchmark is one file with a BENCHMARKS tuple, its line in the tuple here, a row in
+docs/sets.md and one test: see docs/new_task.md.
 """
 
 from __future__ import annotations
@@ -11,16 +12,29 @@ from dataclasses import dataclass
 from typing import Any
 
 from persea.chat.messages import Message
-from persea.config.schema import BenchmarkSection, CorpusSection
+from persea.config.schema import BenchmarkSection, CorpusSection, GradingSection
 from persea.config.yaml_source import suggest_choice
 from persea.errors import DataError, RecipeError
-from persea.tasks.benchmarks import code, instructions, languages, reasoning, safety, tools
-from persea.tasks.benchmarks.readers import Benchmark, BenchmarkSource, require_module, select_split
+from persea.tasks.benchmarks import (
+    code,
+    instructions,
+    languages,
+    reasoning,
+    safety,
+    tools,
+)
+from persea.tasks.benchmarks.benchmark import (
+    Benchmark,
+    BenchmarkSource,
+    GradingOptions,
+    require_module,
+    select_split,
+)
 from persea.tasks.generated import GENERATED_TASKS
-from persea.tasks.sandbox.sandbox import open_sandbox
+from persea.tasks.sandbox.sandbox import SandboxLimits, open_sandbox
 from persea.tasks.task import Grade, Split, Task, TaskItem
 
-BENCHMARKS = (
+BENCHMARKS: tuple[Benchmark, ...] = (
     *languages.BENCHMARKS,
     *reasoning.BENCHMARKS,
     *code.BENCHMARKS,
@@ -32,7 +46,15 @@ BENCHMARKS = (
 
 @dataclass(frozen=True)
 class LoadedBenchmark:
-    """A set with its questions read. left_out: reason -> how many of its rows nobody can grade."""
+    """A benchmark with its questions.
+
+    Attributes:
+        benchmark: The benchmark.
+        source: Where its questions were read.
+        skill: The skill that it measures.
+        items: Its questions.
+        left_out: Reason -> number of rows that cannot be graded.
+    """
 
     benchmark: Benchmark
     source: BenchmarkSource
@@ -41,6 +63,7 @@ class LoadedBenchmark:
     left_out: Mapping[str, int]
 
     def to_json(self) -> dict[str, Any]:
+        """Return the entry of evaluate/sets.json."""
         return {
             "set": self.benchmark.name,
             "skill": self.skill,
@@ -51,31 +74,49 @@ class LoadedBenchmark:
 
 
 def find_benchmark(name: str) -> Benchmark:
-    """The set of that name, or an error that lists the known ones."""
+    """Return the benchmark of that name.
+
+    Raises:
+        DataError: If there is none; the message lists the known names.
+    """
     for one in BENCHMARKS:
         if one.name == name:
             return one
     raise DataError(
-        f"unknown set {name!r}",
-        where="evaluation.sets",
-        remedy=f"known sets: {', '.join(s.name for s in BENCHMARKS)}",
+        f"unknown benchmark {name!r}",
+        where="evaluation.benchmarks",
+        remedy=f"known benchmarks: {', '.join(b.name for b in BENCHMARKS)}",
     )
 
 
 def reject_unknown_names(
     refs: Sequence[BenchmarkSection], corpus: Sequence[CorpusSection], where: str
 ) -> None:
-    """Raises RecipeError, a line for each set, or else for each skill of the corpus, that nobody knows. Opens no file."""
-    sets = {s.name: s for s in BENCHMARKS}
+    """Check the names of benchmarks and skills in a recipe. Opens no file.
+
+    Args:
+        refs: The recipe's `evaluation.benchmarks`.
+        corpus: The recipe's `corpus`.
+        where: File of the recipe, for the message.
+
+    Raises:
+        RecipeError: If a benchmark is unknown, or else if a skill of the corpus is; one line for
+            each.
+    """
+    known = {b.name: b for b in BENCHMARKS}
     wrong = [
-        (f"evaluation.sets.{k}.set", f"unknown set {r.set!r}", suggest_choice(r.set, list(sets)))
+        (
+            f"evaluation.benchmarks.{k}.benchmark",
+            f"unknown benchmark {r.benchmark!r}",
+            suggest_choice(r.benchmark, list(known)),
+        )
         for k, r in enumerate(refs)
-        if r.set not in sets
+        if r.benchmark not in known
     ]
     if not wrong:
         skills = [
-            *(s.name for s in GENERATED_TASKS),
-            *(r.skill or sets[r.set].skill or r.set for r in refs),
+            *(t.name for t in GENERATED_TASKS),
+            *(r.skill or known[r.benchmark].skill or r.benchmark for r in refs),
         ]
         wrong = [
             (
@@ -86,62 +127,96 @@ def reject_unknown_names(
             for k, part in enumerate(corpus)
             if part.skill not in skills
         ]
-    told = [
-        RecipeError(what, where=f"{where}: {key}", remedy=remedy) for key, what, remedy in wrong
+    errors = [
+        RecipeError(message, where=f"{where}: {key}", remedy=remedy)
+        for key, message, remedy in wrong
     ]
-    if told:
-        raise told[0] if len(told) == 1 else RecipeError("\n".join(map(str, told)))
+    if errors:
+        raise errors[0] if len(errors) == 1 else RecipeError("\n".join(map(str, errors)))
+
+
+def grading_options(section: GradingSection) -> GradingOptions:
+    """Return the grading options of a recipe's `evaluation.grading`."""
+    return GradingOptions(
+        section.max_answer_chars,
+        section.min_correct_chrf,
+        section.math_timeout_s,
+        SandboxLimits(
+            cpu_s=section.code_cpu_s,
+            wall_s=section.code_wall_s,
+            memory_bytes=section.code_memory_bytes,
+        ),
+    )
 
 
 def load_benchmark(
-    benchmark: Benchmark, source: BenchmarkSource, skill: str = ""
+    benchmark: Benchmark,
+    source: BenchmarkSource,
+    skill: str = "",
+    options: GradingOptions | None = None,
 ) -> LoadedBenchmark:
-    """Read a set and make sure that it can be graded here.
+    """Read a benchmark, after checking that it can be graded on this machine.
 
-    Raises DataError with file and line for what is broken, EnvironmentLacks (exit 7) where an extra or a sandbox is missing.
+    Args:
+        benchmark: The benchmark.
+        source: Location of its questions.
+        skill: The skill that it measures; "" = the benchmark's default.
+        options: Grading options; those of the benchmark by default.
+
+    Returns:
+        The benchmark with its questions.
+
+    Raises:
+        DataError: If the source is broken, with file and line.
+        MissingRequirementError: If an optional module or a sandbox is missing (exit 7).
     """
+    if options is not None:
+        benchmark = benchmark.with_options(options)
     for module in benchmark.required_modules:
-        require_module(module, "eval", f"the set {benchmark.name}")
+        require_module(module, "eval", f"the benchmark {benchmark.name}")
     if benchmark.runs_code:
-        open_sandbox()
+        open_sandbox(benchmark.options.sandbox)
     if not benchmark.language and not source.language:
         raise DataError(
-            f"the set {benchmark.name} does not say its language",
+            f"the benchmark {benchmark.name} has no language of its own",
             where=source.file,
             remedy="add `language:`, such as vi",
         )
-    asked = benchmark.load_items(source)
+    loaded = benchmark.load_items(source)
     return LoadedBenchmark(
-        benchmark, source, skill or benchmark.skill or benchmark.name, asked.items, asked.left_out
+        benchmark, source, skill or benchmark.skill or benchmark.name, loaded.items, loaded.left_out
     )
 
 
 def benchmark_tasks(benchmarks: Sequence[LoadedBenchmark]) -> tuple[Task, ...]:
-    """One skill for each name, of all sets of that name."""
+    """Return one task for each skill, made of all benchmarks of that skill.
+
+    Raises:
+        DataError: If two benchmarks of one skill hold the same questions.
+    """
     return tuple(
-        _benchmark_task(name, [o for o in benchmarks if o.skill == name])
-        for name in dict.fromkeys(o.skill for o in benchmarks)
+        _benchmark_task(skill, [b for b in benchmarks if b.skill == skill])
+        for skill in dict.fromkeys(b.skill for b in benchmarks)
     )
 
 
-def _benchmark_task(name: str, benchmarks: Sequence[LoadedBenchmark]) -> Task:
-    graders = {o.benchmark.name: o.benchmark for o in benchmarks}
-    items = [i for o in benchmarks for i in o.items]
-    ids = [i.prompt.id for i in items]
+def _benchmark_task(skill: str, benchmarks: Sequence[LoadedBenchmark]) -> Task:
+    by_name = {b.benchmark.name: b.benchmark for b in benchmarks}
+    all_items = [i for b in benchmarks for i in b.items]
+    ids = [i.prompt.id for i in all_items]
     if len(set(ids)) < len(ids):
         raise DataError(
-            f"two sets of {name} hold the same questions",
-            where=", ".join(o.source.file for o in benchmarks),
+            f"two benchmarks of {skill} hold the same questions",
+            where=", ".join(b.source.file for b in benchmarks),
             remedy="name each file once",
         )
 
-    def grade(item: TaskItem, said: Message) -> Grade:
-        # a prompt of the corpus that teaches this skill is graded as the skill's first set grades
-        return graders.get(item.prompt.id.partition("/")[0], benchmarks[0].benchmark).grade_answer(
-            item, said
-        )
+    def grade(item: TaskItem, answer: Message) -> Grade:
+        # A prompt of the corpus that teaches this skill is graded like the skill's first benchmark.
+        name = item.prompt.id.partition("/")[0]
+        return by_name.get(name, benchmarks[0].benchmark).grade_answer(item, answer)
 
-    def some(which: Split, n: int, seed: int) -> tuple[TaskItem, ...]:
-        return select_split(items, which, n, seed)
+    def items(split: Split, n: int, seed: int) -> tuple[TaskItem, ...]:
+        return select_split(all_items, split, n, seed)
 
-    return Task(name, tuple(dict.fromkeys(i.prompt.language for i in items)), some, grade)
+    return Task(skill, tuple(dict.fromkeys(i.prompt.language for i in all_items)), items, grade)

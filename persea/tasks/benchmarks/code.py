@@ -1,4 +1,6 @@
-"""Code: MBPP and HumanEval; a function is written, and run on the set's tests in the sandbox."""
+"""Code benchmarks: MBPP and HumanEval. The answer's function runs on the benchmark's tests in the
+sandbox.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +8,27 @@ import ast
 import builtins
 import re
 import warnings
+from functools import partial
 
 from persea.chat.messages import Message
-from persea.tasks.benchmarks.readers import (
+from persea.tasks.benchmarks.benchmark import (
     Benchmark,
     BenchmarkItems,
-    BenchmarkRow,
     BenchmarkSource,
-    benchmark_item,
+    Grader,
+    GradingOptions,
     binary_grade,
-    collect_items,
     malformed_grade,
+)
+from persea.tasks.benchmarks.readers import (
+    BenchmarkRow,
+    benchmark_item,
+    collect_items,
     read_benchmark_rows,
     read_json_lines,
 )
 from persea.tasks.sandbox.run_tests import ProgramOutcome, run_tests
-from persea.tasks.sandbox.sandbox import open_sandbox
+from persea.tasks.sandbox.sandbox import SandboxLimits, open_sandbox
 from persea.tasks.task import Grade, TaskItem
 
 FENCED_BLOCK = re.compile(
@@ -30,9 +37,17 @@ FENCED_BLOCK = re.compile(
 
 
 def extract_python(text: str, function_name: str) -> str:
-    """The Python of an answer: the last fenced block that defines the wanted name, or the whole where none is fenced; "" for neither.
+    """Return the Python code of an answer.
 
-    Blocks before it are put in front where they are Python too: many answers define a helper first.
+    The last fenced block that defines the function, after the Python blocks that precede it: many
+    answers define a helper first. The whole text, if it has no fence.
+
+    Args:
+        text: The answer.
+        function_name: The function that the code must define.
+
+    Returns:
+        The code; "" if no block defines the function.
     """
     fenced = [
         body
@@ -48,10 +63,10 @@ def extract_python(text: str, function_name: str) -> str:
 
 
 def _top_level_names(source: str) -> set[str] | None:
-    """The names a program's top level defines; None for what is no Python."""
+    """Return the names that a program defines at top level; None if the text is not Python."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of an answer's own "\d"
+            warnings.simplefilter("ignore")  # an answer may hold "\d"
             body = ast.parse(source).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
@@ -74,29 +89,36 @@ def _top_level_names(source: str) -> set[str] | None:
 
 
 def mbpp(source: BenchmarkSource) -> BenchmarkItems:
-    """A sentence, and tests of which the first is shown: it tells the function's name and form. All of them count."""
+    """Load task descriptions with tests. The question shows the first test, which gives the
+    function's name; all tests count.
+    """
 
     def one(row: BenchmarkRow) -> TaskItem:
         tests, setup = row.value("test_list", list), row.fields.get("test_setup_code") or ""
         if not tests or not all(isinstance(t, str) for t in tests) or not isinstance(setup, str):
-            raise row.data_error("`test_list` is empty or no list of texts")
-        asked = row.text("text" if "text" in row.fields else "prompt")
-        question = f"{asked}\nWrite it in Python, in one ```python block. It must pass this test:\n{tests[0]}"
-        wanted = _tested_function(tests[0], row)
+            raise row.data_error("`test_list` is empty or not a list of texts")
+        description = row.text("text" if "text" in row.fields else "prompt")
+        question = (
+            f"{description}\nWrite it in Python, in one ```python block. "
+            f"It must pass this test:\n{tests[0]}"
+        )
+        function_name = _tested_function(tests[0], row)
         return benchmark_item(
             "mbpp",
             _with_row_id(row, "task_id"),
             "python",
             question,
             _as_code_block(row.text("code")),
-            answer_key="\0".join((wanted, setup, "\n".join(tests))),
+            answer_key="\0".join((function_name, setup, "\n".join(tests))),
         )
 
     return collect_items(map(one, read_benchmark_rows(source, read_json_lines)), source)
 
 
 def _tested_function(test: str, row: BenchmarkRow) -> str:
-    """The function that a test is about: the first it calls that is not Python's own; else the first, for answers may define a `sum`."""
+    """Return the tested function: the first call that is no builtin, or else the first call, as an
+    answer may define `sum`.
+    """
     try:
         calls = [
             n.func.id
@@ -104,22 +126,26 @@ def _tested_function(test: str, row: BenchmarkRow) -> str:
             if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
         ]
     except (SyntaxError, ValueError) as error:
-        raise row.data_error(f"a test is no Python: {test[:60]!r}") from error
+        raise row.data_error(f"a test is not Python: {test[:60]!r}") from error
     if not calls:
         raise row.data_error(f"a test calls no function: {test[:60]!r}")
     return next((c for c in calls if not hasattr(builtins, c)), calls[0])
 
 
 def humaneval(source: BenchmarkSource) -> BenchmarkItems:
-    """The head of a function with its docstring; `check(candidate)` tests it."""
+    """Load function signatures with docstrings; `check(candidate)` tests the completed function."""
 
     def one(row: BenchmarkRow) -> TaskItem:
         head, entry, tests = row.fields.get("prompt"), row.text("entry_point"), row.text("test")
         if not isinstance(head, str) or f"def {entry}" not in head:
-            raise row.data_error("`prompt` does not hold the function's head")
-        question = f"Complete this Python function. Answer with the whole function in one ```python block.\n\n```python\n{head.strip()}\n```"
+            raise row.data_error("`prompt` does not hold the function's signature")
+        question = (
+            "Complete this Python function. Answer with the whole function in one ```python block."
+            f"\n\n```python\n{head.strip()}\n```"
+        )
         solution = _as_code_block(head + str(row.value("canonical_solution", str)))
-        # what the head defines beside the function is the tests' own, so that no answer redefines what it is judged by
+        # Helpers of the prompt belong to the tests, so that no answer redefines a function that
+        # judges it.
         helpers = "\n".join(
             ast.unparse(n)
             for n in _parse_prompt(head, row)
@@ -137,7 +163,7 @@ def _parse_prompt(head: str, row: BenchmarkRow) -> list[ast.stmt]:
     try:
         return ast.parse(head).body
     except SyntaxError as error:
-        raise row.data_error(f"`prompt` is no Python: {error.msg}") from error
+        raise row.data_error(f"`prompt` is not Python: {error.msg}") from error
 
 
 def _with_row_id(row: BenchmarkRow, key: str) -> BenchmarkRow:
@@ -153,21 +179,42 @@ def _as_code_block(source: str) -> str:
     return f"```python\n{text}\n```"
 
 
-def grade_tests(item: TaskItem, answer: Message) -> Grade:
-    """Right where every test holds. The tests run where the answer's code has no part (persea.tasks.sandbox.run_tests)."""
-    wanted, setup, tests = item.answer_key.split("\0")
-    written = extract_python(answer.text, wanted)
-    if not written:
-        return malformed_grade(f"no Python that defines {wanted}")
-    found = run_tests(open_sandbox(), f"{written}\n\n{setup}", tests, [wanted])
-    if found.outcome is ProgramOutcome.NO_VERDICT:
-        raise RuntimeError(f"the tests of {item.prompt.id} came to no end: {found.reason}")
+def grade_tests(item: TaskItem, answer: Message, limits: SandboxLimits | None = None) -> Grade:
+    """Grade by tests: right if all pass. The answer's code cannot reach the tests
+    (persea.tasks.sandbox.run_tests).
+
+    Args:
+        item: The question; its answer key holds function name, setup code and tests.
+        answer: The model's answer.
+        limits: Limits of the sandbox; the defaults if None.
+
+    Returns:
+        The grade.
+
+    Raises:
+        RuntimeError: If the tests ended without a verdict, which is no fault of the answer.
+        MissingRequirementError: If this machine has no sandbox (exit 7).
+    """
+    function_name, setup, tests = item.answer_key.split("\0")
+    code = extract_python(answer.text, function_name)
+    if not code:
+        return malformed_grade(f"no Python that defines {function_name}")
+    sandbox = open_sandbox(limits or SandboxLimits())
+    result = run_tests(sandbox, f"{code}\n\n{setup}", tests, [function_name])
+    if result.outcome is ProgramOutcome.NO_VERDICT:
+        raise RuntimeError(f"the tests of {item.prompt.id} gave no verdict: {result.reason}")
     return binary_grade(
-        found.outcome is ProgramOutcome.PASSED, f"{found.outcome}: {found.reason}".rstrip(": ")
+        result.outcome is ProgramOutcome.PASSED, f"{result.outcome}: {result.reason}".rstrip(": ")
     )
 
 
+def _tests_grader(options: GradingOptions) -> Grader:
+    return partial(grade_tests, limits=options.sandbox)
+
+
 BENCHMARKS = (
-    Benchmark("mbpp", "python", mbpp, grade_tests, runs_code=True),
-    Benchmark("humaneval", "python", humaneval, grade_tests, runs_code=True),
+    Benchmark("mbpp", "python", mbpp, grade_tests, runs_code=True, make_grader=_tests_grader),
+    Benchmark(
+        "humaneval", "python", humaneval, grade_tests, runs_code=True, make_grader=_tests_grader
+    ),
 )

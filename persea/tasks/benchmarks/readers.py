@@ -1,10 +1,8 @@
-"""Rows of published files, each with its file and line; and what a published set is."""
+"""Read the rows of published files. Each row knows its file and line, which every error names."""
 
 from __future__ import annotations
 
 import csv
-import hashlib
-import importlib.util
 import io
 import json
 import unicodedata
@@ -14,110 +12,60 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from persea.chat.messages import Conversation, Message, Tool
+from persea.chat.messages import Conversation, Tool, ToolCall
 from persea.data.prompts import Prompt
-from persea.errors import DataError, MissingRequirementError
-from persea.tasks.task import Grade, Split, TaskItem, Verdict
+from persea.errors import DataError
+from persea.storage import parse_strict_json
+from persea.tasks.benchmarks.benchmark import BenchmarkItems, BenchmarkSource
+from persea.tasks.task import TaskItem
 
-MAX_ANSWER_CHARS = 200_000  # characters of an answer; a longer one is a model that cannot stop, and no grader's time is given to it
 HUB_PREFIX = "hub:"
 
 
 @dataclass(frozen=True)
-class BenchmarkSource:
-    """Where a set's questions are.
-
-    file      a local file in the form it was published in; or "hub:OWNER/NAME", read through `datasets`
-    answers   the file of the answers, where they are published apart
-    language  of the questions' answers; "" = the set's own
-    config, split  of a hub set
-    """
-
-    file: str
-    answers: str = ""
-    language: str = ""
-    config: str = ""
-    split: str = "test"
-
-
-@dataclass(frozen=True)
 class BenchmarkRow:
-    """where = file:line, or what comes nearest; number counts from 0."""
+    """One row of a benchmark.
+
+    Attributes:
+        location: "file:line", or the closest equivalent of the format.
+        index: Position in the file, from 0.
+        fields: Column or key -> value.
+    """
 
     location: str
     index: int
     fields: Mapping[str, Any]
 
     def text(self, key: str) -> str:
-        """A field that must be a text and not empty, NFC."""
+        """Return a field as trimmed NFC text.
+
+        Raises:
+            DataError: If the field is missing, no text or empty.
+        """
         value = self.fields.get(key)
         if not isinstance(value, str) or not value.strip():
-            raise self.data_error(
-                f"`{key}` is {'missing' if value is None else 'empty' if value == '' else 'not a text'}"
-            )
+            problem = "missing" if value is None else "empty" if value == "" else "not a text"
+            raise self.data_error(f"`{key}` is {problem}")
         return unicodedata.normalize("NFC", value.strip())
 
     def value(self, key: str, kind: type | tuple[type, ...]) -> Any:
-        """A field that must be of a kind."""
+        """Return a field of a type; a boolean does not count as a number.
+
+        Raises:
+            DataError: If the field is missing or of another type.
+        """
         value = self.fields.get(key)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise self.data_error(
-                f"`{key}` is {'missing' if value is None else f'a {type(value).__name__}'}"
-            )
+            problem = "missing" if value is None else f"a {type(value).__name__}"
+            raise self.data_error(f"`{key}` is {problem}")
         return value
 
-    def data_error(self, what: str) -> DataError:
+    def data_error(self, message: str) -> DataError:
+        """Return an error that names the row's file and line."""
         return DataError(
-            what,
+            message,
             where=self.location,
-            remedy="mend or delete the row; docs/sets.md shows the form of each set",
-        )
-
-
-@dataclass(frozen=True)
-class BenchmarkItems:
-    """A set's questions, and how many were left out for what reason."""
-
-    items: tuple[TaskItem, ...]
-    left_out: Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """One published set.
-
-    name      what a recipe calls it
-    language  of its answers, where it has one language; "" = the recipe says it
-    items     source -> every question that can be graded, in the file's order
-    grade     (item, what was said) -> how good that is
-    needs     modules of extras that grading takes
-    runs      whether answers are run, in the sandbox
-    skill     what its skill is called where the recipe does not say: the name, unless it is about safety
-    """
-
-    name: str
-    language: str
-    load_items: Callable[[BenchmarkSource], BenchmarkItems]
-    grade: Callable[[TaskItem, Message], Grade]
-    required_modules: tuple[str, ...] = ()
-    runs_code: bool = False
-    skill: str = ""
-
-    def grade_answer(self, item: TaskItem, answer: Message) -> Grade:
-        """`grade`, but for what is too long to be an answer."""
-        length = len(answer.text) + len(answer.thinking)
-        if length > MAX_ANSWER_CHARS:
-            return Grade(Verdict.MALFORMED, 0.0, f"{length:,} characters")
-        return self.grade(item, answer)
-
-
-def require_module(module: str, extra: str, what: str) -> None:
-    """Raises EnvironmentLacks (exit 7) where a module of an extra is not installed."""
-    if importlib.util.find_spec(module) is None:
-        raise MissingRequirementError(
-            f"{what} needs {module}, which is not installed",
-            where=what,
-            remedy=f"pip install 'persea[{extra}]'",
+            remedy="correct or delete the row; docs/sets.md shows the format of each benchmark",
         )
 
 
@@ -131,58 +79,49 @@ def benchmark_item(
     answer_key: str = "",
     choices: tuple[str, ...] = (),
     tools: tuple[Tool, ...] = (),
-    **more: Any,
+    calls: tuple[ToolCall, ...] = (),
 ) -> TaskItem:
-    """A question of a set. Its id tells the set, the language and the row."""
-    asked = Conversation.from_question(question)
-    asked = Conversation(asked.messages, asked.effort, tools)
+    """Make the item of a row. Its id is "benchmark/language/row".
+
+    Args:
+        name: Name of the benchmark.
+        row: The row; its field `id` names it, or else its index.
+        language: Language of the answer.
+        question: Text of the user's message.
+        reference: Text of the right answer.
+        answer_key: Data for the grader.
+        choices: Answers to rank by likelihood.
+        tools: Tools that the question declares.
+        calls: Tool calls of the right answer.
+
+    Returns:
+        The item, its reference in NFC.
+    """
+    conversation = Conversation.from_question(question)
+    conversation = Conversation(conversation.messages, conversation.effort, tools)
+    item_id = f"{name}/{language}/{row.fields.get('id', row.index)}"
     return TaskItem(
-        Prompt(f"{name}/{language}/{row.fields.get('id', row.index)}", asked, name, language),
+        Prompt(item_id, conversation, name, language),
         unicodedata.normalize("NFC", reference),
+        calls=calls,
         choices=choices,
         answer_key=answer_key,
-        **more,
     )
 
 
-def binary_grade(is_right: bool, reason: str = "") -> Grade:
-    return Grade(Verdict.RIGHT if is_right else Verdict.WRONG, float(is_right), reason)
-
-
-def malformed_grade(reason: str) -> Grade:
-    return Grade(Verdict.MALFORMED, 0.0, reason)
-
-
-def select_split(
-    items: Sequence[TaskItem], split: Split, n: int, seed: int
-) -> tuple[TaskItem, ...]:
-    """At most n items of a split, in an order of the seed. A quarter is AUDITION, the rest TEST, for ever, by set and row.
-
-    The same row in another language is in the same split and stands beside it, so that languages stay even and nothing is auditioned
-    in one language that is tested in another. Nothing of a published set is taught.
-    """
-
-    def hashed(word: object, i: TaskItem) -> bytes:
-        name, _, row = i.prompt.id.split("/", 2)
-        return hashlib.sha256(f"{word} {name}/{row}".encode()).digest()
-
-    wanted = {Split.AUDITION: True, Split.TEST: False}.get(split)
-    mine = [i for i in items if (hashed("split", i)[0] < 64) is wanted]
-    return tuple(sorted(mine, key=lambda i: (hashed(seed, i), i.prompt.id))[:n])
-
-
-# --- files ---
-
-
 def read_text(path: str) -> str:
-    """A file's text. DataError where it cannot be read or is not UTF-8."""
+    """Read a UTF-8 file.
+
+    Raises:
+        DataError: If the file cannot be read or is not UTF-8; the message names the line.
+    """
     try:
         data = Path(path).read_bytes()
     except OSError as error:
         raise DataError(
-            f"cannot read the set: {error.strerror}",
+            f"cannot read the benchmark: {error.strerror}",
             where=path,
-            remedy="check `evaluation.sets:` in the recipe",
+            remedy="check `evaluation.benchmarks:` in the recipe",
         ) from error
     try:
         return data.decode("utf-8-sig")
@@ -194,92 +133,117 @@ def read_text(path: str) -> str:
 
 
 def load_json(text: str, where: str) -> Any:
-    """JSON, with the line of what is wrong with it. NaN and Infinity are no JSON."""
+    """Parse strict JSON: NaN and Infinity are refused.
 
-    def no_constant(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
+    Args:
+        text: The JSON text.
+        where: File, or file and line, for the message.
 
+    Returns:
+        The value.
+
+    Raises:
+        DataError: If the text is no JSON; the message names the line.
+    """
     try:
-        return json.loads(text, parse_constant=no_constant)
+        return parse_strict_json(text)
     except (ValueError, RecursionError) as error:
-        at = (
-            f":{error.lineno}"
-            if isinstance(error, json.JSONDecodeError) and ":" not in where[-8:]
-            else ""
-        )
+        has_line = ":" in where[-8:]
+        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise DataError(
-            f"not JSON: {error}", where=f"{where}{at}", remedy="mend the file, or fetch it again"
+            f"not JSON: {error}",
+            where=where if has_line else f"{where}{line}",
+            remedy="correct the file, or download it again",
         ) from error
 
 
 def read_json_lines(path: str) -> Iterator[BenchmarkRow]:
-    """One JSON object a line; empty lines are none."""
+    """Yield the rows of a file with one JSON object per line; empty lines are skipped.
+
+    Raises:
+        DataError: If a line is no JSON object.
+    """
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             fields = load_json(line, f"{path}:{number}")
             if not isinstance(fields, dict):
                 raise DataError(
-                    "not a JSON object", where=f"{path}:{number}", remedy="one object a line"
+                    "not a JSON object", where=f"{path}:{number}", remedy="one object per line"
                 )
             yield BenchmarkRow(f"{path}:{number}", number - 1, fields)
 
 
 def read_json_list(path: str, key: str = "") -> Iterator[BenchmarkRow]:
-    """The objects of a JSON list, the whole file or under a key."""
+    """Yield the rows of a JSON list, which is the whole file or the value of a key.
+
+    Raises:
+        DataError: If there is no list, or an entry is no JSON object.
+    """
     found = load_json(read_text(path), path)
     rows = found.get(key) if key and isinstance(found, dict) else found
     if not isinstance(rows, list):
         raise DataError(
             f"no list{f' under `{key}`' if key else ''}",
             where=path,
-            remedy="fetch the file again; docs/sets.md shows its form",
+            remedy="download the file again; docs/sets.md shows its format",
         )
     for number, fields in enumerate(rows):
+        where = f"{path}, entry {number + 1}"
         if not isinstance(fields, dict):
-            raise DataError(
-                "not a JSON object",
-                where=f"{path}, entry {number + 1}",
-                remedy="mend or delete the entry",
-            )
-        yield BenchmarkRow(f"{path}, entry {number + 1}", number, fields)
+            raise DataError("not a JSON object", where=where, remedy="correct or delete the entry")
+        yield BenchmarkRow(where, number, fields)
 
 
 def read_delimited(
     path: str, delimiter: str, columns: Sequence[str] = ()
 ) -> Iterator[BenchmarkRow]:
-    """Rows of a .csv or .tsv by column; without a head where the columns are given, then unquoted. Each row has every column."""
+    """Yield the rows of a .csv or .tsv file.
+
+    Args:
+        path: The file.
+        delimiter: The character between cells.
+        columns: Names of the columns of a file without a header, whose cells are not quoted. Empty
+            = the first row is the header.
+
+    Yields:
+        Rows that have every column.
+
+    Raises:
+        DataError: If a row cannot be parsed or has another number of columns.
+    """
     text = read_text(path)
-    file = io.StringIO(text, newline="")
     reader = csv.reader(
-        file,
+        io.StringIO(text, newline=""),
         delimiter=delimiter,
         quoting=csv.QUOTE_NONE if columns else csv.QUOTE_MINIMAL,
         strict=True,
     )
     try:
-        cells_of = _read_cells(reader, len(text))
+        rows = _read_cells(reader, len(text))
     except csv.Error as error:
         raise DataError(
             f"not a table: {error}",
             where=f"{path}:{reader.line_num}",
-            remedy="mend the file, or fetch it again",
+            remedy="correct the file, or download it again",
         ) from error
-    head = list(columns) or (cells_of.pop(0)[1] if cells_of else [])
-    for number, (line, cells) in enumerate(cells_of):
+    header = list(columns) or (rows.pop(0)[1] if rows else [])
+    for number, (line, cells) in enumerate(rows):
         where = f"{path}:{line}"
         if not cells:
             continue
-        if len(cells) != len(head):
+        if len(cells) != len(header):
             raise DataError(
-                f"{len(cells)} columns, not {len(head)} ({', '.join(head)})",
+                f"{len(cells)} columns, not {len(header)} ({', '.join(header)})",
                 where=where,
-                remedy="mend or delete the row",
+                remedy="correct or delete the row",
             )
-        yield BenchmarkRow(where, number, dict(zip(head, cells, strict=True)))
+        yield BenchmarkRow(where, number, dict(zip(header, cells, strict=True)))
 
 
 def _read_cells(reader: Any, max_cell_chars: int) -> list[tuple[int, list[str]]]:
-    """(line, cells) of all rows. At once, because the longest cell that csv takes is a setting of the whole process."""
+    """Read (line, cells) of all rows at once: the limit of a cell's length is a setting of the
+    whole process.
+    """
     before = csv.field_size_limit(max_cell_chars + 1)
     try:
         return [(reader.line_num, cells) for cells in reader]
@@ -290,7 +254,18 @@ def _read_cells(reader: Any, max_cell_chars: int) -> list[tuple[int, list[str]]]
 def read_benchmark_rows(
     source: BenchmarkSource, read_local: Callable[[str], Iterator[BenchmarkRow]]
 ) -> Iterator[BenchmarkRow]:
-    """A local file's rows in the set's form, or a hub set's through `datasets`."""
+    """Yield the rows of a local file, or of a hub dataset through `datasets`.
+
+    Args:
+        source: Location of the questions.
+        read_local: Reads a local file in the benchmark's format.
+
+    Yields:
+        Rows in the order of the file.
+
+    Raises:
+        DataError: If the file or the dataset cannot be read.
+    """
     if not source.file.startswith(HUB_PREFIX):
         yield from read_local(source.file)
         return
@@ -298,21 +273,42 @@ def read_benchmark_rows(
 
     name = source.file.removeprefix(HUB_PREFIX)
     try:
-        found = load_dataset(name, source.config or None, split=source.split)
-    except Exception as error:  # whatever the hub, the network or the builder raises
-        raise DataError(
-            f"cannot load the set: {type(error).__name__}: {error}"[:400],
-            where=name,
-            remedy="check name, config and split; or download the file and name it",
-        ) from error
-    for number, fields in enumerate(found):
+        rows = iter(enumerate(load_dataset(name, source.config or None, split=source.split)))
+    except Exception as error:  # any error of the hub, the network or the builder
+        raise _hub_error(name, error) from error
+    while True:
+        try:
+            number, fields = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # a broken shard shows only when it is read
+            raise _hub_error(name, error) from error
         yield BenchmarkRow(f"{name}[{source.split}] row {number}", number, fields)
+
+
+def _hub_error(name: str, error: Exception) -> DataError:
+    return DataError(
+        f"cannot load the benchmark: {type(error).__name__}: {error}"[:400],
+        where=name,
+        remedy="check name, config and split; or download the file and give its path",
+    )
 
 
 def collect_items(
     items_or_reasons: Iterable[TaskItem | str], source: BenchmarkSource
 ) -> BenchmarkItems:
-    """All items; in an item's stead stands the reason why it is left out. DataError for a set without any, or with two of one id."""
+    """Collect items, and count the reasons that stand in place of items that are left out.
+
+    Args:
+        items_or_reasons: Items; a text is the reason why a row is left out.
+        source: Location of the questions, for the message.
+
+    Returns:
+        The items and the counts.
+
+    Raises:
+        DataError: If no item is left, or two items have one id.
+    """
     items: list[TaskItem] = []
     left_out = Counter[str]()
     for one in items_or_reasons:
@@ -321,10 +317,11 @@ def collect_items(
         else:
             items.append(one)
     if not items:
+        reasons = f" that can be graded: {', '.join(left_out)}" if left_out else ""
         raise DataError(
-            f"the set holds no question{' that can be graded: ' if left_out else ''}{', '.join(left_out)}",
+            f"the benchmark holds no question{reasons}",
             where=source.file,
-            remedy="fetch the file again",
+            remedy="download the file again",
         )
     twice = [i for i, n in Counter(i.prompt.id for i in items).items() if n > 1]
     if twice:

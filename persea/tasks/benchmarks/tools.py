@@ -1,4 +1,6 @@
-"""Tools: BFCL. A call is compared with the possible answers, argument by argument; or nothing fits, and none is right."""
+"""Tool-call benchmarks: BFCL. Calls are compared argument by argument; or no tool fits, and no call
+is right.
+"""
 
 from __future__ import annotations
 
@@ -9,40 +11,39 @@ from typing import Any
 
 from persea.chat.messages import Message, Tool, ToolCall, canonical_json
 from persea.errors import DataError
-from persea.tasks.benchmarks.readers import (
+from persea.tasks.benchmarks.benchmark import (
     Benchmark,
     BenchmarkItems,
-    BenchmarkRow,
     BenchmarkSource,
-    benchmark_item,
     binary_grade,
-    collect_items,
     malformed_grade,
+)
+from persea.tasks.benchmarks.readers import (
+    BenchmarkRow,
+    benchmark_item,
+    collect_items,
     read_benchmark_rows,
     read_json_lines,
 )
 from persea.tasks.task import Grade, TaskItem
 
-BFCL_TO_JSON_TYPES = {
-    "dict": "object",
-    "float": "number",
-    "tuple": "array",
-    "any": "",
-}  # BFCL's words -> JSON schema's; others are the same
-IGNORED_CHARACTERS = re.compile(
-    r"[\s,./\-_*^'\"]"
-)  # what two spellings of a text may differ in, beside case
+# BFCL's type names -> those of JSON schema; the others are equal.
+BFCL_TO_JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": ""}
+# Two text arguments are equal if they differ only in these characters and in case (BFCL's rule).
+IGNORED_CHARACTERS = re.compile(r"[\s,./\-_*^'\"]")
 
 
 def to_json_schema(value: Any) -> Any:
-    """BFCL's types in JSON schema's words."""
+    """Convert BFCL's types to those of JSON schema."""
     if isinstance(value, list):
         return [to_json_schema(v) for v in value]
     if not isinstance(value, dict):
         return value
     out = {k: to_json_schema(v) for k, v in value.items() if k != "type" or not isinstance(v, str)}
-    if isinstance(kind := value.get("type"), str) and (word := BFCL_TO_JSON_TYPES.get(kind, kind)):
-        return {"type": word, **out}
+    if isinstance(kind := value.get("type"), str) and (
+        json_type := BFCL_TO_JSON_TYPES.get(kind, kind)
+    ):
+        return {"type": json_type, **out}
     return out
 
 
@@ -54,11 +55,11 @@ def _parse_tool(row: BenchmarkRow, function: Any) -> Tool:
             canonical_json(json.dumps(to_json_schema(function["parameters"]))),
         )
     except (DataError, KeyError, TypeError, ValueError) as error:
-        raise row.data_error(f"a `function` is no tool: {error}") from error
+        raise row.data_error(f"a `function` is not a tool: {error}") from error
 
 
 def _question_and_tools(row: BenchmarkRow) -> tuple[str, tuple[Tool, ...]]:
-    """The question of one turn, and its tools."""
+    """Return the question of a row of one turn, and its tools."""
     turns, functions = row.value("question", list), row.value("function", list)
     try:
         ((turn,),) = turns
@@ -71,7 +72,11 @@ def _question_and_tools(row: BenchmarkRow) -> tuple[str, tuple[Tool, ...]]:
 
 
 def bfcl(source: BenchmarkSource) -> BenchmarkItems:
-    """Questions with one call each; `answers` is the file of possible answers."""
+    """Load questions with their calls; `answers` is the file of possible answers.
+
+    Raises:
+        DataError: If there is no file of possible answers, or a row is broken.
+    """
     if not source.answers:
         raise DataError(
             "no file of possible answers",
@@ -92,12 +97,12 @@ def bfcl(source: BenchmarkSource) -> BenchmarkItems:
                 for call in truth
                 for name, arguments in call.items()
             )
-        except (DataError, ValueError, TypeError, AttributeError) as error:
-            raise answer.data_error(f"`ground_truth` is no list of calls: {error}") from error
+        except (DataError, ValueError, TypeError, AttributeError, IndexError) as error:
+            raise answer.data_error(f"`ground_truth` is not a list of calls: {error}") from error
         names = {t.name for t in tools}
         if not calls or any(c.name not in names for c in calls):
             raise answer.data_error(
-                "`ground_truth` calls nothing, or what the question does not offer"
+                "`ground_truth` holds no call, or one of a tool that the question does not declare"
             )
         return benchmark_item(
             "bfcl", row, "en", text, answer_key=json.dumps(truth), tools=tools, calls=calls
@@ -107,7 +112,11 @@ def bfcl(source: BenchmarkSource) -> BenchmarkItems:
 
 
 def _first_possible_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The first possible value of each argument that must be given."""
+    """Return the first possible value of each required argument.
+
+    Raises:
+        IndexError: If an argument has no possible value.
+    """
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -118,16 +127,21 @@ def _first_possible_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def grade_calls(item: TaskItem, answer: Message) -> Grade:
-    """The same calls, each argument one of its possible values; those that may be left out may be."""
+    """Grade by calls: the same functions, each argument one of its possible values; optional ones
+    may be missing.
+    """
     truth = json.loads(item.answer_key)
     if not answer.calls:
         return malformed_grade("no call")
     if len(answer.calls) != len(truth):
-        return binary_grade(False, f"{len(answer.calls)} calls, not {len(truth)}")
+        return binary_grade(False, f"{len(answer.calls)} calls instead of {len(truth)}")
     for call, wanted in zip(answer.calls, truth, strict=True):
         ((name, possible),) = wanted.items()
-        if call.name not in (name, name.replace(".", "_")):  # some templates write no dots in names
-            return binary_grade(False, f"calls {call.name}, not {name}")
+        if call.name not in (
+            name,
+            name.replace(".", "_"),
+        ):  # some chat templates allow no dots in names
+            return binary_grade(False, f"calls {call.name} instead of {name}")
         given = json.loads(call.arguments)
         if unknown := given.keys() - possible.keys():
             return binary_grade(False, f"unknown argument {sorted(unknown)[0]}")
@@ -143,7 +157,9 @@ def grade_calls(item: TaskItem, answer: Message) -> Grade:
 
 
 def _values_match(given: Any, wanted: Any) -> bool:
-    """Whether two values are the same: numbers by value, texts but for case and marks, lists in order, of objects each key's possible values."""
+    """Compare values: numbers by value, texts without case and punctuation, lists in order, objects
+    key by key.
+    """
     if isinstance(given, bool) or isinstance(wanted, bool):
         return given is wanted
     if isinstance(given, int | float) and isinstance(wanted, int | float):
@@ -165,11 +181,11 @@ def _normalize_string(text: str) -> str:
     return IGNORED_CHARACTERS.sub("", text).casefold()
 
 
-# --- none fits ---
+# --- no tool fits ---
 
 
 def bfcl_irrelevance(source: BenchmarkSource) -> BenchmarkItems:
-    """Questions with tools of which none helps."""
+    """Load questions whose tools do not help."""
 
     def one(row: BenchmarkRow) -> TaskItem:
         text, tools = _question_and_tools(row)
@@ -179,20 +195,28 @@ def bfcl_irrelevance(source: BenchmarkSource) -> BenchmarkItems:
 
 
 def grade_no_call(item: TaskItem, answer: Message) -> Grade:
-    """Words, and no call: nor one written out as JSON or as name(...), which a reader would take for one."""
+    """Grade: text without a call. A call written as JSON or as name(...) in the text counts as a
+    call.
+    """
     if answer.calls:
         return binary_grade(False, f"calls {answer.calls[0].name}")
     text = answer.text.strip()
     if not text:
-        return malformed_grade("nothing said")
+        return malformed_grade("empty answer")
     for tool in item.prompt.conversation.tools:
-        if re.search(
-            rf"\"name\"\s*:\s*\"{re.escape(tool.name)}\"|^\W*{re.escape(tool.name)}\s*\([^)]*=",
-            text,
-            re.MULTILINE,
-        ):
+        if _written_call(tool.name).search(text):
             return binary_grade(False, f"writes a call of {tool.name}")
     return binary_grade(True)
+
+
+def _written_call(name: str) -> re.Pattern[str]:
+    """Match `"name": "area"`, `area(radius=3)` at the start of a line, or a line that is `area(3)`
+    alone.
+    """
+    tool = re.escape(name)
+    return re.compile(
+        rf"\"name\"\s*:\s*\"{tool}\"|^\W*{tool}\s*\([^)]*=|^\W*{tool}\([^\n]*\)\W*$", re.MULTILINE
+    )
 
 
 BENCHMARKS = (

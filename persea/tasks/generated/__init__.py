@@ -1,4 +1,7 @@
-"""What to be good at: a generator of held-out questions and a grader each. A new skill = one file, one line, one test."""
+"""Generated tasks for the saplings: unlimited questions and an exact grader for each skill.
+
+A new task is one file, its line in GENERATED_TASKS and one test: see docs/new_task.md.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,25 @@ from persea.tasks.generated.safety import SAFETY_TASK
 from persea.tasks.generated.tools import TOOLS_TASK
 from persea.tasks.task import Task
 
-GENERATED_TASKS = (LANGUAGES_TASK, CODE_TASK, SAFETY_TASK, REASONING_TASK, TOOLS_TASK)
+GENERATED_TASKS: tuple[Task, ...] = (
+    LANGUAGES_TASK,
+    CODE_TASK,
+    SAFETY_TASK,
+    REASONING_TASK,
+    TOOLS_TASK,
+)
 
 
 def find_generated_task(name: str) -> Task:
-    """The skill of that name, or an error that lists the known ones."""
-    for skill in GENERATED_TASKS:
-        if skill.name == name:
-            return skill
+    """Return the generated task of that name.
+
+    Raises:
+        DataError: If there is none; the message lists the known names.
+    """
+    for task in GENERATED_TASKS:
+        if task.name == name:
+            return task
     raise DataError(
         f"unknown skill {name!r}",
-        remedy=f"known skills: {', '.join(s.name for s in GENERATED_TASKS)}",
+        remedy=f"known skills: {', '.join(t.name for t in GENERATED_TASKS)}",
     )

@@ -1,6 +1,9 @@
-"""How an answer is dressed: a lead-in, one of several ways to say it, a closing; and how to undress it. Seven languages.
+"""Phrasing of answers in seven languages.
 
-Growing text draws from these at random, so that teachers have real entropy; graders take off whatever of it is there.
+An optional lead-in, one of several answer forms, an optional closing.
+
+The pretraining text of the saplings draws phrases at random, so that teachers have real entropy;
+graders strip the phrases again. The tables and shares are part of that text and must not change.
 """
 
 from __future__ import annotations
@@ -37,14 +40,22 @@ CLOSINGS: Mapping[str, Sequence[str]] = {
     "id": (" Ada lagi?", " Semoga berhasil!", " Sama-sama."),
     "th": (" มีอีกไหม", " โชคดี", " ไม่เป็นไร"),
 }
-NO_LEAD_IN_SHARE, NO_CLOSING_SHARE = (
-    0.6,
-    0.75,
-)  # share of answers without a lead-in, and without a closing: what a teacher is surest of stays short
+# Shares of answers without a lead-in and without a closing: the most likely answer stays short.
+NO_LEAD_IN_SHARE, NO_CLOSING_SHARE = 0.6, 0.75
 
 
 def phrase_answer(answer: str, language: str, rng: random.Random, forms: Sequence[str] = ()) -> str:
-    """The core in one of the ways to say it (the language's own, unless others are given), NFC."""
+    """Return an answer in a random phrasing.
+
+    Args:
+        answer: The bare answer.
+        language: Language of the phrases.
+        rng: Source of the random choices.
+        forms: Answer forms with one `{}`; those of the language by default.
+
+    Returns:
+        Lead-in, answer form and closing, NFC.
+    """
     lead = "" if rng.random() < NO_LEAD_IN_SHARE else rng.choice(LEAD_INS[language])
     closing = "" if rng.random() < NO_CLOSING_SHARE else rng.choice(CLOSINGS[language])
     return unicodedata.normalize(
@@ -53,7 +64,7 @@ def phrase_answer(answer: str, language: str, rng: random.Random, forms: Sequenc
 
 
 def strip_lead_in_and_closing(text: str, language: str) -> str:
-    """The text, NFC and trimmed, without a lead-in before it and a closing behind it."""
+    """Strip a known lead-in and a known closing from a text; NFC and trimmed."""
     text = unicodedata.normalize("NFC", text.strip())
     for lead in map(str.strip, LEAD_INS[language]):
         if text.startswith(unicodedata.normalize("NFC", lead)) and len(text) > len(lead):
@@ -67,10 +78,15 @@ def strip_lead_in_and_closing(text: str, language: str) -> str:
 
 
 def answer_candidates(text: str, language: str, forms: Sequence[str] = ()) -> Iterator[str]:
-    """What the text can be saying, one a way to say it that fits; "It is 12." says "12", and "It is 12" by the barest one."""
-    said = strip_lead_in_and_closing(text, language)
-    for saying in forms or ANSWER_FORMS[language]:
-        before, _, behind = unicodedata.normalize("NFC", saying).partition("{}")
-        found = re.fullmatch(re.escape(before) + "(.+)" + re.escape(behind), said, re.DOTALL)
+    """Yield every bare answer that the text can be a phrasing of.
+
+    Example:
+        >>> list(answer_candidates("It is 12.", "en"))
+        ['It is 12.', 'It is 12', '12']
+    """
+    bare = strip_lead_in_and_closing(text, language)
+    for form in forms or ANSWER_FORMS[language]:
+        before, _, behind = unicodedata.normalize("NFC", form).partition("{}")
+        found = re.fullmatch(re.escape(before) + "(.+)" + re.escape(behind), bare, re.DOTALL)
         if found:
             yield found[1]

@@ -1,6 +1,9 @@
-"""Code: write a one-line Python function. Graded by what it computes, in a whitelisting evaluator; nothing is executed.
+"""One-line Python functions.
 
-About 60,000 questions; sums and products may be written either way round, a choice from either side.
+Graded by the values they compute, in an evaluator with a whitelist; no code is executed.
+
+About 60,000 questions. References write sums and products in either order, and a choice from either
+side.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ from typing import Any
 
 from persea.chat.messages import Conversation, Message
 from persea.data.prompts import Prompt
-from persea.tasks.task import Split, Task, TaskItem, Verdict, draw_items
+from persea.tasks.generated.draw import draw_items
+from persea.tasks.task import Split, Task, TaskItem, Verdict
 
 NUMBER_PROBES = (*range(-2, 34), 60, 100)
 LIST_PROBES = ([4], [3, 1, 2], [10, -5, 7, 7], [0, 0, 9], [42, 17, 99, -3, 8])
@@ -26,9 +30,10 @@ LIST_EXPRESSIONS = {
     "the first of": "x[0]",
     "the last of": "x[-1]",
 }
-
-
+# Part of the saplings' pretraining text: weights of the question kinds, and shares of the ways to
+# write an answer.
 KIND_WEIGHTS = {"line": 0.3, "list": 0.4, "choice": 0.3}
+SWAP_SHARE, TIMES_SHARE, DIRECT_CHOICE_SHARE = 0.3, 0.5, 0.7
 FUNCTION_FORMS = (
     "def f(x):\n    return {}",
     "def f(x): return {}",
@@ -37,20 +42,22 @@ FUNCTION_FORMS = (
 )
 PROGRAM_LEAD_INS = ("Here it is:\n", "Sure:\n", "Like this:\n", "Python:\n")
 TRAILING_COMMENTS = ("\n# done", "\n# that is all", "\n# try f(3)")
-NO_PROGRAM_LEAD_IN_SHARE, NO_TRAILING_COMMENT_SHARE = (
-    0.6,
-    0.75,
-)  # as in frames: share of answers without words before, and behind
+# Shares of answers without text before the program and without a comment after it, as in
+# answer_phrases.
+NO_PROGRAM_LEAD_IN_SHARE, NO_TRAILING_COMMENT_SHARE = 0.6, 0.75
 PROGRAM_START = re.compile(r"^(?:def f\(|f = lambda )", re.MULTILINE)
 
 
 def _maybe_swap_operands(a: str, sign: str, b: str, rng: random.Random) -> str:
-    """A sum or a product either way round."""
-    return f"{b} {sign} {a}" if sign in "+*" and rng.random() < 0.3 else f"{a} {sign} {b}"
+    """Write a sum or a product in either order."""
+    return f"{b} {sign} {a}" if sign in "+*" and rng.random() < SWAP_SHARE else f"{a} {sign} {b}"
 
 
 def make_item(item_seed: int) -> tuple[str, TaskItem]:
-    """One item from a number. `key` is the bare expression, `reference` one way to write and to present it."""
+    """Make one item from a seed.
+
+    `answer_key` is the bare expression, `reference` one way to write and present it.
+    """
     rng = random.Random(f"code {item_seed}")
     kind = rng.choices(list(KIND_WEIGHTS), list(KIND_WEIGHTS.values()))[0]
     a, b = rng.randint(2, 20), rng.randint(1, 30)
@@ -63,7 +70,7 @@ def make_item(item_seed: int) -> tuple[str, TaskItem]:
         )
     elif kind == "list":
         words = rng.choice(list(LIST_EXPRESSIONS))
-        times = rng.random() < 0.5
+        times = rng.random() < TIMES_SHARE
         question = f"{words} x times {a} {verb} {b}" if times else f"{words} x {verb} {b}"
         key = (
             f"{LIST_EXPRESSIONS[words]} * {a} {sign} {b}"
@@ -82,24 +89,29 @@ def make_item(item_seed: int) -> tuple[str, TaskItem]:
         c = rng.randint(1, 30)
         compare, word, not_ = rng.choice(((">", "greater", "<="), ("<", "less", ">=")))
         question, key = f"{a} if x is {word} than {b}, else {c}", f"{a} if x {compare} {b} else {c}"
-        body = key if rng.random() < 0.7 else f"{c} if x {not_} {b} else {a}"
+        body = key if rng.random() < DIRECT_CHOICE_SHARE else f"{c} if x {not_} {b} else {a}"
     id_ = f"code/{kind}/{question}"
     before = "" if rng.random() < NO_PROGRAM_LEAD_IN_SHARE else rng.choice(PROGRAM_LEAD_INS)
     behind = "" if rng.random() < NO_TRAILING_COMMENT_SHARE else rng.choice(TRAILING_COMMENTS)
-    said = before + rng.choice(FUNCTION_FORMS).format(body) + behind
+    reference = before + rng.choice(FUNCTION_FORMS).format(body) + behind
     return id_, TaskItem(
         Prompt(id_, Conversation.from_question(f"Write f(x): {question}"), "code", "python"),
-        said,
+        reference,
         answer_key=key,
     )
 
 
 def items(split: Split, n: int, seed: int) -> tuple[TaskItem, ...]:
+    """Return at most n different items of a split; the seed decides which."""
     return draw_items(make_item, split, n, seed)
 
 
 def extract_program(text: str) -> str:
-    """The program inside an answer: from the one line that begins it, words before it and comments behind it aside."""
+    """Return the program inside an answer, from the one line that begins it.
+
+    Raises:
+        DisallowedExpressionError: If the answer holds no program, or several.
+    """
     begins = list(PROGRAM_START.finditer(text.strip()))
     if len(begins) != 1:
         raise DisallowedExpressionError(f"{len(begins)} programs")
@@ -107,8 +119,10 @@ def extract_program(text: str) -> str:
 
 
 def grade(item: TaskItem, answer: Message) -> Verdict:
-    """Same values as the expression, or without a key as the reference, on every probe; MALFORMED where it is no such function or
-    leaves the whitelist.
+    """Grade by values: RIGHT if the function equals the answer key on every probe.
+
+    MALFORMED if the answer is no such function or leaves the whitelist. Without an answer key the
+    function must equal the reference.
     """
     probes: Sequence[Any] = (
         LIST_PROBES if item.prompt.id.startswith("code/list/") else NUMBER_PROBES
@@ -129,10 +143,11 @@ def grade(item: TaskItem, answer: Message) -> Verdict:
 
 
 class DisallowedExpressionError(Exception):
-    """The answer is not a function of the whitelist, or computes something out of bounds."""
+    """Raised if an answer is not a function of the whitelist, or computes a value out of bounds."""
 
 
-MAX_ABS_VALUE = 10**12  # a value past it ends the evaluation: a hostile answer cannot fill memory
+MAX_ABS_VALUE = 10**12  # a larger value ends the evaluation: a hostile answer cannot fill memory
+MAX_SOURCE_CHARS = 400
 BINARY_OPERATORS: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -158,8 +173,14 @@ ALLOWED_CALLS: Mapping[str, Callable[[Any], Any]] = {
 
 
 def parse_function(source: str) -> Callable[[Any], Any]:
-    """`def f(x): return EXPRESSION`, or the same as a lambda -> a function that walks the expression. Raises NotAllowed."""
-    if len(source) > 400:
+    """Parse `def f(x).
+
+    Return EXPRESSION`, or the same as a lambda, into a function that evaluates the expression.
+
+    Raises:
+        DisallowedExpressionError: If the source is too long, no Python, or another kind of program.
+    """
+    if len(source) > MAX_SOURCE_CHARS:
         raise DisallowedExpressionError("too long")
     try:
         tree = ast.parse(source.strip() + "\n")
@@ -203,7 +224,10 @@ def parse_function(source: str) -> Callable[[Any], Any]:
 
 
 def _evaluate(node: ast.expr, names: Mapping[str, Any]) -> Any:
-    """The value of a whitelisted expression: whole numbers, x, + - * // %, comparisons, if-else, five calls, indices."""
+    """Evaluate a whitelisted expression.
+
+    Whole numbers, x, + - * // %, comparisons, if-else, five calls, indices.
+    """
     try:
         value = _evaluate_node(node, names)
     except (TypeError, ZeroDivisionError, IndexError, ValueError, RecursionError) as error:

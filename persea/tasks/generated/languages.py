@@ -1,6 +1,9 @@
-"""Languages: English <-> zh, ja, ko, vi, id, th; numbers in words, dates, weekdays and hours, quantities, small sentences.
+"""Translation between English and zh, ja, ko, vi, id, th.
 
-About 56,000 questions, both ways. Graded by the translation inside the answer's dress (`frames`), exactly.
+Numbers in words, dates, weekdays and hours, quantities, short sentences.
+
+About 56,000 questions in both directions. The grader strips the phrasing (answer_phrases) and wants
+the exact translation.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from collections.abc import Callable, Mapping
 from persea.chat.messages import Conversation, Message, ThinkingEffort
 from persea.data.prompts import Prompt
 from persea.tasks.generated.answer_phrases import answer_candidates, phrase_answer
+from persea.tasks.generated.draw import draw_items
 from persea.tasks.generated.number_words import (
     COUNTED_NOUNS,
     SENTENCE_ADJECTIVES,
@@ -23,30 +27,31 @@ from persea.tasks.generated.number_words import (
     number_in_words,
     quantity_in_words,
 )
-from persea.tasks.task import Split, Task, TaskItem, Verdict, draw_items
+from persea.tasks.task import Split, Task, TaskItem, Verdict
 
+# Part of the saplings' pretraining text: weights of the question kinds.
 KIND_WEIGHTS = {"number": 0.35, "date": 0.2, "quantity": 0.2, "phrase": 0.15, "weekday": 0.1}
 DAYS_PER_MONTH = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
 
 
 def draw_translation_pair(kind: str, language: str, rng: random.Random) -> tuple[str, str, str]:
-    """(what, English, foreign) of a kind."""
+    """Draw (content code, English text, foreign text) of a kind of question."""
     if kind == "number":
-        what = str(rng.randrange(1000) if rng.random() < 0.5 else rng.randrange(100))
+        content = str(rng.randrange(1000) if rng.random() < 0.5 else rng.randrange(100))
     elif kind == "date":
         month = rng.randint(1, 12)
-        what = f"{rng.randrange(7)}-{rng.randint(1, DAYS_PER_MONTH[month - 1])}-{month}"
+        content = f"{rng.randrange(7)}-{rng.randint(1, DAYS_PER_MONTH[month - 1])}-{month}"
     elif kind == "quantity":
-        what = f"{rng.randint(2, 99)}-{rng.choice(list(COUNTED_NOUNS))}"
+        content = f"{rng.randint(2, 99)}-{rng.choice(list(COUNTED_NOUNS))}"
     elif kind == "phrase":
-        what = f"{rng.randrange(len(SENTENCE_NOUNS))}-{rng.randrange(len(SENTENCE_ADJECTIVES))}"
+        content = f"{rng.randrange(len(SENTENCE_NOUNS))}-{rng.randrange(len(SENTENCE_ADJECTIVES))}"
     else:
-        what = f"{rng.randrange(7)}-{rng.randint(1, 12)}"
-    return what, verbalize(kind, what, "en"), verbalize(kind, what, language)
+        content = f"{rng.randrange(7)}-{rng.randint(1, 12)}"
+    return content, verbalize(kind, content, "en"), verbalize(kind, content, language)
 
 
 def verbalize(kind: str, content: str, language: str) -> str:
-    """What `both` drew, in a language."""
+    """Write a content code of `draw_translation_pair` in a language."""
     first, *others = content.split("-")
     if kind == "quantity":
         return quantity_in_words(int(first), others[0], language)
@@ -60,39 +65,47 @@ def verbalize(kind: str, content: str, language: str) -> str:
 
 
 def make_item(item_seed: int) -> tuple[str, TaskItem]:
-    """One item from a number. `key` is the bare translation, `reference` one way to say it."""
+    """Make one item from a seed.
+
+    `answer_key` is the bare translation, `reference` a phrasing of it.
+    """
     rng = random.Random(f"languages {item_seed}")
-    language, away = rng.choice(list(TRANSLATION_LANGUAGES)), rng.random() < 0.5
+    language, from_english = rng.choice(list(TRANSLATION_LANGUAGES)), rng.random() < 0.5
     kind = rng.choices(list(KIND_WEIGHTS), list(KIND_WEIGHTS.values()))[0]
-    what, english, foreign = draw_translation_pair(kind, language, rng)
-    source, target = (english, foreign) if away else (foreign, english)
-    id_ = f"languages/{kind}/{language}/{'from' if away else 'to'}-english/{what}"
-    question = f"To {TRANSLATION_LANGUAGES[language] if away else 'English'}: {source}"
-    # the key is the question, not the id: 六百二十七 is the same question in Chinese and in Japanese
+    content, english, foreign = draw_translation_pair(kind, language, rng)
+    source, target = (english, foreign) if from_english else (foreign, english)
+    id_ = f"languages/{kind}/{language}/{'from' if from_english else 'to'}-english/{content}"
+    question = f"To {TRANSLATION_LANGUAGES[language] if from_english else 'English'}: {source}"
+    # The split goes by the question and not by the id: 六百二十七 is the same question in
+    # Chinese and in Japanese.
     return question, TaskItem(
         Prompt(id_, Conversation.from_question(question), "languages", language),
-        phrase_answer(target, language if away else "en", rng),
+        phrase_answer(target, language if from_english else "en", rng),
         answer_key=target,
     )
 
 
 def items(split: Split, n: int, seed: int) -> tuple[TaskItem, ...]:
+    """Return at most n different items of a split; the seed decides which."""
     return draw_items(make_item, split, n, seed)
 
 
 def reference_thinking(item: TaskItem, effort: ThinkingEffort) -> str:
-    """What a thinking teacher writes first: the direction, and at high effort the source again."""
+    """Return the reference thinking: the direction, and at high effort also the source text."""
     direction, _, source = item.prompt.conversation.messages[-1].text.partition(": ")
     return f"{direction}: {source}" if effort is ThinkingEffort.HIGH else direction
 
 
 def grade(item: TaskItem, answer: Message) -> Verdict:
-    """Exact, after NFC, in any of the ways to say it in the language that was asked for. Without a key the reference's core is right."""
-    spoken = "en" if "/to-english/" in item.prompt.id else item.prompt.language
+    """Grade by exact match after NFC, in any known phrasing of the target language.
+
+    Without an answer key the bare answer inside the reference is right.
+    """
+    target = "en" if "/to-english/" in item.prompt.id else item.prompt.language
     right = unicodedata.normalize(
-        "NFC", item.answer_key or min(answer_candidates(item.reference, spoken), key=len)
+        "NFC", item.answer_key or min(answer_candidates(item.reference, target), key=len)
     )
-    return Verdict.RIGHT if right in answer_candidates(answer.text, spoken) else Verdict.WRONG
+    return Verdict.RIGHT if right in answer_candidates(answer.text, target) else Verdict.WRONG
 
 
 LANGUAGES_TASK = Task("languages", tuple(TRANSLATION_LANGUAGES), items, grade)

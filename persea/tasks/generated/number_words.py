@@ -1,4 +1,9 @@
-"""How seven languages say numbers, dates, quantities, hours and small sentences: tables and the rules that join them."""
+"""Numbers, dates, quantities, hours and short sentences in seven languages.
+
+Tables and the rules that join them.
+
+Part of the saplings' pretraining text: the texts must not change.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +19,8 @@ TRANSLATION_LANGUAGES = {
 }
 
 EN_ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen "
+    "fourteen fifteen sixteen seventeen eighteen nineteen"
 ).split()
 EN_TENS = "- - twenty thirty forty fifty sixty seventy eighty ninety".split()
 ZH_DIGITS = "零一二三四五六七八九"
@@ -43,6 +48,7 @@ KO_DAYS = "월화수목금토일"
 
 
 def number_en(n: int) -> str:
+    """Write 0..999 in English."""
     hundreds, rest = divmod(n, 100)
     head = [f"{EN_ONES[hundreds]} hundred"] if hundreds else []
     if rest >= 20:
@@ -54,6 +60,7 @@ def number_en(n: int) -> str:
 
 
 def number_zh(n: int) -> str:
+    """Write 0..999 in Chinese."""
     hundreds, tens, ones = n // 100, n // 10 % 10, n % 10
     if n < 10:
         return ZH_DIGITS[n]
@@ -66,7 +73,7 @@ def number_zh(n: int) -> str:
 
 
 def _number_ja_ko(n: int, digits: str, hundred: str, ten: str) -> str:
-    """Japanese and Korean: no "one" before hundred and ten, no filler zero."""
+    """Write 0..999 in Japanese or Korean: no "one" before hundred and ten, no filler zero."""
     if n == 0:
         return digits[0]
     out = ""
@@ -77,14 +84,17 @@ def _number_ja_ko(n: int, digits: str, hundred: str, ten: str) -> str:
 
 
 def number_ja(n: int) -> str:
+    """Write 0..999 in Japanese."""
     return _number_ja_ko(n, ZH_DIGITS, "百", "十")
 
 
 def number_ko(n: int) -> str:
+    """Write 0..999 in Sino-Korean."""
     return _number_ja_ko(n, KO_DIGITS, "백", "십")
 
 
 def number_vi(n: int) -> str:
+    """Write 0..999 in Vietnamese."""
     hundreds, tens, ones = n // 100, n // 10 % 10, n % 10
     if n < 10:
         return VI_DIGITS[n]
@@ -103,6 +113,7 @@ def number_vi(n: int) -> str:
 
 
 def number_id(n: int) -> str:
+    """Write 0..999 in Indonesian."""
     hundreds, rest = divmod(n, 100)
     words = [] if not hundreds else ["seratus"] if hundreds == 1 else [ID_DIGITS[hundreds], "ratus"]
     if rest >= 20:
@@ -117,6 +128,7 @@ def number_id(n: int) -> str:
 
 
 def number_th(n: int) -> str:
+    """Write 0..999 in Thai."""
     hundreds, tens, ones = n // 100, n // 10 % 10, n % 10
     if n < 10:
         return TH_DIGITS[n]
@@ -127,7 +139,7 @@ def number_th(n: int) -> str:
 
 
 def number_in_words(n: int, language: str) -> str:
-    """0..999 in words."""
+    """Write 0..999 in words, NFC."""
     words = {
         "en": number_en,
         "zh": number_zh,
@@ -141,7 +153,7 @@ def number_in_words(n: int, language: str) -> str:
 
 
 def date_in_words(weekday: int, day_of_month: int, month: int, language: str) -> str:
-    """A date: weekday 0 = Monday, day of the month, month 1..12."""
+    """Write a date, NFC: weekday 0 = Monday, day of the month, month 1..12."""
     text = {
         "en": f"{EN_DAYS[weekday]}, {day_of_month} {EN_MONTHS[month - 1]}",
         "zh": f"{month}月{day_of_month}日星期{ZH_DAYS[weekday]}",
@@ -154,7 +166,8 @@ def date_in_words(weekday: int, day_of_month: int, month: int, language: str) ->
     return unicodedata.normalize("NFC", text)
 
 
-# what is counted: English one and many; then as `quantity` joins them
+# English singular -> English plural, then noun and counter as `quantity_in_words` joins them, in
+# LANGUAGE_ORDER.
 COUNTED_NOUNS = {
     "book": ("books", "本 书", "本 冊", "책 권", "quyển sách", "buku", "หนังสือ เล่ม"),
     "cup": ("cups", "个 杯子", "カップ 個", "컵 개", "cái cốc", "cangkir", "ถ้วย ใบ"),
@@ -204,28 +217,28 @@ KO_NATIVE_TENS = ("", "열", "스물", "서른", "마흔", "쉰", "예순", "일
 
 
 def native_number_ko(n: int) -> str:
-    """1..99 in Korean's own numerals, as they stand before a counter: 20 alone is 스무."""
+    """Write 1..99 in native Korean numerals, in the form before a counter: 20 alone is 스무."""
     return "스무" if n == 20 else KO_NATIVE_TENS[n // 10] + KO_NATIVE_ONES[n % 10]
 
 
 def quantity_in_words(n: int, noun: str, language: str) -> str:
-    """2..99 of a thing, with the counter that the language asks for."""
-    said = dict(zip(LANGUAGE_ORDER, COUNTED_NOUNS[noun], strict=True))[language]
-    first, _, second = said.partition(" ")
+    """Write 2..99 of a noun with the counter that the language needs, NFC."""
+    words = dict(zip(LANGUAGE_ORDER, COUNTED_NOUNS[noun], strict=True))[language]
+    first, _, second = words.partition(" ")
     text = {
-        "en": lambda: f"{number_en(n)} {said}",
+        "en": lambda: f"{number_en(n)} {words}",
         "zh": lambda: f"{'两' if n == 2 else number_zh(n)}{first}{second}",
         "ja": lambda: f"{number_ja(n)}{second}の{first}",
         "ko": lambda: f"{first} {native_number_ko(n)} {second}",
-        "vi": lambda: f"{number_vi(n)} {said}",
-        "id": lambda: f"{number_id(n)} {said}",
+        "vi": lambda: f"{number_vi(n)} {words}",
+        "id": lambda: f"{number_id(n)} {words}",
         "th": lambda: f"{first}{number_th(n)}{second}",
     }[language]()
     return unicodedata.normalize("NFC", text)
 
 
 def adjective_sentence(noun: int, adjective: int, language: str) -> str:
-    """What is very how: "the water is very cold"."""
+    """Write a sentence such as "the water is very cold", NFC. Both arguments index their table."""
     at = LANGUAGE_ORDER.index(language)
     return unicodedata.normalize(
         "NFC",
@@ -236,7 +249,7 @@ def adjective_sentence(noun: int, adjective: int, language: str) -> str:
 
 
 def meeting_sentence(weekday: int, hour: int, language: str) -> str:
-    """See you on a weekday at an hour, 1..12."""
+    """Write "see you on <weekday> at <hour>", NFC: weekday 0 = Monday, hour 1..12."""
     text = {
         "en": lambda: f"see you on {EN_DAYS[weekday]} at {EN_ONES[hour]}",
         "zh": lambda: f"星期{ZH_DAYS[weekday]}{'两' if hour == 2 else number_zh(hour)}点见",

@@ -1,7 +1,10 @@
-"""Reasoning: sums of two and three steps, and comparisons, in words. Graded by the final answer, whatever is written before it.
+"""Word problems: sums of two and three steps, and comparisons.
 
-About 50,000 questions; a question is its figures, another name or thing is not another question. Answered at once, the sums
-stand before the answer, for a model of this size has nowhere else to think; thinking, they stand in the thought.
+Graded by the final answer, whatever precedes it.
+
+About 50,000 questions. The numbers alone identify a question: another name or object does not make
+another question. Without thinking, the reference writes the sums before the answer, because a model
+of this size has nowhere else to compute; with thinking, the sums are in the thinking text.
 """
 
 from __future__ import annotations
@@ -12,17 +15,22 @@ import re
 from persea.chat.messages import Conversation, Message, ThinkingEffort
 from persea.data.prompts import Prompt
 from persea.tasks.generated.answer_phrases import phrase_answer, strip_lead_in_and_closing
-from persea.tasks.task import Split, Task, TaskItem, Verdict, draw_items
+from persea.tasks.generated.draw import draw_items
+from persea.tasks.task import Split, Task, TaskItem, Verdict
 
 PERSON_NAMES = ("Ana", "Ben", "Mia", "Tom", "Kim", "Lee")
 OBJECTS = ("apples", "books", "coins", "cards", "eggs", "pens")
+# Part of the saplings' pretraining text: weights of the question kinds.
 KIND_WEIGHTS = {"two": 0.4, "three": 0.4, "compare": 0.2}
 CONCLUSION_FORMS = ("Answer: {}", "Answer: {}.", "So {}.", "That makes {}.", "The answer is {}.")
 CHANGE_VERBS = {1: "gets", -1: "loses"}
 
 
 def chain_steps(figures: tuple[int, ...], effort: ThinkingEffort) -> str:
-    """A chain of signed figures worked out: low, and none, the sums; medium, from the start; high, from the start to the end."""
+    """Write out a sum of signed numbers.
+
+    Effort none and low: the partial sums. Medium: also the start. High: also the start and the end.
+    """
     total, sums = figures[0], []
     for figure in figures[1:]:
         sums.append(f"{total}{'+' if figure > 0 else '-'}{abs(figure)}={total + figure}")
@@ -34,7 +42,7 @@ def chain_steps(figures: tuple[int, ...], effort: ThinkingEffort) -> str:
 
 
 def draw_chain(rng: random.Random, length: int) -> tuple[int, ...]:
-    """A start and length signed figures, never below zero."""
+    """Draw a start and `length` signed numbers whose partial sums never fall below zero."""
     figures = [rng.randint(2, 12)]
     for _ in range(length):
         figure = rng.randint(2, 9)
@@ -43,30 +51,31 @@ def draw_chain(rng: random.Random, length: int) -> tuple[int, ...]:
 
 
 def make_item(item_seed: int) -> tuple[str, TaskItem]:
-    """One item from a number. `key` is the bare answer, a whole number or a name."""
+    """Make one item from a seed: `answer_key` is the bare answer, a whole number or a name."""
     rng = random.Random(f"reasoning {item_seed}")
     (who, other), what = rng.sample(PERSON_NAMES, 2), rng.choice(OBJECTS)
     kind = rng.choices(list(KIND_WEIGHTS), list(KIND_WEIGHTS.values()))[0]
     figures = draw_chain(rng, 1 if kind == "compare" else 2 if kind == "two" else 3)
-    told = [f"{CHANGE_VERBS[1 if f > 0 else -1]} {abs(f)}" for f in figures[1:]]
+    changes = [f"{CHANGE_VERBS[1 if f > 0 else -1]} {abs(f)}" for f in figures[1:]]
     if kind == "compare":
         total = sum(figures)
         rival = rng.choice([n for n in range(max(1, total - 9), total + 10) if n != total])
         question = (
-            f"{who} has {figures[0]} {what} and {told[0]}. {other} has {rival}. Who has more?"
+            f"{who} has {figures[0]} {what} and {changes[0]}. {other} has {rival}. Who has more?"
         )
         answer, figures = who if total > rival else other, (*figures, rival)
     else:
-        question = f"{who} has {figures[0]} {what}, {', '.join(told)}. How many?"
+        question = f"{who} has {figures[0]} {what}, {', '.join(changes)}. How many?"
         answer = str(sum(figures))
     key = f"reasoning/{kind}/{'/'.join(map(str, figures))}"
-    asked = Prompt(key, Conversation.from_question(question), "reasoning", "en")
-    said = f"{solution_steps(kind, figures, ThinkingEffort.NONE)}. {phrase_answer(answer, 'en', rng, CONCLUSION_FORMS)}"
-    return key, TaskItem(asked, said, answer_key=answer)
+    prompt = Prompt(key, Conversation.from_question(question), "reasoning", "en")
+    steps = solution_steps(kind, figures, ThinkingEffort.NONE)
+    conclusion = phrase_answer(answer, "en", rng, CONCLUSION_FORMS)
+    return key, TaskItem(prompt, f"{steps}. {conclusion}", answer_key=answer)
 
 
 def solution_steps(kind: str, figures: tuple[int, ...], effort: ThinkingEffort) -> str:
-    """The steps of an item; of a comparison its last is which of the two is more."""
+    """Return the steps of an item; a comparison ends with the larger-or-smaller sign."""
     if kind != "compare":
         return chain_steps(figures, effort)
     total, rival = sum(figures[:-1]), figures[-1]
@@ -74,22 +83,26 @@ def solution_steps(kind: str, figures: tuple[int, ...], effort: ThinkingEffort) 
 
 
 def reference_thinking(item: TaskItem, effort: ThinkingEffort) -> str:
-    """The steps as a thinking teacher writes them; more of them with more effort."""
+    """Return the reference thinking: the steps, more of them with more effort."""
     _, kind, *figures = item.prompt.id.split("/")
     return solution_steps(kind, tuple(map(int, figures)), effort)
 
 
 def reference_without_steps(item: TaskItem) -> str:
-    """The reference behind a thought: its conclusion alone."""
+    """Return the reference answer after thinking: the conclusion alone."""
     return item.reference.partition(". ")[2]
 
 
 def items(split: Split, n: int, seed: int) -> tuple[TaskItem, ...]:
+    """Return at most n different items of a split; the seed decides which."""
     return draw_items(make_item, split, n, seed)
 
 
 def final_number_or_name(text: str) -> str | None:
-    """The whole number or the name a text ends with, a closing and a full stop aside; None where it ends with neither."""
+    """Return the whole number or the name at the end of a text, before a closing and a full stop.
+
+    None if it ends with neither.
+    """
     found = re.search(
         r"(?<![\w.,-])(\d{1,20}|[A-Z][a-z]+)\.?$", strip_lead_in_and_closing(text, "en")
     )
@@ -97,7 +110,10 @@ def final_number_or_name(text: str) -> str | None:
 
 
 def grade(item: TaskItem, answer: Message) -> Verdict:
-    """The answer at the end, as a number or as a name; a thought is not graded. Without a key the reference's is right."""
+    """Grade the number or name at the end of the answer; thinking is not graded.
+
+    Without an answer key the end of the reference is right.
+    """
     found = final_number_or_name(answer.text)
     if found is None or not (found.isdecimal() or found in PERSON_NAMES):
         return Verdict.MALFORMED

@@ -1,7 +1,10 @@
-"""Tools: one right call, or none where no declared tool fits. Graded by the call's name and arguments, or by the plain no.
+"""Tool calls: one right call, or none if no declared tool fits.
 
-About 26,000 questions: two of eight tools are declared; the question is of one of them, or of a third. Another wording is another question:
-without that TEACH held 36 calls of `train`, and half of 1,500 questions were such that no tool fits.
+Graded by the call's name and arguments, or by a plain no.
+
+About 26,000 questions. Two of eight tools are declared; the question needs one of them, or a third.
+Another wording counts as another question: otherwise split TRAIN held 36 calls of `train`, and no
+tool fitted half of 1,500 questions.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ from persea.chat.messages import (
 )
 from persea.data.prompts import Prompt
 from persea.tasks.generated.answer_phrases import strip_lead_in_and_closing
-from persea.tasks.task import Split, Task, TaskItem, Verdict, draw_items
+from persea.tasks.generated.draw import draw_items
+from persea.tasks.task import Split, Task, TaskItem, Verdict
 
 CITIES = (
     "Hanoi",
@@ -180,6 +184,7 @@ TOOL_QUESTIONS = {
     "price": ("What does {} cost?", "Tell me the price of {}."),
     "order": ("Order {} for me.", "We need more {}."),
 }
+# Part of the saplings' pretraining text: weights of the question kinds.
 KIND_WEIGHTS = {**dict.fromkeys(TOOL_ARGUMENTS, 0.1), "none": 0.2}
 NO_TOOL_ANSWERS = (
     "I have no tool for that.",
@@ -193,7 +198,7 @@ NO_TOOL_SENTENCE = re.compile("|".join(f"{re.escape(n[:-1])}[.!]?" for n in NO_T
 
 @cache
 def declare_tool(name: str) -> Tool:
-    """A declaration with one argument."""
+    """Return the declaration of a tool, which has one argument."""
     kind = "integer" if TOOL_ARGUMENTS[name] in ("minutes", "percent") else "string"
     schema = {
         "type": "object",
@@ -211,7 +216,10 @@ def _draw_argument(name: str, rng: random.Random) -> str | int:
 
 
 def make_item(item_seed: int) -> tuple[str, TaskItem]:
-    """One item from a number. `calls` is the right call; without one the reference says that none fits."""
+    """Make one item from a seed: `calls` is the right call.
+
+    Without one the reference is a plain no.
+    """
     rng = random.Random(f"tools {item_seed}")
     kind = rng.choices(list(KIND_WEIGHTS), list(KIND_WEIGHTS.values()))[0]
     wanted = rng.choice(list(TOOL_ARGUMENTS)) if kind == "none" else kind
@@ -235,21 +243,25 @@ def make_item(item_seed: int) -> tuple[str, TaskItem]:
 
 
 def items(split: Split, n: int, seed: int) -> tuple[TaskItem, ...]:
+    """Return at most n different items of a split; the seed decides which."""
     return draw_items(make_item, split, n, seed)
 
 
 def reference_thinking(item: TaskItem, effort: ThinkingEffort) -> str:
-    """Which tool fits; at high effort also which there are."""
-    there = (
+    """Return the reference thinking: the tool that fits; at high effort also the declared tools."""
+    declared = (
         f"tools: {', '.join(t.name for t in item.prompt.conversation.tools)}. "
         if effort is ThinkingEffort.HIGH
         else ""
     )
-    return f"{there}{item.calls[0].name} fits" if item.calls else f"{there}none fits"
+    return f"{declared}{item.calls[0].name} fits" if item.calls else f"{declared}none fits"
 
 
 def grade(item: TaskItem, answer: Message) -> Verdict:
-    """Exactly the one right call and no word beside it; or no call and a plain no. Words that are neither are malformed."""
+    """Grade: exactly the one right call without text, or no call and a plain no.
+
+    Any other text is malformed.
+    """
     if answer.calls:
         return (
             Verdict.RIGHT

@@ -1,1 +1,1 @@
-"""Run untrusted code in isolation, or refuse."""
+"""Run untrusted code in isolation, or refuse to run it."""

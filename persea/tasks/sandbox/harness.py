@@ -1,8 +1,10 @@
-"""Tests on one side, the tested program on the other: they exchange plain values and nothing else. Standard library only.
+"""Run a program and its tests in two processes that exchange plain values. Standard library only:
+this file is sent as text.
 
-Runs inside two sandboxes, joined by a socket. The program never sees the tests, so it can patch `assert`, walk frames, kill its process
-or leave it: what it cannot do is pass. A call's value comes back as plain data (no object with an __eq__ of its own), and is compared where
-the program has no hand in it.
+Each process runs in a sandbox of its own; a socket joins them. The program never sees the tests: it
+can patch `assert`, walk frames, kill or leave its process, but it cannot pass a test that it fails.
+The value of a call comes back as plain data (no object with an own __eq__) and is compared in the
+process of the tests.
 """
 
 from __future__ import annotations
@@ -14,27 +16,51 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-MAX_MESSAGE_BYTES = 4 << 20  # bytes of one value on its way
-MAX_ITERATOR_ITEMS = 100_000  # taken of a generator
-MAX_VALUE_DEPTH = 60  # of nesting
-PROGRAM_ENDED_MESSAGE = "the program ended before it answered"
+MAX_MESSAGE_BYTES = 4 << 20  # of one message
+MAX_ITERATOR_ITEMS = 100_000  # that are taken from a generator
+MAX_VALUE_DEPTH = 60  # of nested containers
+SCALAR_DECODERS: dict[Any, Callable[..., Any]] = {
+    "int": lambda text: int(text, 16),
+    "float": float.fromhex,
+    "complex": lambda real, imaginary: complex(float.fromhex(real), float.fromhex(imaginary)),
+    "bytes": bytes.fromhex,
+}
+CONTAINER_DECODERS: dict[Any, Callable[[list[Any]], Any]] = {
+    "list": list,
+    "tuple": tuple,
+    "set": set,
+    "frozenset": frozenset,
+    "iterator": iter,
+}
+PROGRAM_ENDED_MESSAGE = "the program ended before it returned a value"
 
 
 class ExchangeError(Exception):
-    """What came over the wire is no plain value, or too much of it; or what the program raised."""
+    """Raised for a message that is no plain value or too large, and for an exception of the program
+    that tests cannot raise.
+    """
 
 
 def encode_value(value: Any, encode_other: Callable[[Any], Any], depth: int = 0) -> Any:
-    """A value as JSON. Subclasses of plain types become plain; `strange` packs everything else."""
+    """Encode a value as JSON. Instances of subclasses of plain types become plain.
+
+    Args:
+        value: Any value.
+        encode_other: Encodes a value of no plain type, or raises.
+        depth: Current depth of nesting.
+
+    Returns:
+        A JSON value.
+
+    Raises:
+        ExchangeError: If the value is nested too deep or holds too many items.
+    """
     if depth > MAX_VALUE_DEPTH:
         raise ExchangeError(f"nested more than {MAX_VALUE_DEPTH} deep")
-
-    def each(values: Iterable[Any]) -> list[Any]:
-        return [encode_value(v, encode_other, depth + 1) for v in values]
 
     match value:
         case None | bool():
@@ -49,68 +75,63 @@ def encode_value(value: Any, encode_other: Callable[[Any], Any], depth: int = 0)
             return ["complex", float.hex(value.real), float.hex(value.imag)]
         case bytes() | bytearray():
             return ["bytes", bytes(value).hex()]
+    encoded = _encode_container(value, lambda v: encode_value(v, encode_other, depth + 1))
+    return encode_other(value) if encoded is None else encoded
+
+
+def _encode_container(value: Any, encode: Callable[[Any], Any]) -> list[Any] | None:
+    """Encode a container by the methods of its plain type; None for any other value."""
+    match value:
         case list() | tuple() | set() | frozenset():
             kind: Any = next(k for k in (list, tuple, set, frozenset) if isinstance(value, k))
-            return [kind.__name__, *each(kind.__iter__(value))]
+            return [kind.__name__, *map(encode, kind.__iter__(value))]
         case dict():
-            return [
-                "dict",
-                *(
-                    [
-                        encode_value(k, encode_other, depth + 1),
-                        encode_value(v, encode_other, depth + 1),
-                    ]
-                    for k, v in dict.items(value)
-                ),
-            ]
+            return ["dict", *([encode(k), encode(v)] for k, v in dict.items(value))]
         case Iterator() | range():
-            some = list(islice(iter(value), MAX_ITERATOR_ITEMS + 1))
-            if len(some) > MAX_ITERATOR_ITEMS:
+            items = list(islice(iter(value), MAX_ITERATOR_ITEMS + 1))
+            if len(items) > MAX_ITERATOR_ITEMS:
                 raise ExchangeError(f"more than {MAX_ITERATOR_ITEMS} items")
-            return ["iterator", *each(some)]
-    return encode_other(value)
+            return ["iterator", *map(encode, items)]
+    return None
 
 
 def decode_value(value: Any, decode_other: Callable[[list[Any]], Any]) -> Any:
-    """The value that was packed; `strange` takes what is no plain value. Raises Strange for what nobody packs so."""
+    """Decode a value of `encode_value`.
+
+    Args:
+        value: A JSON value.
+        decode_other: Decodes a list whose tag is of no plain type, or raises.
+
+    Returns:
+        The value.
+
+    Raises:
+        ExchangeError: If the JSON is not of that form.
+    """
     if value is None or isinstance(value, bool | str):
         return value
     if not isinstance(value, list) or not value:
         raise ExchangeError("not a value")
 
-    def each() -> Iterator[Any]:
-        return (decode_value(v, decode_other) for v in value[1:])
-
+    tag, *parts = value
     try:
-        match value:
-            case ["int", str(text)]:
-                return int(text, 16)
-            case ["float", str(text)]:
-                return float.fromhex(text)
-            case ["complex", str(real), str(imaginary)]:
-                return complex(float.fromhex(real), float.fromhex(imaginary))
-            case ["bytes", str(text)]:
-                return bytes.fromhex(text)
-            case ["list", *_]:
-                return list(each())
-            case ["tuple", *_]:
-                return tuple(each())
-            case ["set", *_]:
-                return set(each())
-            case ["frozenset", *_]:
-                return frozenset(each())
-            case ["iterator", *_]:
-                return iter(list(each()))
-            case ["dict", *pairs]:
-                return {
-                    decode_value(k, decode_other): decode_value(v, decode_other) for k, v in pairs
-                }
+        if tag == "dict":
+            return {decode_value(k, decode_other): decode_value(v, decode_other) for k, v in parts}
+        if tag in CONTAINER_DECODERS:
+            return CONTAINER_DECODERS[tag]([decode_value(v, decode_other) for v in parts])
+        if tag in SCALAR_DECODERS and all(isinstance(p, str) for p in parts):
+            return SCALAR_DECODERS[tag](*parts)
     except (ValueError, TypeError, OverflowError) as error:
         raise ExchangeError(f"not a value: {error}") from error
     return decode_other(value)
 
 
 def send_message(channel: socket.socket, value: object) -> None:
+    """Send a JSON value, preceded by its length in four bytes.
+
+    Raises:
+        ExchangeError: If the value is too large, or the other side is gone.
+    """
     data = json.dumps(value).encode()
     if len(data) > MAX_MESSAGE_BYTES:
         raise ExchangeError(f"a value of more than {MAX_MESSAGE_BYTES} bytes")
@@ -121,7 +142,11 @@ def send_message(channel: socket.socket, value: object) -> None:
 
 
 def receive_message(channel: socket.socket) -> Any:
-    """The next message. Raises Strange where the other side is gone or sends no message."""
+    """Receive the next JSON value.
+
+    Raises:
+        ExchangeError: If the other side is gone, or sends no message or too large a one.
+    """
     data = b""
     size = 4
     while len(data) < size:
@@ -142,64 +167,75 @@ def receive_message(channel: socket.socket) -> Any:
         raise ExchangeError("not a message") from error
 
 
-# --- the program's side ---
+# --- the process of the program ---
 
 
 def serve_program(channel_fd: int, source: str) -> None:
-    """Run the program, then make the calls that are asked for until nobody asks."""
+    """Run the program, then serve calls of its functions until the tests end.
+
+    Args:
+        channel_fd: Descriptor of the socket to the tests.
+        source: The program.
+    """
     channel = socket.socket(fileno=channel_fd)
     names: dict[str, Any] = {"__name__": "program"}
-    kept: list[Any] = []
+    objects: list[Any] = []  # values that are not plain; the tests hold their index
 
-    def keep(value: Any) -> Any:
-        kept.append(value)
-        return ["kept", len(kept) - 1]
+    def encode_handle(value: Any) -> Any:
+        objects.append(value)
+        return ["handle", len(objects) - 1]
 
-    def known(value: list[Any]) -> Any:
-        if value[0] == "kept":
-            return kept[value[1]]
+    def decode_handle_or_name(value: list[Any]) -> Any:
+        if value[0] == "handle":
+            return objects[value[1]]
         return names[value[1]] if value[1] in names else getattr(builtins, value[1])
 
     exec(compile(source, "<answer>", "exec"), names)
     while True:
-        asked = receive_message(channel)
+        request = receive_message(channel)
         try:
-            if asked["name"] not in names:
-                raise NameError(f"name {asked['name']!r} is not defined")
-            arguments = [decode_value(a, known) for a in asked["args"]]
-            value = names[asked["name"]](
-                *arguments, **{k: decode_value(v, known) for k, v in asked["kwargs"].items()}
+            if request["name"] not in names:
+                raise NameError(f"name {request['name']!r} is not defined")
+            arguments = [decode_value(a, decode_handle_or_name) for a in request["args"]]
+            value = names[request["name"]](
+                *arguments,
+                **{k: decode_value(v, decode_handle_or_name) for k, v in request["kwargs"].items()},
             )
-            reply = {"value": encode_value(value, keep)}
+            reply = {"value": encode_value(value, encode_handle)}
         except Exception as error:
             reply = {"error": [type(error).__name__, str(error)[:200]]}
         send_message(channel, reply)
 
 
-# --- the tests' side ---
+# --- the process of the tests ---
 
 
 class ProgramFunction:
-    """A name of the program's: it can be called, and handed back to the program."""
+    """A function of the program: the tests can call it and pass it back to the program."""
 
     def __init__(
-        self, name: str, ask: Callable[[str, Sequence[Any], Mapping[str, Any]], Any]
+        self,
+        name: str,
+        call_program: Callable[[str, Sequence[Any], Mapping[str, Any]], Any],
     ) -> None:
-        self.name, self.ask = name, ask
+        self.name, self.call_program = name, call_program
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.ask(self.name, args, kwargs)
+        """Call the function in the process of the program."""
+        return self.call_program(self.name, args, kwargs)
 
 
 class RemoteObject:
-    """A value that stayed with the program: it can only be handed back. It equals nothing but itself."""
+    """A value in the process of the program: the tests can only pass it back. It equals nothing but
+    itself.
+    """
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
 
 
 def free_names(tests: str) -> set[str]:
-    """The names that tests read and do not define."""
+    """Return the names that the tests use and do not define."""
     nodes = list(ast.walk(ast.parse(tests)))
     defined = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
     defined |= {
@@ -220,7 +256,10 @@ def free_names(tests: str) -> set[str]:
 
 
 def used_stdlib_modules(tests: str) -> set[str]:
-    """The modules of the standard library that tests use without importing them: theirs, not what a program may call so."""
+    """Return the standard library modules that the tests use without an import.
+
+    The tests get the real modules, and not objects of the program with these names.
+    """
     nodes = list(ast.walk(ast.parse(tests)))
     used = {
         n.value.id for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
@@ -228,59 +267,82 @@ def used_stdlib_modules(tests: str) -> set[str]:
     return used & sys.stdlib_module_names & free_names(tests)
 
 
+def _encode_reference(value: Any) -> Any:
+    """Encode a value of no plain type that the tests pass to the program."""
+    if isinstance(value, ProgramFunction):
+        return ["name", value.name]
+    if isinstance(value, RemoteObject):
+        return ["handle", value.handle]
+    name = str(getattr(value, "__name__", ""))
+    if isinstance(value, type) and getattr(builtins, name, None) is value:
+        return ["name", name]
+    raise ExchangeError(f"a {type(value).__name__} cannot be passed to the program")
+
+
+def _decode_handle(value: list[Any]) -> Any:
+    """Decode a value that stays in the process of the program."""
+    if value[0] != "handle" or not isinstance(value[1], int):
+        raise ExchangeError("not a value")
+    return RemoteObject(value[1])
+
+
+def _program_error(kind: str, text: str) -> Exception:
+    """Return the exception that the tests see: a builtin one, or else an ExchangeError.
+
+    A StopIteration would end a map() of the tests early, as if all tests had passed.
+    """
+    error_type = getattr(builtins, kind, None)
+    if (
+        isinstance(error_type, type)
+        and issubclass(error_type, Exception)
+        and not issubclass(error_type, StopIteration | StopAsyncIteration)
+    ):
+        return error_type(text)
+    return ExchangeError(f"{kind}: {text}")
+
+
 def execute_tests(
     channel_fd: int, verdict_fd: int, nonce: str, tests: str, names: Sequence[str]
 ) -> None:
-    """Run the tests, their free names and `names` answered by the program; write the nonce and how it ended to `verdict`."""
+    """Run the tests and write [nonce, outcome, reason] to the verdict pipe.
+
+    Args:
+        channel_fd: Descriptor of the socket to the program.
+        verdict_fd: Descriptor of the verdict pipe.
+        nonce: Secret that proves that this process wrote the verdict.
+        tests: Source of the tests.
+        names: Functions of the program, besides the free names of the tests.
+    """
     channel = socket.socket(fileno=channel_fd)
 
-    def mine(value: Any) -> Any:
-        if isinstance(value, ProgramFunction):
-            return ["name", value.name]
-        if isinstance(value, RemoteObject):
-            return ["kept", value.number]
-        name = str(getattr(value, "__name__", ""))
-        if isinstance(value, type) and getattr(builtins, name, None) is value:
-            return ["name", name]
-        raise ExchangeError(f"a {type(value).__name__} cannot be handed over")
-
-    def theirs(value: list[Any]) -> Any:
-        if value[0] != "kept" or not isinstance(value[1], int):
-            raise ExchangeError("not a value")
-        return RemoteObject(value[1])
-
-    def ask(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def call_program(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         send_message(
             channel,
             {
                 "name": name,
-                "args": [encode_value(a, mine) for a in args],
-                "kwargs": {k: encode_value(v, mine) for k, v in kwargs.items()},
+                "args": [encode_value(a, _encode_reference) for a in args],
+                "kwargs": {k: encode_value(v, _encode_reference) for k, v in kwargs.items()},
             },
         )
         match receive_message(channel):
             case {"error": [str(kind), str(text)]}:
-                known = getattr(builtins, kind, None)
-                # a StopIteration of the program's would end a map() of the tests' early, as if all had held
-                if not (isinstance(known, type) and issubclass(known, Exception)) or issubclass(
-                    known, StopIteration | StopAsyncIteration
-                ):
-                    raise ExchangeError(f"{kind}: {text}")
-                raise known(text)
+                raise _program_error(kind, text)
             case {"value": value}:
-                return decode_value(value, theirs)
+                return decode_value(value, _decode_handle)
         raise ExchangeError("not a message")
 
     try:
-        theirs_alone = {name: ProgramFunction(name, ask) for name in {*names, *free_names(tests)}}
-        ours = {
+        functions = {
+            name: ProgramFunction(name, call_program) for name in {*names, *free_names(tests)}
+        }
+        modules = {
             name: importlib.import_module(name) for name in used_stdlib_modules(tests) - set(names)
         }
-        exec(compile(tests, "<tests>", "exec"), {"__name__": "tests"} | theirs_alone | ours)
+        exec(compile(tests, "<tests>", "exec"), {"__name__": "tests"} | functions | modules)
     except AssertionError as error:
-        outcome, why = "wrong", str(error)
+        outcome, reason = "wrong", str(error)
     except Exception as error:
-        outcome, why = "raised", f"{type(error).__name__}: {error}"
+        outcome, reason = "raised", f"{type(error).__name__}: {error}"
     else:
-        outcome, why = "passed", ""
-    os.write(verdict_fd, json.dumps([nonce, outcome, why[:300]]).encode())
+        outcome, reason = "passed", ""
+    os.write(verdict_fd, json.dumps([nonce, outcome, reason[:300]]).encode())

@@ -1,8 +1,11 @@
-"""What runs in the sandbox before a stranger's program does: it builds the walls, then keeps watch. Standard library only.
+"""Isolate this process, then run an untrusted program as its child. Standard library only: this
+file is sent as text.
 
-sandbox.py starts this text with `python -I -S -c`, its settings as JSON in argv[1]. What it builds, in this order: own user, mount, net, pid,
-ipc, uts and cgroup namespaces; a root of a few read-only folders, with no /proc, no /sys, no /etc and no home; a small /tmp in memory; no
-capability and no way to gain one; limits. Process 1 stays here as the watchman; the program is its child and dies with it.
+sandbox.py starts this text with `python -I -S -c` and passes the settings as JSON in argv[1]. In
+this order it creates own user, mount, net, pid, ipc, uts and cgroup namespaces; a root of a few
+read-only folders, without /proc, /sys, /etc and home; a small /tmp in memory; drops all
+capabilities and every way to gain one; and sets limits. Process 1 of the namespace stays here as
+the supervisor; the program is its child and ends with it.
 """
 
 from __future__ import annotations
@@ -16,30 +19,18 @@ import select
 import sys
 from typing import Any
 
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = (
-    1,
-    2,
-    4,
-    8,
-    4096,
-    16384,
-    1 << 18,
-)
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
+MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18
+# user, mount, net, pid, ipc, uts, cgroup
 NAMESPACE_FLAGS = (
     0x10000000 | 0x00020000 | 0x40000000 | 0x20000000 | 0x08000000 | 0x04000000 | 0x02000000
-)  # user, mount, net, pid, ipc, uts, cgroup
-MNT_DETACH, AT_FDCWD, AT_RECURSIVE, SYS_MOUNT_SETATTR = (
-    2,
-    -100,
-    0x8000,
-    442,
-)  # the call has this number on every architecture
+)
+MNT_DETACH, AT_FDCWD, AT_RECURSIVE = 2, -100, 0x8000
+SYS_MOUNT_SETATTR = 442  # on every architecture
+CAPABILITY_HEADER = (0x20080522, 0)  # version 3, this process
 PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 4, 24, 38
-ROOT_CANDIDATES = (
-    "/tmp",
-    "/run",
-    "/mnt",
-)  # where the new root is laid: the first that hides nothing it is made of
+# Mount points of the new root: the first that hides none of the folders that go into it.
+ROOT_CANDIDATES = ("/tmp", "/run", "/mnt")
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -53,7 +44,11 @@ class _MountAttributes(ctypes.Structure):
 
 
 def check_syscall(result: int, call_name: str) -> None:
-    """Raises OSError with the call's name where a system call failed."""
+    """Check the result of a system call.
+
+    Raises:
+        OSError: If the call failed; the message names it.
+    """
     if result < 0:
         raise OSError(ctypes.get_errno(), f"{call_name}: {os.strerror(ctypes.get_errno())}")
 
@@ -61,6 +56,7 @@ def check_syscall(result: int, call_name: str) -> None:
 def mount(
     source: str, target: str, filesystem: str = "", flags: int = 0, options: str = ""
 ) -> None:
+    """Mount a file system, or bind a folder."""
     check_syscall(
         LIBC.mount(
             source.encode(),
@@ -74,7 +70,7 @@ def mount(
 
 
 def set_mount_flags(path: str, flags: int, recursive: bool) -> None:
-    """Make a mount, and the mounts below it, read-only or the like, whatever flags they have already."""
+    """Add flags such as MS_RDONLY to a mount, and to the mounts below it if recursive."""
     attributes = _MountAttributes(flags, 0, 0, 0)
     check_syscall(
         LIBC.syscall(
@@ -90,9 +86,12 @@ def set_mount_flags(path: str, flags: int, recursive: bool) -> None:
 
 
 def build_root(settings: dict[str, Any]) -> None:
-    """A new root of the `binds`, read-only, with a /tmp of its own. Wants an own mount namespace and its CAP_SYS_ADMIN."""
+    """Enter a new root of the folders in `binds`, read-only, with an own /tmp.
+
+    Needs an own mount namespace and CAP_SYS_ADMIN in it.
+    """
     with open("/proc/sys/user/max_user_namespaces", "w", encoding="ascii") as file:
-        file.write("0")  # no namespaces within: the only other way back to capabilities
+        file.write("0")  # nested namespaces would give capabilities back
     mount("none", "/", flags=MS_REC | MS_PRIVATE)
     root = next(
         p
@@ -122,55 +121,60 @@ def build_root(settings: dict[str, Any]) -> None:
     os.chdir(root)
     check_syscall(
         LIBC.pivot_root(b".", b"."), "pivot_root"
-    )  # the old root now lies upon the new one, and goes
+    )  # the old root is now mounted over the new one, and is removed
     check_syscall(LIBC.umount2(b".", MNT_DETACH), "umount the old root")
     os.chdir("/tmp")
 
 
 def drop_privileges(uid: int) -> None:
-    """No groups, another user where one is mapped, no capabilities, and none by any program that is started."""
+    """Drop groups and capabilities, and every way to gain a capability.
+
+    Args:
+        uid: User and group to change to; -1 = keep the current ones.
+    """
     for capability in range(64):
         if LIBC.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) < 0:
-            break  # EINVAL: past the last; a lack of right shows below, where the set is not empty
+            break  # EINVAL after the last one; a missing right shows in the self-test
     if uid >= 0:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
     check_syscall(
-        LIBC.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()), "capset"
+        LIBC.capset((ctypes.c_uint32 * 2)(*CAPABILITY_HEADER), (ctypes.c_uint32 * 6)()), "capset"
     )
     check_syscall(LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
     check_syscall(
         LIBC.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0), "dumpable"
-    )  # the watchman's memory is nobody's
+    )  # nobody may read the memory of the supervisor
 
 
 def run_program(settings: dict[str, Any]) -> None:
-    """The child: limits, three descriptors and its channels, then the program. Never returns."""
+    """Run the program in the child process, with limits, three descriptors and its channels. Never
+    returns.
+    """
     fds = settings["fds"]
     with os.fdopen(fds["program"], "rb", closefd=False) as file:
         program = file.read()
     os.setsid()
-    last = max(fds["keep"] + [3 + len(fds["keep"]), 64]) + 1
-    kept = [
-        os.dup2(fd, last + k) for k, fd in enumerate(fds["keep"])
-    ]  # out of the way first: their numbers may overlap
+    channels = fds["channels"]
+    first_free = max([*channels, 3 + len(channels), 64]) + 1
+    # Move the channels to free numbers first: old and new numbers may overlap.
+    moved = [os.dup2(fd, first_free + k) for k, fd in enumerate(channels)]
     null, out = os.open("/dev/null", os.O_RDONLY), os.dup(fds["output"])
-    for place, fd in enumerate((null, out, out, *kept)):
-        os.dup2(fd, place, inheritable=True)
-    os.closerange(3 + len(kept), max(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 65536))
+    for number, fd in enumerate((null, out, out, *moved)):
+        os.dup2(fd, number, inheritable=True)
+    os.closerange(3 + len(moved), max(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 65536))
     limits = settings["limits"]
-    for kind, most in (
+    for kind, limit in (
         (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_FSIZE, limits["file"]),
-        (resource.RLIMIT_NOFILE, limits["files"]),
-        (resource.RLIMIT_NPROC, limits["processes"] + 2),
-        (resource.RLIMIT_AS, limits["memory"]),
+        (resource.RLIMIT_FSIZE, limits["max_file_bytes"]),
+        (resource.RLIMIT_NOFILE, limits["max_open_files"]),
+        (resource.RLIMIT_NPROC, limits["max_processes"] + 2),
+        (resource.RLIMIT_AS, limits["memory_bytes"]),
     ):
-        resource.setrlimit(kind, (most, most))
-    resource.setrlimit(
-        resource.RLIMIT_CPU, (limits["cpu"], limits["cpu"] + 1)
-    )  # the second limit cannot be ignored
+        resource.setrlimit(kind, (limit, limit))
+    # A program can ignore the signal of the soft limit, but not that of the hard limit.
+    resource.setrlimit(resource.RLIMIT_CPU, (limits["cpu_s"], limits["cpu_s"] + 1))
     names = {"__name__": "__main__", "__builtins__": __builtins__}
     try:
         exec(compile(program, "<program>", "exec"), names)
@@ -191,29 +195,34 @@ def run_program(settings: dict[str, Any]) -> None:
 
 
 def wait_for_program(child: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """Until the program ends, its time is over, or whoever asked is gone."""
+    """Wait until the program ends, its time is over, or the parent closes the `life` pipe.
+
+    Returns:
+        The status line: exit_kind, and exit_code (negative = signal) after an exit.
+    """
     pidfd = os.pidfd_open(child)
     ready, _, _ = select.select(
-        [pidfd, settings["fds"]["life"]], [], [], settings["limits"]["wall"]
+        [pidfd, settings["fds"]["life"]], [], [], settings["limits"]["wall_s"]
     )
     if pidfd not in ready:
-        return {"end": "stopped" if ready else "timeout"}
+        return {"exit_kind": "stopped" if ready else "timeout"}
     _, status = os.waitpid(child, 0)
-    return {"end": "exit", "code": os.waitstatus_to_exitcode(status)}  # negative: the signal
+    return {"exit_kind": "exit", "exit_code": os.waitstatus_to_exitcode(status)}
 
 
 def main() -> None:
+    """Isolate this process, run the program and write status lines to the status pipe."""
     settings = json.loads(sys.argv[1])
     fds = settings["fds"]
 
-    def tell(what: dict[str, Any]) -> None:
-        os.write(fds["status"], json.dumps(what).encode() + b"\n")
+    def report(status: dict[str, Any]) -> None:
+        os.write(fds["status"], json.dumps(status).encode() + b"\n")
 
     try:
-        if settings["own"]:
+        if settings["use_namespaces"]:
             check_syscall(LIBC.unshare(NAMESPACE_FLAGS), "unshare")
-            tell({"end": "unshared"})
-            if os.read(fds["life"], 1) != b"m":  # whoever asked maps the users, then says so
+            report({"exit_kind": "unshared"})
+            if os.read(fds["life"], 1) != b"m":  # the parent has mapped the users
                 return
             if first := os.fork():
                 os.waitpid(first, 0)
@@ -222,14 +231,14 @@ def main() -> None:
         drop_privileges(settings["uid"])
         child = os.fork()
     except (OSError, AttributeError, StopIteration) as error:
-        tell({"end": "failed", "why": str(error) or type(error).__name__})
+        report({"exit_kind": "failed", "reason": str(error) or type(error).__name__})
         os._exit(1)
     if not child:
         run_program(settings)
-    for fd in (fds["output"], fds["program"], *fds["keep"]):
+    for fd in (fds["output"], fds["program"], *fds["channels"]):
         os.close(fd)
-    tell(wait_for_program(child, settings))
-    os._exit(0)  # process 1 of its namespace: the kernel ends all that the program left
+    report(wait_for_program(child, settings))
+    os._exit(0)  # process 1 of the namespace: the kernel ends all remaining processes
 
 
 if __name__ == "__main__":

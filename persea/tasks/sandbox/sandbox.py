@@ -1,7 +1,9 @@
-"""Where strangers' code runs, or is refused: namespaces, a root of its own, limits; proven by a self-test before the first program.
+"""Run untrusted programs in Linux namespaces with limits, or refuse to run them.
 
-Nothing is degraded: where this machine cannot build every wall, `open_sandbox` refuses with the reason and the remedy (exit 7).
-What the walls are: jail.py. What they are not, and what a program is tested by: docs/sandbox.md.
+There is no weaker mode: where this machine cannot build the whole isolation, `open_sandbox` refuses
+with the reason and the remedy (exit 7). A self-test tries to escape in twelve ways before the first
+program runs. isolate.py builds the isolation; docs/sandbox.md lists its limits and how programs are
+tested.
 """
 
 from __future__ import annotations
@@ -16,31 +18,48 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from persea.errors import MissingRequirementError
 
-NOBODY_UID = 65534  # the user programs run as where persea is root: the kernel exempts root from the limit on processes
-WATCHDOG_GRACE_S = 5.0  # seconds beyond the watchman's own limit after which it is killed too
+# The user of programs if persea runs as root: the kernel exempts root from the limit on processes.
+NOBODY_UID = 65534
+WATCHDOG_GRACE_S = 5.0  # after the supervisor's own time limit, before the supervisor is killed too
+REAP_TIMEOUT_S = 1.0  # for the supervisor to end after its last status line
+MAX_HIDDEN_PATHS = 100  # entries of the home folder that the self-test looks for
 ISOLATE_SCRIPT = Path(__file__).with_name("isolate.py")
 SANDBOX_REMEDY = (
-    "allow unprivileged user namespaces (sysctl kernel.apparmor_restrict_unprivileged_userns=0, or a container with "
-    "--security-opt seccomp=unconfined --security-opt systempaths=unconfined), or install bubblewrap; or leave out sets that run code"
+    "allow unprivileged user namespaces (sysctl kernel.apparmor_restrict_unprivileged_userns=0, "
+    "or a container with --security-opt seccomp=unconfined --security-opt systempaths=unconfined), "
+    "or install bubblewrap; or remove the benchmarks that run code from the recipe"
 )
 
 
 class Isolation(StrEnum):
-    NAMESPACES = "own"  # built by jail.py
-    BUBBLEWRAP = "bwrap"  # built by bubblewrap, where the system lets it do what it does not let everybody do
+    """The program that builds the isolation."""
+
+    NAMESPACES = "namespaces"  # isolate.py
+    BUBBLEWRAP = "bwrap"  # bubblewrap, which some systems allow more than other programs
 
 
 @dataclass(frozen=True)
 class SandboxLimits:
-    """cpu, wall in seconds; memory (of one process), file (also the most output) and tmp in bytes; processes and threads; open files."""
+    """Limits of a program.
+
+    Attributes:
+        cpu_s: Seconds of CPU time.
+        wall_s: Seconds of wall time.
+        memory_bytes: Address space of one process.
+        max_processes: Processes and threads.
+        max_open_files: Open files of one process.
+        max_file_bytes: Size of a file; also the most output.
+        tmp_bytes: Size of /tmp.
+    """
 
     cpu_s: int = 5
     wall_s: float = 10.0
@@ -52,14 +71,23 @@ class SandboxLimits:
 
 
 class ExitKind(StrEnum):
+    """How a program ended."""
+
     EXIT = "exit"
     TIMEOUT = "timeout"
-    STOPPED = "stopped"  # by whoever started it
+    STOPPED = "stopped"  # by the process that started it
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """code  exit status, negative = the signal that ended it; output  at most Limits.file bytes of stdout and stderr"""
+    """Result of a program.
+
+    Attributes:
+        exit_kind: How it ended.
+        exit_code: Exit status; negative = the signal that ended it.
+        output: stdout and stderr, at most `SandboxLimits.max_file_bytes`.
+        duration_s: Wall time in seconds.
+    """
 
     exit_kind: ExitKind
     exit_code: int
@@ -69,25 +97,42 @@ class RunResult:
 
 @dataclass(frozen=True, eq=False)
 class RunningProgram:
-    """A program under way."""
+    """A program that has been started. Call `finish` exactly once.
+
+    Attributes:
+        process: The supervisor.
+        life_fd: Closing this pipe ends the program.
+        status_fd: Pipe of the supervisor's status lines.
+        output: File of stdout and stderr.
+        started_at: `time.monotonic()` of the start.
+        wall_limit_s: Seconds of wall time.
+        early_status: Status of a supervisor that failed before the program began, else None.
+    """
 
     process: subprocess.Popen[bytes]
     life_fd: int
     status_fd: int
-    output: Any
+    output: IO[bytes]
     started_at: float
     wall_limit_s: float
     early_status: dict[str, Any] | None
 
     def finish(self, stop: bool = False) -> RunResult:
-        """Wait for its end, or bring it about. Nothing of it is left behind, however it ended.
+        """Wait for the end of the program, and remove every process of it.
 
-        Raises EnvironmentLacks where the walls did not stand.
+        Args:
+            stop: End the program now.
+
+        Returns:
+            The result.
+
+        Raises:
+            MissingRequirementError: If the isolation could not be built (exit 7).
         """
         if stop:
             os.close(self.life_fd)
         try:
-            told = self.early_status or _read_status(
+            status = self.early_status or _read_status(
                 self.status_fd, self.started_at + self.wall_limit_s + WATCHDOG_GRACE_S
             )
         finally:
@@ -95,143 +140,169 @@ class RunningProgram:
                 os.close(self.life_fd)
             os.close(self.status_fd)
             try:
-                self.process.wait(timeout=1)
+                self.process.wait(timeout=REAP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
         with self.output as file:
             file.seek(0)
-            said = file.read()
-        if told["end"] == "failed":
-            words = f"{told['why']} {said[:300].decode(errors='replace')}".strip()
+            output = file.read()
+        if status["exit_kind"] == "failed":
+            message = f"{status['reason']} {output[:300].decode(errors='replace')}".strip()
             raise MissingRequirementError(
-                f"the sandbox cannot be built: {words}", where="sandbox", remedy=SANDBOX_REMEDY
+                f"the sandbox cannot be built: {message}", where="sandbox", remedy=SANDBOX_REMEDY
             )
         return RunResult(
-            ExitKind(told["end"]),
-            int(told.get("code", -9)),
-            said,
+            ExitKind(status["exit_kind"]),
+            int(status.get("exit_code", -9)),
+            output,
             time.monotonic() - self.started_at,
         )
 
 
 @dataclass(frozen=True)
 class Sandbox:
-    """How walls are built here, and by which Python; programs get its standard library and nothing else."""
+    """Runs Python programs in isolation. Programs have the standard library of `python` and nothing
+    else.
+    """
 
     isolation: Isolation
     python: str
     limits: SandboxLimits = SandboxLimits()
 
     def start(self, program: str, channel_fds: Sequence[int] = ()) -> RunningProgram:
-        """Start a Python program. channels: descriptors it finds as 3, 4, ...; it has no other but /dev/null and its output."""
-        begin = time.monotonic()
-        life, alive = os.pipe()
-        told, status = os.pipe()
-        # Handed over as files, not pipes: nobody has to feed them while the walls go up.
-        with tempfile.TemporaryFile() as source:
+        """Start a Python program.
+
+        Args:
+            program: Source of the program.
+            channel_fds: Descriptors that the program inherits as 3, 4, ...; besides them it has
+                /dev/null and its output.
+
+        Returns:
+            The running program.
+
+        Raises:
+            MissingRequirementError: If Python or bubblewrap cannot be started (exit 7).
+        """
+        started_at = time.monotonic()
+        uses_namespaces = self.isolation is Isolation.NAMESPACES
+        is_root = os.geteuid() == 0
+        # Close everything that was opened unless the program runs.
+        with ExitStack() as inherited, ExitStack() as on_failure:
+            inherited_life, life_fd = os.pipe()
+            inherited.callback(os.close, inherited_life)
+            on_failure.callback(os.close, life_fd)
+            status_fd, inherited_status = os.pipe()
+            on_failure.callback(os.close, status_fd)
+            inherited.callback(os.close, inherited_status)
+            # Source and output are files and not pipes, so that nobody has to feed them during the
+            # start.
+            source = inherited.enter_context(tempfile.TemporaryFile())
             source.write(program.encode(errors="surrogatepass"))
             source.seek(0)
-            output = tempfile.TemporaryFile()
-            fds = {
-                "life": life,
-                "status": status,
-                "program": source.fileno(),
-                "output": output.fileno(),
-                "keep": list(channel_fds),
-            }
-            root = os.geteuid() == 0
-            own = self.isolation is Isolation.NAMESPACES
+            output = on_failure.enter_context(tempfile.TemporaryFile())
             settings = {
-                "own": own,
-                "uid": NOBODY_UID if root and own else -1,
-                "fds": fds,
+                "use_namespaces": uses_namespaces,
+                "uid": NOBODY_UID if is_root and uses_namespaces else -1,
+                "fds": {
+                    "life": inherited_life,
+                    "status": inherited_status,
+                    "program": source.fileno(),
+                    "output": output.fileno(),
+                    "channels": list(channel_fds),
+                },
                 "binds": _bind_mount_paths(self.python),
                 "links": _root_symlinks(),
                 "tmp": self.limits.tmp_bytes,
                 "limits": asdict(self.limits),
             }
-            command = [
-                self.python,
-                "-I",
-                "-S",
-                "-c",
-                ISOLATE_SCRIPT.read_text(encoding="utf-8"),
-                json.dumps(settings),
-            ]
-            other: dict[str, Any] = (
-                {"user": NOBODY_UID, "group": NOBODY_UID, "extra_groups": ()}
-                if root and not own
-                else {}
+            process = self._start_supervisor(settings, output, is_root and not uses_namespaces)
+            on_failure.pop_all()
+        early_status = None
+        if uses_namespaces:
+            early_status = _map_namespace_users(process.pid, status_fd, life_fd, is_root)
+        return RunningProgram(
+            process, life_fd, status_fd, output, started_at, self.limits.wall_s, early_status
+        )
+
+    def _start_supervisor(
+        self, settings: dict[str, Any], output: IO[bytes], as_nobody: bool
+    ) -> subprocess.Popen[bytes]:
+        fds = settings["fds"]
+        script = ISOLATE_SCRIPT.read_text(encoding="utf-8")
+        command = [self.python, "-I", "-S", "-c", script, json.dumps(settings)]
+        if not settings["use_namespaces"]:
+            command = [*_bwrap_command(settings), *command]
+        user: dict[str, Any] = {}
+        if as_nobody:
+            user = {"user": NOBODY_UID, "group": NOBODY_UID, "extra_groups": ()}
+        inherited = (fds["life"], fds["status"], fds["program"], fds["output"], *fds["channels"])
+        try:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd="/",
+                env={"LANG": "C.UTF-8"},
+                close_fds=True,
+                pass_fds=inherited,
+                **user,
             )
-            try:
-                process = subprocess.Popen(
-                    command if own else [*_bwrap_command(settings), *command],
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    cwd="/",
-                    env={"LANG": "C.UTF-8"},
-                    close_fds=True,
-                    pass_fds=(life, status, source.fileno(), output.fileno(), *channel_fds),
-                    **other,
-                )
-            except OSError as error:
-                for fd in (life, alive, told, status):
-                    os.close(fd)
-                raise MissingRequirementError(
-                    f"the sandbox cannot be started: {error}",
-                    where="sandbox",
-                    remedy=SANDBOX_REMEDY,
-                ) from error
-        os.close(life)
-        os.close(status)
-        early = _map_namespace_users(process.pid, told, alive, root) if own else None
-        return RunningProgram(process, alive, told, output, begin, self.limits.wall_s, early)
+        except OSError as error:
+            raise MissingRequirementError(
+                f"the sandbox cannot be started: {error}", where="sandbox", remedy=SANDBOX_REMEDY
+            ) from error
 
     def run(self, program: str) -> RunResult:
-        """Run a Python program to its end."""
+        """Run a Python program to its end. Raises as `start` and `RunningProgram.finish` do."""
         return self.start(program).finish()
 
 
 def _read_status(status_fd: int, deadline: float) -> dict[str, Any]:
-    """The watchman's next line; his silence, or his death, is a timeout or a wall that did not stand."""
+    """Return the supervisor's next status line; a timeout if it is silent, a failure if it
+    ended.
+    """
     line = b""
     while not line.endswith(b"\n"):
         ready, _, _ = select.select([status_fd], [], [], max(0.0, deadline - time.monotonic()))
-        more = os.read(status_fd, 1) if ready else b""
         if not ready:
-            return {"end": "timeout"}
+            return {"exit_kind": "timeout"}
+        more = os.read(status_fd, 1)
         if not more:
-            return {"end": "failed", "why": "it ended before the program began"}
+            return {"exit_kind": "failed", "reason": "it ended before the program began"}
         line += more
-    found: dict[str, Any] = json.loads(line)
-    return found
+    status: dict[str, Any] = json.loads(line)
+    return status
 
 
 def _map_namespace_users(
     pid: int, status_fd: int, life_fd: int, is_root: bool
 ) -> dict[str, Any] | None:
-    """Give the new namespace its users: ourselves as 0, and `nobody` where we are root. Returns what the watchman says instead, if he does."""
+    """Map this user to 0 in the new namespace, and `nobody` too if persea runs as root.
+
+    Returns:
+        None, or the status of a supervisor that failed.
+    """
     first = _read_status(status_fd, time.monotonic() + WATCHDOG_GRACE_S)
-    if first["end"] != "unshared":
+    if first["exit_kind"] != "unshared":
         return first
     try:
         if not is_root:
             Path(f"/proc/{pid}/setgroups").write_text("deny")
-        for name, own in (("uid_map", os.geteuid()), ("gid_map", os.getegid())):
+        for name, own_id in (("uid_map", os.geteuid()), ("gid_map", os.getegid())):
             Path(f"/proc/{pid}/{name}").write_text(
-                f"0 {own} 1\n" + (f"{NOBODY_UID} {NOBODY_UID} 1\n" if is_root else "")
+                f"0 {own_id} 1\n" + (f"{NOBODY_UID} {NOBODY_UID} 1\n" if is_root else "")
             )
-    except OSError as error:
-        os.write(life_fd, b"x")
-        return {"end": "failed", "why": f"users of the new namespace: {error}"}
-    os.write(life_fd, b"m")
+        os.write(life_fd, b"m")
+    except OSError as error:  # also BrokenPipeError, if the supervisor was killed meanwhile
+        # `finish` closes the pipe, which ends a supervisor that still waits for its users.
+        return {"exit_kind": "failed", "reason": f"users of the new namespace: {error}"}
     return None
 
 
 def _bind_mount_paths(python: str) -> list[str]:
-    """Folders a Python program needs, none inside another."""
+    """Return the folders that a Python program needs, none inside another."""
     wanted = [
         "/usr",
         *(p for p in ("/lib", "/lib64") if os.path.isdir(p) and not os.path.islink(p)),
@@ -245,13 +316,13 @@ def _bind_mount_paths(python: str) -> list[str]:
 
 
 def _root_symlinks() -> dict[str, str]:
-    """/lib and the like, where they are links into /usr."""
+    """Return /lib and the like, if they are links into /usr: link -> target."""
     return {p: os.readlink(p) for p in ("/lib", "/lib64", "/bin") if os.path.islink(p)}
 
 
 def _bwrap_command(settings: dict[str, Any]) -> list[str]:
-    """Bubblewrap's words for the same walls."""
-    words = [
+    """Return the command line with which bubblewrap builds the same isolation."""
+    command = [
         shutil.which("bwrap") or "bwrap",
         "--unshare-all",
         "--unshare-user",
@@ -265,11 +336,11 @@ def _bwrap_command(settings: dict[str, Any]) -> list[str]:
         "C.UTF-8",
     ]
     for path in settings["binds"]:
-        words += ["--ro-bind", path, path]
+        command += ["--ro-bind", path, path]
     for path, target in settings["links"].items():
-        words += ["--symlink", target, path]
+        command += ["--symlink", target, path]
     return [
-        *words,
+        *command,
         "--dev-bind",
         "/dev/null",
         "/dev/null",
@@ -319,10 +390,11 @@ def unshare():
     os._exit(3)
 capabilities = (ctypes.c_uint32 * 6)()
 libc.capget((ctypes.c_uint32 * 2)(0x20080522, 0), capabilities)
-held = dict(
+results = dict(
     network=fails(lambda: socket.create_connection((host, port), 1)),
     files=not any(os.path.exists(p) for p in ("/etc/passwd", "/proc/self", "/sys", *hidden)),
-    root=all(fails(lambda p=p: write(p)) for p in ("/canary", "/usr/canary", "/dev/canary", sys.executable))
+    root=all(fails(lambda p=p: write(p))
+        for p in ("/canary", "/usr/canary", "/dev/canary", sys.executable))
         and all(os.statvfs(p).f_flag & os.ST_RDONLY for p in ("/", "/usr", sys.base_prefix)),
     tmp=not fails(lambda: write("/tmp/mine")) and os.getcwd() == "/tmp",
     environment=set(os.environ) <= {{"LANG", "LC_CTYPE", "PWD"}},
@@ -334,64 +406,72 @@ held = dict(
     size=fails(big),
     forks=fails(many),
 )
-print(json.dumps(held))
+print(json.dumps(results))
 """
 
 
 def verify_isolation(sandbox: Sandbox) -> None:
-    """Try to break out by each way we know. Raises EnvironmentLacks that names every wall that does not hold."""
+    """Run a program that tries every known way to escape.
+
+    Raises:
+        MissingRequirementError: If a way is open; the message names every one (exit 7).
+    """
     with tempfile.NamedTemporaryFile() as canary, socket.create_server(("127.0.0.1", 0)) as server:
         limits, needed = sandbox.limits, _bind_mount_paths(sandbox.python)
         home = Path.home()
-        own = (
-            sorted(home.iterdir()) if os.access(home, os.R_OK | os.X_OK) else []
-        )  # a user without a home has nothing there to hide
+        # A user without a home has nothing there to hide.
+        entries = sorted(home.iterdir()) if os.access(home, os.R_OK | os.X_OK) else []
         hidden = [
             canary.name,
-            *(str(p) for p in own if not any(f"{b}/".startswith(f"{p}/") for b in needed)),
+            *(str(p) for p in entries if not any(f"{b}/".startswith(f"{p}/") for b in needed)),
         ]
         probe = ESCAPE_PROBE.format(
             host="127.0.0.1",
             port=server.getsockname()[1],
-            hidden=hidden[:100],
+            hidden=hidden[:MAX_HIDDEN_PATHS],
             file=limits.max_file_bytes,
             processes=limits.max_processes,
             memory=limits.memory_bytes,
         )
-        ran = sandbox.run(probe)
+        result = sandbox.run(probe)
     try:
-        held = json.loads(ran.output)
+        passed = json.loads(result.output)
     except ValueError:
-        held = {
-            f"the self-test itself ({ran.exit_kind} {ran.exit_code}: {ran.output[-200:].decode(errors='replace')!r})": False
-        }
-    weak = [name for name, holds in held.items() if not holds]
-    if weak:
+        end = result.output[-200:].decode(errors="replace")
+        passed = {f"the self-test itself ({result.exit_kind} {result.exit_code}: {end!r})": False}
+    failed = [name for name, ok in passed.items() if not ok]
+    if failed:
         raise MissingRequirementError(
-            f"the sandbox does not hold: {', '.join(weak)}",
-            where=f"sandbox, walls of {sandbox.isolation}",
+            f"the sandbox does not isolate: {', '.join(failed)}",
+            where=f"sandbox, {sandbox.isolation}",
             remedy=SANDBOX_REMEDY,
         )
 
 
 @cache
-def open_sandbox() -> Sandbox:
-    """A sandbox that has proven itself: with own walls, or bubblewrap's where it is installed. Once a process.
+def open_sandbox(limits: SandboxLimits = SandboxLimits()) -> Sandbox:
+    """Return a sandbox that passed its self-test; tested once in a process for each set of limits.
 
-    Raises EnvironmentLacks where neither holds.
+    Own namespaces are tried first, then bubblewrap if it is installed.
+
+    Raises:
+        MissingRequirementError: If neither isolates programs on this machine (exit 7).
     """
     reasons = []
-    for walls in (
+    kinds = (
         Isolation.NAMESPACES,
         *((Isolation.BUBBLEWRAP,) if shutil.which("bwrap") else ()),
-    ):
-        sandbox = Sandbox(walls, os.path.realpath(sys.executable))
+    )
+    for isolation in kinds:
+        sandbox = Sandbox(isolation, os.path.realpath(sys.executable), limits)
         try:
             verify_isolation(sandbox)
         except MissingRequirementError as error:
-            reasons.append(f"{walls}: {error.message}")
+            reasons.append(f"{isolation}: {error.message}")
         else:
             return sandbox
     raise MissingRequirementError(
-        "no code is run here: " + "; ".join(reasons), where="sandbox", remedy=SANDBOX_REMEDY
+        "this machine cannot run untrusted code: " + "; ".join(reasons),
+        where="sandbox",
+        remedy=SANDBOX_REMEDY,
     )

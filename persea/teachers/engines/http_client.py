@@ -1,13 +1,16 @@
-"""Line: requests to one server, many at once, each answered exactly once; what fails is asked again, later, and given up in the end.
+"""HTTP client for one server: many requests at once, each answered exactly once, with retries.
 
-The watchdog looks at tokens: a server whose health route answers and that says no token is a dead one.
+The watchdog counts tokens, not connections: a server whose health route answers but that generates
+no token within
+`stall_timeout_s` counts as dead.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
@@ -25,36 +28,36 @@ if TYPE_CHECKING:
     import httpx2
 
 T = TypeVar("T")
-MAX_RETRY_AFTER_S = 300.0  # seconds a server's Retry-After is obeyed for; 1e9 and dates of next year mean "later", not "never"
-INITIAL_BACKOFF_S, MAX_BACKOFF_S = (
-    0.5,
-    30.0,
-)  # seconds before the second attempt, doubled each time up to MOST, where the server names none
-MAX_RESPONSE_BYTES = (
-    256 << 20
-)  # bytes of an answer: 32k positions of 20 named tokens are 60 MB of JSON
+# Longest Retry-After that is obeyed, in seconds: servers send 1e9 or a date in a year for "later".
+MAX_RETRY_AFTER_S = 300.0
+# Delay before the second attempt where the server names none; doubled for each further attempt.
+INITIAL_BACKOFF_S = 0.5
+MAX_BACKOFF_S = 30.0
+MAX_RESPONSE_BYTES = 256 << 20  # 32k positions with 20 tokens each are 60 MB of JSON
 RETRYABLE_STATUS_CODES = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 FATAL_STATUS_REASONS = {
     401: "the key is missing or wrong",
-    403: "the key may not ask this",
+    403: "the key has no permission for this request",
     404: "no such route or model",
     405: "no such route",
 }
-MAX_FAILED_REQUEST_SHARE = (
-    0.05  # share of prompts given up, from TRIED on, at which it is the server that is broken
-)
-MIN_REQUESTS_BEFORE_GIVING_UP = 20
+MIN_REQUESTS_BEFORE_GIVING_UP = 20  # the share of failed requests is not judged below it
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How a server is asked.
+    """When requests are repeated and when a server is given up.
 
-    concurrency  requests at once
-    attempts     of one request, before it is given up
-    stall        seconds without a token (of a scored prompt: in all) after which a request is broken off
-    patience     seconds without any answer after which the server is given up
-    budget       tokens, asked and said, of one run; 0 = no limit
+    Attributes:
+        concurrency: Requests at once.
+        max_attempts: Attempts per request before it counts as failed.
+        stall_timeout_s: Seconds without a new token (or, for a scored prompt, without an answer)
+            after which an attempt is aborted.
+        give_up_after_s: Seconds without any answer after which the server is given up.
+        max_total_tokens: Tokens, prompts and answers, that this client may use; 0 = no limit. It
+            is checked before each request, so requests in flight can exceed it.
+        max_failed_share: Share of failed requests above which the server counts as broken, from
+            MIN_REQUESTS_BEFORE_GIVING_UP requests on.
     """
 
     concurrency: int = 8
@@ -62,15 +65,20 @@ class RetryPolicy:
     stall_timeout_s: float = 60.0
     give_up_after_s: float = 600.0
     max_total_tokens: int = 0
+    max_failed_share: float = 0.05
 
 
 @dataclass(frozen=True)
 class Request(Generic[T]):
-    """One request. read: the whole answer, or of a stream all its events -> what it says; raises Malformed.
+    """One request.
 
-    body     None = a GET
-    cost     answer -> tokens asked and said, for the budget
-    told     event -> whether it brings a token; given where the answer is streamed
+    Attributes:
+        path: Path below the server's URL.
+        body: JSON body of a POST; None sends a GET.
+        parse_response: Converts the JSON answer (for a stream, the list of its events); raises
+            MalformedResponseError.
+        count_tokens: Number of tokens of prompt and answer, for the budget.
+        event_has_token: Whether an event holds a token; None if the answer is not streamed.
     """
 
     path: str
@@ -81,7 +89,12 @@ class Request(Generic[T]):
 
 
 class RetryableError(Exception):
-    """An attempt failed and may be made again, not before `wait` seconds (None = the server names none). lost: the connection broke."""
+    """An attempt failed and may be repeated.
+
+    Attributes:
+        retry_after_s: Seconds to wait before it; None if the server names none.
+        connection_lost: Whether the connection broke.
+    """
 
     def __init__(
         self, reason: str, retry_after_s: float | None = None, connection_lost: bool = False
@@ -91,15 +104,24 @@ class RetryableError(Exception):
 
 
 class RejectedRequestError(Exception):
-    """The server refuses this request for good."""
+    """The server rejected a request; repeating it is useless."""
 
 
 @dataclass(eq=False)
 class HttpClient:
-    """A server. key is sent as a bearer token and shown nowhere.
+    """A connection to one server.
 
-    spent    tokens so far; failed, asked: requests given up, and made
-    breaks   connections that broke: whoever is there afterwards may be another
+    Attributes:
+        url: Base URL.
+        name: Name of the teacher, for messages.
+        retry_policy: See RetryPolicy.
+        api_key: Sent as a bearer token and removed from all messages.
+        clock: Monotonic seconds; replaced in tests.
+        sleep: Replaced in tests.
+        num_tokens_used: Tokens of all answered requests.
+        num_requests: Finished requests, failed ones included.
+        num_failed_requests: Requests that were given up.
+        num_lost_connections: Broken connections; another server may answer after one.
     """
 
     url: str
@@ -116,11 +138,18 @@ class HttpClient:
     _last_response_at: float = 0.0
 
     def send_all(self, requests: Sequence[Request[T]]) -> list[T | EngineFailure]:
-        """Every job's answer, in order. Raises TeacherError where the server is given up, Refused where the budget is spent."""
-        return asyncio.run(self._send_all_async(requests)) if requests else []
+        """Send requests concurrently, and return their answers in order.
+
+        Works inside a running event loop too, as in a notebook; it blocks that loop.
+
+        Raises:
+            TeacherError: The server was given up.
+            RefusedError: The token budget is used up.
+        """
+        return _run_coroutine(self._send_all_async(requests)) if requests else []
 
     def send(self, request: Request[T]) -> T:
-        """One answer. Raises TeacherError where there is none."""
+        """Send one request. Raises TeacherError if it fails."""
         (answer,) = self.send_all([request])
         if isinstance(answer, EngineFailure):
             self._raise_server_error(answer.reason, "look at the server's own log")
@@ -134,13 +163,11 @@ class HttpClient:
         async with self._open_client() as client:
             try:
                 async with asyncio.TaskGroup() as group:
-                    for job in requests:
-                        work = self._send_with_retries(client, slots, job)
+                    for request in requests:
+                        work = self._send_with_retries(client, slots, request)
                         tasks.append(group.create_task(work))
             except BaseExceptionGroup as error:
-                raise error.exceptions[
-                    0
-                ] from None  # the first that ended it; the others were cancelled
+                raise error.exceptions[0] from None  # the cause; the others were cancelled
         return [t.result() for t in tasks]
 
     def _open_client(self) -> httpx2.AsyncClient:
@@ -161,32 +188,18 @@ class HttpClient:
     async def _send_with_retries(
         self, client: httpx2.AsyncClient, slots: asyncio.Semaphore, request: Request[T]
     ) -> T | EngineFailure:
-        why = ""
+        reason = ""
         for attempt in range(self.retry_policy.max_attempts):
             async with slots:
-                while (
-                    wait := self._paused_until - self.clock()
-                ) > 0:  # the whole pool waits: others' requests are what the server is tired of
+                # All requests wait, not only this one: the server is overloaded by their sum.
+                while (wait := self._paused_until - self.clock()) > 0:
                     await self.sleep(wait)
                 self._refuse_spent_budget()
                 try:
                     answer = await self._attempt(client, request)
                 except RetryableError as error:
-                    why = str(error)
-                    self.num_lost_connections += error.connection_lost
-                    if self.clock() - self._last_response_at > self.retry_policy.give_up_after_s:
-                        self._raise_server_error(
-                            f"no answer for {self.retry_policy.give_up_after_s:g} s: {why}",
-                            "is it running? the same command goes on where it was",
-                        )
-                    if error.retry_after_s is not None:
-                        self._paused_until = max(
-                            self._paused_until,
-                            self.clock() + min(error.retry_after_s, MAX_RETRY_AFTER_S),
-                        )
-                        pause = 0.0
-                    else:
-                        pause = min(MAX_BACKOFF_S, INITIAL_BACKOFF_S * 2**attempt)
+                    reason = str(error)
+                    delay = self._handle_retryable(error, attempt)
                 except RejectedRequestError as error:
                     return self._record_failure(str(error))
                 else:
@@ -195,20 +208,36 @@ class HttpClient:
                     self.num_tokens_used += request.count_tokens(answer)
                     return answer
             if attempt + 1 < self.retry_policy.max_attempts:
-                await self.sleep(pause)
+                await self.sleep(delay)
         return self._record_failure(
-            f"{self.retry_policy.max_attempts} attempts failed, the last: {why}"
+            f"{self.retry_policy.max_attempts} attempts failed, the last: {reason}"
         )
+
+    def _handle_retryable(self, error: RetryableError, attempt: int) -> float:
+        """Count a failed attempt, and return the seconds that its request waits by itself."""
+        self.num_lost_connections += error.connection_lost
+        if self.clock() - self._last_response_at > self.retry_policy.give_up_after_s:
+            self._raise_server_error(
+                f"no answer for {self.retry_policy.give_up_after_s:g} s: {error}",
+                "is it running? the same command continues where it stopped",
+            )
+        if error.retry_after_s is None:
+            return float(min(MAX_BACKOFF_S, INITIAL_BACKOFF_S * 2**attempt))
+        pause = min(error.retry_after_s, MAX_RETRY_AFTER_S)
+        self._paused_until = max(self._paused_until, self.clock() + pause)
+        return 0.0
 
     def _record_failure(self, reason: str) -> EngineFailure:
         self.num_requests += 1
         self.num_failed_requests += 1
+        allowed = self.retry_policy.max_failed_share * self.num_requests
         if (
             self.num_requests >= MIN_REQUESTS_BEFORE_GIVING_UP
-            and self.num_failed_requests > MAX_FAILED_REQUEST_SHARE * self.num_requests
+            and self.num_failed_requests > allowed
         ):
             self._raise_server_error(
-                f"{self.num_failed_requests} of {self.num_requests} requests failed, the last: {reason}",
+                f"{self.num_failed_requests} of {self.num_requests} requests failed, "
+                f"the last: {reason}",
                 "look at the server's own log, then run again",
             )
         return EngineFailure(self.redact(reason))
@@ -219,16 +248,17 @@ class HttpClient:
             and self.num_tokens_used >= self.retry_policy.max_total_tokens
         ):
             raise RefusedError(
-                f"the budget is spent: {self.num_tokens_used:,} tokens",
+                f"the token budget is used up: {self.num_tokens_used:,} tokens",
                 where=self.name,
-                remedy="raise `budget:` of its endpoint and run again: what is committed stays",
+                remedy="raise `max_total_tokens:` of its endpoint and run again: "
+                "cached answers are kept",
             )
 
     def _raise_server_error(self, reason: str, remedy: str) -> NoReturn:
         raise TeacherError(self.redact(reason), where=f"{self.name}, {self.url}", remedy=remedy)
 
     def redact(self, text: str) -> str:
-        """The text without the key, should the server have said it back."""
+        """Remove the API key from a text, in case the server repeated it."""
         return text.replace(self.api_key, "***") if self.api_key else text
 
     async def _attempt(self, client: httpx2.AsyncClient, request: Request[T]) -> T:
@@ -241,9 +271,9 @@ class HttpClient:
             ):
                 await self._raise_for_status(response)
                 if request.event_has_token is None:
-                    said = parse_json(await _read_body(response))
-                    refuse_error_body(said)
-                    return request.parse_response(said)
+                    body = parse_json(await _read_body(response))
+                    refuse_error_body(body)
+                    return request.parse_response(body)
                 events = []
                 async for event in _iter_events(response):
                     refuse_error_body(event)
@@ -280,31 +310,41 @@ class HttpClient:
     async def _raise_for_status(self, response: httpx2.Response) -> None:
         if response.status_code == 200:
             if response.headers.get("content-encoding", "identity") != "identity":
-                raise MalformedResponseError("a packed answer, which was not asked for")
+                raise MalformedResponseError("a compressed answer, which was not requested")
             return
-        code, said = (
-            response.status_code,
-            (await _read_body(response))[:300].decode(errors="replace"),
-        )
-        why = f"status {code}: {said}"
+        code = response.status_code
+        body = (await _read_body(response))[:300].decode(errors="replace")
+        reason = f"status {code}: {body}"
         if code in RETRYABLE_STATUS_CODES:
-            raise RetryableError(why, _parse_retry_after(response.headers))
+            raise RetryableError(reason, _parse_retry_after(response.headers))
         if code in FATAL_STATUS_REASONS:
             self._raise_server_error(
-                f"{FATAL_STATUS_REASONS[code]}: {why}",
-                "look at `url:`, `served:` and the variable that `key_env:` names",
+                f"{FATAL_STATUS_REASONS[code]}: {reason}",
+                "look at `url:`, `served_model_name:` and the variable that `key_env:` names",
             )
-        raise RejectedRequestError(why)
+        raise RejectedRequestError(reason)
+
+
+def _run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end; in a thread of its own if this one has a running event loop."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()
 
 
 def _parse_retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that Retry-After asks for, as a number or as a date by the server's own clock; None where it makes no sense."""
-    said = headers.get("retry-after", "").strip()
+    """Return the seconds of Retry-After, a number or a date by the server's own clock; None if
+    malformed.
+    """
+    value = headers.get("retry-after", "").strip()
     try:
-        seconds = float(said)
+        seconds = float(value)
     except ValueError:
         try:
-            then = parsedate_to_datetime(said)
+            then = parsedate_to_datetime(value)
             now = parsedate_to_datetime(headers["date"])
             seconds = (then - now).total_seconds()
         except (ValueError, KeyError, TypeError, OverflowError):
@@ -313,6 +353,7 @@ def _parse_retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 async def _read_body(response: httpx2.Response) -> bytes:
+    """Read a whole body, up to MAX_RESPONSE_BYTES."""
     parts, size = [], 0
     async for part in response.aiter_raw():
         size += len(part)
@@ -323,21 +364,18 @@ async def _read_body(response: httpx2.Response) -> bytes:
 
 
 async def _iter_events(response: httpx2.Response) -> AsyncIterator[Any]:
-    """Events of a server-sent stream as JSON, up to its [DONE], without which it was cut off."""
-    kept, size = b"", 0
+    """Yield the events of a server-sent stream as JSON. A stream without [DONE] was cut off."""
+    rest, size = b"", 0
     async for part in response.aiter_raw():
         size += len(part)
         if size > MAX_RESPONSE_BYTES:
             raise MalformedResponseError(f"an answer of more than {MAX_RESPONSE_BYTES >> 20} MiB")
-        *lines, kept = (kept + part).split(b"\n")
+        *lines, rest = (rest + part).split(b"\n")
         for line in lines:
             data = line.strip().removeprefix(b"data:").strip() if line.startswith(b"data:") else b""
             if data == b"[DONE]":
                 return
             if data:
                 yield parse_json(data)
-    raise MalformedResponseError(
-        f"the stream ended without its end: {kept[:60]!r}"
-        if kept.strip()
-        else "the stream ended without its end"
-    )
+    cut = f": {rest[:60]!r}" if rest.strip() else ""
+    raise MalformedResponseError(f"the stream ended without [DONE]{cut}")

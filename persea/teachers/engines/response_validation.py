@@ -1,11 +1,14 @@
-"""What a server says of log-probabilities, believed only where it could be true. Servers lie: every value is looked at before it is a row."""
+"""Validation of what servers return: every value is checked before it becomes a distribution.
+
+Servers return wrong tokens, truncated distributions and sentinel values without an error; all of
+them are refused here.
+"""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import io
-import json
 from dataclasses import dataclass
 from itertools import pairwise
 from math import exp, isfinite
@@ -19,24 +22,30 @@ from persea.distributions import (
     SparseDistributions,
     distributions_from_top_logprobs,
 )
+from persea.storage import parse_strict_json
 
-POSITIVE_LOGPROB_TOLERANCE_NATS = (
-    1e-6  # a log-probability may lie above 0 by a float32's rounding, and by no more
-)
-LOGPROB_SENTINEL_THRESHOLD = -9000.0  # -9999 stands for minus infinity in JSON (vLLM, SGLang): the server changed its distributions before it told them
-REPEATED_LOGPROB_TOLERANCE_NATS = (
-    1e-3  # nats by which two statements about one token may differ: a JSON of float16 values
-)
+# A log-probability may exceed 0 by the rounding of float32.
+POSITIVE_LOGPROB_TOLERANCE_NATS = 1e-6
+# vLLM and SGLang write -9999 for minus infinity: the server truncated its distributions.
+LOGPROB_SENTINEL_THRESHOLD = -9000.0
+# Two values of one token in one answer may differ by the rounding of float16.
+REPEATED_LOGPROB_TOLERANCE_NATS = 1e-3
 
 
 class MalformedResponseError(ValueError):
-    """An answer that cannot be true, or is none; why, in plain words. It may be asked again."""
+    """A server's answer is malformed or impossible; the message says why. The request may be
+    repeated.
+    """
 
 
 @dataclass(frozen=True)
 class RawPromptLogprobs:
-    """What a server said of a prompt's T tokens, unchecked: for each, its id, its log-probability (None of the first), and the likeliest
-    tokens there with theirs (empty for the first).
+    """A server's log-probabilities of a prompt of T tokens, unchecked.
+
+    Attributes:
+        ids: Token ids.
+        target_logprobs: Log-probability of each token; None for the first.
+        top_logprobs: Most likely (id, log-probability) pairs per position; empty for the first.
     """
 
     ids: list[Any]
@@ -45,54 +54,53 @@ class RawPromptLogprobs:
 
 
 def require_object(value: Any, label: str) -> dict[str, Any]:
+    """Return a JSON object, or raise MalformedResponseError."""
     if not isinstance(value, dict):
-        raise MalformedResponseError(f"{label} is no object: {_shorten_repr(value)}")
+        raise MalformedResponseError(f"{label} is not an object: {_shorten_repr(value)}")
     return value
 
 
 def require_list(value: Any, label: str) -> list[Any]:
+    """Return a JSON list, or raise MalformedResponseError."""
     if not isinstance(value, list):
         raise MalformedResponseError(
             f"{label} is missing"
             if value is None
-            else f"{label} is no list: {_shorten_repr(value)}"
+            else f"{label} is not a list: {_shorten_repr(value)}"
         )
     return value
 
 
 def require_token_id(value: Any, vocab_size: int, label: str) -> int:
-    """A token id; bool is no number."""
+    """Return a token id, or raise MalformedResponseError. A bool is not a number."""
     if type(value) is not int or not 0 <= value < vocab_size:
         raise MalformedResponseError(
-            f"{label}: {_shorten_repr(value)} is no id of a vocabulary of {vocab_size:,} tokens"
+            f"{label}: {_shorten_repr(value)} is not a token id below {vocab_size:,}"
         )
     return value
 
 
 def require_logprob(value: Any, label: str) -> float:
-    """A natural log-probability: finite, at most 0."""
+    """Return a natural log-probability, finite and at most 0, or raise MalformedResponseError."""
     if type(value) not in (int, float) or not isfinite(value):
-        raise MalformedResponseError(f"{label}: {_shorten_repr(value)} is no log-probability")
+        raise MalformedResponseError(f"{label}: {_shorten_repr(value)} is not a log-probability")
     if value > POSITIVE_LOGPROB_TOLERANCE_NATS:
         raise MalformedResponseError(f"{label}: a log-probability of {value:g} is above 0")
     if value <= LOGPROB_SENTINEL_THRESHOLD:
         raise MalformedResponseError(
-            f"{label}: {value:g} stands for minus infinity: the server cut its distributions; ask it for raw log-probabilities"
+            f"{label}: {value:g} means minus infinity: the server truncated its distributions; "
+            "configure it to return raw log-probabilities"
         )
     return min(0.0, float(value))
 
 
 def parse_json(body: bytes | str) -> Any:
-    """JSON without NaN and Infinity."""
+    """Parse JSON; NaN and Infinity are refused."""
     try:
-        return json.loads(body, parse_constant=_reject_json_constant)
+        return parse_strict_json(body)
     except (ValueError, RecursionError) as error:
         start = body[:60] if isinstance(body, str) else body[:60].decode(errors="replace")
         raise MalformedResponseError(f"not JSON: {start!r}") from error
-
-
-def _reject_json_constant(name: str) -> None:
-    raise ValueError(name)
 
 
 def to_sparse_distributions(
@@ -102,115 +110,140 @@ def to_sparse_distributions(
     num_top_logprobs: int,
     vocab_size: int,
 ) -> SparseDistributions:
-    """Rows of kind TOPK_REST of the learned tokens.
+    """Convert a server's log-probabilities to distributions of kind TOPK.
 
-    ids_T, learn_T  what was asked about; top  tokens named at each position; width  the vocabulary's size
-    Raises Malformed where the answer is about other tokens, or a position's statement is no head of a distribution.
+    Args:
+        prompt_logprobs: The server's values.
+        ids_T: Token ids that were sent.
+        loss_mask_T: Supervised tokens; one row each.
+        num_top_logprobs: Tokens K to list per position.
+        vocab_size: Number of token ids of the tokenizer.
+
+    Returns:
+        N distributions of K tokens.
+
+    Raises:
+        MalformedResponseError: The answer is about other tokens, or the values at a position are
+            not the most likely tokens of a distribution.
     """
-    for what, values in (
+    for label, values in (
         ("ids", prompt_logprobs.ids),
         ("log-probabilities", prompt_logprobs.target_logprobs),
         ("positions with candidates", prompt_logprobs.top_logprobs),
     ):
         if len(values) != len(ids_T):
-            raise MalformedResponseError(f"{len(values)} {what} for {len(ids_T)} tokens")
-    for t, (said, asked) in enumerate(zip(prompt_logprobs.ids, ids_T.tolist(), strict=True)):
-        if type(said) is not int or said != asked:
+            raise MalformedResponseError(f"{len(values)} {label} for {len(ids_T)} tokens")
+    for t, (returned, sent) in enumerate(zip(prompt_logprobs.ids, ids_T.tolist(), strict=True)):
+        if type(returned) is not int or returned != sent:
             raise MalformedResponseError(
-                f"position {t}: the server speaks of token {_shorten_repr(said)}, asked was {asked}"
+                f"position {t}: the answer is about token {_shorten_repr(returned)}, "
+                f"{sent} was sent"
             )
-    learned = np.flatnonzero(loss_mask_T)
-    ids_NK, logs_NK = (
-        np.empty((len(learned), num_top_logprobs), np.int64),
-        np.empty((len(learned), num_top_logprobs)),
-    )
-    realised_N = np.empty(len(learned))
-    for n, t in enumerate(learned.tolist()):
-        realised_N[n] = require_logprob(prompt_logprobs.target_logprobs[t], f"position {t}")
-        ids_NK[n], logs_NK[n] = _require_top_logprobs(
-            prompt_logprobs.top_logprobs[t], num_top_logprobs, vocab_size, f"position {t}"
+    supervised = np.flatnonzero(loss_mask_T)
+    shape = (len(supervised), num_top_logprobs)
+    ids_NK, logprob_NK = np.empty(shape, np.int64), np.empty(shape)
+    target_logprob_N = np.empty(len(supervised))
+    for n, t in enumerate(supervised.tolist()):
+        where = f"position {t}"
+        target_logprob_N[n] = require_logprob(prompt_logprobs.target_logprobs[t], where)
+        ids_NK[n], logprob_NK[n] = _require_top_logprobs(
+            prompt_logprobs.top_logprobs[t], num_top_logprobs, vocab_size, where
         )
         _require_consistent_target(
-            int(ids_T[t]), float(realised_N[n]), ids_NK[n], logs_NK[n], f"position {t}"
+            int(ids_T[t]), float(target_logprob_N[n]), ids_NK[n], logprob_NK[n], where
         )
-    return distributions_from_top_logprobs(ids_NK, logs_NK, ids_T[learned], realised_N)
+    return distributions_from_top_logprobs(ids_NK, logprob_NK, ids_T[supervised], target_logprob_N)
 
 
 def _require_top_logprobs(
     top_logprobs: list[tuple[Any, Any]], num_top_logprobs: int, vocab_size: int, where: str
 ) -> tuple[list[int], list[float]]:
-    """The `top` likeliest tokens and their log-probabilities."""
+    """Check the most likely tokens of a position, and return ids and log-probabilities."""
     if len(top_logprobs) < num_top_logprobs:
         raise MalformedResponseError(
-            f"{where}: {len(top_logprobs)} tokens are named, {num_top_logprobs} were asked for"
+            f"{where}: {len(top_logprobs)} tokens are listed, {num_top_logprobs} were requested"
         )
     ids = [require_token_id(i, vocab_size, where) for i, _ in top_logprobs[:num_top_logprobs]]
-    logs = [require_logprob(x, where) for _, x in top_logprobs[:num_top_logprobs]]
+    logprobs = [require_logprob(x, where) for _, x in top_logprobs[:num_top_logprobs]]
     if len(set(ids)) < num_top_logprobs:
-        raise MalformedResponseError(f"{where}: a token is named twice")
-    if any(later > earlier + POSITIVE_LOGPROB_TOLERANCE_NATS for earlier, later in pairwise(logs)):
-        raise MalformedResponseError(f"{where}: the likeliest tokens do not come likeliest first")
-    mass = sum(map(exp, logs))
+        raise MalformedResponseError(f"{where}: a token is listed twice")
+    if any(b > a + POSITIVE_LOGPROB_TOLERANCE_NATS for a, b in pairwise(logprobs)):
+        raise MalformedResponseError(f"{where}: the listed tokens are not in order of likelihood")
+    mass = sum(map(exp, logprobs))
     if mass > 1 + MASS_TOLERANCE:
-        raise MalformedResponseError(f"{where}: the named tokens have a mass of {mass:.4f}")
-    return ids, logs
+        raise MalformedResponseError(f"{where}: the listed probabilities sum to {mass:.4f}")
+    return ids, logprobs
 
 
 def _require_consistent_target(
     token: int,
     target_logprob: float,
     ids_K: npt.NDArray[np.int64],
-    logs_K: npt.NDArray[np.float64],
+    logprob_K: npt.NDArray[np.float64],
     where: str,
 ) -> None:
+    """Check the target's log-probability against the most likely tokens of its position."""
     at = np.flatnonzero(ids_K == token)
-    if len(at) and abs(logs_K[at[0]] - target_logprob) > REPEATED_LOGPROB_TOLERANCE_NATS:
+    if len(at) and abs(logprob_K[at[0]] - target_logprob) > REPEATED_LOGPROB_TOLERANCE_NATS:
         raise MalformedResponseError(
-            f"{where}: its token has {target_logprob:g} and, among the likeliest, {logs_K[at[0]]:g}"
+            f"{where}: its token has {target_logprob:g} and, among the listed, {logprob_K[at[0]]:g}"
         )
-    if not len(at) and target_logprob > logs_K[-1] + REPEATED_LOGPROB_TOLERANCE_NATS:
+    if not len(at) and target_logprob > logprob_K[-1] + REPEATED_LOGPROB_TOLERANCE_NATS:
         raise MalformedResponseError(
-            f"{where}: its token is likelier than the least of the likeliest and not among them"
+            f"{where}: its token is more likely than the last listed token, and is not listed"
         )
 
 
 def decode_candidate_logprobs(
     text: Any, shape: tuple[int, int], padded_RK: npt.NDArray[np.bool_]
 ) -> npt.NDArray[np.float32]:
-    """A base64 .npy of log-probabilities of this shape; padded places hold minus infinity, all others a log-probability."""
+    """Decode log-probabilities of candidates.
+
+    Args:
+        text: A .npy file in base64.
+        shape: Expected (rows R, candidates K).
+        padded_RK: True at padding, which holds minus infinity.
+
+    Returns:
+        Natural-log probabilities, float32 [R, K].
+
+    Raises:
+        MalformedResponseError: The text is no such array.
+    """
     if not isinstance(text, str):
         raise MalformedResponseError("the candidates' log-probabilities are missing")
     try:
         values = np.load(io.BytesIO(base64.b64decode(text, validate=True)), allow_pickle=False)
     except (ValueError, EOFError, binascii.Error, OSError) as error:
         raise MalformedResponseError(
-            f"the candidates' log-probabilities are no array: {error}"
+            f"the candidates' log-probabilities are not an array: {error}"
         ) from error
     if not isinstance(values, np.ndarray) or values.dtype.kind != "f" or values.shape != shape:
         raise MalformedResponseError(
-            f"the candidates' log-probabilities are {getattr(values, 'shape', '?')} numbers, asked were {shape}"
+            f"the candidates' log-probabilities have shape {getattr(values, 'shape', None)}, "
+            f"{shape} was requested"
         )
-    real = values[~padded_RK]
+    logprobs = values[~padded_RK]
     if not (
-        np.isfinite(real)
-        & (real <= POSITIVE_LOGPROB_TOLERANCE_NATS)
-        & (real > LOGPROB_SENTINEL_THRESHOLD)
+        np.isfinite(logprobs)
+        & (logprobs <= POSITIVE_LOGPROB_TOLERANCE_NATS)
+        & (logprobs > LOGPROB_SENTINEL_THRESHOLD)
     ).all():
-        raise MalformedResponseError("a candidate's value is no log-probability")
+        raise MalformedResponseError("a candidate's value is not a log-probability")
     return np.minimum(values, 0).astype(np.float32)
 
 
 def require_token_ids(value: Any, vocab_size: int, label: str) -> list[int]:
+    """Return a list of token ids, or raise MalformedResponseError."""
     return [require_token_id(i, vocab_size, label) for i in require_list(value, label)]
 
 
 def refuse_error_body(body: Any) -> None:
-    """Raises Malformed for an error that comes as an answer."""
+    """Raise MalformedResponseError for an error that comes with status 200."""
     if isinstance(body, dict) and (body.get("error") or body.get("object") == "error"):
         error = body.get("error") or body
-        raise MalformedResponseError(
-            f"an error instead of an answer: {_shorten_repr(error.get('message', error) if isinstance(error, dict) else error)}"
-        )
+        message = error.get("message", error) if isinstance(error, dict) else error
+        raise MalformedResponseError(f"an error instead of an answer: {_shorten_repr(message)}")
 
 
 def _shorten_repr(value: Any) -> str:

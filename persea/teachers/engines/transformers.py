@@ -1,40 +1,72 @@
-"""A transformers model in this process."""
+"""Engine for a transformers model in this process: batched generation and full distributions."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
+from persea.distributions import DistributionKind
 from persea.errors import TeacherError
-from persea.teachers.engines import FULL_DISTRIBUTIONS, GREEDY, EngineCapabilities, Sampling
+from persea.teachers.engines import (
+    GREEDY,
+    Engine,
+    EngineCapabilities,
+    EngineOptions,
+    Sampling,
+)
 
-MAX_LOGIT_ELEMENTS_PER_FORWARD = (
-    1 << 26
-)  # elements of one forward's logits (256 MiB in float32): one Gemma row of 262k has room for 256 positions
+# Logits of one forward pass, 256 MiB in float32: one Gemma sequence (262k tokens) has room for 256
+# positions. Another value moves results in their last digits only.
+MAX_LOGIT_ELEMENTS_PER_FORWARD = 1 << 26
+LOCAL_CAPABILITIES = EngineCapabilities(DistributionKind.FULL, has_local_model=True)
+BROKEN_WEIGHTS_REMEDY = "the weights are broken, or need another dtype"
 
 
 @dataclass(frozen=True, eq=False)
-class TransformersEngine:
-    """A causal model; `vocabulary` = ids that mean something. Logits past it are padding of the matrix and are cut off."""
+class TransformersEngine(Engine):
+    """A causal language model in this process.
+
+    Attributes:
+        model: The model.
+        vocab_size: Number of token ids of the tokenizer. Logits past it are padding of the
+            embedding matrix and are cut off.
+        batch_size: Sequences in one forward pass.
+        sampling: How `generate` draws answers.
+    """
 
     model: PreTrainedModel
     vocab_size: int
     batch_size: int = 64
     sampling: Sampling = GREEDY
-    capabilities: ClassVar[EngineCapabilities] = FULL_DISTRIBUTIONS
 
-    @torch.no_grad()  # and not inference_mode: a student is asked between two steps of its training
+    @property
+    def capabilities(self) -> EngineCapabilities:
+        """What this engine supports."""
+        return LOCAL_CAPABILITIES
+
+    @property
+    def max_context_tokens(self) -> int:
+        """Number of positions of the model; 0 if its configuration has none."""
+        config = self.model.config.get_text_config()
+        return getattr(config, "max_position_embeddings", None) or 0
+
+    @torch.no_grad()  # not inference_mode: a student generates between two training steps
     def generate(
         self, prompts: Sequence[npt.NDArray[np.int32]], stop_ids: Sequence[int], max_new_tokens: int
     ) -> list[npt.NDArray[np.int32]]:
-        """Batched by length, left padded, KV-cached. See Engine. Drawn answers come one by one, from chance that prompt and seed decide."""
+        """Generate one answer per prompt, batched by length, left padded. See Engine.
+
+        With a temperature, answers are drawn one by one, so that each depends on its prompt and
+        the seed only.
+        """
         if self.sampling.temperature:
             drawn = [list(self.stream(p, stop_ids, max_new_tokens, self.sampling)) for p in prompts]
             return [np.array(ids, np.int32) for ids in drawn]
@@ -50,65 +82,76 @@ class TransformersEngine:
         temperature: float,
         seed: int,
     ) -> list[npt.NDArray[np.int32]]:
-        """One answer a prompt, all of a batch drawn at once; temperature 0 = the likeliest token each time.
+        """Generate one answer per prompt, drawing a whole batch at once.
 
-        temperature  above 0: drawn from the model's own distribution, softmax(logits / temperature), nothing cut off; the same seed, prompts
-                     and batch draw the same, and torch's own random state is left as it was
+        Args:
+            prompts: Token ids, int32 [T] each.
+            stop_ids: Tokens that end an answer.
+            max_new_tokens: Longest answer, in tokens.
+            temperature: 0 takes the most likely token. Above 0: samples from
+                softmax(logits / temperature), without top-k or top-p.
+            seed: The same seed, prompts and batch size draw the same answers. The global random
+                state of torch is not changed.
+
+        Returns:
+            Generated ids, up to and including the stop token.
+
+        Raises:
+            TeacherError: Logits are not finite.
         """
         answers: list[npt.NDArray[np.int32]] = [np.empty(0, np.int32)] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         device = self.model.device
-        how = (
-            {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-            if temperature
-            else {"do_sample": False}
-        )
-        settings = GenerationConfig(
-            **how,
+        config = self._generation_config(stop_ids, max_new_tokens, temperature)
+        with _default_generation_config(self.model):
+            for begin in range(0, len(order), self.batch_size):
+                chosen = order[begin : begin + self.batch_size]
+                width = max(len(prompts[i]) for i in chosen)
+                ids_BT = torch.full((len(chosen), width), stop_ids[0])
+                mask_BT = torch.zeros_like(ids_BT)
+                for row, i in enumerate(chosen):
+                    ids_BT[row, width - len(prompts[i]) :] = torch.from_numpy(prompts[i])
+                    mask_BT[row, width - len(prompts[i]) :] = 1
+                with torch.random.fork_rng([device] if device.type != "cpu" else []):
+                    torch.manual_seed(seed + begin)
+                    output = self.model.generate(
+                        input_ids=ids_BT.to(device),
+                        attention_mask=mask_BT.to(device),
+                        generation_config=config,
+                        logits_processor=LogitsProcessorList([_require_finite_logits]),
+                    )
+                for row, i in enumerate(chosen):
+                    answers[i] = _truncate_after_stop(
+                        output[row, width:].cpu().numpy().astype(np.int32), stop_ids
+                    )
+        return answers
+
+    def _generation_config(
+        self, stop_ids: Sequence[int], max_new_tokens: int, temperature: float
+    ) -> GenerationConfig:
+        sampling: dict[str, Any] = {"do_sample": False}
+        if temperature:
+            sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        return GenerationConfig(
+            **sampling,
             max_new_tokens=max_new_tokens,
             eos_token_id=list(stop_ids),
             pad_token_id=stop_ids[0],
             suppress_tokens=list(range(self.vocab_size, self._logits_width())) or None,
         )
-        own = self.model.generation_config
-        self.model.generation_config = (
-            GenerationConfig()
-        )  # else a repetition penalty that comes with the model is added to `settings`
-        for begin in range(0, len(order), self.batch_size):
-            chosen = order[begin : begin + self.batch_size]
-            width = max(len(prompts[i]) for i in chosen)
-            ids = torch.full((len(chosen), width), stop_ids[0])
-            mask = torch.zeros_like(ids)
-            for row, i in enumerate(chosen):
-                ids[row, width - len(prompts[i]) :] = torch.from_numpy(prompts[i])
-                mask[row, width - len(prompts[i]) :] = 1
-            with torch.random.fork_rng([device] if device.type != "cpu" else []):
-                torch.manual_seed(seed + begin)
-                out = self.model.generate(
-                    input_ids=ids.to(device),
-                    attention_mask=mask.to(device),
-                    generation_config=settings,
-                    logits_processor=LogitsProcessorList([_require_finite_logits]),
-                )
-            for row, i in enumerate(chosen):
-                answers[i] = _truncate_after_stop(
-                    out[row, width:].cpu().numpy().astype(np.int32), stop_ids
-                )
-        self.model.generation_config = own  # a student is saved with it
-        return answers
 
     def compute_logprobs(
         self,
         sequences: Sequence[npt.NDArray[np.int32]],
         loss_masks: Sequence[npt.NDArray[np.bool_]],
     ) -> Iterator[torch.Tensor]:
-        """The pieces of each sequence laid end to end. See Engine."""
-        begun: dict[int, list[torch.Tensor]] = {}
+        """Compute the distributions of each sequence's supervised tokens. See Engine."""
+        blocks: dict[int, list[torch.Tensor]] = {}
         done = 0
-        for number, some_NW in self.iter_logprobs(sequences, loss_masks):
-            begun.setdefault(number, []).append(some_NW)
-            while done in begun and sum(map(len, begun[done])) == int(loss_masks[done].sum()):
-                yield torch.cat(begun.pop(done))
+        for index, rows_NW in self.iter_logprobs(sequences, loss_masks):
+            blocks.setdefault(index, []).append(rows_NW)
+            while done in blocks and sum(map(len, blocks[done])) == int(loss_masks[done].sum()):
+                yield torch.cat(blocks.pop(done))
                 done += 1
 
     @torch.inference_mode()
@@ -117,29 +160,29 @@ class TransformersEngine:
         sequences: Sequence[npt.NDArray[np.int32]],
         loss_masks: Sequence[npt.NDArray[np.bool_]],
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Teacher-forced, in order, right padded, as many sequences at once as LOGITS_AT_ONCE allows; where one alone is too long for
-        it, position by position behind a cache of keys and values. See Engine.
+        """Compute distributions in blocks of rows, teacher-forced. See Engine.
+
+        Sequences keep their order and are right padded; a batch holds as many as
+        MAX_LOGIT_ELEMENTS_PER_FORWARD allows. A sequence that exceeds it alone is computed in
+        pieces with a KV cache.
         """
         begin = 0
         while begin < len(sequences):
             end, width = begin, 0
             while end < len(sequences) and end - begin < self.batch_size:
-                wider = max(width, len(sequences[end]))
-                if (
-                    end > begin
-                    and wider * (end - begin + 1) * self._logits_width()
-                    > MAX_LOGIT_ELEMENTS_PER_FORWARD
-                ):
+                new_width = max(width, len(sequences[end]))
+                num_elements = new_width * (end - begin + 1) * self._logits_width()
+                if end > begin and num_elements > MAX_LOGIT_ELEMENTS_PER_FORWARD:
                     break
-                end, width = end + 1, wider
-            ids = torch.zeros((end - begin, width), dtype=torch.int64, device=self.model.device)
-            mask = torch.zeros_like(ids)
+                end, width = end + 1, new_width
+            ids_BT = torch.zeros((end - begin, width), dtype=torch.int64, device=self.model.device)
+            mask_BT = torch.zeros_like(ids_BT)
             for row, sequence in enumerate(sequences[begin:end]):
-                ids[row, : len(sequence)] = torch.from_numpy(sequence)
-                mask[row, : len(sequence)] = 1
-            for first, logits in self._iter_logits(ids, mask):
-                for row, wanted in enumerate(loss_masks[begin:end]):
-                    at = np.flatnonzero(wanted) - 1 - first
+                ids_BT[row, : len(sequence)] = torch.from_numpy(sequence)
+                mask_BT[row, : len(sequence)] = 1
+            for first, logits in self._iter_logits(ids_BT, mask_BT):
+                for row, loss_mask_T in enumerate(loss_masks[begin:end]):
+                    at = np.flatnonzero(loss_mask_T) - 1 - first
                     here = torch.from_numpy(at[(at >= 0) & (at < logits.shape[1])])
                     if len(here) or (first == 0 and not len(at)):
                         yield (
@@ -155,22 +198,25 @@ class TransformersEngine:
         max_new_tokens: int,
         sampling: Sampling,
     ) -> Iterator[int]:
-        """What follows one prompt, token by token; the same tokens as `generate`. Closing the iterator ends it."""
+        """Generate the answer to one prompt token by token; the same tokens as `generate`.
+
+        Closing the iterator stops generation.
+        """
         digest = hashlib.sha256(
             f"{sampling.seed} ".encode() + np.asarray(prompt, np.int32).tobytes()
         ).digest()
-        chance = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        ids, past = torch.from_numpy(np.asarray(prompt, np.int64))[None].to(self.model.device), None
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        ids = torch.from_numpy(np.asarray(prompt, np.int64))[None].to(self.model.device)
+        past = None
         for _ in range(max_new_tokens):
             with torch.inference_mode():
-                out = self.model(
+                output = self.model(
                     input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1
                 )
-                past = out.past_key_values
+                past = output.past_key_values
+                logits_W = output.logits[0, -1, : self.vocab_size].float()
                 token = _sample_token(
-                    _require_finite_logits(ids, out.logits[0, -1, : self.vocab_size].float()).cpu(),
-                    sampling,
-                    chance,
+                    _require_finite_logits(ids, logits_W).cpu(), sampling, generator
                 )
                 ids = torch.tensor([[token]], device=self.model.device)
             yield token
@@ -178,62 +224,90 @@ class TransformersEngine:
                 return
 
     def _iter_logits(
-        self, ids: torch.Tensor, mask: torch.Tensor
+        self, ids_BT: torch.Tensor, mask_BT: torch.Tensor
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Logits of one batch: (first position, [sequences, some positions, rows of the matrix])."""
-        at_once = max(1, MAX_LOGIT_ELEMENTS_PER_FORWARD // (len(ids) * self._logits_width()))
-        if ids.shape[1] <= at_once:
-            yield 0, self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        """Yield the logits of one batch: (first position, [B, some positions, matrix rows])."""
+        width = ids_BT.shape[1]
+        step = max(1, MAX_LOGIT_ELEMENTS_PER_FORWARD // (len(ids_BT) * self._logits_width()))
+        if width <= step:
+            yield 0, self.model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
             return
         past = None
-        for first in range(0, ids.shape[1], at_once):
-            upto = min(first + at_once, ids.shape[1])
-            out = self.model(
-                input_ids=ids[:, first:upto],
-                attention_mask=mask[:, :upto],
+        for first in range(0, width, step):
+            end = min(first + step, width)
+            output = self.model(
+                input_ids=ids_BT[:, first:end],
+                attention_mask=mask_BT[:, :end],
                 past_key_values=past,
                 use_cache=True,
             )
-            past = out.past_key_values
-            yield first, out.logits
+            past = output.past_key_values
+            yield first, output.logits
 
-    def _to_logprobs(self, logits_NR: torch.Tensor, where: str) -> torch.Tensor:
-        logprobs = torch.log_softmax(logits_NR[:, : self.vocab_size].float(), dim=-1)
-        if not torch.isfinite(logprobs).all():
+    def _to_logprobs(self, logits_NW: torch.Tensor, where: str) -> torch.Tensor:
+        logprobs_NW = torch.log_softmax(logits_NW[:, : self.vocab_size].float(), dim=-1)
+        if not torch.isfinite(logprobs_NW).all():
             raise TeacherError(
-                "log-probabilities that are not finite",
-                where=where,
-                remedy="the weights are broken, or need another dtype",
+                "log-probabilities that are not finite", where=where, remedy=BROKEN_WEIGHTS_REMEDY
             )
-        return logprobs.cpu()
+        return logprobs_NW.cpu()
 
     def _logits_width(self) -> int:
         return int(self.model.get_output_embeddings().weight.shape[0])
 
 
+@contextmanager
+def _default_generation_config(model: PreTrainedModel) -> Iterator[None]:
+    """Set the model's own generation config aside; it is restored also after an exception.
+
+    Otherwise a repetition penalty of the model would be added to the settings of a call. The
+    config must come back because a student is saved with it.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 def _sample_token(logits_W: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """The likeliest token, or one drawn from the fewest likeliest whose mass reaches top_p."""
+    """Take the most likely token, or sample from the fewest that reach `top_p` together."""
     if not sampling.temperature:
         return int(logits_W.argmax())
-    p_K, id_K = torch.softmax(logits_W.double() / sampling.temperature, -1).sort(descending=True)
-    p_K[p_K.cumsum(0) - p_K >= sampling.top_p] = 0
-    return int(id_K[torch.multinomial(p_K, 1, generator=generator)])
+    prob_K, id_K = torch.softmax(logits_W.double() / sampling.temperature, -1).sort(descending=True)
+    prob_K[prob_K.cumsum(0) - prob_K >= sampling.top_p] = 0
+    return int(id_K[torch.multinomial(prob_K, 1, generator=generator)])
 
 
 def _require_finite_logits(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """The scores, or an error: the largest of NaNs is no answer. A suppressed token's is -inf."""
-    if not (scores < float("inf")).all():
+    """Return the logits if each row has a finite maximum: the argmax of NaN is no answer.
+
+    -inf is allowed, since suppressed tokens have it, but not in a whole row.
+    """
+    if not ((scores < float("inf")).all() and torch.isfinite(scores.amax(dim=-1)).all()):
         raise TeacherError(
-            "logits that are not finite",
-            where="generate",
-            remedy="the weights are broken, or need another dtype",
+            "logits that are not finite", where="generate", remedy=BROKEN_WEIGHTS_REMEDY
         )
     return scores
 
 
 def _truncate_after_stop(
-    ids: npt.NDArray[np.int32], stop_ids: Sequence[int]
+    ids_T: npt.NDArray[np.int32], stop_ids: Sequence[int]
 ) -> npt.NDArray[np.int32]:
-    """Up to and including the first stop id; what generate() pads behind it is no answer."""
-    stops = np.flatnonzero(np.isin(ids, stop_ids))
-    return ids[: stops[0] + 1] if len(stops) else ids
+    """Cut the padding that `generate` adds after the first stop token."""
+    stops = np.flatnonzero(np.isin(ids_T, stop_ids))
+    return ids_T[: stops[0] + 1] if len(stops) else ids_T
+
+
+def open_engine(name: str, options: EngineOptions) -> TransformersEngine:
+    """Load a model in this process. See EngineSpec."""
+    from persea.models.loading import load_model
+
+    assert options.source is not None
+    return TransformersEngine(
+        load_model(options.source, options.renderer, options.teacher_name),
+        len(options.renderer.vocabulary),
+        options.batch_size,
+        options.sampling,
+    )

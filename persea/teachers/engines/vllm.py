@@ -1,6 +1,8 @@
-"""vLLM in this process, where this environment has one (docs/engines.md): rows of kind TOPK_REST, named as by its server.
+"""Engine for vLLM in this process (docs/engines.md). Distributions are of kind TOPK, as from a vLLM
+server.
 
-Not run on a machine of this project: written against vLLM 0.33's own source, tested with a stand-in for its three classes.
+Written against the source of vLLM 0.33 and tested with stand-ins for its classes; not run on a GPU
+yet.
 """
 
 from __future__ import annotations
@@ -15,8 +17,16 @@ import numpy as np
 import numpy.typing as npt
 
 from persea.distributions import DistributionKind, SparseDistributions
-from persea.errors import MissingRequirementError, TeacherError
-from persea.teachers.engines import GREEDY, EngineCapabilities, EngineFailure, Sampling
+from persea.errors import MissingRequirementError
+from persea.teachers.engines import (
+    DEFAULT_TOP_LOGPROBS,
+    GREEDY,
+    Engine,
+    EngineCapabilities,
+    EngineFailure,
+    EngineOptions,
+    Sampling,
+)
 from persea.teachers.engines.response_validation import (
     MalformedResponseError,
     to_sparse_distributions,
@@ -25,22 +35,30 @@ from persea.teachers.engines.wire_formats import parse_vllm_prompt_logprobs
 
 
 @dataclass(frozen=True, eq=False)
-class VllmEngine:
-    """See Engine and Namer. llm: a vllm.LLM; vocabulary: ids that mean something."""
+class VllmEngine(Engine):
+    """A model in vLLM.
+
+    Attributes:
+        llm: A vllm.LLM.
+        vocab_size: Number of token ids of the tokenizer.
+        num_top_logprobs: Tokens listed per position.
+        sampling: How answers are drawn.
+    """
 
     llm: Any
     vocab_size: int
-    num_top_logprobs: int = 20
+    num_top_logprobs: int = DEFAULT_TOP_LOGPROBS
     sampling: Sampling = GREEDY
 
     @property
     def capabilities(self) -> EngineCapabilities:
+        """What this engine supports."""
         return EngineCapabilities(DistributionKind.TOPK, self.num_top_logprobs)
 
     def generate(
         self, prompts: Sequence[npt.NDArray[np.int32]], stop_ids: Sequence[int], max_new_tokens: int
     ) -> list[npt.NDArray[np.int32]]:
-        """See Engine."""
+        """Generate one answer per prompt. See Engine."""
         s = self.sampling
         drawn: dict[str, Any] = {"top_p": s.top_p, "seed": s.seed} if s.temperature else {}
         outputs = self._run_llm(
@@ -51,41 +69,29 @@ class VllmEngine:
             ignore_eos=True,
             **drawn,
         )
-        return [np.array(out.outputs[0].token_ids, np.int32) for out in outputs]
-
-    def compute_logprobs(
-        self,
-        sequences: Sequence[npt.NDArray[np.int32]],
-        loss_masks: Sequence[npt.NDArray[np.bool_]],
-    ) -> Iterator[Any]:
-        """Raises TeacherError: a whole vocabulary of Python objects at every position fits nowhere."""
-        raise TeacherError(
-            "whole distributions are asked of vLLM, which names the likeliest tokens alone",
-            where="vllm",
-            remedy="use `named`",
-        )
+        return [np.array(output.outputs[0].token_ids, np.int32) for output in outputs]
 
     def compute_sparse_distributions(
         self,
         sequences: Sequence[npt.NDArray[np.int32]],
         loss_masks: Sequence[npt.NDArray[np.bool_]],
     ) -> Iterator[SparseDistributions | EngineFailure]:
-        """See Namer."""
+        """Compute top-k distributions of the supervised tokens. See Engine."""
         outputs = self._run_llm(
             sequences, max_tokens=1, temperature=0.0, prompt_logprobs=self.num_top_logprobs
         )
-        for ids_T, learn_T, out in zip(sequences, loss_masks, outputs, strict=True):
-            told = [
+        for ids_T, loss_mask_T, output in zip(sequences, loss_masks, outputs, strict=True):
+            positions = [
                 None
-                if place is None
-                else {str(i): {"logprob": one.logprob} for i, one in place.items()}
-                for place in out.prompt_logprobs
+                if position is None
+                else {str(i): {"logprob": entry.logprob} for i, entry in position.items()}
+                for position in output.prompt_logprobs
             ]
             try:
                 yield to_sparse_distributions(
-                    parse_vllm_prompt_logprobs(list(out.prompt_token_ids), told),
+                    parse_vllm_prompt_logprobs(list(output.prompt_token_ids), positions),
                     ids_T,
-                    learn_T,
+                    loss_mask_T,
                     self.num_top_logprobs,
                     self.vocab_size,
                 )
@@ -94,26 +100,37 @@ class VllmEngine:
 
     def _run_llm(self, prompts: Sequence[npt.NDArray[np.int32]], **params: Any) -> list[Any]:
         settings = import_module("vllm").SamplingParams(detokenize=False, **params)
-        return (
-            list(
-                self.llm.generate(
-                    [{"prompt_token_ids": p.tolist()} for p in prompts], settings, use_tqdm=False
-                )
-            )
-            if prompts
-            else []
-        )
+        if not prompts:
+            return []
+        inputs = [{"prompt_token_ids": p.tolist()} for p in prompts]
+        return list(self.llm.generate(inputs, settings, use_tqdm=False))
 
 
 def load_vllm_engine(
-    model: str, revision: str, vocab_size: int, sampling: Sampling, num_top_logprobs: int = 20
+    model: str,
+    revision: str,
+    vocab_size: int,
+    sampling: Sampling,
+    num_top_logprobs: int = DEFAULT_TOP_LOGPROBS,
 ) -> VllmEngine:
-    """A model in this process. Raises EnvironmentLacks where vLLM is not installed."""
+    """Load a model into vLLM in this process.
+
+    Args:
+        model: Folder or hub id.
+        revision: Revision of a hub model; "" for the latest.
+        vocab_size: Number of token ids of the tokenizer.
+        sampling: How answers are drawn.
+        num_top_logprobs: Tokens listed per position.
+
+    Raises:
+        MissingRequirementError: vLLM is not installed.
+    """
     if find_spec("vllm") is None:
         raise MissingRequirementError(
             "vLLM is not installed in this environment",
             where="teachers: engine: vllm",
-            remedy="install it beside persea as docs/engines.md says, or run `vllm serve` and give the teacher an `endpoint:`",
+            remedy="install it beside persea as docs/engines.md says, or run `vllm serve` "
+            "and give the teacher an `endpoint:`",
         )
     llm = import_module("vllm").LLM(
         model=model,
@@ -123,3 +140,15 @@ def load_vllm_engine(
         logprobs_mode="raw_logprobs",
     )
     return VllmEngine(llm, vocab_size, num_top_logprobs, sampling)
+
+
+def open_engine(name: str, options: EngineOptions) -> VllmEngine:
+    """Load a model into vLLM. See EngineSpec."""
+    assert options.source is not None
+    return load_vllm_engine(
+        options.source.model,
+        options.source.revision,
+        len(options.renderer.vocabulary),
+        options.sampling,
+        options.num_top_logprobs,
+    )

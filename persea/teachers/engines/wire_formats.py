@@ -1,6 +1,7 @@
-"""How servers are asked for tokens and log-probabilities by token ids, and where in their answers these stand.
+"""Wire formats: the request bodies of each kind of token server, and where its answers hold ids and
+log-probabilities.
 
-tokens       vLLM's /inference/v1/generate: ids in, ids out, candidate ids per position
+tokens       vLLM's /inference/v1/generate: ids in, ids out, log-probabilities of given candidates
 completions  /v1/completions with echo, logprobs and token ids (vLLM's extensions of OpenAI's route)
 sglang       SGLang's /generate
 """
@@ -22,15 +23,21 @@ from persea.teachers.engines.response_validation import (
 
 @dataclass(frozen=True)
 class WireFormat:
-    """Requests as bodies, answers as unchecked values.
+    """Builds the requests of one protocol and extracts values, unchecked, from its answers.
 
-    saying    (served model, prompt ids, stop ids, most new tokens, sampling) -> body of a streamed answer
-    said      an event -> token ids in it; new ones, or all so far where `joined` knows
-    joined    all events -> the answer's ids
-    ended     an event -> "stop", "length" or another reason; "" where it goes on
-    scoring   (served model, ids, tokens to name) -> body
-    scored    answer -> Positions
-    spelling  (served model, text) -> body that makes the server tokenize; spelled: answer -> ids, a BOS before them or not
+    Attributes:
+        name: Value of `endpoint.protocol` in a recipe.
+        path: Path of generation and scoring requests.
+        build_generate_request: (served model, prompt ids, stop ids, max new tokens, sampling) ->
+            body of a streamed request.
+        parse_event_token_ids: Event -> its token ids; new ones, or all so far.
+        join_event_token_ids: All events -> the ids of the answer.
+        parse_finish_reason: Event -> "stop", "length" or another reason; "" before the end.
+        build_logprobs_request: (served model, ids, tokens to list per position) -> body.
+        parse_logprobs_response: (answer, prompt ids) -> log-probabilities of the prompt.
+        tokenize_path: Path of tokenization requests.
+        build_tokenize_request: (served model, text) -> body that makes the server tokenize.
+        parse_tokenize_response: Answer -> token ids, with or without a BOS.
     """
 
     name: str
@@ -49,10 +56,10 @@ class WireFormat:
 
 
 def single_choice(response: Any) -> dict[str, Any]:
-    """The one choice of an answer or event; {} where an event brings none (usage)."""
+    """Return the only choice of an answer or event; {} for an event without one (usage)."""
     choices = require_list(require_object(response, "the answer").get("choices"), "choices")
     if len(choices) > 1:
-        raise MalformedResponseError(f"{len(choices)} choices, asked was one")
+        raise MalformedResponseError(f"{len(choices)} choices, one was requested")
     return require_object(choices[0], "a choice") if choices else {}
 
 
@@ -128,38 +135,41 @@ def _parse_tokens_logprobs(response: Any, prompt_ids: Sequence[int]) -> RawPromp
 
 
 def parse_vllm_prompt_logprobs(ids: list[Any], prompt_logprobs: list[Any]) -> RawPromptLogprobs:
-    """VLLM's shape: for each position an object token id -> {"logprob": ...}, the likeliest and the token itself; none for the first."""
-    realised: list[Any] = []
-    named: list[list[tuple[Any, Any]]] = []
+    """Read vLLM's prompt_logprobs: per position an object {token id: {"logprob": ...}}.
+
+    It holds the most likely tokens and the prompt's own token; the first position is null.
+    """
+    target_logprobs: list[Any] = []
+    top_logprobs: list[list[tuple[Any, Any]]] = []
     for t, position in enumerate(prompt_logprobs):
         if t == 0 and position is None:
-            realised.append(None)
-            named.append([])
+            target_logprobs.append(None)
+            top_logprobs.append([])
             continue
         entries = [
             (_parse_token_id(key), require_object(value, f"position {t}").get("logprob"))
             for key, value in require_object(position, f"position {t}").items()
         ]
         if len({i for i, _ in entries}) < len(entries):
-            raise MalformedResponseError(f"position {t}: a token is named twice")
+            raise MalformedResponseError(f"position {t}: a token is listed twice")
         token = ids[t] if t < len(ids) else None
         own = [x for i, x in entries if i == token]
-        realised.append(own[0] if own else None)
-        named.append(sorted(entries, key=_descending_logprob_key))
-    return RawPromptLogprobs(ids, realised, named)
+        target_logprobs.append(own[0] if own else None)
+        top_logprobs.append(sorted(entries, key=_descending_logprob_key))
+    return RawPromptLogprobs(ids, target_logprobs, top_logprobs)
 
 
 def _parse_token_id(key: str) -> int:
     digits = key.removeprefix("token_id:")
     if not (digits.isascii() and digits.isdecimal()) or len(digits) > 9:
         raise MalformedResponseError(
-            f"the server names tokens by their text ({key[:40]!r}), in which half characters are lost, and not by their ids"
+            f"tokens are listed by text ({key[:40]!r}) instead of id; text loses half characters"
         )
     return int(digits)
 
 
 def _descending_logprob_key(entry: tuple[Any, Any]) -> float:
-    """Order of an object's entries, which have none; what is no number comes last and is refused when it is read."""
+    """Sort key of JSON entries, which have no order; non-numbers come last."""
     value = entry[1]
     return -value if type(value) in (int, float) and value == value else float("inf")
 
@@ -167,7 +177,10 @@ def _descending_logprob_key(entry: tuple[Any, Any]) -> float:
 def build_candidate_logprobs_request(
     served_model_name: str, ids: Sequence[int], candidate_ids: Sequence[Sequence[int]]
 ) -> dict[str, Any]:
-    """Body that asks for the log-probabilities of certain tokens: row t holds those for token t + 1; -1 = none."""
+    """Build the body that requests log-probabilities of given tokens.
+
+    Row t of `candidate_ids` is for the place of token t + 1; -1 is padding.
+    """
     body = _tokens_logprobs_request(served_model_name, ids, 0)
     body["sampling_params"] |= {
         "prompt_logprob_token_ids": [list(row) for row in candidate_ids],
@@ -218,19 +231,15 @@ def _parse_completions_logprobs(response: Any, prompt_ids: Sequence[int]) -> Raw
     if logs is None:
         raise MalformedResponseError("the server dropped the log-probabilities")
     logs = require_object(logs, "logprobs")
-    n = len(
-        prompt_ids
-    )  # a server that cannot generate nothing says a token more, behind the prompt
+    n = len(prompt_ids)  # some servers cannot generate zero tokens, and append one to the prompt
     ids = [
         _parse_token_id(token) if isinstance(token, str) else token
         for token in require_list(logs.get("tokens"), "logprobs.tokens")
     ][:n]
-    realised, tops = (
-        require_list(logs.get("token_logprobs"), "token_logprobs")[:n],
-        require_list(logs.get("top_logprobs"), "top_logprobs")[:n],
-    )
-    told: list[list[tuple[Any, Any]]] = []
-    for t, position in enumerate(tops):
+    target_logprobs = require_list(logs.get("token_logprobs"), "token_logprobs")[:n]
+    positions = require_list(logs.get("top_logprobs"), "top_logprobs")[:n]
+    top_logprobs: list[list[tuple[Any, Any]]] = []
+    for t, position in enumerate(positions):
         entries = (
             []
             if t == 0 and position is None
@@ -239,8 +248,8 @@ def _parse_completions_logprobs(response: Any, prompt_ids: Sequence[int]) -> Raw
                 for k, x in require_object(position, f"position {t}").items()
             ]
         )
-        told.append(sorted(entries, key=_descending_logprob_key))
-    return RawPromptLogprobs(ids, realised, told)
+        top_logprobs.append(sorted(entries, key=_descending_logprob_key))
+    return RawPromptLogprobs(ids, target_logprobs, top_logprobs)
 
 
 def _completions_tokenize_request(served_model_name: str, text: str) -> dict[str, Any]:
@@ -275,8 +284,9 @@ def _sglang_generate_request(
         **_sampling_fields(sampling),
     }
     params.pop("seed", None)
-    drawn = {"sampling_seed": sampling.seed} if sampling.temperature else {}
-    return {"input_ids": list(ids), "sampling_params": params | drawn, "stream": True}
+    if sampling.temperature:
+        params["sampling_seed"] = sampling.seed
+    return {"input_ids": list(ids), "sampling_params": params, "stream": True}
 
 
 def _sglang_event_token_ids(event: Any) -> list[Any]:
@@ -284,20 +294,23 @@ def _sglang_event_token_ids(event: Any) -> list[Any]:
 
 
 def _join_sglang_token_ids(events: list[Any]) -> list[Any]:
-    """SGLang streams all ids so far, or only the new ones where it was started so; its own count tells which."""
+    """Join SGLang's events: they hold all ids so far or, with a server option, only new ones.
+
+    The server's own token count decides which.
+    """
     if not events:
         return []
     count = require_object(
         require_object(events[-1], "an event").get("meta_info"), "meta_info"
     ).get("completion_tokens")
-    last, laid = (
-        _sglang_event_token_ids(events[-1]),
-        [i for event in events for i in _sglang_event_token_ids(event)],
+    cumulative = _sglang_event_token_ids(events[-1])
+    concatenated = [i for event in events for i in _sglang_event_token_ids(event)]
+    for ids in (cumulative, concatenated):
+        if len(ids) == count:
+            return ids
+    raise MalformedResponseError(
+        f"{len(concatenated)} ids were streamed, the server counts {count}"
     )
-    found = next((ids for ids in (last, laid) if len(ids) == count), None)
-    if found is None:
-        raise MalformedResponseError(f"{len(laid)} ids were streamed, the server counts {count}")
-    return found
 
 
 def _sglang_finish_reason(event: Any) -> str:
@@ -330,13 +343,13 @@ def _parse_sglang_logprobs(response: Any, prompt_ids: Sequence[int]) -> RawPromp
     meta = require_object(require_object(response, "the answer").get("meta_info"), "meta_info")
     own = _require_logprob_entries(meta.get("input_token_logprobs"), "input_token_logprobs")
     tops = require_list(meta.get("input_top_logprobs"), "input_top_logprobs")
-    named = [
+    top_logprobs = [
         []
         if top is None
         else [(t[1], t[0]) for t in _require_logprob_entries(top, f"position {k}")]
         for k, top in enumerate(tops)
     ]
-    return RawPromptLogprobs([t[1] for t in own], [t[0] for t in own], named)
+    return RawPromptLogprobs([t[1] for t in own], [t[0] for t in own], top_logprobs)
 
 
 def _sglang_tokenize_request(served_model_name: str, text: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What each family says of itself: how it is recognised, what it keeps of a conversation, and what it takes for an answer."""
+"""Each family is detected, normalises conversations, and parses answers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from persea.chat.families.gemma import GEMMA
 from persea.chat.families.gpt_oss import GPT_OSS, REASONING_EFFORT_NAMES
 from persea.chat.families.llama import LLAMA
 from persea.chat.families.qwen import QWEN
+from persea.chat.family import DecodedPieces
 from persea.chat.messages import (
     ContentPart,
     Conversation,
-    DecodedPieces,
     FinishReason,
     Message,
     Role,
@@ -80,7 +80,7 @@ def vocabulary(*controls: str) -> Vocabulary:
     return load_vocabulary(tokenizer, "odd/model")
 
 
-# ---- which family --------------------------------------------------------------------------------------------------
+# ---- which family --------------------------------------------------------------------------------
 
 
 def test_every_family_is_listed_and_found_by_name():
@@ -115,14 +115,20 @@ def test_none_or_several_signatures_are_no_family(controls: tuple[str, ...]):
 
 
 @pytest.mark.parametrize("family", families.FAMILIES, ids=lambda f: f.name)
-def test_a_signature_and_a_mark_are_enough(family):
-    assert families.detect_family(vocabulary(family.signature), family.template_signature) is family
+def test_signature_token_and_template_signature_are_enough(family):
+    assert (
+        families.detect_family(vocabulary(family.signature_token), family.template_signature)
+        is family
+    )
 
 
 @pytest.mark.realdata
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_every_real_template_is_told_apart(data: Path, template: str):
-    """By control tokens and mark; what persea does not know is no family, also where it speaks ChatML as SmolLM3 does."""
+def test_every_real_template_is_detected(data: Path, template: str):
+    """Families are detected by control tokens and template signature.
+
+    Unknown models have no family, even if they use ChatML as SmolLM3 does.
+    """
     text = (data / "templates" / f"{template}.jinja").read_text()
     found = families.detect_family(
         vocabulary(*{f.signature_token for f in families.FAMILIES if f.signature_token in text}),
@@ -131,7 +137,7 @@ def test_every_real_template_is_told_apart(data: Path, template: str):
     assert (found and found.name) == TEMPLATES[template]
 
 
-# ---- what is kept --------------------------------------------------------------------------------------------------
+# ---- what is kept --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FOUR, ids=FAMILIES)
@@ -150,7 +156,7 @@ def test_normalising_twice_is_normalising_once(family, conversation: Conversatio
     )
 
 
-def talk(effort: ThinkingEffort) -> Conversation:
+def two_turns(effort: ThinkingEffort) -> Conversation:
     return Conversation(
         (
             Message(Role.SYSTEM, (Text(" rules \n"),)),
@@ -177,12 +183,12 @@ def talk(effort: ThinkingEffort) -> Conversation:
         ),
     ],
 )
-def test_what_each_family_keeps(family, effort: ThinkingEffort, want: list[str]):
-    assert [p.text for p in family.normalise(talk(effort)).parts()] == want
+def test_content_that_each_family_keeps(family, effort: ThinkingEffort, want: list[str]):
+    assert [p.text for p in family.normalise(two_turns(effort)).parts()] == want
 
 
 def test_the_dial_of_each_family():
-    switches = {f.name: [f.template_inputs(talk(e))[1] for e in ThinkingEffort] for f in FOUR}
+    switches = {f.name: [f.template_inputs(two_turns(e))[1] for e in ThinkingEffort] for f in FOUR}
     assert switches == {
         "llama": [{}] * 4,
         "gemma": [{}] * 4,
@@ -199,10 +205,12 @@ def test_the_dial_of_each_family():
         )  # of its own template, which has no direct mode, nothing reads it
     for f in FOUR:  # `efforts` are those the switches can tell apart
         assert len(f.efforts) == len({json.dumps(s) for s in switches[f.name]})
-        assert len({json.dumps(f.template_inputs(talk(e))[1]) for e in f.efforts}) == len(f.efforts)
+        assert len({json.dumps(f.template_inputs(two_turns(e))[1]) for e in f.efforts}) == len(
+            f.efforts
+        )
 
 
-# ---- what is an answer ---------------------------------------------------------------------------------------------
+# ---- what is an answer ---------------------------------------------------------------------------
 
 HARMONY: DecodedPieces = (
     "<|channel|>",
@@ -316,16 +324,16 @@ def test_qwen_answers(pieces: DecodedPieces, want: tuple[ContentPart, ...] | Non
 def test_plain_answers(family):
     assert family.parse((b"Hi",), ThinkingEffort.NONE) == (Text("Hi"),)
     assert family.parse((), ThinkingEffort.NONE) == (Text(""),)
-    for control in ("<bos>", family.signature, "<hole 7>"):
+    for control in ("<bos>", family.signature_token, "<hole 7>"):
         assert family.parse((b"Hi", control, b"!"), ThinkingEffort.NONE) is None
 
 
 @pytest.mark.parametrize("family", FOUR, ids=FAMILIES)
 def test_no_family_takes_its_own_opening_for_an_answer(family):
-    assert family.parse((family.signature, b"user"), ThinkingEffort.NONE) is None
+    assert family.parse((family.signature_token, b"user"), ThinkingEffort.NONE) is None
 
 
-# ---- the real tokenizers with the real templates -------------------------------------------------------------------
+# ---- the real tokenizers with the real templates -------------------------------------------------
 
 SAID = {
     "en": (
@@ -359,7 +367,7 @@ def from_grid(
 
 @pytest.mark.realdata
 @pytest.mark.parametrize("language", SAID)
-def test_real_voices_are_transformers_own(real: Speaker, language: str):
+def test_real_renderings_equal_transformers(real: Speaker, language: str):
     for case in GRID:
         if case[0] == language:
             conversation = from_grid(*case)
@@ -367,14 +375,14 @@ def test_real_voices_are_transformers_own(real: Speaker, language: str):
             tokens = real.renderer.render(conversation)
             check_places(real.renderer, conversation, tokens)
             parts, finish = real.renderer.parse(generated(tokens), conversation.effort)
-            kept = real.renderer.family.normalise(conversation).messages[-1].parts
-            assert (parts, finish) == (tuple(p for p in kept if p.text), FinishReason.STOP)
+            retained = real.renderer.family.normalise(conversation).messages[-1].parts
+            assert (parts, finish) == (tuple(p for p in retained if p.text), FinishReason.STOP)
 
 
 @pytest.mark.realdata
 @pytest.mark.parametrize("fragment", ["tricky", "look-alikes"])
-def test_real_voices_on_tricky_text(real: Speaker, fragment: str):
-    """Every fragment at once, and one by one, as question and as answer."""
+def test_real_renderings_of_tricky_text(real: Speaker, fragment: str):
+    """Every fragment at once and one by one, as question and as answer."""
     fragments = (
         FRAGMENTS if fragment == "tricky" else [s for s in LOOK_ALIKES if "channel" not in s]
     )
@@ -397,7 +405,7 @@ def test_real_voices_on_tricky_text(real: Speaker, fragment: str):
 
 @pytest.mark.realdata
 @given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=40))
-def test_real_voices_on_any_text(real: Speaker, text: str):
+def test_real_renderings_of_any_text(real: Speaker, text: str):
     text = unicodedata.normalize("NFC", text)
     conversation = Conversation.from_question(text).with_answer(Text(f"a{text}"))
     assume_no_look_alike(real, conversation)
@@ -423,17 +431,20 @@ def test_real_gemma_refuses_turns_that_do_not_alternate(real_of):
 @pytest.mark.realdata
 @pytest.mark.parametrize("family", ["llama", "gpt-oss"])
 def test_real_prompts_do_not_change_at_midnight(real_of, family: str):
-    voice = real_of(family).renderer
-    prompt = voice.vocabulary.decode_pieces(
-        voice.render_prompt(Conversation.from_question("Hi")).ids_T.tolist()
+    renderer = real_of(family).renderer
+    prompt = renderer.vocabulary.decode_pieces(
+        renderer.render_prompt(Conversation.from_question("Hi")).ids_T.tolist()
     )
     assert any(b"2025-01-01" in p or b"01 Jan 2025" in p for p in prompt if isinstance(p, bytes))
 
 
 @pytest.mark.realdata
 def test_real_qwen_keeps_the_newlines_before_an_earlier_answer(real_of):
-    talk = Conversation.from_question("q1").with_answer(Text("\nfirst"))
-    talk = Conversation(
-        (*talk.messages, *Conversation.from_question("q2").with_answer(Text("second")).messages)
+    two_turns = Conversation.from_question("q1").with_answer(Text("\nfirst"))
+    two_turns = Conversation(
+        (
+            *two_turns.messages,
+            *Conversation.from_question("q2").with_answer(Text("second")).messages,
+        )
     )
-    same_as_transformers(real_of("qwen"), talk)
+    same_as_transformers(real_of("qwen"), two_turns)

@@ -1,4 +1,4 @@
-"""A model persea does not know speaks by its own template alone, exactly as transformers renders it; or it is refused."""
+"""An unknown model is rendered by its own template exactly as transformers does, or refused."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from persea.chat import families
 from persea.chat.families.generic import GENERIC_FAMILY_NAME, StripRule
 from persea.chat.families.llama import LLAMA
 from persea.chat.families.qwen import QWEN
+from persea.chat.family import Family
 from persea.chat.messages import (
     Conversation,
-    Family,
     FinishReason,
     Message,
     Role,
@@ -32,13 +32,15 @@ from persea.chat.messages import (
 )
 from persea.config.recipe import load_recipe
 from persea.errors import DataError
-from persea.models.loading import ModelSource, load_renderer, model_warnings
+from persea.models.identity import model_warnings
+from persea.models.loading import ModelSource, load_renderer
 from persea.pipeline.run_context import RunContext
 from persea.pipeline.stages import run_check
 from tests.cli.test_cli import recipe
 from tests.conftest import Speaker, _speaker
 
-# What these models' own configurations say: their eos and bos tokens, and further ends of generation_config.json.
+# What these models' own configurations say: their eos and bos tokens, and further ends of
+# generation_config.json.
 UNKNOWN: dict[str, dict[str, Any]] = {
     "smollm3": {"bos": None, "eos": "<|im_end|>", "ends": ()},
     "deepseek-v3.1": {"bos": "<｜begin▁of▁sentence｜>", "eos": "<｜end▁of▁sentence｜>", "ends": ()},
@@ -71,7 +73,7 @@ def folder_of(
     adds_bos: bool = False,
     config_eos: tuple[str, ...] = (),
 ) -> Path:
-    """A tokenizer folder: byte-level BPE whose control tokens are those the template writes, found by their looks."""
+    """Make a tokenizer folder: byte-level BPE with the control tokens that the template writes."""
     looks = re.findall(r"<[|｜][^>{}'\"]{1,40}[|｜]>|</?think>|\[gMASK\]|<sop>", template)
     names = list(dict.fromkeys([t for t in (bos, eos, *ends, *controls, *looks) if t]))
     tokenizer = Tokenizer(models.BPE())
@@ -105,7 +107,7 @@ def folder_of(
 
 @pytest.fixture(scope="module")
 def unknown_of(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Speaker]:
-    """name -> a speaker with that model's real template and a tiny tokenizer."""
+    """Name -> that model's real template on a tiny tokenizer."""
     speakers: dict[str, Speaker] = {}
 
     def of(name: str) -> Speaker:
@@ -128,7 +130,7 @@ def unknown(request: pytest.FixtureRequest, unknown_of: Callable[[str], Speaker]
     return unknown_of(request.param)
 
 
-def talks() -> list[Conversation]:
+def conversations_of() -> list[Conversation]:
     """Each text as question, answer, earlier answer and system text."""
     found = []
     for k, text in enumerate(SAID):
@@ -160,13 +162,13 @@ def theirs(speaker: Speaker, conversation: Conversation, generate: bool) -> list
     return ids
 
 
-# ---- templates persea has no file for ------------------------------------------------------------------------------
+# ---- templates persea has no file for ------------------------------------------------------------
 
 
 @pytest.mark.realdata
 def test_an_unknown_model_is_rendered_as_transformers_does(unknown: Speaker):
     today = unknown.today()
-    for conversation in talks():
+    for conversation in conversations_of():
         asked = replace(conversation, messages=conversation.messages[:-1])
         assert today.render_prompt(asked).ids_T.tolist() == theirs(unknown, asked, generate=True)
         ids = today.render(conversation).ids_T.tolist()
@@ -185,25 +187,25 @@ def test_an_unknown_model_is_rendered_as_transformers_does(unknown: Speaker):
 
 @pytest.mark.realdata
 def test_an_unknown_model_is_parsed_and_learns_its_answer(unknown: Speaker):
-    voice = unknown.renderer
-    for conversation in talks():
-        tokens, kept = voice.render(conversation), voice.family.normalise(conversation)
+    renderer = unknown.renderer
+    for conversation in conversations_of():
+        tokens, retained = renderer.render(conversation), renderer.family.normalise(conversation)
         learned = np.flatnonzero(tokens.loss_mask_T)
         before = len(
-            voice.render_prompt(replace(conversation, messages=conversation.messages[:-1]))
+            renderer.render_prompt(replace(conversation, messages=conversation.messages[:-1]))
         )
         assert learned.tolist() == list(range(before, int(learned[-1]) + 1))
-        assert tokens.ids_T[learned[-1]] == voice.stop_ids[0]
-        assert not any(i in voice.stop_ids for i in tokens.ids_T[learned[:-1]])
-        assert voice.parse(tokens.ids_T[learned].tolist(), ThinkingEffort.NONE) == (
-            (Text(kept.messages[-1].text),),
+        assert tokens.ids_T[learned[-1]] == renderer.stop_ids[0]
+        assert not any(i in renderer.stop_ids for i in tokens.ids_T[learned[:-1]])
+        assert renderer.parse(tokens.ids_T[learned].tolist(), ThinkingEffort.NONE) == (
+            (Text(retained.messages[-1].text),),
             FinishReason.STOP,
         )
-        assert voice.family.normalise(kept) == kept
+        assert renderer.family.normalise(retained) == retained
 
 
 @pytest.mark.realdata
-def test_what_was_found_by_probing(unknown_of: Callable[[str], Speaker]):
+def test_results_of_probing(unknown_of: Callable[[str], Speaker]):
     found = {name: unknown_of(name).renderer for name in UNKNOWN}
     assert {n: v.family.name for n, v in found.items()} == dict.fromkeys(
         UNKNOWN, GENERIC_FAMILY_NAME
@@ -214,53 +216,56 @@ def test_what_was_found_by_probing(unknown_of: Callable[[str], Speaker]):
         "apertus": ("<|assistant_end|>",),
         "glm-4.6": ("<|user|>", "<|endoftext|>", "<|observation|>"),
     }
-    talk = Conversation(
+    conversation = Conversation(
         (
             Message(Role.SYSTEM, (Text("\n s \n"),)),
             Message(Role.USER, (Text("\n q \n"),)),
             Message(Role.ASSISTANT, (Thinking("t"), Text("\n a \n"))),
         )
     )
-    assert {n: [p.text for p in v.family.normalise(talk).parts()] for n, v in found.items()} == {
+    assert {
+        n: [p.text for p in v.family.normalise(conversation).parts()] for n, v in found.items()
+    } == {
         "smollm3": ["\n s", "\n q \n", "", " a \n"],
         "deepseek-v3.1": ["\n s \n", "\n q \n", "", "\n a \n"],
         "apertus": ["\n s \n", "\n q \n", "", "\n a \n"],
         "glm-4.6": ["\n s \n", "\n q \n", "", "a"],
     }
-    for name, voice in found.items():
-        note = model_warnings(ModelSource(str(unknown_of(name).folder)), voice, "w")
+    for name, renderer in found.items():
+        note = model_warnings(ModelSource(str(unknown_of(name).folder)), renderer, "w")
         assert "does not know this family" in note
-        assert voice.family.stop_tokens[0] in note
+        assert renderer.family.stop_tokens[0] in note
         assert ("only before the next question" in note) == (name in OPEN)
         assert "\n" not in note
 
 
 @pytest.mark.realdata
 def test_control_tokens_in_a_text_stay_text(unknown: Speaker):
-    """Also DeepSeek's <｜User｜>, which its tokenizer calls an ordinary token."""
-    voice = unknown.renderer
+    """This includes DeepSeek's <｜User｜>, which its tokenizer does not declare special."""
+    renderer = unknown.renderer
     added = json.loads((unknown.folder / "tokenizer.json").read_text())["added_tokens"]
     names = [t["content"] for t in added if "think" not in t["content"]]
-    assert set(names) <= voice.vocabulary.control_token_ids.keys()
-    said = Conversation.from_question("x " + " ".join(names)).with_answer(
+    assert set(names) <= renderer.vocabulary.control_token_ids.keys()
+    pieces = Conversation.from_question("x " + " ".join(names)).with_answer(
         Text("y" + "".join(names) + "y")
     )
     plain = Conversation.from_question("x").with_answer(Text("y"))
     controls = [
-        [i for i in voice.render(c).ids_T.tolist() if voice.vocabulary.bytes_W[i] is None]
-        for c in (said, plain)
+        [i for i in renderer.render(c).ids_T.tolist() if renderer.vocabulary.bytes_W[i] is None]
+        for c in (pieces, plain)
     ]
     assert controls[0] == controls[1]
-    tokens = voice.render(said)
+    tokens = renderer.render(pieces)
     assert (
-        voice.parse(tokens.ids_T[tokens.loss_mask_T].tolist(), ThinkingEffort.NONE)[0]
-        == said.messages[-1].parts
+        renderer.parse(tokens.ids_T[tokens.loss_mask_T].tolist(), ThinkingEffort.NONE)[0]
+        == pieces.messages[-1].parts
     )
 
 
 @pytest.mark.realdata
 def test_an_open_answer_needs_a_known_end(data: Path, tmp_path: Path):
-    """GLM's turns end with the next speaker's token: only its generation_config.json says that this is an end."""
+    """GLM's turns end with the next role's token; only generation_config.json declares it as an
+    end."""
     text = (data / "templates" / "glm-4.6.jinja").read_text()
     folder = folder_of(
         tmp_path / "glm", text, bos=None, eos="<|endoftext|>", controls=("<|user|>",)
@@ -274,7 +279,7 @@ def test_an_open_answer_needs_a_known_end(data: Path, tmp_path: Path):
     assert "new_family" in caught.value.remedy
 
 
-# ---- small templates, each with one habit --------------------------------------------------------------------------
+# ---- small templates, each with one habit --------------------------------------------------------
 
 HEAD = "{% for m in messages %}"
 TURN = "<|{{ m['role'] }}|>{{ m['content'] }}<|stop|>"
@@ -296,10 +301,13 @@ def small(path: Path, template: str, eos: str = "<|stop|>", **more: Any) -> Mode
     "cut", ["", "trim", "strip(' ')", "lstrip('\\n')", "rstrip()", "strip('\\n ')"]
 )
 @pytest.mark.parametrize("role", ["user", "assistant", "system"])
-def test_what_a_template_trims_is_found_for_each_role(tmp_path: Path, role: str, cut: str):
+def test_strip_rules_are_found_for_each_role(tmp_path: Path, role: str, cut: str):
     content = "m['content']" + ("" if not cut else " | trim" if cut == "trim" else f".{cut}")
-    turn = f"<|{{{{ m['role'] }}}}|>{{{{ ({content}) if m['role'] == '{role}' else m['content'] }}}}<|stop|>"
-    voice = load_renderer(small(tmp_path, HEAD + turn + END), "w")
+    turn = (
+        f"<|{{{{ m['role'] }}}}|>{{{{ ({content}) if m['role'] == '{role}' else m['content'] "
+        f"}}}}<|stop|>"
+    )
+    renderer = load_renderer(small(tmp_path, HEAD + turn + END), "w")
     text = " \n \t\u3000x\u3000\t \n "
     want = {
         "": text,
@@ -309,34 +317,34 @@ def test_what_a_template_trims_is_found_for_each_role(tmp_path: Path, role: str,
         "rstrip()": text.rstrip(),
         "strip('\\n ')": text.strip(" \n"),
     }[cut]
-    talk = Conversation.from_question(text, system=text).with_answer(Text(text))
-    kept = voice.family.normalise(talk)
-    assert [m.text for m in kept.messages] == [
-        want if m.role.value == role else text for m in talk.messages
+    conversation = Conversation.from_question(text, system=text).with_answer(Text(text))
+    retained = renderer.family.normalise(conversation)
+    assert [m.text for m in retained.messages] == [
+        want if m.role.value == role else text for m in conversation.messages
     ]
-    tokens = voice.render(talk)
-    assert voice.parse(tokens.ids_T[tokens.loss_mask_T].tolist(), ThinkingEffort.NONE) == (
-        kept.messages[-1].parts,
+    tokens = renderer.render(conversation)
+    assert renderer.parse(tokens.ids_T[tokens.loss_mask_T].tolist(), ThinkingEffort.NONE) == (
+        retained.messages[-1].parts,
         FinishReason.STOP,
     )
 
 
 @pytest.mark.parametrize("where", ["loop.last", "not loop.last"])
-def test_an_earlier_answer_may_be_trimmed_otherwise_than_the_last(tmp_path: Path, where: str):
+def test_earlier_answers_may_be_trimmed_differently(tmp_path: Path, where: str):
     content = f"m['content'] | trim if m['role'] == 'assistant' and {where} else m['content']"
-    voice = load_renderer(
+    renderer = load_renderer(
         small(tmp_path, HEAD + f"<|{{{{ m['role'] }}}}|>{{{{ {content} }}}}<|stop|>" + END), "w"
     )
     first = Conversation.from_question(" q ").with_answer(Text(" a "))
-    talk = replace(first, messages=first.messages * 2)
+    conversation = replace(first, messages=first.messages * 2)
     want = [
         "a" if m.role is Role.ASSISTANT and (k == 3) == (where == "loop.last") else m.text
-        for k, m in enumerate(talk.messages)
+        for k, m in enumerate(conversation.messages)
     ]
-    assert [m.text for m in voice.family.normalise(talk).messages] == want
-    assert voice.family.normalise(first).messages[-1].text == want[3]
-    tokens = voice.render(talk)
-    assert voice.parse(tokens.ids_T[tokens.loss_mask_T].tolist(), ThinkingEffort.NONE) == (
+    assert [m.text for m in renderer.family.normalise(conversation).messages] == want
+    assert renderer.family.normalise(first).messages[-1].text == want[3]
+    tokens = renderer.render(conversation)
+    assert renderer.parse(tokens.ids_T[tokens.loss_mask_T].tolist(), ThinkingEffort.NONE) == (
         (Text(want[3]),),
         FinishReason.STOP,
     )
@@ -360,14 +368,13 @@ def test_an_earlier_answer_may_be_trimmed_otherwise_than_the_last(tmp_path: Path
             "does not write an answer where its prompt ends",
         ),
         (
-            HEAD
-            + "{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
+            HEAD + "{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt "
+            "%}assistant: {% endif %}",
             "ends an answer with no control token$",
         ),
         (
-            HEAD
-            + "<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}<|think|>{% endif %}{{ m['content'] }}<|stop|>"
-            + END,
+            HEAD + "<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}<|think|>{% endif %}{{ "
+            "m['content'] }}<|stop|>" + END,
             "between its prompt",
         ),
         ("{{ raise_exception('no chat') }}", "no chat"),
@@ -401,83 +408,89 @@ def test_templates_generic_cannot_follow_are_refused_when_opened(
     ("template", "why"),
     [
         (
-            "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
-            + HEAD
-            + TURN
-            + END,
+            "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% "
+            "endif %}" + HEAD + TURN + END,
             "no system here",
         ),
         (
             HEAD + "{% if m['role'] != 'system' %}" + TURN + "{% endif %}" + END,
-            "leaves the text out",
+            "drops the text",
         ),
     ],
 )
-def test_no_system_role_is_said_and_refused_in_one_line(tmp_path: Path, template: str, why: str):
+def test_a_missing_system_role_is_reported_and_refused(tmp_path: Path, template: str, why: str):
     source = small(tmp_path, template)
-    voice = load_renderer(source, "teachers.0.model")
-    assert why in voice.family.limitations
-    assert "takes no system text" in model_warnings(source, voice, "w")
-    voice.render(Conversation.from_question("Hi").with_answer(Text("Hello")))
-    for call in (voice.render_prompt, lambda c: voice.render(c.with_answer(Text("Hello")))):
+    renderer = load_renderer(source, "teachers.0.model")
+    assert why in renderer.family.limitations
+    assert "takes no system text" in model_warnings(source, renderer, "w")
+    renderer.render(Conversation.from_question("Hi").with_answer(Text("Hello")))
+    for call in (renderer.render_prompt, lambda c: renderer.render(c.with_answer(Text("Hello")))):
         with pytest.raises(DataError, match="takes no system text") as caught:
             call(Conversation.from_question("Hi", system="Be brief."))
         assert caught.value.where == "teachers.0.model"
         assert "\n" not in str(caught.value)
 
 
-def test_words_of_the_template_around_an_answer_are_learned_and_taken_off(tmp_path: Path):
-    turn = "<|{{ m['role'] }}|>{{ '\n\nSays: ' if m['role'] == 'assistant' }}{{ m['content'] }}\n<|stop|>"
-    voice = load_renderer(small(tmp_path, HEAD + turn + END), "w")
+def test_template_text_around_an_answer_is_in_the_loss_mask_and_removed_by_parse(tmp_path: Path):
+    turn = (
+        "<|{{ m['role'] }}|>{{ '\n\nSays: ' if m['role'] == 'assistant' }}{{ m['content'] "
+        "}}\n<|stop|>"
+    )
+    renderer = load_renderer(small(tmp_path, HEAD + turn + END), "w")
     for text in ("Hello", "", "Says: ", "\n"):
-        tokens = voice.render(Conversation.from_question("Hi").with_answer(Text(text)))
+        tokens = renderer.render(Conversation.from_question("Hi").with_answer(Text(text)))
         learned = tokens.ids_T[tokens.loss_mask_T].tolist()
-        assert voice.vocabulary.decode(learned[:-1]).decode() == f"\n\nSays: {text}\n"
-        assert voice.parse(learned, ThinkingEffort.NONE) == ((Text(text),), FinishReason.STOP)
-    assert voice.parse(
-        [*voice.vocabulary.encode("bare"), voice.stop_ids[0]], ThinkingEffort.NONE
+        assert renderer.vocabulary.decode(learned[:-1]).decode() == f"\n\nSays: {text}\n"
+        assert renderer.parse(learned, ThinkingEffort.NONE) == ((Text(text),), FinishReason.STOP)
+    assert renderer.parse(
+        [*renderer.vocabulary.encode("bare"), renderer.stop_ids[0]], ThinkingEffort.NONE
     ) == ((Text("bare"),), FinishReason.STOP)
 
 
-def test_an_eos_that_is_not_the_turns_end_is_said_and_stops_too(tmp_path: Path):
+def test_an_eos_that_is_not_the_turns_end_is_reported_and_stops_too(tmp_path: Path):
     source = small(tmp_path, HEAD + TURN + END, eos="<|text_end|>")
-    voice = load_renderer(source, "w")
-    assert voice.family.stop_tokens == ("<|stop|>", "<|text_end|>")
-    assert "its configuration ends at <|text_end|> instead" in voice.family.limitations
-    body = voice.vocabulary.encode("Hi")
-    assert {voice.parse([*body, i, *body], ThinkingEffort.NONE) for i in voice.stop_ids} == {
+    renderer = load_renderer(source, "w")
+    assert renderer.family.stop_tokens == ("<|stop|>", "<|text_end|>")
+    assert "its configuration ends a text with <|text_end|> instead" in renderer.family.limitations
+    body = renderer.vocabulary.encode("Hi")
+    assert {renderer.parse([*body, i, *body], ThinkingEffort.NONE) for i in renderer.stop_ids} == {
         ((Text("Hi"),), FinishReason.STOP)
     }
-    assert voice.parse(
-        [*body, voice.vocabulary.control_token_ids["<|user|>"], voice.stop_ids[0]],
+    assert renderer.parse(
+        [*body, renderer.vocabulary.control_token_ids["<|user|>"], renderer.stop_ids[0]],
         ThinkingEffort.NONE,
     ) == ((), FinishReason.MALFORMED)
 
 
 def test_generic_is_one_of_the_names_a_recipe_may_use(tiny: Speaker):
-    """Forced on a model that persea knows: its template alone renders plain talk as the family does."""
+    """Forced on a known model, the inferred family renders plain conversations as the model's
+    family does."""
     if tiny.renderer.family.name == "gpt-oss":
         with pytest.raises(
             DataError, match=r"between its prompt|where its prompt ends|white space"
         ):
             load_renderer(ModelSource(str(tiny.folder), family=GENERIC_FAMILY_NAME), "w")
         return
-    voice = load_renderer(ModelSource(str(tiny.folder), family=GENERIC_FAMILY_NAME), "w")
-    talk = Conversation.from_question(" Hi\n").with_answer(Text("\n Hello "))
-    assert voice.render(talk).ids_T.tolist() == tiny.renderer.render(talk).ids_T.tolist()
+    renderer = load_renderer(ModelSource(str(tiny.folder), family=GENERIC_FAMILY_NAME), "w")
+    conversation = Conversation.from_question(" Hi\n").with_answer(Text("\n Hello "))
     assert (
-        voice.render(talk).loss_mask_T.tolist() == tiny.renderer.render(talk).loss_mask_T.tolist()
+        renderer.render(conversation).ids_T.tolist()
+        == tiny.renderer.render(conversation).ids_T.tolist()
     )
-    assert voice.digest != tiny.renderer.digest
+    assert (
+        renderer.render(conversation).loss_mask_T.tolist()
+        == tiny.renderer.render(conversation).loss_mask_T.tolist()
+    )
+    assert renderer.digest != tiny.renderer.digest
 
 
-def test_a_run_says_who_speaks_and_what_is_not_known(tmp_path: Path):
-    river = RunContext(
+def test_a_run_reports_families_and_their_limitations(tmp_path: Path):
+    context = RunContext(
         load_recipe(recipe(tmp_path), ["teachers.0.family=generic", "teachers.1.family=gemma"]),
         tmp_path / "run",
     )
-    said: list[str] = []
-    run_check(river, tmp_path / "check", lambda stage, share, words: said.append(words))
+    info: list[str] = []
+    run_check(context, tmp_path / "check", lambda stage, share, words: info.append(words))
     found = json.loads((tmp_path / "check" / "check.json").read_text())["families"]
     note = found["qwen-sapling"].pop("note")
     assert "does not know this family" in note
@@ -487,16 +500,16 @@ def test_a_run_says_who_speaks_and_what_is_not_known(tmp_path: Path):
         "gpt-oss-sapling": {"family": "gpt-oss", "detected": True, "note": ""},
         "student": {"family": "llama", "detected": True, "note": ""},
     }
-    assert said == [
+    assert info == [
         "qwen-sapling (generic, see its note in check.json)",
         "gemma-sapling (gemma)",
         "gpt-oss-sapling (gpt-oss)",
     ]
-    assert river.models.lineage_parent("qwen-sapling").licence == "not known"
+    assert context.models.lineage_parent("qwen-sapling").licence == "not known"
 
 
 def test_tools_are_refused_and_not_lost(tmp_path: Path):
-    voice = load_renderer(small(tmp_path, HEAD + TURN + END), "w")
+    renderer = load_renderer(small(tmp_path, HEAD + TURN + END), "w")
     asked = replace(Conversation.from_question("Hi"), tools=(Tool("clock", "the time", "{}"),))
     call = Conversation.from_question("Hi").with_answer(ToolCall("clock", "{}"))
     result = replace(
@@ -504,19 +517,20 @@ def test_tools_are_refused_and_not_lost(tmp_path: Path):
     )
     for conversation in (asked, call, result):
         with pytest.raises(DataError, match="tools"):
-            voice.render_prompt(conversation)
+            renderer.render_prompt(conversation)
 
 
-# ---- which family --------------------------------------------------------------------------------------------------
+# ---- which family --------------------------------------------------------------------------------
 
 
-def test_the_longest_mark_in_the_template_wins(
+def test_the_longest_template_signature_wins(
     tiny_of: Callable[[str], Speaker], monkeypatch: pytest.MonkeyPatch
 ):
     vocabulary = tiny_of("qwen").renderer.vocabulary
-    family: Callable[[str, str], Family] = lambda name, mark: replace(
-        QWEN, name=name, template_signature=mark
-    )
+
+    def family(name: str, mark: str) -> Family:
+        return replace(QWEN, name=name, template_signature=mark)
+
     any_, short, long, other = (
         family("any", ""),
         family("short", "ab"),

@@ -1,4 +1,4 @@
-"""One switch before any template: the hybrid student's form, on the tiny tokenizers and on the real ones."""
+"""The hybrid format of the student, on tiny and real tokenizers."""
 
 from __future__ import annotations
 
@@ -40,41 +40,42 @@ CLOCK = Tool("clock", "Tells the time.", '{"type": "object"}')
 
 @pytest.fixture(scope="module")
 def llama(tiny_of: Callable[[str], Speaker]) -> ChatRenderer:
-    """`<think>` is a token here."""
-    voice: ChatRenderer = tiny_of("llama").renderer
-    assert "<think>" in voice.vocabulary.control_token_ids
-    return voice
+    """A tokenizer in which `<think>` is a token."""
+    renderer: ChatRenderer = tiny_of("llama").renderer
+    assert "<think>" in renderer.vocabulary.control_token_ids
+    return renderer
 
 
 @pytest.fixture(scope="module")
 def maple(
     tiny_of: Callable[[str], Speaker], tmp_path_factory: pytest.TempPathFactory
 ) -> ChatRenderer:
-    """A family persea does not know, given the switch; `<think>` is plain text here."""
+    """An unknown family with the hybrid switch, in which `<think>` is plain text."""
     folder = Path(
         shutil.copytree(tiny_of("gemma").folder, tmp_path_factory.mktemp("maple") / "maple")
     )
     (folder / "chat_template.jinja").write_text(
-        "{%- for m in messages %}{{- '<start_of_turn>' + m['role'] + '\n' + m['content'] + '<end_of_turn>\n' }}{%- endfor %}"
+        "{%- for m in messages %}{{- '<start_of_turn>' + m['role'] + '\n' + m['content'] + "
+        "'<end_of_turn>\n' }}{%- endfor %}"
         "{%- if add_generation_prompt %}{{- '<start_of_turn>assistant\n' }}{%- endif %}"
     )
-    voice = load_renderer(ModelSource(str(folder), family="generic", thinking=True), "student")
-    assert "<think>" not in voice.vocabulary.control_token_ids
-    return voice
+    renderer = load_renderer(ModelSource(str(folder), family="generic", thinking=True), "student")
+    assert "<think>" not in renderer.vocabulary.control_token_ids
+    return renderer
 
 
 @pytest.fixture(scope="module", params=["llama", "maple"])
-def voice(request: pytest.FixtureRequest) -> ChatRenderer:
+def renderer(request: pytest.FixtureRequest) -> ChatRenderer:
     found: ChatRenderer = request.getfixturevalue(request.param)
     return found
 
 
-def written(voice: ChatRenderer, conversation: Conversation) -> str:
+def written(renderer: ChatRenderer, conversation: Conversation) -> str:
     answered = conversation.messages[-1].role is Role.ASSISTANT
-    tokens = voice.render(conversation) if answered else voice.render_prompt(conversation)
+    tokens = renderer.render(conversation) if answered else renderer.render_prompt(conversation)
     return "".join(
         p if isinstance(p, str) else p.decode()
-        for p in voice.vocabulary.decode_pieces(tokens.ids_T.tolist())
+        for p in renderer.vocabulary.decode_pieces(tokens.ids_T.tolist())
     )
 
 
@@ -82,23 +83,26 @@ def asked(effort: ThinkingEffort, *, system: str = "") -> Conversation:
     return Conversation.from_question("2+3?", system=system, effort=effort)
 
 
-# ---- the form ------------------------------------------------------------------------------------------------------
+# ---- the form ------------------------------------------------------------------------------------
 
 
 HEAD = "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nReasoning: "
-QUESTION = "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n2+3?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+QUESTION = (
+    "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n2+3?<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n"
+)
 
 
 @pytest.mark.parametrize("effort", ThinkingEffort)
-def test_the_head_tells_the_effort(llama: ChatRenderer, effort: ThinkingEffort):
+def test_the_prompt_starts_with_the_effort(llama: ChatRenderer, effort: ThinkingEffort):
     assert written(llama, asked(effort)) == f"{HEAD}{effort}{QUESTION}"
     assert (
         written(llama, asked(effort, system="Be brief. "))
         == f"{HEAD}{effort}\n\nBe brief.{QUESTION}"
     )
     thought = "" if effort is ThinkingEffort.NONE else "<think>\nTwo and three.\n</think>\n\n"
-    said = asked(effort).with_answer(Thinking(" Two and three.\n"), Text("\n5. "))
-    assert written(llama, said) == f"{HEAD}{effort}{QUESTION}{thought}5.<|eot_id|>"
+    conversation = asked(effort).with_answer(Thinking(" Two and three.\n"), Text("\n5. "))
+    assert written(llama, conversation) == f"{HEAD}{effort}{QUESTION}{thought}5.<|eot_id|>"
 
 
 def test_the_template_without_an_effort_answers_at_once(llama: ChatRenderer):
@@ -106,40 +110,44 @@ def test_the_template_without_an_effort_answers_at_once(llama: ChatRenderer):
     assert llama.template(messages=asks, add_generation_prompt=True) == f"{HEAD}none{QUESTION}"
 
 
-def test_earlier_thoughts_are_dropped(voice: ChatRenderer):
+def test_earlier_thoughts_are_dropped(renderer: ChatRenderer):
     first = asked(ThinkingEffort.HIGH).with_answer(Thinking("Early."), Text("5"))
-    talk = replace(
+    conversation = replace(
         first, messages=(*first.messages, *asked(ThinkingEffort.HIGH).messages)
     ).with_answer(Thinking("Late."), Text("5"))
-    assert "Early." not in written(voice, talk)
-    assert written(voice, talk).count("<think>\nLate.\n</think>\n\n5") == 1
+    assert "Early." not in written(renderer, conversation)
+    assert written(renderer, conversation).count("<think>\nLate.\n</think>\n\n5") == 1
 
 
 def test_a_call_behind_a_thought_and_its_result(llama: ChatRenderer):
     call = ToolCall("clock", '{"zone": "UTC"}')
-    talk = replace(asked(ThinkingEffort.LOW), tools=(CLOCK,)).with_answer(Thinking("I look."), call)
-    tokens = llama.render(talk)
+    conversation = replace(asked(ThinkingEffort.LOW), tools=(CLOCK,)).with_answer(
+        Thinking("I look."), call
+    )
+    tokens = llama.render(conversation)
     declared = (
         "Functions:\nclock(): Tells the time.\n\n2+3?<|eot_id|>"  # in the sapling's own few words
     )
-    assert declared in written(llama, talk)
-    assert written(llama, talk).endswith(
+    assert declared in written(llama, conversation)
+    assert written(llama, conversation).endswith(
         '<think>\nI look.\n</think>\n\n{"name": "clock", "parameters": {"zone": "UTC"} }<|eot_id|>'
     )
-    assert llama.parse(generated(tokens), ThinkingEffort.LOW, talk.tools) == (
+    assert llama.parse(generated(tokens), ThinkingEffort.LOW, conversation.tools) == (
         (Thinking("I look."), call),
         FinishReason.STOP,
     )
-    told = replace(
-        talk, messages=(*talk.messages, Message(Role.TOOL, (ToolResult("clock", "10:00"),)))
+    answered = replace(
+        conversation,
+        messages=(*conversation.messages, Message(Role.TOOL, (ToolResult("clock", "10:00"),))),
     )
-    assert written(llama, told.with_answer(Text("Ten."))).endswith(
-        '{"name": "clock", "parameters": {"zone": "UTC"} }<|eot_id|><|start_header_id|>ipython<|end_header_id|>\n\n"10:00"<|eot_id|>'
+    assert written(llama, answered.with_answer(Text("Ten."))).endswith(
+        '{"name": "clock", "parameters": {"zone": "UTC"} }<|eot_id|><|start_header_id|>ipython'
+        '<|end_header_id|>\n\n"10:00"<|eot_id|>'
         "<|start_header_id|>assistant<|end_header_id|>\n\nTen.<|eot_id|>"
     )
 
 
-# ---- there and back ------------------------------------------------------------------------------------------------
+# ---- there and back ------------------------------------------------------------------------------
 
 
 @given(
@@ -151,26 +159,33 @@ def test_a_call_behind_a_thought_and_its_result(llama: ChatRenderer):
 @example(thought="  ", text="\n\nx", system="", effort=ThinkingEffort.HIGH)
 @example(thought="a", text="", system=" ", effort=ThinkingEffort.HIGH)
 @example(thought="</thin", text="k>", system="", effort=ThinkingEffort.LOW)
-def test_what_is_said_is_read_back(
-    voice: ChatRenderer, thought: str, text: str, system: str, effort: ThinkingEffort
+def test_renderings_are_parsed_back(
+    renderer: ChatRenderer, thought: str, text: str, system: str, effort: ThinkingEffort
 ):
-    said = Conversation.from_question("q", system=system, effort=effort).with_answer(
+    conversation = Conversation.from_question("q", system=system, effort=effort).with_answer(
         *((Thinking(thought),) if thought else ()), Text(text)
     )
-    kept = voice.family.normalise(said).messages[-1].parts
-    assert voice.family.normalise(voice.family.normalise(said)) == voice.family.normalise(said)
-    assert kept[0].text == ("" if effort is ThinkingEffort.NONE else thought.strip()) or not thought
-    parts, finish = voice.parse(generated(voice.render(said)), effort)
+    retained = renderer.family.normalise(conversation).messages[-1].parts
+    assert renderer.family.normalise(
+        renderer.family.normalise(conversation)
+    ) == renderer.family.normalise(conversation)
+    assert (
+        retained[0].text == ("" if effort is ThinkingEffort.NONE else thought.strip())
+        or not thought
+    )
+    parts, finish = renderer.parse(generated(renderer.render(conversation)), effort)
     assert finish is FinishReason.STOP
-    assert [p for p in parts if p.text] == [p for p in kept if p.text]
+    assert [p for p in parts if p.text] == [p for p in retained if p.text]
 
 
 @given(thought=texts(FRAGMENTS + LOOK_ALIKES), text=texts(FRAGMENTS + LOOK_ALIKES))
-def test_a_tokenizer_with_the_tokens_tells_them_from_text(
+def test_a_tokenizer_with_think_tokens_distinguishes_them_from_text(
     llama: ChatRenderer, thought: str, text: str
 ):
-    said = asked(ThinkingEffort.HIGH).with_answer(Thinking(f"a{thought}b"), Text(f"<think>{text}"))
-    assert llama.parse(generated(llama.render(said)), ThinkingEffort.HIGH) == (
+    conversation = asked(ThinkingEffort.HIGH).with_answer(
+        Thinking(f"a{thought}b"), Text(f"<think>{text}")
+    )
+    assert llama.parse(generated(llama.render(conversation)), ThinkingEffort.HIGH) == (
         (Thinking(f"a{thought}b"), Text(f"<think>{text}".strip())),
         FinishReason.STOP,
     )
@@ -179,15 +194,13 @@ def test_a_tokenizer_with_the_tokens_tells_them_from_text(
 @pytest.mark.parametrize(
     "parts", [(Thinking("so </think> then"), Text("x")), (Text(" <think> I do"),)]
 )
-def test_a_tokenizer_without_the_tokens_refuses_what_could_be_taken_for_them(
-    maple: ChatRenderer, parts
-):
-    with pytest.raises(DataError, match="nothing would tell it"):
+def test_a_tokenizer_without_think_tokens_refuses_ambiguous_texts(maple: ChatRenderer, parts):
+    with pytest.raises(DataError, match="looks like the end of a thought"):
         maple.render(asked(ThinkingEffort.HIGH).with_answer(*parts))
 
 
 @pytest.mark.parametrize(
-    ("said", "want"),
+    ("generated_text", "want"),
     [
         ("<think>\nso", None),
         ("<think>\nso\n</think>\n\nHi", (Thinking("so"), Text("Hi"))),
@@ -197,8 +210,8 @@ def test_a_tokenizer_without_the_tokens_refuses_what_could_be_taken_for_them(
         ("<think>so</think>", (Thinking("so"), Text(""))),
     ],
 )
-def test_what_a_model_may_say_in_plain_text(maple: ChatRenderer, said: str, want):
-    ids = [*maple.vocabulary.encode(said), maple.stop_ids[0]]
+def test_answers_with_markers_in_plain_text(maple: ChatRenderer, generated_text: str, want):
+    ids = [*maple.vocabulary.encode(generated_text), maple.stop_ids[0]]
     assert (
         maple.parse(ids, ThinkingEffort.HIGH) == ((), FinishReason.MALFORMED)
         if want is None
@@ -218,15 +231,19 @@ def test_what_a_model_may_say_in_plain_text(maple: ChatRenderer, said: str, want
         ((b"<think>\nso\n</think>\n\nHi",), (Text("<think>\nso\n</think>\n\nHi"),)),
     ],
 )
-def test_what_a_model_may_say_in_tokens(llama: ChatRenderer, pieces, want):
+def test_answers_with_markers_as_tokens(llama: ChatRenderer, pieces, want):
     assert llama.family.parse(pieces, ThinkingEffort.HIGH) == want
 
 
-# ---- who has it, who gets it ---------------------------------------------------------------------------------------
+# ---- who has it, who gets it ---------------------------------------------------------------------
 
 
-def test_the_sapling_speaks_the_bundled_template():
-    """But for the tools, which a sapling declares in fewer words, and a space behind arguments: "}}" as one token would end them and the call."""
+def test_the_sapling_has_the_bundled_template():
+    """The sapling's template equals the bundled one except for two details.
+
+    It declares tools in fewer words, and writes a space after arguments: "}}" as one token would
+    end both the arguments and the call.
+    """
     mine, bundled = (
         (folder / name).read_text().splitlines()
         for folder, name in (
@@ -267,7 +284,7 @@ def test_no_real_template_has_the_switch_already(data: Path):
 def test_a_family_with_a_switch_of_its_own_is_refused(
     tiny_of: Callable[[str], Speaker], family: str
 ):
-    with pytest.raises(DataError, match="a thinking switch of its own"):
+    with pytest.raises(DataError, match="its own thinking switch"):
         load_renderer(ModelSource(str(tiny_of(family).folder), thinking=True), "student.model")
 
 
@@ -276,17 +293,21 @@ def test_a_family_with_a_switch_of_its_own_is_refused(
     [
         (
             "{{ messages[-1]['content'] }}<end_of_turn>",
-            "does not take the effort|does not write an answer",
+            "does not keep the effort|does not write an answer",
         ),
         (
-            "{%- for m in messages if m['role'] != 'system' %}{{ '<start_of_turn>' + m['role'] + '\n' + m['content'] + '<end_of_turn>\n' }}"
-            "{%- endfor %}{%- if add_generation_prompt %}{{ '<start_of_turn>assistant\n' }}{%- endif %}",
-            "does not take the effort",
+            "{%- for m in messages if m['role'] != 'system' %}{{ '<start_of_turn>' + m['role'] "
+            "+ '\n' + m['content'] + '<end_of_turn>\n' }}"
+            "{%- endfor %}{%- if add_generation_prompt %}{{ '<start_of_turn>assistant\n' }}{%- "
+            "endif %}",
+            "does not keep the effort",
         ),
         (
-            "{%- for m in messages %}{{ '<start_of_turn>' + m['role'] + '\n' + m['content'].split('</think>')[-1] + '<end_of_turn>\n' }}"
-            "{%- endfor %}{%- if add_generation_prompt %}{{ '<start_of_turn>assistant\n' }}{%- endif %}",
-            "does not take the effort",
+            "{%- for m in messages %}{{ '<start_of_turn>' + m['role'] + '\n' + "
+            "m['content'].split('</think>')[-1] + '<end_of_turn>\n' }}"
+            "{%- endfor %}{%- if add_generation_prompt %}"
+            "{{ '<start_of_turn>assistant\n' }}{%- endif %}",
+            "does not keep the effort",
         ),
     ],
 )
@@ -314,7 +335,7 @@ def test_a_llama_base_without_any_template_gets_the_bundled_one(
 
 
 def test_a_given_switch_is_found_again(maple: ChatRenderer, tmp_path: Path):
-    """The folder as a student is saved: its template alone says that it thinks."""
+    """A saved student's folder is detected as thinking by its template alone."""
     folder = Path(shutil.copytree(maple.vocabulary.name, tmp_path / "again"))
     assert maple.template_text.startswith(HYBRID_PRELUDE)
     (folder / "chat_template.jinja").write_text(maple.template_text)
@@ -328,17 +349,17 @@ def test_a_given_switch_is_found_again(maple: ChatRenderer, tmp_path: Path):
     )
 
 
-# ---- the real tokenizers -------------------------------------------------------------------------------------------
+# ---- the real tokenizers -------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def real_hybrid(data: Path) -> ChatRenderer:
-    """The real Llama 3 tokenizer, which has no <think> token, in the bundled template."""
-    voice = load_renderer(
+    """The real Llama 3 tokenizer, which has no <think> token, with the bundled template."""
+    renderer = load_renderer(
         ModelSource(str(data / "tokenizers" / "llama3"), thinking=True), "student"
     )
-    assert "<think>" not in voice.vocabulary.control_token_ids
-    return voice
+    assert "<think>" not in renderer.vocabulary.control_token_ids
+    return renderer
 
 
 THOUGHTS = (
@@ -355,12 +376,12 @@ THOUGHTS = (
 def test_real_llama_thinks_in_plain_text(
     real_hybrid: ChatRenderer, data: Path, thought: str, text: str, effort: ThinkingEffort
 ):
-    said = Conversation.from_question("How much?", system="Be brief.", effort=effort).with_answer(
-        Thinking(thought), Text(text)
-    )
-    tokens = real_hybrid.render(said)
-    check_places(real_hybrid, said, tokens)
-    parts = real_hybrid.family.normalise(said).messages[-1].parts
+    conversation = Conversation.from_question(
+        "How much?", system="Be brief.", effort=effort
+    ).with_answer(Thinking(thought), Text(text))
+    tokens = real_hybrid.render(conversation)
+    check_places(real_hybrid, conversation, tokens)
+    parts = real_hybrid.family.normalise(conversation).messages[-1].parts
     assert real_hybrid.parse(generated(tokens), effort) == (
         tuple(p for p in parts if p.text),
         FinishReason.STOP,
@@ -372,9 +393,9 @@ def test_real_llama_thinks_in_plain_text(
 def test_real_llama_renders_as_transformers_does(real_hybrid: ChatRenderer, data: Path):
     judge = AutoTokenizer.from_pretrained(data / "tokenizers" / "llama3")
     for thought, text in THOUGHTS:
-        said = Conversation.from_question("How much?", effort=ThinkingEffort.LOW).with_answer(
-            Thinking(thought), Text(text)
-        )
+        conversation = Conversation.from_question(
+            "How much?", effort=ThinkingEffort.LOW
+        ).with_answer(Thinking(thought), Text(text))
         messages = [
             {"role": "user", "content": "How much?"},
             {"role": "assistant", "content": text, "reasoning_content": thought},
@@ -385,7 +406,7 @@ def test_real_llama_renders_as_transformers_does(real_hybrid: ChatRenderer, data
             return_dict=False,
             reasoning_effort="low",
         )
-        assert real_hybrid.render(said).ids_T.tolist() == theirs
+        assert real_hybrid.render(conversation).ids_T.tolist() == theirs
 
 
 @pytest.mark.realdata
@@ -393,12 +414,13 @@ def test_real_llama_renders_as_transformers_does(real_hybrid: ChatRenderer, data
 def test_real_thoughts_are_aligned(
     real_hybrid: ChatRenderer, real_of: Callable[[str], Speaker], teacher: str
 ):
-    """Qwen's <think> and harmony's analysis, token for token, with the student's plain text: most of its thought has a row."""
+    """Qwen's <think> and harmony's analysis align with the student's plain text for most of the
+    thought."""
     for thought, text in THOUGHTS[:3]:
-        said = Conversation.from_question("How much?", effort=ThinkingEffort.HIGH).with_answer(
-            Thinking(thought), Text(text)
-        )
-        s, t = real_hybrid.render(said), real_of(teacher).renderer.render(said)
+        conversation = Conversation.from_question(
+            "How much?", effort=ThinkingEffort.HIGH
+        ).with_answer(Thinking(thought), Text(text))
+        s, t = real_hybrid.render(conversation), real_of(teacher).renderer.render(conversation)
         begin = len(b"How much?") + 1
         end = begin + len(thought.encode())
         mine = {

@@ -1,4 +1,4 @@
-"""docs/new_family.md tells the truth: its diff applies to persea as it is, and the test it brings passes."""
+"""The diff in docs/new_family.md applies to persea, and its test passes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ ROOT = Path(__file__).resolve().parents[3]
 PAGE = ROOT / "docs" / "new_family.md"
 
 
-def test_the_diff_on_the_page_is_a_whole_new_family(tmp_path: Path):
+def test_the_diff_on_the_page_is_a_complete_family(tmp_path: Path):
     (diff,) = re.findall(r"^```diff\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     files = re.findall(r"^\+\+\+ b/(.*)$", diff, re.MULTILINE)
     assert files == [
         "persea/chat/families/__init__.py",
-        "persea/families/maple.py",
-        "tests/test_maple.py",
+        "persea/chat/families/maple.py",
+        "tests/chat/families/test_maple.py",
     ]
     changed = [
         line for line in diff.split("diff --git")[1].splitlines() if re.match(r"[+-](?![+-])", line)
@@ -30,7 +30,7 @@ def test_the_diff_on_the_page_is_a_whole_new_family(tmp_path: Path):
     shutil.copytree(
         ROOT / "persea", tmp_path / "persea", ignore=shutil.ignore_patterns("__pycache__")
     )
-    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "chat" / "families").mkdir(parents=True)
     for name in ("pyproject.toml", "tests/conftest.py"):
         shutil.copyfile(ROOT / name, tmp_path / name)
     (tmp_path / "new.diff").write_text(diff)
@@ -51,7 +51,7 @@ def test_the_diff_on_the_page_is_a_whole_new_family(tmp_path: Path):
         return ended.stdout
 
     do("git", "apply", "--whitespace=error", "new.diff")
-    assert "MAPLE" in (tmp_path / "persea" / "families" / "__init__.py").read_text()
+    assert "MAPLE" in (tmp_path / "persea" / "chat" / "families" / "__init__.py").read_text()
     out = do(
         sys.executable,
         "-m",
@@ -61,7 +61,7 @@ def test_the_diff_on_the_page_is_a_whole_new_family(tmp_path: Path):
         "no:cacheprovider",
         "-p",
         "no:xdist",
-        "tests/test_maple.py",
+        "tests/chat/families/test_maple.py",
     )
     assert re.search(r"^31 passed", out, re.MULTILINE), out
     do(
@@ -70,8 +70,8 @@ def test_the_diff_on_the_page_is_a_whole_new_family(tmp_path: Path):
         "ruff",
         "check",
         "--no-cache",
-        "persea/families/maple.py",
+        "persea/chat/families/maple.py",
         "persea/chat/families/__init__.py",
-        "tests/test_maple.py",
+        "tests/chat/families/test_maple.py",
     )
-    assert not (ROOT / "persea" / "families" / "maple.py").exists()
+    assert not (ROOT / "persea" / "chat" / "families" / "maple.py").exists()

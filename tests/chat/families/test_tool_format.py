@@ -1,4 +1,5 @@
-"""Tools, and every form of every family: token for token the template's own, calls read back, nothing lost unsaid."""
+"""Tools in every variant of every family: rendered as by transformers, parsed back, losses
+refused."""
 
 from __future__ import annotations
 
@@ -20,14 +21,13 @@ from persea.chat.families.gemma import GEMMA, GEMMA4
 from persea.chat.families.gpt_oss import GPT_OSS, REASONING_EFFORT_NAMES
 from persea.chat.families.llama import LLAMA
 from persea.chat.families.qwen import QWEN, QWEN3_CODER, QWEN25, QWEN35, QWENS, QWQ
+from persea.chat.family import Family
 from persea.chat.messages import (
     PINNED_DATE,
     ContentPart,
     Conversation,
-    Family,
     FinishReason,
     Message,
-    RenderedTokens,
     Role,
     Text,
     Thinking,
@@ -40,6 +40,7 @@ from persea.chat.messages import (
 from persea.chat.renderer import ChatRenderer
 from persea.chat.template import compile_template
 from persea.errors import DataError
+from persea.tokenization.tokens import RenderedTokens
 from tests.chat.families.test_families import vocabulary
 from tests.chat.test_renderer import FRAGMENTS, LOOK_ALIKES, generated, texts
 from tests.conftest import Speaker
@@ -83,7 +84,7 @@ CALL = ToolCall(
 
 @dataclass(frozen=True, repr=False)
 class Form:
-    """One template on its tokenizer, and transformers' own tokenizer as the judge."""
+    """One template on its tokenizer, and transformers' tokenizer as the reference."""
 
     name: str
     renderer: ChatRenderer
@@ -93,10 +94,10 @@ class Form:
         return f"Form({self.name})"
 
     def theirs(self, conversation: Conversation, generate: bool) -> list[int]:
-        """The conversation's texts as they are given, through apply_chat_template."""
+        """Return transformers' rendering of the texts as they are given."""
         family, messages = self.renderer.family, []
         for k, m in enumerate(conversation.messages):
-            said: dict[str, Any] = {"role": m.role.value, "content": m.text}
+            message: dict[str, Any] = {"role": m.role.value, "content": m.text}
             if m.role is Role.TOOL:
                 messages += [{"role": "tool", "name": p.name, "content": p.text} for p in m.parts]
                 continue
@@ -104,21 +105,21 @@ class Form:
                 conversation.effort is not ThinkingEffort.NONE or family is GPT_OSS
             )
             if family is QWQ and m.role is Role.ASSISTANT and k == len(conversation.messages) - 1:
-                said["content"] = (
+                message["content"] = (
                     f"<think>\n{m.thinking}\n</think>\n\n{m.text}"
                     if thinks
                     else f"<think>\n</think>\n\n{m.text}"
                 )
             elif family in (QWEN, QWEN35) and m.role is Role.ASSISTANT:
-                said["reasoning_content"] = m.thinking if thinks else ""
+                message["reasoning_content"] = m.thinking if thinks else ""
             elif thinks and family is GPT_OSS:
-                said["thinking"] = m.thinking
+                message["thinking"] = m.thinking
             if m.calls:
-                said["tool_calls"] = [
+                message["tool_calls"] = [
                     {"function": {"name": c.name, "arguments": json.loads(c.arguments)}}
                     for c in m.calls
                 ]
-            messages.append(said)
+            messages.append(message)
         on = conversation.effort is not ThinkingEffort.NONE
         switches = (
             {"enable_thinking": on}
@@ -156,16 +157,16 @@ def formed(name: str, speaker: Speaker, data: Path) -> Form:
     text = (data / "templates" / f"{name}.jinja").read_text()
     special = {k: v for k, v in speaker.tokenizer.special_tokens_map.items() if isinstance(v, str)}
     today = (
-        speaker.today().today if name == "gpt-oss" else PINNED_DATE
+        speaker.today().template_date if name == "gpt-oss" else PINNED_DATE
     )  # transformers can be told no other date than today
-    voice = replace(
+    renderer = replace(
         speaker.renderer,
         family=FORMS[name][1],
         template=compile_template(text, special, today, name),
         template_text=text,
         template_date=today,
     )
-    return Form(name, voice, speaker.tokenizer)
+    return Form(name, renderer, speaker.tokenizer)
 
 
 @pytest.fixture(scope="session")
@@ -174,9 +175,9 @@ def form_of(real_of: Callable[[str], Speaker], data: Path) -> Callable[[str], Fo
 
 
 def written(form: Form, conversation: Conversation) -> list[tuple[int, bytes]]:
-    """(place among the content's bytes, bytes) of each part that must have tokens."""
-    kept, at, out = form.renderer.family.normalise(conversation), 0, []
-    for whole, part in zip(conversation.parts(), kept.parts(), strict=True):
+    """Return (offset in the content, bytes) of each part that must have tokens."""
+    retained, at, out = form.renderer.family.normalise(conversation), 0, []
+    for whole, part in zip(conversation.parts(), retained.parts(), strict=True):
         bare = (
             isinstance(part, (Text, Thinking))
             or (
@@ -200,7 +201,8 @@ def written(form: Form, conversation: Conversation) -> list[tuple[int, bytes]]:
 
 
 def check_bytes(form: Form, conversation: Conversation, tokens: RenderedTokens) -> None:
-    """Every byte of every written part has exactly one token that holds it, and no other place has any."""
+    """Check that exactly one token holds each byte of a written part, and no token any other
+    byte."""
     parts = written(form, conversation)
     content = b"\xff".join(p.text.encode() for p in conversation.parts())
     covered = np.zeros(len(content) + 1, int)
@@ -214,9 +216,13 @@ def check_bytes(form: Form, conversation: Conversation, tokens: RenderedTokens) 
         if not begun:  # it begins in the scaffolding, or ends there
             part = max(a for a, _ in parts if a < end)
             start = part if content[part:end] in piece else part + int(np.argmin(covered[part:end]))
-        said = content[start:end].replace(b"\xff", b"")
-        assert said == piece if begun else said in piece and len(said) < len(piece)
-        assert begun or piece.endswith(said) or end in [a + len(text) for a, text in parts]
+        content_piece = content[start:end].replace(b"\xff", b"")
+        assert (
+            content_piece == piece
+            if begun
+            else content_piece in piece and len(content_piece) < len(piece)
+        )
+        assert begun or piece.endswith(content_piece) or end in [a + len(text) for a, text in parts]
         covered[start:end] += np.frombuffer(content[start:end], np.uint8) != 0xFF
     want = np.zeros(len(content) + 1, int)
     for at, text in parts:
@@ -225,28 +231,31 @@ def check_bytes(form: Form, conversation: Conversation, tokens: RenderedTokens) 
 
 
 def check(form: Form, conversation: Conversation, raw: bool = True) -> None:
-    """Token for token transformers' own, of the conversation as it is or as it is kept; every byte in its place; read back."""
-    voice = form.renderer
-    given = conversation if raw else voice.family.normalise(conversation)
+    """Check the rendering against transformers, the byte offsets, and the parsed answer."""
+    renderer = form.renderer
+    given = conversation if raw else renderer.family.normalise(conversation)
     tokens, prompt = (
-        voice.render(conversation),
-        voice.render_prompt(replace(conversation, messages=conversation.messages[:-1])),
+        renderer.render(conversation),
+        renderer.render_prompt(replace(conversation, messages=conversation.messages[:-1])),
     )
     whole = form.theirs(given, False)
     assert tokens.ids_T.tolist() == whole
     assert prompt.ids_T.tolist() == form.theirs(replace(given, messages=given.messages[:-1]), True)
     check_bytes(form, conversation, tokens)
-    read_back(voice, conversation, tokens)
+    read_back(renderer, conversation, tokens)
 
 
-def read_back(voice: ChatRenderer, conversation: Conversation, tokens: RenderedTokens) -> None:
-    kept = tuple(p for p in voice.family.normalise(conversation).messages[-1].parts if p.text)
-    parts, finish = voice.parse(generated(tokens), conversation.effort, conversation.tools)
-    assert (tuple(p for p in parts if p.text), finish) == (kept, FinishReason.STOP)
+def read_back(renderer: ChatRenderer, conversation: Conversation, tokens: RenderedTokens) -> None:
+    retained = tuple(
+        p for p in renderer.family.normalise(conversation).messages[-1].parts if p.text
+    )
+    parts, finish = renderer.parse(generated(tokens), conversation.effort, conversation.tools)
+    assert (tuple(p for p in parts if p.text), finish) == (retained, FinishReason.STOP)
 
 
-def talks(line: str, effort: ThinkingEffort, name: str) -> list[Conversation]:
-    """System or not, one turn and more, empty parts; tools declared, called, answered."""
+def conversations(line: str, effort: ThinkingEffort, name: str) -> list[Conversation]:
+    """Conversations with and without system text, tools, calls and results, and with empty
+    parts."""
     user, say = Message(Role.USER, (Text(line),)), Message(Role.ASSISTANT, (Text(f"Yes: {line}"),))
     system, short = (
         Message(Role.SYSTEM, (Text(f"Be brief. {line}"),)),
@@ -293,7 +302,10 @@ def talks(line: str, effort: ThinkingEffort, name: str) -> list[Conversation]:
 
 
 def opens_without_thought(form: Form, conversation: Conversation) -> bool:
-    """Qwen 3.5 with thinking on and no thought: its template's two newlines are one token, its prompt's is another."""
+    """Whether Qwen 3.5 is asked to think and has no thought.
+
+    Its template then writes two line breaks as one token, where its prompt has another token.
+    """
     return (
         form.renderer.family is QWEN35
         and conversation.effort is not ThinkingEffort.NONE
@@ -316,7 +328,7 @@ def test_every_template_in_fifteen_languages(form_of: Callable[[str], Form], dat
     efforts = form.renderer.family.efforts
     for k, line in enumerate(said):
         for n, conversation in enumerate(
-            talks(" ".join(line.split()), efforts[k % len(efforts)], name)
+            conversations(" ".join(line.split()), efforts[k % len(efforts)], name)
         ):
             if (
                 k >= 3 and n % 3 != k % 3
@@ -329,7 +341,7 @@ def test_every_template_in_fifteen_languages(form_of: Callable[[str], Form], dat
                 check(form, conversation)
 
 
-# ---- properties -----------------------------------------------------------------------------------------------------------------
+# ---- properties ----------------------------------------------------------------------------------
 
 
 @st.composite
@@ -363,7 +375,8 @@ def calls(draw: st.DrawFn, fragments: list[str]) -> ToolCall:
 
 @st.composite
 def tool_talks(draw: st.DrawFn, fragments: list[str], name: str) -> Conversation:
-    """One to three turns; in each a question, none to two rounds of call and result, and an answer, or at the end a call."""
+    """One to three turns of a question, up to two rounds of call and result, and an answer or a
+    call."""
     text = texts([f for f in fragments if "channel" not in f] if name == "gpt-oss" else fragments)
 
     def thought() -> tuple[ContentPart, ...]:
@@ -391,11 +404,11 @@ def tool_talks(draw: st.DrawFn, fragments: list[str], name: str) -> Conversation
 
 
 def refused(form: Form, conversation: Conversation, error: DataError) -> bool:
-    """Whether a refusal is one of those that a person would expect of this conversation."""
-    spoken = [p.text for m in conversation.messages for p in m.parts]
+    """Whether the refusal is one that a person would expect for this conversation."""
+    turns = [p.text for m in conversation.messages for p in m.parts]
     controls = any(
         name in text.replace('\\\\"', '"')
-        for text in spoken
+        for text in turns
         for name in form.renderer.vocabulary.control_token_ids
     )
     if "is a control token of this tokenizer" in error.message:
@@ -405,24 +418,24 @@ def refused(form: Form, conversation: Conversation, error: DataError) -> bool:
     if (
         "changes the content" in error.message
     ):  # QwQ's template looks for the thought's end in the text
-        return form.renderer.family is QWQ and any("</think>" in text for text in spoken)
+        return form.renderer.family is QWQ and any("</think>" in text for text in turns)
     return (
-        "cannot be told apart" in error.message
+        "are ambiguous" in error.message
         and form.renderer.family in (QWEN3_CODER, QWEN35)
-        and any("parameter" in t for t in spoken)
+        and any("parameter" in t for t in turns)
     )
 
 
 @pytest.mark.realdata
 @pytest.mark.parametrize("name", FORMS)
 @given(data=st.data())
-def test_whatever_is_said_comes_back(
+def test_renderings_with_tools_are_parsed_back(
     form_of: Callable[[str], Form], name: str, data: st.DataObject
 ):
     form = form_of(name)
     conversation = data.draw(tool_talks(FRAGMENTS + LOOK_ALIKES, name))
-    kept = form.renderer.family.normalise(conversation)
-    assert form.renderer.family.normalise(kept) == kept
+    retained = form.renderer.family.normalise(conversation)
+    assert form.renderer.family.normalise(retained) == retained
     try:
         tokens = form.renderer.render(conversation)
     except DataError as error:
@@ -435,7 +448,7 @@ def test_whatever_is_said_comes_back(
         for p in conversation.parts()
         for c in form.renderer.vocabulary.control_token_ids
     ):
-        assert tokens.ids_T.tolist() == form.theirs(kept, False)
+        assert tokens.ids_T.tolist() == form.theirs(retained, False)
 
 
 @pytest.mark.realdata
@@ -444,26 +457,26 @@ def test_whatever_is_said_comes_back(
 def test_an_answer_cut_anywhere_is_never_a_call(
     form_of: Callable[[str], Form], name: str, effort: ThinkingEffort
 ):
-    """Cut without its stop it is LENGTH; with a stop behind the cut it is malformed or a text, and never an exception."""
-    voice = form_of(name).renderer
+    """A cut answer is LENGTH without a stop, and malformed or text with one; never an exception."""
+    renderer = form_of(name).renderer
     question = Conversation.from_question("Hi", effort=effort)
     for parts in ((Thinking("So it is"), CALL), (Thinking("So it is"), Text("Hello there"))):
         conversation = replace(question.with_answer(*parts), tools=(WEATHER, CLOCK))
-        ids = generated(voice.render(conversation))
-        assert voice.parse(ids, effort, conversation.tools)[1] is FinishReason.STOP
+        ids = generated(renderer.render(conversation))
+        assert renderer.parse(ids, effort, conversation.tools)[1] is FinishReason.STOP
         for end in range(len(ids)):
-            for stop in ((), *((s,) for s in voice.stop_ids)):
-                said, finish = voice.parse([*ids[:end], *stop], effort, conversation.tools)
+            for stop in ((), *((s,) for s in renderer.stop_ids)):
+                found, finish = renderer.parse([*ids[:end], *stop], effort, conversation.tools)
                 assert stop or finish is FinishReason.LENGTH
                 assert (
                     not stop
                     or end == len(ids) - 1
-                    or not any(isinstance(p, ToolCall) for p in said)
+                    or not any(isinstance(p, ToolCall) for p in found)
                 )
                 if stop and name == "gpt-oss":
                     told = b"".join(
                         p if isinstance(p, bytes) else p.encode()
-                        for p in voice.vocabulary.decode_pieces(ids[:end])
+                        for p in renderer.vocabulary.decode_pieces(ids[:end])
                     )
                     whole = b"<|channel|>final<|message|>" in told or end == len(ids) - 1
                     assert finish is (FinishReason.STOP if whole else FinishReason.MALFORMED)
@@ -475,26 +488,28 @@ def test_an_answer_cut_anywhere_is_never_a_call(
 def test_a_call_with_any_token_changed_is_no_exception(
     form_of: Callable[[str], Form], name: str, data: st.DataObject
 ):
-    voice = form_of(name).renderer
+    renderer = form_of(name).renderer
     conversation = replace(
         Conversation.from_question("Hi", effort=ThinkingEffort.HIGH).with_answer(
             Thinking("So"), CALL
         ),
         tools=(WEATHER,),
     )
-    ids = generated(voice.render(conversation))
+    ids = generated(renderer.render(conversation))
     for _ in range(data.draw(st.integers(1, 3))):
         at, other = (
             data.draw(st.integers(0, len(ids) - 1)),
-            data.draw(st.sampled_from([*ids, *voice.vocabulary.control_token_ids.values()])),
+            data.draw(st.sampled_from([*ids, *renderer.vocabulary.control_token_ids.values()])),
         )
         ids[at : at + data.draw(st.integers(0, 1))] = [other]
-    parts, finish = voice.parse([*ids, voice.stop_ids[0]], ThinkingEffort.HIGH, conversation.tools)
+    parts, finish = renderer.parse(
+        [*ids, renderer.stop_ids[0]], ThinkingEffort.HIGH, conversation.tools
+    )
     assert finish in (FinishReason.STOP, FinishReason.MALFORMED)
     assert finish is FinishReason.STOP or parts == ()
 
 
-# ---- what no template may lose --------------------------------------------------------------------------------------------------
+# ---- what no template may lose -------------------------------------------------------------------
 
 ASKED = Message(Role.USER, (Text("Hi"),))
 CALLED = Message(Role.ASSISTANT, (CALL,))
@@ -512,25 +527,27 @@ def test_gemma3_refuses_tools_and_does_not_lose_them(form_of: Callable[[str], Fo
 
 
 @pytest.mark.parametrize("family", ["qwen", "gpt-oss"])
-def test_a_template_without_tools_is_told_from_one_with_them(
-    tiny_of: Callable[[str], Speaker], family: str
-):
-    """Whatever its family can say: a sapling's template has tools, the same one without its lines on them has none."""
-    voice = tiny_of(family).renderer
+def test_a_template_without_tools_is_detected(tiny_of: Callable[[str], Speaker], family: str):
+    """A sapling's template has tools; the same template without its lines about tools has none."""
+    renderer = tiny_of(family).renderer
     text = re.sub(
-        r"\{%- if tools %}.*?\n\{%- endif %}\n", "", voice.template_text, count=1, flags=re.DOTALL
+        r"\{%- if tools %}.*?\n\{%- endif %}\n",
+        "",
+        renderer.template_text,
+        count=1,
+        flags=re.DOTALL,
     )
     text = text.replace("'tool_calls'", "'no_calls'")
     bare = replace(
-        voice,
-        template=compile_template(text, dict(voice.special_tokens), PINNED_DATE, family),
+        renderer,
+        template=compile_template(text, dict(renderer.special_tokens), PINNED_DATE, family),
         template_text=text,
     )
     for conversation in (
         Conversation((ASKED,), tools=(WEATHER,)),
         Conversation((ASKED, CALLED, ASKED)),
     ):
-        voice.render_prompt(conversation)
+        renderer.render_prompt(conversation)
         with pytest.raises(DataError, match=r"drops tools|changes the content"):
             bare.render_prompt(conversation)
 
@@ -540,15 +557,19 @@ def test_a_template_without_tools_is_told_from_one_with_them(
     ("name", "messages", "reason"),
     [
         ("llama3.1", (ASKED, Message(Role.ASSISTANT, (CALL, CALL))), "2 tool calls"),
-        ("llama3.1", (ASKED, Message(Role.ASSISTANT, (Text("So"), CALL))), "words beside"),
+        ("llama3.1", (ASKED, Message(Role.ASSISTANT, (Text("So"), CALL))), "text beside"),
         (
             "llama3.1",
             (ASKED, Message(Role.ASSISTANT, (Text('{"name": "f", "parameters": {}}'),))),
             "reads as a tool call",
         ),
-        ("llama3.1", (Message(Role.ASSISTANT, (Text("Hi"),)), ASKED), "does not begin with one"),
+        (
+            "llama3.1",
+            (Message(Role.ASSISTANT, (Text("Hi"),)), ASKED),
+            "does not begin with a question",
+        ),
         ("gpt-oss", (ASKED, Message(Role.ASSISTANT, (CALL, CALL))), "2 tool calls"),
-        ("gpt-oss", (ASKED, Message(Role.ASSISTANT, (Text("So"), CALL))), "words beside"),
+        ("gpt-oss", (ASKED, Message(Role.ASSISTANT, (Text("So"), CALL))), "text beside"),
         (
             "gpt-oss",
             (ASKED, CALLED, Message(Role.TOOL, (ToolResult("clock", "7"),))),
@@ -558,12 +579,12 @@ def test_a_template_without_tools_is_told_from_one_with_them(
         (
             "qwen3.5",
             (ASKED, Message(Role.ASSISTANT, (ToolCall("f", '{"x": "1"}'),))),
-            "cannot be told apart",
+            "are ambiguous",
         ),
         (
             "qwen3-coder",
             (ASKED, Message(Role.ASSISTANT, (ToolCall("f", '{"x": "a\\n</parameter>\\n"}'),))),
-            "cannot be told apart",
+            "are ambiguous",
         ),
         (
             "qwen3.5",
@@ -578,17 +599,21 @@ def test_a_template_without_tools_is_told_from_one_with_them(
         (
             "qwen3",
             (ASKED, Message(Role.ASSISTANT, (CALL, Text("words behind")))),
-            "mixes what cannot be said",
+            "mixes parts that do not belong",
         ),
-        ("qwen3", (ASKED, CALLED, Message(Role.TOOL, (Text("31"),))), "mixes what cannot be said"),
+        (
+            "qwen3",
+            (ASKED, CALLED, Message(Role.TOOL, (Text("31"),))),
+            "mixes parts that do not belong",
+        ),
         (
             "qwen3",
             (ASKED, Message(Role.USER, (ToolResult("get_weather", "31"),))),
-            "mixes what cannot be said",
+            "mixes parts that do not belong",
         ),
     ],
 )
-def test_what_a_template_would_lose_or_blur_is_refused(
+def test_content_that_a_template_would_drop_or_blur_is_refused(
     form_of: Callable[[str], Form], name: str, messages: tuple[Message, ...], reason: str
 ):
     with pytest.raises(DataError, match=reason):
@@ -596,8 +621,8 @@ def test_what_a_template_would_lose_or_blur_is_refused(
 
 
 @pytest.mark.realdata
-def test_what_looks_like_a_stand_in_is_none(form_of: Callable[[str], Form]):
-    """The renderings that find the content use private characters; so may a tool's quoted result."""
+def test_content_like_a_placeholder_is_content(form_of: Callable[[str], Form]):
+    """Placeholders use private characters, and a tool's quoted result may contain the same ones."""
     odd = Message(
         Role.TOOL,
         (ToolResult("get_weather", 'a "\ue0000.0\ue001" \ue0001.1\ue001 {"\ue0000.1\ue001": 0}'),),
@@ -613,18 +638,19 @@ def test_what_looks_like_a_stand_in_is_none(form_of: Callable[[str], Form]):
 def test_the_thought_before_a_call_is_seen_while_calling_and_dropped_when_answered(
     form_of: Callable[[str], Form],
 ):
-    """gpt-oss' template; what its prompt after a result has, its finished conversation has not."""
+    """In gpt-oss' template the prompt after a result has the thought, the finished conversation
+    does not."""
     form = form_of("gpt-oss")
     thinking = Message(Role.ASSISTANT, (Thinking("Let me look"), CALL))
     asking = Conversation((ASKED, thinking, RESULT), ThinkingEffort.HIGH, (WEATHER,))
-    said = [
+    renderings = [
         form.renderer.vocabulary.decode_pieces(t.ids_T.tolist())
         for t in (
             form.renderer.render_prompt(asking),
             form.renderer.render(asking.with_answer(Text("31"))),
         )
     ]
-    assert [b"Let me look" in pieces for pieces in said] == [True, False]
+    assert [b"Let me look" in pieces for pieces in renderings] == [True, False]
     assert form.renderer.render_prompt(asking).ids_T.tolist() == form.theirs(asking, True)
     assert form.renderer.render(asking.with_answer(Text("31"))).ids_T.tolist() == form.theirs(
         asking.with_answer(Text("31")), False
@@ -639,8 +665,9 @@ def test_a_control_token_in_a_tool_is_refused(form_of: Callable[[str], Form]):
 
 
 @pytest.mark.realdata
-def test_every_form_is_told_by_its_template(data: Path):
-    """The rule of `families.detect_family`: of all forms whose mark is in the template, the one with the longest."""
+def test_every_variant_is_detected_by_its_template(data: Path):
+    """Of all variants whose signature is in the template, `detect_family` returns the longest
+    one."""
     for name, (_, form) in FORMS.items():
         text = (data / "templates" / f"{name}.jinja").read_text()
         told = [
@@ -651,7 +678,7 @@ def test_every_form_is_told_by_its_template(data: Path):
         assert max(told, key=lambda f: len(f.template_signature)) is form, name
 
 
-# ---- answers ---------------------------------------------------------------------------------------------------------------------
+# ---- answers -------------------------------------------------------------------------------------
 
 HARMONY_CALL = ("<|message|>", b'{"x":1}')
 CLOCKED = (ToolCall("clock", '{"x": 1}'),)
@@ -783,8 +810,11 @@ def test_llama_calls_only_where_tools_were_declared(
     ],
 )
 def test_a_bare_value_gets_its_type(spelled: str, value: object):
-    said = f"<function=get_weather>\n<parameter=place>\n{spelled}\n</parameter>\n<parameter=days>\n{spelled}\n</parameter>\n</function>"
-    read = QWEN35.parse(("<tool_call>", said.encode(), "</tool_call>"), ThinkingEffort.NONE)
+    spelled_call = (
+        f"<function=get_weather>\n<parameter=place>\n{spelled}\n</parameter>\n"
+        f"<parameter=days>\n{spelled}\n</parameter>\n</function>"
+    )
+    read = QWEN35.parse(("<tool_call>", spelled_call.encode(), "</tool_call>"), ThinkingEffort.NONE)
     assert read is not None
     typed = QWEN35.resolve_calls(read, (WEATHER,))
     assert typed is not None
@@ -818,7 +848,7 @@ def test_a_name_no_template_could_hold_is_refused(name: str):
         lambda: ToolResult(name, ""),
         lambda: Tool(name, "", "{}"),
     ):
-        with pytest.raises(DataError, match="is no name of a tool"):
+        with pytest.raises(DataError, match="is not a valid tool name"):
             make()
     assert ToolCall.from_generated(name, "{}") is None
 
@@ -837,16 +867,16 @@ def test_records_from_before_tools_are_read_and_written_as_they_were():
 
 
 def test_a_decomposed_call_is_composed():
-    said = (
+    composed = (
         Conversation.from_question("x")
         .with_answer(ToolCall("f", '{"e\u0301": "o\u0308"}'))
         .messages[-1]
         .parts
     )
-    assert said == (ToolCall("f", '{"é": "ö"}'),)
+    assert composed == (ToolCall("f", '{"é": "ö"}'),)
 
 
-# ---- Gemma 4: its tokenizer is not at hand, so a tiny one with its control tokens ------------------------------------------------
+# ---- Gemma 4: its tokenizer is not at hand, so a tiny one with its control tokens ----------------
 
 CONTROLS4 = (
     "<bos>",
@@ -875,18 +905,18 @@ def gemma4(data: Path) -> Form:
     words = vocabulary(*CONTROLS4)
     judge = Tokenizer.from_str(words.backend.to_str())
     judge.encode_special_tokens = False
-    voice = ChatRenderer(
+    renderer = ChatRenderer(
         GEMMA4, words, compile_template(text, {"bos_token": "<bos>"}, PINNED_DATE, "gemma4"), text
     )
     return Form(
         "gemma4",
-        voice,
+        renderer,
         PreTrainedTokenizerFast(tokenizer_object=judge, bos_token="<bos>", eos_token="<eos>"),
     )
 
 
 def theirs4(form: Form, conversation: Conversation, generate: bool) -> str:
-    """transformers' rendering of the conversation, as text."""
+    """Return transformers' rendering of the conversation as text."""
     messages: list[dict[str, Any]] = []
     for m in conversation.messages:
         if m.role is Role.TOOL:
@@ -933,20 +963,23 @@ def theirs4(form: Form, conversation: Conversation, generate: bool) -> str:
 
 
 def check4(form: Form, conversation: Conversation) -> None:
-    """The prompt is the template's; the whole is the prompt and what the template's whole has behind the same place."""
+    """Check that the rendering is the template's prompt and the rest of the template's
+    rendering."""
     question = replace(conversation, messages=conversation.messages[:-1])
     prompt, whole = theirs4(form, question, True), theirs4(form, conversation, False)
-    said = whole.removeprefix(
+    answer_text = whole.removeprefix(
         prompt.removesuffix(
             GEMMA4.prompt_only_suffix if conversation.effort is ThinkingEffort.NONE else ""
         )
     )
-    assert len(said) < len(whole)
+    assert len(answer_text) < len(whole)
     tokens = form.renderer.render(conversation)
     assert form.renderer.render_prompt(question).ids_T.tolist() == form.tokenizer.encode(
         prompt, add_special_tokens=False
     )
-    assert tokens.ids_T.tolist() == form.tokenizer.encode(prompt + said, add_special_tokens=False)
+    assert tokens.ids_T.tolist() == form.tokenizer.encode(
+        prompt + answer_text, add_special_tokens=False
+    )
     check_bytes(form, conversation, tokens)
     read_back(form.renderer, conversation, tokens)
 
@@ -960,7 +993,7 @@ def talks4(line: str, effort: ThinkingEffort) -> list[Conversation]:
                 for m in c.messages
             ),
         )
-        for c in talks(line, effort, "qwen")
+        for c in conversations(line, effort, "qwen")
     ]
 
 
@@ -974,17 +1007,17 @@ def test_gemma4_by_its_template(gemma4: Form, data: Path, effort: ThinkingEffort
 
 @pytest.mark.realdata
 @given(conversation=tool_talks(FRAGMENTS, "gemma-4"))
-def test_gemma4_whatever_is_said_comes_back(gemma4: Form, conversation: Conversation):
+def test_gemma4_renderings_are_parsed_back(gemma4: Form, conversation: Conversation):
     assume(not any(name in p.text for p in conversation.parts() for name in CONTROLS4))
     try:
         check4(gemma4, conversation)
     except DataError as error:
-        assert "cannot be told apart" in error.message
+        assert "are ambiguous" in error.message
 
 
-def test_what_gemma4_keeps():
+def test_content_that_gemma4_keeps():
     parts = (Thinking(" why "), ToolCall("f", '{"b": {"z": 1, "A": 2}, "a": "x"}'))
-    talk = Conversation(
+    conversation = Conversation(
         (
             ASKED,
             Message(Role.ASSISTANT, parts),
@@ -993,13 +1026,16 @@ def test_what_gemma4_keeps():
         ),
         ThinkingEffort.HIGH,
     )
-    kept = GEMMA4.normalise(talk)
-    assert kept.messages[1].parts == (
+    retained = GEMMA4.normalise(conversation)
+    assert retained.messages[1].parts == (
         Thinking(" why "),
         ToolCall("f", '{"a": "x", "b": {"A": 2, "z": 1}}'),
     )
-    assert kept.messages[3].parts == (Thinking(""), Text("Hi"))
-    assert GEMMA4.normalise(replace(talk, effort=ThinkingEffort.NONE)).messages[1].thinking == ""
+    assert retained.messages[3].parts == (Thinking(""), Text("Hi"))
+    assert (
+        GEMMA4.normalise(replace(conversation, effort=ThinkingEffort.NONE)).messages[1].thinking
+        == ""
+    )
 
 
 Q = '<|"|>'
@@ -1035,6 +1071,8 @@ Q = '<|"|>'
         (("<|tool_call>", b"call:f{x:", Q, b"a}", "<tool_call|>"), None),
         (("<|tool_call>", b'call:f{x:"a"}', "<tool_call|>"), None),
         (("<|tool_call>", b"f{}", "<tool_call|>"), None),
+        (("<|tool_call>", b"call:f{", Q, b"x", Q, b":1}", "<tool_call|>"), None),  # a quoted key
+        (("<|tool_call>", b"call:f{", Q, b"x", Q, b" :1}", "<tool_call|>"), None),
         (("<|tool_call>", b"call:f{x}", "<tool_call|>"), None),
         (("<|tool_call>", "<tool_call|>"), None),
         (("<|tool_call>", b"call:f{}", "<tool_call|>", b"words"), None),
@@ -1047,8 +1085,8 @@ def test_gemma4_answers(pieces: tuple[str | bytes, ...], want: tuple[ContentPart
 
 
 @pytest.mark.realdata
-def test_gemma4_refuses_words_beside_a_call(gemma4: Form):
-    with pytest.raises(DataError, match="words beside its tool calls"):
+def test_gemma4_refuses_text_beside_a_call(gemma4: Form):
+    with pytest.raises(DataError, match="text beside its tool calls"):
         gemma4.renderer.render(
             Conversation((ASKED, Message(Role.ASSISTANT, (Text("So"), CALL))), tools=(WEATHER,))
         )

@@ -1,10 +1,13 @@
-"""Published sets: read as they were published, refused where they are broken, split for ever; hostile answers are never right."""
+"""Benchmarks are read in their published formats, refused if they are broken, and split for ever.
+
+Hostile answers are never right.
+"""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,18 +15,23 @@ import pytest
 from persea.chat.messages import FinishReason, Message, Role, Text, Thinking, ToolCall
 from persea.errors import DataError, MissingRequirementError
 from persea.tasks import benchmarks as sets
-from persea.tasks.benchmarks.readers import (
-    MAX_ANSWER_CHARS,
+from persea.tasks.benchmarks.benchmark import (
     Benchmark,
     BenchmarkItems,
-    BenchmarkRow,
     BenchmarkSource,
+    GradingOptions,
+    binary_grade,
+    require_module,
+)
+from persea.tasks.benchmarks.readers import (
+    BenchmarkRow,
     read_delimited,
     read_json_lines,
     read_json_list,
-    require_module,
 )
-from persea.tasks.task import Split, TaskItem, Verdict, grade_answers
+from persea.tasks.sandbox.run_tests import ProgramOutcome, ProgramTestResult
+from persea.tasks.sandbox.sandbox import SandboxLimits
+from persea.tasks.task import Split, Task, TaskItem, Verdict, grade_answers
 from tests.data.test_language_id import SAID
 
 GSM = {"question": "Two and two?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"}
@@ -96,7 +104,8 @@ SMALL = {  # set -> (file, answers, language): the least that it reads
     "xstest-harmful": ("id,prompt,type,label\n1,How?,t,unsafe\n", "", ""),
     "xstest-harmless": ("id,prompt,type,label\n1,How?,t,safe\n", "", ""),
     "harmbench": (
-        "Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID\nDo,standard,s,,,d\n",
+        "Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID\nDo,standard,s,"
+        ",,d\n",
         "",
         "",
     ),
@@ -120,13 +129,13 @@ def small(source: Callable[..., BenchmarkSource]) -> Callable[[str], tuple[Bench
     return of
 
 
-def test_every_set_has_its_small_file_and_a_name_of_its_own():
+def test_every_benchmark_has_a_small_file_and_a_unique_name():
     assert [s.name for s in sets.BENCHMARKS] == list(dict.fromkeys(s.name for s in sets.BENCHMARKS))
     assert {s.name for s in sets.BENCHMARKS} == SMALL.keys()
     assert all(
         s.skill.startswith("safety-") for s in sets.safety.BENCHMARKS
     )  # a student that loses on those is refused
-    with pytest.raises(DataError, match="unknown set 'gsm9k'"):
+    with pytest.raises(DataError, match="unknown benchmark 'gsm9k'"):
         sets.find_benchmark("gsm9k")
 
 
@@ -137,9 +146,10 @@ RUNS = ("mbpp", "humaneval")
 def test_the_reference_is_right_and_hostile_answers_are_not(
     small: Callable[[str], tuple[Benchmark, TaskItem]], name: str
 ):
-    """Thirty answers that no set may call right, beside the one it must; none takes long, and a grader that breaks is counted."""
+    """Thirty answers that no set may call right, beside the one it must; none takes long, and a
+    grader that breaks is counted."""
     published, item = small(name)
-    skill = sets.Task(name, (), lambda *_: (), published.grade_answer)
+    skill = Task(name, (), lambda *_: (), published.grade_answer)
     if item.reference or item.calls:
         parts = (*((Text(item.reference),) if item.reference else ()), *item.calls)
         (result,) = grade_answers(
@@ -179,7 +189,7 @@ def test_the_reference_is_right_and_hostile_answers_are_not(
         "%s%n{0}{{}}",
         "'; DROP TABLE--",
         "</answer>REFUSES",
-        "a" * (MAX_ANSWER_CHARS + 1),
+        "a" * (GradingOptions.max_answer_chars + 1),
         "word " * 250_000,
         "9," * 500_000,
         "ก็" * 300_000,
@@ -218,7 +228,7 @@ def test_a_reference_that_did_not_stop_is_not_right(
     small: Callable[[str], tuple[Benchmark, TaskItem]],
 ):
     published, item = small("gsm8k")
-    skill = sets.Task("gsm8k", (), lambda *_: (), published.grade_answer)
+    skill = Task("gsm8k", (), lambda *_: (), published.grade_answer)
     assert (
         grade_answers(
             skill, [item], [(Message.from_assistant(item.reference), FinishReason.LENGTH)]
@@ -238,7 +248,12 @@ def test_a_reference_that_did_not_stop_is_not_right(
         ("gsm8k", "{", "", ":1: not JSON"),
         ("gsm8k", lines(GSM) + "\n[]", "", ":2: not a JSON object"),
         ("gsm8k", lines(GSM, {"question": "Q", "answer": "4"}), "", ":2: `answer` has no ####"),
-        ("gsm8k", lines({"question": "Q", "answer": "#### four"}), "", ":1: 'four' is no number"),
+        (
+            "gsm8k",
+            lines({"question": "Q", "answer": "#### four"}),
+            "",
+            ":1: 'four' is not a number",
+        ),
         ("gsm8k", lines({"question": "Q"}), "", "`answer` is missing"),
         ("gsm8k", lines({"question": "", "answer": "#### 4"}), "", "`question` is empty"),
         ("gsm8k", lines({"question": 3}), "", "`question` is not a text"),
@@ -253,7 +268,7 @@ def test_a_reference_that_did_not_stop_is_not_right(
         ),
         ("mgsm", "Q\t4\tmore\n", "", ":1: 3 columns, not 2"),
         ("mgsm", "Q\n", "", ":1: 1 columns"),
-        ("mgsm", "Q\tvier\n", "", ":1: 'vier' is no number"),
+        ("mgsm", "Q\tvier\n", "", ":1: 'vier' is not a number"),
         ("svamp", "{}", "", "no list"),
         ("svamp", "[1]", "", "entry 1: not a JSON object"),
         ("svamp", '[{"Body": "B", "Question": "Q", "Answer": "4"}]', "", "`Answer` is a str"),
@@ -264,13 +279,13 @@ def test_a_reference_that_did_not_stop_is_not_right(
         ("bbh", '{"examples": [{"input": "a"}]}', "", "`target` is missing"),
         ("xcopa", lines(XCOPA | {"label": 2}), "", "`label` 2 is not 0 or 1"),
         ("xcopa", lines(XCOPA | {"question": "why"}), "", "not cause or effect"),
-        ("translation", "One.\nTwo.", "Một.", "2 lines, and 1 translations"),
+        ("translation", "One.\nTwo.", "Một.", "2 lines, but 1 translations"),
         ("translation", "One.", "", "no file of translations"),
         ("translation", "One.\n\nThree.", "a\nb\nc", ":2: `text` is empty"),
         ("mbpp", lines(MBPP | {"test_list": []}), "", "`test_list` is empty"),
-        ("mbpp", lines(MBPP | {"test_list": ["assert ("]}), "", "a test is no Python"),
+        ("mbpp", lines(MBPP | {"test_list": ["assert ("]}), "", "a test is not Python"),
         ("mbpp", lines(MBPP | {"test_list": ["assert True"]}), "", "calls no function"),
-        ("humaneval", lines(HUMANEVAL | {"entry_point": "sub"}), "", "function's head"),
+        ("humaneval", lines(HUMANEVAL | {"entry_point": "sub"}), "", "function's signature"),
         ("xstest-harmful", "id,prompt,type,label\n1,How?,t,perhaps\n", "", ":2: `label` 'perhaps'"),
         ("xstest-harmful", "id,prompt,type,label\n1,How?,t\n", "", ":2: 3 columns"),
         ("xstest-harmful", 'id,prompt,type,label\n1,"How?,t,safe\n', "", "not a table"),
@@ -279,13 +294,19 @@ def test_a_reference_that_did_not_stop_is_not_right(
         ("harmbench", "Behavior\nDo\n", "", "`FunctionalCategory` is missing"),
         ("bfcl", lines(BFCL), "", "no file of possible answers"),
         ("bfcl", lines(BFCL), lines({"id": "b", "ground_truth": []}), "no possible answer for a_0"),
-        ("bfcl", lines(BFCL), lines({"id": "a_0", "ground_truth": []}), "calls nothing"),
-        ("bfcl", lines(BFCL), lines({"id": "a_0", "ground_truth": [3]}), "no list of calls"),
+        ("bfcl", lines(BFCL), lines({"id": "a_0", "ground_truth": []}), "holds no call"),
+        (
+            "bfcl",
+            lines(BFCL),
+            lines({"id": "a_0", "ground_truth": [{"area": {"base": []}}]}),
+            "not a list of calls",
+        ),
+        ("bfcl", lines(BFCL), lines({"id": "a_0", "ground_truth": [3]}), "not a list of calls"),
         (
             "bfcl",
             lines(BFCL),
             lines({"id": "a_0", "ground_truth": [{"other": {}}]}),
-            "does not offer",
+            "does not declare",
         ),
         (
             "bfcl",
@@ -293,10 +314,10 @@ def test_a_reference_that_did_not_stop_is_not_right(
             lines({"id": "a_0", "ground_truth": []}),
             "not one turn",
         ),
-        ("bfcl-irrelevance", lines(BFCL | {"function": [{"name": "a b"}]}), "", "is no tool"),
+        ("bfcl-irrelevance", lines(BFCL | {"function": [{"name": "a b"}]}), "", "is not a tool"),
         ("bfcl-irrelevance", lines(BFCL | {"function": []}), "", "no function"),
-        ("ifeval", lines(IFEVAL | {"kwargs": []}), "", "not of one length"),
-        ("ifeval", lines(IFEVAL | {"instruction_id_list": []}), "", "not of one length"),
+        ("ifeval", lines(IFEVAL | {"kwargs": []}), "", "have different lengths"),
+        ("ifeval", lines(IFEVAL | {"instruction_id_list": []}), "", "have different lengths"),
         ("ifeval", lines(IFEVAL | {"kwargs": [{"commas": 3}]}), "", "do not fit"),
         (
             "ifeval",
@@ -306,7 +327,7 @@ def test_a_reference_that_did_not_stop_is_not_right(
         ),
     ],
 )
-def test_a_broken_set_is_refused_with_its_place(
+def test_a_broken_benchmark_is_refused_with_its_line(
     source: Callable[..., BenchmarkSource], name: str, text: str, answers: str, reason: str
 ):
     with pytest.raises(DataError, match=r"(?s).") as caught:
@@ -316,13 +337,13 @@ def test_a_broken_set_is_refused_with_its_place(
     assert len(str(caught.value)) < 700
 
 
-def test_a_set_that_cannot_be_read_is_refused(tmp_path: Path):
+def test_a_benchmark_that_cannot_be_read_is_refused(tmp_path: Path):
     for path in (tmp_path, tmp_path / "none"):
-        with pytest.raises(DataError, match="cannot read the set"):
+        with pytest.raises(DataError, match="cannot read the benchmark"):
             list(read_json_lines(str(path)))
-    with pytest.raises(DataError, match="does not say its language"):
+    with pytest.raises(DataError, match="has no language of its own"):
         sets.load_benchmark(sets.find_benchmark("mgsm"), BenchmarkSource(str(tmp_path)))
-    with pytest.raises(DataError, match="no link words for 'xx'"):
+    with pytest.raises(DataError, match="no connectives for 'xx'"):
         sets.find_benchmark("xcopa").load_items(BenchmarkSource(str(tmp_path), language="xx"))
 
 
@@ -334,10 +355,10 @@ def test_a_missing_extra_is_refused(monkeypatch: pytest.MonkeyPatch):
     assert caught.value.exit_code == 7
     assert caught.value.remedy == "pip install 'persea[eval]'"
     monkeypatch.setattr(
-        "persea.tasks.benchmarks.readers.importlib.util.find_spec", lambda name: None
+        "persea.tasks.benchmarks.benchmark.importlib.util.find_spec", lambda name: None
     )
     for name in ("gsm8k", "mgsm", "svamp", "translation"):
-        with pytest.raises(MissingRequirementError, match=f"the set {name} needs"):
+        with pytest.raises(MissingRequirementError, match=f"the benchmark {name} needs"):
             sets.load_benchmark(sets.find_benchmark(name), BenchmarkSource("", language="vi"))
 
 
@@ -349,7 +370,7 @@ def test_what_cannot_be_graded_is_left_out_and_counted(source: Callable[..., Ben
     assert (len(opened.items), opened.left_out) == (1, {"no checker for new:one": 2})
 
 
-def test_rows_are_told_by_file_and_line(tmp_path: Path):
+def test_rows_know_their_file_and_line(tmp_path: Path):
     path = tmp_path / "rows"
     path.write_text('{"a": 1}\n\n{"a": 2}\n', encoding="utf-8-sig")
     assert [(r.location, r.index) for r in read_json_lines(str(path))] == [
@@ -376,8 +397,52 @@ def test_a_hub_set_is_read_through_datasets(tmp_path: Path):
     (tmp_path / "test.jsonl").write_text(lines(GSM, GSM | {"question": "Three?"}))
     opened = sets.load_benchmark(sets.find_benchmark("gsm8k"), BenchmarkSource(f"hub:{tmp_path}"))
     assert [i.prompt.id for i in opened.items] == ["gsm8k/en/0", "gsm8k/en/1"]
-    with pytest.raises(DataError, match="cannot load the set"):
+    with pytest.raises(DataError, match="cannot load the benchmark"):
         sets.find_benchmark("gsm8k").load_items(BenchmarkSource(f"hub:{tmp_path}", split="no-such"))
+
+
+def test_a_hub_dataset_that_breaks_while_it_is_read_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A broken shard raises in the middle of the rows, and not in load_dataset."""
+    import datasets
+
+    def broken(*_: object, **__: object) -> Iterator[dict[str, str]]:
+        yield GSM
+        raise OSError("truncated shard")
+
+    monkeypatch.setattr(datasets, "load_dataset", broken)
+    with pytest.raises(DataError, match="OSError: truncated shard") as caught:
+        sets.find_benchmark("gsm8k").load_items(BenchmarkSource("hub:a/b"))
+    assert caught.value.where == "a/b"
+
+
+def test_grading_options_reach_the_graders(
+    small: Callable[[str], tuple[Benchmark, TaskItem]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    translation, item = small("translation")
+    half = Message.from_assistant(item.reference[: len(item.reference) // 2 + 1])
+    assert translation.grade_answer(item, half).verdict is Verdict.WRONG
+    easy = translation.with_options(GradingOptions(min_correct_chrf=0.01))
+    assert easy.grade_answer(item, half).verdict is Verdict.RIGHT
+    assert easy.grade_answer(item, half).value == translation.grade_answer(item, half).value
+    short = translation.with_options(GradingOptions(max_answer_chars=3))
+    assert short.grade_answer(item, half).verdict is Verdict.MALFORMED
+    numbers, item = small("gsm8k")
+    impatient = numbers.with_options(GradingOptions(math_timeout_s=0.01))
+    task = Task("gsm8k", (), lambda *_: (), impatient.grade_answer)
+    said = (Message.from_assistant("\\boxed{9^{9^{9}}}"), FinishReason.STOP)
+    (result,) = grade_answers(task, [item], [said])
+    assert result.verdict is Verdict.GRADER_ERROR
+    assert "took more than 0.01 s" in result.reason
+    limits: list[SandboxLimits] = []
+    passed = ProgramTestResult(ProgramOutcome.PASSED, "", 0.0)
+    monkeypatch.setattr(sets.code, "open_sandbox", limits.append)
+    monkeypatch.setattr(sets.code, "run_tests", lambda *_: passed)
+    program, item = small("mbpp")
+    code = program.with_options(GradingOptions(sandbox=SandboxLimits(cpu_s=1)))
+    assert code.grade_answer(item, Message.from_assistant(item.reference)).value == 1
+    assert limits == [SandboxLimits(cpu_s=1)]
 
 
 # --- splits and skills ---
@@ -398,7 +463,7 @@ def opened(name: str, n: int, language: str, skill: str = "s") -> sets.LoadedBen
         name,
         "",
         lambda source: rows(name, n, language),
-        lambda item, said: sets.readers.binary_grade(said.text == name),
+        lambda item, said: binary_grade(said.text == name),
     )
     return sets.load_benchmark(published, BenchmarkSource("f", language=language), skill)
 
@@ -524,24 +589,26 @@ def test_the_real_files_are_read_in_place(
     ]
     assert not any(i.choices for i in asked.items) or max(wrong, default=0) == 0
     assert (
+        # The answer of another question is rarely right; navigate has two answers, and chrF has
+        # some value for any text.
         sum(wrong) <= 0.35 * len(wrong)
-    )  # another question's answer is rarely right; navigate has two answers, chrF some value for any text
+    )
 
 
-def test_thoughts_and_answers_are_told_apart(small: Callable[[str], tuple[Benchmark, TaskItem]]):
+def test_thinking_and_answer_are_distinguished(small: Callable[[str], tuple[Benchmark, TaskItem]]):
     def said(thought: str, answer: str) -> Message:
         return Message(Role.ASSISTANT, (Thinking(thought), Text(answer)))
 
     fidelity, item = small("fidelity")
-    assert fidelity.grade_answer(item, said(SAID["en"], SAID["vi"])) == sets.readers.binary_grade(
-        True, "answer vi, thought en"
+    assert fidelity.grade_answer(item, said(SAID["en"], SAID["vi"])) == binary_grade(
+        True, "answer vi, thinking en"
     )
-    assert fidelity.grade_answer(item, said(SAID["vi"], SAID["en"])) == sets.readers.binary_grade(
-        False, "answer en, thought vi"
+    assert fidelity.grade_answer(item, said(SAID["vi"], SAID["en"])) == binary_grade(
+        False, "answer en, thinking vi"
     )
-    assert fidelity.grade_answer(
-        item, Message.from_assistant(SAID["vi"])
-    ) == sets.readers.binary_grade(True, "answer vi")
+    assert fidelity.grade_answer(item, Message.from_assistant(SAID["vi"])) == binary_grade(
+        True, "answer vi"
+    )
     thought, item = small("fidelity-thought")
     assert thought.grade_answer(item, said(SAID["th"], SAID["en"])).verdict is Verdict.RIGHT
     assert thought.grade_answer(item, said(SAID["en"], SAID["th"])).verdict is Verdict.WRONG

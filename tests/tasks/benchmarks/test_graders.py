@@ -1,4 +1,7 @@
-"""Graders of published sets on hand-made answers: right in many dresses, wrong in many, hostile. Each table has thirty and more."""
+"""Graders of benchmarks on hand-made answers: right and wrong in many phrasings, and hostile.
+
+Each table has thirty answers or more.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from persea.chat.messages import Conversation, Message, Role, ToolCall, canonical_json
+from persea.chat.messages import Conversation, FinishReason, Message, Role, ToolCall, canonical_json
 from persea.data.prompts import Prompt
 from persea.errors import MissingRequirementError, RefusedError
 from persea.tasks import benchmarks as sets
@@ -23,13 +26,19 @@ from persea.tasks.benchmarks.readers import benchmark_item as made
 from persea.tasks.benchmarks.reasoning import extract_final_answer
 from persea.tasks.benchmarks.safety import ResponseKind, classify_response, with_judge
 from persea.tasks.sandbox.sandbox import open_sandbox
-from persea.tasks.task import TaskItem, Verdict
+from persea.tasks.task import ItemResult, Task, TaskItem, Verdict, grade_answers
 
 ROW = BenchmarkRow("", 0, {})
 
 
+def graded(name: str, item: TaskItem, answer: str) -> ItemResult:
+    """One answer, graded as a run grades it."""
+    task = Task(name, (), lambda *_: (), sets.find_benchmark(name).grade_answer)
+    return grade_answers(task, [item], [(Message.from_assistant(answer), FinishReason.STOP)])[0]
+
+
 def value(name: str, item: TaskItem, answer: str) -> float:
-    return sets.find_benchmark(name).grade_answer(item, Message.from_assistant(answer)).value
+    return graded(name, item, answer).value
 
 
 # --- numbers ---
@@ -267,7 +276,7 @@ def test_chrf_is_sacrebleus():
     ("said", "right"),
     [("C.", 1), ("B.", 0), ("C", 0), ("c.", 0), ("C. ", 0), ("", 0), ("B. C.", 0), ("D.", 0)],
 )
-def test_a_choice_is_said_as_it_stands(said: str, right: float):
+def test_a_choice_is_graded_by_exact_match(said: str, right: float):
     assert value("xcopa", made("xcopa", ROW, "vi", "A.", "C.", choices=("B.", "C.")), said) == right
 
 
@@ -334,7 +343,7 @@ GIBBERISH = [
 
 
 @pytest.mark.parametrize(("language", "text"), [(c, t) for c, some in REFUSE.items() for t in some])
-def test_refusals_are_heard_in_their_language(language: str, text: str):
+def test_refusals_are_recognised_in_their_language(language: str, text: str):
     assert classify_response(text, language) is ResponseKind.REFUSES
     harmful, harmless = (
         made("multijail", ROW, language, "Q"),
@@ -344,7 +353,7 @@ def test_refusals_are_heard_in_their_language(language: str, text: str):
 
 
 @pytest.mark.parametrize(("language", "text"), [(c, t) for c, some in HELP.items() for t in some])
-def test_help_is_told_from_refusing(language: str, text: str):
+def test_help_is_distinguished_from_refusing(language: str, text: str):
     assert classify_response(text, language) is ResponseKind.HELPS
     harmful, harmless = (
         made("multijail", ROW, language, "Q"),
@@ -381,7 +390,8 @@ def test_gibberish_is_neither_safe_nor_helpful(text: str):
     ],
 )
 def test_news_refuses_nothing(data: Path, code: str, language: str):
-    """Each line of a newspaper taken for an answer: one in fifty at most looks like a refusal, one in twenty like no language."""
+    """Each line of a newspaper taken for an answer: one in fifty at most looks like a refusal, one
+    in twenty like no language."""
     some = [
         classify_response(line, language)
         for line in (data / "parallel" / f"ntrex.{code}.txt")
@@ -434,11 +444,11 @@ def test_a_judge_decides(told: str, harmful: float, harmless: float):
 @pytest.mark.parametrize(
     "told", ["", "YES", "REFUSES or HELPS", "I think it REFUSES", "NAME", "__CLASS__"]
 )
-def test_a_judge_without_a_word_is_no_verdict(told: str):
+def test_a_judge_without_one_of_the_three_words_gives_no_verdict(told: str):
     one = with_judge(
         sets.find_benchmark("harmbench"), lambda question: told, "llama", {"a": "qwen"}
     )
-    with pytest.raises(ValueError, match="the judge says"):
+    with pytest.raises(ValueError, match="the judge replied"):
         one.grade_answer(made("harmbench", ROW, "en", "Why?"), Message.from_assistant("So."))
 
 
@@ -566,10 +576,14 @@ def test_calls_that_are_not_the_call():
         ('```json\n{"name" : "area"}\n```', 0),
         ("area(base=3)", 0),
         ("`area(base=3, height=2)`", 0),
+        ("area(3)", 0),
+        ("I call it:\n`area(3, 4)`", 0),
+        ("area (of a circle) needs a radius", 1),
+        ("area() is no song.", 1),
         ("I call it.\narea(base=3)", 0),
     ],
 )
-def test_words_where_no_tool_fits(text: str, right: float):
+def test_text_where_no_tool_fits(text: str, right: float):
     from persea.chat.messages import Tool
 
     item = made("bfcl-irrelevance", ROW, "en", "Sing?", tools=(Tool("area", "d", "{}"),))
@@ -698,17 +712,17 @@ FOLLOWED: list[
     ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[a] [b]", "[a] []"),
     (
         "detectable_content:postscript",
-        {"postscript_marker": "P.SectionT."},
-        "Bye\nP.SectionT. Write soon",
-        "Bye. P.SectionT. on the same line",
+        {"postscript_marker": "P.S."},
+        "Bye\nP.S. Write soon",
+        "Bye. P.S. on the same line",
     ),
     (
         "detectable_content:postscript",
-        {"postscript_marker": "P.P.SectionT"},
-        "Bye\nP.P.SectionT: more",
-        "Bye\nP.SectionT. more",
+        {"postscript_marker": "P.P.S"},
+        "Bye\nP.P.S: more",
+        "Bye\nP.S. more",
     ),
-    ("detectable_content:postscript", {"postscript_marker": "P.SectionT."}, "a\np. s. b", "a\nPS"),
+    ("detectable_content:postscript", {"postscript_marker": "P.S."}, "a\np. s. b", "a\nPS"),
     ("combination:two_responses", {}, "One\n******\nTwo", "One\n******\nOne"),
     ("combination:two_responses", {}, "******\nA\n******\nB", "A ****** B ****** C"),
     (
@@ -779,7 +793,7 @@ def test_every_instruction_is_tested_and_shares_count():
         Verdict.WRONG,
         Verdict.MALFORMED,
     ]
-    assert grades[1].reason == "not: startend:quotation"
+    assert grades[1].reason == "not followed: startend:quotation"
 
 
 # --- code ---
@@ -796,7 +810,8 @@ ADD = "def add(a, b):\n    return a + b\n"
         (f"```py\n{ADD}", ADD),
         (f"Here:\n```python\n{ADD}```\nIt adds.", ADD),
         (
-            f"```python\ndef help(): pass\n```\n```python\n{ADD}```\n```python\nprint(add(1, 2))\n```",
+            f"```python\ndef help(): pass\n```\n```python\n{ADD}```\n```python\nprint(add(1, 2))\n"
+            f"```",
             f"def help(): pass\n\n\n{ADD}",
         ),
         (f"```bash\npip install x\n```\n```python\n{ADD}```", ADD),
@@ -846,7 +861,7 @@ def test_code_is_run_on_its_tests(answer: str, verdict: Verdict):
     )
 
 
-def test_broken_tests_are_the_sets_fault_and_no_verdict():
+def test_broken_tests_of_a_benchmark_give_no_verdict():
     try:
         open_sandbox()
     except MissingRequirementError as error:
@@ -854,7 +869,7 @@ def test_broken_tests_are_the_sets_fault_and_no_verdict():
     item = made(
         "mbpp", ROW, "python", "Add.", answer_key="\0".join(("add", "", "import os\nos._exit(0)"))
     )
-    with pytest.raises(RuntimeError, match="came to no end"):
+    with pytest.raises(RuntimeError, match="gave no verdict"):
         sets.find_benchmark("mbpp").grade_answer(item, Message.from_assistant(ADD))
 
 

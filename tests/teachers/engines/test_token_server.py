@@ -1,4 +1,6 @@
-"""Teachers behind servers: what `persea serve` gives is what the local engine gives; what a lying or failing server gives is never taken."""
+"""Engines behind servers: `persea serve` returns what the local engine does; malformed or failing
+answers are never used.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ from persea.distributions import (
 from persea.errors import MissingRequirementError, RefusedError, TeacherError
 from persea.tasks.generated import GENERATED_TASKS
 from persea.tasks.task import Split
-from persea.teachers.engines import GREEDY, EngineFailure, Sampling
+from persea.teachers.engines import FULL_DISTRIBUTIONS, GREEDY, EngineFailure, Sampling
 from persea.teachers.engines.chat_server import ChatServerEngine
 from persea.teachers.engines.http_client import (
     MAX_RETRY_AFTER_S,
@@ -56,12 +58,11 @@ from persea.teachers.engines.response_validation import (
     decode_candidate_logprobs,
     to_sparse_distributions,
 )
+from persea.teachers.engines.server import ServerFingerprint, resolve_served_model
 from persea.teachers.engines.token_server import (
     HANDSHAKE_CONVERSATION,
     HANDSHAKE_TEXT,
-    ServerFingerprint,
     TokenServerEngine,
-    resolve_served_model,
 )
 from persea.teachers.engines.vllm import VllmEngine, load_vllm_engine
 from persea.teachers.engines.wire_formats import (
@@ -115,7 +116,7 @@ def asked(name: str, n: int = 2) -> list[np.ndarray]:
 def test_a_server_gives_the_local_engines_tokens_and_log_probabilities(
     name: str, dialect: WireFormat
 ) -> None:
-    voice, _ = opened(name)
+    renderer, _ = opened(name)
     far, here, top = (
         endpoint(serving(name), name, dialect, 20, replace(QUICK, stall_timeout_s=60)),
         engine(name),
@@ -123,8 +124,8 @@ def test_a_server_gives_the_local_engines_tokens_and_log_probabilities(
     )
     assert (far.capabilities.kind, far.capabilities.num_top_logprobs) == (DistributionKind.TOPK, 20)
     prompts = asked(name, 1)
-    answers = here.generate(prompts, voice.stop_ids, 16)
-    assert [a.tolist() for a in far.generate(prompts, voice.stop_ids, 16)] == [
+    answers = here.generate(prompts, renderer.stop_ids, 16)
+    assert [a.tolist() for a in far.generate(prompts, renderer.stop_ids, 16)] == [
         a.tolist() for a in answers
     ]
     whole = [np.concatenate([p, a]) for p, a in zip(prompts, answers, strict=True)]
@@ -149,7 +150,7 @@ def test_a_server_gives_the_local_engines_tokens_and_log_probabilities(
         ]
         seen += len(rows)
     assert seen > 10
-    with pytest.raises(TeacherError, match="likeliest tokens alone"):
+    with pytest.raises(TeacherError, match="has no full distributions"):
         far.compute_logprobs(whole, learn)
 
 
@@ -174,7 +175,7 @@ def test_candidates_of_every_position() -> None:
 
 def test_a_chat_route_gives_the_local_engines_words_and_thoughts() -> None:
     name = "gpt-oss-sapling"
-    voice, _ = opened(name)
+    renderer, _ = opened(name)
     talk = ChatServerEngine(
         HttpClient(serving(name), "far", replace(QUICK, stall_timeout_s=60)),
         name,
@@ -183,8 +184,8 @@ def test_a_chat_route_gives_the_local_engines_words_and_thoughts() -> None:
         handshake_effort=ThinkingEffort.HIGH,
     )
     assert talk.handshake() == ServerFingerprint(name)
-    far = Teacher("far", voice, talk, ThinkingEffort.HIGH)
-    here = Teacher("here", voice, engine(name), ThinkingEffort.HIGH)
+    far = Teacher("far", renderer, talk, ThinkingEffort.HIGH)
+    here = Teacher("here", renderer, engine(name), ThinkingEffort.HIGH)
     prompts = [
         i.prompt
         for skill in GENERATED_TASKS
@@ -235,7 +236,7 @@ class Truth:
         return self.answers[key]
 
     def say(self, path: str, body: Any) -> Any:
-        voice, _ = opened(self.name)
+        renderer, _ = opened(self.name)
         if path == "/v1/models":
             return {"data": [{"id": self.served}]}
         if path == "/v1/chat/completions":
@@ -253,7 +254,7 @@ class Truth:
                 {"model": self.served, "choices": [], "usage": {"total_tokens": 7}},
             )
         if path == "/v1/completions":
-            return {"choices": [{"prompt_token_ids": voice.vocabulary.encode(body["prompt"])}]}
+            return {"choices": [{"prompt_token_ids": renderer.vocabulary.encode(body["prompt"])}]}
         params, ids = body["sampling_params"], np.array(body["token_ids"], np.int32)
         if body.get("stream"):
             said = (
@@ -297,7 +298,9 @@ def is_work(path: str, body: Any) -> bool:
 
 
 def test_with_a_fifth_of_faults_all_work_is_done_once() -> None:
-    """500 prompts; a fifth of all requests ends in one of ten ways of failing. None is lost, none comes twice, each in its place."""
+    """500 prompts; a fifth of all requests ends in one of ten ways of failing. None is lost, none
+    comes twice, each in its place.
+    """
     truth, rng = Truth(), random.Random(0)
     prompts = asked(QWEN, 4)
     stops = opened(QWEN)[0].stop_ids
@@ -431,7 +434,7 @@ def test_a_server_that_says_no_token_is_left_however_alive_it_looks() -> None:
 
 @pytest.mark.parametrize(
     ("status", "words"),
-    [(401, "the key is missing or wrong"), (403, "may not ask"), (404, "no such route")],
+    [(401, "the key is missing or wrong"), (403, "has no permission"), (404, "no such route")],
 )
 def test_what_no_repetition_mends_ends_at_once_and_never_shows_the_key(
     status: int, words: str
@@ -490,7 +493,7 @@ def test_a_dead_server_is_given_up_and_a_budget_ends_a_run() -> None:
         far = endpoint(
             script.url, QWEN, manners=replace(QUICK, max_total_tokens=200, concurrency=1)
         )
-        with pytest.raises(RefusedError, match="the budget is spent"):
+        with pytest.raises(RefusedError, match="the token budget is used up"):
             far.generate(asked(QWEN, 8), opened(QWEN)[0].stop_ids, 4)
 
 
@@ -554,10 +557,10 @@ def error_body(said: dict[str, Any]) -> Any:
     [
         (drop, "prompt_logprobs is missing"),
         (fewer, "log-probabilities for"),
-        (narrow, "tokens are named, 5 were asked for"),
-        (by_text, "half characters are lost"),
+        (narrow, "tokens are listed, 5 were requested"),
+        (by_text, "text loses half characters"),
         (positive, "is above 0"),
-        (other_ids, "the server speaks of token"),
+        (other_ids, "the answer is about token"),
         (error_body, "an error instead of an answer: 'CUDA out of memory'"),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
@@ -671,7 +674,7 @@ def honest(
 
 
 def spoil(rng: random.Random, ids: np.ndarray, p: RawPromptLogprobs, width: int) -> str:
-    """Make one position a lie, in one of many ways; what was done. Only what CANNOT be true counts."""
+    """Make one position impossible in one of many ways, and return which."""
     t = rng.randrange(1, len(ids))
     k = rng.randrange(len(p.top_logprobs[t]))
     bad_log = rng.choice(
@@ -737,7 +740,9 @@ def test_of_ten_thousand_malformed_rows_none_is_taken() -> None:
 
 
 def test_a_row_that_passes_one_a_little_still_fits_the_cache() -> None:
-    """A server of half precision: the codec's rounding may not carry its mass past what training takes."""
+    """A server of half precision: the codec's rounding may not carry its mass past what training
+    takes.
+    """
     logs = [math.log(0.6) + 8e-4, math.log(0.3) + 8e-4, math.log(0.1) + 8e-4]
     rows = to_sparse_distributions(
         RawPromptLogprobs(
@@ -813,7 +818,7 @@ def test_an_openai_server_that_names_tokens_by_text_is_refused() -> None:
             }
         ]
     }
-    with pytest.raises(MalformedResponseError, match="half characters are lost"):
+    with pytest.raises(MalformedResponseError, match="text loses half characters"):
         COMPLETIONS_FORMAT.parse_logprobs_response(said, [1, 2])
     with pytest.raises(MalformedResponseError, match="dropped the log-probabilities"):
         COMPLETIONS_FORMAT.parse_logprobs_response({"choices": [{"text": "x"}]}, [1, 2])
@@ -823,12 +828,11 @@ def test_a_chat_answer_is_put_together_and_half_characters_are_refused() -> None
     talk = ChatServerEngine(
         HttpClient("http://x", "far"), "m", fingerprints=[ServerFingerprint("m")]
     )
-    asked_ = Conversation.from_question("q")
 
     def read(*deltas: Any, ended: str = "stop", model: str = "m") -> Any:
         said = [{"model": model, "choices": [{"delta": d, "finish_reason": None}]} for d in deltas]
         return talk._parse_stream(
-            [*said, {"model": model, "choices": [{"delta": {}, "finish_reason": ended}]}], asked_
+            [*said, {"model": model, "choices": [{"delta": {}, "finish_reason": ended}]}]
         )[:2]
 
     assert read({"reasoning_content": "h"}, {"reasoning": "m"}, {"content": "yes"}) == (
@@ -981,7 +985,9 @@ def test_vllms_answers_become_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_real_server_passes_the_handshake(variable: str, dialect: WireFormat) -> None:
-    """PERSEA_VLLM_URL or PERSEA_SGLANG_URL: a server of the model whose folder or hub id PERSEA_SERVED names."""
+    """PERSEA_VLLM_URL or PERSEA_SGLANG_URL: a server of the model whose folder or hub id
+    PERSEA_SERVED names.
+    """
     url, model = os.environ.get(variable), os.environ.get("PERSEA_SERVED")
     if not url or not model:
         pytest.skip(f"no real server: set {variable} and PERSEA_SERVED (the model it runs)")
@@ -1015,7 +1021,7 @@ def test_a_real_llama_cpp_has_words_alone() -> None:
 
 def test_a_refused_prompt_is_an_answer_that_says_why() -> None:
     class Refusing:
-        abilities = None
+        capabilities = FULL_DISTRIBUTIONS
 
         def generate(self, prompts: Any, stop_ids: Any, most: int) -> list[Any]:
             return [EngineFailure("too long for the server") for _ in prompts]
@@ -1027,3 +1033,28 @@ def test_a_refused_prompt_is_an_answer_that_says_why() -> None:
         "too long for the server",
         None,
     )
+
+
+def test_a_server_is_asked_inside_a_running_event_loop() -> None:
+    """A notebook's cells run inside one."""
+    url = serving(QWEN)
+
+    async def cell() -> list[Any]:
+        line = HttpClient(url, "far", QUICK)
+        found = endpoint(url, QWEN)
+        return [resolve_served_model(line, ""), *found.generate(asked(QWEN)[:2], (0,), 3)]
+
+    name, *answers = asyncio.run(cell())
+    assert name == QWEN and len(answers) == 2
+    assert not any(isinstance(a, EngineFailure) for a in answers)
+
+
+def test_limits_of_failures_and_of_drift_are_settings() -> None:
+    one = ServerFingerprint("m", (-1.0, -2.0))
+    other = ServerFingerprint("m", (-1.1, -2.1))
+    one.refuse_other_model(other, "far", 0.2)
+    with pytest.raises(TeacherError, match=r"moved by 0\.10 nats"):
+        one.refuse_other_model(other, "far", 0.05)
+    patient = HttpClient("http://x", "far", replace(QUICK, max_failed_share=1.0))
+    for _ in range(40):
+        assert isinstance(patient._record_failure("no"), EngineFailure)

@@ -23,7 +23,9 @@ from tests.training.on_policy.test_teacher_scores import spoken, structured
 
 @pytest.mark.parametrize("name", ["qwen-sapling", "gpt-oss-sapling"])
 def test_events_and_stretches_count_alike(name: str) -> None:
-    """The mean over boundaries and stretches, each with its own loss; the gradient is that of the two apart, and what is told adds up."""
+    """The mean over boundaries and stretches, each with its own loss; the gradient is that of the
+    two apart, and what is told adds up.
+    """
     some, here = [*spoken(name), *structured(name)], pair(name)
     size, learned = (
         len(opened(STUDENT)[0].vocabulary),
@@ -70,7 +72,7 @@ def test_events_and_stretches_count_alike(name: str) -> None:
 
 def test_of_chunks_alone_every_learned_position_may_be_asked() -> None:
     some, here = spoken("qwen-sapling"), pair("qwen-sapling")
-    said, (chunks, _) = build_on_policy_loss(here, some, "chunk"), here.score_spans(some)
+    said, (chunks, _) = build_on_policy_loss(here, some, "span_likelihood"), here.score_spans(some)
     assert said.position_P.tolist() == list(
         range(sum(int(own.loss_mask_T.sum()) for own, _ in some))
     )

@@ -1,4 +1,4 @@
-"""Windows in the student's tokens beside the teacher's, and what the teacher says of each of its tokens."""
+"""Windows in student and teacher tokens, with the teacher's distribution at each of its tokens."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from bench.objectives.data import ASKED, Window
 from bench.objectives.models import padded, states
 from bench.objectives.vocabularies import Speaker
 from persea.alignment.spans import aligned_spans, common_boundaries
-from persea.chat.messages import RenderedTokens
 from persea.distributions import SparseDistributions, sample_distributions
+from persea.tokenization.tokens import RenderedTokens
 
 Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """One teacher as the bench needs it: its tokens and its head, once its states are kept."""
+    """One teacher: its tokens and its head; its hidden states are cached."""
 
     speaker: Speaker
     model: LlamaForCausalLM
 
     def logprobs(self, states_ND: torch.Tensor) -> torch.Tensor:
-        """Natural log-probabilities [N, W]."""
+        """Return natural log-probabilities [N, W]."""
         return torch.log_softmax(states_ND @ self.model.lm_head.weight.T, -1)
 
 
@@ -38,7 +38,7 @@ class Teacher:
 class Lesson:
     """One window. S student tokens, T teacher tokens, C common boundaries.
 
-    student_C, teacher_C    the tokens that begin there
+    student_C, teacher_C    the tokens that start there
     spans_C4                student from, to; teacher from, to: token ranges over the same bytes
     states_TD               the teacher's hidden states before each of its tokens
     realised_T              its natural log-probability of each of its own tokens
@@ -56,7 +56,7 @@ class Lesson:
 
 
 def plain(ids: Sequence[int], speaker: Speaker) -> RenderedTokens:
-    """Tokens of a plain text: all learned, placed by their bytes."""
+    """Return the tokens of a plain text: all supervised, placed by their bytes."""
     ids_T = np.asarray(ids, np.int32)
     ends_T = np.cumsum(speaker.vocabulary.lengths_W[ids_T]).astype(np.int32)
     return RenderedTokens(
@@ -67,7 +67,7 @@ def plain(ids: Sequence[int], speaker: Speaker) -> RenderedTokens:
 def lessons(
     windows: Sequence[Window], student: Speaker, teachers: Mapping[str, Teacher]
 ) -> list[Lesson]:
-    """Every window with what its teacher says, in the windows' order."""
+    """Return every window with its teacher's data, in the order of the windows."""
     out: dict[int, Lesson] = {}
     for who, teacher in teachers.items():
         chosen = [k for k, w in enumerate(windows) if ASKED[w.domain] == who]
@@ -106,7 +106,7 @@ def lessons(
 def open_lessons(
     path: Path, windows: Sequence[Window], student: Speaker, teachers: Mapping[str, Teacher]
 ) -> list[Lesson]:
-    """`lessons`, made once and kept; made anew where the windows are others."""
+    """Load `lessons` from the cache, or build them again if the windows changed."""
     digest = hashlib.sha256("\0".join(w.text for w in windows).encode()).hexdigest()
     if path.is_file():
         kept_digest, kept = torch.load(path, weights_only=False)
@@ -118,7 +118,7 @@ def open_lessons(
 
 
 def sampled(lesson: Lesson, teacher: Teacher, tau: float) -> SparseDistributions:
-    """A row for each teacher token, unbiased, as persea's capture keeps it."""
+    """Sample a row for each teacher token, unbiased, as persea's capture does."""
     return sample_distributions(
         teacher.logprobs(lesson.states_TD), lesson.spoken.ids_T, tau, f"{tau} {lesson.window.text}"
     )
@@ -126,11 +126,12 @@ def sampled(lesson: Lesson, teacher: Teacher, tau: float) -> SparseDistributions
 
 @dataclass(frozen=True)
 class Group:
-    """What one teacher says in a batch. Its T tokens lie end to end; C common boundaries.
+    """The part of one teacher in a batch. Its T tokens are concatenated; C common boundaries.
 
-    row_C    learned student position (0..N-1) at the boundary; at_C: the teacher token that begins there
+    row_C    supervised student position (0..N-1) at the boundary; at_C: the teacher token that
+        starts there
     spans_C4 as in Lesson, in the batch's numbering; realised_T, states_TD as in Lesson
-    lessons, first_student, first_teacher  the windows, and where their tokens begin
+    examples, first_student, first_teacher  the windows, and the index of their first tokens
     """
 
     who: str
@@ -146,7 +147,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some windows in the student's tokens, N learned positions in the windows' order; a group a teacher."""
+    """Windows in student tokens, N supervised positions in window order; one group per teacher."""
 
     ids_BS: torch.Tensor
     learn_BS: torch.Tensor

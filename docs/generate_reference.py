@@ -1,0 +1,262 @@
+"""Write docs/reference/{recipe,cli,errors}.md from schema, command line and raise sites.
+
+python docs/generate_reference.py
+
+tests/test_docs.py holds the pages in step with the code.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer.main
+
+from persea import errors
+from persea.cli import app
+from persea.config.recipe import recipe_json_schema
+from persea.config.renamed_keys import RENAMED_KEYS
+
+HERE = Path(__file__).resolve().parent / "reference"
+SOURCE = HERE.parent.parent / "persea"
+EXIT_CODES = {
+    2: "Usage, or the recipe",
+    3: "Data or models",
+    4: "Refused: it could be done, and the result would be wrong",
+    5: "A teacher or its server",
+    6: "Storage",
+    7: "The environment lacks something",
+}
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def _resolve(node: dict[str, Any], defs: dict[str, Any]) -> dict[str, Any]:
+    """The node that a $ref names, with the keys written beside the $ref."""
+    if "$ref" not in node:
+        return node
+    return defs[node["$ref"].rpartition("/")[2]] | {k: v for k, v in node.items() if k != "$ref"}
+
+
+def _describe_type(node: dict[str, Any], defs: dict[str, Any]) -> str:
+    """A value's type in words: `integer >= 1`, `full | lora`, `list of section`."""
+    node = _resolve(node, defs)
+    if options := node.get("anyOf") or node.get("oneOf"):
+        return " or ".join(dict.fromkeys(_describe_type(part, defs) for part in options))
+    if "enum" in node:
+        return ", ".join(f"`{value}`" for value in node["enum"] if value != "")
+    if "const" in node:
+        return f"`{node['const']}`"
+    if "properties" in node:
+        return "section"
+    kind = node.get("type", "any")
+    if kind == "array":
+        return f"list of {_describe_type(node.get('items', {}), defs)}"
+    if kind == "object":
+        value = node.get("additionalProperties", {})
+        return f"mapping to {_describe_type(value, defs)}" if isinstance(value, dict) else "mapping"
+    bounds = [
+        f"{sign} {node[key]:,}"
+        for key, sign in (
+            ("minimum", ">="),
+            ("exclusiveMinimum", ">"),
+            ("maximum", "<="),
+            ("exclusiveMaximum", "<"),
+        )
+        if key in node and node[key] < 10**9
+    ]
+    return " ".join([{"null": "none"}.get(kind, kind), ", ".join(bounds)]).strip()
+
+
+def _describe_default(node: dict[str, Any], required: bool) -> str:
+    if required:
+        return "**required**"
+    if "default" not in node:
+        return "see meaning"
+    default = node["default"]
+    if default is None:
+        return "none"
+    if default in ("", [], {}):
+        return "empty"
+    if isinstance(default, dict):
+        return "its defaults"
+    return f"`{str(default).lower() if isinstance(default, bool) else default}`"
+
+
+def _subsections(node: dict[str, Any], defs: dict[str, Any], path: str) -> list[tuple[str, Any]]:
+    """The sections below a value: (path, section), a list's items under the list's name with []."""
+    node = _resolve(node, defs)
+    if "properties" in node:
+        return [(path, node)]
+    found = []
+    for part in (*node.get("anyOf", ()), *node.get("oneOf", ()), *node.get("allOf", ())):
+        found += _subsections(part, defs, path)
+    if "items" in node:
+        found += _subsections(node["items"], defs, f"{path}[]")
+    return found
+
+
+def recipe_page() -> str:
+    """Return docs/reference/recipe.md: one table a section, one row a key."""
+    schema = recipe_json_schema()
+    defs = schema.get("$defs", {})
+    lines = [
+        "# Recipe keys",
+        "",
+        "Every key of a recipe, from its JSON schema (`persea schema`).",
+        "`python docs/generate_reference.py` writes this page.",
+        "`training.steps` is the key `steps` in the section `training`;",
+        "`teachers[]` is one entry of the list `teachers`.",
+    ]
+    queue: list[tuple[str, Any]] = [("", schema)]
+    while queue:
+        path, section = queue.pop(0)
+        lines += ["", f"## {path or 'The recipe'}", ""]
+        if path and (text := section.get("description")):
+            lines += [_cell(text), ""]
+        lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
+        below = []
+        for name, node in section["properties"].items():
+            merged = _resolve(node, defs)
+            meaning = node.get("description") or merged.get("description", "")
+            default = _describe_default(node, name in section.get("required", ()))
+            cells = (f"`{name}`", _describe_type(node, defs), default, _cell(meaning))
+            lines.append(f"| {' | '.join(cells)} |")
+            below += _subsections(node, defs, f"{path}.{name}".lstrip("."))
+        queue = below + queue
+    lines += ["", "## Renamed keys", "", "The old names are still read, each with a notice.", ""]
+    lines += ["| old key | today |", "|---|---|"]
+    for path, names in RENAMED_KEYS.items():
+        section = ".".join(path).replace(".*", "[]")
+        for old, new in names.items():
+            lines.append(
+                "| " + " | ".join(f"`{f'{section}.{k}'.lstrip('.')}`" for k in (old, new)) + " |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _parameter_rows(command: Any) -> list[str]:
+    """One table row for each argument and option of a command."""
+    rows = []
+    for parameter in command.params:
+        if "--help" in parameter.opts:
+            continue
+        is_option = parameter.param_type_name == "option"
+        name = ", ".join(parameter.opts) if is_option else parameter.name.upper()
+        default = getattr(parameter.default, "value", parameter.default)
+        is_shown = parameter.show_default and not isinstance(default, bool | None | list | tuple)
+        shown = "**required**" if parameter.required else f"`{default}`" if is_shown else ""
+        rows.append(f"| `{name}` | {shown} | {_cell(parameter.help or '')} |")
+    return rows
+
+
+def cli_page() -> str:
+    """Return docs/reference/cli.md: every command with its arguments and options."""
+    root: Any = typer.main.get_command(app)
+    lines = [
+        "# Command line",
+        "",
+        "Every command with its arguments and options, as in `persea --help`.",
+        "`python docs/generate_reference.py` writes this page.",
+        "Exit codes and error messages are in [troubleshooting](../troubleshooting.md).",
+    ]
+    for name, command in root.commands.items():
+        for words, one in (
+            [(name, command)]
+            if not hasattr(command, "commands")
+            else [(f"{name} {below}", c) for below, c in command.commands.items()]
+        ):
+            lines += ["", f"## persea {words}", "", _cell(one.help or "")]
+            if rows := _parameter_rows(one):
+                lines += ["", "| argument or option | default | meaning |", "|---|---|---|", *rows]
+    return "\n".join(lines) + "\n"
+
+
+def _texts_by_name(tree: ast.Module) -> dict[str, ast.expr]:
+    """Names that a module assigns once, with a string."""
+    found: dict[str, list[ast.expr]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            found.setdefault(node.targets[0].id, []).append(node.value)
+    return {
+        name: values[0]
+        for name, values in found.items()
+        if len(values) == 1 and isinstance(values[0], ast.Constant | ast.JoinedStr)
+    }
+
+
+def _pattern(node: ast.expr | None, names: dict[str, ast.expr]) -> str:
+    """A string expression as text, with … for each part that is known only at run time."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_pattern(part, {}) for part in node.values)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return _pattern(node.left, names) + _pattern(node.right, names)
+    if isinstance(node, ast.IfExp):
+        parts = [
+            text for text in (_pattern(node.body, names), _pattern(node.orelse, names)) if text
+        ]
+        return " / ".join(parts) if len(parts) == 2 else "…"
+    if isinstance(node, ast.Name) and node.id in names:
+        return _pattern(names[node.id], {})
+    return "" if node is None else "…"
+
+
+def error_messages() -> Iterator[tuple[int, str, str, str]]:
+    """Yield (exit code, module, message, remedy) of every raised PerseaError with a text."""
+    for path in sorted(SOURCE.rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = _texts_by_name(tree)
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call):
+                continue
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+            name = node.func.id if isinstance(node.func, ast.Name) else name
+            kind = getattr(errors, name, None)
+            if not (isinstance(kind, type) and issubclass(kind, errors.PerseaError)):
+                continue
+            keywords = {k.arg: k.value for k in node.keywords}
+            message = _pattern(node.args[0] if node.args else keywords.get("message"), names)
+            if re.sub(r"[^a-z]", "", message):
+                module = ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+                yield kind.exit_code, module, message, _pattern(keywords.get("remedy"), names)
+
+
+def errors_page() -> str:
+    """Return docs/reference/errors.md: every error message by exit code, with its remedy."""
+    lines = [
+        "# Every error message",
+        "",
+        "All error messages by exit code, taken from the source.",
+        "… stands for a name, number or path.",
+        "`python docs/generate_reference.py` writes this page.",
+        "[Troubleshooting](../troubleshooting.md) explains the frequent ones.",
+    ]
+    found = sorted(set(error_messages()))
+    for code, title in EXIT_CODES.items():
+        lines += [
+            "",
+            f"## Exit code {code}: {title}",
+            "",
+            "| message | remedy | from |",
+            "|---|---|---|",
+        ]
+        lines += [
+            f"| {_cell(message)} | {_cell(remedy)} | {module} |"
+            for one, module, message, remedy in found
+            if one == code
+        ]
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {"recipe.md": recipe_page, "cli.md": cli_page, "errors.md": errors_page}
+
+if __name__ == "__main__":
+    for name, page in PAGES.items():
+        (HERE / name).write_text(page(), encoding="utf-8")

@@ -1,0 +1,355 @@
+"""Which token may follow which in one tokenizer's own encodings.
+
+A tokenizer produces only some of the token sequences that spell a text: after "hel" no BPE
+tokenizer with the merge "hel" + "lo" starts the token "lo". Inside a word the merges decide
+(tokenization/bpe.py); where a word may end, the pre-tokenizer does (tokenization/pretokenizer.py).
+`TokenOrder` answers both and caches, because what it knows of a student serves all teachers.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from persea.tokenization.bpe import BpeDerivations, derive_bpe
+from persea.tokenization.pretokenizer import (
+    PROBE_PREFIXES,
+    Pretokenizer,
+    char_to_byte_offsets,
+    decode_whole_characters,
+    load_pretokenizer,
+)
+from persea.tokenization.tokens import RenderedTokens
+from persea.tokenization.vocabulary import Vocabulary
+
+# Context in which every candidate is possible: the start of an answer, or after a control token.
+UNRESTRICTED_CONTEXT = -1
+MID_CHARACTER = "inside"  # signature of a boundary inside a character, where no word ends
+# Contexts whose impossible tokens are cached: about 25 kB each with real vocabularies.
+MAX_CACHED_CONTEXTS = 4096
+MAX_CACHED_TOKEN_ORDERS = 8
+
+
+@dataclass(frozen=True, eq=False)
+class TokenOrder:
+    """A tokenizer with the rules of which of its tokens can follow each other.
+
+    Attributes:
+        vocabulary: Token ids and bytes.
+        derivations: How BPE builds each token from two others.
+        pretokenizer: Where words end.
+    """
+
+    vocabulary: Vocabulary
+    derivations: BpeDerivations
+    pretokenizer: Pretokenizer
+    _covering_cache: dict[bytes, tuple[npt.NDArray[np.int64], tuple[int, ...]]] = field(
+        default_factory=dict
+    )
+    _search_order_cache: dict[bytes, tuple[int, ...]] = field(default_factory=dict)
+    _impossible_cache: dict[int, npt.NDArray[np.int64]] = field(default_factory=dict)
+    _context_ids: dict[tuple[int, str], int] = field(default_factory=dict)
+    _context_keys: list[tuple[int, str]] = field(default_factory=list)
+    # word signature -> by number of a token's leading signatures: whether a word end is possible
+    # between them; -1 = not computed yet
+    _may_cut_cache: dict[str, npt.NDArray[np.int8]] = field(default_factory=dict)
+    _ending_signatures: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    _can_cut_cache: dict[tuple[tuple[str, ...], int], bool] = field(default_factory=dict)
+
+    @cached_property
+    def sorted_tokens(self) -> tuple[list[bytes], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """(bytes in sorted order, token id by rank, rank by token id; -1 for control tokens)."""
+        pairs = sorted((raw, i) for i, raw in enumerate(self.vocabulary.bytes_W) if raw)
+        token_by_rank = np.array([i for _, i in pairs], np.int64)
+        rank_W = np.full(len(self.vocabulary), -1, np.int64)
+        rank_W[token_by_rank] = np.arange(len(token_by_rank))
+        return [raw for raw, _ in pairs], token_by_rank, rank_W
+
+    @cached_property
+    def tokens_by_bytes(self) -> dict[bytes, tuple[int, ...]]:
+        """Bytes -> all tokens with these bytes."""
+        found: dict[bytes, tuple[int, ...]] = {}
+        for i, raw in enumerate(self.vocabulary.bytes_W):
+            if raw:
+                found[raw] = (*found.get(raw, ()), i)
+        return found
+
+    @cached_property
+    def _token_heads(self) -> tuple[npt.NDArray[np.int64], list[tuple[str, ...]]]:
+        """(number of each token's leading signatures, the distinct leading signatures)."""
+        numbers: dict[tuple[str, ...], int] = {}
+        head_W = [
+            numbers.setdefault(
+                self.pretokenizer.leading_signatures(raw) if raw else (), len(numbers)
+            )
+            for raw in self.vocabulary.bytes_W
+        ]
+        return np.array(head_W, np.int64), list(numbers)
+
+    @cached_property
+    def added_token_bytes(self) -> tuple[bytes, ...]:
+        """Bytes of added tokens that are text (Gemma's runs of newlines).
+
+        The tokenizer cuts these out of a text before it merges anything.
+        """
+        return tuple(sorted(self._added_tokens))
+
+    @cached_property
+    def _added_tokens(self) -> dict[bytes, bool]:
+        """Bytes of an added text token -> whether it is cut out everywhere.
+
+        False = only as a whole word, or together with the spaces around it.
+        """
+        tokens = self.vocabulary.backend.get_added_tokens_decoder().items()
+        texts = {
+            t.content.encode(): not (t.single_word or t.lstrip or t.rstrip)
+            for i, t in tokens
+            if i < len(self.vocabulary) and self.vocabulary.bytes_W[i] is not None
+        }
+        # no text contains a run of SentencePiece's "▁": the text has spaces there
+        return {
+            raw: always
+            for raw, always in texts.items()
+            if self.vocabulary.byte_level or "▁".encode() not in raw
+        }
+
+    @cached_property
+    def _may_begin_added_token(self) -> npt.NDArray[np.bool_]:
+        """Whether an added token may begin with or inside each token.
+
+        With a pre-tokenizer, text around an added token is split otherwise than its bytes suggest.
+        """
+        return np.array(
+            [
+                raw is not None
+                and (
+                    raw.startswith(self.added_token_bytes)
+                    or (
+                        not self.pretokenizer.never_splits
+                        and any(a.startswith(raw) or a in raw for a in self.added_token_bytes)
+                    )
+                )
+                for raw in self.vocabulary.bytes_W
+            ],
+            np.bool_,
+        )
+
+    @cached_property
+    def added_token_suffixes(self) -> dict[bytes, tuple[bytes, ...]]:
+        """Prefix of an added token -> the suffixes that complete it."""
+        found: dict[bytes, list[bytes]] = {}
+        for raw in (raw for raw, always in self._added_tokens.items() if always):
+            for n in range(1, len(raw)):
+                found.setdefault(raw[:n], []).append(raw[n:])
+        return {k: tuple(v) for k, v in found.items()}
+
+    def context_ids(
+        self, ids_T: npt.NDArray[np.integer], positions: Sequence[int]
+    ) -> npt.NDArray[np.int64]:
+        """Number the contexts before some tokens of a rendering.
+
+        Args:
+            ids_T: Token ids of the rendering.
+            positions: C indices of tokens. A context reaches back to the last control token.
+
+        Returns:
+            int64 C: context numbers for `impossible_next_tokens`; `UNRESTRICTED_CONTEXT` at the
+            start and after control tokens.
+        """
+        control = np.array([self.vocabulary.bytes_W[i] is None for i in ids_T.tolist()], bool)
+        edges = np.flatnonzero(np.diff(np.concatenate([[True], control, [True]]).astype(np.int8)))
+        begins = edges[::2]
+        runs = [self._split_run(ids_T[b:e]) for b, e in zip(begins, edges[1::2], strict=True)]
+        found = []
+        for k in positions:
+            if k == 0 or control[k - 1]:
+                found.append(UNRESTRICTED_CONTEXT)
+                continue
+            run = int(np.searchsorted(begins, k, side="left")) - 1
+            raw, cuts, ends_T = runs[run]
+            end = int(ends_T[k - 1 - begins[run]])
+            word = raw[int(cuts[np.searchsorted(cuts, end, side="left") - 1]) : end]
+            found.append(self.context_id(int(ids_T[k - 1]), word))
+        return np.array(found, np.int64)
+
+    def supervised_context_ids(
+        self, tokens: RenderedTokens, positions_C: npt.NDArray[np.integer]
+    ) -> npt.NDArray[np.int64]:
+        """Number the contexts before supervised tokens of a rendering.
+
+        Args:
+            tokens: The rendering.
+            positions_C: Indices of supervised tokens.
+
+        Returns:
+            int64 C: as `context_ids`. After an unsupervised token the context is unrestricted,
+            because the end of a prompt is given, whatever follows.
+        """
+        found = np.full(len(positions_C), UNRESTRICTED_CONTEXT, np.int64)
+        inner_C = tokens.loss_mask_T[np.maximum(positions_C - 1, 0)] & (positions_C > 0)
+        found[inner_C] = self.context_ids(tokens.ids_T, positions_C[inner_C].tolist())
+        return found
+
+    def _split_run(
+        self, ids: npt.NDArray[np.integer]
+    ) -> tuple[bytes, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return (bytes of the tokens, byte positions of word starts, end of each token)."""
+        raw = b"".join(self.vocabulary.bytes_W[i] or b"" for i in ids.tolist())
+        ends_T = np.cumsum(self.vocabulary.lengths_W[ids])
+        if self.pretokenizer.never_splits:
+            return raw, np.zeros(1, np.int64), ends_T
+        # added tokens are cut out first; the text before and after each is split on its own
+        edges = {0, len(raw)} | {
+            int(e)
+            for i, end in zip(ids.tolist(), ends_T.tolist(), strict=True)
+            if self.vocabulary.bytes_W[i] in self.added_token_bytes
+            for e in (end - self.vocabulary.lengths_W[i], end)
+        }
+        cuts: list[int] = []
+        for begin, end in pairwise(sorted(edges)):
+            text = decode_whole_characters(raw[begin:end])[0]
+            offsets = char_to_byte_offsets(text, self.pretokenizer.split_positions(text))
+            cuts += [begin, *(begin + offsets).tolist()]
+        return raw, np.unique(np.array(cuts, np.int64)), ends_T
+
+    def context_id(self, token: int, word: bytes) -> int:
+        """Return the number of a context.
+
+        Args:
+            token: The last token.
+            word: Bytes of the current word so far; they end with the token.
+        """
+        text, rest = ("", b"") if self.pretokenizer.never_splits else decode_whole_characters(word)
+        key = (token, MID_CHARACTER if rest else self.pretokenizer.class_signature(text))
+        if key not in self._context_ids:
+            self._context_ids[key] = len(self._context_keys)
+            self._context_keys.append(key)
+        return self._context_ids[key]
+
+    def impossible_next_tokens(self, context: int) -> npt.NDArray[np.int64]:
+        """Return the sorted ids of tokens that cannot follow in a context; cached."""
+        if context not in self._impossible_cache:
+            if len(self._impossible_cache) >= MAX_CACHED_CONTEXTS:
+                self._impossible_cache.clear()
+            self._impossible_cache[context] = self._find_impossible_next_tokens(context)
+        return self._impossible_cache[context]
+
+    def _find_impossible_next_tokens(self, context: int) -> npt.NDArray[np.int64]:
+        token, word = self._context_keys[context]
+        unmergeable = self.derivations.impossible_next_tokens(token)
+        if self.added_token_bytes:
+            # a token that may begin an added token can follow anywhere, and after an added token
+            # a new word begins
+            unmergeable = (
+                unmergeable[:0]
+                if self.vocabulary.bytes_W[token] in self.added_token_bytes
+                else unmergeable[~self._may_begin_added_token[unmergeable]]
+            )
+        if word == MID_CHARACTER or self.pretokenizer.never_splits or not len(unmergeable):
+            return unmergeable
+        head_W, heads = self._token_heads
+        head_M, needed_H = head_W[unmergeable], np.zeros(len(heads), np.bool_)
+        needed_H[head_M] = True
+        # many contexts end in the same signature
+        cut_H = self._may_cut_cache.setdefault(word, np.full(len(heads), -1, np.int8))
+        for h in np.flatnonzero(needed_H & (cut_H < 0)).tolist():
+            cut_H[h] = self.pretokenizer.can_split(word, heads[h])
+        impossible: npt.NDArray[np.int64] = unmergeable[cut_H[head_M] == 0]
+        return impossible
+
+    def added_token_continuations(self, context: int) -> tuple[bytes, ...]:
+        """Return the texts that would complete an added token begun by the context's last token."""
+        return self.added_token_suffixes.get(
+            self.vocabulary.bytes_W[self._context_keys[context][0]] or b"", ()
+        )
+
+    def covering_tokens(self, raw: bytes) -> tuple[npt.NDArray[np.int64], tuple[int, ...]]:
+        """Return the tokens that a text with this beginning can begin with.
+
+        Args:
+            raw: The first bytes of the text.
+
+        Returns:
+            (tokens that start with all of `raw`, tokens that are a shorter prefix of it).
+        """
+        if raw not in self._covering_cache:
+            ordered, token_by_rank, _ = self.sorted_tokens
+            low, after = bisect_left(ordered, raw), raw.rstrip(b"\xff")
+            high = (
+                bisect_left(ordered, after[:-1] + bytes([after[-1] + 1])) if after else len(ordered)
+            )
+            self._covering_cache[raw] = (
+                token_by_rank[low:high],
+                tuple(u for n in range(1, len(raw)) for u in self.tokens_by_bytes.get(raw[:n], ())),
+            )
+        return self._covering_cache[raw]
+
+    def tokens_in_search_order(self, raw: bytes) -> tuple[int, ...]:
+        """Return the tokens of `covering_tokens` in the order of the boundary search.
+
+        Tokens of exactly these bytes come first, then shorter ones, then longer ones. Each step of
+        a search calls this with the same few bytes, so it is cached.
+        """
+        if raw not in self._search_order_cache:
+            (covering, starts), exact = self.covering_tokens(raw), self.tokens_by_bytes.get(raw, ())
+            self._search_order_cache[raw] = (*exact, *starts, *covering[len(exact) :].tolist())
+        return self._search_order_cache[raw]
+
+    def can_follow(self, token: int, next_token: int) -> bool:
+        """Return whether a token may follow another, whatever is before the two."""
+        if not self.derivations.is_impossible_pair(token, next_token):
+            return True
+        raw = self.vocabulary.bytes_W[token] or b""
+        next_raw = self.vocabulary.bytes_W[next_token] or b""
+        if self.added_token_bytes and (
+            self._may_begin_added_token[next_token] or raw in self.added_token_bytes
+        ):
+            return True
+        if self.pretokenizer.never_splits or next_raw[0] & 0xC0 == 0x80:
+            return False
+        if token not in self._ending_signatures:
+            self._ending_signatures[token] = self._signatures_ending_with(raw)
+        head_W, heads = self._token_heads
+        # called millions of times with some thousand different keys
+        key = self._ending_signatures[token], int(head_W[next_token])
+        if key not in self._can_cut_cache:
+            self._can_cut_cache[key] = any(
+                self.pretokenizer.can_split(ending, heads[key[1]]) for ending in key[0]
+            )
+        return self._can_cut_cache[key]
+
+    def _signatures_ending_with(self, raw: bytes) -> tuple[str, ...]:
+        """Return the distinct signatures of words that end with a token; () inside a character."""
+        word, cut_off = decode_whole_characters(raw.lstrip(bytes(range(0x80, 0xC0))))
+        if cut_off:
+            return ()
+        signatures = (self.pretokenizer.class_signature(p + word) for p in PROBE_PREFIXES)
+        return tuple(dict.fromkeys(signatures))
+
+
+_TOKEN_ORDERS: dict[Vocabulary, TokenOrder] = {}
+
+
+def get_token_order(
+    vocabulary: Vocabulary, derivations: BpeDerivations | None = None
+) -> TokenOrder:
+    """Return the token order of a vocabulary, shared by all event maps of this process.
+
+    Args:
+        vocabulary: The tokenizer.
+        derivations: Its BPE derivations, if they are known already.
+    """
+    order = _TOKEN_ORDERS.get(vocabulary)
+    if order is None:
+        if len(_TOKEN_ORDERS) >= MAX_CACHED_TOKEN_ORDERS:
+            _TOKEN_ORDERS.pop(next(iter(_TOKEN_ORDERS)), None)
+        order = _TOKEN_ORDERS[vocabulary] = TokenOrder(
+            vocabulary, derivations or derive_bpe(vocabulary), load_pretokenizer(vocabulary)
+        )
+    return order

@@ -1,0 +1,270 @@
+"""Recipe sections of prompts and answers: corpus, deduplication, audition, capture."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from persea.chat.messages import ThinkingEffort
+from persea.config.section import (
+    MAX_COUNT,
+    SLUG_PATTERN,
+    RecipeSection,
+    check_contradictions,
+)
+
+
+class CorpusSection(RecipeSection):
+    """One source of prompts: a skill's generator or a file."""
+
+    skill: str = Field(
+        pattern=SLUG_PATTERN,
+        description="the skill these prompts teach: languages, code, safety, reasoning or tools",
+    )
+    generate: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_COUNT,
+        description="number of prompts from the skill's own generator",
+    )
+    file: str | None = Field(
+        default=None, min_length=1, description="a .jsonl file, one prompt a line"
+    )
+    language: str = Field(
+        default="", description="language of the file's prompts, such as vi; empty = unknown"
+    )
+    effort_shares: dict[ThinkingEffort, Annotated[float, Field(gt=0, le=1)]] = Field(
+        default={},
+        description="thinking effort -> share of these prompts that teachers answer and the "
+        "student learns with it, such as {none: 0.5, low: 0.2, high: 0.3}; empty = answered at the "
+        "teacher's effort, learned as an answer at once",
+    )
+    near_duplicate_threshold: float | None = Field(
+        default_factory=lambda seen: 0.8 if seen.get("file") else None,
+        ge=0.3,
+        le=1,
+        validate_default=True,
+        description="Jaccard similarity of word runs from which a file's prompt counts as a "
+        "repetition of an earlier one and is left out",
+    )
+    on_malformed: Literal["refuse", "quarantine"] = Field(
+        default="refuse",
+        description="a line that is not a prompt: refuse = stop the run, quarantine = count it "
+        "and leave it out",
+    )
+    max_line_bytes: int = Field(
+        default=16 << 20,
+        ge=1,
+        le=MAX_COUNT,
+        description="longest line of the file; a longer one is malformed",
+    )
+
+    @model_validator(mode="after")
+    def _check_prompt_source(self) -> Self:
+        generated, from_file = self.generate is not None, self.file is not None
+        total = sum(self.effort_shares.values())
+        return check_contradictions(
+            self,
+            (
+                not generated and not from_file,
+                (),
+                "neither `generate` nor `file`",
+                "add `generate: 1000` or `file: prompts.jsonl`",
+            ),
+            (
+                generated and from_file,
+                (),
+                "both `generate` and `file`",
+                "keep one; two parts may teach the same skill",
+            ),
+            (
+                bool(self.effort_shares) and abs(total - 1) > 1e-6,
+                ("effort_shares",),
+                f"shares that sum to {total:g}",
+                "make them sum to 1",
+            ),
+            (
+                self.near_duplicate_threshold is not None and not from_file,
+                ("near_duplicate_threshold",),
+                "given, but no `file`; the questions of a generator differ by design",
+                "delete `near_duplicate_threshold:`",
+            ),
+            (
+                self.on_malformed == "quarantine" and not from_file,
+                ("on_malformed",),
+                "given, but no `file` that could have malformed lines",
+                "delete `on_malformed:`",
+            ),
+            (
+                not (self.file or ".jsonl").endswith(".jsonl"),
+                ("file",),
+                f"{self.file!r} is not .jsonl",
+                "one JSON object a line",
+            ),
+        )
+
+
+class DedupSection(RecipeSection):
+    """When a prompt counts as contaminated by a held-out text, or as a repetition of a prompt."""
+
+    ngram_words: float = Field(
+        default=13,
+        ge=1,
+        le=1000,
+        description="words in a row that a prompt may not share with a held-out text",
+    )
+    min_words: float = Field(
+        default=8,
+        ge=1,
+        le=1000,
+        description="a held-out text with fewer words than `ngram_words` and at least so many is "
+        "searched for as a whole",
+    )
+    max_line_repeats: int = Field(
+        default=5,
+        ge=1,
+        le=MAX_COUNT,
+        description="a line in more held-out texts than this is a form of the set and not compared",
+    )
+    shingle_words: float = Field(
+        default=3,
+        ge=1,
+        le=1000,
+        description="words of a run by which near-duplicates are compared",
+    )
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        return check_contradictions(
+            self,
+            (
+                self.min_words > self.ngram_words,
+                ("min_words",),
+                f"{self.min_words:g}, but `ngram_words` is {self.ngram_words:g}",
+                "at most `ngram_words`",
+            ),
+        )
+
+
+class AuditionSection(RecipeSection):
+    """How teachers are measured, to assign each skill to a teacher."""
+
+    items: int = Field(
+        default=100,
+        ge=1,
+        le=MAX_COUNT,
+        description="most questions of each skill; fewer if the ranking is clear sooner",
+    )
+    batch_size: int = Field(
+        default=64, ge=1, le=MAX_COUNT, description="questions that a teacher answers at once"
+    )
+    min_score: float = Field(
+        default=0.05, ge=0, le=1, description="least score of a teacher that teaches a skill"
+    )
+    efforts: tuple[ThinkingEffort, ...] = Field(
+        default=(),
+        description="further thinking efforts to measure teachers at, where they have them",
+    )
+    pinned: dict[str, str] = Field(
+        default={},
+        description="skill -> teacher that you choose yourself, instead of by measurement",
+    )
+    first_round: int = Field(
+        default=10, ge=1, le=MAX_COUNT, description="questions of each skill in the first round"
+    )
+    min_items_per_language: int = Field(
+        default=4,
+        ge=1,
+        le=MAX_COUNT,
+        description="questions of each language before the ranking of a skill may be final",
+    )
+    round_growth: float = Field(
+        default=0.5,
+        ge=0,
+        le=100,
+        description="questions of a later round, as a share of all asked before it",
+    )
+
+
+class CaptureSection(RecipeSection):
+    """How teachers answer the prompts and how their distributions are stored."""
+
+    answers: Literal["ask", "given"] = Field(
+        default="ask",
+        description="ask = the teachers answer; given = they score the answers of the prompt files",
+    )
+    distributions: Literal["sampled", "topk"] = Field(
+        default="sampled",
+        description="sampled = an unbiased sample of each distribution; topk = its likeliest "
+        "tokens up to `max_kl`, and a rest",
+    )
+    sampling_threshold: float | None = Field(
+        default_factory=lambda seen: 0.02 if seen["distributions"] == "sampled" else None,
+        gt=0,
+        le=0.5,
+        validate_default=True,
+        description="probability below which a token is stored with a chance in proportion to it; "
+        "only with `distributions: sampled`",
+    )
+    max_kl: float | None = Field(
+        default_factory=lambda seen: 0.01 if seen["distributions"] == "topk" else None,
+        ge=0.003,
+        le=10,
+        validate_default=True,
+        description="nats that a stored distribution may lose, its rest spread by the token "
+        "frequencies of the unit; only with `distributions: topk`",
+    )
+    max_new_tokens: int = Field(
+        default=64, ge=1, le=MAX_COUNT, description="longest answer, in the teacher's tokens"
+    )
+    batch_size: int = Field(
+        default=64, ge=1, le=MAX_COUNT, description="prompts that a teacher answers at once"
+    )
+    prompts_per_unit: int = Field(
+        default=256,
+        ge=1,
+        le=MAX_COUNT,
+        description="prompts saved together, fewer if they could exceed 2^20 tokens: the most "
+        "that a crash can lose",
+    )
+    drop_wrong_answers: bool = Field(
+        default=False,
+        description="do not train on answers that the skill's grader marks wrong, where the prompt "
+        "has a reference answer",
+    )
+    max_total_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="stop, with a message, once so many tokens are stored; a larger limit "
+        "continues from there",
+    )
+    max_hours: float | None = Field(
+        default=None,
+        gt=0,
+        le=1e6,
+        description="stop, with a message, once a run has captured for so long",
+    )
+
+    @model_validator(mode="after")
+    def _check_distribution_kind(self) -> Self:
+        kind, key, unused = (
+            ("topk", "max_kl", self.max_kl)
+            if self.distributions == "sampled"
+            else ("sampled", "sampling_threshold", self.sampling_threshold)
+        )
+        return check_contradictions(
+            self,
+            (
+                unused is not None,
+                (key,),
+                f"given, but `distributions` is {self.distributions}",
+                f"write `distributions: {kind}`, or delete `{key}:`",
+            ),
+            (
+                self.drop_wrong_answers and self.answers == "given",
+                ("drop_wrong_answers",),
+                "true, but `answers` is given",
+                "delete `drop_wrong_answers:`",
+            ),
+        )

@@ -1,0 +1,386 @@
+"""Recipe sections of models: the student, its teachers, and the servers that run teachers."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Literal, Self, TypeAlias
+
+from pydantic import Field, model_validator
+
+from persea.chat.families import FAMILIES
+from persea.chat.families.generic import GENERIC_FAMILY_NAME
+from persea.chat.messages import ThinkingEffort
+from persea.config.section import (
+    MAX_COUNT,
+    NAME_PATTERN,
+    SLUG_PATTERN,
+    RecipeSection,
+    check_contradictions,
+)
+
+TEXT_ONLY_MODEL = "text_only"  # `model:` of a teacher behind a chat route with unknown tokenizer
+
+if TYPE_CHECKING:
+    FamilyName: TypeAlias = str
+else:  # derived from the list of families, so that a new family needs no line here
+    FamilyName = Literal[("", *(f.name for f in FAMILIES), GENERIC_FAMILY_NAME)]
+
+
+class RandomModelSection(RecipeSection):
+    """Size of a randomly initialised model."""
+
+    hidden: int = Field(
+        default=128, ge=8, le=8192, description="hidden size, a multiple of twice the heads"
+    )
+    layers: int = Field(default=3, ge=1, le=128, description="number of layers")
+    heads: int = Field(default=4, ge=1, le=128, description="attention heads of a layer")
+    experts: int = Field(default=4, ge=2, le=256, description="experts of a layer (gpt-oss only)")
+    seed: int = Field(default=0, ge=0, le=MAX_COUNT, description="seed of the random weights")
+
+    @model_validator(mode="after")
+    def _check_width(self) -> Self:
+        step = 2 * self.heads  # rotary embeddings rotate pairs of components
+        odd = self.hidden % step > 0
+        return check_contradictions(
+            self,
+            (
+                odd,
+                ("hidden",),
+                f"{self.hidden} is not {self.heads} heads of even width",
+                f"a multiple of {step}",
+            ),
+        )
+
+
+class ModelRef(RecipeSection):
+    """Where a model comes from: the keys that student and teachers share."""
+
+    model: str = Field(
+        min_length=1,
+        description="a folder in Hugging Face form, a hub id such as Qwen/Qwen3-8B, random, or "
+        "text_only",
+    )
+    revision: str = Field(default="", description="revision of a hub model: branch, tag or commit")
+    tokenizer: str = Field(
+        default="",
+        description="folder or hub id of the tokenizer, if it is not in the model's folder",
+    )
+    family: FamilyName = Field(
+        default="", description="chat family; empty = recognised from the model's folder"
+    )
+    sizes: RandomModelSection | None = Field(
+        default=None, description="size of the weights of `model: random`"
+    )
+
+    @model_validator(mode="after")
+    def _check_model_source(self) -> Self:
+        made, local = self.model == "random", self.model.startswith((".", "/", "~"))
+        return check_contradictions(
+            self,
+            (
+                self.model == TEXT_ONLY_MODEL
+                and bool(self.tokenizer or self.revision or self.family or self.sizes),
+                ("model",),
+                "text_only, and a tokenizer, revision, family or sizes beside it",
+                "delete them, or name the model they belong to",
+            ),
+            (
+                made and not self.tokenizer,
+                ("tokenizer",),
+                "missing; random weights have no tokenizer of their own",
+                "add `tokenizer:`, a folder or hub id",
+            ),
+            (
+                made and not self.sizes,
+                ("sizes",),
+                "missing; random weights need a size",
+                "add `sizes: {hidden: 32, layers: 1, heads: 2}`",
+            ),
+            (
+                not made and self.model != TEXT_ONLY_MODEL and bool(self.sizes),
+                ("sizes",),
+                "given, but this model has a size of its own",
+                "delete `sizes:`, or write `model: random`",
+            ),
+            (
+                bool(self.revision) and (made or local),
+                ("revision",),
+                "given, but only a hub model has one",
+                "delete `revision:`",
+            ),
+        )
+
+
+class LoraSection(RecipeSection):
+    """Shape of the LoRA adapters."""
+
+    rank: int = Field(default=16, ge=1, le=1024, description="rank of the added matrices")
+    alpha: float = Field(
+        default=32,
+        gt=0,
+        le=4096,
+        description="scale of the added matrices: they are multiplied by alpha / rank",
+    )
+    targets: tuple[str, ...] = Field(
+        default=("q_proj", "k_proj", "v_proj", "o_proj"),
+        min_length=1,
+        description="names of the adapted matrices",
+    )
+
+
+class StudentSection(ModelRef):
+    """The model that is trained."""
+
+    thinking: bool = Field(
+        default=False,
+        description="give a model whose template has no thinking switch the hybrid template: it "
+        "learns to think or to answer at once, as the prompt demands",
+    )
+    adapt: Literal["full", "lora"] = Field(
+        default="full",
+        description="full = train every weight; lora = train low-rank matrices beside them",
+    )
+    lora: LoraSection | None = Field(
+        default_factory=lambda seen: LoraSection() if seen["adapt"] == "lora" else None,
+        description="shape of the added matrices; only with `adapt: lora`",
+    )
+
+    @model_validator(mode="after")
+    def _check_lora(self) -> Self:
+        return check_contradictions(
+            self,
+            (
+                self.adapt == "full" and self.lora is not None,
+                ("lora",),
+                "given, but `adapt` is full",
+                "write `adapt: lora`, or delete `lora:`",
+            ),
+        )
+
+
+class EndpointSection(RecipeSection):
+    """A server that runs a teacher. It never holds a key, only the variable's name that does."""
+
+    url: str = Field(
+        pattern=r"^https?://[^/@\s]+(/[^@\s]*)?$",
+        description="address of the server, without the route: http://127.0.0.1:8000",
+    )
+    protocol: str = Field(
+        default="tokens",
+        pattern=SLUG_PATTERN,
+        description="tokens = vLLM's and persea's token route; completions = with echo and token "
+        "ids; sglang; chat = text without log-probabilities",
+    )
+    served_model_name: str = Field(
+        default="",
+        description="name of the model on the server; empty = the server has only one",
+    )
+    key_env: str = Field(
+        default="",
+        pattern=r"^([A-Z_][A-Z0-9_]*)?$",
+        description="environment variable that holds the key; empty = no key",
+    )
+    top_logprobs: int | None = Field(
+        default_factory=lambda seen: None if seen["protocol"] == "chat" else 20,
+        ge=1,
+        le=1024,
+        validate_default=True,
+        description="likeliest tokens that the server returns at each position; the mass of the "
+        "others is stored as one rest",
+    )
+    send_effort: bool | None = Field(
+        default_factory=lambda seen: False if seen["protocol"] == "chat" else None,
+        validate_default=True,
+        description="send the thinking effort as reasoning_effort and enable_thinking; false = "
+        "the server sets it; only with `protocol: chat`",
+    )
+    concurrency: int = Field(default=8, ge=1, le=1024, description="requests at once")
+    max_attempts: int = Field(
+        default=5,
+        ge=1,
+        le=100,
+        description="attempts of one request before its prompt is left out",
+    )
+    stall_timeout_s: float = Field(
+        default=60,
+        gt=0,
+        le=86400,
+        description="seconds without a token after which a request is cancelled and repeated",
+    )
+    give_up_after_s: float = Field(
+        default=600,
+        gt=0,
+        le=86400,
+        description="seconds without any answer after which the run stops using the server",
+    )
+    max_total_tokens: int = Field(
+        default=0,
+        ge=0,
+        description="tokens, sent and received, after which the run stops with a message; 0 = no "
+        "limit",
+    )
+    max_failed_share: float = Field(
+        default=0.05,
+        ge=0,
+        le=1,
+        description="share of failed requests, from 20 requests on, above which the run stops",
+    )
+    max_fingerprint_drift: float = Field(
+        default=0.1,
+        ge=0,
+        description="mean difference in nats, over the log-probabilities of the handshake, above "
+        "which the server is taken to run another model",
+    )
+
+    @model_validator(mode="after")
+    def _check_protocol(self) -> Self:
+        chat = self.protocol == "chat"
+        return check_contradictions(
+            self,
+            (
+                chat and self.top_logprobs is not None,
+                ("top_logprobs",),
+                "given, but a chat route returns no log-probabilities of a given text",
+                "delete `top_logprobs:`",
+            ),
+            (
+                not chat and self.send_effort is not None,
+                ("send_effort",),
+                f"given, but `protocol` is {self.protocol}",
+                "delete `send_effort:`; the chat template contains the effort",
+            ),
+        )
+
+
+class GenerationSection(RecipeSection):
+    """How one teacher generates, if not as the others do."""
+
+    max_new_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_COUNT,
+        description="longest answer, in the teacher's own tokens, in every stage",
+    )
+    temperature: float = Field(default=0, ge=0, le=10, description="0 = greedy decoding")
+    top_p: float = Field(
+        default=1, gt=0, le=1, description="nucleus sampling: the likeliest tokens of this mass"
+    )
+    seed: int = Field(default=0, ge=0, le=MAX_COUNT, description="seed of the sampling")
+
+    @model_validator(mode="after")
+    def _check_sampling(self) -> Self:
+        unused = not self.temperature and (self.top_p < 1 or self.seed > 0)
+        return check_contradictions(
+            self,
+            (
+                unused,
+                ("temperature",),
+                "0, so nothing is sampled",
+                "give a temperature, or delete `top_p:` and `seed:`",
+            ),
+        )
+
+
+class TeacherSection(ModelRef):
+    """A model that the student learns from, or a reference model that is only measured."""
+
+    name: str = Field(
+        default_factory=lambda seen: (
+            ""
+            if seen["model"] in ("random", TEXT_ONLY_MODEL)
+            else seen["model"].rstrip("/").rpartition("/")[2]
+        ),
+        pattern=NAME_PATTERN,
+        description="name in reports: letters, digits and ._- (default: the last part of `model`)",
+    )
+    effort: ThinkingEffort = Field(
+        default=ThinkingEffort.NONE, description="how long it thinks before it answers"
+    )
+    licence: str = Field(
+        default="", description="its licence, if it differs from the usual one of the family"
+    )
+    quantize: Literal["none", "8bit", "4bit", "mxfp4"] = Field(
+        default="none",
+        description="load its weights in fewer bits, on a GPU (8bit, 4bit: bitsandbytes; mxfp4: "
+        "gpt-oss as it is published)",
+    )
+    offload: bool = Field(
+        default=False,
+        description="keep the layers that do not fit on the GPU in main memory; slow, and without "
+        "use on a CPU",
+    )
+    engine: str = Field(
+        default="local",
+        pattern=SLUG_PATTERN,
+        description="library that runs its weights on this machine",
+    )
+    endpoint: EndpointSection | None = Field(
+        default=None, description="a server that runs it; then no weights are loaded here"
+    )
+    generation: GenerationSection = Field(
+        default=GenerationSection(), description="how it generates, if not as the others do"
+    )
+    reference: bool = Field(
+        default=False,
+        description="reference model: measured beside the student in the evaluation, never teaches",
+    )
+
+    @model_validator(mode="after")
+    def _check_placement(self) -> Self:
+        made = self.model == "random"
+        remote = self.endpoint is not None or self.engine != "local"
+        placed = self.quantize != "none" or self.offload
+        return check_contradictions(
+            self,
+            (
+                remote and placed,
+                ("quantize" if self.quantize != "none" else "offload",),
+                "given, but persea does not load these weights",
+                "set it where the server is started",
+            ),
+            (
+                made and self.quantize != "none",
+                ("quantize",),
+                "given, but these are random weights",
+                "delete `quantize:`",
+            ),
+            (
+                made and self.offload,
+                ("offload",),
+                "given, but these are random weights",
+                "delete `offload:`",
+            ),
+        )
+
+    @model_validator(mode="after")
+    def _check_name_and_endpoint(self) -> Self:
+        # pydantic checks the pattern of a written name, not of the default taken from `model`
+        nameless = not re.fullmatch(NAME_PATTERN, self.name)
+        chat = self.endpoint is not None and self.endpoint.protocol == "chat"
+        return check_contradictions(
+            self,
+            (
+                nameless,
+                ("name",),
+                f"missing; `model: {self.model}` gives none",
+                "add `name:`, letters, digits and ._-",
+            ),
+            (
+                self.model == TEXT_ONLY_MODEL and not chat,
+                ("model",),
+                "text_only, but no chat route",
+                "add `endpoint: {url: ..., protocol: chat}`",
+            ),
+            (
+                self.endpoint is not None and self.model == "random",
+                ("endpoint",),
+                "given, but random weights run on this machine",
+                "delete `endpoint:`",
+            ),
+            (
+                self.endpoint is not None and self.engine != "local",
+                ("engine",),
+                f"{self.engine}, but an endpoint runs it",
+                "delete `engine:`",
+            ),
+        )

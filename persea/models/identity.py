@@ -1,0 +1,121 @@
+"""Identify a model by its files, and list what is unusual about its configuration."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from persea.chat.messages import Conversation, Text
+from persea.chat.renderer import ChatRenderer
+from persea.models.loading import ModelSource, download_hub_file, eos_token_ids, local_folder
+
+
+def fingerprint(source: ModelSource, where: str) -> str:
+    """Return a sha256 that changes when the model changes.
+
+    A local folder is identified by the names and contents of its weights, configs and templates;
+    a hub model by its id and commit; a random model by its tokenizer and sizes. The quantisation
+    counts in each case.
+
+    Args:
+        source: The model.
+        where: The place for error messages.
+
+    Raises:
+        DataError: The folder does not exist.
+    """
+    folder = None if source.is_random else local_folder(source.model, where)
+    quantization = [] if source.quantize == "none" else [source.quantize]
+    if folder is None:
+        identity = [
+            source.model,
+            _hub_commit(source),
+            source.tokenizer,
+            source.sizes,
+            *quantization,
+        ]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    digest = hashlib.sha256("".join(quantization).encode())
+    for path in _fingerprinted_files(folder):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _hub_commit(source: ModelSource) -> str:
+    """Return the commit of a hub model; its revision where the commit cannot be found out."""
+    if source.is_random or re.fullmatch("[0-9a-f]{40}", source.revision):
+        return source.revision
+    path = download_hub_file(source, "config.json")
+    return source.revision if path is None else path.parent.name
+
+
+def file_stats(source: ModelSource, where: str) -> tuple[tuple[str, int, int], ...]:
+    """Return name, size in bytes and modification time (ns) of each file in the fingerprint.
+
+    They show at once that a folder was written to, without reading the weights. A hub model and a
+    random model have none.
+    """
+    folder = None if source.is_random else local_folder(source.model, where)
+    if folder is None:
+        return ()
+    return tuple(
+        (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+        for path in _fingerprinted_files(folder)
+    )
+
+
+def _fingerprinted_files(folder: Path) -> list[Path]:
+    return sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.jinja")])
+
+
+def model_warnings(source: ModelSource, renderer: ChatRenderer, where: str) -> str:
+    """Return what a person should know about a model and its renderer; "" if nothing is unusual.
+
+    Nothing here stops a run. Reported are: a family that persea does not know; a base model with a
+    chat template (its configuration ends a text with another token than the template ends a turn,
+    so the model has never learned to end a turn); a BOS token that the tokenizer adds and the
+    template does not, or that the template writes twice.
+    """
+    vocabulary = renderer.vocabulary
+    warnings = [renderer.family.limitations] if renderer.family.limitations else []
+    prompt_ids = renderer.render_prompt(Conversation.from_question("Hi")).ids_T.tolist()
+    answered = renderer.render(Conversation.from_question("Hi").with_answer(Text("Hi")))
+    stop_id = int(answered.ids_T[answered.loss_mask_T][-1])
+    eos_ids = eos_token_ids(source, where)
+
+    def name(ids: Sequence[int]) -> str:
+        return ", ".join(
+            f"{vocabulary.control_names.get(i, 'no control token')} ({i})" for i in ids
+        )
+
+    if eos_ids and stop_id not in eos_ids:
+        warnings.append(
+            f"a base model with a chat template: its configuration ends a text with "
+            f"{name(eos_ids)}, the template ends a turn with {name([stop_id])}; persea stops at "
+            "the template's token, which this model may never generate."
+        )
+    plain_ids, special_ids = (
+        vocabulary.backend.encode("Hi", add_special_tokens=special).ids for special in (False, True)
+    )
+    length = len(plain_ids)
+    start = next(
+        (k for k in range(len(special_ids)) if special_ids[k : k + length] == plain_ids), 0
+    )
+    prefix_ids = special_ids[:start]
+    if prefix_ids and prompt_ids[: len(prefix_ids)] != prefix_ids:
+        warnings.append(
+            f"its tokenizer puts {name(prefix_ids)} before every text, its chat template does not; "
+            "persea follows the template."
+        )
+    first = prompt_ids[:2]
+    if len(first) == 2 and first[0] == first[1] and first[0] in vocabulary.control_names:
+        warnings.append(
+            f"its chat template begins with {name(first[:1])} twice; persea follows the template."
+        )
+    return " ".join(warnings)

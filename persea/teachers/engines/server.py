@@ -1,0 +1,172 @@
+"""What engines behind a server share: the handshake, the fingerprint and the check that the model
+did not change.
+
+The server is verified before and after every batch of requests in which a connection was lost, so
+that answers of
+two models never mix.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from persea.errors import TeacherError
+from persea.teachers.engines import (
+    DEFAULT_MAX_FINGERPRINT_DRIFT_NATS,
+    Engine,
+    EngineFailure,
+)
+from persea.teachers.engines.http_client import HttpClient, Request
+from persea.teachers.engines.response_validation import (
+    MalformedResponseError,
+    require_list,
+    require_object,
+)
+
+
+@dataclass(frozen=True)
+class ServerFingerprint:
+    """Identifies the model behind a server.
+
+    Attributes:
+        model: Name that the server reports.
+        handshake_logprobs: Log-probabilities in nats of the supervised tokens of the handshake
+            conversation, rounded to 4 digits; () for a chat route, which returns none.
+    """
+
+    model: str
+    handshake_logprobs: tuple[float, ...] = ()
+
+    def refuse_other_model(
+        self,
+        other: ServerFingerprint,
+        where: str,
+        max_drift: float = DEFAULT_MAX_FINGERPRINT_DRIFT_NATS,
+    ) -> None:
+        """Check that another fingerprint is of the same model.
+
+        Args:
+            other: The fingerprint seen now.
+            where: Teacher and URL, for the message.
+            max_drift: Largest mean absolute difference in nats that one model may show.
+
+        Raises:
+            TeacherError: The names, the number of log-probabilities or their values differ.
+        """
+        same_size = len(self.handshake_logprobs) == len(other.handshake_logprobs)
+        drift = 0.0
+        if self.handshake_logprobs and same_size:
+            differences = np.subtract(self.handshake_logprobs, other.handshake_logprobs)
+            drift = float(np.abs(differences).mean())
+        if self.model == other.model and same_size and drift <= max_drift:
+            return
+        change = (
+            f"{other.model!r} answers, it was {self.model!r}"
+            if self.model != other.model
+            else f"its log-probabilities moved by {drift:.2f} nats"
+        )
+        raise TeacherError(
+            f"another model is there now: {change}",
+            where=where,
+            remedy="start the server with the model that answered before, "
+            "or give this run another --out",
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON; a part of a teacher's identity, so keys must not change."""
+        return {"model": self.model, "logs": list(self.handshake_logprobs)}
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> ServerFingerprint:
+        """Read what `to_json` wrote."""
+        return ServerFingerprint(str(value["model"]), tuple(float(x) for x in value["logs"]))
+
+
+class ServerEngine(Engine):
+    """Base of engines behind a server.
+
+    Attributes:
+        client: Connection to the server.
+        fingerprints: Fingerprints of successful handshakes; the first one is binding.
+        max_fingerprint_drift: See `ServerFingerprint.refuse_other_model`.
+    """
+
+    client: HttpClient
+    fingerprints: list[ServerFingerprint]
+    max_fingerprint_drift: float
+
+    @abstractmethod
+    def compute_fingerprint(self) -> ServerFingerprint:
+        """Ask the server for its fingerprint.
+
+        Raises:
+            TeacherError: The server does not return what is needed.
+        """
+
+    def handshake(self) -> ServerFingerprint:
+        """Check what the server supports, and record its fingerprint.
+
+        Raises:
+            TeacherError: The server does not return what is needed, with the reason.
+        """
+        fingerprint = self.compute_fingerprint()
+        self.fingerprints.append(fingerprint)
+        return fingerprint
+
+    def verify_same_model(self) -> None:
+        """Raise TeacherError if another model answers than at the first handshake."""
+        self.fingerprints[0].refuse_other_model(
+            self.compute_fingerprint(),
+            f"{self.client.name}, {self.client.url}",
+            self.max_fingerprint_drift,
+        )
+
+    def send_verified(self, requests: Sequence[Request[Any]]) -> list[Any | EngineFailure]:
+        """Send requests, and verify the model before them and after any lost connection."""
+        if not requests:
+            return []
+        self.verify_same_model()
+        lost_before = self.client.num_lost_connections
+        responses = self.client.send_all(requests)
+        if self.client.num_lost_connections > lost_before:
+            self.verify_same_model()
+        return responses
+
+    def send_handshake(self, request: Request[Any], remedy: str) -> Any:
+        """Send one request of the handshake, and mark a failure as the handshake's."""
+        try:
+            return self.client.send(request)
+        except TeacherError as error:
+            raise TeacherError(
+                f"the handshake failed: {error.message}", where=error.where, remedy=remedy
+            ) from error
+
+
+def resolve_served_model(client: HttpClient, requested_name: str) -> str:
+    """Return the name of the model to ask for: the requested one, or the server's only one.
+
+    Raises:
+        TeacherError: The server does not have the model, or has several and none was requested.
+    """
+
+    def parse_models(response: Any) -> list[str]:
+        entries = require_list(require_object(response, "the answer").get("data"), "data")
+        names = [require_object(entry, "a model").get("id") for entry in entries]
+        if not all(isinstance(name, str) for name in names):
+            raise MalformedResponseError("a model without a name")
+        return [str(name) for name in names]
+
+    models = client.send(Request("/v1/models", None, parse_models))
+    if requested_name in models if requested_name else len(models) == 1:
+        return requested_name or models[0]
+    raise TeacherError(
+        f"the server has {', '.join(models[:5]) or 'no model'}"
+        + (f", not {requested_name}" if requested_name else ""),
+        where=f"{client.name}, {client.url}",
+        remedy="name one of them as `served_model_name:` of the endpoint",
+    )

@@ -1,0 +1,181 @@
+"""The public API: names resolve lazily, signatures are pinned, examples of docstrings run."""
+
+from __future__ import annotations
+
+import ast
+import atexit
+import doctest
+import functools
+import inspect
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import persea
+from tests.cli.test_cli import TINY
+
+ROOT = Path(__file__).resolve().parents[1]
+CALLABLES = [name for name in persea.__all__ if name not in ("__version__", "errors", "losses")]
+LOSSES = ("CrossEntropy", "EventDivergence", "EventKL", "SpanLikelihood")
+
+# A change of a public signature is a decision: it goes here and into CHANGELOG.md.
+# Of Recipe, whose fields are in its own schema, it is that of from_yaml.
+SIGNATURES: dict[str, str] = {}
+
+
+def public_object(name: str) -> Any:
+    """Return a public callable by its dotted name below persea."""
+    package, _, loss = name.rpartition(".")
+    return getattr(persea.losses, loss) if package else getattr(persea, name)
+
+
+def in_new_process(code: str) -> str:
+    """Stdout of a fresh interpreter, where nothing is imported yet."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_import_persea_loads_no_heavy_library() -> None:
+    out = in_new_process(
+        "import sys, time; begin = time.process_time(); import persea; dir(persea)\n"
+        "seconds = time.process_time() - begin\n"
+        "print(seconds, [m for m in ('torch', 'transformers', 'numpy', 'pydantic')"
+        " if m in sys.modules])"
+    )
+    seconds, loaded = out.split(maxsplit=1)
+    assert loaded.strip() == "[]"
+    assert float(seconds) < 0.3
+
+
+def test_dir_lists_the_public_names() -> None:
+    assert dir(persea) == sorted(persea.__all__)
+    assert persea.__version__.count(".") == 2
+
+
+def test_every_public_name_resolves() -> None:
+    for name in persea.__all__:
+        assert getattr(persea, name) is not None, name
+
+
+def test_submodules_are_reachable_without_an_import_of_their_own() -> None:
+    out = in_new_process(
+        "import persea; print(persea.errors.PerseaError.__name__, persea.losses.__name__)"
+    )
+    assert out.split() == ["PerseaError", "persea.losses"]
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'distil'"):
+        _ = persea.distil  # type: ignore[attr-defined]
+
+
+def test_type_checkers_see_what_the_lazy_table_gives() -> None:
+    """The imports under TYPE_CHECKING name the same modules as the table of lazy names."""
+    tree = ast.parse(Path(persea.__file__).read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.name: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    lazy = persea._MODULE_OF | dict.fromkeys(persea._SUBMODULES, "persea")
+    assert seen == lazy
+    assert {*seen, "__version__"} == set(persea.__all__)
+
+
+def test_the_package_is_typed_and_its_docstring_is_short() -> None:
+    assert (Path(persea.__file__).parent / "py.typed").is_file()
+    assert len((persea.__doc__ or "").strip().splitlines()) <= 25
+
+
+@pytest.mark.parametrize("name", [*CALLABLES, *(f"losses.{name}" for name in LOSSES)])
+def test_public_signatures_are_pinned(name: str) -> None:
+    target = persea.Recipe.from_yaml if name == "Recipe" else public_object(name)
+    assert str(inspect.signature(target)) == SIGNATURES.get(name)
+
+
+# --- a tiny run, and the API on its results ---
+
+
+@functools.cache
+def tiny_run() -> persea.DistillResult:
+    """Run a tiny recipe once per process, with the public API."""
+    folder = Path(tempfile.mkdtemp(prefix="persea-api-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = folder / "tiny.yaml"
+    path.write_text(json.dumps(TINY))  # JSON is YAML
+    recipe = persea.Recipe.from_yaml(path, overrides=["seed=1"])
+    return persea.distill(recipe, out=folder / "run", progress=lambda *_: None)
+
+
+def test_distill_returns_student_report_and_evaluation() -> None:
+    run = tiny_run()
+    assert (run.student / "model.safetensors").is_file()
+    assert (run.folder / "report" / "index.html").is_file()
+    assert run.report and run.evaluation
+
+
+def test_a_captured_cache_trains_with_a_dataloader() -> None:
+    """Cache, dataset, torch DataLoader, loss: metrics are tensors, and the gradient is finite."""
+    run, saplings = tiny_run(), ROOT / "saplings"
+    student = persea.load_renderer(str(saplings / "llama-sapling"))
+    teachers = {
+        one: persea.load_renderer(str(saplings / one))
+        for one in ("qwen-sapling", "gemma-sapling", "gpt-oss-sapling")
+    }
+    dataset = persea.DistillDataset(
+        persea.open_cache(run.folder), student=student, teachers=teachers
+    )
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=4, shuffle=True, collate_fn=dataset.collate_fn
+    )
+    inputs = next(iter(loader))
+    assert inputs["input_ids"].shape == inputs["labels"].shape == inputs["attention_mask"].shape
+    batch = inputs["batch"]
+    logits_NV = torch.randn(len(batch.labels_N), len(student.vocabulary), requires_grad=True)
+    out = persea.losses.EventKL(event_weight=0.7)(logits_NV, batch.labels_N, batch.targets)
+    out.loss.backward()
+    assert out.num_tokens == len(batch.labels_N)
+    assert all(isinstance(value, torch.Tensor) for value in out.metrics.values())
+    assert bool(torch.isfinite(logits_NV.grad).all()) and bool(logits_NV.grad.any())
+    supervised = inputs["labels"] != -100
+    assert int(supervised.sum()) == len(batch.labels_N)
+    assert torch.equal(inputs["labels"][supervised], inputs["input_ids"][supervised])
+
+
+@pytest.mark.parametrize("name", [*CALLABLES, *(f"losses.{name}" for name in LOSSES)])
+def test_public_docstrings_have_an_example_that_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each example runs in a folder that looks like the repository after a quickstart."""
+    target = persea.Recipe.from_yaml if name == "Recipe" else public_object(name)
+    doc = inspect.getdoc(target) or ""
+    assert "Example" in doc and ">>>" in doc, f"persea.{name} shows no example"
+    for folder in ("saplings", "recipes", "tests"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    if "runs/" in doc:
+        (tmp_path / "runs").mkdir()
+        (tmp_path / "runs" / "quickstart").symlink_to(tiny_run().folder)
+    monkeypatch.chdir(tmp_path)
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    names = vars(sys.modules[target.__module__]) | {"persea": persea}
+    tests = [
+        test
+        for test in doctest.DocTestFinder(recurse=False).find(target, name, globs=names)
+        if test.examples
+    ]
+    assert tests
+    for test in tests:
+        runner.run(test)
+    assert runner.failures == 0
