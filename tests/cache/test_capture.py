@@ -51,6 +51,10 @@ class Counting:
     real: Engine
     asked: list[bytes] = field(default_factory=list)
 
+    @property
+    def capabilities(self) -> Any:
+        return self.real.capabilities
+
     def generate(
         self, prompts: Sequence[np.ndarray], stop_ids: Sequence[int], max_new_tokens: int
     ) -> list[np.ndarray]:
@@ -519,7 +523,7 @@ def test_an_answer_that_comes_in_pieces_gives_the_same_unit(
         planned,
         tmp_path / "cut",
         Teacher("qwen-sapling", opened("qwen-sapling")[0], Cut(engine("qwen-sapling"))),
-        given=True,
+        use_given_answers=True,
     )
     assert max(sizes) == 2 and len(sizes) > 6
     assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
