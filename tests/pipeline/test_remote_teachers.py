@@ -85,7 +85,7 @@ def test_the_mixed_recipe_runs_and_every_teacher_is_kept_for_what_it_gives(tmp_p
     assert taught["gemma-far"]["event"] > 0.5
     assert taught["gemma-far"]["mass_retained"] > 0
     assert (
-        taught["oss-words"]["text_only"],
+        taught["oss-words"]["text"],
         taught["oss-words"]["event"],
         taught["oss-words"]["mass_retained"],
     ) == (1.0, 0.0, None)
