@@ -239,7 +239,7 @@ def test_what_is_set_aside_is_never_learned(voices: Voices, bridges: dict[str, E
     ]
     with pytest.raises(
         DataError,
-        match=r"training\.held_out: 9 examples are too few to hold out 8 and train on batches of 8",
+        match=r"training\.validation_share: 9 examples are too few to hold out 8 and train on batches of 8",
     ):
         flow(voices, bridges, 9, 8).train_test_split(0.1)
 
@@ -325,7 +325,7 @@ def test_an_answer_the_student_cannot_say_is_left_out_with_its_reason(voices: Vo
             "a teacher's probability is nan",
         ),
         (lambda rows: replace(rows, probs_M=rows.probs_M + 5), "a teacher's probability is 5"),
-        (lambda rows: replace(rows, ids_M=rows.ids_M + 100_000), "lies outside the vocabulary"),
+        (lambda rows: replace(rows, ids_M=rows.ids_M + 100_000), "is outside the vocabulary"),
     ],
 )
 def test_a_broken_row_is_refused_and_not_left_out(
