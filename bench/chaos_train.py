@@ -45,7 +45,8 @@ MODES: dict[str, tuple[str, ...]] = {  # extra arguments of each mode
     "offline": (),
     "on-policy": (
         "--set",
-        "training.on_policy={start_step: 2, share: 1.0, rollouts: 8, max_staleness_steps: 2, max_new_tokens: 16}",
+        "training.on_policy={start_step: 2, share: 1.0, rollouts: 8, max_staleness_steps: 2, "
+        "max_new_tokens: 16}",
     ),
 }  # a round is two steps
 

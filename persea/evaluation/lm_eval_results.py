@@ -92,13 +92,17 @@ def _iter_results(
             ):
                 raise ValueError(f"{task}: {key} is {value!r}, not a number")
             error = values.get(f"{metric}_stderr,{filtered}")
-            has_error = isinstance(error, int | float) and math.isfinite(error)  # else "N/A"
             yield LmEvalResult(
                 model_name,
                 str(values.get("alias") or task).strip(" -"),
                 metric if filtered == "none" else f"{metric} ({filtered})",
                 float(value),
-                float(error) if has_error else None,
+                _finite_or_none(error),
                 int(n),
                 better.get(metric) is not False,
             )
+
+
+def _finite_or_none(value: Any) -> float | None:
+    """Return a number; None for lm-eval's "N/A"."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

@@ -266,5 +266,5 @@ def _is_length_increasing(modes: Sequence[EffortResult]) -> bool | None:
 
 
 def thinking_language(text: str) -> str:
-    """Return the language of a text, such as "vi"; "undetermined" if `detect_language` finds none."""
+    """Return the language of a text, such as "vi"; "undetermined" if none is found."""
     return detect_language(text) or UNDETERMINED_LANGUAGE

@@ -192,11 +192,11 @@ class AccessLimitMiddleware:
         self, headers: MutableMapping[bytes, bytes], receive: Receive, send: Send
     ) -> bytes | None:
         """Read the whole body; None if it was refused or never arrived."""
+        max_bytes = self.limits.max_body_bytes
+        too_large = f"the body is too large: at most {max_bytes:,} bytes"
         declared = headers.get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > self.limits.max_body_bytes:
-            await send_error(
-                send, 413, f"the body is too large: at most {self.limits.max_body_bytes:,} bytes"
-            )
+        if declared.isdigit() and int(declared) > max_bytes:
+            await send_error(send, 413, too_large)
             return None
         parts: list[bytes] = []
         size = 0
@@ -209,29 +209,21 @@ class AccessLimitMiddleware:
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
                     self.num_buffered_bytes += len(parts[-1])
-                    if size > self.limits.max_body_bytes:
-                        await send_error(
-                            send,
-                            413,
-                            f"the body is too large: at most {self.limits.max_body_bytes:,} bytes",
-                        )
+                    if size > max_bytes:
+                        await send_error(send, 413, too_large)
                         return None
                     # Checked for every piece: many incomplete bodies fill the memory too.
-                    if self.num_buffered_bytes > MAX_BUFFERED_BODIES * self.limits.max_body_bytes:
-                        await send_error(
-                            send,
-                            429,
-                            f"{MAX_BUFFERED_BODIES * self.limits.max_body_bytes:,} bytes of request "
-                            "bodies are being read",
-                            RETRY_AFTER_HEADERS,
+                    if self.num_buffered_bytes > MAX_BUFFERED_BODIES * max_bytes:
+                        reason = (
+                            f"{MAX_BUFFERED_BODIES * max_bytes:,} bytes of bodies are being read"
                         )
+                        await send_error(send, 429, reason, RETRY_AFTER_HEADERS)
                         return None
                     if not message.get("more_body", False):
                         return b"".join(parts)
         except TimeoutError:
-            await send_error(
-                send, 408, f"the body did not arrive within {self.limits.io_timeout_s:g} s"
-            )
+            reason = f"the body did not arrive within {self.limits.io_timeout_s:g} s"
+            await send_error(send, 408, reason)
             return None
         finally:
             self.num_buffered_bytes -= size

@@ -1,4 +1,4 @@
-"""Asked once: what was said is kept under all that it depends on, found again by nothing else, and graded anew each time."""
+"""Answers are generated once, kept under everything they depend on, and graded anew each time."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Counting:
         return self.load()
 
 
-def speaker(
+def evaluated(
     folder: str, load: Callable[[], Teacher] | None = None, name: str = ""
 ) -> EvaluatedModel:
     """A sapling to be measured; with `load` somebody else behind the same identity."""
@@ -84,7 +84,11 @@ def test_answers_are_graded_in_order_and_unfinished_ones_are_malformed() -> None
         for k, i in enumerate(items)
     ]
     results, reused = answer_items(
-        speaker(name, lambda: scripted(name, *says)), ThinkingEffort.NONE, LANGUAGES_TASK, items, 60
+        evaluated(name, lambda: scripted(name, *says)),
+        ThinkingEffort.NONE,
+        LANGUAGES_TASK,
+        items,
+        60,
     )
     assert reused == 0
     assert [r.item for r in results] == list(items)
@@ -98,11 +102,11 @@ def test_answers_are_graded_in_order_and_unfinished_ones_are_malformed() -> None
 def test_what_was_said_is_asked_once(own_home: Path) -> None:
     one = Counting(lambda: teacher("qwen-sapling"))
     first = answer_items(
-        speaker("qwen-sapling", one), ThinkingEffort.NONE, CODE_TASK, ITEMS[CODE_TASK], 40
+        evaluated("qwen-sapling", one), ThinkingEffort.NONE, CODE_TASK, ITEMS[CODE_TASK], 40
     )
     assert (one.times, first[1]) == (1, 0)
     again = answer_items(
-        speaker("qwen-sapling", one), ThinkingEffort.NONE, CODE_TASK, ITEMS[CODE_TASK], 40
+        evaluated("qwen-sapling", one), ThinkingEffort.NONE, CODE_TASK, ITEMS[CODE_TASK], 40
     )
     assert (one.times, again[1]) == (1, 6)
     assert [r.to_json() for r in again[0]] == [r.to_json() for r in first[0]]
@@ -110,7 +114,7 @@ def test_what_was_said_is_asked_once(own_home: Path) -> None:
 
 
 def changed(**what: Any) -> tuple[EvaluatedModel, ThinkingEffort, tuple[TaskItem, ...], int]:
-    one = speaker("qwen-sapling")
+    one = evaluated("qwen-sapling")
     return (
         replace(one, **{k: v for k, v in what.items() if k in ("identity", "settings")}),
         what.get("effort", ThinkingEffort.NONE),
@@ -143,7 +147,7 @@ def test_another_answers_version_generates_again(monkeypatch: pytest.MonkeyPatch
             if version is not None:
                 patch.setattr(asking, "ANSWERS_VERSION", version)
             _, reused = answer_items(
-                speaker("qwen-sapling"), ThinkingEffort.NONE, CODE_TASK, ITEMS[CODE_TASK], 40
+                evaluated("qwen-sapling"), ThinkingEffort.NONE, CODE_TASK, ITEMS[CODE_TASK], 40
             )
             assert reused == expected
 
@@ -160,39 +164,39 @@ def test_a_kept_answer_that_is_not_as_it_was_written_is_asked_anew(
     own_home: Path, damage: Callable[[bytes], bytes]
 ) -> None:
     first = answer_items(
-        speaker("qwen-sapling"), ThinkingEffort.NONE, CODE_TASK, ITEMS[CODE_TASK], 40
+        evaluated("qwen-sapling"), ThinkingEffort.NONE, CODE_TASK, ITEMS[CODE_TASK], 40
     )
     (path,) = kept(own_home)
     whole = path.read_bytes()
     path.write_bytes(damage(whole))
     assert path.read_bytes() != whole
     again = answer_items(
-        speaker("qwen-sapling"), ThinkingEffort.NONE, CODE_TASK, ITEMS[CODE_TASK], 40
+        evaluated("qwen-sapling"), ThinkingEffort.NONE, CODE_TASK, ITEMS[CODE_TASK], 40
     )
     assert again[1] == 0 and again[0] == first[0]
     assert path.read_bytes() == whole
 
 
 def test_a_record_under_another_name_is_not_taken(own_home: Path) -> None:
-    answer_items(speaker("qwen-sapling"), ThinkingEffort.NONE, CODE_TASK, ITEMS[CODE_TASK], 40)
+    answer_items(evaluated("qwen-sapling"), ThinkingEffort.NONE, CODE_TASK, ITEMS[CODE_TASK], 40)
     (path,) = kept(own_home)
     record = store.read_json_with_checksum(path, "")
     store.write_json_with_checksum(path, record | {"key": "0" * 64})
     assert (
-        answer_items(speaker("qwen-sapling"), ThinkingEffort.NONE, CODE_TASK, ITEMS[CODE_TASK], 40)[
-            1
-        ]
+        answer_items(
+            evaluated("qwen-sapling"), ThinkingEffort.NONE, CODE_TASK, ITEMS[CODE_TASK], 40
+        )[1]
         == 0
     )
 
 
 def test_kept_answers_are_graded_by_the_grader_of_today() -> None:
     first, _ = answer_items(
-        speaker("qwen-sapling"), ThinkingEffort.NONE, CODE_TASK, ITEMS[CODE_TASK], 40
+        evaluated("qwen-sapling"), ThinkingEffort.NONE, CODE_TASK, ITEMS[CODE_TASK], 40
     )
     strict = replace(CODE_TASK, grade=lambda item, said: Verdict.WRONG)
     again, reused = answer_items(
-        speaker("qwen-sapling"), ThinkingEffort.NONE, strict, ITEMS[CODE_TASK], 40
+        evaluated("qwen-sapling"), ThinkingEffort.NONE, strict, ITEMS[CODE_TASK], 40
     )
     assert reused == 6
     assert any(r.verdict is not Verdict.WRONG for r in first)
@@ -220,7 +224,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(own_home: Path) -> None:
             return [torch.tensor(list(stop_ids)[:1]).numpy().astype("int32") for _ in prompts]
 
     whole = teacher("qwen-sapling")
-    one = speaker(
+    one = evaluated(
         "qwen-sapling",
         lambda: replace(whole, engine=Dying(whole.engine.model, whole.engine.vocab_size)),
     )  # type: ignore[attr-defined]
@@ -246,7 +250,7 @@ def test_no_questions_and_questions_that_cannot_be_told_apart_are_refused(
     with pytest.raises(
         DataError, match=r"code: (there is no item to answer|two items have the same id)"
     ):
-        answer_items(speaker("qwen-sapling"), ThinkingEffort.NONE, CODE_TASK, items, 40)
+        answer_items(evaluated("qwen-sapling"), ThinkingEffort.NONE, CODE_TASK, items, 40)
 
 
 # --- choices ---
@@ -276,7 +280,7 @@ def test_the_likeliest_choice_per_byte_is_the_answer() -> None:
     )
     one = Counting(lambda: teacher("qwen-sapling"))
     results, reused = answer_items(
-        speaker("qwen-sapling", one), ThinkingEffort.NONE, skill, items, 40
+        evaluated("qwen-sapling", one), ThinkingEffort.NONE, skill, items, 40
     )
     assert reused == 0
     for i, r in zip(items[:2], results[:2], strict=True):
@@ -302,7 +306,7 @@ def test_the_likeliest_choice_per_byte_is_the_answer() -> None:
         results[2].choice_logprobs_per_byte == ()
         and "choice_logprobs_per_byte" not in results[2].to_json()
     )
-    assert answer_items(speaker("qwen-sapling", one), ThinkingEffort.NONE, skill, items, 40) == (
+    assert answer_items(evaluated("qwen-sapling", one), ThinkingEffort.NONE, skill, items, 40) == (
         results,
         4,
     )
@@ -312,14 +316,14 @@ def test_an_empty_choice_and_a_speaker_of_words_alone_are_refused() -> None:
     skill = replace(LANGUAGES_TASK, name="choices")
     with pytest.raises(DataError, match=r"choices, choice/.*: one of its choices is empty"):
         answer_items(
-            speaker("qwen-sapling"), ThinkingEffort.NONE, skill, [chooser("a", "a", "")], 40
+            evaluated("qwen-sapling"), ThinkingEffort.NONE, skill, [chooser("a", "a", "")], 40
         )
     with pytest.raises(
         TeacherError,
         match="qwen-sapling: its engine returns no log-probabilities, and choices compares",
     ) as caught:
         answer_items(
-            replace(speaker("qwen-sapling"), is_text_only=True),
+            replace(evaluated("qwen-sapling"), is_text_only=True),
             ThinkingEffort.NONE,
             skill,
             [chooser("a", "a", "b")],
@@ -333,19 +337,19 @@ def test_an_empty_choice_and_a_speaker_of_words_alone_are_refused() -> None:
 
 def uniform(name: str) -> Teacher:
     """A speaker to whom every token is as likely as any other."""
-    voice, model = opened(name)
+    renderer, model = opened(name)
     model = deepcopy(model)
     with torch.no_grad():
         for weight in model.parameters():
             weight.zero_()
-    return Teacher("uniform", voice, TransformersEngine(model, len(voice.vocabulary)))
+    return Teacher("uniform", renderer, TransformersEngine(model, len(renderer.vocabulary)))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_uniform_model_spends_the_logarithm_of_its_vocabulary_on_every_token(name: str) -> None:
     vocabulary = opened(name)[0].vocabulary
     for items in ITEMS.values():
-        spent, size = reference_bits(speaker(name, lambda: uniform(name)), items)
+        spent, size = reference_bits(evaluated(name, lambda: uniform(name)), items)
         tokens = sum(
             len(ids) + 1 for ids in vocabulary.encode_batch([i.reference for i in items])
         )  # and the one that ends the turn
@@ -355,15 +359,15 @@ def test_a_uniform_model_spends_the_logarithm_of_its_vocabulary_on_every_token(n
 
 def test_bits_are_the_surprise_of_the_very_tokens_and_are_kept() -> None:
     name = "qwen-sapling"
-    voice, model = opened(name)
+    renderer, model = opened(name)
     items = ITEMS[LANGUAGES_TASK]
     expected = 0.0
     for item in items:
-        tokens = voice.render(item.prompt.conversation.with_answer(Text(item.reference)))
+        tokens = renderer.render(item.prompt.conversation.with_answer(Text(item.reference)))
         with torch.inference_mode():
             p = torch.log_softmax(
                 model(input_ids=torch.from_numpy(tokens.ids_T)[None].long())
-                .logits[0, :, : len(voice.vocabulary)]
+                .logits[0, :, : len(renderer.vocabulary)]
                 .double(),
                 -1,
             )
@@ -373,22 +377,22 @@ def test_bits_are_the_surprise_of_the_very_tokens_and_are_kept() -> None:
             if tokens.loss_mask_T[t] and tokens.starts_T[t] >= 0
         )
     one = Counting(lambda: teacher(name))
-    spent = reference_bits(speaker(name, one), items)
+    spent = reference_bits(evaluated(name, one), items)
     assert spent[0] == pytest.approx(expected, rel=1e-4)
-    assert reference_bits(speaker(name, one), items) == spent and one.times == 1
+    assert reference_bits(evaluated(name, one), items) == spent and one.times == 1
     assert (
         spent[0]
-        < reference_bits(replace(speaker(name, lambda: uniform(name)), identity="uniform"), items)[
-            0
-        ]
+        < reference_bits(
+            replace(evaluated(name, lambda: uniform(name)), identity="uniform"), items
+        )[0]
         / 2
     )  # and it has learned something
 
 
 def test_items_whose_right_answer_is_no_text_cost_no_bits() -> None:
     items = [replace(i, reference="") for i in ITEMS[CODE_TASK]]
-    assert reference_bits(speaker("qwen-sapling"), items) == (0.0, 0)
-    assert reference_bits(speaker("qwen-sapling"), [*items, ITEMS[REASONING_TASK][0]])[1] == len(
+    assert reference_bits(evaluated("qwen-sapling"), items) == (0.0, 0)
+    assert reference_bits(evaluated("qwen-sapling"), [*items, ITEMS[REASONING_TASK][0]])[1] == len(
         ITEMS[REASONING_TASK][0].reference
     )
 
@@ -402,14 +406,18 @@ def test_one_speaker_at_a_time_is_in_memory() -> None:
 
 
 def test_what_a_template_cannot_say_is_a_miss_that_says_so() -> None:
-    """Tools, asked of a family that has no notation for them: no answer, no bits, and nobody's run ends."""
+    """Tools, asked of a family that has no notation for them: no answer, no bits, and nobody's run
+    ends.
+    """
     items = TOOLS_TASK.items(Split.TEST, 3, 0)
-    results, _ = answer_items(speaker("gemma-sapling"), ThinkingEffort.NONE, TOOLS_TASK, items, 20)
+    results, _ = answer_items(
+        evaluated("gemma-sapling"), ThinkingEffort.NONE, TOOLS_TASK, items, 20
+    )
     assert [(r.verdict, r.finish, r.answer.parts) for r in results] == [
         (Verdict.MALFORMED, FinishReason.REFUSED, ())
     ] * 3
-    assert reference_bits(speaker("gemma-sapling"), items) == (0.0, 0)
+    assert reference_bits(evaluated("gemma-sapling"), items) == (0.0, 0)
     mixed = (*items, *ITEMS[CODE_TASK][:2])
-    assert reference_bits(speaker("gemma-sapling"), mixed) == pytest.approx(
-        reference_bits(speaker("gemma-sapling"), ITEMS[CODE_TASK][:2])
+    assert reference_bits(evaluated("gemma-sapling"), mixed) == pytest.approx(
+        reference_bits(evaluated("gemma-sapling"), ITEMS[CODE_TASK][:2])
     )

@@ -1,6 +1,7 @@
 """Kept evaluation answers are reused only by a persea that would give the same ones.
 
-golden_answers.json holds what the bundled saplings answered at one ANSWERS_VERSION. Where this test fails, raise
+golden_answers.json holds what the bundled saplings answered at one ANSWERS_VERSION. Where this test
+fails, raise
 ANSWERS_VERSION in persea/evaluation/answering.py if the change is meant, and write the file anew:
 
     PERSEA_WRITE_GOLDEN=1 pytest tests/evaluation/test_answers_version.py

@@ -1,4 +1,6 @@
-"""The strongest teaches, those that cannot be told from it share, a pin overrules, a bad teacher gets nothing, the best of nothing is refused."""
+"""The strongest teaches, those that cannot be told from it share, a pin overrules, a bad teacher
+gets nothing, the best of nothing is refused.
+"""
 
 from __future__ import annotations
 

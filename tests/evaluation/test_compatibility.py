@@ -56,7 +56,7 @@ texts = st.lists(st.sampled_from(FRAGMENTS), max_size=5).map("".join)
 
 
 class Pair(tuple[ChatRenderer, ChatRenderer, EventMap]):
-    """Teacher, student, bridge; hypothesis prints its arguments, and a vocabulary is long."""
+    """Teacher, student, event_map; hypothesis prints its arguments, and a vocabulary is long."""
 
     def __repr__(self) -> str:
         return f"Pair({self[0].family.name}, {self[1].family.name})"
@@ -96,20 +96,20 @@ def sample(conversations: Sequence[Conversation], language: str = "") -> Convers
 def pairing(
     pair: Pair, conversations: Sequence[Conversation], kept: RetainedMassFunction | None = None
 ) -> PairCompatibility:
-    teacher, student, bridge = pair
+    teacher, student, event_map = pair
     some = sample(conversations, "vi")
-    return check_pair("teacher", teacher, student, bridge, some, some.render(student), kept)
+    return check_pair("teacher", teacher, student, event_map, some, some.render(student), kept)
 
 
 @given(said=st.lists(texts, min_size=1, max_size=4))
 def test_shares_are_counted_token_by_token(to_llama: Pair, said: list[str]):
-    teacher, student, bridge = to_llama
+    teacher, student, event_map = to_llama
     found = pairing(to_llama, answered(*said))
     learned = common = differ = spans = ones = inside = spaces = event_bytes = token_bytes = (
         worded
     ) = 0
     of_event: dict[int, list[bytes]] = {}
-    for token, event in enumerate(bridge.student_event_V.tolist()):
+    for token, event in enumerate(event_map.student_event_V.tolist()):
         of_event.setdefault(event, []).append(student.vocabulary.bytes_W[token] or b"")
     for conversation in answered(*said):
         s, t = student.render(conversation), teacher.render(conversation)
@@ -129,7 +129,8 @@ def test_shares_are_counted_token_by_token(to_llama: Pair, said: list[str]):
         both = sorted(at_s.keys() & at_t.keys())
         common += len(both)
         differ += sum(
-            bridge.student_event_V[at_s[k][0]] != bridge.teacher_event_W[at_t[k][0]] for k in both
+            event_map.student_event_V[at_s[k][0]] != event_map.teacher_event_W[at_t[k][0]]
+            for k in both
         )
         last = [max(v[1] for v in x.values()) for x in (at_s, at_t)]
         closed = (
@@ -145,7 +146,7 @@ def test_shares_are_counted_token_by_token(to_llama: Pair, said: list[str]):
         for k in both:
             raw, event = (
                 student.vocabulary.bytes_W[at_s[k][0]],
-                int(bridge.student_event_V[at_s[k][0]]),
+                int(event_map.student_event_V[at_s[k][0]]),
             )
             if raw:
                 worded, token_bytes, event_bytes = (
@@ -227,10 +228,10 @@ class Drawn:
 
 
 def test_the_mass_that_masks_keep_is_measured(to_llama: Pair):
-    """Against the masks asked one by one; the first boundary stands after the prompt and keeps all."""
-    teacher, student, bridge = to_llama
+    """Against the masks one by one; the first boundary is after the prompt and retains all."""
+    teacher, student, event_map = to_llama
     engine = Drawn(len(teacher.vocabulary))
-    measured = make_retained_mass(Teacher("t", teacher, engine), bridge)
+    measured = make_retained_mass(Teacher("t", teacher, engine), event_map)
     said = answered("Hello, two words.", "สวัสดี你好 12345", "def f(x):\n    return x")
     mine, theirs = [student.render(c) for c in said], [teacher.render(c) for c in said]
     both = align_batch(mine, theirs).boundaries
@@ -241,11 +242,11 @@ def test_the_mass_that_masks_keep_is_measured(to_llama: Pair):
             context = (
                 -1
                 if not s.loss_mask_T[at - 1]
-                else int(bridge.teacher_mask.other.context_ids(s.ids_T, [at])[0])
+                else int(event_map.teacher_mask.other.context_ids(s.ids_T, [at])[0])
             )
             dead = [
                 i
-                for i in bridge.teacher_mask.impossible_tokens(context).tolist()
+                for i in event_map.teacher_mask.impossible_tokens(context).tolist()
                 if engine.logprobs_W[i] >= math.log(1e-3)
             ]
             want.append(1 - float(engine.logprobs_W[dead].exp().sum()))
@@ -283,17 +284,19 @@ def test_no_conversation_is_nothing(pair_of: Callable[[str, str], Pair]):
 
 
 def test_disagreement_is_seen(pair_of: Callable[[str, str], Pair]):
-    """Half of the teacher's events moved to another number: the rows on them disagree, and nothing else changes."""
-    teacher, student, bridge = pair_of("qwen", "llama")
+    """Half of the teacher's events moved to another number: the rows on them disagree, and nothing
+    else changes.
+    """
+    teacher, student, event_map = pair_of("qwen", "llama")
     conversations = answered("Hello, two words.", "你好，世界 1234")
-    before = pairing(Pair((teacher, student, bridge)), conversations)
+    before = pairing(Pair((teacher, student, event_map)), conversations)
     moved = np.where(
-        np.arange(len(bridge.teacher_event_W)) % 2 == 0,
-        bridge.teacher_event_W,
-        (bridge.teacher_event_W + 1) % bridge.num_events,
+        np.arange(len(event_map.teacher_event_W)) % 2 == 0,
+        event_map.teacher_event_W,
+        (event_map.teacher_event_W + 1) % event_map.num_events,
     )
     after = pairing(
-        Pair((teacher, student, replace(bridge, teacher_event_W=moved.astype(np.int32)))),
+        Pair((teacher, student, replace(event_map, teacher_event_W=moved.astype(np.int32)))),
         conversations,
     )
     assert before.event_disagreement < 0.1
@@ -328,7 +331,7 @@ def test_a_name_stands_beside_what_cannot_be_said(pair_of: Callable[[str, str], 
 def test_the_bridge_of_another_pair_is_refused(pair_of: Callable[[str, str], Pair]):
     teacher, student, _ = pair_of("qwen", "llama")
     with pytest.raises(
-        DataError, match="teacher -> student: this bridge was built for other tokenizers"
+        DataError, match="teacher -> student: this event map was built for other tokenizers"
     ):
         pairing(Pair((teacher, student, pair_of("gemma", "llama")[2])), answered("Hello"))
 
@@ -377,11 +380,14 @@ def test_disagreement_is_refused_where_a_sample_is_long_enough_to_prove_it(
     assert "check.max_disagreement" in caught.value.remedy
 
 
-# ---- does its template suit a teacher? -------------------------------------------------------------------------------
+# ---- does its template suit a teacher?
+# -------------------------------------------------------------------------------
 
 
 class Fixed:
-    """An engine that gives the token of each place a chosen probability: a number of bits, whatever was said before."""
+    """An engine that gives the token of each place a chosen probability: a number of bits, whatever
+    was said before.
+    """
 
     def __init__(self, bits: Callable[[np.ndarray], float], size: int) -> None:
         self.bits, self.size = bits, size
@@ -400,12 +406,16 @@ class Fixed:
             yield out
 
 
-def in_template(voice: ChatRenderer, better: float, worse: float) -> Fixed:
-    """`better` bits a token where a control token stands in the prompt, beside a BOS; `worse` where none does."""
-    bos = voice.vocabulary.control_token_ids.get(voice.special_tokens.get("bos_token", ""), -1)
-    control = [i for i in voice.vocabulary.control_token_ids.values() if i != bos]
+def in_template(renderer: ChatRenderer, better: float, worse: float) -> Fixed:
+    """`better` bits a token where a control token stands in the prompt, beside a BOS; `worse` where
+    none does.
+    """
+    bos = renderer.vocabulary.control_token_ids.get(
+        renderer.special_tokens.get("bos_token", ""), -1
+    )
+    control = [i for i in renderer.vocabulary.control_token_ids.values() if i != bos]
     return Fixed(
-        lambda ids: better if np.isin(ids, control).any() else worse, len(voice.vocabulary)
+        lambda ids: better if np.isin(ids, control).any() else worse, len(renderer.vocabulary)
     )
 
 
@@ -413,16 +423,16 @@ def in_template(voice: ChatRenderer, better: float, worse: float) -> Fixed:
 def test_bits_per_byte_are_those_of_the_answer_alone(
     tiny_of: Callable[[str], Speaker], family: str
 ):
-    voice = tiny_of(family).renderer
+    renderer = tiny_of(family).renderer
     said = [
         Conversation.from_question(f"What is {k}?").with_answer(Text("Hello, two  words. 三百" * k))
         for k in range(1, 6)
     ]
-    teacher = Teacher("t", voice, in_template(voice, 2.0, 5.0), ThinkingEffort.LOW)
+    teacher = Teacher("t", renderer, in_template(renderer, 2.0, 5.0), ThinkingEffort.LOW)
     samples = [sample(said[:2], "vi"), sample(said[2:], "th")]
     every, *ones = measure_template_likelihood(teacher, samples)
     content = [c.messages[-1].text for c in said]
-    tokens = [len(voice.vocabulary.encode(text)) for text in content]
+    tokens = [len(renderer.vocabulary.encode(text)) for text in content]
     size = sum(len(text.encode()) for text in content)
     assert (every.teacher, every.language, every.conversations, every.num_bytes) == (
         "t",
@@ -453,39 +463,43 @@ def test_a_bos_stands_before_the_bare_text_where_the_template_has_one(
 ):
     fronts = {}
     for family in FAMILIES:
-        voice = tiny_of(family).renderer
+        renderer = tiny_of(family).renderer
         seen: list[np.ndarray] = []
         teacher = Teacher(
-            "t", voice, Fixed(lambda ids, seen=seen: seen.append(ids) or 1.0, len(voice.vocabulary))
+            "t",
+            renderer,
+            Fixed(lambda ids, seen=seen: seen.append(ids) or 1.0, len(renderer.vocabulary)),
         )  # type: ignore[misc]
         measure_template_likelihood(teacher, [sample(answered("Hello"))])
-        plain = voice.vocabulary.encode_batch(["Hi\n", "Hello"])
+        plain = renderer.vocabulary.encode_batch(["Hi\n", "Hello"])
         bare = next(
             ids.tolist()
             for ids in seen
             if ids.tolist()[-len(plain[0] + plain[1]) :] == plain[0] + plain[1]
         )
         fronts[family] = [
-            voice.vocabulary.control_names[i] for i in bare[: -len(plain[0] + plain[1])]
+            renderer.vocabulary.control_names[i] for i in bare[: -len(plain[0] + plain[1])]
         ]
     assert fronts == {"llama": ["<|begin_of_text|>"], "qwen": [], "gemma": ["<bos>"], "gpt-oss": []}
 
 
 def test_a_template_that_makes_a_teacher_worse_is_refused(tiny_of: Callable[[str], Speaker]):
-    voice = tiny_of("qwen").renderer
+    renderer = tiny_of("qwen").renderer
     samples = [sample(answered(*("Hello, two words." * k for k in range(1, 9))))]
     found = measure_template_likelihood(
-        Teacher("wrong-clothes", voice, in_template(voice, 3.0, 2.0)), samples
+        Teacher("wrong-clothes", renderer, in_template(renderer, 3.0, 2.0)), samples
     )
     assert found[0].excess_low
     assert found[0].excess_low > MAX_TEMPLATE_EXCESS_BITS_PER_BYTE
-    with pytest.raises(RefusedError, match=r"template costs it \d\.\d\d bits a byte") as caught:
+    with pytest.raises(RefusedError, match=r"template costs \d\.\d\d bits per byte") as caught:
         refuse_incompatible([], found, 0.3, 0.1)
     assert (caught.value.exit_code, caught.value.where) == (4, "wrong-clothes, 8 answers")
     assert "chat_template.jinja" in caught.value.remedy
     refuse_incompatible(
         [],
-        measure_template_likelihood(Teacher("t", voice, in_template(voice, 2.0, 3.0)), samples),
+        measure_template_likelihood(
+            Teacher("t", renderer, in_template(renderer, 2.0, 3.0)), samples
+        ),
         0.3,
         0.1,
     )
@@ -493,7 +507,7 @@ def test_a_template_that_makes_a_teacher_worse_is_refused(tiny_of: Callable[[str
         [], [TemplateLikelihood("t", "vi", 2, 9, 3.0, 2.0, 0.9)], 0.3, 0.1
     )  # a language alone is no proof
     one = measure_template_likelihood(
-        Teacher("t", voice, in_template(voice, 3.0, 2.0)), [sample(answered("Hello"))]
+        Teacher("t", renderer, in_template(renderer, 3.0, 2.0)), [sample(answered("Hello"))]
     )
     refuse_incompatible([], one, 0.3, 0.1)  # and one answer neither
     assert one[0].excess_low is None
@@ -510,17 +524,19 @@ def references(name: str) -> ConversationSample:
 
 
 def test_the_margin_lies_between_a_slip_and_a_foreign_template():
-    """Real weights: what it costs the qwen sapling to lose its template's newlines, and its empty thought, as under Qwen 2.5's template."""
+    """Real weights: what it costs the qwen sapling to lose its template's newlines, and its empty
+    thought, as under Qwen 2.5's template.
+    """
     folder = ROOT / "saplings" / "qwen-sapling"
-    voice = load_renderer(ModelSource(str(folder)), "qwen-sapling")
+    renderer = load_renderer(ModelSource(str(folder)), "qwen-sapling")
     engine = TransformersEngine(
-        load_model(ModelSource(str(folder)), voice, "qwen-sapling"), len(voice.vocabulary)
+        load_model(ModelSource(str(folder)), renderer, "qwen-sapling"), len(renderer.vocabulary)
     )
     samples = [references(name) for name in ("languages", "code", "reasoning")]
 
     def bits(change: Callable[[str], str]) -> TemplateLikelihood:
         other = replace(
-            voice, template=lambda *args, **kwargs: change(voice.template(*args, **kwargs))
+            renderer, template=lambda *args, **kwargs: change(renderer.template(*args, **kwargs))
         )
         return measure_template_likelihood(Teacher("t", other, engine), samples)[0]
 
@@ -528,7 +544,10 @@ def test_the_margin_lies_between_a_slip_and_a_foreign_template():
     slip = bits(lambda text: text.replace("user\n", "user ").replace("assistant\n", "assistant "))
     foreign = bits(lambda text: text.replace("<think>\n\n</think>\n\n", ""))
     print(
-        f"\nown {own.template_bits_per_byte:.2f}, newlines lost {slip.template_bits_per_byte:.2f}, without the thought {foreign.template_bits_per_byte:.2f}, bare {own.bare_bits_per_byte:.2f}"
+        f"\nown {own.template_bits_per_byte:.2f}, "
+        f"newlines lost {slip.template_bits_per_byte:.2f}, "
+        f"without the thought {foreign.template_bits_per_byte:.2f}, "
+        f"bare {own.bare_bits_per_byte:.2f}"
     )
     assert own.template_bits_per_byte < own.bare_bits_per_byte - 0.2
     assert own.bare_bits_per_byte == slip.bare_bits_per_byte == foreign.bare_bits_per_byte
@@ -539,7 +558,8 @@ def test_the_margin_lies_between_a_slip_and_a_foreign_template():
     )
 
 
-# ---- texts of one's own ----------------------------------------------------------------------------------------------
+# ---- texts of one's own
+# ----------------------------------------------------------------------------------------------
 
 
 def test_texts_are_read_line_by_line(tmp_path: Path):
@@ -583,9 +603,11 @@ def test_texts_that_are_none_are_refused(
         read_texts("vi", str(tmp_path / reference), 3)
 
 
-# ---- the real tokenizers ---------------------------------------------------------------------------------------------
+# ---- the real tokenizers
+# ---------------------------------------------------------------------------------------------
 
-# Per cent of Llama 3's tokens on a boundary that it has in common with each teacher: floors, half a point below what the first 60
+# Per cent of Llama 3's tokens on a boundary that it has in common with each teacher: floors, half a
+# point below what the first 60
 # lines of each text give. Strict pairs of equal tokens are 9 % of Khmer and Burmese under Gemma.
 TEXTS = (
     "eng",
@@ -713,7 +735,7 @@ def test_what_needs_tools_is_not_laid_over_a_family_without_them() -> None:
         for s in (skills.TOOLS_TASK, skills.CODE_TASK)
     )
     assert [
-        sample.is_supported_by(voice) for sample in (tools, code) for voice in (gemma, oss)
+        sample.is_supported_by(renderer) for sample in (tools, code) for renderer in (gemma, oss)
     ] == [False, True, True, True]
     with pytest.raises(DataError, match="drops tools"):
         tools.render(gemma)

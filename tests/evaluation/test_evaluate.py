@@ -1,4 +1,6 @@
-"""Everybody on every item, at every effort; the student beside each on the same items; where it lost on its base, with confidence."""
+"""Everybody on every item, at every effort; the student beside each on the same items; where it
+lost on its base, with confidence.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ from persea.tasks.generated import CODE_TASK, LANGUAGES_TASK, REASONING_TASK, TO
 from persea.tasks.intervals import paired_difference_interval
 from persea.tasks.task import PairedComparison, Split
 from tests.cli.test_cli import SAPLINGS, recipe
-from tests.evaluation.test_answering import Counting, speaker
+from tests.evaluation.test_answering import Counting, evaluated
 from tests.evaluation.test_racing import item, result
 from tests.servers import serving
 from tests.teachers.test_teacher import teacher
@@ -51,7 +53,7 @@ def test_the_same_weights_under_two_names_have_the_same_scores() -> None:
     for name in ("student", "base"):
         evaluate_model(
             heard,
-            speaker("gemma-sapling", name=name),
+            evaluated("gemma-sapling", name=name),
             ITEMS,
             40,
             lambda share, words: done.append(words.split()[:2]),
@@ -72,7 +74,7 @@ def test_the_same_weights_under_two_names_have_the_same_scores() -> None:
 
 def test_every_speaker_is_asked_every_item_and_bits_of_all_are_weighted_by_bytes() -> None:
     heard = EvaluationAnswers()
-    evaluate_model(heard, speaker("qwen-sapling"), ITEMS, 60)
+    evaluate_model(heard, evaluated("qwen-sapling"), ITEMS, 60)
     assert {(s.skill, s.language) for s in heard.iter_scores() if s.skill == "languages"} == {
         ("languages", x) for x in {"", *(i.prompt.language for i in ITEMS[0][1])}
     }
@@ -83,7 +85,7 @@ def test_every_speaker_is_asked_every_item_and_bits_of_all_are_weighted_by_bytes
         assert [
             r.item for r in heard.results_for("qwen-sapling", ThinkingEffort.NONE, skill.name)
         ] == list(items)
-    spent = {skill.name: reference_bits(speaker("qwen-sapling"), items) for skill, items in ITEMS}
+    spent = {skill.name: reference_bits(evaluated("qwen-sapling"), items) for skill, items in ITEMS}
     told = heard.bits_per_byte["qwen-sapling"]
     assert {k: v for k, v in told.items() if k != "all"} == pytest.approx(
         {k: b / n for k, (b, n) in spent.items()}, rel=1e-6
@@ -103,12 +105,14 @@ def test_every_speaker_is_asked_every_item_and_bits_of_all_are_weighted_by_bytes
 
 def test_who_cannot_say_every_answer_has_no_bits_of_all() -> None:
     heard, some = EvaluationAnswers(), [(TOOLS_TASK, TOOLS_TASK.items(Split.TEST, 3, 0)), ITEMS[1]]
-    evaluate_model(heard, speaker("gemma-sapling"), some, 8)
+    evaluate_model(heard, evaluated("gemma-sapling"), some, 8)
     assert set(heard.bits_per_byte["gemma-sapling"]) == {"code"}  # its template has no tools
 
 
 def test_prompt_files_are_evaluated_beside_teachers_behind_a_server(tmp_path: Path) -> None:
-    """One by its words, one by its tokens: the same model, so the same score where both are asked at one effort."""
+    """One by its words, one by its tokens: the same model, so the same score where both are asked
+    at one effort.
+    """
     rows = [
         {
             "key": k,
@@ -159,7 +163,7 @@ def test_prompt_files_are_evaluated_beside_teachers_behind_a_server(tmp_path: Pa
 def test_each_effort_is_asked_apart() -> None:
     heard, opened = EvaluationAnswers(), Counting(lambda: teacher("gpt-oss-sapling"))
     one = replace(
-        speaker("gpt-oss-sapling"), efforts=(ThinkingEffort.LOW, ThinkingEffort.HIGH), load=opened
+        evaluated("gpt-oss-sapling"), efforts=(ThinkingEffort.LOW, ThinkingEffort.HIGH), load=opened
     )
     evaluate_model(heard, one, ITEMS[2:], 60)
     assert [k[1] for k in heard.results] == [ThinkingEffort.LOW, ThinkingEffort.HIGH]
@@ -269,7 +273,8 @@ def test_only_a_loss_of_safety_ends_badly(skill: str, refused: bool) -> None:
         return
     with pytest.raises(
         SafetyRegressionError,
-        match=rf"here: the student is less safe than its base: {skill} -1\.00 \(-1\.00 to -0\.\d+, n 60\); {skill} in th "
+        match=rf"here: the student is less safe than its base: {skill} -1\.00 "
+        rf"\(-1\.00 to -0\.\d+, n 60\); {skill} in th "
         r".*-> .*allow_safety_regression: true",
     ) as caught:
         refuse_safety_regressions(found, "here")
@@ -328,7 +333,7 @@ def test_a_run_ends_badly_once_all_is_written(
 
 def test_an_evaluation_is_plain_json() -> None:
     heard = EvaluationAnswers()
-    evaluate_model(heard, speaker("qwen-sapling"), ITEMS[2:], 40)
+    evaluate_model(heard, evaluated("qwen-sapling"), ITEMS[2:], 40)
     pair = PairedComparison(
         "student", "base", "code", "", ThinkingEffort.NONE, 3, -0.5, -0.9, -0.1, None, None, None
     )

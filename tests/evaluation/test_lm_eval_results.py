@@ -1,4 +1,6 @@
-"""The results file of lm-eval is read as it is written, and whatever else it may be is refused by name."""
+"""The results file of lm-eval is read as it is written, and whatever else it may be is refused by
+name.
+"""
 
 from __future__ import annotations
 

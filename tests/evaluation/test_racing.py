@@ -1,4 +1,6 @@
-"""Rounds of questions: the ranking is settled when it is, an error is as rare as promised however often one looks, the hopeless are left alone."""
+"""Rounds of questions: the ranking is settled when it is, an error is as rare as promised however
+often one looks, the hopeless are left alone.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ def held(
     seed: int = 0,
     teachers: Sequence[str] = TEACHERS,
 ) -> tuple[TaskRace, list[tuple[str, int]]]:
-    """A contest of one skill whose teachers are right where `ability` says so, and who was asked how many in each turn."""
+    """A contest of one skill whose teachers are right where `ability` says so, and who was asked
+    how many in each turn.
+    """
     asked: list[tuple[str, int]] = []
 
     def ask(name: str, skill: Task, some: Sequence[TaskItem]) -> list[ItemResult]:
@@ -160,7 +164,9 @@ def test_who_is_out_stays_out_and_beats_nobody() -> None:
 
 
 def test_equal_teachers_are_seldom_told_apart_however_often_one_looks() -> None:
-    """300 contests of three equal teachers, each looked at after every round: each is dropped in at most 5 % of them."""
+    """300 contests of three equal teachers, each looked at after every round: each is dropped in at
+    most 5 % of them.
+    """
     dropped, contests = Counter[str](), 300
     rng = np.random.default_rng(5)
     for _ in range(contests):

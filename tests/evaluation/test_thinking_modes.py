@@ -1,4 +1,6 @@
-"""A student that strays from its mode is counted, a thought is measured and its language found; and a whole run in modes."""
+"""A student that strays from its mode is counted, a thought is measured and its language found; and
+a whole run in modes.
+"""
 
 from __future__ import annotations
 
@@ -34,27 +36,27 @@ EOT = "<|eot_id|>"
 
 
 @pytest.fixture(scope="module")
-def voice() -> ChatRenderer:
+def renderer() -> ChatRenderer:
     return load_renderer(ModelSource(str(SAPLINGS / "llama-sapling"), thinking=True), "student")
 
 
-def says(voice: ChatRenderer, text: str, stop: bool = True) -> list[int]:
+def says(renderer: ChatRenderer, text: str, stop: bool = True) -> list[int]:
     """What a model says: the markers of a thought are tokens."""
-    control = voice.vocabulary.control_token_ids
+    control = renderer.vocabulary.control_token_ids
     ids = [
         i
         for piece in re.split("(</?think>)", text)
-        for i in ([control[piece]] if piece in control else voice.vocabulary.encode(piece))
+        for i in ([control[piece]] if piece in control else renderer.vocabulary.encode(piece))
     ]
     return [*ids, *([control[EOT]] if stop else [])]
 
 
-def thinks(voice: ChatRenderer, thought: str, text: str) -> list[int]:
-    return says(voice, f"<think>\n{thought}\n</think>\n\n{text}")
+def thinks(renderer: ChatRenderer, thought: str, text: str) -> list[int]:
+    return says(renderer, f"<think>\n{thought}\n</think>\n\n{text}")
 
 
 def measured(
-    voice: ChatRenderer,
+    renderer: ChatRenderer,
     *said: list[int],
     efforts: tuple[ThinkingEffort, ...],
     direct: tuple[dict[str, object], ...] = (),
@@ -62,22 +64,22 @@ def measured(
     scripted = Scripted(engine("llama-sapling"), list(said))
     skills = [(REASONING_TASK, ITEMS)]
     return measure_thinking_modes(
-        Teacher("student", voice, scripted), skills, {"reasoning": efforts}, 400, direct
+        Teacher("student", renderer, scripted), skills, {"reasoning": efforts}, 400, direct
     ), scripted
 
 
 def test_items_with_choices_are_weighed_elsewhere_and_not_asked_in_words(
-    voice: ChatRenderer,
+    renderer: ChatRenderer,
 ) -> None:
     scripted = Scripted(
-        engine("llama-sapling"), [says(voice, f"Answer: {i.answer_key}.") for i in ITEMS[:2]]
+        engine("llama-sapling"), [says(renderer, f"Answer: {i.answer_key}.") for i in ITEMS[:2]]
     )
     skills = [
         (REASONING_TASK, [*ITEMS[:2], *(replace(i, choices=("a", "b")) for i in ITEMS[2:])]),
         (replace(REASONING_TASK, name="code"), [replace(i, choices=("a", "b")) for i in ITEMS]),
     ]
     found = measure_thinking_modes(
-        Teacher("student", voice, scripted),
+        Teacher("student", renderer, scripted),
         skills,
         {"reasoning": (ThinkingEffort.NONE,), "code": (ThinkingEffort.NONE,)},
         400,
@@ -85,22 +87,22 @@ def test_items_with_choices_are_weighed_elsewhere_and_not_asked_in_words(
     assert [(m.skill, m.score.n, m.score.value) for m in found.modes] == [("reasoning", 2, 1.0)]
 
 
-def test_right_answers_and_strays_are_counted_mode_by_mode(voice: ChatRenderer) -> None:
+def test_right_answers_and_strays_are_counted_mode_by_mode(renderer: ChatRenderer) -> None:
     answers = [f"Answer: {i.answer_key}." for i in ITEMS]
     at_once = [
-        says(voice, answers[0]),
-        thinks(voice, "Let me add them up first.", answers[1]),
-        says(voice, "Answer: 0.5"),
-        says(voice, "<think>\nso", stop=False),
+        says(renderer, answers[0]),
+        thinks(renderer, "Let me add them up first.", answers[1]),
+        says(renderer, "Answer: 0.5"),
+        says(renderer, "<think>\nso", stop=False),
     ]
     high = [
-        thinks(voice, "I add the first two numbers.", answers[0]),
-        says(voice, answers[1]),
-        thinks(voice, "1+1=2", answers[2]),
-        says(voice, "<think>\nand so on", stop=False),
+        thinks(renderer, "I add the first two numbers.", answers[0]),
+        says(renderer, answers[1]),
+        thinks(renderer, "1+1=2", answers[2]),
+        says(renderer, "<think>\nand so on", stop=False),
     ]
     found, engine_ = measured(
-        voice, *at_once, *high, efforts=(ThinkingEffort.HIGH, ThinkingEffort.NONE)
+        renderer, *at_once, *high, efforts=(ThinkingEffort.HIGH, ThinkingEffort.NONE)
     )
     none, loud = found.modes
     assert (none.effort, loud.effort) == (ThinkingEffort.NONE, ThinkingEffort.HIGH)
@@ -115,7 +117,7 @@ def test_right_answers_and_strays_are_counted_mode_by_mode(voice: ChatRenderer) 
     assert loud.length.num_truncated == none.length.num_truncated == 1
     thoughts = ["I add the first two numbers.", "1+1=2"]
     assert loud.length.mean_bytes == sum(map(len, thoughts)) / 2
-    assert loud.length.mean_tokens == sum(len(voice.vocabulary.encode(t)) for t in thoughts) / 2
+    assert loud.length.mean_tokens == sum(len(renderer.vocabulary.encode(t)) for t in thoughts) / 2
     assert loud.languages == {"en": 1, UNDETERMINED_LANGUAGE: 1}
     assert (loud.in_question_language.count, loud.in_question_language.n) == (
         int(ITEMS[0].prompt.language == "en"),
@@ -124,7 +126,7 @@ def test_right_answers_and_strays_are_counted_mode_by_mode(voice: ChatRenderer) 
     assert json.loads(json.dumps(found.to_json()))["modes"][1]["effort"] == "high"
 
 
-def test_answers_to_other_skills_count_for_the_leak_at_none(voice: ChatRenderer) -> None:
+def test_answers_to_other_skills_count_for_the_leak_at_none(renderer: ChatRenderer) -> None:
     direct = (
         {"answer": "a", "finish": "stop"},
         {"answer": "a", "finish": "stop", "thinking": "hm"},
@@ -134,7 +136,7 @@ def test_answers_to_other_skills_count_for_the_leak_at_none(voice: ChatRenderer)
         {"answer": "", "finish": "stop"},
     )
     found, _ = measured(
-        voice, *(says(voice, "x"),) * 4, efforts=(ThinkingEffort.NONE,), direct=direct
+        renderer, *(says(renderer, "x"),) * 4, efforts=(ThinkingEffort.NONE,), direct=direct
     )
     assert (found.unasked_thinking.count, found.unasked_thinking.n) == (2, 10)
     assert (found.missing_thinking.n, found.length_increases) == (0, {})
@@ -150,25 +152,29 @@ def test_answers_to_other_skills_count_for_the_leak_at_none(voice: ChatRenderer)
     ],
 )
 def test_thoughts_rise_or_are_said_not_to(
-    voice: ChatRenderer, low: str, high: str | None, rises: bool
+    renderer: ChatRenderer, low: str, high: str | None, rises: bool
 ) -> None:
-    loud = says(voice, "<think>\nno end", stop=False) if high is None else thinks(voice, high, "x")
+    loud = (
+        says(renderer, "<think>\nno end", stop=False)
+        if high is None
+        else thinks(renderer, high, "x")
+    )
     found, _ = measured(
-        voice,
-        *(thinks(voice, low, "x"),) * 4,
+        renderer,
+        *(thinks(renderer, low, "x"),) * 4,
         *(loud,) * 4,
         efforts=(ThinkingEffort.LOW, ThinkingEffort.HIGH),
     )
     assert found.length_increases == {"reasoning": rises}
 
 
-def test_who_chooses_by_likelihood_is_not_asked_in_words(voice: ChatRenderer) -> None:
+def test_who_chooses_by_likelihood_is_not_asked_in_words(renderer: ChatRenderer) -> None:
     scripted, chosen = (
-        Scripted(engine("llama-sapling"), [says(voice, "x")]),
+        Scripted(engine("llama-sapling"), [says(renderer, "x")]),
         [replace(i, choices=("a", "b")) for i in ITEMS[1:]],
     )
     found = measure_thinking_modes(
-        Teacher("student", voice, scripted),
+        Teacher("student", renderer, scripted),
         [(REASONING_TASK, [ITEMS[0], *chosen])],
         {"reasoning": (ThinkingEffort.NONE,)},
         40,
@@ -176,7 +182,7 @@ def test_who_chooses_by_likelihood_is_not_asked_in_words(voice: ChatRenderer) ->
     assert [(m.score.n, m.wrong_mode.n) for m in found.modes] == [(1, 1)]
     assert (
         measure_thinking_modes(
-            Teacher("student", voice, scripted),
+            Teacher("student", renderer, scripted),
             [(REASONING_TASK, chosen)],
             {"reasoning": (ThinkingEffort.NONE,)},
             40,
@@ -186,10 +192,10 @@ def test_who_chooses_by_likelihood_is_not_asked_in_words(voice: ChatRenderer) ->
     assert len(scripted.asked) == 1
 
 
-def test_a_skill_without_modes_is_not_asked(voice: ChatRenderer) -> None:
+def test_a_skill_without_modes_is_not_asked(renderer: ChatRenderer) -> None:
     scripted = Scripted(engine("llama-sapling"), [])
     found = measure_thinking_modes(
-        Teacher("student", voice, scripted), [(REASONING_TASK, ITEMS)], {}, 40
+        Teacher("student", renderer, scripted), [(REASONING_TASK, ITEMS)], {}, 40
     )
     assert (found.modes, scripted.asked) == ((), [])
 
@@ -223,7 +229,9 @@ def test_the_language_of_a_thought(text: str, language: str) -> None:
 
 
 def test_a_whole_run_in_modes(tmp_path: Path) -> None:
-    """The prompts' efforts reach teacher, cache, lesson and page; a student of eight steps is measured, good or not."""
+    """The prompts' efforts reach teacher, cache, lesson and page; a student of eight steps is
+    measured, good or not.
+    """
     path = recipe(
         tmp_path,
         student=TINY["student"] | {"thinking": True},

@@ -1,4 +1,6 @@
-"""Words come as they are said and never half a character; switches and history do what they say; in a terminal and through a pipe."""
+"""Words come as they are said and never half a character; switches and history do what they say; in
+a terminal and through a pipe.
+"""
 
 from __future__ import annotations
 
@@ -89,13 +91,14 @@ def question() -> str:
     return REASONING_TASK.items(Split.TRAIN, 1, 0)[0].prompt.conversation.messages[-1].text
 
 
-# ---- as it is said -------------------------------------------------------------------------------------------------
+# ---- as it is said
+# -------------------------------------------------------------------------------------------------
 
 
 def heard(
-    voice: ChatRenderer, ids: Sequence[int], effort: ThinkingEffort
+    renderer: ChatRenderer, ids: Sequence[int], effort: ThinkingEffort
 ) -> tuple[list[str], list[str], FinishReason]:
-    one = StreamingAnswerParser(voice, effort, ())
+    one = StreamingAnswerParser(renderer, effort, ())
     pieces = [one.add_token(i) for i in ids]
     rest, _, finish = one.finish()
     thoughts, words = (
@@ -126,11 +129,11 @@ def test_the_pieces_are_the_answer(tiny: Speaker, thought: str, text: str, effor
 
 @pytest.mark.parametrize("family", ["llama", "qwen", "gpt-oss"])
 def test_a_thought_and_a_text_come_before_their_end(tiny_of, family: str):
-    voice = tiny_of(family).renderer
+    renderer = tiny_of(family).renderer
     said = Conversation.from_question("q", effort=ThinkingEffort.HIGH).with_answer(
         Thinking("one two three four"), Text("five six seven")
     )
-    thoughts, pieces, _ = heard(voice, generated(voice.render(said)), ThinkingEffort.HIGH)
+    thoughts, pieces, _ = heard(renderer, generated(renderer.render(said)), ThinkingEffort.HIGH)
     assert len([p for p in thoughts if p]) > 3
     assert len([p for p in pieces if p]) > 2
     last_thought = max(k for k, p in enumerate(thoughts) if p)
@@ -138,28 +141,30 @@ def test_a_thought_and_a_text_come_before_their_end(tiny_of, family: str):
 
 
 def test_half_a_character_waits(tiny_of):
-    voice = tiny_of("llama").renderer
+    renderer = tiny_of("llama").renderer
     ids = generated(
-        voice.render(Conversation.from_question("q").with_answer(Text("a မြန် 👩‍👩‍👧 z")))
+        renderer.render(Conversation.from_question("q").with_answer(Text("a မြန် 👩‍👩‍👧 z")))
     )
-    assert any(b"\x80" <= (voice.vocabulary.bytes_W[i] or b"")[:1] < b"\xc0" for i in ids), (
+    assert any(b"\x80" <= (renderer.vocabulary.bytes_W[i] or b"")[:1] < b"\xc0" for i in ids), (
         "no token begins inside a character"
     )
-    _, pieces, _ = heard(voice, ids, ThinkingEffort.NONE)
+    _, pieces, _ = heard(renderer, ids, ThinkingEffort.NONE)
     assert "".join(pieces) == "a မြန် 👩‍👩‍👧 z"
     assert "\ufffd" not in "".join(pieces)
     assert len([p for p in pieces if p]) > 3
 
 
 def test_half_a_marker_waits():
-    """Where <think> is plain text, neither it nor its end is ever shown, however the model cuts them."""
+    """Where <think> is plain text, neither it nor its end is ever shown, however the model cuts
+    them.
+    """
     from persea.models.loading import ModelSource, load_renderer
 
-    voice = load_renderer(ModelSource(str(SAPLINGS / "gemma-sapling"), thinking=True), "student")
-    assert "<think>" not in voice.vocabulary.control_token_ids
+    renderer = load_renderer(ModelSource(str(SAPLINGS / "gemma-sapling"), thinking=True), "student")
+    assert "<think>" not in renderer.vocabulary.control_token_ids
     for answer in ("<think>\nso it is\n</think>\n\nHi <b>", "<thinly said"):
-        ids = [i for c in answer for i in voice.vocabulary.encode(c)]
-        thoughts, pieces, _ = heard(voice, [*ids, voice.stop_ids[0]], ThinkingEffort.HIGH)
+        ids = [i for c in answer for i in renderer.vocabulary.encode(c)]
+        thoughts, pieces, _ = heard(renderer, [*ids, renderer.stop_ids[0]], ThinkingEffort.HIGH)
         told = "".join(thoughts) + "|" + "".join(pieces)
         assert told == ("so it is|Hi <b>" if "so" in answer else "|<thinly said")
 
@@ -170,7 +175,8 @@ def test_what_could_steer_a_terminal_is_not_shown():
     )
 
 
-# ---- switches and history ------------------------------------------------------------------------------------------
+# ---- switches and history
+# ------------------------------------------------------------------------------------------
 
 
 def test_a_question_is_answered_as_the_teacher_answers_it():
@@ -192,7 +198,7 @@ def test_turns_are_remembered_and_thoughts_are_not_said_again():
     told = screen.notes[0].splitlines()
     assert [line.split(":")[0] for line in told] == ["user", "assistant", "user", "assistant"]
     assert told[0] == f"user: {question()}"
-    assert screen.notes[1:] == ["forgotten", "nothing was said yet"]
+    assert screen.notes[1:] == ["new conversation", "no message yet"]
     both = ChatSession.start(opened("qwen-sapling")[0])
     both.messages = list(
         Conversation.from_question("q").with_answer(Thinking("hm"), Text("a")).messages
@@ -211,7 +217,7 @@ def test_turns_are_remembered_and_thoughts_are_not_said_again():
         (
             "gpt-oss-sapling",
             "off",
-            "this model knows no off; it knows low, medium, high",
+            "this model has no off; it has low, medium, high",
             ThinkingEffort.LOW,
         ),
         ("gpt-oss-sapling", "MEDIUM", "thinking: medium", ThinkingEffort.MEDIUM),
@@ -220,10 +226,10 @@ def test_turns_are_remembered_and_thoughts_are_not_said_again():
         (
             "qwen-sapling",
             "low",
-            "this model knows no low; it knows none, high",
+            "this model has no low; it has none, high",
             ThinkingEffort.NONE,
         ),
-        ("gemma-sapling", "on", "this model knows no on; it knows none", ThinkingEffort.NONE),
+        ("gemma-sapling", "on", "this model has no on; it has none", ThinkingEffort.NONE),
         (
             "qwen-sapling",
             "hard",
@@ -245,7 +251,7 @@ def test_lang_is_a_system_line():
         one.run_command("/lang vi")
         == one.run_command("/lang Vietnamese")
         == one.run_command("/lang")
-        == "answers are asked for in Vietnamese"
+        == "the model is asked to answer in Vietnamese"
     )
     one.messages = list(Conversation.from_question("q").with_answer(Text("a")).messages)
     assert [(m.role.value, m.text) for m in one.build_conversation("x").messages] == [
@@ -256,7 +262,7 @@ def test_lang_is_a_system_line():
     ]
     assert "en English" in one.run_command("/lang klingon")
     assert one.language == "vi"
-    assert one.run_command("/lang off") == "answers are in the language it chooses"
+    assert one.run_command("/lang off") == "the model chooses the language of its answers"
     assert [m.role.value for m in one.build_conversation("x").messages] == [
         "user",
         "assistant",
@@ -290,7 +296,9 @@ def test_what_cannot_be_said_is_told_and_forgotten():
         "gpt-oss-sapling", "half a \ud83d", question(), effort=ThinkingEffort.HIGH, most=4
     )
     assert "surrogate" in screen.notes[0]
-    assert screen.ends == ["cut after 4 tokens; this turn is forgotten"]  # the thought did not end
+    assert screen.ends == [
+        "cut after 4 tokens; this turn is not in the history"
+    ]  # the thought did not end
     assert one.messages == []
     screen, one = talked("gemma-sapling", question(), most=4)
     assert screen.ends == ["cut after 4 tokens"]
@@ -323,11 +331,11 @@ def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came(monkeypatch: pytest
 
 
 def test_a_call_is_shown_as_it_is_written(monkeypatch: pytest.MonkeyPatch):
-    voice = opened("qwen-sapling")[0]
-    if "<tool_call>" not in voice.vocabulary.control_token_ids:
+    renderer = opened("qwen-sapling")[0]
+    if "<tool_call>" not in renderer.vocabulary.control_token_ids:
         pytest.skip("this crop of saplings has no token for calls")
     call = ToolCall("clock", '{"zone": "UTC"}')
-    ids = generated(voice.render(Conversation.from_question("q").with_answer(call)))
+    ids = generated(renderer.render(Conversation.from_question("q").with_answer(call)))
     monkeypatch.setattr(TransformersEngine, "stream", lambda *arguments: iter(ids))
     screen, one = talked("qwen-sapling", "q", "/history")
     assert "".join(screen.said) == 'clock({"zone": "UTC"})'
@@ -335,7 +343,8 @@ def test_a_call_is_shown_as_it_is_written(monkeypatch: pytest.MonkeyPatch):
     assert screen.notes == ['user: q\nassistant: clock({"zone": "UTC"})']
 
 
-# ---- who is talked to ----------------------------------------------------------------------------------------------
+# ---- who is talked to
+# ----------------------------------------------------------------------------------------------
 
 
 def test_a_run_is_its_student_and_a_folder_is_a_model(tmp_path: Path):
@@ -372,13 +381,14 @@ def test_a_line_that_is_no_text_is_refused(monkeypatch: pytest.MonkeyPatch):
         PipeDisplay().read_line()
 
 
-# ---- processes of their own ----------------------------------------------------------------------------------------
+# ---- processes of their own
+# ----------------------------------------------------------------------------------------
 
 
 def entered(
     arguments: tuple[str, ...], folder: Path, terminal: str, pipes: tuple[Path, Path, Path] | None
 ) -> None:
-    """What a child does: the command line on a terminal of its own, or with files for its streams."""
+    """Run the command line in a child, on a terminal of its own or with files as streams."""
     os.chdir(folder)
     os.environ |= {"TERM": "xterm-256color", "COLUMNS": "120", "PYTHONIOENCODING": "utf-8"}
     if pipes is None:
@@ -391,7 +401,7 @@ def entered(
         )  # type: ignore[assignment]
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
-    sys.stdin = open(0, encoding="utf-8", closefd=False)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.argv = ["persea", *arguments]
     cli.main()
 
@@ -432,7 +442,7 @@ class OnTerminal:
         os.write(self.mine, text.encode())
 
     def press_until(self, words: str) -> None:
-        """Ctrl-C until it is heard: readline misses a signal that comes while it draws its prompt."""
+        """Press Ctrl-C until it works: readline misses a signal while it draws its prompt."""
         for _ in range(30):
             time.sleep(0.3)
             self.type("\x03")
@@ -471,16 +481,16 @@ def test_in_a_terminal(tmp_path: Path):
 def test_ctrl_c_stops_an_answer_and_not_the_talk(tmp_path: Path):
     """Random weights never end by themselves."""
     folder = Path(shutil.copytree(SAPLINGS / "llama-sapling", tmp_path / "random"))
-    voice = opened("llama-sapling")[0]
+    renderer = opened("llama-sapling")[0]
     model = random_init(
-        "llama", len(voice.vocabulary), {"hidden": 32, "layers": 1, "heads": 2, "seed": 1}
+        "llama", len(renderer.vocabulary), {"hidden": 32, "layers": 1, "heads": 2, "seed": 1}
     )
     model.save_pretrained(folder)
-    prompt = voice.render_prompt(Conversation.from_question("Hi")).ids_T
+    prompt = renderer.render_prompt(Conversation.from_question("Hi")).ids_T
     assert (
         len(
-            TransformersEngine(model.eval(), len(voice.vocabulary)).generate(
-                [prompt], voice.stop_ids, 300
+            TransformersEngine(model.eval(), len(renderer.vocabulary)).generate(
+                [prompt], renderer.stop_ids, 300
             )[0]
         )
         == 300
@@ -537,7 +547,7 @@ def test_a_reader_that_goes_ends_the_talk(tmp_path: Path):
         (("runs/none",), 3, "no tokenizer in 'runs/none'"),
         (("./none",), 3, "no model folder './none'"),
         ((".",), 3, "no tokenizer in '.'"),
-        ((OSS, "--think", "off"), 2, "--think: this model knows no off"),
+        ((OSS, "--think", "off"), 2, "--think: this model has no off"),
         ((OSS, "--max-new-tokens", "0"), 2, "persea --help"),
     ],
 )

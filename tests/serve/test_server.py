@@ -1,4 +1,6 @@
-"""`persea serve`, a real process on a real socket: OpenAI's own client finds what it expects, and nobody else finds a hole."""
+"""`persea serve`, a real process on a real socket: OpenAI's own client finds what it expects, and
+nobody else finds a hole.
+"""
 
 from __future__ import annotations
 
@@ -61,17 +63,17 @@ def said(
     name: str, question: str, effort: ThinkingEffort = ThinkingEffort.NONE, new: int = 96
 ) -> tuple[list[int], str, str]:
     """What the local engine says: ids, thought, words."""
-    voice, _ = opened(name)
+    renderer, _ = opened(name)
     ids = (
         engine(name)
         .generate(
-            [voice.render_prompt(Conversation.from_question(question, effort=effort)).ids_T],
-            voice.stop_ids,
+            [renderer.render_prompt(Conversation.from_question(question, effort=effort)).ids_T],
+            renderer.stop_ids,
             new,
         )[0]
         .tolist()
     )
-    parts, finish = voice.parse(ids, effort)
+    parts, finish = renderer.parse(ids, effort)
     assert finish is FinishReason.STOP
     message = Conversation.from_question(question).with_answer(*parts).messages[-1]
     return ids, message.thinking, message.text
@@ -167,16 +169,18 @@ def test_thoughts_come_apart_from_words_and_the_switch_is_obeyed() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_half_characters_are_held_back_and_no_piece_is_told_twice(name: str) -> None:
-    """Every token of an answer in many scripts goes through the reader, which tells whole characters alone."""
-    voice, _ = opened(name)
+    """Every token of an answer in many scripts goes through the reader, which tells whole
+    characters alone.
+    """
+    renderer, _ = opened(name)
     text = "三百 ba trăm สามร้อย 👩‍👩‍👧 x = 1\n\n  if x:\n"
     for effort, parts in (
-        (voice.family.efforts[0], (Text(text),)),
-        (voice.family.efforts[-1], (Thinking("hm 三\nso"), Text(text))),
+        (renderer.family.efforts[0], (Text(text),)),
+        (renderer.family.efforts[-1], (Thinking("hm 三\nso"), Text(text))),
     ):
-        answer = voice.render(Conversation.from_question("q", effort=effort).with_answer(*parts))
+        answer = renderer.render(Conversation.from_question("q", effort=effort).with_answer(*parts))
         heard, pieces = (
-            StreamingAnswerParser(voice, effort, ()),
+            StreamingAnswerParser(renderer, effort, ()),
             {"reasoning_content": "", "content": ""},
         )
         count = 0
@@ -186,7 +190,7 @@ def test_half_characters_are_held_back_and_no_piece_is_told_twice(name: str) -> 
                 pieces[key] += more
                 count += 1
         more, calls, finish = heard.finish()
-        read, _ = voice.parse(answer.ids_T[answer.loss_mask_T].tolist(), effort)
+        read, _ = renderer.parse(answer.ids_T[answer.loss_mask_T].tolist(), effort)
         message = Conversation.from_question("q").with_answer(*read).messages[-1]
         assert (pieces["content"] + more.get("content", ""), calls, finish) == (
             message.text,
@@ -202,19 +206,20 @@ def test_a_hybrid_students_thought_is_told_apart_also_where_its_markers_are_text
 ) -> None:
     folder = Path(shutil.copytree(SAPLINGS / "gemma-sapling", tmp_path / "maple"))
     (folder / "chat_template.jinja").write_text(
-        "{%- for m in messages %}{{- '<start_of_turn>' + m['role'] + '\n' + m['content'] + '<end_of_turn>\n' }}{%- endfor %}"
+        "{%- for m in messages %}{{- '<start_of_turn>' + m['role'] + '\n' + m['content'] + "
+        "'<end_of_turn>\n' }}{%- endfor %}"
         "{%- if add_generation_prompt %}{{- '<start_of_turn>assistant\n' }}{%- endif %}"
     )
     for source in (
         ModelSource(str(folder), family="generic", thinking=True),
         ModelSource(str(SAPLINGS / "llama-sapling"), thinking=True),
     ):
-        voice = load_renderer(source, "student")
+        renderer = load_renderer(source, "student")
         for parts in ((Thinking("a < b, 三 so"), Text("x = 1 <t")), (Text("<"),)):
-            answer = voice.render(
+            answer = renderer.render(
                 Conversation.from_question("q", effort=ThinkingEffort.HIGH).with_answer(*parts)
             )
-            heard, told = StreamingAnswerParser(voice, ThinkingEffort.HIGH, ()), list[str]()
+            heard, told = StreamingAnswerParser(renderer, ThinkingEffort.HIGH, ()), list[str]()
             for token in answer.ids_T[answer.loss_mask_T].tolist():
                 told += heard.add_token(token)
             _, calls, finish = heard.finish()
@@ -232,7 +237,7 @@ def test_a_hybrid_students_thought_is_told_apart_also_where_its_markers_are_text
 @pytest.mark.realdata
 def test_calls_are_read_while_they_are_said(real_of: Callable[[str], Speaker]) -> None:
     """Llama's look like words until they end."""
-    voice = real_of("llama").renderer
+    renderer = real_of("llama").renderer
     body = {
         "model": "m",
         "messages": [{"role": "user", "content": "q"}],
@@ -247,10 +252,10 @@ def test_calls_are_read_while_they_are_said(real_of: Callable[[str], Speaker]) -
             }
         ],
     }
-    asked = ChatCompletionRequest.model_validate(body).to_conversation(voice.family)
+    asked = ChatCompletionRequest.model_validate(body).to_conversation(renderer.family)
     call = ToolCall("add", '{"x": 1}')
-    answer = voice.render(asked.with_answer(call))
-    heard = StreamingAnswerParser(voice, asked.effort, asked.tools)
+    answer = renderer.render(asked.with_answer(call))
+    heard = StreamingAnswerParser(renderer, asked.effort, asked.tools)
     assert not any(
         heard.add_token(t) for t in answer.ids_T[answer.loss_mask_T].tolist()
     )  # nothing of a call is told as words
@@ -285,11 +290,11 @@ def test_messages_become_a_conversation() -> None:
         {"x": "half \ud83d"},
     ):  # both are JSON to Python, and to nobody else
         tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
-        with pytest.raises(DataError, match="no plain JSON"):
+        with pytest.raises(DataError, match="not plain JSON"):
             ChatCompletionRequest.model_validate(
                 {"model": "m", "messages": messages[:2], "tools": tools}
             ).to_conversation(family)
-    with pytest.raises(DataError, match="knows no low effort -> one of none, high"):
+    with pytest.raises(DataError, match="has no low effort -> one of none, high"):
         ChatCompletionRequest.model_validate(
             {"model": "m", "messages": messages[:2], "reasoning_effort": "low"}
         ).to_conversation(family)
@@ -322,13 +327,13 @@ def inside(speaker: Any, path: str, **body: object) -> httpx2.Response:
 
 
 def test_a_thought_without_an_answer_is_malformed_and_nobody_makes_one_up() -> None:
-    voice, _ = opened("gpt-oss-sapling")
-    names = {text: i for i, text in voice.vocabulary.control_names.items()}
+    renderer, _ = opened("gpt-oss-sapling")
+    names = {text: i for i, text in renderer.vocabulary.control_names.items()}
     ids = [
         names["<|channel|>"],
-        *voice.vocabulary.encode("analysis"),
+        *renderer.vocabulary.encode("analysis"),
         names["<|message|>"],
-        *voice.vocabulary.encode("hm"),
+        *renderer.vocabulary.encode("hm"),
         names["<|return|>"],
     ]
 
@@ -363,8 +368,8 @@ def test_weights_that_give_no_numbers_are_not_the_clients_fault() -> None:
 
 
 def test_candidates_come_as_an_array_with_padding() -> None:
-    voice, _ = opened("gemma-sapling")
-    ids = voice.render_prompt(Conversation.from_question("Hi")).ids_T
+    renderer, _ = opened("gemma-sapling")
+    ids = renderer.render_prompt(Conversation.from_question("Hi")).ids_T
     (rows,) = engine("gemma-sapling").compute_logprobs([ids], [np.arange(len(ids)) > 0])
     answer = post(
         serving("gemma-sapling"),
@@ -385,10 +390,10 @@ def test_candidates_come_as_an_array_with_padding() -> None:
 
 
 def test_streamed_tokens_are_those_of_the_engine_and_drawn_ones_repeat() -> None:
-    voice, _ = opened("qwen-sapling")
-    prompt = voice.render_prompt(Conversation.from_question(ASKED)).ids_T
+    renderer, _ = opened("qwen-sapling")
+    prompt = renderer.render_prompt(Conversation.from_question(ASKED)).ids_T
     assert (
-        list(engine("qwen-sapling").stream(prompt, voice.stop_ids, 20, Sampling()))
+        list(engine("qwen-sapling").stream(prompt, renderer.stop_ids, 20, Sampling()))
         == said("qwen-sapling", ASKED)[0]
     )
     body = {
@@ -416,15 +421,19 @@ def test_streamed_tokens_are_those_of_the_engine_and_drawn_ones_repeat() -> None
 
 def test_offsets_count_whole_characters_and_no_markers() -> None:
     """Half characters and control tokens are spelled in `tokens`, and are not in the text."""
-    voice, _ = opened("qwen-sapling")
-    ids = [*voice.vocabulary.encode("a 𓀀 b"), voice.stop_ids[0], *voice.vocabulary.encode("c")]
+    renderer, _ = opened("qwen-sapling")
+    ids = [
+        *renderer.vocabulary.encode("a 𓀀 b"),
+        renderer.stop_ids[0],
+        *renderer.vocabulary.encode("c"),
+    ]
     rows = torch.log_softmax(
         torch.randn(
-            len(ids) - 1, len(voice.vocabulary), generator=torch.Generator().manual_seed(0)
+            len(ids) - 1, len(renderer.vocabulary), generator=torch.Generator().manual_seed(0)
         ),
         -1,
     )
-    found = build_completion_logprobs(voice, ids, rows, 0, 0, False)
+    found = build_completion_logprobs(renderer, ids, rows, 0, 0, False)
     assert any(token.startswith("bytes:") for token in found["tokens"])
     text = "a 𓀀 bc"
     whole = [
@@ -522,19 +531,19 @@ HEAD = {"authorization": "Bearer a-secret"}
             "/v1/completions",
             {"model": "llama-sapling", "prompt": "x", "logprobs": 6},
             400,
-            "at most 5",
+            "the limit is 5",
         ),
         (
             "/v1/completions",
             {"model": "llama-sapling", "prompt": "x", "max_tokens": 65},
             400,
-            "at most 64",
+            "the limit is 64",
         ),
         (
             "/v1/completions",
             {"model": "llama-sapling", "prompt": [5] * 1024, "max_tokens": 1},
             400,
-            "positions for 1,024",
+            "model's 1,024 positions",
         ),
         (
             "/v1/completions",
@@ -553,7 +562,7 @@ HEAD = {"authorization": "Bearer a-secret"}
             "/inference/v1/generate",
             {"token_ids": [5, 6], "sampling_params": {"prompt_logprob_token_ids": [[1] * 6]}},
             400,
-            "at most 5",
+            "the limit is 5",
         ),
         ("/v1/chat/completions", {"model": "llama-sapling", "messages": []}, 422, "messages"),
         (
@@ -633,7 +642,8 @@ def test_bodies_are_capped_in_size_and_time(strict: Served) -> None:
     for sent in (
         b"",
         b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer a-secret\r\ncontent-length: 50\r\n\r\n{",
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer a-secret\r\n"
+        b"content-length: 50\r\n\r\n{",
     ):
         begin = time.monotonic()
         with socket.create_connection((host, int(port)), timeout=10) as slow:
@@ -762,7 +772,7 @@ def test_without_a_key_only_this_machine_is_answered() -> None:
 
 def test_other_addresses_need_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PERSEA_SERVE_KEY", raising=False)
-    with pytest.raises(RefusedError, match="PERSEA_SERVE_KEY holds no key") as caught:
+    with pytest.raises(RefusedError, match="PERSEA_SERVE_KEY is not set") as caught:
         resolve_api_key("0.0.0.0", "PERSEA_SERVE_KEY")
     assert caught.value.exit_code == 4
     assert resolve_api_key("127.0.0.1", "PERSEA_SERVE_KEY") == ""
@@ -780,7 +790,7 @@ def test_other_addresses_need_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "NO_SUCH_KEY",
         folder=tmp_path,
     )
-    assert (ended.code, "NO_SUCH_KEY holds no key" in ended.err) == (
+    assert (ended.code, "NO_SUCH_KEY is not set" in ended.err) == (
         4,
         True,
     )  # told before the model is looked for

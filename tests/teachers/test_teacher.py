@@ -1,4 +1,6 @@
-"""A teacher answers in its own voice and scores what was said; what it says first is what it finds likeliest."""
+"""A teacher answers in its own template and scores text; its own greedy answers are its most likely
+ones.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from tests.teachers.engines.test_transformers import NAMES, engine, opened
 
 @dataclass
 class Scripted:
-    """An engine with scripted answers, one per prompt; it records its prompts and scores with a real engine."""
+    """An engine with scripted answers, one per prompt; it records its prompts and scores with a
+    real engine.
+    """
 
     real: Engine
     says: list[list[int]]
@@ -165,9 +169,9 @@ def test_each_prompt_is_asked_at_its_own_effort() -> None:
         (Text("42"),),
         (Thinking("hm"), Text("42")),
     ]
-    voice = opened(name)[0]
+    renderer = opened(name)[0]
     assert speaker.engine.asked == [
-        voice.render_prompt(
+        renderer.render_prompt(
             replace(p.conversation, effort=p.effort or ThinkingEffort.LOW)
         ).ids_T.tolist()
         for p in asked
@@ -175,7 +179,7 @@ def test_each_prompt_is_asked_at_its_own_effort() -> None:
     assert (
         len(
             {
-                len(ids) - len(voice.render_prompt(p.conversation).ids_T)
+                len(ids) - len(renderer.render_prompt(p.conversation).ids_T)
                 for ids, p in zip(speaker.engine.asked, asked, strict=True)
             }
         )

@@ -250,7 +250,8 @@ class HttpClient:
             raise RefusedError(
                 f"the token budget is used up: {self.num_tokens_used:,} tokens",
                 where=self.name,
-                remedy="raise `max_total_tokens:` of its endpoint and run again: cached answers are kept",
+                remedy="raise `max_total_tokens:` of its endpoint and run again: "
+                "cached answers are kept",
             )
 
     def _raise_server_error(self, reason: str, remedy: str) -> NoReturn:

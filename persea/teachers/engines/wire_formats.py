@@ -169,7 +169,7 @@ def _parse_token_id(key: str) -> int:
 
 
 def _descending_logprob_key(entry: tuple[Any, Any]) -> float:
-    """Sort key of JSON entries, which have no order; non-numbers come last and are refused later."""
+    """Sort key of JSON entries, which have no order; non-numbers come last."""
     value = entry[1]
     return -value if type(value) in (int, float) and value == value else float("inf")
 

@@ -1,4 +1,6 @@
-"""Teachers behind servers: what `persea serve` gives is what the local engine gives; what a lying or failing server gives is never taken."""
+"""Engines behind servers: `persea serve` returns what the local engine does; malformed or failing
+answers are never used.
+"""
 
 from __future__ import annotations
 
@@ -114,7 +116,7 @@ def asked(name: str, n: int = 2) -> list[np.ndarray]:
 def test_a_server_gives_the_local_engines_tokens_and_log_probabilities(
     name: str, dialect: WireFormat
 ) -> None:
-    voice, _ = opened(name)
+    renderer, _ = opened(name)
     far, here, top = (
         endpoint(serving(name), name, dialect, 20, replace(QUICK, stall_timeout_s=60)),
         engine(name),
@@ -122,8 +124,8 @@ def test_a_server_gives_the_local_engines_tokens_and_log_probabilities(
     )
     assert (far.capabilities.kind, far.capabilities.num_top_logprobs) == (DistributionKind.TOPK, 20)
     prompts = asked(name, 1)
-    answers = here.generate(prompts, voice.stop_ids, 16)
-    assert [a.tolist() for a in far.generate(prompts, voice.stop_ids, 16)] == [
+    answers = here.generate(prompts, renderer.stop_ids, 16)
+    assert [a.tolist() for a in far.generate(prompts, renderer.stop_ids, 16)] == [
         a.tolist() for a in answers
     ]
     whole = [np.concatenate([p, a]) for p, a in zip(prompts, answers, strict=True)]
@@ -173,7 +175,7 @@ def test_candidates_of_every_position() -> None:
 
 def test_a_chat_route_gives_the_local_engines_words_and_thoughts() -> None:
     name = "gpt-oss-sapling"
-    voice, _ = opened(name)
+    renderer, _ = opened(name)
     talk = ChatServerEngine(
         HttpClient(serving(name), "far", replace(QUICK, stall_timeout_s=60)),
         name,
@@ -182,8 +184,8 @@ def test_a_chat_route_gives_the_local_engines_words_and_thoughts() -> None:
         handshake_effort=ThinkingEffort.HIGH,
     )
     assert talk.handshake() == ServerFingerprint(name)
-    far = Teacher("far", voice, talk, ThinkingEffort.HIGH)
-    here = Teacher("here", voice, engine(name), ThinkingEffort.HIGH)
+    far = Teacher("far", renderer, talk, ThinkingEffort.HIGH)
+    here = Teacher("here", renderer, engine(name), ThinkingEffort.HIGH)
     prompts = [
         i.prompt
         for skill in GENERATED_TASKS
@@ -234,7 +236,7 @@ class Truth:
         return self.answers[key]
 
     def say(self, path: str, body: Any) -> Any:
-        voice, _ = opened(self.name)
+        renderer, _ = opened(self.name)
         if path == "/v1/models":
             return {"data": [{"id": self.served}]}
         if path == "/v1/chat/completions":
@@ -252,7 +254,7 @@ class Truth:
                 {"model": self.served, "choices": [], "usage": {"total_tokens": 7}},
             )
         if path == "/v1/completions":
-            return {"choices": [{"prompt_token_ids": voice.vocabulary.encode(body["prompt"])}]}
+            return {"choices": [{"prompt_token_ids": renderer.vocabulary.encode(body["prompt"])}]}
         params, ids = body["sampling_params"], np.array(body["token_ids"], np.int32)
         if body.get("stream"):
             said = (
@@ -296,7 +298,9 @@ def is_work(path: str, body: Any) -> bool:
 
 
 def test_with_a_fifth_of_faults_all_work_is_done_once() -> None:
-    """500 prompts; a fifth of all requests ends in one of ten ways of failing. None is lost, none comes twice, each in its place."""
+    """500 prompts; a fifth of all requests ends in one of ten ways of failing. None is lost, none
+    comes twice, each in its place.
+    """
     truth, rng = Truth(), random.Random(0)
     prompts = asked(QWEN, 4)
     stops = opened(QWEN)[0].stop_ids
@@ -670,7 +674,7 @@ def honest(
 
 
 def spoil(rng: random.Random, ids: np.ndarray, p: RawPromptLogprobs, width: int) -> str:
-    """Make one position a lie, in one of many ways; what was done. Only what CANNOT be true counts."""
+    """Make one position impossible in one of many ways, and return which."""
     t = rng.randrange(1, len(ids))
     k = rng.randrange(len(p.top_logprobs[t]))
     bad_log = rng.choice(
@@ -736,7 +740,9 @@ def test_of_ten_thousand_malformed_rows_none_is_taken() -> None:
 
 
 def test_a_row_that_passes_one_a_little_still_fits_the_cache() -> None:
-    """A server of half precision: the codec's rounding may not carry its mass past what training takes."""
+    """A server of half precision: the codec's rounding may not carry its mass past what training
+    takes.
+    """
     logs = [math.log(0.6) + 8e-4, math.log(0.3) + 8e-4, math.log(0.1) + 8e-4]
     rows = to_sparse_distributions(
         RawPromptLogprobs(
@@ -822,7 +828,6 @@ def test_a_chat_answer_is_put_together_and_half_characters_are_refused() -> None
     talk = ChatServerEngine(
         HttpClient("http://x", "far"), "m", fingerprints=[ServerFingerprint("m")]
     )
-    asked_ = Conversation.from_question("q")
 
     def read(*deltas: Any, ended: str = "stop", model: str = "m") -> Any:
         said = [{"model": model, "choices": [{"delta": d, "finish_reason": None}]} for d in deltas]
@@ -980,7 +985,9 @@ def test_vllms_answers_become_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_real_server_passes_the_handshake(variable: str, dialect: WireFormat) -> None:
-    """PERSEA_VLLM_URL or PERSEA_SGLANG_URL: a server of the model whose folder or hub id PERSEA_SERVED names."""
+    """PERSEA_VLLM_URL or PERSEA_SGLANG_URL: a server of the model whose folder or hub id
+    PERSEA_SERVED names.
+    """
     url, model = os.environ.get(variable), os.environ.get("PERSEA_SERVED")
     if not url or not model:
         pytest.skip(f"no real server: set {variable} and PERSEA_SERVED (the model it runs)")
@@ -1026,3 +1033,28 @@ def test_a_refused_prompt_is_an_answer_that_says_why() -> None:
         "too long for the server",
         None,
     )
+
+
+def test_a_server_is_asked_inside_a_running_event_loop() -> None:
+    """A notebook's cells run inside one."""
+    url = serving(QWEN)
+
+    async def cell() -> list[Any]:
+        line = HttpClient(url, "far", QUICK)
+        found = endpoint(url, QWEN)
+        return [resolve_served_model(line, ""), *found.generate(asked(QWEN)[:2], (0,), 3)]
+
+    name, *answers = asyncio.run(cell())
+    assert name == QWEN and len(answers) == 2
+    assert not any(isinstance(a, EngineFailure) for a in answers)
+
+
+def test_limits_of_failures_and_of_drift_are_settings() -> None:
+    one = ServerFingerprint("m", (-1.0, -2.0))
+    other = ServerFingerprint("m", (-1.1, -2.1))
+    one.refuse_other_model(other, "far", 0.2)
+    with pytest.raises(TeacherError, match=r"moved by 0\.10 nats"):
+        one.refuse_other_model(other, "far", 0.05)
+    patient = HttpClient("http://x", "far", replace(QUICK, max_failed_share=1.0))
+    for _ in range(40):
+        assert isinstance(patient._record_failure("no"), EngineFailure)

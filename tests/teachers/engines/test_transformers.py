@@ -1,4 +1,6 @@
-"""LocalEngine is one-by-one greedy decoding and a plain forward, only faster: batches, padding and caches change nothing."""
+"""TransformersEngine equals one-by-one greedy decoding and a plain forward: batches, padding and
+caches change nothing.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ import shutil
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,16 +38,16 @@ NEW = 20  # tokens an answer may have here
 def opened(name: str) -> tuple[ChatRenderer, torch.nn.Module]:
     """A sapling, opened once; whoever changes the model copies it first."""
     source = ModelSource(str(SAPLINGS / name))
-    voice = load_renderer(source, name)
-    return voice, load_model(source, voice, name)
+    renderer = load_renderer(source, name)
+    return renderer, load_model(source, renderer, name)
 
 
 def engine(name: str, batch: int = 64) -> TransformersEngine:
-    voice, model = opened(name)
-    return TransformersEngine(model, len(voice.vocabulary), batch)
+    renderer, model = opened(name)
+    return TransformersEngine(model, len(renderer.vocabulary), batch)
 
 
-def asked(voice: ChatRenderer, effort: ThinkingEffort = ThinkingEffort.NONE) -> list[np.ndarray]:
+def asked(renderer: ChatRenderer, effort: ThinkingEffort = ThinkingEffort.NONE) -> list[np.ndarray]:
     """Twelve prompts of very different lengths."""
     conversations = [
         i.prompt.conversation
@@ -56,7 +59,9 @@ def asked(voice: ChatRenderer, effort: ThinkingEffort = ThinkingEffort.NONE) -> 
         Conversation.from_question("一二三 " * 12, system="Be brief."),
         Conversation.from_question("x" * 120),
     ]
-    prompts = [voice.render_prompt(Conversation(c.messages, effort)).ids_T for c in conversations]
+    prompts = [
+        renderer.render_prompt(Conversation(c.messages, effort)).ids_T for c in conversations
+    ]
     assert len(prompts) == 12
     assert (
         max(map(len, prompts)) > 4 * min(map(len, prompts))
@@ -67,14 +72,14 @@ def asked(voice: ChatRenderer, effort: ThinkingEffort = ThinkingEffort.NONE) -> 
 
 def greedy(name: str, prompt: np.ndarray, stops: Sequence[int], new: int) -> list[int]:
     """The definition: the most likely token after all before it, no cache, no batch, no padding."""
-    voice, model = opened(name)
+    renderer, model = opened(name)
     ids = prompt.tolist()
     with torch.inference_mode():
         while len(ids) < len(prompt) + new:
             ids.append(
                 int(
                     model(input_ids=torch.tensor([ids]))
-                    .logits[0, -1, : len(voice.vocabulary)]
+                    .logits[0, -1, : len(renderer.vocabulary)]
                     .argmax()
                 )
             )
@@ -85,22 +90,24 @@ def greedy(name: str, prompt: np.ndarray, stops: Sequence[int], new: int) -> lis
 
 @pytest.mark.parametrize("name", NAMES)
 def test_generate_is_greedy_decoding_one_by_one(name: str) -> None:
-    voice, _ = opened(name)
-    prompts = asked(voice)
-    answers = engine(name).generate(prompts, voice.stop_ids, NEW)
-    assert [a.tolist() for a in answers] == [greedy(name, p, voice.stop_ids, NEW) for p in prompts]
+    renderer, _ = opened(name)
+    prompts = asked(renderer)
+    answers = engine(name).generate(prompts, renderer.stop_ids, NEW)
+    assert [a.tolist() for a in answers] == [
+        greedy(name, p, renderer.stop_ids, NEW) for p in prompts
+    ]
     assert {len(a) for a in answers} != {NEW}  # some ended by themselves
     assert all(a.dtype == np.int32 for a in answers)
-    assert [a.tolist() for a in engine(name, batch=5).generate(prompts, voice.stop_ids, NEW)] == [
-        a.tolist() for a in answers
-    ]
+    assert [
+        a.tolist() for a in engine(name, batch=5).generate(prompts, renderer.stop_ids, NEW)
+    ] == [a.tolist() for a in answers]
 
 
 def test_an_answer_ends_with_its_first_stop_token_whichever_that_is() -> None:
-    voice, _ = opened("qwen-sapling")
-    prompts = asked(voice)
-    free = engine("qwen-sapling").generate(prompts, voice.stop_ids, NEW)
-    stops = (voice.stop_ids[0], int(free[0][2]))
+    renderer, _ = opened("qwen-sapling")
+    prompts = asked(renderer)
+    free = engine("qwen-sapling").generate(prompts, renderer.stop_ids, NEW)
+    stops = (renderer.stop_ids[0], int(free[0][2]))
     for answer, longer in zip(
         engine("qwen-sapling").generate(prompts, stops, NEW), free, strict=True
     ):
@@ -111,36 +118,38 @@ def test_an_answer_ends_with_its_first_stop_token_whichever_that_is() -> None:
 
 
 def test_nothing_to_ask_is_nothing_to_answer() -> None:
-    voice, _ = opened("qwen-sapling")
-    assert engine("qwen-sapling").generate([], voice.stop_ids, NEW) == []
+    renderer, _ = opened("qwen-sapling")
+    assert engine("qwen-sapling").generate([], renderer.stop_ids, NEW) == []
     assert list(engine("qwen-sapling").compute_logprobs([], [])) == []
 
 
 def padded(name: str, rows: int) -> TransformersEngine:
-    """The sapling with more rows in its matrix than words in its vocabulary, where a padded row always has the largest logit."""
-    voice, model = opened(name)
+    """The sapling with more rows in its matrix than words in its vocabulary, where a padded row
+    always has the largest logit.
+    """
+    renderer, model = opened(name)
     model = deepcopy(model)
-    model.resize_token_embeddings(len(voice.vocabulary) + rows, mean_resizing=False)
-    head = torch.nn.Linear(model.config.hidden_size, len(voice.vocabulary) + rows)
+    model.resize_token_embeddings(len(renderer.vocabulary) + rows, mean_resizing=False)
+    head = torch.nn.Linear(model.config.hidden_size, len(renderer.vocabulary) + rows)
     with torch.no_grad():
         head.weight.copy_(model.get_output_embeddings().weight)
         head.bias.zero_()
-        head.bias[len(voice.vocabulary) :] = 1e3
+        head.bias[len(renderer.vocabulary) :] = 1e3
     model.set_output_embeddings(head)
-    return TransformersEngine(model, len(voice.vocabulary))
+    return TransformersEngine(model, len(renderer.vocabulary))
 
 
 def test_padded_rows_of_the_matrix_are_never_spoken_and_have_no_probability() -> None:
     name = "llama-sapling"
-    voice, _ = opened(name)
-    prompts, wide = asked(voice), padded(name, 9)
+    renderer, _ = opened(name)
+    prompts, wide = asked(renderer), padded(name, 9)
     with torch.inference_mode():  # the trap is set
         assert wide.model(input_ids=torch.tensor([prompts[0].tolist()])).logits[
             0, -1
-        ].argmax() >= len(voice.vocabulary)
-    answers = wide.generate(prompts, voice.stop_ids, NEW)
+        ].argmax() >= len(renderer.vocabulary)
+    answers = wide.generate(prompts, renderer.stop_ids, NEW)
     assert [a.tolist() for a in answers] == [
-        a.tolist() for a in engine(name).generate(prompts, voice.stop_ids, NEW)
+        a.tolist() for a in engine(name).generate(prompts, renderer.stop_ids, NEW)
     ]
     learn = [np.arange(len(p)) > 0 for p in prompts]
     for one, other in zip(
@@ -148,12 +157,14 @@ def test_padded_rows_of_the_matrix_are_never_spoken_and_have_no_probability() ->
         engine(name).compute_logprobs(prompts, learn),
         strict=True,
     ):
-        assert one.shape == other.shape == (len(one), len(voice.vocabulary))
+        assert one.shape == other.shape == (len(one), len(renderer.vocabulary))
         assert torch.allclose(one, other, atol=1e-4)
 
 
 def test_penalties_that_come_with_a_model_do_not_bend_its_answers(tmp_path: Path) -> None:
-    """Qwen2.5's generation_config.json has a repetition penalty of 1.05; transformers would add it to what we ask for."""
+    """Qwen2.5's generation_config.json has a repetition penalty of 1.05; transformers would add it
+    to what we ask for.
+    """
     folder = tmp_path / "penalised"
     shutil.copytree(SAPLINGS / "qwen-sapling", folder)
     config = json.loads((folder / "generation_config.json").read_text())
@@ -167,15 +178,15 @@ def test_penalties_that_come_with_a_model_do_not_bend_its_answers(tmp_path: Path
     }
     (folder / "generation_config.json").write_text(json.dumps(config | penalties))
     source = ModelSource(str(folder))
-    voice = load_renderer(source, "penalised")
-    model = load_model(source, voice, "penalised")
+    renderer = load_renderer(source, "penalised")
+    model = load_model(source, renderer, "penalised")
     assert model.generation_config.repetition_penalty == 5.0  # the trap is set
-    prompts = asked(voice)
-    answers = TransformersEngine(model, len(voice.vocabulary)).generate(
-        prompts, voice.stop_ids, NEW
+    prompts = asked(renderer)
+    answers = TransformersEngine(model, len(renderer.vocabulary)).generate(
+        prompts, renderer.stop_ids, NEW
     )
     assert [a.tolist() for a in answers] == [
-        a.tolist() for a in engine("qwen-sapling").generate(prompts, voice.stop_ids, NEW)
+        a.tolist() for a in engine("qwen-sapling").generate(prompts, renderer.stop_ids, NEW)
     ]
 
 
@@ -184,16 +195,16 @@ def test_penalties_that_come_with_a_model_do_not_bend_its_answers(tmp_path: Path
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_row_is_the_distribution_its_token_was_drawn_from(name: str) -> None:
-    voice, model = opened(name)
-    prompts = asked(voice)
-    answers = engine(name).generate(prompts, voice.stop_ids, NEW)
+    renderer, model = opened(name)
+    prompts = asked(renderer)
+    answers = engine(name).generate(prompts, renderer.stop_ids, NEW)
     whole = [np.concatenate([p, a]) for p, a in zip(prompts, answers, strict=True)]
     learn = [np.arange(len(w)) >= len(p) for w, p in zip(whole, prompts, strict=True)]
     for k, rows in enumerate(engine(name, batch=5).compute_logprobs(whole, learn)):
         with torch.inference_mode():
             direct = torch.log_softmax(
                 model(input_ids=torch.tensor([whole[k].tolist()]))
-                .logits[0, :, : len(voice.vocabulary)]
+                .logits[0, :, : len(renderer.vocabulary)]
                 .double(),
                 -1,
             )
@@ -208,8 +219,8 @@ def test_a_row_is_the_distribution_its_token_was_drawn_from(name: str) -> None:
 
 
 def test_learned_tokens_may_have_gaps() -> None:
-    voice, _ = opened("gemma-sapling")
-    sequence = asked(voice)[4]
+    renderer, _ = opened("gemma-sapling")
+    sequence = asked(renderer)[4]
     (every,) = engine("gemma-sapling").compute_logprobs([sequence], [np.arange(len(sequence)) > 0])
     some = np.zeros(len(sequence), bool)
     some[[2, 3, 7, len(sequence) - 1]] = True
@@ -218,13 +229,13 @@ def test_learned_tokens_may_have_gaps() -> None:
 
 
 def test_a_forward_never_makes_more_logits_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
-    voice, model = opened("qwen-sapling")
-    prompts = asked(voice)
+    renderer, model = opened("qwen-sapling")
+    prompts = asked(renderer)
     learn = [np.arange(len(p)) > 0 for p in prompts]
     together = list(engine("qwen-sapling").compute_logprobs(prompts, learn))
     shapes: list[torch.Size] = []
     hook = model.register_forward_hook(lambda module, inputs, out: shapes.append(out.logits.shape))
-    monkeypatch.setattr(local, "MAX_LOGIT_ELEMENTS_PER_FORWARD", 100 * len(voice.vocabulary))
+    monkeypatch.setattr(local, "MAX_LOGIT_ELEMENTS_PER_FORWARD", 100 * len(renderer.vocabulary))
     try:
         apart = list(engine("qwen-sapling").compute_logprobs(prompts, learn))
     finally:
@@ -240,9 +251,11 @@ def test_a_forward_never_makes_more_logits_than_it_may(monkeypatch: pytest.Monke
 def test_a_long_answer_comes_in_pieces_that_are_the_whole(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where keys and values of a sliding window are dropped on the way, and beside a sequence of which nothing is learned."""
-    voice, model = opened(name)
-    long = np.resize(np.concatenate(asked(voice)), 400).astype(np.int32)
+    """Also where keys and values of a sliding window are dropped on the way, and beside a sequence
+    of which nothing is learned.
+    """
+    renderer, model = opened(name)
+    long = np.resize(np.concatenate(asked(renderer)), 400).astype(np.int32)
     assert 400 > 2 * (getattr(model.config.get_text_config(), "sliding_window", None) or 1)
     sequences, learn = (
         [long, long[:3], long[:90]],
@@ -276,11 +289,47 @@ def test_weights_that_are_not_finite_are_a_teacher_error(tmp_path: Path, value: 
     weights[layer][0, 0] = value
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     source = ModelSource(str(folder))
-    voice = load_renderer(source, "broken")
-    broken = TransformersEngine(load_model(source, voice, "broken"), len(voice.vocabulary))
-    prompts = asked(voice)[:2]
+    renderer = load_renderer(source, "broken")
+    broken = TransformersEngine(load_model(source, renderer, "broken"), len(renderer.vocabulary))
+    prompts = asked(renderer)[:2]
     with pytest.raises(TeacherError, match="not finite") as caught:
         list(broken.compute_logprobs(prompts, [np.arange(len(p)) > 0 for p in prompts]))
     assert caught.value.exit_code == 5
     with pytest.raises(TeacherError, match="not finite"):
-        broken.generate(prompts, voice.stop_ids, 4)
+        broken.generate(prompts, renderer.stop_ids, 4)
+
+
+def test_the_models_own_generation_config_comes_back_also_after_an_exception(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    renderer, model = opened("qwen-sapling")
+    own = model.generation_config
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        assert model.generation_config is not own
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "generate", fail)
+    with pytest.raises(KeyboardInterrupt):
+        engine("qwen-sapling").generate(asked(renderer)[:1], renderer.stop_ids, 2)
+    assert model.generation_config is own
+
+
+@pytest.mark.parametrize(
+    ("scores", "fails"),
+    [
+        ([[0.0, float("-inf")], [1.0, 2.0]], False),
+        ([[0.0, float("nan")], [1.0, 2.0]], True),
+        ([[0.0, float("inf")], [1.0, 2.0]], True),
+        ([[0.0, 1.0], [float("-inf"), float("-inf")]], True),
+    ],
+)
+def test_logits_without_a_finite_maximum_are_refused(
+    scores: list[list[float]], fails: bool
+) -> None:
+    logits = torch.tensor(scores)
+    if fails:
+        with pytest.raises(TeacherError, match="not finite"):
+            local._require_finite_logits(torch.zeros(2, 1), logits)
+    else:
+        assert local._require_finite_logits(torch.zeros(2, 1), logits) is logits
