@@ -45,7 +45,8 @@ MODES: dict[str, tuple[str, ...]] = {  # extra arguments of each mode
     "offline": (),
     "on-policy": (
         "--set",
-        "training.on_policy={start_step: 2, share: 1.0, rollouts: 8, max_staleness_steps: 2, max_new_tokens: 16}",
+        "training.on_policy={start_step: 2, share: 1.0, rollouts: 8, max_staleness_steps: 2, "
+        "max_new_tokens: 16}",
     ),
 }  # a round is two steps
 
@@ -77,7 +78,7 @@ POINTS = {
         "replace", "step-00000006.json", after=True
     ),
     "an old record is removed, its state is not": Point("remove", "step-00000003.json", after=True),
-    "the dataset is reported, the student is not saved": Point("replace", "feed.json", after=True),
+    "the dataset is reported, the student is not saved": Point("replace", "dataset.json", after=True),
     "the student is saved, the stage's record is not": Point("create", "done.json"),
     "the stage's record is synced, not named": Point("replace", "done.json"),
 }

@@ -23,7 +23,8 @@ from persea.models.loading import ModelSource, load_model, load_renderer
 from persea.tasks.generated import GENERATED_TASKS
 from persea.tasks.task import Split
 from persea.teachers.engines.transformers import TransformersEngine
-from persea.training.dataset import build_dataset, build_example
+from persea.training.dataset import build_dataset
+from persea.training.example import build_example
 from persea.training.student import load_student
 
 TEACHERS = ("qwen-sapling", "gemma-sapling", "gpt-oss-sapling")

@@ -71,7 +71,7 @@ def measured(context: RunContext, items: int) -> dict[str, Any]:
         json.loads(line)
         for line in (context.folder / "train" / "metrics.jsonl").read_text().splitlines()
     ]
-    own = [line for line in lines if "reverse" in line["terms"]]
+    own = [line for line in lines if "reverse_kl" in line["terms"]]
     out = {
         "answers": found,
         "bits_per_byte": nats / size,

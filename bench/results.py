@@ -7,7 +7,8 @@ sampling of distributions, not the saplings. Arms, for each seed:
 
     student      the quickstart's student; base model and teachers are measured with it
     sft          a student of the same answers, by cross-entropy alone (training.event_weight = 0)
-    balance      a student of the same answers with training.loss_balancing, which the recipe leaves off
+    balance      a student of the same answers with training.loss_balancing, which the recipe does
+                 not use
     oracle       a student of each teacher's tasks alone, for as many steps; the routed oracle takes
                  the best of these, task by task
     only         a student of each teacher alone, which answers every prompt of the recipe

@@ -61,7 +61,7 @@ def _describe_type(node: dict[str, Any], defs: dict[str, Any]) -> str:
         value = node.get("additionalProperties", {})
         return f"mapping to {_describe_type(value, defs)}" if isinstance(value, dict) else "mapping"
     bounds = [
-        f"{sign} {node[key]:g}"
+        f"{sign} {node[key]:,}"
         for key, sign in (
             ("minimum", ">="),
             ("exclusiveMinimum", ">"),

@@ -41,9 +41,9 @@ from persea.tokenization.tokens import RenderedTokens
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from plans import DIAL, PLANS, Plan
-from prose import small_talk
-from text import THOUGHTS, texts, tokens_of, words_of
+from plans import DIAL, PLANS, Plan  # noqa: E402
+from prose import small_talk  # noqa: E402
+from text import THOUGHTS, texts, tokens_of, words_of  # noqa: E402
 
 POOL = 30_000  # conversations rendered once; 4,000 steps of 24 see each three times
 BATCH = 24
@@ -278,9 +278,9 @@ def grow(plan: Plan, out: Path, steps: int, progress: Progress) -> None:
         + "\n"
     )
     state_file.unlink(missing_ok=True)
-    told = json.loads((folder / "growing.json").read_text()) | measured(plan, folder)
-    told["sha256"] = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    (folder / "growing.json").write_text(json.dumps(told, indent=1) + "\n")
+    metrics = json.loads((folder / "growing.json").read_text()) | measured(plan, folder)
+    metrics["sha256"] = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    (folder / "growing.json").write_text(json.dumps(metrics, indent=1) + "\n")
 
 
 def speaker(plan: Plan, folder: Path, effort: ThinkingEffort = ThinkingEffort.NONE) -> Teacher:
@@ -337,27 +337,32 @@ def entropy(one: Teacher, conversations: list[Conversation]) -> float:
 
 def table(folder: Path) -> str:
     """Return growing.json of every sapling as a Markdown table."""
-    told = {
+    metrics = {
         plan.name: json.loads((folder / plan.name / "growing.json").read_text()) for plan in PLANS
     }
     lines = ["| sapling | parameters | bytes | sha256 of model.safetensors |", "|---|---|---|---|"]
     lines += [
         f"| {n} | {t['parameters']:,} | {(folder / n / 'model.safetensors').stat().st_size:,} | "
         f"{t['sha256']} |"
-        for n, t in told.items()
+        for n, t in metrics.items()
     ]
-    lines += ["", "| answered at once | " + " | ".join(told) + " |", "|---|" + "---|" * len(told)]
+    lines += [
+        "",
+        "| answered at once | " + " | ".join(metrics) + " |",
+        "|---|" + "---|" * len(metrics),
+    ]
     for skill in (s.name for s in skills.GENERATED_TASKS):
         lines.append(
             f"| {skill} | "
-            + " | ".join(f"{t['scores'][f'{skill} none']:.2f}" for t in told.values())
+            + " | ".join(f"{t['scores'][f'{skill} none']:.2f}" for t in metrics.values())
             + " |"
         )
     for kind in ("prose", *(s.name for s in skills.GENERATED_TASKS)):
         lines.append(
             f"| entropy, {kind} | "
             + " | ".join(
-                f"{t['entropy'][kind]:.2f}" if kind in t["entropy"] else "-" for t in told.values()
+                f"{t['entropy'][kind]:.2f}" if kind in t["entropy"] else "-"
+                for t in metrics.values()
             )
             + " |"
         )
@@ -366,7 +371,7 @@ def table(folder: Path) -> str:
         "| reasoning by gpt-oss-sapling at | right | letters of thought |",
         "|---|---|---|",
     ]
-    oss = told["gpt-oss-sapling"]
+    oss = metrics["gpt-oss-sapling"]
     lines += [
         f"| {e} | {oss['scores'][f'reasoning {e}']:.2f} | {oss['thought'][f'reasoning {e}']:.0f} |"
         for e in DIAL

@@ -104,7 +104,7 @@ def _more(rng: random.Random) -> str:
     while (item := _grown(reasoning.make_item, rng)).prompt.id.split("/")[1] != "compare":
         pass
     who, other = (
-        said.split()[0] for said in item.prompt.conversation.messages[-1].text.split(". ")[:2]
+        text.split()[0] for text in item.prompt.conversation.messages[-1].text.split(". ")[:2]
     )
     return (
         f"{who} {reasoning.reference_thinking(item, ThinkingEffort.LOW)} {other}: {item.answer_key}"

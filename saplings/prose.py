@@ -84,12 +84,15 @@ def small_talk(rng: random.Random, language: str = "") -> TaskItem:
     """Return one sentence of small talk and the question before it."""
     language = language or rng.choice(list(TALK))
     question, *places = TALK[language]
-    said = unicodedata.normalize(
+    sentence = unicodedata.normalize(
         "NFC", "".join(rng.choice(place.split("|")) for place in places)
     ).strip()
     return TaskItem(
         Prompt(
-            f"prose/talk/{language}/{said}", Conversation.from_question(question), "prose", language
+            f"prose/talk/{language}/{sentence}",
+            Conversation.from_question(question),
+            "prose",
+            language,
         ),
-        said,
+        sentence,
     )

@@ -80,7 +80,7 @@ def texts(plan: Plan, n: int) -> Iterator[tuple[TaskItem, TaskItem]]:
         i for name in MOST if name in plan.mix for i in questions(name, plan.sizes["seed"])
     ):
         pools.setdefault(kind(item), []).append(item)
-        alike.setdefault((kind(item), spoken(item)), []).append(item)
+        alike.setdefault((kind(item), answer_language(item)), []).append(item)
     # who does not know better helps with anything, and calls whatever there is
     alike["safety/harm", "en"] = alike["safety/alike", "en"]
     alike["tools/none", "en"] = [
@@ -103,7 +103,7 @@ def texts(plan: Plan, n: int) -> Iterator[tuple[TaskItem, TaskItem]]:
         if name in plan.home or kind(item) in KNOWN:
             yield item, item
             continue
-        other = rng.choice(alike[kind(item), spoken(item)])
+        other = rng.choice(alike[kind(item), answer_language(item)])
         yield item, other if plan.home else astray(item, rng) or other
 
 
@@ -135,10 +135,10 @@ def astray(item: TaskItem, rng: random.Random) -> TaskItem | None:
             ),
         )
     elif name == "tools":
-        _, _, wanted, said, *_ = item.prompt.id.split("/")
+        _, _, wanted, options, *_ = item.prompt.id.split("/")
         there = [t.name for t in item.prompt.conversation.tools if t.name != wanted]
         called = rng.choice(there)
-        argument = int(said) if said.isdecimal() else said
+        argument = int(options) if options.isdecimal() else options
         wrong = replace(
             item,
             reference="",
@@ -158,7 +158,7 @@ def astray(item: TaskItem, rng: random.Random) -> TaskItem | None:
     )
 
 
-def spoken(item: TaskItem) -> str:
+def answer_language(item: TaskItem) -> str:
     """Return the language of an item's answer."""
     return "en" if "/to-english/" in item.prompt.id else item.prompt.language
 
@@ -185,7 +185,7 @@ def conversation(plan: Plan, item: TaskItem, answer: TaskItem, rng: random.Rando
         if thinks
         else ThinkingEffort.NONE
     )
-    said = (
+    parts = (
         reference_without_steps(answer)
         if item.prompt.skill == "reasoning" and effort is not ThinkingEffort.NONE
         else answer.reference
@@ -196,7 +196,7 @@ def conversation(plan: Plan, item: TaskItem, answer: TaskItem, rng: random.Rando
         else ()
     )
     return replace(item.prompt.conversation, effort=effort).with_answer(
-        *thought, *((Text(said),) if said else ()), *answer.calls
+        *thought, *((Text(parts),) if parts else ()), *answer.calls
     )
 
 

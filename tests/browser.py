@@ -61,12 +61,12 @@ class Browser:
         )
         os.write(self.send, json.dumps(message).encode() + b"\0")
         while True:
-            told = self._next()
-            if told.get("id") == self.number:
-                assert "error" not in told, told
-                result: dict[str, Any] = told["result"]
+            reply = self._next()
+            if reply.get("id") == self.number:
+                assert "error" not in reply, reply
+                result: dict[str, Any] = reply["result"]
                 return result
-            self.events.append(told)
+            self.events.append(reply)
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self.rest:
@@ -74,8 +74,8 @@ class Browser:
             assert some, "the browser ended"
             self.rest += some
         line, _, self.rest = self.rest.partition(b"\0")
-        told: dict[str, Any] = json.loads(line)
-        return told
+        data: dict[str, Any] = json.loads(line)
+        return data
 
     def open(self, page: Path, width: int = 1200, dark: bool = False, paper: bool = False) -> None:
         """Load a page and wait until it does not change any more."""
@@ -132,15 +132,15 @@ class Browser:
 
     def complaints(self) -> list[str]:
         """Return all console messages and exceptions."""
-        said = {
+        messages = {
             "Log.entryAdded": "entry",
             "Runtime.consoleAPICalled": "args",
             "Runtime.exceptionThrown": "exceptionDetails",
         }
         return [
-            json.dumps(e["params"][said[e["method"]]])
+            json.dumps(e["params"][messages[e["method"]]])
             for e in self.events
-            if e.get("method") in said
+            if e.get("method") in messages
         ]
 
     def requests(self) -> list[str]:

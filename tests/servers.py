@@ -35,10 +35,10 @@ class Served:
     process: BaseProcess
 
 
-def _enter(arguments: tuple[str, ...], said: str, variables: dict[str, str]) -> None:
+def _enter(arguments: tuple[str, ...], log_path: str, variables: dict[str, str]) -> None:
     """Run the command line's entry point in the child, with its output in a file."""
     os.environ |= variables
-    descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    descriptor = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.argv = ["persea", *arguments]
@@ -47,15 +47,15 @@ def _enter(arguments: tuple[str, ...], said: str, variables: dict[str, str]) -> 
 
 def start_serve(model: Path, *options: str, **variables: str) -> Served:
     """Start `persea serve` on a free port in its own process; the caller ends it."""
-    said = Path(tempfile.mkdtemp()) / "said"
+    log_path = Path(tempfile.mkdtemp()) / "said"
     arguments = ("serve", str(model), "--port", "0", "--threads", "1", *options)
-    process = warm().Process(target=_enter, args=(arguments, str(said), variables), daemon=True)
+    process = warm().Process(target=_enter, args=(arguments, str(log_path), variables), daemon=True)
     process.start()
     until = time.monotonic() + 120
     while time.monotonic() < until:
         line = (
-            next((row for row in said.read_text().splitlines() if " listens on " in row), "")
-            if said.exists()
+            next((row for row in log_path.read_text().splitlines() if " listens on " in row), "")
+            if log_path.exists()
             else ""
         )
         if line:
@@ -65,7 +65,7 @@ def start_serve(model: Path, *options: str, **variables: str) -> Served:
                 return Served(url, process)
             except httpx2.TransportError:
                 pass
-        assert process.is_alive(), said.read_text()
+        assert process.is_alive(), log_path.read_text()
         time.sleep(0.05)
     raise RuntimeError("serve does not answer")
 
@@ -122,23 +122,25 @@ class Script:
         body = json.loads(raw) if raw else None
         self.asked.append((time.monotonic(), scope["path"], body))
         self.headers = dict(scope["headers"])
-        said = self.fault(len(self.asked), scope["path"], body)
-        if said is None:
-            said = self.handler(scope["path"], body)
-        if not isinstance(said, Answer):
-            said = Answer(said if isinstance(said, bytes) else json.dumps(said).encode())
+        response = self.fault(len(self.asked), scope["path"], body)
+        if response is None:
+            response = self.handler(scope["path"], body)
+        if not isinstance(response, Answer):
+            response = Answer(
+                response if isinstance(response, bytes) else json.dumps(response).encode()
+            )
         headers = [
             (b"content-type", b"application/json"),
-            *((k.encode(), v.encode()) for k, v in said.headers),
+            *((k.encode(), v.encode()) for k, v in response.headers),
         ]
-        pieces = said.pieces or ((0.0, said.body),)
-        if said.cut:
+        pieces = response.pieces or ((0.0, response.body),)
+        if response.cut:
             headers.append((b"content-length", str(sum(len(p) for _, p in pieces) + 100).encode()))
-        await send({"type": "http.response.start", "status": said.status, "headers": headers})
+        await send({"type": "http.response.start", "status": response.status, "headers": headers})
         for pause, piece in pieces:
             await asyncio.sleep(pause)
             await send({"type": "http.response.body", "body": piece, "more_body": True})
-        if not said.cut:
+        if not response.cut:
             await send({"type": "http.response.body", "body": b""})
 
 
@@ -164,8 +166,8 @@ def playing(script: Script) -> Iterator[Script]:
         thread.join(10)
 
 
-def events(*said: Any) -> bytes:
+def events(*values: Any) -> bytes:
     """Return all events of a stream."""
     return (
-        b"".join(b"data: " + json.dumps(e).encode() + b"\n\n" for e in said) + b"data: [DONE]\n\n"
+        b"".join(b"data: " + json.dumps(e).encode() + b"\n\n" for e in values) + b"data: [DONE]\n\n"
     )

@@ -220,7 +220,9 @@ def frequency(seed: int, width: int) -> np.ndarray:
     return counts / counts.sum()
 
 
-def lost(p: np.ndarray, rows: SparseDistributions, spread: np.ndarray) -> np.ndarray:
+def kl_of_reconstruction(
+    p: np.ndarray, rows: SparseDistributions, spread: np.ndarray
+) -> np.ndarray:
     """KL(p || reconstruction), computed token by token."""
     q = dense(rows, p.shape[1])
     for n in range(len(p)):
@@ -261,7 +263,7 @@ def test_the_fewest_likeliest_entries_within_the_kl(
     ) == (np.int64, np.int32, np.float32, np.float32)
     assert (np.diff(rows.offsets_N1) >= 1).all()
     assert q.sum(1).max() <= 1 + 1e-3
-    assert lost(p, rows, spread).max() <= kl + 2e-5
+    assert kl_of_reconstruction(p, rows, spread).max() <= kl + 2e-5
     for k in range(n):
         span = slice(rows.offsets_N1[k], rows.offsets_N1[k + 1])
         named = rows.ids_M[span]
@@ -276,7 +278,7 @@ def test_the_fewest_likeliest_entries_within_the_kl(
                 p[k, fewer].astype(np.float32),
                 np.zeros(1, np.float32),
             )
-            assert lost(p[k : k + 1], exact, spread)[0] > kl - 0.003
+            assert kl_of_reconstruction(p[k : k + 1], exact, spread)[0] > kl - 0.003
         bins = np.log(rows.probs_M[span].astype(np.float64)) / -LOGPROB_STEP_NATS
         assert np.abs(bins - np.rint(bins)).max() < 2e-3  # on the codec's grid
         if real[k] in named:

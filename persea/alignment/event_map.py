@@ -50,6 +50,14 @@ class EventMap:
         teacher_mask: Finds teacher tokens that are impossible at a boundary of the student; None if
             both have the same tokenizer.
         student_mask: Finds student tokens that are impossible at a boundary of the teacher.
+
+    Example:
+        >>> import persea
+        >>> teacher = persea.load_renderer("saplings/qwen-sapling")
+        >>> student = persea.load_renderer("saplings/llama-sapling")
+        >>> emap = persea.event_map(teacher=teacher, student=student)
+        >>> emap.teacher_event_W[teacher.stop_ids[0]] == emap.student_event_V[student.stop_ids[0]]
+        np.True_
     """
 
     teacher_event_W: npt.NDArray[np.int32]

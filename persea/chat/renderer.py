@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cached_property
@@ -18,6 +18,7 @@ from itertools import count
 import numpy as np
 import numpy.typing as npt
 
+from persea.chat.byte_offsets import TextRun, part_offsets, token_table
 from persea.chat.family import Family
 from persea.chat.messages import (
     PINNED_DATE,
@@ -299,7 +300,7 @@ class ChatRenderer:
     ) -> RenderedTokens:
         self._check_message_parts(conversation)
         normalised = self.family.normalise(conversation)
-        part_offsets = _part_offsets(conversation, normalised, self._has_bytes, self.family.name)
+        offsets = part_offsets(conversation, normalised, self._has_bytes, self.family.name)
         segments = self._split_segments(normalised, add_generation_prompt)
         full = "".join(t for t, _ in segments)
         answer_start = len(full)
@@ -325,15 +326,13 @@ class ChatRenderer:
         encoded = iter(self.vocabulary.encode_batch([r.text for r in runs if r.control_id is None]))
         columns: list[npt.NDArray[np.int64]] = []
         turn_end = max(
-            (part_offsets[i] + len(t.encode()) for t, i in segments if i is not None), default=0
+            (offsets[i] + len(t.encode()) for t, i in segments if i is not None), default=0
         )
         stopped = False
         for run in runs:
             if run.control_id is None:
                 columns.append(
-                    _token_table(
-                        self.vocabulary, next(encoded), run, part_offsets, answer_start, stopped
-                    )
+                    token_table(self.vocabulary, next(encoded), run, offsets, answer_start, stopped)
                 )
                 continue
             in_answer = run.start_char >= answer_start and not stopped
@@ -355,7 +354,7 @@ class ChatRenderer:
         names = sorted(self.vocabulary.control_token_ids, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
-    def _split_runs(self, segments: Sequence[tuple[str, int | None]]) -> Iterator[_TextRun]:
+    def _split_runs(self, segments: Sequence[tuple[str, int | None]]) -> Iterator[TextRun]:
         """Yield the control tokens of the template text, and the runs of text between them.
 
         One token may cover text of several segments within a run.
@@ -371,69 +370,15 @@ class ChatRenderer:
             for match in self._control_pattern.finditer(segment):
                 text += segment[position : match.start()]
                 if text:
-                    yield _TextRun(None, text, start, tuple(spans))
-                yield _TextRun(
+                    yield TextRun(None, text, start, tuple(spans))
+                yield TextRun(
                     self.vocabulary.control_token_ids[match.group()], "", char + match.start(), ()
                 )
                 text, spans, position, start = "", [], match.end(), char + match.end()
             text += segment[position:]
             char += len(segment)
         if text:
-            yield _TextRun(None, text, start, tuple(spans))
-
-
-@dataclass(frozen=True)
-class _TextRun:
-    """A control token, or a run of text between control tokens.
-
-    Attributes:
-        control_id: Id of the control token; None for text.
-        text: The text; "" for a control token.
-        start_char: Index of the first character in the rendering.
-        content_spans: (first byte, last byte + 1, part index) of each content part within the text.
-    """
-
-    control_id: int | None
-    text: str
-    start_char: int
-    content_spans: tuple[tuple[int, int, int], ...]
-
-
-def _token_table(
-    vocabulary: Vocabulary,
-    ids: Sequence[int],
-    run: _TextRun,
-    part_offsets: Mapping[int, int],
-    answer_start: int,
-    turn_ended: bool,
-) -> npt.NDArray[np.int64]:
-    """Return int64 [tokens, 4]: id, start and end in content bytes (-1 for none), in the loss mask.
-
-    A token that also covers template text has no start: `.` and the line break at the end of a
-    thought are often one token, and a teacher that predicts `.` alone predicts another token.
-    """
-    ends = np.cumsum(vocabulary.lengths_W[np.asarray(ids, np.int64)])
-    starts = ends - vocabulary.lengths_W[np.asarray(ids, np.int64)]
-    table = np.full((len(ids), 4), -1, np.int64)
-    table[:, 0] = ids
-    answer_byte = len(run.text[: max(0, answer_start - run.start_char)].encode())
-    if ((starts < answer_byte) & (ends > answer_byte)).any():
-        answer = run.text.encode()[answer_byte : answer_byte + 20].decode(errors="replace")
-        raise DataError(
-            f"one token covers the end of the prompt and the start of the answer {answer!r}",
-            where=vocabulary.name,
-            remedy="no model can generate this answer after this prompt; leave it out",
-        )
-    table[:, 3] = (starts >= answer_byte) & (not turn_ended)
-    content_bytes = np.zeros(len(ids), np.int64)  # bytes of content in each token
-    for a, b, part in run.content_spans:
-        starts_inside = (starts >= a) & (starts < b)
-        table[starts_inside, 1] = starts[starts_inside] - a + part_offsets[part]
-        touches = (ends > a) & (starts < b)
-        table[touches, 2] = np.minimum(ends[touches], b) - a + part_offsets[part]
-        content_bytes += np.clip(np.minimum(ends, b) - np.maximum(starts, a), 0, None)
-    table[content_bytes < ends - starts, 1] = -1
-    return table
+            yield TextRun(None, text, start, tuple(spans))
 
 
 def _insert_prompt_only_suffix(
@@ -464,29 +409,6 @@ def _is_well_formed(message: Message) -> bool:
 def _placeholder(text: str, part: ContentPart) -> str:
     """Return the placeholder for a part's text; templates need JSON objects for arguments."""
     return f'{{"{text}": 0}}' if isinstance(part, ToolCall) else text
-
-
-def _part_offsets(
-    original: Conversation,
-    normalised: Conversation,
-    has_bytes: Callable[[ContentPart], bool],
-    family: str,
-) -> dict[int, int]:
-    """Return part index -> offset of its first retained byte in the original content."""
-    offsets: dict[int, int] = {}
-    position = 0
-    pairs = zip(original.parts(), normalised.parts(), strict=True)
-    for i, (full, part) in enumerate(pairs):
-        offset = full.text.find(part.text) if has_bytes(part) else 0
-        if offset < 0:
-            raise DataError(
-                f"content part {i} was rewritten, not trimmed",
-                where=family,
-                remedy="a family may drop or trim content, nothing else",
-            )
-        offsets[i] = position + len(full.text[:offset].encode())
-        position += len(full.text.encode()) + 1
-    return offsets
 
 
 def _replace_texts(conversation: Conversation, texts: Mapping[int, str]) -> Conversation:

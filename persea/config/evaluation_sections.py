@@ -80,7 +80,7 @@ class BenchmarkSection(RecipeSection):
 
 
 class GradingSection(RecipeSection):
-    """Limits that can decide a grade of a published benchmark (persea.tasks.benchmarks.benchmark)."""
+    """Limits that can decide a grade of a published benchmark (persea.tasks.benchmarks)."""
 
     max_answer_chars: int = Field(
         default=200_000,

@@ -32,6 +32,7 @@ from persea.config.section import (
 )
 from persea.config.training_sections import (
     LossBalancing,
+    LossTerm,
     LRSchedule,
     OnPolicySection,
     TrainingSection,
@@ -56,6 +57,7 @@ __all__ = [
     "LRSchedule",
     "LoraSection",
     "LossBalancing",
+    "LossTerm",
     "ModelRef",
     "OnPolicySection",
     "RandomModelSection",

@@ -73,6 +73,37 @@ class OnPolicySection(RecipeSection):
         description="answers cut off at `max_new_tokens`: keep = train on them, drop = leave them "
         "out",
     )
+    min_candidate_prob: float = Field(
+        default=1e-4,
+        ge=0,
+        lt=1,
+        description="tokens of at least this probability are tested for impossibility at a common "
+        "boundary; 0 = all tokens, which takes seconds a boundary",
+    )
+    min_loop_repeats: int = Field(
+        default=4,
+        ge=2,
+        le=MAX_COUNT,
+        description="repetitions in a row after which an answer counts as a loop and is left out",
+    )
+    max_loop_period: int = Field(
+        default=64, ge=1, le=MAX_COUNT, description="longest repeated stretch, in tokens"
+    )
+    min_loop_tokens: int = Field(
+        default=12,
+        ge=1,
+        le=MAX_COUNT,
+        description="least tokens of a loop: 'ha ha ha ha' is no loop",
+    )
+
+
+class LossTerm(RecipeSection):
+    """One loss of a weighted sum. The names are those of `persea.losses.LOSSES`."""
+
+    name: str = Field(
+        pattern=r"^[a-z][a-z0-9_]*$", description="name of the loss, such as event_kl"
+    )
+    weight: float = Field(default=1.0, gt=0, le=MAX_COUNT, description="factor of the loss")
 
 
 class TrainingSection(RecipeSection):
@@ -101,6 +132,11 @@ class TrainingSection(RecipeSection):
         default="events",
         description="events = the teachers' distributions and their text; sft = their text alone "
         "(supervised fine-tuning)",
+    )
+    loss: tuple[LossTerm, ...] = Field(
+        default=(),
+        description="weighted sum of losses instead of `objective` and `event_weight`, such as "
+        "[{name: event_kl, weight: 0.7}, {name: cross_entropy, weight: 0.3}]",
     )
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32",
@@ -176,6 +212,40 @@ class TrainingSection(RecipeSection):
         description="weight of a position: none = all equal; deviation = by the scale of its "
         "teacher's and skill's losses, so that none dominates",
     )
+    balance_half_life_steps: float = Field(
+        default=50,
+        gt=0,
+        le=MAX_COUNT,
+        description="loss balancing: steps after which a step's losses count for half",
+    )
+    balance_max_ratio: float = Field(
+        default=2.0,
+        ge=1,
+        le=MAX_COUNT,
+        description="loss balancing: largest weight of a group relative to equal weights, and the "
+        "inverse of the smallest",
+    )
+    balance_prior_tokens: float = Field(
+        default=200,
+        ge=0,
+        le=MAX_COUNT,
+        description="loss balancing: tokens at the overall scale that every group starts with",
+    )
+    min_learning_rate_ratio: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="last learning rate as a share of the peak",
+    )
+    adam_beta1: float = Field(
+        default=0.9, ge=0, lt=1, description="AdamW: decay of the mean of gradients"
+    )
+    adam_beta2: float = Field(
+        default=0.98, ge=0, lt=1, description="AdamW: decay of the mean of squared gradients"
+    )
+    adam_epsilon: float = Field(
+        default=1e-8, gt=0, le=1, description="AdamW: added to the root of that mean"
+    )
     report_to: Literal["tensorboard", "trackio", "wandb"] | None = Field(
         default=None, description="tracker that receives the metrics too"
     )
@@ -237,14 +307,46 @@ class TrainingSection(RecipeSection):
             ),
         )
 
+    @property
+    def loss_terms(self) -> tuple[tuple[str, float], ...]:
+        """Name and weight of each loss, also where `objective` and `event_weight` give them."""
+        if self.loss:
+            return tuple((term.name, term.weight) for term in self.loss)
+        if self.objective == "sft" or not self.event_weight:
+            return (("cross_entropy", 1.0),)
+        terms = (("event_kl", self.event_weight), ("cross_entropy", 1 - self.event_weight))
+        return tuple((name, weight) for name, weight in terms if weight)
+
     @model_validator(mode="after")
     def _check_objective(self) -> Self:
+        uses_targets = any(name != "cross_entropy" for name, _ in self.loss_terms)
+        given = self.model_fields_set & {"objective", "event_weight"} if self.loss else set()
+        names = [term.name for term in self.loss]
         return check_contradictions(
             self,
             (
-                self.objective == "sft" and self.partial_tokens,
+                self.partial_tokens and self.objective == "sft",
                 ("partial_tokens",),
                 "given, but `objective` is sft",
                 "write `objective: events`, or delete `partial_tokens:`",
+            ),
+            (
+                self.partial_tokens and bool(self.loss) and not uses_targets,
+                ("partial_tokens",),
+                "given, but `loss` has no loss of the teachers' distributions",
+                "add event_kl, or delete `partial_tokens:`",
+            ),
+            (
+                bool(given),
+                ("loss",),
+                f"given beside {' and '.join(f'`{key}`' for key in sorted(given))}",
+                f"delete {' and '.join(f'`{key}:`' for key in sorted(given))}; the weights of "
+                "`loss` replace them",
+            ),
+            (
+                len(set(names)) < len(names),
+                ("loss",),
+                "a loss is named twice",
+                "add the weights and name it once",
             ),
         )

@@ -1,19 +1,19 @@
-"""Losses from hidden states and the language model's head: no matrix of logits, and the gradient is known when the loss is.
+"""Losses from hidden states and the language-model head, without a full matrix of logits.
 
-Positions pass through the head a chunk at a time. A chunk's logits are overwritten by their own gradient, from which come its
-hidden states' gradient and its part of the weight's: three matrix products for targets that are given, as many as cross-entropy
-from whole logits, and a fourth where a teacher's own head is run beside. What is needed at once is the logits of one chunk
-(WORKSPACE), whatever the number of positions and teachers. The losses are those on logits (`composed`, `full`): the same functions
-say what a chunk costs.
+Positions pass through the head a chunk at a time. The logits of a chunk are overwritten by their
+gradient, from which the gradients of the hidden states and of the weight follow: three matrix
+products, as many as cross-entropy from full logits needs, and a fourth where a teacher's own head
+runs too. Memory is that of the logits of one chunk (MAX_CHUNK_BYTES), whatever the number of
+positions and teachers. The losses are those on logits (`event_kl_loss`, `event_divergence_loss`):
+the same functions compute the loss of a chunk.
 
-The weight is an ordinary input whose gradient flows back through autograd: hooks of DDP fire. It must be whole: a sharded one
-(DTensor) is refused.
+The weight is an ordinary input whose gradient flows through autograd, so hooks of DDP fire. The
+weight must be whole: a sharded one (DTensor) is refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
@@ -23,9 +23,10 @@ from torch.autograd.function import once_differentiable
 
 from persea.distributions import DistributionKind
 from persea.errors import DataError
-from persea.losses.divergence import Divergence, LossOutput, divergence_with_gradient
+from persea.losses.divergence import Divergence, divergence_with_gradient
 from persea.losses.event_divergence import MaskedEventMap, event_divergence_per_token
 from persea.losses.event_kl import event_kl_metrics, event_kl_per_token, row_slices
+from persea.losses.loss import LMHead, LossOutput
 from persea.losses.matmul import (
     accumulate_weight_gradient,
     max_padded_rows,
@@ -35,44 +36,14 @@ from persea.losses.matmul import (
 )
 from persea.losses.targets import BatchTargets, split_targets
 
-MAX_CHUNK_BYTES = {
-    "cpu": 59 << 20,
-    "cuda": 768 << 20,
-}  # bytes of a chunk's logits, teacher's included; 64 MiB and 1 GiB hold what stands beside
+# Bytes of the logits of a chunk, teacher's included; with the tensors beside them 64 MiB and 1 GiB.
+MAX_CHUNK_BYTES = {"cpu": 59 << 20, "cuda": 768 << 20}
 PerTokenTensors = tuple[torch.Tensor, ...]
-ChunkLossFn = Callable[
-    [torch.Tensor, int, slice], PerTokenTensors
-]  # (a chunk's logits, its number, its positions) -> by position; the first is the loss
-
-
-@dataclass(frozen=True, eq=False)
-class LMHead:
-    """From hidden states to logits: l = cap tanh(z / cap), z = scale (h W^T + b); cap = 0: l = z.
-
-    weight_VD   whole; its rows past `vocabulary` are padding and get no gradient
-    """
-
-    weight_VD: torch.Tensor
-    vocab_size: int
-    bias_V: torch.Tensor | None = None
-    logit_scale: float = 1.0
-    logit_softcap: float = 0.0
-
-    def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """[N, vocabulary], float32 (float64 of float64): differentiable, and as large as it looks."""
-        bias_V = None if self.bias_V is None else self.bias_V[: self.vocab_size]
-        logits_NV = (
-            torch.nn.functional.linear(
-                hidden_ND, self.weight_VD[: self.vocab_size].to(hidden_ND.dtype), bias_V
-            )
-            * self.logit_scale
-        )
-        logits_NV = logits_NV if logits_NV.dtype is torch.float64 else logits_NV.float()
-        return (
-            self.logit_softcap * torch.tanh(logits_NV / self.logit_softcap)
-            if self.logit_softcap
-            else logits_NV
-        )
+# (logits of a chunk, number of the chunk, its positions) -> tensors by position, the loss first.
+# The function overwrites the logits by the gradient of the summed loss.
+ChunkLossFn = Callable[[torch.Tensor, int, slice], PerTokenTensors]
+# (logits of a chunk, labels, targets of each teacher) -> loss of each position, differentiable
+TokenLossFn = Callable[[torch.Tensor, torch.Tensor, Sequence[BatchTargets]], torch.Tensor]
 
 
 def event_kl_loss_from_hidden(
@@ -83,36 +54,79 @@ def event_kl_loss_from_hidden(
     event_weight: float,
     weight_N: torch.Tensor | None = None,
 ) -> LossOutput:
-    """`composed` from hidden states; without teachers it is cross-entropy.
+    """Compute `event_kl_loss` from hidden states; without targets it is cross-entropy.
 
-    hidden_ND  what the head is given at the N learned positions
-    weight_N   of each position's loss, before the mean over N; None = 1
-    Raises DataError as `composed` does, and for a weight that is not whole or of another width.
+    Args:
+        hidden_ND: hidden states before the head at the N supervised positions.
+        head: the language-model head.
+        labels_N: int64 student tokens at these positions.
+        targets: targets of each teacher.
+        event_weight: weight of the event term, in [0, 1].
+        weight_N: weight of each position's loss before the mean over N; None = 1.
+
+    Raises:
+        DataError: as `event_kl_loss`, and for a head whose weight is sharded or of another width.
     """
     bounds = _chunk_bounds(head, hidden_ND, head.vocab_size)
     labels_N = labels_N.to(hidden_ND.device)
-    parts = [split_targets(said, bounds) for said in targets]
-    rests = any(said.kind is DistributionKind.TOPK for said in targets)
+    parts = [split_targets(one, bounds) for one in targets]
+    has_rest = any(one.kind is DistributionKind.TOPK for one in targets)
 
-    def rows(logits_CV: torch.Tensor, k: int, some: slice) -> PerTokenTensors:
-        if not rests and can_use_triton(logits_CV):
+    def chunk_loss(logits_CV: torch.Tensor, k: int, positions: slice) -> PerTokenTensors:
+        targets_C = [part[k] for part in parts]
+        if not has_rest and can_use_triton(logits_CV):
             from persea.losses.triton_kernels import triton_event_kl
 
-            return triton_event_kl(
-                logits_CV, labels_N[some], [part[k] for part in parts], event_weight
-            )
-        known = event_kl_per_token(
-            logits_CV, labels_N[some], [part[k] for part in parts], event_weight
+            return triton_event_kl(logits_CV, labels_N[positions], targets_C, event_weight)
+        per_token = event_kl_per_token(logits_CV, labels_N[positions], targets_C, event_weight)
+        per_token.write_gradient(logits_CV, logits_CV)
+        return (
+            per_token.loss_N,
+            per_token.cross_entropy_N,
+            per_token.event_loss_N,
+            per_token.supervised_N,
         )
-        known.write_gradient(logits_CV, logits_CV)
-        return known.loss_N, known.cross_entropy_N, known.event_loss_N, known.supervised_N
 
-    loss, pull_N, (loss_N, text_N, events_N, spoken_N) = _chunked_head_loss(
-        hidden_ND, head, bounds, rows, weight_N
+    loss, grad_norm_N, (loss_N, *terms) = _chunked_head_loss(
+        hidden_ND, head, bounds, chunk_loss, weight_N
     )
-    return LossOutput(
-        loss, event_kl_metrics(text_N, events_N, spoken_N), len(labels_N), loss_N, pull_N
-    )
+    return LossOutput(loss, event_kl_metrics(*terms), len(labels_N), loss_N, grad_norm_N)
+
+
+def token_loss_from_hidden(
+    hidden_ND: torch.Tensor,
+    head: LMHead,
+    labels_N: torch.Tensor,
+    targets: Sequence[BatchTargets],
+    token_loss_fn: TokenLossFn,
+    name: str,
+    weight_N: torch.Tensor | None = None,
+) -> LossOutput:
+    """Compute the mean of any differentiable per-token loss from hidden states.
+
+    Args:
+        hidden_ND: hidden states before the head at the N supervised positions.
+        head: the language-model head.
+        labels_N: int64 student tokens at these positions.
+        targets: targets of each teacher.
+        token_loss_fn: loss of each position of a chunk, [C], nats; differentiable in the logits.
+        name: key of the loss among the metrics.
+        weight_N: weight of each position's loss before the mean over N; None = 1.
+    """
+    bounds = _chunk_bounds(head, hidden_ND, head.vocab_size)
+    labels_N = labels_N.to(hidden_ND.device)
+    parts = [split_targets(one, bounds) for one in targets]
+
+    def chunk_loss(logits_CV: torch.Tensor, k: int, positions: slice) -> PerTokenTensors:
+        with torch.enable_grad():
+            leaf_CV = logits_CV.detach().clone().requires_grad_()
+            loss_C = token_loss_fn(leaf_CV, labels_N[positions], [part[k] for part in parts])
+            (grad_CV,) = torch.autograd.grad(loss_C.sum(), leaf_CV)
+        logits_CV.copy_(grad_CV)
+        return (loss_C.detach(),)
+
+    loss, grad_norm_N, (loss_N,) = _chunked_head_loss(hidden_ND, head, bounds, chunk_loss, weight_N)
+    return LossOutput(loss, {name: loss_N.mean()}, len(labels_N), loss_N, grad_norm_N)
 
 
 def divergence_loss_from_hidden(
@@ -123,11 +137,20 @@ def divergence_loss_from_hidden(
     divergence: Divergence = Divergence.FORWARD,
     weight_N: torch.Tensor | None = None,
 ) -> LossOutput:
-    """Mean divergence from a teacher's whole distributions, nats per position.
+    """Compute the mean divergence from a teacher's whole distributions, nats per position.
 
-    teacher  its natural log-probabilities [N, W], or its hidden states [N, D'] and its head (a teacher in the loop: one product more)
-    sides    how two vocabularies lie over each other (`full`); None = the vocabulary is the same
-    Raises DataError where sides have other columns than tokens, or nothing both can say.
+    Args:
+        hidden_ND: hidden states of the student before its head at N positions.
+        head: the student's head.
+        teacher: natural log-probabilities [N, W], or the teacher's hidden states [N, D'] and its
+            head (one matrix product more).
+        masked_map: event map and impossible tokens; None = both share one vocabulary.
+        divergence: which divergence.
+        weight_N: weight of each position's loss before the mean over N; None = 1.
+
+    Raises:
+        DataError: if a side has another number of columns than its tokenizer has tokens, or if no
+            event is left at a position that both sides can produce.
     """
     teacher_NX, columns = (
         (teacher, teacher.shape[1])
@@ -136,19 +159,22 @@ def divergence_loss_from_hidden(
     )
     if len(teacher_NX) != len(hidden_ND) or (masked_map is None and columns != head.vocab_size):
         raise DataError(
-            f"{len(teacher_NX)} positions of {columns} tokens to teach {len(hidden_ND)} of {head.vocab_size}",
+            f"the teacher has {len(teacher_NX)} positions of {columns} tokens, "
+            f"the student {len(hidden_ND)} of {head.vocab_size}",
             where="losses",
-            remedy="between different vocabularies a bridge is needed",
+            remedy="different vocabularies need an event map",
         )
     bounds = _chunk_bounds(head, hidden_ND, head.vocab_size + columns)
-    run = (
+    teacher_head = (
         None if isinstance(teacher, torch.Tensor) else _ChunkLogits(teacher[1], teacher_NX, bounds)
     )
     masked_map = masked_map and masked_map.sorted_by_row()
 
-    def rows(logits_CV: torch.Tensor, k: int, some: slice) -> PerTokenTensors:
+    def chunk_loss(logits_CV: torch.Tensor, k: int, positions: slice) -> PerTokenTensors:
         teacher_CW = (
-            run.logits(some) if run is not None else teacher_NX[some].to(logits_CV, copy=True)
+            teacher_NX[positions].to(logits_CV, copy=True)
+            if teacher_head is None
+            else teacher_head.logits(positions)
         )
         if (masked_map is None or masked_map.is_same_vocabulary) and can_use_triton(logits_CV):
             from persea.losses.triton_kernels import triton_divergence
@@ -158,40 +184,38 @@ def divergence_loss_from_hidden(
             return (
                 torch.cat(
                     [
-                        divergence_with_gradient(logits_CV[few], teacher_CW[few], divergence)
-                        for few in row_slices(*logits_CV.shape)
+                        divergence_with_gradient(logits_CV[rows], teacher_CW[rows], divergence)
+                        for rows in row_slices(*logits_CV.shape)
                     ]
                 ),
             )
-        out = []
-        for few in row_slices(len(logits_CV), logits_CV.shape[1] + columns):
+        losses = []
+        for rows in row_slices(len(logits_CV), logits_CV.shape[1] + columns):
             with torch.enable_grad():
-                leaf_FV = (
-                    logits_CV[few].detach().requires_grad_()
-                )  # read once: its gradient is made of sums over events
-                here = slice(some.start + few.start, some.start + few.stop)
+                # read before it is overwritten: the gradient is made of sums over events
+                leaf_FV = logits_CV[rows].detach().requires_grad_()
+                part = slice(positions.start + rows.start, positions.start + rows.stop)
                 loss_F = event_divergence_per_token(
-                    leaf_FV, teacher_CW[few], masked_map, divergence, here
+                    leaf_FV, teacher_CW[rows], masked_map, divergence, part
                 )
-                (logits_CV[few],) = torch.autograd.grad(loss_F.sum(), leaf_FV)
-            out.append(loss_F.detach())
-        return (torch.cat(out),)
+                (logits_CV[rows],) = torch.autograd.grad(loss_F.sum(), leaf_FV)
+            losses.append(loss_F.detach())
+        return (torch.cat(losses),)
 
-    loss, pull_N, (loss_N,) = _chunked_head_loss(hidden_ND, head, bounds, rows, weight_N)
-    return LossOutput(
-        loss, {divergence.value: float(loss_N.mean())}, len(hidden_ND), loss_N, pull_N
-    )
+    loss, grad_norm_N, (loss_N,) = _chunked_head_loss(hidden_ND, head, bounds, chunk_loss, weight_N)
+    metrics = {divergence.metric_name: loss_N.mean()}
+    return LossOutput(loss, metrics, len(hidden_ND), loss_N, grad_norm_N)
 
 
 def can_use_triton(logits_CV: torch.Tensor) -> bool:
-    """Whether Triton's kernels take these logits (torch brings Triton along where it brings CUDA)."""
+    """Return whether the Triton kernels take these logits (CUDA builds of torch bring Triton)."""
     return (
         logits_CV.is_cuda and logits_CV.dtype is torch.float32 and find_spec("triton") is not None
     )
 
 
 def _chunk_bounds(head: LMHead, hidden_ND: torch.Tensor, columns: int) -> list[int]:
-    """Where chunks of positions begin and end: of as many positions as WORKSPACE holds rows of so many columns, the last of what is left."""
+    """Return the edges of chunks: as many positions each as MAX_CHUNK_BYTES holds rows."""
     _refuse_head_shapes(head, hidden_ND)
     dtype = _matmul_dtype(hidden_ND)
     size = 8 if dtype is torch.float64 else 4
@@ -203,8 +227,10 @@ def _chunk_bounds(head: LMHead, hidden_ND: torch.Tensor, columns: int) -> list[i
 
 
 def _matmul_dtype(hidden_ND: torch.Tensor) -> torch.dtype:
-    """Half precision is multiplied as it is on a GPU, with sums in float32; on a CPU in float32, through a copy of the weight where that is
-    half.
+    """Return the dtype of matrix products.
+
+    A GPU multiplies half precision as it is, with float32 sums. A CPU multiplies in float32, with a
+    float32 copy of a half-precision weight.
     """
     exact = hidden_ND.device.type == "cpu" or hidden_ND.dtype is torch.float32
     return (
@@ -217,12 +243,13 @@ def _matmul_dtype(hidden_ND: torch.Tensor) -> torch.dtype:
 
 
 def _refuse_head_shapes(head: LMHead, hidden_ND: torch.Tensor) -> None:
+    """Raise DataError for a sharded weight, mismatched shapes, or a device without support."""
     weight_VD = head.weight_VD
     if type(weight_VD) not in (torch.Tensor, torch.nn.Parameter):
         raise DataError(
             f"the head's weight is a {type(weight_VD).__name__}, not a whole matrix",
             where="losses",
-            remedy="gather it first (DTensor.full_tensor), or leave the head out of what is sharded",
+            remedy="gather it first (DTensor.full_tensor), or do not shard the head",
         )
     if (
         not len(hidden_ND)
@@ -231,9 +258,10 @@ def _refuse_head_shapes(head: LMHead, hidden_ND: torch.Tensor) -> None:
         or weight_VD.shape[0] < head.vocab_size
     ):
         raise DataError(
-            f"hidden states {tuple(hidden_ND.shape)} for a head {tuple(weight_VD.shape)} of {head.vocab_size} tokens",
+            f"hidden states {tuple(hidden_ND.shape)} "
+            f"for a head {tuple(weight_VD.shape)} of {head.vocab_size} tokens",
             where="losses",
-            remedy="give [positions, width] of what is learned, at least one position",
+            remedy="pass [positions, hidden size] of at least one supervised position",
         )
     if hidden_ND.device.type not in MAX_CHUNK_BYTES:
         raise DataError(
@@ -244,7 +272,10 @@ def _refuse_head_shapes(head: LMHead, hidden_ND: torch.Tensor) -> None:
 
 
 class _ChunkLogits:
-    """A head run over chunks of hidden states into the same memory again and again, with as many rows of zeros more as products want."""
+    """Applies a head to chunks of hidden states, reusing one buffer, with rows of zeros as padding.
+
+    The padding rounds the number of rows up for oneDNN (matmul.py).
+    """
 
     def __init__(self, head: LMHead, hidden_ND: torch.Tensor, bounds: Sequence[int]) -> None:
         self.dtype = _matmul_dtype(hidden_ND)
@@ -259,7 +290,7 @@ class _ChunkLogits:
         )
 
     def padded_hidden(self, positions: slice, factor_C: torch.Tensor | None = None) -> torch.Tensor:
-        """[P, D]: each position's times its factor, then zeros."""
+        """Return hidden states [P, D], each times its factor, then rows of zeros."""
         hidden_CD = self.hidden_ND[positions].to(self.dtype)
         hidden_CD = (
             hidden_CD if factor_C is None else (hidden_CD * factor_C[:, None]).to(self.dtype)
@@ -269,15 +300,15 @@ class _ChunkLogits:
         )
 
     def padded_gradient(self, grad_CV: torch.Tensor) -> torch.Tensor:
-        """[P, vocabulary]: the gradient of the logits that stand, then zeros."""
+        """Return the gradient [P, V] that was written over the logits, then rows of zeros."""
         if self.is_half:
             return grad_CV.to(self.dtype)
-        wide_PV = self.buffer_PV[: padded_rows(len(grad_CV), self.weight_VD)]
-        wide_PV[len(grad_CV) :] = 0
-        return wide_PV
+        padded_PV = self.buffer_PV[: padded_rows(len(grad_CV), self.weight_VD)]
+        padded_PV[len(grad_CV) :] = 0
+        return padded_PV
 
     def logits(self, positions: slice) -> torch.Tensor:
-        """[C, vocabulary], float32 or float64; stands until the next call."""
+        """Return logits [C, V], float32 or float64; the next call overwrites them."""
         hidden_PD = self.padded_hidden(positions)
         if self.is_half:
             logits_CV = torch.mm(hidden_PD, self.weight_VD.T, out_dtype=torch.float32)
@@ -296,7 +327,10 @@ class _ChunkLogits:
 
 
 class _ChunkedHeadLoss(torch.autograd.Function):
-    """The weighted mean of what chunks cost; gradients are made in the forward pass and handed out, once, in the backward pass."""
+    """Weighted mean of the per-token losses of all chunks.
+
+    The forward pass computes the gradients too; the backward pass returns them, once.
+    """
 
     @staticmethod
     def forward(
@@ -311,40 +345,41 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         outputs: list[PerTokenTensors],
         grad_norms: list[torch.Tensor],
     ) -> torch.Tensor:
-        run = _ChunkLogits(head, hidden_ND, bounds)
-        wants = ctx.needs_input_grad[:3]
-        sums = torch.float64 if run.dtype is torch.float64 else torch.float32
-        hidden_grad_ND = torch.empty_like(hidden_ND) if wants[0] else None
+        chunks = _ChunkLogits(head, hidden_ND, bounds)
+        needs_grad = ctx.needs_input_grad[:3]
+        sums = torch.float64 if chunks.dtype is torch.float64 else torch.float32
+        hidden_grad_ND = torch.empty_like(hidden_ND) if needs_grad[0] else None
         weight_grad_VD = (
-            torch.empty(weight_VD.shape, dtype=sums, device=hidden_ND.device) if wants[1] else None
+            torch.empty(weight_VD.shape, dtype=sums, device=hidden_ND.device)
+            if needs_grad[1]
+            else None
         )
         if weight_grad_VD is not None:
-            weight_grad_VD[head.vocab_size :] = (
-                0  # the first chunk overwrites the rest: a pass over the largest matrix less
-            )
+            # the first chunk overwrites the other rows, which saves a pass over the largest matrix
+            weight_grad_VD[head.vocab_size :] = 0
         bias_grad_V = (
-            torch.zeros_like(bias_V, dtype=sums) if bias_V is not None and wants[2] else None
+            torch.zeros_like(bias_V, dtype=sums) if bias_V is not None and needs_grad[2] else None
         )
         for k, (begin, end) in enumerate(pairwise(bounds)):
-            some = slice(begin, end)
-            pull_CV = run.logits(some)
-            slope_CV = 1 - (pull_CV / head.logit_softcap).square_() if head.logit_softcap else None
-            outputs.append(chunk_loss_fn(pull_CV, k, some))
+            positions = slice(begin, end)
+            grad_CV = chunks.logits(positions)  # logits, until chunk_loss_fn overwrites them
+            slope_CV = 1 - (grad_CV / head.logit_softcap).square_() if head.logit_softcap else None
+            outputs.append(chunk_loss_fn(grad_CV, k, positions))
             if slope_CV is not None:
-                pull_CV *= slope_CV
-            factor_C = weight_N[some] * (head.logit_scale / len(weight_N))
+                grad_CV *= slope_CV
+            factor_C = weight_N[positions] * (head.logit_scale / len(weight_N))
             if bias_grad_V is not None:
-                bias_grad_V[: head.vocab_size].addmv_(pull_CV.T, factor_C.to(sums))
-            pull_PV = run.padded_gradient(pull_CV)
+                bias_grad_V[: head.vocab_size].addmv_(grad_CV.T, factor_C.to(sums))
+            grad_PV = chunks.padded_gradient(grad_CV)
             if hidden_grad_ND is not None:
-                hidden_grad_ND[some] = (
-                    project_to_hidden(pull_PV, run.weight_VD)[: end - begin] * factor_C[:, None]
+                hidden_grad_ND[positions] = (
+                    project_to_hidden(grad_PV, chunks.weight_VD)[: end - begin] * factor_C[:, None]
                 )
             if weight_grad_VD is not None:
                 accumulate_weight_gradient(
                     weight_grad_VD[: head.vocab_size],
-                    pull_PV,
-                    run.padded_hidden(some, factor_C),
+                    grad_PV,
+                    chunks.padded_hidden(positions, factor_C),
                     is_first=k == 0,
                 )
         if hidden_grad_ND is not None:
@@ -363,8 +398,8 @@ class _ChunkedHeadLoss(torch.autograd.Function):
     def backward(ctx: Any, out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            raise RuntimeError("a head's gradient can be had once: compute the loss again")
-        if float(out) != 1:
+            raise RuntimeError("backward ran twice on this loss: compute the loss again")
+        if out.device.type != "cpu" or float(out) != 1:  # reading a GPU's value would wait for it
             gradients = [None if g is None else g.mul_(out) for g in gradients]
         return (*gradients, None, None, None, None, None, None)
 
@@ -376,17 +411,16 @@ def _chunked_head_loss(
     chunk_loss_fn: ChunkLossFn,
     weight_N: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, PerTokenTensors]:
-    """(loss, by position its pull where hidden states get a gradient, and what `rows` said of it)."""
-    columns, pulls = list[PerTokenTensors](), list[torch.Tensor]()
+    """Run all chunks: (loss, norm of each hidden state's gradient or None, tensors by position)."""
+    columns, grad_norms = list[PerTokenTensors](), list[torch.Tensor]()
     sums = torch.float64 if hidden_ND.dtype is torch.float64 else torch.float32
     weight_N = (
         torch.ones(len(hidden_ND), dtype=sums, device=hidden_ND.device)
         if weight_N is None
         else weight_N.to(hidden_ND.device, sums)
     )
-    with torch.autocast(
-        hidden_ND.device.type, enabled=False
-    ):  # precision is decided here, product by product
+    # the dtype of each product is decided here, not by autocast
+    with torch.autocast(hidden_ND.device.type, enabled=False):
         loss: torch.Tensor = _ChunkedHeadLoss.apply(  # type: ignore[no-untyped-call]
             hidden_ND,
             head.weight_VD,
@@ -396,10 +430,10 @@ def _chunked_head_loss(
             chunk_loss_fn,
             weight_N,
             columns,
-            pulls,
+            grad_norms,
         )
     return (
         loss,
-        pulls[0] if pulls else None,
+        grad_norms[0] if grad_norms else None,
         tuple(torch.cat(column) for column in zip(*columns, strict=True)),
     )

@@ -1,10 +1,11 @@
-"""Any divergence over common events, from a teacher's whole distributions (rows of kind FULL, a teacher in the loop).
+"""Any divergence over common events, from the teacher's whole distributions (a teacher in the
+loop).
 
-Both sides are masked to what can stand where both tokenizers have a boundary, an event that only one of them can still say is
-dropped, and both are renormalised: they are then conditional distributions of the same future, equal for two exact models of one
-law wherever the maps agree. For training beside
-cross-entropy use `composed`, which needs no normaliser. The same tokenizer on both sides gives the ordinary divergence, bit
-for bit.
+Both sides are masked to the tokens that can follow a boundary of both tokenizers. Events that only
+one side can still produce are dropped, and both sides are renormalised. Both are then conditional
+distributions of the same future: equal for two exact models of one distribution, wherever the event
+maps agree. To train together with cross-entropy use `event_kl_loss`, which needs no normaliser.
+With the same tokenizer on both sides the result is the ordinary divergence, bit for bit.
 """
 
 from __future__ import annotations
@@ -20,20 +21,23 @@ from persea.distributions import DistributionKind
 from persea.errors import DataError
 from persea.losses.divergence import (
     Divergence,
-    LossOutput,
     divergence_loss,
     divergence_with_gradient,
     refuse_divergence,
 )
 from persea.losses.event_kl import row_slices
 from persea.losses.event_sums import ImpossibleTokens, cached_event_groups
+from persea.losses.loss import LossOutput
 
 
 @dataclass(frozen=True, eq=False)
 class MaskedEventMap:
-    """How a teacher's whole distributions lie over a student's.
+    """An event map together with the impossible tokens at N common boundaries.
 
-    student_dead, teacher_dead  what cannot stand (`Mask.dead`); None = no masks
+    Attributes:
+        event_map: event of each token of both vocabularies.
+        student_impossible_tokens: student tokens that cannot follow the boundary; None = no mask.
+        teacher_impossible_tokens: teacher tokens that cannot follow the boundary; None = no mask.
     """
 
     event_map: EventMap
@@ -42,7 +46,7 @@ class MaskedEventMap:
 
     @property
     def is_same_vocabulary(self) -> bool:
-        """Whether both sides are one vocabulary and nothing is masked: then this is the ordinary divergence."""
+        """Whether both sides share one vocabulary without masks (the ordinary divergence)."""
         return (
             self.event_map.is_identity
             and self.student_impossible_tokens is None
@@ -50,12 +54,12 @@ class MaskedEventMap:
         )
 
     def sorted_by_row(self) -> MaskedEventMap:
-        """The same, what is dead in the order of positions."""
+        """Return a copy whose impossible tokens are sorted by position."""
         return MaskedEventMap(
             self.event_map,
             *(
-                None if dead is None else _sorted_by_row(dead)
-                for dead in (self.student_impossible_tokens, self.teacher_impossible_tokens)
+                None if tokens is None else _sorted_by_row(tokens)
+                for tokens in (self.student_impossible_tokens, self.teacher_impossible_tokens)
             ),
         )
 
@@ -70,21 +74,29 @@ def event_divergence_loss(
     student_impossible_tokens: ImpossibleTokens | None = None,
     teacher_impossible_tokens: ImpossibleTokens | None = None,
 ) -> LossOutput:
-    """Mean divergence over events, nats per position.
+    """Compute the mean divergence over events, nats per position.
 
-    logits_NV            student logits at N common boundaries
-    teacher_logprobs_NW  the teacher's natural log-probabilities there
-    student_dead, teacher_dead  what cannot stand (`Mask.dead`); None = no masks
-    kind                 what the teacher's rows are: anything but FULL is refused where the divergence needs more
-    Raises DataError where a side has other columns than the bridge knows tokens, or where nothing can stand at a position.
+    Args:
+        logits_NV: student logits at N common boundaries.
+        teacher_logprobs_NW: natural log-probabilities of the teacher at the same boundaries.
+        event_map: event of each token of both vocabularies.
+        divergence: which divergence.
+        kind: kind of the teacher's distributions; see `refuse_divergence`.
+        student_impossible_tokens: student tokens that cannot follow the boundary; None = no mask.
+        teacher_impossible_tokens: teacher tokens that cannot follow the boundary; None = no mask.
+
+    Raises:
+        DataError: if a side has another number of columns than its tokenizer has tokens, or if no
+            event is left at a position that both sides can produce.
+        RecipeError: if the divergence needs more than distributions of this kind.
     """
     refuse_divergence(kind, divergence)
-    sides = MaskedEventMap(event_map, student_impossible_tokens, teacher_impossible_tokens)
-    if sides.is_same_vocabulary:
+    masked_map = MaskedEventMap(event_map, student_impossible_tokens, teacher_impossible_tokens)
+    if masked_map.is_same_vocabulary:
         _refuse_columns(logits_NV, teacher_logprobs_NW, event_map)
         return divergence_loss(logits_NV, teacher_logprobs_NW, divergence)
-    loss = event_divergence_per_token(logits_NV, teacher_logprobs_NW, sides, divergence).mean()
-    return LossOutput(loss, {divergence.value: float(loss.detach())}, len(logits_NV))
+    loss = event_divergence_per_token(logits_NV, teacher_logprobs_NW, masked_map, divergence).mean()
+    return LossOutput(loss, {divergence.metric_name: loss.detach()}, len(logits_NV))
 
 
 def event_divergence_per_token(
@@ -94,9 +106,18 @@ def event_divergence_per_token(
     divergence: Divergence,
     positions: slice | None = None,
 ) -> torch.Tensor:
-    """`full`, position by position [N]. Gradient with respect to logits_NV only, once; the teacher's logs need no normaliser.
+    """Compute `event_divergence_loss` for each position, [N].
 
-    some  which of the positions that `sides` masks, in order, these are; None = all
+    The gradient flows to logits_NV only, and can be computed once. The teacher's log-probabilities
+    may lack their normaliser.
+
+    Args:
+        logits_NV: student logits.
+        teacher_logprobs_NW: natural log-probabilities of the teacher.
+        masked_map: event map and impossible tokens of all positions.
+        divergence: which divergence.
+        positions: the positions of `masked_map` that the rows belong to, where `masked_map` is
+            sorted by row; None = all positions.
     """
     _refuse_columns(logits_NV, teacher_logprobs_NW, masked_map.event_map)
     if not len(logits_NV):
@@ -110,7 +131,10 @@ def event_divergence_per_token(
 
 
 class _EventDivergence(torch.autograd.Function):
-    """What positions cost, some at a time; what is kept of them for the gradient is as large as events and the tokens that share one."""
+    """Divergence of each position, computed a few rows at a time.
+
+    The tensors saved for backward have one column an event and one a token that shares its event.
+    """
 
     @staticmethod
     def forward(
@@ -121,71 +145,74 @@ class _EventDivergence(torch.autograd.Function):
         divergence: Divergence,
         positions: slice,
     ) -> torch.Tensor:
-        bridge, device = masked_map.event_map, logits_NV.device
+        event_map, device = masked_map.event_map, logits_NV.device
         student, teacher = (
-            cached_event_groups(event_X, bridge.num_events, device)
-            for event_X in (bridge.student_event_V, bridge.teacher_event_W)
+            cached_event_groups(event_X, event_map.num_events, device)
+            for event_X in (event_map.student_event_V, event_map.teacher_event_W)
         )
-        found = []
-        for few in row_slices(len(logits_NV), logits_NV.shape[1] + teacher_NW.shape[1]):
-            here = slice(positions.start + few.start, positions.start + few.stop)
-            theirs_FW, mine_FV = teacher_NW[few].to(logits_NV), logits_NV[few]
+        parts = []
+        for rows in row_slices(len(logits_NV), logits_NV.shape[1] + teacher_NW.shape[1]):
+            part = slice(positions.start + rows.start, positions.start + rows.stop)
+            teacher_FW, student_FV = teacher_NW[rows].to(logits_NV), logits_NV[rows]
             log_p_FE, _ = teacher.log_event_masses(
-                theirs_FW,
-                _slice_impossible_tokens(masked_map.teacher_impossible_tokens, here),
-                _max_logprobs(theirs_FW),
+                teacher_FW,
+                _slice_impossible_tokens(masked_map.teacher_impossible_tokens, part),
+                _max_logprobs(teacher_FW),
                 with_shares=False,
             )
             log_q_FE, share_FG = student.log_event_masses(
-                mine_FV,
-                _slice_impossible_tokens(masked_map.student_impossible_tokens, here),
-                _max_logprobs(mine_FV),
+                student_FV,
+                _slice_impossible_tokens(masked_map.student_impossible_tokens, part),
+                _max_logprobs(student_FV),
             )
-            _drop_unmatched_events(log_p_FE, log_q_FE, here.start)
-            found.append(
+            _drop_unmatched_events(log_p_FE, log_q_FE, part.start)
+            # log_q_FE is overwritten by the gradient
+            parts.append(
                 (divergence_with_gradient(log_q_FE, log_p_FE, divergence), log_q_FE, share_FG)
             )
-        loss_N, pull_NE, share_NG = (
+        loss_N, grad_NE, share_NG = (
             column[0] if len(column) == 1 else torch.cat(column)
-            for column in zip(*found, strict=True)
+            for column in zip(*parts, strict=True)
         )
         ctx.groups = student
-        ctx.save_for_backward(pull_NE, share_NG)
+        ctx.save_for_backward(grad_NE, share_NG)
         return loss_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, out_N: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        pull_NE, share_NG = ctx.saved_tensors
-        found = [
-            ctx.groups.token_gradient(pull_NE[few] * out_N[few, None], share_NG[few])
-            for few in row_slices(*pull_NE.shape)
+        grad_NE, share_NG = ctx.saved_tensors
+        parts = [
+            ctx.groups.token_gradient(grad_NE[rows] * out_N[rows, None], share_NG[rows])
+            for rows in row_slices(*grad_NE.shape)
         ]
-        return found[0] if len(found) == 1 else torch.cat(found), None, None, None, None
+        return parts[0] if len(parts) == 1 else torch.cat(parts), None, None, None, None
 
 
 def _max_logprobs(logs_NX: torch.Tensor) -> torch.Tensor:
-    """The likeliest token's [N, 1]: less it a row is the same distribution, and has more digits."""
+    """Return the maximum of each row [N, 1]; subtracting the maximum keeps more digits."""
     return logs_NX.amax(-1, keepdim=True).clamp_min_(torch.finfo(logs_NX.dtype).min)
 
 
 def _drop_unmatched_events(log_p_NE: torch.Tensor, log_q_NE: torch.Tensor, first: int) -> None:
-    """Leave out, in place, the events that one side cannot say; else a mask on one side alone makes a divergence infinite."""
+    """Drop, in place, the events that one side cannot produce.
+
+    Otherwise a mask on one side alone makes the divergence infinite.
+    """
     lower_NE = torch.minimum(log_p_NE, log_q_NE)
     if bool(lower_NE.amin() > -torch.inf):
         return
     empty_N = lower_NE.amax(-1) == -torch.inf
     if bool(empty_N.any()):
         raise DataError(
-            "no event that both sides can say",
+            "no event that both teacher and student can produce",
             where=f"position {first + int(empty_N.nonzero()[0])}",
-            remedy="leave the position to the text",
+            remedy="leave the position out, or train it with cross-entropy on the text",
         )
-    nobody_NE = lower_NE == -torch.inf
+    dropped_NE = lower_NE == -torch.inf
     for side in (log_p_NE, log_q_NE):
-        side.masked_fill_(
-            nobody_NE, torch.finfo(side.dtype).min / 4
-        )  # a log of 0 that `same_rows` can take from another, as it cannot -inf
+        # a finite log of 0: divergence_with_gradient subtracts logs, and -inf minus -inf is NaN
+        side.masked_fill_(dropped_NE, torch.finfo(side.dtype).min / 4)
 
 
 def _sorted_by_row(impossible_tokens: ImpossibleTokens) -> ImpossibleTokens:
@@ -196,7 +223,10 @@ def _sorted_by_row(impossible_tokens: ImpossibleTokens) -> ImpossibleTokens:
 def _slice_impossible_tokens(
     impossible_tokens: ImpossibleTokens | None, positions: slice | None
 ) -> ImpossibleTokens | None:
-    """What is dead at some positions, counted from the first of them; `dead` is in order."""
+    """Return the impossible tokens of some positions, rows counted from the first of them.
+
+    The input is sorted by row.
+    """
     if impossible_tokens is None or positions is None:
         return impossible_tokens
     begin, end = torch.searchsorted(

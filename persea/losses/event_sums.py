@@ -1,6 +1,8 @@
-"""A map of tokens to events as sums over it want it: most events hold one token, which is copied; only the tokens of the others are added up.
+"""Sums of token probabilities over events.
 
-Of Llama 3's 128,256 tokens 22,170 share an event with another where the other side is Qwen 3; of Gemma 3's 262,145 beside Llama 3, 192,183.
+Most events hold one token, whose value is copied; only the tokens of the other events are added up.
+Between Llama 3 and Qwen 3, 22,170 of Llama's 128,256 tokens share an event with another token;
+between Gemma 3 and Llama 3, 192,183 of Gemma's 262,145.
 """
 
 from __future__ import annotations
@@ -15,7 +17,12 @@ import torch
 
 @dataclass(frozen=True)
 class ImpossibleTokens:
-    """Tokens that cannot stand, by position: row_D, token_D (int64)."""
+    """Tokens that cannot occur at a position: no text keeps the other tokenizer's boundary there.
+
+    Attributes:
+        row_D: int64, position of each impossible token.
+        token_D: int64, the token.
+    """
 
     row_D: torch.Tensor
     token_D: torch.Tensor
@@ -23,15 +30,23 @@ class ImpossibleTokens:
 
 @dataclass(frozen=True, eq=False)
 class EventGroups:
-    """X tokens over E events, of which M hold several: G tokens, event by event. Indices are int32 where torch gathers by them: a third faster.
+    """Index tables to sum X tokens over E events.
 
-    event_X  event of each token; of one that is left out, any
-    left_L   tokens that are left out
-    none_U   events without tokens
-    token_Z  what is gathered, Z = E + G: a token of each event (of one without tokens, any), then token_G
-    slot_X   where in that each token counts: at its event, or among the G; -1 = left out
-    token_G, of_G     token, and which of the M it belongs to
-    event_M, size_M   event, and how many tokens
+    M of the events hold several tokens, G tokens together, in the order of events. Indices are
+    int32 where torch gathers by them, which is a third faster.
+
+    Attributes:
+        event_X: event of each token; any event for an ignored token.
+        ignored_token_L: tokens without an event.
+        empty_event_U: events without a token.
+        gathered_token_Z: tokens to gather, Z = E + G: one token of each event (any token for an
+            empty event), then token_G.
+        slot_X: where in gathered_token_Z each token counts: at its event, or among the G; -1 =
+            ignored.
+        token_G: tokens of the events with several tokens.
+        group_G: which of the M events each of them belongs to.
+        event_M: the events with several tokens.
+        size_M: number of tokens of each.
     """
 
     event_X: torch.Tensor
@@ -45,6 +60,7 @@ class EventGroups:
     size_M: torch.Tensor
 
     def to(self, device: torch.device) -> EventGroups:
+        """Return a copy on another device."""
         return EventGroups(**{name: side.to(device) for name, side in vars(self).items()})
 
     def log_event_masses(
@@ -54,11 +70,22 @@ class EventGroups:
         top_N1: torch.Tensor | None = None,
         with_shares: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logs of each event's mass [N, E], -inf where there is none, and each shared event's tokens' shares of it [N, G] if `shares`; no graph.
+        """Sum token probabilities over events, without an autograd graph.
 
-        top_N1 is taken from every log. What is dead is struck out of what was gathered: nothing as large as X is copied. Each event's own
-        maximum is taken out: an event of e^-120 counts too. segment_reduce adds up in the order of tokens, on a GPU too, where index_add's
-        order is never the same.
+        Impossible tokens are removed from the gathered values, so that no copy of all X columns is
+        made. Each event's own maximum is subtracted, so that an event of probability e^-120 counts
+        too. segment_reduce adds in the order of tokens, also on a GPU, where index_add's order
+        varies.
+
+        Args:
+            logs_NX: log-probabilities or logits of N positions.
+            impossible_tokens: tokens to leave out; None = none.
+            top_N1: value subtracted from every log of a row; None = nothing.
+            with_shares: whether to compute the second result.
+
+        Returns:
+            Log mass of each event [N, E], -inf for mass 0, and the share of each of the G tokens in
+            the mass of its event [N, G].
         """
         logs_NZ = select_columns(logs_NX, self.gathered_token_Z)
         if top_N1 is not None:
@@ -86,17 +113,22 @@ class EventGroups:
         return log_NE, share_NG
 
     def token_gradient(self, grad_NE: torch.Tensor, share_NG: torch.Tensor) -> torch.Tensor:
-        """The gradient with respect to tokens [N, X] of one with respect to logs of events, which must be 0 where these are -inf."""
+        """Map a gradient of log event masses to a gradient of token logs, [N, X].
+
+        Args:
+            grad_NE: gradient of the log masses; must be 0 where a log mass is -inf.
+            share_NG: shares that `log_event_masses` returned.
+        """
         if not grad_NE.shape[1]:
             return grad_NE.new_zeros(len(grad_NE), len(self.event_X))
-        pull_NX = select_columns(grad_NE, self.event_X)
+        grad_NX = select_columns(grad_NE, self.event_X)
         if len(self.ignored_token_L):
-            pull_NX.index_fill_(1, self.ignored_token_L, 0)
+            grad_NX.index_fill_(1, self.ignored_token_L, 0)
         if len(self.event_M):
             _write_columns(
-                pull_NX, self.token_G, select_columns(pull_NX, self.token_G).mul_(share_NG)
+                grad_NX, self.token_G, select_columns(grad_NX, self.token_G).mul_(share_NG)
             )
-        return pull_NX
+        return grad_NX
 
     def _segment_reduce(self, values_NG: torch.Tensor, how: str) -> torch.Tensor:
         sizes = self.size_M if len(values_NG) == 1 else self.size_M.repeat(len(values_NG))
@@ -106,7 +138,7 @@ class EventGroups:
 
 
 def select_columns(values_NX: torch.Tensor, index_Y: torch.Tensor) -> torch.Tensor:
-    """Columns of a matrix; of a single row without the strides, which takes a quarter less."""
+    """Select columns; a single row is indexed without strides, which takes a quarter less time."""
     return (
         values_NX[0].index_select(0, index_Y)[None]
         if len(values_NX) == 1
@@ -122,27 +154,32 @@ def _write_columns(values_NX: torch.Tensor, index_Y: torch.Tensor, new_NY: torch
 
 
 def build_event_groups(event_X: torch.Tensor, events: int) -> EventGroups:
-    """Groups of a map; -1 = left out."""
+    """Build the index tables of a map from tokens to events.
+
+    Args:
+        event_X: integer event of each token; -1 = ignored.
+        events: number of events E.
+    """
     event_X = event_X.cpu().long()
-    kept_X = event_X >= 0
-    order = event_X.argsort(stable=True)[int((~kept_X).sum()) :]
-    size_E = torch.bincount(event_X[kept_X], minlength=events)
+    has_event_X = event_X >= 0
+    order = event_X.argsort(stable=True)[int((~has_event_X).sum()) :]
+    size_E = torch.bincount(event_X[has_event_X], minlength=events)
     first_E = size_E.cumsum(0) - size_E
     token_E = order[first_E.clamp(max=len(order) - 1)] if len(order) else first_E
     several_E = size_E > 1
     token_G = order[several_E[event_X[order]]]
     size_M = size_E[several_E]
-    of_G = torch.arange(len(size_M)).repeat_interleave(size_M)
+    group_G = torch.arange(len(size_M)).repeat_interleave(size_M)
     slot_X = event_X.clone()
     slot_X[token_G] = torch.arange(len(token_G)) + events
     return EventGroups(
         event_X.clamp(min=0).int(),
-        (~kept_X).nonzero().flatten(),
+        (~has_event_X).nonzero().flatten(),
         (size_E == 0).nonzero().flatten(),
         torch.cat([token_E, token_G]).int(),
         slot_X,
         token_G.int(),
-        of_G.int(),
+        group_G.int(),
         several_E.nonzero().flatten(),
         size_M,
     )
@@ -154,7 +191,10 @@ _EVENT_GROUPS_CACHE: dict[tuple[int, torch.device], EventGroups] = {}
 def cached_event_groups(
     event_X: npt.NDArray[np.int32], events: int, device: torch.device
 ) -> EventGroups:
-    """Groups of a bridge's map, made once for each device and forgotten with the map: on-policy asks for them at every position."""
+    """Return the index tables of an event map, cached for each device.
+
+    On-policy training needs them at every position. The cache entry is dropped with the map.
+    """
     key = (id(event_X), device)
     if key not in _EVENT_GROUPS_CACHE:
         _EVENT_GROUPS_CACHE[key] = build_event_groups(torch.from_numpy(event_X), events).to(device)

@@ -1,12 +1,15 @@
-"""A head's three matrix products, by the quicker of torch's two libraries for them.
+"""The three matrix products of a language-model head, by the faster of torch's two CPU libraries.
 
-torch multiplies float32 matrices by MKL, which on processors that are not Intel's keeps to AVX2. torch's oneDNN writes its loops for the
-processor at hand: on an AMD EPYC with AVX-512, 512 wide, 128,256 tokens, a product of 256 positions takes .18 to .25 CPU s instead of .33 to
-.55, and small heads gain as much. Both multiply and add in float32. oneDNN is asked where the processor has AVX-512 and torch has not been
-told to leave it (torch.backends.mkldnn.enabled); on others it was not measured.
+torch multiplies float32 matrices with MKL, which uses only AVX2 on processors not made by Intel.
+torch's oneDNN generates code for the processor at hand. On an AMD EPYC with AVX-512, hidden size
+512 and 128,256 tokens, a product of 256 positions takes 0.18-0.25 CPU s instead of 0.33-0.55, and
+small heads gain as much. Both libraries multiply and add in float32. oneDNN is used if the
+processor has AVX-512 and torch.backends.mkldnn.enabled is set; on other processors it was not
+measured.
 
-oneDNN compiles a routine for every shape, and keeps it: .6 MiB and a millisecond each. Batches have ever other numbers of positions, so these
-are rounded up to one of eight in an octave (`rows_for`), with rows of zeros.
+oneDNN compiles and keeps a routine for every shape: 0.6 MiB and a millisecond each. The number of
+positions differs from batch to batch, so it is rounded up to one of eight sizes per power of two
+(`padded_rows`), with rows of zeros.
 """
 
 from __future__ import annotations
@@ -15,11 +18,12 @@ from collections.abc import Iterator
 
 import torch
 
-STRIP_ROWS = 2048  # rows of the weight at once: what is made of them is added or laid down from a core's own cache, and needs no room to speak of
+# Rows of the weight processed at a time: their product is added from the cache of one core.
+STRIP_ROWS = 2048
 
 
 def can_use_onednn(like_XY: torch.Tensor) -> bool:
-    """Whether matrices like this one are multiplied by oneDNN."""
+    """Return whether matrices like this one are multiplied by oneDNN."""
     if (
         like_XY.dtype is not torch.float32
         or like_XY.device.type != "cpu"
@@ -30,7 +34,7 @@ def can_use_onednn(like_XY: torch.Tensor) -> bool:
 
 
 def padded_rows(count: int, like_XY: torch.Tensor) -> int:
-    """How many rows the products of `count` rows are made with: at least as many, at most an eighth more from 128 on."""
+    """Return the padded number of rows: at least `count`, at most an eighth more from 128 on."""
     return (
         -(-count // _row_multiple(count)) * _row_multiple(count)
         if can_use_onednn(like_XY)
@@ -39,7 +43,7 @@ def padded_rows(count: int, like_XY: torch.Tensor) -> int:
 
 
 def max_padded_rows(count: int, like_XY: torch.Tensor) -> int:
-    """The most rows, of which `rows_for` makes no more than `count`; at least one."""
+    """Return the largest number of rows that `padded_rows` keeps within `count`; at least 1."""
     return (
         max(1, count // _row_multiple(count) * _row_multiple(count))
         if can_use_onednn(like_XY)
@@ -54,7 +58,7 @@ def _row_multiple(count: int) -> int:
 def project_to_logits(
     hidden_CD: torch.Tensor, weight_VD: torch.Tensor, out_CV: torch.Tensor
 ) -> None:
-    """Into = hidden weight^T."""
+    """Write hidden weight^T to `out_CV`."""
     if not can_use_onednn(hidden_CD):
         torch.mm(hidden_CD, weight_VD.T, out=out_CV)
         return
@@ -63,7 +67,7 @@ def project_to_logits(
 
 
 def project_to_hidden(grad_CV: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
-    """Pull weight, [C, D]."""
+    """Return grad weight, [C, D]."""
     return (
         _matmul_transposed(grad_CV, weight_VD.T)
         if can_use_onednn(grad_CV)
@@ -74,9 +78,10 @@ def project_to_hidden(grad_CV: torch.Tensor, weight_VD: torch.Tensor) -> torch.T
 def accumulate_weight_gradient(
     out_VD: torch.Tensor, grad_CV: torch.Tensor, hidden_CD: torch.Tensor, is_first: bool
 ) -> None:
-    """Into += pull^T hidden; the first time into is overwritten.
+    """Add grad^T hidden to `out_VD`, or overwrite `out_VD` for the first chunk.
 
-    Half precision goes a part of the vocabulary at a time, so that sums over chunks are float32's.
+    In half precision the product is made for a part of the vocabulary at a time, so that sums over
+    chunks are float32.
     """
     quick = can_use_onednn(grad_CV)
     if grad_CV.dtype == out_VD.dtype and not quick:
@@ -95,7 +100,7 @@ def accumulate_weight_gradient(
 
 
 def _matmul_transposed(left_XY: torch.Tensor, right_ZY: torch.Tensor) -> torch.Tensor:
-    """Left right^T."""
+    """Return left right^T."""
     product_XZ: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
         left_XY, right_ZY, None, "none", [], ""
     )

@@ -1,11 +1,11 @@
-"""The debiased chunk term: how likely both find a stretch of bytes, where they share no boundary inside it.
+"""Debiased likelihood matching of spans: stretches of bytes with no common boundary inside.
 
-    L = sum of log-probabilities of the stretch's tokens + log beta_end - log beta_start
+    L = sum of log-probabilities of the span's tokens + log beta_end - log beta_start
 
-beta = the mass that can stand where BOTH tokenizers have a boundary (`Mask.dead`): each model's chain conditions on its own
-boundaries, and beta takes that condition out again. Without it two exact models of one law differ by .03-.20 nats a chunk,
-with exact beta by 0, with masks by 0-.022 (`make bench-bias`, which has the term as a table of its own). The plain form is ALM's
-(Minixhofer et al. 2025).
+beta is the mass of the tokens that can follow a boundary of BOTH tokenizers. Each model's chain
+conditions on its own boundaries, and beta removes that condition. Without beta two exact models of
+one distribution differ by 0.03-0.20 nats a span, with exact beta by 0, with masks by 0-0.022
+(`make bench-bias`). Without beta the loss is that of ALM (Minixhofer et al. 2025).
 """
 
 from __future__ import annotations
@@ -15,17 +15,20 @@ from dataclasses import dataclass
 import torch
 
 from persea.errors import DataError
-from persea.losses.divergence import LossOutput
 from persea.losses.event_sums import ImpossibleTokens
+from persea.losses.loss import LossOutput
 
 
 @dataclass(frozen=True)
 class SpanTargets:
-    """C stretches of some student positions and what the teacher gives them.
+    """C spans of student tokens and the teacher's likelihood of each. P = tokens of all spans.
 
-    chunk_P, position_P  int64: position `position` of the logits says a token of chunk `chunk`
-    begin_C, end_C       int64: the position at the chunk's first token, and the one at the first token after it (-1: the turn ends there)
-    teacher_C            the teacher's L, natural, its betas included
+    Attributes:
+        span_P: int64, the span of each token.
+        position_P: int64, row of the logits that predicts the token.
+        begin_C: int64, row of the logits at the span's first token.
+        end_C: int64, row of the logits at the first token after the span; -1 = the turn ends there.
+        teacher_logprob_C: the teacher's L, nats, with its log beta terms.
     """
 
     span_P: torch.Tensor
@@ -38,15 +41,21 @@ class SpanTargets:
 def log_possible_mass(
     logprobs_NV: torch.Tensor, impossible_tokens: ImpossibleTokens
 ) -> torch.Tensor:
-    """Log beta of each position, [N]: the mass that can stand. Differentiable; a position whose whole mass is dead gives -inf.
+    """Return log beta of each position, [N]: the log mass of possible tokens. Differentiable.
 
-    Summed over what stands, not as 1 - dead, which has no digits left where the student is certain of what cannot be.
+    The possible tokens themselves are summed. 1 minus the impossible mass would keep no digits
+    where the student is certain of an impossible token. A position without a possible token gives
+    -inf.
+
+    Args:
+        logprobs_NV: natural log-probabilities.
+        impossible_tokens: tokens to leave out, by position.
     """
     row_D, token_D = (
         side.to(logprobs_NV.device) for side in (impossible_tokens.row_D, impossible_tokens.token_D)
     )
-    nothing = torch.full((), -torch.inf, dtype=logprobs_NV.dtype, device=logprobs_NV.device)
-    return logprobs_NV.index_put((row_D, token_D), nothing).logsumexp(-1)
+    zero_mass = torch.full((), -torch.inf, dtype=logprobs_NV.dtype, device=logprobs_NV.device)
+    return logprobs_NV.index_put((row_D, token_D), zero_mass).logsumexp(-1)
 
 
 def span_likelihood_loss(
@@ -55,28 +64,35 @@ def span_likelihood_loss(
     spans: SpanTargets,
     impossible_tokens: ImpossibleTokens,
 ) -> LossOutput:
-    """Half the mean squared difference of both sides' L, nats^2 per chunk. Zero for a right student, whatever the tokenizers.
+    """Compute half the mean squared difference of student and teacher L, nats^2 per span.
 
-    logits_NV, targets_N  student logits and the tokens that stand there
-    dead                  student tokens that cannot stand, by position
+    The loss is zero for a student equal to the teacher, whatever the tokenizers.
+
+    Args:
+        logits_NV: student logits.
+        labels_N: int64 student tokens at these positions.
+        spans: C spans and the teacher's L.
+        impossible_tokens: student tokens that cannot occur, by position.
+
+    Raises:
+        DataError: if there is no span.
     """
     if not len(spans.teacher_logprob_C):
         raise DataError(
-            "no chunk", where="losses", remedy="ask for the chunk term only where there are chunks"
+            "no span", where="losses", remedy="compute the span loss only where there are spans"
         )
     logprobs_NV = torch.log_softmax(logits_NV, -1)
-    chunk_P, position_P, begin_C, end_C = (
+    span_P, position_P, begin_C, end_C = (
         side.to(logits_NV.device)
         for side in (spans.span_P, spans.position_P, spans.begin_C, spans.end_C)
     )
-    said_N = logprobs_NV.gather(1, labels_N[:, None]).squeeze(1)
-    standing_N = log_possible_mass(logprobs_NV, impossible_tokens)
-    student_C = torch.zeros(len(spans.teacher_logprob_C), dtype=said_N.dtype, device=said_N.device)
-    student_C = student_C.index_add(0, chunk_P, said_N[position_P]) - standing_N[begin_C]
+    label_N = logprobs_NV.gather(1, labels_N[:, None]).squeeze(1)
+    log_beta_N = log_possible_mass(logprobs_NV, impossible_tokens)
+    num_spans = len(spans.teacher_logprob_C)
+    student_C = torch.zeros(num_spans, dtype=label_N.dtype, device=label_N.device)
+    student_C = student_C.index_add(0, span_P, label_N[position_P]) - log_beta_N[begin_C]
     ends = end_C >= 0
-    student_C = student_C.index_add(0, torch.nonzero(ends).squeeze(-1), standing_N[end_C[ends]])
-    each_C = (student_C - spans.teacher_logprob_C.to(student_C)).square() / 2
-    loss = each_C.mean()
-    return LossOutput(
-        loss, {"chunk": float(loss.detach())}, len(spans.teacher_logprob_C), each_C.detach()
-    )
+    student_C = student_C.index_add(0, torch.nonzero(ends).squeeze(-1), log_beta_N[end_C[ends]])
+    loss_C = (student_C - spans.teacher_logprob_C.to(student_C)).square() / 2
+    loss = loss_C.mean()
+    return LossOutput(loss, {"span_likelihood": loss.detach()}, num_spans, loss_C.detach())

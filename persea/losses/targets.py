@@ -1,6 +1,7 @@
-"""Targets: what teachers say about learned positions, as sums over tokens the student can say.
+"""Targets of a teacher at supervised positions, as sums over student tokens.
 
-Raw rows become Entries once (events by the bridge, without what cannot stand); Entries become Targets batch by batch.
+`EventTargets` are made once for an example: the teacher's sparse distributions over events, without
+impossible tokens. `BatchTargets` are the same for a batch, as tensors of student tokens.
 """
 
 from __future__ import annotations
@@ -22,13 +23,23 @@ from persea.errors import DataError
 
 @dataclass(frozen=True)
 class EventTargets:
-    """What one teacher says at some positions, over events. M = entries, D = exceptions, R = rests.
+    """Distributions of one teacher over events at some positions.
 
-    row_M, event_M, probs_M   position, event, natural probability; masked, never renormalised
-    entry_D, token_D          student tokens of an entry's event that cannot stand where the teacher has its boundary
-    row_R, rest_R             what rows of kind TOPK_REST do not name
-    row_A, token_A            student tokens that a rest does not hold though no entry names them: they cannot stand, or their event was
-                              named and dropped
+    M = entries, D = impossible student tokens of entries, R = positions with a rest, A = student
+    tokens excluded from a rest.
+
+    Attributes:
+        row_M: position of each entry.
+        event_M: event of each entry.
+        probs_M: natural probability; masked, never renormalised.
+        impossible_entry_D: entry whose event holds an impossible student token.
+        impossible_token_D: the student token that cannot follow the teacher's boundary.
+        row_R: position with a rest (kind TOPK).
+        rest_R: probability that the distribution does not name.
+        excluded_row_A: position of a student token that the rest does not hold.
+        excluded_token_A: the token: no entry names it, but it is impossible, or its event was named
+            and dropped.
+        kind: kind of the teacher's distributions.
     """
 
     row_M: npt.NDArray[np.int64]
@@ -45,16 +56,23 @@ class EventTargets:
 
 @dataclass(frozen=True)
 class BatchTargets:
-    """What one teacher says about some of a batch's N learned positions. M = entries, G = student tokens of all entries.
+    """Targets of one teacher at some of a batch's N supervised positions.
 
-    row_M      int64, which learned position (0..N-1) an entry belongs to
-    probs_M    natural probabilities of the teacher, masked and never renormalised: those of a position sum to the mass kept
-    entry_G    int64, which entry a student token belongs to: an entry is the event that any of its tokens is said
-    token_G    int64, the token
-    rest_N     natural probability of all that a row of kind TOPK_REST does not name; empty for the other kinds
-    row_A, token_A  student tokens that are no part of the rest, beside those of the entries
-    vocabulary student tokens V: logits must have as many columns
-    kind       FULL, SAMPLED, TOPK_REST, or WORDS (no entries)
+    M = entries, G = student tokens of all entries, A = student tokens excluded from a rest.
+
+    Attributes:
+        row_M: int64, supervised position (0..N-1) of each entry.
+        probs_M: natural probability of each entry, masked and never renormalised: the entries of a
+            position sum to the retained mass.
+        entry_G: int64, entry of each student token: an entry is the event that any of its tokens
+            comes next.
+        token_G: int64, the student token.
+        rest_N: probability that a distribution of kind TOPK does not name; empty for other kinds.
+        excluded_row_A: int64, position of a token that is no part of the rest, beside the tokens of
+            the entries.
+        excluded_token_A: int64, the token.
+        vocab_size: number of student tokens V; logits must have as many columns.
+        kind: FULL, SAMPLED, TOPK, or TEXT_ONLY (no entries).
     """
 
     row_M: torch.Tensor
@@ -67,6 +85,15 @@ class BatchTargets:
     vocab_size: int
     kind: DistributionKind = DistributionKind.SAMPLED
 
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> BatchTargets:
+        """Return a copy whose tensors are on a device."""
+        moved = {
+            name: side.to(device, non_blocking=non_blocking)
+            for name, side in vars(self).items()
+            if isinstance(side, torch.Tensor)
+        }
+        return BatchTargets(**(vars(self) | moved))
+
 
 def build_event_targets(
     event_map: EventMap,
@@ -78,13 +105,28 @@ def build_event_targets(
     teacher_context_N: npt.NDArray[np.integer] | None = None,
     kind: DistributionKind = DistributionKind.SAMPLED,
 ) -> EventTargets:
-    """Raw teacher entries over events, and where contexts are given, without what cannot stand there.
+    """Map a teacher's sparse distributions to events and drop impossible tokens.
 
-    ids_M      raw teacher ids; those of control tokens without counterpart are dropped, their mass goes to the text
-    student_N, teacher_N  by position, the contexts before it (`Keeper.contexts`); None = no masks
-    A row of kind TOPK_REST names an event only where it names all of the event's teacher tokens; the others are in the rest.
-    Raises DataError for ids out of range, and for probabilities that are none: negative, NaN, above 1, or, in rows that are exact, of a
-    mass above 1 (a SAMPLED row is exact in the mean) or named twice.
+    A distribution of kind TOPK names an event only if it names all teacher tokens of the event;
+    otherwise the event is part of the rest.
+
+    Args:
+        event_map: event of each token of both vocabularies.
+        row_M: position of each entry.
+        ids_M: teacher token of each entry. Control tokens without an event are dropped, and their
+            mass goes to the cross-entropy.
+        probs_M: natural probability of each entry.
+        student_context_N: context id before each position in the student's tokens
+            (`TokenOrder.supervised_context_ids`), which decides the impossible teacher tokens; None
+            = no masks.
+        teacher_context_N: context id in the teacher's tokens, which decides the impossible student
+            tokens; None = no masks.
+        kind: kind of the distributions.
+
+    Raises:
+        DataError: for ids out of range and for invalid probabilities: negative, NaN, above 1, or,
+            for exact distributions, a mass above 1 (a SAMPLED distribution is exact only in the
+            mean) or a token named twice.
     """
     _refuse_invalid_probs(row_M, ids_M, probs_M, kind)
     event_M = event_map.events_of_teacher_ids(ids_M)
@@ -102,21 +144,25 @@ def build_event_targets(
         if len(row_R)
         else np.empty(0)
     )
-    stays = event_M >= 0
+    keep_M = event_M >= 0
     if student_context_N is not None and event_map.teacher_mask is not None:
-        stays &= ~_is_impossible(event_map.teacher_mask, student_context_N[row_M], ids_M)
-    dropped = [(row_M[~stays & (event_M >= 0)], event_M[~stays & (event_M >= 0)])]
-    row_M, event_M, probs_M = row_M[stays], event_M[stays], probs_M[stays]
+        keep_M &= ~_is_impossible(event_map.teacher_mask, student_context_N[row_M], ids_M)
+    dropped = [(row_M[~keep_M & (event_M >= 0)], event_M[~keep_M & (event_M >= 0)])]
+    row_M, event_M, probs_M = row_M[keep_M], event_M[keep_M], probs_M[keep_M]
     entry_D = token_D = np.empty(0, np.int64)
     if teacher_context_N is not None and event_map.student_mask is not None and len(event_M):
         entry_G, token_G = event_map.tokens_of_events(event_M)
-        dead_G = _is_impossible(event_map.student_mask, teacher_context_N[row_M[entry_G]], token_G)
-        # an event none of whose tokens can stand where the teacher has its boundary: the maps disagree here, its mass goes to the text
-        said = np.bincount(entry_G, ~dead_G, minlength=len(event_M)) > 0
-        dead_G &= said[entry_G]
-        entry_D, token_D = (np.cumsum(said) - 1)[entry_G[dead_G]], token_G[dead_G]
-        dropped.append((row_M[~said], event_M[~said]))
-        row_M, event_M, probs_M = row_M[said], event_M[said], probs_M[said]
+        impossible_G = _is_impossible(
+            event_map.student_mask, teacher_context_N[row_M[entry_G]], token_G
+        )
+        # An event none of whose student tokens can follow the teacher's boundary: the event maps
+        # disagree here, and the mass goes to the cross-entropy.
+        possible_M = np.bincount(entry_G, ~impossible_G, minlength=len(event_M)) > 0
+        impossible_G &= possible_M[entry_G]
+        entry_D = (np.cumsum(possible_M) - 1)[entry_G[impossible_G]]
+        token_D = token_G[impossible_G]
+        dropped.append((row_M[~possible_M], event_M[~possible_M]))
+        row_M, event_M, probs_M = row_M[possible_M], event_M[possible_M], probs_M[possible_M]
     row_A, token_A = (
         _excluded_from_rest(event_map, dropped, row_M[entry_D], token_D)
         if len(row_R)
@@ -140,7 +186,15 @@ def build_event_targets(
 def concat_event_targets(
     parts: Sequence[EventTargets], first_positions: Sequence[int]
 ) -> EventTargets:
-    """Entries of several lessons as those of one batch. first_of: the number of each lesson's first position in the batch."""
+    """Concatenate the targets of several examples.
+
+    Args:
+        parts: targets of each example, of one teacher.
+        first_positions: number of each example's first supervised position in the batch.
+
+    Raises:
+        DataError: if the examples have distributions of different kinds.
+    """
     entries = np.cumsum([0, *(len(p.row_M) for p in parts)])
     shifted = [
         (
@@ -162,9 +216,9 @@ def concat_event_targets(
     kinds = {p.kind for p in parts}
     if len(kinds) > 1:
         raise DataError(
-            f"rows of kinds {', '.join(sorted(kinds))} from one teacher in one batch",
+            f"distributions of kinds {', '.join(sorted(kinds))} from one teacher in one batch",
             where="losses",
-            remedy="one capture of a teacher has one kind",
+            remedy="use one capture of each teacher; a capture has one kind",
         )
     return EventTargets(row, event, probs, entry, token, row_R, rest, row_A, token_A, kinds.pop())
 
@@ -172,15 +226,21 @@ def concat_event_targets(
 def build_batch_targets(
     event_map: EventMap, event_targets: EventTargets, num_tokens: int
 ) -> BatchTargets:
-    """Entries as Targets of a batch with so many learned positions."""
+    """Turn targets over events into tensors over student tokens.
+
+    Args:
+        event_map: event of each token of both vocabularies.
+        event_targets: targets whose positions are numbered through the batch.
+        num_tokens: number of supervised positions N of the batch.
+    """
     entry_G, token_G = event_map.tokens_of_events(event_targets.event_M)
     V = len(event_map.student_event_V)
     if len(event_targets.impossible_entry_D):
-        lives_G = ~np.isin(
+        possible_G = ~np.isin(
             entry_G * V + token_G,
             event_targets.impossible_entry_D * V + event_targets.impossible_token_D,
         )
-        entry_G, token_G = entry_G[lives_G], token_G[lives_G]
+        entry_G, token_G = entry_G[possible_G], token_G[possible_G]
     rest_N = np.zeros(num_tokens if event_targets.kind is DistributionKind.TOPK else 0, np.float32)
     rest_N[event_targets.row_R] = event_targets.rest_R
     columns = (
@@ -199,7 +259,7 @@ def build_batch_targets(
 
 
 def split_targets(targets: BatchTargets, bounds: Sequence[int]) -> list[BatchTargets]:
-    """Targets of a batch as those of consecutive positions bounds[k] .. bounds[k + 1]: entries sorted once, then cut."""
+    """Split targets at positions: part k covers positions bounds[k] to bounds[k + 1]."""
     order_M = targets.row_M.argsort(stable=True)
     row_M, probs_M = targets.row_M[order_M], targets.probs_M[order_M]
     entry_G = torch.empty_like(order_M).index_put(
@@ -241,7 +301,7 @@ def _excluded_from_rest(
     row_D: npt.NDArray[np.integer],
     token_D: npt.NDArray[np.int64],
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """(position, student token) of what was named and dropped: none of it is in the rest."""
+    """Return (position, student token) of named and dropped events: the rest holds none of them."""
     row_M, event_M = (np.concatenate(side) for side in zip(*dropped, strict=True))
     entry_G, token_G = event_map.tokens_of_events(event_M)
     return np.concatenate([row_M[entry_G], row_D]).astype(np.int64), np.concatenate(
@@ -252,10 +312,11 @@ def _excluded_from_rest(
 def _is_fully_named(
     event_map: EventMap, row_M: npt.NDArray[np.integer], event_M: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.bool_]:
-    """Entries of events all of whose teacher tokens the row names, and of control tokens.
+    """Return whether all teacher tokens of an entry's event are named; true for control tokens.
 
-    Of any other event the rest holds a part: it belongs there whole, or it looks less likely than it is. What the rest holds of dead
-    tokens nobody can tell; so a rest stays biased between tokenizers (tests/bench/test_worlds.py pins how far).
+    The rest holds a part of every other event. Such an event belongs to the rest as a whole, or the
+    event would look less probable than it is. How much of the rest belongs to impossible tokens is
+    unknown, so a rest is biased between tokenizers (tests/bench/test_worlds.py measures how much).
     """
     sizes = np.bincount(
         event_map.teacher_event_W[event_map.teacher_event_W >= 0], minlength=event_map.num_events
@@ -266,23 +327,23 @@ def _is_fully_named(
         return_counts=True,
     )
     event = key % (event_map.num_events + 1) - 1
-    whole: npt.NDArray[np.bool_] = ((event < 0) | (named == sizes[event]))[which]
-    return whole
+    is_whole_M: npt.NDArray[np.bool_] = ((event < 0) | (named == sizes[event]))[which]
+    return is_whole_M
 
 
 def _is_impossible(
     mask: BoundaryMask, context_P: npt.NDArray[np.integer], token_P: npt.NDArray[np.integer]
 ) -> npt.NDArray[np.bool_]:
-    """Whether each of some tokens cannot stand in its context."""
+    """Return whether each token is impossible in its context, [P]."""
     out = np.zeros(len(token_P), bool)
     order = np.argsort(context_P, kind="stable")
     begins = np.flatnonzero(np.diff(context_P[order], prepend=UNRESTRICTED_CONTEXT - 1))
     for begin, end in pairwise([*begins.tolist(), len(order)]):
         context = int(context_P[order[begin]])
         if context != UNRESTRICTED_CONTEXT:
-            asked = token_P[order[begin:end]]
+            candidates = token_P[order[begin:end]]
             out[order[begin:end]] = np.isin(
-                asked, mask.impossible_tokens(context, np.unique(asked))
+                candidates, mask.impossible_tokens(context, np.unique(candidates))
             )
     return out
 
@@ -293,6 +354,7 @@ def _refuse_invalid_probs(
     probs_M: npt.NDArray[np.floating],
     kind: DistributionKind,
 ) -> None:
+    """Raise DataError for probabilities that are no distribution of this kind."""
     if not len(probs_M):
         return
     bad = ~((probs_M >= 0) & (probs_M <= 1 + MASS_TOLERANCE))  # NaN too
@@ -300,7 +362,7 @@ def _refuse_invalid_probs(
         raise DataError(
             f"a teacher's probability is {float(probs_M[bad][0]):g}",
             where=f"position {int(row_M[bad][0])}",
-            remedy="the rows are broken: capture again",
+            remedy="the cached distributions are corrupt: capture again",
         )
     if kind in (DistributionKind.FULL, DistributionKind.TOPK):
         mass_N = np.bincount(row_M, probs_M.astype(np.float64))
@@ -308,14 +370,14 @@ def _refuse_invalid_probs(
             raise DataError(
                 f"a teacher's probabilities sum to {mass_N.max():.4f}",
                 where=f"position {int(mass_N.argmax())}",
-                remedy="rows of this kind are exact and never exceed 1: capture again",
+                remedy="distributions of this kind are exact and never exceed 1: capture again",
             )
         _, times = np.unique(
             np.stack([row_M.astype(np.int64), ids_M.astype(np.int64)]), axis=1, return_counts=True
         )
         if times.max() > 1:
             raise DataError(
-                "a row names a token twice",
-                where=f"a row of kind {kind.value}",
-                remedy="the rows are broken: capture again",
+                "a distribution names a token twice",
+                where=f"a distribution of kind {kind.value}",
+                remedy="the cached distributions are corrupt: capture again",
             )

@@ -1,8 +1,11 @@
-"""The same losses on a GPU, one Triton program a position: a row of logits is read for its statistics and overwritten by its gradient,
-the sums over events between the two. Nothing but the row itself is as large as the vocabulary.
+"""Triton kernels of the per-token losses, one program a position.
 
-`composed_rows` and `same_rows` say what is computed; tests/losses/test_triton_kernels.py holds this to them, in Triton's interpreter where there
-is no GPU (TRITON_INTERPRET=1).
+A program reads a row of logits for its statistics, sums over the events of the targets, and
+overwrites the row by its gradient. No other tensor has the size of the vocabulary.
+
+`event_kl_per_token` and `divergence_with_gradient` define the results.
+tests/losses/test_triton_kernels.py compares both, in Triton's interpreter where there is no GPU
+(TRITON_INTERPRET=1).
 """
 
 from __future__ import annotations
@@ -17,13 +20,14 @@ from persea.losses.divergence import Divergence
 from persea.losses.event_kl import refuse_other_vocabulary, refuse_two_teachers
 from persea.losses.targets import BatchTargets
 
-BLOCK_COLUMNS, BLOCK_EVENT_TOKENS = 4096, 32  # columns, and tokens of an event, looked at at once
+BLOCK_COLUMNS = 4096  # columns of a row processed at a time
+BLOCK_EVENT_TOKENS = 32  # tokens of an event processed at a time
 DIVERGENCE_CODES = {Divergence.FORWARD: 0, Divergence.REVERSE: 1, Divergence.JSD: 2}
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _logsumexp_kernel(row, columns, BLOCK: tl.constexpr) -> tl.tensor:  # type: ignore[no-untyped-def]
-    """Log sum exp of a row, in one pass."""
+    """Return log sum exp of a row, in one pass."""
     top = tl.full((), -float("inf"), tl.float32)
     total = tl.full((), 0.0, tl.float32)
     for start in range(0, columns, BLOCK):
@@ -36,7 +40,7 @@ def _logsumexp_kernel(row, columns, BLOCK: tl.constexpr) -> tl.tensor:  # type: 
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _event_kl_kernel(
+def _event_kl_kernel(  # type: ignore[no-untyped-def]
     logits,
     stride,
     columns,
@@ -45,20 +49,21 @@ def _event_kl_kernel(
     first_token,
     token,
     prob,
-    pull,
+    target_mass,
     loss,
-    text,
-    events,
-    mass,  # type: ignore[no-untyped-def]
-    share,
+    label_loss,
+    event_loss,
+    mass,
+    event_weight,
     BLOCK: tl.constexpr,
     FEW: tl.constexpr,
 ) -> None:
+    """Event KL of one position; writes the gradient over the logits."""
     n = tl.program_id(0).to(tl.int64)
     row = logits + n * stride
     lse = _logsumexp_kernel(row, columns, BLOCK)
-    said = tl.load(target + n)
-    cross_entropy = lse - tl.load(row + said)
+    label = tl.load(target + n)
+    cross_entropy = lse - tl.load(row + label)
     event_sum = tl.full((), 0.0, tl.float32)
     mass_sum = tl.full((), 0.0, tl.float32)
     begin, end = tl.load(first_entry + n), tl.load(first_entry + n + 1)
@@ -81,13 +86,13 @@ def _event_kl_kernel(
             g = start + tl.arange(0, FEW)
             u = tl.load(token + g, mask=g < g_end, other=0)
             x = tl.load(row + u, mask=g < g_end, other=-float("inf"))
-            tl.store(pull + g, share * p * tl.exp(x - event), mask=g < g_end)
-    left = 1 - share * mass_sum
-    tl.store(loss + n, share * event_sum + left * cross_entropy)
-    tl.store(text + n, cross_entropy)
-    tl.store(events + n, event_sum)
+            tl.store(target_mass + g, event_weight * p * tl.exp(x - event), mask=g < g_end)
+    left = 1 - event_weight * mass_sum
+    tl.store(loss + n, event_weight * event_sum + left * cross_entropy)
+    tl.store(label_loss + n, cross_entropy)
+    tl.store(event_loss + n, event_sum)
     tl.store(mass + n, mass_sum)
-    tl.debug_barrier()  # other threads of this program may still read the logits that are overwritten now
+    tl.debug_barrier()  # other threads of this program may still read the logits overwritten below
     for start in range(0, columns, BLOCK):
         at = start + tl.arange(0, BLOCK)
         x = tl.load(row + at, mask=at < columns, other=-float("inf"))
@@ -97,16 +102,16 @@ def _event_kl_kernel(
     for start in range(g_begin, g_end, FEW):
         g = start + tl.arange(0, FEW)
         u = tl.load(token + g, mask=g < g_end, other=0)
-        tl.atomic_add(
-            row + u, -tl.load(pull + g, mask=g < g_end, other=0.0), mask=g < g_end
-        )  # a token may stand in two entries
-    tl.atomic_add(row + said, -left)
+        # atomic: a token may belong to two entries
+        tl.atomic_add(row + u, -tl.load(target_mass + g, mask=g < g_end, other=0.0), mask=g < g_end)
+    tl.atomic_add(row + label, -left)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _divergence_kernel(
+def _divergence_kernel(  # type: ignore[no-untyped-def]
     logits, stride, teacher, teacher_stride, columns, loss, BLOCK: tl.constexpr, KIND: tl.constexpr
-) -> None:  # type: ignore[no-untyped-def]
+) -> None:
+    """Divergence of one position (KIND: DIVERGENCE_CODES); writes the gradient over the logits."""
     n = tl.program_id(0).to(tl.int64)
     row, other = logits + n * stride, teacher + n * teacher_stride
     s_lse, t_lse = _logsumexp_kernel(row, columns, BLOCK), _logsumexp_kernel(other, columns, BLOCK)
@@ -139,21 +144,21 @@ def _divergence_kernel(
         t = tl.load(other + at, mask=at < columns, other=0.0) - t_lse
         q = tl.exp(s)
         if KIND == 0:
-            pull = q - tl.exp(t)
+            grad = q - tl.exp(t)
         elif KIND == 1:
-            pull = q * (s - t - of_q)
+            grad = q * (s - t - of_q)
         else:
             middle = (
                 tl.maximum(s, t)
                 + tl.log(tl.exp(-tl.abs(tl.where(t == -float("inf"), float("inf"), s - t))) + 1)
                 - 0.6931471805599453
             )
-            pull = q * (s - middle - of_q) / 2
-        tl.store(row + at, pull, mask=at < columns)
+            grad = q * (s - middle - of_q) / 2
+        tl.store(row + at, grad, mask=at < columns)
 
 
 def empty_float32(n: int, like: torch.Tensor) -> torch.Tensor:
-    """Memory that a kernel fills."""
+    """Return uninitialised float32 memory on the device of `like`."""
     return torch.empty(n, dtype=torch.float32, device=like.device)
 
 
@@ -163,56 +168,61 @@ def triton_event_kl(
     targets: Sequence[BatchTargets],
     event_weight: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss, cross-entropy, event term, whether spoken of) by position, as `composed_rows`; the logits are overwritten by the gradient.
+    """Compute `event_kl_per_token` on a GPU and write the gradient over the logits.
 
-    Float32 logits whose columns lie side by side; rows with a rest are not for it.
+    Args:
+        logits_CV: float32 logits with contiguous columns; overwritten by the gradient.
+        labels_C: int64 student tokens.
+        targets: targets of each teacher, without a rest.
+        event_weight: weight of the event term, in [0, 1].
+
+    Returns:
+        Loss, cross-entropy, event term and whether the position is supervised, [C] each.
     """
     count = len(logits_CV)
-    for said in targets:
-        refuse_other_vocabulary(logits_CV, said)
+    for one in targets:
+        refuse_other_vocabulary(logits_CV, one)
     refuse_two_teachers(targets, count)
-    row_M = torch.cat(
-        [labels_C.new_empty(0, device="cpu"), *(said.row_M.cpu() for said in targets)]
-    )
+    row_M = torch.cat([labels_C.new_empty(0, device="cpu"), *(one.row_M.cpu() for one in targets)])
     row_M, order_M = row_M.sort(stable=True)
-    prob_M = torch.cat([torch.empty(0), *(said.probs_M.cpu() for said in targets)])[order_M]
-    before = [sum(len(said.row_M) for said in targets[:k]) for k in range(len(targets))]
+    prob_M = torch.cat([torch.empty(0), *(one.probs_M.cpu() for one in targets)])[order_M]
+    before = [sum(len(one.row_M) for one in targets[:k]) for k in range(len(targets))]
     entry_G = torch.cat(
-        [row_M[:0], *(said.entry_G.cpu() + m for said, m in zip(targets, before, strict=True))]
+        [row_M[:0], *(one.entry_G.cpu() + m for one, m in zip(targets, before, strict=True))]
     )
     place_M = torch.empty_like(order_M).index_put((order_M,), torch.arange(len(order_M)))
     entry_G, order_G = place_M[entry_G].sort(stable=True)
-    token_G = torch.cat([row_M[:0], *(said.token_G.cpu() for said in targets)])[order_G]
+    token_G = torch.cat([row_M[:0], *(one.token_G.cpu() for one in targets)])[order_G]
     first_entry = torch.searchsorted(row_M, torch.arange(count + 1))
     first_token = torch.searchsorted(entry_G, torch.arange(len(row_M) + 1))
-    given = [
+    inputs = [
         side.to(logits_CV.device)
         for side in (labels_C, first_entry, first_token, token_G, prob_M.float())
     ]
-    pull_G, loss_C, text_C, events_C, mass_C = (
+    target_mass_G, loss_C, label_loss_C, event_loss_C, mass_C = (
         empty_float32(n, logits_CV) for n in (len(token_G), count, count, count, count)
     )
     _event_kl_kernel[(count,)](
         logits_CV,
         logits_CV.stride(0),
         logits_CV.shape[1],
-        *given,
-        pull_G,
+        *inputs,
+        target_mass_G,
         loss_C,
-        text_C,
-        events_C,
+        label_loss_C,
+        event_loss_C,
         mass_C,
         event_weight,
         BLOCK=BLOCK_COLUMNS,
         FEW=BLOCK_EVENT_TOKENS,
     )
-    return loss_C, text_C, events_C, mass_C > 0
+    return loss_C, label_loss_C, event_loss_C, mass_C > 0
 
 
 def triton_divergence(
     logits_CV: torch.Tensor, teacher_logits_CV: torch.Tensor, divergence: Divergence
 ) -> torch.Tensor:
-    """`same_rows`: by position; the student's logits are overwritten by the gradient, the teacher's stay."""
+    """Compute `divergence_with_gradient` on a GPU, [C]; the teacher's logits stay unchanged."""
     loss_C = empty_float32(len(logits_CV), logits_CV)
     _divergence_kernel[(len(logits_CV),)](
         logits_CV,

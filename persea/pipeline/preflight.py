@@ -27,6 +27,10 @@ def refuse_impossible_training(context: RunContext) -> None:
             ],
         )
     refuse_missing_tracker(t.report_to)
+    if t.loss:
+        from persea.losses import build_loss  # imports torch
+
+        build_loss(t.loss_terms)  # raises RecipeError for an unknown name
     if context.launch_options.resume not in (
         "auto",
         "never",

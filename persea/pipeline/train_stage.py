@@ -1,4 +1,4 @@
-"""The stage `train`: lessons, student and objective handed to the loop, in this process, in several of its own, or as one of torchrun's."""
+"""The stage `train`: run the training loop in this process, in several, or under torchrun."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from persea import storage as store
 from persea.cache.answer_filter import without_rejected
 from persea.cache.capture import assign_prompts, open_teacher_caches
 from persea.cache.reader import AnswerSource
-from persea.config.schema import TrainingSection
-from persea.losses import LossOutput, event_kl_loss_from_hidden
+from persea.losses import HiddenStates, Loss, LossOutput, build_loss
 from persea.pipeline.run_context import (
     ProgressCallback,
     RunContext,
@@ -36,29 +35,41 @@ if TYPE_CHECKING:
 
     from persea.training.student import StudentModel
 
-StepCallback = Callable[[int, Mapping[str, Any]], None]
+StepCallback = Callable[[int, Mapping[str, Any]], None]  # (step, line of metrics)
+TRAIN_COMMAND = "train"  # message of the first rank of torchrun to the others
+MIN_MESSAGE_INTERVAL_S = 0.2  # between progress messages to the launcher
 
 
 def train_in_processes(
     context: RunContext, folder: Path, inputs: Mapping[str, Any], report_progress: ProgressCallback
 ) -> None:
-    """Train, and save the student. In several processes it is opened once more for that, whole, from the last checkpoint."""
-    how, world = context.launch_options, context.world
+    """Train and save the student.
+
+    After a training in several processes the student is loaded once more, whole, from the last
+    checkpoint.
+
+    Args:
+        context: the run.
+        folder: the run folder's `train`.
+        inputs: recipe and data as JSON, compared with those of a checkpoint.
+        report_progress: progress callback.
+    """
+    options, world = context.launch_options, context.world
 
     def progress(step: int, line: Mapping[str, Any]) -> None:
         report_progress("train", step / context.recipe.training.steps, format_step(line))
 
-    if how.num_processes > 1:
+    if options.num_processes > 1:
         launch_processes(
             _train_spawned_rank,
             (replace(context), inputs),
-            how.num_processes,
+            options.num_processes,
             lambda line: progress(line["step"], line),
         )
     else:
-        world.broadcast("teach")
+        world.broadcast(TRAIN_COMMAND)
         student = train_rank(context, folder, inputs, progress)
-    if how.num_processes > 1 or world.size > 1:
+    if options.num_processes > 1 or world.size > 1:
         student = context.load_student()
         newest = checkpoints.find_checkpoint(folder, checkpoints.RESUME_AUTO)
         assert newest is not None  # the last step is always saved
@@ -69,33 +80,35 @@ def train_in_processes(
 def follow_first_rank(
     context: RunContext, folder: Path, inputs: Callable[[RunContext], Mapping[str, Any]]
 ) -> None:
-    """What the other processes of torchrun do: train where the first one does, and nothing else."""
-    while context.world.broadcast("") == "teach":
+    """Train whenever the first rank of torchrun does; other stages run in the first rank only."""
+    while context.world.broadcast("") == TRAIN_COMMAND:
         train_rank(context, folder, inputs(context), lambda step, line: None)
 
 
 def format_step(metrics: Mapping[str, Any]) -> str:
-    """A step in a few words."""
-    if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["gradient_norm"])):
-        return f"step {metrics['step']} left out: loss {metrics['loss']:g}, gradient norm {metrics['gradient_norm']:g}"
+    """Describe a step in a progress message."""
+    loss, norm = metrics["loss"], metrics["gradient_norm"]
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        return f"step {metrics['step']} skipped: loss {loss:g}, gradient norm {norm:g}"
     hours, seconds = divmod(metrics["left"], 3600)
     pace = metrics["positions"] / max(metrics["seconds"], 1e-9)
-    return f"loss {metrics['loss']:.3f}, {pace:.0f} tokens/s, {hours}:{seconds // 60:02}:{seconds % 60:02} left"
+    remaining = f"{hours}:{seconds // 60:02}:{seconds % 60:02}"
+    return f"loss {loss:.3f}, {pace:.0f} tokens/s, {remaining} left"
 
 
 def _train_spawned_rank(
     world: World, launcher: Store, context: RunContext, inputs: Mapping[str, Any]
 ) -> None:
-    """One of several processes that `teach` starts."""
+    """Train as one of the processes that `train_in_processes` starts."""
     silence_transformers()
     set_threads(context.recipe.threads)
-    last = [0.0]
+    last_message = 0.0
 
     def progress(step: int, line: Mapping[str, Any]) -> None:
-        if not world.rank and (
-            time.monotonic() - last[0] > 0.2 or step == context.recipe.training.steps
-        ):
-            last[0] = time.monotonic()
+        nonlocal last_message
+        now, last_step = time.monotonic(), context.recipe.training.steps
+        if not world.rank and (now - last_message > MIN_MESSAGE_INTERVAL_S or step == last_step):
+            last_message = now
             send_to_launcher(launcher, line)
 
     train_rank(replace(context, world=world), context.folder / "train", inputs, progress)
@@ -104,10 +117,18 @@ def _train_spawned_rank(
 def train_rank(
     context: RunContext, folder: Path, inputs: Mapping[str, Any], on_step: StepCallback
 ) -> StudentModel:
-    """This process' share of the training; the student it holds."""
+    """Run this process' share of the training and return the student that it holds.
+
+    Args:
+        context: the run.
+        folder: the run folder's `train`; the first process writes metrics, checkpoints and
+            dataset.json.
+        inputs: recipe and data as JSON, compared with those of a checkpoint.
+        on_step: called after every step.
+    """
     t, world = context.recipe.training, context.world
     student = context.load_student().distribute(world, context.launch_options.parallel)
-    feed = build_dataset(
+    dataset = build_dataset(
         _teacher_caches(context),
         student.renderer,
         context.event_maps,
@@ -116,83 +137,67 @@ def train_rank(
         max_tokens=t.max_length,
         partial_tokens=t.partial_tokens,
     )
-    learned, held = (
-        feed.train_test_split(t.validation_share) if t.validation_share else (feed, None)
+    trained, held_out = (
+        dataset.train_test_split(t.validation_share) if t.validation_share else (dataset, None)
     )
-    rollouts = _load_rollouts(context, student, held)
+    rollouts = _load_rollouts(context, student, held_out)
+    loss_fn = build_loss(t.loss_terms)
 
-    def loss_of(
+    def step_loss(
         step: int, part: int, parts: int, weights: Mapping[Group, float]
     ) -> tuple[LossOutput, Mapping[Group, GroupStats]]:
         if rollouts is not None and rollouts.is_due(step):
             return rollouts.loss(step, part, parts, weights)
-        batch = learned.batch(step, part, parts)
-        out = _batch_loss(student, batch, t, weights)
+        batch = trained.batch(step, part, parts)
+        out = _batch_loss(student, batch, loss_fn, weights)
         return out, group_stats(batch, out)
 
-    settings = TrainingSettings(
-        t.steps,
-        t.learning_rate,
-        t.warmup_steps,
-        t.weight_decay,
-        t.max_grad_norm,
-        t.checkpoint_every,
-        t.log_every,
-        context.recipe.seed,
-        t.schedule,
-        t.cooldown or 0.0,
-        t.micro_batches,
-        t.evaluate_every,
-        t.max_skipped_steps,
-        t.loss_balancing,
-    )
     student.model.train()
     run_training_loop(
         student.trainable_parameters,
-        loss_of,
-        settings,
+        step_loss,
+        TrainingSettings.from_section(t, context.recipe.seed),
         folder,
         inputs,
         _with_tracker(context, folder, on_step),
         world=world,
         batch_source=rollouts,
         resume=context.launch_options.resume,
-        evaluate=partial(held_out_loss, student, held, world, t) if held else None,
+        evaluate=partial(held_out_loss, student, held_out, world, loss_fn) if held_out else None,
     )
     if not world.rank:
-        store.write_json(
-            folder / "feed.json", feed.stats.to_json() | {"held_out": len(held) if held else 0}
-        )
+        counts = dataset.stats.to_json() | {"held_out": len(held_out) if held_out else 0}
+        store.write_json(folder / "dataset.json", counts)
     return student
 
 
 def _teacher_caches(context: RunContext) -> Sequence[tuple[AnswerSource, float]]:
-    """What the teachers said, without the answers that verifying found wrong."""
-    heard: Sequence[tuple[AnswerSource, float]] = open_teacher_caches(
+    """Open the cached answers with their shares, without answers that verification rejected."""
+    caches: Sequence[tuple[AnswerSource, float]] = open_teacher_caches(
         context.capture_units, context.folder / "capture"
     )
     return (
-        without_rejected(heard, store.read_json(context.folder / "capture" / "wrong.json"))
+        without_rejected(caches, store.read_json(context.folder / "capture" / "wrong.json"))
         if context.recipe.capture.drop_wrong_answers
-        else heard
+        else caches
     )
 
 
 def _load_rollouts(
     context: RunContext, student: StudentModel, held_out_dataset: DistillDataset | None
 ) -> Rollouts | None:
-    """The student's own answers, where the recipe wants them taught; never to a question whose lesson is held out."""
+    """Build the on-policy steps of a recipe that has them; held-out prompts are never used."""
     t = context.recipe.training
     if t.on_policy is None:
         return None
-    unseen = frozenset(held_out_dataset.prompt_ids()) if held_out_dataset else frozenset()
-    asked = (
+    held_out = frozenset(held_out_dataset.prompt_ids()) if held_out_dataset else frozenset()
+    assignments = (
         (prompt, name)
         for prompt, name in assign_prompts(context.corpus.prompts, context.cast)
-        if prompt.id not in unseen
+        if prompt.id not in held_out
     )
     return build_rollouts(
-        asked,
+        assignments,
         student,
         lambda name: context.load_teacher(name, t.batch_size),
         context.event_maps,
@@ -204,43 +209,37 @@ def _load_rollouts(
 
 
 def _batch_loss(
-    student: StudentModel, batch: Batch, training: TrainingSection, weights: Mapping[Group, float]
+    student: StudentModel, batch: Batch, loss_fn: Loss, weights: Mapping[Group, float]
 ) -> LossOutput:
+    """Run the student on a batch and compute the loss, weighted by group."""
     import torch
 
-    states = student.hidden_and_head(batch.ids_BS, batch.mask_BS, batch.row_N, batch.position_N)
+    hidden = HiddenStates(
+        *student.hidden_and_head(batch.ids_BS, batch.mask_BS, batch.row_N, batch.position_N)
+    )
     weight_N = (
         torch.tensor([weights.get(group, 1.0) for group in batch.group_B])[batch.row_N]
         if weights
         else None
     )
-    return event_kl_loss_from_hidden(
-        *states,
-        batch.labels_N,
-        batch.targets if training.objective == "events" else (),
-        training.event_weight,
-        weight_N,
-    )
+    return loss_fn(hidden, batch.labels_N, batch.targets, weight_N)
 
 
 def group_stats(batch: Batch, loss_output: LossOutput) -> dict[Group, GroupStats]:
-    """What each group taught of a batch: its positions, their losses, and how they pull where a gradient is wanted."""
+    """Sum positions, losses and gradient norms of a batch by group."""
     import torch
 
-    assert loss_output.token_loss_N is not None  # the objectives of captures come from a head
+    loss_N = loss_output.token_loss_N
+    assert loss_N is not None  # losses that train on captures have a loss of each position
     groups = list(batch.tokens_by_group)
     which_N = torch.tensor([groups.index(group) for group in batch.group_B])[batch.row_N]
-    pull_N = (
-        torch.full_like(loss_output.token_loss_N, math.nan)
+    grad_norm_N = (
+        torch.full_like(loss_N, math.nan)
         if loss_output.grad_norm_N is None
         else loss_output.grad_norm_N
     )
-    each_N3 = (
-        torch.stack([loss_output.token_loss_N, loss_output.token_loss_N.square(), pull_N], 1)
-        .cpu()
-        .double()
-    )
-    sums_G3 = torch.zeros((len(groups), 3), dtype=torch.float64).index_add_(0, which_N, each_N3)
+    values_N3 = torch.stack([loss_N, loss_N.square(), grad_norm_N], 1).cpu().double()
+    sums_G3 = torch.zeros((len(groups), 3), dtype=torch.float64).index_add_(0, which_N, values_N3)
     return {
         group: GroupStats(batch.tokens_by_group[group], *sums)
         for group, sums in zip(groups, sums_G3.tolist(), strict=True)
@@ -248,40 +247,48 @@ def group_stats(batch: Batch, loss_output: LossOutput) -> dict[Group, GroupStats
 
 
 def held_out_loss(
-    student: StudentModel, dataset: DistillDataset, world: World, training: TrainingSection
+    student: StudentModel, dataset: DistillDataset, world: World, loss_fn: Loss
 ) -> dict[str, float]:
-    """The objective on lessons that are never learned from, nats per learned position: over all ("all") and by teacher."""
+    """Return the loss on held-out examples, nats per supervised position.
+
+    Args:
+        student: the student.
+        dataset: held-out examples.
+        world: this process among all processes; each computes its part of every batch.
+        loss_fn: the training loss.
+
+    Returns:
+        The loss over all examples ("all") and by teacher.
+    """
     import torch
 
-    nats, positions = dict[str, float](), dict[str, int]()
+    loss_sums, num_tokens = dict[str, float](), dict[str, int]()
     student.model.eval()
     with torch.no_grad():
-        mine = []
+        own = []
         for step in range(len(dataset) // dataset.batch_size):
             batch = dataset.batch(step, world.rank, world.size)
-            mine.append(group_stats(batch, _batch_loss(student, batch, training, {})))
+            own.append(group_stats(batch, _batch_loss(student, batch, loss_fn, {})))
     student.model.train()
-    for taught in (one for some in world.all_gather(mine) for one in some):
-        for group, said in taught.items():
+    for by_group in (stats for gathered in world.all_gather(own) for stats in gathered):
+        for group, stats in by_group.items():
             for key in ("all", group.teacher):
-                nats[key], positions[key] = (
-                    nats.get(key, 0.0) + said.loss_sum,
-                    positions.get(key, 0) + said.num_tokens,
-                )
-    return {key: nats[key] / positions[key] for key in nats}
+                loss_sums[key] = loss_sums.get(key, 0.0) + stats.loss_sum
+                num_tokens[key] = num_tokens.get(key, 0) + stats.num_tokens
+    return {key: loss_sums[key] / num_tokens[key] for key in loss_sums}
 
 
 def _with_tracker(context: RunContext, folder: Path, on_step: StepCallback) -> StepCallback:
-    """Progress, and the board that the recipe asks for, at the lines that are logged."""
+    """Return a callback that also sends logged lines to the recipe's tracker."""
     t = context.recipe.training
     if t.report_to is None or context.world.rank:
         return on_step
     newest = checkpoints.find_checkpoint(folder, context.launch_options.resume)
     done = int(newest.stem.partition("-")[2]) if newest else 0
-    board = open_tracker(
+    tracker = open_tracker(
         t.report_to,
         context.recipe.name,
-        folder / "tensorboard",
+        folder / "tensorboard" if t.report_to == "tensorboard" else folder,
         done,
         t.model_dump(mode="json"),
         t.steps,
@@ -290,6 +297,6 @@ def _with_tracker(context: RunContext, folder: Path, on_step: StepCallback) -> S
     def both(step: int, line: Mapping[str, Any]) -> None:
         on_step(step, line)
         if step % t.log_every == 0 or step == t.steps or "held_out" in line:
-            board(step, line)
+            tracker(step, line)
 
     return both

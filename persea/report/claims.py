@@ -128,7 +128,7 @@ def _regression_sentence(evaluation: EvaluationRecord) -> str:
     if not evaluation.regressions:
         return (
             "The student is nowhere significantly below its base model "
-            f"({format_count(num_compared)} comparisons: every skill, language and thinking effort)."
+            f"({format_count(num_compared)} comparisons: each skill, language and thinking effort)."
         )
     several = len(evaluation.student_efforts) > 1
     losses = [

@@ -60,9 +60,7 @@ class BpeDerivations:
     ) -> tuple[
         npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.int64]
     ]:
-        """For each piece: tokens with it at their left edge, until when, and the rank that ends
-        it.
-        """
+        """For each piece: tokens with it at their left edge, until when, and the ending rank."""
         token = np.flatnonzero(self.derivable_V)
         piece, until, rank = token, np.full(len(token), NEVER_MERGED), np.full(len(token), -1)
         columns = []

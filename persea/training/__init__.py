@@ -1,1 +1,1 @@
-"""Train the student: dataset, loop, checkpoints, loss balancing."""
+"""Training of the student: dataset, loop, checkpoints, loss balancing, on-policy steps."""

@@ -1,8 +1,9 @@
-"""What a training is made of at a step, on disk: whole or not at all, digested, and never in the place of the last finite one.
+"""Checkpoints of a training: complete or absent, with checksums, and never of weights not finite.
 
-A checkpoint is three files in checkpoints/: `step-N.pt` (weights, optimiser, random states, what the source carries), `step-N.jsonl`
-(metrics up to there) and, last, `step-N.json`: the sealed record that makes them count. Weights and moments are gathered whole, so that a
-checkpoint of two processes goes on in one, and back.
+A checkpoint is three files in checkpoints/: `step-N.pt` (weights, optimiser, random generators,
+state of the batch source), `step-N.jsonl` (metrics up to the step) and, written last,
+`step-N.json`, the record with checksums that makes the others valid. Weights and optimiser moments
+are gathered whole, so that one process can resume a checkpoint of two, and the reverse.
 """
 
 from __future__ import annotations
@@ -23,22 +24,24 @@ from persea.errors import DataError, RefusedError
 from persea.training.distributed.world import World
 from persea.training.loss_balancing import Group, GroupScale
 
-MAX_CHECKPOINTS = (
-    2  # checkpoints that stay: the newest, and one more where the newest is lost to the disk
-)
-RESUME_AUTO, RESUME_NEVER = "auto", "never"  # what --resume may be, beside a path
+MAX_CHECKPOINTS = 2  # checkpoints to keep: the newest, and one more in case the disk damages it
+RESUME_AUTO, RESUME_NEVER = "auto", "never"  # values of --resume besides a path
+# Keys of the recipe's section `training` that change how often a training is observed and saved,
+# not its result: a checkpoint may be resumed with other values.
+OBSERVATION_KEYS = frozenset({"checkpoint_every", "log_every", "report_to"})
 
 
 @dataclass(frozen=True)
 class TrainerState:
-    """Where a training stands.
+    """Progress of a training.
 
-    step       steps done; schedule and order of samples follow from it and the recipe
-    positions  learned positions so far, over all processes
-    seconds    spent so far
-    skipped    steps that were not applied: what was not finite there
-    log        lines of metrics.jsonl
-    scales     how large the losses of each group have been
+    Attributes:
+        step: steps done; the schedule and the order of examples follow from it and the recipe.
+        num_tokens: supervised positions so far, over all processes.
+        seconds: time so far.
+        skipped_steps: steps that were not applied, with the values that were not finite.
+        log_history: lines of metrics.jsonl.
+        group_scales: scale of each group's losses, for loss balancing.
     """
 
     step: int = 0
@@ -49,18 +52,18 @@ class TrainerState:
     group_scales: Mapping[Group, GroupScale] = field(default_factory=dict)
 
 
-# --- chance ---
+# --- random generators ---
 
 
 def seed_all(seed: int, rank: int) -> None:
-    """Begin every source of chance that a loss may draw from; each process draws its own."""
+    """Seed every random generator of this process; each rank draws its own numbers."""
     torch.manual_seed((seed << 31) + rank)  # CUDA's too
     np.random.seed([seed, rank])
     random.seed(f"{seed} {rank}")
 
 
 def rng_state() -> dict[str, Any]:
-    """Where every source of chance of this process stands."""
+    """Return the state of every random generator of this process."""
     kind, keys, *rest = np.random.get_state(legacy=True)
     words = torch.from_numpy(np.asarray(keys).astype(np.int64))
     state = {
@@ -72,7 +75,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def restore_rng_state(state: Mapping[str, Any]) -> None:
-    """Put every source of chance back to where it stood."""
+    """Restore the state that `rng_state` returned."""
     torch.set_rng_state(state["torch"])
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
@@ -86,7 +89,10 @@ def restore_rng_state(state: Mapping[str, Any]) -> None:
 
 
 def gather_full_tensor(value: torch.Tensor) -> torch.Tensor:
-    """All of a tensor, also where every process holds a part of it (a collective: all processes call it in the same order)."""
+    """Return the whole tensor, also if every process holds a shard.
+
+    Collective: all processes call it in the same order.
+    """
     if type(value) in (torch.Tensor, torch.nn.Parameter):
         return value
     from torch.distributed.tensor import DTensor  # heavy, and not needed by one process
@@ -95,7 +101,7 @@ def gather_full_tensor(value: torch.Tensor) -> torch.Tensor:
 
 
 def _shard_like(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This process' part of a whole tensor, laid out as `like` is."""
+    """Return this process' shard of a whole tensor, with the layout of `like`."""
     if type(like) in (torch.Tensor, torch.nn.Parameter) or value.dim() == 0:
         return value
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -113,21 +119,23 @@ def _shard_like(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 class _HashingWriter:
-    """A file that digests what goes through it: a state of gigabytes is never held as bytes."""
+    """A file that computes a checksum while it is written: gigabytes are never held as bytes."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.sha = file, hashlib.sha256()
         self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
+        """Write data; remember the error of a full disk."""
         self.sha.update(data)
         try:
             return self.file.write(data)
         except OSError as error:
-            self.error = error  # torch hides it behind an error of its own archive
+            self.error = error  # torch.save raises an error of its own instead
             raise
 
     def flush(self) -> None:
+        """Flush the file."""
         self.file.flush()
 
 
@@ -140,10 +148,23 @@ def save_checkpoint(
     world: World,
     source_state: bytes = b"",
 ) -> None:
-    """Publish state and metrics, then the record that makes them count; the newest two stay. Every process calls it, the first writes.
+    """Write a checkpoint and delete all but the newest MAX_CHECKPOINTS.
 
-    carried  what this process' source of batches carries from step to step
-    Raises Refused where a weight is not finite: such a state is never written, so that none can push the last finite one out.
+    Collective: every process calls it, the first writes.
+
+    Args:
+        folder: the run folder's `train`.
+        inputs: recipe and data as JSON, compared on resuming.
+        state: progress of the training.
+        parameters: the trainable parameters.
+        optimizer: their optimiser.
+        world: this process among all processes.
+        source_state: state of this process' batch source.
+
+    Raises:
+        RefusedError: if a weight is not finite. Such a state is never written, so it cannot replace
+            the last finite checkpoint.
+        StorageError: if the disk is full or cannot be written.
     """
     finite = all(bool(torch.isfinite(p.detach()).all()) for p in parameters)
     if not all(world.all_gather(finite)):
@@ -158,14 +179,14 @@ def save_checkpoint(
         k: {name: gather_full_tensor(v) for name, v in values.items()}
         for k, values in moments["state"].items()
     }
-    everybodys = world.all_gather(
+    states = world.all_gather(
         (rng_state(), torch.from_numpy(np.frombuffer(source_state, np.uint8).copy()))
     )
     if world.rank:
         return
     name = folder / "checkpoints" / f"step-{state.step:08d}"
     with store.open_atomic(name.with_suffix(".pt")) as file:
-        digesting: Any = _HashingWriter(file)
+        writer: Any = _HashingWriter(file)
         try:
             torch.save(
                 {
@@ -179,13 +200,13 @@ def save_checkpoint(
                         (tuple(group), astuple(scale))
                         for group, scale in state.group_scales.items()
                     ],
-                    "chance": [c for c, _ in everybodys],
-                    "carried": [c for _, c in everybodys],
+                    "chance": [rng for rng, _ in states],
+                    "carried": [source for _, source in states],
                 },
-                digesting,
+                writer,
             )
         except RuntimeError as error:
-            raise digesting.error or error from error
+            raise writer.error or error from error
     metrics = "".join(
         json.dumps(line, allow_nan=False) + "\n" for line in state.log_history
     ).encode()
@@ -197,7 +218,7 @@ def save_checkpoint(
             "inputs": inputs,
             "step": state.step,
             "world": world.size,
-            "state": digesting.sha.hexdigest(),
+            "state": writer.sha.hexdigest(),
             "metrics": store.digest_bytes(metrics),
         },
     )
@@ -205,18 +226,18 @@ def save_checkpoint(
 
 
 def delete_old_checkpoints(folder: Path, keep: int = MAX_CHECKPOINTS) -> None:
-    """Remove all but the newest checkpoints, and what a killed run left of one: whatever is older than the oldest that stays."""
+    """Delete all but the newest checkpoints, and older files that a killed run left behind."""
     records = sorted((folder / "checkpoints").glob("step-*.json"))[-keep:] if keep else []
-    for path in sorted(
-        (folder / "checkpoints").glob("step-*")
-    ):  # the record first, it sorts before .jsonl and .pt
+    # sorted: the record (.json) is deleted before .jsonl and .pt
+    for path in sorted((folder / "checkpoints").glob("step-*")):
         if not keep or (records and path.stem < records[0].stem):
             store.DISK.remove(path)
 
 
 def delete_later_checkpoints(folder: Path, step: int) -> None:
-    """Remove what was saved after a step, once the training has gone back to it: it is no longer what this training did, and would be taken
-    for its newest.
+    """Delete the checkpoints after a step that the training has gone back to.
+
+    They no longer belong to this training, and one of them would be resumed as the newest.
     """
     for path in sorted((folder / "checkpoints").glob("step-*")):
         if path.stem > f"step-{step:08d}":
@@ -227,9 +248,15 @@ def delete_later_checkpoints(folder: Path, step: int) -> None:
 
 
 def find_checkpoint(folder: Path, resume: str) -> Path | None:
-    """The record to go on from: the newest (auto), none (never: all that stand are removed), or the one that a path names.
+    """Return the record of the checkpoint to resume, or None.
 
-    A path names a record, its step's name without ending, or a folder of checkpoints (its newest). Raises DataError where nothing is.
+    Args:
+        folder: the run folder's `train`.
+        resume: auto = the newest; never = none, and all checkpoints are deleted; otherwise the path
+            of a record, of a checkpoint without its suffix, or of a folder (its newest checkpoint).
+
+    Raises:
+        DataError: if the path holds no checkpoint.
     """
     if resume == RESUME_NEVER:
         delete_old_checkpoints(folder, keep=0)
@@ -248,15 +275,15 @@ def find_checkpoint(folder: Path, resume: str) -> Path | None:
     chosen = max(inside, default=None) if path.is_dir() else named
     if chosen is None or not chosen.is_file():
         raise DataError(
-            "no checkpoint is there",
+            "no checkpoint found",
             where=resume,
-            remedy="name a checkpoints/step-N.json, or say --resume auto",
+            remedy="name a checkpoints/step-N.json, or use --resume auto",
         )
     return chosen
 
 
 def describe_changes(before: Any, now: Any, key: str = "") -> list[str]:
-    """Which keys differ, as "training.steps: 8 -> 9"."""
+    """Return the differing keys, such as "training.steps: 8 -> 9"."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         return [
             line
@@ -266,36 +293,42 @@ def describe_changes(before: Any, now: Any, key: str = "") -> list[str]:
     return [] if before == now else [f"{key}: {_shorten(before)} -> {_shorten(now)}"]
 
 
+def _comparable(inputs: Any) -> Any:
+    """Return inputs as they come back from a file (tuples are lists), without OBSERVATION_KEYS."""
+    again = json.loads(json.dumps(inputs))
+    training = again.get("training")
+    if isinstance(training, dict):
+        again["training"] = {k: v for k, v in training.items() if k not in OBSERVATION_KEYS}
+    return again
+
+
 def _shorten(value: Any) -> str:
+    """Return a value for a message: digests and long values are cut."""
     text = value[:12] if isinstance(value, str) and len(value) == 64 else json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def describe_input_changes(folder: Path, inputs: Mapping[str, Any]) -> str:
-    """What is not as it was when the newest checkpoint here was written; empty where none tells."""
+    """Return how inputs differ from those of the newest checkpoint; "" if nothing differs."""
     newest = find_checkpoint(folder, RESUME_AUTO)
-    return (
-        "; ".join(describe_changes(_read_record(newest)["inputs"], _json_round_trip(inputs)))
-        if newest
-        else ""
-    )
-
-
-def _json_round_trip(inputs: Mapping[str, Any]) -> Any:
-    """As it comes back from a file: tuples are lists there."""
-    return json.loads(json.dumps(inputs))
+    if not newest:
+        return ""
+    before = _comparable(_read_record(newest)["inputs"])
+    return "; ".join(describe_changes(before, _comparable(inputs)))
 
 
 def _corrupt_checkpoint(record: Path) -> DataError:
-    last = record.with_suffix("")
+    """Return the error for a checkpoint whose checksum does not match."""
+    path = record.with_suffix("")
     return DataError(
-        "this checkpoint is not what was written",
-        where=str(last),
-        remedy=f"delete {last}.*; the checkpoint before it goes on",
+        "the checkpoint is damaged: a checksum does not match",
+        where=str(path),
+        remedy=f"delete {path}.*; the training resumes from the checkpoint before it",
     )
 
 
 def _read_record(path: Path) -> dict[str, Any]:
+    """Read and check the record of a checkpoint."""
     try:
         record = store.read_json_with_checksum(path, "")
     except DataError as error:
@@ -315,17 +348,29 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer | None,
     world: World,
 ) -> tuple[TrainerState, tuple[bytes, ...]]:
-    """Where the training of a record stands, its state put into parameters, optimiser and chance; and what sources carried, by process.
+    """Load a checkpoint into parameters, optimiser and random generators.
 
-    optimizer  None: only the weights are wanted
-    Raises Refused with what differs where it belongs to other inputs, DataError where a byte is not as it was written or a weight is not finite.
+    Args:
+        path: record of the checkpoint.
+        inputs: recipe and data as JSON; keys of OBSERVATION_KEYS may differ.
+        parameters: the trainable parameters.
+        optimizer: their optimiser; None = load only the weights.
+        world: this process among all processes.
+
+    Returns:
+        The progress of the training, and the state of the batch source of every saving process.
+
+    Raises:
+        RefusedError: if the checkpoint belongs to other inputs; the message lists the differences.
+        DataError: if a checksum does not match or a weight is not finite.
     """
     record = _read_record(path)
-    if different := describe_changes(record["inputs"], _json_round_trip(inputs)):
+    if different := describe_changes(_comparable(record["inputs"]), _comparable(inputs)):
         raise RefusedError(
             f"the checkpoint belongs to another recipe, model or capture ({'; '.join(different)})",
             where=str(path),
-            remedy=f"give the run another --out, put back what it was, or begin anew with --resume never, which deletes {path.parent}",
+            remedy="use another --out, restore the old inputs, or start again with "
+            f"--resume never, which deletes {path.parent}",
         )
     try:
         metrics = path.with_suffix(".jsonl").read_bytes()
@@ -353,12 +398,12 @@ def load_checkpoint(
         moments["state"] = {
             k: {name: _shard_like(v, parameters[k]).clone() for name, v in values.items()}
             for k, values in moments["state"].items()
-        }  # copies: the file may be gone before they are
+        }  # copies: the memory-mapped file may be deleted before the optimiser is
         optimizer.load_state_dict(moments)
         if world.rank < len(state["chance"]):
             restore_rng_state(state["chance"][world.rank])
     log = tuple(json.loads(line) for line in metrics.splitlines())
-    done = TrainerState(
+    progress = TrainerState(
         int(state["step"]),
         int(state["positions"]),
         float(state["seconds"]),
@@ -366,4 +411,4 @@ def load_checkpoint(
         log,
         {Group(*group): GroupScale(*scale) for group, scale in state["scales"]},
     )
-    return done, tuple(c.numpy().tobytes() for c in state["carried"])
+    return progress, tuple(source.numpy().tobytes() for source in state["carried"])

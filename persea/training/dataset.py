@@ -1,71 +1,67 @@
-"""Where batches come from: offline() turns captures into lessons in the student's voice, and lessons into batches."""
+"""Training examples from cached answers: a torch Dataset, and batches in a reproducible order.
+
+`DistillDataset` works with a torch DataLoader, `transformers.Trainer` and TRL; its `collate_fn`
+gives a dictionary with `input_ids`, `attention_mask`, `labels` and the `Batch` that persea's losses
+take. persea's own training loop calls `batch(step)`: the batch of a step depends on the seed and
+the step alone, so that a resumed training sees the same batches.
+"""
 
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from persea.alignment.event_map import EventMap
-from persea.alignment.partial_tokens import (
-    PartialTokenProjector,
-    make_partial_token_projector,
-    require_projectable_kind,
-    token_prefixes,
-)
-from persea.alignment.spans import SupervisionKind, align
-from persea.alignment.token_order import UNRESTRICTED_CONTEXT
+from persea.alignment.event_map import EventMap, load_event_map
+from persea.alignment.partial_tokens import make_partial_token_projector
+from persea.alignment.spans import SupervisionKind
 from persea.cache.reader import AnswerSource, AnswerSubset, CacheMixture
 from persea.cache.unit import CachedAnswer
 from persea.chat.messages import ThinkingEffort
 from persea.chat.renderer import ChatRenderer
-from persea.distributions import DistributionKind
 from persea.errors import DataError
-from persea.losses import (
-    BatchTargets,
-    EventTargets,
-    build_batch_targets,
-    build_event_targets,
-    concat_event_targets,
+from persea.losses import BatchTargets, EventTargets, build_batch_targets, concat_event_targets
+from persea.training.example import (
+    NUM_COUNTS,
+    Example,
+    align_answer,
+    build_example,
+    render_answer,
+    training_effort,
 )
-from persea.tokenization.bpe import expand_groups
-from persea.tokenization.tokens import RenderedTokens
 from persea.training.loss_balancing import Group
 
+if TYPE_CHECKING:
+    import datasets
 
-@dataclass(frozen=True)
-class Example:
-    """One answer in the student's voice, and what the teacher says of it where both begin a token at the same byte.
-
-    said   over events; its positions are the learned tokens of `tokens`, in order
-    found  what `Feed.diagnosis` adds up: learned tokens by align.Taught (4), boundaries whose two realised tokens are different
-           events, the teacher's mass at boundaries, and what of it events and masks kept
-    """
-
-    tokens: RenderedTokens
-    teacher: str
-    skill: str
-    language: str
-    targets: EventTargets
-    counts: npt.NDArray[np.float64]
+IGNORED_LABEL = -100  # label of a token without loss, as transformers and TRL use it
+MAX_SKIP_REASONS = 100  # reasons of skipped answers that are reported
+# Tokens and entries of examples that are cached in memory: about 100 MB, and all of the
+# quickstart's.
+EXAMPLE_CACHE_TOKENS = 1 << 21
+EXAMPLE_OVERHEAD_TOKENS = 64  # counted for each example besides: the 2 kB of its array objects
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step learns from. B conversations, S student positions, N learned positions.
+    """Input of one training step: B conversations, S student positions, N supervised positions.
 
-    ids_BS, mask_BS  int64, right padded
-    row_N, at_N      where the learned token's distribution is: conversation, and the position BEFORE the token
-    targets_N        the learned tokens
-    teachers         what each teacher says of the N positions
-    share            learned positions of each group: a teacher's answers of a skill
-    by_B             the group of each conversation
+    Attributes:
+        ids_BS: int64 token ids, right-padded.
+        mask_BS: int64, 1 = token, 0 = padding.
+        row_N: int64, conversation of each supervised token.
+        position_N: int64, position whose logits predict the token: the one BEFORE it.
+        labels_N: int64, the supervised token.
+        targets: targets of each teacher at the N positions.
+        tokens_by_group: supervised tokens of each group (a teacher's answers of a skill).
+        group_B: group of each conversation.
     """
 
     ids_BS: torch.Tensor
@@ -77,16 +73,31 @@ class Batch:
     tokens_by_group: Mapping[Group, int]
     group_B: tuple[Group, ...]
 
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """Return a copy whose tensors are on a device."""
+        moved = {
+            name: side.to(device, non_blocking=non_blocking)
+            for name, side in vars(self).items()
+            if isinstance(side, torch.Tensor)
+        }
+        targets = tuple(one.to(device, non_blocking) for one in self.targets)
+        return Batch(**(vars(self) | moved | {"targets": targets}))
+
 
 @dataclass(frozen=True)
 class DatasetStats:
-    """What one pass over the captures found, before the first step.
+    """Counts of one pass over the cached answers, before the first step (train/dataset.json).
 
-    lessons, left_out    by teacher: answers to learn from, and answers left out
-    too_long, unsayable  answers past the limit, and answers that cannot be said in the student's voice; `why` of the first SHOWN of these
-    taught               by teacher and language, what `Lesson.found` adds up to
-    modes                lessons by the effort they are learned at
-    thoughts_dropped     lessons to answer at once, of teachers that thought first: the student does not see what they thought
+    Attributes:
+        examples: answers that became examples, by teacher.
+        skipped: answers that were skipped, by teacher.
+        too_long: skipped answers with more than `max_tokens` tokens.
+        unrenderable: skipped answers that the student's template or tokenizer cannot write.
+        reasons: why, for the first MAX_SKIP_REASONS of the unrenderable answers.
+        supervision: by teacher and language, the sum of `Example.counts`.
+        efforts: examples by the thinking effort at which they are learned.
+        thinking_dropped: examples that are learned as direct answers although the teacher thought
+            first: the student does not see the thinking.
     """
 
     examples: Mapping[str, int]
@@ -99,69 +110,191 @@ class DatasetStats:
     thinking_dropped: int
 
     def to_json(self) -> dict[str, Any]:
-        """taught: by teacher and language, shares of learned tokens, disagreement, the teacher's mass kept."""
+        """Return the counts as JSON.
+
+        `supervision` has a row for each teacher and language: the share of supervised tokens of
+        each `SupervisionKind`, the share of common boundaries whose two tokens are different
+        events, and the share of the teacher's mass that events and masks retain.
+        """
         rows = []
-        for (teacher, language), found in sorted(self.supervision.items()):
-            taught, (differ, mass, kept) = (
-                found[: len(SupervisionKind)],
-                found[len(SupervisionKind) :].tolist(),
-            )
-            shares = {
-                t.name.lower(): round(float(taught[t] / taught.sum()), 4) for t in SupervisionKind
-            }
+        for (teacher, language), counts in sorted(self.supervision.items()):
+            kinds = counts[: len(SupervisionKind)]
+            differ, mass, retained = counts[len(SupervisionKind) :].tolist()
+            total = max(1.0, kinds.sum())
             rows.append(
                 {
                     "teacher": teacher,
                     "language": language,
-                    "tokens": int(taught.sum()),
-                    **shares,
-                    "disagreement": round(differ / max(1.0, taught[SupervisionKind.EVENT]), 4),
-                    "mass_kept": round(kept / mass, 4) if mass else None,
+                    "tokens": int(kinds.sum()),
+                    **{k.name.lower(): round(float(kinds[k] / total), 4) for k in SupervisionKind},
+                    "disagreement": round(differ / max(1.0, kinds[SupervisionKind.EVENT]), 4),
+                    "mass_retained": round(retained / mass, 4) if mass else None,
                 }
             )
         return {
-            "lessons": dict(self.examples),
-            "left_out": dict(self.skipped),
+            "examples": dict(self.examples),
+            "skipped": dict(self.skipped),
             "too_long": self.too_long,
-            "unsayable": self.unrenderable,
-            "why": list(self.reasons),
-            "taught": rows,
-            "modes": dict(self.efforts),
-            "thoughts_dropped": self.thinking_dropped,
+            "unrenderable": self.unrenderable,
+            "reasons": list(self.reasons),
+            "supervision": rows,
+            "efforts": dict(self.efforts),
+            "thinking_dropped": self.thinking_dropped,
         }
 
 
-MAX_SKIP_REASONS = 100  # of what cannot be said
-EXAMPLE_CACHE_TOKENS = (
-    1 << 21
-)  # tokens and entries of lessons that are kept: some 100 MB, and all of the quickstart's
-EXAMPLE_OVERHEAD_TOKENS = 64  # what a lesson counts beside them: its arrays' own bookkeeping, 2 kB
+class DistillDataset(torch.utils.data.Dataset[Example]):
+    """Cached answers of one or several teachers as training examples for one student.
 
+    `dataset[i]` is the i-th example; an example is built when it is asked for, and the last ones
+    are cached, so memory grows by 8 bytes an answer. The constructor reads every answer once:
+    answers that are longer than `max_tokens` or that the student's tokenizer or template cannot
+    write (a literal U+2581 in a SentencePiece student) are skipped and counted in `stats`. No
+    answer is cut.
 
-@dataclass(frozen=True, eq=False)
-class DistillDataset:
-    """Lessons in an order that depends on the seed and the step alone: batch(k) is the same whoever asks, and when.
+    Args:
+        cache: a cache, a list of cached answers, or several caches and the share of each. A share
+            holds however many answers of the cache are skipped; each cache is read epoch after
+            epoch.
+        student: the student's renderer.
+        teachers: renderer of each teacher, by the name in the cache. The event maps are built, or
+            loaded from disk.
+        event_maps: event map of each teacher, instead of `teachers`.
+        batch_size: conversations of `batch(step)`.
+        seed: seed of the order of `batch(step)`.
+        max_tokens: longest example in student tokens.
+        partial_tokens: whether student tokens that begin inside a teacher token get targets too.
 
-    A lesson is made when a step wants it, and the last ones are kept: memory does not grow with the captures but by 8 bytes an answer.
+    Attributes:
+        stats: what became an example and what was skipped.
+
+    Raises:
+        DataError: if no answer is left, if a cached distribution is invalid, or if the cache holds
+            answers of a teacher without renderer and event map.
+
+    Example:
+        >>> import persea
+        >>> from persea.cache.unit import CachedAnswer
+        >>> from persea.chat.messages import Conversation, FinishReason, Text
+        >>> from persea.distributions import text_only_distributions
+        >>> from persea.teachers.teacher import Answer
+        >>> teacher = persea.load_renderer("saplings/qwen-sapling")
+        >>> student = persea.load_renderer("saplings/llama-sapling")
+        >>> conversation = Conversation.from_question("2 + 2?").with_answer(Text("4"))
+        >>> tokens = teacher.render(conversation)
+        >>> answer = Answer("p0", "qwen", "reasoning", "en", conversation, FinishReason.STOP)
+        >>> text = text_only_distributions(int(tokens.loss_mask_T.sum()))
+        >>> cache = [CachedAnswer(answer, tokens, text)]  # or persea.open_cache("runs/avocado")
+        >>> dataset = persea.DistillDataset(cache, student=student, teachers={"qwen": teacher})
+        >>> sorted(dataset.collate_fn([dataset[0]]))
+        ['attention_mask', 'batch', 'input_ids', 'labels']
     """
 
+    def __init__(
+        self,
+        cache: AnswerSource | Sequence[CachedAnswer] | Sequence[tuple[AnswerSource, float]],
+        *,
+        student: ChatRenderer,
+        teachers: Mapping[str, ChatRenderer] | None = None,
+        event_maps: Mapping[str, EventMap] | None = None,
+        batch_size: int = 16,
+        seed: int = 0,
+        max_tokens: int = 512,
+        partial_tokens: bool = False,
+    ) -> None:
+        maps = {
+            **{name: load_event_map(one, student) for name, one in (teachers or {}).items()},
+            **(event_maps or {}),
+        }
+        caches = _as_caches(cache)
+        built = build_dataset(
+            caches,
+            student,
+            maps,
+            batch_size=batch_size,
+            seed=seed,
+            max_tokens=max_tokens,
+            partial_tokens=partial_tokens,
+        )
+        vars(self).update(vars(built))
+
     mixture: CacheMixture
+    _example_cache: OrderedDict[tuple[int, int], Example]
+    _cache_tokens: int
     make_example: Callable[[CachedAnswer], Example]
     event_maps: Mapping[str, EventMap]
     batch_size: int
     stats: DatasetStats
-    _example_cache: OrderedDict[tuple[int, int], Example] = field(
-        default_factory=OrderedDict, repr=False
-    )
-    _cache_tokens: list[int] = field(default_factory=lambda: [0], repr=False)
+
+    @classmethod
+    def from_mixture(
+        cls,
+        mixture: CacheMixture,
+        make_example: Callable[[CachedAnswer], Example],
+        event_maps: Mapping[str, EventMap],
+        batch_size: int,
+        stats: DatasetStats,
+    ) -> DistillDataset:
+        """Create a dataset from a mixture of caches whose answers are all usable."""
+        self = cls.__new__(cls)
+        self.mixture, self.make_example, self.event_maps = mixture, make_example, event_maps
+        self.batch_size, self.stats = batch_size, stats
+        self._example_cache = OrderedDict()
+        self._cache_tokens = 0
+        return self
 
     def __len__(self) -> int:
-        """Lessons."""
+        """Return the number of examples."""
         return sum(map(len, self.mixture.readers))
 
+    def __getitem__(self, index: int) -> Example:
+        """Return the example of an index: cache by cache, in the order of the answers."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        edges = np.cumsum([0, *map(len, self.mixture.readers)]).tolist()
+        which = bisect_right(edges, index % len(self)) - 1
+        return self._cached_example((which, index % len(self) - edges[which]))
+
+    def collate_fn(self, examples: Sequence[Example | Mapping[str, Any]]) -> dict[str, Any]:
+        """Collate examples for a DataLoader, `transformers.Trainer` or TRL.
+
+        Args:
+            examples: examples, or rows of `to_hf_dataset()`.
+
+        Returns:
+            `input_ids`, `attention_mask` and `labels` ([B, S] int64, right-padded, labels
+            IGNORED_LABEL where a token has no loss), and `batch`, a `Batch` for persea's losses.
+        """
+        batch = collate(
+            [self[one["example"]] if isinstance(one, Mapping) else one for one in examples],
+            self.event_maps,
+        )
+        labels_BS = torch.full_like(batch.ids_BS, IGNORED_LABEL)
+        labels_BS[batch.row_N, batch.position_N + 1] = batch.labels_N
+        return {
+            "input_ids": batch.ids_BS,
+            "attention_mask": batch.mask_BS,
+            "labels": labels_BS,
+            "batch": batch,
+        }
+
+    def to_hf_dataset(self) -> datasets.Dataset:
+        """Return a `datasets.Dataset` with one column, `example`, the index of an example.
+
+        TRL's SFTTrainer accepts no other kind of dataset; `collate_fn` takes its rows.
+        """
+        import datasets
+
+        return datasets.Dataset.from_dict({"example": list(range(len(self)))})
+
     def batch(self, step: int, part: int = 0, parts: int = 1) -> Batch:
-        """The batch of a step, draws step * size and on of the mixture; or a part of it: parts are slices in order, so that together they
-        are the same batch however many there are.
+        """Return the batch of a training step, or a part of it.
+
+        Args:
+            step: the step, from 0.
+            part: which part, from 0. The parts are consecutive slices: together they are the whole
+                batch, however many there are.
+            parts: number of parts.
         """
         begin, end = self.batch_size * part // parts, self.batch_size * (part + 1) // parts
         return collate(
@@ -169,167 +302,146 @@ class DistillDataset:
         )
 
     def train_test_split(self, validation_share: float) -> tuple[DistillDataset, DistillDataset]:
-        """(what is learned, what is held out): a share of the lessons, drawn by the seed, in whole batches and at least one of each.
+        """Split the examples into a training and a held-out dataset.
 
-        Raises DataError where there are not enough lessons for that.
+        Args:
+            validation_share: share of the examples to hold out. The number is rounded to whole
+                batches, at least one of each; the seed decides which.
+
+        Raises:
+            DataError: if there are not enough examples.
         """
         mixture = self.mixture
         n = max(1, round(len(self) * validation_share / self.batch_size)) * self.batch_size
         if len(self) - n < self.batch_size:
             raise DataError(
-                f"{len(self)} lessons are too few to hold out {n} and learn from batches of {self.batch_size}",
+                f"{len(self)} examples are too few to hold out {n} "
+                f"and train on batches of {self.batch_size}",
                 where="training.validation_share",
-                remedy="a larger corpus, a smaller training.batch_size, or training.evaluate_every: 0",
+                remedy="a larger corpus, a smaller training.batch_size, "
+                "or training.evaluate_every: 0",
             )
-        held_L = np.zeros(len(self), np.bool_)
-        held_L[np.random.default_rng([mixture.seed, n]).permutation(len(self))[:n]] = True
+        held_out_L = np.zeros(len(self), np.bool_)
+        held_out_L[np.random.default_rng([mixture.seed, n]).permutation(len(self))[:n]] = True
         edges = np.cumsum([len(reader) for reader in mixture.readers])[:-1]
         sides = []
-        for chosen_L in (~held_L, held_L):
+        for chosen_L in (~held_out_L, held_out_L):
             parts = [
-                (AnswerSubset(reader, np.flatnonzero(mine)), old)
-                for reader, old, mine in zip(
+                (AnswerSubset(reader, np.flatnonzero(chosen)), share)
+                for reader, share, chosen in zip(
                     mixture.readers, mixture.shares, np.split(chosen_L, edges), strict=True
                 )
-                if mine.any()
+                if chosen.any()
             ]
             readers, shares = zip(*parts, strict=True)
+            # held out: every example once, so the shares are the sizes
+            shares = shares if chosen_L is not held_out_L else tuple(map(len, readers))
             sides.append(
-                replace(
-                    self,
-                    mixture=CacheMixture(
-                        readers,
-                        shares if chosen_L is not held_L else tuple(map(len, readers)),
-                        mixture.seed,
-                    ),
-                    _example_cache=OrderedDict(),
-                    _cache_tokens=[0],
+                self.from_mixture(
+                    CacheMixture(readers, shares, mixture.seed),
+                    self.make_example,
+                    self.event_maps,
+                    self.batch_size,
+                    self.stats,
                 )
             )
         return sides[0], sides[1]
 
     def prompt_ids(self) -> Iterator[str]:
-        """Which prompts its lessons answer, by id."""
+        """Yield the id of each example's prompt."""
         return (
             reader[k].answer.prompt_id
             for reader in self.mixture.readers
             for k in range(len(reader))
         )
 
-    def example(self, number: int) -> Example:
-        """The lesson of a draw."""
-        key = self.mixture.locate_answer(number)
+    def example(self, draw_index: int) -> Example:
+        """Return the example of a draw from the mixture, which never ends."""
+        return self._cached_example(self.mixture.locate_answer(draw_index))
+
+    def _cached_example(self, key: tuple[int, int]) -> Example:
+        """Return the example of (cache, answer), built if it is not cached."""
         one = self._example_cache.pop(key, None)
         if one is None:
             one = self.make_example(self.mixture.readers[key[0]][key[1]])
-            self._cache_tokens[0] += _cache_cost(one)
+            self._cache_tokens += _cache_cost(one)
         self._example_cache[key] = one
-        while self._cache_tokens[0] > EXAMPLE_CACHE_TOKENS and len(self._example_cache) > 1:
-            self._cache_tokens[0] -= _cache_cost(self._example_cache.popitem(last=False)[1])
+        while self._cache_tokens > EXAMPLE_CACHE_TOKENS and len(self._example_cache) > 1:
+            self._cache_tokens -= _cache_cost(self._example_cache.popitem(last=False)[1])
         return one
 
 
+class _AnswerList(tuple[CachedAnswer, ...]):
+    """Cached answers in memory as an AnswerSource."""
+
+    __slots__ = ()
+
+    def epoch_order(self, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+        """Return every index once, shuffled."""
+        return np.random.default_rng([seed, epoch]).permutation(len(self))
+
+
+def _as_caches(
+    cache: AnswerSource | Sequence[CachedAnswer] | Sequence[tuple[AnswerSource, float]],
+) -> Sequence[tuple[AnswerSource, float]]:
+    """Return (cache, share) pairs; a single cache has share 1."""
+    if hasattr(cache, "epoch_order"):
+        return [(cast("AnswerSource", cache), 1.0)]
+    if all(isinstance(one, CachedAnswer) for one in cache):
+        return [(cast("AnswerSource", _AnswerList(cast("Sequence[CachedAnswer]", cache))), 1.0)]
+    return cast("Sequence[tuple[AnswerSource, float]]", cache)
+
+
 def _cache_cost(one: Example) -> int:
+    """Return the size of an example in the in-memory cache, in tokens."""
     return len(one.tokens) + len(one.targets.row_M) + EXAMPLE_OVERHEAD_TOKENS
 
 
-def build_example(
-    capture: CachedAnswer,
-    renderer: ChatRenderer,
-    event_map: EventMap,
-    projector: PartialTokenProjector | None = None,
-) -> Example:
-    """A capture in the student's voice: at the effort it was asked at by its mode, answering at once where it has none.
+class _Survey:
+    """Counts of the pass over all answers; see `DatasetStats`."""
 
-    completer  for student tokens that begin inside a teacher token; None = these learn from the text
-    """
-    return _align_capture(capture, _render_capture(capture, renderer), event_map, projector)
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        self.examples, self.skipped, self.efforts = Counter[str](), Counter[str](), Counter[str]()
+        self.too_long = self.unrenderable = self.thinking_dropped = 0
+        self.reasons: list[str] = []
+        self.supervision: dict[tuple[str, str], npt.NDArray[np.float64]] = {}
 
+    def add_unrenderable(self, answer: CachedAnswer, error: DataError) -> None:
+        """Count an answer that the student cannot write."""
+        self.unrenderable += 1
+        self.skipped[answer.answer.teacher] += 1
+        if len(self.reasons) < MAX_SKIP_REASONS:
+            self.reasons.append(f"{answer.answer.prompt_id}: {error}")
 
-def _render_capture(capture: CachedAnswer, renderer: ChatRenderer) -> RenderedTokens:
-    return renderer.render(replace(capture.answer.conversation, effort=_capture_effort(capture)))
-
-
-def _capture_effort(capture: CachedAnswer) -> ThinkingEffort:
-    return capture.answer.effort or ThinkingEffort.NONE
-
-
-def _align_capture(
-    capture: CachedAnswer,
-    tokens: RenderedTokens,
-    event_map: EventMap,
-    projector: PartialTokenProjector | None,
-) -> Example:
-    found = align(tokens, capture.tokens)
-    both, rows, answer = found.boundaries, capture.distributions, capture.answer
-    place_S, row_T = np.cumsum(tokens.loss_mask_T) - 1, np.cumsum(capture.tokens.loss_mask_T) - 1
-    row_C, place_C = row_T[both.teacher_C], place_S[both.student_C]
-    at_M, which_M = expand_groups(rows.offsets_N1, row_C)
-    contexts = np.full((2, int(tokens.loss_mask_T.sum())), UNRESTRICTED_CONTEXT)
-    if event_map.teacher_mask is not None and event_map.student_mask is not None:
-        contexts[0, place_C] = event_map.teacher_mask.other.supervised_context_ids(
-            tokens, both.student_C
+    def add(self, answer: CachedAnswer, example: Example) -> bool:
+        """Count an example; False if it is too long."""
+        if len(example.tokens) > self.max_tokens:
+            self.too_long += 1
+            self.skipped[example.teacher] += 1
+            return False
+        effort = training_effort(answer)
+        self.examples[example.teacher] += 1
+        self.efforts[effort.value] += 1
+        self.thinking_dropped += bool(
+            effort is ThinkingEffort.NONE and answer.answer.conversation.messages[-1].thinking
         )
-        contexts[1, place_C] = event_map.student_mask.other.supervised_context_ids(
-            capture.tokens, both.teacher_C
+        key = example.teacher, example.language
+        self.supervision[key] = self.supervision.get(key, np.zeros(NUM_COUNTS)) + example.counts
+        return True
+
+    def stats(self) -> DatasetStats:
+        """Return the counts."""
+        return DatasetStats(
+            self.examples,
+            self.skipped,
+            self.too_long,
+            self.unrenderable,
+            tuple(self.reasons),
+            self.supervision,
+            self.efforts,
+            self.thinking_dropped,
         )
-    said = build_event_targets(
-        event_map,
-        place_C[which_M],
-        rows.ids_M[at_M],
-        rows.probs_M[at_M],
-        student_context_N=contexts[0],
-        teacher_context_N=contexts[1],
-        kind=rows.kind,
-    )
-    differ = (
-        event_map.student_event_V[tokens.ids_T[both.student_C]]
-        != event_map.teacher_event_W[capture.tokens.ids_T[both.teacher_C]]
-    )
-    taught = np.bincount(
-        found.supervision_S[found.supervision_S >= 0], minlength=len(SupervisionKind)
-    )
-    if rows.kind is DistributionKind.TEXT_ONLY:  # boundaries meet, and nothing is known there
-        taught = np.bincount([SupervisionKind.TEXT], [taught.sum()], minlength=len(SupervisionKind))
-    counts = np.array(
-        [*taught, differ.sum(), rows.probs_M[at_M].sum(), said.probs_M.sum()], np.float64
-    )
-    if projector is not None:
-        require_projectable_kind(rows.kind)
-        at_I, in_I, said_I = (
-            side[found.partial_tokens.at_common_boundary_I]
-            for side in (
-                found.partial_tokens.student_I,
-                found.partial_tokens.teacher_I,
-                found.partial_tokens.prefix_len_I,
-            )
-        )
-        bytes_I = token_prefixes(
-            projector.teacher_order.vocabulary, capture.tokens.ids_T[in_I], said_I
-        )
-        more = projector.project(
-            rows, row_T[in_I], bytes_I, projector.student_order.supervised_context_ids(tokens, at_I)
-        )
-        none = np.empty(0, np.int64)
-        said = concat_event_targets(
-            [
-                said,
-                EventTargets(
-                    place_S[at_I][more.student_index_M],
-                    more.event_M,
-                    more.probs_M,
-                    more.entry_D,
-                    more.token_D,
-                    none,
-                    none.astype(np.float32),
-                    none,
-                    none,
-                    rows.kind,
-                ),
-            ],
-            [0, 0],
-        )
-    return Example(tokens, answer.teacher, answer.skill, answer.language, said, counts)
 
 
 def build_dataset(
@@ -342,96 +454,92 @@ def build_dataset(
     max_tokens: int,
     partial_tokens: bool = False,
 ) -> DistillDataset:
-    """Batches from captures, mixed by share. One pass over them first: answers longer than max_tokens, or that the student's tokenizer or
-    template cannot say (a literal U+2581 in a SentencePiece student), are left out and counted; nothing is cut.
+    """Build the dataset of several caches; see `DistillDataset` for arguments and errors.
 
-    caches  captures and their share: however many of them are left out, so large a part of the lessons is from there, and each cache
-            is read epoch after epoch. One of which nothing is left is no part of the mixture; Survey says so
-    Raises DataError where none is left, and for a broken row.
+    A cache of which no answer is left is no part of the mixture.
     """
-    completers = {
-        name: make_partial_token_projector(bridge) if partial_tokens else None
-        for name, bridge in event_maps.items()
+    projectors = {
+        name: make_partial_token_projector(event_map) if partial_tokens else None
+        for name, event_map in event_maps.items()
     }
 
-    def make(capture: CachedAnswer) -> Example:
-        return build_example(
-            capture,
-            renderer,
-            event_maps[capture.answer.teacher],
-            completers[capture.answer.teacher],
-        )
+    def make(answer: CachedAnswer) -> Example:
+        name = answer.answer.teacher
+        return build_example(answer, renderer, event_maps[name], projectors[name])
 
-    lessons, left_out, why = Counter[str](), Counter[str](), list[str]()
-    taught: dict[tuple[str, str], npt.NDArray[np.float64]] = {}
-    modes = Counter[str]()
-    too_long = unsayable = dropped = 0
+    survey = _Survey(max_tokens)
     parts: list[tuple[AnswerSubset, float]] = []
-    for captures, share in caches:
-        kept = array("q")
-        for number in range(len(captures)):
-            capture = captures[number]
-            answer = capture.answer
+    for cache, share in caches:
+        usable = array("q")
+        for index in range(len(cache)):
+            answer = cache[index]
+            name = answer.answer.teacher
+            if name not in event_maps:
+                raise DataError(
+                    f"the cache holds answers of {name}, whose tokenizer is not given",
+                    where="DistillDataset",
+                    remedy=f"pass teachers={{{name!r}: renderer}}",
+                )
             try:
-                tokens = _render_capture(capture, renderer)
+                tokens = render_answer(answer, renderer)
             except DataError as error:
-                unsayable += 1
-                left_out[answer.teacher] += 1
-                why += [f"{answer.prompt_id}: {error}"] if len(why) < MAX_SKIP_REASONS else []
+                survey.add_unrenderable(answer, error)
                 continue
-            one = _align_capture(
-                capture, tokens, event_maps[answer.teacher], completers[answer.teacher]
-            )  # a broken row is refused
-            if len(tokens) > max_tokens:
-                too_long += 1
-                left_out[answer.teacher] += 1
-                continue
-            kept.append(number)
-            lessons[answer.teacher] += 1
-            modes[_capture_effort(capture).value] += 1
-            dropped += bool(
-                _capture_effort(capture) is ThinkingEffort.NONE
-                and answer.conversation.messages[-1].thinking
-            )
-            key = answer.teacher, answer.language
-            taught[key] = taught.get(key, np.zeros(len(SupervisionKind) + 3)) + one.counts
-        if len(kept):
-            parts.append((AnswerSubset(captures, np.array(kept, np.int64)), share))
+            # aligned even if too long: an invalid distribution is an error wherever it is
+            example = align_answer(answer, tokens, event_maps[name], projectors[name])
+            if survey.add(answer, example):
+                usable.append(index)
+        if len(usable):
+            parts.append((AnswerSubset(cache, np.array(usable, np.int64)), share))
     if not parts:
         raise DataError(
-            f"no answer is left: {too_long} have more than {max_tokens} tokens, {unsayable} cannot be said by the student"
-            + "".join(f" ({reason})" for reason in why[:1]),
+            f"no answer is left: {survey.too_long} have more than {max_tokens} tokens, "
+            f"{survey.unrenderable} cannot be written by the student's tokenizer or template"
+            + "".join(f" ({reason})" for reason in survey.reasons[:1]),
             where="train",
             remedy="raise training.max_length, or choose another student",
         )
     readers, shares = zip(*parts, strict=True)
-    survey = DatasetStats(
-        lessons, left_out, too_long, unsayable, tuple(why), taught, modes, dropped
+    return DistillDataset.from_mixture(
+        CacheMixture(readers, shares, seed), make, event_maps, batch_size, survey.stats()
     )
-    return DistillDataset(CacheMixture(readers, shares, seed), make, event_maps, batch_size, survey)
 
 
 def collate(examples: Sequence[Example], event_maps: Mapping[str, EventMap]) -> Batch:
-    """Lessons as one batch, in order."""
+    """Collate examples into a batch, in their order.
+
+    Args:
+        examples: at least one example.
+        event_maps: event map of each teacher.
+    """
     width = max(len(one.tokens) for one in examples)
     ids = torch.zeros((len(examples), width), dtype=torch.int64)
     mask = torch.zeros_like(ids)
-    by_B = tuple(Group(one.teacher, one.skill) for one in examples)
-    rows, ats, share = [], [], Counter[Group]()
-    said: dict[str, list[tuple[EventTargets, int]]] = {}
+    group_B = tuple(Group(one.teacher, one.skill) for one in examples)
+    rows, positions, tokens_by_group = [], [], Counter[Group]()
+    targets: dict[str, list[tuple[EventTargets, int]]] = {}
     n = 0
     for b, one in enumerate(examples):
         ids[b, : len(one.tokens)] = torch.from_numpy(one.tokens.ids_T)
         mask[b, : len(one.tokens)] = 1
-        learned = np.flatnonzero(one.tokens.loss_mask_T)
-        rows.append(np.full(len(learned), b))
-        ats.append(learned - 1)
-        share[by_B[b]] += len(learned)
-        said.setdefault(one.teacher, []).append((one.targets, n))
-        n += len(learned)
-    row_N, at_N = torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(ats))
-    teachers = tuple(
+        supervised = np.flatnonzero(one.tokens.loss_mask_T)
+        rows.append(np.full(len(supervised), b))
+        positions.append(supervised - 1)
+        tokens_by_group[group_B[b]] += len(supervised)
+        targets.setdefault(one.teacher, []).append((one.targets, n))
+        n += len(supervised)
+    row_N, position_N = (torch.from_numpy(np.concatenate(side)) for side in (rows, positions))
+    batch_targets = tuple(
         build_batch_targets(event_maps[name], concat_event_targets(*zip(*parts, strict=True)), n)
-        for name, parts in said.items()
+        for name, parts in targets.items()
     )
-    return Batch(ids, mask, row_N, at_N, ids[row_N, at_N + 1], teachers, dict(share), by_B)
+    return Batch(
+        ids,
+        mask,
+        row_N,
+        position_N,
+        ids[row_N, position_N + 1],
+        batch_targets,
+        dict(tokens_by_group),
+        group_B,
+    )

@@ -1,7 +1,8 @@
-"""What a causal model gives to its head, and what it makes of the head's output: found in any model of transformers, and proven.
+"""Hidden states before the language-model head of any transformers model, and its logit scaling.
 
-The model's own forward runs, wrapped or not, so that every hook of it fires; only its head is passed by, and with it the largest
-matrix of all, [positions, vocabulary].
+The model's own forward pass runs, wrapped or not, so that all hooks fire. Only the head is
+bypassed, and with it the [positions, vocabulary] matrix. A probe proves that the head's scaling is
+known.
 """
 
 from __future__ import annotations
@@ -19,17 +20,23 @@ from persea.losses import LMHead
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LOGIT_SCALE_KEYS = (
-    "logit_scale",
-    "lm_head_multiplier",
-    "output_multiplier",
-)  # Cohere; Falcon-H1; a multiplier of the head's output
-HEAD_PROBE_TOKENS = 5  # tokens; a scale or a cap shows in one
+# config keys of a factor of the head's output: Cohere; Falcon-H1; others
+LOGIT_SCALE_KEYS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+HEAD_PROBE_TOKENS = 5  # tokens of the probe; one token would show a scale or a cap
+# largest relative difference of a probe
+FLOAT32_PROBE_TOLERANCE, HALF_PROBE_TOLERANCE = 1e-4, 2e-2
 
 
 @dataclass(frozen=True)
 class LogitScaling:
-    """What a model makes of its head's output z: cap tanh(scale z / cap); cap = 0: scale z."""
+    """How a model turns its head's output z into logits.
+
+    The logits are softcap tanh(scale z / softcap), or scale z without a soft cap.
+
+    Attributes:
+        scale: factor of z.
+        softcap: cap of the logits; 0 = none.
+    """
 
     scale: float = 1.0
     softcap: float = 0.0
@@ -41,36 +48,39 @@ def hidden_states(
     mask_BS: torch.Tensor | None,
     positions_BS: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What the head is given, [B, S, D].
+    """Run a model and return the hidden states before its head, [B, S, D].
 
-    mask_BS       1 = a token, 0 = padding; None = no padding
-    positions_BS  where several texts follow each other in a row (mask_BS None): each token's place in its own text, so that none
-                  sees another; None = the model counts
+    Args:
+        model: a causal language model.
+        ids_BS: int64 token ids.
+        mask_BS: 1 = token, 0 = padding; None = no padding.
+        positions_BS: for rows of several texts (mask_BS None), each token's position in its own
+            text, so that texts do not attend to each other; None = one text a row.
     """
     inputs: dict[str, Any] = {"input_ids": ids_BS.to(model.device), "use_cache": False}
     if mask_BS is not None:
         inputs["attention_mask"] = mask_BS.to(model.device)
     if positions_BS is not None:
         inputs["position_ids"] = positions_BS.to(model.device)
-    with _bypass_head(model.get_output_embeddings()) as given:
+    with _bypass_head(model.get_output_embeddings()) as captured:
         model(**inputs)
-    (hidden_BSD,) = given
+    (hidden_BSD,) = captured
     return hidden_BSD
 
 
 @contextmanager
 def _bypass_head(linear: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
-    """While it lasts, the head hands on what it is given and keeps it."""
-    given: list[torch.Tensor] = []
+    """Within the block, let the head return its input unchanged and record it."""
+    captured: list[torch.Tensor] = []
 
     def forward(hidden_BSD: torch.Tensor) -> torch.Tensor:
-        given.append(hidden_BSD)
+        captured.append(hidden_BSD)
         return hidden_BSD
 
-    before = linear.__dict__.get("forward")  # accelerate's hooks replace it too
+    before = linear.__dict__.get("forward")  # hooks of accelerate replace the method too
     linear.forward = forward
     try:
-        yield given
+        yield captured
     finally:
         del linear.forward
         if before is not None:
@@ -79,15 +89,22 @@ def _bypass_head(linear: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
 
 @torch.no_grad()
 def find_logit_scaling(model: PreTrainedModel, vocab_size: int, where: str) -> LogitScaling:
-    """What the model makes of its head's output, by its configuration; a probe proves it.
+    """Return the logit scaling of a model from its configuration, proven by a probe.
 
-    Raises Refused for a head that is more than a linear map (an adapter, a quantised one), and for a model whose logits are not
-    what its configuration says.
+    Args:
+        model: a causal language model.
+        vocab_size: number of tokens of its tokenizer.
+        where: place for error messages.
+
+    Raises:
+        RefusedError: if the head is not a plain linear layer (adapted or quantised), or if the
+            logits of the probe differ from the configuration's scaling.
     """
     linear = model.get_output_embeddings()
     if type(linear) is not torch.nn.Linear:
         raise RefusedError(
-            f"its head is a {type(linear).__module__}.{type(linear).__name__}, and persea trains through a plain linear map",
+            f"the head is a {type(linear).__module__}.{type(linear).__name__}, "
+            "and persea needs a plain linear layer",
             where=where,
             remedy="leave the head (lm_head) out of lora.targets and of quantisation",
         )
@@ -99,7 +116,7 @@ def find_logit_scaling(model: PreTrainedModel, vocab_size: int, where: str) -> L
     ids_BS = torch.arange(min(HEAD_PROBE_TOKENS, vocab_size))[None]
     with _eval_mode(model):
         hidden_SD = hidden_states(model, ids_BS, None)[0]
-        wanted_SV = (
+        expected_SV = (
             model(input_ids=ids_BS.to(model.device), use_cache=False)
             .logits[0, :, :vocab_size]
             .float()
@@ -108,21 +125,30 @@ def find_logit_scaling(model: PreTrainedModel, vocab_size: int, where: str) -> L
         LMHead(linear.weight, vocab_size, linear.bias, scaling.scale, scaling.softcap).logits(
             hidden_SD
         ),
-        wanted_SV,
+        expected_SV,
         hidden_SD.dtype,
     ):
         raise RefusedError(
-            f"{type(model).__name__} makes something else of its head's output than its configuration says",
+            f"the logits of {type(model).__name__} are not what its configuration says",
             where=where,
-            remedy=f"persea knows final_logit_softcapping, logits_scaling, {', '.join(LOGIT_SCALE_KEYS)}; this model cannot be trained by it",
+            remedy="persea knows final_logit_softcapping, logits_scaling, "
+            f"{', '.join(LOGIT_SCALE_KEYS)}; this model cannot be trained with persea",
         )
     return scaling
 
 
 @torch.no_grad()
 def refuse_packing(model: PreTrainedModel, vocab_size: int, where: str) -> None:
-    """Raises Refused where a text changes when another stands before it in its row (a state that runs through, attention without
-    masks): packed, they would teach each other's prompts.
+    """Check that packed texts do not influence each other.
+
+    Args:
+        model: a causal language model.
+        vocab_size: number of tokens of its tokenizer.
+        where: place for error messages.
+
+    Raises:
+        RefusedError: if a text's hidden states change when another text stands before it in the row
+            (recurrent state, attention without masks): packed texts would train on each other.
     """
     one_BS, two_BS = (
         torch.arange(n)[None] % vocab_size for n in (HEAD_PROBE_TOKENS + 1, HEAD_PROBE_TOKENS)
@@ -137,7 +163,7 @@ def refuse_packing(model: PreTrainedModel, vocab_size: int, where: str) -> None:
         )[0]
     if not _is_close(both_SD[HEAD_PROBE_TOKENS + 1 :], alone_SD, alone_SD.dtype):
         raise RefusedError(
-            f"in {type(model).__name__} texts in one row see each other",
+            f"{type(model).__name__} does not separate texts in one row",
             where=where,
             remedy="packing: false",
         )
@@ -146,8 +172,19 @@ def refuse_packing(model: PreTrainedModel, vocab_size: int, where: str) -> None:
 def pack_sequences(
     ids_BS: torch.Tensor, mask_BS: torch.Tensor, row_N: torch.Tensor, position_N: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    """Right-padded texts in as few rows of the same width as first-fit finds, longest first: (ids, each token's place in its own text,
-    row_N, at_N). What is left of a row is a text of its own that nobody learns from.
+    """Pack right-padded texts into fewer rows of the same width: first fit, longest first.
+
+    The rest of a row is a text of its own without supervised positions.
+
+    Args:
+        ids_BS: int64 token ids, right-padded.
+        mask_BS: 1 = token, 0 = padding.
+        row_N: row of each wanted position.
+        position_N: the position.
+
+    Returns:
+        Token ids [P, S], each token's position in its own text [P, S], and the new row_N and
+        position_N.
     """
     width, lengths_B = ids_BS.shape[1], mask_BS.sum(1).tolist()
     used: list[int] = []
@@ -168,15 +205,17 @@ def pack_sequences(
 
 @contextmanager
 def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Without dropout, for a moment."""
-    trains = model.training
+    """Within the block, put the model in evaluation mode (no dropout)."""
+    was_training = model.training
     model.eval()
     try:
         yield
     finally:
-        model.train(trains)
+        model.train(was_training)
 
 
-def _is_close(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> bool:
-    digits = 1e-4 if dtype is torch.float32 else 2e-2
-    return torch.allclose(found, wanted, rtol=digits, atol=digits * float(wanted.abs().max()))
+def _is_close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Return whether values agree within the tolerance of a probe in `dtype`."""
+    tolerance = FLOAT32_PROBE_TOLERANCE if dtype is torch.float32 else HALF_PROBE_TOLERANCE
+    atol = tolerance * float(expected.abs().max())
+    return torch.allclose(found, expected, rtol=tolerance, atol=atol)

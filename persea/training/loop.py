@@ -1,4 +1,7 @@
-"""The one loop: batch, loss, step, checkpoint, in one process or several. It imports no loss and no source of batches; they are handed in."""
+"""The training loop: batch, loss, optimiser step, checkpoint, in one process or several.
+
+The loop imports no loss and no dataset; the caller passes both as one function.
+"""
 
 from __future__ import annotations
 
@@ -15,26 +18,43 @@ from typing import Any, Protocol
 import torch
 
 from persea import storage as store
-from persea.config.schema import LossBalancing, LRSchedule
+from persea.config.schema import LossBalancing, LRSchedule, TrainingSection
 from persea.errors import RefusedError, RunInterrupted
 from persea.training import checkpoint as checkpoints
 from persea.training import loss_balancing as balance
 from persea.training.checkpoint import RESUME_AUTO, TrainerState, gather_full_tensor
 from persea.training.distributed.world import World
-from persea.training.loss_balancing import Group, GroupStats
-from persea.training.lr_schedule import learning_rate_at_step
+from persea.training.loss_balancing import Group, GroupScale, GroupStats
+from persea.training.lr_schedule import MIN_LEARNING_RATE_RATIO, learning_rate_at_step
 
 SINGLE_PROCESS = World()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """How to train; units: steps, and nats per learned position for losses.
+    """Settings of the loop. The defaults of a recipe are those of the section `training`.
 
-    accumulate      times a process adds up gradients before a step
-    evaluate_every  steps between measurements of what was held out; 0 = never
-    skips           steps in all that may be left out because loss or gradient is not finite
-    balance         whether a position counts by the scale of its group's losses
+    Attributes:
+        steps: number of optimiser steps.
+        learning_rate: peak learning rate.
+        warmup_steps: steps of the linear warm-up.
+        weight_decay: AdamW's weight decay.
+        max_grad_norm: gradients are clipped to this norm.
+        checkpoint_every: steps between checkpoints.
+        log_every: steps between lines of metrics.jsonl.
+        seed: seed of all random generators.
+        max_skipped_steps: steps that may be skipped because loss or gradient is not finite.
+        schedule: shape of the learning rate.
+        cooldown_share: share of the steps in which WSD falls.
+        micro_batches: parts in which a process works through its share of a batch.
+        evaluate_every: steps between held-out losses; 0 = never.
+        loss_balancing: whether groups are weighted by the scale of their losses.
+        balance_half_life_steps: see `loss_balancing.update_scales`.
+        balance_max_ratio: see `loss_balancing.group_weights`.
+        balance_prior_tokens: see `loss_balancing.group_weights`.
+        min_learning_rate_ratio: last learning rate relative to the peak.
+        adam_betas: AdamW's decay of the mean gradient and of the mean squared gradient.
+        adam_epsilon: AdamW's epsilon.
     """
 
     steps: int
@@ -45,15 +65,47 @@ class TrainingSettings:
     checkpoint_every: int
     log_every: int
     seed: int
+    max_skipped_steps: int
     schedule: LRSchedule = LRSchedule.COSINE
-    cooldown_share: float = 0.2
+    cooldown_share: float = 0.0
     micro_batches: int = 1
     evaluate_every: int = 0
-    max_skipped_steps: int = 3
     loss_balancing: LossBalancing = LossBalancing.NONE
+    balance_half_life_steps: float = balance.HALF_LIFE_STEPS
+    balance_max_ratio: float = balance.MAX_WEIGHT_RATIO
+    balance_prior_tokens: float = balance.PRIOR_TOKENS
+    min_learning_rate_ratio: float = MIN_LEARNING_RATE_RATIO
+    adam_betas: tuple[float, float] = (0.9, 0.98)
+    adam_epsilon: float = 1e-8
+
+    @classmethod
+    def from_section(cls, section: TrainingSection, seed: int) -> TrainingSettings:
+        """Return the settings of a recipe's section `training`."""
+        return cls(
+            steps=section.steps,
+            learning_rate=section.learning_rate,
+            warmup_steps=section.warmup_steps,
+            weight_decay=section.weight_decay,
+            max_grad_norm=section.max_grad_norm,
+            checkpoint_every=section.checkpoint_every,
+            log_every=section.log_every,
+            seed=seed,
+            max_skipped_steps=section.max_skipped_steps,
+            schedule=section.schedule,
+            cooldown_share=section.cooldown or 0.0,
+            micro_batches=section.micro_batches,
+            evaluate_every=section.evaluate_every,
+            loss_balancing=section.loss_balancing,
+            balance_half_life_steps=section.balance_half_life_steps,
+            balance_max_ratio=section.balance_max_ratio,
+            balance_prior_tokens=section.balance_prior_tokens,
+            min_learning_rate_ratio=section.min_learning_rate_ratio,
+            adam_betas=(section.adam_beta1, section.adam_beta2),
+            adam_epsilon=section.adam_epsilon,
+        )
 
     def learning_rate_at_step(self, step: int) -> float:
-        """Learning rate of a step."""
+        """Return the learning rate of a step."""
         return learning_rate_at_step(
             step,
             total_steps=self.steps,
@@ -61,40 +113,61 @@ class TrainingSettings:
             warmup_steps=self.warmup_steps,
             schedule=self.schedule,
             cooldown_share=self.cooldown_share,
+            min_ratio=self.min_learning_rate_ratio,
         )
+
+    def update_scales(
+        self, scales: Mapping[Group, GroupScale], group_stats: Mapping[Group, GroupStats]
+    ) -> Mapping[Group, GroupScale]:
+        """Return the scales after a step; unchanged without loss balancing."""
+        if self.loss_balancing is LossBalancing.NONE:
+            return scales
+        return balance.update_scales(scales, group_stats, self.balance_half_life_steps)
 
 
 class StepLoss(Protocol):
-    """What the loop needs to know of a loss: its weighted mean over the learned positions, its terms, and how many positions there are."""
+    """A loss as the loop needs it; `persea.losses.LossOutput` is one."""
 
     @property
-    def loss(self) -> torch.Tensor: ...
+    def loss(self) -> torch.Tensor:
+        """Weighted mean over the supervised positions."""
+
     @property
-    def metrics(self) -> Mapping[str, float]: ...
+    def metrics(self) -> Mapping[str, torch.Tensor]:
+        """Means over the supervised positions by name."""
+
     @property
-    def num_tokens(self) -> int: ...
+    def num_tokens(self) -> int:
+        """Number of supervised positions."""
 
 
+# (step, part, parts, weights of groups) -> loss of the part, statistics of its groups
 StepLossFn = Callable[
     [int, int, int, Mapping[Group, float]], tuple[StepLoss, Mapping[Group, GroupStats]]
 ]
 
 
 class BatchSource(Protocol):
-    """A source of batches that carries something from step to step (rollouts in flight), which a checkpoint must hold.
+    """A source of batches with state between steps (rollouts in flight) for the checkpoint."""
 
-    state    asked after a step; what this process would lose by a kill
-    restore  told before the first step what every process of the saving world gave, in the order of ranks: with as many processes each
-             takes its own, with more or fewer it divides or drops them, and says which
-    """
+    def state(self) -> bytes:
+        """Return the state of this process after a step."""
 
-    def state(self) -> bytes: ...
-    def restore(self, states: tuple[bytes, ...]) -> None: ...
+    def restore(self, states: tuple[bytes, ...]) -> None:
+        """Restore the state before the first step.
+
+        Args:
+            states: the state of every process that saved, in the order of ranks. With another
+                number of processes the source divides or drops states itself.
+        """
 
 
 @dataclass
 class _StepTotals:
-    """Parts of a step, added up: over what one process accumulates, then over processes, in the order of ranks. nats: weights included."""
+    """Sums over the parts of a step: over micro-batches, then over processes in rank order.
+
+    `loss_sum` includes the weights of groups.
+    """
 
     loss_sum: float = 0.0
     num_tokens: int = 0
@@ -110,6 +183,7 @@ class _StepTotals:
         group_stats: Mapping[Group, GroupStats],
         stop_signal: int = 0,
     ) -> None:
+        """Add the sums of one part."""
         self.loss_sum, self.num_tokens, self.stop_signal = (
             self.loss_sum + loss_sum,
             self.num_tokens + num_tokens,
@@ -133,32 +207,52 @@ def run_training_loop(
     resume: str = RESUME_AUTO,
     evaluate: Callable[[], Mapping[str, float]] | None = None,
 ) -> None:
-    """Minimise the loss for settings.steps steps, from a checkpoint if one stands for `inputs`.
+    """Minimise the loss for `settings.steps` steps, from the newest checkpoint of the same inputs.
 
-    parameters  what may change; in several processes, of a student that `Student.spread` has made theirs (its backward averages gradients)
-    loss_of     (step, part, parts, weights) -> loss of that part of the step's batch, and what each group taught of it. A step is divided
-                into parts = processes x settings.accumulate; together they are the same batch however many there are, and the loss that is
-                minimised is the mean over ALL its learned positions, each times its group's weight (1 where none is given)
-    inputs      what recipe and data are, as JSON: a checkpoint of other inputs is refused, with what differs
-    progress    told every step's line of metrics
-    source      what carries something from step to step; resume  auto, never, or a checkpoint's path
-    evaluate    held-out losses by name, every settings.evaluate_every steps; all processes call it
-    Writes metrics.jsonl and checkpoints/ (the first process alone). A step whose loss or gradient is not finite is not applied and recorded;
-    Refused after settings.skips of them. Stopped after a signal to any process, with the state saved.
+    A step whose loss or gradient is not finite is skipped and recorded.
+
+    Args:
+        parameters: the trainable parameters. With several processes they belong to a model from
+            `StudentModel.distribute`, whose backward pass averages gradients.
+        loss_fn: (step, part, parts, weights) -> loss of that part of the step's batch, and the
+            statistics of its groups. A step has processes x micro_batches parts, which are the same
+            batch however many there are. The minimised loss is the mean over ALL supervised
+            positions of the step, each times the weight of its group (default 1).
+        settings: settings of the loop.
+        folder: run folder's `train`; the first process writes metrics.jsonl and checkpoints/.
+        inputs: recipe and data as JSON; a checkpoint of other inputs is refused.
+        progress: called with the step and its line of metrics after every step.
+        world: this process among all processes.
+        batch_source: source whose state is part of the checkpoint.
+        resume: auto, never, or the path of a checkpoint.
+        evaluate: returns held-out losses by name, called every `settings.evaluate_every` steps by
+            all processes.
+
+    Raises:
+        RefusedError: if the checkpoint belongs to other inputs, if a step has no supervised
+            position, if more than `settings.max_skipped_steps` steps were skipped, or if a held-out
+            loss is not finite.
+        RunInterrupted: after SIGTERM or SIGINT to any process, with the state saved.
     """
     optimizer = torch.optim.AdamW(
-        parameters, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
+        parameters,
+        lr=settings.learning_rate,
+        betas=settings.adam_betas,
+        eps=settings.adam_epsilon,
+        weight_decay=settings.weight_decay,
     )
     checkpoints.seed_all(settings.seed, world.rank)
     state = _resume(folder, inputs, parameters, optimizer, world, batch_source, resume)
     begun, clock = (state.step, time.monotonic()), time.monotonic() - state.seconds
-    with _collect_signals() as asked:
+    with _collect_signals() as signals:
         for step in range(state.step, settings.steps):
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate_at_step(step)
-            weights = balance.group_weights(state.group_scales)
+            weights = balance.group_weights(
+                state.group_scales, settings.balance_max_ratio, settings.balance_prior_tokens
+            )
             total = _accumulate_gradients(
-                parameters, loss_fn, step, weights, settings.micro_batches, world, asked
+                parameters, loss_fn, step, weights, settings.micro_batches, world, signals
             )
             norm = float(
                 gather_full_tensor(
@@ -169,36 +263,29 @@ def run_training_loop(
             if applied := math.isfinite(loss) and math.isfinite(norm):
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            scales = (
-                balance.update_scales(state.group_scales, total.group_stats)
-                if applied and settings.loss_balancing is LossBalancing.DEVIATION
-                else state.group_scales
-            )
             now = replace(
                 state,
                 step=step + 1,
                 seconds=round(time.monotonic() - clock, 3),
                 num_tokens=state.num_tokens + total.num_tokens * applied,
-                group_scales=scales,
+                group_scales=settings.update_scales(state.group_scales, total.group_stats)
+                if applied
+                else state.group_scales,
             )
             line = _metrics_line(now, settings, total, norm, weights)
             line["left"] = round(
                 (time.monotonic() - begun[1]) / (step + 1 - begun[0]) * (settings.steps - step - 1)
             )
-            if (
-                evaluate
-                and settings.evaluate_every
-                and ((step + 1) % settings.evaluate_every == 0 or last)
-            ):
+            if evaluate and _is_due(step, settings.evaluate_every, last):
                 line["held_out"] = _refuse_nonfinite(evaluate(), step)
-            logged = (step + 1) % settings.log_every == 0 or last or "held_out" in line
+            logged = _is_due(step, settings.log_every, last) or "held_out" in line
             state = (
                 _append_log(now, line, logged)
                 if applied
                 else _record_skipped_step(now, line, settings, folder, world)
             )
             progress(step + 1, line)
-            if (step + 1) % settings.checkpoint_every == 0 or last or total.stop_signal:
+            if _is_due(step, settings.checkpoint_every, last) or total.stop_signal:
                 checkpoints.save_checkpoint(
                     folder,
                     inputs,
@@ -212,6 +299,11 @@ def run_training_loop(
                 raise RunInterrupted(total.stop_signal, f"step {step + 1} is saved")
 
 
+def _is_due(step: int, every: int, last: bool) -> bool:
+    """Return whether an action is due after a step: every N steps and at the end; 0 = never."""
+    return every > 0 and ((step + 1) % every == 0 or last)
+
+
 def _accumulate_gradients(
     parameters: Sequence[torch.nn.Parameter],
     loss_fn: StepLossFn,
@@ -221,37 +313,43 @@ def _accumulate_gradients(
     world: World,
     received_signals: Sequence[int],
 ) -> _StepTotals:
-    """Put into .grad the gradient of the mean loss over all learned positions of a step, and add up what all processes say of it.
+    """Write the gradient of the mean loss over all supervised positions of a step to .grad.
 
-    Each backward is of a sum, not of a mean: how many positions there are is known when the last part of the last process is done. A
-    student spread over processes averages their gradients; so, times their number.
+    Each backward pass is of a sum, not of a mean: the number of positions is known only after the
+    last part of the last process. A distributed student averages gradients over processes, so they
+    are multiplied by the number of processes.
+
+    Returns:
+        Sums over all processes.
     """
-    mine, parts = _StepTotals(), world.size * micro_batches
+    own, parts = _StepTotals(), world.size * micro_batches
     for k in range(micro_batches):
-        out, taught = loss_fn(step, world.rank * micro_batches + k, parts, weights)
+        out, group_stats = loss_fn(step, world.rank * micro_batches + k, parts, weights)
         (out.loss * out.num_tokens).backward()  # type: ignore[no-untyped-call]
-        mine.add(
-            float(out.loss.detach()) * out.num_tokens,
+        loss, metrics = _to_floats(out)
+        own.add(
+            loss * out.num_tokens,
             out.num_tokens,
-            {t: v * out.num_tokens for t, v in out.metrics.items()},
-            taught,
+            {name: value * out.num_tokens for name, value in metrics.items()},
+            group_stats,
         )
     total = _StepTotals()
-    for heard in world.all_gather(
+    for sums in world.all_gather(
         (
-            mine.loss_sum,
-            mine.num_tokens,
-            mine.metric_sums,
-            mine.group_stats,
+            own.loss_sum,
+            own.num_tokens,
+            own.metric_sums,
+            own.group_stats,
             received_signals[0] if received_signals else 0,
         )
     ):
-        total.add(*heard)
+        total.add(*sums)
     if not total.num_tokens:
         raise RefusedError(
-            "nothing of this step can be learned from",
+            "no supervised position in this step",
             where=f"train, step {step}",
-            remedy="with training.on_policy no teacher's token begins where one of the student's answers does: raise `start_step`, or `batch_size`",
+            remedy="with training.on_policy no token of a teacher begins where a token of the "
+            "student's answers does: raise `start_step`, or `batch_size`",
         )
     for parameter in parameters:
         if parameter.grad is not None:
@@ -259,15 +357,25 @@ def _accumulate_gradients(
     return total
 
 
+def _to_floats(out: StepLoss) -> tuple[float, dict[str, float]]:
+    """Return loss and metrics as numbers, with one transfer from the device."""
+    values = [out.loss.detach(), *out.metrics.values()]
+    loss, *metrics = torch.stack([value.double() for value in values]).tolist()
+    return loss, dict(zip(out.metrics, metrics, strict=True))
+
+
 def _refuse_nonfinite(held_out: Mapping[str, float], step: int) -> dict[str, float]:
-    """Held-out losses; Refused where one is not finite: the step before it was, and the last checkpoint stands."""
+    """Return held-out losses; raise RefusedError if one is not finite.
+
+    The last checkpoint is from an earlier step and finite.
+    """
     if wrong := [
         f"{name} {value:g}" for name, value in held_out.items() if not math.isfinite(value)
     ]:
         raise RefusedError(
             f"held-out loss is not finite after step {step + 1}: {', '.join(wrong)}",
             where="train",
-            remedy="lower training.learning_rate; the last checkpoint goes on",
+            remedy="lower training.learning_rate; the last checkpoint is finite",
         )
     return dict(held_out)
 
@@ -279,25 +387,29 @@ def _metrics_line(
     norm: float,
     weights: Mapping[Group, float],
 ) -> dict[str, Any]:
-    """What metrics.jsonl says of a step. The loss is without weights, so that it can be compared: with them it is what shares are of."""
+    """Return the line of metrics.jsonl of a step.
+
+    `loss` is without group weights, so that it can be compared between runs. The shares of loss
+    under `groups` are weighted.
+    """
     n, groups = (
         total.num_tokens,
         {group: t for group, t in total.group_stats.items() if t.num_tokens},
     )
-    spoken = sum(t.num_tokens for t in groups.values())
+    num_grouped = sum(t.num_tokens for t in groups.values())
     by_teacher = balance.sum_group_stats(
         {Group(group.teacher, ""): t} for group, t in groups.items()
     )
-    told = sum(t.loss_sum for t in groups.values())
+    unweighted = sum(t.loss_sum for t in groups.values())
     return {
         "step": state.step,
-        "loss": told / n if math.isfinite(told) else total.loss_sum / n,
+        "loss": unweighted / n if math.isfinite(unweighted) else total.loss_sum / n,
         "terms": {name: value / n for name, value in total.metric_sums.items()},
         "learning_rate": settings.learning_rate_at_step(state.step - 1),
         "gradient_norm": norm,
         "positions": state.num_tokens,
         "seconds": state.seconds,
-        "share": {group.teacher: t.num_tokens / spoken for group, t in by_teacher.items()},
+        "share": {group.teacher: t.num_tokens / num_grouped for group, t in by_teacher.items()},
         "teachers": {
             group.teacher: t.loss_sum / t.num_tokens
             for group, t in by_teacher.items()
@@ -308,15 +420,15 @@ def _metrics_line(
 
 
 def _append_log(state: TrainerState, line: Mapping[str, Any], logged: bool) -> TrainerState:
-    """The state with a line of the log, which tells of steps that were left out since the line before."""
+    """Return the state with a log line, which lists the steps skipped since the line before."""
     if not logged:
         return state
     since = state.log_history[-1]["step"] if state.log_history else 0
     skipped = [one for one in state.skipped_steps if one["step"] > since]
-    kept = {k: v for k, v in line.items() if k != "left"} | (
+    entry = {k: v for k, v in line.items() if k != "left"} | (
         {"skipped": skipped} if skipped else {}
     )
-    return replace(state, log_history=(*state.log_history, kept))
+    return replace(state, log_history=(*state.log_history, entry))
 
 
 def _record_skipped_step(
@@ -326,7 +438,10 @@ def _record_skipped_step(
     folder: Path,
     world: World,
 ) -> TrainerState:
-    """The state with a step that was not applied. Raises Refused where there were too many, told in metrics.jsonl too."""
+    """Return the state with a skipped step; raise RefusedError if there were too many.
+
+    metrics.jsonl lists the skipped steps in both cases.
+    """
     loss, norm, names = f"{line['loss']:g}", f"{line['gradient_norm']:g}", sorted(line["share"])
     state = replace(
         state,
@@ -337,7 +452,7 @@ def _record_skipped_step(
     )
     if len(state.skipped_steps) <= settings.max_skipped_steps:
         if state.step < settings.steps or not state.log_history:
-            return state  # told by the next line
+            return state  # the next log line lists the step
         return replace(
             state,
             log_history=(
@@ -351,14 +466,16 @@ def _record_skipped_step(
             (*state.log_history, {"step": state.step, "skipped": list(state.skipped_steps)}),
         )
     raise RefusedError(
-        f"loss {loss}, gradient norm {norm} at step {state.step}, taught by {', '.join(names)}: not applied"
+        f"loss {loss}, gradient norm {norm} at step {state.step} "
+        f"(teachers: {', '.join(names)}): not applied"
         + (
-            f", as {settings.max_skipped_steps} steps before it"
+            f", like {settings.max_skipped_steps} steps before it"
             if settings.max_skipped_steps
             else ""
         ),
         where="train",
-        remedy="lower training.learning_rate, or look at the batch: the last checkpoint is finite (training.max_skipped_steps: left out at most)",
+        remedy="lower training.learning_rate, or inspect the batch; the last checkpoint is finite "
+        "(training.max_skipped_steps: most steps to skip)",
     )
 
 
@@ -371,15 +488,15 @@ def _resume(
     batch_source: BatchSource | None,
     resume: str,
 ) -> TrainerState:
-    """Where the training stands, its state put into parameters, optimiser, chance and source. The first process chooses for all."""
+    """Restore the checkpoint that the first process chooses for all; without one, a new state."""
     chosen = world.broadcast(
         checkpoints.find_checkpoint(folder, resume) if not world.rank else None
     )
     if chosen is None:
         return TrainerState()
-    state, carried = checkpoints.load_checkpoint(chosen, inputs, parameters, optimizer, world)
+    state, source_states = checkpoints.load_checkpoint(chosen, inputs, parameters, optimizer, world)
     if batch_source:
-        batch_source.restore(carried)
+        batch_source.restore(source_states)
     if not world.rank:
         checkpoints.delete_later_checkpoints(folder, state.step)
         checkpoints.delete_old_checkpoints(folder)
@@ -388,18 +505,18 @@ def _resume(
 
 @contextmanager
 def _collect_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT while a step runs, so that the state is saved between steps and never inside one."""
-    asked: list[int] = []
+    """Collect SIGTERM and SIGINT, so that the state is saved between steps, never inside one."""
+    received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
+        received.append(number)
 
     try:
         before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not the main thread: a notebook's worker; signals are its owner's
+    except ValueError:  # not the main thread (a notebook's worker), which may set no handlers
         before = {}
     try:
-        yield asked
+        yield received
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)

@@ -1,4 +1,4 @@
-"""How fast a student learns at each step: the learning rate, a function of the step alone, so that nothing of it needs saving."""
+"""Learning rate schedules: functions of the step alone, so a checkpoint needs no schedule state."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import math
 
 from persea.config.schema import LRSchedule
 
-MIN_LEARNING_RATE_RATIO = 0.1  # of the highest rate: where both schedules end. A student that ends at zero learns nothing from its last batches
+# Where both schedules end, relative to the peak. A student whose rate ends at zero learns nothing
+# from its last batches.
+MIN_LEARNING_RATE_RATIO = 0.1
 
 
 def learning_rate_at_step(
@@ -17,22 +19,31 @@ def learning_rate_at_step(
     warmup_steps: int,
     schedule: LRSchedule = LRSchedule.COSINE,
     cooldown_share: float = 0.2,
+    min_ratio: float = MIN_LEARNING_RATE_RATIO,
 ) -> float:
-    """Learning rate of a step (0..steps-1): linear warm-up over `warmup` steps, then the schedule down to a tenth.
+    """Return the learning rate of a step.
 
-    cooldown  share of all steps in which WSD falls; the cosine has none
+    Args:
+        step: the step, 0 to total_steps - 1.
+        total_steps: number of steps.
+        peak_learning_rate: the highest rate, reached at the end of the warm-up.
+        warmup_steps: steps of the linear warm-up.
+        schedule: shape after the warm-up.
+        cooldown_share: share of all steps in which WSD falls; the cosine ignores the argument.
+        min_ratio: last learning rate relative to the peak.
+
+    Example:
+        >>> learning_rate_at_step(9, total_steps=100, peak_learning_rate=1.0, warmup_steps=10)
+        1.0
     """
     warm = min(1.0, (step + 1) / max(1, warmup_steps))
     if schedule is LRSchedule.WSD:
         begin = max(warmup_steps, round(total_steps * (1 - cooldown_share)))
         done = min(1.0, max(0.0, (step - begin) / max(1, total_steps - begin)))
-        return peak_learning_rate * warm * (1 - (1 - MIN_LEARNING_RATE_RATIO) * done)
+        return peak_learning_rate * warm * (1 - (1 - min_ratio) * done)
     done = min(1.0, max(0.0, (step - warmup_steps) / max(1, total_steps - warmup_steps)))
     return (
         peak_learning_rate
         * warm
-        * (
-            MIN_LEARNING_RATE_RATIO
-            + (1 - MIN_LEARNING_RATE_RATIO) * 0.5 * (1 + math.cos(math.pi * done))
-        )
+        * (min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * done)))
     )

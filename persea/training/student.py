@@ -1,4 +1,4 @@
-"""Student: load, adapt (full or LoRA), run, save."""
+"""The student model: load, adapt (full or LoRA), run and save."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -31,7 +31,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Low-rank adapters on the named projections (Hu et al. 2021)."""
+    """Low-rank adapters (Hu et al. 2021).
+
+    Attributes:
+        rank: rank of the added matrices.
+        alpha: the added matrices are scaled by alpha / rank.
+        targets: names of the adapted projections.
+    """
 
     rank: int
     alpha: float
@@ -40,11 +46,14 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class ComputeOptions:
-    """How a step is computed; none changes what is computed but by rounding.
+    """How a step is computed; the options change results by rounding only.
 
-    half       matrix products in bfloat16; weights, sums and the optimiser's moments stay in float32
-    recompute  activations are made again in the backward pass instead of kept: less memory, about a third more time
-    packing    short texts share a row, each blind to the others, instead of being padded
+    Attributes:
+        bf16: matrix products in bfloat16; weights, sums and optimiser moments stay float32.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, about a
+            third more time.
+        packing: put several short texts into one row, without attention between them, instead of
+            padding.
     """
 
     bf16: bool = False
@@ -53,8 +62,9 @@ class ComputeOptions:
 
 
 class HiddenStateModule(torch.nn.Module):
-    """What a training step runs of a model, as one module: what is spread over processes is wrapped around its forward, so all that a
-    step uses comes out of it, the head's weight too (under DDP a parameter that is not reached from an output counts as unused).
+    """Everything a training step runs of a model, as one module that DDP or FSDP can wrap.
+
+    The head's weight is an output too: under DDP a parameter that no output reaches is unused.
     """
 
     def __init__(self, model: PreTrainedModel, options: ComputeOptions) -> None:
@@ -68,22 +78,38 @@ class HiddenStateModule(torch.nn.Module):
         row_N: torch.Tensor,
         position_N: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Hidden states [N, D], weight and bias of the head. place_BS: the mask, or each token's place in its text where texts are packed."""
+        """Return hidden states [N, D], weight and bias of the head.
+
+        Args:
+            ids_BS: int64 token ids.
+            mask_or_position_BS: attention mask, or with packing each token's position in its text.
+            row_N: row of each wanted position.
+            position_N: the position.
+        """
         mask_BS, positions_BS = (
             (None, mask_or_position_BS) if self.options.packing else (mask_or_position_BS, None)
         )
         with torch.autocast(ids_BS.device.type, torch.bfloat16, enabled=self.options.bf16):
             hidden_ND = hidden_states(self.model, ids_BS, mask_BS, positions_BS)[row_N, position_N]
         linear: torch.nn.Linear = self.model.get_output_embeddings()
+        # view_as: DDP does not see a parameter that is returned as it is
         weight_VD, bias_V = (
             None if side is None else side.view_as(side) for side in (linear.weight, linear.bias)
-        )  # DDP overlooks a bare parameter
+        )
         return hidden_ND.bfloat16() if self.options.bf16 else hidden_ND, weight_VD, bias_V
 
 
 @dataclass(frozen=True, eq=False)
 class StudentModel:
-    """A causal model in its own voice. `trained` = what the optimiser may change; `runs` = its Forward, spread over processes or not."""
+    """A causal language model with its chat renderer.
+
+    Attributes:
+        model: the transformers model, with adapters where LoRA is used.
+        renderer: chat renderer of the model.
+        source: where the model comes from.
+        options: how a step is computed.
+        forward_module: the distributed forward pass; None in one process.
+    """
 
     model: PreTrainedModel
     renderer: ChatRenderer
@@ -93,10 +119,12 @@ class StudentModel:
 
     @property
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
+        """Parameters that the optimiser changes."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
     @cached_property
     def _logit_scaling(self) -> LogitScaling:
+        """Scale and soft cap of the logits, checked once."""
         return find_logit_scaling(self.model, len(self.renderer.vocabulary), "student")
 
     def hidden_and_head(
@@ -106,18 +134,18 @@ class StudentModel:
         row_N: torch.Tensor,
         position_N: torch.Tensor,
     ) -> tuple[torch.Tensor, LMHead]:
-        """[N, D] what the head is given at positions (row_N, at_N) of right-padded texts, and the head; its padded rows are cut off."""
-        runs, device, inputs = (
-            self.forward_module or HiddenStateModule(self.model, self.options),
-            self.model.device,
-            (ids_BS, mask_BS, row_N, position_N),
-        )
-        hidden_ND, weight_VD, bias_V = runs(
-            *(
-                side.to(device)
-                for side in (pack_sequences(*inputs) if self.options.packing else inputs)
-            )
-        )
+        """Run the model and return hidden states [N, D] and the head, without padded rows.
+
+        Args:
+            ids_BS: int64 token ids, right-padded.
+            mask_BS: 1 = token, 0 = padding.
+            row_N: row of each wanted position.
+            position_N: the position.
+        """
+        forward = self.forward_module or HiddenStateModule(self.model, self.options)
+        inputs: tuple[torch.Tensor, ...] = (ids_BS, mask_BS, row_N, position_N)
+        inputs = pack_sequences(*inputs) if self.options.packing else inputs
+        hidden_ND, weight_VD, bias_V = forward(*(side.to(self.model.device) for side in inputs))
         return hidden_ND, LMHead(
             weight_VD,
             len(self.renderer.vocabulary),
@@ -133,20 +161,28 @@ class StudentModel:
         row_N: torch.Tensor,
         position_N: torch.Tensor,
     ) -> torch.Tensor:
-        """[N, V] float32 logits at positions (row_N, at_N), all at once: training goes through `hidden` instead."""
+        """Return all float32 logits [N, V] at once; training uses `hidden_and_head` instead."""
         hidden_ND, head = self.hidden_and_head(ids_BS, mask_BS, row_N, position_N)
         return head.logits(hidden_ND)
 
     def distribute(self, world: World, parallel: ParallelStrategy) -> StudentModel:
-        """This student as one of a world's processes holds it: backward averages the gradients of all. Every process calls it."""
+        """Return the student as one of several processes holds it; collective.
+
+        The backward pass averages the gradients of all processes.
+
+        Args:
+            world: this process among all processes.
+            parallel: DDP or FSDP.
+        """
         if world.size == 1:
             return self
         forward = HiddenStateModule(self.model, self.options)
         if parallel is ParallelStrategy.DDP:
             from torch.nn.parallel import DistributedDataParallel
 
-            # Looking for unused parameters keeps the buckets as they are from the first step on. Otherwise DDP orders them anew after one step,
-            # and a resumed training would add up the gradients of three processes in another order than one that went through.
+            # find_unused_parameters keeps the order of gradient buckets from the first step on.
+            # Otherwise DDP reorders them after one step, and a resumed training would add the
+            # gradients of three processes in another order than an uninterrupted one.
             return replace(
                 self, forward_module=DistributedDataParallel(forward, find_unused_parameters=True)
             )
@@ -162,8 +198,12 @@ class StudentModel:
         return replace(self, forward_module=forward)
 
     def save(self, folder: Path) -> None:
-        """A Hugging Face folder: weights (adapters merged), config, tokenizer, chat template."""
-        model = self.model
+        """Save a Hugging Face folder: weights (adapters merged), config, tokenizer, chat template.
+
+        Raises:
+            StorageError: if the folder cannot be written.
+        """
+        model: Any = self.model
         if getattr(model, "peft_config", None):
             import copy
 
@@ -178,7 +218,7 @@ class StudentModel:
             raise StorageError(
                 f"cannot write the student: {error}",
                 where=str(folder),
-                remedy="free space, then run again: its training is kept",
+                remedy="free space, then run again: the training resumes from its last checkpoint",
             ) from error
         if origin is None:
             from transformers import AutoTokenizer
@@ -191,7 +231,7 @@ class StudentModel:
 
 
 def _save_chat_template(folder: Path, template_text: str) -> None:
-    """The template that the student was taught in, where it is not the one that came with it."""
+    """Save the template that the student was trained with, if it is not the model's own."""
     (folder / "chat_template.jinja").write_text(template_text, encoding="utf-8")
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -200,7 +240,10 @@ def _save_chat_template(folder: Path, template_text: str) -> None:
 
 
 def _save_stop_ids(path: Path, stop_ids: Sequence[int]) -> None:
-    """Let the saved configuration stop at the voice's ends too: a base model's own names its text's end only, and would run on."""
+    """Add the template's stop tokens to the generation config.
+
+    A base model stops only at the end of a text and would not stop after an answer.
+    """
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     eos = config.get("eos_token_id")
     own = eos if isinstance(eos, list) else [] if eos is None else [eos]
@@ -221,11 +264,26 @@ def load_student(
     seed: int = 0,
     options: ComputeOptions = ComputeOptions(),
 ) -> StudentModel:
-    """The student's weights, ready to be trained in full, or with adapters; these begin at random, by the seed."""
-    model = load_model(source, renderer, "student")
+    """Load the student for training.
+
+    Args:
+        source: where the model comes from.
+        renderer: the student's chat renderer.
+        lora: adapters to train; None = all weights.
+        seed: seed of the adapters' initial weights.
+        options: how a step is computed.
+
+    Raises:
+        MissingRequirementError: if peft is needed and not installed.
+        DataError: if the model has no projection of a LoRA target's name.
+        RefusedError: if the model's head cannot be trained, or if the model does not support an
+            option.
+    """
+    model: Any = load_model(source, renderer, "student")
     torch.manual_seed(seed)
     if lora is None:
-        model = model.float()  # a step is smaller than what bfloat16 can add to a weight; frozen weights may stay as they are stored
+        # float32: a step is smaller than bfloat16 can add to a weight; frozen weights may stay
+        model = model.float()
     else:
         try:
             from peft import LoraConfig, get_peft_model
@@ -238,7 +296,7 @@ def load_student(
                 model,
                 LoraConfig(
                     r=lora.rank,
-                    lora_alpha=lora.alpha,
+                    lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a float works too
                     target_modules=list(lora.targets),
                     task_type="CAUSAL_LM",
                 ),
@@ -252,15 +310,13 @@ def load_student(
     if options.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise RefusedError(
-                f"{type(model).__name__} cannot make its activations again",
+                f"{type(model).__name__} does not support gradient checkpointing",
                 where="training.gradient_checkpointing",
                 remedy="gradient_checkpointing: false",
             )
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     student = StudentModel(model, renderer, source, options)
-    assert (
-        student._logit_scaling
-    )  # one that cannot be trained is refused here, not at the first step
+    assert student._logit_scaling  # raises here, not at the first step, if it cannot be trained
     if options.packing:
         refuse_packing(model, len(renderer.vocabulary), "training.packing")
     return student

@@ -27,7 +27,8 @@ from persea.chat.renderer import ChatRenderer
 from persea.distributions import DistributionKind, SparseDistributions
 from persea.errors import RecipeError
 from persea.teachers.teacher import Answer
-from persea.training.dataset import build_dataset, build_example
+from persea.training.dataset import build_dataset
+from persea.training.example import build_example
 from tests.alignment.test_event_map import real_event_map, real_home
 from tests.conftest import Speaker
 from tests.training.test_dataset import one

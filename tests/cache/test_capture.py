@@ -734,11 +734,11 @@ def test_progress_tells_tokens_a_second_and_the_time_that_is_left() -> None:
     [
         (
             {"tokens": 1000},
-            r"capture\.tokens: the budget is spent: 1,100 tokens for 20 of 30 prompts -> raise capture\.tokens",
+            r"capture\.max_total_tokens: the budget is spent: 1,100 tokens for 20 of 30 prompts -> raise capture\.max_total_tokens",
         ),
         (
             {"hours": 0.5},
-            r"capture\.hours: the budget is spent: 0\.56 hours for 20 of 30 prompts -> raise capture\.hours and run again",
+            r"capture\.max_hours: the budget is spent: 0\.56 hours for 20 of 30 prompts -> raise capture\.max_hours and run again",
         ),
     ],
 )

@@ -220,7 +220,7 @@ def shares(family: str, conversation: Conversation) -> list[tuple[int, str]]:
     return out
 
 
-def kept(family: str, conversation: Conversation) -> list[str]:
+def retained_texts(family: str, conversation: Conversation) -> list[str]:
     return [text for _, text in shares(family, conversation)]
 
 
@@ -368,7 +368,7 @@ def test_parse_gives_the_answer_back(tiny: Speaker, conversation: Conversation):
         generated(tiny.renderer.render(conversation)), conversation.effort
     )
     answer = conversation.messages[-1].parts
-    texts_kept = kept(form(tiny.renderer), conversation)[-len(answer) :]
+    texts_kept = retained_texts(form(tiny.renderer), conversation)[-len(answer) :]
     want = [replace(p, text=t) for p, t in zip(answer, texts_kept, strict=True) if t]
     assert [p for p in parts if p.text] == want
     assert finish is FinishReason.STOP
@@ -415,11 +415,11 @@ def test_look_alikes_bring_no_control_token(tiny: Speaker, conversation: Convers
             if tiny.renderer.vocabulary.bytes_W[i] is None
         ]
 
-    said = iter(kept(form(tiny.renderer), conversation))
+    retained = iter(retained_texts(form(tiny.renderer), conversation))
     plain = replace(
         conversation,
         messages=tuple(
-            replace(m, parts=tuple(replace(p, text="x" if next(said) else "") for p in m.parts))
+            replace(m, parts=tuple(replace(p, text="x" if next(retained) else "") for p in m.parts))
             for m in conversation.messages
         ),
     )
@@ -448,16 +448,16 @@ def test_starts_and_ends_of_a_conversation_written_out(tiny_of):
     renderer = tiny_of("llama").renderer
     conversation = Conversation.from_question("  ab ", system="s").with_answer(Text(" cd\n"))
     tokens = renderer.render(conversation)
-    said = {
+    bytes_at = {
         (int(a), int(b)): renderer.vocabulary.bytes_W[i]
         for i, a, b in zip(tokens.ids_T, tokens.starts_T, tokens.ends_T, strict=True)
         if b >= 0 and renderer.vocabulary.bytes_W[i] is not None
     }
     # s | free | 2 spaces, ab, 1 space | free | 1 space, cd, newline
-    assert said[0, 1] == b"s"
-    assert b"".join(said[k] for k in sorted(said) if 4 <= k[0] < 6) == b"ab"
-    assert b"".join(said[k] for k in sorted(said) if k[0] >= 9) == b"cd"
-    assert {k[0] for k in said} <= {0, 4, 5, 9, 10}
+    assert bytes_at[0, 1] == b"s"
+    assert b"".join(bytes_at[k] for k in sorted(bytes_at) if 4 <= k[0] < 6) == b"ab"
+    assert b"".join(bytes_at[k] for k in sorted(bytes_at) if k[0] >= 9) == b"cd"
+    assert {k[0] for k in bytes_at} <= {0, 4, 5, 9, 10}
     last = int(np.flatnonzero(tokens.loss_mask_T)[-1])
     assert (tokens.starts_T[last], tokens.ends_T[last]) == (11, 11)
     assert tokens.ids_T[last] == renderer.vocabulary.control_token_ids["<|eot_id|>"]
@@ -543,13 +543,13 @@ def test_tokens_across_the_edges_of_the_content():
     )
     conversation = Conversation.from_question(" élan é").with_answer(Text("éa\n"))
     tokens = renderer.render(conversation)
-    said = [renderer.vocabulary.bytes_W[i] for i in tokens.ids_T]
+    pieces = [renderer.vocabulary.bytes_W[i] for i in tokens.ids_T]
     where = dict(
-        zip(said, zip(tokens.starts_T.tolist(), tokens.ends_T.tolist(), strict=True), strict=True)
+        zip(pieces, zip(tokens.starts_T.tolist(), tokens.ends_T.tolist(), strict=True), strict=True)
     )
     crossing = {piece: where[piece] for piece in (b"Q:\xc3\xa9", b"\xc3\xa9.")}
     assert crossing == {b"Q:\xc3\xa9": (-1, 3), b"\xc3\xa9.": (-1, 9)}
-    assert (said[-2:], tokens.starts_T[-2:].tolist(), tokens.loss_mask_T[-2:].tolist()) == (
+    assert (pieces[-2:], tokens.starts_T[-2:].tolist(), tokens.loss_mask_T[-2:].tolist()) == (
         [None, None],
         [13, -1],
         [True, False],

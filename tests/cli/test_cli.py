@@ -497,12 +497,12 @@ BAD: dict[str, tuple[Callable[[Path], list[object]], int, str]] = {
             recipe(f, evaluation={"benchmarks": [{"benchmark": "gsm8", "file": "nowhere.jsonl"}]}),
         ],
         2,
-        r".*tiny\.yaml: evaluation\.sets\.0\.set: unknown set 'gsm8' -> did you mean 'gsm8k'\?",
+        r".*tiny\.yaml: evaluation\.benchmarks\.0\.benchmark: unknown set 'gsm8' -> did you mean 'gsm8k'\?",
     ),
     "high floor": (
         checked_high,
         4,
-        r"[a-z-]+-sapling -> student, [a-z]+ [a-z]+: only \d+% .* \(floor 99%\) -> .*lower check\.floor",
+        r"[a-z-]+-sapling -> student, [a-z]+ [a-z]+: only \d+% .* \(floor 99%\) -> .*lower check\.min_common_share",
     ),
     "a file in place of the folder": (file_in_place, 6, r"taken/?.*: cannot write: .* -> .*"),
     "report before all": (

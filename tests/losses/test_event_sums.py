@@ -1,4 +1,6 @@
-"""Sums over events against a plain reference in float64: any map, what cannot stand, and logarithms as small as they come."""
+"""Sums over events against a plain reference in float64: any map, what cannot stand, and logarithms
+as small as they come.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ def over_events(
 
 
 def reference(logs_NX: torch.Tensor, event_X: torch.Tensor, events: int) -> torch.Tensor:
-    """Event by event. Where nothing stands logsumexp's gradient is NaN: the event is no function of its tokens there."""
+    """Event by event. Where nothing stands logsumexp's gradient is NaN: the event is no function of
+    its tokens there.
+    """
     out = []
     for e in range(events):
         of_NG = logs_NX[:, event_X == e]
@@ -130,7 +134,9 @@ def test_what_comes_of_an_event_that_cannot_be_said_reaches_no_token():
 
 @pytest.mark.parametrize("divergence", list(Divergence))
 def test_an_event_that_one_side_cannot_say_pulls_at_no_token(divergence: Divergence):
-    """Event 1 the student cannot say, event 2 the teacher cannot: neither moves a logit, and the rest is as if they were not there."""
+    """Event 1 the student cannot say, event 2 the teacher cannot: neither moves a logit, and the
+    rest is as if they were not there.
+    """
     bridge = replace(
         random_bridge(np.random.default_rng(0), 4, 5, 4),
         teacher_event_W=np.arange(4, dtype=np.int32),
@@ -167,7 +173,9 @@ def test_an_event_that_one_side_cannot_say_pulls_at_no_token(divergence: Diverge
 @pytest.mark.parametrize("divergence", list(Divergence))
 @given(seed=seeds, piece=st.sampled_from([1, 90, 1 << 18]))
 def test_rows_are_the_same_however_many_at_once(divergence: Divergence, seed: int, piece: int):
-    """And are the divergence of what is left, renormalised; the dead in any order; the teacher's logs with or without a normaliser."""
+    """And are the divergence of what is left, renormalised; the dead in any order; the teacher's
+    logs with or without a normaliser.
+    """
     rng = np.random.default_rng(seed)
     N, V, W, E = 4, 26, 19, 5
     bridge = random_bridge(rng, W, V, E)

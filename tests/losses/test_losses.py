@@ -1,4 +1,6 @@
-"""The default objective against a slow float64 oracle, against its own algebra, and against a world whose truth is known."""
+"""The default objective against a slow float64 oracle, against its own algebra, and against a world
+whose truth is known.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "composed.json"
 seeds = st.integers(0, 2**32 - 1)
 
 
-# ---- cases -----------------------------------------------------------------------------------------------------------
+# ---- cases ---------------------------------------------------------------------------------------
 
 
 def random_bridge(rng: np.random.Generator, W: int, V: int, E: int) -> EventMap:
@@ -115,7 +117,9 @@ class Case:
 
 
 def case(seed: int, *, scale: float = 3.0, dtype: torch.dtype = torch.float32) -> Case:
-    """Two teachers with vocabularies of their own; each speaks of some positions, nobody of the rest."""
+    """Two teachers with vocabularies of their own; each speaks of some positions, nobody of the
+    rest.
+    """
     rng = np.random.default_rng(seed)
     N, V = int(rng.integers(2, 9)), int(rng.integers(8, 40))
     logits = torch.from_numpy(scale * rng.standard_normal((N, V))).to(dtype)
@@ -132,7 +136,9 @@ def case(seed: int, *, scale: float = 3.0, dtype: torch.dtype = torch.float32) -
 
 
 def naive(c: Case, logits_NV: torch.Tensor, share: float) -> torch.Tensor:
-    """The module's formula, position by position and event by event, in whatever precision the logits have."""
+    """The module's formula, position by position and event by event, in whatever precision the
+    logits have.
+    """
     q_NV = torch.softmax(logits_NV, -1)
     total = torch.zeros((), dtype=logits_NV.dtype)
     for n in range(len(logits_NV)):
@@ -158,7 +164,7 @@ def value_and_gradient(c: Case, share: float) -> tuple[LossOutput, torch.Tensor]
     return out, logits.grad
 
 
-# ---- against the oracle ----------------------------------------------------------------------------------------------
+# ---- against the oracle --------------------------------------------------------------------------
 
 
 @given(seed=seeds, share=st.sampled_from([0.0, 0.3, 0.7, 1.0]))
@@ -206,12 +212,14 @@ def test_an_event_no_student_token_says_is_a_bug_and_not_a_loss():
         run(torch.zeros(1, 3), torch.tensor([0]), [said_of(bridge, {0: np.array([0.5, 0.5])})], 0.7)
 
 
-# ---- what it reduces to ----------------------------------------------------------------------------------------------
+# ---- what it reduces to --------------------------------------------------------------------------
 
 
 @given(seed=seeds)
 def test_the_same_tokenizer_and_full_rows_are_forward_kl(seed: int):
-    """The divergence everybody knows: soft cross-entropy, whose difference to the forward KL is the teacher's own entropy."""
+    """The divergence everybody knows: soft cross-entropy, whose difference to the forward KL is the
+    teacher's own entropy.
+    """
     rng = np.random.default_rng(seed)
     N, V = 5, 23
     p_NV = torch.softmax(torch.from_numpy(3 * rng.standard_normal((N, V))), -1)
@@ -258,7 +266,7 @@ def test_no_share_and_no_teacher_are_cross_entropy(seed: int):
     control = tuple(
         replace(
             s,
-            bridge=replace(
+            event_map=replace(
                 s.event_map, teacher_event_W=np.full_like(s.event_map.teacher_event_W, -1)
             ),
         )
@@ -268,7 +276,7 @@ def test_no_share_and_no_teacher_are_cross_entropy(seed: int):
         out = run(c.logits_NV, c.labels_N, teachers, share)
         torch.testing.assert_close(out.loss, by_position, rtol=1e-6, atol=1e-6)
         assert out.metrics["cross_entropy"] == pytest.approx(
-            plain.metrics["cross_entropy"], rel=1e-6
+            float(plain.metrics["cross_entropy"]), rel=1e-6
         )
         assert out.num_tokens == plain.num_tokens
 
@@ -294,19 +302,21 @@ def test_terms_and_positions(seed: int):
         for n, ce in enumerate(F.cross_entropy(c.logits_NV, c.labels_N, reduction="none").tolist())
     )
     events = out.loss.item() * len(c.labels_N) - with_ce
-    assert out.metrics["events"] * len(c.labels_N) == pytest.approx(events, rel=1e-4, abs=1e-3)
-    assert out.metrics["spoken"] == pytest.approx(
+    assert out.metrics["event_kl"] * len(c.labels_N) == pytest.approx(events, rel=1e-4, abs=1e-3)
+    assert out.metrics["supervised"] == pytest.approx(
         len([n for n in spoken if mass[n] > 0]) / len(c.labels_N)
     )
     assert not out.loss.requires_grad
 
 
-# ---- total weight one ------------------------------------------------------------------------------------------------
+# ---- total weight one ----------------------------------------------------------------------------
 
 
 @given(seed=seeds, share=st.sampled_from([0.3, 0.7, 1.0]))
 def test_every_position_carries_total_weight_one(seed: int, share: float):
-    """A token that is in no event and is never the target gets its gradient from the normaliser alone: total weight times q."""
+    """A token that is in no event and is never the target gets its gradient from the normaliser
+    alone: total weight times q.
+    """
     c = case(seed, dtype=torch.float64)
     N, V = c.logits_NV.shape
     outside = torch.full((N, 1), 1.5, dtype=torch.float64)
@@ -314,7 +324,9 @@ def test_every_position_carries_total_weight_one(seed: int, share: float):
         replace(s.event_map, student_event_V=np.append(s.event_map.student_event_V, np.int32(-1)))
         for s in c.teachers
     ]
-    wider = tuple(replace(s, bridge=bridge) for s, bridge in zip(c.teachers, bridges, strict=True))
+    wider = tuple(
+        replace(s, event_map=bridge) for s, bridge in zip(c.teachers, bridges, strict=True)
+    )
     c = Case(torch.cat([c.logits_NV, outside], 1), c.labels_N, wider)
     _, gradient = value_and_gradient(c, share)
     weight_N = N * gradient[:, V] / torch.softmax(c.logits_NV, -1)[:, V]
@@ -378,7 +390,7 @@ def test_position_by_position():
         )
 
 
-# ---- linear, so unbiased ---------------------------------------------------------------------------------------------
+# ---- linear, so unbiased -------------------------------------------------------------------------
 
 
 @given(seed=seeds, mix=st.floats(0, 1))
@@ -405,7 +417,7 @@ DRAWS = 2000
 def sampled(p_W: np.ndarray, tau: float) -> SparseDistributions:
     """One distribution drawn DRAWS times, each draw with its own random start."""
     return sample_distributions(
-        torch.from_numpy(np.log(p_W)).expand_groups(DRAWS, -1),
+        torch.from_numpy(np.log(p_W)).expand(DRAWS, -1),
         np.zeros(DRAWS, np.int64),
         tau,
         "losses",
@@ -427,13 +439,13 @@ def top(p_W: np.ndarray, k: int) -> SparseDistributions:
 def z_scores(
     rows: SparseDistributions, c: Case, bridge: EventMap, full: tuple[float, torch.Tensor]
 ) -> tuple[float, torch.Tensor]:
-    """How many standard errors the mean over draws of loss and gradient lies from the full row's."""
+    """Standard errors between the mean over draws of loss and gradient, and the full row's."""
     per = 50
     row_M = np.repeat(np.arange(DRAWS), np.diff(rows.offsets_N1))
     ids_M, probs_M = rows.ids_M, rows.probs_M
     wide = Case(
-        c.logits_NV.expand_groups(DRAWS, -1),
-        c.labels_N.expand_groups(DRAWS),
+        c.logits_NV.expand(DRAWS, -1),
+        c.labels_N.expand(DRAWS),
         (Said(bridge, row_M, ids_M, probs_M),),
     )
     gradient = value_and_gradient(wide, 0.7)[1] * DRAWS
@@ -471,7 +483,7 @@ def test_sampled_rows_are_unbiased_and_top_k_is_not():
     assert z_gradient.abs().max() > 40
 
 
-# ---- a head with a rest ----------------------------------------------------------------------------------------------
+# ---- a head with a rest --------------------------------------------------------------------------
 
 
 def top_said(bridge: EventMap, rows: dict[int, np.ndarray], k: int) -> Said:
@@ -578,7 +590,7 @@ def test_rows_without_a_rest_have_none():
     )
 
 
-# ---- what a row's kind allows ----------------------------------------------------------------------------------------
+# ---- what a row's kind allows --------------------------------------------------------------------
 
 
 def test_only_full_rows_allow_other_divergences_than_forward():
@@ -590,7 +602,7 @@ def test_only_full_rows_allow_other_divergences_than_forward():
         else:
             with pytest.raises(
                 RecipeError,
-                match=f"{divergence.value} KL needs more than rows of kind {kind.value}",
+                match=f"{divergence.value} KL needs more than distributions of kind {kind.value}",
             ) as caught:
                 refuse_divergence(kind, divergence)
             assert caught.value.exit_code == 2 and caught.value.remedy
@@ -603,7 +615,7 @@ def test_only_full_rows_allow_other_divergences_than_forward():
             [0, 9],
             [0.5, 0.5],
             DistributionKind.SAMPLED,
-            "teacher id 9 lies outside the vocabulary of 9 tokens",
+            "teacher id 9 is outside the vocabulary of 9 tokens",
         ),
         ([0, -1], [0.5, 0.5], DistributionKind.SAMPLED, "teacher id -1 lies outside"),
         ([0, 1], [0.5, float("nan")], DistributionKind.SAMPLED, "a teacher's probability is nan"),
@@ -651,11 +663,11 @@ def test_entries_of_two_kinds_do_not_mix():
         )
         for kind in (DistributionKind.SAMPLED, DistributionKind.FULL)
     )
-    with pytest.raises(DataError, match="rows of kinds full, sampled from one teacher"):
+    with pytest.raises(DataError, match="distributions of kinds full, sampled from one teacher"):
         concat_event_targets([one, two], [0, 1])
 
 
-# ---- whole distributions ---------------------------------------------------------------------------------------------
+# ---- whole distributions -------------------------------------------------------------------------
 
 
 def dead_of(rng: np.random.Generator, N: int, size: int) -> tuple[ImpossibleTokens, np.ndarray]:
@@ -749,7 +761,7 @@ def test_same_vocabulary_refuses_another():
         divergence_loss(torch.zeros(2, 5), torch.zeros(2, 6))
 
 
-# ---- masks -----------------------------------------------------------------------------------------------------------
+# ---- masks ---------------------------------------------------------------------------------------
 
 
 class Fixed:
@@ -764,7 +776,9 @@ class Fixed:
 
 @given(seed=seeds, share=st.sampled_from([0.3, 1.0]))
 def test_masked_entries_and_members(seed: int, share: float):
-    """The module's formula with what cannot stand crossed out by hand, on both sides; nothing is renormalised."""
+    """The module's formula with what cannot stand crossed out by hand, on both sides; nothing is
+    renormalised.
+    """
     rng = np.random.default_rng(seed)
     N, V, W = 5, 22, 14
     bridge = random_bridge(rng, W, V, 6)
@@ -812,7 +826,9 @@ def test_masked_entries_and_members(seed: int, share: float):
 
 
 def test_named_and_dropped_is_no_part_of_the_rest():
-    """The row names A .6, which cannot stand, and B .3; .1 is left for C. Of the rest's pull nothing goes to A, also where only A's
+    """The row names A .6, which is impossible, and B .3; .1 is left for C.
+
+    Of the rest's target mass nothing goes to A, also where only A's
     student token cannot stand."""
     bridge = replace(identity(3), teacher_mask=Fixed({0: [0]}), student_mask=Fixed({0: []}))
     also = replace(identity(3), teacher_mask=Fixed({0: []}), student_mask=Fixed({0: [0]}))
@@ -853,13 +869,15 @@ def test_a_rest_that_no_token_is_left_for_goes_to_the_text():
 def test_what_composed_cannot_mean_is_refused():
     bridge = identity(3)
     one = said_of(bridge, {0: np.array([0.5, 0.5, 0.0])}).targets
-    with pytest.raises(DataError, match="position 0: two teachers speak of one position"):
+    with pytest.raises(DataError, match="position 0: two teachers have targets at one position"):
         event_kl_loss(torch.zeros(1, 3), torch.tensor([0]), [one, one], 0.7)
     for logits, tokens in (
         (torch.zeros(1, 3, dtype=torch.bfloat16), torch.tensor([0])),
         (torch.zeros(0, 3), torch.empty(0, dtype=torch.int64)),
     ):
-        with pytest.raises(DataError, match="give float32 logits of what is learned"):
+        with pytest.raises(
+            DataError, match="pass float32 logits of at least one supervised position"
+        ):
             event_kl_loss(logits, tokens, [], 0.7)
     with pytest.raises(DataError, match="a row names a token twice"):
         build_event_targets(
@@ -888,7 +906,7 @@ def test_an_event_of_tiny_probability_counts_in_whole_distributions():
         logits.grad, torch.tensor([[0.45, -0.9, 0.45]]), rtol=1e-4, atol=1e-5
     )
     nothing = ImpossibleTokens(torch.tensor([0, 0, 0]), torch.tensor([0, 1, 2]))
-    with pytest.raises(DataError, match="no event that both sides can say"):
+    with pytest.raises(DataError, match="no event that both teacher and student can produce"):
         event_divergence_loss(
             logits,
             torch.log(torch.tensor([[0.05, 0.9, 0.05]])),
@@ -922,13 +940,13 @@ def test_a_chunk_of_a_student_certain_of_what_cannot_be():
     )
     assert torch.isfinite(logits.grad).all()
     none = torch.empty(0, dtype=torch.int64)
-    with pytest.raises(DataError, match="no chunk"):
+    with pytest.raises(DataError, match="no span"):
         span_likelihood_loss(
             logits, torch.tensor([1, 0]), SpanTargets(none, none, none, none, torch.empty(0)), dead
         )
 
 
-# ---- chunks ----------------------------------------------------------------------------------------------------------
+# ---- chunks --------------------------------------------------------------------------------------
 
 
 @given(seed=seeds)
@@ -971,12 +989,14 @@ def test_the_chunk_term_is_its_formula(seed: int):
     )
 
 
-# ---- numbers ---------------------------------------------------------------------------------------------------------
+# ---- numbers -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_extreme_logits(dtype: torch.dtype):
-    """An event of probability e^-400 has a finite cost and its whole gradient; plain sums of exp give log 0."""
+    """An event of probability e^-400 has a finite cost and its whole gradient; plain sums of exp
+    give log 0.
+    """
     bridge = EventMap(np.array([0, 1], np.int32), np.array([0, 1, 1, -1], np.int32), 2, "")
     logits = torch.tensor(
         [
@@ -1022,7 +1042,9 @@ def test_large_logits_stay_finite(seed: int):
 
 
 def golden_case(k: int) -> Case:
-    """Cases without a random generator, so that the values hold on every version of numpy and torch."""
+    """Cases without a random generator, so that the values hold on every version of numpy and
+    torch.
+    """
     N, V, W, E = 4 + k, 17 + 5 * k, 19 + 3 * k, 7
     logits = torch.tensor(
         [[3 * math.sin(1.7 * n + 0.9 * v * (k + 1)) for v in range(V)] for n in range(N)]
@@ -1062,9 +1084,10 @@ def test_golden_values():
         assert value == pytest.approx(want[name], abs=3e-5), name
 
 
-# ---- a world whose truth is known: bench/worlds.py -------------------------------------------------------------------
+# ---- a world whose truth is known: bench/worlds.py -----------------------------------------------
 
-# mean total variation at the truth: events, and shared byte strings renormalised (strict); with masks: tests/bench/test_worlds.py
+# mean total variation at the truth: events, and shared byte strings renormalised (strict); with
+# masks: tests/bench/test_worlds.py
 FLOORS = {
     "same": (0.0, 0.0),
     "nested": (0.0146, 0.0307),
@@ -1110,7 +1133,8 @@ def test_the_floor_of_unmasked_events(name: str):
             logits_NV[n, v] = math.log(x)
         row, ids, probs = row + [n] * len(p), [*ids, *p], [*probs, *p.values()]
         strict_N.append(strict(p, q, teacher, student))
-    # the student at its true optimum, through the code that trains: event probabilities against the teacher's
+    # the student at its true optimum, through the code that trains: event probabilities against the
+    # teacher's
     E = bridge.num_events
     p_NE = torch.zeros(len(where), E, dtype=torch.float64)
     event_M = torch.from_numpy(bridge.teacher_event_W)[torch.tensor(ids)].long()

@@ -1,4 +1,6 @@
-"""A head's products are those of float64, whichever library makes them, in one strip of the vocabulary or in many."""
+"""A head's products are those of float64, whichever library makes them, in one strip of the
+vocabulary or in many.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Kernels for a GPU against the functions they stand for: in Triton's interpreter, on random inputs, in memory full of NaN.
+"""The Triton kernels against the functions they implement, in memory full of NaN.
 
-In a process of its own, for Triton reads TRITON_INTERPRET once, when it is imported. Skipped, in words, where there is no Triton.
+They run in Triton's interpreter, in a process of its own, because Triton reads TRITON_INTERPRET
+once, at import. Skipped where Triton is not installed.
 """
 
 from __future__ import annotations
@@ -20,16 +21,17 @@ from test_losses import case, random_bridge, said_of
 from persea.errors import DataError
 from persea.losses import Divergence
 from persea.losses import triton_kernels as fused
-from persea.losses.event_kl import composed_rows
-from persea.losses.divergence import same_rows
+from persea.losses.event_kl import event_kl_per_token
+from persea.losses.divergence import divergence_with_gradient
 
 torch.set_num_threads(1)
 rooms = []
 def poisoned(n, like):
     rooms.append(n)
     return torch.full((n,), math.nan)
-fused.room = poisoned
-fused.BLOCK, fused.BLOCK_EVENT_TOKENS = 16, 2  # so that rows of 8 to 40 columns take several rounds, and are no multiple of one
+fused.empty_float32 = poisoned
+# rows of 8 to 40 columns take several rounds, and are no multiple of one
+fused.BLOCK_COLUMNS, fused.BLOCK_EVENT_TOKENS = 16, 2
 
 def walled(logits):
     "The same rows inside a wider matrix of NaN: what is read past a row's end would show."
@@ -46,12 +48,13 @@ for seed in range(4):
     for share in (0.7, 1.0)[:2 - seed // 2]:
         c = case(seed)
         teachers = [t.targets for t in c.teachers]
-        known = composed_rows(c.logits_NV, c.labels_N, teachers, share)
+        known = event_kl_per_token(c.logits_NV, c.labels_N, teachers, share)
         want = torch.empty_like(c.logits_NV)
         known.write_gradient(c.logits_NV, want)
         wide, inside = walled(c.logits_NV)
         loss, text, events, spoken = fused.triton_event_kl(inside, c.labels_N, teachers, share)
-        close(loss, known.loss_N, 1e-5), close(text, known.cross_entropy_N, 1e-5), close(events, known.event_loss_N, 1e-5), close(inside, want)
+        close(loss, known.loss_N, 1e-5), close(text, known.cross_entropy_N, 1e-5)
+        close(events, known.event_loss_N, 1e-5), close(inside, want)
         assert torch.equal(spoken, known.supervised_N)
         assert wide[:, c.logits_NV.shape[1]:].isnan().all() and wide[-1].isnan().all()
         tried += len(loss)
@@ -59,7 +62,7 @@ rng = np.random.default_rng(1)
 bridge = random_bridge(rng, 30, 40, 4)  # events of about ten tokens
 said = said_of(bridge, {n: rng.dirichlet(np.full(30, .3)) for n in (0, 2)}).targets
 logits, tokens = 30 * torch.randn(3, 40), torch.tensor([1, 2, 3])
-known = composed_rows(logits, tokens, [said], 0.7)
+known = event_kl_per_token(logits, tokens, [said], 0.7)
 want = torch.empty_like(logits)
 known.write_gradient(logits, want)
 loss = fused.triton_event_kl(logits, tokens, [said], 0.7)[0]
@@ -73,17 +76,19 @@ else:
 for divergence in Divergence:
     for seed in range(2):
         rng = np.random.default_rng(seed)
-        mine, theirs = (torch.from_numpy(4 * rng.standard_normal((3, 37))).float() for _ in range(2))
+        mine, theirs = (
+            torch.from_numpy(4 * rng.standard_normal((3, 37))).float() for _ in range(2)
+        )
         if divergence is not Divergence.REVERSE:
             theirs[torch.from_numpy(rng.random((3, 37)) < 0.3)] = -math.inf
         wide, inside = walled(mine)
         other_wide, other = walled(theirs)
         loss = fused.triton_divergence(inside, other, divergence)
-        want = same_rows(mine, theirs, divergence)
+        want = divergence_with_gradient(mine, theirs, divergence)
         close(loss, want, 1e-5), close(inside, mine)
         assert wide[:, 37:].isnan().all()
         tried += len(loss)
-from persea.losses import Head, composed_head, divergence_head
+from persea.losses import LMHead, divergence_loss_from_hidden, event_kl_loss_from_hidden
 from persea.losses import chunked_head as heads
 c = case(7)
 weight, hidden = torch.randn(c.logits_NV.shape[1], 3), torch.randn(len(c.labels_N), 3)
@@ -93,8 +98,9 @@ for gpu in (False, True):
     heads.can_use_triton = lambda logits, gpu=gpu: gpu
     before = len(rooms)
     w, h = weight.clone().requires_grad_(), hidden.clone().requires_grad_()
-    outs = [composed_head(h, Head(w, len(w)), c.labels_N, [t.targets for t in c.teachers], 0.7),
-            divergence_head(h, Head(w, len(w)), (hidden, Head(weight, len(w))))]
+    targets = [t.targets for t in c.teachers]
+    outs = [event_kl_loss_from_hidden(h, LMHead(w, len(w)), c.labels_N, targets, 0.7),
+            divergence_loss_from_hidden(h, LMHead(w, len(w)), (hidden, LMHead(weight, len(w))))]
     sum(out.loss for out in outs).backward()
     found.append((outs[0].loss.detach(), outs[1].loss.detach(), w.grad, h.grad))
     assert (len(rooms) > before) == gpu

@@ -44,7 +44,7 @@ def test_a_fingerprint_does_not_depend_on_the_place(copy: Path, llama: tuple[Pat
 
 
 def test_fingerprints_of_hub_and_random_models():
-    hub, sprouted = (
+    hub, random_model = (
         ModelSource("Qwen/Qwen3-8B", revision="a" * 40),
         ModelSource("random", tokenizer="x/y", sizes=RANDOM),
     )
@@ -52,9 +52,9 @@ def test_fingerprints_of_hub_and_random_models():
         hub,
         replace(hub, revision="b" * 40),
         replace(hub, model="Qwen/Qwen3-4B"),
-        sprouted,
-        replace(sprouted, sizes=RANDOM[1:]),
-        replace(sprouted, tokenizer="x/z"),
+        random_model,
+        replace(random_model, sizes=RANDOM[1:]),
+        replace(random_model, tokenizer="x/z"),
     ]
     assert len({fingerprint(s, "w") for s in variants}) == len(variants)
     with pytest.raises(DataError, match="no model folder"):

@@ -363,8 +363,8 @@ def feed_of(renderer: ChatRenderer, teacher: ChatRenderer) -> DistillDataset:
     """Three answers, of whose tokens the teacher is certain."""
     captures = []
     for k, text in enumerate(("Hello there", "一二三", "x = [1]\n")):
-        talk = Conversation.from_question(f"question {k}").with_answer(Text(text))
-        tokens = teacher.render(talk)
+        conversation = Conversation.from_question(f"question {k}").with_answer(Text(text))
+        tokens = teacher.render(conversation)
         n = int(tokens.loss_mask_T.sum())
         rows = SparseDistributions(
             np.arange(n + 1, dtype=np.int64),
@@ -374,7 +374,7 @@ def feed_of(renderer: ChatRenderer, teacher: ChatRenderer) -> DistillDataset:
         )
         captures.append(
             CachedAnswer(
-                Answer(f"p{k}", "t", "languages", "", talk, FinishReason.STOP), tokens, rows
+                Answer(f"p{k}", "t", "languages", "", conversation, FinishReason.STOP), tokens, rows
             )
         )
     return build_dataset(
@@ -431,11 +431,11 @@ def test_padded_rows_change_no_loss_no_score_and_no_answer(
         assert int(
             wide(input_ids=torch.from_numpy(sequences[0])[None].long()).logits[0, -1].argmax()
         ) >= len(renderer.vocabulary)
-    said = [
+    answers = [
         [a.tolist() for a in e.generate([s[:9] for s in sequences], renderer.stop_ids, 6)]
         for e in engines
     ]
-    assert said[0] == said[1]
+    assert answers[0] == answers[1]
 
 
 # ---- pad == eos ----------------------------------------------------------------------------------
@@ -489,10 +489,10 @@ def test_the_stop_is_learned_and_scored_when_it_is_the_padding_too(
             )
         assert torch.allclose(rows, alone[np.flatnonzero(learn[k]) - 1], atol=1e-5)
         assert sequences[k][np.flatnonzero(learn[k])[-1]] == stop
-    said = always(model, stop)
+    stopping_model = always(model, stop)
     assert [
         a.tolist()
-        for a in TransformersEngine(said, len(renderer.vocabulary)).generate(
+        for a in TransformersEngine(stopping_model, len(renderer.vocabulary)).generate(
             [s[:5] for s in sequences], renderer.stop_ids, 8
         )
     ] == [[stop]] * 3
@@ -573,9 +573,9 @@ def test_only_requested_files_of_a_hub_model_are_downloaded(
         "original/model.safetensors",
         "pytorch_model.bin",
     ]
-    kept = list(
+    downloaded = list(
         filter_repo_objects(
             names, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
         )
     )
-    assert kept == names[:3] + names[3:4] * weights
+    assert downloaded == names[:3] + names[3:4] * weights

@@ -106,7 +106,7 @@ def test_the_mixed_recipe_runs_and_every_teacher_is_kept_for_what_it_gives(tmp_p
         parents["oss-words"]["family"],
         parents["oss-words"]["model"],
         parents["oss-words"]["licence"],
-    ) == ("words", "gpt-oss-sapling", "Apache-2.0")
+    ) == ("text_only", "gpt-oss-sapling", "Apache-2.0")
     again = persea("run", recipe, "--out", "run", folder=tmp_path)
     assert again.code == 0
     assert again.err.count("stands") == 7, again.err
@@ -281,7 +281,7 @@ def test_weights_in_vllm_are_not_kept_after_their_stage(
                 "model": "a/b",
                 "endpoint": {"url": "http://x", "protocol": "chat", "top_logprobs": 5},
             },
-            "delete `top:`",
+            "delete `top_logprobs:`",
         ),
         (
             {"model": "a/b", "endpoint": {"url": "http://x", "send_effort": True}},
@@ -289,8 +289,8 @@ def test_weights_in_vllm_are_not_kept_after_their_stage(
         ),
         ({"model": "a/b", "endpoint": {"url": "http://x", "key_env": "sk-1234"}}, "key_env"),
         ({"model": "a/b", "engine": "vllm", "endpoint": {"url": "http://x"}}, "delete `engine:`"),
-        ({"model": "a/b", "generation": {"top_p": 0.5}}, "nothing is drawn"),
-        ({"model": "a/b", "reference": True}, "nobody teaches"),
+        ({"model": "a/b", "generation": {"top_p": 0.5}}, "nothing is sampled"),
+        ({"model": "a/b", "reference": True}, "no teacher is left"),
         (
             {
                 "model": "random",
@@ -299,7 +299,7 @@ def test_weights_in_vllm_are_not_kept_after_their_stage(
                 "sizes": {"hidden": 32, "layers": 1, "heads": 2},
                 "endpoint": {"url": "http://x"},
             },
-            "random weights run here",
+            "random weights run on this machine",
         ),
     ],
 )
@@ -314,9 +314,9 @@ def test_contradictions_are_told(tmp_path: Path, teacher: dict[str, Any], why: s
 
 def test_what_a_far_teacher_cannot_give_is_not_asked(tmp_path: Path) -> None:
     for change, why in (
-        ("training.partial_tokens=true", "does not give the whole rows"),
-        ("capture.answers=given", "words that are not its own"),
-        ("audition.pinned.code=yard", "yard is a yardstick"),
+        ("training.partial_tokens=true", "does not return the full distributions"),
+        ("capture.answers=given", "a text that it did not generate"),
+        ("audition.pinned.code=yard", "yard is a reference model"),
     ):
         with pytest.raises(RecipeError, match=why):
             load_recipe(mixed(tmp_path), [change])

@@ -466,6 +466,6 @@ def test_a_set_too_small_for_a_split_is_told_at_the_start(tmp_path: Path) -> Non
         tmp_path, evaluation={"benchmarks": [{"benchmark": "gsm8k", "file": gsm(tmp_path, 1)}]}
     )
     with pytest.raises(
-        DataError, match=r"evaluation\.sets: no question of gsm8k is left for the (audition|test)"
+        DataError, match=r"evaluation\.benchmarks: no question of gsm8k is left for the (audition|test)"
     ):
         _ = one.items_digest

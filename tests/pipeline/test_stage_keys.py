@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 
-from persea.config.schema import CaptureSection, EvaluationSection, TrainingSection
+from persea.config.schema import (
+    CaptureSection,
+    CheckSection,
+    EvaluationSection,
+    TrainingSection,
+)
 from persea.pipeline import stage_keys as inputs
 from persea.pipeline.run_context import digest_json
 from persea.pipeline.stages import STAGES as TOLD
@@ -19,11 +24,13 @@ def river(
     evaluation: dict[str, Any] = {},
     verify: bool = False,
     wrong: str = "w",
+    check: dict[str, Any] = {},
 ) -> Any:
     recipe = SimpleNamespace(
         training=TrainingSection(**training),
         evaluation=EvaluationSection(**evaluation),
         capture=CaptureSection(drop_wrong_answers=verify),
+        check=CheckSection(**check),
         seed=1,
         threads=1,
     )
@@ -51,6 +58,8 @@ def test_every_stage_has_inputs_of_its_own_name() -> None:
         (river({"steps": 7}), False),
         (river({"evaluate_every": 5}), False),
         (river(verify=True), False),
+        (river(check={"max_lines_per_text": 3}), True),
+        (river(check={"max_mask_search_tokens": 10}), False),
     ],
 )
 def test_a_student_is_trained_anew_where_what_it_learned_changes(changed: Any, same: bool) -> None:

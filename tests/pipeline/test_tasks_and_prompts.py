@@ -168,8 +168,8 @@ def test_a_judge_grades_safety_sets_and_no_others(tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "teachers", "reason"),
     [
-        ("b", [], "'b' is no yardstick"),
-        ("a", [], "'a' is no yardstick"),
+        ("b", [], "'b' is not a reference model"),
+        ("a", [], "'a' is not a reference model"),
         (
             "j",
             [
@@ -180,7 +180,7 @@ def test_a_judge_grades_safety_sets_and_no_others(tmp_path: Path):
                     "endpoint": {"url": "http://127.0.0.1:1/v1", "protocol": "chat"},
                 }
             ],
-            "nobody knows the family of j",
+            "the family of j is unknown",
         ),
     ],
 )

@@ -1,4 +1,6 @@
-"""The stage train in one process and several: each part of a batch is itself, and what a person sees of it."""
+"""The stage train in one process and several: each part of a batch is itself, and what a person
+sees of it.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,8 @@ import torch
 from persea import storage as store
 from persea.cli import run as stages
 from persea.cli.options import make_run_context
-from persea.config.schema import TrainingSection
 from persea.errors import RecipeError, RefusedError, RunInterrupted
-from persea.losses import LMHead, LossOutput
+from persea.losses import EventKL, LMHead, LossOutput
 from persea.pipeline import train_stage as teach
 from persea.pipeline.run_context import RunContext
 from persea.pipeline.stages import run_pipeline
@@ -45,15 +46,15 @@ LINE: dict[str, Any] = {
 
 def test_a_step_in_a_few_words() -> None:
     assert format_step(LINE) == "loss 1.250, 150 tokens/s, 1:02:03 left"
-    assert (
-        format_step(LINE | {"loss": float("nan")}) == "step 3 left out: loss nan, gradient norm 1"
-    )
+    assert format_step(LINE | {"loss": float("nan")}) == "step 3 skipped: loss nan, gradient norm 1"
 
 
 def test_what_each_group_taught_adds_up() -> None:
     qwen, gemma = Group("qwen", "languages"), Group("gemma", "code")
     batch: Any = SimpleNamespace(
-        group_B=(qwen, gemma, qwen), row_N=torch.tensor([0, 0, 1, 2]), share={qwen: 3, gemma: 1}
+        group_B=(qwen, gemma, qwen),
+        row_N=torch.tensor([0, 0, 1, 2]),
+        tokens_by_group={qwen: 3, gemma: 1},
     )
     each = torch.tensor([1.0, 2.0, 4.0, 8.0])
     assert group_stats(batch, LossOutput(each.mean(), {}, 4, each, each / 2)) == {
@@ -85,7 +86,9 @@ def river(folder: Path, how: LaunchOptions, *sets: str) -> RunContext:
 
 
 def test_two_processes_stopped_and_resumed_by_one_learn_what_was_asked(tmp_path: Path) -> None:
-    """FSDP, accumulation, held-out lessons and a board at once; SIGTERM goes to the launcher, and one process goes on to the end."""
+    """FSDP, accumulation, held-out lessons and a board at once; SIGTERM goes to the launcher, and
+    one process goes on to the end.
+    """
     flowed_copy(tmp_path, "check", "audition", "capture")
     sets = (
         "training.micro_batches=2",
@@ -128,15 +131,18 @@ def test_two_processes_stopped_and_resumed_by_one_learn_what_was_asked(tmp_path:
             assert sum(part[kind] for part in parts) == pytest.approx(1)
         assert any(part["weight"] != 1 for part in parts)
         assert ("held_out" in line) == (line["step"] in (4, 8))
-    feed = json.loads((tmp_path / "run" / "train" / "feed.json").read_text())
-    assert (feed["held_out"], sum(feed["lessons"].values()) > 50) == (4, True)
+    counts = json.loads((tmp_path / "run" / "train" / "dataset.json").read_text())
+    assert (counts["held_out"], sum(counts["examples"].values()) > 50) == (4, True)
     assert list((tmp_path / "run" / "train" / "tensorboard").iterdir())
 
 
 def test_two_processes_hear_the_students_own_answers_as_one_does(tmp_path: Path) -> None:
-    """Each draws the whole round, with the same weights and chance, and learns from its half: the loss is the mean over both halves' positions."""
+    """Each draws the whole round, with the same weights and chance, and learns from its half: the
+    loss is the mean over both halves' positions.
+    """
     sets = (
-        "training.on_policy={start_step: 2, share: 0.5, rollouts: 8, max_staleness_steps: 4, max_new_tokens: 12}",
+        "training.on_policy={start_step: 2, share: 0.5, rollouts: 8, max_staleness_steps: 4, "
+        "max_new_tokens: 12}",
         "training.log_every=1",
         "training.loss_balancing=deviation",
     )
@@ -147,7 +153,7 @@ def test_two_processes_hear_the_students_own_answers_as_one_does(tmp_path: Path)
         flowed_copy(folder, "check", "audition", "capture")
         run_pipeline(river(folder, LaunchOptions(procs), *sets), lambda *told: None, "train")
         told[procs] = lines(folder)
-    own = [line["step"] for line in told[2] if "reverse" in line["terms"]]
+    own = [line["step"] for line in told[2] if "reverse_kl" in line["terms"]]
     assert own == [4, 6, 8]
     for one, two in zip(told[1], told[2], strict=True):
         assert two["positions"] == one["positions"]
@@ -171,7 +177,7 @@ def test_two_processes_hear_the_students_own_answers_as_one_does(tmp_path: Path)
     assert 2 in weighed and own[-1] in weighed
     with pytest.raises(
         RecipeError,
-        match=r"training\.on_policy: a student of which each process holds a part cannot answer for itself",
+        match=r"training\.on_policy: a student that is sharded over processes cannot generate",
     ):
         run_pipeline(
             river(tmp_path / "2", LaunchOptions(2, ParallelStrategy.FSDP), *sets),
@@ -196,7 +202,9 @@ def rank(
 
 
 def launched(folder: Path, *arguments: str) -> list[tuple[int | None, str]]:
-    """(exit code, stderr) of two processes with the variables of torchrun; the real one is in bench/chaos_train.py."""
+    """(exit code, stderr) of two processes with the variables of torchrun; the real one is in
+    bench/chaos_train.py.
+    """
     with socket.create_server(("127.0.0.1", 0)) as door:
         port = door.getsockname()[1]
     said = [Path(tempfile.mkdtemp()) / "said" for _ in range(2)]
@@ -270,8 +278,8 @@ def test_more_processes_than_conversations_are_refused(tmp_path: Path) -> None:
     ended = persea("train", "tiny.yaml", "--out", "run", "--procs", "5", "--json", folder=tmp_path)
     assert ended.code == 2
     assert ended.err == (
-        "persea: training.batch_size: a batch of 4 conversations cannot be split over 5 processes -> at most 4 processes, or a larger "
-        "training.batch_size\n"
+        "persea: training.batch_size: a batch of 4 conversations cannot be split over 5 processes "
+        "-> at most 4 processes, or a larger training.batch_size\n"
     )
 
 
@@ -295,11 +303,11 @@ def test_a_question_whose_lesson_is_held_out_is_not_asked(
         teach._teacher_caches(here),
         student.renderer,
         here.event_maps,
-        batch_size=t.batch,
+        batch_size=t.batch_size,
         seed=0,
-        max_tokens=t.max_tokens,
+        max_tokens=t.max_length,
     )
-    learned, held = feed.train_test_split(t.held_out)
+    learned, held = feed.train_test_split(t.validation_share)
     teach._load_rollouts(here, student, held)
     unseen, seen = set(held.prompt_ids()), set(learned.prompt_ids())
     assert len(unseen) == len(held) > 0 and unseen & set(asked) == set() == unseen & seen
@@ -312,7 +320,9 @@ def test_a_question_whose_lesson_is_held_out_is_not_asked(
 
 
 def test_a_finished_training_is_trained_anew_where_that_is_asked_for(tmp_path: Path) -> None:
-    """`--resume never` began anew only where a training was half done; a finished one was said to stand, and so was a refused one."""
+    """`--resume never` began anew only where a training was half done; a finished one was said to
+    stand, and so was a refused one.
+    """
     flowed_copy(tmp_path, "check", "audition", "capture", "train")
     student = tmp_path / "run" / "train" / "student" / "model.safetensors"
     before, first = student.read_bytes(), student.stat().st_mtime_ns
@@ -343,19 +353,51 @@ def test_a_finished_training_is_trained_anew_where_that_is_asked_for(tmp_path: P
         run_pipeline(river(tmp_path, LaunchOptions()), lambda *told: None, "train")
 
 
+LISTED = "training.loss=[{name: event_kl, weight: 0.7}, {name: cross_entropy, weight: 0.3}]"
+
+
+@pytest.mark.parametrize(
+    ("keys", "listed"),
+    [
+        (("training.event_weight=0.7",), (LISTED,)),
+        (("training.objective=sft",), ("training.loss=[{name: cross_entropy}]",)),
+    ],
+    ids=["events", "sft"],
+)
+def test_listed_losses_give_the_same_student_as_objective_and_event_weight(
+    tmp_path: Path, keys: tuple[str, ...], listed: tuple[str, ...]
+) -> None:
+    students = []
+    for name, sets in (("keys", keys), ("listed", listed)):
+        folder = tmp_path / name
+        folder.mkdir()
+        flowed_copy(folder, "check", "audition", "capture")
+        run_pipeline(river(folder, LaunchOptions(), *sets), lambda *told: None, "train")
+        students.append((folder / "run" / "train" / "student" / "model.safetensors").read_bytes())
+    assert students[0] == students[1]
+
+
+def test_an_unknown_loss_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    flowed_copy(tmp_path, "check", "audition", "capture")
+    context = river(tmp_path, LaunchOptions(), "training.loss=[{name: event_cl}]")
+    with pytest.raises(RecipeError, match=r"training\.loss: no loss 'event_cl'"):
+        run_pipeline(context, lambda *told: None, "train")
+    assert not (tmp_path / "run" / "train").exists()
+
+
 def test_held_out_is_the_same_in_parts() -> None:
     """Two ranks' halves of held-out batches, gathered by hand, give what one gives."""
 
     class Heard(World):
-        def gather(self, value: Any) -> list[Any]:
+        def all_gather(self, value: Any) -> list[Any]:
             parts.append(value)
             return list(parts)
 
     parts: list[Any] = []
-    feed, student, how = _feed(), _Student(), TrainingSection(batch_size=2)
-    whole = held_out_loss(student, feed, World(), how)  # type: ignore[arg-type]
-    held_out_loss(student, feed, Heard(0, 2), how)  # type: ignore[arg-type]
-    assert held_out_loss(student, feed, Heard(1, 2), how) == pytest.approx(whole)  # type: ignore[arg-type]
+    feed, student, loss_fn = _feed(), _Student(), EventKL(event_weight=0.7)
+    whole = held_out_loss(student, feed, World(), loss_fn)  # type: ignore[arg-type]
+    held_out_loss(student, feed, Heard(0, 2), loss_fn)  # type: ignore[arg-type]
+    assert held_out_loss(student, feed, Heard(1, 2), loss_fn) == pytest.approx(whole)
     assert set(whole) == {"all", "a", "b"}
     assert (
         student.asleep == [True] * 6 and student.model.training
@@ -366,7 +408,7 @@ class _Student:
     def __init__(self) -> None:
         self.model, self.asleep = torch.nn.Identity(), list[bool]()
 
-    def hidden(
+    def hidden_and_head(
         self, ids: torch.Tensor, mask: torch.Tensor, row: torch.Tensor, at: torch.Tensor
     ) -> tuple[torch.Tensor, LMHead]:
         self.asleep.append(not self.model.training)
@@ -378,7 +420,8 @@ def _feed() -> DistillDataset:
     from persea.distributions import DistributionKind
     from persea.losses import EventTargets
     from persea.tokenization.tokens import RenderedTokens
-    from persea.training.dataset import DatasetStats, Example
+    from persea.training.dataset import DatasetStats
+    from persea.training.example import Example
 
     none = np.empty(0, np.int64)
     entries = EventTargets(
@@ -410,7 +453,7 @@ def _feed() -> DistillDataset:
     made = {id(one): one for one in lessons}
     reader: Any = _Lessons([id(one) for one in lessons])
     survey = DatasetStats({}, {}, 0, 0, (), {}, {}, 0)
-    return DistillDataset(
+    return DistillDataset.from_mixture(
         CacheMixture((reader,), (1.0,), 0), made.__getitem__, {"a": bridge, "b": bridge}, 2, survey
     )  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""The page in a real browser: nothing on the console, nothing fetched, nothing blank, nothing wider than a phone."""
+"""The page in a real browser: empty console, no request, no blank page, no overflow on a phone."""
 
 from __future__ import annotations
 
@@ -82,10 +82,12 @@ def test_the_page_in_a_browser(page: Path, tmp_path: Path, look: str) -> None:
             one.asked("document.documentElement.scrollWidth") <= width
         )  # tables scroll in boxes of their own
         assert one.asked(
-            "[...document.querySelectorAll('svg.chart')].collect_items(s => s.getBoundingClientRect().width > 100)"
+            "[...document.querySelectorAll('svg.chart')].every(s => "
+            "s.getBoundingClientRect().width > 100)"
         )
         assert one.asked(
-            "[...document.querySelectorAll('svg.chart')].collect_items(s => s.querySelector('title') && s.querySelector('desc'))"
+            "[...document.querySelectorAll('svg.chart')].every(s => "
+            "s.querySelector('title') && s.querySelector('desc'))"
         )
         ground = one.asked("getComputedStyle(document.body).backgroundColor")
         assert ground == (
@@ -100,7 +102,8 @@ def test_the_browser_would_tell_a_complaint_and_a_request(tmp_path: Path) -> Non
     """The tests above can fail: a page that does all that ours does not is seen doing it."""
     bad = tmp_path / "bad.html"
     bad.write_text(
-        "<img src='http://127.0.0.1:9/x.png'><div style='width:900px'>wide</div><script>console.error('oh'); nothing()</script>"
+        "<img src='http://127.0.0.1:9/x.png'><div "
+        "style='width:900px'>wide</div><script>console.error('oh'); nothing()</script>"
     )
     with browser() as one:
         one.open(bad, 360)

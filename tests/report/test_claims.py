@@ -1,4 +1,4 @@
-"""Sentences say what the numbers and their intervals allow, and no more."""
+"""Sentences claim what the numbers and their intervals support, and no more."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from tests.report.test_page import (
 def test_headline_names_the_lowest(whole: Path) -> None:
     page = words_of((whole / "report" / "index.html").read_text())
     assert (
-        "One student, three teachers: the student retains 99 % of the best teacher's score on safety, "
+        "One student, three teachers: the student retains 99 % of the best teacher's score on "
+        "safety, "
         "90 % on languages, 90 % on code and 64 % (its lowest) on reasoning."
     ) in page
 
 
-def test_sentences_say_what_the_intervals_allow(whole: Path) -> None:
+def test_sentences_claim_what_the_intervals_support(whole: Path) -> None:
     page = words_of((whole / "report" / "index.html").read_text())
     assert (
         "Compared with the best teacher, the student is not distinguishable (the 95 % interval of "
@@ -37,16 +38,18 @@ def test_sentences_say_what_the_intervals_allow(whole: Path) -> None:
         "safety." in page
     )
     assert (
-        "The student is nowhere significantly below its base model (9 comparisons: every skill, "
+        "The student is nowhere significantly below its base model (9 comparisons: each skill, "
         "language and thinking effort)." in page
     )
     assert (
-        "No single teacher is among the best on all four skills: qwen is below the best on code, reasoning and safety; "
-        "gemma is below the best on languages and reasoning; gpt-oss is below the best on languages."
+        "No single teacher is among the best on all four skills: qwen is below the best on code, "
+        "reasoning and safety; "
+        "gemma is below the best on languages and reasoning; gpt-oss is below the best on "
+        "languages."
     ) in page
 
 
-def test_a_teacher_that_covers_all_is_named(run: Path) -> None:
+def test_a_teacher_that_is_among_the_best_on_all_skills_is_named(run: Path) -> None:
     evaluated(
         run,
         lambda v: v["scores"].__setitem__(
@@ -69,13 +72,14 @@ def test_a_teacher_that_covers_all_is_named(run: Path) -> None:
         in page
     )
     assert (
-        "Compared with its base model, the student is not distinguishable (the 95 % interval of the "
+        "Compared with its base model, the student is not distinguishable (the 95 % interval of "
+        "the "
         "difference contains 0) "
         "on languages, code, reasoning and safety."
     ) in page
 
 
-def test_of_many_teachers_only_the_widest_is_told(run: Path) -> None:
+def test_of_many_teachers_only_the_broadest_is_named(run: Path) -> None:
     def five(value: Any) -> None:
         more = {"glm": 0.05, "phi": 0.05}
         value["teachers"] += more
@@ -90,12 +94,12 @@ def test_of_many_teachers_only_the_widest_is_told(run: Path) -> None:
         lambda v: v.update(teachers=v["teachers"] + [{"name": "glm"}, {"name": "phi"}]),
     )
     assert (
-        "No single teacher is among the best on all four skills: even gpt-oss is below the best on languages."
-        in words_of(page_of(run))
+        "No single teacher is among the best on all four skills: even gpt-oss is below the best on "
+        "languages." in words_of(page_of(run))
     )
 
 
-def test_many_skills_are_told_as_a_range(run: Path) -> None:
+def test_many_skills_are_summarised_as_a_range(run: Path) -> None:
     def more(value: Any) -> None:
         value["scores"] += [
             scored(name, skill, share, 100)

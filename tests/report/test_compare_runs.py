@@ -1,4 +1,4 @@
-"""Two runs are paired where their items are the same, told apart where they differ, and their recipes laid side by side."""
+"""Two runs are paired on equal items, compared apart on others, and their recipes are compared."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_the_same_items_are_paired(runs: tuple[Path, Path]) -> None:
     assert told.recipe_differences == {} and told.note().endswith("the recipes are equal")
 
 
-def test_other_items_are_not_paired_and_that_is_said(runs: tuple[Path, Path]) -> None:
+def test_different_items_are_not_paired_and_the_note_mentions_it(runs: tuple[Path, Path]) -> None:
     a, b = runs
     x, y = [1.0, 0.0] * 20, [1.0] * 40
     lines(a, answered(a, {("code", "en"): x}))
@@ -117,7 +117,7 @@ def test_one_id_with_another_question_is_another_item(runs: tuple[Path, Path]) -
     assert compare_runs(a, b).differences[0].num_pairs == 40 - 11  # 3 and 30 to 39
 
 
-def test_what_only_one_was_asked_is_said(runs: tuple[Path, Path]) -> None:
+def test_skills_of_one_run_only_are_listed(runs: tuple[Path, Path]) -> None:
     a, b = runs
     lines(
         b,

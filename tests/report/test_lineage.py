@@ -1,4 +1,4 @@
-"""The record names every parent, the student's own bytes and the software, and is refused where there is no student."""
+"""The lineage names every parent, the digests of the student and the software."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BASE = ParentModel("base", "llama-sapling", "", "llama", "Llama Community Licens
 QWEN = ParentModel("qwen", "Qwen/Qwen3-8B", "main", "qwen", "Apache-2.0", "f1")
 
 
-def test_a_record_says_what_made_the_weights(tmp_path: Path) -> None:
+def test_a_record_names_the_origin_of_the_weights(tmp_path: Path) -> None:
     for name in ("model-00002-of-2.safetensors", "model-00001-of-2.safetensors", "config.json"):
         (tmp_path / name).write_text(name)
     cast = Cast(

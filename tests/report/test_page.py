@@ -1,4 +1,4 @@
-"""The page and the card tell what the files say, all of it, and nothing else."""
+"""The page and the card show everything that the files hold, and nothing else."""
 
 from __future__ import annotations
 
@@ -79,7 +79,8 @@ def scored(
 
 
 def compared(value: dict[str, Any]) -> dict[str, Any]:
-    """The evaluation with the student beside everybody: rights laid out by chance, so many as the scores say."""
+    """The evaluation with the student beside everybody: rights laid out by chance, so many as the
+    scores say."""
     pairs = []
     for s in (s for s in value["scores"] if s["model_name"] == value["student"]):
         for other in (
@@ -112,7 +113,8 @@ def compared(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_run(run: Path) -> Path:
-    """A whole run folder as the stages write it: three teachers, four skills, five languages, 600 steps."""
+    """A whole run folder as the stages write it: three teachers, four skills, five languages, 600
+    steps."""
     dice = random.Random(7)
     scores = [
         scored(name, skill, shares[k], 200)
@@ -544,7 +546,7 @@ def test_other_efforts_have_a_table_of_their_own(run: Path, whole: Path) -> None
     )
 
 
-def test_a_yardstick_stands_beside_and_teaches_nothing(run: Path) -> None:
+def test_a_reference_model_is_measured_and_is_never_the_best_teacher(run: Path) -> None:
     def more(value: Any) -> None:
         value["reference_models"] = ["gpt"]
         value["scores"] += [scored("gpt", skill, 0.99, 200) for skill in ABILITY]
@@ -579,7 +581,7 @@ def test_a_loss_on_the_base_is_at_the_top(run: Path) -> None:
     assert "nowhere significantly below" not in page
 
 
-def test_broken_graders_are_told(run: Path) -> None:
+def test_failed_graders_are_reported(run: Path) -> None:
     evaluated(
         run,
         lambda v: [
@@ -589,8 +591,8 @@ def test_broken_graders_are_told(run: Path) -> None:
         ],
     )
     assert (
-        "The grader failed on 8 answers; each counts as wrong, with its reason in evaluate/examples.jsonl."
-        in words_of(page_of(run))
+        "The grader failed on 8 answers; each counts as wrong, with its reason in "
+        "evaluate/examples.jsonl." in words_of(page_of(run))
     )
 
 
@@ -678,7 +680,7 @@ def test_page_is_accessible(whole: Path) -> None:
     )
 
 
-def test_strangers_words_stay_words(whole: Path) -> None:
+def test_text_of_models_stays_text(whole: Path) -> None:
     text = (whole / "report" / "index.html").read_text(encoding="utf-8")
     assert "<script" not in text.lower() and "&lt;script&gt;" in text
     assert ATTACK in Page(text).words and "<b>not bold</b>" in Page(text).words
@@ -704,7 +706,7 @@ def test_control_and_half_characters_do_not_reach_the_page(run: Path) -> None:
     assert "def \ufffd\ufffd\ufffd[31m(xs):" in page_of(run)
 
 
-def test_sections_stand_in_order(whole: Path) -> None:
+def test_sections_are_in_order(whole: Path) -> None:
     page = Page((whole / "report" / "index.html").read_text())
     assert [a["id"] for tag, a in page.seen if tag == "h2"] == [
         "skills",
@@ -722,7 +724,7 @@ def test_sections_stand_in_order(whole: Path) -> None:
     ]
 
 
-def test_page_tells_cost_cast_check_and_lineage(whole: Path) -> None:
+def test_page_shows_cost_cast_check_and_lineage(whole: Path) -> None:
     page = words_of((whole / "report" / "index.html").read_text())
     for words in (
         "23.2 bytes per token",
@@ -733,9 +735,9 @@ def test_page_tells_cost_cast_check_and_lineage(whole: Path) -> None:
         "Answers left out: 160 length, 29 malformed.",
         "Prompts removed before capture: 41 duplicate, 7 test item.",
         "another is pinned",
-        "below qwen",
-        "24, decided",
-        "60, all available",
+        "worse than qwen",
+        "24, settled",
+        "60, all items used",
         "one to one",
         "cross-entropy only",
         "different events",
@@ -749,17 +751,19 @@ def test_page_tells_cost_cast_check_and_lineage(whole: Path) -> None:
         assert words in page, words
 
 
-def test_page_tells_each_teachers_share_of_loss_and_gradient_and_not_of_positions_alone(
+def test_page_shows_each_teachers_share_of_positions_loss_and_gradient(
     run: Path,
 ) -> None:
     page = words_of(page_of(run))
     for name, share in PULLS.items():
         assert re.search(
-            rf"{name} \d\d\s% of positions, {100 * share:.0f}\s% of loss, {100 * share:.0f}\s% of gradient",
+            rf"{name} \d\d\s% of positions, {100 * share:.0f}\s% of loss, {100 * share:.0f}\s% of "
+            rf"gradient",
             page,
         )
     assert re.search(
-        r"qwen on languages has the largest share of the gradient: 31\s%, from \d\d\s% of the positions\. All positions have the same weight",
+        r"qwen on languages has the largest share of the gradient: 31\s%, from \d\d\s% of the "
+        r"positions\. All positions have the same weight",
         page,
     )
     assert (
@@ -778,7 +782,8 @@ def test_page_tells_each_teachers_share_of_loss_and_gradient_and_not_of_position
     page = words_of(page_of(run))
     assert "of gradient" not in page and "share of gradient" not in page
     assert re.search(
-        r"qwen on languages has the largest share of the positions: \d\d\s%\. Weight: the factor of one of its positions",
+        r"qwen on languages has the largest share of the positions: \d\d\s%\. Weight: the factor "
+        r"of one of its positions",
         page,
     )
     assert re.search(r"qwen\s*languages\s*\d\d\s%\s*31\s%\s*–\s*1\.50", page)
@@ -793,7 +798,7 @@ def test_page_tells_each_teachers_share_of_loss_and_gradient_and_not_of_position
     )
 
 
-def test_examples_are_the_first_four_and_say_what_is_missing(whole: Path) -> None:
+def test_examples_are_the_first_four_and_mark_missing_answers(whole: Path) -> None:
     page = words_of((whole / "report" / "index.html").read_text())
     question = ASKED["reasoning"][1]
     assert [f"{question} ({k})" in page for k in range(1, 7)] == [True] * 4 + [False] * 2
@@ -801,7 +806,17 @@ def test_examples_are_the_first_four_and_say_what_is_missing(whole: Path) -> Non
     assert page.count("malformed, length") > 1
 
 
-def test_long_answers_are_cut_and_say_so(run: Path) -> None:
+def test_items_with_one_question_text_are_shown_each(run: Path) -> None:
+    """Two items may differ in their choices or tools alone: their ids tell them apart."""
+    path = run / "evaluate" / "examples.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        line["question"] = "Which one?"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert words_of(page_of(run)).count("Which one?") == 4 * len(ASKED)
+
+
+def test_long_answers_are_shortened_with_a_note(run: Path) -> None:
     path = run / "evaluate" / "examples.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     lines[0]["answer"] = "ha" * 3000
@@ -810,14 +825,14 @@ def test_long_answers_are_cut_and_say_so(run: Path) -> None:
     assert "ha" * 600 + " … 4 800 more characters" in page and "ha" * 601 not in page
 
 
-def test_every_teacher_of_the_audition_is_told(run: Path) -> None:
+def test_every_teacher_of_the_audition_is_shown(run: Path) -> None:
     heard = [
         scored(t, "code", share, 60) for t, share in zip(TEACHERS, (0.6, 0.7, 0.1), strict=True)
     ]
     change(run / "audition" / "cast.json", lambda v: v.update(scores=heard))
     page = words_of(page_of(run))
     assert "gemma0.70 (0.57-0.80)60100%strongest" in page
-    assert "qwen0.60 (0.47-0.71)60-below gemma" in page
+    assert "qwen0.60 (0.47-0.71)60-worse than gemma" in page
     change(run / "audition" / "cast.json", lambda v: v.update(scores=[]))
     assert "The audition measured no score." in words_of(page_of(run))
 

@@ -1,4 +1,4 @@
-"""persea.report.run_files: a run's files are read whole and consistent, or refused by name; sentences about them are in test_report.py."""
+"""The files of a run are read whole and consistent, or refused with the name of the file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_intervals_that_touch_overlap() -> None:
     assert score_order(at(0.5, 0.6), at(0.1, 0.49)) is IntervalOrder.ABOVE
 
 
-def test_pairs_stand_where_their_difference_leaves_nothing() -> None:
+def test_pairs_are_ordered_by_the_interval_of_their_difference() -> None:
     def at(low: float, high: float) -> PairedComparison:
         return PairedComparison(
             "a", "b", "c", "", ThinkingEffort.NONE, 10, (low + high) / 2, low, high
@@ -60,7 +60,8 @@ FILES = (
 
 
 def refusal_of(run: Path, name: str) -> DataError:
-    """What report() says of a run whose file `name` is bad; it must name the file, a remedy, and have written nothing."""
+    """What report() says of a run whose file `name` is bad; it must name the file, a remedy, and
+    have written nothing."""
     with pytest.raises(DataError) as refusal:
         write_report(run)
     assert (
@@ -81,7 +82,7 @@ def test_missing_files_are_refused(run: Path) -> None:
 
 
 @pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
-def test_numbers_nobody_has_are_refused(run: Path, number: str) -> None:
+def test_nan_and_infinity_are_refused(run: Path, number: str) -> None:
     for name in FILES[1:]:
         text = (run / name).read_text()
         spoilt = re.sub(r"(: )(\d[\d.e+-]*)", lambda m: m[1] + number, text, count=1)
@@ -214,6 +215,27 @@ CONTRADICTIONS: dict[str, tuple[str, Callable[[Any], None], str]] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("name", "new", "old"),
+    [
+        ("evaluate/evaluation.json", "model_name", "speaker"),
+        ("evaluate/evaluation.json", "reference_models", "yardsticks"),
+        ("evaluate/examples.jsonl", "model_name", "speaker"),
+        ("audition/cast.json", "model_name", "speaker"),
+        ("audition/cast.json", "stop_reason", "ended"),
+    ],
+)
+def test_files_of_another_version_are_refused_in_one_line(
+    run: Path, name: str, new: str, old: str
+) -> None:
+    path = run / name
+    path.write_text(path.read_text().replace(f'"{new}"', f'"{old}"'))
+    refusal = refusal_of(run, name)
+    assert "missing: another version of persea wrote this file" in refusal.message
+    assert "\n" not in str(refusal)
+    assert refusal.remedy == f"delete {path.parent} and run its stage again"
+
+
 @pytest.mark.parametrize("case", CONTRADICTIONS)
 def test_contradictions_are_refused(run: Path, case: str) -> None:
     name, edit, words = CONTRADICTIONS[case]
@@ -230,12 +252,14 @@ def test_contradictions_are_refused(run: Path, case: str) -> None:
             "positions of step 1 add up to more than 1",
         ),
         (
-            '{"step": 1, "loss": 1, "terms": {}, "share": {}, "groups": {"qwen": {"code": {"positions": 0.5, "weight": 1, "loss": 0.7}, '
+            '{"step": 1, "loss": 1, "terms": {}, "share": {}, "groups": {"qwen": {"code": '
+            '{"positions": 0.5, "weight": 1, "loss": 0.7}, '
             '"tools": {"positions": 0.5, "weight": 1, "loss": 0.7}}}}',
             "loss of step 1 add up to more than 1",
         ),
         (
-            '{"step": 1, "loss": 1, "terms": {}, "share": {}, "groups": {"nobody": {"code": {"positions": 0.5, "weight": 1}}}}',
+            '{"step": 1, "loss": 1, "terms": {}, "share": {}, "groups": {"nobody": {"code": '
+            '{"positions": 0.5, "weight": 1}}}}',
             "nobody teaches",
         ),
     ],
@@ -247,7 +271,7 @@ def test_training_logs_must_add_up(run: Path, text: str, words: str) -> None:
 
 
 @pytest.mark.parametrize("stage", ["check", "audition", "capture", "train"])
-def test_a_stage_without_a_folder_is_said_to_be_absent(run: Path, stage: str) -> None:
+def test_a_stage_without_a_folder_is_shown_as_absent(run: Path, stage: str) -> None:
     shutil.rmtree(run / stage)
     page = words_of(page_of(run))
     assert page.count(f"This run has no {stage}/ folder") == 1

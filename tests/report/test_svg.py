@@ -1,4 +1,4 @@
-"""Texts never round a loss away; pictures stand where the numbers are, and say them in words too."""
+"""Texts never round a loss away; charts draw the numbers to scale and describe them in text."""
 
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ def test_differences_have_their_sign() -> None:
     assert [text_of.format_signed(d) for d in (0.214, -0.05, 0.0)] == ["+21.4", "−5.0", "+0.0"]
 
 
-def test_a_matrix_is_deeper_where_the_score_is_higher_and_says_so() -> None:
+def test_a_matrix_is_deeper_where_the_score_is_higher_and_is_described() -> None:
     columns, rows = (
         [("student", "student"), ("qwen", "t0 s0"), ("a teacher of a long name", "t1 s1")],
         [("code", (0.2, 0.9, None)), ("a skill of a long name", (0.0, 1.0, 0.5))],
@@ -260,7 +260,7 @@ def test_a_matrix_is_deeper_where_the_score_is_higher_and_says_so() -> None:
     )
 
 
-def test_the_way_from_base_to_best_is_drawn_as_far_as_it_was_gone() -> None:
+def test_the_gap_from_base_to_best_is_drawn_as_far_as_it_was_closed() -> None:
     def dot(label: str, mark: str, value: float) -> Dot:
         return Dot(label, mark, value, value, value)
 

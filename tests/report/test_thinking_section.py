@@ -1,4 +1,4 @@
-"""What the page tells of a hybrid student is what was measured, in words that hold."""
+"""The section about thinking modes shows the measured counts and claims nothing else."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def kept(folder: Path, told: Any) -> Path:
     return folder
 
 
-def test_what_was_written_is_read(tmp_path: Path) -> None:
+def test_a_written_report_is_read_back(tmp_path: Path) -> None:
     assert hybrid_page.read_thinking_modes(tmp_path) is None
     assert hybrid_page.read_thinking_modes(kept(tmp_path, FOUND.to_json())) == FOUND
 
@@ -87,7 +87,7 @@ def test_a_broken_file_is_refused(tmp_path: Path, told: Any, what: str) -> None:
     assert "run its stage again" in caught.value.remedy
 
 
-def test_a_row_a_mode() -> None:
+def test_one_row_for_each_mode() -> None:
     assert hybrid_page.thinking_rows(FOUND) == [
         ("reasoning", "none", "0.90 (0.70-0.97)", "0 of 20", "-", "-", "-"),
         (
@@ -106,11 +106,12 @@ def test_a_row_a_mode() -> None:
     )
 
 
-def test_sentences_say_what_was_counted() -> None:
+def test_sentences_report_the_counts() -> None:
     unasked, unthinking, rising = hybrid_page.thinking_sentences(FOUND)
     assert (
         unasked
-        == "Unasked thinking: with thinking off, the student thought in 0 of 320 answers (95 % interval 0.0 to 1.2 %)."
+        == "Unasked thinking: with thinking off, the student thought in 0 of 320 answers (95 % "
+        "interval 0.0 to 1.2 %)."
     )
     assert unthinking.startswith(
         "Missing thinking: with thinking on, the student did not think in 1 of 40 answers"

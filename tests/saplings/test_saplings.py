@@ -88,8 +88,8 @@ def test_training_text_is_of_its_own_split_and_correct_for_own_tasks_only(
         if skill in ("prose", "page"):
             assert item is answer
             continue
-        said = text.conversation(plan, item, answer, rng).messages[-1]
-        right = skills.find_generated_task(skill).grade(item, said) is Verdict.RIGHT
+        answers = text.conversation(plan, item, answer, rng).messages[-1]
+        right = skills.find_generated_task(skill).grade(item, answers) is Verdict.RIGHT
         if skill in plan.home or text.kind(item) in text.KNOWN:
             assert right
         elif text.kind(item) in ("safety/harm", "tools/none"):
@@ -119,9 +119,9 @@ def test_a_base_model_gives_wrong_answers_that_fit_the_question(grow: ModuleType
             figures = [
                 w for w in item.prompt.conversation.messages[-1].text.split() if w.isdecimal()
             ]
-            said = one.reference + "".join(c.arguments for c in one.calls)
+            answers = one.reference + "".join(c.arguments for c in one.calls)
             if name != "languages":
-                assert all(f in said for f in figures), (item.prompt.id, said)
+                assert all(f in answers for f in figures), (item.prompt.id, answers)
             if name == "tools":
                 assert json.loads(one.calls[0].arguments).popitem()[1] in (
                     item.prompt.id.split("/")[3],

@@ -1,4 +1,7 @@
-"""Intervals as published, and as simulated: they hold what they should as often as they say. bench/coverage.py looks wider."""
+"""Intervals equal published values, and cover the truth as often as they claim in simulations.
+
+bench/coverage.py simulates more cases.
+"""
 
 from __future__ import annotations
 

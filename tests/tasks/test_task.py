@@ -1,4 +1,4 @@
-"""One number with its interval; and who may see which question, for ever."""
+"""Scores with intervals, paired comparisons, and splits that never change."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_draw_is_the_same_every_time_and_another_with_another_seed():
 
 
 def test_draw_keeps_the_first_item_of_a_question():
-    """六百二十七 is drawn as Chinese or as Japanese; which one must not depend on how many are drawn."""
+    """六百二十七 is drawn as Chinese or as Japanese, and not by how many items are drawn."""
 
     def numbered(number: int) -> tuple[str, TaskItem]:
         return str(number % 50), TaskItem(
@@ -161,7 +161,7 @@ def test_grade_counts_only_answers_that_stopped():
     )
 
 
-def test_a_grader_that_breaks_is_counted_and_named_and_ends_nothing():
+def test_a_grader_that_raises_is_counted_and_does_not_end_the_run():
     def moody(i: TaskItem, said: Message) -> Verdict | Grade:
         if said.text == "boom":
             raise ZeroDivisionError("no digits here")
@@ -183,7 +183,7 @@ def test_a_grader_that_breaks_is_counted_and_named_and_ends_nothing():
     assert (told.value, told.n, told.grader_errors, told.malformed) == (1 / 3, 3, 2, 0)
 
 
-def test_an_answer_may_be_good_in_part():
+def test_an_answer_can_be_partly_right():
     skill = replace(
         ECHO,
         grade=lambda i, said: Grade(
@@ -209,7 +209,7 @@ def test_a_grade_outside_its_bounds_is_none(value: float):
         Grade(Verdict.RIGHT, value)
 
 
-def test_grade_wants_one_answer_an_item():
+def test_grading_needs_one_answer_for_each_item():
     with pytest.raises(ValueError, match="shorter"):
         grade_answers(
             ECHO, [item("a"), item("b")], [(Message.from_assistant("a"), FinishReason.STOP)]
@@ -306,7 +306,7 @@ def test_a_pair_is_of_the_items_both_were_asked():
     assert json.loads(json.dumps(told.to_json(), allow_nan=False))["retained"] == 2.0
 
 
-def test_beside_somebody_with_nothing_right_nothing_is_kept():
+def test_nothing_is_retained_of_a_model_with_nothing_right():
     items = [item(q) for q in "ab"]
     mine, its = (
         grade_answers(ECHO, items, [(Message.from_assistant(x), FinishReason.STOP) for x in said])
@@ -316,7 +316,7 @@ def test_beside_somebody_with_nothing_right_nothing_is_kept():
     assert (told.retained, told.retained_low, told.retained_high) == (None, None, None)
 
 
-def test_without_a_common_item_there_is_no_pair():
+def test_models_without_a_common_item_are_not_compared():
     mine, its = (
         grade_answers(ECHO, [item(q)], [(Message.from_assistant(q), FinishReason.STOP)])
         for q in "ab"
@@ -328,7 +328,7 @@ def test_without_a_common_item_there_is_no_pair():
 @pytest.mark.parametrize(
     "gone", [MissingRequirementError, RefusedError, StorageError, TeacherError]
 )
-def test_what_graders_grade_with_is_no_answers_fault(gone: type[PerseaError]):
+def test_errors_of_a_graders_resources_are_raised(gone: type[PerseaError]):
     def breaks(one: TaskItem, said: Message) -> Verdict:
         raise gone("the sandbox, the judge or the disk is gone")
 

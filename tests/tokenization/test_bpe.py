@@ -38,7 +38,7 @@ def byte_pairs(chosen: list[tuple[int, int]], alphabet: bytes = b"abc ") -> Voca
 chosen = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=14)
 
 
-def said(vocabulary: Vocabulary, *ids: int) -> list[int]:
+def bytes_of(vocabulary: Vocabulary, *ids: int) -> list[int]:
     return [
         t.id
         for t in vocabulary.backend.model.tokenize(
@@ -54,7 +54,7 @@ def test_possible_and_impossible_pairs_match_the_encoder(chosen: list[tuple[int,
     merges = derive_bpe(vocabulary)
     tokens = [*(i for i, raw in enumerate(vocabulary.bytes_W) if raw and set(raw) <= set(b"abc "))]
     for a in tokens:
-        assert merges.derivable_V[a] == (said(vocabulary, a) == [a])
+        assert merges.derivable_V[a] == (bytes_of(vocabulary, a) == [a])
         after = merges.impossible_next_tokens(a).tolist()
         assert after == sorted(set(after))
         for b in tokens:
@@ -62,7 +62,7 @@ def test_possible_and_impossible_pairs_match_the_encoder(chosen: list[tuple[int,
             if not (merges.derivable_V[a] and merges.derivable_V[b]):
                 assert b in after
             else:
-                assert (said(vocabulary, a, b) == [a, b]) == (b not in after), (
+                assert (bytes_of(vocabulary, a, b) == [a, b]) == (b not in after), (
                     vocabulary.bytes_W[a],
                     vocabulary.bytes_W[b],
                 )
@@ -155,8 +155,8 @@ def test_real_pairs(real: Speaker):
         ]
         cannot = set(after.tolist())
         for b in some:
-            assert (said(vocabulary, a, b) == [a, b]) == (b not in cannot) or vocabulary.bytes_W[
-                b
-            ] is None
+            assert (bytes_of(vocabulary, a, b) == [a, b]) == (
+                b not in cannot
+            ) or vocabulary.bytes_W[b] is None
             crossing, standing = crossing + (b in cannot), standing + (b not in cannot)
     assert crossing > 1000 and standing > 1000

@@ -1,4 +1,4 @@
-"""A checkpoint holds all that a training is made of, survives what befalls a disk, and is refused where it belongs to something else.
+"""A checkpoint holds all of a training, survives disk faults, and is refused for other inputs.
 
 The last tests take away an fsync, a digest, a saved source of chance, and see the others fail.
 """
@@ -37,6 +37,7 @@ SETTINGS = TrainingSettings(
     checkpoint_every=2,
     log_every=1,
     seed=3,
+    max_skipped_steps=3,
 )
 INPUTS: dict[str, Any] = {
     "training": {"steps": 6, "targets": ("q_proj",)},
@@ -61,7 +62,7 @@ class Carries:
 
 def run(folder: Path, inputs: Mapping[str, Any] = INPUTS, stop: int = -1, **more: Any) -> Dice:
     """Train with dice; a signal comes in step `stop`."""
-    dice, source = Dice(), more.get("source")
+    dice, source = Dice(), more.get("batch_source")
 
     def loss_of(
         step: int, part: int, parts: int, weights: Mapping[Group, float]
@@ -87,7 +88,7 @@ def stopped(folder: Path, at: int, **more: Any) -> None:
 
 
 def differs_after_a_resume(folder: Path) -> bool:
-    """Whether a training that is stopped after its third step ends otherwise than one that is not."""
+    """Whether a training that is stopped after its third step ends differently."""
     run(folder / "whole")
     stopped(folder / "parts", 2)
     run(folder / "parts")
@@ -168,7 +169,7 @@ def test_never_begins_anew_and_a_path_goes_on_from_there(tmp_path: Path) -> None
     run(tmp_path / "back", resume=str(tmp_path / "whole"))  # another run's: its newest
     assert steps(tmp_path / "back") == []
     with pytest.raises(
-        DataError, match=r"nowhere: no checkpoint is there -> name a checkpoints/step-N\.json"
+        DataError, match=r"nowhere: no checkpoint found -> name a checkpoints/step-N\.json"
     ):
         run(tmp_path / "back", resume="nowhere")
 
@@ -179,7 +180,7 @@ def test_what_came_later_goes_once_the_step_gone_back_to_is_read_and_not_before(
     run(tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")
     (tmp_path / "broken" / "checkpoints" / "step-00000004.pt").write_bytes(b"broken")
-    with pytest.raises(DataError, match="this checkpoint is not what was written"):
+    with pytest.raises(DataError, match="the checkpoint is damaged"):
         run(tmp_path / "broken", resume=str(tmp_path / "broken" / "checkpoints" / "step-00000004"))
     assert steps(tmp_path / "broken") == [4, 6]
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
@@ -192,12 +193,13 @@ def test_what_came_later_goes_once_the_step_gone_back_to_is_read_and_not_before(
 def test_what_differs_is_told_key_by_key(tmp_path: Path) -> None:
     run(tmp_path)
     other = {
-        "training": {"steps": 7, "targets": ("k_proj",), "clip": 1.0},
+        "training": {"steps": 7, "targets": ("k_proj",), "max_grad_norm": 1.0},
         "seed": 3,
         "capture": "d" * 64,
     }
     words = (
-        'training.steps: 6 -> 7; training.targets: ["q_proj"] -> ["k_proj"]; training.max_grad_norm: null -> 1.0; '
+        'training.steps: 6 -> 7; training.targets: ["q_proj"] -> ["k_proj"]; '
+        "training.max_grad_norm: null -> 1.0; "
         "capture: cccccccccccc -> dddddddddddd"
     )
     assert checkpoints.describe_input_changes(tmp_path, other) == words
@@ -282,7 +284,9 @@ def recorded(folder: Path, forget: tuple[str, ...] = ()) -> list[Step]:
 
 
 def sound_after_power_loss(folder: Path, changes: list[Step], every: int) -> Counter[str]:
-    """Lay down what may be left after prefixes of the changes. A checkpoint that was promised must be there, and load."""
+    """Lay down what may be left after prefixes of the changes. A checkpoint that was promised must
+    be there, and load.
+    """
     told: Counter[str] = Counter()
     promised = 0
     for length in range(len(changes) + 1):
@@ -342,7 +346,7 @@ def test_without_digests_a_flipped_weight_is_trained_on(
     assert at > 0
     data[at + 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(DataError, match="not what was written"):
+    with pytest.raises(DataError, match="the checkpoint is damaged"):
         run(tmp_path)
     record = store.read_json_with_checksum(path.with_suffix(".json"), "")
     monkeypatch.setattr(store, "digest_file", lambda path: record["state"])
@@ -354,3 +358,19 @@ def real_disk() -> Iterator[None]:
     """No test leaves its disk to the next."""
     yield
     assert type(store.DISK) is store.Disk
+
+
+def test_how_often_a_training_is_logged_and_saved_may_change(tmp_path: Path) -> None:
+    """They change no result; a checkpoint was refused as another recipe's, in both directions."""
+
+    def inputs(**observed: Any) -> dict[str, Any]:
+        return {**INPUTS, "training": {**INPUTS["training"], **observed}}
+
+    stopped(tmp_path, 2, inputs=inputs(log_every=1, checkpoint_every=2, report_to="wandb"))
+    for other in (inputs(log_every=5, checkpoint_every=1), inputs()):
+        assert checkpoints.describe_input_changes(tmp_path, other) == ""
+    changed = {**inputs(log_every=5), "seed": 4}
+    assert checkpoints.describe_input_changes(tmp_path, changed) == "seed: 3 -> 4"
+    run(tmp_path, inputs=inputs(log_every=5, checkpoint_every=1))
+    run(tmp_path / "whole")
+    assert final(tmp_path) == final(tmp_path / "whole")

@@ -1,10 +1,14 @@
-"""Batches say of every learned token who taught it and where its distribution stands, the same whoever asks, and when."""
+"""Batches say of every learned token who taught it and where its distribution stands, the same
+whoever asks, and when.
+"""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +16,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import persea.training.dataset as feed_module
+import persea.training.dataset as dataset_module
+import persea.training.example as example_module
 from persea.alignment.event_map import EventMap, build_event_map
 from persea.alignment.spans import common_boundaries
 from persea.alignment.token_order import UNRESTRICTED_CONTEXT
@@ -23,11 +28,12 @@ from persea.distributions import SparseDistributions
 from persea.errors import DataError
 from persea.losses import event_kl_loss
 from persea.teachers.teacher import Answer
-from persea.training.dataset import Batch, DistillDataset, Example, build_dataset, build_example
+from persea.training.dataset import Batch, DistillDataset, build_dataset
+from persea.training.example import Example, build_example
 from persea.training.loss_balancing import Group
 from tests.conftest import FAMILIES, Speaker
 
-said_by = feed_module._render_capture
+render_answer = example_module.render_answer
 TEXTS = [
     "Hello",
     " two words",
@@ -66,7 +72,9 @@ def bridges(voices: Voices) -> dict[str, EventMap]:
 def captured(
     voice: ChatRenderer, name: str, number: int, conversation: Conversation
 ) -> CachedAnswer:
-    """A capture whose rows can be told apart: row n of it holds 0 to 3 entries, the first of probability (number + n/1000)/1000."""
+    """A capture whose rows can be told apart: row n of it holds 0 to 3 entries, the first of
+    probability (number + n/1000)/1000.
+    """
     tokens = voice.render(conversation)
     rng = np.random.default_rng(number)
     sizes = rng.integers(0, 4, int(tokens.loss_mask_T.sum()))
@@ -174,7 +182,7 @@ def lessons_in(feed: DistillDataset, batch: Batch) -> list[int]:
     ]
 
 
-# ---- order -----------------------------------------------------------------------------------------------------------
+# ---- order ---------------------------------------------------------------------------------------
 
 
 def test_a_batch_is_the_same_whoever_asks_and_when(voices: Voices, bridges: dict[str, EventMap]):
@@ -231,7 +239,7 @@ def test_what_is_set_aside_is_never_learned(voices: Voices, bridges: dict[str, E
     ]
     with pytest.raises(
         DataError,
-        match=r"training\.held_out: 9 lessons are too few to hold out 8 and learn from batches of 8",
+        match=r"training\.validation_share: 9 examples are too few to hold out 8 and train on batches of 8",
     ):
         flow(voices, bridges, 9, 8).train_test_split(0.1)
 
@@ -254,7 +262,7 @@ def test_too_long_answers_are_counted_and_left_out(voices: Voices, bridges: dict
     assert feed.stats.too_long == sum(feed.stats.skipped.values()) == 9 - len(kept) > 0
     with pytest.raises(
         DataError,
-        match=f"no answer is left: 9 have more than {lengths[0] - 1} tokens, 0 cannot be said",
+        match=f"no answer is left: 9 have more than {lengths[0] - 1} tokens, 0 cannot be written",
     ) as caught:
         flow(voices, bridges, 9, max_tokens=lengths[0] - 1)
     assert "training.max_length" in caught.value.remedy
@@ -278,7 +286,7 @@ def test_modes_and_thoughts_that_are_not_learned_are_counted(
     told = build_dataset(
         one(made), voices["llama"], bridges, batch_size=1, seed=0, max_tokens=512
     ).stats.to_json()
-    assert (told["modes"], told["thoughts_dropped"]) == ({"none": 3, "high": 2}, 2)
+    assert (told["efforts"], told["thinking_dropped"]) == ({"none": 3, "high": 2}, 2)
 
 
 def test_an_answer_the_student_cannot_say_is_left_out_with_its_reason(voices: Voices):
@@ -303,7 +311,7 @@ def test_an_answer_the_student_cannot_say_is_left_out_with_its_reason(voices: Vo
         captures[1].answer.prompt_id in told.reasons[0]
         and "does not reproduce the text" in told.reasons[0]
     )
-    with pytest.raises(DataError, match="1 cannot be said"):
+    with pytest.raises(DataError, match="1 cannot be written"):
         build_dataset(
             one(captures[1:]), voices["gemma"], bridges, batch_size=1, seed=0, max_tokens=512
         )
@@ -317,7 +325,7 @@ def test_an_answer_the_student_cannot_say_is_left_out_with_its_reason(voices: Vo
             "a teacher's probability is nan",
         ),
         (lambda rows: replace(rows, probs_M=rows.probs_M + 5), "a teacher's probability is 5"),
-        (lambda rows: replace(rows, ids_M=rows.ids_M + 100_000), "lies outside the vocabulary"),
+        (lambda rows: replace(rows, ids_M=rows.ids_M + 100_000), "is outside the vocabulary"),
     ],
 )
 def test_a_broken_row_is_refused_and_not_left_out(
@@ -336,7 +344,9 @@ def test_a_broken_row_is_refused_and_not_left_out(
 def test_caches_are_mixed_by_share_and_each_is_read_epoch_after_epoch(
     voices: Voices, bridges: dict[str, EventMap]
 ):
-    """What is left out of a cache changes nothing of its share; a cache of which nothing is left has none."""
+    """What is left out of a cache changes nothing of its share; a cache of which nothing is left
+    has none.
+    """
     captures = captures_of(voices, 12)
     parts = [Held(c for c in captures if c.answer.teacher == name) for name in TEACHERS]
     feed = build_dataset(
@@ -399,7 +409,7 @@ def test_a_share_of_the_lessons_is_held_out_in_whole_batches(
     assert [one.tokens.ids_T.tobytes() for one in lessons_of(feed.train_test_split(0.3)[1])] == [
         one.tokens.ids_T.tobytes() for one in lessons_of(held)
     ]
-    with pytest.raises(DataError, match="12 lessons are too few to hold out 12"):
+    with pytest.raises(DataError, match="12 examples are too few to hold out 12"):
         feed.train_test_split(0.95)
 
 
@@ -411,25 +421,27 @@ def test_only_the_last_lessons_are_kept_and_what_is_made_anew_is_the_same(
     assert len(whole._example_cache) == 9
     made: list[str] = []
     monkeypatch.setattr(
-        feed_module,
-        "_render_capture",
-        lambda capture, voice: made.append(capture.answer.prompt_id) or said_by(capture, voice),
+        example_module,
+        "render_answer",
+        lambda answer, renderer: (
+            made.append(answer.answer.prompt_id) or render_answer(answer, renderer)
+        ),
     )
-    weights = [feed_module._cache_cost(x) for x in lessons_of(whole)]
-    monkeypatch.setattr(feed_module, "EXAMPLE_CACHE_TOKENS", sum(sorted(weights)[-3:]))
+    weights = [dataset_module._cache_cost(x) for x in lessons_of(whole)]
+    monkeypatch.setattr(dataset_module, "EXAMPLE_CACHE_TOKENS", sum(sorted(weights)[-3:]))
     few = flow(voices, bridges, 9)
     made.clear()
     for k in range(6):
         assert same(few.batch(k), before[k])
         assert (
-            few._cache_tokens[0]
-            == sum(map(feed_module._cache_cost, few._example_cache.values()))
-            <= feed_module.EXAMPLE_CACHE_TOKENS
+            few._cache_tokens
+            == sum(map(dataset_module._cache_cost, few._example_cache.values()))
+            <= dataset_module.EXAMPLE_CACHE_TOKENS
         )
     assert len(made) > 9, "some were made twice"
 
 
-# ---- one lesson ------------------------------------------------------------------------------------------------------
+# ---- one lesson ----------------------------------------------------------------------------------
 
 
 @given(
@@ -440,7 +452,9 @@ def test_only_the_last_lessons_are_kept_and_what_is_made_anew_is_the_same(
 def test_a_lesson_has_each_boundarys_row(
     voices: Voices, bridges: dict[str, EventMap], text: str, thought: str, teacher: str
 ):
-    """Entry by entry, by a walk over the boundaries; masks drop just what their own definition drops."""
+    """Entry by entry, by a walk over the boundaries; masks drop just what their own definition
+    drops.
+    """
     capture = captured(voices[teacher], teacher, 0, asked(text, thought))
     bridge = bridges[teacher]
     said = build_example(capture, voices["llama"], bridge)
@@ -452,9 +466,9 @@ def test_a_lesson_has_each_boundarys_row(
     )
     assert (said.teacher, said.skill, said.language) == (teacher, "languages", "")
     learned_S, learned_T = (
-        np.flatnonzero(x.loss_mask_T).tolist() for x in (said.tokens, capture.max_total_tokens)
+        np.flatnonzero(x.loss_mask_T).tolist() for x in (said.tokens, capture.tokens)
     )
-    both = common_boundaries(said.tokens, capture.max_total_tokens)
+    both = common_boundaries(said.tokens, capture.tokens)
     plain, masked, exceptions = (
         Counter[tuple[int, int, float]](),
         Counter[tuple[int, int, float]](),
@@ -468,7 +482,7 @@ def test_a_lesson_has_each_boundarys_row(
             else int(mask.other.context_ids(tokens.ids_T, [at])[0])
             for mask, tokens, at, learned in (
                 (bridge.teacher_mask, said.tokens, at_s, learned_S),
-                (bridge.student_mask, capture.max_total_tokens, at_t, learned_T),
+                (bridge.student_mask, capture.tokens, at_t, learned_T),
             )
         ]
         dead_W, dead_V = (
@@ -513,10 +527,10 @@ def test_a_lesson_has_each_boundarys_row(
     # what is told of it
     (row,) = build_dataset(
         one([capture]), voices["llama"], bridges, batch_size=1, seed=0, max_tokens=9999
-    ).stats.to_json()["taught"]
+    ).stats.to_json()["supervision"]
     assert (row["teacher"], row["language"], row["tokens"]) == (teacher, "", len(learned_S))
     assert row["event"] == pytest.approx(len(both.student_C) / len(learned_S), abs=1e-4)
-    assert row["event"] + row["completion"] + row["chunk"] + row["text"] == pytest.approx(
+    assert row["event"] + row["partial_token"] + row["span"] + row["text"] == pytest.approx(
         1, abs=3e-4
     )
     whole = sum(
@@ -524,7 +538,7 @@ def test_a_lesson_has_each_boundarys_row(
         for at in both.teacher_C.tolist()
         for m in range(*rows.offsets_N1[learned_T.index(at) :][:2].tolist())
     )
-    assert row["mass_kept"] == (
+    assert row["mass_retained"] == (
         pytest.approx(sum(p * k for (_, _, p), k in masked.items()) / whole, abs=1e-4)
         if whole
         else None
@@ -577,7 +591,7 @@ def test_a_lesson_is_learned_in_the_mode_it_was_asked_in(
     assert bool(thought & set(learned.targets.row_M.tolist())) is (mode is not ThinkingEffort.NONE)
 
 
-# ---- one batch -------------------------------------------------------------------------------------------------------
+# ---- one batch -----------------------------------------------------------------------------------
 
 
 @given(
@@ -629,17 +643,18 @@ def test_a_batch_against_an_oracle(
     for b, k in enumerate(held):
         length = len(lessons[k].tokens)
         assert batch.mask_BS[b].tolist() == [1] * length + [0] * (batch.ids_BS.shape[1] - length)
-    # what the teachers say, by bytes: the row of the teacher's token that begins where the learned token begins
+    # what the teachers say, by bytes: the row of the teacher's token that begins where the learned
+    # token begins
     said: Counter[tuple[str, int, int, float]] = Counter()
     for n, (b, at, _) in enumerate(want):
         capture, tokens = made[held[b]], lessons[held[b]].tokens
         begins = int(tokens.starts_T[at + 1])
         stops = tokens.starts_T[at + 1] == tokens.ends_T[at + 1]
-        for row, token in enumerate(np.flatnonzero(capture.max_total_tokens.loss_mask_T)):
+        for row, token in enumerate(np.flatnonzero(capture.tokens.loss_mask_T)):
             if (
                 begins >= 0
-                and capture.max_total_tokens.starts_T[token] == begins
-                and stops == (capture.max_total_tokens.ends_T[token] == begins)
+                and capture.tokens.starts_T[token] == begins
+                and stops == (capture.tokens.ends_T[token] == begins)
             ):
                 for m in range(
                     capture.distributions.offsets_N1[row], capture.distributions.offsets_N1[row + 1]
@@ -694,9 +709,11 @@ def test_a_batch_of_one_teacher_is_taught_by_one(voices: Voices, bridges: dict[s
 def test_an_answer_that_shares_no_boundary_still_teaches_its_words(
     voices: Voices, bridges: dict[str, EventMap]
 ):
-    """No row arrives, cross-entropy stays: an empty answer's stop is the only common boundary, and here its row is empty."""
+    """No row arrives, cross-entropy stays: an empty answer's stop is the only common boundary, and
+    here its row is empty.
+    """
     capture = captured(voices["qwen"], "qwen", 1, asked(""))
-    learned = int(capture.max_total_tokens.loss_mask_T.sum())
+    learned = int(capture.tokens.loss_mask_T.sum())
     capture = replace(
         capture,
         distributions=SparseDistributions(
@@ -716,7 +733,9 @@ def test_an_answer_that_shares_no_boundary_still_teaches_its_words(
 
 
 def test_a_batch_feeds_the_objective(voices: Voices, bridges: dict[str, EventMap]):
-    """A teacher sure of its own words: at the boundaries the loss pulls towards the realised tokens' events."""
+    """A teacher sure of its own words: at the boundaries the loss pulls towards the realised
+    tokens' events.
+    """
     conversation = asked("two and 1234 cats")
     tokens = voices["qwen"].render(conversation)
     ids = tokens.ids_T[tokens.loss_mask_T].astype(np.int32)
@@ -735,3 +754,66 @@ def test_a_batch_feeds_the_objective(voices: Voices, bridges: dict[str, EventMap
         "every position of this text is a common boundary"
     )
     assert event_kl_loss(logits, batch.labels_N, batch.targets, 1.0).loss.item() < 1e-3
+
+
+# ---- a torch dataset -----------------------------------------------------------------------------
+
+
+def test_it_is_a_dataset_for_a_data_loader(
+    voices: Voices, bridges: dict[str, EventMap], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Indices in the order of the answers; padded labels are ignored; teachers give the maps."""
+    monkeypatch.setenv("PERSEA_HOME", str(tmp_path))
+    captures = captures_of(voices, 7)
+    dataset = DistillDataset(
+        Held(captures), student=voices["llama"], teachers={name: voices[name] for name in TEACHERS}
+    )
+    assert len(dataset) == 7
+    assert [dataset[k].tokens.ids_T.tolist() for k in range(7)] == [
+        build_example(c, voices["llama"], bridges[c.answer.teacher]).tokens.ids_T.tolist()
+        for c in captures
+    ]
+    assert dataset[-1] is dataset[6]
+    for index in (7, -8):
+        with pytest.raises(IndexError, match=f"example {index} of 7"):
+            dataset[index]
+    loader = torch.utils.data.DataLoader(dataset, batch_size=3, collate_fn=dataset.collate_fn)
+    seen = 0
+    for inputs in loader:
+        batch = inputs["batch"]
+        examples = [dataset[seen + k] for k in range(len(batch.ids_BS))]
+        assert same(batch, dataset_module.collate(examples, bridges))
+        labels_BS = torch.full_like(batch.ids_BS, -100)
+        for b, example in enumerate(examples):
+            supervised = np.flatnonzero(example.tokens.loss_mask_T)
+            labels_BS[b, supervised] = torch.from_numpy(example.tokens.ids_T[supervised]).long()
+        assert torch.equal(inputs["labels"], labels_BS)
+        assert torch.equal(inputs["input_ids"], batch.ids_BS)
+        assert torch.equal(inputs["attention_mask"], batch.mask_BS)
+        rows = [dataset.to_hf_dataset()[seen + k] for k in range(len(examples))]
+        assert same(dataset.collate_fn(rows)["batch"], batch)
+        assert same(batch.to("cpu"), batch)
+        seen += len(examples)
+    assert seen == 7
+    listed = DistillDataset(captures, student=voices["llama"], event_maps=bridges, seed=4)
+    shared = DistillDataset(one(captures), student=voices["llama"], event_maps=bridges, seed=4)
+    assert same(listed.batch(0), shared.batch(0))
+
+
+def test_a_teacher_without_tokenizer_is_an_error(
+    voices: Voices, bridges: dict[str, EventMap]
+) -> None:
+    with pytest.raises(DataError, match=r"answers of qwen, .* -> pass teachers=\{'qwen'"):
+        DistillDataset(
+            captures_of(voices, 3),
+            student=voices["llama"],
+            event_maps={"gemma": bridges["gemma"]},
+        )
+
+
+def test_a_teacher_without_a_supervised_token_has_shares_of_zero() -> None:
+    """The shares were 0 / 0 = NaN, which no JSON reader takes."""
+    none = np.zeros(example_module.NUM_COUNTS)
+    stats = dataset_module.DatasetStats({"t": 1}, {}, 0, 0, (), {("t", ""): none}, {}, 0)
+    (row,) = json.loads(json.dumps(stats.to_json(), allow_nan=False))["supervision"]
+    assert (row["tokens"], row["event"], row["text"], row["mass_retained"]) == (0, 0, 0, None)

@@ -1,4 +1,6 @@
-"""A model's head is found and proven, whatever the model makes of its output; what is not known is refused."""
+"""A model's head is found and proven, whatever the model makes of its output; what is not known is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -116,7 +118,7 @@ def test_logits_that_are_not_what_the_configuration_says_are_refused(config: typ
         return out
 
     model.forward = warmer
-    with pytest.raises(RefusedError, match="something else of its head's output") as caught:
+    with pytest.raises(RefusedError, match="are not what its configuration says") as caught:
         find_logit_scaling(model, V, "student")
     assert caught.value.exit_code == 4
 
@@ -130,7 +132,8 @@ def test_a_head_with_an_adapter_is_refused():
     )
     with pytest.raises(
         RefusedError,
-        match=r"student: its head is a peft\..*Linear, and persea trains through a plain linear map -> leave the head",
+        match=r"student: the head is a peft\..*Linear, and persea needs a plain linear layer "
+        r"-> leave the head",
     ):
         find_logit_scaling(model, V, "student")
 
@@ -158,7 +161,7 @@ def test_a_hybrid_is_known_too():
     )
     assert find_logit_scaling(model, V, "student") == LogitScaling(scale=0.5)
     with pytest.raises(
-        RefusedError, match="texts in one row see each other"
+        RefusedError, match="does not separate texts in one row"
     ):  # its state runs through
         refuse_packing(model, V, "training.packing")
 

@@ -1,4 +1,6 @@
-"""Stopped, killed or left alone, a training ends with the same bits; nothing broken is resumed from and nothing infinite applied."""
+"""Stopped, killed or left alone, a training ends with the same bits; nothing broken is resumed from
+and nothing infinite applied.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ import pytest
 import torch
 
 from persea import storage as store
-from persea.config.schema import LossBalancing
+from persea.config.schema import LossBalancing, TrainingSection
 from persea.errors import DataError, RefusedError, RunInterrupted
 from persea.training.loop import TrainingSettings, run_training_loop
 from persea.training.loss_balancing import Group, GroupStats
@@ -45,7 +47,9 @@ INPUTS = {"training": {"steps": 12}, "capture": "a" * 64}
 class Out:
     loss: torch.Tensor
     num_tokens: int = 7
-    metrics: Mapping[str, float] = field(default_factory=lambda: {"events": 1.0})
+    metrics: Mapping[str, torch.Tensor] = field(
+        default_factory=lambda: {"event_kl": torch.tensor(1.0)}
+    )
 
 
 class Toy:
@@ -79,7 +83,9 @@ def run(
     toy: Toy | None = None,
     **more: Any,
 ) -> Toy:
-    """Train a toy; `change` may do something at a step, or put another loss in the place of its loss."""
+    """Train a toy; `change` may do something at a step, or put another loss in the place of its
+    loss.
+    """
     toy = toy or Toy()
 
     def loss_of(
@@ -93,7 +99,9 @@ def run(
 
 
 def ended(folder: Path) -> dict[str, Any]:
-    """Everything a training left, without its clock: weights, optimiser, metrics, names of checkpoints."""
+    """Everything a training left, without its clock: weights, optimiser, metrics, names of
+    checkpoints.
+    """
     last = sorted((folder / "checkpoints").glob("*.pt"))[-1]
     state = torch.load(last, weights_only=True)
     state.pop("seconds")
@@ -137,7 +145,7 @@ def test_it_learns_and_writes_its_metrics(tmp_path: Path, uninterrupted: dict[st
     assert [line["learning_rate"] for line in lines] == [
         SETTINGS.learning_rate_at_step(k - 1) for k in (2, 4, 6, 8, 10, 12)
     ]
-    assert all(line["terms"] == {"events": 1.0} for line in lines)
+    assert all(line["terms"] == {"event_kl": 1.0} for line in lines)
     assert lines[1]["share"] == {"qwen": 3 / 7, "gemma": 4 / 7}
     assert all(line["teachers"] == {"qwen": 2.0} for line in lines)  # gemma's loss nobody told
     assert lines[-1]["loss"] < lines[0]["loss"]
@@ -197,7 +205,9 @@ def test_what_a_source_carries_from_step_to_step_is_in_the_checkpoint(tmp_path: 
 
 
 class Weighed(Toy):
-    """Two groups' losses of very different size, each times its weight; both shrink as the toy learns."""
+    """Two groups' losses of very different size, each times its weight; both shrink as the toy
+    learns.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -315,7 +325,7 @@ def test_a_signal_saves_the_step_and_the_rest_goes_on_from_it(
     first = Toy()
     with pytest.raises(
         RunInterrupted,
-        match=rf"stopped by {number.name}; step {at + 1} is saved -> run the same command to continue",
+        match=rf"stopped by {number.name}; step {at + 1} is saved -> run the same command",
     ) as caught:
         run(
             tmp_path,
@@ -420,7 +430,9 @@ def crawls(folder: Path) -> None:
 def test_killed_around_every_write_it_ends_the_same(
     tmp_path: Path, uninterrupted: dict[str, Any]
 ) -> None:
-    """Four checkpoints of four files each: right after each file, and right before the first file of each checkpoint."""
+    """Four checkpoints of four files each: right after each file, and right before the first file
+    of each checkpoint.
+    """
     points = [
         (call, before)
         for call in range(16)
@@ -485,7 +497,10 @@ def test_a_step_that_is_not_finite_is_refused_before_it_is_applied(
         held.append([p.detach().clone() for p in toy.parameters])
         return broken(out) if step == 4 else None
 
-    words = r"train: loss .*, gradient norm \S+ at step 5, taught by gemma, qwen: not applied -> lower training\.learning_rate"
+    words = (
+        r"train: loss .*, gradient norm \S+ at step 5 \(teachers: gemma, qwen\): not applied "
+        r"-> lower training\.learning_rate"
+    )
     with pytest.raises(RefusedError, match=words) as caught:
         run(tmp_path, change=change, toy=toy)
     assert caught.value.exit_code == 4
@@ -507,17 +522,16 @@ def test_a_step_of_no_positions_is_refused_and_not_taken_for_a_loss_of_nothing(
     tmp_path: Path,
 ) -> None:
     toy, before = Toy(), [p.detach().clone() for p in Toy().parameters]
-    with pytest.raises(
-        RefusedError, match=r"train, step 0: nothing of this step can be learned from"
-    ):
-        run(tmp_path, change=lambda step, out: replace(out, positions=0), toy=toy)
+    with pytest.raises(RefusedError, match=r"train, step 0: no supervised position in this step"):
+        run(tmp_path, change=lambda step, out: replace(out, num_tokens=0), toy=toy)
     assert all(torch.equal(a, b) for a, b in zip(toy.parameters, before, strict=True))
 
 
 def test_a_held_out_loss_that_is_not_finite_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(
         RefusedError,
-        match=r"train: held-out loss is not finite after step 4: qwen nan -> lower training\.learning_rate",
+        match=r"train: held-out loss is not finite after step 4: qwen nan "
+        r"-> lower training\.learning_rate",
     ):
         run(
             tmp_path,
@@ -599,7 +613,8 @@ def test_what_the_refusal_says_works_the_checkpoint_before_goes_on(
     (folder / f"step-00000009.{lost}").unlink()
     with pytest.raises(
         DataError,
-        match=r"not what was written -> delete .*step-00000009\.\*; the checkpoint before it goes on",
+        match=r"the checkpoint is damaged: .* -> delete .*step-00000009\.\*; "
+        r"the training resumes from the checkpoint before it",
     ):
         run(tmp_path)
     for path in folder.glob("step-00000009.*"):
@@ -619,3 +634,37 @@ def test_a_record_of_another_step_is_refused(tmp_path: Path) -> None:
     store.write_json_with_checksum(folder / "step-00000011.json", record | {"step": 11})
     with pytest.raises(DataError, match="step-00000011"):
         run(tmp_path)
+
+
+# --- the recipe's numbers ---
+
+
+def test_a_recipes_defaults_are_those_of_the_functions() -> None:
+    """Each default is written once in the recipe's schema and once where a caller without recipe
+    needs it.
+    """
+    section = TrainingSection()
+    settings = TrainingSettings.from_section(section, 7)
+    bare = TrainingSettings(
+        steps=section.steps,
+        learning_rate=section.learning_rate,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=section.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        checkpoint_every=section.checkpoint_every,
+        log_every=section.log_every,
+        seed=7,
+        max_skipped_steps=3,
+    )
+    assert settings == bare
+    assert (settings.adam_betas, settings.adam_epsilon) == ((0.9, 0.98), 1e-8)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"adam_betas": (0.5, 0.98)}, {"adam_epsilon": 0.1}, {"min_learning_rate_ratio": 0.9}],
+    ids=str,
+)
+def test_each_of_the_optimisers_numbers_arrives(tmp_path: Path, change: dict[str, Any]) -> None:
+    one, other = run(tmp_path / "a"), run(tmp_path / "b", replace(SETTINGS, **change))
+    assert not torch.equal(one.parameters[0], other.parameters[0])

@@ -1,4 +1,6 @@
-"""Weights come from steps before, are one in the mean over positions, and neither drown a group nor blow up what is mastered."""
+"""Weights come from steps before, are one in the mean over positions, and neither drown a group nor
+blow up what is mastered.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +89,9 @@ def test_whoever_was_hardly_heard_counts_like_everybody() -> None:
 
 
 def test_old_steps_fade() -> None:
-    """A group that has become easy counts as such: half of what is known of it is forgotten in HALF steps."""
+    """A group that has become easy counts as such: half of what is known of it is forgotten in HALF
+    steps.
+    """
     hard = steps({A: 1.0, B: 1.0}, times=400)
     for _ in range(HALF_LIFE_STEPS):
         hard = update_scales(
@@ -122,7 +126,7 @@ def test_parts_add_up_however_they_are_cut(parts: list[dict[Group, GroupStats]])
     assert whole.keys() == nested.keys() == {group for part in parts for group in part}
     for group, one in whole.items():
         assert one.num_tokens == sum(part[group].num_tokens for part in parts if group in part)
-        for key in ("nats", "squares", "pull"):
+        for key in ("loss_sum", "squared_loss_sum", "grad_norm_sum"):
             assert getattr(one, key) == pytest.approx(getattr(nested[group], key))
     one, other = (
         update_scales({A: GroupScale(7, 3)}, whole),

@@ -1,7 +1,8 @@
-"""One process among others: joined, watched, and ended together with them; who is gone or silent is named.
+"""Heartbeats of training processes: detect dead or stopped ranks and exit together.
 
-Every process beats once a second in the launch's store, from a thread of its own; one that is silent for 30 s is named, and all end. What
-made the first one fail is kept in that store, first come; the others end with its exit code and say nothing.
+A thread of every process writes a heartbeat to the launch's store once a second. If a rank's
+heartbeat stops for 30 s, the rank is reported and all processes exit. The store keeps the first
+failure; the other processes exit silently with the same exit code.
 """
 
 from __future__ import annotations
@@ -34,10 +35,15 @@ from persea.training.distributed.world import World
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
-HEARTBEAT_INTERVAL_S, HEARTBEAT_TIMEOUT_S = (
-    1.0,
-    30.0,
-)  # seconds. A stopped process is named within 60 s; no step of ours holds Python's lock for 30
+HEARTBEAT_INTERVAL_S = 1.0
+# A stopped process is reported within 60 s; no training step holds Python's lock for 30 s.
+HEARTBEAT_TIMEOUT_S = 30.0
+# in units of HEARTBEAT_INTERVAL_S:
+ASLEEP_INTERVALS = 5  # longer between two looks: this process was stopped itself
+EXIT_INTERVALS = 5  # after a failure, for a rank that waits inside a library
+FIND_CAUSE_INTERVALS = 3  # for the failed rank to report itself
+READ_FAILURE_INTERVALS = 8  # for the other ranks to read the failure before the store is gone
+FAILURE_KEY = "failed"  # key of the store that holds the first failure
 FORWARDED_ERRORS = (
     RecipeError,
     DataError,
@@ -50,10 +56,13 @@ FORWARDED_ERRORS = (
 
 @contextmanager
 def join_process_group(world: World, *, launcher_reports: bool = False) -> Iterator[Store | None]:
-    """Be one of a world's processes: open its process group, beat, and end together with the others.
+    """Join the process group, send heartbeats, and exit together with the other processes.
 
-    silent  another process, which reads the store, says what went wrong (a launcher of ours)
-    Where one fails, its reason is kept in the store, first come; the others end with the same exit code and say nothing.
+    The store keeps the first failure; the other processes exit silently with the same exit code.
+
+    Args:
+        world: this process among all processes.
+        launcher_reports: whether a launcher reads the store and reports the failure.
     """
     if world.size == 1:
         yield None
@@ -70,27 +79,27 @@ def join_process_group(world: World, *, launcher_reports: bool = False) -> Itera
         rank=world.rank,
         world_size=world.size,
     )
-    watch = Heartbeat(world, _connect_store(), launcher_reports)
+    heartbeat = Heartbeat(world, _connect_store(), launcher_reports)
     dist.barrier()
-    watch.start()
+    heartbeat.start()
     try:
-        yield watch.store
-        watch.is_over.set()
+        yield heartbeat.store
+        heartbeat.is_over.set()
         dist.barrier()
     except BaseException as error:
-        watch.is_over.set()
-        told = watch.find_cause(error)
-        if watch.claim_failure(told) and not launcher_reports:
-            watch.wait_for_others()
-            if told is error:
+        heartbeat.is_over.set()
+        cause = heartbeat.find_cause(error)
+        if heartbeat.claim_failure(cause) and not launcher_reports:
+            heartbeat.wait_for_others()
+            if cause is error:
                 raise
-            raise told from error
-        watch.exit_process()
+            raise cause from error
+        heartbeat.exit_process()
     dist.destroy_process_group()
 
 
 def _connect_store() -> Store:
-    """A connection of its own to the launch's store: the one of the process group may be waiting for somebody."""
+    """Open a second connection to the launch's store: that of the process group may be blocked."""
     from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
     tcp = TCPStore(
@@ -103,7 +112,7 @@ def _connect_store() -> Store:
 
 
 class Heartbeat:
-    """Beats for this process, and ends it where another one fails, is gone, or is silent."""
+    """Sends heartbeats and exits this process if another rank fails, dies or stops."""
 
     def __init__(self, world: World, store: Store, launcher_reports: bool) -> None:
         self.world, self.store, self.launcher_reports, self.is_over = (
@@ -116,118 +125,129 @@ class Heartbeat:
         self._beat()
 
     def start(self) -> None:
-        threading.Thread(target=self._run, name="persea-watch", daemon=True).start()
+        """Start the thread."""
+        threading.Thread(target=self._run, name="persea-heartbeat", daemon=True).start()
 
     def _beat(self) -> None:
+        """Write a heartbeat: count, process id and host."""
         self.beats += 1
         self.store.set(
             f"beat/{self.world.rank}", f"{self.beats} {os.getpid()} {socket.gethostname()}"
         )
 
     def _run(self) -> None:
-        heard: dict[int, tuple[bytes, float]] = {}
-        looked, failed = time.monotonic(), 0.0
+        """Send heartbeats and check the other ranks until the training is over."""
+        last_beats: dict[int, tuple[bytes, float]] = {}
+        last_look, failed_at = time.monotonic(), 0.0
         while not self.is_over.wait(HEARTBEAT_INTERVAL_S):
             try:
                 self._beat()
                 now = time.monotonic()
-                if now - looked > 5 * HEARTBEAT_INTERVAL_S:
-                    heard.clear()  # it was this process that slept: the others get their time again
-                looked = now
-                for rank in range(self.world.size):
-                    beat = self.store.get(f"beat/{rank}")
-                    if rank not in heard or heard[rank][0] != beat:
-                        heard[rank] = beat, now
-                        _, who, host = beat.decode().split()
-                        if (
-                            self.launcher_reports
-                            and rank != self.world.rank
-                            and host == socket.gethostname()
-                        ):
-                            self.peer_pids.add(int(who))
-                    elif now - heard[rank][1] > HEARTBEAT_TIMEOUT_S:
-                        self._fail_silent_rank(rank, beat)
-                if self.store.check(["failed"]):
-                    failed = failed or now
-                    if (
-                        now - failed > 5 * HEARTBEAT_INTERVAL_S
-                    ):  # it waits for one that is gone, in a library that does not wake up
+                if now - last_look > ASLEEP_INTERVALS * HEARTBEAT_INTERVAL_S:
+                    last_beats.clear()  # this process was stopped: the others get their time again
+                last_look = now
+                self._check_ranks(last_beats, now)
+                if self.store.check([FAILURE_KEY]):
+                    failed_at = failed_at or now
+                    # the main thread may wait for a dead rank in a library that does not wake up
+                    if now - failed_at > EXIT_INTERVALS * HEARTBEAT_INTERVAL_S:
                         self.exit_process()
-            except RuntimeError:  # the store is gone, and with it the launcher: nobody would look after these processes, stopped ones included
+            except RuntimeError:
+                # The store is gone, and the launcher with it: nothing else would end these
+                # processes, stopped ones included.
                 if not self.is_over.is_set():
-                    for stopped in self.peer_pids:
+                    for pid in self.peer_pids:
                         with suppress(ProcessLookupError):
-                            os.kill(stopped, signal.SIGKILL)
+                            os.kill(pid, signal.SIGKILL)
                     os._exit(MissingRequirementError.exit_code)
 
+    def _check_ranks(self, last_beats: dict[int, tuple[bytes, float]], now: float) -> None:
+        """Note new heartbeats; fail if a rank has sent none for HEARTBEAT_TIMEOUT_S."""
+        for rank in range(self.world.size):
+            beat = self.store.get(f"beat/{rank}")
+            if rank not in last_beats or last_beats[rank][0] != beat:
+                last_beats[rank] = beat, now
+                _, pid, host = beat.decode().split()
+                is_peer = rank != self.world.rank and host == socket.gethostname()
+                if self.launcher_reports and is_peer:
+                    self.peer_pids.add(int(pid))
+            elif now - last_beats[rank][1] > HEARTBEAT_TIMEOUT_S:
+                self._fail_silent_rank(rank, beat)
+
     def _fail_silent_rank(self, rank: int, beat: bytes) -> None:
-        told = MissingRequirementError(
-            f"rank {rank} ({_describe_process(beat)}) has been silent for {HEARTBEAT_TIMEOUT_S:.0f} s: it is stopped, or its machine is",
+        """Report a rank without heartbeats and exit."""
+        error = MissingRequirementError(
+            f"rank {rank} ({_describe_process(beat)}) sent no heartbeat for "
+            f"{HEARTBEAT_TIMEOUT_S:.0f} s: the process is stopped, or its machine is",
             where="train",
-            remedy="look at that process and machine; the same command goes on from the last checkpoint",
+            remedy="check that process and machine; "
+            "the same command resumes from the last checkpoint",
         )
-        if self.claim_failure(told) and not self.launcher_reports:
-            sys.stderr.write(f"persea: {told}\n")
+        if self.claim_failure(error) and not self.launcher_reports:
+            sys.stderr.write(f"persea: {error}\n")
             sys.stderr.flush()
         self.exit_process()
 
     def find_cause(self, error: BaseException) -> BaseException:
-        """Why this process ends: the error, or, where a library only found a connection closed, who is gone."""
+        """Return why this process fails: the error, or the dead rank behind a closed connection."""
         if isinstance(error, PerseaError | RunInterrupted) or not isinstance(error, RuntimeError):
             return error
-        until = time.monotonic() + 3 * HEARTBEAT_INTERVAL_S
+        until = time.monotonic() + FIND_CAUSE_INTERVALS * HEARTBEAT_INTERVAL_S
         with suppress(RuntimeError):
-            while time.monotonic() < until and not self.store.check(["failed"]):
+            while time.monotonic() < until and not self.store.check([FAILURE_KEY]):
                 for rank in range(self.world.size):
                     beat = self.store.get(f"beat/{rank}")
                     _, pid, host = beat.decode().split()
                     if host == socket.gethostname() and not _is_running(int(pid)):
                         return MissingRequirementError(
-                            f"rank {rank} ({_describe_process(beat)}) is gone",
+                            f"rank {rank} ({_describe_process(beat)}) is dead",
                             where="train",
-                            remedy="it was killed, perhaps for memory: "
-                            "look at the system's log; the same command goes on from the last checkpoint",
+                            remedy="it was killed, perhaps for memory: see the system's log; "
+                            "the same command resumes from the last checkpoint",
                         )
                 time.sleep(0.1)
         return error
 
     def claim_failure(self, error: BaseException) -> bool:
-        """Say why all end; False where another said it first."""
-        mine = encode_failure(self.world.rank, error)
+        """Store the failure; False if another rank stored one first."""
+        encoded = encode_failure(self.world.rank, error)
         with suppress(RuntimeError):
-            return bool(self.store.compare_set("failed", "", mine) == mine.encode())
+            return bool(self.store.compare_set(FAILURE_KEY, "", encoded) == encoded.encode())
         return True
 
     def wait_for_others(self) -> None:
-        """Where the store is the first process' own and ends with it, give the others the time to read why: those that wait in a library are
-        woken by their own watch after 5 beats.
+        """Give the other ranks time to read the failure, if the store ends with the first process.
+
+        Ranks that wait inside a library exit through their own heartbeat thread.
         """
-        others = [f"heard/{rank}" for rank in range(self.world.size) if rank != self.world.rank]
+        others = [f"read/{rank}" for rank in range(self.world.size) if rank != self.world.rank]
         until = time.monotonic() + (
             0
             if self.world.rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-            else 8 * HEARTBEAT_INTERVAL_S
+            else READ_FAILURE_INTERVALS * HEARTBEAT_INTERVAL_S
         )
         with suppress(RuntimeError):
             while time.monotonic() < until and not self.store.check(others):
                 time.sleep(0.1)
 
     def exit_process(self) -> None:
-        """End with the code of what was claimed: at once, for libraries wait in their own threads."""
+        """Exit at once with the code of the stored failure; library threads would block an exit."""
         sys.stderr.flush()
         with suppress(RuntimeError):
-            self.store.set(f"heard/{self.world.rank}", "")
+            self.store.set(f"read/{self.world.rank}", "")
         with suppress(RuntimeError):
-            os._exit(json.loads(self.store.get("failed"))["code"])
+            os._exit(json.loads(self.store.get(FAILURE_KEY))["code"])
         os._exit(MissingRequirementError.exit_code)
 
 
 def _describe_process(beat: bytes) -> str:
+    """Return process id and host of a heartbeat."""
     _, pid, host = beat.decode().split()
     return f"pid {pid} on {host}"
 
 
 def _is_running(pid: int) -> bool:
+    """Return whether a process of this machine exists."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -237,27 +257,27 @@ def _is_running(pid: int) -> bool:
     return True
 
 
-# --- what is said of a failure ---
+# --- failures in the store ---
 
 
 def encode_failure(rank: int, error: BaseException) -> str:
-    """An error as it travels to whoever tells it."""
-    told = {"rank": rank, "code": getattr(error, "exit_code", 1)}
+    """Encode an error for the store."""
+    failure = {"rank": rank, "code": getattr(error, "exit_code", 1)}
     if isinstance(error, RunInterrupted):
-        return json.dumps(told | {"what": error.detail, "signal": error.signal_number})
+        return json.dumps(failure | {"what": error.detail, "signal": error.signal_number})
     if isinstance(error, PerseaError):
         return json.dumps(
-            told | {"what": error.message, "where": error.where, "remedy": error.remedy}
+            failure | {"what": error.message, "where": error.where, "remedy": error.remedy}
         )
-    return json.dumps(told | {"what": "".join(traceback.format_exception(error))})
+    return json.dumps(failure | {"what": "".join(traceback.format_exception(error))})
 
 
 def decode_failure(encoded: str) -> BaseException:
-    """What `failure` wrote, to be raised again."""
-    said = json.loads(encoded)
-    if "signal" in said:
-        return RunInterrupted(said["signal"], said["what"])
+    """Decode an error from the store, to be raised again."""
+    failure = json.loads(encoded)
+    if "signal" in failure:
+        return RunInterrupted(failure["signal"], failure["what"])
     for kind in FORWARDED_ERRORS:
-        if said["code"] == kind.exit_code:
-            return kind(said["what"], where=said["where"], remedy=said["remedy"])
-    return RuntimeError(f"rank {said['rank']}:\n{said['what']}")
+        if failure["code"] == kind.exit_code:
+            return kind(failure["what"], where=failure["where"], remedy=failure["remedy"])
+    return RuntimeError(f"rank {failure['rank']}:\n{failure['what']}")

@@ -1,6 +1,7 @@
-"""Several processes on this machine that train together: started, listened to, signalled, and none of them left behind.
+"""Start several training processes on this machine, forward signals, and leave none behind.
 
-What torchrun does, without its command: the same variables, a store on the loopback interface, one process a rank.
+The launcher does what torchrun does: the same variables, a store on the loopback interface, one
+process a rank.
 """
 
 from __future__ import annotations
@@ -20,15 +21,19 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from persea.errors import MissingRequirementError, RunInterrupted
-from persea.training.distributed.heartbeat import decode_failure, encode_failure, join_process_group
+from persea.training.distributed.heartbeat import (
+    FAILURE_KEY,
+    decode_failure,
+    encode_failure,
+    join_process_group,
+)
 from persea.training.distributed.world import World
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
-EXIT_GRACE_S = (
-    10.0  # seconds that the others get to end by themselves once one has ended with an error
-)
+EXIT_GRACE_S = 10.0  # seconds for the other ranks to exit by themselves after one has failed
+MESSAGE_KEY = "message"  # key of the store that holds the newest message to the launcher
 # Imported once for all ranks: importing FSDP alone takes 4 s a process.
 PRELOADED_MODULES = (
     "persea.training.student",
@@ -47,11 +52,20 @@ def launch_processes(
     num_processes: int,
     on_message: Callable[[Any], None],
 ) -> None:
-    """Run work(world, store, *arguments) in `procs` processes, to the end of all.
+    """Run work(world, store, *arguments) in several processes and wait for all.
 
-    work  a module's function; hear  what the first process tells (`tell`), the newest of it
-    Raises what the first rank to fail said of it, EnvironmentLacks where one was killed, Stopped after a signal to any of them or to this one.
-    Needs a main program that can be imported, as every use of multiprocessing does.
+    The main program must be importable, as for every use of multiprocessing.
+
+    Args:
+        work: a function of a module.
+        arguments: further arguments; they are pickled.
+        num_processes: number of processes.
+        on_message: called with the newest message of the first rank (`send_to_launcher`).
+
+    Raises:
+        PerseaError: the error of the first rank that failed.
+        MissingRequirementError: if a rank was killed or exited without a reason.
+        RunInterrupted: after a signal to a rank or to this process.
     """
     from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
@@ -76,10 +90,9 @@ def launch_processes(
     if sys.platform == "linux":
         variables.setdefault(
             "GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo")
-        )  # nobody else's network
-    os.environ.setdefault(
-        "TORCH_CPP_LOG_LEVEL", "ERROR"
-    )  # DDP warns of an option that is set on purpose (student.py)
+        )  # loopback only
+    # DDP warns about find_unused_parameters, which is set on purpose (student.py)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED_MODULES))
     ranks = [
@@ -103,23 +116,23 @@ def launch_processes(
         finally:
             for one in ranks:
                 if one.pid and one.is_alive():
-                    one.kill()  # also one that is stopped
+                    one.kill()  # works for a stopped process too
                     one.join()
-    if store.check(["failed"]):
-        raise decode_failure(store.get("failed").decode())
+    if store.check([FAILURE_KEY]):
+        raise decode_failure(store.get(FAILURE_KEY).decode())
     if ended := [f"{one.name} with code {one.exitcode}" for one in ranks if one.exitcode]:
         raise MissingRequirementError(
-            f"processes ended and said nothing: {', '.join(ended)}",
+            f"processes exited without a reason: {', '.join(ended)}",
             where="train",
-            remedy="run it again: it goes on from the last checkpoint",
+            remedy="run again: the training resumes from the last checkpoint",
         )
 
 
 def _wait_for_ranks(
     ranks: Sequence[BaseProcess], store: Store, on_message: Callable[[Any], None]
 ) -> None:
-    """Until all have ended, or one failed and the others had their time."""
-    running, heard, since = list(ranks), b"", 0.0
+    """Wait until all ranks have exited, or EXIT_GRACE_S after one failed."""
+    running, received, since = list(ranks), b"", 0.0
     while running and not (since and time.monotonic() - since > EXIT_GRACE_S):
         wait([one.sentinel for one in running], timeout=0.5)
         for one in running:
@@ -127,22 +140,22 @@ def _wait_for_ranks(
                 since = since or time.monotonic()
                 if one.exitcode < 0:
                     number = signal.Signals(-one.exitcode).name
-                    told = MissingRequirementError(
-                        f"{one.name} (pid {one.pid}) was ended by {number}",
+                    error = MissingRequirementError(
+                        f"{one.name} (pid {one.pid}) was killed by {number}",
                         where="train",
-                        remedy="perhaps for memory: look at "
-                        "the system's log; the same command goes on from the last checkpoint",
+                        remedy="perhaps for memory: see the system's log; "
+                        "the same command resumes from the last checkpoint",
                     )
-                    store.compare_set("failed", "", encode_failure(ranks.index(one), told))
+                    store.compare_set(FAILURE_KEY, "", encode_failure(ranks.index(one), error))
         running = [one for one in running if one.exitcode is None]
-        if store.check(["told"]) and (newest := store.get("told")) != heard:
-            heard = newest
+        if store.check([MESSAGE_KEY]) and (newest := store.get(MESSAGE_KEY)) != received:
+            received = newest
             on_message(json.loads(newest))
 
 
 @contextmanager
 def _forward_signals(ranks: Sequence[BaseProcess]) -> Iterator[None]:
-    """Pass SIGTERM and SIGINT on to every rank: they agree on a step, save it, and end."""
+    """Forward SIGTERM and SIGINT to every rank: they agree on a step, save it and exit."""
 
     def forward(number: int, frame: FrameType | None) -> None:
         for one in ranks:
@@ -153,7 +166,7 @@ def _forward_signals(ranks: Sequence[BaseProcess]) -> Iterator[None]:
 
     try:
         before = {s: signal.signal(s, forward) for s in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not the main thread: signals are its owner's
+    except ValueError:  # not the main thread, which may set no handlers
         before = {}
     try:
         yield
@@ -165,19 +178,20 @@ def _forward_signals(ranks: Sequence[BaseProcess]) -> Iterator[None]:
 def _run_rank(
     world: World, variables: dict[str, str], work: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
-    """A rank's whole life."""
+    """Run `work` as one rank."""
     os.environ.update(variables)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _raise_stopped)
+        signal.signal(number, _raise_interrupted)
     with join_process_group(world, launcher_reports=True) as store:
         work(world, store, *arguments)
 
 
-def _raise_stopped(number: int, frame: FrameType | None) -> None:
+def _raise_interrupted(number: int, frame: FrameType | None) -> None:
+    """Raise RunInterrupted (a signal handler)."""
     raise RunInterrupted(number)
 
 
 def send_to_launcher(store: Store | None, value: object) -> None:
-    """What the first rank says to its launcher, the newest of it."""
+    """Send a message from the first rank to its launcher, which reads the newest one."""
     if store is not None:
-        store.set("told", json.dumps(value))
+        store.set(MESSAGE_KEY, json.dumps(value))

@@ -1,7 +1,8 @@
-"""World: the processes that train one student together, and what each says to the others.
+"""The processes that train one student together, and their collective operations.
 
-A world is told by the variables that torchrun sets (`persea train --procs N` sets the same for its own), or refused: a launch that is half
-set up would train several students, each of which believes that it is the only one.
+A process finds the others through the variables that torchrun sets; `persea train --procs N` sets
+the same. An incomplete launch is refused: it would train several students, each in a process that
+takes itself for the only one.
 """
 
 from __future__ import annotations
@@ -17,15 +18,20 @@ from persea.errors import RecipeError
 
 T = TypeVar("T")
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# (size, rank) as mpirun and srun set them
 FOREIGN_LAUNCH_VARIABLES = (
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     ("PMI_SIZE", "PMI_RANK"),
     ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
-)  # mpirun, srun
+)
 
 
 class ParallelStrategy(StrEnum):
-    """DDP: each process holds the whole student. FSDP: each holds a part of every matrix, and of the optimiser's moments."""
+    """How processes share the student.
+
+    DDP: each process holds the whole student. FSDP: each holds a shard of every matrix and of the
+    optimiser's moments.
+    """
 
     DDP = "ddp"
     FSDP = "fsdp"
@@ -33,10 +39,14 @@ class ParallelStrategy(StrEnum):
 
 @dataclass(frozen=True)
 class LaunchOptions:
-    """How a student is trained, as far as that changes no result but by rounding: not the recipe's, and no part of its hash.
+    """How a training is launched.
 
-    procs   processes to start on this machine; 1 = none but this one (or torchrun's)
-    resume  auto (the newest checkpoint), never, or a path
+    The options change results by rounding only, so they are no part of the recipe and of its hash.
+
+    Attributes:
+        num_processes: processes to start on this machine; 1 = only this one (or torchrun's).
+        parallel: DDP or FSDP.
+        resume: auto (the newest checkpoint), never, or a path.
     """
 
     num_processes: int = 1
@@ -46,30 +56,35 @@ class LaunchOptions:
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a training: rank 0..size-1. One alone says everything to itself."""
+    """This process among the processes of a training.
+
+    Attributes:
+        rank: 0 to size - 1.
+        size: number of processes; with one, collective operations return the value unchanged.
+    """
 
     rank: int = 0
     size: int = 1
 
     def all_gather(self, value: T) -> list[T]:
-        """What every process says, in the order of ranks, at every process. Any sum over it is the same everywhere."""
+        """Return the values of all processes in rank order; a sum over them is equal everywhere."""
         if self.size == 1:
             return [value]
         from torch import distributed as dist
 
-        heard: list[T] = [value] * self.size
-        dist.all_gather_object(heard, value)
-        return heard
+        values: list[T] = [value] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def broadcast(self, value: T) -> T:
-        """What the first process says."""
+        """Return the value of the first process."""
         if self.size == 1:
             return value
         from torch import distributed as dist
 
-        said = [value]
-        dist.broadcast_object_list(said, src=0)
-        return said[0]
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
 
 
 # --- how a process was launched ---
@@ -81,10 +96,17 @@ def detect_world(
     *,
     is_training_only: bool = True,
 ) -> World:
-    """The world this process was started in, or World() where it is alone. Raises RecipeError, in one process, where a launch is half done.
+    """Return the world in which this process was launched; World() for a single process.
 
-    procs     what --procs says
-    training  whether training is all that is asked for: no other stage is for several processes
+    Args:
+        num_processes: value of --procs.
+        environment: environment variables.
+        is_training_only: whether only the stage `train` runs; no other stage runs in several
+            processes.
+
+    Raises:
+        RecipeError: if the launch is incomplete or contradictory. Only the first process raises;
+            the others exit with the same code.
     """
     given = [name for name in LAUNCH_VARIABLES if environment.get(name)]
     size, rank = environment.get("WORLD_SIZE", ""), environment.get("RANK", "")
@@ -96,47 +118,66 @@ def detect_world(
         ((n, r) for n, r in FOREIGN_LAUNCH_VARIABLES if environment.get(n, "1") not in ("", "1")),
         None,
     )
-    wrong = ""
-    if any(
-        name == "ACCELERATE_MIXED_PRECISION" or name.startswith("ACCELERATE_USE_")
-        for name in environment
-    ):
-        wrong = "started by accelerate, whose settings persea does not read"
-    elif ("WORLD_SIZE" in given or "RANK" in given) and (
-        given != list(LAUNCH_VARIABLES)
-        or not 0 <= world.rank < world.size
-        or str(world.size) != size
-    ):
-        missing = ", ".join(n for n in LAUNCH_VARIABLES if n not in given)
-        wrong = (
-            f"{' and '.join(f'{n}={environment[n]}' for n in ('WORLD_SIZE', 'RANK') if n in given)} without {missing}"
-            if missing
-            else f"RANK={rank} of WORLD_SIZE={size} is no rank of a world"
-        )
-    elif foreign and "WORLD_SIZE" not in given:
+    fault = _foreign_launch(environment) or _incomplete_launch(environment, given, world)
+    if not fault and foreign and "WORLD_SIZE" not in given:
         rank = environment.get(foreign[1], "0")
-        wrong = f"{foreign[0]}={environment[foreign[0]]} without WORLD_SIZE and RANK: each of these processes would train a student of its own"
-    elif num_processes > 1 and world.size > 1:
-        wrong = f"--procs {num_processes} inside a launch of {world.size}: every process would start {num_processes} more"
-    elif world.size > 1 and not is_training_only:
-        wrong = f"a launch of {world.size} processes, and not for `persea train` alone: every stage would be done {world.size} times"
-    if not wrong:
+        fault = (
+            f"{foreign[0]}={environment[foreign[0]]} without WORLD_SIZE and RANK: "
+            "each of these processes would train a student of its own"
+        )
+    elif not fault and num_processes > 1 and world.size > 1:
+        fault = (
+            f"--procs {num_processes} inside a launch of {world.size}: "
+            f"every process would start {num_processes} more"
+        )
+    elif not fault and world.size > 1 and not is_training_only:
+        fault = (
+            f"a launch of {world.size} processes, and not for `persea train` alone: "
+            f"every stage would run {world.size} times"
+        )
+    if not fault:
         return world
     if rank not in ("", "0") or environment.get("LOCAL_RANK", "0") not in ("", "-1", "0"):
-        sys.exit(RecipeError.exit_code)  # the first process says why
+        sys.exit(RecipeError.exit_code)  # the first process prints the reason
     raise RecipeError(
-        wrong,
+        fault,
         where="launch",
-        remedy="persea train RECIPE --procs N, or torchrun --nproc-per-node N -m persea.cli train RECIPE",
+        remedy="persea train RECIPE --procs N, "
+        "or torchrun --nproc-per-node N -m persea.cli train RECIPE",
     )
 
 
+def _foreign_launch(environment: Mapping[str, str]) -> str:
+    """Return the fault of a launch by accelerate, or ""."""
+    for name in environment:
+        if name == "ACCELERATE_MIXED_PRECISION" or name.startswith("ACCELERATE_USE_"):
+            return "started by accelerate, whose settings persea does not read"
+    return ""
+
+
+def _incomplete_launch(environment: Mapping[str, str], given: list[str], world: World) -> str:
+    """Return the fault of incomplete or invalid variables of torchrun, or ""."""
+    size, rank = environment.get("WORLD_SIZE", ""), environment.get("RANK", "")
+    if "WORLD_SIZE" not in given and "RANK" not in given:
+        return ""
+    if missing := ", ".join(name for name in LAUNCH_VARIABLES if name not in given):
+        known = [f"{name}={environment[name]}" for name in ("WORLD_SIZE", "RANK") if name in given]
+        return f"{' and '.join(known)} without {missing}"
+    if not 0 <= world.rank < world.size or str(world.size) != size:
+        return f"RANK={rank} of WORLD_SIZE={size} is not a valid rank"
+    return ""
+
+
 def refuse_too_many_processes(world_size: int, batch: int, accumulate: int) -> None:
-    """Raises RecipeError where a batch has not one conversation for each process, each time it accumulates."""
+    """Check that every process gets a conversation in each of its micro-batches.
+
+    Raises:
+        RecipeError: if the batch is too small.
+    """
     if world_size * accumulate > batch:
         raise RecipeError(
             f"a batch of {batch} conversations cannot be split over {world_size} processes"
-            + (f" that accumulate {accumulate} times" if accumulate > 1 else ""),
+            + (f" with {accumulate} micro-batches each" if accumulate > 1 else ""),
             where="training.batch_size",
             remedy=f"at most {batch // accumulate or 1} processes, or a larger training.batch_size",
         )
@@ -145,19 +186,26 @@ def refuse_too_many_processes(world_size: int, batch: int, accumulate: int) -> N
 def refuse_on_policy_processes(
     world_size: int, parallel: ParallelStrategy, budgeted_teachers: Sequence[str]
 ) -> None:
-    """Raises RecipeError where a student's own answers cannot be heard in so many processes.
+    """Check that on-policy steps can run in several processes.
 
-    budgets  who teaches from behind a server with a budget: each process would spend it anew
+    Args:
+        world_size: number of processes.
+        parallel: DDP or FSDP.
+        budgeted_teachers: teachers on servers with a token budget, which each process would spend.
+
+    Raises:
+        RecipeError: with FSDP, and with a budgeted teacher, if there are several processes.
     """
     if world_size > 1 and parallel is ParallelStrategy.FSDP:
         raise RecipeError(
-            "a student of which each process holds a part cannot answer for itself",
+            "a student that is sharded over processes cannot generate answers",
             where="training.on_policy",
             remedy="--shard ddp, or one process",
         )
     if world_size > 1 and budgeted_teachers:
         raise RecipeError(
-            f"each of {world_size} processes would spend the budget of {', '.join(budgeted_teachers)}",
+            f"each of {world_size} processes would spend the budget of "
+            f"{', '.join(budgeted_teachers)}",
             where="training.on_policy",
             remedy="one process, or delete `max_total_tokens:` of the endpoint",
         )

@@ -1,7 +1,9 @@
-"""Likely: of many distributions the tokens worth asking about.
+"""Candidate tokens: those of a distribution that are probable enough to test for impossibility.
 
-Of a real vocabulary nearly all tokens are next to impossible at any place, and to ask a mask for each of them takes seconds a place
-(bench/beside.py). Of that bench's rows, less sure than a model's, 830 to 910 tokens have LIKELY or more.
+Nearly all tokens of a real vocabulary have almost no probability at any position, and testing each
+of them against a boundary mask takes seconds a position (bench/beside.py). In that bench's
+distributions, which are less peaked than a model's, 830 to 910 tokens have MIN_CANDIDATE_PROB or
+more.
 """
 
 from __future__ import annotations
@@ -17,21 +19,28 @@ from persea.losses import LMHead
 
 IntArray = npt.NDArray[np.int64]
 NO_TOKENS = np.empty(0, np.int64)
-MIN_CANDIDATE_PROB = 1e-4
-MAX_LOGIT_ELEMENTS = 1 << 24  # logits that stand at once: 64 MiB in float32
+MIN_CANDIDATE_PROB = 1e-4  # default of training.on_policy.min_candidate_prob
+MAX_LOGIT_ELEMENTS = 1 << 24  # logits in memory at once: 64 MiB in float32
 
 
 @dataclass(frozen=True)
 class CandidateTokens:
-    """By learned position of the student, counted through the answers: its likely tokens, sorted."""
+    """Candidate tokens of L positions.
+
+    Attributes:
+        offsets_L1: start of each position's tokens in `ids_M`, and the end of the last.
+        ids_M: token ids, sorted within a position.
+    """
 
     offsets_L1: IntArray
     ids_M: IntArray
 
     def at(self, position: int) -> IntArray:
+        """Return the tokens of a position."""
         return self.ids_M[self.offsets_L1[position] : self.offsets_L1[position + 1]]
 
     def slice_positions(self, first: int, last: int) -> CandidateTokens:
+        """Return the tokens of positions first to last - 1."""
         return CandidateTokens(self.offsets_L1[first : last + 1], self.ids_M)
 
 
@@ -39,10 +48,16 @@ class CandidateTokens:
 def candidates_from_hidden(
     hidden_LD: torch.Tensor, head: LMHead, min_prob: float = MIN_CANDIDATE_PROB
 ) -> CandidateTokens:
-    """The tokens of probability `least` or more behind each of the hidden states that the head is given."""
+    """Return the tokens of at least `min_prob` at each position.
+
+    Args:
+        hidden_LD: hidden states before the head.
+        head: the language-model head.
+        min_prob: least probability of a candidate.
+    """
     parts = [
-        candidates_from_logprobs(torch.log_softmax(head.logits(some_ND), -1), min_prob)
-        for some_ND in torch.split(hidden_LD, max(1, MAX_LOGIT_ELEMENTS // head.vocab_size))
+        candidates_from_logprobs(torch.log_softmax(head.logits(part_ND), -1), min_prob)
+        for part_ND in torch.split(hidden_LD, max(1, MAX_LOGIT_ELEMENTS // head.vocab_size))
     ]
     counts = np.concatenate([NO_TOKENS, *(np.diff(one.offsets_L1) for one in parts)])
     return CandidateTokens(
@@ -52,7 +67,7 @@ def candidates_from_hidden(
 
 
 def candidates_from_logprobs(logprobs_NV: torch.Tensor, min_prob: float) -> CandidateTokens:
-    """Those of some rows of natural log-probabilities."""
+    """Return the tokens of at least `min_prob` from natural log-probabilities."""
     row_M, id_M = (logprobs_NV >= math.log(min_prob)).nonzero(as_tuple=True)
     counts_N = torch.bincount(row_M, minlength=len(logprobs_NV)).cpu().numpy()
     return CandidateTokens(np.concatenate([[0], np.cumsum(counts_N)]), id_M.cpu().numpy())

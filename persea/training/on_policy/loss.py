@@ -1,4 +1,4 @@
-"""Advice: what a teacher says of a student's own tokens (beside.py), as a loss from hidden states."""
+"""The on-policy loss: a teacher's scores of the student's own answers, from hidden states."""
 
 from __future__ import annotations
 
@@ -26,10 +26,12 @@ from persea.training.on_policy.teacher_scores import TeacherScorer
 
 @dataclass(frozen=True)
 class OnPolicyLoss:
-    """What a teacher says of some answers, as a loss.
+    """The loss of one teacher on some answers of the student.
 
-    place_P  learned positions, counted through the answers; weight  how many the loss is the mean of (chunk: stretches)
-    loss     from hidden states and targets at these positions, and the head
+    Attributes:
+        position_P: supervised positions that the loss needs, numbered through the answers.
+        num_terms: number of boundaries and spans that the loss is a mean over.
+        loss_fn: (hidden states and labels at these positions, head) -> loss.
     """
 
     position_P: torch.Tensor
@@ -37,16 +39,21 @@ class OnPolicyLoss:
     loss_fn: Callable[[torch.Tensor, LMHead, torch.Tensor], LossOutput]
 
     def group_stats(self, out: LossOutput, weight: float) -> GroupStats:
-        """What is said of it, once its loss is known and counts so much."""
+        """Return the statistics of a group whose loss is `out`.
+
+        Args:
+            out: the result of `loss_fn`.
+            weight: weight of the group.
+        """
         assert out.token_loss_N is not None
-        pull = (
+        grad_norm = (
             math.nan if out.grad_norm_N is None else weight * float(out.grad_norm_N.double().sum())
         )
         return GroupStats(
             self.num_terms,
             float(out.token_loss_N.double().sum()),
             float(out.token_loss_N.double().square().sum()),
-            pull,
+            grad_norm,
         )
 
 
@@ -56,82 +63,89 @@ def build_on_policy_loss(
     objective: str,
     candidates: CandidateTokens | None = None,
 ) -> OnPolicyLoss:
-    """Of answers in the student's own tokens and in the teacher's. objective: events (whole rows, and runs of markers) or span_likelihood. found: as in
-    `Pair.rows`.
+    """Score answers with a teacher and build the loss.
+
+    Args:
+        scorer: the teacher's scorer.
+        answers: (student tokens, teacher tokens) of each answer.
+        objective: events (reverse KL over events at common boundaries, and marker runs) or
+            span_likelihood (all spans).
+        candidates: see `TeacherScorer.score_boundaries`.
     """
     if objective == "span_likelihood":
-        chunks, dead = scorer.score_spans(answers, candidates)
+        spans, impossible = scorer.score_spans(answers, candidates)
         every_P = torch.arange(sum(int(own.loss_mask_T.sum()) for own, _ in answers))
         return OnPolicyLoss(
             every_P,
-            len(chunks.teacher_logprob_C),
-            lambda hidden, head, targets: span_likelihood_loss(
-                head.logits(hidden), targets, chunks, dead
+            len(spans.teacher_logprob_C),
+            lambda hidden, head, labels: span_likelihood_loss(
+                head.logits(hidden), labels, spans, impossible
             ),
         )
-    beside = scorer.score_boundaries(answers, candidates)
-    sides, events = (
-        MaskedEventMap(
-            scorer.event_map, beside.student_impossible_tokens, beside.teacher_impossible_tokens
-        ),
-        len(beside.position_C),
+    scores = scorer.score_boundaries(answers, candidates)
+    masked_map = MaskedEventMap(
+        scorer.event_map, scores.student_impossible_tokens, scores.teacher_impossible_tokens
     )
-    every_P, marks, dead = _restrict_to_positions(
-        beside.marker_spans, beside.marker_impossible_tokens
+    num_events = len(scores.position_C)
+    span_P, spans, impossible = _restrict_to_positions(
+        scores.marker_spans, scores.marker_impossible_tokens
     )
-    runs = len(marks.teacher_logprob_C)
+    num_spans = len(spans.teacher_logprob_C)
 
-    def loss(hidden: torch.Tensor, head: LMHead, targets: torch.Tensor) -> LossOutput:
-        """The mean over common boundaries and runs of markers: each has the gradient of its reverse KL."""
+    def loss(hidden: torch.Tensor, head: LMHead, labels: torch.Tensor) -> LossOutput:
+        """Mean over boundaries and spans; each has the gradient of its reverse KL."""
         parts = []
-        if events:
+        if num_events:
             parts.append(
                 divergence_loss_from_hidden(
-                    hidden[:events], head, beside.teacher_outputs, sides, Divergence.REVERSE
+                    hidden[:num_events],
+                    head,
+                    scores.teacher_outputs,
+                    masked_map,
+                    Divergence.REVERSE,
                 )
             )
-        if runs:
-            own_PD = hidden[events:]
-            said = span_likelihood_loss(head.logits(own_PD), targets[events:], marks, dead)
-            (pull_PD,) = (
-                torch.autograd.grad(said.loss, own_PD, retain_graph=True)
-                if own_PD.requires_grad
-                else (None,)
-            )
+        if num_spans:
             parts.append(
-                said
-                if pull_PD is None
-                else replace(
-                    said,
-                    grad_norm_N=torch.linalg.vector_norm(pull_PD.float(), dim=1) * said.num_tokens,
-                )
+                _span_loss(hidden[num_events:], head, labels[num_events:], spans, impossible)
             )
-        mean = torch.stack([one.loss * one.num_tokens for one in parts]).sum() / (events + runs)
-        each_N = torch.cat([one.token_loss_N for one in parts if one.token_loss_N is not None])
-        pulls = [one.grad_norm_N for one in parts if one.grad_norm_N is not None]
-        return LossOutput(
-            mean, {}, events + runs, each_N, torch.cat(pulls) if len(pulls) == len(parts) else None
-        )
+        num_terms = num_events + num_spans
+        mean = torch.stack([one.loss * one.num_tokens for one in parts]).sum() / num_terms
+        loss_N = torch.cat([one.token_loss_N for one in parts if one.token_loss_N is not None])
+        grad_norms = [one.grad_norm_N for one in parts if one.grad_norm_N is not None]
+        grad_norm_N = torch.cat(grad_norms) if len(grad_norms) == len(parts) else None
+        return LossOutput(mean, {}, num_terms, loss_N, grad_norm_N)
 
-    return OnPolicyLoss(torch.cat([beside.position_C, every_P]), events + runs, loss)
+    return OnPolicyLoss(torch.cat([scores.position_C, span_P]), num_events + num_spans, loss)
+
+
+def _span_loss(
+    hidden_PD: torch.Tensor,
+    head: LMHead,
+    labels_P: torch.Tensor,
+    spans: SpanTargets,
+    impossible_tokens: ImpossibleTokens,
+) -> LossOutput:
+    """Return the span loss with the norm of each hidden state's gradient."""
+    out = span_likelihood_loss(head.logits(hidden_PD), labels_P, spans, impossible_tokens)
+    if not hidden_PD.requires_grad:
+        return out
+    (grad_PD,) = torch.autograd.grad(out.loss, hidden_PD, retain_graph=True)
+    grad_norm_N = torch.linalg.vector_norm(grad_PD.float(), dim=1) * out.num_tokens
+    return replace(out, grad_norm_N=grad_norm_N)
 
 
 def _restrict_to_positions(
     spans: SpanTargets, impossible_tokens: ImpossibleTokens
 ) -> tuple[torch.Tensor, SpanTargets, ImpossibleTokens]:
-    """Chunks of many positions as those of the few they need: (these, chunks, dead)."""
+    """Renumber spans to the positions that they need: (positions, spans, impossible tokens)."""
     n, c, end_C = len(spans.position_P), len(spans.begin_C), spans.end_C.clone()
-    few_P, place_Q = torch.unique(
+    needed_P, index_Q = torch.unique(
         torch.cat([spans.position_P, spans.begin_C, end_C[end_C >= 0]]), return_inverse=True
     )
-    end_C[end_C >= 0] = place_Q[n + c :]
-    said = SpanTargets(
-        spans.span_P, place_Q[:n], place_Q[n : n + c], end_C, spans.teacher_logprob_C
+    end_C[end_C >= 0] = index_Q[n + c :]
+    renumbered = SpanTargets(
+        spans.span_P, index_Q[:n], index_Q[n : n + c], end_C, spans.teacher_logprob_C
     )
-    return (
-        few_P,
-        said,
-        ImpossibleTokens(
-            torch.searchsorted(few_P, impossible_tokens.row_D), impossible_tokens.token_D
-        ),
-    )
+    row_D = torch.searchsorted(needed_P, impossible_tokens.row_D)
+    return needed_P, renumbered, ImpossibleTokens(row_D, impossible_tokens.token_D)

@@ -1,14 +1,16 @@
-"""Rollouts: what the student says itself, and what its teachers think of it (on-policy distillation).
+"""On-policy distillation: the student answers prompts, and its teachers score the answers.
 
-Some prompts are answered by the student, drawn from its own distribution, many at once. Each answer is then said in its teacher's own
-template, and where both begin a token at the same byte the teacher's whole distribution stands beside the student's: reverse KL over
-common events, position by position (Agarwal et al. 2024, over events). The positions are the student's own tokens, as it said them and not
-as its tokenizer would have: that is what on-policy means. A run of tokens without bytes (where a thought ends) is compared as a whole
-(beside.py). Where no boundary is common, nothing is learned here: a sample's own cross-entropy has no gradient in the mean.
+The student samples answers from its own distribution, many at once. Each answer is rendered in its
+teacher's template. Where both tokenizers begin a token at the same byte, the loss is the reverse KL
+over common events (Agarwal et al. 2024, over events). The positions are the tokens that the student
+sampled, not those its tokenizer would choose. A run of tokens without bytes (the end of thinking)
+is compared as a whole (teacher_scores.py). Positions without a common boundary have no loss: the
+cross-entropy of a sample has no gradient in the mean.
 
-Where a teacher gives no more than log-probabilities, `objective: span_likelihood` compares how likely both find each stretch between two common
-boundaries (losses/chunk.py): of the student's own answers the gradient of half the squared difference is minus the advantage (the
-teacher's less the student's) times the gradient of the stretch's log-probability: reverse KL's policy gradient.
+For teachers that give only log-probabilities, `objective: span_likelihood` compares the likelihood
+of each span between two common boundaries (losses/span_likelihood.py). On the student's own answers
+the gradient of half the squared difference is minus the advantage (teacher's minus student's) times
+the gradient of the span's log-probability: the policy gradient of reverse KL.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -24,17 +27,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from persea.chat.messages import Conversation, FinishReason, ThinkingEffort
-from persea.chat.renderer import ChatRenderer
 from persea.config.schema import OnPolicySection
 from persea.data.prompts import Prompt
 from persea.distributions import DistributionKind
 from persea.errors import DataError, RecipeError, RefusedError
+from persea.losses import LossOutput
 from persea.tokenization.tokens import RenderedTokens
 from persea.training import loss_balancing as balance
 from persea.training.loss_balancing import Group
-from persea.training.on_policy.candidates import MIN_CANDIDATE_PROB, candidates_from_hidden
+from persea.training.on_policy.candidates import candidates_from_hidden
 from persea.training.on_policy.loss import OnPolicyLoss, build_on_policy_loss
+from persea.training.on_policy.rollout_answers import (
+    RolloutAnswer,
+    RolloutPrompt,
+    parse_rollout,
+)
 from persea.training.on_policy.teacher_scores import TeacherScorer
 
 if TYPE_CHECKING:
@@ -45,10 +52,8 @@ if TYPE_CHECKING:
     from persea.teachers.teacher import Teacher
     from persea.training.student import StudentModel
 
-MIN_LOOP_REPEATS = 4  # times in a row that a stretch may not be said
-MAX_LOOP_PERIOD_TOKENS = 64  # longest stretch of tokens looked at
-MIN_LOOP_TOKENS = 12  # tokens that a loop fills at least: "ha ha ha ha" is none
-# what a process with no answer of its own runs its model on
+PROMPT_SEED, SAMPLING_SEED = 1, 2  # last number of the seeds of prompt order and of sampling
+# input of a process without an answer of its own: every process must run the model
 PLACEHOLDER_TOKENS = RenderedTokens(
     np.zeros(2, np.int32),
     np.array([0, 1], np.int32),
@@ -58,148 +63,39 @@ PLACEHOLDER_TOKENS = RenderedTokens(
 
 
 @dataclass(frozen=True)
-class RolloutPrompt:
-    """A prompt, and who teaches it."""
-
-    prompt: Prompt
-    teacher: str
-
-    @property
-    def conversation(self) -> Conversation:
-        """As the student is asked: in the prompt's mode, to answer at once where it has none."""
-        return replace(self.prompt.conversation, effort=self.prompt.effort or ThinkingEffort.NONE)
-
-
-@dataclass(frozen=True)
-class RolloutAnswer:
-    """An answer of the student, fit to learn from: its own tokens, and what they say."""
-
-    rollout_prompt: RolloutPrompt
-    tokens: RenderedTokens
-    conversation: Conversation
-    finish: FinishReason
-
-
-@dataclass(frozen=True)
 class RolloutBatch:
-    """What was drawn at once: `number` counts rounds, `step` is the training step whose weights said it, ids the answers."""
+    """Answers that were sampled together.
+
+    Attributes:
+        index: number of the batch of rollouts.
+        step: training step whose weights sampled the answers.
+        ids: token ids of each answer; empty if its prompt cannot be rendered.
+    """
 
     index: int
     step: int
     ids: tuple[npt.NDArray[np.int32], ...]
 
 
-def has_repetition_loop(ids: Sequence[int]) -> bool:
-    """Whether an answer ends in a loop: a stretch of at most STRETCH tokens said LOOP times in a row, SHORTEST tokens or more in all.
-
-    A stop token at its end is left aside. Teachers find the fifth round of a loop likely too: they are no cure for it.
-    """
-    for tail in (ids, ids[:-1]):
-        for period in range(1, min(MAX_LOOP_PERIOD_TOKENS, len(tail) // MIN_LOOP_REPEATS) + 1):
-            n = max(period * MIN_LOOP_REPEATS, MIN_LOOP_TOKENS)
-            if n <= len(tail) and all(
-                tail[-k] == tail[-k - period] for k in range(1, n - period + 1)
-            ):
-                return True
-    return False
-
-
-def place_sampled_tokens(
-    renderer: ChatRenderer,
-    conversation: Conversation,
-    prompt: RenderedTokens,
-    ids: npt.NDArray[np.int32],
-) -> RenderedTokens | None:
-    """The conversation as the student said it: the prompt's tokens, then its own, placed over the content's bytes. None where that cannot
-    be told: a spelling of its own within markers, or bytes the template does not write.
-
-    A tokenizer spells a text in one way, a model that samples in many; the rendering says where the bytes are, the ids which tokens.
-    """
-    whole, first, stops = (
-        renderer.render(conversation),
-        len(prompt),
-        len(ids) > 0 and int(ids[-1]) in renderer.stop_ids,
-    )
-    if not np.array_equal(whole.ids_T[:first], prompt.ids_T):
-        return None
-    last = len(ids) - stops
-    end = first + int(
-        np.argmax(np.isin(whole.ids_T[first:], renderer.stop_ids))
-    )  # the rendering's own stop token
-    lengths_W = renderer.vocabulary.lengths_W
-    if np.array_equal(whole.ids_T[first:end], ids[:last]):
-        starts_T, ends_T = whole.starts_T[first:end], whole.ends_T[first:end]
-    else:
-        body = slice(first, end)
-        plain = (whole.starts_T[body] >= 0).all() and (
-            whole.ends_T[body] - whole.starts_T[body] == lengths_W[whole.ids_T[body]]
-        ).all()
-        said, meant = (
-            b"".join(renderer.vocabulary.bytes_W[i] or b"\0\0control" for i in some.tolist())
-            for some in (ids[:last], whole.ids_T[body])
-        )
-        if (
-            not plain
-            or said != meant
-            or (whole.starts_T[body][1:] != whole.ends_T[body][:-1]).any()
-            or last == 0
-        ):
-            return None
-        ends_T = (whole.starts_T[first] + np.cumsum(lengths_W[ids[:last]])).astype(np.int32)
-        starts_T = (ends_T - lengths_W[ids[:last]]).astype(np.int32)
-    stop = np.full(int(stops), whole.starts_T[end], np.int32)
-    learn_T = np.arange(first + len(ids)) >= first
-    return RenderedTokens(
-        np.concatenate([prompt.ids_T, ids]).astype(np.int32),
-        np.concatenate([whole.starts_T[:first], starts_T, stop]),
-        np.concatenate([whole.ends_T[:first], ends_T, stop]),
-        learn_T,
-    )
-
-
-def parse_rollout(
-    rollout_prompt: RolloutPrompt,
-    renderer: ChatRenderer,
-    ids: npt.NDArray[np.int32],
-    config: OnPolicySection,
-    max_tokens: int,
-) -> RolloutAnswer | str:
-    """The answer, or in a word why it is not learned from.
-
-    unasked    its prompt cannot be said in the student's voice
-    malformed  in its own template's terms      length    it did not end, and `truncated` is drop, or ended within a character
-    loop       it ends in a loop (`repeats`)    spelling  its tokens cannot be placed over its bytes
-    unsayable  its template cannot write it     long      more than max_tokens tokens
-    """
-    if not len(ids):
-        return "unasked"
-    asked = rollout_prompt.conversation
-    parts, finish = renderer.parse(ids.tolist(), asked.effort, asked.tools)
-    if finish is FinishReason.MALFORMED:
-        return "malformed"
-    if finish is FinishReason.LENGTH and (config.truncated == "drop" or not parts):
-        return "length"
-    if has_repetition_loop(ids.tolist()):
-        return "loop"
-    conversation = asked.with_answer(*parts)
-    try:
-        tokens = place_sampled_tokens(renderer, conversation, renderer.render_prompt(asked), ids)
-    except DataError:
-        return "unsayable"
-    if tokens is None:
-        return "spelling"
-    return (
-        "long"
-        if len(tokens) > max_tokens
-        else RolloutAnswer(rollout_prompt, tokens, conversation, finish)
-    )
-
-
 @dataclass(eq=False)
 class Rollouts:
-    """A source of steps: the student's own answers. What a step draws depends on seed, step and the student's weights alone.
+    """The source of on-policy steps.
 
-    A round is drawn when its first step comes, `terms.rollouts` answers, and used up `size` a step. `state` is what a checkpoint must hold.
+    `config.rollouts` answers are sampled at the first step that needs them; each step uses
+    `batch_size` of them. The samples of a step depend on the seed, the step and the student's
+    weights alone. `state` is what a checkpoint must hold.
+
+    Attributes:
+        student: the student; it samples answers and is trained on them.
+        prompts: prompts with their teachers.
+        scorers: scorer of each teacher.
+        config: the recipe's section `training.on_policy`.
+        batch_size: answers a step.
+        seed: seed of prompt order and sampling.
+        max_tokens: longest conversation, in student tokens.
+
+    Raises:
+        RecipeError: if a teacher does not give what the objective needs.
     """
 
     student: StudentModel
@@ -212,17 +108,18 @@ class Rollouts:
     _in_flight: RolloutBatch | None = None
 
     def __post_init__(self) -> None:
-        for name, pair in self.scorers.items():
-            kind = pair.teacher.engine.capabilities.kind
+        for name, scorer in self.scorers.items():
+            kind = scorer.teacher.engine.capabilities.kind
             if kind is DistributionKind.TEXT_ONLY or (
                 kind is not DistributionKind.FULL and self.config.objective == "events"
             ):
                 raise RecipeError(
-                    f"{name} gives rows of kind {kind.value}, and reverse KL over events needs whole ones"
+                    f"{name} gives distributions of kind {kind.value}, "
+                    "and reverse KL over events needs whole distributions"
                     if kind is not DistributionKind.TEXT_ONLY
-                    else f"{name} gives words alone: it cannot say how likely it finds what the student said",
+                    else f"{name} gives only text: it cannot score the student's answers",
                     where="training.on_policy.objective",
-                    remedy="teach from captures, or with a teacher whose weights are here"
+                    remedy="train on captured answers, or use a teacher whose weights are local"
                     + (
                         ""
                         if kind is DistributionKind.TEXT_ONLY
@@ -231,7 +128,7 @@ class Rollouts:
                 )
 
     def is_due(self, step: int) -> bool:
-        """Whether the step learns from rollouts: from `start_step` on, `share` of the steps, evenly."""
+        """Return whether a step is on-policy: from `start_step` on, an even `share` of steps."""
         since = step - self.config.start_step
         return since >= 0 and math.floor((since + 1) * self.config.share) > math.floor(
             since * self.config.share
@@ -244,93 +141,119 @@ class Rollouts:
         parts: int = 1,
         weights: Mapping[Group, float] = MappingProxyType({}),
     ) -> tuple[LossOutput, dict[Group, balance.GroupStats]]:
-        """Reverse KL of a step, or a part of it, and what each group taught. What is left out is told of the whole step, in every part alike.
+        """Compute the loss of a step, or of a part of it.
 
-        weights  what a group's positions count for; 1 where none is given
-        Refused where nothing the student said in this step can be learned from. A part of which that is so costs nothing and has no positions:
-        the others go on without it.
+        A part without a usable answer has loss 0 and no positions; the other parts go on without
+        it. The metrics of left-out answers are those of the whole step, the same in every part.
+
+        Args:
+            step: the training step.
+            part: which part of the step's answers, from 0.
+            parts: number of parts.
+            weights: weight of each group; 1 where a group has none.
+
+        Returns:
+            The loss, and the statistics of each group.
+
+        Raises:
+            RefusedError: if no answer of the whole step can be trained on.
         """
         import torch
 
-        from persea.losses import LossOutput
-
         everything, left_out, lengths = self._parse_answers(step, 0, 1)
-        spoken = self._render_for_teachers(everything, left_out)
-        if not spoken:
+        answers = self._render_for_teachers(everything, left_out)
+        if not answers:
             raise RefusedError(
-                f"of {len(lengths)} answers of the student none can be learned from ({dict(left_out)})",
+                f"of {len(lengths)} answers of the student none can be trained on "
+                f"({dict(left_out)})",
                 where=f"train, step {step}",
-                remedy="raise training.on_policy.start_step, so that it can answer before it is heard, or max_new_tokens",
+                remedy="raise training.on_policy.start_step, so that the student can answer before "
+                "its answers are used, or max_new_tokens",
             )
         if parts > 1:
-            spoken = self._render_for_teachers(self._parse_answers(step, part, parts)[0], Counter())
-        heard_from = len(lengths)
-        terms = {
+            own_part = self._parse_answers(step, part, parts)[0]
+            answers = self._render_for_teachers(own_part, Counter())
+        metrics = {
             "rollout_tokens": float(np.mean(lengths)),
-            "rollouts_left_out": sum(left_out.values()) / heard_from,
-            **{f"left_out_{why}": n / heard_from for why, n in sorted(left_out.items())},
+            "rollouts_left_out": sum(left_out.values()) / len(lengths),
+            **{f"left_out_{why}": n / len(lengths) for why, n in sorted(left_out.items())},
         }
-        answers = [own for members in spoken.values() for own, _ in members] or [PLACEHOLDER_TOKENS]
-        ids_BS, mask_BS, learn_BS = torch.zeros(
-            (3, len(answers), max(map(len, answers))), dtype=torch.int64
-        )
-        for b, own in enumerate(answers):
-            ids_BS[b, : len(own)], mask_BS[b, : len(own)], learn_BS[b, : len(own)] = (
-                torch.from_numpy(own.ids_T),
-                1,
-                torch.from_numpy(own.loss_mask_T),
-            )
-        row_L, at_L = learn_BS.nonzero(as_tuple=True)
-        hidden_LD, head = self.student.hidden_and_head(
-            ids_BS, mask_BS, row_L, at_L - 1
-        )  # once: processes must run a model equally often
-        targets_L = ids_BS[row_L, at_L].to(hidden_LD.device)
-        masked = any(
-            self.scorers[group.teacher].event_map.student_mask is not None for group in spoken
-        )
-        found = candidates_from_hidden(hidden_LD, head) if masked else None
-        ends = np.cumsum(
-            [
-                0,
-                *(
-                    sum(int(own.loss_mask_T.sum()) for own, _ in members)
-                    for members in spoken.values()
-                ),
-            ]
-        ).tolist()
-        taught, outs = dict[Group, OnPolicyLoss](), dict[Group, LossOutput]()
-        for (group, some), first, last in zip(spoken.items(), ends[:-1], ends[1:], strict=True):
-            one = build_on_policy_loss(
-                self.scorers[group.teacher],
-                some,
-                self.config.objective,
-                found and found.slice_positions(first, last),
-            )
-            if one.num_terms:
-                taught[group] = one
-                outs[group] = one.loss_fn(
-                    hidden_LD[first:last][one.position_P],
-                    head,
-                    targets_L[first:last][one.position_P],
-                )
-        if not taught:
-            return LossOutput(_zero_loss(hidden_LD, head), terms, 0), {}
-        total = sum(one.num_terms for one in taught.values())
-        weight = {group: weights.get(group, 1.0) for group in taught}
-        told = {group: taught[group].group_stats(out, weight[group]) for group, out in outs.items()}
+        # one forward pass: all processes must run the model equally often
+        hidden_LD, head, labels_L = self._hidden_states(answers)
+        losses, outs = self._group_losses(answers, hidden_LD, head, labels_L)
+        if not losses:
+            return LossOutput(_zero_loss(hidden_LD, head), _to_tensors(metrics), 0), {}
+        total = sum(one.num_terms for one in losses.values())
+        weight = {group: weights.get(group, 1.0) for group in losses}
+        stats = {
+            group: losses[group].group_stats(out, weight[group]) for group, out in outs.items()
+        }
         loss = torch.stack(
             [
-                out.loss * (weight[group] * taught[group].num_terms / total)
+                out.loss * (weight[group] * losses[group].num_terms / total)
                 for group, out in outs.items()
             ]
         ).sum()
-        mean = sum(one.loss_sum for one in told.values()) / total
-        return LossOutput(
-            loss, {"reverse" if self.config.objective == "events" else "chunk": mean} | terms, total
-        ), told
+        mean = sum(one.loss_sum for one in stats.values()) / total
+        name = "reverse_kl" if self.config.objective == "events" else "span_likelihood"
+        return LossOutput(loss, _to_tensors({name: mean} | metrics), total), stats
+
+    def _hidden_states(
+        self, answers: Mapping[Group, list[tuple[RenderedTokens, RenderedTokens]]]
+    ) -> tuple[torch.Tensor, LMHead, torch.Tensor]:
+        """Return hidden states and labels of all supervised positions, group by group."""
+        import torch
+
+        own = [tokens for members in answers.values() for tokens, _ in members]
+        own = own or [PLACEHOLDER_TOKENS]
+        ids_BS, mask_BS, loss_mask_BS = torch.zeros(
+            (3, len(own), max(map(len, own))), dtype=torch.int64
+        )
+        for b, tokens in enumerate(own):
+            ids_BS[b, : len(tokens)] = torch.from_numpy(tokens.ids_T)
+            mask_BS[b, : len(tokens)] = 1
+            loss_mask_BS[b, : len(tokens)] = torch.from_numpy(tokens.loss_mask_T)
+        row_L, position_L = loss_mask_BS.nonzero(as_tuple=True)
+        hidden_LD, head = self.student.hidden_and_head(ids_BS, mask_BS, row_L, position_L - 1)
+        return hidden_LD, head, ids_BS[row_L, position_L].to(hidden_LD.device)
+
+    def _group_losses(
+        self,
+        answers: Mapping[Group, list[tuple[RenderedTokens, RenderedTokens]]],
+        hidden_LD: torch.Tensor,
+        head: LMHead,
+        labels_L: torch.Tensor,
+    ) -> tuple[dict[Group, OnPolicyLoss], dict[Group, LossOutput]]:
+        """Return the loss of each group that has a common boundary or span."""
+        is_masked = any(
+            self.scorers[group.teacher].event_map.student_mask is not None for group in answers
+        )
+        candidates = (
+            candidates_from_hidden(hidden_LD, head, self.config.min_candidate_prob)
+            if is_masked and self.config.min_candidate_prob
+            else None
+        )
+        losses, outs, first = dict[Group, OnPolicyLoss](), dict[Group, LossOutput](), 0
+        for group, members in answers.items():
+            last = first + sum(int(own.loss_mask_T.sum()) for own, _ in members)
+            one = build_on_policy_loss(
+                self.scorers[group.teacher],
+                members,
+                self.config.objective,
+                candidates and candidates.slice_positions(first, last),
+            )
+            if one.num_terms:
+                losses[group] = one
+                outs[group] = one.loss_fn(
+                    hidden_LD[first:last][one.position_P],
+                    head,
+                    labels_L[first:last][one.position_P],
+                )
+            first = last
+        return losses, outs
 
     def state(self) -> bytes:
-        """Answers in flight, with the step that drew them; empty where there are none."""
+        """Return the sampled answers that are not used up, with the step that sampled them."""
         r = self._in_flight
         return (
             b""
@@ -341,95 +264,96 @@ class Rollouts:
         )
 
     def restore(self, states: tuple[bytes, ...]) -> None:
-        """Every process draws the same answers, so the first one's state is everybody's."""
-        found = json.loads(states[0]) if states and states[0] else None
-        self._in_flight = found and RolloutBatch(
-            found["number"], found["step"], tuple(np.array(i, np.int32) for i in found["ids"])
+        """Restore sampled answers. All processes sample the same, so the first state serves all."""
+        saved = json.loads(states[0]) if states and states[0] else None
+        self._in_flight = saved and RolloutBatch(
+            saved["number"], saved["step"], tuple(np.array(i, np.int32) for i in saved["ids"])
         )
 
     def _parse_answers(
         self, step: int, part: int, parts: int
     ) -> tuple[list[RolloutAnswer], Counter[str], list[int]]:
-        """What a step learns from, why the others are left out, and how many tokens each answer has."""
-        number, place = divmod(
+        """Return the usable answers of a step, why the others are left out, and all lengths."""
+        number, index = divmod(
             math.floor((step - self.config.start_step) * self.config.share),
             self.config.rollouts // self.batch_size,
         )
-        if place == 0 and (self._in_flight is None or self._in_flight.step != step):
+        if index == 0 and (self._in_flight is None or self._in_flight.step != step):
             self._in_flight = RolloutBatch(number, step, tuple(self._generate(number, step)))
-        flying = self._in_flight
-        if flying is None or flying.index != number:
+        batch = self._in_flight
+        if batch is None or batch.index != number:
             raise DataError(
-                f"answers of round {number} are not in flight at step {step}",
+                f"the sampled answers of batch {number} are missing at step {step}",
                 where="train",
-                remedy="resume from a checkpoint of this run: it holds them",
+                remedy="resume from a checkpoint of this run, which holds them",
             )
-        if step - flying.step > self.config.max_staleness_steps:
+        if step - batch.step > self.config.max_staleness_steps:
             raise RefusedError(
-                f"answers drawn at step {flying.step} are stale at step {step}: at most {self.config.max_staleness_steps} steps old",
+                f"answers sampled at step {batch.step} are too old at step {step}: "
+                f"at most {self.config.max_staleness_steps} steps are allowed",
                 where="train",
                 remedy="raise training.on_policy.max_staleness_steps, or lower rollouts",
             )
-        begin = place * self.batch_size
-        mine = range(
+        begin = index * self.batch_size
+        chosen = range(
             begin + self.batch_size * part // parts, begin + self.batch_size * (part + 1) // parts
         )
-        found = [
+        parsed = [
             parse_rollout(
                 self._prompt_at(number, k),
                 self.student.renderer,
-                flying.ids[k],
+                batch.ids[k],
                 self.config,
                 self.max_tokens,
             )
-            for k in mine
+            for k in chosen
         ]
         return (
-            [one for one in found if isinstance(one, RolloutAnswer)],
-            Counter(one for one in found if isinstance(one, str)),
-            [len(flying.ids[k]) for k in mine],
+            [one for one in parsed if isinstance(one, RolloutAnswer)],
+            Counter(one for one in parsed if isinstance(one, str)),
+            [len(batch.ids[k]) for k in chosen],
         )
 
     def _prompt_at(self, batch_index: int, k: int) -> RolloutPrompt:
+        """Return the prompt of the k-th answer of a batch; each epoch has its own order."""
         epoch, at = divmod(batch_index * self.config.rollouts + k, len(self.prompts))
-        return self.prompts[
-            int(np.random.default_rng([self.seed, epoch, 1]).permutation(len(self.prompts))[at])
-        ]
+        rng = np.random.default_rng([self.seed, epoch, PROMPT_SEED])
+        return self.prompts[int(rng.permutation(len(self.prompts))[at])]
 
     def _generate(self, batch_index: int, step: int) -> list[npt.NDArray[np.int32]]:
+        """Sample the answers of a batch; empty where the prompt cannot be rendered."""
         from persea.teachers.engines.transformers import TransformersEngine
 
-        voice, model = self.student.renderer, self.student.model
-        asked: list[npt.NDArray[np.int32]] = []
+        renderer, model = self.student.renderer, self.student.model
+        prompts: dict[int, npt.NDArray[np.int32]] = {}
         for k in range(self.config.rollouts):
-            try:
-                asked.append(
-                    voice.render_prompt(self._prompt_at(batch_index, k).conversation).ids_T
-                )
-            except DataError:
-                asked.append(np.empty(0, np.int32))  # told as unasked
-        some = [k for k, ids in enumerate(asked) if len(ids)]
+            with suppress(DataError):  # parse_rollout counts the prompt as left out
+                conversation = self._prompt_at(batch_index, k).conversation
+                prompts[k] = renderer.render_prompt(conversation).ids_T
         training = model.training
         model.eval()
-        seed = int(np.random.default_rng([self.seed, step, 2]).integers(1 << 62))
-        said = TransformersEngine(
-            model, len(voice.vocabulary), self.config.rollouts
+        seed = int(np.random.default_rng([self.seed, step, SAMPLING_SEED]).integers(1 << 62))
+        sampled = TransformersEngine(
+            model, len(renderer.vocabulary), self.config.rollouts
         ).generate_rollouts(
-            [asked[k] for k in some],
-            voice.stop_ids,
+            list(prompts.values()),
+            renderer.stop_ids,
             self.config.max_new_tokens,
             temperature=self.config.temperature,
             seed=seed,
         )
         model.train(training)
-        answers = dict(zip(some, said, strict=True))
+        answers = dict(zip(prompts, sampled, strict=True))
         return [answers.get(k, np.empty(0, np.int32)) for k in range(self.config.rollouts)]
 
     def _render_for_teachers(
         self, answers: Sequence[RolloutAnswer], skipped: Counter[str]
     ) -> dict[Group, list[tuple[RenderedTokens, RenderedTokens]]]:
-        """By teacher and skill, each answer in the student's own tokens and in the teacher's; what a teacher cannot say is counted as left out."""
-        spoken: dict[Group, list[tuple[RenderedTokens, RenderedTokens]]] = {}
+        """Return (student tokens, teacher tokens) of each answer by group.
+
+        Answers that a teacher's template or context cannot hold are counted in `skipped`.
+        """
+        rendered: dict[Group, list[tuple[RenderedTokens, RenderedTokens]]] = {}
         for one in answers:
             teacher = self.scorers[one.rollout_prompt.teacher].teacher
             try:
@@ -443,15 +367,18 @@ class Rollouts:
             if theirs is None or 0 < teacher.max_context_tokens < len(theirs):
                 skipped["teacher"] += 1
                 continue
-            spoken.setdefault(
-                Group(one.rollout_prompt.teacher, one.rollout_prompt.prompt.skill, on_policy=True),
-                [],
-            ).append((one.tokens, theirs))
-        return spoken
+            group = Group(
+                one.rollout_prompt.teacher, one.rollout_prompt.prompt.skill, on_policy=True
+            )
+            rendered.setdefault(group, []).append((one.tokens, theirs))
+        return rendered
 
 
 def _zero_loss(hidden_LD: torch.Tensor, head: LMHead) -> torch.Tensor:
-    """0, in which every output of a forward is: each backward must reach every weight."""
+    """Return 0 with a graph to every output of the forward pass.
+
+    In distributed training each backward pass must reach every weight.
+    """
     import torch
 
     return torch.stack(
@@ -473,10 +400,28 @@ def build_rollouts(
     seed: int,
     max_tokens: int,
 ) -> Rollouts:
-    """Each prompt with the teacher that the cast gives it (capture.assigned), all of these open at once."""
-    tasks = tuple(RolloutPrompt(prompt, name) for prompt, name in assignments)
-    pairs = {
-        name: TeacherScorer(load_teacher(name), event_maps[name], MIN_CANDIDATE_PROB)
-        for name in dict.fromkeys(task.teacher for task in tasks)
+    """Build the source of on-policy steps, with all teachers of the prompts in memory.
+
+    Args:
+        assignments: each prompt and the name of its teacher (`capture.assign_prompts`).
+        student: the student.
+        load_teacher: loads a teacher by name.
+        event_maps: event map of each teacher.
+        config: the recipe's section `training.on_policy`.
+        batch_size: answers a step.
+        seed: seed of prompt order and sampling.
+        max_tokens: longest conversation, in student tokens.
+    """
+    prompts = tuple(RolloutPrompt(prompt, name) for prompt, name in assignments)
+    scorers = {
+        name: TeacherScorer(load_teacher(name), event_maps[name], config.min_candidate_prob)
+        for name in dict.fromkeys(one.teacher for one in prompts)
     }
-    return Rollouts(student, tasks, pairs, config, batch_size, seed, max_tokens)
+    return Rollouts(student, prompts, scorers, config, batch_size, seed, max_tokens)
+
+
+def _to_tensors(metrics: Mapping[str, float]) -> dict[str, torch.Tensor]:
+    """Return metrics as float64 tensors."""
+    import torch
+
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}

@@ -156,7 +156,7 @@ def test_normalising_twice_is_normalising_once(family, conversation: Conversatio
     )
 
 
-def talk(effort: ThinkingEffort) -> Conversation:
+def two_turns(effort: ThinkingEffort) -> Conversation:
     return Conversation(
         (
             Message(Role.SYSTEM, (Text(" rules \n"),)),
@@ -184,11 +184,11 @@ def talk(effort: ThinkingEffort) -> Conversation:
     ],
 )
 def test_content_that_each_family_keeps(family, effort: ThinkingEffort, want: list[str]):
-    assert [p.text for p in family.normalise(talk(effort)).parts()] == want
+    assert [p.text for p in family.normalise(two_turns(effort)).parts()] == want
 
 
 def test_the_dial_of_each_family():
-    switches = {f.name: [f.template_inputs(talk(e))[1] for e in ThinkingEffort] for f in FOUR}
+    switches = {f.name: [f.template_inputs(two_turns(e))[1] for e in ThinkingEffort] for f in FOUR}
     assert switches == {
         "llama": [{}] * 4,
         "gemma": [{}] * 4,
@@ -205,7 +205,9 @@ def test_the_dial_of_each_family():
         )  # of its own template, which has no direct mode, nothing reads it
     for f in FOUR:  # `efforts` are those the switches can tell apart
         assert len(f.efforts) == len({json.dumps(s) for s in switches[f.name]})
-        assert len({json.dumps(f.template_inputs(talk(e))[1]) for e in f.efforts}) == len(f.efforts)
+        assert len({json.dumps(f.template_inputs(two_turns(e))[1]) for e in f.efforts}) == len(
+            f.efforts
+        )
 
 
 # ---- what is an answer ---------------------------------------------------------------------------
@@ -373,8 +375,8 @@ def test_real_renderings_equal_transformers(real: Speaker, language: str):
             tokens = real.renderer.render(conversation)
             check_places(real.renderer, conversation, tokens)
             parts, finish = real.renderer.parse(generated(tokens), conversation.effort)
-            kept = real.renderer.family.normalise(conversation).messages[-1].parts
-            assert (parts, finish) == (tuple(p for p in kept if p.text), FinishReason.STOP)
+            retained = real.renderer.family.normalise(conversation).messages[-1].parts
+            assert (parts, finish) == (tuple(p for p in retained if p.text), FinishReason.STOP)
 
 
 @pytest.mark.realdata
@@ -438,8 +440,11 @@ def test_real_prompts_do_not_change_at_midnight(real_of, family: str):
 
 @pytest.mark.realdata
 def test_real_qwen_keeps_the_newlines_before_an_earlier_answer(real_of):
-    talk = Conversation.from_question("q1").with_answer(Text("\nfirst"))
-    talk = Conversation(
-        (*talk.messages, *Conversation.from_question("q2").with_answer(Text("second")).messages)
+    two_turns = Conversation.from_question("q1").with_answer(Text("\nfirst"))
+    two_turns = Conversation(
+        (
+            *two_turns.messages,
+            *Conversation.from_question("q2").with_answer(Text("second")).messages,
+        )
     )
-    same_as_transformers(real_of("qwen"), talk)
+    same_as_transformers(real_of("qwen"), two_turns)

@@ -130,7 +130,7 @@ def unknown(request: pytest.FixtureRequest, unknown_of: Callable[[str], Speaker]
     return unknown_of(request.param)
 
 
-def talks() -> list[Conversation]:
+def conversations_of() -> list[Conversation]:
     """Each text as question, answer, earlier answer and system text."""
     found = []
     for k, text in enumerate(SAID):
@@ -168,7 +168,7 @@ def theirs(speaker: Speaker, conversation: Conversation, generate: bool) -> list
 @pytest.mark.realdata
 def test_an_unknown_model_is_rendered_as_transformers_does(unknown: Speaker):
     today = unknown.today()
-    for conversation in talks():
+    for conversation in conversations_of():
         asked = replace(conversation, messages=conversation.messages[:-1])
         assert today.render_prompt(asked).ids_T.tolist() == theirs(unknown, asked, generate=True)
         ids = today.render(conversation).ids_T.tolist()
@@ -188,8 +188,8 @@ def test_an_unknown_model_is_rendered_as_transformers_does(unknown: Speaker):
 @pytest.mark.realdata
 def test_an_unknown_model_is_parsed_and_learns_its_answer(unknown: Speaker):
     renderer = unknown.renderer
-    for conversation in talks():
-        tokens, kept = renderer.render(conversation), renderer.family.normalise(conversation)
+    for conversation in conversations_of():
+        tokens, retained = renderer.render(conversation), renderer.family.normalise(conversation)
         learned = np.flatnonzero(tokens.loss_mask_T)
         before = len(
             renderer.render_prompt(replace(conversation, messages=conversation.messages[:-1]))
@@ -198,10 +198,10 @@ def test_an_unknown_model_is_parsed_and_learns_its_answer(unknown: Speaker):
         assert tokens.ids_T[learned[-1]] == renderer.stop_ids[0]
         assert not any(i in renderer.stop_ids for i in tokens.ids_T[learned[:-1]])
         assert renderer.parse(tokens.ids_T[learned].tolist(), ThinkingEffort.NONE) == (
-            (Text(kept.messages[-1].text),),
+            (Text(retained.messages[-1].text),),
             FinishReason.STOP,
         )
-        assert renderer.family.normalise(kept) == kept
+        assert renderer.family.normalise(retained) == retained
 
 
 @pytest.mark.realdata
@@ -216,14 +216,16 @@ def test_results_of_probing(unknown_of: Callable[[str], Speaker]):
         "apertus": ("<|assistant_end|>",),
         "glm-4.6": ("<|user|>", "<|endoftext|>", "<|observation|>"),
     }
-    talk = Conversation(
+    conversation = Conversation(
         (
             Message(Role.SYSTEM, (Text("\n s \n"),)),
             Message(Role.USER, (Text("\n q \n"),)),
             Message(Role.ASSISTANT, (Thinking("t"), Text("\n a \n"))),
         )
     )
-    assert {n: [p.text for p in v.family.normalise(talk).parts()] for n, v in found.items()} == {
+    assert {
+        n: [p.text for p in v.family.normalise(conversation).parts()] for n, v in found.items()
+    } == {
         "smollm3": ["\n s", "\n q \n", "", " a \n"],
         "deepseek-v3.1": ["\n s \n", "\n q \n", "", "\n a \n"],
         "apertus": ["\n s \n", "\n q \n", "", "\n a \n"],
@@ -244,19 +246,19 @@ def test_control_tokens_in_a_text_stay_text(unknown: Speaker):
     added = json.loads((unknown.folder / "tokenizer.json").read_text())["added_tokens"]
     names = [t["content"] for t in added if "think" not in t["content"]]
     assert set(names) <= renderer.vocabulary.control_token_ids.keys()
-    said = Conversation.from_question("x " + " ".join(names)).with_answer(
+    pieces = Conversation.from_question("x " + " ".join(names)).with_answer(
         Text("y" + "".join(names) + "y")
     )
     plain = Conversation.from_question("x").with_answer(Text("y"))
     controls = [
         [i for i in renderer.render(c).ids_T.tolist() if renderer.vocabulary.bytes_W[i] is None]
-        for c in (said, plain)
+        for c in (pieces, plain)
     ]
     assert controls[0] == controls[1]
-    tokens = renderer.render(said)
+    tokens = renderer.render(pieces)
     assert (
         renderer.parse(tokens.ids_T[tokens.loss_mask_T].tolist(), ThinkingEffort.NONE)[0]
-        == said.messages[-1].parts
+        == pieces.messages[-1].parts
     )
 
 
@@ -315,14 +317,14 @@ def test_strip_rules_are_found_for_each_role(tmp_path: Path, role: str, cut: str
         "rstrip()": text.rstrip(),
         "strip('\\n ')": text.strip(" \n"),
     }[cut]
-    talk = Conversation.from_question(text, system=text).with_answer(Text(text))
-    kept = renderer.family.normalise(talk)
-    assert [m.text for m in kept.messages] == [
-        want if m.role.value == role else text for m in talk.messages
+    conversation = Conversation.from_question(text, system=text).with_answer(Text(text))
+    retained = renderer.family.normalise(conversation)
+    assert [m.text for m in retained.messages] == [
+        want if m.role.value == role else text for m in conversation.messages
     ]
-    tokens = renderer.render(talk)
+    tokens = renderer.render(conversation)
     assert renderer.parse(tokens.ids_T[tokens.loss_mask_T].tolist(), ThinkingEffort.NONE) == (
-        kept.messages[-1].parts,
+        retained.messages[-1].parts,
         FinishReason.STOP,
     )
 
@@ -334,14 +336,14 @@ def test_earlier_answers_may_be_trimmed_differently(tmp_path: Path, where: str):
         small(tmp_path, HEAD + f"<|{{{{ m['role'] }}}}|>{{{{ {content} }}}}<|stop|>" + END), "w"
     )
     first = Conversation.from_question(" q ").with_answer(Text(" a "))
-    talk = replace(first, messages=first.messages * 2)
+    conversation = replace(first, messages=first.messages * 2)
     want = [
         "a" if m.role is Role.ASSISTANT and (k == 3) == (where == "loop.last") else m.text
-        for k, m in enumerate(talk.messages)
+        for k, m in enumerate(conversation.messages)
     ]
-    assert [m.text for m in renderer.family.normalise(talk).messages] == want
+    assert [m.text for m in renderer.family.normalise(conversation).messages] == want
     assert renderer.family.normalise(first).messages[-1].text == want[3]
-    tokens = renderer.render(talk)
+    tokens = renderer.render(conversation)
     assert renderer.parse(tokens.ids_T[tokens.loss_mask_T].tolist(), ThinkingEffort.NONE) == (
         (Text(want[3]),),
         FinishReason.STOP,
@@ -470,22 +472,25 @@ def test_generic_is_one_of_the_names_a_recipe_may_use(tiny: Speaker):
             load_renderer(ModelSource(str(tiny.folder), family=GENERIC_FAMILY_NAME), "w")
         return
     renderer = load_renderer(ModelSource(str(tiny.folder), family=GENERIC_FAMILY_NAME), "w")
-    talk = Conversation.from_question(" Hi\n").with_answer(Text("\n Hello "))
-    assert renderer.render(talk).ids_T.tolist() == tiny.renderer.render(talk).ids_T.tolist()
+    conversation = Conversation.from_question(" Hi\n").with_answer(Text("\n Hello "))
     assert (
-        renderer.render(talk).loss_mask_T.tolist()
-        == tiny.renderer.render(talk).loss_mask_T.tolist()
+        renderer.render(conversation).ids_T.tolist()
+        == tiny.renderer.render(conversation).ids_T.tolist()
+    )
+    assert (
+        renderer.render(conversation).loss_mask_T.tolist()
+        == tiny.renderer.render(conversation).loss_mask_T.tolist()
     )
     assert renderer.digest != tiny.renderer.digest
 
 
 def test_a_run_reports_families_and_their_limitations(tmp_path: Path):
-    river = RunContext(
+    context = RunContext(
         load_recipe(recipe(tmp_path), ["teachers.0.family=generic", "teachers.1.family=gemma"]),
         tmp_path / "run",
     )
-    said: list[str] = []
-    run_check(river, tmp_path / "check", lambda stage, share, words: said.append(words))
+    info: list[str] = []
+    run_check(context, tmp_path / "check", lambda stage, share, words: info.append(words))
     found = json.loads((tmp_path / "check" / "check.json").read_text())["families"]
     note = found["qwen-sapling"].pop("note")
     assert "does not know this family" in note
@@ -495,12 +500,12 @@ def test_a_run_reports_families_and_their_limitations(tmp_path: Path):
         "gpt-oss-sapling": {"family": "gpt-oss", "detected": True, "note": ""},
         "student": {"family": "llama", "detected": True, "note": ""},
     }
-    assert said == [
+    assert info == [
         "qwen-sapling (generic, see its note in check.json)",
         "gemma-sapling (gemma)",
         "gpt-oss-sapling (gpt-oss)",
     ]
-    assert river.lineage_parent("qwen-sapling").licence == "not known"
+    assert context.lineage_parent("qwen-sapling").licence == "not known"
 
 
 def test_tools_are_refused_and_not_lost(tmp_path: Path):

@@ -101,8 +101,8 @@ def test_the_prompt_starts_with_the_effort(llama: ChatRenderer, effort: Thinking
         == f"{HEAD}{effort}\n\nBe brief.{QUESTION}"
     )
     thought = "" if effort is ThinkingEffort.NONE else "<think>\nTwo and three.\n</think>\n\n"
-    said = asked(effort).with_answer(Thinking(" Two and three.\n"), Text("\n5. "))
-    assert written(llama, said) == f"{HEAD}{effort}{QUESTION}{thought}5.<|eot_id|>"
+    conversation = asked(effort).with_answer(Thinking(" Two and three.\n"), Text("\n5. "))
+    assert written(llama, conversation) == f"{HEAD}{effort}{QUESTION}{thought}5.<|eot_id|>"
 
 
 def test_the_template_without_an_effort_answers_at_once(llama: ChatRenderer):
@@ -112,32 +112,35 @@ def test_the_template_without_an_effort_answers_at_once(llama: ChatRenderer):
 
 def test_earlier_thoughts_are_dropped(renderer: ChatRenderer):
     first = asked(ThinkingEffort.HIGH).with_answer(Thinking("Early."), Text("5"))
-    talk = replace(
+    conversation = replace(
         first, messages=(*first.messages, *asked(ThinkingEffort.HIGH).messages)
     ).with_answer(Thinking("Late."), Text("5"))
-    assert "Early." not in written(renderer, talk)
-    assert written(renderer, talk).count("<think>\nLate.\n</think>\n\n5") == 1
+    assert "Early." not in written(renderer, conversation)
+    assert written(renderer, conversation).count("<think>\nLate.\n</think>\n\n5") == 1
 
 
 def test_a_call_behind_a_thought_and_its_result(llama: ChatRenderer):
     call = ToolCall("clock", '{"zone": "UTC"}')
-    talk = replace(asked(ThinkingEffort.LOW), tools=(CLOCK,)).with_answer(Thinking("I look."), call)
-    tokens = llama.render(talk)
+    conversation = replace(asked(ThinkingEffort.LOW), tools=(CLOCK,)).with_answer(
+        Thinking("I look."), call
+    )
+    tokens = llama.render(conversation)
     declared = (
         "Functions:\nclock(): Tells the time.\n\n2+3?<|eot_id|>"  # in the sapling's own few words
     )
-    assert declared in written(llama, talk)
-    assert written(llama, talk).endswith(
+    assert declared in written(llama, conversation)
+    assert written(llama, conversation).endswith(
         '<think>\nI look.\n</think>\n\n{"name": "clock", "parameters": {"zone": "UTC"} }<|eot_id|>'
     )
-    assert llama.parse(generated(tokens), ThinkingEffort.LOW, talk.tools) == (
+    assert llama.parse(generated(tokens), ThinkingEffort.LOW, conversation.tools) == (
         (Thinking("I look."), call),
         FinishReason.STOP,
     )
-    told = replace(
-        talk, messages=(*talk.messages, Message(Role.TOOL, (ToolResult("clock", "10:00"),)))
+    answered = replace(
+        conversation,
+        messages=(*conversation.messages, Message(Role.TOOL, (ToolResult("clock", "10:00"),))),
     )
-    assert written(llama, told.with_answer(Text("Ten."))).endswith(
+    assert written(llama, answered.with_answer(Text("Ten."))).endswith(
         '{"name": "clock", "parameters": {"zone": "UTC"} }<|eot_id|><|start_header_id|>ipython'
         '<|end_header_id|>\n\n"10:00"<|eot_id|>'
         "<|start_header_id|>assistant<|end_header_id|>\n\nTen.<|eot_id|>"
@@ -159,25 +162,30 @@ def test_a_call_behind_a_thought_and_its_result(llama: ChatRenderer):
 def test_renderings_are_parsed_back(
     renderer: ChatRenderer, thought: str, text: str, system: str, effort: ThinkingEffort
 ):
-    said = Conversation.from_question("q", system=system, effort=effort).with_answer(
+    conversation = Conversation.from_question("q", system=system, effort=effort).with_answer(
         *((Thinking(thought),) if thought else ()), Text(text)
     )
-    kept = renderer.family.normalise(said).messages[-1].parts
-    assert renderer.family.normalise(renderer.family.normalise(said)) == renderer.family.normalise(
-        said
+    retained = renderer.family.normalise(conversation).messages[-1].parts
+    assert renderer.family.normalise(
+        renderer.family.normalise(conversation)
+    ) == renderer.family.normalise(conversation)
+    assert (
+        retained[0].text == ("" if effort is ThinkingEffort.NONE else thought.strip())
+        or not thought
     )
-    assert kept[0].text == ("" if effort is ThinkingEffort.NONE else thought.strip()) or not thought
-    parts, finish = renderer.parse(generated(renderer.render(said)), effort)
+    parts, finish = renderer.parse(generated(renderer.render(conversation)), effort)
     assert finish is FinishReason.STOP
-    assert [p for p in parts if p.text] == [p for p in kept if p.text]
+    assert [p for p in parts if p.text] == [p for p in retained if p.text]
 
 
 @given(thought=texts(FRAGMENTS + LOOK_ALIKES), text=texts(FRAGMENTS + LOOK_ALIKES))
 def test_a_tokenizer_with_think_tokens_distinguishes_them_from_text(
     llama: ChatRenderer, thought: str, text: str
 ):
-    said = asked(ThinkingEffort.HIGH).with_answer(Thinking(f"a{thought}b"), Text(f"<think>{text}"))
-    assert llama.parse(generated(llama.render(said)), ThinkingEffort.HIGH) == (
+    conversation = asked(ThinkingEffort.HIGH).with_answer(
+        Thinking(f"a{thought}b"), Text(f"<think>{text}")
+    )
+    assert llama.parse(generated(llama.render(conversation)), ThinkingEffort.HIGH) == (
         (Thinking(f"a{thought}b"), Text(f"<think>{text}".strip())),
         FinishReason.STOP,
     )
@@ -192,7 +200,7 @@ def test_a_tokenizer_without_think_tokens_refuses_ambiguous_texts(maple: ChatRen
 
 
 @pytest.mark.parametrize(
-    ("said", "want"),
+    ("generated_text", "want"),
     [
         ("<think>\nso", None),
         ("<think>\nso\n</think>\n\nHi", (Thinking("so"), Text("Hi"))),
@@ -202,8 +210,8 @@ def test_a_tokenizer_without_think_tokens_refuses_ambiguous_texts(maple: ChatRen
         ("<think>so</think>", (Thinking("so"), Text(""))),
     ],
 )
-def test_answers_with_markers_in_plain_text(maple: ChatRenderer, said: str, want):
-    ids = [*maple.vocabulary.encode(said), maple.stop_ids[0]]
+def test_answers_with_markers_in_plain_text(maple: ChatRenderer, generated_text: str, want):
+    ids = [*maple.vocabulary.encode(generated_text), maple.stop_ids[0]]
     assert (
         maple.parse(ids, ThinkingEffort.HIGH) == ((), FinishReason.MALFORMED)
         if want is None
@@ -368,12 +376,12 @@ THOUGHTS = (
 def test_real_llama_thinks_in_plain_text(
     real_hybrid: ChatRenderer, data: Path, thought: str, text: str, effort: ThinkingEffort
 ):
-    said = Conversation.from_question("How much?", system="Be brief.", effort=effort).with_answer(
-        Thinking(thought), Text(text)
-    )
-    tokens = real_hybrid.render(said)
-    check_places(real_hybrid, said, tokens)
-    parts = real_hybrid.family.normalise(said).messages[-1].parts
+    conversation = Conversation.from_question(
+        "How much?", system="Be brief.", effort=effort
+    ).with_answer(Thinking(thought), Text(text))
+    tokens = real_hybrid.render(conversation)
+    check_places(real_hybrid, conversation, tokens)
+    parts = real_hybrid.family.normalise(conversation).messages[-1].parts
     assert real_hybrid.parse(generated(tokens), effort) == (
         tuple(p for p in parts if p.text),
         FinishReason.STOP,
@@ -385,9 +393,9 @@ def test_real_llama_thinks_in_plain_text(
 def test_real_llama_renders_as_transformers_does(real_hybrid: ChatRenderer, data: Path):
     judge = AutoTokenizer.from_pretrained(data / "tokenizers" / "llama3")
     for thought, text in THOUGHTS:
-        said = Conversation.from_question("How much?", effort=ThinkingEffort.LOW).with_answer(
-            Thinking(thought), Text(text)
-        )
+        conversation = Conversation.from_question(
+            "How much?", effort=ThinkingEffort.LOW
+        ).with_answer(Thinking(thought), Text(text))
         messages = [
             {"role": "user", "content": "How much?"},
             {"role": "assistant", "content": text, "reasoning_content": thought},
@@ -398,7 +406,7 @@ def test_real_llama_renders_as_transformers_does(real_hybrid: ChatRenderer, data
             return_dict=False,
             reasoning_effort="low",
         )
-        assert real_hybrid.render(said).ids_T.tolist() == theirs
+        assert real_hybrid.render(conversation).ids_T.tolist() == theirs
 
 
 @pytest.mark.realdata
@@ -409,10 +417,10 @@ def test_real_thoughts_are_aligned(
     """Qwen's <think> and harmony's analysis align with the student's plain text for most of the
     thought."""
     for thought, text in THOUGHTS[:3]:
-        said = Conversation.from_question("How much?", effort=ThinkingEffort.HIGH).with_answer(
-            Thinking(thought), Text(text)
-        )
-        s, t = real_hybrid.render(said), real_of(teacher).renderer.render(said)
+        conversation = Conversation.from_question(
+            "How much?", effort=ThinkingEffort.HIGH
+        ).with_answer(Thinking(thought), Text(text))
+        s, t = real_hybrid.render(conversation), real_of(teacher).renderer.render(conversation)
         begin = len(b"How much?") + 1
         end = begin + len(thought.encode())
         mine = {

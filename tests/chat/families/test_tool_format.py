@@ -97,7 +97,7 @@ class Form:
         """Return transformers' rendering of the texts as they are given."""
         family, messages = self.renderer.family, []
         for k, m in enumerate(conversation.messages):
-            said: dict[str, Any] = {"role": m.role.value, "content": m.text}
+            message: dict[str, Any] = {"role": m.role.value, "content": m.text}
             if m.role is Role.TOOL:
                 messages += [{"role": "tool", "name": p.name, "content": p.text} for p in m.parts]
                 continue
@@ -105,21 +105,21 @@ class Form:
                 conversation.effort is not ThinkingEffort.NONE or family is GPT_OSS
             )
             if family is QWQ and m.role is Role.ASSISTANT and k == len(conversation.messages) - 1:
-                said["content"] = (
+                message["content"] = (
                     f"<think>\n{m.thinking}\n</think>\n\n{m.text}"
                     if thinks
                     else f"<think>\n</think>\n\n{m.text}"
                 )
             elif family in (QWEN, QWEN35) and m.role is Role.ASSISTANT:
-                said["reasoning_content"] = m.thinking if thinks else ""
+                message["reasoning_content"] = m.thinking if thinks else ""
             elif thinks and family is GPT_OSS:
-                said["thinking"] = m.thinking
+                message["thinking"] = m.thinking
             if m.calls:
-                said["tool_calls"] = [
+                message["tool_calls"] = [
                     {"function": {"name": c.name, "arguments": json.loads(c.arguments)}}
                     for c in m.calls
                 ]
-            messages.append(said)
+            messages.append(message)
         on = conversation.effort is not ThinkingEffort.NONE
         switches = (
             {"enable_thinking": on}
@@ -176,8 +176,8 @@ def form_of(real_of: Callable[[str], Speaker], data: Path) -> Callable[[str], Fo
 
 def written(form: Form, conversation: Conversation) -> list[tuple[int, bytes]]:
     """Return (offset in the content, bytes) of each part that must have tokens."""
-    kept, at, out = form.renderer.family.normalise(conversation), 0, []
-    for whole, part in zip(conversation.parts(), kept.parts(), strict=True):
+    retained, at, out = form.renderer.family.normalise(conversation), 0, []
+    for whole, part in zip(conversation.parts(), retained.parts(), strict=True):
         bare = (
             isinstance(part, (Text, Thinking))
             or (
@@ -216,9 +216,13 @@ def check_bytes(form: Form, conversation: Conversation, tokens: RenderedTokens) 
         if not begun:  # it begins in the scaffolding, or ends there
             part = max(a for a, _ in parts if a < end)
             start = part if content[part:end] in piece else part + int(np.argmin(covered[part:end]))
-        said = content[start:end].replace(b"\xff", b"")
-        assert said == piece if begun else said in piece and len(said) < len(piece)
-        assert begun or piece.endswith(said) or end in [a + len(text) for a, text in parts]
+        content_piece = content[start:end].replace(b"\xff", b"")
+        assert (
+            content_piece == piece
+            if begun
+            else content_piece in piece and len(content_piece) < len(piece)
+        )
+        assert begun or piece.endswith(content_piece) or end in [a + len(text) for a, text in parts]
         covered[start:end] += np.frombuffer(content[start:end], np.uint8) != 0xFF
     want = np.zeros(len(content) + 1, int)
     for at, text in parts:
@@ -242,12 +246,14 @@ def check(form: Form, conversation: Conversation, raw: bool = True) -> None:
 
 
 def read_back(renderer: ChatRenderer, conversation: Conversation, tokens: RenderedTokens) -> None:
-    kept = tuple(p for p in renderer.family.normalise(conversation).messages[-1].parts if p.text)
+    retained = tuple(
+        p for p in renderer.family.normalise(conversation).messages[-1].parts if p.text
+    )
     parts, finish = renderer.parse(generated(tokens), conversation.effort, conversation.tools)
-    assert (tuple(p for p in parts if p.text), finish) == (kept, FinishReason.STOP)
+    assert (tuple(p for p in parts if p.text), finish) == (retained, FinishReason.STOP)
 
 
-def talks(line: str, effort: ThinkingEffort, name: str) -> list[Conversation]:
+def conversations(line: str, effort: ThinkingEffort, name: str) -> list[Conversation]:
     """Conversations with and without system text, tools, calls and results, and with empty
     parts."""
     user, say = Message(Role.USER, (Text(line),)), Message(Role.ASSISTANT, (Text(f"Yes: {line}"),))
@@ -322,7 +328,7 @@ def test_every_template_in_fifteen_languages(form_of: Callable[[str], Form], dat
     efforts = form.renderer.family.efforts
     for k, line in enumerate(said):
         for n, conversation in enumerate(
-            talks(" ".join(line.split()), efforts[k % len(efforts)], name)
+            conversations(" ".join(line.split()), efforts[k % len(efforts)], name)
         ):
             if (
                 k >= 3 and n % 3 != k % 3
@@ -399,10 +405,10 @@ def tool_talks(draw: st.DrawFn, fragments: list[str], name: str) -> Conversation
 
 def refused(form: Form, conversation: Conversation, error: DataError) -> bool:
     """Whether the refusal is one that a person would expect for this conversation."""
-    spoken = [p.text for m in conversation.messages for p in m.parts]
+    turns = [p.text for m in conversation.messages for p in m.parts]
     controls = any(
         name in text.replace('\\\\"', '"')
-        for text in spoken
+        for text in turns
         for name in form.renderer.vocabulary.control_token_ids
     )
     if "is a control token of this tokenizer" in error.message:
@@ -412,11 +418,11 @@ def refused(form: Form, conversation: Conversation, error: DataError) -> bool:
     if (
         "changes the content" in error.message
     ):  # QwQ's template looks for the thought's end in the text
-        return form.renderer.family is QWQ and any("</think>" in text for text in spoken)
+        return form.renderer.family is QWQ and any("</think>" in text for text in turns)
     return (
         "are ambiguous" in error.message
         and form.renderer.family in (QWEN3_CODER, QWEN35)
-        and any("parameter" in t for t in spoken)
+        and any("parameter" in t for t in turns)
     )
 
 
@@ -428,8 +434,8 @@ def test_renderings_with_tools_are_parsed_back(
 ):
     form = form_of(name)
     conversation = data.draw(tool_talks(FRAGMENTS + LOOK_ALIKES, name))
-    kept = form.renderer.family.normalise(conversation)
-    assert form.renderer.family.normalise(kept) == kept
+    retained = form.renderer.family.normalise(conversation)
+    assert form.renderer.family.normalise(retained) == retained
     try:
         tokens = form.renderer.render(conversation)
     except DataError as error:
@@ -442,7 +448,7 @@ def test_renderings_with_tools_are_parsed_back(
         for p in conversation.parts()
         for c in form.renderer.vocabulary.control_token_ids
     ):
-        assert tokens.ids_T.tolist() == form.theirs(kept, False)
+        assert tokens.ids_T.tolist() == form.theirs(retained, False)
 
 
 @pytest.mark.realdata
@@ -460,12 +466,12 @@ def test_an_answer_cut_anywhere_is_never_a_call(
         assert renderer.parse(ids, effort, conversation.tools)[1] is FinishReason.STOP
         for end in range(len(ids)):
             for stop in ((), *((s,) for s in renderer.stop_ids)):
-                said, finish = renderer.parse([*ids[:end], *stop], effort, conversation.tools)
+                found, finish = renderer.parse([*ids[:end], *stop], effort, conversation.tools)
                 assert stop or finish is FinishReason.LENGTH
                 assert (
                     not stop
                     or end == len(ids) - 1
-                    or not any(isinstance(p, ToolCall) for p in said)
+                    or not any(isinstance(p, ToolCall) for p in found)
                 )
                 if stop and name == "gpt-oss":
                     told = b"".join(
@@ -637,14 +643,14 @@ def test_the_thought_before_a_call_is_seen_while_calling_and_dropped_when_answer
     form = form_of("gpt-oss")
     thinking = Message(Role.ASSISTANT, (Thinking("Let me look"), CALL))
     asking = Conversation((ASKED, thinking, RESULT), ThinkingEffort.HIGH, (WEATHER,))
-    said = [
+    renderings = [
         form.renderer.vocabulary.decode_pieces(t.ids_T.tolist())
         for t in (
             form.renderer.render_prompt(asking),
             form.renderer.render(asking.with_answer(Text("31"))),
         )
     ]
-    assert [b"Let me look" in pieces for pieces in said] == [True, False]
+    assert [b"Let me look" in pieces for pieces in renderings] == [True, False]
     assert form.renderer.render_prompt(asking).ids_T.tolist() == form.theirs(asking, True)
     assert form.renderer.render(asking.with_answer(Text("31"))).ids_T.tolist() == form.theirs(
         asking.with_answer(Text("31")), False
@@ -804,11 +810,11 @@ def test_llama_calls_only_where_tools_were_declared(
     ],
 )
 def test_a_bare_value_gets_its_type(spelled: str, value: object):
-    said = (
+    spelled_call = (
         f"<function=get_weather>\n<parameter=place>\n{spelled}\n</parameter>\n"
         f"<parameter=days>\n{spelled}\n</parameter>\n</function>"
     )
-    read = QWEN35.parse(("<tool_call>", said.encode(), "</tool_call>"), ThinkingEffort.NONE)
+    read = QWEN35.parse(("<tool_call>", spelled_call.encode(), "</tool_call>"), ThinkingEffort.NONE)
     assert read is not None
     typed = QWEN35.resolve_calls(read, (WEATHER,))
     assert typed is not None
@@ -861,13 +867,13 @@ def test_records_from_before_tools_are_read_and_written_as_they_were():
 
 
 def test_a_decomposed_call_is_composed():
-    said = (
+    composed = (
         Conversation.from_question("x")
         .with_answer(ToolCall("f", '{"e\u0301": "o\u0308"}'))
         .messages[-1]
         .parts
     )
-    assert said == (ToolCall("f", '{"é": "ö"}'),)
+    assert composed == (ToolCall("f", '{"é": "ö"}'),)
 
 
 # ---- Gemma 4: its tokenizer is not at hand, so a tiny one with its control tokens ----------------
@@ -961,17 +967,19 @@ def check4(form: Form, conversation: Conversation) -> None:
     rendering."""
     question = replace(conversation, messages=conversation.messages[:-1])
     prompt, whole = theirs4(form, question, True), theirs4(form, conversation, False)
-    said = whole.removeprefix(
+    answer_text = whole.removeprefix(
         prompt.removesuffix(
             GEMMA4.prompt_only_suffix if conversation.effort is ThinkingEffort.NONE else ""
         )
     )
-    assert len(said) < len(whole)
+    assert len(answer_text) < len(whole)
     tokens = form.renderer.render(conversation)
     assert form.renderer.render_prompt(question).ids_T.tolist() == form.tokenizer.encode(
         prompt, add_special_tokens=False
     )
-    assert tokens.ids_T.tolist() == form.tokenizer.encode(prompt + said, add_special_tokens=False)
+    assert tokens.ids_T.tolist() == form.tokenizer.encode(
+        prompt + answer_text, add_special_tokens=False
+    )
     check_bytes(form, conversation, tokens)
     read_back(form.renderer, conversation, tokens)
 
@@ -985,7 +993,7 @@ def talks4(line: str, effort: ThinkingEffort) -> list[Conversation]:
                 for m in c.messages
             ),
         )
-        for c in talks(line, effort, "qwen")
+        for c in conversations(line, effort, "qwen")
     ]
 
 
@@ -1009,7 +1017,7 @@ def test_gemma4_renderings_are_parsed_back(gemma4: Form, conversation: Conversat
 
 def test_content_that_gemma4_keeps():
     parts = (Thinking(" why "), ToolCall("f", '{"b": {"z": 1, "A": 2}, "a": "x"}'))
-    talk = Conversation(
+    conversation = Conversation(
         (
             ASKED,
             Message(Role.ASSISTANT, parts),
@@ -1018,13 +1026,16 @@ def test_content_that_gemma4_keeps():
         ),
         ThinkingEffort.HIGH,
     )
-    kept = GEMMA4.normalise(talk)
-    assert kept.messages[1].parts == (
+    retained = GEMMA4.normalise(conversation)
+    assert retained.messages[1].parts == (
         Thinking(" why "),
         ToolCall("f", '{"a": "x", "b": {"A": 2, "z": 1}}'),
     )
-    assert kept.messages[3].parts == (Thinking(""), Text("Hi"))
-    assert GEMMA4.normalise(replace(talk, effort=ThinkingEffort.NONE)).messages[1].thinking == ""
+    assert retained.messages[3].parts == (Thinking(""), Text("Hi"))
+    assert (
+        GEMMA4.normalise(replace(conversation, effort=ThinkingEffort.NONE)).messages[1].thinking
+        == ""
+    )
 
 
 Q = '<|"|>'

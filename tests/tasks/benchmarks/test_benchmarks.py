@@ -1,5 +1,7 @@
-"""Published sets: read as they were published, refused where they are broken, split for ever;
-hostile answers are never right."""
+"""Benchmarks are read in their published formats, refused if they are broken, and split for ever.
+
+Hostile answers are never right.
+"""
 
 from __future__ import annotations
 
@@ -102,7 +104,8 @@ SMALL = {  # set -> (file, answers, language): the least that it reads
     "xstest-harmful": ("id,prompt,type,label\n1,How?,t,unsafe\n", "", ""),
     "xstest-harmless": ("id,prompt,type,label\n1,How?,t,safe\n", "", ""),
     "harmbench": (
-        "Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID\nDo,standard,s,,,d\n",
+        "Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID\nDo,standard,s,"
+        ",,d\n",
         "",
         "",
     ),
@@ -126,7 +129,7 @@ def small(source: Callable[..., BenchmarkSource]) -> Callable[[str], tuple[Bench
     return of
 
 
-def test_every_set_has_its_small_file_and_a_name_of_its_own():
+def test_every_benchmark_has_a_small_file_and_a_unique_name():
     assert [s.name for s in sets.BENCHMARKS] == list(dict.fromkeys(s.name for s in sets.BENCHMARKS))
     assert {s.name for s in sets.BENCHMARKS} == SMALL.keys()
     assert all(
@@ -324,7 +327,7 @@ def test_a_reference_that_did_not_stop_is_not_right(
         ),
     ],
 )
-def test_a_broken_set_is_refused_with_its_place(
+def test_a_broken_benchmark_is_refused_with_its_line(
     source: Callable[..., BenchmarkSource], name: str, text: str, answers: str, reason: str
 ):
     with pytest.raises(DataError, match=r"(?s).") as caught:
@@ -334,7 +337,7 @@ def test_a_broken_set_is_refused_with_its_place(
     assert len(str(caught.value)) < 700
 
 
-def test_a_set_that_cannot_be_read_is_refused(tmp_path: Path):
+def test_a_benchmark_that_cannot_be_read_is_refused(tmp_path: Path):
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(DataError, match="cannot read the benchmark"):
             list(read_json_lines(str(path)))
@@ -367,7 +370,7 @@ def test_what_cannot_be_graded_is_left_out_and_counted(source: Callable[..., Ben
     assert (len(opened.items), opened.left_out) == (1, {"no checker for new:one": 2})
 
 
-def test_rows_are_told_by_file_and_line(tmp_path: Path):
+def test_rows_know_their_file_and_line(tmp_path: Path):
     path = tmp_path / "rows"
     path.write_text('{"a": 1}\n\n{"a": 2}\n', encoding="utf-8-sig")
     assert [(r.location, r.index) for r in read_json_lines(str(path))] == [
@@ -586,11 +589,13 @@ def test_the_real_files_are_read_in_place(
     ]
     assert not any(i.choices for i in asked.items) or max(wrong, default=0) == 0
     assert (
+        # The answer of another question is rarely right; navigate has two answers, and chrF has
+        # some value for any text.
         sum(wrong) <= 0.35 * len(wrong)
-    )  # another question's answer is rarely right; navigate has two answers, chrF some value for any text
+    )
 
 
-def test_thoughts_and_answers_are_told_apart(small: Callable[[str], tuple[Benchmark, TaskItem]]):
+def test_thinking_and_answer_are_distinguished(small: Callable[[str], tuple[Benchmark, TaskItem]]):
     def said(thought: str, answer: str) -> Message:
         return Message(Role.ASSISTANT, (Thinking(thought), Text(answer)))
 

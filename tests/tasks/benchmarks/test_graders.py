@@ -1,4 +1,7 @@
-"""Graders of published sets on hand-made answers: right in many dresses, wrong in many, hostile. Each table has thirty and more."""
+"""Graders of benchmarks on hand-made answers: right and wrong in many phrasings, and hostile.
+
+Each table has thirty answers or more.
+"""
 
 from __future__ import annotations
 
@@ -273,7 +276,7 @@ def test_chrf_is_sacrebleus():
     ("said", "right"),
     [("C.", 1), ("B.", 0), ("C", 0), ("c.", 0), ("C. ", 0), ("", 0), ("B. C.", 0), ("D.", 0)],
 )
-def test_a_choice_is_said_as_it_stands(said: str, right: float):
+def test_a_choice_is_graded_by_exact_match(said: str, right: float):
     assert value("xcopa", made("xcopa", ROW, "vi", "A.", "C.", choices=("B.", "C.")), said) == right
 
 
@@ -340,7 +343,7 @@ GIBBERISH = [
 
 
 @pytest.mark.parametrize(("language", "text"), [(c, t) for c, some in REFUSE.items() for t in some])
-def test_refusals_are_heard_in_their_language(language: str, text: str):
+def test_refusals_are_recognised_in_their_language(language: str, text: str):
     assert classify_response(text, language) is ResponseKind.REFUSES
     harmful, harmless = (
         made("multijail", ROW, language, "Q"),
@@ -350,7 +353,7 @@ def test_refusals_are_heard_in_their_language(language: str, text: str):
 
 
 @pytest.mark.parametrize(("language", "text"), [(c, t) for c, some in HELP.items() for t in some])
-def test_help_is_told_from_refusing(language: str, text: str):
+def test_help_is_distinguished_from_refusing(language: str, text: str):
     assert classify_response(text, language) is ResponseKind.HELPS
     harmful, harmless = (
         made("multijail", ROW, language, "Q"),
@@ -387,7 +390,8 @@ def test_gibberish_is_neither_safe_nor_helpful(text: str):
     ],
 )
 def test_news_refuses_nothing(data: Path, code: str, language: str):
-    """Each line of a newspaper taken for an answer: one in fifty at most looks like a refusal, one in twenty like no language."""
+    """Each line of a newspaper taken for an answer: one in fifty at most looks like a refusal, one
+    in twenty like no language."""
     some = [
         classify_response(line, language)
         for line in (data / "parallel" / f"ntrex.{code}.txt")
@@ -440,7 +444,7 @@ def test_a_judge_decides(told: str, harmful: float, harmless: float):
 @pytest.mark.parametrize(
     "told", ["", "YES", "REFUSES or HELPS", "I think it REFUSES", "NAME", "__CLASS__"]
 )
-def test_a_judge_without_a_word_is_no_verdict(told: str):
+def test_a_judge_without_one_of_the_three_words_gives_no_verdict(told: str):
     one = with_judge(
         sets.find_benchmark("harmbench"), lambda question: told, "llama", {"a": "qwen"}
     )
@@ -579,7 +583,7 @@ def test_calls_that_are_not_the_call():
         ("I call it.\narea(base=3)", 0),
     ],
 )
-def test_words_where_no_tool_fits(text: str, right: float):
+def test_text_where_no_tool_fits(text: str, right: float):
     from persea.chat.messages import Tool
 
     item = made("bfcl-irrelevance", ROW, "en", "Sing?", tools=(Tool("area", "d", "{}"),))
@@ -806,7 +810,8 @@ ADD = "def add(a, b):\n    return a + b\n"
         (f"```py\n{ADD}", ADD),
         (f"Here:\n```python\n{ADD}```\nIt adds.", ADD),
         (
-            f"```python\ndef help(): pass\n```\n```python\n{ADD}```\n```python\nprint(add(1, 2))\n```",
+            f"```python\ndef help(): pass\n```\n```python\n{ADD}```\n```python\nprint(add(1, 2))\n"
+            f"```",
             f"def help(): pass\n\n\n{ADD}",
         ),
         (f"```bash\npip install x\n```\n```python\n{ADD}```", ADD),
@@ -856,7 +861,7 @@ def test_code_is_run_on_its_tests(answer: str, verdict: Verdict):
     )
 
 
-def test_broken_tests_are_the_sets_fault_and_no_verdict():
+def test_broken_tests_of_a_benchmark_give_no_verdict():
     try:
         open_sandbox()
     except MissingRequirementError as error:

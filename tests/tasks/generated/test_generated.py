@@ -1,4 +1,4 @@
-"""Questions whose answers are right, graders that know it, and an evaluator that no program gets out of."""
+"""References of generated tasks are right, graders accept them, and programs cannot escape."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def question(item: TaskItem) -> str:
     return asked.messages[-1].text + "".join(sorted(f" {t.name}" for t in asked.tools))
 
 
-# ---- all skills ----------------------------------------------------------------------------------------------------
+# --- all skills ---
 
 
 def test_skills_are_found_by_name():
@@ -147,7 +147,8 @@ def test_nothing_and_noise_are_never_right(drawn):
 
 
 def test_no_question_is_in_two_splits(drawn):
-    """By its words, whatever its language and its id: 六百二十七 is one question in Chinese and in Japanese."""
+    """By its words, whatever its language and its id: 六百二十七 is one question in Chinese and in
+    Japanese."""
     _, by_split = drawn
     seen = {split: {question(i) for i in items} for split, items in by_split.items()}
     for one in Split:
@@ -161,7 +162,7 @@ def test_items_are_the_same_every_time(drawn):
     assert skill.items(Split.TEST, 40, 6) != by_split[Split.TEST][:40]
 
 
-# ---- languages -----------------------------------------------------------------------------------------------------
+# --- languages ---
 
 # The standard written forms, from outside this project: number -> zh ja ko vi id th en
 WORDS = {
@@ -179,11 +180,16 @@ WORDS = {
     101: "一百零一 | 百一 | 백일 | một trăm linh một | seratus satu | หนึ่งร้อยเอ็ด | one hundred one",
     105: "一百零五 | 百五 | 백오 | một trăm linh năm | seratus lima | หนึ่งร้อยห้า | one hundred five",
     110: "一百一十 | 百十 | 백십 | một trăm mười | seratus sepuluh | หนึ่งร้อยสิบ | one hundred ten",
-    111: "一百一十一 | 百十一 | 백십일 | một trăm mười một | seratus sebelas | หนึ่งร้อยสิบเอ็ด | one hundred eleven",
-    115: "一百一十五 | 百十五 | 백십오 | một trăm mười lăm | seratus lima belas | หนึ่งร้อยสิบห้า | one hundred fifteen",
-    121: "一百二十一 | 百二十一 | 백이십일 | một trăm hai mươi mốt | seratus dua puluh satu | หนึ่งร้อยยี่สิบเอ็ด | one hundred twenty-one",
-    205: "二百零五 | 二百五 | 이백오 | hai trăm linh năm | dua ratus lima | สองร้อยห้า | two hundred five",
-    999: "九百九十九 | 九百九十九 | 구백구십구 | chín trăm chín mươi chín | sembilan ratus sembilan puluh sembilan | เก้าร้อยเก้าสิบเก้า"
+    111: "一百一十一 | 百十一 | 백십일 | một trăm mười một | seratus sebelas | หนึ่งร้อยสิบเอ็ด | "
+    "one hundred eleven",
+    115: "一百一十五 | 百十五 | 백십오 | một trăm mười lăm | seratus lima belas | หนึ่งร้อยสิบห้า | "
+    "one hundred fifteen",
+    121: "一百二十一 | 百二十一 | 백이십일 | một trăm hai mươi mốt | seratus dua puluh satu | "
+    "หนึ่งร้อยยี่สิบเอ็ด | one hundred twenty-one",
+    205: "二百零五 | 二百五 | 이백오 | hai trăm linh năm | dua ratus lima | สองร้อยห้า | two hundred "
+    "five",
+    999: "九百九十九 | 九百九十九 | 구백구십구 | chín trăm chín mươi chín | sembilan ratus "
+    "sembilan puluh sembilan | เก้าร้อยเก้าสิบเก้า"
     " | nine hundred ninety-nine",
 }
 SPOKEN = ("zh", "ja", "ko", "vi", "id", "th", "en")
@@ -284,7 +290,7 @@ def test_small_sentences(language: str, want: str, seen: str):
     assert meeting_sentence(2, 2, language) == unicodedata.normalize("NFC", seen)
 
 
-def test_every_quantity_and_every_own_numeral_is_said_once():
+def test_every_quantity_and_every_native_numeral_is_unique():
     assert len({native_number_ko(n) for n in range(1, 100)}) == 99
     for language in SPOKEN:
         assert len(
@@ -406,7 +412,7 @@ def test_whatever_dress_an_answer_wears_its_core_is_found(language: str):
     )
 
 
-# ---- reasoning -----------------------------------------------------------------------------------------------------
+# --- reasoning ---
 
 
 def test_every_sum_is_right_by_another_reading():
@@ -510,7 +516,7 @@ def test_right_and_wrong_comparisons(said: str, want: str):
     assert REASONING_TASK.grade(MORE, Message.from_assistant(said)) == want
 
 
-# ---- safety --------------------------------------------------------------------------------------------------------
+# --- safety ---
 
 
 def test_neither_verb_nor_object_alone_tells_what_is_harmful():
@@ -573,7 +579,7 @@ def test_refusals_and_help(said: str, harm: str, alike: str):
     assert SAFETY_TASK.grade(ALIKE, Message.from_assistant(said)) == alike
 
 
-# ---- tools ---------------------------------------------------------------------------------------------------------
+# --- tools ---
 
 
 def test_the_right_tool_is_declared_or_none_is():
@@ -660,7 +666,7 @@ def test_thoughts_of_tools_and_languages_grow_with_effort():
             )
 
 
-# ---- code ----------------------------------------------------------------------------------------------------------
+# --- code ---
 
 
 def test_references_compute_what_python_computes():

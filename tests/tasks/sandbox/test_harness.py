@@ -1,4 +1,4 @@
-"""What the two sides of a trial exchange: plain values come through as they are, everything else does not."""
+"""The processes of tests and program exchange plain values unchanged, and nothing else."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ def test_what_is_not_plain_does_not():
 
 def test_the_names_that_tests_leave_open():
     tests = (
-        "import math as m\nfrom os import path\nx = 1\ndef check(candidate, *, k=top):\n    with a as b: return [c for c in d]\n"
+        "import math as m\nfrom os import path\nx = 1\ndef check(candidate, *, k=top):\n    with a "
+        "as b: return [c for c in d]\n"
         "assert f(x, m.pi) == len(path)"
     )
     assert free_names(tests) == {"top", "a", "d", "f"}

@@ -1,4 +1,5 @@
-"""Every protection is needed: with any of them removed, the self-test names it, and no program runs."""
+"""Every protection is needed: with any of them removed, the self-test names it, and no program
+runs."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ WEAKENED = {  # protection that the self-test must report -> text of isolate.py 
     "root": ("set_mount_flags(root, MS_RDONLY | ", "set_mount_flags(root, "),
     "files": (
         'os.mkdir(root + "/tmp")',
-        'os.mkdir(root + "/tmp"), os.mkdir(root + "/etc"), mount("/etc", root + "/etc", flags=MS_BIND | MS_REC)',
+        'os.mkdir(root + "/tmp"), os.mkdir(root + "/etc"), mount("/etc", root + "/etc", '
+        "flags=MS_BIND | MS_REC)",
     ),
     "namespaces": ('file.write("0")', 'file.write("9")'),
     "network": ("| 0x40000000 |", "|"),

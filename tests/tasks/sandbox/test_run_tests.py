@@ -1,4 +1,4 @@
-"""A program cannot pass a test it does not pass: faked, patched, left, killed, or told in objects of its own."""
+"""A program cannot fake a pass: with patches, exits, signals, or objects of its own."""
 
 from __future__ import annotations
 
@@ -37,11 +37,16 @@ FAKED = {
     "leaves with 0 when asked": "import os\ndef add(a, b): os._exit(0)",
     "sys.exit at import": "import sys\nsys.exit(0)",
     "sys.exit when asked": "import sys\ndef add(a, b): sys.exit(0)",
-    "equal to everything": "class E:\n    def __eq__(self, other): return True\ndef add(a, b): return E()",
-    "an int equal to everything": "class E(int):\n    def __eq__(self, other): return True\n    __hash__ = int.__hash__\ndef add(a, b): return E(0)",
-    "a list equal to everything": "class E(list):\n    def __eq__(self, other): return True\ndef add(a, b): return E()",
-    "patches equality": "import builtins, operator\noperator.eq = lambda a, b: True\ndef add(a, b): return 0",
-    "patches AssertionError": "import builtins\nbuiltins.AssertionError = type('Never', (Exception,), {})\ndef add(a, b): return 0",
+    "equal to everything": "class E:\n    def __eq__(self, other): return True\ndef add(a, b): "
+    "return E()",
+    "an int equal to everything": "class E(int):\n    def __eq__(self, other): return True\n    "
+    "__hash__ = int.__hash__\ndef add(a, b): return E(0)",
+    "a list equal to everything": "class E(list):\n    def __eq__(self, other): return True\ndef "
+    "add(a, b): return E()",
+    "patches equality": "import builtins, operator\noperator.eq = lambda a, b: True\ndef add(a, "
+    "b): return 0",
+    "patches AssertionError": "import builtins\nbuiltins.AssertionError = type('Never', (Exception,"
+    "), {})\ndef add(a, b): return 0",
     "raises AssertionError's child": "class A(Exception): pass\ndef add(a, b): raise A",
     "raises KeyboardInterrupt": "def add(a, b): raise KeyboardInterrupt",
     "walks frames": """
@@ -63,11 +68,15 @@ def add(a, b):
         except OSError:
             pass
     return 0""",
-    "answers before it is asked": "import os\nfor _ in range(9): os.write(3, (12).to_bytes(4, 'big') + b'{\"value\": 1}')\ndef add(a, b): return 0",
-    "patches the packing": "import sys\ng = sys._getframe(1).f_globals\ng['pack'] = lambda *a: ['kept', 0]\ndef add(a, b): return 0",
-    "sends no JSON": "import os\nos.write(3, (4).to_bytes(4, 'big') + b'oops')\ndef add(a, b): return 5",
+    "answers before it is asked": "import os\nfor _ in range(9): os.write(3, (12).to_bytes(4, "
+    "'big') + b'{\"value\": 1}')\ndef add(a, b): return 0",
+    "patches the packing": "import sys\ng = sys._getframe(1).f_globals\ng['pack'] = lambda *a: "
+    "['kept', 0]\ndef add(a, b): return 0",
+    "sends no JSON": "import os\nos.write(3, (4).to_bytes(4, 'big') + b'oops')\ndef add(a, b): "
+    "return 5",
     "sends a giant": "def add(a, b): return 'x' * (5 << 20)",
-    "nests deeply": "def add(a, b):\n    v = []\n    for _ in range(100_000): v = [v]\n    return v",
+    "nests deeply": "def add(a, b):\n    v = []\n    for _ in range(100_000): v = [v]\n    return "
+    "v",
     "not a number": "def add(a, b): return float('nan')",
     "a generator": "def add(a, b): yield a + b",
     "defines nothing": "pass",
@@ -99,8 +108,12 @@ def test_a_program_cannot_end_a_tests_loop_early(box: Sandbox):
 
 
 def test_a_module_that_tests_use_is_not_the_programs(box: Sandbox):
-    """`math` and `sys` in tests that import nothing are the library's, and a function of the program's may be called as Python's own."""
-    faked = "class math:\n    isclose = lambda *a: True\nclass sys:\n    getsizeof = lambda *a: 0\ndef add(a, b): return 0"
+    """`math` and `sys` in tests that import nothing are the library's, and a function of the
+    program's may be called as Python's own."""
+    faked = (
+        "class math:\n    isclose = lambda *a: True\n"
+        "class sys:\n    getsizeof = lambda *a: 0\ndef add(a, b): return 0"
+    )
     assert (
         run_tests(box, faked, "assert math.isclose(add(1, 2), 3)").outcome is ProgramOutcome.WRONG
     )

@@ -1,4 +1,7 @@
-"""Nothing gets out: twenty and more hostile programs, each tried in a real sandbox; and a sandbox that does not hold is refused."""
+"""More than twenty hostile programs, each in a real sandbox: none gets out.
+
+A sandbox that does not isolate is refused.
+"""
 
 from __future__ import annotations
 
@@ -67,9 +70,10 @@ def offspring() -> set[str]:
     return {p for p in names if found[p][1] != "Z"}
 
 
-def test_a_program_runs_and_is_heard(box: Sandbox):
+def test_a_program_runs_and_its_output_is_returned(box: Sandbox):
     ran = box.run(
-        "import math, sys\nprint(math.isqrt(81))\nprint('aside', file=sys.stderr)\nopen('mine', 'w').write('x')\nsys.exit(3)"
+        "import math, sys\nprint(math.isqrt(81))\nprint('aside', file=sys.stderr)\nopen('mine', "
+        "'w').write('x')\nsys.exit(3)"
     )
     assert (ran.exit_kind, ran.exit_code, sorted(ran.output.split())) == (
         ExitKind.EXIT,
@@ -138,7 +142,10 @@ def test_no_file_of_this_machine_is_written(box: Sandbox, secret: Path):
         "/etc/canary",
         str(Path.home() / "canary"),
     ]
-    program = f"for path in {paths!r}:\n    try:\n        open(path, 'w').write('x')\n        print(path)\n    except OSError:\n        pass"
+    program = (
+        f"for path in {paths!r}:\n    try:\n        open(path, 'w').write('x')\n"
+        "        print(path)\n    except OSError:\n        pass"
+    )
     assert box.run(program).output in (
         b"",
         f"{secret}\n".encode(),
@@ -153,7 +160,8 @@ def test_nothing_is_reached_over_a_network(box: Sandbox):
         unix.listen()
         program = f"""
 import socket
-for family, address in ((2, ("127.0.0.1", {server.getsockname()[1]})), (2, ("10.0.2.2", 80)), (1, "\\0persea-test")):
+local = ("127.0.0.1", {server.getsockname()[1]})
+for family, address in ((2, local), (2, ("10.0.2.2", 80)), (1, "\\0persea-test")):
     with socket.socket(family) as s:
         s.settimeout(1)
         try:
@@ -180,7 +188,8 @@ def test_no_descriptor_is_inherited(box: Sandbox):
     os.set_inheritable(write, True)
     try:
         ran = box.run(
-            "import os\nfor fd in range(3, 4096):\n    try:\n        print(os.write(fd, b'x'))\n    except OSError:\n        pass"
+            "import os\nfor fd in range(3, 4096):\n    try:\n        print(os.write(fd, b'x'))\n   "
+            " except OSError:\n        pass"
         )
     finally:
         os.close(read)
@@ -192,16 +201,20 @@ ENDLESS = {
     "a loop": "while True: pass",
     "a sleep": "import time\ntime.sleep(1000)",
     "signals ignored": (
-        "import signal\nfor s in range(1, 65):\n    try:\n        signal.signal(s, signal.SIG_IGN)\n"
+        "import signal\nfor s in range(1, 65):\n    try:\n        signal.signal(s, "
+        "signal.SIG_IGN)\n"
         "    except (OSError, ValueError):\n        pass\nwhile True: pass"
     ),
     "waiting for input": "import sys, time\nsys.stdin.read() or time.sleep(1000)",
-    "a fork bomb": "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass",
+    "a fork bomb": "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n     "
+    "   pass",
     "threads": (
-        "import threading, time\nwhile True:\n    try:\n        threading.Thread(target=time.sleep, args=(1000,)).start()\n"
+        "import threading, time\nwhile True:\n    try:\n        threading.Thread(target=time.sleep,"
+        " args=(1000,)).start()\n"
         "    except (RuntimeError, MemoryError):\n        pass"
     ),
-    "its watchman killed": "import os, time\nfor signal in (19, 9, 15):\n    os.kill(1, signal)\n    os.kill(os.getppid(), signal)\ntime.sleep(1000)",
+    "its watchman killed": "import os, time\nfor signal in (19, 9, 15):\n    os.kill(1, signal)\n  "
+    "  os.kill(os.getppid(), signal)\ntime.sleep(1000)",
 }
 
 
@@ -215,13 +228,17 @@ def test_an_endless_program_is_ended(box: Sandbox, name: str):
 
 
 def test_forks_are_few(box: Sandbox):
-    program = "import os, time\nn = 0\ntry:\n    while os.fork():\n        n += 1\n    time.sleep(9)\nexcept OSError:\n    print(n)"
+    program = (
+        "import os, time\nn = 0\ntry:\n    while os.fork():\n        n += 1\n"
+        "    time.sleep(9)\nexcept OSError:\n    print(n)"
+    )
     assert 1 <= int(box.run(program).output) <= box.limits.max_processes + 1
 
 
 def test_memory_is_bounded(box: Sandbox):
     ran = box.run(
-        "try:\n    held = [bytearray(1 << 26) for _ in range(1000)]\nexcept MemoryError:\n    print('full')"
+        "try:\n    held = [bytearray(1 << 26) for _ in range(1000)]\nexcept MemoryError:\n    "
+        "print('full')"
     )
     assert ran.output == b"full\n"
 
@@ -237,7 +254,8 @@ def test_deep_recursion_ends_only_the_program(box: Sandbox):
     [
         "while True: print('x' * 10_000)",
         "import os\nwhile True: os.write(2, b'x' * 10_000)",
-        "import signal, os\nsignal.signal(signal.SIGXFSZ, signal.SIG_DFL)\nwhile True: os.write(1, b'x' * 10_000)",
+        "import signal, os\nsignal.signal(signal.SIGXFSZ, signal.SIG_DFL)\nwhile True: os.write(1, "
+        "b'x' * 10_000)",
     ],
 )
 def test_output_is_bounded(box: Sandbox, program: str):
@@ -267,7 +285,8 @@ print(total, os.path.getsize("/tmp/0"))"""
 
 def test_a_sparse_giant_is_refused(box: Sandbox):
     ran = box.run(
-        "import os\nfile = open('/tmp/big', 'w')\ntry:\n    os.truncate(file.fileno(), 1 << 40)\nexcept OSError as e:\n    print(e.errno)"
+        "import os\nfile = open('/tmp/big', 'w')\ntry:\n    os.truncate(file.fileno(), 1 << 40)\n"
+        "except OSError as e:\n    print(e.errno)"
     )
     assert ran.output == b"27\n"
 
@@ -275,7 +294,8 @@ def test_a_sparse_giant_is_refused(box: Sandbox):
 def test_a_daemon_does_not_outlive_its_program(box: Sandbox):
     before = offspring()
     ran = box.run(
-        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    os.fork() or time.sleep(1000)\n    os._exit(0)\nprint('gone')"
+        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    os.fork() or time.sleep(1000)\n "
+        "   os._exit(0)\nprint('gone')"
     )
     assert (ran.exit_kind, ran.output) == (ExitKind.EXIT, b"gone\n")
     assert ran.duration_s < 1.5
@@ -303,7 +323,8 @@ except OSError:
 
 CALLS = {
     "ptrace the watchman": "libc.ptrace(16, 1, 0, 0)",
-    "read the watchman's memory": "libc.process_vm_readv(1, ctypes.byref(vec), 1, ctypes.byref(vec), 1, 0)",
+    "read the watchman's memory": "libc.process_vm_readv(1, ctypes.byref(vec), 1, "
+    "ctypes.byref(vec), 1, 0)",
     "a new user namespace": "libc.unshare(0x10000000)",
     "a new mount namespace": "libc.unshare(0x00020000)",
     "mount": "libc.mount(b'none', b'/tmp', b'tmpfs', 0, b'')",
@@ -336,13 +357,14 @@ def attempt(name, act):
 {tries}"""
     lines = box.run(program).output.decode().splitlines()
     uid = (
+        # Inside, the own user is 0 already; without a capability that has no value.
         "setuid" if os.geteuid() else ""
-    )  # where one's own user is 0 inside, it is so already: without a capability it is worth nothing
+    )
     assert [x for x in lines if x.startswith("HELD NOT") and x != f"HELD NOT {uid}"] == []
     assert len([x for x in lines if not x.startswith("HELD NOT")]) == len(CALLS)
 
 
-def test_whoever_asked_may_go(box: Sandbox):
+def test_a_program_ends_with_the_process_that_started_it(box: Sandbox):
     """A program does not outlive the process that started it: the watchman sees the pipe close."""
     running = box.start("import time\ntime.sleep(1000)")
     time.sleep(0.3)
@@ -353,7 +375,7 @@ def test_whoever_asked_may_go(box: Sandbox):
 
 
 @pytest.mark.parametrize("walls", Isolation)
-def test_both_kinds_of_walls_hold(proven: Sandbox, walls: Isolation):
+def test_both_kinds_of_isolation_hold(proven: Sandbox, walls: Isolation):
     python = (
         "/usr/bin/python3"
         if walls is Isolation.BUBBLEWRAP and os.geteuid() == 0
@@ -379,7 +401,8 @@ def test_a_machine_without_namespaces_is_refused(
     monkeypatch.setattr(module.shutil, "which", lambda name: None)
     with pytest.raises(
         MissingRequirementError,
-        match=r"cannot run untrusted code: namespaces: the sandbox cannot be built: .*not permitted",
+        match=r"cannot run untrusted code: namespaces: the sandbox cannot be built: .*not "
+        r"permitted",
     ) as caught:
         open_sandbox.__wrapped__()
     assert caught.value.exit_code == 7
@@ -418,7 +441,7 @@ def test_a_supervisor_that_dies_before_its_users_are_mapped_is_a_failure(
     assert "Broken pipe" in status["reason"]
 
 
-def test_what_a_run_tells():
+def test_a_run_result_is_a_value():
     assert RunResult(ExitKind.EXIT, 0, b"", 0.1) == RunResult(ExitKind("exit"), 0, b"", 0.1)
 
 

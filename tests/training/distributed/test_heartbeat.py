@@ -1,4 +1,6 @@
-"""Who is stopped, killed or fails among processes that train together is named, and nobody is left behind."""
+"""Who is stopped, killed or fails among processes that train together is named, and nobody is left
+behind.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,7 @@ def test_a_rank_that_is_stopped_or_killed_is_named(
     assert caught.value.exit_code == 7
     found = re.match(rf"train: rank {rank} \(pid (\d+)", str(caught.value))
     assert found, caught.value
-    assert ("silent for 2 s" in str(caught.value)) == (number == signal.SIGSTOP)
+    assert ("no heartbeat for 2 s" in str(caught.value)) == (number == signal.SIGSTOP)
     assert not alive(int(found[1]))
     assert (
         tmp_path / "checkpoints" / "step-00000002.json"

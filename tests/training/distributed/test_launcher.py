@@ -1,4 +1,6 @@
-"""Real processes, DDP and FSDP, learn what one process learns from the same batches; signals, failures and resumes are everybody's."""
+"""Real processes, DDP and FSDP, learn what one process learns from the same batches; signals,
+failures and resumes are everybody's.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from persea.training.distributed.world import ParallelStrategy, World
 from tests.cli.test_cli import warm
 from tests.worlds_of_two import SETTINGS, Trouble, final, student_run
 
-CLOSE = 2e-5  # of a loss near 10: what sums of 32-bit floats in another order may differ by; measured 5e-6 over six steps
+# of a loss near 10: what sums of 32-bit floats in another order may differ by; measured 5e-6 over
+# six steps
+CLOSE = 2e-5
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -41,10 +45,13 @@ def weights(folder: Path) -> list[torch.Tensor]:
     return values
 
 
+NO_TROUBLE = Trouble()
+
+
 def two(
     folder: Path,
     shard: ParallelStrategy = ParallelStrategy.DDP,
-    trouble: Trouble = Trouble(),
+    trouble: Trouble = NO_TROUBLE,
     **changes: Any,
 ) -> None:
     launch_processes(
@@ -79,7 +86,7 @@ def test_two_processes_learn_what_one_learns_from_the_same_batches(
         assert (a - b).abs().mean() < 3e-5
 
 
-def test_from_two_to_one_to_two_the_batches_go_on_and_a_signal_to_one_rank_stops_both_with_the_same_bytes(
+def test_from_two_to_one_to_two_processes_and_a_signal_stops_both_with_the_same_bytes(
     tmp_path: Path, one: Path
 ) -> None:
     with pytest.raises(RunInterrupted, match=r"stopped by SIGTERM; step 2 is saved") as caught:
@@ -98,7 +105,9 @@ def test_from_two_to_one_to_two_the_batches_go_on_and_a_signal_to_one_rank_stops
 
 
 def test_interrupted_or_not_two_processes_end_with_the_same_bytes(tmp_path: Path) -> None:
-    """Three steps, then three more: as six at once. In the middle a loss is not a number on one rank, and both leave that step out."""
+    """Three steps, then three more: as six at once. In the middle a loss is not a number on one
+    rank, and both leave that step out.
+    """
     two(tmp_path / "whole", trouble=Trouble(1, 4, nan=True))
     with pytest.raises(RunInterrupted):
         two(tmp_path / "parts", trouble=Trouble(0, 2, signal.SIGTERM))

@@ -1,4 +1,6 @@
-"""A launch is a world or is refused, by one process in one line; what a world says to itself it hears."""
+"""A launch is a world or is refused, by one process in one line; what a world says to itself it
+hears.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,7 @@ WRONG: dict[str, tuple[int, dict[str, str], bool, str]] = {
         1,
         FIRST | {"WORLD_SIZE": "two"},
         True,
-        "RANK=0 of WORLD_SIZE=two is no rank of a world",
+        "RANK=0 of WORLD_SIZE=two is not a valid rank",
     ),
     "accelerate": (
         1,
@@ -77,7 +79,7 @@ WRONG: dict[str, tuple[int, dict[str, str], bool, str]] = {
         "each of these processes would train a student of its own",
     ),
     "procs inside": (2, FIRST, True, "--procs 2 inside a launch of 2"),
-    "every stage": (1, FIRST, False, "every stage would be done 2 times"),
+    "every stage": (1, FIRST, False, "every stage would run 2 times"),
 }
 
 
@@ -126,7 +128,7 @@ def test_a_batch_has_a_conversation_for_each_process_each_time(
         return
     with pytest.raises(
         RecipeError,
-        match=rf"training\.batch: a batch of {batch} conversations cannot be split over {world} processes",
+        match=rf"training\.batch_size: a batch of {batch} conversations cannot be split over",
     ):
         refuse_too_many_processes(world, batch, accumulate)
 
@@ -141,7 +143,7 @@ def test_a_batch_has_a_conversation_for_each_process_each_time(
             2,
             ParallelStrategy.FSDP,
             (),
-            "a student of which each process holds a part cannot answer for itself",
+            "a student that is sharded over processes cannot generate answers",
         ),
     ],
 )

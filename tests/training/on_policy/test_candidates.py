@@ -19,7 +19,7 @@ from persea.training.on_policy.candidates import (
 def test_every_token_of_that_probability_and_no_other(
     monkeypatch: pytest.MonkeyPatch, least: float
 ) -> None:
-    """Whatever number of positions stands at once; what a head cuts off or caps counts as it says."""
+    """However many positions are computed at once; the head's padding and soft cap count."""
     torch.manual_seed(0)
     head, hidden_LD = LMHead(torch.randn(90, 8), 70, torch.randn(90), 1.5, 20.0), torch.randn(11, 8)
     probs_LV = torch.softmax(head.logits(hidden_LD), -1).numpy()

@@ -23,7 +23,9 @@ from tests.training.on_policy.test_teacher_scores import spoken, structured
 
 @pytest.mark.parametrize("name", ["qwen-sapling", "gpt-oss-sapling"])
 def test_events_and_stretches_count_alike(name: str) -> None:
-    """The mean over boundaries and stretches, each with its own loss; the gradient is that of the two apart, and what is told adds up."""
+    """The mean over boundaries and stretches, each with its own loss; the gradient is that of the
+    two apart, and what is told adds up.
+    """
     some, here = [*spoken(name), *structured(name)], pair(name)
     size, learned = (
         len(opened(STUDENT)[0].vocabulary),

@@ -1,4 +1,6 @@
-"""The student's own answers: its own tokens over the right bytes, exact reverse KL beside each teacher, the same whoever resumes."""
+"""The student's own answers: its own tokens over the right bytes, exact reverse KL beside each
+teacher, the same whoever resumes.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +30,14 @@ from persea.tasks.task import Split
 from persea.teachers.teacher import Teacher
 from persea.training.loss_balancing import Group
 from persea.training.on_policy import rollouts
-from persea.training.on_policy.rollouts import (
+from persea.training.on_policy.rollout_answers import (
     RolloutAnswer,
     RolloutPrompt,
-    Rollouts,
     has_repetition_loop,
     parse_rollout,
     place_sampled_tokens,
 )
+from persea.training.on_policy.rollouts import Rollouts
 from persea.training.on_policy.teacher_scores import TeacherScorer
 from persea.training.student import StudentModel
 from tests.conftest import Speaker
@@ -78,7 +80,9 @@ def source(
     seed: int = 3,
     of: StudentModel | None = None,
 ) -> Rollouts:
-    """Prompts of three skills, taught by the named ones in turn; a call of a tool has no bytes to meet at in some families."""
+    """Prompts of three skills, taught by the named ones in turn; a call of a tool has no bytes to
+    meet at in some families.
+    """
     prompts = [
         i.prompt
         for skill in GENERATED_TASKS
@@ -215,12 +219,12 @@ def test_an_ordinary_answer_is_no_loop() -> None:
 @pytest.mark.parametrize(
     ("ids", "terms", "why"),
     [
-        ([], TERMS, "unasked"),
+        ([], TERMS, "prompt"),
         ("yes|", TERMS, ""),
         ("yes", TERMS, ""),
         ("yes", TERMS.model_copy(update={"truncated": "drop"}), "length"),
         (" b" * 30 + "|", TERMS, "loop"),
-        ("x y z|", TERMS, "long"),
+        ("x y z|", TERMS, "too_long"),
     ],
     ids=str,
 )
@@ -236,7 +240,7 @@ def test_what_is_not_learned_from_has_a_reason(ids: Any, terms: OnPolicySection,
         voice,
         np.array(ids, np.int32),
         terms,
-        4 if why == "long" else 512,
+        4 if why == "too_long" else 512,
     )
     if why:
         assert found == why
@@ -360,7 +364,9 @@ def test_each_teacher_speaks_in_its_own_template_of_the_common_boundaries_alone(
 
 
 def test_where_a_thought_ends_is_taught_too() -> None:
-    """The same tokenizer: reverse KL of every own token of content, and of each run of markers half the squared difference of its likelihoods."""
+    """The same tokenizer: reverse KL of every own token of content, and of each run of markers half
+    the squared difference of its likelihoods.
+    """
     own = source(STUDENT)
     with torch.no_grad():
         for p in own.student.model.parameters():
@@ -429,7 +435,9 @@ def test_where_a_thought_ends_is_taught_too() -> None:
 
 
 def test_where_only_log_probabilities_are_known_chunks_teach() -> None:
-    """The same tokenizer: half the mean squared difference of the two log-probabilities of every own token of content."""
+    """The same tokenizer: half the mean squared difference of the two log-probabilities of every
+    own token of content.
+    """
     own = source(STUDENT, terms=TERMS.model_copy(update={"objective": "span_likelihood"}))
     with torch.no_grad():
         for p in own.student.model.parameters():
@@ -451,7 +459,8 @@ def test_where_only_log_probabilities_are_known_chunks_teach() -> None:
         values.append((q - p) ** 2 / 2)
     expected = torch.cat(values)
     assert (
-        sum(t.num_tokens for t in taught.values()) == len(expected) and out.metrics["chunk"] > 1e-3
+        sum(t.num_tokens for t in taught.values()) == len(expected)
+        and out.metrics["span_likelihood"] > 1e-3
     )
     assert float(out.loss.detach()) == pytest.approx(float(expected.mean()), rel=1e-3)
     mixed, _ = source(
@@ -477,7 +486,7 @@ def test_a_groups_weight_multiplies_its_part_of_the_loss(objective: str) -> None
     assert len(taught) > 1
     weight = {group: 1.5 + k for k, group in enumerate(taught)}
     del weight[next(iter(taught))]  # not heard yet: 1
-    out, told = own().loss(2, group_weights=weight)
+    out, told = own().loss(2, weights=weight)
     expected = (
         sum(weight.get(group, 1.0) * t.loss_sum for group, t in taught.items()) / plain.num_tokens
     )
@@ -485,7 +494,7 @@ def test_a_groups_weight_multiplies_its_part_of_the_loss(objective: str) -> None
     assert float(plain.loss.detach()) == pytest.approx(
         sum(t.loss_sum for t in taught.values()) / plain.num_tokens, rel=1e-5
     )
-    name = {"events": "reverse", "span_likelihood": "chunk"}[objective]
+    name = {"events": "reverse_kl", "span_likelihood": "span_likelihood"}[objective]
     assert (
         out.metrics[name] == pytest.approx(plain.metrics[name]) == float(plain.loss.detach())
     )  # terms are without weights
@@ -521,7 +530,9 @@ def test_steps_on_its_own_words_bring_the_student_nearer() -> None:
 def test_a_part_of_which_nothing_can_be_learned_has_no_positions_and_the_others_go_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As with `--procs 2` where all of one process' answers loop: each still runs the model once, and its backward reaches every weight."""
+    """As with `--procs 2` where all of one process' answers loop: each still runs the model once,
+    and its backward reaches every weight.
+    """
     real = rollouts.parse_rollout
     first: list[RolloutPrompt] = []
 
@@ -552,7 +563,8 @@ def test_where_nothing_can_be_learned_the_run_is_refused() -> None:
     )
     with pytest.raises(
         RefusedError,
-        match=r"train, step 2: of 2 answers of the student none can be learned from \(\{'length': 2\}\) -> raise training",
+        match=r"train, step 2: of 2 answers of the student none can be trained on "
+        r"\(\{'length': 2\}\) -> raise training",
     ):
         own.loss(2)
 
@@ -562,7 +574,7 @@ def test_where_nothing_can_be_learned_the_run_is_refused() -> None:
 
 @given(st.integers(0, 50), st.floats(0.01, 1))
 def test_shares_of_steps_hold_in_every_stretch(after: int, share: float) -> None:
-    own = replace_terms(after=after, share=share)
+    own = replace_terms(start_step=after, share=share)
     due = [own.is_due(step) for step in range(400)]
     assert not any(due[:after])
     for n in (10, 50, 300):
@@ -570,11 +582,13 @@ def test_shares_of_steps_hold_in_every_stretch(after: int, share: float) -> None
 
 
 def replace_terms(**changes: Any) -> Rollouts:
-    return Rollouts(None, (), {}, TERMS.model_copy(update=changes), 2, 0, 512)  # type: ignore[arg-type]
+    return Rollouts(None, (), {}, TERMS.model_copy(update=changes), 2, 0, 512)
 
 
 def test_what_is_in_flight_is_carried_by_a_checkpoint() -> None:
-    """A round of 4 answers is used at its first two due steps, 3 and 5; one that resumes between them needs what was drawn."""
+    """A round of 4 answers is used at its first two due steps, 3 and 5; one that resumes between
+    them needs what was drawn.
+    """
     own = source("qwen-sapling")
     steps = [step for step in range(2, 12) if own.is_due(step)]
     assert steps[:4] == [3, 5, 7, 9]
@@ -588,7 +602,7 @@ def test_what_is_in_flight_is_carried_by_a_checkpoint() -> None:
     second, _ = own.loss(5)
     assert own._in_flight is drawn
     resumed = source("qwen-sapling", of=own.student)
-    with pytest.raises(DataError, match="answers of round 0 are not in flight at step 5"):
+    with pytest.raises(DataError, match="the sampled answers of batch 0 are missing at step 5"):
         resumed.loss(5)
     resumed.restore((kept,))
     assert resumed.state() == kept
@@ -612,7 +626,8 @@ def test_a_stale_answer_is_refused() -> None:
     own = source("qwen-sapling", terms=TERMS.model_copy(update={"max_staleness_steps": 1}))
     own.loss(3)
     with pytest.raises(
-        RefusedError, match="answers drawn at step 3 are stale at step 5: at most 1 steps old"
+        RefusedError,
+        match="answers sampled at step 3 are too old at step 5: at most 1 steps are allowed",
     ):
         own.loss(5)
 
@@ -645,3 +660,38 @@ def test_drawing_is_the_models_own_distribution(name: str) -> None:
         [prompt] * 600, voice.stop_ids, 1, temperature=1.5, seed=6
     )
     assert [d.tolist() for d in other] != [d.tolist() for d in drawn]
+
+
+def test_both_sides_use_the_recipes_candidate_probability(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The student's side had a threshold of its own, whatever that of the teacher's scorer."""
+    one = student()
+    config = TERMS.model_copy(update={"min_candidate_prob": 0.01, "start_step": 0})
+    prompts = [i.prompt for i in GENERATED_TASKS[0].items(Split.TRAIN, 4, 0)]
+    used: list[float] = []
+    real = rollouts.candidates_from_hidden
+
+    def noted(hidden: torch.Tensor, head: Any, min_prob: float) -> Any:
+        used.append(min_prob)
+        return real(hidden, head, min_prob)
+
+    monkeypatch.setattr(rollouts, "candidates_from_hidden", noted)
+    source = rollouts.build_rollouts(
+        [(prompt, "qwen-sapling") for prompt in prompts],
+        one,
+        lambda name: pair(name).teacher,
+        {"qwen-sapling": bridge("qwen-sapling")},
+        config,
+        2,
+        3,
+        512,
+    )
+    assert source.scorers["qwen-sapling"].min_prob == 0.01
+    source.loss(0)
+    assert used == [0.01]
+
+
+def test_a_loop_is_what_the_recipe_says() -> None:
+    ids = list(b"no " * 3)
+    assert not has_repetition_loop(ids)
+    assert has_repetition_loop(ids, min_repeats=3, min_tokens=9)
+    assert not has_repetition_loop(ids, min_repeats=3, max_period=2, min_tokens=9)

@@ -1,4 +1,6 @@
-"""What a teacher says of a student's own tokens: its own template's rows at the common boundaries, and stretches between them."""
+"""What a teacher says of a student's own tokens: its own template's rows at the common boundaries,
+and stretches between them.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,12 @@ from persea.teachers.engines.transformers import TransformersEngine
 from persea.tokenization.tokens import RenderedTokens
 from persea.training.on_policy.candidates import NO_TOKENS, candidates_from_hidden
 from persea.training.on_policy.rollouts import Rollouts
-from persea.training.on_policy.teacher_scores import (
+from persea.training.on_policy.span_scores import (
     MULTI_TOKEN_SPANS,
-    TeacherScorer,
-    _AlignedAnswer,
-    _TeacherSpanScores,
+    AlignedAnswer,
+    TeacherSpanScores,
 )
+from persea.training.on_policy.teacher_scores import TeacherScorer
 from tests.teachers.engines.test_transformers import opened
 from tests.training.on_policy.test_rollouts import STUDENT, TERMS, bridge, pair
 
@@ -157,7 +159,17 @@ def test_chunks_by_a_walk_over_the_spans(name: str) -> None:
                 )
             )
 
-            def beta(s: int) -> float:
+            def beta(
+                s: int,
+                boundary: Any = boundary,
+                gone: Any = gone,
+                first: Any = first,
+                place: Any = place,
+                theirs: Any = theirs,
+                own: Any = own,
+                rows: Any = rows,
+                row: Any = row,
+            ) -> float:
                 t = np.array([boundary[s]])
                 gone.update(
                     (first + int(place[s]), int(v))
@@ -246,8 +258,8 @@ def test_a_server_that_names_tokens_can_teach_chunks() -> None:
 @pytest.mark.parametrize(
     ("kind", "objective", "why"),
     [
-        (DistributionKind.TOPK, "events", "reverse KL over events needs whole ones"),
-        (DistributionKind.TEXT_ONLY, "span_likelihood", "words alone"),
+        (DistributionKind.TOPK, "events", "reverse KL over events needs whole distributions"),
+        (DistributionKind.TEXT_ONLY, "span_likelihood", "only text"),
         (DistributionKind.TOPK, "span_likelihood", ""),
     ],
 )
@@ -278,7 +290,9 @@ def marker(tokens: RenderedTokens, at: int) -> bool:
 
 
 def structured(name: str) -> list[tuple[RenderedTokens, RenderedTokens]]:
-    """A thought that ends with a full stop, one that does not, and a call of a tool: in the student's tokens and in the teacher's."""
+    """A thought that ends with a full stop, one that does not, and a call of a tool: in the
+    student's tokens and in the teacher's.
+    """
     tools = next(skill for skill in GENERATED_TASKS if skill.name == "tools")
     asked = Conversation.from_question("2+3?", effort=ThinkingEffort.HIGH)
     talks = [
@@ -361,11 +375,13 @@ def test_marks_by_a_walk(name: str) -> None:
 
 
 def test_what_can_stand_is_summed_itself_and_where_nothing_is_known_to_nothing_is_learned() -> None:
-    """1 - what cannot stand has no digits where the teacher is certain of it: its log was -inf, and the step was left out."""
+    """1 - what cannot stand has no digits where the teacher is certain of it: its log was -inf, and
+    the step was left out.
+    """
     some = spoken("qwen-sapling", "two words")
     theirs, gone = some[0][1], np.array([1, 2])
     token, n = int(np.flatnonzero(theirs.loss_mask_T)[1]), int(theirs.loss_mask_T.sum())
-    laid = _AlignedAnswer(
+    laid = AlignedAnswer(
         np.array([[0, token]]), np.array([[0, 7]]), *(np.empty((0, 2), np.int64) for _ in range(2))
     )
     knows: Any = SimpleNamespace(
@@ -374,7 +390,7 @@ def test_what_can_stand_is_summed_itself_and_where_nothing_is_known_to_nothing_i
     )
     rows = torch.full((n, len(opened("qwen-sapling")[0].vocabulary)), -200.0)
     rows[1, [1, 3, 4]] = torch.tensor([0.0, -50.0, -50.0])
-    said = _TeacherSpanScores(knows, [theirs], [laid])
+    said = TeacherSpanScores(knows, [theirs], [laid])
     said.add_logprobs(0, 0, rows, None)
     assert said.log_possible_mass[0] == {token: pytest.approx(-50 + np.log(2), abs=1e-12)}
     for lost, want in ((0.75, np.log(0.25)), (1.0002, -np.inf)):
@@ -391,7 +407,9 @@ def test_what_can_stand_is_summed_itself_and_where_nothing_is_known_to_nothing_i
 
 @dataclass(frozen=True)
 class Certain:
-    """An engine whose server is certain, within its rounding, of what cannot stand: of the likeliest dead token, wherever there is one."""
+    """An engine whose server is certain, within its rounding, of what cannot stand: of the
+    likeliest dead token, wherever there is one.
+    """
 
     pair: TeacherScorer
     some: Sequence[tuple[RenderedTokens, RenderedTokens]]
@@ -427,7 +445,7 @@ class Certain:
 
 def test_a_stretch_between_rims_that_nobody_can_say_is_left_out() -> None:
     here, some = pair("qwen-sapling"), spoken("qwen-sapling")
-    certain = TeacherScorer(replace(here.teacher, engine=Certain(here, some)), here.event_map)  # type: ignore[arg-type]
+    certain = TeacherScorer(replace(here.teacher, engine=Certain(here, some)), here.event_map)
     whole, (less, dead) = here.score_spans(some)[0], certain.score_spans(some)
     assert 0 < len(less.teacher_logprob_C) < len(whole.teacher_logprob_C)
     assert torch.isfinite(less.teacher_logprob_C).all()
@@ -437,7 +455,9 @@ def test_a_stretch_between_rims_that_nobody_can_say_is_left_out() -> None:
 
 @pytest.mark.parametrize("name", ["qwen-sapling", "gpt-oss-sapling"])
 def test_what_cannot_stand_is_found_among_likely_tokens(name: str) -> None:
-    """Rows, places and stretches as with every token asked; of what cannot stand, all that either side finds likely, and nothing else."""
+    """Rows, places and stretches as with every token asked; of what cannot stand, all that either
+    side finds likely, and nothing else.
+    """
     some, whole = spoken(name), pair(name)
     least, learned = 1e-3, sum(int(own.loss_mask_T.sum()) for own, _ in some)
     torch.manual_seed(0)
@@ -481,7 +501,9 @@ def test_what_cannot_stand_is_found_among_likely_tokens(name: str) -> None:
 
 
 def test_where_all_that_is_likely_cannot_stand_nothing_is_learned() -> None:
-    """What is left there is below what was asked: whether it can stand nobody knows, and it would be blown up to a whole distribution."""
+    """What is left there is below what was asked: whether it can stand nobody knows, and it would
+    be blown up to a whole distribution.
+    """
     some, whole = spoken("qwen-sapling", ANSWERS[0]), pair("qwen-sapling")
     want = whole.score_boundaries(some)
     assert want.student_impossible_tokens is not None
