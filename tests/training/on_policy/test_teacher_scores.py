@@ -67,6 +67,7 @@ class InPieces:
     """An engine that hands over two rows at a time."""
 
     real: Engine
+    capabilities = EngineCapabilities(DistributionKind.FULL)
 
     def iter_logprobs(
         self, sequences: Sequence[np.ndarray], learn: Sequence[np.ndarray]
