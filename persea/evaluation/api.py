@@ -117,7 +117,7 @@ def check(
         DataError: A model or file cannot be read, or bytes cannot be located.
 
     Example:
-        >>> import persea.evaluation.api as persea
+        >>> import persea
         >>> found = persea.check(
         ...     "saplings/gemma-sapling", "saplings/llama-sapling", tasks=["code"], items=4
         ... )
@@ -206,7 +206,7 @@ def audition(
         DataError: A model cannot be read, or two have the same name.
 
     Example:
-        >>> import persea.evaluation.api as persea
+        >>> import persea
         >>> cast = persea.audition(
         ...     ["saplings/gemma-sapling", "saplings/llama-sapling"], ["code"], items=10
         ... )
@@ -254,7 +254,7 @@ def evaluate(
         DataError: A model cannot be read, or two have the same name.
 
     Example:
-        >>> import persea.evaluation.api as persea
+        >>> import persea
         >>> found = persea.evaluate(
         ...     models=["saplings/gemma-sapling", "saplings/llama-sapling"], tasks=["code"], items=5
         ... )

@@ -270,8 +270,8 @@ def test_a_whole_run_in_modes(tmp_path: Path) -> None:
     assert (told["unasked_thinking"]["n"], told["missing_thinking"]["n"]) == (16, 8)
     assert "modes.json" in json.loads((run / "evaluate" / "done.json").read_text())["outputs"]
     assert json.loads((run / "report" / "report.json").read_text())["modes"] == told
-    assert "Thinking or not" in (run / "report" / "index.html").read_text()
-    assert "Told to think, it answered without a thought in" in ended.out
+    assert "Thinking modes</h2>" in (run / "report" / "index.html").read_text()
+    assert "Missing thinking: with thinking on, the student did not think in" in ended.out
     saved = load_renderer(ModelSource(str(run / "train" / "student")), "student")
     assert saved.family.efforts == tuple(ThinkingEffort)
     assert (run / "train" / "student" / "chat_template.jinja").read_text() == saved.template_text

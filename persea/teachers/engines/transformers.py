@@ -114,7 +114,7 @@ class TransformersEngine(Engine):
                     mask_BT[row, width - len(prompts[i]) :] = 1
                 with torch.random.fork_rng([device] if device.type != "cpu" else []):
                     torch.manual_seed(seed + begin)
-                    output = self.model.generate(
+                    output = self.model.generate(  # type: ignore[operator]
                         input_ids=ids_BT.to(device),
                         attention_mask=mask_BT.to(device),
                         generation_config=config,
@@ -132,7 +132,7 @@ class TransformersEngine(Engine):
         sampling: dict[str, Any] = {"do_sample": False}
         if temperature:
             sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        return GenerationConfig(
+        return GenerationConfig(  # type: ignore[no-untyped-call]
             **sampling,
             max_new_tokens=max_new_tokens,
             eos_token_id=list(stop_ids),
@@ -253,7 +253,8 @@ class TransformersEngine(Engine):
         return logprobs_NW.cpu()
 
     def _logits_width(self) -> int:
-        return int(self.model.get_output_embeddings().weight.shape[0])
+        head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        return int(head.weight.shape[0])
 
 
 @contextmanager
@@ -264,7 +265,7 @@ def _default_generation_config(model: PreTrainedModel) -> Iterator[None]:
     config must come back because a student is saved with it.
     """
     own = model.generation_config
-    model.generation_config = GenerationConfig()
+    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
