@@ -21,7 +21,8 @@ from persea.config.recipe import load_recipe
 from persea.evaluation.answering import answer_items, single_model_loader
 from persea.evaluation.audition import build_cast
 from persea.evaluation.racing import TaskRace, interleave_languages, race_teachers
-from persea.pipeline.run_context import RunContext, set_threads
+from persea.models.loading import set_threads
+from persea.pipeline.run_context import RunContext
 from persea.tasks import intervals
 from persea.tasks.task import ItemResult, Split, Task, TaskItem, grade_answers
 
@@ -43,10 +44,12 @@ def answer_all(
     context = RunContext(recipe, ROOT / "runs" / "bench-audition")
     set_threads(recipe.threads)
     skills = context.held_out_items(Split.AUDITION)
-    load = single_model_loader(lambda name: context.load_teacher(name, recipe.audition.batch_size))
+    load = single_model_loader(
+        lambda name: context.models.load_teacher(name, recipe.audition.batch_size)
+    )
     answers = {}
-    for name in context.renderers:
-        speaker = context.evaluated_model(name, recipe.audition.batch_size, (), load)
+    for name in context.models.renderers:
+        speaker = context.models.evaluated_model(name, recipe.audition.batch_size, (), load)
         for skill, some in skills:
             results, _ = answer_items(
                 speaker, speaker.efforts[0], skill, some, recipe.capture.max_new_tokens
@@ -57,7 +60,9 @@ def answer_all(
                 flush=True,
             )
     for skill, some in skills:
-        answered = [r for name in context.renderers for r in answers[name, skill.name].values()]
+        answered = [
+            r for name in context.models.renderers for r in answers[name, skill.name].values()
+        ]
         drawn = random.Random(0).choices(answered, k=len(some))
         results = grade_answers(skill, some, [(r.answer, r.finish) for r in drawn])
         answers[BAD, skill.name] = {r.item.prompt.id: r for r in results}
@@ -77,11 +82,11 @@ def main() -> None:
     seeds = int(sys.argv[1]) if len(sys.argv) > 1 else 20
     items = int(sys.argv[2]) if len(sys.argv) > 2 else 100
     skills, answers, context = answer_all(items)
-    teachers = [*context.renderers, BAD]
+    teachers = [*context.models.renderers, BAD]
     efforts = {
-        t: context.measured_efforts(t, ())[0]
-        if t in context.renderers
-        else next(iter(context.measured_efforts(n, ())[0] for n in context.renderers))
+        t: context.models.measured_efforts(t, ())[0]
+        if t in context.models.renderers
+        else next(iter(context.models.measured_efforts(n, ())[0] for n in context.models.renderers))
         for t in teachers
     }
 

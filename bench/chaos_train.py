@@ -78,7 +78,9 @@ POINTS = {
         "replace", "step-00000006.json", after=True
     ),
     "an old record is removed, its state is not": Point("remove", "step-00000003.json", after=True),
-    "the dataset is reported, the student is not saved": Point("replace", "dataset.json", after=True),
+    "the dataset is reported, the student is not saved": Point(
+        "replace", "dataset.json", after=True
+    ),
     "the student is saved, the stage's record is not": Point("create", "done.json"),
     "the stage's record is synced, not named": Point("replace", "done.json"),
 }

@@ -28,7 +28,9 @@ from results import RUNS as OFF
 
 from persea import storage as store
 from persea.chat.messages import FinishReason, ThinkingEffort
-from persea.pipeline.run_context import STUDENT, RunContext, set_threads
+from persea.models.loading import set_threads
+from persea.pipeline.model_refs import STUDENT
+from persea.pipeline.run_context import RunContext
 from persea.tasks.intervals import CONFIDENCE_LEVEL, paired_difference_interval
 from persea.tasks.task import Split, grade_answers
 
@@ -46,7 +48,12 @@ def measured(context: RunContext, items: int) -> dict[str, Any]:
     if path.is_file():
         return dict(json.loads(path.read_text()))
     set_threads(context.recipe.threads)
-    student, found, nats, size = context.load_participant(STUDENT, 200), dict[str, Any](), 0.0, 0
+    student, found, nats, size = (
+        context.models.load_participant(STUDENT, 200),
+        dict[str, Any](),
+        0.0,
+        0,
+    )
     for skill, some in ((s, s.items(Split.TEST, items, context.recipe.seed)) for s in ALL):
         for effort in context.taught_efforts.get(skill.name, (ThinkingEffort.NONE,)):
             answers = student.answer(
@@ -75,7 +82,7 @@ def measured(context: RunContext, items: int) -> dict[str, Any]:
     out = {
         "answers": found,
         "bits_per_byte": nats / size,
-        "seconds": context.read_stage_record("train")["seconds"],
+        "seconds": context.stages.read_record("train")["seconds"],
         "positions": lines[-1]["positions"],
         "own": {
             "lines": len(own),

@@ -33,7 +33,9 @@ import numpy as np
 
 from persea.config.recipe import load_recipe
 from persea.config.schema import CorpusSection, LossBalancing
-from persea.pipeline.run_context import BASE, STUDENT, RunContext, set_threads
+from persea.models.loading import set_threads
+from persea.pipeline.model_refs import BASE, STUDENT
+from persea.pipeline.run_context import RunContext
 from persea.storage import digest_file
 from persea.tasks.task import Split, grade_answers, score_results
 from persea.teachers.teacher import Teacher
@@ -85,7 +87,7 @@ def measured(context: RunContext, name: str, items: int) -> dict[str, Any]:
     ):
         return previous
     set_threads(context.recipe.threads)
-    speaker, settings = context.load_participant(name, 200), context.recipe.evaluation
+    speaker, settings = context.models.load_participant(name, 200), context.recipe.evaluation
     scores, bits, size = {}, 0.0, 0
     for skill, some in ((s, s.items(Split.TEST, items, context.recipe.seed)) for s in ALL):
         answers = speaker.answer([i.prompt for i in some], settings.max_new_tokens)
@@ -131,7 +133,7 @@ def measurements(arm: str, seed: int, items: int) -> Iterator[tuple[str, dict[st
     main = made(folder / "student", sets, "audition", "capture", "train")
     cast = {skill: parts[0][0] for skill, parts in main.cast.parts.items()}
     if arm == "student":
-        for name in (STUDENT, BASE, *main.renderers):
+        for name in (STUDENT, BASE, *main.models.renderers):
             yield name, measured(main, name, items)
     elif arm == "sft":
         yield (
@@ -153,10 +155,10 @@ def measurements(arm: str, seed: int, items: int) -> Iterator[tuple[str, dict[st
                 reuse=main.folder,
             )
             yield f"balance {how}", measured(other, STUDENT, items)
-    for name in main.renderers if arm in ("oracle", "only") else ():
+    for name in main.models.renderers if arm in ("oracle", "only") else ():
         if arm == "only":
             pinned = f"audition.pinned={json.dumps(dict.fromkeys(cast, name))}"
-            efforts = main.renderers[name].family.efforts
+            efforts = main.models.renderers[name].family.efforts
             parts = [_known(plain(p), efforts) for p in main.recipe.corpus]
             asked = f"corpus={json.dumps(parts)}"
             alone = made(

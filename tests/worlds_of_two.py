@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from persea.models.loading import ModelSource, load_renderer
-from persea.pipeline.run_context import silence_transformers
+from persea.pipeline.model_refs import silence_transformers
 from persea.training.distributed import heartbeat as watch
 from persea.training.distributed import launcher
 from persea.training.distributed.world import ParallelStrategy, World

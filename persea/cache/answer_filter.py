@@ -1,4 +1,7 @@
-"""A teacher's answers before they teach: the skill's own grader looks at each whose prompt brought a right answer; wrong ones are kept aside."""
+"""Grade captured answers before training, and leave out those that are not right.
+
+An answer is graded by its skill's grader if its prompt has a reference answer.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from persea import storage as store
+from persea import storage
 from persea.cache.reader import AnswerSource, AnswerSubset
 from persea.cache.unit import CachedAnswer
 from persea.chat.messages import Conversation, FinishReason, Message, Tool
@@ -21,33 +24,49 @@ QuestionKey: TypeAlias = tuple[tuple[Message, ...], tuple[Tool, ...]]
 
 
 def question_key(conversation: Conversation) -> QuestionKey:
-    """What tells a question from another: with other tools the same words have another right answer."""
+    """Return what identifies a question: its messages and its tools.
+
+    With other tools the same messages have another right answer.
+    """
     return conversation.messages, conversation.tools
 
 
 @dataclass(frozen=True)
 class AnswerFilterResult:
-    """right, unverified: how many are taught, and how many of all had nothing to be verified by; aside: what is not taught, one record each."""
+    """The outcome of grading.
+
+    Attributes:
+        num_right: Answers that are right.
+        num_unverified: Answers whose prompt has no reference answer. They are trained on.
+        rejected: A record of each answer that is left out.
+    """
 
     num_right: int
     num_unverified: int
     rejected: tuple[dict[str, Any], ...]
 
     def to_json(self) -> dict[str, Any]:
+        """Return counts as JSON; rejected answers are counted by verdict."""
         return {
             "right": self.num_right,
             "unverified": self.num_unverified,
-            "aside": dict(Counter(a["verdict"] for a in self.rejected)),
+            "rejected": dict(Counter(a["verdict"] for a in self.rejected)),
         }
 
     def refuse_all_rejected(self) -> None:
-        """Raises Refused where there are answers, and none is left to teach."""
+        """Raise if there are answers and none is left to train on.
+
+        Raises:
+            RefusedError: Every answer was rejected.
+        """
         if self.rejected and not self.num_right and not self.num_unverified:
             first = self.rejected[0]
             raise RefusedError(
-                f"no answer of {len(self.rejected):,} is right ({first['id']}: {first['why'] or first['verdict']})",
+                f"none of {len(self.rejected):,} answers is right "
+                f"({first['prompt_id']}: {first['reason'] or first['verdict']})",
                 where="capture.drop_wrong_answers",
-                remedy="look at capture/wrong.json; the prompts' answers may be of another form than the skill's grader reads",
+                remedy="look at capture/rejected.json; the prompts' reference answers may have "
+                "another form than the skill's grader reads",
             )
 
 
@@ -57,11 +76,24 @@ def verify_answers(
     tasks: Sequence[Task],
     folder: Path,
 ) -> dict[str, Any]:
-    """`sift`, what is aside written to wrong.json. Refused where nothing is left to teach."""
-    sifted = filter_answers(caches, items_by_question, {skill.name: skill for skill in tasks})
-    store.write_json(folder / "wrong.json", sifted.rejected)
-    sifted.refuse_all_rejected()
-    return sifted.to_json()
+    """Grade all answers, and write the rejected ones to rejected.json.
+
+    Args:
+        caches: The caches of all teachers.
+        items_by_question: Question -> the item that grades its answers.
+        tasks: The run's tasks.
+        folder: Where rejected.json is written.
+
+    Returns:
+        The counts as JSON.
+
+    Raises:
+        RefusedError: Every answer was rejected.
+    """
+    result = filter_answers(caches, items_by_question, {task.name: task for task in tasks})
+    storage.write_json(folder / "rejected.json", result.rejected)
+    result.refuse_all_rejected()
+    return result.to_json()
 
 
 def filter_answers(
@@ -69,36 +101,40 @@ def filter_answers(
     items_by_question: Mapping[QuestionKey, TaskItem],
     tasks: Mapping[str, Task],
 ) -> AnswerFilterResult:
-    """Grade every captured answer by the item that stands for its question (items: question -> item).
+    """Grade every cached answer by the item of its question.
 
-    A grader that raises does not end the run: its answer is aside, with the exception's name.
+    A grader that raises does not end the run: the answer is rejected with the exception's name.
+
+    Args:
+        caches: The caches of all teachers.
+        items_by_question: Question -> the item that grades its answers.
+        tasks: Skill -> task.
     """
-    aside: list[dict[str, Any]] = []
-    right = unverified = 0
-    for cache, number, capture in _iter_answers(caches):
-        *before, said = capture.answer.conversation.messages
-        item = items_by_question[tuple(before), capture.answer.conversation.tools]
+    rejected: list[dict[str, Any]] = []
+    num_right = num_unverified = 0
+    for k, number, cached in _iter_answers(caches):
+        *question, answer = cached.answer.conversation.messages
+        item = items_by_question[tuple(question), cached.answer.conversation.tools]
         if not item.reference and not item.calls:
-            unverified += 1
+            num_unverified += 1
             continue
-        (result,) = grade_answers(tasks[item.prompt.skill], [item], [(said, FinishReason.STOP)])
-        verdict, why = result.verdict, result.reason
-        if verdict is Verdict.RIGHT:
-            right += 1
+        (result,) = grade_answers(tasks[item.prompt.skill], [item], [(answer, FinishReason.STOP)])
+        if result.verdict is Verdict.RIGHT:
+            num_right += 1
             continue
-        aside.append(
+        rejected.append(
             {
-                "cache": cache,
+                "cache": k,
                 "number": number,
-                "id": item.prompt.id,
-                "teacher": capture.answer.teacher,
-                "verdict": verdict,
-                "why": why,
+                "prompt_id": item.prompt.id,
+                "teacher": cached.answer.teacher,
+                "verdict": result.verdict,
+                "reason": result.reason,
                 "reference": item.reference,
-                "answer": said.text,
+                "answer": answer.text,
             }
         )
-    return AnswerFilterResult(right, unverified, tuple(aside))
+    return AnswerFilterResult(num_right, num_unverified, tuple(rejected))
 
 
 def _iter_answers(caches: Sequence[AnswerSource]) -> Iterator[tuple[int, int, CachedAnswer]]:
@@ -110,16 +146,19 @@ def _iter_answers(caches: Sequence[AnswerSource]) -> Iterator[tuple[int, int, Ca
 def without_rejected(
     caches: Sequence[tuple[AnswerSource, float]], rejected: Sequence[Mapping[str, Any]]
 ) -> tuple[tuple[AnswerSource, float], ...]:
-    """The caches without what is aside; their shares stay, so that a teacher that errs more is not heard less on what it knows."""
-    out: list[tuple[AnswerSource, float]] = []
+    """Return the caches without the rejected answers.
+
+    The shares stay: a teacher with more rejected answers does not lose weight in the mixture.
+    """
+    filtered: list[tuple[AnswerSource, float]] = []
     for k, (cache, share) in enumerate(caches):
-        wrong = {a["number"] for a in rejected if a["cache"] == k}
-        out.append(
+        numbers = {a["number"] for a in rejected if a["cache"] == k}
+        filtered.append(
             (
                 AnswerSubset(
-                    cache, np.array([n for n in range(len(cache)) if n not in wrong], np.int64)
+                    cache, np.array([n for n in range(len(cache)) if n not in numbers], np.int64)
                 ),
                 share,
             )
         )
-    return tuple(out)
+    return tuple(filtered)

@@ -1,7 +1,8 @@
-"""Tables: what values the columns of a unit take and how often, and the entropy coder that uses them.
+"""Frequency tables of a unit's columns, and the entropy coder that uses them.
 
-The coder is ANS from `constriction` (Bamler 2022; asymmetric numeral systems: Duda 2014). Counts are all it is told of a column:
-40 ns decode a symbol of 50,000, and a table that is coded itself costs about a byte a value.
+The coder is ANS from `constriction` (Bamler 2022; asymmetric numeral systems: Duda 2014). It models
+a column by counts alone: decoding a symbol of 50,000 takes 40 ns, and a table, which is coded too,
+costs about one byte a value.
 """
 
 from __future__ import annotations
@@ -17,28 +18,33 @@ import numpy as np
 import numpy.typing as npt
 from constriction import stream as ans
 
-MAX_DENSE_RANGE = (
-    1 << 20
-)  # values this near together are counted and looked up in an array: a sort costs ten times that
+# values within this range are counted and looked up in an array: a sort costs ten times as much
+MAX_DENSE_RANGE = 1 << 20
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
 EncodedStream: TypeAlias = npt.NDArray[np.uint32]
 
 
 def concat_or_empty(arrays: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
-    """All arrays end to end; of none, no integers."""
+    """Concatenate arrays; return an empty int64 array for an empty sequence."""
     return np.concatenate(arrays) if arrays else np.empty(0, np.int64)
 
 
 @dataclass(frozen=True, eq=False)
 class FrequencyTable:
-    """The values a column takes in a unit, in rising order, and how often each stands there."""
+    """The values of a column in a unit and their counts.
+
+    Attributes:
+        values_U: int64, the distinct values in rising order.
+        counts_U: int64, how often each occurs.
+    """
 
     values_U: IntArray
     counts_U: IntArray
 
     @staticmethod
     def from_values(values: IntArray) -> FrequencyTable:
+        """Count the values of a column."""
         low = int(values.min(initial=0))
         if int(values.max(initial=0)) - low < MAX_DENSE_RANGE:
             counts = np.bincount(values - low)
@@ -47,7 +53,7 @@ class FrequencyTable:
         return FrequencyTable(*np.unique(values, return_counts=True))
 
     def index(self, values: IntArray) -> npt.NDArray[np.int32]:
-        """Which of the table's values each is."""
+        """Return the int32 index of each value in the table. Every value must be in the table."""
         low, high = int(self.values_U[0]), int(self.values_U[-1])
         if high - low >= MAX_DENSE_RANGE:
             return np.searchsorted(self.values_U, values).astype(np.int32)
@@ -58,7 +64,7 @@ class FrequencyTable:
 
     @cached_property
     def entropy_model(self) -> Any:
-        """None where there is nothing to tell apart."""
+        """The coder's model of the column; None if the column has one value and costs nothing."""
         return (
             ans.model.Categorical(self.counts_U.astype(np.float64), perfect=False)
             if len(self.values_U) > 1
@@ -70,24 +76,38 @@ FrequencyTables: TypeAlias = Mapping[str, FrequencyTable]
 
 
 class ColumnSource(Protocol):
-    """Where the columns of a block come from: its arrays when packing, its stream when unpacking."""
+    """Where the columns of a block come from: arrays when encoding, a stream when decoding."""
 
     def __call__(self, name: str, contexts: IntArray) -> IntArray:
-        """One value an entry of `contexts`, which says under which of the column's tables each is coded."""
+        """Return a column.
+
+        Args:
+            name: Name of the column.
+            contexts: Context of each value. A value is coded with the table "name.context".
+
+        Returns:
+            int64 values, one for each context.
+        """
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class ArrayColumns:
-    """Columns that are known, noted table by table in the order they are asked for."""
+    """Known columns. Each call also records the part of the column that each table codes.
+
+    Attributes:
+        arrays: Column name -> values.
+        coded_parts: (table name, values) in the order of the calls; filled by the calls.
+    """
 
     arrays: Mapping[str, IntArray]
     coded_parts: list[tuple[str, IntArray]]
 
     def __call__(self, name: str, contexts: IntArray) -> IntArray:
+        """Return a known column, and record what each table codes."""
         values = self.arrays[name]
         if len(values) != len(contexts):
-            raise AssertionError(f"{name}: {len(values)} values for {len(contexts)} places")
+            raise AssertionError(f"{name}: {len(values)} values for {len(contexts)} contexts")
         for context in np.unique(contexts).tolist():
             self.coded_parts.append((f"{name}.{context}", values[contexts == context]))
         return values
@@ -95,21 +115,28 @@ class ArrayColumns:
 
 @dataclass(frozen=True, eq=False)
 class StreamColumns:
-    """Columns read from a stream."""
+    """Columns decoded from a stream.
+
+    Attributes:
+        coder: constriction's ANS coder, which keeps the position in the stream.
+        tables: Table name -> frequency table.
+    """
 
     coder: Any
     tables: FrequencyTables
 
     @staticmethod
     def from_stream(stream: EncodedStream, tables: FrequencyTables) -> StreamColumns:
+        """Start to decode a stream."""
         return StreamColumns(ans.stack.AnsCoder(stream), tables)
 
     def check_fully_read(self) -> None:
-        """Everything was read, or it was not this stream."""
+        """Raise AssertionError if part of the stream was not read: it belongs to other columns."""
         if not self.coder.is_empty():
-            raise AssertionError("a stream longer than its columns")
+            raise AssertionError("the stream is longer than its columns")
 
     def __call__(self, name: str, contexts: IntArray) -> IntArray:
+        """Decode a column."""
         if not len(contexts):
             return contexts
         counts = np.bincount(contexts)
@@ -134,7 +161,14 @@ class StreamColumns:
 
 
 def encode_columns(parts: Sequence[tuple[FrequencyTable, IntArray]]) -> EncodedStream:
-    """The stream from which the columns are decoded in this order."""
+    """Encode columns into one stream, from which they are decoded in this order.
+
+    Args:
+        parts: (table, column) pairs.
+
+    Returns:
+        The stream, uint32.
+    """
     coder = ans.stack.AnsCoder()
     for table, column in reversed(parts):
         if table.entropy_model is not None and len(column):
@@ -144,7 +178,11 @@ def encode_columns(parts: Sequence[tuple[FrequencyTable, IntArray]]) -> EncodedS
 
 
 def tables_to_bytes(tables: FrequencyTables, extra: IntArray) -> bytes:
-    """Tables, and one more array, as steps between values and counts, each coded under how often it stands there; zlib over it all."""
+    """Serialize frequency tables and one more int64 array.
+
+    Values are stored as differences, counts as they are. Both are entropy coded with tables of
+    their own, which are stored as JSON; zlib compresses the result.
+    """
     columns = (
         concat_or_empty([np.diff(t.values_U, prepend=0) for t in tables.values()]),
         concat_or_empty([t.counts_U for t in tables.values()]),
@@ -161,7 +199,7 @@ def tables_to_bytes(tables: FrequencyTables, extra: IntArray) -> bytes:
 
 
 def tables_from_bytes(data: bytes) -> tuple[FrequencyTables, IntArray]:
-    """What `to_bytes` was given."""
+    """Read what `tables_to_bytes` wrote: the tables and the extra array."""
     plain = zlib.decompress(data)
     size = 8 + int.from_bytes(plain[:8], "little")
     head = json.loads(plain[8:size])

@@ -1,7 +1,7 @@
-"""Shelf: a folder of units as a whole: what is in it, whether it is sound, several as one, and the same as Parquet.
+"""Inspect, verify, merge and export a cache folder.
 
-A unit is sound when its record is as it was written, its file is the one that the record names, and every block of it unpacks to
-the counts that were committed.
+A unit is intact when its record is unchanged, its file has the sha256 of the record, and every
+block decodes to the committed counts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persea import storage as store
+from persea import storage
 from persea.cache.unit import CachedAnswer, CacheUnit, open_unit, read_record, read_unit
 from persea.distributions import DistributionKind
 from persea.errors import DataError, RefusedError
@@ -25,30 +25,35 @@ RECORD_COUNT_KEYS = ("answers", "tokens", "positions", "entries", "bytes")
 
 
 def find_cache_folder(folder: Path) -> Path:
-    """The folder with commits/ and units/: this one, or capture/ of a run folder. DataError where it is neither."""
+    """Return the folder with commits/ and units/: this one, or capture/ of a run folder.
+
+    Raises:
+        DataError: Neither has them.
+    """
     for place in (folder, folder / "capture"):
         if (place / "commits").is_dir():
             return place
     raise DataError(
-        "no cache is here",
+        "no cache in this folder",
         where=str(folder),
-        remedy="name a run folder that was captured, or its capture/",
+        remedy="give the folder of a run whose capture has started, or its capture/",
     )
 
 
 def committed_units(folder: Path) -> tuple[str, ...]:
-    """Names of all units with a commit record, in order of name."""
+    """Return the names of all units with a commit record, sorted."""
     return tuple(
         sorted(p.stem for p in (folder / "commits").glob("*.json") if not p.name.startswith("."))
     )
 
 
 def summarize_cache(folder: Path) -> dict[str, Any]:
-    """What is in a cache: units and counts, in all and by teacher; bytes a learned position. Reads commit records only."""
+    """Return units and counts, in total and by teacher, and bytes a learned position.
+
+    Reads commit records only.
+    """
     teachers: dict[str, Counter[str]] = {}
-    formats: set[tuple[str, tuple[tuple[str, float], ...]]] = (
-        set()
-    )  # kind, and how far it goes: tau of a sample, kl of a rest
+    formats: set[tuple[str, tuple[tuple[str, float], ...]]] = set()  # kind, and its tau or kl
     for name in committed_units(folder):
         record = read_record(folder, name)
         sampled, kl = record["kind"] == DistributionKind.SAMPLED, record["about"].get("kl")
@@ -67,13 +72,25 @@ def summarize_cache(folder: Path) -> dict[str, Any]:
         if total["positions"]
         else {}
     )
-    rows = [{"kind": kind, **dict(how)} for kind, how in sorted(formats)]
-    return {**total, **each, "rows": rows, "teachers": {k: dict(v) for k, v in teachers.items()}}
+    distributions = [{"kind": kind, **dict(limit)} for kind, limit in sorted(formats)]
+    return {
+        **total,
+        **each,
+        "distributions": distributions,
+        "teachers": {k: dict(v) for k, v in teachers.items()},
+    }
 
 
 @dataclass(frozen=True)
 class CacheProblem:
-    """Something that is not as it was written. harmless: it costs nothing but disk, as what a killed run left."""
+    """A file that is not as it was written.
+
+    Attributes:
+        path: The file.
+        message: What is wrong.
+        remedy: What to do.
+        is_harmless: Whether it only takes disk space, such as the files of a killed run.
+    """
 
     path: Path
     message: str
@@ -82,84 +99,93 @@ class CacheProblem:
 
 
 def verify_cache(folder: Path) -> list[CacheProblem]:
-    """Everything that is wrong in a cache: every byte of every unit is read and unpacked.
+    """Read and decode every byte of a cache; return everything that is wrong.
 
-    Units that are missing, cut, changed, of another name, or say what another unit says; files that nobody committed.
+    Finds units that are missing, cut, changed, of another name, or with answers that another unit
+    holds too, and files that were never committed.
     """
-    found: list[CacheProblem] = []
-    said: dict[str, str] = {}
+    problems: list[CacheProblem] = []
+    unit_of: dict[str, str] = {}  # teacher and prompt -> unit
     names = committed_units(folder)
     for name in names:
         try:
-            captures = read_unit(folder, name)
-            _check_counts(open_unit(folder, name), captures)
+            answers = read_unit(folder, name)
+            _check_counts(open_unit(folder, name), answers)
         except DataError as error:
-            found.append(CacheProblem(Path(error.where), error.message, error.remedy))
+            problems.append(CacheProblem(Path(error.where), error.message, error.remedy))
             continue
-        for capture in captures:
-            key = f"{capture.answer.teacher} {capture.answer.prompt_id}"
-            if said.setdefault(key, name) != name:
+        for cached in answers:
+            key = f"{cached.answer.teacher} {cached.answer.prompt_id}"
+            if unit_of.setdefault(key, name) != name:
                 path = folder / "commits" / f"{name}.json"
-                found.append(
+                problems.append(
                     CacheProblem(
                         path,
-                        f"answers of {key} that unit {said[key]} holds too",
+                        f"it holds an answer of {key} that unit {unit_of[key]} holds too",
                         f"delete the older of the two, and {path}",
                     )
                 )
                 break
     for path in sorted((folder / "units").glob("*")):
         if path.name.startswith(".") or path.stem not in names or path.suffix != ".safetensors":
-            found.append(
+            problems.append(
                 CacheProblem(
                     path,
-                    "not committed: what a killed run left",
-                    "it is written again or may be deleted",
+                    "not committed: left by a killed run",
+                    "it may be deleted; the next capture writes it again",
                     is_harmless=True,
                 )
             )
-    return found + _check_stage_record(folder)
+    return problems + _check_stage_record(folder)
 
 
 def _check_counts(unit: CacheUnit, cached_answers: Sequence[CachedAnswer]) -> None:
-    told = {
+    counts = {
         "answers": len(cached_answers),
         "tokens": sum(len(c.tokens) for c in cached_answers),
         "positions": sum(len(c.distributions) for c in cached_answers),
         "entries": sum(len(c.distributions.ids_M) for c in cached_answers),
     }
-    for what, count in told.items():
-        if unit.record[what] != count:
+    for key, count in counts.items():
+        if unit.record[key] != count:
             raise DataError(
-                f"{count:,} {what}, where {unit.record[what]:,} were committed",
+                f"{count:,} {key}, where {unit.record[key]:,} were committed",
                 where=str(unit.path),
                 remedy=unit.remedy,
             )
 
 
 def _check_stage_record(folder: Path) -> list[CacheProblem]:
-    """Is what the stage wrote beside the units, where it finished, what its record says?"""
+    """Compare the files that the stage wrote beside the units with its record, if it has one."""
     path = folder / "done.json"
-    remedy = f"delete {path} and capture again: units that stand are kept"
+    remedy = f"delete {path} and capture again: committed units stay"
     if not path.is_file():
         return []
     try:
-        done = store.read_json_with_checksum(path, remedy)
+        done = storage.read_json_with_checksum(path, remedy)
     except DataError as error:
         return [CacheProblem(path, error.message, error.remedy)]
     outputs = {folder / name: sha for name, sha in done["outputs"].items()}
     return [
-        CacheProblem(at, "not as the stage wrote it", remedy)
+        CacheProblem(at, "changed since the stage wrote it", remedy)
         for at, sha in outputs.items()
-        if not at.is_file() or store.digest_file(at) != sha
+        if not at.is_file() or storage.digest_file(at) != sha
     ]
 
 
 def merge_caches(into: Path, folders: Sequence[Path]) -> int:
-    """Copy every unit of some caches into one, each byte checked on the way; how many were new.
+    """Copy every unit of some caches into one, and check each byte. Units that it has stay.
 
-    A unit that stands there already is left as it is. Raises DataError for a unit that is not as it was written, or whose name stands
-    for other bytes; Refused where two caches mean different weights by one teacher's name.
+    Args:
+        into: The folder to copy into. It is created if it does not exist.
+        folders: Cache folders.
+
+    Returns:
+        How many units were copied.
+
+    Raises:
+        DataError: A unit is damaged, or two units of one name have different bytes.
+        RefusedError: Two caches mean different models by one teacher's name.
     """
     identities: dict[str, tuple[str, Path]] = {}
     for folder in (into, *folders):
@@ -170,45 +196,55 @@ def merge_caches(into: Path, folders: Sequence[Path]) -> int:
             )
             if identity != about.get("identity", ""):
                 raise RefusedError(
-                    f"{about['teacher']} is not the same teacher in {where}",
+                    f"{about['teacher']} is another model in {where}",
                     where=str(folder),
-                    remedy="keep the two caches apart",
+                    remedy="do not merge the two caches",
                 )
-    new = 0
-    with store.lock_run_folder(into):
+    num_new = 0
+    with storage.lock_run_folder(into):
+        present = set(committed_units(into))
         for folder in folders:
             for name in committed_units(folder):
                 record = read_record(folder, name)
-                if name in committed_units(into):
+                if name in present:
                     if read_record(into, name)["sha256"] != record["sha256"]:
                         raise DataError(
-                            f"unit {name} is not the same in {folder}",
+                            f"unit {name} has other bytes in {folder}",
                             where=str(into / "units" / f"{name}.safetensors"),
-                            remedy="verify both caches; the same name is the same bytes",
+                            remedy="verify both caches: equal names mean equal bytes",
                         )
                     continue
                 read_unit(folder, name)
-                store.write_atomic(
+                storage.write_atomic(
                     into / "units" / f"{name}.safetensors",
                     (folder / "units" / f"{name}.safetensors").read_bytes(),
                 )
-                store.create_json_once(
-                    into / "commits" / f"{name}.json", store.with_checksum(record)
+                storage.create_json_once(
+                    into / "commits" / f"{name}.json", storage.with_checksum(record)
                 )
-                new += 1
-    return new
+                present.add(name)
+                num_new += 1
+    return num_new
 
 
 def export_parquet(folder: Path, path: Path) -> int:
-    """The whole cache as one Parquet file, a row an answer, a row group a unit; the number of answers.
+    """Write a cache as one Parquet file: a row an answer, a row group a unit.
 
-    Columns: unit, teacher, prompt_id, skill, language, conversation (JSON), ids, starts, ends, learn (a value a token), and of
-    the learned tokens row_sizes, row_ids, row_probs, realised. Written whole or not at all.
+    Columns: unit, teacher, prompt_id, skill, language, conversation (JSON); ids, starts, ends,
+        learn
+    (lists with a value a token); row_sizes, row_ids, row_probs, realised (of the learned tokens).
+    The file is written whole or not at all.
+
+    Returns:
+        The number of answers.
+
+    Raises:
+        DataError: A unit is damaged.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    answers = 0
+    num_answers = 0
     schema = pa.schema(
         [
             *(
@@ -222,14 +258,14 @@ def export_parquet(folder: Path, path: Path) -> int:
         ]
     )
     with (
-        store.open_atomic(path) as file,
+        storage.open_atomic(path) as file,
         pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer,
     ):
         for name in committed_units(folder):
-            captures = read_unit(folder, name)
-            writer.write_table(_unit_to_arrow(name, captures, schema))
-            answers += len(captures)
-    return answers
+            cached_answers = read_unit(folder, name)
+            writer.write_table(_unit_to_arrow(name, cached_answers, schema))
+            num_answers += len(cached_answers)
+    return num_answers
 
 
 def _unit_to_arrow(

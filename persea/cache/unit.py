@@ -1,8 +1,9 @@
-"""Captures on disk: what a teacher said and the distribution behind each token, packed, digested, memory-mapped.
+"""Cache units on disk: answers and token distributions, compressed, checksummed, memory-mapped.
 
-A unit is the smallest committed piece: one safetensors file, and a commit record that names its sha256. What has no commit
-record does not exist; what does not match it is refused. Inside, answers lie in blocks of some thousand tokens, each with a
-digest of its own, so that a block is checked whenever it is read, and reading one does not need the others.
+A unit is the smallest piece that is committed: one safetensors file, and a commit record that names
+its sha256. A file without a record does not exist for readers; a file that does not match its
+record is refused. Answers are stored in blocks of some thousand tokens. Each block has a digest
+that is checked whenever the block is read, and reading one does not need the others.
 """
 
 from __future__ import annotations
@@ -20,29 +21,47 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save as save_tensors
 
-from persea import storage as store
-from persea.cache import entropy_coding as tables
+from persea import storage
 from persea.cache.codec import UnitLayout, decode_block, encode_unit
+from persea.cache.entropy_coding import tables_from_bytes, tables_to_bytes
 from persea.distributions import LOGPROB_STEP_NATS, DistributionKind, SparseDistributions
 from persea.errors import DataError
 from persea.teachers.teacher import Answer
 from persea.tokenization.tokens import RenderedTokens
 
 CACHE_FORMAT = 3
-MIN_BLOCK_TOKENS = 4096  # tokens that are decoded at once: 2 ms, and 64 bytes of index and digest a block stay under .02 a token
+# A block is decoded at once: 4096 tokens take 2 ms. Its index and digest have 64 bytes, less than
+# .02 bytes a token. Part of the format: blocks are shuffled, so their size decides the order.
+MIN_BLOCK_TOKENS = 4096
 
 
 @dataclass(frozen=True)
 class CachedAnswer:
-    """An answer, its tokens in the teacher's voice, and a row for every learned token."""
+    """A teacher's answer, its tokens, and the teacher's distribution at every learned token.
+
+    Attributes:
+        answer: The answer and the conversation that it belongs to.
+        tokens: The conversation, rendered and tokenized by the teacher.
+        distributions: One sparse distribution for each token with a true loss mask, in order.
+    """
 
     answer: Answer
     tokens: RenderedTokens
     distributions: SparseDistributions
 
+    @property
+    def teacher(self) -> str:
+        """Name of the teacher that answered."""
+        return self.answer.teacher
+
+    @property
+    def prompt_id(self) -> str:
+        """Id of the prompt."""
+        return self.answer.prompt_id
+
 
 def unit_id(*parts: object) -> str:
-    """The name of a unit: digest of all that determines its bytes."""
+    """Return the name of a unit: a digest of everything that determines its bytes."""
     return hashlib.sha256(
         json.dumps([CACHE_FORMAT, *parts], sort_keys=True, default=str).encode()
     ).hexdigest()[:32]
@@ -62,13 +81,21 @@ def write_unit(
     unit_metadata: Mapping[str, str] | None = None,
     quarantine: Sequence[tuple[str, str]] = (),
 ) -> None:
-    """Publish a unit, then commit it.
+    """Write the file of a unit, then commit it.
 
-    dropped  the answers that were not whole, by finish
-    tau      of rows of kind SAMPLED: entries of exactly this probability are the sampled tail
-    about    what else the unit says of itself: teacher, identity
-    quarantine  (prompt, why) of those among them that were not even asked
-    Raises DataError for rows that are no distributions, or of another kind.
+    Args:
+        folder: The cache folder.
+        name: Name of the unit, from `unit_id`.
+        cached_answers: The answers.
+        dropped: Reason -> number of answers that are left out.
+        tau: For kind SAMPLED: entries of exactly this probability are the sampled tail.
+        kind: Kind of all distributions.
+        unit_metadata: What else the unit records: teacher, identity.
+        quarantine: (prompt id, reason) of the prompts among `dropped` that were not asked.
+
+    Raises:
+        DataError: The distributions are of another kind or no distributions.
+        StorageError: The disk cannot take the files.
     """
     blocks = list(_split_into_blocks(cached_answers))
     layout, streams = encode_unit(
@@ -86,12 +113,12 @@ def write_unit(
         )
         for b in blocks
     ]
-    words = [s.astype("<u4").tobytes() for s in streams]
+    stream_bytes = [s.astype("<u4").tobytes() for s in streams]
     index = [
         (len(b), sum(len(c.tokens) for c in b), len(w), len(t))
-        for b, w, t in zip(blocks, words, texts, strict=True)
+        for b, w, t in zip(blocks, stream_bytes, texts, strict=True)
     ]
-    says = {
+    metadata = {
         "format": CACHE_FORMAT,
         "unit": name,
         "kind": kind.value,
@@ -102,25 +129,27 @@ def write_unit(
     }
     data = save_tensors(
         {
-            "about": _byte_array(json.dumps(says, sort_keys=True).encode()),
-            "tables": _byte_array(tables.tables_to_bytes(layout.tables, layout.byte_lengths_U)),
+            "about": _byte_array(json.dumps(metadata, sort_keys=True).encode()),
+            "tables": _byte_array(tables_to_bytes(layout.tables, layout.byte_lengths_U)),
             "index": np.array(index, np.int64).reshape(-1, 4),
-            "words": _byte_array(b"".join(words)),
+            "words": _byte_array(b"".join(stream_bytes)),
             "texts": _byte_array(b"".join(texts)),
             "digests": _byte_array(
-                b"".join(hashlib.sha256(w + t).digest() for w, t in zip(words, texts, strict=True))
+                b"".join(
+                    hashlib.sha256(w + t).digest() for w, t in zip(stream_bytes, texts, strict=True)
+                )
             ),
         }
     )
-    sha = store.write_atomic(folder / "units" / f"{name}.safetensors", data)
-    where = _tensor_slices(data)
-    store.create_json_once(
+    sha256 = storage.write_atomic(folder / "units" / f"{name}.safetensors", data)
+    slices = _tensor_slices(data)
+    storage.create_json_once(
         folder / "commits" / f"{name}.json",
-        store.with_checksum(
-            says
+        storage.with_checksum(
+            metadata
             | {
-                "sha256": sha,
-                "head": _header_digest(data, where),
+                "sha256": sha256,
+                "head": _header_digest(data, slices),
                 "bytes": len(data),
                 "answers": len(cached_answers),
                 "dropped": dict(dropped),
@@ -150,7 +179,7 @@ def _byte_array(data: bytes) -> npt.NDArray[np.uint8]:
 
 
 def _tensor_slices(data: bytes | npt.NDArray[np.uint8]) -> dict[str, slice]:
-    """Where each tensor's bytes lie, from the file's own header."""
+    """Return the byte range of each tensor, read from the file's header."""
     size = 8 + int.from_bytes(bytes(data[:8]), "little")
     return {
         name: slice(size + t["data_offsets"][0], size + t["data_offsets"][1])
@@ -159,7 +188,7 @@ def _tensor_slices(data: bytes | npt.NDArray[np.uint8]) -> dict[str, slice]:
 
 
 def _header_digest(data: bytes | npt.NDArray[np.uint8], slices: Mapping[str, slice]) -> str:
-    """sha256 of everything but the blocks, which have digests of their own."""
+    """Return the sha256 of everything but the blocks, which have digests of their own."""
     sha, begin = hashlib.sha256(), 0
     for span in sorted((slices["words"], slices["texts"]), key=lambda s: int(s.start)):
         sha.update(bytes(data[begin : span.start]))
@@ -172,13 +201,18 @@ def _header_digest(data: bytes | npt.NDArray[np.uint8], slices: Mapping[str, sli
 
 
 def is_committed(folder: Path, name: str) -> bool:
+    """Return whether a unit has a commit record."""
     return (folder / "commits" / f"{name}.json").is_file()
 
 
 def read_record(folder: Path, name: str) -> dict[str, Any]:
-    """What was committed of a unit: its sha256 and counts. DataError where the record is missing or is not what was written."""
+    """Read the commit record of a unit: its sha256 and its counts.
+
+    Raises:
+        DataError: The record is missing, damaged, of another format, or of another unit.
+    """
     path = folder / "commits" / f"{name}.json"
-    found = store.read_json(path)
+    found = storage.read_json(path)
     version = found.get("format") if isinstance(found, dict) else None
     if version != CACHE_FORMAT:
         raise DataError(
@@ -186,7 +220,7 @@ def read_record(folder: Path, name: str) -> dict[str, Any]:
             where=str(path),
             remedy=f"delete {folder} and capture again, or read it with the persea that wrote it",
         )
-    record = store.read_json_with_checksum(path, _recapture_remedy(folder, name))
+    record = storage.read_json_with_checksum(path, _recapture_remedy(folder, name))
     if record["unit"] != name:
         raise DataError(
             f"the record of unit {record['unit']}",
@@ -198,9 +232,18 @@ def read_record(folder: Path, name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class CacheUnit:
-    """A committed unit, memory-mapped; its head was checked when it was opened, a block is whenever it is read.
+    """A committed unit, memory-mapped. Iterating yields its answers.
 
-    index_B4  answers, tokens, bytes of words and bytes of texts of each block
+    The header is checked when the unit is opened, a block whenever it is read.
+
+    Attributes:
+        path: The unit's file.
+        record: The commit record.
+        data: The bytes of the file.
+        slices: Tensor name -> byte range.
+        layout: Decodes the blocks.
+        index_B4: int64, answers, tokens, stream bytes and text bytes of each block.
+        remedy: What to do if the unit is damaged, for messages.
     """
 
     path: Path
@@ -217,7 +260,7 @@ class CacheUnit:
 
     @property
     def answer_offsets_B1(self) -> npt.NDArray[np.int64]:
-        """The number of each block's first answer, and of all answers."""
+        """Number of the first answer of each block, and the number of all answers."""
         firsts: npt.NDArray[np.int64] = np.concatenate([[0], self._block_ends_B4[:, 0]])
         return firsts
 
@@ -225,13 +268,17 @@ class CacheUnit:
         return int(self.record["answers"])
 
     def read_block(self, k: int) -> tuple[CachedAnswer, ...]:
-        """Some consecutive answers, decoded. DataError where their bytes are not what was written."""
+        """Decode the answers of a block.
+
+        Raises:
+            DataError: The bytes do not match their digest.
+        """
         count, _, size_words, size_texts = self.index_B4[k].tolist()
         _, _, end_words, end_texts = self._block_ends_B4[k].tolist()
-        words = self.data[self.slices["words"]][end_words - size_words : end_words].tobytes()
+        stream = self.data[self.slices["words"]][end_words - size_words : end_words].tobytes()
         texts = self.data[self.slices["texts"]][end_texts - size_texts : end_texts].tobytes()
         if (
-            hashlib.sha256(words + texts).digest()
+            hashlib.sha256(stream + texts).digest()
             != self.data[self.slices["digests"]][32 * k : 32 * k + 32].tobytes()
         ):
             raise DataError(
@@ -239,11 +286,11 @@ class CacheUnit:
                 where=str(self.path),
                 remedy=self.remedy,
             )
-        some = decode_block(np.frombuffer(words, "<u4").astype(np.uint32), self.layout, count)
+        decoded = decode_block(np.frombuffer(stream, "<u4").astype(np.uint32), self.layout, count)
         answers = json.loads(zlib.decompress(texts))
         return tuple(
-            CachedAnswer(Answer.from_json(a), tokens, rows)
-            for a, (tokens, rows) in zip(answers, some, strict=True)
+            CachedAnswer(Answer.from_json(a), tokens, distributions)
+            for a, (tokens, distributions) in zip(answers, decoded, strict=True)
         )
 
     def __iter__(self) -> Iterator[CachedAnswer]:
@@ -252,7 +299,12 @@ class CacheUnit:
 
 
 def open_unit(folder: Path, name: str) -> CacheUnit:
-    """A committed unit, ready to be read anywhere. DataError names the file that is missing or does not match."""
+    """Open a committed unit.
+
+    Raises:
+        DataError: The file is missing or does not match its record. The message names it.
+        StorageError: The file cannot be opened.
+    """
     record = read_record(folder, name)
     path, remedy = folder / "units" / f"{name}.safetensors", _recapture_remedy(folder, name)
     try:
@@ -263,7 +315,7 @@ def open_unit(folder: Path, name: str) -> CacheUnit:
             f"committed, but {error.strerror}", where=str(path), remedy=remedy
         ) from error
     except OSError as error:
-        raise store.unreadable_file_error(path, error) from error
+        raise storage.unreadable_file_error(path, error) from error
     if size != record["bytes"]:
         raise DataError(
             f"{size:,} bytes, where {record['bytes']:,} were committed",
@@ -271,31 +323,35 @@ def open_unit(folder: Path, name: str) -> CacheUnit:
             remedy=remedy,
         )
     try:
-        where = _tensor_slices(data)
-        whole = _header_digest(data, where) == record["head"]
+        slices = _tensor_slices(data)
+        is_intact = _header_digest(data, slices) == record["head"]
     except (ValueError, KeyError, TypeError, OverflowError):
-        whole = False
-    if not whole:
+        is_intact = False
+    if not is_intact:
         raise DataError(
             "its bytes do not match the committed sha256", where=str(path), remedy=remedy
         )
-    found, extents = tables.tables_from_bytes(data[where["tables"]].tobytes())
-    index_B4 = np.frombuffer(data[where["index"]].tobytes(), "<i8").reshape(-1, 4)
+    tables, byte_lengths_U = tables_from_bytes(data[slices["tables"]].tobytes())
+    index_B4 = np.frombuffer(data[slices["index"]].tobytes(), "<i8").reshape(-1, 4)
     return CacheUnit(
         path,
         record,
         data,
-        where,
-        UnitLayout(DistributionKind(record["kind"]), record["tau"], found, extents),
+        slices,
+        UnitLayout(DistributionKind(record["kind"]), record["tau"], tables, byte_lengths_U),
         index_B4,
         remedy,
     )
 
 
 def read_unit(folder: Path, name: str) -> tuple[CachedAnswer, ...]:
-    """A whole unit, every byte of it checked. DataError names the file that is missing or does not match."""
+    """Read a whole unit and check every byte of it.
+
+    Raises:
+        DataError: The file is missing or does not match its record. The message names it.
+    """
     unit = open_unit(folder, name)
-    if store.digest_file(unit.path) != unit.record["sha256"]:
+    if storage.digest_file(unit.path) != unit.record["sha256"]:
         raise DataError(
             "its bytes do not match the committed sha256", where=str(unit.path), remedy=unit.remedy
         )
@@ -303,6 +359,5 @@ def read_unit(folder: Path, name: str) -> tuple[CachedAnswer, ...]:
 
 
 def _recapture_remedy(folder: Path, name: str) -> str:
-    return (
-        f"delete {folder / 'commits' / name}.json and capture again: only this unit is asked again"
-    )
+    record = folder / "commits" / f"{name}.json"
+    return f"delete {record} and capture again: the other units stay"

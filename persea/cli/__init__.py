@@ -1,6 +1,7 @@
-"""The command line: one verb a stage, and the small ones. torch is imported only by verbs that run a model.
+"""The command line: one verb for each stage, and tools around a run.
 
-A file a group of verbs; stages holds the river's, options what they share.
+One file holds a group of verbs; `run` has the pipeline's, `options` the shared options. torch is
+imported only by verbs that run a model.
 """
 
 from __future__ import annotations
@@ -13,20 +14,20 @@ import typer
 
 from persea import __version__
 
-# The order of the imports is the order of the verbs in `persea --help`.
-from persea.cli import run as stages  # isort: skip
-from persea.cli import cache as caches  # isort: skip
-from persea.cli import status as watching  # isort: skip
+# The order of these imports is the order of the verbs in `persea --help`.
+from persea.cli import run  # isort: skip
+from persea.cli import extend  # isort: skip
+from persea.cli import cache  # isort: skip
+from persea.cli import status  # isort: skip
 from persea.cli import compare  # isort: skip
-from persea.cli import chat as live  # isort: skip
-from persea.cli import serve as serving  # isort: skip
+from persea.cli import chat  # isort: skip
+from persea.cli import serve  # isort: skip
 from persea.cli.options import app
 from persea.errors import PerseaError, RecipeError, RunInterrupted
 
-__all__ = ["app", "caches", "compare", "live", "main", "serving", "stages", "watching"]
-USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[
-    1
-]  # click's UsageError, whichever click typer brings; it has no public name there
+__all__ = ["app", "cache", "chat", "compare", "extend", "main", "run", "serve", "status"]
+# click's UsageError, of the click that typer bundles: typer has no public name for it
+USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 def _print_version(requested: bool) -> None:
@@ -39,7 +40,9 @@ def _print_version(requested: bool) -> None:
 def _options(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Say the version."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     pass
@@ -50,7 +53,10 @@ def _raise_interrupted(number: int, frame: object) -> None:
 
 
 def main() -> None:
-    """Entry point: every refusal is one line on stderr and an exit code; a traceback means a bug of ours."""
+    """Run the command line.
+
+    Every refusal is one line on stderr and an exit code; a traceback means a bug in persea.
+    """
     signal.signal(signal.SIGTERM, _raise_interrupted)
     signal.signal(signal.SIGINT, _raise_interrupted)
     try:
@@ -59,11 +65,13 @@ def main() -> None:
         sys.stderr.write(f"persea: {error}\n")
         sys.exit(error.exit_code)
     except USAGE_ERROR as error:
-        if said := error.format_message():  # type: ignore[attr-defined]  # nothing is said where no verb is given: that prints the help
-            sys.stderr.write(f"persea: {said} -> persea --help\n")
+        # without a verb typer prints the help, and the message is empty
+        if message := error.format_message():  # type: ignore[attr-defined]
+            sys.stderr.write(f"persea: {message} -> persea --help\n")
         sys.exit(RecipeError.exit_code)
     except Exception:
         sys.stderr.write(
-            "persea: this is a bug of persea; please report it with what follows and the recipe\n"
+            "persea: this is a bug in persea; please report it with the traceback below and the "
+            "recipe\n"
         )
         raise

@@ -1,4 +1,4 @@
-"""python -m persea.cli: the command line without the installed script."""
+"""Run the command line as `python -m persea.cli`."""
 
 from persea.cli import main
 

@@ -1,4 +1,4 @@
-"""persea cache: what the teachers said, as it lies on disk."""
+"""persea cache: look at, verify, export and merge captured answers."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Annotated
 
 import typer
 
-from persea.cli.options import AsJson, app
+from persea.cli.options import AFTER_PANEL, AsJson, app
 from persea.errors import DataError
 
 cache_app = typer.Typer(
     no_args_is_help=True,
-    help="What the teachers said, as it lies on disk: a run folder, or its capture/.",
+    help="The teachers' captured answers and token distributions, in a run folder.",
 )
-app.add_typer(cache_app, name="cache", rich_help_panel="After a run")
+app.add_typer(cache_app, name="cache", rich_help_panel=AFTER_PANEL)
 CachePath = Annotated[
     Path, typer.Argument(help="A run folder, or its capture/.", show_default=False)
 ]
@@ -23,62 +23,63 @@ CachePath = Annotated[
 
 @cache_app.command("info")
 def cache_info(folder: CachePath, as_json: AsJson = False) -> None:
-    """Units, answers, positions and bytes, in all and by teacher. Reads the commit records only."""
+    """Count units, answers, positions and bytes, in total and by teacher.
+
+    Reads the commit records only.
+    """
     from persea.cache.maintenance import find_cache_folder, summarize_cache
 
-    told = summarize_cache(find_cache_folder(folder))
+    summary = summarize_cache(find_cache_folder(folder))
     if as_json:
-        typer.echo(json.dumps(told, indent=1))
+        typer.echo(json.dumps(summary, indent=1))
         return
     from persea.pipeline.progress import print_table
 
     names = ("units", "answers", "tokens", "positions", "entries", "bytes")
-    rows = [*told["teachers"].items(), ("in all", told)]
+    rows = [*summary["teachers"].items(), ("total", summary)]
     print_table(
         ("teacher", *names),
         [(name, *(f"{counts.get(n, 0):,}" for n in names)) for name, counts in rows],
     )
     kinds = ", ".join(
-        " ".join([r["kind"], *(f"({key} {r[key]:g})" for key in ("tau", "kl") if key in r)])
-        for r in told["rows"]
+        " ".join([d["kind"], *(f"({key} {d[key]:g})" for key in ("tau", "kl") if key in d)])
+        for d in summary["distributions"]
     )
     typer.echo(
-        f"rows: {kinds}; {told.get('bytes_per_position', 0)} bytes a position, text and tokens included"
+        f"distributions: {kinds}; {summary.get('bytes_per_position', 0)} bytes a position, text "
+        "and tokens included"
     )
 
 
 @cache_app.command("verify")
 def cache_verify(folder: CachePath, as_json: AsJson = False) -> None:
-    """Read and unpack every byte; tell everything that is not as it was written (exit 3)."""
+    """Read and decode every byte; list everything that is damaged (exit code 3)."""
     from persea.cache.maintenance import committed_units, find_cache_folder, verify_cache
 
-    where = find_cache_folder(folder)
-    found = verify_cache(where)
-    wrong = [f for f in found if not f.is_harmless]
+    cache_folder = find_cache_folder(folder)
+    problems = verify_cache(cache_folder)
+    num_damaged = sum(not p.is_harmless for p in problems)
+    num_units = len(committed_units(cache_folder))
     if as_json:
-        typer.echo(
-            json.dumps(
-                [
-                    {
-                        "where": str(f.path),
-                        "what": f.message,
-                        "remedy": f.remedy,
-                        "harmless": f.is_harmless,
-                    }
-                    for f in found
-                ],
-                indent=1,
-            )
-        )
+        records = [
+            {
+                "path": str(p.path),
+                "message": p.message,
+                "remedy": p.remedy,
+                "is_harmless": p.is_harmless,
+            }
+            for p in problems
+        ]
+        typer.echo(json.dumps(records, indent=1))
     else:
-        for f in found:
-            typer.echo(f"{f.path}: {f.message} -> {f.remedy}")
-        typer.echo(f"{len(committed_units(where))} units, {len(wrong)} findings")
-    if wrong:
+        for p in problems:
+            typer.echo(f"{p.path}: {p.message} -> {p.remedy}")
+        typer.echo(f"{num_units} units, {num_damaged} problems")
+    if num_damaged:
         raise DataError(
-            f"{len(wrong)} of {len(committed_units(where))} units or records are not as they were written",
-            where=str(where),
-            remedy="each is named above with its remedy",
+            f"{num_damaged} of {num_units} units or records are damaged",
+            where=str(cache_folder),
+            remedy="each is listed above with its remedy",
         )
 
 
@@ -87,7 +88,7 @@ def cache_export(
     folder: CachePath,
     to: Annotated[Path, typer.Argument(help="The Parquet file to write.", show_default=False)],
 ) -> None:
-    """The whole cache as one Parquet file, a row an answer; every byte is checked on the way."""
+    """Write the whole cache as one Parquet file with a row an answer, and verify every byte."""
     from persea.cache.maintenance import export_parquet, find_cache_folder
 
     typer.echo(f"{to}: {export_parquet(find_cache_folder(folder), to):,} answers")
@@ -100,9 +101,11 @@ def cache_merge(
         list[Path], typer.Argument(help="Run folders, or their capture/.", show_default=False)
     ],
 ) -> None:
-    """Copy the units of several caches into one folder; every byte is checked on the way, what stands there already stays."""
+    """Copy the units of several caches into one folder, and verify every byte.
+
+    Units that the folder already has stay as they are.
+    """
     from persea.cache.maintenance import find_cache_folder, merge_caches
 
-    typer.echo(
-        f"{into}: {merge_caches(into, [find_cache_folder(folder) for folder in folders]):,} new units"
-    )
+    num_new = merge_caches(into, [find_cache_folder(folder) for folder in folders])
+    typer.echo(f"{into}: {num_new:,} new units")

@@ -1,4 +1,4 @@
-"""persea chat: talk to a student, or to any model, in a terminal or through a pipe."""
+"""persea chat: chat with a model in a terminal or through a pipe."""
 
 from __future__ import annotations
 
@@ -7,43 +7,45 @@ import signal
 import sys
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
 from persea.chat.messages import ThinkingEffort
-from persea.cli.options import app
+from persea.cli.options import AFTER_PANEL, app, refuse_other_versions
 from persea.errors import DataError, RecipeError, RunInterrupted
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-INPUT_PROMPT = (
-    "\001\033[1m\002> \001\033[0m\002"  # bold; \001 and \002 tell readline what has no width
-)
+# bold; \001 and \002 enclose bytes that have no width, for readline
+INPUT_PROMPT = "\001\033[1m\002> \001\033[0m\002"
 
 
 @dataclass
 class TerminalDisplay:
-    """Thoughts dim, answers plain, notes in italics."""
+    """Shows thinking dimmed, answers plain, and notes in italics."""
 
     console: Console
-    has_open_line: bool = False  # whether an answer's line is not ended
+    has_open_line: bool = False  # a line of an answer has not ended
     thinking: bool = False
 
     def read_line(self) -> str | None:
+        """Read a line from the person; None = the end of the chat."""
         while True:
             try:
                 return input(INPUT_PROMPT)
             except KeyboardInterrupt:
                 self.console.print()
-                self.show_note("/quit or Ctrl-D ends")
+                self.show_note("/quit or Ctrl-D ends the chat")
             except EOFError:
                 self.console.print()
                 return None
 
     def write_delta(self, thinking: str, text: str) -> None:
+        """Print a piece of thinking and a piece of the answer."""
         from persea.serve.chat_session import sanitize_for_terminal
 
         for piece, style in ((thinking, "dim"), (text, "none")):
@@ -62,6 +64,7 @@ class TerminalDisplay:
             )
 
     def end_answer(self, note: str) -> None:
+        """End an answer, with a note if there is one."""
         if self.has_open_line:
             self.console.print()
         self.has_open_line = self.thinking = False
@@ -69,6 +72,7 @@ class TerminalDisplay:
             self.show_note(f"({note})")
 
     def show_note(self, text: str) -> None:
+        """Print a note that is no part of an answer."""
         from persea.serve.chat_session import sanitize_for_terminal
 
         self.console.print(
@@ -81,41 +85,49 @@ class TerminalDisplay:
 
 
 class PipeDisplay:
-    """Lines in, answers out, one after the other; thoughts and notes go to stderr."""
+    """Reads lines from stdin and writes answers to stdout; thinking and notes go to stderr."""
 
     def read_line(self) -> str | None:
+        """Read a line; None = the end of the input.
+
+        Raises:
+            DataError: The line is not UTF-8.
+        """
         try:
             line = sys.stdin.readline()
         except UnicodeDecodeError as error:
             raise DataError(
-                f"a line is no UTF-8: {error.reason}",
+                f"a line is not UTF-8: {error.reason}",
                 where="stdin",
                 remedy="write the lines as UTF-8",
             ) from error
         return line.rstrip("\n") if line else None
 
     def write_delta(self, thinking: str, text: str) -> None:
+        """Write a piece of thinking and a piece of the answer."""
         _write_text(sys.stderr, thinking)
         _write_text(sys.stdout, text)
         sys.stdout.flush()
 
     def end_answer(self, note: str) -> None:
+        """End an answer, with a note if there is one."""
         sys.stdout.write("\n")
         sys.stdout.flush()
         sys.stderr.write(f"\n({note})\n" if note else "\n")
 
     def show_note(self, text: str) -> None:
+        """Write a note that is no part of an answer."""
         _write_text(sys.stderr, f"{text}\n")
 
 
 def _write_text(stream: TextIO, text: str) -> None:
-    """The text as it is; where a terminal is at the other end, without what could steer it."""
+    """Write a text; on a terminal without control characters, which could steer it."""
     from persea.serve.chat_session import sanitize_for_terminal
 
     stream.write(sanitize_for_terminal(text) if stream.isatty() else text)
 
 
-@app.command(rich_help_panel="After a run")
+@app.command(rich_help_panel=AFTER_PANEL)
 def chat(
     run: Annotated[
         str,
@@ -125,50 +137,48 @@ def chat(
     ],
     think: Annotated[
         str,
-        typer.Option(help="How long it thinks: on, off, low, medium or high.", show_default=False),
+        typer.Option(help="Thinking effort: on, off, low, medium or high.", show_default=False),
     ] = "",
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Longest answer, in its tokens, thought included.")
+        int, typer.Option(min=1, help="Longest answer, in tokens, thinking included.")
     ] = 512,
 ) -> None:
-    """Talk to a student, or to any model. /help lists the commands; Ctrl-C stops an answer, Ctrl-D ends."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings(
-        "ignore", ".*past_key_values", FutureWarning
-    )  # transformers renames it; a person at a prompt cannot help it
-    from transformers.utils import logging
+    """Chat with a student, or with any model.
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    /help lists the commands; Ctrl-C stops an answer, Ctrl-D ends the chat.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # a deprecation inside transformers, of no use in a chat
+    warnings.filterwarnings("ignore", ".*past_key_values", FutureWarning)
+    from persea.pipeline.model_refs import silence_transformers
     from persea.serve.chat_session import ChatSession, load_chat_model, run_chat
 
-    speaker = load_chat_model(run)
-    talk = ChatSession.start(speaker.renderer)
-    told = talk.set_effort(think)
-    if not told.startswith("thinking:"):
-        raise RecipeError(told, where="--think")
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # an answer can be stopped; the verbs that keep work catch the signal instead
-    screen = (
+    silence_transformers()
+    refuse_other_versions(Path(run), "train")
+    model = load_chat_model(run)
+    session = ChatSession.start(model.renderer)
+    message = session.set_effort(think)
+    if not message.startswith("thinking:"):
+        raise RecipeError(message, where="--think")
+    # Ctrl-C stops an answer; verbs with work to save install a handler instead
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    display = (
         _make_terminal_display() if sys.stdin.isatty() and sys.stdout.isatty() else PipeDisplay()
     )
-    efforts = ", ".join(e for e in ThinkingEffort if e in speaker.renderer.family.efforts)
-    screen.show_note(
-        f"{speaker.name}: {speaker.renderer.family.name}, thinking {efforts}. /help lists the commands."
+    efforts = ", ".join(e for e in ThinkingEffort if e in model.renderer.family.efforts)
+    display.show_note(
+        f"{model.name}: {model.renderer.family.name}, thinking {efforts}. /help lists the commands."
     )
     try:
-        run_chat(speaker, talk, screen, max_new_tokens)
-    except (
-        BrokenPipeError
-    ):  # whoever read the answers has gone: nothing is left to do, not even at Python's own end
+        run_chat(model, session, display, max_new_tokens)
+    except BrokenPipeError:  # the reader has gone; without this Python fails again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt as error:
-        raise RunInterrupted(signal.SIGINT, "nothing of a talk is kept") from error
+        raise RunInterrupted(signal.SIGINT, "a chat is not saved") from error
 
 
 def _make_terminal_display() -> TerminalDisplay:
-    import readline  # noqa: F401  (input() then edits lines and remembers them)
+    import readline  # noqa: F401  (gives input() line editing and history)
 
     from rich.console import Console
 

@@ -1,4 +1,4 @@
-"""What the verbs share: the app they belong to, their options, how a recipe is loaded and a river opened, where bundled files lie."""
+"""The app that the verbs belong to, their shared options, and how a recipe is loaded."""
 
 from __future__ import annotations
 
@@ -15,16 +15,22 @@ if TYPE_CHECKING:
     from persea.config.recipe import Recipe
     from persea.pipeline.run_context import RunContext
 
-PANELS = ("The whole river", "Before a run", "Stage by stage", "While it runs", "After a run")
+PIPELINE_PANEL = "The whole pipeline"
+BEFORE_PANEL = "Before a run"
+STAGE_PANEL = "Single stages"
+DURING_PANEL = "During a run"
+AFTER_PANEL = "After a run"
+PANELS = (PIPELINE_PANEL, BEFORE_PANEL, STAGE_PANEL, DURING_PANEL, AFTER_PANEL)
 
 
 class PanelOrderedGroup(TyperGroup):
-    """The verbs in the order in which they are wanted, whatever the order in which their files are imported."""
+    """Lists the verbs in the order of their panels, whatever the order of their imports."""
 
-    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]  # typer's own click is not public
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+        """Return the names of the verbs."""
         return sorted(
             self.commands,
-            key=lambda name: PANELS.index(str(getattr(self.commands[name], "rich_help_panel"))),
+            key=lambda name: PANELS.index(str(self.commands[name].rich_help_panel)),  # type: ignore[attr-defined]
         )
 
 
@@ -34,52 +40,66 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Distil several open-weight model families at once into one student, although each has its own tokenizer and chat format.",
+    help="Distil several open-weight model families into one student, although each has its own "
+    "tokenizer and chat format.",
 )
 
 RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
 Sets = Annotated[
     list[str],
     typer.Option(
-        "--set", help="Change one key, e.g. --set training.steps=200.", show_default=False
+        "--set",
+        help="Change one key of the recipe, e.g. --set training.steps=200. Repeatable.",
+        show_default=False,
     ),
 ]
 Out = Annotated[
     Path,
     typer.Option(
-        "--out", help="The run folder; default runs/<name of the recipe>.", show_default=False
+        "--out", help="The run folder. Default: runs/<name of the recipe>.", show_default=False
     ),
 ]
-Procs = Annotated[
-    int, typer.Option("--procs", min=1, help="Processes of this machine to train in.")
-]
+Procs = Annotated[int, typer.Option("--procs", min=1, help="Number of training processes.")]
 Sharding = Annotated[
     ParallelStrategy,
-    typer.Option("--shard", help="ddp: each process holds the student; fsdp: a part of it."),
+    typer.Option(
+        "--shard", help="ddp: each process holds the whole student; fsdp: each holds a part."
+    ),
 ]
 Resume = Annotated[
     str,
     typer.Option(
-        "--resume", help="auto (the newest checkpoint), never (train anew), or a checkpoint's path."
+        "--resume",
+        help="Where the training continues: auto (newest checkpoint), never (train again), or the "
+        "path of a checkpoint.",
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output, one JSON value.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
 DEFAULT_OUT, DEFAULT_LAUNCH = Path(), LaunchOptions()
+NO_OVERRIDES: list[str] = []
 
 
 def count_available_cores() -> int:
-    """How many this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def bundled_folder(kind: str) -> Path:
-    """The recipes or saplings that come with persea: beside the package in a checkout, inside it when installed."""
-    here = Path(__file__).resolve().parent.parent
-    inside = here / "bundled" / kind
-    return inside if inside.is_dir() else here.parent / kind
+    """Return the folder of bundled recipes or saplings.
+
+    It lies inside an installed package, and beside the package in a checkout.
+    """
+    package = Path(__file__).resolve().parent.parent
+    inside = package / "bundled" / kind
+    return inside if inside.is_dir() else package.parent / kind
 
 
 def load_checked_recipe(path: Path, overrides: list[str]) -> Recipe:
+    """Load a recipe, and refuse unknown skills and benchmarks.
+
+    Raises:
+        RecipeError: The recipe is wrong. The message lists every problem.
+    """
     from persea.config.recipe import load_recipe
     from persea.tasks.benchmarks import reject_unknown_names
     from persea.teachers.engines import reject_unknown_engines
@@ -96,11 +116,29 @@ def load_checked_recipe(path: Path, overrides: list[str]) -> Recipe:
 def make_run_context(
     path: Path, overrides: list[str], out: Path, launch_options: LaunchOptions = DEFAULT_LAUNCH
 ) -> RunContext:
+    """Load a recipe and return its run context."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     recipe = load_checked_recipe(path, overrides)
-    from persea.pipeline.run_context import RunContext, silence_transformers
+    from persea.pipeline.model_refs import silence_transformers
+    from persea.pipeline.run_context import RunContext
 
     silence_transformers()
     return RunContext(
         recipe, Path("runs") / recipe.name if out == DEFAULT_OUT else out, launch_options
     )
+
+
+def refuse_other_versions(folder: Path, *stages: str) -> None:
+    """Raise if a run folder was written by another version of persea.
+
+    Args:
+        folder: A run folder. Any other folder is accepted.
+        stages: The stages that are read; none = all.
+
+    Raises:
+        RefusedError: A stage has another version. The message names the remedy.
+    """
+    from persea.pipeline.stage_keys import STAGE_NAMES
+    from persea.pipeline.stage_store import StageStore
+
+    StageStore(folder).refuse_other_versions(stages or STAGE_NAMES)

@@ -1,75 +1,82 @@
-"""persea serve: a model behind OpenAI's routes on this machine."""
+"""persea serve: a model behind an OpenAI-compatible API on this machine."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from persea.cli.options import app
+from persea.cli.options import AFTER_PANEL, app, refuse_other_versions
 from persea.errors import MissingRequirementError
 
 
-@app.command(rich_help_panel="After a run")
+@app.command(rich_help_panel=AFTER_PANEL)
 def serve(
     model: Annotated[
         str,
         typer.Argument(
-            help="A model folder, a hub id, or a run folder: then its student.", show_default=False
+            help="A model folder, a hub id, or a run folder (its student).", show_default=False
         ),
     ],
     host: Annotated[
-        str, typer.Option(help="Address to listen on; any but this machine's own needs a key.")
+        str,
+        typer.Option(help="Address to listen on. An address that others can reach needs a key."),
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 = any free one.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 = any free port.")] = 8000,
     name: Annotated[
         str,
         typer.Option(
-            help="What clients call the model; default the folder's name.", show_default=False
+            help="Name of the model for clients. Default: the folder's name.", show_default=False
         ),
     ] = "",
     key_env: Annotated[
-        str, typer.Option(help="Variable of the environment that holds the key.")
+        str, typer.Option(help="Environment variable that holds the API key.")
     ] = "PERSEA_SERVE_KEY",
-    threads: Annotated[
-        int, typer.Option(min=0, help="Threads of one operation on a CPU; 0 = torch's choice.")
-    ] = 0,
-    max_body: Annotated[int, typer.Option(min=1, help="MiB of one request.")] = 8,
-    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens of one request.")] = 4096,
-    max_logprobs: Annotated[int, typer.Option(min=0, help="Tokens named at one position.")] = 64,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 = torch's choice.")] = 0,
+    max_body: Annotated[int, typer.Option(min=1, help="Largest request, in MiB.")] = 8,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most new tokens a request.")] = 4096,
+    max_logprobs: Annotated[
+        int, typer.Option(min=0, help="Most log-probabilities a position.")
+    ] = 64,
     concurrency: Annotated[
-        int, typer.Option(min=1, help="Requests answered at once; more get status 429.")
+        int, typer.Option(min=1, help="Requests answered at once. Further requests get status 429.")
     ] = 32,
     seconds: Annotated[
-        float, typer.Option(min=0.1, help="For a request's head, its body, and a slow reader.")
+        float,
+        typer.Option(
+            min=0.1, help="Timeout for the headers of a request, its body, and a slow client."
+        ),
     ] = 20.0,
 ) -> None:
-    """Serve a model: /v1/models, /v1/chat/completions, /v1/completions, /inference/v1/generate. docs/serve.md."""
+    """Serve a model with an OpenAI-compatible API.
+
+    Routes: /v1/models, /v1/chat/completions, /v1/completions, /inference/v1/generate. See
+    docs/serve.md.
+    """
     if find_spec("fastapi") is None or find_spec("uvicorn") is None:
         raise MissingRequirementError(
             "fastapi and uvicorn are not installed",
             where="serve",
             remedy="pip install 'persea[serve]'",
         )
-    from transformers.utils import logging
-
-    from persea.pipeline.run_context import set_threads
+    from persea.models.loading import set_threads
+    from persea.pipeline.model_refs import silence_transformers
     from persea.serve.limits import ServerLimits
-    from persea.serve.server import load_served_model, resolve_api_key
-    from persea.serve.server import run_server as listen
+    from persea.serve.server import load_served_model, resolve_api_key, run_server
 
-    key = resolve_api_key(host, key_env)  # before minutes of loading
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    key = resolve_api_key(host, key_env)  # before the weights, which take minutes
+    refuse_other_versions(Path(model), "train")
+    silence_transformers()
     set_threads(threads)
-    caps = ServerLimits(max_body << 20, seconds, concurrency, max_tokens, max_logprobs)
-    speaker = load_served_model(model, name)
-    listen(
-        speaker,
+    limits = ServerLimits(max_body << 20, seconds, concurrency, max_tokens, max_logprobs)
+    served = load_served_model(model, name)
+    run_server(
+        served,
         host,
         port,
         key,
-        caps,
-        lambda where: typer.echo(f"{speaker.name} listens on {where}"),
+        limits,
+        lambda address: typer.echo(f"{served.name} listens on {address}"),
     )

@@ -1,4 +1,4 @@
-"""persea status: a run at a glance, from its files, whether it lives or not."""
+"""persea status: a run at a glance, read from its files."""
 
 from __future__ import annotations
 
@@ -9,30 +9,34 @@ from typing import Annotated
 
 import typer
 
-from persea.cli.options import AsJson, app
+from persea.cli.options import DURING_PANEL, AsJson, app
 
 
-@app.command(rich_help_panel="While it runs")
+@app.command(rich_help_panel=DURING_PANEL)
 def status(
     run: Annotated[
         Path, typer.Argument(help="A run folder, such as runs/quickstart.", show_default=False)
     ],
     as_json: AsJson = False,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Say it again every 2 s, until the run has ended.")
+        bool, typer.Option("--watch", help="Print the status every 2 s until the run ends.")
     ] = False,
 ) -> None:
-    """What stands, what runs, how fast, how long still, and the last error: from files alone, also of a dead run."""
-    from persea.pipeline.status import WRITE_INTERVAL_S, RunState, status_lines
-    from persea.pipeline.status import read_status as read
+    """Show which stages are done, what runs, its speed, the time left and the last error.
+
+    Reads files only, so it also works for a run that was killed.
+    """
+    from persea.pipeline.status import WRITE_INTERVAL_S, RunState, read_status, status_lines
 
     while True:
-        told = read(run)
+        run_status = read_status(run)
         if watch and not as_json:
             typer.echo("\033[2J\033[H", nl=False)
         typer.echo(
-            json.dumps(told.to_json()) if as_json else "\n".join(status_lines(told, time.time()))
+            json.dumps(run_status.to_json())
+            if as_json
+            else "\n".join(status_lines(run_status, time.time()))
         )
-        if not watch or told.state is not RunState.RUNNING:
+        if not watch or run_status.state is not RunState.RUNNING:
             return
         time.sleep(WRITE_INTERVAL_S)

@@ -133,6 +133,9 @@ class EvaluationSection(RecipeSection):
     lm_eval_results: dict[str, str] = Field(
         default={}, description="model -> a results file of lm-eval to show on the page"
     )
+    judge_max_new_tokens: int = Field(
+        default=16, ge=1, le=MAX_COUNT, description="longest verdict of the judge, in its tokens"
+    )
     judge: str = Field(
         default="",
         description="a reference model that grades safety benchmarks instead of rules; of no "
@@ -175,6 +178,12 @@ class CheckSection(RecipeSection):
         default=None,
         description="load the weights, to measure whether a teacher's chat template suits it "
         "(default: weights in a folder of at most `max_likelihood_bytes`)",
+    )
+    max_answers_per_language: int = Field(
+        default=64,
+        ge=1,
+        le=MAX_COUNT,
+        description="reference answers of one skill and language to compare, at most",
     )
     max_likelihood_bytes: int = Field(
         default=4_000_000_000,

@@ -200,6 +200,12 @@ class TrainingSection(RecipeSection):
         description="share of the examples for validation, in whole batches; only with "
         "`evaluate_every`",
     )
+    shuffle_window_blocks: int = Field(
+        default=64,
+        ge=1,
+        le=MAX_COUNT,
+        description="blocks of about 4,096 captured tokens that are shuffled together in an epoch",
+    )
     max_skipped_steps: int = Field(
         default=3,
         ge=0,

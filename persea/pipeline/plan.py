@@ -1,26 +1,47 @@
-"""Plan: what a run would do and cost, told before anything starts; refuses what cannot fit. Loads no weights."""
+"""Plan a run: list what each stage would do, and refuse a run that the disk cannot hold.
+
+Loads no weights.
+"""
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
+from persea.config.schema import StudentSection
 from persea.errors import RefusedError
-from persea.pipeline.preflight import refuse_missing_logprobs
-from persea.pipeline.run_context import BASE, STUDENT, RunContext, digest_json
+from persea.pipeline.model_refs import BASE, STUDENT
+from persea.pipeline.preflight import refuse_missing_logprobs, refuse_unsupported_efforts
+from persea.pipeline.run_context import RunContext
+from persea.pipeline.stage_keys import stage_key
 from persea.pipeline.stages import STAGES, Stage
 from persea.tasks.task import Split
 
-SAMPLED_BYTES_PER_TOKEN = 40  # the most: broad text of a 152k vocabulary at tau .02 costs 34 without its text, reasoning 9 (docs/cache.md)
-TOPK_BYTES_PER_TOKEN = 400  # with `distributions: topk` at max_kl .01 broad text costs 316, reasoning 53 (docs/cache.md)
+# Upper bounds a captured token, measured in docs/cache.md: broad text of a 152k vocabulary costs
+# 34 bytes at a sampling threshold of .02 without its text (reasoning 9), and 316 with
+# `distributions: topk` at max_kl .01 (reasoning 53).
+SAMPLED_BYTES_PER_TOKEN = 40
+TOPK_BYTES_PER_TOKEN = 400
+BYTES_PER_PARAMETER = 4  # float32
+ADAM_COPIES = 3  # a checkpoint holds each trained weight and its two Adam moments
+
+UP_TO_DATE, TO_DO, WAITS = "up to date", "to do", "waits"
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage: `state` is "stands", "to do", or "waits" where it needs a stage before it; `work` in words."""
+    """One stage of a plan.
+
+    Attributes:
+        stage: Name of the stage.
+        state: "up to date", "to do", or "waits" if it needs the output of an earlier stage.
+        work: What the stage does, in words.
+    """
 
     stage: str
     state: str
@@ -29,7 +50,14 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """stages in order; disk_bytes: the most this run will add; answers: questions asked of models in all."""
+    """What a run would do.
+
+    Attributes:
+        stages: The stages, in order.
+        answers: Questions that models answer, at most.
+        disk_bytes: Bytes that the run adds to the disk, at most.
+        disk_free: Free bytes on the disk of the run folder.
+    """
 
     stages: tuple[StagePlan, ...]
     answers: int
@@ -37,40 +65,35 @@ class RunPlan:
     disk_free: int
 
     def to_json(self) -> dict[str, Any]:
+        """Return the plan as JSON."""
         return asdict(self)
 
     def table_rows(self) -> list[tuple[str, str, str]]:
-        rows = [(c.stage, c.state, c.work) for c in self.stages]
+        """Return (stage, state, work) of each stage, and a row of totals."""
         disk = (
             f"at most {self.disk_bytes / 1e9:.2f} GB of disk ({self.disk_free / 1e9:.0f} GB free)"
         )
-        return [*rows, ("in all", "", f"{self.answers:,} answers, {disk}")]
+        return [
+            *((s.stage, s.state, s.work) for s in self.stages),
+            ("total", "", f"{self.answers:,} answers, {disk}"),
+        ]
 
 
 def plan_run(context: RunContext) -> RunPlan:
-    """Count what each stage asks, keeps and writes. Raises Refused where the disk cannot hold it, RecipeError for a mode nobody knows."""
-    context.lm_eval_digests()  # told now and not after hours
-    context.refuse_unsupported_efforts()
-    refuse_missing_logprobs(context)
-    from persea.training.checkpoint import MAX_CHECKPOINTS  # torch comes with it
+    """Count what each stage asks, stores and writes.
 
-    recipe, teachers = context.recipe, len(context.teacher_names)
-    asked = sum(len(items) for _, items in context.held_out_items(Split.AUDITION)) * sum(
-        len(context.measured_efforts(name, recipe.audition.efforts))
-        for name in context.teacher_names
-    )
-    tested = sum(len(items) for _, items in context.held_out_items(Split.TEST)) * sum(
-        len(context.measured_efforts(name, recipe.evaluation.efforts))
-        for name in (STUDENT, BASE, *context.renderers)
-    )
-    tested += sum(
-        sum(not i.choices for i in items) * len(context.taught_efforts.get(skill.name, ()))
-        for skill, items in context.held_out_items(Split.TEST)
-    )
-    prompts = len(context.corpus.prompts)
-    weights = _weight_bytes(recipe.student.model)
-    captured = (
-        prompts
+    Raises:
+        RefusedError: The disk cannot hold the run.
+        RecipeError: The corpus asks for a thinking effort that no model supports.
+        DataError: A file of the recipe is missing or broken.
+    """
+    context.lm_eval_digests()
+    refuse_unsupported_efforts(context)
+    refuse_missing_logprobs(context)
+    recipe, num_prompts = context.recipe, len(context.corpus.prompts)
+    num_audition, num_test = _count_audition_answers(context), _count_test_answers(context)
+    captured_bytes = (
+        num_prompts
         * recipe.capture.max_new_tokens
         * (
             SAMPLED_BYTES_PER_TOKEN
@@ -78,22 +101,23 @@ def plan_run(context: RunContext) -> RunPlan:
             else TOPK_BYTES_PER_TOKEN
         )
     )
+    num_teachers = len(context.models.teacher_names)
+    num_skipped = context.corpus.num_inputs - num_prompts
     work = {
-        "check": f"{teachers} pairings of tokenizers",
-        "audition": f"at most {asked:,} answers by {teachers} teachers",
-        "capture": f"{prompts:,} answers, at most {captured / 1e9:.2f} GB ({context.corpus.num_inputs - prompts:,} prompts left out)",
+        "check": f"{num_teachers} tokenizer pairs",
+        "audition": f"at most {num_audition:,} answers by {num_teachers} teachers",
+        "capture": f"{num_prompts:,} answers, at most {captured_bytes / 1e9:.2f} GB "
+        f"({num_skipped:,} prompts left out)",
         "train": f"{recipe.training.steps:,} steps of {recipe.training.batch_size} conversations",
-        "evaluate": f"{tested:,} answers by {len(context.renderers) + 2} speakers",
+        "evaluate": f"{num_test:,} answers by {len(context.models.renderers) + 2} models",
         "lineage": "one record",
         "report": "one page",
     }
-    disk = captured + weights * (
-        1 + 3 * (MAX_CHECKPOINTS + 1)
-    )  # weights and two Adam moments a checkpoint; an old one goes when the new one stands
-    free = shutil.disk_usage(_existing_ancestor(context.folder)).free
-    if disk > free:
+    disk_bytes = captured_bytes + training_bytes(recipe.student)
+    disk_free = shutil.disk_usage(_existing_ancestor(context.folder)).free
+    if disk_bytes > disk_free:
         raise RefusedError(
-            f"the run needs up to {disk / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
+            f"the run needs up to {disk_bytes / 1e9:.1f} GB, {disk_free / 1e9:.1f} GB are free",
             where=str(context.folder),
             remedy="free space or give another --out",
         )
@@ -102,9 +126,29 @@ def plan_run(context: RunContext) -> RunPlan:
         states[stage.name] = _stage_state(context, stage, states)
     return RunPlan(
         tuple(StagePlan(s.name, states[s.name], work[s.name]) for s in STAGES),
-        asked + prompts + tested,
-        disk,
-        free,
+        num_audition + num_prompts + num_test,
+        disk_bytes,
+        disk_free,
+    )
+
+
+def _count_audition_answers(context: RunContext) -> int:
+    num_items = sum(len(items) for _, items in context.held_out_items(Split.AUDITION))
+    efforts, models = context.recipe.audition.efforts, context.models
+    return num_items * sum(len(models.measured_efforts(n, efforts)) for n in models.teacher_names)
+
+
+def _count_test_answers(context: RunContext) -> int:
+    tasks = context.held_out_items(Split.TEST)
+    efforts, models = context.recipe.evaluation.efforts, context.models
+    names = (STUDENT, BASE, *models.renderers)
+    num_answers = sum(len(items) for _, items in tasks) * sum(
+        len(models.measured_efforts(name, efforts)) for name in names
+    )
+    # a hybrid student answers in each thinking mode, except items with choices
+    return num_answers + sum(
+        sum(not i.choices for i in items) * len(context.taught_efforts.get(task.name, ()))
+        for task, items in tasks
     )
 
 
@@ -116,22 +160,45 @@ def _stage_state(context: RunContext, stage: Stage, earlier_states: Mapping[str,
         "lineage": ("train",),
         "report": tuple(earlier_states),
     }
-    if any(earlier_states[name] != "stands" for name in needed.get(stage.name, ())):
-        return "waits"
-    return (
-        "stands"
-        if context.is_up_to_date(stage.name, digest_json(stage.inputs(context)))
-        else "to do"
-    )
+    if any(earlier_states[name] != UP_TO_DATE for name in needed.get(stage.name, ())):
+        return WAITS
+    key = stage_key(stage.name, stage.inputs(context))
+    return UP_TO_DATE if context.stages.is_up_to_date(stage.name, key) else TO_DO
 
 
-def _weight_bytes(model: str) -> int:
-    """Bytes of a local model's weights in float32 (they may be stored in half); 0 where they are not on this disk."""
-    return (
-        sum(2 * p.stat().st_size for p in Path(model).glob("*.safetensors"))
-        if Path(model).is_dir()
-        else 0
-    )
+def training_bytes(student: StudentSection) -> int:
+    """Return the bytes that a training adds to the disk, at most: student and checkpoints.
+
+    Checkpoints hold what is trained: all weights, or the LoRA matrices. Two checkpoints are kept,
+    and a third is written before the oldest is deleted. Returns 0 for a model that is not in a
+    local folder: its size is unknown before it is downloaded.
+    """
+    from persea.training.checkpoint import MAX_CHECKPOINTS  # imports torch
+
+    folder = Path(student.model)
+    if not folder.is_dir():
+        return 0
+    shapes = dict(_weight_shapes(folder))
+    num_weights = sum(prod(shape) for shape in shapes.values())
+    num_trained = num_weights
+    if student.lora:  # each adapted matrix [out, in] gets [rank, in] and [out, rank]
+        adapted = {f"{target}.weight" for target in student.lora.targets}
+        num_trained = sum(
+            student.lora.rank * sum(shape)
+            for name, shape in shapes.items()
+            if ".".join(name.split(".")[-2:]) in adapted
+        )
+    return BYTES_PER_PARAMETER * (num_weights + ADAM_COPIES * num_trained * (MAX_CHECKPOINTS + 1))
+
+
+def _weight_shapes(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield name and shape of each tensor, from the headers of the safetensors files."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                yield name, tuple(tensor["shape"])
 
 
 def _existing_ancestor(folder: Path) -> Path:

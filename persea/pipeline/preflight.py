@@ -1,7 +1,8 @@
-"""What cannot be in the end is told in the beginning: a training that cannot be spread, a teacher that cannot be asked."""
+"""Pre-flight checks: fail before the run starts if a later stage cannot succeed."""
 
 from __future__ import annotations
 
+from persea.errors import RecipeError
 from persea.evaluation.answering import refuse_choice_items
 from persea.pipeline.run_context import RunContext
 from persea.tasks.task import Split
@@ -9,41 +10,72 @@ from persea.training.distributed.world import refuse_on_policy_processes, refuse
 from persea.training.trackers import refuse_missing_tracker
 
 
+def refuse_unsupported_efforts(context: RunContext) -> None:
+    """Raise if the corpus asks for a thinking effort that a model does not support.
+
+    Raises:
+        RecipeError: The student's template cannot express an effort of the corpus, or no teacher
+            that could be cast for the skill supports it.
+    """
+    models = context.models
+    for k, part in enumerate(context.recipe.corpus):
+        pinned = context.recipe.audition.pinned.get(part.skill)
+        for effort in part.effort_shares:
+            where = f"corpus.{k}.effort_shares"
+            if effort not in models.student_renderer.family.efforts:
+                raise RecipeError(
+                    f"the corpus asks for {effort} effort, which the student's template cannot "
+                    "express",
+                    where=where,
+                    remedy="write `thinking: true` under `student:`, or choose another student",
+                )
+            candidates = [pinned] if pinned else models.teacher_names
+            if not any(models.can_answer_at(name, effort) for name in candidates):
+                raise RecipeError(
+                    f"the corpus asks for {effort} effort, and no teacher of {part.skill} "
+                    f"supports it: {models.describe_efforts()}",
+                    where=where,
+                    remedy="choose an effort that a teacher supports, or add a teacher that "
+                    "supports this one",
+                )
+
+
 def refuse_impossible_training(context: RunContext) -> None:
-    """Raises RecipeError where it cannot be spread over as many processes as were asked for, EnvironmentLacks without its board."""
-    t, procs = (
-        context.recipe.training,
-        max(context.launch_options.num_processes, context.world.size),
-    )
-    refuse_too_many_processes(procs, t.batch_size, t.micro_batches)
-    if t.on_policy:
+    """Raise if the training cannot start as it was launched.
+
+    Raises:
+        RecipeError: The batch cannot be split over that many processes, or a loss is unknown.
+        MissingRequirementError: The package of `training.report_to` is not installed.
+        DataError: The checkpoint of --resume does not exist.
+    """
+    training = context.recipe.training
+    num_processes = max(context.launch_options.num_processes, context.world.size)
+    refuse_too_many_processes(num_processes, training.batch_size, training.micro_batches)
+    if training.on_policy:
         refuse_on_policy_processes(
-            procs,
+            num_processes,
             context.launch_options.parallel,
-            [
-                far.name
-                for far in context.recipe.teachers
-                if far.endpoint and far.endpoint.max_total_tokens
-            ],
+            [t.name for t in context.recipe.teachers if t.endpoint and t.endpoint.max_total_tokens],
         )
-    refuse_missing_tracker(t.report_to)
-    if t.loss:
+    refuse_missing_tracker(training.report_to)
+    if training.loss:
         from persea.losses import build_loss  # imports torch
 
-        build_loss(t.loss_terms)  # raises RecipeError for an unknown name
-    if context.launch_options.resume not in (
-        "auto",
-        "never",
-    ):  # looked at now, not after a capture of hours
+        build_loss(training.loss_terms)
+    if context.launch_options.resume not in ("auto", "never"):
+        # looked up now: a capture of hours may come before the training
         from persea.training.checkpoint import find_checkpoint
 
         find_checkpoint(context.folder / "train", context.launch_options.resume)
 
 
 def refuse_missing_logprobs(context: RunContext) -> None:
-    """Raises TeacherError, before anything is trained, where a chat route would be asked in the end what it cannot tell."""
-    for name in (
-        t.name for t in context.recipe.teachers if t.endpoint and t.endpoint.protocol == "chat"
-    ):
-        for skill, items in context.held_out_items(Split.TEST):
-            refuse_choice_items(name, skill.name, items)
+    """Raise if an evaluation needs log-probabilities that a chat server does not give.
+
+    Raises:
+        TeacherError: A model behind a chat server would have to answer an item with choices.
+    """
+    for teacher in context.recipe.teachers:
+        if teacher.endpoint and teacher.endpoint.protocol == "chat":
+            for task, items in context.held_out_items(Split.TEST):
+                refuse_choice_items(teacher.name, task.name, items)

@@ -1,4 +1,4 @@
-"""What a person sees while it runs: a bar a stage on a terminal, a line a stage elsewhere, and the table at the end."""
+"""Progress display: a bar a stage on a terminal, a line a stage elsewhere, and result tables."""
 
 from __future__ import annotations
 
@@ -20,10 +20,22 @@ from rich.table import Column, Table
 if TYPE_CHECKING:
     from persea.pipeline.run_context import ProgressCallback
 
+# column title -> key of a pair in check.json: these four shares add up to 100 % of the tokens
+TOKEN_SHARES = {
+    "events": "boundary_share",
+    "partial": "partial_token_share",
+    "span": "span_share",
+    "text only": "cross_entropy_only_share",
+}
+
 
 @contextmanager
 def progress_bars(quiet: bool = False) -> Iterator[ProgressCallback]:
-    """A function (stage, share done, words) that draws; bars go to stderr, so that stdout is the result."""
+    """Yield a progress callback that draws on stderr: stdout is for the result.
+
+    Args:
+        quiet: Draw nothing.
+    """
     console = Console(stderr=True, quiet=quiet)
     if not console.is_terminal:
         yield _line_progress(console)
@@ -33,134 +45,129 @@ def progress_bars(quiet: bool = False) -> Iterator[ProgressCallback]:
         BarColumn(bar_width=24),
         TaskProgressColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[words]}"),
+        TextColumn("{task.fields[message]}"),
     )
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console) as bars:
         tasks: dict[str, TaskID] = {}
 
-        def tell(stage: str, share: float, words: str) -> None:
+        def draw(stage: str, fraction: float, message: str) -> None:
             if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=1.0, words="")
-            progress.update(tasks[stage], completed=share, words=words)
+                tasks[stage] = bars.add_task(stage, total=1.0, message="")
+            bars.update(tasks[stage], completed=fraction, message=message)
 
-        yield tell
+        yield draw
 
 
 def _line_progress(console: Console) -> ProgressCallback:
-    told: dict[str, int] = {}
+    """Return a callback that prints a line a tenth of each stage."""
+    printed_tenths: dict[str, int] = {}
 
-    def tell(stage: str, share: float, words: str) -> None:
-        tenth = int(share * 10)
-        if told.get(stage) != tenth or share in (0.0, 1.0):
-            console.print(f"{stage:>9} {share:4.0%} {words}", highlight=False)
-        told[stage] = tenth
+    def print_line(stage: str, fraction: float, message: str) -> None:
+        tenth = int(fraction * 10)
+        if printed_tenths.get(stage) != tenth or fraction in (0.0, 1.0):
+            console.print(f"{stage:>9} {fraction:4.0%} {message}", highlight=False)
+        printed_tenths[stage] = tenth
 
-    return tell
+    return print_line
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A plain table on stdout."""
-    drawn = Table(*columns, box=None, header_style="bold")
+    """Print a plain table on stdout."""
+    table = Table(*columns, box=None, header_style="bold")
     for row in rows:
-        drawn.add_row(*row)
-    Console().print(drawn)
+        table.add_row(*row)
+    Console().print(table)
 
 
 def print_check(check_result: dict[str, Any]) -> None:
-    """What check found: a table a teacher, a row a skill and language; and how well each teacher's template suits it."""
+    """Print check.json: a table a teacher with a row a skill and language, and template bits."""
     console = Console()
     for teacher in dict.fromkeys(p["teacher"] for p in check_result["pairs"]):
-        rows = [p for p in check_result["pairs"] if p["teacher"] == teacher]
-        kept = any(p["kept_mean"] is not None for p in rows)
-        names = (
-            "text",
-            "tokens",
-            "events",
-            "inside",
-            "chunk",
-            "alone",
-            "1:1",
-            "differ",
-            "spaces",
-            "bytes",
-            *(("kept",) if kept else ()),
+        console.print(
+            _check_table(teacher, [p for p in check_result["pairs"] if p["teacher"] == teacher])
         )
-        drawn = Table(
-            *(Column(name, justify="left" if name == "text" else "right") for name in names),
-            box=None,
-            header_style="bold",
-            title=f"{teacher} -> student",
-            title_justify="left",
-            padding=(0, 1, 0, 0),
-        )
-        for p in rows:
-            shares = (
-                f"{p[k]:.0%}"
-                for k in ("boundary", "completion", "chunk", "cross_entropy_only", "one_to_one")
-            )
-            mass = (
-                (f"{p['kept_mean']:.1%}/{p['kept_p5']:.0%}",)
-                if p["kept_mean"] is not None
-                else ("",)
-                if kept
-                else ()
-            )
-            drawn.add_row(
-                " ".join(filter(None, (p["skill"], p["language"]))),
-                f"{p['tokens']:,}",
-                *shares,
-                f"{p['disagreement']:.1%}",
-                f"{p['spaces']:.0%}",
-                f"{p['event_bytes']:.1f}/{p['token_bytes']:.1f}",
-                *mass,
-            )
-        console.print(drawn)
     console.print(
-        "of the student's tokens: events + inside a teacher token + chunk + alone = 100 %; of the common boundaries: differ, spaces; "
-        "bytes an event tells / a student token has",
+        "of the student's tokens: events (at a common boundary) + partial (inside a teacher token) "
+        "+ span + text only = 100 %; 1:1 = same token on both sides\n"
+        "of the common boundaries: differ (the two tokens are different events), spaces\n"
+        "bytes of an event / bytes of a student token"
+        + (
+            "; retained = teacher's probability on student tokens: mean/5th percentile"
+            if any(p["retained_mass_mean"] is not None for p in check_result["pairs"])
+            else ""
+        ),
         style="dim",
     )
-    for one in check_result["likelihoods"]:
-        if not one["language"]:
+    for likelihood in check_result["likelihoods"]:
+        if not likelihood["language"]:
             console.print(
-                f"{one['teacher']}: {one['template']:.2f} bits a byte in its own template, {one['bare']:.2f} on the bare text",
+                f"{likelihood['teacher']}: {likelihood['template_bits_per_byte']:.2f} bits per "
+                f"byte with its own template, {likelihood['bare_bits_per_byte']:.2f} without one",
                 highlight=False,
+                soft_wrap=True,
             )
+
+
+def _check_table(teacher: str, pairs: Sequence[dict[str, Any]]) -> Table:
+    has_mass = any(p["retained_mass_mean"] is not None for p in pairs)
+    titles = ["text", "tokens", *TOKEN_SHARES, "1:1", "differ", "spaces", "bytes"]
+    titles += ["retained"] * has_mass
+    table = Table(
+        *(Column(title, justify="left" if title == "text" else "right") for title in titles),
+        box=None,
+        header_style="bold",
+        title=f"{teacher} -> student",
+        title_justify="left",
+        padding=(0, 1, 0, 0),
+    )
+    for p in pairs:
+        cells = [" ".join(filter(None, (p["skill"], p["language"]))), f"{p['tokens']:,}"]
+        cells += [f"{p[key]:.0%}" for key in (*TOKEN_SHARES.values(), "one_to_one_share")]
+        cells += [f"{p['event_disagreement']:.1%}", f"{p['space_event_share']:.0%}"]
+        cells += [f"{p['mean_event_bytes']:.1f}/{p['mean_token_bytes']:.1f}"]
+        if p["retained_mass_mean"] is not None:
+            cells += [f"{p['retained_mass_mean']:.1%}/{p['retained_mass_p5']:.0%}"]
+        table.add_row(*cells)
+    return table
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """Student, base and every teacher on every skill; the best teacher is starred, intervals are 95 %."""
+    """Print report.json: student, base and teachers on every skill, with 95 % intervals."""
     first = next(iter(report["skills"].values()))
     teachers = list(first["teachers"])
-    columns = (
-        Column(name, overflow="fold") for name in ("skill", "student", "base", *teachers, "kept")
-    )  # a long name is folded, never cut
-    drawn = Table(*columns, box=None, header_style="bold", padding=(0, 1, 0, 0))
+    table = Table(
+        # a long name is folded, never cut
+        *(Column(n, overflow="fold") for n in ("skill", "student", "base", *teachers, "retained")),
+        box=None,
+        header_style="bold",
+        padding=(0, 1, 0, 0),
+    )
     for name, skill in report["skills"].items():
         cells = [_score_cell(skill["student"]), _score_cell(skill["base"])]
         cells += [_score_cell(skill["teachers"][t], t == skill["best_teacher"]) for t in teachers]
-        kept = skill["retained"]
-        drawn.add_row(name, *cells, "-" if kept is None else f"{kept:.0%}")
+        retained = skill["retained"]
+        table.add_row(name, *cells, "-" if retained is None else f"{retained:.0%}")
     bits = report["bits_per_byte"]
-    drawn.add_row(
+    table.add_row(
         "bits/byte",
         *(
-            f"{bits[who]['all']:.2f}" if "all" in bits[who] else "-"
-            for who in ("student", "base", *teachers)
+            f"{bits[name]['all']:.2f}" if "all" in bits[name] else "-"
+            for name in ("student", "base", *teachers)
         ),
         "",
     )
-    n = first["student"]["n"]
     console = Console()
-    console.print(drawn)
+    console.print(table)
     console.print(
-        f"share of n = {n} held-out answers right, 95 % interval; * best teacher; kept = student / best teacher",
+        f"share of n = {first['student']['n']} held-out answers right, 95 % interval; "
+        "* best teacher; retained = student / best teacher",
         style="dim",
     )
 
 
-def _score_cell(score: dict[str, float], best: bool = False) -> str:
-    """Value over interval, two short lines, so that five speakers fit into 80 columns."""
+def _score_cell(score: dict[str, float], is_best: bool = False) -> str:
+    """Format a score over its interval: two short lines, so five models fit into 80 columns."""
     return (
-        f"{score['value']:.2f}{'*' if best else ''}\n[dim]{score['low']:.2f}-{score['high']:.2f}[/]"
+        f"{score['value']:.2f}{'*' if is_best else ''}\n"
+        f"[dim]{score['low']:.2f}-{score['high']:.2f}[/]"
     )

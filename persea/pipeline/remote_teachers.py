@@ -1,4 +1,4 @@
-"""Far: teachers whose weights are not opened by transformers here: behind a server, or in vLLM."""
+"""Teachers that transformers does not run here: behind a server, or in vLLM."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from persea import storage as store
+from persea import storage
 from persea.chat.renderer import ChatRenderer
 from persea.config.schema import (
     TEXT_ONLY_MODEL,
@@ -24,20 +24,25 @@ from persea.teachers.engines.server import ServerEngine, ServerFingerprint
 
 
 def sampling_of(generation: GenerationSection) -> Sampling:
+    """Return the sampling settings of a recipe's `generation` section."""
     return Sampling(generation.temperature, generation.top_p, generation.seed)
 
 
 def is_remote(ref: TeacherSection) -> bool:
+    """Return whether a teacher runs behind a server or in vLLM."""
     return ref.endpoint is not None or ref.engine != "local"
 
 
 def has_fixed_effort(ref: TeacherSection) -> bool:
-    """Return whether the server receives no thinking effort: a chat server without `send_effort`."""
+    """Return whether the server receives no effort: a chat server without `send_effort`."""
     return ref.endpoint is not None and ref.endpoint.send_effort is False
 
 
 def endpoint_identity(ref: TeacherSection) -> list[Any]:
-    """Of a teacher behind a server, what its answers depend on; not where it stands, nor how patiently it is asked."""
+    """Return what the answers of a teacher behind a server depend on.
+
+    The address and the retry settings are no part of it. Empty for a local teacher.
+    """
     at = ref.endpoint
     model = "words" if ref.model == TEXT_ONLY_MODEL else ref.model  # literal in kept caches
     return (
@@ -55,18 +60,28 @@ def endpoint_identity(ref: TeacherSection) -> list[Any]:
 
 
 def generation_identity(ref: TeacherSection) -> list[Any]:
-    """What a teacher's identity says beside that; nothing where it answers as all do."""
+    """Return the generation settings and the engine where they differ from the defaults.
+
+    Default settings add nothing, so that the identity of such a teacher stays the same.
+    """
     return ([ref.generation.model_dump()] if ref.generation != GenerationSection() else []) + (
         [ref.engine] if ref.engine != "local" else []
     )
 
 
 def remote_parent(ref: TeacherSection, renderer: ChatRenderer, handshake_file: Path) -> ParentModel:
-    """A teacher behind a server, for the lineage record: which model answered, as its first handshake found."""
-    seen, words = store.read_json(handshake_file), ref.model == TEXT_ONLY_MODEL
+    """Describe a teacher behind a server for the lineage record.
+
+    Args:
+        ref: The teacher.
+        renderer: Its chat renderer.
+        handshake_file: The record of its first handshake: it names the model that answered.
+    """
+    handshake = storage.read_json(handshake_file)
+    is_text_only = ref.model == TEXT_ONLY_MODEL
     model = (
-        str(seen["model"])
-        if words
+        str(handshake["model"])
+        if is_text_only
         else Path(ref.model).name
         if Path(ref.model).is_dir()
         else ref.model
@@ -75,9 +90,9 @@ def remote_parent(ref: TeacherSection, renderer: ChatRenderer, handshake_file: P
         ref.name,
         model,
         ref.revision,
-        TEXT_ONLY_MODEL if words else renderer.family.name,
-        ref.licence or ("not known" if words else renderer.family.licence),
-        store.digest_json(seen),
+        TEXT_ONLY_MODEL if is_text_only else renderer.family.name,
+        ref.licence or ("not known" if is_text_only else renderer.family.licence),
+        storage.digest_json(handshake),
     )
 
 
@@ -109,14 +124,14 @@ def open_remote_engine(ref: TeacherSection, renderer: ChatRenderer, handshake_fi
     engine = cast(ServerEngine, spec.open(options))
     engine.handshake()
     if handshake_file.is_file():
-        before = ServerFingerprint.from_json(store.read_json(handshake_file))
+        before = ServerFingerprint.from_json(storage.read_json(handshake_file))
         where = f"{ref.name}, {endpoint.url}"
         before.refuse_other_model(engine.fingerprints[0], where, endpoint.max_fingerprint_drift)
         # The stored fingerprint stays binding: cached answers stay valid although its last digits
         # differ now, and drift does not add up from run to run.
         engine.fingerprints[:] = [before]
     else:
-        store.write_json(handshake_file, engine.fingerprints[0].to_json())
+        storage.write_json(handshake_file, engine.fingerprints[0].to_json())
     return engine
 
 
@@ -132,7 +147,8 @@ def _open_client(name: str, endpoint: EndpointSection) -> HttpClient:
         raise MissingRequirementError(
             f"the variable {endpoint.key_env} contains characters that an HTTP header cannot carry",
             where=f"{name}, {endpoint.url}",
-            remedy=f"export {endpoint.key_env}=... with the key alone: ASCII, no spaces, no line breaks",
+            remedy=f"export {endpoint.key_env}=... with the key alone: ASCII, no spaces, "
+            "no line breaks",
         )
     policy = RetryPolicy(
         endpoint.concurrency,

@@ -1,31 +1,59 @@
-"""What the output of each stage depends on, as JSON: while that is the same, and its files are there, a stage stands."""
+"""The key of each stage: a digest of everything that the stage's output depends on.
+
+A stage is up to date while its key and its output files are unchanged. persea's own code enters
+the key as one version number a stage.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from persea.pipeline.run_context import RunContext, digest_json
-from persea.pipeline.status import STAGE_NAMES
+from persea.storage import digest_json
+from persea.tasks.task import Split
 
-POST_EVALUATION_KEYS = {
-    "allow_safety_regression",
-    "lm_eval_results",
-}  # what the recipe says of an evaluation once it is there
+if TYPE_CHECKING:
+    from persea.pipeline.run_context import RunContext
+
+# Raise a stage's number by hand when a change of persea's code changes the stage's output:
+# finished runs then compute the stage again. tests/pipeline/test_stage_versions.py holds a digest
+# of each stage's output at its number. Records without a number are version 0.
+STAGE_VERSIONS = {
+    "check": 1,
+    "audition": 1,
+    "capture": 1,
+    "train": 1,
+    "evaluate": 1,
+    "lineage": 1,
+    "report": 1,
+}
+STAGE_NAMES = tuple(STAGE_VERSIONS)
+
+# keys of `evaluation` that are read after the evaluation, and change none of its numbers
+POST_EVALUATION_KEYS = {"allow_safety_regression", "lm_eval_results"}
+# keys of `training` that set how often a training is saved, logged and shown, and change no weight
+OBSERVATION_KEYS = {"report_to", "log_every", "checkpoint_every", "evaluate_every"}
+
+
+def stage_key(stage: str, inputs: object) -> str:
+    """Return the key of a stage: a digest of its version and its inputs."""
+    return digest_json([stage, STAGE_VERSIONS[stage], inputs])
 
 
 def check_inputs(context: RunContext) -> object:
+    """Return what the output of `check` depends on, as JSON."""
     return [
-        context.teacher_identities,
-        context.student_identity,
+        context.models.teacher_identities,
+        context.models.student_identity,
         context.check_samples_digest,
         context.recipe.check.model_dump(),
     ]
 
 
 def audition_inputs(context: RunContext) -> object:
+    """Return what the output of `audition` depends on, as JSON."""
     return [
-        context.teacher_identities,
-        context.items_digest,
+        context.models.teacher_identities,
+        context.items_digest(Split.AUDITION),
         context.recipe.skills,
         context.recipe.audition.model_dump(),
         context.recipe.evaluation.grading.model_dump(),
@@ -34,6 +62,7 @@ def audition_inputs(context: RunContext) -> object:
 
 
 def capture_inputs(context: RunContext) -> object:
+    """Return what the output of `capture` depends on, as JSON."""
     return [
         *(u.name for u in context.capture_units),
         *([b.location, b.reason] for b in context.corpus.malformed),
@@ -46,33 +75,40 @@ def capture_inputs(context: RunContext) -> object:
 
 
 def train_inputs(context: RunContext) -> dict[str, Any]:
-    """What a student comes from. How often it is looked at, or shown, is no part of it; what verifying left out of the lessons is."""
+    """Return what the trained student depends on, as JSON.
+
+    Checkpoints hold the same value: a training resumes only from a checkpoint with equal inputs.
+    Answers that `capture.drop_wrong_answers` rejected are part of it.
+    """
     return {
-        "training": context.recipe.training.model_dump(mode="json", exclude={"report_to"}),
+        "training": context.recipe.training.model_dump(mode="json", exclude=OBSERVATION_KEYS),
         "seed": context.recipe.seed,
         "threads": context.recipe.threads,
         "max_mask_search_tokens": context.recipe.check.max_mask_search_tokens,
-        "student": context.student_identity,
+        "student": context.models.student_identity,
         "capture": digest_json([u.name for u in context.capture_units]),
+        "version": STAGE_VERSIONS["train"],
     } | (
-        {"verified": [context.read_stage_record("capture")["outputs"]["wrong.json"]]}
+        {"verified": [context.stages.read_record("capture")["outputs"]["rejected.json"]]}
         if context.recipe.capture.drop_wrong_answers
         else {}
     )
 
 
 def evaluate_inputs(context: RunContext) -> object:
+    """Return what the output of `evaluate` depends on, as JSON."""
     return [
-        context.read_stage_record("train")["outputs"],
-        context.teacher_identities,
-        context.items_digest,
+        context.stages.read_record("train")["outputs"],
+        context.models.teacher_identities,
+        context.items_digest(Split.TEST),
         context.recipe.evaluation.model_dump(exclude=POST_EVALUATION_KEYS),
     ]
 
 
 def lineage_inputs(context: RunContext) -> object:
+    """Return what the output of `lineage` depends on, as JSON."""
     return [
-        context.read_stage_record("train")["outputs"],
+        context.stages.read_record("train")["outputs"],
         context.recipe.hash,
         context.cast.parts,
         context.cast.pinned,
@@ -80,7 +116,8 @@ def lineage_inputs(context: RunContext) -> object:
 
 
 def report_inputs(context: RunContext) -> object:
+    """Return what the output of `report` depends on, as JSON."""
     return [
-        *(context.read_stage_record(stage)["key"] for stage in STAGE_NAMES[:-1]),
+        *(context.stages.read_record(stage)["key"] for stage in STAGE_NAMES[:-1]),
         context.lm_eval_digests(),
     ]

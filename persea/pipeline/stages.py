@@ -1,105 +1,84 @@
-"""The river: every stage in order, each skipped when its output already stands. Read this file first.
+"""The seven stages of a run, in order. Read this file first.
 
     check -> audition -> capture -> train -> evaluate -> lineage -> report
 
-A stage writes into runs/<name>/<stage>/ and nowhere else; `done.json`, written last, names its inputs by digest and its
-outputs by sha256. It stands as long as both hold.
+A stage writes into runs/<name>/<stage>/ and nowhere else. A finished stage is skipped while its
+inputs and its output files are unchanged (`stage_store`, `stage_keys`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from persea import storage as store
+from persea import storage
 from persea.chat.messages import ThinkingEffort
-from persea.pipeline import preflight as beforehand
-from persea.pipeline import stage_keys as inputs
-from persea.pipeline import tasks_and_prompts as questions
+from persea.models.loading import set_threads
+from persea.pipeline import preflight, stage_keys, tasks_and_prompts
+from persea.pipeline.model_refs import BASE, STUDENT, is_small_local_model, model_source
 from persea.pipeline.remote_teachers import is_remote
-from persea.pipeline.run_context import (
-    BASE,
-    STUDENT,
-    ProgressCallback,
-    RunContext,
-    digest_json,
-    is_small_local_model,
-    model_source,
-    set_threads,
-)
+from persea.pipeline.run_context import ProgressCallback, RunContext
 from persea.pipeline.status import record_status
+from persea.storage import digest_json
 from persea.tasks.task import Split
 from persea.training.distributed.heartbeat import join_process_group
+
+if TYPE_CHECKING:
+    from persea.config.schema import TeacherSection
+    from persea.evaluation.compatibility import PairCompatibility, TemplateLikelihood
+    from persea.tokenization.tokens import RenderedTokens
 
 
 @dataclass(frozen=True)
 class Stage:
-    """name = folder = verb; inputs: what determines the output; work: makes it in the folder."""
+    """One stage of the pipeline.
+
+    Attributes:
+        name: Name of the stage, of its folder in the run folder, and of its verb.
+        inputs: Returns everything that the output depends on, as JSON.
+        run: Writes the output into the folder that it is given.
+        resumable: Files and folders of the output that an interrupted run resumes from.
+    """
 
     name: str
     inputs: Callable[[RunContext], object]
     run: Callable[[RunContext, Path, ProgressCallback], None]
+    resumable: tuple[str, ...] = ()
 
 
 def run_check(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
-    """Lay every teacher's tokenizer over the student's, on every skill's reference answers and the recipe's texts."""
-    from persea.evaluation.compatibility import (
-        TEXT_FILES_SKILL,
-        make_retained_mass,
-        measure_template_likelihood,
-        refuse_incompatible,
-    )
-    from persea.evaluation.compatibility import check_pair as pairing
+    """Measure whether each teacher's tokenizer and template suit the student.
 
-    samples, settings, teachers = (
-        context.check_samples,
-        context.recipe.check,
-        [t for t in context.recipe.teachers if not t.reference],
-    )
-    mine = [s.render(context.student_renderer) for s in samples]
-    pairs, likelihoods = [], []
+    Compares the two tokenizations of every skill's reference answers and of the recipe's texts.
+
+    Raises:
+        RefusedError: A pair is outside the limits of the `check` section.
+    """
+    from persea.evaluation.compatibility import refuse_incompatible
+
+    settings = context.recipe.check
+    teachers = [t for t in context.recipe.teachers if not t.reference]
+    student_tokens = [s.render(context.models.student_renderer) for s in context.check_samples]
+    pairs: list[PairCompatibility] = []
+    likelihoods: list[TemplateLikelihood] = []
     for k, teacher in enumerate(teachers):
-        voice, bridge = context.renderers[teacher.name], context.event_maps[teacher.name]
-        kept = None
-        if not is_remote(teacher) and (
-            is_small_local_model(model_source(teacher), settings.max_likelihood_bytes)
-            if settings.measure_likelihood is None
-            else settings.measure_likelihood
-        ):
-            opened = context.load_teacher(teacher.name, context.recipe.audition.batch_size)
-            likelihoods += measure_template_likelihood(
-                opened,
-                [s for s in samples if s.skill != TEXT_FILES_SKILL and s.is_supported_by(voice)],
-            )
-            kept = make_retained_mass(opened, bridge, settings.min_counted_probability)
-        pairs += [
-            pairing(
-                teacher.name,
-                voice,
-                context.student_renderer,
-                bridge,
-                s,
-                said,
-                kept if s.skill != TEXT_FILES_SKILL else None,
-            )
-            for s, said in zip(samples, mine, strict=True)
-            if s.is_supported_by(voice)
-        ]
-        about = context.family_info.get(teacher.name, {"family": "text_only", "note": ""})
-        progress(
-            "check",
-            (k + 1) / len(teachers),
-            f"{teacher.name} ({about['family']}{', see its note in check.json' if about['note'] else ''})",
-        )
-    store.write_json(
+        # the weights live in this call only: one teacher in memory at a time
+        teacher_pairs, teacher_likelihoods = _check_teacher(context, teacher, student_tokens)
+        pairs += teacher_pairs
+        likelihoods += teacher_likelihoods
+        info = context.models.family_info.get(teacher.name, {"family": "text only", "note": ""})
+        note = ", see its note in check.json" if info["note"] else ""
+        progress("check", (k + 1) / len(teachers), f"{teacher.name} ({info['family']}{note})")
+    storage.write_json(
         folder / "check.json",
         {
             "pairs": [p.to_json() for p in pairs],
-            "likelihoods": [one.to_json() for one in likelihoods],
-            "families": context.family_info,
+            "likelihoods": [likelihood.to_json() for likelihood in likelihoods],
+            "families": context.models.family_info,
         },
     )
     refuse_incompatible(
@@ -111,121 +90,159 @@ def run_check(context: RunContext, folder: Path, progress: ProgressCallback) -> 
     )
 
 
+def _check_teacher(
+    context: RunContext, teacher: TeacherSection, student_tokens: Sequence[list[RenderedTokens]]
+) -> tuple[list[PairCompatibility], list[TemplateLikelihood]]:
+    """Compare one teacher with the student; loads its weights if they are small and local."""
+    from persea.evaluation.compatibility import (
+        TEXT_FILES_SKILL,
+        check_pair,
+        make_retained_mass,
+        measure_template_likelihood,
+    )
+
+    settings, models = context.recipe.check, context.models
+    renderer, event_map = models.renderers[teacher.name], models.event_maps[teacher.name]
+    load_weights = settings.measure_likelihood and not is_remote(teacher)
+    if settings.measure_likelihood is None and not is_remote(teacher):
+        load_weights = is_small_local_model(model_source(teacher), settings.max_likelihood_bytes)
+    retained_mass, likelihoods = None, []
+    if load_weights:
+        loaded = models.load_teacher(teacher.name, context.recipe.audition.batch_size)
+        samples = [
+            s
+            for s in context.check_samples
+            if s.skill != TEXT_FILES_SKILL and s.is_supported_by(renderer)
+        ]
+        likelihoods = measure_template_likelihood(loaded, samples)
+        retained_mass = make_retained_mass(loaded, event_map, settings.min_counted_probability)
+    pairs = [
+        check_pair(
+            teacher.name,
+            renderer,
+            models.student_renderer,
+            event_map,
+            sample,
+            tokens,
+            retained_mass if sample.skill != TEXT_FILES_SKILL else None,
+        )
+        for sample, tokens in zip(context.check_samples, student_tokens, strict=True)
+        if sample.is_supported_by(renderer)
+    ]
+    return pairs, likelihoods
+
+
 def run_audition(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
-    """Measure every teacher on every skill, in rounds, until the ranking is settled; cast the strongest."""
+    """Measure every teacher on every skill, and cast the best teacher for each.
+
+    Teachers answer in rounds until the ranking of a skill is settled.
+    """
     from persea.evaluation.answering import answer_items, single_model_loader
     from persea.evaluation.audition import build_cast, cast_markdown
     from persea.evaluation.racing import RaceSettings, compare_efforts, race_teachers
 
-    settings, most = context.recipe.audition, context.recipe.capture.max_new_tokens
-    load = single_model_loader(lambda name: context.load_teacher(name, settings.batch_size))
-    speakers = {
-        name: context.evaluated_model(name, settings.batch_size, settings.efforts, load)
-        for name in context.teacher_names
+    settings, max_new_tokens = context.recipe.audition, context.recipe.capture.max_new_tokens
+    load = single_model_loader(lambda name: context.models.load_teacher(name, settings.batch_size))
+    models = {
+        name: context.models.evaluated_model(name, settings.batch_size, settings.efforts, load)
+        for name in context.models.teacher_names
     }
-    skills = context.held_out_items(Split.AUDITION)
-    courses = race_teachers(
-        list(speakers),
-        skills,
+    own_efforts = {name: model.efforts[0] for name, model in models.items()}
+    tasks = context.held_out_items(Split.AUDITION)
+    races = race_teachers(
+        list(models),
+        tasks,
         context.recipe.seed,
-        lambda name, skill, items: answer_items(
-            speakers[name], speakers[name].efforts[0], skill, items, most
+        lambda name, task, items: answer_items(
+            models[name], own_efforts[name], task, items, max_new_tokens
         )[0],
-        lambda share, words: progress("audition", share, words),
+        lambda fraction, message: progress("audition", fraction, message),
         RaceSettings(settings.first_round, settings.min_items_per_language, settings.round_growth),
     )
-    dials, said = compare_efforts(
-        courses,
-        [s for s, _ in skills],
-        {n: s.efforts for n, s in speakers.items()},
-        lambda name, effort, skill, items: answer_items(speakers[name], effort, skill, items, most)[
-            0
-        ],
+    effort_comparisons, results_by_effort = compare_efforts(
+        races,
+        [task for task, _ in tasks],
+        {name: model.efforts for name, model in models.items()},
+        lambda name, effort, task, items: answer_items(
+            models[name], effort, task, items, max_new_tokens
+        )[0],
     )
-    for (name, skill, effort), results in said.items():
-        other = "" if effort is speakers[name].efforts[0] else f".{effort}"
-        store.write_json_lines(
-            folder / f"{name}.{skill}{other}.jsonl", (r.to_json() for r in results)
+    for (name, skill, effort), results in results_by_effort.items():
+        suffix = "" if effort is own_efforts[name] else f".{effort}"
+        storage.write_json_lines(
+            folder / f"{name}.{skill}{suffix}.jsonl", (r.to_json() for r in results)
         )
-    chosen = build_cast(
-        courses,
-        {n: s.efforts[0] for n, s in speakers.items()},
+    cast = build_cast(
+        races,
+        own_efforts,
         settings.pinned,
         settings.min_score,
-        dials,
+        effort_comparisons,
         context.recipe.skills,
     )
-    store.write_json(folder / "cast.json", chosen.to_json())
-    store.write_atomic(folder / "table.md", cast_markdown(chosen).encode())
+    storage.write_json(folder / "cast.json", cast.to_json())
+    storage.write_atomic(folder / "table.md", cast_markdown(cast).encode())
 
 
 def run_capture(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
-    """Ask the cast; keep answers and distributions."""
-    from persea.cache.capture import (
+    """Let the cast teachers answer the corpus; store answers and token distributions.
+
+    Raises:
+        RefusedError: A budget is spent, no answer is complete, or verification rejected all.
+        DataError: A prompt has no answer although `capture.answers` is `given`.
+    """
+    from persea.cache.accounting import (
         CaptureBudget,
         account_for_prompts,
         capture_summary,
-        open_teacher_caches,
         quarantine_records,
     )
-    from persea.cache.capture import capture_teacher as ask
+    from persea.cache.answer_filter import verify_answers
+    from persea.cache.capture import capture_teacher, open_teacher_caches
 
-    settings = context.recipe.capture
-    pace = CaptureBudget(
-        len(context.corpus.prompts), settings.max_total_tokens or 0, settings.max_hours or 0
+    settings, units, corpus = context.recipe.capture, context.capture_units, context.corpus
+    budget = CaptureBudget(
+        len(corpus.prompts), settings.max_total_tokens or 0, settings.max_hours or 0
     )
-    for name in dict.fromkeys(u.teacher for u in context.capture_units):
-        ask(
-            context.capture_units,
-            context.load_teacher(name, settings.batch_size),
+    for name in dict.fromkeys(u.teacher for u in units):
+        capture_teacher(
+            units,
+            context.models.load_teacher(name, settings.batch_size),
             folder,
             tau=settings.sampling_threshold,
             max_kl=settings.max_kl,
             max_new_tokens=settings.max_new_tokens,
             seed=context.recipe.seed,
             use_given_answers=settings.answers == "given",
-            refuse_if_changed=partial(context.refuse_changed_teacher, name),
-            on_unit=lambda step: progress("capture", *pace.record_unit(step)),
+            refuse_if_changed=partial(context.models.refuse_changed_teacher, name),
+            on_unit=lambda unit: progress("capture", *budget.record_unit(unit)),
         )
-    store.write_json_lines(folder / "removed.jsonl", (r.to_json() for r in context.corpus.removed))
-    told, aside = (
-        capture_summary(context.capture_units, folder),
-        quarantine_records(context.capture_units, folder, context.corpus.malformed),
-    )
-    (folder / "quarantine.jsonl").unlink(missing_ok=True)
-    if aside:
-        store.write_json_lines(folder / "quarantine.jsonl", aside)
-    verified: dict[str, object] = {}
+    storage.write_json_lines(folder / "removed.jsonl", (r.to_json() for r in corpus.removed))
+    summary = capture_summary(units, folder)
+    quarantine = quarantine_records(units, folder, corpus.malformed)
+    if quarantine:
+        storage.write_json_lines(folder / "quarantine.jsonl", quarantine)
+    summary["removed"] = dict(Counter(r.reason.value for r in corpus.removed))
     if settings.drop_wrong_answers:
-        from persea.cache.answer_filter import verify_answers
-
-        items = questions.items_by_question(
-            context.recipe.corpus, context.tasks, context.corpus.prompts, context.recipe.seed
+        items = tasks_and_prompts.items_by_question(
+            context.recipe.corpus, context.tasks, corpus.prompts, context.recipe.seed
         )
-        verified = {
-            "verified": verify_answers(
-                [reader for reader, _ in open_teacher_caches(context.capture_units, folder)],
-                items,
-                context.tasks,
-                folder,
-            )
-        }
-    removed = dict(Counter(r.reason.value for r in context.corpus.removed))
-    store.write_json(
-        folder / "summary.json",
-        told | {"removed": removed} | verified | account_for_prompts(told, context.corpus, aside),
+        caches = [reader for reader, _ in open_teacher_caches(units, folder)]
+        summary["verified"] = verify_answers(caches, items, context.tasks, folder)
+    storage.write_json(
+        folder / "summary.json", summary | account_for_prompts(summary, corpus, quarantine)
     )
 
 
 def run_train(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
-    """Teach the student from all teachers at once, in as many processes as were asked for."""
+    """Train the student on the answers of all teachers, in one process or several."""
     from persea.pipeline.train_stage import train_in_processes
 
-    train_in_processes(context, folder, inputs.train_inputs(context), progress)
+    train_in_processes(context, folder, stage_keys.train_inputs(context), progress)
 
 
 def run_evaluate(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
-    """Measure student, base and every teacher on held-out items."""
+    """Measure student, base, teachers and reference models on the held-out test items."""
     from persea.evaluation.answering import single_model_loader
     from persea.evaluation.evaluate import (
         EvaluationAnswers,
@@ -235,122 +252,155 @@ def run_evaluate(context: RunContext, folder: Path, progress: ProgressCallback) 
         find_regressions,
     )
 
-    skills, settings = context.held_out_items(Split.TEST), context.recipe.evaluation
-    names = [STUDENT, BASE, *context.renderers]
-    load = single_model_loader(lambda name: context.load_participant(name, settings.batch_size))
-    heard = EvaluationAnswers()
+    tasks, settings = context.held_out_items(Split.TEST), context.recipe.evaluation
+    teacher_names, renderers = context.models.teacher_names, context.models.renderers
+    names = [STUDENT, BASE, *renderers]
+    load = single_model_loader(
+        lambda name: context.models.load_participant(name, settings.batch_size)
+    )
+    answers = EvaluationAnswers()
+
+    def model_progress(k: int, fraction: float, message: str) -> None:
+        progress("evaluate", (k + fraction) / len(names), message)
+
     for k, name in enumerate(names):
         evaluate_model(
-            heard,
-            context.evaluated_model(name, settings.batch_size, settings.efforts, load),
-            skills,
+            answers,
+            context.models.evaluated_model(name, settings.batch_size, settings.efforts, load),
+            tasks,
             settings.max_new_tokens,
-            lambda share, words, k=k: progress("evaluate", (k + share) / len(names), words),
-        )  # type: ignore[misc]
-    yardsticks = tuple(name for name in context.renderers if name not in context.teacher_names)
-    out = EvaluationResult(
+            partial(model_progress, k),
+        )
+    result = EvaluationResult(
         STUDENT,
         BASE,
-        context.teacher_names,
+        teacher_names,
         ThinkingEffort.NONE,
-        tuple(heard.iter_scores()),
-        heard.bits_per_byte,
-        yardsticks,
-        compare_student(heard, STUDENT),
-        find_regressions(heard, STUDENT, BASE),
+        tuple(answers.iter_scores()),
+        answers.bits_per_byte,
+        tuple(name for name in renderers if name not in teacher_names),
+        compare_student(answers, STUDENT),
+        find_regressions(answers, STUDENT, BASE),
     )
-    lines = list(heard.iter_answer_records())
-    store.write_json_lines(folder / "examples.jsonl", lines)
-    store.write_json(folder / "evaluation.json", out.to_json())
-    store.write_json(folder / "sets.json", [o.to_json() for o in context.benchmarks])
+    records = list(answers.iter_answer_records())
+    storage.write_json_lines(folder / "examples.jsonl", records)
+    storage.write_json(folder / "evaluation.json", result.to_json())
+    storage.write_json(folder / "sets.json", [b.to_json() for b in context.benchmarks])
     if context.taught_efforts:
-        from persea.evaluation.thinking_modes import measure_thinking_modes, select_direct_answers
+        _write_thinking_modes(context, folder, load(STUDENT), records, progress)
 
-        straight = select_direct_answers(lines, STUDENT, context.taught_efforts)
-        store.write_json(
-            folder / "modes.json",
-            measure_thinking_modes(
-                context.load_participant(STUDENT, settings.batch_size),
-                skills,
-                context.taught_efforts,
-                settings.max_new_tokens,
-                straight,
-                lambda words: progress("evaluate", 0.99, words),
-            ).to_json(),
-        )
+
+def _write_thinking_modes(
+    context: RunContext,
+    folder: Path,
+    student: Any,
+    records: Sequence[dict[str, Any]],
+    progress: ProgressCallback,
+) -> None:
+    """Measure a hybrid student in each thinking mode of the corpus; writes modes.json."""
+    from persea.evaluation.thinking_modes import measure_thinking_modes, select_direct_answers
+
+    modes = measure_thinking_modes(
+        student,
+        context.held_out_items(Split.TEST),
+        context.taught_efforts,
+        context.recipe.evaluation.max_new_tokens,
+        select_direct_answers(records, STUDENT, context.taught_efforts),
+        lambda message: progress("evaluate", 0.99, message),
+    )
+    storage.write_json(folder / "modes.json", modes.to_json())
 
 
 def run_lineage(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
-    """Write down what made the weights."""
-    from persea.report.lineage import lineage_record as record
+    """Record which models, data and recipe made the student's weights."""
+    from persea.report.lineage import lineage_record
 
-    teachers = [context.lineage_parent(n) for n in context.teacher_names]
-    store.write_json(
-        folder / "lineage.json",
-        record(
-            context.folder / "train" / "student",
-            context.lineage_parent(BASE),
-            teachers,
-            context.recipe.hash,
-            {"units": digest_json([u.name for u in context.capture_units])},
-            context.cast,
-        ),
+    models = context.models
+    record = lineage_record(
+        context.folder / "train" / "student",
+        models.lineage_parent(BASE),
+        [models.lineage_parent(name) for name in models.teacher_names],
+        context.recipe.hash,
+        {"units": digest_json([u.name for u in context.capture_units])},
+        context.cast,
     )
+    storage.write_json(folder / "lineage.json", record)
 
 
 def run_report(context: RunContext, folder: Path, progress: ProgressCallback) -> None:
-    """The card and the page."""
-    from persea.report.page import write_report as write
+    """Write the report page, the model card and report.json."""
+    from persea.report.page import write_report
 
-    write(
-        context.folder,
-        {name: Path(file) for name, file in context.recipe.evaluation.lm_eval_results.items()},
-    )
+    lm_eval_files = {name: Path(f) for name, f in context.recipe.evaluation.lm_eval_results.items()}
+    write_report(context.folder, lm_eval_files, folder)
 
 
 STAGES: tuple[Stage, ...] = (
-    Stage("check", inputs.check_inputs, run_check),
-    Stage("audition", inputs.audition_inputs, run_audition),
-    Stage("capture", inputs.capture_inputs, run_capture),
-    Stage("train", inputs.train_inputs, run_train),
-    Stage("evaluate", inputs.evaluate_inputs, run_evaluate),
-    Stage("lineage", inputs.lineage_inputs, run_lineage),
-    Stage("report", inputs.report_inputs, run_report),
+    Stage("check", stage_keys.check_inputs, run_check),
+    Stage("audition", stage_keys.audition_inputs, run_audition),
+    Stage("capture", stage_keys.capture_inputs, run_capture, ("units", "commits")),
+    Stage(
+        "train",
+        stage_keys.train_inputs,
+        run_train,
+        ("checkpoints", "metrics.jsonl", "tensorboard"),
+    ),
+    Stage("evaluate", stage_keys.evaluate_inputs, run_evaluate),
+    Stage("lineage", stage_keys.lineage_inputs, run_lineage),
+    Stage("report", stage_keys.report_inputs, run_report),
 )
 
 
 def run_pipeline(context: RunContext, progress: ProgressCallback, only_stage: str = "") -> None:
-    """Every stage in order, or the one named; a stage that stands is skipped.
+    """Run every stage in order, or one stage; skip each that is up to date.
 
-    Raises Refused where a finished training would be overwritten by another recipe, DataError where `only` needs a
-    stage before it; Regressed, once all is written, where the student is less safe than its base and the recipe does not allow it.
+    Args:
+        context: The recipe and its run folder.
+        progress: Called with the stage, the fraction done and a message.
+        only_stage: Name of the only stage to run; "" = all.
+
+    Raises:
+        RefusedError: A finished student of another recipe would be overwritten, or a stage
+            refuses its result.
+        DataError: `only_stage` needs the output of a stage that has not run.
+        SafetyRegressionError: The student is less safe than its base, and the recipe does not
+            allow it. Raised when all output is written.
     """
     set_threads(context.recipe.threads)
-    context.refuse_unsupported_efforts()
+    preflight.refuse_unsupported_efforts(context)
     context.lm_eval_digests()
-    beforehand.refuse_missing_logprobs(context)
+    preflight.refuse_missing_logprobs(context)
     with join_process_group(context.world):
-        if only_stage in ("", "train"):  # what cannot be in the end is told in the beginning
-            beforehand.refuse_impossible_training(context)
-        if context.world.rank:  # the first process keeps the folder
+        if only_stage in ("", "train"):
+            preflight.refuse_impossible_training(context)
+        if context.world.rank:  # the first process alone writes to the run folder
             from persea.pipeline.train_stage import follow_first_rank
 
-            follow_first_rank(context, context.folder / "train", inputs.train_inputs)
+            follow_first_rank(context, context.folder / "train", stage_keys.train_inputs)
             return
         with (
-            store.lock_run_folder(context.folder),
-            record_status(context.folder, context.recipe.name, progress) as told,
+            storage.lock_run_folder(context.folder),
+            record_status(context.folder, context.recipe.name, progress) as recorded_progress,
         ):
+            context.stages.recover()
             for stage in STAGES:
                 if not only_stage or stage.name == only_stage:
-                    context.run_stage(
-                        stage.name, stage.inputs(context), partial(stage.run, context), told
-                    )
+                    _run_stage(context, stage, recorded_progress)
         context.world.broadcast("over")
-    if (
-        only_stage in ("", "evaluate", "report")
-        and not context.recipe.evaluation.allow_safety_regression
-    ):
+    may_regress = context.recipe.evaluation.allow_safety_regression
+    if only_stage in ("", "evaluate", "report") and not may_regress:
         from persea.evaluation.evaluate import refuse_saved_regressions
 
         refuse_saved_regressions(context.folder / "evaluate" / "evaluation.json")
+
+
+def _run_stage(context: RunContext, stage: Stage, progress: ProgressCallback) -> None:
+    context.stages.run(
+        stage.name,
+        stage.inputs(context),
+        partial(stage.run, context),
+        progress,
+        recipe_yaml=context.recipe.to_yaml(),
+        resumable=stage.resumable,
+        force=stage.name == "train" and context.launch_options.resume == "never",
+    )

@@ -1,7 +1,7 @@
-"""What a run did, does, and died of: written as it goes, and read from files alone, also of a dead run.
+"""The status of a run: written while it runs, and read from files alone, also after a crash.
 
-status.json in the run folder is written at most every 2 s, and whenever a stage begins or ends. Whether the run that wrote it still lives
-is not asked of it but of the folder's lock, which a dead process cannot hold.
+status.json in the run folder is written when a stage begins or ends, and at most every 2 s in
+between. Whether a run is alive is read from the folder's lock, which a dead process cannot hold.
 """
 
 from __future__ import annotations
@@ -17,24 +17,27 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persea import storage as store
+from persea import storage
 from persea.errors import DataError, PerseaError, RunInterrupted, StorageError
+from persea.pipeline.stage_keys import STAGE_NAMES
+from persea.pipeline.stage_store import StageStore
 
 if TYPE_CHECKING:
     from persea.pipeline.run_context import ProgressCallback
 
-STATUS_FILE, WRITE_INTERVAL_S = (
-    "status.json",
-    2.0,
-)  # seconds: the file is synced to the disk, and a day of them is 43,200 writes
-STAGE_NAMES = ("check", "audition", "capture", "train", "evaluate", "lineage", "report")
+STATUS_FILE = "status.json"
+WRITE_INTERVAL_S = 2.0  # each write is synced to the disk: 43,200 writes a day
 
 
 class RunState(StrEnum):
-    """RUNS: a process holds the folder. DONE, STOPPED (by a signal), FAILED: it said so. DIED: it said nothing and holds nothing. NEW: never ran."""
+    """State of a run.
+
+    RUNNING: a process holds the folder. DONE, STOPPED (by a signal) and FAILED: the run ended and
+    recorded it. DIED: the run recorded no end, and no process holds the folder. NEW: no run yet.
+    """
 
     NEW = "new"
-    RUNNING = "runs"
+    RUNNING = "running"
     DONE = "done"
     STOPPED = "stopped"
     FAILED = "failed"
@@ -45,11 +48,17 @@ class RunState(StrEnum):
 class RunStatus:
     """A run folder at a glance.
 
-    stands       stages whose record is there, with the seconds they took
-    stage        the last that was worked on; share of it in [0, 1], words it said; when it was last heard of, seconds since 1970
-    left         seconds until the end of that stage at its pace so far; None where nobody can say
-    error        what it ended with last, one line; "" = nothing
-    checkpoint   newest checkpoint of the training, its step
+    Attributes:
+        state: State of the run.
+        seconds_by_stage: Finished stage -> seconds that it took.
+        stage: The stage that was worked on last.
+        fraction_done: Fraction of that stage that is done, in [0, 1].
+        message: The stage's last progress message.
+        updated_at: Time of the last update, seconds since 1970.
+        seconds_left: Seconds until that stage ends at its pace so far; None = unknown.
+        lock_holder: Process that holds the folder; "" = none.
+        error: What ended the run, one line; "" = nothing.
+        checkpoint_step: Step of the newest checkpoint of the training; None = no checkpoint.
     """
 
     state: RunState
@@ -64,6 +73,7 @@ class RunStatus:
     checkpoint_step: int | None
 
     def to_json(self) -> dict[str, Any]:
+        """Return the status as JSON."""
         return asdict(self)
 
 
@@ -71,158 +81,172 @@ class RunStatus:
 def record_status(
     folder: Path, run_name: str, progress: ProgressCallback
 ) -> Iterator[ProgressCallback]:
-    """A `tell` that also keeps status.json; what ends the run is written there and goes on its way."""
-    begun = {
+    """Record a run's progress and its end in status.json.
+
+    Args:
+        folder: The run folder, locked by this process.
+        run_name: Name of the recipe.
+        progress: Called with everything that the yielded callback is called with.
+
+    Yields:
+        A progress callback that also writes status.json. An exception is recorded and raised on.
+    """
+    header = {
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "name": run_name,
-        "started": round(time.time(), 1),
+        "started_at": round(time.time(), 1),
     }
-    now: dict[str, Any] = {
-        "life": RunState.RUNNING,
+    current: dict[str, Any] = {
+        "state": RunState.RUNNING,
         "stage": "",
-        "share": 0.0,
-        "words": "",
-        "left": None,
+        "fraction_done": 0.0,
+        "message": "",
+        "seconds_left": None,
         "error": "",
     }
-    first: dict[str, tuple[float, float]] = {}
-    written = [0.0]
-    for half in folder.glob(".*.tmp"):  # a killed run's; the lock says that nobody writes them now
-        store.DISK.remove(half)
+    stage_start: dict[str, tuple[float, float]] = {}  # stage -> (fraction done, clock)
+    last_write = 0.0
+    for partial in folder.glob(".*.tmp"):  # of a killed run: the lock excludes a live one
+        storage.DISK.remove(partial)
 
     def write() -> None:
-        written[0] = time.monotonic()
-        store.write_json(folder / STATUS_FILE, begun | now | {"heard": round(time.time(), 1)})
+        nonlocal last_write
+        last_write = time.monotonic()
+        updated = {"updated_at": round(time.time(), 1)}
+        storage.write_json(folder / STATUS_FILE, header | current | updated)
 
-    def told(stage: str, share: float, words: str) -> None:
-        progress(stage, share, words)
-        clock = time.monotonic()
-        if stage != now["stage"] or (stage not in first and words):
-            first[stage] = share, clock
-        since, begin = first.get(stage, (share, clock))
-        left = round((clock - begin) / (share - since) * (1 - share), 1) if share > since else None
-        turns = stage != now["stage"] or share in (0.0, 1.0)
-        now.update(stage=stage, share=round(share, 6), words=words, left=left)
-        if turns or clock - written[0] >= WRITE_INTERVAL_S:
+    def recorded_progress(stage: str, fraction: float, message: str) -> None:
+        progress(stage, fraction, message)
+        clock, is_new_stage = time.monotonic(), stage != current["stage"]
+        if is_new_stage or (stage not in stage_start and message):
+            stage_start[stage] = fraction, clock
+        since, start = stage_start.get(stage, (fraction, clock))
+        left = None
+        if fraction > since:
+            left = round((clock - start) / (fraction - since) * (1 - fraction), 1)
+        current.update(
+            stage=stage, fraction_done=round(fraction, 6), message=message, seconds_left=left
+        )
+        if is_new_stage or fraction in (0.0, 1.0) or clock - last_write >= WRITE_INTERVAL_S:
             write()
 
     try:
-        yield told
-        now.update(life=RunState.DONE, left=None)
+        yield recorded_progress
+        current.update(state=RunState.DONE, seconds_left=None)
         write()
     except BaseException as error:
-        known = isinstance(error, PerseaError | RunInterrupted)
-        now.update(
-            life=RunState.STOPPED if isinstance(error, RunInterrupted) else RunState.FAILED,
-            left=None,
-            error=str(error) if known else f"a bug of persea: {type(error).__name__}: {error}",
+        is_known = isinstance(error, PerseaError | RunInterrupted)
+        current.update(
+            state=RunState.STOPPED if isinstance(error, RunInterrupted) else RunState.FAILED,
+            seconds_left=None,
+            error=str(error) if is_known else f"a bug in persea: {type(error).__name__}: {error}",
         )
-        with suppress(
-            StorageError
-        ):  # a disk that takes no more is told by the error that is on its way
+        with suppress(StorageError):  # `error` already reports a full disk
             write()
         raise
 
 
 def read_status(folder: Path) -> RunStatus:
-    """What a run folder's files say. DataError where it is none, or status.json is broken."""
+    """Read the status of a run from its folder.
+
+    Raises:
+        DataError: The folder is no run folder, or status.json or a stage's record is broken.
+    """
     if not (folder / "lock").is_file():
         raise DataError(
-            "no run has been here",
+            "not a run folder",
             where=str(folder),
-            remedy="give a run folder, such as runs/quickstart",
+            remedy="give the folder of a run, such as runs/quickstart",
         )
-    stands = {
-        s: float(
-            store.read_json_with_checksum(
-                folder / s / "done.json", "delete it and run the stage again"
-            )["seconds"]
-        )
-        for s in STAGE_NAMES
-        if (folder / s / "done.json").is_file()
-    }
-    holder = store.lock_holder(folder)
+    seconds_by_stage = _read_stage_seconds(folder)
+    lock_holder = storage.lock_holder(folder)
     try:
-        said = (
+        recorded = (
             json.loads((folder / STATUS_FILE).read_bytes())
             if (folder / STATUS_FILE).is_file()
             else {}
         )
-        life = RunState(said["life"]) if said else RunState.NEW
-        if holder or life is RunState.RUNNING:
-            life = RunState.RUNNING if holder else RunState.DIED
+        state = RunState(recorded["state"]) if recorded else RunState.NEW
+        if lock_holder or state is RunState.RUNNING:
+            state = RunState.RUNNING if lock_holder else RunState.DIED
         steps = [
             int(p.stem.partition("-")[2])
             for p in (folder / "train" / "checkpoints").glob("step-*.json")
         ]
         return RunStatus(
-            life,
-            stands,
-            said.get("stage", ""),
-            float(said.get("share", 0)),
-            said.get("words", ""),
-            float(said.get("heard", 0)),
-            said.get("left") if life is RunState.RUNNING else None,
-            holder,
-            _end_message(life, said),
+            state,
+            seconds_by_stage,
+            recorded.get("stage", ""),
+            float(recorded.get("fraction_done", 0)),
+            recorded.get("message", ""),
+            float(recorded.get("updated_at", 0)),
+            recorded.get("seconds_left") if state is RunState.RUNNING else None,
+            lock_holder,
+            _end_message(state, recorded),
             max(steps, default=None),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
-            f"not a status: {error!r}",
+            f"not a status file: {error!r}",
             where=str(folder / STATUS_FILE),
-            remedy="delete it; a run writes it anew",
+            remedy="delete it; the next run writes it anew",
         ) from error
+
+
+def _read_stage_seconds(folder: Path) -> dict[str, float]:
+    stages = StageStore(folder)
+    return {
+        stage: float(stages.read_record(stage)["seconds"])
+        for stage in STAGE_NAMES
+        if stages.has_record(stage)
+    }
 
 
 def _end_message(state: RunState, recorded: dict[str, Any]) -> str:
     if state is RunState.DIED:
-        return f"it ended without a word (killed, out of memory, or the power went): pid {recorded['pid']} on {recorded['host']} -> the same command goes on"
+        return (
+            "the run ended without recording why (killed, out of memory, or a power loss): "
+            f"pid {recorded['pid']} on {recorded['host']} -> run the same command to continue"
+        )
     return str(recorded.get("error", ""))
 
 
 def status_lines(run_status: RunStatus, now: float) -> list[str]:
-    """The status in words, a line each."""
-    ago = f", {_format_seconds(now - run_status.updated_at)} ago" if run_status.updated_at else ""
-    at = (
-        f" in {run_status.stage} ({run_status.fraction_done:.0%})"
-        if run_status.stage and run_status.state is not RunState.DONE
-        else ""
-    )
-    rows = [
-        f"{' '.join(filter(None, (run_status.state.value, at.strip())))}{ago}"
-        + (f", held by {run_status.lock_holder}" if run_status.lock_holder else "")
-    ]
-    rows += [
-        f"{stage:>9} {'stands, ' + _format_seconds(run_status.seconds_by_stage[stage]) if stage in run_status.seconds_by_stage else _stage_line(run_status, stage)}"
-        for stage in STAGE_NAMES
-    ]
-    return rows + ([f"    error {run_status.error}"] if run_status.error else [])
+    """Return the status as lines of text: the run, each stage, and the last error.
+
+    Args:
+        run_status: The status.
+        now: The time, seconds since 1970.
+    """
+    head = run_status.state.value
+    if run_status.stage and run_status.state is not RunState.DONE:
+        head += f" in {run_status.stage} ({run_status.fraction_done:.0%})"
+    if run_status.updated_at:
+        head += f", {_format_seconds(now - run_status.updated_at)} ago"
+    if run_status.lock_holder:
+        head += f", held by {run_status.lock_holder}"
+    lines = [head, *(f"{stage:>9} {_stage_line(run_status, stage)}" for stage in STAGE_NAMES)]
+    return lines + ([f"    error {run_status.error}"] if run_status.error else [])
 
 
 def _stage_line(run_status: RunStatus, stage: str) -> str:
+    if stage in run_status.seconds_by_stage:
+        return f"done in {_format_seconds(run_status.seconds_by_stage[stage])}"
     if stage != run_status.stage:
         return "-"
-    left = (
-        f"; {_format_seconds(run_status.seconds_left)} left"
-        if run_status.seconds_left is not None
-        else ""
-    )
-    saved = (
-        f"; step {run_status.checkpoint_step:,} is saved"
-        if stage == "train" and run_status.checkpoint_step is not None
-        else ""
-    )
-    return f"{run_status.fraction_done:.0%} {run_status.message}{left}{saved}"
+    line = f"{run_status.fraction_done:.0%} {run_status.message}"
+    if run_status.seconds_left is not None:
+        line += f"; {_format_seconds(run_status.seconds_left)} left"
+    if stage == "train" and run_status.checkpoint_step is not None:
+        line += f"; step {run_status.checkpoint_step:,} is saved"
+    return line
 
 
 def _format_seconds(seconds: float) -> str:
     whole = max(0, round(seconds))
-    return (
-        f"{whole} s"
-        if whole < 120
-        else f"{whole // 60} min"
-        if whole < 7200
-        else f"{whole // 3600} h {whole % 3600 // 60} min"
-    )
+    if whole < 120:
+        return f"{whole} s"
+    if whole < 7200:
+        return f"{whole // 60} min"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

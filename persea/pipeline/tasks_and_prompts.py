@@ -1,4 +1,4 @@
-"""What a recipe asks with: skills by generators or published sets, prompts of the corpus, reference answers that check looks at."""
+"""Load the questions that a recipe names: tasks, benchmarks, prompts, and samples for check."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from persea.data.formats import read_prompts
 from persea.data.prompts import MalformedLine, Prompt, assign_efforts
 from persea.errors import DataError, TeacherError
 from persea.evaluation.compatibility import ConversationSample, read_texts
-from persea.tasks import benchmarks as sets
-from persea.tasks import generated as skills
+from persea.tasks import benchmarks as benchmark_tasks
+from persea.tasks import generated
 from persea.tasks.benchmarks.benchmark import Benchmark, BenchmarkSource, GradingOptions
 from persea.tasks.benchmarks.readers import HUB_PREFIX
 from persea.tasks.task import Split, Task, TaskItem
-from persea.teachers.teacher import Teacher as Speaking
-
-JUDGE_MAX_NEW_TOKENS = 16  # tokens of a judge's one word
-MAX_SAMPLE_ANSWERS = 64  # reference answers of one skill and language that check lays over each other; they are short and much alike
+from persea.teachers.teacher import Teacher
 
 
 @dataclass(frozen=True)
 class SafetyJudge:
-    """A yardstick that tells what an answer to a delicate question does. teachers: name -> family of those who teach."""
+    """A reference model that grades answers to safety questions.
+
+    Attributes:
+        family: Model family of the judge.
+        teacher_families: Teacher name -> model family: a judge of a teacher's family is refused.
+        ask: Returns the judge's verdict on a grading question.
+    """
 
     family: str
     teacher_families: Mapping[str, str]
@@ -38,26 +41,35 @@ def make_safety_judge(
     name: str,
     teachers: Sequence[TeacherSection],
     family_of: Callable[[str], str],
-    load_teacher: Callable[[str], Speaking],
+    load_teacher: Callable[[str], Teacher],
+    max_new_tokens: int = 16,
 ) -> SafetyJudge | None:
-    """The judge of that name among a recipe's teachers; None for none. family: of a teacher by name. It is loaded when first asked."""
+    """Return the judge that a recipe names, or None if it names none.
+
+    Args:
+        name: Name of the judge among the recipe's teachers; "" = none.
+        teachers: The recipe's teachers and reference models.
+        family_of: Returns the model family of a teacher by name.
+        load_teacher: Loads a teacher by name. Called when the first question is asked.
+        max_new_tokens: Longest verdict, in the judge's tokens: a verdict is one word.
+    """
     if not name:
         return None
     families = {t.name: t.family or family_of(t.name) for t in teachers}
-    speaking = cache(partial(load_teacher, name))
+    load_judge = cache(partial(load_teacher, name))  # loaded at the first question
 
     def ask(question: str) -> str:
-        (said,) = replace(speaking(), effort=ThinkingEffort.NONE).answer(
+        (verdict,) = replace(load_judge(), effort=ThinkingEffort.NONE).answer(
             [Prompt("judge", Conversation.from_question(question), "judge", "en")],
-            JUDGE_MAX_NEW_TOKENS,
+            max_new_tokens,
         )
-        if said.failure_reason:  # a server's failure is no judgement
+        if verdict.failure_reason:  # a server's failure is no verdict
             raise TeacherError(
-                said.failure_reason,
+                verdict.failure_reason,
                 where=name,
-                remedy="look at the server, then run again: what was heard is kept",
+                remedy="look at the server, then run again: finished answers are kept",
             )
-        return said.text
+        return verdict.text
 
     return SafetyJudge(
         families[name], {t.name: families[t.name] for t in teachers if not t.reference}, ask
@@ -68,39 +80,51 @@ def load_benchmarks(
     refs: Iterable[BenchmarkSection],
     judge: SafetyJudge | None = None,
     options: GradingOptions | None = None,
-) -> tuple[sets.LoadedBenchmark, ...]:
-    """A recipe's published sets, read; those about safety graded by a judge, where there is one.
+) -> tuple[benchmark_tasks.LoadedBenchmark, ...]:
+    """Read a recipe's published benchmarks.
 
-    Raises DataError with file and line, EnvironmentLacks where one cannot be graded here, Refused for a judge of a teacher's family.
+    Args:
+        refs: The benchmarks that the recipe names.
+        judge: Grades the safety benchmarks; None = their own rules do.
+        options: Limits of the graders; None = the defaults.
+
+    Raises:
+        DataError: A file is broken. The message names file and line.
+        MissingRequirementError: A benchmark cannot be graded on this machine.
+        RefusedError: The judge is of a teacher's family.
     """
+    safety = benchmark_tasks.safety
 
-    def named(name: str) -> Benchmark:
-        one = sets.find_benchmark(name)
-        return (
-            sets.safety.with_judge(one, judge.ask, judge.family, judge.teacher_families)
-            if judge and one in sets.safety.BENCHMARKS
-            else one
-        )
+    def find(name: str) -> Benchmark:
+        benchmark = benchmark_tasks.find_benchmark(name)
+        if judge and benchmark in safety.BENCHMARKS:
+            return safety.with_judge(benchmark, judge.ask, judge.family, judge.teacher_families)
+        return benchmark
 
-    def source(s: BenchmarkSection) -> BenchmarkSource:
-        return BenchmarkSource(
-            s.file or f"{HUB_PREFIX}{s.hub}", s.answers or "", s.language, s.config, s.split
-        )
+    def source(ref: BenchmarkSection) -> BenchmarkSource:
+        file = ref.file or f"{HUB_PREFIX}{ref.hub}"
+        return BenchmarkSource(file, ref.answers or "", ref.language, ref.config, ref.split)
 
-    return tuple(sets.load_benchmark(named(s.benchmark), source(s), s.skill, options) for s in refs)
+    return tuple(
+        benchmark_tasks.load_benchmark(find(ref.benchmark), source(ref), ref.skill, options)
+        for ref in refs
+    )
 
 
 def measured_tasks(
-    skill_names: Sequence[str], benchmarks: Sequence[sets.LoadedBenchmark]
+    skill_names: Sequence[str], benchmarks: Sequence[benchmark_tasks.LoadedBenchmark]
 ) -> tuple[Task, ...]:
-    """The corpus' skills, in its order, each by published sets where there are some for it; then what else those measure."""
-    by_sets = {s.name: s for s in sets.benchmark_tasks(benchmarks)}
+    """Return the tasks to measure: the skills of the corpus, then the benchmarks' own tasks.
+
+    A skill is measured by the benchmarks that are assigned to it, otherwise by its generator.
+    """
+    by_name = {task.name: task for task in benchmark_tasks.benchmark_tasks(benchmarks)}
     return (
         *(
-            by_sets.pop(name) if name in by_sets else skills.find_generated_task(name)
+            by_name.pop(name) if name in by_name else generated.find_generated_task(name)
             for name in skill_names
         ),
-        *by_sets.values(),
+        *by_name.values(),
     )
 
 
@@ -112,9 +136,21 @@ def load_part_prompts(
     seed: int,
     on_malformed: Callable[[MalformedLine], None],
 ) -> list[Prompt]:
-    """The prompts of one part of the corpus. Raises DataError for one of a skill that no part names, or more than there are."""
+    """Load the prompts of one part of the corpus, and assign thinking efforts to them.
+
+    Args:
+        part: The part: a file of prompts, or a number of generated ones.
+        where: Place in the recipe, for messages.
+        tasks: The run's tasks.
+        skill_names: Skills that the corpus names.
+        seed: Seed of generated prompts.
+        on_malformed: Called with each malformed line of a part that quarantines them.
+
+    Raises:
+        DataError: A prompt is of a skill that no part names, or a task has too few questions.
+    """
     if part.file is not None:
-        read = list(
+        prompts = list(
             read_prompts(
                 Path(part.file),
                 part.skill,
@@ -123,20 +159,21 @@ def load_part_prompts(
                 part.max_line_bytes,
             )
         )
-        for prompt in read:
+        for prompt in prompts:
             if prompt.skill not in skill_names:
                 raise DataError(
-                    f"prompt {prompt.id} is of skill {prompt.skill!r}, which the corpus does not name",
+                    f"prompt {prompt.id} is of skill {prompt.skill!r}, "
+                    "which the corpus does not name",
                     where=part.file,
-                    remedy=f"one of {', '.join(skill_names)}; or add a part of that skill",
+                    remedy=f"use one of {', '.join(skill_names)}, or add a part of that skill",
                 )
-        return assign_efforts(read, part.effort_shares)
+        return assign_efforts(prompts, part.effort_shares)
     items = next(s for s in tasks if s.name == part.skill).items(
         Split.TRAIN, part.generate or 0, seed
     )
     if len(items) < (part.generate or 0):
         raise DataError(
-            f"{part.skill} has only {len(items):,} questions to teach with",
+            f"{part.skill} has only {len(items):,} training questions",
             where=where,
             remedy=f"ask for at most {len(items):,}",
         )
@@ -148,8 +185,12 @@ def load_part_prompts(
 def items_by_question(
     parts: Iterable[CorpusSection], tasks: Sequence[Task], prompts: Iterable[Prompt], seed: int
 ) -> dict[QuestionKey, TaskItem]:
-    """Question -> what a prompt's answers are graded by: a generator's own item, or a file's answer as reference and key."""
-    made = {
+    """Return question -> the item that grades its answers.
+
+    A generated prompt has its generator's item; a prompt from a file has its own answer as
+    reference and answer key.
+    """
+    generated_items = {
         question_key(i.prompt.conversation): i
         for part in parts
         if part.generate
@@ -158,29 +199,39 @@ def items_by_question(
         for i in s.items(Split.TRAIN, part.generate, seed)
     }
     return {
-        question_key(p.conversation): made.get(question_key(p.conversation))
+        question_key(p.conversation): generated_items.get(question_key(p.conversation))
         or TaskItem(p, p.answer, answer_key=p.answer)
         for p in prompts
     }
 
 
 def make_check_samples(
-    held_out: Iterable[tuple[Task, Sequence[TaskItem]]], texts: Mapping[str, str], max_lines: int
+    held_out: Iterable[tuple[Task, Sequence[TaskItem]]],
+    texts: Mapping[str, str],
+    max_lines: int,
+    max_answers: int = 64,
 ) -> tuple[ConversationSample, ...]:
-    """What check lays over each other: every skill's reference answers, by language, and the recipe's texts."""
-    found = []
-    for skill, items in held_out:
-        answered = [
-            i for i in items if i.reference or i.calls
-        ]  # some published questions have no right answer to look at
+    """Return the conversations that check tokenizes: reference answers by language, and texts.
+
+    Args:
+        held_out: Tasks and their held-out items.
+        texts: Language -> text file.
+        max_lines: Lines of each text, at most.
+        max_answers: Reference answers of one skill and language, at most. They are short and
+            similar: more of them change no share by much.
+    """
+    samples = []
+    for task, items in held_out:
+        # some published questions have no reference answer
+        answered = [i for i in items if i.reference or i.calls]
         for language in dict.fromkeys(i.prompt.language for i in answered):
-            some = [i for i in answered if i.prompt.language == language][:MAX_SAMPLE_ANSWERS]
-            found.append(
+            chosen = [i for i in answered if i.prompt.language == language][:max_answers]
+            samples.append(
                 ConversationSample(
-                    skill.name,
+                    task.name,
                     language,
-                    tuple(i.reference_conversation for i in some),
-                    tuple(i.prompt.id for i in some),
+                    tuple(i.reference_conversation for i in chosen),
+                    tuple(i.prompt.id for i in chosen),
                 )
             )
-    return (*found, *(read_texts(language, file, max_lines) for language, file in texts.items()))
+    return (*samples, *(read_texts(language, file, max_lines) for language, file in texts.items()))

@@ -15,12 +15,9 @@ from persea.cache.answer_filter import without_rejected
 from persea.cache.capture import assign_prompts, open_teacher_caches
 from persea.cache.reader import AnswerSource
 from persea.losses import HiddenStates, Loss, LossOutput, build_loss
-from persea.pipeline.run_context import (
-    ProgressCallback,
-    RunContext,
-    set_threads,
-    silence_transformers,
-)
+from persea.models.loading import set_threads
+from persea.pipeline.model_refs import silence_transformers
+from persea.pipeline.run_context import ProgressCallback, RunContext
 from persea.training import checkpoint as checkpoints
 from persea.training.dataset import Batch, DistillDataset, build_dataset
 from persea.training.distributed.launcher import launch_processes, send_to_launcher
@@ -70,7 +67,7 @@ def train_in_processes(
         world.broadcast(TRAIN_COMMAND)
         student = train_rank(context, folder, inputs, progress)
     if options.num_processes > 1 or world.size > 1:
-        student = context.load_student()
+        student = context.models.load_student()
         newest = checkpoints.find_checkpoint(folder, checkpoints.RESUME_AUTO)
         assert newest is not None  # the last step is always saved
         checkpoints.load_checkpoint(newest, inputs, student.trainable_parameters, None, World())
@@ -127,11 +124,11 @@ def train_rank(
         on_step: called after every step.
     """
     t, world = context.recipe.training, context.world
-    student = context.load_student().distribute(world, context.launch_options.parallel)
+    student = context.models.load_student().distribute(world, context.launch_options.parallel)
     dataset = build_dataset(
         _teacher_caches(context),
         student.renderer,
-        context.event_maps,
+        context.models.event_maps,
         batch_size=t.batch_size,
         seed=context.recipe.seed,
         max_tokens=t.max_length,
@@ -174,10 +171,12 @@ def train_rank(
 def _teacher_caches(context: RunContext) -> Sequence[tuple[AnswerSource, float]]:
     """Open the cached answers with their shares, without answers that verification rejected."""
     caches: Sequence[tuple[AnswerSource, float]] = open_teacher_caches(
-        context.capture_units, context.folder / "capture"
+        context.capture_units,
+        context.folder / "capture",
+        context.recipe.training.shuffle_window_blocks,
     )
     return (
-        without_rejected(caches, store.read_json(context.folder / "capture" / "wrong.json"))
+        without_rejected(caches, store.read_json(context.folder / "capture" / "rejected.json"))
         if context.recipe.capture.drop_wrong_answers
         else caches
     )
@@ -199,8 +198,8 @@ def _load_rollouts(
     return build_rollouts(
         assignments,
         student,
-        lambda name: context.load_teacher(name, t.batch_size),
-        context.event_maps,
+        lambda name: context.models.load_teacher(name, t.batch_size),
+        context.models.event_maps,
         t.on_policy,
         t.batch_size,
         context.recipe.seed,

@@ -195,7 +195,11 @@ def _render_template(template: str, context: dict[str, Any]) -> bytes:
     ).encode()
 
 
-def write_report(run_folder: Path, lm_eval_files: Mapping[str, Path] | None = None) -> Path:
+def write_report(
+    run_folder: Path,
+    lm_eval_files: Mapping[str, Path] | None = None,
+    out_folder: Path | None = None,
+) -> Path:
     """Write report/index.html (the page, one file), report/README.md (the model card) and
     report/report.json.
 
@@ -204,6 +208,7 @@ def write_report(run_folder: Path, lm_eval_files: Mapping[str, Path] | None = No
     Args:
         run_folder: The folder of a run that was evaluated.
         lm_eval_files: Model -> a results file of lm-eval to show.
+        out_folder: The folder to write; None = report/ of the run folder.
 
     Returns:
         The path of the page.
@@ -223,7 +228,7 @@ def write_report(run_folder: Path, lm_eval_files: Mapping[str, Path] | None = No
     page = _render_template("page.html.jinja", context)
     card = _render_template("model_card.md.jinja", context)
     summary = report_summary(files, comparisons, lm_eval_results)
-    folder = run_folder / "report"
+    folder = out_folder or run_folder / "report"
     store.write_json(
         folder / "report.json", summary | ({"modes": modes.to_json()} if modes else {})
     )

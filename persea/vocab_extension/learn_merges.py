@@ -1,9 +1,12 @@
-"""Extension: more tokens for what a tokenizer breaks into bytes: byte-pair encoding gone on with, from where its own merges stop.
+"""Continue a tokenizer's byte-pair encoding on new text, and extend the tokenizer with the merges.
 
-Merges are learned inside the tokenizer's own words and stand behind its own merges: a word without a new pair is cut as before. No known
-token gets another id. Opening a file, `tokenizers` (0.23) numbers added tokens that its model's vocabulary does not hold from that
-vocabulary's size on: one token more, and every control would move by one. So controls are written into the vocabulary; that none is
-read out of plain text there is proven for each tokenizer.
+Merges are learned within the words of the tokenizer's own pre-tokenizer, and are appended to its
+own
+merges: a word without a new pair is split as before, and no known token gets another id. When
+`tokenizers` (0.23) opens a file, it numbers added tokens that the model's vocabulary lacks from the
+vocabulary's size on: every new token would shift all control tokens by one. So control tokens are
+written into the vocabulary. `refuse_changed_tokens` proves for each tokenizer that none is read out
+of plain text.
 """
 
 from __future__ import annotations
@@ -27,15 +30,15 @@ from persea.tokenization.pretokenizer import load_pretokenizer
 from persea.tokenization.vocabulary import BYTE_TO_CHAR, Vocabulary
 
 Merge = tuple[str, str]
-HELD_OUT_LINE_INTERVAL = 10  # every tenth line is measured, and nothing is learned on it
-WORD_WEIGHT_SCALE = (
-    16  # of the weight of a word, which is whole: a file's weight is rounded by at most a sixteenth
-)
+HELD_OUT_LINE_INTERVAL = 10  # every tenth line is held out, to measure on
+# Word weights are integers: this factor keeps the rounding of a file's weight below 1/16.
+WORD_WEIGHT_SCALE = 16
+MIN_PAIR_COUNT = 2  # a pair that occurs once is no pattern
 
 
 @dataclass(frozen=True)
 class MergeTrainingText:
-    """A text file: the lines that merges are learned on, and those held out."""
+    """A text file, split into lines to learn from and lines to measure on."""
 
     file: str
     sha256: str
@@ -45,7 +48,7 @@ class MergeTrainingText:
 
 @dataclass(frozen=True)
 class TokenizationCost:
-    """What a file's held-out lines cost: bytes, and tokens before and after."""
+    """Bytes of a file's held-out lines, and their tokens before and after the extension."""
 
     file: str
     sha256: str
@@ -55,61 +58,73 @@ class TokenizationCost:
     tokens_after: int
 
 
-# ---- learning --------------------------------------------------------------------------------------------------------
+# --- learning ---
 
 
 def read_merge_training_texts(file_specs: Sequence[str]) -> tuple[MergeTrainingText, ...]:
-    """Text files, each `FILE` or `FILE#key` as `check.texts` names it; a .jsonl file's key is `text` where none is named.
+    """Read text files, and hold out every tenth line of each.
 
-    Of each, every tenth line is held out; no line that is held out anywhere is learned on. Raises DataError as `check.read_lines` does, and
-    for fewer than ten lines.
+    A line that is held out in one file is not learned from in another.
+
+    Args:
+        file_specs: `FILE` with a text a line, or `FILE#key` for that key of JSON lines. The key of
+            a .jsonl file is `text` if none is given.
+
+    Raises:
+        DataError: A file cannot be read, or has fewer than ten different lines.
     """
     found = {}
     for reference in file_specs:
-        name, sign, _ = reference.partition("#")
+        name, separator, _ = reference.partition("#")
         if Path(name).exists() and not Path(name).is_file():
             raise DataError(
                 "not a file",
                 where=name,
-                remedy="write the text to one; a pipe can be read only once",
+                remedy="write the text to a file: a pipe can be read only once",
             )
         lines = read_text_lines(
-            f"{name}#text" if not sign and name.endswith(".jsonl") else reference, name
+            f"{name}#text" if not separator and name.endswith(".jsonl") else reference, name
         )
         found[reference] = (
             name,
             digest_file(Path(name)),
             [text for _, text in lines if text.strip()],
         )
-    held = {
+    held_out = {
         text
         for _, _, texts in found.values()
         for text in texts[HELD_OUT_LINE_INTERVAL - 1 :: HELD_OUT_LINE_INTERVAL]
     }
-    out = tuple(
+    training_texts = tuple(
         MergeTrainingText(
             name,
             sha256,
-            tuple(t for t in texts if t not in held),
+            tuple(t for t in texts if t not in held_out),
             tuple(texts[HELD_OUT_LINE_INTERVAL - 1 :: HELD_OUT_LINE_INTERVAL]),
         )
         for name, sha256, texts in found.values()
     )
-    for one in out:
+    for one in training_texts:
         if not (one.training_lines and one.held_out_lines):
             raise DataError(
-                f"fewer than {HELD_OUT_LINE_INTERVAL} different lines with a text",
+                f"fewer than {HELD_OUT_LINE_INTERVAL} different lines with text",
                 where=one.file,
-                remedy="give more: every tenth is held out, to measure on",
+                remedy="give more text: every tenth line is held_out training_texts, to measure on",
             )
-    return out
+    return training_texts
 
 
 def count_words(backend: Tokenizer, files: Sequence[Sequence[str]]) -> dict[str, tuple[int, int]]:
-    """Word -> (how often it was seen, what it counts for).
+    """Count the words of some files; return word -> (count, weight).
 
-    A file counts as if it were as long as the longest, so that none drowns another: of Lao with a fiftieth of Khmer's text 512 tokens leave .254
-    tokens a byte, as one text .418; of Khmer .234 and .199 (bench/results/extension.json, `balance`).
+    Each file counts as if it were as long as the longest, so that a small one is not ignored. With
+    equal weight for each byte instead, 512 tokens learned on Khmer and a fiftieth as much Lao leave
+    Lao at .418 tokens a byte (.254 with weights) and Khmer at .199 (.234):
+    bench/results/extension.json, `balance`.
+
+    Args:
+        backend: The tokenizer.
+        files: The lines of each file.
     """
     sizes = [sum(len(text.encode()) for text in texts) for texts in files]
     added = sorted(
@@ -117,15 +132,14 @@ def count_words(backend: Tokenizer, files: Sequence[Sequence[str]]) -> dict[str,
         key=len,
         reverse=True,
     )
-    cut = re.compile(
-        "|".join(map(re.escape, added)) or r"(?!)"
-    ).split  # an added token is no word, and no part of one
+    # added tokens are not words and not parts of words
+    split_added = re.compile("|".join(map(re.escape, added)) or r"(?!)").split
     seen, weight = Counter[str](), Counter[str]()
     for texts, size in zip(files, sizes, strict=True):
         normal = (
             backend.normalizer.normalize_str(part) if backend.normalizer else part
             for text in texts
-            for part in cut(text)
+            for part in split_added(text)
             if part
         )
         found = Counter(
@@ -139,7 +153,7 @@ def count_words(backend: Tokenizer, files: Sequence[Sequence[str]]) -> dict[str,
 
 
 class _ReverseOrderedPair(tuple[str, str]):
-    """A pair in a heap: of equal counts the last by the alphabet comes first."""
+    """A pair in a heap: of equal counts the alphabetically last comes first."""
 
     __slots__ = ()
 
@@ -151,14 +165,24 @@ def learn_merges(
     backend: Tokenizer,
     word_counts: Mapping[str, tuple[int, int]],
     num_tokens: int,
-    on_token: Callable[[int], None] = lambda fresh: None,
+    on_token: Callable[[int], None] = lambda num_new: None,
 ) -> list[Merge]:
-    """Byte-pair encoding gone on with: each time the pair that counts most and was seen twice, until `tokens` new tokens are made or no such
-    pair is left. A pair that spells a token of the vocabulary is merged into that one; a pair that spells an added token, a control above
-    all, never is merged.
+    """Continue byte-pair encoding: merge the pair with the greatest weight, again and again.
+
+    Stops when `num_tokens` new tokens are made, or no pair occurs twice. A pair that spells a known
+    token is merged into it. A pair that spells an added token is never merged.
+
+    Args:
+        backend: The tokenizer.
+        word_counts: Word -> (count, weight), from `count_words`.
+        num_tokens: New tokens to make.
+        on_token: Called with the number of new tokens after each merge.
+
+    Returns:
+        The merges, in the order in which they were learned.
     """
     spec = json.loads(backend.to_str())
-    known, barred = (
+    known_tokens, added_tokens = (
         set(spec["model"]["vocab"]),
         {s for t in spec["added_tokens"] for s in (t["content"], _to_byte_level(t["content"]))},
     )
@@ -179,21 +203,20 @@ def learn_merges(
 
     for k in range(len(parts)):
         count(k, 1)
-    queued = dict(
-        counts
-    )  # what a pair counted for when it was last put on the heap; that may have become less, never more
+    # the count of each pair when it was last pushed; its count now may be lower, never higher
+    queued = dict(counts)
     heap = [(-n, _ReverseOrderedPair(pair)) for pair, n in queued.items()]
     heapq.heapify(heap)
-    out: list[Merge] = []
-    fresh = 0
-    while heap and fresh < num_tokens:
-        n, (one, other) = heapq.heappop(heap)
-        pair, token = (one, other), one + other
+    merges: list[Merge] = []
+    num_new = 0
+    while heap and num_new < num_tokens:
+        n, (left, right) = heapq.heappop(heap)
+        pair, token = (left, right), left + right
         if counts[pair] != -n:
             queued[pair] = counts[pair]
             heapq.heappush(heap, (-counts[pair], _ReverseOrderedPair(pair)))
-        elif seen[pair] >= 2 and token not in barred:
-            out.append(pair)
+        elif seen[pair] >= MIN_PAIR_COUNT and token not in added_tokens:
+            merges.append(pair)
             ranks.setdefault(pair, len(ranks))
             touched = where.pop(pair)
             for k in touched:
@@ -204,14 +227,17 @@ def learn_merges(
                 if counts[new] > queued.get(new, 0):
                     queued[new] = counts[new]
                     heapq.heappush(heap, (-counts[new], _ReverseOrderedPair(new)))
-            fresh += token not in known
-            known.add(token)
-            on_token(fresh)
-    return out
+            num_new += token not in known_tokens
+            known_tokens.add(token)
+            on_token(num_new)
+    return merges
 
 
 def apply_all_merges(parts: Sequence[str], ranks: Mapping[Merge, int]) -> list[str]:
-    """Parts of a word, merged on until no merge is left: one that makes a known token may set off older ones."""
+    """Apply merges to the parts of a word until none is left.
+
+    A merge that makes a known token may enable older merges.
+    """
     parts, none = list(parts), len(ranks)
     while len(parts) > 1:
         ordered = [ranks.get(pair, none) for pair in pairwise(parts)]
@@ -224,17 +250,23 @@ def apply_all_merges(parts: Sequence[str], ranks: Mapping[Merge, int]) -> list[s
 
 
 def _to_byte_level(text: str) -> str:
-    """A text in the byte-level alphabet."""
+    """Spell a text in the byte-level alphabet."""
     return "".join(BYTE_TO_CHAR[b] for b in text.encode())
 
 
-# ---- the tokenizer ---------------------------------------------------------------------------------------------------
+# --- the tokenizer ---
 
 
 def extend_tokenizer_spec(
     spec: Mapping[str, Any], merges: Sequence[Merge], first_id: int = 0
 ) -> dict[str, Any]:
-    """A tokenizer.json's content with these merges behind its own. New ids begin at `first`, or behind every id it knows."""
+    """Return the content of a tokenizer.json with merges appended to its own.
+
+    Args:
+        spec: The content of the tokenizer.json.
+        merges: The merges to append.
+        first_id: First id that new tokens may have; they are numbered behind all known ids.
+    """
     vocab: dict[str, int] = spec["model"]["vocab"] | {
         t["content"]: t["id"] for t in spec["added_tokens"]
     }
@@ -256,7 +288,7 @@ def extend_tokenizer_spec(
 def old_ids_of_new_tokens(
     old_tokenizer: Tokenizer, new_tokenizer: Tokenizer
 ) -> dict[int, list[int]]:
-    """New id -> the ids that the tokenizer before cuts that token into."""
+    """Return new id -> the ids into which the old tokenizer splits that token."""
     known = old_tokenizer.get_vocab(with_added_tokens=True)
     return {
         i: [t.id for t in old_tokenizer.model.tokenize(token)]
@@ -268,38 +300,47 @@ def old_ids_of_new_tokens(
 def refuse_unextendable_tokenizer(
     vocabulary: Vocabulary, spec: Mapping[str, Any], where: str
 ) -> None:
-    """Raises Refused for a tokenizer whose merges cannot be gone on with.
+    """Raise if persea cannot extend a tokenizer.
 
-    SentencePiece's word (Gemma, Llama 2) is the whole text: merges would join across words. And no merge may join its bytes of fallback, which
-    its decoder reads back one by one: the very scripts that are to gain would not.
+    A word of SentencePiece (Gemma, Llama 2) is the whole text: merges would cross words. And its
+    fallback bytes are decoded one by one, so no merge may join them: the scripts that need new
+    tokens would gain nothing.
+
+    Raises:
+        RefusedError: The tokenizer has no words, or a feature that persea cannot extend.
     """
     if not vocabulary.byte_level or load_pretokenizer(vocabulary).never_splits:
         raise RefusedError(
-            "its tokenizer does not cut text into words, and merges would join across them",
+            "its tokenizer does not split text into words, so merges would cross word boundaries",
             where=where,
-            remedy="extend a student whose byte-level BPE does: Llama 3, Qwen, gpt-oss",
+            remedy="extend a student with byte-level BPE that does: Llama 3, Qwen, gpt-oss",
         )
     for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if spec["model"].get(key):
             raise RefusedError(
-                f"its tokenizer has a {key}, and how to go on with it is not known",
+                f"its tokenizer has a {key}, which persea cannot extend",
                 where=where,
                 remedy="extend a student whose tokenizer has none",
             )
 
 
 def refuse_changed_tokens(old: Vocabulary, new: Vocabulary, where: str) -> None:
-    """Raises Refused where a known token has another id, other bytes or another role, or where plain text is read as a control."""
+    """Raise if a known token changes, or if plain text is read as a control token.
+
+    Raises:
+        RefusedError: A known token has another id, other bytes or another role in the new
+            tokenizer.
+    """
     before, after = (v.backend.get_vocab(with_added_tokens=True) for v in (old, new))
-    other = [
+    changed = [
         token
         for token, i in before.items()
         if after.get(token) != i or old.bytes_W[i] != new.bytes_W[i]
     ]
-    other += [token for token, _ in old.control_token_ids.items() ^ new.control_token_ids.items()]
-    if other:
+    changed += [token for token, _ in old.control_token_ids.items() ^ new.control_token_ids.items()]
+    if changed:
         raise RefusedError(
-            f"{len(other)} known tokens would be others, {other[0]!r} first",
+            f"{len(changed)} known tokens would change, the first is {changed[0]!r}",
             where=where,
             remedy="extend a student of another family",
         )
@@ -312,7 +353,7 @@ def refuse_changed_tokens(old: Vocabulary, new: Vocabulary, where: str) -> None:
     ):
         if not ids.isdisjoint(encoding.ids):
             raise RefusedError(
-                f"a plain text that says {text!r} would be read as that control token",
+                f"the plain text {text!r} would be read as a control token",
                 where=where,
                 remedy="extend a student of another family",
             )
@@ -321,7 +362,11 @@ def refuse_changed_tokens(old: Vocabulary, new: Vocabulary, where: str) -> None:
 def measure_tokenization_cost(
     text: MergeTrainingText, old_vocabulary: Vocabulary, new_vocabulary: Vocabulary
 ) -> TokenizationCost:
-    """What the held-out lines cost. Raises DataError for a line that a tokenizer does not give back."""
+    """Count the tokens of the held-out lines before and after.
+
+    Raises:
+        DataError: A tokenizer does not reproduce a line.
+    """
     tokens = [
         sum(map(len, v.encode_batch(text.held_out_lines))) for v in (old_vocabulary, new_vocabulary)
     ]

@@ -1,7 +1,8 @@
-"""Longer: a model given a row for each token that its tokenizer got more, and saved as a folder that a recipe names as its student.
+"""Add rows to a model for the new tokens of its tokenizer, and save it as a student.
 
-A new token's rows are the means of its pieces' rows: .27 bits a byte worse than before as long as nothing is taught, .08 better after 433 kB of
-text (docs/results.md, point 11).
+The rows of a new token are the means of the rows of its old tokens. That is .27 bits a byte worse
+than before without training, and .08 better after training on 433 kB of text (docs/results.md,
+point 11).
 """
 
 from __future__ import annotations
@@ -43,20 +44,22 @@ from persea.vocab_extension.learn_merges import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ProgressCallback = Callable[[str, float, str], None]  # stage, share done, words
+ProgressCallback = Callable[[str, float, str], None]  # stage, fraction done, message
 
 
 @dataclass(frozen=True)
 class VocabExtension:
-    """A model's tokenizer with more tokens, and what its model needs for them.
+    """A tokenizer with more tokens, and what its model needs for them.
 
-    model       what its folder or repository is called
-    source      its folder
-    vocabulary  the tokenizer before
-    spec        content of the new tokenizer.json
-    merges      learned, in order
-    pieces      new id -> the ids that its bytes were before
-    rows        of embedding and head, before and after
+    Attributes:
+        model: Name of the model's folder or repository.
+        source: The model.
+        old_vocabulary: The vocabulary before.
+        tokenizer_spec: Content of the new tokenizer.json.
+        merges: The learned merges, in order.
+        old_ids_by_new_id: New id -> the ids that its bytes had before.
+        num_embedding_rows: Rows of embedding and head, before and after.
+        costs: Tokens of the held-out lines, before and after, for each text.
     """
 
     model: str
@@ -69,6 +72,7 @@ class VocabExtension:
     costs: tuple[TokenizationCost, ...]
 
     def to_json(self) -> dict[str, Any]:
+        """Return the content of extension.json."""
         texts = [
             {
                 **asdict(c),
@@ -90,38 +94,50 @@ class VocabExtension:
 
 
 def load_meta_model(source: ModelSource, where: str) -> PreTrainedModel:
-    """The model of a folder without its weights (torch's meta device). Raises DataError for what is no causal model."""
+    """Load the architecture of a model without weights, on torch's meta device.
+
+    Raises:
+        DataError: The folder holds no causal model.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         config = AutoConfig.from_pretrained(source.model, trust_remote_code=False)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (
-        Exception
-    ) as error:  # transformers raises a dozen kinds here, each meaning: this is no causal model
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, trust_remote_code=False
+            )
+            return model
+    except Exception as error:  # transformers raises a dozen types for a folder without a model
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise DataError(
-            f"cannot read its configuration: {(str(error).strip().splitlines() or [type(error).__name__])[0][:200]}",
+            f"cannot read its configuration: {reason}",
             where=where,
             remedy="the folder needs config.json of a causal model",
         ) from error
 
 
 def count_embedding_rows(model: PreTrainedModel, vocab_size: int, where: str) -> int:
-    """How many rows embedding and head have. Raises Refused where another part has one a token too, or one of the two is no plain matrix."""
+    """Return the number of rows of a model's embedding and head.
+
+    Raises:
+        RefusedError: The weights are quantized, embedding and head are no plain matrices of equal
+            rows, or another part has one row a token too.
+        DataError: There are fewer rows than tokens.
+    """
     import torch
 
     embedding, head, remedy = (
         model.get_input_embeddings(),
-        model.get_output_embeddings(),
+        model.get_output_embeddings(),  # type: ignore[no-untyped-call]
         "extend a model with one embedding and one linear head",
     )
     if getattr(model.config, "quantization_config", None) is not None:
         raise RefusedError(
-            "its weights are quantised: a mean of rows cannot be written back",
+            "its weights are quantized: means of rows cannot be written back",
             where=where,
-            remedy="extend the model it was made from",
+            remedy="extend the model that it was quantized from",
         )
     if type(head) is not torch.nn.Linear or not isinstance(embedding, torch.nn.Embedding):
         raise RefusedError(
@@ -149,7 +165,8 @@ def count_embedding_rows(model: PreTrainedModel, vocab_size: int, where: str) ->
     ]
     if more or getattr(model.config.get_text_config(), "vocab_size_per_layer_input", None):
         raise RefusedError(
-            f"beside its embedding it has {more[0] if more else 'one of each layer'}, with rows of tokens too",
+            f"another part has one row a token too: "
+            f"{more[0] if more else 'the embeddings of each layer'}",
             where=where,
             remedy=remedy,
         )
@@ -157,7 +174,10 @@ def count_embedding_rows(model: PreTrainedModel, vocab_size: int, where: str) ->
 
 
 def token_ids_in_config(config: Mapping[str, Any]) -> set[int]:
-    """Token ids that a model's configuration names, at any depth: one may be of a token that its tokenizer does not know."""
+    """Return all token ids in a model's configuration, at any depth.
+
+    Some belong to tokens that the tokenizer does not know.
+    """
     found: set[int] = set()
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -172,56 +192,71 @@ def token_ids_in_config(config: Mapping[str, Any]) -> set[int]:
 def initialize_new_embeddings(
     model: PreTrainedModel, old_ids_by_new_id: Mapping[int, Sequence[int]]
 ) -> None:
-    """Give each new id [in pieces] its rows of embedding [V, D], head [V, D] and the head's bias [V]: the means of its pieces' rows."""
+    """Give each new id the mean of its old ids' rows.
+
+    Changes the embedding [V, D], the head [V, D] and the head's bias [V], and adds rows if needed.
+    """
     import torch
 
-    if max(old_ids_by_new_id) >= len(model.get_input_embeddings().weight):
+    embedding: Any = model.get_input_embeddings()
+    if max(old_ids_by_new_id) >= len(embedding.weight):
         model.resize_token_embeddings(max(old_ids_by_new_id) + 1, mean_resizing=False)
-    head = model.get_output_embeddings()
+        embedding = model.get_input_embeddings()
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     with torch.no_grad():
-        for rows in (model.get_input_embeddings().weight, head.weight, head.bias):
+        for rows in (embedding.weight, head.weight, head.bias):
             for i, ids in old_ids_by_new_id.items() if rows is not None else ():
                 rows[i] = rows[list(ids)].float().mean(0)
 
 
 def load_in_stored_dtype(source: ModelSource, where: str) -> PreTrainedModel:
-    """The model in the types that its weights are stored in. Raises Refused where transformers reads them otherwise, or not all of them."""
+    """Load a model in the dtypes of its files.
+
+    Raises:
+        DataError: The weights cannot be read.
+        RefusedError: transformers does not load all weights, or loads some in another dtype.
+    """
     import torch
     from safetensors import SafetensorError, safe_open
 
-    types, stored = (
+    torch_dtypes, stored = (
         {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64},
         dict[str, str](),
     )
     try:
         for path in sorted(Path(source.model).glob("model*.safetensors")):
             with safe_open(path, framework="pt") as file:
-                stored.update(
-                    {name: file.get_slice(name).get_dtype() for name in file.keys()}
-                )  # it is no mapping
+                for name in file.keys():  # noqa: SIM118  (`file` is no mapping)
+                    stored[name] = file.get_slice(name).get_dtype()
     except (OSError, SafetensorError) as error:
         raise DataError(
             f"cannot read its weights: {error}", where=where, remedy="fetch the model again"
         ) from error
-    kinds = {kind for kind in stored.values() if kind.startswith(("F", "BF"))}
-    model, told = read_weights(
-        source, where, dtype=types.get("".join(kinds), "auto"), output_loading_info=True
+    stored_dtypes = {dtype for dtype in stored.values() if dtype.startswith(("F", "BF"))}
+    model, loading_info = read_weights(
+        source,
+        where,
+        dtype=torch_dtypes.get("".join(stored_dtypes), "auto"),
+        output_loading_info=True,
     )
     state = model.state_dict()
     other = [
-        *told["missing_keys"],
-        *told["unexpected_keys"],
+        *loading_info["missing_keys"],
+        *loading_info["unexpected_keys"],
         *(
             name
-            for name, kind in stored.items()
-            if kind in kinds and name in state and state[name].dtype != types.get(kind)
+            for name, dtype in stored.items()
+            if dtype in stored_dtypes
+            and name in state
+            and state[name].dtype != torch_dtypes.get(dtype)
         ),
     ]
     if other:
         raise RefusedError(
-            f"transformers does not read {len(other)} of its weights as they are stored, {other[0]} first",
+            f"transformers does not load {len(other)} of its weights as they are stored; the first "
+            f"is {other[0]}",
             where=where,
-            remedy="save it with transformers in one type of 16 or 32 bits",
+            remedy="save it with transformers in one dtype of 16 or 32 bits",
         )
     return model  # type: ignore[no-any-return]
 
@@ -229,13 +264,24 @@ def load_in_stored_dtype(source: ModelSource, where: str) -> PreTrainedModel:
 def extend_vocabulary(
     source: ModelSource, file_specs: Sequence[str], num_tokens: int, progress: ProgressCallback
 ) -> VocabExtension:
-    """What `tokens` more tokens, learned on these text files, give; nothing is written and no weight is read.
+    """Learn new tokens for a model from text files. Writes nothing and reads no weights.
 
-    Raises DataError for texts or a model that cannot be read, and where no pair is seen twice; Refused for a model that cannot be extended.
+    Args:
+        source: The model.
+        file_specs: Text files, `FILE` or `FILE#key`.
+        num_tokens: Tokens to add.
+        progress: Called with the step, the fraction done and a message.
+
+    Raises:
+        DataError: A text or the model cannot be read, or no pair of tokens occurs twice.
+        RefusedError: The model or its tokenizer cannot be extended.
     """
     texts, where = read_merge_training_texts(file_specs), source.model
     progress("open", 0.0, where)
-    asked, source = source, ModelSource(str(download_model(source, where, with_weights=False)))
+    requested_source, source = (
+        source,
+        ModelSource(str(download_model(source, where, with_weights=False))),
+    )
     tokenizer = load_tokenizer(source, where)
     old, spec = (
         load_vocabulary(tokenizer, where, CONTROL_MARKERS),
@@ -243,26 +289,27 @@ def extend_vocabulary(
     )
     refuse_unextendable_tokenizer(old, spec, where)
     model = load_meta_model(source, where)
-    rows = count_embedding_rows(model, len(old), where)
-    progress("open", 1.0, f"{len(old):,} tokens, {rows:,} rows")
-    words = count_words(old.backend, [one.training_lines for one in texts])
-    progress("learn", 0.0, f"{len(words):,} words")
+    num_rows = count_embedding_rows(model, len(old), where)
+    progress("open", 1.0, f"{len(old):,} tokens, {num_rows:,} rows")
+    word_counts = count_words(old.backend, [one.training_lines for one in texts])
+    progress("learn", 0.0, f"{len(word_counts):,} words")
     merges = learn_merges(
         old.backend,
-        words,
+        word_counts,
         num_tokens,
-        lambda fresh: progress("learn", fresh / num_tokens, f"{fresh:,} tokens"),
+        lambda num_new: progress("learn", num_new / num_tokens, f"{num_new:,} tokens"),
     )
     spec = extend_tokenizer_spec(
         spec,
         merges,
-        1 + max((i for i in token_ids_in_config(model.config.to_dict()) if i < rows), default=-1),
+        1
+        + max((i for i in token_ids_in_config(model.config.to_dict()) if i < num_rows), default=-1),
     )
     new = load_vocabulary(Tokenizer.from_str(json.dumps(spec)), where, CONTROL_MARKERS)
-    pieces = old_ids_of_new_tokens(old.backend, new.backend)
-    if not pieces:
+    old_ids = old_ids_of_new_tokens(old.backend, new.backend)
+    if not old_ids:
         raise DataError(
-            "no two neighbouring tokens are seen twice, in no text",
+            "no pair of neighbouring tokens occurs twice in the texts",
             where=", ".join(file_specs),
             remedy="give more text",
         )
@@ -270,12 +317,12 @@ def extend_vocabulary(
     costs = tuple(measure_tokenization_cost(one, old, new) for one in texts)
     return VocabExtension(
         Path(where).resolve().name,
-        asked,
+        requested_source,
         old,
         spec,
         tuple(merges),
-        pieces,
-        (rows, max(rows, len(new))),
+        old_ids,
+        (num_rows, max(num_rows, len(new))),
         costs,
     )
 
@@ -283,9 +330,18 @@ def extend_vocabulary(
 def write_extended_model(
     extension: VocabExtension, out_folder: Path, progress: ProgressCallback
 ) -> None:
-    """The extended model as a folder in Hugging Face form, published once its tokenizer, read back, is proven to be the old one and more.
+    """Write the extended model as a Hugging Face folder.
 
-    Raises StorageError where it cannot be written.
+    The folder is published when its tokenizer, read back, is proven to keep all known tokens.
+
+    Args:
+        extension: The extension.
+        out_folder: The folder to write: new, or empty.
+        progress: Called with the step, the fraction done and a message.
+
+    Raises:
+        StorageError: The folder cannot be written.
+        RefusedError: The tokenizer does not keep all known tokens.
     """
     from safetensors import SafetensorError
 
@@ -321,7 +377,7 @@ def write_extended_model(
             != extension.tokenizer_spec["model"]
         ):
             raise RefusedError(
-                "its tokenizer does not come back as it was written",
+                "its tokenizer, read back, differs from what was written",
                 where=where,
                 remedy="extend a student of another family",
             )

@@ -86,19 +86,19 @@ def test_wrong_answers_are_aside_and_the_rest_teaches():
     sifted = filter_answers([first, second], items(prompts), SKILLS)
     assert (sifted.num_right, sifted.num_unverified) == (1, 1)
     assert [
-        (a["cache"], a["number"], a["id"], a["teacher"], a["verdict"], a["answer"])
+        (a["cache"], a["number"], a["prompt_id"], a["teacher"], a["verdict"], a["answer"])
         for a in sifted.rejected
     ] == [
         (0, 1, "p1", "a", "wrong", "Answer: 5"),
         (1, 0, "p2", "b", "malformed", "I do not know"),
         (1, 2, "p4", "b", "failed", "4"),
     ]
-    assert sifted.rejected[2]["why"] == "ZeroDivisionError: no grade"
+    assert sifted.rejected[2]["reason"] == "ZeroDivisionError: no grade"
     assert all(a["reference"] == "Answer: 4" for a in sifted.rejected)
     assert sifted.to_json() == {
         "right": 1,
         "unverified": 1,
-        "aside": {"wrong": 1, "malformed": 1, "failed": 1},
+        "rejected": {"wrong": 1, "malformed": 1, "failed": 1},
     }
     caches = without_rejected([(first, 3.0), (second, 7.0)], sifted.rejected)
     assert [share for _, share in caches] == [3.0, 7.0]
@@ -107,7 +107,7 @@ def test_wrong_answers_are_aside_and_the_rest_teaches():
 
 def test_nothing_left_to_teach_is_refused():
     prompts = [prompt(0), prompt(1)]
-    with pytest.raises(RefusedError, match=r"no answer of 2 is right \(p0: wrong\)") as caught:
+    with pytest.raises(RefusedError, match=r"none of 2 answers is right \(p0: wrong\)") as caught:
         filter_answers(
             [Held([said(p, "Answer: 5") for p in prompts])], items(prompts), SKILLS
         ).refuse_all_rejected()

@@ -19,17 +19,14 @@ import pytest
 import torch
 
 from persea.cache import unit as cache
-from persea.cache.capture import (
+from persea.cache.accounting import (
     CaptureBudget,
-    CaptureUnit,
     UnitProgress,
     account_for_prompts,
     capture_summary,
-    capture_teacher,
-    open_teacher_caches,
-    plan_units,
     quarantine_records,
 )
+from persea.cache.capture import CaptureUnit, capture_teacher, open_teacher_caches, plan_units
 from persea.chat.messages import Conversation, FinishReason, Message, Role, Text, ThinkingEffort
 from persea.data.prompts import Corpus, MalformedLine, Prompt, RemovalReason
 from persea.distributions import DistributionKind
@@ -110,7 +107,7 @@ def ask(
         planned,
         speaker,
         folder,
-        **{"on_unit": lambda step: told.append(step.prompts)} | SETTINGS | changes,
+        **{"on_unit": lambda step: told.append(step.num_prompts)} | SETTINGS | changes,
     )
     return told
 
@@ -238,12 +235,12 @@ def test_shares_hold_in_every_stretch_of_prompts() -> None:
 def work(folder: Path, pipe: Connection) -> None:
     """What the child does: captures, and tells of every unit."""
     torch.set_num_threads(1)
-    ask(units(prompts(10)), folder, progress=pipe.send)
+    ask(units(prompts(10)), folder, on_unit=lambda unit: pipe.send(unit.num_prompts))
 
 
 def killed(folder: Path, after: int, seconds: float) -> int:
     """Units committed by a child that is killed some time after it told of so many."""
-    mine, childs = warm().PipeDisplay(duplex=False)
+    mine, childs = warm().Pipe(duplex=False)
     child = warm().Process(target=work, args=(folder, childs))
     child.start()
     childs.close()
@@ -381,7 +378,7 @@ def test_the_likeliest_and_a_rest_are_kept_where_a_kl_is_asked_for(tmp_path: Pat
 
 
 def test_rows_are_kept_in_one_way(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="by tau or by kl"):
+    with pytest.raises(AssertionError, match="either tau or max_kl"):
         ask(units(prompts(1)), tmp_path, tau=None)
 
 
@@ -475,7 +472,7 @@ def test_nothing_whole_is_refused(tmp_path: Path) -> None:
     ask(planned, tmp_path, max_new_tokens=2)
     with pytest.raises(
         RefusedError,
-        match=r"no answer of 6 is whole \(\{'length': 6\}\) -> raise capture.max_new_tokens",
+        match=r"none of 6 answers is complete \(\{'length': 6\}\) -> raise capture.max_new_tokens",
     ) as caught:
         capture_summary(planned, tmp_path)
     assert caught.value.exit_code == 4
@@ -509,11 +506,11 @@ def test_an_answer_that_comes_in_pieces_gives_the_same_unit(
 ) -> None:
     """Never [learned tokens, vocabulary] of a whole answer: the most rows that are handed over at once is told by the pieces."""
     planned = units(prompts(3)[:3], answers="given")
-    ask(planned, tmp_path / "whole", given=True)
+    ask(planned, tmp_path / "whole", use_given_answers=True)
     sizes: list[int] = []
 
     class Cut(Counting):
-        def pieces(self, sequences: Sequence[np.ndarray], learn: Sequence[np.ndarray]) -> object:
+        def iter_logprobs(self, sequences: Sequence[np.ndarray], learn: Sequence[np.ndarray]) -> object:
             for k, some in self.real.iter_logprobs(sequences, learn):
                 for piece in torch.split(some, 2):
                     sizes.append(len(piece))
@@ -535,7 +532,7 @@ def test_an_answer_that_comes_in_pieces_gives_the_same_unit(
 def test_given_answers_are_scored_and_not_asked(tmp_path: Path) -> None:
     planned = units(prompts(3), answers="given")
     counting = Counting(engine("qwen-sapling"))
-    ask(planned, tmp_path, Teacher("qwen-sapling", opened("qwen-sapling")[0], counting), given=True)
+    ask(planned, tmp_path, Teacher("qwen-sapling", opened("qwen-sapling")[0], counting), use_given_answers=True)
     assert counting.asked == []
     captures = list(read(planned, tmp_path))
     assert [c.answer.text for c in captures] == [
@@ -547,7 +544,7 @@ def test_given_answers_are_scored_and_not_asked(tmp_path: Path) -> None:
 def test_a_given_answer_that_is_missing_is_named(tmp_path: Path) -> None:
     some = [replace(p, answer="") if k == 2 else p for k, p in enumerate(prompts(3))]
     with pytest.raises(DataError, match=f"prompt {some[2].id} has no answer of its own"):
-        ask(units(some, answers="given"), tmp_path, given=True)
+        ask(units(some, answers="given"), tmp_path, use_given_answers=True)
     assert tree(tmp_path) == {}
 
 
@@ -619,14 +616,14 @@ def test_a_prompt_past_the_models_positions_is_not_asked_and_an_answer_past_them
         in record["quarantine"][0][1]
     )
     ask(
-        planned, tmp_path / "given", replace(speaker, max_context_tokens=max(whole) - 1), given=True
+        planned, tmp_path / "given", replace(speaker, max_context_tokens=max(whole) - 1), use_given_answers=True
     )
     record = cache.read_record(tmp_path / "given", planned[0].name)
     assert (record["answers"], record["dropped"]) == (
         sum(n < max(whole) for n in whole),
         {"length": whole.count(max(whole))},
     )
-    ask(planned, tmp_path / "all", replace(speaker, max_context_tokens=max(whole)), given=True)
+    ask(planned, tmp_path / "all", replace(speaker, max_context_tokens=max(whole)), use_given_answers=True)
     assert cache.read_record(tmp_path / "all", planned[0].name)["answers"] == 3
 
 
@@ -650,8 +647,8 @@ def test_what_came_in_is_kept_skipped_or_set_aside(tmp_path: Path) -> None:
         4 - told["kept"],
         2,
     )
-    assert found["quarantine"][0] == {"where": "p.jsonl:7", "why": "not JSON"}
-    assert found["quarantine"][1]["where"].startswith("prompt hostile, qwen-sapling, unit ")
+    assert found["quarantine"][0] == {"location": "p.jsonl:7", "reason": "not JSON"}
+    assert found["quarantine"][1]["location"].startswith("prompt hostile, qwen-sapling, unit ")
     with pytest.raises(AssertionError, match=r"prompts were lost: .*'in': 6"):
         account_for_prompts(told, corpus, aside[1:])
 
@@ -674,7 +671,7 @@ def test_an_answer_that_a_server_filtered_is_set_aside_with_that_reason(tmp_path
         quarantine_records(units(some), tmp_path, ()),
     )
     assert told["left_out"] == {"refused": 1}
-    assert [a["why"] for a in aside] == ["the server refused to answer: its content filter"]
+    assert [a["reason"] for a in aside] == ["the content filter of the server refused to answer"]
     assert account_for_prompts(told, Corpus(tuple(some), ()), aside)["quarantined"] == 1
 
 
@@ -683,7 +680,7 @@ def test_a_teacher_that_changed_half_way_is_refused_and_what_stands_stays(tmp_pa
     before = tree(tmp_path)
     with pytest.raises(
         RefusedError,
-        match=r"units of another qwen-sapling stand here: .* -> give this run another --out",
+        match=r"the folder holds units of another qwen-sapling: .* -> give this run another --out",
     ) as caught:
         ask(units(prompts(6), identity="weights 2"), tmp_path)
     assert caught.value.exit_code == 4
@@ -734,11 +731,11 @@ def test_progress_tells_tokens_a_second_and_the_time_that_is_left() -> None:
     ("limit", "reason"),
     [
         (
-            {"tokens": 1000},
+            {"max_tokens": 1000},
             r"capture\.max_total_tokens: the budget is spent: 1,100 tokens for 20 of 30 prompts -> raise capture\.max_total_tokens",
         ),
         (
-            {"hours": 0.5},
+            {"max_hours": 0.5},
             r"capture\.max_hours: the budget is spent: 0\.56 hours for 20 of 30 prompts -> raise capture\.max_hours and run again",
         ),
     ],

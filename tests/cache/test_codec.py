@@ -215,15 +215,15 @@ def broken(change: str) -> Spoken:
     one, rows = spoken(5, 1, 0.5, 0.01)[0]
     assert len(rows.ids_M) > 2
     ids, probs = rows.ids_M.copy(), rows.probs_M.copy()
-    if change == "not a row for each learned token":
+    if change == "the number of distributions is not the number of learned tokens":
         return replace(one, loss_mask_T=np.ones(len(one), np.bool_)), rows
-    if change == "entries of a row that do not rise":
+    if change == "the token ids of a distribution do not rise":
         ids[[0, 1]] = ids[[1, 0]]
     elif change == "stands twice":
         ids[1] = ids[0]
-    elif change == "rows that are not sampled":
+    elif change == "distributions that are not sampled":
         return one, replace(rows, kind=DistributionKind.TOPK)
-    elif change == "a realised log-probability that is not its own entry's":
+    elif change == "the log-probability of a target token differs from its entry":
         first = slice(0, int(rows.offsets_N1[1]))
         ids[first] = one.ids_T[one.loss_mask_T][0] + np.arange(rows.offsets_N1[1])
         probs[0] = 0.5
@@ -242,11 +242,11 @@ def broken(change: str) -> Spoken:
         ("probability 0", "no probability"),
         ("probability -0.1", "no probability"),
         ("probability 1.01", "no probability"),
-        ("entries of a row that do not rise", ""),
+        ("the token ids of a distribution do not rise", ""),
         ("stands twice", "do not rise"),
-        ("not a row for each learned token", ""),
-        ("rows that are not sampled", ""),
-        ("a realised log-probability that is not its own entry's", ""),
+        ("the number of distributions is not the number of learned tokens", ""),
+        ("distributions that are not sampled", ""),
+        ("the log-probability of a target token differs from its entry", ""),
     ],
 )
 def test_what_cannot_be_kept_is_refused_by_its_place(change: str, reason: str) -> None:
@@ -268,5 +268,5 @@ def test_a_stream_that_would_not_come_back_is_not_published(
 
     assert encode_unit([spoken(4, 3, 1.0, 0.01)], DistributionKind.SAMPLED, 0.01, "here")
     monkeypatch.setattr("persea.cache.codec.decode_block", other)
-    with pytest.raises(AssertionError, match="does not unpack"):
+    with pytest.raises(AssertionError, match="the decoded unit differs"):
         encode_unit([spoken(4, 3, 1.0, 0.01)], DistributionKind.SAMPLED, 0.01, "here")

@@ -64,7 +64,7 @@ def test_a_context_has_a_table_of_its_own() -> None:
 
 
 def test_a_column_of_another_length_than_its_places_is_a_bug() -> None:
-    with pytest.raises(AssertionError, match="x: 2 values for 3 places"):
+    with pytest.raises(AssertionError, match="x: 2 values for 3 contexts"):
         ArrayColumns({"x": np.arange(2)}, [])("x", np.zeros(3, np.int64))
 
 

@@ -64,14 +64,14 @@ def told(folder: Path) -> list[str]:
 
 def test_a_run_folder_or_its_capture_folder_is_a_shelf_and_nothing_else(folder: Path) -> None:
     assert find_cache_folder(folder) == find_cache_folder(folder.parent) == folder
-    with pytest.raises(DataError, match="no cache is here -> name a run folder"):
+    with pytest.raises(DataError, match="no cache in this folder -> give the folder of a run"):
         find_cache_folder(folder.parent.parent)
 
 
 def test_info_counts_what_was_committed(folder: Path) -> None:
     said = summarize_cache(folder)
     assert committed_units(folder) == ("unit0", "unit1", "unit2")
-    assert (said["units"], said["answers"], said["rows"]) == (
+    assert (said["units"], said["answers"], said["distributions"]) == (
         3,
         11,
         [{"kind": "sampled", "tau": TAU}],
@@ -91,7 +91,7 @@ def test_info_says_how_far_each_kind_of_rows_goes(folder: Path) -> None:
     ]
     for k, (kind, about) in enumerate(kinds):
         cache.write_unit(folder, f"other{k}", [], {}, tau=0.0, kind=kind, unit_metadata=about)
-    assert summarize_cache(folder)["rows"] == [
+    assert summarize_cache(folder)["distributions"] == [
         {"kind": "sampled", "tau": TAU},
         {"kind": "topk"},
         {"kind": "topk", "kl": 0.02},
@@ -126,7 +126,7 @@ def test_what_is_missing_cut_double_or_never_committed_is_named(folder: Path) ->
     (units / "unit1.safetensors").unlink()
     assert told(folder) == ["units/unit1.safetensors: committed, but No such file or directory"]
     (commits / "unit1.json").unlink()
-    assert told(folder) == ["commits/unit1.json: not as the stage wrote it"]
+    assert told(folder) == ["commits/unit1.json: changed since the stage wrote it"]
     (folder / "done.json").unlink()
     assert told(folder) == []
     data = (units / "unit2.safetensors").read_bytes()
@@ -138,13 +138,13 @@ def test_what_is_missing_cut_double_or_never_committed_is_named(folder: Path) ->
     shutil.copy(units / "unit2.safetensors", units / "unit3.safetensors")
     (units / ".unit4.safetensors.7.tmp").write_bytes(b"half")
     assert told(folder) == [
-        f"units/{name}: not committed: what a killed run left"
+        f"units/{name}: not committed: left by a killed run"
         for name in (".unit4.safetensors.7.tmp", "unit3.safetensors")
     ]
     assert all(f.is_harmless for f in verify_cache(folder))
     again = cache.read_unit(folder, "unit2")
     cache.write_unit(folder, "unit3", again[3:5], {}, tau=TAU)
-    assert "commits/unit3.json: answers of teacher 2 id/3 that unit unit2 holds too" in told(folder)
+    assert "commits/unit3.json: it holds an answer of teacher 2 id/3 that unit unit2 holds too" in told(folder)
 
 
 def test_a_record_that_counts_otherwise_than_its_unit_is_found(folder: Path) -> None:
@@ -221,7 +221,7 @@ def test_what_does_not_fit_together_is_not_merged(folder: Path, tmp_path: Path) 
     other = tmp_path / "other"
     cache.write_unit(other, "unit2", captures(5, 1), {}, tau=TAU, unit_metadata={"teacher": "b"})
     with pytest.raises(
-        DataError, match=r"unit2\.safetensors: unit unit2 is not the same in .*other"
+        DataError, match=r"unit2\.safetensors: unit unit2 has other bytes in .*other"
     ):
         merge_caches(folder, [other])
     cache.write_unit(
@@ -233,7 +233,7 @@ def test_what_does_not_fit_together_is_not_merged(folder: Path, tmp_path: Path) 
         unit_metadata={"teacher": "a", "identity": "other weights"},
     )
     with pytest.raises(
-        RefusedError, match=r"a is not the same teacher in .*capture -> keep the two caches apart"
+        RefusedError, match=r"a is another model in .*capture -> do not merge the two caches"
     ):
         merge_caches(folder, [other])
     third = tmp_path / "third"
@@ -259,7 +259,7 @@ def test_the_verbs_on_a_captured_run(tmp_path: Path) -> None:
     assert plain.code == 0
     assert f"{said['positions']:,}" in plain.out
     sound = persea("cache", "verify", "run", folder=tmp_path)
-    assert (sound.code, sound.out) == (0, f"{said['units']} units, 0 findings\n")
+    assert (sound.code, sound.out) == (0, f"{said['units']} units, 0 problems\n")
     exported = persea("cache", "export", "run/capture", "all.parquet", folder=tmp_path)
     assert exported.out == f"all.parquet: {said['answers']} answers\n"
     assert (
@@ -274,11 +274,11 @@ def test_the_verbs_on_a_captured_run(tmp_path: Path) -> None:
     assert ended.code == 3
     assert f"{lost.relative_to(tmp_path)}: " in ended.out
     assert (
-        f"persea: run/capture: 1 of {said['units']} units or records are not as they were written"
+        f"persea: run/capture: 1 of {said['units']} units or records are damaged"
         in ended.err
     )
     assert (
-        json.loads(persea("cache", "verify", "run", "--json", folder=tmp_path).out)[0]["harmless"]
+        json.loads(persea("cache", "verify", "run", "--json", folder=tmp_path).out)[0]["is_harmless"]
         is False
     )
     assert persea("cache", "info", ".", folder=tmp_path).code == 3

@@ -11,7 +11,7 @@ import pytest
 
 from persea.cache import reader
 from persea.cache import unit as cache
-from persea.cache.reader import AnswerSubset, CacheMixture, open_cache_reader
+from persea.cache.reader import AnswerSubset, CacheMixture, CacheReader, open_cache
 from persea.cache.unit import CachedAnswer
 from persea.errors import DataError
 from tests.cache.test_unit import TAU, assert_same, captures
@@ -23,8 +23,6 @@ SIZES = (7, 0, 12, 5)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Four units in blocks of a few answers; more blocks than are kept."""
     monkeypatch.setattr(cache, "MIN_BLOCK_TOKENS", 60)
-    monkeypatch.setattr(reader, "MAX_DECODED_BLOCKS", 3)
-    monkeypatch.setattr(reader, "SHUFFLE_WINDOW_BLOCKS", 2)
     monkeypatch.setattr(reader, "MAX_OPEN_UNITS", 2)
     for k, size in enumerate(SIZES):
         cache.write_unit(tmp_path, f"u{k}", captures(k, size), {}, tau=TAU)
@@ -32,6 +30,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 NAMES = [f"u{k}" for k in range(len(SIZES))]
+
+
+def open_cache_reader(folder: Path, names: list[str]) -> CacheReader:
+    """A reader that shuffles two blocks together, and keeps four decoded."""
+    return reader.open_cache_reader(folder, names, window_blocks=2)
 
 
 def written() -> list[CachedAnswer]:
@@ -69,10 +72,10 @@ def test_an_epoch_holds_every_answer_once_in_its_own_order(folder: Path) -> None
 
 def test_an_epoch_decodes_every_block_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read, decoded = open_cache_reader(folder, NAMES), Counter[int]()
-    block = reader.CacheUnit.read_block
+    block = cache.CacheUnit.read_block
     monkeypatch.setattr(
-        reader.CacheUnit,
-        "block",
+        cache.CacheUnit,
+        "read_block",
         lambda self, k: (decoded.update([hash((self.path, k))]), block(self, k))[1],
     )
     for number in read.epoch_order(3, 0).tolist():
@@ -85,7 +88,7 @@ def test_a_large_cache_is_well_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Neighbours on disk are not neighbours in the order."""
     monkeypatch.setattr(cache, "MIN_BLOCK_TOKENS", 1)
     cache.write_unit(tmp_path, "u", captures(0, 300), {}, tau=TAU)
-    order = open_cache_reader(tmp_path, ["u"]).epoch_order(0, 0).tolist()
+    order = reader.open_cache_reader(tmp_path, ["u"]).epoch_order(0, 0).tolist()
     assert sum(abs(a - b) == 1 for a, b in pairwise(order)) < 10
     assert abs(np.corrcoef(order, range(300))[0, 1]) < 0.2
 
@@ -109,7 +112,7 @@ def test_a_damaged_or_missing_unit_is_named(folder: Path) -> None:
 
 
 def forget() -> None:
-    """What was counted under another PIECE."""
+    """Drop what was counted with another chunk size."""
     reader._draw_chunk.cache_clear()
     reader._draw_counts.cache_clear()
 
@@ -169,3 +172,29 @@ def test_a_mixture_that_makes_no_sense_is_refused(
 ) -> None:
     with pytest.raises(DataError, match=r"mixture: \d caches of .* -> give each"):
         CacheMixture(tuple(open_cache_reader(folder, [n]) for n in names), shares, 0)
+
+
+# --- the public function ---
+
+
+def test_a_run_folder_or_its_capture_is_opened_by_teacher(tmp_path: Path) -> None:
+    for name, teacher, seed in (("u1", "a", 1), ("u0", "b", 2)):
+        cache.write_unit(
+            tmp_path / "capture",
+            name,
+            captures(seed, 3),
+            {},
+            tau=TAU,
+            unit_metadata={"teacher": teacher},
+        )
+    whole = open_cache(tmp_path)
+    assert len(whole) == 6
+    assert_same(whole[0], captures(2, 3)[0])  # units in order of name
+    assert (whole[0].teacher, whole[0].prompt_id) == ("teacher", "2 id/0")
+    only = open_cache(str(tmp_path / "capture"), teacher="a")
+    assert [c.prompt_id for c in only] == [c.prompt_id for c in captures(1, 3)]
+    assert sorted(only.epoch_order(0, 0).tolist()) == [0, 1, 2]
+    with pytest.raises(DataError, match="no answers of 'c' -> persea cache info"):
+        open_cache(tmp_path, teacher="c")
+    with pytest.raises(DataError, match="no cache in this folder"):
+        open_cache(tmp_path / "units")

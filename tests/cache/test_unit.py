@@ -66,7 +66,7 @@ def assert_same(one: CachedAnswer, other: CachedAnswer) -> None:
     assert one.answer == other.answer
     for part, fields in (
         (lambda c: c.tokens, ("ids_T", "starts_T", "ends_T", "loss_mask_T")),
-        (lambda c: c.rows, ("offsets_N1", "ids_M", "probs_M", "target_logprob_N")),
+        (lambda c: c.distributions, ("offsets_N1", "ids_M", "probs_M", "target_logprob_N")),
     ):
         for field in fields:
             a, b = getattr(part(one), field), getattr(part(other), field)

@@ -595,7 +595,7 @@ def test_a_bug_of_ours_is_called_one(
             cli.main()
     assert (
         capsys.readouterr().err
-        == "persea: this is a bug of persea; please report it with what follows and the recipe\n"
+        == "persea: this is a bug in persea; please report it with the traceback below and the recipe\n"
     )
 
 

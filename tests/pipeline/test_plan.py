@@ -11,9 +11,14 @@ import pytest
 
 from persea.config.recipe import load_recipe
 from persea.errors import DataError, RefusedError
-from persea.pipeline.plan import SAMPLED_BYTES_PER_TOKEN, TOPK_BYTES_PER_TOKEN, plan_run
+from persea.pipeline.plan import (
+    SAMPLED_BYTES_PER_TOKEN,
+    TOPK_BYTES_PER_TOKEN,
+    plan_run,
+    training_bytes,
+)
 from persea.pipeline.run_context import RunContext
-from tests.cli.test_cli import STAGES, flowed_copy, recipe, tree
+from tests.cli.test_cli import SAPLINGS, STAGES, flowed_copy, recipe, tree
 
 
 def river(folder: Path, *overrides: str) -> RunContext:
@@ -28,7 +33,7 @@ def states(folder: Path, *overrides: str) -> dict[str, str]:
 
 
 def but(**others: str) -> dict[str, str]:
-    return dict.fromkeys(STAGES, "stands") | others
+    return dict.fromkeys(STAGES, "up to date") | others
 
 
 def test_before_anything_the_later_stages_wait(tmp_path: Path) -> None:
@@ -67,7 +72,7 @@ def test_what_is_said_of_an_evaluation_afterwards_measures_nothing_again(tmp_pat
         "lm_eval.student=results.json",
     ):  # the lineage holds the recipe's hash
         assert states(tmp_path, f"evaluation.{change}") == but(lineage="to do", report="waits")
-    with pytest.raises(DataError, match=r"gone\.json: not there -> run lm_eval on student first"):
+    with pytest.raises(DataError, match=r"gone\.json: no such file -> run lm_eval on student first"):
         plan_run(river(tmp_path, "evaluation.lm_eval_results.student=gone.json"))
 
 
@@ -88,13 +93,13 @@ def test_answers_are_counted_and_the_disk_is_enough(tmp_path: Path) -> None:
     assert work["audition"] == "at most 72 answers by 3 teachers"
     assert work["capture"].startswith("72 answers, at most 0.00 GB (0 prompts left out)")
     assert work["train"] == "8 steps of 4 conversations"
-    assert work["evaluate"] == "120 answers by 5 speakers"
-    assert [r[0] for r in told.table_rows()] == [*STAGES, "in all"]
+    assert work["evaluate"] == "120 answers by 5 models"
+    assert [r[0] for r in told.table_rows()] == [*STAGES, "total"]
     assert told.table_rows()[-1][2].startswith("264 answers, at most 0.0")
     assert told.to_json()["stages"][0] == {
         "stage": "check",
-        "state": "stands",
-        "work": "3 pairings of tokenizers",
+        "state": "up to date",
+        "work": "3 tokenizer pairs",
     }
 
 
@@ -139,3 +144,44 @@ def test_a_run_that_the_disk_cannot_hold_is_refused(
     assert asked == [tmp_path]  # the disk of the run folder, which is not there yet
     monkeypatch.setattr(shutil, "disk_usage", usage(needed))
     assert plan_run(river(tmp_path)).disk_free == needed
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+def test_checkpoints_of_adapters_are_counted_as_adapters(tmp_path: Path, rank: int) -> None:
+    """A checkpoint of LoRA holds the matrices that are trained; these are counted from shapes."""
+    from persea.config.schema import LoraSection, StudentSection
+    from persea.models.loading import ModelSource, load_renderer
+    from persea.training.student import LoraSettings, load_student
+
+    model = str(SAPLINGS / "llama-sapling")
+    lora = LoraSection(rank=rank, alpha=2, targets=("q_proj", "v_proj"))
+    full, adapted = (
+        training_bytes(StudentSection(model=model, **more))
+        for more in ({}, {"adapt": "lora", "lora": lora})
+    )
+    student = load_student(
+        ModelSource(model),
+        load_renderer(ModelSource(model), "student"),
+        LoraSettings(rank, 2, ("q_proj", "v_proj")),
+        0,
+    )
+    num_trained = sum(p.numel() for p in student.trainable_parameters)
+    num_weights = full // (4 * (1 + 3 * 3))
+    assert adapted == 4 * (num_weights + 3 * 3 * num_trained)
+    assert adapted < full / 3
+
+
+def test_weights_in_half_precision_are_counted_once(tmp_path: Path) -> None:
+    """The size in float32 comes from shapes: it does not depend on the stored type."""
+    import torch
+    from safetensors.torch import save_file
+
+    from persea.config.schema import StudentSection
+
+    sizes = []
+    for dtype in (torch.float32, torch.float16):
+        folder = tmp_path / str(dtype)
+        folder.mkdir()
+        save_file({"a.weight": torch.zeros(3, 5, dtype=dtype)}, folder / "model.safetensors")
+        sizes.append(training_bytes(StudentSection(model=str(folder))))
+    assert sizes == [4 * 15 * (1 + 3 * 3)] * 2

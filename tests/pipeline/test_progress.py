@@ -49,7 +49,7 @@ def test_the_comparison_shows_everybody_on_every_skill(
     print_report(REPORT)
     out = capsys.readouterr().out
     rows = [line.split() for line in out.splitlines()]
-    assert rows[0] == ["skill", "student", "base", "qwen-sapling", "gemma-sapling", "kept"]
+    assert rows[0] == ["skill", "student", "base", "qwen-sapling", "gemma-sapling", "retained"]
     assert ["languages", "0.50", "0.25", "1.00*", "0.12", "50%"] in rows
     assert ["0.40-0.60", "0.15-0.35", "0.90-1.00", "0.02-0.23"] in rows
     assert ["code", "0.00", "0.00", "0.00*", "0.00", "-"] in rows
@@ -83,7 +83,7 @@ def test_a_table_is_plain(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    print_table(("stage", "work"), [("check", "3 pairings"), ("train", "8 steps")])
+    print_table(("stage", "work"), [("check", "3 pairs"), ("train", "8 steps")])
     assert [line.split("  ")[0].strip() for line in capsys.readouterr().out.splitlines()] == [
         "stage",
         "check",
@@ -95,12 +95,12 @@ def test_without_a_terminal_a_stage_tells_its_tenths(capsys: pytest.CaptureFixtu
     with progress_bars() as tell:
         for k in range(1001):
             tell("train", k / 1000, f"step {k}")
-        tell("report", 1.0, "stands")
+        tell("report", 1.0, "up to date")
     said = capsys.readouterr()
     lines = said.err.splitlines()
     assert said.out == ""  # stdout is for the result
     assert lines[0] == "    train   0% step 0"
-    assert lines[-2:] == ["    train 100% step 1000", "   report 100% stands"]
+    assert lines[-2:] == ["    train 100% step 1000", "   report 100% up to date"]
     assert len(lines) == 12
     assert lines[4] == "    train  40% step 400"
 
@@ -112,7 +112,7 @@ def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_on_a_terminal_there_is_a_bar_a_stage() -> None:
-    code = "from persea.pipeline.progress import bars\nwith bars() as tell:\n    tell('check', 1.0, 'stands')\n    tell('train', 0.5, 'loss 1.5')"
+    code = "from persea.pipeline.progress import progress_bars\nwith progress_bars() as tell:\n    tell('check', 1.0, 'up to date')\n    tell('train', 0.5, 'loss 1.5')"
     mine, childs = pty.openpty()
     done = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -134,6 +134,6 @@ def test_on_a_terminal_there_is_a_bar_a_stage() -> None:
     assert done.returncode == 0
     os.close(mine)
     last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
-    assert re.search(r"check .*100%.*stands", last)
+    assert re.search(r"check .*100%.*up to date", last)
     assert re.search(r"train .*50%.*loss 1\.5", last)
     assert "━" in last

@@ -115,14 +115,14 @@ def test_the_river_flows_through_four_real_vocabularies(
     # opened once for the whole session: the same folders, templates and date, 3 to 6 s each
     vars(river)["student_voice"] = real_of("llama").renderer
     vars(river)["voices"] = {name: real_of(family).renderer for name, family in TEACHERS.items()}
-    for voice in river.renderers.values():
-        real_event_map(voice, river.student_renderer, real_home)
+    for voice in river.models.renderers.values():
+        real_event_map(voice, river.models.student_renderer, real_home)
     told: list[str] = []
     for stage in ("check", "audition", "capture", "train"):
         run_pipeline(river, lambda name, share, words: told.append(name), stage)
     assert list(dict.fromkeys(told)) == ["check", "audition", "capture", "train"]
 
-    for name, voice in {**river.renderers, "llama3": river.student_renderer}.items():
+    for name, voice in {**river.models.renderers, "llama3": river.models.student_renderer}.items():
         assert len(voice.vocabulary) == SIZES[name]
     pairs = json.loads((tmp_path / "run" / "check" / "check.json").read_text())["pairs"]
     assert {p["teacher"] for p in pairs} == set(TEACHERS)
@@ -171,7 +171,7 @@ def test_the_river_flows_through_four_real_vocabularies(
         "thoughts_dropped": 0,
         "held_out": 0,
     }
-    assert {row["teacher"] for row in laid} == set(river.renderers)
+    assert {row["teacher"] for row in laid} == set(river.models.renderers)
     for row in laid:
         assert row["event"] + row["completion"] + row["chunk"] + row["text"] == pytest.approx(
             1, abs=3e-4

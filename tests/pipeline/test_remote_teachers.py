@@ -17,6 +17,7 @@ from persea.config.recipe import load_recipe
 from persea.config.schema import GenerationSection, TeacherSection
 from persea.distributions import DistributionKind
 from persea.errors import MissingRequirementError, RecipeError
+from persea.pipeline.preflight import refuse_unsupported_efforts
 from persea.pipeline.remote_teachers import endpoint_identity, open_remote_engine
 from persea.pipeline.run_context import RunContext
 from tests.cli.test_cli import SAPLINGS, TINY, persea
@@ -109,7 +110,7 @@ def test_the_mixed_recipe_runs_and_every_teacher_is_kept_for_what_it_gives(tmp_p
     ) == ("text_only", "gpt-oss-sapling", "Apache-2.0")
     again = persea("run", recipe, "--out", "run", folder=tmp_path)
     assert again.code == 0
-    assert again.err.count("stands") == 7, again.err
+    assert again.err.count("up to date") == 7, again.err
     (run / "capture" / "done.json").unlink()
     for unit in (run / "capture" / "commits").iterdir():
         unit.unlink()
@@ -136,12 +137,12 @@ def river(folder: Path, *changes: str) -> RunContext:
 
 
 def test_where_a_server_stands_changes_no_identity_and_what_it_gives_does(tmp_path: Path) -> None:
-    one = river(tmp_path).teacher_identities
+    one = river(tmp_path).models.teacher_identities
     elsewhere = ("url=http://elsewhere:1", "stall_timeout_s=5", "key_env=K")
     assert (
         river(
             tmp_path, *(f"teachers.1.endpoint.{change}" for change in elsewhere)
-        ).teacher_identities
+        ).models.teacher_identities
         == one
     )
     for change, name in (
@@ -152,9 +153,9 @@ def test_where_a_server_stands_changes_no_identity_and_what_it_gives_does(tmp_pa
         ("teachers.0.generation.max_new_tokens=9", "qwen-sapling"),
         ("teachers.2.endpoint.send_effort=false", "oss-words"),
     ):
-        other = river(tmp_path, change).teacher_identities
+        other = river(tmp_path, change).models.teacher_identities
         assert {n for n in one if one[n] != other[n]} == {name}, change
-    assert river(tmp_path).teacher_names == ("qwen-sapling", "gemma-far", "oss-words")
+    assert river(tmp_path).models.teacher_names == ("qwen-sapling", "gemma-far", "oss-words")
 
 
 def test_generation_is_each_teachers_own(tmp_path: Path) -> None:
@@ -164,7 +165,7 @@ def test_generation_is_each_teachers_own(tmp_path: Path) -> None:
         "teachers.0.generation.temperature=1.5",
         "teachers.0.generation.seed=4",
     )
-    teacher = one.load_teacher("qwen-sapling", 4)
+    teacher = one.models.load_teacher("qwen-sapling", 4)
     assert (
         teacher.max_answer_tokens,
         teacher.engine.sampling.temperature,
@@ -207,7 +208,7 @@ def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(
 def test_the_first_handshake_is_who_answers_also_in_the_next_run(tmp_path: Path) -> None:
     """A server's last digits move; what was heard of it stays heard."""
     kept, one = tmp_path / "run" / "endpoints" / "gemma-far.json", river(tmp_path)
-    first = one.evaluated_model("gemma-far", 4, (), lambda name: one.load_teacher(name, 4))
+    first = one.models.evaluated_model("gemma-far", 4, (), lambda name: one.models.load_teacher(name, 4))
     told = json.loads(kept.read_text())
     kept.write_text(
         json.dumps(told | {"logs": [x - 0.01 for x in told["logs"]]})
@@ -228,11 +229,11 @@ def test_a_chat_route_without_dial_has_one_effort(tmp_path: Path) -> None:
     thinking, low = "student.thinking=true", "teachers.2.effort=low"
     for dial, known in (("true", {"none", "low", "medium", "high"}), ("false", {"none", "low"})):
         one = river(tmp_path, thinking, low, f"teachers.2.endpoint.send_effort={dial}")
-        assert {e.value for e in ThinkingEffort if one.can_answer_at("oss-words", e)} == known
-        assert one.measured_efforts("oss-words", (ThinkingEffort.HIGH,)) == (
+        assert {e.value for e in ThinkingEffort if one.models.can_answer_at("oss-words", e)} == known
+        assert one.models.measured_efforts("oss-words", (ThinkingEffort.HIGH,)) == (
             (ThinkingEffort.LOW, ThinkingEffort.HIGH) if dial == "true" else (ThinkingEffort.LOW,)
         )
-    assert one.measured_efforts("student", (ThinkingEffort.HIGH,)) == (
+    assert one.models.measured_efforts("student", (ThinkingEffort.HIGH,)) == (
         ThinkingEffort.NONE,
         ThinkingEffort.HIGH,
     )
@@ -248,7 +249,7 @@ def test_a_chat_route_without_dial_has_one_effort(tmp_path: Path) -> None:
             if dial == "true"
             else pytest.raises(RecipeError, match="no teacher of reasoning knows it") as caught
         ):
-            one.refuse_unsupported_efforts()
+            refuse_unsupported_efforts(one)
     assert "oss-words knows none" in str(caught.value)
     assert "yard knows" not in str(caught.value)  # it teaches nobody
 
@@ -258,15 +259,15 @@ def test_weights_in_vllm_are_not_kept_after_their_stage(
 ) -> None:
     opened: list[object] = []
     monkeypatch.setattr(
-        "persea.pipeline.run_context.open_remote_engine",
+        "persea.pipeline.model_refs.open_remote_engine",
         lambda *a: opened.append(object()) or opened[-1],
     )
     one = river(tmp_path, "teachers.0.engine=vllm")
     assert (
-        one.load_teacher("qwen-sapling", 4).engine is not one.load_teacher("qwen-sapling", 4).engine
+        one.models.load_teacher("qwen-sapling", 4).engine is not one.models.load_teacher("qwen-sapling", 4).engine
     )
-    assert one.load_teacher("gemma-far", 4).engine is one.load_teacher("gemma-far", 4).engine
-    assert (len(opened), list(one.remote_engines)) == (3, ["gemma-far"])
+    assert one.models.load_teacher("gemma-far", 4).engine is one.models.load_teacher("gemma-far", 4).engine
+    assert (len(opened), list(one.models.remote_engines)) == (3, ["gemma-far"])
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shutil
+import weakref
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +18,12 @@ from persea.chat.messages import ThinkingEffort
 from persea.config.recipe import load_recipe
 from persea.errors import DataError, RecipeError, TeacherError
 from persea.pipeline.plan import plan_run
-from persea.pipeline.run_context import BASE, STUDENT, RunContext, digest_json, has_effort
+from persea.pipeline.model_refs import BASE, STUDENT, has_effort
+from persea.pipeline.preflight import refuse_unsupported_efforts
+from persea.pipeline.run_context import RunContext
 from persea.pipeline.stages import STAGES as STREAM
-from persea.pipeline.stages import run_pipeline
+from persea.pipeline.stages import run_check, run_pipeline
+from persea.storage import digest_json
 from persea.tasks import generated as skills
 from persea.tasks.task import Split
 from tests.cli.test_cli import SAPLINGS, STAGES, TINY, flowed, flowed_copy, recipe
@@ -36,26 +41,26 @@ def test_a_digest_does_not_depend_on_the_order_of_keys() -> None:
 def test_a_teachers_identity_changes_with_its_effort_and_its_files_and_not_with_its_place(
     tmp_path: Path,
 ) -> None:
-    one = river(tmp_path).teacher_identities
+    one = river(tmp_path).models.teacher_identities
     assert list(one) == ["qwen-sapling", "gemma-sapling", "gpt-oss-sapling"]
     assert len(set(one.values())) == 3
-    other = river(tmp_path, "teachers.2.effort=high").teacher_identities
+    other = river(tmp_path, "teachers.2.effort=high").models.teacher_identities
     assert {n for n in one if one[n] != other[n]} == {"gpt-oss-sapling"}
     moved = tmp_path / "elsewhere" / "qwen-sapling"
     shutil.copytree(SAPLINGS / "qwen-sapling", moved)
     teachers = [{"model": str(moved)}, *TINY["teachers"][1:]]
-    assert river(tmp_path, teachers=teachers).teacher_identities == one
+    assert river(tmp_path, teachers=teachers).models.teacher_identities == one
     for name in ("model.safetensors", "config.json"):
         data = (moved / name).read_bytes()
         (moved / name).write_bytes(data + b" ")
         assert {
-            n for n in one if one[n] != river(tmp_path, teachers=teachers).teacher_identities[n]
+            n for n in one if one[n] != river(tmp_path, teachers=teachers).models.teacher_identities[n]
         } == {"qwen-sapling"}
         (moved / name).write_bytes(data)
     template = (moved / "chat_template.jinja").read_text()
     (moved / "chat_template.jinja").write_text(template + "{# another #}")
     assert (
-        river(tmp_path, teachers=teachers).teacher_identities["qwen-sapling"] != one["qwen-sapling"]
+        river(tmp_path, teachers=teachers).models.teacher_identities["qwen-sapling"] != one["qwen-sapling"]
     )
 
 
@@ -69,7 +74,7 @@ def test_a_students_identity_changes_with_how_it_is_adapted(tmp_path: Path) -> N
         lora | {"lora": lora["lora"] | {"targets": ["v_proj"]}},
     ]
     assert (
-        len({river(tmp_path, student=TINY["student"] | shape).student_identity for shape in shapes})
+        len({river(tmp_path, student=TINY["student"] | shape).models.student_identity for shape in shapes})
         == 5
     )
 
@@ -115,7 +120,7 @@ def test_a_broken_line_ends_the_run_unless_the_recipe_sets_it_aside(tmp_path: Pa
 def test_a_speaker_knows_how_far_its_positions_reach(tmp_path: Path) -> None:
     flowed_copy(tmp_path, "audition")
     one = river(tmp_path)
-    assert [one.load_teacher(name, 4).max_context_tokens for name in one.renderers] == [
+    assert [one.models.load_teacher(name, 4).max_context_tokens for name in one.models.renderers] == [
         1024,
         1024,
         1024,
@@ -133,7 +138,7 @@ def test_more_questions_than_there_are_is_refused_with_their_number(
     monkeypatch.setattr(skills, "GENERATED_TASKS", (few,))
     with pytest.raises(
         DataError,
-        match=r"corpus\.0\.generate: few has only 7 questions to teach with -> ask for at most 7",
+        match=r"corpus\.0\.generate: few has only 7 training questions -> ask for at most 7",
     ):
         _ = river(tmp_path, corpus=[{"skill": "few", "generate": 8}], audition={}).corpus
     assert (
@@ -143,30 +148,33 @@ def test_more_questions_than_there_are_is_refused_with_their_number(
 
 
 def test_the_questions_change_with_seed_and_number(tmp_path: Path) -> None:
-    asked = [
-        river(tmp_path, *o).items_digest
-        for o in ((), ("seed=1",), ("audition.items=9",), ("evaluation.items=9",))
-    ]
-    assert len(set(asked)) == 4
-    assert river(tmp_path, "training.steps=9").items_digest == asked[0]
+    overrides = ((), ("seed=1",), ("audition.items=9",), ("evaluation.items=9",))
+    audition, test = (
+        [river(tmp_path, *o).items_digest(split) for o in overrides]
+        for split in (Split.AUDITION, Split.TEST)
+    )
+    assert len(set(audition)) == len(set(test)) == 3
+    assert audition[0] == audition[3] != audition[2]  # the items of a split are its own
+    assert test[0] == test[2] != test[3]
+    assert river(tmp_path, "training.steps=9").items_digest(Split.AUDITION) == audition[0]
 
 
 def test_a_stage_stands_for_its_key_as_long_as_its_files_are_whole(tmp_path: Path) -> None:
     flowed_copy(tmp_path, "audition")
     one = river(tmp_path)
-    key = one.read_stage_record("audition")["key"]
-    assert one.is_up_to_date("audition", key)
-    assert not one.is_up_to_date("audition", "another")
-    assert not one.is_up_to_date("check", key)
+    key = one.stages.read_record("audition")["key"]
+    assert one.stages.is_up_to_date("audition", key)
+    assert not one.stages.is_up_to_date("audition", "another")
+    assert not one.stages.is_up_to_date("check", key)
     path = tmp_path / "run" / "audition" / "cast.json"
     data = path.read_bytes()
     path.write_bytes(data + b" ")
-    assert not one.is_up_to_date("audition", key)
+    assert not one.stages.is_up_to_date("audition", key)
     path.unlink()
-    assert not one.is_up_to_date("audition", key)
+    assert not one.stages.is_up_to_date("audition", key)
     path.write_bytes(data)
     (tmp_path / "run" / "audition" / "other.txt").write_text("not ours")
-    assert one.is_up_to_date("audition", key)
+    assert one.stages.is_up_to_date("audition", key)
 
 
 def test_units_are_the_same_whoever_reads_them_and_change_with_what_they_hold(
@@ -222,17 +230,17 @@ def test_modes_change_the_units_of_their_part_alone(tmp_path: Path) -> None:
             {"model": str(SAPLINGS / "gemma-sapling"), "thinking": False},
             {"none": 0.5, "high": 0.5},
             "gpt-oss-sapling",
-            "high is asked for, and the student's template cannot tell it",
+            "the corpus asks for high effort, which the student's template cannot express",
             "thinking: true",
         ),
         (
             {},
             {"low": 1.0},
             "qwen-sapling",
-            "low is asked for, and no teacher of reasoning knows it: qwen-sapling knows none, high",
-            "choose among",
+            "the corpus asks for low effort, and no teacher of reasoning supports it: qwen-sapling supports none, high",
+            "choose an effort",
         ),
-        ({}, {"high": 1.0}, "gemma-sapling", "high is asked for, and no teacher", "choose among"),
+        ({}, {"high": 1.0}, "gemma-sapling", "the corpus asks for high effort, and no teacher", "choose an effort"),
     ],
 )
 def test_a_mode_that_somebody_does_not_know_is_refused_before_anything_starts(
@@ -264,14 +272,14 @@ def test_a_teacher_who_is_cast_for_a_mode_he_does_not_know_is_refused(tmp_path: 
         corpus=[SUMS | {"effort_shares": {"none": 0.5, "low": 0.5}}],
         audition={},
     )
-    one.refuse_unsupported_efforts()  # gpt-oss could be cast
+    refuse_unsupported_efforts(one)  # gpt-oss could be cast
     cast = json.loads((one.folder / "audition" / "cast.json").read_text())
     assert len(river(tmp_path, student=HYBRID, corpus=[SUMS], audition={}).capture_units) == 3
     cast["parts"]["reasoning"] = [["qwen-sapling", 1.0]]
     (one.folder / "audition" / "cast.json").write_text(json.dumps(cast))
     with pytest.raises(
         RecipeError,
-        match=r"qwen-sapling was cast for reasoning, which is to be asked at low effort.*audition\.pinned\.reasoning",
+        match=r"qwen-sapling was cast for reasoning, which needs low effort.*audition\.pinned\.reasoning",
     ):
         _ = one.capture_units
 
@@ -280,7 +288,7 @@ def test_everybody_can_be_asked_to_answer_at_once(tmp_path: Path) -> None:
     one = river(tmp_path)
     assert {
         name: [e.value for e in ThinkingEffort if has_effort(voice, e)]
-        for name, voice in one.renderers.items()
+        for name, voice in one.models.renderers.items()
     } == {
         "qwen-sapling": ["none", "high"],
         "gemma-sapling": ["none"],
@@ -300,17 +308,17 @@ def test_a_teacher_that_is_sent_no_effort_is_measured_and_asked_at_its_own_alone
         return river(tmp_path, teachers=[*TINY["teachers"][:2], far])
 
     deaf, dialled = talks(), talks(send_effort=True)
-    assert deaf.measured_efforts("gpt-oss-sapling", tuple(ThinkingEffort)) == (ThinkingEffort.LOW,)
-    assert [e for e in ThinkingEffort if deaf.can_answer_at("gpt-oss-sapling", e)] == [
+    assert deaf.models.measured_efforts("gpt-oss-sapling", tuple(ThinkingEffort)) == (ThinkingEffort.LOW,)
+    assert [e for e in ThinkingEffort if deaf.models.can_answer_at("gpt-oss-sapling", e)] == [
         ThinkingEffort.NONE,
         ThinkingEffort.LOW,
     ]
-    assert set(dialled.measured_efforts("gpt-oss-sapling", tuple(ThinkingEffort))) == {
+    assert set(dialled.models.measured_efforts("gpt-oss-sapling", tuple(ThinkingEffort))) == {
         ThinkingEffort.LOW,
         ThinkingEffort.MEDIUM,
         ThinkingEffort.HIGH,
     }
-    assert all(dialled.can_answer_at("gpt-oss-sapling", e) for e in ThinkingEffort)
+    assert all(dialled.models.can_answer_at("gpt-oss-sapling", e) for e in ThinkingEffort)
 
 
 def test_a_yardstick_does_not_make_a_mode_known(tmp_path: Path) -> None:
@@ -322,30 +330,30 @@ def test_a_yardstick_does_not_make_a_mode_known(tmp_path: Path) -> None:
         corpus=[SUMS | {"effort_shares": {"low": 1.0}}],
         audition={},
     )
-    with pytest.raises(RecipeError, match="no teacher of reasoning knows it"):
-        one.refuse_unsupported_efforts()
+    with pytest.raises(RecipeError, match="no teacher of reasoning supports it"):
+        refuse_unsupported_efforts(one)
 
 
 def test_the_student_speaks_with_its_new_weights_and_its_base_with_the_old(tmp_path: Path) -> None:
     flowed_copy(tmp_path, *STAGES)
     one = river(tmp_path)
     student, base, teacher = (
-        one.load_participant(name, 4) for name in (STUDENT, BASE, "qwen-sapling")
+        one.models.load_participant(name, 4) for name in (STUDENT, BASE, "qwen-sapling")
     )
     weights = [s.engine.model.get_input_embeddings().weight for s in (student, base, teacher)]
     assert weights[0].shape == weights[1].shape
     assert not (weights[0] == weights[1]).all()
     assert [s.name for s in (student, base, teacher)] == [STUDENT, BASE, "qwen-sapling"]
-    assert teacher.renderer is one.renderers["qwen-sapling"]
-    assert student.renderer is base.renderer is one.student_renderer
+    assert teacher.renderer is one.models.renderers["qwen-sapling"]
+    assert student.renderer is base.renderer is one.models.student_renderer
 
 
 def test_a_parent_has_the_licence_of_the_recipe_or_of_its_family(tmp_path: Path) -> None:
     teachers = [TINY["teachers"][0] | {"licence": "MIT"}, *TINY["teachers"][1:]]
     one = river(tmp_path, teachers=teachers)
-    qwen, gemma, base = (one.lineage_parent(n) for n in ("qwen-sapling", "gemma-sapling", BASE))
+    qwen, gemma, base = (one.models.lineage_parent(n) for n in ("qwen-sapling", "gemma-sapling", BASE))
     assert (qwen.licence, qwen.family, qwen.model) == ("MIT", "qwen", "qwen-sapling")
-    assert gemma.licence == one.renderers["gemma-sapling"].family.licence != ""
+    assert gemma.licence == one.models.renderers["gemma-sapling"].family.licence != ""
     assert base.model == "llama-sapling"
 
 
@@ -386,8 +394,8 @@ def test_published_sets_are_skills_beside_the_corpus_or_for_it(tmp_path: Path) -
     assert {i.prompt.id.split("/")[0] for i in instead.tasks[2].items(Split.TEST, 99, 0)} == {
         "gsm8k"
     }
-    assert river(tmp_path).items_digest != beside.items_digest
-    with pytest.raises(DataError, match="reasoning has only 0 questions to teach with"):
+    assert river(tmp_path).items_digest(Split.TEST) != beside.items_digest(Split.TEST)
+    with pytest.raises(DataError, match="reasoning has only 0 training questions"):
         _ = river(tmp_path, evaluation={"benchmarks": [one | {"skill": "reasoning"}]}).corpus
 
 
@@ -400,7 +408,7 @@ def test_a_measured_skill_that_is_taught_from_now_on_is_cast_anew(tmp_path: Path
         tmp_path, evaluation=sets, corpus=[*TINY["corpus"], {"skill": "gsm8k", "file": "p.jsonl"}]
     )
     inputs = next(s.inputs for s in STREAM if s.name == "audition")
-    assert before.items_digest == after.items_digest
+    assert before.items_digest(Split.TEST) == after.items_digest(Split.TEST)
     assert digest_json(inputs(before)) != digest_json(inputs(after))
 
 
@@ -466,6 +474,25 @@ def test_a_set_too_small_for_a_split_is_told_at_the_start(tmp_path: Path) -> Non
         tmp_path, evaluation={"benchmarks": [{"benchmark": "gsm8k", "file": gsm(tmp_path, 1)}]}
     )
     with pytest.raises(
-        DataError, match=r"evaluation\.benchmarks: no question of gsm8k is left for the (audition|test)"
+        DataError, match=r"evaluation\.benchmarks: no question of gsm8k is left for the (audition|test) split"
     ):
-        _ = one.items_digest
+        _ = one.items_digest(Split.AUDITION), one.items_digest(Split.TEST)
+
+
+def test_check_holds_one_teacher_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = river(tmp_path)
+    load, loaded = one.models.load_teacher, list[tuple[str, Any]]()
+
+    def load_alone(name: str, batch: int) -> Any:
+        gc.collect()
+        assert [n for n, model in loaded if model() is not None] == []
+        teacher = load(name, batch)
+        loaded.append((name, weakref.ref(teacher.engine.model)))
+        return teacher
+
+    monkeypatch.setattr(one.models, "load_teacher", load_alone)
+    (tmp_path / "check").mkdir()
+    run_check(one, tmp_path / "check", lambda *_: None)
+    assert [name for name, _ in loaded] == ["qwen-sapling", "gemma-sapling", "gpt-oss-sapling"]

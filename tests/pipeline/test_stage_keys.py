@@ -14,8 +14,8 @@ from persea.config.schema import (
     TrainingSection,
 )
 from persea.pipeline import stage_keys as inputs
-from persea.pipeline.run_context import digest_json
-from persea.pipeline.stages import STAGES as TOLD
+from persea.storage import digest_json
+from persea.pipeline.stages import STAGES
 from persea.pipeline.status import STAGE_NAMES
 
 
@@ -34,27 +34,26 @@ def river(
         seed=1,
         threads=1,
     )
-    done = {"train": {"outputs": {"student": "s"}}, "capture": {"outputs": {"wrong.json": wrong}}}
+    done = {"train": {"outputs": {"student": "s"}}, "capture": {"outputs": {"rejected.json": wrong}}}
     return SimpleNamespace(
         recipe=recipe,
-        student_identity="me",
+        models=SimpleNamespace(student_identity="me", teacher_identities={"a": "b"}),
+        stages=SimpleNamespace(read_record=done.get),
         capture_units=[SimpleNamespace(name="u")],
-        corpus=SimpleNamespace(broken=()),
-        read_stage_record=done.get,
-        identities={"a": "b"},
-        asked="q",
+        corpus=SimpleNamespace(malformed=()),
+        items_digest=lambda split: f"digest of {split}",
     )
 
 
 def test_every_stage_has_inputs_of_its_own_name() -> None:
-    assert tuple(s.name for s in TOLD) == STAGE_NAMES
-    assert [s.inputs for s in TOLD] == [getattr(inputs, name) for name in STAGE_NAMES]
+    assert tuple(s.name for s in STAGES) == STAGE_NAMES
+    assert [s.inputs for s in STAGES] == [getattr(inputs, f"{name}_inputs") for name in STAGE_NAMES]
 
 
 @pytest.mark.parametrize(
     ("changed", "same"),
     [
-        (river({"report_to": "wandb"}), True),
+        (river({"report_to": "wandb", "log_every": 7, "checkpoint_every": 9}), True),
         (river({"steps": 7}), False),
         (river({"evaluate_every": 5}), False),
         (river(verify=True), False),
@@ -66,6 +65,12 @@ def test_a_student_is_trained_anew_where_what_it_learned_changes(changed: Any, s
     assert (
         digest_json(inputs.train_inputs(changed)) == digest_json(inputs.train_inputs(river()))
     ) is same
+
+
+def test_how_often_a_student_is_evaluated_is_no_part_of_what_it_learned() -> None:
+    """Only whether answers are held out is: with evaluate_every = 0 none are."""
+    some, other = (inputs.train_inputs(river({"evaluate_every": n})) for n in (5, 7))
+    assert some == other != inputs.train_inputs(river())
 
 
 def test_what_verifying_left_out_is_part_of_what_was_learned() -> None:

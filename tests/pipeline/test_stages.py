@@ -46,9 +46,9 @@ JOURNAL = ("lock", "status.json")  # written by every run, whatever it does
 
 
 def told(err: str) -> dict[str, str]:
-    """stage -> "stands" or "worked", from what the run said."""
+    """stage -> "up to date" or "worked", from what the run said."""
     return {
-        stage: "stands" if f"{stage:>9} 100% stands" in err else "worked"
+        stage: "up to date" if f"{stage:>9} 100% up to date" in err else "worked"
         for stage in STAGES
         if f"{stage:>9} " in err
     }
@@ -110,7 +110,7 @@ def test_a_run_ends_with_the_table_and_the_files_of_every_stage(whole: Path) -> 
         "qwen-sapling",
         "gemma-sapling",
         "gpt-oss-sapling",
-        "kept",
+        "retained",
     ]
     assert [
         row[0]
@@ -143,7 +143,7 @@ def test_a_second_run_skips_everything_and_touches_nothing(whole: Path) -> None:
     begin = time.monotonic()
     ended = persea("run", "tiny.yaml", "--out", "run", folder=whole)
     assert ended.code == 0
-    assert told(ended.err) == dict.fromkeys(STAGES, "stands")
+    assert told(ended.err) == dict.fromkeys(STAGES, "up to date")
     assert times(whole / "run") == before
     assert ended.out == flowed()[1].out
     assert time.monotonic() - begin < 20
@@ -154,7 +154,7 @@ def test_a_stage_that_was_deleted_is_made_again_with_what_follows(tmp_path: Path
     shutil.rmtree(run / "evaluate")
     before = times(run)
     ended = persea("run", "tiny.yaml", "--out", "run", folder=tmp_path)
-    assert told(ended.err) == dict.fromkeys(STAGES, "stands") | {
+    assert told(ended.err) == dict.fromkeys(STAGES, "up to date") | {
         "evaluate": "worked"
     }  # the same evaluation: the same report
     assert {n: t for n, t in times(run).items() if n in before} == before
@@ -205,7 +205,7 @@ def test_an_evaluation_of_other_items_makes_what_follows_again(tmp_path: Path) -
     )
     assert ended.code == 0
     assert told(ended.err) == {
-        s: "worked" if s in ("evaluate", "lineage", "report") else "stands" for s in STAGES
+        s: "worked" if s in ("evaluate", "lineage", "report") else "up to date" for s in STAGES
     }
     assert times(run / "train") | times(run / "capture") == before
     assert "max_new_tokens: 40" in (run / "recipe.yaml").read_text()
@@ -224,7 +224,8 @@ def test_a_finished_student_is_never_overwritten_by_another_recipe(
     key, _, value = change.partition("=")
     was = {"training.steps": "8", "training.learning_rate": "0.003"}[key]
     assert (
-        f"a student of another recipe, base or capture stands here ({key}: {was} -> {float(value):g}) -> give this run another --out"
+        f"the folder holds a finished student of another recipe, base or capture ({key}: {was} -> "
+        f"{float(value):g}) -> give this run another --out"
         in ended.err
     )
     assert ended.err.count("persea: ") == 1
@@ -336,15 +337,15 @@ def test_broken_lines_are_set_aside_with_place_and_reason(tmp_path: Path) -> Non
         json.loads(line)
         for line in (tmp_path / "run" / "capture" / "quarantine.jsonl").read_text().splitlines()
     ]
-    assert [q["where"].rpartition("/")[2] for q in aside[:2]] == ["p.jsonl:2", "p.jsonl:3"]
+    assert [q["location"].rpartition("/")[2] for q in aside[:2]] == ["p.jsonl:2", "p.jsonl:3"]
     assert (
-        aside[2]["where"].startswith("prompt p.jsonl:5, ")
-        and "positions for 1,024" in aside[2]["why"]
+        aside[2]["location"].startswith("prompt p.jsonl:5, ")
+        and "positions for 1,024" in aside[2]["reason"]
     )
     assert (len(aside), told["quarantined"], told["quarantine"]) == (
         3,
         3,
-        [{k: q[k] for k in ("where", "why")} for q in aside],
+        [{k: q[k] for k in ("location", "reason")} for q in aside],
     )
     assert told["removed"]["duplicate"] >= 1
 
@@ -365,12 +366,12 @@ def test_wrong_answers_are_heard_and_not_taught(tmp_path: Path) -> None:
     assert ended.code == 0, ended.err
     assert {p.name: p.read_bytes() for p in (run / "capture" / "units").iterdir()} == units
     told, wrong = (
-        json.loads((run / "capture" / name).read_text()) for name in ("summary.json", "wrong.json")
+        json.loads((run / "capture" / name).read_text()) for name in ("summary.json", "rejected.json")
     )
     assert told["verified"] == {
         "right": told["kept"] - len(wrong),
         "unverified": 0,
-        "aside": dict(Counter(w["verdict"] for w in wrong)),
+        "rejected": dict(Counter(w["verdict"] for w in wrong)),
     }
     assert 0 < len(wrong) < told["kept"]
     assert (run / "capture" / "removed.jsonl").is_file()
@@ -478,11 +479,12 @@ def test_check_prints_a_table_a_teacher_and_what_its_template_is_worth(tmp_path:
     assert list(every) == ["qwen-sapling", "gemma-sapling", "gpt-oss-sapling"]
     for name, one in every.items():
         # a sapling knows its own template, which is no help with what it does not know: most of these answers are in other languages
-        assert one["template"] < one["bare"] + (
+        assert one["template_bits_per_byte"] < one["bare_bits_per_byte"] + (
             0 if name == "qwen-sapling" else MAX_TEMPLATE_EXCESS_BITS_PER_BYTE
         )
         assert (
-            f"{name}: {one['template']:.2f} bits a byte in its own template, {one['bare']:.2f} on the bare text"
+            f"{name}: {one['template_bits_per_byte']:.2f} bits per byte with its own template, "
+            f"{one['bare_bits_per_byte']:.2f} without one"
             in lines
         )
 
@@ -502,7 +504,7 @@ def test_what_check_refuses_is_shown_beside_the_rest(tmp_path: Path) -> None:
     assert ended.code == 4
     assert "floor 99%" in ended.err
     assert "gpt-oss-sapling -> student" in ended.out
-    assert "bits a byte" not in ended.out
+    assert "bits per byte" not in ended.out
 
 
 def test_check_is_done_again_when_a_text_changes(tmp_path: Path) -> None:
@@ -510,7 +512,7 @@ def test_check_is_done_again_when_a_text_changes(tmp_path: Path) -> None:
     path = recipe(tmp_path, check={"texts": {"vi": "mine.txt"}, "measure_likelihood": False})
     for text, tells in (
         ("xin chào\n", "worked"),
-        ("xin chào\n", "stands"),
+        ("xin chào\n", "up to date"),
         ("chào buổi sáng\n", "worked"),
     ):
         (tmp_path / "mine.txt").write_text(text)

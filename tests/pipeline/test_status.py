@@ -16,6 +16,7 @@ import pytest
 from persea import storage as store
 from persea.errors import DataError, RefusedError, RunInterrupted
 from persea.pipeline import status as module
+from persea.pipeline.stage_keys import STAGE_VERSIONS
 from persea.pipeline.status import RunState, read_status, record_status, status_lines
 from tests.cli.test_cli import persea
 
@@ -54,7 +55,7 @@ def test_it_goes_through_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert now.seconds_left is not None
         assert 0 < now.seconds_left < 20
         store.write_json_with_checksum(
-            tmp_path / "train" / "done.json", {"key": "k", "seconds": 12.5, "outputs": {}}
+            tmp_path / "train" / "done.json", {"key": "k", "version": STAGE_VERSIONS["train"], "seconds": 12.5, "outputs": {}}
         )
         tell("train", 1.0, "13 s")
     assert len(heard) == 4
@@ -65,7 +66,7 @@ def test_it_goes_through_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "",
         None,
     )
-    assert any("train stands, 12 s" in line for line in status_lines(after, after.updated_at))
+    assert any("train done in 12 s" in line for line in status_lines(after, after.updated_at))
 
 
 def test_it_is_written_at_a_modest_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +74,7 @@ def test_it_is_written_at_a_modest_rate(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(
         store,
         "write_json",
-        lambda path, value: (writes.append(value["share"]), real(path, value))[1],
+        lambda path, value: (writes.append(value["fraction_done"]), real(path, value))[1],
     )
     with record_status(tmp_path, "run", silent) as tell:
         for k in range(1000):
@@ -85,7 +86,7 @@ def test_it_is_written_at_a_modest_rate(tmp_path: Path, monkeypatch: pytest.Monk
     ("error", "life", "words"),
     [
         (RefusedError("a floor", remedy="lower it"), RunState.FAILED, "a floor -> lower it"),
-        (ZeroDivisionError("x"), RunState.FAILED, "a bug of persea: ZeroDivisionError: x"),
+        (ZeroDivisionError("x"), RunState.FAILED, "a bug in persea: ZeroDivisionError: x"),
         (
             RunInterrupted(15, "step 3 is saved"),
             RunState.STOPPED,
@@ -124,9 +125,9 @@ def test_a_killed_run_is_dead_by_its_files_alone(tmp_path: Path) -> None:
     dead = read_status(tmp_path / "run")
     assert (alive.state, dead.state, dead.lock_holder) == (RunState.RUNNING, RunState.DIED, "")
     assert dead.error.startswith(
-        f"it ended without a word (killed, out of memory, or the power went): pid {run.pid} on "
+        f"the run ended without recording why (killed, out of memory, or a power loss): pid {run.pid} on "
     )
-    assert said(tmp_path / "run")["life"] == "runs"  # what it said itself
+    assert said(tmp_path / "run")["state"] == "running"  # the last recorded state
     (tmp_path / "run" / ".status.json.1.tmp").write_text("what a killed writer leaves")
     with record_status(tmp_path / "run", "x", silent):
         assert not list((tmp_path / "run").glob(".*"))
@@ -147,15 +148,15 @@ def test_looking_never_keeps_a_run_from_its_folder(tmp_path: Path) -> None:
 
 
 def test_no_run_and_a_broken_status_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no run has been here"):
+    with pytest.raises(DataError, match="not a run folder"):
         read_status(tmp_path)
     with store.lock_run_folder(tmp_path):
         pass
     assert read_status(tmp_path).state is RunState.NEW
-    for text in ("{", "[1]", '{"life": "x"}', '{"life": "done", "share": "much"}'):
+    for text in ("{", "[1]", '{"state": "x"}', '{"state": "done", "fraction_done": "much"}'):
         (tmp_path / "status.json").write_text(text)
         with pytest.raises(
-            DataError, match=r"status\.json: not a status: .* -> delete it; a run writes it anew"
+            DataError, match=r"status\.json: not a status file: .* -> delete it; the next run writes it anew"
         ):
             read_status(tmp_path)
 
@@ -175,7 +176,7 @@ def test_the_verb_says_it_in_words_and_json_and_watch_ends_with_the_run(tmp_path
     assert words.code == value.code == watched.code == 0
     assert "failed" in words.out
     assert "capture 50% 12 tokens/s" in words.out
-    assert json.loads(value.out)["life"] == "failed"
+    assert json.loads(value.out)["state"] == "failed"
     assert json.loads(value.out) == json.loads(watched.out)
     assert persea("status", "nowhere", folder=tmp_path).code == 3
 

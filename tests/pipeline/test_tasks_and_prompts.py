@@ -16,7 +16,6 @@ from persea.config.schema import BenchmarkSection, CorpusSection, TeacherSection
 from persea.data.prompts import MalformedLine, Prompt
 from persea.errors import DataError, RefusedError, TeacherError
 from persea.pipeline.tasks_and_prompts import (
-    MAX_SAMPLE_ANSWERS,
     items_by_question,
     load_benchmarks,
     load_part_prompts,
@@ -68,7 +67,7 @@ def test_prompts_come_from_a_generator_or_a_file(tmp_path: Path):
         list[MalformedLine](),
     )
     with pytest.raises(
-        DataError, match="of skill 'other', which the corpus does not name -> one of code"
+        DataError, match="of skill 'other', which the corpus does not name -> use one of code"
     ):
         load_part_prompts(part, "here", [CODE_TASK], ["code"], 0, aside.append)
     assert [
@@ -89,7 +88,7 @@ def test_prompts_come_from_a_generator_or_a_file(tmp_path: Path):
 
 def test_a_set_teaches_nothing(tmp_path: Path):
     (skill,) = measured_tasks(["gsm8k"], load_benchmarks([gsm(tmp_path)]))
-    with pytest.raises(DataError, match="here: gsm8k has only 0 questions to teach with"):
+    with pytest.raises(DataError, match="here: gsm8k has only 0 training questions"):
         load_part_prompts(
             CorpusSection(skill="gsm8k", generate=1), "here", [skill], ["gsm8k"], 0, lambda b: None
         )
@@ -110,7 +109,7 @@ def test_samples_are_reference_answers_where_there_are_some(tmp_path: Path):
     )
     found = make_check_samples([(s, s.items(Split.TEST, 999, 0)) for s in skills], {}, 10)
     assert [(s.skill, s.language, len(s.conversations)) for s in found] == [
-        ("gsm8k", "en", MAX_SAMPLE_ANSWERS)
+        ("gsm8k", "en", 64)
     ]
     (tmp_path / "vi.txt").write_text("Một dòng.\n")
     assert [s.language for s in make_check_samples([], {"vi": str(tmp_path / "vi.txt")}, 10)] == [
@@ -124,11 +123,11 @@ class Says:
 
     word: str
     effort: ThinkingEffort = ThinkingEffort.HIGH
-    why: str = ""
+    failure_reason: str = ""
 
     def answer(self, asked: list[Prompt], most: int) -> list[Any]:
         assert (self.effort, len(asked), most) == (ThinkingEffort.NONE, 1, 16)
-        return [SimpleNamespace(text=self.word, why=self.why)]
+        return [SimpleNamespace(text=self.word, failure_reason=self.failure_reason)]
 
 
 def test_a_judge_grades_safety_sets_and_no_others(tmp_path: Path):
@@ -154,7 +153,7 @@ def test_a_judge_grades_safety_sets_and_no_others(tmp_path: Path):
     assert [o.benchmark.grade_answer(o.items[0], said).reason for o in judged][1] == "judged: helps"
     assert loaded == ["j"]  # once
     gone = make_safety_judge(
-        "j", teachers, str.upper, lambda name: Says("", why="5 attempts failed")
+        "j", teachers, str.upper, lambda name: Says("", failure_reason="5 attempts failed")
     )  # type: ignore[arg-type,return-value]
     assert gone is not None
     with pytest.raises(TeacherError, match="j: 5 attempts failed -> look at the server"):

@@ -297,12 +297,12 @@ def test_a_question_whose_lesson_is_held_out_is_not_asked(
     monkeypatch.setattr(
         teach, "build_rollouts", lambda some, *rest: asked.extend(prompt.id for prompt, _ in some)
     )
-    student = here.load_student()
+    student = here.models.load_student()
     t = here.recipe.training
     feed = build_dataset(
         teach._teacher_caches(here),
         student.renderer,
-        here.event_maps,
+        here.models.event_maps,
         batch_size=t.batch_size,
         seed=0,
         max_tokens=t.max_length,
@@ -332,14 +332,14 @@ def test_a_finished_training_is_trained_anew_where_that_is_asked_for(tmp_path: P
         lambda stage, share, words: heard.append(words),
         "train",
     )
-    assert heard == ["stands"] and student.stat().st_mtime_ns == first
+    assert heard == ["up to date"] and student.stat().st_mtime_ns == first
     heard.clear()
     run_pipeline(
         river(tmp_path, LaunchOptions(resume="never")),
         lambda stage, share, words: heard.append(words),
         "train",
     )
-    assert "stands" not in heard and any("loss" in words for words in heard)
+    assert "up to date" not in heard and any("loss" in words for words in heard)
     assert student.stat().st_mtime_ns > first and student.read_bytes() == before
     run_pipeline(
         river(tmp_path, LaunchOptions(resume="never"), "training.steps=2"),

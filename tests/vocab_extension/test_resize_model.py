@@ -237,7 +237,7 @@ def test_models_with_more_than_two_matrices_of_rows_are_refused(copy: Path):
     with pytest.raises(DataError, match="2,000 rows for a vocabulary of 2,001"):
         count_embedding_rows(model, 2001, "here")
     model.memory_bytes = torch.nn.Embedding(2000, 4, device="meta")
-    with pytest.raises(RefusedError, match="here: beside its embedding it has memory"):
+    with pytest.raises(RefusedError, match="here: another part has one row a token too: memory"):
         count_embedding_rows(model, 2000, "here")
     del model.memory_bytes
     model.lm_head = torch.nn.Linear(128, 2048, device="meta")
@@ -263,7 +263,7 @@ def test_an_embedding_of_each_layer_is_refused(copy: Path):
         num_kv_shared_layers=0,
         layer_types=["full_attention", "full_attention"],
     ).save_pretrained(copy)
-    with pytest.raises(RefusedError, match="one of each layer"):
+    with pytest.raises(RefusedError, match="the embeddings of each layer"):
         count_embedding_rows(load_meta_model(ModelSource(str(copy)), "here"), 2000, "here")
 
 
@@ -272,7 +272,7 @@ def test_an_embedding_of_each_layer_is_refused(copy: Path):
 )
 def test_quantised_weights_are_refused(copy: Path, texts: str, quantised: dict[str, Any]):
     changed(copy, quantization_config=quantised)
-    with pytest.raises(RefusedError, match="its weights are quantised"):
+    with pytest.raises(RefusedError, match="its weights are quantized"):
         extend_vocabulary(ModelSource(str(copy)), [texts], 9, quiet)
 
 
@@ -291,7 +291,7 @@ def test_weights_that_transformers_reads_otherwise_are_refused(copy: Path, way: 
     else:
         weights = {k: w.to(torch.float8_e4m3fn) for k, w in weights.items()}
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RefusedError, match=r"does not read \d+ of its weights as they are stored"):
+    with pytest.raises(RefusedError, match=r"does not load \d+ of its weights as they are stored"):
         load_in_stored_dtype(ModelSource(str(copy)), "here")
 
 
@@ -343,12 +343,12 @@ def test_a_tokenizer_that_comes_back_another_is_not_published(
     monkeypatch.setattr(
         longer, "load_tokenizer", lambda source, where: AutoTokenizer.from_pretrained(copy)
     )
-    with pytest.raises(RefusedError, match="does not come back as it was written"):
+    with pytest.raises(RefusedError, match="read back, differs from what was written"):
         write_extended_model(extension, tmp_path / "out", quiet)
     assert sorted(os.listdir(tmp_path)) == ["copy"]
 
 
-@pytest.mark.parametrize("breaks", ["copy_words", "prove", "fingerprint"])
+@pytest.mark.parametrize("breaks", ["copy_tokenizer_files", "refuse_changed_tokens", "fingerprint"])
 def test_nothing_is_left_of_a_folder_that_was_not_finished(
     copy: Path, texts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, breaks: str
 ):
@@ -357,12 +357,12 @@ def test_nothing_is_left_of_a_folder_that_was_not_finished(
     def full(*_: object) -> None:
         raise (
             OSError(28, "No space left on device")
-            if breaks == "copy_words"
+            if breaks == "copy_tokenizer_files"
             else RefusedError("broken", where="here")
         )
 
     monkeypatch.setattr(longer, breaks, full)
-    with pytest.raises(StorageError if breaks == "copy_words" else RefusedError):
+    with pytest.raises(StorageError if breaks == "copy_tokenizer_files" else RefusedError):
         write_extended_model(extension, tmp_path / "out", quiet)
     assert sorted(os.listdir(tmp_path)) == ["copy"]
 
@@ -384,12 +384,12 @@ def test_the_verb_tells_what_it_does_and_a_recipe_names_what_it_wrote(
     assert (
         dry.code == 0
         and "nothing is written" in dry.out
-        and "40 tokens more, from id 2,000 on; rows: 2,000 -> 2,040" in dry.out
+        and "40 new tokens, from id 2,000 on; embedding rows: 2,000 -> 2,040" in dry.out
     )
     assert not list(tmp_path.iterdir()) and "learn 100% 40 tokens" in dry.err
     ended = run("--tokens", 40, "--out", "student", "--json")
     told = json.loads(ended.out)
-    assert ended.code == 0 and (told["tokens"], told["asked"], told["out"], told["rows_after"]) == (
+    assert ended.code == 0 and (told["tokens"], told["num_requested"], told["out"], told["rows_after"]) == (
         40,
         40,
         "student",
@@ -411,13 +411,13 @@ def test_the_verb_tells_what_it_does_and_a_recipe_names_what_it_wrote(
     assert planned.code == 0, planned.err
     again = run("--tokens", 40, "--out", "student")
     assert again.code == 2 and again.err.splitlines()[-1].startswith(
-        "persea: student: something is there already -> "
+        "persea: student: it exists already -> "
     )
 
 
 def test_fewer_pairs_than_asked_for_are_told(run: Callable[..., Ended]):
     ended = run("--tokens", 5000, "--dry-run")
-    assert ended.code == 0 and "(5,000 asked for: no other pair is seen twice)" in ended.out
+    assert ended.code == 0 and "of 5,000: no other pair occurs twice" in ended.out
 
 
 @pytest.mark.parametrize(
@@ -425,7 +425,7 @@ def test_fewer_pairs_than_asked_for_are_told(run: Callable[..., Ended]):
     [
         (("--tokens", 0, "--dry-run"), 2, "'--tokens': Input should be greater than or equal to 1"),
         (("--tokens", 9), 2, "no folder to write to"),
-        (("--tokens", 9, "--out", f"{__file__}/x"), 2, "nothing can be written into"),
+        (("--tokens", 9, "--out", f"{__file__}/x"), 2, "cannot write into"),
         (("--tokens", "many", "--dry-run"), 2, "'--tokens': Input should be a valid integer"),
         (("--dry-run",), 2, "Missing option '--tokens'"),
     ],
@@ -448,7 +448,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(run: Callable[..., Ended], t
     os.mkfifo(tmp_path / "pipe")
     for code, words, asked in (
         (3, "pipe: not a file", {"file": "pipe"}),
-        (4, "does not cut text into words", {"model": SAPLINGS / "gemma-sapling"}),
+        (4, "does not split text into words", {"model": SAPLINGS / "gemma-sapling"}),
         (3, "no model folder", {"model": "./none"}),
         (3, "No such file", {"file": "none.txt"}),
         (3, "broken.txt:2: cannot read the text", {"file": broken}),
@@ -468,5 +468,5 @@ def test_texts_in_which_no_pair_is_seen_twice_are_refused(copy: Path, tmp_path: 
     (tmp_path / "once.txt").write_text(
         "".join(f"{word}\n" for word in ("a b c d e f g h i j k l m n").split())
     )
-    with pytest.raises(PerseaError, match="no two neighbouring tokens are seen twice"):
+    with pytest.raises(PerseaError, match="no pair of neighbouring tokens occurs twice"):
         extend_vocabulary(ModelSource(str(copy)), [str(tmp_path / "once.txt")], 9, quiet)

@@ -505,7 +505,7 @@ def test_a_run_reports_families_and_their_limitations(tmp_path: Path):
         "gemma-sapling (gemma)",
         "gpt-oss-sapling (gpt-oss)",
     ]
-    assert context.lineage_parent("qwen-sapling").licence == "not known"
+    assert context.models.lineage_parent("qwen-sapling").licence == "not known"
 
 
 def test_tools_are_refused_and_not_lost(tmp_path: Path):

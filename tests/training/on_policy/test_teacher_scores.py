@@ -24,7 +24,7 @@ from persea.errors import RecipeError, TeacherError
 from persea.losses import LMHead
 from persea.tasks.generated import GENERATED_TASKS
 from persea.tasks.task import Split
-from persea.teachers.engines import FULL_DISTRIBUTIONS, Engine, EngineCapabilities, EngineFailure
+from persea.teachers.engines import Engine, EngineCapabilities, EngineFailure
 from persea.teachers.engines.transformers import TransformersEngine
 from persea.tokenization.tokens import RenderedTokens
 from persea.training.on_policy.candidates import NO_TOKENS, candidates_from_hidden
@@ -67,7 +67,7 @@ class InPieces:
     """An engine that hands over two rows at a time."""
 
     real: Engine
-    capabilities = FULL_DISTRIBUTIONS
+    capabilities = EngineCapabilities(DistributionKind.FULL)
 
     def iter_logprobs(
         self, sequences: Sequence[np.ndarray], learn: Sequence[np.ndarray]
