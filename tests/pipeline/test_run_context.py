@@ -17,8 +17,8 @@ import pytest
 from persea.chat.messages import ThinkingEffort
 from persea.config.recipe import load_recipe
 from persea.errors import DataError, RecipeError, TeacherError
-from persea.pipeline.plan import plan_run
 from persea.pipeline.model_refs import BASE, STUDENT, has_effort
+from persea.pipeline.plan import plan_run
 from persea.pipeline.preflight import refuse_unsupported_efforts
 from persea.pipeline.run_context import RunContext
 from persea.pipeline.stages import STAGES as STREAM
