@@ -1,4 +1,4 @@
-"""A stage publishes its output whole, in place of the old one; versions of persea are told apart."""
+"""A stage publishes its output whole, in place of the old; versions of persea are told apart."""
 
 from __future__ import annotations
 
