@@ -34,7 +34,7 @@ from persea.errors import DataError, RefusedError
 from persea.evaluation.audition import Cast
 from persea.tasks.generated import LANGUAGES_TASK, REASONING_TASK
 from persea.tasks.task import Split
-from persea.teachers.engines import Engine
+from persea.teachers.engines import FULL_DISTRIBUTIONS, Engine
 from persea.teachers.teacher import Answer, Teacher
 from tests.cli.test_cli import tree, warm
 from tests.teachers.engines.test_transformers import engine, opened
@@ -50,6 +50,11 @@ class Counting:
 
     real: Engine
     asked: list[bytes] = field(default_factory=list)
+    capabilities = FULL_DISTRIBUTIONS
+
+    @property
+    def capabilities(self) -> Any:
+        return self.real.capabilities
 
     def generate(
         self, prompts: Sequence[np.ndarray], stop_ids: Sequence[int], max_new_tokens: int
@@ -519,7 +524,7 @@ def test_an_answer_that_comes_in_pieces_gives_the_same_unit(
         planned,
         tmp_path / "cut",
         Teacher("qwen-sapling", opened("qwen-sapling")[0], Cut(engine("qwen-sapling"))),
-        given=True,
+        use_given_answers=True,
     )
     assert max(sizes) == 2 and len(sizes) > 6
     assert tree(tmp_path / "cut") == tree(tmp_path / "whole")

@@ -49,7 +49,7 @@ def river(
         (
             river(TrainingSection(on_policy=OWN), LaunchOptions(2, ParallelStrategy.FSDP)),
             RecipeError,
-            "cannot answer for itself",
+            "cannot generate answers",
         ),
         (
             river(TrainingSection(on_policy=OWN), LaunchOptions(2), teachers=(NEAR, FAR)),

@@ -80,21 +80,21 @@ def test_the_mixed_recipe_runs_and_every_teacher_is_kept_for_what_it_gives(tmp_p
     }
     taught = {
         row["teacher"]: row
-        for row in json.loads((run / "train" / "feed.json").read_text())["taught"]
+        for row in json.loads((run / "train" / "dataset.json").read_text())["supervision"]
     }
     assert taught["gemma-far"]["event"] > 0.5
-    assert taught["gemma-far"]["mass_kept"] > 0
+    assert taught["gemma-far"]["mass_retained"] > 0
     assert (
         taught["oss-words"]["text"],
         taught["oss-words"]["event"],
-        taught["oss-words"]["mass_kept"],
+        taught["oss-words"]["mass_retained"],
     ) == (1.0, 0.0, None)
     cast = json.loads((run / "audition" / "cast.json").read_text())
-    assert {s["speaker"] for s in cast["scores"]} == {"qwen-sapling", "gemma-far", "oss-words"}
+    assert {s["model_name"] for s in cast["scores"]} == {"qwen-sapling", "gemma-far", "oss-words"}
     evaluated = json.loads((run / "evaluate" / "evaluation.json").read_text())
     assert evaluated["teachers"] == ["qwen-sapling", "gemma-far", "oss-words"]
-    assert evaluated["yardsticks"] == ["yard"]
-    assert {s["speaker"] for s in evaluated["scores"]} >= {"yard", "student", "base"}
+    assert evaluated["reference_models"] == ["yard"]
+    assert {s["model_name"] for s in evaluated["scores"]} >= {"yard", "student", "base"}
     assert [
         bool(evaluated["bits_per_byte"][n])
         for n in ("qwen-sapling", "gemma-far", "oss-words", "yard")
@@ -186,7 +186,7 @@ def test_a_key_is_never_in_a_recipe_and_must_be_set(
     monkeypatch.setenv("FAR_KEY", "sk-other")
     assert load_recipe(mixed(tmp_path), ["teachers.1.endpoint.key_env=FAR_KEY"]).hash == recipe.hash
     monkeypatch.delenv("FAR_KEY")
-    with pytest.raises(MissingRequirementError, match="FAR_KEY holds no key") as caught:
+    with pytest.raises(MissingRequirementError, match="FAR_KEY is not set") as caught:
         open_remote_engine(recipe.teachers[1], None, tmp_path / "kept.json")  # type: ignore[arg-type]
     assert caught.value.exit_code == 7
     assert endpoint_identity(recipe.teachers[0]) == []
@@ -199,7 +199,7 @@ def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(
     monkeypatch.setenv("FAR_KEY", key)
     recipe = load_recipe(mixed(tmp_path), ["teachers.1.endpoint.key_env=FAR_KEY"])
     with pytest.raises(
-        MissingRequirementError, match="FAR_KEY holds what no header can carry"
+        MissingRequirementError, match="FAR_KEY contains characters that an HTTP header cannot carry"
     ) as caught:
         open_remote_engine(recipe.teachers[1], None, tmp_path / "kept.json")  # type: ignore[arg-type]
     assert "bc" not in str(caught.value)
@@ -214,15 +214,15 @@ def test_the_first_handshake_is_who_answers_also_in_the_next_run(tmp_path: Path)
         json.dumps(told | {"logs": [x - 0.01 for x in told["logs"]]})
     )  # as another batch would have had it
     two, three = river(tmp_path), river(tmp_path)
-    moved = two.evaluated_model("gemma-far", 4, (), lambda name: two.load_teacher(name, 4))
+    moved = two.models.evaluated_model("gemma-far", 4, (), lambda name: two.models.load_teacher(name, 4))
     assert moved.identity != first.identity
     assert (
         moved.identity
-        == three.evaluated_model(
-            "gemma-far", 4, (), lambda name: three.load_teacher(name, 4)
+        == three.models.evaluated_model(
+            "gemma-far", 4, (), lambda name: three.models.load_teacher(name, 4)
         ).identity
     )
-    assert two.remote_engines["gemma-far"].first[0].to_json() == json.loads(kept.read_text())
+    assert two.models.remote_engines["gemma-far"].first[0].to_json() == json.loads(kept.read_text())
 
 
 def test_a_chat_route_without_dial_has_one_effort(tmp_path: Path) -> None:
@@ -247,10 +247,10 @@ def test_a_chat_route_without_dial_has_one_effort(tmp_path: Path) -> None:
         with (
             nullcontext()
             if dial == "true"
-            else pytest.raises(RecipeError, match="no teacher of reasoning knows it") as caught
+            else pytest.raises(RecipeError, match="no teacher of reasoning supports it") as caught
         ):
             refuse_unsupported_efforts(one)
-    assert "oss-words knows none" in str(caught.value)
+    assert "oss-words supports none" in str(caught.value)
     assert "yard knows" not in str(caught.value)  # it teaches nobody
 
 
@@ -331,5 +331,5 @@ def test_defaults_hang_on_the_protocol() -> None:
     )
     assert one is not None
     assert other is not None
-    assert (one.top, one.dial, other.top, other.dial) == (None, False, 20, None)
+    assert (one.top_logprobs, one.send_effort, other.top_logprobs, other.send_effort) == (None, False, 20, None)
     assert TeacherSection(model="a/b").generation == GenerationSection()

@@ -17,8 +17,8 @@ import pytest
 from persea.chat.messages import ThinkingEffort
 from persea.config.recipe import load_recipe
 from persea.errors import DataError, RecipeError, TeacherError
-from persea.pipeline.plan import plan_run
 from persea.pipeline.model_refs import BASE, STUDENT, has_effort
+from persea.pipeline.plan import plan_run
 from persea.pipeline.preflight import refuse_unsupported_efforts
 from persea.pipeline.run_context import RunContext
 from persea.pipeline.stages import STAGES as STREAM
@@ -434,10 +434,10 @@ def test_nothing_of_a_published_set_is_taught_asked_or_not(tmp_path: Path) -> No
     [
         (
             {"benchmark": "gsm9k", "file": "gsm.jsonl"},
-            "evaluation.benchmarks: unknown set 'gsm9k' -> known sets: translation, xcopa",
+            "evaluation.benchmarks: unknown benchmark 'gsm9k' -> known benchmarks: translation, xcopa",
         ),
-        ({"benchmark": "mgsm", "file": "gsm.jsonl"}, "the set mgsm does not say its language"),
-        ({"benchmark": "gsm8k", "file": "none.jsonl"}, "cannot read the set"),
+        ({"benchmark": "mgsm", "file": "gsm.jsonl"}, "the benchmark mgsm has no language of its own"),
+        ({"benchmark": "gsm8k", "file": "none.jsonl"}, "cannot read the benchmark"),
         ({"benchmark": "bfcl", "file": "gsm.jsonl"}, "no file of possible answers"),
     ],
 )
@@ -464,7 +464,7 @@ def test_a_yardstick_of_words_alone_that_would_have_to_choose_is_refused_before_
     sets = [{"benchmark": "xcopa", "file": str(tmp_path / "x.jsonl"), "language": "id"}]
     one = river(tmp_path, teachers=[*TINY["teachers"], words], evaluation={"benchmarks": sets})
     for start in (lambda: run_pipeline(one, lambda *_: None), lambda: plan_run(one)):
-        with pytest.raises(TeacherError, match="w: tells words alone, and xcopa asks which"):
+        with pytest.raises(TeacherError, match="w: its engine returns no log-probabilities, and xcopa compares"):
             start()
     assert not one.folder.exists()
 

@@ -14,9 +14,9 @@ from persea.config.schema import (
     TrainingSection,
 )
 from persea.pipeline import stage_keys as inputs
-from persea.storage import digest_json
 from persea.pipeline.stages import STAGES
 from persea.pipeline.status import STAGE_NAMES
+from persea.storage import digest_json
 
 
 def river(

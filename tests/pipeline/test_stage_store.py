@@ -14,8 +14,8 @@ import pytest
 from persea import storage
 from persea.errors import RefusedError
 from persea.pipeline import stage_keys
-from persea.pipeline.status import read_status
 from persea.pipeline.stage_store import StageStore
+from persea.pipeline.status import read_status
 from tests.cli.test_cli import STAGES, flowed_copy, persea, tree
 from tests.disks import Dying
 

@@ -32,7 +32,7 @@ FILES = {
     },
     "train": {
         "metrics.jsonl",
-        "feed.json",
+        "dataset.json",
         "student/model.safetensors",
         "student/config.json",
         "student/tokenizer.json",
@@ -185,7 +185,7 @@ def test_fine_tuning_on_the_text_alone_and_other_ways_to_compute_a_step(tmp_path
     ]
     assert [line["step"] for line in lines] == [1, 2]
     assert all(
-        line["terms"]["events"] == 0
+        line["terms"]["event_kl"] == 0
         and line["loss"] == pytest.approx(line["terms"]["cross_entropy"])
         for line in lines
     )
@@ -385,8 +385,8 @@ def test_wrong_answers_are_heard_and_not_taught(tmp_path: Path) -> None:
         folder=tmp_path,
     )
     assert ended.code == 0, ended.err
-    feed = json.loads((run / "train" / "feed.json").read_text())
-    assert sum(feed["lessons"].values()) == told["verified"]["right"]
+    feed = json.loads((run / "train" / "dataset.json").read_text())
+    assert sum(feed["examples"].values()) == told["verified"]["right"]
     ended = persea(
         "train", "tiny.yaml", "--out", "run", folder=tmp_path
     )  # another corpus of answers: not over this student
@@ -545,7 +545,7 @@ def test_a_student_learns_from_its_own_words_and_goes_on_where_it_was_stopped(
         json.loads(line)
         for line in (whole / "run" / "train" / "metrics.jsonl").read_text().splitlines()
     ]
-    assert [("reverse" in line["terms"], "events" in line["terms"]) for line in lines] == [
+    assert [("reverse_kl" in line["terms"], "event_kl" in line["terms"]) for line in lines] == [
         (False, True),
         (False, True),
         (True, False),

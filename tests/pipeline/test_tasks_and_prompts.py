@@ -159,7 +159,7 @@ def test_a_judge_grades_safety_sets_and_no_others(tmp_path: Path):
     with pytest.raises(TeacherError, match="j: 5 attempts failed -> look at the server"):
         gone.ask("?")
     kin = make_safety_judge("j", teachers, lambda name: "qwen", lambda name: Says("HELPS"))  # type: ignore[arg-type,return-value]
-    with pytest.raises(RefusedError, match="the judge is of the family of a"):
+    with pytest.raises(RefusedError, match="the judge belongs to the family of a"):
         load_benchmarks(refs, kin)
     assert [o.to_json()["questions"] for o in plain] == [300, 1]
 
