@@ -237,15 +237,12 @@ def test_a_captured_cache_trains_with_a_dataloader() -> None:
 def test_public_docstrings_have_an_example_that_runs(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each example runs in a folder that looks like the repository after a quickstart."""
+    """Each example runs in an empty folder that links the repository's data."""
     target = persea.Recipe.from_yaml if name == "Recipe" else public_object(name)
     doc = inspect.getdoc(target) or ""
     assert "Example" in doc and ">>>" in doc, f"persea.{name} shows no example"
     for folder in ("saplings", "recipes", "tests"):
         (tmp_path / folder).symlink_to(ROOT / folder)
-    if "runs/quickstart" in doc:
-        (tmp_path / "runs").mkdir()
-        (tmp_path / "runs" / "quickstart").symlink_to(tiny_run().folder)
     monkeypatch.chdir(tmp_path)
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     names = vars(sys.modules[target.__module__]) | {"persea": persea}
