@@ -222,7 +222,7 @@ def test_the_first_handshake_is_who_answers_also_in_the_next_run(tmp_path: Path)
             "gemma-far", 4, (), lambda name: three.models.load_teacher(name, 4)
         ).identity
     )
-    assert two.models.remote_engines["gemma-far"].first[0].to_json() == json.loads(kept.read_text())
+    assert two.models.remote_engines["gemma-far"].fingerprints[0].to_json() == json.loads(kept.read_text())
 
 
 def test_a_chat_route_without_dial_has_one_effort(tmp_path: Path) -> None:
