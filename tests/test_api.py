@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,89 @@ LOSSES = ("CrossEntropy", "EventDivergence", "EventKL", "SpanLikelihood")
 
 # A change of a public signature is a decision: it goes here and into CHANGELOG.md.
 # Of Recipe, whose fields are in its own schema, it is that of from_yaml.
-SIGNATURES: dict[str, str] = {}
+SIGNATURES: dict[str, str] = {
+    "ChatRenderer": (
+        "(family: 'Family', vocabulary: 'Vocabulary', template: 'ChatTemplate', "
+        "template_text: 'str', template_date: 'date' = Ellipsis, special_tokens: "
+        "'Mapping[str, str]' = Ellipsis) -> None"
+    ),
+    "Conversation": (
+        "(messages: 'tuple[Message, ...]', effort: 'ThinkingEffort' = <ThinkingEffort.NONE: "
+        "'none'>, tools: 'tuple[Tool, ...]' = Ellipsis) -> None"
+    ),
+    "DistillDataset": (
+        "(cache: 'AnswerSource | Sequence[CachedAnswer] | Sequence[tuple[AnswerSource, "
+        "float]]', *, student: 'ChatRenderer', teachers: 'Mapping[str, ChatRenderer] | None' "
+        "= None, event_maps: 'Mapping[str, EventMap] | None' = None, batch_size: 'int' = 16, "
+        "seed: 'int' = 0, max_tokens: 'int' = 512, partial_tokens: 'bool' = False) -> 'None'"
+    ),
+    "DistillResult": "(folder: 'Path') -> None",
+    "EventMap": (
+        "(teacher_event_W: 'npt.NDArray[np.int32]', student_event_V: 'npt.NDArray[np.int32]', "
+        "num_events: 'int', digest: 'str', teacher_mask: 'BoundaryMask | None' = None, "
+        "student_mask: 'BoundaryMask | None' = None) -> None"
+    ),
+    "Recipe": "(path: 'str | Path', overrides: 'Sequence[str]' = Ellipsis) -> 'Recipe'",
+    "align": "(student: 'RenderedTokens', teacher: 'RenderedTokens') -> 'Alignment'",
+    "audition": (
+        "(teachers: 'Sequence[Teacher | str]', tasks: 'Sequence[Task | str]' = Ellipsis, *, "
+        "items: 'int' = 100, max_new_tokens: 'int' = 64, batch_size: 'int' = 64, seed: 'int' "
+        "= 0, min_score: 'float' = 0.05, pinned: 'Mapping[str, str] | None' = None, settings: "
+        "'RaceSettings' = Ellipsis, progress: 'Callable[[float, str], None]' = Ellipsis) -> "
+        "'Cast'"
+    ),
+    "check": (
+        "(teacher: 'ChatRenderer | str', student: 'ChatRenderer | str', *, tasks: "
+        "'Sequence[Task | str]' = Ellipsis, texts: 'Mapping[str, str] | None' = None, "
+        "load_weights: 'bool' = False, items: 'int' = 64, max_lines: 'int' = 200, batch_size: "
+        "'int' = 64, seed: 'int' = 0, min_boundary_share: 'float' = 0.3, "
+        "max_event_disagreement: 'float' = 0.1, max_template_excess: 'float' = 0.25, "
+        "min_counted_probability: 'float' = 0.001) -> 'CompatibilityResult'"
+    ),
+    "distill": (
+        "(recipe: 'Recipe | str | Path', out: 'str | Path | None' = None, *, overrides: "
+        "'Sequence[str]' = Ellipsis, num_processes: 'int' = 1, parallel: 'ParallelStrategy' = "
+        "<ParallelStrategy.DDP: 'ddp'>, resume: 'str' = 'auto', progress: 'Callable[[str, "
+        "float, str], None] | None' = None) -> 'DistillResult'"
+    ),
+    "evaluate": (
+        "(models: 'Sequence[Teacher | str]', tasks: 'Sequence[Task | str]' = Ellipsis, *, "
+        "items: 'int' = 200, max_new_tokens: 'int' = 64, batch_size: 'int' = 64, seed: 'int' "
+        "= 0, progress: 'Callable[[float, str], None]' = Ellipsis) -> 'Evaluation'"
+    ),
+    "event_map": "(*, teacher: 'ChatRenderer', student: 'ChatRenderer') -> 'EventMap'",
+    "load_renderer": (
+        "(source: 'ModelSource | str', where: 'str' = '', template_date: 'date' = Ellipsis) "
+        "-> 'ChatRenderer'"
+    ),
+    "open_cache": "(folder: 'str | Path', teacher: 'str' = '') -> 'CacheReader'",
+    "losses.CrossEntropy": "(*args: Any, **kwargs: Any) -> None",
+    "losses.EventDivergence": (
+        "(event_map: 'EventMap | None' = None, divergence: 'Divergence' = "
+        "<Divergence.FORWARD: 'forward'>) -> 'None'"
+    ),
+    "losses.EventKL": (
+        "(event_map: 'EventMap | None' = None, event_weight: 'float' = 0.7) -> 'None'"
+    ),
+    "losses.SpanLikelihood": "(*args: Any, **kwargs: Any) -> None",
+}
 
 
 def public_object(name: str) -> Any:
     """Return a public callable by its dotted name below persea."""
     package, _, loss = name.rpartition(".")
     return getattr(persea.losses, loss) if package else getattr(persea, name)
+
+
+def signature_of(target: Any) -> str:
+    """Return a signature as text, with `...` for defaults whose repr has an address."""
+    found = inspect.signature(target)
+    plain = (int, float, str, Enum, type(None), type(inspect.Parameter.empty))
+    parameters = [
+        p if isinstance(p.default, plain) or p.default is p.empty else p.replace(default=...)
+        for p in found.parameters.values()
+    ]
+    return str(found.replace(parameters=parameters))
 
 
 def in_new_process(code: str) -> str:
@@ -102,7 +179,7 @@ def test_the_package_is_typed_and_its_docstring_is_short() -> None:
 @pytest.mark.parametrize("name", [*CALLABLES, *(f"losses.{name}" for name in LOSSES)])
 def test_public_signatures_are_pinned(name: str) -> None:
     target = persea.Recipe.from_yaml if name == "Recipe" else public_object(name)
-    assert str(inspect.signature(target)) == SIGNATURES.get(name)
+    assert signature_of(target) == SIGNATURES.get(name)
 
 
 # --- a tiny run, and the API on its results ---
@@ -115,10 +192,11 @@ def tiny_run() -> persea.DistillResult:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = folder / "tiny.yaml"
     path.write_text(json.dumps(TINY))  # JSON is YAML
-    recipe = persea.Recipe.from_yaml(path, overrides=["seed=1"])
+    recipe = persea.Recipe.from_yaml(path, overrides=["audition.items=4", "evaluation.items=4"])
     return persea.distill(recipe, out=folder / "run", progress=lambda *_: None)
 
 
+@pytest.mark.timeout(600)
 def test_distill_returns_student_report_and_evaluation() -> None:
     run = tiny_run()
     assert (run.student / "model.safetensors").is_file()
@@ -126,6 +204,7 @@ def test_distill_returns_student_report_and_evaluation() -> None:
     assert run.report and run.evaluation
 
 
+@pytest.mark.timeout(600)
 def test_a_captured_cache_trains_with_a_dataloader() -> None:
     """Cache, dataset, torch DataLoader, loss: metrics are tensors, and the gradient is finite."""
     run, saplings = tiny_run(), ROOT / "saplings"
@@ -158,15 +237,12 @@ def test_a_captured_cache_trains_with_a_dataloader() -> None:
 def test_public_docstrings_have_an_example_that_runs(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each example runs in a folder that looks like the repository after a quickstart."""
+    """Each example runs in an empty folder that links the repository's data."""
     target = persea.Recipe.from_yaml if name == "Recipe" else public_object(name)
     doc = inspect.getdoc(target) or ""
     assert "Example" in doc and ">>>" in doc, f"persea.{name} shows no example"
     for folder in ("saplings", "recipes", "tests"):
         (tmp_path / folder).symlink_to(ROOT / folder)
-    if "runs/" in doc:
-        (tmp_path / "runs").mkdir()
-        (tmp_path / "runs" / "quickstart").symlink_to(tiny_run().folder)
     monkeypatch.chdir(tmp_path)
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     names = vars(sys.modules[target.__module__]) | {"persea": persea}

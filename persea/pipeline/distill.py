@@ -21,6 +21,12 @@ class DistillResult:
 
     Attributes:
         folder: The run folder.
+
+    Example:
+        >>> from pathlib import Path
+        >>> run = DistillResult(Path("runs/avocado"))
+        >>> str(run.student)
+        'runs/avocado/train/student'
     """
 
     folder: Path

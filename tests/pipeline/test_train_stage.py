@@ -348,7 +348,7 @@ def test_a_finished_training_is_trained_anew_where_that_is_asked_for(tmp_path: P
     )  # another recipe's too
     assert [line["step"] for line in lines(tmp_path)] == [2] and student.read_bytes() != before
     with pytest.raises(
-        RefusedError, match="a student of another recipe, base or capture stands here"
+        RefusedError, match="the folder holds a finished student of another recipe, base or capture"
     ):
         run_pipeline(river(tmp_path, LaunchOptions()), lambda *told: None, "train")
 

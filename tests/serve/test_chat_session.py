@@ -304,7 +304,7 @@ def test_what_cannot_be_said_is_told_and_forgotten():
     assert screen.ends == ["cut after 4 tokens"]
     assert one.messages[-1].text == "".join(screen.said) != ""
     screen, one = talked("gemma-sapling", question(), "/reset", context=10)
-    assert "positions for 10: /reset" in screen.notes[0]
+    assert "10 positions: /reset" in screen.notes[0]
     screen, _ = talked(
         "gemma-sapling",
         question(),

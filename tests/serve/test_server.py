@@ -303,7 +303,7 @@ def test_messages_become_a_conversation() -> None:
             {"model": "m", "messages": messages[:2], "reasoning_effort": "high"}
         ).to_conversation(opened("gemma-sapling")[0].family)
     for broken, why in (
-        ([{"role": "tool", "tool_call_id": "9", "content": "x"}], "result of no call"),
+        ([{"role": "tool", "tool_call_id": "9", "content": "x"}], "a tool result without a call"),
         ([{"role": "user", "content": "x", "reasoning_content": "y"}], "only the assistant"),
         ([{"role": "assistant", "content": "x"}], "assistant's own"),
     ):
