@@ -1,4 +1,6 @@
-"""The river on the real vocabularies of four families, with prompts of fifteen languages, sums, code and safety."""
+"""The river on the real vocabularies of four families, with prompts of fifteen languages, sums,
+code and safety.
+"""
 
 from __future__ import annotations
 
@@ -129,7 +131,8 @@ def test_the_river_flows_through_four_real_vocabularies(
     assert len({p["language"] for p in pairs if p["skill"] == "texts"}) == 17
     assert all(p["disagreement"] < 0.1 for p in pairs), "four lines a language are few"
 
-    # every prompt was answered by the teacher of its skill, with rows over that teacher's own vocabulary
+    # every prompt was answered by the teacher of its skill, with rows over that teacher's own
+    # vocabulary
     captured = [
         c
         for unit in river.capture_units

@@ -55,7 +55,8 @@ def test_it_goes_through_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert now.seconds_left is not None
         assert 0 < now.seconds_left < 20
         store.write_json_with_checksum(
-            tmp_path / "train" / "done.json", {"key": "k", "version": STAGE_VERSIONS["train"], "seconds": 12.5, "outputs": {}}
+            tmp_path / "train" / "done.json",
+            {"key": "k", "version": STAGE_VERSIONS["train"], "seconds": 12.5, "outputs": {}},
         )
         tell("train", 1.0, "13 s")
     assert len(heard) == 4
@@ -111,8 +112,10 @@ def test_what_ended_it_is_kept(
 
 def test_a_killed_run_is_dead_by_its_files_alone(tmp_path: Path) -> None:
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom persea import storage as store\nfrom persea.pipeline.status import record_status\n"
-        "with store.lock_run_folder(Path('run')), record_status(Path('run'), 'x', lambda *a: None) as tell:\n"
+        "import sys, time\nfrom pathlib import Path\nfrom persea import storage as store\n"
+        "from persea.pipeline.status import record_status\n"
+        "with store.lock_run_folder(Path('run')), record_status(Path('run'), 'x', lambda *a: "
+        "None) as tell:\n"
         "    tell('train', 0.0, '')\n    print('on', flush=True)\n    time.sleep(60)"
     )
     with subprocess.Popen(
@@ -125,7 +128,8 @@ def test_a_killed_run_is_dead_by_its_files_alone(tmp_path: Path) -> None:
     dead = read_status(tmp_path / "run")
     assert (alive.state, dead.state, dead.lock_holder) == (RunState.RUNNING, RunState.DIED, "")
     assert dead.error.startswith(
-        f"the run ended without recording why (killed, out of memory, or a power loss): pid {run.pid} on "
+        "the run ended without recording why (killed, out of memory, or a power loss): "
+        f"pid {run.pid} on "
     )
     assert said(tmp_path / "run")["state"] == "running"  # the last recorded state
     (tmp_path / "run" / ".status.json.1.tmp").write_text("what a killed writer leaves")
@@ -156,7 +160,8 @@ def test_no_run_and_a_broken_status_are_refused(tmp_path: Path) -> None:
     for text in ("{", "[1]", '{"state": "x"}', '{"state": "done", "fraction_done": "much"}'):
         (tmp_path / "status.json").write_text(text)
         with pytest.raises(
-            DataError, match=r"status\.json: not a status file: .* -> delete it; the next run writes it anew"
+            DataError,
+            match=r"status\.json: not a status file: .* -> delete it; the next run writes it anew",
         ):
             read_status(tmp_path)
 
