@@ -455,7 +455,7 @@ BAD: dict[str, tuple[Callable[[Path], list[object]], int, str]] = {
     "no checkpoint": (
         lambda f: ["run", recipe(f), "--resume", "step-7"],
         3,
-        r"step-7: no checkpoint is there -> name a checkpoints/.*",
+        r"step-7: no checkpoint found -> name a checkpoints/.*",
     ),
     "unknown recipe": (
         lambda f: ["recipes", "show", "avocados"],
@@ -496,7 +496,7 @@ BAD: dict[str, tuple[Callable[[Path], list[object]], int, str]] = {
     "broken line": (
         lambda f: prompts(f, '{"prompt": "thr'),
         3,
-        r".*p\.jsonl:3: not JSON: .* -> .*mend or delete the line",
+        r".*p\.jsonl:3: not JSON: .* -> .*correct or delete the line",
     ),
     "a line of another skill": (
         lambda f: prompts(f, '{"prompt": "x", "skill": "poetry"}'),
@@ -515,7 +515,7 @@ BAD: dict[str, tuple[Callable[[Path], list[object]], int, str]] = {
         ],
         2,
         (
-            r".*tiny\.yaml: evaluation\.benchmarks\.0\.benchmark: unknown set 'gsm8' -> did you "
+            r".*tiny\.yaml: evaluation\.benchmarks\.0\.benchmark: unknown benchmark 'gsm8' -> did you "
             r"mean 'gsm8k'\?"
         ),
     ),
