@@ -515,8 +515,8 @@ BAD: dict[str, tuple[Callable[[Path], list[object]], int, str]] = {
         ],
         2,
         (
-            r".*tiny\.yaml: evaluation\.benchmarks\.0\.benchmark: unknown benchmark 'gsm8' -> did you "
-            r"mean 'gsm8k'\?"
+            r".*tiny\.yaml: evaluation\.benchmarks\.0\.benchmark: unknown benchmark 'gsm8' -> did "
+            r"you mean 'gsm8k'\?"
         ),
     ),
     "high floor": (
