@@ -83,7 +83,7 @@ def grown(folder: Path, names: list[list[str]], draws: int, sizes: Any) -> None:
     )
     for number in range(draws):
         feed.example(number)
-    sizes.verbalize(resident() - before)
+    sizes.put(resident() - before)
 
 
 def feed(each: int = 1000, times: int = 5) -> dict[str, Any]:
