@@ -73,8 +73,8 @@ class Family:
         random_config: (settings common to all architectures, sizes) -> configuration of a small
             model of the family's architecture, for random initialisation; None where none is
             defined.
-        limitations: What persea does not know about this family, for people; "" for a family
-            written by hand.
+        limitations: Facts about this family that persea does not know, for people; "" for a
+            family written by hand.
     """
 
     name: str

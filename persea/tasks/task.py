@@ -29,7 +29,7 @@ from persea.tasks.intervals import (
 # Fixed for ever: another bound would put test items into the text that the saplings were trained
 # on.
 PRETRAIN_BELOW, TRAIN_BELOW, AUDITION_BELOW = 60, 86, 92
-MAX_REASON_CHARS = 300  # of a grader's exception, in the examples
+MAX_GRADER_ERROR_CHARS = 300  # of a grader's exception, in the examples
 
 
 class Split(StrEnum):
@@ -283,7 +283,7 @@ def _grade_one(task: Task, item: TaskItem, answer: Message) -> Grade:
         raise  # the grader's resources are gone, which is no fault of the answer
     except Exception as error:
         return Grade(
-            Verdict.GRADER_ERROR, 0.0, f"{type(error).__name__}: {error}"[:MAX_REASON_CHARS]
+            Verdict.GRADER_ERROR, 0.0, f"{type(error).__name__}: {error}"[:MAX_GRADER_ERROR_CHARS]
         )
 
 

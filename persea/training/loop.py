@@ -508,11 +508,11 @@ def _collect_signals() -> Iterator[list[int]]:
     """Collect SIGTERM and SIGINT, so that the state is saved between steps, never inside one."""
     received: list[int] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def record_signal(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
     try:
-        before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+        before = {s: signal.signal(s, record_signal) for s in (signal.SIGTERM, signal.SIGINT)}
     except ValueError:  # not the main thread (a notebook's worker), which may set no handlers
         before = {}
     try:
