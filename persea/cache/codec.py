@@ -1,6 +1,6 @@
 """Encode tokens and sparse distributions of a unit as entropy-coded streams, and decode them.
 
-Token ids are most of a cache's bytes (84 % in the best format so far). The columns avoid them:
+Token ids are most of a cache's bytes (84 % in the best format measured). The columns avoid them:
 - the target token, usually the largest entry of its distribution, costs no id;
 - tail entries cost no value, which is tau;
 - the number of tail entries follows from the mass of the head to within one;
@@ -496,4 +496,4 @@ def _check_round_trip(
             equal_nan=True,
         )
     ):
-        raise AssertionError("the decoded unit differs from what was encoded")
+        raise AssertionError("the decoded unit differs from the encoded one")

@@ -104,7 +104,7 @@ class ArrayColumns:
     coded_parts: list[tuple[str, IntArray]]
 
     def __call__(self, name: str, contexts: IntArray) -> IntArray:
-        """Return a known column, and record what each table codes."""
+        """Return a known column, and record the values that each table codes."""
         values = self.arrays[name]
         if len(values) != len(contexts):
             raise AssertionError(f"{name}: {len(values)} values for {len(contexts)} contexts")
@@ -199,7 +199,7 @@ def tables_to_bytes(tables: FrequencyTables, extra: IntArray) -> bytes:
 
 
 def tables_from_bytes(data: bytes) -> tuple[FrequencyTables, IntArray]:
-    """Read what `tables_to_bytes` wrote: the tables and the extra array."""
+    """Return the tables and the extra array that `tables_to_bytes` serialized."""
     plain = zlib.decompress(data)
     size = 8 + int.from_bytes(plain[:8], "little")
     head = json.loads(plain[8:size])

@@ -97,6 +97,11 @@ class Family:
     random_config: Callable[[dict[str, Any], Mapping[str, int]], PretrainedConfig] | None = None
     limitations: str = ""
 
+    @property
+    def lowest_effort(self) -> ThinkingEffort:
+        """The lowest effort that the template can distinguish; gpt-oss has no NONE."""
+        return next(e for e in ThinkingEffort if e in self.efforts)
+
 
 def edit_texts(
     conversation: Conversation, edit: Callable[[int, Message, ContentPart], str]

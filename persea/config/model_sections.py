@@ -81,7 +81,7 @@ class ModelRef(RecipeSection):
                 self.model == TEXT_ONLY_MODEL
                 and bool(self.tokenizer or self.revision or self.family or self.sizes),
                 ("model",),
-                "text_only, and a tokenizer, revision, family or sizes beside it",
+                "text_only, together with a tokenizer, revision, family or sizes",
                 "delete them, or name the model they belong to",
             ),
             (

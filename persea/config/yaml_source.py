@@ -97,7 +97,8 @@ class YamlSource:
         dotted = ".".join(k if isinstance(k, str) and k.isprintable() else repr(k) for k in path)
         where = self.locations[self.nearest_key(path)]
         self.problems.setdefault(
-            path, RecipeError(f"{dotted}: {message}" if path else message, where=where, remedy=remedy)
+            path,
+            RecipeError(f"{dotted}: {message}" if path else message, where=where, remedy=remedy),
         )
 
 

@@ -1,8 +1,7 @@
 """Racing: rank teachers on a task with as few items as possible.
 
 Teachers answer in rounds of a few items. A teacher that is worse than another with confidence is
-eliminated; a race ends
-when one teacher is left or the items are used up.
+eliminated; a race ends when one teacher is left or the items are used up.
 """
 
 from __future__ import annotations

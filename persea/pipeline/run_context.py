@@ -136,7 +136,7 @@ class RunContext:
             ]
         )
 
-    # --- the corpus and what is captured from it ---
+    # --- the corpus and its capture ---
 
     @cached_property
     def corpus(self) -> Corpus:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from persea import storage as store
+from persea import storage
 from persea.config.schema import LossBalancing, LRSchedule, TrainingSection
 from persea.errors import RefusedError, RunInterrupted
 from persea.training import checkpoint as checkpoints
@@ -461,7 +461,7 @@ def _record_skipped_step(
             ),
         )
     if not world.rank:
-        store.write_json_lines(
+        storage.write_json_lines(
             folder / "metrics.jsonl",
             (*state.log_history, {"step": state.step, "skipped": list(state.skipped_steps)}),
         )

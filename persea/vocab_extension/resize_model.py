@@ -44,12 +44,12 @@ from persea.vocab_extension.learn_merges import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ProgressCallback = Callable[[str, float, str], None]  # stage, fraction done, message
+ExtensionProgressCallback = Callable[[str, float, str], None]  # stage, fraction done, message
 
 
 @dataclass(frozen=True)
 class VocabExtension:
-    """A tokenizer with more tokens, and what its model needs for them.
+    """A tokenizer with more tokens, and the data that its model needs for them.
 
     Attributes:
         model: Name of the model's folder or repository.
@@ -262,7 +262,10 @@ def load_in_stored_dtype(source: ModelSource, where: str) -> PreTrainedModel:
 
 
 def extend_vocabulary(
-    source: ModelSource, file_specs: Sequence[str], num_tokens: int, progress: ProgressCallback
+    source: ModelSource,
+    file_specs: Sequence[str],
+    num_tokens: int,
+    progress: ExtensionProgressCallback,
 ) -> VocabExtension:
     """Learn new tokens for a model from text files. Writes nothing and reads no weights.
 
@@ -328,7 +331,7 @@ def extend_vocabulary(
 
 
 def write_extended_model(
-    extension: VocabExtension, out_folder: Path, progress: ProgressCallback
+    extension: VocabExtension, out_folder: Path, progress: ExtensionProgressCallback
 ) -> None:
     """Write the extended model as a Hugging Face folder.
 
@@ -377,7 +380,7 @@ def write_extended_model(
             != extension.tokenizer_spec["model"]
         ):
             raise RefusedError(
-                "its tokenizer, read back, differs from what was written",
+                "its tokenizer, read back, differs from the written one",
                 where=where,
                 remedy="extend a student of another family",
             )

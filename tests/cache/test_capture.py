@@ -514,7 +514,9 @@ def test_an_answer_that_comes_in_pieces_gives_the_same_unit(
     sizes: list[int] = []
 
     class Cut(Counting):
-        def iter_logprobs(self, sequences: Sequence[np.ndarray], learn: Sequence[np.ndarray]) -> object:
+        def iter_logprobs(
+            self, sequences: Sequence[np.ndarray], learn: Sequence[np.ndarray]
+        ) -> object:
             for k, some in self.real.iter_logprobs(sequences, learn):
                 for piece in torch.split(some, 2):
                     sizes.append(len(piece))
@@ -536,7 +538,12 @@ def test_an_answer_that_comes_in_pieces_gives_the_same_unit(
 def test_given_answers_are_scored_and_not_asked(tmp_path: Path) -> None:
     planned = units(prompts(3), answers="given")
     counting = Counting(engine("qwen-sapling"))
-    ask(planned, tmp_path, Teacher("qwen-sapling", opened("qwen-sapling")[0], counting), use_given_answers=True)
+    ask(
+        planned,
+        tmp_path,
+        Teacher("qwen-sapling", opened("qwen-sapling")[0], counting),
+        use_given_answers=True,
+    )
     assert counting.asked == []
     captures = list(read(planned, tmp_path))
     assert [c.answer.text for c in captures] == [
@@ -620,14 +627,22 @@ def test_a_prompt_past_the_models_positions_is_not_asked_and_an_answer_past_them
         in record["quarantine"][0][1]
     )
     ask(
-        planned, tmp_path / "given", replace(speaker, max_context_tokens=max(whole) - 1), use_given_answers=True
+        planned,
+        tmp_path / "given",
+        replace(speaker, max_context_tokens=max(whole) - 1),
+        use_given_answers=True,
     )
     record = cache.read_record(tmp_path / "given", planned[0].name)
     assert (record["answers"], record["dropped"]) == (
         sum(n < max(whole) for n in whole),
         {"length": whole.count(max(whole))},
     )
-    ask(planned, tmp_path / "all", replace(speaker, max_context_tokens=max(whole)), use_given_answers=True)
+    ask(
+        planned,
+        tmp_path / "all",
+        replace(speaker, max_context_tokens=max(whole)),
+        use_given_answers=True,
+    )
     assert cache.read_record(tmp_path / "all", planned[0].name)["answers"] == 3
 
 

@@ -144,7 +144,10 @@ def test_what_is_missing_cut_double_or_never_committed_is_named(folder: Path) ->
     assert all(f.is_harmless for f in verify_cache(folder))
     again = cache.read_unit(folder, "unit2")
     cache.write_unit(folder, "unit3", again[3:5], {}, tau=TAU)
-    assert "commits/unit3.json: it holds an answer of teacher 2 id/3 that unit unit2 holds too" in told(folder)
+    assert (
+        "commits/unit3.json: it holds an answer of teacher 2 id/3 that unit unit2 holds too"
+        in told(folder)
+    )
 
 
 def test_a_record_that_counts_otherwise_than_its_unit_is_found(folder: Path) -> None:
@@ -273,12 +276,11 @@ def test_the_verbs_on_a_captured_run(tmp_path: Path) -> None:
     ended = persea("cache", "verify", "run", folder=tmp_path)
     assert ended.code == 3
     assert f"{lost.relative_to(tmp_path)}: " in ended.out
+    assert f"persea: run/capture: 1 of {said['units']} units or records are damaged" in ended.err
     assert (
-        f"persea: run/capture: 1 of {said['units']} units or records are damaged"
-        in ended.err
-    )
-    assert (
-        json.loads(persea("cache", "verify", "run", "--json", folder=tmp_path).out)[0]["is_harmless"]
+        json.loads(persea("cache", "verify", "run", "--json", folder=tmp_path).out)[0][
+            "is_harmless"
+        ]
         is False
     )
     assert persea("cache", "info", ".", folder=tmp_path).code == 3

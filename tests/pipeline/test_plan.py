@@ -72,7 +72,9 @@ def test_what_is_said_of_an_evaluation_afterwards_measures_nothing_again(tmp_pat
         "lm_eval.student=results.json",
     ):  # the lineage holds the recipe's hash
         assert states(tmp_path, f"evaluation.{change}") == but(lineage="to do", report="waits")
-    with pytest.raises(DataError, match=r"gone\.json: no such file -> run lm_eval on student first"):
+    with pytest.raises(
+        DataError, match=r"gone\.json: no such file -> run lm_eval on student first"
+    ):
         plan_run(river(tmp_path, "evaluation.lm_eval_results.student=gone.json"))
 
 

@@ -199,7 +199,8 @@ def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(
     monkeypatch.setenv("FAR_KEY", key)
     recipe = load_recipe(mixed(tmp_path), ["teachers.1.endpoint.key_env=FAR_KEY"])
     with pytest.raises(
-        MissingRequirementError, match="FAR_KEY contains characters that an HTTP header cannot carry"
+        MissingRequirementError,
+        match="FAR_KEY contains characters that an HTTP header cannot carry",
     ) as caught:
         open_remote_engine(recipe.teachers[1], None, tmp_path / "kept.json")  # type: ignore[arg-type]
     assert "bc" not in str(caught.value)
@@ -208,13 +209,17 @@ def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(
 def test_the_first_handshake_is_who_answers_also_in_the_next_run(tmp_path: Path) -> None:
     """A server's last digits move; what was heard of it stays heard."""
     kept, one = tmp_path / "run" / "endpoints" / "gemma-far.json", river(tmp_path)
-    first = one.models.evaluated_model("gemma-far", 4, (), lambda name: one.models.load_teacher(name, 4))
+    first = one.models.evaluated_model(
+        "gemma-far", 4, (), lambda name: one.models.load_teacher(name, 4)
+    )
     told = json.loads(kept.read_text())
     kept.write_text(
         json.dumps(told | {"logs": [x - 0.01 for x in told["logs"]]})
     )  # as another batch would have had it
     two, three = river(tmp_path), river(tmp_path)
-    moved = two.models.evaluated_model("gemma-far", 4, (), lambda name: two.models.load_teacher(name, 4))
+    moved = two.models.evaluated_model(
+        "gemma-far", 4, (), lambda name: two.models.load_teacher(name, 4)
+    )
     assert moved.identity != first.identity
     assert (
         moved.identity
@@ -229,7 +234,9 @@ def test_a_chat_route_without_dial_has_one_effort(tmp_path: Path) -> None:
     thinking, low = "student.thinking=true", "teachers.2.effort=low"
     for dial, known in (("true", {"none", "low", "medium", "high"}), ("false", {"none", "low"})):
         one = river(tmp_path, thinking, low, f"teachers.2.endpoint.send_effort={dial}")
-        assert {e.value for e in ThinkingEffort if one.models.can_answer_at("oss-words", e)} == known
+        assert {
+            e.value for e in ThinkingEffort if one.models.can_answer_at("oss-words", e)
+        } == known
         assert one.models.measured_efforts("oss-words", (ThinkingEffort.HIGH,)) == (
             (ThinkingEffort.LOW, ThinkingEffort.HIGH) if dial == "true" else (ThinkingEffort.LOW,)
         )
@@ -264,9 +271,13 @@ def test_weights_in_vllm_are_not_kept_after_their_stage(
     )
     one = river(tmp_path, "teachers.0.engine=vllm")
     assert (
-        one.models.load_teacher("qwen-sapling", 4).engine is not one.models.load_teacher("qwen-sapling", 4).engine
+        one.models.load_teacher("qwen-sapling", 4).engine
+        is not one.models.load_teacher("qwen-sapling", 4).engine
     )
-    assert one.models.load_teacher("gemma-far", 4).engine is one.models.load_teacher("gemma-far", 4).engine
+    assert (
+        one.models.load_teacher("gemma-far", 4).engine
+        is one.models.load_teacher("gemma-far", 4).engine
+    )
     assert (len(opened), list(one.models.remote_engines)) == (3, ["gemma-far"])
 
 
@@ -331,5 +342,10 @@ def test_defaults_hang_on_the_protocol() -> None:
     )
     assert one is not None
     assert other is not None
-    assert (one.top_logprobs, one.send_effort, other.top_logprobs, other.send_effort) == (None, False, 20, None)
+    assert (one.top_logprobs, one.send_effort, other.top_logprobs, other.send_effort) == (
+        None,
+        False,
+        20,
+        None,
+    )
     assert TeacherSection(model="a/b").generation == GenerationSection()

@@ -54,13 +54,16 @@ def test_a_teachers_identity_changes_with_its_effort_and_its_files_and_not_with_
         data = (moved / name).read_bytes()
         (moved / name).write_bytes(data + b" ")
         assert {
-            n for n in one if one[n] != river(tmp_path, teachers=teachers).models.teacher_identities[n]
+            n
+            for n in one
+            if one[n] != river(tmp_path, teachers=teachers).models.teacher_identities[n]
         } == {"qwen-sapling"}
         (moved / name).write_bytes(data)
     template = (moved / "chat_template.jinja").read_text()
     (moved / "chat_template.jinja").write_text(template + "{# another #}")
     assert (
-        river(tmp_path, teachers=teachers).models.teacher_identities["qwen-sapling"] != one["qwen-sapling"]
+        river(tmp_path, teachers=teachers).models.teacher_identities["qwen-sapling"]
+        != one["qwen-sapling"]
     )
 
 
@@ -74,7 +77,12 @@ def test_a_students_identity_changes_with_how_it_is_adapted(tmp_path: Path) -> N
         lora | {"lora": lora["lora"] | {"targets": ["v_proj"]}},
     ]
     assert (
-        len({river(tmp_path, student=TINY["student"] | shape).models.student_identity for shape in shapes})
+        len(
+            {
+                river(tmp_path, student=TINY["student"] | shape).models.student_identity
+                for shape in shapes
+            }
+        )
         == 5
     )
 
@@ -120,7 +128,9 @@ def test_a_broken_line_ends_the_run_unless_the_recipe_sets_it_aside(tmp_path: Pa
 def test_a_speaker_knows_how_far_its_positions_reach(tmp_path: Path) -> None:
     flowed_copy(tmp_path, "audition")
     one = river(tmp_path)
-    assert [one.models.load_teacher(name, 4).max_context_tokens for name in one.models.renderers] == [
+    assert [
+        one.models.load_teacher(name, 4).max_context_tokens for name in one.models.renderers
+    ] == [
         1024,
         1024,
         1024,
@@ -240,7 +250,13 @@ def test_modes_change_the_units_of_their_part_alone(tmp_path: Path) -> None:
             "the corpus asks for low effort, and no teacher of reasoning supports it: qwen-sapling supports none, high",
             "choose an effort",
         ),
-        ({}, {"high": 1.0}, "gemma-sapling", "the corpus asks for high effort, and no teacher", "choose an effort"),
+        (
+            {},
+            {"high": 1.0},
+            "gemma-sapling",
+            "the corpus asks for high effort, and no teacher",
+            "choose an effort",
+        ),
     ],
 )
 def test_a_mode_that_somebody_does_not_know_is_refused_before_anything_starts(
@@ -308,7 +324,9 @@ def test_a_teacher_that_is_sent_no_effort_is_measured_and_asked_at_its_own_alone
         return river(tmp_path, teachers=[*TINY["teachers"][:2], far])
 
     deaf, dialled = talks(), talks(send_effort=True)
-    assert deaf.models.measured_efforts("gpt-oss-sapling", tuple(ThinkingEffort)) == (ThinkingEffort.LOW,)
+    assert deaf.models.measured_efforts("gpt-oss-sapling", tuple(ThinkingEffort)) == (
+        ThinkingEffort.LOW,
+    )
     assert [e for e in ThinkingEffort if deaf.models.can_answer_at("gpt-oss-sapling", e)] == [
         ThinkingEffort.NONE,
         ThinkingEffort.LOW,
@@ -351,7 +369,9 @@ def test_the_student_speaks_with_its_new_weights_and_its_base_with_the_old(tmp_p
 def test_a_parent_has_the_licence_of_the_recipe_or_of_its_family(tmp_path: Path) -> None:
     teachers = [TINY["teachers"][0] | {"licence": "MIT"}, *TINY["teachers"][1:]]
     one = river(tmp_path, teachers=teachers)
-    qwen, gemma, base = (one.models.lineage_parent(n) for n in ("qwen-sapling", "gemma-sapling", BASE))
+    qwen, gemma, base = (
+        one.models.lineage_parent(n) for n in ("qwen-sapling", "gemma-sapling", BASE)
+    )
     assert (qwen.licence, qwen.family, qwen.model) == ("MIT", "qwen", "qwen-sapling")
     assert gemma.licence == one.models.renderers["gemma-sapling"].family.licence != ""
     assert base.model == "llama-sapling"
@@ -436,7 +456,10 @@ def test_nothing_of_a_published_set_is_taught_asked_or_not(tmp_path: Path) -> No
             {"benchmark": "gsm9k", "file": "gsm.jsonl"},
             "evaluation.benchmarks: unknown benchmark 'gsm9k' -> known benchmarks: translation, xcopa",
         ),
-        ({"benchmark": "mgsm", "file": "gsm.jsonl"}, "the benchmark mgsm has no language of its own"),
+        (
+            {"benchmark": "mgsm", "file": "gsm.jsonl"},
+            "the benchmark mgsm has no language of its own",
+        ),
         ({"benchmark": "gsm8k", "file": "none.jsonl"}, "cannot read the benchmark"),
         ({"benchmark": "bfcl", "file": "gsm.jsonl"}, "no file of possible answers"),
     ],
@@ -464,7 +487,9 @@ def test_a_yardstick_of_words_alone_that_would_have_to_choose_is_refused_before_
     sets = [{"benchmark": "xcopa", "file": str(tmp_path / "x.jsonl"), "language": "id"}]
     one = river(tmp_path, teachers=[*TINY["teachers"], words], evaluation={"benchmarks": sets})
     for start in (lambda: run_pipeline(one, lambda *_: None), lambda: plan_run(one)):
-        with pytest.raises(TeacherError, match="w: its engine returns no log-probabilities, and xcopa compares"):
+        with pytest.raises(
+            TeacherError, match="w: its engine returns no log-probabilities, and xcopa compares"
+        ):
             start()
     assert not one.folder.exists()
 
@@ -474,14 +499,13 @@ def test_a_set_too_small_for_a_split_is_told_at_the_start(tmp_path: Path) -> Non
         tmp_path, evaluation={"benchmarks": [{"benchmark": "gsm8k", "file": gsm(tmp_path, 1)}]}
     )
     with pytest.raises(
-        DataError, match=r"evaluation\.benchmarks: no question of gsm8k is left for the (audition|test) split"
+        DataError,
+        match=r"evaluation\.benchmarks: no question of gsm8k is left for the (audition|test) split",
     ):
         _ = one.items_digest(Split.AUDITION), one.items_digest(Split.TEST)
 
 
-def test_check_holds_one_teacher_in_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_check_holds_one_teacher_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = river(tmp_path)
     load, loaded = one.models.load_teacher, list[tuple[str, Any]]()
 

@@ -34,7 +34,10 @@ def river(
         seed=1,
         threads=1,
     )
-    done = {"train": {"outputs": {"student": "s"}}, "capture": {"outputs": {"rejected.json": wrong}}}
+    done = {
+        "train": {"outputs": {"student": "s"}},
+        "capture": {"outputs": {"rejected.json": wrong}},
+    }
     return SimpleNamespace(
         recipe=recipe,
         models=SimpleNamespace(student_identity="me", teacher_identities={"a": "b"}),

@@ -57,8 +57,7 @@ def current() -> dict[str, Any]:
     folder, ended = flowed()
     assert ended.code == 0, ended.err
     digests = {
-        stage: [STAGE_VERSIONS[stage], stage_digest(folder / "run", stage)]
-        for stage in STAGE_NAMES
+        stage: [STAGE_VERSIONS[stage], stage_digest(folder / "run", stage)] for stage in STAGE_NAMES
     }
     return {"torch": torch.__version__.partition("+")[0], "stages": digests}
 

@@ -225,8 +225,7 @@ def test_a_finished_student_is_never_overwritten_by_another_recipe(
     was = {"training.steps": "8", "training.learning_rate": "0.003"}[key]
     assert (
         f"the folder holds a finished student of another recipe, base or capture ({key}: {was} -> "
-        f"{float(value):g}) -> give this run another --out"
-        in ended.err
+        f"{float(value):g}) -> give this run another --out" in ended.err
     )
     assert ended.err.count("persea: ") == 1
     assert {n: d for n, d in tree(run).items() if n not in JOURNAL} == before  # recipe.yaml too
@@ -366,7 +365,8 @@ def test_wrong_answers_are_heard_and_not_taught(tmp_path: Path) -> None:
     assert ended.code == 0, ended.err
     assert {p.name: p.read_bytes() for p in (run / "capture" / "units").iterdir()} == units
     told, wrong = (
-        json.loads((run / "capture" / name).read_text()) for name in ("summary.json", "rejected.json")
+        json.loads((run / "capture" / name).read_text())
+        for name in ("summary.json", "rejected.json")
     )
     assert told["verified"] == {
         "right": told["kept"] - len(wrong),
@@ -484,8 +484,7 @@ def test_check_prints_a_table_a_teacher_and_what_its_template_is_worth(tmp_path:
         )
         assert (
             f"{name}: {one['template_bits_per_byte']:.2f} bits per byte with its own template, "
-            f"{one['bare_bits_per_byte']:.2f} without one"
-            in lines
+            f"{one['bare_bits_per_byte']:.2f} without one" in lines
         )
 
 

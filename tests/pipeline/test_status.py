@@ -55,7 +55,8 @@ def test_it_goes_through_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert now.seconds_left is not None
         assert 0 < now.seconds_left < 20
         store.write_json_with_checksum(
-            tmp_path / "train" / "done.json", {"key": "k", "version": STAGE_VERSIONS["train"], "seconds": 12.5, "outputs": {}}
+            tmp_path / "train" / "done.json",
+            {"key": "k", "version": STAGE_VERSIONS["train"], "seconds": 12.5, "outputs": {}},
         )
         tell("train", 1.0, "13 s")
     assert len(heard) == 4
@@ -156,7 +157,8 @@ def test_no_run_and_a_broken_status_are_refused(tmp_path: Path) -> None:
     for text in ("{", "[1]", '{"state": "x"}', '{"state": "done", "fraction_done": "much"}'):
         (tmp_path / "status.json").write_text(text)
         with pytest.raises(
-            DataError, match=r"status\.json: not a status file: .* -> delete it; the next run writes it anew"
+            DataError,
+            match=r"status\.json: not a status file: .* -> delete it; the next run writes it anew",
         ):
             read_status(tmp_path)
 

@@ -108,9 +108,7 @@ def test_samples_are_reference_answers_where_there_are_some(tmp_path: Path):
         ),
     )
     found = make_check_samples([(s, s.items(Split.TEST, 999, 0)) for s in skills], {}, 10)
-    assert [(s.skill, s.language, len(s.conversations)) for s in found] == [
-        ("gsm8k", "en", 64)
-    ]
+    assert [(s.skill, s.language, len(s.conversations)) for s in found] == [("gsm8k", "en", 64)]
     (tmp_path / "vi.txt").write_text("Một dòng.\n")
     assert [s.language for s in make_check_samples([], {"vi": str(tmp_path / "vi.txt")}, 10)] == [
         "vi"

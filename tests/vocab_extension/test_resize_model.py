@@ -389,7 +389,12 @@ def test_the_verb_tells_what_it_does_and_a_recipe_names_what_it_wrote(
     assert not list(tmp_path.iterdir()) and "learn 100% 40 tokens" in dry.err
     ended = run("--tokens", 40, "--out", "student", "--json")
     told = json.loads(ended.out)
-    assert ended.code == 0 and (told["tokens"], told["num_requested"], told["out"], told["rows_after"]) == (
+    assert ended.code == 0 and (
+        told["tokens"],
+        told["num_requested"],
+        told["out"],
+        told["rows_after"],
+    ) == (
         40,
         40,
         "student",

@@ -139,7 +139,7 @@ def template_inputs_gemma4(
     for k, m in enumerate(conversation.messages):
         if m.calls and m.text:
             raise DataError(
-                f"message {k} has text beside its tool calls",
+                f"message {k} has text and tool calls",
                 where="gemma-4",
                 remedy="the template writes the text after the results; leave the conversation out",
             )

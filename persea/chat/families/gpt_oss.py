@@ -77,10 +77,9 @@ def template_inputs(conversation: Conversation) -> tuple[list[dict[str, Any]], d
     for k, m in enumerate(conversation.messages):
         if len(m.calls) > 1 or (m.calls and m.text):
             raise DataError(
-                f"message {k} has {len(m.calls)} tool calls"
-                + (" and text beside them" if m.text else ""),
+                f"message {k} has {len(m.calls)} tool calls" + (" and text" if m.text else ""),
                 where="gpt-oss",
-                remedy="the template writes one call a turn and nothing beside it; "
+                remedy="the template writes one call a turn and no text; "
                 "leave the conversation out",
             )
         last_call = m.calls[0].name if m.calls else last_call

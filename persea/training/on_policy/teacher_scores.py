@@ -47,6 +47,7 @@ from persea.teachers.engines import EngineFailure
 from persea.teachers.engines.transformers import TransformersEngine
 from persea.teachers.teacher import Teacher
 from persea.tokenization.tokens import RenderedTokens
+from persea.training.example import supervised_index
 from persea.training.lm_head import find_logit_scaling, hidden_states
 from persea.training.on_policy.candidates import (
     MAX_LOGIT_ELEMENTS,
@@ -61,7 +62,6 @@ from persea.training.on_policy.span_scores import (
     AlignedAnswer,
     TeacherSpanScores,
     build_span_targets,
-    supervised_index,
     to_impossible_tokens,
 )
 
