@@ -308,8 +308,8 @@ def score_results(
     Returns:
         The score; value 0 and interval [0, 1] if no item is left.
     """
-    mine = [r for r in results if not language or r.item.prompt.language == language]
-    values = [r.value for r in mine]
+    selected = [r for r in results if not language or r.item.prompt.language == language]
+    values = [r.value for r in selected]
     low, high = mean_interval(values, confidence)
     return Score(
         model_name,
@@ -320,8 +320,8 @@ def score_results(
         len(values),
         low,
         high,
-        grader_errors=sum(r.verdict is Verdict.GRADER_ERROR for r in mine),
-        malformed=sum(r.verdict is Verdict.MALFORMED for r in mine),
+        grader_errors=sum(r.verdict is Verdict.GRADER_ERROR for r in selected),
+        malformed=sum(r.verdict is Verdict.MALFORMED for r in selected),
     )
 
 
