@@ -61,7 +61,7 @@ def make_item(item_seed: int) -> tuple[str, TaskItem]:
         total = sum(figures)
         rival = rng.choice([n for n in range(max(1, total - 9), total + 10) if n != total])
         question = f"{person} has {figures[0]} {thing} and {changes[0]}. {other} has {rival}. Who has more?"
-        answer, figures = who if total > rival else other, (*figures, rival)
+        answer, figures = person if total > rival else other, (*figures, rival)
     else:
         question = f"{person} has {figures[0]} {thing}, {', '.join(changes)}. How many?"
         answer = str(sum(figures))
