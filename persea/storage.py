@@ -113,7 +113,7 @@ def _make_folder(folder: Path) -> None:
 
 @contextmanager
 def _temporary_file(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
-    """Open a temporary file in the folder of `path`; deleted at the end, also if the disk is full."""
+    """Open a temporary file in the folder of `path`; delete it at the end, also on a full disk."""
     _make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -21,8 +21,9 @@ from persea.pipeline.model_refs import silence_transformers
 from persea.training.distributed import heartbeat as watch
 from persea.training.distributed import launcher
 from persea.training.distributed.world import ParallelStrategy, World
-from persea.training.loop import TrainingSettings, run_training_loop
+from persea.training.loop import run_training_loop
 from persea.training.loss_balancing import Group, GroupStats
+from persea.training.settings import TrainingSettings
 from persea.training.student import load_student
 
 SAPLING = Path(__file__).resolve().parent.parent / "saplings" / "llama-sapling"

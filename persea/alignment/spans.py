@@ -57,8 +57,8 @@ class AlignedSpans:
     """Half-open token ranges that cover the same bytes on both sides. C = spans, in order.
 
     Together they tile the supervised content from the first common boundary on, except for bytes
-    that only one rendering has (trimmed white space, a thought, text that a length limit cut off) and
-    the span around them.
+    that only one rendering has (trimmed white space, a thought, text that a length limit cut off)
+    and the span around them.
 
     Attributes:
         student_C2: int64, (first, last + 1) of the student's tokens.

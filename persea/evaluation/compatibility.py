@@ -28,8 +28,8 @@ from persea.tokenization.tokens import RenderedTokens
 from persea.tokenization.vocabulary import Vocabulary
 
 # Bits per byte by which a chat template may be worse than no template. Measured on the qwen sapling
-# (tests/evaluation/test_compatibility.py): losing the newlines of its template costs .01, losing the
-# empty thinking block, as under Qwen 2.5's template, .74. A small change of wording passes, a
+# (tests/evaluation/test_compatibility.py): losing the newlines of its template costs .01, losing
+# the empty thinking block, as under Qwen 2.5's template, .74. A small change of wording passes, a
 # format that the model was not trained with does not.
 MAX_TEMPLATE_EXCESS_BITS_PER_BYTE = 0.25
 # Retained mass counts impossible tokens from this probability on: with a real vocabulary there are

@@ -169,8 +169,8 @@ def _stage_state(context: RunContext, stage: Stage, earlier_states: Mapping[str,
 def training_bytes(student: StudentSection) -> int:
     """Return the bytes that a training adds to the disk, at most: student and checkpoints.
 
-    Checkpoints hold the trained weights: all of them, or the LoRA matrices. Two checkpoints are kept,
-    and a third is written before the oldest is deleted. Returns 0 for a model that is not in a
+    Checkpoints hold the trained weights: all of them, or the LoRA matrices. Two checkpoints are
+    kept, and a third is written before the oldest is deleted. Returns 0 for a model that is not in a
     local folder: its size is unknown before it is downloaded.
     """
     from persea.training.checkpoint import MAX_CHECKPOINTS  # imports torch

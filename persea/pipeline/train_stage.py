@@ -22,9 +22,10 @@ from persea.training import checkpoint as checkpoints
 from persea.training.dataset import Batch, DistillDataset, build_dataset
 from persea.training.distributed.launcher import launch_processes, send_to_launcher
 from persea.training.distributed.world import World
-from persea.training.loop import TrainingSettings, run_training_loop
+from persea.training.loop import run_training_loop
 from persea.training.loss_balancing import Group, GroupStats
 from persea.training.on_policy.rollouts import Rollouts, build_rollouts
+from persea.training.settings import TrainingSettings
 from persea.training.trackers import open_tracker
 
 if TYPE_CHECKING:

@@ -294,7 +294,7 @@ def describe_changes(before: Any, now: Any, key: str = "") -> list[str]:
 
 
 def _comparable(inputs: Any) -> Any:
-    """Return inputs as they come back from a file (tuples are lists), without IGNORED_ON_RESUME_KEYS."""
+    """Return inputs as read from a file (tuples are lists), without IGNORED_ON_RESUME_KEYS."""
     again = json.loads(json.dumps(inputs))
     training = again.get("training")
     if isinstance(training, dict):

@@ -21,20 +21,17 @@ import torch
 
 from persea.alignment.event_map import EventMap, load_event_map
 from persea.alignment.partial_tokens import make_partial_token_projector
-from persea.alignment.spans import SupervisionKind
 from persea.cache.reader import AnswerSource, AnswerSubset, CacheMixture
 from persea.cache.unit import CachedAnswer
-from persea.chat.messages import ThinkingEffort
 from persea.chat.renderer import ChatRenderer
 from persea.errors import DataError
 from persea.losses import BatchTargets, EventTargets, build_batch_targets, concat_event_targets
+from persea.training.dataset_stats import DatasetStats, DatasetSurvey
 from persea.training.example import (
-    NUM_COUNTS,
     Example,
     align_answer,
     build_example,
     render_answer,
-    training_effort,
 )
 from persea.training.loss_balancing import Group
 
@@ -42,7 +39,6 @@ if TYPE_CHECKING:
     import datasets
 
 IGNORED_LABEL = -100  # label of a token without loss, as transformers and TRL use it
-MAX_SKIP_REASONS = 100  # reasons of skipped answers that are reported
 # Tokens and entries of examples that are cached in memory: about 100 MB, and all of the
 # quickstart's.
 EXAMPLE_CACHE_TOKENS = 1 << 21
@@ -82,65 +78,6 @@ class Batch:
         }
         targets = tuple(one.to(device, non_blocking) for one in self.targets)
         return Batch(**(vars(self) | moved | {"targets": targets}))
-
-
-@dataclass(frozen=True)
-class DatasetStats:
-    """Counts of one pass over the cached answers, before the first step (train/dataset.json).
-
-    Attributes:
-        examples: answers that became examples, by teacher.
-        skipped: answers that were skipped, by teacher.
-        too_long: skipped answers with more than `max_tokens` tokens.
-        unrenderable: skipped answers that the student's template or tokenizer cannot write.
-        reasons: why, for the first MAX_SKIP_REASONS of the unrenderable answers.
-        supervision: by teacher and language, the sum of `Example.counts`.
-        efforts: examples by the thinking effort at which they are learned.
-        thinking_dropped: examples that are learned as direct answers although the teacher thought
-            first: the student does not see the thinking.
-    """
-
-    examples: Mapping[str, int]
-    skipped: Mapping[str, int]
-    too_long: int
-    unrenderable: int
-    reasons: tuple[str, ...]
-    supervision: Mapping[tuple[str, str], npt.NDArray[np.float64]]
-    efforts: Mapping[str, int]
-    thinking_dropped: int
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the counts as JSON.
-
-        `supervision` has a row for each teacher and language: the share of supervised tokens of
-        each `SupervisionKind`, the share of common boundaries whose two tokens are different
-        events, and the share of the teacher's mass that events and masks retain.
-        """
-        rows = []
-        for (teacher, language), counts in sorted(self.supervision.items()):
-            kinds = counts[: len(SupervisionKind)]
-            differ, mass, retained = counts[len(SupervisionKind) :].tolist()
-            total = max(1.0, kinds.sum())
-            rows.append(
-                {
-                    "teacher": teacher,
-                    "language": language,
-                    "tokens": int(kinds.sum()),
-                    **{k.name.lower(): round(float(kinds[k] / total), 4) for k in SupervisionKind},
-                    "disagreement": round(differ / max(1.0, kinds[SupervisionKind.EVENT]), 4),
-                    "mass_retained": round(retained / mass, 4) if mass else None,
-                }
-            )
-        return {
-            "examples": dict(self.examples),
-            "skipped": dict(self.skipped),
-            "too_long": self.too_long,
-            "unrenderable": self.unrenderable,
-            "reasons": list(self.reasons),
-            "supervision": rows,
-            "efforts": dict(self.efforts),
-            "thinking_dropped": self.thinking_dropped,
-        }
 
 
 class DistillDataset(torch.utils.data.Dataset[Example]):
@@ -400,53 +337,6 @@ def _cache_cost(one: Example) -> int:
     return len(one.tokens) + len(one.targets.row_M) + EXAMPLE_OVERHEAD_TOKENS
 
 
-class _Survey:
-    """Counts of the pass over all answers; see `DatasetStats`."""
-
-    def __init__(self, max_tokens: int) -> None:
-        self.max_tokens = max_tokens
-        self.examples, self.skipped, self.efforts = Counter[str](), Counter[str](), Counter[str]()
-        self.too_long = self.unrenderable = self.thinking_dropped = 0
-        self.reasons: list[str] = []
-        self.supervision: dict[tuple[str, str], npt.NDArray[np.float64]] = {}
-
-    def add_unrenderable(self, answer: CachedAnswer, error: DataError) -> None:
-        """Count an answer that the student cannot write."""
-        self.unrenderable += 1
-        self.skipped[answer.answer.teacher] += 1
-        if len(self.reasons) < MAX_SKIP_REASONS:
-            self.reasons.append(f"{answer.answer.prompt_id}: {error}")
-
-    def add(self, answer: CachedAnswer, example: Example) -> bool:
-        """Count an example; False if it is too long."""
-        if len(example.tokens) > self.max_tokens:
-            self.too_long += 1
-            self.skipped[example.teacher] += 1
-            return False
-        effort = training_effort(answer)
-        self.examples[example.teacher] += 1
-        self.efforts[effort.value] += 1
-        self.thinking_dropped += bool(
-            effort is ThinkingEffort.NONE and answer.answer.conversation.messages[-1].thinking
-        )
-        key = example.teacher, example.language
-        self.supervision[key] = self.supervision.get(key, np.zeros(NUM_COUNTS)) + example.counts
-        return True
-
-    def stats(self) -> DatasetStats:
-        """Return the counts."""
-        return DatasetStats(
-            self.examples,
-            self.skipped,
-            self.too_long,
-            self.unrenderable,
-            tuple(self.reasons),
-            self.supervision,
-            self.efforts,
-            self.thinking_dropped,
-        )
-
-
 def build_dataset(
     caches: Sequence[tuple[AnswerSource, float]],
     renderer: ChatRenderer,
@@ -470,7 +360,7 @@ def build_dataset(
         name = answer.answer.teacher
         return build_example(answer, renderer, event_maps[name], projectors[name])
 
-    survey = _Survey(max_tokens)
+    survey = DatasetSurvey(max_tokens)
     parts: list[tuple[AnswerSubset, float]] = []
     for cache, share in caches:
         usable = array("q")

@@ -420,7 +420,7 @@ def _feed() -> DistillDataset:
     from persea.distributions import DistributionKind
     from persea.losses import EventTargets
     from persea.tokenization.tokens import RenderedTokens
-    from persea.training.dataset import DatasetStats
+    from persea.training.dataset_stats import DatasetStats
     from persea.training.example import Example
 
     none = np.empty(0, np.int64)

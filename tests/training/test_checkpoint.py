@@ -22,8 +22,9 @@ from persea import storage as store
 from persea.errors import DataError, PerseaError, RefusedError, RunInterrupted, StorageError
 from persea.training import checkpoint as checkpoints
 from persea.training.distributed.world import World
-from persea.training.loop import TrainingSettings, run_training_loop
+from persea.training.loop import run_training_loop
 from persea.training.loss_balancing import Group, GroupStats
+from persea.training.settings import TrainingSettings
 from tests.cache.test_faults import lay
 from tests.disks import Dying, Failing, Recording, Step, after_power_loss
 from tests.worlds_of_two import Dice, Out, final

@@ -24,8 +24,9 @@ import torch
 from persea import storage as store
 from persea.config.schema import LossBalancing, TrainingSection
 from persea.errors import DataError, RefusedError, RunInterrupted
-from persea.training.loop import TrainingSettings, run_training_loop
+from persea.training.loop import run_training_loop
 from persea.training.loss_balancing import Group, GroupStats
+from persea.training.settings import TrainingSettings
 from tests.cli.test_cli import flowed, flowed_copy, persea, start, warm
 
 SETTINGS = TrainingSettings(

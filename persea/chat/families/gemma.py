@@ -25,8 +25,8 @@ Gemma 4 has other control tokens, a system turn, a thinking switch, and its own 
 
 A call and its result belong to one turn of the model, which ends a call with <|tool_response>.
 Arguments are written key by key in sorted order: a call has no byte offsets, and `normalise_gemma4`
-sorts it. The template keeps a thought only in a turn with a call after the last question. Without thinking
-its prompt ends with an empty thought that its finished conversations leave out: see
+sorts it. The template keeps a thought only in a turn with a call after the last question. Without
+thinking its prompt ends with an empty thought that its finished conversations leave out: see
 `Family.prompt_only_suffix`.
 """
 

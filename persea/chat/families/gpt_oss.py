@@ -11,10 +11,10 @@ The template drops the thoughts of earlier turns and writes today's date; persea
     <|start|>assistant to=functions.f<|channel|>commentary json<|message|>{"x": 1}<|call|>
     <|start|>functions.f to=assistant<|channel|>commentary<|message|>"42"<|end|>
 
-One call a turn, and no text in that turn. The thought before a call is kept until a final answer follows;
-then the template drops it, so a finished conversation differs from the prompt that the
-model saw when it called. Models also write <|channel|>commentary to=functions.f <|constrain|>json, which is parsed
-but never rendered.
+One call a turn, and no text in that turn. The thought before a call is kept until a final answer
+follows; then the template drops it, so a finished conversation differs from the prompt that the
+model saw when it called. Models also write <|channel|>commentary to=functions.f <|constrain|>json,
+which is parsed but never rendered.
 """
 
 from __future__ import annotations

@@ -60,7 +60,10 @@ def make_item(item_seed: int) -> tuple[str, TaskItem]:
     if kind == "compare":
         total = sum(figures)
         rival = rng.choice([n for n in range(max(1, total - 9), total + 10) if n != total])
-        question = f"{person} has {figures[0]} {thing} and {changes[0]}. {other} has {rival}. Who has more?"
+        question = (
+            f"{person} has {figures[0]} {thing} and {changes[0]}. "
+            f"{other} has {rival}. Who has more?"
+        )
         answer, figures = person if total > rival else other, (*figures, rival)
     else:
         question = f"{person} has {figures[0]} {thing}, {', '.join(changes)}. How many?"

@@ -1,8 +1,7 @@
-"""Common parts of engines behind a server: the handshake, the fingerprint and the check that the model
-did not change.
+"""Common parts of engines behind a server: handshake, fingerprint, and the check of the model.
 
-The server is verified before and after every batch of requests in which a connection was lost, so
-that answers of two models never mix.
+The model is verified before every batch of requests, and again after a batch in which a connection
+was lost, so that answers of two models never mix.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 The handshake checks three things before the server is trusted: which model it serves; that the
 server tokenizes a text as the teacher's own tokenizer does; that it returns plausible
-log-probabilities, by token id, for every position of a scored conversation. Later connections score that conversation again, and another model is
-refused. The bytes of
-tokens come from the teacher's own tokenizer, never from the server.
+log-probabilities, by token id, for every position of a scored conversation. Later connections
+score that conversation again, and another model is refused. The bytes of tokens come from the
+teacher's own tokenizer, never from the server.
 """
 
 from __future__ import annotations

@@ -179,7 +179,8 @@ def refuse_too_many_processes(world_size: int, batch_size: int, micro_batches: i
             f"a batch of {batch_size} conversations cannot be split over {world_size} processes"
             + (f" with {micro_batches} micro-batches each" if micro_batches > 1 else ""),
             where="training.batch_size",
-            remedy=f"at most {batch_size // micro_batches or 1} processes, or a larger training.batch_size",
+            remedy=f"at most {batch_size // micro_batches or 1} processes, "
+            "or a larger training.batch_size",
         )
 
 
