@@ -231,7 +231,8 @@ def export_parquet(folder: Path, path: Path) -> int:
     """Write a cache as one Parquet file: a row an answer, a row group a unit.
 
     Columns: unit, teacher, prompt_id, skill, language, conversation (JSON); ids, starts, ends,
-    learn (lists with a value a token); row_sizes, row_ids, row_probs, realised (of the learned tokens).
+    learn (lists with a value a token); row_sizes, row_ids, row_probs, realised (of the learned
+    tokens).
     The file is written whole or not at all.
 
     Returns:

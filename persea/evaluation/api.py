@@ -22,13 +22,13 @@ from persea.evaluation.compatibility import (
     MAX_TEMPLATE_EXCESS_BITS_PER_BYTE,
     MIN_COUNTED_PROBABILITY,
     TEXT_FILES_SKILL,
-    ConversationSample,
     PairCompatibility,
     TemplateLikelihood,
     check_pair,
     make_retained_mass,
     measure_template_likelihood,
     read_texts,
+    reference_samples,
     refuse_incompatible,
 )
 from persea.evaluation.evaluate import EvaluationAnswers, compare_student, evaluate_model
@@ -129,7 +129,7 @@ def check(
     teacher_renderer = _open_renderer(teacher)
     name = _name_of(teacher) if isinstance(teacher, str) else teacher.family.name
     samples = [
-        *_reference_samples(_draw_items(tasks, Split.AUDITION, items, seed)),
+        *reference_samples(_draw_items(tasks, Split.AUDITION, items, seed)),
         *(read_texts(language, file, max_lines) for language, file in (texts or {}).items()),
     ]
     samples = [s for s in samples if s.is_supported_by(teacher_renderer)]
@@ -355,17 +355,3 @@ def _draw_items(
 ) -> list[tuple[Task, tuple[TaskItem, ...]]]:
     found = [find_generated_task(t) if isinstance(t, str) else t for t in tasks]
     return [(task, tuple(task.items(split, items, seed))) for task in found]
-
-
-def _reference_samples(
-    tasks: Sequence[tuple[Task, Sequence[TaskItem]]],
-) -> list[ConversationSample]:
-    samples = []
-    for task, items in tasks:
-        answered = [i for i in items if i.reference or i.calls]
-        for language in dict.fromkeys(i.prompt.language for i in answered):
-            chosen = [i for i in answered if i.prompt.language == language]
-            conversations = tuple(i.reference_conversation for i in chosen)
-            labels = tuple(i.prompt.id for i in chosen)
-            samples.append(ConversationSample(task.name, language, conversations, labels))
-    return samples

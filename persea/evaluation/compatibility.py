@@ -23,6 +23,7 @@ from persea.chat.renderer import ChatRenderer
 from persea.data.text_files import read_text_lines
 from persea.errors import DataError, RefusedError
 from persea.tasks.intervals import Z95, wilson_interval
+from persea.tasks.task import Task, TaskItem
 from persea.teachers.teacher import Teacher
 from persea.tokenization.tokens import RenderedTokens
 from persea.tokenization.vocabulary import Vocabulary
@@ -387,6 +388,32 @@ def _summarize_likelihood(
         float(bare_bits / num_bytes),
         low,
     )
+
+
+def reference_samples(
+    tasks: Iterable[tuple[Task, Sequence[TaskItem]]], max_answers: int | None = None
+) -> list[ConversationSample]:
+    """Return the reference answers of tasks as samples, one for each task and language.
+
+    Args:
+        tasks: Tasks with their items; items without a reference answer are left out, as some
+            published questions have none.
+        max_answers: Reference answers of one task and language, at most; None = all.
+    """
+    samples = []
+    for task, items in tasks:
+        answered = [i for i in items if i.reference or i.calls]
+        for language in dict.fromkeys(i.prompt.language for i in answered):
+            chosen = [i for i in answered if i.prompt.language == language][:max_answers]
+            samples.append(
+                ConversationSample(
+                    task.name,
+                    language,
+                    tuple(i.reference_conversation for i in chosen),
+                    tuple(i.prompt.id for i in chosen),
+                )
+            )
+    return samples
 
 
 def read_texts(language: str, file_ref: str, max_lines: int) -> ConversationSample:

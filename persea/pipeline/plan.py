@@ -170,8 +170,8 @@ def training_bytes(student: StudentSection) -> int:
     """Return the bytes that a training adds to the disk, at most: student and checkpoints.
 
     Checkpoints hold the trained weights: all of them, or the LoRA matrices. Two checkpoints are
-    kept, and a third is written before the oldest is deleted. Returns 0 for a model that is not in a
-    local folder: its size is unknown before it is downloaded.
+    kept, and a third is written before the oldest is deleted. Returns 0 for a model that is not in
+    a local folder: its size is unknown before it is downloaded.
     """
     from persea.training.checkpoint import MAX_CHECKPOINTS  # imports torch
 

@@ -1,7 +1,7 @@
 """Candidate tokens: those of a distribution that are probable enough to test for impossibility.
 
 Nearly all tokens of a real vocabulary have almost no probability at any position, and testing each
-of them against a boundary mask takes seconds a position (bench/beside.py). In that bench's
+of them against a boundary mask takes seconds a position (bench/mask_cost.py). In that bench's
 distributions, which are less peaked than a model's, 830 to 910 tokens have MIN_CANDIDATE_PROB or
 more.
 """

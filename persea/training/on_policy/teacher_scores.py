@@ -17,8 +17,8 @@ all tokens of an event look alike, and only the span distinguishes them. Without
 student forgot digits (code 0.97 -> 0.81).
 
 Impossible tokens are looked for among tokens that either side gives at least `min_prob`. Testing
-every token of a real vocabulary takes seconds a boundary (bench/beside.py); the mass of impossible
-tokens below `min_prob` is missed.
+every token of a real vocabulary takes seconds a boundary (bench/mask_cost.py); the mass of
+impossible tokens below `min_prob` is missed.
 """
 
 from __future__ import annotations
