@@ -26,7 +26,6 @@ from persea.cache.entropy_coding import (
     EncodedStream,
     FrequencyTable,
     FrequencyTables,
-    IntArray,
     StreamColumns,
     concat_or_empty,
     encode_columns,
@@ -47,7 +46,7 @@ from persea.cache.quantization import (
 )
 from persea.distributions import LOGPROB_STEP_NATS, DistributionKind, SparseDistributions
 from persea.errors import DataError
-from persea.tokenization.tokens import RenderedTokens
+from persea.tokenization.tokens import IntArray, RenderedTokens
 
 
 @dataclass(frozen=True, eq=False)

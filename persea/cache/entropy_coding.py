@@ -18,10 +18,11 @@ import numpy as np
 import numpy.typing as npt
 from constriction import stream as ans
 
+from persea.tokenization.tokens import IntArray
+
 # values within this range are counted and looked up in an array: a sort costs ten times as much
 MAX_DENSE_RANGE = 1 << 20
 
-IntArray: TypeAlias = npt.NDArray[np.int64]
 EncodedStream: TypeAlias = npt.NDArray[np.uint32]
 
 

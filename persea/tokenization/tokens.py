@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+IntArray: TypeAlias = npt.NDArray[np.int64]  # ids, positions and counts
 
 
 @dataclass(frozen=True)

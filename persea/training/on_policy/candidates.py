@@ -12,12 +12,11 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from persea.losses import LMHead
+from persea.tokenization.tokens import IntArray
 
-IntArray = npt.NDArray[np.int64]
 NO_TOKENS = np.empty(0, np.int64)
 MIN_CANDIDATE_PROB = 1e-4  # default of training.on_policy.min_candidate_prob
 MAX_LOGIT_ELEMENTS = 1 << 24  # logits in memory at once: 64 MiB in float32

@@ -18,9 +18,9 @@ from persea.alignment.boundary_mask import BoundaryMask
 from persea.alignment.event_map import EventMap
 from persea.distributions import MASS_TOLERANCE, SparseDistributions
 from persea.losses import ImpossibleTokens, SpanTargets
-from persea.tokenization.tokens import RenderedTokens
+from persea.tokenization.tokens import IntArray, RenderedTokens
 from persea.training.example import supervised_index
-from persea.training.on_policy.candidates import NO_TOKENS, CandidateTokens, IntArray
+from persea.training.on_policy.candidates import NO_TOKENS, CandidateTokens
 
 MULTI_TOKEN_SPANS, ALL_SPANS = 0, 1  # which spans: of several tokens on a side, or every span
 

@@ -46,14 +46,13 @@ from persea.losses import ImpossibleTokens, LMHead, SpanTargets
 from persea.teachers.engines import EngineFailure
 from persea.teachers.engines.transformers import TransformersEngine
 from persea.teachers.teacher import Teacher
-from persea.tokenization.tokens import RenderedTokens
+from persea.tokenization.tokens import IntArray, RenderedTokens
 from persea.training.example import supervised_index
 from persea.training.lm_head import find_logit_scaling, hidden_states
 from persea.training.on_policy.candidates import (
     MAX_LOGIT_ELEMENTS,
     NO_TOKENS,
     CandidateTokens,
-    IntArray,
     candidates_from_logprobs,
 )
 from persea.training.on_policy.span_scores import (
