@@ -9,7 +9,7 @@ loss that compares them where both tokenizers begin a token at the same byte.
     teacher = persea.load_renderer("Qwen/Qwen3-8B")
     event_map = persea.event_map(teacher=teacher, student=student)
     loss_fn = persea.losses.EventKL(event_map, event_weight=0.7)
-    cache = persea.open_cache("runs/avocado")  # answers and logits of the teachers
+    cache = persea.open_cache("runs/avocado", teacher="qwen")  # answers and distributions
     dataset = persea.DistillDataset(cache, student=student, teachers={"qwen": teacher})
 
 Or the whole job, the same as `persea run avocado.yaml` on the command line:

@@ -293,16 +293,20 @@ class Conversation:
             effort,
         )
 
-    def with_answer(self, *parts: ContentPart) -> Conversation:
+    def with_answer(self, *parts: ContentPart | str) -> Conversation:
         """Return this conversation followed by an assistant's answer, NFC-normalised.
 
         Answers are normalised too because models do generate decomposed text.
 
+        Args:
+            parts: Parts of the answer; a str is a text part.
+
         Raises:
             DataError: Two argument names of a tool call are equal after normalisation.
         """
+        given = (Text(part) if isinstance(part, str) else part for part in parts)
         return replace(
-            self, messages=(*self.messages, Message(Role.ASSISTANT, tuple(map(_nfc, parts))))
+            self, messages=(*self.messages, Message(Role.ASSISTANT, tuple(map(_nfc, given))))
         )
 
     def parts(self) -> Iterator[ContentPart]:

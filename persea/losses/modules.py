@@ -3,7 +3,7 @@
 `EventKL` and `CrossEntropy` train on captured answers; a recipe lists them under `training.loss`.
 `EventDivergence` needs a teacher's whole distributions and `SpanLikelihood` the likelihoods of
 spans: both are for a teacher in the loop. A new per-token loss derives from `TokenLoss`
-(docs/new_loss.md).
+(docs/new_loss.md). Half-precision logits are converted to float32.
 """
 
 from __future__ import annotations
@@ -28,6 +28,14 @@ from persea.losses.event_sums import ImpossibleTokens
 from persea.losses.loss import HiddenOrLogits, HiddenStates, LMHead, Loss, LossOutput
 from persea.losses.span_likelihood import SpanTargets, span_likelihood_loss
 from persea.losses.targets import BatchTargets, EventTargets, build_batch_targets
+
+
+def _float32_logits(logits_NV: torch.Tensor) -> torch.Tensor:
+    """Return half-precision logits as float32: transformers loads many models in bfloat16.
+
+    bfloat16 has 8 significant bits, too few to sum the probabilities of a vocabulary.
+    """
+    return logits_NV.float() if logits_NV.dtype in (torch.bfloat16, torch.float16) else logits_NV
 
 
 class TokenLoss(Loss):
@@ -72,7 +80,7 @@ class TokenLoss(Loss):
             return token_loss_from_hidden(
                 *hidden_or_logits, labels_N, targets, self.token_losses, self.name, token_weight_N
             )
-        loss_N = self.token_losses(hidden_or_logits, labels_N, targets)
+        loss_N = self.token_losses(_float32_logits(hidden_or_logits), labels_N, targets)
         loss = _weighted_mean(loss_N, token_weight_N)
         metrics = {self.name: loss_N.detach().mean()}
         return LossOutput(loss, metrics, len(labels_N), loss_N.detach())
@@ -121,11 +129,12 @@ class EventKL(Loss):
             return event_kl_loss_from_hidden(
                 *hidden_or_logits, labels_N, batch_targets, self.event_weight, token_weight_N
             )
-        labels_N = labels_N.to(hidden_or_logits.device)
+        logits_NV = _float32_logits(hidden_or_logits)
+        labels_N = labels_N.to(logits_NV.device)
         if token_weight_N is None:
-            return event_kl_loss(hidden_or_logits, labels_N, batch_targets, self.event_weight)
+            return event_kl_loss(logits_NV, labels_N, batch_targets, self.event_weight)
         return _weighted_event_kl(
-            hidden_or_logits, labels_N, batch_targets, self.event_weight, token_weight_N
+            logits_NV, labels_N, batch_targets, self.event_weight, token_weight_N
         )
 
     def _batch_targets(self, targets: BatchTargets | EventTargets, num_tokens: int) -> BatchTargets:
@@ -240,13 +249,12 @@ class EventDivergence(Loss):
             if isinstance(targets.outputs, torch.Tensor)
             else torch.log_softmax(targets.outputs[1].logits(targets.outputs[0]), -1)
         )
+        logits_NV, teacher_NW = _float32_logits(hidden_or_logits), _float32_logits(teacher_NW)
         if masked_map is None or masked_map.is_same_vocabulary:
-            student_NV = torch.log_softmax(hidden_or_logits, -1)
+            student_NV = torch.log_softmax(logits_NV, -1)
             loss_N = divergence_of_logprobs(teacher_NW, student_NV, self.divergence)
         else:
-            loss_N = event_divergence_per_token(
-                hidden_or_logits, teacher_NW, masked_map, self.divergence
-            )
+            loss_N = event_divergence_per_token(logits_NV, teacher_NW, masked_map, self.divergence)
         loss = _weighted_mean(loss_N, token_weight_N)
         metrics = {self.divergence.metric_name: loss_N.detach().mean()}
         return LossOutput(loss, metrics, len(loss_N), loss_N.detach())
@@ -293,6 +301,7 @@ class SpanLikelihood(Loss):
             if isinstance(hidden_or_logits, HiddenStates)
             else hidden_or_logits
         )
+        logits_NV = _float32_logits(logits_NV)
         return span_likelihood_loss(logits_NV, labels_N.to(logits_NV.device), *targets)
 
 

@@ -63,3 +63,9 @@ def test_argument_names_that_become_equal_are_refused():
     nested = ToolCall("f", '{"a": {"é": 1}, "b": {"e\u0301": 2}}')
     (part,) = Conversation.from_question("x").with_answer(nested).messages[-1].parts
     assert part == ToolCall("f", '{"a": {"é": 1}, "b": {"é": 2}}')
+
+
+def test_an_answer_may_be_a_plain_text() -> None:
+    question = Conversation.from_question("Hi")
+    assert question.with_answer("o\u0308") == question.with_answer(Text("o\u0308"))
+    assert question.with_answer("o\u0308").messages[-1].text == "\u00f6"

@@ -203,3 +203,14 @@ def test_a_loss_reads_no_value_from_the_device(
         out = make()(given, LABELS, batch_targets)
         assert all(isinstance(value, torch.Tensor) for value in out.metrics.values())
         assert not any(value.requires_grad for value in out.metrics.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_computed_in_float32(dtype: torch.dtype) -> None:
+    """A model that transformers loaded in bfloat16 gives such logits."""
+    c = case(3)
+    half_NV = torch.as_tensor(c.logits_NV).to(dtype)
+    targets = [t.targets for t in c.teachers]
+    out = EventKL(event_weight=0.7)(half_NV, c.labels_N, targets)
+    expected = EventKL(event_weight=0.7)(half_NV.float(), c.labels_N, targets)
+    assert out.loss.dtype is torch.float32 and torch.equal(out.loss, expected.loss)
